@@ -1,0 +1,165 @@
+//! The values that cross the border between engine and plugin.
+
+use abi_stable::std_types::{ROption, RSlice, RString, RVec};
+use abi_stable::StableAbi;
+use instar_guest_abi::ErrorCode;
+
+/// Bit of [`GuestModule::roles`]: the module offers the source role.
+pub const ROLE_SOURCE: u32 = 1;
+/// Bit of [`GuestModule::roles`]: the module offers the sink role.
+pub const ROLE_SINK: u32 = 2;
+
+/// Why a plugin could not answer.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct PluginError {
+    /// An `ERROR_*` code as a number.
+    pub code: u32,
+    /// One clause that names the field and what is wrong with it; the engine adds the file's name.
+    pub message: RString,
+}
+
+impl PluginError {
+    /// An error with a code and a clause.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code: code.number(), message: RString::from(message.into()) }
+    }
+}
+
+/// What an image records about the image it is backed by.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct BackingPointer {
+    /// The recorded name, as the bytes that stand in the image. Hostile.
+    pub name: RVec<u8>,
+    /// The recorded format, if there is one, as the bytes that stand in the image.
+    pub format: ROption<RVec<u8>>,
+}
+
+/// A property of an image that a verdict, or a person, may care about.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// Name in the terms of the format: `compat`, `refcount-bits`, `snapshots`, `encryption`, …
+    pub name: RString,
+    /// Value as JSON text: `"1.1"` with its quotes, `16`, `true`.
+    pub json: RString,
+    /// Whether it stands in the `format-specific` section of `instar info` (under the same name).
+    pub in_info: bool,
+}
+
+/// What a plugin knows of an image from its header.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct ImageFacts {
+    /// Name of the format: the plugin's name.
+    pub format: RString,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Cluster or grain size in bytes, 0 for a format without one.
+    pub cluster_size: u64,
+    /// Length of the file in bytes when it was looked at.
+    pub file_length: u64,
+    /// The backing pointer, if there is one.
+    pub backing: ROption<BackingPointer>,
+    /// The image says of itself that it was not closed cleanly.
+    pub dirty: bool,
+    /// The image says of itself that it is corrupt.
+    pub corrupt: bool,
+    /// The content is encrypted.
+    pub encrypted: bool,
+    /// Other features, in the order in which they are shown.
+    pub features: RVec<Feature>,
+}
+
+impl ImageFacts {
+    /// The JSON text of a feature.
+    #[must_use]
+    pub fn feature(&self, name: &str) -> Option<&str> {
+        self.features.iter().find(|f| f.name.as_str() == name).map(|f| f.json.as_str())
+    }
+}
+
+/// Which part an image has in a commit.
+#[repr(u8)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommitRole {
+    /// The overlay: data comes from it, and it is emptied afterwards.
+    Overlay,
+    /// The backing: data goes into it.
+    Backing,
+    /// An ancestor of the backing: it may be read.
+    Ancestor,
+}
+
+/// Whether an image may take its part in a commit.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// `ERROR_OK` if it may, else the code of the refusal.
+    pub code: u32,
+    /// Why not: one clause that names the feature and what to do.
+    pub reason: RString,
+    /// For [`CommitRole::Backing`]: the longest that the file may become in this commit, in bytes. The
+    /// engine ends a guest that asks for more.
+    pub max_length: u64,
+}
+
+impl Verdict {
+    /// The image may take its part; `max_length` as in [`Verdict::max_length`].
+    #[must_use]
+    pub fn supported(max_length: u64) -> Self {
+        Self { code: ErrorCode::Ok.number(), reason: RString::new(), max_length }
+    }
+
+    /// The image may not take its part.
+    pub fn refused(code: ErrorCode, reason: impl Into<String>) -> Self {
+        Self { code: code.number(), reason: RString::from(reason.into()), max_length: 0 }
+    }
+}
+
+/// The guest half of a plugin.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy, Debug)]
+pub struct GuestModule {
+    /// A relocatable ELF as the guest build helper makes it.
+    pub elf: RSlice<'static, u8>,
+    /// [`ROLE_SOURCE`] and [`ROLE_SINK`].
+    pub roles: u32,
+    /// `MODULE_ABI_MAJOR` that it was built with.
+    pub abi_major: u32,
+    /// `MODULE_ABI_MINOR` that it was built with.
+    pub abi_minor: u32,
+}
+
+/// A new, empty image that is wanted.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug)]
+pub struct CreateSpec {
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Backing pointer to record.
+    pub backing: ROption<BackingPointer>,
+    /// `-o` options as name and value, in the order given.
+    pub options: RVec<abi_stable::std_types::Tuple2<RString, RString>>,
+}
+
+/// Bytes at an offset of a new image.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct ImageRegion {
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// The bytes.
+    pub bytes: RVec<u8>,
+}
+
+/// What to write for a new image: a file of `length` zero bytes with `regions` written over them.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct CreatedImage {
+    /// Length of the file in bytes.
+    pub length: u64,
+    /// What is not zero.
+    pub regions: RVec<ImageRegion>,
+}
