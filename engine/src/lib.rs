@@ -1,1 +1,4 @@
-//! Placeholder
+//! The instar engine: plugins, chains, devices, the KVM runner and the command line. It knows no format.
+
+pub mod plugins;
+pub mod vm;

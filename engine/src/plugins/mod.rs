@@ -1,0 +1,5 @@
+//! Finding, checking and loading format plugins.
+
+mod reader;
+
+pub use reader::ImageRead;
