@@ -9,6 +9,8 @@ extern crate alloc;
 
 mod error;
 mod io;
+#[cfg(feature = "memory")]
+pub mod memory;
 mod traits;
 
 pub use error::{DriverError, DriverResult};
