@@ -8,7 +8,9 @@
 extern crate alloc;
 
 mod error;
+pub mod ffi;
 mod io;
+pub mod runtime;
 mod traits;
 
 pub use error::{DriverError, DriverResult};
