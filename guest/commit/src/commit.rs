@@ -148,11 +148,14 @@ fn too_small(extent: &Extent) -> DriverError {
     )
 }
 
-/// Hand all extents of the source to `each`, in batches, with the guest byte at which the next batch begins.
+/// What is done with a batch: the last argument is the guest byte at which the next one begins.
+type EachBatch<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Extent], u64) -> DriverResult<()>;
+
+/// Hand all extents of the source to `each`, in batches.
 fn each_batch(
     io: &mut dyn BlockIo,
     source: &mut dyn Source,
-    each: &mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Extent], u64) -> DriverResult<()>,
+    each: EachBatch<'_>,
 ) -> DriverResult<()> {
     let end = source.info().virtual_size;
     let mut from = 0;

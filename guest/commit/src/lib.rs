@@ -8,6 +8,8 @@ extern crate alloc;
 
 mod below;
 mod commit;
+mod run;
 
 pub use below::Ancestors;
 pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
+pub use run::run;

@@ -26,7 +26,7 @@ use crate::{DriverError, DriverResult};
 use instar_guest_abi::{ErrorCode, Failure};
 
 /// Most extents that cross the border in one call.
-const MAX_EXTENTS: usize = 4096;
+const MAX_EXTENTS: usize = 1 << 14;
 
 fn protocol(text: &str) -> DriverError {
     DriverError::new(ErrorCode::GuestProtocol, text)
