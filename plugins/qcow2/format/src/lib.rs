@@ -1,1 +1,24 @@
-//! Placeholder
+//! The qcow2 image format: what both halves of the plugin know of it.
+//!
+//! Facts come from the qcow2 specification (QEMU, `docs/interop/qcow2`); each item names its section.
+//! Nothing here does I/O, and nothing here panics on what an image says.
+#![no_std]
+
+extern crate alloc;
+
+mod error;
+mod extension;
+mod header;
+mod refcount;
+mod table;
+mod types;
+
+pub use error::{HeaderError, HeaderErrorKind};
+pub use extension::{Bitmaps, Extension, ExtensionKind, FeatureName};
+pub use header::{
+    autoclear, compatible, header_bytes_needed, incompatible, CompressionType, Header, Version, AUTOCLEAR_OFFSET,
+    L1_TABLE_OFFSET_FIELD, MAGIC, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_FIELD,
+};
+pub use refcount::{get_refcount, set_refcount, RefcountOrder};
+pub use table::{EntryError, L1Entry, L2Entry, RefcountTableEntry, COPIED};
+pub use types::{ClusterSize, GuestCluster, GuestOffset, HostCluster, HostOffset};
