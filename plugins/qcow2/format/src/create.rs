@@ -187,7 +187,9 @@ fn check(options: &CreateOptions) -> Result<(), CreateError> {
     }
     match &options.backing_name {
         Some(name) if name.is_empty() => refused("the name of the backing file is empty"),
-        Some(name) if name.len() > MAX_BACKING_NAME => refused("the name of the backing file is longer than 1023 bytes"),
+        Some(name) if name.len() > MAX_BACKING_NAME => {
+            refused("the name of the backing file is longer than 1023 bytes")
+        }
         _ => Ok(()),
     }
 }
