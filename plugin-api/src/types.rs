@@ -2,7 +2,7 @@
 
 use abi_stable::std_types::{ROption, RSlice, RString, RVec};
 use abi_stable::StableAbi;
-use instar_guest_abi::ErrorCode;
+use instar_guest_abi::{ErrorCode, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 
 /// Bit of [`GuestModule::roles`]: the module offers the source role.
 pub const ROLE_SOURCE: u32 = 1;
@@ -73,6 +73,22 @@ pub struct ImageFacts {
 }
 
 impl ImageFacts {
+    /// Facts of a clean image without a backing and without features. Sizes in bytes.
+    #[must_use]
+    pub fn new(format: &str, virtual_size: u64, cluster_size: u64, file_length: u64) -> Self {
+        Self {
+            format: format.into(),
+            virtual_size,
+            cluster_size,
+            file_length,
+            backing: ROption::RNone,
+            dirty: false,
+            corrupt: false,
+            encrypted: false,
+            features: RVec::new(),
+        }
+    }
+
     /// The JSON text of a feature.
     #[must_use]
     pub fn feature(&self, name: &str) -> Option<&str> {
@@ -105,6 +121,41 @@ pub struct Verdict {
     pub max_length: u64,
 }
 
+impl Feature {
+    /// A feature whose value is a string of plain ASCII.
+    #[must_use]
+    pub fn text(name: &str, value: &str, in_info: bool) -> Self {
+        Self { name: name.into(), json: json_string(value).into(), in_info }
+    }
+
+    /// A feature whose value is a number.
+    #[must_use]
+    pub fn number(name: &str, value: u64, in_info: bool) -> Self {
+        Self { name: name.into(), json: value.to_string().into(), in_info }
+    }
+
+    /// A feature that is on or off.
+    #[must_use]
+    pub fn flag(name: &str, value: bool, in_info: bool) -> Self {
+        Self { name: name.into(), json: value.to_string().into(), in_info }
+    }
+}
+
+/// `text` as a JSON string, pure ASCII.
+fn json_string(text: &str) -> String {
+    let mut json = String::with_capacity(text.len() + 2);
+    json.push('"');
+    for unit in text.encode_utf16() {
+        match u8::try_from(unit).map(char::from) {
+            Ok(c @ ('"' | '\\')) => json.extend(['\\', c]),
+            Ok(c @ ' '..='~') => json.push(c),
+            _ => json.push_str(&format!("\\u{unit:04x}")),
+        }
+    }
+    json.push('"');
+    json
+}
+
 impl Verdict {
     /// The image may take its part; `max_length` as in [`Verdict::max_length`].
     #[must_use]
@@ -130,6 +181,32 @@ pub struct GuestModule {
     pub abi_major: u32,
     /// `MODULE_ABI_MINOR` that it was built with.
     pub abi_minor: u32,
+}
+
+impl GuestModule {
+    /// A module that offers the roles in `roles`, built with the module interface of this crate's `instar-guest-abi`.
+    #[must_use]
+    pub const fn new(elf: &'static [u8], roles: u32) -> Self {
+        Self { elf: RSlice::from_slice(elf), roles, abi_major: MODULE_ABI_MAJOR, abi_minor: MODULE_ABI_MINOR }
+    }
+
+    /// A module that offers both roles.
+    #[must_use]
+    pub const fn source_and_sink(elf: &'static [u8]) -> Self {
+        Self::new(elf, ROLE_SOURCE | ROLE_SINK)
+    }
+
+    /// A module that can only be read from.
+    #[must_use]
+    pub const fn source_only(elf: &'static [u8]) -> Self {
+        Self::new(elf, ROLE_SOURCE)
+    }
+
+    /// A module that can only be committed into.
+    #[must_use]
+    pub const fn sink_only(elf: &'static [u8]) -> Self {
+        Self::new(elf, ROLE_SINK)
+    }
 }
 
 /// A new, empty image that is wanted.
@@ -162,4 +239,17 @@ pub struct CreatedImage {
     pub length: u64,
     /// What is not zero.
     pub regions: RVec<ImageRegion>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feature_values_are_json() {
+        assert_eq!(Feature::text("a", "1.1", true).json, r#""1.1""#);
+        assert_eq!(Feature::text("a", "q\"\\\n\u{1b}é😀", true).json, r#""q\"\\\u000a\u001b\u00e9\ud83d\ude00""#);
+        assert_eq!(Feature::number("a", 16, true).json, "16");
+        assert_eq!(Feature::flag("a", false, true).json, "false");
+    }
 }

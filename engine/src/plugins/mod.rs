@@ -1,5 +1,26 @@
 //! Finding, checking and loading format plugins.
+//!
+//! In the order in which a plugin library passes through it: [`SearchPath`] says where to look, `trust` looks at
+//! owner and mode of the opened file, `elf` at its content, `library` loads it and asks for its interface,
+//! [`Plugin`] calls it and checks what it answers, [`Registry`] finds the plugin for an image.
 
+mod budget;
+mod elf;
+mod failure;
+mod file_image;
+mod identify;
+mod interface;
+mod library;
+mod plugin;
 mod reader;
+mod registry;
+mod search;
+mod trust;
 
+pub use failure::PluginFailure;
+pub use file_image::FileImage;
+pub use identify::{Identified, IdentifyError};
+pub use plugin::Plugin;
 pub use reader::ImageRead;
+pub use registry::{Registry, Skipped};
+pub use search::{SearchPath, FILE_PREFIX, FILE_SUFFIX};

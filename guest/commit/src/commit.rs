@@ -152,11 +152,7 @@ fn too_small(extent: &Extent) -> DriverError {
 type EachBatch<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Extent], u64) -> DriverResult<()>;
 
 /// Hand all extents of the source to `each`, in batches.
-fn each_batch(
-    io: &mut dyn BlockIo,
-    source: &mut dyn Source,
-    each: EachBatch<'_>,
-) -> DriverResult<()> {
+fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>) -> DriverResult<()> {
     let end = source.info().virtual_size;
     let mut from = 0;
     let mut extents = Vec::new();

@@ -68,8 +68,7 @@ fn run_chain(
     let (overlay, ancestors) = devices(operation.chain).map_err(at)?;
     let mut source = operation.format_of(overlay).and_then(|f| f.open_source(overlay)).map_err(at)?;
     let output = &operation.chain.output;
-    let mut sink =
-        operation.format_of(output).and_then(|f| f.open_sink(output, !ancestors.is_empty())).map_err(at)?;
+    let mut sink = operation.format_of(output).and_then(|f| f.open_sink(output, !ancestors.is_empty())).map_err(at)?;
     let mut layers: Vec<Box<dyn Source>> = Vec::with_capacity(ancestors.len());
     for device in ancestors {
         let layer = operation.format_of(device).and_then(|f| f.open_source(device)).map_err(at)?;
@@ -77,10 +76,8 @@ fn run_chain(
     }
     let mut below = Ancestors::new(layers);
     let flags = operation.config.flags;
-    let options = Options {
-        keep_overlay: flags & commit_flags::KEEP_OVERLAY != 0,
-        dry_run: flags & commit_flags::DRY_RUN != 0,
-    };
+    let options =
+        Options { keep_overlay: flags & commit_flags::KEEP_OVERLAY != 0, dry_run: flags & commit_flags::DRY_RUN != 0 };
     let mut images = Commit { source: &mut source, sink: &mut sink, below: &mut below };
     commit(io, &mut images, options, &mut |event| send_kind(send, event_message(event)))
 }

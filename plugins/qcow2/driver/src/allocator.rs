@@ -24,6 +24,8 @@ pub struct Run {
 #[derive(Debug)]
 pub struct Allocator {
     next: HostCluster,
+    /// The last refcount block that the plan needs: a new table has room for it.
+    last_block: u64,
     /// Refcount tables that a larger one replaced: to be freed once the header points to that.
     pub retired_tables: Vec<Run>,
 }
@@ -44,14 +46,14 @@ fn grown_table_clusters(size: ClusterSize, old_entries: u64, last_block: u64) ->
 }
 
 /// Refcount blocks and table clusters of a new table that begins to describe at cluster `start`.
-fn growth(refcounts: &Refcounts, size: ClusterSize, start: HostCluster) -> DriverResult<(u64, u64)> {
+fn growth(refcounts: &Refcounts, size: ClusterSize, start: HostCluster, last_block: u64) -> DriverResult<(u64, u64)> {
     let per_block = refcounts.per_block();
     let first = start.0 / per_block;
     let (mut blocks, mut table) = (1, 1);
     loop {
         // The last cluster of the blocks, the table, and one more to hand out.
         let last = (start.0 + blocks + table) / per_block;
-        let new_table = grown_table_clusters(size, refcounts.table_entries, last)?;
+        let new_table = grown_table_clusters(size, refcounts.table_entries, last.max(last_block))?;
         let new_blocks = last - first + 1;
         if (new_blocks, new_table) == (blocks, table) {
             return Ok((blocks, table));
@@ -64,14 +66,15 @@ impl Allocator {
     /// An allocator that begins at the end of the image's file.
     #[must_use]
     pub fn new(image: &Image) -> Self {
-        Self { next: HostCluster(image.cluster_size().count_for(image.file_length)), retired_tables: Vec::new() }
+        let next = HostCluster(image.cluster_size().count_for(image.file_length));
+        Self { next, last_block: 0, retired_tables: Vec::new() }
     }
 
     /// Upper bound of the file's length in clusters after `count` clusters were handed out.
     ///
     /// # Errors
     /// [`ErrorCode::RefcountExhausted`] if the refcount table cannot grow so far.
-    pub fn bound(&self, image: &Image, refcounts: &Refcounts, count: u64) -> DriverResult<u64> {
+    pub fn bound(&mut self, image: &Image, refcounts: &Refcounts, count: u64) -> DriverResult<u64> {
         if count == 0 {
             return Ok(self.next.0);
         }
@@ -82,12 +85,17 @@ impl Allocator {
         if end / per_block < refcounts.table_entries {
             return Ok(end);
         }
-        let table = grown_table_clusters(size, refcounts.table_entries, end / per_block + 2)?;
-        // Tables grow by half: all the smaller ones together are no more than twice the last.
-        let tables = table * 3;
-        let end = end + tables + tables / per_block + 2;
-        grown_table_clusters(size, refcounts.table_entries, end / per_block)?;
-        Ok(end)
+        // One new table, made at once for everything that was planned.
+        let mut table = 0;
+        loop {
+            let needed = end + table + table / per_block + 2;
+            self.last_block = needed / per_block;
+            let clusters = grown_table_clusters(size, refcounts.table_entries, self.last_block)?;
+            if clusters <= table {
+                return Ok(needed);
+            }
+            table = clusters;
+        }
     }
 
     /// Hand out `count` clusters with refcount 1, in as few runs as there are.
@@ -156,7 +164,7 @@ impl Allocator {
     fn grow_table(&mut self, io: &mut dyn BlockIo, image: &mut Image, refcounts: &mut Refcounts) -> DriverResult<()> {
         let size = image.cluster_size();
         let start = self.next;
-        let (blocks, clusters) = growth(refcounts, size, start)?;
+        let (blocks, clusters) = growth(refcounts, size, start, self.last_block)?;
         let offset = size.host_offset(HostCluster(start.0 + blocks)).ok_or_else(|| overflow("the refcount table"))?;
         let mut table = SliceCache::new(image.device, image.slice_size());
         let per_slice = image.slice_size() as u64 / 8;

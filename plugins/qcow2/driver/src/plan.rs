@@ -100,7 +100,7 @@ impl Qcow2Sink {
     }
 
     /// The result of planning.
-    pub(crate) fn summarise(&self) -> DriverResult<PlanSummary> {
+    pub(crate) fn summarise(&mut self) -> DriverResult<PlanSummary> {
         let planned = &self.planned;
         let count = planned.new_data + planned.new_tables;
         let clusters = self.allocator.bound(&self.image, &self.refcounts, count)?;

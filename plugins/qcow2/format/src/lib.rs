@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+mod create;
 mod error;
 mod extension;
 mod header;
@@ -13,6 +14,7 @@ mod refcount;
 mod table;
 mod types;
 
+pub use create::{create, CreateError, CreateOptions, NewImage};
 pub use error::{HeaderError, HeaderErrorKind};
 pub use extension::{Bitmaps, Extension, ExtensionKind, FeatureName};
 pub use header::{

@@ -45,6 +45,9 @@ impl ClusterSize {
     /// Largest number of bits that QEMU opens (2 MiB).
     pub const MAX_BITS: u32 = 21;
 
+    /// 64 KiB, what `qemu-img create` makes without options.
+    pub const DEFAULT: Self = Self { bits: 16 };
+
     /// The size of `1 << bits` bytes, if that is allowed.
     #[must_use]
     pub const fn from_bits(bits: u32) -> Option<Self> {

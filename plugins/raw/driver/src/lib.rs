@@ -34,11 +34,7 @@ impl FormatDriver for Raw {
             )
             .at(device.device, 0));
         }
-        Ok(RawSource {
-            device: device.device,
-            virtual_size: device.virtual_size,
-            file_length: device.file_length,
-        })
+        Ok(RawSource { device: device.device, virtual_size: device.virtual_size, file_length: device.file_length })
     }
 }
 

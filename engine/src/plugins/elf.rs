@@ -1,0 +1,88 @@
+//! What a library must be before the dynamic loader sees it.
+//!
+//! The dynamic loader maps what the headers say: a truncated library kills the process with SIGBUS on first
+//! touch, and any library runs its constructors. So: a complete shared object for this machine that exports the root
+//! module header, or it is not loaded.
+
+use object::elf::{
+    FileHeader64, EM_X86_64, ET_DYN, PT_DYNAMIC, PT_LOAD, SHN_UNDEF, SHT_DYNSYM, SHT_NOBITS, SHT_NULL, STT_OBJECT,
+};
+use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym};
+use object::read::{ReadCache, ReadRef};
+use object::Endianness;
+use std::fs::File;
+
+/// A root-module header begins with the 40 bytes by which `abi_stable` recognises itself.
+const LEAST_HEADER_SIZE: u64 = 40;
+
+/// Check the library in `file`, `length` bytes long.
+///
+/// # Errors
+/// One clause that says what it is instead of a plugin.
+pub fn check_library(file: &File, length: u64, symbol: &str) -> Result<(), String> {
+    let cache = ReadCache::new(file);
+    check(&cache, length, symbol)
+}
+
+fn check<'data, R: ReadRef<'data>>(data: R, length: u64, symbol: &str) -> Result<(), String> {
+    let not_elf = |_| "it is not an ELF file for 64-bit x86".to_owned();
+    let header = FileHeader64::<Endianness>::parse(data).map_err(not_elf)?;
+    let endian = header.endian().map_err(not_elf)?;
+    if endian != Endianness::Little || header.e_machine(endian) != EM_X86_64 {
+        return Err("it is built for another machine, not 64-bit x86".to_owned());
+    }
+    if header.e_type(endian) != ET_DYN {
+        return Err("it is an ELF file, but not a shared library".to_owned());
+    }
+    let damaged = |what: &str| format!("it is damaged: {what}");
+    let inside = |offset: u64, size: u64| offset.checked_add(size).is_some_and(|end| end <= length);
+
+    let segments =
+        header.program_headers(endian, data).map_err(|_| damaged("its program headers are outside the file"))?;
+    let mut dynamic = false;
+    for segment in segments {
+        if !inside(segment.p_offset(endian), segment.p_filesz(endian)) {
+            return Err(damaged("a segment lies outside the file; is it truncated?"));
+        }
+        dynamic |= segment.p_type(endian) == PT_DYNAMIC;
+    }
+    if !dynamic || !segments.iter().any(|s| s.p_type(endian) == PT_LOAD) {
+        return Err("it is an ELF file, but not a shared library".to_owned());
+    }
+
+    let sections = header
+        .section_headers(endian, data)
+        .map_err(|_| damaged("its section headers are outside the file; is it truncated?"))?;
+    for section in sections {
+        let kind = section.sh_type(endian);
+        if kind != SHT_NOBITS && kind != SHT_NULL && !inside(section.sh_offset(endian), section.sh_size(endian)) {
+            return Err(damaged("a section lies outside the file; is it truncated?"));
+        }
+    }
+    if exports(header, endian, data, symbol).ok_or_else(|| damaged("its symbol table is unreadable"))? {
+        Ok(())
+    } else {
+        Err("it is not an instar plugin: it does not export a plugin header".to_owned())
+    }
+}
+
+/// Whether `symbol` is defined in the dynamic symbol table as an object that is large enough.
+fn exports<'data, R: ReadRef<'data>>(
+    header: &'data FileHeader64<Endianness>,
+    endian: Endianness,
+    data: R,
+    symbol: &str,
+) -> Option<bool> {
+    let sections = header.sections(endian, data).ok()?;
+    let table = sections.symbols(endian, data, SHT_DYNSYM).ok()?;
+    for entry in table.iter() {
+        if entry.st_shndx(endian) != SHN_UNDEF
+            && entry.st_type() == STT_OBJECT
+            && entry.st_size(endian) >= LEAST_HEADER_SIZE
+            && table.symbol_name(endian, entry).ok()? == symbol.as_bytes()
+        {
+            return Some(true);
+        }
+    }
+    Some(false)
+}

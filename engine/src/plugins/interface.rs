@@ -1,0 +1,94 @@
+//! The plugin interfaces that this engine speaks.
+//!
+//! An interface is frozen when it is released. A new one is a new variant of [`Interface`], a new entry of [`KNOWN`] (newest
+//! first), and an arm in each method; nothing is taken away.
+
+use abi_stable::library::LibHeader;
+use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Ref, INTERFACE_NAME};
+use instar_plugin_api::{
+    version, CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageReader, PluginError, Verdict,
+    API_VERSION,
+};
+
+/// A loaded root module.
+#[derive(Clone, Copy)]
+pub enum Interface {
+    /// Interface version 1.
+    V1(PluginModuleV1_Ref),
+}
+
+/// Makes an [`Interface`] from a library header, or says that the layout is not the expected one.
+type Opener = fn(&LibHeader) -> Option<Interface>;
+
+/// Every interface by the name that stands in the library header, newest first.
+const KNOWN: &[(&str, Opener)] = &[(INTERFACE_NAME, open_v1)];
+
+fn open_v1(header: &LibHeader) -> Option<Interface> {
+    // `check_layout` and not `init_root_module`: the latter refuses older 0.x versions, which `version::accepts` takes.
+    // The text of a mismatch is up to 10 KB of type descriptions: it is dropped.
+    header.check_layout::<PluginModuleV1_Ref>().ok().map(Interface::V1)
+}
+
+impl Interface {
+    /// Take the root module out of a library header, version first.
+    ///
+    /// # Errors
+    /// One clause that says why not, and what to do.
+    pub fn open(header: &LibHeader) -> Result<Self, String> {
+        let version = header.version_strings();
+        version::accepts(API_VERSION, version.version.as_str())?;
+        let name = header.root_mod_consts().name();
+        let Some((_, open)) = KNOWN.iter().find(|(known, _)| *known == name.as_str()) else {
+            let known: Vec<&str> = KNOWN.iter().map(|(known, _)| *known).collect();
+            return Err(format!(
+                "it speaks the plugin interface {:?}, this instar speaks {}: update instar",
+                name.as_str(),
+                known.join(", ")
+            ));
+        };
+        open(header)
+            .ok_or_else(|| format!("its types differ from those of plugin API {}: rebuild the plugin", version.version))
+    }
+
+    /// What the plugin says about itself.
+    pub fn manifest(self) -> Result<PluginManifest, PluginError> {
+        match self {
+            Self::V1(module) => module.manifest()().into_result(),
+        }
+    }
+
+    /// How sure the plugin is that an image is of its format, 0 to 100.
+    pub fn probe(self, image: &ImageReader<'_>) -> Result<u32, PluginError> {
+        match self {
+            Self::V1(module) => module.probe()(image).into_result(),
+        }
+    }
+
+    /// What the header says.
+    pub fn facts(self, image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
+        match self {
+            Self::V1(module) => module.facts()(image).into_result(),
+        }
+    }
+
+    /// Whether an image may take its part in a commit.
+    pub fn verdict(self, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+        match self {
+            Self::V1(module) => module.verdict()(role, own, other),
+        }
+    }
+
+    /// The guest half.
+    pub fn guest_module(self) -> Result<GuestModule, PluginError> {
+        match self {
+            Self::V1(module) => module.guest_module()().into_result(),
+        }
+    }
+
+    /// A new, empty image.
+    pub fn create(self, spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
+        match self {
+            Self::V1(module) => module.create()(spec).into_result(),
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Where plugins are looked for.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+/// Names of plugin libraries begin with this.
+pub const FILE_PREFIX: &str = "libinstar_plugin_";
+/// Names of plugin libraries end with this.
+pub const FILE_SUFFIX: &str = ".so";
+/// Directory of distribution packages, below `lib` of the installation prefix.
+const TRIPLET: &str = "x86_64-linux-gnu";
+/// The environment variable that names more directories, separated by colons.
+pub const PATH_VARIABLE: &str = "INSTAR_PLUGIN_PATH";
+
+/// Directories in the order of their precedence. A library hides libraries of the same file name in later directories.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SearchPath {
+    directories: Vec<PathBuf>,
+    requested: Vec<PathBuf>,
+}
+
+impl SearchPath {
+    /// Exactly these directories.
+    #[must_use]
+    pub fn of(directories: Vec<PathBuf>) -> Self {
+        Self { requested: directories.clone(), directories }
+    }
+
+    /// The directories of this process: those of `--plugin-dir` in their order, those of `INSTAR_PLUGIN_PATH`, then the
+    /// built-in ones. The environment variable is not honoured in a set-user-ID or set-group-ID program.
+    #[must_use]
+    pub fn for_process(plugin_dirs: &[PathBuf]) -> Self {
+        let elevated = {
+            // AT_SECURE is what the dynamic loader goes by for LD_LIBRARY_PATH.
+            // SAFETY: `getauxval` reads a value that the kernel passed at the start of the process.
+            unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
+        };
+        let variable = if elevated { None } else { std::env::var_os(PATH_VARIABLE) };
+        let executable = std::env::current_exe().ok();
+        Self::assemble(plugin_dirs, variable.as_deref(), executable.as_deref())
+    }
+
+    fn assemble(plugin_dirs: &[PathBuf], variable: Option<&OsStr>, executable: Option<&Path>) -> Self {
+        let mut directories = plugin_dirs.to_vec();
+        if let Some(variable) = variable {
+            // An empty element means the current directory to some programs; here it means nothing. The same goes for
+            // relative ones: what they name depends on where the program happens to be started.
+            directories.extend(std::env::split_paths(variable).filter(|path| path.is_absolute()));
+        }
+        if let Some(directory) = executable.and_then(Path::parent) {
+            directories.push(directory.to_owned());
+            if let Some(prefix) = directory.parent() {
+                directories.push(prefix.join("lib").join(TRIPLET).join("instar/plugins"));
+                directories.push(prefix.join("lib64/instar/plugins"));
+                directories.push(prefix.join("lib/instar/plugins"));
+            }
+        }
+        directories.push(Path::new("/usr/lib").join(TRIPLET).join("instar/plugins"));
+        directories.push(PathBuf::from("/usr/lib64/instar/plugins"));
+        directories.push(PathBuf::from("/usr/lib/instar/plugins"));
+        let mut seen = std::collections::HashSet::new();
+        directories.retain(|directory| seen.insert(directory.clone()));
+        Self { directories, requested: plugin_dirs.to_vec() }
+    }
+
+    /// Whether the operator asked for this directory, so that its absence is worth a word.
+    #[must_use]
+    pub fn is_requested(&self, directory: &Path) -> bool {
+        self.requested.iter().any(|requested| requested == directory)
+    }
+
+    /// The directories in their order.
+    #[must_use]
+    pub fn directories(&self) -> &[PathBuf] {
+        &self.directories
+    }
+}
+
+/// Whether a file of this name is looked at.
+#[must_use]
+pub fn is_plugin_name(name: &str) -> bool {
+    name.strip_prefix(FILE_PREFIX).and_then(|rest| rest.strip_suffix(FILE_SUFFIX)).is_some_and(|stem| !stem.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_operator_comes_first_and_the_system_last() {
+        let path = SearchPath::assemble(
+            &[PathBuf::from("mine")],
+            Some(OsStr::new("/a:/b::relative")),
+            Some(Path::new("/usr/bin/instar")),
+        );
+        let shown: Vec<_> = path.directories().iter().map(|d| d.display().to_string()).collect();
+        assert_eq!(
+            shown,
+            [
+                "mine",
+                "/a",
+                "/b",
+                "/usr/bin",
+                "/usr/lib/x86_64-linux-gnu/instar/plugins",
+                "/usr/lib64/instar/plugins",
+                "/usr/lib/instar/plugins"
+            ]
+        );
+    }
+
+    #[test]
+    fn names() {
+        assert!(is_plugin_name("libinstar_plugin_qcow2.so"));
+        for other in ["libinstar_plugin_.so", "libinstar_plugin_qcow2.so.1", "instar_plugin_x.so", "libm.so"] {
+            assert!(!is_plugin_name(other), "{other}");
+        }
+    }
+}

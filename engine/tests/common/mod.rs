@@ -1,0 +1,68 @@
+//! What the tests share: plugin directories that pass the loader's checks, and images.
+
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use instar_engine::plugins::{Registry, SearchPath};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// The cdylib that cargo built for a dev-dependency.
+pub fn built(name: &str) -> PathBuf {
+    let path = std::env::current_exe().unwrap().parent().unwrap().join(format!("lib{name}.so"));
+    assert!(path.is_file(), "{} is not built", path.display());
+    path
+}
+
+pub fn qcow2_library() -> PathBuf {
+    built("instar_plugin_qcow2")
+}
+
+/// A directory of plugins of one's own.
+pub struct PluginDir(pub TempDir);
+
+impl PluginDir {
+    pub fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        Self(dir)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Put `bytes` there as the plugin `name`.
+    pub fn put(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.path().join(format!("libinstar_plugin_{name}.so"));
+        std::fs::write(&path, bytes).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        path
+    }
+
+    pub fn copy(&self, name: &str, library: &Path) -> PathBuf {
+        self.put(name, &std::fs::read(library).unwrap())
+    }
+
+    pub fn load(&self) -> Registry {
+        Registry::load(&SearchPath::of(vec![self.path().to_owned()]))
+    }
+
+    /// The one reason for which the one library there is skipped.
+    pub fn reason(&self) -> String {
+        let registry = self.load();
+        assert!(registry.plugins().is_empty(), "{:?}", registry.plugins());
+        assert_eq!(registry.skipped().len(), 1, "{:?}", registry.skipped());
+        let reason = registry.skipped()[0].reason.clone();
+        assert!(!reason.contains('\n') && reason.len() < 400, "{reason:?}");
+        reason
+    }
+}
+
+pub fn qcow2_registry() -> (PluginDir, Registry) {
+    let dir = PluginDir::new();
+    dir.copy("qcow2", &qcow2_library());
+    let registry = dir.load();
+    assert_eq!(registry.plugins().len(), 1, "{:?}", registry.skipped());
+    (dir, registry)
+}

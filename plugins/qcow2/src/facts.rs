@@ -1,0 +1,123 @@
+//! What a header says, in the terms of the plugin contract.
+
+use instar_plugin_api::std_types::{ROption, RVec};
+use instar_plugin_api::{BackingPointer, ErrorCode, Feature, ImageFacts, ImageReader, PluginError};
+use instar_qcow2_format::{
+    autoclear, compatible, header_bytes_needed, incompatible, CompressionType, ExtensionKind, Header, HeaderError,
+    HeaderErrorKind, Version,
+};
+
+/// Names of the features that verdicts look at and `instar info` does not show as `qemu-img info` does.
+pub mod names {
+    /// Number of internal snapshots.
+    pub const SNAPSHOTS: &str = "snapshots";
+    /// Number of persistent bitmaps.
+    pub const BITMAPS: &str = "bitmap-count";
+    /// `aes` or `luks`.
+    pub const ENCRYPTION: &str = "encryption";
+    /// Name of the external data file.
+    pub const DATA_FILE: &str = "data-file";
+    /// Incompatible feature bits that nothing is known of, as text.
+    pub const UNKNOWN_FEATURES: &str = "unknown-incompatible-features";
+    /// Width of refcounts in bits.
+    pub const REFCOUNT_BITS: &str = "refcount-bits";
+    /// 128-bit L2 entries.
+    pub const EXTENDED_L2: &str = "extended-l2";
+    /// `"0.10"` or `"1.1"`.
+    pub const COMPAT: &str = "compat";
+}
+
+/// Longest name of an unknown feature that is passed on, in characters.
+const NAME_CHARS: usize = 46;
+
+/// Read and parse the header.
+pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
+    let start = image.read_vec(0, 24)?;
+    let needed = header_bytes_needed(&start).unwrap_or(24);
+    // At most 2 MiB; what is longer than the file is cut off by the reader.
+    let bytes = image.read_vec(0, usize::try_from(needed).unwrap_or(24))?;
+    let header = Header::parse(&bytes).map_err(|error| refuse(&error))?;
+    Ok(facts(&header, image.length()))
+}
+
+fn refuse(error: &HeaderError) -> PluginError {
+    let code = match error.kind {
+        HeaderErrorKind::Unsupported => ErrorCode::UnsupportedFormat,
+        HeaderErrorKind::NotQcow2 | HeaderErrorKind::Truncated | HeaderErrorKind::Corrupt => ErrorCode::ParseFailed,
+    };
+    PluginError::new(code, error.text.clone())
+}
+
+fn facts(header: &Header, file_length: u64) -> ImageFacts {
+    let mut facts = ImageFacts::new("qcow2", header.virtual_size, header.cluster_size.bytes(), file_length);
+    facts.dirty = header.has(incompatible::DIRTY);
+    facts.corrupt = header.has(incompatible::CORRUPT);
+    facts.encrypted = header.crypt_method != 0;
+    facts.backing = match &header.backing_name {
+        None => ROption::RNone,
+        Some(name) => ROption::RSome(BackingPointer {
+            name: RVec::from(name.clone()),
+            format: header.backing_format().filter(|format| !format.is_empty()).map(RVec::from).into(),
+        }),
+    };
+    facts.features = features(header).into();
+    facts
+}
+
+/// The features, first those of `qemu-img info` in its order.
+fn features(header: &Header) -> Vec<Feature> {
+    let v3 = header.version == Version::V3;
+    let mut list = vec![Feature::text(names::COMPAT, if v3 { "1.1" } else { "0.10" }, true)];
+    let compression = match header.compression {
+        CompressionType::Zlib => "zlib",
+        CompressionType::Zstd => "zstd",
+    };
+    list.push(Feature::text("compression-type", compression, true));
+    if v3 {
+        list.push(Feature::flag("lazy-refcounts", header.compatible & compatible::LAZY_REFCOUNTS != 0, true));
+    }
+    list.push(Feature::number(names::REFCOUNT_BITS, u64::from(header.refcount_order.bits()), true));
+    if v3 {
+        list.push(Feature::flag("corrupt", header.has(incompatible::CORRUPT), true));
+        list.push(Feature::flag(names::EXTENDED_L2, header.has(incompatible::EXTENDED_L2), true));
+    }
+    if header.has(incompatible::DATA_FILE) {
+        let name = header.extension(ExtensionKind::DataFile).map(|e| String::from_utf8_lossy(&e.data).into_owned());
+        list.push(Feature::text(names::DATA_FILE, &name.unwrap_or_default(), true));
+        list.push(Feature::flag("data-file-raw", header.autoclear & autoclear::DATA_FILE_RAW != 0, true));
+    }
+    match header.crypt_method {
+        0 => {}
+        1 => list.push(Feature::text(names::ENCRYPTION, "aes", false)),
+        2 => list.push(Feature::text(names::ENCRYPTION, "luks", false)),
+        other => list.push(Feature::text(names::ENCRYPTION, &format!("unknown method {other}"), false)),
+    }
+    list.push(Feature::number(names::SNAPSHOTS, u64::from(header.snapshots), false));
+    // Without the autoclear bit the extension is stale, but somebody still has bitmaps in there.
+    let bitmaps = match header.extension(ExtensionKind::Bitmaps) {
+        None => 0,
+        Some(_) => header.bitmaps().map_or(1, |bitmaps| u64::from(bitmaps.count)),
+    };
+    list.push(Feature::number(names::BITMAPS, bitmaps, false));
+    let unknown = unknown_features(header);
+    if !unknown.is_empty() {
+        list.push(Feature::text(names::UNKNOWN_FEATURES, &unknown.join(", "), false));
+    }
+    list
+}
+
+/// The incompatible feature bits that nothing is known of, each with the name that the image gives to it.
+fn unknown_features(header: &Header) -> Vec<String> {
+    let unknown = header.incompatible & !incompatible::KNOWN;
+    (0..64u8)
+        .filter(|bit| unknown & (1 << bit) != 0)
+        .map(|bit| match header.feature_name(0, bit) {
+            Some(name) if !name.is_empty() => {
+                let name = String::from_utf8_lossy(&name);
+                let name: String = name.chars().take(NAME_CHARS).flat_map(char::escape_default).collect();
+                format!("bit {bit} (\"{name}\")")
+            }
+            _ => format!("bit {bit}"),
+        })
+        .collect()
+}

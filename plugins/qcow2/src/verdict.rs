@@ -1,0 +1,254 @@
+//! May this image take its part in a commit? Everything that the header alone can refuse is refused here, by
+//! name, before anything is changed. (Compressed clusters cannot be seen from the header: the guest looks for them.)
+
+use crate::facts::names;
+use instar_plugin_api::{CommitRole, ErrorCode, ImageFacts, Verdict};
+use instar_qcow2_format::{ClusterSize, RefcountOrder};
+
+/// The only refcount width that the guest half writes.
+const REFCOUNT_BITS: u64 = 16;
+const CHECK: &str = "run `qemu-img check -r all` on it first";
+
+/// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
+pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    let refusal = read_refusal(role, own)
+        .or_else(|| if role == CommitRole::Ancestor { None } else { write_refusal(own) })
+        .or_else(|| if role == CommitRole::Backing { size_refusal(own, other) } else { None });
+    if let Some((code, reason)) = refusal {
+        return Verdict::refused(code, reason);
+    }
+    match role {
+        CommitRole::Backing => match longest(own, other) {
+            Some(length) => Verdict::supported(length),
+            None => Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes"),
+        },
+        CommitRole::Overlay | CommitRole::Ancestor => Verdict::supported(0),
+    }
+}
+
+type Refusal = Option<(ErrorCode, String)>;
+
+fn number(facts: &ImageFacts, name: &str) -> u64 {
+    facts.feature(name).and_then(|json| json.parse().ok()).unwrap_or(0)
+}
+
+/// What stands in the way of reading an image.
+fn read_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
+    let corrupt = if role == CommitRole::Overlay { ErrorCode::OverlayCorrupt } else { ErrorCode::BackingCorrupt };
+    if own.corrupt {
+        return Some((corrupt, format!("the image is marked corrupt: {CHECK}")));
+    }
+    if own.encrypted {
+        let method = own.feature(names::ENCRYPTION).unwrap_or("\"unknown\"").trim_matches('"');
+        let reason = format!("encryption ({method}) is not supported: convert it to an image without encryption");
+        return Some((ErrorCode::LuksUnsupported, reason));
+    }
+    if own.feature(names::DATA_FILE).is_some() {
+        let reason = "an external data file is not supported: convert it to an image that holds its data itself";
+        return Some((ErrorCode::ExternalDataFile, reason.to_owned()));
+    }
+    if let Some(list) = own.feature(names::UNKNOWN_FEATURES) {
+        // JSON text of plain ASCII, in which only quotes and backslashes are escaped.
+        let list = list.strip_prefix('"').and_then(|l| l.strip_suffix('"')).unwrap_or(list).replace("\\\"", "\"");
+        let reason = format!("the image uses incompatible features that this plugin does not know: {list}");
+        return Some((ErrorCode::UnsupportedFormat, reason));
+    }
+    if own.feature(names::EXTENDED_L2) == Some("true") {
+        return unsupported("extended L2 entries (subclusters) are not supported yet: convert it with extended_l2=off");
+    }
+    None
+}
+
+/// What stands in the way of changing an image: all of its metadata has to be understood.
+fn write_refusal(own: &ImageFacts) -> Refusal {
+    if own.dirty {
+        return unsupported(&format!("the image was not closed cleanly (dirty bit): {CHECK}"));
+    }
+    let bits = number(own, names::REFCOUNT_BITS);
+    if bits != REFCOUNT_BITS {
+        let reason =
+            format!("refcounts of {bits} bits are not supported yet, only 16: convert it with refcount_bits=16");
+        return unsupported(&reason);
+    }
+    let snapshots = number(own, names::SNAPSHOTS);
+    if snapshots != 0 {
+        let reason = format!(
+            "internal snapshots are not supported yet, and it has {snapshots}: delete them with `qemu-img snapshot -d`"
+        );
+        return unsupported(&reason);
+    }
+    let bitmaps = number(own, names::BITMAPS);
+    if bitmaps != 0 {
+        let reason = format!(
+            "persistent bitmaps are not supported yet, and it has {bitmaps}: remove them with `qemu-img bitmap --remove`"
+        );
+        return unsupported(&reason);
+    }
+    None
+}
+
+fn size_refusal(own: &ImageFacts, overlay: &ImageFacts) -> Refusal {
+    if overlay.cluster_size != 0 && overlay.cluster_size != own.cluster_size {
+        let reason = format!(
+            "clusters of {} bytes in the overlay and {} in the backing: different sizes are not supported yet",
+            overlay.cluster_size, own.cluster_size
+        );
+        return unsupported(&reason);
+    }
+    None
+}
+
+fn unsupported(reason: &str) -> Refusal {
+    Some((ErrorCode::UnsupportedFormat, reason.to_owned()))
+}
+
+/// An upper bound of how long the backing's file can become, in bytes; `None` beyond 2^63.
+///
+/// Nothing in the file is counted as reused. In clusters:
+/// * as many as the file has now, the last one rounded up;
+/// * one for each data cluster that arrives. Of a qcow2 overlay without compressed clusters, each has a host
+///   cluster of its own in the overlay's file. A zero cluster has none, but becomes a cluster of zeroes in a version 2
+///   backing, which has no zero flag; it costs the overlay 8 bytes of L2 table. Of any other overlay: as many as the
+///   virtual disk has;
+/// * one for each L2 table that is missing. With equal cluster sizes, L2 tables of overlay and backing cover the
+///   same ranges, so there is one in the overlay's file for each; of any other overlay, one for each data
+///   cluster, which is the case when they lie scattered;
+/// * the L1 table, when it has to grow and move for a larger virtual size;
+/// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
+///   when it grows, twice as long as needed.
+fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
+    let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
+    let virtual_size = own.virtual_size.max(overlay.virtual_size);
+    let disk = cs.count_for(virtual_size).checked_add(1)?;
+    let overlay_clusters = cs.count_for(overlay.file_length);
+    let v2 = own.feature(names::COMPAT) == Some("\"0.10\"");
+    let (data, tables) = if overlay.format.as_str() == "qcow2" {
+        let zeroes = if v2 { overlay.file_length / 8 } else { 0 };
+        (overlay_clusters.checked_add(zeroes)?.min(disk), overlay_clusters)
+    } else {
+        (disk, disk)
+    };
+    let l1_entries = virtual_size.div_ceil(cs.l2_coverage());
+    // One more L2 table than entries of L1 cannot be needed; with one for good measure.
+    let tables = tables.min(l1_entries.checked_add(1)?);
+    let l1 = cs.count_for(l1_entries.checked_mul(8)?);
+    let content =
+        cs.count_for(own.file_length).checked_add(data)?.checked_add(tables)?.checked_add(l1)?.checked_add(2)?;
+
+    let order = RefcountOrder::new(u32::try_from(number(own, names::REFCOUNT_BITS)).ok()?.trailing_zeros())?;
+    let per_block = order.entries_in(cs.bytes());
+    let (mut blocks, mut table) = (0u64, 0u64);
+    loop {
+        let total = content.checked_add(blocks)?.checked_add(table)?;
+        let needed_blocks = total.div_ceil(per_block).checked_add(1)?;
+        let needed_table = cs.count_for(needed_blocks.checked_mul(8)?).checked_mul(2)?;
+        if needed_blocks <= blocks && needed_table <= table {
+            return total.checked_mul(cs.bytes()).filter(|&length| length <= i64::MAX as u64);
+        }
+        blocks = blocks.max(needed_blocks);
+        table = table.max(needed_table);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use instar_plugin_api::Feature;
+
+    fn image(cluster_size: u64, file_length: u64, virtual_size: u64) -> ImageFacts {
+        let mut facts = ImageFacts::new("qcow2", virtual_size, cluster_size, file_length);
+        facts.features.push(Feature::text("compat", "1.1", true));
+        facts.features.push(Feature::number("refcount-bits", 16, true));
+        facts
+    }
+
+    fn with(feature: Feature) -> ImageFacts {
+        let mut facts = image(65536, 262_144, 1 << 30);
+        facts.features.retain(|f| f.name != feature.name);
+        facts.features.push(feature);
+        facts
+    }
+
+    #[test]
+    fn plain_images_are_taken() {
+        let facts = image(65536, 262_144, 1 << 30);
+        for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+            assert_eq!(give(role, &facts, &facts).code, 0);
+        }
+    }
+
+    #[test]
+    fn what_the_first_release_does_not_cover_is_named() {
+        let plain = image(65536, 262_144, 1 << 30);
+        let cases = [
+            (Feature::number("refcount-bits", 64, true), "refcount_bits=16", false),
+            (Feature::flag("extended-l2", true, true), "extended_l2", true),
+            (Feature::number("snapshots", 2, false), "it has 2", false),
+            (Feature::number("bitmap-count", 1, false), "bitmap", false),
+            (Feature::text("data-file", "x", true), "data file", true),
+            (Feature::text("unknown-incompatible-features", "bit 20 (\"x\")", false), "bit 20 (\"x\")", true),
+        ];
+        for (feature, words, ancestor_too) in cases {
+            let facts = with(feature);
+            for role in [CommitRole::Overlay, CommitRole::Backing] {
+                let verdict = give(role, &facts, &plain);
+                assert_ne!(verdict.code, 0);
+                assert!(verdict.reason.contains(words), "{}", verdict.reason);
+            }
+            assert_eq!(give(CommitRole::Ancestor, &facts, &plain).code != 0, ancestor_too, "{words}");
+        }
+    }
+
+    #[test]
+    fn corrupt_dirty_and_encrypted() {
+        let plain = image(65536, 262_144, 1 << 30);
+        let corrupt = ImageFacts { corrupt: true, ..plain.clone() };
+        assert_eq!(give(CommitRole::Overlay, &corrupt, &plain).code, ErrorCode::OverlayCorrupt.number());
+        assert_eq!(give(CommitRole::Backing, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
+        assert_eq!(give(CommitRole::Ancestor, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
+        let encrypted = ImageFacts { encrypted: true, ..plain.clone() };
+        assert_eq!(give(CommitRole::Ancestor, &encrypted, &plain).code, ErrorCode::LuksUnsupported.number());
+        let dirty = ImageFacts { dirty: true, ..plain.clone() };
+        assert!(give(CommitRole::Overlay, &dirty, &plain).reason.contains("qemu-img check -r all"));
+        assert_eq!(give(CommitRole::Ancestor, &dirty, &plain).code, 0);
+    }
+
+    #[test]
+    fn different_cluster_sizes_are_refused_for_the_backing() {
+        let (a, b) = (image(65536, 262_144, 1 << 30), image(4096, 262_144, 1 << 30));
+        assert!(give(CommitRole::Backing, &a, &b).reason.contains("4096"));
+        assert_eq!(give(CommitRole::Backing, &a, &image(0, 262_144, 1 << 30)).code, 0);
+    }
+
+    #[test]
+    fn the_bound_covers_scattered_clusters() {
+        for bits in 9..=21u32 {
+            let cs = 1u64 << bits;
+            // One L2 table for each data cluster.
+            let pairs = 1000u64;
+            let coverage = cs * (cs / 8);
+            let overlay = image(cs, (pairs * 2 + 4) * cs, pairs * coverage);
+            let backing = image(cs, 3 * cs + 8 * pairs, pairs * coverage);
+            let bound = give(CommitRole::Backing, &backing, &overlay).max_length;
+            let new = pairs * 2 + (pairs * 2) / (cs / 2) + 1;
+            assert!(bound >= backing.file_length.next_multiple_of(cs) + new * cs, "{bits}");
+            assert!(bound <= backing.file_length + overlay.file_length * 3 + 64 * cs, "{bits} {bound}");
+        }
+    }
+
+    #[test]
+    fn the_bound_covers_zero_clusters_in_version_2() {
+        let overlay = image(65536, 10 * 65536, 1 << 40);
+        let mut backing = image(65536, 262_144, 1 << 40);
+        backing.features[0] = Feature::text("compat", "0.10", true);
+        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 65536 * 8192);
+    }
+
+    #[test]
+    fn absurd_facts_do_not_overflow() {
+        let absurd = image(65536, u64::MAX, u64::MAX);
+        assert_ne!(give(CommitRole::Backing, &absurd, &absurd).code, 0);
+        assert_ne!(give(CommitRole::Backing, &image(0, 1, 1), &image(0, 1, 1)).code, 0);
+    }
+}
