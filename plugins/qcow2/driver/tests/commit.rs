@@ -337,3 +337,46 @@ fn a_failed_request_leaves_the_overlay_readable_and_running_again_finishes() {
         verify_state(&io.files, &expected_overlay, &expected_backing);
     }
 }
+
+#[test]
+fn different_cluster_sizes_each_way() {
+    for (top, base) in [(9, 12), (12, 9), (9, 16), (16, 9), (12, 21), (21, 12), (10, 11)] {
+        for ancestor in [false, true] {
+            // The overlay ends within a cluster of either size.
+            let size = (5u64 << base.max(top)) + 1536;
+            let count = size.div_ceil(1 << top);
+            let mut overlay = Spec::new(top, size).with(data([0, 1, 3, count / 2, count - 1], 0x13));
+            overlay.clusters.insert(2, State::Zero);
+            overlay.clusters.insert(count / 3, State::ZeroAllocated(5));
+            let below = size.div_ceil(1 << base);
+            let backing = Spec::new(base, size + 512 * 7).with(data([0, below / 2], 0x50));
+            let mut pair = Pair::new(&overlay, &backing);
+            pair.ancestor =
+                ancestor.then(|| build(&Spec::new(11, size / 2048 * 2048).with(data(0..size / 2048, 0x66))));
+            commit_and_verify(&pair);
+            if top.max(base) < 13 {
+                verify_crashes(&pair);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_refcount_width_on_either_side() {
+    for order in 0..=6 {
+        for other in [4, order] {
+            let overlay = Spec { refcount_order: order, table_clusters: 4, ..Spec::new(9, 3_000 << 9) }
+                .with(data(0..700, 0x12))
+                .with([(900, State::Zero)]);
+            let backing = Spec { refcount_order: other, table_clusters: 4, ..Spec::new(9, 3_000 << 9) }
+                .with(data([0, 1, 900, 901], 0x12));
+            let pair = Pair::new(&overlay, &backing);
+            commit_and_verify(&pair);
+            let swapped = Pair::new(
+                &Spec { refcount_order: other, ..overlay.clone() },
+                &Spec { refcount_order: order, ..backing.clone() },
+            );
+            commit_and_verify(&swapped);
+        }
+    }
+}

@@ -26,6 +26,7 @@ pub struct Spec {
     /// Leaked clusters (refcount 1, no reference) before the data.
     pub leaks: u64,
     pub autoclear: u64,
+    pub refcount_order: u32,
     /// Refcount blocks stand before everything that they describe, not after it.
     pub blocks_first: bool,
 }
@@ -40,6 +41,7 @@ impl Spec {
             table_clusters: 1,
             leaks: 0,
             autoclear: 0,
+            refcount_order: 4,
             blocks_first: false,
         }
     }
@@ -79,7 +81,7 @@ impl File {
     }
 }
 
-/// Build the image. Refcounts have 16 bits.
+/// Build the image.
 pub fn build(spec: &Spec) -> Vec<u8> {
     let size = 1usize << spec.cluster_bits;
     let per_table = (size / 8) as u64;
@@ -89,7 +91,7 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     let l1_entries = spec.virtual_size.div_ceil(per_table << spec.cluster_bits).max(1);
     let l1 = file.allocate((l1_entries as usize * 8).div_ceil(size));
     file.allocate(spec.leaks as usize);
-    let per_block = size / 2;
+    let per_block = (size * 8) >> spec.refcount_order;
     let early: Vec<usize> = if spec.blocks_first { (0..16).map(|_| file.allocate(1)).collect() } else { Vec::new() };
     let mut l2: BTreeMap<u64, usize> = BTreeMap::new();
     for (&guest, &state) in &spec.clusters {
@@ -132,8 +134,11 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         file.put(table + index * 8, &(at as u64).to_be_bytes());
     }
     for cluster in file.used.clone() {
-        let at = block_at[cluster / per_block] + cluster % per_block * 2;
-        file.put(at, &1u16.to_be_bytes());
+        let index = cluster % per_block;
+        let bits = 1usize << spec.refcount_order;
+        // The lowest bit of the field: widths below a byte start at the least significant bit, others end there.
+        let (byte, bit) = if bits < 8 { (index * bits / 8, index * bits % 8) } else { ((index + 1) * bits / 8 - 1, 0) };
+        file.bytes[block_at[cluster / per_block] + byte] |= 1 << bit;
     }
     let mut head = Vec::new();
     head.extend(b"QFI\xfb");
@@ -150,7 +155,7 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     if spec.version == 3 {
         head.extend([0; 16]);
         head.extend(spec.autoclear.to_be_bytes());
-        head.extend(4u32.to_be_bytes());
+        head.extend(spec.refcount_order.to_be_bytes());
         head.extend(104u32.to_be_bytes());
     }
     file.put(header, &head);

@@ -48,9 +48,13 @@ impl<'a> View<'a> {
         if block == 0 {
             return 0;
         }
-        assert_eq!(self.refcount_order(), 4);
-        let at = (block + cluster % per_block * 2) as usize;
-        self.bytes.get(at..at + 2).map_or(0, |b| u64::from(u16::from_be_bytes(b.try_into().unwrap())))
+        let bits = 1u64 << self.refcount_order();
+        let first = cluster % per_block * bits;
+        let byte = |at: u64| u64::from(self.bytes.get((block + at) as usize).copied().unwrap_or(0));
+        if bits < 8 {
+            return (byte(first / 8) >> (first % 8)) & ((1 << bits) - 1);
+        }
+        (0..bits / 8).fold(0, |value, i| value << 8 | byte(first / 8 + i))
     }
 
     /// Every L2 entry that is not 0: guest cluster, entry.
