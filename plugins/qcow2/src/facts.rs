@@ -27,15 +27,18 @@ pub mod names {
     pub const COMPAT: &str = "compat";
 }
 
+/// Bytes that hold a header without its extensions, and the smallest cluster.
+const LEAST: u64 = 512;
 /// Longest name of an unknown feature that is passed on, in characters.
 const NAME_CHARS: usize = 46;
 
 /// Read and parse the header.
 pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let start = image.read_vec(0, 24)?;
-    let needed = header_bytes_needed(&start).unwrap_or(24);
-    // At most 2 MiB; what is longer than the file is cut off by the reader.
-    let bytes = image.read_vec(0, usize::try_from(needed).unwrap_or(24))?;
+    // At most 2 MiB; what is longer than the file is cut off by the reader. A header with a nonsensical cluster size gets as
+    // far as the check of it.
+    let needed = header_bytes_needed(&start).unwrap_or(LEAST);
+    let bytes = image.read_vec(0, usize::try_from(needed.max(LEAST)).unwrap_or(0))?;
     let header = Header::parse(&bytes).map_err(|error| refuse(&error))?;
     Ok(facts(&header, image.length()))
 }
