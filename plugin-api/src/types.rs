@@ -196,6 +196,12 @@ impl GuestModule {
         Self::new(elf, ROLE_SOURCE | ROLE_SINK)
     }
 
+    /// A module that can only be read from.
+    #[must_use]
+    pub const fn source_only(elf: &'static [u8]) -> Self {
+        Self::new(elf, ROLE_SOURCE)
+    }
+
     /// A module that can only be committed into.
     #[must_use]
     pub const fn sink_only(elf: &'static [u8]) -> Self {

@@ -4,7 +4,8 @@
 pub const MAX_CHAIN_DEVICES: usize = 16;
 
 /// The device number of the output device (the backing that is committed into).
-pub const DEVICE_OUTPUT: u32 = MAX_CHAIN_DEVICES as u32;
+pub const DEVICE_OUTPUT: u32 = 16;
+const _: () = assert!(DEVICE_OUTPUT as usize == MAX_CHAIN_DEVICES);
 
 /// How many modules the host loads at most: core, the operation, and the formats in play.
 pub const MAX_MODULES: usize = 16;

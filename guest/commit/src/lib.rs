@@ -1,1 +1,15 @@
-//! Placeholder
+//! The commit operation: it speaks only source and sink, and knows no format.
+//!
+//! The crate is an ordinary `no_std` library; the module that runs in the guest is a thin shell around it
+//! (`src/bin`).
+#![no_std]
+
+extern crate alloc;
+
+mod below;
+mod commit;
+mod run;
+
+pub use below::Ancestors;
+pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
+pub use run::run;

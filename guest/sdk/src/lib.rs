@@ -8,7 +8,11 @@
 extern crate alloc;
 
 mod error;
+pub mod ffi;
 mod io;
+#[cfg(feature = "memory")]
+pub mod memory;
+pub mod runtime;
 mod traits;
 
 pub use error::{DriverError, DriverResult};

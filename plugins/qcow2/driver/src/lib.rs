@@ -1,1 +1,49 @@
-//! Placeholder
+//! The guest half of the qcow2 plugin: the source and sink roles over block requests.
+//!
+//! The crate is an ordinary `no_std` library; the module that runs in the guest is a thin shell around it
+//! (`src/bin`). Module by module:
+//!
+//! * [`image`]: an open image: header, features, bounds;
+//! * [`slice_cache`]: pieces of metadata, read and written in batches;
+//! * [`cluster_set`]: which host clusters are referenced, in bounded memory;
+//! * [`refcounts`]: looking refcounts up through the refcount table;
+//! * [`scan`]: walking a whole table once;
+//! * [`source`], [`check`], [`empty`]: the source role;
+//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role.
+#![no_std]
+
+extern crate alloc;
+
+pub mod allocator;
+pub mod check;
+pub mod cluster_set;
+pub mod empty;
+pub mod image;
+pub mod metadata_map;
+pub mod plan;
+pub mod refcounts;
+pub mod scan;
+pub mod sink;
+pub mod slice_cache;
+pub mod source;
+pub mod write;
+
+use image::{Image, Role};
+use instar_guest_sdk::abi::DeviceConfig;
+use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver};
+
+/// The qcow2 format.
+pub struct Qcow2;
+
+impl FormatDriver for Qcow2 {
+    type Source = source::Qcow2Source;
+    type Sink = sink::Qcow2Sink;
+
+    fn open_source(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Self::Source> {
+        Ok(source::Qcow2Source::new(Image::open(io, device, Role::Source)?))
+    }
+
+    fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self::Sink> {
+        Ok(sink::Qcow2Sink::new(Image::open(io, device, Role::Sink)?, has_backing))
+    }
+}

@@ -1,1 +1,5 @@
-fn main() {}
+//! The guest half of the qcow2 plugin as a guest module.
+#![no_std]
+#![no_main]
+
+instar_guest_sdk::export_format!(instar_qcow2_driver::Qcow2);

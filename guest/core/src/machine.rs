@@ -1,0 +1,218 @@
+//! Core at its place in the guest: ports, fixed addresses, the one heap. Only ever run in the guest.
+
+use crate::{check_configuration, check_descriptor, encode_panic, module_name, submit, Doorbell, Heap, StartError};
+use core::arch::asm;
+use core::cell::UnsafeCell;
+use core::ops::Range;
+use core::ptr::null;
+use core::slice;
+use instar_guest_abi::{
+    CallTable, ChainConfig, CommitConfig, FormatOps, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable,
+    OperationOps, Request, Ring, CHAIN_CONFIG_ADDR, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE, MODULE_ABI_MAJOR,
+    MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_EXIT, PORT_MESSAGE, RING_ADDR,
+};
+
+/// State of the guest, which has one thread and no interrupts.
+struct Global<T>(UnsafeCell<T>);
+
+// SAFETY: the guest has one thread.
+unsafe impl<T> Sync for Global<T> {}
+
+static HEAP: Global<Heap> = Global(UnsafeCell::new(Heap::new()));
+static HEAP_RANGE: Global<Range<u64>> = Global(UnsafeCell::new(0..0));
+
+/// The heap, for the time of one call.
+fn with_heap<T>(body: impl FnOnce(&mut Heap) -> T) -> T {
+    // SAFETY: one thread, and no body below reaches the heap again.
+    body(unsafe { &mut *HEAP.0.get() })
+}
+
+static TABLE: CallTable = CallTable {
+    #[allow(clippy::cast_possible_truncation, reason = "some dozens of bytes")]
+    size: size_of::<CallTable>() as u32,
+    abi_major: MODULE_ABI_MAJOR,
+    abi_minor: MODULE_ABI_MINOR,
+    reserved: 0,
+    alloc,
+    dealloc,
+    submit: submit_all,
+    message,
+    heap_free,
+    panic,
+};
+
+/// An address of the guest, which is of 64 bits.
+#[allow(clippy::cast_possible_truncation, reason = "built for 64 bits only")]
+const fn address(value: u64) -> usize {
+    value as usize
+}
+
+fn out(port: u16, value: u32) {
+    // SAFETY: the host executes the `out`; it may read and write the ring, the message and the buffers that the
+    // ring names, so memory counts as changed.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack)) };
+}
+
+extern "C" fn alloc(size: usize, align: usize) -> *mut u8 {
+    with_heap(|heap| heap.alloc(size, align))
+}
+
+extern "C" fn dealloc(pointer: *mut u8, size: usize, align: usize) {
+    // SAFETY: the interface promises what `alloc` returned for this size and alignment.
+    with_heap(|heap| unsafe { heap.dealloc(pointer, size, align) });
+}
+
+extern "C" fn heap_free() -> usize {
+    with_heap(|heap| heap.free())
+}
+
+struct Bell;
+
+impl Doorbell for Bell {
+    fn ring(&mut self, requests: &mut [Request]) {
+        // SAFETY: the ring is mapped there, and no other reference to it exists.
+        let entries = unsafe { &mut (*(RING_ADDR as *mut Ring)).entries };
+        for (entry, request) in entries.iter_mut().zip(&*requests) {
+            *entry = *request;
+        }
+        out(PORT_DOORBELL, u32::try_from(requests.len()).unwrap_or(0));
+        for (request, entry) in requests.iter_mut().zip(&*entries) {
+            request.status = entry.status;
+        }
+    }
+
+    fn heap(&self) -> Range<u64> {
+        // SAFETY: written once, before any module runs.
+        unsafe { (*HEAP_RANGE.0.get()).clone() }
+    }
+
+    fn with_bounce(&mut self, length: usize, body: &mut dyn FnMut(&mut Self, u64)) -> bool {
+        let buffer = alloc(length, 16);
+        if buffer.is_null() {
+            return false;
+        }
+        body(self, buffer as u64);
+        dealloc(buffer, length, 16);
+        true
+    }
+
+    unsafe fn copy(&mut self, from: u64, to: u64, length: usize) {
+        // SAFETY: the caller promises that both are accessible and apart.
+        unsafe { core::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, length) };
+    }
+}
+
+extern "C" fn submit_all(requests: *mut Request, count: usize) -> usize {
+    if requests.is_null() || count == 0 {
+        return 0;
+    }
+    // SAFETY: the interface promises `count` requests whose buffers are accessible to the guest.
+    unsafe { submit(&mut Bell, slice::from_raw_parts_mut(requests, count)) }
+}
+
+/// The message buffer.
+fn buffer() -> &'static mut [u8] {
+    // SAFETY: the buffer is mapped there; each of the two users is done with it when the host has read it.
+    unsafe { slice::from_raw_parts_mut(MESSAGE_ADDR as *mut u8, address(MESSAGE_SIZE)) }
+}
+
+extern "C" fn message(bytes: *const u8, length: usize) {
+    if bytes.is_null() {
+        return;
+    }
+    // SAFETY: the interface promises `length` readable bytes.
+    let bytes = unsafe { slice::from_raw_parts(bytes, length) };
+    match buffer().get_mut(..length) {
+        Some(buffer) => {
+            buffer.copy_from_slice(bytes);
+            out(PORT_MESSAGE, u32::try_from(length).unwrap_or(0));
+        }
+        None => report("a module sent a message that is too long"),
+    }
+}
+
+extern "C" fn panic(text: *const u8, length: usize) -> ! {
+    let text = if text.is_null() {
+        &[]
+    } else {
+        // SAFETY: the interface promises `length` readable bytes.
+        unsafe { slice::from_raw_parts(text, length) }
+    };
+    report(core::str::from_utf8(text).unwrap_or("a panic whose message is not text"))
+}
+
+/// Report a panic and end the guest.
+fn report(text: &str) -> ! {
+    let length = encode_panic(if text.is_empty() { "without a message" } else { text }, buffer());
+    out(PORT_MESSAGE, u32::try_from(length).unwrap_or(0));
+    exit()
+}
+
+fn exit() -> ! {
+    loop {
+        out(PORT_EXIT, 0);
+    }
+}
+
+/// Check, set up the heap, call the modules' entries, run the operation.
+///
+/// # Safety
+/// Called once, by the entry of core, in the guest as the host sets it up.
+pub unsafe fn start() -> ! {
+    // SAFETY: the host mapped and wrote the three pages.
+    let (config, chain, modules) = unsafe {
+        (
+            &*(OPERATION_CONFIG_ADDR as *const CommitConfig),
+            &*(CHAIN_CONFIG_ADDR as *const ChainConfig),
+            &*(MODULE_TABLE_ADDR as *const ModuleTable),
+        )
+    };
+    // SAFETY: a static table; done before anything can allocate or panic.
+    unsafe { instar_guest_sdk::runtime::init(&raw const TABLE) };
+    let count = check_configuration(config, chain, modules).unwrap_or_else(|error| fail("instar", error));
+    // SAFETY: one thread; nothing has used the heap yet, and the host reserved the range for it.
+    let claimed = unsafe {
+        *HEAP_RANGE.0.get() = config.heap_start..config.heap_end;
+        with_heap(|heap| heap.claim(address(config.heap_start), address(config.heap_end)))
+    };
+    if !claimed {
+        fail("instar", StartError::Heap);
+    }
+
+    let mut formats = [null::<FormatOps>(); MAX_MODULES];
+    for (entry, ops) in modules.entries.iter().zip(&mut formats).take(count).skip(2) {
+        *ops = open_module(entry, ModuleKind::Format).ops.cast();
+    }
+    if let Some(operation) = modules.entries.get(1) {
+        let ops = open_module(operation, ModuleKind::Operation).ops.cast::<OperationOps>();
+        // SAFETY: the descriptor of an operation points to its table.
+        let run = unsafe { (*ops).run };
+        run(&raw const TABLE, config, chain, formats.as_ptr(), count);
+    }
+    exit()
+}
+
+fn fail(module: &str, error: StartError) -> ! {
+    // Formatted by the panic handler, without the heap.
+    panic_with(format_args!("module {module}: {error}"))
+}
+
+#[allow(clippy::panic, reason = "the way to report that the guest cannot start")]
+fn panic_with(text: core::fmt::Arguments<'_>) -> ! {
+    panic!("{text}")
+}
+
+/// Call a module's entry and check what it returns.
+fn open_module(entry: &ModuleEntry, kind: ModuleKind) -> &'static ModuleDescriptor {
+    // SAFETY: the host checked that the entry lies in the module's text, and made it of this type by contract.
+    let function = unsafe {
+        core::mem::transmute::<usize, extern "C" fn(*const CallTable) -> *const ModuleDescriptor>(address(entry.entry))
+    };
+    // SAFETY: null or a descriptor that lives as long as the guest, by contract.
+    let descriptor = unsafe { function(&raw const TABLE).as_ref() };
+    match (check_descriptor(descriptor, kind), descriptor) {
+        (Ok(()), Some(descriptor)) => descriptor,
+        (Err(error), _) => fail(module_name(entry), error),
+        (Ok(()), None) => fail(module_name(entry), StartError::NoDescriptor),
+    }
+}

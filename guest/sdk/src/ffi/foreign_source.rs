@@ -1,0 +1,116 @@
+//! A source of another module.
+
+use super::{call, protocol, MAX_EXTENTS};
+use crate::{BlockIo, DriverResult, Source};
+use alloc::vec::Vec;
+use core::ffi::c_void;
+use core::ptr::null_mut;
+use instar_guest_abi::{DeviceConfig, Extent, ExtentKind, ImageInfo, SourceOps};
+
+/// A source of another module. It does its block I/O itself: the `io` of the calls is not used.
+pub struct ForeignSource {
+    ops: &'static SourceOps,
+    handle: *mut c_void,
+}
+
+impl ForeignSource {
+    pub(super) fn open(ops: &'static SourceOps, device: &DeviceConfig) -> DriverResult<Self> {
+        let mut handle = null_mut();
+        call(|failure| (ops.open)(device, &raw mut handle, failure))?;
+        if handle.is_null() {
+            return Err(protocol("the module opened a source without a handle"));
+        }
+        Ok(Self { ops, handle })
+    }
+}
+
+impl Drop for ForeignSource {
+    fn drop(&mut self) {
+        (self.ops.close)(self.handle);
+    }
+}
+
+/// Whether `found`, enumerated from `from` on with `next` as the place to go on, is what the interface promises.
+fn plausible(found: &[Extent], from: u64, next: u64) -> bool {
+    let mut after = from;
+    for (index, extent) in found.iter().enumerate() {
+        // The first extent may begin before `from`, in the middle of a run.
+        let Some(end) = extent.guest_offset.checked_add(extent.length) else { return false };
+        let source_kind = matches!(
+            ExtentKind::from_u32(extent.kind),
+            Some(ExtentKind::Data | ExtentKind::Zero | ExtentKind::Encoded)
+        );
+        if extent.length == 0 || !source_kind || end <= after || (index > 0 && extent.guest_offset < after) {
+            return false;
+        }
+        after = end;
+    }
+    // Enumeration must advance, or be at the end.
+    next >= after
+}
+
+impl Source for ForeignSource {
+    fn info(&self) -> ImageInfo {
+        let mut info = ImageInfo::default();
+        (self.ops.info)(self.handle, &raw mut info);
+        info
+    }
+
+    fn check(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        let mut clusters = 0;
+        call(|failure| (self.ops.check)(self.handle, u32::from(will_empty), &raw mut clusters, failure))?;
+        Ok(clusters)
+    }
+
+    fn extents(&mut self, _: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+        let capacity = max.min(MAX_EXTENTS);
+        let start = out.len();
+        out.reserve(capacity);
+        let (mut count, mut next) = (0, 0);
+        let room = out.spare_capacity_mut().as_mut_ptr().cast::<Extent>();
+        call(|failure| (self.ops.extents)(self.handle, from, room, capacity, &raw mut count, &raw mut next, failure))?;
+        if count > capacity {
+            return Err(protocol("the module returned more extents than asked for"));
+        }
+        // SAFETY: the module filled `count` extents of the reserved room.
+        unsafe { out.set_len(start + count) };
+        let found = out.get(start..).unwrap_or_default();
+        if !plausible(found, from, next) || (next == from && from < self.info().virtual_size) {
+            return Err(protocol("the module returned extents out of order, of unknown kind, or none at all"));
+        }
+        Ok(next)
+    }
+
+    fn read(&mut self, _: &mut dyn BlockIo, extent: &Extent, guest_offset: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        let (address, length) = (buffer.as_mut_ptr(), buffer.len());
+        call(|failure| (self.ops.read)(self.handle, extent, guest_offset, address, length, failure))
+    }
+
+    fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
+        let mut cleared = 0;
+        call(|failure| (self.ops.empty)(self.handle, &raw mut cleared, failure))?;
+        Ok(cleared)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extent(guest_offset: u64, length: u64, kind: u32) -> Extent {
+        Extent { guest_offset, length, location: 0, kind, device: 0 }
+    }
+
+    #[test]
+    fn only_ascending_known_extents_are_plausible() {
+        assert!(plausible(&[], 0, 100));
+        assert!(plausible(&[extent(0, 10, 1), extent(10, 5, 2), extent(20, 5, 3)], 0, 25));
+        assert!(plausible(&[extent(0, 10, 1)], 5, 10));
+        assert!(!plausible(&[extent(0, 10, 1), extent(9, 5, 1)], 0, 25));
+        assert!(!plausible(&[extent(0, 0, 1)], 0, 25));
+        assert!(!plausible(&[extent(0, 1, 4)], 0, 25), "memory is not for sources");
+        assert!(!plausible(&[extent(0, 1, 9)], 0, 25));
+        assert!(!plausible(&[extent(u64::MAX, 2, 1)], 0, u64::MAX));
+        assert!(!plausible(&[extent(0, 10, 1)], 0, 9));
+    }
+}

@@ -1,0 +1,182 @@
+//! An operation that does what the flags say; see [`Scenario`].
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::arch::asm;
+use core::hint::black_box;
+use instar_guest_protocol::{guest_message::Kind, CommitResultMessage, GuestMessage, LogMessage, Message};
+use instar_guest_sdk::abi::{
+    Request, Ring, MESSAGE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_FAULT, PORT_MESSAGE, RING_ADDR, STACK_TOP,
+    SYSTEM_ADDR,
+};
+use instar_guest_sdk::ffi::Operation;
+use instar_guest_sdk::{export_operation, BlockIo, DriverResult, ReadBelow, Sink, Source};
+use instar_guest_testmod::Scenario;
+
+type Send<'a> = &'a mut dyn FnMut(&[u8]);
+
+static CONSTANT: [u8; 64] = [7; 64];
+
+fn out(port: u16, value: u32) {
+    // SAFETY: a test of what the host does with it.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value) };
+}
+
+fn write_to(address: u64) {
+    // SAFETY: none; the fault is what is tested.
+    unsafe { asm!("mov byte ptr [{0}], 1", in(reg) address) };
+}
+
+fn message(kind: Kind) -> Vec<u8> {
+    GuestMessage { kind: Some(kind) }.encode_to_vec()
+}
+
+fn succeed(send: Send<'_>, text: String, clusters: u64) {
+    let result =
+        CommitResultMessage { overlay_format: text, clusters_committed: clusters, ..CommitResultMessage::default() };
+    send(&message(Kind::CommitResult(result)));
+}
+
+fn recurse(depth: u64) -> u64 {
+    let frame = black_box([depth; 64]);
+    if depth == u64::MAX {
+        return frame[3];
+    }
+    recurse(black_box(depth + 1)) + black_box(frame)[5]
+}
+
+struct NothingBelow;
+
+impl ReadBelow for NothingBelow {
+    fn exists(&self) -> bool {
+        false
+    }
+    fn read(&mut self, _: &mut dyn BlockIo, _: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        buffer.fill(0);
+        Ok(())
+    }
+}
+
+fn foreign(operation: &Operation<'_>, io: &mut dyn BlockIo) -> DriverResult<u64> {
+    let (overlay, output) = (&operation.chain.devices[0], &operation.chain.output);
+    let mut source = operation.format_of(overlay)?.open_source(overlay)?;
+    let mut sink = operation.format_of(output)?.open_sink(output, false)?;
+    let mut extents = Vec::new();
+    let size = source.extents(io, 0, 10, &mut extents)?;
+    sink.plan(io, &extents)?;
+    sink.planned(io)?;
+    sink.write(io, &extents, &mut NothingBelow)?;
+    sink.finish(io)?;
+    Ok(size)
+}
+
+fn good(io: &mut dyn BlockIo, send: Send<'_>) {
+    let mut map = BTreeMap::new();
+    for number in 0..1000_u64 {
+        map.insert(number * 7919 % 1000, format!("{:.2}", black_box(2.0_f64).sqrt_like(number)));
+    }
+    let mut buffer = vec![0_u8; 4096];
+    let address = buffer.as_mut_ptr() as u64;
+    let mut requests: Vec<Request> = (0..600).map(|i| Request::read(0, i * 4096, address, 4096)).collect();
+    let clusters = match io.submit(&mut requests) {
+        Ok(()) => u64::from(buffer[0]),
+        Err(failure) => 1000 + u64::from(failure.errno),
+    };
+    send(&message(Kind::Log(LogMessage { text: format!("{} entries", map.len()) })));
+    succeed(send, map.get(&500).cloned().unwrap_or_default(), clusters);
+}
+
+trait SqrtLike {
+    fn sqrt_like(self, number: u64) -> f64;
+}
+
+impl SqrtLike for f64 {
+    fn sqrt_like(self, number: u64) -> f64 {
+        self * f64::from(u32::try_from(number).unwrap_or(0)) / 3.0
+    }
+}
+
+#[allow(clippy::panic, reason = "the panic is what is tested")]
+fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
+    let Some(scenario) = Scenario::from_u32(operation.config.flags) else { panic!("no such scenario") };
+    match scenario {
+        Scenario::Good => good(io, send),
+        Scenario::NullWrite => write_to(black_box(0)),
+        Scenario::ConstantWrite => write_to(CONSTANT.as_ptr() as u64),
+        Scenario::TextWrite => write_to(run as *const () as u64),
+        Scenario::ConfigWrite => write_to(OPERATION_CONFIG_ADDR),
+        Scenario::SystemRead => {
+            // SAFETY: none; the fault is what is tested.
+            unsafe { asm!("mov {0}, [{0}]", inout(reg) SYSTEM_ADDR => _) };
+        }
+        Scenario::HeapExecute => {
+            let code = vec![0xc3_u8; 16];
+            // SAFETY: none; the fault is what is tested.
+            unsafe { asm!("call {0}", in(reg) black_box(code.as_ptr()), clobber_abi("C")) };
+        }
+        Scenario::Divide => {
+            // SAFETY: none; the fault is what is tested.
+            unsafe {
+                asm!("xor edx, edx", "mov eax, 1", "xor ecx, ecx", "div ecx", out("eax") _, out("ecx") _, out("edx") _)
+            };
+        }
+        Scenario::Privileged => {
+            // SAFETY: none; the fault is what is tested.
+            unsafe { asm!("mov {0}, cr0", out(reg) _) };
+        }
+        Scenario::Panic => panic!("on purpose, with the number {}", black_box(42)),
+        Scenario::Stall => loop {
+            black_box(0);
+        },
+        Scenario::DoorbellCount => out(PORT_DOORBELL, 257),
+        Scenario::UnknownPort => out(0x80, 1),
+        Scenario::BufferOutside => {
+            // SAFETY: the ring is mapped there; core is past by.
+            unsafe { (*(RING_ADDR as *mut Ring)).entries[0] = Request::read(0, 0, STACK_TOP - 4096, 16) };
+            out(PORT_DOORBELL, 1);
+        }
+        Scenario::BadMessage => send(&[0xff; 20]),
+        Scenario::LongMessage => out(PORT_MESSAGE, 1 << 20),
+        Scenario::StackOverflow => {
+            black_box(recurse(0));
+        }
+        Scenario::PortIn => {
+            // SAFETY: a test of what the host does with it.
+            unsafe { asm!("in al, dx", in("dx") 0x510_u16, out("al") _) };
+        }
+        Scenario::FalseFault => out(PORT_FAULT, 14),
+        Scenario::HeapExhausted => {
+            let mut all = Vec::new();
+            loop {
+                all.push(vec![1_u8; 1 << 20]);
+                black_box(&all);
+            }
+        }
+        Scenario::MessageFlood => loop {
+            send(&message(Kind::Log(LogMessage { text: String::from("again") })));
+        },
+        Scenario::DoorbellFlood => loop {
+            let _ = io.flush(0);
+        },
+        Scenario::Silent => {}
+        Scenario::Foreign => match foreign(operation, io) {
+            Ok(size) => succeed(send, String::from("foreign"), size),
+            Err(error) => panic!("{error}"),
+        },
+        Scenario::StackBuffer => {
+            let mut buffer = [0_u8; 512];
+            let result = io.read(0, 0, &mut buffer).and_then(|()| io.write(0, 0, &CONSTANT));
+            succeed(send, format!("{result:?}"), u64::from(buffer[511]));
+        }
+    }
+    black_box(MESSAGE_ADDR);
+}
+
+export_operation!(run);

@@ -1,0 +1,74 @@
+//! Guest modules that behave and misbehave, for the tests of the KVM runner.
+//!
+//! The operation `test-operation` does what the flags of the configuration say: one [`Scenario`].
+#![no_std]
+
+macro_rules! scenarios {
+    ($($(#[$doc:meta])* $name:ident = $value:literal;)*) => {
+        /// What the test operation does.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Scenario { $($(#[$doc])* $name = $value,)* }
+
+        impl Scenario {
+            /// The scenario with this number.
+            #[must_use]
+            pub fn from_u32(value: u32) -> Option<Self> {
+                match value { $($value => Some(Self::$name),)* _ => None }
+            }
+        }
+    };
+}
+
+scenarios! {
+    /// Use the heap, floats and the ring, then report success.
+    Good = 0;
+    /// Write to address 0.
+    NullWrite = 1;
+    /// Write to the module's own constants.
+    ConstantWrite = 2;
+    /// Execute bytes in the heap.
+    HeapExecute = 3;
+    /// Divide by zero.
+    Divide = 4;
+    /// Read CR0.
+    Privileged = 5;
+    /// Panic with a message.
+    Panic = 6;
+    /// Loop for ever.
+    Stall = 7;
+    /// Ring for more requests than the ring has.
+    DoorbellCount = 8;
+    /// `out` to a port that means nothing.
+    UnknownPort = 9;
+    /// A READ into the stack's addresses, past core's help.
+    BufferOutside = 10;
+    /// Send bytes that are no message.
+    BadMessage = 11;
+    /// Announce a message longer than its buffer.
+    LongMessage = 12;
+    /// Recurse until the stack ends.
+    StackOverflow = 13;
+    /// Write to the configuration.
+    ConfigWrite = 14;
+    /// Read the supervisor's descriptor tables.
+    SystemRead = 15;
+    /// `in` from a port.
+    PortIn = 16;
+    /// `out` to the fault port from ring 3.
+    FalseFault = 17;
+    /// Allocate until the heap is exhausted.
+    HeapExhausted = 18;
+    /// Send log messages for ever.
+    MessageFlood = 19;
+    /// Ring for ever, one request each.
+    DoorbellFlood = 20;
+    /// Return without a result.
+    Silent = 21;
+    /// Read a device through the format module, and write through its sink.
+    Foreign = 22;
+    /// Write to the module's own text.
+    TextWrite = 23;
+    /// Read buffers on the stack and in statics.
+    StackBuffer = 24;
+}

@@ -1,0 +1,190 @@
+//! An open image: its header, verified against what the host saw, and the bounds of its file.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec;
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_qcow2_format::{incompatible, ClusterSize, Header, HeaderErrorKind, HostCluster, HostOffset};
+
+/// Which role the image is opened for: it decides which side a corruption is reported on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Data comes from it.
+    Source,
+    /// Data goes into it.
+    Sink,
+}
+
+/// An open image.
+#[derive(Debug)]
+pub struct Image {
+    /// Device number for requests.
+    pub device: u32,
+    /// Length of the file in bytes when it was opened.
+    pub file_length: u64,
+    /// The header.
+    pub header: Header,
+    role: Role,
+}
+
+impl Image {
+    /// Read and verify the header.
+    ///
+    /// # Errors
+    /// [`ErrorCode::HeaderMismatch`] if it is not what the host saw; the code of a feature that cannot be
+    /// read; corruption of this side.
+    pub fn open(io: &mut dyn BlockIo, device: &DeviceConfig, role: Role) -> DriverResult<Self> {
+        let first = device.cluster_size.clamp(512, 2 << 20).min(device.file_length);
+        let mut bytes = vec![0; usize::try_from(first).unwrap_or(0)];
+        io.read(device.device, 0, &mut bytes)?;
+        let header = Header::parse(&bytes).map_err(|error| {
+            let code = match (error.kind, role) {
+                (HeaderErrorKind::NotQcow2, _) => ErrorCode::HeaderMismatch,
+                (HeaderErrorKind::Unsupported, _) => ErrorCode::UnsupportedFormat,
+                (_, Role::Source) => ErrorCode::OverlayCorrupt,
+                (_, Role::Sink) => ErrorCode::BackingCorrupt,
+            };
+            DriverError::new(code, error.text).at(device.device, error.offset)
+        })?;
+        if header.virtual_size != device.virtual_size || header.cluster_size.bytes() != device.cluster_size {
+            return Err(DriverError::new(
+                ErrorCode::HeaderMismatch,
+                format!(
+                    "the header changed: virtual size {} and cluster size {} bytes, before {} and {}",
+                    header.virtual_size,
+                    header.cluster_size.bytes(),
+                    device.virtual_size,
+                    device.cluster_size
+                ),
+            )
+            .at(device.device, 0));
+        }
+        let image = Self { device: device.device, file_length: device.file_length, header, role };
+        image.refuse_unreadable()?;
+        image.check_table_bounds()?;
+        Ok(image)
+    }
+
+    /// Features that make the content unreadable for this driver. The host half refuses them first, by the
+    /// same header; this is what holds if it did not.
+    fn refuse_unreadable(&self) -> DriverResult<()> {
+        let refused = |code, text: &str| Err(DriverError::new(code, text).at(self.device, 72));
+        let header = &self.header;
+        if header.crypt_method != 0 {
+            return refused(ErrorCode::LuksUnsupported, "the image is encrypted");
+        }
+        if header.has(incompatible::DATA_FILE) {
+            return refused(ErrorCode::ExternalDataFile, "the image has an external data file");
+        }
+        if header.has(incompatible::EXTENDED_L2) {
+            return refused(ErrorCode::UnsupportedFormat, "the image has extended L2 entries");
+        }
+        if header.incompatible & !incompatible::KNOWN != 0 {
+            return refused(ErrorCode::UnsupportedFormat, "the image has an unknown incompatible feature");
+        }
+        Ok(())
+    }
+
+    /// Features that forbid changing the image, or relying on its refcounts.
+    ///
+    /// # Errors
+    /// The code of the feature.
+    pub fn refuse_unwritable(&self) -> DriverResult<()> {
+        let refused = |code, at, text: &str| Err(DriverError::new(code, text).at(self.device, at));
+        let header = &self.header;
+        if header.has(incompatible::CORRUPT) {
+            return refused(self.corrupt_code(), 72, "the image is marked corrupt");
+        }
+        if header.has(incompatible::DIRTY) {
+            return refused(ErrorCode::UnsupportedFormat, 72, "the image was not closed cleanly (dirty bit)");
+        }
+        if header.snapshots != 0 {
+            return refused(ErrorCode::UnsupportedFormat, 60, "the image has internal snapshots");
+        }
+        if header.bitmaps().is_some_and(|b| b.count > 0) {
+            return refused(ErrorCode::UnsupportedFormat, 88, "the image has persistent bitmaps");
+        }
+        Ok(())
+    }
+
+    fn check_table_bounds(&self) -> DriverResult<()> {
+        let header = &self.header;
+        let l1_end = header.l1_table.0.saturating_add(header.l1_bytes());
+        if header.l1_entries != 0 && l1_end > self.file_length {
+            return Err(self.corrupt(
+                40,
+                format!("the L1 table ends at {l1_end}, past the end of the file at {}", self.file_length),
+            ));
+        }
+        let end = header.refcount_table.0.saturating_add(header.refcount_table_bytes());
+        if end > self.clustered_length() {
+            return Err(self.corrupt(
+                48,
+                format!("the refcount table ends at {end}, past the end of the file at {}", self.file_length),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The error code for corruption of this side.
+    #[must_use]
+    pub fn corrupt_code(&self) -> ErrorCode {
+        match self.role {
+            Role::Source => ErrorCode::OverlayCorrupt,
+            Role::Sink => ErrorCode::BackingCorrupt,
+        }
+    }
+
+    /// Corruption of this image at byte `offset` of the file.
+    pub fn corrupt(&self, offset: u64, text: impl Into<String>) -> DriverError {
+        DriverError::new(self.corrupt_code(), text).at(self.device, offset)
+    }
+
+    /// The cluster size.
+    #[must_use]
+    pub fn cluster_size(&self) -> ClusterSize {
+        self.header.cluster_size
+    }
+
+    /// Length of the file in bytes, rounded up to whole clusters.
+    #[must_use]
+    pub fn clustered_length(&self) -> u64 {
+        self.cluster_size().round_up(self.file_length).unwrap_or(u64::MAX)
+    }
+
+    /// Whether a whole cluster at this offset lies within the file (its last cluster may be cut short).
+    #[must_use]
+    pub fn holds_cluster(&self, offset: HostOffset) -> bool {
+        offset.0.checked_add(self.cluster_size().bytes()).is_some_and(|end| end <= self.clustered_length())
+    }
+
+    /// Whether all bytes `offset..offset + length` lie within the file.
+    #[must_use]
+    pub fn holds_bytes(&self, offset: HostOffset, length: u64) -> bool {
+        offset.0.checked_add(length).is_some_and(|end| end <= self.file_length)
+    }
+
+    /// The host cluster of an offset.
+    #[must_use]
+    pub fn host_cluster(&self, offset: HostOffset) -> HostCluster {
+        self.cluster_size().host_cluster(offset)
+    }
+
+    /// Number of L1 entries that map the virtual disk; entries after them mean nothing.
+    #[must_use]
+    pub fn used_l1_entries(&self) -> u64 {
+        self.header.virtual_size.div_ceil(self.cluster_size().l2_coverage())
+    }
+
+    /// Size of the pieces in which metadata is read and written, in bytes: 4 KiB, or a smaller cluster.
+    #[must_use]
+    pub fn slice_size(&self) -> usize {
+        usize::try_from(self.cluster_size().bytes().min(4096)).unwrap_or(4096)
+    }
+}
+
+/// An arithmetic guard that fired: a bug of the driver.
+pub fn overflow(what: &str) -> DriverError {
+    DriverError::new(ErrorCode::InternalOverflow, format!("{what} is out of range"))
+}

@@ -1,0 +1,121 @@
+//! Planning: verify what a commit will touch in the backing, and count what it must allocate.
+//!
+//! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: only
+//! the L1 table and the refcount table are walked whole, because data must not land on any metadata.
+
+use crate::image::Image;
+use crate::metadata_map::MetadataMap;
+use crate::refcounts::CLUSTERS_PER_LOAD;
+use crate::sink::{Action, Piece, Qcow2Sink};
+use alloc::format;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::PlanSummary;
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_qcow2_format::{HostCluster, HostOffset};
+
+/// A cluster of the backing that must be owned by one reference alone.
+struct Owned {
+    cluster: HostCluster,
+    copied: bool,
+    /// Byte offset of the entry that refers to it.
+    at: u64,
+}
+
+impl Qcow2Sink {
+    /// Before the first window: what can be refused from the header, and where all metadata is.
+    pub(crate) fn prepare_plan(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        if self.planned.metadata.is_none() {
+            self.image.refuse_unwritable()?;
+            self.planned.metadata = Some(MetadataMap::build(io, &self.image)?);
+        }
+        Ok(())
+    }
+
+    /// Verify and count one window.
+    pub(crate) fn plan_window(&mut self, io: &mut dyn BlockIo, pieces: &[Piece]) -> DriverResult<()> {
+        self.load_mapping(io, pieces)?;
+        let mut owned: Vec<Owned> = Vec::new();
+        for group in pieces.chunk_by(|a, b| a.cluster == b.cluster) {
+            let Some(first) = group.first() else { continue };
+            let (l1_at, table_index) = self.l1_position(first.cluster);
+            let table = self.l2_table(first.cluster)?;
+            let new_table_index = self.planned.last_table != Some(table_index);
+            if let (Some((offset, copied)), true) = (table, new_table_index) {
+                owned.push(Owned { cluster: self.image.host_cluster(offset), copied, at: l1_at });
+                self.planned.last_table = Some(table_index);
+            }
+            let (entry, at) = self.l2_entry(first.cluster)?;
+            if let Some((offset, copied)) = entry.host() {
+                // The same cluster comes twice where an extent ends within it.
+                if self.planned.last_cluster != Some(first.cluster) {
+                    self.check_data_cluster(offset, at)?;
+                    owned.push(Owned { cluster: self.image.host_cluster(offset), copied, at });
+                }
+            }
+            self.planned.last_cluster = Some(first.cluster);
+            match self.action(group, entry)? {
+                Action::Allocate(_) => self.planned.new_data += 1,
+                Action::MakeZero(..) => {}
+                Action::Nothing | Action::InPlace(_) | Action::Revive(_) => continue,
+            }
+            if table.is_none() && new_table_index {
+                self.planned.new_tables += 1;
+                self.planned.last_table = Some(table_index);
+            }
+        }
+        self.check_owned(io, &mut owned)
+    }
+
+    /// A data cluster that an entry refers to: inside the file, not metadata, not used twice.
+    fn check_data_cluster(&mut self, offset: HostOffset, at: u64) -> DriverResult<()> {
+        let image = &self.image;
+        if !image.holds_cluster(offset) {
+            return Err(image.corrupt(at, format!("an L2 entry points to offset {offset}, past the end of the file")));
+        }
+        let cluster = image.host_cluster(offset);
+        if self.planned.metadata.as_ref().is_some_and(|map| map.contains(cluster)) {
+            return Err(image.corrupt(at, format!("an L2 entry points to offset {offset}, which is metadata")));
+        }
+        if !self.planned.touched.insert(cluster) {
+            return Err(image.corrupt(at, format!("two L2 entries point to offset {offset}")));
+        }
+        Ok(())
+    }
+
+    /// Clusters that will be changed in place must have refcount 1 and say so.
+    fn check_owned(&mut self, io: &mut dyn BlockIo, owned: &mut [Owned]) -> DriverResult<()> {
+        owned.sort_unstable_by_key(|o| o.cluster);
+        for batch in owned.chunks(CLUSTERS_PER_LOAD) {
+            self.refcounts.table.shrink(CLUSTERS_PER_LOAD);
+            self.refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
+            self.refcounts.load(io, &self.image, batch.iter().map(|o| o.cluster))?;
+            for o in batch {
+                let count = self.refcounts.get(&self.image, o.cluster)?;
+                if count != 1 || !o.copied {
+                    return Err(refcount_disagrees(&self.image, o, count));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The result of planning.
+    pub(crate) fn summarise(&mut self) -> DriverResult<PlanSummary> {
+        let planned = &self.planned;
+        let count = planned.new_data + planned.new_tables;
+        let clusters = self.allocator.bound(&self.image, &self.refcounts, count)?;
+        let end = clusters.checked_mul(self.image.cluster_size().bytes());
+        Ok(PlanSummary {
+            final_length: end.ok_or_else(|| crate::image::overflow("the length of the backing"))?,
+            new_data_clusters: planned.new_data,
+            new_metadata_clusters: planned.new_tables,
+        })
+    }
+}
+
+fn refcount_disagrees(image: &Image, owned: &Owned, count: u64) -> instar_guest_sdk::DriverError {
+    let offset = image.cluster_size().host_offset(owned.cluster).unwrap_or_default();
+    let flag = if owned.copied { "set" } else { "clear" };
+    image
+        .corrupt(owned.at, format!("the cluster at offset {offset} has refcount {count} and its COPIED flag is {flag}"))
+}

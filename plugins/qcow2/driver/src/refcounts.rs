@@ -1,0 +1,141 @@
+//! Refcounts of an image: looked up through the refcount table, changed in slices.
+
+use crate::image::{overflow, Image};
+use crate::slice_cache::SliceCache;
+use alloc::format;
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_qcow2_format::{ClusterSize, HostCluster, HostOffset, RefcountOrder, RefcountTableEntry};
+
+/// How many clusters a caller should handle between two calls of [`Refcounts::load`]: it bounds the slices
+/// held at once to 16 MiB where every cluster has a slice of its own.
+pub const CLUSTERS_PER_LOAD: usize = 4096;
+
+/// The refcount table and blocks of one image.
+pub struct Refcounts {
+    /// Slices of the refcount table.
+    pub table: SliceCache,
+    /// Slices of refcount blocks.
+    pub blocks: SliceCache,
+    /// Where the table begins.
+    pub table_offset: HostOffset,
+    /// Length of the table in entries.
+    pub table_entries: u64,
+    order: RefcountOrder,
+    cluster_size: ClusterSize,
+}
+
+impl Refcounts {
+    /// The refcounts of an image; nothing is read yet.
+    #[must_use]
+    pub fn new(image: &Image) -> Self {
+        let size = image.slice_size();
+        Self {
+            table: SliceCache::new(image.device, size),
+            blocks: SliceCache::new(image.device, size),
+            table_offset: image.header.refcount_table,
+            table_entries: image.header.refcount_table_bytes() / 8,
+            order: image.header.refcount_order,
+            cluster_size: image.cluster_size(),
+        }
+    }
+
+    /// Width of the refcounts.
+    #[must_use]
+    pub fn order(&self) -> RefcountOrder {
+        self.order
+    }
+
+    /// Clusters that one refcount block describes.
+    #[must_use]
+    pub fn per_block(&self) -> u64 {
+        self.order.entries_in(self.cluster_size.bytes())
+    }
+
+    /// Which block describes a cluster, and the cluster's index in it.
+    #[must_use]
+    pub fn locate(&self, cluster: HostCluster) -> (u64, u64) {
+        self.order.locate(self.cluster_size, cluster)
+    }
+
+    /// Byte offset in the file of a table entry.
+    #[must_use]
+    pub fn table_entry_at(&self, block_index: u64) -> u64 {
+        self.table_offset.0.saturating_add(block_index.saturating_mul(8))
+    }
+
+    /// The refcount block with this index; its slice of the table must have been loaded.
+    ///
+    /// # Errors
+    /// Corruption: reserved bits, an unaligned offset, or a block that is not `in_file`.
+    pub fn block(
+        &self,
+        image: &Image,
+        block_index: u64,
+        in_file: impl Fn(HostOffset) -> bool,
+    ) -> DriverResult<Option<HostOffset>> {
+        if block_index >= self.table_entries {
+            return Ok(None);
+        }
+        let at = self.table_entry_at(block_index);
+        let entry = RefcountTableEntry::decode(self.table.entry(at)?, self.cluster_size)
+            .map_err(|error| image.corrupt(at, format!("refcount table entry {block_index} {error}")))?;
+        match entry {
+            RefcountTableEntry::Unallocated => Ok(None),
+            RefcountTableEntry::Block(offset) if in_file(offset) => Ok(Some(offset)),
+            RefcountTableEntry::Block(offset) => Err(image.corrupt(
+                at,
+                format!("refcount table entry {block_index} points to offset {offset}, past the end of the file"),
+            )),
+        }
+    }
+
+    /// Load what is needed to look at these clusters, in two batches of reads.
+    ///
+    /// # Errors
+    /// Corruption of the refcount table, and I/O errors.
+    pub fn load(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &Image,
+        clusters: impl Iterator<Item = HostCluster> + Clone,
+    ) -> DriverResult<()> {
+        let (entries, base) = (self.table_entries, self.table_offset.0);
+        let (order, size) = (self.order, self.cluster_size);
+        let index_of = move |cluster: HostCluster| order.locate(size, cluster);
+        self.table.load(
+            io,
+            clusters.clone().map(|c| index_of(c).0).filter(|&index| index < entries).map(|index| base + index * 8),
+        )?;
+        let mut offsets = alloc::vec::Vec::new();
+        for cluster in clusters {
+            let (block_index, index) = index_of(cluster);
+            if let Some(block) = self.block(image, block_index, |offset| image.holds_cluster(offset))? {
+                offsets.push(self.blocks.locate_refcount(block.0, order, index).0);
+            }
+        }
+        self.blocks.load(io, offsets)
+    }
+
+    /// The refcount of a cluster that was loaded; 0 where there is no block.
+    ///
+    /// # Errors
+    /// Corruption of the refcount table.
+    pub fn get(&self, image: &Image, cluster: HostCluster) -> DriverResult<u64> {
+        let (block_index, index) = self.locate(cluster);
+        match self.block(image, block_index, |_| true)? {
+            Some(block) => self.blocks.refcount(block.0, self.order, index),
+            None => Ok(0),
+        }
+    }
+
+    /// Set the refcount of a cluster that was loaded and has a block.
+    ///
+    /// # Errors
+    /// Corruption of the refcount table; a bug of the driver.
+    pub fn set(&mut self, image: &Image, cluster: HostCluster, value: u64) -> DriverResult<()> {
+        let (block_index, index) = self.locate(cluster);
+        let block =
+            self.block(image, block_index, |_| true)?.ok_or_else(|| overflow("the index of a refcount block"))?;
+        self.blocks.set_refcount(block.0, self.order, index, value)
+    }
+}

@@ -1,0 +1,96 @@
+//! Walking a whole table of 64-bit entries once, in large reads.
+
+use crate::image::{overflow, Image};
+use alloc::format;
+use alloc::vec;
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_qcow2_format::{HostOffset, L1Entry, RefcountTableEntry};
+
+/// Bytes of a table that are read at once.
+const CHUNK_BYTES: u64 = 256 << 10;
+
+/// Call `each` with index, byte offset in the file and value of every entry that is not 0.
+fn scan_table(
+    io: &mut dyn BlockIo,
+    image: &Image,
+    base: HostOffset,
+    entries: u64,
+    each: &mut dyn FnMut(u64, u64, u64) -> DriverResult<()>,
+) -> DriverResult<()> {
+    let mut index = 0;
+    let mut chunk = vec![0u8; usize::try_from((entries * 8).min(CHUNK_BYTES)).map_err(|_| overflow("a chunk"))?];
+    while index < entries {
+        let count = (entries - index).min(CHUNK_BYTES / 8);
+        let bytes = &mut chunk[..usize::try_from(count * 8).map_err(|_| overflow("a chunk"))?];
+        io.read(image.device, base.0 + index * 8, bytes)?;
+        for (i, raw) in bytes.chunks_exact(8).enumerate() {
+            let raw = u64::from_be_bytes(raw.try_into().unwrap_or([0; 8]));
+            if raw != 0 {
+                let at = index + i as u64;
+                each(at, base.0 + at * 8, raw)?;
+            }
+        }
+        index += count;
+    }
+    Ok(())
+}
+
+/// Call `each` with index, position and offset of every refcount block; all are verified to lie in the file.
+///
+/// # Errors
+/// Corruption of the refcount table, I/O errors, and what `each` returns.
+pub fn scan_refcount_table(
+    io: &mut dyn BlockIo,
+    image: &Image,
+    each: &mut dyn FnMut(u64, u64, HostOffset) -> DriverResult<()>,
+) -> DriverResult<()> {
+    let entries = image.header.refcount_table_bytes() / 8;
+    scan_table(io, image, image.header.refcount_table, entries, &mut |index, at, raw| {
+        let entry = RefcountTableEntry::decode(raw, image.cluster_size())
+            .map_err(|error| image.corrupt(at, format!("refcount table entry {index} {error}")))?;
+        match entry {
+            RefcountTableEntry::Unallocated => Ok(()),
+            RefcountTableEntry::Block(offset) if image.holds_cluster(offset) => each(index, at, offset),
+            RefcountTableEntry::Block(offset) => Err(image.corrupt(
+                at,
+                format!("refcount table entry {index} points to offset {offset}, past the end of the file"),
+            )),
+        }
+    })
+}
+
+/// L1 entry `index`, which stands at byte `at` of the file: the L2 table, verified to lie in the file, and
+/// its COPIED flag.
+///
+/// # Errors
+/// Corruption of the entry.
+pub fn decode_l1(image: &Image, index: u64, at: u64, raw: u64) -> DriverResult<Option<(HostOffset, bool)>> {
+    let entry = L1Entry::decode(raw, image.cluster_size())
+        .map_err(|error| image.corrupt(at, format!("L1 entry {index} {error}")))?;
+    match entry {
+        L1Entry::Unallocated => Ok(None),
+        L1Entry::Table { offset, copied } if image.holds_bytes(offset, image.cluster_size().bytes()) => {
+            Ok(Some((offset, copied)))
+        }
+        L1Entry::Table { offset, .. } => {
+            Err(image.corrupt(at, format!("L1 entry {index} points to offset {offset}, past the end of the file")))
+        }
+    }
+}
+
+/// Call `each` with index, position and offset of every L2 table that maps a part of the virtual disk.
+///
+/// # Errors
+/// Corruption of the L1 table, I/O errors, and what `each` returns.
+pub fn scan_l1_table(
+    io: &mut dyn BlockIo,
+    image: &Image,
+    each: &mut dyn FnMut(u64, u64, HostOffset) -> DriverResult<()>,
+) -> DriverResult<()> {
+    scan_table(io, image, image.header.l1_table, image.used_l1_entries(), &mut |index, at, raw| match decode_l1(
+        image, index, at, raw,
+    )? {
+        Some((table, _)) => each(index, at, table),
+        None => Ok(()),
+    })
+}

@@ -1,0 +1,259 @@
+//! The sink role: an open backing, and how the extents of a commit fall onto its clusters.
+
+use crate::allocator::Allocator;
+use crate::cluster_set::ClusterSet;
+use crate::image::{overflow, Image};
+use crate::metadata_map::MetadataMap;
+use crate::refcounts::Refcounts;
+use crate::scan::decode_l1;
+use crate::slice_cache::SliceCache;
+use alloc::format;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
+use instar_qcow2_format::{GuestCluster, HostCluster, HostOffset, L2Entry, Version};
+
+/// Clusters that are worked on between two sets of flushes, at most.
+const WINDOW_CLUSTERS: usize = 1 << 16;
+/// Slices of L2 tables that are held at once, at most.
+const WINDOW_SLICES: usize = 2048;
+/// Memory for the set of clusters that are overwritten in place, in bytes.
+const TOUCHED_BUDGET: usize = 8 << 20;
+
+/// An image that data goes into.
+pub struct Qcow2Sink {
+    pub(crate) image: Image,
+    pub(crate) has_backing: bool,
+    pub(crate) l1: SliceCache,
+    pub(crate) l2: SliceCache,
+    pub(crate) refcounts: Refcounts,
+    pub(crate) allocator: Allocator,
+    pub(crate) planned: Planned,
+    /// Whether the first change was made.
+    pub(crate) started: bool,
+    /// Whether anything was written since the last flush.
+    pub(crate) unflushed: bool,
+}
+
+/// What planning has found out so far.
+pub(crate) struct Planned {
+    pub(crate) metadata: Option<MetadataMap>,
+    pub(crate) touched: ClusterSet,
+    pub(crate) new_data: u64,
+    pub(crate) new_tables: u64,
+    pub(crate) last_table: Option<u64>,
+    pub(crate) last_cluster: Option<GuestCluster>,
+}
+
+/// A part of an extent that falls into one cluster of the sink.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    pub(crate) cluster: GuestCluster,
+    /// Byte offset within the cluster, and length in bytes.
+    pub(crate) start: u64,
+    pub(crate) length: u64,
+    pub(crate) kind: ExtentKind,
+    pub(crate) device: u32,
+    pub(crate) location: u64,
+}
+
+/// What is to be done with a cluster of the sink.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// It reads as it should already.
+    Nothing,
+    /// Write into the cluster that is there.
+    InPlace(HostOffset),
+    /// Write into the cluster that is kept for a zero cluster: its stale bytes must go, then its zero flag.
+    Revive(HostOffset),
+    /// Allocate a cluster; what the pieces leave open comes from below if `true`, else it is zero.
+    Allocate(bool),
+    /// Make it a zero cluster (or an unallocated one, if `false`), and free the one that it has.
+    MakeZero(bool, Option<HostOffset>),
+}
+
+impl Qcow2Sink {
+    pub(crate) fn new(image: Image, has_backing: bool) -> Self {
+        let size = image.slice_size();
+        Self {
+            l1: SliceCache::new(image.device, size),
+            l2: SliceCache::new(image.device, size),
+            refcounts: Refcounts::new(&image),
+            allocator: Allocator::new(&image),
+            planned: Planned {
+                metadata: None,
+                touched: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),
+                new_data: 0,
+                new_tables: 0,
+                last_table: None,
+                last_cluster: None,
+            },
+            started: false,
+            unflushed: false,
+            has_backing,
+            image,
+        }
+    }
+
+    /// Cut extents into pieces and hand them to `each` in windows of whole clusters that bounded memory can
+    /// hold.
+    pub(crate) fn windows(
+        &mut self,
+        extents: &[Extent],
+        each: &mut dyn FnMut(&mut Self, &[Piece]) -> DriverResult<()>,
+    ) -> DriverResult<()> {
+        let size = self.image.cluster_size();
+        let per_slice = self.image.slice_size() as u64 / 8;
+        let mut pieces: Vec<Piece> = Vec::new();
+        let (mut clusters, mut slices) = (0, 0);
+        let mut last: Option<GuestCluster> = None;
+        for extent in extents {
+            let kind = ExtentKind::from_u32(extent.kind).ok_or_else(|| overflow("the kind of an extent"))?;
+            let end = extent.guest_offset.checked_add(extent.length).ok_or_else(|| overflow("an extent"))?;
+            if end > self.image.header.virtual_size {
+                return Err(DriverError::new(
+                    ErrorCode::BackingTooSmall,
+                    format!("data at guest offset {} lies past the end of the backing", extent.guest_offset),
+                ));
+            }
+            let mut at = extent.guest_offset;
+            while at < end {
+                let cluster = GuestCluster(at >> size.bits());
+                if last != Some(cluster) {
+                    let new_slice = last.is_none_or(|l| l.0 / per_slice != cluster.0 / per_slice);
+                    if clusters == WINDOW_CLUSTERS || (new_slice && slices == WINDOW_SLICES) {
+                        each(self, &pieces)?;
+                        pieces.clear();
+                        (clusters, slices) = (0, 0);
+                    }
+                    slices += usize::from(new_slice || clusters == 0);
+                    clusters += 1;
+                    last = Some(cluster);
+                }
+                let start = size.offset_in(at);
+                let length = (size.bytes() - start).min(end - at);
+                let location = match kind {
+                    ExtentKind::Data | ExtentKind::Memory => extent.location + (at - extent.guest_offset),
+                    ExtentKind::Zero | ExtentKind::Encoded => 0,
+                };
+                pieces.push(Piece { cluster, start, length, kind, device: extent.device, location });
+                at += length;
+            }
+        }
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        each(self, &pieces)
+    }
+
+    /// Bytes of a cluster that the virtual disk has: fewer than a cluster at its end.
+    pub(crate) fn visible_bytes(&self, cluster: GuestCluster) -> u64 {
+        let size = self.image.cluster_size();
+        (self.image.header.virtual_size - (cluster.0 << size.bits())).min(size.bytes())
+    }
+
+    /// What is to be done with a cluster, given its entry and the pieces that fall into it.
+    pub(crate) fn action(&self, pieces: &[Piece], entry: L2Entry) -> DriverResult<Action> {
+        let Some(first) = pieces.first() else {
+            return Ok(Action::Nothing);
+        };
+        let all_zero = pieces.iter().all(|piece| piece.kind == ExtentKind::Zero);
+        let covered: u64 = pieces.iter().map(|piece| piece.length).sum();
+        let whole = covered >= self.visible_bytes(first.cluster);
+        let zero_flag = self.image.header.version == Version::V3;
+        // A zero cluster can be had without writing zeroes: by the flag, or by falling through to nothing.
+        let can_be_zero = all_zero && whole && (zero_flag || !self.has_backing);
+        Ok(match entry {
+            L2Entry::Data { offset, .. } if can_be_zero => Action::MakeZero(zero_flag, Some(offset)),
+            L2Entry::Data { offset, .. } => Action::InPlace(offset),
+            L2Entry::Zero { .. } if all_zero => Action::Nothing,
+            L2Entry::Zero { offset: Some(offset), .. } => Action::Revive(offset),
+            L2Entry::Zero { offset: None, .. } => Action::Allocate(false),
+            L2Entry::Unallocated if all_zero && !self.has_backing => Action::Nothing,
+            L2Entry::Unallocated if can_be_zero => Action::MakeZero(true, None),
+            L2Entry::Unallocated => Action::Allocate(self.has_backing && !whole),
+            L2Entry::Compressed { .. } => {
+                return Err(DriverError::new(
+                    ErrorCode::UnsupportedFormat,
+                    format!(
+                        "the backing's cluster at guest offset {} is compressed, which this version cannot overwrite",
+                        first.cluster.0 << self.image.cluster_size().bits()
+                    ),
+                ))
+            }
+        })
+    }
+
+    /// Byte offset in the file of the L1 entry that maps a cluster, and its index.
+    pub(crate) fn l1_position(&self, cluster: GuestCluster) -> (u64, u64) {
+        let index = cluster.0 / self.image.cluster_size().l2_entries();
+        (self.image.header.l1_table.0 + index * 8, index)
+    }
+
+    /// Load the L1 entries of these pieces, and the slices of the L2 tables that exist.
+    pub(crate) fn load_mapping(&mut self, io: &mut dyn BlockIo, pieces: &[Piece]) -> DriverResult<()> {
+        self.l1.shrink(WINDOW_SLICES / 4);
+        self.l2.clear();
+        let base = self.image.header.l1_table.0;
+        let entries = self.image.cluster_size().l2_entries();
+        self.l1.load(io, pieces.iter().map(|piece| base + piece.cluster.0 / entries * 8))?;
+        let mut offsets = Vec::new();
+        for piece in pieces {
+            if let Some(at) = self.l2_position(piece.cluster)? {
+                let slice = self.l2.slice_of(at);
+                if offsets.last() != Some(&slice) {
+                    offsets.push(slice);
+                }
+            }
+        }
+        self.l2.load(io, offsets)
+    }
+
+    /// The L2 table that maps a cluster, with its COPIED flag; its L1 entry was loaded.
+    pub(crate) fn l2_table(&self, cluster: GuestCluster) -> DriverResult<Option<(HostOffset, bool)>> {
+        let (at, index) = self.l1_position(cluster);
+        decode_l1(&self.image, index, at, self.l1.entry(at)?)
+    }
+
+    /// Byte offset in the file of the L2 entry of a cluster, if there is a table.
+    pub(crate) fn l2_position(&self, cluster: GuestCluster) -> DriverResult<Option<u64>> {
+        let index = cluster.0 % self.image.cluster_size().l2_entries();
+        Ok(self.l2_table(cluster)?.map(|(table, _)| table.0 + index * 8))
+    }
+
+    /// The L2 entry of a cluster whose mapping was loaded, and where it stands.
+    pub(crate) fn l2_entry(&self, cluster: GuestCluster) -> DriverResult<(L2Entry, u64)> {
+        let Some(at) = self.l2_position(cluster)? else {
+            return Ok((L2Entry::Unallocated, 0));
+        };
+        let size = self.image.cluster_size();
+        let entry = L2Entry::decode(self.l2.entry(at)?, size, self.image.header.version).map_err(|error| {
+            self.image.corrupt(at, format!("the L2 entry of guest offset {} {error}", cluster.0 << size.bits()))
+        })?;
+        Ok((entry, at))
+    }
+}
+
+impl Sink for Qcow2Sink {
+    fn info(&self) -> ImageInfo {
+        ImageInfo { virtual_size: self.image.header.virtual_size, cluster_size: self.image.cluster_size().bytes() }
+    }
+
+    fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
+        self.prepare_plan(io)?;
+        self.windows(extents, &mut |sink, pieces| sink.plan_window(io, pieces))
+    }
+
+    fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
+        self.prepare_plan(io)?;
+        self.summarise()
+    }
+
+    fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
+        self.windows(extents, &mut |sink, pieces| sink.write_window(io, pieces, below))
+    }
+
+    fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        self.flush(io)
+    }
+}

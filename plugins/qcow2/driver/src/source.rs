@@ -1,0 +1,269 @@
+//! The source role: enumerating what a layer holds.
+
+use crate::image::{overflow, Image};
+use crate::scan::decode_l1;
+use crate::slice_cache::SliceCache;
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, Request};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_qcow2_format::{HostOffset, L2Entry};
+
+/// L2 tables are read in pieces of at most this many bytes …
+const PIECE_BYTES: u64 = 64 << 10;
+/// … and at most this many bytes of them are held at once.
+const WINDOW_BYTES: usize = 2 << 20;
+/// At most this many pieces are held at once, whatever their size.
+const WINDOW_PIECES: usize = 2048;
+/// At most this many slices of the L1 table are held at once.
+const L1_SLICES: usize = 256;
+
+/// A piece of an L2 table in the window.
+struct Piece {
+    /// Which piece of the virtual disk's mapping: guest offset divided by what a piece maps.
+    index: u64,
+    /// Where it stands in the file.
+    host: HostOffset,
+    /// Where it stands in the window's buffer.
+    start: usize,
+}
+
+/// An image that data comes from.
+pub struct Qcow2Source {
+    pub(crate) image: Image,
+    pub(crate) l1: SliceCache,
+    pieces: Vec<Piece>,
+    /// Pieces from `pieces[0].index` up to here are in the window, or unallocated.
+    window_end: u64,
+    buffer: Vec<u8>,
+    /// Number of clusters that the image holds, once it was checked.
+    pub(crate) held: Option<u64>,
+}
+
+impl Qcow2Source {
+    pub(crate) fn new(image: Image) -> Self {
+        let l1 = SliceCache::new(image.device, image.slice_size());
+        Self { image, l1, pieces: Vec::new(), window_end: 0, buffer: Vec::new(), held: None }
+    }
+
+    /// Bytes of a piece.
+    fn piece_bytes(&self) -> u64 {
+        self.image.cluster_size().bytes().min(PIECE_BYTES)
+    }
+
+    /// Guest bytes that a piece maps.
+    fn piece_coverage(&self) -> u64 {
+        self.piece_bytes() / 8 * self.image.cluster_size().bytes()
+    }
+
+    fn pieces_per_table(&self) -> u64 {
+        self.image.cluster_size().bytes() / self.piece_bytes()
+    }
+
+    /// Number of pieces that map the virtual disk.
+    fn piece_count(&self) -> u64 {
+        self.image.header.virtual_size.div_ceil(self.piece_coverage())
+    }
+
+    /// L1 entry `index`, verified: an L2 table lies wholly within the file.
+    pub(crate) fn l1_entry(&mut self, io: &mut dyn BlockIo, index: u64) -> DriverResult<Option<(HostOffset, bool)>> {
+        let at = self.image.header.l1_table.0 + index * 8;
+        if self.l1.entry(at).is_err() {
+            // Read ahead: the tables are walked in order.
+            let end = self.image.header.l1_table.0 + self.image.header.l1_bytes();
+            let step = self.image.slice_size() as u64;
+            self.l1.clear();
+            let first = self.l1.slice_of(at);
+            self.l1.load(io, (0..L1_SLICES as u64).map(|i| first + i * step).take_while(|&slice| slice < end))?;
+        }
+        decode_l1(&self.image, index, at, self.l1.entry(at)?)
+    }
+
+    /// Fill the window with allocated pieces from `first` on.
+    fn fill_window(&mut self, io: &mut dyn BlockIo, first: u64) -> DriverResult<()> {
+        let bytes = self.piece_bytes();
+        let per_table = self.pieces_per_table();
+        let size = usize::try_from(bytes).map_err(|_| overflow("the size of a piece"))?;
+        let capacity = (WINDOW_BYTES / size).min(WINDOW_PIECES);
+        self.pieces.clear();
+        let mut index = first;
+        while index < self.piece_count() && self.pieces.len() < capacity {
+            let Some((table, _)) = self.l1_entry(io, index / per_table)? else {
+                index = (index / per_table + 1) * per_table;
+                continue;
+            };
+            let host = HostOffset(table.0 + index % per_table * bytes);
+            self.pieces.push(Piece { index, host, start: self.pieces.len() * size });
+            index += 1;
+        }
+        self.window_end = index;
+        if self.buffer.is_empty() && !self.pieces.is_empty() {
+            // Room for a whole window; only what is read into is ever touched.
+            self.buffer = vec![0; capacity * size];
+        }
+        let base = self.buffer.as_mut_ptr() as u64;
+        let mut requests: Vec<Request> = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            match requests.last_mut() {
+                // Tables that follow each other in the file are one read.
+                Some(last) if last.offset + last.length == piece.host.0 => last.length += bytes,
+                _ => requests.push(Request::read(self.image.device, piece.host.0, base + piece.start as u64, bytes)),
+            }
+        }
+        if requests.is_empty() {
+            return Ok(());
+        }
+        let result = io.run(&mut requests);
+        if result.is_err() {
+            self.pieces.clear();
+        }
+        result
+    }
+
+    /// The next allocated piece at or after `index`: its position in the window.
+    fn next_piece(&mut self, io: &mut dyn BlockIo, index: u64) -> DriverResult<Option<usize>> {
+        let held = self.pieces.first().is_some_and(|first| first.index <= index) && index < self.window_end;
+        let position = if held { self.pieces.partition_point(|piece| piece.index < index) } else { usize::MAX };
+        if position < self.pieces.len() {
+            return Ok(Some(position));
+        }
+        let from = if held { self.window_end } else { index };
+        if from >= self.piece_count() {
+            return Ok(None);
+        }
+        self.fill_window(io, from)?;
+        Ok(if self.pieces.is_empty() { None } else { Some(0) })
+    }
+
+    /// Call `each` with guest offset, position of the entry in the file, and entry, for every allocated
+    /// cluster from guest byte `from` on (a multiple of the cluster size), ascending, until it returns
+    /// `false`.
+    pub(crate) fn walk(
+        &mut self,
+        io: &mut dyn BlockIo,
+        from: u64,
+        each: &mut dyn FnMut(&Image, u64, u64, L2Entry) -> DriverResult<bool>,
+    ) -> DriverResult<()> {
+        let cluster = self.image.cluster_size().bytes();
+        let mut guest = from;
+        while let Some(position) = self.next_piece(io, guest / self.piece_coverage())? {
+            let piece = &self.pieces[position];
+            let piece_guest = piece.index * self.piece_coverage();
+            guest = guest.max(piece_guest);
+            let first = (guest - piece_guest) / cluster;
+            let length = usize::try_from(self.piece_bytes()).map_err(|_| overflow("the size of a piece"))?;
+            let bytes = &self.buffer[piece.start..piece.start + length];
+            let skip = usize::try_from(first).map_err(|_| overflow("an L2 index"))?;
+            for (index, raw) in bytes.chunks_exact(8).enumerate().skip(skip) {
+                let raw = u64::from_be_bytes(raw.try_into().unwrap_or([0; 8]));
+                if raw == 0 {
+                    continue;
+                }
+                let guest = piece_guest + index as u64 * cluster;
+                if guest >= self.image.header.virtual_size {
+                    return Ok(());
+                }
+                let at = piece.host.0 + index as u64 * 8;
+                let entry = L2Entry::decode(raw, self.image.cluster_size(), self.image.header.version)
+                    .map_err(|error| self.image.corrupt(at, format!("the L2 entry of guest offset {guest} {error}")))?;
+                if entry != L2Entry::Unallocated && !each(&self.image, guest, at, entry)? {
+                    return Ok(());
+                }
+            }
+            guest = piece_guest + self.piece_coverage();
+        }
+        Ok(())
+    }
+
+    /// Forget all tables that were read: they are about to change.
+    pub(crate) fn forget_tables(&mut self) {
+        self.l1.clear();
+        self.pieces.clear();
+        self.window_end = 0;
+    }
+}
+
+/// What an entry means for the reader of the layer.
+fn extent_of(image: &Image, guest: u64, at: u64, entry: L2Entry) -> DriverResult<Extent> {
+    let length = image.cluster_size().bytes().min(image.header.virtual_size - guest);
+    let (kind, location) = match entry {
+        L2Entry::Data { offset, .. } => {
+            if !image.holds_bytes(offset, length) {
+                return Err(image.corrupt(
+                    at,
+                    format!("the L2 entry of guest offset {guest} points to offset {offset}, past the end of the file"),
+                ));
+            }
+            (ExtentKind::Data, offset.0)
+        }
+        L2Entry::Zero { .. } => (ExtentKind::Zero, 0),
+        L2Entry::Compressed { .. } => return Err(compressed(image, guest, at)),
+        L2Entry::Unallocated => return Err(overflow("the kind of an L2 entry")),
+    };
+    Ok(Extent { guest_offset: guest, length, location, kind: kind as u32, device: image.device })
+}
+
+/// The refusal of a compressed cluster.
+pub(crate) fn compressed(image: &Image, guest: u64, at: u64) -> DriverError {
+    DriverError::new(
+        ErrorCode::UnsupportedFormat,
+        format!("the cluster at guest offset {guest} is compressed, which this version cannot commit"),
+    )
+    .at(image.device, at)
+}
+
+/// Append an extent, or lengthen the last one where the new one goes on from it. Returns whether it took a
+/// place of its own.
+fn push_merged(out: &mut Vec<Extent>, base: usize, extent: Extent) -> bool {
+    if out.len() > base {
+        if let Some(last) = out.last_mut() {
+            let follows = last.guest_offset + last.length == extent.guest_offset
+                && last.kind == extent.kind
+                && last.device == extent.device
+                && (extent.kind == ExtentKind::Zero as u32 || last.location + last.length == extent.location);
+            if follows {
+                last.length += extent.length;
+                return false;
+            }
+        }
+    }
+    out.push(extent);
+    true
+}
+
+impl Source for Qcow2Source {
+    fn info(&self) -> ImageInfo {
+        ImageInfo { virtual_size: self.image.header.virtual_size, cluster_size: self.image.cluster_size().bytes() }
+    }
+
+    fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        let held = self.check_image(io, will_empty)?;
+        self.held = Some(held);
+        Ok(held)
+    }
+
+    fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+        let base = out.len();
+        let mut next = self.image.header.virtual_size;
+        // One more than fits is looked at, because the last one may go on.
+        self.walk(io, from, &mut |image, guest, at, entry| {
+            let extent = extent_of(image, guest, at, entry)?;
+            if push_merged(out, base, extent) && out.len() - base > max {
+                out.pop();
+                next = guest;
+                return Ok(false);
+            }
+            Ok(true)
+        })?;
+        Ok(next)
+    }
+
+    fn read(&mut self, _: &mut dyn BlockIo, extent: &Extent, _: u64, _: &mut [u8]) -> DriverResult<()> {
+        Err(compressed(&self.image, extent.guest_offset, 0))
+    }
+
+    fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
+        self.empty_image(io)
+    }
+}

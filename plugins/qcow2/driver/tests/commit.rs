@@ -1,0 +1,282 @@
+//! The commit over in-memory qcow2 images: content, consistency, and every crash point.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+
+mod common;
+
+use common::builder::{build, Spec, State};
+use common::checker::{check, content, Report, View};
+use common::{run_commit, ANCESTOR, OVERLAY};
+use instar_guest_commit::Options;
+use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_guest_sdk::memory::{Change, MemoryDevices};
+use std::collections::BTreeMap;
+
+struct Pair {
+    overlay: Vec<u8>,
+    backing: Vec<u8>,
+    ancestor: Option<Vec<u8>>,
+}
+
+impl Pair {
+    fn new(overlay: &Spec, backing: &Spec) -> Self {
+        Self { overlay: build(overlay), backing: build(backing), ancestor: None }
+    }
+
+    fn io(&self) -> MemoryDevices {
+        let mut files = vec![(OVERLAY, self.overlay.clone()), (DEVICE_OUTPUT, self.backing.clone())];
+        files.extend(self.ancestor.clone().map(|bytes| (ANCESTOR, bytes)));
+        MemoryDevices::new(files)
+    }
+}
+
+/// Guest-visible bytes of backing and overlay.
+fn views(files: &BTreeMap<u32, Vec<u8>>) -> (Vec<u8>, Vec<u8>) {
+    let below = files.get(&ANCESTOR).map(|bytes| content(bytes, None));
+    let backing = content(&files[&DEVICE_OUTPUT], below.as_deref());
+    let overlay = content(&files[&OVERLAY], Some(&backing));
+    (backing, overlay)
+}
+
+/// What the backing must read as afterwards: the overlay's view, and its own tail where it is longer.
+fn expected(pair: &Pair) -> (Vec<u8>, Vec<u8>) {
+    let (mut backing, overlay) = views(&pair.io().files);
+    backing[..overlay.len()].copy_from_slice(&overlay);
+    (backing, overlay)
+}
+
+fn clean(bytes: &[u8]) {
+    assert_eq!(check(bytes), Report::default());
+}
+
+/// Commit, and check content and consistency of both files.
+fn commit_and_verify(pair: &Pair) -> MemoryDevices {
+    let before_leaks = check(&pair.backing).leaks;
+    let (backing, overlay) = expected(pair);
+    let mut io = pair.io();
+    let outcome = run_commit(&mut io, Options::default()).unwrap();
+    assert_eq!(outcome.clusters_committed, View::new(&pair.overlay).entries().len() as u64);
+    assert_eq!(outcome.overlay_clusters_cleared, outcome.clusters_committed);
+    let (backing_after, overlay_after) = views(&io.files);
+    assert!(backing_after == backing, "the backing reads wrong");
+    assert!(overlay_after == overlay, "the overlay reads wrong");
+    let report = check(&io.files[&DEVICE_OUTPUT]);
+    assert_eq!(report, Report { errors: vec![], leaks: before_leaks });
+    clean(&io.files[&OVERLAY]);
+    assert!(View::new(&io.files[&OVERLAY]).entries().is_empty());
+    assert!(io.files[&OVERLAY].len() <= pair.overlay.len(), "the overlay grew");
+    io
+}
+
+/// Every crash point: all changes up to a point are on the disk, or all up to the last flush of each device
+/// and any one of those after it.
+fn verify_crashes(pair: &Pair) {
+    let (backing, overlay) = expected(pair);
+    let mut io = pair.io();
+    run_commit(&mut io, Options::default()).unwrap();
+    let log = io.log.clone();
+    let mut states = 0;
+    for end in 0..=log.len() {
+        let mut files = pair.io().files;
+        log[..end].iter().for_each(|change| change.apply(&mut files));
+        verify_state(&files, &overlay, &backing);
+        states += 1;
+        // One unflushed change alone, and all but one.
+        let unflushed: Vec<usize> = (0..end).filter(|&i| is_unflushed(&log[..end], i)).collect();
+        for &chosen in unflushed.iter().rev().take(24) {
+            for alone in [true, false] {
+                let mut files = pair.io().files;
+                for (i, change) in log[..end].iter().enumerate() {
+                    if !unflushed.contains(&i) || (i == chosen) == alone {
+                        change.apply(&mut files);
+                    }
+                }
+                verify_state(&files, &overlay, &backing);
+                states += 1;
+            }
+        }
+    }
+    assert!(states > 10, "only {states} states");
+}
+
+fn device_of(change: &Change) -> u32 {
+    match change {
+        Change::Write { device, .. } | Change::SetLength { device, .. } | Change::Flush { device } => *device,
+    }
+}
+
+fn is_unflushed(log: &[Change], index: usize) -> bool {
+    let device = device_of(&log[index]);
+    !log[index..].iter().any(|change| *change == Change::Flush { device })
+}
+
+fn verify_state(files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {
+    let (_, overlay_now) = views(files);
+    assert!(overlay_now == overlay, "the overlay changed its content");
+    assert_eq!(check(&files[&OVERLAY]).errors, Vec::<String>::new(), "overlay");
+    assert_eq!(check(&files[&DEVICE_OUTPUT]).errors, Vec::<String>::new(), "backing");
+    // Running again finishes the job.
+    let mut io = MemoryDevices::new(files.clone());
+    run_commit(&mut io, Options::default()).unwrap();
+    let (backing_after, overlay_after) = views(&io.files);
+    assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
+    assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
+}
+
+fn data(clusters: impl IntoIterator<Item = u64>, seed: u8) -> Vec<(u64, State)> {
+    clusters.into_iter().map(|c| (c, State::Data(seed))).collect()
+}
+
+#[test]
+fn every_cluster_size_and_version() {
+    for bits in 9..=21 {
+        for (top, base) in [(3, 3), (2, 2), (2, 3), (3, 2)] {
+            let size = 40u64 << bits;
+            let overlay = Spec::new(bits, size).version(top).with(data([0, 1, 2, 7, 39], 0x40));
+            let backing = Spec::new(bits, size).version(base).with(data([1, 7, 8], 0x80));
+            commit_and_verify(&Pair::new(&overlay, &backing));
+        }
+    }
+}
+
+#[test]
+fn zero_clusters_of_both_kinds_over_everything() {
+    let states = [None, Some(State::Data(0x11)), Some(State::Zero), Some(State::ZeroAllocated(0x22))];
+    let mut overlay = Spec::new(12, 20 << 12);
+    let mut backing = Spec::new(12, 20 << 12);
+    for (i, (top, base)) in states.iter().flat_map(|t| states.iter().map(move |b| (*t, *b))).enumerate() {
+        overlay.clusters.extend(top.map(|state| (i as u64, state)));
+        backing.clusters.extend(base.map(|state| (i as u64, state)));
+    }
+    commit_and_verify(&Pair::new(&overlay, &backing));
+    let mut with_ancestor = Pair::new(&overlay, &backing);
+    with_ancestor.ancestor = Some(build(&Spec::new(12, 20 << 12).with(data(0..20, 0x77))));
+    commit_and_verify(&with_ancestor);
+    verify_crashes(&with_ancestor);
+    // A version 2 backing has no zero flag: zeroes are written, or the cluster is dropped.
+    backing.clusters.retain(|_, state| matches!(state, State::Data(_)));
+    backing.version = 2;
+    commit_and_verify(&Pair::new(&overlay, &backing));
+    let mut with_ancestor = Pair::new(&overlay, &backing);
+    with_ancestor.ancestor = Some(build(&Spec::new(12, 20 << 12).with(data(0..20, 0x77))));
+    commit_and_verify(&with_ancestor);
+}
+
+#[test]
+fn a_smaller_unaligned_overlay_leaves_the_tail_alone() {
+    for ancestor in [false, true] {
+        for state in [State::Data(0x33), State::Zero] {
+            for base in [vec![], data([4, 5], 0x55), vec![(4, State::ZeroAllocated(9))], vec![(4, State::Zero)]] {
+                // The overlay ends 1536 bytes into cluster 4.
+                let overlay = Spec::new(12, (4 << 12) + 1536).with([(1, State::Data(7)), (4, state)]);
+                let backing = Spec::new(12, 9 << 12).with(base);
+                let mut pair = Pair::new(&overlay, &backing);
+                pair.ancestor = ancestor.then(|| build(&Spec::new(12, 7 << 12).with(data(0..7, 0x66))));
+                commit_and_verify(&pair);
+            }
+        }
+    }
+}
+
+#[test]
+fn refcount_blocks_and_table_grow() {
+    // 512-byte clusters: a block describes 256 clusters, a table cluster 64 blocks.
+    let clusters = 40_000u64;
+    let overlay = Spec { table_clusters: 4, ..Spec::new(9, clusters << 9) }.with(data(0..clusters, 0x12));
+    let backing = Spec::new(9, clusters << 9);
+    let io = commit_and_verify(&Pair::new(&overlay, &backing));
+    assert!(common::be32(&io.files[&DEVICE_OUTPUT], 56) > 1, "the refcount table did not grow");
+}
+
+#[test]
+fn crashes_while_refcount_blocks_and_table_grow() {
+    // The table of one cluster is nearly full: 64 blocks of 256 clusters.
+    let overlay = Spec::new(9, 20_000 << 9).with(data((0..600).map(|i| i * 33), 0x12));
+    let backing = Spec { leaks: 16_000, ..Spec::new(9, 20_000 << 9) }.with(data([0, 33, 70], 0x90));
+    let pair = Pair::new(&overlay, &backing);
+    let (expected_backing, expected_overlay) = expected(&pair);
+    let mut io = pair.io();
+    run_commit(&mut io, Options::default()).unwrap();
+    assert!(common::be32(&io.files[&DEVICE_OUTPUT], 56) > 1, "the refcount table did not grow");
+    // All prefixes, thinned out where data is copied.
+    let log = io.log;
+    let mut files = pair.io().files;
+    for (i, change) in log.iter().enumerate() {
+        let before_flush = matches!(log.get(i + 1), Some(Change::Flush { .. }));
+        if i % 97 == 0 || before_flush || matches!(change, Change::Flush { .. }) {
+            verify_state(&files, &expected_overlay, &expected_backing);
+        }
+        change.apply(&mut files);
+    }
+    verify_state(&files, &expected_overlay, &expected_backing);
+}
+
+#[test]
+fn every_crash_point_of_a_plain_commit() {
+    let overlay = Spec::new(9, 300 << 9).with(data([0, 1, 5, 63, 64, 150, 299], 0x21)).with([
+        (2, State::Zero),
+        (3, State::ZeroAllocated(1)),
+        (130, State::Zero),
+    ]);
+    let backing = Spec::new(9, 300 << 9).with(data([1, 2, 4, 5, 130, 131], 0x43));
+    verify_crashes(&Pair::new(&overlay, &backing));
+}
+
+#[test]
+fn emptying_drops_refcount_blocks_and_cuts_the_file() {
+    let overlay = Spec { table_clusters: 4, ..Spec::new(9, 3000 << 9) }.with(data(0..3000, 0x12));
+    let backing = Spec::new(9, 3000 << 9);
+    let pair = Pair::new(&overlay, &backing);
+    let io = commit_and_verify(&pair);
+    assert!(pair.overlay.len() > 3000 << 9);
+    // What stays: header, refcount table, L1 table, and the blocks that describe those, wherever they are.
+    let after = &io.files[&OVERLAY];
+    let blocks = after[512..512 + 4 * 512].chunks_exact(8).filter(|b| b.iter().any(|&x| x != 0)).count();
+    assert!(blocks <= 2, "{blocks} refcount blocks stay");
+}
+
+#[test]
+fn an_empty_overlay_changes_nothing() {
+    let pair = Pair::new(&Spec::new(16, 1 << 20), &Spec::new(16, 1 << 20).with(data([3], 1)));
+    let io = commit_and_verify(&pair);
+    assert_eq!(io.log, vec![]);
+    assert!(io.submits <= 12, "{} submits", io.submits);
+}
+
+#[test]
+fn unknown_autoclear_bits_are_cleared_first() {
+    let overlay = Spec { autoclear: 1 << 40, ..Spec::new(12, 8 << 12) }.with(data([1], 1));
+    let backing = Spec { autoclear: 1 << 41, ..Spec::new(12, 8 << 12) };
+    let pair = Pair::new(&overlay, &backing);
+    let io = commit_and_verify(&pair);
+    for device in [OVERLAY, DEVICE_OUTPUT] {
+        assert_eq!(common::be64(&io.files[&device], 88), 0);
+        let first = io.log.iter().find(|change| device_of(change) == device).unwrap();
+        assert!(matches!(first, Change::Write { offset: 88, .. }), "{first:?}");
+    }
+}
+
+#[test]
+fn many_scattered_clusters_take_few_submits() {
+    let clusters = 10_000u64;
+    let overlay =
+        Spec { table_clusters: 64, ..Spec::new(9, (clusters * 40) << 9) }.with(data((0..clusters).map(|i| i * 37), 3));
+    let backing = Spec { table_clusters: 64, ..Spec::new(9, (clusters * 40) << 9) };
+    let io = commit_and_verify(&Pair::new(&overlay, &backing));
+    assert!(io.submits < 200, "{} submits", io.submits);
+}
+
+#[test]
+fn a_failed_request_leaves_the_overlay_readable_and_running_again_finishes() {
+    let overlay = Spec::new(9, 100 << 9).with(data([0, 1, 5, 63, 64, 99], 0x21)).with([(2, State::Zero)]);
+    let backing = Spec::new(9, 100 << 9).with(data([1, 2, 4], 0x43));
+    let pair = Pair::new(&overlay, &backing);
+    let (expected_backing, expected_overlay) = expected(&pair);
+    let mut io = pair.io();
+    run_commit(&mut io, Options::default()).unwrap();
+    for request in 0..io.executed() {
+        let mut io = pair.io();
+        io.fail_at = Some(request);
+        run_commit(&mut io, Options::default()).unwrap_err();
+        verify_state(&io.files, &expected_overlay, &expected_backing);
+    }
+}

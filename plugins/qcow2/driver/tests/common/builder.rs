@@ -1,0 +1,149 @@
+//! Builds qcow2 images byte by byte from the specification.
+
+use std::collections::BTreeMap;
+
+/// What a guest cluster holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Plain data; every byte of the cluster is derived from the seed.
+    Data(u8),
+    /// The zero flag alone.
+    Zero,
+    /// The zero flag with a host cluster full of stale bytes.
+    ZeroAllocated(u8),
+    /// A compressed cluster (of nonsense).
+    Compressed,
+}
+
+#[derive(Clone, Debug)]
+pub struct Spec {
+    pub version: u32,
+    pub cluster_bits: u32,
+    pub virtual_size: u64,
+    pub clusters: BTreeMap<u64, State>,
+    /// Clusters of the refcount table.
+    pub table_clusters: u64,
+    /// Leaked clusters (refcount 1, no reference) before the data.
+    pub leaks: u64,
+    pub autoclear: u64,
+}
+
+impl Spec {
+    pub fn new(cluster_bits: u32, virtual_size: u64) -> Self {
+        Self {
+            version: 3,
+            cluster_bits,
+            virtual_size,
+            clusters: BTreeMap::new(),
+            table_clusters: 1,
+            leaks: 0,
+            autoclear: 0,
+        }
+    }
+
+    pub fn with(mut self, clusters: impl IntoIterator<Item = (u64, State)>) -> Self {
+        self.clusters.extend(clusters);
+        self
+    }
+
+    pub fn version(mut self, version: u32) -> Self {
+        self.version = version;
+        self
+    }
+}
+
+/// The content of a data cluster: different for every seed and position.
+pub fn pattern(seed: u8, guest_cluster: u64, size: usize) -> Vec<u8> {
+    (0..size).map(|i| seed ^ (guest_cluster as u8).wrapping_mul(31) ^ (i / 64) as u8 | 1).collect()
+}
+
+struct File {
+    bytes: Vec<u8>,
+    size: usize,
+    used: Vec<usize>,
+}
+
+impl File {
+    fn allocate(&mut self, count: usize) -> usize {
+        let first = self.bytes.len() / self.size;
+        self.bytes.resize(self.bytes.len() + count * self.size, 0);
+        self.used.extend(first..first + count);
+        first * self.size
+    }
+
+    fn put(&mut self, at: usize, bytes: &[u8]) {
+        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+/// Build the image. Refcounts have 16 bits.
+pub fn build(spec: &Spec) -> Vec<u8> {
+    let size = 1usize << spec.cluster_bits;
+    let per_table = (size / 8) as u64;
+    let mut file = File { bytes: Vec::new(), size, used: Vec::new() };
+    let header = file.allocate(1);
+    let table = file.allocate(spec.table_clusters as usize);
+    let l1_entries = spec.virtual_size.div_ceil(per_table << spec.cluster_bits).max(1);
+    let l1 = file.allocate((l1_entries as usize * 8).div_ceil(size));
+    file.allocate(spec.leaks as usize);
+    let mut l2: BTreeMap<u64, usize> = BTreeMap::new();
+    for (&guest, &state) in &spec.clusters {
+        let index = guest / per_table;
+        let l2_at = *l2.entry(index).or_insert_with(|| {
+            let at = file.allocate(1);
+            let entry = at as u64 | 1 << 63;
+            file.put(l1 + index as usize * 8, &entry.to_be_bytes());
+            at
+        });
+        let entry = match state {
+            State::Data(seed) => {
+                let at = file.allocate(1);
+                file.put(at, &pattern(seed, guest, size));
+                at as u64 | 1 << 63
+            }
+            State::Zero => 1,
+            State::ZeroAllocated(seed) => {
+                let at = file.allocate(1);
+                file.put(at, &pattern(seed, guest, size));
+                at as u64 | 1 << 63 | 1
+            }
+            State::Compressed => file.allocate(1) as u64 | 1 << 62,
+        };
+        file.put(l2_at + (guest % per_table) as usize * 8, &entry.to_be_bytes());
+    }
+    // Refcount blocks describe everything, themselves included.
+    let per_block = size / 2;
+    let mut blocks = 0;
+    while (file.bytes.len() / size + blocks).div_ceil(per_block) > blocks {
+        blocks += 1;
+    }
+    let block_at: Vec<usize> = (0..blocks).map(|_| file.allocate(1)).collect();
+    assert!(blocks * 8 <= spec.table_clusters as usize * size, "the refcount table is too small");
+    for (index, &at) in block_at.iter().enumerate() {
+        file.put(table + index * 8, &(at as u64).to_be_bytes());
+    }
+    for cluster in file.used.clone() {
+        let at = block_at[cluster / per_block] + cluster % per_block * 2;
+        file.put(at, &1u16.to_be_bytes());
+    }
+    let mut head = Vec::new();
+    head.extend(b"QFI\xfb");
+    head.extend(spec.version.to_be_bytes());
+    head.extend([0; 12]);
+    head.extend(spec.cluster_bits.to_be_bytes());
+    head.extend(spec.virtual_size.to_be_bytes());
+    head.extend(0u32.to_be_bytes());
+    head.extend((l1_entries as u32).to_be_bytes());
+    head.extend((l1 as u64).to_be_bytes());
+    head.extend((table as u64).to_be_bytes());
+    head.extend((spec.table_clusters as u32).to_be_bytes());
+    head.extend([0; 12]);
+    if spec.version == 3 {
+        head.extend([0; 16]);
+        head.extend(spec.autoclear.to_be_bytes());
+        head.extend(4u32.to_be_bytes());
+        head.extend(104u32.to_be_bytes());
+    }
+    file.put(header, &head);
+    file.bytes
+}

@@ -1,0 +1,166 @@
+//! Reads and checks qcow2 images, straight from the specification and without regard for speed.
+
+use super::{be32, be64};
+use std::collections::BTreeMap;
+
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+pub struct View<'a> {
+    pub bytes: &'a [u8],
+    pub bits: u32,
+    pub size: u64,
+    pub virtual_size: u64,
+}
+
+impl<'a> View<'a> {
+    pub fn new(bytes: &'a [u8]) -> Self {
+        assert_eq!(&bytes[..4], b"QFI\xfb");
+        let bits = be32(bytes, 20);
+        Self { bytes, bits, size: 1 << bits, virtual_size: be64(bytes, 24) }
+    }
+
+    fn entry(&self, at: u64) -> u64 {
+        let at = at as usize;
+        let mut raw = [0; 8];
+        for (i, byte) in raw.iter_mut().enumerate() {
+            *byte = self.bytes.get(at + i).copied().unwrap_or(0);
+        }
+        u64::from_be_bytes(raw)
+    }
+
+    pub fn refcount_order(&self) -> u32 {
+        if be32(self.bytes, 4) == 3 {
+            be32(self.bytes, 96)
+        } else {
+            4
+        }
+    }
+
+    /// Refcount of a cluster as the tables say.
+    pub fn refcount(&self, cluster: u64) -> u64 {
+        let per_block = (self.size * 8) >> self.refcount_order();
+        let table = be64(self.bytes, 48);
+        let length = u64::from(be32(self.bytes, 56)) << self.bits;
+        if cluster / per_block * 8 >= length {
+            return 0;
+        }
+        let block = self.entry(table + cluster / per_block * 8);
+        if block == 0 {
+            return 0;
+        }
+        assert_eq!(self.refcount_order(), 4);
+        let at = (block + cluster % per_block * 2) as usize;
+        self.bytes.get(at..at + 2).map_or(0, |b| u64::from(u16::from_be_bytes(b.try_into().unwrap())))
+    }
+
+    /// Every L2 entry that is not 0: guest cluster, entry.
+    pub fn entries(&self) -> Vec<(u64, u64)> {
+        let l1 = be64(self.bytes, 40);
+        let per_table = self.size / 8;
+        let mut all = Vec::new();
+        for index in 0..u64::from(be32(self.bytes, 36)) {
+            let table = self.entry(l1 + index * 8) & OFFSET;
+            if table == 0 {
+                continue;
+            }
+            for i in 0..per_table {
+                let entry = self.entry(table + i * 8);
+                if entry != 0 {
+                    all.push((index * per_table + i, entry));
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Guest-visible bytes of an image over what lies below it.
+pub fn content(bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
+    let view = View::new(bytes);
+    let mut disk = vec![0; view.virtual_size as usize];
+    if let Some(below) = below {
+        let length = below.len().min(disk.len());
+        disk[..length].copy_from_slice(&below[..length]);
+    }
+    for (guest, entry) in view.entries() {
+        let start = (guest << view.bits) as usize;
+        if start >= disk.len() {
+            continue;
+        }
+        let length = (view.size as usize).min(disk.len() - start);
+        assert_eq!(entry & (1 << 62), 0, "compressed");
+        let host = (entry & OFFSET) as usize;
+        if entry & 1 == 0 && host == 0 {
+            continue;
+        }
+        for i in 0..length {
+            disk[start + i] = if entry & 1 != 0 { 0 } else { bytes.get(host + i).copied().unwrap_or(0) };
+        }
+    }
+    disk
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    pub errors: Vec<String>,
+    pub leaks: u64,
+}
+
+/// What `qemu-img check` would say: references against refcounts, COPIED flags, bounds, alignment.
+pub fn check(bytes: &[u8]) -> Report {
+    let view = View::new(bytes);
+    let mut report = Report::default();
+    let mut references: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut refer = |offset: u64, bytes: u64, report: &mut Report, what: &str| {
+        if offset % view.size != 0 {
+            report.errors.push(format!("{what} unaligned at {offset}"));
+        }
+        for cluster in offset >> view.bits..(offset + bytes).div_ceil(view.size) {
+            *references.entry(cluster).or_default() += 1;
+        }
+    };
+    refer(0, 1, &mut report, "header");
+    let table = be64(bytes, 48);
+    let table_length = u64::from(be32(bytes, 56)) << view.bits;
+    refer(table, table_length, &mut report, "refcount table");
+    refer(be64(bytes, 40), u64::from(be32(bytes, 36)) * 8, &mut report, "L1 table");
+    for index in 0..table_length / 8 {
+        let block = view.entry(table + index * 8);
+        if block != 0 {
+            refer(block, view.size, &mut report, "refcount block");
+        }
+    }
+    let l1 = be64(bytes, 40);
+    for index in 0..u64::from(be32(bytes, 36)) {
+        let entry = view.entry(l1 + index * 8);
+        if entry & OFFSET != 0 {
+            refer(entry & OFFSET, view.size, &mut report, "L2 table");
+            if (entry >> 63 == 1) != (view.refcount((entry & OFFSET) >> view.bits) == 1) {
+                report.errors.push(format!("COPIED flag of L1 entry {index}"));
+            }
+        }
+    }
+    for (guest, entry) in view.entries() {
+        let host = entry & OFFSET;
+        if host != 0 {
+            refer(host, view.size, &mut report, "data");
+            if (entry >> 63 == 1) != (view.refcount(host >> view.bits) == 1) {
+                report.errors.push(format!("COPIED flag of guest cluster {guest}"));
+            }
+            if host >= bytes.len() as u64 {
+                report.errors.push(format!("guest cluster {guest} beyond the end of the file"));
+            }
+        }
+    }
+    for (&cluster, &count) in &references {
+        let stored = view.refcount(cluster);
+        if stored < count {
+            report.errors.push(format!("cluster {cluster}: refcount {stored}, {count} references"));
+        }
+    }
+    for cluster in 0..(bytes.len() as u64).div_ceil(view.size) {
+        let count = references.get(&cluster).copied().unwrap_or(0);
+        report.leaks += u64::from(view.refcount(cluster) > count);
+    }
+    report
+}

@@ -1,0 +1,54 @@
+//! Images in memory: a builder, a reader and a checker that share no code with the driver.
+#![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+
+pub mod builder;
+pub mod checker;
+
+use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, DEVICE_OUTPUT};
+use instar_guest_sdk::memory::MemoryDevices;
+use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
+use instar_qcow2_driver::Qcow2;
+
+pub const OVERLAY: u32 = 0;
+pub const ANCESTOR: u32 = 1;
+
+pub fn be32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+pub fn be64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// What the host would tell the guest of an image.
+pub fn config(io: &MemoryDevices, device: u32) -> DeviceConfig {
+    let file = &io.files[&device];
+    DeviceConfig {
+        flags: device_flags::PRESENT | device_flags::WRITABLE,
+        device,
+        module: 2,
+        reserved: 0,
+        file_length: file.len() as u64,
+        virtual_size: be64(file, 24),
+        cluster_size: 1 << be32(file, 20),
+    }
+}
+
+/// Commit device 0 into the output device; device 1, if it is there, is the backing's backing.
+pub fn run_commit(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
+    let at = |error| CommitFailure { step: instar_guest_commit::Step::Check, error };
+    let (overlay, backing) = (config(io, OVERLAY), config(io, DEVICE_OUTPUT));
+    let has_ancestor = io.files.contains_key(&ANCESTOR);
+    let mut source = Qcow2::open_source(io, &overlay).map_err(at)?;
+    let mut sink = Qcow2::open_sink(io, &backing, has_ancestor).map_err(at)?;
+    let mut layers: Vec<Box<dyn Source>> = Vec::new();
+    if has_ancestor {
+        let ancestor = config(io, ANCESTOR);
+        layers.push(Box::new(Qcow2::open_source(io, &ancestor).map_err(at)?));
+    }
+    let mut below = Ancestors::new(layers);
+    assert_eq!(below.exists(), has_ancestor);
+    let mut images = Commit { source: &mut source, sink: &mut sink, below: &mut below };
+    commit(io, &mut images, options, &mut |_| {})
+}
