@@ -26,7 +26,7 @@ struct Place {
 
 impl Place {
     fn new() -> Self {
-        let (plugins, _) = common::qcow2_registry();
+        let (plugins, _) = common::boxed_registry();
         Self { dir: TempDir::new().unwrap(), plugins }
     }
 
@@ -168,10 +168,13 @@ fn mistakes_are_named_and_change_nothing() {
         assert!(error.message.contains(words), "{line}: {error}");
         assert_eq!(std::fs::read(place.at("precious")).unwrap(), b"precious");
     }
-    std::fs::write(place.at("not-qcow2"), vec![0; 4096]).unwrap();
+    std::fs::write(place.at("not-qcow2"), vec![0; 5000]).unwrap();
     let error = place.error("create -f qcow2 -b not-qcow2 -F qcow2 @new");
     assert_eq!(error.code, ErrorCode::FormatMismatch);
     assert!(!place.at("new").exists());
+    // A raw backing has a size as well.
+    place.run("create -f qcow2 -q -b not-qcow2 -F raw @new").unwrap();
+    assert_eq!(place.info("new")["virtual-size"], 5120);
 }
 
 #[test]
@@ -261,7 +264,10 @@ fn hostile_names_do_not_reach_the_terminal() {
 fn a_wrong_format_is_refused() {
     let place = Place::new();
     place.run("create -f qcow2 -q @image 1M").unwrap();
-    assert_eq!(place.error("info -f raw @image").code, ErrorCode::PluginUnavailable);
+    assert_eq!(place.error("info -f vdi @image").code, ErrorCode::PluginUnavailable);
+    // Any bytes are a raw image, but only for those who say so.
+    let raw = place.run("info -f raw @image").unwrap();
+    assert!(raw.contains("file format: raw\nvirtual size: 192 KiB (197120 bytes)\n"), "{raw}");
     std::fs::write(place.at("zeroes"), vec![0; 1 << 16]).unwrap();
     assert_eq!(place.error("info -f qcow2 @zeroes").code, ErrorCode::FormatMismatch);
     assert_eq!(place.error("info @zeroes").code, ErrorCode::UnsupportedFormat);

@@ -106,6 +106,19 @@ fn a_wrong_hint_is_refused() {
 }
 
 #[test]
+fn raw_is_taken_only_by_name_and_says_what_the_file_looks_like() {
+    let (_dir, registry) = common::boxed_registry();
+    let image = a_qcow2(&registry);
+    let found = registry.identify(&image, Some("raw")).unwrap();
+    assert_eq!((found.plugin.name(), found.looks_like.as_deref()), ("raw", Some("qcow2")));
+    assert_eq!(registry.identify(&image, None).unwrap().plugin.name(), "qcow2");
+    let nothing = Bytes(vec![0; 4096]);
+    let found = registry.identify(&nothing, Some("raw")).unwrap();
+    assert_eq!((found.plugin.name(), found.looks_like), ("raw", None));
+    assert!(matches!(registry.identify(&nothing, None), Err(IdentifyError::Unrecognised)));
+}
+
+#[test]
 fn a_panic_and_a_lie_are_errors() {
     let (_dir, registry) = panicking();
     let facts = |word: &str| {
