@@ -325,7 +325,7 @@ fn versions_are_compared_before_layouts() {
     let dir = PluginDir::new();
     dir.copy("layout", &built("instar_test_plugin_other_layout"));
     let reason = dir.reason();
-    assert!(reason.contains("types differ") && reason.contains("0.0.1"), "{reason}");
+    assert!(reason.contains("types differ") && reason.contains("1.0.0"), "{reason}");
 }
 
 /// A figure for people (`--nocapture`, alone, in release): what loading costs a process that starts.
