@@ -187,27 +187,84 @@ fn refcount_blocks_and_table_grow() {
     assert!(common::be32(&io.files[&DEVICE_OUTPUT], 56) > 1, "the refcount table did not grow");
 }
 
+/// The crash points of a long commit: before each flush (where the most is in flight), with drawn subsets of
+/// what is not flushed: one change alone, all but one, and random ones.
+fn verify_crashes_before_flushes(pair: &Pair) {
+    let (backing, overlay) = expected(pair);
+    let mut io = pair.io();
+    run_commit(&mut io, Options::default()).unwrap();
+    let log = io.log;
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        random >> 33
+    };
+    for end in (0..log.len()).filter(|&i| matches!(log[i], Change::Flush { .. })) {
+        let device = device_of(&log[end]);
+        let durable = log[..end].iter().rposition(|change| *change == Change::Flush { device }).map_or(0, |i| i + 1);
+        let unflushed: Vec<usize> = (durable..end).filter(|&i| device_of(&log[i]) == device).collect();
+        // Metadata is written last: the changes before the flush tell more than the data far ahead of it.
+        let recent: Vec<usize> = unflushed.iter().rev().take(12).copied().collect();
+        let mut subsets: Vec<Vec<usize>> = Vec::new();
+        for &chosen in &recent {
+            subsets.push(vec![chosen]);
+            subsets.push(unflushed.iter().copied().filter(|&i| i != chosen).collect());
+        }
+        for _ in 0..12 {
+            subsets.push(unflushed.iter().copied().filter(|_| next() % 2 == 0).collect());
+        }
+        let mut base = pair.io().files;
+        for (i, change) in log[..end].iter().enumerate() {
+            if i < durable || device_of(&log[i]) != device {
+                change.apply(&mut base);
+            }
+        }
+        for subset in subsets {
+            let mut files = base.clone();
+            subset.iter().for_each(|&i| log[i].apply(&mut files));
+            verify_state(&files, &overlay, &backing);
+        }
+    }
+}
+
 #[test]
 fn crashes_while_refcount_blocks_and_table_grow() {
     // The table of one cluster is nearly full: 64 blocks of 256 clusters.
-    let overlay = Spec::new(9, 20_000 << 9).with(data((0..600).map(|i| i * 33), 0x12));
-    let backing = Spec { leaks: 16_000, ..Spec::new(9, 20_000 << 9) }.with(data([0, 33, 70], 0x90));
+    let overlay = Spec::new(9, 8_000 << 9).with(data((0..300).map(|i| i * 26), 0x12));
+    let backing = Spec { leaks: 16_000, ..Spec::new(9, 8_000 << 9) }.with(data([0, 26, 70], 0x90));
     let pair = Pair::new(&overlay, &backing);
-    let (expected_backing, expected_overlay) = expected(&pair);
-    let mut io = pair.io();
-    run_commit(&mut io, Options::default()).unwrap();
+    let io = commit_and_verify(&pair);
     assert!(common::be32(&io.files[&DEVICE_OUTPUT], 56) > 1, "the refcount table did not grow");
-    // All prefixes, thinned out where data is copied.
-    let log = io.log;
-    let mut files = pair.io().files;
-    for (i, change) in log.iter().enumerate() {
-        let before_flush = matches!(log.get(i + 1), Some(Change::Flush { .. }));
-        if i % 97 == 0 || before_flush || matches!(change, Change::Flush { .. }) {
-            verify_state(&files, &expected_overlay, &expected_backing);
-        }
-        change.apply(&mut files);
+    verify_crashes_before_flushes(&pair);
+}
+
+#[test]
+fn crashes_while_a_refcount_block_is_added() {
+    let overlay = Spec::new(9, 8_000 << 9).with(data((0..100).map(|i| i * 70), 0x12));
+    let backing = Spec { leaks: 150, ..Spec::new(9, 8_000 << 9) }.with(data([0, 26, 70], 0x90));
+    verify_crashes_before_flushes(&Pair::new(&overlay, &backing));
+}
+
+#[test]
+fn crashes_while_refcount_blocks_are_dropped_from_the_overlay() {
+    for blocks_first in [false, true] {
+        let overlay = Spec { blocks_first, ..Spec::new(9, 2_000 << 9) }.with(data(0..1_200, 0x12));
+        verify_crashes_before_flushes(&Pair::new(&overlay, &Spec::new(9, 2_000 << 9)));
     }
-    verify_state(&files, &expected_overlay, &expected_backing);
+}
+
+#[test]
+fn everything_is_flushed_at_the_end() {
+    let overlay = Spec::new(12, 8 << 12).with(data([1], 1)).with([(2, State::Zero)]);
+    let io = commit_and_verify(&Pair::new(&overlay, &Spec::new(12, 8 << 12).with(data([1, 2], 2))));
+    for device in [OVERLAY, DEVICE_OUTPUT] {
+        let last = io.log.iter().rfind(|change| device_of(change) == device).unwrap();
+        assert_eq!(*last, Change::Flush { device });
+    }
+    // The overlay is touched only when the backing is durable to the last bit.
+    let first_of_overlay = io.log.iter().position(|change| device_of(change) == OVERLAY).unwrap();
+    let last_of_backing = io.log.iter().rposition(|change| device_of(change) == DEVICE_OUTPUT).unwrap();
+    assert!(last_of_backing < first_of_overlay);
 }
 
 #[test]

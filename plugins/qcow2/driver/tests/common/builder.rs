@@ -26,6 +26,8 @@ pub struct Spec {
     /// Leaked clusters (refcount 1, no reference) before the data.
     pub leaks: u64,
     pub autoclear: u64,
+    /// Refcount blocks stand before everything that they describe, not after it.
+    pub blocks_first: bool,
 }
 
 impl Spec {
@@ -38,6 +40,7 @@ impl Spec {
             table_clusters: 1,
             leaks: 0,
             autoclear: 0,
+            blocks_first: false,
         }
     }
 
@@ -86,6 +89,8 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     let l1_entries = spec.virtual_size.div_ceil(per_table << spec.cluster_bits).max(1);
     let l1 = file.allocate((l1_entries as usize * 8).div_ceil(size));
     file.allocate(spec.leaks as usize);
+    let per_block = size / 2;
+    let early: Vec<usize> = if spec.blocks_first { (0..16).map(|_| file.allocate(1)).collect() } else { Vec::new() };
     let mut l2: BTreeMap<u64, usize> = BTreeMap::new();
     for (&guest, &state) in &spec.clusters {
         let index = guest / per_table;
@@ -112,13 +117,17 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         file.put(l2_at + (guest % per_table) as usize * 8, &entry.to_be_bytes());
     }
     // Refcount blocks describe everything, themselves included.
-    let per_block = size / 2;
     let mut blocks = 0;
-    while (file.bytes.len() / size + blocks).div_ceil(per_block) > blocks {
+    while (file.bytes.len() / size + if spec.blocks_first { 0 } else { blocks }).div_ceil(per_block) > blocks {
         blocks += 1;
     }
-    let block_at: Vec<usize> = (0..blocks).map(|_| file.allocate(1)).collect();
+    let block_at: Vec<usize> =
+        if spec.blocks_first { early[..blocks].to_vec() } else { (0..blocks).map(|_| file.allocate(1)).collect() };
     assert!(blocks * 8 <= spec.table_clusters as usize * size, "the refcount table is too small");
+    if spec.blocks_first {
+        // Those that are not needed are free.
+        file.used.retain(|&cluster| !early[blocks..].contains(&(cluster * size)));
+    }
     for (index, &at) in block_at.iter().enumerate() {
         file.put(table + index * 8, &(at as u64).to_be_bytes());
     }
