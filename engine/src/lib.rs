@@ -1,4 +1,5 @@
 //! The instar engine: plugins, chains, devices, the KVM runner and the command line. It knows no format.
 
+pub mod cli;
 pub mod plugins;
 pub mod vm;

@@ -55,7 +55,7 @@
 //! # Versions
 //!
 //! [`API_VERSION`] is the version of this crate and follows semver. An engine built with `x.y` loads every plugin
-//! built with `x.z` where `z ≤ y`, also while `x` is 0 (see [`version::accepts`]). To keep that promise, an
+//! built with `x.z` where `z ≤ y` (see [`version::accepts`]). To keep that promise, an
 //! interface never changes once released: [`v1`] is frozen, with every type that it mentions, and whatever
 //! comes later is a `v2` module beside it with a root module, types and a name of its own. The engine asks the library
 //! header which interface a plugin speaks, and keeps an adapter for each that it ever knew.

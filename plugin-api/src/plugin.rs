@@ -50,7 +50,8 @@ pub trait FormatPlugin: 'static {
     /// comes from ([`CommitRole::Backing`], [`CommitRole::Ancestor`]: the overlay) or goes to
     /// ([`CommitRole::Overlay`]: the backing); it may be of another format.
     ///
-    /// For [`CommitRole::Backing`], [`Verdict::max_length`] bounds how long the file may become.
+    /// For [`CommitRole::Backing`], [`Verdict::max_length`] bounds how long the file may become. When several layers are
+    /// committed at once, the engine asks with each of them as `other`, its `file_length` being the sum of all.
     fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict;
 
     /// The guest half.

@@ -23,8 +23,8 @@ fn number(text: &str) -> Option<u64> {
 /// Whether an engine with contract version `engine` loads a plugin built with `plugin`: the same major version,
 /// and a minor version not newer than the engine's.
 ///
-/// The rule is the same while the major version is 0. Semver would let `0.2` break what `0.1` promised; this
-/// contract does not, because its interfaces are frozen one by one (see the crate's documentation).
+/// A major version of 0 promises nothing, as semver has it: then the minor versions must be equal. The layout check of
+/// `abi_stable` holds the version of this crate to the same rule, which is why the contract begins with 1.0.
 ///
 /// # Errors
 /// One clause that says why not, and what to do.
@@ -39,6 +39,11 @@ pub fn accepts(engine: &str, plugin: &str) -> Result<(), String> {
         let advice = if major > engine_major { "update instar" } else { "rebuild the plugin" };
         return Err(format!(
             "built for plugin API {plugin}, this instar loads {engine_major}.0 to {engine_major}.{engine_minor}: {advice}"
+        ));
+    }
+    if major == 0 && minor != engine_minor {
+        return Err(format!(
+            "built for the preview {plugin} of the plugin API, this instar has {engine}: rebuild the plugin"
         ));
     }
     if minor > engine_minor {
@@ -56,7 +61,7 @@ mod tests {
 
     #[test]
     fn older_minor_versions_load_for_ever() {
-        for (engine, plugin) in [("1.4.2", "1.4.9"), ("1.4.2", "1.0.0"), ("0.3.0", "0.1.7"), ("0.3.0", "0.3.0")] {
+        for (engine, plugin) in [("1.4.2", "1.4.9"), ("1.4.2", "1.0.0"), ("0.3.0", "0.3.7")] {
             assert_eq!(accepts(engine, plugin), Ok(()), "{engine} {plugin}");
         }
     }
@@ -64,7 +69,8 @@ mod tests {
     #[test]
     fn newer_minor_and_other_major_versions_do_not() {
         assert!(accepts("1.4.0", "1.5.0").unwrap_err().contains("update instar"));
-        assert!(accepts("0.1.0", "0.2.0").unwrap_err().contains("update instar"));
+        assert!(accepts("0.2.0", "0.1.0").unwrap_err().contains("preview"));
+        assert!(accepts("0.1.0", "0.2.0").unwrap_err().contains("preview"));
         assert!(accepts("1.4.0", "2.0.0").unwrap_err().contains("update instar"));
         assert!(accepts("1.4.0", "0.9.0").unwrap_err().contains("rebuild the plugin"));
     }

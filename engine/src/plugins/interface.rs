@@ -24,8 +24,8 @@ type Opener = fn(&LibHeader) -> Option<Interface>;
 const KNOWN: &[(&str, Opener)] = &[(INTERFACE_NAME, open_v1)];
 
 fn open_v1(header: &LibHeader) -> Option<Interface> {
-    // `check_layout` and not `init_root_module`: the latter refuses older 0.x versions, which `version::accepts` takes.
-    // The text of a mismatch is up to 10 KB of type descriptions: it is dropped.
+    // Not `init_root_module`: the versions were compared before, by the contract's own rule. The text of a mismatch is up
+    // to 10 KB of type descriptions: it is dropped.
     header.check_layout::<PluginModuleV1_Ref>().ok().map(Interface::V1)
 }
 

@@ -18,6 +18,10 @@ pub fn qcow2_library() -> PathBuf {
     built("instar_plugin_qcow2")
 }
 
+pub fn raw_library() -> PathBuf {
+    built("instar_plugin_raw")
+}
+
 /// A directory of plugins of one's own.
 pub struct PluginDir(pub TempDir);
 
@@ -64,5 +68,15 @@ pub fn qcow2_registry() -> (PluginDir, Registry) {
     dir.copy("qcow2", &qcow2_library());
     let registry = dir.load();
     assert_eq!(registry.plugins().len(), 1, "{:?}", registry.skipped());
+    (dir, registry)
+}
+
+/// The plugins that come in the box.
+pub fn boxed_registry() -> (PluginDir, Registry) {
+    let dir = PluginDir::new();
+    dir.copy("qcow2", &qcow2_library());
+    dir.copy("raw", &raw_library());
+    let registry = dir.load();
+    assert_eq!(registry.plugins().len(), 2, "{:?}", registry.skipped());
     (dir, registry)
 }

@@ -27,15 +27,18 @@ pub mod names {
     pub const COMPAT: &str = "compat";
 }
 
+/// Bytes that hold a header without its extensions, and the smallest cluster.
+const LEAST: u64 = 512;
 /// Longest name of an unknown feature that is passed on, in characters.
 const NAME_CHARS: usize = 46;
 
 /// Read and parse the header.
 pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let start = image.read_vec(0, 24)?;
-    let needed = header_bytes_needed(&start).unwrap_or(24);
-    // At most 2 MiB; what is longer than the file is cut off by the reader.
-    let bytes = image.read_vec(0, usize::try_from(needed).unwrap_or(24))?;
+    // At most 2 MiB; what is longer than the file is cut off by the reader. A header with a nonsensical cluster size gets as
+    // far as the check of it.
+    let needed = header_bytes_needed(&start).unwrap_or(LEAST);
+    let bytes = image.read_vec(0, usize::try_from(needed.max(LEAST)).unwrap_or(0))?;
     let header = Header::parse(&bytes).map_err(|error| refuse(&error))?;
     Ok(facts(&header, image.length()))
 }
@@ -120,4 +123,83 @@ fn unknown_features(header: &Header) -> Vec<String> {
             _ => format!("bit {bit}"),
         })
         .collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use instar_plugin_api::CommitRole;
+    use instar_qcow2_format::{create, CreateOptions};
+
+    fn new_image() -> Vec<u8> {
+        let mut options = CreateOptions::new(1 << 30);
+        options.backing_name = Some(b"base".to_vec());
+        options.backing_format = Some(b"qcow2".to_vec());
+        create(&options).unwrap().metadata
+    }
+
+    fn read_bytes(bytes: &Vec<u8>) -> Result<ImageFacts, PluginError> {
+        read(&ImageReader::new(bytes.len() as u64, bytes))
+    }
+
+    #[test]
+    fn the_facts_of_a_new_image() {
+        let facts = read_bytes(&new_image()).unwrap();
+        assert_eq!((facts.virtual_size, facts.cluster_size), (1 << 30, 65536));
+        let backing = facts.backing.as_ref().unwrap();
+        assert_eq!(backing.name.as_slice(), b"base");
+        assert_eq!(backing.format.as_ref().unwrap().as_slice(), b"qcow2");
+        assert!(!facts.dirty && !facts.corrupt && !facts.encrypted);
+        assert_eq!(facts.feature("compat"), Some("\"1.1\""));
+        assert_eq!(facts.feature("snapshots"), Some("0"));
+    }
+
+    #[test]
+    fn feature_bits_become_facts_and_refusals() {
+        for (bit, name) in
+            [(0, "dirty"), (1, "corrupt"), (2, "data file"), (4, "extended L2"), (20, "bit 20"), (63, "bit 63")]
+        {
+            let mut bytes = new_image();
+            let field = u64::from_be_bytes(bytes[72..80].try_into().unwrap()) | 1 << bit;
+            bytes[72..80].copy_from_slice(&field.to_be_bytes());
+            let facts = read_bytes(&bytes).unwrap();
+            let verdict = crate::verdict::give(CommitRole::Overlay, &facts, &facts);
+            assert!(verdict.code != 0 && verdict.reason.contains(name), "{bit}: {}", verdict.reason);
+        }
+        // The image's own name of a bit is shown, without what it could do to a terminal.
+        let mut bytes = new_image();
+        bytes[72] = 0x80;
+        let table = bytes.windows(9).position(|w| w == b"dirty bit").unwrap();
+        bytes[table - 1] = 63;
+        bytes[table..table + 9].copy_from_slice(b"\x1b[2Jodd\n\"");
+        let facts = read_bytes(&bytes).unwrap();
+        let reason = crate::verdict::give(CommitRole::Overlay, &facts, &facts).reason;
+        assert!(reason.contains("bit 63") && reason.contains("odd") && !reason.contains('\x1b'), "{reason}");
+    }
+
+    #[test]
+    fn no_header_makes_it_panic() {
+        let good = new_image();
+        let mut state = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        for _ in 0..20_000 {
+            let mut bytes = good[..1024].to_vec();
+            for _ in 0..=random() % 4 {
+                let at = usize::try_from(4 + random() % 600).unwrap();
+                bytes[at] = random().to_le_bytes()[0];
+            }
+            bytes.truncate(usize::try_from(random() % 1200).unwrap());
+            if let Ok(facts) = read_bytes(&bytes) {
+                for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+                    let _ = crate::verdict::give(role, &facts, &facts);
+                }
+            }
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! A library that claims to be built for an early plugin API, but whose root module has other types.
+//! A library that claims to be built for this plugin API, but whose root module has other types.
 
 #![allow(missing_docs, non_camel_case_types, non_local_definitions)]
 
@@ -20,7 +20,7 @@ impl RootModule for Module_Ref {
     abi_stable::declare_root_module_statics! {Module_Ref}
     const BASE_NAME: &'static str = "instar_plugin";
     const NAME: &'static str = instar_plugin_api::v1::INTERFACE_NAME;
-    const VERSION_STRINGS: VersionStrings = VersionStrings::new("0.0.1");
+    const VERSION_STRINGS: VersionStrings = VersionStrings::new("1.0.0");
 }
 
 extern "C" fn something(value: u64) -> u64 {

@@ -1,0 +1,229 @@
+//! `instar create`: a new, empty image.
+
+use super::create_file;
+use super::escape::{escape, escape_path, printable};
+use super::info::{open_image, resolve_backing};
+use super::output::print;
+use super::size::parse_size;
+use super::CliError;
+use crate::plugins::{Plugin, Registry, SearchPath};
+use clap::Args;
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::std_types::{ROption, RString, RVec, Tuple2};
+use instar_plugin_api::{BackingPointer, CreateSpec};
+use std::fmt::Write as _;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+/// Make a new, empty image. A file of that name is overwritten, unless another process uses it.
+#[derive(Args, Debug)]
+pub struct CreateArgs {
+    /// Format of the new image
+    #[arg(short, long, value_name = "FMT")]
+    pub format: String,
+    /// Image that the new one is backed by; a relative name begins at the new image's directory
+    #[arg(short, long, value_name = "BASE")]
+    pub backing: Option<String>,
+    /// Format of the backing image; needed with -b
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub backing_format: Option<String>,
+    /// Do not look at the backing image; SIZE is needed then
+    #[arg(short = 'u', long)]
+    pub backing_unsafe: bool,
+    /// Options of the format, as NAME=VALUE, separated by commas; repeatable. `-o help` lists them
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Print nothing on success
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// A directory with more plugins; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// The new image
+    #[arg(value_name = "FILENAME", required_unless_present = "options")]
+    pub filename: Option<PathBuf>,
+    /// Virtual size, in bytes or with a suffix k, M, G, T, P or E; that of the backing image when absent
+    #[arg(value_name = "SIZE")]
+    pub size: Option<String>,
+}
+
+/// What is wanted, from all the ways of saying it.
+struct Wanted {
+    size: Option<u64>,
+    backing: Option<String>,
+    backing_format: Option<String>,
+    options: Vec<(String, String)>,
+}
+
+fn usage(message: impl Into<String>) -> CliError {
+    CliError::new(ErrorCode::UnsupportedFormat, message)
+}
+
+/// Run the command.
+///
+/// # Errors
+/// When the format, an option or the backing image is refused, or the file cannot be written. Nothing is changed
+/// unless everything but the writing has succeeded.
+pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir));
+    let plugin = registry.by_format(&args.format).ok_or_else(|| {
+        let message =
+            format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(&args.format));
+        CliError::new(ErrorCode::PluginUnavailable, message)
+    })?;
+    let pairs = split_options(&args.options)?;
+    if pairs.iter().any(|(name, _)| name == "help" || name == "?") {
+        return print(out, &help(plugin));
+    }
+    let filename = args.filename.as_deref().ok_or_else(|| usage("create needs a FILENAME"))?;
+    let wanted = wanted(args, pairs)?;
+    let (virtual_size, backing) = resolve(args, filename, &wanted, &registry)?;
+
+    let options: RVec<_> =
+        wanted.options.iter().map(|(k, v)| Tuple2(RString::from(k.as_str()), RString::from(v.as_str()))).collect();
+    let spec = CreateSpec { virtual_size, backing, options };
+    let image = plugin.create(&spec).map_err(|failure| CliError::plugin(filename, &failure))?;
+    if !args.quiet {
+        print(out, &announcement(filename, plugin, virtual_size, &wanted))?;
+    }
+    create_file::write(filename, &image)
+}
+
+/// `a=b,c=d` with `,,` for a comma within a value, as `qemu-img` reads it.
+fn split_options(texts: &[String]) -> Result<Vec<(String, String)>, CliError> {
+    let mut pairs = Vec::new();
+    for text in texts {
+        let mut items = vec![String::new()];
+        let mut chars = text.chars().peekable();
+        while let Some(c) = chars.next() {
+            if c == ',' && chars.next_if_eq(&',').is_none() {
+                items.push(String::new());
+            } else if let Some(item) = items.last_mut() {
+                item.push(c);
+            }
+        }
+        for item in items.into_iter().filter(|item| !item.is_empty()) {
+            match item.split_once('=') {
+                Some((name, value)) => pairs.push((name.to_owned(), value.to_owned())),
+                None if item == "help" || item == "?" => pairs.push((item, String::new())),
+                None => return Err(usage(format!("option '{}' needs a value: NAME=VALUE", escape(&item)))),
+            }
+        }
+    }
+    Ok(pairs)
+}
+
+/// Size and backing can be options, too.
+fn wanted(args: &CreateArgs, pairs: Vec<(String, String)>) -> Result<Wanted, CliError> {
+    let mut wanted = Wanted {
+        size: None,
+        backing: args.backing.clone(),
+        backing_format: args.backing_format.clone(),
+        options: Vec::new(),
+    };
+    let mut size = args.size.clone();
+    for (name, value) in pairs {
+        let slot = match name.as_str() {
+            "size" => &mut size,
+            "backing_file" => &mut wanted.backing,
+            "backing_fmt" => &mut wanted.backing_format,
+            _ => {
+                wanted.options.push((name, value));
+                continue;
+            }
+        };
+        if slot.is_some() {
+            return Err(usage(format!("{name} is given twice")));
+        }
+        *slot = Some(value);
+    }
+    if let Some(text) = size {
+        let bytes = parse_size(&text).ok_or_else(|| {
+            usage(format!("'{}' is not a size: use digits and a suffix k, M, G, T, P or E", escape(&text)))
+        })?;
+        wanted.size = Some(bytes);
+    }
+    Ok(wanted)
+}
+
+/// Look at the backing image: it must be what it is said to be, and gives the size when there is no other.
+fn resolve(
+    args: &CreateArgs,
+    filename: &std::path::Path,
+    wanted: &Wanted,
+    registry: &Registry,
+) -> Result<(u64, ROption<BackingPointer>), CliError> {
+    let no_size = || usage(format!("'{}': creating an image needs a SIZE", escape_path(filename)));
+    let Some(name) = &wanted.backing else {
+        if wanted.backing_format.is_some() {
+            return Err(usage("a backing format without a backing image makes no sense: add -b BASE"));
+        }
+        return Ok((wanted.size.ok_or_else(no_size)?, ROption::RNone));
+    };
+    let Some(format) = &wanted.backing_format else {
+        return Err(usage("the format of the backing image is needed: add -F FMT"));
+    };
+    let pointer = BackingPointer {
+        name: RVec::from(name.as_bytes().to_vec()),
+        format: ROption::RSome(RVec::from(format.as_bytes().to_vec())),
+    };
+    if args.backing_unsafe {
+        return Ok((wanted.size.ok_or_else(no_size)?, ROption::RSome(pointer)));
+    }
+    let Some(path) = resolve_backing(filename, name.as_bytes()) else {
+        let message = format!("'{}' is not the name of a file: only files can be looked at (or use -u)", escape(name));
+        return Err(CliError::new(ErrorCode::OpenFailed, message));
+    };
+    let (image, metadata) = open_image(&path)?;
+    if let Ok(existing) = std::fs::metadata(filename) {
+        if (existing.dev(), existing.ino()) == (metadata.dev(), metadata.ino()) {
+            return Err(CliError::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
+        }
+    }
+    let found = registry.identify(&image, Some(format)).map_err(|error| CliError::identify(&path, &error))?;
+    Ok((wanted.size.unwrap_or(found.facts.virtual_size), ROption::RSome(pointer)))
+}
+
+fn help(plugin: &Plugin) -> String {
+    let mut text = format!("Options of {}:\n", plugin.name());
+    let common = [
+        ("size", "virtual size"),
+        ("backing_file", "image that the new one is backed by"),
+        ("backing_fmt", "format of the backing image"),
+    ];
+    for (name, help) in plugin.create_options().chain(common) {
+        let _ = writeln!(text, "  {:<22} - {}", format!("{}=<value>", printable(name)), printable(help));
+    }
+    text
+}
+
+fn announcement(filename: &std::path::Path, plugin: &Plugin, virtual_size: u64, wanted: &Wanted) -> String {
+    let mut text = format!("Formatting '{}', fmt={} size={virtual_size}", escape_path(filename), plugin.name());
+    if let Some(backing) = &wanted.backing {
+        let _ = write!(text, " backing_file={}", escape(backing));
+    }
+    if let Some(format) = &wanted.backing_format {
+        let _ = write!(text, " backing_fmt={}", escape(format));
+    }
+    for (name, value) in &wanted.options {
+        let _ = write!(text, " {}={}", escape(name), escape(value));
+    }
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_split_as_qemu_img_splits_them() {
+        let pairs = split_options(&["a=b,c=d,,e=f".to_owned(), "g=".to_owned()]).unwrap();
+        let expected = [("a", "b"), ("c", "d,e=f"), ("g", "")];
+        assert_eq!(pairs, expected.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        assert!(split_options(&["alone".to_owned()]).is_err());
+        assert_eq!(split_options(&["help".to_owned()]).unwrap()[0].0, "help");
+    }
+}

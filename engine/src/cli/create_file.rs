@@ -1,0 +1,98 @@
+//! Writing a new image to its file.
+
+use super::CliError;
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::CreatedImage;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+/// The bytes of an image file on which QEMU, and instar, hold their locks: 100 to 203. Nothing is stored in them; they only
+/// are the names of permissions.
+const LOCK_START: i64 = 100;
+const LOCK_LENGTH: i64 = 104;
+
+/// Write `image` to `path`, over what is there. A file that did not exist is removed again if that fails.
+pub(super) fn write(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o644).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+    let opened = match options.clone().create_new(true).open(path) {
+        Ok(file) => Ok((file, true)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            // `create` for a link whose target is not there.
+            options.create(true).truncate(false).open(path).map(|file| (file, false))
+        }
+        Err(error) => Err(error),
+    };
+    let (file, created) =
+        opened.map_err(|error| CliError::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")))?;
+    let result = write_to(&file, path, image);
+    if result.is_err() && created {
+        // The error that matters is the one that is returned.
+        let _ = std::fs::remove_file(path);
+    }
+    result
+}
+
+fn write_to(mut file: &File, path: &Path, image: &CreatedImage) -> Result<(), CliError> {
+    let failed = |error: io::Error| {
+        let code = if error.raw_os_error() == Some(libc::ENOSPC) { ErrorCode::NoSpace } else { ErrorCode::OverlayIo };
+        CliError::image(path, code, format!("cannot be written: {error}"))
+    };
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(CliError::image(path, ErrorCode::OpenFailed, "is not a file or block device"));
+    }
+    lock(file, path)?;
+    if kind.is_file() {
+        file.set_len(0).and_then(|()| file.set_len(image.length)).map_err(failed)?;
+    } else {
+        let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        if length < image.length {
+            let clause = format!("the device has {length} bytes, {} are needed", image.length);
+            return Err(CliError::image(path, ErrorCode::NoSpace, clause));
+        }
+        zero(file, image.length).map_err(failed)?;
+    }
+    for region in &image.regions {
+        file.write_all_at(&region.bytes, region.offset).map_err(failed)?;
+    }
+    file.sync_data().map_err(failed)
+}
+
+fn zero(file: &File, length: u64) -> io::Result<()> {
+    let zeroes = vec![0u8; 1 << 20];
+    let mut at = 0;
+    while at < length {
+        let count = usize::try_from(length - at).unwrap_or(usize::MAX).min(zeroes.len());
+        file.write_all_at(&zeroes[..count], at)?;
+        at += count as u64;
+    }
+    Ok(())
+}
+
+/// Lock out every process that uses the image, until the file is closed. Fails if there is one.
+fn lock(file: &File, path: &Path) -> Result<(), CliError> {
+    // SAFETY: `flock` is a C structure of integers, for which zero is a value.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    // The constants are small; the field is 16 bits wide.
+    range.l_type = i16::try_from(libc::F_WRLCK).unwrap_or(1);
+    range.l_whence = i16::try_from(libc::SEEK_SET).unwrap_or(0);
+    range.l_start = LOCK_START;
+    range.l_len = LOCK_LENGTH;
+    // SAFETY: the descriptor is open and `range` is a valid `flock` for the duration of the call.
+    let status = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, std::ptr::from_ref(&range)) };
+    if status == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => {
+            Err(CliError::image(path, ErrorCode::ImageInUse, "another process uses the image"))
+        }
+        // File systems without locks.
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,115 @@
+//! Text that came from an image, on its way to a terminal.
+//!
+//! A name can hold escape sequences that rewrite the screen, line feeds that forge a second line, and characters
+//! that reverse the direction of writing. They are shown as `\x1b`, `\n`, `\u{202e}`.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// Whether a character must not reach a terminal as it is: control characters, and characters without a shape of their
+/// own that change how others are shown.
+#[must_use]
+pub fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// Text of the program itself that may hold parts of images: hidden characters are escaped, the rest stays.
+#[must_use]
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if text.chars().any(is_hidden) {
+        let mut out = String::with_capacity(text.len() + 16);
+        text.chars().for_each(|c| push(&mut out, c));
+        Cow::Owned(out)
+    } else {
+        Cow::Borrowed(text)
+    }
+}
+
+/// Text from an image, unambiguously: hidden characters and backslashes are escaped.
+#[must_use]
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c == '\\' {
+            out.push('\\');
+        }
+        push(&mut out, c);
+    }
+    out
+}
+
+/// Bytes from an image: as [`escape`], and bytes that are not UTF-8 as `\xNN`.
+#[must_use]
+pub fn escape_bytes(bytes: &[u8]) -> String {
+    let mut out = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        out.push_str(&escape(chunk.valid()));
+        for byte in chunk.invalid() {
+            let _ = write!(out, "\\x{byte:02x}");
+        }
+    }
+    out
+}
+
+/// A path, wherever it came from.
+#[must_use]
+pub fn escape_path(path: &Path) -> String {
+    escape_bytes(path.as_os_str().as_bytes())
+}
+
+/// JSON text with hidden characters as `\uNNNN`. In JSON they can only stand within strings.
+#[must_use]
+pub fn escape_json(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        if is_hidden(c) && c != '\n' {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(out, "\\u{unit:04x}");
+            }
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+fn push(out: &mut String, c: char) {
+    match c {
+        '\n' => out.push_str("\\n"),
+        '\r' => out.push_str("\\r"),
+        '\t' => out.push_str("\\t"),
+        c if is_hidden(c) && u32::from(c) < 0x100 => {
+            let _ = write!(out, "\\x{:02x}", u32::from(c));
+        }
+        c if is_hidden(c) => {
+            let _ = write!(out, "\\u{{{:x}}}", u32::from(c));
+        }
+        c => out.push(c),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_moves_a_cursor_is_shown_instead() {
+        assert_eq!(escape("a\x1b[2Jb\nc\\d\u{202e}e\u{9b}é"), "a\\x1b[2Jb\\nc\\\\d\\u{202e}e\\x9bé");
+        assert_eq!(escape_bytes(b"ok \xff\xfe \xc3\xa9"), "ok \\xff\\xfe é");
+        assert_eq!(printable("C:\\x\r"), "C:\\x\\r");
+        assert!(matches!(printable("plain"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn json_stays_json() {
+        let text = "a\u{9b}b\u{202e}c\u{7f}d\u{e0001}";
+        let json = escape_json(&serde_json::to_string_pretty(&vec![text]).unwrap_or_default());
+        assert!(json.is_ascii(), "{json}");
+        assert_eq!(serde_json::from_str::<Vec<String>>(&json).unwrap_or_default(), [text]);
+    }
+}

@@ -1,0 +1,191 @@
+//! `instar info`: what an image is, in the words of `qemu-img info`.
+
+use super::escape::escape_bytes;
+use super::info_text;
+use super::output::{print, print_json, OutputFormat};
+use super::CliError;
+use crate::plugins::{FileImage, Registry, SearchPath};
+use clap::Args;
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::ImageFacts;
+use serde_json::{Map, Value};
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Most images in a chain that is shown.
+const MAX_DEPTH: usize = 256;
+
+/// Show what an image is, without changing it.
+#[derive(Args, Debug)]
+pub struct InfoArgs {
+    /// Format of the image; found out when absent. An image of another format is refused
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// Show the images that it is backed by as well
+    #[arg(long)]
+    pub backing_chain: bool,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+    /// Taken for the sake of scripts: an image in use can always be shown
+    #[arg(short = 'U', long, hide = true)]
+    pub force_share: bool,
+    /// A directory with more plugins; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// The image
+    #[arg(value_name = "FILENAME")]
+    pub filename: PathBuf,
+}
+
+/// One image of a chain.
+pub(super) struct Shown {
+    pub filename: PathBuf,
+    pub actual_size: u64,
+    pub facts: ImageFacts,
+    /// Where the backing file is; `None` for one behind a protocol.
+    pub backing_path: Option<PathBuf>,
+}
+
+/// Run the command.
+///
+/// # Errors
+/// When an image cannot be opened, or its format is not known or not the one that was named.
+pub fn run(args: &InfoArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir));
+    let images = collect(&registry, &args.filename, args.format.as_deref(), args.backing_chain)?;
+    match args.output {
+        OutputFormat::Human => {
+            let texts: Vec<String> = images.iter().map(info_text::human).collect();
+            print(out, &texts.join("\n"))
+        }
+        OutputFormat::Json => {
+            let mut values: Vec<Value> = images.iter().map(json).collect();
+            let value = if args.backing_chain { Value::Array(values) } else { values.swap_remove(0) };
+            print_json(out, &value)
+        }
+    }
+}
+
+/// Open an image to look at it. A FIFO does not block; anything but a file or block device is refused.
+pub(super) fn open_image(path: &Path) -> Result<(FileImage, std::fs::Metadata), CliError> {
+    let open = || -> std::io::Result<_> {
+        let file: File = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
+        let metadata = file.metadata()?;
+        Ok((FileImage::new(file)?, metadata))
+    };
+    open().map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => CliError::image(path, ErrorCode::OpenFailed, "does not exist"),
+        _ => CliError::image(path, ErrorCode::OpenFailed, format!("cannot be opened: {error}")),
+    })
+}
+
+/// The image and, if wanted, those below it.
+fn collect(registry: &Registry, path: &Path, format: Option<&str>, chain: bool) -> Result<Vec<Shown>, CliError> {
+    let mut images: Vec<Shown> = Vec::new();
+    let mut seen = HashSet::new();
+    let mut next = Some((path.to_owned(), format.map(str::to_owned)));
+    while let Some((path, hint)) = next.take() {
+        if images.len() == MAX_DEPTH {
+            let clause = format!("the backing chain has more than {MAX_DEPTH} images");
+            return Err(CliError::image(&path, ErrorCode::ChainTooDeep, clause));
+        }
+        let (image, metadata) = open_image(&path)?;
+        if !seen.insert((metadata.dev(), metadata.ino())) {
+            let clause = "the backing chain leads back to this image";
+            return Err(CliError::image(&path, ErrorCode::ChainLoop, clause));
+        }
+        let found = registry.identify(&image, hint.as_deref()).map_err(|error| CliError::identify(&path, &error))?;
+        let facts = found.facts;
+        let backing = facts.backing.as_ref().into_option();
+        let backing_path = backing.and_then(|backing| resolve_backing(&path, &backing.name));
+        if let (true, Some(backing), Some(path)) = (chain, backing, &backing_path) {
+            let format =
+                backing.format.as_ref().into_option().map(|format| String::from_utf8_lossy(format).into_owned());
+            next = Some((path.clone(), format));
+        }
+        images.push(Shown { filename: path, actual_size: metadata.blocks().saturating_mul(512), facts, backing_path });
+    }
+    Ok(images)
+}
+
+/// Where the backing file that `image` records is: a relative name begins at the image's own directory. `None` for a
+/// name behind a protocol (`nbd:`, `json:` …), which is never followed.
+pub(super) fn resolve_backing(image: &Path, name: &[u8]) -> Option<PathBuf> {
+    let before_slash = name.split(|&b| b == b'/').next().unwrap_or(name);
+    if before_slash.contains(&b':') || name.is_empty() || name.contains(&0) {
+        return None;
+    }
+    Some(image.parent().unwrap_or(Path::new("")).join(OsStr::from_bytes(name)))
+}
+
+/// The keys of `qemu-img info --output=json`.
+fn json(image: &Shown) -> Value {
+    let facts = &image.facts;
+    let mut map = Map::new();
+    let backing = facts.backing.as_ref().into_option();
+    if let Some(format) = backing.and_then(|backing| backing.format.as_ref().into_option()) {
+        map.insert("backing-filename-format".into(), String::from_utf8_lossy(format).into());
+    }
+    map.insert("virtual-size".into(), facts.virtual_size.into());
+    map.insert("filename".into(), image.filename.to_string_lossy().into());
+    if facts.cluster_size != 0 {
+        map.insert("cluster-size".into(), facts.cluster_size.into());
+    }
+    map.insert("format".into(), facts.format.as_str().into());
+    map.insert("actual-size".into(), image.actual_size.into());
+    if facts.encrypted {
+        map.insert("encrypted".into(), true.into());
+    }
+    let data: Map<String, Value> = specific(facts).collect();
+    if !data.is_empty() {
+        let mut specific = Map::new();
+        specific.insert("type".into(), facts.format.as_str().into());
+        specific.insert("data".into(), data.into());
+        map.insert("format-specific".into(), specific.into());
+    }
+    if let Some(backing) = backing {
+        if let Some(path) = &image.backing_path {
+            map.insert("full-backing-filename".into(), path.to_string_lossy().into());
+        }
+        map.insert("backing-filename".into(), String::from_utf8_lossy(&backing.name).into());
+    }
+    map.insert("dirty-flag".into(), facts.dirty.into());
+    map.into()
+}
+
+/// The features of the `format-specific` section.
+pub(super) fn specific(facts: &ImageFacts) -> impl Iterator<Item = (String, Value)> + '_ {
+    facts.features.iter().filter(|feature| feature.in_info).map(|feature| {
+        // `Plugin::facts` has seen to it that it is JSON.
+        let value =
+            serde_json::from_str(&feature.json).unwrap_or_else(|_| escape_bytes(feature.json.as_bytes()).into());
+        (feature.name.to_string(), value)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backing_names_begin_at_the_image() {
+        for (image, name, expected) in [
+            ("top.qcow2", "base", Some("base")),
+            ("dir/top.qcow2", "base", Some("dir/base")),
+            ("/a/top.qcow2", "../b/base", Some("/a/../b/base")),
+            ("dir/top.qcow2", "/abs", Some("/abs")),
+            ("top.qcow2", "./a:b", Some("./a:b")),
+            ("top.qcow2", "nbd:host:1", None),
+            ("top.qcow2", "json:{}", None),
+            ("top.qcow2", "a\0b", None),
+        ] {
+            assert_eq!(resolve_backing(Path::new(image), name.as_bytes()), expected.map(PathBuf::from), "{name}");
+        }
+    }
+}

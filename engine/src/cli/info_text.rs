@@ -1,0 +1,71 @@
+//! `instar info` for people.
+
+use super::escape::{escape, escape_bytes, escape_path};
+use super::info::{specific, Shown};
+use super::size::format_size;
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt;
+
+/// The lines of `qemu-img info`. Whatever came from the image is escaped.
+pub(super) fn human(image: &Shown) -> String {
+    let facts = &image.facts;
+    let mut text = String::new();
+    let mut line = |label: &str, value: &str| {
+        let _ = writeln!(text, "{label}: {value}");
+    };
+    line("image", &escape_path(&image.filename));
+    line("file format", &facts.format);
+    line("virtual size", &format!("{} ({} bytes)", format_size(facts.virtual_size), facts.virtual_size));
+    line("disk size", &format_size(image.actual_size));
+    if facts.encrypted {
+        line("encrypted", "yes");
+    }
+    if facts.cluster_size != 0 {
+        line("cluster_size", &facts.cluster_size.to_string());
+    }
+    if facts.dirty {
+        line("cleanly shut down", "no");
+    }
+    if let Some(backing) = facts.backing.as_ref().into_option() {
+        let name = escape_bytes(&backing.name);
+        match &image.backing_path {
+            None => line("backing file", &format!("{name} (not a plain file name: not followed)")),
+            Some(path) if path.as_os_str().as_bytes() == backing.name.as_slice() => line("backing file", &name),
+            Some(path) => line("backing file", &format!("{name} (actual path: {})", escape_path(path))),
+        }
+        if let Some(format) = backing.format.as_ref().into_option() {
+            line("backing file format", &escape_bytes(format));
+        }
+    }
+    let mut features = specific(facts).peekable();
+    if features.peek().is_some() {
+        text.push_str("Format specific information:\n");
+    }
+    for (name, value) in features {
+        feature(&mut text, 1, &name, &value);
+    }
+    text
+}
+
+/// A feature, lists and objects indented below their name.
+fn feature(text: &mut String, depth: usize, name: &str, value: &Value) {
+    let indent = "    ".repeat(depth);
+    let name = escape(&name.replace('-', " "));
+    let children: Vec<(String, &Value)> = match value {
+        Value::Array(list) => list.iter().enumerate().map(|(i, value)| (format!("[{i}]"), value)).collect(),
+        Value::Object(map) => map.iter().map(|(key, value)| (key.clone(), value)).collect(),
+        Value::String(string) => {
+            let _ = writeln!(text, "{indent}{name}: {}", escape(string));
+            return;
+        }
+        other => {
+            let _ = writeln!(text, "{indent}{name}: {other}");
+            return;
+        }
+    };
+    let _ = writeln!(text, "{indent}{name}:");
+    for (key, value) in children {
+        feature(text, depth + 1, &key, value);
+    }
+}

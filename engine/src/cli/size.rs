@@ -1,0 +1,104 @@
+//! Sizes as `qemu-img` reads and prints them.
+
+/// Parse a number of bytes: digits, for a suffix also with a decimal fraction, and a suffix `b`, `k`, `M`, `G`, `T`, `P`
+/// or `E` in either case, all powers of 1024. `None` for anything else, and beyond 2^63 - 1.
+#[must_use]
+pub fn parse_size(text: &str) -> Option<u64> {
+    let last = text.chars().last()?;
+    let shift = match last.to_ascii_lowercase() {
+        'b' => Some(0),
+        'k' => Some(10),
+        'm' => Some(20),
+        'g' => Some(30),
+        't' => Some(40),
+        'p' => Some(50),
+        'e' => Some(60),
+        _ => None,
+    };
+    let digits = if shift.is_some() { text.strip_suffix(last)? } else { text };
+    let scale = 1u128 << shift.unwrap_or(0);
+    let (whole, fraction) = match digits.split_once('.') {
+        None => (digits, ""),
+        // Half a byte is nothing.
+        Some((whole, fraction)) if scale > 1 && !fraction.is_empty() => (whole, fraction),
+        Some(_) => return None,
+    };
+    let all_digits = |part: &str| part.bytes().all(|b| b.is_ascii_digit());
+    if whole.is_empty() || !all_digits(whole) || !all_digits(fraction) || fraction.len() > 18 {
+        return None;
+    }
+    let mut bytes = whole.parse::<u128>().ok()?.checked_mul(scale)?;
+    if !fraction.is_empty() {
+        let ten = 10u128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
+        bytes = bytes.checked_add(fraction.parse::<u128>().ok()?.checked_mul(scale)?.checked_add(ten / 2)? / ten)?;
+    }
+    u64::try_from(bytes).ok().filter(|&bytes| i64::try_from(bytes).is_ok())
+}
+
+/// A number of bytes for people: three significant digits and a binary unit, `196 KiB`, `1.5 GiB`.
+#[must_use]
+#[allow(clippy::cast_precision_loss)]
+pub fn format_size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    // From 1000 on the next unit is used.
+    let mut unit = 0;
+    let mut value = bytes as f64;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let decimals = if value >= 100.0 {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    let mut digits = format!("{value:.decimals$}");
+    if digits.contains('.') {
+        digits = digits.trim_end_matches('0').trim_end_matches('.').to_owned();
+    }
+    format!("{digits} {}B", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1000", 1000),
+            ("512b", 512),
+            ("1k", 1024),
+            ("1K", 1024),
+            ("1.5G", 3 << 29),
+            ("0.5M", 1 << 19),
+            ("7E", 7 << 60),
+        ] {
+            assert_eq!(parse_size(text), Some(bytes), "{text}");
+        }
+        for text in ["", "k", "-1", "+1", "1.5", "1.k", ".5k", "1kb", "8E", "1x", "0x10", "1e3", "99999999999999999999"]
+        {
+            assert_eq!(parse_size(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_printed_as_qemu_img_prints_them() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "0.98 KiB"),
+            (1024, "1 KiB"),
+            (200_704, "196 KiB"),
+            (1 << 30, "1 GiB"),
+            (3 << 29, "1.5 GiB"),
+            (1_000_000_000, "954 MiB"),
+            (i64::MAX as u64, "8 EiB"),
+        ] {
+            assert_eq!(format_size(bytes), text, "{bytes}");
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Interface version 1 is frozen: names, order, sizes and types of everything that crosses the border.
+//!
+//! If this fails, a type of the contract was changed. Take the change back: whatever is new belongs into interface
+//! version 2. Only before the first release may `v1-layout.txt` follow (run with `INSTAR_BLESS_LAYOUT=1`).
+
+use abi_stable::abi_stability::PrefixStableAbi;
+use abi_stable::type_layout::TypeLayout;
+use abi_stable::StableAbi;
+use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
+use instar_plugin_api::{
+    BackingPointer, CommitRole, CreateSpec, CreatedImage, Feature, GuestModule, ImageFacts, ImageReader, ImageRegion,
+    PluginError, Verdict,
+};
+use std::fmt::Write as _;
+
+fn describe(layout: &TypeLayout) -> String {
+    let mut text = format!("{}: {} bytes, aligned to {}\n", layout.full_type(), layout.size(), layout.alignment());
+    for field in layout.get_fields().into_iter().flat_map(|fields| fields.to_vec()) {
+        let _ = writeln!(text, "    {}: {} ({} bytes)", field.name(), field.full_type(), field.layout().size());
+        for function in field.function_range().iter() {
+            let _ = writeln!(text, "        {}", function.to_string().lines().next().unwrap_or_default());
+        }
+    }
+    text
+}
+
+#[test]
+fn interface_version_1_is_what_it_was() {
+    let layouts = [
+        <PluginManifest as StableAbi>::LAYOUT,
+        <ImageReader<'static> as StableAbi>::LAYOUT,
+        <PluginError as StableAbi>::LAYOUT,
+        <ImageFacts as StableAbi>::LAYOUT,
+        <BackingPointer as StableAbi>::LAYOUT,
+        <Feature as StableAbi>::LAYOUT,
+        <CommitRole as StableAbi>::LAYOUT,
+        <Verdict as StableAbi>::LAYOUT,
+        <GuestModule as StableAbi>::LAYOUT,
+        <CreateSpec as StableAbi>::LAYOUT,
+        <CreatedImage as StableAbi>::LAYOUT,
+        <ImageRegion as StableAbi>::LAYOUT,
+        <PluginModuleV1_Prefix as PrefixStableAbi>::LAYOUT,
+    ];
+    let text: String = layouts.into_iter().map(describe).collect();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/v1-layout.txt");
+    if std::env::var_os("INSTAR_BLESS_LAYOUT").is_some() {
+        std::fs::write(path, &text).unwrap_or_default();
+    }
+    assert_eq!(text, std::fs::read_to_string(path).unwrap_or_default());
+}
