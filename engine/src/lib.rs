@@ -1,5 +1,6 @@
 //! The instar engine: plugins, chains, devices, the KVM runner and the command line. It knows no format.
 
 pub mod cli;
+pub mod devices;
 pub mod plugins;
 pub mod vm;
