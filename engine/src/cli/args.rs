@@ -49,7 +49,7 @@ pub struct CommitArgs {
     #[arg(short, long, value_name = "BASE")]
     pub base: Option<OsString>,
     /// Do not empty the overlay afterwards
-    #[arg(short = 'd', long = "keep-overlay")]
+    #[arg(short = 'd')]
     pub keep_overlay: bool,
     /// Show progress on stderr
     #[arg(short, long)]

@@ -73,7 +73,9 @@ impl Copier {
         while at < available {
             let (data, end) = job.next_data(at, available);
             job.hole(at, data)?;
-            self.data(&mut job, data, end)?;
+            if data < end {
+                self.data(&mut job, data, end)?;
+            }
             at = end;
         }
         job.hole(available, length)?;
