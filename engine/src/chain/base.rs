@@ -103,13 +103,7 @@ fn check_parent(
 }
 
 /// Whether `wanted` lies below the overlay's parent. Whatever cannot be followed ends the search.
-fn is_deeper(
-    registry: &Registry,
-    overlay: &ChainImage<'_>,
-    parent: &Path,
-    wanted: Identity,
-    gate: &Gate,
-) -> bool {
+fn is_deeper(registry: &Registry, overlay: &ChainImage<'_>, parent: &Path, wanted: Identity, gate: &Gate) -> bool {
     let mut format = recorded_format(&overlay.facts).map(<[u8]>::to_vec);
     let mut next: Option<PathBuf> = Some(parent.to_owned());
     for _ in 0..instar_guest_abi::MAX_CHAIN_DEVICES {

@@ -31,9 +31,9 @@ pub fn discover_backing_chain<'r>(
             let clause = format!("the backing chain has more than {MAX_CHAIN_DEVICES} layers below the overlay");
             return Err(CliError::image(path, ErrorCode::ChainTooDeep, clause));
         }
-        let located = gate.locate(&lowest.opened.directory(), &pointer.name).map_err(|error| {
-            not_allowed(path, &error, "allow its directory with --allow-backing-dir")
-        })?;
+        let located = gate
+            .locate(&lowest.opened.directory(), &pointer.name)
+            .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
         let opened = OpenedFile::located(&located, Access::ReadOnly)?;
         if seen.contains(&opened.identity) {
             return Err(CliError::image(path, ErrorCode::ChainLoop, "the backing chain leads back to itself"));

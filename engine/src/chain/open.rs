@@ -91,18 +91,14 @@ impl OpenedFile {
         Self::adopt(located.open(access.flags()), located.path(), access, ErrorCode::BackingNotFound)
     }
 
-    fn adopt(
-        opened: io::Result<File>,
-        path: PathBuf,
-        access: Access,
-        missing: ErrorCode,
-    ) -> Result<Self, CliError> {
+    fn adopt(opened: io::Result<File>, path: PathBuf, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
         let failed = |code, clause: String| Err(CliError::image(&path, code, clause));
         let file = match opened {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return failed(missing, "does not exist".into()),
             Err(error) if error.raw_os_error() == Some(libc::EXDEV) => {
-                let clause = "a symbolic link leads outside the directory: name the file with -b, or allow its directory \
+                let clause =
+                    "a symbolic link leads outside the directory: name the file with -b, or allow its directory \
                               with --allow-backing-dir";
                 return failed(ErrorCode::WriteTargetNotAllowed, clause.into());
             }
@@ -114,9 +110,9 @@ impl OpenedFile {
             }
             Err(error) => return failed(ErrorCode::OpenFailed, format!("cannot be opened: {error}")),
         };
-        let metadata = file.metadata().map_err(|error| {
-            CliError::image(&path, ErrorCode::OpenFailed, format!("cannot be looked at: {error}"))
-        })?;
+        let metadata = file
+            .metadata()
+            .map_err(|error| CliError::image(&path, ErrorCode::OpenFailed, format!("cannot be looked at: {error}")))?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return failed(ErrorCode::OpenFailed, "is not a regular file or block device".into());
@@ -176,7 +172,8 @@ impl OpenedFile {
             return self.identify(registry, None);
         };
         let hint = String::from_utf8_lossy(recorded);
-        let found = registry.identify(&self.file, Some(&hint)).map_err(|error| CliError::identify(&self.path, &error))?;
+        let found =
+            registry.identify(&self.file, Some(&hint)).map_err(|error| CliError::identify(&self.path, &error))?;
         if let Some(other) = found.looks_like {
             let clause = format!(
                 "is recorded as {}, but looks like {other}: correct the recorded format (`qemu-img rebase -u -F`)",

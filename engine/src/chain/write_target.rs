@@ -42,7 +42,8 @@ impl Located {
     /// # Errors
     /// `EXDEV` when a link leads outside; what opening gives otherwise.
     pub fn open(&self, flags: OFlags) -> io::Result<File> {
-        let directory = rustix::fs::open(&self.root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let directory =
+            rustix::fs::open(&self.root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         loop {
             match rustix::fs::openat2(&directory, &self.below, flags, Mode::empty(), resolve) {
