@@ -31,8 +31,11 @@ instar: ## build everything: the program, the plugins, the guest modules
 lint: ## formatting, clippy, licences and advisories
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
-	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
-	else echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; fi
+	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
+		echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; \
+	elif $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny check; \
+	else echo 'lint: the advisory database cannot be fetched: advisories were not checked'; \
+		$(CARGO) deny check licenses bans sources; fi
 
 test-rust: ## the Rust tests
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
