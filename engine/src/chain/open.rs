@@ -149,38 +149,30 @@ impl OpenedFile {
         absolute.parent().map_or_else(|| PathBuf::from("/"), Path::to_owned)
     }
 
-    /// Find out the format.
+    /// Find out the format. A `hint` that the file does not match is refused; so is one for a format that any bytes
+    /// are an image of (raw) where the file looks like another format.
     ///
     /// # Errors
-    /// When no plugin, or not the one that `hint` names, recognises it.
-    pub fn identify<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, CliError> {
+    /// When no plugin, or not the one that `hint` names, recognises it; [`ErrorCode::FormatMismatch`].
+    pub fn identify_as<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, CliError> {
         let found = registry.identify(&self.file, hint).map_err(|error| CliError::identify(&self.path, &error))?;
+        if let Some(other) = found.looks_like {
+            let clause = format!("is said to be {}, but looks like {other}: name its real format", found.plugin.name());
+            return Err(CliError::image(&self.path, ErrorCode::FormatMismatch, clause));
+        }
         Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts })
     }
 
-    /// Find out the format of a file whose format an image records: a file that is recorded as a format which any
-    /// bytes are an image of (raw) must not look like another format.
+    /// Find out the format of a file whose format an image may record.
     ///
     /// # Errors
-    /// As [`OpenedFile::identify`], and [`ErrorCode::FormatMismatch`].
+    /// As [`OpenedFile::identify_as`].
     pub fn identify_recorded<'r>(
         self,
         registry: &'r Registry,
         recorded: Option<&[u8]>,
     ) -> Result<ChainImage<'r>, CliError> {
-        let Some(recorded) = recorded.filter(|name| !name.is_empty()) else {
-            return self.identify(registry, None);
-        };
-        let hint = String::from_utf8_lossy(recorded);
-        let found =
-            registry.identify(&self.file, Some(&hint)).map_err(|error| CliError::identify(&self.path, &error))?;
-        if let Some(other) = found.looks_like {
-            let clause = format!(
-                "is recorded as {}, but looks like {other}: correct the recorded format (`qemu-img rebase -u -F`)",
-                found.plugin.name()
-            );
-            return Err(CliError::image(&self.path, ErrorCode::FormatMismatch, clause));
-        }
-        Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts })
+        let recorded = recorded.filter(|name| !name.is_empty()).map(String::from_utf8_lossy);
+        self.identify_as(registry, recorded.as_deref())
     }
 }

@@ -78,9 +78,8 @@ pub fn probe_commit_target<'r>(
     path: &Path,
     format_hint: Option<&str>,
 ) -> Result<ChainImage<'r>, CliError> {
-    OpenedFile::named(path, Access::ReadWrite, ErrorCode::OverlayNotFound)?
-        .lock(Access::ReadWrite)?
-        .identify(registry, format_hint)
+    let opened = OpenedFile::named(path, Access::ReadWrite, ErrorCode::OverlayNotFound)?.lock(Access::ReadWrite)?;
+    opened.identify_as(registry, format_hint)
 }
 
 /// Commit an overlay into its backing.

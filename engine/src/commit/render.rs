@@ -2,11 +2,14 @@
 
 use super::CommitRunResult;
 use crate::cli::escape::{escape_path, printable};
-use crate::cli::output::{print, print_json};
+use crate::cli::output::{print, print_json_indented};
 use crate::cli::{CliError, OutputFormat};
 use serde_json::{json, Map, Value};
 use std::fmt::Write as _;
 use std::io::Write;
+
+/// Indentation of the JSON that the contract shows.
+const INDENT: &[u8] = b"  ";
 
 /// A path as JSON text: bytes that are no UTF-8 are shown as replacement characters.
 fn text(path: &std::path::Path) -> Value {
@@ -36,7 +39,7 @@ pub fn render_commit_success(
     out: &mut dyn Write,
 ) -> Result<(), CliError> {
     match output {
-        OutputFormat::Json => print_json(out, &Value::Object(object(result))),
+        OutputFormat::Json => print_json_indented(out, &Value::Object(object(result)), INDENT),
         OutputFormat::Human if quiet => Ok(()),
         OutputFormat::Human => print(out, "Image committed.\n"),
     }
@@ -51,7 +54,7 @@ pub fn render_dry_run(result: &CommitRunResult, output: OutputFormat, out: &mut 
         OutputFormat::Json => {
             let mut map = object(result);
             map.insert("dry_run".into(), json!(true));
-            print_json(out, &Value::Object(map))
+            print_json_indented(out, &Value::Object(map), INDENT)
         }
         OutputFormat::Human => print(
             out,

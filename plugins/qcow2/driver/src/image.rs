@@ -17,7 +17,7 @@ pub enum Role {
 }
 
 /// An open image.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Image {
     /// Device number for requests.
     pub device: u32,
