@@ -43,7 +43,7 @@ test-rust: ## the Rust tests
 	else $(CARGO) test --release --workspace; fi
 
 test-integration: instar python qemu-img ## the Python tests; paths and options after the goal go to pytest
-	INSTAR=$(CURDIR)/$(INSTAR) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests)
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests)
 
 # One after the other, whatever -j says: each of them uses all processors by itself.
 test: ## everything that CI runs: lint, test-rust, test-integration
@@ -53,10 +53,10 @@ test: ## everything that CI runs: lint, test-rust, test-integration
 
 test-deep: instar python qemu-img ## the long tests: more random images, more crash points (hours)
 	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --release --workspace
-	INSTAR=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests
 
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
-	@INSTAR=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/demo.sh
+	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/demo.sh
 
 bench: instar qemu-img ## measure against qemu-img commit and refresh docs/performance.md
 	$(PYTHON) tests/bench.py --instar $(INSTAR) --write-docs $(BENCH_ARGS)

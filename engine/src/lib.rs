@@ -1,5 +1,8 @@
 //! The instar engine: plugins, chains, devices, the KVM runner and the command line. It knows no format.
 
+pub mod chain;
 pub mod cli;
+pub mod commit;
+pub mod devices;
 pub mod plugins;
 pub mod vm;

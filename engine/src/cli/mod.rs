@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod commit;
 pub mod create;
 mod create_file;
 pub mod error;
@@ -12,3 +13,52 @@ pub mod size;
 
 pub use error::CliError;
 pub use output::OutputFormat;
+
+use crate::commit::render_commit_error;
+use clap::{Parser, Subcommand};
+use std::io::Write;
+
+/// Exit status of a command that was refused or failed.
+const FAILED: u8 = 1;
+
+/// Commit disk images, safely: image metadata is handled inside a virtual machine, formats are plugins
+#[derive(Parser, Debug)]
+#[command(name = "instar", version, about, propagate_version = true)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Merge a copy-on-write overlay into the image that it is backed by, and empty it
+    Commit(commit::CommitArgs),
+    /// Show what an image is
+    Info(info::InfoArgs),
+    /// Make a new, empty image
+    Create(create::CreateArgs),
+    /// List the format plugins
+    Plugins(plugins::PluginsArgs),
+}
+
+/// Run a command; the exit status.
+pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
+    let (done, output) = match &cli.command {
+        Command::Commit(args) => return commit::run(args, out),
+        Command::Info(args) => (info::run(args, out), args.output),
+        Command::Create(args) => (create::run(args, out), OutputFormat::Human),
+        Command::Plugins(args) => (plugins::run(args, out), args.output),
+    };
+    match done {
+        Ok(()) => 0,
+        Err(error) => print_error(&error, output),
+    }
+}
+
+/// Print an error on stderr; the exit status.
+fn print_error(error: &CliError, output: OutputFormat) -> u8 {
+    eprint!("{}", render_commit_error(error, output));
+    FAILED
+}

@@ -67,8 +67,11 @@ macro_rules! export_format {
     };
     (@roles $driver:ty, $source:literal, $sink:literal) => {
         /// Entry of the module.
+        ///
+        /// # Safety
+        /// `table` is null or core's call table, which lives as long as the guest.
         #[no_mangle]
-        pub extern "C" fn instar_module_entry(
+        pub unsafe extern "C" fn instar_module_entry(
             table: *const $crate::abi::CallTable,
         ) -> *const $crate::abi::ModuleDescriptor {
             static OPS: $crate::abi::FormatOps =
@@ -90,8 +93,11 @@ macro_rules! export_format {
 macro_rules! export_operation {
     ($operation:expr) => {
         /// Entry of the module.
+        ///
+        /// # Safety
+        /// `table` is null or core's call table, which lives as long as the guest.
         #[no_mangle]
-        pub extern "C" fn instar_module_entry(
+        pub unsafe extern "C" fn instar_module_entry(
             table: *const $crate::abi::CallTable,
         ) -> *const $crate::abi::ModuleDescriptor {
             extern "C" fn instar_operation_run(

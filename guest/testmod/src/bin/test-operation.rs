@@ -4,6 +4,7 @@
 
 extern crate alloc;
 
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::String;
@@ -117,7 +118,7 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
             unsafe { asm!("mov {0}, [{0}]", inout(reg) SYSTEM_ADDR => _) };
         }
         Scenario::HeapExecute => {
-            let code = vec![0xc3_u8; 16];
+            let code = Box::new([0xc3_u8; 16]);
             // SAFETY: none; the fault is what is tested.
             unsafe { asm!("call {0}", in(reg) black_box(code.as_ptr()), clobber_abi("C")) };
         }

@@ -3,14 +3,14 @@
 //! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: only
 //! the L1 table and the refcount table are walked whole, because data must not land on any metadata.
 
-use crate::image::Image;
+use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
 use crate::sink::{Action, Piece, Qcow2Sink};
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::PlanSummary;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{HostCluster, HostOffset};
 
 /// A cluster of the backing that must be owned by one reference alone.
@@ -100,20 +100,61 @@ impl Qcow2Sink {
     }
 
     /// The result of planning.
-    pub(crate) fn summarise(&mut self) -> DriverResult<PlanSummary> {
-        let planned = &self.planned;
-        let count = planned.new_data + planned.new_tables;
-        let clusters = self.allocator.bound(&self.image, &self.refcounts, count)?;
+    pub(crate) fn summarise(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
+        let wanted = self.planned.new_data + self.planned.new_tables;
+        let first = self.allocator.next();
+        let mut clusters = self.allocator.bound(&self.image, &self.refcounts, wanted)?;
+        // Clusters past the end of the file that have a refcount all the same are passed over: a crash leaves such
+        // leaks. Each makes the file a cluster longer.
+        let mut looked_at = first.0;
+        let mut passed_over = 0;
+        while wanted > 0 && looked_at < clusters {
+            passed_over += self.count_in_use(io, looked_at, clusters)?;
+            looked_at = clusters;
+            clusters = self.allocator.bound(&self.image, &self.refcounts, wanted + passed_over)?;
+            if clusters.checked_mul(self.image.cluster_size().bytes()).is_none_or(|end| end > self.image.max_length) {
+                return Err(self.too_long(passed_over));
+            }
+        }
         let end = clusters.checked_mul(self.image.cluster_size().bytes());
         Ok(PlanSummary {
-            final_length: end.ok_or_else(|| crate::image::overflow("the length of the backing"))?,
-            new_data_clusters: planned.new_data,
-            new_metadata_clusters: planned.new_tables,
+            final_length: end.ok_or_else(|| overflow("the length of the backing"))?,
+            new_data_clusters: self.planned.new_data,
+            new_metadata_clusters: self.planned.new_tables,
         })
+    }
+
+    /// How many of these clusters have a refcount that is not 0.
+    fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
+        let mut count = 0;
+        // Past the end of the refcount table everything is free.
+        let end = end.min(self.refcounts.table_entries.saturating_mul(self.refcounts.per_block()));
+        let mut at = first;
+        while at < end {
+            let until = end.min(at + CLUSTERS_PER_LOAD as u64);
+            self.refcounts.table.shrink(CLUSTERS_PER_LOAD);
+            self.refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
+            self.refcounts.load(io, &self.image, (at..until).map(HostCluster))?;
+            for cluster in (at..until).map(HostCluster) {
+                count += u64::from(self.refcounts.get(&self.image, cluster)? != 0);
+            }
+            at = until;
+        }
+        Ok(count)
+    }
+
+    fn too_long(&self, passed_over: u64) -> DriverError {
+        if passed_over == 0 {
+            return overflow("the length that the backing may have");
+        }
+        self.image.corrupt(
+            48,
+            format!("{passed_over} clusters past the end of the file have a refcount: run `qemu-img check -r leaks`"),
+        )
     }
 }
 
-fn refcount_disagrees(image: &Image, owned: &Owned, count: u64) -> instar_guest_sdk::DriverError {
+fn refcount_disagrees(image: &Image, owned: &Owned, count: u64) -> DriverError {
     let offset = image.cluster_size().host_offset(owned.cluster).unwrap_or_default();
     let flag = if owned.copied { "set" } else { "clear" };
     image

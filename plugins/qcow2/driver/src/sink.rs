@@ -246,7 +246,7 @@ impl Sink for Qcow2Sink {
 
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
         self.prepare_plan(io)?;
-        self.summarise()
+        self.summarise(io)
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {

@@ -1,0 +1,9 @@
+//! Builds the two guest modules that the engine carries itself: core and the commit operation.
+
+use instar_guest_build::GuestModule;
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    GuestModule::new("instar-guest-core", "../guest/core", "core-module").build();
+    GuestModule::new("instar-guest-commit", "../guest/commit", "commit-module").build();
+}

@@ -1,0 +1,13 @@
+//! The images of a commit: which files they are, in which order, and which of them may be written.
+//!
+//! An overlay is hostile, and it names other files. Every file that an image names passes one gate
+//! ([`write_target`]) before the file system is touched, and is opened so that no link or race leads elsewhere.
+
+mod base;
+mod discover;
+mod open;
+pub mod write_target;
+
+pub use base::{resolve_backing, BackingChoice};
+pub use discover::discover_backing_chain;
+pub use open::{Access, ChainImage, Identity, OpenedFile};

@@ -1,0 +1,116 @@
+//! `instar commit`: options, and what is printed.
+
+use super::output::OutputFormat;
+use super::{print_error, CliError};
+use crate::commit::{render_commit_success, render_dry_run, render_verbose, run_commit, CommitRequest};
+use clap::{Args, ValueEnum};
+use instar_guest_abi::ErrorCode;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Merge a copy-on-write overlay into the image that it is backed by, and empty it
+#[derive(Args, Debug)]
+pub struct CommitArgs {
+    /// Format of the overlay; found out when absent. An image of another format is refused
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// Commit into this image, which must be the overlay's parent. A relative name begins at the overlay's directory
+    #[arg(short, long, value_name = "BASE")]
+    pub base: Option<PathBuf>,
+    /// Do not empty the overlay afterwards. This deletes nothing
+    #[arg(short = 'd')]
+    pub keep_overlay: bool,
+    /// Show progress
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Print nothing on success
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Read and write no faster than this, with suffix k, M or G
+    #[arg(short, long, value_name = "BYTES/S")]
+    pub rate_limit: Option<String>,
+    /// How the images are written
+    #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
+    pub cache: CacheMode,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+    /// Let a smaller backing grow to the overlay's virtual size
+    #[arg(long)]
+    pub resize_backing: bool,
+    /// Do everything up to the first change, say what would be committed, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// A directory outside the overlay's own that a recorded backing may lie in; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing_dir: Vec<PathBuf>,
+    /// A directory with more plugins; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// Say what was loaded, resolved and measured
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// The overlay
+    #[arg(value_name = "FILENAME")]
+    pub filename: PathBuf,
+}
+
+/// Cache modes, with qemu-img's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CacheMode {
+    /// No page cache
+    None,
+    /// Page cache, flushed at every step of the order
+    #[default]
+    Writeback,
+    /// Every write is durable when it returns
+    Writethrough,
+    /// No page cache, every write is durable when it returns
+    Directsync,
+    /// No flushes: for images that can be thrown away
+    Unsafe,
+}
+
+/// Run the command; the exit status.
+pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
+    match commit(args, out) {
+        Ok(()) => 0,
+        Err(error) => print_error(&error, args.output),
+    }
+}
+
+/// Options that are parsed but do nothing yet.
+fn not_there_yet(args: &CommitArgs) -> Option<&'static str> {
+    [
+        (args.progress, "-p"),
+        (args.rate_limit.is_some(), "-r"),
+        (args.cache != CacheMode::Writeback, "-t with a mode other than writeback"),
+        (args.resize_backing, "--resize-backing"),
+    ]
+    .into_iter()
+    .find_map(|(given, option)| given.then_some(option))
+}
+
+fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    if let Some(option) = not_there_yet(args) {
+        let clause = format!("{option} is not there yet, and nothing was changed: leave it out");
+        return Err(CliError::image(&args.filename, ErrorCode::NotImplemented, clause));
+    }
+    let request = CommitRequest {
+        overlay: args.filename.clone(),
+        format: args.format.clone(),
+        base: args.base.clone(),
+        keep_overlay: args.keep_overlay,
+        dry_run: args.dry_run,
+        allowed_directories: args.allow_backing_dir.clone(),
+        plugin_directories: args.plugin_dir.clone(),
+    };
+    let result = run_commit(&request)?;
+    if args.verbose {
+        eprint!("{}", render_verbose(&result));
+    }
+    if args.dry_run {
+        return render_dry_run(&result, args.output, out);
+    }
+    render_commit_success(&result, args.output, args.quiet, out)
+}

@@ -1,0 +1,136 @@
+//! Running the guest of a commit: devices, modules, and what came of it.
+
+use super::error::{map_commit_error, GuestFailure};
+use super::handler::CommitHandler;
+use crate::chain::ChainImage;
+use crate::cli::CliError;
+use crate::devices::{Device, Devices, Statistics};
+use crate::plugins::Plugin;
+use crate::vm::{self, ModuleSpec, VmReport, VmSpec, FIRST_FORMAT};
+use instar_guest_abi::{
+    device_flags, ChainConfig, DeviceConfig, ErrorCode, CHAIN_CONFIG_MAGIC, DEVICE_OUTPUT, MAX_CHAIN_DEVICES,
+};
+use instar_guest_protocol::CommitResultMessage;
+use std::path::PathBuf;
+
+/// What the virtual machine did.
+#[derive(Clone, Debug, Default)]
+pub struct GuestRun {
+    /// The runner's report.
+    pub report: VmReport,
+    /// What the devices moved.
+    pub statistics: Statistics,
+    /// Log lines of the guest.
+    pub log: Vec<String>,
+}
+
+/// The modules that the chain needs, each once, and each image's index among them.
+#[derive(Default)]
+struct Modules<'r> {
+    plugins: Vec<&'r Plugin>,
+}
+
+impl<'r> Modules<'r> {
+    fn index(&mut self, plugin: &'r Plugin) -> u32 {
+        let found = self.plugins.iter().position(|p| p.name() == plugin.name());
+        let index = found.unwrap_or_else(|| {
+            self.plugins.push(plugin);
+            self.plugins.len() - 1
+        });
+        FIRST_FORMAT + u32::try_from(index).unwrap_or(u32::MAX - FIRST_FORMAT)
+    }
+}
+
+/// Attach the images as devices, opened before: slot 0 is the overlay, the slots after it are the layers below it, and
+/// `output` is the output device. Only the slots in `rw_slots` and the output may be written.
+///
+/// # Errors
+/// [`ErrorCode::ChainTooDeep`].
+pub fn open_chain_devices_rw<'r>(
+    slots: Vec<ChainImage<'r>>,
+    output: ChainImage<'r>,
+    rw_slots: &[usize],
+    max_length: u64,
+) -> Result<(Devices, ChainConfig, Vec<&'r Plugin>), CliError> {
+    let mut devices = Devices::new();
+    let mut modules = Modules::default();
+    let mut chain = ChainConfig { magic: CHAIN_CONFIG_MAGIC, merge_count: 1, ..ChainConfig::default() };
+    if slots.len() > MAX_CHAIN_DEVICES {
+        let clause = format!("the chain has more than {MAX_CHAIN_DEVICES} layers");
+        return Err(CliError::image(&output.opened.path, ErrorCode::ChainTooDeep, clause));
+    }
+    chain.count = u32::try_from(slots.len()).unwrap_or(u32::MAX);
+    for (index, image) in slots.into_iter().enumerate() {
+        let slot = u32::try_from(index).unwrap_or(u32::MAX);
+        // An overlay is only emptied: it may grow by the rest of its last cluster, if that was cut short.
+        let unit = image.facts.cluster_size.max(1);
+        let longest = image.facts.file_length.checked_next_multiple_of(unit).unwrap_or(image.facts.file_length);
+        chain.devices[index] = attach(&mut devices, &mut modules, slot, image, rw_slots.contains(&index), longest);
+    }
+    chain.output = attach(&mut devices, &mut modules, DEVICE_OUTPUT, output, true, max_length);
+    Ok((devices, chain, modules.plugins))
+}
+
+fn attach<'r>(
+    devices: &mut Devices,
+    modules: &mut Modules<'r>,
+    slot: u32,
+    image: ChainImage<'r>,
+    writable: bool,
+    max_length: u64,
+) -> DeviceConfig {
+    let mut flags = device_flags::PRESENT;
+    flags |= if writable { device_flags::WRITABLE } else { 0 };
+    flags |= if image.opened.block_device { device_flags::FIXED_LENGTH } else { 0 };
+    let config = DeviceConfig {
+        flags,
+        device: slot,
+        module: modules.index(image.plugin),
+        reserved: 0,
+        file_length: image.facts.file_length,
+        max_length,
+        virtual_size: image.facts.virtual_size,
+        cluster_size: image.facts.cluster_size,
+    };
+    let block_device = image.opened.block_device;
+    devices.attach(
+        slot,
+        Device::new(image.opened.file.into_file(), writable, config.file_length, max_length, block_device),
+    );
+    config
+}
+
+/// Load the modules, stand up the virtual machine, run the commit, harvest its result.
+///
+/// # Errors
+/// Why there is no guest, why it was ended, or what it refused: one line.
+pub fn run_commit_guest(
+    flags: u32,
+    overlay: ChainImage<'_>,
+    backing: ChainImage<'_>,
+    ancestors: Vec<ChainImage<'_>>,
+    max_length: u64,
+) -> Result<(CommitResultMessage, GuestRun), CliError> {
+    let mut paths: Vec<PathBuf> = vec![overlay.opened.path.clone()];
+    paths.extend(ancestors.iter().map(|ancestor| ancestor.opened.path.clone()));
+    let backing_path = backing.opened.path.clone();
+    let mut slots = vec![overlay];
+    slots.extend(ancestors);
+    let (devices, chain, plugins) = open_chain_devices_rw(slots, backing, &[0], max_length)?;
+
+    let modules: Vec<ModuleSpec<'_>> = plugins
+        .iter()
+        .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
+        .collect();
+    let mut handler = CommitHandler::new(devices);
+    let ended = vm::run(&VmSpec::new(flags, chain, modules), &mut handler);
+    let run = |report| GuestRun { report, statistics: handler.devices.stats().clone(), log: handler.log.clone() };
+    let failure = match (ended, handler.result.take()) {
+        (Ok(report), Some(result)) if result.error == 0 => return Ok((result, run(report))),
+        (Ok(_), Some(result)) => GuestFailure::from_message(&result),
+        (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
+        (Err(error), _) => GuestFailure::ended(error.code(), error.to_string()),
+    };
+    let changed = handler.plan.is_some();
+    Err(map_commit_error(&failure, &paths, &backing_path, changed))
+}

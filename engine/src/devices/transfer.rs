@@ -1,0 +1,76 @@
+//! Between a file and guest memory, without a copy in between.
+
+use super::merge::Batch;
+use crate::vm::BufferAccess;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use vm_memory::VolatileSlice;
+
+/// The buffers of a batch, from byte `skip` on.
+fn buffers<'a>(memory: &'a dyn BufferAccess, batch: &Batch, mut skip: u64) -> io::Result<Vec<VolatileSlice<'a>>> {
+    let outside = || io::Error::from_raw_os_error(libc::EFAULT);
+    let mut slices = Vec::with_capacity(batch.buffers.len());
+    for &(address, length) in &batch.buffers {
+        let skipped = skip.min(length);
+        skip -= skipped;
+        if skipped < length {
+            let start = address.checked_add(skipped).ok_or_else(outside)?;
+            slices.push(memory.heap_slice(start, length - skipped).ok_or_else(outside)?);
+        }
+    }
+    Ok(slices)
+}
+
+/// The direction of a transfer: `preadv` or `pwritev`.
+type Call = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
+
+/// One system call from byte `done` of the batch on; returns how many bytes it moved.
+fn call_once(call: Call, file: &File, memory: &dyn BufferAccess, batch: &Batch, done: u64) -> io::Result<u64> {
+    let slices = buffers(memory, batch, done)?;
+    let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let vectors: Vec<libc::iovec> =
+        guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    let count = libc::c_int::try_from(vectors.len()).map_err(|_| invalid())?;
+    let offset = libc::off_t::try_from(batch.whole.offset + done).map_err(|_| invalid())?;
+    // SAFETY: the vectors name guest memory that the guards keep mapped; the guest does not run meanwhile.
+    let moved = unsafe { call(file.as_raw_fd(), vectors.as_ptr(), count, offset) };
+    u64::try_from(moved).map_err(|_| io::Error::last_os_error())
+}
+
+/// Read a batch; what lies past the end of the file reads as zero.
+pub fn read(file: &File, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
+    let mut done = 0;
+    while done < batch.whole.length {
+        match call_once(libc::preadv, file, memory, batch, done) {
+            Ok(0) => {
+                for slice in buffers(memory, batch, done)? {
+                    let guard = slice.ptr_guard_mut();
+                    // SAFETY: the guard keeps these bytes of guest memory mapped; the guest does not run meanwhile.
+                    unsafe { std::ptr::write_bytes(guard.as_ptr(), 0, guard.len()) };
+                }
+                return Ok(());
+            }
+            Ok(moved) => done += moved,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Write a batch, all of it.
+pub fn write(file: &File, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
+    let mut done = 0;
+    while done < batch.whole.length {
+        match call_once(libc::pwritev, file, memory, batch, done) {
+            // A write of nothing would be tried for ever.
+            Ok(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
+            Ok(moved) => done += moved,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! Why a guest could not run, or was ended.
+
+use instar_guest_abi::ErrorCode;
+
+/// Why a guest could not run, or was ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VmError {
+    /// There is no KVM device.
+    #[error("no KVM: /dev/kvm does not exist; load the kvm module, or pass the device into the container")]
+    KvmMissing,
+    /// The KVM device may not be opened.
+    #[error("no permission for KVM: /dev/kvm may not be opened ({}); join the group that owns it", errno_text(*errno))]
+    KvmPermission {
+        /// errno of the open.
+        errno: i32,
+    },
+    /// KVM is there but cannot run a virtual machine.
+    #[error("KVM cannot run a virtual machine: {what} failed ({}); is virtualization enabled here?", errno_text(*errno))]
+    KvmUnusable {
+        /// What failed.
+        what: String,
+        /// errno, or 0.
+        errno: i32,
+    },
+    /// The guest raised a processor fault.
+    #[error("guest fault: {name}{}, rip {rip:#x} ({place}), error code {error_code:#x}", at(*address))]
+    GuestFault {
+        /// Vector number.
+        vector: u8,
+        /// What the vector means.
+        name: &'static str,
+        /// For a page fault: the address, and what was tried there.
+        address: Option<(u64, &'static str)>,
+        /// The instruction.
+        rip: u64,
+        /// The module and offset that `rip` lies in.
+        place: String,
+        /// The processor's error code, 0 if the vector has none.
+        error_code: u64,
+    },
+    /// The guest panicked.
+    #[error("guest panic: {0}")]
+    GuestPanic(String),
+    /// The guest ran for this many milliseconds of processor time without asking for anything.
+    #[error("the guest makes no progress: it ran for {0} ms of processor time without a request")]
+    GuestStalled(u64),
+    /// The guest broke the protocol.
+    #[error("the guest broke the protocol: {0}")]
+    GuestProtocol(String),
+    /// A module cannot be loaded.
+    #[error("guest module {name}: {text}")]
+    ModuleInvalid {
+        /// The module's name.
+        name: String,
+        /// One clause.
+        text: String,
+    },
+    /// The handler asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl VmError {
+    /// The code that stands for this error in messages and JSON.
+    #[must_use]
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::KvmMissing => ErrorCode::KvmMissing,
+            Self::KvmPermission { .. } => ErrorCode::KvmPermission,
+            Self::KvmUnusable { .. } => ErrorCode::KvmUnusable,
+            Self::GuestFault { .. } => ErrorCode::GuestFault,
+            Self::GuestPanic(_) => ErrorCode::GuestPanic,
+            Self::GuestStalled(_) => ErrorCode::GuestStalled,
+            Self::GuestProtocol(_) => ErrorCode::GuestProtocol,
+            Self::ModuleInvalid { .. } => ErrorCode::PluginUnavailable,
+            Self::Interrupted => ErrorCode::Interrupted,
+        }
+    }
+
+    pub(super) fn unusable(what: impl Into<String>, errno: i32) -> Self {
+        Self::KvmUnusable { what: what.into(), errno }
+    }
+
+    pub(super) fn protocol(text: impl Into<String>) -> Self {
+        Self::GuestProtocol(text.into())
+    }
+}
+
+fn errno_text(errno: i32) -> String {
+    match errno {
+        0 => "no errno".to_owned(),
+        errno => std::io::Error::from_raw_os_error(errno).to_string(),
+    }
+}
+
+fn at(address: Option<(u64, &'static str)>) -> String {
+    address.map_or_else(String::new, |(address, access)| format!(" {access} address {address:#x}"))
+}
+
+/// Text of the guest as it may go to a terminal: bounded, without control characters.
+pub(super) fn printable(text: &str) -> String {
+    const MAX: usize = 2000;
+    let mut shown = String::new();
+    for character in text.chars().take(MAX) {
+        if character.is_control()
+            || matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        {
+            shown.extend(character.escape_default());
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_say_what_and_where() {
+        let fault = VmError::GuestFault {
+            vector: 14,
+            name: "page fault",
+            address: Some((0, "writing")),
+            rip: 0x10_1234,
+            place: "commit+0x1234".to_owned(),
+            error_code: 6,
+        };
+        assert_eq!(
+            fault.to_string(),
+            "guest fault: page fault writing address 0x0, rip 0x101234 (commit+0x1234), error code 0x6"
+        );
+        assert!(VmError::KvmPermission { errno: 13 }.to_string().contains("ermission denied"));
+        assert_eq!(VmError::unusable("KVM_RUN", 5).code(), ErrorCode::KvmUnusable);
+    }
+
+    #[test]
+    fn control_characters_are_escaped() {
+        assert_eq!(printable("a\u{1b}[31mb\u{202e}"), "a\\u{1b}[31mb\\u{202e}");
+        assert_eq!(printable(&"x".repeat(5000)).len(), 2000);
+    }
+}

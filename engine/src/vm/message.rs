@@ -1,0 +1,53 @@
+//! Takes the guest's messages.
+
+use super::error::{printable, VmError};
+use super::handler::GuestHandler;
+use super::memory::GuestRam;
+use instar_guest_abi::{MESSAGE_ADDR, MESSAGE_SIZE};
+use instar_guest_protocol::{guest_message::Kind, GuestMessage, Message};
+
+/// Most messages of one guest.
+const MAX_MESSAGES: u64 = 1 << 16;
+/// Most bytes of messages of one guest.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// How much the guest has sent.
+#[derive(Debug, Default)]
+pub struct Messages {
+    /// Number of messages.
+    pub count: u64,
+    bytes: u64,
+}
+
+impl Messages {
+    /// Take the message of `length` bytes that is in the buffer.
+    ///
+    /// # Errors
+    /// [`VmError::GuestPanic`] if that is what it says; [`VmError::GuestProtocol`] if it makes no sense, or is one too
+    /// many.
+    pub fn take(&mut self, ram: &GuestRam, length: u32, handler: &mut dyn GuestHandler) -> Result<(), VmError> {
+        let length = u64::from(length);
+        if length == 0 || length > MESSAGE_SIZE {
+            return Err(VmError::protocol(format!("a message of {length} bytes, at most {MESSAGE_SIZE} are possible")));
+        }
+        self.count += 1;
+        self.bytes += length;
+        if self.count > MAX_MESSAGES || self.bytes > MAX_BYTES {
+            return Err(VmError::protocol(format!(
+                "more messages than it may send ({} messages, {} bytes)",
+                self.count, self.bytes
+            )));
+        }
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        if !ram.read(MESSAGE_ADDR, &mut bytes) {
+            return Err(VmError::protocol("a message outside memory"));
+        }
+        let message = GuestMessage::decode(bytes.as_slice())
+            .map_err(|error| VmError::protocol(format!("a message that cannot be decoded: {error}")))?;
+        match message.kind {
+            None => Err(VmError::protocol("a message of no known kind")),
+            Some(Kind::Panic(panic)) => Err(VmError::GuestPanic(printable(&panic.text))),
+            Some(kind) => handler.message(kind).map_err(|bad| VmError::protocol(printable(&bad.0))),
+        }
+    }
+}

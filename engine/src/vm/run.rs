@@ -1,0 +1,180 @@
+//! The run loop: enter the guest, serve what it asks for, until it is done or has to be ended.
+
+use super::error::{printable, VmError};
+use super::fault;
+use super::handler::{BufferAccess, GuestHandler};
+use super::machine::Vm;
+use super::memory::GuestRam;
+use super::message::Messages;
+use super::plain::{bytes, bytes_mut};
+use super::spec::VmReport;
+use super::system::VECTORS;
+use super::watchdog::Watchdog;
+use instar_guest_abi::{Request, PORT_DOORBELL, PORT_EXIT, PORT_FAULT, PORT_MESSAGE, RING_ADDR, RING_CAPACITY};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use std::ops::Range;
+use std::time::Instant;
+use vm_memory::VolatileSlice;
+
+/// Why the guest came out.
+enum Exit {
+    /// A signal; the guest asked for nothing.
+    Signal,
+    /// `out` of 32 bits.
+    Out(u16, u32),
+    /// `out` of 8 bits.
+    OutByte(u16, u8),
+    /// Anything else that the guest can cause.
+    Forbidden(String),
+    /// KVM gave up.
+    Kvm(String, i32),
+}
+
+fn enter(vcpu: &mut VcpuFd) -> Exit {
+    match vcpu.run() {
+        Ok(VcpuExit::IoOut(port, &[a, b, c, d])) => Exit::Out(port, u32::from_le_bytes([a, b, c, d])),
+        Ok(VcpuExit::IoOut(port, &[byte])) => Exit::OutByte(port, byte),
+        Ok(VcpuExit::IoOut(port, data)) => Exit::Forbidden(format!("`out` of {} bytes to port {port:#x}", data.len())),
+        Ok(VcpuExit::IoIn(port, _)) => Exit::Forbidden(format!("`in` from port {port:#x}")),
+        Ok(VcpuExit::MmioRead(address, _)) => {
+            Exit::Forbidden(format!("a read of address {address:#x}, which is no memory"))
+        }
+        Ok(VcpuExit::MmioWrite(address, _)) => {
+            Exit::Forbidden(format!("a write to address {address:#x}, which is no memory"))
+        }
+        Ok(VcpuExit::Shutdown) => Exit::Forbidden("a triple fault".to_owned()),
+        Ok(VcpuExit::Hlt) => Exit::Forbidden("a halt".to_owned()),
+        Ok(VcpuExit::Intr) => Exit::Signal,
+        Ok(VcpuExit::FailEntry(reason, _)) => Exit::Kvm(format!("entering the guest (reason {reason:#x})"), 0),
+        Ok(VcpuExit::InternalError) => Exit::Kvm("KVM_RUN (internal error)".to_owned(), 0),
+        Ok(other) => Exit::Forbidden(format!("an exit that is not expected: {other:?}")),
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Exit::Signal,
+        Err(error) => Exit::Kvm("KVM_RUN".to_owned(), error.errno()),
+    }
+}
+
+/// The buffers that requests may name.
+struct Heap<'a> {
+    ram: &'a GuestRam,
+    range: &'a Range<u64>,
+}
+
+impl BufferAccess for Heap<'_> {
+    fn heap_slice(&self, address: u64, length: u64) -> Option<VolatileSlice<'_>> {
+        let end = address.checked_add(length)?;
+        if address < self.range.start || end > self.range.end {
+            return None;
+        }
+        self.ram.slice(address, length)
+    }
+}
+
+impl Vm {
+    /// Run it until it exits.
+    ///
+    /// # Errors
+    /// Why it was ended.
+    pub fn run(mut self, handler: &mut dyn GuestHandler) -> Result<VmReport, VmError> {
+        let mut watchdog = Watchdog::new(self.stall_limit)?;
+        let mut messages = Messages::default();
+        let started = Instant::now();
+        loop {
+            let entered = Instant::now();
+            watchdog.enter();
+            let exit = enter(&mut self.vcpu);
+            watchdog.leave(!matches!(exit, Exit::Signal));
+            let outside = Instant::now();
+            self.report.time_guest += outside - entered;
+            if self.report.exits == 0 && !matches!(exit, Exit::Signal) {
+                self.report.time_first_exit = outside - started;
+                self.report.ring = self.ring()?;
+            }
+            if handler.interrupted() {
+                return Err(VmError::Interrupted);
+            }
+            if let Some(time) = watchdog.stalled() {
+                return Err(VmError::GuestStalled(time));
+            }
+            if matches!(exit, Exit::Signal) {
+                continue;
+            }
+            self.report.exits += 1;
+            match exit {
+                Exit::Signal => {}
+                Exit::Out(PORT_DOORBELL, count) => self.doorbell(count, handler)?,
+                Exit::Out(PORT_MESSAGE, length) => messages.take(&self.ram, length, handler)?,
+                Exit::Out(PORT_EXIT, _) => {
+                    self.report.messages = messages.count;
+                    self.report.time_run = started.elapsed();
+                    return Ok(self.report);
+                }
+                Exit::OutByte(PORT_FAULT, vector) => return Err(self.fault(vector)?),
+                Exit::Out(port, _) | Exit::OutByte(port, _) => {
+                    return Err(VmError::protocol(format!("`out` to port {port:#x}, which means nothing")));
+                }
+                Exit::Forbidden(what) => return Err(VmError::protocol(what)),
+                Exit::Kvm(what, errno) => return Err(VmError::unusable(what, errno)),
+            }
+        }
+    }
+
+    /// The privilege level that the vCPU is at.
+    fn ring(&self) -> Result<u8, VmError> {
+        let sregs = self.vcpu.get_sregs().map_err(|e| VmError::unusable("KVM_GET_SREGS", e.errno()))?;
+        Ok(sregs.cs.selector.to_le_bytes()[0] & 3)
+    }
+
+    /// Execute the first `count` requests of the ring. The handler works on a copy: the guest cannot change a
+    /// request after it was checked.
+    fn doorbell(&mut self, count: u32, handler: &mut dyn GuestHandler) -> Result<(), VmError> {
+        let length = usize::try_from(count).unwrap_or(usize::MAX);
+        if length == 0 || length > RING_CAPACITY {
+            return Err(VmError::protocol(format!(
+                "a doorbell for {count} requests, 1 to {RING_CAPACITY} are possible"
+            )));
+        }
+        self.report.doorbells += 1;
+        self.report.requests += u64::from(count);
+        let mut requests = vec![Request::default(); length];
+        if !self.ram.read(RING_ADDR, bytes_mut(&mut requests)) {
+            return Err(VmError::protocol("a ring outside memory"));
+        }
+        for request in &mut requests {
+            request.status = instar_guest_abi::request_status::NOT_RUN;
+        }
+        let heap = Heap { ram: &self.ram, range: &self.layout.heap };
+        handler.requests(&heap, &mut requests).map_err(|bad| VmError::protocol(printable(&bad.0)))?;
+        if !self.ram.write(RING_ADDR, bytes(&requests)) {
+            return Err(VmError::protocol("a ring outside memory"));
+        }
+        Ok(())
+    }
+
+    /// The error for a report on the fault port.
+    fn fault(&self, vector: u8) -> Result<VmError, VmError> {
+        let failed = |what: &'static str| move |e: kvm_ioctls::Error| VmError::unusable(what, e.errno());
+        if self.ring()? != 0 || vector >= VECTORS {
+            return Ok(VmError::protocol("a false report of a fault"));
+        }
+        let regs = self.vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
+        let sregs = self.vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        Ok(fault::fault(&self.ram, &self.layout.modules, vector, regs.rsp, sregs.cr2))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn only_the_heap_is_reachable() {
+        let ram = GuestRam::new().unwrap();
+        let range = 0x20_0000..0x40_0000;
+        let heap = Heap { ram: &ram, range: &range };
+        assert!(heap.heap_slice(0x20_0000, 0x20_0000).is_some());
+        assert!(heap.heap_slice(0x20_0000, 0x20_0001).is_none());
+        assert!(heap.heap_slice(0x1f_ffff, 2).is_none());
+        assert!(heap.heap_slice(u64::MAX, 2).is_none());
+    }
+}

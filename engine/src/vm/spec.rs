@@ -1,0 +1,90 @@
+//! What to run, and what came of it.
+
+use instar_guest_abi::ChainConfig;
+use std::time::Duration;
+
+static CORE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/core-module.elf"));
+static COMMIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/commit-module.elf"));
+
+/// A guest module.
+#[derive(Clone, Copy, Debug)]
+pub struct ModuleSpec<'a> {
+    /// The format's name, at most 31 bytes.
+    pub name: &'a str,
+    /// The ELF.
+    pub elf: &'a [u8],
+}
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct VmSpec<'a> {
+    /// Bits of [`commit_flags`](instar_guest_abi::commit_flags).
+    pub flags: u32,
+    /// The devices. A device's `module` is 2 plus the index of its format in `modules`.
+    pub chain: ChainConfig,
+    /// The formats in play.
+    pub modules: Vec<ModuleSpec<'a>>,
+    /// How long the guest may run without asking for anything, in processor time; default 30 seconds.
+    pub stall_limit: Duration,
+    /// The core, loaded as `core`.
+    pub core: &'a [u8],
+    /// The operation, loaded as `commit`.
+    pub operation: &'a [u8],
+}
+
+/// Index in the module table of the first format: [`VmSpec::modules`] begins there.
+pub const FIRST_FORMAT: u32 = 2;
+
+impl<'a> VmSpec<'a> {
+    /// A commit with the engine's own core and operation.
+    #[must_use]
+    pub fn new(flags: u32, chain: ChainConfig, modules: Vec<ModuleSpec<'a>>) -> Self {
+        Self { flags, chain, modules, stall_limit: Duration::from_secs(30), core: CORE, operation: COMMIT }
+    }
+
+    /// Another core, for tests of hostile guests.
+    #[must_use]
+    pub fn with_core(mut self, elf: &'a [u8]) -> Self {
+        self.core = elf;
+        self
+    }
+
+    /// Another operation.
+    #[must_use]
+    pub fn with_operation(mut self, elf: &'a [u8]) -> Self {
+        self.operation = elf;
+        self
+    }
+
+    /// Another stall limit.
+    #[must_use]
+    pub fn with_stall_limit(mut self, limit: Duration) -> Self {
+        self.stall_limit = limit;
+        self
+    }
+}
+
+/// What a guest did, and how long it took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VmReport {
+    /// Times that the guest left for the host.
+    pub exits: u64,
+    /// Doorbells.
+    pub doorbells: u64,
+    /// Block requests.
+    pub requests: u64,
+    /// Messages.
+    pub messages: u64,
+    /// Creating the machine, its memory and its vCPU.
+    pub time_create: Duration,
+    /// Loading the modules and building the page tables.
+    pub time_load: Duration,
+    /// From entering the guest to its first exit.
+    pub time_first_exit: Duration,
+    /// From entering the guest to its end, the host's work included.
+    pub time_run: Duration,
+    /// Time spent in the guest.
+    pub time_guest: Duration,
+    /// Privilege level of the guest, read back from the vCPU's code segment at the first exit.
+    pub ring: u8,
+}

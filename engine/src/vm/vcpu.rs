@@ -1,0 +1,143 @@
+//! The vCPU's registers: 64-bit mode at ring 3. IOPL is 0: which ports ring 3 may use is in the I/O bitmap.
+
+use super::error::VmError;
+use super::system;
+use instar_guest_abi::{PAGE_TABLES_ADDR, STACK_TOP};
+use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_xcr, kvm_xcrs, CpuId};
+use kvm_ioctls::VcpuFd;
+
+mod cr0 {
+    pub const PROTECTED: u64 = 1;
+    pub const MONITOR_COPROCESSOR: u64 = 1 << 1;
+    pub const EXTENSION_TYPE: u64 = 1 << 4;
+    pub const NUMERIC_ERROR: u64 = 1 << 5;
+    pub const WRITE_PROTECT: u64 = 1 << 16;
+    pub const PAGING: u64 = 1 << 31;
+}
+
+mod cr4 {
+    pub const PAE: u64 = 1 << 5;
+    pub const OSFXSR: u64 = 1 << 9;
+    pub const OSXMMEXCPT: u64 = 1 << 10;
+    pub const UMIP: u64 = 1 << 11;
+    pub const OSXSAVE: u64 = 1 << 18;
+    pub const SMEP: u64 = 1 << 20;
+    pub const SMAP: u64 = 1 << 21;
+}
+
+mod efer {
+    pub const LONG_MODE_ENABLE: u64 = 1 << 8;
+    pub const LONG_MODE_ACTIVE: u64 = 1 << 10;
+    pub const NO_EXECUTE: u64 = 1 << 11;
+}
+
+/// Bit 1 is always set.
+const RFLAGS: u64 = 1 << 1;
+/// x87, SSE and AVX state.
+const XCR0: u64 = 0b111;
+
+/// What the processor can do, from its CPUID.
+#[derive(Clone, Copy, Debug, Default)]
+struct Features {
+    xsave: bool,
+    smep: bool,
+    smap: bool,
+    umip: bool,
+    /// State components that XCR0 may enable.
+    xcr0: u64,
+}
+
+impl Features {
+    fn of(cpuid: &CpuId) -> Self {
+        let mut features = Self::default();
+        for entry in cpuid.as_slice() {
+            match (entry.function, entry.index) {
+                (1, _) => features.xsave = entry.ecx >> 26 & 1 != 0,
+                (7, 0) => {
+                    features.smep = entry.ebx >> 7 & 1 != 0;
+                    features.smap = entry.ebx >> 20 & 1 != 0;
+                    features.umip = entry.ecx >> 2 & 1 != 0;
+                }
+                (0xd, 0) => features.xcr0 = u64::from(entry.eax) | u64::from(entry.edx) << 32,
+                _ => {}
+            }
+        }
+        features
+    }
+
+    fn cr4(self) -> u64 {
+        let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+        cr4::PAE
+            | cr4::OSFXSR
+            | cr4::OSXMMEXCPT
+            | flag(self.xsave, cr4::OSXSAVE)
+            | flag(self.smep, cr4::SMEP)
+            | flag(self.smap, cr4::SMAP)
+            | flag(self.umip, cr4::UMIP)
+    }
+}
+
+fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_: kind,
+        present: 1,
+        dpl: 3,
+        db: u8::from(!long),
+        s: 1,
+        l: u8::from(long),
+        g: 1,
+        ..kvm_segment::default()
+    }
+}
+
+/// Make `vcpu` start at `entry` with ring 3 and the guest's stack.
+///
+/// # Errors
+/// [`VmError::KvmUnusable`] naming what KVM refused.
+pub fn set_up(vcpu: &VcpuFd, cpuid: &CpuId, entry: u64) -> Result<(), VmError> {
+    let failed = |what: &'static str| move |e: kvm_ioctls::Error| VmError::unusable(what, e.errno());
+    vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+    let features = Features::of(cpuid);
+
+    let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    sregs.cr0 = cr0::PROTECTED
+        | cr0::MONITOR_COPROCESSOR
+        | cr0::EXTENSION_TYPE
+        | cr0::NUMERIC_ERROR
+        | cr0::WRITE_PROTECT
+        | cr0::PAGING;
+    sregs.cr3 = PAGE_TABLES_ADDR;
+    sregs.cr4 = features.cr4();
+    sregs.efer = efer::LONG_MODE_ENABLE | efer::LONG_MODE_ACTIVE | efer::NO_EXECUTE;
+    // Types: code, execute and read, accessed; data, read and write, accessed; 64-bit task, busy.
+    sregs.cs = segment(system::USER_CODE, 0b1011, true);
+    let data = segment(system::USER_DATA, 0b0011, false);
+    (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data, data);
+    sregs.tr = kvm_segment {
+        base: system::TSS,
+        limit: u32::from(system::TSS_LIMIT),
+        selector: system::TASK,
+        type_: 0b1011,
+        present: 1,
+        ..kvm_segment::default()
+    };
+    sregs.ldt = kvm_segment { unusable: 1, ..kvm_segment::default() };
+    sregs.gdt = kvm_dtable { base: system::GDT, limit: system::GDT_LIMIT, ..kvm_dtable::default() };
+    sregs.idt = kvm_dtable { base: system::IDT, limit: system::IDT_LIMIT, ..kvm_dtable::default() };
+    vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+
+    // As after a call: the return address, which is 0 and so faults, lies on the stack.
+    let regs = kvm_regs { rip: entry, rsp: STACK_TOP - 8, rflags: RFLAGS, ..kvm_regs::default() };
+    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() };
+    vcpu.set_fpu(&fpu).map_err(failed("KVM_SET_FPU"))?;
+    if features.xsave {
+        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
+        xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value: features.xcr0 & XCR0 };
+        vcpu.set_xcrs(&xcrs).map_err(failed("KVM_SET_XCRS"))?;
+    }
+    Ok(())
+}

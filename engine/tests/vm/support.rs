@@ -1,0 +1,132 @@
+//! Guests and a host for the tests of the KVM runner.
+
+use instar_engine::vm::{self, BadRequest, BufferAccess, GuestHandler, ModuleSpec, VmError, VmReport, VmSpec};
+use instar_guest_abi::{device_flags, request_status, ChainConfig, DeviceConfig, Request, RequestOp, DEVICE_OUTPUT};
+use instar_guest_build::GuestModule;
+use instar_guest_protocol::{guest_message, CommitResultMessage};
+use instar_guest_testmod::Scenario;
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+fn build(binary: &str) -> Vec<u8> {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let module = GuestModule::new("instar-guest-testmod", "../guest/testmod", binary);
+    let (elf, _) = module.out_dir(root.join("modules")).target_dir(root.join("guest")).try_build().unwrap();
+    std::fs::read(elf).unwrap()
+}
+
+pub fn operation() -> &'static [u8] {
+    static ELF: OnceLock<Vec<u8>> = OnceLock::new();
+    ELF.get_or_init(|| build("test-operation"))
+}
+
+pub fn format() -> &'static [u8] {
+    static ELF: OnceLock<Vec<u8>> = OnceLock::new();
+    ELF.get_or_init(|| build("test-format"))
+}
+
+/// Serves any request; READ fills with 0x5a.
+#[derive(Default)]
+pub struct Host {
+    pub ops: Vec<u32>,
+    pub batches: Vec<usize>,
+    pub written: Vec<u8>,
+    pub copies: Vec<Request>,
+    pub result: Option<CommitResultMessage>,
+    pub logs: Vec<String>,
+    pub interrupt_after: Option<usize>,
+}
+
+impl GuestHandler for Host {
+    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
+        self.batches.push(requests.len());
+        for request in requests {
+            self.ops.push(request.op);
+            let op = RequestOp::from_u32(request.op).ok_or_else(|| BadRequest("an unknown operation".to_owned()))?;
+            if matches!(op, RequestOp::Read | RequestOp::Write) {
+                let slice = memory.heap_slice(request.buffer, request.length);
+                let slice = slice.ok_or_else(|| BadRequest("a buffer outside the heap".to_owned()))?;
+                let length = usize::try_from(request.length).unwrap();
+                if op == RequestOp::Read {
+                    slice.copy_from(&vec![0x5a_u8; length]);
+                } else {
+                    self.written.resize(length, 0);
+                    slice.copy_to(&mut self.written[..]);
+                }
+            }
+            if op == RequestOp::Copy {
+                self.copies.push(*request);
+            }
+            request.status = request_status::OK;
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, message: guest_message::Kind) -> Result<(), BadRequest> {
+        match message {
+            guest_message::Kind::CommitResult(result) => self.result = Some(result),
+            guest_message::Kind::Log(log) => self.logs.push(log.text),
+            other => return Err(BadRequest(format!("an unexpected message {other:?}"))),
+        }
+        Ok(())
+    }
+
+    fn interrupted(&self) -> bool {
+        self.interrupt_after.is_some_and(|count| self.batches.len() >= count)
+    }
+}
+
+pub fn chain() -> ChainConfig {
+    let mut chain = ChainConfig { count: 1, merge_count: 1, ..ChainConfig::default() };
+    let device = DeviceConfig {
+        flags: device_flags::PRESENT | device_flags::WRITABLE,
+        module: vm::FIRST_FORMAT,
+        file_length: 1 << 20,
+        virtual_size: 1 << 20,
+        ..DeviceConfig::default()
+    };
+    chain.devices[0] = device;
+    chain.output = DeviceConfig { device: DEVICE_OUTPUT, ..device };
+    chain
+}
+
+pub fn spec(scenario: Scenario) -> VmSpec<'static> {
+    let modules = vec![ModuleSpec { name: "plain", elf: format() }];
+    VmSpec::new(scenario as u32, chain(), modules).with_operation(operation()).with_stall_limit(Duration::from_secs(2))
+}
+
+pub fn run(scenario: Scenario) -> (Host, Result<VmReport, VmError>) {
+    let mut host = Host::default();
+    let result = vm::run(&spec(scenario), &mut host);
+    (host, result)
+}
+
+/// The error's text.
+pub fn failure(scenario: Scenario) -> String {
+    run(scenario).1.unwrap_err().to_string()
+}
+
+/// An ELF whose only segment is `code`, mapped read-execute, with its entry at the first byte.
+pub fn raw_code(code: &[u8]) -> Vec<u8> {
+    const HEADERS: usize = 4096;
+    let mut elf = vec![0; HEADERS + code.len()];
+    let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &[3, 0, 62, 0, 1]); // shared object, x86-64, version
+    put(32, &64_u64.to_le_bytes()); // program headers
+    put(52, &[64, 0, 56, 0, 1]); // sizes, one program header
+    put(64, &[1, 0, 0, 0, 5]); // to load, read and execute
+    put(64 + 8, &(HEADERS as u64).to_le_bytes());
+    put(64 + 32, &(code.len() as u64).to_le_bytes());
+    put(64 + 40, &(code.len() as u64).to_le_bytes());
+    put(64 + 48, &4096_u64.to_le_bytes());
+    put(HEADERS, code);
+    elf
+}
+
+/// Run `code` instead of core, with nothing to help it.
+pub fn run_raw(code: &[u8]) -> Result<VmReport, VmError> {
+    let elf = raw_code(code);
+    vm::run(&spec(Scenario::Good).with_core(&elf), &mut Host::default())
+}
