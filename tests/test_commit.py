@@ -322,7 +322,8 @@ def test_write_and_commit_again(pair):
 
 @pytest.mark.parametrize("fmt", ["qcow2", "raw"])
 @pytest.mark.parametrize("versions", ["33", "22"], ids="v{}".format)
-def test_three_layers(pair, fmt, versions):
+@pytest.mark.parametrize("cluster_size", [65536, 4096])
+def test_three_layers(pair, fmt, versions, cluster_size):
     """Top goes into mid; the base is only read, and may be read-only."""
     compat = {"compat": "0.10" if versions == "22" else "1.1"}
     root = support.create(pair.dir / "root.img", 4 * MIB, fmt=fmt)
@@ -330,7 +331,7 @@ def test_three_layers(pair, fmt, versions):
     root.chmod(0o444)
     support.create(pair.base, backing="root.img", backing_fmt=fmt, **compat)
     support.qemu_io(pair.base, "write -P 2 1M 1M", "write -z 2M 128k")
-    support.create(pair.top, backing="base.qcow2", cluster_size=4096, **compat)
+    support.create(pair.top, backing="base.qcow2", cluster_size=cluster_size, **compat)
     support.qemu_io(pair.top, "write -P 3 1500k 12k", "write -P 4 3M 4k", "write -z 256k 256k", "write -z 1M 4k")
     with support.untouched(root):
         pair.check_commit()
