@@ -57,6 +57,32 @@ def test_json_of_an_empty_overlay(pair):
     assert answer["overlay_clusters_cleared"] == 0
 
 
+def test_without_emptying(pair):
+    """`-d`: the backing gets everything, the overlay stays as it is."""
+    pair.make(base=["write -P 9 0 4M"], top=[*DATA, "write -z 3M 64k"])
+    with support.untouched(pair.top):
+        answer = pair.check_commit("-d", "--output", "json", cleared=False).json
+    assert answer["clusters_committed"] == 25
+    assert answer["overlay_clusters_cleared"] == 0
+
+
+@pytest.mark.parametrize("output", ["human", "json"])
+def test_dry_run(pair, output):
+    """It says what would be done, and does nothing."""
+    pair.make(base=["write -P 9 0 4M"], top=DATA)
+    with support.untouched(pair.top, pair.base):
+        result = support.commit(pair.top, "--dry-run", "--output", output)
+    assert "24" in result.stdout and str(24 * 64 * KIB) in result.stdout, str(result)
+    assert "Image committed." not in result.stdout
+    if output == "json":
+        assert result.json["clusters_committed"] == 24
+
+
+def test_dry_run_refuses_what_a_commit_refuses(pair):
+    pair.make(4 * MIB, top_size=8 * MIB, top=DATA)
+    support.refuse("ERROR_OVERLAY_LARGER_THAN_BACKING", pair.top, "--dry-run", files=[pair.base])
+
+
 def test_empty_overlay_leaves_the_backing_alone(pair):
     pair.make(base=DATA)
     with support.untouched(pair.base):

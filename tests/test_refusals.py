@@ -129,7 +129,6 @@ def test_refused_by_name(pair, make, side, name, word):
 
 
 OPTIONS = [
-    ["-d"],
     ["-p"],
     ["--progress"],
     ["-r", "1M"],
@@ -137,7 +136,6 @@ OPTIONS = [
     ["-t", "none"],
     ["--cache", "writethrough"],
     ["--resize-backing"],
-    ["--dry-run"],
 ]
 
 
