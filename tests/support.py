@@ -48,10 +48,12 @@ class Result:
     stderr: str
 
     def __str__(self):
-        return (
+        text = (
             f"$ {shlex.join(os.fsdecode(a) for a in self.args)}\n"
             f"rc {self.rc}\nstdout: {self.stdout!r}\nstderr: {self.stderr!r}"
         )
+        # Reports travel between processes as UTF-8.
+        return text.encode("utf-8", "backslashreplace").decode()
 
     @property
     def json(self):

@@ -57,6 +57,32 @@ def test_json_of_an_empty_overlay(pair):
     assert answer["overlay_clusters_cleared"] == 0
 
 
+def test_without_emptying(pair):
+    """`-d`: the backing gets everything, the overlay stays as it is."""
+    pair.make(base=["write -P 9 0 4M"], top=[*DATA, "write -z 3M 64k"])
+    with support.untouched(pair.top):
+        answer = pair.check_commit("-d", "--output", "json", cleared=False).json
+    assert answer["clusters_committed"] == 25
+    assert answer["overlay_clusters_cleared"] == 0
+
+
+@pytest.mark.parametrize("output", ["human", "json"])
+def test_dry_run(pair, output):
+    """It says what would be done, and does nothing."""
+    pair.make(base=["write -P 9 0 4M"], top=DATA)
+    with support.untouched(pair.top, pair.base):
+        result = support.commit(pair.top, "--dry-run", "--output", output)
+    assert "24" in result.stdout and str(24 * 64 * KIB) in result.stdout, str(result)
+    assert "Image committed." not in result.stdout
+    if output == "json":
+        assert result.json["clusters_committed"] == 24
+
+
+def test_dry_run_refuses_what_a_commit_refuses(pair):
+    pair.make(4 * MIB, top_size=8 * MIB, top=DATA)
+    support.refuse("ERROR_OVERLAY_LARGER_THAN_BACKING", pair.top, "--dry-run", files=[pair.base])
+
+
 def test_empty_overlay_leaves_the_backing_alone(pair):
     pair.make(base=DATA)
     with support.untouched(pair.base):
@@ -322,7 +348,8 @@ def test_write_and_commit_again(pair):
 
 @pytest.mark.parametrize("fmt", ["qcow2", "raw"])
 @pytest.mark.parametrize("versions", ["33", "22"], ids="v{}".format)
-def test_three_layers(pair, fmt, versions):
+@pytest.mark.parametrize("cluster_size", [65536, 4096])
+def test_three_layers(pair, fmt, versions, cluster_size):
     """Top goes into mid; the base is only read, and may be read-only."""
     compat = {"compat": "0.10" if versions == "22" else "1.1"}
     root = support.create(pair.dir / "root.img", 4 * MIB, fmt=fmt)
@@ -330,7 +357,7 @@ def test_three_layers(pair, fmt, versions):
     root.chmod(0o444)
     support.create(pair.base, backing="root.img", backing_fmt=fmt, **compat)
     support.qemu_io(pair.base, "write -P 2 1M 1M", "write -z 2M 128k")
-    support.create(pair.top, backing="base.qcow2", cluster_size=4096, **compat)
+    support.create(pair.top, backing="base.qcow2", cluster_size=cluster_size, **compat)
     support.qemu_io(pair.top, "write -P 3 1500k 12k", "write -P 4 3M 4k", "write -z 256k 256k", "write -z 1M 4k")
     with support.untouched(root):
         pair.check_commit()

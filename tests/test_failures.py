@@ -252,7 +252,7 @@ def relative_symlink(target, link):
 @pytest.mark.parametrize("link", [os.link, relative_symlink])
 def test_link_to_itself(made, link):
     made.base.unlink()
-    link(made.top, made.base)
+    link(made.top if link is os.link else made.top.name, made.base)
     refuse("ERROR_CHAIN_LOOP", made.top, mentions=[made.top])
 
 
@@ -324,15 +324,18 @@ def test_no_image(made, side, kind):
             support.assert_refused(result, "ERROR_OPEN_FAILED")
 
 
-@pytest.mark.parametrize("side", ["top", "base"])
-@pytest.mark.parametrize("keep", [3, 71, 100, 4096, 65536, 65537, 196608 + 8, 262144, -65536, -512, -1])
+@pytest.mark.parametrize(
+    ("side", "keep"),
+    [(side, keep) for side in ("top", "base") for keep in [3, 71, 100, 4096, 65536, 65537, 196608 + 8, 262144, -MIB, -65536]]
+    + [("top", -512), ("top", -1)],
+)
 def test_truncated(made, side, keep):
     """Cut off in the header, the tables or the data. qemu-img reads zeroes there and calls it a success."""
     path = getattr(made, side)
+    if side == "base":
+        support.qemu_io(made.top, "write -P 3 0 2M")
     size = path.stat().st_size
     os.truncate(path, keep if keep > 0 else size + keep)
-    # Data beyond the end of the backing is only lost data if the commit meets it; the end of a file that was never
-    # written is no damage. The overlay's and the tables' bytes are needed in any case.
     for output in ([], ["--output", "json"]):
         with support.untouched(made.top, made.base):
             result = support.run_instar("commit", *output, made.top)
@@ -348,7 +351,6 @@ SPOIL = {
     "l1-unaligned": lambda i: i.poke64(i.l1_at(), i.peek64(i.l1_at()) + 512),
     "l1-reserved": lambda i: i.poke64(i.l1_at(), i.peek64(i.l1_at()) | 1 << 60),
     "l1-low-reserved": lambda i: i.poke64(i.l1_at(), i.peek64(i.l1_at()) | 2),
-    "l1-onto-header": lambda i: i.poke64(i.l1_at(), COPIED),
     "l1-onto-l1": lambda i: i.poke64(i.l1_at(), i.get("l1_offset") | COPIED),
     "l1-onto-refcounts": lambda i: i.poke64(i.l1_at(), i.get("refcount_table_offset") | COPIED),
     "l2-beyond-end": lambda i: i.poke64(i.l2_at(), i.end | COPIED),
