@@ -1,6 +1,7 @@
 //! `instar commit`: options, and what is printed.
 
 use super::output::OutputFormat;
+use super::size::parse_size;
 use super::{print_error, CliError};
 use crate::commit::{render_commit_success, render_dry_run, render_verbose, run_commit, CommitRequest};
 use clap::{Args, ValueEnum};
@@ -27,8 +28,8 @@ pub struct CommitArgs {
     #[arg(short, long)]
     pub quiet: bool,
     /// Read and write no faster than this, with suffix k, M or G
-    #[arg(short, long, value_name = "BYTES/S")]
-    pub rate_limit: Option<String>,
+    #[arg(short, long, value_name = "BYTES/S", value_parser = parse_rate)]
+    pub rate_limit: Option<u64>,
     /// How the images are written
     #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
     pub cache: CacheMode,
@@ -53,6 +54,11 @@ pub struct CommitArgs {
     /// The overlay
     #[arg(value_name = "FILENAME")]
     pub filename: PathBuf,
+}
+
+/// Bytes per second with qemu-img's suffixes.
+fn parse_rate(text: &str) -> Result<u64, String> {
+    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M or G".to_owned())
 }
 
 /// Cache modes, with qemu-img's names.

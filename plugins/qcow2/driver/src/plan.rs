@@ -58,7 +58,7 @@ impl Qcow2Sink {
                 }
             }
             self.planned.last_cluster = Some(first.cluster);
-            match self.action(group, entry)? {
+            match self.action(group, (entry, at))? {
                 Action::Allocate(_) => self.planned.new_data += 1,
                 Action::MakeZero(..) => {}
                 Action::Nothing | Action::InPlace(_) | Action::Revive(_) => continue,

@@ -103,8 +103,8 @@ fn reserved_bits() {
 fn data_on_metadata() {
     // Refcount table, L1 table, L2 table.
     for target in [1, 2, 3] {
-        overlay_refused(|b| put!(b, l2(b), target * SIZE | 1 << 63), "overlaps");
-        backing_refused(|b| put!(b, l2(b), target * SIZE | 1 << 63), "metadata");
+        overlay_refused(|b| put!(b, l2(b), (target * SIZE) | (1 << 63)), "overlaps");
+        backing_refused(|b| put!(b, l2(b), (target * SIZE) | (1 << 63)), "metadata");
     }
     either_refused(|b| put!(b, be64(b, 48) + 8, 3 * SIZE), "overlap");
     either_refused(|b| put!(b, l1(b), be64(b, 48) | 1 << 63), "overlap");
