@@ -29,6 +29,12 @@ fn is_refusal(error: &io::Error) -> bool {
 }
 
 impl Copier {
+    /// Do not try the kernel between these devices.
+    #[cfg(test)]
+    pub fn refuse_kernel(&mut self, source: u32, target: u32) {
+        self.not_in_kernel.insert((source, target));
+    }
+
     /// Copy what the request says from the first file to the second; `key` stands for the pair of devices. What lies
     /// past the end of the source reads as zero.
     pub fn copy(
