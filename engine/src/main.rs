@@ -1,9 +1,11 @@
-//! The `instar` program: see the library for everything it does.
+//! The `instar` command.
 
+use clap::Parser;
+use instar_engine::cli::{run, Cli};
 use std::process::ExitCode;
-use std::time::Instant;
 
 fn main() -> ExitCode {
-    let started = Instant::now();
-    instar_engine::cli::main(started)
+    // Bad usage ends here with status 2.
+    let cli = Cli::parse();
+    ExitCode::from(run(&cli, &mut std::io::stdout().lock()))
 }

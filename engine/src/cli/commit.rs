@@ -1,72 +1,122 @@
-//! `instar commit`.
+//! `instar commit`: options, and what is printed.
 
-use super::args::CommitArgs;
-use super::output::print;
-use super::CliError;
-use crate::commit::{
-    catch_signals, render_commit_error, render_commit_success, run_commit, CommitError, CommitOptions, Trace,
-};
-use crate::devices::CacheMode;
-use crate::plugins::{Registry, SearchPath};
+use super::output::OutputFormat;
+use super::size::parse_size;
+use super::{print_error, CliError};
+use crate::commit::{render_commit_success, render_dry_run, render_verbose, run_commit, CommitRequest};
+use clap::{Args, ValueEnum};
 use instar_guest_abi::ErrorCode;
 use std::io::Write;
-use std::time::Instant;
+use std::path::PathBuf;
 
-/// Run the command. `started` is when the process began.
-///
-/// # Errors
-/// Why nothing was committed; see [`report`] for how it is shown.
-pub fn run(args: &CommitArgs, started: Instant, out: &mut dyn Write) -> Result<(), CommitError> {
-    let mut trace = Trace::new(args.verbose, started);
-    trace.lap("arguments");
-    refuse_missing(args)?;
-    catch_signals();
-    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir));
-    for plugin in registry.plugins() {
-        trace.line(format_args!("plugin: {} {} from '{}'", plugin.name(), plugin.version(), plugin.path().display()));
+/// Merge a copy-on-write overlay into the image that it is backed by, and empty it
+#[derive(Args, Debug)]
+pub struct CommitArgs {
+    /// Format of the overlay; found out when absent. An image of another format is refused
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// Commit into this image, which must be the overlay's parent. A relative name begins at the overlay's directory
+    #[arg(short, long, value_name = "BASE")]
+    pub base: Option<PathBuf>,
+    /// Do not empty the overlay afterwards. This deletes nothing
+    #[arg(short = 'd')]
+    pub keep_overlay: bool,
+    /// Show progress
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Print nothing on success
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Read and write no faster than this, with suffix k, M or G
+    #[arg(short, long, value_name = "BYTES/S", value_parser = parse_rate)]
+    pub rate_limit: Option<u64>,
+    /// How the images are written
+    #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
+    pub cache: CacheMode,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+    /// Let a smaller backing grow to the overlay's virtual size
+    #[arg(long)]
+    pub resize_backing: bool,
+    /// Do everything up to the first change, say what would be committed, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// A directory outside the overlay's own that a recorded backing may lie in; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing_dir: Vec<PathBuf>,
+    /// A directory with more plugins; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// Say what was loaded, resolved and measured
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// The overlay
+    #[arg(value_name = "FILENAME")]
+    pub filename: PathBuf,
+}
+
+/// Bytes per second with qemu-img's suffixes.
+fn parse_rate(text: &str) -> Result<u64, String> {
+    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M or G".to_owned())
+}
+
+/// Cache modes, with qemu-img's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CacheMode {
+    /// No page cache
+    None,
+    /// Page cache, flushed at every step of the order
+    #[default]
+    Writeback,
+    /// Every write is durable when it returns
+    Writethrough,
+    /// No page cache, every write is durable when it returns
+    Directsync,
+    /// No flushes: for images that can be thrown away
+    Unsafe,
+}
+
+/// Run the command; the exit status.
+pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
+    match commit(args, out) {
+        Ok(()) => 0,
+        Err(error) => print_error(&error, args.output),
     }
-    for skipped in registry.skipped() {
-        trace.line(format_args!("plugin skipped: '{}': {}", skipped.path.display(), skipped.reason));
+}
+
+/// Options that are parsed but do nothing yet.
+fn not_there_yet(args: &CommitArgs) -> Option<&'static str> {
+    [
+        (args.progress, "-p"),
+        (args.rate_limit.is_some(), "-r"),
+        (args.cache != CacheMode::Writeback, "-t with a mode other than writeback"),
+        (args.resize_backing, "--resize-backing"),
+    ]
+    .into_iter()
+    .find_map(|(given, option)| given.then_some(option))
+}
+
+fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    if let Some(option) = not_there_yet(args) {
+        let clause = format!("{option} is not there yet, and nothing was changed: leave it out");
+        return Err(CliError::image(&args.filename, ErrorCode::NotImplemented, clause));
     }
-    trace.lap("load plugins");
-    let options = CommitOptions {
+    let request = CommitRequest {
         overlay: args.filename.clone(),
         format: args.format.clone(),
         base: args.base.clone(),
+        keep_overlay: args.keep_overlay,
+        dry_run: args.dry_run,
         allowed_directories: args.allow_backing_dir.clone(),
-        cache: args.cache,
+        plugin_directories: args.plugin_dir.clone(),
     };
-    let result = run_commit(&options, &registry, &mut trace);
-    trace.total();
-    let result = result?;
-    if !args.quiet {
-        let text = render_commit_success(&result, args.output);
-        print(out, &text).map_err(|CliError { code, message }| CommitError::new(code, message))?;
+    let result = run_commit(&request)?;
+    if args.verbose {
+        eprint!("{}", render_verbose(&result));
     }
-    Ok(())
-}
-
-/// Show an error on `err`.
-pub fn report(error: &CommitError, args: &CommitArgs, err: &mut dyn Write) {
-    // Nobody to tell if stderr is gone.
-    let _ = err.write_all(render_commit_error(error, args.output).as_bytes());
-}
-
-/// Options that are not there yet are refused, not ignored.
-fn refuse_missing(args: &CommitArgs) -> Result<(), CommitError> {
-    let missing = [
-        (args.keep_overlay, "-d"),
-        (args.progress, "-p"),
-        (args.rate_limit.is_some_and(|rate| rate != 0), "-r"),
-        (args.cache != CacheMode::Writeback, "-t with another mode than writeback"),
-        (args.resize_backing, "--resize-backing"),
-        (args.dry_run, "--dry-run"),
-    ];
-    match missing.iter().find(|(given, _)| *given) {
-        None => Ok(()),
-        Some((_, option)) => {
-            let clause = format!("{option} is not there yet: run the commit without it; nothing was changed");
-            Err(CommitError::image(&args.filename, ErrorCode::NotImplemented, clause))
-        }
+    if args.dry_run {
+        return render_dry_run(&result, args.output, out);
     }
+    render_commit_success(&result, args.output, args.quiet, out)
 }

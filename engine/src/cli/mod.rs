@@ -1,6 +1,5 @@
 //! The command line.
 
-pub mod args;
 pub mod commit;
 pub mod create;
 mod create_file;
@@ -15,40 +14,51 @@ pub mod size;
 pub use error::CliError;
 pub use output::OutputFormat;
 
-use args::{Cli, Command};
-use clap::Parser;
+use crate::commit::render_commit_error;
+use clap::{Parser, Subcommand};
 use std::io::Write;
-use std::process::ExitCode;
-use std::time::Instant;
 
-/// Refused or failed.
-const EXIT_FAILED: u8 = 1;
+/// Exit status of a command that was refused or failed.
+const FAILED: u8 = 1;
 
-/// Run the program. Bad usage ends it with exit status 2.
-#[must_use]
-pub fn main(started: Instant) -> ExitCode {
-    let cli = Cli::parse();
-    let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
-    let result = match &cli.command {
-        Command::Commit(args) => {
-            return match commit::run(args, started, &mut out) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    commit::report(&error, args, &mut err);
-                    ExitCode::from(EXIT_FAILED)
-                }
-            };
-        }
-        Command::Info(args) => info::run(args, &mut out),
-        Command::Create(args) => create::run(args, &mut out),
-        Command::Plugins(args) => plugins::run(args, &mut out),
+/// Commit disk images, safely: image metadata is handled inside a virtual machine, formats are plugins
+#[derive(Parser, Debug)]
+#[command(name = "instar", version, about, propagate_version = true)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Merge a copy-on-write overlay into the image that it is backed by, and empty it
+    Commit(commit::CommitArgs),
+    /// Show what an image is
+    Info(info::InfoArgs),
+    /// Make a new, empty image
+    Create(create::CreateArgs),
+    /// List the format plugins
+    Plugins(plugins::PluginsArgs),
+}
+
+/// Run a command; the exit status.
+pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
+    let (done, output) = match &cli.command {
+        Command::Commit(args) => return commit::run(args, out),
+        Command::Info(args) => (info::run(args, out), args.output),
+        Command::Create(args) => (create::run(args, out), OutputFormat::Human),
+        Command::Plugins(args) => (plugins::run(args, out), args.output),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Nobody to tell if stderr is gone.
-            let _ = writeln!(err, "instar: {error}");
-            ExitCode::from(EXIT_FAILED)
-        }
+    match done {
+        Ok(()) => 0,
+        Err(error) => print_error(&error, output),
     }
+}
+
+/// Print an error on stderr; the exit status.
+fn print_error(error: &CliError, output: OutputFormat) -> u8 {
+    eprint!("{}", render_commit_error(error, output));
+    FAILED
 }

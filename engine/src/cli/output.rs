@@ -31,14 +31,22 @@ pub fn print(out: &mut dyn Write, text: &str) -> Result<(), CliError> {
 /// # Errors
 /// When it cannot be written.
 pub fn print_json(out: &mut dyn Write, value: &Value) -> Result<(), CliError> {
-    let text = pretty(value)
+    print_json_indented(out, value, b"    ")
+}
+
+/// Print a JSON value on `out` with this indentation and a trailing newline.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn print_json_indented(out: &mut dyn Write, value: &Value, indent: &[u8]) -> Result<(), CliError> {
+    let text = pretty(value, indent)
         .map_err(|error| CliError::new(ErrorCode::InternalOverflow, format!("making JSON failed: {error}")))?;
     print(out, &format!("{text}\n"))
 }
 
-fn pretty(value: &Value) -> io::Result<String> {
+fn pretty(value: &Value, indent: &[u8]) -> io::Result<String> {
     let mut bytes = Vec::new();
-    let mut serializer = Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(b"    "));
+    let mut serializer = Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(indent));
     serde::Serialize::serialize(value, &mut serializer)?;
     Ok(escape_json(&String::from_utf8_lossy(&bytes)))
 }

@@ -1,202 +1,136 @@
-//! Running the guest, and serving it.
+//! Running the guest of a commit: devices, modules, and what came of it.
 
-use super::attach::Attached;
-use super::error::CommitError;
-use super::failure::{map_commit_error, map_vm_error, GuestFailure, Names, Step};
-use super::interrupt::is_interrupted;
-use super::state::Changed;
-use super::trace::Trace;
-use crate::devices::{BlockMover, CacheMode, IoStats};
-use crate::vm::{BadRequest, BufferAccess, GuestHandler, KvmDevice, Vm, VmError, VmReport, VmSpec};
-use instar_guest_abi::{ErrorCode, Request};
-use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{CommitResultMessage, PlanMessage};
-use std::time::Instant;
+use super::error::{map_commit_error, GuestFailure};
+use super::handler::CommitHandler;
+use crate::chain::ChainImage;
+use crate::cli::CliError;
+use crate::devices::{Device, Devices, Statistics};
+use crate::plugins::Plugin;
+use crate::vm::{self, ModuleSpec, VmReport, VmSpec, FIRST_FORMAT};
+use instar_guest_abi::{
+    device_flags, ChainConfig, DeviceConfig, ErrorCode, CHAIN_CONFIG_MAGIC, DEVICE_OUTPUT, MAX_CHAIN_DEVICES,
+};
+use instar_guest_protocol::CommitResultMessage;
+use std::path::PathBuf;
 
-/// What a guest that succeeded reported.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What the virtual machine did.
+#[derive(Clone, Debug, Default)]
 pub struct GuestRun {
-    /// Clusters of the overlay that were committed.
-    pub clusters_committed: u64,
-    /// Guest-visible bytes of them.
-    pub bytes_committed: u64,
-    /// Clusters that emptying the overlay dropped.
-    pub overlay_clusters_cleared: u64,
+    /// The runner's report.
+    pub report: VmReport,
+    /// What the devices moved.
+    pub statistics: Statistics,
+    /// Log lines of the guest.
+    pub log: Vec<String>,
 }
 
-/// Serves a commit.
-struct CommitHandler<'a> {
-    mover: BlockMover,
-    formats: (&'a str, &'a str),
-    result: Option<CommitResultMessage>,
-    plan: Option<PlanMessage>,
-    trace: &'a Trace,
+/// The modules that the chain needs, each once, and each image's index among them.
+#[derive(Default)]
+struct Modules<'r> {
+    plugins: Vec<&'r Plugin>,
 }
 
-fn bad<T>(text: impl Into<String>) -> Result<T, BadRequest> {
-    Err(BadRequest(text.into()))
-}
-
-impl GuestHandler for CommitHandler<'_> {
-    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
-        if self.result.is_some() {
-            return bad("requests after the result");
-        }
-        self.mover.execute(memory, requests)
-    }
-
-    fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
-        if self.result.is_some() {
-            return bad("a message after the result");
-        }
-        match message {
-            Kind::CommitResult(result) => {
-                self.check_result(&result)?;
-                self.result = Some(result);
-            }
-            Kind::Progress(progress) => {
-                if Step::from_name(&progress.step).is_none() || progress.done > progress.total {
-                    return bad("progress that makes no sense");
-                }
-            }
-            Kind::Log(log) => self.trace.line(format_args!("guest: {}", log.text)),
-            Kind::Plan(plan) => {
-                if self.plan.is_some() {
-                    return bad("a second plan");
-                }
-                self.trace.line(format_args!(
-                    "plan: {} clusters, {} bytes; {} new data clusters, {} new metadata clusters; the backing becomes at \
-                     most {} bytes long",
-                    plan.clusters,
-                    plan.bytes,
-                    plan.new_data_clusters,
-                    plan.new_metadata_clusters,
-                    plan.backing_final_length
-                ));
-                self.plan = Some(plan);
-            }
-            // The runner ends the guest for this one.
-            Kind::Panic(panic) => return bad(format!("a panic: {}", panic.text)),
-        }
-        Ok(())
-    }
-
-    fn interrupted(&self) -> bool {
-        // Once the result is there, nothing is left to interrupt.
-        self.result.is_none() && is_interrupted()
+impl<'r> Modules<'r> {
+    fn index(&mut self, plugin: &'r Plugin) -> u32 {
+        let found = self.plugins.iter().position(|p| p.name() == plugin.name());
+        let index = found.unwrap_or_else(|| {
+            self.plugins.push(plugin);
+            self.plugins.len() - 1
+        });
+        FIRST_FORMAT + u32::try_from(index).unwrap_or(u32::MAX - FIRST_FORMAT)
     }
 }
 
-impl CommitHandler<'_> {
-    fn check_result(&self, result: &CommitResultMessage) -> Result<(), BadRequest> {
-        let Some(code) = ErrorCode::from_u32(result.error) else {
-            return bad(format!("a result with the unknown error {}", result.error));
-        };
-        if code != ErrorCode::Ok && Step::from_name(&result.step).is_none() {
-            return bad(format!("a failure at the unknown step {:?}", result.step));
-        }
-        // A guest may leave them empty.
-        let named = [(&result.overlay_format, self.formats.0), (&result.backing_format, self.formats.1)];
-        if named.iter().any(|(said, known)| !said.is_empty() && said != known) {
-            return bad("a result about other formats");
-        }
-        Ok(())
-    }
-
-    fn changed(&self) -> Changed {
-        Changed::of(self.mover.devices())
-    }
-}
-
-/// Run the guest on the attached images.
+/// Attach the images as devices, opened before: slot 0 is the overlay, the slots after it are the layers below it, and
+/// `output` is the output device. Only the slots in `rw_slots` and the output may be written.
 ///
 /// # Errors
-/// Why there is no guest, why it was ended, or what it reported.
-pub fn run_commit_guest(
-    attached: Attached<'_>,
-    flags: u32,
-    cache: CacheMode,
-    trace: &mut Trace,
-) -> Result<GuestRun, CommitError> {
-    let Attached { devices, chain, modules, names, formats } = attached;
-    let spec = VmSpec::new(flags, chain, modules);
-    let vm = KvmDevice::open()
-        .and_then(|kvm| Vm::new(&kvm, &spec))
-        .map_err(|error| map_vm_error(&error, &names, Changed::default()))?;
-    trace.lap("create virtual machine, load modules");
-    let mover = BlockMover::new(devices, cache, is_interrupted);
-    let shown = Trace::clone(trace);
-    let mut handler = CommitHandler { mover, formats, result: None, plan: None, trace: &shown };
-    let started = Instant::now();
-    let outcome = vm.run(&mut handler);
-    let elapsed = started.elapsed();
-    if let Ok(report) = &outcome {
-        tell(trace, report, handler.mover.stats());
-        trace.time("  tear-down", elapsed.saturating_sub(report.time_run));
-    } else {
-        tell_stats(trace, handler.mover.stats());
+/// [`ErrorCode::ChainTooDeep`].
+pub fn open_chain_devices_rw<'r>(
+    slots: Vec<ChainImage<'r>>,
+    output: ChainImage<'r>,
+    rw_slots: &[usize],
+    max_length: u64,
+) -> Result<(Devices, ChainConfig, Vec<&'r Plugin>), CliError> {
+    let mut devices = Devices::new();
+    let mut modules = Modules::default();
+    let mut chain = ChainConfig { magic: CHAIN_CONFIG_MAGIC, merge_count: 1, ..ChainConfig::default() };
+    if slots.len() > MAX_CHAIN_DEVICES {
+        let clause = format!("the chain has more than {MAX_CHAIN_DEVICES} layers");
+        return Err(CliError::image(&output.opened.path, ErrorCode::ChainTooDeep, clause));
     }
-    trace.lap("run");
-    harvest(outcome, &handler, &names)
+    chain.count = u32::try_from(slots.len()).unwrap_or(u32::MAX);
+    for (index, image) in slots.into_iter().enumerate() {
+        let slot = u32::try_from(index).unwrap_or(u32::MAX);
+        // An overlay is only emptied: it may grow by the rest of its last cluster, if that was cut short.
+        let unit = image.facts.cluster_size.max(1);
+        let longest = image.facts.file_length.checked_next_multiple_of(unit).unwrap_or(image.facts.file_length);
+        chain.devices[index] = attach(&mut devices, &mut modules, slot, image, rw_slots.contains(&index), longest);
+    }
+    chain.output = attach(&mut devices, &mut modules, DEVICE_OUTPUT, output, true, max_length);
+    Ok((devices, chain, modules.plugins))
 }
 
-fn harvest(
-    outcome: Result<VmReport, VmError>,
-    handler: &CommitHandler<'_>,
-    names: &Names,
-) -> Result<GuestRun, CommitError> {
-    let changed = handler.changed();
-    if let Err(error) = outcome {
-        return Err(map_vm_error(&error, names, changed));
-    }
-    let Some(result) = &handler.result else {
-        let error = VmError::GuestProtocol("it ended without a result".to_owned());
-        return Err(map_vm_error(&error, names, changed));
+fn attach<'r>(
+    devices: &mut Devices,
+    modules: &mut Modules<'r>,
+    slot: u32,
+    image: ChainImage<'r>,
+    writable: bool,
+    max_length: u64,
+) -> DeviceConfig {
+    let mut flags = device_flags::PRESENT;
+    flags |= if writable { device_flags::WRITABLE } else { 0 };
+    flags |= if image.opened.block_device { device_flags::FIXED_LENGTH } else { 0 };
+    let config = DeviceConfig {
+        flags,
+        device: slot,
+        module: modules.index(image.plugin),
+        reserved: 0,
+        file_length: image.facts.file_length,
+        max_length,
+        virtual_size: image.facts.virtual_size,
+        cluster_size: image.facts.cluster_size,
     };
-    match (ErrorCode::from_u32(result.error), Step::from_name(&result.step)) {
-        (Some(ErrorCode::Ok), _) => Ok(GuestRun {
-            clusters_committed: result.clusters_committed,
-            bytes_committed: result.bytes_committed,
-            overlay_clusters_cleared: result.overlay_clusters_cleared,
-        }),
-        (code, step) => {
-            let failure = GuestFailure {
-                code: code.unwrap_or(ErrorCode::GuestProtocol),
-                device: Some(result.error_device).filter(|&device| device != u32::MAX),
-                offset: Some(result.error_offset).filter(|&offset| offset != u64::MAX),
-                errno: result.error_errno,
-                text: result.error_text.clone(),
-                step: step.unwrap_or(Step::Check),
-            };
-            Err(map_commit_error(&failure, names, changed))
-        }
-    }
+    let block_device = image.opened.block_device;
+    devices.attach(
+        slot,
+        Device::new(image.opened.file.into_file(), writable, config.file_length, max_length, block_device),
+    );
+    config
 }
 
-fn tell(trace: &Trace, report: &VmReport, stats: IoStats) {
-    trace.line(format_args!(
-        "guest: ring {}, {} exits, {} doorbells, {} requests, {} messages",
-        report.ring, report.exits, report.doorbells, report.requests, report.messages
-    ));
-    tell_stats(trace, stats);
-    trace.time("  create machine", report.time_create);
-    trace.time("  load modules", report.time_load);
-    trace.time("  first exit", report.time_first_exit);
-    trace.time("  guest run", report.time_run);
-    trace.time("  of that in the guest", report.time_guest);
-}
+/// Load the modules, stand up the virtual machine, run the commit, harvest its result.
+///
+/// # Errors
+/// Why there is no guest, why it was ended, or what it refused: one line.
+pub fn run_commit_guest(
+    flags: u32,
+    overlay: ChainImage<'_>,
+    backing: ChainImage<'_>,
+    ancestors: Vec<ChainImage<'_>>,
+    max_length: u64,
+) -> Result<(CommitResultMessage, GuestRun), CliError> {
+    let mut paths: Vec<PathBuf> = vec![overlay.opened.path.clone()];
+    paths.extend(ancestors.iter().map(|ancestor| ancestor.opened.path.clone()));
+    let backing_path = backing.opened.path.clone();
+    let mut slots = vec![overlay];
+    slots.extend(ancestors);
+    let (devices, chain, plugins) = open_chain_devices_rw(slots, backing, &[0], max_length)?;
 
-fn tell_stats(trace: &Trace, stats: IoStats) {
-    trace.line(format_args!(
-        "bytes: {} read and {} written through the guest, {} copied by the kernel, {} copied by the host, {} zeroed or \
-         given back; {} calls; {} flushes, {} skipped",
-        stats.guest_read,
-        stats.guest_written,
-        stats.kernel_copied,
-        stats.host_copied,
-        stats.zeroed,
-        stats.calls,
-        stats.flushes,
-        stats.flushes_skipped
-    ));
+    let modules: Vec<ModuleSpec<'_>> = plugins
+        .iter()
+        .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
+        .collect();
+    let mut handler = CommitHandler::new(devices);
+    let ended = vm::run(&VmSpec::new(flags, chain, modules), &mut handler);
+    let run = |report| GuestRun { report, statistics: handler.devices.stats().clone(), log: handler.log.clone() };
+    let failure = match (ended, handler.result.take()) {
+        (Ok(report), Some(result)) if result.error == 0 => return Ok((result, run(report))),
+        (Ok(_), Some(result)) => GuestFailure::from_message(&result),
+        (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
+        (Err(error), _) => GuestFailure::ended(error.code(), error.to_string()),
+    };
+    let changed = handler.plan.is_some();
+    Err(map_commit_error(&failure, &paths, &backing_path, changed))
 }

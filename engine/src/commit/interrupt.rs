@@ -1,36 +1,29 @@
-//! SIGINT and SIGTERM: the commit stops at a safe point, and says so.
+//! SIGINT and SIGTERM: the guest is ended between two requests, where the files are consistent.
 
-use std::mem::zeroed;
-use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static RECEIVED: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn note(_: libc::c_int) {
-    INTERRUPTED.store(true, Ordering::Relaxed);
+    RECEIVED.store(true, Ordering::Relaxed);
 }
 
-/// Whether a signal came since [`catch_signals`].
-#[must_use]
-pub fn is_interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
-}
-
-/// From now on the first SIGINT, SIGTERM or SIGHUP of each kind is noted, and a second one ends the process at once. A
-/// signal that the process was started to ignore stays ignored.
-pub fn catch_signals() {
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        // SAFETY: all-zero is a valid `sigaction`. The handler stores to an atomic, which is safe in a signal handler. System
-        // calls are not restarted, so that a long one returns.
+/// From now on, SIGINT and SIGTERM are noted instead of ending the process. A second one has the same effect.
+pub fn install() {
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: `action` is a valid sigaction whose handler only stores to an atomic.
         unsafe {
-            let mut old: libc::sigaction = zeroed();
-            if libc::sigaction(signal, std::ptr::null(), &raw mut old) != 0 || old.sa_sigaction == libc::SIG_IGN {
-                continue;
-            }
-            let mut action: libc::sigaction = zeroed();
+            let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = note as extern "C" fn(libc::c_int) as usize;
-            action.sa_flags = libc::SA_RESETHAND;
-            libc::sigaction(signal, &raw const action, null_mut());
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigemptyset(&raw mut action.sa_mask);
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
         }
     }
+}
+
+/// Whether one of them came.
+#[must_use]
+pub fn received() -> bool {
+    RECEIVED.load(Ordering::Relaxed)
 }

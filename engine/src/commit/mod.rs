@@ -1,34 +1,193 @@
-//! `instar commit`: everything around the guest that does it.
+//! `instar commit`: from two file names to a merged pair.
 //!
-//! [`run_commit`] goes through the steps in order: nothing is changed before the guest, having verified everything,
-//! asks for it.
+//! Everything up to [`run_commit_guest`] only looks: a commit that is refused on the way leaves both files
+//! byte-identical. So does one that the guest refuses in its steps "check" and "plan".
 
-mod attach;
-mod backing;
 mod error;
-mod failure;
 mod guest;
+mod handler;
 mod interrupt;
-mod options;
-mod probe;
 mod render;
-mod result;
-mod run;
-mod state;
-mod trace;
-mod verdict;
+mod timing;
 
-pub use attach::{open_chain_devices_rw, Attached};
-pub use backing::resolve_backing;
-pub use error::CommitError;
-pub use failure::{map_commit_error, map_vm_error, GuestFailure, Names, Step};
-pub use guest::{run_commit_guest, GuestRun};
-pub use interrupt::{catch_signals, is_interrupted};
-pub use options::CommitOptions;
-pub use probe::probe_commit_target;
-pub use render::{render_commit_error, render_commit_success};
-pub use result::CommitRunResult;
-pub use run::run_commit;
-pub use state::Changed;
-pub use trace::Trace;
-pub use verdict::give_verdicts;
+pub use error::{map_commit_error, GuestFailure};
+pub use guest::{open_chain_devices_rw, run_commit_guest, GuestRun};
+pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose};
+pub use timing::Timing;
+
+use crate::chain::write_target::Gate;
+use crate::chain::{discover_backing_chain, resolve_backing, Access, BackingChoice, ChainImage, OpenedFile};
+use crate::cli::CliError;
+use crate::plugins::{Registry, SearchPath};
+use instar_guest_abi::{commit_flags, ErrorCode};
+use instar_plugin_api::{CommitRole, ImageFacts};
+use std::path::{Path, PathBuf};
+
+/// What the operator asks for.
+#[derive(Clone, Debug, Default)]
+pub struct CommitRequest {
+    /// The overlay.
+    pub overlay: PathBuf,
+    /// The overlay's format, if the operator names it.
+    pub format: Option<String>,
+    /// The image to commit into, if the operator names it.
+    pub base: Option<PathBuf>,
+    /// Leave the overlay's content in place.
+    pub keep_overlay: bool,
+    /// Stop before the first change.
+    pub dry_run: bool,
+    /// Directories that recorded names may lead into.
+    pub allowed_directories: Vec<PathBuf>,
+    /// Directories with more plugins.
+    pub plugin_directories: Vec<PathBuf>,
+}
+
+/// How a commit went.
+#[derive(Clone, Debug)]
+pub struct CommitRunResult {
+    /// Absolute path of the overlay.
+    pub overlay: PathBuf,
+    /// Its format.
+    pub overlay_format: String,
+    /// Absolute path of the backing.
+    pub backing: PathBuf,
+    /// Its format.
+    pub backing_format: String,
+    /// Overlay clusters that were committed, zero clusters included.
+    pub clusters_committed: u64,
+    /// Their guest-visible bytes.
+    pub bytes_committed: u64,
+    /// Overlay clusters that were dropped by emptying it.
+    pub overlay_clusters_cleared: u64,
+    /// Whether nothing was changed, as asked.
+    pub dry_run: bool,
+    /// What the virtual machine did.
+    pub run: GuestRun,
+    /// Lines for `-v` about what was loaded and resolved.
+    pub notes: Vec<String>,
+    /// How long each part took.
+    pub timing: Timing,
+}
+
+/// Open the overlay, lock it, and find out what it is.
+///
+/// # Errors
+/// [`ErrorCode::OverlayNotFound`], [`ErrorCode::OpenFailed`], [`ErrorCode::ImageInUse`], and an unknown or wrong format.
+pub fn probe_commit_target<'r>(
+    registry: &'r Registry,
+    path: &Path,
+    format_hint: Option<&str>,
+) -> Result<ChainImage<'r>, CliError> {
+    let opened = OpenedFile::named(path, Access::ReadWrite, ErrorCode::OverlayNotFound)?.lock(Access::ReadWrite)?;
+    opened.identify_as(registry, format_hint)
+}
+
+/// Commit an overlay into its backing.
+///
+/// # Errors
+/// One line that names the file and what to do.
+pub fn run_commit(request: &CommitRequest) -> Result<CommitRunResult, CliError> {
+    let mut timing = Timing::start();
+    interrupt::install();
+    let path = std::path::absolute(&request.overlay).map_err(|error| {
+        CliError::image(&request.overlay, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
+    })?;
+    let gate = Gate::new(&request.allowed_directories).map_err(|(directory, error)| {
+        CliError::image(
+            &directory,
+            ErrorCode::WriteTargetNotAllowed,
+            format!("cannot be allowed as a directory: {error}"),
+        )
+    })?;
+    let registry = Registry::load(&SearchPath::for_process(&request.plugin_directories));
+    timing.mark("plugins loaded");
+
+    let overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
+    let choice = BackingChoice { base: request.base.as_deref(), gate: &gate };
+    let backing = resolve_backing(&registry, &overlay, choice)?;
+    let ancestors = discover_backing_chain(&registry, &overlay, &backing, &gate)?;
+    timing.mark("chain opened, locked and probed");
+
+    let max_length = verdict(&overlay, &backing, &ancestors)?;
+    let notes = notes(&registry, &overlay, &backing, &ancestors);
+    let mut result = CommitRunResult {
+        overlay: path,
+        overlay_format: overlay.facts.format.to_string(),
+        backing: std::path::absolute(&backing.opened.path).unwrap_or_else(|_| backing.opened.path.clone()),
+        backing_format: backing.facts.format.to_string(),
+        clusters_committed: 0,
+        bytes_committed: 0,
+        overlay_clusters_cleared: 0,
+        dry_run: request.dry_run,
+        run: GuestRun::default(),
+        notes,
+        timing,
+    };
+    let keep = if request.keep_overlay { commit_flags::KEEP_OVERLAY } else { 0 };
+    let flags = keep | if request.dry_run { commit_flags::DRY_RUN } else { 0 };
+    let (outcome, run) = run_commit_guest(flags, overlay, backing, ancestors, max_length)?;
+    result.timing.mark("virtual machine");
+    result.clusters_committed = outcome.clusters_committed;
+    result.bytes_committed = outcome.bytes_committed;
+    result.overlay_clusters_cleared = outcome.overlay_clusters_cleared;
+    result.run = run;
+    Ok(result)
+}
+
+/// Sizes, then the plugins. Returns how long the backing may become in bytes.
+fn verdict(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, ancestors: &[ChainImage<'_>]) -> Result<u64, CliError> {
+    let ask = |image: &ChainImage<'_>, role: CommitRole, other: &ImageFacts| {
+        let verdict = image.plugin.verdict(role, &image.facts, other);
+        match ErrorCode::from_u32(verdict.code) {
+            Some(ErrorCode::Ok) => Ok(verdict.max_length),
+            code => {
+                let code = code.unwrap_or(ErrorCode::PluginRefused);
+                Err(CliError::image(&image.opened.path, code, verdict.reason.as_str()))
+            }
+        }
+    };
+    ask(overlay, CommitRole::Overlay, &backing.facts)?;
+    let max_length = ask(backing, CommitRole::Backing, &overlay.facts)?;
+    for ancestor in ancestors {
+        ask(ancestor, CommitRole::Ancestor, &overlay.facts)?;
+    }
+    if overlay.facts.virtual_size > backing.facts.virtual_size {
+        let clause = format!(
+            "the overlay's virtual size of {} bytes exceeds backing virtual size of {} bytes: grow the backing first \
+             (`qemu-img resize`)",
+            overlay.facts.virtual_size, backing.facts.virtual_size
+        );
+        return Err(CliError::image(&overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause));
+    }
+    Ok(max_length.max(backing.facts.file_length))
+}
+
+fn notes(
+    registry: &Registry,
+    overlay: &ChainImage<'_>,
+    backing: &ChainImage<'_>,
+    ancestors: &[ChainImage<'_>],
+) -> Vec<String> {
+    use crate::cli::escape::escape_path;
+    let mut notes = Vec::new();
+    for plugin in registry.plugins() {
+        notes.push(format!("plugin {} {} from {}", plugin.name(), plugin.version(), escape_path(plugin.path())));
+    }
+    for skipped in registry.skipped() {
+        notes.push(format!("plugin skipped: {}: {}", escape_path(&skipped.path), skipped.reason));
+    }
+    let mut image = |role: &str, image: &ChainImage<'_>| {
+        let (format, size) = (image.facts.format.as_str(), image.facts.virtual_size);
+        notes.push(format!("{role} {} ({format}, {size} bytes)", escape_path(&image.opened.path)));
+    };
+    image("overlay", overlay);
+    image("backing", backing);
+    for ancestor in ancestors {
+        image("below it", ancestor);
+    }
+    notes.push(
+        "confinement: the metadata is handled in the virtual machine; the host process itself is not confined yet"
+            .into(),
+    );
+    notes
+}

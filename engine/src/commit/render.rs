@@ -1,90 +1,117 @@
-//! What is printed.
+//! What a commit prints.
 
-use super::error::CommitError;
-use super::result::CommitRunResult;
-use crate::cli::escape::escape_json;
-use crate::cli::OutputFormat;
-use serde_json::{json, Value};
+use super::CommitRunResult;
+use crate::cli::escape::{escape_path, printable};
+use crate::cli::output::{print, print_json_indented};
+use crate::cli::{CliError, OutputFormat};
+use serde_json::{json, Map, Value};
+use std::fmt::Write as _;
+use std::io::Write;
 
-fn pretty(value: &Value) -> String {
-    // Maps with text keys can always be written.
-    let text = serde_json::to_string_pretty(value).unwrap_or_default();
-    escape_json(&text) + "\n"
+/// Indentation of the JSON that the contract shows.
+const INDENT: &[u8] = b"  ";
+
+/// A path as JSON text: bytes that are no UTF-8 are shown as replacement characters.
+fn text(path: &std::path::Path) -> Value {
+    Value::String(path.to_string_lossy().into_owned())
 }
 
-/// The report of a commit that succeeded, with its line feed.
-#[must_use]
-pub fn render_commit_success(result: &CommitRunResult, output: OutputFormat) -> String {
+fn object(result: &CommitRunResult) -> Map<String, Value> {
+    let mut map = Map::new();
+    map.insert("overlay".into(), text(&result.overlay));
+    map.insert("overlay_format".into(), json!(result.overlay_format));
+    map.insert("backing".into(), text(&result.backing));
+    map.insert("backing_format".into(), json!(result.backing_format));
+    map.insert("clusters_committed".into(), json!(result.clusters_committed));
+    map.insert("bytes_committed".into(), json!(result.bytes_committed));
+    map.insert("overlay_clusters_cleared".into(), json!(result.overlay_clusters_cleared));
+    map
+}
+
+/// Print the result of a commit.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn render_commit_success(
+    result: &CommitRunResult,
+    output: OutputFormat,
+    quiet: bool,
+    out: &mut dyn Write,
+) -> Result<(), CliError> {
     match output {
-        OutputFormat::Human => "Image committed.\n".to_owned(),
-        OutputFormat::Json => pretty(&json!({
-            "overlay": result.overlay.to_string_lossy(),
-            "overlay_format": result.overlay_format,
-            "backing": result.backing.to_string_lossy(),
-            "backing_format": result.backing_format,
-            "clusters_committed": result.clusters_committed,
-            "bytes_committed": result.bytes_committed,
-            "overlay_clusters_cleared": result.overlay_clusters_cleared,
-        })),
+        OutputFormat::Json => print_json_indented(out, &Value::Object(object(result)), INDENT),
+        OutputFormat::Human if quiet => Ok(()),
+        OutputFormat::Human => print(out, "Image committed.\n"),
     }
 }
 
-/// The report of a commit that failed, with its line feed.
-#[must_use]
-pub fn render_commit_error(error: &CommitError, output: OutputFormat) -> String {
+/// Print what a commit would do: the same keys, and `dry_run`.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn render_dry_run(result: &CommitRunResult, output: OutputFormat, out: &mut dyn Write) -> Result<(), CliError> {
     match output {
-        OutputFormat::Human => format!("instar: {}\n", error.message),
         OutputFormat::Json => {
-            let value = json!({"error": {
-                "code": error.code.number(),
-                "name": error.code.name(),
-                "message": error.message,
-            }});
-            escape_json(&value.to_string()) + "\n"
+            let mut map = object(result);
+            map.insert("dry_run".into(), json!(true));
+            print_json_indented(out, &Value::Object(map), INDENT)
+        }
+        OutputFormat::Human => print(
+            out,
+            &format!(
+                "Would commit {} clusters ({} bytes) of '{}' into '{}'. Nothing was changed.\n",
+                result.clusters_committed,
+                result.bytes_committed,
+                escape_path(&result.overlay),
+                escape_path(&result.backing)
+            ),
+        ),
+    }
+}
+
+/// The error as one line, or as one JSON object.
+#[must_use]
+pub fn render_commit_error(error: &CliError, output: OutputFormat) -> String {
+    match output {
+        OutputFormat::Human => format!("instar: {}\n", printable(&error.message)),
+        OutputFormat::Json => {
+            let value = json!({
+                "error": {"code": error.code.number(), "name": error.code.name(), "message": error.message}
+            });
+            format!("{value}\n")
         }
     }
 }
 
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use instar_guest_abi::ErrorCode;
-    use std::path::PathBuf;
-
-    #[test]
-    fn success_is_as_the_contract_says() {
-        let result = CommitRunResult {
-            overlay: PathBuf::from("/abs/path/to/overlay.qcow2"),
-            overlay_format: "qcow2".into(),
-            backing: PathBuf::from("/abs/path/to/base.qcow2"),
-            backing_format: "qcow2".into(),
-            clusters_committed: 16,
-            bytes_committed: 1_048_576,
-            overlay_clusters_cleared: 16,
-        };
-        assert_eq!(render_commit_success(&result, OutputFormat::Human), "Image committed.\n");
-        let expected = r#"{
-  "overlay": "/abs/path/to/overlay.qcow2",
-  "overlay_format": "qcow2",
-  "backing": "/abs/path/to/base.qcow2",
-  "backing_format": "qcow2",
-  "clusters_committed": 16,
-  "bytes_committed": 1048576,
-  "overlay_clusters_cleared": 16
-}
-"#;
-        assert_eq!(render_commit_success(&result, OutputFormat::Json), expected);
+/// The lines of `-v`.
+#[must_use]
+pub fn render_verbose(result: &CommitRunResult) -> String {
+    let mut text = String::new();
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let mut line = |line: String| {
+        let _ = writeln!(text, "instar: {}", printable(&line));
+    };
+    result.notes.iter().for_each(|note| line(note.clone()));
+    for (part, time) in result.timing.parts() {
+        line(format!("time: {:.3} ms {part}", ms(*time)));
     }
-
-    #[test]
-    fn errors_are_one_line_whatever_is_in_them() {
-        let error = CommitError::new(ErrorCode::NoBacking, "a\nb\x1b[2Jc\u{202e}\"d");
-        let human = render_commit_error(&error, OutputFormat::Human);
-        assert_eq!(human, "instar: a\\nb\\x1b[2Jc\\u{202e}\"d\n");
-        let json: Value = serde_json::from_str(&render_commit_error(&error, OutputFormat::Json)).unwrap();
-        assert_eq!(json["error"]["code"], 2);
-        assert_eq!(json["error"]["name"], "ERROR_NO_BACKING");
-        assert_eq!(json["error"].as_object().unwrap().len(), 3);
+    let report = &result.run.report;
+    for (part, time) in [
+        ("creating the virtual machine", report.time_create),
+        ("loading the guest modules", report.time_load),
+        ("from entering the guest to its first exit", report.time_first_exit),
+        ("running it", report.time_run),
+        ("of that in the guest", report.time_guest),
+    ] {
+        line(format!("time: {:.3} ms {part}", ms(time)));
     }
+    line(format!(
+        "guest: ring {}, {} exits, {} doorbells, {} requests, {} messages",
+        report.ring, report.exits, report.doorbells, report.requests, report.messages
+    ));
+    line(format!("moved: {}", result.run.statistics));
+    for logged in &result.run.log {
+        line(format!("guest says: {logged}"));
+    }
+    text
 }

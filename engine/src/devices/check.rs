@@ -1,96 +1,84 @@
-//! The rules that every request is held to, before any request of its doorbell is executed.
+//! The rules that every request must keep. The guest may be in an attacker's hands.
 
-use super::device::{Device, DeviceSet};
+use super::{Device, Devices};
 use crate::vm::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_flags, Request, RequestOp};
 
-/// Offsets and lengths end here: what a file offset can be.
-const LIMIT: u64 = i64::MAX as u64;
+/// Longest buffer of a READ or WRITE, in bytes: no more than guest memory holds.
+const MAX_BUFFER: u64 = instar_guest_abi::GUEST_MEMORY_SIZE;
 
-fn bad<T>(text: impl Into<String>) -> Result<T, BadRequest> {
-    Err(BadRequest(text.into()))
+fn bad<T>(request: &Request, why: &str) -> Result<T, BadRequest> {
+    Err(BadRequest(format!(
+        "a request with op {}, device {}, offset {}, length {}: {why}",
+        request.op, request.device, request.offset, request.length
+    )))
 }
 
-/// Check one request.
-///
-/// # Errors
-/// The rule that it breaks.
-pub(super) fn check(
-    devices: &DeviceSet,
-    memory: &dyn BufferAccess,
-    request: &Request,
-) -> Result<RequestOp, BadRequest> {
+/// Check one request; returns its operation.
+pub fn check(devices: &Devices, memory: &dyn BufferAccess, request: &Request) -> Result<RequestOp, BadRequest> {
     let Some(op) = RequestOp::from_u32(request.op) else {
-        return bad(format!("a request with the unknown operation {}", request.op));
+        return bad(request, "an operation that does not exist");
     };
     let allowed = if op == RequestOp::Zero { request_flags::DISCARD } else { 0 };
     if request.flags & !allowed != 0 {
-        return bad(format!("{op:?} with the unknown flags {:#x}", request.flags));
+        return bad(request, "flags that do not exist");
     }
-    if request.reserved0 != 0 || request.reserved1 != 0 {
-        return bad(format!("{op:?} with reserved fields that are not zero"));
-    }
-    let Some(device) = devices.get(request.device) else {
-        return bad(format!("{op:?} on device {}, which is not there", request.device));
+    let Some(device) = devices.device(request.device) else {
+        return bad(request, "a device that is absent");
     };
-    let end = span(op, request.offset, request.length)?;
+    let end = request.offset.checked_add(request.length).filter(|&end| i64::try_from(end).is_ok());
+    let Some(end) = end else {
+        return bad(request, "a range that overflows");
+    };
+    if !matches!(op, RequestOp::Read | RequestOp::Flush) && !device.writable {
+        return bad(request, "a change of a device that is read-only");
+    }
     match op {
-        RequestOp::Read => buffer(op, memory, request)?,
+        RequestOp::Read => check_buffer(memory, request)?,
         RequestOp::Write => {
-            buffer(op, memory, request)?;
-            may_write(op, device, request, end)?;
+            check_buffer(memory, request)?;
+            check_growth(device, request, end)?;
         }
         RequestOp::Copy => {
-            let source_end = span(op, request.src_offset, request.length)?;
-            let Some(source) = devices.get(request.src_device) else {
-                return bad(format!("{op:?} from device {}, which is not there", request.src_device));
-            };
-            may_write(op, device, request, end)?;
-            let same = source.image().identity() == device.image().identity();
-            if same && overlap(request.offset, end, request.src_offset, source_end) {
-                return bad(format!("{op:?} within device {} between ranges that overlap", request.device));
+            check_source(devices, request)?;
+            check_growth(device, request, end)?;
+        }
+        RequestOp::SetLength => {
+            check_growth(device, request, end)?;
+            if device.fixed_length && request.offset != device.length {
+                return bad(request, "a change of length of a device that has a fixed one");
             }
         }
-        RequestOp::Zero => {
-            // It never makes a device longer: what is past the end reads as zero already.
-            may_write(op, device, request, 0)?;
-        }
-        RequestOp::Flush => {}
-        RequestOp::SetLength => may_write(op, device, request, request.offset)?,
+        RequestOp::Zero | RequestOp::Flush => {}
     }
     Ok(op)
 }
 
-/// The end of a range.
-fn span(op: RequestOp, offset: u64, length: u64) -> Result<u64, BadRequest> {
-    match offset.checked_add(length) {
-        Some(end) if end <= LIMIT => Ok(end),
-        _ => bad(format!("{op:?} of {length} bytes at offset {offset}, which is out of range")),
-    }
-}
-
-fn buffer(op: RequestOp, memory: &dyn BufferAccess, request: &Request) -> Result<(), BadRequest> {
-    if memory.heap_slice(request.buffer, request.length).is_some() {
-        return Ok(());
-    }
-    bad(format!("{op:?} with a buffer of {} bytes at {:#x}, outside the heap", request.length, request.buffer))
-}
-
-fn may_write(op: RequestOp, device: &Device, request: &Request, end: u64) -> Result<(), BadRequest> {
-    if !device.is_writable() {
-        return bad(format!("{op:?} on device {}, which is read-only", request.device));
-    }
-    if end > device.bound() {
-        return bad(format!(
-            "{op:?} up to byte {end} of device {}, which may not grow beyond {} bytes in this commit",
-            request.device,
-            device.bound()
-        ));
+fn check_buffer(memory: &dyn BufferAccess, request: &Request) -> Result<(), BadRequest> {
+    if request.length > MAX_BUFFER || memory.heap_slice(request.buffer, request.length).is_none() {
+        return bad(request, "a buffer outside the heap");
     }
     Ok(())
 }
 
-/// Whether two ranges have bytes in common.
-pub(super) fn overlap(start: u64, end: u64, other_start: u64, other_end: u64) -> bool {
-    start < other_end && other_start < end
+fn check_growth(device: &Device, request: &Request, end: u64) -> Result<(), BadRequest> {
+    if end > device.max_length {
+        return bad(request, "more than the file may grow in this commit");
+    }
+    Ok(())
+}
+
+fn check_source(devices: &Devices, request: &Request) -> Result<(), BadRequest> {
+    if devices.device(request.src_device).is_none() {
+        return bad(request, "a source that is absent");
+    }
+    let source_end = request.src_offset.checked_add(request.length).filter(|&end| i64::try_from(end).is_ok());
+    let Some(source_end) = source_end else {
+        return bad(request, "a source range that overflows");
+    };
+    let overlap = request.src_offset < request.offset.saturating_add(request.length) && request.offset < source_end;
+    if request.src_device == request.device && overlap {
+        return bad(request, "ranges that overlap");
+    }
+    Ok(())
 }

@@ -1,22 +1,188 @@
-//! The images of a commit as devices: opened once, locked as QEMU locks them, and a mover of blocks that knows
-//! nothing of what it moves.
+//! The images as the guest sees them: dumb block devices.
 //!
-//! [`ImageFile`] is an opened image, [`lock`] keeps others out, [`DeviceSet`] says which of them the guest may read and
-//! change, and [`BlockMover`] executes its requests after [`check`] has found nothing wrong with them.
+//! Each is a descriptor that was opened once, with a mode and a bound on its length. The guest asks for reads, writes,
+//! copies, zeroing, flushes and changes of length in batches; every request is [checked](check) before it is
+//! executed, and one that breaks a rule ends the guest.
 
-mod cache;
 mod check;
 mod copy;
-mod device;
-mod file;
 pub mod lock;
-mod mover;
-mod stats;
+mod merge;
+mod statistics;
 mod transfer;
 mod zero;
 
-pub use cache::CacheMode;
-pub use device::{Device, DeviceSet};
-pub use file::{errno_text, Access, FileIdentity, ImageFile, OpenError};
-pub use mover::BlockMover;
-pub use stats::IoStats;
+pub use statistics::Statistics;
+
+use crate::vm::{BadRequest, BufferAccess};
+use check::check;
+use copy::Copier;
+use instar_guest_abi::{request_flags, request_status, Request, RequestOp, DEVICE_OUTPUT, MAX_CHAIN_DEVICES};
+use merge::Batch;
+use std::fs::File;
+use std::io;
+
+/// One image.
+#[derive(Debug)]
+pub struct Device {
+    file: File,
+    writable: bool,
+    length: u64,
+    max_length: u64,
+    fixed_length: bool,
+    /// Something was written since the last flush.
+    dirty: bool,
+}
+
+impl Device {
+    /// A device over an open file. `length` and `max_length` are bytes: what it has, and what it may become.
+    #[must_use]
+    pub fn new(file: File, writable: bool, length: u64, max_length: u64, fixed_length: bool) -> Self {
+        let max_length = if fixed_length { length } else { max_length.max(length) };
+        Self { file, writable, length, max_length, fixed_length, dirty: false }
+    }
+
+    /// Bytes up to `end` were written.
+    fn written_to(&mut self, end: u64) {
+        self.length = self.length.max(end);
+        self.dirty = true;
+    }
+}
+
+/// The devices of a chain.
+#[derive(Debug, Default)]
+pub struct Devices {
+    slots: [Option<Device>; MAX_CHAIN_DEVICES + 1],
+    copier: Copier,
+    statistics: Statistics,
+}
+
+/// The index of a device number.
+fn index(device: u32) -> usize {
+    usize::try_from(device).unwrap_or(usize::MAX)
+}
+
+impl Devices {
+    /// No devices.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Attach a device at a slot: 0 to [`MAX_CHAIN_DEVICES`] - 1, or [`DEVICE_OUTPUT`]. Others are ignored.
+    pub fn attach(&mut self, slot: u32, device: Device) {
+        debug_assert!(slot <= DEVICE_OUTPUT);
+        if let Some(place) = self.slots.get_mut(index(slot)) {
+            *place = Some(device);
+        }
+    }
+
+    /// What was moved so far, and how.
+    #[must_use]
+    pub fn stats(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    fn device(&self, number: u32) -> Option<&Device> {
+        self.slots.get(index(number))?.as_ref()
+    }
+
+    fn device_mut(&mut self, number: u32) -> io::Result<&mut Device> {
+        let device = self.slots.get_mut(index(number)).and_then(Option::as_mut);
+        device.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
+    }
+
+    /// Execute requests strictly in order. The first that fails gets its errno as status, and those after it are left
+    /// as they are.
+    ///
+    /// # Errors
+    /// A request that breaks a rule; the requests before it were executed.
+    pub fn execute(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
+        let mut at = 0;
+        while let Some(rest) = requests.get_mut(at..).filter(|rest| !rest.is_empty()) {
+            // Neighbours that go on from each other are one operation; each is checked by itself first.
+            let batch = Batch::take(rest, |request| check(self, memory, request))?;
+            let result = self.execute_batch(memory, &batch);
+            let errno = match result {
+                Ok(()) => request_status::OK,
+                // The merged requests were a single operation: it failed as a whole.
+                Err(error) => error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO),
+            };
+            if errno != request_status::OK {
+                if let Some(request) = rest.first_mut() {
+                    request.status = errno;
+                }
+                return Ok(());
+            }
+            for request in rest.iter_mut().take(batch.count()) {
+                request.status = request_status::OK;
+            }
+            at += batch.count();
+        }
+        Ok(())
+    }
+
+    fn execute_batch(&mut self, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
+        let Request { device, offset, .. } = batch.whole;
+        let length = batch.whole.length;
+        let end = offset.saturating_add(length);
+        match batch.op {
+            RequestOp::Read => {
+                transfer::read(&self.device_mut(device)?.file, memory, batch)?;
+                self.statistics.read += length;
+            }
+            RequestOp::Write => {
+                let target = self.device_mut(device)?;
+                // Dirty even if it fails half-way.
+                target.dirty = true;
+                transfer::write(&target.file, memory, batch)?;
+                target.written_to(end);
+                self.statistics.written += length;
+            }
+            RequestOp::Copy => {
+                self.device_mut(device)?.dirty = true;
+                let slot = |number| self.slots.get(index(number)).and_then(Option::as_ref);
+                let (source, target) = (slot(batch.whole.src_device), slot(device));
+                let (Some(source), Some(target)) = (source, target) else {
+                    return Err(io::Error::from_raw_os_error(libc::ENODEV));
+                };
+                let files = (&source.file, &target.file);
+                let key = (batch.whole.src_device, device);
+                self.copier.copy(key, files, &batch.whole, &mut self.statistics)?;
+                self.device_mut(device)?.written_to(end);
+            }
+            RequestOp::Zero => {
+                let target = self.device_mut(device)?;
+                target.dirty = true;
+                let length = length.min(target.length.saturating_sub(offset));
+                zero::zero(&target.file, offset, length, batch.whole.flags & request_flags::DISCARD != 0)?;
+                self.statistics.zeroed += length;
+            }
+            RequestOp::Flush => {
+                let target = self.device_mut(device)?;
+                if target.dirty {
+                    retry(|| rustix::fs::fdatasync(&target.file))?;
+                    target.dirty = false;
+                    self.statistics.flushes += 1;
+                }
+            }
+            RequestOp::SetLength => {
+                let target = self.device_mut(device)?;
+                if !target.fixed_length {
+                    target.dirty = true;
+                    retry(|| rustix::fs::ftruncate(&target.file, offset))?;
+                    target.length = offset;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A system call, again as long as a signal interrupts it.
+fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
+    rustix::io::retry_on_intr(&mut call).map_err(io::Error::from)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,132 +1,76 @@
-//! Moving bytes between a file and memory, whole: short transfers and interruptions are gone on with.
+//! Between a file and guest memory, without a copy in between.
 
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
-use rustix::io::Errno;
+use super::merge::Batch;
+use crate::vm::BufferAccess;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
 use vm_memory::VolatileSlice;
 
-/// A transfer that failed: so many bytes were done before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Failed {
-    /// Bytes done.
-    pub done: u64,
-    /// What the host said.
-    pub errno: Errno,
-}
-
-/// Which way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// From the file into memory; past the end of the file, zeroes.
-    Read,
-    /// From memory into the file.
-    Write,
-}
-
-/// Transfer all of `slices`, one after the other, from `offset` on. Guest memory is read and written by the kernel,
-/// without a copy in between. Returns the number of system calls.
-pub(super) fn transfer(
-    fd: BorrowedFd<'_>,
-    direction: Direction,
-    offset: u64,
-    slices: &[VolatileSlice<'_>],
-) -> Result<u64, Failed> {
-    let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
-    let mut vectors: Vec<libc::iovec> = guards
-        .iter()
-        .filter(|guard| guard.len() > 0)
-        .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-        .collect();
-    let mut rest = vectors.as_mut_slice();
-    let (mut done, mut calls) = (0u64, 0);
-    while !rest.is_empty() {
-        let fail = |errno| Failed { done, errno };
-        let at = offset.checked_add(done).and_then(|at| i64::try_from(at).ok()).ok_or_else(|| fail(Errno::OVERFLOW))?;
-        // A doorbell has fewer requests than a call takes vectors (1024).
-        let count = libc::c_int::try_from(rest.len()).map_err(|_| fail(Errno::INVAL))?;
-        calls += 1;
-        // SAFETY: the vectors describe guest memory that is mapped for as long as `slices` live. Nobody in this process
-        // holds a reference to it, only volatile slices, and the vCPU is stopped while its requests are served; what
-        // the bytes are does not matter.
-        let moved = unsafe {
-            match direction {
-                Direction::Read => libc::preadv(fd.as_raw_fd(), rest.as_ptr(), count, at),
-                Direction::Write => libc::pwritev(fd.as_raw_fd(), rest.as_ptr(), count, at),
-            }
-        };
-        match usize::try_from(moved) {
-            Ok(0) if direction == Direction::Read => {
-                zero_rest(rest);
-                break;
-            }
-            Ok(0) => return Err(fail(Errno::NOSPC)),
-            Ok(moved) => {
-                done += moved as u64;
-                rest = advance(rest, moved);
-            }
-            Err(_) => match last_errno() {
-                Errno::INTR => {}
-                errno => return Err(fail(errno)),
-            },
+/// The buffers of a batch, from byte `skip` on.
+fn buffers<'a>(memory: &'a dyn BufferAccess, batch: &Batch, mut skip: u64) -> io::Result<Vec<VolatileSlice<'a>>> {
+    let outside = || io::Error::from_raw_os_error(libc::EFAULT);
+    let mut slices = Vec::with_capacity(batch.buffers.len());
+    for &(address, length) in &batch.buffers {
+        let skipped = skip.min(length);
+        skip -= skipped;
+        if skipped < length {
+            let start = address.checked_add(skipped).ok_or_else(outside)?;
+            slices.push(memory.heap_slice(start, length - skipped).ok_or_else(outside)?);
         }
     }
-    Ok(calls)
+    Ok(slices)
 }
 
-fn last_errno() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+/// The direction of a transfer: `preadv` or `pwritev`.
+type Call = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
+
+/// One system call from byte `done` of the batch on; returns how many bytes it moved.
+fn call_once(call: Call, file: &File, memory: &dyn BufferAccess, batch: &Batch, done: u64) -> io::Result<u64> {
+    let slices = buffers(memory, batch, done)?;
+    let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let vectors: Vec<libc::iovec> =
+        guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    let count = libc::c_int::try_from(vectors.len()).map_err(|_| invalid())?;
+    let offset = libc::off_t::try_from(batch.whole.offset + done).map_err(|_| invalid())?;
+    // SAFETY: the vectors name guest memory that the guards keep mapped; the guest does not run meanwhile.
+    let moved = unsafe { call(file.as_raw_fd(), vectors.as_ptr(), count, offset) };
+    u64::try_from(moved).map_err(|_| io::Error::last_os_error())
 }
 
-/// Drop the first `moved` bytes.
-fn advance(vectors: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
-    let mut whole = 0;
-    while let Some(vector) = vectors.get(whole).filter(|vector| vector.iov_len <= moved) {
-        moved -= vector.iov_len;
-        whole += 1;
-    }
-    let (_, rest) = vectors.split_at_mut(whole);
-    if let Some(first) = rest.first_mut() {
-        // SAFETY: `moved` is less than the length of the memory that the vector describes.
-        first.iov_base = unsafe { first.iov_base.cast::<u8>().add(moved) }.cast();
-        first.iov_len -= moved;
-    }
-    rest
-}
-
-/// The file ended: the rest reads as zeroes.
-fn zero_rest(vectors: &[libc::iovec]) {
-    for vector in vectors {
-        // SAFETY: as for the system calls of `transfer`: mapped memory that is nobody's reference.
-        unsafe { std::ptr::write_bytes(vector.iov_base.cast::<u8>(), 0, vector.iov_len) };
-    }
-}
-
-/// Write all of `bytes` at `offset`.
-pub(super) fn write_all(fd: &impl AsFd, bytes: &[u8], offset: u64) -> Result<(), Failed> {
+/// Read a batch; what lies past the end of the file reads as zero.
+pub fn read(file: &File, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
     let mut done = 0;
-    while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
-        let fail = |errno| Failed { done: done as u64, errno };
-        let at = offset.checked_add(done as u64).ok_or_else(|| fail(Errno::OVERFLOW))?;
-        match rustix::io::pwrite(fd, rest, at) {
-            Ok(0) => return Err(fail(Errno::NOSPC)),
-            Ok(count) => done += count,
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(fail(errno)),
+    while done < batch.whole.length {
+        match call_once(libc::preadv, file, memory, batch, done) {
+            Ok(0) => {
+                for slice in buffers(memory, batch, done)? {
+                    let guard = slice.ptr_guard_mut();
+                    // SAFETY: the guard keeps these bytes of guest memory mapped; the guest does not run meanwhile.
+                    unsafe { std::ptr::write_bytes(guard.as_ptr(), 0, guard.len()) };
+                }
+                return Ok(());
+            }
+            Ok(moved) => done += moved,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(())
 }
 
-/// Fill `bytes` from `offset` on; fewer only at the end of the file.
-pub(super) fn read_full(fd: &impl AsFd, bytes: &mut [u8], offset: u64) -> Result<usize, Errno> {
+/// Write a batch, all of it.
+pub fn write(file: &File, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
     let mut done = 0;
-    while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        let at = offset.checked_add(done as u64).ok_or(Errno::OVERFLOW)?;
-        match rustix::io::pread(fd, rest, at) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
+    while done < batch.whole.length {
+        match call_once(libc::pwritev, file, memory, batch, done) {
+            // A write of nothing would be tried for ever.
+            Ok(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
+            Ok(moved) => done += moved,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
-    Ok(done)
+    Ok(())
 }

@@ -1,94 +1,43 @@
-//! Making ranges read as zero, and giving space back.
+//! Making a range read as zero, and giving its space back.
 
-use super::transfer::{write_all, Failed};
-use rustix::fd::AsFd;
-use rustix::fs::{fallocate, FallocateFlags};
-use rustix::io::Errno;
+use super::retry;
+use rustix::fs::FallocateFlags;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 
-/// Zeroes that are written at once where the file system has no holes.
-const CHUNK: usize = 1 << 20;
+/// Bytes of zeroes that are written at once where the file system can do no better.
+const BUFFER: u64 = 1 << 20;
 
-/// What the point of it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Purpose {
-    /// The range must read as zero afterwards.
-    ReadAsZero,
-    /// The space is given back if that is possible; what the range reads as does not matter.
-    GiveBack,
+/// Errors of `fallocate` that mean "not on this file system" (fallocate(2)).
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
 }
 
-/// Whether the host means "not like this", so that another way is worth a try.
-fn is_unsupported(errno: Errno) -> bool {
-    matches!(errno, Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM | Errno::NODEV | Errno::TXTBSY)
-}
-
-/// Zero `length` bytes at `offset`, all within the file: its length stays. `stop` is asked between long steps.
-pub(super) fn zero(
-    fd: &impl AsFd,
-    offset: u64,
-    length: u64,
-    purpose: Purpose,
-    stop: &dyn Fn() -> bool,
-) -> Result<(), Failed> {
+/// Make `length` bytes at `offset`, within the file, read as zero. With `discard`, only their space is of interest.
+pub fn zero(file: &File, offset: u64, length: u64, discard: bool) -> io::Result<()> {
     if length == 0 {
         return Ok(());
     }
-    let modes = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
-    let modes = if purpose == Purpose::GiveBack { &modes[..1] } else { &modes[..] };
-    for &mode in modes {
-        loop {
-            match fallocate(fd, mode | FallocateFlags::KEEP_SIZE, offset, length) {
-                Ok(()) => return Ok(()),
-                Err(Errno::INTR) if stop() => return Err(Failed { done: 0, errno: Errno::INTR }),
-                Err(Errno::INTR) => {}
-                Err(errno) if is_unsupported(errno) => break,
-                Err(errno) => return Err(Failed { done: 0, errno }),
-            }
-        }
+    let fallocate = |flags| retry(|| rustix::fs::fallocate(file, flags | FallocateFlags::KEEP_SIZE, offset, length));
+    match fallocate(FallocateFlags::PUNCH_HOLE) {
+        Ok(()) => return Ok(()),
+        // What a discarded range reads as does not matter, and neither does space that is not given back.
+        Err(_) if discard => return Ok(()),
+        Err(error) if is_refusal(&error) => {}
+        Err(error) => return Err(error),
     }
-    if purpose == Purpose::GiveBack {
-        return Ok(());
+    match fallocate(FallocateFlags::ZERO_RANGE) {
+        Ok(()) => return Ok(()),
+        Err(error) if is_refusal(&error) => {}
+        Err(error) => return Err(error),
     }
-    write_zeroes(fd, offset, length, stop)
-}
-
-/// Write them out.
-fn write_zeroes(fd: &impl AsFd, offset: u64, length: u64, stop: &dyn Fn() -> bool) -> Result<(), Failed> {
-    let zeroes = vec![0; usize::try_from(length).unwrap_or(usize::MAX).min(CHUNK)];
+    let zeroes = vec![0; usize::try_from(length.min(BUFFER)).unwrap_or(0)];
     let mut done = 0;
     while done < length {
-        if stop() {
-            return Err(Failed { done, errno: Errno::INTR });
-        }
-        let count = usize::try_from(length - done).unwrap_or(usize::MAX).min(zeroes.len());
-        write_all(fd, &zeroes[..count], offset + done)
-            .map_err(|failed| Failed { done: done + failed.done, errno: failed.errno })?;
-        done += count as u64;
+        let piece = usize::try_from((length - done).min(BUFFER)).unwrap_or(0);
+        file.write_all_at(&zeroes[..piece], offset + done)?;
+        done += piece as u64;
     }
     Ok(())
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::MetadataExt;
-
-    #[test]
-    fn zeroes_keep_length_and_neighbours() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let run = |f: &dyn Fn()| {
-            std::fs::write(file.path(), vec![0xaa; 3 << 20]).unwrap();
-            f();
-            let bytes = std::fs::read(file.path()).unwrap();
-            assert_eq!(bytes.len(), 3 << 20);
-            assert!(bytes[1000..2_500_001].iter().all(|&b| b == 0));
-            assert!(bytes[..1000].iter().chain(&bytes[2_500_001..]).all(|&b| b == 0xaa));
-        };
-        run(&|| zero(file.as_file(), 1000, 2_499_001, Purpose::ReadAsZero, &|| false).unwrap());
-        assert!(file.as_file().metadata().unwrap().blocks() * 512 < 2 << 20);
-        run(&|| write_zeroes(file.as_file(), 1000, 2_499_001, &|| false).unwrap());
-        let stopped = write_zeroes(file.as_file(), 0, 1 << 20, &|| true);
-        assert_eq!(stopped, Err(Failed { done: 0, errno: Errno::INTR }));
-    }
 }

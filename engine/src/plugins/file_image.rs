@@ -32,6 +32,12 @@ impl FileImage {
     pub fn file(&self) -> &File {
         &self.file
     }
+
+    /// The file itself, to be kept.
+    #[must_use]
+    pub fn into_file(self) -> File {
+        self.file
+    }
 }
 
 impl ImageRead for FileImage {

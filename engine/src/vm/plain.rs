@@ -18,7 +18,7 @@ unsafe impl Plain for ModuleTable {}
 unsafe impl Plain for Request {}
 
 const _: () = assert!(size_of::<CommitConfig>() == 8 + 2 * 4 + 2 * 8);
-const _: () = assert!(size_of::<ChainConfig>() == 8 + 2 * 4 + 17 * (4 * 4 + 3 * 8));
+const _: () = assert!(size_of::<ChainConfig>() == 8 + 2 * 4 + 17 * (4 * 4 + 4 * 8));
 const _: () = assert!(size_of::<ModuleTable>() == 8 + 2 * 4 + 16 * (3 * 8 + 32));
 
 /// The bytes of `values`.

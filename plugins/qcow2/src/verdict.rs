@@ -5,15 +5,12 @@ use crate::facts::names;
 use instar_plugin_api::{CommitRole, ErrorCode, ImageFacts, Verdict};
 use instar_qcow2_format::{ClusterSize, RefcountOrder};
 
-/// The only refcount width that the guest half writes.
-const REFCOUNT_BITS: u64 = 16;
 const CHECK: &str = "run `qemu-img check -r all` on it first";
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
 pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
-    let refusal = read_refusal(role, own)
-        .or_else(|| if role == CommitRole::Ancestor { None } else { write_refusal(own) })
-        .or_else(|| if role == CommitRole::Backing { size_refusal(own, other) } else { None });
+    let refusal =
+        read_refusal(role, own).or_else(|| if role == CommitRole::Ancestor { None } else { write_refusal(own) });
     if let Some((code, reason)) = refusal {
         return Verdict::refused(code, reason);
     }
@@ -64,12 +61,6 @@ fn write_refusal(own: &ImageFacts) -> Refusal {
     if own.dirty {
         return unsupported(&format!("the image was not closed cleanly (dirty bit): {CHECK}"));
     }
-    let bits = number(own, names::REFCOUNT_BITS);
-    if bits != REFCOUNT_BITS {
-        let reason =
-            format!("refcounts of {bits} bits are not supported yet, only 16: convert it with refcount_bits=16");
-        return unsupported(&reason);
-    }
     let snapshots = number(own, names::SNAPSHOTS);
     if snapshots != 0 {
         let reason = format!(
@@ -87,17 +78,6 @@ fn write_refusal(own: &ImageFacts) -> Refusal {
     None
 }
 
-fn size_refusal(own: &ImageFacts, overlay: &ImageFacts) -> Refusal {
-    if overlay.cluster_size != 0 && overlay.cluster_size != own.cluster_size {
-        let reason = format!(
-            "clusters of {} bytes in the overlay and {} in the backing: different sizes are not supported yet",
-            overlay.cluster_size, own.cluster_size
-        );
-        return unsupported(&reason);
-    }
-    None
-}
-
 fn unsupported(reason: &str) -> Refusal {
     Some((ErrorCode::UnsupportedFormat, reason.to_owned()))
 }
@@ -107,12 +87,12 @@ fn unsupported(reason: &str) -> Refusal {
 /// Nothing in the file is counted as reused. In clusters:
 /// * as many as the file has now, the last one rounded up;
 /// * one for each data cluster that arrives. Of a qcow2 overlay without compressed clusters, each has a host
-///   cluster of its own in the overlay's file. A zero cluster has none, but becomes a cluster of zeroes in a version 2
-///   backing, which has no zero flag; it costs the overlay 8 bytes of L2 table. Of any other overlay: as many as the
+///   cluster of its own in the overlay's file; where the backing's clusters are larger, each may fall into another one.
+///   A zero cluster has none, but becomes a cluster of zeroes in a version 2 backing, which has no zero flag, or where it
+///   is only a part of a larger cluster; it costs the overlay 8 bytes of L2 table. Of any other overlay: as many as the
 ///   virtual disk has;
 /// * one for each L2 table that is missing. With equal cluster sizes, L2 tables of overlay and backing cover the
-///   same ranges, so there is one in the overlay's file for each; of any other overlay, one for each data
-///   cluster, which is the case when they lie scattered;
+///   same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual disk has;
 /// * the L1 table, when it has to grow and move for a larger virtual size;
 /// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
 ///   when it grows, twice as long as needed.
@@ -120,11 +100,12 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
     let virtual_size = own.virtual_size.max(overlay.virtual_size);
     let disk = cs.count_for(virtual_size).checked_add(1)?;
-    let overlay_clusters = cs.count_for(overlay.file_length);
     let v2 = own.feature(names::COMPAT) == Some("\"0.10\"");
-    let (data, tables) = if overlay.format.as_str() == "qcow2" {
-        let zeroes = if v2 { overlay.file_length / 8 } else { 0 };
-        (overlay_clusters.checked_add(zeroes)?.min(disk), overlay_clusters)
+    let same_size = overlay.cluster_size == own.cluster_size;
+    let (data, tables) = if overlay.format.as_str() == "qcow2" && overlay.cluster_size != 0 {
+        let clusters = overlay.file_length.div_ceil(cs.bytes().min(overlay.cluster_size));
+        let zeroes = if v2 || overlay.cluster_size < cs.bytes() { overlay.file_length / 8 } else { 0 };
+        (clusters.checked_add(zeroes)?.min(disk), if same_size { clusters } else { disk })
     } else {
         (disk, disk)
     };
@@ -182,7 +163,6 @@ mod tests {
     fn what_the_first_release_does_not_cover_is_named() {
         let plain = image(65536, 262_144, 1 << 30);
         let cases = [
-            (Feature::number("refcount-bits", 64, true), "refcount_bits=16", false),
             (Feature::flag("extended-l2", true, true), "extended_l2", true),
             (Feature::number("snapshots", 2, false), "it has 2", false),
             (Feature::number("bitmap-count", 1, false), "bitmap", false),
@@ -215,10 +195,11 @@ mod tests {
     }
 
     #[test]
-    fn different_cluster_sizes_are_refused_for_the_backing() {
-        let (a, b) = (image(65536, 262_144, 1 << 30), image(4096, 262_144, 1 << 30));
-        assert!(give(CommitRole::Backing, &a, &b).reason.contains("4096"));
-        assert_eq!(give(CommitRole::Backing, &a, &image(0, 262_144, 1 << 30)).code, 0);
+    fn the_bound_covers_clusters_that_are_larger_in_the_backing() {
+        // 1000 overlay clusters of 4 KiB, each in another backing cluster of 2 MiB.
+        let overlay = image(4096, 1004 * 4096, 1 << 40);
+        let backing = image(2 << 20, 8 << 20, 1 << 40);
+        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > (8 << 20) + 1000 * (2 << 20));
     }
 
     #[test]

@@ -70,6 +70,12 @@ impl Allocator {
         Self { next, last_block: 0, retired_tables: Vec::new() }
     }
 
+    /// The first cluster that it would hand out.
+    #[must_use]
+    pub fn next(&self) -> HostCluster {
+        self.next
+    }
+
     /// Upper bound of the file's length in clusters after `count` clusters were handed out.
     ///
     /// # Errors

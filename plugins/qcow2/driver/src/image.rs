@@ -17,12 +17,14 @@ pub enum Role {
 }
 
 /// An open image.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Image {
     /// Device number for requests.
     pub device: u32,
     /// Length of the file in bytes when it was opened.
     pub file_length: u64,
+    /// The longest that the host lets the file become, in bytes.
+    pub max_length: u64,
     /// The header.
     pub header: Header,
     role: Role,
@@ -60,7 +62,13 @@ impl Image {
             )
             .at(device.device, 0));
         }
-        let image = Self { device: device.device, file_length: device.file_length, header, role };
+        let image = Self {
+            device: device.device,
+            file_length: device.file_length,
+            max_length: device.max_length,
+            header,
+            role,
+        };
         image.refuse_unreadable()?;
         image.check_table_bounds()?;
         Ok(image)

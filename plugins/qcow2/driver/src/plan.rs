@@ -3,15 +3,16 @@
 //! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: only
 //! the L1 table and the refcount table are walked whole, because data must not land on any metadata.
 
-use crate::image::Image;
+use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
 use crate::sink::{Action, Piece, Qcow2Sink};
+use crate::source::Qcow2Source;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::PlanSummary;
-use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{HostCluster, HostOffset};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
 
 /// A cluster of the backing that must be owned by one reference alone.
 struct Owned {
@@ -48,12 +49,16 @@ impl Qcow2Sink {
             if let Some((offset, copied)) = entry.host() {
                 // The same cluster comes twice where an extent ends within it.
                 if self.planned.last_cluster != Some(first.cluster) {
-                    self.check_data_cluster(offset, at)?;
+                    let needed = match entry {
+                        L2Entry::Data { .. } => self.visible_bytes(first.cluster),
+                        _ => 0,
+                    };
+                    self.check_data_cluster(offset, needed, at)?;
                     owned.push(Owned { cluster: self.image.host_cluster(offset), copied, at });
                 }
             }
             self.planned.last_cluster = Some(first.cluster);
-            match self.action(group, entry)? {
+            match self.action(group, (entry, at))? {
                 Action::Allocate(_) => self.planned.new_data += 1,
                 Action::MakeZero(..) => {}
                 Action::Nothing | Action::InPlace(_) | Action::Revive(_) => continue,
@@ -66,10 +71,11 @@ impl Qcow2Sink {
         self.check_owned(io, &mut owned)
     }
 
-    /// A data cluster that an entry refers to: inside the file, not metadata, not used twice.
-    fn check_data_cluster(&mut self, offset: HostOffset, at: u64) -> DriverResult<()> {
+    /// A data cluster that an entry refers to: inside the file, not metadata, not used twice. `needed` bytes of it are
+    /// the guest's.
+    fn check_data_cluster(&mut self, offset: HostOffset, needed: u64, at: u64) -> DriverResult<()> {
         let image = &self.image;
-        if !image.holds_cluster(offset) {
+        if !image.holds_cluster(offset) || !image.holds_bytes(offset, needed) {
             return Err(image.corrupt(at, format!("an L2 entry points to offset {offset}, past the end of the file")));
         }
         let cluster = image.host_cluster(offset);
@@ -100,20 +106,98 @@ impl Qcow2Sink {
     }
 
     /// The result of planning.
-    pub(crate) fn summarise(&mut self) -> DriverResult<PlanSummary> {
-        let planned = &self.planned;
-        let count = planned.new_data + planned.new_tables;
-        let clusters = self.allocator.bound(&self.image, &self.refcounts, count)?;
+    pub(crate) fn summarise(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
+        let wanted = self.planned.new_data + self.planned.new_tables;
+        let first = self.allocator.next();
+        let mut clusters = self.allocator.bound(&self.image, &self.refcounts, wanted)?;
+        // Clusters past the end of the file that have a refcount all the same are passed over: a crash leaves such
+        // leaks. Each makes the file a cluster longer.
+        let mut looked_at = first.0;
+        let mut passed_over = 0;
+        if wanted > 0 && self.last_cluster_is_cut_data(io)? {
+            self.refuse_lost_data(io)?;
+        }
+        while wanted > 0 && looked_at < clusters {
+            let in_use = self.count_in_use(io, looked_at, clusters)?;
+            if in_use > 0 && passed_over == 0 {
+                self.refuse_lost_data(io)?;
+            }
+            passed_over += in_use;
+            looked_at = clusters;
+            clusters = self.allocator.bound(&self.image, &self.refcounts, wanted + passed_over)?;
+            if clusters.checked_mul(self.image.cluster_size().bytes()).is_none_or(|end| end > self.image.max_length) {
+                return Err(self.too_long(passed_over));
+            }
+        }
         let end = clusters.checked_mul(self.image.cluster_size().bytes());
         Ok(PlanSummary {
-            final_length: end.ok_or_else(|| crate::image::overflow("the length of the backing"))?,
-            new_data_clusters: planned.new_data,
-            new_metadata_clusters: planned.new_tables,
+            final_length: end.ok_or_else(|| overflow("the length of the backing"))?,
+            new_data_clusters: self.planned.new_data,
+            new_metadata_clusters: self.planned.new_tables,
         })
+    }
+
+    /// Whether the file ends within a cluster that is in use and no metadata (which may well be cut short).
+    fn last_cluster_is_cut_data(&mut self, io: &mut dyn BlockIo) -> DriverResult<bool> {
+        let size = self.image.cluster_size();
+        if size.offset_in(self.image.file_length) == 0 {
+            return Ok(false);
+        }
+        let last = size.host_cluster(HostOffset(self.image.file_length));
+        let metadata = self.planned.metadata.as_ref().is_some_and(|map| map.contains(last));
+        Ok(!metadata && self.count_in_use(io, last.0, last.0 + 1)? != 0)
+    }
+
+    /// The file looks cut off, and is about to grow over what was lost, which would then read as zeroes, for ever and
+    /// unnoticed. Only a walk of all L2 tables tells data that was lost from clusters that a crash leaked.
+    fn refuse_lost_data(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let mut walker = Qcow2Source::new(self.image.clone());
+        walker.walk(io, 0, &mut |image, guest, at, entry| {
+            let L2Entry::Data { offset, .. } = entry else { return Ok(true) };
+            let needed = image.cluster_size().bytes().min(image.header.virtual_size - guest);
+            if image.holds_bytes(offset, needed) {
+                return Ok(true);
+            }
+            Err(image.corrupt(
+                at,
+                format!(
+                    "the file is cut off: the cluster of guest offset {guest}, at offset {offset}, lies past its end"
+                ),
+            ))
+        })
+    }
+
+    /// How many of these clusters have a refcount that is not 0.
+    fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
+        let mut count = 0;
+        // Past the end of the refcount table everything is free.
+        let end = end.min(self.refcounts.table_entries.saturating_mul(self.refcounts.per_block()));
+        let mut at = first;
+        while at < end {
+            let until = end.min(at + CLUSTERS_PER_LOAD as u64);
+            self.refcounts.table.shrink(CLUSTERS_PER_LOAD);
+            self.refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
+            self.refcounts.load(io, &self.image, (at..until).map(HostCluster))?;
+            for cluster in (at..until).map(HostCluster) {
+                count += u64::from(self.refcounts.get(&self.image, cluster)? != 0);
+            }
+            at = until;
+        }
+        Ok(count)
+    }
+
+    fn too_long(&self, passed_over: u64) -> DriverError {
+        if passed_over == 0 {
+            return overflow("the length that the backing may have");
+        }
+        self.image.corrupt(
+            48,
+            format!("{passed_over} clusters past the end of the file have a refcount: run `qemu-img check -r leaks`"),
+        )
     }
 }
 
-fn refcount_disagrees(image: &Image, owned: &Owned, count: u64) -> instar_guest_sdk::DriverError {
+fn refcount_disagrees(image: &Image, owned: &Owned, count: u64) -> DriverError {
     let offset = image.cluster_size().host_offset(owned.cluster).unwrap_or_default();
     let flag = if owned.copied { "set" } else { "clear" };
     image

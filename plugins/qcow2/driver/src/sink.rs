@@ -152,8 +152,8 @@ impl Qcow2Sink {
         (self.image.header.virtual_size - (cluster.0 << size.bits())).min(size.bytes())
     }
 
-    /// What is to be done with a cluster, given its entry and the pieces that fall into it.
-    pub(crate) fn action(&self, pieces: &[Piece], entry: L2Entry) -> DriverResult<Action> {
+    /// What is to be done with a cluster, given its entry, where that stands, and the pieces that fall into it.
+    pub(crate) fn action(&self, pieces: &[Piece], (entry, at): (L2Entry, u64)) -> DriverResult<Action> {
         let Some(first) = pieces.first() else {
             return Ok(Action::Nothing);
         };
@@ -179,7 +179,8 @@ impl Qcow2Sink {
                         "the backing's cluster at guest offset {} is compressed, which this version cannot overwrite",
                         first.cluster.0 << self.image.cluster_size().bits()
                     ),
-                ))
+                )
+                .at(self.image.device, at))
             }
         })
     }
@@ -246,7 +247,7 @@ impl Sink for Qcow2Sink {
 
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
         self.prepare_plan(io)?;
-        self.summarise()
+        self.summarise(io)
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {

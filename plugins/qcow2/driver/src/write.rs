@@ -139,7 +139,7 @@ impl Qcow2Sink {
         let mut new_data = 0;
         for group in &groups {
             let cluster = group.first().map_or(GuestCluster(0), |piece| piece.cluster);
-            let action = self.action(group, self.l2_entry(cluster)?.0)?;
+            let action = self.action(group, self.l2_entry(cluster)?)?;
             let maps = matches!(action, Action::Allocate(_) | Action::MakeZero(..));
             new_data += u64::from(matches!(action, Action::Allocate(_)));
             let (_, index) = self.l1_position(cluster);

@@ -106,7 +106,7 @@ fn device_of(change: &Change) -> u32 {
 
 fn is_unflushed(log: &[Change], index: usize) -> bool {
     let device = device_of(&log[index]);
-    !log[index..].iter().any(|change| *change == Change::Flush { device })
+    !log[index..].contains(&Change::Flush { device })
 }
 
 fn verify_state(files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {

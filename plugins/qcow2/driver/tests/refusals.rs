@@ -103,8 +103,8 @@ fn reserved_bits() {
 fn data_on_metadata() {
     // Refcount table, L1 table, L2 table.
     for target in [1, 2, 3] {
-        overlay_refused(|b| put!(b, l2(b), target * SIZE | 1 << 63), "overlaps");
-        backing_refused(|b| put!(b, l2(b), target * SIZE | 1 << 63), "metadata");
+        overlay_refused(|b| put!(b, l2(b), (target * SIZE) | (1 << 63)), "overlaps");
+        backing_refused(|b| put!(b, l2(b), (target * SIZE) | (1 << 63)), "metadata");
     }
     either_refused(|b| put!(b, be64(b, 48) + 8, 3 * SIZE), "overlap");
     either_refused(|b| put!(b, l1(b), be64(b, 48) | 1 << 63), "overlap");
@@ -223,4 +223,26 @@ fn a_header_that_changed_since_the_host_looked() {
     let mut io = MemoryDevices::new([(OVERLAY, vec![0; 8192])]);
     let facts = config(&MemoryDevices::new([(OVERLAY, overlay())]), OVERLAY);
     assert_eq!(Qcow2::open_source(&mut io, &facts).err().unwrap().code, ErrorCode::HeaderMismatch);
+}
+
+#[test]
+fn a_backing_that_is_cut_off_may_not_grow_over_what_it_lost() {
+    // The overlay needs a new cluster; the last cluster of the backing, which it does not touch, is cut.
+    let spec = Spec::new(BITS, 64 << BITS).with([(0, State::Data(3)), (63, State::Data(4))]);
+    let overlay = build(&Spec::new(BITS, 64 << BITS).with([(5, State::Data(1))]));
+    let whole = build(&spec).len() as u64;
+    for cut in [1, 512, SIZE] {
+        // With the refcount blocks in front, data is last in the file.
+        let mut bytes = build(&Spec { blocks_first: true, ..spec.clone() });
+        let length = bytes.len() as u64 - cut;
+        bytes.truncate(length as usize);
+        refused(overlay.clone(), bytes, ErrorCode::BackingCorrupt, "cut off");
+    }
+    // Clusters past the end that nothing refers to are leaks.
+    let mut leaky = build(&spec);
+    let block = be64(&leaky, be64(&leaky, 48) as usize);
+    let at = (block + (whole >> BITS) * 2) as usize;
+    leaky[at + 1] = 1;
+    let mut io = MemoryDevices::new([(OVERLAY, overlay), (DEVICE_OUTPUT, leaky)]);
+    run_commit(&mut io, Options::default()).unwrap();
 }

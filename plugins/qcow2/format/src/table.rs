@@ -19,6 +19,8 @@ pub enum EntryError {
     Reserved(u64),
     /// The offset is not the start of a cluster.
     Unaligned(HostOffset),
+    /// The COPIED flag claims a cluster, but there is none.
+    OwnsNothing,
 }
 
 impl fmt::Display for EntryError {
@@ -26,6 +28,7 @@ impl fmt::Display for EntryError {
         match self {
             Self::Reserved(bits) => write!(f, "has reserved bits set (0x{bits:x})"),
             Self::Unaligned(offset) => write!(f, "points to offset {offset}, which is not the start of a cluster"),
+            Self::OwnsNothing => write!(f, "claims a cluster (COPIED) but points to none"),
         }
     }
 }
@@ -56,17 +59,18 @@ impl L1Entry {
     /// Decode an entry.
     ///
     /// # Errors
-    /// [`EntryError`] for reserved bits (0 to 8 and 56 to 62) and offsets within a cluster.
+    /// [`EntryError`] for reserved bits (0 to 8 and 56 to 62), offsets within a cluster, and COPIED without an offset.
     pub fn decode(raw: u64, size: ClusterSize) -> Result<Self, EntryError> {
         let reserved = raw & !(OFFSET_MASK | COPIED);
         if reserved != 0 {
             return Err(EntryError::Reserved(reserved));
         }
         let offset = aligned(size, raw & OFFSET_MASK)?;
-        if offset.0 == 0 {
-            return Ok(Self::Unallocated);
+        match (offset.0, raw & COPIED != 0) {
+            (0, false) => Ok(Self::Unallocated),
+            (0, true) => Err(EntryError::OwnsNothing),
+            (_, copied) => Ok(Self::Table { offset, copied }),
         }
-        Ok(Self::Table { offset, copied: raw & COPIED != 0 })
     }
 
     /// Encode an entry.
@@ -109,8 +113,8 @@ impl L2Entry {
     /// Decode an entry.
     ///
     /// # Errors
-    /// [`EntryError`] for reserved bits (1 to 8, 56 to 61, and bit 0 in version 2) and offsets within a
-    /// cluster.
+    /// [`EntryError`] for reserved bits (1 to 8, 56 to 61, and bit 0 in version 2), offsets within a cluster, and
+    /// COPIED without an offset.
     pub fn decode(raw: u64, size: ClusterSize, version: Version) -> Result<Self, EntryError> {
         if raw & COMPRESSED != 0 {
             return Ok(Self::Compressed { descriptor: raw & !(COMPRESSED | COPIED) });
@@ -124,6 +128,7 @@ impl L2Entry {
         Ok(match (raw & ZERO != 0, offset.0) {
             (true, 0) => Self::Zero { offset: None, copied },
             (true, _) => Self::Zero { offset: Some(offset), copied },
+            (false, 0) if copied => return Err(EntryError::OwnsNothing),
             (false, 0) => Self::Unallocated,
             (false, _) => Self::Data { offset, copied },
         })

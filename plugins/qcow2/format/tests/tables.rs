@@ -33,6 +33,7 @@ fn l1_entries() {
     let table = L1Entry::Table { offset: HostOffset(0x5_0000), copied: true };
     assert_eq!(L1Entry::decode(0x5_0000 | COPIED, s), Ok(table));
     assert_eq!(table.encode(), 0x5_0000 | COPIED);
+    assert_eq!(L1Entry::decode(COPIED, s), Err(EntryError::OwnsNothing));
     assert_eq!(L1Entry::decode(0x5_0200, s), Err(EntryError::Unaligned(HostOffset(0x5_0200))));
     for bit in (0..9).chain(56..63) {
         assert_eq!(L1Entry::decode(0x5_0000 | 1 << bit, s), Err(EntryError::Reserved(1 << bit)));
@@ -48,6 +49,7 @@ fn l2_entries() {
     assert_eq!(decode(0x5001 | COPIED), Ok(L2Entry::Zero { offset: Some(HostOffset(0x5000)), copied: true }));
     assert_eq!(decode(0x5000), Ok(L2Entry::Data { offset: HostOffset(0x5000), copied: false }));
     assert_eq!(decode(1 << 62 | 0x1234_5678), Ok(L2Entry::Compressed { descriptor: 0x1234_5678 }));
+    assert_eq!(decode(COPIED), Err(EntryError::OwnsNothing));
     assert_eq!(decode(0x5200), Err(EntryError::Unaligned(HostOffset(0x5200))));
     for bit in (1..9).chain(56..62) {
         assert_eq!(decode(0x5000 | 1 << bit), Err(EntryError::Reserved(1 << bit)));

@@ -15,6 +15,7 @@ use instar_guest_sdk::{BlockIo, DriverError, DriverResult, FormatDriver, NoSink,
 pub struct Raw;
 
 /// A raw image that data comes from.
+#[derive(Debug)]
 pub struct RawSource {
     device: u32,
     virtual_size: u64,
@@ -81,6 +82,7 @@ impl Source for RawSource {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use instar_guest_sdk::memory::MemoryDevices;
@@ -92,7 +94,7 @@ mod tests {
     #[test]
     fn the_last_sector_of_an_odd_file_is_filled_with_zeroes() {
         let mut io = MemoryDevices::default();
-        let mut source = Raw::open_source(&mut io, &device(1000, 1024)).unwrap_or_else(|e| panic!("{e}"));
+        let mut source = Raw::open_source(&mut io, &device(1000, 1024)).unwrap();
         let mut extents = Vec::new();
         assert_eq!(source.extents(&mut io, 100, 8, &mut extents), Ok(1024));
         let found: Vec<_> = extents.iter().map(|e| (e.guest_offset, e.length, e.location, e.kind)).collect();

@@ -116,7 +116,7 @@ pub fn check(bytes: &[u8]) -> Report {
     let mut report = Report::default();
     let mut references: BTreeMap<u64, u64> = BTreeMap::new();
     let mut refer = |offset: u64, bytes: u64, report: &mut Report, what: &str| {
-        if offset % view.size != 0 {
+        if !offset.is_multiple_of(view.size) {
             report.errors.push(format!("{what} unaligned at {offset}"));
         }
         for cluster in offset >> view.bits..(offset + bytes).div_ceil(view.size) {

@@ -1,0 +1,104 @@
+# Everything that a developer or CI runs. `make` alone lists the targets.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+CARGO  ?= cargo
+PYTHON ?= python3
+INSTAR := target/release/instar
+VENV   := .venv
+PYTEST := $(VENV)/bin/python -m pytest
+# Parallel pytest workers; each may run a virtual machine.
+WORKERS ?= auto
+PYTEST_ARGS ?=
+
+# `make test-integration tests/test_commit.py`: everything after the goal goes to pytest.
+ifeq (test-integration,$(firstword $(MAKECMDGOALS)))
+PATHS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
+endif
+PATHS ?=
+
+.PHONY: help instar lint test-rust test-integration test test-deep demo bench bench-quick deb clean python qemu-img
+
+help: ## this list
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
+		awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
+
+instar: ## build everything: the program, the plugins, the guest modules
+	$(CARGO) build --release --workspace
+
+lint: ## formatting, clippy, licences and advisories
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
+		echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; \
+	elif $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny check; \
+	else echo 'lint: the advisory database cannot be fetched: advisories were not checked'; \
+		$(CARGO) deny check licenses bans sources; fi
+
+test-rust: ## the Rust tests
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		$(CARGO) nextest run --release --workspace && $(CARGO) test --release --workspace --doc; \
+	else $(CARGO) test --release --workspace; fi
+
+test-integration: instar python qemu-img ## the Python tests; paths and options after the goal go to pytest
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests)
+
+# One after the other, whatever -j says: each of them uses all processors by itself.
+test: ## everything that CI runs: lint, test-rust, test-integration
+	$(MAKE) lint
+	$(MAKE) test-rust
+	$(MAKE) test-integration
+
+test-deep: instar python qemu-img ## the long tests: more random images, more crash points (hours)
+	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --release --workspace
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests
+
+demo: instar ## commit a small overlay and show before and after (needs no qemu)
+	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/demo.sh
+
+bench: instar qemu-img ## measure against qemu-img commit and refresh docs/performance.md
+	$(PYTHON) tests/bench.py --instar $(INSTAR) --write-docs $(BENCH_ARGS)
+
+bench-quick: instar qemu-img ## the same with small images, under two minutes, changes no file of the project
+	$(PYTHON) tests/bench.py --instar $(INSTAR) --quick $(BENCH_ARGS)
+
+deb: instar ## a Debian package, in target/debian
+	@$(CARGO) deb --version >/dev/null 2>&1 || $(CARGO) install cargo-deb --locked
+	$(CARGO) deb --package instar-engine --no-build
+
+clean: ## remove what was built; the tools in .venv, too
+	$(CARGO) clean
+	rm -rf $(VENV) bench-results .pytest_cache
+
+# --- set-up ---------------------------------------------------------------------------------------------------
+
+python: $(VENV)/.ready
+
+# Debian splits ensurepip off: where it is missing, virtualenv does the same, from pip if it is not there either.
+$(VENV)/.ready: tests/requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo 'python3 is needed: apt-get install python3 python3-venv' >&2; exit 1; }
+	@rm -rf $(VENV); \
+	if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m virtualenv --version >/dev/null 2>&1; then $(PYTHON) -m virtualenv -q $(VENV); \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends python3-venv && $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m pip install -q --user --break-system-packages virtualenv 2>/dev/null || \
+		$(PYTHON) -m pip install -q --user virtualenv; then $(PYTHON) -m virtualenv -q $(VENV); \
+	else echo 'python3 cannot make a virtual environment: apt-get install python3-venv' >&2; exit 1; fi
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+qemu-img:
+	@if command -v qemu-img >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends qemu-utils; \
+	else echo 'qemu-img is needed to compare with: apt-get install qemu-utils' >&2; exit 1; fi
+
+# Goals after test-integration are arguments of pytest, not goals.
+ifneq ($(PATHS),)
+.PHONY: $(PATHS)
+$(PATHS):
+	@:
+endif

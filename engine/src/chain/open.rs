@@ -1,0 +1,178 @@
+//! Opening an image of a chain: once, with the right mode; then it is locked, and its format found out.
+
+use super::write_target::Located;
+use crate::cli::escape::escape_path;
+use crate::cli::CliError;
+use crate::devices::lock::{lock_read_only, lock_read_write};
+use crate::plugins::{FileImage, Plugin, Registry};
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::ImageFacts;
+use rustix::fs::OFlags;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// What a file is, whatever its names: device and inode; for a block device the device that it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity(bool, u64, u64);
+
+impl Identity {
+    /// The identity of a file with this metadata.
+    #[must_use]
+    pub fn of(metadata: &std::fs::Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            Self(true, metadata.rdev(), 0)
+        } else {
+            Self(false, metadata.dev(), metadata.ino())
+        }
+    }
+}
+
+/// An image file that is open.
+#[derive(Debug)]
+pub struct OpenedFile {
+    /// The file.
+    pub file: FileImage,
+    /// Its path, for messages and for the names that it records.
+    pub path: PathBuf,
+    /// What it is.
+    pub identity: Identity,
+    /// A block device: its length is fixed.
+    pub block_device: bool,
+}
+
+/// An image of a chain: open, locked, and looked at.
+#[derive(Debug)]
+pub struct ChainImage<'r> {
+    /// The open file.
+    pub opened: OpenedFile,
+    /// The plugin of its format.
+    pub plugin: &'r Plugin,
+    /// What its header says.
+    pub facts: ImageFacts,
+}
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To be changed.
+    ReadWrite,
+    /// Only to be read.
+    ReadOnly,
+}
+
+impl Access {
+    /// A FIFO or a terminal must not block or take over the process: they are refused after the open.
+    fn flags(self) -> OFlags {
+        let mode = match self {
+            Self::ReadWrite => OFlags::RDWR,
+            Self::ReadOnly => OFlags::RDONLY,
+        };
+        mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY
+    }
+}
+
+impl OpenedFile {
+    /// Open a file that the operator named.
+    ///
+    /// # Errors
+    /// `missing` if it is not there, [`ErrorCode::OpenFailed`].
+    pub fn named(path: &Path, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
+        let opened = rustix::fs::open(path, access.flags(), rustix::fs::Mode::empty());
+        Self::adopt(opened.map(File::from).map_err(io::Error::from), path.to_owned(), access, missing)
+    }
+
+    /// Open a file that an image names.
+    ///
+    /// # Errors
+    /// As [`OpenedFile::named`], and [`ErrorCode::WriteTargetNotAllowed`] if a link leads outside.
+    pub fn located(located: &Located, access: Access) -> Result<Self, CliError> {
+        Self::adopt(located.open(access.flags()), located.path(), access, ErrorCode::BackingNotFound)
+    }
+
+    fn adopt(opened: io::Result<File>, path: PathBuf, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
+        let failed = |code, clause: String| Err(CliError::image(&path, code, clause));
+        let file = match opened {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return failed(missing, "does not exist".into()),
+            Err(error) if error.raw_os_error() == Some(libc::EXDEV) => {
+                let clause =
+                    "a symbolic link leads outside the directory: name the file with -b, or allow its directory \
+                              with --allow-backing-dir";
+                return failed(ErrorCode::WriteTargetNotAllowed, clause.into());
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EISDIR) => {
+                return failed(ErrorCode::OpenFailed, "is a directory, not an image".into());
+            }
+            Err(error) if access == Access::ReadWrite => {
+                return failed(ErrorCode::OpenFailed, format!("cannot be opened for writing: {error}"));
+            }
+            Err(error) => return failed(ErrorCode::OpenFailed, format!("cannot be opened: {error}")),
+        };
+        let metadata = file
+            .metadata()
+            .map_err(|error| CliError::image(&path, ErrorCode::OpenFailed, format!("cannot be looked at: {error}")))?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return failed(ErrorCode::OpenFailed, "is not a regular file or block device".into());
+        }
+        let file = FileImage::new(file).map_err(|error| {
+            CliError::image(&path, ErrorCode::OpenFailed, format!("its length cannot be found out: {error}"))
+        })?;
+        let (identity, block_device) = (Identity::of(&metadata), kind.is_block_device());
+        Ok(Self { file, path, identity, block_device })
+    }
+
+    /// Lock the file as QEMU does, so that no virtual machine and no other tool uses it in a way that conflicts.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ImageInUse`].
+    pub fn lock(self, access: Access) -> Result<Self, CliError> {
+        let locked = match access {
+            Access::ReadWrite => lock_read_write(self.file.file()),
+            Access::ReadOnly => lock_read_only(self.file.file()),
+        };
+        match locked {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                let clause = format!("{error}: is another process using the image [{}]?", escape_path(&self.path));
+                Err(CliError::image(&self.path, ErrorCode::ImageInUse, clause))
+            }
+        }
+    }
+
+    /// The directory that the names in this image begin at, as an absolute path.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        let absolute = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+        absolute.parent().map_or_else(|| PathBuf::from("/"), Path::to_owned)
+    }
+
+    /// Find out the format. A `hint` that the file does not match is refused; so is one for a format that any bytes
+    /// are an image of (raw) where the file looks like another format.
+    ///
+    /// # Errors
+    /// When no plugin, or not the one that `hint` names, recognises it; [`ErrorCode::FormatMismatch`].
+    pub fn identify_as<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, CliError> {
+        let found = registry.identify(&self.file, hint).map_err(|error| CliError::identify(&self.path, &error))?;
+        if let Some(other) = found.looks_like {
+            let clause = format!("is said to be {}, but looks like {other}: name its real format", found.plugin.name());
+            return Err(CliError::image(&self.path, ErrorCode::FormatMismatch, clause));
+        }
+        Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts })
+    }
+
+    /// Find out the format of a file whose format an image may record.
+    ///
+    /// # Errors
+    /// As [`OpenedFile::identify_as`].
+    pub fn identify_recorded<'r>(
+        self,
+        registry: &'r Registry,
+        recorded: Option<&[u8]>,
+    ) -> Result<ChainImage<'r>, CliError> {
+        let recorded = recorded.filter(|name| !name.is_empty()).map(String::from_utf8_lossy);
+        self.identify_as(registry, recorded.as_deref())
+    }
+}

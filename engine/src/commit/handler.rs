@@ -1,0 +1,59 @@
+//! Serves the guest of a commit: its block requests, its messages, its end.
+
+use super::interrupt;
+use crate::devices::Devices;
+use crate::vm::{BadRequest, BufferAccess, GuestHandler};
+use instar_guest_abi::Request;
+use instar_guest_protocol::guest_message::Kind;
+use instar_guest_protocol::{CommitResultMessage, PlanMessage};
+
+/// What the guest of a commit said and did.
+pub struct CommitHandler {
+    /// The devices of the chain.
+    pub devices: Devices,
+    /// How the commit ended, once the guest said so.
+    pub result: Option<CommitResultMessage>,
+    /// What the guest planned, once it said so: from here on it changes files.
+    pub plan: Option<PlanMessage>,
+    /// Log lines of the guest.
+    pub log: Vec<String>,
+}
+
+/// Log lines that are kept.
+const MAX_LOG_LINES: usize = 100;
+
+impl CommitHandler {
+    /// A handler with these devices.
+    #[must_use]
+    pub fn new(devices: Devices) -> Self {
+        Self { devices, result: None, plan: None, log: Vec::new() }
+    }
+}
+
+impl GuestHandler for CommitHandler {
+    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
+        if self.result.is_some() {
+            return Err(BadRequest("a request after the result".to_owned()));
+        }
+        self.devices.execute(memory, requests)
+    }
+
+    fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
+        if self.result.is_some() {
+            return Err(BadRequest("a message after the result".to_owned()));
+        }
+        match message {
+            Kind::CommitResult(result) => self.result = Some(result),
+            Kind::Plan(plan) => self.plan = Some(plan),
+            Kind::Log(line) if self.log.len() < MAX_LOG_LINES => self.log.push(line.text),
+            Kind::Log(_) | Kind::Progress(_) => {}
+            // The runner takes panics itself.
+            Kind::Panic(_) => return Err(BadRequest("a panic that is none".to_owned())),
+        }
+        Ok(())
+    }
+
+    fn interrupted(&self) -> bool {
+        self.result.is_none() && interrupt::received()
+    }
+}

@@ -1,0 +1,64 @@
+//! Neighbouring requests that are one operation.
+
+use crate::vm::BadRequest;
+use instar_guest_abi::{Request, RequestOp};
+
+/// Buffers that one system call takes at most.
+const MAX_BUFFERS: usize = 64;
+
+/// One operation: one request, or several that go on from each other on the same device.
+#[derive(Debug)]
+pub struct Batch {
+    /// What is done.
+    pub op: RequestOp,
+    /// The first request with the length of all.
+    pub whole: Request,
+    /// Address and length of each request's buffer.
+    pub buffers: Vec<(u64, u64)>,
+}
+
+impl Batch {
+    /// The batch at the beginning of `requests`, which are not empty. Each of its requests was checked.
+    ///
+    /// # Errors
+    /// What `check` says of the first request. A later one that breaks a rule ends the batch: it is met again.
+    pub fn take(
+        requests: &[Request],
+        check: impl Fn(&Request) -> Result<RequestOp, BadRequest>,
+    ) -> Result<Self, BadRequest> {
+        let Some((first, rest)) = requests.split_first() else {
+            return Err(BadRequest("a batch without requests".to_owned()));
+        };
+        let op = check(first)?;
+        let mut batch = Self { op, whole: *first, buffers: vec![(first.buffer, first.length)] };
+        for request in rest {
+            if batch.buffers.len() >= MAX_BUFFERS || !batch.goes_on(request) || check(request).is_err() {
+                break;
+            }
+            batch.whole.length += request.length;
+            batch.buffers.push((request.buffer, request.length));
+        }
+        Ok(batch)
+    }
+
+    /// Number of requests.
+    pub fn count(&self) -> usize {
+        self.buffers.len()
+    }
+
+    fn goes_on(&self, next: &Request) -> bool {
+        let whole = &self.whole;
+        let same = whole.op == next.op && whole.flags == next.flags && whole.device == next.device;
+        let follows = whole.offset.checked_add(whole.length) == Some(next.offset);
+        let source_follows = || {
+            let source = whole.src_offset.checked_add(whole.length);
+            whole.src_device == next.src_device && source == Some(next.src_offset)
+        };
+        match self.op {
+            RequestOp::Read | RequestOp::Write | RequestOp::Zero => same && follows,
+            // Within one device, ranges that do not overlap one by one may overlap together.
+            RequestOp::Copy => same && follows && whole.device != whole.src_device && source_follows(),
+            RequestOp::Flush | RequestOp::SetLength => false,
+        }
+    }
+}

@@ -1,0 +1,229 @@
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+use super::lock::{lock_read_only, lock_read_write};
+use super::*;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use tempfile::NamedTempFile;
+use vm_memory::VolatileSlice;
+
+/// A heap of guest memory that begins at this address.
+const HEAP: u64 = 0x20_0000;
+
+struct Memory(Vec<u8>);
+
+impl BufferAccess for Memory {
+    fn heap_slice(&self, address: u64, length: u64) -> Option<VolatileSlice<'_>> {
+        let start = usize::try_from(address.checked_sub(HEAP)?).ok()?;
+        let length = usize::try_from(length).ok()?;
+        self.0.get(start..start.checked_add(length)?)?;
+        // SAFETY: the range lies within the vector, which outlives the slice; tests have one thread.
+        Some(unsafe { VolatileSlice::new(self.0.as_ptr().add(start).cast_mut(), length) })
+    }
+}
+
+struct Bench {
+    devices: Devices,
+    memory: Memory,
+    files: Vec<NamedTempFile>,
+}
+
+/// Slot 0 read-only, slot 1 writable, output writable and with room to grow by 1 MiB.
+fn bench(contents: [&[u8]; 3]) -> Bench {
+    let mut devices = Devices::new();
+    let mut files = Vec::new();
+    for ((slot, writable), bytes) in [(0, false), (1, true), (DEVICE_OUTPUT, true)].into_iter().zip(contents) {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().write_all_at(bytes, 0).unwrap();
+        let length = bytes.len() as u64;
+        let max = if slot == DEVICE_OUTPUT { length + (1 << 20) } else { length };
+        devices.attach(slot, Device::new(file.reopen().unwrap(), writable, length, max, false));
+        files.push(file);
+    }
+    Bench { devices, memory: Memory((0..1 << 20).map(|i| (i % 251) as u8).collect()), files }
+}
+
+impl Bench {
+    fn run(&mut self, requests: &mut [Request]) {
+        self.devices.execute(&self.memory, requests).unwrap();
+        assert!(requests.iter().all(|r| r.status == request_status::OK), "{requests:?}");
+    }
+
+    fn refuse(&mut self, request: Request, why: &str) {
+        let before = self.content();
+        let error = self.devices.execute(&self.memory, &mut [request]).unwrap_err();
+        assert!(error.0.contains(why), "{} lacks {why}", error.0);
+        assert!(self.content() == before);
+    }
+
+    fn content(&self) -> Vec<Vec<u8>> {
+        self.files.iter().map(|file| std::fs::read(file.path()).unwrap()).collect()
+    }
+}
+
+const OUT: u32 = DEVICE_OUTPUT;
+
+#[test]
+fn requests_that_break_a_rule_end_the_guest() {
+    let mut b = bench([&[1; 4096], &[2; 4096], &[3; 4096]]);
+    let length = 4096 + (1 << 20);
+    let cases = [
+        (Request { op: 0, ..Request::flush(OUT) }, "operation"),
+        (Request { op: 77, ..Request::flush(OUT) }, "operation"),
+        (Request { flags: 1, ..Request::write(OUT, 0, HEAP, 512) }, "flags"),
+        (Request { flags: 2, ..Request::zero(OUT, 0, 512) }, "flags"),
+        (Request::read(5, 0, HEAP, 512), "absent"),
+        (Request::read(17, 0, HEAP, 512), "absent"),
+        (Request::flush(u32::MAX), "absent"),
+        (Request::read(0, u64::MAX, HEAP, 512), "overflows"),
+        (Request::read(0, i64::MAX as u64, HEAP, 1), "overflows"),
+        (Request::write(0, 0, HEAP, 512), "read-only"),
+        (Request::zero(0, 0, 512), "read-only"),
+        (Request::discard(0, 0, 512), "read-only"),
+        (Request::set_length(0, 0), "read-only"),
+        (Request::copy(1, 0, 0, 0, 512), "read-only"),
+        (Request::read(0, 0, HEAP - 1, 512), "heap"),
+        (Request::read(0, 0, 0, 512), "heap"),
+        (Request::read(0, 0, HEAP + (1 << 20) - 511, 512), "heap"),
+        (Request::write(OUT, 0, u64::MAX - 5, 512), "heap"),
+        (Request::read(0, 0, HEAP, 1 << 40), "heap"),
+        (Request::write(OUT, length - 511, HEAP, 512), "grow"),
+        (Request::write(1, 4096, HEAP, 1), "grow"),
+        (Request::set_length(OUT, length + 1), "grow"),
+        (Request::set_length(OUT, u64::MAX), "overflows"),
+        (Request::copy(0, 0, OUT, length, 1), "grow"),
+        (Request::copy(9, 0, OUT, 0, 1), "source that is absent"),
+        (Request::copy(0, u64::MAX, OUT, 0, 2), "source range"),
+        (Request::copy(OUT, 0, OUT, 511, 512), "overlap"),
+        (Request::copy(OUT, 512, OUT, 0, 513), "overlap"),
+    ];
+    for (request, why) in cases {
+        b.refuse(request, why);
+    }
+    // A rule that is broken later in a batch: what came before was executed, what comes after is not.
+    let mut requests =
+        [Request::write(OUT, 0, HEAP, 16), Request::write(OUT, 16, 0, 16), Request::write(OUT, 32, HEAP, 16)];
+    b.devices.execute(&b.memory, &mut requests).unwrap_err();
+    let out = &b.content()[2];
+    assert_eq!((out[..16] == b.memory.0[..16], out[16], out[32]), (true, 3, 3));
+}
+
+#[test]
+fn a_block_device_keeps_its_length() {
+    let file = NamedTempFile::new().unwrap();
+    let mut devices = Devices::new();
+    devices.attach(OUT, Device::new(file.reopen().unwrap(), true, 4096, 1 << 30, true));
+    let memory = Memory(vec![0; 4096]);
+    for request in [Request::set_length(OUT, 512), Request::set_length(OUT, 8192), Request::write(OUT, 4096, HEAP, 1)] {
+        devices.execute(&memory, &mut [request]).unwrap_err();
+    }
+    devices.execute(&memory, &mut [Request::set_length(OUT, 4096)]).unwrap();
+}
+
+#[test]
+fn reads_and_writes_that_go_on_from_each_other() {
+    let mut b = bench([&[7; 1000], &[], &[]]);
+    // Backwards in memory, forwards in the file, and past its end.
+    let mut reads: Vec<Request> = (0..100).map(|i| Request::read(0, i * 16, HEAP + 16 * (99 - i), 16)).collect();
+    b.run(&mut reads);
+    let expected: Vec<u8> = (0..1600).map(|i| if i < 1000 { 7 } else { 0 }).collect();
+    for i in 0..100 {
+        let at = 16 * (99 - i);
+        assert_eq!(b.memory.0[at..at + 16], expected[16 * i..16 * i + 16], "{i}");
+    }
+    b.memory.0 = (0..1 << 20).map(|i| (i % 241) as u8).collect();
+    let mut writes: Vec<Request> = (0..200).map(|i| Request::write(OUT, i * 16, HEAP + 32 * i, 16)).collect();
+    b.run(&mut writes);
+    let written: Vec<u8> = (0..200).flat_map(|i| b.memory.0[32 * i..32 * i + 16].to_vec()).collect();
+    assert!(b.content()[2] == written);
+    assert_eq!((b.devices.stats().read, b.devices.stats().written), (1600, 3200));
+}
+
+#[test]
+fn copies_within_the_kernel_and_through_a_buffer() {
+    let source: Vec<u8> = (0..3_000_000).map(|i| (i / 7 % 253) as u8 + 1).collect();
+    for through_buffer in [false, true] {
+        let mut b = bench([&source, &[], &[9; 2_500_000]]);
+        if through_buffer {
+            b.devices.copier.refuse_kernel(0, OUT);
+        }
+        // Two that go on from each other, one elsewhere, and one past the end of the source.
+        b.run(&mut [
+            Request::copy(0, 100, OUT, 200, 1_000_000),
+            Request::copy(0, 1_000_100, OUT, 1_000_200, 500_000),
+            Request::copy(0, 5, OUT, 2_000_000, 7),
+            Request::copy(0, 2_999_990, OUT, 2_499_000, 2_000),
+        ]);
+        let mut expected = vec![9; 2_500_000];
+        expected[200..1_500_200].copy_from_slice(&source[100..1_500_100]);
+        expected[2_000_000..2_000_007].copy_from_slice(&source[5..12]);
+        expected.resize(2_501_000, 0);
+        expected[2_499_000..].fill(0);
+        expected[2_499_000..2_499_010].copy_from_slice(&source[2_999_990..]);
+        assert!(b.content()[2] == expected, "{through_buffer}");
+        let stats = b.devices.stats();
+        let (kernel, host) = (stats.copied_in_kernel, stats.copied_through_host);
+        assert_eq!(if through_buffer { (kernel, host) } else { (host, kernel) }, (0, 1_500_017));
+    }
+}
+
+#[test]
+fn zeroing_gives_space_back_and_never_grows_the_file() {
+    let mut b = bench([&[], &[5; 1 << 20], &[6; 1 << 20]]);
+    b.run(&mut [
+        Request::zero(OUT, 4096, 8192),
+        Request::zero(OUT, (1 << 20) - 10, 4096),
+        Request::discard(1, 0, 1 << 20),
+    ]);
+    let content = b.content();
+    assert_eq!(content[2].len(), 1 << 20);
+    assert!(content[2][4096..12288].iter().all(|&byte| byte == 0));
+    assert_eq!((content[2][4095], content[2][12288], content[2][(1 << 20) - 10]), (6, 6, 0));
+    assert_eq!(content[1].len(), 1 << 20);
+    assert!(b.files[1].as_file().metadata().unwrap().blocks() < 64, "the space was not given back");
+}
+
+#[test]
+fn flushes_count_only_where_something_was_written() {
+    let mut b = bench([&[], &[0; 512], &[0; 512]]);
+    b.run(&mut [
+        Request::flush(0),
+        Request::flush(1),
+        Request::write(1, 0, HEAP, 512),
+        Request::flush(1),
+        Request::flush(1),
+    ]);
+    assert_eq!(b.devices.stats().flushes, 1);
+    b.run(&mut [Request::set_length(OUT, 1024), Request::flush(OUT)]);
+    assert_eq!((b.devices.stats().flushes, b.content()[2].len()), (2, 1024));
+}
+
+#[test]
+fn the_first_failure_stops_the_batch() {
+    let mut b = bench([&[], &[1; 512], &[2; 512]]);
+    // A descriptor that may not be written, behind a slot that says it may.
+    let read_only = std::fs::File::open(b.files[1].path()).unwrap();
+    b.devices.attach(1, Device::new(read_only, true, 512, 512, false));
+    let mut requests =
+        [Request::write(OUT, 0, HEAP, 16), Request::write(1, 0, HEAP, 16), Request::write(OUT, 16, HEAP, 16)];
+    b.devices.execute(&b.memory, &mut requests).unwrap();
+    assert_eq!(requests.map(|r| r.status), [request_status::OK, libc::EBADF, request_status::NOT_RUN]);
+    assert_eq!((b.content()[2][16], &b.content()[1]), (2, &vec![1; 512]));
+}
+
+#[test]
+fn locks_conflict_as_qemu_s_do() {
+    let file = NamedTempFile::new().unwrap();
+    let open = || file.reopen().unwrap();
+    let (reader, other_reader) = (open(), open());
+    lock_read_only(&reader).unwrap();
+    lock_read_only(&other_reader).unwrap();
+    let error = lock_read_write(&open()).unwrap_err().to_string();
+    assert_eq!(error, "Failed to get \"write\" lock");
+    drop((reader, other_reader));
+    let writer = open();
+    lock_read_write(&writer).unwrap();
+    assert!(lock_read_write(&open()).is_err());
+    assert_eq!(lock_read_only(&open()).unwrap_err().to_string(), "Failed to get shared \"write\" lock");
+    drop(writer);
+    lock_read_write(&open()).unwrap();
+}

@@ -1,0 +1,77 @@
+"""Shared fixtures. A missing program is a failure, never a skip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import support  # noqa: E402
+
+# What a user's environment adds must not reach the tests.
+os.environ.pop("INSTAR_PLUGIN_PATH", None)
+os.environ["LC_ALL"] = "C.UTF-8"
+
+
+def pytest_sessionstart(session):
+    binary = support.instar_binary()
+    missing = [tool for tool in ("qemu-img", "qemu-io") if shutil.which(tool) is None]
+    if not os.access(binary, os.X_OK) or not binary.is_file():
+        missing.append(f"{binary} (run `make instar`, or set INSTAR_BIN)")
+    if missing:
+        pytest.exit(f"these tests need: {', '.join(missing)}", returncode=1)
+
+
+class Pair:
+    """A base and an overlay in a directory of their own, with copies for qemu-img beside it."""
+
+    def __init__(self, directory: Path):
+        self.dir = directory / "images"
+        self.dir.mkdir()
+        self.copies = directory / "copies"
+        self.base = self.dir / "base.qcow2"
+        self.top = self.dir / "top.qcow2"
+
+    def make(self, size=4 * support.MIB, *, top_size=None, base_options=None, top_options=None,
+             base=(), top=()):
+        """Creates both and runs qemu-io commands on each."""
+        support.create(self.base, size, **(base_options or {}))
+        if base:
+            support.qemu_io(self.base, *base)
+        support.create(self.top, top_size, backing="base.qcow2", **(top_options or {}))
+        if top:
+            support.qemu_io(self.top, *top)
+        return self
+
+    def check_commit(self, *options, cwd=None, overlay=None, backing=None, backing_fmt="qcow2",
+                     cleared=True, qemu_options=()):
+        """Commits, and holds the result against qemu-img's on copies of the whole directory."""
+        backing = Path(backing or self.base)
+        top = self.top
+        before = support.flatten(top, self.dir.parent / "before.qcow2")
+        shutil.rmtree(self.copies, ignore_errors=True)
+        shutil.copytree(self.dir, self.copies, symlinks=True)
+        support.qemu_img("commit", "-q", *qemu_options, self.copies / top.name)
+
+        result = support.commit(overlay or top, *options, cwd=cwd)
+
+        support.assert_same_content(
+            backing, self.copies / backing.name, backing_fmt, backing_fmt
+        )
+        support.assert_same_content(top, before)
+        support.assert_clean(top)
+        if backing_fmt == "qcow2":
+            support.assert_clean(backing)
+        if cleared:
+            assert support.holds_no_clusters(top), f"{top} still holds clusters\n{result}"
+        return result
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return Pair(tmp_path)

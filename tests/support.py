@@ -1,0 +1,246 @@
+"""What every integration test uses: running the programs, and asking what an image holds.
+
+Content is the oracle. A test says what bytes a guest reads, before and after, and what `qemu-img check`
+thinks of both files; it does not compare `qemu-img info` output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import qcow2_bytes
+
+REPO = Path(__file__).resolve().parent.parent
+TIMEOUT = 120
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+#: The codes that tests name; `guest/abi/src/error.rs` is where they come from.
+CODES = {
+    name: int(number)
+    for number, name in re.findall(
+        r"= (\d+), (ERROR_\w+);", (REPO / "guest/abi/src/error.rs").read_text()
+    )
+}
+
+
+def instar_binary() -> Path:
+    """The program under test: `INSTAR_BIN`, or the release build of this checkout."""
+    return Path(os.environ.get("INSTAR_BIN") or REPO / "target/release/instar")
+
+
+@dataclass
+class Result:
+    """How a program ended."""
+
+    args: list
+    rc: int
+    stdout: str
+    stderr: str
+
+    def __str__(self):
+        text = (
+            f"$ {shlex.join(os.fsdecode(a) for a in self.args)}\n"
+            f"rc {self.rc}\nstdout: {self.stdout!r}\nstderr: {self.stderr!r}"
+        )
+        # Reports travel between processes as UTF-8.
+        return text.encode("utf-8", "backslashreplace").decode()
+
+    @property
+    def json(self):
+        return json.loads(self.stdout)
+
+
+def run(*args, cwd=None, env=None, timeout=TIMEOUT) -> Result:
+    """Runs a program; its output is decoded so that no byte is lost."""
+    argv = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in args]
+    done = subprocess.run(
+        argv,
+        cwd=cwd,
+        env=None if env is None else {**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Result(argv, done.returncode, os.fsdecode(done.stdout), os.fsdecode(done.stderr))
+
+
+def run_instar(*args, cwd=None, env=None) -> Result:
+    return run(instar_binary(), *args, cwd=cwd, env=env)
+
+
+def qemu_img(*args, cwd=None, rc=0) -> Result:
+    """Runs qemu-img and insists on its exit status (`rc=None`: any)."""
+    result = run("qemu-img", *args, cwd=cwd)
+    assert rc is None or result.rc == rc, str(result)
+    return result
+
+
+def qemu_io(path, *commands, fmt="qcow2", cwd=None) -> None:
+    """Runs qemu-io commands on an image, some hundreds in one process."""
+    for start in range(0, len(commands), 500):
+        args = ["qemu-io", "-f", fmt]
+        for command in commands[start : start + 500]:
+            args += ["-c", command]
+        result = run(*args, path, cwd=cwd)
+        assert result.rc == 0 and "failed" not in result.stdout, str(result)
+
+
+def create(path, size=None, *, backing=None, backing_fmt="qcow2", fmt="qcow2", cwd=None, **options):
+    """`qemu-img create`; a backing name is recorded as it is given."""
+    args = ["create", "-q", "-f", fmt]
+    if options:
+        args += ["-o", ",".join(f"{key}={value}" for key, value in options.items())]
+    if backing is not None:
+        args += ["-b", backing, "-F", backing_fmt]
+    args.append(path)
+    if size is not None:
+        args.append(str(size))
+    qemu_img(*args, cwd=cwd)
+    return Path(os.fsdecode(os.fspath(path)))
+
+
+def info(path, *args) -> dict:
+    return json.loads(qemu_img("info", "--output=json", *args, path).stdout)
+
+
+def virtual_size(path, fmt="qcow2") -> int:
+    return info(path, "-f", fmt)["virtual-size"]
+
+
+def content_hash(path, fmt="qcow2") -> str:
+    """sha256 of the bytes a guest sees. Of huge disks only ranges with data count, with their offsets."""
+    path = Path(path)
+    size = virtual_size(path, fmt)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        raw = Path(scratch) / "raw"
+        qemu_img("convert", "-f", fmt, "-O", "raw", path, raw)
+        digest = hashlib.sha256(str(size).encode())
+        with raw.open("rb") as file:
+            if size <= 256 * MIB:
+                while block := file.read(MIB):
+                    digest.update(block)
+                return digest.hexdigest()
+            # `convert` leaves holes wherever a whole 4 KiB is zero, so this depends on content only.
+            for offset in _data_blocks(file, size):
+                block = os.pread(file.fileno(), 4096, offset)
+                if block.strip(b"\0"):
+                    digest.update(offset.to_bytes(8, "big") + block)
+    return digest.hexdigest()
+
+
+def _data_blocks(file, size):
+    """The 4 KiB blocks of a sparse file that are not in holes."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(file.fileno(), position, os.SEEK_DATA)
+        except OSError:
+            return
+        position = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+        yield from range(start & ~4095, position, 4096)
+
+
+def flatten(path, to, fmt="qcow2") -> Path:
+    """A copy of what a guest reads, without any backing."""
+    qemu_img("convert", "-f", fmt, "-O", "qcow2", path, to)
+    return Path(to)
+
+
+def assert_same_content(first, second, first_fmt="qcow2", second_fmt="qcow2", strict=True):
+    """Both read the same; with `strict` they are equally long, too."""
+    result = qemu_img("compare", "-f", first_fmt, "-F", second_fmt, first, second, rc=None)
+    assert result.rc == 0, str(result)
+    if strict:
+        assert virtual_size(first, first_fmt) == virtual_size(second, second_fmt)
+
+
+def assert_clean(path, fmt="qcow2"):
+    """`qemu-img check` finds neither errors nor leaks."""
+    result = qemu_img("check", "--output=json", "-f", fmt, path, rc=None)
+    assert result.rc == 0, str(result)
+    found = result.json
+    wrong = {k: found[k] for k in ("corruptions", "leaks", "check-errors") if found.get(k)}
+    assert not wrong, f"{wrong}\n{result}"
+
+
+def holds_no_clusters(overlay) -> bool:
+    """Whether no guest cluster of a qcow2 file is mapped: no L2 table has an entry (from the bytes)."""
+    image = qcow2_bytes.Image(overlay)
+    return not any(entry for _, entry in image.mapped())
+
+
+def digest(path):
+    """Size and sha256 of a file's bytes."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(MIB):
+            sha.update(block)
+        return file.tell(), sha.hexdigest()
+
+
+@contextlib.contextmanager
+def untouched(*paths):
+    """Files (those that are regular ones) are byte-identical afterwards; missing ones stay missing."""
+    before = {p: digest(p) if os.path.isfile(p) else os.path.lexists(p) for p in paths}
+    yield
+    for path, was in before.items():
+        now = digest(path) if os.path.isfile(path) else os.path.lexists(path)
+        assert now == was, f"{path!r} changed"
+
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def assert_refused(result: Result, name: str, *mentions):
+    """A failure as the contract has it: exit status 1, one line (or one JSON object), nothing else."""
+    assert name in CODES, f"no such code: {name}"
+    assert result.rc == 1, str(result)
+    assert result.stdout == "", str(result)
+    assert result.stderr.endswith("\n"), str(result)
+    if "--output" in result.args:
+        error = json.loads(result.stderr)
+        assert set(error) == {"error"}, str(result)
+        assert set(error["error"]) == {"code", "name", "message"}, str(result)
+        assert error["error"]["name"] == name, str(result)
+        assert error["error"]["code"] == CODES[name], str(result)
+        message = error["error"]["message"]
+    else:
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("instar: "), str(result)
+        message = lines[0]
+    assert message.strip() and not CONTROL.search(result.stderr), str(result)
+    for mention in mentions:
+        assert os.fsdecode(mention) in message, f"{mention!r} is not named\n{result}"
+
+
+def refuse(name: str, overlay, *options, files=(), mentions=(), cwd=None) -> None:
+    """Both ways of asking for a commit that must be refused; nothing changes."""
+    paths = [overlay, *files]
+    for output in ([], ["--output", "json"]):
+        with untouched(*paths):
+            result = run_instar("commit", *options, *output, overlay, cwd=cwd)
+        assert_refused(result, name, *mentions)
+
+
+def commit(overlay, *options, cwd=None) -> Result:
+    """A commit that must succeed."""
+    result = run_instar("commit", *options, overlay, cwd=cwd)
+    assert result.rc == 0, str(result)
+    return result
+
+
+def copy(path, to) -> Path:
+    """Copies a file, holes and all."""
+    shutil.copyfile(path, to)
+    return Path(to)

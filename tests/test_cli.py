@@ -1,0 +1,267 @@
+"""The command line beside `commit`'s outcome: help, usage errors, info, create, plugins, `-v`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import qcow2_bytes
+import support
+from support import GIB, KIB, MIB, run_instar
+
+COMMIT_OPTIONS = [
+    "--format", "--base", "--progress", "--quiet", "--rate-limit", "--cache", "--output", "--resize-backing",
+    "--dry-run", "--allow-backing-dir", "--plugin-dir", "-f", "-b", "-d", "-p", "-q", "-r", "-t", "-v",
+]
+INFO_KEYS = [
+    "virtual-size", "filename", "format", "actual-size", "cluster-size", "format-specific", "dirty-flag",
+    "backing-filename", "full-backing-filename", "backing-filename-format",
+]
+
+
+# --- usage ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["help"], ["commit", "--help"], ["info", "--help"]], ids=" ".join)
+def test_help(args):
+    result = run_instar(*args)
+    assert result.rc == 0 and result.stderr == "", str(result)
+    assert "Usage: instar" in result.stdout
+
+
+def test_help_names_every_option():
+    text = run_instar("commit", "--help").stdout
+    missing = [o for o in COMMIT_OPTIONS if not re.search(rf"(^|[\s,]){re.escape(o)}\b", text)]
+    assert not missing, text
+
+
+def test_version():
+    result = run_instar("--version")
+    assert result.rc == 0 and re.fullmatch(r"instar \d+\.\d+\.\d+\S*\n", result.stdout), str(result)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [], ["nonesuch"], ["commit"], ["commit", "--nonesuch", "x"], ["commit", "a", "b"], ["commit", "-b"],
+        ["commit", "--output", "xml", "x"], ["commit", "-t", "bogus", "x"], ["commit", "-r", "abc", "x"],
+        ["info"], ["create"], ["plugins", "x"],
+    ],
+    ids=lambda args: " ".join(args) or "nothing",
+)
+def test_usage_errors(tmp_path, args):
+    result = run_instar(*args, cwd=tmp_path)
+    assert result.rc == 2, str(result)
+    assert result.stdout == "" and result.stderr, str(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [["commit", "TOP", "-q"], ["commit", "-q", "--", "TOP"]], ids=" ".join)
+def test_order_of_arguments(pair, args):
+    pair.make(top=["write -P 1 0 64k"])
+    before = support.content_hash(pair.top)
+    result = run_instar(*[str(pair.top) if a == "TOP" else a for a in args])
+    assert (result.rc, result.stdout, result.stderr) == (0, "", ""), str(result)
+    assert support.content_hash(pair.base) == before
+
+
+# --- info -------------------------------------------------------------------------------------------
+
+
+def same_info(ours: dict, theirs: dict):
+    """Every key that both mean alike has the same value; none is missing or invented."""
+    wanted = {key: theirs[key] for key in INFO_KEYS if key in theirs}
+    assert {key: ours.get(key) for key in wanted} == wanted
+    assert set(ours) <= set(theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compat": "0.10"}, {"cluster_size": 512}, {"cluster_size": "2M"}, {"refcount_bits": 1},
+     {"lazy_refcounts": "on"}, {"compression_type": "zstd"}],
+    ids=str,
+)
+def test_info(pair, options):
+    pair.make(5 * MIB + 512, base_options=options, top_options=options, top=["write -P 1 0 64k"])
+    for path in (pair.top, pair.base):
+        result = run_instar("info", "--output", "json", path)
+        assert result.rc == 0 and result.stderr == "", str(result)
+        same_info(result.json, support.info(path))
+
+
+def test_info_of_a_chain(pair):
+    pair.make(top=["write -P 1 0 64k"])
+    third = support.create(pair.dir / "third", backing="top.qcow2")
+    result = run_instar("info", "--backing-chain", "--output", "json", third)
+    assert result.rc == 0, str(result)
+    theirs = support.info(third, "--backing-chain")
+    assert [os.path.basename(image["filename"]) for image in result.json] == ["third", "top.qcow2", "base.qcow2"]
+    for ours, their in zip(result.json, theirs, strict=True):
+        same_info(ours, their)
+
+
+def test_info_for_people(pair):
+    pair.make(top=["write -P 1 0 64k"])
+    text = run_instar("info", pair.top).stdout
+    for line in ("file format: qcow2", "virtual size: 4 MiB (4194304 bytes)", "cluster_size: 65536",
+                 "backing file format: qcow2"):
+        assert line in text
+
+
+def test_info_escapes_names(pair):
+    pair.make()
+    qcow2_bytes.Image(pair.top).set_backing(b"a\n\x1b[31mb")
+    for output in ("human", "json"):
+        result = run_instar("info", "--output", output, pair.top)
+        assert result.rc == 0, str(result)
+        assert "\x1b" not in result.stdout and "\n\x1b" not in result.stdout
+    assert json.loads(run_instar("info", "--output", "json", pair.top).stdout)["backing-filename"].startswith("a")
+
+
+def test_info_changes_nothing_and_reports_what_is_missing(pair, tmp_path):
+    pair.make(top=["write -P 1 0 64k"])
+    with support.untouched(pair.top, pair.base):
+        assert run_instar("info", pair.top).rc == 0
+    result = run_instar("info", tmp_path / "none")
+    assert result.rc == 1 and "does not exist" in result.stderr, str(result)
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- create -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [("", "4M"), ("cluster_size=512", "1M"), ("cluster_size=2M", "3G"), ("compat=0.10", "4M"),
+     ("compat=1.1,refcount_bits=1", "4M"), ("refcount_bits=64,cluster_size=4096", "100G"), ("", "1000000"), ("", "8T"),
+     ("", "0")],
+)
+def test_create(tmp_path, options, size):
+    path = tmp_path / "new.qcow2"
+    result = run_instar("create", "-f", "qcow2", *(["-o", options] if options else []), path, size)
+    assert result.rc == 0, str(result)
+    support.assert_clean(path)
+    theirs = support.create(tmp_path / "theirs.qcow2", size, **dict(o.split("=") for o in options.split(",") if o))
+    ours, wanted = support.info(path), support.info(theirs)
+    for key in ("virtual-size", "cluster-size", "format-specific", "format"):
+        assert ours[key] == wanted[key]
+    assert support.holds_no_clusters(path)
+    if ours["virtual-size"]:
+        support.qemu_io(path, f"read -P 0 0 {min(ours['virtual-size'], 64 * KIB)}", "write -P 1 0 512", "read -P 1 0 512")
+        support.assert_clean(path)
+
+
+def test_create_overlay(pair):
+    pair.make(base=["write -P 1 0 4M"])
+    pair.top.unlink()
+    result = run_instar("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2", cwd=pair.dir)
+    assert result.rc == 0, str(result)
+    support.assert_clean(pair.top)
+    support.assert_same_content(pair.top, pair.base)
+    assert support.info(pair.top)["backing-filename"] == "base.qcow2"
+
+
+@pytest.mark.parametrize("args", [["-o", "cluster_size=1000"], ["-o", "nonesuch=1"], ["-o", "refcount_bits=3"]], ids=" ".join)
+def test_create_refuses_bad_options(tmp_path, args):
+    result = run_instar("create", "-f", "qcow2", *args, tmp_path / "new", "4M")
+    assert result.rc in (1, 2) and result.stderr, str(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- plugins ----------------------------------------------------------------------------------------
+
+
+def plugins(*args, env=None):
+    result = run_instar("plugins", "--output", "json", *args, env=env)
+    assert result.rc == 0, str(result)
+    return result.json
+
+
+def test_plugins():
+    answer = plugins()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", answer["api-version"])
+    loaded = {plugin["name"]: plugin for plugin in answer["plugins"]}
+    assert {"source", "sink"} <= set(loaded["qcow2"]["roles"])
+    assert loaded["qcow2"]["formats"] == ["qcow2"]
+    assert os.path.isabs(loaded["qcow2"]["path"])
+    assert "qcow2" in run_instar("plugins").stdout
+
+
+def bad_plugin(directory, kind):
+    """A file that must not be loaded, made from a good plugin."""
+    good = next(p["path"] for p in plugins()["plugins"] if p["name"] == "qcow2")
+    path = directory / f"libinstar_plugin_{kind.replace('-', '_')}.so"
+    match kind:
+        case "truncated":
+            with open(good, "rb") as file:
+                path.write_bytes(file.read(5000))
+        case "cut-short":
+            shutil.copyfile(good, path)
+            os.truncate(path, path.stat().st_size - 4096)
+        case "not-elf":
+            path.write_text("#!/bin/sh\n")
+        case "empty":
+            path.touch()
+        case "world-writable":
+            shutil.copyfile(good, path)
+            path.chmod(0o666)
+        case "directory":
+            path.mkdir()
+        case "dangling":
+            path.symlink_to("nowhere")
+    if kind not in ("world-writable", "directory", "dangling"):
+        path.chmod(0o644)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["truncated", "cut-short", "not-elf", "empty", "world-writable", "directory", "dangling"])
+def test_bad_plugin_does_not_stop_others(pair, tmp_path, kind):
+    directory = tmp_path / "plugins"
+    directory.mkdir(mode=0o755)
+    path = bad_plugin(directory, kind)
+    for args, env in ((["--plugin-dir", directory], None), ([], {"INSTAR_PLUGIN_PATH": str(directory)})):
+        answer = plugins(*args, env=env)
+        assert "qcow2" in [plugin["name"] for plugin in answer["plugins"]]
+        assert str(path) not in [plugin["path"] for plugin in answer["plugins"]]
+        reasons = {skipped["path"]: skipped["reason"] for skipped in answer["skipped"]}
+        assert reasons.get(str(path)), answer["skipped"]
+    pair.make(base=["write -P 9 0 4M"], top=["write -P 1 0 1M"])
+    pair.check_commit("--plugin-dir", directory)
+
+
+def test_directory_that_others_may_write(tmp_path):
+    directory = tmp_path / "plugins"
+    directory.mkdir()
+    good = next(p["path"] for p in plugins()["plugins"] if p["name"] == "qcow2")
+    shutil.copyfile(good, directory / "libinstar_plugin_other.so")
+    directory.chmod(0o777)
+    answer = plugins("--plugin-dir", directory)
+    assert not [p for p in answer["plugins"] if p["path"].startswith(str(directory))]
+    assert [s for s in answer["skipped"] if s["path"].startswith(str(directory))], answer["skipped"]
+
+
+# --- what -v says -----------------------------------------------------------------------------------
+
+
+def test_verbose(pair):
+    pair.make(top=["write -P 1 0 1M"])
+    result = pair.check_commit("-v")
+    assert result.stdout == "Image committed.\n"
+    assert "ring 3" in result.stderr
+    assert re.search(r"\b\d+ exits", result.stderr), result.stderr
+    assert str(pair.top) in result.stderr and str(pair.base) in result.stderr
+    assert all(line.startswith("instar: ") for line in result.stderr.splitlines())
+
+
+def test_exits_of_a_sequential_gibibyte(pair):
+    pair.make(GIB, top=[f"write -P {1 + n} {n * 64}M 64M" for n in range(16)])
+    result = support.commit(pair.top, "-v")
+    exits = int(re.search(r"(\d+) exits", result.stderr).group(1))
+    assert exits < 500, result.stderr
+    support.qemu_io(pair.base, *[f"read -P {1 + n} {n * 64}M 64M" for n in range(16)])
+    support.assert_clean(pair.base)
+    support.assert_clean(pair.top)
+    assert support.holds_no_clusters(pair.top)

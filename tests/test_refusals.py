@@ -1,0 +1,181 @@
+"""What this version does not do, refused by name and before any change.
+
+A row that starts to work belongs into another file, with content as its oracle.
+"""
+
+from __future__ import annotations
+
+import pytest
+import qcow2_bytes
+import support
+from support import KIB, MIB, refuse
+
+TOP = ["write -P 1 0 1M", "write -z 2M 256k"]
+SECRET = ["--object", "secret,id=key,data=words"]
+
+
+def compressed_overlay(pair):
+    pair.make(base=["write -P 9 0 2M"], top=[*TOP, "write -c -P 5 3M 64k"])
+
+
+def compressed_zstd_overlay(pair):
+    pair.make(top_options={"compression_type": "zstd"}, top=[*TOP, "write -c -P 5 3M 64k"])
+
+
+def compressed_backing(pair):
+    pair.make(base=["write -c -P 5 0 64k", "write -c -P 6 64k 64k"], top=TOP)
+
+
+def extended_l2_overlay(pair):
+    pair.make(top_options={"extended_l2": "on"}, top=["write -P 1 0 1M", "write -P 2 2M 2k"])
+
+
+def extended_l2_backing(pair):
+    pair.make(base_options={"extended_l2": "on"}, base=["write -P 1 0 2k"], top=TOP)
+
+
+def snapshot_in_overlay(pair):
+    pair.make(top=TOP)
+    support.qemu_img("snapshot", "-c", "before", pair.top)
+
+
+def snapshot_in_backing(pair):
+    pair.make(base=["write -P 9 0 2M"], top=TOP)
+    support.qemu_img("snapshot", "-c", "before", pair.base)
+
+
+def bitmap_in_overlay(pair):
+    pair.make(top=TOP)
+    support.qemu_img("bitmap", "--add", pair.top, "dirty")
+
+
+def bitmap_in_backing(pair):
+    pair.make(top=TOP)
+    support.qemu_img("bitmap", "--add", pair.base, "dirty")
+
+
+def luks_overlay(pair):
+    pair.make()
+    support.qemu_img("create", "-q", *SECRET, "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "-o",
+                     "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", pair.top)
+
+
+def luks_backing(pair):
+    pair.make(top=TOP)
+    support.qemu_img("create", "-q", *SECRET, "-f", "qcow2", "-o",
+                     "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", pair.base, "4M")
+
+
+def data_file_overlay(pair):
+    pair.make(top_options={"data_file": pair.dir / "data"}, top=TOP)
+
+
+def data_file_backing(pair):
+    pair.make(base_options={"data_file": pair.dir / "data"}, base=["write -P 9 0 2M"], top=TOP)
+
+
+def bit(side, field, value):
+    """A feature bit that is set by hand."""
+
+    def spoil(pair):
+        pair.make(base=["write -P 9 0 2M"], top=TOP)
+        image = qcow2_bytes.Image(getattr(pair, side))
+        image.set(field, image.get(field) | value)
+
+    spoil.__name__ = f"{field}_{value:#x}_{side}"
+    return spoil
+
+
+def raw_backing(pair):
+    """A raw backing as the target, recorded as raw."""
+    pair.make(4 * MIB)
+    pair.base.unlink()
+    pair.top.unlink()
+    support.create(pair.base, 4 * MIB, fmt="raw")
+    support.create(pair.top, backing="base.qcow2", backing_fmt="raw")
+    support.qemu_io(pair.top, *TOP)
+
+
+UNSUPPORTED, EXTERNAL, LUKS = "ERROR_UNSUPPORTED_FORMAT", "ERROR_EXTERNAL_DATA_FILE", "ERROR_LUKS_UNSUPPORTED"
+
+#: how the pair is made, the side that is named, the code, a word of the message
+TABLE = [
+    (compressed_overlay, "top", UNSUPPORTED, "compress"),
+    (compressed_zstd_overlay, "top", UNSUPPORTED, "compress"),
+    (compressed_backing, "base", UNSUPPORTED, "compress"),
+    (extended_l2_overlay, "top", UNSUPPORTED, "extended L2"),
+    (extended_l2_backing, "base", UNSUPPORTED, "extended L2"),
+    (snapshot_in_overlay, "top", UNSUPPORTED, "snapshot"),
+    (snapshot_in_backing, "base", UNSUPPORTED, "snapshot"),
+    (bitmap_in_overlay, "top", UNSUPPORTED, "bitmap"),
+    (bitmap_in_backing, "base", UNSUPPORTED, "bitmap"),
+    (luks_overlay, "top", LUKS, "encrypt"),
+    (luks_backing, "base", LUKS, "encrypt"),
+    (data_file_overlay, "top", EXTERNAL, "data file"),
+    (data_file_backing, "base", EXTERNAL, "data file"),
+    (bit("top", "incompatible", 1), "top", UNSUPPORTED, "dirty"),
+    (bit("base", "incompatible", 1), "base", UNSUPPORTED, "dirty"),
+    (bit("top", "incompatible", 1 << 20), "top", UNSUPPORTED, "feature"),
+    (bit("base", "incompatible", 1 << 63), "base", UNSUPPORTED, "feature"),
+    (raw_backing, "base", UNSUPPORTED, "raw"),
+]
+
+
+@pytest.mark.parametrize(("make", "side", "name", "word"), TABLE, ids=lambda v: getattr(v, "__name__", None))
+def test_refused_by_name(pair, make, side, name, word):
+    make(pair)
+    others = [path for path in pair.dir.iterdir() if path != pair.top]
+    refuse(name, pair.top, files=others, mentions=[getattr(pair, side), word])
+
+
+OPTIONS = [
+    ["-p"],
+    ["--progress"],
+    ["-r", "1M"],
+    ["--rate-limit=1M"],
+    ["-t", "none"],
+    ["--cache", "writethrough"],
+    ["--resize-backing"],
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_options_to_come(pair, options):
+    """They are parsed, and say in one line that they are not there yet."""
+    pair.make(top=TOP)
+    refuse("ERROR_NOT_IMPLEMENTED", pair.top, *options, files=[pair.base])
+
+
+def test_deeper_ancestor_to_come(pair):
+    pair.make(top=TOP)
+    top = support.create(pair.dir / "third.qcow2", backing="top.qcow2")
+    support.qemu_io(top, "write -P 3 0 64k")
+    refuse("ERROR_NOT_IMPLEMENTED", top, "-b", "base.qcow2", files=[pair.base, pair.top],
+           mentions=["the overlay's immediate parent is top.qcow2"])
+
+
+# --- what looks like a refusal and is none ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["top", "base"])
+def test_unknown_compatible_bit_is_kept(pair, side):
+    pair.make(base=["write -P 9 0 2M"], top=TOP)
+    image = qcow2_bytes.Image(getattr(pair, side))
+    image.set("compatible", 1 << 40)
+    pair.check_commit()
+    assert image.get("compatible") & 1 << 40
+
+
+@pytest.mark.parametrize("side", ["top", "base"])
+def test_lazy_refcounts_without_the_dirty_bit(pair, side):
+    pair.make(top_options={"lazy_refcounts": "on"} if side == "top" else None,
+              base_options={"lazy_refcounts": "on"} if side == "base" else None,
+              base=["write -P 9 0 2M"], top=TOP)
+    pair.check_commit()
+    for path in (pair.top, pair.base):
+        assert qcow2_bytes.Image(path).get("incompatible") & 1 == 0
+
+
+def test_compressed_clusters_that_the_commit_does_not_touch(pair):
+    pair.make(base=["write -c -P 5 3M 64k", f"write -c -P 6 {3 * MIB + 64 * KIB} 64k"], top=TOP)
+    pair.check_commit()
