@@ -82,21 +82,21 @@ fn attach<'r>(
     let mut flags = device_flags::PRESENT;
     flags |= if writable { device_flags::WRITABLE } else { 0 };
     flags |= if image.opened.block_device { device_flags::FIXED_LENGTH } else { 0 };
+    let block_device = image.opened.block_device;
+    let (plugin, facts) = (image.plugin, image.facts);
+    let device = Device::new(image.opened.file.into_file(), writable, facts.file_length, max_length, block_device);
     let config = DeviceConfig {
         flags,
         device: slot,
-        module: modules.index(image.plugin),
+        module: modules.index(plugin),
         reserved: 0,
-        file_length: image.facts.file_length,
-        max_length,
-        virtual_size: image.facts.virtual_size,
-        cluster_size: image.facts.cluster_size,
+        file_length: facts.file_length,
+        // What the host will hold the guest to, so that a driver that needs more says so before the first change.
+        max_length: device.max_length(),
+        virtual_size: facts.virtual_size,
+        cluster_size: facts.cluster_size,
     };
-    let block_device = image.opened.block_device;
-    devices.attach(
-        slot,
-        Device::new(image.opened.file.into_file(), writable, config.file_length, max_length, block_device),
-    );
+    devices.attach(slot, device);
     config
 }
 
@@ -116,12 +116,13 @@ pub fn run_commit_guest(
     let backing_path = backing.opened.path.clone();
     let mut slots = vec![overlay];
     slots.extend(ancestors);
-    let (devices, chain, plugins) = open_chain_devices_rw(slots, backing, &[0], max_length)?;
+    let (mut devices, chain, plugins) = open_chain_devices_rw(slots, backing, &[0], max_length)?;
 
     let modules: Vec<ModuleSpec<'_>> = plugins
         .iter()
         .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
         .collect();
+    devices.stop_when(super::interrupt::received);
     let mut handler = CommitHandler::new(devices);
     let ended = vm::run(&VmSpec::new(flags, chain, modules), &mut handler);
     let run = |report| GuestRun { report, statistics: handler.devices.stats().clone(), log: handler.log.clone() };

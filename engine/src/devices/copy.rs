@@ -1,17 +1,19 @@
-//! Copying between files: within the kernel where it can, through a buffer where it cannot.
+//! Copying between files: within the kernel where it can, through a buffer where it cannot. Holes stay holes.
 
 use super::statistics::Statistics;
-use super::{retry, zero};
+use super::{retry, zero, Device};
 use instar_guest_abi::Request;
+use rustix::fs::SeekFrom;
 use std::collections::HashSet;
-use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 /// Bytes of the buffer that data passes through where the kernel does not copy.
 const BUFFER: usize = 1 << 20;
-/// Bytes that one `copy_file_range` is asked for at most.
-const CHUNK: u64 = 1 << 30;
+/// Bytes that one `copy_file_range` is asked for at most: between two of them the operator can interrupt.
+const CHUNK: u64 = 256 << 20;
+/// Holes are looked for in copies of at least this many bytes.
+const SPARSE_MINIMUM: u64 = 64 << 10;
 
 /// Copies, and remembers between which devices the kernel does not.
 #[derive(Debug, Default)]
@@ -28,6 +30,15 @@ fn is_refusal(error: &io::Error) -> bool {
     )
 }
 
+/// One copy. Positions within it count from its beginning.
+struct Job<'a> {
+    source: &'a Device,
+    target: &'a Device,
+    request: &'a Request,
+    interrupted: fn() -> bool,
+    statistics: &'a mut Statistics,
+}
+
 impl Copier {
     /// Do not try the kernel between these devices.
     #[cfg(test)]
@@ -35,69 +46,128 @@ impl Copier {
         self.not_in_kernel.insert((source, target));
     }
 
-    /// Copy what the request says from the first file to the second; `key` stands for the pair of devices. What lies
-    /// past the end of the source reads as zero.
+    /// Copy what the request says from one device to the other. What lies past the end of the source reads as zero.
+    /// `interrupted` is asked between long steps, and then fails the copy with EINTR.
     pub fn copy(
         &mut self,
-        key: (u32, u32),
-        (source, target): (&File, &File),
+        (source, target): (&Device, &Device),
         request: &Request,
+        interrupted: fn() -> bool,
         statistics: &mut Statistics,
     ) -> io::Result<()> {
+        let mut job = Job { source, target, request, interrupted, statistics };
+        let available = source.length.saturating_sub(request.src_offset).min(request.length);
         let mut done = 0;
-        while done < request.length && !self.not_in_kernel.contains(&key) {
-            let (mut from, mut to) = (request.src_offset + done, request.offset + done);
-            let length = usize::try_from((request.length - done).min(CHUNK)).unwrap_or(BUFFER);
-            match retry(|| rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length)) {
-                Ok(0) => return zero_tail(target, request, done),
-                Ok(copied) => {
-                    done += copied as u64;
-                    statistics.copied_in_kernel += copied as u64;
-                }
-                Err(error) if is_refusal(&error) => {
-                    self.not_in_kernel.insert(key);
-                }
-                Err(error) => return Err(error),
+        while done < available {
+            let (data, end) = job.next_data(done, available);
+            job.zero(done, data)?;
+            done = self.copy_data(&mut job, data, end)?;
+            if done < end {
+                // The source is shorter than it was.
+                job.zero(done, end)?;
+                done = end;
             }
         }
-        self.copy_through_buffer((source, target), request, done, statistics)
+        job.zero(available, request.length)?;
+        job.extend()
     }
 
-    fn copy_through_buffer(
-        &mut self,
-        (source, target): (&File, &File),
-        request: &Request,
-        mut done: u64,
-        statistics: &mut Statistics,
-    ) -> io::Result<()> {
-        if done < request.length {
+    /// Copy data; returns how far it came: to `end`, unless the source ended before.
+    fn copy_data(&mut self, job: &mut Job<'_>, mut done: u64, end: u64) -> io::Result<u64> {
+        let key = (job.request.src_device, job.request.device);
+        while done < end && !self.not_in_kernel.contains(&key) {
+            job.go_on()?;
+            let (mut from, mut to) = (job.request.src_offset + done, job.request.offset + done);
+            let length = usize::try_from((end - done).min(CHUNK)).unwrap_or(BUFFER);
+            let (source, target) = (&job.source.file, &job.target.file);
+            match rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length) {
+                // The source ended, or the file system only says so (some do): reading will tell.
+                Ok(0) => break,
+                Ok(copied) => {
+                    done += copied as u64;
+                    job.statistics.copied_in_kernel += copied as u64;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    let error = io::Error::from(error);
+                    if !is_refusal(&error) {
+                        return Err(error);
+                    }
+                    self.not_in_kernel.insert(key);
+                }
+            }
+        }
+        if done < end {
             self.buffer.resize(BUFFER, 0);
         }
-        while done < request.length {
-            let want = usize::try_from((request.length - done).min(BUFFER as u64)).unwrap_or(BUFFER);
+        while done < end {
+            job.go_on()?;
+            let want = usize::try_from((end - done).min(BUFFER as u64)).unwrap_or(BUFFER);
             let bytes = &mut self.buffer[..want];
-            match source.read_at(bytes, request.src_offset + done) {
-                Ok(0) => return zero_tail(target, request, done),
+            match job.source.file.read_at(bytes, job.request.src_offset + done) {
+                Ok(0) => break,
                 Ok(length) => {
-                    target.write_all_at(&bytes[..length], request.offset + done)?;
+                    job.target.file.write_all_at(&bytes[..length], job.request.offset + done)?;
                     done += length as u64;
-                    statistics.copied_through_host += length as u64;
+                    job.statistics.copied_through_host += length as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(done)
     }
 }
 
-/// The source ended: the rest of the target reads as zero, and is there.
-fn zero_tail(target: &File, request: &Request, done: u64) -> io::Result<()> {
-    let (start, end) = (request.offset + done, request.offset + request.length);
-    let length = target.metadata()?.len();
-    zero::zero(target, start, end.min(length.max(start)) - start, false)?;
-    if length < end && target.metadata()?.is_file() {
-        retry(|| rustix::fs::ftruncate(target, end))?;
+impl Job<'_> {
+    /// Fails if the operator wants to stop.
+    fn go_on(&self) -> io::Result<()> {
+        if (self.interrupted)() {
+            return Err(io::Error::from_raw_os_error(libc::EINTR));
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// The next data at or after `done`: where it begins and ends. Without an answer of the file system all is data.
+    fn next_data(&self, done: u64, end: u64) -> (u64, u64) {
+        if end - done < SPARSE_MINIMUM || self.source.fixed_length {
+            return (done, end);
+        }
+        let base = self.request.src_offset;
+        let data = match rustix::fs::seek(&self.source.file, SeekFrom::Data(base + done)) {
+            Ok(data) => data.saturating_sub(base).clamp(done, end),
+            // Nothing but a hole up to the end of the file.
+            Err(rustix::io::Errno::NXIO) => return (end, end),
+            Err(_) => return (done, end),
+        };
+        match rustix::fs::seek(&self.source.file, SeekFrom::Hole(base + data)) {
+            Ok(hole) => (data, hole.saturating_sub(base).clamp(data, end)),
+            Err(_) => (data, end),
+        }
+    }
+
+    /// The bytes `from..to` of the copy read as zero. Past the end of the target they do already, whatever has been
+    /// written behind them by this copy.
+    fn zero(&mut self, from: u64, to: u64) -> io::Result<()> {
+        let start = self.request.offset + from;
+        let end = (self.request.offset + to).min(self.target.length);
+        if from >= to || start >= end {
+            return Ok(());
+        }
+        zero::zero(&self.target.file, start, end - start, false)?;
+        self.statistics.zeroed += end - start;
+        Ok(())
+    }
+
+    /// The target is as long as if every byte had been written.
+    fn extend(&self) -> io::Result<()> {
+        let end = self.request.offset + self.request.length;
+        if self.target.fixed_length || self.request.length == 0 || end <= self.target.length {
+            return Ok(());
+        }
+        if self.target.file.metadata()?.len() < end {
+            retry(|| rustix::fs::ftruncate(&self.target.file, end))?;
+        }
+        Ok(())
+    }
 }

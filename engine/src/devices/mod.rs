@@ -42,6 +42,12 @@ impl Device {
         Self { file, writable, length, max_length, fixed_length, dirty: false }
     }
 
+    /// What it may become at most, in bytes: a block device stays as long as it is.
+    #[must_use]
+    pub fn max_length(&self) -> u64 {
+        self.max_length
+    }
+
     /// Bytes up to `end` were written.
     fn written_to(&mut self, end: u64) {
         self.length = self.length.max(end);
@@ -54,6 +60,7 @@ impl Device {
 pub struct Devices {
     slots: [Option<Device>; MAX_CHAIN_DEVICES + 1],
     copier: Copier,
+    interrupted: Option<fn() -> bool>,
     statistics: Statistics,
 }
 
@@ -75,6 +82,11 @@ impl Devices {
         if let Some(place) = self.slots.get_mut(index(slot)) {
             *place = Some(device);
         }
+    }
+
+    /// What to ask whether the operator wants to stop, between the steps of a long copy: the copy then fails with EINTR.
+    pub fn stop_when(&mut self, interrupted: fn() -> bool) {
+        self.interrupted = Some(interrupted);
     }
 
     /// What was moved so far, and how.
@@ -146,9 +158,8 @@ impl Devices {
                 let (Some(source), Some(target)) = (source, target) else {
                     return Err(io::Error::from_raw_os_error(libc::ENODEV));
                 };
-                let files = (&source.file, &target.file);
-                let key = (batch.whole.src_device, device);
-                self.copier.copy(key, files, &batch.whole, &mut self.statistics)?;
+                let interrupted = self.interrupted.unwrap_or(|| false);
+                self.copier.copy((source, target), &batch.whole, interrupted, &mut self.statistics)?;
                 self.device_mut(device)?.written_to(end);
             }
             RequestOp::Zero => {
