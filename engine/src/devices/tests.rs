@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 
 use super::lock::{lock_read_only, lock_read_write};
 use super::*;
