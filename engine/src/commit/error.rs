@@ -1,6 +1,7 @@
 //! What a failure in the guest means for the operator.
 
 use crate::cli::CliError;
+use crate::devices::{Device, Devices};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
 use std::io;
@@ -24,11 +25,12 @@ pub struct GuestFailure {
 }
 
 impl GuestFailure {
-    /// What the guest reported. A code that is not known is nonsense.
+    /// What the guest reported. A code that is not known, or that is not for a guest to report, is nonsense.
     #[must_use]
     pub fn from_message(message: &CommitResultMessage) -> Self {
+        let code = ErrorCode::from_u32(message.error).filter(|&code| guest_may_report(code));
         Self {
-            code: ErrorCode::from_u32(message.error).unwrap_or(ErrorCode::GuestProtocol),
+            code: code.unwrap_or(ErrorCode::GuestProtocol),
             device: (message.error_device != u32::MAX).then_some(message.error_device),
             offset: (message.error_offset != u64::MAX).then_some(message.error_offset),
             errno: message.error_errno,
@@ -43,10 +45,43 @@ impl GuestFailure {
     }
 }
 
+/// Which files the guest changed, by what the devices did, and not by what the guest says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// The overlay was changed: emptying it had begun.
+    pub overlay: bool,
+    /// The backing was changed.
+    pub backing: bool,
+}
+
+impl Changed {
+    /// What became of these devices.
+    #[must_use]
+    pub fn of(devices: &Devices) -> Self {
+        let changed = |slot| devices.device(slot).is_some_and(Device::is_changed);
+        Self { overlay: changed(0), backing: changed(DEVICE_OUTPUT) }
+    }
+
+    /// The state of the files in one clause.
+    const fn clause(self) -> &'static str {
+        match (self.overlay, self.backing) {
+            (true, _) => "the backing is complete and the overlay reads as before; running the commit again empties it",
+            (false, true) => "the overlay is intact, and running the commit again finishes it",
+            (false, false) => "nothing was changed",
+        }
+    }
+}
+
+/// The text of an errno, without the number that Rust appends.
+fn errno_text(errno: u32) -> String {
+    let text = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0)).to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
 /// The line for a failure: the file, what is wrong, in which state the files are, what to do. `paths` are those of the
-/// slots, the overlay first; `changed` tells whether the guest had begun to change files.
+/// slots, the overlay first.
 #[must_use]
-pub fn map_commit_error(failure: &GuestFailure, paths: &[PathBuf], backing: &Path, changed: bool) -> CliError {
+pub fn map_commit_error(failure: &GuestFailure, paths: &[PathBuf], backing: &Path, changed: Changed) -> CliError {
     let overlay = paths.first().map_or(backing, PathBuf::as_path);
     let path = match failure.device {
         Some(DEVICE_OUTPUT) => backing,
@@ -56,18 +91,12 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &[PathBuf], backing: &Pat
     };
     let mut clause = failure.text.clone();
     if failure.errno != 0 {
-        let error = io::Error::from_raw_os_error(i32::try_from(failure.errno).unwrap_or(0));
-        clause = format!("{clause}: {error}");
+        clause = format!("{clause}: {}", errno_text(failure.errno));
     }
     if let Some(offset) = failure.offset.filter(|_| failure.device.is_some()) {
         clause = format!("{clause} (offset {offset})");
     }
-    let state = match failure.step.as_str() {
-        "check" | "plan" => "nothing was changed",
-        "empty" => "the backing is complete and the overlay reads as before; running the commit again empties it",
-        _ if changed => "the overlay is intact, and running the commit again finishes it",
-        _ => "nothing was changed",
-    };
+    let state = changed.clause();
     let advice = advice(failure.code).map_or(String::new(), |advice| format!("; {advice}"));
     CliError::image(path, failure.code, format!("{clause}; {state}{advice}"))
 }
@@ -78,6 +107,49 @@ fn side_is_backing(code: ErrorCode) -> bool {
         code,
         ErrorCode::BackingCorrupt | ErrorCode::BackingIo | ErrorCode::RefcountExhausted | ErrorCode::BackingTooSmall
     )
+}
+
+/// Whether a guest can know of such a failure. The others are the host's to find: scripts act upon them.
+fn guest_may_report(code: ErrorCode) -> bool {
+    match code {
+        ErrorCode::UnsupportedFormat
+        | ErrorCode::ExternalDataFile
+        | ErrorCode::LuksUnsupported
+        | ErrorCode::BackingTooSmall
+        | ErrorCode::OverlayLargerThanBacking
+        | ErrorCode::HeaderMismatch
+        | ErrorCode::OverlayCorrupt
+        | ErrorCode::BackingCorrupt
+        | ErrorCode::ScratchTooSmall
+        | ErrorCode::RefcountExhausted
+        | ErrorCode::ParseFailed
+        | ErrorCode::InternalOverflow
+        | ErrorCode::OverlayIo
+        | ErrorCode::BackingIo
+        | ErrorCode::NoSpace
+        | ErrorCode::GuestProtocol
+        | ErrorCode::PluginRefused
+        | ErrorCode::NotImplemented => true,
+        ErrorCode::Ok
+        | ErrorCode::NoBacking
+        | ErrorCode::ImageInUse
+        | ErrorCode::GuestFault
+        | ErrorCode::GuestPanic
+        | ErrorCode::GuestStalled
+        | ErrorCode::WriteTargetNotAllowed
+        | ErrorCode::OverlayNotFound
+        | ErrorCode::BackingNotFound
+        | ErrorCode::NotInChain
+        | ErrorCode::ChainTooDeep
+        | ErrorCode::ChainLoop
+        | ErrorCode::KvmMissing
+        | ErrorCode::KvmPermission
+        | ErrorCode::KvmUnusable
+        | ErrorCode::PluginUnavailable
+        | ErrorCode::FormatMismatch
+        | ErrorCode::OpenFailed
+        | ErrorCode::Interrupted => false,
+    }
 }
 
 /// What the operator can do. There is no catch-all arm: a new code has to be thought about here.
@@ -138,7 +210,12 @@ mod tests {
         let paths = [PathBuf::from("over\nlay"), PathBuf::from("below")];
         for &code in ErrorCode::ALL {
             for device in [None, Some(0), Some(1), Some(DEVICE_OUTPUT), Some(77)] {
-                let error = map_commit_error(&failure(code, device, "write"), &paths, Path::new("base"), true);
+                let error = map_commit_error(
+                    &failure(code, device, "write"),
+                    &paths,
+                    Path::new("base"),
+                    Changed { overlay: false, backing: true },
+                );
                 assert_eq!(error.code, code);
                 assert!(!error.message.contains('\n'), "{}", error.message);
                 let named = ["over", "below", "base"].iter().any(|name| error.message.contains(name));
@@ -150,15 +227,28 @@ mod tests {
     #[test]
     fn the_line_names_device_offset_errno_and_state() {
         let paths = [PathBuf::from("overlay")];
-        let line = |device, step, changed| {
-            let failure = failure(ErrorCode::NoSpace, Some(device), step);
-            map_commit_error(&failure, &paths, Path::new("base"), changed).message
+        let line = |device, overlay, backing| {
+            let failure = failure(ErrorCode::NoSpace, Some(device), "write");
+            map_commit_error(&failure, &paths, Path::new("base"), Changed { overlay, backing }).message
         };
-        let written = line(DEVICE_OUTPUT, "write", true);
+        let written = line(DEVICE_OUTPUT, false, true);
         for word in ["'base'", "offset 4096", "No space left on device", "overlay is intact", "again finishes"] {
             assert!(written.contains(word), "{written} lacks {word}");
         }
-        assert!(line(0, "plan", false).contains("nothing was changed"));
-        assert!(line(0, "empty", true).contains("backing is complete"));
+        assert!(!written.contains("os error"), "{written}");
+        assert!(line(0, false, false).contains("nothing was changed"));
+        assert!(line(0, true, true).contains("backing is complete"));
+    }
+
+    #[test]
+    fn what_only_the_host_can_see_a_guest_may_not_report() {
+        for &code in ErrorCode::ALL {
+            let message = CommitResultMessage { error: code.number(), ..CommitResultMessage::default() };
+            let reported = GuestFailure::from_message(&message).code;
+            assert_eq!(reported, if guest_may_report(code) { code } else { ErrorCode::GuestProtocol });
+        }
+        assert!(!guest_may_report(ErrorCode::ImageInUse) && guest_may_report(ErrorCode::NoSpace));
+        let unknown = CommitResultMessage { error: 12345, ..CommitResultMessage::default() };
+        assert_eq!(GuestFailure::from_message(&unknown).code, ErrorCode::GuestProtocol);
     }
 }

@@ -1,6 +1,6 @@
 //! Running the guest of a commit: devices, modules, and what came of it.
 
-use super::error::{map_commit_error, GuestFailure};
+use super::error::{map_commit_error, Changed, GuestFailure};
 use super::handler::CommitHandler;
 use crate::chain::ChainImage;
 use crate::cli::CliError;
@@ -132,6 +132,6 @@ pub fn run_commit_guest(
         (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
         (Err(error), _) => GuestFailure::ended(error.code(), error.to_string()),
     };
-    let changed = handler.plan.is_some();
+    let changed = Changed::of(&handler.devices);
     Err(map_commit_error(&failure, &paths, &backing_path, changed))
 }

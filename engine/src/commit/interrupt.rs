@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM: the guest is ended between two requests, where the files are consistent.
+//! SIGINT, SIGTERM and SIGHUP: the guest is ended between two requests, where the files are consistent.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,14 +8,19 @@ extern "C" fn note(_: libc::c_int) {
     RECEIVED.store(true, Ordering::Relaxed);
 }
 
-/// From now on, SIGINT and SIGTERM are noted instead of ending the process. A second one has the same effect.
+/// From now on, the first SIGINT, SIGTERM or SIGHUP of each kind is noted; a second one ends the process at once. What the
+/// process was started to ignore stays ignored. Long system calls return, so that the note is seen.
 pub fn install() {
-    for signal in [libc::SIGINT, libc::SIGTERM] {
-        // SAFETY: `action` is a valid sigaction whose handler only stores to an atomic.
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: `action` and `old` are valid sigactions; the handler only stores to an atomic.
         unsafe {
+            let mut old: libc::sigaction = std::mem::zeroed();
+            if libc::sigaction(signal, std::ptr::null(), &raw mut old) != 0 || old.sa_sigaction == libc::SIG_IGN {
+                continue;
+            }
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = note as extern "C" fn(libc::c_int) as usize;
-            action.sa_flags = libc::SA_RESTART;
+            action.sa_flags = libc::SA_RESETHAND;
             libc::sigemptyset(&raw mut action.sa_mask);
             libc::sigaction(signal, &raw const action, std::ptr::null_mut());
         }

@@ -10,7 +10,7 @@ mod interrupt;
 mod render;
 mod timing;
 
-pub use error::{map_commit_error, GuestFailure};
+pub use error::{map_commit_error, Changed, GuestFailure};
 pub use guest::{open_chain_devices_rw, run_commit_guest, GuestRun};
 pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose};
 pub use timing::Timing;

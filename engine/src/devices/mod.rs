@@ -32,6 +32,8 @@ pub struct Device {
     fixed_length: bool,
     /// Something was written since the last flush.
     dirty: bool,
+    /// Something was written at all.
+    changed: bool,
 }
 
 impl Device {
@@ -39,7 +41,7 @@ impl Device {
     #[must_use]
     pub fn new(file: File, writable: bool, length: u64, max_length: u64, fixed_length: bool) -> Self {
         let max_length = if fixed_length { length } else { max_length.max(length) };
-        Self { file, writable, length, max_length, fixed_length, dirty: false }
+        Self { file, writable, length, max_length, fixed_length, dirty: false, changed: false }
     }
 
     /// What it may become at most, in bytes: a block device stays as long as it is.
@@ -48,10 +50,21 @@ impl Device {
         self.max_length
     }
 
+    /// Whether the guest changed it, or tried to.
+    #[must_use]
+    pub fn is_changed(&self) -> bool {
+        self.changed
+    }
+
+    /// It is about to be changed: whether or not that succeeds, it may be.
+    fn touch(&mut self) {
+        self.dirty = true;
+        self.changed = true;
+    }
+
     /// Bytes up to `end` were written.
     fn written_to(&mut self, end: u64) {
         self.length = self.length.max(end);
-        self.dirty = true;
     }
 }
 
@@ -95,7 +108,9 @@ impl Devices {
         &self.statistics
     }
 
-    fn device(&self, number: u32) -> Option<&Device> {
+    /// The device of this number.
+    #[must_use]
+    pub fn device(&self, number: u32) -> Option<&Device> {
         self.slots.get(index(number))?.as_ref()
     }
 
@@ -145,14 +160,13 @@ impl Devices {
             }
             RequestOp::Write => {
                 let target = self.device_mut(device)?;
-                // Dirty even if it fails half-way.
-                target.dirty = true;
+                target.touch();
                 transfer::write(&target.file, memory, batch)?;
                 target.written_to(end);
                 self.statistics.written += length;
             }
             RequestOp::Copy => {
-                self.device_mut(device)?.dirty = true;
+                self.device_mut(device)?.touch();
                 let slot = |number| self.slots.get(index(number)).and_then(Option::as_ref);
                 let (source, target) = (slot(batch.whole.src_device), slot(device));
                 let (Some(source), Some(target)) = (source, target) else {
@@ -164,7 +178,7 @@ impl Devices {
             }
             RequestOp::Zero => {
                 let target = self.device_mut(device)?;
-                target.dirty = true;
+                target.touch();
                 let length = length.min(target.length.saturating_sub(offset));
                 zero::zero(&target.file, offset, length, batch.whole.flags & request_flags::DISCARD != 0)?;
                 self.statistics.zeroed += length;
@@ -180,7 +194,7 @@ impl Devices {
             RequestOp::SetLength => {
                 let target = self.device_mut(device)?;
                 if !target.fixed_length {
-                    target.dirty = true;
+                    target.touch();
                     retry(|| rustix::fs::ftruncate(&target.file, offset))?;
                     target.length = offset;
                 }
