@@ -9,7 +9,7 @@ use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{BackingPointer, ImageFacts};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What the operator says about the backing.
 #[derive(Clone, Copy, Debug)]
@@ -48,11 +48,7 @@ pub fn resolve_backing<'r>(
             })?;
             OpenedFile::located(&located, Access::ReadWrite)?
         }
-        Some(base) => {
-            let target = directory.join(base);
-            check_parent(registry, overlay, pointer, &target, choice.gate)?;
-            OpenedFile::named(&target, Access::ReadWrite, ErrorCode::BackingNotFound)?
-        }
+        Some(base) => open_base(registry, overlay, pointer, &directory.join(base), choice.gate)?,
     };
     let same = opened.identity == overlay.opened.identity;
     if same {
@@ -72,27 +68,31 @@ fn identity(path: &Path) -> Option<Identity> {
     std::fs::metadata(path).ok().map(|metadata| Identity::of(&metadata))
 }
 
-/// `-b` must name the overlay's immediate parent.
-fn check_parent(
+/// Open the file that `-b` names, which must be the overlay's immediate parent: the file that is open is compared, so that
+/// nobody can put another one in its place.
+fn open_base(
     registry: &Registry,
     overlay: &ChainImage<'_>,
     pointer: &BackingPointer,
     target: &Path,
     gate: &Gate,
-) -> Result<(), CliError> {
-    let missing = std::fs::symlink_metadata(target).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
-    if missing {
-        return Err(CliError::image(target, ErrorCode::BackingNotFound, "does not exist"));
-    }
-    let recorded = OsStr::from_bytes(&pointer.name);
-    // The recorded name is only compared here, by what it leads to; what is opened is the operator's own name.
-    let parent = overlay.opened.directory().join(recorded);
-    let wanted = identity(target);
-    if !is_protocol(&pointer.name) && wanted.is_some() && wanted == identity(&parent) {
-        return Ok(());
-    }
+) -> Result<OpenedFile, CliError> {
     let name = escape_bytes(&pointer.name);
-    if wanted.is_some_and(|wanted| is_deeper(registry, overlay, &parent, wanted, gate)) {
+    let opened = match OpenedFile::named(target, Access::ReadWrite, ErrorCode::BackingNotFound) {
+        Err(error) if error.code == ErrorCode::BackingNotFound => {
+            let clause = format!(
+                "does not exist (a relative name begins at the overlay's directory); the overlay's immediate parent is {name}"
+            );
+            return Err(CliError::image(target, error.code, clause));
+        }
+        other => other?,
+    };
+    // The recorded name is only compared here, by what it leads to; what is opened is the operator's own name.
+    let parent = overlay.opened.directory().join(OsStr::from_bytes(&pointer.name));
+    if !is_protocol(&pointer.name) && identity(&parent) == Some(opened.identity) {
+        return Ok(opened);
+    }
+    if is_deeper(registry, overlay, opened.identity, gate) {
         let clause = format!(
             "committing into a deeper ancestor is not there yet: the overlay's immediate parent is {name}; commit into that"
         );
@@ -102,20 +102,20 @@ fn check_parent(
     Err(CliError::image(target, ErrorCode::NotInChain, clause))
 }
 
-/// Whether `wanted` lies below the overlay's parent. Whatever cannot be followed ends the search.
-fn is_deeper(registry: &Registry, overlay: &ChainImage<'_>, parent: &Path, wanted: Identity, gate: &Gate) -> bool {
-    let mut format = recorded_format(&overlay.facts).map(<[u8]>::to_vec);
-    let mut next: Option<PathBuf> = Some(parent.to_owned());
+/// Whether `wanted` lies below the overlay's parent. Whatever may not, or cannot, be followed ends the search.
+fn is_deeper(registry: &Registry, overlay: &ChainImage<'_>, wanted: Identity, gate: &Gate) -> bool {
+    let mut directory = overlay.opened.directory();
+    let mut facts = overlay.facts.clone();
     for _ in 0..instar_guest_abi::MAX_CHAIN_DEVICES {
-        let Some(path) = next.take() else { return false };
-        let Ok(opened) = OpenedFile::named(&path, Access::ReadOnly, ErrorCode::BackingNotFound) else { return false };
+        let Some(pointer) = facts.backing.as_ref().into_option() else { return false };
+        let Ok(located) = gate.locate(&directory, &pointer.name) else { return false };
+        let Ok(opened) = OpenedFile::located(&located, Access::ReadOnly) else { return false };
         if opened.identity == wanted {
             return true;
         }
-        let Ok(image) = opened.identify_recorded(registry, format.as_deref()) else { return false };
-        format = recorded_format(&image.facts).map(<[u8]>::to_vec);
-        let Some(pointer) = image.facts.backing.as_ref().into_option() else { return false };
-        next = gate.locate(&image.opened.directory(), &pointer.name).ok().map(|located| located.path());
+        directory = opened.directory();
+        let Ok(image) = opened.identify_recorded(registry, recorded_format(&facts)) else { return false };
+        facts = image.facts;
     }
     false
 }

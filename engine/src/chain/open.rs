@@ -136,7 +136,7 @@ impl OpenedFile {
         match locked {
             Ok(()) => Ok(self),
             Err(error) => {
-                let clause = format!("{error}: is another process using the image [{}]?", escape_path(&self.path));
+                let clause = format!("{error}: Is another process using the image [{}]?", escape_path(&self.path));
                 Err(CliError::image(&self.path, ErrorCode::ImageInUse, clause))
             }
         }

@@ -77,6 +77,11 @@ fn normalise(path: &Path) -> Option<PathBuf> {
     Some(plain)
 }
 
+/// Whether a relative path leaves its start on its way.
+fn climbs(path: &Path) -> bool {
+    path.is_relative() && normalise(path).is_none()
+}
+
 /// Whether a name begins with a protocol, as QEMU sees it: a colon before the first slash.
 #[must_use]
 pub fn is_protocol(name: &[u8]) -> bool {
@@ -100,6 +105,15 @@ impl Gate {
         Ok(Self { allowed: all })
     }
 
+    /// The same gate, that also lets names into this directory (an absolute path).
+    #[must_use]
+    pub fn with(&self, directory: &Path) -> Self {
+        let mut allowed = self.allowed.clone();
+        allowed.push(directory.to_owned());
+        allowed.extend(directory.canonicalize().ok());
+        Self { allowed }
+    }
+
     /// Decide where the name that an image in `directory` (an absolute path) records leads.
     ///
     /// # Errors
@@ -121,7 +135,9 @@ impl Gate {
         }
         let real = directory.canonicalize().ok();
         let roots = || std::iter::once(directory).chain(real.as_deref());
-        let whole = if path.is_absolute() { path.to_owned() } else { directory.join(path) };
+        // Behind a link, `..` leads to the parent of the real directory: names that climb are resolved from that one.
+        let start = if climbs(path) { real.as_deref().unwrap_or(directory) } else { directory };
+        let whole = if path.is_absolute() { path.to_owned() } else { start.join(path) };
         let Some(whole) = normalise(&whole).map(|plain| Path::new("/").join(plain)) else {
             return refused("climbs above the root directory");
         };
@@ -199,6 +215,24 @@ mod tests {
         assert_eq!(locate("/no/vm", "../base/b", &["/no/base"]), Ok(PathBuf::from("/no/base/b")));
         assert_eq!(locate("/no/vm", "/no/base/x/b", &["/no/base"]), Ok(PathBuf::from("/no/base/x/b")));
         assert!(locate("/no/vm", "/no/base2/b", &["/no/base"]).is_err());
+    }
+
+    #[test]
+    fn a_directory_behind_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        for sub in ["data/vm", "data/images", "images"] {
+            std::fs::create_dir_all(root.join(sub)).unwrap();
+        }
+        std::os::unix::fs::symlink("data/vm", root.join("link")).unwrap();
+        let gate = Gate::new(&[root.join("images"), root.join("data/images")]).unwrap();
+        let located = |name: &str| gate.locate(&root.join("link"), name.as_bytes()).map(|located| located.path());
+        assert_eq!(located("../images/base"), Ok(root.join("data/images/base")));
+        assert_eq!(located("base"), Ok(root.join("link/base")));
+        for name in ["link/base", "data/vm/base"] {
+            assert!(located(root.join(name).to_str().unwrap()).is_ok(), "{name}");
+        }
+        assert!(gate.with(&root.join("data")).locate(&root.join("link"), b"../base").is_ok());
     }
 
     #[test]

@@ -105,6 +105,8 @@ pub fn run_commit(request: &CommitRequest) -> Result<CommitRunResult, CliError> 
     let overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
     let choice = BackingChoice { base: request.base.as_deref(), gate: &gate };
     let backing = resolve_backing(&registry, &overlay, choice)?;
+    // Where the overlay's own backing may lie, that backing's ancestors may, too.
+    let gate = gate.with(&overlay.opened.directory());
     let ancestors = discover_backing_chain(&registry, &overlay, &backing, &gate)?;
     timing.mark("chain opened, locked and probed");
 

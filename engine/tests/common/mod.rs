@@ -2,6 +2,8 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod lab;
+
 use instar_engine::plugins::{Registry, SearchPath};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
