@@ -5,12 +5,13 @@
 mod common;
 
 use common::lab::{Lab, LoopDevice, MIB};
+use instar_engine::chain::{Access, OpenedFile};
 use instar_guest_abi::ErrorCode;
 use serde_json::Value;
 use std::fs::read;
 use std::os::unix::fs::symlink;
-use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 use tempfile::TempDir;
 
 #[test]
@@ -292,5 +293,67 @@ fn verbose_tells_what_was_done() {
         assert!(outcome.stderr.contains(words), "{words}: {}", outcome.stderr);
     }
     assert_eq!(outcome.stdout, "Image committed.\n");
-    assert!(Path::new("/dev/kvm").exists());
+    // A refusal as well.
+    let outcome = lab.instar(&["-v", "base"]);
+    assert!(outcome.status == 1 && outcome.stderr.contains("instar: overlay "), "{}", outcome.stderr);
+    assert!(outcome.stderr.lines().last().unwrap().contains("no recorded backing file"));
+}
+
+#[test]
+fn what_is_locked_here_qemu_refuses() {
+    let lab = Lab::pair();
+    let qemu_io = |arguments: &[&str]| {
+        let output = Command::new("qemu-io").args(arguments).current_dir(lab.dir.path()).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        !String::from_utf8_lossy(&text).contains("lock")
+    };
+    for (access, others_read) in [(Access::ReadWrite, false), (Access::ReadOnly, true)] {
+        let image = OpenedFile::named(&lab.path("base"), access, ErrorCode::OpenFailed).unwrap();
+        let image = image.lock(access).unwrap();
+        assert!(!qemu_io(&["-c", "read 0 512", "base"]));
+        assert_eq!(qemu_io(&["-r", "-c", "read 0 512", "base"]), others_read);
+        drop(image);
+        assert!(qemu_io(&["-c", "read 0 512", "base"]));
+    }
+}
+
+#[test]
+fn a_signal_stops_at_a_safe_point() {
+    let lab = Lab::new();
+    lab.create("base", None, 2 << 30);
+    lab.create("top", Some("base"), 2 << 30);
+    // Scattered, so that there is something to do.
+    let writes: Vec<String> = (0..400).map(|i| format!("write -P {} {}k 64k", i % 250 + 1, i * 4096)).collect();
+    lab.io("top", &writes.iter().map(String::as_str).collect::<Vec<_>>());
+    lab.qemu_img(&["convert", "-O", "raw", "top", "want"]);
+    let mut stopped = 0;
+    for delay in [15, 20, 25, 30, 40, 60] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_instar"));
+        command.args(["commit", "--output", "json", "--plugin-dir"]).arg(lab.plugins().path()).arg("top");
+        command.current_dir(lab.dir.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(delay));
+        let pid = i32::try_from(child.id()).unwrap();
+        // SAFETY: sends a signal to a child that has not been waited for.
+        unsafe { libc::kill(pid, libc::SIGINT) };
+        let output = child.wait_with_output().unwrap();
+        // A signal before the program listens ends it at once.
+        if output.status.code() == Some(1) {
+            let value: Value = serde_json::from_slice(&output.stderr).unwrap();
+            assert_eq!(value["error"]["name"], "ERROR_INTERRUPTED");
+            stopped += 1;
+        }
+        lab.qemu_img(&["compare", "-q", "top", "want"]);
+        for image in ["base", "top"] {
+            let mut check = Command::new("qemu-img");
+            let status = check.args(["check", "-q", image]).current_dir(lab.dir.path()).stdout(Stdio::null()).status();
+            // 3: leaks, and no errors.
+            assert!(matches!(status.unwrap().code(), Some(0 | 3)), "{image}");
+        }
+    }
+    eprintln!("{stopped} commits were stopped");
+    assert_eq!(lab.instar(&["top"]).status, 0);
+    for image in ["base", "top"] {
+        lab.qemu_img(&["compare", "-q", image, "want"]);
+    }
 }

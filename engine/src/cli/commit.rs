@@ -3,7 +3,7 @@
 use super::output::OutputFormat;
 use super::size::parse_size;
 use super::{print_error, CliError};
-use crate::commit::{render_commit_success, render_dry_run, render_verbose, run_commit, CommitRequest};
+use crate::commit::{render_commit_success, render_dry_run, render_notes, render_verbose, run_commit, CommitRequest};
 use clap::{Args, ValueEnum};
 use instar_guest_abi::ErrorCode;
 use std::io::Write;
@@ -111,7 +111,12 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
         allowed_directories: args.allow_backing_dir.clone(),
         plugin_directories: args.plugin_dir.clone(),
     };
-    let result = run_commit(&request)?;
+    let mut notes = Vec::new();
+    let result = run_commit(&request, &mut notes);
+    if args.verbose {
+        eprint!("{}", render_notes(&notes));
+    }
+    let result = result?;
     if args.verbose {
         eprint!("{}", render_verbose(&result));
     }

@@ -12,15 +12,16 @@ mod timing;
 
 pub use error::{map_commit_error, Changed, GuestFailure};
 pub use guest::{open_chain_devices_rw, run_commit_guest, GuestRun};
-pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose};
+pub use render::{render_commit_error, render_commit_success, render_dry_run, render_notes, render_verbose};
 pub use timing::Timing;
 
 use crate::chain::write_target::Gate;
 use crate::chain::{discover_backing_chain, resolve_backing, Access, BackingChoice, ChainImage, OpenedFile};
+use crate::cli::escape::escape_path;
 use crate::cli::CliError;
 use crate::plugins::{Registry, SearchPath};
 use instar_guest_abi::{commit_flags, ErrorCode};
-use instar_plugin_api::{CommitRole, ImageFacts};
+use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
 use std::path::{Path, PathBuf};
 
 /// What the operator asks for.
@@ -63,8 +64,6 @@ pub struct CommitRunResult {
     pub dry_run: bool,
     /// What the virtual machine did.
     pub run: GuestRun,
-    /// Lines for `-v` about what was loaded and resolved.
-    pub notes: Vec<String>,
     /// How long each part took.
     pub timing: Timing,
 }
@@ -82,11 +81,12 @@ pub fn probe_commit_target<'r>(
     opened.identify_as(registry, format_hint)
 }
 
-/// Commit an overlay into its backing.
+/// Commit an overlay into its backing. `notes` takes the lines for `-v` about what was loaded and resolved, also of a
+/// commit that is refused.
 ///
 /// # Errors
 /// One line that names the file and what to do.
-pub fn run_commit(request: &CommitRequest) -> Result<CommitRunResult, CliError> {
+pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<CommitRunResult, CliError> {
     let mut timing = Timing::start();
     interrupt::install();
     let path = std::path::absolute(&request.overlay).map_err(|error| {
@@ -100,18 +100,25 @@ pub fn run_commit(request: &CommitRequest) -> Result<CommitRunResult, CliError> 
         )
     })?;
     let registry = Registry::load(&SearchPath::for_process(&request.plugin_directories));
+    note_plugins(&registry, notes);
     timing.mark("plugins loaded");
 
     let overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
+    note_image("overlay", &overlay, notes);
     let choice = BackingChoice { base: request.base.as_deref(), gate: &gate };
     let backing = resolve_backing(&registry, &overlay, choice)?;
+    note_image("backing", &backing, notes);
     // Where the overlay's own backing may lie, that backing's ancestors may, too.
     let gate = gate.with(&overlay.opened.directory());
     let ancestors = discover_backing_chain(&registry, &overlay, &backing, &gate)?;
+    ancestors.iter().for_each(|ancestor| note_image("below it", ancestor, notes));
+    notes.push(
+        "confinement: the metadata is handled in the virtual machine; the host process itself is not confined yet"
+            .into(),
+    );
     timing.mark("chain opened, locked and probed");
 
     let max_length = verdict(&overlay, &backing, &ancestors)?;
-    let notes = notes(&registry, &overlay, &backing, &ancestors);
     let mut result = CommitRunResult {
         overlay: path,
         overlay_format: overlay.facts.format.to_string(),
@@ -122,7 +129,6 @@ pub fn run_commit(request: &CommitRequest) -> Result<CommitRunResult, CliError> 
         overlay_clusters_cleared: 0,
         dry_run: request.dry_run,
         run: GuestRun::default(),
-        notes,
         timing,
     };
     let keep = if request.keep_overlay { commit_flags::KEEP_OVERLAY } else { 0 };
@@ -139,6 +145,15 @@ pub fn run_commit(request: &CommitRequest) -> Result<CommitRunResult, CliError> 
 /// Sizes, then the plugins. Returns how long the backing may become in bytes.
 fn verdict(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, ancestors: &[ChainImage<'_>]) -> Result<u64, CliError> {
     let ask = |image: &ChainImage<'_>, role: CommitRole, other: &ImageFacts| {
+        let (needed, part) = match role {
+            CommitRole::Overlay => (ROLE_SOURCE, "committed"),
+            CommitRole::Backing => (ROLE_SINK, "committed into"),
+            CommitRole::Ancestor => (ROLE_SOURCE, "read below a backing"),
+        };
+        if image.plugin.roles() & needed == 0 {
+            let clause = format!("an image cannot be {part} with this version of the {} plugin", image.plugin.name());
+            return Err(CliError::image(&image.opened.path, ErrorCode::UnsupportedFormat, clause));
+        }
         let verdict = image.plugin.verdict(role, &image.facts, other);
         match ErrorCode::from_u32(verdict.code) {
             Some(ErrorCode::Ok) => Ok(verdict.max_length),
@@ -164,32 +179,16 @@ fn verdict(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, ancestors: &[Chai
     Ok(max_length.max(backing.facts.file_length))
 }
 
-fn notes(
-    registry: &Registry,
-    overlay: &ChainImage<'_>,
-    backing: &ChainImage<'_>,
-    ancestors: &[ChainImage<'_>],
-) -> Vec<String> {
-    use crate::cli::escape::escape_path;
-    let mut notes = Vec::new();
+fn note_plugins(registry: &Registry, notes: &mut Vec<String>) {
     for plugin in registry.plugins() {
         notes.push(format!("plugin {} {} from {}", plugin.name(), plugin.version(), escape_path(plugin.path())));
     }
     for skipped in registry.skipped() {
         notes.push(format!("plugin skipped: {}: {}", escape_path(&skipped.path), skipped.reason));
     }
-    let mut image = |role: &str, image: &ChainImage<'_>| {
-        let (format, size) = (image.facts.format.as_str(), image.facts.virtual_size);
-        notes.push(format!("{role} {} ({format}, {size} bytes)", escape_path(&image.opened.path)));
-    };
-    image("overlay", overlay);
-    image("backing", backing);
-    for ancestor in ancestors {
-        image("below it", ancestor);
-    }
-    notes.push(
-        "confinement: the metadata is handled in the virtual machine; the host process itself is not confined yet"
-            .into(),
-    );
-    notes
+}
+
+fn note_image(role: &str, image: &ChainImage<'_>, notes: &mut Vec<String>) {
+    let (format, size) = (image.facts.format.as_str(), image.facts.virtual_size);
+    notes.push(format!("{role} {} ({format}, {size} bytes)", escape_path(&image.opened.path)));
 }

@@ -83,7 +83,13 @@ pub fn render_commit_error(error: &CliError, output: OutputFormat) -> String {
     }
 }
 
-/// The lines of `-v`.
+/// Lines of `-v` about what was loaded and resolved.
+#[must_use]
+pub fn render_notes(notes: &[String]) -> String {
+    notes.iter().fold(String::new(), |text, note| text + "instar: " + &printable(note) + "\n")
+}
+
+/// Lines of `-v` about what was measured.
 #[must_use]
 pub fn render_verbose(result: &CommitRunResult) -> String {
     let mut text = String::new();
@@ -91,7 +97,6 @@ pub fn render_verbose(result: &CommitRunResult) -> String {
     let mut line = |line: String| {
         let _ = writeln!(text, "instar: {}", printable(&line));
     };
-    result.notes.iter().for_each(|note| line(note.clone()));
     for (part, time) in result.timing.parts() {
         line(format!("time: {:.3} ms {part}", ms(*time)));
     }

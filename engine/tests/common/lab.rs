@@ -37,6 +37,10 @@ impl Lab {
         lab
     }
 
+    pub fn plugins(&self) -> &PluginDir {
+        &self.plugins
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
