@@ -39,11 +39,6 @@ def snapshot_in_overlay(pair):
     support.qemu_img("snapshot", "-c", "before", pair.top)
 
 
-def snapshot_in_backing(pair):
-    pair.make(base=["write -P 9 0 2M"], top=TOP)
-    support.qemu_img("snapshot", "-c", "before", pair.base)
-
-
 def bitmap_in_overlay(pair):
     pair.make(top=TOP)
     support.qemu_img("bitmap", "--add", pair.top, "dirty")
@@ -106,7 +101,6 @@ TABLE = [
     (extended_l2_overlay, "top", UNSUPPORTED, "extended L2"),
     (extended_l2_backing, "base", UNSUPPORTED, "extended L2"),
     (snapshot_in_overlay, "top", UNSUPPORTED, "snapshot"),
-    (snapshot_in_backing, "base", UNSUPPORTED, "snapshot"),
     (bitmap_in_overlay, "top", UNSUPPORTED, "bitmap"),
     (bitmap_in_backing, "base", UNSUPPORTED, "bitmap"),
     (luks_overlay, "top", LUKS, "encrypt"),

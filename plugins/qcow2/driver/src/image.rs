@@ -107,7 +107,7 @@ impl Image {
         if header.has(incompatible::DIRTY) {
             return refused(ErrorCode::UnsupportedFormat, 72, "the image was not closed cleanly (dirty bit)");
         }
-        if header.snapshots != 0 {
+        if header.snapshots != 0 && self.role == Role::Source {
             return refused(ErrorCode::UnsupportedFormat, 60, "the image has internal snapshots");
         }
         if header.bitmaps().is_some_and(|b| b.count > 0) {

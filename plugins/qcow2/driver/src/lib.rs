@@ -8,6 +8,7 @@
 //! * [`cluster_set`]: which host clusters are referenced, in bounded memory;
 //! * [`refcounts`]: looking refcounts up through the refcount table;
 //! * [`scan`]: walking a whole table once;
+//! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`source`], [`check`], [`empty`]: the source role;
 //! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role.
 #![no_std]
@@ -25,6 +26,7 @@ pub mod refcounts;
 pub mod scan;
 pub mod sink;
 pub mod slice_cache;
+pub mod snapshots;
 pub mod source;
 pub mod write;
 

@@ -1,14 +1,16 @@
 //! Which clusters of a backing are metadata: data must never be written there.
 
 use crate::image::Image;
-use crate::scan::{scan_l1_table, scan_refcount_table};
+use crate::scan::{scan_l1_at, scan_l1_table, scan_refcount_table};
+use crate::snapshots::Snapshots;
 use alloc::format;
+use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::HostCluster;
 
-/// Header, L1 table, refcount table and blocks, and all L2 tables of an image.
+/// Header, L1 tables, refcount table and blocks, snapshot table, and all L2 tables of an image.
 #[derive(Debug)]
 pub struct MetadataMap {
     /// First and last cluster of each structure, sorted.
@@ -28,22 +30,45 @@ impl MetadataMap {
             let first = size.host_cluster(offset).0;
             (first, first + size.count_for(bytes).max(1) - 1)
         };
-        let mut ranges = Vec::new();
-        ranges.push((0, 0));
-        ranges.push(span(header.refcount_table, header.refcount_table_bytes()));
+        let mut ranges = vec![(0, 0), span(header.refcount_table, header.refcount_table_bytes())];
         if header.l1_entries != 0 {
             ranges.push(span(header.l1_table, header.l1_bytes()));
         }
-        let room = io.heap_free() / 2 / core::mem::size_of::<(u64, u64)>();
-        let mut push = |range: (u64, u64)| {
-            if ranges.len() >= room / 2 {
+        let snapshots = Snapshots::read(io, image)?;
+        if snapshots.table_bytes != 0 {
+            ranges.push(span(header.snapshot_table, snapshots.table_bytes));
+        }
+        for snapshot in snapshots.entries.iter().filter(|snapshot| snapshot.l1_entries != 0) {
+            ranges.push(span(snapshot.l1_table, u64::from(snapshot.l1_entries) * 8));
+        }
+        let room = io.heap_free() / 4 / core::mem::size_of::<(u64, u64)>();
+        let push = |ranges: &mut Vec<(u64, u64)>, range: (u64, u64)| {
+            if ranges.len() >= room {
                 return Err(DriverError::new(ErrorCode::ScratchTooSmall, "the image has too many tables"));
             }
             ranges.push(range);
             Ok(())
         };
-        scan_refcount_table(io, image, &mut |_, _, block| push(span(block, 1)))?;
-        scan_l1_table(io, image, &mut |_, _, table| push(span(table, 1)))?;
+        scan_refcount_table(io, image, &mut |_, _, block| push(&mut ranges, span(block, 1)))?;
+        scan_l1_table(io, image, &mut |_, _, table| push(&mut ranges, span(table, 1)))?;
+        // A snapshot shares its L2 tables with the active state, and with other snapshots, until they are written to.
+        let mut shared = Vec::new();
+        for snapshot in &snapshots.entries {
+            let entries = u64::from(snapshot.l1_entries);
+            scan_l1_at(io, image, snapshot.l1_table, entries, &mut |_, _, table| push(&mut shared, span(table, 1)))?;
+            shared.sort_unstable();
+            shared.dedup();
+        }
+        if !shared.is_empty() {
+            let mut active: Vec<u64> = Vec::new();
+            scan_l1_table(io, image, &mut |_, _, table| {
+                active.push(size.host_cluster(table).0);
+                Ok(())
+            })?;
+            active.sort_unstable();
+            shared.retain(|range| active.binary_search(&range.0).is_err());
+            ranges.append(&mut shared);
+        }
         ranges.sort_unstable();
         for pair in ranges.windows(2) {
             if pair[1].0 <= pair[0].1 {

@@ -14,7 +14,7 @@ use instar_guest_sdk::abi::PlanSummary;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
 
-/// A cluster of the backing that must be owned by one reference alone.
+/// A cluster of the backing that an entry refers to.
 struct Owned {
     cluster: HostCluster,
     copied: bool,
@@ -40,8 +40,7 @@ impl Qcow2Sink {
             let Some(first) = group.first() else { continue };
             let (l1_at, table_index) = self.l1_position(first.cluster);
             let table = self.l2_table(first.cluster)?;
-            let new_table_index = self.planned.last_table != Some(table_index);
-            if let (Some((offset, copied)), true) = (table, new_table_index) {
+            if let (Some((offset, copied)), true) = (table, self.planned.last_table != Some(table_index)) {
                 owned.push(Owned { cluster: self.image.host_cluster(offset), copied, at: l1_at });
                 self.planned.last_table = Some(table_index);
             }
@@ -58,14 +57,17 @@ impl Qcow2Sink {
                 }
             }
             self.planned.last_cluster = Some(first.cluster);
-            match self.action(group, (entry, at))? {
-                Action::Allocate(_) => self.planned.new_data += 1,
-                Action::MakeZero(..) => {}
-                Action::Nothing | Action::InPlace(_) | Action::Revive(_) => continue,
+            let action = self.action(group, (entry, at))?;
+            self.planned.new_data += u64::from(matches!(action, Action::Allocate(..)));
+            let shared = table.is_some_and(|(_, copied)| !copied);
+            if shared && entry.host().is_some_and(|(_, copied)| copied) {
+                let text = "an L2 table that a snapshot shares claims a cluster for itself alone (COPIED)";
+                return Err(self.image.corrupt(at, text));
             }
-            if table.is_none() && new_table_index {
+            let remaps = !matches!(action, Action::Nothing | Action::InPlace(_));
+            if remaps && (table.is_none() || shared) && self.planned.last_new_table != Some(table_index) {
                 self.planned.new_tables += 1;
-                self.planned.last_table = Some(table_index);
+                self.planned.last_new_table = Some(table_index);
             }
         }
         self.check_owned(io, &mut owned)
@@ -88,7 +90,7 @@ impl Qcow2Sink {
         Ok(())
     }
 
-    /// Clusters that will be changed in place must have refcount 1 and say so.
+    /// Clusters that will be changed in place must have refcount 1 and say so; those that a snapshot shares have more.
     fn check_owned(&mut self, io: &mut dyn BlockIo, owned: &mut [Owned]) -> DriverResult<()> {
         owned.sort_unstable_by_key(|o| o.cluster);
         for batch in owned.chunks(CLUSTERS_PER_LOAD) {
@@ -97,7 +99,8 @@ impl Qcow2Sink {
             self.refcounts.load(io, &self.image, batch.iter().map(|o| o.cluster))?;
             for o in batch {
                 let count = self.refcounts.get(&self.image, o.cluster)?;
-                if count != 1 || !o.copied {
+                let shared_with_snapshot = count > 1 && !o.copied && self.image.header.snapshots != 0;
+                if !shared_with_snapshot && (count != 1 || !o.copied) {
                     return Err(refcount_disagrees(&self.image, o, count));
                 }
             }

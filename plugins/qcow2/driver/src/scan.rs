@@ -87,9 +87,21 @@ pub fn scan_l1_table(
     image: &Image,
     each: &mut dyn FnMut(u64, u64, HostOffset) -> DriverResult<()>,
 ) -> DriverResult<()> {
-    scan_table(io, image, image.header.l1_table, image.used_l1_entries(), &mut |index, at, raw| match decode_l1(
-        image, index, at, raw,
-    )? {
+    scan_l1_at(io, image, image.header.l1_table, image.used_l1_entries(), each)
+}
+
+/// [`scan_l1_table`] for another L1 table: that of a snapshot.
+///
+/// # Errors
+/// As [`scan_l1_table`].
+pub fn scan_l1_at(
+    io: &mut dyn BlockIo,
+    image: &Image,
+    table: HostOffset,
+    entries: u64,
+    each: &mut dyn FnMut(u64, u64, HostOffset) -> DriverResult<()>,
+) -> DriverResult<()> {
+    scan_table(io, image, table, entries, &mut |index, at, raw| match decode_l1(image, index, at, raw)? {
         Some((table, _)) => each(index, at, table),
         None => Ok(()),
     })

@@ -41,7 +41,9 @@ pub(crate) struct Planned {
     pub(crate) touched: ClusterSet,
     pub(crate) new_data: u64,
     pub(crate) new_tables: u64,
+    /// Index of the last L2 table that was looked at, and of the last one that will be new.
     pub(crate) last_table: Option<u64>,
+    pub(crate) last_new_table: Option<u64>,
     pub(crate) last_cluster: Option<GuestCluster>,
 }
 
@@ -66,10 +68,21 @@ pub(crate) enum Action {
     InPlace(HostOffset),
     /// Write into the cluster that is kept for a zero cluster: its stale bytes must go, then its zero flag.
     Revive(HostOffset),
-    /// Allocate a cluster; what the pieces leave open comes from below if `true`, else it is zero.
-    Allocate(bool),
-    /// Make it a zero cluster (or an unallocated one, if `false`), and free the one that it has.
+    /// Allocate a cluster, and drop one reference to what was there.
+    Allocate(Fill, Option<HostOffset>),
+    /// Make it a zero cluster (or an unallocated one, if `false`), and drop one reference to what was there.
     MakeZero(bool, Option<HostOffset>),
+}
+
+/// Where the bytes of a new cluster come from that no piece covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fill {
+    /// They are zero.
+    Zero,
+    /// From below the image.
+    Below,
+    /// From the cluster that was there, which a snapshot keeps.
+    Cluster(HostOffset),
 }
 
 impl Qcow2Sink {
@@ -86,6 +99,7 @@ impl Qcow2Sink {
                 new_data: 0,
                 new_tables: 0,
                 last_table: None,
+                last_new_table: None,
                 last_cluster: None,
             },
             started: false,
@@ -165,13 +179,16 @@ impl Qcow2Sink {
         let can_be_zero = all_zero && whole && (zero_flag || !self.has_backing);
         Ok(match entry {
             L2Entry::Data { offset, .. } if can_be_zero => Action::MakeZero(zero_flag, Some(offset)),
-            L2Entry::Data { offset, .. } => Action::InPlace(offset),
+            L2Entry::Data { offset, copied: true } => Action::InPlace(offset),
+            // Shared with a snapshot: copy on write.
+            L2Entry::Data { offset, copied: false } => Action::Allocate(Fill::Cluster(offset), Some(offset)),
             L2Entry::Zero { .. } if all_zero => Action::Nothing,
-            L2Entry::Zero { offset: Some(offset), .. } => Action::Revive(offset),
-            L2Entry::Zero { offset: None, .. } => Action::Allocate(false),
+            L2Entry::Zero { offset: Some(offset), copied: true } => Action::Revive(offset),
+            L2Entry::Zero { offset, .. } => Action::Allocate(Fill::Zero, offset),
             L2Entry::Unallocated if all_zero && !self.has_backing => Action::Nothing,
             L2Entry::Unallocated if can_be_zero => Action::MakeZero(true, None),
-            L2Entry::Unallocated => Action::Allocate(self.has_backing && !whole),
+            L2Entry::Unallocated if self.has_backing && !whole => Action::Allocate(Fill::Below, None),
+            L2Entry::Unallocated => Action::Allocate(Fill::Zero, None),
             L2Entry::Compressed { .. } => {
                 return Err(DriverError::new(
                     ErrorCode::UnsupportedFormat,

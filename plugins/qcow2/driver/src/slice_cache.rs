@@ -72,6 +72,19 @@ impl SliceCache {
         self.slices.entry(at).or_insert_with(|| Slice { bytes: vec![0; size].into_boxed_slice(), dirty: false });
     }
 
+    /// Put in a slice that has the bytes of another one, which was loaded, and is to be written.
+    ///
+    /// # Errors
+    /// As [`SliceCache::entry`].
+    pub fn insert_copy(&mut self, from: u64, offset: u64) -> DriverResult<()> {
+        let (from, at) = (self.slice_of(from), self.slice_of(offset));
+        if !self.slices.contains_key(&at) {
+            let bytes = self.slices.get(&from).ok_or_else(|| overflow("the offset of a slice"))?.bytes.clone();
+            self.slices.insert(at, Slice { bytes, dirty: true });
+        }
+        Ok(())
+    }
+
     fn index_in(&self, offset: u64) -> usize {
         usize::try_from(offset & (self.size as u64 - 1)).unwrap_or(0)
     }

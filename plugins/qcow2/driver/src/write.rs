@@ -5,10 +5,11 @@
 //! the writes since the last flush, is that the backing stays consistent. The order, and the crash that each
 //! step survives:
 //!
-//! 1. Data (into clusters that one L2 entry owns, or into new ones) and refcount blocks (new clusters get
-//!    refcount 1; new blocks are filled), also a whole new refcount table, *then a flush*. Nothing refers to
-//!    new clusters, blocks or table yet: a crash here leaves leaks at most. The two need no flush
-//!    between them, because the step after depends on both and neither on the other.
+//! 1. Data (into clusters that one L2 entry owns, or into new ones), copies of L2 tables that a snapshot
+//!    shares, and refcount blocks (new clusters get refcount 1; new blocks are filled), also a whole new
+//!    refcount table, *then a flush*. Nothing refers to new clusters, blocks or tables yet: a crash here leaves
+//!    leaks at most. They need no flush between them, because the steps after depend on all of them, and none
+//!    of them on another.
 //! 2. The refcount table's entries for new blocks, or the header's switch to a new refcount table (12 bytes
 //!    within one sector), *then a flush*. A crash before it is durable leaves leaks; after it, new clusters
 //!    with refcount 1.
@@ -21,7 +22,7 @@
 use crate::allocator::Run;
 use crate::image::overflow;
 use crate::refcounts::CLUSTERS_PER_LOAD;
-use crate::sink::{Action, Piece, Qcow2Sink};
+use crate::sink::{Action, Fill, Piece, Qcow2Sink};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ExtentKind, Request, RequestOp};
@@ -93,6 +94,16 @@ impl DataWriter {
     }
 }
 
+/// An L2 table that is made.
+struct NewTable {
+    /// Index of its L1 entry.
+    index: u64,
+    /// Where it is made.
+    offset: HostOffset,
+    /// The table that it takes the place of: a snapshot keeps that.
+    old: Option<HostOffset>,
+}
+
 /// The change of an L2 entry.
 struct Remap {
     cluster: GuestCluster,
@@ -135,16 +146,21 @@ impl Qcow2Sink {
         self.load_mapping(io, pieces)?;
         let groups: Vec<&[Piece]> = pieces.chunk_by(|a, b| a.cluster == b.cluster).collect();
         let mut actions = Vec::with_capacity(groups.len());
-        let mut tables: Vec<u64> = Vec::new();
+        // Tables to be made, each with the one that it takes the place of, if a snapshot shares that.
+        let mut tables: Vec<(u64, Option<HostOffset>)> = Vec::new();
         let mut new_data = 0;
         for group in &groups {
             let cluster = group.first().map_or(GuestCluster(0), |piece| piece.cluster);
             let action = self.action(group, self.l2_entry(cluster)?)?;
-            let maps = matches!(action, Action::Allocate(_) | Action::MakeZero(..));
-            new_data += u64::from(matches!(action, Action::Allocate(_)));
+            new_data += u64::from(matches!(action, Action::Allocate(..)));
+            let remaps = !matches!(action, Action::Nothing | Action::InPlace(_));
             let (_, index) = self.l1_position(cluster);
-            if maps && self.l2_table(cluster)?.is_none() && tables.last() != Some(&index) {
-                tables.push(index);
+            if remaps && tables.last().is_none_or(|&(last, _)| last != index) {
+                match self.l2_table(cluster)? {
+                    None => tables.push((index, None)),
+                    Some((table, false)) => tables.push((index, Some(table))),
+                    Some((_, true)) => {}
+                }
             }
             actions.push(action);
         }
@@ -158,20 +174,22 @@ impl Qcow2Sink {
         }
         let mut reserved = Reserved::new(runs);
         let mut new_tables = Vec::with_capacity(tables.len());
-        for &index in &tables {
-            new_tables.push((index, self.host_offset(reserved.next()?)?));
+        for (index, old) in tables {
+            new_tables.push(NewTable { index, offset: self.host_offset(reserved.next()?)?, old });
         }
 
         // Step 1.
-        let (remaps, freed) = self.write_data(io, &groups, &actions, &mut reserved, below)?;
+        let (remaps, mut freed) = self.write_data(io, &groups, &actions, &mut reserved, below)?;
+        self.copy_shared_tables(io, &new_tables)?;
         self.write_refcounts_and_flush(io)?;
         // Step 3.
         self.remap(io, &new_tables, &remaps)?;
         // Step 4.
         if !new_tables.is_empty() {
-            for (index, offset) in new_tables {
-                let at = self.image.header.l1_table.0 + index * 8;
-                self.l1.set_entry(at, L1Entry::Table { offset, copied: true }.encode())?;
+            for table in new_tables {
+                let at = self.image.header.l1_table.0 + table.index * 8;
+                self.l1.set_entry(at, L1Entry::Table { offset: table.offset, copied: true }.encode())?;
+                freed.extend(table.old.map(|old| self.image.host_cluster(old)));
             }
             self.l1.write_dirty(io)?;
             self.unflushed = true;
@@ -208,11 +226,14 @@ impl Qcow2Sink {
                     self.write_pieces(io, &mut writer, group, host, false)?;
                     remaps.push(Remap { cluster, entry: L2Entry::Data { offset: host, copied: true } });
                 }
-                Action::Allocate(from_below) => {
+                Action::Allocate(fill, old) => {
                     let host = self.host_offset(reserved.next()?)?;
-                    if from_below {
-                        self.fill_gaps(io, group, host, below)?;
+                    match fill {
+                        Fill::Zero => {}
+                        Fill::Below => self.fill_gaps(io, group, host, below)?,
+                        Fill::Cluster(from) => self.copy_gaps(io, &mut writer, group, from, host)?,
                     }
+                    freed.extend(old.map(|offset| self.image.host_cluster(offset)));
                     self.write_pieces(io, &mut writer, group, host, true)?;
                     remaps.push(Remap { cluster, entry: L2Entry::Data { offset: host, copied: true } });
                 }
@@ -285,6 +306,36 @@ impl Qcow2Sink {
         Ok(())
     }
 
+    /// Copy from the old cluster what the pieces leave open.
+    fn copy_gaps(
+        &mut self,
+        io: &mut dyn BlockIo,
+        writer: &mut DataWriter,
+        group: &[Piece],
+        from: HostOffset,
+        to: HostOffset,
+    ) -> DriverResult<()> {
+        let device = self.image.device;
+        for (start, length) in self.gaps(group) {
+            self.unflushed = true;
+            writer.push(io, Request::copy(device, from.0 + start, device, to.0 + start, length))?;
+        }
+        Ok(())
+    }
+
+    /// L2 tables that a snapshot shares are copied whole, before their entries change in step 3.
+    fn copy_shared_tables(&mut self, io: &mut dyn BlockIo, tables: &[NewTable]) -> DriverResult<()> {
+        let (device, bytes) = (self.image.device, self.image.cluster_size().bytes());
+        let copies = tables.iter().filter_map(|table| table.old.map(|old| (old, table.offset)));
+        let mut requests: Vec<Request> =
+            copies.map(|(old, new)| Request::copy(device, old.0, device, new.0, bytes)).collect();
+        if requests.is_empty() {
+            return Ok(());
+        }
+        self.unflushed = true;
+        io.run(&mut requests)
+    }
+
     /// Copy up what the image's ancestors have where the pieces leave gaps in a new cluster.
     fn fill_gaps(
         &mut self,
@@ -336,20 +387,22 @@ impl Qcow2Sink {
     }
 
     /// Step 3: the entries of L2 tables, new tables included.
-    fn remap(&mut self, io: &mut dyn BlockIo, new_tables: &[(u64, HostOffset)], remaps: &[Remap]) -> DriverResult<()> {
+    fn remap(&mut self, io: &mut dyn BlockIo, new_tables: &[NewTable], remaps: &[Remap]) -> DriverResult<()> {
         let entries = self.image.cluster_size().l2_entries();
         for remap in remaps {
             let (_, index) = self.l1_position(remap.cluster);
-            let at = match self.l2_position(remap.cluster)? {
-                Some(at) => at,
-                None => {
-                    let found = new_tables.binary_search_by_key(&index, |&(index, _)| index);
-                    let (_, table) =
-                        found.ok().and_then(|i| new_tables.get(i)).ok_or_else(|| overflow("an L2 table"))?;
-                    let at = table.0 + remap.cluster.0 % entries * 8;
-                    self.l2.insert_zeroed(at);
+            let in_table = remap.cluster.0 % entries * 8;
+            let new = new_tables.binary_search_by_key(&index, |table| table.index).ok();
+            let at = match new.and_then(|i| new_tables.get(i)) {
+                Some(table) => {
+                    let at = table.offset.0 + in_table;
+                    match table.old {
+                        None => self.l2.insert_zeroed(at),
+                        Some(old) => self.l2.insert_copy(old.0 + in_table, at)?,
+                    }
                     at
                 }
+                None => self.l2_position(remap.cluster)?.ok_or_else(|| overflow("an L2 table"))?,
             };
             self.l2.set_entry(at, remap.entry.encode())?;
         }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::builder::{build, Spec, State};
-use common::checker::{check, content, Report, View};
+use common::checker::{check, content, snapshot_contents, Report, View};
 use common::{run_commit, ANCESTOR, OVERLAY};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
@@ -37,6 +37,12 @@ fn views(files: &BTreeMap<u32, Vec<u8>>) -> (Vec<u8>, Vec<u8>) {
     (backing, overlay)
 }
 
+/// What the snapshots of the backing read as.
+fn backing_snapshots(files: &BTreeMap<u32, Vec<u8>>) -> Vec<Vec<u8>> {
+    let below = files.get(&ANCESTOR).map(|bytes| content(bytes, None));
+    snapshot_contents(&files[&DEVICE_OUTPUT], below.as_deref())
+}
+
 /// What the backing must read as afterwards: the overlay's view, and its own tail where it is longer.
 fn expected(pair: &Pair) -> (Vec<u8>, Vec<u8>) {
     let (mut backing, overlay) = views(&pair.io().files);
@@ -59,6 +65,7 @@ fn commit_and_verify(pair: &Pair) -> MemoryDevices {
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing, "the backing reads wrong");
     assert!(overlay_after == overlay, "the overlay reads wrong");
+    assert!(backing_snapshots(&io.files) == backing_snapshots(&pair.io().files), "a snapshot reads wrong");
     let report = check(&io.files[&DEVICE_OUTPUT]);
     assert_eq!(report, Report { errors: vec![], leaks: before_leaks });
     clean(&io.files[&OVERLAY]);
@@ -78,7 +85,7 @@ fn verify_crashes(pair: &Pair) {
     for end in 0..=log.len() {
         let mut files = pair.io().files;
         log[..end].iter().for_each(|change| change.apply(&mut files));
-        verify_state(&files, &overlay, &backing);
+        verify_state(pair, &files, &overlay, &backing);
         states += 1;
         // One unflushed change alone, and all but one.
         let unflushed: Vec<usize> = (0..end).filter(|&i| is_unflushed(&log[..end], i)).collect();
@@ -90,7 +97,7 @@ fn verify_crashes(pair: &Pair) {
                         change.apply(&mut files);
                     }
                 }
-                verify_state(&files, &overlay, &backing);
+                verify_state(pair, &files, &overlay, &backing);
                 states += 1;
             }
         }
@@ -109,7 +116,9 @@ fn is_unflushed(log: &[Change], index: usize) -> bool {
     !log[index..].contains(&Change::Flush { device })
 }
 
-fn verify_state(files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {
+fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {
+    let snapshots = backing_snapshots(&pair.io().files);
+    assert!(backing_snapshots(files) == snapshots, "a snapshot changed its content");
     let (_, overlay_now) = views(files);
     assert!(overlay_now == overlay, "the overlay changed its content");
     assert_eq!(check(&files[&OVERLAY]).errors, Vec::<String>::new(), "overlay");
@@ -119,6 +128,7 @@ fn verify_state(files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) 
     run_commit(&mut io, Options::default()).unwrap();
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
+    assert!(backing_snapshots(&io.files) == snapshots, "running again changes a snapshot");
     assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
 }
 
@@ -222,7 +232,7 @@ fn verify_crashes_before_flushes(pair: &Pair) {
         for subset in subsets {
             let mut files = base.clone();
             subset.iter().for_each(|&i| log[i].apply(&mut files));
-            verify_state(&files, &overlay, &backing);
+            verify_state(pair, &files, &overlay, &backing);
         }
     }
 }
@@ -334,7 +344,7 @@ fn a_failed_request_leaves_the_overlay_readable_and_running_again_finishes() {
         let mut io = pair.io();
         io.fail_at = Some(request);
         run_commit(&mut io, Options::default()).unwrap_err();
-        verify_state(&io.files, &expected_overlay, &expected_backing);
+        verify_state(&pair, &io.files, &expected_overlay, &expected_backing);
     }
 }
 
@@ -377,6 +387,43 @@ fn every_refcount_width_on_either_side() {
                 &Spec { refcount_order: order, ..backing.clone() },
             );
             commit_and_verify(&swapped);
+        }
+    }
+}
+
+#[test]
+fn snapshots_of_the_backing_keep_their_content() {
+    for bits in [9, 12, 16] {
+        for (snapshots, ancestor) in [(1, false), (3, true)] {
+            let size = 300u64 << bits;
+            // It ends within a cluster, where clusters are larger than a sector.
+            let end = size - (1 << bits) / 1024 * 512;
+            let overlay = Spec::new(bits, end).with(data([0, 1, 2, 150, 298, 299], 0x40)).with([
+                (3, State::Zero),
+                (4, State::Zero),
+                (5, State::ZeroAllocated(1)),
+                (6, State::Zero),
+            ]);
+            let mut backing = Spec::new(bits, size).with(data([1, 2, 3, 151, 299], 0x80));
+            backing.clusters.extend([(0, State::ZeroAllocated(9)), (4, State::ZeroAllocated(8)), (150, State::Zero)]);
+            backing.snapshots = snapshots;
+            let mut pair = Pair::new(&overlay, &backing);
+            pair.ancestor = ancestor.then(|| build(&Spec::new(bits, size).with(data(0..300, 0x77))));
+            commit_and_verify(&pair);
+            if bits == 9 {
+                verify_crashes(&pair);
+            }
+            // In version 2 without the flag, and with partial clusters of another size.
+            overlay_of_other_size(bits, &backing);
+        }
+    }
+}
+
+fn overlay_of_other_size(bits: u32, backing: &Spec) {
+    for top in [bits - 1, bits + 2] {
+        if (9..=21).contains(&top) {
+            let overlay = Spec::new(top, backing.virtual_size).with(data([0, 3, 7, 20], 0x21)).with([(2, State::Zero)]);
+            commit_and_verify(&Pair::new(&overlay, backing));
         }
     }
 }

@@ -11,6 +11,7 @@ mod error;
 mod extension;
 mod header;
 mod refcount;
+mod snapshot;
 mod table;
 mod types;
 
@@ -22,5 +23,6 @@ pub use header::{
     L1_TABLE_OFFSET_FIELD, MAGIC, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_FIELD,
 };
 pub use refcount::{get_refcount, set_refcount, RefcountOrder};
+pub use snapshot::Snapshot;
 pub use table::{EntryError, L1Entry, L2Entry, RefcountTableEntry, COPIED};
 pub use types::{ClusterSize, GuestCluster, GuestOffset, HostCluster, HostOffset};

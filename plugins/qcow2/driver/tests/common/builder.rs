@@ -29,6 +29,8 @@ pub struct Spec {
     pub refcount_order: u32,
     /// Refcount blocks stand before everything that they describe, not after it.
     pub blocks_first: bool,
+    /// Snapshots of the state as it is: they share all L2 tables and data clusters with it.
+    pub snapshots: usize,
 }
 
 impl Spec {
@@ -43,6 +45,7 @@ impl Spec {
             autoclear: 0,
             refcount_order: 4,
             blocks_first: false,
+            snapshots: 0,
         }
     }
 
@@ -94,11 +97,13 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     let per_block = (size * 8) >> spec.refcount_order;
     let early: Vec<usize> = if spec.blocks_first { (0..16).map(|_| file.allocate(1)).collect() } else { Vec::new() };
     let mut l2: BTreeMap<u64, usize> = BTreeMap::new();
+    let owned = if spec.snapshots == 0 { 1 << 63 } else { 0 };
+    let first_shared = file.bytes.len() / size;
     for (&guest, &state) in &spec.clusters {
         let index = guest / per_table;
         let l2_at = *l2.entry(index).or_insert_with(|| {
             let at = file.allocate(1);
-            let entry = at as u64 | 1 << 63;
+            let entry = at as u64 | owned;
             file.put(l1 + index as usize * 8, &entry.to_be_bytes());
             at
         });
@@ -106,18 +111,20 @@ pub fn build(spec: &Spec) -> Vec<u8> {
             State::Data(seed) => {
                 let at = file.allocate(1);
                 file.put(at, &pattern(seed, guest, size));
-                at as u64 | 1 << 63
+                at as u64 | owned
             }
             State::Zero => 1,
             State::ZeroAllocated(seed) => {
                 let at = file.allocate(1);
                 file.put(at, &pattern(seed, guest, size));
-                at as u64 | 1 << 63 | 1
+                at as u64 | owned | 1
             }
             State::Compressed => file.allocate(1) as u64 | 1 << 62,
         };
         file.put(l2_at + (guest % per_table) as usize * 8, &entry.to_be_bytes());
     }
+    let shared = if spec.snapshots == 0 { 0..0 } else { first_shared..file.bytes.len() / size };
+    let snapshot_table = add_snapshots(&mut file, spec, l1, l1_entries as usize);
     // Refcount blocks describe everything, themselves included.
     let mut blocks = 0;
     while (file.bytes.len() / size + if spec.blocks_first { 0 } else { blocks }).div_ceil(per_block) > blocks {
@@ -138,7 +145,9 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         let bits = 1usize << spec.refcount_order;
         // The lowest bit of the field: widths below a byte start at the least significant bit, others end there.
         let (byte, bit) = if bits < 8 { (index * bits / 8, index * bits % 8) } else { ((index + 1) * bits / 8 - 1, 0) };
-        file.bytes[block_at[cluster / per_block] + byte] |= 1 << bit;
+        let count = if shared.contains(&cluster) { spec.snapshots + 1 } else { 1 };
+        assert!(bits >= 8 || count < 1 << bits);
+        file.bytes[block_at[cluster / per_block] + byte] |= (count as u8) << bit;
     }
     let mut head = Vec::new();
     head.extend(b"QFI\xfb");
@@ -151,7 +160,8 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     head.extend((l1 as u64).to_be_bytes());
     head.extend((table as u64).to_be_bytes());
     head.extend((spec.table_clusters as u32).to_be_bytes());
-    head.extend([0; 12]);
+    head.extend((spec.snapshots as u32).to_be_bytes());
+    head.extend((snapshot_table as u64).to_be_bytes());
     if spec.version == 3 {
         head.extend([0; 16]);
         head.extend(spec.autoclear.to_be_bytes());
@@ -160,4 +170,33 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     }
     file.put(header, &head);
     file.bytes
+}
+
+/// Snapshots with names and extra data of different lengths. Returns where their table stands.
+fn add_snapshots(file: &mut File, spec: &Spec, l1: usize, l1_entries: usize) -> usize {
+    if spec.snapshots == 0 {
+        return 0;
+    }
+    let mut table = Vec::new();
+    for number in 0..spec.snapshots {
+        let clusters = (l1_entries * 8).div_ceil(file.size);
+        let at = file.allocate(clusters);
+        let bytes = file.bytes[l1..l1 + l1_entries * 8].to_vec();
+        file.put(at, &bytes);
+        let name = vec![b'n'; number * 3];
+        table.extend((at as u64).to_be_bytes());
+        table.extend((l1_entries as u32).to_be_bytes());
+        table.extend(1u16.to_be_bytes());
+        table.extend((name.len() as u16).to_be_bytes());
+        table.extend([0; 20]);
+        table.extend(16u32.to_be_bytes());
+        table.extend(0u64.to_be_bytes());
+        table.extend(spec.virtual_size.to_be_bytes());
+        table.push(b'1' + number as u8);
+        table.extend(name);
+        table.resize(table.len().next_multiple_of(8), 0);
+    }
+    let at = file.allocate(table.len().div_ceil(file.size));
+    file.put(at, &table);
+    at
 }

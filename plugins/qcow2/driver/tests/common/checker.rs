@@ -59,10 +59,14 @@ impl<'a> View<'a> {
 
     /// Every L2 entry that is not 0: guest cluster, entry.
     pub fn entries(&self) -> Vec<(u64, u64)> {
-        let l1 = be64(self.bytes, 40);
+        self.entries_of(be64(self.bytes, 40), u64::from(be32(self.bytes, 36)))
+    }
+
+    /// The same below another L1 table.
+    pub fn entries_of(&self, l1: u64, l1_entries: u64) -> Vec<(u64, u64)> {
         let per_table = self.size / 8;
         let mut all = Vec::new();
-        for index in 0..u64::from(be32(self.bytes, 36)) {
+        for index in 0..l1_entries {
             let table = self.entry(l1 + index * 8) & OFFSET;
             if table == 0 {
                 continue;
@@ -78,15 +82,38 @@ impl<'a> View<'a> {
     }
 }
 
+/// L1 table and number of its entries of every snapshot, and the length of the snapshot table.
+pub fn snapshots(bytes: &[u8]) -> (Vec<(u64, u64)>, u64) {
+    let (start, mut found) = (be64(bytes, 64) as usize, Vec::new());
+    let mut at = start;
+    for _ in 0..be32(bytes, 60) {
+        found.push((be64(bytes, at), u64::from(be32(bytes, at + 8))));
+        let names = usize::from(bytes[at + 13]) + usize::from(bytes[at + 15]);
+        at += (40 + be32(bytes, at + 36) as usize + names).next_multiple_of(8);
+    }
+    (found, (at - start) as u64)
+}
+
+/// What each snapshot reads as, over what lies below the image.
+pub fn snapshot_contents(bytes: &[u8], below: Option<&[u8]>) -> Vec<Vec<u8>> {
+    let view = View::new(bytes);
+    snapshots(bytes).0.iter().map(|&(l1, entries)| content_of(&view, view.entries_of(l1, entries), below)).collect()
+}
+
 /// Guest-visible bytes of an image over what lies below it.
 pub fn content(bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
     let view = View::new(bytes);
+    content_of(&view, view.entries(), below)
+}
+
+fn content_of(view: &View<'_>, entries: Vec<(u64, u64)>, below: Option<&[u8]>) -> Vec<u8> {
+    let bytes = view.bytes;
     let mut disk = vec![0; view.virtual_size as usize];
     if let Some(below) = below {
         let length = below.len().min(disk.len());
         disk[..length].copy_from_slice(&below[..length]);
     }
-    for (guest, entry) in view.entries() {
+    for (guest, entry) in entries {
         let start = (guest << view.bits) as usize;
         if start >= disk.len() {
             continue;
@@ -153,6 +180,24 @@ pub fn check(bytes: &[u8]) -> Report {
             }
             if host >= bytes.len() as u64 {
                 report.errors.push(format!("guest cluster {guest} beyond the end of the file"));
+            }
+        }
+    }
+    let (all, table_bytes) = snapshots(bytes);
+    if !all.is_empty() {
+        refer(be64(bytes, 64), table_bytes, &mut report, "snapshot table");
+    }
+    for (l1, l1_entries) in all {
+        refer(l1, l1_entries * 8, &mut report, "snapshot L1 table");
+        for index in 0..l1_entries {
+            let table = view.entry(l1 + index * 8) & OFFSET;
+            if table != 0 {
+                refer(table, view.size, &mut report, "snapshot L2 table");
+            }
+        }
+        for (_, entry) in view.entries_of(l1, l1_entries) {
+            if entry & OFFSET != 0 {
+                refer(entry & OFFSET, view.size, &mut report, "snapshot data");
             }
         }
     }
