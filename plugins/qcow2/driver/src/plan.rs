@@ -6,18 +6,20 @@
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
-use crate::sink::{Action, Piece, Qcow2Sink};
+use crate::sink::{Action, Fill, Piece, Qcow2Sink};
 use crate::source::Qcow2Source;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::PlanSummary;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
+use instar_qcow2_format::{CompressedRange, HostCluster, HostOffset, L2Entry};
 
 /// A cluster of the backing that an entry refers to.
 struct Owned {
     cluster: HostCluster,
     copied: bool,
+    /// Compressed clusters stand in it: any number of references is fine.
+    compressed: bool,
     /// Byte offset of the entry that refers to it.
     at: u64,
 }
@@ -41,7 +43,7 @@ impl Qcow2Sink {
             let (l1_at, table_index) = self.l1_position(first.cluster);
             let table = self.l2_table(first.cluster)?;
             if let (Some((offset, copied)), true) = (table, self.planned.last_table != Some(table_index)) {
-                owned.push(Owned { cluster: self.image.host_cluster(offset), copied, at: l1_at });
+                owned.push(Owned { cluster: self.image.host_cluster(offset), copied, compressed: false, at: l1_at });
                 self.planned.last_table = Some(table_index);
             }
             let (entry, at) = self.l2_entry(first.cluster)?;
@@ -53,11 +55,18 @@ impl Qcow2Sink {
                         _ => 0,
                     };
                     self.check_data_cluster(offset, needed, at)?;
-                    owned.push(Owned { cluster: self.image.host_cluster(offset), copied, at });
+                    owned.push(Owned { cluster: self.image.host_cluster(offset), copied, compressed: false, at });
                 }
             }
             self.planned.last_cluster = Some(first.cluster);
-            let action = self.action(group, (entry, at))?;
+            if let L2Entry::Compressed { descriptor } = entry {
+                self.check_compressed(descriptor, at, &mut owned)?;
+            }
+            let action = self.action(group, entry);
+            if let Action::Allocate(Fill::Compressed(descriptor), _) = action {
+                // What is needed of it must decode: afterwards it would be too late to say no.
+                self.decode(io, descriptor, at)?;
+            }
             self.planned.new_data += u64::from(matches!(action, Action::Allocate(..)));
             let shared = table.is_some_and(|(_, copied)| !copied);
             if shared && entry.host().is_some_and(|(_, copied)| copied) {
@@ -84,8 +93,29 @@ impl Qcow2Sink {
         if self.planned.metadata.as_ref().is_some_and(|map| map.contains(cluster)) {
             return Err(image.corrupt(at, format!("an L2 entry points to offset {offset}, which is metadata")));
         }
-        if !self.planned.touched.insert(cluster) {
+        if !self.planned.touched.insert(cluster) || self.planned.touched_compressed.contains(cluster) {
             return Err(image.corrupt(at, format!("two L2 entries point to offset {offset}")));
+        }
+        Ok(())
+    }
+
+    /// A compressed cluster that an entry refers to: inside the file, not in metadata, not in the cluster of another
+    /// entry.
+    fn check_compressed(&mut self, descriptor: u64, at: u64, owned: &mut Vec<Owned>) -> DriverResult<()> {
+        let image = &self.image;
+        let range = CompressedRange::decode(descriptor, image.cluster_size());
+        if range.last_sector().0 >= image.file_length {
+            let text = format!("a compressed cluster at offset {} lies past the end of the file", range.offset);
+            return Err(image.corrupt(at, text));
+        }
+        for cluster in range.host_clusters(image.cluster_size()) {
+            let metadata = self.planned.metadata.as_ref().is_some_and(|map| map.contains(cluster));
+            if metadata || self.planned.touched.contains(cluster) {
+                let text = format!("a compressed cluster at offset {} overlaps another structure", range.offset);
+                return Err(image.corrupt(at, text));
+            }
+            self.planned.touched_compressed.insert(cluster);
+            owned.push(Owned { cluster, copied: false, compressed: true, at });
         }
         Ok(())
     }
@@ -100,7 +130,8 @@ impl Qcow2Sink {
             for o in batch {
                 let count = self.refcounts.get(&self.image, o.cluster)?;
                 let shared_with_snapshot = count > 1 && !o.copied && self.image.header.snapshots != 0;
-                if !shared_with_snapshot && (count != 1 || !o.copied) {
+                let compressed = o.compressed && count > 0;
+                if !shared_with_snapshot && !compressed && (count != 1 || !o.copied) {
                     return Err(refcount_disagrees(&self.image, o, count));
                 }
             }

@@ -8,10 +8,13 @@ use crate::refcounts::Refcounts;
 use crate::scan::decode_l1;
 use crate::slice_cache::SliceCache;
 use alloc::format;
+use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
-use instar_qcow2_format::{GuestCluster, HostCluster, HostOffset, L2Entry, Version};
+use instar_qcow2_format::{
+    ClusterSize, CompressedRange, Decompressor, GuestCluster, HostCluster, HostOffset, L2Entry, Version,
+};
 
 /// Clusters that are worked on between two sets of flushes, at most.
 const WINDOW_CLUSTERS: usize = 1 << 16;
@@ -38,7 +41,9 @@ pub struct Qcow2Sink {
 /// What planning has found out so far.
 pub(crate) struct Planned {
     pub(crate) metadata: Option<MetadataMap>,
+    /// Clusters that are overwritten, and host clusters of compressed ones.
     pub(crate) touched: ClusterSet,
+    pub(crate) touched_compressed: ClusterSet,
     pub(crate) new_data: u64,
     pub(crate) new_tables: u64,
     /// Index of the last L2 table that was looked at, and of the last one that will be new.
@@ -69,9 +74,32 @@ pub(crate) enum Action {
     /// Write into the cluster that is kept for a zero cluster: its stale bytes must go, then its zero flag.
     Revive(HostOffset),
     /// Allocate a cluster, and drop one reference to what was there.
-    Allocate(Fill, Option<HostOffset>),
+    Allocate(Fill, Old),
     /// Make it a zero cluster (or an unallocated one, if `false`), and drop one reference to what was there.
-    MakeZero(bool, Option<HostOffset>),
+    MakeZero(bool, Old),
+}
+
+/// What a cluster had before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Old {
+    /// Nothing of its own.
+    Nothing,
+    /// A host cluster.
+    Cluster(HostOffset),
+    /// A compressed cluster with this descriptor.
+    Compressed(u64),
+}
+
+impl Old {
+    /// The host clusters to which there is one reference less without it.
+    pub(crate) fn host_clusters(self, size: ClusterSize) -> impl Iterator<Item = HostCluster> {
+        let (cluster, compressed) = match self {
+            Self::Nothing => (None, None),
+            Self::Cluster(offset) => (Some(size.host_cluster(offset)), None),
+            Self::Compressed(descriptor) => (None, Some(CompressedRange::decode(descriptor, size))),
+        };
+        cluster.into_iter().chain(compressed.into_iter().flat_map(move |range| range.host_clusters(size)))
+    }
 }
 
 /// Where the bytes of a new cluster come from that no piece covers.
@@ -83,6 +111,8 @@ pub(crate) enum Fill {
     Below,
     /// From the cluster that was there, which a snapshot keeps.
     Cluster(HostOffset),
+    /// From the compressed cluster that was there.
+    Compressed(u64),
 }
 
 impl Qcow2Sink {
@@ -96,6 +126,7 @@ impl Qcow2Sink {
             planned: Planned {
                 metadata: None,
                 touched: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),
+                touched_compressed: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),
                 new_data: 0,
                 new_tables: 0,
                 last_table: None,
@@ -166,10 +197,10 @@ impl Qcow2Sink {
         (self.image.header.virtual_size - (cluster.0 << size.bits())).min(size.bytes())
     }
 
-    /// What is to be done with a cluster, given its entry, where that stands, and the pieces that fall into it.
-    pub(crate) fn action(&self, pieces: &[Piece], (entry, at): (L2Entry, u64)) -> DriverResult<Action> {
+    /// What is to be done with a cluster, given its entry and the pieces that fall into it.
+    pub(crate) fn action(&self, pieces: &[Piece], entry: L2Entry) -> Action {
         let Some(first) = pieces.first() else {
-            return Ok(Action::Nothing);
+            return Action::Nothing;
         };
         let all_zero = pieces.iter().all(|piece| piece.kind == ExtentKind::Zero);
         let covered: u64 = pieces.iter().map(|piece| piece.length).sum();
@@ -177,29 +208,42 @@ impl Qcow2Sink {
         let zero_flag = self.image.header.version == Version::V3;
         // A zero cluster can be had without writing zeroes: by the flag, or by falling through to nothing.
         let can_be_zero = all_zero && whole && (zero_flag || !self.has_backing);
-        Ok(match entry {
-            L2Entry::Data { offset, .. } if can_be_zero => Action::MakeZero(zero_flag, Some(offset)),
+        match entry {
+            L2Entry::Data { offset, .. } if can_be_zero => Action::MakeZero(zero_flag, Old::Cluster(offset)),
             L2Entry::Data { offset, copied: true } => Action::InPlace(offset),
             // Shared with a snapshot: copy on write.
-            L2Entry::Data { offset, copied: false } => Action::Allocate(Fill::Cluster(offset), Some(offset)),
+            L2Entry::Data { offset, copied: false } => Action::Allocate(Fill::Cluster(offset), Old::Cluster(offset)),
             L2Entry::Zero { .. } if all_zero => Action::Nothing,
             L2Entry::Zero { offset: Some(offset), copied: true } => Action::Revive(offset),
-            L2Entry::Zero { offset, .. } => Action::Allocate(Fill::Zero, offset),
+            L2Entry::Zero { offset: Some(offset), .. } => Action::Allocate(Fill::Zero, Old::Cluster(offset)),
+            L2Entry::Zero { offset: None, .. } => Action::Allocate(Fill::Zero, Old::Nothing),
             L2Entry::Unallocated if all_zero && !self.has_backing => Action::Nothing,
-            L2Entry::Unallocated if can_be_zero => Action::MakeZero(true, None),
-            L2Entry::Unallocated if self.has_backing && !whole => Action::Allocate(Fill::Below, None),
-            L2Entry::Unallocated => Action::Allocate(Fill::Zero, None),
-            L2Entry::Compressed { .. } => {
-                return Err(DriverError::new(
-                    ErrorCode::UnsupportedFormat,
-                    format!(
-                        "the backing's cluster at guest offset {} is compressed, which this version cannot overwrite",
-                        first.cluster.0 << self.image.cluster_size().bits()
-                    ),
-                )
-                .at(self.image.device, at))
+            L2Entry::Unallocated if can_be_zero => Action::MakeZero(true, Old::Nothing),
+            L2Entry::Unallocated if self.has_backing && !whole => Action::Allocate(Fill::Below, Old::Nothing),
+            L2Entry::Unallocated => Action::Allocate(Fill::Zero, Old::Nothing),
+            L2Entry::Compressed { descriptor } if can_be_zero => {
+                Action::MakeZero(zero_flag, Old::Compressed(descriptor))
             }
-        })
+            L2Entry::Compressed { descriptor } => {
+                let fill = if whole { Fill::Zero } else { Fill::Compressed(descriptor) };
+                Action::Allocate(fill, Old::Compressed(descriptor))
+            }
+        }
+    }
+
+    /// Decode a compressed cluster of the image, whose entry stands at byte `at`.
+    pub(crate) fn decode(&self, io: &mut dyn BlockIo, descriptor: u64, at: u64) -> DriverResult<Vec<u8>> {
+        let size = self.image.cluster_size();
+        let range = CompressedRange::decode(descriptor, size);
+        let length = |bytes: u64| usize::try_from(bytes).map_err(|_| overflow("the length of a cluster"));
+        let mut stream = vec![0; length(range.length)?];
+        io.read(self.image.device, range.offset.0, &mut stream)?;
+        let mut cluster = vec![0; length(size.bytes())?];
+        let decoded = Decompressor::new(self.image.header.compression).decompress(&stream, &mut cluster);
+        decoded.map_err(|error| {
+            self.image.corrupt(at, format!("the compressed cluster at offset {} {error}", range.offset))
+        })?;
+        Ok(cluster)
     }
 
     /// Byte offset in the file of the L1 entry that maps a cluster, and its index.

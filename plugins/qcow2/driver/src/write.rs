@@ -151,7 +151,7 @@ impl Qcow2Sink {
         let mut new_data = 0;
         for group in &groups {
             let cluster = group.first().map_or(GuestCluster(0), |piece| piece.cluster);
-            let action = self.action(group, self.l2_entry(cluster)?)?;
+            let action = self.action(group, self.l2_entry(cluster)?.0);
             new_data += u64::from(matches!(action, Action::Allocate(..)));
             let remaps = !matches!(action, Action::Nothing | Action::InPlace(_));
             let (_, index) = self.l1_position(cluster);
@@ -232,8 +232,12 @@ impl Qcow2Sink {
                         Fill::Zero => {}
                         Fill::Below => self.fill_gaps(io, group, host, below)?,
                         Fill::Cluster(from) => self.copy_gaps(io, &mut writer, group, from, host)?,
+                        Fill::Compressed(descriptor) => {
+                            let bytes = self.decode(io, descriptor, 0)?;
+                            self.write_gaps(io, group, host, &bytes)?;
+                        }
                     }
-                    freed.extend(old.map(|offset| self.image.host_cluster(offset)));
+                    freed.extend(old.host_clusters(self.image.cluster_size()));
                     self.write_pieces(io, &mut writer, group, host, true)?;
                     remaps.push(Remap { cluster, entry: L2Entry::Data { offset: host, copied: true } });
                 }
@@ -241,7 +245,7 @@ impl Qcow2Sink {
                     let entry =
                         if zero_flag { L2Entry::Zero { offset: None, copied: false } } else { L2Entry::Unallocated };
                     remaps.push(Remap { cluster, entry });
-                    freed.extend(old.map(|offset| self.image.host_cluster(offset)));
+                    freed.extend(old.host_clusters(self.image.cluster_size()));
                 }
             }
         }
@@ -349,10 +353,32 @@ impl Qcow2Sink {
         for (start, length) in self.gaps(group) {
             let mut bytes = vec![0; usize::try_from(length).map_err(|_| overflow("a gap"))?];
             below.read(io, base + start, &mut bytes)?;
-            if bytes.iter().any(|&byte| byte != 0) {
-                io.write(self.image.device, host.0 + start, &bytes)?;
-                self.unflushed = true;
-            }
+            self.write_unless_zero(io, host.0 + start, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Write what the pieces leave open of a new cluster from `bytes`, which are a whole cluster.
+    fn write_gaps(
+        &mut self,
+        io: &mut dyn BlockIo,
+        group: &[Piece],
+        host: HostOffset,
+        bytes: &[u8],
+    ) -> DriverResult<()> {
+        for (start, length) in self.gaps(group) {
+            let range = usize::try_from(start).ok().zip(usize::try_from(start + length).ok());
+            let part = range.and_then(|(start, end)| bytes.get(start..end)).ok_or_else(|| overflow("a gap"))?;
+            self.write_unless_zero(io, host.0 + start, part)?;
+        }
+        Ok(())
+    }
+
+    /// Write bytes of a new cluster, which is zero.
+    fn write_unless_zero(&mut self, io: &mut dyn BlockIo, at: u64, bytes: &[u8]) -> DriverResult<()> {
+        if bytes.iter().any(|&byte| byte != 0) {
+            io.write(self.image.device, at, bytes)?;
+            self.unflushed = true;
         }
         Ok(())
     }
