@@ -8,7 +8,7 @@
 //! * [`cluster_set`]: which host clusters are referenced, in bounded memory;
 //! * [`refcounts`]: looking refcounts up through the refcount table;
 //! * [`scan`]: walking a whole table once;
-//! * [`source`], [`check`], [`empty`]: the source role;
+//! * [`source`], [`decode`], [`check`], [`empty`]: the source role;
 //! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role.
 #![no_std]
 
@@ -17,6 +17,7 @@ extern crate alloc;
 pub mod allocator;
 pub mod check;
 pub mod cluster_set;
+pub mod decode;
 pub mod empty;
 pub mod image;
 pub mod metadata_map;
