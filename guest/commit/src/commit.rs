@@ -15,8 +15,10 @@ use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink, Sour
 
 /// Extents that are handed to the sink at once: it flushes a few times for each such batch.
 const EXTENTS: usize = 1 << 14;
-/// Bytes of decoded data that are handed to the sink at once.
-const DECODED_BYTES: u64 = 4 << 20;
+/// Bytes of decoded data that are handed to the sink at once, at most …
+const ARENA_BYTES: usize = 16 << 20;
+/// … and at least, however little heap is free.
+const MIN_ARENA_BYTES: usize = 64 << 10;
 
 /// A step of the commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,13 +127,15 @@ pub fn commit(
     }
 
     let below = &mut *images.below;
+    let mut arena = Vec::new();
     each_batch(io, images.source, &mut |io, source, extents, next| {
-        write_batch(io, source, sink, extents, below)?;
+        write_batch(io, source, sink, extents, below, &mut arena)?;
         watch(Event::Progress(Step::Write, next, total));
         Ok(())
     })
     .and_then(|()| sink.finish(io))
     .map_err(at(Step::Write))?;
+    drop(arena);
 
     let mut outcome = Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 };
     if !options.keep_overlay {
@@ -170,38 +174,74 @@ fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>
     Ok(())
 }
 
-/// Write a batch; extents that only the source can decode are decoded first.
+/// Write a batch, in one call of the sink if what has to be decoded for it fits into the arena. Extents that only the
+/// source can decode are decoded into the arena, which is kept from batch to batch.
 fn write_batch(
     io: &mut dyn BlockIo,
     source: &mut dyn Source,
     sink: &mut dyn Sink,
     extents: &[Extent],
     below: &mut dyn ReadBelow,
+    arena: &mut Vec<u8>,
 ) -> DriverResult<()> {
-    let encoded = |extent: &Extent| extent.kind == ExtentKind::Encoded as u32;
-    for run in extents.chunk_by(|a, b| encoded(a) == encoded(b)) {
-        if !run.first().is_some_and(encoded) {
-            sink.write(io, run, below)?;
+    let encoded = |extent: &&Extent| extent.kind == ExtentKind::Encoded as u32;
+    if !extents.iter().any(|extent| encoded(&extent)) {
+        return sink.write(io, extents, below);
+    }
+    grow_arena(io, arena, extents.iter().filter(encoded).map(|extent| extent.length).sum());
+    let mut ready: Vec<Extent> = Vec::with_capacity(extents.len());
+    let mut used = 0;
+    for extent in extents {
+        if !encoded(&extent) {
+            ready.push(*extent);
             continue;
         }
-        for extent in run {
-            let mut at = extent.guest_offset;
-            let end = extent.guest_offset + extent.length;
-            while at < end {
-                let length = (end - at).min(DECODED_BYTES);
-                let mut bytes = vec![0u8; usize::try_from(length).unwrap_or(0)];
-                source.read(io, extent, at, &mut bytes)?;
-                let decoded = Extent {
-                    guest_offset: at,
-                    length,
-                    location: bytes.as_ptr() as u64,
-                    kind: ExtentKind::Memory as u32,
-                    device: extent.device,
-                };
-                sink.write(io, &[decoded], below)?;
-                at += length;
+        let end = extent.guest_offset.saturating_add(extent.length);
+        let mut at = extent.guest_offset;
+        while at < end {
+            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+            // An extent is not cut, because it would be decoded twice, unless it is larger than the arena.
+            if used > 0 && left > arena.len() - used {
+                sink.write(io, &ready, below)?;
+                ready.clear();
+                used = 0;
             }
+            let length = left.min(arena.len() - used);
+            let bytes = arena.get_mut(used..used + length).unwrap_or_default();
+            if bytes.is_empty() {
+                return Err(DriverError::new(ErrorCode::InternalOverflow, "there is no room to decode into"));
+            }
+            source.read(io, extent, at, bytes)?;
+            push_decoded(&mut ready, at, bytes);
+            at += length as u64;
+            used += length;
         }
     }
-    Ok(())
+    sink.write(io, &ready, below)
+}
+
+/// Make the arena large enough for `wanted` bytes, if that is not too much of the heap.
+fn grow_arena(io: &dyn BlockIo, arena: &mut Vec<u8>, wanted: u64) {
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+    if arena.len() < wanted.min(ARENA_BYTES) {
+        // The old one goes first.
+        *arena = Vec::new();
+        let limit = (io.heap_free() / 3).clamp(MIN_ARENA_BYTES, ARENA_BYTES);
+        *arena = vec![0; wanted.min(limit)];
+    }
+}
+
+/// Append decoded bytes of guest byte `at`, or lengthen the extent that they follow in guest and memory.
+fn push_decoded(ready: &mut Vec<Extent>, at: u64, bytes: &[u8]) {
+    let (location, length) = (bytes.as_ptr() as u64, bytes.len() as u64);
+    match ready.last_mut() {
+        Some(last)
+            if last.kind == ExtentKind::Memory as u32
+                && last.guest_offset + last.length == at
+                && last.location + last.length == location =>
+        {
+            last.length += length;
+        }
+        _ => ready.push(Extent { guest_offset: at, length, location, kind: ExtentKind::Memory as u32, device: 0 }),
+    }
 }

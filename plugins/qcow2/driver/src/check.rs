@@ -1,21 +1,58 @@
 //! Verifying an overlay before it is committed.
 //!
 //! Every structure is where it may be, no host cluster is used twice, and nothing that is used has refcount
-//! 0. A refcount that is too high is a leak and harms nobody. Memory is bounded: see
-//! [`ClusterSet`](crate::cluster_set::ClusterSet).
+//! 0. A refcount that is too high is a leak and harms nobody. Compressed clusters may share host clusters with
+//! each other, with nothing else. Memory is bounded: see [`ClusterSet`](crate::cluster_set::ClusterSet).
 
 use crate::cluster_set::ClusterSet;
-use crate::image::Image;
+use crate::image::{overflow, Image};
 use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
 use crate::scan::{scan_l1_table, scan_refcount_table};
-use crate::source::{compressed, Qcow2Source};
+use crate::source::{compressed_range, Qcow2Source};
 use alloc::format;
+use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
 
-/// Memory for the set of referenced clusters, in bytes: 128 million clusters a pass.
-const SET_BUDGET: usize = 16 << 20;
+/// Memory for the set of clusters with one reference, in bytes: at least 80 million clusters a pass.
+const SET_BUDGET: usize = 12 << 20;
+/// Memory for the set of clusters that hold compressed clusters, in bytes.
+const COMPRESSED_BUDGET: usize = 4 << 20;
+/// At most this many compressed clusters are decoded before anything is changed. Of an image with more of them, one
+/// that does not decode is found while it is committed: the overlay is intact then, the backing has changed.
+const DECODED_CLUSTERS: usize = 1024;
+
+/// The host clusters that were seen in one pass.
+struct Seen {
+    /// Those with one reference: metadata, and clusters of plain data.
+    single: ClusterSet,
+    /// Those with compressed clusters in them.
+    compressed: ClusterSet,
+}
+
+impl Seen {
+    fn new(floor: HostCluster) -> Self {
+        Self { single: ClusterSet::new(floor, SET_BUDGET), compressed: ClusterSet::new(floor, COMPRESSED_BUDGET) }
+    }
+
+    /// Add a cluster with one reference; `false` if anything else is there.
+    fn insert(&mut self, cluster: HostCluster) -> bool {
+        self.single.insert(cluster) && !self.compressed.contains(cluster)
+    }
+
+    /// Add a cluster that a compressed cluster touches; `false` if anything but compressed clusters is there.
+    fn insert_compressed(&mut self, cluster: HostCluster) -> bool {
+        self.compressed.insert(cluster);
+        !self.single.contains(cluster)
+    }
+
+    /// Where the next pass begins: below it, both sets are complete.
+    fn next_floor(&self) -> Option<HostCluster> {
+        let floors = [self.single.next_floor(), self.compressed.next_floor()];
+        floors.into_iter().flatten().min()
+    }
+}
 
 impl Qcow2Source {
     /// Verify the whole image; returns the number of clusters that it holds.
@@ -25,38 +62,55 @@ impl Qcow2Source {
         }
         let mut floor = HostCluster(0);
         loop {
-            let mut set = ClusterSet::new(floor, SET_BUDGET);
-            self.add_metadata(io, &mut set)?;
-            let clusters = self.add_clusters(io, &mut set)?;
-            check_refcounts(io, &self.image, &set)?;
-            match set.next_floor() {
+            let mut seen = Seen::new(floor);
+            let mut compressed = Vec::new();
+            self.add_metadata(io, &mut seen)?;
+            let clusters = self.add_clusters(io, &mut seen, &mut compressed)?;
+            check_refcounts(io, &self.image, &seen.single)?;
+            check_refcounts(io, &self.image, &seen.compressed)?;
+            match seen.next_floor() {
                 Some(next) => floor = next,
-                None => return Ok(clusters),
+                None => {
+                    drop(seen);
+                    self.decode_all(io, &compressed)?;
+                    return Ok(clusters);
+                }
             }
         }
     }
 
     /// Header, refcount table and blocks, L1 table, L2 tables.
-    fn add_metadata(&self, io: &mut dyn BlockIo, set: &mut ClusterSet) -> DriverResult<()> {
+    fn add_metadata(&self, io: &mut dyn BlockIo, seen: &mut Seen) -> DriverResult<()> {
         let header = &self.image.header;
         let (l1_table, l1_bytes) = (header.l1_table, header.l1_bytes());
         let (table, table_bytes) = (header.refcount_table, header.refcount_table_bytes());
-        add_range(&self.image, set, HostOffset(0), 1, "the header", 0)?;
-        add_range(&self.image, set, table, table_bytes, "the refcount table", 48)?;
-        add_range(&self.image, set, l1_table, l1_bytes, "the L1 table", 40)?;
+        add_range(&self.image, seen, HostOffset(0), 1, "the header", 0)?;
+        add_range(&self.image, seen, table, table_bytes, "the refcount table", 48)?;
+        add_range(&self.image, seen, l1_table, l1_bytes, "the L1 table", 40)?;
         let image = &self.image;
         scan_refcount_table(io, image, &mut |index, at, block| {
-            add_one(image, set, block, at, || format!("refcount block {index}"))
+            add_one(image, seen, block, at, || format!("refcount block {index}"))
         })?;
-        scan_l1_table(io, image, &mut |index, at, table| add_one(image, set, table, at, || format!("L2 table {index}")))
+        scan_l1_table(io, image, &mut |index, at, table| {
+            add_one(image, seen, table, at, || format!("L2 table {index}"))
+        })
     }
 
-    /// Everything that L2 entries refer to; returns the number of clusters that the image holds.
-    fn add_clusters(&mut self, io: &mut dyn BlockIo, set: &mut ClusterSet) -> DriverResult<u64> {
+    /// Everything that L2 entries refer to; returns the number of clusters that the image holds. Guest offsets and
+    /// descriptors of compressed clusters are appended to `compressed`, one more than will be decoded at most.
+    fn add_clusters(
+        &mut self,
+        io: &mut dyn BlockIo,
+        seen: &mut Seen,
+        compressed: &mut Vec<(u64, u64)>,
+    ) -> DriverResult<u64> {
         let mut clusters = 0;
         self.walk(io, 0, &mut |image, guest, at, entry| {
-            if let L2Entry::Compressed { .. } = entry {
-                return Err(compressed(image, guest, at));
+            if let L2Entry::Compressed { descriptor } = entry {
+                add_compressed(image, seen, guest, at, descriptor)?;
+                if compressed.len() <= DECODED_CLUSTERS {
+                    compressed.push((guest, descriptor));
+                }
             }
             clusters += 1;
             if let Some((offset, _)) = entry.host() {
@@ -72,39 +126,58 @@ impl Qcow2Source {
                         ),
                     ));
                 }
-                add_one(image, set, offset, at, || format!("the cluster of guest offset {guest}"))?;
+                add_one(image, seen, offset, at, || format!("the cluster of guest offset {guest}"))?;
             }
             Ok(true)
         })?;
         Ok(clusters)
     }
+
+    /// Decode these compressed clusters, unless they are too many; the bytes are dropped.
+    fn decode_all(&mut self, io: &mut dyn BlockIo, compressed: &[(u64, u64)]) -> DriverResult<()> {
+        if compressed.is_empty() || compressed.len() > DECODED_CLUSTERS {
+            return Ok(());
+        }
+        let size = usize::try_from(self.image.cluster_size().bytes()).map_err(|_| overflow("the cluster size"))?;
+        let mut buffer = vec![0; size];
+        compressed.iter().try_for_each(|&cluster| self.reader.read(io, &self.image, cluster, 0, &mut buffer))
+    }
+}
+
+fn add_compressed(image: &Image, seen: &mut Seen, guest: u64, at: u64, descriptor: u64) -> DriverResult<()> {
+    let range = compressed_range(image, guest, at, descriptor)?;
+    for cluster in range.host_clusters(image.cluster_size()) {
+        if !seen.insert_compressed(cluster) {
+            return Err(image.corrupt(
+                at,
+                format!(
+                    "the compressed cluster of guest offset {guest} at offset {} overlaps another structure",
+                    range.offset
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn add_one(
     image: &Image,
-    set: &mut ClusterSet,
+    seen: &mut Seen,
     offset: HostOffset,
     at: u64,
     what: impl Fn() -> alloc::string::String,
 ) -> DriverResult<()> {
-    if set.insert(image.host_cluster(offset)) {
+    if seen.insert(image.host_cluster(offset)) {
         return Ok(());
     }
     Err(image.corrupt(at, format!("{} at offset {offset} overlaps another structure", what())))
 }
 
-fn add_range(
-    image: &Image,
-    set: &mut ClusterSet,
-    offset: HostOffset,
-    bytes: u64,
-    what: &str,
-    at: u64,
-) -> DriverResult<()> {
+fn add_range(image: &Image, seen: &mut Seen, offset: HostOffset, bytes: u64, what: &str, at: u64) -> DriverResult<()> {
     let size = image.cluster_size();
     let first = size.host_cluster(offset).0;
     for cluster in first..first.saturating_add(size.count_for(bytes)) {
-        if !set.insert(HostCluster(cluster)) {
+        if !seen.insert(HostCluster(cluster)) {
             return Err(image.corrupt(at, format!("{what} at offset {offset} overlaps another structure")));
         }
     }

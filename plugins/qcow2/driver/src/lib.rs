@@ -9,6 +9,7 @@
 //! * [`refcounts`]: looking refcounts up through the refcount table;
 //! * [`scan`]: walking a whole table once;
 //! * [`snapshots`]: the tables that internal snapshots hold;
+//! * [`decode`]: reading compressed clusters;
 //! * [`source`], [`check`], [`empty`]: the source role;
 //! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role.
 #![no_std]
@@ -18,6 +19,7 @@ extern crate alloc;
 pub mod allocator;
 pub mod check;
 pub mod cluster_set;
+pub mod decode;
 pub mod empty;
 pub mod image;
 pub mod metadata_map;

@@ -65,7 +65,7 @@ impl Qcow2Sink {
             let action = self.action(group, entry);
             if let Action::Allocate(Fill::Compressed(descriptor), _) = action {
                 // What is needed of it must decode: afterwards it would be too late to say no.
-                self.decode(io, descriptor, at)?;
+                self.decode(io, first.cluster, descriptor)?;
             }
             self.planned.new_data += u64::from(matches!(action, Action::Allocate(..)));
             let shared = table.is_some_and(|(_, copied)| !copied);

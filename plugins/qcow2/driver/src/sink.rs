@@ -2,6 +2,7 @@
 
 use crate::allocator::Allocator;
 use crate::cluster_set::ClusterSet;
+use crate::decode::ClusterReader;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::Refcounts;
@@ -12,9 +13,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
-use instar_qcow2_format::{
-    ClusterSize, CompressedRange, Decompressor, GuestCluster, HostCluster, HostOffset, L2Entry, Version,
-};
+use instar_qcow2_format::{ClusterSize, CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry, Version};
 
 /// Clusters that are worked on between two sets of flushes, at most.
 const WINDOW_CLUSTERS: usize = 1 << 16;
@@ -32,6 +31,7 @@ pub struct Qcow2Sink {
     pub(crate) refcounts: Refcounts,
     pub(crate) allocator: Allocator,
     pub(crate) planned: Planned,
+    pub(crate) compressed: ClusterReader,
     /// Whether the first change was made.
     pub(crate) started: bool,
     /// Whether anything was written since the last flush.
@@ -123,6 +123,7 @@ impl Qcow2Sink {
             l2: SliceCache::new(image.device, size),
             refcounts: Refcounts::new(&image),
             allocator: Allocator::new(&image),
+            compressed: ClusterReader::default(),
             planned: Planned {
                 metadata: None,
                 touched: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),
@@ -231,19 +232,18 @@ impl Qcow2Sink {
         }
     }
 
-    /// Decode a compressed cluster of the image, whose entry stands at byte `at`.
-    pub(crate) fn decode(&self, io: &mut dyn BlockIo, descriptor: u64, at: u64) -> DriverResult<Vec<u8>> {
+    /// Decode a compressed cluster of the image.
+    pub(crate) fn decode(
+        &mut self,
+        io: &mut dyn BlockIo,
+        cluster: GuestCluster,
+        descriptor: u64,
+    ) -> DriverResult<Vec<u8>> {
         let size = self.image.cluster_size();
-        let range = CompressedRange::decode(descriptor, size);
-        let length = |bytes: u64| usize::try_from(bytes).map_err(|_| overflow("the length of a cluster"));
-        let mut stream = vec![0; length(range.length)?];
-        io.read(self.image.device, range.offset.0, &mut stream)?;
-        let mut cluster = vec![0; length(size.bytes())?];
-        let decoded = Decompressor::new(self.image.header.compression).decompress(&stream, &mut cluster);
-        decoded.map_err(|error| {
-            self.image.corrupt(at, format!("the compressed cluster at offset {} {error}", range.offset))
-        })?;
-        Ok(cluster)
+        let mut bytes = vec![0; usize::try_from(size.bytes()).map_err(|_| overflow("the cluster size"))?];
+        let entry = (cluster.0 << size.bits(), descriptor);
+        self.compressed.read(io, &self.image, entry, 0, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Byte offset in the file of the L1 entry that maps a cluster, and its index.

@@ -1,14 +1,15 @@
 //! The source role: enumerating what a layer holds.
 
+use crate::decode::ClusterReader;
 use crate::image::{overflow, Image};
 use crate::scan::decode_l1;
 use crate::slice_cache::SliceCache;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
-use instar_qcow2_format::{HostOffset, L2Entry};
+use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo, Request};
+use instar_guest_sdk::{BlockIo, DriverResult, Source};
+use instar_qcow2_format::{CompressedRange, HostOffset, L2Entry};
 
 /// L2 tables are read in pieces of at most this many bytes …
 const PIECE_BYTES: u64 = 64 << 10;
@@ -39,12 +40,14 @@ pub struct Qcow2Source {
     buffer: Vec<u8>,
     /// Number of clusters that the image holds, once it was checked.
     pub(crate) held: Option<u64>,
+    pub(crate) reader: ClusterReader,
 }
 
 impl Qcow2Source {
     pub(crate) fn new(image: Image) -> Self {
         let l1 = SliceCache::new(image.device, image.slice_size());
-        Self { image, l1, pieces: Vec::new(), window_end: 0, buffer: Vec::new(), held: None }
+        let reader = ClusterReader::default();
+        Self { image, l1, pieces: Vec::new(), window_end: 0, buffer: Vec::new(), held: None, reader }
     }
 
     /// Bytes of a piece.
@@ -181,6 +184,7 @@ impl Qcow2Source {
         self.l1.clear();
         self.pieces.clear();
         self.window_end = 0;
+        self.reader = ClusterReader::default();
     }
 }
 
@@ -198,28 +202,38 @@ fn extent_of(image: &Image, guest: u64, at: u64, entry: L2Entry) -> DriverResult
             (ExtentKind::Data, offset.0)
         }
         L2Entry::Zero { .. } => (ExtentKind::Zero, 0),
-        L2Entry::Compressed { .. } => return Err(compressed(image, guest, at)),
+        L2Entry::Compressed { descriptor } => {
+            compressed_range(image, guest, at, descriptor)?;
+            (ExtentKind::Encoded, descriptor)
+        }
         L2Entry::Unallocated => return Err(overflow("the kind of an L2 entry")),
     };
     Ok(Extent { guest_offset: guest, length, location, kind: kind as u32, device: image.device })
 }
 
-/// The refusal of a compressed cluster.
-pub(crate) fn compressed(image: &Image, guest: u64, at: u64) -> DriverError {
-    DriverError::new(
-        ErrorCode::UnsupportedFormat,
-        format!("the cluster at guest offset {guest} is compressed, which this version cannot commit"),
-    )
-    .at(image.device, at)
+/// Where a compressed cluster is, verified to lie in the file; only its last sector may be cut off.
+pub(crate) fn compressed_range(image: &Image, guest: u64, at: u64, descriptor: u64) -> DriverResult<CompressedRange> {
+    let range = CompressedRange::decode(descriptor, image.cluster_size());
+    if image.holds_bytes(range.last_sector(), 1) {
+        return Ok(range);
+    }
+    Err(image.corrupt(
+        at,
+        format!(
+            "the L2 entry of guest offset {guest} points to offset {} and {} compressed bytes, past the end of the file",
+            range.offset, range.length
+        ),
+    ))
 }
 
-/// Append an extent, or lengthen the last one where the new one goes on from it. Returns whether it took a
-/// place of its own.
+/// Append an extent, or lengthen the last one where the new one goes on from it; compressed clusters stay on their
+/// own. Returns whether it took a place of its own.
 fn push_merged(out: &mut Vec<Extent>, base: usize, extent: Extent) -> bool {
     if out.len() > base {
         if let Some(last) = out.last_mut() {
             let follows = last.guest_offset + last.length == extent.guest_offset
                 && last.kind == extent.kind
+                && extent.kind != ExtentKind::Encoded as u32
                 && last.device == extent.device
                 && (extent.kind == ExtentKind::Zero as u32 || last.location + last.length == extent.location);
             if follows {
@@ -259,8 +273,9 @@ impl Source for Qcow2Source {
         Ok(next)
     }
 
-    fn read(&mut self, _: &mut dyn BlockIo, extent: &Extent, _: u64, _: &mut [u8]) -> DriverResult<()> {
-        Err(compressed(&self.image, extent.guest_offset, 0))
+    fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        let start = self.image.cluster_size().offset_in(from);
+        self.reader.read(io, &self.image, (from - start, extent.location), start, buffer)
     }
 
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {

@@ -233,7 +233,7 @@ impl Qcow2Sink {
                         Fill::Below => self.fill_gaps(io, group, host, below)?,
                         Fill::Cluster(from) => self.copy_gaps(io, &mut writer, group, from, host)?,
                         Fill::Compressed(descriptor) => {
-                            let bytes = self.decode(io, descriptor, 0)?;
+                            let bytes = self.decode(io, cluster, descriptor)?;
                             self.write_gaps(io, group, host, &bytes)?;
                         }
                     }

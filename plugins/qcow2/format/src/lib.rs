@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+mod compressed;
 mod create;
 mod error;
 mod extension;
@@ -15,6 +16,7 @@ mod snapshot;
 mod table;
 mod types;
 
+pub use compressed::{decompress, CompressedRange, DecodeError, Decompressor};
 pub use create::{create, CreateError, CreateOptions, NewImage};
 pub use error::{HeaderError, HeaderErrorKind};
 pub use extension::{Bitmaps, Extension, ExtensionKind, FeatureName};

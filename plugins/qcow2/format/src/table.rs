@@ -21,6 +21,8 @@ pub enum EntryError {
     Unaligned(HostOffset),
     /// The COPIED flag claims a cluster, but there is none.
     OwnsNothing,
+    /// The COPIED flag claims a compressed cluster, which others may share.
+    OwnsCompressed,
 }
 
 impl fmt::Display for EntryError {
@@ -29,6 +31,7 @@ impl fmt::Display for EntryError {
             Self::Reserved(bits) => write!(f, "has reserved bits set (0x{bits:x})"),
             Self::Unaligned(offset) => write!(f, "points to offset {offset}, which is not the start of a cluster"),
             Self::OwnsNothing => write!(f, "claims a cluster (COPIED) but points to none"),
+            Self::OwnsCompressed => write!(f, "claims a compressed cluster (COPIED)"),
         }
     }
 }
@@ -102,7 +105,7 @@ pub enum L2Entry {
         /// [`COPIED`] is set.
         copied: bool,
     },
-    /// A compressed cluster: `descriptor` is the entry without its flags.
+    /// A compressed cluster: `descriptor` is for [`CompressedRange`](crate::CompressedRange).
     Compressed {
         /// Bits 0 to 61 of the entry.
         descriptor: u64,
@@ -114,10 +117,13 @@ impl L2Entry {
     ///
     /// # Errors
     /// [`EntryError`] for reserved bits (1 to 8, 56 to 61, and bit 0 in version 2), offsets within a cluster, and
-    /// COPIED without an offset.
+    /// COPIED without an offset or with a compressed cluster.
     pub fn decode(raw: u64, size: ClusterSize, version: Version) -> Result<Self, EntryError> {
         if raw & COMPRESSED != 0 {
-            return Ok(Self::Compressed { descriptor: raw & !(COMPRESSED | COPIED) });
+            if raw & COPIED != 0 {
+                return Err(EntryError::OwnsCompressed);
+            }
+            return Ok(Self::Compressed { descriptor: raw & !COMPRESSED });
         }
         let known = OFFSET_MASK | COPIED | if version == Version::V3 { ZERO } else { 0 };
         if raw & !known != 0 {

@@ -1,0 +1,190 @@
+//! Compressed clusters: where they are ("Compressed Clusters Descriptor"), and how they are decoded.
+//!
+//! Decoding never writes past the output, takes memory in proportion to the output only, and returns an error for
+//! whatever is not a stream of the cluster's size.
+
+use crate::types::{ClusterSize, HostCluster, HostOffset};
+use crate::CompressionType;
+use alloc::boxed::Box;
+use core::fmt;
+use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
+use miniz_oxide::inflate::core::DecompressorOxide;
+use miniz_oxide::inflate::TINFLStatus;
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use ruzstd::io::Read;
+
+/// The unit of a descriptor's length, in bytes, whatever the cluster size.
+const SECTOR: u64 = 512;
+/// Smallest window of a zstd frame in bytes (RFC 8878, "Window_Descriptor").
+const MIN_WINDOW: u64 = 1024;
+/// Longest header of a zstd frame in bytes (RFC 8878, "Frame_Header"), its magic number included.
+const MAX_FRAME_HEADER: usize = 18;
+
+/// Where the stream of a compressed cluster stands in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompressedRange {
+    /// First byte; rarely the start of a cluster or sector.
+    pub offset: HostOffset,
+    /// Length in bytes, up to the end of its last 512-byte sector. The stream may end earlier, and the file may end
+    /// within the last sector.
+    pub length: u64,
+}
+
+impl CompressedRange {
+    /// Decode a descriptor: bits 0 to 61 of an L2 entry. With x = 62 - (`cluster_bits` - 8), the bits below x are the
+    /// offset, and the others the number of sectors after the one in which the stream begins.
+    #[must_use]
+    pub const fn decode(descriptor: u64, size: ClusterSize) -> Self {
+        let x = 62 - (size.bits() - 8);
+        let offset = descriptor & ((1 << x) - 1);
+        let additional = (descriptor & ((1 << 62) - 1)) >> x;
+        Self { offset: HostOffset(offset), length: (additional + 1) * SECTOR - offset % SECTOR }
+    }
+
+    /// The first byte after the range; at most 2^61 and 4 MiB.
+    #[must_use]
+    pub const fn end(self) -> u64 {
+        self.offset.0 + self.length
+    }
+
+    /// Where the last sector of the range begins, or the range itself, if that is later. A file that holds all of the
+    /// stream is longer than this.
+    #[must_use]
+    pub const fn last_sector(self) -> HostOffset {
+        let sector = self.end() - SECTOR;
+        HostOffset(if sector > self.offset.0 { sector } else { self.offset.0 })
+    }
+
+    /// The host clusters that the range touches, ascending. Other compressed clusters may touch them, too.
+    pub fn host_clusters(self, size: ClusterSize) -> impl Iterator<Item = HostCluster> {
+        let first = size.host_cluster(self.offset).0;
+        let last = size.host_cluster(HostOffset(self.end() - 1)).0;
+        (first..=last).map(HostCluster)
+    }
+}
+
+/// Why the stream of a compressed cluster does not decode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodeError {
+    /// It is not a stream of this kind.
+    Invalid,
+    /// It ends before the cluster is full.
+    Short,
+    /// It holds more than the cluster.
+    Long,
+}
+
+impl fmt::Display for DecodeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Invalid => "does not decode",
+            Self::Short => "decodes to less than a cluster",
+            Self::Long => "decodes to more than a cluster",
+        })
+    }
+}
+
+/// A decoder with its memory, which is used again for every cluster.
+pub struct Decompressor(Kind);
+
+enum Kind {
+    Zlib(Box<DecompressorOxide>),
+    Zstd(Box<FrameDecoder>),
+}
+
+impl Decompressor {
+    /// A decoder for the clusters of an image with this `compression_type`.
+    #[must_use]
+    pub fn new(kind: CompressionType) -> Self {
+        Self(match kind {
+            CompressionType::Zlib => Kind::Zlib(Box::default()),
+            CompressionType::Zstd => Kind::Zstd(Box::default()),
+        })
+    }
+
+    /// Decode the stream at the start of `input` into `output`, which is a cluster long. What follows the stream is
+    /// ignored.
+    ///
+    /// # Errors
+    /// [`DecodeError`]; then the content of `output` is arbitrary.
+    pub fn decompress(&mut self, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
+        match &mut self.0 {
+            Kind::Zlib(state) => inflate(state, input, output),
+            Kind::Zstd(decoder) => decode_frames(decoder, input, output),
+        }
+    }
+}
+
+/// Decode one cluster with a decoder of its own: see [`Decompressor::decompress`].
+///
+/// # Errors
+/// [`DecodeError`].
+pub fn decompress(kind: CompressionType, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
+    Decompressor::new(kind).decompress(input, output)
+}
+
+/// Raw deflate. As in QEMU the cluster is good as soon as it is full, even if the stream would go on.
+fn inflate(state: &mut DecompressorOxide, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
+    state.init();
+    let flags = TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
+    let (status, _, written) = miniz_oxide::inflate::core::decompress(state, input, output, 0, flags);
+    match status {
+        TINFLStatus::Done | TINFLStatus::HasMoreOutput if written == output.len() => Ok(()),
+        // All of the input is used up, with or without the mark of the stream's end.
+        TINFLStatus::FailedCannotMakeProgress | TINFLStatus::NeedsMoreInput if written == output.len() => Ok(()),
+        TINFLStatus::Done | TINFLStatus::FailedCannotMakeProgress | TINFLStatus::NeedsMoreInput => {
+            Err(DecodeError::Short)
+        }
+        _ => Err(DecodeError::Invalid),
+    }
+}
+
+/// Zstandard frames, until the output is full. The last one must end there.
+fn decode_frames(decoder: &mut FrameDecoder, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
+    let mut input = input;
+    let mut done = 0;
+    while done < output.len() {
+        if input.is_empty() {
+            return Err(DecodeError::Short);
+        }
+        let target = output.get_mut(done..).unwrap_or_default();
+        let header = read_frame_header(decoder, input, target.len())?;
+        let mut rest = input.get(header..).ok_or(DecodeError::Invalid)?;
+        // One byte more than there is room for is the most that is asked for: a bomb is noticed by then.
+        let upto = BlockDecodingStrategy::UptoBytes(target.len() + 1);
+        if !decoder.decode_blocks(&mut rest, upto).map_err(|_| DecodeError::Invalid)? {
+            return Err(DecodeError::Long);
+        }
+        done += decoder.read(target).map_err(|_| DecodeError::Invalid)?;
+        if decoder.can_collect() > 0 {
+            return Err(DecodeError::Long);
+        }
+        input = rest;
+    }
+    Ok(())
+}
+
+/// Begin a frame that may hold `room` bytes at most; returns the length of its header.
+///
+/// The decoder takes as much memory as the frame's window. A window that is larger than everything that may come out
+/// is never used whole, so it is made smaller: encoders write one of 8 MiB for the smallest cluster.
+fn read_frame_header(decoder: &mut FrameDecoder, input: &[u8], room: usize) -> Result<usize, DecodeError> {
+    const SINGLE_SEGMENT: u8 = 1 << 5;
+    let mut header = [0; MAX_FRAME_HEADER];
+    let length = input.len().min(MAX_FRAME_HEADER);
+    header.iter_mut().zip(input).for_each(|(to, from)| *to = *from);
+    if header[4] & SINGLE_SEGMENT == 0 {
+        // The upper 5 bits are an exponent, to be added to 10; mantissa 0.
+        let room = (room as u64).max(MIN_WINDOW).next_power_of_two();
+        let enough = u8::try_from((room.trailing_zeros() - 10) << 3).unwrap_or(u8::MAX);
+        header[5] = header[5].min(enough);
+    }
+    decoder.set_max_window_size((room as u64).max(MIN_WINDOW).next_power_of_two());
+    let mut rest = header.get(..length).unwrap_or_default();
+    decoder.reset(&mut rest).map_err(|_| DecodeError::Invalid)?;
+    Ok(length - rest.len())
+}
+
+#[cfg(test)]
+#[path = "compressed_tests.rs"]
+mod tests;
