@@ -29,7 +29,8 @@ pub trait GuestHandler {
     /// [`BadRequest`] when the message makes no sense: the guest is ended.
     fn message(&mut self, message: guest_message::Kind) -> Result<(), BadRequest>;
 
-    /// Called on every exit: `true` asks the runner to end the guest now.
+    /// Called before each doorbell is served, and several times a second while the guest runs: `true` asks the
+    /// runner to end the guest now.
     fn interrupted(&self) -> bool {
         false
     }

@@ -76,6 +76,17 @@ fn nonsense_is_a_protocol_error() {
 }
 
 #[test]
+fn vector_instructions_work() {
+    // vxorps ymm0, ymm0, ymm0; mov dx, PORT_EXIT; out dx, eax
+    let report = run_raw(&[0xc5, 0xfc, 0x57, 0xc0, 0x66, 0xba, 0x13, 0x05, 0xef]);
+    if std::arch::is_x86_feature_detected!("avx") {
+        assert_eq!(report.unwrap().exits, 1);
+    } else {
+        assert!(matches!(report, Err(VmError::GuestFault { vector: 6, .. })), "{report:?}");
+    }
+}
+
+#[test]
 fn a_system_call_leads_nowhere() {
     // Disabled by EFER; a hypervisor that does not honour that goes to the entry point 0, which is not mapped.
     for code in [&[0x0f, 0x05], &[0x0f, 0x34]] {

@@ -151,13 +151,18 @@ fn guest_target_dir(out_dir: &Path) -> PathBuf {
     }
 }
 
-/// The folders whose names must not get into a module: the registry and tool chain, and the driver's workspace.
+/// The outermost folder at or above `folder` that has a manifest: its workspace.
+fn workspace(folder: &Path) -> PathBuf {
+    let outermost = folder.ancestors().filter(|folder| folder.join("Cargo.toml").is_file()).last();
+    outermost.unwrap_or(folder).to_path_buf()
+}
+
+/// The folders whose names must not get into a module: the driver's workspace, the one that this helper (and so, as
+/// a rule, the SDK) comes from, the registry and the tool chain.
 fn remapped(folder: &Path) -> Vec<(PathBuf, &'static str)> {
     let home = std::env::var_os("HOME").map(PathBuf::from);
-    let mut all = Vec::new();
-    // The outermost folder with a manifest is the workspace.
-    let workspace = folder.ancestors().filter(|folder| folder.join("Cargo.toml").is_file()).last();
-    all.push((workspace.unwrap_or(folder).to_path_buf(), "/src"));
+    // Of several that match, the last holds.
+    let mut all = vec![(workspace(Path::new(env!("CARGO_MANIFEST_DIR"))), "/instar"), (workspace(folder), "/src")];
     let mut tool = |variable: &str, default: &str, name| {
         let set = std::env::var_os(variable).map(PathBuf::from);
         all.extend(set.or_else(|| home.as_ref().map(|home| home.join(default))).map(|folder| (folder, name)));

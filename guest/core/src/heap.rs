@@ -11,8 +11,12 @@ pub struct Heap {
     free: usize,
 }
 
-/// What an allocation costs beyond its size, about: the tag before it.
-const OVERHEAD: usize = 8;
+/// What an allocation of `size` bytes takes from the heap: its tag too, in whole words, and never less than four.
+const fn cost(size: usize) -> usize {
+    const WORD: usize = size_of::<usize>();
+    let words = size.saturating_add(WORD).div_ceil(WORD);
+    (if words < 4 { 4 } else { words }).saturating_mul(WORD)
+}
 
 impl Heap {
     /// A heap without memory.
@@ -45,7 +49,7 @@ impl Heap {
         // SAFETY: the layout's size is not zero.
         match unsafe { self.talc.malloc(layout) } {
             Ok(pointer) => {
-                self.free = self.free.saturating_sub(size + OVERHEAD);
+                self.free = self.free.saturating_sub(cost(size));
                 pointer.as_ptr()
             }
             Err(()) => null_mut(),
@@ -62,7 +66,7 @@ impl Heap {
         };
         // SAFETY: the caller promises that it is one of ours.
         unsafe { self.talc.free(pointer, layout) };
-        self.free += size + OVERHEAD;
+        self.free += cost(size);
     }
 
     /// Bytes that are free, not in one piece.

@@ -30,8 +30,9 @@ impl Drop for ForeignSource {
     }
 }
 
-/// Whether `found`, enumerated from `from` on with `next` as the place to go on, is what the interface promises.
-fn plausible(found: &[Extent], from: u64, next: u64) -> bool {
+/// Whether `found`, enumerated from `from` on with `next` as the place to go on, is what the interface promises of an
+/// image of `size` bytes.
+fn plausible(found: &[Extent], from: u64, next: u64, size: u64) -> bool {
     let mut after = from;
     for (index, extent) in found.iter().enumerate() {
         // The first extent may begin before `from`, in the middle of a run.
@@ -45,8 +46,9 @@ fn plausible(found: &[Extent], from: u64, next: u64) -> bool {
         }
         after = end;
     }
+    let inside = found.is_empty() || after <= size;
     // Enumeration must advance, or be at the end.
-    next >= after
+    inside && next >= after && (next > from || from >= size)
 }
 
 impl Source for ForeignSource {
@@ -75,8 +77,10 @@ impl Source for ForeignSource {
         // SAFETY: the module filled `count` extents of the reserved room.
         unsafe { out.set_len(start + count) };
         let found = out.get(start..).unwrap_or_default();
-        if !plausible(found, from, next) || (next == from && from < self.info().virtual_size) {
-            return Err(protocol("the module returned extents out of order, of unknown kind, or none at all"));
+        if !plausible(found, from, next, self.info().virtual_size) {
+            return Err(protocol(
+                "the module returned extents out of order or bounds, of unknown kind, or does not advance",
+            ));
         }
         Ok(next)
     }
@@ -103,14 +107,17 @@ mod tests {
 
     #[test]
     fn only_ascending_known_extents_are_plausible() {
-        assert!(plausible(&[], 0, 100));
-        assert!(plausible(&[extent(0, 10, 1), extent(10, 5, 2), extent(20, 5, 3)], 0, 25));
-        assert!(plausible(&[extent(0, 10, 1)], 5, 10));
-        assert!(!plausible(&[extent(0, 10, 1), extent(9, 5, 1)], 0, 25));
-        assert!(!plausible(&[extent(0, 0, 1)], 0, 25));
-        assert!(!plausible(&[extent(0, 1, 4)], 0, 25), "memory is not for sources");
-        assert!(!plausible(&[extent(0, 1, 9)], 0, 25));
-        assert!(!plausible(&[extent(u64::MAX, 2, 1)], 0, u64::MAX));
-        assert!(!plausible(&[extent(0, 10, 1)], 0, 9));
+        assert!(plausible(&[], 0, 100, 100));
+        assert!(plausible(&[extent(0, 10, 1), extent(10, 5, 2), extent(20, 5, 3)], 0, 25, 25));
+        assert!(plausible(&[extent(0, 10, 1)], 5, 10, 25));
+        assert!(!plausible(&[extent(0, 10, 1), extent(9, 5, 1)], 0, 25, 25));
+        assert!(!plausible(&[extent(20, 6, 1)], 0, 26, 25), "past the virtual size");
+        assert!(!plausible(&[], 5, 5, 25), "does not advance");
+        assert!(plausible(&[], 25, 25, 25));
+        assert!(!plausible(&[extent(0, 0, 1)], 0, 25, 25));
+        assert!(!plausible(&[extent(0, 1, 4)], 0, 25, 25), "memory is not for sources");
+        assert!(!plausible(&[extent(0, 1, 9)], 0, 25, 25));
+        assert!(!plausible(&[extent(u64::MAX, 2, 1)], 0, u64::MAX, u64::MAX));
+        assert!(!plausible(&[extent(0, 10, 1)], 0, 9, 25));
     }
 }
