@@ -62,3 +62,38 @@ def test_random_snapshots_of_the_backing(pair, seed):
     before = snapshot_hashes(pair.base)
     pair.check_commit()
     assert snapshot_hashes(pair.base) == before
+
+
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_snapshots_of_the_overlay(pair, cluster_size, compat):
+    """What they hold stays; where they hold nothing they see the backing, and a warning says so."""
+    size = 2 * MIB
+    pair.make(size, base_options={"cluster_size": cluster_size}, base=["write -P 1 0 1M"])
+    support.create(pair.top, size, backing="base.qcow2", cluster_size=cluster_size, compat=compat)
+    support.qemu_io(pair.top, f"write -P 9 0 {size}")
+    support.qemu_img("snapshot", "-c", "full", pair.top)
+    support.qemu_io(pair.top, "write -P 8 512k 600k", "write -P 7 0 512")
+    before = snapshot_hashes(pair.top)
+    length, blocks = pair.top.stat().st_size, pair.top.stat().st_blocks
+    result = pair.check_commit()
+    assert "warning" in result.stderr and "full" in result.stderr and "top.qcow2" in result.stderr
+    assert snapshot_hashes(pair.top) == before
+    # The clusters that were the active state's own are given back.
+    assert pair.top.stat().st_size <= length
+    assert pair.top.stat().st_blocks * 512 < blocks * 512 - 400 * KIB
+    # The overlay goes on.
+    support.qemu_io(pair.top, "write -P 6 100k 300k")
+    pair.check_commit()
+    assert snapshot_hashes(pair.top) == before
+
+
+def test_bitmaps_of_the_overlay_stay(pair):
+    pair.make(base=["write -P 1 0 1M"])
+    support.qemu_img("bitmap", "--add", pair.top, "dirty")
+    support.qemu_io(pair.top, "write -P 2 512k 1M", "write -z 3M 128k")
+    bitmaps = support.info(pair.top)["format-specific"]["data"]["bitmaps"]
+    before = pair.top.stat().st_blocks
+    pair.check_commit()
+    assert support.info(pair.top)["format-specific"]["data"]["bitmaps"] == bitmaps
+    assert pair.top.stat().st_blocks * 512 < before * 512 - 900 * KIB

@@ -114,7 +114,8 @@ pub enum CommitRole {
 pub struct Verdict {
     /// `ERROR_OK` if it may, else the code of the refusal.
     pub code: u32,
-    /// Why not: one clause that names the feature and what to do.
+    /// Why not: one clause that names the feature and what to do. With `ERROR_OK`, a warning for the operator, if it is
+    /// not empty.
     pub reason: RString,
     /// For [`CommitRole::Backing`]: the longest that the file may become in this commit, in bytes. The
     /// engine ends a guest that asks for more.

@@ -3,7 +3,9 @@
 use super::output::OutputFormat;
 use super::size::parse_size;
 use super::{print_error, CliError};
-use crate::commit::{render_commit_success, render_dry_run, render_notes, render_verbose, run_commit, CommitRequest};
+use crate::commit::{
+    render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings, run_commit, CommitRequest,
+};
 use clap::{Args, ValueEnum};
 use instar_guest_abi::ErrorCode;
 use std::io::Write;
@@ -117,6 +119,9 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
         eprint!("{}", render_notes(&notes));
     }
     let result = result?;
+    if !args.quiet {
+        eprint!("{}", render_warnings(&result.warnings));
+    }
     if args.verbose {
         eprint!("{}", render_verbose(&result));
     }

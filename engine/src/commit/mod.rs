@@ -12,7 +12,9 @@ mod timing;
 
 pub use error::{map_commit_error, Changed, GuestFailure};
 pub use guest::{open_chain_devices_rw, run_commit_guest, GuestRun};
-pub use render::{render_commit_error, render_commit_success, render_dry_run, render_notes, render_verbose};
+pub use render::{
+    render_commit_error, render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings,
+};
 pub use timing::Timing;
 
 use crate::chain::write_target::Gate;
@@ -62,6 +64,8 @@ pub struct CommitRunResult {
     pub overlay_clusters_cleared: u64,
     /// Whether nothing was changed, as asked.
     pub dry_run: bool,
+    /// What the operator should know, each one line that names a file.
+    pub warnings: Vec<String>,
     /// What the virtual machine did.
     pub run: GuestRun,
     /// How long each part took.
@@ -118,7 +122,8 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     );
     timing.mark("chain opened, locked and probed");
 
-    let max_length = verdict(&overlay, &backing, &ancestors)?;
+    let mut warnings = Vec::new();
+    let max_length = verdict(&overlay, &backing, &ancestors, &mut warnings)?;
     let mut result = CommitRunResult {
         overlay: path,
         overlay_format: overlay.facts.format.to_string(),
@@ -128,6 +133,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
         bytes_committed: 0,
         overlay_clusters_cleared: 0,
         dry_run: request.dry_run,
+        warnings,
         run: GuestRun::default(),
         timing,
     };
@@ -142,9 +148,15 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     Ok(result)
 }
 
-/// Sizes, then the plugins. Returns how long the backing may become in bytes.
-fn verdict(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, ancestors: &[ChainImage<'_>]) -> Result<u64, CliError> {
-    let ask = |image: &ChainImage<'_>, role: CommitRole, other: &ImageFacts| {
+/// Sizes, then the plugins. Returns how long the backing may become in bytes; `warnings` takes what the plugins have to
+/// say besides.
+fn verdict(
+    overlay: &ChainImage<'_>,
+    backing: &ChainImage<'_>,
+    ancestors: &[ChainImage<'_>],
+    warnings: &mut Vec<String>,
+) -> Result<u64, CliError> {
+    let mut ask = |image: &ChainImage<'_>, role: CommitRole, other: &ImageFacts| {
         let (needed, part) = match role {
             CommitRole::Overlay => (ROLE_SOURCE, "committed"),
             CommitRole::Backing => (ROLE_SINK, "committed into"),
@@ -156,7 +168,12 @@ fn verdict(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, ancestors: &[Chai
         }
         let verdict = image.plugin.verdict(role, &image.facts, other);
         match ErrorCode::from_u32(verdict.code) {
-            Some(ErrorCode::Ok) => Ok(verdict.max_length),
+            Some(ErrorCode::Ok) => {
+                if !verdict.reason.is_empty() {
+                    warnings.push(format!("'{}': {}", escape_path(&image.opened.path), verdict.reason));
+                }
+                Ok(verdict.max_length)
+            }
             code => {
                 let code = code.unwrap_or(ErrorCode::PluginRefused);
                 Err(CliError::image(&image.opened.path, code, verdict.reason.as_str()))

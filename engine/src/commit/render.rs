@@ -69,6 +69,12 @@ pub fn render_dry_run(result: &CommitRunResult, output: OutputFormat, out: &mut 
     }
 }
 
+/// The lines for warnings.
+#[must_use]
+pub fn render_warnings(warnings: &[String]) -> String {
+    warnings.iter().map(|warning| format!("instar: warning: {}\n", printable(warning))).collect()
+}
+
 /// The error as one line, or as one JSON object.
 #[must_use]
 pub fn render_commit_error(error: &CliError, output: OutputFormat) -> String {

@@ -4,13 +4,15 @@ use instar_plugin_api::std_types::{ROption, RVec};
 use instar_plugin_api::{BackingPointer, ErrorCode, Feature, ImageFacts, ImageReader, PluginError};
 use instar_qcow2_format::{
     autoclear, compatible, header_bytes_needed, incompatible, CompressionType, ExtensionKind, Header, HeaderError,
-    HeaderErrorKind, Version,
+    HeaderErrorKind, Snapshot, Version,
 };
 
 /// Names of the features that verdicts look at and `instar info` does not show as `qemu-img info` does.
 pub mod names {
     /// Number of internal snapshots.
     pub const SNAPSHOTS: &str = "snapshots";
+    /// Names of internal snapshots, separated by commas.
+    pub const SNAPSHOT_NAMES: &str = "snapshot-names";
     /// Number of persistent bitmaps.
     pub const BITMAPS: &str = "bitmap-count";
     /// `aes` or `luks`.
@@ -40,7 +42,28 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let needed = header_bytes_needed(&start).unwrap_or(LEAST);
     let bytes = image.read_vec(0, usize::try_from(needed.max(LEAST)).unwrap_or(0))?;
     let header = Header::parse(&bytes).map_err(|error| refuse(&error))?;
-    Ok(facts(&header, image.length()))
+    let mut facts = facts(&header, image.length());
+    if header.snapshots != 0 {
+        let names = snapshot_names(image, &header);
+        facts.features.push(Feature::text(names::SNAPSHOT_NAMES, &names.join(", "), false));
+    }
+    Ok(facts)
+}
+
+/// The names of the first internal snapshots, for a message. What cannot be read is left out: the guest looks at the
+/// table properly.
+fn snapshot_names(image: &ImageReader<'_>, header: &Header) -> Vec<String> {
+    let mut table = vec![0; SNAPSHOT_BYTES];
+    let length = image.read_at(header.snapshot_table.0, &mut table).unwrap_or(0);
+    table.truncate(length);
+    let (mut names, mut at) = (Vec::new(), 0);
+    while names.len() < usize::try_from(header.snapshots).unwrap_or(usize::MAX) {
+        let Ok(Some((snapshot, next))) = Snapshot::parse(&table, at, header.snapshot_table.0) else { break };
+        let name: String = String::from_utf8_lossy(&snapshot.name).chars().take(NAME_CHARS).collect();
+        names.push(name);
+        at = next;
+    }
+    names
 }
 
 fn refuse(error: &HeaderError) -> PluginError {
@@ -66,6 +89,9 @@ fn facts(header: &Header, file_length: u64) -> ImageFacts {
     facts.features = features(header).into();
     facts
 }
+
+/// Bytes of the snapshot table that are looked at for names.
+const SNAPSHOT_BYTES: usize = 16 << 10;
 
 /// The features, first those of `qemu-img info` in its order.
 fn features(header: &Header) -> Vec<Feature> {

@@ -19,8 +19,18 @@ pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
             Some(length) => Verdict::supported(length),
             None => Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes"),
         },
-        CommitRole::Overlay | CommitRole::Ancestor => Verdict::supported(0),
+        CommitRole::Overlay => Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(0) },
+        CommitRole::Ancestor => Verdict::supported(0),
     }
+}
+
+/// Internal snapshots of an overlay hold only what was written before them; the rest they read from the backing.
+fn snapshot_warning(own: &ImageFacts) -> String {
+    if number(own, names::SNAPSHOTS) == 0 {
+        return String::new();
+    }
+    let names = own.feature(names::SNAPSHOT_NAMES).unwrap_or("\"\"").trim_matches('"');
+    format!("its internal snapshots ({names}) see what is committed wherever they hold nothing themselves")
 }
 
 type Refusal = Option<(ErrorCode, String)>;
@@ -61,17 +71,10 @@ fn write_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
     if own.dirty {
         return unsupported(&format!("the image was not closed cleanly (dirty bit): {CHECK}"));
     }
-    let snapshots = number(own, names::SNAPSHOTS);
-    if snapshots != 0 && role == CommitRole::Overlay {
-        let reason = format!(
-            "internal snapshots in an overlay are not supported yet, and it has {snapshots}: delete them with `qemu-img snapshot -d`"
-        );
-        return unsupported(&reason);
-    }
     let bitmaps = number(own, names::BITMAPS);
-    if bitmaps != 0 {
+    if bitmaps != 0 && role == CommitRole::Backing {
         let reason = format!(
-            "persistent bitmaps are not supported yet, and it has {bitmaps}: remove them with `qemu-img bitmap --remove`"
+            "persistent bitmaps in a backing are not supported yet, and it has {bitmaps}: remove them with `qemu-img bitmap --remove`"
         );
         return unsupported(&reason);
     }
@@ -86,11 +89,9 @@ fn unsupported(reason: &str) -> Refusal {
 ///
 /// Nothing in the file is counted as reused. In clusters:
 /// * as many as the file has now, the last one rounded up;
-/// * one for each data cluster that arrives. Of a qcow2 overlay without compressed clusters, each has a host
-///   cluster of its own in the overlay's file; where the backing's clusters are larger, each may fall into another one.
-///   A zero cluster has none, but becomes a cluster of zeroes in a version 2 backing, which has no zero flag, or where it
-///   is only a part of a larger cluster; it costs the overlay 8 bytes of L2 table. Of any other overlay: as many as the
-///   virtual disk has;
+/// * one for each cluster that arrives. Plain data has a host cluster of its own in the overlay's file (where the
+///   backing's clusters are larger, each may fall into another one); a compressed cluster, or a zero cluster that has to be
+///   written out, has at least its 8 bytes of L2 table. Of any other overlay: as many as the virtual disk has;
 /// * one for each L2 table that is missing. With equal cluster sizes, L2 tables of overlay and backing cover the
 ///   same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual disk has;
 /// * the L1 table, when it has to grow and move for a larger virtual size;
@@ -100,12 +101,12 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
     let virtual_size = own.virtual_size.max(overlay.virtual_size);
     let disk = cs.count_for(virtual_size).checked_add(1)?;
-    let v2 = own.feature(names::COMPAT) == Some("\"0.10\"");
     let same_size = overlay.cluster_size == own.cluster_size;
     let (data, tables) = if overlay.format.as_str() == "qcow2" && overlay.cluster_size != 0 {
         let clusters = overlay.file_length.div_ceil(cs.bytes().min(overlay.cluster_size));
-        let zeroes = if v2 || overlay.cluster_size < cs.bytes() { overlay.file_length / 8 } else { 0 };
-        (clusters.checked_add(zeroes)?.min(disk), if same_size { clusters } else { disk })
+        // Of smaller backing clusters, one entry of the overlay makes several.
+        let entries = (overlay.file_length / 8).checked_mul((overlay.cluster_size / cs.bytes()).max(1))?;
+        (clusters.checked_add(entries)?.min(disk), if same_size { clusters } else { disk })
     } else {
         (disk, disk)
     };
@@ -164,19 +165,29 @@ mod tests {
         let plain = image(65536, 262_144, 1 << 30);
         let cases = [
             (Feature::flag("extended-l2", true, true), "extended_l2", true, true),
-            (Feature::number("snapshots", 2, false), "it has 2", false, false),
-            (Feature::number("bitmap-count", 1, false), "bitmap", true, false),
+            (Feature::flag("extended-l2", true, true), "subclusters", true, true),
+            (Feature::number("bitmap-count", 1, false), "bitmap", false, false),
             (Feature::text("data-file", "x", true), "data file", true, true),
             (Feature::text("unknown-incompatible-features", "bit 20 (\"x\")", false), "bit 20 (\"x\")", true, true),
         ];
-        for (feature, words, backing_too, ancestor_too) in cases {
+        for (feature, words, overlay_too, ancestor_too) in cases {
             let facts = with(feature);
-            let verdict = give(CommitRole::Overlay, &facts, &plain);
+            let verdict = give(CommitRole::Backing, &facts, &plain);
             assert_ne!(verdict.code, 0);
             assert!(verdict.reason.contains(words), "{}", verdict.reason);
-            assert_eq!(give(CommitRole::Backing, &facts, &plain).code != 0, backing_too, "{words}");
+            assert_eq!(give(CommitRole::Overlay, &facts, &plain).code != 0, overlay_too, "{words}");
             assert_eq!(give(CommitRole::Ancestor, &facts, &plain).code != 0, ancestor_too, "{words}");
         }
+    }
+
+    #[test]
+    fn snapshots_of_the_overlay_are_worth_a_warning() {
+        let mut facts = with(Feature::number("snapshots", 2, false));
+        facts.features.push(Feature::text("snapshot-names", "one, two", false));
+        let verdict = give(CommitRole::Overlay, &facts, &image(65536, 262_144, 1 << 30));
+        assert_eq!(verdict.code, 0);
+        assert!(verdict.reason.contains("(one, two)"), "{}", verdict.reason);
+        assert!(give(CommitRole::Backing, &facts, &facts).reason.is_empty());
     }
 
     #[test]
@@ -213,7 +224,7 @@ mod tests {
             let bound = give(CommitRole::Backing, &backing, &overlay).max_length;
             let new = pairs * 2 + (pairs * 2) / (cs / 2) + 1;
             assert!(bound >= backing.file_length.next_multiple_of(cs) + new * cs, "{bits}");
-            assert!(bound <= backing.file_length + overlay.file_length * 3 + 64 * cs, "{bits} {bound}");
+            assert!(bound <= backing.file_length + pairs * coverage * 2 + 64 * cs, "{bits} {bound}");
         }
     }
 

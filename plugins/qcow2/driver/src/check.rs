@@ -7,7 +7,8 @@
 use crate::cluster_set::ClusterSet;
 use crate::image::{overflow, Image};
 use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
-use crate::scan::{scan_l1_table, scan_refcount_table};
+use crate::scan::{scan_l1_at, scan_l1_table, scan_refcount_table};
+use crate::snapshots::Snapshots;
 use crate::source::{compressed_range, Qcow2Source};
 use alloc::format;
 use alloc::vec;
@@ -66,8 +67,13 @@ impl Qcow2Source {
             let mut compressed = Vec::new();
             self.add_metadata(io, &mut seen)?;
             let clusters = self.add_clusters(io, &mut seen, &mut compressed)?;
-            check_refcounts(io, &self.image, &seen.single)?;
-            check_refcounts(io, &self.image, &seen.compressed)?;
+            check_refcounts(io, &self.image, &seen.single, 1)?;
+            check_refcounts(io, &self.image, &seen.compressed, 1)?;
+            if will_empty {
+                // Emptying takes one reference away: a snapshot must have one of its own.
+                let shared = self.shared_with_snapshots(io, &seen.single)?;
+                check_refcounts(io, &self.image, &shared, 2)?;
+            }
             match seen.next_floor() {
                 Some(next) => floor = next,
                 None => {
@@ -88,12 +94,49 @@ impl Qcow2Source {
         add_range(&self.image, seen, table, table_bytes, "the refcount table", 48)?;
         add_range(&self.image, seen, l1_table, l1_bytes, "the L1 table", 40)?;
         let image = &self.image;
+        let snapshots = Snapshots::read(io, image)?;
+        if snapshots.table_bytes != 0 {
+            add_range(image, seen, image.header.snapshot_table, snapshots.table_bytes, "the snapshot table", 64)?;
+        }
+        for snapshot in snapshots.entries.iter().filter(|snapshot| snapshot.l1_entries != 0) {
+            let bytes = u64::from(snapshot.l1_entries) * 8;
+            add_range(image, seen, snapshot.l1_table, bytes, "the L1 table of a snapshot", snapshot.l1_table.0)?;
+        }
         scan_refcount_table(io, image, &mut |index, at, block| {
             add_one(image, seen, block, at, || format!("refcount block {index}"))
         })?;
         scan_l1_table(io, image, &mut |index, at, table| {
             add_one(image, seen, table, at, || format!("L2 table {index}"))
         })
+    }
+
+    /// Which of these clusters internal snapshots refer to as well.
+    fn shared_with_snapshots(&self, io: &mut dyn BlockIo, active: &ClusterSet) -> DriverResult<ClusterSet> {
+        let size = self.image.cluster_size();
+        let mut shared = ClusterSet::new(HostCluster(0), SET_BUDGET);
+        for snapshot in Snapshots::read(io, &self.image)?.entries {
+            let mut add = |offset: HostOffset| {
+                let cluster = size.host_cluster(offset);
+                if active.contains(cluster) {
+                    shared.insert(cluster);
+                }
+            };
+            let entries = u64::from(snapshot.l1_entries);
+            scan_l1_at(io, &self.image, snapshot.l1_table, entries, &mut |_, _, table| {
+                add(table);
+                Ok(())
+            })?;
+            // The image as it was: all that its L1 table maps.
+            let mut view = self.image.clone();
+            view.header.l1_table = snapshot.l1_table;
+            view.header.l1_entries = snapshot.l1_entries;
+            view.header.virtual_size = entries.saturating_mul(size.l2_coverage()).min(i64::MAX as u64);
+            Self::new(view).walk(io, 0, &mut |_, _, _, entry| {
+                entry.host().into_iter().for_each(|(offset, _)| add(offset));
+                Ok(true)
+            })?;
+        }
+        Ok(shared)
     }
 
     /// Everything that L2 entries refer to; returns the number of clusters that the image holds. Guest offsets and
@@ -184,8 +227,8 @@ fn add_range(image: &Image, seen: &mut Seen, offset: HostOffset, bytes: u64, wha
     Ok(())
 }
 
-/// No cluster of the set may have refcount 0.
-fn check_refcounts(io: &mut dyn BlockIo, image: &Image, set: &ClusterSet) -> DriverResult<()> {
+/// Every cluster of the set must have this refcount at least.
+fn check_refcounts(io: &mut dyn BlockIo, image: &Image, set: &ClusterSet, least: u64) -> DriverResult<()> {
     let mut refcounts = Refcounts::new(image);
     let mut clusters = set.iter();
     loop {
@@ -197,11 +240,12 @@ fn check_refcounts(io: &mut dyn BlockIo, image: &Image, set: &ClusterSet) -> Dri
         refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
         refcounts.load(io, image, batch.iter().copied())?;
         for &cluster in &batch {
-            if refcounts.get(image, cluster)? == 0 {
+            let count = refcounts.get(image, cluster)?;
+            if count < least {
                 let offset = image.cluster_size().host_offset(cluster).unwrap_or_default();
-                return Err(
-                    image.corrupt(offset.0, format!("the cluster at offset {offset} is in use but has refcount 0"))
-                );
+                let users = if least == 1 { "in use" } else { "in use, by a snapshot as well," };
+                return Err(image
+                    .corrupt(offset.0, format!("the cluster at offset {offset} is {users} but has refcount {count}")));
             }
         }
     }

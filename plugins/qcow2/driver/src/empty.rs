@@ -23,7 +23,9 @@ use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{autoclear, set_refcount, HostCluster, HostOffset, RefcountOrder, Version, AUTOCLEAR_OFFSET};
+use instar_qcow2_format::{
+    autoclear, set_refcount, ExtensionKind, HostCluster, HostOffset, RefcountOrder, Version, AUTOCLEAR_OFFSET,
+};
 
 /// Bytes of zeroes that are written at once.
 const ZERO_CHUNK: u64 = 256 << 10;
@@ -41,10 +43,15 @@ impl Qcow2Source {
         self.forget_tables();
         self.held = None;
         self.clear_autoclear(io)?;
+        if self.is_shared() {
+            self.empty_shared(io)?;
+            self.trim_shared(io)?;
+            return Ok(cleared);
+        }
         if cleared > 0 || self.holds_tables(io)? {
             self.zero_l1(io)?;
         }
-        let kept = self.drop_blocks(io)?;
+        let kept = self.drop_blocks(io, Vec::new())?;
         let retained = self.retained(&kept);
         self.rewrite_blocks(io, &kept, &retained)?;
         self.give_back(io, &retained)?;
@@ -102,8 +109,19 @@ impl Qcow2Source {
         ]
     }
 
-    /// Step 3. Returns the blocks that stay, by their index.
-    fn drop_blocks(&self, io: &mut dyn BlockIo) -> DriverResult<BTreeMap<u64, HostOffset>> {
+    /// Whether clusters of the file may belong to others than the active state: to snapshots, to bitmaps, or to a header
+    /// extension that this program does not know.
+    fn is_shared(&self) -> bool {
+        let known = |kind| matches!(kind, ExtensionKind::BackingFormat | ExtensionKind::FeatureNames);
+        self.image.header.snapshots != 0 || self.image.header.extensions.iter().any(|e| !known(e.kind))
+    }
+
+    /// Step 3. The blocks `in_use` (by their index) stay, and those that describe what stays. Returns what stays.
+    pub(crate) fn drop_blocks(
+        &self,
+        io: &mut dyn BlockIo,
+        in_use: Vec<u64>,
+    ) -> DriverResult<BTreeMap<u64, HostOffset>> {
         let mut blocks = BTreeMap::new();
         scan_refcount_table(io, &self.image, &mut |index, _, offset| {
             blocks.insert(index, offset);
@@ -114,8 +132,9 @@ impl Qcow2Source {
         // What stays needs its block; that block needs the block that describes it; and so on.
         let mut needed: BTreeSet<u64> = BTreeSet::new();
         let per_block = refcounts.per_block();
-        let mut open: Vec<u64> =
-            self.fixed_ranges().iter().flat_map(|&(first, end)| first / per_block..=(end - 1) / per_block).collect();
+        let mut open = in_use;
+        let fixed = self.fixed_ranges();
+        open.extend(fixed.iter().flat_map(|&(first, end)| first / per_block..=(end - 1) / per_block));
         while let Some(index) = open.pop() {
             if needed.insert(index) {
                 open.extend(blocks.get(&index).map(|&offset| described_by(offset)));

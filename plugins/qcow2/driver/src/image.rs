@@ -107,10 +107,7 @@ impl Image {
         if header.has(incompatible::DIRTY) {
             return refused(ErrorCode::UnsupportedFormat, 72, "the image was not closed cleanly (dirty bit)");
         }
-        if header.snapshots != 0 && self.role == Role::Source {
-            return refused(ErrorCode::UnsupportedFormat, 60, "the image has internal snapshots");
-        }
-        if header.bitmaps().is_some_and(|b| b.count > 0) {
+        if self.role == Role::Sink && header.bitmaps().is_some_and(|b| b.count > 0) {
             return refused(ErrorCode::UnsupportedFormat, 88, "the image has persistent bitmaps");
         }
         Ok(())

@@ -10,7 +10,7 @@
 //! * [`scan`]: walking a whole table once;
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
-//! * [`source`], [`check`], [`empty`]: the source role;
+//! * [`source`], [`check`], [`empty`], [`empty_shared`]: the source role;
 //! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role.
 #![no_std]
 
@@ -21,6 +21,7 @@ pub mod check;
 pub mod cluster_set;
 pub mod decode;
 pub mod empty;
+pub mod empty_shared;
 pub mod image;
 pub mod metadata_map;
 pub mod plan;

@@ -3,6 +3,8 @@
 use crate::image::{overflow, Image};
 use crate::slice_cache::SliceCache;
 use alloc::format;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::{ClusterSize, HostCluster, HostOffset, RefcountOrder, RefcountTableEntry};
 
@@ -106,7 +108,7 @@ impl Refcounts {
             io,
             clusters.clone().map(|c| index_of(c).0).filter(|&index| index < entries).map(|index| base + index * 8),
         )?;
-        let mut offsets = alloc::vec::Vec::new();
+        let mut offsets = Vec::new();
         for cluster in clusters {
             let (block_index, index) = index_of(cluster);
             if let Some(block) = self.block(image, block_index, |offset| image.holds_cluster(offset))? {
@@ -137,5 +139,39 @@ impl Refcounts {
         let block =
             self.block(image, block_index, |_| true)?.ok_or_else(|| overflow("the index of a refcount block"))?;
         self.blocks.set_refcount(block.0, self.order, index, value)
+    }
+
+    /// One reference less to each of these clusters (one that is named twice loses two); the space of those that have
+    /// none left is given back. No flush.
+    ///
+    /// # Errors
+    /// Corruption: a cluster that has no reference to lose; I/O errors.
+    pub fn release(&mut self, io: &mut dyn BlockIo, image: &Image, mut clusters: Vec<HostCluster>) -> DriverResult<()> {
+        clusters.sort_unstable();
+        let bytes = self.cluster_size.bytes();
+        for batch in clusters.chunks(CLUSTERS_PER_LOAD) {
+            self.table.shrink(CLUSTERS_PER_LOAD);
+            self.blocks.shrink(CLUSTERS_PER_LOAD / 16);
+            self.load(io, image, batch.iter().copied())?;
+            let mut discards: Vec<Request> = Vec::new();
+            for &cluster in batch {
+                let offset = self.cluster_size.host_offset(cluster).ok_or_else(|| overflow("a host offset"))?;
+                let count = self.get(image, cluster)?;
+                let left = count.checked_sub(1).ok_or_else(|| {
+                    image.corrupt(offset.0, format!("the cluster at offset {offset} is in use but has refcount 0"))
+                })?;
+                self.set(image, cluster, left)?;
+                match discards.last_mut() {
+                    _ if left != 0 => {}
+                    Some(last) if last.offset + last.length == offset.0 => last.length += bytes,
+                    _ => discards.push(Request::discard(image.device, offset.0, bytes)),
+                }
+            }
+            self.blocks.write_dirty(io)?;
+            if !discards.is_empty() {
+                io.run(&mut discards)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -21,7 +21,6 @@
 
 use crate::allocator::Run;
 use crate::image::overflow;
-use crate::refcounts::CLUSTERS_PER_LOAD;
 use crate::sink::{Action, Fill, Piece, Qcow2Sink};
 use alloc::vec;
 use alloc::vec::Vec;
@@ -441,26 +440,8 @@ impl Qcow2Sink {
     }
 
     /// Step 5: one reference less to each of these clusters, which nothing refers to any more.
-    fn free(&mut self, io: &mut dyn BlockIo, mut clusters: Vec<HostCluster>) -> DriverResult<()> {
-        clusters.sort_unstable();
-        let bytes = self.image.cluster_size().bytes();
-        for batch in clusters.chunks(CLUSTERS_PER_LOAD) {
-            self.refcounts.table.shrink(CLUSTERS_PER_LOAD);
-            self.refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
-            self.refcounts.load(io, &self.image, batch.iter().copied())?;
-            let mut writer = DataWriter { requests: Vec::new() };
-            for &cluster in batch {
-                let count = self.refcounts.get(&self.image, cluster)?;
-                self.refcounts.set(&self.image, cluster, count.saturating_sub(1))?;
-                if count == 1 {
-                    let offset = self.host_offset(cluster)?;
-                    writer.push(io, Request::discard(self.image.device, offset.0, bytes))?;
-                }
-            }
-            self.refcounts.blocks.write_dirty(io)?;
-            writer.submit(io)?;
-            self.unflushed = true;
-        }
-        Ok(())
+    fn free(&mut self, io: &mut dyn BlockIo, clusters: Vec<HostCluster>) -> DriverResult<()> {
+        self.unflushed |= !clusters.is_empty();
+        self.refcounts.release(io, &self.image, clusters)
     }
 }

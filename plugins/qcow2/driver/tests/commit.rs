@@ -37,10 +37,12 @@ fn views(files: &BTreeMap<u32, Vec<u8>>) -> (Vec<u8>, Vec<u8>) {
     (backing, overlay)
 }
 
-/// What the snapshots of the backing read as.
-fn backing_snapshots(files: &BTreeMap<u32, Vec<u8>>) -> Vec<Vec<u8>> {
+/// What the snapshots of the backing read as, and those of the overlay without what is below it, which changes.
+fn all_snapshots(files: &BTreeMap<u32, Vec<u8>>) -> Vec<Vec<u8>> {
     let below = files.get(&ANCESTOR).map(|bytes| content(bytes, None));
-    snapshot_contents(&files[&DEVICE_OUTPUT], below.as_deref())
+    let mut all = snapshot_contents(&files[&DEVICE_OUTPUT], below.as_deref());
+    all.extend(snapshot_contents(&files[&OVERLAY], None));
+    all
 }
 
 /// What the backing must read as afterwards: the overlay's view, and its own tail where it is longer.
@@ -65,7 +67,7 @@ fn commit_and_verify(pair: &Pair) -> MemoryDevices {
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing, "the backing reads wrong");
     assert!(overlay_after == overlay, "the overlay reads wrong");
-    assert!(backing_snapshots(&io.files) == backing_snapshots(&pair.io().files), "a snapshot reads wrong");
+    assert!(all_snapshots(&io.files) == all_snapshots(&pair.io().files), "a snapshot reads wrong");
     let report = check(&io.files[&DEVICE_OUTPUT]);
     assert_eq!(report, Report { errors: vec![], leaks: before_leaks });
     clean(&io.files[&OVERLAY]);
@@ -117,8 +119,8 @@ fn is_unflushed(log: &[Change], index: usize) -> bool {
 }
 
 fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {
-    let snapshots = backing_snapshots(&pair.io().files);
-    assert!(backing_snapshots(files) == snapshots, "a snapshot changed its content");
+    let snapshots = all_snapshots(&pair.io().files);
+    assert!(all_snapshots(files) == snapshots, "a snapshot changed its content");
     let (_, overlay_now) = views(files);
     assert!(overlay_now == overlay, "the overlay changed its content");
     assert_eq!(check(&files[&OVERLAY]).errors, Vec::<String>::new(), "overlay");
@@ -128,7 +130,7 @@ fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], bac
     run_commit(&mut io, Options::default()).unwrap();
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
-    assert!(backing_snapshots(&io.files) == snapshots, "running again changes a snapshot");
+    assert!(all_snapshots(&io.files) == snapshots, "running again changes a snapshot");
     assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
 }
 
@@ -424,6 +426,23 @@ fn overlay_of_other_size(bits: u32, backing: &Spec) {
         if (9..=21).contains(&top) {
             let overlay = Spec::new(top, backing.virtual_size).with(data([0, 3, 7, 20], 0x21)).with([(2, State::Zero)]);
             commit_and_verify(&Pair::new(&overlay, backing));
+        }
+    }
+}
+
+#[test]
+fn snapshots_of_the_overlay_keep_their_clusters() {
+    for (bits, snapshots) in [(9, 1), (9, 3), (12, 2), (16, 1)] {
+        let size = 300u64 << bits;
+        let mut overlay = Spec { table_clusters: 4, ..Spec::new(bits, size) }
+            .with(data([0, 1, 2, 150, 298, 299], 0x40))
+            .with([(3, State::Zero), (4, State::Zero), (5, State::ZeroAllocated(1))]);
+        overlay.snapshots = snapshots;
+        let backing = Spec::new(bits, size).with(data([1, 2, 3, 151, 299], 0x80));
+        let pair = Pair::new(&overlay, &backing);
+        commit_and_verify(&pair);
+        if bits == 9 {
+            verify_crashes(&pair);
         }
     }
 }

@@ -1,0 +1,155 @@
+//! Emptying an overlay in which not all clusters are the active state's own: internal snapshots share some, and
+//! persistent bitmaps have theirs.
+//!
+//! What the active state refers to loses one reference each; what is left without any is given back. The order, and
+//! the crash that each step survives:
+//!
+//! 1. Autoclear features that this program does not keep up are cleared, *then a flush*.
+//! 2. For one piece of the L1 table after the other: it is zeroed, *then a flush*; then the refcounts of the tables and
+//!    clusters that were mapped there go down, and space is given back. The active state does not refer to them any
+//!    more, durably; snapshots keep their own references. A crash leaves leaks.
+//! 3. *After a flush* of all refcounts: refcount blocks that describe nothing in use any more go from the refcount
+//!    table, as in [`empty`](crate::empty), *then a flush*; then their own clusters are released, *then a flush*.
+//! 4. The file is cut after the last cluster that has a refcount, *then a flush*.
+
+use crate::image::{overflow, Image};
+use crate::refcounts::Refcounts;
+use crate::scan::{decode_l1, scan_refcount_table};
+use crate::source::Qcow2Source;
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_qcow2_format::{CompressedRange, HostCluster, HostOffset, L2Entry};
+
+/// Bytes of the L1 table that are unmapped between two flushes.
+const L1_PIECE: u64 = 32 << 10;
+/// Bytes of an L2 table that are looked at at once.
+const L2_PIECE: u64 = 64 << 10;
+
+impl Qcow2Source {
+    /// Drop the active mappings; what snapshots and bitmaps hold stays.
+    pub(crate) fn empty_shared(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let mut refcounts = Refcounts::new(&self.image);
+        let (base, bytes) = (self.image.header.l1_table.0, self.image.header.l1_bytes());
+        let mut at = 0;
+        while at < bytes {
+            let length = (bytes - at).min(L1_PIECE);
+            let tables = self.unmap(io, base + at, at / 8, length)?;
+            for table in tables {
+                self.release_table(io, &mut refcounts, table)?;
+            }
+            at += length;
+        }
+        io.flush(self.image.device)
+    }
+
+    /// Zero a piece of the L1 table; returns the L2 tables that it referred to. Durable when it returns.
+    fn unmap(&self, io: &mut dyn BlockIo, at: u64, first: u64, length: u64) -> DriverResult<Vec<HostOffset>> {
+        let mut piece = vec![0; usize::try_from(length).map_err(|_| overflow("the L1 table"))?];
+        io.read(self.image.device, at, &mut piece)?;
+        let mut tables = Vec::new();
+        for (index, raw) in (0u64..).zip(piece.chunks_exact(8)) {
+            let raw = u64::from_be_bytes(raw.try_into().unwrap_or([0; 8]));
+            tables.extend(decode_l1(&self.image, first + index, at + index * 8, raw)?.map(|(table, _)| table));
+        }
+        if !tables.is_empty() {
+            piece.fill(0);
+            io.write(self.image.device, at, &piece)?;
+            io.flush(self.image.device)?;
+        }
+        Ok(tables)
+    }
+
+    /// One reference less to an L2 table, and to everything that it maps.
+    fn release_table(&self, io: &mut dyn BlockIo, refcounts: &mut Refcounts, table: HostOffset) -> DriverResult<()> {
+        let image = &self.image;
+        let size = image.cluster_size();
+        let length = size.bytes().min(L2_PIECE);
+        let mut piece = vec![0; usize::try_from(length).map_err(|_| overflow("the L2 table"))?];
+        for at in (table.0..table.0 + size.bytes()).step_by(piece.len()) {
+            io.read(image.device, at, &mut piece)?;
+            let mut clusters = Vec::new();
+            for (index, raw) in (0u64..).zip(piece.chunks_exact(8)) {
+                let raw = u64::from_be_bytes(raw.try_into().unwrap_or([0; 8]));
+                let entry = L2Entry::decode(raw, size, image.header.version)
+                    .map_err(|error| image.corrupt(at + index * 8, format!("an L2 entry {error}")))?;
+                if let L2Entry::Compressed { descriptor } = entry {
+                    clusters.extend(CompressedRange::decode(descriptor, size).host_clusters(size));
+                }
+                clusters.extend(entry.host().map(|(offset, _)| size.host_cluster(offset)));
+            }
+            refcounts.release(io, image, clusters)?;
+        }
+        refcounts.release(io, image, vec![size.host_cluster(table)])
+    }
+
+    /// Steps 3 and 4.
+    pub(crate) fn trim_shared(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let mut blocks = BTreeMap::new();
+        scan_refcount_table(io, &self.image, &mut |index, _, offset| {
+            blocks.insert(index, offset);
+            Ok(())
+        })?;
+        let own: BTreeSet<u64> = blocks.values().map(|&offset| self.image.host_cluster(offset).0).collect();
+        let mut in_use = Vec::new();
+        for (&index, &offset) in &blocks {
+            let mut used = false;
+            each_in_use(io, &self.image, index, offset, &mut |cluster| used |= !own.contains(&cluster.0))?;
+            if used {
+                in_use.push(index);
+            }
+        }
+        let kept = self.drop_blocks(io, in_use)?;
+        let mut refcounts = Refcounts::new(&self.image);
+        let dropped = blocks.iter().filter(|(index, _)| !kept.contains_key(index));
+        // Those that described themselves went with their refcounts.
+        let dropped: Vec<HostCluster> = dropped
+            .map(|(_, &offset)| self.image.host_cluster(offset))
+            .filter(|&cluster| kept.contains_key(&refcounts.locate(cluster).0))
+            .collect();
+        if !dropped.is_empty() {
+            refcounts.release(io, &self.image, dropped)?;
+            io.flush(self.image.device)?;
+        }
+        let mut last = HostCluster(0);
+        for (&index, &offset) in kept.iter().rev() {
+            each_in_use(io, &self.image, index, offset, &mut |cluster| last = last.max(cluster))?;
+            if last.0 != 0 {
+                break;
+            }
+        }
+        let end =
+            self.image.cluster_size().host_offset(HostCluster(last.0 + 1)).ok_or_else(|| overflow("a cluster"))?;
+        if end.0 < self.image.file_length {
+            self.image.file_length = end.0;
+            let device = self.image.device;
+            io.run(&mut [Request::set_length(device, end.0), Request::flush(device)])?;
+        }
+        Ok(())
+    }
+}
+
+/// Call `each` with every cluster that the refcount block `index`, at `offset`, says is in use.
+fn each_in_use(
+    io: &mut dyn BlockIo,
+    image: &Image,
+    index: u64,
+    offset: HostOffset,
+    each: &mut dyn FnMut(HostCluster),
+) -> DriverResult<()> {
+    let order = image.header.refcount_order;
+    let bytes = image.cluster_size().bytes();
+    let mut block = vec![0; usize::try_from(bytes).map_err(|_| overflow("a refcount block"))?];
+    io.read(image.device, offset.0, &mut block)?;
+    let per_block = order.entries_in(bytes);
+    for i in 0..per_block {
+        let count = usize::try_from(i).ok().and_then(|i| instar_qcow2_format::get_refcount(&block, order, i));
+        if count.is_some_and(|count| count != 0) {
+            each(HostCluster(index * per_block + i));
+        }
+    }
+    Ok(())
+}
