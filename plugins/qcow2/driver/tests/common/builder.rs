@@ -13,6 +13,9 @@ pub enum State {
     ZeroAllocated(u8),
     /// A compressed cluster (of nonsense).
     Compressed,
+    /// A compressed cluster (deflate) with the bytes of [`mixed`]. They follow each other without a gap in the
+    /// file, as long as nothing else is allocated between them.
+    Deflated(u8),
 }
 
 #[derive(Clone, Debug)]
@@ -29,6 +32,8 @@ pub struct Spec {
     pub refcount_order: u32,
     /// Refcount blocks stand before everything that they describe, not after it.
     pub blocks_first: bool,
+    /// The file ends with the last byte that is not zero.
+    pub cut: bool,
 }
 
 impl Spec {
@@ -43,6 +48,7 @@ impl Spec {
             autoclear: 0,
             refcount_order: 4,
             blocks_first: false,
+            cut: false,
         }
     }
 
@@ -62,10 +68,24 @@ pub fn pattern(seed: u8, guest_cluster: u64, size: usize) -> Vec<u8> {
     (0..size).map(|i| seed ^ (guest_cluster as u8).wrapping_mul(31) ^ (i / 64) as u8 | 1).collect()
 }
 
+/// The content of a compressed cluster: an eighth of noise for each 32 that the seed is large, then a pattern.
+pub fn mixed(seed: u8, guest_cluster: u64, size: usize) -> Vec<u8> {
+    let mut bytes = pattern(seed, guest_cluster, size);
+    let mut random = guest_cluster.wrapping_mul(2_654_435_761) ^ u64::from(seed);
+    for byte in &mut bytes[..size / 8 * usize::from(seed / 32)] {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *byte = (random >> 56) as u8;
+    }
+    bytes
+}
+
 struct File {
     bytes: Vec<u8>,
     size: usize,
+    /// Clusters, as often as they are referred to.
     used: Vec<usize>,
+    /// Where the next compressed cluster may go: a byte of the last cluster of the file, or its end.
+    packed: usize,
 }
 
 impl File {
@@ -74,6 +94,26 @@ impl File {
         self.bytes.resize(self.bytes.len() + count * self.size, 0);
         self.used.extend(first..first + count);
         first * self.size
+    }
+
+    /// Append a compressed cluster; returns its L2 entry.
+    fn pack(&mut self, stream: &[u8], cluster_bits: u32) -> u64 {
+        // The room in the last cluster can be used if the stream fits, or if the file ends there.
+        let room = self.packed.next_multiple_of(self.size) - self.packed;
+        let open_end = self.packed + room == self.bytes.len();
+        if room == 0 || (stream.len() > room && !open_end) {
+            self.packed = self.bytes.len();
+        }
+        let (start, end) = (self.packed, self.packed + stream.len());
+        // Whole sectors count, as far as they belong to the cluster.
+        let touched = start / self.size..=(end - 1) / self.size;
+        self.bytes.resize(self.bytes.len().max(end.next_multiple_of(self.size)), 0);
+        self.used.extend(touched);
+        self.put(start, stream);
+        self.packed = end;
+        let additional = (end - 1) / 512 - start / 512;
+        let x = 62 - (cluster_bits - 8);
+        1 << 62 | (additional as u64) << x | start as u64
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {
@@ -85,7 +125,7 @@ impl File {
 pub fn build(spec: &Spec) -> Vec<u8> {
     let size = 1usize << spec.cluster_bits;
     let per_table = (size / 8) as u64;
-    let mut file = File { bytes: Vec::new(), size, used: Vec::new() };
+    let mut file = File { bytes: Vec::new(), size, used: Vec::new(), packed: 0 };
     let header = file.allocate(1);
     let table = file.allocate(spec.table_clusters as usize);
     let l1_entries = spec.virtual_size.div_ceil(per_table << spec.cluster_bits).max(1);
@@ -114,6 +154,11 @@ pub fn build(spec: &Spec) -> Vec<u8> {
                 file.put(at, &pattern(seed, guest, size));
                 at as u64 | 1 << 63 | 1
             }
+            State::Deflated(seed) => {
+                let stream = miniz_oxide::deflate::compress_to_vec(&mixed(seed, guest, size), 6);
+                assert!(stream.len() < size, "{} bytes do not shrink", stream.len());
+                file.pack(&stream, spec.cluster_bits)
+            }
             State::Compressed => file.allocate(1) as u64 | 1 << 62,
         };
         file.put(l2_at + (guest % per_table) as usize * 8, &entry.to_be_bytes());
@@ -136,9 +181,19 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     for cluster in file.used.clone() {
         let index = cluster % per_block;
         let bits = 1usize << spec.refcount_order;
-        // The lowest bit of the field: widths below a byte start at the least significant bit, others end there.
+        // Widths below a byte start at the least significant bit, others end there.
         let (byte, bit) = if bits < 8 { (index * bits / 8, index * bits % 8) } else { ((index + 1) * bits / 8 - 1, 0) };
-        file.bytes[block_at[cluster / per_block] + byte] |= 1 << bit;
+        let mut at = block_at[cluster / per_block] + byte;
+        if bits < 8 {
+            assert!((file.bytes[at] >> bit & ((1 << bits) - 1)) as usize + 1 < 1 << bits, "refcount overflow");
+            file.bytes[at] += 1 << bit;
+            continue;
+        }
+        while file.bytes[at] == 255 {
+            file.bytes[at] = 0;
+            at -= 1;
+        }
+        file.bytes[at] += 1;
     }
     let mut head = Vec::new();
     head.extend(b"QFI\xfb");
@@ -159,5 +214,8 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         head.extend(104u32.to_be_bytes());
     }
     file.put(header, &head);
+    while spec.cut && file.bytes.last() == Some(&0) {
+        file.bytes.pop();
+    }
     file.bytes
 }
