@@ -446,3 +446,30 @@ fn snapshots_of_the_overlay_keep_their_clusters() {
         }
     }
 }
+
+#[test]
+fn compressed_clusters_on_both_sides_with_snapshots() {
+    for (bits, snapshots) in [(9, 0), (9, 2), (12, 1), (16, 2)] {
+        let size = 300u64 << bits;
+        let deflated =
+            |clusters: &[u64], seed| clusters.iter().map(move |&c| (c, State::Deflated(seed))).collect::<Vec<_>>();
+        let mut overlay = Spec { table_clusters: 4, ..Spec::new(bits, size) }
+            .with(data([0, 1, 2, 150], 0x40))
+            .with(deflated(&[3, 4, 5, 100, 101, 102], 0x55))
+            .with([(6, State::Zero)]);
+        let mut backing = Spec::new(bits, size).with(deflated(&[0, 4, 6, 7, 8, 150, 151], 0x66)).with(data([5], 9));
+        for side in [&mut overlay, &mut backing] {
+            side.snapshots = snapshots;
+        }
+        let pair = Pair::new(&overlay, &backing);
+        commit_and_verify(&pair);
+        if bits == 9 {
+            verify_crashes(&pair);
+        }
+        // Parts of compressed clusters stay.
+        if bits > 9 {
+            let small = Spec { table_clusters: 4, ..Spec::new(9, size) }.with(data([0, 1, 33, (4 << bits) >> 9], 0x40));
+            commit_and_verify(&Pair::new(&small, &backing));
+        }
+    }
+}

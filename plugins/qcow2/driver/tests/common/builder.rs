@@ -13,6 +13,9 @@ pub enum State {
     ZeroAllocated(u8),
     /// A compressed cluster (of nonsense).
     Compressed,
+    /// A compressed cluster (deflate) with the bytes of [`mixed`]. They follow each other without a gap in the
+    /// file, as long as nothing else is allocated between them.
+    Deflated(u8),
 }
 
 #[derive(Clone, Debug)]
@@ -31,6 +34,8 @@ pub struct Spec {
     pub blocks_first: bool,
     /// Snapshots of the state as it is: they share all L2 tables and data clusters with it.
     pub snapshots: usize,
+    /// The file ends with the last byte that is not zero.
+    pub cut: bool,
 }
 
 impl Spec {
@@ -46,6 +51,7 @@ impl Spec {
             refcount_order: 4,
             blocks_first: false,
             snapshots: 0,
+            cut: false,
         }
     }
 
@@ -65,10 +71,24 @@ pub fn pattern(seed: u8, guest_cluster: u64, size: usize) -> Vec<u8> {
     (0..size).map(|i| seed ^ (guest_cluster as u8).wrapping_mul(31) ^ (i / 64) as u8 | 1).collect()
 }
 
+/// The content of a compressed cluster: an eighth of noise for each 32 that the seed is large, then a pattern.
+pub fn mixed(seed: u8, guest_cluster: u64, size: usize) -> Vec<u8> {
+    let mut bytes = pattern(seed, guest_cluster, size);
+    let mut random = guest_cluster.wrapping_mul(2_654_435_761) ^ u64::from(seed);
+    for byte in &mut bytes[..size / 8 * usize::from(seed / 32)] {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *byte = (random >> 56) as u8;
+    }
+    bytes
+}
+
 struct File {
     bytes: Vec<u8>,
     size: usize,
+    /// Clusters, as often as they are referred to.
     used: Vec<usize>,
+    /// Where the next compressed cluster may go: a byte of the last cluster of the file, or its end.
+    packed: usize,
 }
 
 impl File {
@@ -77,6 +97,26 @@ impl File {
         self.bytes.resize(self.bytes.len() + count * self.size, 0);
         self.used.extend(first..first + count);
         first * self.size
+    }
+
+    /// Append a compressed cluster; returns its L2 entry.
+    fn pack(&mut self, stream: &[u8], cluster_bits: u32) -> u64 {
+        // The room in the last cluster can be used if the stream fits, or if the file ends there.
+        let room = self.packed.next_multiple_of(self.size) - self.packed;
+        let open_end = self.packed + room == self.bytes.len();
+        if room == 0 || (stream.len() > room && !open_end) {
+            self.packed = self.bytes.len();
+        }
+        let (start, end) = (self.packed, self.packed + stream.len());
+        // Whole sectors count, as far as they belong to the cluster.
+        let touched = start / self.size..=(end - 1) / self.size;
+        self.bytes.resize(self.bytes.len().max(end.next_multiple_of(self.size)), 0);
+        self.used.extend(touched);
+        self.put(start, stream);
+        self.packed = end;
+        let additional = (end - 1) / 512 - start / 512;
+        let x = 62 - (cluster_bits - 8);
+        1 << 62 | (additional as u64) << x | start as u64
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {
@@ -88,7 +128,7 @@ impl File {
 pub fn build(spec: &Spec) -> Vec<u8> {
     let size = 1usize << spec.cluster_bits;
     let per_table = (size / 8) as u64;
-    let mut file = File { bytes: Vec::new(), size, used: Vec::new() };
+    let mut file = File { bytes: Vec::new(), size, used: Vec::new(), packed: 0 };
     let header = file.allocate(1);
     let table = file.allocate(spec.table_clusters as usize);
     let l1_entries = spec.virtual_size.div_ceil(per_table << spec.cluster_bits).max(1);
@@ -119,6 +159,11 @@ pub fn build(spec: &Spec) -> Vec<u8> {
                 file.put(at, &pattern(seed, guest, size));
                 at as u64 | owned | 1
             }
+            State::Deflated(seed) => {
+                let stream = miniz_oxide::deflate::compress_to_vec(&mixed(seed, guest, size), 6);
+                assert!(stream.len() < size, "{} bytes do not shrink", stream.len());
+                file.pack(&stream, spec.cluster_bits)
+            }
             State::Compressed => file.allocate(1) as u64 | 1 << 62,
         };
         file.put(l2_at + (guest % per_table) as usize * 8, &entry.to_be_bytes());
@@ -143,11 +188,12 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     for cluster in file.used.clone() {
         let index = cluster % per_block;
         let bits = 1usize << spec.refcount_order;
-        // The lowest bit of the field: widths below a byte start at the least significant bit, others end there.
+        // Widths below a byte start at the least significant bit, others end there.
         let (byte, bit) = if bits < 8 { (index * bits / 8, index * bits % 8) } else { ((index + 1) * bits / 8 - 1, 0) };
-        let count = if shared.contains(&cluster) { spec.snapshots + 1 } else { 1 };
-        assert!(bits >= 8 || count < 1 << bits);
-        file.bytes[block_at[cluster / per_block] + byte] |= (count as u8) << bit;
+        let times = if shared.contains(&cluster) { spec.snapshots + 1 } else { 1 };
+        for _ in 0..times {
+            increment(&mut file.bytes, block_at[cluster / per_block] + byte, bit, bits);
+        }
     }
     let mut head = Vec::new();
     head.extend(b"QFI\xfb");
@@ -169,6 +215,9 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         head.extend(104u32.to_be_bytes());
     }
     file.put(header, &head);
+    while spec.cut && file.bytes.last() == Some(&0) {
+        file.bytes.pop();
+    }
     file.bytes
 }
 
@@ -199,4 +248,18 @@ fn add_snapshots(file: &mut File, spec: &Spec, l1: usize, l1_entries: usize) -> 
     let at = file.allocate(table.len().div_ceil(file.size));
     file.put(at, &table);
     at
+}
+
+/// One more to the refcount of `bits` bits whose lowest bit is bit `bit` of byte `at`.
+fn increment(bytes: &mut [u8], mut at: usize, bit: usize, bits: usize) {
+    if bits < 8 {
+        assert!((bytes[at] >> bit & ((1 << bits) - 1)) as usize + 1 < 1 << bits, "refcount overflow");
+        bytes[at] += 1 << bit;
+        return;
+    }
+    while bytes[at] == 255 {
+        bytes[at] = 0;
+        at -= 1;
+    }
+    bytes[at] += 1;
 }

@@ -57,6 +57,14 @@ impl<'a> View<'a> {
         (0..bits / 8).fold(0, |value, i| value << 8 | byte(first / 8 + i))
     }
 
+    /// First byte and end of a compressed cluster.
+    pub fn compressed(&self, entry: u64) -> (u64, u64) {
+        let x = 62 - (self.bits - 8);
+        let first = entry & ((1 << x) - 1);
+        let sectors = (entry & ((1 << 62) - 1)) >> x;
+        (first, (first / 512 + sectors + 1) * 512)
+    }
+
     /// Every L2 entry that is not 0: guest cluster, entry.
     pub fn entries(&self) -> Vec<(u64, u64)> {
         self.entries_of(be64(self.bytes, 40), u64::from(be32(self.bytes, 36)))
@@ -100,6 +108,17 @@ pub fn snapshot_contents(bytes: &[u8], below: Option<&[u8]>) -> Vec<Vec<u8>> {
     snapshots(bytes).0.iter().map(|&(l1, entries)| content_of(&view, view.entries_of(l1, entries), below)).collect()
 }
 
+/// Decode a deflate stream that gives `length` bytes; what follows it does not matter.
+fn inflate(stream: &[u8], length: usize) -> Vec<u8> {
+    use miniz_oxide::inflate::stream::{inflate, InflateState};
+    let mut output = vec![0; length];
+    let mut state = InflateState::new_boxed(miniz_oxide::DataFormat::Raw);
+    let result = inflate(&mut state, stream, &mut output, miniz_oxide::MZFlush::None);
+    result.status.unwrap();
+    assert_eq!(result.bytes_written, length, "a short compressed cluster");
+    output
+}
+
 /// Guest-visible bytes of an image over what lies below it.
 pub fn content(bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
     let view = View::new(bytes);
@@ -119,7 +138,13 @@ fn content_of(view: &View<'_>, entries: Vec<(u64, u64)>, below: Option<&[u8]>) -
             continue;
         }
         let length = (view.size as usize).min(disk.len() - start);
-        assert_eq!(entry & (1 << 62), 0, "compressed");
+        if entry & (1 << 62) != 0 {
+            let (first, end) = view.compressed(entry);
+            let stream = &bytes[first as usize..bytes.len().min(end as usize)];
+            let cluster = inflate(stream, view.size as usize);
+            disk[start..start + length].copy_from_slice(&cluster[..length]);
+            continue;
+        }
         let host = (entry & OFFSET) as usize;
         if entry & 1 == 0 && host == 0 {
             continue;
@@ -173,7 +198,15 @@ pub fn check(bytes: &[u8]) -> Report {
     }
     for (guest, entry) in view.entries() {
         let host = entry & OFFSET;
-        if host != 0 {
+        if entry & (1 << 62) != 0 {
+            let (first, end) = view.compressed(entry);
+            for cluster in first >> view.bits..end.div_ceil(view.size) {
+                refer(cluster << view.bits, 1, &mut report, "compressed");
+            }
+            if entry >> 63 == 1 || end - 512 >= bytes.len() as u64 {
+                report.errors.push(format!("compressed guest cluster {guest}"));
+            }
+        } else if host != 0 {
             refer(host, view.size, &mut report, "data");
             if (entry >> 63 == 1) != (view.refcount(host >> view.bits) == 1) {
                 report.errors.push(format!("COPIED flag of guest cluster {guest}"));
@@ -196,7 +229,12 @@ pub fn check(bytes: &[u8]) -> Report {
             }
         }
         for (_, entry) in view.entries_of(l1, l1_entries) {
-            if entry & OFFSET != 0 {
+            if entry & (1 << 62) != 0 {
+                let (first, end) = view.compressed(entry);
+                for cluster in first >> view.bits..end.div_ceil(view.size) {
+                    refer(cluster << view.bits, 1, &mut report, "snapshot compressed");
+                }
+            } else if entry & OFFSET != 0 {
                 refer(entry & OFFSET, view.size, &mut report, "snapshot data");
             }
         }
