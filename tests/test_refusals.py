@@ -14,10 +14,6 @@ TOP = ["write -P 1 0 1M", "write -z 2M 256k"]
 SECRET = ["--object", "secret,id=key,data=words"]
 
 
-def extended_l2_overlay(pair):
-    pair.make(top_options={"extended_l2": "on"}, top=["write -P 1 0 1M", "write -P 2 2M 2k"])
-
-
 def extended_l2_backing(pair):
     pair.make(base_options={"extended_l2": "on"}, base=["write -P 1 0 2k"], top=TOP)
 
@@ -73,7 +69,6 @@ UNSUPPORTED, EXTERNAL, LUKS = "ERROR_UNSUPPORTED_FORMAT", "ERROR_EXTERNAL_DATA_F
 
 #: how the pair is made, the side that is named, the code, a word of the message
 TABLE = [
-    (extended_l2_overlay, "top", UNSUPPORTED, "extended L2"),
     (extended_l2_backing, "base", UNSUPPORTED, "extended L2"),
     (bitmap_in_backing, "base", UNSUPPORTED, "bitmap"),
     (luks_overlay, "top", LUKS, "encrypt"),

@@ -60,9 +60,6 @@ fn read_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
         let reason = format!("the image uses incompatible features that this plugin does not know: {list}");
         return Some((ErrorCode::UnsupportedFormat, reason));
     }
-    if own.feature(names::EXTENDED_L2) == Some("true") {
-        return unsupported("extended L2 entries (subclusters) are not supported yet: convert it with extended_l2=off");
-    }
     None
 }
 
@@ -70,6 +67,11 @@ fn read_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
 fn write_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
     if own.dirty {
         return unsupported(&format!("the image was not closed cleanly (dirty bit): {CHECK}"));
+    }
+    if own.feature(names::EXTENDED_L2) == Some("true") && role == CommitRole::Backing {
+        return unsupported(
+            "extended L2 entries (subclusters) in a backing are not supported yet: convert it with extended_l2=off",
+        );
     }
     let bitmaps = number(own, names::BITMAPS);
     if bitmaps != 0 && role == CommitRole::Backing {
@@ -166,8 +168,8 @@ mod tests {
     fn what_the_first_release_does_not_cover_is_named() {
         let plain = image(65536, 262_144, 1 << 30);
         let cases = [
-            (Feature::flag("extended-l2", true, true), "extended_l2", true, true),
-            (Feature::flag("extended-l2", true, true), "subclusters", true, true),
+            (Feature::flag("extended-l2", true, true), "extended_l2", false, false),
+            (Feature::flag("extended-l2", true, true), "subclusters", false, false),
             (Feature::number("bitmap-count", 1, false), "bitmap", false, false),
             (Feature::text("data-file", "x", true), "data file", true, true),
             (Feature::text("unknown-incompatible-features", "bit 20 (\"x\")", false), "bit 20 (\"x\")", true, true),

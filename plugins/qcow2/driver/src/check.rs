@@ -9,7 +9,7 @@ use crate::image::{overflow, Image};
 use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
 use crate::scan::{scan_l1_at, scan_l1_table, scan_refcount_table};
 use crate::snapshots::Snapshots;
-use crate::source::{compressed_range, Qcow2Source};
+use crate::source::{compressed_range, Mapped, Qcow2Source};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -130,9 +130,9 @@ impl Qcow2Source {
             let mut view = self.image.clone();
             view.header.l1_table = snapshot.l1_table;
             view.header.l1_entries = snapshot.l1_entries;
-            view.header.virtual_size = entries.saturating_mul(size.l2_coverage()).min(i64::MAX as u64);
-            Self::new(view).walk(io, 0, &mut |_, _, _, entry| {
-                entry.host().into_iter().for_each(|(offset, _)| add(offset));
+            view.header.virtual_size = entries.saturating_mul(view.header.l2_coverage()).min(i64::MAX as u64);
+            Self::new(view).walk(io, 0, &mut |_, mapped| {
+                mapped.entry.host().into_iter().for_each(|(offset, _)| add(offset));
                 Ok(true)
             })?;
         }
@@ -148,7 +148,8 @@ impl Qcow2Source {
         compressed: &mut Vec<(u64, u64)>,
     ) -> DriverResult<u64> {
         let mut clusters = 0;
-        self.walk(io, 0, &mut |image, guest, at, entry| {
+        self.walk(io, 0, &mut |image, mapped| {
+            let Mapped { guest, at, entry, .. } = mapped;
             if let L2Entry::Compressed { descriptor } = entry {
                 add_compressed(image, seen, guest, at, descriptor)?;
                 if compressed.len() <= DECODED_CLUSTERS {
@@ -157,10 +158,7 @@ impl Qcow2Source {
             }
             clusters += 1;
             if let Some((offset, _)) = entry.host() {
-                let needed = match entry {
-                    L2Entry::Data { .. } => image.cluster_size().bytes().min(image.header.virtual_size - guest),
-                    _ => 0,
-                };
+                let needed = mapped.data_end(image);
                 if !image.holds_cluster(offset) || !image.holds_bytes(offset, needed) {
                     return Err(image.corrupt(
                         at,

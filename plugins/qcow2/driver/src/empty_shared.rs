@@ -15,7 +15,7 @@
 use crate::image::{overflow, Image};
 use crate::refcounts::Refcounts;
 use crate::scan::{decode_l1, scan_refcount_table};
-use crate::source::Qcow2Source;
+use crate::source::{decode_entry, Qcow2Source};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::vec;
@@ -72,10 +72,10 @@ impl Qcow2Source {
         for at in (table.0..table.0 + size.bytes()).step_by(piece.len()) {
             io.read(image.device, at, &mut piece)?;
             let mut clusters = Vec::new();
-            for (index, raw) in (0u64..).zip(piece.chunks_exact(8)) {
-                let raw = u64::from_be_bytes(raw.try_into().unwrap_or([0; 8]));
-                let entry = L2Entry::decode(raw, size, image.header.version)
-                    .map_err(|error| image.corrupt(at + index * 8, format!("an L2 entry {error}")))?;
+            let width = image.header.l2_entry_bytes();
+            for (index, raw) in (0u64..).zip(piece.chunks_exact(usize::try_from(width).unwrap_or(8))) {
+                let (entry, _) = decode_entry(image, raw)
+                    .map_err(|error| image.corrupt(at + index * width, format!("an L2 entry {error}")))?;
                 if let L2Entry::Compressed { descriptor } = entry {
                     clusters.extend(CompressedRange::decode(descriptor, size).host_clusters(size));
                 }

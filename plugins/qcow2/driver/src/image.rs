@@ -85,7 +85,7 @@ impl Image {
         if header.has(incompatible::DATA_FILE) {
             return refused(ErrorCode::ExternalDataFile, "the image has an external data file");
         }
-        if header.has(incompatible::EXTENDED_L2) {
+        if header.has(incompatible::EXTENDED_L2) && self.role == Role::Sink {
             return refused(ErrorCode::UnsupportedFormat, "the image has extended L2 entries");
         }
         if header.incompatible & !incompatible::KNOWN != 0 {
@@ -179,7 +179,7 @@ impl Image {
     /// Number of L1 entries that map the virtual disk; entries after them mean nothing.
     #[must_use]
     pub fn used_l1_entries(&self) -> u64 {
-        self.header.virtual_size.div_ceil(self.cluster_size().l2_coverage())
+        self.header.virtual_size.div_ceil(self.header.l2_coverage())
     }
 
     /// Size of the pieces in which metadata is read and written, in bytes: 4 KiB, or a smaller cluster.

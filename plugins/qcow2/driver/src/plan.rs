@@ -7,7 +7,7 @@ use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
 use crate::sink::{Action, Fill, Piece, Qcow2Sink};
-use crate::source::Qcow2Source;
+use crate::source::{Mapped, Qcow2Source};
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::PlanSummary;
@@ -186,9 +186,10 @@ impl Qcow2Sink {
     /// unnoticed. Only a walk of all L2 tables tells data that was lost from clusters that a crash leaked.
     fn refuse_lost_data(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let mut walker = Qcow2Source::new(self.image.clone());
-        walker.walk(io, 0, &mut |image, guest, at, entry| {
+        walker.walk(io, 0, &mut |image, mapped| {
+            let Mapped { guest, at, entry, .. } = mapped;
             let L2Entry::Data { offset, .. } = entry else { return Ok(true) };
-            let needed = image.cluster_size().bytes().min(image.header.virtual_size - guest);
+            let needed = mapped.data_end(image);
             if image.holds_bytes(offset, needed) {
                 return Ok(true);
             }

@@ -9,7 +9,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo, Request};
 use instar_guest_sdk::{BlockIo, DriverResult, Source};
-use instar_qcow2_format::{CompressedRange, HostOffset, L2Entry};
+use instar_qcow2_format::{incompatible, CompressedRange, EntryError, HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
 
 /// L2 tables are read in pieces of at most this many bytes …
 const PIECE_BYTES: u64 = 64 << 10;
@@ -57,7 +57,7 @@ impl Qcow2Source {
 
     /// Guest bytes that a piece maps.
     fn piece_coverage(&self) -> u64 {
-        self.piece_bytes() / 8 * self.image.cluster_size().bytes()
+        self.piece_bytes() / self.image.header.l2_entry_bytes() * self.image.cluster_size().bytes()
     }
 
     fn pieces_per_table(&self) -> u64 {
@@ -139,16 +139,17 @@ impl Qcow2Source {
         Ok(if self.pieces.is_empty() { None } else { Some(0) })
     }
 
-    /// Call `each` with guest offset, position of the entry in the file, and entry, for every allocated
-    /// cluster from guest byte `from` on (a multiple of the cluster size), ascending, until it returns
-    /// `false`.
+    /// Call `each` for every cluster that the layer holds anything of, from guest byte `from` on (a multiple of the
+    /// cluster size), ascending, until it returns `false`.
     pub(crate) fn walk(
         &mut self,
         io: &mut dyn BlockIo,
         from: u64,
-        each: &mut dyn FnMut(&Image, u64, u64, L2Entry) -> DriverResult<bool>,
+        each: &mut dyn FnMut(&Image, Mapped) -> DriverResult<bool>,
     ) -> DriverResult<()> {
         let cluster = self.image.cluster_size().bytes();
+        let width = self.image.header.l2_entry_bytes();
+        let step = usize::try_from(width).map_err(|_| overflow("the size of an L2 entry"))?;
         let mut guest = from;
         while let Some(position) = self.next_piece(io, guest / self.piece_coverage())? {
             let piece = &self.pieces[position];
@@ -158,19 +159,19 @@ impl Qcow2Source {
             let length = usize::try_from(self.piece_bytes()).map_err(|_| overflow("the size of a piece"))?;
             let bytes = &self.buffer[piece.start..piece.start + length];
             let skip = usize::try_from(first).map_err(|_| overflow("an L2 index"))?;
-            for (index, raw) in bytes.chunks_exact(8).enumerate().skip(skip) {
-                let raw = u64::from_be_bytes(raw.try_into().unwrap_or([0; 8]));
-                if raw == 0 {
+            for (index, raw) in (0u64..).zip(bytes.chunks_exact(step)).skip(skip) {
+                if raw.iter().all(|&byte| byte == 0) {
                     continue;
                 }
-                let guest = piece_guest + index as u64 * cluster;
+                let guest = piece_guest + index * cluster;
                 if guest >= self.image.header.virtual_size {
                     return Ok(());
                 }
-                let at = piece.host.0 + index as u64 * 8;
-                let entry = L2Entry::decode(raw, self.image.cluster_size(), self.image.header.version)
+                let at = piece.host.0 + index * width;
+                let (entry, subclusters) = decode_entry(&self.image, raw)
                     .map_err(|error| self.image.corrupt(at, format!("the L2 entry of guest offset {guest} {error}")))?;
-                if entry != L2Entry::Unallocated && !each(&self.image, guest, at, entry)? {
+                let mapped = Mapped { guest, at, entry, subclusters };
+                if entry != L2Entry::Unallocated && !each(&self.image, mapped)? {
                     return Ok(());
                 }
             }
@@ -188,27 +189,85 @@ impl Qcow2Source {
     }
 }
 
-/// What an entry means for the reader of the layer.
-fn extent_of(image: &Image, guest: u64, at: u64, entry: L2Entry) -> DriverResult<Extent> {
-    let length = image.cluster_size().bytes().min(image.header.virtual_size - guest);
-    let (kind, location) = match entry {
-        L2Entry::Data { offset, .. } => {
-            if !image.holds_bytes(offset, length) {
-                return Err(image.corrupt(
-                    at,
-                    format!("the L2 entry of guest offset {guest} points to offset {offset}, past the end of the file"),
-                ));
+/// A cluster that a layer holds something of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mapped {
+    /// Guest offset in bytes.
+    pub(crate) guest: u64,
+    /// Where the entry stands in the file, in bytes.
+    pub(crate) at: u64,
+    /// The entry.
+    pub(crate) entry: L2Entry,
+    /// The state of its subclusters, if they are not all alike.
+    pub(crate) subclusters: Option<Subclusters>,
+}
+
+impl Mapped {
+    /// How many bytes from the start of the host cluster are the guest's.
+    pub(crate) fn data_end(&self, image: &Image) -> u64 {
+        let visible = image.cluster_size().bytes().min(image.header.virtual_size - self.guest);
+        match (self.entry, self.subclusters) {
+            (L2Entry::Data { .. }, None) => visible,
+            (L2Entry::Data { .. }, Some(subclusters)) => {
+                let used = u64::from(SUBCLUSTERS - subclusters.allocated.leading_zeros());
+                visible.min(image.cluster_size().bytes() / u64::from(SUBCLUSTERS) * used)
             }
-            (ExtentKind::Data, offset.0)
+            _ => 0,
         }
-        L2Entry::Zero { .. } => (ExtentKind::Zero, 0),
+    }
+}
+
+/// Decode an entry of an L2 table, of 8 or of 16 bytes.
+pub(crate) fn decode_entry(image: &Image, raw: &[u8]) -> Result<(L2Entry, Option<Subclusters>), EntryError> {
+    let half = |bytes: Option<&[u8]>| bytes.and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes);
+    let entry = half(raw.get(..8));
+    if image.header.has(incompatible::EXTENDED_L2) {
+        return Subclusters::decode(entry, half(raw.get(8..16)), image.cluster_size());
+    }
+    L2Entry::decode(entry, image.cluster_size(), image.header.version).map(|entry| (entry, None))
+}
+
+/// What a cluster means for the reader of the layer: up to 32 extents.
+fn extents_of(image: &Image, mapped: &Mapped, push: &mut dyn FnMut(Extent)) -> DriverResult<()> {
+    let Mapped { guest, at, entry, subclusters } = *mapped;
+    let visible = image.cluster_size().bytes().min(image.header.virtual_size - guest);
+    let extent = |start: u64, length: u64, kind: ExtentKind, location: u64| Extent {
+        guest_offset: guest + start,
+        length: length.min(visible - start),
+        location,
+        kind: kind as u32,
+        device: image.device,
+    };
+    if let L2Entry::Data { offset, .. } = entry {
+        if !image.holds_bytes(offset, mapped.data_end(image)) {
+            return Err(image.corrupt(
+                at,
+                format!("the L2 entry of guest offset {guest} points to offset {offset}, past the end of the file"),
+            ));
+        }
+    }
+    let host = entry.host().map_or(0, |(offset, _)| offset.0);
+    if let Some(subclusters) = subclusters {
+        let bytes = image.cluster_size().bytes() / u64::from(SUBCLUSTERS);
+        for (first, count, data) in subclusters.runs() {
+            let (start, length) = (u64::from(first) * bytes, u64::from(count) * bytes);
+            if start < visible {
+                let (kind, location) = if data { (ExtentKind::Data, host + start) } else { (ExtentKind::Zero, 0) };
+                push(extent(start, length, kind, location));
+            }
+        }
+        return Ok(());
+    }
+    match entry {
+        L2Entry::Data { .. } => push(extent(0, visible, ExtentKind::Data, host)),
+        L2Entry::Zero { .. } => push(extent(0, visible, ExtentKind::Zero, 0)),
         L2Entry::Compressed { descriptor } => {
             compressed_range(image, guest, at, descriptor)?;
-            (ExtentKind::Encoded, descriptor)
+            push(extent(0, visible, ExtentKind::Encoded, descriptor));
         }
-        L2Entry::Unallocated => return Err(overflow("the kind of an L2 entry")),
-    };
-    Ok(Extent { guest_offset: guest, length, location, kind: kind as u32, device: image.device })
+        L2Entry::Unallocated => {}
+    }
+    Ok(())
 }
 
 /// Where a compressed cluster is, verified to lie in the file; only its last sector may be cut off.
@@ -227,8 +286,8 @@ pub(crate) fn compressed_range(image: &Image, guest: u64, at: u64, descriptor: u
 }
 
 /// Append an extent, or lengthen the last one where the new one goes on from it; compressed clusters stay on their
-/// own. Returns whether it took a place of its own.
-fn push_merged(out: &mut Vec<Extent>, base: usize, extent: Extent) -> bool {
+/// own.
+fn push_merged(out: &mut Vec<Extent>, base: usize, extent: Extent) {
     if out.len() > base {
         if let Some(last) = out.last_mut() {
             let follows = last.guest_offset + last.length == extent.guest_offset
@@ -238,12 +297,11 @@ fn push_merged(out: &mut Vec<Extent>, base: usize, extent: Extent) -> bool {
                 && (extent.kind == ExtentKind::Zero as u32 || last.location + last.length == extent.location);
             if follows {
                 last.length += extent.length;
-                return false;
+                return;
             }
         }
     }
     out.push(extent);
-    true
 }
 
 impl Source for Qcow2Source {
@@ -260,14 +318,16 @@ impl Source for Qcow2Source {
     fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
         let base = out.len();
         let mut next = self.image.header.virtual_size;
-        // One more than fits is looked at, because the last one may go on.
-        self.walk(io, from, &mut |image, guest, at, entry| {
-            let extent = extent_of(image, guest, at, entry)?;
-            if push_merged(out, base, extent) && out.len() - base > max {
-                out.pop();
-                next = guest;
+        let most = usize::try_from(SUBCLUSTERS).unwrap_or(usize::MAX);
+        self.walk(io, from, &mut |image, mapped| {
+            // A cluster is taken whole or not at all.
+            let taken = out.len() - base;
+            let needed = if mapped.subclusters.is_some() { most } else { 1 };
+            if taken > 0 && taken + needed > max {
+                next = mapped.guest;
                 return Ok(false);
             }
+            extents_of(image, &mapped, &mut |extent| push_merged(out, base, extent))?;
             Ok(true)
         })?;
         Ok(next)

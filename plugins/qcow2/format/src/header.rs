@@ -242,8 +242,8 @@ impl Header {
         if u64::from(self.l1_entries) * 8 > MAX_L1_BYTES {
             return Err(HeaderError::corrupt(36, format!("l1_size is {}, more than 32 MiB", self.l1_entries)));
         }
-        let needed = self.virtual_size.div_ceil(cs.l2_coverage());
-        if u64::from(self.l1_entries) < needed && !self.has(incompatible::EXTENDED_L2) {
+        let needed = self.virtual_size.div_ceil(self.l2_coverage());
+        if u64::from(self.l1_entries) < needed {
             return Err(HeaderError::corrupt(
                 36,
                 format!(
@@ -288,6 +288,28 @@ impl Header {
         }
         self.extensions = Extension::parse_all(bytes.get(start..end).unwrap_or(&[]), start as u64)?;
         Ok(())
+    }
+
+    /// Bytes of an L2 entry: 8, or 16 with extended L2 entries.
+    #[must_use]
+    pub const fn l2_entry_bytes(&self) -> u64 {
+        if self.has(incompatible::EXTENDED_L2) {
+            16
+        } else {
+            8
+        }
+    }
+
+    /// Entries of an L2 table.
+    #[must_use]
+    pub const fn l2_entries(&self) -> u64 {
+        self.cluster_size.bytes() / self.l2_entry_bytes()
+    }
+
+    /// Guest bytes that one L2 table maps.
+    #[must_use]
+    pub const fn l2_coverage(&self) -> u64 {
+        self.cluster_size.bytes() * self.l2_entries()
     }
 
     /// Whether an incompatible feature bit is set.

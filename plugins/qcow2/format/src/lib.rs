@@ -13,6 +13,7 @@ mod extension;
 mod header;
 mod refcount;
 mod snapshot;
+mod subcluster;
 mod table;
 mod types;
 
@@ -26,5 +27,6 @@ pub use header::{
 };
 pub use refcount::{get_refcount, set_refcount, RefcountOrder};
 pub use snapshot::Snapshot;
+pub use subcluster::{Subclusters, SUBCLUSTERS};
 pub use table::{EntryError, L1Entry, L2Entry, RefcountTableEntry, COPIED};
 pub use types::{ClusterSize, GuestCluster, GuestOffset, HostCluster, HostOffset};

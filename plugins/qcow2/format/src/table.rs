@@ -23,6 +23,8 @@ pub enum EntryError {
     OwnsNothing,
     /// The COPIED flag claims a compressed cluster, which others may share.
     OwnsCompressed,
+    /// The bitmap of subclusters contradicts itself, or the offset.
+    Subclusters(u64),
 }
 
 impl fmt::Display for EntryError {
@@ -31,6 +33,7 @@ impl fmt::Display for EntryError {
             Self::Reserved(bits) => write!(f, "has reserved bits set (0x{bits:x})"),
             Self::Unaligned(offset) => write!(f, "points to offset {offset}, which is not the start of a cluster"),
             Self::OwnsNothing => write!(f, "claims a cluster (COPIED) but points to none"),
+            Self::Subclusters(bitmap) => write!(f, "has an impossible bitmap of subclusters (0x{bitmap:x})"),
             Self::OwnsCompressed => write!(f, "claims a compressed cluster (COPIED)"),
         }
     }
