@@ -14,14 +14,6 @@ TOP = ["write -P 1 0 1M", "write -z 2M 256k"]
 SECRET = ["--object", "secret,id=key,data=words"]
 
 
-def compressed_overlay(pair):
-    pair.make(base=["write -P 9 0 2M"], top=[*TOP, "write -c -P 5 3M 64k"])
-
-
-def compressed_zstd_overlay(pair):
-    pair.make(top_options={"compression_type": "zstd"}, top=[*TOP, "write -c -P 5 3M 64k"])
-
-
 def compressed_backing(pair):
     pair.make(base=["write -c -P 5 0 64k", "write -c -P 6 64k 64k"], top=TOP)
 
@@ -100,8 +92,6 @@ UNSUPPORTED, EXTERNAL, LUKS = "ERROR_UNSUPPORTED_FORMAT", "ERROR_EXTERNAL_DATA_F
 
 #: how the pair is made, the side that is named, the code, a word of the message
 TABLE = [
-    (compressed_overlay, "top", UNSUPPORTED, "compress"),
-    (compressed_zstd_overlay, "top", UNSUPPORTED, "compress"),
     (compressed_backing, "base", UNSUPPORTED, "compress"),
     (extended_l2_overlay, "top", UNSUPPORTED, "extended L2"),
     (extended_l2_backing, "base", UNSUPPORTED, "extended L2"),
