@@ -24,7 +24,8 @@ fn flushes(io: &MemoryDevices) -> usize {
 fn every_cluster_size_and_version() {
     for bits in 9..=21 {
         for (top, base) in [(3, 3), (2, 3), (3, 2)] {
-            let size = (40 << bits) - 512;
+            // The last cluster is cut where it is larger than a sector.
+            let size = (40 << bits) - if bits > 9 { 512 } else { 0 };
             let overlay = Spec::new(bits, size).version(top).with(deflated([0, 1, 2, 3, 4, 7, 20, 39]));
             let overlay = overlay.with(data([5, 8], 0x21)).with((top == 3).then_some((9, State::Zero)));
             let backing = Spec::new(bits, size + 512).version(base).with(data([1, 7, 8, 9], 0x80));
@@ -126,13 +127,13 @@ fn garbage_is_refused_before_anything_is_changed() {
 #[test]
 fn ranges_that_cannot_be() {
     let compressed = 1 << 62;
-    refused(20, "past the end", |b, l2| set_entry(b, l2, 2, compressed | 1 << 40));
+    refused(20, "past the end", |b, l2| set_entry(b, l2, 2, |_| compressed | 1 << 40));
     refused(20, "past the end", |b, l2| set_entry(b, l2, 2, |b| compressed | b.len() as u64));
     refused(20, "past the end", |b, l2| set_entry(b, l2, 2, |_| u64::MAX >> 1));
     refused(20, "claims a compressed cluster", |b, l2| set_entry(b, l2, 2, |b| entry(b, l2, 2) | 1 << 63));
     // Header, L2 table, plain data; from either side.
-    refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, compressed | 200));
-    refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, compressed | (l2 + 100)));
+    refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, |_| compressed | 200));
+    refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, |_| compressed | (l2 + 100)));
     refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, |b| compressed | (entry(b, l2, 19) & !(1 << 63)) + 9));
     refused(20, "overlaps", |b, l2| {
         let (first, _) = View::new(b).compressed(entry(b, l2, 2));
