@@ -134,7 +134,7 @@ fn ranges_that_cannot_be() {
     // Header, L2 table, plain data; from either side.
     refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, |_| compressed | 200));
     refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, |_| compressed | (l2 + 100)));
-    refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, |b| compressed | (entry(b, l2, 19) & !(1 << 63)) + 9));
+    refused(20, "overlaps", |b, l2| set_entry(b, l2, 2, |b| compressed | ((entry(b, l2, 19) & !(1 << 63)) + 9)));
     refused(20, "overlaps", |b, l2| {
         let (first, _) = View::new(b).compressed(entry(b, l2, 2));
         set_entry(b, l2, 19, |_| 1 << 63 | first & !4095);
