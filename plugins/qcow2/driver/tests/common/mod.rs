@@ -3,6 +3,7 @@
 
 pub mod builder;
 pub mod checker;
+pub mod pair;
 
 use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, DEVICE_OUTPUT};

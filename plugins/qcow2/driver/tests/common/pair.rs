@@ -1,0 +1,136 @@
+//! A pair of images, and what must hold before, during and after its commit.
+
+use super::builder::{build, Spec, State};
+use super::checker::{check, content, snapshot_contents, Report, View};
+use super::{run_commit, ANCESTOR, OVERLAY};
+use instar_guest_commit::Options;
+use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_guest_sdk::memory::{Change, MemoryDevices};
+use std::collections::BTreeMap;
+
+pub struct Pair {
+    pub overlay: Vec<u8>,
+    pub backing: Vec<u8>,
+    pub ancestor: Option<Vec<u8>>,
+}
+
+impl Pair {
+    pub fn new(overlay: &Spec, backing: &Spec) -> Self {
+        Self { overlay: build(overlay), backing: build(backing), ancestor: None }
+    }
+
+    pub fn io(&self) -> MemoryDevices {
+        let mut files = vec![(OVERLAY, self.overlay.clone()), (DEVICE_OUTPUT, self.backing.clone())];
+        files.extend(self.ancestor.clone().map(|bytes| (ANCESTOR, bytes)));
+        MemoryDevices::new(files)
+    }
+}
+
+/// Guest-visible bytes of backing and overlay.
+pub fn views(files: &BTreeMap<u32, Vec<u8>>) -> (Vec<u8>, Vec<u8>) {
+    let below = files.get(&ANCESTOR).map(|bytes| content(bytes, None));
+    let backing = content(&files[&DEVICE_OUTPUT], below.as_deref());
+    let overlay = content(&files[&OVERLAY], Some(&backing));
+    (backing, overlay)
+}
+
+/// What the snapshots of the backing read as, and those of the overlay without what is below it, which changes.
+fn all_snapshots(files: &BTreeMap<u32, Vec<u8>>) -> Vec<Vec<u8>> {
+    let below = files.get(&ANCESTOR).map(|bytes| content(bytes, None));
+    let mut all = snapshot_contents(&files[&DEVICE_OUTPUT], below.as_deref());
+    all.extend(snapshot_contents(&files[&OVERLAY], None));
+    all
+}
+
+/// What the backing must read as afterwards: the overlay's view, and its own tail where it is longer.
+pub fn expected(pair: &Pair) -> (Vec<u8>, Vec<u8>) {
+    let (mut backing, overlay) = views(&pair.io().files);
+    backing[..overlay.len()].copy_from_slice(&overlay);
+    (backing, overlay)
+}
+
+pub fn clean(bytes: &[u8]) {
+    assert_eq!(check(bytes), Report::default());
+}
+
+/// Commit, and check content and consistency of both files.
+pub fn commit_and_verify(pair: &Pair) -> MemoryDevices {
+    let before_leaks = check(&pair.backing).leaks;
+    let (backing, overlay) = expected(pair);
+    let mut io = pair.io();
+    let outcome = run_commit(&mut io, Options::default()).unwrap();
+    assert_eq!(outcome.clusters_committed, View::new(&pair.overlay).entries().len() as u64);
+    assert_eq!(outcome.overlay_clusters_cleared, outcome.clusters_committed);
+    let (backing_after, overlay_after) = views(&io.files);
+    assert!(backing_after == backing, "the backing reads wrong");
+    assert!(overlay_after == overlay, "the overlay reads wrong");
+    assert!(all_snapshots(&io.files) == all_snapshots(&pair.io().files), "a snapshot reads wrong");
+    let report = check(&io.files[&DEVICE_OUTPUT]);
+    assert_eq!(report, Report { errors: vec![], leaks: before_leaks });
+    clean(&io.files[&OVERLAY]);
+    assert!(View::new(&io.files[&OVERLAY]).entries().is_empty());
+    assert!(io.files[&OVERLAY].len() <= pair.overlay.len(), "the overlay grew");
+    io
+}
+
+/// Every crash point: all changes up to a point are on the disk, or all up to the last flush of each device
+/// and any one of those after it.
+pub fn verify_crashes(pair: &Pair) {
+    let (backing, overlay) = expected(pair);
+    let mut io = pair.io();
+    run_commit(&mut io, Options::default()).unwrap();
+    let log = io.log.clone();
+    let mut states = 0;
+    for end in 0..=log.len() {
+        let mut files = pair.io().files;
+        log[..end].iter().for_each(|change| change.apply(&mut files));
+        verify_state(pair, &files, &overlay, &backing);
+        states += 1;
+        // One unflushed change alone, and all but one.
+        let unflushed: Vec<usize> = (0..end).filter(|&i| is_unflushed(&log[..end], i)).collect();
+        for &chosen in unflushed.iter().rev().take(24) {
+            for alone in [true, false] {
+                let mut files = pair.io().files;
+                for (i, change) in log[..end].iter().enumerate() {
+                    if !unflushed.contains(&i) || (i == chosen) == alone {
+                        change.apply(&mut files);
+                    }
+                }
+                verify_state(pair, &files, &overlay, &backing);
+                states += 1;
+            }
+        }
+    }
+    assert!(states > 10, "only {states} states");
+}
+
+pub fn device_of(change: &Change) -> u32 {
+    match change {
+        Change::Write { device, .. } | Change::SetLength { device, .. } | Change::Flush { device } => *device,
+    }
+}
+
+pub fn is_unflushed(log: &[Change], index: usize) -> bool {
+    let device = device_of(&log[index]);
+    !log[index..].contains(&Change::Flush { device })
+}
+
+pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {
+    let snapshots = all_snapshots(&pair.io().files);
+    assert!(all_snapshots(files) == snapshots, "a snapshot changed its content");
+    let (_, overlay_now) = views(files);
+    assert!(overlay_now == overlay, "the overlay changed its content");
+    assert_eq!(check(&files[&OVERLAY]).errors, Vec::<String>::new(), "overlay");
+    assert_eq!(check(&files[&DEVICE_OUTPUT]).errors, Vec::<String>::new(), "backing");
+    // Running again finishes the job.
+    let mut io = MemoryDevices::new(files.clone());
+    run_commit(&mut io, Options::default()).unwrap();
+    let (backing_after, overlay_after) = views(&io.files);
+    assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
+    assert!(all_snapshots(&io.files) == snapshots, "running again changes a snapshot");
+    assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
+}
+
+pub fn data(clusters: impl IntoIterator<Item = u64>, seed: u8) -> Vec<(u64, State)> {
+    clusters.into_iter().map(|c| (c, State::Data(seed))).collect()
+}

@@ -1,0 +1,120 @@
+"""Compressed clusters in the overlay and below the backing, as QEMU writes them."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import qcow2_bytes
+import support
+from support import KIB, MIB, refuse
+
+
+def mixed_bytes(size: int, seed: int) -> bytes:
+    """Text-like and random stretches of 1 to 300 KiB, some of them zero."""
+    rng = random.Random(seed)
+    parts, length = [], 0
+    while length < size:
+        count = rng.randrange(1, 300) * KIB
+        kind = rng.randrange(4)
+        if kind == 0:
+            part = rng.randbytes(count)
+        elif kind == 1:
+            part = bytes(count)
+        else:
+            words = [rng.randbytes(rng.randrange(2, 9)) for _ in range(50)]
+            part = b"".join(rng.choices(words, k=count // 2))[:count]
+        parts.append(part)
+        length += len(part)
+    return b"".join(parts)[:size]
+
+
+def convert_compressed(pair, size, seed=1, **options):
+    """Makes the overlay by `qemu-img convert -c`; what is like the base stays out of it."""
+    raw = pair.dir.parent / "content"
+    raw.write_bytes(mixed_bytes(size, seed))
+    pair.top.unlink(missing_ok=True)
+    args = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2"]
+    if options:
+        args += ["-o", ",".join(f"{key}={value}" for key, value in options.items())]
+    support.qemu_img(*args, raw, pair.top, cwd=pair.dir)
+    raw.unlink()
+    image = qcow2_bytes.Image(pair.top)
+    assert any(entry & qcow2_bytes.COMPRESSED for _, entry in image.mapped())
+    return image
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize("cluster_size", [512, 4 * KIB, 64 * KIB, 2 * MIB])
+def test_converted_overlay(pair, compression, cluster_size):
+    size = 2 * MIB + 1536 if cluster_size == 512 else 12 * MIB + 1536
+    pair.make(size, base_options={"cluster_size": cluster_size}, base=["write -P 9 0 1M"])
+    convert_compressed(pair, size, cluster_size=cluster_size, compression_type=compression)
+    pair.check_commit()
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_clusters_of_all_kinds(pair, compression):
+    pair.make(8 * MIB, base=["write -P 9 0 4M"], top_options={"compression_type": compression},
+              top=["write -P 1 0 1M", "write -z 2M 256k", "write -c -P 5 3M 64k", "write -c -P 6 3200k 64k",
+                   "write -c -P 7 1M 64k", "write -P 8 1050k 3k", "write -c -P 3 6M 64k", "write -z 6M 4k"])
+    pair.check_commit()
+
+
+@pytest.mark.parametrize(("top", "base"), [(4 * KIB, 64 * KIB), (64 * KIB, 4 * KIB), (64 * KIB, 2 * MIB)])
+def test_other_cluster_size(pair, top, base):
+    pair.make(6 * MIB, base_options={"cluster_size": base}, base=["write -P 9 1M 1M"])
+    convert_compressed(pair, 6 * MIB, cluster_size=top)
+    pair.check_commit()
+
+
+def test_version_2(pair):
+    pair.make(6 * MIB, base_options={"compat": "0.10"}, base=["write -P 9 1M 1M"])
+    convert_compressed(pair, 6 * MIB, compat="0.10")
+    pair.check_commit()
+
+
+def test_far_more_data_than_the_file_is_long(pair):
+    """Compressed, 256 MiB are a few hundred KiB: the backing may grow by more than the overlay's length."""
+    pair.make(256 * MIB)
+    raw = pair.dir.parent / "content"
+    raw.write_bytes(b"\x55" * (256 * MIB))
+    pair.top.unlink()
+    support.qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2", raw, pair.top,
+                     cwd=pair.dir)
+    raw.unlink()
+    assert os.path.getsize(pair.top) < 4 * MIB
+    pair.check_commit()
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_ancestor_shows_through_partial_clusters(pair, compression):
+    """The overlay's clusters are smaller than the backing's: the rest comes from a compressed ancestor."""
+    size = 8 * MIB
+    root = pair.dir / "root.qcow2"
+    raw = pair.dir.parent / "content"
+    raw.write_bytes(mixed_bytes(size, 7))
+    support.qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", f"compression_type={compression}", raw, root)
+    support.create(pair.base, backing="root.qcow2", cluster_size=256 * KIB)
+    support.create(pair.top, backing="base.qcow2", cluster_size=4 * KIB)
+    support.qemu_io(pair.top, *[f"write -P {i + 1} {i * 333 * KIB} 5k" for i in range(20)])
+    with support.untouched(root):
+        pair.check_commit()
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_garbage_is_refused_untouched(pair, compression):
+    pair.make(4 * MIB, base=["write -P 9 0 4M"], top_options={"compression_type": compression},
+              top=["write -P 1 0 1M", "write -c -P 5 3M 64k"])
+    image = qcow2_bytes.Image(pair.top)
+    (entry,) = [entry for _, entry in image.mapped() if entry & qcow2_bytes.COMPRESSED]
+    image.poke(entry & (1 << 54) - 1, b"\xff" * 32)
+    refuse("ERROR_OVERLAY_CORRUPT", pair.top, files=[pair.base], mentions=[pair.top, "3145728"])
+
+
+def test_truncated_overlay_is_refused_untouched(pair):
+    pair.make(8 * MIB, base=["write -P 9 0 4M"])
+    image = convert_compressed(pair, 8 * MIB)
+    os.truncate(pair.top, image.file_size - 128 * KIB)
+    refuse("ERROR_OVERLAY_CORRUPT", pair.top, files=[pair.base], mentions=[pair.top])
