@@ -340,7 +340,7 @@ fn a_signal_stops_at_a_safe_point() {
         // A signal before the program listens ends it at once.
         if output.status.code() == Some(1) {
             let value: Value = serde_json::from_slice(&output.stderr).unwrap();
-            assert_eq!(value["error"]["name"], "ERROR_INTERRUPTED");
+            assert_eq!(value["error"]["name"], "ERROR_INTERRUPTED", "{value}");
             stopped += 1;
         }
         lab.qemu_img(&["compare", "-q", "top", "want"]);

@@ -103,7 +103,13 @@ impl Vm {
             self.report.exits += 1;
             match exit {
                 Exit::Signal => {}
-                Exit::Out(PORT_DOORBELL, count) => self.doorbell(count, handler)?,
+                Exit::Out(PORT_DOORBELL, count) => {
+                    self.doorbell(count, handler)?;
+                    // Now, too: a request that was cut short failed, and the guest would report that failure.
+                    if handler.interrupted() {
+                        return Err(VmError::Interrupted);
+                    }
+                }
                 Exit::Out(PORT_MESSAGE, length) => messages.take(&self.ram, length, handler)?,
                 Exit::Out(PORT_EXIT, _) => {
                     self.report.messages = messages.count;

@@ -88,6 +88,17 @@ fn the_handler_can_interrupt() {
 }
 
 #[test]
+fn an_interruption_during_the_last_request_is_one() {
+    let (host, report) = run(Scenario::Good);
+    report.unwrap();
+    // The guest would report what became of that request, perhaps as a failure that is none.
+    let mut interrupted = Host { interrupt_after: Some(host.batches.len()), ..Host::default() };
+    let error = vm::run(&spec(Scenario::Good), &mut interrupted).unwrap_err();
+    assert_eq!(error, VmError::Interrupted);
+    assert!(interrupted.result.is_none());
+}
+
+#[test]
 fn modules_of_the_wrong_kind_are_named() {
     let swapped = spec(Scenario::Good).with_operation(support::format());
     let error = vm::run(&swapped, &mut Host::default()).unwrap_err().to_string();
