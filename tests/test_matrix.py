@@ -23,7 +23,7 @@ SEEDS = 500 if os.environ.get("INSTAR_DEEP") else 60
 class Image:
     """Commands that make one image with a random life of writes and snapshots."""
 
-    def __init__(self, rng, name, size, backing=None, subclusters=True):
+    def __init__(self, rng, name, size, backing=None):
         self.rng, self.name, self.size = rng, name, size
         self.version = rng.choice(["0.10", "1.1", "1.1", "1.1"])
         self.cluster = 512 << rng.randrange(13)
@@ -33,7 +33,7 @@ class Image:
             self.width = rng.choice([1, 2, 4, 8, 16, 16, 32, 64])
             options += [f"refcount_bits={self.width}", f"compression_type={rng.choice(['zlib', 'zstd'])}",
                         f"lazy_refcounts={rng.choice(['on', 'off', 'off'])}"]
-            if subclusters and self.cluster >= 16 * KIB and rng.random() < 0.5:
+            if self.cluster >= 16 * KIB and rng.random() < 0.5:
                 options.append("extended_l2=on")
         command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", ",".join(options)]
         if backing:
@@ -94,7 +94,7 @@ def plan(seed):
             commands.append(["qemu-io", "-f", "raw", "-c", f"write -P 201 0 {root_size}", below])
         else:
             commands += Image(rng, below, root_size).live(1, snapshots=False).commands
-    commands += Image(rng, "base.qcow2", size, below, subclusters=False).live(rng.randrange(1, 4), rng.random() < 0.5).commands
+    commands += Image(rng, "base.qcow2", size, below).live(rng.randrange(1, 4), rng.random() < 0.5).commands
     commands += Image(rng, "top.qcow2", top_size, "base.qcow2").live(rng.randrange(1, 3), rng.random() < 0.3).commands
     return commands
 

@@ -68,11 +68,6 @@ fn write_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
     if own.dirty {
         return unsupported(&format!("the image was not closed cleanly (dirty bit): {CHECK}"));
     }
-    if own.feature(names::EXTENDED_L2) == Some("true") && role == CommitRole::Backing {
-        return unsupported(
-            "extended L2 entries (subclusters) in a backing are not supported yet: convert it with extended_l2=off",
-        );
-    }
     let bitmaps = number(own, names::BITMAPS);
     if bitmaps != 0 && role == CommitRole::Backing {
         let reason = format!(
@@ -95,7 +90,7 @@ fn unsupported(reason: &str) -> Refusal {
 ///   not share tables; that is all that can be said: compressed clusters take next to no room, a zero cluster has no
 ///   host cluster but becomes a cluster of zeroes in a version 2 backing, and where the backing's clusters are larger,
 ///   each may fall into another one. Of any other overlay: as many as the virtual disk has;
-/// * one for each L2 table that is missing. With equal cluster sizes, L2 tables of overlay and backing cover the
+/// * one for each L2 table that is missing. With equal cluster sizes and widths of entries, L2 tables of overlay and backing cover the
 ///   same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual disk has;
 /// * the L1 table, when it has to grow and move for a larger virtual size;
 /// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
@@ -104,17 +99,20 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
     let virtual_size = own.virtual_size.max(overlay.virtual_size);
     let disk = cs.count_for(virtual_size).checked_add(1)?;
-    let same_size = overlay.cluster_size == own.cluster_size;
+    let extended = |facts: &ImageFacts| facts.feature(names::EXTENDED_L2) == Some("true");
+    // Extended entries are twice as long: a table covers half as much.
+    let coverage = if extended(own) { cs.l2_coverage() / 2 } else { cs.l2_coverage() };
+    let same_tables = overlay.cluster_size == own.cluster_size && extended(overlay) == extended(own);
     let (data, tables) = if overlay.format.as_str() == "qcow2" && overlay.cluster_size != 0 {
         let clusters = overlay.file_length.div_ceil(cs.bytes().min(overlay.cluster_size));
         let entries = overlay.file_length.div_ceil(8);
         // A cluster of the overlay is as many of the backing's, where those are smaller.
         let each = overlay.cluster_size.div_ceil(cs.bytes());
-        (entries.saturating_mul(each).min(disk), if same_size { clusters } else { disk })
+        (entries.saturating_mul(each).min(disk), if same_tables { clusters } else { disk })
     } else {
         (disk, disk)
     };
-    let l1_entries = virtual_size.div_ceil(cs.l2_coverage());
+    let l1_entries = virtual_size.div_ceil(coverage);
     // One more L2 table than entries of L1 cannot be needed; with one for good measure.
     let tables = tables.min(l1_entries.checked_add(1)?);
     let l1 = cs.count_for(l1_entries.checked_mul(8)?);
@@ -168,8 +166,6 @@ mod tests {
     fn what_the_first_release_does_not_cover_is_named() {
         let plain = image(65536, 262_144, 1 << 30);
         let cases = [
-            (Feature::flag("extended-l2", true, true), "extended_l2", false, false),
-            (Feature::flag("extended-l2", true, true), "subclusters", false, false),
             (Feature::number("bitmap-count", 1, false), "bitmap", false, false),
             (Feature::text("data-file", "x", true), "data file", true, true),
             (Feature::text("unknown-incompatible-features", "bit 20 (\"x\")", false), "bit 20 (\"x\")", true, true),

@@ -85,9 +85,6 @@ impl Image {
         if header.has(incompatible::DATA_FILE) {
             return refused(ErrorCode::ExternalDataFile, "the image has an external data file");
         }
-        if header.has(incompatible::EXTENDED_L2) && self.role == Role::Sink {
-            return refused(ErrorCode::UnsupportedFormat, "the image has extended L2 entries");
-        }
         if header.incompatible & !incompatible::KNOWN != 0 {
             return refused(ErrorCode::UnsupportedFormat, "the image has an unknown incompatible feature");
         }

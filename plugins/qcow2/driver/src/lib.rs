@@ -11,7 +11,7 @@
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
 //! * [`source`], [`check`], [`empty`], [`empty_shared`]: the source role;
-//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role.
+//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`], `subclusters`: the sink role.
 #![no_std]
 
 extern crate alloc;
@@ -31,6 +31,7 @@ pub mod sink;
 pub mod slice_cache;
 pub mod snapshots;
 pub mod source;
+mod subclusters;
 pub mod write;
 
 use image::{Image, Role};

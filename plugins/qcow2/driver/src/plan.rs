@@ -6,7 +6,7 @@
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
-use crate::sink::{Action, Fill, Piece, Qcow2Sink};
+use crate::sink::{Piece, Qcow2Sink};
 use crate::source::{Mapped, Qcow2Source};
 use alloc::format;
 use alloc::vec::Vec;
@@ -46,15 +46,12 @@ impl Qcow2Sink {
                 owned.push(Owned { cluster: self.image.host_cluster(offset), copied, compressed: false, at: l1_at });
                 self.planned.last_table = Some(table_index);
             }
-            let (entry, at) = self.l2_entry(first.cluster)?;
+            let mapped = self.l2_entry(first.cluster)?;
+            let Mapped { entry, at, .. } = mapped;
             if let Some((offset, copied)) = entry.host() {
                 // The same cluster comes twice where an extent ends within it.
                 if self.planned.last_cluster != Some(first.cluster) {
-                    let needed = match entry {
-                        L2Entry::Data { .. } => self.visible_bytes(first.cluster),
-                        _ => 0,
-                    };
-                    self.check_data_cluster(offset, needed, at)?;
+                    self.check_data_cluster(offset, mapped.data_end(&self.image), at)?;
                     owned.push(Owned { cluster: self.image.host_cluster(offset), copied, compressed: false, at });
                 }
             }
@@ -62,19 +59,18 @@ impl Qcow2Sink {
             if let L2Entry::Compressed { descriptor } = entry {
                 self.check_compressed(descriptor, at, &mut owned)?;
             }
-            let action = self.action(group, entry);
-            if let Action::Allocate(Fill::Compressed(descriptor), _) = action {
+            let action = self.action(group, &mapped);
+            if let Some(descriptor) = action.decodes() {
                 // What is needed of it must decode: afterwards it would be too late to say no.
                 self.decode(io, first.cluster, descriptor)?;
             }
-            self.planned.new_data += u64::from(matches!(action, Action::Allocate(..)));
+            self.planned.new_data += u64::from(action.allocates());
             let shared = table.is_some_and(|(_, copied)| !copied);
             if shared && entry.host().is_some_and(|(_, copied)| copied) {
                 let text = "an L2 table that a snapshot shares claims a cluster for itself alone (COPIED)";
                 return Err(self.image.corrupt(at, text));
             }
-            let remaps = !matches!(action, Action::Nothing | Action::InPlace(_));
-            if remaps && (table.is_none() || shared) && self.planned.last_new_table != Some(table_index) {
+            if action.remaps() && (table.is_none() || shared) && self.planned.last_new_table != Some(table_index) {
                 self.planned.new_tables += 1;
                 self.planned.last_new_table = Some(table_index);
             }

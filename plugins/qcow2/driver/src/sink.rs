@@ -8,12 +8,16 @@ use crate::metadata_map::MetadataMap;
 use crate::refcounts::Refcounts;
 use crate::scan::decode_l1;
 use crate::slice_cache::SliceCache;
+use crate::source::{decode_halves, Mapped};
+use crate::subclusters::{Change, Place};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
-use instar_qcow2_format::{ClusterSize, CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry, Version};
+use instar_qcow2_format::{
+    incompatible, ClusterSize, CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry, Version,
+};
 
 /// Clusters that are worked on between two sets of flushes, at most.
 const WINDOW_CLUSTERS: usize = 1 << 16;
@@ -77,6 +81,33 @@ pub(crate) enum Action {
     Allocate(Fill, Old),
     /// Make it a zero cluster (or an unallocated one, if `false`), and drop one reference to what was there.
     MakeZero(bool, Old),
+    /// All of the above, for each subcluster.
+    Subclusters(Change),
+}
+
+impl Action {
+    /// Whether it takes a new cluster.
+    pub(crate) fn allocates(&self) -> bool {
+        matches!(self, Self::Allocate(..) | Self::Subclusters(Change { place: Place::New, .. }))
+    }
+
+    /// Whether the L2 entry changes.
+    pub(crate) fn remaps(&self) -> bool {
+        match self {
+            Self::Nothing | Self::InPlace(_) => false,
+            Self::Revive(_) | Self::Allocate(..) | Self::MakeZero(..) => true,
+            Self::Subclusters(change) => change.remaps(),
+        }
+    }
+
+    /// The compressed cluster that has to be decoded for it.
+    pub(crate) fn decodes(&self) -> Option<u64> {
+        match *self {
+            Self::Allocate(Fill::Compressed(descriptor), _)
+            | Self::Subclusters(Change { fill: Fill::Compressed(descriptor), .. }) => Some(descriptor),
+            _ => None,
+        }
+    }
 }
 
 /// What a cluster had before.
@@ -149,7 +180,7 @@ impl Qcow2Sink {
         each: &mut dyn FnMut(&mut Self, &[Piece]) -> DriverResult<()>,
     ) -> DriverResult<()> {
         let size = self.image.cluster_size();
-        let per_slice = self.image.slice_size() as u64 / 8;
+        let per_slice = self.image.slice_size() as u64 / self.image.header.l2_entry_bytes();
         let mut pieces: Vec<Piece> = Vec::new();
         let (mut clusters, mut slices) = (0, 0);
         let mut last: Option<GuestCluster> = None;
@@ -199,10 +230,14 @@ impl Qcow2Sink {
     }
 
     /// What is to be done with a cluster, given its entry and the pieces that fall into it.
-    pub(crate) fn action(&self, pieces: &[Piece], entry: L2Entry) -> Action {
+    pub(crate) fn action(&self, pieces: &[Piece], mapped: &Mapped) -> Action {
         let Some(first) = pieces.first() else {
             return Action::Nothing;
         };
+        let entry = mapped.entry;
+        if self.image.header.has(incompatible::EXTENDED_L2) {
+            return self.change(pieces, entry, mapped.subclusters).map_or(Action::Nothing, Action::Subclusters);
+        }
         let all_zero = pieces.iter().all(|piece| piece.kind == ExtentKind::Zero);
         let covered: u64 = pieces.iter().map(|piece| piece.length).sum();
         let whole = covered >= self.visible_bytes(first.cluster);
@@ -248,7 +283,7 @@ impl Qcow2Sink {
 
     /// Byte offset in the file of the L1 entry that maps a cluster, and its index.
     pub(crate) fn l1_position(&self, cluster: GuestCluster) -> (u64, u64) {
-        let index = cluster.0 / self.image.cluster_size().l2_entries();
+        let index = cluster.0 / self.image.header.l2_entries();
         (self.image.header.l1_table.0 + index * 8, index)
     }
 
@@ -257,7 +292,7 @@ impl Qcow2Sink {
         self.l1.shrink(WINDOW_SLICES / 4);
         self.l2.clear();
         let base = self.image.header.l1_table.0;
-        let entries = self.image.cluster_size().l2_entries();
+        let entries = self.image.header.l2_entries();
         self.l1.load(io, pieces.iter().map(|piece| base + piece.cluster.0 / entries * 8))?;
         let mut offsets = Vec::new();
         for piece in pieces {
@@ -279,20 +314,22 @@ impl Qcow2Sink {
 
     /// Byte offset in the file of the L2 entry of a cluster, if there is a table.
     pub(crate) fn l2_position(&self, cluster: GuestCluster) -> DriverResult<Option<u64>> {
-        let index = cluster.0 % self.image.cluster_size().l2_entries();
-        Ok(self.l2_table(cluster)?.map(|(table, _)| table.0 + index * 8))
+        let header = &self.image.header;
+        let in_table = cluster.0 % header.l2_entries() * header.l2_entry_bytes();
+        Ok(self.l2_table(cluster)?.map(|(table, _)| table.0 + in_table))
     }
 
-    /// The L2 entry of a cluster whose mapping was loaded, and where it stands.
-    pub(crate) fn l2_entry(&self, cluster: GuestCluster) -> DriverResult<(L2Entry, u64)> {
+    /// The L2 entry of a cluster whose mapping was loaded.
+    pub(crate) fn l2_entry(&self, cluster: GuestCluster) -> DriverResult<Mapped> {
+        let guest = cluster.0 << self.image.cluster_size().bits();
         let Some(at) = self.l2_position(cluster)? else {
-            return Ok((L2Entry::Unallocated, 0));
+            return Ok(Mapped { guest, at: 0, entry: L2Entry::Unallocated, subclusters: None });
         };
-        let size = self.image.cluster_size();
-        let entry = L2Entry::decode(self.l2.entry(at)?, size, self.image.header.version).map_err(|error| {
-            self.image.corrupt(at, format!("the L2 entry of guest offset {} {error}", cluster.0 << size.bits()))
-        })?;
-        Ok((entry, at))
+        let first = self.l2.entry(at)?;
+        let second = if self.image.header.has(incompatible::EXTENDED_L2) { self.l2.entry(at + 8)? } else { 0 };
+        let (entry, subclusters) = decode_halves(&self.image, first, second)
+            .map_err(|error| self.image.corrupt(at, format!("the L2 entry of guest offset {guest} {error}")))?;
+        Ok(Mapped { guest, at, entry, subclusters })
     }
 }
 

@@ -220,9 +220,17 @@ impl Mapped {
 /// Decode an entry of an L2 table, of 8 or of 16 bytes.
 pub(crate) fn decode_entry(image: &Image, raw: &[u8]) -> Result<(L2Entry, Option<Subclusters>), EntryError> {
     let half = |bytes: Option<&[u8]>| bytes.and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes);
-    let entry = half(raw.get(..8));
+    decode_halves(image, half(raw.get(..8)), half(raw.get(8..16)))
+}
+
+/// The same, from its halves; a standard entry has no second one.
+pub(crate) fn decode_halves(
+    image: &Image,
+    entry: u64,
+    bitmap: u64,
+) -> Result<(L2Entry, Option<Subclusters>), EntryError> {
     if image.header.has(incompatible::EXTENDED_L2) {
-        return Subclusters::decode(entry, half(raw.get(8..16)), image.cluster_size());
+        return Subclusters::decode(entry, bitmap, image.cluster_size());
     }
     L2Entry::decode(entry, image.cluster_size(), image.header.version).map(|entry| (entry, None))
 }

@@ -22,12 +22,14 @@
 use crate::allocator::Run;
 use crate::image::overflow;
 use crate::sink::{Action, Fill, Piece, Qcow2Sink};
+use crate::subclusters::Place;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ExtentKind, Request, RequestOp};
 use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
 use instar_qcow2_format::{
-    autoclear, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Version, AUTOCLEAR_OFFSET, REFCOUNT_TABLE_FIELD,
+    autoclear, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Subclusters, Version, AUTOCLEAR_OFFSET,
+    REFCOUNT_TABLE_FIELD,
 };
 
 /// Requests that are submitted at once.
@@ -55,12 +57,12 @@ impl Reserved {
 }
 
 /// Data requests, merged where they go on from each other.
-struct DataWriter {
+pub(crate) struct DataWriter {
     requests: Vec<Request>,
 }
 
 impl DataWriter {
-    fn push(&mut self, io: &mut dyn BlockIo, request: Request) -> DriverResult<()> {
+    pub(crate) fn push(&mut self, io: &mut dyn BlockIo, request: Request) -> DriverResult<()> {
         if let Some(last) = self.requests.last_mut() {
             let same = last.op == request.op
                 && last.flags == request.flags
@@ -106,7 +108,20 @@ struct NewTable {
 /// The change of an L2 entry.
 struct Remap {
     cluster: GuestCluster,
-    entry: L2Entry,
+    entry: u64,
+    /// The second half of an extended entry. Both halves stand in one sector, which reaches the disk whole.
+    bitmap: Option<u64>,
+}
+
+impl Remap {
+    fn standard(cluster: GuestCluster, entry: L2Entry) -> Self {
+        Self { cluster, entry: entry.encode(), bitmap: None }
+    }
+
+    fn extended(cluster: GuestCluster, host: Option<(HostOffset, bool)>, subclusters: Subclusters) -> Self {
+        let (entry, bitmap) = subclusters.encode(host);
+        Self { cluster, entry, bitmap: Some(bitmap) }
+    }
 }
 
 impl Qcow2Sink {
@@ -150,11 +165,10 @@ impl Qcow2Sink {
         let mut new_data = 0;
         for group in &groups {
             let cluster = group.first().map_or(GuestCluster(0), |piece| piece.cluster);
-            let action = self.action(group, self.l2_entry(cluster)?.0);
-            new_data += u64::from(matches!(action, Action::Allocate(..)));
-            let remaps = !matches!(action, Action::Nothing | Action::InPlace(_));
+            let action = self.action(group, &self.l2_entry(cluster)?);
+            new_data += u64::from(action.allocates());
             let (_, index) = self.l1_position(cluster);
-            if remaps && tables.last().is_none_or(|&(last, _)| last != index) {
+            if action.remaps() && tables.last().is_none_or(|&(last, _)| last != index) {
                 match self.l2_table(cluster)? {
                     None => tables.push((index, None)),
                     Some((table, false)) => tables.push((index, Some(table))),
@@ -223,7 +237,7 @@ impl Qcow2Sink {
                     // The bytes that are there are stale: they were behind the zero flag.
                     self.zero_gaps(io, &mut writer, group, host)?;
                     self.write_pieces(io, &mut writer, group, host, false)?;
-                    remaps.push(Remap { cluster, entry: L2Entry::Data { offset: host, copied: true } });
+                    remaps.push(Remap::standard(cluster, L2Entry::Data { offset: host, copied: true }));
                 }
                 Action::Allocate(fill, old) => {
                     let host = self.host_offset(reserved.next()?)?;
@@ -238,13 +252,27 @@ impl Qcow2Sink {
                     }
                     freed.extend(old.host_clusters(self.image.cluster_size()));
                     self.write_pieces(io, &mut writer, group, host, true)?;
-                    remaps.push(Remap { cluster, entry: L2Entry::Data { offset: host, copied: true } });
+                    remaps.push(Remap::standard(cluster, L2Entry::Data { offset: host, copied: true }));
                 }
                 Action::MakeZero(zero_flag, old) => {
                     let entry =
                         if zero_flag { L2Entry::Zero { offset: None, copied: false } } else { L2Entry::Unallocated };
-                    remaps.push(Remap { cluster, entry });
+                    remaps.push(Remap::standard(cluster, entry));
                     freed.extend(old.host_clusters(self.image.cluster_size()));
+                }
+                Action::Subclusters(change) => {
+                    let host = match change.place {
+                        Place::Nowhere => None,
+                        Place::Here(host, copied) => Some((host, copied)),
+                        Place::New => Some((self.host_offset(reserved.next()?)?, true)),
+                    };
+                    if let Some((host, _)) = host {
+                        self.write_change(io, &mut writer, (group, &change), host, below)?;
+                    }
+                    freed.extend(change.old.host_clusters(self.image.cluster_size()));
+                    if change.remaps() {
+                        remaps.push(Remap::extended(cluster, host, change.after));
+                    }
                 }
             }
         }
@@ -253,7 +281,7 @@ impl Qcow2Sink {
     }
 
     /// Write the pieces of a cluster to its host cluster. New clusters read as zeroes already.
-    fn write_pieces(
+    pub(crate) fn write_pieces(
         &mut self,
         io: &mut dyn BlockIo,
         writer: &mut DataWriter,
@@ -278,7 +306,7 @@ impl Qcow2Sink {
     }
 
     /// Byte ranges of a cluster, up to the end of the virtual disk, that no piece covers.
-    fn gaps(&self, group: &[Piece]) -> Vec<(u64, u64)> {
+    pub(crate) fn gaps(&self, group: &[Piece]) -> Vec<(u64, u64)> {
         let Some(first) = group.first() else { return Vec::new() };
         let mut gaps = Vec::new();
         let mut at = 0;
@@ -365,16 +393,24 @@ impl Qcow2Sink {
         host: HostOffset,
         bytes: &[u8],
     ) -> DriverResult<()> {
-        for (start, length) in self.gaps(group) {
-            let range = usize::try_from(start).ok().zip(usize::try_from(start + length).ok());
-            let part = range.and_then(|(start, end)| bytes.get(start..end)).ok_or_else(|| overflow("a gap"))?;
-            self.write_unless_zero(io, host.0 + start, part)?;
-        }
-        Ok(())
+        self.gaps(group).into_iter().try_for_each(|gap| self.write_part(io, host, gap, bytes))
+    }
+
+    /// Write a part of a new cluster (first byte, length) from `bytes`, which are a whole cluster.
+    pub(crate) fn write_part(
+        &mut self,
+        io: &mut dyn BlockIo,
+        host: HostOffset,
+        (start, length): (u64, u64),
+        bytes: &[u8],
+    ) -> DriverResult<()> {
+        let range = usize::try_from(start).ok().zip(usize::try_from(start + length).ok());
+        let part = range.and_then(|(start, end)| bytes.get(start..end)).ok_or_else(|| overflow("a gap"))?;
+        self.write_unless_zero(io, host.0 + start, part)
     }
 
     /// Write bytes of a new cluster, which is zero.
-    fn write_unless_zero(&mut self, io: &mut dyn BlockIo, at: u64, bytes: &[u8]) -> DriverResult<()> {
+    pub(crate) fn write_unless_zero(&mut self, io: &mut dyn BlockIo, at: u64, bytes: &[u8]) -> DriverResult<()> {
         if bytes.iter().any(|&byte| byte != 0) {
             io.write(self.image.device, at, bytes)?;
             self.unflushed = true;
@@ -413,10 +449,10 @@ impl Qcow2Sink {
 
     /// Step 3: the entries of L2 tables, new tables included.
     fn remap(&mut self, io: &mut dyn BlockIo, new_tables: &[NewTable], remaps: &[Remap]) -> DriverResult<()> {
-        let entries = self.image.cluster_size().l2_entries();
+        let (entries, width) = (self.image.header.l2_entries(), self.image.header.l2_entry_bytes());
         for remap in remaps {
             let (_, index) = self.l1_position(remap.cluster);
-            let in_table = remap.cluster.0 % entries * 8;
+            let in_table = remap.cluster.0 % entries * width;
             let new = new_tables.binary_search_by_key(&index, |table| table.index).ok();
             let at = match new.and_then(|i| new_tables.get(i)) {
                 Some(table) => {
@@ -429,7 +465,10 @@ impl Qcow2Sink {
                 }
                 None => self.l2_position(remap.cluster)?.ok_or_else(|| overflow("an L2 table"))?,
             };
-            self.l2.set_entry(at, remap.entry.encode())?;
+            self.l2.set_entry(at, remap.entry)?;
+            if let Some(bitmap) = remap.bitmap {
+                self.l2.set_entry(at + 8, bitmap)?;
+            }
         }
         if self.l2.is_dirty() {
             self.l2.write_dirty(io)?;

@@ -1,7 +1,7 @@
 //! Extended L2 entries ("Extended L2 Entries" in the specification): 128 bits, with the state of 32 subclusters.
 
 use crate::table::{EntryError, L2Entry};
-use crate::types::ClusterSize;
+use crate::types::{ClusterSize, HostOffset};
 use crate::Version;
 
 /// Subclusters of a cluster.
@@ -52,6 +52,14 @@ impl Subclusters {
         })
     }
 
+    /// Encode an extended entry, of a cluster that stands in this host cluster (with the COPIED flag) or in none: its two
+    /// halves. Nothing can be allocated in none.
+    #[must_use]
+    pub fn encode(self, host: Option<(HostOffset, bool)>) -> (u64, u64) {
+        let entry = host.map_or(L2Entry::Unallocated, |(offset, copied)| L2Entry::Data { offset, copied }).encode();
+        (entry, u64::from(self.zero) << 32 | u64::from(self.allocated))
+    }
+
     /// Runs of subclusters in the same state: first subcluster, number of them, and whether they have data (`true`) or
     /// read as zeroes (`false`). Those that have neither are left out.
     pub fn runs(self) -> impl Iterator<Item = (u32, u32, bool)> {
@@ -76,7 +84,6 @@ impl Subclusters {
 mod tests {
     use super::*;
     use crate::table::COPIED;
-    use crate::types::HostOffset;
     use alloc::vec::Vec;
 
     fn decode(entry: u64, bitmap: u64) -> Result<(L2Entry, Option<Subclusters>), EntryError> {
@@ -107,6 +114,18 @@ mod tests {
             Ok((L2Entry::Data { offset: HostOffset(0x5_0000), copied: false }, Some(empty)))
         );
         assert_eq!(empty.runs().count(), 0);
+    }
+
+    #[test]
+    fn entries_come_back() {
+        let mixed = Subclusters { allocated: 0b101, zero: 1 << 31 };
+        let (entry, bitmap) = mixed.encode(Some((HostOffset(0x5_0000), true)));
+        assert_eq!(bitmap, 0x8000_0000_0000_0005);
+        let data = L2Entry::Data { offset: HostOffset(0x5_0000), copied: true };
+        assert_eq!(decode(entry, bitmap), Ok((data, Some(mixed))));
+        let none = Subclusters { allocated: 0, zero: 6 };
+        let (entry, bitmap) = none.encode(None);
+        assert_eq!(decode(entry, bitmap), Ok((L2Entry::Zero { offset: None, copied: false }, Some(none))));
     }
 
     #[test]

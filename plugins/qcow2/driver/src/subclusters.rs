@@ -1,0 +1,231 @@
+//! The sink role with extended L2 entries: how pieces fall onto the subclusters of a cluster.
+//!
+//! Nothing is allocated or copied for a subcluster that no piece touches, unless the whole cluster has to move. A
+//! subcluster that reads as zeroes afterwards as a whole is only marked so; one that is written in part gets the rest
+//! of its bytes from where they are now.
+
+use crate::image::overflow;
+use crate::sink::{Fill, Old, Piece, Qcow2Sink};
+use crate::write::DataWriter;
+use alloc::vec;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::{ExtentKind, Request};
+use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
+use instar_qcow2_format::{GuestCluster, HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
+
+/// Where the data of a cluster stands afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In no host cluster.
+    Nowhere,
+    /// In the host cluster that is there; whether it is for this entry alone (COPIED).
+    Here(HostOffset, bool),
+    /// In a new one.
+    New,
+}
+
+/// What is to be done with a cluster that has an extended L2 entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Change {
+    pub(crate) place: Place,
+    /// Where the bytes come from that were the cluster's own: a host cluster that is left, or a compressed one.
+    pub(crate) fill: Fill,
+    /// What the entry refers to no longer.
+    pub(crate) old: Old,
+    /// The subclusters before; of a compressed cluster none has a state of its own.
+    before: Subclusters,
+    /// The subclusters afterwards.
+    pub(crate) after: Subclusters,
+    /// Subclusters that receive bytes.
+    written: u32,
+}
+
+impl Change {
+    /// Whether the entry changes.
+    pub(crate) fn remaps(&self) -> bool {
+        self.before != self.after || !matches!(self.place, Place::Here(..))
+    }
+}
+
+/// The state of all 32 subclusters, also of those that a standard entry stands for.
+fn states(entry: L2Entry, mixed: Option<Subclusters>) -> Subclusters {
+    mixed.unwrap_or(match entry {
+        L2Entry::Data { .. } => Subclusters { allocated: u32::MAX, zero: 0 },
+        L2Entry::Zero { .. } => Subclusters { allocated: 0, zero: u32::MAX },
+        L2Entry::Unallocated | L2Entry::Compressed { .. } => Subclusters { allocated: 0, zero: 0 },
+    })
+}
+
+/// Subclusters of `each` bytes that hold any byte of `start..end`.
+fn touched(start: u64, end: u64, each: u64) -> u32 {
+    let below = |count: u64| u32::try_from((1u64 << count.min(32)) - 1).unwrap_or(u32::MAX);
+    if start >= end {
+        return 0;
+    }
+    below(end.div_ceil(each)) & !below(start / each)
+}
+
+/// Subclusters of `each` bytes of which `start..end` holds all bytes before `visible`.
+fn covered(start: u64, end: u64, each: u64, visible: u64) -> u32 {
+    let end = if end >= visible { visible.next_multiple_of(each) } else { end / each * each };
+    touched(start.next_multiple_of(each), end, each)
+}
+
+impl Qcow2Sink {
+    /// Bytes of a subcluster.
+    fn subcluster_bytes(&self) -> u64 {
+        self.image.cluster_size().bytes() / u64::from(SUBCLUSTERS)
+    }
+
+    /// What is to be done with a cluster, given its extended entry and the pieces that fall into it; `None` if it reads
+    /// as it should already.
+    pub(crate) fn change(&self, pieces: &[Piece], entry: L2Entry, mixed: Option<Subclusters>) -> Option<Change> {
+        let (each, visible) = (self.subcluster_bytes(), self.visible_bytes(pieces.first()?.cluster));
+        let all = touched(0, visible, each);
+        let before = states(entry, mixed);
+        let (mut data, mut partly_zero, mut zero) = (0, 0, 0);
+        // Zeroes that follow each other, in whatever pieces, cover subclusters together.
+        for run in pieces.chunk_by(|a, b| a.kind == b.kind && a.start + a.length == b.start) {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+            let (start, end) = (first.start, last.start + last.length);
+            if first.kind == ExtentKind::Zero {
+                zero |= covered(start, end, each, visible);
+                partly_zero |= touched(start, end, each);
+            } else {
+                data |= touched(start, end, each);
+            }
+        }
+        let compressed = matches!(entry, L2Entry::Compressed { .. });
+        let reads_zero = before.zero | if self.has_backing || compressed { 0 } else { !before.allocated };
+        // Zeroes over what reads as zeroes already are nothing to do.
+        partly_zero &= !reads_zero;
+        zero &= !reads_zero;
+        let written = data | (partly_zero & !zero);
+        if written | zero == 0 {
+            return None;
+        }
+        let after = Subclusters {
+            allocated: (before.allocated & !zero | written) & all,
+            zero: (before.zero & !written | zero) & all,
+        };
+        let decoded = |descriptor| {
+            let stays = all & !zero;
+            let after = Subclusters { allocated: stays, zero };
+            let place = if stays == 0 { Place::Nowhere } else { Place::New };
+            let fill = if stays == 0 { Fill::Zero } else { Fill::Compressed(descriptor) };
+            Change { place, fill, old: Old::Compressed(descriptor), before, after, written: stays }
+        };
+        let change = |place, fill, old| Change { place, fill, old, before, after, written };
+        Some(match (entry, entry.host()) {
+            (L2Entry::Compressed { descriptor }, _) => decoded(descriptor),
+            (_, Some((host, _))) if after.allocated == 0 => change(Place::Nowhere, Fill::Zero, Old::Cluster(host)),
+            // Shared with a snapshot: copy on write. Without a byte to write the two can go on sharing it.
+            (_, Some((host, false))) if written != 0 => Change {
+                written: after.allocated,
+                ..change(Place::New, Fill::Cluster(host), Old::Cluster(host))
+            },
+            (_, Some((host, copied))) => change(Place::Here(host, copied), Fill::Zero, Old::Nothing),
+            (_, None) if after.allocated == 0 => change(Place::Nowhere, Fill::Zero, Old::Nothing),
+            (_, None) => change(Place::New, Fill::Zero, Old::Nothing),
+        })
+    }
+
+    /// Submit the data of a changed cluster that stands at `host` afterwards.
+    pub(crate) fn write_change(
+        &mut self,
+        io: &mut dyn BlockIo,
+        writer: &mut DataWriter,
+        (group, change): (&[Piece], &Change),
+        host: HostOffset,
+        below: &mut dyn ReadBelow,
+    ) -> DriverResult<()> {
+        let Some(cluster) = group.first().map(|piece| piece.cluster) else { return Ok(()) };
+        let fresh = change.place == Place::New;
+        let decoded = match change.fill {
+            Fill::Compressed(descriptor) => self.decode(io, cluster, descriptor)?,
+            _ => Vec::new(),
+        };
+        for (start, length) in self.gaps(group) {
+            for (start, length, which) in self.split(start, length, change.written) {
+                let at = host.0 + start;
+                self.unflushed = true;
+                if !decoded.is_empty() {
+                    self.write_part(io, host, (start, length), &decoded)?;
+                } else if change.before.allocated & which != 0 {
+                    if let Fill::Cluster(from) = change.fill {
+                        let device = self.image.device;
+                        writer.push(io, Request::copy(device, from.0 + start, device, at, length))?;
+                    }
+                } else if change.before.zero & which != 0 || !self.has_backing {
+                    // Stale bytes, if the host cluster is not new.
+                    if !fresh {
+                        writer.push(io, Request::zero(self.image.device, at, length))?;
+                    }
+                } else {
+                    self.copy_up(io, (cluster, host, fresh), (start, length), below)?;
+                }
+            }
+        }
+        for piece in group {
+            let end = piece.start + piece.length;
+            if piece.kind != ExtentKind::Zero {
+                self.write_pieces(io, writer, core::slice::from_ref(piece), host, fresh)?;
+            } else if !fresh {
+                for (start, length, _) in self.split(piece.start, end - piece.start, change.written) {
+                    self.unflushed = true;
+                    writer.push(io, Request::zero(self.image.device, host.0 + start, length))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of the cluster from what lies below the image; zeroes, too, where there may be stale bytes.
+    fn copy_up(
+        &mut self,
+        io: &mut dyn BlockIo,
+        (cluster, host, fresh): (GuestCluster, HostOffset, bool),
+        (start, length): (u64, u64),
+        below: &mut dyn ReadBelow,
+    ) -> DriverResult<()> {
+        let base = cluster.0 << self.image.cluster_size().bits();
+        let mut bytes = vec![0; usize::try_from(length).map_err(|_| overflow("a gap"))?];
+        below.read(io, base + start, &mut bytes)?;
+        if fresh {
+            return self.write_unless_zero(io, host.0 + start, &bytes);
+        }
+        self.unflushed = true;
+        io.write(self.image.device, host.0 + start, &bytes)
+    }
+
+    /// The parts of a range of bytes that fall into each of these subclusters, with the bit of the subcluster.
+    fn split(&self, start: u64, length: u64, subclusters: u32) -> Vec<(u64, u64, u32)> {
+        let (each, end) = (self.subcluster_bytes(), start + length);
+        let parts = (start / each..end.div_ceil(each)).map(|index| {
+            let (from, to) = (start.max(index * each), end.min((index + 1) * each));
+            (from, to - from, 1u32.checked_shl(u32::try_from(index).unwrap_or(u32::MAX)).unwrap_or(0))
+        });
+        parts.filter(|&(_, _, which)| subclusters & which != 0).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_become_subclusters() {
+        assert_eq!(touched(0, 1, 2048), 1);
+        assert_eq!(touched(2047, 2049, 2048), 0b11);
+        assert_eq!(touched(2048, 4096, 2048), 0b10);
+        assert_eq!(touched(0, 65536, 2048), u32::MAX);
+        assert_eq!(touched(63 << 10, 64 << 10, 2048), 1 << 31);
+        assert_eq!(touched(5, 5, 2048), 0);
+        assert_eq!(covered(0, 2047, 2048, 65536), 0);
+        assert_eq!(covered(1, 4096, 2048, 65536), 0b10);
+        assert_eq!(covered(1, 2049, 2048, 65536), 0);
+        // The disk ends within the second one.
+        assert_eq!(covered(2048, 2560, 2048, 2560), 0b10);
+        assert_eq!(covered(0, 65536, 2048, 65536), u32::MAX);
+    }
+}
