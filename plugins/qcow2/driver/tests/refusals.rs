@@ -178,9 +178,6 @@ fn features_that_are_not_supported_yet() {
         refused(overlay(), bytes, code, word);
     }
     either_refused(|b| put!(b, 72, 2), "marked corrupt");
-    let mut extended = build(&Spec::new(14, 64 << 14));
-    put!(extended, 72, 16);
-    refused(build(&Spec::new(14, 64 << 14)), extended, ErrorCode::UnsupportedFormat, "extended L2");
 }
 
 #[test]
@@ -241,4 +238,19 @@ fn a_backing_that_is_cut_off_may_not_grow_over_what_it_lost() {
     leaky[at + 1] = 1;
     let mut io = MemoryDevices::new([(OVERLAY, overlay), (DEVICE_OUTPUT, leaky)]);
     run_commit(&mut io, Options::default()).unwrap();
+}
+
+#[test]
+fn bitmaps_of_subclusters_that_contradict_themselves() {
+    let top = build(&Spec::new(14, 64 << 14).with([(5, State::Data(1))]));
+    for (bitmap, entry) in [(1 << 32 | 1, None), (1, Some(0u64)), (1, Some(1 << 62 | 0x4000))] {
+        let mut backing = build(&Spec { extended: true, ..Spec::new(14, 64 << 14) }.with([(5, State::Data(2))]));
+        let table = be64(&backing, be64(&backing, 40) as usize) & 0x00ff_ffff_ffff_fe00;
+        let at = table as usize + 5 * 16;
+        backing[at + 8..at + 16].copy_from_slice(&u64::to_be_bytes(bitmap));
+        if let Some(entry) = entry {
+            backing[at..at + 8].copy_from_slice(&entry.to_be_bytes());
+        }
+        refused(top.clone(), backing, ErrorCode::BackingCorrupt, "subcluster");
+    }
 }

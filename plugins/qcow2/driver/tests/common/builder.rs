@@ -16,6 +16,10 @@ pub enum State {
     /// A compressed cluster (deflate) with the bytes of [`mixed`]. They follow each other without a gap in the
     /// file, as long as nothing else is allocated between them.
     Deflated(u8),
+    /// With extended entries: a host cluster of [`pattern`], and the masks of allocated and of zero subclusters.
+    Mixed(u8, u32, u32),
+    /// With extended entries: no host cluster, and the mask of zero subclusters.
+    MixedZero(u32),
 }
 
 #[derive(Clone, Debug)]
@@ -36,6 +40,8 @@ pub struct Spec {
     pub snapshots: usize,
     /// The file ends with the last byte that is not zero.
     pub cut: bool,
+    /// L2 entries of 16 bytes.
+    pub extended: bool,
 }
 
 impl Spec {
@@ -52,6 +58,7 @@ impl Spec {
             blocks_first: false,
             snapshots: 0,
             cut: false,
+            extended: false,
         }
     }
 
@@ -127,7 +134,8 @@ impl File {
 /// Build the image.
 pub fn build(spec: &Spec) -> Vec<u8> {
     let size = 1usize << spec.cluster_bits;
-    let per_table = (size / 8) as u64;
+    let width = if spec.extended { 16 } else { 8 };
+    let per_table = (size / width) as u64;
     let mut file = File { bytes: Vec::new(), size, used: Vec::new(), packed: 0 };
     let header = file.allocate(1);
     let table = file.allocate(spec.table_clusters as usize);
@@ -147,17 +155,26 @@ pub fn build(spec: &Spec) -> Vec<u8> {
             file.put(l1 + index as usize * 8, &entry.to_be_bytes());
             at
         });
+        let (mut allocated, mut zero) = match state {
+            State::Data(_) => (u32::MAX, 0),
+            State::Zero | State::ZeroAllocated(_) => (0, u32::MAX),
+            State::Mixed(_, allocated, zero) => (allocated, zero),
+            State::MixedZero(zero) => (0, zero),
+            State::Deflated(_) | State::Compressed => (0, 0),
+        };
+        let flag = u64::from(!spec.extended);
         let entry = match state {
-            State::Data(seed) => {
+            State::Data(seed) | State::Mixed(seed, ..) => {
                 let at = file.allocate(1);
                 file.put(at, &pattern(seed, guest, size));
                 at as u64 | owned
             }
-            State::Zero => 1,
+            State::Zero => flag,
+            State::MixedZero(_) => 0,
             State::ZeroAllocated(seed) => {
                 let at = file.allocate(1);
                 file.put(at, &pattern(seed, guest, size));
-                at as u64 | owned | 1
+                at as u64 | owned | flag
             }
             State::Deflated(seed) => {
                 let stream = miniz_oxide::deflate::compress_to_vec(&mixed(seed, guest, size), 6);
@@ -166,7 +183,15 @@ pub fn build(spec: &Spec) -> Vec<u8> {
             }
             State::Compressed => file.allocate(1) as u64 | 1 << 62,
         };
-        file.put(l2_at + (guest % per_table) as usize * 8, &entry.to_be_bytes());
+        let at = l2_at + (guest % per_table) as usize * width;
+        file.put(at, &entry.to_be_bytes());
+        if spec.extended {
+            // What lies past the end of the disk has no state.
+            let visible = (spec.virtual_size - (guest << spec.cluster_bits)).div_ceil(size as u64 / 32).min(32);
+            let mask = u32::try_from((1u64 << visible) - 1).unwrap();
+            (allocated, zero) = (allocated & mask, zero & mask);
+            file.put(at + 8, &(u64::from(zero) << 32 | u64::from(allocated)).to_be_bytes());
+        }
     }
     let shared = if spec.snapshots == 0 { 0..0 } else { first_shared..file.bytes.len() / size };
     let snapshot_table = add_snapshots(&mut file, spec, l1, l1_entries as usize);
@@ -209,7 +234,8 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     head.extend((spec.snapshots as u32).to_be_bytes());
     head.extend((snapshot_table as u64).to_be_bytes());
     if spec.version == 3 {
-        head.extend([0; 16]);
+        head.extend((u64::from(spec.extended) << 4).to_be_bytes());
+        head.extend([0; 8]);
         head.extend(spec.autoclear.to_be_bytes());
         head.extend(spec.refcount_order.to_be_bytes());
         head.extend(104u32.to_be_bytes());

@@ -65,14 +65,21 @@ impl<'a> View<'a> {
         (first, (first / 512 + sectors + 1) * 512)
     }
 
-    /// Every L2 entry that is not 0: guest cluster, entry.
-    pub fn entries(&self) -> Vec<(u64, u64)> {
+    /// Whether L2 entries have 16 bytes.
+    pub fn extended(&self) -> bool {
+        be32(self.bytes, 4) == 3 && be64(self.bytes, 72) & 16 != 0
+    }
+
+    /// Every L2 entry that is not 0: guest cluster, entry, and its bitmap. A standard entry gets the bitmap that means
+    /// the same.
+    pub fn entries(&self) -> Vec<(u64, u64, u64)> {
         self.entries_of(be64(self.bytes, 40), u64::from(be32(self.bytes, 36)))
     }
 
     /// The same below another L1 table.
-    pub fn entries_of(&self, l1: u64, l1_entries: u64) -> Vec<(u64, u64)> {
-        let per_table = self.size / 8;
+    pub fn entries_of(&self, l1: u64, l1_entries: u64) -> Vec<(u64, u64, u64)> {
+        let width = if self.extended() { 16 } else { 8 };
+        let per_table = self.size / width;
         let mut all = Vec::new();
         for index in 0..l1_entries {
             let table = self.entry(l1 + index * 8) & OFFSET;
@@ -80,9 +87,15 @@ impl<'a> View<'a> {
                 continue;
             }
             for i in 0..per_table {
-                let entry = self.entry(table + i * 8);
-                if entry != 0 {
-                    all.push((index * per_table + i, entry));
+                let entry = self.entry(table + i * width);
+                let bitmap = match (width, entry & OFFSET) {
+                    (16, _) => self.entry(table + i * width + 8),
+                    _ if entry & 1 != 0 => 0xffff_ffff << 32,
+                    (_, 0) => 0,
+                    _ => 0xffff_ffff,
+                };
+                if entry != 0 || bitmap != 0 {
+                    all.push((index * per_table + i, entry, bitmap));
                 }
             }
         }
@@ -125,14 +138,14 @@ pub fn content(bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
     content_of(&view, view.entries(), below)
 }
 
-fn content_of(view: &View<'_>, entries: Vec<(u64, u64)>, below: Option<&[u8]>) -> Vec<u8> {
+fn content_of(view: &View<'_>, entries: Vec<(u64, u64, u64)>, below: Option<&[u8]>) -> Vec<u8> {
     let bytes = view.bytes;
     let mut disk = vec![0; view.virtual_size as usize];
     if let Some(below) = below {
         let length = below.len().min(disk.len());
         disk[..length].copy_from_slice(&below[..length]);
     }
-    for (guest, entry) in entries {
+    for (guest, entry, bitmap) in entries {
         let start = (guest << view.bits) as usize;
         if start >= disk.len() {
             continue;
@@ -146,11 +159,13 @@ fn content_of(view: &View<'_>, entries: Vec<(u64, u64)>, below: Option<&[u8]>) -
             continue;
         }
         let host = (entry & OFFSET) as usize;
-        if entry & 1 == 0 && host == 0 {
-            continue;
-        }
         for i in 0..length {
-            disk[start + i] = if entry & 1 != 0 { 0 } else { bytes.get(host + i).copied().unwrap_or(0) };
+            let subcluster = i * 32 >> view.bits;
+            if bitmap >> (32 + subcluster) & 1 != 0 {
+                disk[start + i] = 0;
+            } else if bitmap >> subcluster & 1 != 0 {
+                disk[start + i] = bytes.get(host + i).copied().unwrap_or(0);
+            }
         }
     }
     disk
@@ -196,8 +211,17 @@ pub fn check(bytes: &[u8]) -> Report {
             }
         }
     }
-    for (guest, entry) in view.entries() {
+    for (guest, entry, bitmap) in view.entries() {
         let host = entry & OFFSET;
+        let wrong = if entry & (1 << 62) != 0 {
+            bitmap != 0
+        } else {
+            let contradicts = bitmap & bitmap >> 32 & 0xffff_ffff != 0 || (host == 0 && bitmap & 0xffff_ffff != 0);
+            contradicts || entry & 1 != 0
+        };
+        if wrong && view.extended() {
+            report.errors.push(format!("the bitmap {bitmap:x} of guest cluster {guest}"));
+        }
         if entry & (1 << 62) != 0 {
             let (first, end) = view.compressed(entry);
             for cluster in first >> view.bits..end.div_ceil(view.size) {
@@ -228,7 +252,7 @@ pub fn check(bytes: &[u8]) -> Report {
                 refer(table, view.size, &mut report, "snapshot L2 table");
             }
         }
-        for (_, entry) in view.entries_of(l1, l1_entries) {
+        for (_, entry, _) in view.entries_of(l1, l1_entries) {
             if entry & (1 << 62) != 0 {
                 let (first, end) = view.compressed(entry);
                 for cluster in first >> view.bits..end.div_ceil(view.size) {
