@@ -62,14 +62,14 @@ fn every_state_over_every_other() {
     }
 }
 
-/// 512-byte clusters in the overlay: each covers one subcluster; 1 KiB, 4 KiB and 64 KiB: two, eight, four clusters.
+/// The overlay's clusters are parts of a subcluster, whole ones, several, or several clusters.
 #[test]
 fn overlays_with_other_cluster_sizes() {
-    for bits in [9, 10, 12, 16] {
+    for (base_bits, bits) in [(14, 9), (14, 12), (14, 16), (16, 9), (16, 10), (16, 12)] {
         let count = STATES.len() as u64 * 4;
-        let mut backing = extended(count);
+        let mut backing = Spec { extended: true, ..Spec::new(base_bits, count << base_bits) };
         backing.clusters.extend((0..count).filter_map(|i| STATES[i as usize % STATES.len()].map(|state| (i, state))));
-        let mut overlay = Spec::new(bits, count << BITS);
+        let mut overlay = Spec::new(bits, count << base_bits);
         for guest in 0..overlay.virtual_size >> bits {
             match guest * 7919 % 11 {
                 0 | 1 => overlay.clusters.insert(guest, State::Data(0xa0)),
@@ -81,7 +81,9 @@ fn overlays_with_other_cluster_sizes() {
         for snapshots in [0, 1] {
             let mut pair = Pair::new(&overlay, &Spec { snapshots, ..backing.clone() });
             commit_and_verify(&pair);
-            pair.ancestor = Some(ancestor(count));
+            // A third of the ancestor is zero.
+            let below = (0..overlay.virtual_size >> 12).filter(|c| c % 3 != 0).map(|c| (c, State::Data(0x99)));
+            pair.ancestor = Some(build(&Spec::new(12, overlay.virtual_size).with(below)));
             commit_and_verify(&pair);
         }
     }
