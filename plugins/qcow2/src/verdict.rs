@@ -65,9 +65,6 @@ fn read_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
 
 /// What stands in the way of changing an image: all of its metadata has to be understood.
 fn write_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
-    if own.dirty {
-        return unsupported(&format!("the image was not closed cleanly (dirty bit): {CHECK}"));
-    }
     if own.feature(names::EXTENDED_L2) == Some("true") && role == CommitRole::Backing {
         return unsupported(
             "extended L2 entries (subclusters) in a backing are not supported yet: convert it with extended_l2=off",
@@ -195,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn corrupt_dirty_and_encrypted() {
+    fn corrupt_and_encrypted() {
         let plain = image(65536, 262_144, 1 << 30);
         let corrupt = ImageFacts { corrupt: true, ..plain.clone() };
         assert_eq!(give(CommitRole::Overlay, &corrupt, &plain).code, ErrorCode::OverlayCorrupt.number());
@@ -203,9 +200,15 @@ mod tests {
         assert_eq!(give(CommitRole::Ancestor, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
         let encrypted = ImageFacts { encrypted: true, ..plain.clone() };
         assert_eq!(give(CommitRole::Ancestor, &encrypted, &plain).code, ErrorCode::LuksUnsupported.number());
+    }
+
+    #[test]
+    fn images_with_the_dirty_bit_are_taken() {
+        let plain = image(65536, 262_144, 1 << 30);
         let dirty = ImageFacts { dirty: true, ..plain.clone() };
-        assert!(give(CommitRole::Overlay, &dirty, &plain).reason.contains("qemu-img check -r all"));
-        assert_eq!(give(CommitRole::Ancestor, &dirty, &plain).code, 0);
+        for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+            assert_eq!(give(role, &dirty, &plain).code, 0);
+        }
     }
 
     #[test]
