@@ -19,7 +19,10 @@ pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
             Some(length) => Verdict::supported(length),
             None => Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes"),
         },
-        CommitRole::Overlay => Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(0) },
+        CommitRole::Overlay => {
+            let length = if own.dirty { repaired(own).unwrap_or(0) } else { 0 };
+            Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(length) }
+        }
         CommitRole::Ancestor => Verdict::supported(0),
     }
 }
@@ -118,6 +121,17 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     let content =
         cs.count_for(own.file_length).checked_add(data)?.checked_add(tables)?.checked_add(l1)?.checked_add(2)?;
 
+    with_refcounts(own, cs, content)
+}
+
+/// How long the file of an image that is repaired can become, in bytes: refcount blocks may be missing.
+fn repaired(own: &ImageFacts) -> Option<u64> {
+    let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
+    with_refcounts(own, cs, cs.count_for(own.file_length))
+}
+
+/// The length in bytes of a file with this many clusters, and after them all refcount blocks and a refcount table.
+fn with_refcounts(own: &ImageFacts, cs: ClusterSize, content: u64) -> Option<u64> {
     let order = RefcountOrder::new(u32::try_from(number(own, names::REFCOUNT_BITS)).ok()?.trailing_zeros())?;
     let per_block = order.entries_in(cs.bytes());
     let (mut blocks, mut table) = (0u64, 0u64);
@@ -209,6 +223,9 @@ mod tests {
         for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
             assert_eq!(give(role, &dirty, &plain).code, 0);
         }
+        // Refcount blocks of an overlay may be missing.
+        assert_eq!(give(CommitRole::Overlay, &plain, &plain).max_length, 0);
+        assert!(give(CommitRole::Overlay, &dirty, &plain).max_length > dirty.file_length);
     }
 
     #[test]
