@@ -205,6 +205,27 @@ fn the_refcount_table_is_too_short() {
 }
 
 #[test]
+fn little_memory_takes_many_passes() {
+    // 18 chunks of 256 clusters are counted at once.
+    let backing = Spec { table_clusters: 2, snapshots: 1, ..Spec::new(9, 17_000 << 9) }
+        .with((0..16_000).filter(|c| c % 7 != 0).map(|c| (c, State::Data(c as u8))));
+    let overlay = Spec { table_clusters: 2, ..Spec::new(9, 17_000 << 9) }.with(data((0..6_000).map(|c| c * 2), 0x34));
+    for (overlay, backing) in [(&overlay, &backing), (&backing, &overlay)] {
+        let mut pair = Pair::new(overlay, backing);
+        spoil(&mut pair.overlay, 11);
+        spoil(&mut pair.backing, 12);
+        drop_blocks(&mut pair.backing, &[1, 7]);
+        let before = expected(&pair);
+        let mut io = pair.io();
+        io.heap = Some(60 << 10);
+        run_commit(&mut io, Options::default()).unwrap();
+        assert!(views(&io.files) == before, "wrong content");
+        assert_eq!(check(&io.files[&DEVICE_OUTPUT]), Report::default());
+        assert_eq!(check(&io.files[&OVERLAY]), Report::default());
+    }
+}
+
+#[test]
 fn leaks_past_the_end_of_the_file_go() {
     let (overlay, backing) = specs(9, 4, 0, false);
     let mut pair = Pair::new(&overlay, &backing);
