@@ -35,8 +35,10 @@ use instar_qcow2_format::{
 
 /// Memory for the counts of one pass, in bytes: dense, about four million clusters.
 const COUNT_BUDGET: usize = 16 << 20;
-/// Memory for the slices that will be written, in bytes.
+/// Memory for the slices that will be written, in bytes. QEMU holds 256 KiB of refcounts back by default.
 const SLICE_BUDGET: usize = 6 << 20;
+/// Memory that a slice takes besides its bytes.
+const SLICE_COST: usize = 96;
 /// Clusters with references whose refcount block is missing: at most this many.
 const MAX_UNDESCRIBED: usize = 1 << 18;
 /// COPIED flags that are changed between two walks over the entries.
@@ -56,6 +58,8 @@ pub struct Repair {
     pub l1: SliceCache,
     /// Slices of L2 tables with changed COPIED flags.
     pub l2: SliceCache,
+    /// Slices that may be held, at most.
+    most: usize,
     outstanding: Outstanding,
 }
 
@@ -82,6 +86,7 @@ impl Repair {
             allocator: Allocator::new(image),
             l1: SliceCache::new(image.device, size),
             l2: SliceCache::new(image.device, size),
+            most: SLICE_BUDGET.min(io.heap_free() / 4) / (size + SLICE_COST),
             outstanding: Outstanding { length: image.file_length },
         };
         let mut undescribed = Vec::new();
@@ -249,7 +254,7 @@ impl Repair {
 
     /// Forget what is right. What is wrong has to fit into memory until it is written.
     fn bound(&mut self) -> DriverResult<()> {
-        let most = SLICE_BUDGET / (self.image.slice_size() + 96);
+        let most = self.most;
         let kinds = [&mut self.refcounts.table, &mut self.refcounts.blocks, &mut self.l1, &mut self.l2];
         if kinds.iter().map(|slices| slices.held()).sum::<usize>() <= most {
             return Ok(());
@@ -328,7 +333,7 @@ impl Outstanding {
 impl Qcow2Sink {
     /// Go on with the image as a planned repair will leave it.
     pub(crate) fn adopt(&mut self, plan: Repair) {
-        let Repair { image, refcounts, allocator, l1, l2, outstanding } = plan;
+        let Repair { image, refcounts, allocator, l1, l2, outstanding, .. } = plan;
         (self.image, self.refcounts, self.allocator, self.l1, self.l2) = (image, refcounts, allocator, l1, l2);
         self.repair = Some(outstanding);
     }

@@ -5,7 +5,7 @@ mod common;
 
 use common::builder::{Spec, State};
 use common::checker::{check, snapshot_contents, Report, View};
-use common::pair::{data, expected, is_dirty, verify_crashes, views, Pair};
+use common::pair::{data, expected, is_dirty, verify_crashes, verify_state, views, Pair};
 use common::{be32, be64, run_commit, OVERLAY};
 use instar_guest_commit::{Options, Step};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
@@ -212,9 +212,13 @@ fn little_memory_takes_many_passes() {
     let overlay = Spec { table_clusters: 2, ..Spec::new(9, 17_000 << 9) }.with(data((0..6_000).map(|c| c * 2), 0x34));
     for (overlay, backing) in [(&overlay, &backing), (&backing, &overlay)] {
         let mut pair = Pair::new(overlay, backing);
-        spoil(&mut pair.overlay, 11);
-        spoil(&mut pair.backing, 12);
-        drop_blocks(&mut pair.backing, &[1, 7]);
+        for bytes in [&mut pair.overlay, &mut pair.backing] {
+            [0, 100, 255, 256, 5_000, 11_111].into_iter().for_each(|cluster| set_refcount(bytes, cluster, 9));
+            let table = be64(bytes, be64(bytes, 40) as usize) & OFFSET;
+            let mut random = Random(6);
+            (0..64).for_each(|i| flip(bytes, table + i * 8, &mut random));
+            drop_blocks(bytes, &[7]);
+        }
         let before = expected(&pair);
         let mut io = pair.io();
         io.heap = Some(60 << 10);
@@ -222,6 +226,12 @@ fn little_memory_takes_many_passes() {
         assert!(views(&io.files) == before, "wrong content");
         assert_eq!(check(&io.files[&DEVICE_OUTPUT]), Report::default());
         assert_eq!(check(&io.files[&OVERLAY]), Report::default());
+        // What is to be written has to fit.
+        spoil(&mut pair.backing, 12);
+        let mut io = pair.io();
+        io.heap = Some(60 << 10);
+        assert_eq!(run_commit(&mut io, Options::default()).unwrap_err().error.code, ErrorCode::ScratchTooSmall);
+        assert_eq!(io.log, vec![]);
     }
 }
 
@@ -280,6 +290,25 @@ fn refused(pair: &Pair, code: ErrorCode, word: &str) {
     assert!(failure.error.text.contains(word), "{:?} lacks {word:?}", failure.error.text);
     assert!(matches!(failure.step, Step::Check | Step::Plan));
     assert_eq!(io.log, vec![], "something was changed");
+}
+
+#[test]
+fn a_request_that_fails_loses_nothing() {
+    let (overlay, backing) = specs(9, 4, 1, true);
+    let mut pair = Pair::new(&overlay, &backing);
+    spoil(&mut pair.overlay, 4);
+    spoil(&mut pair.backing, 5);
+    drop_blocks(&mut pair.backing, &[1]);
+    let (backing, overlay) = expected(&pair);
+    for number in 0.. {
+        let mut io = pair.io();
+        io.fail_at = Some(number);
+        if run_commit(&mut io, Options::default()).is_ok() {
+            assert!(number > 100, "only {number} requests");
+            return;
+        }
+        verify_state(&pair, &io.files, &overlay, &backing);
+    }
 }
 
 #[test]
