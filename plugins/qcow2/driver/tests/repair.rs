@@ -5,84 +5,12 @@ mod common;
 
 use common::builder::{Spec, State};
 use common::checker::{check, snapshot_contents, Report, View};
+use common::damage::{add_bitmap, drop_blocks, flip, put64, set_dirty, set_refcount, spoil, Random, OFFSET};
 use common::pair::{data, expected, is_dirty, verify_crashes, verify_state, views, Pair};
 use common::{be32, be64, run_commit, OVERLAY};
 use instar_guest_commit::{Options, Step};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
-
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % end
-    }
-}
-
-fn put64(bytes: &mut [u8], at: u64, value: u64) {
-    bytes[at as usize..at as usize + 8].copy_from_slice(&value.to_be_bytes());
-}
-
-fn set_dirty(bytes: &mut [u8]) {
-    let features = be64(bytes, 72) | 1;
-    put64(bytes, 72, features);
-}
-
-/// Set the refcount of a cluster that has a block.
-fn set_refcount(bytes: &mut [u8], cluster: u64, value: u64) {
-    let (size, order) = (1u64 << be32(bytes, 20), View::new(bytes).refcount_order());
-    let per_block = (size * 8) >> order;
-    let block = be64(bytes, (be64(bytes, 48) + cluster / per_block * 8) as usize) as usize;
-    let (bits, index) = (1usize << order, (cluster % per_block) as usize);
-    if bits < 8 {
-        let (at, shift) = (block + index * bits / 8, index * bits % 8);
-        let mask = ((1u8 << bits) - 1) << shift;
-        bytes[at] = bytes[at] & !mask | (value as u8) << shift & mask;
-        return;
-    }
-    let width = bits / 8;
-    bytes[block + index * width..][..width].copy_from_slice(&value.to_be_bytes()[8 - width..]);
-}
-
-/// Set the dirty bit, then anything for refcounts and COPIED flags: what is described may have any refcount.
-fn spoil(bytes: &mut [u8], seed: u64) {
-    let mut random = Random(seed);
-    set_dirty(bytes);
-    let (size, order) = (1u64 << be32(bytes, 20), View::new(bytes).refcount_order());
-    let per_block = (size * 8) >> order;
-    let largest = u64::MAX >> (64 - (1 << order));
-    let table = be64(bytes, 48);
-    for index in 0..(u64::from(be32(bytes, 56)) * size / 8) {
-        if be64(bytes, (table + index * 8) as usize) == 0 {
-            continue;
-        }
-        for cluster in index * per_block..((index + 1) * per_block).min(index * per_block + 4096) {
-            let value = [0, 0, 1, 2, 3, largest][random.below(6) as usize].min(largest);
-            set_refcount(bytes, cluster, value);
-        }
-    }
-    let l1 = be64(bytes, 40);
-    for index in 0..u64::from(be32(bytes, 36)) {
-        flip(bytes, l1 + index * 8, &mut random);
-        let table = be64(bytes, (l1 + index * 8) as usize) & OFFSET;
-        for i in 0..size / 8 {
-            if table != 0 {
-                flip(bytes, table + i * 8, &mut random);
-            }
-        }
-    }
-}
-
-/// COPIED, or not, for an entry that may have it.
-fn flip(bytes: &mut [u8], at: u64, random: &mut Random) {
-    let entry = be64(bytes, at as usize);
-    if entry & OFFSET != 0 && entry & (1 << 62) == 0 && random.below(3) == 0 {
-        put64(bytes, at, entry ^ (1 << 63));
-    }
-}
 
 /// Commit; afterwards content and snapshots are right, and both files are clean and without the dirty bit.
 fn repair_and_verify(pair: &Pair) -> MemoryDevices {
@@ -159,13 +87,6 @@ fn every_crash_leaves_an_image_that_is_repaired_next_time() {
             verify_crashes(&pair);
         }
     }
-}
-
-/// Drop the refcount blocks with these indices from the table.
-fn drop_blocks(bytes: &mut [u8], indices: &[u64]) {
-    set_dirty(bytes);
-    let table = be64(bytes, 48);
-    indices.iter().for_each(|index| put64(bytes, table + index * 8, 0));
 }
 
 #[test]
@@ -280,6 +201,70 @@ fn what_an_unknown_header_extension_may_own_is_not_freed() {
     let view = View::new(&io.files[&DEVICE_OUTPUT]);
     assert!((6..9).all(|cluster| view.refcount(cluster) == 1));
     assert_eq!(check(view.bytes).errors, Vec::<String>::new());
+}
+
+#[test]
+fn bitmaps_of_the_overlay_keep_their_clusters() {
+    for snapshots in [0, 1] {
+        let (overlay, backing) = specs(12, 4, snapshots, true);
+        let mut pair = Pair::new(&Spec { leaks: 3, ..overlay }, &backing);
+        add_bitmap(&mut pair.overlay, 6);
+        let clusters = pair.overlay[6 << 12..9 << 12].to_vec();
+        spoil(&mut pair.overlay, 3);
+        let (backing, overlay) = expected(&pair);
+        let mut io = pair.io();
+        run_commit(&mut io, Options::default()).unwrap();
+        assert!(views(&io.files) == (backing, overlay), "wrong content");
+        let after = &io.files[&OVERLAY];
+        assert!(after[6 << 12..9 << 12] == clusters, "the bitmap changed");
+        assert!((6..9).all(|cluster| View::new(after).refcount(cluster) == 1));
+        // The checker knows nothing of bitmaps.
+        assert_eq!(check(after), Report { errors: vec![], leaks: 3 });
+        // Without the autoclear bit there are no bitmaps, only leaks.
+        put64(&mut pair.overlay, 88, 0);
+        repair_and_verify(&pair);
+        // A bitmap in a cluster of something else.
+        put64(&mut pair.overlay, 88, 1);
+        put64(&mut pair.overlay, 7 << 12, 10 << 12);
+        refused(&pair, ErrorCode::OverlayCorrupt, "overlaps");
+    }
+}
+
+#[test]
+fn whatever_the_metadata_says_it_is_repaired_or_refused() {
+    let mut random = Random(77);
+    let (overlay, backing) = specs(9, 4, 1, true);
+    let mut whole = Pair::new(&Spec { leaks: 3, ..overlay }, &Spec { leaks: 3, ..backing });
+    add_bitmap(&mut whole.overlay, 6);
+    set_dirty(&mut whole.overlay);
+    set_dirty(&mut whole.backing);
+    let (mut done, mut refused) = (0, 0);
+    for _ in 0..10_000 {
+        let mut pair = Pair { overlay: whole.overlay.clone(), backing: whole.backing.clone(), ancestor: None };
+        let bytes = if random.below(2) == 0 { &mut pair.overlay } else { &mut pair.backing };
+        for _ in 0..=random.below(2) {
+            // Any 8 bytes of header, tables, or the rest.
+            let end = [140, 12 << 9, bytes.len() as u64 - 8][random.below(3) as usize];
+            let at = random.below(end / 4) * 4;
+            let was = be64(bytes, at as usize);
+            let value = [was ^ 1 << random.below(64), random.below(200) << 9, u64::MAX, 0][random.below(4) as usize];
+            put64(bytes, at, value);
+        }
+        if &bytes[..4] != b"QFI\xfb" || be32(bytes, 20) > 21 {
+            continue;
+        }
+        let mut io = pair.io();
+        match run_commit(&mut io, Options::default()) {
+            Ok(_) => done += 1,
+            Err(failure) => {
+                refused += 1;
+                let code = failure.error.code;
+                assert_ne!(code, ErrorCode::InternalOverflow, "{}", failure.error);
+                assert_eq!(io.log, vec![], "{:?} {}", failure.step, failure.error);
+            }
+        }
+    }
+    assert!(done > 300 && refused > 300, "{done} {refused}");
 }
 
 /// Commit, expect the code, and that nothing was changed.
