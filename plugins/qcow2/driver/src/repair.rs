@@ -35,7 +35,8 @@ use instar_qcow2_format::{
 
 /// Memory for the counts of one pass, in bytes: dense, about four million clusters.
 const COUNT_BUDGET: usize = 16 << 20;
-/// Memory for the slices that will be written, in bytes. QEMU holds 256 KiB of refcounts back by default.
+/// Memory for the slices that will be written, in bytes. QEMU holds back no more than its refcount cache, which is smaller
+/// by default.
 const SLICE_BUDGET: usize = 6 << 20;
 /// Memory that a slice takes besides its bytes.
 const SLICE_COST: usize = 96;
