@@ -49,13 +49,16 @@ class Pair:
         return self
 
     def check_commit(self, *options, cwd=None, overlay=None, backing=None, backing_fmt="qcow2",
-                     cleared=True, qemu_options=()):
-        """Commits, and holds the result against qemu-img's on copies of the whole directory."""
+                     cleared=True, qemu_options=(), repair=()):
+        """Commits, and holds the result against qemu-img's on copies of the whole directory. Of the copies, those in
+        `repair` are repaired first: `qemu-img commit` does not do that for a backing."""
         backing = Path(backing or self.base)
         top = self.top
         before = support.flatten(top, self.dir.parent / "before.qcow2")
         shutil.rmtree(self.copies, ignore_errors=True)
         shutil.copytree(self.dir, self.copies, symlinks=True)
+        for path in repair:
+            support.repair(self.copies / path.name)
         support.qemu_img("commit", "-q", *qemu_options, self.copies / top.name)
 
         result = support.commit(overlay or top, *options, cwd=cwd)

@@ -151,6 +151,37 @@ class Image:
             return int.from_bytes(self.peek(offset, bits // 8), "big")
         return self.peek(offset, 1)[0] >> bit & ((1 << bits) - 1)
 
+    @property
+    def dirty(self) -> bool:
+        return self.get("version") > 2 and bool(self.get("incompatible") & 1)
+
+    def spoil_refcounts(self, rng) -> None:
+        """Sets the dirty bit, and anything for refcounts and COPIED flags."""
+        self.set("incompatible", self.get("incompatible") | 1)
+        size, bits = self.cluster_size, self.refcount_bits
+        largest = (1 << bits) - 1
+        per_block = size * 8 // bits
+        table = self.peek(self.get("refcount_table_offset"), self.get("refcount_table_clusters") * size)
+        for index, (block,) in enumerate(struct.iter_unpack(">Q", table)):
+            if block:
+                end = min(self.file_size // size + 3, (index + 1) * per_block)
+                for cluster in range(index * per_block, end):
+                    if rng.random() < 0.5:
+                        self.set_refcount(cluster * size, rng.choice([0, 0, 1, min(2, largest), largest]))
+        for index, entry in enumerate(self.l1()):
+            if entry & OFFSET:
+                self._flip(rng, self.l1_at(index), entry)
+        width = 16 if self.subclusters else 8
+        for cluster, entry in list(self.mapped()):
+            entry >>= 64 if self.subclusters else 0
+            per_table = size // width
+            if entry & OFFSET and not entry & COMPRESSED:
+                self._flip(rng, self.l2_at(cluster % per_table, cluster // per_table), entry)
+
+    def _flip(self, rng, at, entry):
+        if rng.random() < 0.3:
+            self.poke64(at, entry ^ COPIED)
+
     def backing(self) -> bytes:
         return self.peek(self.get("backing_offset"), self.get("backing_size"))
 

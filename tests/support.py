@@ -174,6 +174,12 @@ def assert_clean(path, fmt="qcow2"):
     assert not wrong, f"{wrong}\n{result}"
 
 
+def repair(path):
+    """Lets qemu-img repair an image; the second time nothing is left to do."""
+    qemu_img("check", "-q", "-r", "all", path, rc=None)
+    assert_clean(path)
+
+
 def holds_no_clusters(overlay) -> bool:
     """Whether no guest cluster of a qcow2 file is mapped: no L2 table has an entry (from the bytes)."""
     image = qcow2_bytes.Image(overlay)

@@ -70,8 +70,6 @@ TABLE = [
     (luks_backing, "base", LUKS, "encrypt"),
     (data_file_overlay, "top", EXTERNAL, "data file"),
     (data_file_backing, "base", EXTERNAL, "data file"),
-    (bit("top", "incompatible", 1), "top", UNSUPPORTED, "dirty"),
-    (bit("base", "incompatible", 1), "base", UNSUPPORTED, "dirty"),
     (bit("top", "incompatible", 1 << 20), "top", UNSUPPORTED, "feature"),
     (bit("base", "incompatible", 1 << 63), "base", UNSUPPORTED, "feature"),
     (raw_backing, "base", UNSUPPORTED, "raw"),

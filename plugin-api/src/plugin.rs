@@ -51,7 +51,8 @@ pub trait FormatPlugin: 'static {
     /// ([`CommitRole::Overlay`]: the backing); it may be of another format.
     ///
     /// For [`CommitRole::Backing`], [`Verdict::max_length`] bounds how long the file may become. When several layers are
-    /// committed at once, the engine asks with each of them as `other`, its `file_length` being the sum of all.
+    /// committed at once, the engine asks with each of them as `other`, its `file_length` being the sum of all. For
+    /// [`CommitRole::Overlay`] it is 0, unless the file has to become longer before it can be emptied.
     fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict;
 
     /// The guest half.

@@ -118,7 +118,7 @@ pub struct Verdict {
     /// not empty.
     pub reason: RString,
     /// For [`CommitRole::Backing`]: the longest that the file may become in this commit, in bytes. The
-    /// engine ends a guest that asks for more.
+    /// engine ends a guest that asks for more. For [`CommitRole::Overlay`]: the same; 0 for no longer than it is.
     pub max_length: u64,
 }
 

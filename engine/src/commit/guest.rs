@@ -11,6 +11,7 @@ use instar_guest_abi::{
     device_flags, ChainConfig, DeviceConfig, ErrorCode, CHAIN_CONFIG_MAGIC, DEVICE_OUTPUT, MAX_CHAIN_DEVICES,
 };
 use instar_guest_protocol::CommitResultMessage;
+use instar_plugin_api::CommitRole;
 use std::path::PathBuf;
 
 /// What the virtual machine did.
@@ -65,7 +66,14 @@ pub fn open_chain_devices_rw<'r>(
         // An overlay is only emptied: it may grow by the rest of its last cluster, if that was cut short.
         let unit = image.facts.cluster_size.max(1);
         let longest = image.facts.file_length.checked_next_multiple_of(unit).unwrap_or(image.facts.file_length);
-        chain.devices[index] = attach(&mut devices, &mut modules, slot, image, rw_slots.contains(&index), longest);
+        let writable = rw_slots.contains(&index);
+        // A plugin that has to repair it first may need more.
+        let asked = if writable {
+            image.plugin.verdict(CommitRole::Overlay, &image.facts, &output.facts).max_length
+        } else {
+            0
+        };
+        chain.devices[index] = attach(&mut devices, &mut modules, slot, image, writable, longest.max(asked));
     }
     chain.output = attach(&mut devices, &mut modules, DEVICE_OUTPUT, output, true, max_length);
     Ok((devices, chain, modules.plugins))

@@ -70,6 +70,8 @@ pub struct MemoryDevices {
     pub submits: usize,
     /// Fail the request with this number (counted from 0 over all submits) with EIO.
     pub fail_at: Option<usize>,
+    /// What [`BlockIo::heap_free`] says, in bytes, if not 48 MiB.
+    pub heap: Option<usize>,
     executed: usize,
 }
 
@@ -152,6 +154,6 @@ impl BlockIo for MemoryDevices {
     }
 
     fn heap_free(&self) -> usize {
-        48 << 20
+        self.heap.unwrap_or(48 << 20)
     }
 }

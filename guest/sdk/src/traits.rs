@@ -55,7 +55,7 @@ pub trait ReadBelow {
 /// An image that data goes into: allocate, write, make durable.
 ///
 /// The calls come in this order: `plan` for all extents of the commit, `planned`, then `write` for all
-/// extents again, `finish`. Nothing is changed before the first `write`.
+/// extents again, `finish`. Nothing is changed before the first `write`, or `finish`, if there is nothing to write.
 pub trait Sink {
     /// Facts of the open image.
     fn info(&self) -> ImageInfo;

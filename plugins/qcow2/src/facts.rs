@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn feature_bits_become_facts_and_refusals() {
-        for (bit, name) in [(0, "dirty"), (1, "corrupt"), (2, "data file"), (20, "bit 20"), (63, "bit 63")] {
+        for (bit, name) in [(1, "corrupt"), (2, "data file"), (20, "bit 20"), (63, "bit 63")] {
             let mut bytes = new_image();
             let field = u64::from_be_bytes(bytes[72..80].try_into().unwrap()) | 1 << bit;
             bytes[72..80].copy_from_slice(&field.to_be_bytes());
@@ -191,6 +191,12 @@ mod tests {
             let verdict = crate::verdict::give(CommitRole::Overlay, &facts, &facts);
             assert!(verdict.code != 0 && verdict.reason.contains(name), "{bit}: {}", verdict.reason);
         }
+        // The dirty bit is a fact, and no reason to refuse.
+        let mut bytes = new_image();
+        bytes[79] |= 1;
+        let facts = read_bytes(&bytes).unwrap();
+        assert!(facts.dirty);
+        assert_eq!(crate::verdict::give(CommitRole::Overlay, &facts, &facts).code, 0);
         // With extended L2 entries, the same disk needs an L1 table twice as long.
         let mut bytes = new_image();
         bytes[79] |= 16;

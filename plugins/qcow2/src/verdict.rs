@@ -19,7 +19,10 @@ pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
             Some(length) => Verdict::supported(length),
             None => Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes"),
         },
-        CommitRole::Overlay => Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(0) },
+        CommitRole::Overlay => {
+            let length = if own.dirty { repaired(own).unwrap_or(0) } else { 0 };
+            Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(length) }
+        }
         CommitRole::Ancestor => Verdict::supported(0),
     }
 }
@@ -65,9 +68,6 @@ fn read_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
 
 /// What stands in the way of changing an image: all of its metadata has to be understood.
 fn write_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
-    if own.dirty {
-        return unsupported(&format!("the image was not closed cleanly (dirty bit): {CHECK}"));
-    }
     let bitmaps = number(own, names::BITMAPS);
     if bitmaps != 0 && role == CommitRole::Backing {
         let reason = format!(
@@ -90,8 +90,9 @@ fn unsupported(reason: &str) -> Refusal {
 ///   not share tables; that is all that can be said: compressed clusters take next to no room, a zero cluster has no
 ///   host cluster but becomes a cluster of zeroes in a version 2 backing, and where the backing's clusters are larger,
 ///   each may fall into another one. Of any other overlay: as many as the virtual disk has;
-/// * one for each L2 table that is missing. With equal cluster sizes and widths of entries, L2 tables of overlay and backing cover the
-///   same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual disk has;
+/// * one for each L2 table that is missing. With equal cluster sizes and widths of entries, L2 tables of overlay and
+///   backing cover the same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual
+///   disk has;
 /// * the L1 table, when it has to grow and move for a larger virtual size;
 /// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
 ///   when it grows, twice as long as needed.
@@ -119,6 +120,17 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     let content =
         cs.count_for(own.file_length).checked_add(data)?.checked_add(tables)?.checked_add(l1)?.checked_add(2)?;
 
+    with_refcounts(own, cs, content)
+}
+
+/// How long the file of an image that is repaired can become, in bytes: refcount blocks may be missing.
+fn repaired(own: &ImageFacts) -> Option<u64> {
+    let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
+    with_refcounts(own, cs, cs.count_for(own.file_length))
+}
+
+/// The length in bytes of a file with this many clusters, and after them all refcount blocks and a refcount table.
+fn with_refcounts(own: &ImageFacts, cs: ClusterSize, content: u64) -> Option<u64> {
     let order = RefcountOrder::new(u32::try_from(number(own, names::REFCOUNT_BITS)).ok()?.trailing_zeros())?;
     let per_block = order.entries_in(cs.bytes());
     let (mut blocks, mut table) = (0u64, 0u64);
@@ -191,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn corrupt_dirty_and_encrypted() {
+    fn corrupt_and_encrypted() {
         let plain = image(65536, 262_144, 1 << 30);
         let corrupt = ImageFacts { corrupt: true, ..plain.clone() };
         assert_eq!(give(CommitRole::Overlay, &corrupt, &plain).code, ErrorCode::OverlayCorrupt.number());
@@ -199,9 +211,18 @@ mod tests {
         assert_eq!(give(CommitRole::Ancestor, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
         let encrypted = ImageFacts { encrypted: true, ..plain.clone() };
         assert_eq!(give(CommitRole::Ancestor, &encrypted, &plain).code, ErrorCode::LuksUnsupported.number());
+    }
+
+    #[test]
+    fn images_with_the_dirty_bit_are_taken() {
+        let plain = image(65536, 262_144, 1 << 30);
         let dirty = ImageFacts { dirty: true, ..plain.clone() };
-        assert!(give(CommitRole::Overlay, &dirty, &plain).reason.contains("qemu-img check -r all"));
-        assert_eq!(give(CommitRole::Ancestor, &dirty, &plain).code, 0);
+        for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+            assert_eq!(give(role, &dirty, &plain).code, 0);
+        }
+        // Refcount blocks of an overlay may be missing.
+        assert_eq!(give(CommitRole::Overlay, &plain, &plain).max_length, 0);
+        assert!(give(CommitRole::Overlay, &dirty, &plain).max_length > dirty.file_length);
     }
 
     #[test]

@@ -147,6 +147,45 @@ impl Allocator {
         Ok(runs)
     }
 
+    /// Make sure that there is a refcount block with this index. A new one stands past the end of the file.
+    ///
+    /// # Errors
+    /// As [`Allocator::reserve`].
+    pub fn describe(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &mut Image,
+        refcounts: &mut Refcounts,
+        block_index: u64,
+    ) -> DriverResult<()> {
+        let mut spare = None;
+        loop {
+            if block_index >= refcounts.table_entries {
+                self.last_block = self.last_block.max(block_index);
+                self.grow_table(io, image, refcounts)?;
+                continue;
+            }
+            let at = refcounts.table_entry_at(block_index);
+            refcounts.table.load(io, [at])?;
+            if refcounts.block(image, block_index, |offset| image.holds_cluster(offset))?.is_some() {
+                // A cluster that was handed out for the block lies within what the block describes by itself.
+                return match spare {
+                    Some(cluster) => refcounts.set(image, cluster, 0),
+                    None => Ok(()),
+                };
+            }
+            if refcounts.locate(self.next).0 == block_index {
+                self.add_block(image, refcounts, block_index)?;
+            } else if let Some(cluster) = spare.take() {
+                refcounts.table.load(io, [at])?;
+                set_block(image, refcounts, at, cluster)?;
+            } else {
+                let runs = self.reserve(io, image, refcounts, 1)?;
+                spare = runs.first().map(|run| run.start);
+            }
+        }
+    }
+
     fn advance(&mut self, image: &mut Image, clusters: u64) -> DriverResult<()> {
         self.next = HostCluster(self.next.0 + clusters);
         let end = image.cluster_size().host_offset(self.next).ok_or_else(|| overflow("the length of the file"))?;

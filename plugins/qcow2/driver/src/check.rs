@@ -1,12 +1,15 @@
 //! Verifying an overlay before it is committed.
 //!
 //! Every structure is where it may be, no host cluster is used twice, and nothing that is used has refcount
-//! 0. A refcount that is too high is a leak and harms nobody. Compressed clusters may share host clusters with
+//! 0. A refcount that is too high is a leak and harms nobody. (Of an image with the dirty bit, refcounts mean nothing: what
+//! will make them right is worked out in their place, see [`repair`](crate::repair).) Compressed clusters may share host clusters with
 //! each other, with nothing else. Memory is bounded: see [`ClusterSet`](crate::cluster_set::ClusterSet).
 
 use crate::cluster_set::ClusterSet;
 use crate::image::{overflow, Image};
+use crate::metadata_map::MetadataMap;
 use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
+use crate::repair::Repair;
 use crate::scan::{scan_l1_at, scan_l1_table, scan_refcount_table};
 use crate::snapshots::Snapshots;
 use crate::source::{compressed_range, Mapped, Qcow2Source};
@@ -61,26 +64,41 @@ impl Qcow2Source {
         if will_empty {
             self.image.refuse_unwritable()?;
         }
+        let (clusters, compressed) = self.check_structure(io, will_empty)?;
+        self.decode_all(io, &compressed)?;
+        if will_empty && self.image.is_dirty() {
+            let metadata = MetadataMap::build(io, &self.image)?;
+            self.repair = Some(Repair::plan(io, &self.image, &metadata)?);
+        }
+        Ok(clusters)
+    }
+
+    /// Everything but the content of compressed clusters. Returns the number of clusters that the image holds, and guest
+    /// offset and descriptor of the compressed ones, one more than will be decoded at most. Refcounts are looked at
+    /// unless the dirty bit says that they mean nothing.
+    pub(crate) fn check_structure(
+        &mut self,
+        io: &mut dyn BlockIo,
+        will_empty: bool,
+    ) -> DriverResult<(u64, Vec<(u64, u64)>)> {
         let mut floor = HostCluster(0);
         loop {
             let mut seen = Seen::new(floor);
             let mut compressed = Vec::new();
             self.add_metadata(io, &mut seen)?;
             let clusters = self.add_clusters(io, &mut seen, &mut compressed)?;
-            check_refcounts(io, &self.image, &seen.single, 1)?;
-            check_refcounts(io, &self.image, &seen.compressed, 1)?;
-            if will_empty {
-                // Emptying takes one reference away: a snapshot must have one of its own.
-                let shared = self.shared_with_snapshots(io, &seen.single)?;
-                check_refcounts(io, &self.image, &shared, 2)?;
+            if !self.image.is_dirty() {
+                check_refcounts(io, &self.image, &seen.single, 1)?;
+                check_refcounts(io, &self.image, &seen.compressed, 1)?;
+                if will_empty {
+                    // Emptying takes one reference away: a snapshot must have one of its own.
+                    let shared = self.shared_with_snapshots(io, &seen.single)?;
+                    check_refcounts(io, &self.image, &shared, 2)?;
+                }
             }
             match seen.next_floor() {
                 Some(next) => floor = next,
-                None => {
-                    drop(seen);
-                    self.decode_all(io, &compressed)?;
-                    return Ok(clusters);
-                }
+                None => return Ok((clusters, compressed)),
             }
         }
     }
@@ -127,10 +145,7 @@ impl Qcow2Source {
                 Ok(())
             })?;
             // The image as it was: all that its L1 table maps.
-            let mut view = self.image.clone();
-            view.header.l1_table = snapshot.l1_table;
-            view.header.l1_entries = snapshot.l1_entries;
-            view.header.virtual_size = entries.saturating_mul(view.header.l2_coverage()).min(i64::MAX as u64);
+            let view = self.image.mapped_by(snapshot.l1_table, snapshot.l1_entries);
             Self::new(view).walk(io, 0, &mut |_, mapped| {
                 mapped.entry.host().into_iter().for_each(|(offset, _)| add(offset));
                 Ok(true)

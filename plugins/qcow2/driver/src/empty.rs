@@ -4,7 +4,8 @@
 //! same with or without any of its mappings. The order, and the crash that each step survives:
 //!
 //! 1. Autoclear features that this program does not keep up are cleared, *then a flush*: nothing else has
-//!    changed.
+//!    changed. An image with the dirty bit is repaired here, and does not have it any more: see
+//!    [`repair`](crate::repair).
 //! 2. The L1 table is zeroed, *then a flush*. Any part of it may be durable before the rest: what is unmapped
 //!    reads from the backing, what is mapped still has its clusters.
 //! 3. Refcount blocks that only describe clusters that are free now go from the refcount table, *then a
@@ -43,6 +44,10 @@ impl Qcow2Source {
         self.forget_tables();
         self.held = None;
         self.clear_autoclear(io)?;
+        if let Some(mut repair) = self.repair.take() {
+            repair.apply(io)?;
+            self.image = repair.image;
+        }
         if self.is_shared() {
             self.empty_shared(io)?;
             self.trim_shared(io)?;

@@ -4,7 +4,8 @@
 //! What the active state refers to loses one reference each; what is left without any is given back. The order, and
 //! the crash that each step survives:
 //!
-//! 1. Autoclear features that this program does not keep up are cleared, *then a flush*.
+//! 1. Autoclear features that this program does not keep up are cleared, *then a flush*. An image with the dirty bit
+//!    is repaired here, so that all refcounts are right: see [`repair`](crate::repair).
 //! 2. For one piece of the L1 table after the other: it is zeroed, *then a flush*; then the refcounts of the tables and
 //!    clusters that were mapped there go down, and space is given back. The active state does not refer to them any
 //!    more, durably; snapshots keep their own references. A crash leaves leaks.

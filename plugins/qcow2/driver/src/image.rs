@@ -91,7 +91,24 @@ impl Image {
         Ok(())
     }
 
-    /// Features that forbid changing the image, or relying on its refcounts.
+    /// Whether the image was not closed cleanly (`lazy_refcounts`): its refcounts and COPIED flags may be wrong.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.header.has(incompatible::DIRTY)
+    }
+
+    /// The image as another L1 table maps it: all of its entries, whatever the size of the virtual disk.
+    #[must_use]
+    pub fn mapped_by(&self, l1_table: HostOffset, l1_entries: u32) -> Self {
+        let mut view = self.clone();
+        view.header.l1_table = l1_table;
+        view.header.l1_entries = l1_entries;
+        let bytes = u64::from(l1_entries).saturating_mul(view.header.l2_coverage());
+        view.header.virtual_size = bytes.min(i64::MAX as u64);
+        view
+    }
+
+    /// Features that forbid changing the image.
     ///
     /// # Errors
     /// The code of the feature.
@@ -100,9 +117,6 @@ impl Image {
         let header = &self.header;
         if header.has(incompatible::CORRUPT) {
             return refused(self.corrupt_code(), 72, "the image is marked corrupt");
-        }
-        if header.has(incompatible::DIRTY) {
-            return refused(ErrorCode::UnsupportedFormat, 72, "the image was not closed cleanly (dirty bit)");
         }
         if self.role == Role::Sink && header.bitmaps().is_some_and(|b| b.count > 0) {
             return refused(ErrorCode::UnsupportedFormat, 88, "the image has persistent bitmaps");

@@ -10,6 +10,7 @@
 //! * [`scan`]: walking a whole table once;
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
+//! * [`reference_counts`], `references`, `bitmap_references`, [`repair`]: images that were not closed cleanly;
 //! * [`source`], [`check`], [`empty`], [`empty_shared`]: the source role;
 //! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`], `subclusters`: the sink role.
 #![no_std]
@@ -17,6 +18,7 @@
 extern crate alloc;
 
 pub mod allocator;
+mod bitmap_references;
 pub mod check;
 pub mod cluster_set;
 pub mod decode;
@@ -26,6 +28,9 @@ pub mod image;
 pub mod metadata_map;
 pub mod plan;
 pub mod refcounts;
+pub mod reference_counts;
+mod references;
+pub mod repair;
 pub mod scan;
 pub mod sink;
 pub mod slice_cache;

@@ -1,11 +1,13 @@
 //! Planning: verify what a commit will touch in the backing, and count what it must allocate.
 //!
 //! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: only
-//! the L1 table and the refcount table are walked whole, because data must not land on any metadata.
+//! the L1 table and the refcount table are walked whole, because data must not land on any metadata. An image with the
+//! dirty bit is different: all of its references are counted, and planning sees it as the repair will leave it.
 
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
+use crate::repair::Repair;
 use crate::sink::{Piece, Qcow2Sink};
 use crate::source::{Mapped, Qcow2Source};
 use alloc::format;
@@ -29,7 +31,13 @@ impl Qcow2Sink {
     pub(crate) fn prepare_plan(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if self.planned.metadata.is_none() {
             self.image.refuse_unwritable()?;
-            self.planned.metadata = Some(MetadataMap::build(io, &self.image)?);
+            let metadata = MetadataMap::build(io, &self.image)?;
+            if self.image.is_dirty() {
+                Qcow2Source::new(self.image.clone()).check_structure(io, false)?;
+                let plan = Repair::plan(io, &self.image, &metadata)?;
+                self.adopt(plan);
+            }
+            self.planned.metadata = Some(metadata);
         }
         Ok(())
     }

@@ -9,8 +9,11 @@ use instar_qcow2_format::{HostOffset, L1Entry, RefcountTableEntry};
 /// Bytes of a table that are read at once.
 const CHUNK_BYTES: u64 = 256 << 10;
 
-/// Call `each` with index, byte offset in the file and value of every entry that is not 0.
-fn scan_table(
+/// Call `each` with index, byte offset in the file and value of every entry that is not 0 of a table.
+///
+/// # Errors
+/// I/O errors, and what `each` returns.
+pub fn scan_table(
     io: &mut dyn BlockIo,
     image: &Image,
     base: HostOffset,
@@ -101,8 +104,22 @@ pub fn scan_l1_at(
     entries: u64,
     each: &mut dyn FnMut(u64, u64, HostOffset) -> DriverResult<()>,
 ) -> DriverResult<()> {
+    scan_l1_flags(io, image, table, entries, &mut |index, at, table, _| each(index, at, table))
+}
+
+/// [`scan_l1_at`] with the COPIED flags.
+///
+/// # Errors
+/// As [`scan_l1_table`].
+pub fn scan_l1_flags(
+    io: &mut dyn BlockIo,
+    image: &Image,
+    table: HostOffset,
+    entries: u64,
+    each: &mut dyn FnMut(u64, u64, HostOffset, bool) -> DriverResult<()>,
+) -> DriverResult<()> {
     scan_table(io, image, table, entries, &mut |index, at, raw| match decode_l1(image, index, at, raw)? {
-        Some((table, _)) => each(index, at, table),
+        Some((table, copied)) => each(index, at, table, copied),
         None => Ok(()),
     })
 }

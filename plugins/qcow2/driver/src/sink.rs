@@ -6,6 +6,7 @@ use crate::decode::ClusterReader;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::Refcounts;
+use crate::repair::Outstanding;
 use crate::scan::decode_l1;
 use crate::slice_cache::SliceCache;
 use crate::source::{decode_halves, Mapped};
@@ -38,6 +39,9 @@ pub struct Qcow2Sink {
     pub(crate) compressed: ClusterReader,
     /// Whether the first change was made.
     pub(crate) started: bool,
+    /// What planning has found wrong, to be written before everything else. `image`, `refcounts`, `allocator`, `l1` and
+    /// `l2` have it already.
+    pub(crate) repair: Option<Outstanding>,
     /// Whether anything was written since the last flush.
     pub(crate) unflushed: bool,
 }
@@ -166,6 +170,7 @@ impl Qcow2Sink {
                 last_cluster: None,
             },
             started: false,
+            repair: None,
             unflushed: false,
             has_backing,
             image,
@@ -290,7 +295,8 @@ impl Qcow2Sink {
     /// Load the L1 entries of these pieces, and the slices of the L2 tables that exist.
     pub(crate) fn load_mapping(&mut self, io: &mut dyn BlockIo, pieces: &[Piece]) -> DriverResult<()> {
         self.l1.shrink(WINDOW_SLICES / 4);
-        self.l2.clear();
+        // Changes that a repair is about to make stay.
+        self.l2.shrink(0);
         let base = self.image.header.l1_table.0;
         let entries = self.image.header.l2_entries();
         self.l1.load(io, pieces.iter().map(|piece| base + piece.cluster.0 / entries * 8))?;
@@ -353,6 +359,9 @@ impl Sink for Qcow2Sink {
     }
 
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        if self.repair.is_some() {
+            self.start(io)?;
+        }
         self.flush(io)
     }
 }

@@ -167,6 +167,21 @@ impl SliceCache {
         Ok(())
     }
 
+    /// The bytes of a loaded slice.
+    ///
+    /// # Errors
+    /// As [`SliceCache::entry`].
+    pub fn bytes(&self, offset: u64) -> DriverResult<&[u8]> {
+        let slice = self.slices.get(&self.slice_of(offset));
+        slice.map(|slice| &*slice.bytes).ok_or_else(|| overflow("the offset of a slice"))
+    }
+
+    /// How many slices are held.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.slices.len()
+    }
+
     /// Whether anything is to be written.
     #[must_use]
     pub fn is_dirty(&self) -> bool {

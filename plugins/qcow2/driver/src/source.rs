@@ -2,6 +2,7 @@
 
 use crate::decode::ClusterReader;
 use crate::image::{overflow, Image};
+use crate::repair::Repair;
 use crate::scan::decode_l1;
 use crate::slice_cache::SliceCache;
 use alloc::format;
@@ -41,13 +42,15 @@ pub struct Qcow2Source {
     /// Number of clusters that the image holds, once it was checked.
     pub(crate) held: Option<u64>,
     pub(crate) reader: ClusterReader,
+    /// What has to be repaired before the image is emptied.
+    pub(crate) repair: Option<Repair>,
 }
 
 impl Qcow2Source {
     pub(crate) fn new(image: Image) -> Self {
         let l1 = SliceCache::new(image.device, image.slice_size());
         let reader = ClusterReader::default();
-        Self { image, l1, pieces: Vec::new(), window_end: 0, buffer: Vec::new(), held: None, reader }
+        Self { image, l1, pieces: Vec::new(), window_end: 0, buffer: Vec::new(), held: None, reader, repair: None }
     }
 
     /// Bytes of a piece.

@@ -120,10 +120,9 @@ impl Qcow2Sink {
             (L2Entry::Compressed { descriptor }, _) => decoded(descriptor),
             (_, Some((host, _))) if after.allocated == 0 => change(Place::Nowhere, Fill::Zero, Old::Cluster(host)),
             // Shared with a snapshot: copy on write. Without a byte to write the two can go on sharing it.
-            (_, Some((host, false))) if written != 0 => Change {
-                written: after.allocated,
-                ..change(Place::New, Fill::Cluster(host), Old::Cluster(host))
-            },
+            (_, Some((host, false))) if written != 0 => {
+                Change { written: after.allocated, ..change(Place::New, Fill::Cluster(host), Old::Cluster(host)) }
+            }
             (_, Some((host, copied))) => change(Place::Here(host, copied), Fill::Zero, Old::Nothing),
             (_, None) if after.allocated == 0 => change(Place::Nowhere, Fill::Zero, Old::Nothing),
             (_, None) => change(Place::New, Fill::Zero, Old::Nothing),

@@ -5,6 +5,9 @@
 //! the writes since the last flush, is that the backing stays consistent. The order, and the crash that each
 //! step survives:
 //!
+//! Before the first window: autoclear features are cleared, and an image with the dirty bit is repaired, which keeps the
+//! bit until everything is right and durable (see [`repair`](crate::repair)). From then on it is as good as any other.
+//!
 //! 1. Data (into clusters that one L2 entry owns, or into new ones), copies of L2 tables that a snapshot
 //!    shares, and refcount blocks (new clusters get refcount 1; new blocks are filled), also a whole new
 //!    refcount table, *then a flush*. Nothing refers to new clusters, blocks or tables yet: a crash here leaves
@@ -135,14 +138,16 @@ impl Qcow2Sink {
     }
 
     /// Before the first change: autoclear features that this program does not keep up must go ("Header",
-    /// `autoclear_features`). Flushed alone, so that no change is durable while they still claim to hold.
-    fn start(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+    /// `autoclear_features`). Flushed alone, so that no change is durable while they still claim to hold. Then what the
+    /// dirty bit stands for is put right.
+    pub(crate) fn start(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let header = &self.image.header;
         let kept = header.autoclear & autoclear::BITMAPS;
         if header.version == Version::V3 && header.autoclear != kept {
             io.write(self.image.device, AUTOCLEAR_OFFSET, &kept.to_be_bytes())?;
             io.flush(self.image.device)?;
         }
+        self.repair(io)?;
         self.started = true;
         Ok(())
     }

@@ -32,8 +32,10 @@ const STATES: [Option<State>; 10] = [
 
 /// An overlay and a backing in which every state lies over every other.
 fn everything(top_extended: bool) -> (Spec, Spec) {
-    let tops: Vec<Option<State>> =
-        STATES.into_iter().filter(|s| top_extended || !matches!(s, Some(State::Mixed(..) | State::MixedZero(_)))).collect();
+    let tops: Vec<Option<State>> = STATES
+        .into_iter()
+        .filter(|s| top_extended || !matches!(s, Some(State::Mixed(..) | State::MixedZero(_))))
+        .collect();
     let count = (tops.len() * STATES.len()) as u64;
     let mut overlay = Spec { extended: top_extended, ..Spec::new(BITS, count << BITS) };
     let mut backing = extended(count);

@@ -14,6 +14,8 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 pub const L1_TABLE_OFFSET_FIELD: u64 = 40;
 /// Byte offset of `refcount_table_offset` (8 bytes), followed by `refcount_table_clusters` (4 bytes).
 pub const REFCOUNT_TABLE_FIELD: u64 = 48;
+/// Byte offset of `incompatible_features` (8 bytes) in a version 3 header.
+pub const INCOMPATIBLE_OFFSET: u64 = 72;
 /// Byte offset of `autoclear_features` (8 bytes) in a version 3 header.
 pub const AUTOCLEAR_OFFSET: u64 = 88;
 

@@ -160,7 +160,7 @@ fn content_of(view: &View<'_>, entries: Vec<(u64, u64, u64)>, below: Option<&[u8
         }
         let host = (entry & OFFSET) as usize;
         for i in 0..length {
-            let subcluster = i * 32 >> view.bits;
+            let subcluster = (i * 32) >> view.bits;
             if bitmap >> (32 + subcluster) & 1 != 0 {
                 disk[start + i] = 0;
             } else if bitmap >> subcluster & 1 != 0 {

@@ -3,6 +3,7 @@
 
 pub mod builder;
 pub mod checker;
+pub mod damage;
 pub mod pair;
 
 use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome};
