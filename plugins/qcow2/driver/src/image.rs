@@ -107,9 +107,6 @@ impl Image {
         if header.has(incompatible::DIRTY) {
             return refused(ErrorCode::UnsupportedFormat, 72, "the image was not closed cleanly (dirty bit)");
         }
-        if self.role == Role::Sink && header.bitmaps().is_some_and(|b| b.count > 0) {
-            return refused(ErrorCode::UnsupportedFormat, 88, "the image has persistent bitmaps");
-        }
         Ok(())
     }
 

@@ -11,12 +11,14 @@
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
 //! * [`source`], [`check`], [`empty`], [`empty_shared`]: the source role;
-//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role.
+//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role;
+//! * [`bitmaps`], [`record`]: the persistent bitmaps of a sink.
 #![no_std]
 
 extern crate alloc;
 
 pub mod allocator;
+pub mod bitmaps;
 pub mod check;
 pub mod cluster_set;
 pub mod decode;
@@ -25,6 +27,7 @@ pub mod empty_shared;
 pub mod image;
 pub mod metadata_map;
 pub mod plan;
+pub mod record;
 pub mod refcounts;
 pub mod scan;
 pub mod sink;

@@ -3,6 +3,7 @@
 //! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: only
 //! the L1 table and the refcount table are walked whole, because data must not land on any metadata.
 
+use crate::bitmaps::Bitmaps;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
@@ -29,13 +30,16 @@ impl Qcow2Sink {
     pub(crate) fn prepare_plan(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if self.planned.metadata.is_none() {
             self.image.refuse_unwritable()?;
-            self.planned.metadata = Some(MetadataMap::build(io, &self.image)?);
+            let (bitmaps, clusters) = Bitmaps::load(io, &self.image, &mut self.refcounts)?;
+            self.bitmaps = bitmaps;
+            self.planned.metadata = Some(MetadataMap::build(io, &self.image, clusters)?);
         }
         Ok(())
     }
 
     /// Verify and count one window.
     pub(crate) fn plan_window(&mut self, io: &mut dyn BlockIo, pieces: &[Piece]) -> DriverResult<()> {
+        self.plan_bitmaps(io, pieces)?;
         self.load_mapping(io, pieces)?;
         let mut owned: Vec<Owned> = Vec::new();
         for group in pieces.chunk_by(|a, b| a.cluster == b.cluster) {

@@ -5,6 +5,7 @@
 //! the writes since the last flush, is that the backing stays consistent. The order, and the crash that each
 //! step survives:
 //!
+//! 0. The bits of enabled bitmaps, *durably* ([`record`](crate::record)): they may say too much, never too little.
 //! 1. Data (into clusters that one L2 entry owns, or into new ones), copies of L2 tables that a snapshot
 //!    shares, and refcount blocks (new clusters get refcount 1; new blocks are filled), also a whole new
 //!    refcount table, *then a flush*. Nothing refers to new clusters, blocks or tables yet: a crash here leaves
@@ -142,6 +143,7 @@ impl Qcow2Sink {
         if !self.started {
             self.start(io)?;
         }
+        self.record_in_bitmaps(io, pieces)?;
         self.load_mapping(io, pieces)?;
         let groups: Vec<&[Piece]> = pieces.chunk_by(|a, b| a.cluster == b.cluster).collect();
         let mut actions = Vec::with_capacity(groups.len());
@@ -383,7 +385,7 @@ impl Qcow2Sink {
     }
 
     /// End of step 1, and step 2.
-    fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+    pub(crate) fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         self.unflushed |= self.refcounts.blocks.is_dirty();
         self.refcounts.blocks.write_dirty(io)?;
         let retired = core::mem::take(&mut self.allocator.retired_tables);
