@@ -73,13 +73,6 @@ fn write_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
             "extended L2 entries (subclusters) in a backing are not supported yet: convert it with extended_l2=off",
         );
     }
-    let bitmaps = number(own, names::BITMAPS);
-    if bitmaps != 0 && role == CommitRole::Backing {
-        let reason = format!(
-            "persistent bitmaps in a backing are not supported yet, and it has {bitmaps}: remove them with `qemu-img bitmap --remove`"
-        );
-        return unsupported(&reason);
-    }
     None
 }
 
@@ -97,6 +90,8 @@ fn unsupported(reason: &str) -> Refusal {
 ///   each may fall into another one. Of any other overlay: as many as the virtual disk has;
 /// * one for each L2 table that is missing. With equal cluster sizes, L2 tables of overlay and backing cover the
 ///   same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual disk has;
+/// * for each bitmap, which QEMU limits to 65,535, one for each cluster of bits: as many as the disk has with the finest
+///   granularity, 512 bytes, but no more than data clusters arrive: the bits of one are never in two clusters;
 /// * the L1 table, when it has to grow and move for a larger virtual size;
 /// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
 ///   when it grows, twice as long as needed.
@@ -118,8 +113,11 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     // One more L2 table than entries of L1 cannot be needed; with one for good measure.
     let tables = tables.min(l1_entries.checked_add(1)?);
     let l1 = cs.count_for(l1_entries.checked_mul(8)?);
-    let content =
-        cs.count_for(own.file_length).checked_add(data)?.checked_add(tables)?.checked_add(l1)?.checked_add(2)?;
+    let of_each = cs.count_for(virtual_size.div_ceil(512).div_ceil(8)).min(data);
+    let bitmaps = number(own, names::BITMAPS).min(65535).checked_mul(of_each)?;
+    let content = [data, tables, l1, bitmaps, 2]
+        .iter()
+        .try_fold(cs.count_for(own.file_length), |all, &part| all.checked_add(part))?;
 
     let order = RefcountOrder::new(u32::try_from(number(own, names::REFCOUNT_BITS)).ok()?.trailing_zeros())?;
     let per_block = order.entries_in(cs.bytes());
@@ -170,7 +168,6 @@ mod tests {
         let cases = [
             (Feature::flag("extended-l2", true, true), "extended_l2", false, false),
             (Feature::flag("extended-l2", true, true), "subclusters", false, false),
-            (Feature::number("bitmap-count", 1, false), "bitmap", false, false),
             (Feature::text("data-file", "x", true), "data file", true, true),
             (Feature::text("unknown-incompatible-features", "bit 20 (\"x\")", false), "bit 20 (\"x\")", true, true),
         ];
@@ -250,6 +247,24 @@ mod tests {
         assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 65536 * 8192);
         let small = image(4096, 262_144, 1 << 40);
         assert!(give(CommitRole::Backing, &small, &overlay).max_length > 65536 * 8192);
+    }
+
+    #[test]
+    fn the_bound_covers_the_clusters_of_bitmaps() {
+        let overlay = image(65536, 10 * 65536, 1 << 40);
+        let plain = give(CommitRole::Backing, &image(65536, 262_144, 1 << 40), &overlay).max_length;
+        let mut backing = image(65536, 262_144, 1 << 40);
+        backing.features.push(Feature::number("bitmap-count", 3, false));
+        // 2^31 sectors: 2^28 bytes of bits, 4096 clusters each.
+        let verdict = give(CommitRole::Backing, &backing, &overlay);
+        assert_eq!(verdict.code, 0);
+        assert!(verdict.max_length >= plain + 3 * 4096 * 65536, "{}", verdict.max_length);
+        // No more than data clusters arrive.
+        let few = give(CommitRole::Backing, &backing, &image(65536, 800, 1 << 40)).max_length;
+        assert!(few < 600 * 65536, "{few}");
+        backing.features.pop();
+        backing.features.push(Feature::number("bitmap-count", u64::MAX, false));
+        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > plain);
     }
 
     #[test]
