@@ -37,14 +37,14 @@ pub struct Recorded {
     pub entries: u64,
     /// log2 of its granularity in bytes.
     pub granularity_bits: u32,
-    /// The last table entry that planning looked at.
-    pub last_planned: Option<u64>,
 }
 
 /// The bitmaps of an image.
 pub struct Bitmaps {
     /// Those that have to be kept up.
     pub recorded: Vec<Recorded>,
+    /// The last table entry of each that planning looked at.
+    pub last_planned: Vec<Option<u64>>,
     /// Slices of their tables.
     pub tables: SliceCache,
     /// Slices of their data.
@@ -58,6 +58,7 @@ impl Bitmaps {
         let size = image.slice_size();
         Self {
             recorded: Vec::new(),
+            last_planned: Vec::new(),
             tables: SliceCache::new(image.device, size),
             data: SliceCache::new(image.device, size),
         }
@@ -122,8 +123,8 @@ impl Bitmaps {
                     table: bitmap.table,
                     entries,
                     granularity_bits: bitmap.granularity_bits,
-                    last_planned: None,
                 });
+                found.last_planned.push(None);
             }
         }
         Ok((found, ranges.all))

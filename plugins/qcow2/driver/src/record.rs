@@ -30,6 +30,8 @@ const BATCH: usize = 1024;
 /// Bits to set within one slice of bitmap data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Part {
+    /// Index of the bitmap.
+    bitmap: usize,
     /// Byte offset in the file of the table entry of the cluster that has the slice.
     at: u64,
     /// Byte offset of the slice within that cluster.
@@ -56,18 +58,20 @@ fn guest_ranges(pieces: &[Piece], cluster_bits: u32) -> Vec<(u64, u64)> {
 }
 
 /// The bits of a bitmap that guest byte ranges touch, slice by slice, ascending.
-fn parts(
-    bitmap: Recorded,
-    ranges: &[(u64, u64)],
+fn parts<'a>(
+    (number, bitmap): (usize, &Recorded),
+    ranges: &'a [(u64, u64)],
     slice_bytes: u64,
     cluster_bytes: u64,
-) -> impl Iterator<Item = Part> + '_ {
+) -> impl Iterator<Item = Part> + use<'a> {
+    let bitmap = *bitmap;
     let (slice_bits, per_cluster) = (slice_bytes * 8, cluster_bytes / slice_bytes);
     ranges.iter().flat_map(move |&(start, end)| {
         let (from, to) = (start >> bitmap.granularity_bits, (end - 1) >> bitmap.granularity_bits);
         (from / slice_bits..=to / slice_bits).map(move |slice| {
             let entry = slice / per_cluster;
             Part {
+                bitmap: number,
                 at: bitmap.table.0 + entry * 8,
                 slice: slice % per_cluster * slice_bytes,
                 first: if slice == from / slice_bits { from % slice_bits } else { 0 },
@@ -78,11 +82,12 @@ fn parts(
     })
 }
 
-/// What is done with a batch of parts of the bitmap with this index.
-type EachBatch<'a> = &'a mut dyn FnMut(&mut Qcow2Sink, &mut dyn BlockIo, usize, &[Part]) -> DriverResult<()>;
+/// What is done with a batch of parts.
+type EachBatch<'a> = &'a mut dyn FnMut(&mut Qcow2Sink, &mut dyn BlockIo, &[Part]) -> DriverResult<()>;
 
 impl Qcow2Sink {
-    /// Call `each` with the parts of all enabled bitmaps that pieces touch, in batches, with the table entries loaded.
+    /// Call `each` with the parts of all enabled bitmaps that pieces touch, in batches across bitmaps, so that
+    /// many small ones share their flushes. The table entries are loaded.
     fn each_part(&mut self, io: &mut dyn BlockIo, pieces: &[Piece], each: EachBatch<'_>) -> DriverResult<()> {
         if self.bitmaps.recorded.is_empty() {
             return Ok(());
@@ -91,22 +96,27 @@ impl Qcow2Sink {
         self.l2.clear();
         let size = self.image.cluster_size();
         let ranges = guest_ranges(pieces, size.bits());
-        for index in 0..self.bitmaps.recorded.len() {
-            let Some(&bitmap) = self.bitmaps.recorded.get(index) else { continue };
-            let mut all = parts(bitmap, &ranges, self.image.slice_size() as u64, size.bytes());
-            loop {
-                let batch: Vec<Part> = all.by_ref().take(BATCH).collect();
-                let Some(last) = batch.last() else { break };
-                if last.entry >= bitmap.entries {
-                    return Err(overflow("an entry of a bitmap table"));
-                }
-                self.bitmaps.tables.shrink(BATCH);
-                self.bitmaps.tables.load(io, batch.iter().map(|part| part.at))?;
-                each(self, io, index, &batch)?;
+        let slice_bytes = self.image.slice_size() as u64;
+        let bitmaps = core::mem::take(&mut self.bitmaps.recorded);
+        let mut all = bitmaps.iter().enumerate().flat_map(|bitmap| parts(bitmap, &ranges, slice_bytes, size.bytes()));
+        let result = loop {
+            let batch: Vec<Part> = all.by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                break Ok(());
             }
-        }
+            if batch.iter().any(|part| bitmaps.get(part.bitmap).is_none_or(|bitmap| part.entry >= bitmap.entries)) {
+                break Err(overflow("an entry of a bitmap table"));
+            }
+            self.bitmaps.tables.shrink(BATCH);
+            let loaded = self.bitmaps.tables.load(io, batch.iter().map(|part| part.at));
+            if let Err(error) = loaded.and_then(|()| each(self, io, &batch)) {
+                break Err(error);
+            }
+        };
+        drop(all);
+        self.bitmaps.recorded = bitmaps;
         self.bitmaps.tables.shrink(BATCH / 16);
-        Ok(())
+        result
     }
 
     fn bitmap_entry(&self, part: &Part) -> DriverResult<BitmapTableEntry> {
@@ -116,10 +126,10 @@ impl Qcow2Sink {
 
     /// Count the clusters that bitmaps will need for these pieces.
     pub(crate) fn plan_bitmaps(&mut self, io: &mut dyn BlockIo, pieces: &[Piece]) -> DriverResult<()> {
-        self.each_part(io, pieces, &mut |sink, _, index, parts| {
+        self.each_part(io, pieces, &mut |sink, _, parts| {
             for part in parts {
-                let Some(bitmap) = sink.bitmaps.recorded.get_mut(index) else { continue };
-                if bitmap.last_planned.replace(part.entry) != Some(part.entry) {
+                let last = sink.bitmaps.last_planned.get_mut(part.bitmap);
+                if last.ok_or_else(|| overflow("the index of a bitmap"))?.replace(part.entry) != Some(part.entry) {
                     sink.planned.new_tables += u64::from(sink.bitmap_entry(part)? == BitmapTableEntry::Zeroes);
                 }
             }
@@ -132,7 +142,7 @@ impl Qcow2Sink {
         if self.bitmaps.recorded.is_empty() {
             return Ok(());
         }
-        self.each_part(io, pieces, &mut |sink, io, _, parts| sink.record_parts(io, parts))?;
+        self.each_part(io, pieces, &mut |sink, io, parts| sink.record_parts(io, parts))?;
         self.flush(io)
     }
 
@@ -215,10 +225,10 @@ mod tests {
 
     #[test]
     fn bits_of_ranges_slice_by_slice() {
-        let bitmap = Recorded { table: HostOffset(8192), entries: 9, granularity_bits: 9, last_planned: None };
+        let bitmap = Recorded { table: HostOffset(8192), entries: 9, granularity_bits: 9 };
         // Slices of 512 bytes have 4096 bits, which is 2 MiB of guest; two of them are a cluster.
         let find = |ranges: &[(u64, u64)]| -> Vec<(u64, u64, u64, u64)> {
-            parts(bitmap, ranges, 512, 1024).map(|p| (p.at, p.slice, p.first, p.last)).collect()
+            parts((0, &bitmap), ranges, 512, 1024).map(|p| (p.at, p.slice, p.first, p.last)).collect()
         };
         assert_eq!(find(&[(0, 1)]), [(8192, 0, 0, 0)]);
         assert_eq!(find(&[(511, 513)]), [(8192, 0, 0, 1)]);
