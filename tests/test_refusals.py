@@ -18,11 +18,6 @@ def extended_l2_backing(pair):
     pair.make(base_options={"extended_l2": "on"}, base=["write -P 1 0 2k"], top=TOP)
 
 
-def bitmap_in_backing(pair):
-    pair.make(top=TOP)
-    support.qemu_img("bitmap", "--add", pair.base, "dirty")
-
-
 def luks_overlay(pair):
     pair.make()
     support.qemu_img("create", "-q", *SECRET, "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "-o",
@@ -70,7 +65,6 @@ UNSUPPORTED, EXTERNAL, LUKS = "ERROR_UNSUPPORTED_FORMAT", "ERROR_EXTERNAL_DATA_F
 #: how the pair is made, the side that is named, the code, a word of the message
 TABLE = [
     (extended_l2_backing, "base", UNSUPPORTED, "extended L2"),
-    (bitmap_in_backing, "base", UNSUPPORTED, "bitmap"),
     (luks_overlay, "top", LUKS, "encrypt"),
     (luks_backing, "base", LUKS, "encrypt"),
     (data_file_overlay, "top", EXTERNAL, "data file"),
