@@ -92,12 +92,8 @@ impl Bitmaps {
         let mut ranges = Ranges::new(io, image);
         ranges.push(offset, directory.directory_size)?;
         let mut bitmaps = Vec::new();
-        let limit = ranges.room;
         read_directory(io, image, directory, &mut |bitmap| {
             ranges.push(bitmap.table, bitmap.table_bytes())?;
-            if bitmaps.len() >= limit {
-                return Err(too_many());
-            }
             bitmaps.push(bitmap);
             Ok(())
         })?;
