@@ -20,7 +20,7 @@ os.environ["LC_ALL"] = "C.UTF-8"
 
 def pytest_sessionstart(session):
     binary = support.instar_binary()
-    missing = [tool for tool in ("qemu-img", "qemu-io") if shutil.which(tool) is None]
+    missing = [tool for tool in ("qemu-img", "qemu-io", "qemu-nbd") if shutil.which(tool) is None]
     if not os.access(binary, os.X_OK) or not binary.is_file():
         missing.append(f"{binary} (run `make instar`, or set INSTAR_BIN)")
     if missing:

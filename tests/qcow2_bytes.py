@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 MAGIC = b"QFI\xfb"
 COPIED = 1 << 63
@@ -36,6 +37,16 @@ FIELDS = {
     "refcount_order": (96, ">I"),
     "header_length": (100, ">I"),
 }
+
+
+class Bitmap(NamedTuple):
+    """An entry of the bitmap directory."""
+
+    at: int
+    table: int
+    entries: int
+    flags: int
+    granularity: int
 
 
 class Image:
@@ -181,6 +192,34 @@ class Image:
     def _flip(self, rng, at, entry):
         if rng.random() < 0.3:
             self.poke64(at, entry ^ COPIED)
+
+    def extension(self, kind: int) -> int | None:
+        """Where the data of a header extension begins."""
+        at = self.get("header_length")
+        while found := struct.unpack(">I", self.peek(at, 4))[0]:
+            if found == kind:
+                return at + 8
+            at += 8 + -(-struct.unpack(">I", self.peek(at + 4, 4))[0] // 8) * 8
+        return None
+
+    def bitmaps(self) -> dict[str, Bitmap]:
+        """The entries of the bitmap directory by name, whether or not the autoclear bit is set."""
+        extension = self.extension(0x23852875)
+        if extension is None:
+            return {}
+        count, at = struct.unpack(">I", self.peek(extension, 4))[0], self.peek64(extension + 16)
+        found = {}
+        for _ in range(count):
+            table, entries, flags, _, bits, name, extra = struct.unpack(">QIIBBHI", self.peek(at, 24))
+            text = self.peek(at + 24 + extra, name).decode()
+            found[text] = Bitmap(at, table, entries, flags, 1 << bits)
+            at += -(-(24 + extra + name) // 8) * 8
+        return found
+
+    def bitmap_bytes(self, bitmap: Bitmap) -> list[bytes | int]:
+        """Each cluster of a bitmap's data; 0 or 1 where there is none."""
+        entries = [self.peek64(bitmap.table + 8 * index) for index in range(bitmap.entries)]
+        return [self.peek(entry, self.cluster_size) if entry > 1 else entry for entry in entries]
 
     def backing(self) -> bytes:
         return self.peek(self.get("backing_offset"), self.get("backing_size"))

@@ -1,4 +1,4 @@
-"""Random pairs over everything that qcow2 has: compressed clusters, snapshots, versions, widths, sizes, layers.
+"""Random pairs over everything that qcow2 has: compressed clusters, snapshots, bitmaps, versions, widths, sizes, layers.
 
 60 pairs by default; 500 with INSTAR_DEEP=1 (`make test-deep`). The oracle is `qemu-img commit` on copies, and what
 every internal snapshot of both files reads as.
@@ -14,6 +14,7 @@ import shutil
 import pytest
 import qcow2_bytes
 import support
+from dirty_bitmaps import dirty, held, merge, names, rounded, within
 from support import KIB, MIB
 from test_snapshots import snapshot_hashes
 
@@ -41,7 +42,7 @@ class Image:
             command += ["-b", backing, "-F", "raw" if backing.endswith(".raw") else "qcow2"]
         self.commands = [[*command, name, str(size)]]
 
-    def live(self, rounds, snapshots):
+    def live(self, rounds, snapshots, bitmaps=False):
         """Rounds of writes, with a snapshot after some of them: as many as the refcount width can count."""
         room = (1 << min(self.width, 8)) - 1
         for number in range(rounds):
@@ -53,6 +54,10 @@ class Image:
             if snapshots and self.width >= 8 and room > 8 and self.rng.random() < 0.6:
                 self.commands.append(["qemu-img", "snapshot", "-c", f"s{number}", self.name])
                 room -= 1
+            if bitmaps and self.version == "1.1" and self.rng.random() < 0.4:
+                granularity = 512 << self.rng.randrange(16)
+                self.commands.append(["qemu-img", "bitmap", "--add", "-g", str(granularity),
+                                      *self.rng.choice([[], [], ["--disable"]]), self.name, f"b{number}"])
         if self.rng.random() < 0.5:
             self.writes(self.rng.randrange(1, 6), compressed=False)
         return self
@@ -95,9 +100,29 @@ def plan(seed):
             commands.append(["qemu-io", "-f", "raw", "-c", f"write -P 201 0 {root_size}", below])
         else:
             commands += Image(rng, below, root_size).live(1, snapshots=False).commands
-    commands += Image(rng, "base.qcow2", size, below).live(rng.randrange(1, 4), rng.random() < 0.5).commands
+    base = Image(rng, "base.qcow2", size, below)
+    commands += base.live(rng.randrange(1, 4), rng.random() < 0.5, bitmaps=True).commands
     commands += Image(rng, "top.qcow2", top_size, "base.qcow2").live(rng.randrange(1, 3), rng.random() < 0.3).commands
     return commands
+
+
+def changed(before, after):
+    """Byte ranges, sector by sector, in which two raw files of the same length differ."""
+    old, new = before.read_bytes(), after.read_bytes()
+    return merge((at, at + 512) for at in range(0, len(old), 512) if old[at : at + 512] != new[at : at + 512])
+
+
+def check_bitmaps(base, before, came, differs):
+    """`before`: what each bitmap called dirty; `came`: what the overlay held; `differs`: where content is another."""
+    found, size = names(base), support.virtual_size(base)
+    assert found.keys() == before.keys(), "a bitmap is gone"
+    for name, bitmap in found.items():
+        after = dirty(base, name)
+        if bitmap["flags"] != ["auto"]:
+            assert after == before[name], f"bitmap {name} is disabled and changed"
+            continue
+        assert within([*before[name], *differs], after), f"bitmap {name} says too little"
+        assert within(after, [*before[name], *rounded(came, bitmap["granularity"], size)]), f"bitmap {name} says too much"
 
 
 def check(seed, directory):
@@ -108,19 +133,21 @@ def check(seed, directory):
         # What qemu itself cannot do to an image (count higher, compress over data) is no part of the pair.
         assert made.rc == 0, str(made)
     top, base = images / "top.qcow2", images / "base.qcow2"
+    before = support.flatten(top, directory / "before.qcow2")
+    kept = snapshot_hashes(base)
+    bitmaps, came = {name: dirty(base, name) for name in names(base)}, held(top)
+    support.qemu_img("convert", "-O", "raw", base, directory / "base-before.raw")
     # Some were not closed cleanly.
     rng = random.Random(880_000 + seed)
-    dirty = []
+    spoiled = []
     for path in (base, top):
         image = qcow2_bytes.Image(path)
         if image.get("version") > 2 and rng.random() < 0.3:
             image.spoil_refcounts(rng)
-            dirty.append(path)
-    before = support.flatten(top, directory / "before.qcow2")
-    kept = snapshot_hashes(base)
+            spoiled.append(path)
     length = top.stat().st_size
     shutil.copytree(images, copies)
-    for path in dirty:
+    for path in spoiled:
         support.repair(copies / path.name)
     support.qemu_img("commit", "-q", "top.qcow2", cwd=copies)
 
@@ -133,6 +160,8 @@ def check(seed, directory):
     assert support.holds_no_clusters(top), "the overlay still holds clusters"
     assert not any(qcow2_bytes.Image(path).dirty for path in (base, top)), "an image is dirty"
     assert top.stat().st_size <= length, "the overlay became longer"
+    support.qemu_img("convert", "-O", "raw", base, directory / "base-after.raw")
+    check_bitmaps(base, bitmaps, came, changed(directory / "base-before.raw", directory / "base-after.raw"))
     assert snapshot_hashes(base) == kept, "a snapshot of the backing changed"
     assert snapshot_hashes(top) == snapshot_hashes(copies / "top.qcow2"), "a snapshot of the overlay differs"
 

@@ -14,9 +14,6 @@ TOP = ["write -P 1 0 1M", "write -z 2M 256k"]
 SECRET = ["--object", "secret,id=key,data=words"]
 
 
-def bitmap_in_backing(pair):
-    pair.make(top=TOP)
-    support.qemu_img("bitmap", "--add", pair.base, "dirty")
 
 
 def luks_overlay(pair):
@@ -65,7 +62,6 @@ UNSUPPORTED, EXTERNAL, LUKS = "ERROR_UNSUPPORTED_FORMAT", "ERROR_EXTERNAL_DATA_F
 
 #: how the pair is made, the side that is named, the code, a word of the message
 TABLE = [
-    (bitmap_in_backing, "base", UNSUPPORTED, "bitmap"),
     (luks_overlay, "top", LUKS, "encrypt"),
     (luks_backing, "base", LUKS, "encrypt"),
     (data_file_overlay, "top", EXTERNAL, "data file"),

@@ -9,9 +9,7 @@ const CHECK: &str = "run `qemu-img check -r all` on it first";
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
 pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
-    let refusal =
-        read_refusal(role, own).or_else(|| if role == CommitRole::Ancestor { None } else { write_refusal(role, own) });
-    if let Some((code, reason)) = refusal {
+    if let Some((code, reason)) = refusal(role, own) {
         return Verdict::refused(code, reason);
     }
     match role {
@@ -42,8 +40,8 @@ fn number(facts: &ImageFacts, name: &str) -> u64 {
     facts.feature(name).and_then(|json| json.parse().ok()).unwrap_or(0)
 }
 
-/// What stands in the way of reading an image.
-fn read_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
+/// What stands in the way of reading an image; all that can be read can be changed.
+fn refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
     let corrupt = if role == CommitRole::Overlay { ErrorCode::OverlayCorrupt } else { ErrorCode::BackingCorrupt };
     if own.corrupt {
         return Some((corrupt, format!("the image is marked corrupt: {CHECK}")));
@@ -66,22 +64,6 @@ fn read_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
     None
 }
 
-/// What stands in the way of changing an image: all of its metadata has to be understood.
-fn write_refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
-    let bitmaps = number(own, names::BITMAPS);
-    if bitmaps != 0 && role == CommitRole::Backing {
-        let reason = format!(
-            "persistent bitmaps in a backing are not supported yet, and it has {bitmaps}: remove them with `qemu-img bitmap --remove`"
-        );
-        return unsupported(&reason);
-    }
-    None
-}
-
-fn unsupported(reason: &str) -> Refusal {
-    Some((ErrorCode::UnsupportedFormat, reason.to_owned()))
-}
-
 /// An upper bound of how long the backing's file can become, in bytes; `None` beyond 2^63.
 ///
 /// Nothing in the file is counted as reused. In clusters:
@@ -93,6 +75,8 @@ fn unsupported(reason: &str) -> Refusal {
 /// * one for each L2 table that is missing. With equal cluster sizes and widths of entries, L2 tables of overlay and
 ///   backing cover the same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual
 ///   disk has;
+/// * for each bitmap, which QEMU limits to 65,535, one for each cluster of bits: as many as the disk has with the finest
+///   granularity, 512 bytes, but no more than data clusters arrive: the bits of one are never in two clusters;
 /// * the L1 table, when it has to grow and move for a larger virtual size;
 /// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
 ///   when it grows, twice as long as needed.
@@ -117,8 +101,11 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     // One more L2 table than entries of L1 cannot be needed; with one for good measure.
     let tables = tables.min(l1_entries.checked_add(1)?);
     let l1 = cs.count_for(l1_entries.checked_mul(8)?);
-    let content =
-        cs.count_for(own.file_length).checked_add(data)?.checked_add(tables)?.checked_add(l1)?.checked_add(2)?;
+    let of_each = cs.count_for(virtual_size.div_ceil(512).div_ceil(8)).min(data);
+    let bitmaps = number(own, names::BITMAPS).min(65535).checked_mul(of_each)?;
+    let content = [data, tables, l1, bitmaps, 2]
+        .iter()
+        .try_fold(cs.count_for(own.file_length), |all, &part| all.checked_add(part))?;
 
     with_refcounts(own, cs, content)
 }
@@ -178,7 +165,6 @@ mod tests {
     fn what_the_first_release_does_not_cover_is_named() {
         let plain = image(65536, 262_144, 1 << 30);
         let cases = [
-            (Feature::number("bitmap-count", 1, false), "bitmap", false, false),
             (Feature::text("data-file", "x", true), "data file", true, true),
             (Feature::text("unknown-incompatible-features", "bit 20 (\"x\")", false), "bit 20 (\"x\")", true, true),
         ];
@@ -267,6 +253,24 @@ mod tests {
         assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 65536 * 8192);
         let small = image(4096, 262_144, 1 << 40);
         assert!(give(CommitRole::Backing, &small, &overlay).max_length > 65536 * 8192);
+    }
+
+    #[test]
+    fn the_bound_covers_the_clusters_of_bitmaps() {
+        let overlay = image(65536, 10 * 65536, 1 << 40);
+        let plain = give(CommitRole::Backing, &image(65536, 262_144, 1 << 40), &overlay).max_length;
+        let mut backing = image(65536, 262_144, 1 << 40);
+        backing.features.push(Feature::number("bitmap-count", 3, false));
+        // 2^31 sectors: 2^28 bytes of bits, 4096 clusters each.
+        let verdict = give(CommitRole::Backing, &backing, &overlay);
+        assert_eq!(verdict.code, 0);
+        assert!(verdict.max_length >= plain + 3 * 4096 * 65536, "{}", verdict.max_length);
+        // No more than data clusters arrive.
+        let few = give(CommitRole::Backing, &backing, &image(65536, 800, 1 << 40)).max_length;
+        assert!(few < 600 * 65536, "{few}");
+        backing.features.pop();
+        backing.features.push(Feature::number("bitmap-count", u64::MAX, false));
+        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > plain);
     }
 
     #[test]

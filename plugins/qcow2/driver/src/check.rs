@@ -67,7 +67,7 @@ impl Qcow2Source {
         let (clusters, compressed) = self.check_structure(io, will_empty)?;
         self.decode_all(io, &compressed)?;
         if will_empty && self.image.is_dirty() {
-            let metadata = MetadataMap::build(io, &self.image)?;
+            let metadata = MetadataMap::build(io, &self.image, Vec::new())?;
             self.repair = Some(Repair::plan(io, &self.image, &metadata)?);
         }
         Ok(clusters)

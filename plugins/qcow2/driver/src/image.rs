@@ -113,13 +113,8 @@ impl Image {
     /// # Errors
     /// The code of the feature.
     pub fn refuse_unwritable(&self) -> DriverResult<()> {
-        let refused = |code, at, text: &str| Err(DriverError::new(code, text).at(self.device, at));
-        let header = &self.header;
-        if header.has(incompatible::CORRUPT) {
-            return refused(self.corrupt_code(), 72, "the image is marked corrupt");
-        }
-        if self.role == Role::Sink && header.bitmaps().is_some_and(|b| b.count > 0) {
-            return refused(ErrorCode::UnsupportedFormat, 88, "the image has persistent bitmaps");
+        if self.header.has(incompatible::CORRUPT) {
+            return Err(self.corrupt(72, "the image is marked corrupt"));
         }
         Ok(())
     }

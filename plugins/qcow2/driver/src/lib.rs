@@ -10,15 +10,16 @@
 //! * [`scan`]: walking a whole table once;
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
-//! * [`reference_counts`], `references`, `bitmap_references`, [`repair`]: images that were not closed cleanly;
+//! * [`reference_counts`], `references`, [`repair`]: images that were not closed cleanly;
 //! * [`source`], [`check`], [`empty`], [`empty_shared`]: the source role;
-//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`], `subclusters`: the sink role.
+//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`], `subclusters`: the sink role;
+//! * [`bitmaps`], [`record`]: the persistent bitmaps of a sink.
 #![no_std]
 
 extern crate alloc;
 
 pub mod allocator;
-mod bitmap_references;
+pub mod bitmaps;
 pub mod check;
 pub mod cluster_set;
 pub mod decode;
@@ -27,6 +28,7 @@ pub mod empty_shared;
 pub mod image;
 pub mod metadata_map;
 pub mod plan;
+pub mod record;
 pub mod refcounts;
 pub mod reference_counts;
 mod references;

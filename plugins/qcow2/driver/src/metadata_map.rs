@@ -4,13 +4,26 @@ use crate::image::Image;
 use crate::scan::{scan_l1_at, scan_l1_table, scan_refcount_table};
 use crate::snapshots::Snapshots;
 use alloc::format;
-use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::HostCluster;
 
-/// Header, L1 tables, refcount table and blocks, snapshot table, and all L2 tables of an image.
+/// Refuse sorted ranges (first and last cluster) that overlap.
+///
+/// # Errors
+/// Corruption.
+pub fn refuse_overlaps(image: &Image, ranges: &[(u64, u64)]) -> DriverResult<()> {
+    for pair in ranges.windows(2) {
+        if pair[1].0 <= pair[0].1 {
+            let offset = image.cluster_size().host_offset(HostCluster(pair[1].0)).unwrap_or_default();
+            return Err(image.corrupt(offset.0, format!("two metadata structures overlap at offset {offset}")));
+        }
+    }
+    Ok(())
+}
+
+/// Header, L1 tables, refcount table and blocks, snapshot table, bitmaps, and all L2 tables of an image.
 #[derive(Debug)]
 pub struct MetadataMap {
     /// First and last cluster of each structure, sorted.
@@ -18,19 +31,20 @@ pub struct MetadataMap {
 }
 
 impl MetadataMap {
-    /// Read the tables of the image.
+    /// Read the tables of the image; `bitmaps` are the first and last clusters of what its bitmaps have.
     ///
     /// # Errors
     /// Corruption: a table entry that points outside the file, or two structures that overlap;
     /// [`ErrorCode::ScratchTooSmall`]; I/O errors.
-    pub fn build(io: &mut dyn BlockIo, image: &Image) -> DriverResult<Self> {
+    pub fn build(io: &mut dyn BlockIo, image: &Image, bitmaps: Vec<(u64, u64)>) -> DriverResult<Self> {
         let size = image.cluster_size();
         let header = &image.header;
         let span = |offset, bytes: u64| {
             let first = size.host_cluster(offset).0;
             (first, first + size.count_for(bytes).max(1) - 1)
         };
-        let mut ranges = vec![(0, 0), span(header.refcount_table, header.refcount_table_bytes())];
+        let mut ranges = bitmaps;
+        ranges.extend([(0, 0), span(header.refcount_table, header.refcount_table_bytes())]);
         if header.l1_entries != 0 {
             ranges.push(span(header.l1_table, header.l1_bytes()));
         }
@@ -70,12 +84,7 @@ impl MetadataMap {
             ranges.append(&mut shared);
         }
         ranges.sort_unstable();
-        for pair in ranges.windows(2) {
-            if pair[1].0 <= pair[0].1 {
-                let offset = size.host_offset(HostCluster(pair[1].0)).unwrap_or_default();
-                return Err(image.corrupt(offset.0, format!("two metadata structures overlap at offset {offset}")));
-            }
-        }
+        refuse_overlaps(image, &ranges)?;
         Ok(Self { ranges })
     }
 

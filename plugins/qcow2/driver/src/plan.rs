@@ -4,6 +4,7 @@
 //! the L1 table and the refcount table are walked whole, because data must not land on any metadata. An image with the
 //! dirty bit is different: all of its references are counted, and planning sees it as the repair will leave it.
 
+use crate::bitmaps::Bitmaps;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
@@ -31,19 +32,23 @@ impl Qcow2Sink {
     pub(crate) fn prepare_plan(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if self.planned.metadata.is_none() {
             self.image.refuse_unwritable()?;
-            let metadata = MetadataMap::build(io, &self.image)?;
+            // The repair has looked for all references, also from bitmaps, in the file as it is.
             if self.image.is_dirty() {
+                let metadata = MetadataMap::build(io, &self.image, Vec::new())?;
                 Qcow2Source::new(self.image.clone()).check_structure(io, false)?;
                 let plan = Repair::plan(io, &self.image, &metadata)?;
                 self.adopt(plan);
             }
-            self.planned.metadata = Some(metadata);
+            let (bitmaps, clusters) = Bitmaps::load(io, &self.image, &mut self.refcounts)?;
+            self.bitmaps = bitmaps;
+            self.planned.metadata = Some(MetadataMap::build(io, &self.image, clusters)?);
         }
         Ok(())
     }
 
     /// Verify and count one window.
     pub(crate) fn plan_window(&mut self, io: &mut dyn BlockIo, pieces: &[Piece]) -> DriverResult<()> {
+        self.plan_bitmaps(io, pieces)?;
         self.load_mapping(io, pieces)?;
         let mut owned: Vec<Owned> = Vec::new();
         for group in pieces.chunk_by(|a, b| a.cluster == b.cluster) {

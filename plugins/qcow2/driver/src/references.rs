@@ -4,7 +4,7 @@
 //! active L1 table and those of the snapshots, the snapshot table, and what the bitmaps have; L2 tables, data clusters and
 //! what compressed clusters touch once for each entry that points there.
 
-use crate::bitmap_references::each_bitmap_cluster;
+use crate::bitmaps::each_bitmap_cluster;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::scan::{scan_l1_at, scan_refcount_table};

@@ -4,7 +4,7 @@ use crate::image::{overflow, Image};
 use alloc::format;
 use alloc::vec;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{HostOffset, L1Entry, RefcountTableEntry};
+use instar_qcow2_format::{BitmapTableEntry, HostOffset, L1Entry, RefcountTableEntry};
 
 /// Bytes of a table that are read at once.
 const CHUNK_BYTES: u64 = 256 << 10;
@@ -121,5 +121,30 @@ pub fn scan_l1_flags(
     scan_table(io, image, table, entries, &mut |index, at, raw| match decode_l1(image, index, at, raw)? {
         Some((table, copied)) => each(index, at, table, copied),
         None => Ok(()),
+    })
+}
+
+/// Call `each` with the offset of every cluster of a bitmap's data; all are verified to lie in the file.
+///
+/// # Errors
+/// Corruption of the bitmap table, I/O errors, and what `each` returns.
+pub fn scan_bitmap_table(
+    io: &mut dyn BlockIo,
+    image: &Image,
+    table: HostOffset,
+    entries: u64,
+    each: &mut dyn FnMut(HostOffset) -> DriverResult<()>,
+) -> DriverResult<()> {
+    scan_table(io, image, table, entries, &mut |index, at, raw| {
+        let entry = BitmapTableEntry::decode(raw, image.cluster_size())
+            .map_err(|error| image.corrupt(at, format!("bitmap table entry {index} {error}")))?;
+        match entry {
+            BitmapTableEntry::Zeroes | BitmapTableEntry::Ones => Ok(()),
+            BitmapTableEntry::Data(offset) if image.holds_cluster(offset) => each(offset),
+            BitmapTableEntry::Data(offset) => Err(image.corrupt(
+                at,
+                format!("bitmap table entry {index} points to offset {offset}, past the end of the file"),
+            )),
+        }
     })
 }

@@ -1,6 +1,7 @@
 //! The sink role: an open backing, and how the extents of a commit fall onto its clusters.
 
 use crate::allocator::Allocator;
+use crate::bitmaps::Bitmaps;
 use crate::cluster_set::ClusterSet;
 use crate::decode::ClusterReader;
 use crate::image::{overflow, Image};
@@ -37,6 +38,7 @@ pub struct Qcow2Sink {
     pub(crate) allocator: Allocator,
     pub(crate) planned: Planned,
     pub(crate) compressed: ClusterReader,
+    pub(crate) bitmaps: Bitmaps,
     /// Whether the first change was made.
     pub(crate) started: bool,
     /// What planning has found wrong, to be written before everything else. `image`, `refcounts`, `allocator`, `l1` and
@@ -159,6 +161,7 @@ impl Qcow2Sink {
             refcounts: Refcounts::new(&image),
             allocator: Allocator::new(&image),
             compressed: ClusterReader::default(),
+            bitmaps: Bitmaps::new(&image),
             planned: Planned {
                 metadata: None,
                 touched: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),

@@ -150,6 +150,26 @@ impl SliceCache {
         Ok(())
     }
 
+    /// Set bits `first..=last` of the loaded slice at byte offset `offset`, counted from the least significant bit of its
+    /// first byte. It is changed only if one of them was clear.
+    ///
+    /// # Errors
+    /// As [`SliceCache::entry`].
+    pub fn set_bits(&mut self, offset: u64, first: u64, last: u64) -> DriverResult<()> {
+        let at = self.slice_of(offset);
+        let slice = self.slices.get_mut(&at).ok_or_else(|| overflow("the offset of a slice"))?;
+        for index in first / 8..=last / 8 {
+            let low = if index == first / 8 { 0xff << (first % 8) } else { 0xff };
+            let high = if index == last / 8 { 0xff >> (7 - last % 8) } else { 0xff };
+            let mask: u8 = low & high;
+            let byte = usize::try_from(index).ok().and_then(|index| slice.bytes.get_mut(index));
+            let byte = byte.ok_or_else(|| overflow("a bit of a bitmap"))?;
+            slice.dirty |= *byte & mask != mask;
+            *byte |= mask;
+        }
+        Ok(())
+    }
+
     /// Replace the bytes of a loaded slice; it is changed only if they differ.
     ///
     /// # Errors

@@ -8,6 +8,7 @@
 //! Before the first window: autoclear features are cleared, and an image with the dirty bit is repaired, which keeps the
 //! bit until everything is right and durable (see [`repair`](crate::repair)). From then on it is as good as any other.
 //!
+//! 0. The bits of enabled bitmaps, *durably* ([`record`](crate::record)): they may say too much, never too little.
 //! 1. Data (into clusters that one L2 entry owns, or into new ones), copies of L2 tables that a snapshot
 //!    shares, and refcount blocks (new clusters get refcount 1; new blocks are filled), also a whole new
 //!    refcount table, *then a flush*. Nothing refers to new clusters, blocks or tables yet: a crash here leaves
@@ -162,6 +163,7 @@ impl Qcow2Sink {
         if !self.started {
             self.start(io)?;
         }
+        self.record_in_bitmaps(io, pieces)?;
         self.load_mapping(io, pieces)?;
         let groups: Vec<&[Piece]> = pieces.chunk_by(|a, b| a.cluster == b.cluster).collect();
         let mut actions = Vec::with_capacity(groups.len());
@@ -424,7 +426,7 @@ impl Qcow2Sink {
     }
 
     /// End of step 1, and step 2.
-    fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+    pub(crate) fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         self.unflushed |= self.refcounts.blocks.is_dirty();
         self.refcounts.blocks.write_dirty(io)?;
         let retired = core::mem::take(&mut self.allocator.retired_tables);

@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+mod bitmap;
 mod compressed;
 mod create;
 mod error;
@@ -17,6 +18,7 @@ mod subcluster;
 mod table;
 mod types;
 
+pub use bitmap::{Bitmap, BitmapError, BitmapTableEntry, BITMAP_ENTRY_BYTES};
 pub use compressed::{decompress, CompressedRange, DecodeError, Decompressor};
 pub use create::{create, CreateError, CreateOptions, NewImage};
 pub use error::{HeaderError, HeaderErrorKind};

@@ -39,7 +39,7 @@ impl fmt::Display for EntryError {
     }
 }
 
-fn aligned(size: ClusterSize, offset: u64) -> Result<HostOffset, EntryError> {
+pub(crate) fn aligned(size: ClusterSize, offset: u64) -> Result<HostOffset, EntryError> {
     if size.offset_in(offset) == 0 {
         Ok(HostOffset(offset))
     } else {

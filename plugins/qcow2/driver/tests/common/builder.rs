@@ -1,5 +1,6 @@
 //! Builds qcow2 images byte by byte from the specification.
 
+use super::bitmaps::{BitmapSpec, Bits};
 use std::collections::BTreeMap;
 
 /// What a guest cluster holds.
@@ -38,6 +39,7 @@ pub struct Spec {
     pub blocks_first: bool,
     /// Snapshots of the state as it is: they share all L2 tables and data clusters with it.
     pub snapshots: usize,
+    pub bitmaps: Vec<BitmapSpec>,
     /// The file ends with the last byte that is not zero.
     pub cut: bool,
     /// L2 entries of 16 bytes.
@@ -57,6 +59,7 @@ impl Spec {
             refcount_order: 4,
             blocks_first: false,
             snapshots: 0,
+            bitmaps: Vec::new(),
             cut: false,
             extended: false,
         }
@@ -195,6 +198,7 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     }
     let shared = if spec.snapshots == 0 { 0..0 } else { first_shared..file.bytes.len() / size };
     let snapshot_table = add_snapshots(&mut file, spec, l1, l1_entries as usize);
+    let directory = add_bitmaps(&mut file, spec);
     // Refcount blocks describe everything, themselves included.
     let mut blocks = 0;
     while (file.bytes.len() / size + if spec.blocks_first { 0 } else { blocks }).div_ceil(per_block) > blocks {
@@ -240,11 +244,60 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         head.extend(spec.refcount_order.to_be_bytes());
         head.extend(104u32.to_be_bytes());
     }
+    if let Some((at, length)) = directory {
+        head.extend(0x2385_2875u32.to_be_bytes());
+        head.extend(24u32.to_be_bytes());
+        head.extend((spec.bitmaps.len() as u32).to_be_bytes());
+        head.extend([0; 4]);
+        head.extend((length as u64).to_be_bytes());
+        head.extend((at as u64).to_be_bytes());
+    }
     file.put(header, &head);
     while spec.cut && file.bytes.last() == Some(&0) {
         file.bytes.pop();
     }
     file.bytes
+}
+
+/// Bitmaps with names of different lengths. Returns where their directory stands, and its length.
+fn add_bitmaps(file: &mut File, spec: &Spec) -> Option<(usize, usize)> {
+    let mut directory = Vec::new();
+    for (number, bitmap) in spec.bitmaps.iter().enumerate() {
+        // Bytes of the bitmap, and clusters of them.
+        let bits = spec.virtual_size.div_ceil(1 << bitmap.granularity_bits) as usize;
+        let clusters = bits.div_ceil(8).div_ceil(file.size).max(1);
+        let table = file.allocate((clusters * 8).div_ceil(file.size));
+        for index in 0..clusters {
+            let state = bitmap.bits.get(index).or(bitmap.bits.last()).copied().unwrap_or(Bits::None);
+            let entry = match state {
+                Bits::None => 0,
+                Bits::All => 1,
+                Bits::Bytes(value) => {
+                    let at = file.allocate(1);
+                    for bit in index * file.size * 8..bits.min((index + 1) * file.size * 8) {
+                        file.bytes[at + bit / 8 % file.size] |= value & 1 << (bit % 8);
+                    }
+                    at as u64
+                }
+            };
+            file.put(table + index * 8, &entry.to_be_bytes());
+        }
+        directory.extend((table as u64).to_be_bytes());
+        directory.extend((clusters as u32).to_be_bytes());
+        directory.extend(bitmap.flags.to_be_bytes());
+        directory.extend([1, bitmap.granularity_bits as u8]);
+        directory.extend((number as u16 * 3 + 1).to_be_bytes());
+        directory.extend((bitmap.extra_data.len() as u32).to_be_bytes());
+        directory.extend(&bitmap.extra_data);
+        directory.extend(vec![b'a' + number as u8; number * 3 + 1]);
+        directory.resize(directory.len().next_multiple_of(8), 0);
+    }
+    if directory.is_empty() {
+        return None;
+    }
+    let at = file.allocate(directory.len().div_ceil(file.size));
+    file.put(at, &directory);
+    Some((at, directory.len()))
 }
 
 /// Snapshots with names and extra data of different lengths. Returns where their table stands.

@@ -1,5 +1,6 @@
 //! Reads and checks qcow2 images, straight from the specification and without regard for speed.
 
+use super::bitmaps::{bitmaps, extension};
 use super::{be32, be64};
 use std::collections::BTreeMap;
 
@@ -260,6 +261,19 @@ pub fn check(bytes: &[u8]) -> Report {
                 }
             } else if entry & OFFSET != 0 {
                 refer(entry & OFFSET, view.size, &mut report, "snapshot data");
+            }
+        }
+    }
+    let all = bitmaps(bytes);
+    if let Some(at) = extension(bytes).filter(|_| !all.is_empty()) {
+        refer(be64(bytes, at + 16), be64(bytes, at + 8), &mut report, "bitmap directory");
+    }
+    for bitmap in all {
+        refer(bitmap.table, bitmap.entries * 8, &mut report, "bitmap table");
+        for cluster in bitmap.clusters {
+            refer(cluster, view.size, &mut report, "bitmap data");
+            if cluster >= bytes.len() as u64 {
+                report.errors.push(format!("bitmap data beyond the end of the file at {cluster}"));
             }
         }
     }

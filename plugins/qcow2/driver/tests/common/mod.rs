@@ -1,6 +1,7 @@
 //! Images in memory: a builder, a reader and a checker that share no code with the driver.
 #![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
+pub mod bitmaps;
 pub mod builder;
 pub mod checker;
 pub mod damage;

@@ -1,5 +1,6 @@
 //! A pair of images, and what must hold before, during and after its commit.
 
+use super::bitmaps::verify_bitmaps;
 use super::builder::{build, Spec, State};
 use super::checker::{check, content, snapshot_contents, Report, View};
 use super::{be32, be64, run_commit, ANCESTOR, OVERLAY};
@@ -49,6 +50,24 @@ pub fn expected(pair: &Pair) -> (Vec<u8>, Vec<u8>) {
     (backing, overlay)
 }
 
+/// Which bytes the overlay holds, as far as its disk goes.
+fn committed(pair: &Pair) -> Vec<bool> {
+    let view = View::new(&pair.overlay);
+    let mut bytes = vec![false; view.virtual_size as usize];
+    for (cluster, ..) in view.entries() {
+        let start = ((cluster << view.bits) as usize).min(bytes.len());
+        let end = (start + view.size as usize).min(bytes.len());
+        bytes[start..end].fill(true);
+    }
+    bytes
+}
+
+/// Bitmaps of the backing; returns whether enabled ones have exactly the bits that the commit calls for.
+fn bitmaps_hold(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>) -> bool {
+    let (before, now) = (views(&pair.io().files).0, views(files).0);
+    verify_bitmaps(&pair.backing, &files[&DEVICE_OUTPUT], (&before, &now), &committed(pair))
+}
+
 pub fn clean(bytes: &[u8]) {
     assert_eq!(check(bytes), Report::default());
 }
@@ -65,6 +84,7 @@ pub fn commit_and_verify(pair: &Pair) -> MemoryDevices {
     assert!(backing_after == backing, "the backing reads wrong");
     assert!(overlay_after == overlay, "the overlay reads wrong");
     assert!(all_snapshots(&io.files) == all_snapshots(&pair.io().files), "a snapshot reads wrong");
+    assert!(bitmaps_hold(pair, &io.files), "an enabled bitmap says too much or too little");
     let report = check(&io.files[&DEVICE_OUTPUT]);
     assert_eq!(report, Report { errors: vec![], leaks: before_leaks });
     clean(&io.files[&OVERLAY]);
@@ -122,12 +142,15 @@ pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8],
     assert!(overlay_now == overlay, "the overlay changed its content");
     assert_eq!(errors(&files[&OVERLAY]), Vec::<String>::new(), "overlay");
     assert_eq!(errors(&files[&DEVICE_OUTPUT]), Vec::<String>::new(), "backing");
+    bitmaps_hold(pair, files);
     // Running again finishes the job.
     let mut io = MemoryDevices::new(files.clone());
     run_commit(&mut io, Options::default()).unwrap();
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
     assert!(all_snapshots(&io.files) == snapshots, "running again changes a snapshot");
+    // What an overlay that is emptied in part has left is less than what was committed: the bits stay all the same.
+    bitmaps_hold(pair, &io.files);
     assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
     assert_eq!(check(&io.files[&OVERLAY]).errors, Vec::<String>::new());
     assert!(!is_dirty(&io.files[&DEVICE_OUTPUT]) && !is_dirty(&io.files[&OVERLAY]), "running again leaves it dirty");

@@ -1,0 +1,239 @@
+//! Recording what a commit changes in the enabled bitmaps of the backing.
+//!
+//! A bitmap may claim more than has changed, never less. So the bits of a window are set *before* its data is written,
+//! and nothing else about a bitmap changes: it is valid at every instant, the `in_use` flag is never needed, and after
+//! a crash the bits say more than happened, until the commit is run again, which sets the same bits. (QEMU sets
+//! `in_use` while an image is open, and a crash makes the bitmap useless.) The order, and the crash that each step
+//! survives:
+//!
+//! 1. Where a table says that all bits of a cluster are 0: the bits in a new cluster, and its refcount, *then a flush*;
+//!    the refcount table, *then a flush*. Nothing refers to the cluster: a crash leaves leaks.
+//! 2. Table entries of new clusters, and bits in clusters that are there, *then a flush*. Each entry refers to a
+//!    durable cluster with refcount 1; each bit is right by itself, whichever of them are durable.
+//!
+//! Only then comes the data. Where all bits of a cluster are 1 there is nothing to do. Memory is bounded by
+//! [`BATCH`], whatever the size of the disk and the number of bitmaps.
+
+use crate::bitmaps::Recorded;
+use crate::image::overflow;
+use crate::sink::{Piece, Qcow2Sink};
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_qcow2_format::{BitmapTableEntry, HostCluster, HostOffset};
+
+/// Slices of bitmap data that are worked on at once: each may need another slice of a table, so 8 MiB.
+const BATCH: usize = 1024;
+
+/// Bits to set within one slice of bitmap data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    /// Index of the bitmap.
+    bitmap: usize,
+    /// Byte offset in the file of the table entry of the cluster that has the slice.
+    at: u64,
+    /// Byte offset of the slice within that cluster.
+    slice: u64,
+    /// First and last bit within the slice.
+    first: u64,
+    last: u64,
+    /// Index of the table entry.
+    entry: u64,
+}
+
+/// Guest byte ranges (start, end) of pieces, those that follow each other merged.
+fn guest_ranges(pieces: &[Piece], cluster_bits: u32) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for piece in pieces.iter().filter(|piece| piece.length != 0) {
+        let start = (piece.cluster.0 << cluster_bits) + piece.start;
+        let end = start + piece.length;
+        match ranges.last_mut() {
+            Some(last) if last.1 == start => last.1 = end,
+            _ => ranges.push((start, end)),
+        }
+    }
+    ranges
+}
+
+/// The bits of a bitmap that guest byte ranges touch, slice by slice, ascending.
+fn parts<'a>(
+    (number, bitmap): (usize, &Recorded),
+    ranges: &'a [(u64, u64)],
+    slice_bytes: u64,
+    cluster_bytes: u64,
+) -> impl Iterator<Item = Part> + use<'a> {
+    let bitmap = *bitmap;
+    let (slice_bits, per_cluster) = (slice_bytes * 8, cluster_bytes / slice_bytes);
+    ranges.iter().flat_map(move |&(start, end)| {
+        let (from, to) = (start >> bitmap.granularity_bits, (end - 1) >> bitmap.granularity_bits);
+        (from / slice_bits..=to / slice_bits).map(move |slice| {
+            let entry = slice / per_cluster;
+            Part {
+                bitmap: number,
+                at: bitmap.table.0 + entry * 8,
+                slice: slice % per_cluster * slice_bytes,
+                first: if slice == from / slice_bits { from % slice_bits } else { 0 },
+                last: if slice == to / slice_bits { to % slice_bits } else { slice_bits - 1 },
+                entry,
+            }
+        })
+    })
+}
+
+/// What is done with a batch of parts.
+type EachBatch<'a> = &'a mut dyn FnMut(&mut Qcow2Sink, &mut dyn BlockIo, &[Part]) -> DriverResult<()>;
+
+impl Qcow2Sink {
+    /// Call `each` with the parts of all enabled bitmaps that pieces touch, in batches across bitmaps, so that
+    /// many small ones share their flushes. The table entries are loaded.
+    fn each_part(&mut self, io: &mut dyn BlockIo, pieces: &[Piece], each: EachBatch<'_>) -> DriverResult<()> {
+        if self.bitmaps.recorded.is_empty() {
+            return Ok(());
+        }
+        // The mapping of the last window makes room: that of the next one is loaded after this.
+        self.l2.shrink(0);
+        let size = self.image.cluster_size();
+        let ranges = guest_ranges(pieces, size.bits());
+        let slice_bytes = self.image.slice_size() as u64;
+        let bitmaps = core::mem::take(&mut self.bitmaps.recorded);
+        let mut all = bitmaps.iter().enumerate().flat_map(|bitmap| parts(bitmap, &ranges, slice_bytes, size.bytes()));
+        let result = loop {
+            let batch: Vec<Part> = all.by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                break Ok(());
+            }
+            if batch.iter().any(|part| bitmaps.get(part.bitmap).is_none_or(|bitmap| part.entry >= bitmap.entries)) {
+                break Err(overflow("an entry of a bitmap table"));
+            }
+            self.bitmaps.tables.shrink(BATCH);
+            let loaded = self.bitmaps.tables.load(io, batch.iter().map(|part| part.at));
+            if let Err(error) = loaded.and_then(|()| each(self, io, &batch)) {
+                break Err(error);
+            }
+        };
+        drop(all);
+        self.bitmaps.recorded = bitmaps;
+        self.bitmaps.tables.shrink(BATCH / 16);
+        result
+    }
+
+    fn bitmap_entry(&self, part: &Part) -> DriverResult<BitmapTableEntry> {
+        BitmapTableEntry::decode(self.bitmaps.tables.entry(part.at)?, self.image.cluster_size())
+            .map_err(|error| self.image.corrupt(part.at, format!("an entry of a bitmap table {error}")))
+    }
+
+    /// Count the clusters that bitmaps will need for these pieces.
+    pub(crate) fn plan_bitmaps(&mut self, io: &mut dyn BlockIo, pieces: &[Piece]) -> DriverResult<()> {
+        self.each_part(io, pieces, &mut |sink, _, parts| {
+            for part in parts {
+                let last = sink.bitmaps.last_planned.get_mut(part.bitmap);
+                if last.ok_or_else(|| overflow("the index of a bitmap"))?.replace(part.entry) != Some(part.entry) {
+                    sink.planned.new_tables += u64::from(sink.bitmap_entry(part)? == BitmapTableEntry::Zeroes);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Set the bits of these pieces, durably.
+    pub(crate) fn record_in_bitmaps(&mut self, io: &mut dyn BlockIo, pieces: &[Piece]) -> DriverResult<()> {
+        if self.bitmaps.recorded.is_empty() {
+            return Ok(());
+        }
+        self.each_part(io, pieces, &mut |sink, io, parts| sink.record_parts(io, parts))?;
+        self.flush(io)
+    }
+
+    fn record_parts(&mut self, io: &mut dyn BlockIo, parts: &[Part]) -> DriverResult<()> {
+        let mut there: Vec<(u64, Part)> = Vec::new();
+        let mut fresh: Vec<Part> = Vec::new();
+        for part in parts {
+            match self.bitmap_entry(part)? {
+                BitmapTableEntry::Ones => {}
+                BitmapTableEntry::Data(cluster) => there.push((cluster.0 + part.slice, *part)),
+                BitmapTableEntry::Zeroes => fresh.push(*part),
+            }
+        }
+        self.bitmaps.data.clear();
+        let made = self.make_bitmap_clusters(io, &fresh)?;
+        self.bitmaps.data.clear();
+        self.bitmaps.data.load(io, there.iter().map(|&(slice, _)| slice))?;
+        for (slice, part) in there {
+            self.bitmaps.data.set_bits(slice, part.first, part.last)?;
+        }
+        for (at, cluster) in made {
+            self.bitmaps.tables.set_entry(at, BitmapTableEntry::Data(cluster).encode())?;
+        }
+        // A window that sets no new bit costs no flush.
+        self.unflushed |= self.bitmaps.data.is_dirty() || self.bitmaps.tables.is_dirty();
+        self.bitmaps.data.write_dirty(io)?;
+        self.bitmaps.data.clear();
+        self.bitmaps.tables.write_dirty(io)
+    }
+
+    /// Step 1. Returns which table entry is to refer to which cluster.
+    fn make_bitmap_clusters(
+        &mut self,
+        io: &mut dyn BlockIo,
+        fresh: &[Part],
+    ) -> DriverResult<BTreeMap<u64, HostOffset>> {
+        let size = self.image.cluster_size();
+        let mut made: BTreeMap<u64, HostOffset> = fresh.iter().map(|part| (part.at, HostOffset(0))).collect();
+        if made.is_empty() {
+            return Ok(made);
+        }
+        let before = self.image.file_length;
+        let runs = self.allocator.reserve(io, &mut self.image, &mut self.refcounts, made.len() as u64)?;
+        if self.image.file_length != before {
+            io.run(&mut [Request::set_length(self.image.device, self.image.file_length)])?;
+            self.unflushed = true;
+        }
+        let clusters = runs.iter().flat_map(|run| (run.start.0..run.start.0 + run.count).map(HostCluster));
+        for (place, cluster) in made.values_mut().zip(clusters) {
+            *place = size.host_offset(cluster).ok_or_else(|| overflow("a host offset"))?;
+        }
+        for part in fresh {
+            let cluster = made.get(&part.at).filter(|cluster| cluster.0 != 0);
+            let slice = cluster.ok_or_else(|| overflow("the number of clusters to allocate"))?.0 + part.slice;
+            self.bitmaps.data.insert_zeroed(slice);
+            self.bitmaps.data.set_bits(slice, part.first, part.last)?;
+        }
+        self.bitmaps.data.write_dirty(io)?;
+        self.unflushed = true;
+        self.write_refcounts_and_flush(io)?;
+        Ok(made)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use instar_guest_sdk::abi::ExtentKind;
+    use instar_qcow2_format::GuestCluster;
+
+    fn piece(cluster: u64, start: u64, length: u64) -> Piece {
+        Piece { cluster: GuestCluster(cluster), start, length, kind: ExtentKind::Zero, device: 0, location: 0 }
+    }
+
+    #[test]
+    fn pieces_that_follow_each_other_are_one_range() {
+        let pieces = [piece(0, 512, 3584), piece(1, 0, 4096), piece(2, 512, 512), piece(2, 1024, 512), piece(9, 0, 0)];
+        assert_eq!(guest_ranges(&pieces, 12), [(512, 8192), (8704, 9728)]);
+    }
+
+    #[test]
+    fn bits_of_ranges_slice_by_slice() {
+        let bitmap = Recorded { table: HostOffset(8192), entries: 9, granularity_bits: 9 };
+        // Slices of 512 bytes have 4096 bits, which is 2 MiB of guest; two of them are a cluster.
+        let find = |ranges: &[(u64, u64)]| -> Vec<(u64, u64, u64, u64)> {
+            parts((0, &bitmap), ranges, 512, 1024).map(|p| (p.at, p.slice, p.first, p.last)).collect()
+        };
+        assert_eq!(find(&[(0, 1)]), [(8192, 0, 0, 0)]);
+        assert_eq!(find(&[(511, 513)]), [(8192, 0, 0, 1)]);
+        assert_eq!(find(&[(0, 2 << 20)]), [(8192, 0, 0, 4095)]);
+        let mib = 1 << 20;
+        assert_eq!(find(&[(2 * mib - 1, 4 * mib + 1)]), [(8192, 0, 4095, 4095), (8192, 512, 0, 4095), (8200, 0, 0, 0)]);
+    }
+}

@@ -1,0 +1,133 @@
+//! Persistent bitmaps of images in memory: built and read from the specification, without the driver.
+
+use super::checker::View;
+use super::{be32, be64};
+
+/// `flags` of a directory entry.
+pub const IN_USE: u32 = 1;
+pub const AUTO: u32 = 2;
+
+/// What a cluster of bitmap data is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bits {
+    /// Table entry 0.
+    None,
+    /// Table entry 1.
+    All,
+    /// A cluster with this in every byte that has bits of the disk.
+    Bytes(u8),
+}
+
+#[derive(Clone, Debug)]
+pub struct BitmapSpec {
+    pub flags: u32,
+    pub granularity_bits: u32,
+    /// One for each cluster of bitmap data; the last is repeated.
+    pub bits: Vec<Bits>,
+    pub extra_data: Vec<u8>,
+}
+
+impl BitmapSpec {
+    pub fn new(flags: u32, granularity_bits: u32, bits: &[Bits]) -> Self {
+        Self { flags, granularity_bits, bits: bits.to_vec(), extra_data: Vec::new() }
+    }
+}
+
+/// A bitmap as it stands in an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapView {
+    /// Byte offset of the directory entry, and its length.
+    pub at: usize,
+    pub length: usize,
+    pub table: u64,
+    pub entries: u64,
+    pub flags: u32,
+    pub granularity: u64,
+    /// A bit for each granule of the virtual disk.
+    pub bits: Vec<bool>,
+    /// Offsets of the clusters of bitmap data.
+    pub clusters: Vec<u64>,
+}
+
+/// Where the data of the bitmaps extension begins.
+pub fn extension(bytes: &[u8]) -> Option<usize> {
+    if be32(bytes, 4) < 3 {
+        return None;
+    }
+    let mut at = be32(bytes, 100) as usize;
+    while be32(bytes, at) != 0 {
+        if be32(bytes, at) == 0x2385_2875 {
+            return Some(at + 8);
+        }
+        at += 8 + (be32(bytes, at + 4) as usize).next_multiple_of(8);
+    }
+    None
+}
+
+/// All bitmaps, if the autoclear bit says that they count.
+pub fn bitmaps(bytes: &[u8]) -> Vec<BitmapView> {
+    let view = View::new(bytes);
+    let Some(extension) = extension(bytes).filter(|_| be64(bytes, 88) & 1 != 0) else { return Vec::new() };
+    let mut at = be64(bytes, extension + 16) as usize;
+    let mut all = Vec::new();
+    for _ in 0..be32(bytes, extension) {
+        let name = usize::from(bytes[at + 18]) << 8 | usize::from(bytes[at + 19]);
+        let length = (24 + be32(bytes, at + 20) as usize + name).next_multiple_of(8);
+        let (table, entries, granularity) = (be64(bytes, at), u64::from(be32(bytes, at + 8)), 1u64 << bytes[at + 17]);
+        let mut found = BitmapView {
+            at,
+            length,
+            table,
+            entries,
+            flags: be32(bytes, at + 12),
+            granularity,
+            bits: Vec::new(),
+            clusters: Vec::new(),
+        };
+        let raw: Vec<u64> = (0..entries).map(|i| be64(bytes, (table + i * 8) as usize)).collect();
+        found.clusters = raw.iter().copied().filter(|&entry| entry > 1).collect();
+        for bit in 0..view.virtual_size.div_ceil(granularity) {
+            let entry = raw[(bit / 8 / view.size) as usize];
+            let byte = (entry + bit / 8 % view.size) as usize;
+            found.bits.push(match entry {
+                0 => false,
+                1 => true,
+                _ => bytes.get(byte).is_some_and(|byte| byte >> (bit % 8) & 1 == 1),
+            });
+        }
+        all.push(found);
+        at += length;
+    }
+    all
+}
+
+/// What must hold of the bitmaps `now` at every instant of a commit, given those `before` it and what the image reads
+/// as. Returns whether every bit that is set now was set before or is among the `committed` bytes.
+pub fn verify_bitmaps(before: &[u8], now: &[u8], content: (&[u8], &[u8]), committed: &[bool]) -> bool {
+    let (old, new) = (bitmaps(before), bitmaps(now));
+    assert_eq!(old.len(), new.len(), "a bitmap is gone");
+    let mut exact = true;
+    for (old, new) in old.iter().zip(&new) {
+        assert_eq!(before[old.at..old.at + old.length], now[new.at..new.at + new.length], "a directory entry changed");
+        if old.flags & (AUTO | IN_USE) != AUTO {
+            assert_eq!(old, new, "a bitmap that is not kept up changed");
+            continue;
+        }
+        for (index, (&was, &is)) in old.bits.iter().zip(&new.bits).enumerate() {
+            let start = index * old.granularity as usize;
+            let range = start..(start + old.granularity as usize).min(content.0.len());
+            let changed = content.0[range.clone()] != content.1[range.clone()];
+            assert!(is || !(was || changed), "granule {index} of {} changed, and its bit is clear", old.granularity);
+            let touched = committed[range.start.min(committed.len())..range.end.min(committed.len())].contains(&true);
+            exact &= is == (was || touched);
+        }
+        let first_unused = new.bits.len() as u64;
+        let view = View::new(now);
+        for bit in first_unused..new.entries * view.size * 8 {
+            let entry = be64(now, (new.table + bit / 8 / view.size * 8) as usize);
+            let byte = now.get((entry + bit / 8 % view.size) as usize).copied().unwrap_or(0);
+            assert!(entry < 2 || byte >> (bit % 8) & 1 == 0, "tail bit {bit} is set");
+        }
+    }
+    exact
+}
