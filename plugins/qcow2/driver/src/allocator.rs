@@ -1,4 +1,5 @@
-//! Allocating clusters of a backing: at the end of the file, refcount blocks and table grown as needed.
+//! Allocating clusters of a backing at the end of the file; refcount blocks and table grow as needed. (Those that are
+//! free within the file go first: see [`free_clusters`](crate::free_clusters).)
 //!
 //! Everything here happens in memory (in slices of the refcount structures); [`write`](crate::write) makes
 //! it durable in an order that never lets a reference point at a cluster with refcount 0.

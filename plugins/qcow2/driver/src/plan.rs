@@ -5,6 +5,7 @@
 //! dirty bit is different: all of its references are counted, and planning sees it as the repair will leave it.
 
 use crate::bitmaps::Bitmaps;
+use crate::free_clusters::FreeClusters;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::CLUSTERS_PER_LOAD;
@@ -150,16 +151,20 @@ impl Qcow2Sink {
 
     /// The result of planning.
     pub(crate) fn summarise(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
-        let wanted = self.planned.new_data + self.planned.new_tables;
+        let mut wanted = self.planned.new_data + self.planned.new_tables;
+        if wanted > 0 && self.last_cluster_is_cut_data(io)? {
+            self.refuse_lost_data(io)?;
+        }
+        if let Some(metadata) = self.planned.metadata.as_ref().filter(|_| wanted > 0) {
+            self.free_clusters = FreeClusters::find(io, &self.image, &mut self.refcounts, metadata, wanted)?;
+            wanted -= self.free_clusters.count();
+        }
         let first = self.allocator.next();
         let mut clusters = self.allocator.bound(&self.image, &self.refcounts, wanted)?;
         // Clusters past the end of the file that have a refcount all the same are passed over: a crash leaves such
         // leaks. Each makes the file a cluster longer.
         let mut looked_at = first.0;
         let mut passed_over = 0;
-        if wanted > 0 && self.last_cluster_is_cut_data(io)? {
-            self.refuse_lost_data(io)?;
-        }
         while wanted > 0 && looked_at < clusters {
             let in_use = self.count_in_use(io, looked_at, clusters)?;
             if in_use > 0 && passed_over == 0 {

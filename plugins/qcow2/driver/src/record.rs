@@ -20,7 +20,6 @@ use crate::sink::{Piece, Qcow2Sink};
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::{BitmapTableEntry, HostCluster, HostOffset};
 
@@ -184,12 +183,7 @@ impl Qcow2Sink {
         if made.is_empty() {
             return Ok(made);
         }
-        let before = self.image.file_length;
-        let runs = self.allocator.reserve(io, &mut self.image, &mut self.refcounts, made.len() as u64)?;
-        if self.image.file_length != before {
-            io.run(&mut [Request::set_length(self.image.device, self.image.file_length)])?;
-            self.unflushed = true;
-        }
+        let runs = self.reserve(io, made.len() as u64)?;
         let clusters = runs.iter().flat_map(|run| (run.start.0..run.start.0 + run.count).map(HostCluster));
         for (place, cluster) in made.values_mut().zip(clusters) {
             *place = size.host_offset(cluster).ok_or_else(|| overflow("a host offset"))?;

@@ -4,6 +4,7 @@ use crate::allocator::Allocator;
 use crate::bitmaps::Bitmaps;
 use crate::cluster_set::ClusterSet;
 use crate::decode::ClusterReader;
+use crate::free_clusters::FreeClusters;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::Refcounts;
@@ -36,6 +37,7 @@ pub struct Qcow2Sink {
     pub(crate) l2: SliceCache,
     pub(crate) refcounts: Refcounts,
     pub(crate) allocator: Allocator,
+    pub(crate) free_clusters: FreeClusters,
     pub(crate) planned: Planned,
     pub(crate) compressed: ClusterReader,
     pub(crate) bitmaps: Bitmaps,
@@ -160,6 +162,7 @@ impl Qcow2Sink {
             l2: SliceCache::new(image.device, size),
             refcounts: Refcounts::new(&image),
             allocator: Allocator::new(&image),
+            free_clusters: FreeClusters::default(),
             compressed: ClusterReader::default(),
             bitmaps: Bitmaps::new(&image),
             planned: Planned {

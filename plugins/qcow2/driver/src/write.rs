@@ -185,14 +185,7 @@ impl Qcow2Sink {
             actions.push(action);
         }
 
-        let wanted = tables.len() as u64 + new_data;
-        let before = self.image.file_length;
-        let runs = self.allocator.reserve(io, &mut self.image, &mut self.refcounts, wanted)?;
-        if self.image.file_length != before {
-            io.run(&mut [Request::set_length(self.image.device, self.image.file_length)])?;
-            self.unflushed = true;
-        }
-        let mut reserved = Reserved::new(runs);
+        let mut reserved = Reserved::new(self.reserve(io, tables.len() as u64 + new_data)?);
         let mut new_tables = Vec::with_capacity(tables.len());
         for (index, old) in tables {
             new_tables.push(NewTable { index, offset: self.host_offset(reserved.next()?)?, old });
@@ -217,6 +210,33 @@ impl Qcow2Sink {
         }
         // Step 5.
         self.free(io, freed)
+    }
+
+    /// Reserve clusters, with refcount 1; they read as zeroes. Nothing durable refers to those that are used again.
+    pub(crate) fn reserve(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<Vec<Run>> {
+        let mut runs = Vec::new();
+        let mut missing = count;
+        while let Some(run) = self.free_clusters.take(missing) {
+            missing -= run.count;
+            runs.push(run);
+        }
+        let size = self.image.cluster_size();
+        let mut zero = Vec::with_capacity(runs.len());
+        for run in &runs {
+            let at = self.host_offset(run.start)?;
+            zero.push(Request::zero(self.image.device, at.0, run.count << size.bits()));
+            let mut clusters = (run.start.0..run.start.0 + run.count).map(HostCluster);
+            self.refcounts.load(io, &self.image, clusters.clone())?;
+            clusters.try_for_each(|cluster| self.refcounts.set(&self.image, cluster, 1))?;
+        }
+        let before = self.image.file_length;
+        runs.extend(self.allocator.reserve(io, &mut self.image, &mut self.refcounts, missing)?);
+        if self.image.file_length != before {
+            zero.push(Request::set_length(self.image.device, self.image.file_length));
+        }
+        self.unflushed |= !zero.is_empty();
+        zero.chunks_mut(BATCH).try_for_each(|requests| io.run(requests))?;
+        Ok(runs)
     }
 
     fn host_offset(&self, cluster: HostCluster) -> DriverResult<HostOffset> {

@@ -33,6 +33,8 @@ pub struct Spec {
     pub table_clusters: u64,
     /// Leaked clusters (refcount 1, no reference) before the data.
     pub leaks: u64,
+    /// Free clusters full of stale bytes after the leaks, every other one of twice as many.
+    pub free: u64,
     pub autoclear: u64,
     pub refcount_order: u32,
     /// Refcount blocks stand before everything that they describe, not after it.
@@ -55,6 +57,7 @@ impl Spec {
             clusters: BTreeMap::new(),
             table_clusters: 1,
             leaks: 0,
+            free: 0,
             autoclear: 0,
             refcount_order: 4,
             blocks_first: false,
@@ -145,6 +148,13 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     let l1_entries = spec.virtual_size.div_ceil(per_table << spec.cluster_bits).max(1);
     let l1 = file.allocate((l1_entries as usize * 8).div_ceil(size));
     file.allocate(spec.leaks as usize);
+    for _ in 0..spec.free {
+        let at = file.allocate(1);
+        file.bytes[at..].fill(0xee);
+        file.used.pop();
+        // One that is leaked keeps them apart.
+        file.allocate(1);
+    }
     let per_block = (size * 8) >> spec.refcount_order;
     let early: Vec<usize> = if spec.blocks_first { (0..16).map(|_| file.allocate(1)).collect() } else { Vec::new() };
     let mut l2: BTreeMap<u64, usize> = BTreeMap::new();
