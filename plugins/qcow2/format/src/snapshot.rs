@@ -17,6 +17,8 @@ pub struct Snapshot {
     pub l1_table: HostOffset,
     /// Number of entries of that table.
     pub l1_entries: u32,
+    /// Virtual size of the snapshot in bytes: bytes 8 to 15 of the extra data, which version 2 need not have.
+    pub virtual_size: Option<u64>,
     /// Name of the snapshot, as it stands in the image. Hostile.
     pub name: Vec<u8>,
 }
@@ -45,7 +47,11 @@ impl Snapshot {
             return Ok(None);
         };
         let l1_table = (u64::from(u32_at(0)) << 32) | u64::from(u32_at(4));
-        let snapshot = Self { l1_table: HostOffset(l1_table), l1_entries: u32_at(8), name: name.to_vec() };
+        let size_at = at + FIXED_BYTES + 8;
+        let virtual_size = table.get(size_at..size_at + 8).filter(|_| extra >= 16);
+        let virtual_size = virtual_size.and_then(|bytes| bytes.try_into().ok()).map(u64::from_be_bytes);
+        let snapshot =
+            Self { l1_table: HostOffset(l1_table), l1_entries: u32_at(8), virtual_size, name: name.to_vec() };
         Ok(Some((snapshot, end.next_multiple_of(8))))
     }
 }
