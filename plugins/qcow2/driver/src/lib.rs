@@ -11,7 +11,7 @@
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
 //! * [`source`], [`check`], [`empty`], [`empty_shared`]: the source role;
-//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`write`]: the sink role.
+//! * [`metadata_map`], [`allocator`], [`sink`], [`plan`], [`grow`], [`write`]: the sink role.
 #![no_std]
 
 extern crate alloc;
@@ -22,6 +22,7 @@ pub mod cluster_set;
 pub mod decode;
 pub mod empty;
 pub mod empty_shared;
+pub mod grow;
 pub mod image;
 pub mod metadata_map;
 pub mod plan;

@@ -49,7 +49,7 @@ impl Qcow2Sink {
             let (entry, at) = self.l2_entry(first.cluster)?;
             if let Some((offset, copied)) = entry.host() {
                 // The same cluster comes twice where an extent ends within it.
-                if self.planned.last_cluster != Some(first.cluster) {
+                if self.planned.last_cluster != Some(first.cluster) && self.planned.grown != Some(first.cluster) {
                     let needed = match entry {
                         L2Entry::Data { .. } => self.visible_bytes(first.cluster),
                         _ => 0,
@@ -141,7 +141,7 @@ impl Qcow2Sink {
 
     /// The result of planning.
     pub(crate) fn summarise(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
-        let wanted = self.planned.new_data + self.planned.new_tables;
+        let wanted = self.planned.new_data + self.planned.new_tables + self.planned.slack;
         let first = self.allocator.next();
         let mut clusters = self.allocator.bound(&self.image, &self.refcounts, wanted)?;
         // Clusters past the end of the file that have a refcount all the same are passed over: a crash leaves such
@@ -172,7 +172,7 @@ impl Qcow2Sink {
     }
 
     /// Whether the file ends within a cluster that is in use and no metadata (which may well be cut short).
-    fn last_cluster_is_cut_data(&mut self, io: &mut dyn BlockIo) -> DriverResult<bool> {
+    pub(crate) fn last_cluster_is_cut_data(&mut self, io: &mut dyn BlockIo) -> DriverResult<bool> {
         let size = self.image.cluster_size();
         if size.offset_in(self.image.file_length) == 0 {
             return Ok(false);
@@ -184,7 +184,7 @@ impl Qcow2Sink {
 
     /// The file looks cut off, and is about to grow over what was lost, which would then read as zeroes, for ever and
     /// unnoticed. Only a walk of all L2 tables tells data that was lost from clusters that a crash leaked.
-    fn refuse_lost_data(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+    pub(crate) fn refuse_lost_data(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let mut walker = Qcow2Source::new(self.image.clone());
         walker.walk(io, 0, &mut |image, mapped| {
             let Mapped { guest, at, entry, .. } = mapped;
@@ -203,7 +203,7 @@ impl Qcow2Sink {
     }
 
     /// How many of these clusters have a refcount that is not 0.
-    fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
+    pub(crate) fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
         let mut count = 0;
         // Past the end of the refcount table everything is free.
         let end = end.min(self.refcounts.table_entries.saturating_mul(self.refcounts.per_block()));
@@ -221,7 +221,7 @@ impl Qcow2Sink {
         Ok(count)
     }
 
-    fn too_long(&self, passed_over: u64) -> DriverError {
+    pub(crate) fn too_long(&self, passed_over: u64) -> DriverError {
         if passed_over == 0 {
             return overflow("the length that the backing may have");
         }

@@ -4,6 +4,7 @@
 //! content at those guest offsets may be old or new. What must hold at every instant, for every subset of
 //! the writes since the last flush, is that the backing stays consistent. The order, and the crash that each
 //! step survives:
+//! A backing that is to grow does so before the first window, see [`grow`](crate::grow).
 //!
 //! 1. Data (into clusters that one L2 entry owns, or into new ones), copies of L2 tables that a snapshot
 //!    shares, and refcount blocks (new clusters get refcount 1; new blocks are filled), also a whole new
@@ -121,7 +122,7 @@ impl Qcow2Sink {
 
     /// Before the first change: autoclear features that this program does not keep up must go ("Header",
     /// `autoclear_features`). Flushed alone, so that no change is durable while they still claim to hold.
-    fn start(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+    pub(crate) fn start(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let header = &self.image.header;
         let kept = header.autoclear & autoclear::BITMAPS;
         if header.version == Version::V3 && header.autoclear != kept {
@@ -383,7 +384,7 @@ impl Qcow2Sink {
     }
 
     /// End of step 1, and step 2.
-    fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+    pub(crate) fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         self.unflushed |= self.refcounts.blocks.is_dirty();
         self.refcounts.blocks.write_dirty(io)?;
         let retired = core::mem::take(&mut self.allocator.retired_tables);
@@ -440,7 +441,7 @@ impl Qcow2Sink {
     }
 
     /// Step 5: one reference less to each of these clusters, which nothing refers to any more.
-    fn free(&mut self, io: &mut dyn BlockIo, clusters: Vec<HostCluster>) -> DriverResult<()> {
+    pub(crate) fn free(&mut self, io: &mut dyn BlockIo, clusters: Vec<HostCluster>) -> DriverResult<()> {
         self.unflushed |= !clusters.is_empty();
         self.refcounts.release(io, &self.image, clusters)
     }

@@ -82,9 +82,10 @@ mod tests {
         table.extend(entry(b"", 0));
         let (first, next) = Snapshot::parse(&table, 0, 0).unwrap_or_default().unwrap_or_else(|| unreachable!());
         assert_eq!((first.l1_table, first.l1_entries, first.name.as_slice()), (HostOffset(0x5_0000), 7, &b"first"[..]));
+        assert_eq!(first.virtual_size, Some(0x0909_0909_0909_0909));
         assert_eq!(next, padded);
         let second = Snapshot::parse(&table, next, 0).unwrap_or_default();
-        assert!(second.is_some_and(|(entry, _)| entry.name.is_empty()));
+        assert!(second.is_some_and(|(entry, _)| entry.name.is_empty() && entry.virtual_size.is_none()));
     }
 
     #[test]
