@@ -97,7 +97,6 @@ OPTIONS = [
     ["--rate-limit=1M"],
     ["-t", "none"],
     ["--cache", "writethrough"],
-    ["--resize-backing"],
 ]
 
 

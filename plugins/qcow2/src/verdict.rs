@@ -97,7 +97,9 @@ fn unsupported(reason: &str) -> Refusal {
 ///   each may fall into another one. Of any other overlay: as many as the virtual disk has;
 /// * one for each L2 table that is missing. With equal cluster sizes, L2 tables of overlay and backing cover the
 ///   same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual disk has;
-/// * the L1 table, when it has to grow and move for a larger virtual size;
+/// * the L1 table, when it has to grow and move for a larger virtual size; as much again is passed over to find a run of
+///   clusters for it, twice at most, with what the refcount blocks in between take. L2 tables for all that is new, to hide
+///   longer ancestors, and the cluster at the old end, each counted apart from those for the overlay's data;
 /// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
 ///   when it grows, twice as long as needed.
 fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
@@ -118,8 +120,12 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     // One more L2 table than entries of L1 cannot be needed; with one for good measure.
     let tables = tables.min(l1_entries.checked_add(1)?);
     let l1 = cs.count_for(l1_entries.checked_mul(8)?);
-    let content =
-        cs.count_for(own.file_length).checked_add(data)?.checked_add(tables)?.checked_add(l1)?.checked_add(2)?;
+    let growth = match overlay.virtual_size.saturating_sub(own.virtual_size) {
+        0 => 0,
+        new => new.div_ceil(cs.l2_coverage()).checked_add(l1.checked_mul(3)?)?.checked_add(16)?,
+    };
+    let parts = [data, tables, l1, growth, 2];
+    let content = parts.into_iter().try_fold(cs.count_for(own.file_length), u64::checked_add)?;
 
     let order = RefcountOrder::new(u32::try_from(number(own, names::REFCOUNT_BITS)).ok()?.trailing_zeros())?;
     let per_block = order.entries_in(cs.bytes());
@@ -250,6 +256,15 @@ mod tests {
         assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 65536 * 8192);
         let small = image(4096, 262_144, 1 << 40);
         assert!(give(CommitRole::Backing, &small, &overlay).max_length > 65536 * 8192);
+    }
+
+    #[test]
+    fn the_bound_covers_a_backing_that_grows() {
+        let overlay = image(65536, 262_144, 8 << 40);
+        let backing = image(65536, 262_144, 1 << 30);
+        // The L1 table, and an L2 table for each of its entries.
+        let entries = (8u64 << 40) >> 29;
+        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 262_144 + entries * 8 + entries * 65536);
     }
 
     #[test]
