@@ -86,7 +86,6 @@ OPTIONS = [
     ["--rate-limit=1M"],
     ["-t", "none"],
     ["--cache", "writethrough"],
-    ["--resize-backing"],
 ]
 
 

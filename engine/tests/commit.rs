@@ -196,13 +196,21 @@ fn a_larger_overlay_needs_a_word() {
     let lab = Lab::new();
     lab.create("base", None, MIB);
     lab.create("top", Some("base"), 2 * MIB);
-    lab.refused(&["top"], ErrorCode::OverlayLargerThanBacking, &["exceeds backing virtual size", "grow the backing"]);
+    let words = ["exceeds backing virtual size", "grow the backing", "--resize-backing"];
+    lab.refused(&["top"], ErrorCode::OverlayLargerThanBacking, &words);
+    let dry = lab.instar(&["--resize-backing", "--dry-run", "-v", "top"]);
+    assert_eq!(dry.status, 0, "{}", dry.stderr);
+    assert!(dry.stdout.contains("would grow to 2097152 bytes"), "{}", dry.stdout);
+    assert!(dry.stderr.contains("grows to 2097152 bytes"), "{}", dry.stderr);
+    assert_eq!(lab.instar(&["--resize-backing", "top"]).status, 0);
+    assert!(lab.qemu_img(&["info", "base"]).contains("2 MiB (2097152 bytes)"));
+    lab.qemu_img(&["check", "base"]);
 }
 
 #[test]
 fn options_that_are_not_there_yet_change_nothing() {
     let lab = Lab::pair();
-    for args in [&["-p"][..], &["-r", "1M"], &["-t", "unsafe"], &["--resize-backing"]] {
+    for args in [&["-p"][..], &["-r", "1M"], &["-t", "unsafe"]] {
         lab.refused(&[args, &["top"]].concat(), ErrorCode::NotImplemented, &[args[0], "not there yet"]);
     }
     assert_eq!(lab.instar(&[]).status, 2);

@@ -93,7 +93,6 @@ fn not_there_yet(args: &CommitArgs) -> Option<&'static str> {
         (args.progress, "-p"),
         (args.rate_limit.is_some(), "-r"),
         (args.cache != CacheMode::Writeback, "-t with a mode other than writeback"),
-        (args.resize_backing, "--resize-backing"),
     ]
     .into_iter()
     .find_map(|(given, option)| given.then_some(option))
@@ -110,6 +109,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
         base: args.base.clone(),
         keep_overlay: args.keep_overlay,
         dry_run: args.dry_run,
+        resize_backing: args.resize_backing,
         allowed_directories: args.allow_backing_dir.clone(),
         plugin_directories: args.plugin_dir.clone(),
     };

@@ -39,6 +39,8 @@ pub struct CommitRequest {
     pub keep_overlay: bool,
     /// Stop before the first change.
     pub dry_run: bool,
+    /// Let a smaller backing grow to the overlay's virtual size.
+    pub resize_backing: bool,
     /// Directories that recorded names may lead into.
     pub allowed_directories: Vec<PathBuf>,
     /// Directories with more plugins.
@@ -62,6 +64,8 @@ pub struct CommitRunResult {
     pub bytes_committed: u64,
     /// Overlay clusters that were dropped by emptying it.
     pub overlay_clusters_cleared: u64,
+    /// The virtual size in bytes to which the backing grows, if it does.
+    pub backing_grows_to: Option<u64>,
     /// Whether nothing was changed, as asked.
     pub dry_run: bool,
     /// What the operator should know, each one line that names a file.
@@ -124,6 +128,8 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
 
     let mut warnings = Vec::new();
     let max_length = verdict(&overlay, &backing, &ancestors, &mut warnings)?;
+    let backing_grows_to = check_sizes(&overlay, &backing, request.resize_backing)?;
+    notes.extend(backing_grows_to.map(|size| format!("the backing's virtual size grows to {size} bytes")));
     let mut result = CommitRunResult {
         overlay: path,
         overlay_format: overlay.facts.format.to_string(),
@@ -132,13 +138,18 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
         clusters_committed: 0,
         bytes_committed: 0,
         overlay_clusters_cleared: 0,
+        backing_grows_to,
         dry_run: request.dry_run,
         warnings,
         run: GuestRun::default(),
         timing,
     };
-    let keep = if request.keep_overlay { commit_flags::KEEP_OVERLAY } else { 0 };
-    let flags = keep | if request.dry_run { commit_flags::DRY_RUN } else { 0 };
+    let flags = [
+        (request.keep_overlay, commit_flags::KEEP_OVERLAY),
+        (request.dry_run, commit_flags::DRY_RUN),
+        (request.resize_backing, commit_flags::RESIZE_BACKING),
+    ];
+    let flags = flags.into_iter().filter(|(given, _)| *given).fold(0, |all, (_, flag)| all | flag);
     let (outcome, run) = run_commit_guest(flags, overlay, backing, ancestors, max_length)?;
     result.timing.mark("virtual machine");
     result.clusters_committed = outcome.clusters_committed;
@@ -148,7 +159,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     Ok(result)
 }
 
-/// Sizes, then the plugins. Returns how long the backing may become in bytes; `warnings` takes what the plugins have to
+/// The plugins, asked. Returns how long the backing may become in bytes; `warnings` takes what the plugins have to
 /// say besides.
 fn verdict(
     overlay: &ChainImage<'_>,
@@ -185,15 +196,23 @@ fn verdict(
     for ancestor in ancestors {
         ask(ancestor, CommitRole::Ancestor, &overlay.facts)?;
     }
-    if overlay.facts.virtual_size > backing.facts.virtual_size {
-        let clause = format!(
-            "the overlay's virtual size of {} bytes exceeds backing virtual size of {} bytes: grow the backing first \
-             (`qemu-img resize`)",
-            overlay.facts.virtual_size, backing.facts.virtual_size
-        );
-        return Err(CliError::image(&overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause));
-    }
     Ok(max_length.max(backing.facts.file_length))
+}
+
+/// The virtual size in bytes to which the backing has to grow, if it has to and may.
+fn check_sizes(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, may_grow: bool) -> Result<Option<u64>, CliError> {
+    let (needed, size) = (overlay.facts.virtual_size, backing.facts.virtual_size);
+    if needed <= size {
+        return Ok(None);
+    }
+    if may_grow {
+        return Ok(Some(needed));
+    }
+    let clause = format!(
+        "the overlay's virtual size of {needed} bytes exceeds backing virtual size of {size} bytes: give \
+         --resize-backing, or grow the backing first"
+    );
+    Err(CliError::image(&overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
 }
 
 fn note_plugins(registry: &Registry, notes: &mut Vec<String>) {

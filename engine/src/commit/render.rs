@@ -56,16 +56,20 @@ pub fn render_dry_run(result: &CommitRunResult, output: OutputFormat, out: &mut 
             map.insert("dry_run".into(), json!(true));
             print_json_indented(out, &Value::Object(map), INDENT)
         }
-        OutputFormat::Human => print(
-            out,
-            &format!(
-                "Would commit {} clusters ({} bytes) of '{}' into '{}'. Nothing was changed.\n",
-                result.clusters_committed,
-                result.bytes_committed,
-                escape_path(&result.overlay),
-                escape_path(&result.backing)
-            ),
-        ),
+        OutputFormat::Human => {
+            let growth = result.backing_grows_to.map(|size| format!(", which would grow to {size} bytes"));
+            print(
+                out,
+                &format!(
+                    "Would commit {} clusters ({} bytes) of '{}' into '{}'{}. Nothing was changed.\n",
+                    result.clusters_committed,
+                    result.bytes_committed,
+                    escape_path(&result.overlay),
+                    escape_path(&result.backing),
+                    growth.unwrap_or_default()
+                ),
+            )
+        }
     }
 }
 

@@ -14,7 +14,7 @@ pub const MODULE_MAGIC: u64 = u64::from_le_bytes(*b"INSTMODU");
 /// Changes when a module built before cannot be loaded any more.
 pub const MODULE_ABI_MAJOR: u32 = 1;
 /// Changes when something was appended to a table.
-pub const MODULE_ABI_MINOR: u32 = 0;
+pub const MODULE_ABI_MINOR: u32 = 1;
 
 /// Longest detail text of a [`Failure`] in bytes.
 pub const FAILURE_TEXT_MAX: usize = 208;
@@ -208,6 +208,16 @@ pub struct SinkOps {
     ) -> u32,
     /// Everything is durable when this returns.
     pub finish: extern "C" fn(sink: *mut c_void, failure: *mut Failure) -> u32,
+    /// Since minor version 1; null, or past the end of a shorter table: this sink cannot grow. Called before the first
+    /// `plan`, changes nothing: from here on the image counts as `virtual_size` bytes long, and the first `write`, which
+    /// may be one of no extents, makes it so. What lies below the image reads as zeroes from byte `below_length` on.
+    pub grow:
+        Option<extern "C" fn(sink: *mut c_void, virtual_size: u64, below_length: u64, failure: *mut Failure) -> u32>,
+}
+
+impl SinkOps {
+    /// Size in bytes of the table of minor version 0.
+    pub const MIN_SIZE: usize = core::mem::offset_of!(Self, grow);
 }
 
 /// What a format module offers; a null role is not offered.

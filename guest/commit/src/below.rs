@@ -88,6 +88,11 @@ impl ReadBelow for Ancestors<'_> {
         !self.layers.is_empty()
     }
 
+    fn length(&self) -> u64 {
+        // Past the end of the nearest layer nothing below it is seen.
+        self.layers.first().map_or(0, |layer| layer.info().virtual_size)
+    }
+
     fn read(&mut self, io: &mut dyn BlockIo, guest_offset: u64, buffer: &mut [u8]) -> DriverResult<()> {
         fill(io, &mut self.layers, guest_offset, buffer)
     }

@@ -2,9 +2,9 @@
 //!
 //! 1. *check*: the overlay is verified whole;
 //! 2. *plan*: the sink is shown every extent, and says no if it has a reason to. Up to here nothing changes;
-//! 3. *write*: the extents go into the sink, which keeps itself consistent at every instant, and at the end
-//!    makes them durable. A crash up to here leaves the overlay as it was: it hides whatever part of the
-//!    data the backing has already;
+//! 3. *write*: the sink grows first, if it is to, by what reads as zeroes; then the extents go into it. It keeps itself
+//!    consistent at every instant, and at the end makes them durable. A crash up to here leaves the overlay as it was:
+//!    it hides whatever part of the data the backing has already;
 //! 4. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
 //!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
 
@@ -62,6 +62,8 @@ pub struct Options {
     pub keep_overlay: bool,
     /// Stop before the first change.
     pub dry_run: bool,
+    /// Let a smaller backing grow to the overlay's virtual size.
+    pub resize_backing: bool,
 }
 
 /// How a commit ended well.
@@ -111,6 +113,10 @@ pub fn commit(
 
     let mut bytes = 0;
     let sink = &mut *images.sink;
+    let growing = options.resize_backing && sink.info().virtual_size < total;
+    if growing {
+        sink.grow(io, total, images.below.length()).map_err(at(Step::Plan))?;
+    }
     let limit = sink.info().virtual_size;
     each_batch(io, images.source, &mut |io, _, extents, _| {
         if let Some(extent) = extents.iter().find(|e| e.guest_offset.saturating_add(e.length) > limit) {
@@ -127,6 +133,10 @@ pub fn commit(
     }
 
     let below = &mut *images.below;
+    if growing {
+        // An overlay that holds nothing makes its backing grow, too.
+        sink.write(io, &[], below).map_err(at(Step::Write))?;
+    }
     let mut arena = Vec::new();
     each_batch(io, images.source, &mut |io, source, extents, next| {
         write_batch(io, source, sink, extents, below, &mut arena)?;

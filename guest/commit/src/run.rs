@@ -76,8 +76,11 @@ fn run_chain(
     }
     let mut below = Ancestors::new(layers);
     let flags = operation.config.flags;
-    let options =
-        Options { keep_overlay: flags & commit_flags::KEEP_OVERLAY != 0, dry_run: flags & commit_flags::DRY_RUN != 0 };
+    let options = Options {
+        keep_overlay: flags & commit_flags::KEEP_OVERLAY != 0,
+        dry_run: flags & commit_flags::DRY_RUN != 0,
+        resize_backing: flags & commit_flags::RESIZE_BACKING != 0,
+    };
     let mut images = Commit { source: &mut source, sink: &mut sink, below: &mut below };
     commit(io, &mut images, options, &mut |event| send_kind(send, event_message(event)))
 }

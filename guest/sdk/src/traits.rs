@@ -45,6 +45,15 @@ pub trait ReadBelow {
     /// Whether there is any ancestor; if not, everything reads as zeroes.
     fn exists(&self) -> bool;
 
+    /// From this guest byte on everything below reads as zeroes.
+    fn length(&self) -> u64 {
+        if self.exists() {
+            u64::MAX
+        } else {
+            0
+        }
+    }
+
     /// Fill `buffer` with the guest bytes from `guest_offset` on.
     ///
     /// # Errors
@@ -54,11 +63,23 @@ pub trait ReadBelow {
 
 /// An image that data goes into: allocate, write, make durable.
 ///
-/// The calls come in this order: `plan` for all extents of the commit, `planned`, then `write` for all
-/// extents again, `finish`. Nothing is changed before the first `write`, or `finish`, if there is nothing to write.
+/// The calls come in this order: `grow` if the image is to grow, `plan` for all extents of the commit, `planned`, then
+/// `write` for all extents again, `finish`. Nothing is changed before the first `write`, or `finish`, if there is nothing
+/// to write.
 pub trait Sink {
-    /// Facts of the open image.
+    /// Facts of the open image, with the new virtual size once [`Sink::grow`] has agreed to it.
     fn info(&self) -> ImageInfo;
+
+    /// Verify that the image can grow to `virtual_size` bytes, and count what must be allocated for that. Changes
+    /// nothing: it grows with the first `write`, which may be one of no extents. Until then a guest reads zeroes past
+    /// the image's end, and so it must be afterwards; what lies below reads as zeroes from byte `below_length` on.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedFormat`] if it cannot; as [`Sink::plan`].
+    fn grow(&mut self, io: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
+        let _ = (io, virtual_size, below_length);
+        Err(DriverError::new(ErrorCode::UnsupportedFormat, "an image of this format cannot grow"))
+    }
 
     /// Verify the metadata that these extents (ascending over all calls; any kind) will touch, and count
     /// what must be allocated for them. Changes nothing.

@@ -77,7 +77,9 @@ fn refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
 ///   disk has;
 /// * for each bitmap, which QEMU limits to 65,535, one for each cluster of bits: as many as the disk has with the finest
 ///   granularity, 512 bytes, but no more than data clusters arrive: the bits of one are never in two clusters;
-/// * the L1 table, when it has to grow and move for a larger virtual size;
+/// * the L1 table, when it has to grow and move for a larger virtual size; as much again is passed over to find a run of
+///   clusters for it, twice at most, with what the refcount blocks in between take. L2 tables for all that is new, to hide
+///   longer ancestors, and the cluster at the old end, each counted apart from those for the overlay's data;
 /// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
 ///   when it grows, twice as long as needed.
 fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
@@ -103,9 +105,12 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     let l1 = cs.count_for(l1_entries.checked_mul(8)?);
     let of_each = cs.count_for(virtual_size.div_ceil(512).div_ceil(8)).min(data);
     let bitmaps = number(own, names::BITMAPS).min(65535).checked_mul(of_each)?;
-    let content = [data, tables, l1, bitmaps, 2]
-        .iter()
-        .try_fold(cs.count_for(own.file_length), |all, &part| all.checked_add(part))?;
+    let growth = match overlay.virtual_size.saturating_sub(own.virtual_size) {
+        0 => 0,
+        new => new.div_ceil(coverage).checked_add(l1.checked_mul(3)?)?.checked_add(16)?,
+    };
+    let parts = [data, tables, l1, bitmaps, growth, 2];
+    let content = parts.into_iter().try_fold(cs.count_for(own.file_length), u64::checked_add)?;
 
     with_refcounts(own, cs, content)
 }
@@ -271,6 +276,15 @@ mod tests {
         backing.features.pop();
         backing.features.push(Feature::number("bitmap-count", u64::MAX, false));
         assert!(give(CommitRole::Backing, &backing, &overlay).max_length > plain);
+    }
+
+    #[test]
+    fn the_bound_covers_a_backing_that_grows() {
+        let overlay = image(65536, 262_144, 8 << 40);
+        let backing = image(65536, 262_144, 1 << 30);
+        // The L1 table, and an L2 table for each of its entries.
+        let entries = (8u64 << 40) >> 29;
+        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 262_144 + entries * 8 + entries * 65536);
     }
 
     #[test]

@@ -2,13 +2,14 @@
 
 use super::{protocol, ForeignSink, ForeignSource};
 use crate::{DriverError, DriverResult};
+use core::mem::MaybeUninit;
 use instar_guest_abi::{DeviceConfig, ErrorCode, FormatOps, SinkOps, SourceOps};
 
 /// A format of another module: opens images as [`ForeignSource`] and [`ForeignSink`].
 #[derive(Clone, Copy)]
 pub struct ForeignFormat {
     source: Option<&'static SourceOps>,
-    sink: Option<&'static SinkOps>,
+    sink: Option<SinkOps>,
 }
 
 impl ForeignFormat {
@@ -25,11 +26,14 @@ impl ForeignFormat {
         // SAFETY: as above; `size` is the first field of every version of the tables.
         let sizes = unsafe { (ops.source.cast::<u32>().as_ref().copied(), ops.sink.cast::<u32>().as_ref().copied()) };
         let complete = |size: Option<u32>, needed: usize| size.is_none_or(|size| size as usize >= needed);
-        if !complete(sizes.0, size_of::<SourceOps>()) || !complete(sizes.1, size_of::<SinkOps>()) {
+        if !complete(sizes.0, size_of::<SourceOps>()) || !complete(sizes.1, SinkOps::MIN_SIZE) {
             return Err(protocol("the module's tables are too short"));
         }
         // SAFETY: as above, and long enough.
-        Ok(unsafe { Self { source: ops.source.as_ref(), sink: ops.sink.as_ref() } })
+        let source = unsafe { ops.source.as_ref() };
+        // SAFETY: as above, as long as its size says.
+        let sink = sizes.1.map(|size| unsafe { copy_sink(ops.sink, size as usize) });
+        Ok(Self { source, sink })
     }
 
     /// Whether the format can be read and emptied.
@@ -62,5 +66,18 @@ impl ForeignFormat {
         let ops =
             self.sink.ok_or_else(|| DriverError::new(ErrorCode::UnsupportedFormat, "the format cannot be written"))?;
         ForeignSink::open(ops, device, has_backing)
+    }
+}
+
+/// A table of this version from one that may be shorter (null in place of what it lacks) or longer.
+///
+/// # Safety
+/// `ops` is readable for `size` bytes, which are [`SinkOps::MIN_SIZE`] at least.
+unsafe fn copy_sink(ops: *const SinkOps, size: usize) -> SinkOps {
+    let mut copy = MaybeUninit::<SinkOps>::zeroed();
+    // SAFETY: both are long enough. What stays zero are functions that may be null.
+    unsafe {
+        copy.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(ops.cast(), size.min(size_of::<SinkOps>()));
+        copy.assume_init()
     }
 }

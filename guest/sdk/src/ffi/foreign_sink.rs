@@ -2,20 +2,20 @@
 
 use super::below::LentBelow;
 use super::{call, protocol};
-use crate::{BlockIo, DriverResult, ReadBelow, Sink};
+use crate::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
 use core::ffi::c_void;
 use core::ptr::null_mut;
-use instar_guest_abi::{DeviceConfig, Extent, ImageInfo, PlanSummary, SinkOps};
+use instar_guest_abi::{DeviceConfig, ErrorCode, Extent, ImageInfo, PlanSummary, SinkOps};
 
 /// A sink of another module. It does its block I/O itself: the `io` of the calls serves only to read the layers
 /// below.
 pub struct ForeignSink {
-    ops: &'static SinkOps,
+    ops: SinkOps,
     handle: *mut c_void,
 }
 
 impl ForeignSink {
-    pub(super) fn open(ops: &'static SinkOps, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self> {
+    pub(super) fn open(ops: SinkOps, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self> {
         let mut handle = null_mut();
         call(|failure| (ops.open)(device, u32::from(has_backing), &raw mut handle, failure))?;
         if handle.is_null() {
@@ -52,6 +52,16 @@ impl Sink for ForeignSink {
         let mut lent = LentBelow::new(io, below);
         let table = lent.table();
         call(|failure| (self.ops.write)(self.handle, extents.as_ptr(), extents.len(), &raw const table.ops, failure))
+    }
+
+    fn grow(&mut self, _: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
+        let Some(grow) = self.ops.grow else {
+            return Err(DriverError::new(
+                ErrorCode::UnsupportedFormat,
+                "this version of the format's plugin grows no images",
+            ));
+        };
+        call(|failure| grow(self.handle, virtual_size, below_length, failure))
     }
 
     fn finish(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {

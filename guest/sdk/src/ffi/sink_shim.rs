@@ -24,6 +24,7 @@ pub const fn sink_ops<D: FormatDriver, Io: BlockIo + Default>() -> SinkOps {
         planned: planned::<D::Sink, Io>,
         write: write::<D::Sink, Io>,
         finish: finish_all::<D::Sink, Io>,
+        grow: Some(grow::<D::Sink, Io>),
     }
 }
 
@@ -150,6 +151,21 @@ extern "C" fn finish_all<S: Sink, Io: BlockIo + Default>(sink: *mut c_void, fail
     let result = match unsafe { handle::<S>(sink) } {
         Some(sink) => sink.finish(&mut Io::default()),
         None => Err(protocol("finish without sink")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn grow<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    virtual_size: u64,
+    below_length: u64,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let result = match unsafe { handle::<S>(sink) } {
+        Some(sink) => sink.grow(&mut Io::default(), virtual_size, below_length),
+        None => Err(protocol("grow without sink")),
     };
     // SAFETY: the interface passes null or a writable failure.
     unsafe { done(result, failure) }

@@ -7,7 +7,7 @@ use crate::{BlockIo, FormatDriver, IoFailure, NoSink, NoSource, ReadBelow, Sink,
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_abi::{
-    ChainConfig, CommitConfig, DeviceConfig, Extent, ExtentKind, FormatOps, ImageInfo, PlanSummary, Request,
+    ChainConfig, CommitConfig, DeviceConfig, Extent, ExtentKind, FormatOps, ImageInfo, PlanSummary, Request, SinkOps,
 };
 use std::cell::RefCell;
 
@@ -102,6 +102,10 @@ impl Sink for TestSink {
     }
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         io.flush(16)
+    }
+    fn grow(&mut self, _: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
+        log(std::format!("grow to {virtual_size} over {below_length}"));
+        Ok(())
     }
 }
 
@@ -198,6 +202,33 @@ fn a_sink_works_across_the_border() {
         "submit 1",
     ];
     assert_eq!(LOG.take(), expected);
+}
+
+#[test]
+fn a_sink_grows_across_the_border_unless_its_table_is_older() {
+    let io = &mut TestIo;
+    let mut sink = format().open_sink(&DeviceConfig::default(), false).unwrap();
+    LOG.take();
+    sink.grow(io, 3 << 20, 5).unwrap();
+    assert_eq!(LOG.take(), ["grow to 3145728 over 5"]);
+
+    // The table of minor version 0 ends before `grow`; what follows it in memory is none of its fields.
+    let table = |size: usize| {
+        let mut ops = super::sink_ops::<Driver, TestIo>();
+        ops.size = u32::try_from(size).unwrap();
+        FormatOps { source: core::ptr::null(), sink: vec::Vec::leak(vec![ops]).as_ptr() }
+    };
+    let older = table(SinkOps::MIN_SIZE);
+    // SAFETY: the tables live for ever.
+    let mut sink =
+        unsafe { ForeignFormat::new(&raw const older) }.unwrap().open_sink(&DeviceConfig::default(), false).unwrap();
+    LOG.take();
+    assert_eq!(sink.grow(io, 3 << 20, 5).unwrap_err().code, ErrorCode::UnsupportedFormat);
+    assert_eq!(LOG.take(), <[&str; 0]>::default());
+    sink.plan(io, &[]).unwrap();
+    let too_short = table(SinkOps::MIN_SIZE - 1);
+    // SAFETY: as above.
+    assert!(unsafe { ForeignFormat::new(&raw const too_short) }.is_err());
 }
 
 #[test]

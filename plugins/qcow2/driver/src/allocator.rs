@@ -187,6 +187,65 @@ impl Allocator {
         }
     }
 
+    /// Go on at this cluster, and leave those before it free.
+    pub fn skip_to(&mut self, cluster: HostCluster) {
+        self.next = self.next.max(cluster);
+    }
+
+    /// Hand out `count` clusters that follow each other, with refcount 1. The clusters from the next one on, as many and
+    /// the blocks that describe them, must be free, and all within the reach of the refcount table or all past it.
+    ///
+    /// # Errors
+    /// As [`Allocator::reserve`].
+    pub fn reserve_run(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &mut Image,
+        refcounts: &mut Refcounts,
+        count: u64,
+    ) -> DriverResult<HostCluster> {
+        if refcounts.locate(self.next).0 >= refcounts.table_entries {
+            self.grow_table(io, image, refcounts)?;
+        }
+        // The blocks that are missing come first.
+        let first = self.next.0;
+        let mut missing: Vec<u64> = Vec::new();
+        loop {
+            let end = first + missing.len() as u64 + count;
+            let indices = refcounts.locate(self.next).0..=refcounts.locate(HostCluster(end - 1)).0;
+            if *indices.end() >= refcounts.table_entries {
+                return Err(overflow("the reach of the refcount table"));
+            }
+            refcounts
+                .table
+                .load(io, indices.clone().map(|index| refcounts.table_entry_at(index)).collect::<Vec<_>>())?;
+            let before = missing.len();
+            missing.clear();
+            for index in indices {
+                if refcounts.block(image, index, |offset| image.holds_cluster(offset))?.is_none() {
+                    missing.push(index);
+                }
+            }
+            if missing.len() == before {
+                break;
+            }
+        }
+        let start = first + missing.len() as u64;
+        let clusters = || (first..start + count).map(HostCluster);
+        refcounts.load(io, image, clusters())?;
+        for cluster in clusters() {
+            if refcounts.get(image, cluster)? != 0 {
+                return Err(overflow("a run of free clusters"));
+            }
+        }
+        self.advance(image, start + count - first)?;
+        for (index, cluster) in missing.into_iter().zip(clusters()) {
+            set_block(image, refcounts, refcounts.table_entry_at(index), cluster)?;
+        }
+        clusters().try_for_each(|cluster| mark_new(image, refcounts, cluster))?;
+        Ok(HostCluster(start))
+    }
+
     fn advance(&mut self, image: &mut Image, clusters: u64) -> DriverResult<()> {
         self.next = HostCluster(self.next.0 + clusters);
         let end = image.cluster_size().host_offset(self.next).ok_or_else(|| overflow("the length of the file"))?;

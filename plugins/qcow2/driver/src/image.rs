@@ -185,7 +185,13 @@ impl Image {
     /// Number of L1 entries that map the virtual disk; entries after them mean nothing.
     #[must_use]
     pub fn used_l1_entries(&self) -> u64 {
-        self.header.virtual_size.div_ceil(self.header.l2_coverage())
+        self.mapped_size().div_ceil(self.header.l2_coverage())
+    }
+
+    /// Bytes of the virtual disk that the L1 table can map: all of them, unless it is about to grow.
+    #[must_use]
+    pub fn mapped_size(&self) -> u64 {
+        self.header.virtual_size.min(u64::from(self.header.l1_entries).saturating_mul(self.header.l2_coverage()))
     }
 
     /// Size of the pieces in which metadata is read and written, in bytes: 4 KiB, or a smaller cluster.

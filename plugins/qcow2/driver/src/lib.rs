@@ -12,7 +12,8 @@
 //! * [`decode`]: reading compressed clusters;
 //! * [`reference_counts`], `references`, [`repair`]: images that were not closed cleanly;
 //! * [`source`], [`check`], [`empty`], [`empty_shared`]: the source role;
-//! * [`metadata_map`], [`allocator`], [`free_clusters`], [`sink`], [`plan`], [`write`], `subclusters`: the sink role;
+//! * [`metadata_map`], [`allocator`], [`free_clusters`], [`sink`], [`plan`], [`grow`], [`write`], `subclusters`: the sink
+//!   role;
 //! * [`bitmaps`], [`record`]: the persistent bitmaps of a sink.
 #![no_std]
 
@@ -26,6 +27,7 @@ pub mod decode;
 pub mod empty;
 pub mod empty_shared;
 pub mod free_clusters;
+pub mod grow;
 pub mod image;
 pub mod metadata_map;
 pub mod plan;

@@ -64,7 +64,7 @@ impl Qcow2Sink {
             let Mapped { entry, at, .. } = mapped;
             if let Some((offset, copied)) = entry.host() {
                 // The same cluster comes twice where an extent ends within it.
-                if self.planned.last_cluster != Some(first.cluster) {
+                if self.planned.last_cluster != Some(first.cluster) && self.planned.grown != Some(first.cluster) {
                     self.check_data_cluster(offset, mapped.data_end(&self.image), at)?;
                     owned.push(Owned { cluster: self.image.host_cluster(offset), copied, compressed: false, at });
                 }
@@ -159,6 +159,7 @@ impl Qcow2Sink {
             self.free_clusters = FreeClusters::find(io, &self.image, &mut self.refcounts, metadata, wanted)?;
             wanted -= self.free_clusters.count();
         }
+        wanted += self.planned.new_l1 + self.planned.slack;
         let first = self.allocator.next();
         let mut clusters = self.allocator.bound(&self.image, &self.refcounts, wanted)?;
         // Clusters past the end of the file that have a refcount all the same are passed over: a crash leaves such
@@ -181,12 +182,12 @@ impl Qcow2Sink {
         Ok(PlanSummary {
             final_length: end.ok_or_else(|| overflow("the length of the backing"))?,
             new_data_clusters: self.planned.new_data,
-            new_metadata_clusters: self.planned.new_tables,
+            new_metadata_clusters: self.planned.new_tables + self.planned.new_l1,
         })
     }
 
     /// Whether the file ends within a cluster that is in use and no metadata (which may well be cut short).
-    fn last_cluster_is_cut_data(&mut self, io: &mut dyn BlockIo) -> DriverResult<bool> {
+    pub(crate) fn last_cluster_is_cut_data(&mut self, io: &mut dyn BlockIo) -> DriverResult<bool> {
         let size = self.image.cluster_size();
         if size.offset_in(self.image.file_length) == 0 {
             return Ok(false);
@@ -198,7 +199,7 @@ impl Qcow2Sink {
 
     /// The file looks cut off, and is about to grow over what was lost, which would then read as zeroes, for ever and
     /// unnoticed. Only a walk of all L2 tables tells data that was lost from clusters that a crash leaked.
-    fn refuse_lost_data(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+    pub(crate) fn refuse_lost_data(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let mut walker = Qcow2Source::new(self.image.clone());
         walker.walk(io, 0, &mut |image, mapped| {
             let Mapped { guest, at, entry, .. } = mapped;
@@ -217,7 +218,7 @@ impl Qcow2Sink {
     }
 
     /// How many of these clusters have a refcount that is not 0.
-    fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
+    pub(crate) fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
         let mut count = 0;
         // Past the end of the refcount table everything is free.
         let end = end.min(self.refcounts.table_entries.saturating_mul(self.refcounts.per_block()));
@@ -235,7 +236,7 @@ impl Qcow2Sink {
         Ok(count)
     }
 
-    fn too_long(&self, passed_over: u64) -> DriverError {
+    pub(crate) fn too_long(&self, passed_over: u64) -> DriverError {
         if passed_over == 0 {
             return overflow("the length that the backing may have");
         }

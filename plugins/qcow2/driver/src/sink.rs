@@ -5,6 +5,7 @@ use crate::bitmaps::Bitmaps;
 use crate::cluster_set::ClusterSet;
 use crate::decode::ClusterReader;
 use crate::free_clusters::FreeClusters;
+use crate::grow::Growth;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::Refcounts;
@@ -39,6 +40,8 @@ pub struct Qcow2Sink {
     pub(crate) allocator: Allocator,
     pub(crate) free_clusters: FreeClusters,
     pub(crate) planned: Planned,
+    /// Growth that was planned and is still to be done.
+    pub(crate) growth: Option<Growth>,
     pub(crate) compressed: ClusterReader,
     pub(crate) bitmaps: Bitmaps,
     /// Whether the first change was made.
@@ -58,6 +61,12 @@ pub(crate) struct Planned {
     pub(crate) touched_compressed: ClusterSet,
     pub(crate) new_data: u64,
     pub(crate) new_tables: u64,
+    /// Clusters of a longer L1 table, which follow each other past the end of the file …
+    pub(crate) new_l1: u64,
+    /// … what it may leave free because of that, and more refcount blocks for it.
+    pub(crate) slack: u64,
+    /// The cluster at the old end of an image that grows, if it was looked at already.
+    pub(crate) grown: Option<GuestCluster>,
     /// Index of the last L2 table that was looked at, and of the last one that will be new.
     pub(crate) last_table: Option<u64>,
     pub(crate) last_new_table: Option<u64>,
@@ -171,10 +180,14 @@ impl Qcow2Sink {
                 touched_compressed: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),
                 new_data: 0,
                 new_tables: 0,
+                new_l1: 0,
+                slack: 0,
+                grown: None,
                 last_table: None,
                 last_new_table: None,
                 last_cluster: None,
             },
+            growth: None,
             started: false,
             repair: None,
             unflushed: false,
@@ -321,6 +334,10 @@ impl Qcow2Sink {
     /// The L2 table that maps a cluster, with its COPIED flag; its L1 entry was loaded.
     pub(crate) fn l2_table(&self, cluster: GuestCluster) -> DriverResult<Option<(HostOffset, bool)>> {
         let (at, index) = self.l1_position(cluster);
+        if index >= u64::from(self.image.header.l1_entries) {
+            // The table is about to grow.
+            return Ok(None);
+        }
         decode_l1(&self.image, index, at, self.l1.entry(at)?)
     }
 
@@ -361,7 +378,12 @@ impl Sink for Qcow2Sink {
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
+        self.grow_now(io, below)?;
         self.windows(extents, &mut |sink, pieces| sink.write_window(io, pieces, below))
+    }
+
+    fn grow(&mut self, io: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
+        self.plan_growth(io, virtual_size, below_length)
     }
 
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {

@@ -69,7 +69,7 @@ impl Qcow2Source {
 
     /// Number of pieces that map the virtual disk.
     fn piece_count(&self) -> u64 {
-        self.image.header.virtual_size.div_ceil(self.piece_coverage())
+        self.image.mapped_size().div_ceil(self.piece_coverage())
     }
 
     /// L1 entry `index`, verified: an L2 table lies wholly within the file.

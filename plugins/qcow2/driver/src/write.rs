@@ -7,6 +7,7 @@
 //!
 //! Before the first window: autoclear features are cleared, and an image with the dirty bit is repaired, which keeps the
 //! bit until everything is right and durable (see [`repair`](crate::repair)). From then on it is as good as any other.
+//! A backing that is to grow does so then, see [`grow`](crate::grow).
 //!
 //! 0. The bits of enabled bitmaps, *durably* ([`record`](crate::record)): they may say too much, never too little.
 //! 1. Data (into clusters that one L2 entry owns, or into new ones), copies of L2 tables that a snapshot
@@ -506,7 +507,7 @@ impl Qcow2Sink {
     }
 
     /// Step 5: one reference less to each of these clusters, which nothing refers to any more.
-    fn free(&mut self, io: &mut dyn BlockIo, clusters: Vec<HostCluster>) -> DriverResult<()> {
+    pub(crate) fn free(&mut self, io: &mut dyn BlockIo, clusters: Vec<HostCluster>) -> DriverResult<()> {
         self.unflushed |= !clusters.is_empty();
         self.refcounts.release(io, &self.image, clusters)
     }

@@ -10,8 +10,10 @@ use alloc::vec::Vec;
 /// The first four bytes of an image: `QFI\xfb`.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
+/// Byte offset of `size`, the virtual size in bytes (8 bytes).
+pub const VIRTUAL_SIZE_FIELD: u64 = 24;
 /// Byte offset of `l1_size` (4 bytes), which is followed by `l1_table_offset` (8 bytes).
-pub const L1_TABLE_OFFSET_FIELD: u64 = 40;
+pub const L1_SIZE_FIELD: u64 = 36;
 /// Byte offset of `refcount_table_offset` (8 bytes), followed by `refcount_table_clusters` (4 bytes).
 pub const REFCOUNT_TABLE_FIELD: u64 = 48;
 /// Byte offset of `incompatible_features` (8 bytes) in a version 3 header.

@@ -25,7 +25,8 @@ pub use error::{HeaderError, HeaderErrorKind};
 pub use extension::{Bitmaps, Extension, ExtensionKind, FeatureName};
 pub use header::{
     autoclear, compatible, header_bytes_needed, incompatible, CompressionType, Header, Version, AUTOCLEAR_OFFSET,
-    INCOMPATIBLE_OFFSET, L1_TABLE_OFFSET_FIELD, MAGIC, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_FIELD,
+    INCOMPATIBLE_OFFSET, L1_SIZE_FIELD, MAGIC, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_FIELD,
+    VIRTUAL_SIZE_FIELD,
 };
 pub use refcount::{get_refcount, set_refcount, RefcountOrder};
 pub use snapshot::Snapshot;

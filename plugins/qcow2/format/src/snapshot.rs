@@ -17,6 +17,8 @@ pub struct Snapshot {
     pub l1_table: HostOffset,
     /// Number of entries of that table.
     pub l1_entries: u32,
+    /// Virtual size of the snapshot in bytes: bytes 8 to 15 of the extra data, which version 2 need not have.
+    pub virtual_size: Option<u64>,
     /// Name of the snapshot, as it stands in the image. Hostile.
     pub name: Vec<u8>,
 }
@@ -45,7 +47,11 @@ impl Snapshot {
             return Ok(None);
         };
         let l1_table = (u64::from(u32_at(0)) << 32) | u64::from(u32_at(4));
-        let snapshot = Self { l1_table: HostOffset(l1_table), l1_entries: u32_at(8), name: name.to_vec() };
+        let size_at = at + FIXED_BYTES + 8;
+        let virtual_size = table.get(size_at..size_at + 8).filter(|_| extra >= 16);
+        let virtual_size = virtual_size.and_then(|bytes| bytes.try_into().ok()).map(u64::from_be_bytes);
+        let snapshot =
+            Self { l1_table: HostOffset(l1_table), l1_entries: u32_at(8), virtual_size, name: name.to_vec() };
         Ok(Some((snapshot, end.next_multiple_of(8))))
     }
 }
@@ -76,9 +82,10 @@ mod tests {
         table.extend(entry(b"", 0));
         let (first, next) = Snapshot::parse(&table, 0, 0).unwrap_or_default().unwrap_or_else(|| unreachable!());
         assert_eq!((first.l1_table, first.l1_entries, first.name.as_slice()), (HostOffset(0x5_0000), 7, &b"first"[..]));
+        assert_eq!(first.virtual_size, Some(0x0909_0909_0909_0909));
         assert_eq!(next, padded);
         let second = Snapshot::parse(&table, next, 0).unwrap_or_default();
-        assert!(second.is_some_and(|(entry, _)| entry.name.is_empty()));
+        assert!(second.is_some_and(|(entry, _)| entry.name.is_empty() && entry.virtual_size.is_none()));
     }
 
     #[test]

@@ -116,10 +116,25 @@ pub fn snapshots(bytes: &[u8]) -> (Vec<(u64, u64)>, u64) {
     (found, (at - start) as u64)
 }
 
+/// Virtual sizes that the snapshots record: extra data, bytes 8 to 15.
+fn snapshot_sizes(bytes: &[u8]) -> Vec<u64> {
+    let (mut at, mut sizes) = (be64(bytes, 64) as usize, Vec::new());
+    for _ in 0..be32(bytes, 60) {
+        sizes.push(be64(bytes, at + 48));
+        let names = usize::from(bytes[at + 13]) + usize::from(bytes[at + 15]);
+        at += (40 + be32(bytes, at + 36) as usize + names).next_multiple_of(8);
+    }
+    sizes
+}
+
 /// What each snapshot reads as, over what lies below the image.
 pub fn snapshot_contents(bytes: &[u8], below: Option<&[u8]>) -> Vec<Vec<u8>> {
-    let view = View::new(bytes);
-    snapshots(bytes).0.iter().map(|&(l1, entries)| content_of(&view, view.entries_of(l1, entries), below)).collect()
+    let all = snapshots(bytes).0.into_iter().zip(snapshot_sizes(bytes));
+    all.map(|((l1, entries), virtual_size)| {
+        let view = View { virtual_size, ..View::new(bytes) };
+        content_of(&view, view.entries_of(l1, entries), below)
+    })
+    .collect()
 }
 
 /// Decode a deflate stream that gives `length` bytes; what follows it does not matter.

@@ -13,17 +13,23 @@ pub struct Pair {
     pub overlay: Vec<u8>,
     pub backing: Vec<u8>,
     pub ancestor: Option<Vec<u8>>,
+    /// The backing may grow.
+    pub resize: bool,
 }
 
 impl Pair {
     pub fn new(overlay: &Spec, backing: &Spec) -> Self {
-        Self { overlay: build(overlay), backing: build(backing), ancestor: None }
+        Self { overlay: build(overlay), backing: build(backing), ancestor: None, resize: false }
     }
 
     pub fn io(&self) -> MemoryDevices {
         let mut files = vec![(OVERLAY, self.overlay.clone()), (DEVICE_OUTPUT, self.backing.clone())];
         files.extend(self.ancestor.clone().map(|bytes| (ANCESTOR, bytes)));
         MemoryDevices::new(files)
+    }
+
+    pub fn options(&self) -> Options {
+        Options { resize_backing: self.resize, ..Options::default() }
     }
 }
 
@@ -46,6 +52,7 @@ fn all_snapshots(files: &BTreeMap<u32, Vec<u8>>) -> Vec<Vec<u8>> {
 /// What the backing must read as afterwards: the overlay's view, and its own tail where it is longer.
 pub fn expected(pair: &Pair) -> (Vec<u8>, Vec<u8>) {
     let (mut backing, overlay) = views(&pair.io().files);
+    backing.resize(backing.len().max(overlay.len()), 0);
     backing[..overlay.len()].copy_from_slice(&overlay);
     (backing, overlay)
 }
@@ -77,7 +84,7 @@ pub fn commit_and_verify(pair: &Pair) -> MemoryDevices {
     let before_leaks = check(&pair.backing).leaks;
     let (backing, overlay) = expected(pair);
     let mut io = pair.io();
-    let outcome = run_commit(&mut io, Options::default()).unwrap();
+    let outcome = run_commit(&mut io, pair.options()).unwrap();
     assert_eq!(outcome.clusters_committed, View::new(&pair.overlay).entries().len() as u64);
     assert_eq!(outcome.overlay_clusters_cleared, outcome.clusters_committed);
     let (backing_after, overlay_after) = views(&io.files);
@@ -98,7 +105,7 @@ pub fn commit_and_verify(pair: &Pair) -> MemoryDevices {
 pub fn verify_crashes(pair: &Pair) {
     let (backing, overlay) = expected(pair);
     let mut io = pair.io();
-    run_commit(&mut io, Options::default()).unwrap();
+    run_commit(&mut io, pair.options()).unwrap();
     let log = io.log.clone();
     let mut states = 0;
     for end in 0..=log.len() {
@@ -121,7 +128,7 @@ pub fn verify_crashes(pair: &Pair) {
             }
         }
     }
-    assert!(states > 10, "only {states} states");
+    assert!(states > log.len(), "only {states} states");
 }
 
 pub fn device_of(change: &Change) -> u32 {
@@ -145,7 +152,7 @@ pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8],
     bitmaps_hold(pair, files);
     // Running again finishes the job.
     let mut io = MemoryDevices::new(files.clone());
-    run_commit(&mut io, Options::default()).unwrap();
+    run_commit(&mut io, pair.options()).unwrap();
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
     assert!(all_snapshots(&io.files) == snapshots, "running again changes a snapshot");
