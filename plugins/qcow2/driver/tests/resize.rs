@@ -163,6 +163,17 @@ fn an_l1_table_longer_than_what_a_refcount_block_describes() {
 }
 
 #[test]
+fn crashes_while_l1_table_and_refcount_table_grow() {
+    // 64 blocks of 64 clusters; the file ends before, at and after the last one that the table can describe.
+    for leaks in [MANY - 74, MANY - 73, MANY - 71, MANY - 70] {
+        let overlay = Spec::new(9, (64 * 70) << 9).with(data([0, 64 * 69], 0x21));
+        let backing = Spec { refcount_order: 6, leaks, ..Spec::new(9, 10 << 9) }.with(data([1, 9], 0x43));
+        let after = grows(&growing(&overlay, &backing));
+        assert!(be32(&after, 56) > 1, "the refcount table did not grow");
+    }
+}
+
+#[test]
 fn leaked_clusters_past_the_end_of_the_file_are_passed_over() {
     let overlay = Spec::new(9, (64 * 200) << 9).with(data([0, 20], 0x21));
     let backing = Spec::new(9, 10 << 9).with(data([1, 9], 0x43));
@@ -271,7 +282,8 @@ fn a_file_that_ends_within_the_last_cluster() {
 
 #[test]
 fn with_extended_l2_entries() {
-    let states = [None, Some(State::Data(3)), Some(State::Zero), Some(State::Mixed(4, 0xff00, 0xf)), Some(State::MixedZero(9))];
+    let states =
+        [None, Some(State::Data(3)), Some(State::Zero), Some(State::Mixed(4, 0xff00, 0xf)), Some(State::MixedZero(9))];
     for last in states {
         // Both end within a subcluster, the ancestor after the backing, or after the overlay.
         let overlay = Spec::new(14, (7 << 14) + 1536).with(data([0, 5], 0x21));
