@@ -266,19 +266,28 @@ fn block_devices() {
 }
 
 #[test]
-fn a_qcow2_backing_on_a_block_device_is_refused_before_the_first_change() {
-    let lab = Lab::new();
-    let file = std::fs::File::create_new(lab.path("disk")).unwrap();
-    file.set_len(80 * MIB).unwrap();
-    let Some(device) = LoopDevice::new(&lab.path("disk")) else { return };
-    lab.create(&device.0, None, 64 * MIB);
-    lab.create("top", Some(&device.0), 64 * MIB);
-    lab.io("top", &["write -P 7 2M 1M"]);
-    let before = read(lab.path("disk")).unwrap();
-    let outcome = lab.instar(&["-b", &device.0, "top"]);
-    // Its clusters are allocated past the end of the file, and a device has nothing there.
-    assert!(outcome.status == 1 && outcome.stderr.contains("nothing was changed"), "{}", outcome.stderr);
-    assert!(read(lab.path("disk")).unwrap() == before);
+fn a_qcow2_backing_on_a_block_device_has_the_room_that_the_device_has() {
+    for (mib, fits) in [(80, true), (2, false)] {
+        let lab = Lab::new();
+        let file = std::fs::File::create_new(lab.path("disk")).unwrap();
+        file.set_len(mib * MIB).unwrap();
+        let Some(device) = LoopDevice::new(&lab.path("disk")) else {
+            eprintln!("skipped: no loop devices here");
+            return;
+        };
+        lab.create(&device.0, None, 64 * MIB);
+        lab.create("top", Some(&device.0), 64 * MIB);
+        lab.io("top", &["write -P 7 2M 1M", "write -P 8 60M 1M"]);
+        if fits {
+            lab.committed(&["-b", &device.0, "top"], "top", &device.0);
+            continue;
+        }
+        let before = read(lab.path("disk")).unwrap();
+        let outcome = lab.instar(&["-b", &device.0, "top"]);
+        // Past the end of the device there is nothing.
+        assert!(outcome.status == 1 && outcome.stderr.contains("nothing was changed"), "{}", outcome.stderr);
+        assert!(read(lab.path("disk")).unwrap() == before);
+    }
 }
 
 #[test]
