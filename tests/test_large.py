@@ -1,0 +1,47 @@
+"""What a commit needs follows from what the overlay holds, not from the size of the disk."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+
+import pytest
+import support
+from support import KIB, MIB, TIB
+
+#: Host and guest together.
+LIMIT = 150 * MIB
+
+
+def peak_memory(*args, cwd) -> int:
+    """Runs instar, which must succeed; the most that was resident, in bytes. The guest's memory is part of it."""
+    child = subprocess.Popen([support.instar_binary(), *args], cwd=cwd, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    return usage.ru_maxrss * KIB
+
+
+@pytest.mark.parametrize("cluster", [64 * KIB, 4 * KIB], ids=["64k", "4k"])
+def test_scattered_data_on_a_huge_disk(pair, cluster):
+    # 4 KiB clusters cannot map more: the L1 table would be too long.
+    size = 16 * TIB if cluster == 64 * KIB else TIB
+    count = 100 * MIB // cluster if cluster == 64 * KIB else 4000
+    rng = random.Random(16)
+    places = sorted(rng.sample(range(size // cluster), count))
+    writes = [(place * cluster, rng.randrange(1, 256)) for place in places]
+    pair.make(size, base_options={"cluster_size": cluster}, top_options={"cluster_size": cluster},
+              base=["write -P 1 5G 1M"])
+    support.qemu_io(pair.top, *(f"write -P {byte} {at} {cluster}" for at, byte in writes))
+
+    peak = peak_memory("commit", "-q", pair.top.name, cwd=pair.dir)
+
+    assert peak < LIMIT, f"{peak // MIB} MiB were resident"
+    support.assert_clean(pair.base)
+    support.assert_clean(pair.top)
+    assert support.holds_no_clusters(pair.top)
+    support.qemu_io(pair.base, *(f"read -P {byte} {at} {cluster}" for at, byte in writes))
+    free = [place for place in rng.sample(range(size // cluster), 400) if place not in set(places)]
+    support.qemu_io(pair.base, "read -P 1 5G 1M", *(f"read -P 0 {place * cluster} {cluster}" for place in free))
+    print(f"{peak / MIB:.0f} MiB were resident")
