@@ -12,6 +12,8 @@ PYTEST := $(VENV)/bin/python -m pytest
 # Parallel pytest workers; each may run a virtual machine.
 WORKERS ?= auto
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 1
 
 # `make test-integration tests/test_commit.py`: everything after the goal goes to pytest.
 ifeq (test-integration,$(firstword $(MAKECMDGOALS)))
@@ -19,7 +21,7 @@ PATHS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
 endif
 PATHS ?=
 
-.PHONY: help instar lint test-rust test-integration test test-deep demo bench bench-quick deb clean python qemu-img
+.PHONY: help instar lint test-rust test-integration test test-deep fuzz demo bench bench-quick deb clean python qemu-img
 
 help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -54,6 +56,9 @@ test: ## everything that CI runs: lint, test-rust, test-integration
 test-deep: instar python qemu-img ## the long tests: more random images, more crash points (hours)
 	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --release --workspace
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests
+
+fuzz: ## run every fuzz target for FUZZ_SECONDS seconds each (FUZZ_SEED chooses the inputs)
+	$(CARGO) run --profile fuzz -p instar-fuzz -- --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/demo.sh

@@ -17,7 +17,7 @@
 
 use crate::image::overflow;
 use crate::refcounts::Refcounts;
-use crate::scan::scan_refcount_table;
+use crate::scan::{scan_refcount_table, scan_table};
 use crate::source::Qcow2Source;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
@@ -74,10 +74,11 @@ impl Qcow2Source {
         Ok(())
     }
 
-    /// Whether any L2 table is there, with or without clusters in it.
+    /// Whether the L1 table has any entry: of a table with or without clusters in it, or past the end of the disk.
     fn holds_tables(&self, io: &mut dyn BlockIo) -> DriverResult<bool> {
         let mut any = false;
-        crate::scan::scan_l1_table(io, &self.image, &mut |_, _, _| {
+        let header = &self.image.header;
+        scan_table(io, &self.image, header.l1_table, u64::from(header.l1_entries), &mut |_, _, _| {
             any = true;
             Ok(())
         })?;

@@ -4,7 +4,8 @@
 mod common;
 
 use common::builder::{build, Spec, State};
-use common::pair::{commit_and_verify, data, device_of, expected, verify_crashes, verify_state, Pair};
+use common::checker::View;
+use common::pair::{clean, commit_and_verify, data, device_of, expected, verify_crashes, verify_state, Pair};
 use common::{run_commit, OVERLAY};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
@@ -181,6 +182,32 @@ fn an_empty_overlay_changes_nothing() {
     let io = commit_and_verify(&pair);
     assert_eq!(io.log, vec![]);
     assert!(io.submits <= 12, "{} submits", io.submits);
+}
+
+/// Found by fuzzing: the table went, the entry stayed.
+#[test]
+fn an_overlay_that_holds_tables_past_its_end_alone_is_emptied() {
+    let mut pair = Pair::new(&Spec::new(12, 8 << 12).with(data([3], 7)), &Spec::new(12, 8 << 12).with(data([3], 9)));
+    pair.overlay[24..32].fill(0);
+    let mut io = pair.io();
+    run_commit(&mut io, Options::default()).unwrap();
+    clean(&io.files[&OVERLAY]);
+    verify_crashes(&pair);
+}
+
+/// Found by fuzzing: what lies past the end of the disk was not verified, and lost a reference all the same.
+#[test]
+fn what_an_overlay_with_snapshots_maps_past_its_end_is_not_released() {
+    let overlay = Spec { snapshots: 1, ..Spec::new(9, 200 << 9) }.with(data([1, 6, 80], 7));
+    let mut pair = Pair::new(&overlay, &Spec::new(9, 200 << 9).with(data([3], 9)));
+    pair.overlay[24..32].copy_from_slice(&u64::to_be_bytes(4 << 9));
+    let l1 = common::be64(&pair.overlay, 40) as usize;
+    // The second L2 table "is" the refcount table, which looks like one.
+    pair.overlay[l1 + 8..l1 + 16].copy_from_slice(&512u64.to_be_bytes());
+    let mut io = pair.io();
+    run_commit(&mut io, Options::default()).unwrap();
+    let view = View::new(&io.files[&OVERLAY]);
+    assert!((0..3).all(|cluster| view.refcount(cluster) == 1), "metadata lost its reference");
 }
 
 #[test]
