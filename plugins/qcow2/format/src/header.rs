@@ -218,9 +218,19 @@ impl Header {
             compression: compression_of(bytes, header_length)?,
             extensions: Vec::new(),
         };
+        header.check_compression()?;
         header.check_tables()?;
         header.parse_variable_part(bytes, f.u64(8), f.u32(16))?;
         Ok(header)
+    }
+
+    /// Incompatible feature bit 3 and `compression_type` say the same thing twice: QEMU opens no image in which they differ.
+    fn check_compression(&self) -> Result<(), HeaderError> {
+        if self.has(incompatible::COMPRESSION_TYPE) == (self.compression != CompressionType::Zlib) {
+            return Ok(());
+        }
+        let text = "the compression type and its incompatible feature bit contradict each other";
+        Err(HeaderError::corrupt(INCOMPATIBLE_OFFSET, text))
     }
 
     /// Table fields that can be judged without the file: alignment, lengths, room for the virtual size.

@@ -26,7 +26,7 @@ fn v3() -> Vec<u8> {
     put(56, &2u32.to_be_bytes());
     put(60, &5u32.to_be_bytes());
     put(64, &0x9_0000u64.to_be_bytes());
-    put(72, &(1u64 << 40).to_be_bytes());
+    put(72, &(1u64 << 40 | incompatible::COMPRESSION_TYPE).to_be_bytes());
     put(80, &(1u64 << 41).to_be_bytes());
     put(88, &(1u64 << 42).to_be_bytes());
     put(96, &3u32.to_be_bytes());
@@ -70,7 +70,7 @@ fn every_field_of_version_3() {
     assert_eq!((h.refcount_table, h.refcount_table_clusters), (HostOffset(0x1_0000), 2));
     assert_eq!(h.refcount_table_bytes(), 131_072);
     assert_eq!((h.snapshots, h.snapshot_table), (5, HostOffset(0x9_0000)));
-    assert_eq!((h.incompatible, h.compatible, h.autoclear), (1 << 40, 1 << 41, 1 << 42));
+    assert_eq!((h.incompatible, h.compatible, h.autoclear), (1 << 40 | 8, 1 << 41, 1 << 42));
     assert_eq!(h.refcount_order.bits(), 8);
     assert_eq!(h.header_length, 112);
     assert_eq!(h.compression, CompressionType::Zstd);
@@ -118,6 +118,8 @@ fn each_field_that_can_be_wrong() {
         (96, &[0, 0, 0, 7], HeaderErrorKind::Corrupt, "refcount_order is 7"),
         (100, &[0, 0, 0, 72], HeaderErrorKind::Corrupt, "header_length is 72"),
         (100, &[0xff; 4], HeaderErrorKind::Corrupt, "header_length"),
+        (79, &[0], HeaderErrorKind::Corrupt, "contradict"),
+        (104, &[0], HeaderErrorKind::Corrupt, "contradict"),
         (104, &[2], HeaderErrorKind::Unsupported, "compression_type 2"),
         (8, &[0, 0, 0, 0, 0, 1, 0, 0], HeaderErrorKind::Corrupt, "backing_file_offset"),
         (8, &[0, 0, 0, 0, 0, 0, 0, 8], HeaderErrorKind::Corrupt, "backing_file_offset"),
