@@ -133,11 +133,8 @@ fn bitmaps() {
     data[..4].copy_from_slice(&0x0102_0304u32.to_be_bytes());
     data[8..16].copy_from_slice(&0x0506_0708_090a_0b0cu64.to_be_bytes());
     data[16..].copy_from_slice(&0x0d0e_0f10_1112_1314u64.to_be_bytes());
-    let expected = Bitmaps {
-        count: 0x0102_0304,
-        directory_size: 0x0506_0708_090a_0b0c,
-        directory_offset: 0x0d0e_0f10_1112_1314,
-    };
+    let expected =
+        Bitmaps { count: 0x0102_0304, directory_size: 0x0506_0708_090a_0b0c, directory_offset: 0x0d0e_0f10_1112_1314 };
     assert_eq!(with(0x2385_2875, &data).bitmaps(), Some(expected));
     for length in 0..24 {
         assert_eq!(with(0x2385_2875, &data[..length]).bitmaps(), None, "{length}");
