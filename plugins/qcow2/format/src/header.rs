@@ -187,8 +187,9 @@ impl Header {
             Version::V2 => (4, V2_LENGTH),
             Version::V3 => (f.u32(96), f.u32(100)),
         };
+        // "At least 104 bytes and must be a multiple of 8": otherwise it is not clear where extensions begin.
         if header_length < V2_LENGTH
-            || (version == Version::V3 && header_length < V3_LENGTH)
+            || (version == Version::V3 && (header_length < V3_LENGTH || header_length % 8 != 0))
             || u64::from(header_length) > cluster_size.bytes()
         {
             return Err(HeaderError::corrupt(100, format!("header_length is {header_length}")));

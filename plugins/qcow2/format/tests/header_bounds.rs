@@ -164,7 +164,7 @@ fn header_length_and_what_lies_within_it() {
             image.corrupt(100);
         }
     }
-    for length in [0, 71, 72, 103, 65537, 1 << 31, u32::MAX] {
+    for length in [0, 71, 72, 103, 105, 108, 65532, 65537, 65544, 1 << 31, u32::MAX] {
         Image::new(3, 16).u32(100, length).corrupt(100);
     }
     // Fields that a longer header may have some day are passed over, and are no extensions.
