@@ -10,7 +10,7 @@ use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
 use crate::repair::Repair;
-use crate::scan::{scan_l1_at, scan_l1_table, scan_refcount_table};
+use crate::scan::{scan_l1_at, scan_refcount_table};
 use crate::snapshots::Snapshots;
 use crate::source::{compressed_range, Mapped, Qcow2Source};
 use alloc::format;
@@ -85,8 +85,14 @@ impl Qcow2Source {
         loop {
             let mut seen = Seen::new(floor);
             let mut compressed = Vec::new();
-            self.add_metadata(io, &mut seen)?;
+            // Of what is emptied cluster by cluster, entries past the end of the disk count, too: QEMU leaves the state
+            // of a machine there.
+            let beyond = will_empty && self.is_shared();
+            self.add_metadata(io, &mut seen, beyond)?;
             let clusters = self.add_clusters(io, &mut seen, &mut compressed)?;
+            if beyond {
+                self.add_beyond(io, &mut seen)?;
+            }
             if !self.image.is_dirty() {
                 check_refcounts(io, &self.image, &seen.single, 1)?;
                 check_refcounts(io, &self.image, &seen.compressed, 1)?;
@@ -103,8 +109,8 @@ impl Qcow2Source {
         }
     }
 
-    /// Header, refcount table and blocks, L1 table, L2 tables.
-    fn add_metadata(&self, io: &mut dyn BlockIo, seen: &mut Seen) -> DriverResult<()> {
+    /// Header, refcount table and blocks, L1 table, L2 tables; those past the end of the disk only if `beyond`.
+    fn add_metadata(&self, io: &mut dyn BlockIo, seen: &mut Seen, beyond: bool) -> DriverResult<()> {
         let header = &self.image.header;
         let (l1_table, l1_bytes) = (header.l1_table, header.l1_bytes());
         let (table, table_bytes) = (header.refcount_table, header.refcount_table_bytes());
@@ -123,8 +129,33 @@ impl Qcow2Source {
         scan_refcount_table(io, image, &mut |index, at, block| {
             add_one(image, seen, block, at, || format!("refcount block {index}"))
         })?;
-        scan_l1_table(io, image, &mut |index, at, table| {
+        let entries = if beyond { u64::from(header.l1_entries) } else { image.used_l1_entries() };
+        scan_l1_at(io, image, l1_table, entries, &mut |index, at, table| {
             add_one(image, seen, table, at, || format!("L2 table {index}"))
+        })
+    }
+
+    /// Everything that L2 entries past the end of the virtual disk refer to.
+    fn add_beyond(&self, io: &mut dyn BlockIo, seen: &mut Seen) -> DriverResult<()> {
+        let header = &self.image.header;
+        let view = self.image.mapped_by(header.l1_table, header.l1_entries);
+        let from = self.image.cluster_size().round_up(header.virtual_size);
+        let from = from.ok_or_else(|| overflow("the virtual size"))?;
+        Self::new(view).walk(io, from, &mut |image, mapped| {
+            let Mapped { guest, at, entry, .. } = mapped;
+            if let L2Entry::Compressed { descriptor } = entry {
+                add_compressed(image, seen, guest, at, descriptor)?;
+            }
+            if let Some((offset, _)) = entry.host() {
+                if !image.holds_cluster(offset) {
+                    let text = format!(
+                        "an L2 entry past the end of the disk points to offset {offset}, which is not in the file"
+                    );
+                    return Err(image.corrupt(at, text));
+                }
+                add_one(image, seen, offset, at, || format!("the cluster of guest offset {guest}"))?;
+            }
+            Ok(true)
         })
     }
 

@@ -117,7 +117,7 @@ impl Qcow2Source {
 
     /// Whether clusters of the file may belong to others than the active state: to snapshots, to bitmaps, or to a header
     /// extension that this program does not know.
-    fn is_shared(&self) -> bool {
+    pub(crate) fn is_shared(&self) -> bool {
         let known = |kind| matches!(kind, ExtensionKind::BackingFormat | ExtensionKind::FeatureNames);
         self.image.header.snapshots != 0 || self.image.header.extensions.iter().any(|e| !known(e.kind))
     }

@@ -39,28 +39,22 @@ impl Qcow2Source {
         while at < bytes {
             let length = (bytes - at).min(L1_PIECE);
             let tables = self.unmap(io, base + at, at / 8, length)?;
-            for (index, table) in tables {
-                self.release_table(io, &mut refcounts, index, table)?;
+            for table in tables {
+                self.release_table(io, &mut refcounts, table)?;
             }
             at += length;
         }
         io.flush(self.image.device)
     }
 
-    /// Zero a piece of the L1 table; returns the L2 tables that it referred to, with their indices. Durable when it
-    /// returns. Entries past the end of the disk mean nothing, and were not verified.
-    fn unmap(&self, io: &mut dyn BlockIo, at: u64, first: u64, length: u64) -> DriverResult<Vec<(u64, HostOffset)>> {
+    /// Zero a piece of the L1 table; returns the L2 tables that it referred to. Durable when it returns.
+    fn unmap(&self, io: &mut dyn BlockIo, at: u64, first: u64, length: u64) -> DriverResult<Vec<HostOffset>> {
         let mut piece = vec![0; usize::try_from(length).map_err(|_| overflow("the L1 table"))?];
         io.read(self.image.device, at, &mut piece)?;
         let mut tables = Vec::new();
         for (index, raw) in (0u64..).zip(piece.chunks_exact(8)) {
             let raw = u64::from_be_bytes(raw.try_into().unwrap_or([0; 8]));
-            if first + index >= self.image.used_l1_entries() {
-                break;
-            }
-            tables.extend(
-                decode_l1(&self.image, first + index, at + index * 8, raw)?.map(|(table, _)| (first + index, table)),
-            );
+            tables.extend(decode_l1(&self.image, first + index, at + index * 8, raw)?.map(|(table, _)| table));
         }
         if !tables.is_empty() {
             piece.fill(0);
@@ -70,15 +64,8 @@ impl Qcow2Source {
         Ok(tables)
     }
 
-    /// One reference less to L2 table `number`, and to everything that it maps of the disk. What it maps past the disk's
-    /// end was not verified, and may be anything: at worst it becomes a leak.
-    fn release_table(
-        &self,
-        io: &mut dyn BlockIo,
-        refcounts: &mut Refcounts,
-        number: u64,
-        table: HostOffset,
-    ) -> DriverResult<()> {
+    /// One reference less to an L2 table, and to everything that it maps.
+    fn release_table(&self, io: &mut dyn BlockIo, refcounts: &mut Refcounts, table: HostOffset) -> DriverResult<()> {
         let image = &self.image;
         let size = image.cluster_size();
         let length = size.bytes().min(L2_PIECE);
@@ -87,10 +74,7 @@ impl Qcow2Source {
             io.read(image.device, at, &mut piece)?;
             let mut clusters = Vec::new();
             let width = image.header.l2_entry_bytes();
-            let first = (at - table.0) / width;
-            let mapped = size.count_for(image.header.virtual_size).saturating_sub(number * image.header.l2_entries());
-            let count = usize::try_from(mapped.saturating_sub(first)).unwrap_or(usize::MAX);
-            for (index, raw) in (0u64..).zip(piece.chunks_exact(usize::try_from(width).unwrap_or(8)).take(count)) {
+            for (index, raw) in (0u64..).zip(piece.chunks_exact(usize::try_from(width).unwrap_or(8))) {
                 let (entry, _) = decode_entry(image, raw)
                     .map_err(|error| image.corrupt(at + index * width, format!("an L2 entry {error}")))?;
                 if let L2Entry::Compressed { descriptor } = entry {

@@ -57,7 +57,7 @@ proptest! {
     #[test]
     fn whatever_a_descriptor_says_it_is_a_range(descriptor: u64, bits in 9u32..=21) {
         let range = CompressedRange::decode(descriptor, size(bits));
-        prop_assert!(range.length > 0 && range.end() % 512 == 0);
+        prop_assert!(range.length > 0 && range.end().is_multiple_of(512));
         prop_assert!(range.offset <= range.last_sector() && range.last_sector().0 < range.end());
         prop_assert!(range.host_clusters(size(bits)).count() <= 3);
     }

@@ -3,8 +3,8 @@
 
 use instar_qcow2_format::{
     autoclear, compatible, header_bytes_needed, incompatible, CompressionType, Header, HeaderErrorKind, HostOffset,
-    Version, AUTOCLEAR_OFFSET, INCOMPATIBLE_OFFSET, L1_TABLE_OFFSET_FIELD, MAGIC, MAX_L1_BYTES,
-    MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_FIELD,
+    Version, AUTOCLEAR_OFFSET, INCOMPATIBLE_OFFSET, L1_SIZE_FIELD, MAGIC, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
+    REFCOUNT_TABLE_FIELD,
 };
 
 /// A minimal header in a whole first cluster: no extensions, no backing file.
@@ -129,7 +129,7 @@ fn l1_table() {
     }
     // No snapshots: their offset says nothing.
     assert_eq!(Image::new(3, 16).u64(64, 3).parse().snapshots, 0);
-    assert_eq!(L1_TABLE_OFFSET_FIELD, 40);
+    assert_eq!(L1_SIZE_FIELD, 36);
 }
 
 #[test]

@@ -4,6 +4,9 @@
 use instar_qcow2_format::{HeaderErrorKind, HostOffset, Snapshot};
 use proptest::prelude::*;
 
+/// The virtual size in extra data that has room for it.
+const SIZE: u64 = 0x1112_1314_1516_1718;
+
 /// An entry as the specification has it, padded; fields that are not looked at are full of ones.
 fn entry(l1: u64, l1_entries: u32, id: &[u8], name: &[u8], extra: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -14,7 +17,11 @@ fn entry(l1: u64, l1_entries: u32, id: &[u8], name: &[u8], extra: usize) -> Vec<
     // Date (seconds, nanoseconds), clock of the guest, size of the state of the machine.
     bytes.extend([0xff; 20]);
     bytes.extend(u32::try_from(extra).unwrap().to_be_bytes());
-    bytes.extend(vec![0xee; extra]);
+    let mut more = vec![0xee; extra];
+    if extra >= 16 {
+        more[8..16].copy_from_slice(&SIZE.to_be_bytes());
+    }
+    bytes.extend(more);
     bytes.extend(id);
     bytes.extend(name);
     bytes.resize(bytes.len().next_multiple_of(8), 0xdd);
@@ -31,6 +38,7 @@ fn every_field() {
     let (snapshot, next) = parse(&table, 0).unwrap();
     assert_eq!(snapshot.l1_table, HostOffset(0x0102_0304_0506_0708));
     assert_eq!(snapshot.l1_entries, 0x090a_0b0c);
+    assert_eq!(snapshot.virtual_size, Some(SIZE));
     assert_eq!(snapshot.name, b"before the update");
     assert_eq!(next, table.len());
 }
@@ -43,6 +51,7 @@ fn lengths_of_id_name_and_extra_data() {
             let table = entry(0, 0, &vec![b'i'; id], &vec![b'n'; name], extra);
             let (snapshot, next) = parse(&table, 0).unwrap();
             assert_eq!((snapshot.name.len(), next), (name, (40 + extra + id + name).next_multiple_of(8)));
+            assert_eq!(snapshot.virtual_size, (extra >= 16).then_some(SIZE));
             assert!(snapshot.name.iter().all(|&byte| byte == b'n'));
         }
     }
@@ -87,9 +96,14 @@ proptest! {
             table.extend(entry(*l1, *entries, &vec![b'i'; *id], name, *extra));
         }
         let mut at = 0;
-        for (l1, entries, _, name, _) in &all {
+        for (l1, entries, _, name, extra) in &all {
             let (found, next) = parse(&table, at).unwrap();
-            prop_assert_eq!(&found, &Snapshot { l1_table: HostOffset(*l1), l1_entries: *entries, name: name.clone() });
+            let virtual_size = (*extra >= 16).then_some(SIZE);
+            let name = name.clone();
+            prop_assert_eq!(
+                &found,
+                &Snapshot { l1_table: HostOffset(*l1), l1_entries: *entries, virtual_size, name }
+            );
             at = next;
         }
         prop_assert_eq!(at, table.len());
