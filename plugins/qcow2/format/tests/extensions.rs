@@ -46,7 +46,7 @@ fn every_type() {
         assert_eq!((ExtensionKind::from_u32(number), kind.to_u32()), (kind, number));
         let header = with(number, b"twenty bytes of data");
         let expected = Extension { kind, offset: 112, data: b"twenty bytes of data".to_vec() };
-        assert_eq!(header.extensions, [expected.clone()]);
+        assert_eq!(header.extensions, std::slice::from_ref(&expected));
         assert_eq!(header.extension(kind), Some(&expected));
         for (_, other) in KINDS {
             assert_eq!(header.extension(other).is_some(), other == kind);
