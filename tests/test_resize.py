@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+import dirty_bitmaps
 import qcow2_bytes
 import support
 from support import GIB, KIB, MIB, TIB, assert_clean, assert_same_content, qemu_img, qemu_io, refuse
@@ -162,10 +163,34 @@ def test_snapshots_of_version_2(pair):
     refuse("ERROR_UNSUPPORTED_FORMAT", pair.top, OPTION, files=[pair.base], mentions=[pair.base, "snapshots"])
 
 
-def test_bitmaps_of_the_backing(pair):
-    pair.make(MIB, top_size=2 * MIB, top=["write -P 1 0 64k"])
-    qemu_img("bitmap", "--add", pair.base, "b")
-    refuse("ERROR_UNSUPPORTED_FORMAT", pair.top, OPTION, files=[pair.base], mentions=[pair.base, "bitmap"])
+@pytest.mark.parametrize("granularity", [512, 64 * KIB])
+@pytest.mark.parametrize(("cluster_size", "small", "large"),
+                         [(65536, MIB, 40 * GIB), (512, MIB + 512, 140 * MIB), (4096, 100 * MIB, 101 * MIB)])
+def test_bitmaps_of_the_backing(pair, cluster_size, small, large, granularity):
+    """QEMU opens no image whose bitmaps are not as long as its disk."""
+    options = {"cluster_size": cluster_size}
+    pair.make(small, top_size=large, base_options=options, top_options={"cluster_size": 4096},
+              base=["write -P 1 0 300k"], top=["write -P 2 64k 64k", ends(large, 3), "write -z 512k 64k"])
+    dirty_bitmaps.add(pair.base, "enabled", "-g", str(granularity))
+    dirty_bitmaps.add(pair.base, "disabled", "-g", str(granularity))
+    qemu_io(pair.base, "write -P 4 8k 8k")
+    qemu_img("bitmap", "--disable", pair.base, "disabled")
+    names = dirty_bitmaps.names(pair.base)
+    before = {name: dirty_bitmaps.dirty(pair.base, name) for name in names}
+    came = dirty_bitmaps.held(pair.top)
+    grow(pair, large)
+    assert dirty_bitmaps.names(pair.base) == names
+    assert dirty_bitmaps.dirty(pair.base, "disabled") == before["disabled"]
+    after = dirty_bitmaps.dirty(pair.base, "enabled")
+    assert after == dirty_bitmaps.merge([*before["enabled"], *dirty_bitmaps.rounded(came, granularity, large)])
+    theirs = dirty_bitmaps.dirty(pair.copies / pair.base.name, "enabled")
+    assert dirty_bitmaps.within(after, theirs)
+
+
+def test_bitmaps_that_would_be_too_long(pair):
+    pair.make(MIB, top_size=3 * TIB, top=["write -P 1 0 64k"])
+    dirty_bitmaps.add(pair.base, "b", "-g", "512")
+    refuse("ERROR_UNSUPPORTED_FORMAT", pair.top, OPTION, files=[pair.base], mentions=[pair.base, "bitmap 1"])
 
 
 @pytest.mark.parametrize("where", ["l2", "l1"])

@@ -33,8 +33,10 @@ pub type Range = (u64, u64);
 pub struct Recorded {
     /// Where its table begins.
     pub table: HostOffset,
-    /// Entries of that table.
+    /// Entries of that table …
     pub entries: u64,
+    /// … and how many of them it has already: fewer while the image is about to grow. The others are 0.
+    pub held: u64,
     /// log2 of its granularity in bytes.
     pub granularity_bits: u32,
 }
@@ -104,6 +106,7 @@ impl Bitmaps {
                 found.recorded.push(Recorded {
                     table: bitmap.table,
                     entries,
+                    held: entries,
                     granularity_bits: bitmap.granularity_bits,
                 });
                 found.last_planned.push(None);
@@ -153,7 +156,7 @@ impl<'a> Ranges<'a> {
 }
 
 /// The bitmap directory, if the autoclear bit says that it counts; it lies in the file.
-fn find_directory(image: &Image) -> DriverResult<Option<Directory>> {
+pub(crate) fn find_directory(image: &Image) -> DriverResult<Option<Directory>> {
     // Version 2 has no autoclear bits.
     if image.header.autoclear & autoclear::BITMAPS == 0 {
         return Ok(None);
@@ -210,7 +213,7 @@ pub(crate) fn each_bitmap_cluster(
 
 /// Call `each` with every bitmap of the directory, where its entry stands, and what to call it. The directory lies in the
 /// file, and so does each table.
-fn read_directory(
+pub(crate) fn read_directory(
     io: &mut dyn BlockIo,
     image: &Image,
     directory: Directory,

@@ -14,15 +14,20 @@
 //!    refcounts in the order of [`write`](crate::write), *then a flush*; then `l1_size` and `l1_table_offset` (12
 //!    bytes within one sector), *then a flush*; then the old table's clusters are freed. A crash leaves leaks, or a table
 //!    that is longer than needed, which is valid.
-//! 3. What must not come to light becomes zero, in the order of [`write`](crate::write), *then a flush*. It lies past
+//! 3. The tables of persistent bitmaps, see [`grow_bitmaps`](crate::grow_bitmaps), whose bits are not to be used until
+//!    step 6.
+//! 4. What must not come to light becomes zero, in the order of [`write`](crate::write), *then a flush*. It lies past
 //!    the end of the virtual disk: no guest sees any of it, and nothing but zero clusters is ever mapped there.
-//! 4. The virtual size (8 bytes within one sector), *then a flush*. A crash before it leaves a backing of the old size, and
+//! 5. The virtual size (8 bytes within one sector), *then a flush*. A crash before it leaves a backing of the old size, and
 //!    running again, with growth allowed, does all this again; after it, one of the new size that reads zeroes past the
 //!    old one, as the overlay saw it before.
+//! 6. The bitmaps are good again.
 //!
 //! Only then data is written: so there is never data past the end of a virtual disk, which would come to light when
 //! somebody gives up the commit and grows the backing later.
 
+use crate::bitmaps::Bitmaps;
+use crate::grow_bitmaps::BitmapGrowth;
 use crate::image::overflow;
 use crate::metadata_map::MetadataMap;
 use crate::sink::{Piece, Qcow2Sink};
@@ -46,6 +51,7 @@ pub(crate) struct Growth {
     /// The file has to become as long as the image says.
     set_length: bool,
     l1: L1Growth,
+    bitmaps: Vec<BitmapGrowth>,
     /// Guest bytes that must become zero.
     zeroes: Option<Extent>,
 }
@@ -72,7 +78,8 @@ impl Qcow2Sink {
         self.refuse_growth(io, size, below)?;
         let mut grown = self.image.clone();
         grown.header.virtual_size = size;
-        self.planned.metadata = Some(MetadataMap::build(io, &grown, Vec::new())?);
+        let (_, clusters) = Bitmaps::load(io, &self.image, &mut self.refcounts)?;
+        self.planned.metadata = Some(MetadataMap::build(io, &grown, clusters)?);
         self.refuse_mapped_past_end(io, size)?;
         // The rest of a last cluster that was cut short is about to be the guest's. (A block device stays as it is.)
         let whole = self.image.clustered_length();
@@ -83,10 +90,15 @@ impl Qcow2Sink {
             }
             self.image.file_length = whole;
         }
-        let l1 = self.plan_l1(io, size)?;
+        let (l1, l1_clusters) = self.plan_l1(io, size)?;
+        let bitmaps = self.plan_bitmap_growth(io, size)?;
+        self.planned.new_runs = l1_clusters + self.bitmap_table_clusters(&bitmaps);
+        if self.planned.new_runs > 0 {
+            self.find_room(io, self.planned.new_runs)?;
+        }
         self.image.header.virtual_size = size;
-        let zeroes = self.plan_zeroes(io, old, below)?;
-        self.growth = Some(Growth { set_length, l1, zeroes });
+        let zeroes = self.without_bitmaps(|sink| sink.plan_zeroes(io, old, below))?;
+        self.growth = Some(Growth { set_length, l1, bitmaps, zeroes });
         Ok(())
     }
 
@@ -102,9 +114,6 @@ impl Qcow2Sink {
         }
         if size.div_ceil(header.l2_coverage()) > MAX_L1_BYTES / 8 {
             return refused(L1_SIZE_FIELD, "that needs larger clusters");
-        }
-        if header.bitmaps().is_some_and(|bitmaps| bitmaps.count > 0) {
-            return refused(88, "it has persistent bitmaps");
         }
         // A snapshot without a size of its own is as large as the image ("Snapshots", extra data).
         let snapshots = Snapshots::read(io, &self.image)?.entries;
@@ -141,14 +150,14 @@ impl Qcow2Sink {
         })
     }
 
-    /// How the L1 table grows, and room for it.
-    fn plan_l1(&mut self, io: &mut dyn BlockIo, size: u64) -> DriverResult<L1Growth> {
+    /// How the L1 table grows, and how many new clusters that takes.
+    fn plan_l1(&mut self, io: &mut dyn BlockIo, size: u64) -> DriverResult<(L1Growth, u64)> {
         let cluster_size = self.image.cluster_size();
         let header = &self.image.header;
         let entries = size.div_ceil(header.l2_coverage());
         let wanted = u32::try_from(entries).map_err(|_| overflow("the length of the L1 table"))?;
         if wanted <= header.l1_entries {
-            return Ok(L1Growth::Stays);
+            return Ok((L1Growth::Stays, 0));
         }
         let (clusters, held) = (cluster_size.count_for(entries * 8), cluster_size.count_for(header.l1_bytes()));
         let first = cluster_size.host_cluster(header.l1_table).0;
@@ -156,11 +165,9 @@ impl Qcow2Sink {
             return Err(self.image.corrupt(L1_SIZE_FIELD, "the L1 table is in use but has refcount 0"));
         }
         if clusters <= held && self.image.holds_bytes(self.image.header.l1_table, entries * 8) {
-            return Ok(L1Growth::InPlace(wanted));
+            return Ok((L1Growth::InPlace(wanted), 0));
         }
-        self.find_room(io, clusters)?;
-        self.planned.new_l1 = clusters;
-        Ok(L1Growth::Moves(wanted))
+        Ok((L1Growth::Moves(wanted), clusters))
     }
 
     /// Let the allocator go on where `count` clusters follow each other that are free, with room for the refcount blocks
@@ -235,13 +242,27 @@ impl Qcow2Sink {
             L1Growth::Moves(entries) => self.move_l1(io, entries)?,
         }
         // Step 3.
+        self.lengthen_bitmap_tables(io, &growth.bitmaps)?;
+        // Step 4.
         if let Some(zeroes) = growth.zeroes {
-            self.windows(&[zeroes], &mut |sink, pieces| sink.write_window(io, pieces, below))?;
+            self.without_bitmaps(|sink| {
+                sink.windows(&[zeroes], &mut |sink, pieces| sink.write_window(io, pieces, below))
+            })?;
         }
         self.flush(io)?;
-        // Step 4.
+        // Step 5.
         io.write(self.image.device, VIRTUAL_SIZE_FIELD, &self.image.header.virtual_size.to_be_bytes())?;
-        io.flush(self.image.device)
+        io.flush(self.image.device)?;
+        // Step 6.
+        self.release_bitmap_tables(io, &growth.bitmaps)
+    }
+
+    /// What becomes zero past the end of the disk was never anything else to a guest: bitmaps do not record it.
+    fn without_bitmaps<T>(&mut self, run: impl FnOnce(&mut Self) -> DriverResult<T>) -> DriverResult<T> {
+        let recorded = core::mem::take(&mut self.bitmaps.recorded);
+        let result = run(self);
+        self.bitmaps.recorded = recorded;
+        result
     }
 
     /// Step 2, where the table's own clusters have room.

@@ -159,7 +159,7 @@ impl Qcow2Sink {
             self.free_clusters = FreeClusters::find(io, &self.image, &mut self.refcounts, metadata, wanted)?;
             wanted -= self.free_clusters.count();
         }
-        wanted += self.planned.new_l1 + self.planned.slack;
+        wanted += self.planned.new_runs + self.planned.slack;
         let first = self.allocator.next();
         let mut clusters = self.allocator.bound(&self.image, &self.refcounts, wanted)?;
         // Clusters past the end of the file that have a refcount all the same are passed over: a crash leaves such
@@ -182,7 +182,7 @@ impl Qcow2Sink {
         Ok(PlanSummary {
             final_length: end.ok_or_else(|| overflow("the length of the backing"))?,
             new_data_clusters: self.planned.new_data,
-            new_metadata_clusters: self.planned.new_tables + self.planned.new_l1,
+            new_metadata_clusters: self.planned.new_tables + self.planned.new_runs,
         })
     }
 

@@ -40,6 +40,8 @@ struct Part {
     last: u64,
     /// Index of the table entry.
     entry: u64,
+    /// Whether the table has that entry already.
+    held: bool,
 }
 
 /// Guest byte ranges (start, end) of pieces, those that follow each other merged.
@@ -76,6 +78,7 @@ fn parts<'a>(
                 first: if slice == from / slice_bits { from % slice_bits } else { 0 },
                 last: if slice == to / slice_bits { to % slice_bits } else { slice_bits - 1 },
                 entry,
+                held: entry < bitmap.held,
             }
         })
     })
@@ -107,7 +110,7 @@ impl Qcow2Sink {
                 break Err(overflow("an entry of a bitmap table"));
             }
             self.bitmaps.tables.shrink(BATCH);
-            let loaded = self.bitmaps.tables.load(io, batch.iter().map(|part| part.at));
+            let loaded = self.bitmaps.tables.load(io, batch.iter().filter(|part| part.held).map(|part| part.at));
             if let Err(error) = loaded.and_then(|()| each(self, io, &batch)) {
                 break Err(error);
             }
@@ -119,6 +122,9 @@ impl Qcow2Sink {
     }
 
     fn bitmap_entry(&self, part: &Part) -> DriverResult<BitmapTableEntry> {
+        if !part.held {
+            return Ok(BitmapTableEntry::Zeroes);
+        }
         BitmapTableEntry::decode(self.bitmaps.tables.entry(part.at)?, self.image.cluster_size())
             .map_err(|error| self.image.corrupt(part.at, format!("an entry of a bitmap table {error}")))
     }
@@ -219,7 +225,7 @@ mod tests {
 
     #[test]
     fn bits_of_ranges_slice_by_slice() {
-        let bitmap = Recorded { table: HostOffset(8192), entries: 9, granularity_bits: 9 };
+        let bitmap = Recorded { table: HostOffset(8192), entries: 9, held: 9, granularity_bits: 9 };
         // Slices of 512 bytes have 4096 bits, which is 2 MiB of guest; two of them are a cluster.
         let find = |ranges: &[(u64, u64)]| -> Vec<(u64, u64, u64, u64)> {
             parts((0, &bitmap), ranges, 512, 1024).map(|p| (p.at, p.slice, p.first, p.last)).collect()

@@ -61,9 +61,9 @@ pub(crate) struct Planned {
     pub(crate) touched_compressed: ClusterSet,
     pub(crate) new_data: u64,
     pub(crate) new_tables: u64,
-    /// Clusters of a longer L1 table, which follow each other past the end of the file …
-    pub(crate) new_l1: u64,
-    /// … what it may leave free because of that, and more refcount blocks for it.
+    /// Clusters of longer L1 and bitmap tables, which follow each other past the end of the file …
+    pub(crate) new_runs: u64,
+    /// … what they may leave free because of that, and more refcount blocks for them.
     pub(crate) slack: u64,
     /// The cluster at the old end of an image that grows, if it was looked at already.
     pub(crate) grown: Option<GuestCluster>,
@@ -180,7 +180,7 @@ impl Qcow2Sink {
                 touched_compressed: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),
                 new_data: 0,
                 new_tables: 0,
-                new_l1: 0,
+                new_runs: 0,
                 slack: 0,
                 grown: None,
                 last_table: None,

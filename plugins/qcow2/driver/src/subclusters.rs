@@ -4,9 +4,9 @@
 //! subcluster that reads as zeroes afterwards as a whole is only marked so; one that is written in part gets the rest
 //! of its bytes from where they are now.
 
+use crate::data::DataWriter;
 use crate::image::overflow;
 use crate::sink::{Fill, Old, Piece, Qcow2Sink};
-use crate::write::DataWriter;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ExtentKind, Request};

@@ -77,6 +77,70 @@ fn crashes_while_bitmaps_make_the_refcount_table_grow() {
     }
 }
 
+/// 4,096 granules of 512 bytes have bits in one cluster; a cluster of a table has 64 entries.
+#[test]
+fn a_backing_that_grows() {
+    for (granularity, from, to, snapshots) in [
+        (9, 300, 4_000, 0),
+        (9, 4_096, 4_100, 1),
+        (9, 4_090, 9_000, 0),
+        (9, 10, 70 * 4_096, 0),
+        (16, 10, 70 * 4_096, 0),
+    ] {
+        let overlay = Spec::new(9, (to << 9) - 512)
+            .with(data([0, 5, to - 3], 0x21))
+            .with([(2, State::Zero), (to - 2, State::Zero)]);
+        let mut backing = Spec::new(9, (from << 9) - 512).with(data([1, 2, from - 2], 0x43));
+        backing.snapshots = snapshots;
+        let backing = with_bitmaps(backing, &kinds(granularity));
+        let pair = Pair { resize: true, ..Pair::new(&overlay, &backing) };
+        let files = commit_and_verify(&pair).files;
+        assert_eq!(be64(&files[&DEVICE_OUTPUT], 24), (to << 9) - 512);
+        if to < 10_000 {
+            verify_crashes(&pair);
+        }
+    }
+}
+
+/// What the ancestor has past the end is hidden by zeroes that no bitmap records.
+#[test]
+fn a_backing_that_grows_over_a_longer_ancestor() {
+    for bits in [9, 12] {
+        let overlay = Spec::new(bits, 5_000 << bits).with(data([0, 4_700], 0x21));
+        let backing = with_bitmaps(Spec::new(bits, (20 << bits) + 512).with(data([1, 20], 0x43)), &kinds(9));
+        let ancestor = build(&Spec::new(bits, 60 << bits).with(data(0..60, 0x65)));
+        let pair = Pair { resize: true, ancestor: Some(ancestor), ..Pair::new(&overlay, &backing) };
+        commit_and_verify(&pair);
+        if bits == 9 {
+            verify_crashes(&pair);
+        }
+    }
+}
+
+#[test]
+fn stale_bitmaps_of_a_backing_that_grows_stay() {
+    let spec = Spec { autoclear: 0, ..with_bitmaps(Spec::new(9, 300 << 9), &kinds(9)) };
+    let pair = Pair { resize: true, ..Pair::new(&Spec::new(9, 9_000 << 9).with(data([1, 8_000], 1)), &spec) };
+    let mut io = pair.io();
+    run_commit(&mut io, pair.options()).unwrap();
+    let (before, after) = (&pair.backing, &io.files[&DEVICE_OUTPUT]);
+    let entry = extension(before).map(|at| be64(before, at + 16) as usize).unwrap();
+    assert_eq!(before[entry..entry + 512], after[entry..entry + 512]);
+    assert_eq!((be64(after, 24), be64(after, 88)), (9_000 << 9, 0));
+}
+
+#[test]
+fn a_bitmap_that_would_be_too_long() {
+    // 512 MiB of bits for granules of 512 bytes are 2 TiB.
+    let spec = with_bitmaps(Spec::new(16, 300 << 16), &[BitmapSpec::new(AUTO, 9, &[Bits::None])]);
+    let pair = Pair { resize: true, ..Pair::new(&Spec::new(16, (2 << 40) + 512).with(data([1], 1)), &spec) };
+    let mut io = pair.io();
+    let failure = run_commit(&mut io, pair.options()).unwrap_err();
+    assert_eq!(failure.error.code, ErrorCode::UnsupportedFormat);
+    assert!(failure.error.text.contains("bitmap 1"), "{}", failure.error);
+    assert_eq!(io.log, vec![], "something was changed");
+}
+
 #[test]
 fn bits_are_durable_before_data() {
     let overlay = Spec::new(12, 64 << 12).with(data([1, 9], 0x21));

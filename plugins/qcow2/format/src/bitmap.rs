@@ -9,6 +9,10 @@ use crate::types::{ClusterSize, HostOffset};
 use alloc::format;
 use alloc::string::String;
 
+/// Byte offset within a directory entry of `bitmap_table_size` (4 bytes), after `bitmap_table_offset` (8 bytes).
+pub const BITMAP_TABLE_SIZE_FIELD: u64 = 8;
+/// Byte offset within a directory entry of `flags` (4 bytes).
+pub const BITMAP_FLAGS_FIELD: u64 = 12;
 /// Bytes of a directory entry before its extra data and name ("Bitmap directory").
 pub const BITMAP_ENTRY_BYTES: usize = 24;
 /// Most bitmaps that QEMU takes (`QCOW2_MAX_BITMAPS`).
@@ -151,6 +155,32 @@ impl Bitmap {
     pub fn coverage(&self, size: ClusterSize) -> u64 {
         let bits = u64::from(self.table_entries).saturating_mul(size.bytes()).saturating_mul(8);
         bits.saturating_mul(1 << self.granularity_bits.min(63))
+    }
+
+    /// Entries that its table must have for a virtual disk of `virtual_size` bytes: QEMU opens no image in which a bitmap
+    /// that was saved has more or fewer. `None` if its data would be longer than QEMU takes.
+    #[must_use]
+    pub fn entries_for(&self, virtual_size: u64, size: ClusterSize) -> Option<u32> {
+        let bits = virtual_size.div_ceil(1 << self.granularity_bits.min(63));
+        let entries = size.count_for(bits.div_ceil(8));
+        let bytes = entries.checked_mul(size.bytes())?;
+        u32::try_from(entries).ok().filter(|_| bytes <= MAX_DATA)
+    }
+
+    /// `flags` as they stand in the directory, with [`in_use`](Self::in_use) as given.
+    #[must_use]
+    pub const fn flags(&self, in_use: bool) -> u32 {
+        let mut flags = 0;
+        if in_use {
+            flags |= IN_USE;
+        }
+        if self.auto {
+            flags |= AUTO;
+        }
+        if self.extra_data_compatible {
+            flags |= EXTRA_DATA_COMPATIBLE;
+        }
+        flags
     }
 
     /// Whether writers have to keep it up: it is enabled, and was saved.

@@ -18,7 +18,9 @@ mod subcluster;
 mod table;
 mod types;
 
-pub use bitmap::{Bitmap, BitmapError, BitmapTableEntry, BITMAP_ENTRY_BYTES};
+pub use bitmap::{
+    Bitmap, BitmapError, BitmapTableEntry, BITMAP_ENTRY_BYTES, BITMAP_FLAGS_FIELD, BITMAP_TABLE_SIZE_FIELD,
+};
 pub use compressed::{decompress, CompressedRange, DecodeError, Decompressor};
 pub use create::{create, CreateError, CreateOptions, NewImage};
 pub use error::{HeaderError, HeaderErrorKind};

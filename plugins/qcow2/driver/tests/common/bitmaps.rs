@@ -87,7 +87,8 @@ pub fn bitmaps(bytes: &[u8]) -> Vec<BitmapView> {
         let raw: Vec<u64> = (0..entries).map(|i| be64(bytes, (table + i * 8) as usize)).collect();
         found.clusters = raw.iter().copied().filter(|&entry| entry > 1).collect();
         for bit in 0..view.virtual_size.div_ceil(granularity) {
-            let entry = raw[(bit / 8 / view.size) as usize];
+            // The table of one that was not saved may be too short.
+            let entry = raw.get((bit / 8 / view.size) as usize).copied().unwrap_or(0);
             let byte = (entry + bit / 8 % view.size) as usize;
             found.bits.push(match entry {
                 0 => false,
@@ -102,29 +103,53 @@ pub fn bitmaps(bytes: &[u8]) -> Vec<BitmapView> {
 }
 
 /// What must hold of the bitmaps `now` at every instant of a commit, given those `before` it and what the image reads
-/// as. Returns whether every bit that is set now was set before or is among the `committed` bytes.
-pub fn verify_bitmaps(before: &[u8], now: &[u8], content: (&[u8], &[u8]), committed: &[bool]) -> bool {
+/// as. Returns whether every bit that is set now was set before or is among the `committed` bytes. A bitmap of an image
+/// that `grows` may have been given up on the way, by what it says itself: then it is not exact.
+pub fn verify_bitmaps((before, now): (&[u8], &[u8]), content: (&[u8], &[u8]), committed: &[bool], grows: bool) -> bool {
     let (old, new) = (bitmaps(before), bitmaps(now));
     assert_eq!(old.len(), new.len(), "a bitmap is gone");
     let mut exact = true;
+    // What a guest of the overlay read past the end.
+    let mut was_content = content.0.to_vec();
+    was_content.resize(content.1.len(), 0);
     for (old, new) in old.iter().zip(&new) {
-        assert_eq!(before[old.at..old.at + old.length], now[new.at..new.at + new.length], "a directory entry changed");
+        let entries = |bytes: &[u8], view: &BitmapView| bytes[view.at..view.at + view.length].to_vec();
+        let (entry_before, mut entry_now) = (entries(before, old), entries(now, new));
+        if grows && old.flags & IN_USE == 0 {
+            entry_now[..12].copy_from_slice(&entry_before[..12]);
+            if new.flags == old.flags | IN_USE {
+                exact = false;
+                continue;
+            }
+        }
+        assert_eq!(entry_before, entry_now, "a directory entry changed");
+        let view = View::new(now);
+        let per_entry = view.size * 8;
+        if old.flags & IN_USE == 0 {
+            let needed = (new.bits.len() as u64).div_ceil(per_entry);
+            assert_eq!(new.entries, needed, "the table is too long or too short for the disk");
+        }
+        // What an entry for "all bits" covers of the new part is set from the start.
+        let all = |bit: usize| be64(now, (new.table + bit as u64 / per_entry * 8) as usize) == 1;
         if old.flags & (AUTO | IN_USE) != AUTO {
-            assert_eq!(old, new, "a bitmap that is not kept up changed");
+            let grown = |bit: usize| bit >= old.bits.len() && !all(bit);
+            assert_eq!((old.flags, &old.clusters), (new.flags, &new.clusters), "a bitmap that is not kept up changed");
+            assert!(new.bits.starts_with(&old.bits), "a bitmap that is not kept up changed");
+            assert!((0..new.bits.len()).all(|bit| !grown(bit) || !new.bits[bit]), "a new bit is set");
             continue;
         }
-        for (index, (&was, &is)) in old.bits.iter().zip(&new.bits).enumerate() {
+        for (index, &is) in new.bits.iter().enumerate() {
+            let was = old.bits.get(index).copied().unwrap_or_else(|| all(index));
             let start = index * old.granularity as usize;
-            let range = start..(start + old.granularity as usize).min(content.0.len());
-            let changed = content.0[range.clone()] != content.1[range.clone()];
+            let range = start..(start + old.granularity as usize).min(content.1.len());
+            let changed = was_content[range.clone()] != content.1[range.clone()];
             assert!(is || !(was || changed), "granule {index} of {} changed, and its bit is clear", old.granularity);
             let touched = committed[range.start.min(committed.len())..range.end.min(committed.len())].contains(&true);
             exact &= is == (was || touched);
         }
         let first_unused = new.bits.len() as u64;
-        let view = View::new(now);
-        for bit in first_unused..new.entries * view.size * 8 {
-            let entry = be64(now, (new.table + bit / 8 / view.size * 8) as usize);
+        for bit in first_unused..new.entries * per_entry {
+            let entry = be64(now, (new.table + bit / per_entry * 8) as usize);
             let byte = now.get((entry + bit / 8 % view.size) as usize).copied().unwrap_or(0);
             assert!(entry < 2 || byte >> (bit % 8) & 1 == 0, "tail bit {bit} is set");
         }

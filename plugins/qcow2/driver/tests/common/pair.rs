@@ -72,7 +72,7 @@ fn committed(pair: &Pair) -> Vec<bool> {
 /// Bitmaps of the backing; returns whether enabled ones have exactly the bits that the commit calls for.
 fn bitmaps_hold(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>) -> bool {
     let (before, now) = (views(&pair.io().files).0, views(files).0);
-    verify_bitmaps(&pair.backing, &files[&DEVICE_OUTPUT], (&before, &now), &committed(pair))
+    verify_bitmaps((&pair.backing, &files[&DEVICE_OUTPUT]), (&before, &now), &committed(pair), pair.resize)
 }
 
 pub fn clean(bytes: &[u8]) {
