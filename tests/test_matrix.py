@@ -122,12 +122,14 @@ def check_bitmaps(base, before, came, differs):
     found, size = names(base), support.virtual_size(base)
     assert found.keys() == before.keys(), "a bitmap is gone"
     for name, bitmap in found.items():
-        after = dirty(base, name)
+        after, granularity = dirty(base, name), bitmap["granularity"]
+        # The last granule of a disk that has grown goes on.
+        was = rounded(before[name], granularity, size)
         if bitmap["flags"] != ["auto"]:
-            assert after == before[name], f"bitmap {name} is disabled and changed"
+            assert after == was, f"bitmap {name} is disabled and changed"
             continue
-        assert within([*before[name], *differs], after), f"bitmap {name} says too little"
-        assert within(after, [*before[name], *rounded(came, bitmap["granularity"], size)]), f"bitmap {name} says too much"
+        assert within([*was, *differs], after), f"bitmap {name} says too little"
+        assert within(after, [*was, *rounded(came, granularity, size)]), f"bitmap {name} says too much"
 
 
 def check(seed, directory):
@@ -139,6 +141,7 @@ def check(seed, directory):
         assert made.rc == 0, str(made)
     top, base = images / "top.qcow2", images / "base.qcow2"
     before = support.flatten(top, directory / "before.qcow2")
+    small = support.virtual_size(base)
     kept = snapshot_hashes(base)
     bitmaps, came = {name: dirty(base, name) for name in names(base)}, held(top)
     support.qemu_img("convert", "-O", "raw", base, directory / "base-before.raw")
@@ -156,7 +159,7 @@ def check(seed, directory):
         support.repair(copies / path.name)
     support.qemu_img("commit", "-q", "top.qcow2", cwd=copies)
 
-    grows = support.virtual_size(top) > support.virtual_size(base)
+    grows = support.virtual_size(top) > small
     support.commit(top, "-q", *(["--resize-backing"] if grows else []))
 
     support.assert_same_content(base, copies / "base.qcow2")
@@ -167,11 +170,9 @@ def check(seed, directory):
     assert not any(qcow2_bytes.Image(path).dirty for path in (base, top)), "an image is dirty"
     assert top.stat().st_size <= length, "the overlay became longer"
     support.qemu_img("convert", "-O", "raw", base, directory / "base-after.raw")
-    if not grows:
-        check_bitmaps(base, bitmaps, came, changed(directory / "base-before.raw", directory / "base-after.raw"))
-    # qemu-img shows a snapshot in the size that the image has now.
-    kept = snapshot_hashes(copies / "base.qcow2") if grows else kept
-    assert snapshot_hashes(base) == kept, "a snapshot of the backing changed"
+    check_bitmaps(base, bitmaps, came, changed(directory / "base-before.raw", directory / "base-after.raw"))
+    # (qemu-img loses the snapshots of a backing that has bitmaps and grows: its copy cannot tell.)
+    assert snapshot_hashes(base, small) == kept, "a snapshot of the backing changed"
     assert snapshot_hashes(top) == snapshot_hashes(copies / "top.qcow2"), "a snapshot of the overlay differs"
 
 
