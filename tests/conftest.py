@@ -38,12 +38,12 @@ class Pair:
         self.top = self.dir / "top.qcow2"
 
     def make(self, size=4 * support.MIB, *, top_size=None, base_options=None, top_options=None,
-             base=(), top=()):
+             base=(), top=(), base_fmt="qcow2"):
         """Creates both and runs qemu-io commands on each."""
-        support.create(self.base, size, **(base_options or {}))
+        support.create(self.base, size, fmt=base_fmt, **(base_options or {}))
         if base:
-            support.qemu_io(self.base, *base)
-        support.create(self.top, top_size, backing="base.qcow2", **(top_options or {}))
+            support.qemu_io(self.base, *base, fmt=base_fmt)
+        support.create(self.top, top_size, backing=self.base.name, backing_fmt=base_fmt, **(top_options or {}))
         if top:
             support.qemu_io(self.top, *top)
         return self

@@ -48,16 +48,6 @@ def bit(side, field, value):
     return spoil
 
 
-def raw_backing(pair):
-    """A raw backing as the target, recorded as raw."""
-    pair.make(4 * MIB)
-    pair.base.unlink()
-    pair.top.unlink()
-    support.create(pair.base, 4 * MIB, fmt="raw")
-    support.create(pair.top, backing="base.qcow2", backing_fmt="raw")
-    support.qemu_io(pair.top, *TOP)
-
-
 UNSUPPORTED, EXTERNAL, LUKS = "ERROR_UNSUPPORTED_FORMAT", "ERROR_EXTERNAL_DATA_FILE", "ERROR_LUKS_UNSUPPORTED"
 
 #: how the pair is made, the side that is named, the code, a word of the message
@@ -68,7 +58,6 @@ TABLE = [
     (data_file_backing, "base", EXTERNAL, "data file"),
     (bit("top", "incompatible", 1 << 20), "top", UNSUPPORTED, "feature"),
     (bit("base", "incompatible", 1 << 63), "base", UNSUPPORTED, "feature"),
-    (raw_backing, "base", UNSUPPORTED, "raw"),
 ]
 
 

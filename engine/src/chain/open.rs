@@ -4,7 +4,7 @@ use super::write_target::Located;
 use crate::cli::escape::escape_path;
 use crate::cli::CliError;
 use crate::devices::lock::{lock_read_only, lock_read_write};
-use crate::plugins::{FileImage, Plugin, Registry};
+use crate::plugins::{FileImage, IdentifyError, Plugin, Registry};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
 use rustix::fs::OFlags;
@@ -163,7 +163,7 @@ impl OpenedFile {
         Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts })
     }
 
-    /// Find out the format of a file whose format an image may record.
+    /// Find out the format of a file that an image is backed by, and whose format that image may record.
     ///
     /// # Errors
     /// As [`OpenedFile::identify_as`].
@@ -173,6 +173,11 @@ impl OpenedFile {
         recorded: Option<&[u8]>,
     ) -> Result<ChainImage<'r>, CliError> {
         let recorded = recorded.filter(|name| !name.is_empty()).map(String::from_utf8_lossy);
+        if recorded.is_none() && matches!(registry.identify(&self.file, None), Err(IdentifyError::Unrecognised)) {
+            let clause = "the format is not recognised, and the image above does not record it: if it is raw, record \
+                          that with `qemu-img rebase -u -b BACKING -F raw OVERLAY`";
+            return Err(CliError::image(&self.path, ErrorCode::UnsupportedFormat, clause));
+        }
         self.identify_as(registry, recorded.as_deref())
     }
 }

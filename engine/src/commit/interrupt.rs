@@ -1,4 +1,4 @@
-//! SIGINT, SIGTERM and SIGHUP: the guest is ended between two requests, where the files are consistent.
+//! Signals. SIGINT, SIGTERM and SIGHUP: the guest is ended between two requests, where the files are consistent.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,8 +9,11 @@ extern "C" fn note(_: libc::c_int) {
 }
 
 /// From now on, the first SIGINT, SIGTERM or SIGHUP of each kind is noted; a second one ends the process at once. What the
-/// process was started to ignore stays ignored. Long system calls return, so that the note is seen.
+/// process was started to ignore stays ignored. Long system calls return, so that the note is seen. A file that exceeds
+/// a limit of the process (`ulimit -f`) is an error with a sentence, not the end.
 pub fn install() {
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: `action` and `old` are valid sigactions; the handler only stores to an atomic.
         unsafe {

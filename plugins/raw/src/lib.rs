@@ -1,8 +1,9 @@
 //! The raw plugin: its host half, and the bytes of its guest half. The file is the disk.
 
+use instar_plugin_api::std_types::RVec;
 use instar_plugin_api::{
-    export_plugin, CommitRole, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Verdict,
-    PROBE_ANYTHING,
+    export_plugin, CommitRole, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader,
+    PluginError, Verdict, PROBE_ANYTHING,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/raw-module.elf"));
@@ -18,6 +19,9 @@ impl FormatPlugin for Raw {
     const DESCRIPTION: &'static str = "Plain disk image without metadata";
     const VERSION: &'static str = env!("CARGO_PKG_VERSION");
     const EXTENSIONS: &'static [&'static str] = &["raw", "img"];
+    const CAN_CREATE: bool = true;
+    const CREATE_OPTIONS: &'static [(&'static str, &'static str)] =
+        &[("preallocation", "off (default): space is allocated when it is written to")];
 
     fn probe(_: &ImageReader<'_>) -> Result<u32, PluginError> {
         Ok(PROBE_ANYTHING)
@@ -30,19 +34,43 @@ impl FormatPlugin for Raw {
         Ok(ImageFacts::new(Self::NAME, virtual_size, 0, image.length()))
     }
 
-    fn verdict(role: CommitRole, _: &ImageFacts, _: &ImageFacts) -> Verdict {
+    fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         match role {
             CommitRole::Overlay => Verdict::refused(ErrorCode::NoBacking, "a raw image has no backing file"),
-            CommitRole::Backing => Verdict::refused(
-                ErrorCode::UnsupportedFormat,
-                "committing into a raw image is not supported yet: use a qcow2 backing",
-            ),
+            CommitRole::Backing => match other.virtual_size.max(own.virtual_size).checked_next_multiple_of(SECTOR) {
+                Some(length) => Verdict::supported(length),
+                None => Verdict::refused(ErrorCode::UnsupportedFormat, "the overlay is larger than any file"),
+            },
             CommitRole::Ancestor => Verdict::supported(0),
         }
     }
 
     fn guest_module() -> GuestModule {
-        GuestModule::source_only(GUEST_MODULE)
+        GuestModule::source_and_sink(GUEST_MODULE)
+    }
+
+    fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
+        let refused = |text: String| Err(PluginError::new(ErrorCode::UnsupportedFormat, text));
+        if spec.backing.is_some() {
+            return refused("a raw image has no room for a backing file: make a qcow2 one".into());
+        }
+        for option in &spec.options {
+            match (option.0.as_str(), option.1.as_str()) {
+                ("preallocation", "off") => {}
+                ("preallocation", value) => {
+                    let value = value.escape_default();
+                    return refused(format!("option preallocation cannot be \"{value}\": it must be off"));
+                }
+                (name, _) => {
+                    let name = name.escape_default();
+                    return refused(format!("unknown option \"{name}\": the only one is preallocation"));
+                }
+            }
+        }
+        match spec.virtual_size.checked_next_multiple_of(SECTOR) {
+            Some(length) => Ok(CreatedImage { length, regions: RVec::new() }),
+            None => refused("the disk is larger than any file".into()),
+        }
     }
 }
 

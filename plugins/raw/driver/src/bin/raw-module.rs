@@ -2,4 +2,4 @@
 #![no_std]
 #![no_main]
 
-instar_guest_sdk::export_format!(instar_raw_driver::Raw, source);
+instar_guest_sdk::export_format!(instar_raw_driver::Raw);

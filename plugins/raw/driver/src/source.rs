@@ -1,0 +1,67 @@
+//! The source role: what a raw image holds below others.
+
+use crate::verified;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Extent, ExtentKind, ImageInfo};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+
+/// A raw image that data comes from.
+#[derive(Debug)]
+pub struct RawSource {
+    device: u32,
+    virtual_size: u64,
+    file_length: u64,
+}
+
+impl RawSource {
+    /// The image on this device.
+    ///
+    /// # Errors
+    /// [`ErrorCode::HeaderMismatch`] when file and disk do not have the same length.
+    pub fn open(device: &DeviceConfig) -> DriverResult<Self> {
+        verified(device)?;
+        Ok(Self { device: device.device, virtual_size: device.virtual_size, file_length: device.file_length })
+    }
+}
+
+fn no_overlay() -> DriverError {
+    DriverError::new(ErrorCode::UnsupportedFormat, "a raw image has no backing to be committed into")
+}
+
+impl Source for RawSource {
+    fn info(&self) -> ImageInfo {
+        ImageInfo { virtual_size: self.virtual_size, cluster_size: 1 }
+    }
+
+    fn check(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        if will_empty {
+            return Err(no_overlay());
+        }
+        Ok(0)
+    }
+
+    fn extents(&mut self, _: &mut dyn BlockIo, from: u64, _: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+        let mut push = |from: u64, end: u64, kind: ExtentKind| {
+            if from < end {
+                out.push(Extent {
+                    guest_offset: from,
+                    length: end - from,
+                    location: from,
+                    kind: kind as u32,
+                    device: self.device,
+                });
+            }
+        };
+        push(from, self.file_length, ExtentKind::Data);
+        push(from.max(self.file_length), self.virtual_size, ExtentKind::Zero);
+        Ok(self.virtual_size)
+    }
+
+    fn read(&mut self, _: &mut dyn BlockIo, _: &Extent, _: u64, _: &mut [u8]) -> DriverResult<()> {
+        Err(DriverError::new(ErrorCode::InternalOverflow, "a raw image has nothing to decode"))
+    }
+
+    fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
+        Err(no_overlay())
+    }
+}
