@@ -85,14 +85,6 @@ def test_options_to_come(pair, options):
     refuse("ERROR_NOT_IMPLEMENTED", pair.top, *options, files=[pair.base])
 
 
-def test_deeper_ancestor_to_come(pair):
-    pair.make(top=TOP)
-    top = support.create(pair.dir / "third.qcow2", backing="top.qcow2")
-    support.qemu_io(top, "write -P 3 0 64k")
-    refuse("ERROR_NOT_IMPLEMENTED", top, "-b", "base.qcow2", files=[pair.base, pair.top],
-           mentions=["the overlay's immediate parent is top.qcow2"])
-
-
 # --- what looks like a refusal and is none ----------------------------------------------------------
 
 

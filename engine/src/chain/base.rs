@@ -5,7 +5,7 @@ use super::write_target::{is_protocol, Gate, NotAllowed};
 use crate::cli::escape::escape_bytes;
 use crate::cli::CliError;
 use crate::plugins::Registry;
-use instar_guest_abi::ErrorCode;
+use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::{BackingPointer, ImageFacts};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -25,7 +25,16 @@ pub(super) fn not_allowed(image: &Path, error: &NotAllowed, option: &str) -> Cli
     CliError::image(image, ErrorCode::WriteTargetNotAllowed, format!("{}: {option}", error.0))
 }
 
-/// Open the backing of an overlay: the file that `-b` names, which must be the overlay's immediate parent, or the one
+/// What is committed into, and the layers between it and the overlay, which are committed as well, the top-most first.
+#[derive(Debug)]
+pub struct Target<'r> {
+    /// The image that is written.
+    pub backing: ChainImage<'r>,
+    /// Open for reading: none of them changes.
+    pub between: Vec<ChainImage<'r>>,
+}
+
+/// Open the backing of an overlay: the file that `-b` names, which must be in the overlay's backing chain, or the one
 /// that the overlay records.
 ///
 /// # Errors
@@ -34,19 +43,19 @@ pub fn resolve_backing<'r>(
     registry: &'r Registry,
     overlay: &ChainImage<'_>,
     choice: BackingChoice<'_>,
-) -> Result<ChainImage<'r>, CliError> {
+) -> Result<Target<'r>, CliError> {
     let path = &overlay.opened.path;
     let Some(pointer) = overlay.facts.backing.as_ref().into_option() else {
         let clause = "has no recorded backing file, so there is nothing to commit into";
         return Err(CliError::image(path, ErrorCode::NoBacking, clause));
     };
     let directory = overlay.opened.directory();
-    let opened = match choice.base {
+    let (opened, between) = match choice.base {
         None => {
             let located = choice.gate.locate(&directory, &pointer.name).map_err(|error| {
                 not_allowed(path, &error, "name the backing with -b, or allow its directory with --allow-backing-dir")
             })?;
-            OpenedFile::located(&located, Access::ReadWrite)?
+            (OpenedFile::located(&located, Access::ReadWrite)?, Vec::new())
         }
         Some(base) => open_base(registry, overlay, pointer, &directory.join(base), choice.gate)?,
     };
@@ -54,7 +63,9 @@ pub fn resolve_backing<'r>(
     if same {
         return Err(CliError::image(path, ErrorCode::ChainLoop, "is its own backing file"));
     }
-    opened.lock(Access::ReadWrite)?.identify_recorded(registry, recorded_format(&overlay.facts))
+    let lowest = between.last().map_or(&overlay.facts, |layer: &ChainImage<'_>| &layer.facts);
+    let backing = opened.lock(Access::ReadWrite)?.identify_recorded(registry, recorded_format(lowest))?;
+    Ok(Target { backing, between })
 }
 
 /// The format that an image records for its backing.
@@ -68,15 +79,15 @@ fn identity(path: &Path) -> Option<Identity> {
     std::fs::metadata(path).ok().map(|metadata| Identity::of(&metadata))
 }
 
-/// Open the file that `-b` names, which must be the overlay's immediate parent: the file that is open is compared, so that
-/// nobody can put another one in its place.
-fn open_base(
-    registry: &Registry,
+/// Open the file that `-b` names, which must be the overlay's parent or an ancestor, and the layers above it: the file that
+/// is open is compared, so that nobody can put another one in its place.
+fn open_base<'r>(
+    registry: &'r Registry,
     overlay: &ChainImage<'_>,
     pointer: &BackingPointer,
     target: &Path,
     gate: &Gate,
-) -> Result<OpenedFile, CliError> {
+) -> Result<(OpenedFile, Vec<ChainImage<'r>>), CliError> {
     let name = escape_bytes(&pointer.name);
     let opened = match OpenedFile::named(target, Access::ReadWrite, ErrorCode::BackingNotFound) {
         Err(error) if error.code == ErrorCode::BackingNotFound => {
@@ -90,32 +101,55 @@ fn open_base(
     // The recorded name is only compared here, by what it leads to; what is opened is the operator's own name.
     let parent = overlay.opened.directory().join(OsStr::from_bytes(&pointer.name));
     if !is_protocol(&pointer.name) && identity(&parent) == Some(opened.identity) {
-        return Ok(opened);
+        return Ok((opened, Vec::new()));
     }
-    if is_deeper(registry, overlay, opened.identity, gate) {
-        let clause = format!(
-            "committing into a deeper ancestor is not there yet: the overlay's immediate parent is {name}; commit into that"
-        );
-        return Err(CliError::image(target, ErrorCode::NotImplemented, clause));
-    }
-    let clause = format!("is not in the backing chain of the overlay: the overlay's immediate parent is {name}");
+    let why = match layers_above(registry, overlay, opened.identity, gate) {
+        Ok(Some(between)) => return Ok((opened, between)),
+        Ok(None) => String::new(),
+        Err(error) if error.code == ErrorCode::ImageInUse => return Err(error),
+        Err(error) => format!(", as far as that can be followed ({error})"),
+    };
+    let clause = format!("is not in the backing chain of the overlay{why}: the overlay's immediate parent is {name}");
     Err(CliError::image(target, ErrorCode::NotInChain, clause))
 }
 
-/// Whether `wanted` lies below the overlay's parent. Whatever may not, or cannot, be followed ends the search.
-fn is_deeper(registry: &Registry, overlay: &ChainImage<'_>, wanted: Identity, gate: &Gate) -> bool {
-    let mut directory = overlay.opened.directory();
-    let mut facts = overlay.facts.clone();
-    for _ in 0..instar_guest_abi::MAX_CHAIN_DEVICES {
-        let Some(pointer) = facts.backing.as_ref().into_option() else { return false };
-        let Ok(located) = gate.locate(&directory, &pointer.name) else { return false };
-        let Ok(opened) = OpenedFile::located(&located, Access::ReadOnly) else { return false };
-        if opened.identity == wanted {
-            return true;
+/// The layers between the overlay and the image `wanted`, the top-most first, open for reading; `None` if the chain ends
+/// without it.
+fn layers_above<'r>(
+    registry: &'r Registry,
+    overlay: &ChainImage<'_>,
+    wanted: Identity,
+    gate: &Gate,
+) -> Result<Option<Vec<ChainImage<'r>>>, CliError> {
+    let mut between: Vec<ChainImage<'r>> = Vec::new();
+    let mut seen = vec![overlay.opened.identity];
+    loop {
+        let (opened, facts) = match between.last() {
+            None => (&overlay.opened, &overlay.facts),
+            Some(layer) => (&layer.opened, &layer.facts),
+        };
+        let Some(pointer) = facts.backing.as_ref().into_option() else { return Ok(None) };
+        let located = gate
+            .locate(&opened.directory(), &pointer.name)
+            .map_err(|error| not_allowed(&opened.path, &error, "allow its directory with --allow-backing-dir"))?;
+        let next = OpenedFile::located(&located, Access::ReadOnly)?;
+        if next.identity == wanted {
+            return Ok(Some(between));
         }
-        directory = opened.directory();
-        let Ok(image) = opened.identify_recorded(registry, recorded_format(&facts)) else { return false };
-        facts = image.facts;
+        if seen.contains(&next.identity) {
+            return Err(CliError::image(&opened.path, ErrorCode::ChainLoop, "the backing chain leads back to itself"));
+        }
+        if between.len() + 1 >= MAX_CHAIN_DEVICES {
+            return Err(too_deep(&opened.path));
+        }
+        seen.push(next.identity);
+        let layer = next.lock(Access::ReadOnly)?.identify_recorded(registry, recorded_format(facts))?;
+        between.push(layer);
     }
-    false
+}
+
+/// There are more layers than devices.
+pub(super) fn too_deep(path: &Path) -> CliError {
+    let clause = format!("the backing chain has more than {MAX_CHAIN_DEVICES} layers below the overlay");
+    CliError::image(path, ErrorCode::ChainTooDeep, clause)
 }

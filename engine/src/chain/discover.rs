@@ -1,13 +1,13 @@
 //! The ancestors of the backing: what is read where a cluster is only partly overwritten.
 
-use super::base::{not_allowed, recorded_format};
+use super::base::{not_allowed, recorded_format, too_deep, Target};
 use super::open::{Access, ChainImage, OpenedFile};
 use super::write_target::Gate;
 use crate::cli::CliError;
 use crate::plugins::Registry;
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 
-/// Open everything below `backing`, nearest first; `backing` itself is not among it.
+/// Open everything below the target, nearest first; the target itself is not among it.
 ///
 /// # Errors
 /// [`ErrorCode::ChainLoop`], [`ErrorCode::ChainTooDeep`], [`ErrorCode::BackingNotFound`],
@@ -15,10 +15,11 @@ use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 pub fn discover_backing_chain<'r>(
     registry: &'r Registry,
     overlay: &ChainImage<'_>,
-    backing: &ChainImage<'_>,
+    Target { backing, between }: &Target<'_>,
     gate: &Gate,
 ) -> Result<Vec<ChainImage<'r>>, CliError> {
     let mut seen = vec![overlay.opened.identity, backing.opened.identity];
+    seen.extend(between.iter().map(|layer| layer.opened.identity));
     let mut ancestors: Vec<ChainImage<'r>> = Vec::new();
     loop {
         let lowest = ancestors.last().unwrap_or(backing);
@@ -27,9 +28,8 @@ pub fn discover_backing_chain<'r>(
         };
         let path = &lowest.opened.path;
         // The overlay has a slot of its own.
-        if ancestors.len() + 1 >= MAX_CHAIN_DEVICES {
-            let clause = format!("the backing chain has more than {MAX_CHAIN_DEVICES} layers below the overlay");
-            return Err(CliError::image(path, ErrorCode::ChainTooDeep, clause));
+        if between.len() + ancestors.len() + 1 >= MAX_CHAIN_DEVICES {
+            return Err(too_deep(path));
         }
         let located = gate
             .locate(&lowest.opened.directory(), &pointer.name)

@@ -8,6 +8,6 @@ mod discover;
 mod open;
 pub mod write_target;
 
-pub use base::{resolve_backing, BackingChoice};
+pub use base::{resolve_backing, BackingChoice, Target};
 pub use discover::discover_backing_chain;
 pub use open::{Access, ChainImage, Identity, OpenedFile};

@@ -108,23 +108,25 @@ fn attach<'r>(
     config
 }
 
-/// Load the modules, stand up the virtual machine, run the commit, harvest its result.
+/// Load the modules, stand up the virtual machine, run the commit of the overlay and the layers between it and the backing,
+/// harvest its result.
 ///
 /// # Errors
 /// Why there is no guest, why it was ended, or what it refused: one line.
 pub fn run_commit_guest(
     flags: u32,
     overlay: ChainImage<'_>,
+    between: Vec<ChainImage<'_>>,
     backing: ChainImage<'_>,
     ancestors: Vec<ChainImage<'_>>,
     max_length: u64,
 ) -> Result<(CommitResultMessage, GuestRun), CliError> {
-    let mut paths: Vec<PathBuf> = vec![overlay.opened.path.clone()];
-    paths.extend(ancestors.iter().map(|ancestor| ancestor.opened.path.clone()));
     let backing_path = backing.opened.path.clone();
-    let mut slots = vec![overlay];
-    slots.extend(ancestors);
-    let (mut devices, chain, plugins) = open_chain_devices_rw(slots, backing, &[0], max_length)?;
+    let merged = 1 + between.len();
+    let slots: Vec<ChainImage<'_>> = std::iter::once(overlay).chain(between).chain(ancestors).collect();
+    let paths: Vec<PathBuf> = slots.iter().map(|image| image.opened.path.clone()).collect();
+    let (mut devices, mut chain, plugins) = open_chain_devices_rw(slots, backing, &[0], max_length)?;
+    chain.merge_count = u32::try_from(merged).unwrap_or(u32::MAX);
 
     let modules: Vec<ModuleSpec<'_>> = plugins
         .iter()

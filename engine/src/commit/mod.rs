@@ -18,7 +18,7 @@ pub use render::{
 pub use timing::Timing;
 
 use crate::chain::write_target::Gate;
-use crate::chain::{discover_backing_chain, resolve_backing, Access, BackingChoice, ChainImage, OpenedFile};
+use crate::chain::{discover_backing_chain, resolve_backing, Access, BackingChoice, ChainImage, OpenedFile, Target};
 use crate::cli::escape::escape_path;
 use crate::cli::CliError;
 use crate::plugins::{Registry, SearchPath};
@@ -114,11 +114,13 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
     note_image("overlay", &overlay, notes);
     let choice = BackingChoice { base: request.base.as_deref(), gate: &gate };
-    let backing = resolve_backing(&registry, &overlay, choice)?;
-    note_image("backing", &backing, notes);
+    let target = resolve_backing(&registry, &overlay, choice)?;
+    target.between.iter().for_each(|layer| note_image("merged, too", layer, notes));
+    note_image("backing", &target.backing, notes);
     // Where the overlay's own backing may lie, that backing's ancestors may, too.
     let gate = gate.with(&overlay.opened.directory());
-    let ancestors = discover_backing_chain(&registry, &overlay, &backing, &gate)?;
+    let ancestors = discover_backing_chain(&registry, &overlay, &target, &gate)?;
+    let Target { backing, between } = target;
     ancestors.iter().for_each(|ancestor| note_image("below it", ancestor, notes));
     notes.push(
         "confinement: the metadata is handled in the virtual machine; the host process itself is not confined yet"
@@ -127,7 +129,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     timing.mark("chain opened, locked and probed");
 
     let mut warnings = Vec::new();
-    let max_length = verdict(&overlay, &backing, &ancestors, &mut warnings)?;
+    let max_length = verdict(&overlay, &between, &backing, &ancestors, &mut warnings)?;
     let backing_grows_to = check_sizes(&overlay, &backing, request.resize_backing)?;
     notes.extend(backing_grows_to.map(|size| format!("the backing's virtual size grows to {size} bytes")));
     let mut result = CommitRunResult {
@@ -144,13 +146,23 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
         run: GuestRun::default(),
         timing,
     };
+    let stale: Vec<PathBuf> = between.iter().map(|layer| layer.opened.path.clone()).collect();
     let flags = [
-        (request.keep_overlay, commit_flags::KEEP_OVERLAY),
+        (request.keep_overlay || !between.is_empty(), commit_flags::KEEP_OVERLAY),
         (request.dry_run, commit_flags::DRY_RUN),
         (request.resize_backing, commit_flags::RESIZE_BACKING),
     ];
     let flags = flags.into_iter().filter(|(given, _)| *given).fold(0, |all, (_, flag)| all | flag);
-    let (outcome, run) = run_commit_guest(flags, overlay, backing, ancestors, max_length)?;
+    let (outcome, run) = run_commit_guest(flags, overlay, between, backing, ancestors, max_length)?;
+    if !request.dry_run {
+        let note = |path: &PathBuf| {
+            format!(
+                "'{}': is stale now: what is below it has changed; delete it or rebase what needs it",
+                escape_path(path)
+            )
+        };
+        result.warnings.extend(stale.iter().map(note));
+    }
     result.timing.mark("virtual machine");
     result.clusters_committed = outcome.clusters_committed;
     result.bytes_committed = outcome.bytes_committed;
@@ -163,6 +175,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
 /// say besides.
 fn verdict(
     overlay: &ChainImage<'_>,
+    between: &[ChainImage<'_>],
     backing: &ChainImage<'_>,
     ancestors: &[ChainImage<'_>],
     warnings: &mut Vec<String>,
@@ -192,11 +205,34 @@ fn verdict(
         }
     };
     ask(overlay, CommitRole::Overlay, &backing.facts)?;
-    let max_length = ask(backing, CommitRole::Backing, &overlay.facts)?;
+    for layer in between {
+        ask(layer, CommitRole::Overlay, &backing.facts)?;
+    }
+    let mut max_length = 0;
+    for facts in arriving(overlay, between) {
+        max_length = max_length.max(ask(backing, CommitRole::Backing, &facts)?);
+    }
     for ancestor in ancestors {
         ask(ancestor, CommitRole::Ancestor, &overlay.facts)?;
     }
     Ok(max_length.max(backing.facts.file_length))
+}
+
+/// Facts of the layers that are committed, as a backing's verdict is asked with each of them: the length of the file is
+/// that of all together.
+fn arriving(overlay: &ChainImage<'_>, between: &[ChainImage<'_>]) -> Vec<ImageFacts> {
+    let size = overlay.facts.virtual_size;
+    let layers = || std::iter::once(overlay).chain(between);
+    let mut length = layers().fold(0, |sum: u64, layer| sum.saturating_add(layer.facts.file_length));
+    // The zeroes that a shorter layer stands for past its end take no room in any file: as if they were data.
+    if between.iter().any(|layer| layer.facts.virtual_size < size) {
+        length = length.saturating_add(size);
+    }
+    let with_length = |layer: &ChainImage<'_>| {
+        let largest = layer.facts.virtual_size.min(size);
+        ImageFacts { file_length: length, virtual_size: largest, ..layer.facts.clone() }
+    };
+    layers().map(with_length).collect()
 }
 
 /// The virtual size in bytes to which the backing has to grow, if it has to and may.

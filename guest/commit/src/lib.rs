@@ -8,8 +8,10 @@ extern crate alloc;
 
 mod below;
 mod commit;
+mod layers;
 mod run;
 
 pub use below::Ancestors;
 pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
+pub use layers::Layers;
 pub use run::run;

@@ -2,6 +2,7 @@
 
 use crate::below::Ancestors;
 use crate::commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
+use crate::layers::Layers;
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -44,19 +45,26 @@ fn failure_message(failure: &CommitFailure) -> CommitResultMessage {
     }
 }
 
-/// The devices of a chain, checked: the overlay, and what is below the output.
-fn devices(chain: &ChainConfig) -> DriverResult<(&DeviceConfig, &[DeviceConfig])> {
+/// The devices of a chain, checked: the layers that are committed, the overlay first, and what is below the output.
+fn devices(chain: &ChainConfig) -> DriverResult<(&[DeviceConfig], &[DeviceConfig])> {
     let wrong = |text: &str| DriverError::new(ErrorCode::GuestProtocol, text);
     let count = usize::try_from(chain.count).unwrap_or(usize::MAX);
     let layers = chain.devices.get(..count).ok_or_else(|| wrong("the chain has too many devices"))?;
-    let (overlay, below) = layers.split_first().ok_or_else(|| wrong("the chain has no overlay"))?;
-    if chain.merge_count != 1 {
-        return Err(wrong("the guest merges one layer only"));
-    }
+    let merged = usize::try_from(chain.merge_count).unwrap_or(usize::MAX);
+    let split = layers.split_at_checked(merged).filter(|(merged, _)| !merged.is_empty());
+    let split = split.ok_or_else(|| wrong("the chain has no overlay, or more layers than devices"))?;
     if chain.output.device != DEVICE_OUTPUT {
         return Err(wrong("the output is not the output device"));
     }
-    Ok((overlay, below))
+    Ok(split)
+}
+
+/// The images on these devices, as sources.
+fn open_sources<'a>(operation: &Operation<'a>, devices: &'a [DeviceConfig]) -> DriverResult<Vec<Box<dyn Source + 'a>>> {
+    let open = |device: &'a DeviceConfig| -> DriverResult<Box<dyn Source + 'a>> {
+        Ok(Box::new(operation.format_of(device)?.open_source(device)?))
+    };
+    devices.iter().map(open).collect()
 }
 
 fn run_chain(
@@ -65,15 +73,11 @@ fn run_chain(
     send: &mut dyn FnMut(&[u8]),
 ) -> Result<Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: Step::Check, error };
-    let (overlay, ancestors) = devices(operation.chain).map_err(at)?;
-    let mut source = operation.format_of(overlay).and_then(|f| f.open_source(overlay)).map_err(at)?;
+    let (merged, ancestors) = devices(operation.chain).map_err(at)?;
+    let mut sources = open_sources(operation, merged).map_err(at)?;
     let output = &operation.chain.output;
     let mut sink = operation.format_of(output).and_then(|f| f.open_sink(output, !ancestors.is_empty())).map_err(at)?;
-    let mut layers: Vec<Box<dyn Source>> = Vec::with_capacity(ancestors.len());
-    for device in ancestors {
-        let layer = operation.format_of(device).and_then(|f| f.open_source(device)).map_err(at)?;
-        layers.push(Box::new(layer));
-    }
+    let layers = open_sources(operation, ancestors).map_err(at)?;
     let mut below = Ancestors::new(layers);
     let flags = operation.config.flags;
     let options = Options {
@@ -81,7 +85,12 @@ fn run_chain(
         dry_run: flags & commit_flags::DRY_RUN != 0,
         resize_backing: flags & commit_flags::RESIZE_BACKING != 0,
     };
-    let mut images = Commit { source: &mut source, sink: &mut sink, below: &mut below };
+    // One layer is its own view; several are one through which the top-most is seen first.
+    let mut source: Box<dyn Source + '_> = match sources.pop() {
+        Some(only) if sources.is_empty() => only,
+        last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
+    };
+    let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     commit(io, &mut images, options, &mut |event| send_kind(send, event_message(event)))
 }
 

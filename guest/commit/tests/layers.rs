@@ -1,0 +1,173 @@
+//! Several layers as one source, against a model: what is seen of each sector.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+
+use instar_guest_commit::Layers;
+use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo};
+use instar_guest_sdk::memory::MemoryDevices;
+use instar_guest_sdk::{BlockIo, DriverResult, Source};
+use proptest::prelude::*;
+
+const SECTOR: u64 = 512;
+
+/// What a layer holds of a sector.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Held {
+    Nothing,
+    Data,
+    Zero,
+    Encoded,
+}
+
+/// A layer whose data says where it comes from: sector `n` stands at sector `n + 7` of device `device`.
+struct Layer {
+    device: u32,
+    sectors: Vec<Held>,
+}
+
+impl Source for Layer {
+    fn info(&self) -> ImageInfo {
+        ImageInfo { virtual_size: self.sectors.len() as u64 * SECTOR, cluster_size: SECTOR }
+    }
+
+    fn check(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        assert!(!will_empty);
+        Ok(0)
+    }
+
+    fn extents(&mut self, _: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+        assert_eq!(from % SECTOR, 0);
+        let mut at = (from / SECTOR) as usize;
+        while at < self.sectors.len() && out.len() < max {
+            let held = self.sectors[at];
+            let run = self.sectors[at..].iter().take_while(|&&other| other == held).count();
+            // Encoded ones are no longer than a cluster.
+            let run = if held == Held::Encoded { run.min(3) } else { run };
+            let start = at as u64 * SECTOR;
+            let (kind, location) = match held {
+                Held::Nothing => (None, 0),
+                Held::Data => (Some(ExtentKind::Data), start + 7 * SECTOR),
+                Held::Zero => (Some(ExtentKind::Zero), 0),
+                Held::Encoded => (Some(ExtentKind::Encoded), (1 << 60) | start),
+            };
+            if let Some(kind) = kind {
+                let length = run as u64 * SECTOR;
+                out.push(Extent { guest_offset: start, length, location, kind: kind as u32, device: self.device });
+            }
+            at += run;
+        }
+        Ok(at as u64 * SECTOR)
+    }
+
+    fn read(&mut self, _: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        assert_eq!((extent.kind, extent.location), (ExtentKind::Encoded as u32, (1 << 60) | extent.guest_offset));
+        assert!(from >= extent.guest_offset && from + buffer.len() as u64 <= extent.guest_offset + extent.length);
+        for (index, byte) in (0..).zip(buffer.iter_mut()) {
+            *byte = encoded(self.device, (from + index) / SECTOR);
+        }
+        Ok(())
+    }
+
+    fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
+        unreachable!("several layers are not emptied")
+    }
+}
+
+/// The bytes of an encoded sector.
+fn encoded(device: u32, sector: u64) -> u8 {
+    (sector as u8 & 63) | (device as u8) << 6
+}
+
+/// What is seen of a sector: nothing, zeroes, or data of a device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Seen {
+    Nothing,
+    Zero,
+    Data(u32),
+    Encoded(u32),
+}
+
+fn expected(layers: &[Vec<Held>]) -> Vec<Seen> {
+    let seen = |sector: usize| {
+        for (device, layer) in (0..).zip(layers) {
+            match layer.get(sector) {
+                None | Some(Held::Zero) => return Seen::Zero,
+                Some(Held::Data) => return Seen::Data(device),
+                Some(Held::Encoded) => return Seen::Encoded(device),
+                Some(Held::Nothing) => {}
+            }
+        }
+        Seen::Nothing
+    };
+    (0..layers[0].len()).map(seen).collect()
+}
+
+fn open(layers: &[Vec<Held>]) -> Layers<'static> {
+    let open = |(device, sectors): (u32, &Vec<Held>)| -> Box<dyn Source> {
+        Box::new(Layer { device, sectors: sectors.clone() })
+    };
+    Layers::new((0..).zip(layers).map(open).collect())
+}
+
+/// Enumerate everything from byte `from` on, `max` extents at once, and read what has to be decoded.
+fn enumerate(source: &mut Layers<'_>, from: u64, max: usize) -> Vec<Seen> {
+    let mut io = MemoryDevices::default();
+    let size = source.info().virtual_size;
+    let mut found = vec![Seen::Nothing; (size / SECTOR) as usize];
+    let (mut at, mut last) = (from, from);
+    while at < size {
+        let mut extents = Vec::new();
+        let next = source.extents(&mut io, at, max, &mut extents).unwrap();
+        assert!(next > at && extents.len() <= max);
+        for extent in &extents {
+            assert!(extent.length > 0 && extent.guest_offset >= last);
+            last = extent.guest_offset + extent.length;
+            assert!(last <= next);
+            for sector in extent.guest_offset / SECTOR..last / SECTOR {
+                found[sector as usize] = match ExtentKind::from_u32(extent.kind).unwrap() {
+                    ExtentKind::Zero => Seen::Zero,
+                    ExtentKind::Data => {
+                        let location = extent.location + sector * SECTOR - extent.guest_offset;
+                        assert_eq!(location, (sector + 7) * SECTOR);
+                        Seen::Data(extent.device)
+                    }
+                    _ => {
+                        let mut byte = [0];
+                        source.read(&mut io, extent, sector * SECTOR + 5, &mut byte).unwrap();
+                        assert_eq!(u64::from(byte[0]) & 63, sector & 63);
+                        Seen::Encoded(u32::from(byte[0] >> 6))
+                    }
+                };
+            }
+        }
+        at = next;
+    }
+    found
+}
+
+fn layer() -> impl Strategy<Value = Vec<Held>> {
+    let held = prop::sample::select(vec![Held::Nothing, Held::Nothing, Held::Data, Held::Zero, Held::Encoded]);
+    prop::collection::vec((held, 1..9usize), 1..16)
+        .prop_map(|runs| runs.into_iter().flat_map(|(held, count)| vec![held; count]).collect())
+}
+
+proptest! {
+    #[test]
+    fn the_top_most_wins(
+        layers in prop::collection::vec(layer(), 1..5),
+        max in 1..6usize,
+        again in any::<prop::sample::Index>(),
+    ) {
+        let expected = expected(&layers);
+        let mut source = open(&layers);
+        let mut io = MemoryDevices::default();
+        let held = expected.iter().filter(|&&seen| seen != Seen::Nothing).count();
+        prop_assert_eq!(source.check(&mut io, false).unwrap(), held as u64);
+        prop_assert_eq!(&enumerate(&mut source, 0, max), &expected);
+        // It can begin anywhere, also before where it was.
+        let from = again.index(expected.len());
+        let found = enumerate(&mut source, from as u64 * SECTOR, 1000);
+        prop_assert_eq!(&found[from..], &expected[from..]);
+        prop_assert_eq!(&enumerate(&mut source, 0, 1000), &expected);
+        prop_assert!(source.empty(&mut io).is_err() && source.check(&mut io, true).is_err());
+    }
+}
