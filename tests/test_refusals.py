@@ -68,23 +68,6 @@ def test_refused_by_name(pair, make, side, name, word):
     refuse(name, pair.top, files=others, mentions=[getattr(pair, side), word])
 
 
-OPTIONS = [
-    ["-p"],
-    ["--progress"],
-    ["-r", "1M"],
-    ["--rate-limit=1M"],
-    ["-t", "none"],
-    ["--cache", "writethrough"],
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
-def test_options_to_come(pair, options):
-    """They are parsed, and say in one line that they are not there yet."""
-    pair.make(top=TOP)
-    refuse("ERROR_NOT_IMPLEMENTED", pair.top, *options, files=[pair.base])
-
-
 # --- what looks like a refusal and is none ----------------------------------------------------------
 
 

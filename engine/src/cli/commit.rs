@@ -6,6 +6,7 @@ use super::{print_error, CliError};
 use crate::commit::{
     render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings, run_commit, CommitRequest,
 };
+use crate::devices::Cache;
 use clap::{Args, ValueEnum};
 use instar_guest_abi::ErrorCode;
 use std::io::Write;
@@ -17,19 +18,19 @@ pub struct CommitArgs {
     /// Format of the overlay; found out when absent. An image of another format is refused
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
-    /// Commit into this image, which must be the overlay's parent. A relative name begins at the overlay's directory
+    /// Commit into this image, which must be in the overlay's backing chain. A relative name begins at the overlay's directory
     #[arg(short, long, value_name = "BASE")]
     pub base: Option<PathBuf>,
     /// Do not empty the overlay afterwards. This deletes nothing
     #[arg(short = 'd')]
     pub keep_overlay: bool,
-    /// Show progress
+    /// Show progress on stderr
     #[arg(short, long)]
     pub progress: bool,
     /// Print nothing on success
     #[arg(short, long)]
     pub quiet: bool,
-    /// Read and write no faster than this, with suffix k, M or G
+    /// Move no more bytes per second than this, with or without a suffix k, M or G; 0 for no limit
     #[arg(short, long, value_name = "BYTES/S", value_parser = parse_rate)]
     pub rate_limit: Option<u64>,
     /// How the images are written
@@ -87,22 +88,17 @@ pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
     }
 }
 
-/// Options that are parsed but do nothing yet.
-fn not_there_yet(args: &CommitArgs) -> Option<&'static str> {
-    [
-        (args.progress, "-p"),
-        (args.rate_limit.is_some(), "-r"),
-        (args.cache != CacheMode::Writeback, "-t with a mode other than writeback"),
-    ]
-    .into_iter()
-    .find_map(|(given, option)| given.then_some(option))
-}
-
 fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
-    if let Some(option) = not_there_yet(args) {
-        let clause = format!("{option} is not there yet, and nothing was changed: leave it out");
-        return Err(CliError::image(&args.filename, ErrorCode::NotImplemented, clause));
-    }
+    let cache = match args.cache {
+        CacheMode::Writeback => Cache::Writeback,
+        CacheMode::Writethrough => Cache::Writethrough,
+        CacheMode::Unsafe => Cache::Unsafe,
+        CacheMode::None | CacheMode::Directsync => {
+            let clause = "-t none and -t directsync are not there yet, and nothing was changed: use -t writeback or \
+                          -t writethrough";
+            return Err(CliError::image(&args.filename, ErrorCode::NotImplemented, clause));
+        }
+    };
     let request = CommitRequest {
         overlay: args.filename.clone(),
         format: args.format.clone(),
@@ -110,6 +106,9 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
         keep_overlay: args.keep_overlay,
         dry_run: args.dry_run,
         resize_backing: args.resize_backing,
+        rate_limit: args.rate_limit.unwrap_or(0),
+        cache,
+        progress: args.progress && !args.quiet,
         allowed_directories: args.allow_backing_dir.clone(),
         plugin_directories: args.plugin_dir.clone(),
     };

@@ -2,9 +2,10 @@
 
 use super::error::{map_commit_error, Changed, GuestFailure};
 use super::handler::CommitHandler;
+use super::progress::Progress;
 use crate::chain::ChainImage;
 use crate::cli::CliError;
-use crate::devices::{Device, Devices, Statistics};
+use crate::devices::{Cache, Device, Devices, Statistics};
 use crate::plugins::Plugin;
 use crate::vm::{self, ModuleSpec, VmReport, VmSpec, FIRST_FORMAT};
 use instar_guest_abi::{
@@ -108,33 +109,54 @@ fn attach<'r>(
     config
 }
 
+/// How the guest of a commit is run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GuestOptions {
+    /// Bits of [`commit_flags`](instar_guest_abi::commit_flags).
+    pub flags: u32,
+    /// The longest that the backing's file may become in bytes.
+    pub max_length: u64,
+    /// Bytes per second that are moved at most; 0 for no limit.
+    pub rate_limit: u64,
+    /// What flushes and writes promise.
+    pub cache: Cache,
+    /// Show progress on stderr.
+    pub progress: bool,
+}
+
 /// Load the modules, stand up the virtual machine, run the commit of the overlay and the layers between it and the backing,
 /// harvest its result.
 ///
 /// # Errors
 /// Why there is no guest, why it was ended, or what it refused: one line.
 pub fn run_commit_guest(
-    flags: u32,
+    options: GuestOptions,
     overlay: ChainImage<'_>,
     between: Vec<ChainImage<'_>>,
     backing: ChainImage<'_>,
     ancestors: Vec<ChainImage<'_>>,
-    max_length: u64,
 ) -> Result<(CommitResultMessage, GuestRun), CliError> {
     let backing_path = backing.opened.path.clone();
     let merged = 1 + between.len();
     let slots: Vec<ChainImage<'_>> = std::iter::once(overlay).chain(between).chain(ancestors).collect();
     let paths: Vec<PathBuf> = slots.iter().map(|image| image.opened.path.clone()).collect();
-    let (mut devices, mut chain, plugins) = open_chain_devices_rw(slots, backing, &[0], max_length)?;
+    let (mut devices, mut chain, plugins) = open_chain_devices_rw(slots, backing, &[0], options.max_length)?;
     chain.merge_count = u32::try_from(merged).unwrap_or(u32::MAX);
 
     let modules: Vec<ModuleSpec<'_>> = plugins
         .iter()
         .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
         .collect();
-    devices.stop_when(super::interrupt::received);
-    let mut handler = CommitHandler::new(devices);
-    let ended = vm::run(&VmSpec::new(flags, chain, modules), &mut handler);
+    devices.set_cache(options.cache);
+    let progress = options.progress.then(Progress::new);
+    let pace = devices.pace_mut();
+    pace.stop_when(super::interrupt::received);
+    pace.limit(options.rate_limit);
+    progress.iter().for_each(|progress| pace.watched_by(Box::new(progress.clone())));
+    let mut handler = CommitHandler { progress, ..CommitHandler::new(devices) };
+    let ended = vm::run(&VmSpec::new(options.flags, chain, modules), &mut handler);
+    let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);
+    handler.progress.iter().for_each(|progress| progress.end(well));
     let run = |report| GuestRun { report, statistics: handler.devices.stats().clone(), log: handler.log.clone() };
     let failure = match (ended, handler.result.take()) {
         (Ok(report), Some(result)) if result.error == 0 => return Ok((result, run(report))),

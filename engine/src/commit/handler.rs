@@ -1,6 +1,7 @@
 //! Serves the guest of a commit: its block requests, its messages, its end.
 
 use super::interrupt;
+use super::progress::Progress;
 use crate::devices::Devices;
 use crate::vm::{BadRequest, BufferAccess, GuestHandler};
 use instar_guest_abi::Request;
@@ -17,8 +18,12 @@ pub struct CommitHandler {
     pub plan: Option<PlanMessage>,
     /// Log lines of the guest.
     pub log: Vec<String>,
+    /// Who is shown how far it is.
+    pub progress: Option<Progress>,
 }
 
+/// The step in which the overlay is emptied, as the guest names it.
+const EMPTYING: &str = "empty";
 /// Log lines that are kept.
 const MAX_LOG_LINES: usize = 100;
 
@@ -26,7 +31,7 @@ impl CommitHandler {
     /// A handler with these devices.
     #[must_use]
     pub fn new(devices: Devices) -> Self {
-        Self { devices, result: None, plan: None, log: Vec::new() }
+        Self { devices, result: None, plan: None, log: Vec::new(), progress: None }
     }
 }
 
@@ -44,7 +49,13 @@ impl GuestHandler for CommitHandler {
         }
         match message {
             Kind::CommitResult(result) => self.result = Some(result),
-            Kind::Plan(plan) => self.plan = Some(plan),
+            Kind::Plan(plan) => {
+                self.progress.iter().for_each(|progress| progress.planned(plan.bytes));
+                self.plan = Some(plan);
+            }
+            Kind::Progress(progress) if progress.step == EMPTYING => {
+                self.progress.iter().for_each(Progress::emptying);
+            }
             Kind::Log(line) if self.log.len() < MAX_LOG_LINES => self.log.push(line.text),
             Kind::Log(_) | Kind::Progress(_) => {}
             // The runner takes panics itself.

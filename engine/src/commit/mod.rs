@@ -7,11 +7,12 @@ mod error;
 mod guest;
 mod handler;
 mod interrupt;
+mod progress;
 mod render;
 mod timing;
 
 pub use error::{map_commit_error, Changed, GuestFailure};
-pub use guest::{open_chain_devices_rw, run_commit_guest, GuestRun};
+pub use guest::{open_chain_devices_rw, run_commit_guest, GuestOptions, GuestRun};
 pub use render::{
     render_commit_error, render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings,
 };
@@ -21,6 +22,7 @@ use crate::chain::write_target::Gate;
 use crate::chain::{discover_backing_chain, resolve_backing, Access, BackingChoice, ChainImage, OpenedFile, Target};
 use crate::cli::escape::escape_path;
 use crate::cli::CliError;
+use crate::devices::Cache;
 use crate::plugins::{Registry, SearchPath};
 use instar_guest_abi::{commit_flags, ErrorCode};
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
@@ -41,6 +43,12 @@ pub struct CommitRequest {
     pub dry_run: bool,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
+    /// Bytes per second that are moved at most; 0 for no limit.
+    pub rate_limit: u64,
+    /// What flushes and writes promise.
+    pub cache: Cache,
+    /// Show progress on stderr.
+    pub progress: bool,
     /// Directories that recorded names may lead into.
     pub allowed_directories: Vec<PathBuf>,
     /// Directories with more plugins.
@@ -153,7 +161,9 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
         (request.resize_backing, commit_flags::RESIZE_BACKING),
     ];
     let flags = flags.into_iter().filter(|(given, _)| *given).fold(0, |all, (_, flag)| all | flag);
-    let (outcome, run) = run_commit_guest(flags, overlay, between, backing, ancestors, max_length)?;
+    let CommitRequest { rate_limit, cache, progress, .. } = *request;
+    let options = GuestOptions { flags, max_length, rate_limit, cache, progress };
+    let (outcome, run) = run_commit_guest(options, overlay, between, backing, ancestors)?;
     if !request.dry_run {
         let note = |path: &PathBuf| {
             format!(

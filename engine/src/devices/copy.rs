@@ -1,5 +1,6 @@
 //! Copying between files: within the kernel where it can, through a buffer where it cannot. Holes stay holes.
 
+use super::pace::Pace;
 use super::statistics::Statistics;
 use super::{retry, zero, Device};
 use instar_guest_abi::Request;
@@ -35,7 +36,7 @@ struct Job<'a> {
     source: &'a Device,
     target: &'a Device,
     request: &'a Request,
-    interrupted: fn() -> bool,
+    pace: &'a mut Pace,
     statistics: &'a mut Statistics,
 }
 
@@ -47,15 +48,15 @@ impl Copier {
     }
 
     /// Copy what the request says from one device to the other. What lies past the end of the source reads as zero.
-    /// `interrupted` is asked between long steps, and then fails the copy with EINTR.
+    /// `pace` attends it, and may fail it with EINTR.
     pub fn copy(
         &mut self,
         (source, target): (&Device, &Device),
         request: &Request,
-        interrupted: fn() -> bool,
+        pace: &mut Pace,
         statistics: &mut Statistics,
     ) -> io::Result<()> {
-        let mut job = Job { source, target, request, interrupted, statistics };
+        let mut job = Job { source, target, request, pace, statistics };
         let available = source.length.saturating_sub(request.src_offset).min(request.length);
         let mut done = 0;
         while done < available {
@@ -76,9 +77,9 @@ impl Copier {
     fn copy_data(&mut self, job: &mut Job<'_>, mut done: u64, end: u64) -> io::Result<u64> {
         let key = (job.request.src_device, job.request.device);
         while done < end && !self.not_in_kernel.contains(&key) {
-            job.go_on()?;
+            job.pace.go_on()?;
             let (mut from, mut to) = (job.request.src_offset + done, job.request.offset + done);
-            let length = usize::try_from((end - done).min(CHUNK)).unwrap_or(BUFFER);
+            let length = usize::try_from((end - done).min(job.pace.piece(CHUNK))).unwrap_or(BUFFER);
             let (source, target) = (&job.source.file, &job.target.file);
             match rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length) {
                 // The source ended, or the file system only says so (some do): reading will tell.
@@ -86,6 +87,7 @@ impl Copier {
                 Ok(copied) => {
                     done += copied as u64;
                     job.statistics.copied_in_kernel += copied as u64;
+                    job.pace.moved(copied as u64)?;
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
@@ -101,8 +103,8 @@ impl Copier {
             self.buffer.resize(BUFFER, 0);
         }
         while done < end {
-            job.go_on()?;
-            let want = usize::try_from((end - done).min(BUFFER as u64)).unwrap_or(BUFFER);
+            job.pace.go_on()?;
+            let want = usize::try_from((end - done).min(job.pace.piece(BUFFER as u64))).unwrap_or(BUFFER);
             let bytes = &mut self.buffer[..want];
             match job.source.file.read_at(bytes, job.request.src_offset + done) {
                 Ok(0) => break,
@@ -110,6 +112,7 @@ impl Copier {
                     job.target.file.write_all_at(&bytes[..length], job.request.offset + done)?;
                     done += length as u64;
                     job.statistics.copied_through_host += length as u64;
+                    job.pace.moved(length as u64)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -120,14 +123,6 @@ impl Copier {
 }
 
 impl Job<'_> {
-    /// Fails if the operator wants to stop.
-    fn go_on(&self) -> io::Result<()> {
-        if (self.interrupted)() {
-            return Err(io::Error::from_raw_os_error(libc::EINTR));
-        }
-        Ok(())
-    }
-
     /// The next data at or after `done`: where it begins and ends. Without an answer of the file system all is data.
     fn next_data(&self, done: u64, end: u64) -> (u64, u64) {
         if end - done < SPARSE_MINIMUM || self.source.fixed_length {
@@ -149,6 +144,7 @@ impl Job<'_> {
     /// The bytes `from..to` of the copy read as zero. Past the end of the target they do already, whatever has been
     /// written behind them by this copy.
     fn zero(&mut self, from: u64, to: u64) -> io::Result<()> {
+        self.pace.passed(to.saturating_sub(from));
         let start = self.request.offset + from;
         let end = (self.request.offset + to).min(self.target.length);
         if from >= to || start >= end {

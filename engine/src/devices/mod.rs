@@ -8,10 +8,12 @@ mod check;
 mod copy;
 pub mod lock;
 mod merge;
+mod pace;
 mod statistics;
 mod transfer;
 mod zero;
 
+pub use pace::{Pace, Watch};
 pub use statistics::Statistics;
 
 use crate::vm::{BadRequest, BufferAccess};
@@ -68,12 +70,25 @@ impl Device {
     }
 }
 
+/// What a flush, and a write, promise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// After a flush, everything before it is durable.
+    #[default]
+    Writeback,
+    /// Everything is durable before the guest is told that it is done.
+    Writethrough,
+    /// Nothing is promised: for images that can be thrown away.
+    Unsafe,
+}
+
 /// The devices of a chain.
 #[derive(Debug, Default)]
 pub struct Devices {
     slots: [Option<Device>; MAX_CHAIN_DEVICES + 1],
     copier: Copier,
-    interrupted: Option<fn() -> bool>,
+    pace: Pace,
+    cache: Cache,
     statistics: Statistics,
 }
 
@@ -97,9 +112,14 @@ impl Devices {
         }
     }
 
-    /// What to ask whether the operator wants to stop, between the steps of a long copy: the copy then fails with EINTR.
-    pub fn stop_when(&mut self, interrupted: fn() -> bool) {
-        self.interrupted = Some(interrupted);
+    /// How fast data moves, who watches, and who may stop it.
+    pub fn pace_mut(&mut self) -> &mut Pace {
+        &mut self.pace
+    }
+
+    /// What a flush, and a write, promise.
+    pub fn set_cache(&mut self, cache: Cache) {
+        self.cache = cache;
     }
 
     /// What was moved so far, and how.
@@ -129,7 +149,10 @@ impl Devices {
         while let Some(rest) = requests.get_mut(at..).filter(|rest| !rest.is_empty()) {
             // Neighbours that go on from each other are one operation; each is checked by itself first.
             let batch = Batch::take(rest, |request| check(self, memory, request))?;
-            let result = self.execute_batch(memory, &batch);
+            let mut result = self.execute_batch(memory, &batch);
+            if self.cache == Cache::Writethrough && result.is_ok() && !matches!(batch.op, RequestOp::Read) {
+                result = self.flush(batch.whole.device);
+            }
             let errno = match result {
                 Ok(()) => request_status::OK,
                 // The merged requests were a single operation: it failed as a whole.
@@ -149,6 +172,20 @@ impl Devices {
         Ok(())
     }
 
+    /// Make everything that was written to a device durable, as far as the cache mode promises it.
+    fn flush(&mut self, number: u32) -> io::Result<()> {
+        let cache = self.cache;
+        let device = self.device_mut(number)?;
+        if device.dirty {
+            if cache != Cache::Unsafe {
+                retry(|| rustix::fs::fdatasync(&device.file))?;
+                self.statistics.flushes += 1;
+            }
+            self.device_mut(number)?.dirty = false;
+        }
+        Ok(())
+    }
+
     fn execute_batch(&mut self, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
         let Request { device, offset, .. } = batch.whole;
         let length = batch.whole.length;
@@ -164,6 +201,7 @@ impl Devices {
                 transfer::write(&target.file, memory, batch)?;
                 target.written_to(end);
                 self.statistics.written += length;
+                self.pace.moved(length)?;
             }
             RequestOp::Copy => {
                 self.device_mut(device)?.touch();
@@ -172,8 +210,7 @@ impl Devices {
                 let (Some(source), Some(target)) = (source, target) else {
                     return Err(io::Error::from_raw_os_error(libc::ENODEV));
                 };
-                let interrupted = self.interrupted.unwrap_or(|| false);
-                self.copier.copy((source, target), &batch.whole, interrupted, &mut self.statistics)?;
+                self.copier.copy((source, target), &batch.whole, &mut self.pace, &mut self.statistics)?;
                 self.device_mut(device)?.written_to(end);
             }
             RequestOp::Zero => {
@@ -182,14 +219,10 @@ impl Devices {
                 let length = length.min(target.length.saturating_sub(offset));
                 zero::zero(&target.file, offset, length, batch.whole.flags & request_flags::DISCARD != 0)?;
                 self.statistics.zeroed += length;
+                self.pace.passed(length);
             }
             RequestOp::Flush => {
-                let target = self.device_mut(device)?;
-                if target.dirty {
-                    retry(|| rustix::fs::fdatasync(&target.file))?;
-                    target.dirty = false;
-                    self.statistics.flushes += 1;
-                }
+                self.flush(device)?;
             }
             RequestOp::SetLength => {
                 let target = self.device_mut(device)?;

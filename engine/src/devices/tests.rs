@@ -203,7 +203,7 @@ fn a_copy_past_the_end_of_the_source_leaves_nothing_on_a_block_device() {
 #[test]
 fn a_copy_can_be_interrupted() {
     let mut b = bench([&[7; 1000], &[], &[9; 1000]]);
-    b.devices.stop_when(|| true);
+    b.devices.pace_mut().stop_when(|| true);
     let mut requests = [Request::copy(0, 0, OUT, 0, 1000), Request::flush(OUT)];
     b.devices.execute(&b.memory, &mut requests).unwrap();
     assert_eq!(requests.map(|r| r.status), [libc::EINTR, request_status::NOT_RUN]);

@@ -1,0 +1,154 @@
+//! How fast data moves, who watches it, and who may stop it.
+
+use std::fmt;
+use std::io;
+use std::time::{Duration, Instant};
+
+/// A pause is cut into pieces of this length: between two of them the operator can interrupt.
+const NAP: Duration = Duration::from_millis(50);
+/// Bytes that are moved between two pauses, at least.
+const MIN_PIECE: u64 = 4 << 10;
+
+/// Is told what has moved.
+pub trait Watch {
+    /// So many bytes more have moved.
+    fn moved(&mut self, bytes: u64);
+}
+
+/// A limit in bytes per second.
+#[derive(Clone, Copy, Debug)]
+struct Limit {
+    rate: u64,
+    /// When what has moved so far may have moved.
+    due: Instant,
+}
+
+/// Attends every movement of data.
+#[derive(Default)]
+pub struct Pace {
+    interrupted: Option<fn() -> bool>,
+    limit: Option<Limit>,
+    watch: Option<Box<dyn Watch>>,
+}
+
+impl fmt::Debug for Pace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pace").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
+impl Pace {
+    /// What to ask whether the operator wants to stop: a long movement then fails with EINTR.
+    pub fn stop_when(&mut self, interrupted: fn() -> bool) {
+        self.interrupted = Some(interrupted);
+    }
+
+    /// Move no more than `rate` bytes per second; 0 for no limit. Time in which nothing moved is not made up for.
+    pub fn limit(&mut self, rate: u64) {
+        self.limit = (rate > 0).then(|| Limit { rate, due: Instant::now() });
+    }
+
+    /// Who is told what has moved.
+    pub fn watched_by(&mut self, watch: Box<dyn Watch>) {
+        self.watch = Some(watch);
+    }
+
+    /// How many bytes may move at once, `most` at most: those of a tenth of a second.
+    #[must_use]
+    pub fn piece(&self, most: u64) -> u64 {
+        self.limit.map_or(most, |limit| (limit.rate / 10).max(MIN_PIECE).min(most))
+    }
+
+    /// Fails if the operator wants to stop.
+    ///
+    /// # Errors
+    /// EINTR.
+    pub fn go_on(&self) -> io::Result<()> {
+        if self.interrupted.is_some_and(|interrupted| interrupted()) {
+            return Err(io::Error::from_raw_os_error(libc::EINTR));
+        }
+        Ok(())
+    }
+
+    /// Data has moved: pause for as long as the limit asks for.
+    ///
+    /// # Errors
+    /// EINTR, if the operator wants to stop meanwhile.
+    pub fn moved(&mut self, bytes: u64) -> io::Result<()> {
+        self.passed(bytes);
+        let Some(limit) = &mut self.limit else { return Ok(()) };
+        let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(limit.rate);
+        let takes = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+        let now = Instant::now();
+        limit.due = limit.due.max(now).checked_add(takes).unwrap_or(now);
+        let due = limit.due;
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            self.go_on()?;
+            std::thread::sleep(left.min(NAP));
+        }
+    }
+
+    /// What takes no room has moved, zeroes: it is seen, and not limited.
+    pub fn passed(&mut self, bytes: u64) {
+        if let Some(watch) = &mut self.watch {
+            watch.moved(bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    struct Count(Rc<Cell<u64>>);
+
+    impl Watch for Count {
+        fn moved(&mut self, bytes: u64) {
+            self.0.set(self.0.get() + bytes);
+        }
+    }
+
+    #[test]
+    fn a_limit_takes_its_time_and_no_more_is_moved_at_once() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.piece(1 << 30), 1 << 30);
+        pace.limit(1 << 20);
+        assert_eq!((pace.piece(1 << 30), pace.piece(5)), ((1 << 20) / 10, 5));
+        let start = Instant::now();
+        for _ in 0..4 {
+            pace.moved(1 << 16).unwrap();
+        }
+        // A quarter of a second's worth: never less.
+        assert!(start.elapsed() >= Duration::from_millis(250));
+        pace.limit(0);
+        pace.moved(u64::MAX).unwrap();
+        pace.limit(1);
+        assert_eq!(pace.piece(1 << 30), MIN_PIECE);
+    }
+
+    #[test]
+    fn a_pause_can_be_interrupted() {
+        let mut pace = Pace::default();
+        pace.limit(1);
+        pace.stop_when(|| true);
+        assert_eq!(pace.moved(1 << 40).unwrap_err().raw_os_error(), Some(libc::EINTR));
+        assert!(pace.go_on().is_err());
+    }
+
+    #[test]
+    fn everything_is_seen() {
+        let seen = Rc::new(Cell::new(0));
+        let mut pace = Pace::default();
+        pace.watched_by(Box::new(Count(Rc::clone(&seen))));
+        pace.moved(3).unwrap();
+        pace.passed(4);
+        assert_eq!(seen.get(), 7);
+    }
+}

@@ -1,0 +1,174 @@
+"""`-p`, `-r` and `-t` of `instar commit`."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import support
+from support import KIB, MIB, refuse
+
+TOP = ["write -P 9 1M 6M", "write -z 8M 1M", "write -c -P 3 10M 64k", "write -P 4 700k 3k"]
+
+
+@pytest.fixture
+def made(pair):
+    return pair.make(16 * MIB, base=["write -P 1 0 16M"], top=TOP)
+
+
+# --- progress ---------------------------------------------------------------------------------------
+
+
+def test_progress_as_lines(made):
+    result = made.check_commit("-p")
+    lines = result.stderr.splitlines()
+    assert result.stdout == "Image committed.\n"
+    shown = [int(found[1]) for line in lines if (found := re.fullmatch(r"instar: (\d+) % \(\d+ of \d+ bytes\)", line))]
+    assert shown == sorted(set(shown)) and shown[-1] == 100, lines
+    assert lines[-1] == "instar: emptying the overlay"
+    assert len(lines) == len(shown) + 1 <= 11
+
+
+def test_progress_and_json(made):
+    result = support.commit(made.top, "--progress", "--output", "json")
+    assert result.json["bytes_committed"] == 7 * MIB + 128 * KIB and "100 %" in result.stderr
+
+
+def test_quiet_wins(made):
+    result = support.commit(made.top, "-p", "-q")
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_nothing_to_commit(pair):
+    pair.make()
+    result = support.commit(pair.top, "-p")
+    assert "100 % (0 of 0 bytes)" in result.stderr
+
+
+def terminal(*args):
+    """Runs instar with a terminal as stderr; the exit status, stdout, and what the terminal got."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([support.instar_binary(), *args], stdout=subprocess.PIPE, stderr=theirs,
+                             env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    got = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:
+            break
+        if not piece:
+            break
+        got += piece
+    os.close(ours)
+    out = child.communicate()[0]
+    return child.returncode, out.decode(), got.decode()
+
+
+def test_progress_as_a_bar(made):
+    rc, out, shown = terminal("commit", "-p", "-r", "20M", made.top)
+    assert (rc, out) == (0, "Image committed.\n"), shown
+    assert "100%" in shown and "committed" in shown and "\r" in shown
+    assert "7.12 MiB/7.12 MiB" in shown
+
+
+def test_a_bar_goes_before_an_error(made):
+    damaged = made.top.read_bytes()
+    made.top.write_bytes(damaged[: len(damaged) // 2])
+    rc, out, shown = terminal("commit", "-p", made.top)
+    assert (rc, out) == (1, "")
+    assert shown.count("\n") == 1 and "ERROR" not in out and str(made.top) in shown
+
+
+# --- rate -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["100M", "0", "1.5G", "52428800"])
+def test_limited(made, rate):
+    made.check_commit("-r", rate)
+
+
+def test_a_limit_is_kept(made):
+    """Never faster; how much slower a machine is says nothing."""
+    begin = time.monotonic()
+    made.check_commit("--rate-limit=4M")
+    assert time.monotonic() - begin >= 6 / 4
+
+
+def test_a_pause_can_be_interrupted(made):
+    before = support.flatten(made.top, made.dir.parent / "before")
+    child = subprocess.Popen([support.instar_binary(), "commit", "-r", "64k", made.top], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+    # It has begun to write as soon as the backing is another one.
+    began = made.base.stat().st_mtime_ns
+    while made.base.stat().st_mtime_ns == began and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    out, error = child.communicate(timeout=20)
+    assert (child.returncode, out) == (1, "") and "again" in error, error
+    support.assert_same_content(made.top, before)
+    support.assert_clean(made.top)
+    support.commit(made.top)
+    support.assert_same_content(made.top, before)
+    assert support.holds_no_clusters(made.top)
+
+
+@pytest.mark.parametrize("rate", ["", "fast", "-1", "1.5", "1Q", "9E9"])
+def test_rates_that_are_none(made, rate):
+    with support.untouched(made.top, made.base):
+        result = support.run_instar("commit", f"--rate-limit={rate}", made.top)
+    assert result.rc == 2 and "rate-limit" in result.stderr, str(result)
+
+
+# --- cache ------------------------------------------------------------------------------------------
+
+
+def calls(made, *options):
+    """The system calls of a commit that concern durability."""
+    trace = made.dir.parent / "trace"
+    wanted = "fdatasync,fsync,sync_file_range,pwritev,copy_file_range,fallocate,ftruncate"
+    argv = ["strace", "-f", "-e", f"trace={wanted}", "-o", trace, support.instar_binary(), "commit", *options, made.top]
+    result = support.run(*argv)
+    assert result.rc == 0, str(result)
+    return [found[1] for line in trace.read_text().splitlines() if (found := re.search(r"\b(\w+)\(\d+", line))]
+
+
+@pytest.mark.parametrize("mode", ["writeback", "writethrough", "unsafe"])
+def test_modes(made, mode):
+    made.check_commit("-t", mode)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which shows the system calls, is not installed")
+def test_what_is_synchronised(made):
+    copies = {mode: made.dir / f"{mode}.qcow2" for mode in ("writeback", "writethrough", "unsafe")}
+    found = {}
+    for mode, copy in copies.items():
+        support.copy(made.base, copy)
+        pair_top = made.dir / f"{mode}-top.qcow2"
+        support.create(pair_top, backing=copy.name)
+        support.qemu_io(pair_top, *TOP)
+        made.top = pair_top
+        found[mode] = calls(made, "-t", mode)
+    assert "fdatasync" not in found["unsafe"] and "pwritev" in found["unsafe"]
+    assert found["writeback"].count("fdatasync") >= 4
+    # Every change is followed by a flush of its own.
+    changes = [call for call in found["writethrough"]]
+    assert all(after == "fdatasync" for call, after in zip(changes, changes[1:]) if call == "pwritev")
+    assert changes[-1] == "fdatasync"
+
+
+@pytest.mark.parametrize("mode", ["none", "directsync"])
+def test_modes_to_come(made, mode):
+    refuse("ERROR_NOT_IMPLEMENTED", made.top, "-t", mode, files=[made.base])
+
+
+def test_a_mode_that_is_none(made):
+    with support.untouched(made.top, made.base):
+        result = support.run_instar("commit", "-t", "bogus", made.top)
+    assert result.rc == 2 and "bogus" in result.stderr
