@@ -15,6 +15,7 @@ import support  # noqa: E402
 
 # What a user's environment adds must not reach the tests.
 os.environ.pop("INSTAR_PLUGIN_PATH", None)
+os.environ["INSTAR_CONFIG"] = ""
 os.environ["LC_ALL"] = "C.UTF-8"
 
 

@@ -3,6 +3,7 @@
 pub mod chain;
 pub mod cli;
 pub mod commit;
+pub mod config;
 pub mod devices;
 pub mod plugins;
 pub mod vm;

@@ -6,7 +6,9 @@ use super::{print_error, CliError};
 use crate::commit::{
     render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings, run_commit, CommitRequest,
 };
+use crate::config::Config;
 use crate::devices::Cache;
+use crate::plugins::SearchPath;
 use clap::{Args, ValueEnum};
 use instar_guest_abi::ErrorCode;
 use std::io::Write;
@@ -99,6 +101,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
             return Err(CliError::image(&args.filename, ErrorCode::NotImplemented, clause));
         }
     };
+    let config = Config::load()?;
     let request = CommitRequest {
         overlay: args.filename.clone(),
         format: args.format.clone(),
@@ -109,8 +112,8 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,
         progress: args.progress && !args.quiet,
-        allowed_directories: args.allow_backing_dir.clone(),
-        plugin_directories: args.plugin_dir.clone(),
+        allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
+        search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
     };
     let mut notes = Vec::new();
     let result = run_commit(&request, &mut notes);

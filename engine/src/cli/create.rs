@@ -6,6 +6,7 @@ use super::info::{open_image, resolve_backing};
 use super::output::print;
 use super::size::parse_size;
 use super::CliError;
+use crate::config::Config;
 use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -66,7 +67,7 @@ fn usage(message: impl Into<String>) -> CliError {
 /// When the format, an option or the backing image is refused, or the file cannot be written. Nothing is changed
 /// unless everything but the writing has succeeded.
 pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), CliError> {
-    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir));
+    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths()));
     let plugin = registry.by_format(&args.format).ok_or_else(|| {
         let message =
             format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(&args.format));

@@ -4,6 +4,7 @@ use super::escape::escape_bytes;
 use super::info_text;
 use super::output::{print, print_json, OutputFormat};
 use super::CliError;
+use crate::config::Config;
 use crate::plugins::{FileImage, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -57,7 +58,7 @@ pub(super) struct Shown {
 /// # Errors
 /// When an image cannot be opened, or its format is not known or not the one that was named.
 pub fn run(args: &InfoArgs, out: &mut dyn Write) -> Result<(), CliError> {
-    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir));
+    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths()));
     let images = collect(&registry, &args.filename, args.format.as_deref(), args.backing_chain)?;
     match args.output {
         OutputFormat::Human => {

@@ -1,6 +1,7 @@
 //! The command line.
 
 pub mod commit;
+pub mod config;
 pub mod create;
 mod create_file;
 pub mod error;
@@ -41,6 +42,8 @@ pub enum Command {
     Create(create::CreateArgs),
     /// List the format plugins
     Plugins(plugins::PluginsArgs),
+    /// Show what is configured, and where
+    Config(config::ConfigArgs),
 }
 
 /// Run a command; the exit status.
@@ -50,6 +53,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Info(args) => (info::run(args, out), args.output),
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),
+        Command::Config(args) => (config::run(args, out), args.output),
     };
     match done {
         Ok(()) => 0,

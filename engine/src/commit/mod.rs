@@ -51,8 +51,8 @@ pub struct CommitRequest {
     pub progress: bool,
     /// Directories that recorded names may lead into.
     pub allowed_directories: Vec<PathBuf>,
-    /// Directories with more plugins.
-    pub plugin_directories: Vec<PathBuf>,
+    /// Where plugins are looked for.
+    pub search: SearchPath,
 }
 
 /// How a commit went.
@@ -115,7 +115,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
             format!("cannot be allowed as a directory: {error}"),
         )
     })?;
-    let registry = Registry::load(&SearchPath::for_process(&request.plugin_directories));
+    let registry = Registry::load(&request.search);
     note_plugins(&registry, notes);
     timing.mark("plugins loaded");
 

@@ -23,4 +23,5 @@ pub use identify::{Identified, IdentifyError};
 pub use plugin::Plugin;
 pub use reader::ImageRead;
 pub use registry::{Registry, Skipped};
-pub use search::{SearchPath, FILE_PREFIX, FILE_SUFFIX};
+pub use search::{is_elevated, SearchPath, FILE_PREFIX, FILE_SUFFIX, PATH_VARIABLE};
+pub use trust::TrustedDirectory;

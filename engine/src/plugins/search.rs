@@ -17,36 +17,45 @@ pub const PATH_VARIABLE: &str = "INSTAR_PLUGIN_PATH";
 pub struct SearchPath {
     directories: Vec<PathBuf>,
     requested: Vec<PathBuf>,
+    environment: Vec<PathBuf>,
+}
+
+/// Whether the program runs with more rights than its caller has: what the environment says does not count then.
+#[must_use]
+pub fn is_elevated() -> bool {
+    // AT_SECURE is what the dynamic loader goes by for LD_LIBRARY_PATH.
+    // SAFETY: `getauxval` reads a value that the kernel passed at the start of the process.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
 impl SearchPath {
     /// Exactly these directories.
     #[must_use]
     pub fn of(directories: Vec<PathBuf>) -> Self {
-        Self { requested: directories.clone(), directories }
+        Self { requested: directories.clone(), directories, environment: Vec::new() }
     }
 
-    /// The directories of this process: those of `--plugin-dir` in their order, those of `INSTAR_PLUGIN_PATH`, then the
-    /// built-in ones. The environment variable is not honoured in a set-user-ID or set-group-ID program.
+    /// The directories of this process: those of `--plugin-dir` in their order, those of `INSTAR_PLUGIN_PATH`, those of the
+    /// configuration, then the built-in ones. The environment variable is not honoured in a set-user-ID or set-group-ID
+    /// program.
     #[must_use]
-    pub fn for_process(plugin_dirs: &[PathBuf]) -> Self {
-        let elevated = {
-            // AT_SECURE is what the dynamic loader goes by for LD_LIBRARY_PATH.
-            // SAFETY: `getauxval` reads a value that the kernel passed at the start of the process.
-            unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
-        };
-        let variable = if elevated { None } else { std::env::var_os(PATH_VARIABLE) };
+    pub fn for_process(plugin_dirs: &[PathBuf], configured: &[PathBuf]) -> Self {
+        let variable = if is_elevated() { None } else { std::env::var_os(PATH_VARIABLE) };
         let executable = std::env::current_exe().ok();
-        Self::assemble(plugin_dirs, variable.as_deref(), executable.as_deref())
+        Self::assemble(plugin_dirs, variable.as_deref(), configured, executable.as_deref())
     }
 
-    fn assemble(plugin_dirs: &[PathBuf], variable: Option<&OsStr>, executable: Option<&Path>) -> Self {
-        let mut directories = plugin_dirs.to_vec();
-        if let Some(variable) = variable {
-            // An empty element means the current directory to some programs; here it means nothing. The same goes for
-            // relative ones: what they name depends on where the program happens to be started.
-            directories.extend(std::env::split_paths(variable).filter(|path| path.is_absolute()));
-        }
+    fn assemble(
+        plugin_dirs: &[PathBuf],
+        variable: Option<&OsStr>,
+        configured: &[PathBuf],
+        executable: Option<&Path>,
+    ) -> Self {
+        // An empty element means the current directory to some programs; here it means nothing. The same goes for
+        // relative ones: what they name depends on where the program happens to be started.
+        let variable = variable.map(std::env::split_paths).into_iter().flatten();
+        let environment: Vec<PathBuf> = variable.filter(|path| path.is_absolute()).collect();
+        let mut directories = [plugin_dirs, &environment, configured].concat();
         if let Some(directory) = executable.and_then(Path::parent) {
             directories.push(directory.to_owned());
             if let Some(prefix) = directory.parent() {
@@ -60,13 +69,19 @@ impl SearchPath {
         directories.push(PathBuf::from("/usr/lib/instar/plugins"));
         let mut seen = std::collections::HashSet::new();
         directories.retain(|directory| seen.insert(directory.clone()));
-        Self { directories, requested: plugin_dirs.to_vec() }
+        Self { directories, requested: plugin_dirs.to_vec(), environment }
     }
 
     /// Whether the operator asked for this directory, so that its absence is worth a word.
     #[must_use]
     pub fn is_requested(&self, directory: &Path) -> bool {
         self.requested.iter().any(|requested| requested == directory)
+    }
+
+    /// Whether `INSTAR_PLUGIN_PATH` names this directory.
+    #[must_use]
+    pub fn is_from_environment(&self, directory: &Path) -> bool {
+        self.environment.iter().any(|named| named == directory)
     }
 
     /// The directories in their order.
@@ -91,6 +106,7 @@ mod tests {
         let path = SearchPath::assemble(
             &[PathBuf::from("mine")],
             Some(OsStr::new("/a:/b::relative")),
+            &[PathBuf::from("/configured")],
             Some(Path::new("/usr/bin/instar")),
         );
         let shown: Vec<_> = path.directories().iter().map(|d| d.display().to_string()).collect();
@@ -100,6 +116,7 @@ mod tests {
                 "mine",
                 "/a",
                 "/b",
+                "/configured",
                 "/usr/bin",
                 "/usr/lib/x86_64-linux-gnu/instar/plugins",
                 "/usr/lib64/instar/plugins",

@@ -1,0 +1,105 @@
+//! `instar config`: what is in force, and where each value comes from.
+
+use super::escape::escape_path;
+use super::output::{print, print_json, OutputFormat};
+use super::CliError;
+use crate::config::{Config, Configured};
+use crate::plugins::{SearchPath, PATH_VARIABLE};
+use clap::Args;
+use serde_json::{json, Value};
+use std::fmt::Write as _;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Show what is in force, and where each value comes from.
+#[derive(Args, Debug)]
+pub struct ConfigArgs {
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+    /// A directory outside the overlay's own that a recorded backing may lie in; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing_dir: Vec<PathBuf>,
+    /// A directory with more plugins; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+}
+
+/// A value, and where it comes from.
+struct Directory {
+    directory: PathBuf,
+    from: String,
+}
+
+/// Run the command.
+///
+/// # Errors
+/// A configuration file that is refused; when the result cannot be written.
+pub fn run(args: &ConfigArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let config = Config::load()?;
+    let backing = backing_directories(args, &config);
+    let plugins = plugin_directories(args, &config);
+    match args.output {
+        OutputFormat::Human => print(out, &human(&backing, &plugins, &config)),
+        OutputFormat::Json => print_json(out, &to_json(&backing, &plugins, &config)),
+    }
+}
+
+fn of_file(configured: &Configured) -> Directory {
+    let from = configured.file.to_string_lossy().into_owned();
+    Directory { directory: configured.directory.clone(), from }
+}
+
+fn backing_directories(args: &ConfigArgs, config: &Config) -> Vec<Directory> {
+    let given = args.allow_backing_dir.iter();
+    let given = given.map(|directory| Directory { directory: directory.clone(), from: "--allow-backing-dir".into() });
+    given.chain(config.backing_directories.iter().map(of_file)).collect()
+}
+
+/// As [`SearchPath`] has them.
+fn plugin_directories(args: &ConfigArgs, config: &Config) -> Vec<Directory> {
+    let search = SearchPath::for_process(&args.plugin_dir, &config.plugin_paths());
+    let origin = |directory: &Path| {
+        if args.plugin_dir.iter().any(|given| given == directory) {
+            return "--plugin-dir".to_owned();
+        }
+        if search.is_from_environment(directory) {
+            return PATH_VARIABLE.to_owned();
+        }
+        let configured = config.plugin_directories.iter().find(|configured| configured.directory == directory);
+        configured.map_or_else(|| "built in".to_owned(), |configured| configured.file.to_string_lossy().into_owned())
+    };
+    let value = |directory: &PathBuf| Directory { directory: directory.clone(), from: origin(directory) };
+    search.directories().iter().map(value).collect()
+}
+
+fn human(backing: &[Directory], plugins: &[Directory], config: &Config) -> String {
+    let mut text = String::new();
+    for (title, values) in [("allow-backing-dirs", backing), ("plugin-dirs", plugins)] {
+        let _ = writeln!(text, "{title}:");
+        for value in values {
+            let _ =
+                writeln!(text, "    {} (from {})", escape_path(&value.directory), escape_path(Path::new(&value.from)));
+        }
+        if values.is_empty() {
+            text.push_str("    none\n");
+        }
+    }
+    text.push_str("files:\n");
+    for (file, present) in &config.files {
+        let _ = writeln!(text, "    {} ({})", escape_path(file), if *present { "read" } else { "not there" });
+    }
+    if config.files.is_empty() {
+        text.push_str("    none\n");
+    }
+    text
+}
+
+fn to_json(backing: &[Directory], plugins: &[Directory], config: &Config) -> Value {
+    let values = |values: &[Directory]| -> Vec<Value> {
+        values.iter().map(|value| json!({"path": value.directory.to_string_lossy(), "from": value.from})).collect()
+    };
+    let files: Vec<Value> =
+        config.files.iter().map(|(file, present)| json!({"path": file.to_string_lossy(), "read": present})).collect();
+    json!({"allow-backing-dirs": values(backing), "plugin-dirs": values(plugins), "files": files})
+}

@@ -1,0 +1,135 @@
+//! What the operator has settled for all runs, and where each value comes from.
+//!
+//! Two files, the system's and the user's; what both name adds up. Like plugins, a file counts only if nobody but root and
+//! the caller can change it: it decides which files may be written, and which code is loaded.
+
+mod file;
+
+use crate::cli::CliError;
+use crate::plugins::is_elevated;
+use file::Content;
+use std::path::{Path, PathBuf};
+
+/// The system's file.
+const SYSTEM_FILE: &str = "/etc/instar/config.toml";
+/// The user's file, below `$XDG_CONFIG_HOME` or `~/.config`.
+const USER_FILE: &str = "instar/config.toml";
+/// The environment variable that names a file instead of both; empty: none.
+pub const CONFIG_VARIABLE: &str = "INSTAR_CONFIG";
+
+/// A directory that a file names, and that file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Configured {
+    /// An absolute path.
+    pub directory: PathBuf,
+    /// The file that names it.
+    pub file: PathBuf,
+}
+
+/// What the files say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// `allow-backing-dirs`: where recorded backings may lie, besides the overlay's own directory.
+    pub backing_directories: Vec<Configured>,
+    /// `plugin-dirs`: more directories with plugins.
+    pub plugin_directories: Vec<Configured>,
+    /// The files that were looked for, and whether they are there.
+    pub files: Vec<(PathBuf, bool)>,
+}
+
+impl Config {
+    /// Read the files. One that is absent says nothing.
+    ///
+    /// # Errors
+    /// A file that others can change, that cannot be read, or that says something else than it may: one line that names
+    /// file, line and key.
+    pub fn load() -> Result<Self, CliError> {
+        Self::of(&files(is_elevated(), |name| std::env::var_os(name).map(PathBuf::from)))
+    }
+
+    fn of(files: &[PathBuf]) -> Result<Self, CliError> {
+        let mut config = Self::default();
+        for file in files {
+            let Some(content) = Content::read(file)? else {
+                config.files.push((file.clone(), false));
+                continue;
+            };
+            let named = |directories: Vec<PathBuf>| {
+                directories.into_iter().map(|directory| Configured { directory, file: file.clone() })
+            };
+            config.backing_directories.extend(named(content.allow_backing_dirs));
+            config.plugin_directories.extend(named(content.plugin_dirs));
+            config.files.push((file.clone(), true));
+        }
+        Ok(config)
+    }
+
+    /// Directories with plugins, in their order.
+    #[must_use]
+    pub fn plugin_paths(&self) -> Vec<PathBuf> {
+        self.plugin_directories.iter().map(|configured| configured.directory.clone()).collect()
+    }
+
+    /// Directories that recorded backings may lie in: those that are there.
+    #[must_use]
+    pub fn backing_paths(&self) -> Vec<PathBuf> {
+        let directories = self.backing_directories.iter().map(|configured| configured.directory.clone());
+        directories.filter(|directory| directory.is_dir()).collect()
+    }
+}
+
+/// The files to look for. A program that runs with more rights than its caller has goes by the system's file alone.
+fn files(elevated: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
+    let system = PathBuf::from(SYSTEM_FILE);
+    if elevated {
+        return vec![system];
+    }
+    if let Some(named) = variable(CONFIG_VARIABLE) {
+        return if named.as_os_str().is_empty() { Vec::new() } else { vec![named] };
+    }
+    let absolute = |path: &PathBuf| path.is_absolute();
+    let home = || variable("HOME").filter(absolute).map(|home| home.join(".config"));
+    let user = variable("XDG_CONFIG_HOME").filter(absolute).or_else(home);
+    std::iter::once(system).chain(user.map(|directory| directory.join(Path::new(USER_FILE)))).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn shown(elevated: bool, variables: &[(&str, &str)]) -> Vec<String> {
+        let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| PathBuf::from(value));
+        files(elevated, variable).iter().map(|file| file.display().to_string()).collect()
+    }
+
+    #[test]
+    fn which_files() {
+        assert_eq!(shown(false, &[]), [SYSTEM_FILE]);
+        assert_eq!(shown(false, &[("HOME", "/no/u")]), [SYSTEM_FILE, "/no/u/.config/instar/config.toml"]);
+        let both = [("HOME", "/no/u"), ("XDG_CONFIG_HOME", "/no/x")];
+        assert_eq!(shown(false, &both), [SYSTEM_FILE, "/no/x/instar/config.toml"]);
+        assert_eq!(shown(false, &[("HOME", "relative")]), [SYSTEM_FILE]);
+        assert_eq!(shown(false, &[("HOME", "/no/u"), (CONFIG_VARIABLE, "/no/c")]), ["/no/c"]);
+        assert_eq!(shown(false, &[("HOME", "/no/u"), (CONFIG_VARIABLE, "")]), Vec::<String>::new());
+        assert_eq!(shown(true, &[("HOME", "/no/u"), (CONFIG_VARIABLE, "/no/c")]), [SYSTEM_FILE]);
+    }
+
+    #[test]
+    fn what_files_name_adds_up() {
+        let root = tempfile::tempdir().unwrap();
+        let (first, second) = (root.path().join("first"), root.path().join("second"));
+        std::fs::write(&first, "plugin-dirs = [\"/no/a\"]\nallow-backing-dirs = [\"/\"]\n").unwrap();
+        std::fs::write(&second, "plugin-dirs = [\"/no/b\", \"/no/c\"]\n").unwrap();
+        for file in [&first, &second] {
+            std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o644)).unwrap();
+        }
+        let absent = root.path().join("absent");
+        let config = Config::of(&[first.clone(), absent.clone(), second.clone()]).unwrap();
+        assert_eq!(config.plugin_paths(), ["/no/a", "/no/b", "/no/c"].map(PathBuf::from));
+        assert_eq!(config.backing_paths(), [PathBuf::from("/")]);
+        assert_eq!(config.plugin_directories.first().unwrap().file, first);
+        assert_eq!(config.files, [(first, true), (absent, false), (second, true)]);
+    }
+}
