@@ -43,7 +43,13 @@ fn panicking() -> (PluginDir, Registry) {
 }
 
 fn a_qcow2(registry: &Registry) -> Bytes {
-    let spec = CreateSpec { virtual_size: 1 << 20, backing: ROption::RNone, options: RVec::new() };
+    let spec = CreateSpec {
+        virtual_size: 1 << 20,
+        file_name: RVec::new(),
+        backing: ROption::RNone,
+        backing_facts: ROption::RNone,
+        options: RVec::new(),
+    };
     let image = registry.by_format("qcow2").unwrap().create(&spec).unwrap();
     let mut bytes = vec![0; usize::try_from(image.length).unwrap()];
     for region in &image.regions {
@@ -153,7 +159,13 @@ fn a_panic_and_a_lie_are_errors() {
     let verdict = plugin.verdict(CommitRole::Overlay, &ImageFacts { dirty: true, ..good.clone() }, &good);
     assert!(verdict.code != 0 && verdict.reason.contains("in verdict"));
     assert_eq!(plugin.verdict(CommitRole::Overlay, &good, &good).code, 22);
-    let spec = CreateSpec { virtual_size: 0, backing: ROption::RNone, options: RVec::new() };
+    let spec = CreateSpec {
+        virtual_size: 0,
+        file_name: RVec::new(),
+        backing: ROption::RNone,
+        backing_facts: ROption::RNone,
+        options: RVec::new(),
+    };
     assert!(plugin.create(&spec).unwrap_err().to_string().contains("in create"));
 }
 

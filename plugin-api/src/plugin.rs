@@ -47,8 +47,9 @@ pub trait FormatPlugin: 'static {
     fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError>;
 
     /// Whether the image with the facts `own` may take the part `role` in a commit. `other` is the image that data
-    /// comes from ([`CommitRole::Backing`], [`CommitRole::Ancestor`]: the overlay) or goes to
-    /// ([`CommitRole::Overlay`]: the backing); it may be of another format.
+    /// comes from ([`CommitRole::Backing`]: the overlay), or the image that `own` is backed by
+    /// ([`CommitRole::Overlay`], [`CommitRole::Ancestor`]; an ancestor without a backing gets its own facts); it may be of
+    /// another format.
     ///
     /// For [`CommitRole::Backing`], [`Verdict::max_length`] bounds how long the file may become. When several layers are
     /// committed at once, the engine asks with each of them as `other`, its `file_length` being the sum of all. For

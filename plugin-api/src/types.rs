@@ -104,7 +104,7 @@ pub enum CommitRole {
     Overlay,
     /// The backing: data goes into it.
     Backing,
-    /// An ancestor of the backing: it may be read.
+    /// An image that may be read through to what it is backed by: an ancestor of the backing, and the backing itself.
     Ancestor,
 }
 
@@ -216,8 +216,12 @@ impl GuestModule {
 pub struct CreateSpec {
     /// Virtual size in bytes.
     pub virtual_size: u64,
+    /// Name of the new file without its directory, for a format that records it.
+    pub file_name: RVec<u8>,
     /// Backing pointer to record.
     pub backing: ROption<BackingPointer>,
+    /// Facts of the backing image, if it was looked at.
+    pub backing_facts: ROption<ImageFacts>,
     /// `-o` options as name and value, in the order given.
     pub options: RVec<abi_stable::std_types::Tuple2<RString, RString>>,
 }

@@ -11,9 +11,10 @@ use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::std_types::{ROption, RString, RVec, Tuple2};
-use instar_plugin_api::{BackingPointer, CreateSpec};
+use instar_plugin_api::{BackingPointer, CreateSpec, ImageFacts};
 use std::fmt::Write as _;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
@@ -79,11 +80,12 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), CliError> {
     }
     let filename = args.filename.as_deref().ok_or_else(|| usage("create needs a FILENAME"))?;
     let wanted = wanted(args, pairs)?;
-    let (virtual_size, backing) = resolve(args, filename, &wanted, &registry)?;
+    let (virtual_size, backing, backing_facts) = resolve(args, filename, &wanted, &registry)?;
 
     let options: RVec<_> =
         wanted.options.iter().map(|(k, v)| Tuple2(RString::from(k.as_str()), RString::from(v.as_str()))).collect();
-    let spec = CreateSpec { virtual_size, backing, options };
+    let file_name = filename.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into();
+    let spec = CreateSpec { virtual_size, file_name, backing, backing_facts, options };
     let image = plugin.create(&spec).map_err(|failure| CliError::plugin(filename, &failure))?;
     if !args.quiet {
         print(out, &announcement(filename, plugin, virtual_size, &wanted))?;
@@ -154,13 +156,13 @@ fn resolve(
     filename: &std::path::Path,
     wanted: &Wanted,
     registry: &Registry,
-) -> Result<(u64, ROption<BackingPointer>), CliError> {
+) -> Result<(u64, ROption<BackingPointer>, ROption<ImageFacts>), CliError> {
     let no_size = || usage(format!("'{}': creating an image needs a SIZE", escape_path(filename)));
     let Some(name) = &wanted.backing else {
         if wanted.backing_format.is_some() {
             return Err(usage("a backing format without a backing image makes no sense: add -b BASE"));
         }
-        return Ok((wanted.size.ok_or_else(no_size)?, ROption::RNone));
+        return Ok((wanted.size.ok_or_else(no_size)?, ROption::RNone, ROption::RNone));
     };
     let Some(format) = &wanted.backing_format else {
         return Err(usage("the format of the backing image is needed: add -F FMT"));
@@ -170,7 +172,7 @@ fn resolve(
         format: ROption::RSome(RVec::from(format.as_bytes().to_vec())),
     };
     if args.backing_unsafe {
-        return Ok((wanted.size.ok_or_else(no_size)?, ROption::RSome(pointer)));
+        return Ok((wanted.size.ok_or_else(no_size)?, ROption::RSome(pointer), ROption::RNone));
     }
     let Some(path) = resolve_backing(filename, name.as_bytes()) else {
         let message = format!("'{}' is not the name of a file: only files can be looked at (or use -u)", escape(name));
@@ -183,7 +185,8 @@ fn resolve(
         }
     }
     let found = registry.identify(&image, Some(format)).map_err(|error| CliError::identify(&path, &error))?;
-    Ok((wanted.size.unwrap_or(found.facts.virtual_size), ROption::RSome(pointer)))
+    let size = wanted.size.unwrap_or(found.facts.virtual_size);
+    Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))
 }
 
 fn help(plugin: &Plugin) -> String {

@@ -214,16 +214,21 @@ fn verdict(
             }
         }
     };
-    ask(overlay, CommitRole::Overlay, &backing.facts)?;
-    for layer in between {
-        ask(layer, CommitRole::Overlay, &backing.facts)?;
+    let merged: Vec<&ChainImage<'_>> = std::iter::once(overlay).chain(between).collect();
+    for (index, layer) in merged.iter().enumerate() {
+        ask(layer, CommitRole::Overlay, &merged.get(index + 1).unwrap_or(&backing).facts)?;
     }
     let mut max_length = 0;
     for facts in arriving(overlay, between) {
         max_length = max_length.max(ask(backing, CommitRole::Backing, &facts)?);
     }
-    for ancestor in ancestors {
-        ask(ancestor, CommitRole::Ancestor, &overlay.facts)?;
+    let below: Vec<&ChainImage<'_>> = std::iter::once(backing).chain(ancestors).collect();
+    for (index, image) in below.iter().enumerate() {
+        let parent = below.get(index + 1);
+        // The backing itself is asked whether it goes with its parent.
+        if index > 0 || parent.is_some() {
+            ask(image, CommitRole::Ancestor, &parent.unwrap_or(image).facts)?;
+        }
     }
     Ok(max_length.max(backing.facts.file_length))
 }

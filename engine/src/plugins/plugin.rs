@@ -140,7 +140,7 @@ impl Plugin {
     }
 
     /// Whether the image with the facts `own` may take its part in a commit with `other`; a refusal is an answer, not an
-    /// error. For [`CommitRole::Backing`], `other` are the facts of the overlay.
+    /// error. What `other` is: see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
     #[must_use]
     pub fn verdict(&self, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         let mut verdict = self.library.interface.verdict(role, own, other);

@@ -14,7 +14,7 @@ pub const MODULE_MAGIC: u64 = u64::from_le_bytes(*b"INSTMODU");
 /// Changes when a module built before cannot be loaded any more.
 pub const MODULE_ABI_MAJOR: u32 = 1;
 /// Changes when something was appended to a table.
-pub const MODULE_ABI_MINOR: u32 = 1;
+pub const MODULE_ABI_MINOR: u32 = 2;
 
 /// Longest detail text of a [`Failure`] in bytes.
 pub const FAILURE_TEXT_MAX: usize = 208;
@@ -151,6 +151,15 @@ pub struct SourceOps {
     /// Empty the image and give its space back; durable when it returns. `*cleared` is set to the number
     /// of clusters that were dropped.
     pub empty: extern "C" fn(source: *mut c_void, cleared: *mut u64, failure: *mut Failure) -> u32,
+    /// Since minor version 2; null, or past the end of a shorter table: the image does not record its parent's content ID.
+    /// Record, durably, that the parent's content ID is about to become `content_id`; called before the first write to the
+    /// parent.
+    pub follow_parent: Option<extern "C" fn(source: *mut c_void, content_id: u64, failure: *mut Failure) -> u32>,
+}
+
+impl SourceOps {
+    /// Size in bytes of the table of minor version 0.
+    pub const MIN_SIZE: usize = core::mem::offset_of!(Self, follow_parent);
 }
 
 /// Reads the guest-visible bytes below the output image (its ancestors; zeroes where there are none).
@@ -213,6 +222,9 @@ pub struct SinkOps {
     /// may be one of no extents, makes it so. What lies below the image reads as zeroes from byte `below_length` on.
     pub grow:
         Option<extern "C" fn(sink: *mut c_void, virtual_size: u64, below_length: u64, failure: *mut Failure) -> u32>,
+    /// Since minor version 2; null, or past the end of a shorter table: the image has no content ID. Sets
+    /// `*content_id` to the one that the image gets with the first `write` of any extents, and returns 1; or returns 0.
+    pub next_content_id: Option<extern "C" fn(sink: *mut c_void, content_id: *mut u64) -> u32>,
 }
 
 impl SinkOps {

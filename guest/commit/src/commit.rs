@@ -133,6 +133,11 @@ pub fn commit(
     }
 
     let below = &mut *images.below;
+    if let Some(id) = sink.next_content_id().filter(|_| bytes > 0) {
+        // Before the backing has its new content ID: a crash between the two is recognised by the overlay's having the
+        // one that the backing would have got, and a second run goes on from there.
+        images.source.follow_parent(io, id).map_err(at(Step::Write))?;
+    }
     if growing {
         // An overlay that holds nothing makes its backing grow, too.
         sink.write(io, &[], below).map_err(at(Step::Write))?;

@@ -38,6 +38,16 @@ pub trait Source {
     /// # Errors
     /// I/O errors.
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64>;
+
+    /// The image that this one is backed by is about to be written, and to get this content ID
+    /// ([`Sink::next_content_id`]): a format that records its parent's content ID records the new one, durably.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn follow_parent(&mut self, io: &mut dyn BlockIo, content_id: u64) -> DriverResult<()> {
+        let _ = (io, content_id);
+        Ok(())
+    }
 }
 
 /// Reads the guest-visible bytes below the sink's image.
@@ -93,6 +103,13 @@ pub trait Sink {
     /// # Errors
     /// As [`Sink::plan`].
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary>;
+
+    /// The content ID that the image gets, durably, with the first [`Sink::write`] of any extents and before they are
+    /// written; `None` for a format without one. It follows from the one that the image has: a commit that was
+    /// interrupted between the two images finds the same one when it is run again.
+    fn next_content_id(&self) -> Option<u64> {
+        None
+    }
 
     /// Write these extents: `Data`, `Zero` and `Memory`, ascending over all calls. At every instant the
     /// image's own content outside the extents reads as before.

@@ -8,7 +8,7 @@ use instar_guest_abi::{DeviceConfig, ErrorCode, FormatOps, SinkOps, SourceOps};
 /// A format of another module: opens images as [`ForeignSource`] and [`ForeignSink`].
 #[derive(Clone, Copy)]
 pub struct ForeignFormat {
-    source: Option<&'static SourceOps>,
+    source: Option<SourceOps>,
     sink: Option<SinkOps>,
 }
 
@@ -26,13 +26,13 @@ impl ForeignFormat {
         // SAFETY: as above; `size` is the first field of every version of the tables.
         let sizes = unsafe { (ops.source.cast::<u32>().as_ref().copied(), ops.sink.cast::<u32>().as_ref().copied()) };
         let complete = |size: Option<u32>, needed: usize| size.is_none_or(|size| size as usize >= needed);
-        if !complete(sizes.0, size_of::<SourceOps>()) || !complete(sizes.1, SinkOps::MIN_SIZE) {
+        if !complete(sizes.0, SourceOps::MIN_SIZE) || !complete(sizes.1, SinkOps::MIN_SIZE) {
             return Err(protocol("the module's tables are too short"));
         }
-        // SAFETY: as above, and long enough.
-        let source = unsafe { ops.source.as_ref() };
-        // SAFETY: as above, as long as its size says.
-        let sink = sizes.1.map(|size| unsafe { copy_sink(ops.sink, size as usize) });
+        // SAFETY: as above, as long as their sizes say; what both lack are functions that may be null.
+        let (source, sink) = unsafe {
+            (sizes.0.map(|size| copy(ops.source, size as usize)), sizes.1.map(|size| copy(ops.sink, size as usize)))
+        };
         Ok(Self { source, sink })
     }
 
@@ -72,12 +72,12 @@ impl ForeignFormat {
 /// A table of this version from one that may be shorter (null in place of what it lacks) or longer.
 ///
 /// # Safety
-/// `ops` is readable for `size` bytes, which are [`SinkOps::MIN_SIZE`] at least.
-unsafe fn copy_sink(ops: *const SinkOps, size: usize) -> SinkOps {
-    let mut copy = MaybeUninit::<SinkOps>::zeroed();
-    // SAFETY: both are long enough. What stays zero are functions that may be null.
+/// `ops` is readable for `size` bytes, and all that follows in a `T` may be zero.
+unsafe fn copy<T>(ops: *const T, size: usize) -> T {
+    let mut copy = MaybeUninit::<T>::zeroed();
+    // SAFETY: both are long enough. What stays zero may be zero.
     unsafe {
-        copy.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(ops.cast(), size.min(size_of::<SinkOps>()));
+        copy.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(ops.cast(), size.min(size_of::<T>()));
         copy.assume_init()
     }
 }

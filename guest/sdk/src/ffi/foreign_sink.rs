@@ -64,6 +64,11 @@ impl Sink for ForeignSink {
         call(|failure| grow(self.handle, virtual_size, below_length, failure))
     }
 
+    fn next_content_id(&self) -> Option<u64> {
+        let mut id = 0;
+        self.ops.next_content_id.filter(|next| next(self.handle, &raw mut id) == 1).map(|_| id)
+    }
+
     fn finish(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {
         call(|failure| (self.ops.finish)(self.handle, failure))
     }

@@ -9,12 +9,12 @@ use instar_guest_abi::{DeviceConfig, Extent, ExtentKind, ImageInfo, SourceOps};
 
 /// A source of another module. It does its block I/O itself: the `io` of the calls is not used.
 pub struct ForeignSource {
-    ops: &'static SourceOps,
+    ops: SourceOps,
     handle: *mut c_void,
 }
 
 impl ForeignSource {
-    pub(super) fn open(ops: &'static SourceOps, device: &DeviceConfig) -> DriverResult<Self> {
+    pub(super) fn open(ops: SourceOps, device: &DeviceConfig) -> DriverResult<Self> {
         let mut handle = null_mut();
         call(|failure| (ops.open)(device, &raw mut handle, failure))?;
         if handle.is_null() {
@@ -94,6 +94,11 @@ impl Source for ForeignSource {
         let mut cleared = 0;
         call(|failure| (self.ops.empty)(self.handle, &raw mut cleared, failure))?;
         Ok(cleared)
+    }
+
+    fn follow_parent(&mut self, _: &mut dyn BlockIo, content_id: u64) -> DriverResult<()> {
+        let follow = self.ops.follow_parent;
+        follow.map_or(Ok(()), |follow| call(|failure| follow(self.handle, content_id, failure)))
     }
 }
 

@@ -25,6 +25,7 @@ pub const fn sink_ops<D: FormatDriver, Io: BlockIo + Default>() -> SinkOps {
         write: write::<D::Sink, Io>,
         finish: finish_all::<D::Sink, Io>,
         grow: Some(grow::<D::Sink, Io>),
+        next_content_id: Some(next_content_id::<D::Sink>),
     }
 }
 
@@ -169,4 +170,15 @@ extern "C" fn grow<S: Sink, Io: BlockIo + Default>(
     };
     // SAFETY: the interface passes null or a writable failure.
     unsafe { done(result, failure) }
+}
+
+extern "C" fn next_content_id<S: Sink>(sink: *mut c_void, content_id: *mut u64) -> u32 {
+    // SAFETY: the interface passes a live handle and a writable result.
+    match unsafe { (handle::<S>(sink).and_then(|sink| sink.next_content_id()), content_id.as_mut()) } {
+        (Some(id), Some(out)) => {
+            *out = id;
+            1
+        }
+        _ => 0,
+    }
 }

@@ -30,6 +30,7 @@ pub const fn source_ops<D: FormatDriver, Io: BlockIo + Default>() -> SourceOps {
         extents: extents::<D::Source, Io>,
         read: read::<D::Source, Io>,
         empty: empty::<D::Source, Io>,
+        follow_parent: Some(follow_parent::<D::Source, Io>),
     }
 }
 
@@ -172,4 +173,18 @@ extern "C" fn empty<S: Source, Io: BlockIo + Default>(
     let result = open.source.empty(&mut Io::default());
     // SAFETY: `cleared` is not null, so the interface makes it writable; `failure` is null or writable.
     unsafe { finish(result, cleared, failure) }
+}
+
+extern "C" fn follow_parent<S: Source, Io: BlockIo + Default>(
+    source: *mut c_void,
+    content_id: u64,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let result = match unsafe { handle::<S>(source) } {
+        Some(open) => open.source.follow_parent(&mut Io::default(), content_id),
+        None => Err(protocol("follow_parent without source")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
 }

@@ -1,0 +1,84 @@
+//! Reading compressed grains: a marker, then a zlib stream ("Stream-optimized compressed sparse extents").
+
+use crate::image::{overflow, Image};
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_vmdk_format::COMPRESSED_MARKER_BYTES;
+use miniz_oxide::inflate::decompress_slice_iter_to_slice;
+
+/// Bytes that are read at once where grains follow each other in the file.
+const READ_AHEAD: u64 = 1 << 20;
+
+/// Reads the compressed grains of one image; keeps the last one, and what was read ahead.
+#[derive(Default, Debug)]
+pub struct GrainReader {
+    input: Vec<u8>,
+    input_at: u64,
+    grain: Vec<u8>,
+    held: Option<u64>,
+}
+
+impl GrainReader {
+    /// Fill `buffer` with the bytes from `start` on of the grain at byte `offset` of the file.
+    ///
+    /// # Errors
+    /// Corruption if the stream does not decode to a grain; I/O errors.
+    pub fn read(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &Image,
+        offset: u64,
+        start: u64,
+        buffer: &mut [u8],
+    ) -> DriverResult<()> {
+        if self.held != Some(offset) {
+            self.held = None;
+            self.decode(io, image, offset)?;
+            self.held = Some(offset);
+        }
+        let start = usize::try_from(start).map_err(|_| overflow("an offset in a grain"))?;
+        let part = start.checked_add(buffer.len()).and_then(|end| self.grain.get(start..end));
+        buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a grain"))?);
+        Ok(())
+    }
+
+    fn decode(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64) -> DriverResult<()> {
+        let size = usize::try_from(image.header.grain_bytes()).map_err(|_| overflow("the grain size"))?;
+        let marker = self.load(io, image, offset, COMPRESSED_MARKER_BYTES)?;
+        let length = u64::from(u32::from_le_bytes([marker[8], marker[9], marker[10], marker[11]]));
+        // What does not compress becomes a little longer.
+        if length > image.header.grain_bytes().saturating_mul(2).saturating_add(64) {
+            return Err(image.corrupt(offset, format!("a compressed grain of {length} bytes is longer than can be")));
+        }
+        self.load(io, image, offset, COMPRESSED_MARKER_BYTES + length)?;
+        let mut grain = core::mem::take(&mut self.grain);
+        grain.resize(size, 0);
+        let stream = self.load(io, image, offset + COMPRESSED_MARKER_BYTES, length)?;
+        let decoded = decompress_slice_iter_to_slice(&mut grain, core::iter::once(stream), true, false);
+        self.grain = grain;
+        match decoded {
+            Ok(count) if count == size => Ok(()),
+            Ok(count) => Err(image.corrupt(offset, format!("a compressed grain decodes to {count} bytes, not {size}"))),
+            Err(_) => Err(image.corrupt(offset, "a compressed grain does not decode")),
+        }
+    }
+
+    /// `length` bytes at `offset` of the file; past its end are zeroes.
+    fn load(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64, length: u64) -> DriverResult<&[u8]> {
+        let held_end = self.input_at + self.input.len() as u64;
+        let end = offset.checked_add(length).ok_or_else(|| overflow("a compressed grain"))?;
+        if offset < self.input_at || end > held_end {
+            let to = offset.saturating_add(READ_AHEAD).min(image.file_length).max(end);
+            let count = usize::try_from(to - offset).map_err(|_| overflow("a compressed grain"))?;
+            self.input.clear();
+            let mut input = vec![0; count];
+            io.read(image.device, offset, &mut input)?;
+            (self.input, self.input_at) = (input, offset);
+        }
+        let start = usize::try_from(offset - self.input_at).map_err(|_| overflow("a compressed grain"))?;
+        let count = usize::try_from(length).map_err(|_| overflow("a compressed grain"))?;
+        self.input.get(start..start + count).ok_or_else(|| overflow("a compressed grain"))
+    }
+}

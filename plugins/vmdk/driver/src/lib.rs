@@ -1,0 +1,36 @@
+//! The guest half of the vmdk plugin: hosted sparse extents, as source and as sink.
+#![no_std]
+
+extern crate alloc;
+
+mod check;
+mod content_id;
+mod decide;
+mod decode;
+mod image;
+mod sink;
+mod source;
+mod tables;
+mod work;
+
+pub use sink::VmdkSink;
+pub use source::VmdkSource;
+
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode};
+use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver};
+
+/// The vmdk format.
+pub struct Vmdk;
+
+impl FormatDriver for Vmdk {
+    type Source = VmdkSource;
+    type Sink = VmdkSink;
+
+    fn open_source(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<VmdkSource> {
+        Ok(VmdkSource::new(image::Image::open(io, device, ErrorCode::OverlayCorrupt)?))
+    }
+
+    fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<VmdkSink> {
+        VmdkSink::new(image::Image::open(io, device, ErrorCode::BackingCorrupt)?, device.max_length, has_backing)
+    }
+}

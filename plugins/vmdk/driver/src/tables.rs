@@ -1,0 +1,110 @@
+//! Grain tables: many read with one submit, each of 512 entries.
+
+use crate::image::{entries_of, overflow, Image};
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_vmdk_format::{SECTOR, TABLE_BYTES, TABLE_ENTRIES};
+
+/// Tables that are held at once: 2 MiB.
+pub const TABLES_AT_ONCE: usize = 1024;
+/// Bytes of a table.
+pub const BYTES: usize = 2048;
+const _: () = assert!(TABLE_BYTES == 2048);
+
+/// What is done with tables that were read.
+pub type EachTables<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &[Table]) -> DriverResult<()>;
+
+/// A grain table in memory.
+#[derive(Clone, Debug)]
+pub struct Table {
+    /// Its index in the grain directory.
+    pub index: usize,
+    /// Its entries.
+    pub entries: Vec<u32>,
+    /// It differs from what is in the file.
+    pub dirty: bool,
+}
+
+impl Image {
+    /// Byte offset of a table that a directory's entry names; `None` for one that is not there.
+    ///
+    /// # Errors
+    /// Corruption if it lies outside the file, or in the header.
+    pub fn table_offset(&self, directory: &[u32], index: usize) -> DriverResult<Option<u64>> {
+        let sector = *directory.get(index).ok_or_else(|| overflow("the index of a grain table"))?;
+        if sector == 0 {
+            return Ok(None);
+        }
+        let offset = u64::from(sector) * SECTOR;
+        if offset + TABLE_BYTES > self.file_length {
+            let text = format!("grain directory entry {index} points to sector {sector}, past the end of the file");
+            return Err(self.corrupt(offset, text));
+        }
+        Ok(Some(offset))
+    }
+
+    /// The tables with these indices, from the grain directory. A table that is not there is all zero.
+    ///
+    /// # Errors
+    /// Corruption and I/O errors.
+    pub fn read_tables(&self, io: &mut dyn BlockIo, indices: &[usize]) -> DriverResult<Vec<Table>> {
+        self.read_tables_of(io, &self.directory, indices)
+    }
+
+    /// The indices of the tables of a directory that hold anything, ascending.
+    ///
+    /// # Errors
+    /// Corruption and I/O errors.
+    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &[u32]) -> DriverResult<Vec<usize>> {
+        let mut used = Vec::new();
+        for indices in present(directory).chunks(TABLES_AT_ONCE) {
+            let tables = self.read_tables_of(io, directory, indices)?;
+            used.extend(tables.iter().filter(|table| table.entries.iter().any(|&e| e != 0)).map(|table| table.index));
+        }
+        Ok(used)
+    }
+
+    fn read_tables_of(&self, io: &mut dyn BlockIo, directory: &[u32], indices: &[usize]) -> DriverResult<Vec<Table>> {
+        let mut bytes = vec![0u8; indices.len().checked_mul(BYTES).ok_or_else(|| overflow("grain tables"))?];
+        let mut requests = Vec::with_capacity(indices.len());
+        for (&index, slot) in indices.iter().zip(bytes.chunks_exact_mut(BYTES)) {
+            if let Some(offset) = self.table_offset(directory, index)? {
+                requests.push(Request::read(self.device, offset, slot.as_mut_ptr() as u64, TABLE_BYTES));
+            }
+        }
+        if !requests.is_empty() {
+            io.run(&mut requests)?;
+        }
+        let table =
+            |(&index, bytes): (&usize, &[u8])| Table { index, entries: entries_of(bytes).collect(), dirty: false };
+        Ok(indices.iter().zip(bytes.chunks_exact(BYTES)).map(table).collect())
+    }
+
+    /// Hand all tables that are there to `each`, some at once, in ascending order.
+    ///
+    /// # Errors
+    /// Those of `each`; corruption and I/O errors.
+    pub fn each_tables(&self, io: &mut dyn BlockIo, each: EachTables<'_>) -> DriverResult<()> {
+        for indices in present(&self.directory).chunks(TABLES_AT_ONCE) {
+            let tables = self.read_tables(io, indices)?;
+            each(io, &tables)?;
+        }
+        Ok(())
+    }
+}
+
+/// The indices of the tables that are there.
+fn present(directory: &[u32]) -> Vec<usize> {
+    directory.iter().enumerate().filter(|(_, &sector)| sector != 0).map(|(index, _)| index).collect()
+}
+
+/// The place of a guest byte: its table, the entry there, and the first guest byte of its grain.
+pub fn place(image: &Image, guest: u64) -> DriverResult<(usize, usize, u64)> {
+    let grain = guest / image.header.grain_bytes();
+    let table = usize::try_from(grain / TABLE_ENTRIES).map_err(|_| overflow("a guest offset"))?;
+    let entry = usize::try_from(grain % TABLE_ENTRIES).map_err(|_| overflow("a guest offset"))?;
+    Ok((table, entry, grain * image.header.grain_bytes()))
+}

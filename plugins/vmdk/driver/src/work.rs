@@ -1,0 +1,104 @@
+//! Extents cut at the borders of grain tables and of grains, and gathered so that the tables fit into memory.
+
+use crate::decide::Arrival;
+use crate::image::{overflow, Image};
+use crate::tables::{place, TABLES_AT_ONCE};
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind};
+use instar_guest_sdk::{DriverError, DriverResult};
+
+/// A part of an extent within one grain table.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// Which of the group's tables it falls into.
+    pub slot: usize,
+    /// The part.
+    pub extent: Extent,
+}
+
+/// Pieces, ascending, and the tables that they fall into.
+#[derive(Debug, Default)]
+pub struct Group {
+    /// Indices in the grain directory, ascending.
+    pub tables: Vec<usize>,
+    /// The pieces.
+    pub pieces: Vec<Piece>,
+}
+
+/// A part of a piece within one grain.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    /// The entry in the table.
+    pub entry: usize,
+    /// First guest byte of the grain.
+    pub grain: u64,
+    /// The part.
+    pub extent: Extent,
+    /// Whether these are zeroes, and the whole grain as far as the disk goes.
+    pub arrival: Arrival,
+}
+
+/// The first `length` bytes of an extent, and the rest.
+fn split(extent: Extent, length: u64) -> (Extent, Extent) {
+    let has_place = extent.kind != ExtentKind::Zero as u32;
+    let rest = Extent {
+        guest_offset: extent.guest_offset.saturating_add(length),
+        length: extent.length - length,
+        location: if has_place { extent.location.saturating_add(length) } else { extent.location },
+        ..extent
+    };
+    (Extent { length, ..extent }, rest)
+}
+
+/// Cut extents, and gather them in groups of so many tables as are held at once.
+///
+/// # Errors
+/// [`ErrorCode::BackingTooSmall`] for an extent past the end of the disk.
+pub fn groups(image: &Image, extents: &[Extent]) -> DriverResult<Vec<Group>> {
+    let mut groups = Vec::new();
+    let mut group = Group::default();
+    for extent in extents {
+        let end = extent.guest_offset.checked_add(extent.length);
+        if end.is_none_or(|end| end > image.header.virtual_size()) {
+            let text = alloc::format!("data at guest offset {} lies past the end of the backing", extent.guest_offset);
+            return Err(DriverError::new(ErrorCode::BackingTooSmall, text).at(image.device, 12));
+        }
+        let mut rest = *extent;
+        while rest.length > 0 {
+            let coverage = image.header.table_coverage();
+            let (piece, after) = split(rest, rest.length.min(coverage - rest.guest_offset % coverage));
+            rest = after;
+            let (table, ..) = place(image, piece.guest_offset)?;
+            if group.tables.last() != Some(&table) {
+                if group.tables.len() == TABLES_AT_ONCE {
+                    groups.push(core::mem::take(&mut group));
+                }
+                group.tables.push(table);
+            }
+            group.pieces.push(Piece { slot: group.tables.len() - 1, extent: piece });
+        }
+    }
+    if !group.pieces.is_empty() {
+        groups.push(group);
+    }
+    Ok(groups)
+}
+
+/// Cut a piece at the borders of grains: no more parts than a table has entries.
+///
+/// # Errors
+/// An arithmetic guard.
+pub fn grains(image: &Image, piece: &Piece) -> DriverResult<Vec<Part>> {
+    let mut parts = Vec::new();
+    let size = image.header.grain_bytes();
+    let mut rest = piece.extent;
+    while rest.length > 0 {
+        let (extent, after) = split(rest, rest.length.min(size - rest.guest_offset % size));
+        rest = after;
+        let (_, entry, grain) = place(image, extent.guest_offset)?;
+        let length = size.min(image.header.virtual_size().checked_sub(grain).ok_or_else(|| overflow("a grain"))?);
+        let arrival = Arrival { zero: extent.kind == ExtentKind::Zero as u32, whole: extent.length == length };
+        parts.push(Part { entry, grain, extent, arrival });
+    }
+    Ok(parts)
+}

@@ -1,0 +1,52 @@
+//! The VMDK image format: what both halves of the plugin know of it.
+//!
+//! Facts come from VMware's "Virtual Disk Format 5.0" (the section is named at each item) and, where that is silent, from
+//! what QEMU and VMware write. Nothing here does I/O, and nothing here panics on what an image says.
+#![no_std]
+
+extern crate alloc;
+
+mod create;
+mod descriptor;
+mod error;
+mod header;
+
+pub use create::{create, CreateOptions, NewImage, Subformat};
+pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
+pub use error::{FormatError, Trouble};
+pub use header::{
+    flags, Header, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY,
+};
+
+/// Bytes of a sector, the unit of all offsets and sizes in a VMDK ("Basic concepts").
+pub const SECTOR: u64 = 512;
+/// Entries of a grain table, as the header's field has them ("Hosted sparse extents": always 512).
+pub const TABLE_ENTRIES_FIELD: u32 = 512;
+/// Entries of a grain table.
+pub const TABLE_ENTRIES: u64 = TABLE_ENTRIES_FIELD as u64;
+/// Bytes of a grain table.
+pub const TABLE_BYTES: u64 = TABLE_ENTRIES * 4;
+
+/// What an entry of a grain table says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grain {
+    /// Nothing: what is below shows.
+    Absent,
+    /// Zeroes, without a place in the file.
+    Zero,
+    /// The grain begins at this byte of the file.
+    At(u64),
+}
+
+impl Grain {
+    /// The meaning of an entry. Entry 1 means zeroes only where the header's flag `ZEROED_GRAINS` says so; it is sector 1
+    /// otherwise, which no grain can be at.
+    #[must_use]
+    pub fn decode(entry: u32, zeroed_grains: bool) -> Self {
+        match entry {
+            0 => Self::Absent,
+            1 if zeroed_grains => Self::Zero,
+            sector => Self::At(u64::from(sector) * SECTOR),
+        }
+    }
+}

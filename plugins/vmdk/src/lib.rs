@@ -1,0 +1,46 @@
+//! The vmdk plugin: its host half, and the bytes of its guest half.
+
+mod create;
+mod facts;
+mod verdict;
+
+use instar_plugin_api::{
+    export_plugin, CommitRole, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageReader,
+    PluginError, Verdict,
+};
+
+static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vmdk-module.elf"));
+
+/// The plugin.
+pub struct Vmdk;
+
+impl FormatPlugin for Vmdk {
+    const NAME: &'static str = "vmdk";
+    const DESCRIPTION: &'static str = "VMware disk image";
+    const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+    const EXTENSIONS: &'static [&'static str] = &["vmdk"];
+    const CAN_CREATE: bool = true;
+    const CREATE_OPTIONS: &'static [(&'static str, &'static str)] = create::OPTIONS;
+
+    fn probe(image: &ImageReader<'_>) -> Result<u32, PluginError> {
+        facts::probe(image)
+    }
+
+    fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
+        facts::read(image)
+    }
+
+    fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+        verdict::give(role, own, other)
+    }
+
+    fn guest_module() -> GuestModule {
+        GuestModule::source_and_sink(GUEST_MODULE)
+    }
+
+    fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
+        create::create(spec)
+    }
+}
+
+export_plugin!(Vmdk);

@@ -1,0 +1,145 @@
+//! May this image take its part in a commit? What header and descriptor can refuse is refused here.
+
+use crate::facts::names;
+use instar_plugin_api::{CommitRole, ErrorCode, ImageFacts, Verdict};
+use instar_vmdk_format::{next_content_id, NO_PARENT, TABLE_BYTES, TABLE_ENTRIES};
+
+/// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
+pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    if own.encrypted {
+        let reason = "encryption is not supported: convert it to an image without encryption";
+        return Verdict::refused(ErrorCode::LuksUnsupported, reason);
+    }
+    if let Some(json) = own.feature(names::UNSUPPORTED) {
+        return Verdict::refused(ErrorCode::UnsupportedFormat, json.trim_matches('"').replace("\\\\", "\\"));
+    }
+    match role {
+        CommitRole::Overlay => of_layer(own, other),
+        CommitRole::Ancestor if own.backing.is_some() => of_layer(own, other),
+        CommitRole::Ancestor => Verdict::supported(0),
+        CommitRole::Backing => of_backing(own, other),
+    }
+}
+
+fn number(facts: &ImageFacts, name: &str) -> Option<u32> {
+    facts.feature(name)?.parse().ok()
+}
+
+/// A layer goes with its parent if that has the content ID that the layer recorded.
+fn of_layer(own: &ImageFacts, parent: &ImageFacts) -> Verdict {
+    if parent.format.as_str() != "vmdk" {
+        let reason = format!("a vmdk can only be backed by a vmdk, not by a {} image", parent.format);
+        return Verdict::refused(ErrorCode::UnsupportedFormat, reason);
+    }
+    let recorded = number(own, names::PARENT_CID).unwrap_or(NO_PARENT);
+    let has = number(parent, names::CID).unwrap_or(NO_PARENT);
+    // A commit that was interrupted has told the overlay already what the backing did not get any more.
+    if recorded == has || recorded == next_content_id(has) {
+        return Verdict::supported(0);
+    }
+    let reason = format!(
+        "parentCID is {recorded:08x}, but the backing file's CID is {has:08x}: the backing was changed after this image \
+         was made, or is another one"
+    );
+    Verdict::refused(ErrorCode::OverlayCorrupt, reason)
+}
+
+fn of_backing(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
+    if own.feature(names::COMPRESSED).is_some() {
+        let reason = "a streamOptimized vmdk cannot be committed into: convert it with `qemu-img convert -O vmdk`";
+        return Verdict::refused(ErrorCode::UnsupportedFormat, reason);
+    }
+    let Some(length) = longest(own, overlay) else {
+        return Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes");
+    };
+    let mut verdict = Verdict::supported(length);
+    if own.feature(names::CHANGE_TRACKING).is_some() {
+        verdict.reason =
+            "VMware's list of changed blocks (changeTrackPath) does not know what is committed: make it anew \
+                          before the next incremental backup"
+                .into();
+    }
+    verdict
+}
+
+/// An upper bound of how long the file can become, in bytes; `None` beyond 2^63. As many grains as the disk has, or as the
+/// overlay can hold if that is known to be less: an entry of 4 bytes (vmdk) or 8 (qcow2) stands for each of its clusters.
+/// Tables in two copies, all of them new, each with a grain to begin at; a grain to begin the file's new part at.
+fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
+    let grain = own.cluster_size.max(1);
+    let disk = own.virtual_size.div_ceil(grain);
+    let held = match overlay.format.as_str() {
+        "vmdk" | "qcow2" if overlay.cluster_size > 0 => {
+            // A cluster reaches into one grain more than it has the size of.
+            (overlay.file_length / 4).saturating_mul(overlay.cluster_size.div_ceil(grain).saturating_add(1))
+        }
+        _ => disk,
+    };
+    let grains = held.min(disk).checked_add(1)?;
+    let tables =
+        disk.div_ceil(TABLE_ENTRIES).min(grains).checked_mul(TABLE_BYTES.checked_mul(2)?.checked_add(grain)?)?;
+    let new = grains.checked_mul(grain)?.checked_add(tables)?;
+    own.file_length.checked_next_multiple_of(grain)?.checked_add(new).filter(|&length| length <= i64::MAX as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use instar_plugin_api::std_types::ROption;
+    use instar_plugin_api::{BackingPointer, Feature};
+
+    fn image(cid: u32, parent: u32) -> ImageFacts {
+        let mut facts = ImageFacts::new("vmdk", 1 << 30, 65536, 1 << 20);
+        facts.features.push(Feature::number(names::CID, cid.into(), true));
+        facts.features.push(Feature::number(names::PARENT_CID, parent.into(), true));
+        if parent != NO_PARENT {
+            let format = ROption::RSome(b"vmdk".to_vec().into());
+            facts.backing = ROption::RSome(BackingPointer { name: b"base".to_vec().into(), format });
+        }
+        facts
+    }
+
+    #[test]
+    fn content_ids_have_to_match() {
+        let base = image(5, NO_PARENT);
+        for role in [CommitRole::Overlay, CommitRole::Ancestor] {
+            assert_eq!(give(role, &image(9, 5), &base).code, 0);
+            assert_eq!(give(role, &image(9, next_content_id(5)), &base).code, 0, "interrupted");
+            let verdict = give(role, &image(9, 6), &base);
+            assert_eq!(verdict.code, ErrorCode::OverlayCorrupt.number());
+            assert!(verdict.reason.contains("00000006") && verdict.reason.contains("00000005"));
+        }
+        assert_eq!(give(CommitRole::Ancestor, &base, &base).code, 0);
+        let qcow2 = ImageFacts::new("qcow2", 1 << 30, 65536, 1 << 20);
+        assert_ne!(give(CommitRole::Overlay, &image(9, 5), &qcow2).code, 0);
+        assert_eq!(give(CommitRole::Backing, &base, &qcow2).code, 0);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        let mut facts = image(1, NO_PARENT);
+        facts.features.push(Feature::flag(names::COMPRESSED, true, false));
+        assert!(give(CommitRole::Backing, &facts, &facts).reason.contains("streamOptimized"));
+        assert_eq!(give(CommitRole::Ancestor, &facts, &facts).code, 0);
+        let mut facts = image(1, NO_PARENT);
+        facts.features.push(Feature::text(names::UNSUPPORTED, "because", false));
+        assert_eq!(give(CommitRole::Backing, &facts, &facts).reason.as_str(), "because");
+        let mut facts = image(1, NO_PARENT);
+        facts.encrypted = true;
+        assert_eq!(give(CommitRole::Ancestor, &facts, &facts).code, ErrorCode::LuksUnsupported.number());
+        let mut facts = image(1, NO_PARENT);
+        facts.features.push(Feature::flag(names::CHANGE_TRACKING, true, false));
+        let verdict = give(CommitRole::Backing, &facts, &facts);
+        assert!(verdict.code == 0 && verdict.reason.contains("changeTrackPath"));
+    }
+
+    #[test]
+    fn the_bound_covers_the_disk_and_follows_the_overlay() {
+        let base = image(1, NO_PARENT);
+        let raw = ImageFacts::new("raw", 1 << 30, 0, 1 << 30);
+        assert!(give(CommitRole::Backing, &base, &raw).max_length >= (1 << 30) + (1 << 20));
+        let small = ImageFacts { file_length: 4000, ..image(2, 1) };
+        let bound = give(CommitRole::Backing, &base, &small).max_length;
+        assert!(((1 << 20) + 1000 * 65536..400 << 20).contains(&bound), "{bound}");
+    }
+}
