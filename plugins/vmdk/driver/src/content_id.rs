@@ -1,4 +1,4 @@
-//! Writing content IDs into the descriptor, each with one write of eight bytes within one sector.
+//! Writing content IDs into the descriptor, each with one write of a few bytes within one sector.
 
 use crate::image::Image;
 use instar_guest_sdk::abi::ErrorCode;
@@ -12,12 +12,12 @@ impl Image {
             .map_err(|error| DriverError::new(ErrorCode::UnsupportedFormat, error.text).at(self.device, offset))
     }
 
-    /// Whether an ID can be replaced.
+    /// Whether an ID can be replaced by `value`.
     ///
     /// # Errors
     /// [`ErrorCode::UnsupportedFormat`] if not.
-    pub fn can_replace(&self, id: &ContentId) -> DriverResult<()> {
-        self.replacement(id, 0).map(|_| ())
+    pub fn can_replace(&self, id: &ContentId, value: u32) -> DriverResult<()> {
+        self.replacement(id, value).map(|_| ())
     }
 
     /// Replace an ID, durably.

@@ -104,7 +104,8 @@ impl VmdkSink {
             let text = "compressed grains (streamOptimized) cannot be committed into";
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, 8));
         }
-        image.can_replace(&image.descriptor.content_id)?;
+        let id = &image.descriptor.content_id;
+        image.can_replace(id, next_content_id(id.value))?;
         let next_free = image.file_length.checked_next_multiple_of(image.header.grain_bytes());
         let next_free = next_free.ok_or_else(|| overflow("the length of the file"))?;
         Ok(Self {
@@ -127,7 +128,7 @@ impl VmdkSink {
     }
 
     fn plan_group(&mut self, io: &mut dyn BlockIo, group: &Group) -> DriverResult<()> {
-        let mut tables = self.image.read_tables(io, &group.tables)?;
+        let mut tables = self.image.read_both(io, &group.tables)?;
         let Self { image, planned, has_backing, .. } = self;
         for piece in &group.pieces {
             let table = tables.get_mut(piece.slot).ok_or_else(|| overflow("a table"))?;
@@ -147,20 +148,23 @@ impl VmdkSink {
                     Action::MarkZero(_) => *slot = 1,
                 }
                 planned.last_grain = Some(part.grain);
-                if planned.last_table != Some(table.index) {
-                    planned.last_table = Some(table.index);
-                    let directories = core::iter::once(&image.directory).chain(&image.redundant);
-                    let missing = directories.filter(|d| d.get(table.index) == Some(&0)).count() as u64;
-                    planned.copies += missing;
-                    planned.tables += u64::from(missing > 0);
-                }
+                table.dirty = true;
+            }
+        }
+        for table in tables.iter().filter(|table| table.dirty) {
+            if planned.last_table != Some(table.index) {
+                planned.last_table = Some(table.index);
+                let directories = core::iter::once(&image.directory).chain(&image.redundant);
+                let missing = directories.filter(|d| d.get(table.index) == Some(&0)).count() as u64;
+                planned.copies += missing;
+                planned.tables += u64::from(missing > 0);
             }
         }
         Ok(())
     }
 
     fn write_group(&mut self, io: &mut dyn BlockIo, group: &Group, below: &mut dyn ReadBelow) -> DriverResult<()> {
-        let mut tables = self.image.read_tables(io, &group.tables)?;
+        let mut tables = self.image.read_both(io, &group.tables)?;
         let mut pending = Pending::default();
         let mut freed = Vec::new();
         for piece in &group.pieces {

@@ -112,7 +112,8 @@ impl Source for VmdkSource {
 
     fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         if let Some(id) = &self.image.descriptor.parent_id {
-            self.image.can_replace(id)?;
+            // Which one it will be is not known here: any of as many digits as it is now.
+            self.image.can_replace(id, id.value)?;
         }
         self.held = self.image.verify(io)?;
         if will_empty {

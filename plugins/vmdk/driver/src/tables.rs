@@ -54,6 +54,21 @@ impl Image {
         self.read_tables_of(io, &self.directory, indices)
     }
 
+    /// The tables with these indices, as [`Image::read_tables`] reads them; those whose second copy differs, as a crash may
+    /// leave it, are dirty: the first one counts, for QEMU reads that, too.
+    ///
+    /// # Errors
+    /// Corruption and I/O errors.
+    pub fn read_both(&self, io: &mut dyn BlockIo, indices: &[usize]) -> DriverResult<Vec<Table>> {
+        let mut tables = self.read_tables(io, indices)?;
+        if let Some(redundant) = &self.redundant {
+            for (table, copy) in tables.iter_mut().zip(self.read_tables_of(io, redundant, indices)?) {
+                table.dirty = table.entries != copy.entries;
+            }
+        }
+        Ok(tables)
+    }
+
     /// The indices of the tables of a directory that hold anything, ascending.
     ///
     /// # Errors

@@ -121,29 +121,35 @@ fn number(value: &[u8], at: usize, key: &str) -> Result<ContentId, FormatError> 
 }
 
 impl ContentId {
-    /// The digits for another number, where they can be written in one piece: eight digits within one sector, so that a
-    /// crash leaves the old number or the new one. `offset` is where the descriptor begins in the file.
+    /// The digits for another number, as many as there are now: QEMU writes no leading zeroes. They can be written where
+    /// they are within one sector, so that a crash leaves the old number or the new one. `offset` is where the descriptor
+    /// begins in the file.
     ///
     /// # Errors
     /// When they cannot.
     pub fn replacement(&self, value: u32, offset: u64) -> Result<String, FormatError> {
+        let digits = format!("{value:0width$x}", width = self.digits.len());
         let in_sector = offset.wrapping_add(self.digits.start as u64) % crate::SECTOR;
-        if self.digits.len() != 8 || in_sector + 8 > crate::SECTOR {
+        if digits.len() != self.digits.len() || in_sector + digits.len() as u64 > crate::SECTOR {
             let text =
-                "a content ID in the descriptor is not eight digits within one sector, and cannot be replaced safely";
+                "a content ID in the descriptor has too few digits, or begins in one sector and ends in the next: it \
+                        cannot be replaced safely";
             return Err(FormatError::unsupported(text.to_string()));
         }
-        Ok(format!("{value:08x}"))
+        Ok(digits)
     }
 }
 
 /// The content ID that a backing gets when something is committed into it. It follows from the old one, so that a commit
-/// that was interrupted between the two files is recognised. Never the old one, nor one with a meaning of its own.
+/// that was interrupted between the two files is recognised. It has as many digits as the old one, and is never the old
+/// one, nor one with a meaning of its own.
 #[must_use]
 pub fn next_content_id(old: u32) -> u32 {
-    let mut next = (old ^ (old >> 15)).wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15);
-    while next == old || next >= NO_PARENT - 1 || next == 0 {
-        next = next.wrapping_add(0x1234_5679);
+    let digits = old.max(1).ilog2() / 4 + 1;
+    let (mask, top) = (u32::MAX >> (32 - 4 * digits), 0xf << (4 * (digits - 1)));
+    let mut next = (old ^ (old >> 15)).wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15) & mask;
+    while next == old || next >= NO_PARENT - 1 || next & top == 0 {
+        next = next.wrapping_add(0x1234_5679) & mask;
     }
     next
 }
@@ -199,17 +205,20 @@ mod tests {
     fn a_content_id_is_replaced_in_one_sector_or_not_at_all() {
         let id = |start: usize, length: usize| ContentId { value: 1, digits: start..start + length };
         assert_eq!(id(100, 8).replacement(0xabc, 512).unwrap(), "00000abc");
-        assert!(id(100, 7).replacement(1, 512).is_err());
+        assert_eq!(id(100, 3).replacement(0xabc, 512).unwrap(), "abc");
+        assert!(id(100, 2).replacement(0xabc, 512).is_err());
         assert_eq!(id(504, 8).replacement(1, 512).unwrap(), "00000001");
         assert!(id(505, 8).replacement(1, 512).is_err());
         assert!(id(511 + 512, 8).replacement(1, 1024).is_err());
     }
 
     #[test]
-    fn the_next_content_id_is_another_one() {
-        for old in [0, 1, 0x7198_cec3, NO_PARENT, NO_PARENT - 1].into_iter().chain((0..1000).map(|n| n * 4_294_967)) {
+    fn the_next_content_id_is_another_one_of_as_many_digits() {
+        let all = (0..40).chain((0..1000).map(|n| n * 4_294_967));
+        for old in all.chain([0x7198_cec3, NO_PARENT, NO_PARENT - 1, 0x0fff_ffff, 0x1000_0000]) {
             let next = next_content_id(old);
             assert!(next != old && next != 0 && next < NO_PARENT - 1, "{old:x}");
+            assert_eq!(format!("{next:x}").len(), format!("{old:x}").len());
             assert_eq!(next, next_content_id(old));
         }
     }

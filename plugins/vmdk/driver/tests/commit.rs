@@ -1,0 +1,300 @@
+//! The commit over in-memory vmdk images: content, consistency, both copies of the tables, and every crash point.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+
+mod common;
+
+use common::{build, device, fill, le32, put32, Spec, State, View, GRAIN};
+use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome};
+use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_sdk::memory::{Change, MemoryDevices};
+use instar_guest_sdk::{FormatDriver, Source};
+use instar_vmdk_driver::Vmdk;
+use instar_vmdk_format::next_content_id;
+use std::collections::BTreeMap;
+
+const OVERLAY: u32 = 0;
+const ANCESTOR: u32 = 1;
+type Files = BTreeMap<u32, Vec<u8>>;
+
+fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
+    let mut files: Files = [(OVERLAY, build(overlay)), (DEVICE_OUTPUT, build(backing))].into();
+    files.extend(ancestor.map(|spec| (ANCESTOR, build(spec))));
+    files
+}
+
+fn run(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
+    let at = |error| CommitFailure { step: instar_guest_commit::Step::Check, error };
+    let configs: BTreeMap<u32, _> = io.files.iter().map(|(&number, bytes)| (number, device(number, bytes))).collect();
+    let mut source = Vmdk::open_source(io, &configs[&OVERLAY]).map_err(at)?;
+    let mut sink = Vmdk::open_sink(io, &configs[&DEVICE_OUTPUT], configs.contains_key(&ANCESTOR)).map_err(at)?;
+    let mut layers: Vec<Box<dyn Source>> = Vec::new();
+    if let Some(config) = configs.get(&ANCESTOR) {
+        layers.push(Box::new(Vmdk::open_source(io, config).map_err(at)?));
+    }
+    let mut below = Ancestors::new(layers);
+    let mut images = Commit { source: &mut source, sink: &mut sink, below: &mut below };
+    commit(io, &mut images, options, &mut |_| {})
+}
+
+/// What backing and overlay read as.
+fn views(files: &Files) -> (Vec<u8>, Vec<u8>) {
+    let below = files.get(&ANCESTOR).map_or_else(Vec::new, |bytes| View::new(bytes).content(&[]));
+    let backing = View::new(&files[&DEVICE_OUTPUT]).content(&below);
+    let overlay = View::new(&files[&OVERLAY]).content(&backing);
+    (backing, overlay)
+}
+
+fn expected(files: &Files) -> (Vec<u8>, Vec<u8>) {
+    let (mut backing, overlay) = views(files);
+    backing[..overlay.len()].copy_from_slice(&overlay);
+    (backing, overlay)
+}
+
+fn assert_finished(files: &Files, (backing, overlay): &(Vec<u8>, Vec<u8>)) {
+    let now = views(files);
+    assert!(now.0 == *backing, "the backing reads wrong");
+    assert!(now.1 == *overlay, "the overlay reads wrong");
+    let (top, base) = (View::new(&files[&OVERLAY]), View::new(&files[&DEVICE_OUTPUT]));
+    for view in [&top, &base] {
+        view.assert_consistent();
+        assert!(view.entries.iter().all(|copy| *copy == view.entries[0]), "the copies of the tables differ");
+    }
+    assert_eq!(top.held(), 0);
+    assert_eq!(top.parent(), base.cid());
+}
+
+fn commit_and_verify(files: &Files) -> MemoryDevices {
+    let want = expected(files);
+    let held = View::new(&files[&OVERLAY]).held() as u64;
+    let mut io = MemoryDevices::new(files.clone());
+    let outcome = run(&mut io, Options::default()).unwrap();
+    assert_eq!((outcome.clusters_committed, outcome.overlay_clusters_cleared), (held, held));
+    assert_finished(&io.files, &want);
+    assert!(io.files[&OVERLAY].len() <= files[&OVERLAY].len(), "the overlay grew");
+    assert_eq!(View::new(&io.files[&DEVICE_OUTPUT]).cid() != View::new(&files[&DEVICE_OUTPUT]).cid(), held > 0);
+    io
+}
+
+fn verify_crashes(before: &Files) {
+    let want = expected(before);
+    let log = commit_and_verify(before).log;
+    let mut states = 0;
+    let mut verify = |chosen: &dyn Fn(usize) -> bool, end: usize| {
+        let mut files = before.clone();
+        log[..end].iter().enumerate().filter(|(i, _)| chosen(*i)).for_each(|(_, change)| change.apply(&mut files));
+        states += 1;
+        assert!(views(&files).1 == want.1, "the overlay changed its content");
+        let (top, base) = (View::new(&files[&OVERLAY]), View::new(&files[&DEVICE_OUTPUT]));
+        top.assert_consistent();
+        base.assert_consistent();
+        let (parent, cid) = (top.parent(), base.cid());
+        assert!(parent == cid || parent == next_content_id(cid), "{parent:08x} {cid:08x}");
+        let mut io = MemoryDevices::new(files);
+        run(&mut io, Options::default()).unwrap();
+        assert_finished(&io.files, &want);
+    };
+    for end in 0..=log.len() {
+        verify(&|_| true, end);
+        let flushed = |i: usize| {
+            let device = match &log[i] {
+                Change::Write { device, .. } | Change::SetLength { device, .. } | Change::Flush { device } => *device,
+            };
+            log[i..end].contains(&Change::Flush { device })
+        };
+        let unflushed: Vec<usize> = (0..end).filter(|&i| !flushed(i)).collect();
+        for &one in unflushed.iter().rev().take(24) {
+            verify(&|i| flushed(i) || i == one, end);
+            verify(&|i| flushed(i) || i != one, end);
+        }
+    }
+    assert!(states > log.len());
+}
+
+fn data(grains: impl IntoIterator<Item = usize>, seed: u8) -> Vec<(usize, State)> {
+    grains.into_iter().map(|grain| (grain, State::Data(seed))).collect()
+}
+
+const SIZE: usize = 1200 * GRAIN;
+
+fn pair() -> (Spec, Spec) {
+    (
+        Spec::new(SIZE, 7, 5).with(data([0, 1, 2, 9, 600, 1199], 0x40)),
+        Spec::new(SIZE, 5, u32::MAX).with(data([1, 9, 30], 0x80)),
+    )
+}
+
+#[test]
+fn data_over_everything() {
+    let (top, base) = pair();
+    for redundant in [false, true] {
+        for lazy_tables in [false, true] {
+            let top = Spec { redundant, ..top.clone() };
+            let base = Spec { redundant, lazy_tables, ..base.clone() };
+            verify_crashes(&files(&top, &base, None));
+            commit_and_verify(&files(&Spec { lazy_tables, ..top }, &base, None));
+        }
+    }
+}
+
+#[test]
+fn zeroed_grains_on_either_side() {
+    let top = Spec::new(SIZE - 512, 7, 5).with([
+        (0, State::Zero),
+        (1, State::Zero),
+        (2, State::Data(3)),
+        (1199, State::Zero),
+    ]);
+    let base = Spec::new(SIZE - 512, 5, u32::MAX).with(data([1, 1199], 0x80));
+    let root = Spec::new(SIZE, 4, u32::MAX).with(data([0, 1, 2, 3, 1199], 0x11));
+    for zeroed in [false, true] {
+        for lazy_tables in [false, true] {
+            let base = Spec { zeroed, lazy_tables, parent: 4, ..base.clone() };
+            verify_crashes(&files(&top, &base, Some(&root)));
+            verify_crashes(&files(&top, &base, None));
+            let base = Spec { zeroed, ..base }.with([(0, State::Zero), (2, State::Zero)]);
+            verify_crashes(&files(&top, &base, Some(&root)));
+        }
+    }
+}
+
+#[test]
+fn compressed_grains_also_with_a_directory_at_the_end() {
+    let (top, base) = pair();
+    for footer in [false, true] {
+        let top = Spec { compressed: true, redundant: !footer, footer, ..top.clone() };
+        verify_crashes(&files(&top, &base, None));
+    }
+}
+
+#[test]
+fn a_smaller_overlay_leaves_the_rest() {
+    let top = Spec::new(10 * GRAIN + 512, 7, 5).with(data([3, 10], 0x40));
+    let base = Spec::new(SIZE, 5, 4).with(data([11], 0x80));
+    let root = Spec::new(11 * GRAIN, 4, u32::MAX).with(data([10], 0x11));
+    verify_crashes(&files(&top, &base, Some(&root)));
+    commit_and_verify(&files(&top, &base.with(data([10], 0x81)), None));
+}
+
+#[test]
+fn content_ids_of_any_length() {
+    for cid in [0, 1, 0xabc, 0x0123_4567, u32::MAX - 1] {
+        let (top, base) = pair();
+        let before = files(&Spec { parent: cid, ..top }, &Spec { cid, ..base }, None);
+        assert_eq!(View::new(&commit_and_verify(&before).files[&DEVICE_OUTPUT]).cid(), next_content_id(cid));
+    }
+}
+
+#[test]
+fn an_empty_overlay_changes_nothing() {
+    let before = files(&Spec::new(SIZE, 7, 5), &pair().1, None);
+    assert_eq!(commit_and_verify(&before).files, before);
+}
+
+#[test]
+fn what_an_interrupted_run_left_is_taken_back() {
+    // All entries are gone, in one copy at least; the grains are still there.
+    let (top, base) = pair();
+    let mut before = files(&top, &base, None);
+    let overlay = before.get_mut(&OVERLAY).unwrap();
+    let directory = common::le64(overlay, 56) as usize * 512;
+    for table in 0..3 {
+        let at = le32(overlay, directory + table * 4) * 512;
+        overlay[at..at + 2048].fill(0);
+    }
+    let length = overlay.len();
+    let want = expected(&before);
+    let mut io = MemoryDevices::new(before);
+    run(&mut io, Options::default()).unwrap();
+    assert_finished(&io.files, &want);
+    assert!(io.files[&OVERLAY].len() + 6 * GRAIN <= length);
+}
+
+#[test]
+fn damage_is_found_before_anything_changes() {
+    let (top, base) = pair();
+    let good = files(&top, &base, None);
+    let table = |bytes: &[u8]| le32(bytes, common::le64(bytes, 56) as usize * 512) * 512;
+    type Damage = (&'static str, fn(&mut Vec<u8>, usize));
+    let damages: [Damage; 7] = [
+        ("past the end", |bytes, table| put32(bytes, table + 4, 1 << 30)),
+        ("the header", |bytes, table| put32(bytes, table + 4, 1)),
+        ("the table itself", |bytes, table| put32(bytes, table + 4, table / 512)),
+        ("another grain", |bytes, table| {
+            let first = le32(bytes, table + 4);
+            put32(bytes, table + 8, first + 1);
+        }),
+        ("a table past the end", |bytes, _| {
+            let directory = common::le64(bytes, 56) as usize * 512;
+            put32(bytes, directory, 1 << 30);
+        }),
+        ("a table twice", |bytes, table| {
+            let directory = common::le64(bytes, 56) as usize * 512;
+            put32(bytes, directory + 4, table / 512);
+        }),
+        ("a directory past the end", |bytes, _| put32(bytes, 56, 1 << 30)),
+    ];
+    for number in [OVERLAY, DEVICE_OUTPUT] {
+        for (name, damage) in &damages {
+            let mut damaged = good.clone();
+            let bytes = damaged.get_mut(&number).unwrap();
+            let at = table(bytes);
+            damage(bytes, at);
+            let mut io = MemoryDevices::new(damaged.clone());
+            let failure = run(&mut io, Options::default()).unwrap_err();
+            let code = if number == OVERLAY { ErrorCode::OverlayCorrupt } else { ErrorCode::BackingCorrupt };
+            assert_eq!(failure.error.code, code, "{name}: {}", failure.error);
+            assert_eq!(io.files, damaged, "{name}");
+        }
+    }
+    // A stream that does not decode is found while writing: with the overlay as it was.
+    let mut damaged = files(&Spec { compressed: true, ..top }, &base, None);
+    let want = views(&damaged).0;
+    let bytes = damaged.get_mut(&OVERLAY).unwrap();
+    let at = le32(bytes, table(bytes) + 8) * 512;
+    bytes[at + 20] ^= 0xff;
+    let overlay = bytes.clone();
+    let mut io = MemoryDevices::new(damaged);
+    assert_eq!(run(&mut io, Options::default()).unwrap_err().error.code, ErrorCode::OverlayCorrupt);
+    assert_eq!(View::new(&io.files[&OVERLAY]).entries, View::new(&overlay).entries);
+    assert_eq!(View::new(&io.files[&DEVICE_OUTPUT]).content(&[])[30 * GRAIN..], want[30 * GRAIN..]);
+}
+
+#[test]
+fn io_errors_leave_a_pair_that_can_be_committed() {
+    let (top, base) = pair();
+    let before = files(&top, &Spec { lazy_tables: true, ..base }, None);
+    let want = expected(&before);
+    let total = commit_and_verify(&before).executed();
+    for fail_at in 0..total {
+        let mut io = MemoryDevices::new(before.clone());
+        io.fail_at = Some(fail_at);
+        let failure = run(&mut io, Options::default()).unwrap_err();
+        assert_eq!(failure.error.errno, 5);
+        assert!(views(&io.files).1 == want.1, "request {fail_at}");
+        let mut again = MemoryDevices::new(io.files);
+        run(&mut again, Options::default()).unwrap();
+        assert_finished(&again.files, &want);
+    }
+}
+
+#[test]
+fn dry_runs_and_kept_overlays() {
+    let (top, base) = pair();
+    let before = files(&top, &base, None);
+    let mut io = MemoryDevices::new(before.clone());
+    run(&mut io, Options { dry_run: true, ..Options::default() }).unwrap();
+    assert_eq!(io.files, before);
+    let want = expected(&before);
+    let mut io = MemoryDevices::new(before);
+    run(&mut io, Options { keep_overlay: true, ..Options::default() }).unwrap();
+    assert!(views(&io.files) == want);
+    assert_eq!(View::new(&io.files[&OVERLAY]).held(), 6);
+    assert_eq!(View::new(&io.files[&OVERLAY]).parent(), View::new(&io.files[&DEVICE_OUTPUT]).cid());
+}
+
+#[test]
+fn the_builder_and_the_view_agree() {
+    let bytes = build(&pair().0);
+    let content = View::new(&bytes).content(&[]);
+    assert_eq!(content[9 * GRAIN..10 * GRAIN], fill(9, 0x40));
+}

@@ -1,0 +1,480 @@
+"""vmdk: as overlay, backing and ancestor. The oracle is what qemu reads through the overlay before, and `qemu-img commit` on
+copies where that does it right (afterwards it leaves the overlay unreadable: its parentCID is stale)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+
+import pytest
+import support
+import vmdk_bytes
+from support import GIB, KIB, MIB, assert_clean, create, qemu_img, qemu_io, refuse, run_instar
+
+SEEDS = 160 if os.environ.get("INSTAR_DEEP") else 24
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(tmp_path)
+
+
+class Lab:
+    """A base and an overlay of any formats, and sometimes a root below."""
+
+    def __init__(self, path):
+        self.dir = path
+
+    def make(self, name, fmt="vmdk", size=None, backing=None, writes=(), **options):
+        """An image; `backing` is one that was made before."""
+        path = self.dir / name
+        backing_fmt = None if backing is None else self.fmt(backing)
+        create(path, size, backing=None if backing is None else backing.name, backing_fmt=backing_fmt or "vmdk", fmt=fmt,
+               **options)
+        if writes:
+            qemu_io(path, *writes, fmt=fmt)
+        return path
+
+    @staticmethod
+    def fmt(path):
+        return {".vmdk": "vmdk", ".raw": "raw"}.get(path.suffix, "qcow2")
+
+    def raw(self, path):
+        """The bytes that a guest reads."""
+        to = self.dir / "read.tmp"
+        qemu_img("convert", "-f", self.fmt(path), "-O", "raw", path, to)
+        data = to.read_bytes()
+        to.unlink()
+        return data
+
+    def check_commit(self, top, base, *options, oracle=True):
+        """Commit, and hold everything against what was there before."""
+        wanted_top, tail = self.raw(top), self.raw(base)
+        wanted = wanted_top + tail[len(wanted_top) :]
+        if oracle:
+            copies = self.dir / "copies"
+            shutil.rmtree(copies, ignore_errors=True)
+            copies.mkdir()
+            for file in self.dir.iterdir():
+                if file.is_file():
+                    shutil.copyfile(file, copies / file.name)
+            arguments = ["-b", base.name] if options else []
+            qemu_img("commit", "-q", "-f", self.fmt(top), *arguments, top.name, cwd=copies)
+            theirs = Lab(copies).raw(copies / base.name)
+            assert theirs == wanted, "qemu-img itself gives something else"
+        length = top.stat().st_size
+        result = support.commit(top, *options)
+        assert self.raw(base) == wanted, f"the backing reads wrong\n{result}"
+        self.assert_clean(base)
+        self.assert_clean(top)
+        assert self.raw(top) == wanted_top, f"the overlay reads wrong\n{result}"
+        assert self.holds_nothing(top)
+        assert top.stat().st_size <= length, "the overlay grew"
+        for path in (top, base):
+            if self.fmt(path) == "vmdk":
+                assert vmdk_bytes.Image(path).copies_agree(), path
+        return result
+
+    def assert_clean(self, path):
+        if self.fmt(path) != "raw":
+            assert_clean(path, self.fmt(path))
+
+    def holds_nothing(self, path):
+        if self.fmt(path) == "vmdk":
+            return not vmdk_bytes.Image(path).grains()
+        return support.holds_no_clusters(path)
+
+
+WRITES = ["write -P 9 1M 300k", "write -P 7 512 1k", "write -P 5 8388096 512", "write -P 6 5M 64k"]
+
+
+@pytest.mark.parametrize("zeroed", ["on", "off"])
+def test_as_qemu_img(lab, zeroed):
+    base = lab.make("base.vmdk", size=8 * MIB, writes=["write -P 1 0 3M", "write -P 2 7M 1M"], zeroed_grain=zeroed)
+    top = lab.make("top.vmdk", backing=base, writes=[*WRITES, "write -z 2M 128k", "write -z 4M 100k"], zeroed_grain=zeroed)
+    result = lab.check_commit(top, base, "-b", base, "--output", "json")
+    found = result.json
+    assert (found["overlay_format"], found["backing_format"]) == ("vmdk", "vmdk")
+    assert found["clusters_committed"] == found["overlay_clusters_cleared"] > 8
+    assert found["bytes_committed"] == found["clusters_committed"] * 64 * KIB
+    assert vmdk_bytes.Image(top).parent_cid == vmdk_bytes.Image(base).cid
+
+
+def test_it_can_be_written_and_committed_again(lab):
+    base = lab.make("base.vmdk", size=8 * MIB, writes=["write -P 1 0 3M"])
+    top = lab.make("top.vmdk", backing=base, writes=WRITES)
+    seen = set()
+    for number in range(4):
+        lab.check_commit(top, base)
+        seen.add(vmdk_bytes.Image(base).cid)
+        qemu_io(top, f"write -P {20 + number} {number}M 100k", "write -P 3 6M 1M", fmt="vmdk")
+    assert len(seen) == 4
+
+
+def test_the_recorded_parent_is_the_target(lab):
+    base = lab.make("base.vmdk", size=4 * MIB)
+    top = lab.make("top.vmdk", backing=base, writes=["write -P 9 0 64k"])
+    lab.check_commit(top, base)
+    other = lab.make("other.vmdk", size=4 * MIB)
+    qemu_io(top, "write -P 8 0 64k", fmt="vmdk")
+    refuse("ERROR_NOT_IN_CHAIN", top, "-b", other, files=[base, other], mentions=["the overlay's immediate parent is base.vmdk"])
+
+
+def test_an_empty_overlay_leaves_the_content_id_alone(lab):
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])
+    top = lab.make("top.vmdk", backing=base)
+    with support.untouched(base, top):
+        support.commit(top)
+
+
+def test_kept_overlays_and_dry_runs(lab):
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])
+    top = lab.make("top.vmdk", backing=base, writes=["write -P 9 64k 128k"])
+    with support.untouched(base, top):
+        support.commit(top, "--dry-run")
+    before = lab.raw(top)
+    support.commit(top, "-d")
+    assert lab.raw(top) == lab.raw(base) == before
+    assert len(vmdk_bytes.Image(top).grains()) == 2
+    support.commit(top)
+    assert lab.raw(top) == before and lab.holds_nothing(top)
+
+
+@pytest.mark.parametrize("size", [512, 64 * KIB - 512, 64 * KIB + 512, 33 * MIB + 1536])
+def test_unaligned_sizes(lab, size):
+    base = lab.make("base.vmdk", size=size, writes=["write -P 1 0 512"])
+    top = lab.make("top.vmdk", backing=base, writes=[f"write -P 9 {size - 512} 512", "write -P 4 0 512"])
+    lab.check_commit(top, base)
+
+
+def test_a_smaller_overlay_leaves_the_rest(lab):
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 4M"])
+    top = lab.make("top.vmdk", size=MIB + 512, backing=base, writes=["write -P 9 1M 512", "write -P 2 0 100k"])
+    lab.check_commit(top, base)
+
+
+def test_a_larger_overlay_is_refused(lab):
+    base = lab.make("base.vmdk", size=4 * MIB)
+    top = lab.make("top.vmdk", size=8 * MIB, backing=base, writes=["write -P 9 6M 64k"])
+    refuse("ERROR_OVERLAY_LARGER_THAN_BACKING", top, files=[base], mentions=["exceeds backing virtual size"])
+    refuse("ERROR_UNSUPPORTED_FORMAT", top, "--resize-backing", files=[base], mentions=["cannot grow"])
+
+
+@pytest.mark.parametrize("zeroed", ["on", "off"])
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_qcow2_into_vmdk(lab, zeroed, compat):
+    root = lab.make("root.vmdk", size=8 * MIB, writes=["write -P 33 0 8M"])
+    base = lab.make("base.vmdk", backing=root, writes=["write -P 1 0 1M", "write -P 2 7M 1M"], zeroed_grain=zeroed)
+    extra = ["write -z 2M 128k", "write -z 4M 100k", "write -z 7340032 96k"] if compat == "1.1" else []
+    top = lab.make("top.qcow2", "qcow2", backing=base, cluster_size=4096, compat=compat,
+                   writes=["write -c -P 12 3M 4k", *WRITES, *extra])
+    lab.check_commit(top, base)
+
+
+def test_qcow2_over_vmdk_commits_below_a_qcow2(lab):
+    """A vmdk is an ancestor that a partial cluster is filled from."""
+    root = lab.make("root.vmdk", size=4 * MIB, writes=["write -P 33 0 4M"])
+    base = lab.make("base.qcow2", "qcow2", backing=root, cluster_size=2 * MIB)
+    top = lab.make("top.qcow2", "qcow2", backing=base, cluster_size=4096, writes=["write -P 9 1M 4k"])
+    lab.check_commit(top, base)
+
+
+def test_zeroes_over_holes_take_no_room(lab):
+    base = lab.make("base.vmdk", size=64 * MIB)
+    top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -z 0 64M"])
+    lab.check_commit(top, base)
+    assert base.stat().st_blocks * 512 < MIB and not vmdk_bytes.Image(base).grains()
+
+
+def test_zeroed_grains_give_their_room_back(lab):
+    base = lab.make("base.vmdk", size=16 * MIB, writes=["write -P 1 0 16M"], zeroed_grain="on")
+    top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -z 0 8M"])
+    lab.check_commit(top, base)
+    assert set(vmdk_bytes.Image(base).grains().values()) >= {1}
+    assert base.stat().st_blocks * 512 < 9 * MIB
+
+
+def test_emptying_gives_the_room_back(lab):
+    base = lab.make("base.vmdk", size=64 * MIB)
+    top = lab.make("top.vmdk", backing=base, writes=["write -P 1 0 32M"])
+    lab.check_commit(top, base)
+    assert top.stat().st_size == top.stat().st_blocks * 512 or top.stat().st_size < 128 * KIB
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_stream_optimized_overlays(lab, at_end):
+    base = lab.make("base.vmdk", size=40 * MIB, writes=["write -P 1 0 3M"])
+    top = lab.make("top.vmdk", backing=base, subformat="streamOptimized",
+                   writes=["write -P 9 64k 64k", "write -P 8 1M 64k", "write -P 7 39M 64k", "write -P 6 1114112 64k"])
+    if at_end:
+        directory_at_the_end(top)
+    lab.check_commit(top, base, oracle=not at_end)
+    if not at_end:
+        qemu_io(top, "write -P 5 64k 64k", fmt="vmdk")
+        lab.check_commit(top, base)
+
+
+def directory_at_the_end(path):
+    """As VMware streams it: table and directory behind the grains, named by a footer; a header that points there."""
+    image = vmdk_bytes.Image(path)
+    data = bytearray(image.bytes)
+    data += bytes(-len(data) % 512)
+    sectors = []
+    for _, entries in image.tables(image.directory):
+        sectors.append(len(data) // 512)
+        data += struct.pack("<512I", *entries)
+    directory = len(data) // 512
+    data += struct.pack(f"<{len(sectors)}I", *sectors)
+    data += bytes(-len(data) % 512)
+    header = bytearray(data[:512])
+    struct.pack_into("<I", header, 8, image.flags & ~2)
+    struct.pack_into("<QQ", header, 48, 0, directory)
+    data += struct.pack("<QII", 1, 0, 3).ljust(512, b"\0") + header + bytes(512)
+    struct.pack_into("<Q", header, 56, 2**64 - 1)
+    data[:512] = header
+    path.write_bytes(data)
+
+
+def test_chains(lab):
+    root = lab.make("root.vmdk", size=8 * MIB, writes=["write -P 1 0 8M"])
+    low = lab.make("low.vmdk", backing=root, writes=["write -P 2 1M 1M"])
+    mid = lab.make("mid.vmdk", backing=low, writes=["write -P 3 1536k 1M", "write -P 3 512 512"])
+    top = lab.make("top.vmdk", backing=mid, writes=["write -P 4 2M 700k", "write -P 4 5M 512"])
+    wanted = lab.raw(top)
+    # Into the immediate parent, whose own parents fill what is around a sector.
+    lab.check_commit(top, mid)
+    assert lab.raw(top) == wanted
+    qemu_io(top, "write -P 7 6M 512", fmt="vmdk")
+    wanted = lab.raw(top)
+    # Into an ancestor: the layers above are left alone, and stale.
+    with support.untouched(top, mid):
+        result = support.commit(top, "-b", low)
+    assert lab.raw(low) == wanted
+    assert "mid.vmdk" in result.stderr and "stale" in result.stderr
+    assert_clean(low, "vmdk")
+
+
+def test_content_ids_that_do_not_match(lab):
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])
+    mid = lab.make("mid.vmdk", backing=base, writes=["write -P 2 0 64k"])
+    top = lab.make("top.vmdk", backing=mid, writes=["write -P 9 512 512"])
+    before = vmdk_bytes.Image(mid).parent_cid
+    vmdk_bytes.set_id(mid, "parentCID", 0x1234)
+    refuse("ERROR_OVERLAY_CORRUPT", mid, files=[base], mentions=["parentCID is 00001234"])
+    refuse("ERROR_OVERLAY_CORRUPT", top, files=[base, mid], mentions=["mid.vmdk", "parentCID is 00001234"])
+    vmdk_bytes.set_id(mid, "parentCID", before)
+    lab.check_commit(top, mid)
+
+
+def test_an_interrupted_commit_is_finished(lab):
+    """The overlay knows the backing's next content ID already; the backing still has the old one."""
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])
+    top = lab.make("top.vmdk", backing=base, writes=["write -P 9 64k 128k"])
+    wanted = lab.raw(top)
+    old = support.copy(base, lab.dir / "old.vmdk")
+    support.commit(top, "-d")
+    shutil.copyfile(old, base)
+    assert vmdk_bytes.Image(top).parent_cid != vmdk_bytes.Image(base).cid
+    support.commit(top)
+    assert lab.raw(top) == lab.raw(base) == wanted
+    assert vmdk_bytes.Image(top).parent_cid == vmdk_bytes.Image(base).cid
+
+
+def test_tables_that_are_missing_are_made(lab):
+    """An ESX or VMware writer leaves them out; QEMU does not write to such a place."""
+    base = lab.make("base.vmdk", size=200 * MIB, writes=["write -P 1 0 1M"])
+    image = vmdk_bytes.Image(base)
+    for directory in (image.directory, image.redundant):
+        vmdk_bytes.patch(base, directory * 512 + 4, bytes(5 * 4))
+    top = lab.make("top.vmdk", backing=base, writes=["write -P 9 40M 300k", "write -P 8 512 512", "write -P 7 199M 64k"])
+    lab.check_commit(top, base, oracle=False)
+    made = [entry != 0 for entry, _ in vmdk_bytes.Image(base).tables(image.directory)]
+    assert made == [True, True, False, False, False, False, True]
+
+
+def damage(path, what):
+    image = vmdk_bytes.Image(path)
+    table = image.tables(image.directory)[0][0] * 512
+    if what == "entry past the end":
+        vmdk_bytes.patch(path, table + 4 * 20, struct.pack("<I", 1 << 30))
+    elif what == "entry into the header":
+        vmdk_bytes.patch(path, table + 4 * 20, struct.pack("<I", 1))
+    elif what == "entry into a table":
+        vmdk_bytes.patch(path, table + 4 * 20, struct.pack("<I", table // 512))
+    elif what == "two grains at one place":
+        vmdk_bytes.patch(path, table + 4 * 20, image.bytes[table : table + 4])
+    elif what == "table past the end":
+        vmdk_bytes.patch(path, image.directory * 512, struct.pack("<I", 1 << 30))
+    elif what == "tables at one place":
+        vmdk_bytes.patch(path, image.redundant * 512, image.bytes[image.directory * 512 :][:4])
+    else:
+        vmdk_bytes.patch(path, 56, struct.pack("<Q", 1 << 40))
+
+
+@pytest.mark.parametrize("what", ["entry past the end", "entry into the header", "entry into a table", "two grains at one place",
+                                  "table past the end", "tables at one place", "directory past the end"])
+def test_damage_is_refused(lab, what):
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 64k"])
+    top = lab.make("top.vmdk", backing=base, writes=["write -P 9 0 128k"])
+    good = [(path, path.read_bytes()) for path in (base, top)]
+    for victim, code in ((top, "ERROR_OVERLAY_CORRUPT"), (base, "ERROR_BACKING_CORRUPT")):
+        damage(victim, what)
+        refuse(code, top, files=[base], mentions=[victim.name])
+        for path, data in good:
+            path.write_bytes(data)
+    lab.check_commit(top, base)
+
+
+HEADER_DAMAGE = {
+    "magic": (0, b"KDMW", None),
+    "version": (4, struct.pack("<I", 9), "version 9"),
+    "capacity": (12, bytes(8), "capacity"),
+    "grain size": (20, struct.pack("<Q", 3), "grainSize"),
+    "huge grains": (20, struct.pack("<Q", 1 << 40), "grainSize"),
+    "table length": (44, struct.pack("<I", 1 << 20), "numGTEsPerGT"),
+    "text transfer": (73, b"\n\n\n\n", "end-of-line"),
+    "descriptor": (28, struct.pack("<Q", 1 << 50), None),
+    "huge capacity": (12, struct.pack("<Q", 1 << 60), "capacity"),
+    "huge directory": (12, struct.pack("<Q", 1 << 52), "grain directory"),
+    "compression": (8, struct.pack("<I", 0x30003), "compression algorithm"),
+}
+
+
+@pytest.mark.parametrize("what", HEADER_DAMAGE)
+def test_headers_are_refused(lab, what):
+    offset, data, words = HEADER_DAMAGE[what]
+    base = lab.make("base.vmdk", size=4 * MIB)
+    top = lab.make("top.vmdk", backing=base, writes=["write -P 9 0 128k"])
+    for victim in (top, base):
+        good = victim.read_bytes()
+        vmdk_bytes.patch(victim, offset, data)
+        with support.untouched(base, top):
+            result = run_instar("commit", top)
+        assert result.rc == 1 and len(result.stderr.splitlines()) == 1, str(result)
+        assert victim.name in result.stderr and (words or "") in result.stderr, str(result)
+        victim.write_bytes(good)
+
+
+@pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
+def test_images_in_several_files_are_refused_by_name(lab, subformat):
+    base = lab.make("base.vmdk", size=4 * MIB, subformat=subformat)
+    top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -P 9 0 64k"])
+    refuse("ERROR_UNSUPPORTED_FORMAT", top, files=list(lab.dir.glob("base*")), mentions=[subformat, "base.vmdk"])
+    shown = json.loads(run_instar("info", "--output", "json", base).stdout)
+    assert (shown["format"], shown["virtual-size"]) == ("vmdk", 4 * MIB)
+    assert shown["format-specific"]["data"]["create-type"] == subformat
+    extent = next(path for path in lab.dir.glob("base-*"))
+    if "Sparse" in subformat:
+        assert "descriptor" in run_instar("info", extent).stderr
+
+
+def test_stream_optimized_backings_are_refused_by_name(lab):
+    base = lab.make("base.vmdk", size=4 * MIB, subformat="streamOptimized")
+    top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -P 9 0 64k"])
+    refuse("ERROR_UNSUPPORTED_FORMAT", top, files=[base], mentions=["streamOptimized", "base.vmdk"])
+
+
+def test_encrypted_images_are_refused(lab):
+    base = lab.make("base.vmdk", size=4 * MIB)
+    text = vmdk_bytes.Image(base).text
+    vmdk_bytes.patch(base, 512 + len(text), b'encryption.keySafe = "vmware:key/list"\n')
+    top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -P 9 0 64k"])
+    refuse("ERROR_LUKS_UNSUPPORTED", top, files=[base], mentions=["base.vmdk"])
+
+
+def test_info_is_that_of_qemu_img(lab):
+    base = lab.make("base.vmdk", size=5 * MIB + 512)
+    top = lab.make("top.vmdk", backing=base, subformat="streamOptimized")
+    for path in (base, top):
+        theirs = json.loads(qemu_img("info", "--output=json", path, cwd=lab.dir).stdout)
+        ours = run_instar("info", "--output", "json", path, cwd=lab.dir).json
+        theirs.pop("children", None)
+        # qemu-img lists the files of an image.
+        theirs["format-specific"]["data"].pop("extents")
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "zeroed_grain=on"], ["-o", "subformat=streamOptimized"],
+                                     ["-o", "adapter_type=lsilogic,hwversion=8"], ["-o", "compat6=on"]])
+def test_create(lab, options):
+    base, top = lab.dir / "base.vmdk", lab.dir / "top.vmdk"
+    assert run_instar("create", "-f", "vmdk", base, "100M").rc == 0
+    result = run_instar("create", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", *options, top, cwd=lab.dir)
+    assert result.rc == 0, str(result)
+    assert_clean(base, "vmdk")
+    assert_clean(top, "vmdk")
+    qemu_io(base, "write -P 1 0 99M", fmt="vmdk")
+    vmdk_bytes.set_id(top, "parentCID", vmdk_bytes.Image(base).cid)
+    qemu_io(top, "write -P 2 1M 64k", "write -P 2 64M 64k", fmt="vmdk")
+    lab.check_commit(top, base)
+
+
+def test_create_refuses(lab):
+    other = lab.make("other.qcow2", "qcow2", size=MIB)
+    for arguments, words in [
+        (["x.vmdk"], "SIZE"),
+        (["x.vmdk", "0"], "0 bytes"),
+        (["x.vmdk", "3T"], "2 TiB"),
+        (["-o", "subformat=monolithicFlat", "x.vmdk", "1M"], "monolithicSparse"),
+        (["-o", "bogus=1", "x.vmdk", "1M"], "unknown option"),
+        (["-b", other.name, "-F", "qcow2", "x.vmdk"], "has to be a vmdk"),
+        (["-u", "-b", "no.vmdk", "-F", "vmdk", "x.vmdk", "1M"], "content ID"),
+        (['x".vmdk', "1M"], "quotes"),
+    ]:
+        result = run_instar("create", "-f", "vmdk", *arguments, cwd=lab.dir)
+        assert result.rc == 1 and words in result.stderr, str(result)
+    assert sorted(path.name for path in lab.dir.iterdir()) == ["other.qcow2"]
+
+
+def test_large_and_scattered(lab):
+    base = lab.make("base.vmdk", size=1000 * GIB)
+    rng = random.Random(3)
+    places = sorted(rng.sample(range(1000 * GIB // MIB), 60))
+    top = lab.make("top.vmdk", backing=base, writes=[f"write -P {1 + i} {place}M 64k" for i, place in enumerate(places)])
+    support.commit(top)
+    qemu_io(top, *[f"read -P {1 + i} {place}M 64k" for i, place in enumerate(places)], fmt="vmdk")
+    qemu_io(base, *[f"read -P {1 + i} {place}M 64k" for i, place in enumerate(places)], fmt="vmdk")
+    assert_clean(base, "vmdk")
+    assert len(vmdk_bytes.Image(base).grains()) == 60 and lab.holds_nothing(top)
+
+
+def random_writes(rng, size, count, zeroes):
+    commands = []
+    for _ in range(count):
+        length = rng.randrange(1, min(size, rng.choice([512, 4 * KIB, 64 * KIB, 300 * KIB])) // 512 + 1) * 512
+        offset = rng.randrange(0, size - length + 1, 512)
+        kind = "write -z" if zeroes and rng.random() < 0.25 else f"write -P {rng.randrange(256)}"
+        commands.append(f"{kind} {offset} {length}")
+    return commands
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_pairs(lab, seed):
+    """vmdk, qcow2 and raw, below and above, 1 to 8 layers; the last two are committed, or some into an ancestor."""
+    rng = random.Random(41_000 + seed)
+    size = rng.choice([rng.randint(1, 300), rng.randint(300, 12_000)]) * 512
+    depth = rng.choice([2, 2, 2, 3, 3, 4, 5, 8])
+    layers, fmt = [], rng.choice(["vmdk", "vmdk", "raw", "qcow2"])
+    for number in range(depth):
+        # A vmdk is backed by nothing but a vmdk; and one pair at least has one.
+        fmt = fmt if number == 0 else rng.choice(["vmdk", "qcow2"]) if fmt == "vmdk" else "qcow2"
+        options = {"zeroed_grain": rng.choice(["on", "off"])} if fmt == "vmdk" else {}
+        if fmt == "qcow2":
+            options = {"cluster_size": 512 << rng.randrange(13), "extended_l2": "off"}
+        writes = random_writes(rng, size, rng.randint(0 if number < depth - 1 else 1, 12), fmt != "raw")
+        layers.append(lab.make(f"{number}.{fmt}", fmt, size=size, backing=layers[-1] if layers else None, writes=writes,
+                               **options))
+    top, target = layers[-1], layers[-2]
+    deep = depth > 2 and rng.random() < 0.4
+    if deep:
+        target = layers[rng.randrange(0, depth - 2)]
+        wanted = lab.raw(top)
+        with support.untouched(*[path for path in layers if path != target]):
+            support.commit(top, "-b", target)
+        assert lab.raw(target) == wanted
+        lab.assert_clean(target)
+    else:
+        lab.check_commit(top, target)

@@ -1,0 +1,64 @@
+"""What a sparse vmdk says, from its bytes: independent of instar and of qemu-img."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+SECTOR = 512
+
+
+class Image:
+    """A hosted sparse extent with an embedded descriptor."""
+
+    def __init__(self, path):
+        self.bytes = Path(path).read_bytes()
+        self.header = 0
+        if struct.unpack_from("<Q", self.bytes, 56)[0] == 2**64 - 1:
+            self.header = len(self.bytes) - 1024
+        magic, self.version, self.flags, self.capacity, self.grain = struct.unpack_from("<4sIIQQ", self.bytes, self.header)
+        assert magic == b"KDMV"
+        self.redundant, self.directory, self.overhead = struct.unpack_from("<QQQ", self.bytes, self.header + 48)
+        at, size = struct.unpack_from("<QQ", self.bytes, 28)
+        self.text = self.bytes[at * SECTOR : (at + size) * SECTOR].rstrip(b"\0").decode()
+
+    def tables(self, directory):
+        """The directory's entries, each with the table's entries."""
+        count = -(-self.capacity // (self.grain * 512))
+        entries = struct.unpack_from(f"<{count}I", self.bytes, directory * SECTOR)
+        return [(e, struct.unpack_from("<512I", self.bytes, e * SECTOR) if e else ()) for e in entries]
+
+    def grains(self, directory=None):
+        """The entries that are not 0."""
+        tables = self.tables(self.directory if directory is None else directory)
+        return {512 * t + g: e for t, (_, entries) in enumerate(tables) for g, e in enumerate(entries) if e}
+
+    def copies_agree(self):
+        return not self.flags & 2 or self.grains() == self.grains(self.redundant)
+
+    def id(self, key):
+        return int(re.search(rf"^{key}=([0-9a-f]+)$", self.text, re.M)[1], 16)
+
+    @property
+    def cid(self):
+        return self.id("CID")
+
+    @property
+    def parent_cid(self):
+        return self.id("parentCID")
+
+
+def patch(path, offset, data):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def set_id(path, key, value):
+    """Replaces a content ID in the descriptor."""
+    data = Path(path).read_bytes()
+    found = re.search(rf"^{key}=([0-9a-f]+)$".encode(), data, re.M)
+    digits = b"%0*x" % (len(found[1]), value)
+    assert len(digits) == len(found[1])
+    patch(path, found.start(1), digits)
