@@ -22,9 +22,9 @@ use std::thread::Result as Caught;
 mod common;
 
 /// Bytes of an input for each change: which file and which part of it, where, how, and a value.
-const CHANGE: usize = 16;
+pub const CHANGE: usize = 16;
 /// No file may become longer than this, in bytes.
-const MAX_LENGTH: u64 = 64 << 20;
+pub const MAX_LENGTH: u64 = 64 << 20;
 
 /// Pairs that make sense, of many kinds.
 fn pairs() -> &'static [Pair] {
@@ -63,7 +63,7 @@ thread_local! {
 }
 
 /// Call something that may panic, and say nothing of that.
-fn quietly<T>(call: impl FnOnce() -> T) -> Caught<T> {
+pub fn quietly<T>(call: impl FnOnce() -> T) -> Caught<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let usual = take_hook();
@@ -86,7 +86,7 @@ pub fn commit(input: &[u8]) {
     let mut files = pair.io().files;
     for change in input.chunks_exact(CHANGE).take(4) {
         let device = if change[1] % 2 == 0 { OVERLAY } else { DEVICE_OUTPUT };
-        apply(files.get_mut(&device).unwrap(), change);
+        apply(files.get_mut(&device).unwrap(), change, Order::Big);
     }
     // The host has looked at the headers before.
     if files.values().any(|bytes| &bytes[..4] != b"QFI\xfb" || !(9..=21).contains(&be32(bytes, 20))) {
@@ -102,11 +102,6 @@ pub fn commit(input: &[u8]) {
         (makes_sense(OVERLAY) && makes_sense(DEVICE_OUTPUT)).then(|| views(&files).1)
     });
     let mut io = MemoryDevices::new(files.clone());
-    let overlay_changed = |io: &MemoryDevices| {
-        io.log
-            .iter()
-            .any(|c| matches!(c, Change::Write { device: OVERLAY, .. } | Change::SetLength { device: OVERLAY, .. }))
-    };
     match run(&mut io) {
         Ok(_) => {
             if let Ok(Some(overlay)) = before {
@@ -126,8 +121,24 @@ pub fn commit(input: &[u8]) {
     }
 }
 
+/// Whether anything was written to the overlay.
+pub fn overlay_changed(io: &MemoryDevices) -> bool {
+    let of_overlay =
+        |c: &Change| matches!(c, Change::Write { device: OVERLAY, .. } | Change::SetLength { device: OVERLAY, .. });
+    io.log.iter().any(of_overlay)
+}
+
+/// The order of the bytes of a format's numbers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// The first is the highest: qcow2.
+    Big,
+    /// The first is the lowest: vmdk.
+    Little,
+}
+
 /// Change a field: bytes 2 and 3 say in which part of the file, 4 to 6 where, 7 how, 8 to 15 the value.
-fn apply(bytes: &mut [u8], change: &[u8]) {
+pub fn apply(bytes: &mut [u8], change: &[u8], order: Order) {
     let field = |at: usize| usize::from(change[at]) << 8 | usize::from(change[at + 1]);
     let end = match change[2] % 4 {
         0 => 144,
@@ -147,7 +158,10 @@ fn apply(bytes: &mut [u8], change: &[u8]) {
         6 => u64::MAX,
         _ => 0,
     };
-    bytes[at..at + width].copy_from_slice(&value.to_be_bytes()[8 - width..]);
+    match order {
+        Order::Big => bytes[at..at + width].copy_from_slice(&value.to_be_bytes()[8 - width..]),
+        Order::Little => bytes[at..at + width].copy_from_slice(&value.to_le_bytes()[..width]),
+    }
 }
 
 /// As the product does it, with a limit on the length of files.

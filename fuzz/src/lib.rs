@@ -7,6 +7,7 @@
 pub mod commit;
 pub mod generator;
 pub mod parsers;
+pub mod vmdk;
 
 /// What is fuzzed.
 pub struct Target {
@@ -19,10 +20,12 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 7] = [
     Target { name: "header", run: parsers::header, seeds: parsers::header_seeds },
     Target { name: "tables", run: parsers::tables, seeds: parsers::table_seeds },
     Target { name: "snapshots", run: parsers::snapshots, seeds: parsers::table_seeds },
     Target { name: "decompress", run: parsers::decompress, seeds: parsers::stream_seeds },
     Target { name: "commit", run: commit::commit, seeds: commit::seeds },
+    Target { name: "vmdk-header", run: vmdk::header, seeds: vmdk::header_seeds },
+    Target { name: "vmdk-commit", run: vmdk::commit, seeds: commit::seeds },
 ];

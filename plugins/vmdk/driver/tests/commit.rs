@@ -3,45 +3,16 @@
 
 mod common;
 
-use common::{build, device, fill, le32, put32, Spec, State, View, GRAIN};
-use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome};
+use common::pair::{files, views, Files, OVERLAY};
+use common::{build, fill, le32, put32, Spec, State, View, GRAIN};
+use instar_guest_commit::{CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
-use instar_guest_sdk::{FormatDriver, Source};
-use instar_vmdk_driver::Vmdk;
 use instar_vmdk_format::next_content_id;
-use std::collections::BTreeMap;
 
-const OVERLAY: u32 = 0;
-const ANCESTOR: u32 = 1;
-type Files = BTreeMap<u32, Vec<u8>>;
-
-fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
-    let mut files: Files = [(OVERLAY, build(overlay)), (DEVICE_OUTPUT, build(backing))].into();
-    files.extend(ancestor.map(|spec| (ANCESTOR, build(spec))));
-    files
-}
-
+/// As the product does it, with room to grow.
 fn run(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
-    let at = |error| CommitFailure { step: instar_guest_commit::Step::Check, error };
-    let configs: BTreeMap<u32, _> = io.files.iter().map(|(&number, bytes)| (number, device(number, bytes))).collect();
-    let mut source = Vmdk::open_source(io, &configs[&OVERLAY]).map_err(at)?;
-    let mut sink = Vmdk::open_sink(io, &configs[&DEVICE_OUTPUT], configs.contains_key(&ANCESTOR)).map_err(at)?;
-    let mut layers: Vec<Box<dyn Source>> = Vec::new();
-    if let Some(config) = configs.get(&ANCESTOR) {
-        layers.push(Box::new(Vmdk::open_source(io, config).map_err(at)?));
-    }
-    let mut below = Ancestors::new(layers);
-    let mut images = Commit { source: &mut source, sink: &mut sink, below: &mut below };
-    commit(io, &mut images, options, &mut |_| {})
-}
-
-/// What backing and overlay read as.
-fn views(files: &Files) -> (Vec<u8>, Vec<u8>) {
-    let below = files.get(&ANCESTOR).map_or_else(Vec::new, |bytes| View::new(bytes).content(&[]));
-    let backing = View::new(&files[&DEVICE_OUTPUT]).content(&below);
-    let overlay = View::new(&files[&OVERLAY]).content(&backing);
-    (backing, overlay)
+    common::pair::run(io, options, u64::MAX)
 }
 
 fn expected(files: &Files) -> (Vec<u8>, Vec<u8>) {

@@ -1,9 +1,11 @@
-//! Images of 4 KiB grains in memory: made, read and checked from the bytes, without the code that is tested.
+//! Images of 1 KiB grains in memory: made, read and checked from the bytes, without the code that is tested.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, dead_code, missing_docs)]
+
+pub mod pair;
 
 use instar_guest_sdk::abi::DeviceConfig;
 
-pub const GRAIN: usize = 4096;
+pub const GRAIN: usize = 1024;
 const TABLE: usize = 2048;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,11 +251,12 @@ impl<'a> View<'a> {
     }
 }
 
-pub fn device(number: u32, bytes: &[u8]) -> DeviceConfig {
+/// What the host would tell the guest of an image.
+pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
     DeviceConfig {
         device: number,
         file_length: bytes.len() as u64,
-        max_length: u64::MAX,
+        max_length,
         virtual_size: le64(bytes, 12) * 512,
         cluster_size: le64(bytes, 20) * 512,
         ..DeviceConfig::default()
