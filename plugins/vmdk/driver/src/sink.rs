@@ -6,7 +6,8 @@
 //! 3. *flush*; then the grain tables, both copies: their entries name only what is durable. New tables are not
 //!    named by the directory yet;
 //! 4. *flush*; then the entries of the directories for new tables;
-//! 5. *flush*, where anything is to be given back: grains whose entries say zeroes now.
+//! 5. grains whose entries say zeroes now are given back: where the entry is not durable yet, they read as zeroes, too,
+//!    and the overlay hides them.
 //!
 //! Whatever subset of the writes since the last flush is on the disk, every entry names a whole grain or table.
 
@@ -181,10 +182,9 @@ impl VmdkSink {
         self.lengthen(io)?;
         self.write_tables(io, &mut tables)?;
         if !freed.is_empty() {
-            let mut requests = vec![Request::flush(self.image.device)];
             let size = self.image.header.grain_bytes();
-            requests.extend(freed.iter().map(|&offset| Request::discard(self.image.device, offset, size)));
-            io.run(&mut requests)?;
+            let discard = |&offset: &u64| Request::discard(self.image.device, offset, size);
+            io.run(&mut freed.iter().map(discard).collect::<Vec<_>>())?;
         }
         Ok(())
     }
