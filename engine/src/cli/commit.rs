@@ -10,7 +10,6 @@ use crate::config::Config;
 use crate::devices::Cache;
 use crate::plugins::SearchPath;
 use clap::{Args, ValueEnum};
-use instar_guest_abi::ErrorCode;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -95,11 +94,8 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
         CacheMode::Writeback => Cache::Writeback,
         CacheMode::Writethrough => Cache::Writethrough,
         CacheMode::Unsafe => Cache::Unsafe,
-        CacheMode::None | CacheMode::Directsync => {
-            let clause = "-t none and -t directsync are not there yet, and nothing was changed: use -t writeback or \
-                          -t writethrough";
-            return Err(CliError::image(&args.filename, ErrorCode::NotImplemented, clause));
-        }
+        CacheMode::None => Cache::None,
+        CacheMode::Directsync => Cache::Directsync,
     };
     let config = Config::load()?;
     let request = CommitRequest {

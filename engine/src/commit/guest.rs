@@ -147,7 +147,12 @@ pub fn run_commit_guest(
         .iter()
         .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
         .collect();
-    devices.set_cache(options.cache);
+    devices.set_cache(options.cache).map_err(|(number, error)| {
+        let path = usize::try_from(number).ok().and_then(|slot| paths.get(slot)).unwrap_or(&backing_path);
+        let clause =
+            format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
+        CliError::image(path, ErrorCode::OpenFailed, clause)
+    })?;
     let progress = options.progress.then(Progress::new);
     let pace = devices.pace_mut();
     pace.stop_when(super::interrupt::received);

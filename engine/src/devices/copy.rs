@@ -2,12 +2,11 @@
 
 use super::pace::Pace;
 use super::statistics::Statistics;
-use super::{retry, zero, Device};
+use super::{retry, Device};
 use instar_guest_abi::Request;
 use rustix::fs::SeekFrom;
 use std::collections::HashSet;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 /// Bytes of the buffer that data passes through where the kernel does not copy.
 const BUFFER: usize = 1 << 20;
@@ -106,10 +105,10 @@ impl Copier {
             job.pace.go_on()?;
             let want = usize::try_from((end - done).min(job.pace.piece(BUFFER as u64))).unwrap_or(BUFFER);
             let bytes = &mut self.buffer[..want];
-            match job.source.file.read_at(bytes, job.request.src_offset + done) {
+            match job.source.read_at(job.request.src_offset + done, bytes) {
                 Ok(0) => break,
                 Ok(length) => {
-                    job.target.file.write_all_at(&bytes[..length], job.request.offset + done)?;
+                    job.target.write_all_at(job.request.offset + done, &bytes[..length])?;
                     done += length as u64;
                     job.statistics.copied_through_host += length as u64;
                     job.pace.moved(length as u64)?;
@@ -150,7 +149,7 @@ impl Job<'_> {
         if from >= to || start >= end {
             return Ok(());
         }
-        zero::zero(&self.target.file, start, end - start, false)?;
+        self.target.zero(start, end - start, false)?;
         self.statistics.zeroed += end - start;
         Ok(())
     }

@@ -6,6 +6,7 @@
 
 mod check;
 mod copy;
+mod direct;
 pub mod lock;
 mod merge;
 mod pace;
@@ -19,10 +20,12 @@ pub use statistics::Statistics;
 use crate::vm::{BadRequest, BufferAccess};
 use check::check;
 use copy::Copier;
+use direct::Direct;
 use instar_guest_abi::{request_flags, request_status, Request, RequestOp, DEVICE_OUTPUT, MAX_CHAIN_DEVICES};
 use merge::Batch;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 
 /// One image.
 #[derive(Debug)]
@@ -32,6 +35,8 @@ pub struct Device {
     length: u64,
     max_length: u64,
     fixed_length: bool,
+    /// It is read and written past the page cache.
+    direct: Option<Direct>,
     /// Something was written since the last flush.
     dirty: bool,
     /// Something was written at all.
@@ -43,7 +48,7 @@ impl Device {
     #[must_use]
     pub fn new(file: File, writable: bool, length: u64, max_length: u64, fixed_length: bool) -> Self {
         let max_length = if fixed_length { length } else { max_length.max(length) };
-        Self { file, writable, length, max_length, fixed_length, dirty: false, changed: false }
+        Self { file, writable, length, max_length, fixed_length, direct: None, dirty: false, changed: false }
     }
 
     /// What it may become at most, in bytes: a block device stays as long as it is.
@@ -56,6 +61,33 @@ impl Device {
     #[must_use]
     pub fn is_changed(&self) -> bool {
         self.changed
+    }
+
+    /// Read up to `out.len()` bytes at `offset`; fewer only at the end of the file, or when interrupted.
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<usize> {
+        match self.direct {
+            Some(direct) => direct.read_at(&self.file, offset, out),
+            None => self.file.read_at(out, offset),
+        }
+    }
+
+    /// Write all of `bytes` at `offset`.
+    fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        match self.direct {
+            Some(direct) => {
+                let length = if self.fixed_length { self.length } else { self.file.metadata()?.len() };
+                direct.write_all_at(&self.file, offset, bytes, length)
+            }
+            None => self.file.write_all_at(bytes, offset),
+        }
+    }
+
+    /// Make a range within the file read as zero.
+    fn zero(&self, offset: u64, length: u64, discard: bool) -> io::Result<()> {
+        match self.direct {
+            Some(direct) => direct.buffered(&self.file, |file| zero::zero(file, offset, length, discard)),
+            None => zero::zero(&self.file, offset, length, discard),
+        }
     }
 
     /// It is about to be changed: whether or not that succeeds, it may be.
@@ -80,6 +112,22 @@ pub enum Cache {
     Writethrough,
     /// Nothing is promised: for images that can be thrown away.
     Unsafe,
+    /// As writeback, past the page cache.
+    None,
+    /// As writethrough, past the page cache.
+    Directsync,
+}
+
+impl Cache {
+    /// Whether every write is followed by a flush.
+    fn flushes_writes(self) -> bool {
+        matches!(self, Self::Writethrough | Self::Directsync)
+    }
+
+    /// Whether the page cache is passed by.
+    fn is_direct(self) -> bool {
+        matches!(self, Self::None | Self::Directsync)
+    }
 }
 
 /// The devices of a chain.
@@ -118,8 +166,17 @@ impl Devices {
     }
 
     /// What a flush, and a write, promise.
-    pub fn set_cache(&mut self, cache: Cache) {
+    ///
+    /// # Errors
+    /// The number of a device whose file system knows no direct I/O, and what it says.
+    pub fn set_cache(&mut self, cache: Cache) -> Result<(), (u32, io::Error)> {
         self.cache = cache;
+        for (number, device) in (0u32..).zip(&mut self.slots).filter(|_| cache.is_direct()) {
+            if let Some(device) = device {
+                device.direct = Some(Direct::begin(&device.file).map_err(|error| (number, error))?);
+            }
+        }
+        Ok(())
     }
 
     /// What was moved so far, and how.
@@ -150,7 +207,7 @@ impl Devices {
             // Neighbours that go on from each other are one operation; each is checked by itself first.
             let batch = Batch::take(rest, |request| check(self, memory, request))?;
             let mut result = self.execute_batch(memory, &batch);
-            if self.cache == Cache::Writethrough && result.is_ok() && !matches!(batch.op, RequestOp::Read) {
+            if self.cache.flushes_writes() && result.is_ok() && !matches!(batch.op, RequestOp::Read) {
                 result = self.flush(batch.whole.device);
             }
             let errno = match result {
@@ -192,13 +249,13 @@ impl Devices {
         let end = offset.saturating_add(length);
         match batch.op {
             RequestOp::Read => {
-                transfer::read(&self.device_mut(device)?.file, memory, batch)?;
+                transfer::read(self.device_mut(device)?, memory, batch)?;
                 self.statistics.read += length;
             }
             RequestOp::Write => {
                 let target = self.device_mut(device)?;
                 target.touch();
-                transfer::write(&target.file, memory, batch)?;
+                transfer::write(target, memory, batch)?;
                 target.written_to(end);
                 self.statistics.written += length;
                 self.pace.moved(length)?;
@@ -217,7 +274,7 @@ impl Devices {
                 let target = self.device_mut(device)?;
                 target.touch();
                 let length = length.min(target.length.saturating_sub(offset));
-                zero::zero(&target.file, offset, length, batch.whole.flags & request_flags::DISCARD != 0)?;
+                target.zero(offset, length, batch.whole.flags & request_flags::DISCARD != 0)?;
                 self.statistics.zeroed += length;
                 self.pace.passed(length);
             }

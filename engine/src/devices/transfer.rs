@@ -1,11 +1,15 @@
-//! Between a file and guest memory, without a copy in between.
+//! Between a file and guest memory: without a copy in between, but for direct I/O, which needs aligned buffers.
 
 use super::merge::Batch;
+use super::Device;
 use crate::vm::BufferAccess;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use vm_memory::VolatileSlice;
+
+/// Bytes that one direct read or write moves at most.
+const DIRECT_BYTES: usize = 1 << 20;
 
 /// The buffers of a batch, from byte `skip` on.
 fn buffers<'a>(memory: &'a dyn BufferAccess, batch: &Batch, mut skip: u64) -> io::Result<Vec<VolatileSlice<'a>>> {
@@ -40,8 +44,17 @@ fn call_once(call: Call, file: &File, memory: &dyn BufferAccess, batch: &Batch, 
 }
 
 /// Read a batch; what lies past the end of the file reads as zero.
-pub fn read(file: &File, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
-    let mut done = 0;
+pub fn read(device: &Device, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
+    if device.direct.is_some() {
+        return through_host(memory, batch, &mut |slice, offset| {
+            let mut bytes = vec![0; slice.len()];
+            let length = device.read_at(offset, &mut bytes)?;
+            bytes[length..].fill(0);
+            slice.copy_from(&bytes);
+            Ok(())
+        });
+    }
+    let (file, mut done) = (&device.file, 0);
     while done < batch.whole.length {
         match call_once(libc::preadv, file, memory, batch, done) {
             Ok(0) => {
@@ -60,9 +73,36 @@ pub fn read(file: &File, memory: &dyn BufferAccess, batch: &Batch) -> io::Result
     Ok(())
 }
 
+/// Hand every buffer of a batch to `each`, in pieces, with its offset on the device.
+fn through_host(
+    memory: &dyn BufferAccess,
+    batch: &Batch,
+    each: &mut dyn FnMut(&VolatileSlice<'_>, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let outside = |_| io::Error::from_raw_os_error(libc::EFAULT);
+    let mut offset = batch.whole.offset;
+    for slice in buffers(memory, batch, 0)? {
+        let mut done = 0;
+        while done < slice.len() {
+            let piece = slice.subslice(done, DIRECT_BYTES.min(slice.len() - done)).map_err(outside)?;
+            each(&piece, offset)?;
+            done += piece.len();
+            offset += piece.len() as u64;
+        }
+    }
+    Ok(())
+}
+
 /// Write a batch, all of it.
-pub fn write(file: &File, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
-    let mut done = 0;
+pub fn write(device: &Device, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
+    if device.direct.is_some() {
+        return through_host(memory, batch, &mut |slice, offset| {
+            let mut bytes = vec![0; slice.len()];
+            slice.copy_to(&mut bytes);
+            device.write_all_at(offset, &bytes)
+        });
+    }
+    let (file, mut done) = (&device.file, 0);
     while done < batch.whole.length {
         match call_once(libc::pwritev, file, memory, batch, done) {
             // A write of nothing would be tried for ever.

@@ -97,7 +97,7 @@ error_codes! {
     KvmPermission = 30, ERROR_KVM_PERMISSION;
     /// KVM is there but cannot run a virtual machine.
     KvmUnusable = 31, ERROR_KVM_UNUSABLE;
-    /// An option or feature is not there yet.
+    /// Reserved for options that are not there yet: nothing gives it at present.
     NotImplemented = 32, ERROR_NOT_IMPLEMENTED;
     /// A plugin that is needed is missing or cannot be loaded.
     PluginUnavailable = 33, ERROR_PLUGIN_UNAVAILABLE;
