@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::devices::Cache;
 use crate::plugins::SearchPath;
 use clap::{Args, ValueEnum};
+use instar_guest_abi::ErrorCode;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -23,7 +24,7 @@ pub struct CommitArgs {
     #[arg(short, long, value_name = "BASE")]
     pub base: Option<PathBuf>,
     /// Do not empty the overlay afterwards. This deletes nothing
-    #[arg(short = 'd')]
+    #[arg(short = 'd', long = "drop")]
     pub keep_overlay: bool,
     /// Show progress on stderr
     #[arg(short, long)]
@@ -32,7 +33,7 @@ pub struct CommitArgs {
     #[arg(short, long)]
     pub quiet: bool,
     /// Move no more bytes per second than this, with or without a suffix k, M or G; 0 for no limit
-    #[arg(short, long, value_name = "BYTES/S", value_parser = parse_rate)]
+    #[arg(short, long, alias = "rate", value_name = "BYTES/S", value_parser = parse_rate)]
     pub rate_limit: Option<u64>,
     /// How the images are written
     #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
@@ -55,6 +56,12 @@ pub struct CommitArgs {
     /// Say what was loaded, resolved and measured
     #[arg(short, long)]
     pub verbose: bool,
+    /// An option of `qemu-img commit`, for a sentence about it
+    #[arg(long, hide = true, value_name = "OBJDEF")]
+    pub object: Vec<String>,
+    /// An option of `qemu-img commit`, for a sentence about it
+    #[arg(long, hide = true)]
+    pub image_opts: bool,
     /// The overlay
     #[arg(value_name = "FILENAME")]
     pub filename: PathBuf,
@@ -90,6 +97,16 @@ pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
 }
 
 fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let refused = [
+        (
+            !args.object.is_empty(),
+            "--object gives keys to QEMU, but instar commits no encrypted images: decrypt it first",
+        ),
+        (args.image_opts, "--image-opts is not supported: name the image by its file name, and its format with -f"),
+    ];
+    if let Some((_, clause)) = refused.into_iter().find(|(given, _)| *given) {
+        return Err(CliError::image(&args.filename, ErrorCode::UnsupportedFormat, clause));
+    }
     let cache = match args.cache {
         CacheMode::Writeback => Cache::Writeback,
         CacheMode::Writethrough => Cache::Writethrough,
