@@ -43,7 +43,7 @@ sys.exit(1 if status else 0)
 
 @dataclasses.dataclass
 class Workload:
-    """A base and an overlay; sizes in bytes."""
+    """A base and an overlay, and sometimes layers between them; sizes in bytes."""
 
     name: str
     title: str
@@ -52,10 +52,53 @@ class Workload:
     sequential: int = 0
     scattered: int = 0
     full_base: bool = False
+    base_format: str = "qcow2"
+    overlay_format: str = "qcow2"
+    compress: str = ""
+    layers: int = 1
+
+    @property
+    def base(self):
+        """Name of the image that is committed into."""
+        return f"base.{self.base_format}"
+
+    @property
+    def overlay(self):
+        """Name of the image that is committed."""
+        return f"overlay.{self.overlay_format}"
+
+    @property
+    def options(self):
+        """What both programs are given besides the overlay."""
+        return ["-b", self.base, "-d"] if self.layers > 1 else []
 
     def build(self, directory):
-        """Make base.qcow2 and overlay.qcow2; the same bytes every time."""
-        base, overlay = directory / "base.qcow2", directory / "overlay.qcow2"
+        """Make the images; the same bytes every time."""
+        if (self.base_format, self.overlay_format, self.compress, self.layers) == ("qcow2", "qcow2", "", 1):
+            self.build_qcow2(directory)
+        else:
+            self.build_with_qemu_io(directory)
+
+    def build_with_qemu_io(self, directory):
+        """Other formats than one qcow2 over another: layers with one pattern of bytes to a MiB, one after the other."""
+        call(["qemu-img", "create", "-q", "-f", self.base_format, self.base, str(self.disk)], cwd=directory)
+        below, below_format = self.base, self.base_format
+        share = self.sequential // self.layers
+        for layer in range(self.layers):
+            name = self.overlay if layer == self.layers - 1 else f"layer{layer}.{self.overlay_format}"
+            options = ["-o", f"compression_type={self.compress}"] if self.compress else []
+            call(["qemu-img", "create", "-q", "-f", self.overlay_format, *options, "-b", below, "-F", below_format, name],
+                 cwd=directory)
+            writes = []
+            for at in range(layer * share, (layer + 1) * share, MIB):
+                writes += ["-c", f"write {'-c ' if self.compress else ''}-P {1 + at // MIB % 255} {at} 1M"]
+            for start in range(0, len(writes), 400):
+                call(["qemu-io", "-f", self.overlay_format, *writes[start : start + 400], name], cwd=directory)
+            below, below_format = name, self.overlay_format
+
+    def build_qcow2(self, directory):
+        """One qcow2 over another, with random bytes."""
+        base, overlay = directory / self.base, directory / self.overlay
         options = ["-q", "-f", "qcow2", "-o", f"cluster_size={self.cluster}"]
         call(["qemu-img", "create", *options, str(base), str(self.disk)])
         call(["qemu-img", "create", *options, "-b", base.name, "-F", "qcow2", str(overlay)])
@@ -83,6 +126,12 @@ def workloads(quick):
                  64 * GIB, scattered=scattered),
         Workload("scattered-4k", f"{text(small * 4 * KIB)} in {small:,} scattered 4 KiB clusters of 16 GiB",
                  16 * GIB, cluster=4 * KIB, scattered=small),
+        Workload("zlib", f"{text(large)} of compressed clusters (zlib)", large, sequential=large, compress="zlib"),
+        Workload("zstd", f"{text(large)} of compressed clusters (zstd)", large, sequential=large, compress="zstd"),
+        Workload("raw", f"{text(large)} sequential, qcow2 into raw", large, sequential=large, base_format="raw"),
+        Workload("vmdk", f"{text(large // 4)} sequential, vmdk into vmdk", large, sequential=large // 4,
+                 base_format="vmdk", overlay_format="vmdk"),
+        Workload("chain", f"8 layers of {text(large // 16)}, into the lowest", large, sequential=large // 2, layers=8),
     ]
 
 
@@ -120,16 +169,15 @@ def fresh_copy(template, target):
     """A copy of the images, on disk."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    files = [str(template / "base.qcow2"), str(template / "overlay.qcow2")]
-    call(["cp", "--reflink=auto", "--sparse=always", *files, str(target)])
+    call(["cp", "--reflink=auto", "--sparse=always", *map(str, template.iterdir()), str(target)])
     call(["sync"])
 
 
-def command_of(program, instar, verbose=False):
-    """The command line that commits overlay.qcow2 of the working directory."""
+def command_of(workload, program, instar, verbose=False):
+    """The command line that commits the overlay of the working directory."""
     if program == "instar":
-        return [instar, "commit", "-v" if verbose else "-q", "overlay.qcow2"]
-    return ["qemu-img", "commit", "-q", "overlay.qcow2"]
+        return [instar, "commit", "-v" if verbose else "-q", *workload.options, workload.overlay]
+    return ["qemu-img", "commit", "-q", *workload.options, workload.overlay]
 
 
 def timed(command, directory):
@@ -146,18 +194,19 @@ def timed(command, directory):
     return seconds
 
 
-def first_runs(template, directory, instar):
+def first_runs(workload, template, directory, instar):
     """The runs that are not counted: exits of the virtual machine, peak memory in KiB, whether both did the same."""
     memory = {}
     for program in PROGRAMS:
         fresh_copy(template, directory / program)
-        command = command_of(program, instar, verbose=True)
+        command = command_of(workload, program, instar, verbose=True)
         done = call([sys.executable, "-S", "-I", "-c", PEAK_MEMORY, *command], cwd=directory / program)
         memory[program] = int(re.search(r"^peak-rss-kib (\d+)$", done.stderr, re.MULTILINE)[1])
         if program == "instar":
             found = re.search(r"(\d+) exits", done.stderr)
-    bases = [str(directory / program / "base.qcow2") for program in PROGRAMS]
-    if subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "qcow2", *bases], check=False).returncode:
+    bases = [str(directory / program / workload.base) for program in PROGRAMS]
+    formats = ["-f", workload.base_format, "-F", workload.base_format]
+    if subprocess.run(["qemu-img", "compare", "-q", *formats, *bases], check=False).returncode:
         raise SystemExit("bench: the two programs left different bytes in the base: no timing is worth anything")
     return int(found[1]) if found else None, memory
 
@@ -167,13 +216,13 @@ def measure(workload, directory, instar, runs):
     template = directory / "template"
     template.mkdir()
     workload.build(template)
-    exits, memory = first_runs(template, directory, instar)
+    exits, memory = first_runs(workload, template, directory, instar)
     seconds = {program: [] for program in PROGRAMS}
     for number in range(runs):
         # Whoever goes first in one round goes last in the next.
         for program in PROGRAMS if number % 2 == 0 else reversed(PROGRAMS):
             fresh_copy(template, directory / program)
-            seconds[program].append(timed(command_of(program, instar), directory / program))
+            seconds[program].append(timed(command_of(workload, program, instar), directory / program))
     for child in directory.iterdir():
         shutil.rmtree(child)
     medians = {program: statistics.median(seconds[program]) for program in PROGRAMS}
