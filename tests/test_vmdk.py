@@ -478,3 +478,25 @@ def test_random_pairs(lab, seed):
         lab.assert_clean(target)
     else:
         lab.check_commit(top, target)
+
+
+def test_the_largest_directories_fit_into_the_guest(lab):
+    """2 TiB in grains of 16 KiB: 262,144 tables in two copies, more than any tool makes."""
+    base = lab.make("base.vmdk", size=MIB)
+    data = bytearray(base.read_bytes()[: 21 * 512])
+    entries, at = 1 << 18, 64
+    struct.pack_into("<QQ", data, 12, entries * 512 * 32, 32)
+    directories = [at, at + entries * 4 // 512]
+    first = directories[1] + entries * 4 // 512
+    struct.pack_into("<QQQ", data, 48, *directories, first + 2 * entries * 4)
+    with base.open("r+b") as file:
+        file.write(data)
+        for copy, directory in enumerate(directories):
+            file.seek(directory * 512)
+            file.write(struct.pack(f"<{entries}I", *range(first + copy * entries * 4, first + (copy + 1) * entries * 4, 4)))
+        file.truncate((first + 2 * entries * 4) * 512)
+    top = lab.make("top.vmdk", backing=base)
+    qemu_io(top, "write -P 9 1T 64k", "write -P 8 512 512", fmt="vmdk")
+    support.commit(top)
+    qemu_io(base, "read -P 9 1T 64k", "read -P 8 512 512", fmt="vmdk")
+    refuse("ERROR_NO_BACKING", base)

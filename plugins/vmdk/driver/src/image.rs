@@ -10,7 +10,7 @@ use instar_vmdk_format::{
     flags, Descriptor, FormatError, Header, Trouble, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR,
 };
 
-/// An open image. Its memory: the grain directories, 4 MiB each at most.
+/// An open image. Its memory: the grain directories, 1 MiB each at most.
 #[derive(Debug)]
 pub struct Image {
     pub device: u32,
@@ -22,7 +22,7 @@ pub struct Image {
     pub directory: Vec<u32>,
     /// The second one.
     pub redundant: Option<Vec<u32>>,
-    /// The bytes of the footer, if there is one: they stand at the end of the file.
+    /// There is a footer, at the end of the file.
     pub footer: bool,
     corrupt: ErrorCode,
 }

@@ -6,7 +6,7 @@ use crate::tables::{place, BYTES};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{DeviceConfig, Extent, ExtentKind, ImageInfo, Request};
+use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo, Request};
 use instar_guest_sdk::{BlockIo, DriverResult, Source};
 use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
 
@@ -41,14 +41,6 @@ fn push(out: &mut Vec<Extent>, extent: Extent) {
 impl VmdkSource {
     pub(crate) fn new(image: Image) -> Self {
         Self { image, reader: GrainReader::default(), held: 0, used: Vec::new() }
-    }
-
-    /// The facts that the host needs of an image to open it again: for tests.
-    #[must_use]
-    pub fn config(&self) -> DeviceConfig {
-        let ImageInfo { virtual_size, cluster_size } = self.image.info();
-        let (device, file_length) = (self.image.device, self.image.file_length);
-        DeviceConfig { device, file_length, virtual_size, cluster_size, ..DeviceConfig::default() }
     }
 
     /// The extent of a grain, cut at the end of the disk.

@@ -12,8 +12,9 @@ pub const HEADER_BYTES: usize = 512;
 pub const FOOTER_BYTES: usize = 3 * 512;
 /// Bytes in front of the stream of a compressed grain: its sector on the disk (64 bits) and the stream's length (32 bits).
 pub const COMPRESSED_MARKER_BYTES: u64 = 12;
-/// Most entries of a grain directory that are worked with: a directory of 4 MiB, for 32 TiB with grains of 64 KiB.
-pub const MAX_DIRECTORY: u64 = 1 << 20;
+/// Most entries of a grain directory that are worked with, so that what is known of the tables fits into the guest's memory:
+/// enough for 8 TiB with grains of 64 KiB. (The entries of grain tables reach 2 TiB.)
+pub const MAX_DIRECTORY: u64 = 1 << 18;
 /// Longest descriptor that is read, in bytes.
 pub const MAX_DESCRIPTOR_BYTES: u64 = 1 << 20;
 
