@@ -1,7 +1,7 @@
 //! The trait that a plugin author implements.
 
 use crate::{
-    CommitRole, CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageReader, PluginError, Verdict,
+    CommitRole, CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict,
 };
 
 /// Score of [`FormatPlugin::probe`]: not an image of this format.
@@ -39,7 +39,18 @@ pub trait FormatPlugin: 'static {
     /// Only when reading fails. An image that is too short for a header is [`PROBE_NO`].
     fn probe(image: &ImageReader<'_>) -> Result<u32, PluginError>;
 
-    /// What the header says. The engine calls this only when `probe` did not say [`PROBE_NO`].
+    /// The files that the image consists of besides the one that it is named by, in an order that the guest half knows, too:
+    /// each becomes a device of its own. The engine opens them, if their names lead where names in images may lead, before
+    /// it asks for the facts of an image that takes part in a commit. Called under the same condition as `facts`.
+    ///
+    /// # Errors
+    /// As [`facts`](Self::facts).
+    fn files(_image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
+        Ok(Vec::new())
+    }
+
+    /// What the header says. Only where the engine opened them, the [other files](Self::files) can be
+    /// [read](ImageReader::file): `instar info` looks at the one alone. The engine calls this only when `probe` did not say [`PROBE_NO`].
     ///
     /// # Errors
     /// [`ErrorCode::ParseFailed`] for a header that makes no sense, [`ErrorCode::UnsupportedFormat`] for one that is

@@ -2,7 +2,7 @@
 
 use crate::guard::guarded;
 use crate::{ErrorCode, PluginError};
-use abi_stable::std_types::{RResult, RSliceMut};
+use abi_stable::std_types::{RResult, RSlice, RSliceMut};
 use abi_stable::StableAbi;
 use std::ffi::c_void;
 use std::marker::PhantomData;
@@ -17,6 +17,15 @@ pub trait ReadImage {
     /// # Errors
     /// When the image cannot be read, or more was read than a plugin may.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError>;
+
+    /// The same of the image's other file with this index.
+    ///
+    /// # Errors
+    /// As [`read_at`](Self::read_at).
+    fn read_file_at(&self, file: usize, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+        let _ = (offset, buffer);
+        Err(PluginError::new(ErrorCode::InternalOverflow, format!("the image has no file {file}")))
+    }
 }
 
 impl ReadImage for [u8] {
@@ -40,28 +49,65 @@ impl ReadImage for Vec<u8> {
 pub struct ImageReader<'a> {
     length: u64,
     context: *const c_void,
-    read: unsafe extern "C" fn(context: *const c_void, offset: u64, buffer: RSliceMut<'_, u8>) -> ReadResult,
+    read: unsafe extern "C" fn(context: *const c_void, file: u64, offset: u64, buffer: RSliceMut<'_, u8>) -> ReadResult,
+    /// 0 for the file that the image is named by, else 1 and the index among the others.
+    file: u64,
+    /// Lengths in bytes of the other files.
+    others: RSlice<'a, u64>,
     lifetime: PhantomData<&'a c_void>,
 }
 
 /// Number of bytes read, or why not.
 type ReadResult = RResult<u64, PluginError>;
 
-/// Calls [`ReadImage::read_at`] of the `T` behind `context`.
+/// Calls [`ReadImage::read_at`] or [`ReadImage::read_file_at`] of the `T` behind `context`.
 unsafe extern "C" fn read_shim<T: ReadImage>(
     context: *const c_void,
+    file: u64,
     offset: u64,
     mut buffer: RSliceMut<'_, u8>,
 ) -> ReadResult {
     // SAFETY: `ImageReader::new` made `context` from a `&'a T`, and the reader does not outlive `'a`.
     let source = unsafe { &*context.cast::<T>() };
-    guarded(|| source.read_at(offset, buffer.as_mut_slice())).map(|length| length as u64).into()
+    let index = file.checked_sub(1).map(|index| usize::try_from(index).unwrap_or(usize::MAX));
+    let read = || match index {
+        None => source.read_at(offset, buffer.as_mut_slice()),
+        Some(index) => source.read_file_at(index, offset, buffer.as_mut_slice()),
+    };
+    guarded(read).map(|length| length as u64).into()
 }
 
 impl<'a> ImageReader<'a> {
     /// A reader over `source`, whose length in bytes is `length`.
     pub fn new<T: ReadImage>(length: u64, source: &'a T) -> Self {
-        Self { length, context: std::ptr::from_ref(source).cast(), read: read_shim::<T>, lifetime: PhantomData }
+        Self::with_files(length, &[], source)
+    }
+
+    /// The same of an image in several files: `others` are the lengths in bytes of the other ones.
+    pub fn with_files<T: ReadImage>(length: u64, others: &'a [u64], source: &'a T) -> Self {
+        Self {
+            length,
+            context: std::ptr::from_ref(source).cast(),
+            read: read_shim::<T>,
+            file: 0,
+            others: RSlice::from_slice(others),
+            lifetime: PhantomData,
+        }
+    }
+
+    /// How many of the image's [other files](crate::FormatPlugin::files) are open: all, or none.
+    #[must_use]
+    pub fn file_count(&self) -> usize {
+        self.others.len()
+    }
+
+    /// The image's other file with this index, if it is open.
+    #[must_use]
+    pub fn file(&self, index: usize) -> Option<ImageReader<'a>> {
+        let length = *self.others.as_slice().get(index)?;
+        let file = u64::try_from(index).ok()?.checked_add(1)?;
+        let Self { context, read, .. } = *self;
+        Some(Self { length, context, read, file, others: RSlice::EMPTY, lifetime: PhantomData })
     }
 
     /// Length of the image file or device in bytes.
@@ -78,7 +124,7 @@ impl<'a> ImageReader<'a> {
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
         let capacity = buffer.len();
         // SAFETY: `read` and `context` belong together, see `new`; `self` and `buffer` outlive the call.
-        let result = unsafe { (self.read)(self.context, offset, RSliceMut::from_mut_slice(buffer)) };
+        let result = unsafe { (self.read)(self.context, self.file, offset, RSliceMut::from_mut_slice(buffer)) };
         match result.into_result().map(usize::try_from) {
             Ok(Ok(length)) if length <= capacity => Ok(length),
             Ok(_) => Err(PluginError::new(ErrorCode::InternalOverflow, "the engine read more than was asked for")),
@@ -135,6 +181,29 @@ mod tests {
         assert_eq!(four, [0, 1, 2, 3]);
         let error = reader.read_exact_at(98, &mut four).unwrap_err();
         assert_eq!(error.code, ErrorCode::ParseFailed.number());
+    }
+
+    #[test]
+    fn each_file_is_read_by_itself() {
+        struct Three;
+        impl ReadImage for Three {
+            fn read_at(&self, _: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+                buffer.fill(9);
+                Ok(buffer.len())
+            }
+            fn read_file_at(&self, file: usize, _: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+                buffer.fill(file as u8);
+                Ok(buffer.len())
+            }
+        }
+        let reader = ImageReader::with_files(1, &[2, 3], &Three);
+        assert_eq!((reader.length(), reader.read_vec(0, 8).unwrap()), (1, vec![9]));
+        assert_eq!(reader.file_count(), 2);
+        let second = reader.file(1).unwrap();
+        assert_eq!((second.length(), second.read_vec(0, 8).unwrap()), (3, vec![1; 3]));
+        assert!(second.file(0).is_none() && reader.file(2).is_none());
+        let bytes = vec![0; 8];
+        assert_eq!(ImageReader::new(8, &bytes).file_count(), 0);
     }
 
     #[test]

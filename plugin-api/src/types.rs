@@ -26,6 +26,16 @@ impl PluginError {
     }
 }
 
+/// A file that an image has besides the one that it is named by.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct ImageFile {
+    /// The recorded name, as the bytes that stand in the image. Hostile: the engine decides whether it is followed.
+    pub name: RVec<u8>,
+    /// Whether the file may become longer in a commit: by as much as [`Verdict::max_length`] lets the image.
+    pub grows: bool,
+}
+
 /// What an image records about the image it is backed by.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
@@ -58,7 +68,8 @@ pub struct ImageFacts {
     pub virtual_size: u64,
     /// Cluster or grain size in bytes, 0 for a format without one.
     pub cluster_size: u64,
-    /// Length of the file in bytes when it was looked at.
+    /// Length of the file in bytes when it was looked at; of an image in several files, that of those that were open,
+    /// together.
     pub file_length: u64,
     /// The backing pointer, if there is one.
     pub backing: ROption<BackingPointer>,
@@ -117,8 +128,8 @@ pub struct Verdict {
     /// Why not: one clause that names the feature and what to do. With `ERROR_OK`, a warning for the operator, if it is
     /// not empty.
     pub reason: RString,
-    /// For [`CommitRole::Backing`]: the longest that the file may become in this commit, in bytes. The
-    /// engine ends a guest that asks for more. For [`CommitRole::Overlay`]: the same; 0 for no longer than it is.
+    /// For [`CommitRole::Backing`]: the longest that the file may become in this commit, in bytes; of an image in several
+    /// files, all together. The engine ends a guest that asks for more. For [`CommitRole::Overlay`]: the same; 0 for no longer than it is.
     pub max_length: u64,
 }
 

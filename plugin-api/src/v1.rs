@@ -10,7 +10,7 @@
 
 use crate::guard::guarded;
 use crate::{
-    CommitRole, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError,
+    CommitRole, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
     Verdict,
 };
 use abi_stable::library::RootModule;
@@ -50,6 +50,8 @@ pub struct PluginModuleV1 {
     pub manifest: extern "C" fn() -> RResult<PluginManifest, PluginError>,
     /// [`FormatPlugin::probe`].
     pub probe: extern "C" fn(image: &ImageReader<'_>) -> RResult<u32, PluginError>,
+    /// [`FormatPlugin::files`].
+    pub files: extern "C" fn(image: &ImageReader<'_>) -> RResult<RVec<ImageFile>, PluginError>,
     /// [`FormatPlugin::facts`].
     pub facts: extern "C" fn(image: &ImageReader<'_>) -> RResult<ImageFacts, PluginError>,
     /// [`FormatPlugin::verdict`].
@@ -75,6 +77,7 @@ impl PluginModuleV1 {
         Self {
             manifest: manifest::<P>,
             probe: probe::<P>,
+            files: files::<P>,
             facts: facts::<P>,
             verdict: verdict::<P>,
             guest_module: guest_module::<P>,
@@ -104,6 +107,10 @@ extern "C" fn manifest<P: FormatPlugin>() -> RResult<PluginManifest, PluginError
 
 extern "C" fn probe<P: FormatPlugin>(image: &ImageReader<'_>) -> RResult<u32, PluginError> {
     guarded(|| P::probe(image)).into()
+}
+
+extern "C" fn files<P: FormatPlugin>(image: &ImageReader<'_>) -> RResult<RVec<ImageFile>, PluginError> {
+    guarded(|| Ok(P::files(image)?.into())).into()
 }
 
 extern "C" fn facts<P: FormatPlugin>(image: &ImageReader<'_>) -> RResult<ImageFacts, PluginError> {

@@ -55,7 +55,7 @@ pub fn resolve_backing<'r>(
             let located = choice.gate.locate(&directory, &pointer.name).map_err(|error| {
                 not_allowed(path, &error, "name the backing with -b, or allow its directory with --allow-backing-dir")
             })?;
-            (OpenedFile::located(&located, Access::ReadWrite)?, Vec::new())
+            (OpenedFile::located(&located, Access::ReadWrite, ErrorCode::BackingNotFound)?, Vec::new())
         }
         Some(base) => open_base(registry, overlay, pointer, &directory.join(base), choice.gate)?,
     };
@@ -132,7 +132,7 @@ fn layers_above<'r>(
         let located = gate
             .locate(&opened.directory(), &pointer.name)
             .map_err(|error| not_allowed(&opened.path, &error, "allow its directory with --allow-backing-dir"))?;
-        let next = OpenedFile::located(&located, Access::ReadOnly)?;
+        let next = OpenedFile::located(&located, Access::ReadOnly, ErrorCode::BackingNotFound)?;
         if next.identity == wanted {
             return Ok(Some(between));
         }

@@ -34,7 +34,7 @@ pub fn discover_backing_chain<'r>(
         let located = gate
             .locate(&lowest.opened.directory(), &pointer.name)
             .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
-        let opened = OpenedFile::located(&located, Access::ReadOnly)?;
+        let opened = OpenedFile::located(&located, Access::ReadOnly, ErrorCode::BackingNotFound)?;
         if seen.contains(&opened.identity) {
             return Err(CliError::image(path, ErrorCode::ChainLoop, "the backing chain leads back to itself"));
         }

@@ -5,9 +5,11 @@
 
 mod base;
 mod discover;
+mod files;
 mod open;
 pub mod write_target;
 
 pub use base::{resolve_backing, BackingChoice, Target};
 pub use discover::discover_backing_chain;
+pub use files::{open_extra_files, ExtraFile, FilesOf};
 pub use open::{Access, ChainImage, Identity, OpenedFile};

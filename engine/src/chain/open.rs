@@ -1,5 +1,6 @@
 //! Opening an image of a chain: once, with the right mode; then it is locked, and its format found out.
 
+use super::files::ExtraFile;
 use super::write_target::Located;
 use crate::cli::escape::escape_path;
 use crate::cli::CliError;
@@ -51,6 +52,8 @@ pub struct ChainImage<'r> {
     pub plugin: &'r Plugin,
     /// What its header says.
     pub facts: ImageFacts,
+    /// Its other files, once they are open.
+    pub files: Vec<ExtraFile>,
 }
 
 /// How an image is opened.
@@ -87,8 +90,8 @@ impl OpenedFile {
     ///
     /// # Errors
     /// As [`OpenedFile::named`], and [`ErrorCode::WriteTargetNotAllowed`] if a link leads outside.
-    pub fn located(located: &Located, access: Access) -> Result<Self, CliError> {
-        Self::adopt(located.open(access.flags()), located.path(), access, ErrorCode::BackingNotFound)
+    pub fn located(located: &Located, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
+        Self::adopt(located.open(access.flags()), located.path(), access, missing)
     }
 
     fn adopt(opened: io::Result<File>, path: PathBuf, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
@@ -160,7 +163,7 @@ impl OpenedFile {
             let clause = format!("is said to be {}, but looks like {other}: name its real format", found.plugin.name());
             return Err(CliError::image(&self.path, ErrorCode::FormatMismatch, clause));
         }
-        Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts })
+        Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts, files: Vec::new() })
     }
 
     /// Find out the format of a file that an image is backed by, and whose format that image may record.

@@ -1,11 +1,15 @@
 //! What a failure in the guest means for the operator.
 
+use super::attach::DevicePaths;
 use crate::cli::CliError;
 use crate::devices::{Device, Devices};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+/// The overlay's slot.
+const OVERLAY: u32 = 0;
 
 /// A commit that failed in the guest, or a guest that was ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,9 +61,9 @@ pub struct Changed {
 impl Changed {
     /// What became of these devices.
     #[must_use]
-    pub fn of(devices: &Devices) -> Self {
-        let changed = |slot| devices.device(slot).is_some_and(Device::is_changed);
-        Self { overlay: changed(0), backing: changed(DEVICE_OUTPUT) }
+    pub fn of(devices: &Devices, paths: &DevicePaths) -> Self {
+        let changed = |number: u32| devices.device(number).is_some_and(Device::is_changed);
+        Self { overlay: paths.overlay().any(changed), backing: paths.backing().any(changed) }
     }
 
     /// The state of the files in one clause.
@@ -78,17 +82,17 @@ fn errno_text(errno: u32) -> String {
     text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
-/// The line for a failure: the file, what is wrong, in which state the files are, what to do. `paths` are those of the
-/// slots, the overlay first.
+/// The line for a failure: the file, what is wrong, in which state the files are, what to do.
 #[must_use]
-pub fn map_commit_error(failure: &GuestFailure, paths: &[PathBuf], backing: &Path, changed: Changed) -> CliError {
-    let overlay = paths.first().map_or(backing, PathBuf::as_path);
-    let path = match failure.device {
-        Some(DEVICE_OUTPUT) => backing,
-        Some(slot) => usize::try_from(slot).ok().and_then(|slot| paths.get(slot)).map_or(overlay, PathBuf::as_path),
-        None if side_is_backing(failure.code) => backing,
-        None => overlay,
+pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Changed) -> CliError {
+    let in_backing = failure.device.is_some_and(|device| paths.backing().any(|number| number == device));
+    let code = match failure.code {
+        // A driver does not know which image the files are of.
+        ErrorCode::OverlayIo if in_backing => ErrorCode::BackingIo,
+        code => code,
     };
+    let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
+    let path = failure.device.and_then(|device| paths.get(device)).or_else(|| paths.get(either)).unwrap_or(Path::new(""));
     let mut clause = failure.text.clone();
     if failure.errno != 0 {
         clause = format!("{clause}: {}", errno_text(failure.errno));
@@ -97,8 +101,8 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &[PathBuf], backing: &Pat
         clause = format!("{clause} (offset {offset})");
     }
     let state = changed.clause();
-    let advice = advice(failure.code).map_or(String::new(), |advice| format!("; {advice}"));
-    CliError::image(path, failure.code, format!("{clause}; {state}{advice}"))
+    let advice = advice(code).map_or(String::new(), |advice| format!("; {advice}"));
+    CliError::image(path, code, format!("{clause}; {state}{advice}"))
 }
 
 /// Whether a failure without a device is about the backing.
@@ -194,6 +198,13 @@ fn advice(code: ErrorCode) -> Option<&'static str> {
 mod tests {
     use super::*;
 
+    fn paths(names: &[(u32, &str)]) -> DevicePaths {
+        DevicePaths {
+            by_device: names.iter().map(|&(number, name)| (number, name.into())).collect(),
+            ..DevicePaths::default()
+        }
+    }
+
     fn failure(code: ErrorCode, device: Option<u32>, step: &str) -> GuestFailure {
         GuestFailure {
             code,
@@ -207,13 +218,12 @@ mod tests {
 
     #[test]
     fn every_code_becomes_one_line_that_names_a_file() {
-        let paths = [PathBuf::from("over\nlay"), PathBuf::from("below")];
+        let paths = paths(&[(0, "over\nlay"), (1, "below"), (DEVICE_OUTPUT, "base")]);
         for &code in ErrorCode::ALL {
             for device in [None, Some(0), Some(1), Some(DEVICE_OUTPUT), Some(77)] {
                 let error = map_commit_error(
                     &failure(code, device, "write"),
                     &paths,
-                    Path::new("base"),
                     Changed { overlay: false, backing: true },
                 );
                 assert_eq!(error.code, code);
@@ -226,10 +236,10 @@ mod tests {
 
     #[test]
     fn the_line_names_device_offset_errno_and_state() {
-        let paths = [PathBuf::from("overlay")];
+        let paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base")]);
         let line = |device, overlay, backing| {
             let failure = failure(ErrorCode::NoSpace, Some(device), "write");
-            map_commit_error(&failure, &paths, Path::new("base"), Changed { overlay, backing }).message
+            map_commit_error(&failure, &paths, Changed { overlay, backing }).message
         };
         let written = line(DEVICE_OUTPUT, false, true);
         for word in ["'base'", "offset 4096", "No space left on device", "overlay is intact", "again finishes"] {
@@ -238,6 +248,17 @@ mod tests {
         assert!(!written.contains("os error"), "{written}");
         assert!(line(0, false, false).contains("nothing was changed"));
         assert!(line(0, true, true).contains("backing is complete"));
+    }
+
+    #[test]
+    fn a_file_of_the_backing_is_the_backings() {
+        let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base"), (17, "first"), (18, "second")]);
+        paths.backing_files = 18..19;
+        let error = |device| {
+            map_commit_error(&failure(ErrorCode::OverlayIo, Some(device), "write"), &paths, Changed::default())
+        };
+        assert_eq!((error(17).code, error(18).code), (ErrorCode::OverlayIo, ErrorCode::BackingIo));
+        assert!(error(17).message.contains("'first'") && error(18).message.contains("'second'"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Everything up to [`run_commit_guest`] only looks: a commit that is refused on the way leaves both files
 //! byte-identical. So does one that the guest refuses in its steps "check" and "plan".
 
+mod attach;
 mod error;
 mod guest;
 mod handler;
@@ -11,15 +12,19 @@ mod progress;
 mod render;
 mod timing;
 
+pub use attach::{open_chain_devices_rw, ChainDevices, DevicePaths};
 pub use error::{map_commit_error, Changed, GuestFailure};
-pub use guest::{open_chain_devices_rw, run_commit_guest, GuestOptions, GuestRun};
+pub use guest::{run_commit_guest, GuestOptions, GuestRun};
 pub use render::{
     render_commit_error, render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings,
 };
 pub use timing::Timing;
 
 use crate::chain::write_target::Gate;
-use crate::chain::{discover_backing_chain, resolve_backing, Access, BackingChoice, ChainImage, OpenedFile, Target};
+use crate::chain::{
+    discover_backing_chain, open_extra_files, resolve_backing, Access, BackingChoice, ChainImage, FilesOf, OpenedFile,
+    Target,
+};
 use crate::cli::escape::escape_path;
 use crate::cli::CliError;
 use crate::devices::Cache;
@@ -119,16 +124,21 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     note_plugins(&registry, notes);
     timing.mark("plugins loaded");
 
-    let overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
+    let mut overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
     note_image("overlay", &overlay, notes);
     let choice = BackingChoice { base: request.base.as_deref(), gate: &gate };
     let target = resolve_backing(&registry, &overlay, choice)?;
     target.between.iter().for_each(|layer| note_image("merged, too", layer, notes));
     note_image("backing", &target.backing, notes);
     // Where the overlay's own backing may lie, that backing's ancestors may, too.
-    let gate = gate.with(&overlay.opened.directory());
-    let ancestors = discover_backing_chain(&registry, &overlay, &target, &gate)?;
-    let Target { backing, between } = target;
+    let below = gate.with(&overlay.opened.directory());
+    let mut ancestors = discover_backing_chain(&registry, &overlay, &target, &below)?;
+    let Target { mut backing, mut between } = target;
+    let mut images = vec![FilesOf { image: &mut overlay, access: Access::ReadWrite, gate: &gate }];
+    images.push(FilesOf { image: &mut backing, access: Access::ReadWrite, gate: &below });
+    let only_read = between.iter_mut().chain(&mut ancestors);
+    images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, gate: &below }));
+    open_extra_files(&mut images)?;
     ancestors.iter().for_each(|ancestor| note_image("below it", ancestor, notes));
     notes.push(
         "confinement: the metadata is handled in the virtual machine; the host process itself is not confined yet"

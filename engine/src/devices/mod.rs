@@ -21,7 +21,7 @@ use crate::vm::{BadRequest, BufferAccess};
 use check::check;
 use copy::Copier;
 use direct::Direct;
-use instar_guest_abi::{request_flags, request_status, Request, RequestOp, DEVICE_OUTPUT, MAX_CHAIN_DEVICES};
+use instar_guest_abi::{request_flags, request_status, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES};
 use merge::Batch;
 use std::fs::File;
 use std::io;
@@ -130,10 +130,13 @@ impl Cache {
     }
 }
 
+/// One more than the highest number of a device.
+const MAX_DEVICES: usize = FIRST_FILE_DEVICE as usize + MAX_FILE_DEVICES;
+
 /// The devices of a chain.
 #[derive(Debug, Default)]
 pub struct Devices {
-    slots: [Option<Device>; MAX_CHAIN_DEVICES + 1],
+    slots: Vec<Option<Device>>,
     copier: Copier,
     pace: Pace,
     cache: Cache,
@@ -152,11 +155,18 @@ impl Devices {
         Self::default()
     }
 
-    /// Attach a device at a slot: 0 to [`MAX_CHAIN_DEVICES`] - 1, or [`DEVICE_OUTPUT`]. Others are ignored.
-    pub fn attach(&mut self, slot: u32, device: Device) {
-        debug_assert!(slot <= DEVICE_OUTPUT);
-        if let Some(place) = self.slots.get_mut(index(slot)) {
-            *place = Some(device);
+    /// Attach a device under a number below [`FIRST_FILE_DEVICE`] + [`MAX_FILE_DEVICES`]. Others are ignored.
+    pub fn attach(&mut self, number: u32, device: Device) {
+        let place = index(number);
+        debug_assert!(place < MAX_DEVICES);
+        if place >= MAX_DEVICES {
+            return;
+        }
+        if place >= self.slots.len() {
+            self.slots.resize_with(place + 1, || None);
+        }
+        if let Some(slot) = self.slots.get_mut(place) {
+            *slot = Some(device);
         }
     }
 

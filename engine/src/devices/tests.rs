@@ -2,6 +2,7 @@
 
 use super::lock::{lock_read_only, lock_read_write};
 use super::*;
+use instar_guest_abi::DEVICE_OUTPUT;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use tempfile::NamedTempFile;
 use vm_memory::VolatileSlice;

@@ -1,6 +1,6 @@
 //! The engine's side of the reader that plugins get: bounded, and with a memory for I/O errors.
 
-use super::ImageRead;
+use super::{ImageFiles, ImageRead};
 use instar_plugin_api::{ErrorCode, PluginError, ReadImage, READ_BUDGET};
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -10,15 +10,15 @@ const LEAST_COST: u64 = 512;
 
 /// One call's view of an image.
 pub struct BudgetedReader<'a> {
-    image: &'a dyn ImageRead,
+    files: ImageFiles<'a>,
     left: Cell<u64>,
     failure: RefCell<Option<(u64, io::Error)>>,
 }
 
 impl<'a> BudgetedReader<'a> {
     /// A view that lets [`READ_BUDGET`] bytes be read.
-    pub fn new(image: &'a dyn ImageRead) -> Self {
-        Self { image, left: Cell::new(READ_BUDGET), failure: RefCell::new(None) }
+    pub fn new(files: ImageFiles<'a>) -> Self {
+        Self { files, left: Cell::new(READ_BUDGET), failure: RefCell::new(None) }
     }
 
     /// The first I/O error, with its byte offset, if there was one.
@@ -27,21 +27,34 @@ impl<'a> BudgetedReader<'a> {
     }
 }
 
-impl ReadImage for BudgetedReader<'_> {
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+impl BudgetedReader<'_> {
+    fn read(&self, image: &dyn ImageRead, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
         let cost = (buffer.len() as u64).max(LEAST_COST);
         let Some(left) = self.left.get().checked_sub(cost) else {
             let message = format!("the plugin read more than {READ_BUDGET} bytes in one call");
             return Err(PluginError::new(ErrorCode::ScratchTooSmall, message));
         };
         self.left.set(left);
-        self.image.read_at(offset, buffer).map_err(|error| {
+        image.read_at(offset, buffer).map_err(|error| {
             let message = format!("reading at byte {offset} failed: {error}");
             if let Ok(mut slot) = self.failure.try_borrow_mut() {
                 slot.get_or_insert((offset, error));
             }
             PluginError::new(ErrorCode::OverlayIo, message)
         })
+    }
+}
+
+impl ReadImage for BudgetedReader<'_> {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+        self.read(self.files.first, offset, buffer)
+    }
+
+    fn read_file_at(&self, file: usize, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+        match self.files.others.get(file) {
+            Some(&image) => self.read(image, offset, buffer),
+            None => Err(PluginError::new(ErrorCode::InternalOverflow, format!("the image has no open file {file}"))),
+        }
     }
 }
 
@@ -65,18 +78,18 @@ mod tests {
 
     #[test]
     fn bytes_and_reads_are_bounded() {
-        let reader = BudgetedReader::new(&Endless);
+        let reader = BudgetedReader::new(ImageFiles::one(&Endless));
         let mut large = vec![0; 5 << 20];
         assert!(reader.read_at(0, &mut large).is_ok());
         assert!(reader.read_at(0, &mut large).is_err());
-        let reader = BudgetedReader::new(&Endless);
+        let reader = BudgetedReader::new(ImageFiles::one(&Endless));
         let count = (0..1_000_000).take_while(|_| reader.read_at(0, &mut [0]).is_ok()).count();
         assert_eq!(count as u64, READ_BUDGET / LEAST_COST);
     }
 
     #[test]
     fn the_first_io_error_is_kept() {
-        let reader = BudgetedReader::new(&Endless);
+        let reader = BudgetedReader::new(ImageFiles::one(&Endless));
         assert!(reader.read_at(13, &mut [0]).is_err());
         let (offset, error) = reader.into_failure().unwrap();
         assert_eq!((offset, error.raw_os_error()), (13, Some(5)));

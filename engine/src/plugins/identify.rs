@@ -1,6 +1,6 @@
 //! Which format an image is of.
 
-use super::{ImageRead, Plugin, PluginFailure, Registry};
+use super::{ImageFiles, ImageRead, Plugin, PluginFailure, Registry};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{ImageFacts, PROBE_ANYTHING, PROBE_NO};
 use std::path::PathBuf;
@@ -82,7 +82,7 @@ impl Registry {
             Some(hint) => self.by_hint(image, hint)?,
             None => (self.by_content(image)?, None),
         };
-        let facts = plugin.facts(image).map_err(IdentifyError::Plugin)?;
+        let facts = plugin.facts(ImageFiles::one(image)).map_err(IdentifyError::Plugin)?;
         Ok(Identified { plugin, facts, looks_like })
     }
 

@@ -6,7 +6,7 @@
 use abi_stable::library::LibHeader;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Ref, INTERFACE_NAME};
 use instar_plugin_api::{
-    version, CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageReader, PluginError, Verdict,
+    version, CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict,
     API_VERSION,
 };
 
@@ -61,6 +61,13 @@ impl Interface {
     pub fn probe(self, image: &ImageReader<'_>) -> Result<u32, PluginError> {
         match self {
             Self::V1(module) => module.probe()(image).into_result(),
+        }
+    }
+
+    /// The files of an image besides the one that it is named by.
+    pub fn files(self, image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
+        match self {
+            Self::V1(module) => module.files()(image).into_result().map(Into::into),
         }
     }
 

@@ -21,7 +21,7 @@ pub use failure::PluginFailure;
 pub use file_image::FileImage;
 pub use identify::{Identified, IdentifyError};
 pub use plugin::Plugin;
-pub use reader::ImageRead;
+pub use reader::{ImageFiles, ImageRead};
 pub use registry::{Registry, Skipped};
 pub use search::{is_elevated, SearchPath, FILE_PREFIX, FILE_SUFFIX, PATH_VARIABLE};
 pub use trust::TrustedDirectory;

@@ -2,11 +2,11 @@
 
 use super::budget::BudgetedReader;
 use super::library::{Candidate, LoadedLibrary};
-use super::{ImageRead, PluginFailure};
+use super::{ImageFiles, ImageRead, PluginFailure};
 use instar_guest_abi::{ErrorCode, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
-    CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageReader, PluginError, Verdict, PROBE_CERTAIN,
+    CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict, PROBE_CERTAIN,
     ROLE_SINK, ROLE_SOURCE,
 };
 use std::path::{Path, PathBuf};
@@ -109,23 +109,32 @@ impl Plugin {
     /// # Errors
     /// When the image cannot be read, or the plugin is faulty.
     pub fn probe(&self, image: &dyn ImageRead) -> Result<u32, PluginFailure> {
-        let score = self.with_reader(image, |reader| self.library.interface.probe(reader))?;
+        let score = self.with_reader(ImageFiles::one(image), |reader| self.library.interface.probe(reader))?;
         if score > PROBE_CERTAIN {
             return Err(self.faulty(format!("its probe scored {score} of {PROBE_CERTAIN}")));
         }
         Ok(score)
     }
 
+    /// The files that an image has besides the one that it is named by.
+    ///
+    /// # Errors
+    /// As [`facts`](Self::facts).
+    pub fn files(&self, image: &dyn ImageRead) -> Result<Vec<ImageFile>, PluginFailure> {
+        self.with_reader(ImageFiles::one(image), |reader| self.library.interface.files(reader))
+    }
+
     /// What the header of an image says.
     ///
     /// # Errors
     /// When the image cannot be read or makes no sense, or the plugin is faulty.
-    pub fn facts(&self, image: &dyn ImageRead) -> Result<ImageFacts, PluginFailure> {
+    pub fn facts(&self, image: ImageFiles<'_>) -> Result<ImageFacts, PluginFailure> {
         let facts = self.with_reader(image, |reader| self.library.interface.facts(reader))?;
         if facts.format.as_str() != self.name() {
             return Err(self.faulty(format!("it reports the format {:?}", facts.format.as_str())));
         }
-        if facts.file_length != image.length() {
+        let lengths = std::iter::once(&image.first).chain(image.others).map(|file| file.length());
+        if facts.file_length != lengths.fold(0, u64::saturating_add) {
             return Err(self.faulty("it reports another file length than the file has".to_owned()));
         }
         if facts.virtual_size > i64::MAX as u64 {
@@ -172,11 +181,12 @@ impl Plugin {
 
     fn with_reader<T>(
         &self,
-        image: &dyn ImageRead,
+        image: ImageFiles<'_>,
         call: impl FnOnce(&ImageReader<'_>) -> Result<T, PluginError>,
     ) -> Result<T, PluginFailure> {
         let source = BudgetedReader::new(image);
-        let result = call(&ImageReader::new(image.length(), &source));
+        let others: Vec<u64> = image.others.iter().map(|file| file.length()).collect();
+        let result = call(&ImageReader::with_files(image.first.length(), &others, &source));
         match (result, source.into_failure()) {
             // A plugin that goes on after a failed read has not seen the image: its answer does not count.
             (_, Some((offset, source))) => Err(PluginFailure::Io { offset, source }),

@@ -9,7 +9,7 @@ use super::spec::{ModuleSpec, VmSpec};
 use super::system;
 use instar_guest_abi::{
     CommitConfig, ModuleEntry, ModuleTable, CHAIN_CONFIG_ADDR, CHAIN_CONFIG_MAGIC, COMMIT_CONFIG_MAGIC, CONFIG_END,
-    GUEST_MEMORY_SIZE, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE, MODULES_ADDR, MODULE_ABI_MAJOR, MODULE_TABLE_ADDR,
+    FILE_TABLE_ADDR, GUEST_MEMORY_SIZE, MAX_FILE_DEVICES, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE, MODULES_ADDR, MODULE_ABI_MAJOR, MODULE_TABLE_ADDR,
     MODULE_TABLE_MAGIC, OPERATION_CONFIG_ADDR, PAGE_SIZE, PAGE_TABLES_ADDR, RING_ADDR, RING_SIZE, STACK_SIZE,
     STACK_TOP, SYSTEM_ADDR,
 };
@@ -88,7 +88,9 @@ pub fn fill(ram: &GuestRam, spec: &VmSpec<'_>) -> Result<Layout, VmError> {
         && ram.write(PAGE_TABLES_ADDR, &tables.bytes())
         && write_plain(ram, OPERATION_CONFIG_ADDR, config)
         && write_plain(ram, CHAIN_CONFIG_ADDR, chain)
-        && write_plain(ram, MODULE_TABLE_ADDR, table);
+        && write_plain(ram, MODULE_TABLE_ADDR, table)
+        && spec.files.len() <= MAX_FILE_DEVICES
+        && ram.write(FILE_TABLE_ADDR, bytes(&spec.files));
     let entry = table.entries.first().map_or(0, |core| core.entry);
     if fits {
         Ok(Layout { entry, heap, modules })
@@ -177,7 +179,7 @@ mod tests {
                 (0x1000..0x2000, Rights::SYSTEM_READ),
                 (0x2000..0x3000, Rights::SYSTEM_CODE),
                 (0x4000..0x5000, Rights::SYSTEM_DATA),
-                (0x4_0000..0x4_4000, Rights::READ),
+                (0x4_0000..0x4_7000, Rights::READ),
                 (0x5_0000..0x5_8000, Rights::DATA),
                 (0x6_0000..0x6_4000, Rights::DATA),
                 (0x8_0000..0x10_0000, Rights::DATA),

@@ -1,6 +1,6 @@
 //! Structures shared with the guest, as bytes.
 
-use instar_guest_abi::{ChainConfig, CommitConfig, ModuleTable, Request};
+use instar_guest_abi::{ChainConfig, CommitConfig, FileDevice, ModuleTable, Request};
 
 /// A type that is its bytes.
 ///
@@ -12,13 +12,16 @@ pub unsafe trait Plain: Copy {}
 unsafe impl Plain for CommitConfig {}
 // SAFETY: as above.
 unsafe impl Plain for ChainConfig {}
+// SAFETY: as above.
+unsafe impl Plain for FileDevice {}
 // SAFETY: as above, and bytes in a multiple of 8.
 unsafe impl Plain for ModuleTable {}
 // SAFETY: as above.
 unsafe impl Plain for Request {}
 
 const _: () = assert!(size_of::<CommitConfig>() == 8 + 2 * 4 + 2 * 8);
-const _: () = assert!(size_of::<ChainConfig>() == 8 + 2 * 4 + 17 * (4 * 4 + 4 * 8));
+const _: () = assert!(size_of::<ChainConfig>() == 8 + 2 * 4 + 17 * (4 * 4 + 6 * 8));
+const _: () = assert!(size_of::<FileDevice>() == 2 * 4 + 2 * 8);
 const _: () = assert!(size_of::<ModuleTable>() == 8 + 2 * 4 + 16 * (3 * 8 + 32));
 
 /// The bytes of `values`.

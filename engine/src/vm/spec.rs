@@ -1,6 +1,6 @@
 //! What to run, and what came of it.
 
-use instar_guest_abi::ChainConfig;
+use instar_guest_abi::{ChainConfig, FileDevice};
 use std::time::Duration;
 
 static CORE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/core-module.elf"));
@@ -22,6 +22,9 @@ pub struct VmSpec<'a> {
     pub flags: u32,
     /// The devices. A device's `module` is 2 plus the index of its format in `modules`.
     pub chain: ChainConfig,
+    /// The other files of the images, written at [`FILE_TABLE_ADDR`](instar_guest_abi::FILE_TABLE_ADDR), where the
+    /// devices' lists lie; [`MAX_FILE_DEVICES`](instar_guest_abi::MAX_FILE_DEVICES) at most.
+    pub files: Vec<FileDevice>,
     /// The formats in play.
     pub modules: Vec<ModuleSpec<'a>>,
     /// How long the guest may run without asking for anything, in processor time; default 30 seconds.
@@ -39,7 +42,15 @@ impl<'a> VmSpec<'a> {
     /// A commit with the engine's own core and operation.
     #[must_use]
     pub fn new(flags: u32, chain: ChainConfig, modules: Vec<ModuleSpec<'a>>) -> Self {
-        Self { flags, chain, modules, stall_limit: Duration::from_secs(30), core: CORE, operation: COMMIT }
+        Self {
+            flags,
+            chain,
+            files: Vec::new(),
+            modules,
+            stall_limit: Duration::from_secs(30),
+            core: CORE,
+            operation: COMMIT,
+        }
     }
 
     /// Another core, for tests of hostile guests.

@@ -7,6 +7,12 @@ pub const MAX_CHAIN_DEVICES: usize = 16;
 pub const DEVICE_OUTPUT: u32 = 16;
 const _: () = assert!(DEVICE_OUTPUT as usize == MAX_CHAIN_DEVICES);
 
+/// How many files the images of a chain may have together besides the one that each is named by.
+pub const MAX_FILE_DEVICES: usize = 512;
+
+/// The device number of the first of those files.
+pub const FIRST_FILE_DEVICE: u32 = DEVICE_OUTPUT + 1;
+
 /// How many modules the host loads at most: core, the operation, and the formats in play.
 pub const MAX_MODULES: usize = 16;
 
@@ -74,6 +80,58 @@ pub struct DeviceConfig {
     pub virtual_size: u64,
     /// Cluster (or grain) size in bytes as the host half saw it, 0 for formats without one; checked likewise.
     pub cluster_size: u64,
+    /// The other files of the image, in the order in which the host half named them.
+    pub files: FileList,
+}
+
+/// One of the other files of an image: a device of its own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileDevice {
+    /// Bits of [`device_flags`].
+    pub flags: u32,
+    /// The device number to use in requests.
+    pub device: u32,
+    /// Length of the file or device in bytes when the host opened it.
+    pub file_length: u64,
+    /// The longest that the file may become in bytes; the host ends a guest that asks for more.
+    pub max_length: u64,
+}
+
+/// A list of [`FileDevice`]s that lives as long as the guest. The default is an empty one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FileList {
+    address: u64,
+    count: u64,
+}
+
+impl FileList {
+    /// The files of a list that is never freed.
+    #[must_use]
+    pub fn of(files: &'static [FileDevice]) -> Self {
+        Self { address: files.as_ptr() as u64, count: files.len() as u64 }
+    }
+
+    /// The `count` files that stand at `address` of the memory in which the list is looked at.
+    ///
+    /// # Safety
+    /// They stand there, and do not change, as long as anything looks at the list.
+    #[must_use]
+    pub const unsafe fn at(address: u64, count: u64) -> Self {
+        Self { address, count }
+    }
+
+    /// The files.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, reason = "built for 64 bits only")]
+    pub fn as_slice(&self) -> &'static [FileDevice] {
+        if self.count == 0 {
+            return &[];
+        }
+        // SAFETY: the two ways to make a list that is not empty promise it.
+        unsafe { core::slice::from_raw_parts(self.address as *const FileDevice, self.count as usize) }
+    }
 }
 
 /// Written by the host at [`CHAIN_CONFIG_ADDR`](crate::CHAIN_CONFIG_ADDR).
@@ -128,3 +186,6 @@ pub struct ModuleTable {
 const _: () = assert!(core::mem::size_of::<CommitConfig>() as u64 <= crate::PAGE_SIZE);
 const _: () = assert!(core::mem::size_of::<ChainConfig>() as u64 <= 2 * crate::PAGE_SIZE);
 const _: () = assert!(core::mem::size_of::<ModuleTable>() as u64 <= crate::PAGE_SIZE);
+const _: () = assert!(
+    (core::mem::size_of::<FileDevice>() * MAX_FILE_DEVICES) as u64 <= crate::CONFIG_END - crate::FILE_TABLE_ADDR
+);

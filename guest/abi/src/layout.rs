@@ -25,8 +25,10 @@ pub const OPERATION_CONFIG_ADDR: u64 = 0x4_0000;
 pub const CHAIN_CONFIG_ADDR: u64 = 0x4_1000;
 /// [`ModuleTable`](crate::ModuleTable), read-only to the guest.
 pub const MODULE_TABLE_ADDR: u64 = 0x4_3000;
+/// The [`FileDevice`](crate::FileDevice)s of all images, read-only to the guest.
+pub const FILE_TABLE_ADDR: u64 = 0x4_4000;
 /// End of the read-only configuration area.
-pub const CONFIG_END: u64 = 0x4_4000;
+pub const CONFIG_END: u64 = 0x4_7000;
 
 /// The request [`Ring`](crate::Ring), read-write.
 pub const RING_ADDR: u64 = 0x5_0000;

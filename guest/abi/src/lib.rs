@@ -17,8 +17,9 @@ mod ring;
 pub use call_table::CallTable;
 pub use config::{commit_flags, device_flags};
 pub use config::{
-    ChainConfig, CommitConfig, DeviceConfig, ModuleEntry, ModuleTable, CHAIN_CONFIG_MAGIC, COMMIT_CONFIG_MAGIC,
-    DEVICE_OUTPUT, MAX_CHAIN_DEVICES, MAX_MODULES, MODULE_TABLE_MAGIC,
+    ChainConfig, CommitConfig, DeviceConfig, FileDevice, FileList, ModuleEntry, ModuleTable, CHAIN_CONFIG_MAGIC,
+    COMMIT_CONFIG_MAGIC, DEVICE_OUTPUT, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES, MAX_FILE_DEVICES, MAX_MODULES,
+    MODULE_TABLE_MAGIC,
 };
 pub use error::*;
 pub use layout::*;

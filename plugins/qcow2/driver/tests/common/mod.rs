@@ -31,11 +31,11 @@ pub fn config(io: &MemoryDevices, device: u32) -> DeviceConfig {
         flags: device_flags::PRESENT | device_flags::WRITABLE,
         device,
         module: 2,
-        reserved: 0,
         file_length: file.len() as u64,
         max_length: i64::MAX as u64,
         virtual_size: be64(file, 24),
         cluster_size: 1 << be32(file, 20),
+        ..DeviceConfig::default()
     }
 }
 

@@ -1,0 +1,71 @@
+//! The other files of images in several files: opened like the images themselves, before anything else is asked of them.
+
+use super::base::not_allowed;
+use super::open::{Access, ChainImage, Identity, OpenedFile};
+use super::write_target::Gate;
+use crate::cli::CliError;
+use crate::plugins::{IdentifyError, ImageFiles, ImageRead};
+use instar_guest_abi::{ErrorCode, MAX_FILE_DEVICES};
+
+/// A file of an image that has several.
+#[derive(Debug)]
+pub struct ExtraFile {
+    /// The open file.
+    pub opened: OpenedFile,
+    /// It may become longer in a commit.
+    pub grows: bool,
+}
+
+/// An image of the chain, how it is used, and where the names of its files may lead.
+pub struct FilesOf<'i, 'r, 'g> {
+    /// The image.
+    pub image: &'i mut ChainImage<'r>,
+    /// How its files are opened.
+    pub access: Access,
+    /// The gate for their names.
+    pub gate: &'g Gate,
+}
+
+/// Open the other files of these images, lock them, and ask for the facts again where there are any. No file may be there
+/// twice: it would be written behind the back of the image that reads it.
+///
+/// # Errors
+/// [`ErrorCode::WriteTargetNotAllowed`], [`ErrorCode::UnsupportedFormat`] for too many files, [`ErrorCode::ChainLoop`] for
+/// one that is there twice, and what opening gives.
+pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), CliError> {
+    let mut seen: Vec<Identity> = images.iter().map(|of| of.image.opened.identity).collect();
+    for FilesOf { image, access, gate } in images {
+        let path = &image.opened.path;
+        let failed = |error| CliError::identify(path, &IdentifyError::Plugin(error));
+        let named = image.plugin.files(&image.opened.file).map_err(failed)?;
+        if named.is_empty() {
+            continue;
+        }
+        if seen.len().saturating_add(named.len()) > MAX_FILE_DEVICES {
+            let clause = format!("the chain has more files than the {MAX_FILE_DEVICES} that are supported: convert it");
+            return Err(CliError::image(path, ErrorCode::UnsupportedFormat, clause));
+        }
+        let directory = image.opened.directory();
+        for file in named {
+            let located = gate
+                .locate(&directory, &file.name)
+                .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
+            let opened = OpenedFile::located(&located, *access, ErrorCode::OpenFailed)?.lock(*access)?;
+            if seen.contains(&opened.identity) {
+                let clause = "is used twice in this chain: each file can be part of one image, once";
+                return Err(CliError::image(&opened.path, ErrorCode::ChainLoop, clause));
+            }
+            seen.push(opened.identity);
+            image.files.push(ExtraFile { opened, grows: file.grows });
+        }
+        let others: Vec<&dyn ImageRead> = image.files.iter().map(|file| &file.opened.file as &dyn ImageRead).collect();
+        let files = ImageFiles { first: &image.opened.file, others: &others };
+        let facts = image.plugin.facts(files).map_err(failed)?;
+        if facts.backing != image.facts.backing {
+            let clause = "was changed while it was looked at: make sure that nothing else writes to it";
+            return Err(CliError::image(path, ErrorCode::HeaderMismatch, clause));
+        }
+        image.facts = facts;
+    }
+    Ok(())
+}

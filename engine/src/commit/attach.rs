@@ -1,0 +1,170 @@
+//! The images of a chain as devices: which number each of their files has, how long it may become, and its path.
+
+use crate::chain::{ChainImage, OpenedFile};
+use crate::cli::CliError;
+use crate::devices::{Device, Devices};
+use crate::plugins::{ImageRead, Plugin};
+use crate::vm::FIRST_FORMAT;
+use instar_guest_abi::{
+    device_flags, ChainConfig, DeviceConfig, ErrorCode, FileDevice, FileList, CHAIN_CONFIG_MAGIC, DEVICE_OUTPUT,
+    FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
+};
+use instar_plugin_api::CommitRole;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Which file a device is, and of which image.
+#[derive(Debug, Default)]
+pub struct DevicePaths {
+    pub(super) by_device: BTreeMap<u32, PathBuf>,
+    pub(super) overlay_files: Range<u32>,
+    pub(super) backing_files: Range<u32>,
+}
+
+impl DevicePaths {
+    /// The path of a device's file.
+    #[must_use]
+    pub fn get(&self, device: u32) -> Option<&Path> {
+        self.by_device.get(&device).map(PathBuf::as_path)
+    }
+
+    /// The devices of the overlay.
+    pub fn overlay(&self) -> impl Iterator<Item = u32> {
+        std::iter::once(0).chain(self.overlay_files.clone())
+    }
+
+    /// The devices of the backing.
+    pub fn backing(&self) -> impl Iterator<Item = u32> {
+        std::iter::once(DEVICE_OUTPUT).chain(self.backing_files.clone())
+    }
+}
+
+/// The images of a chain as the guest gets them.
+#[derive(Default)]
+pub struct ChainDevices<'r> {
+    /// The devices.
+    pub devices: Devices,
+    /// What the guest is told of them.
+    pub chain: ChainConfig,
+    /// What it is told of the other files of the images.
+    pub files: Vec<FileDevice>,
+    /// The plugins in play, in the order of their modules.
+    pub plugins: Vec<&'r Plugin>,
+    /// Which file each device is.
+    pub paths: DevicePaths,
+}
+
+/// Attach the images as devices, opened before: slot 0 is the overlay, the slots after it are the layers below it, and
+/// `output` is the output device; other files of the images follow. Only the slots in `rw_slots` and the output may be
+/// written, with their files.
+///
+/// # Errors
+/// [`ErrorCode::ChainTooDeep`].
+pub fn open_chain_devices_rw<'r>(
+    slots: Vec<ChainImage<'r>>,
+    output: ChainImage<'r>,
+    rw_slots: &[usize],
+    max_length: u64,
+) -> Result<ChainDevices<'r>, CliError> {
+    let mut all = ChainDevices::default();
+    if slots.len() > MAX_CHAIN_DEVICES {
+        let clause = format!("the chain has more than {MAX_CHAIN_DEVICES} layers");
+        return Err(CliError::image(&output.opened.path, ErrorCode::ChainTooDeep, clause));
+    }
+    (all.chain.magic, all.chain.merge_count) = (CHAIN_CONFIG_MAGIC, 1);
+    all.chain.count = u32::try_from(slots.len()).unwrap_or(u32::MAX);
+    for (index, image) in slots.into_iter().enumerate() {
+        let slot = u32::try_from(index).unwrap_or(u32::MAX);
+        let writable = rw_slots.contains(&index);
+        // An overlay is only emptied, but a plugin that has to repair it first may need more than it has.
+        let longest = if writable {
+            image.plugin.verdict(CommitRole::Overlay, &image.facts, &output.facts).max_length
+        } else {
+            0
+        };
+        let (config, files) = all.attach(slot, image, writable, longest);
+        all.chain.devices[index] = config;
+        if slot == 0 {
+            all.paths.overlay_files = files;
+        }
+    }
+    let (config, files) = all.attach(DEVICE_OUTPUT, output, true, max_length);
+    (all.chain.output, all.paths.backing_files) = (config, files);
+    Ok(all)
+}
+
+impl<'r> ChainDevices<'r> {
+    /// Attach an image under this number, and its files under the next ones that are free, which are returned. It may
+    /// become `longest` bytes long at most, all its files together.
+    fn attach(
+        &mut self,
+        number: u32,
+        image: ChainImage<'r>,
+        writable: bool,
+        longest: u64,
+    ) -> (DeviceConfig, Range<u32>) {
+        let ChainImage { opened, plugin, facts, files } = image;
+        let growth = if writable { longest.saturating_sub(facts.file_length) } else { 0 };
+        let unit = facts.cluster_size;
+        let first = self.files.len();
+        for file in files {
+            let number = FIRST_FILE_DEVICE + u32::try_from(self.files.len()).unwrap_or(u32::MAX - FIRST_FILE_DEVICE);
+            let room = file.grows.then_some((growth, unit));
+            let device = self.attach_file(number, file.opened, writable, room);
+            self.files.push(device);
+        }
+        let main = self.attach_file(number, opened, writable, Some((growth, unit)));
+        let count = self.files.len() - first;
+        let address = FILE_TABLE_ADDR + (first * size_of::<FileDevice>()) as u64;
+        let config = DeviceConfig {
+            flags: main.flags,
+            device: number,
+            module: self.module(plugin),
+            reserved: 0,
+            file_length: main.file_length,
+            max_length: main.max_length,
+            virtual_size: facts.virtual_size,
+            cluster_size: facts.cluster_size,
+            // SAFETY: the list stands there in the guest's memory, read-only to it; nothing looks at it here.
+            files: unsafe { FileList::at(address, count as u64) },
+        };
+        let number = |index: usize| FIRST_FILE_DEVICE + u32::try_from(index).unwrap_or(0);
+        (config, number(first)..number(first + count))
+    }
+
+    /// Attach one file. `room`: by how many bytes it may grow, and the unit in which it does: the rest of its last cluster,
+    /// if that was cut short, is always granted.
+    fn attach_file(
+        &mut self,
+        number: u32,
+        opened: OpenedFile,
+        writable: bool,
+        room: Option<(u64, u64)>,
+    ) -> FileDevice {
+        let mut flags = device_flags::PRESENT;
+        flags |= if writable { device_flags::WRITABLE } else { 0 };
+        flags |= if opened.block_device { device_flags::FIXED_LENGTH } else { 0 };
+        let file_length = opened.file.length();
+        let longest = room.map_or(file_length, |(growth, unit)| {
+            let whole = file_length.checked_next_multiple_of(unit.max(1)).unwrap_or(file_length);
+            whole.max(file_length.saturating_add(growth))
+        });
+        let device = Device::new(opened.file.into_file(), writable, file_length, longest, opened.block_device);
+        // What the host will hold the guest to, so that a driver that needs more says so before the first change.
+        let max_length = device.max_length();
+        self.devices.attach(number, device);
+        self.paths.by_device.insert(number, opened.path);
+        FileDevice { flags, device: number, file_length, max_length }
+    }
+
+    /// The index of a plugin's module.
+    fn module(&mut self, plugin: &'r Plugin) -> u32 {
+        let found = self.plugins.iter().position(|p| p.name() == plugin.name());
+        let index = found.unwrap_or_else(|| {
+            self.plugins.push(plugin);
+            self.plugins.len() - 1
+        });
+        FIRST_FORMAT + u32::try_from(index).unwrap_or(u32::MAX - FIRST_FORMAT)
+    }
+}
