@@ -1,7 +1,8 @@
 //! The trait that a plugin author implements.
 
 use crate::{
-    CommitRole, CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict,
+    CommitRole, CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
+    Verdict,
 };
 
 /// Score of [`FormatPlugin::probe`]: not an image of this format.

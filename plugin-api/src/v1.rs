@@ -10,8 +10,8 @@
 
 use crate::guard::guarded;
 use crate::{
-    CommitRole, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
-    Verdict,
+    CommitRole, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
+    PluginError, Verdict,
 };
 use abi_stable::library::RootModule;
 use abi_stable::sabi_types::VersionStrings;

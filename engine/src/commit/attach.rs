@@ -135,13 +135,7 @@ impl<'r> ChainDevices<'r> {
 
     /// Attach one file. `room`: by how many bytes it may grow, and the unit in which it does: the rest of its last cluster,
     /// if that was cut short, is always granted.
-    fn attach_file(
-        &mut self,
-        number: u32,
-        opened: OpenedFile,
-        writable: bool,
-        room: Option<(u64, u64)>,
-    ) -> FileDevice {
+    fn attach_file(&mut self, number: u32, opened: OpenedFile, writable: bool, room: Option<(u64, u64)>) -> FileDevice {
         let mut flags = device_flags::PRESENT;
         flags |= if writable { device_flags::WRITABLE } else { 0 };
         flags |= if opened.block_device { device_flags::FIXED_LENGTH } else { 0 };

@@ -92,7 +92,8 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
         code => code,
     };
     let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
-    let path = failure.device.and_then(|device| paths.get(device)).or_else(|| paths.get(either)).unwrap_or(Path::new(""));
+    let path =
+        failure.device.and_then(|device| paths.get(device)).or_else(|| paths.get(either)).unwrap_or(Path::new(""));
     let mut clause = failure.text.clone();
     if failure.errno != 0 {
         clause = format!("{clause}: {}", errno_text(failure.errno));

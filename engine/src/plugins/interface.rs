@@ -6,8 +6,8 @@
 use abi_stable::library::LibHeader;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Ref, INTERFACE_NAME};
 use instar_plugin_api::{
-    version, CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict,
-    API_VERSION,
+    version, CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
+    Verdict, API_VERSION,
 };
 
 /// A loaded root module.

@@ -6,8 +6,8 @@ use super::{ImageFiles, ImageRead, PluginFailure};
 use instar_guest_abi::{ErrorCode, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
-    CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict, PROBE_CERTAIN,
-    ROLE_SINK, ROLE_SOURCE,
+    CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict,
+    PROBE_CERTAIN, ROLE_SINK, ROLE_SOURCE,
 };
 use std::path::{Path, PathBuf};
 

@@ -2,10 +2,12 @@
 
 use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{
-    BackingPointer, ErrorCode, Feature, ImageFacts, ImageReader, PluginError, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO,
+    BackingPointer, ErrorCode, Feature, ImageFacts, ImageFile, ImageReader, PluginError, PROBE_CERTAIN, PROBE_LIKELY,
+    PROBE_NO,
 };
 use instar_vmdk_format::{
-    Descriptor, FormatError, Header, Trouble, FOOTER_BYTES, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, SECTOR,
+    Descriptor, DiskExtent, FormatError, Header, Storage, Trouble, FOOTER_BYTES, HEADER_BYTES, MAGIC,
+    MAX_DESCRIPTOR_BYTES, SECTOR,
 };
 
 /// Names of the features. Those of the first three are QEMU's, for `instar info`.
@@ -18,6 +20,8 @@ pub mod names {
     pub const CREATE_TYPE: &str = "create-type";
     /// Grains are compressed: true or absent.
     pub const COMPRESSED: &str = "compressed";
+    /// Extents are plain bytes: true or absent.
+    pub const FLAT: &str = "flat";
     /// VMware tracks changed blocks in another file: true or absent.
     pub const CHANGE_TRACKING: &str = "change-tracking";
     /// Why no part of a commit can be taken, a sentence; absent if nothing stands in the way.
@@ -88,9 +92,12 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     if header.has(instar_vmdk_format::flags::COMPRESSED) {
         facts.features.push(Feature::flag(names::COMPRESSED, true, false));
     }
-    let sparse = matches!(descriptor.extents.as_slice(), [kind] if kind == b"SPARSE");
-    if !sparse || !matches!(descriptor.create_type.as_slice(), b"monolithicSparse" | b"streamOptimized") {
-        facts.features.push(several_files(&descriptor));
+    if !descriptor.is_one_file() {
+        let reason = match descriptor.disk_extents() {
+            Err(error) => error.text,
+            Ok(_) => "the descriptor in a sparse extent names other extents, which is not supported".into(),
+        };
+        facts.features.push(Feature::text(names::UNSUPPORTED, &reason, false));
     }
     Ok(facts)
 }
@@ -108,34 +115,74 @@ fn descriptor(image: &ImageReader<'_>, (offset, size): (u64, u64)) -> Result<Des
     Descriptor::parse(&text).map_err(refused)
 }
 
-fn several_files(descriptor: &Descriptor) -> Feature {
-    let kind = String::from_utf8_lossy(&descriptor.create_type).escape_default().to_string();
-    let text = format!(
-        "a vmdk of type {kind} is not supported, only monolithicSparse and streamOptimized: convert it with \
-         `qemu-img convert -O vmdk`"
-    );
-    Feature::text(names::UNSUPPORTED, &text, false)
+/// The descriptor that is a file of its own.
+fn descriptor_file(image: &ImageReader<'_>) -> Result<Descriptor, PluginError> {
+    if image.length() > MAX_DESCRIPTOR_BYTES {
+        let text = format!("a descriptor of {} bytes is longer than any", image.length());
+        return Err(PluginError::new(ErrorCode::ParseFailed, text));
+    }
+    let text = image.read_vec(0, usize::try_from(image.length()).unwrap_or(0))?;
+    Descriptor::parse(&text).map_err(refused)
 }
 
-/// A descriptor that is a file of its own: its extents are in other files. It can be shown.
+/// See [`FormatPlugin::files`](instar_plugin_api::FormatPlugin::files): those of the extents, in the descriptor's order.
+pub fn files(image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
+    let start = image.read_vec(0, 4)?;
+    if start == MAGIC || start == COWD {
+        return Ok(Vec::new());
+    }
+    match descriptor_file(image)?.disk_extents() {
+        Ok(extents) => Ok(extents.into_iter().map(file_of).collect()),
+        // That is a fact, for the verdict to refuse.
+        Err(error) if error.trouble == Trouble::Unsupported => Ok(Vec::new()),
+        Err(error) => Err(refused(error)),
+    }
+}
+
+fn file_of(extent: DiskExtent) -> ImageFile {
+    ImageFile { name: extent.name.into(), grows: extent.storage == Storage::Sparse }
+}
+
+/// A disk in several files, named by the one with the descriptor.
 fn of_descriptor_file(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
-    let length = image.length().min(MAX_DESCRIPTOR_BYTES);
-    let text = image.read_vec(0, usize::try_from(length).unwrap_or(0))?;
-    let descriptor = Descriptor::parse(&text).map_err(refused)?;
-    let sectors = text
-        .split(|&b| b == b'\n')
-        .filter_map(|line| {
-            let mut words = line.split(|b| b.is_ascii_whitespace()).filter(|word| !word.is_empty());
-            words.next().filter(|access| matches!(*access, b"RW" | b"RDONLY" | b"NOACCESS"))?;
-            std::str::from_utf8(words.next()?).ok()?.parse::<u64>().ok()
-        })
-        .try_fold(0u64, u64::checked_add);
+    let descriptor = descriptor_file(image)?;
+    let (extents, unsupported) = match descriptor.disk_extents() {
+        Ok(extents) => (extents, None),
+        Err(error) if error.trouble == Trouble::Unsupported => (Vec::new(), Some(error.text)),
+        Err(error) => return Err(refused(error)),
+    };
+    let sectors = descriptor.extents.iter().try_fold(0u64, |sum, line| sum.checked_add(line.sectors));
     let size = sectors.and_then(|sectors| sectors.checked_mul(SECTOR)).filter(|&size| size <= i64::MAX as u64);
-    let size = size.ok_or_else(|| unsupported("the extents of the descriptor are larger than any disk"))?;
-    let mut facts = ImageFacts::new("vmdk", size, 0, image.length());
+    let size = size.ok_or_else(|| {
+        PluginError::new(ErrorCode::ParseFailed, "the extents of the descriptor are larger than any disk")
+    })?;
+    let mut grain = 0;
+    let mut length = image.length();
+    for (index, extent) in extents.iter().enumerate() {
+        let Some(file) = image.file(index) else { continue };
+        length = length.saturating_add(file.length());
+        if extent.storage == Storage::Sparse && grain == 0 {
+            grain = sparse_extent(&file, index)?.grain_bytes();
+        }
+    }
+    let mut facts = ImageFacts::new("vmdk", size, grain, length);
     describe(&mut facts, &descriptor);
-    facts.features.push(several_files(&descriptor));
+    if extents.iter().any(|extent| extent.storage != Storage::Sparse) {
+        facts.features.push(Feature::flag(names::FLAT, true, false));
+    }
+    facts.features.extend(unsupported.map(|text| Feature::text(names::UNSUPPORTED, &text, false)));
     Ok(facts)
+}
+
+/// The header of the sparse extent with this index.
+fn sparse_extent(file: &ImageReader<'_>, index: usize) -> Result<Header, PluginError> {
+    let mut bytes = [0; HEADER_BYTES];
+    let named = |error: PluginError| {
+        let code = ErrorCode::from_u32(error.code).unwrap_or(ErrorCode::ParseFailed);
+        PluginError::new(code, format!("extent {} of the descriptor: {}", index + 1, error.message))
+    };
+    file.read_exact_at(0, &mut bytes).map_err(named)?;
+    Header::parse(&bytes).map_err(|error| named(refused(error)))
 }
 
 /// What the descriptor says.

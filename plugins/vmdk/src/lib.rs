@@ -5,7 +5,7 @@ mod facts;
 mod verdict;
 
 use instar_plugin_api::{
-    export_plugin, CommitRole, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageReader,
+    export_plugin, CommitRole, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
     PluginError, Verdict,
 };
 
@@ -24,6 +24,10 @@ impl FormatPlugin for Vmdk {
 
     fn probe(image: &ImageReader<'_>) -> Result<u32, PluginError> {
         facts::probe(image)
+    }
+
+    fn files(image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
+        facts::files(image)
     }
 
     fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {

@@ -13,6 +13,10 @@ pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
     if let Some(json) = own.feature(names::UNSUPPORTED) {
         return Verdict::refused(ErrorCode::UnsupportedFormat, json.trim_matches('"').replace("\\\\", "\\"));
     }
+    if own.feature(names::FLAT).is_some() && own.backing.is_some() {
+        let reason = "an image with flat extents cannot have a parent: its parentCID is wrong";
+        return Verdict::refused(ErrorCode::UnsupportedFormat, reason);
+    }
     match role {
         CommitRole::Overlay => of_layer(own, other),
         CommitRole::Ancestor if own.backing.is_some() => of_layer(own, other),
@@ -62,11 +66,14 @@ fn of_backing(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
     verdict
 }
 
-/// An upper bound of how long the file can become, in bytes; `None` beyond 2^63. As many grains as the disk has, or as the
+/// An upper bound of how long the file can become, in bytes; `None` beyond 2^63. Flat extents stay as they are. As many grains as the disk has, or as the
 /// overlay can hold if that is known to be less: an entry of 4 bytes (vmdk) or 8 (qcow2) stands for each of its clusters.
 /// Tables in two copies, all of them new, each with a grain to begin at; a grain to begin the file's new part at.
 fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
-    let grain = own.cluster_size.max(1);
+    if own.cluster_size == 0 {
+        return Some(own.file_length);
+    }
+    let grain = own.cluster_size;
     let disk = own.virtual_size.div_ceil(grain);
     let held = match overlay.format.as_str() {
         "vmdk" | "qcow2" if overlay.cluster_size > 0 => {
@@ -131,6 +138,17 @@ mod tests {
         facts.features.push(Feature::flag(names::CHANGE_TRACKING, true, false));
         let verdict = give(CommitRole::Backing, &facts, &facts);
         assert!(verdict.code == 0 && verdict.reason.contains("changeTrackPath"));
+    }
+
+    #[test]
+    fn flat_extents_do_not_grow_and_have_no_parent() {
+        let mut flat = ImageFacts { cluster_size: 0, ..image(1, NO_PARENT) };
+        flat.features.push(Feature::flag(names::FLAT, true, false));
+        let verdict = give(CommitRole::Backing, &flat, &image(2, 1));
+        assert_eq!((verdict.code, verdict.max_length), (0, flat.file_length));
+        let mut overlay = image(2, 1);
+        overlay.features.push(Feature::flag(names::FLAT, true, false));
+        assert!(give(CommitRole::Overlay, &overlay, &flat).reason.contains("flat"));
     }
 
     #[test]

@@ -1,15 +1,37 @@
-//! Writing content IDs into the descriptor, each with one write of a few bytes within one sector.
+//! The descriptor, and writing content IDs into it, each with one write of a few bytes within one sector.
 
-use crate::image::Image;
+use crate::disk::at;
+use crate::image::overflow;
+use alloc::string::String;
+use alloc::vec;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_vmdk_format::{ContentId, SECTOR};
+use instar_vmdk_format::{ContentId, Descriptor};
 
-impl Image {
-    fn replacement(&self, id: &ContentId, value: u32) -> DriverResult<alloc::string::String> {
-        let offset = self.header.descriptor_offset * SECTOR;
-        id.replacement(value, offset)
-            .map_err(|error| DriverError::new(ErrorCode::UnsupportedFormat, error.text).at(self.device, offset))
+/// A descriptor, and where it stands.
+#[derive(Debug)]
+pub struct DescriptorPlace {
+    pub device: u32,
+    /// Its first byte.
+    pub offset: u64,
+    pub text: Descriptor,
+}
+
+impl DescriptorPlace {
+    /// Read a descriptor of `length` bytes, which the caller has bounded.
+    ///
+    /// # Errors
+    /// Corruption and I/O errors.
+    pub fn read(io: &mut dyn BlockIo, device: u32, offset: u64, length: u64, corrupt: ErrorCode) -> DriverResult<Self> {
+        let mut text = vec![0; usize::try_from(length).map_err(|_| overflow("the descriptor"))?];
+        io.read(device, offset, &mut text)?;
+        let text = Descriptor::parse(&text).map_err(at(corrupt, device, offset))?;
+        Ok(Self { device, offset, text })
+    }
+
+    fn replacement(&self, id: &ContentId, value: u32) -> DriverResult<String> {
+        id.replacement(value, self.offset)
+            .map_err(|error| DriverError::new(ErrorCode::UnsupportedFormat, error.text).at(self.device, self.offset))
     }
 
     /// Whether an ID can be replaced by `value`.
@@ -20,19 +42,16 @@ impl Image {
         self.replacement(id, value).map(|_| ())
     }
 
-    /// Replace an ID, durably.
+    /// Replace an ID, durably. Returns it as it stands there now.
     ///
     /// # Errors
-    /// As [`Image::can_replace`]; I/O errors.
-    pub fn replace(&self, io: &mut dyn BlockIo, id: &mut ContentId, value: u32) -> DriverResult<()> {
-        if id.value == value {
-            return Ok(());
+    /// As [`DescriptorPlace::can_replace`]; I/O errors.
+    pub fn replace(&self, io: &mut dyn BlockIo, id: &ContentId, value: u32) -> DriverResult<ContentId> {
+        if id.value != value {
+            let digits = self.replacement(id, value)?;
+            io.write(self.device, self.offset.saturating_add(id.digits.start as u64), digits.as_bytes())?;
+            io.flush(self.device)?;
         }
-        let digits = self.replacement(id, value)?;
-        let offset = self.header.descriptor_offset * SECTOR + id.digits.start as u64;
-        io.write(self.device, offset, digits.as_bytes())?;
-        io.flush(self.device)?;
-        id.value = value;
-        Ok(())
+        Ok(ContentId { value, digits: id.digits.clone() })
     }
 }

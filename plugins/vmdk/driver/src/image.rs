@@ -1,23 +1,21 @@
-//! An open image: header, descriptor and grain directories.
+//! An open sparse extent: header and grain directories.
 
+use crate::disk::at;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageInfo};
+use instar_guest_sdk::abi::{ErrorCode, FileDevice};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_vmdk_format::{
-    flags, Descriptor, FormatError, Header, Trouble, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR,
-};
+use instar_vmdk_format::{flags, Header, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR};
 
-/// An open image. Its memory: the grain directories, 1 MiB each at most.
+/// An open sparse extent. Its memory: the grain directories, 1 MiB each at most.
 #[derive(Debug)]
 pub struct Image {
     pub device: u32,
     pub header: Header,
     /// Length of the file in bytes.
     pub file_length: u64,
-    pub descriptor: Descriptor,
     /// The grain directory: sectors of the grain tables, 0 for a table that is not there.
     pub directory: Vec<u32>,
     /// The second one.
@@ -33,67 +31,45 @@ pub fn overflow(what: &str) -> DriverError {
 }
 
 impl Image {
-    /// Read header, descriptor and directories. `corrupt` is the code of what no image may say.
+    /// Read header and directories. `corrupt` is the code of what no image may say.
     ///
     /// # Errors
-    /// [`ErrorCode::HeaderMismatch`] when the image is not what the host saw; corruption; I/O errors.
-    pub fn open(io: &mut dyn BlockIo, device: &DeviceConfig, corrupt: ErrorCode) -> DriverResult<Self> {
+    /// Corruption and I/O errors.
+    pub fn open(io: &mut dyn BlockIo, device: &FileDevice, corrupt: ErrorCode) -> DriverResult<Self> {
         let (number, file_length) = (device.device, device.file_length);
-        let at = |offset: u64| {
-            move |error: FormatError| {
-                let code = if error.trouble == Trouble::Corrupt { corrupt } else { ErrorCode::UnsupportedFormat };
-                DriverError::new(code, error.text).at(number, offset)
-            }
-        };
         let mut bytes = [0; HEADER_BYTES];
         io.read(number, 0, &mut bytes)?;
-        let mut header = Header::parse(&bytes).map_err(at(0))?;
+        let mut header = Header::parse(&bytes).map_err(at(corrupt, number, 0))?;
         let (text_at, text_length) = (header.descriptor_offset, header.descriptor_size);
         let footer = header.directory_is_at_the_end();
         if footer {
             let start = file_length.checked_sub(FOOTER_BYTES as u64).ok_or_else(|| overflow("the footer"))?;
             let mut bytes = [0; FOOTER_BYTES];
             io.read(number, start, &mut bytes)?;
-            header = Header::parse_footer(&bytes).map_err(at(start))?;
+            header = Header::parse_footer(&bytes).map_err(at(corrupt, number, start))?;
             // The descriptor's place is that of the header in front.
             (header.descriptor_offset, header.descriptor_size) = (text_at, text_length);
         }
-        if header.virtual_size() != device.virtual_size || header.grain_bytes() != device.cluster_size {
-            let text = format!(
-                "the header says {} bytes with grains of {}, the host saw {} and {}",
-                header.virtual_size(),
-                header.grain_bytes(),
-                device.virtual_size,
-                device.cluster_size
-            );
-            return Err(DriverError::new(ErrorCode::HeaderMismatch, text).at(number, 0));
-        }
-        let text = inside(text_at, text_length.checked_mul(SECTOR), file_length)
-            .filter(|&(_, length)| length <= MAX_DESCRIPTOR_BYTES)
-            .and_then(|(offset, length)| Some((offset, usize::try_from(length).ok()?)));
-        let (offset, length) = text.ok_or_else(|| {
-            DriverError::new(corrupt, "the descriptor lies past the end of the file, or is too long").at(number, 28)
-        })?;
-        let mut text = vec![0; length];
-        io.read(number, offset, &mut text)?;
-        let descriptor = Descriptor::parse(&text).map_err(at(offset))?;
-
-        let mut image = Self {
-            device: number,
-            header,
-            file_length,
-            descriptor,
-            directory: Vec::new(),
-            redundant: None,
-            footer,
-            corrupt,
-        };
+        let mut image =
+            Self { device: number, header, file_length, directory: Vec::new(), redundant: None, footer, corrupt };
         image.directory = image.read_directory(io, header.directory, "grain directory")?;
         if header.has(flags::REDUNDANT) {
             image.redundant =
                 Some(image.read_directory(io, header.redundant_directory, "redundant grain directory")?);
         }
         Ok(image)
+    }
+
+    /// Byte offset and length of the embedded descriptor.
+    ///
+    /// # Errors
+    /// When it lies outside the file, or is longer than any.
+    pub fn descriptor_range(&self) -> DriverResult<(u64, u64)> {
+        let Header { descriptor_offset, descriptor_size, .. } = self.header;
+        let place = inside(descriptor_offset, descriptor_size.checked_mul(SECTOR), self.file_length);
+        place
+            .filter(|&(_, length)| length <= MAX_DESCRIPTOR_BYTES)
+            .ok_or_else(|| self.corrupt(28, "the descriptor lies past the end of the file, or is too long"))
     }
 
     fn read_directory(&self, io: &mut dyn BlockIo, sector: u64, name: &str) -> DriverResult<Vec<u32>> {
@@ -111,10 +87,6 @@ impl Image {
     /// What no image may say, at byte `offset`.
     pub fn corrupt(&self, offset: u64, text: impl Into<String>) -> DriverError {
         DriverError::new(self.corrupt, text).at(self.device, offset)
-    }
-
-    pub fn info(&self) -> ImageInfo {
-        ImageInfo { virtual_size: self.header.virtual_size(), cluster_size: self.header.grain_bytes() }
     }
 
     /// Whether entry 1 means zeroes.

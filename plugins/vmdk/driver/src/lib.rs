@@ -1,4 +1,4 @@
-//! The guest half of the vmdk plugin: hosted sparse extents, as source and as sink.
+//! The guest half of the vmdk plugin: disks of hosted sparse and of flat extents, as source and as sink.
 #![no_std]
 
 extern crate alloc;
@@ -7,9 +7,12 @@ mod check;
 mod content_id;
 mod decide;
 mod decode;
+mod disk;
 mod image;
 mod sink;
 mod source;
+mod sparse_sink;
+mod sparse_source;
 mod tables;
 mod work;
 
@@ -27,10 +30,10 @@ impl FormatDriver for Vmdk {
     type Sink = VmdkSink;
 
     fn open_source(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<VmdkSource> {
-        Ok(VmdkSource::new(image::Image::open(io, device, ErrorCode::OverlayCorrupt)?))
+        VmdkSource::new(disk::Disk::open(io, device, ErrorCode::OverlayCorrupt)?)
     }
 
     fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<VmdkSink> {
-        VmdkSink::new(image::Image::open(io, device, ErrorCode::BackingCorrupt)?, device.max_length, has_backing)
+        VmdkSink::new(disk::Disk::open(io, device, ErrorCode::BackingCorrupt)?, has_backing)
     }
 }

@@ -1,150 +1,86 @@
-//! The source role: what a layer holds, and how it is emptied.
+//! The source role of a disk: the extents one after the other.
 
-use crate::decode::GrainReader;
-use crate::image::{overflow, Image};
-use crate::tables::{place, BYTES};
-use alloc::vec;
+use crate::content_id::DescriptorPlace;
+use crate::disk::{Body, Disk, Part};
+use crate::image::overflow;
+use crate::sparse_source::{push, SparseSource};
 use alloc::vec::Vec;
-use core::ops::Range;
-use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo, Request};
-use instar_guest_sdk::{BlockIo, DriverResult, Source};
-use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
-
-/// Tables that are read ahead while enumerating.
-const TABLES: usize = 256;
-/// Requests that are submitted at once while emptying.
-const BATCH: usize = 4096;
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
 /// A vmdk that data comes from.
 #[derive(Debug)]
 pub struct VmdkSource {
-    image: Image,
-    reader: GrainReader,
-    held: u64,
-    /// For each directory: the tables that hold anything.
-    used: Vec<Vec<usize>>,
-}
-
-/// Append an extent, or lengthen the one that it goes on from.
-fn push(out: &mut Vec<Extent>, extent: Extent) {
-    if let Some(last) = out.last_mut() {
-        let follows = last.guest_offset + last.length == extent.guest_offset && last.kind == extent.kind;
-        let in_file = extent.kind == ExtentKind::Data as u32 && last.location + last.length == extent.location;
-        if follows && (in_file || extent.kind == ExtentKind::Zero as u32) {
-            last.length += extent.length;
-            return;
-        }
-    }
-    out.push(extent);
+    info: ImageInfo,
+    descriptor: DescriptorPlace,
+    parts: Vec<Part<SparseSource>>,
 }
 
 impl VmdkSource {
-    pub(crate) fn new(image: Image) -> Self {
-        Self { image, reader: GrainReader::default(), held: 0, used: Vec::new() }
-    }
-
-    /// The extent of a grain, cut at the end of the disk.
-    fn extent(&self, guest: u64, grain: Grain) -> DriverResult<Option<Extent>> {
-        let length = self.image.header.grain_bytes().min(self.image.header.virtual_size() - guest);
-        let (location, kind) = match grain {
-            Grain::Absent => return Ok(None),
-            Grain::Zero => (0, ExtentKind::Zero),
-            Grain::At(offset) if offset >= self.image.file_length => {
-                let text = alloc::format!("the grain of guest offset {guest} lies past the end of the file");
-                return Err(self.image.corrupt(offset, text));
-            }
-            Grain::At(offset) if self.image.compressed() => (offset, ExtentKind::Encoded),
-            Grain::At(offset) => (offset, ExtentKind::Data),
-        };
-        Ok(Some(Extent { guest_offset: guest, length, location, kind: kind as u32, device: self.image.device }))
-    }
-
-    /// Where the file may be cut or punched once it holds no grains: the gaps between metadata, from `overHead` on, and
-    /// the length that is left.
-    fn garbage(&self) -> DriverResult<(Vec<Range<u64>>, u64)> {
-        let mut kept: Vec<Range<u64>> =
-            self.image.metadata()?.into_iter().map(|(s, _)| s.start * SECTOR..s.end * SECTOR).collect();
-        kept.sort_by_key(|range| range.start);
-        let mut gaps = Vec::new();
-        let mut at = self.image.header.overhead.saturating_mul(SECTOR);
-        for range in kept {
-            if range.start > at {
-                gaps.push(at..range.start);
-            }
-            at = at.max(range.end);
-        }
-        Ok((gaps, at.min(self.image.file_length)))
-    }
-
-    /// Make every entry 0, in both copies, and that durable.
-    fn drop_grains(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let zeroes = vec![0u8; BYTES];
-        let mut requests = Vec::new();
-        let directories = core::iter::once(&self.image.directory).chain(&self.image.redundant);
-        for (directory, used) in directories.zip(&self.used) {
-            for &index in used {
-                if let Some(offset) = self.image.table_offset(directory, index)? {
-                    requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, TABLE_BYTES));
-                }
-                if requests.len() == BATCH {
-                    io.run(&mut requests)?;
-                    requests.clear();
-                }
-            }
-        }
-        requests.push(Request::flush(self.image.device));
-        io.run(&mut requests)
+    pub(crate) fn new(disk: Disk) -> DriverResult<Self> {
+        let info = ImageInfo { virtual_size: disk.size, cluster_size: disk.cluster_size };
+        let (descriptor, parts) = disk.map(|image, _| Ok(SparseSource::new(image)))?;
+        Ok(Self { info, descriptor, parts })
     }
 }
 
 impl Source for VmdkSource {
     fn info(&self) -> ImageInfo {
-        self.image.info()
+        self.info
     }
 
     fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
-        if let Some(id) = &self.image.descriptor.parent_id {
+        if let Some(id) = &self.descriptor.text.parent_id {
             // Which one it will be is not known here: any of as many digits as it is now.
-            self.image.can_replace(id, id.value)?;
+            self.descriptor.can_replace(id, id.value)?;
         }
-        self.held = self.image.verify(io)?;
-        if will_empty {
-            self.used = Vec::new();
-            for directory in core::iter::once(&self.image.directory).chain(&self.image.redundant) {
-                self.used.push(self.image.used_tables(io, directory)?);
-            }
+        let mut held: u64 = 0;
+        for part in &mut self.parts {
+            let count = match &mut part.body {
+                Body::Sparse(sparse) => sparse.check(io, will_empty)?,
+                Body::Flat(flat) if will_empty => {
+                    let text = "a flat extent cannot be emptied";
+                    return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(flat.device, flat.offset));
+                }
+                Body::Flat(_) => part.length.div_ceil(self.info.cluster_size.max(1)),
+            };
+            held = held.checked_add(count).ok_or_else(|| overflow("the number of grains"))?;
         }
-        Ok(self.held)
+        Ok(held)
     }
 
     fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
-        let size = self.image.header.virtual_size();
         let first = out.len();
-        let (mut table, mut entry, mut guest) = place(&self.image, from)?;
-        while guest < size {
-            let end = self.image.directory.len().min(table.saturating_add(TABLES));
-            let indices: Vec<usize> = (table..end).collect();
-            for loaded in self.image.read_tables(io, &indices)? {
-                for &value in loaded.entries.get(entry..).unwrap_or_default() {
-                    if guest >= size {
-                        break;
-                    }
-                    if let Some(extent) = self.extent(guest, Grain::decode(value, self.image.zeroed_grains()))? {
-                        push(out, extent);
-                        if out.len() - first > max {
-                            out.pop();
-                            return Ok(guest);
-                        }
-                    }
-                    guest += self.image.header.grain_bytes();
-                }
-                entry = 0;
+        let mut at = from;
+        let mut found = Vec::new();
+        for part in self.parts.iter_mut().filter(|part| part.end() > from) {
+            let room = max.saturating_sub(out.len() - first);
+            if room == 0 {
+                return Ok(at);
             }
-            table = end;
-            guest =
-                (table as u64).checked_mul(self.image.header.table_coverage()).ok_or_else(|| overflow("a table"))?;
+            let local = at - part.start;
+            let next = match &mut part.body {
+                Body::Sparse(sparse) => sparse.extents(io, local, room, &mut found)?,
+                Body::Flat(flat) => {
+                    found.push(Extent {
+                        guest_offset: local,
+                        length: part.length - local,
+                        location: flat.offset + local,
+                        kind: ExtentKind::Data as u32,
+                        device: flat.device,
+                    });
+                    part.length
+                }
+            };
+            for extent in found.drain(..) {
+                push(out, Extent { guest_offset: extent.guest_offset + part.start, ..extent });
+            }
+            at = part.start + next;
+            if next < part.length {
+                return Ok(at);
+            }
         }
-        Ok(size)
+        Ok(at)
     }
 
     fn read(
@@ -154,42 +90,29 @@ impl Source for VmdkSource {
         guest_offset: u64,
         buffer: &mut [u8],
     ) -> DriverResult<()> {
-        let start = guest_offset.checked_sub(extent.guest_offset).ok_or_else(|| overflow("an offset in a grain"))?;
-        self.reader.read(io, &self.image, extent.location, start, buffer)
+        let part = self.parts.iter_mut().find(|part| part.end() > extent.guest_offset);
+        match part.map(|part| &mut part.body) {
+            Some(Body::Sparse(sparse)) => sparse.read(io, extent, guest_offset, buffer),
+            _ => Err(overflow("an encoded extent")),
+        }
     }
 
-    /// First the entries, in both copies: from then on everything is read from the backing. A crash before or within
-    /// that leaves some grains, which read the same. Then, with that durable, the space is given back.
-    ///
-    /// Tables stay where they are: QEMU does not write to a disk whose directory has none for a place.
+    /// Each extent by itself: those that are empty already read the same as those that are not yet.
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
-        let (gaps, length) = self.garbage()?;
-        // What an interrupted commit left to do is done, too.
-        let held = self.used.iter().any(|used| !used.is_empty());
-        if !held && length >= self.image.file_length {
-            return Ok(0);
+        let mut cleared = 0;
+        for part in &mut self.parts {
+            if let Body::Sparse(sparse) = &mut part.body {
+                cleared += sparse.empty(io)?;
+            }
         }
-        if held {
-            self.drop_grains(io)?;
-            self.used.clear();
-        }
-        let device = self.image.device;
-        let mut requests: Vec<Request> =
-            gaps.iter().map(|gap| Request::discard(device, gap.start, gap.end - gap.start)).collect();
-        if length < self.image.file_length {
-            requests.push(Request::set_length(device, length));
-            self.image.file_length = length;
-        }
-        requests.push(Request::flush(device));
-        io.run(&mut requests)?;
-        Ok(core::mem::take(&mut self.held))
+        Ok(cleared)
     }
 
     fn follow_parent(&mut self, io: &mut dyn BlockIo, content_id: u64) -> DriverResult<()> {
         let value = u32::try_from(content_id).map_err(|_| overflow("the parent's content ID"))?;
-        let Some(mut id) = self.image.descriptor.parent_id.take() else { return Ok(()) };
-        let result = self.image.replace(io, &mut id, value);
-        self.image.descriptor.parent_id = Some(id);
-        result
+        if let Some(id) = &self.descriptor.text.parent_id {
+            self.descriptor.text.parent_id = Some(self.descriptor.replace(io, id, value)?);
+        }
+        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Extents cut at the borders of grain tables and of grains, and gathered so that the tables fit into memory.
 
 use crate::decide::Arrival;
+use crate::disk::split;
 use crate::image::{overflow, Image};
 use crate::tables::{place, TABLES_AT_ONCE};
 use alloc::vec::Vec;
@@ -36,18 +37,6 @@ pub struct Part {
     pub extent: Extent,
     /// Whether these are zeroes, and the whole grain as far as the disk goes.
     pub arrival: Arrival,
-}
-
-/// The first `length` bytes of an extent, and the rest.
-fn split(extent: Extent, length: u64) -> (Extent, Extent) {
-    let has_place = extent.kind != ExtentKind::Zero as u32;
-    let rest = Extent {
-        guest_offset: extent.guest_offset.saturating_add(length),
-        length: extent.length - length,
-        location: if has_place { extent.location.saturating_add(length) } else { extent.location },
-        ..extent
-    };
-    (Extent { length, ..extent }, rest)
 }
 
 /// Cut extents, and gather them in groups of so many tables as are held at once.

@@ -1,6 +1,6 @@
-//! The descriptor: lines of text ("The Descriptor File"), here the one that is embedded in a sparse extent.
+//! The descriptor: lines of text ("The Descriptor File"), in a file of its own or embedded in a sparse extent.
 
-use crate::FormatError;
+use crate::{ExtentLine, FormatError};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -29,8 +29,8 @@ pub struct Descriptor {
     pub create_type: Vec<u8>,
     /// `parentFileNameHint`, as bytes of the image. Hostile.
     pub parent_hint: Option<Vec<u8>>,
-    /// The type of each extent: `SPARSE`, `FLAT`, … Hostile.
-    pub extents: Vec<Vec<u8>>,
+    /// The extents.
+    pub extents: Vec<ExtentLine>,
     /// The content is encrypted (keys that begin with `encryption.`).
     pub encrypted: bool,
     /// `changeTrackPath`: VMware keeps a list of changed blocks in another file.
@@ -52,8 +52,8 @@ impl Descriptor {
             let start = at;
             at += line.len() + 1;
             let trimmed = line.trim_ascii();
-            if let Some(kind) = extent_type(trimmed) {
-                extents.push(kind.to_vec());
+            if let Some(extent) = ExtentLine::parse(trimmed) {
+                extents.push(extent);
                 continue;
             }
             let Some(equals) = line.iter().position(|&b| b == b'=').filter(|_| !trimmed.starts_with(b"#")) else {
@@ -86,15 +86,6 @@ impl Descriptor {
     pub fn parent(&self) -> Option<u32> {
         self.parent_id.as_ref().map(|id| id.value).filter(|&id| id != NO_PARENT)
     }
-}
-
-/// The type of the extent that a line describes: `RW 20480 SPARSE "name.vmdk"`.
-fn extent_type(line: &[u8]) -> Option<&[u8]> {
-    let mut words = line.split(|b| b.is_ascii_whitespace()).filter(|word| !word.is_empty());
-    let access = words.next()?;
-    let sectors = words.next()?;
-    let known = matches!(access, b"RW" | b"RDONLY" | b"NOACCESS") && sectors.iter().all(u8::is_ascii_digit);
-    words.next().filter(|_| known)
 }
 
 fn once<T>(slot: &mut Option<T>, value: T, key: &str) -> Result<(), FormatError> {
@@ -172,7 +163,8 @@ mod tests {
         assert_eq!(&TEXT[descriptor.parent_id.as_ref().unwrap().digits.clone()], b"7198cec3");
         assert_eq!(descriptor.create_type, b"monolithicSparse");
         assert_eq!(descriptor.parent_hint.as_deref(), Some(b"b c.vmdk".as_slice()));
-        assert_eq!(descriptor.extents, [b"SPARSE".to_vec()]);
+        assert_eq!(descriptor.extents.len(), 1);
+        assert!(descriptor.is_one_file());
         assert!(!descriptor.encrypted && !descriptor.change_tracking);
     }
 

@@ -9,11 +9,13 @@ extern crate alloc;
 mod create;
 mod descriptor;
 mod error;
+mod extent;
 mod header;
 
 pub use create::{create, CreateOptions, NewImage, Subformat};
 pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
 pub use error::{FormatError, Trouble};
+pub use extent::{DiskExtent, ExtentLine, Storage};
 pub use header::{
     flags, Header, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY,
 };

@@ -1,0 +1,183 @@
+//! What a sparse extent holds, and how it is emptied. Guest offsets are those of the extent.
+
+use crate::decode::GrainReader;
+use crate::image::{overflow, Image};
+use crate::tables::{place, BYTES};
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
+use instar_guest_sdk::abi::{Extent, ExtentKind, Request};
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
+
+/// Tables that are read ahead while enumerating.
+const TABLES: usize = 256;
+/// Requests that are submitted at once while emptying.
+const BATCH: usize = 4096;
+
+/// A sparse extent that data comes from.
+#[derive(Debug)]
+pub struct SparseSource {
+    image: Image,
+    reader: GrainReader,
+    held: u64,
+    /// For each directory: the tables that hold anything.
+    used: Vec<Vec<usize>>,
+}
+
+/// Append an extent, or lengthen the one that it goes on from.
+pub fn push(out: &mut Vec<Extent>, extent: Extent) {
+    if let Some(last) = out.last_mut() {
+        let follows = last.guest_offset + last.length == extent.guest_offset
+            && (last.kind, last.device) == (extent.kind, extent.device);
+        let in_file = extent.kind == ExtentKind::Data as u32 && last.location + last.length == extent.location;
+        if follows && (in_file || extent.kind == ExtentKind::Zero as u32) {
+            last.length += extent.length;
+            return;
+        }
+    }
+    out.push(extent);
+}
+
+impl SparseSource {
+    pub(crate) fn new(image: Image) -> Self {
+        Self { image, reader: GrainReader::default(), held: 0, used: Vec::new() }
+    }
+
+    /// The extent of a grain, cut at the end of the disk.
+    fn extent(&self, guest: u64, grain: Grain) -> DriverResult<Option<Extent>> {
+        let length = self.image.header.grain_bytes().min(self.image.header.virtual_size() - guest);
+        let (location, kind) = match grain {
+            Grain::Absent => return Ok(None),
+            Grain::Zero => (0, ExtentKind::Zero),
+            Grain::At(offset) if offset >= self.image.file_length => {
+                let text = alloc::format!("the grain of guest offset {guest} lies past the end of the file");
+                return Err(self.image.corrupt(offset, text));
+            }
+            Grain::At(offset) if self.image.compressed() => (offset, ExtentKind::Encoded),
+            Grain::At(offset) => (offset, ExtentKind::Data),
+        };
+        Ok(Some(Extent { guest_offset: guest, length, location, kind: kind as u32, device: self.image.device }))
+    }
+
+    /// Where the file may be cut or punched once it holds no grains: the gaps between metadata, from `overHead` on, and
+    /// the length that is left.
+    fn garbage(&self) -> DriverResult<(Vec<Range<u64>>, u64)> {
+        let mut kept: Vec<Range<u64>> =
+            self.image.metadata()?.into_iter().map(|(s, _)| s.start * SECTOR..s.end * SECTOR).collect();
+        kept.sort_by_key(|range| range.start);
+        let mut gaps = Vec::new();
+        let mut at = self.image.header.overhead.saturating_mul(SECTOR);
+        for range in kept {
+            if range.start > at {
+                gaps.push(at..range.start);
+            }
+            at = at.max(range.end);
+        }
+        Ok((gaps, at.min(self.image.file_length)))
+    }
+
+    /// Make every entry 0, in both copies, and that durable.
+    fn drop_grains(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let zeroes = vec![0u8; BYTES];
+        let mut requests = Vec::new();
+        let directories = core::iter::once(&self.image.directory).chain(&self.image.redundant);
+        for (directory, used) in directories.zip(&self.used) {
+            for &index in used {
+                if let Some(offset) = self.image.table_offset(directory, index)? {
+                    requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, TABLE_BYTES));
+                }
+                if requests.len() == BATCH {
+                    io.run(&mut requests)?;
+                    requests.clear();
+                }
+            }
+        }
+        requests.push(Request::flush(self.image.device));
+        io.run(&mut requests)
+    }
+}
+
+impl SparseSource {
+    /// See [`Source::check`](instar_guest_sdk::Source::check).
+    pub fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        self.held = self.image.verify(io)?;
+        if will_empty {
+            self.used = Vec::new();
+            for directory in core::iter::once(&self.image.directory).chain(&self.image.redundant) {
+                self.used.push(self.image.used_tables(io, directory)?);
+            }
+        }
+        Ok(self.held)
+    }
+
+    /// See [`Source::extents`](instar_guest_sdk::Source::extents).
+    pub fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+        let size = self.image.header.virtual_size();
+        let first = out.len();
+        let (mut table, mut entry, mut guest) = place(&self.image, from)?;
+        while guest < size {
+            let end = self.image.directory.len().min(table.saturating_add(TABLES));
+            let indices: Vec<usize> = (table..end).collect();
+            for loaded in self.image.read_tables(io, &indices)? {
+                for &value in loaded.entries.get(entry..).unwrap_or_default() {
+                    if guest >= size {
+                        break;
+                    }
+                    if let Some(extent) = self.extent(guest, Grain::decode(value, self.image.zeroed_grains()))? {
+                        push(out, extent);
+                        if out.len() - first > max {
+                            out.pop();
+                            return Ok(guest);
+                        }
+                    }
+                    guest += self.image.header.grain_bytes();
+                }
+                entry = 0;
+            }
+            table = end;
+            guest =
+                (table as u64).checked_mul(self.image.header.table_coverage()).ok_or_else(|| overflow("a table"))?;
+        }
+        Ok(size)
+    }
+
+    /// See [`Source::read`](instar_guest_sdk::Source::read).
+    pub fn read(
+        &mut self,
+        io: &mut dyn BlockIo,
+        extent: &Extent,
+        guest_offset: u64,
+        buffer: &mut [u8],
+    ) -> DriverResult<()> {
+        let start = guest_offset.checked_sub(extent.guest_offset).ok_or_else(|| overflow("an offset in a grain"))?;
+        self.reader.read(io, &self.image, extent.location, start, buffer)
+    }
+
+    /// First the entries, in both copies: from then on everything is read from the backing. A crash before or within
+    /// that leaves some grains, which read the same. Then, with that durable, the space is given back.
+    ///
+    /// Tables stay where they are: QEMU does not write to a disk whose directory has none for a place.
+    pub fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
+        let (gaps, length) = self.garbage()?;
+        // What an interrupted commit left to do is done, too.
+        let held = self.used.iter().any(|used| !used.is_empty());
+        if !held && length >= self.image.file_length {
+            return Ok(0);
+        }
+        if held {
+            self.drop_grains(io)?;
+            self.used.clear();
+        }
+        let device = self.image.device;
+        let mut requests: Vec<Request> =
+            gaps.iter().map(|gap| Request::discard(device, gap.start, gap.end - gap.start)).collect();
+        if length < self.image.file_length {
+            requests.push(Request::set_length(device, length));
+            self.image.file_length = length;
+        }
+        requests.push(Request::flush(device));
+        io.run(&mut requests)?;
+        Ok(core::mem::take(&mut self.held))
+    }
+}
