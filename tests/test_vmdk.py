@@ -358,19 +358,6 @@ def test_headers_are_refused(lab, what):
         victim.write_bytes(good)
 
 
-@pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
-def test_images_in_several_files_are_refused_by_name(lab, subformat):
-    base = lab.make("base.vmdk", size=4 * MIB, subformat=subformat)
-    top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -P 9 0 64k"])
-    refuse("ERROR_UNSUPPORTED_FORMAT", top, files=list(lab.dir.glob("base*")), mentions=[subformat, "base.vmdk"])
-    shown = json.loads(run_instar("info", "--output", "json", base).stdout)
-    assert (shown["format"], shown["virtual-size"]) == ("vmdk", 4 * MIB)
-    assert shown["format-specific"]["data"]["create-type"] == subformat
-    extent = next(path for path in lab.dir.glob("base-*"))
-    if "Sparse" in subformat:
-        assert "descriptor" in run_instar("info", extent).stderr
-
-
 def test_stream_optimized_backings_are_refused_by_name(lab):
     base = lab.make("base.vmdk", size=4 * MIB, subformat="streamOptimized")
     top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -P 9 0 64k"])

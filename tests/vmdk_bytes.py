@@ -10,9 +10,9 @@ SECTOR = 512
 
 
 class Image:
-    """A hosted sparse extent with an embedded descriptor."""
+    """A hosted sparse extent, usually with an embedded descriptor."""
 
-    def __init__(self, path):
+    def __init__(self, path, descriptor=True):
         self.bytes = Path(path).read_bytes()
         self.header = 0
         if struct.unpack_from("<Q", self.bytes, 56)[0] == 2**64 - 1:
@@ -20,7 +20,7 @@ class Image:
         magic, self.version, self.flags, self.capacity, self.grain = struct.unpack_from("<4sIIQQ", self.bytes, self.header)
         assert magic == b"KDMV"
         self.redundant, self.directory, self.overhead = struct.unpack_from("<QQQ", self.bytes, self.header + 48)
-        at, size = struct.unpack_from("<QQ", self.bytes, 28)
+        at, size = struct.unpack_from("<QQ", self.bytes, 28) if descriptor else (0, 0)
         self.text = self.bytes[at * SECTOR : (at + size) * SECTOR].rstrip(b"\0").decode()
 
     def tables(self, directory):

@@ -50,13 +50,13 @@ pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), CliErr
             let located = gate
                 .locate(&directory, &file.name)
                 .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
-            let opened = OpenedFile::located(&located, *access, ErrorCode::OpenFailed)?.lock(*access)?;
+            let opened = OpenedFile::located(&located, *access, ErrorCode::OpenFailed)?;
             if seen.contains(&opened.identity) {
                 let clause = "is used twice in this chain: each file can be part of one image, once";
                 return Err(CliError::image(&opened.path, ErrorCode::ChainLoop, clause));
             }
             seen.push(opened.identity);
-            image.files.push(ExtraFile { opened, grows: file.grows });
+            image.files.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
         }
         let others: Vec<&dyn ImageRead> = image.files.iter().map(|file| &file.opened.file as &dyn ImageRead).collect();
         let files = ImageFiles { first: &image.opened.file, others: &others };

@@ -3,11 +3,12 @@
 
 mod common;
 
+use common::crash::each_crash;
 use common::pair::{files, views, Files, OVERLAY};
 use common::{build, fill, le32, put32, Spec, State, View, GRAIN};
 use instar_guest_commit::{CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
-use instar_guest_sdk::memory::{Change, MemoryDevices};
+use instar_guest_sdk::memory::MemoryDevices;
 use instar_vmdk_format::next_content_id;
 
 /// As the product does it, with room to grow.
@@ -49,11 +50,7 @@ fn commit_and_verify(files: &Files) -> MemoryDevices {
 fn verify_crashes(before: &Files) {
     let want = expected(before);
     let log = commit_and_verify(before).log;
-    let mut states = 0;
-    let mut verify = |chosen: &dyn Fn(usize) -> bool, end: usize| {
-        let mut files = before.clone();
-        log[..end].iter().enumerate().filter(|(i, _)| chosen(*i)).for_each(|(_, change)| change.apply(&mut files));
-        states += 1;
+    let states = each_crash(before, &log, &mut |files| {
         assert!(views(&files).1 == want.1, "the overlay changed its content");
         let (top, base) = (View::new(&files[&OVERLAY]), View::new(&files[&DEVICE_OUTPUT]));
         top.assert_consistent();
@@ -63,21 +60,7 @@ fn verify_crashes(before: &Files) {
         let mut io = MemoryDevices::new(files);
         run(&mut io, Options::default()).unwrap();
         assert_finished(&io.files, &want);
-    };
-    for end in 0..=log.len() {
-        verify(&|_| true, end);
-        let flushed = |i: usize| {
-            let device = match &log[i] {
-                Change::Write { device, .. } | Change::SetLength { device, .. } | Change::Flush { device } => *device,
-            };
-            log[i..end].contains(&Change::Flush { device })
-        };
-        let unflushed: Vec<usize> = (0..end).filter(|&i| !flushed(i)).collect();
-        for &one in unflushed.iter().rev().take(24) {
-            verify(&|i| flushed(i) || i == one, end);
-            verify(&|i| flushed(i) || i != one, end);
-        }
-    }
+    });
     assert!(states > log.len());
 }
 

@@ -1,6 +1,7 @@
 //! Images of 1 KiB grains in memory: made, read and checked from the bytes, without the code that is tested.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, dead_code, missing_docs)]
 
+pub mod crash;
 pub mod pair;
 
 use instar_guest_sdk::abi::DeviceConfig;
