@@ -192,7 +192,7 @@ mod tests {
                 Ok(buffer.len())
             }
             fn read_file_at(&self, file: usize, _: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
-                buffer.fill(file as u8);
+                buffer.fill(u8::try_from(file).unwrap());
                 Ok(buffer.len())
             }
         }
