@@ -5,6 +5,7 @@ use super::info_text;
 use super::output::{print, print_json, OutputFormat};
 use super::CliError;
 use crate::config::Config;
+use crate::confine::{Confinement, Reach, Work};
 use crate::plugins::{FileImage, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -86,17 +87,24 @@ pub(super) fn open_image(path: &Path) -> Result<(FileImage, std::fs::Metadata), 
     })
 }
 
-/// The image and, if wanted, those below it.
+/// The image and, if wanted, those below it. Confines the process before an image is read.
 fn collect(registry: &Registry, path: &Path, format: Option<&str>, chain: bool) -> Result<Vec<Shown>, CliError> {
     let mut images: Vec<Shown> = Vec::new();
     let mut seen = HashSet::new();
     let mut next = Some((path.to_owned(), format.map(str::to_owned)));
+    if chain {
+        // The names that images record are followed wherever they lead, as `qemu-img info` does, but only to read.
+        let _ = Confinement::begin(&Reach::default().read("/"), Work::OpenAndLook);
+    }
     while let Some((path, hint)) = next.take() {
         if images.len() == MAX_DEPTH {
             let clause = format!("the backing chain has more than {MAX_DEPTH} images");
             return Err(CliError::image(&path, ErrorCode::ChainTooDeep, clause));
         }
         let (image, metadata) = open_image(&path)?;
+        if !chain {
+            let _ = Confinement::begin(&Reach::default(), Work::Look);
+        }
         if !seen.insert((metadata.dev(), metadata.ino())) {
             let clause = "the backing chain leads back to this image";
             return Err(CliError::image(&path, ErrorCode::ChainLoop, clause));

@@ -22,8 +22,10 @@ use crate::chain::write_target::Gate;
 use crate::chain::{discover_backing_chain, resolve_backing, Access, BackingChoice, ChainImage, OpenedFile, Target};
 use crate::cli::escape::escape_path;
 use crate::cli::CliError;
+use crate::confine::{Confinement, Reach, Work};
 use crate::devices::Cache;
 use crate::plugins::{Registry, SearchPath};
+use crate::vm::KvmDevice;
 use instar_guest_abi::{commit_flags, ErrorCode};
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
 use std::path::{Path, PathBuf};
@@ -97,8 +99,25 @@ pub fn probe_commit_target<'r>(
     opened.identify_as(registry, format_hint)
 }
 
+/// The files that a commit may open: the overlay, and what lies where the backing and its ancestors may be by the rules
+/// of the [`Gate`]. Without `-b` the backing is one of those, to be written.
+fn reach(overlay: &Path, base: Option<&Path>, gate: &Gate) -> Reach {
+    let directory = overlay.parent().unwrap_or(Path::new("/"));
+    let within = std::iter::once(directory).chain(gate.directories());
+    let reach = Reach::default().write(overlay);
+    match base.map(|base| directory.join(base)) {
+        None => within.fold(reach, Reach::write),
+        Some(base) => {
+            let within = within.chain(base.parent());
+            within.fold(reach.write(&base), Reach::read)
+        }
+    }
+}
+
 /// Commit an overlay into its backing. `notes` takes the lines for `-v` about what was loaded and resolved, also of a
 /// commit that is refused.
+///
+/// The calling process is [confined](crate::confine) by it, for good: it can do little afterwards but print and end.
 ///
 /// # Errors
 /// One line that names the file and what to do.
@@ -118,6 +137,10 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let registry = Registry::load(&request.search);
     note_plugins(&registry, notes);
     timing.mark("plugins loaded");
+    let kvm = KvmDevice::open();
+    let confinement = Confinement::begin(&reach(&path, request.base.as_deref(), &gate), Work::OpenToCommit);
+    notes.push(format!("confinement: {confinement}"));
+    timing.mark("process confined");
 
     let overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
     note_image("overlay", &overlay, notes);
@@ -130,11 +153,10 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let ancestors = discover_backing_chain(&registry, &overlay, &target, &gate)?;
     let Target { backing, between } = target;
     ancestors.iter().for_each(|ancestor| note_image("below it", ancestor, notes));
-    notes.push(
-        "confinement: the metadata is handled in the virtual machine; the host process itself is not confined yet"
-            .into(),
-    );
     timing.mark("chain opened, locked and probed");
+    let confinement = confinement.seal(Work::Commit);
+    notes.push(format!("confinement, now that all images are open: {confinement}"));
+    timing.mark("process confined further");
 
     let mut warnings = Vec::new();
     let max_length = verdict(&overlay, &between, &backing, &ancestors, &mut warnings)?;
@@ -163,7 +185,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let flags = flags.into_iter().filter(|(given, _)| *given).fold(0, |all, (_, flag)| all | flag);
     let CommitRequest { rate_limit, cache, progress, .. } = *request;
     let options = GuestOptions { flags, max_length, rate_limit, cache, progress };
-    let (outcome, run) = run_commit_guest(options, overlay, between, backing, ancestors)?;
+    let (outcome, run) = run_commit_guest(options, kvm, overlay, between, backing, ancestors)?;
     if !request.dry_run {
         let note = |path: &PathBuf| {
             format!(
