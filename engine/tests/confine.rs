@@ -11,11 +11,12 @@ use common::lab::Lab;
 use common::{built, PluginDir};
 use instar_engine::confine::{Confinement, Reach, Work};
 use instar_engine::plugins::FileImage;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::ptr::{null, null_mut};
@@ -425,4 +426,40 @@ fn verbose_says_what_is_in_force() {
     // Also of a commit that is refused later.
     let refused = lab.instar(&["-v", "absent"]);
     assert!(refused.stderr.contains("instar: confinement: "), "{}", refused.stderr);
+}
+
+/// What a kernel without these system calls would do: `ENOSYS`. A container may do the same.
+fn without(calls: &[i64], lab: &Lab) -> Output {
+    let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
+    let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64).unwrap();
+    let program: BpfProgram = filter.try_into().unwrap();
+    let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+    instar.env("INSTAR_CONFIG", "").args(["commit", "-v", "--plugin-dir"]).arg(lab.plugins().path());
+    let confine = move || seccompiler::apply_filter(&program).map_err(std::io::Error::other);
+    // SAFETY: two system calls on memory that was allocated before.
+    unsafe { instar.pre_exec(confine) };
+    instar.arg(lab.path("top")).output().unwrap()
+}
+
+#[test]
+fn a_kernel_that_lacks_something_is_no_obstacle() {
+    const PATHS: &str = "Landlock is not in force";
+    const CALLS: &str = "seccomp is not in force";
+    for (calls, missing, there) in [
+        (&[libc::SYS_landlock_create_ruleset][..], &[PATHS][..], &[CALLS][..]),
+        (&[libc::SYS_seccomp], &[CALLS], &[PATHS]),
+        (&[libc::SYS_seccomp, libc::SYS_landlock_create_ruleset], &[PATHS, CALLS], &[]),
+    ] {
+        let lab = Lab::pair();
+        let output = without(calls, &lab);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{calls:?}: {stderr}");
+        let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("instar: confinement")).collect();
+        assert_eq!(lines.len(), 2, "{stderr}");
+        for line in lines {
+            assert!(missing.iter().all(|part| line.contains(part)), "{line}");
+            assert!(!supported() || !there.iter().any(|part| line.contains(part)), "{line}");
+        }
+    }
 }

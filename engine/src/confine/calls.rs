@@ -122,6 +122,16 @@ const OPEN: &[Call] = &[
     (libc::SYS_readlink, Always),
     (libc::SYS_readlinkat, Always),
     (libc::SYS_getcwd, Always),
+    // What `realpath` of the C library asks of a name with `..`, by its version
+    (libc::SYS_access, Always),
+    (libc::SYS_faccessat, Always),
+    (libc::SYS_faccessat2, Always),
+    (libc::SYS_stat, Always),
+    (libc::SYS_lstat, Always),
+    (libc::SYS_getuid, Always),
+    (libc::SYS_geteuid, Always),
+    (libc::SYS_getgid, Always),
+    (libc::SYS_getegid, Always),
     (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_OFD_SETLK), bits(libc::F_OFD_GETLK)])),
 ];
 
