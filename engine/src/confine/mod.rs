@@ -20,6 +20,7 @@ pub use calls::Work;
 pub use paths::Reach;
 
 use std::fmt;
+use std::io::Write as _;
 
 /// What is in force, or why it is not: one clause each.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +35,10 @@ impl Confinement {
     pub fn begin(reach: &Reach, work: Work) -> Self {
         // No backtraces: they would open files. The hook prints what is left of the panic in one line.
         std::panic::set_hook(Box::new(|panic| {
-            eprintln!("instar: internal error: {}", crate::cli::escape::printable(&panic.to_string()));
+            let text = panic.to_string();
+            let text = crate::cli::escape::printable(&text);
+            // Where nobody reads it, a second panic would be an abort.
+            let _ = writeln!(std::io::stderr(), "instar: internal error: {text}");
         }));
         Self::apply(reach, work)
     }
