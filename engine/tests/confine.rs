@@ -302,33 +302,33 @@ impl Target {
     }
 
     /// Let `instar` look at an image that gives this order; nothing may come of it.
-    fn run(&self, command: &str, when: &str, deed: &str, path: &Path) -> Output {
+    fn run(&self, command: &[&str], when: &str, deed: &str, path: &Path) -> Output {
         let image = self.lab.path("image");
         fs::write(&image, format!("HOSTILE {when} {deed} {}\n", path.display())).unwrap();
         let before = self.lab.files();
         let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
-        instar.env("INSTAR_CONFIG", "").arg(command).arg("--plugin-dir").arg(self.plugins.path()).arg(&image);
+        instar.env("INSTAR_CONFIG", "").args(command).arg("--plugin-dir").arg(self.plugins.path()).arg(&image);
         let output = instar.output().unwrap();
-        assert!(self.lab.files() == before, "{command} {when} {deed}: files were changed");
+        assert!(self.lab.files() == before, "{command:?} {when} {deed}: files were changed");
         let outside: Vec<_> = fs::read_dir(self.outside.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(outside, ["precious"], "{command} {when} {deed}");
+        assert_eq!(outside, ["precious"], "{command:?} {when} {deed}");
         assert_eq!(fs::read(self.outside.path().join("precious")).unwrap(), b"precious");
         output
     }
 
     /// The plugin was told by the kernel that it may not, and the program goes on to say so.
-    fn denied(&self, command: &str, when: &str, deed: &str, path: &Path) {
+    fn denied(&self, command: &[&str], when: &str, deed: &str, path: &Path) {
         let output = self.run(command, when, deed, path);
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{command} {when} {deed}: {stderr}");
-        assert!(stderr.contains(&format!("{deed} failed: Permission denied")), "{command} {when} {deed}: {stderr}");
+        assert_eq!(output.status.code(), Some(1), "{command:?} {when} {deed}: {stderr}");
+        assert!(stderr.contains(&format!("{deed} failed: Permission denied")), "{command:?} {when} {deed}: {stderr}");
     }
 
     /// The process ended at the attempt.
-    fn killed(&self, command: &str, when: &str, deed: &str, path: &Path) {
+    fn killed(&self, command: &[&str], when: &str, deed: &str, path: &Path) {
         let output = self.run(command, when, deed, path);
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{command} {when} {deed}: {stderr}");
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{command:?} {when} {deed}: {stderr}");
     }
 }
 
@@ -350,22 +350,27 @@ fn a_hostile_plugin_is_stopped() {
             ("write", &fresh),
             ("list", target.outside.path()),
         ] {
-            target.denied("commit", when, deed, path);
+            target.denied(&["commit"], when, deed, path);
         }
+        // The backing may be any file of the overlay's directory, unless the operator names it.
+        let output = target.run(&["commit"], when, "append", &beside);
+        assert!(String::from_utf8_lossy(&output.stderr).contains("append succeeded"), "{output:?}");
+        target.denied(&["commit", "-b", "base"], when, "append", &beside);
+        target.denied(&["commit", "-b", "base"], when, "read", &precious);
         for deed in ["remove", "rename"] {
-            target.killed("commit", when, deed, &beside);
+            target.killed(&["commit"], when, deed, &beside);
         }
         for deed in ["exec", "spawn", "tcp", "udp"] {
-            target.killed("commit", when, deed, &elsewhere);
-            target.killed("info", when, deed, &elsewhere);
+            target.killed(&["commit"], when, deed, &elsewhere);
+            target.killed(&["info"], when, deed, &elsewhere);
         }
         // Of `info`, the image is all that is open, and nothing else will be.
         for deed in ["read", "write", "append"] {
-            target.killed("info", when, deed, &precious);
+            target.killed(&["info"], when, deed, &precious);
         }
     }
     for deed in ["read", "write", "append", "exec", "spawn", "tcp", "remove"] {
-        target.killed("commit", "verdict", deed, &precious);
+        target.killed(&["commit"], "verdict", deed, &precious);
     }
 }
 

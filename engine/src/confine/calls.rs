@@ -30,7 +30,7 @@ type Call = (i64, Allowed);
 pub enum Work {
     /// Look at images that are open.
     Look,
-    /// The same in a thread that ends.
+    /// The same in a thread other than the first.
     LookAside,
     /// Open images and look at them.
     OpenAndLook,
@@ -49,7 +49,7 @@ impl Work {
     pub fn calls(self) -> BTreeMap<i64, Vec<Allowed>> {
         let tables: &[&[Call]] = match self {
             Self::Look => &[LOOK],
-            Self::LookAside => &[LOOK, THREAD_END],
+            Self::LookAside => &[LOOK, THREAD],
             Self::OpenAndLook => &[LOOK, OPEN],
             // A filter can only be made stricter: what comes later is allowed before.
             Self::OpenToCommit => &[LOOK, OPEN, CONFINE, CHANGE, MACHINE],
@@ -111,8 +111,9 @@ const LOOK: &[Call] = &[
     (libc::SYS_exit_group, Always),
 ];
 
-/// The end of a thread.
-const THREAD_END: &[Call] = &[(libc::SYS_rseq, Always), (libc::SYS_set_robust_list, Always)];
+/// What the C library does for threads: at their end, and for the memory of a second one.
+const THREAD: &[Call] =
+    &[(libc::SYS_rseq, Always), (libc::SYS_set_robust_list, Always), (libc::SYS_sched_getaffinity, Always)];
 
 /// Opening images and locking them; Landlock decides which.
 const OPEN: &[Call] = &[

@@ -53,7 +53,7 @@ pub fn restrict(reach: &Reach) -> Result<String, String> {
     let status = enforce(reach).map_err(|error| error.to_string())?;
     match (status.ruleset, status.landlock) {
         (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => Err("it is switched off in this kernel".into()),
-        (RulesetStatus::NotEnforced, _) => Err("this kernel has none".into()),
+        (RulesetStatus::NotEnforced, _) => Err("this kernel or container has none".into()),
         (_, LandlockStatus::Available { effective_abi, .. }) => Ok(describe(effective_abi)),
         (_, _) => Ok("Landlock: paths".into()),
     }
