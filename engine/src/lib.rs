@@ -4,6 +4,7 @@ pub mod chain;
 pub mod cli;
 pub mod commit;
 pub mod config;
+pub mod confine;
 pub mod devices;
 pub mod plugins;
 pub mod vm;

@@ -45,7 +45,7 @@ impl Place {
         let mut out = Vec::new();
         match Cli::try_parse_from(&words).unwrap_or_else(|error| panic!("{line}: {error}")) {
             Cli::Create(args) => create::run(&args, &mut out)?,
-            Cli::Info(args) => info::run(&args, &mut out)?,
+            Cli::Info(args) => info::show(&args, false, &mut out)?,
             Cli::Plugins(args) => plugins::run(&args, &mut out)?,
         }
         Ok(String::from_utf8(out).unwrap())

@@ -114,6 +114,11 @@ impl Gate {
         Self { allowed }
     }
 
+    /// The directories of the operator's, by every name that they have here.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.allowed.iter().map(PathBuf::as_path)
+    }
+
     /// Decide where the name that an image in `directory` (an absolute path) records leads.
     ///
     /// # Errors

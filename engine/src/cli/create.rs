@@ -7,6 +7,7 @@ use super::output::print;
 use super::size::parse_size;
 use super::CliError;
 use crate::config::Config;
+use crate::confine::Confinement;
 use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -184,7 +185,9 @@ fn resolve(
             return Err(CliError::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
         }
     }
-    let found = registry.identify(&image, Some(format)).map_err(|error| CliError::identify(&path, &error))?;
+    // The new image has to be opened later: only the look at the backing is confined.
+    let found = Confinement::aside(|| registry.identify(&image, Some(format)));
+    let found = found.map_err(|error| CliError::identify(&path, &error))?;
     let size = wanted.size.unwrap_or(found.facts.virtual_size);
     Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))
 }

@@ -5,6 +5,7 @@ use super::info_text;
 use super::output::{print, print_json, OutputFormat};
 use super::CliError;
 use crate::config::Config;
+use crate::confine::{Confinement, Reach, Work};
 use crate::plugins::{FileImage, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -53,13 +54,21 @@ pub(super) struct Shown {
     pub backing_path: Option<PathBuf>,
 }
 
-/// Run the command.
+/// Run the command, and [confine](crate::confine) the process for good.
 ///
 /// # Errors
 /// When an image cannot be opened, or its format is not known or not the one that was named.
 pub fn run(args: &InfoArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    show(args, true, out)
+}
+
+/// The same for a program that goes on afterwards: confined only if it is wanted.
+///
+/// # Errors
+/// As [`run`].
+pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), CliError> {
     let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths()));
-    let images = collect(&registry, &args.filename, args.format.as_deref(), args.backing_chain)?;
+    let images = collect(&registry, args, confine)?;
     match args.output {
         OutputFormat::Human => {
             let texts: Vec<String> = images.iter().map(info_text::human).collect();
@@ -86,17 +95,25 @@ pub(super) fn open_image(path: &Path) -> Result<(FileImage, std::fs::Metadata), 
     })
 }
 
-/// The image and, if wanted, those below it.
-fn collect(registry: &Registry, path: &Path, format: Option<&str>, chain: bool) -> Result<Vec<Shown>, CliError> {
+/// The image and, if wanted, those below it. The process is confined before an image is read.
+fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Shown>, CliError> {
+    let chain = args.backing_chain;
     let mut images: Vec<Shown> = Vec::new();
     let mut seen = HashSet::new();
-    let mut next = Some((path.to_owned(), format.map(str::to_owned)));
+    let mut next = Some((args.filename.clone(), args.format.clone()));
+    if chain && confine {
+        // The names that images record are followed wherever they lead, as `qemu-img info` does, but only to read.
+        let _ = Confinement::begin(&Reach::default().read("/"), Work::OpenAndLook);
+    }
     while let Some((path, hint)) = next.take() {
         if images.len() == MAX_DEPTH {
             let clause = format!("the backing chain has more than {MAX_DEPTH} images");
             return Err(CliError::image(&path, ErrorCode::ChainTooDeep, clause));
         }
         let (image, metadata) = open_image(&path)?;
+        if !chain && confine {
+            let _ = Confinement::begin(&Reach::default(), Work::Look);
+        }
         if !seen.insert((metadata.dev(), metadata.ino())) {
             let clause = "the backing chain leads back to this image";
             return Err(CliError::image(&path, ErrorCode::ChainLoop, clause));

@@ -7,7 +7,7 @@ use super::progress::Progress;
 use crate::chain::ChainImage;
 use crate::cli::CliError;
 use crate::devices::{Cache, Statistics};
-use crate::vm::{self, ModuleSpec, VmReport, VmSpec};
+use crate::vm::{self, KvmDevice, ModuleSpec, VmError, VmReport, VmSpec};
 use instar_guest_abi::ErrorCode;
 use instar_guest_protocol::CommitResultMessage;
 use std::path::Path;
@@ -39,12 +39,13 @@ pub struct GuestOptions {
 }
 
 /// Load the modules, stand up the virtual machine, run the commit of the overlay and the layers between it and the backing,
-/// harvest its result.
+/// harvest its result. `kvm` was opened before the process was confined; without it, everything else is checked first.
 ///
 /// # Errors
 /// Why there is no guest, why it was ended, or what it refused: one line.
 pub fn run_commit_guest(
     options: GuestOptions,
+    kvm: Result<KvmDevice, VmError>,
     overlay: ChainImage<'_>,
     between: Vec<ChainImage<'_>>,
     backing: ChainImage<'_>,
@@ -72,7 +73,8 @@ pub fn run_commit_guest(
     pace.limit(options.rate_limit);
     progress.iter().for_each(|progress| pace.watched_by(Box::new(progress.clone())));
     let mut handler = CommitHandler { progress, ..CommitHandler::new(devices) };
-    let ended = vm::run(&VmSpec { files, ..VmSpec::new(options.flags, chain, modules) }, &mut handler);
+    let spec = VmSpec { files, ..VmSpec::new(options.flags, chain, modules) };
+    let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);
     handler.progress.iter().for_each(|progress| progress.end(well));
     let run = |report| GuestRun { report, statistics: handler.devices.stats().clone(), log: handler.log.clone() };

@@ -27,8 +27,10 @@ use crate::chain::{
 };
 use crate::cli::escape::escape_path;
 use crate::cli::CliError;
+use crate::confine::{Confinement, Reach, Work};
 use crate::devices::Cache;
 use crate::plugins::{Registry, SearchPath};
+use crate::vm::KvmDevice;
 use instar_guest_abi::{commit_flags, ErrorCode};
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
 use std::path::{Path, PathBuf};
@@ -102,8 +104,21 @@ pub fn probe_commit_target<'r>(
     opened.identify_as(registry, format_hint)
 }
 
+/// The files that a commit may open: the overlay, and what lies where the backing, its ancestors, and the other files of
+/// all of them may be by the rules of the [`Gate`]. Which of those are to be written only the images say.
+fn reach(overlay: &Path, base: Option<&Path>, gate: &Gate) -> Reach {
+    let directory = overlay.parent().unwrap_or(Path::new("/"));
+    // With `-b`, the base may be in another directory, with its own files.
+    let base = base.map(|base| directory.join(base));
+    let below_base = base.as_deref().and_then(Path::parent);
+    let within = std::iter::once(directory).chain(below_base).chain(gate.directories());
+    within.chain(base.as_deref()).fold(Reach::default().write(overlay), Reach::write)
+}
+
 /// Commit an overlay into its backing. `notes` takes the lines for `-v` about what was loaded and resolved, also of a
 /// commit that is refused.
+///
+/// The calling process is [confined](crate::confine) by it, for good: it can do little afterwards but print and end.
 ///
 /// # Errors
 /// One line that names the file and what to do.
@@ -123,6 +138,10 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let registry = Registry::load(&request.search);
     note_plugins(&registry, notes);
     timing.mark("plugins loaded");
+    let kvm = KvmDevice::open();
+    let confinement = Confinement::begin(&reach(&path, request.base.as_deref(), &gate), Work::OpenToCommit);
+    notes.push(format!("confinement: {confinement}"));
+    timing.mark("process confined");
 
     let mut overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
     note_image("overlay", &overlay, notes);
@@ -140,11 +159,10 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, gate: &below }));
     open_extra_files(&mut images)?;
     ancestors.iter().for_each(|ancestor| note_image("below it", ancestor, notes));
-    notes.push(
-        "confinement: the metadata is handled in the virtual machine; the host process itself is not confined yet"
-            .into(),
-    );
     timing.mark("chain opened, locked and probed");
+    let confinement = confinement.seal(Work::Commit);
+    notes.push(format!("confinement, now that all images are open: {confinement}"));
+    timing.mark("process confined further");
 
     let mut warnings = Vec::new();
     let max_length = verdict(&overlay, &between, &backing, &ancestors, &mut warnings)?;
@@ -173,7 +191,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let flags = flags.into_iter().filter(|(given, _)| *given).fold(0, |all, (_, flag)| all | flag);
     let CommitRequest { rate_limit, cache, progress, .. } = *request;
     let options = GuestOptions { flags, max_length, rate_limit, cache, progress };
-    let (outcome, run) = run_commit_guest(options, overlay, between, backing, ancestors)?;
+    let (outcome, run) = run_commit_guest(options, kvm, overlay, between, backing, ancestors)?;
     if !request.dry_run {
         let note = |path: &PathBuf| {
             format!(

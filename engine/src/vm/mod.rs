@@ -30,5 +30,13 @@ pub use spec::{ModuleSpec, VmReport, VmSpec, FIRST_FORMAT};
 /// # Errors
 /// Why there is no guest, or why it was ended.
 pub fn run(spec: &VmSpec<'_>, handler: &mut dyn GuestHandler) -> Result<VmReport, VmError> {
-    Vm::new(&KvmDevice::open()?, spec)?.run(handler)
+    run_on(&KvmDevice::open()?, spec, handler)
+}
+
+/// The same on a device that is open.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(kvm: &KvmDevice, spec: &VmSpec<'_>, handler: &mut dyn GuestHandler) -> Result<VmReport, VmError> {
+    Vm::new(kvm, spec)?.run(handler)
 }

@@ -1,0 +1,275 @@
+//! The system calls that each kind of work needs, and with which arguments.
+//!
+//! Found by tracing the test suite, completed by what the C library, the allocator and the runtime of Rust may take
+//! instead on another machine (a clock without vDSO, a panic, an abort). Nothing here opens a socket, starts a process
+//! or makes memory executable.
+
+use kvm_bindings::{kvm_cpuid2, kvm_fpu, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_xcrs};
+use std::collections::BTreeMap;
+
+/// When a system call is allowed. Arguments count from 0, and are compared as 32 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    /// Whatever its arguments.
+    Always,
+    /// When this argument has one of these values.
+    OneOf(u8, &'static [u32]),
+    /// When this argument has none of these bits.
+    Without(u8, u32),
+    /// When this argument is the number of this process.
+    OwnProcess(u8),
+}
+
+use Allowed::{Always, OneOf, OwnProcess, Without};
+
+/// A system call and when it is allowed.
+type Call = (i64, Allowed);
+
+/// What the process is going to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Look at images that are open.
+    Look,
+    /// The same in a thread other than the first.
+    LookAside,
+    /// Open images and look at them.
+    OpenAndLook,
+    /// Open images, look at them, and then go on with [`Work::Commit`].
+    OpenToCommit,
+    /// Commit images that are open.
+    Commit,
+}
+
+impl Work {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Look, Self::LookAside, Self::OpenAndLook, Self::OpenToCommit, Self::Commit];
+
+    /// The system calls that it needs.
+    #[must_use]
+    pub fn calls(self) -> BTreeMap<i64, Vec<Allowed>> {
+        let tables: &[&[Call]] = match self {
+            Self::Look => &[LOOK],
+            Self::LookAside => &[LOOK, THREAD],
+            Self::OpenAndLook => &[LOOK, OPEN],
+            // A filter can only be made stricter: what comes later is allowed before.
+            Self::OpenToCommit => &[LOOK, OPEN, CONFINE, CHANGE, MACHINE],
+            Self::Commit => &[LOOK, CHANGE, MACHINE],
+        };
+        let mut calls: BTreeMap<i64, Vec<Allowed>> = BTreeMap::new();
+        for (call, allowed) in tables.iter().copied().flatten() {
+            calls.entry(*call).or_default().push(*allowed);
+        }
+        calls
+    }
+}
+
+/// Bits without sign, as the tables have them.
+const fn bits(value: i32) -> u32 {
+    value.cast_unsigned()
+}
+
+/// Reading what is open, printing, and what every program does: memory, time, signals, the end.
+const LOOK: &[Call] = &[
+    // Files
+    (libc::SYS_pread64, Always),
+    (libc::SYS_lseek, Always),
+    (libc::SYS_fstat, Always),
+    (libc::SYS_newfstatat, Always),
+    (libc::SYS_statx, Always),
+    (libc::SYS_close, Always),
+    (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_GETFD), bits(libc::F_GETFL)])),
+    // Printing: standard output and standard error
+    (libc::SYS_write, OneOf(0, &[1, 2])),
+    (libc::SYS_writev, OneOf(0, &[1, 2])),
+    (libc::SYS_ioctl, OneOf(1, TERMINAL)),
+    // Memory
+    (libc::SYS_brk, Always),
+    (libc::SYS_mmap, Without(2, bits(libc::PROT_EXEC))),
+    (libc::SYS_mprotect, Without(2, bits(libc::PROT_EXEC))),
+    (libc::SYS_mremap, Always),
+    (libc::SYS_munmap, Always),
+    (libc::SYS_madvise, Always),
+    (libc::SYS_getrandom, Always),
+    // Time
+    (libc::SYS_clock_gettime, Always),
+    (libc::SYS_clock_getres, Always),
+    (libc::SYS_gettimeofday, Always),
+    // Locks of the runtime
+    (libc::SYS_futex, Always),
+    (libc::SYS_sched_yield, Always),
+    // Signals; an abort sends one
+    (libc::SYS_rt_sigaction, Always),
+    (libc::SYS_rt_sigprocmask, Always),
+    (libc::SYS_rt_sigreturn, Always),
+    (libc::SYS_restart_syscall, Always),
+    (libc::SYS_sigaltstack, Always),
+    (libc::SYS_getpid, Always),
+    (libc::SYS_gettid, Always),
+    (libc::SYS_tgkill, OwnProcess(0)),
+    // The end
+    (libc::SYS_exit, Always),
+    (libc::SYS_exit_group, Always),
+];
+
+/// What the C library does for threads: at their end, and for the memory of a second one.
+const THREAD: &[Call] =
+    &[(libc::SYS_rseq, Always), (libc::SYS_set_robust_list, Always), (libc::SYS_sched_getaffinity, Always)];
+
+/// Opening images and locking them; Landlock decides which.
+const OPEN: &[Call] = &[
+    (libc::SYS_open, Always),
+    (libc::SYS_openat, Always),
+    (libc::SYS_openat2, Always),
+    (libc::SYS_readlink, Always),
+    (libc::SYS_readlinkat, Always),
+    (libc::SYS_getcwd, Always),
+    // What `realpath` of the C library asks of a name with `..`, by its version
+    (libc::SYS_access, Always),
+    (libc::SYS_faccessat, Always),
+    (libc::SYS_faccessat2, Always),
+    (libc::SYS_stat, Always),
+    (libc::SYS_lstat, Always),
+    (libc::SYS_getuid, Always),
+    (libc::SYS_geteuid, Always),
+    (libc::SYS_getgid, Always),
+    (libc::SYS_getegid, Always),
+    (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_OFD_SETLK), bits(libc::F_OFD_GETLK)])),
+];
+
+/// Confining the process further.
+const CONFINE: &[Call] = &[
+    (libc::SYS_prctl, OneOf(0, &[bits(libc::PR_SET_NO_NEW_PRIVS)])),
+    (libc::SYS_seccomp, OneOf(0, &[libc::SECCOMP_SET_MODE_FILTER])),
+    (libc::SYS_landlock_create_ruleset, Always),
+    (libc::SYS_landlock_restrict_self, Always),
+];
+
+/// Changing what is open.
+const CHANGE: &[Call] = &[
+    (libc::SYS_pwrite64, Always),
+    (libc::SYS_preadv, Always),
+    (libc::SYS_pwritev, Always),
+    (libc::SYS_copy_file_range, Always),
+    (libc::SYS_fallocate, Always),
+    (libc::SYS_ftruncate, Always),
+    (libc::SYS_fdatasync, Always),
+    // Direct I/O is switched on and off on the descriptor.
+    (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_SETFL)])),
+    // The pauses of a rate limit
+    (libc::SYS_nanosleep, Always),
+    (libc::SYS_clock_nanosleep, Always),
+];
+
+/// The virtual machine and its watchdog.
+const MACHINE: &[Call] = &[
+    (libc::SYS_ioctl, OneOf(1, KVM)),
+    (libc::SYS_timer_create, Always),
+    (libc::SYS_timer_settime, Always),
+    (libc::SYS_timer_delete, Always),
+];
+
+/// Asking whether a descriptor is a terminal, and how wide it is: what takes input, `TIOCSTI` above all, is not there.
+const TERMINAL: &[u32] = &[request(libc::TCGETS), request(libc::TCGETS2), request(libc::TIOCGWINSZ)];
+
+const fn request(number: libc::Ioctl) -> u32 {
+    #[allow(clippy::cast_possible_truncation, reason = "an unsigned int in the kernel")]
+    let number = number as u32;
+    number
+}
+
+/// The requests that `vm` makes of `/dev/kvm`, the machine and its processor (`linux/kvm.h`).
+const KVM: &[u32] = &[
+    kvm(NONE, 0x01, 0),                                         // KVM_CREATE_VM
+    kvm(NONE, 0x04, 0),                                         // KVM_GET_VCPU_MMAP_SIZE
+    kvm(READ | WRITE, 0x05, size_of::<kvm_cpuid2>()),           // KVM_GET_SUPPORTED_CPUID
+    kvm(NONE, 0x41, 0),                                         // KVM_CREATE_VCPU
+    kvm(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()), // KVM_SET_USER_MEMORY_REGION
+    kvm(NONE, 0x80, 0),                                         // KVM_RUN
+    kvm(READ, 0x81, size_of::<kvm_regs>()),                     // KVM_GET_REGS
+    kvm(WRITE, 0x82, size_of::<kvm_regs>()),                    // KVM_SET_REGS
+    kvm(READ, 0x83, size_of::<kvm_sregs>()),                    // KVM_GET_SREGS
+    kvm(WRITE, 0x84, size_of::<kvm_sregs>()),                   // KVM_SET_SREGS
+    kvm(WRITE, 0x8d, size_of::<kvm_fpu>()),                     // KVM_SET_FPU
+    kvm(WRITE, 0x90, size_of::<kvm_cpuid2>()),                  // KVM_SET_CPUID2
+    kvm(WRITE, 0xa7, size_of::<kvm_xcrs>()),                    // KVM_SET_XCRS
+];
+
+const NONE: u32 = 0;
+const WRITE: u32 = 1;
+const READ: u32 = 2;
+
+/// A request of KVM as a number (`_IOC` of `asm-generic/ioctl.h`).
+const fn kvm(direction: u32, number: u32, size: usize) -> u32 {
+    #[allow(clippy::cast_possible_truncation, reason = "14 bits by design")]
+    let size = size as u32;
+    direction << 30 | size << 16 | 0xae << 8 | number
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_those_of_the_kernel() {
+        assert_eq!(KVM[0], 0xae01, "KVM_CREATE_VM");
+        assert_eq!(kvm(READ | WRITE, 0x05, size_of::<kvm_cpuid2>()), 0xc008_ae05, "KVM_GET_SUPPORTED_CPUID");
+        assert_eq!(
+            kvm(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()),
+            0x4020_ae46,
+            "KVM_SET_USER_MEMORY_REGION"
+        );
+        assert_eq!(kvm(READ, 0x83, size_of::<kvm_sregs>()), 0x8138_ae83, "KVM_GET_SREGS");
+        // Not every machine comes to these.
+        assert!(KVM.contains(&0x8090_ae81), "KVM_GET_REGS");
+        assert!(KVM.contains(&0x4188_aea7), "KVM_SET_XCRS");
+        assert_eq!(TERMINAL[0], 0x5401);
+    }
+
+    #[test]
+    fn nothing_leads_out() {
+        let never = [
+            libc::SYS_creat,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_writev,
+            libc::SYS_kill,
+            libc::SYS_io_uring_setup,
+            libc::SYS_bpf,
+            libc::SYS_unlink,
+            libc::SYS_rename,
+            libc::SYS_renameat2,
+            libc::SYS_memfd_create,
+            libc::SYS_dup2,
+        ];
+        for work in Work::ALL {
+            let calls = work.calls();
+            for call in never {
+                assert!(!calls.contains_key(&call), "{work:?} {call}");
+            }
+            let opens = matches!(work, Work::OpenAndLook | Work::OpenToCommit);
+            for call in [libc::SYS_open, libc::SYS_openat, libc::SYS_openat2] {
+                assert_eq!(calls.contains_key(&call), opens, "{work:?} {call}");
+            }
+            // No rules is "always" for a filter: the two cannot be mixed.
+            for (call, allowed) in &calls {
+                assert!(allowed.len() == 1 || !allowed.contains(&Always), "{work:?} {call}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_comes_later_is_allowed_before() {
+        let before = Work::OpenToCommit.calls();
+        for (call, allowed) in Work::Commit.calls() {
+            let known = before.get(&call).is_some_and(|known| allowed.iter().all(|one| known.contains(one)));
+            assert!(known, "{call}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Confinement of this process: what it can no longer do once it looks at an image that somebody else made.
+//!
+//! Two layers, each of which can only become stricter:
+//!
+//! * [`paths`]: Landlock decides which files can be opened, by where they are;
+//! * [`calls`] and [`filter`]: seccomp decides which system calls there are. Any other one ends the process.
+//!
+//! A commit takes two steps. [`Confinement::begin`], before the first byte of an image is read: only the images can be
+//! opened, nothing can be created, renamed, removed or executed, and there is no network. [`Confinement::seal`], once the
+//! chain is open: no file at all, only descriptors. What is needed from elsewhere, plugins and `/dev/kvm`, is opened
+//! before. A kernel without one of the layers does not stop the program: [`Confinement`] says what is in force.
+//!
+//! Landlock holds for the calling thread and those that it starts, seccomp for all: nothing starts a thread before.
+
+pub mod calls;
+mod filter;
+pub mod paths;
+
+pub use calls::Work;
+pub use paths::Reach;
+
+use std::fmt;
+use std::io::Write as _;
+
+/// What is in force, or why it is not: one clause each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Confinement {
+    paths: Result<String, String>,
+    calls: Result<usize, String>,
+}
+
+impl Confinement {
+    /// Confine the process to these files, and to the system calls of this kind of work.
+    #[must_use]
+    pub fn begin(reach: &Reach, work: Work) -> Self {
+        // No backtraces: they would open files. The hook prints what is left of the panic in one line.
+        std::panic::set_hook(Box::new(|panic| {
+            let text = panic.to_string();
+            let text = crate::cli::escape::printable(&text);
+            // Where nobody reads it, a second panic would be an abort.
+            let _ = writeln!(std::io::stderr(), "instar: internal error: {text}");
+        }));
+        Self::apply(reach, work)
+    }
+
+    fn apply(reach: &Reach, work: Work) -> Self {
+        // In this order: a filter may not know the calls that set up Landlock.
+        let paths = paths::restrict(reach);
+        let calls = filter::apply(work, filter::Threads::All);
+        Self { paths, calls }
+    }
+
+    /// Confine it further: no file can be opened any more.
+    #[must_use]
+    pub fn seal(self, work: Work) -> Self {
+        let Self { paths, calls } = Self::apply(&Reach::default(), work);
+        Self { paths: self.paths.and(paths), calls: self.calls.and(calls) }
+    }
+
+    /// Run `look` in a thread that can open no file, and return its answer. Weaker than confining the process, whose memory
+    /// the thread shares: for a program that has to write a new file afterwards.
+    ///
+    /// # Panics
+    /// When `look` does.
+    pub fn aside<T: Send>(look: impl FnOnce() -> T + Send) -> T {
+        let confined = || {
+            // Best effort, as for a process.
+            let _ = paths::restrict(&Reach::default());
+            let _ = filter::apply(Work::LookAside, filter::Threads::This);
+            look()
+        };
+        std::thread::scope(|scope| match scope.spawn(confined).join() {
+            Ok(answer) => answer,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    }
+}
+
+impl fmt::Display for Confinement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.paths {
+            Ok(what) => write!(f, "{what}; ")?,
+            Err(why) => write!(f, "Landlock is not in force ({why}); ")?,
+        }
+        match &self.calls {
+            Ok(count) => write!(f, "seccomp: {count} system calls"),
+            Err(why) => write!(f, "seccomp is not in force ({why})"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let both = Confinement { paths: Ok("Landlock ABI 1: paths".into()), calls: Ok(40) };
+        assert_eq!(both.to_string(), "Landlock ABI 1: paths; seccomp: 40 system calls");
+        let none = Confinement { paths: Err("this".into()), calls: Err("that".into()) };
+        assert_eq!(none.to_string(), "Landlock is not in force (this); seccomp is not in force (that)");
+    }
+}
