@@ -1,4 +1,4 @@
-//! Builds the two guest modules that the engine carries itself: core and the commit operation.
+//! Builds the guest modules that the engine carries itself: core and the operations.
 
 use instar_guest_build::GuestModule;
 
@@ -6,4 +6,5 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     GuestModule::new("instar-guest-core", "../guest/core", "core-module").build();
     GuestModule::new("instar-guest-commit", "../guest/commit", "commit-module").build();
+    GuestModule::new("instar-guest-check", "../guest/check", "check-module").build();
 }

@@ -251,3 +251,26 @@ def copy(path, to) -> Path:
     """Copies a file, holes and all."""
     shutil.copyfile(path, to)
     return Path(to)
+
+
+class Holder:
+    """qemu-io with an image open, until the block ends."""
+
+    def __init__(self, path, *options):
+        self.process = subprocess.Popen(
+            ["qemu-io", *options, "-f", "qcow2", path],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+
+    def __enter__(self):
+        # The answer to a command shows that the image is open and locked.
+        self.process.stdin.write("length\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert "MiB" in line, line
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait(timeout=TIMEOUT)
+        self.process.stdout.close()

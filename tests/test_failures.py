@@ -122,34 +122,11 @@ def test_recorded_raw_over_a_qcow2_file(pair):
 # --- images in use ----------------------------------------------------------------------------------
 
 
-class Holder:
-    """qemu-io with an image open, until the block ends."""
-
-    def __init__(self, path, *options):
-        self.process = subprocess.Popen(
-            ["qemu-io", *options, "-f", "qcow2", path],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-
-    def __enter__(self):
-        # The answer to a command shows that the image is open and locked.
-        self.process.stdin.write("length\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert "MiB" in line, line
-        return self
-
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.wait(timeout=support.TIMEOUT)
-        self.process.stdout.close()
-
-
 @pytest.mark.parametrize("options", [[], ["-r"]], ids=["writer", "reader"])
 @pytest.mark.parametrize("held", ["top", "base"])
 def test_image_in_use(made, held, options):
     path = getattr(made, held)
-    with Holder(path, *options):
+    with support.Holder(path, *options):
         refuse("ERROR_IMAGE_IN_USE", made.top, files=[made.base], mentions=[path, "another process"])
     made.check_commit()
 

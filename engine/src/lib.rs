@@ -1,6 +1,7 @@
 //! The instar engine: plugins, chains, devices, the KVM runner and the command line. It knows no format.
 
 pub mod chain;
+pub mod check;
 pub mod cli;
 pub mod commit;
 pub mod config;

@@ -63,6 +63,8 @@ pub enum Access {
     ReadWrite,
     /// Only to be read.
     ReadOnly,
+    /// Only to be read, whoever writes to it: it is not locked.
+    Shared,
 }
 
 impl Access {
@@ -70,7 +72,7 @@ impl Access {
     fn flags(self) -> OFlags {
         let mode = match self {
             Self::ReadWrite => OFlags::RDWR,
-            Self::ReadOnly => OFlags::RDONLY,
+            Self::ReadOnly | Self::Shared => OFlags::RDONLY,
         };
         mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY
     }
@@ -135,6 +137,7 @@ impl OpenedFile {
         let locked = match access {
             Access::ReadWrite => lock_read_write(self.file.file()),
             Access::ReadOnly => lock_read_only(self.file.file()),
+            Access::Shared => Ok(()),
         };
         match locked {
             Ok(()) => Ok(self),

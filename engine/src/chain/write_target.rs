@@ -5,6 +5,8 @@
 //! opened with `openat2` relative to that directory, so that no symbolic link and no race leaves it.
 
 use crate::cli::escape::escape_bytes;
+use crate::cli::CliError;
+use instar_guest_abi::ErrorCode;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use std::ffi::OsStr;
 use std::fs::File;
@@ -93,11 +95,14 @@ impl Gate {
     /// A gate that also lets names into these directories of the operator's.
     ///
     /// # Errors
-    /// A directory that does not exist, with its name.
-    pub fn new(allowed: &[PathBuf]) -> Result<Self, (PathBuf, io::Error)> {
+    /// [`ErrorCode::WriteTargetNotAllowed`] for a directory that does not exist.
+    pub fn new(allowed: &[PathBuf]) -> Result<Self, CliError> {
         let mut all = Vec::new();
         for directory in allowed {
-            let real = directory.canonicalize().map_err(|error| (directory.clone(), error))?;
+            let real = directory.canonicalize().map_err(|error| {
+                let clause = format!("cannot be allowed as a directory: {error}");
+                CliError::image(directory, ErrorCode::WriteTargetNotAllowed, clause)
+            })?;
             // A recorded name may spell the directory as the operator does, or as it really is.
             all.extend(std::path::absolute(directory).ok());
             all.push(real);

@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod check;
 pub mod commit;
 pub mod config;
 pub mod create;
@@ -36,6 +37,8 @@ pub struct Cli {
 pub enum Command {
     /// Merge a copy-on-write overlay into the image that it is backed by, and empty it
     Commit(commit::CommitArgs),
+    /// Check the consistency of an image
+    Check(check::CheckArgs),
     /// Show what an image is
     Info(info::InfoArgs),
     /// Make a new, empty image
@@ -50,6 +53,7 @@ pub enum Command {
 pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
     let (done, output) = match &cli.command {
         Command::Commit(args) => return commit::run(args, out),
+        Command::Check(args) => return check::run(args, out),
         Command::Info(args) => (info::run(args, out), args.output),
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),

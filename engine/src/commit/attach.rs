@@ -94,6 +94,26 @@ pub fn open_chain_devices_rw<'r>(
     Ok(all)
 }
 
+/// Attach images that are only read, opened before, as the slots from 0 on; their other files follow. There is no output.
+///
+/// # Errors
+/// [`ErrorCode::ChainTooDeep`].
+pub fn open_chain_devices_ro(slots: Vec<ChainImage<'_>>) -> Result<ChainDevices<'_>, CliError> {
+    let mut all = ChainDevices::default();
+    all.chain.magic = CHAIN_CONFIG_MAGIC;
+    for (index, image) in slots.into_iter().enumerate() {
+        if index == MAX_CHAIN_DEVICES {
+            let clause = format!("is below {MAX_CHAIN_DEVICES} layers: more cannot be read");
+            return Err(CliError::image(&image.opened.path, ErrorCode::ChainTooDeep, clause));
+        }
+        let slot = u32::try_from(index).unwrap_or(u32::MAX);
+        let (config, _) = all.attach(slot, image, false, 0);
+        all.chain.devices[index] = config;
+        all.chain.count = slot + 1;
+    }
+    Ok(all)
+}
+
 impl<'r> ChainDevices<'r> {
     /// Attach an image under this number, and its files under the next ones that are free, which are returned. It may
     /// become `longest` bytes long at most, all its files together.

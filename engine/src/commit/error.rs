@@ -47,6 +47,24 @@ impl GuestFailure {
     pub fn ended(code: ErrorCode, text: impl Into<String>) -> Self {
         Self { code, device: None, offset: None, errno: 0, text: text.into(), step: String::new() }
     }
+
+    /// What is wrong, and where in the file.
+    fn clause(&self) -> String {
+        let mut clause = self.text.clone();
+        if self.errno != 0 {
+            clause = format!("{clause}: {}", errno_text(self.errno));
+        }
+        if let Some(offset) = self.offset.filter(|_| self.device.is_some()) {
+            clause = format!("{clause} (offset {offset})");
+        }
+        clause
+    }
+
+    /// The file concerned: that of the `usual` device if the failure names none that is known.
+    fn path<'p>(&self, paths: &'p DevicePaths, usual: u32) -> &'p Path {
+        let named = self.device.and_then(|device| paths.get(device));
+        named.or_else(|| paths.get(usual)).unwrap_or(Path::new(""))
+    }
 }
 
 /// Which files the guest changed, by what the devices did, and not by what the guest says.
@@ -92,18 +110,21 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
         code => code,
     };
     let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
-    let path =
-        failure.device.and_then(|device| paths.get(device)).or_else(|| paths.get(either)).unwrap_or(Path::new(""));
-    let mut clause = failure.text.clone();
-    if failure.errno != 0 {
-        clause = format!("{clause}: {}", errno_text(failure.errno));
+    let state = format!("{}; {}", failure.clause(), changed.clause());
+    CliError::image(failure.path(paths, either), code, with_advice(state, code))
+}
+
+/// The line for a failure of what only reads: the file, what is wrong, what to do.
+#[must_use]
+pub fn map_read_error(failure: &GuestFailure, paths: &DevicePaths) -> CliError {
+    CliError::image(failure.path(paths, OVERLAY), failure.code, with_advice(failure.clause(), failure.code))
+}
+
+fn with_advice(clause: String, code: ErrorCode) -> String {
+    match advice(code) {
+        Some(advice) => format!("{clause}; {advice}"),
+        None => clause,
     }
-    if let Some(offset) = failure.offset.filter(|_| failure.device.is_some()) {
-        clause = format!("{clause} (offset {offset})");
-    }
-    let state = changed.clause();
-    let advice = advice(code).map_or(String::new(), |advice| format!("; {advice}"));
-    CliError::image(path, code, format!("{clause}; {state}{advice}"))
 }
 
 /// Whether a failure without a device is about the backing.

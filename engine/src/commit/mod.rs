@@ -12,8 +12,8 @@ mod progress;
 mod render;
 mod timing;
 
-pub use attach::{open_chain_devices_rw, ChainDevices, DevicePaths};
-pub use error::{map_commit_error, Changed, GuestFailure};
+pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths};
+pub use error::{map_commit_error, map_read_error, Changed, GuestFailure};
 pub use guest::{run_commit_guest, GuestOptions, GuestRun};
 pub use render::{
     render_commit_error, render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings,
@@ -128,13 +128,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let path = std::path::absolute(&request.overlay).map_err(|error| {
         CliError::image(&request.overlay, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
     })?;
-    let gate = Gate::new(&request.allowed_directories).map_err(|(directory, error)| {
-        CliError::image(
-            &directory,
-            ErrorCode::WriteTargetNotAllowed,
-            format!("cannot be allowed as a directory: {error}"),
-        )
-    })?;
+    let gate = Gate::new(&request.allowed_directories)?;
     let registry = Registry::load(&request.search);
     note_plugins(&registry, notes);
     timing.mark("plugins loaded");

@@ -38,11 +38,23 @@ pub enum Work {
     OpenToCommit,
     /// Commit images that are open.
     Commit,
+    /// Open images, look at them, and then go on with [`Work::Read`].
+    OpenToRead,
+    /// Let the virtual machine read images that are open.
+    Read,
 }
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Look, Self::LookAside, Self::OpenAndLook, Self::OpenToCommit, Self::Commit];
+    pub const ALL: [Self; 7] = [
+        Self::Look,
+        Self::LookAside,
+        Self::OpenAndLook,
+        Self::OpenToCommit,
+        Self::Commit,
+        Self::OpenToRead,
+        Self::Read,
+    ];
 
     /// The system calls that it needs.
     #[must_use]
@@ -54,6 +66,8 @@ impl Work {
             // A filter can only be made stricter: what comes later is allowed before.
             Self::OpenToCommit => &[LOOK, OPEN, CONFINE, CHANGE, MACHINE],
             Self::Commit => &[LOOK, CHANGE, MACHINE],
+            Self::OpenToRead => &[LOOK, OPEN, CONFINE, MACHINE],
+            Self::Read => &[LOOK, MACHINE],
         };
         let mut calls: BTreeMap<i64, Vec<Allowed>> = BTreeMap::new();
         for (call, allowed) in tables.iter().copied().flatten() {
@@ -72,6 +86,7 @@ const fn bits(value: i32) -> u32 {
 const LOOK: &[Call] = &[
     // Files
     (libc::SYS_pread64, Always),
+    (libc::SYS_preadv, Always),
     (libc::SYS_lseek, Always),
     (libc::SYS_fstat, Always),
     (libc::SYS_newfstatat, Always),
@@ -147,7 +162,6 @@ const CONFINE: &[Call] = &[
 /// Changing what is open.
 const CHANGE: &[Call] = &[
     (libc::SYS_pwrite64, Always),
-    (libc::SYS_preadv, Always),
     (libc::SYS_pwritev, Always),
     (libc::SYS_copy_file_range, Always),
     (libc::SYS_fallocate, Always),
@@ -253,7 +267,7 @@ mod tests {
             for call in never {
                 assert!(!calls.contains_key(&call), "{work:?} {call}");
             }
-            let opens = matches!(work, Work::OpenAndLook | Work::OpenToCommit);
+            let opens = matches!(work, Work::OpenAndLook | Work::OpenToCommit | Work::OpenToRead);
             for call in [libc::SYS_open, libc::SYS_openat, libc::SYS_openat2] {
                 assert_eq!(calls.contains_key(&call), opens, "{work:?} {call}");
             }
@@ -266,10 +280,12 @@ mod tests {
 
     #[test]
     fn what_comes_later_is_allowed_before() {
-        let before = Work::OpenToCommit.calls();
-        for (call, allowed) in Work::Commit.calls() {
-            let known = before.get(&call).is_some_and(|known| allowed.iter().all(|one| known.contains(one)));
-            assert!(known, "{call}");
+        for (before, after) in [(Work::OpenToCommit, Work::Commit), (Work::OpenToRead, Work::Read)] {
+            let before = before.calls();
+            for (call, allowed) in after.calls() {
+                let known = before.get(&call).is_some_and(|known| allowed.iter().all(|one| known.contains(one)));
+                assert!(known, "{after:?} {call}");
+            }
         }
     }
 }

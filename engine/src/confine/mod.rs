@@ -44,6 +44,8 @@ impl Confinement {
     }
 
     fn apply(reach: &Reach, work: Work) -> Self {
+        // The library of system calls asks for the auxiliary vector once, with calls that are not allowed later.
+        let _ = rustix::param::page_size();
         // In this order: a filter may not know the calls that set up Landlock.
         let paths = paths::restrict(reach);
         let calls = filter::apply(work, filter::Threads::All);

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 static CORE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/core-module.elf"));
 static COMMIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/commit-module.elf"));
+/// The check operation, for [`VmSpec::with_operation`].
+pub static CHECK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/check-module.elf"));
 
 /// A guest module.
 #[derive(Clone, Copy, Debug)]

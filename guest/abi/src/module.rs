@@ -14,7 +14,7 @@ pub const MODULE_MAGIC: u64 = u64::from_le_bytes(*b"INSTMODU");
 /// Changes when a module built before cannot be loaded any more.
 pub const MODULE_ABI_MAJOR: u32 = 1;
 /// Changes when something was appended to a table.
-pub const MODULE_ABI_MINOR: u32 = 2;
+pub const MODULE_ABI_MINOR: u32 = 3;
 
 /// Longest detail text of a [`Failure`] in bytes.
 pub const FAILURE_TEXT_MAX: usize = 208;
@@ -111,6 +111,58 @@ pub struct PlanSummary {
     pub new_metadata_clusters: u64,
 }
 
+/// What an examination found, in numbers. What a format does not count is 0.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Examination {
+    /// Where the last cluster that is in use, or has a refcount, ends: bytes.
+    pub image_end_offset: u64,
+    /// Clusters of the virtual disk.
+    pub total_clusters: u64,
+    /// Those that have a cluster in the file.
+    pub allocated_clusters: u64,
+    /// Of these, those that do not follow the one before them in the file.
+    pub fragmented_clusters: u64,
+    /// Of these, those that are compressed.
+    pub compressed_clusters: u64,
+    /// What is wrong and may lose data.
+    pub corruptions: u64,
+    /// Clusters that are allocated and that nothing refers to.
+    pub leaks: u64,
+}
+
+/// What a finding is. Passed as `u32`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FindingKind {
+    /// Data may be lost.
+    Corruption = 1,
+    /// Space is wasted.
+    Leak = 2,
+}
+
+impl FindingKind {
+    /// The kind with this number, if there is one.
+    #[must_use]
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Some(match value {
+            1 => Self::Corruption,
+            2 => Self::Leak,
+            _ => return None,
+        })
+    }
+}
+
+/// Takes the findings of an examination, one at a time.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct FindingOps {
+    /// Passed back to `add`.
+    pub context: *mut c_void,
+    /// A finding: a [`FindingKind`] as a number and one line of UTF-8 of `length` bytes.
+    pub add: extern "C" fn(context: *mut c_void, kind: u32, text: *const u8, length: usize),
+}
+
 /// The source role: enumerate what an image holds, read it, empty it.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -155,6 +207,16 @@ pub struct SourceOps {
     /// Record, durably, that the parent's content ID is about to become `content_id`; called before the first write to the
     /// parent.
     pub follow_parent: Option<extern "C" fn(source: *mut c_void, content_id: u64, failure: *mut Failure) -> u32>,
+    /// Since minor version 3; null, or past the end of a shorter table: images of the format cannot be examined.
+    /// Look at all metadata for a report, and change nothing: what is wrong is a finding and not a failure.
+    pub examine: Option<
+        extern "C" fn(
+            source: *mut c_void,
+            findings: *const FindingOps,
+            out: *mut Examination,
+            failure: *mut Failure,
+        ) -> u32,
+    >,
 }
 
 impl SourceOps {

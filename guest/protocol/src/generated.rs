@@ -2,7 +2,7 @@
 /// One message in the message buffer.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GuestMessage {
-    #[prost(oneof = "guest_message::Kind", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "guest_message::Kind", tags = "1, 2, 3, 4, 5, 8, 9")]
     pub kind: ::core::option::Option<guest_message::Kind>,
 }
 /// Nested message and enum types in `GuestMessage`.
@@ -19,6 +19,10 @@ pub mod guest_message {
         Panic(super::PanicMessage),
         #[prost(message, tag = "5")]
         Plan(super::PlanMessage),
+        #[prost(message, tag = "8")]
+        Finding(super::FindingMessage),
+        #[prost(message, tag = "9")]
+        CheckResult(super::CheckResultMessage),
     }
 }
 /// How the commit ended. The last message of every commit.
@@ -95,4 +99,46 @@ pub struct PlanMessage {
     pub new_data_clusters: u64,
     #[prost(uint64, tag = "5")]
     pub new_metadata_clusters: u64,
+}
+/// Something that a check found. Not all findings are sent; all are counted.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FindingMessage {
+    /// 1: data may be lost; 2: space is wasted.
+    #[prost(uint32, tag = "1")]
+    pub kind: u32,
+    /// One line.
+    #[prost(string, tag = "2")]
+    pub text: ::prost::alloc::string::String,
+}
+/// How the check ended. The last message of every check. Counts that a format does not have are 0.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CheckResultMessage {
+    /// Byte offset at which the last cluster in use ends.
+    #[prost(uint64, tag = "1")]
+    pub image_end_offset: u64,
+    /// Clusters of the virtual disk, and what is known of them.
+    #[prost(uint64, tag = "2")]
+    pub total_clusters: u64,
+    #[prost(uint64, tag = "3")]
+    pub allocated_clusters: u64,
+    #[prost(uint64, tag = "4")]
+    pub fragmented_clusters: u64,
+    #[prost(uint64, tag = "5")]
+    pub compressed_clusters: u64,
+    /// What is wrong and may lose data, and clusters that nothing refers to.
+    #[prost(uint64, tag = "6")]
+    pub corruptions: u64,
+    #[prost(uint64, tag = "7")]
+    pub leaks: u64,
+    /// As in CommitResultMessage, where the image could not be checked to the end.
+    #[prost(uint32, tag = "8")]
+    pub error: u32,
+    #[prost(uint32, tag = "9")]
+    pub error_device: u32,
+    #[prost(uint64, tag = "10")]
+    pub error_offset: u64,
+    #[prost(uint32, tag = "11")]
+    pub error_errno: u32,
+    #[prost(string, tag = "12")]
+    pub error_text: ::prost::alloc::string::String,
 }

@@ -10,6 +10,7 @@ extern crate alloc;
 mod generated;
 
 pub use generated::{
-    guest_message, CommitResultMessage, GuestMessage, LogMessage, PanicMessage, PlanMessage, ProgressMessage,
+    guest_message, CheckResultMessage, CommitResultMessage, FindingMessage, GuestMessage, LogMessage, PanicMessage,
+    PlanMessage, ProgressMessage,
 };
 pub use prost::Message;

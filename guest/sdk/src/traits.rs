@@ -3,7 +3,7 @@
 use crate::error::{DriverError, DriverResult};
 use crate::io::BlockIo;
 use alloc::vec::Vec;
-use instar_guest_abi::{DeviceConfig, ErrorCode, Extent, ImageInfo, PlanSummary};
+use instar_guest_abi::{DeviceConfig, ErrorCode, Examination, Extent, FindingKind, ImageInfo, PlanSummary};
 
 /// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
 pub trait Source {
@@ -47,6 +47,20 @@ pub trait Source {
     fn follow_parent(&mut self, io: &mut dyn BlockIo, content_id: u64) -> DriverResult<()> {
         let _ = (io, content_id);
         Ok(())
+    }
+
+    /// Look at all metadata for a report, and change nothing: what is wrong goes to `finding`, one line each. Called on a
+    /// source that was just opened. Only what makes it impossible to go on at all is an error.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotImplemented`] for a format without consistency to speak of, and I/O errors.
+    fn examine(
+        &mut self,
+        io: &mut dyn BlockIo,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<Examination> {
+        let _ = (io, finding);
+        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be checked"))
     }
 }
 

@@ -1,11 +1,13 @@
 //! A source of another module.
 
 use super::{call, protocol, MAX_EXTENTS};
-use crate::{BlockIo, DriverResult, Source};
+use crate::{BlockIo, DriverError, DriverResult, Source};
 use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::ptr::null_mut;
-use instar_guest_abi::{DeviceConfig, Extent, ExtentKind, ImageInfo, SourceOps};
+use instar_guest_abi::{
+    DeviceConfig, ErrorCode, Examination, Extent, ExtentKind, FindingKind, FindingOps, ImageInfo, SourceOps,
+};
 
 /// A source of another module. It does its block I/O itself: the `io` of the calls is not used.
 pub struct ForeignSource {
@@ -99,6 +101,46 @@ impl Source for ForeignSource {
     fn follow_parent(&mut self, _: &mut dyn BlockIo, content_id: u64) -> DriverResult<()> {
         let follow = self.ops.follow_parent;
         follow.map_or(Ok(()), |follow| call(|failure| follow(self.handle, content_id, failure)))
+    }
+
+    fn examine(
+        &mut self,
+        _: &mut dyn BlockIo,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<Examination> {
+        let Some(examine) = self.ops.examine else {
+            let text = "images of this format cannot be checked with this version of its plugin";
+            return Err(DriverError::new(ErrorCode::NotImplemented, text));
+        };
+        let mut findings = Findings { sink: finding, wrong: false };
+        let ops = FindingOps { context: (&raw mut findings).cast(), add: add_finding };
+        let mut found = Examination::default();
+        call(|failure| examine(self.handle, &raw const ops, &raw mut found, failure))?;
+        if findings.wrong {
+            return Err(protocol("the module returned a finding of unknown kind, or one that is no text"));
+        }
+        Ok(found)
+    }
+}
+
+/// Where the findings of another module go.
+struct Findings<'a> {
+    sink: &'a mut dyn FnMut(FindingKind, &str),
+    wrong: bool,
+}
+
+extern "C" fn add_finding(context: *mut c_void, kind: u32, text: *const u8, length: usize) {
+    // SAFETY: `context` is the one that `examine` passed, which lives until it returns; the module does not keep it.
+    let Some(findings) = (unsafe { context.cast::<Findings<'_>>().as_mut() }) else { return };
+    if text.is_null() {
+        findings.wrong = true;
+        return;
+    }
+    // SAFETY: the interface makes `length` bytes at `text` readable.
+    let text = unsafe { core::slice::from_raw_parts(text, length) };
+    match (FindingKind::from_u32(kind), core::str::from_utf8(text)) {
+        (Some(kind), Ok(text)) => (findings.sink)(kind, text),
+        _ => findings.wrong = true,
     }
 }
 

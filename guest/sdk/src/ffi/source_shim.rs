@@ -6,7 +6,9 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::slice;
-use instar_guest_abi::{DeviceConfig, Extent, ExtentKind, Failure, ImageInfo, SourceOps};
+use instar_guest_abi::{
+    DeviceConfig, Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, ImageInfo, SourceOps,
+};
 
 /// What a handle points to.
 struct Open<S> {
@@ -31,6 +33,7 @@ pub const fn source_ops<D: FormatDriver, Io: BlockIo + Default>() -> SourceOps {
         read: read::<D::Source, Io>,
         empty: empty::<D::Source, Io>,
         follow_parent: Some(follow_parent::<D::Source, Io>),
+        examine: Some(examine::<D::Source, Io>),
     }
 }
 
@@ -187,4 +190,23 @@ extern "C" fn follow_parent<S: Source, Io: BlockIo + Default>(
     };
     // SAFETY: the interface passes null or a writable failure.
     unsafe { done(result, failure) }
+}
+
+extern "C" fn examine<S: Source, Io: BlockIo + Default>(
+    source: *mut c_void,
+    findings: *const FindingOps,
+    out: *mut Examination,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle and readable functions.
+    let (open, findings) = unsafe { (handle::<S>(source), findings.as_ref()) };
+    let (Some(open), Some(findings), false) = (open, findings, out.is_null()) else {
+        // SAFETY: the interface passes null or a writable failure.
+        return unsafe { store(&protocol("examine without source, findings or result"), failure) };
+    };
+    let mut add =
+        |kind: FindingKind, text: &str| (findings.add)(findings.context, kind as u32, text.as_ptr(), text.len());
+    let result = open.source.examine(&mut Io::default(), &mut add);
+    // SAFETY: `out` is not null, so the interface makes it writable; `failure` is null or writable.
+    unsafe { finish(result, out, failure) }
 }

@@ -11,7 +11,7 @@
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
 //! * [`reference_counts`], `references`, [`repair`]: images that were not closed cleanly;
-//! * [`source`], [`check`], [`empty`], [`empty_shared`]: the source role;
+//! * [`source`], [`check`], `examine`, [`empty`], [`empty_shared`]: the source role;
 //! * [`metadata_map`], [`allocator`], [`free_clusters`], [`sink`], [`plan`], [`grow`], [`write`], `subclusters`: the sink
 //!   role;
 //! * [`bitmaps`], [`record`]: the persistent bitmaps of a sink.
@@ -27,6 +27,7 @@ mod data;
 pub mod decode;
 pub mod empty;
 pub mod empty_shared;
+mod examine;
 pub mod free_clusters;
 pub mod grow;
 mod grow_bitmaps;

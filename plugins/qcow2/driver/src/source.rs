@@ -8,7 +8,7 @@ use crate::slice_cache::SliceCache;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo, Request};
+use instar_guest_sdk::abi::{Examination, Extent, ExtentKind, FindingKind, ImageInfo, Request};
 use instar_guest_sdk::{BlockIo, DriverResult, Source};
 use instar_qcow2_format::{incompatible, CompressedRange, EntryError, HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
 
@@ -351,5 +351,13 @@ impl Source for Qcow2Source {
 
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         self.empty_image(io)
+    }
+
+    fn examine(
+        &mut self,
+        io: &mut dyn BlockIo,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<Examination> {
+        self.examine_image(io, finding)
     }
 }

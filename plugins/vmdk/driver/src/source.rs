@@ -5,7 +5,7 @@ use crate::disk::{Body, Disk, Part};
 use crate::image::overflow;
 use crate::sparse_source::{push, SparseSource};
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo};
+use instar_guest_sdk::abi::{ErrorCode, Examination, Extent, ExtentKind, FindingKind, ImageInfo};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
 /// A vmdk that data comes from.
@@ -114,5 +114,25 @@ impl Source for VmdkSource {
             self.descriptor.text.parent_id = Some(self.descriptor.replace(io, id, value)?);
         }
         Ok(())
+    }
+
+    /// What the check finds, is found. Grains that nothing refers to are not looked for: a vmdk does not say which there are.
+    fn examine(
+        &mut self,
+        io: &mut dyn BlockIo,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<Examination> {
+        let mut found = Examination::default();
+        for part in &mut self.parts {
+            let Body::Sparse(sparse) = &mut part.body else { continue };
+            match sparse.check(io, false) {
+                Err(error) if error.code == ErrorCode::OverlayCorrupt => {
+                    found.corruptions += 1;
+                    finding(FindingKind::Corruption, &error.text);
+                }
+                checked => drop(checked?),
+            }
+        }
+        Ok(found)
     }
 }

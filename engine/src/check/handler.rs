@@ -1,0 +1,114 @@
+//! Serves the guest of a check: its block requests, its findings, its end.
+
+use crate::commit::GuestFailure;
+use crate::devices::Devices;
+use crate::vm::{BadRequest, BufferAccess, GuestHandler};
+use instar_guest_abi::{Examination, FindingKind, Request};
+use instar_guest_protocol::guest_message::Kind;
+use instar_guest_protocol::{CheckResultMessage, CommitResultMessage};
+
+/// Findings that are kept.
+const MAX_FINDINGS: usize = 200;
+
+/// What the guest of a check said.
+pub struct CheckHandler {
+    devices: Devices,
+    /// How the check ended, once the guest said so.
+    pub result: Option<Result<Examination, GuestFailure>>,
+    /// The first findings.
+    pub findings: Vec<(FindingKind, String)>,
+}
+
+impl CheckHandler {
+    pub fn new(devices: Devices) -> Self {
+        Self { devices, result: None, findings: Vec::new() }
+    }
+}
+
+/// The outcome that a message tells.
+fn outcome(message: &CheckResultMessage) -> Result<Examination, GuestFailure> {
+    if message.error != 0 {
+        return Err(GuestFailure::from_message(&CommitResultMessage {
+            error: message.error,
+            error_device: message.error_device,
+            error_offset: message.error_offset,
+            error_errno: message.error_errno,
+            error_text: message.error_text.clone(),
+            ..CommitResultMessage::default()
+        }));
+    }
+    Ok(Examination {
+        image_end_offset: message.image_end_offset,
+        total_clusters: message.total_clusters,
+        allocated_clusters: message.allocated_clusters,
+        fragmented_clusters: message.fragmented_clusters,
+        compressed_clusters: message.compressed_clusters,
+        corruptions: message.corruptions,
+        leaks: message.leaks,
+    })
+}
+
+impl GuestHandler for CheckHandler {
+    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
+        if self.result.is_some() {
+            return Err(BadRequest("a request after the result".to_owned()));
+        }
+        self.devices.execute(memory, requests)
+    }
+
+    fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
+        if self.result.is_some() {
+            return Err(BadRequest("a message after the result".to_owned()));
+        }
+        match message {
+            Kind::CheckResult(result) => self.result = Some(outcome(&result)),
+            Kind::Finding(finding) => match FindingKind::from_u32(finding.kind) {
+                Some(kind) if self.findings.len() < MAX_FINDINGS => self.findings.push((kind, finding.text)),
+                Some(_) => {}
+                None => return Err(BadRequest(format!("a finding of the unknown kind {}", finding.kind))),
+            },
+            Kind::Log(_) => {}
+            _ => return Err(BadRequest("a message that a check does not send".to_owned())),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use instar_guest_abi::ErrorCode;
+    use instar_guest_protocol::{FindingMessage, PlanMessage};
+
+    fn finding(kind: u32) -> Kind {
+        Kind::Finding(FindingMessage { kind, text: "cluster 7".into() })
+    }
+
+    #[test]
+    fn findings_are_kept_up_to_a_bound() {
+        let mut handler = CheckHandler::new(Devices::default());
+        for _ in 0..10 * MAX_FINDINGS {
+            assert_eq!(handler.message(finding(2)), Ok(()));
+        }
+        assert_eq!(handler.findings.len(), MAX_FINDINGS);
+        assert!(handler.message(finding(3)).is_err());
+    }
+
+    #[test]
+    fn one_result_and_nothing_after_it() {
+        let mut handler = CheckHandler::new(Devices::default());
+        assert!(handler.message(Kind::Plan(PlanMessage::default())).is_err());
+        let result = CheckResultMessage { leaks: 3, ..CheckResultMessage::default() };
+        assert_eq!(handler.message(Kind::CheckResult(result.clone())), Ok(()));
+        assert_eq!(handler.result, Some(Ok(Examination { leaks: 3, ..Examination::default() })));
+        assert!(handler.message(Kind::CheckResult(result)).is_err() && handler.message(finding(1)).is_err());
+    }
+
+    #[test]
+    fn a_failure_that_only_the_host_can_see_is_nonsense() {
+        let told = |error: ErrorCode| CheckResultMessage { error: error.number(), ..CheckResultMessage::default() };
+        let code = |error| outcome(&told(error)).map_err(|failure| failure.code);
+        assert_eq!(code(ErrorCode::OverlayIo), Err(ErrorCode::OverlayIo));
+        assert_eq!(code(ErrorCode::ImageInUse), Err(ErrorCode::GuestProtocol));
+    }
+}

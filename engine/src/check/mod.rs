@@ -1,0 +1,81 @@
+//! `instar check`: is the metadata of an image consistent? The format's own module looks at it in the virtual machine;
+//! nothing is changed.
+
+mod handler;
+
+use crate::chain::write_target::Gate;
+use crate::chain::{open_extra_files, Access, FilesOf, OpenedFile};
+use crate::cli::CliError;
+use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
+use crate::confine::{Confinement, Reach, Work};
+use crate::plugins::{Registry, SearchPath};
+use crate::vm::{self, KvmDevice, ModuleSpec, VmSpec};
+use handler::CheckHandler;
+use instar_guest_abi::{ErrorCode, Examination, FindingKind};
+use std::path::{Path, PathBuf};
+
+/// What the operator asks for.
+#[derive(Clone, Debug, Default)]
+pub struct CheckRequest {
+    /// The image.
+    pub image: PathBuf,
+    /// Its format, if the operator names it.
+    pub format: Option<String>,
+    /// Look at it even if something else is writing to it.
+    pub force_share: bool,
+    /// Directories that the names of other files of the image may lead into.
+    pub allowed_directories: Vec<PathBuf>,
+    /// Where plugins are looked for.
+    pub search: SearchPath,
+}
+
+/// What a check found.
+#[derive(Clone, Debug)]
+pub struct CheckResult {
+    /// The image's format.
+    pub format: String,
+    /// The findings, in numbers.
+    pub found: Examination,
+    /// The first findings, one line each as the guest wrote it: not safe for a terminal.
+    pub findings: Vec<(FindingKind, String)>,
+}
+
+/// Check an image. The calling process is [confined](crate::confine) by it, for good.
+///
+/// # Errors
+/// One line that names the file and what to do: when the image could not be checked to the end.
+/// [`ErrorCode::NotImplemented`] for a format that has nothing to check.
+pub fn run_check(request: &CheckRequest) -> Result<CheckResult, CliError> {
+    let path = std::path::absolute(&request.image).map_err(|error| {
+        CliError::image(&request.image, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
+    })?;
+    let gate = Gate::new(&request.allowed_directories)?;
+    let registry = Registry::load(&request.search);
+    let kvm = KvmDevice::open();
+    let access = if request.force_share { Access::Shared } else { Access::ReadOnly };
+    let opened = OpenedFile::named(&path, access, ErrorCode::OverlayNotFound)?.lock(access)?;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let within = std::iter::once(directory).chain(gate.directories());
+    let confinement = Confinement::begin(&within.fold(Reach::default(), Reach::read), Work::OpenToRead);
+    let mut image = opened.identify_as(&registry, request.format.as_deref())?;
+    open_extra_files(&mut [FilesOf { image: &mut image, access, gate: &gate }])?;
+    // For good: what is returned is only what was in force.
+    let _ = confinement.seal(Work::Read);
+
+    let format = image.facts.format.to_string();
+    let ChainDevices { devices, chain, files, plugins, paths } = open_chain_devices_ro(vec![image])?;
+    let modules: Vec<ModuleSpec<'_>> = plugins
+        .iter()
+        .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
+        .collect();
+    let spec = VmSpec { files, ..VmSpec::new(0, chain, modules) }.with_operation(vm::CHECK);
+    let mut handler = CheckHandler::new(devices);
+    let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
+    let failure = match (ended, handler.result.take()) {
+        (Ok(_), Some(Ok(found))) => return Ok(CheckResult { format, found, findings: handler.findings }),
+        (Ok(_), Some(Err(failure))) => failure,
+        (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
+        (Err(error), _) => GuestFailure::ended(error.code(), error.to_string()),
+    };
+    Err(map_read_error(&failure, &paths))
+}

@@ -1,0 +1,69 @@
+//! The check operation: it lets the format of one image look at all of its metadata, and reports. It changes nothing.
+//!
+//! The crate is an ordinary `no_std` library; the module that runs in the guest is a thin shell around it
+//! (`src/bin`).
+#![no_std]
+
+extern crate alloc;
+
+use alloc::string::String;
+use instar_guest_protocol::guest_message::Kind;
+use instar_guest_protocol::{CheckResultMessage, FindingMessage, GuestMessage, Message};
+use instar_guest_sdk::abi::{ErrorCode, Examination, FindingKind};
+use instar_guest_sdk::ffi::Operation;
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+
+/// Findings that are sent as text. All are counted.
+pub const MAX_FINDINGS: u64 = 200;
+
+/// Check the image in slot 0, and send what was found and then the result.
+pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
+    let mut send_kind = |kind| send(&GuestMessage { kind: Some(kind) }.encode_to_vec());
+    let result = match open(operation).and_then(|mut source| examine(&mut source, io, &mut send_kind)) {
+        Ok(found) => CheckResultMessage {
+            image_end_offset: found.image_end_offset,
+            total_clusters: found.total_clusters,
+            allocated_clusters: found.allocated_clusters,
+            fragmented_clusters: found.fragmented_clusters,
+            compressed_clusters: found.compressed_clusters,
+            corruptions: found.corruptions,
+            leaks: found.leaks,
+            error_device: u32::MAX,
+            error_offset: u64::MAX,
+            ..CheckResultMessage::default()
+        },
+        Err(error) => failure(&error),
+    };
+    send_kind(Kind::CheckResult(result));
+}
+
+fn open<'a>(operation: &Operation<'a>) -> DriverResult<impl Source + 'a> {
+    let device = operation.chain.devices.first().filter(|_| operation.chain.count == 1);
+    let device = device.ok_or_else(|| DriverError::new(ErrorCode::GuestProtocol, "a check is of one image"))?;
+    operation.format_of(device)?.open_source(device)
+}
+
+/// Examine an image; the first findings are sent as they are found.
+///
+/// # Errors
+/// Those of the source.
+pub fn examine(source: &mut dyn Source, io: &mut dyn BlockIo, send: &mut dyn FnMut(Kind)) -> DriverResult<Examination> {
+    let mut sent = 0;
+    source.examine(io, &mut |kind: FindingKind, text: &str| {
+        if sent < MAX_FINDINGS {
+            sent += 1;
+            send(Kind::Finding(FindingMessage { kind: kind as u32, text: String::from(text) }));
+        }
+    })
+}
+
+fn failure(error: &DriverError) -> CheckResultMessage {
+    CheckResultMessage {
+        error: error.code.number(),
+        error_device: error.device.unwrap_or(u32::MAX),
+        error_offset: error.offset.unwrap_or(u64::MAX),
+        error_errno: error.errno,
+        error_text: error.text.clone(),
+        ..CheckResultMessage::default()
+    }
+}
