@@ -7,5 +7,6 @@ pub mod commit;
 pub mod config;
 pub mod confine;
 pub mod devices;
+pub mod doctor;
 pub mod plugins;
 pub mod vm;

@@ -5,6 +5,7 @@ pub mod commit;
 pub mod config;
 pub mod create;
 mod create_file;
+pub mod doctor;
 pub mod error;
 pub mod escape;
 pub mod info;
@@ -47,6 +48,8 @@ pub enum Command {
     Plugins(plugins::PluginsArgs),
     /// Show what is configured, and where
     Config(config::ConfigArgs),
+    /// Find out whether commits work on this machine, and what to do if they do not
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Run a command; the exit status.
@@ -54,6 +57,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
     let (done, output) = match &cli.command {
         Command::Commit(args) => return commit::run(args, out),
         Command::Check(args) => return check::run(args, out),
+        Command::Doctor(args) => return doctor::run(args, out),
         Command::Info(args) => (info::run(args, out), args.output),
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),

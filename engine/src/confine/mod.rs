@@ -59,6 +59,43 @@ impl Confinement {
         Self { paths: self.paths.and(paths), calls: self.calls.and(calls) }
     }
 
+    /// What would be in force: tried in a thread of its own.
+    ///
+    /// # Panics
+    /// When the thread does.
+    #[must_use]
+    pub fn trial() -> Self {
+        let confined = || Self {
+            paths: paths::restrict(&Reach::default()),
+            calls: filter::apply(Work::LookAside, filter::Threads::This),
+        };
+        std::thread::scope(|scope| match scope.spawn(confined).join() {
+            Ok(trial) => trial,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(paths: Result<String, String>, calls: Result<usize, String>) -> Self {
+        Self { paths, calls }
+    }
+
+    /// What of Landlock is in force.
+    ///
+    /// # Errors
+    /// Why nothing is: one clause.
+    pub fn paths(&self) -> Result<&str, &str> {
+        self.paths.as_deref().map_err(String::as_str)
+    }
+
+    /// The number of system calls that the filter allows.
+    ///
+    /// # Errors
+    /// Why there is no filter: one clause.
+    pub fn calls(&self) -> Result<usize, &str> {
+        self.calls.as_ref().copied().map_err(String::as_str)
+    }
+
     /// Run `look` in a thread that can open no file, and return its answer. Weaker than confining the process, whose memory
     /// the thread shares: for a program that has to write a new file afterwards.
     ///

@@ -1,0 +1,226 @@
+//! `instar doctor`: whether a commit can run here, and how well it would be confined. It tries everything for real.
+
+use crate::cli::escape::escape_path;
+use crate::config::Config;
+use crate::confine::Confinement;
+use crate::plugins::{Registry, SearchPath};
+use crate::vm::{self, BadRequest, BufferAccess, GuestHandler, KvmDevice, VmError, VmSpec};
+use instar_guest_abi::{ChainConfig, Request, CHAIN_CONFIG_MAGIC};
+use instar_guest_protocol::guest_message::Kind;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// How a part of the machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Health {
+    /// As it should be.
+    Good,
+    /// A commit works, with less than there could be.
+    Weak,
+    /// A commit does not work.
+    Broken,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnosis {
+    /// What it is about: one word.
+    pub part: &'static str,
+    /// How it is.
+    pub health: Health,
+    /// What was found: one line, safe for a terminal.
+    pub found: String,
+    /// What to do about it.
+    pub remedy: Option<String>,
+}
+
+impl Diagnosis {
+    fn good(part: &'static str, found: impl Into<String>) -> Self {
+        Self { part, health: Health::Good, found: found.into(), remedy: None }
+    }
+
+    fn bad(part: &'static str, health: Health, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { part, health, found: found.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+/// Look at everything that a commit needs. `plugin_dirs` are directories with plugins that the operator names.
+#[must_use]
+pub fn examine(plugin_dirs: &[PathBuf]) -> Vec<Diagnosis> {
+    let mut all = vec![kvm()];
+    all.extend(confinement(&Confinement::trial()));
+    let (config, directories) = match Config::load() {
+        Ok(config) => (Diagnosis::good("configuration", "can be read"), config.plugin_paths()),
+        Err(error) => {
+            let remedy = "correct the file, or delete it; `instar config` shows what is in force";
+            (Diagnosis::bad("configuration", Health::Broken, error.message, remedy), Vec::new())
+        }
+    };
+    all.push(config);
+    all.extend(plugins(&Registry::load(&SearchPath::for_process(plugin_dirs, &directories))));
+    all
+}
+
+/// Run a guest that has no image: it says so, and that takes a whole virtual machine.
+fn kvm() -> Diagnosis {
+    struct Greeting(bool);
+    impl GuestHandler for Greeting {
+        fn requests(&mut self, _: &dyn BufferAccess, _: &mut [Request]) -> Result<(), BadRequest> {
+            Err(BadRequest("a request without an image".to_owned()))
+        }
+        fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
+            self.0 |= matches!(message, Kind::CheckResult(_));
+            Ok(())
+        }
+    }
+    let chain = ChainConfig { magic: CHAIN_CONFIG_MAGIC, ..ChainConfig::default() };
+    let spec = VmSpec::new(0, chain, Vec::new()).with_operation(vm::CHECK);
+    let mut greeting = Greeting(false);
+    let ran = KvmDevice::open().and_then(|kvm| vm::run_on(&kvm, &spec, &mut greeting));
+    match ran {
+        Ok(report) if greeting.0 => {
+            let micros = (report.time_create + report.time_load + report.time_run).as_micros();
+            Diagnosis::good(
+                "kvm",
+                format!("a virtual machine started, ran in ring {}, and ended: {micros} µs", report.ring),
+            )
+        }
+        Ok(_) => Diagnosis::bad("kvm", Health::Broken, "the virtual machine ended without a word", REPORT),
+        Err(error) => Diagnosis::bad("kvm", Health::Broken, error.to_string(), kvm_remedy(&error)),
+    }
+}
+
+const REPORT: &str = "please report this, with the processor and the kernel's version";
+
+fn kvm_remedy(error: &VmError) -> String {
+    match error {
+        VmError::KvmMissing => missing_remedy(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
+        VmError::KvmPermission { .. } => permission_remedy(),
+        VmError::KvmUnusable { .. } => {
+            "enable virtualization (VT-x, AMD-V) in the firmware, or nested virtualization in the \
+                                        hypervisor that this machine runs in"
+                .into()
+        }
+        _ => REPORT.into(),
+    }
+}
+
+/// Why there may be no `/dev/kvm`, by what the processor says of itself.
+fn missing_remedy(cpuinfo: &str) -> String {
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let has = |flag: &str| flags.split_ascii_whitespace().any(|known| known == flag);
+    let module = match (has("vmx"), has("svm")) {
+        (true, _) => "kvm_intel",
+        (_, true) => "kvm_amd",
+        _ => {
+            return "the processor offers no virtualization: enable VT-x or AMD-V in the firmware; in a virtual machine, \
+                    enable nested virtualization in its hypervisor"
+                .into()
+        }
+    };
+    format!(
+        "load the kernel's module with `modprobe {module}`; in a container, pass the device in (`--device /dev/kvm`)"
+    )
+}
+
+fn permission_remedy() -> String {
+    let group = fs::metadata("/dev/kvm").ok().map(|device| device.gid());
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    match group.map(|id| (id, group_name(&groups, id))) {
+        Some((0, _)) | None => {
+            "let a group own the device (udev does: install qemu's or systemd's rules), and join that group".into()
+        }
+        Some((_, Some(name))) => format!("join the group {name} with `usermod -aG {name} $USER`, and log in again"),
+        Some((id, None)) => format!("join the group with the number {id}, which owns the device, and log in again"),
+    }
+}
+
+/// The name of a group in the lines of `/etc/group` (`group(5)`), if it is a plain one.
+fn group_name(groups: &str, id: u32) -> Option<&str> {
+    let mut fields = groups.lines().map(|line| line.split(':'));
+    let name = fields.find_map(|mut field| {
+        let name = field.next()?;
+        (field.nth(1)?.parse() == Ok(id)).then_some(name)
+    });
+    name.filter(|name| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c)))
+}
+
+/// Without them a commit works all the same: the metadata is handled in the virtual machine.
+fn confinement(trial: &Confinement) -> [Diagnosis; 2] {
+    let one = |part, state: Result<String, &str>, remedy: &str| match state {
+        Ok(found) => Diagnosis::good(part, found),
+        Err(why) => Diagnosis::bad(part, Health::Weak, format!("not in force: {why}"), remedy),
+    };
+    [
+        one(
+            "landlock",
+            trial.paths().map(str::to_owned),
+            "use a kernel of version 5.13 or newer with Landlock in `lsm=` of its command line; a container may have to allow it",
+        ),
+        one(
+            "seccomp",
+            trial.calls().map(|count| format!("a filter of {count} system calls was accepted")),
+            "use a kernel with CONFIG_SECCOMP_FILTER; a container may have to allow it",
+        ),
+    ]
+}
+
+fn plugins(registry: &Registry) -> Vec<Diagnosis> {
+    let mut all = Vec::new();
+    for plugin in registry.plugins() {
+        let found = format!("{} {} from {}", plugin.name(), plugin.version(), escape_path(plugin.path()));
+        all.push(Diagnosis::good("plugin", crate::cli::escape::printable(&found)));
+    }
+    if all.is_empty() {
+        let remedy =
+            "install instar's plugins, or name their directory with --plugin-dir; `instar plugins` shows where \
+                      they are looked for";
+        all.push(Diagnosis::bad("plugin", Health::Broken, "none is loaded: no format is known", remedy));
+    }
+    for skipped in registry.skipped() {
+        let found = format!("skipped: {}: {}", escape_path(&skipped.path), skipped.reason);
+        all.push(Diagnosis::bad(
+            "plugin",
+            Health::Weak,
+            crate::cli::escape::printable(&found),
+            skipped_remedy(&skipped.path),
+        ));
+    }
+    all
+}
+
+fn skipped_remedy(path: &Path) -> String {
+    format!(
+        "replace {} by one that was built for this version, owned by root and writable by nobody else; or remove it",
+        escape_path(path)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_module_is_that_of_the_processor() {
+        assert!(missing_remedy("processor\t: 0\nflags\t\t: fpu vmx sse\n").contains("modprobe kvm_intel"));
+        assert!(missing_remedy("flags : svm\n").contains("modprobe kvm_amd"));
+        assert!(missing_remedy("flags : fpu vmxnot\n").contains("nested virtualization"));
+        assert!(missing_remedy("").contains("no virtualization"));
+    }
+
+    #[test]
+    fn groups_by_number() {
+        let groups = "root:x:0:\nkvm:x:106:me\nodd$(x):x:107:\nshort\n";
+        assert_eq!(group_name(groups, 106), Some("kvm"));
+        assert_eq!(group_name(groups, 107), None);
+        assert_eq!(group_name(groups, 5), None);
+    }
+
+    #[test]
+    fn a_kernel_without_confinement_is_weak_and_not_broken() {
+        let [paths, calls] = confinement(&Confinement::of(Err("this".into()), Ok(7)));
+        assert_eq!((paths.health, calls.health), (Health::Weak, Health::Good));
+        assert!(paths.found.contains("this") && paths.remedy.is_some() && calls.found.contains('7'));
+    }
+}
