@@ -7,4 +7,5 @@ fn main() {
     GuestModule::new("instar-guest-core", "../guest/core", "core-module").build();
     GuestModule::new("instar-guest-commit", "../guest/commit", "commit-module").build();
     GuestModule::new("instar-guest-check", "../guest/check", "check-module").build();
+    GuestModule::new("instar-guest-map", "../guest/map", "map-module").build();
 }

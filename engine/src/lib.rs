@@ -8,5 +8,6 @@ pub mod config;
 pub mod confine;
 pub mod devices;
 pub mod doctor;
+pub mod map;
 pub mod plugins;
 pub mod vm;

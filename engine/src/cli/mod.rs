@@ -10,6 +10,7 @@ pub mod error;
 pub mod escape;
 pub mod info;
 mod info_text;
+pub mod map;
 pub mod output;
 pub mod plugins;
 pub mod size;
@@ -42,6 +43,8 @@ pub enum Command {
     Check(check::CheckArgs),
     /// Show what an image is
     Info(info::InfoArgs),
+    /// Show which layer of a chain holds which bytes of the virtual disk, and where
+    Map(map::MapArgs),
     /// Make a new, empty image
     Create(create::CreateArgs),
     /// List the format plugins
@@ -59,6 +62,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Check(args) => return check::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
         Command::Info(args) => (info::run(args, out), args.output),
+        Command::Map(args) => (map::run(args, out), args.output),
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),
         Command::Config(args) => (config::run(args, out), args.output),

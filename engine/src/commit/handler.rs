@@ -60,7 +60,7 @@ impl GuestHandler for CommitHandler {
             Kind::Log(_) | Kind::Progress(_) => {}
             // The runner takes panics itself.
             Kind::Panic(_) => return Err(BadRequest("a panic that is none".to_owned())),
-            Kind::Finding(_) | Kind::CheckResult(_) => {
+            Kind::Finding(_) | Kind::CheckResult(_) | Kind::Map(_) | Kind::MapResult(_) => {
                 return Err(BadRequest("a message that a commit does not send".to_owned()));
             }
         }

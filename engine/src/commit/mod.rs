@@ -31,7 +31,7 @@ use crate::confine::{Confinement, Reach, Work};
 use crate::devices::Cache;
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
-use instar_guest_abi::{commit_flags, ErrorCode};
+use instar_guest_abi::{commit_flags, ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
 use std::path::{Path, PathBuf};
 
@@ -145,7 +145,11 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     note_image("backing", &target.backing, notes);
     // Where the overlay's own backing may lie, that backing's ancestors may, too.
     let below = gate.with(&overlay.opened.directory());
-    let mut ancestors = discover_backing_chain(&registry, &overlay, &target, &below)?;
+    let above: Vec<&ChainImage<'_>> =
+        std::iter::once(&overlay).chain(&target.between).chain([&target.backing]).collect();
+    // All but the backing have a slot.
+    let room = MAX_CHAIN_DEVICES.saturating_sub(above.len() - 1);
+    let mut ancestors = discover_backing_chain(&registry, &above, room, Access::ReadOnly, &below)?;
     let Target { mut backing, mut between } = target;
     let mut images = vec![FilesOf { image: &mut overlay, access: Access::ReadWrite, gate: &gate }];
     images.push(FilesOf { image: &mut backing, access: Access::ReadWrite, gate: &below });

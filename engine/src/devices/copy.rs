@@ -4,7 +4,6 @@ use super::pace::Pace;
 use super::statistics::Statistics;
 use super::{retry, Device};
 use instar_guest_abi::Request;
-use rustix::fs::SeekFrom;
 use std::collections::HashSet;
 use std::io;
 
@@ -124,20 +123,12 @@ impl Copier {
 impl Job<'_> {
     /// The next data at or after `done`: where it begins and ends. Without an answer of the file system all is data.
     fn next_data(&self, done: u64, end: u64) -> (u64, u64) {
-        if end - done < SPARSE_MINIMUM || self.source.fixed_length {
+        if end - done < SPARSE_MINIMUM {
             return (done, end);
         }
         let base = self.request.src_offset;
-        let data = match rustix::fs::seek(&self.source.file, SeekFrom::Data(base + done)) {
-            Ok(data) => data.saturating_sub(base).clamp(done, end),
-            // Nothing but a hole up to the end of the file.
-            Err(rustix::io::Errno::NXIO) => return (end, end),
-            Err(_) => return (done, end),
-        };
-        match rustix::fs::seek(&self.source.file, SeekFrom::Hole(base + data)) {
-            Ok(hole) => (data, hole.saturating_sub(base).clamp(data, end)),
-            Err(_) => (data, end),
-        }
+        let (data, hole) = self.source.next_data(base + done, base + end);
+        (data - base, hole - base)
     }
 
     /// The bytes `from..to` of the copy read as zero. Past the end of the target they do already, whatever has been

@@ -23,6 +23,7 @@ use copy::Copier;
 use direct::Direct;
 use instar_guest_abi::{request_flags, request_status, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES};
 use merge::Batch;
+use rustix::fs::SeekFrom;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -79,6 +80,25 @@ impl Device {
                 direct.write_all_at(&self.file, offset, bytes, length)
             }
             None => self.file.write_all_at(bytes, offset),
+        }
+    }
+
+    /// The next data within `from..end`: where it begins and ends; `(end, end)` if all of it is a hole. Without an answer of
+    /// the file system, and on a block device, all is data.
+    #[must_use]
+    pub fn next_data(&self, from: u64, end: u64) -> (u64, u64) {
+        if self.fixed_length || from >= end {
+            return (from, end);
+        }
+        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
+            Ok(data) => data.clamp(from, end),
+            // Nothing but a hole up to the end of the file.
+            Err(rustix::io::Errno::NXIO) => return (end, end),
+            Err(_) => return (from, end),
+        };
+        match rustix::fs::seek(&self.file, SeekFrom::Hole(data)) {
+            Ok(hole) => (data, hole.clamp(data, end)),
+            Err(_) => (data, end),
         }
     }
 

@@ -39,6 +39,7 @@ pub struct Vm {
     pub(super) ram: GuestRam,
     pub(super) layout: Layout,
     pub(super) stall_limit: Duration,
+    pub(super) message_limit: u64,
     pub(super) report: VmReport,
 }
 
@@ -70,7 +71,15 @@ impl Vm {
         let cpuid = kvm.0.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         vcpu::set_up(&vcpu, &cpuid, layout.entry)?;
         let report = VmReport { time_create: started.elapsed(), time_load, ..VmReport::default() };
-        Ok(Self { vcpu, _vm: vm, ram, layout, stall_limit: spec.stall_limit, report })
+        Ok(Self {
+            vcpu,
+            _vm: vm,
+            ram,
+            layout,
+            stall_limit: spec.stall_limit,
+            message_limit: spec.message_limit,
+            report,
+        })
     }
 }
 

@@ -6,20 +6,24 @@ use super::memory::GuestRam;
 use instar_guest_abi::{MESSAGE_ADDR, MESSAGE_SIZE};
 use instar_guest_protocol::{guest_message::Kind, GuestMessage, Message};
 
-/// Most messages of one guest.
-const MAX_MESSAGES: u64 = 1 << 16;
-/// Most bytes of messages of one guest.
-const MAX_BYTES: u64 = 16 << 20;
+/// For how many bytes a message counts at least: a flood of empty ones is one, too.
+const LEAST: u64 = 256;
 
 /// How much the guest has sent.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Messages {
     /// Number of messages.
     pub count: u64,
     bytes: u64,
+    limit: u64,
 }
 
 impl Messages {
+    /// None so far, and at most this many bytes.
+    pub const fn new(limit: u64) -> Self {
+        Self { count: 0, bytes: 0, limit }
+    }
+
     /// Take the message of `length` bytes that is in the buffer.
     ///
     /// # Errors
@@ -31,8 +35,8 @@ impl Messages {
             return Err(VmError::protocol(format!("a message of {length} bytes, at most {MESSAGE_SIZE} are possible")));
         }
         self.count += 1;
-        self.bytes += length;
-        if self.count > MAX_MESSAGES || self.bytes > MAX_BYTES {
+        self.bytes = self.bytes.saturating_add(length.max(LEAST));
+        if self.bytes > self.limit {
             return Err(VmError::protocol(format!(
                 "more messages than it may send ({} messages, {} bytes)",
                 self.count, self.bytes

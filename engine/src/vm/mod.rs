@@ -23,7 +23,7 @@ mod watchdog;
 pub use error::VmError;
 pub use handler::{BadRequest, BufferAccess, GuestHandler};
 pub use machine::{KvmDevice, Vm};
-pub use spec::{ModuleSpec, VmReport, VmSpec, CHECK, FIRST_FORMAT};
+pub use spec::{ModuleSpec, VmReport, VmSpec, CHECK, FIRST_FORMAT, MAP};
 
 /// Run the guest that `spec` describes until it exits.
 ///

@@ -76,7 +76,7 @@ impl Vm {
     /// Why it was ended.
     pub fn run(mut self, handler: &mut dyn GuestHandler) -> Result<VmReport, VmError> {
         let mut watchdog = Watchdog::new(self.stall_limit)?;
-        let mut messages = Messages::default();
+        let mut messages = Messages::new(self.message_limit);
         let started = Instant::now();
         loop {
             let entered = Instant::now();

@@ -7,6 +7,8 @@ static CORE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/core-module.elf")
 static COMMIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/commit-module.elf"));
 /// The check operation, for [`VmSpec::with_operation`].
 pub static CHECK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/check-module.elf"));
+/// The map operation, for [`VmSpec::with_operation`].
+pub static MAP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/map-module.elf"));
 
 /// A guest module.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,8 @@ pub struct VmSpec<'a> {
     pub modules: Vec<ModuleSpec<'a>>,
     /// How long the guest may run without asking for anything, in processor time; default 30 seconds.
     pub stall_limit: Duration,
+    /// Bytes of messages that the guest may send, default 16 MiB; a message counts for 256 at least.
+    pub message_limit: u64,
     /// The core, loaded as `core`.
     pub core: &'a [u8],
     /// The operation, loaded as `commit`.
@@ -50,6 +54,7 @@ impl<'a> VmSpec<'a> {
             files: Vec::new(),
             modules,
             stall_limit: Duration::from_secs(30),
+            message_limit: 16 << 20,
             core: CORE,
             operation: COMMIT,
         }
@@ -66,6 +71,13 @@ impl<'a> VmSpec<'a> {
     #[must_use]
     pub fn with_operation(mut self, elf: &'a [u8]) -> Self {
         self.operation = elf;
+        self
+    }
+
+    /// Another bound on messages.
+    #[must_use]
+    pub fn with_message_limit(mut self, bytes: u64) -> Self {
+        self.message_limit = bytes;
         self
     }
 

@@ -24,13 +24,13 @@ struct Layer<'a> {
 }
 
 /// What is seen at a place through all layers.
-#[derive(Clone, Copy)]
-enum Seen {
+#[derive(Clone, Copy, Debug)]
+pub enum Seen {
     /// What is below them.
     Nothing,
-    /// The end of a layer.
-    Zeroes,
-    /// An extent of the layer with this index.
+    /// Zeroes: the layer with this index has ended, and those above it hold nothing.
+    Zeroes(usize),
+    /// An extent of the layer with this index; the place is somewhere in it.
     Held(usize, Extent),
 }
 
@@ -90,12 +90,22 @@ impl<'a> Layers<'a> {
         Self { layers: layers.into_iter().map(Layer::new).collect(), position: 0, encoded: Vec::new() }
     }
 
-    /// What is seen at guest byte `at`, and up to which byte (`limit` at most) that goes.
-    fn seen(&mut self, io: &mut dyn BlockIo, at: u64, limit: u64) -> DriverResult<(Seen, u64)> {
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// What is seen at guest byte `at`, which does not go back from call to call, and up to which byte (`limit` at most)
+    /// that goes.
+    ///
+    /// # Errors
+    /// Those of the sources.
+    pub fn seen(&mut self, io: &mut dyn BlockIo, at: u64, limit: u64) -> DriverResult<(Seen, u64)> {
         let mut end = limit;
         for (index, layer) in self.layers.iter_mut().enumerate() {
             if at >= layer.size {
-                return Ok((Seen::Zeroes, end));
+                return Ok((Seen::Zeroes(index), end));
             }
             end = end.min(layer.size);
             match layer.peek(io, at)? {
@@ -114,7 +124,7 @@ impl<'a> Layers<'a> {
         let zero = Extent { kind: ExtentKind::Zero as u32, ..Extent::default() };
         let (index, whole) = match seen {
             Seen::Nothing => return None,
-            Seen::Zeroes => (0, zero),
+            Seen::Zeroes(_) => (0, zero),
             Seen::Held(index, whole) => (index, whole),
         };
         let mut extent = Extent { guest_offset: at, length: end - at, ..whole };

@@ -13,5 +13,5 @@ mod run;
 
 pub use below::Ancestors;
 pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
-pub use layers::Layers;
+pub use layers::{Layers, Seen};
 pub use run::run;

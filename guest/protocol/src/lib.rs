@@ -10,7 +10,7 @@ extern crate alloc;
 mod generated;
 
 pub use generated::{
-    guest_message, CheckResultMessage, CommitResultMessage, FindingMessage, GuestMessage, LogMessage, PanicMessage,
-    PlanMessage, ProgressMessage,
+    guest_message, CheckResultMessage, CommitResultMessage, FindingMessage, GuestMessage, LogMessage, MapMessage,
+    MapResultMessage, MapRun, PanicMessage, PlanMessage, ProgressMessage,
 };
 pub use prost::Message;

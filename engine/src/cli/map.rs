@@ -1,0 +1,65 @@
+//! `instar map`: options, in the words of `qemu-img map`.
+
+use super::output::OutputFormat;
+use super::size::parse_size;
+use super::CliError;
+use crate::config::Config;
+use crate::map::{run_map, Format, MapRequest, Reporter};
+use crate::plugins::SearchPath;
+use clap::Args;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Show which layer of a chain holds which bytes of the virtual disk, and where
+#[derive(Args, Debug)]
+pub struct MapArgs {
+    /// Format of the image; found out when absent. An image of another format is refused
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// How to print the result: for people, only what is data
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+    /// Begin at this byte of the virtual disk
+    #[arg(short, long, value_name = "OFFSET", value_parser = parse_bytes, default_value = "0", hide_default_value = true)]
+    pub start_offset: u64,
+    /// Map this many bytes at most
+    #[arg(short = 'l', long, value_name = "LENGTH", value_parser = parse_bytes)]
+    pub max_length: Option<u64>,
+    /// Look at the images even if they are in use: what changes meanwhile may look wrong
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// A directory outside the image's own that a recorded backing may lie in; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing_dir: Vec<PathBuf>,
+    /// A directory with more plugins; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// The image
+    #[arg(value_name = "FILENAME")]
+    pub filename: PathBuf,
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M or G".to_owned())
+}
+
+/// Run the command.
+///
+/// # Errors
+/// One line that names the file and what to do.
+pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let config = Config::load()?;
+    let request = MapRequest {
+        image: args.filename.clone(),
+        format: args.format.clone(),
+        force_share: args.force_share,
+        allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
+        search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
+    };
+    let format = match args.output {
+        OutputFormat::Human => Format::Human,
+        OutputFormat::Json => Format::Json,
+    };
+    let end = args.max_length.map_or(u64::MAX, |length| args.start_offset.saturating_add(length));
+    run_map(&request, &mut Reporter::new(out, format, args.start_offset..end))
+}

@@ -1,0 +1,105 @@
+//! The map operation: which layer of a chain holds which bytes of the virtual disk, and where. It changes nothing.
+//!
+//! The crate is an ordinary `no_std` library; the module that runs in the guest is a thin shell around it
+//! (`src/bin`).
+#![no_std]
+
+extern crate alloc;
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use instar_guest_commit::{Layers, Seen};
+use instar_guest_protocol::guest_message::Kind;
+use instar_guest_protocol::{GuestMessage, MapMessage, MapResultMessage, MapRun, Message};
+use instar_guest_sdk::abi::{ErrorCode, ExtentKind};
+use instar_guest_sdk::ffi::Operation;
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+
+/// Runs in a message: together less than a message may have.
+const RUNS: usize = 256;
+
+/// Map the images in the slots, the top-most first: send the runs and then the result.
+pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
+    let mut send_kind = |kind| send(&GuestMessage { kind: Some(kind) }.encode_to_vec());
+    let mut batch = Vec::new();
+    let mapped = open(operation).and_then(|mut layers| {
+        map(&mut layers, io, &mut |run| {
+            batch.push(run);
+            if batch.len() == RUNS {
+                send_kind(Kind::Map(MapMessage { runs: core::mem::take(&mut batch) }));
+            }
+        })
+    });
+    if !batch.is_empty() {
+        send_kind(Kind::Map(MapMessage { runs: batch }));
+    }
+    let none = MapResultMessage { error_device: u32::MAX, error_offset: u64::MAX, ..MapResultMessage::default() };
+    send_kind(Kind::MapResult(match mapped {
+        Ok(()) => none,
+        Err(error) => MapResultMessage {
+            error: error.code.number(),
+            error_device: error.device.unwrap_or(u32::MAX),
+            error_offset: error.offset.unwrap_or(u64::MAX),
+            error_errno: error.errno,
+            error_text: error.text,
+        },
+    }));
+}
+
+fn open<'a>(operation: &Operation<'a>) -> DriverResult<Layers<'a>> {
+    let count = usize::try_from(operation.chain.count).unwrap_or(usize::MAX);
+    let devices = operation.chain.devices.get(..count).filter(|devices| !devices.is_empty());
+    let devices =
+        devices.ok_or_else(|| DriverError::new(ErrorCode::GuestProtocol, "a map is of one image at least"))?;
+    let mut layers: Vec<Box<dyn Source + 'a>> = Vec::new();
+    for device in devices {
+        layers.push(Box::new(operation.format_of(device)?.open_source(device)?));
+    }
+    Ok(Layers::new(layers))
+}
+
+/// Call `each` with the runs of the whole virtual disk, ascending and without gaps.
+///
+/// # Errors
+/// Those of the sources.
+pub fn map(layers: &mut Layers<'_>, io: &mut dyn BlockIo, each: &mut dyn FnMut(MapRun)) -> DriverResult<()> {
+    let size = layers.info().virtual_size;
+    let lowest = layers.count().saturating_sub(1);
+    let mut last: Option<MapRun> = None;
+    let mut at = 0;
+    while at < size {
+        let (seen, end) = layers.seen(io, at, size)?;
+        if end <= at {
+            return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
+        }
+        let depth = |index: usize| u32::try_from(index).unwrap_or(u32::MAX);
+        let run = |depth, kind| MapRun { start: at, length: end - at, depth, kind, ..MapRun::default() };
+        let next = match seen {
+            Seen::Nothing => run(depth(lowest), 0),
+            // The layer with this index has ended: it is the one above that reads as zeroes.
+            Seen::Zeroes(index) => run(depth(index.saturating_sub(1)), 0),
+            Seen::Held(index, extent) if extent.kind == ExtentKind::Data as u32 => MapRun {
+                device: extent.device,
+                offset: extent.location.saturating_add(at - extent.guest_offset),
+                ..run(depth(index), extent.kind)
+            },
+            Seen::Held(index, extent) => run(depth(index), extent.kind),
+        };
+        match &mut last {
+            Some(last) if goes_on(last, &next) => last.length += next.length,
+            _ => last.replace(next).into_iter().for_each(&mut *each),
+        }
+        at = end;
+    }
+    last.into_iter().for_each(each);
+    Ok(())
+}
+
+/// Whether a run is of the same kind as the one before it, and lies behind it.
+fn goes_on(last: &MapRun, next: &MapRun) -> bool {
+    let data = last.kind == ExtentKind::Data as u32;
+    last.depth == next.depth
+        && last.kind == next.kind
+        && last.device == next.device
+        && (!data || last.offset.checked_add(last.length) == Some(next.offset))
+}
