@@ -8,8 +8,7 @@ import shutil
 
 import pytest
 import support
-from support import KIB, MIB, qemu_img, qemu_io, refuse
-from test_failures import Holder
+from support import KIB, MIB, Holder, qemu_img, qemu_io, refuse
 
 
 class Chain:
