@@ -95,7 +95,7 @@ def test_in_force_while_the_guest_runs(pair):
             status = dict(line.split(":", 1) for line in file.read().splitlines())
         threads = [path.read_text() for path in Path(f"/proc/{child.pid}/task").glob("*/comm")]
     finally:
-        child.send_signal(signal.SIGINT)
+        child.send_signal(signal.SIGTERM)
         child.communicate(timeout=support.TIMEOUT)
     assert child.returncode == 1, "an interrupted commit ends with an error, also when it is confined"
     assert status["Seccomp"].split() == ["2"] and int(status["Seccomp_filters"]) >= 2
