@@ -9,6 +9,8 @@ const KEPT_PREFIXES: &[&str] = &["CARGO_NET_", "CARGO_HTTP_", "CARGO_REGISTR", "
 const CLEARED_PREFIXES: &[&str] = &["CARGO", "RUST", "CLIPPY_", "DEP_", "LLVM_PROFILE_"];
 const CLEARED: &[&str] =
     &["OUT_DIR", "TARGET", "HOST", "NUM_JOBS", "OPT_LEVEL", "PROFILE", "DEBUG", "SYSROOT", "LD_LIBRARY_PATH"];
+/// What would change the C code of a module.
+const CLEARED_C: &[&str] = &["CFLAGS", "HOST_CFLAGS", "TARGET_CFLAGS", "CPPFLAGS", "ZSTD_SYS_USE_PKG_CONFIG"];
 
 /// Whether the inner cargo must not see this variable.
 pub fn is_cleared(name: &OsStr) -> bool {
@@ -17,7 +19,8 @@ pub fn is_cleared(name: &OsStr) -> bool {
         return false;
     }
     let linker = name.starts_with("CARGO_TARGET_") && name.ends_with("_LINKER");
-    !linker && (CLEARED.contains(&name.as_ref()) || CLEARED_PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
+    let exactly = CLEARED.iter().chain(CLEARED_C).any(|cleared| *cleared == name);
+    !linker && (exactly || CLEARED_PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 /// The variables of this process that the inner cargo must not see.

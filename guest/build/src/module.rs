@@ -106,6 +106,7 @@ impl GuestModule {
         for name in environment::cleared() {
             command.env_remove(name);
         }
+        command.env(link::C_FLAGS_VARIABLE, link::C_FLAGS);
         command.args(["build", "--release", "--features", "guest", "--bin", &self.binary]);
         command.args(["--package", &self.package, "--target", link::TARGET]);
         command.arg("--manifest-path").arg(&manifest).arg("--target-dir").arg(target_dir);

@@ -10,15 +10,10 @@ use core::fmt;
 use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
 use miniz_oxide::inflate::core::DecompressorOxide;
 use miniz_oxide::inflate::TINFLStatus;
-use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
-use ruzstd::io::Read;
+use zstd_safe::{find_frame_compressed_size, DCtx};
 
 /// The unit of a descriptor's length, in bytes, whatever the cluster size.
 const SECTOR: u64 = 512;
-/// Smallest window of a zstd frame in bytes (RFC 8878, "Window_Descriptor").
-const MIN_WINDOW: u64 = 1024;
-/// Longest header of a zstd frame in bytes (RFC 8878, "Frame_Header"), its magic number included.
-const MAX_FRAME_HEADER: usize = 18;
 
 /// Where the stream of a compressed cluster stands in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +67,8 @@ pub enum DecodeError {
     Short,
     /// It holds more than the cluster.
     Long,
+    /// There is no memory for the decoder.
+    Memory,
 }
 
 impl fmt::Display for DecodeError {
@@ -80,6 +77,7 @@ impl fmt::Display for DecodeError {
             Self::Invalid => "does not decode",
             Self::Short => "decodes to less than a cluster",
             Self::Long => "decodes to more than a cluster",
+            Self::Memory => "cannot be decoded: no memory is left",
         })
     }
 }
@@ -89,7 +87,7 @@ pub struct Decompressor(Kind);
 
 enum Kind {
     Zlib(Box<DecompressorOxide>),
-    Zstd(Box<FrameDecoder>),
+    Zstd(Option<DCtx<'static>>),
 }
 
 impl Decompressor {
@@ -98,7 +96,7 @@ impl Decompressor {
     pub fn new(kind: CompressionType) -> Self {
         Self(match kind {
             CompressionType::Zlib => Kind::Zlib(Box::default()),
-            CompressionType::Zstd => Kind::Zstd(Box::default()),
+            CompressionType::Zstd => Kind::Zstd(DCtx::try_create()),
         })
     }
 
@@ -110,7 +108,8 @@ impl Decompressor {
     pub fn decompress(&mut self, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
         match &mut self.0 {
             Kind::Zlib(state) => inflate(state, input, output),
-            Kind::Zstd(decoder) => decode_frames(decoder, input, output),
+            Kind::Zstd(Some(decoder)) => decode_frames(decoder, input, output),
+            Kind::Zstd(None) => Err(DecodeError::Memory),
         }
     }
 }
@@ -140,49 +139,33 @@ fn inflate(state: &mut DecompressorOxide, input: &[u8], output: &mut [u8]) -> Re
 }
 
 /// Zstandard frames, until the output is full. The last one must end there.
-fn decode_frames(decoder: &mut FrameDecoder, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
-    let mut input = input;
-    let mut done = 0;
-    while done < output.len() {
+///
+/// A frame is decoded in one go, straight into the output, so that its window takes no memory of its own: encoders write
+/// one of 8 MiB for the smallest cluster.
+fn decode_frames(decoder: &mut DCtx<'_>, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
+    let (mut input, mut output) = (input, output);
+    while !output.is_empty() {
         if input.is_empty() {
             return Err(DecodeError::Short);
         }
-        let target = output.get_mut(done..).unwrap_or_default();
-        let header = read_frame_header(decoder, input, target.len())?;
-        let mut rest = input.get(header..).ok_or(DecodeError::Invalid)?;
-        // One byte more than there is room for is the most that is asked for: a bomb is noticed by then.
-        let upto = BlockDecodingStrategy::UptoBytes(target.len() + 1);
-        if !decoder.decode_blocks(&mut rest, upto).map_err(|_| DecodeError::Invalid)? {
-            return Err(DecodeError::Long);
-        }
-        done += decoder.read(target).map_err(|_| DecodeError::Invalid)?;
-        if decoder.can_collect() > 0 {
-            return Err(DecodeError::Long);
-        }
-        input = rest;
+        let length = find_frame_compressed_size(input).map_err(|_| DecodeError::Invalid)?;
+        // A frame takes room in the input, or this would never end.
+        let (frame, rest) = input.split_at_checked(length).filter(|_| length > 0).ok_or(DecodeError::Invalid)?;
+        let written = decoder.decompress(output, frame).map_err(error)?;
+        (input, output) = (rest, output.get_mut(written..).ok_or(DecodeError::Invalid)?);
     }
     Ok(())
 }
 
-/// Begin a frame that may hold `room` bytes at most; returns the length of its header.
-///
-/// The decoder takes as much memory as the frame's window. A window that is larger than everything that may come out
-/// is never used whole, so it is made smaller: encoders write one of 8 MiB for the smallest cluster.
-fn read_frame_header(decoder: &mut FrameDecoder, input: &[u8], room: usize) -> Result<usize, DecodeError> {
-    const SINGLE_SEGMENT: u8 = 1 << 5;
-    let mut header = [0; MAX_FRAME_HEADER];
-    let length = input.len().min(MAX_FRAME_HEADER);
-    header.iter_mut().zip(input).for_each(|(to, from)| *to = *from);
-    if header[4] & SINGLE_SEGMENT == 0 {
-        // The upper 5 bits are an exponent, to be added to 10; mantissa 0.
-        let room = (room as u64).max(MIN_WINDOW).next_power_of_two();
-        let enough = u8::try_from((room.trailing_zeros() - 10) << 3).unwrap_or(u8::MAX);
-        header[5] = header[5].min(enough);
+/// What the library's error means here. It is the negative of a number of `zstd_errors.h`.
+fn error(code: usize) -> DecodeError {
+    /// `ZSTD_error_dstSize_tooSmall`.
+    const TOO_SMALL: usize = 70;
+    if code == TOO_SMALL.wrapping_neg() {
+        DecodeError::Long
+    } else {
+        DecodeError::Invalid
     }
-    decoder.set_max_window_size((room as u64).max(MIN_WINDOW).next_power_of_two());
-    let mut rest = header.get(..length).unwrap_or_default();
-    decoder.reset(&mut rest).map_err(|_| DecodeError::Invalid)?;
-    Ok(length - rest.len())
 }
 
 #[cfg(test)]
