@@ -167,6 +167,8 @@ const CHANGE: &[Call] = &[
     (libc::SYS_fallocate, Always),
     (libc::SYS_ftruncate, Always),
     (libc::SYS_fdatasync, Always),
+    // To begin writing, without waiting
+    (libc::SYS_sync_file_range, Always),
     // Direct I/O is switched on and off on the descriptor.
     (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_SETFL)])),
     // The pauses of a rate limit

@@ -9,8 +9,9 @@ use std::io;
 
 /// Bytes of the buffer that data passes through where the kernel does not copy.
 const BUFFER: usize = 1 << 20;
-/// Bytes that one `copy_file_range` is asked for at most: between two of them the operator can interrupt.
-const CHUNK: u64 = 256 << 20;
+/// Bytes that one `copy_file_range` is asked for at most: between two of them the operator can interrupt, and the disk begins
+/// to write the first.
+const CHUNK: u64 = 32 << 20;
 /// Holes are looked for in copies of at least this many bytes.
 const SPARSE_MINIMUM: u64 = 64 << 10;
 
@@ -85,6 +86,7 @@ impl Copier {
                 Ok(copied) => {
                     done += copied as u64;
                     job.statistics.copied_in_kernel += copied as u64;
+                    job.target.begin_writeback(to - copied as u64, copied as u64);
                     job.pace.moved(copied as u64)?;
                 }
                 Err(rustix::io::Errno::INTR) => {}

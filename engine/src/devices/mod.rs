@@ -12,6 +12,7 @@ mod merge;
 mod pace;
 mod statistics;
 mod transfer;
+mod writeback;
 mod zero;
 
 pub use pace::{Pace, Watch};
@@ -38,6 +39,8 @@ pub struct Device {
     fixed_length: bool,
     /// It is read and written past the page cache.
     direct: Option<Direct>,
+    /// A flush will come, and will wait: writing begins before.
+    eager: bool,
     /// Something was written since the last flush.
     dirty: bool,
     /// Something was written at all.
@@ -49,7 +52,17 @@ impl Device {
     #[must_use]
     pub fn new(file: File, writable: bool, length: u64, max_length: u64, fixed_length: bool) -> Self {
         let max_length = if fixed_length { length } else { max_length.max(length) };
-        Self { file, writable, length, max_length, fixed_length, direct: None, dirty: false, changed: false }
+        Self {
+            file,
+            writable,
+            length,
+            max_length,
+            fixed_length,
+            direct: None,
+            eager: false,
+            dirty: false,
+            changed: false,
+        }
     }
 
     /// What it may become at most, in bytes: a block device stays as long as it is.
@@ -107,6 +120,13 @@ impl Device {
         match self.direct {
             Some(direct) => direct.buffered(&self.file, |file| zero::zero(file, offset, length, discard)),
             None => zero::zero(&self.file, offset, length, discard),
+        }
+    }
+
+    /// These bytes were written: the disk may begin, if they are many.
+    fn begin_writeback(&self, offset: u64, length: u64) {
+        if self.eager {
+            writeback::begin(&self.file, offset, length);
         }
     }
 
@@ -201,8 +221,10 @@ impl Devices {
     /// The number of a device whose file system knows no direct I/O, and what it says.
     pub fn set_cache(&mut self, cache: Cache) -> Result<(), (u32, io::Error)> {
         self.cache = cache;
-        for (number, device) in (0u32..).zip(&mut self.slots).filter(|_| cache.is_direct()) {
-            if let Some(device) = device {
+        for (number, device) in (0u32..).zip(&mut self.slots) {
+            let Some(device) = device else { continue };
+            device.eager = cache == Cache::Writeback;
+            if cache.is_direct() {
                 device.direct = Some(Direct::begin(&device.file).map_err(|error| (number, error))?);
             }
         }
@@ -286,6 +308,7 @@ impl Devices {
                 let target = self.device_mut(device)?;
                 target.touch();
                 transfer::write(target, memory, batch)?;
+                target.begin_writeback(offset, length);
                 target.written_to(end);
                 self.statistics.written += length;
                 self.pace.moved(length)?;
