@@ -55,7 +55,7 @@ pub fn header_seeds() -> Vec<Vec<u8>> {
     ];
     let bytes = |options: &CreateOptions| {
         let mut bytes = vec![0; 2048];
-        for (offset, region) in create(options).unwrap().regions {
+        for (offset, region) in create(options).unwrap().image.regions {
             let at = offset as usize;
             if let Some(place) = bytes.get_mut(at..at + region.len()) {
                 place.copy_from_slice(&region);

@@ -74,8 +74,8 @@ pub use instar_guest_abi::ErrorCode;
 pub use plugin::{FormatPlugin, PROBE_ANYTHING, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO};
 pub use reader::{ImageReader, ReadImage, READ_BUDGET};
 pub use types::{
-    BackingPointer, CommitRole, CreateSpec, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile, ImageRegion,
-    PluginError, Verdict, ROLE_SINK, ROLE_SOURCE,
+    BackingPointer, CommitRole, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile,
+    ImageRegion, PluginError, Verdict, ROLE_SINK, ROLE_SOURCE,
 };
 pub use version::API_VERSION;
 

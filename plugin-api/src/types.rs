@@ -247,6 +247,18 @@ pub struct ImageRegion {
     pub bytes: RVec<u8>,
 }
 
+/// One more file of a new image: `length` zero bytes with `regions` written over them.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct CreatedFile {
+    /// Its name, without a directory: it is made beside the image's own file, and must not exist.
+    pub name: RVec<u8>,
+    /// Length of the file in bytes.
+    pub length: u64,
+    /// What is not zero.
+    pub regions: RVec<ImageRegion>,
+}
+
 /// What to write for a new image: a file of `length` zero bytes with `regions` written over them.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
@@ -255,6 +267,8 @@ pub struct CreatedImage {
     pub length: u64,
     /// What is not zero.
     pub regions: RVec<ImageRegion>,
+    /// The other files of an image in several files.
+    pub files: RVec<CreatedFile>,
 }
 
 #[cfg(test)]

@@ -2,20 +2,53 @@
 
 use super::CliError;
 use instar_guest_abi::ErrorCode;
-use instar_plugin_api::CreatedImage;
+use instar_plugin_api::{CreatedFile, CreatedImage, ImageRegion};
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The bytes of an image file on which QEMU, and instar, hold their locks: 100 to 203. Nothing is stored in them; they only
 /// are the names of permissions.
 const LOCK_START: i64 = 100;
 const LOCK_LENGTH: i64 = 104;
 
-/// Write `image` to `path`, over what is there. A file that did not exist is removed again if that fails.
+/// Write `image` to `path`, over what is there, and its other files beside it, none of which may exist. What did not exist is
+/// removed again if that fails.
 pub(super) fn write(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
+    let mut made = Vec::new();
+    let result = image
+        .files
+        .iter()
+        .try_for_each(|file| write_beside(&path.with_file_name(OsStr::from_bytes(&file.name)), file, &mut made))
+        .and_then(|()| write_image(path, image));
+    if result.is_err() {
+        // The error that matters is the one that is returned.
+        made.iter().for_each(|path| drop(std::fs::remove_file(path)));
+    }
+    result
+}
+
+/// Write a file that does not exist yet; `made` takes its path once it does.
+fn write_beside(path: &Path, file: &CreatedFile, made: &mut Vec<PathBuf>) -> Result<(), CliError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(0o644).custom_flags(libc::O_CLOEXEC);
+    let opened = options.open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            let clause =
+                "exists, and is not overwritten: it would be part of the new image; remove it, or choose another name";
+            CliError::image(path, ErrorCode::OpenFailed, clause)
+        }
+        _ => CliError::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")),
+    })?;
+    made.push(path.to_owned());
+    write_to(&opened, path, file.length, &file.regions)
+}
+
+fn write_image(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o644).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
     let opened = match options.clone().create_new(true).open(path) {
@@ -28,7 +61,7 @@ pub(super) fn write(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
     };
     let (file, created) =
         opened.map_err(|error| CliError::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")))?;
-    let result = write_to(&file, path, image);
+    let result = write_to(&file, path, image.length, &image.regions);
     if result.is_err() && created {
         // The error that matters is the one that is returned.
         let _ = std::fs::remove_file(path);
@@ -36,7 +69,7 @@ pub(super) fn write(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
     result
 }
 
-fn write_to(mut file: &File, path: &Path, image: &CreatedImage) -> Result<(), CliError> {
+fn write_to(mut file: &File, path: &Path, wanted: u64, regions: &[ImageRegion]) -> Result<(), CliError> {
     let failed = |error: io::Error| {
         let code = if error.raw_os_error() == Some(libc::ENOSPC) { ErrorCode::NoSpace } else { ErrorCode::OverlayIo };
         CliError::image(path, code, format!("cannot be written: {error}"))
@@ -47,16 +80,16 @@ fn write_to(mut file: &File, path: &Path, image: &CreatedImage) -> Result<(), Cl
     }
     lock(file, path)?;
     if kind.is_file() {
-        file.set_len(0).and_then(|()| file.set_len(image.length)).map_err(failed)?;
+        file.set_len(0).and_then(|()| file.set_len(wanted)).map_err(failed)?;
     } else {
         let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        if length < image.length {
-            let clause = format!("the device has {length} bytes, {} are needed", image.length);
+        if length < wanted {
+            let clause = format!("the device has {length} bytes, {wanted} are needed");
             return Err(CliError::image(path, ErrorCode::NoSpace, clause));
         }
-        zero(file, image.length).map_err(failed)?;
+        zero(file, wanted).map_err(failed)?;
     }
-    for region in &image.regions {
+    for region in regions {
         file.write_all_at(&region.bytes, region.offset).map_err(failed)?;
     }
     file.sync_data().map_err(failed)

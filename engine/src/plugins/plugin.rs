@@ -3,7 +3,7 @@
 use super::budget::BudgetedReader;
 use super::library::{Candidate, LoadedLibrary};
 use super::{ImageFiles, ImageRead, PluginFailure};
-use instar_guest_abi::{ErrorCode, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
+use instar_guest_abi::{ErrorCode, MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
     CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict,
@@ -166,15 +166,26 @@ impl Plugin {
     pub fn create(&self, spec: &CreateSpec) -> Result<CreatedImage, PluginFailure> {
         let image = self.library.interface.create(spec).map_err(|error| self.refused(error))?;
         let mut total = 0u64;
-        for region in &image.regions {
-            let length = region.bytes.len() as u64;
-            total = total.saturating_add(length);
-            if region.offset.checked_add(length).is_none_or(|end| end > image.length) {
-                return Err(self.faulty("it puts metadata of a new image past the end of the file".to_owned()));
+        let others = image.files.iter().map(|file| (file.length, &file.regions));
+        for (file_length, regions) in std::iter::once((image.length, &image.regions)).chain(others) {
+            for region in regions {
+                let length = region.bytes.len() as u64;
+                total = total.saturating_add(length);
+                if region.offset.checked_add(length).is_none_or(|end| end > file_length) {
+                    return Err(self.faulty("it puts metadata of a new image past the end of the file".to_owned()));
+                }
+            }
+            if total > CREATED_MAX || file_length > i64::MAX as u64 {
+                return Err(self.faulty("it makes a new image too large to be written".to_owned()));
             }
         }
-        if total > CREATED_MAX || image.length > i64::MAX as u64 {
-            return Err(self.faulty("it makes a new image too large to be written".to_owned()));
+        if image.files.len() > MAX_FILE_DEVICES {
+            return Err(self.faulty(format!("it makes a new image of more than {MAX_FILE_DEVICES} files")));
+        }
+        // Beside the image, and nowhere else.
+        let plain = |name: &[u8]| !matches!(name, b"" | b"." | b"..") && !name.iter().any(|&b| b == b'/' || b == 0);
+        if !image.files.iter().all(|file| plain(&file.name)) {
+            return Err(self.faulty("it names a file of a new image by what is no plain file name".to_owned()));
         }
         Ok(image)
     }

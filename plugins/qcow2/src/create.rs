@@ -26,7 +26,7 @@ pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
     let image = instar_qcow2_format::create(&options).map_err(|error| refuse(error.0))?;
     let mut regions = RVec::new();
     regions.push(ImageRegion { offset: 0, bytes: image.metadata.into() });
-    Ok(CreatedImage { length: image.length, regions })
+    Ok(CreatedImage { length: image.length, regions, files: RVec::new() })
 }
 
 fn refuse(message: String) -> PluginError {

@@ -68,7 +68,7 @@ impl FormatPlugin for Raw {
             }
         }
         match spec.virtual_size.checked_next_multiple_of(SECTOR) {
-            Some(length) => Ok(CreatedImage { length, regions: RVec::new() }),
+            Some(length) => Ok(CreatedImage { length, regions: RVec::new(), files: RVec::new() }),
             None => refused("the disk is larger than any file".into()),
         }
     }

@@ -2,13 +2,16 @@
 
 use crate::facts::names;
 use instar_plugin_api::std_types::RVec;
-use instar_plugin_api::{CreateSpec, CreatedImage, ErrorCode, ImageRegion, PluginError};
-use instar_vmdk_format::{CreateOptions, Subformat, NO_PARENT};
+use instar_plugin_api::{CreateSpec, CreatedFile, CreatedImage, ErrorCode, ImageRegion, PluginError};
+use instar_vmdk_format::{CreateOptions, NewFile, Subformat, NO_PARENT};
 use std::hash::{BuildHasher, RandomState};
 
 /// The options with their help.
 pub const OPTIONS: &[(&str, &str)] = &[
-    ("subformat", "monolithicSparse (default) or streamOptimized"),
+    (
+        "subformat",
+        "monolithicSparse (default), monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat or streamOptimized",
+    ),
     ("zeroed_grain", "let an entry stand for a grain of zeroes: on or off (default)"),
     ("adapter_type", "ide (default), lsilogic, buslogic or legacyESX"),
     ("compat6", "hardware version 6 instead of 4: on or off (default)"),
@@ -35,8 +38,17 @@ pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
         set(&mut options, option.0.as_str(), option.1.as_str()).map_err(refuse)?;
     }
     let image = instar_vmdk_format::create(&options).map_err(|error| refuse(error.text))?;
-    let regions = image.regions.into_iter().map(|(offset, bytes)| ImageRegion { offset, bytes: bytes.into() });
-    Ok(CreatedImage { length: image.length, regions: regions.collect::<RVec<_>>() })
+    let file = |file: NewFile| CreatedFile {
+        name: file.name.into(),
+        length: file.image.length,
+        regions: regions(file.image.regions),
+    };
+    let files = image.files.into_iter().map(file).collect::<RVec<_>>();
+    Ok(CreatedImage { length: image.image.length, regions: regions(image.image.regions), files })
+}
+
+fn regions(regions: Vec<(u64, Vec<u8>)>) -> RVec<ImageRegion> {
+    regions.into_iter().map(|(offset, bytes)| ImageRegion { offset, bytes: bytes.into() }).collect()
 }
 
 /// A content ID without a meaning of its own.
@@ -70,7 +82,15 @@ fn set(options: &mut CreateOptions, name: &str, value: &str) -> Result<(), Strin
             options.subformat = match value {
                 "monolithicSparse" => Subformat::MonolithicSparse,
                 "streamOptimized" => Subformat::StreamOptimized,
-                _ => return Err(wrong("it must be monolithicSparse or streamOptimized")),
+                "monolithicFlat" => Subformat::MonolithicFlat,
+                "twoGbMaxExtentSparse" => Subformat::SplitSparse,
+                "twoGbMaxExtentFlat" => Subformat::SplitFlat,
+                _ => {
+                    return Err(wrong(
+                        "it must be monolithicSparse, monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat or \
+                         streamOptimized",
+                    ))
+                }
             };
         }
         "zeroed_grain" => options.zeroed_grains = switch()?,

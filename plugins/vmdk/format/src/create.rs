@@ -10,6 +10,10 @@ use alloc::vec::Vec;
 const DESCRIPTOR_SECTORS: u64 = 20;
 /// Sectors of a grain: 64 KiB.
 const GRAIN: u64 = 128;
+/// Sectors of an extent of a disk that is split: 2 GiB.
+const SPLIT_SECTORS: u64 = (2 << 30) / SECTOR;
+/// Most extents of a new disk: as many as can be worked on.
+const MAX_EXTENTS: u64 = 500;
 /// Highest sector that an entry of 32 bits can name.
 const MAX_SECTOR: u64 = u32::MAX as u64;
 
@@ -20,6 +24,30 @@ pub enum Subformat {
     MonolithicSparse,
     /// `streamOptimized`: compressed grains.
     StreamOptimized,
+    /// `monolithicFlat`: a descriptor, and the plain bytes in a file of their own.
+    MonolithicFlat,
+    /// `twoGbMaxExtentSparse`: a descriptor, and sparse extents of up to 2 GiB.
+    SplitSparse,
+    /// `twoGbMaxExtentFlat`: a descriptor, and files of up to 2 GiB with the plain bytes.
+    SplitFlat,
+}
+
+impl Subformat {
+    /// As the descriptor names it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::MonolithicSparse => "monolithicSparse",
+            Self::StreamOptimized => "streamOptimized",
+            Self::MonolithicFlat => "monolithicFlat",
+            Self::SplitSparse => "twoGbMaxExtentSparse",
+            Self::SplitFlat => "twoGbMaxExtentFlat",
+        }
+    }
+
+    /// Whether the extents are plain bytes.
+    const fn is_flat(self) -> bool {
+        matches!(self, Self::MonolithicFlat | Self::SplitFlat)
+    }
 }
 
 /// What a new image is to be.
@@ -43,7 +71,25 @@ pub struct CreateOptions {
     pub hardware_version: String,
 }
 
-/// A new image.
+/// A new disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewDisk {
+    /// The file that it is named by.
+    pub image: NewImage,
+    /// Its extents, if they are in files of their own.
+    pub files: Vec<NewFile>,
+}
+
+/// A new file beside the one that a disk is named by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewFile {
+    /// Its name, without a directory.
+    pub name: Vec<u8>,
+    /// What is in it.
+    pub image: NewImage,
+}
+
+/// The bytes of a new file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewImage {
     /// Length of the file in bytes.
@@ -52,21 +98,79 @@ pub struct NewImage {
     pub regions: Vec<(u64, Vec<u8>)>,
 }
 
-/// The bytes of an empty image.
+/// The bytes of an empty disk.
 ///
 /// # Errors
-/// When it cannot be as large as that, or a name cannot stand in a descriptor.
-pub fn create(options: &CreateOptions) -> Result<NewImage, FormatError> {
+/// When it cannot be as large as that, a name cannot stand in a descriptor, or the kind cannot have a parent.
+pub fn create(options: &CreateOptions) -> Result<NewDisk, FormatError> {
     let capacity = options.virtual_size.div_ceil(SECTOR);
+    if capacity == 0 {
+        return Err(FormatError::unsupported("a disk of 0 bytes cannot be stored in a vmdk: give it a size"));
+    }
+    let kind = options.subformat;
+    if matches!(kind, Subformat::MonolithicSparse | Subformat::StreamOptimized) {
+        let mut line = format!("RW {capacity} SPARSE \"").into_bytes();
+        line.extend_from_slice(&options.file_name);
+        line.push(b'"');
+        let text = descriptor(options, capacity, &[line])?;
+        if text.len() as u64 >= DESCRIPTOR_SECTORS * SECTOR {
+            return Err(FormatError::unsupported("the file names are too long for the descriptor"));
+        }
+        let mut image = sparse(options, capacity)?;
+        image.regions.insert(1, (SECTOR, text));
+        return Ok(NewDisk { image, files: Vec::new() });
+    }
+    if kind.is_flat() && options.parent.is_some() {
+        return Err(FormatError::unsupported("a flat vmdk cannot have a backing file: use twoGbMaxExtentSparse"));
+    }
+    let most = if kind == Subformat::MonolithicFlat { capacity } else { SPLIT_SECTORS };
+    if capacity.div_ceil(most) > MAX_EXTENTS || capacity > i64::MAX as u64 / SECTOR {
+        return Err(FormatError::unsupported(
+            "the disk is too large for a vmdk of this kind: it would have too many files",
+        ));
+    }
+    let (mut files, mut lines, mut start) = (Vec::new(), Vec::new(), 0);
+    while start < capacity {
+        let sectors = most.min(capacity - start);
+        let name = extent_name(&options.file_name, kind, files.len() + 1);
+        let (word, end) = if kind.is_flat() { ("FLAT", "\" 0") } else { ("SPARSE", "\"") };
+        lines.push([format!("RW {sectors} {word} \"").as_bytes(), &name, end.as_bytes()].concat());
+        let image = if kind.is_flat() {
+            NewImage { length: sectors * SECTOR, regions: Vec::new() }
+        } else {
+            sparse(options, sectors)?
+        };
+        files.push(NewFile { name, image });
+        start += sectors;
+    }
+    let text = descriptor(options, capacity, &lines)?;
+    let length = text.len() as u64;
+    if length > crate::MAX_DESCRIPTOR_BYTES {
+        return Err(FormatError::unsupported("the disk has too many files for a descriptor: choose another kind"));
+    }
+    Ok(NewDisk { image: NewImage { length, regions: vec![(0, text)] }, files })
+}
+
+/// The name of an extent's file: as that of the disk, with a number before its ending.
+fn extent_name(disk: &[u8], kind: Subformat, number: usize) -> Vec<u8> {
+    let dot = disk.iter().rposition(|&byte| byte == b'.').unwrap_or(disk.len());
+    let (stem, ending) = disk.split_at(dot);
+    let middle = match kind {
+        Subformat::MonolithicFlat => String::from("-flat"),
+        Subformat::SplitFlat => format!("-f{number:03}"),
+        _ => format!("-s{number:03}"),
+    };
+    [stem, middle.as_bytes(), ending].concat()
+}
+
+/// An empty sparse extent, without a descriptor in it.
+fn sparse(options: &CreateOptions, capacity: u64) -> Result<NewImage, FormatError> {
     let tables = capacity.div_ceil(GRAIN * crate::TABLE_ENTRIES);
     let directory_sectors = (tables * 4).div_ceil(SECTOR);
     let copy_sectors = directory_sectors + tables * (TABLE_BYTES / SECTOR);
     let redundant = 1 + DESCRIPTOR_SECTORS;
     let primary = redundant + copy_sectors;
     let overhead = (primary + copy_sectors).next_multiple_of(GRAIN);
-    if capacity == 0 {
-        return Err(FormatError::unsupported("a disk of 0 bytes cannot be stored in a vmdk: give it a size"));
-    }
     if capacity.saturating_add(overhead) > MAX_SECTOR {
         return Err(FormatError::unsupported("the disk is too large: a sparse vmdk holds up to 2 TiB"));
     }
@@ -91,10 +195,8 @@ pub fn create(options: &CreateOptions) -> Result<NewImage, FormatError> {
         directory: primary,
         overhead,
     };
-    let text = descriptor(options, capacity)?;
     let regions = vec![
         (0, header.encode().to_vec()),
-        (SECTOR, text),
         (redundant * SECTOR, directory(redundant + directory_sectors, tables)),
         (primary * SECTOR, directory(primary + directory_sectors, tables)),
     ];
@@ -113,16 +215,14 @@ fn quotable(name: &[u8]) -> bool {
     !name.is_empty() && !name.iter().any(|&b| b == b'"' || b < b' ')
 }
 
-fn descriptor(options: &CreateOptions, capacity: u64) -> Result<Vec<u8>, FormatError> {
+/// The text of a descriptor with these extent lines.
+fn descriptor(options: &CreateOptions, capacity: u64, extents: &[Vec<u8>]) -> Result<Vec<u8>, FormatError> {
     let names = core::iter::once(&options.file_name).chain(options.parent.iter().map(|(name, _)| name));
     if !names.into_iter().all(|name| quotable(name)) {
         return Err(FormatError::unsupported("a file name with quotes or control characters cannot stand in a vmdk"));
     }
     let parent_id = options.parent.as_ref().map_or(NO_PARENT, |(_, id)| *id);
-    let kind = match options.subformat {
-        Subformat::MonolithicSparse => "monolithicSparse",
-        Subformat::StreamOptimized => "streamOptimized",
-    };
+    let kind = options.subformat.name();
     let mut text = format!(
         "# Disk DescriptorFile\nversion=1\nCID={:08x}\nparentCID={parent_id:08x}\ncreateType=\"{kind}\"\n",
         options.content_id
@@ -133,22 +233,19 @@ fn descriptor(options: &CreateOptions, capacity: u64) -> Result<Vec<u8>, FormatE
         text.extend_from_slice(name);
         text.extend_from_slice(b"\"\n");
     }
-    text.extend_from_slice(format!("\n# Extent description\nRW {capacity} SPARSE \"").as_bytes());
-    text.extend_from_slice(&options.file_name);
+    text.extend_from_slice(b"\n# Extent description\n");
+    text.extend_from_slice(&extents.join(&b'\n'));
     // The geometry that QEMU gives: 63 sectors, 16 heads for IDE and 255 for the others.
     let heads = if options.adapter_type == "ide" { 16 } else { 255 };
     let cylinders = capacity / (63 * heads);
     text.extend_from_slice(
         format!(
-            "\"\n\n# The Disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"{}\"\nddb.geometry.cylinders = \"{cylinders}\"\n\
+            "\n\n# The Disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"{}\"\nddb.geometry.cylinders = \"{cylinders}\"\n\
              ddb.geometry.heads = \"{heads}\"\nddb.geometry.sectors = \"63\"\nddb.adapterType = \"{}\"\n",
             options.hardware_version, options.adapter_type
         )
         .as_bytes(),
     );
-    if text.len() as u64 >= DESCRIPTOR_SECTORS * SECTOR {
-        return Err(FormatError::unsupported("the file names are too long for the descriptor"));
-    }
     Ok(text)
 }
 
@@ -173,7 +270,7 @@ mod tests {
 
     #[test]
     fn what_is_made_can_be_read() {
-        let image = create(&options()).unwrap();
+        let image = create(&options()).unwrap().image;
         let mut file = vec![0; usize::try_from(image.length).unwrap()];
         for (offset, bytes) in &image.regions {
             let at = usize::try_from(*offset).unwrap();
@@ -188,6 +285,27 @@ mod tests {
         let descriptor = Descriptor::parse(&file[512..21 * 512]).unwrap();
         assert_eq!((descriptor.content_id.value, descriptor.parent()), (0xabc, Some(7)));
         assert_eq!(descriptor.parent_hint.unwrap(), b"../base.vmdk");
+    }
+
+    #[test]
+    fn disks_in_several_files() {
+        for (subformat, names, flat) in [
+            (Subformat::MonolithicFlat, ["x y-flat.vmdk", ""], true),
+            (Subformat::SplitFlat, ["x y-f001.vmdk", "x y-f002.vmdk"], true),
+            (Subformat::SplitSparse, ["x y-s001.vmdk", "x y-s002.vmdk"], false),
+        ] {
+            let parent = options().parent.filter(|_| !flat);
+            let disk = create(&CreateOptions { subformat, virtual_size: 3 << 30, parent, ..options() }).unwrap();
+            let found: Vec<_> = disk.files.iter().map(|file| file.name.clone()).collect();
+            let expected: Vec<_> = names.iter().filter(|n| !n.is_empty()).map(|n| n.as_bytes().to_vec()).collect();
+            assert_eq!(found, expected);
+            let extents = Descriptor::parse(&disk.image.regions[0].1).unwrap().disk_extents().unwrap();
+            assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), 3 << 30);
+            assert_eq!(extents.len(), disk.files.len());
+        }
+        assert!(create(&CreateOptions { subformat: Subformat::SplitFlat, ..options() }).is_err(), "a parent");
+        let large = CreateOptions { subformat: Subformat::SplitSparse, virtual_size: 1 << 50, ..options() };
+        assert!(create(&large).is_err());
     }
 
     #[test]
