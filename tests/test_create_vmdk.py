@@ -31,6 +31,7 @@ def test_as_qemu_makes_them(tmp_path, kind, size):
     assert {p.name: p.stat().st_size for p in ours.iterdir() if p.name != "disk.vmdk"} == {
         p.name: p.stat().st_size for p in theirs.iterdir() if p.name != "disk.vmdk"
     }
+
     def named(directory):
         return {
             **specific(directory / "disk.vmdk"),
@@ -41,7 +42,12 @@ def test_as_qemu_makes_them(tmp_path, kind, size):
         }
 
     assert named(ours) == named(theirs)
-    assert qemu_img("map", "--output=json", ours / "disk.vmdk").json == qemu_img("map", "--output=json", theirs / "disk.vmdk").json
+    mapped = qemu_img("map", "--output=json", ours / "disk.vmdk").json
+    if kind == "twoGbMaxExtentSparse":
+        assert mapped == qemu_img("map", "--output=json", theirs / "disk.vmdk").json
+    else:
+        # qemu writes the first block of a flat file to see whether it can; ours are one hole.
+        assert sum(entry["length"] for entry in mapped) == size and all(e["data"] and e["zero"] for e in mapped)
     if kind == "twoGbMaxExtentSparse":
         qemu_img("check", "-f", "vmdk", ours / "disk.vmdk")
 
