@@ -405,7 +405,7 @@ def test_create_refuses(lab):
         (["x.vmdk"], "SIZE"),
         (["x.vmdk", "0"], "0 bytes"),
         (["x.vmdk", "3T"], "2 TiB"),
-        (["-o", "subformat=monolithicFlat", "x.vmdk", "1M"], "monolithicSparse"),
+        (["-o", "subformat=vmfs", "x.vmdk", "1M"], "monolithicSparse"),
         (["-o", "bogus=1", "x.vmdk", "1M"], "unknown option"),
         (["-b", other.name, "-F", "qcow2", "x.vmdk"], "has to be a vmdk"),
         (["-u", "-b", "no.vmdk", "-F", "vmdk", "x.vmdk", "1M"], "content ID"),
