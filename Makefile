@@ -21,7 +21,7 @@ PATHS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
 endif
 PATHS ?=
 
-.PHONY: help instar lint test-rust test-integration test test-deep fuzz demo bench bench-quick deb clean python qemu-img
+.PHONY: help instar lint test-rust test-integration test test-deep faults fuzz demo bench bench-quick deb clean python qemu-img
 
 help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -59,6 +59,9 @@ test-deep: instar python qemu-img ## the long tests: more random images, more cr
 
 fuzz: ## run every fuzz target for FUZZ_SECONDS seconds each (FUZZ_SEED chooses the inputs)
 	$(CARGO) run --profile fuzz -p instar-fuzz -- --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/faults.py
 
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/demo.sh

@@ -9,6 +9,7 @@ use crate::plugins::{FileImage, IdentifyError, Plugin, Registry};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
 use rustix::fs::OFlags;
+use rustix::io::retry_on_intr;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -84,7 +85,7 @@ impl OpenedFile {
     /// # Errors
     /// `missing` if it is not there, [`ErrorCode::OpenFailed`].
     pub fn named(path: &Path, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
-        let opened = rustix::fs::open(path, access.flags(), rustix::fs::Mode::empty());
+        let opened = retry_on_intr(|| rustix::fs::open(path, access.flags(), rustix::fs::Mode::empty()));
         Self::adopt(opened.map(File::from).map_err(io::Error::from), path.to_owned(), access, missing)
     }
 

@@ -44,13 +44,13 @@ impl Located {
     /// # Errors
     /// `EXDEV` when a link leads outside; what opening gives otherwise.
     pub fn open(&self, flags: OFlags) -> io::Result<File> {
-        let directory =
-            rustix::fs::open(&self.root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let flags_of_root = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::io::retry_on_intr(|| rustix::fs::open(&self.root, flags_of_root, Mode::empty()))?;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         loop {
             match rustix::fs::openat2(&directory, &self.below, flags, Mode::empty(), resolve) {
-                // A rename somewhere in the tree raced with the walk.
-                Err(rustix::io::Errno::AGAIN) => {}
+                // A rename somewhere in the tree raced with the walk, or a signal with a slow file system.
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
                 Ok(file) => return Ok(File::from(file)),
             }

@@ -1,0 +1,255 @@
+#!/usr/bin/env python3
+"""Faults in the real program: every system call that touches an image fails, is interrupted, moves less than asked, or is
+where the program is killed, one at a time, for whole commits. What must hold afterwards is checked with qemu-img.
+
+`make faults` runs all of them; tests/test_faults.py a sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import support  # noqa: E402
+from support import KIB, MIB  # noqa: E402
+
+FAULTS = ["KILL", "EIO", "ENOSPC", "EINTR", "SHORT"]
+ERRNO = {"EIO": "Input/output error", "ENOSPC": "No space left on device"}
+# Calls that a signal can interrupt, and those that may move less than they were asked to.
+INTERRUPTIBLE = {"open", "openat", "openat2", "pread64", "preadv", "pwrite64", "pwritev", "copy_file_range", "fallocate",
+                 "ftruncate", "fdatasync"}
+SHORTENED = {"pread64", "preadv", "pwrite64", "pwritev", "copy_file_range"}
+# Calls of the guest's requests: their failure names the errno.
+OF_THE_GUEST = {"preadv", "pwritev", "copy_file_range", "fdatasync", "ftruncate"}
+# Without an answer the program goes on: where the data lies, and that the disk may begin to write, are hints; a file that
+# Landlock cannot be told of lies in a directory that it was told of.
+HINTS = {"lseek", "sync_file_range", "fallocate", "openat"}
+
+
+class Violation(AssertionError):
+    """A fault that the program did not survive."""
+
+
+def injector() -> Path:
+    return support.instar_binary().parent / "instar-test-inject"
+
+
+@dataclass
+class Case:
+    """A pair, or a chain, that is committed again and again from the same start."""
+
+    name: str
+    directory: Path
+    top: str
+    base: str
+    top_fmt: str = "qcow2"
+    base_fmt: str = "qcow2"
+    args: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    emptied: bool = True
+
+    def __post_init__(self):
+        self.pristine = self.directory.with_name(self.directory.name + ".pristine")
+        shutil.copytree(self.directory, self.pristine)
+        self.expected = support.content_hash(self.path(self.top), self.top_fmt)
+        self.snapshot = self.snapshot_hash()
+
+    def path(self, name) -> Path:
+        return self.directory / name
+
+    def files(self):
+        return [self.path(name) for name in [self.top, self.base, *self.others]]
+
+    def reset(self):
+        for name in [self.top, self.base, *self.others]:
+            shutil.copyfile(self.pristine / name, self.path(name))
+
+    def snapshot_hash(self):
+        """Of what the base's internal snapshot holds, if it has one."""
+        if self.base_fmt != "qcow2" or not support.info(self.path(self.base)).get("snapshots"):
+            return None
+        flat = self.directory / "snapshot.raw"
+        support.qemu_img("convert", "-l", "one", "-O", "raw", self.path(self.base), flat)
+        return support.digest(flat)
+
+    def commit(self, fault="COUNT", nth=0, call="none"):
+        command = [support.instar_binary(), "commit", *self.args, self.path(self.top)]
+        return support.run(injector(), fault, str(nth), call, *self.files(), "--", *command)
+
+    def calls(self) -> Counter:
+        """How often each call is made by a commit that nothing happens to."""
+        self.reset()
+        result = self.commit()
+        assert result.rc == 0, str(result)
+        found = re.search(r"inject: not done \((.*)\)", result.stderr)
+        return Counter({name: int(count) for count, name in re.findall(r"(\d+) of (\w+)", found[1])})
+
+    def faults(self):
+        """All faults of this case."""
+        for call, count in sorted(self.calls().items()):
+            for fault in FAULTS:
+                if (fault == "EINTR" and call not in INTERRUPTIBLE) or (fault == "SHORT" and call not in SHORTENED):
+                    continue
+                yield from ((fault, nth, call) for nth in range(1, count + 1))
+
+    # --- what must hold ---------------------------------------------------------------------------
+
+    def hold(self, condition, what, result):
+        if not condition:
+            raise Violation(f"{self.name}: {what}\n{result}")
+
+    def inject(self, fault, nth, call) -> bool:
+        """One fault; whether it could be injected. Raises a Violation."""
+        self.reset()
+        result = self.commit(fault, nth, call)
+        done = "inject: done" in result.stderr
+        self.check_status(fault, call, result, done)
+        self.check_images(result, finished=result.rc == 0)
+        again = support.run_instar("commit", *self.args, self.path(self.top))
+        self.hold(again.rc == 0, f"after {fault} at {call} {nth} a second commit fails", f"{result}\n{again}")
+        self.check_images(f"{result}\n{again}", finished=True)
+        return done
+
+    def check_status(self, fault, call, result, done):
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("inject: ")]
+        if fault in ("EINTR", "SHORT") or not done:
+            self.hold(result.rc == 0, f"{fault} of {call} is not survived", result)
+        elif fault == "KILL":
+            self.hold(result.rc == 137, "it was not killed", result)
+        elif result.rc == 0:
+            self.hold(call in HINTS | {"fstat", "fcntl", "pread64"}, f"{fault} of {call} is not noticed", result)
+        else:
+            named = [path.name for path in self.files() if path.name in result.stderr]
+            self.hold(result.rc == 1 and len(lines) == 1 and named, f"{fault} of {call} is not one line", result)
+            if call in OF_THE_GUEST:
+                self.hold(ERRNO[fault] in lines[0], f"{fault} of {call} is not named", result)
+                self.hold("offset" in lines[0] or call in ("fdatasync", "ftruncate"), "the place is not named", result)
+
+    def readable(self, result, finished) -> bool:
+        """A vmdk whose commit ended between the two content IDs is not for QEMU until it is committed again."""
+        if self.top_fmt != "vmdk" or finished:
+            return True
+        flat = self.directory / "flat.raw"
+        tried = support.qemu_img("convert", "-f", "vmdk", "-O", "raw", self.path(self.top), flat, rc=None)
+        self.hold(tried.rc == 0 or "Invalid argument" in tried.stderr, "the overlay cannot be read", f"{result}\n{tried}")
+        return tried.rc == 0
+
+    def check_images(self, result, finished):
+        top, base = self.path(self.top), self.path(self.base)
+        if self.readable(result, finished):
+            self.hold(support.content_hash(top, self.top_fmt) == self.expected, "the overlay reads differently", result)
+        for path, fmt in ((top, self.top_fmt), (base, self.base_fmt)):
+            if fmt != "raw":
+                check = support.qemu_img("check", "-f", fmt, path, rc=None)
+                # Leaks are allowed.
+                self.hold(check.rc in (0, 3), f"{path.name} is damaged", f"{result}\n{check}")
+        self.hold(self.snapshot_hash() == self.snapshot, "the snapshot reads differently", result)
+        if finished:
+            content = support.content_hash(base, self.base_fmt)
+            self.hold(content == self.expected, "the base reads differently", result)
+            if self.emptied and self.top_fmt == "qcow2":
+                self.hold(support.holds_no_clusters(top), "the overlay is not empty", result)
+
+
+# --- the cases ------------------------------------------------------------------------------------
+
+
+def scribble(path, seed, fmt, size, count=5):
+    rng = random.Random(seed)
+    commands = []
+    for number in range(count):
+        length = rng.choice([4, 64, 200]) * KIB
+        at = rng.randrange(0, (size - length) // 512) * 512
+        commands.append(f"write -P {number + seed % 50 + 1} {at} {length}")
+    if fmt != "vmdk":
+        commands.append(f"write -z {size // 2} 128k")
+    support.qemu_io(path, *commands, fmt=fmt)
+
+
+def qcow2_with_snapshot(directory) -> Case:
+    support.create(directory / "base", 4 * MIB, cluster_size="16k")
+    scribble(directory / "base", 1, "qcow2", 4 * MIB)
+    support.qemu_img("snapshot", "-c", "one", directory / "base")
+    support.create(directory / "top", backing="base", cwd=directory)
+    scribble(directory / "top", 2, "qcow2", 4 * MIB)
+    return Case("qcow2 with a snapshot", directory, "top", "base")
+
+
+def compressed_and_growing(directory) -> Case:
+    plain = directory / "plain"
+    plain.write_bytes(b"compresses well " * (1 << 15) + bytes(MIB) + random.Random(3).randbytes(1 << 18))
+    support.create(directory / "base", MIB, cluster_size="4k")
+    scribble(directory / "base", 3, "qcow2", MIB)
+    support.qemu_img("convert", "-c", "-O", "qcow2", plain, directory / "top")
+    support.qemu_img("rebase", "-u", "-b", "base", "-F", "qcow2", directory / "top")
+    support.qemu_io(directory / "top", "write -P 9 1M 100k")
+    plain.unlink()
+    return Case("compressed, into smaller clusters and a base that grows", directory, "top", "base", args=["--resize-backing"])
+
+
+def into_raw(directory) -> Case:
+    (directory / "base").write_bytes(random.Random(4).randbytes(MIB) + bytes(3 * MIB))
+    support.create(directory / "top", 4 * MIB, backing="base", backing_fmt="raw", cwd=directory)
+    scribble(directory / "top", 5, "qcow2", 4 * MIB)
+    return Case("qcow2 into raw", directory, "top", "base", base_fmt="raw")
+
+
+def vmdk(directory) -> Case:
+    support.create(directory / "base", 4 * MIB, fmt="vmdk")
+    scribble(directory / "base", 6, "vmdk", 4 * MIB, count=2)
+    support.create(directory / "top", backing="base", backing_fmt="vmdk", fmt="vmdk", cwd=directory)
+    scribble(directory / "top", 7, "vmdk", 4 * MIB)
+    return Case("vmdk into vmdk", directory, "top", "base", top_fmt="vmdk", base_fmt="vmdk")
+
+
+def chain(directory) -> Case:
+    below = None
+    for number in range(3):
+        name = f"layer{number}"
+        support.create(directory / name, 4 * MIB, backing=below, cwd=directory, cluster_size=["64k", "4k", "16k"][number])
+        scribble(directory / name, number + 10, "qcow2", 4 * MIB)
+        below = name
+    return Case("a chain, into the lowest", directory, "layer2", "layer0", args=["-b", "layer0"], others=["layer1"], emptied=False)
+
+
+CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, chain]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, help="this many faults of each case, and not all")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    tried, violations = Counter(), Counter()
+    with tempfile.TemporaryDirectory() as place:
+        for make in CASES:
+            directory = Path(place) / make.__name__
+            directory.mkdir()
+            case = make(directory)
+            faults = list(case.faults())
+            if options.sample is not None:
+                faults = random.Random(options.seed).sample(faults, min(options.sample, len(faults)))
+            for fault in faults:
+                try:
+                    tried[fault[0]] += case.inject(*fault)
+                except Violation as violation:
+                    violations[fault[0]] += 1
+                    print(f"VIOLATION {fault}: {violation}", file=sys.stderr)
+            print(f"{case.name}: {len(faults)} faults", flush=True)
+    for fault in FAULTS:
+        print(f"{fault:7} {tried[fault]:5} injected, {violations[fault]} violations")
+    return 1 if sum(violations.values()) else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("INSTAR_CONFIG", "")
+    sys.exit(main())

@@ -1,0 +1,167 @@
+//! `instar-test-inject FAULT NTH CALL FILE… -- PROGRAM ARGUMENT…`: run a program, and do something to the NTH call (from 1 on)
+//! of a system call that names one of the files, by descriptor or by name. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with
+//! which it fails without being done; `SHORT`, by which it is asked to move half as much; `KILL`, which ends the
+//! program before it; or `COUNT`, which does nothing. The exit status is the program's, 137 after `KILL`; the last line on
+//! standard error tells what came of it: `inject: COUNT of CALL` for every call that was seen, and whether the fault was
+//! injected.
+//!
+//! It traces, as a debugger does. `strace -e inject=` cannot do this to a confined program: it replaces the call by one that
+//! no seccomp filter knows. Here it becomes `getpid`, which all of them know.
+
+mod trace;
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use trace::{Call, Tracee};
+
+/// The calls that are looked at: their number, their name, which of their arguments are descriptors, and which one says how
+/// much is to be moved. One with a path has its index in place of a descriptor.
+pub struct Known {
+    number: i64,
+    name: &'static str,
+    descriptors: &'static [usize],
+    path: Option<usize>,
+    length: Option<Length>,
+}
+
+/// How a call says how much is to be moved.
+#[derive(Clone, Copy)]
+pub enum Length {
+    /// In bytes, in this argument.
+    Bytes(usize),
+    /// As the number of buffers, in this argument.
+    Buffers(usize),
+}
+
+const fn by_descriptor(number: i64, name: &'static str, length: Option<Length>) -> Known {
+    Known { number, name, descriptors: &[0], path: None, length }
+}
+
+const KNOWN: &[Known] = &[
+    Known { number: libc::SYS_openat, name: "openat", descriptors: &[], path: Some(1), length: None },
+    Known { number: libc::SYS_openat2, name: "openat2", descriptors: &[], path: Some(1), length: None },
+    Known { number: libc::SYS_open, name: "open", descriptors: &[], path: Some(0), length: None },
+    by_descriptor(libc::SYS_pread64, "pread64", Some(Length::Bytes(2))),
+    by_descriptor(libc::SYS_preadv, "preadv", Some(Length::Buffers(2))),
+    by_descriptor(libc::SYS_pwrite64, "pwrite64", Some(Length::Bytes(2))),
+    by_descriptor(libc::SYS_pwritev, "pwritev", Some(Length::Buffers(2))),
+    by_descriptor(libc::SYS_lseek, "lseek", None),
+    by_descriptor(libc::SYS_fstat, "fstat", None),
+    by_descriptor(libc::SYS_fcntl, "fcntl", None),
+    by_descriptor(libc::SYS_fallocate, "fallocate", None),
+    by_descriptor(libc::SYS_ftruncate, "ftruncate", None),
+    by_descriptor(libc::SYS_fdatasync, "fdatasync", None),
+    by_descriptor(libc::SYS_fsync, "fsync", None),
+    by_descriptor(libc::SYS_sync_file_range, "sync_file_range", None),
+    Known {
+        number: libc::SYS_copy_file_range,
+        name: "copy_file_range",
+        descriptors: &[0, 2],
+        path: None,
+        length: Some(Length::Bytes(4)),
+    },
+];
+
+/// What is to be done to a call.
+#[derive(Clone, Copy)]
+enum Fault {
+    Nothing,
+    Fail(i32),
+    Short,
+    Kill,
+}
+
+fn fault(name: &str) -> Option<Fault> {
+    Some(match name {
+        "COUNT" => Fault::Nothing,
+        "EIO" => Fault::Fail(libc::EIO),
+        "ENOSPC" => Fault::Fail(libc::ENOSPC),
+        "EINTR" => Fault::Fail(libc::EINTR),
+        "SHORT" => Fault::Short,
+        "KILL" => Fault::Kill,
+        _ => return None,
+    })
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut parts = arguments.splitn(2, |argument| argument == "--");
+    let (options, program) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    let [fault_name, nth, name, files @ ..] = options else { return usage() };
+    let (Some(fault), Ok(nth), [program, arguments @ ..]) = (fault(fault_name), nth.parse::<u64>(), program) else {
+        return usage();
+    };
+    let files: Vec<String> =
+        files.iter().filter_map(|file| Some(std::fs::canonicalize(file).ok()?.to_str()?.to_owned())).collect();
+    match run(fault, nth, name, &files, program, arguments) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("inject: {error}");
+            ExitCode::from(125)
+        }
+    }
+}
+
+fn usage() -> ExitCode {
+    eprintln!("usage: instar-test-inject FAULT NTH CALL FILE… -- PROGRAM ARGUMENT…");
+    ExitCode::from(125)
+}
+
+/// Run the program to its end; its exit status.
+fn run(
+    fault: Fault,
+    nth: u64,
+    name: &str,
+    files: &[String],
+    program: &str,
+    arguments: &[String],
+) -> std::io::Result<u8> {
+    let mut tracee = Tracee::start(program, arguments)?;
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut injected = false;
+    let status = loop {
+        let Some(mut call) = tracee.next_call()? else { break tracee.status() };
+        let known = KNOWN.iter().find(|known| known.number == call.number());
+        let Some(known) = known.filter(|known| touches(&tracee, &call, known, files)) else {
+            tracee.go_on(None)?;
+            continue;
+        };
+        let count = counts.entry(known.name).or_default();
+        *count += 1;
+        if known.name != name || *count != nth {
+            tracee.go_on(None)?;
+            continue;
+        }
+        injected = true;
+        match (fault, known.length) {
+            (Fault::Nothing, _) => tracee.go_on(None)?,
+            (Fault::Fail(errno), _) => tracee.go_on(Some(errno))?,
+            (Fault::Kill, _) => {
+                tracee.kill()?;
+                break 137;
+            }
+            (Fault::Short, Some(Length::Bytes(argument) | Length::Buffers(argument)))
+                if call.argument(argument) > 1 =>
+            {
+                call.set_argument(argument, call.argument(argument) / 2);
+                tracee.set(&call)?;
+                tracee.go_on(None)?;
+            }
+            (Fault::Short, _) => {
+                injected = false;
+                tracee.go_on(None)?;
+            }
+        }
+    };
+    let all: Vec<String> = counts.iter().map(|(name, count)| format!("{count} of {name}")).collect();
+    eprintln!("inject: {} ({})", if injected { "done" } else { "not done" }, all.join(", "));
+    Ok(status)
+}
+
+/// Whether a call is about one of the files.
+fn touches(tracee: &Tracee, call: &Call, known: &Known, files: &[String]) -> bool {
+    let named = |path: &str| files.iter().any(|file| file == path || file.ends_with(&format!("/{path}")));
+    let by_path = known.path.and_then(|argument| tracee.text(call.argument(argument)));
+    let by_descriptor = |&argument: &usize| tracee.path_of(call.argument(argument)).is_some_and(|path| named(&path));
+    by_path.is_some_and(|path| named(&path)) || known.descriptors.iter().any(by_descriptor)
+}

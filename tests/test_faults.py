@@ -1,0 +1,42 @@
+"""A sample of `make faults`: system calls that fail, are interrupted, move less than asked, or are where the program dies."""
+
+from __future__ import annotations
+
+import random
+
+import faults
+import pytest
+import support
+
+SAMPLE = 12
+# Calls that each case makes, whatever else it does.
+ALWAYS = {"open", "fcntl", "pread64", "preadv", "pwritev", "copy_file_range", "fdatasync"}
+
+
+@pytest.fixture(params=faults.CASES, ids=lambda case: case.__name__)
+def case(request, tmp_path):
+    directory = tmp_path / "images"
+    directory.mkdir()
+    return request.param(directory)
+
+
+def test_a_sample(case):
+    assert case.calls().keys() >= ALWAYS
+    everything = list(case.faults())
+    assert {fault for fault, _, _ in everything} == set(faults.FAULTS)
+    chosen = random.Random(len(everything)).sample(everything, min(SAMPLE, len(everything)))
+    # The calls that change something, and one of each kind.
+    chosen += [(fault, 1, "pwritev") for fault in faults.FAULTS] + [("EIO", 1, "fdatasync"), ("EINTR", 1, "open")]
+    injected = sum(case.inject(*fault) for fault in chosen)
+    assert injected > len(chosen) // 2
+
+
+def test_what_is_wrong_would_be_seen(case):
+    """The checks can fail: a base, or an overlay, that reads differently is a violation."""
+    case.reset()
+    before = case.expected
+    case.expected = "another content"
+    with pytest.raises(faults.Violation):
+        case.inject("COUNT", 0, "none")
+    case.expected = before
+    assert case.inject("COUNT", 0, "none") is False
