@@ -4,11 +4,12 @@ use super::attach::{open_chain_devices_rw, ChainDevices};
 use super::error::{map_commit_error, Changed, GuestFailure};
 use super::handler::CommitHandler;
 use super::progress::Progress;
+use super::space::Space;
 use crate::chain::ChainImage;
 use crate::cli::CliError;
 use crate::devices::{Cache, Statistics};
 use crate::vm::{self, KvmDevice, ModuleSpec, VmError, VmReport, VmSpec};
-use instar_guest_abi::ErrorCode;
+use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
 use std::path::Path;
 
@@ -52,6 +53,8 @@ pub fn run_commit_guest(
     ancestors: Vec<ChainImage<'_>>,
 ) -> Result<(CommitResultMessage, GuestRun), CliError> {
     let merged = 1 + between.len();
+    let layers: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
+    let space = Space::of(&backing, &layers);
     let slots: Vec<ChainImage<'_>> = std::iter::once(overlay).chain(between).chain(ancestors).collect();
     let ChainDevices { mut devices, mut chain, files, plugins, paths } =
         open_chain_devices_rw(slots, backing, &[0], options.max_length)?;
@@ -72,13 +75,14 @@ pub fn run_commit_guest(
     pace.stop_when(super::interrupt::received);
     pace.limit(options.rate_limit);
     progress.iter().for_each(|progress| pace.watched_by(Box::new(progress.clone())));
-    let mut handler = CommitHandler { progress, ..CommitHandler::new(devices) };
+    let mut handler = CommitHandler { progress, space, ..CommitHandler::new(devices) };
     let spec = VmSpec { files, ..VmSpec::new(options.flags, chain, modules) };
     let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);
     handler.progress.iter().for_each(|progress| progress.end(well));
     let run = |report| GuestRun { report, statistics: handler.devices.stats().clone(), log: handler.log.clone() };
     let failure = match (ended, handler.result.take()) {
+        _ if handler.lacking.is_some() => no_space(handler.lacking),
         (Ok(report), Some(result)) if result.error == 0 => return Ok((result, run(report))),
         (Ok(_), Some(result)) => GuestFailure::from_message(&result),
         (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
@@ -86,4 +90,11 @@ pub fn run_commit_guest(
     };
     let changed = Changed::of(&handler.devices, &paths);
     Err(map_commit_error(&failure, &paths, changed))
+}
+
+/// The file system of the backing has less space than the commit needs.
+fn no_space(lacking: Option<(u64, u64)>) -> GuestFailure {
+    let (needed, free) = lacking.unwrap_or_default();
+    let text = format!("the commit needs {needed} bytes more of the file system, which has {free} free");
+    GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
 }

@@ -2,6 +2,7 @@
 
 use super::interrupt;
 use super::progress::Progress;
+use super::space::Space;
 use crate::devices::Devices;
 use crate::vm::{BadRequest, BufferAccess, GuestHandler};
 use instar_guest_abi::Request;
@@ -20,6 +21,10 @@ pub struct CommitHandler {
     pub log: Vec<String>,
     /// Who is shown how far it is.
     pub progress: Option<Progress>,
+    /// What is known of the space for the backing.
+    pub space: Option<Space>,
+    /// The bytes that the plan needs and that there are, if that is why the guest was ended.
+    pub lacking: Option<(u64, u64)>,
 }
 
 /// The step in which the overlay is emptied, as the guest names it.
@@ -31,7 +36,7 @@ impl CommitHandler {
     /// A handler with these devices.
     #[must_use]
     pub fn new(devices: Devices) -> Self {
-        Self { devices, result: None, plan: None, log: Vec::new(), progress: None }
+        Self { devices, result: None, plan: None, log: Vec::new(), progress: None, space: None, lacking: None }
     }
 }
 
@@ -52,6 +57,10 @@ impl GuestHandler for CommitHandler {
             Kind::Plan(plan) => {
                 self.progress.iter().for_each(|progress| progress.planned(plan.bytes));
                 self.plan = Some(plan);
+                self.lacking = self.space.and_then(|space| space.lacking(&plan));
+                if self.lacking.is_some() {
+                    return Err(BadRequest("more space than there is".to_owned()));
+                }
             }
             Kind::Progress(progress) if progress.step == EMPTYING => {
                 self.progress.iter().for_each(Progress::emptying);

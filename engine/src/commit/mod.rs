@@ -10,6 +10,7 @@ mod handler;
 mod interrupt;
 mod progress;
 mod render;
+mod space;
 mod timing;
 
 pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths};

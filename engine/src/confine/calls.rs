@@ -171,6 +171,9 @@ const CHANGE: &[Call] = &[
     (libc::SYS_sync_file_range, Always),
     // Direct I/O is switched on and off on the descriptor.
     (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_SETFL)])),
+    // How much space there is, and whether the user may take the last of it
+    (libc::SYS_fstatfs, Always),
+    (libc::SYS_geteuid, Always),
     // The pauses of a rate limit
     (libc::SYS_nanosleep, Always),
     (libc::SYS_clock_nanosleep, Always),

@@ -1,0 +1,81 @@
+//! A full disk, noticed before the first change: what the plan needs, and what the backing's file system has.
+//!
+//! A commit that would fit must not be refused, so only what is certain counts. File systems that may share or compress what
+//! is copied (all but the few that are known not to) are not asked.
+
+use crate::chain::{ChainImage, OpenedFile};
+use instar_guest_protocol::PlanMessage;
+use rustix::fs::{fstatfs, fstatvfs};
+use std::os::unix::fs::MetadataExt;
+
+/// `f_type` of ext2, ext3 and ext4 (statfs(2)).
+const EXT: u64 = 0xef53;
+/// `f_type` of tmpfs.
+const TMPFS: u64 = 0x0102_1994;
+
+/// What is known of space before a commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes that the backing's file system has free for this user.
+    free: u64,
+    /// Length of the backing's file in bytes.
+    length: u64,
+    /// Bytes of a cluster of the backing.
+    cluster: u64,
+    /// Bytes on the disk that the files of the merged layers take: there is no more data than that, unless it is compressed.
+    data: u64,
+}
+
+impl Space {
+    /// What is known; nothing of a block device, of several files, of a format without clusters, and of other file systems.
+    #[must_use]
+    pub fn of(backing: &ChainImage<'_>, merged: &[&ChainImage<'_>]) -> Option<Self> {
+        let file = backing.opened.file.file();
+        let usable = !backing.opened.block_device && backing.files.is_empty() && backing.facts.cluster_size > 1;
+        let known = fstatfs(file).is_ok_and(|system| [EXT, TMPFS].contains(&system.f_type.cast_unsigned()));
+        let system = fstatvfs(file).ok().filter(|_| usable && known)?;
+        let blocks = if rustix::process::geteuid().is_root() { system.f_bfree } else { system.f_bavail };
+        let taken = |opened: &OpenedFile| opened.file.file().metadata().map_or(u64::MAX, |found| found.blocks() * 512);
+        let files = merged.iter().flat_map(|layer| {
+            let others = layer.files.iter().map(|file| &file.opened);
+            std::iter::once(&layer.opened).chain(others)
+        });
+        Some(Self {
+            free: blocks.saturating_mul(system.f_frsize),
+            length: backing.facts.file_length,
+            cluster: backing.facts.cluster_size,
+            data: files.map(taken).fold(0, u64::saturating_add),
+        })
+    }
+
+    /// How many bytes are needed and how many there are, if they are certain not to suffice.
+    #[must_use]
+    pub fn lacking(&self, plan: &PlanMessage) -> Option<(u64, u64)> {
+        let bytes = |clusters: u64| clusters.saturating_mul(self.cluster);
+        let new = bytes(plan.new_data_clusters).min(self.data).saturating_add(bytes(plan.new_metadata_clusters));
+        // New clusters within the file may have their space already.
+        let needed = new.min(plan.backing_final_length.saturating_sub(self.length));
+        (needed > self.free).then_some((needed, self.free))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_certain_is_lacking() {
+        let space = Space { free: 1000, length: 5000, cluster: 100, data: 3000 };
+        let plan = |data, metadata, length| PlanMessage {
+            new_data_clusters: data,
+            new_metadata_clusters: metadata,
+            backing_final_length: length,
+            ..PlanMessage::default()
+        };
+        assert_eq!(space.lacking(&plan(9, 1, 6000)), None);
+        assert_eq!(space.lacking(&plan(10, 1, 6100)), Some((1100, 1000)));
+        assert_eq!(space.lacking(&plan(10, 1, 5900)), None, "the others are free clusters within the file");
+        assert_eq!(Space { data: 800, ..space }.lacking(&plan(10, 1, 6100)), None, "the data has holes");
+        assert_eq!(space.lacking(&plan(u64::MAX, u64::MAX, u64::MAX)), Some((u64::MAX - 5000, 1000)));
+    }
+}

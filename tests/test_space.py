@@ -1,0 +1,87 @@
+"""A full disk: noticed before the first change where it can be computed, survived where it cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import support
+from support import MIB
+
+BECOME_ROOT = [] if os.geteuid() == 0 else ["--map-root-user"]
+
+# A small file system of its own, the two images on it, and what became of them.
+SCRIPT = """
+set -e
+mount -t tmpfs -o size="$3" none "$2"
+cp "$1"/top "$1"/base "$2"
+sha256sum "$2"/base "$2"/top
+status=0; "$0" commit $4 "$2"/top || status=$?
+echo "status $status"
+sha256sum "$2"/base "$2"/top
+cp "$2"/base "$1"/after
+"""
+
+
+def on_a_disk_of(size, tmp_path, *options):
+    """Exit status, what was printed on stderr, and whether the images are as they were."""
+    place = tmp_path / "place"
+    place.mkdir(exist_ok=True)
+    result = support.run(
+        "unshare", *BECOME_ROOT, "--mount", "sh", "-c", SCRIPT, support.instar_binary(), tmp_path, place, size, " ".join(options)
+    )
+    assert result.rc == 0, str(result)
+    hashes = re.findall(r"^[0-9a-f]{64}", result.stdout, re.MULTILINE)
+    status = int(re.search(r"status (\d+)", result.stdout)[1])
+    return status, result.stderr, hashes[:2] == hashes[2:]
+
+
+@pytest.fixture(params=["qcow2", "vmdk"])
+def images(request, tmp_path):
+    fmt = request.param
+    support.create(tmp_path / "base", 16 * MIB, fmt=fmt)
+    support.qemu_io(tmp_path / "base", "write -P 1 0 1M", fmt=fmt)
+    support.create(tmp_path / "top", backing="base", backing_fmt=fmt, fmt=fmt, cwd=tmp_path)
+    support.qemu_io(tmp_path / "top", "write -P 2 2M 6M", fmt=fmt)
+    return fmt
+
+
+def test_it_is_noticed_before_the_first_change(images, tmp_path):
+    """Data of 6 MiB, and 3 MiB of space for it."""
+    for options in ([], ["--dry-run"]):
+        status, stderr, untouched = on_a_disk_of("11M", tmp_path, *options)
+        assert status == 1 and untouched, stderr
+        assert len(stderr.splitlines()) == 1 and "base'" in stderr and "nothing was changed" in stderr, stderr
+        needed, free = map(int, re.search(r"needs (\d+) bytes more of the file system, which has (\d+) free", stderr).groups())
+        assert 6 * MIB <= needed < 7 * MIB and 2 * MIB < free < 4 * MIB
+
+
+def test_what_fits_is_committed(images, tmp_path):
+    expected = support.content_hash(tmp_path / "top", images)
+    status, stderr, _ = on_a_disk_of("16M", tmp_path)
+    assert status == 0, stderr
+    assert support.content_hash(tmp_path / "after", images) == expected
+
+
+def test_what_is_there_already_needs_no_space(tmp_path):
+    """Clusters that the base has are written in place, however full the disk is."""
+    support.create(tmp_path / "base", 16 * MIB)
+    support.qemu_io(tmp_path / "base", "write -P 1 0 6M")
+    support.create(tmp_path / "top", backing="base", cwd=tmp_path)
+    support.qemu_io(tmp_path / "top", "write -P 2 0 6M")
+    expected = support.content_hash(tmp_path / "top")
+    status, stderr, _ = on_a_disk_of("13M", tmp_path)
+    assert status == 0, stderr
+    assert support.content_hash(tmp_path / "after") == expected
+
+
+def test_holes_need_no_space(tmp_path):
+    """Clusters of an overlay that were allocated in advance, and never written, hold no data."""
+    support.create(tmp_path / "base", 64 * MIB)
+    support.create(tmp_path / "top", backing="base", cwd=tmp_path, preallocation="metadata", extended_l2="on")
+    support.qemu_io(tmp_path / "top", "write -P 2 0 1M")
+    expected = support.content_hash(tmp_path / "top")
+    status, stderr, _ = on_a_disk_of("9M", tmp_path)
+    assert status == 0, stderr
+    assert support.content_hash(tmp_path / "after") == expected
