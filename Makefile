@@ -14,6 +14,8 @@ WORKERS ?= auto
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
+# Random states after each write of a commit that `make crash` replays, and as many with torn sectors.
+CRASH_DRAWN ?= 10
 
 # `make test-integration tests/test_commit.py`: everything after the goal goes to pytest.
 ifeq (test-integration,$(firstword $(MAKECMDGOALS)))
@@ -21,7 +23,7 @@ PATHS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
 endif
 PATHS ?=
 
-.PHONY: help instar lint test-rust test-integration test test-deep faults fuzz demo bench bench-quick deb clean python qemu-img
+.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz demo bench bench-quick deb clean python qemu-img
 
 help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -59,6 +61,13 @@ test-deep: instar python qemu-img ## the long tests: more random images, more cr
 
 fuzz: ## run every fuzz target for FUZZ_SECONDS seconds each (FUZZ_SEED chooses the inputs)
 	$(CARGO) run --profile fuzz -p instar-fuzz -- --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+crash: ## replay what commits wrote up to every power loss: more random states than the tests have
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	INSTAR_CRASH_DRAWN=$(CRASH_DRAWN) $(CARGO) test --release -p instar-qcow2-driver -p instar-vmdk-driver -- --nocapture \
+		> "$$log" 2>&1 || { grep -E 'panicked at|^error|FAILED' -A3 "$$log"; echo 'crash: a violation, see above' >&2; exit 1; }; \
+	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \
+		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
 
 faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/faults.py

@@ -119,6 +119,7 @@ const LOOK: &[Call] = &[
     (libc::SYS_restart_syscall, Always),
     (libc::SYS_sigaltstack, Always),
     (libc::SYS_getpid, Always),
+    (libc::SYS_geteuid, Always),
     (libc::SYS_gettid, Always),
     (libc::SYS_tgkill, OwnProcess(0)),
     // The end
@@ -145,7 +146,6 @@ const OPEN: &[Call] = &[
     (libc::SYS_stat, Always),
     (libc::SYS_lstat, Always),
     (libc::SYS_getuid, Always),
-    (libc::SYS_geteuid, Always),
     (libc::SYS_getgid, Always),
     (libc::SYS_getegid, Always),
     (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_OFD_SETLK), bits(libc::F_OFD_GETLK)])),
@@ -171,9 +171,8 @@ const CHANGE: &[Call] = &[
     (libc::SYS_sync_file_range, Always),
     // Direct I/O is switched on and off on the descriptor.
     (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_SETFL)])),
-    // How much space there is, and whether the user may take the last of it
+    // How much space there is
     (libc::SYS_fstatfs, Always),
-    (libc::SYS_geteuid, Always),
     // The pauses of a rate limit
     (libc::SYS_nanosleep, Always),
     (libc::SYS_clock_nanosleep, Always),

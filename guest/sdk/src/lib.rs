@@ -7,6 +7,8 @@
 
 extern crate alloc;
 
+#[cfg(feature = "memory")]
+pub mod crash;
 mod error;
 pub mod ffi;
 mod io;

@@ -103,6 +103,7 @@ fn verify_crashes_before_flushes(pair: &Pair) {
                 change.apply(&mut base);
             }
         }
+        println!("crash states: {}", subsets.len());
         for subset in subsets {
             let mut files = base.clone();
             subset.iter().for_each(|&i| log[i].apply(&mut files));

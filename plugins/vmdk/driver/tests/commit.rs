@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::crash::each_crash;
+use common::crashes;
 use common::pair::{files, views, Files, OVERLAY};
 use common::{build, fill, le32, put32, Spec, State, View, GRAIN};
 use instar_guest_commit::{CommitFailure, Options, Outcome};
@@ -50,7 +50,7 @@ fn commit_and_verify(files: &Files) -> MemoryDevices {
 fn verify_crashes(before: &Files) {
     let want = expected(before);
     let log = commit_and_verify(before).log;
-    let states = each_crash(before, &log, &mut |files| {
+    let states = crashes().each(before, &log, &mut |files| {
         assert!(views(&files).1 == want.1, "the overlay changed its content");
         let (top, base) = (View::new(&files[&OVERLAY]), View::new(&files[&DEVICE_OUTPUT]));
         top.assert_consistent();
@@ -62,6 +62,7 @@ fn verify_crashes(before: &Files) {
         assert_finished(&io.files, &want);
     });
     assert!(states > log.len());
+    println!("crash states: {states}");
 }
 
 fn data(grains: impl IntoIterator<Item = usize>, seed: u8) -> Vec<(usize, State)> {

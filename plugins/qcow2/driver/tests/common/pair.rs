@@ -6,6 +6,7 @@ use super::checker::{check, content, snapshot_contents, Report, View};
 use super::{be32, be64, run_commit, ANCESTOR, OVERLAY};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_guest_sdk::crash::Crashes;
 use instar_guest_sdk::memory::{Change, MemoryDevices};
 use std::collections::BTreeMap;
 
@@ -100,46 +101,26 @@ pub fn commit_and_verify(pair: &Pair) -> MemoryDevices {
     io
 }
 
-/// Every crash point: all changes up to a point are on the disk, or all up to the last flush of each device
-/// and any one of those after it.
+/// Every crash point: see [`Crashes`].
 pub fn verify_crashes(pair: &Pair) {
     let (backing, overlay) = expected(pair);
     let mut io = pair.io();
     run_commit(&mut io, pair.options()).unwrap();
-    let log = io.log.clone();
-    let mut states = 0;
-    for end in 0..=log.len() {
-        let mut files = pair.io().files;
-        log[..end].iter().for_each(|change| change.apply(&mut files));
-        verify_state(pair, &files, &overlay, &backing);
-        states += 1;
-        // One unflushed change alone, and all but one.
-        let unflushed: Vec<usize> = (0..end).filter(|&i| is_unflushed(&log[..end], i)).collect();
-        for &chosen in unflushed.iter().rev().take(24) {
-            for alone in [true, false] {
-                let mut files = pair.io().files;
-                for (i, change) in log[..end].iter().enumerate() {
-                    if !unflushed.contains(&i) || (i == chosen) == alone {
-                        change.apply(&mut files);
-                    }
-                }
-                verify_state(pair, &files, &overlay, &backing);
-                states += 1;
-            }
-        }
-    }
-    assert!(states > log.len(), "only {states} states");
+    let states = crashes().each(&pair.io().files, &io.log, &mut |files| verify_state(pair, &files, &overlay, &backing));
+    assert!(states > io.log.len(), "only {states} states");
+    println!("crash states: {states}");
+}
+
+/// `make crash` draws more random states than the tests do.
+fn crashes() -> Crashes {
+    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
+    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
 }
 
 pub fn device_of(change: &Change) -> u32 {
     match change {
         Change::Write { device, .. } | Change::SetLength { device, .. } | Change::Flush { device } => *device,
     }
-}
-
-pub fn is_unflushed(log: &[Change], index: usize) -> bool {
-    let device = device_of(&log[index]);
-    !log[index..].contains(&Change::Flush { device })
 }
 
 pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {

@@ -1,10 +1,10 @@
 //! Images of 1 KiB grains in memory: made, read and checked from the bytes, without the code that is tested.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, dead_code, missing_docs)]
 
-pub mod crash;
 pub mod pair;
 
 use instar_guest_sdk::abi::DeviceConfig;
+use instar_guest_sdk::crash::Crashes;
 
 pub const GRAIN: usize = 1024;
 const TABLE: usize = 2048;
@@ -262,4 +262,10 @@ pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
         cluster_size: le64(bytes, 20) * 512,
         ..DeviceConfig::default()
     }
+}
+
+/// `make crash` draws more random states than the tests do.
+pub fn crashes() -> Crashes {
+    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
+    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
 }
