@@ -5,7 +5,7 @@ use crate::devices::Devices;
 use crate::vm::{BadRequest, BufferAccess, GuestHandler};
 use instar_guest_abi::{Examination, FindingKind, Request};
 use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{CheckResultMessage, CommitResultMessage};
+use instar_guest_protocol::CheckResultMessage;
 
 /// Findings that are kept.
 const MAX_FINDINGS: usize = 200;
@@ -27,15 +27,9 @@ impl CheckHandler {
 
 /// The outcome that a message tells.
 fn outcome(message: &CheckResultMessage) -> Result<Examination, GuestFailure> {
+    let place = (message.error_device, message.error_offset);
     if message.error != 0 {
-        return Err(GuestFailure::from_message(&CommitResultMessage {
-            error: message.error,
-            error_device: message.error_device,
-            error_offset: message.error_offset,
-            error_errno: message.error_errno,
-            error_text: message.error_text.clone(),
-            ..CommitResultMessage::default()
-        }));
+        return Err(GuestFailure::reported(message.error, place, message.error_errno, &message.error_text));
     }
     Ok(Examination {
         image_end_offset: message.image_end_offset,

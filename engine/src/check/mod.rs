@@ -9,7 +9,7 @@ use crate::cli::CliError;
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
 use crate::confine::{Confinement, Reach, Work};
 use crate::plugins::{Registry, SearchPath};
-use crate::vm::{self, KvmDevice, ModuleSpec, VmSpec};
+use crate::vm::{self, KvmDevice, VmSpec};
 use handler::CheckHandler;
 use instar_guest_abi::{ErrorCode, Examination, FindingKind};
 use std::path::{Path, PathBuf};
@@ -63,11 +63,9 @@ pub fn run_check(request: &CheckRequest) -> Result<CheckResult, CliError> {
     let _ = confinement.seal(Work::Read);
 
     let format = image.facts.format.to_string();
-    let ChainDevices { devices, chain, files, plugins, paths } = open_chain_devices_ro(vec![image])?;
-    let modules: Vec<ModuleSpec<'_>> = plugins
-        .iter()
-        .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
-        .collect();
+    let all = open_chain_devices_ro(vec![image])?;
+    let modules = all.modules();
+    let ChainDevices { devices, chain, files, paths, .. } = all;
     let spec = VmSpec { files, ..VmSpec::new(0, chain, modules) }.with_operation(vm::CHECK);
     let mut handler = CheckHandler::new(devices);
     let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));

@@ -4,7 +4,7 @@ use crate::chain::{ChainImage, OpenedFile};
 use crate::cli::CliError;
 use crate::devices::{Device, Devices};
 use crate::plugins::{ImageRead, Plugin};
-use crate::vm::FIRST_FORMAT;
+use crate::vm::{ModuleSpec, FIRST_FORMAT};
 use instar_guest_abi::{
     device_flags, ChainConfig, DeviceConfig, ErrorCode, FileDevice, FileList, CHAIN_CONFIG_MAGIC, DEVICE_OUTPUT,
     FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
@@ -115,6 +115,14 @@ pub fn open_chain_devices_ro(slots: Vec<ChainImage<'_>>) -> Result<ChainDevices<
 }
 
 impl<'r> ChainDevices<'r> {
+    /// The guest modules of the formats in play.
+    #[must_use]
+    pub fn modules(&self) -> Vec<ModuleSpec<'r>> {
+        let module =
+            |plugin: &&'r Plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() };
+        self.plugins.iter().map(module).collect()
+    }
+
     /// Attach an image under this number, and its files under the next ones that are free, which are returned. It may
     /// become `longest` bytes long at most, all its files together.
     fn attach(

@@ -29,17 +29,26 @@ pub struct GuestFailure {
 }
 
 impl GuestFailure {
-    /// What the guest reported. A code that is not known, or that is not for a guest to report, is nonsense.
+    /// What the guest of a commit reported.
     #[must_use]
     pub fn from_message(message: &CommitResultMessage) -> Self {
-        let code = ErrorCode::from_u32(message.error).filter(|&code| guest_may_report(code));
+        let place = (message.error_device, message.error_offset);
+        let reported = Self::reported(message.error, place, message.error_errno, &message.error_text);
+        Self { step: message.step.clone(), ..reported }
+    }
+
+    /// What a guest reported: code, device and offset (all ones for none), errno, text. A code that is not known, or that
+    /// is not for a guest to report, is nonsense.
+    #[must_use]
+    pub fn reported(code: u32, (device, offset): (u32, u64), errno: u32, text: &str) -> Self {
+        let code = ErrorCode::from_u32(code).filter(|&code| guest_may_report(code));
         Self {
             code: code.unwrap_or(ErrorCode::GuestProtocol),
-            device: (message.error_device != u32::MAX).then_some(message.error_device),
-            offset: (message.error_offset != u64::MAX).then_some(message.error_offset),
-            errno: message.error_errno,
-            text: message.error_text.clone(),
-            step: message.step.clone(),
+            device: (device != u32::MAX).then_some(device),
+            offset: (offset != u64::MAX).then_some(offset),
+            errno,
+            text: text.to_owned(),
+            step: String::new(),
         }
     }
 

@@ -8,7 +8,7 @@ use super::space::Space;
 use crate::chain::ChainImage;
 use crate::cli::CliError;
 use crate::devices::{Cache, Statistics};
-use crate::vm::{self, KvmDevice, ModuleSpec, VmError, VmReport, VmSpec};
+use crate::vm::{self, KvmDevice, VmError, VmReport, VmSpec};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
 use std::path::Path;
@@ -56,14 +56,10 @@ pub fn run_commit_guest(
     let layers: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
     let space = Space::of(&backing, &layers);
     let slots: Vec<ChainImage<'_>> = std::iter::once(overlay).chain(between).chain(ancestors).collect();
-    let ChainDevices { mut devices, mut chain, files, plugins, paths } =
-        open_chain_devices_rw(slots, backing, &[0], options.max_length)?;
+    let all = open_chain_devices_rw(slots, backing, &[0], options.max_length)?;
+    let modules = all.modules();
+    let ChainDevices { mut devices, mut chain, files, paths, .. } = all;
     chain.merge_count = u32::try_from(merged).unwrap_or(u32::MAX);
-
-    let modules: Vec<ModuleSpec<'_>> = plugins
-        .iter()
-        .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
-        .collect();
     devices.set_cache(options.cache).map_err(|(number, error)| {
         let path = paths.get(number).unwrap_or(Path::new(""));
         let clause =

@@ -8,7 +8,7 @@ use crate::devices::Devices;
 use crate::vm::{BadRequest, BufferAccess, GuestHandler};
 use instar_guest_abi::{ErrorCode, ExtentKind, Request};
 use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{CommitResultMessage, MapResultMessage, MapRun};
+use instar_guest_protocol::{MapResultMessage, MapRun};
 use std::collections::BTreeMap;
 
 /// What the guest of a map said.
@@ -149,14 +149,8 @@ fn outcome(message: &MapResultMessage) -> Result<(), GuestFailure> {
     if message.error == 0 {
         return Ok(());
     }
-    Err(GuestFailure::from_message(&CommitResultMessage {
-        error: message.error,
-        error_device: message.error_device,
-        error_offset: message.error_offset,
-        error_errno: message.error_errno,
-        error_text: message.error_text.clone(),
-        ..CommitResultMessage::default()
-    }))
+    let place = (message.error_device, message.error_offset);
+    Err(GuestFailure::reported(message.error, place, message.error_errno, &message.error_text))
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::cli::CliError;
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
 use crate::confine::{Confinement, Reach, Work};
 use crate::plugins::{ImageRead, Registry, SearchPath};
-use crate::vm::{self, KvmDevice, ModuleSpec, VmSpec};
+use crate::vm::{self, KvmDevice, VmSpec};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use std::path::{Path, PathBuf};
 
@@ -69,11 +69,9 @@ pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), 
     });
     let runs = (length.fold(0, u64::saturating_add) / ENTRY_BYTES).saturating_mul(2 * RUNS_PER_ENTRY);
     let limit = runs.saturating_mul(RUN_BYTES).saturating_add(16 << 20);
-    let ChainDevices { devices, chain, files, plugins, paths } = open_chain_devices_ro(layers)?;
-    let modules: Vec<ModuleSpec<'_>> = plugins
-        .iter()
-        .map(|plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() })
-        .collect();
+    let all = open_chain_devices_ro(layers)?;
+    let modules = all.modules();
+    let ChainDevices { devices, chain, files, paths, .. } = all;
     let spec = VmSpec { files, ..VmSpec::new(0, chain, modules) }.with_operation(vm::MAP).with_message_limit(limit);
     let mut handler = MapHandler::new(devices, places, size, reporter);
     let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
