@@ -190,6 +190,17 @@ mod tests {
     }
 
     #[test]
+    fn where_the_module_lies_in_memory_does_not_matter() {
+        let aligned = load(CORE, BASE).unwrap();
+        for shift in 1..8 {
+            let mut bytes = vec![0; shift];
+            bytes.extend_from_slice(CORE);
+            let loaded = load(&bytes[shift..], BASE).unwrap();
+            assert!(loaded.image == aligned.image && loaded.entry == aligned.entry, "shifted by {shift}");
+        }
+    }
+
+    #[test]
     fn damage_is_named() {
         assert!(error(b"").contains("not a 64-bit ELF"));
         assert!(error(b"garbage, and more of it, until it is as long as a header, which is 64 bytes").contains("ELF"));
