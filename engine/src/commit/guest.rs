@@ -7,7 +7,7 @@ use super::progress::Progress;
 use super::space::Space;
 use crate::chain::ChainImage;
 use crate::cli::CliError;
-use crate::devices::{Cache, Statistics};
+use crate::devices::{Cache, Statistics, Workers};
 use crate::vm::{self, KvmDevice, VmError, VmReport, VmSpec};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
@@ -39,14 +39,22 @@ pub struct GuestOptions {
     pub progress: bool,
 }
 
+/// What a commit needs of the system, and a [confined](crate::confine) process can get no more.
+pub struct Acquired {
+    /// The KVM device. Without it, everything else is checked first.
+    pub kvm: Result<KvmDevice, VmError>,
+    /// Threads that copy side by side, if there is much to copy and the system has them.
+    pub workers: Option<Workers>,
+}
+
 /// Load the modules, stand up the virtual machine, run the commit of the overlay and the layers between it and the backing,
-/// harvest its result. `kvm` was opened before the process was confined; without it, everything else is checked first.
+/// harvest its result.
 ///
 /// # Errors
 /// Why there is no guest, why it was ended, or what it refused: one line.
 pub fn run_commit_guest(
     options: GuestOptions,
-    kvm: Result<KvmDevice, VmError>,
+    acquired: Acquired,
     overlay: ChainImage<'_>,
     between: Vec<ChainImage<'_>>,
     backing: ChainImage<'_>,
@@ -60,6 +68,7 @@ pub fn run_commit_guest(
     let modules = all.modules();
     let ChainDevices { mut devices, mut chain, files, paths, .. } = all;
     chain.merge_count = u32::try_from(merged).unwrap_or(u32::MAX);
+    devices.set_workers(acquired.workers);
     devices.set_cache(options.cache).map_err(|(number, error)| {
         let path = paths.get(number).unwrap_or(Path::new(""));
         let clause =
@@ -73,7 +82,7 @@ pub fn run_commit_guest(
     progress.iter().for_each(|progress| pace.watched_by(Box::new(progress.clone())));
     let mut handler = CommitHandler { progress, space, ..CommitHandler::new(devices) };
     let spec = VmSpec { files, ..VmSpec::new(options.flags, chain, modules) };
-    let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
+    let ended = acquired.kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);
     handler.progress.iter().for_each(|progress| progress.end(well));
     let run = |report| GuestRun { report, statistics: handler.devices.stats().clone(), log: handler.log.clone() };

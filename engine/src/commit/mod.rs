@@ -15,7 +15,7 @@ mod timing;
 
 pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths};
 pub use error::{map_commit_error, map_read_error, Changed, GuestFailure};
-pub use guest::{run_commit_guest, GuestOptions, GuestRun};
+pub use guest::{run_commit_guest, Acquired, GuestOptions, GuestRun};
 pub use render::{
     render_commit_error, render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings,
 };
@@ -29,7 +29,7 @@ use crate::chain::{
 use crate::cli::escape::escape_path;
 use crate::cli::CliError;
 use crate::confine::{Confinement, Reach, Work};
-use crate::devices::Cache;
+use crate::devices::{Cache, Workers};
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
 use instar_guest_abi::{commit_flags, ErrorCode, MAX_CHAIN_DEVICES};
@@ -116,6 +116,20 @@ fn reach(overlay: &Path, base: Option<&Path>, gate: &Gate) -> Reach {
     within.chain(base.as_deref()).fold(Reach::default().write(overlay), Reach::write)
 }
 
+/// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
+const MUCH: u64 = 4 << 20;
+
+/// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
+/// has looked at yet.
+fn workers(request: &CommitRequest, overlay: &Path) -> Option<Workers> {
+    let long = || std::fs::metadata(overlay).is_ok_and(|found| found.len() >= MUCH || !found.is_file());
+    if request.dry_run || request.rate_limit > 0 || !(request.base.is_some() || long()) {
+        return None;
+    }
+    // Without them, one thread does it all.
+    Workers::start().ok()
+}
+
 /// Commit an overlay into its backing. `notes` takes the lines for `-v` about what was loaded and resolved, also of a
 /// commit that is refused.
 ///
@@ -133,7 +147,8 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let registry = Registry::load(&request.search);
     note_plugins(&registry, notes);
     timing.mark("plugins loaded");
-    let kvm = KvmDevice::open();
+    let acquired = Acquired { kvm: KvmDevice::open(), workers: workers(request, &path) };
+    timing.mark("KVM opened, threads started");
     let confinement = Confinement::begin(&reach(&path, request.base.as_deref(), &gate), Work::OpenToCommit);
     notes.push(format!("confinement: {confinement}"));
     timing.mark("process confined");
@@ -190,7 +205,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let flags = flags.into_iter().filter(|(given, _)| *given).fold(0, |all, (_, flag)| all | flag);
     let CommitRequest { rate_limit, cache, progress, .. } = *request;
     let options = GuestOptions { flags, max_length, rate_limit, cache, progress };
-    let (outcome, run) = run_commit_guest(options, kvm, overlay, between, backing, ancestors)?;
+    let (outcome, run) = run_commit_guest(options, acquired, overlay, between, backing, ancestors)?;
     if !request.dry_run {
         let note = |path: &PathBuf| {
             format!(

@@ -167,6 +167,8 @@ const CHANGE: &[Call] = &[
     (libc::SYS_fallocate, Always),
     (libc::SYS_ftruncate, Always),
     (libc::SYS_fdatasync, Always),
+    // Sharing extents
+    (libc::SYS_ioctl, OneOf(1, &[request(libc::FICLONERANGE)])),
     // To begin writing, without waiting
     (libc::SYS_sync_file_range, Always),
     // Direct I/O is switched on and off on the descriptor.

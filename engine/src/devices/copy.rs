@@ -19,6 +19,7 @@ const SPARSE_MINIMUM: u64 = 64 << 10;
 #[derive(Debug, Default)]
 pub struct Copier {
     not_in_kernel: HashSet<(u32, u32)>,
+    not_shared: HashSet<(u32, u32)>,
     buffer: Vec<u8>,
 }
 
@@ -31,12 +32,17 @@ fn is_refusal(error: &io::Error) -> bool {
 }
 
 /// One copy. Positions within it count from its beginning.
-struct Job<'a> {
-    source: &'a Device,
-    target: &'a Device,
-    request: &'a Request,
-    pace: &'a mut Pace,
-    statistics: &'a mut Statistics,
+pub struct Job<'a> {
+    /// From where,
+    pub source: &'a Device,
+    /// where to,
+    pub target: &'a Device,
+    /// and which bytes.
+    pub request: &'a Request,
+    /// Who attends it.
+    pub pace: &'a mut Pace,
+    /// Where it is counted.
+    pub statistics: &'a mut Statistics,
 }
 
 impl Copier {
@@ -56,20 +62,35 @@ impl Copier {
         statistics: &mut Statistics,
     ) -> io::Result<()> {
         let mut job = Job { source, target, request, pace, statistics };
-        let available = source.length.saturating_sub(request.src_offset).min(request.length);
+        let available = job.available();
         let mut done = 0;
         while done < available {
             let (data, end) = job.next_data(done, available);
             job.zero(done, data)?;
-            done = self.copy_data(&mut job, data, end)?;
-            if done < end {
-                // The source is shorter than it was.
-                job.zero(done, end)?;
-                done = end;
-            }
+            self.copy_or_zero(&mut job, data, end)?;
+            done = end;
         }
         job.zero(available, request.length)?;
         job.extend()
+    }
+
+    /// Whether extents may be shared between these devices.
+    pub fn may_share(&self, devices: (u32, u32)) -> bool {
+        !self.not_shared.contains(&devices)
+    }
+
+    /// They are not, not even of other ranges.
+    pub fn never_share(&mut self, devices: (u32, u32)) {
+        self.not_shared.insert(devices);
+    }
+
+    /// Copy the bytes `from..to`. Those that the source lacks, because it is shorter than it was, are made zero.
+    pub fn copy_or_zero(&mut self, job: &mut Job<'_>, from: u64, to: u64) -> io::Result<()> {
+        let done = self.copy_data(job, from, to)?;
+        if done < to {
+            job.zero(done, to)?;
+        }
+        Ok(())
     }
 
     /// Copy data; returns how far it came: to `end`, unless the source ended before.
@@ -123,8 +144,13 @@ impl Copier {
 }
 
 impl Job<'_> {
+    /// How many bytes of it the source has.
+    pub fn available(&self) -> u64 {
+        self.source.length.saturating_sub(self.request.src_offset).min(self.request.length)
+    }
+
     /// The next data at or after `done`: where it begins and ends. Without an answer of the file system all is data.
-    fn next_data(&self, done: u64, end: u64) -> (u64, u64) {
+    pub fn next_data(&self, done: u64, end: u64) -> (u64, u64) {
         if end - done < SPARSE_MINIMUM {
             return (done, end);
         }
@@ -135,7 +161,7 @@ impl Job<'_> {
 
     /// The bytes `from..to` of the copy read as zero. Past the end of the target they do already, whatever has been
     /// written behind them by this copy.
-    fn zero(&mut self, from: u64, to: u64) -> io::Result<()> {
+    pub fn zero(&mut self, from: u64, to: u64) -> io::Result<()> {
         self.pace.passed(to.saturating_sub(from));
         let start = self.request.offset + from;
         let end = (self.request.offset + to).min(self.target.length);
@@ -148,7 +174,7 @@ impl Job<'_> {
     }
 
     /// The target is as long as if every byte had been written.
-    fn extend(&self) -> io::Result<()> {
+    pub fn extend(&self) -> io::Result<()> {
         let end = self.request.offset + self.request.length;
         if self.target.fixed_length || self.request.length == 0 || end <= self.target.length {
             return Ok(());

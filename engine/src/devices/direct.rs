@@ -4,14 +4,13 @@
 //! not fill it is written through the page cache, so that the file does not become longer: the kernel keeps both ways
 //! coherent (open(2), "O_DIRECT").
 
+use super::aligned::{AlignedBuffer, MEMORY};
 use super::retry;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Alignment of the buffer in memory, in bytes: as much as any file system asks for.
-const MEMORY: usize = 4096;
 /// Block size in bytes where the kernel does not tell (before Linux 6.1).
 const USUAL_BLOCK: u32 = 4096;
 
@@ -22,40 +21,34 @@ pub struct Direct {
     block: u64,
 }
 
-/// A buffer that begins at a multiple of [`MEMORY`].
-struct Buffer {
-    bytes: Vec<u8>,
-    start: usize,
-    length: usize,
-}
-
-impl Buffer {
-    fn new(length: u64) -> io::Result<Self> {
-        let length = usize::try_from(length).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-        let bytes = vec![0; length + MEMORY];
-        let start = bytes.as_ptr().align_offset(MEMORY).min(MEMORY);
-        Ok(Self { bytes, start, length })
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..self.start + self.length]
-    }
-}
-
 impl Direct {
     /// Open a file's descriptor for direct I/O from now on.
     ///
     /// # Errors
     /// When the file system does not support it.
     pub fn begin(file: &File) -> io::Result<Self> {
-        let known = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
-        let told = known.filter(|s| StatxFlags::from_bits_retain(s.stx_mask).contains(StatxFlags::DIOALIGN));
-        let block = told.map_or(USUAL_BLOCK, |s| s.stx_dio_offset_align);
-        if !block.is_power_of_two() || told.is_some_and(|s| s.stx_dio_mem_align as usize > MEMORY) {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
+        let block = told(file).unwrap_or(Some(USUAL_BLOCK));
+        let block = block.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
         set(file, true)?;
         Ok(Self { block: block.into() })
+    }
+
+    /// What direct I/O on this file would be like, if the kernel says that it is possible. Changes nothing.
+    pub fn possible(file: &File) -> Option<Self> {
+        told(file).flatten().map(|block| Self { block: block.into() })
+    }
+
+    /// Offsets and lengths are multiples of this many bytes, a power of two.
+    pub fn block(self) -> u64 {
+        self.block
+    }
+
+    /// Do something past the page cache with a file that is otherwise read and written through it.
+    pub fn directly<T>(file: &File, call: impl FnOnce() -> T) -> io::Result<T> {
+        set(file, true)?;
+        let result = call();
+        set(file, false)?;
+        Ok(result)
     }
 
     fn down(self, offset: u64) -> u64 {
@@ -69,9 +62,9 @@ impl Direct {
     /// Read up to `out.len()` bytes at `offset`; fewer only at the end of the file.
     pub fn read_at(self, file: &File, offset: u64, out: &mut [u8]) -> io::Result<usize> {
         let start = self.down(offset);
-        let mut buffer = Buffer::new(self.up(offset.saturating_add(out.len() as u64))? - start)?;
+        let mut buffer = AlignedBuffer::new(self.up(offset.saturating_add(out.len() as u64))? - start);
         let mut done = 0;
-        while done < buffer.length {
+        while done < buffer.len() {
             match file.read_at(&mut buffer.bytes()[done..], start + done as u64) {
                 Ok(0) => break,
                 Ok(length) => done += length,
@@ -105,7 +98,7 @@ impl Direct {
         }
         if from < to {
             let (start, stop) = (self.down(from), self.up(to)?);
-            let mut buffer = Buffer::new(stop - start)?;
+            let mut buffer = AlignedBuffer::new(stop - start);
             for (edge, partial) in [(start, start < from), (stop - self.block, to < stop)] {
                 if partial {
                     let at = usize::try_from(edge - start).unwrap_or(usize::MAX);
@@ -135,6 +128,17 @@ impl Direct {
         set(file, true)?;
         result
     }
+}
+
+/// The block size of a file for direct I/O; `Some(None)` if there is none, or it asks for more than is done here. `None` if the
+/// kernel does not tell (before Linux 6.1).
+fn told(file: &File) -> Option<Option<u32>> {
+    let known = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    if !StatxFlags::from_bits_retain(known.stx_mask).contains(StatxFlags::DIOALIGN) {
+        return None;
+    }
+    let block = known.stx_dio_offset_align;
+    Some((block.is_power_of_two() && known.stx_dio_mem_align as usize <= MEMORY).then_some(block))
 }
 
 /// Switch direct I/O on or off.

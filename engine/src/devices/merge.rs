@@ -41,6 +41,31 @@ impl Batch {
         Ok(batch)
     }
 
+    /// The copies at the beginning of `requests` that can be under way at the same time: `first`, which was taken from there,
+    /// and those after it into the same device, further and further behind. Each is checked. Only `first`, if it is no copy
+    /// between two devices.
+    pub fn side_by_side(
+        first: Self,
+        requests: &[Request],
+        check: impl Fn(&Request) -> Result<RequestOp, BadRequest>,
+    ) -> Vec<Self> {
+        let movable = |batch: &Self| batch.op == RequestOp::Copy && batch.whole.device != batch.whole.src_device;
+        let mut at = first.count();
+        let mut group = vec![first];
+        while let (Some(last), Some(rest)) = (group.last(), requests.get(at..).filter(|rest| !rest.is_empty())) {
+            let end = last.whole.offset.saturating_add(last.whole.length);
+            let device = last.whole.device;
+            // What breaks a rule is met again.
+            let Ok(next) = Self::take(rest, &check) else { break };
+            if !movable(last) || !movable(&next) || next.whole.device != device || next.whole.offset < end {
+                break;
+            }
+            at += next.count();
+            group.push(next);
+        }
+        group
+    }
+
     /// Number of requests.
     pub fn count(&self) -> usize {
         self.buffers.len()

@@ -4,19 +4,24 @@
 //! copies, zeroing, flushes and changes of length in batches; every request is [checked](check) before it is
 //! executed, and one that breaks a rule ends the guest.
 
+mod aligned;
 mod check;
+mod clone;
 mod copy;
 mod direct;
 pub mod lock;
 mod merge;
 mod pace;
+mod side_by_side;
 mod statistics;
 mod transfer;
+mod workers;
 mod writeback;
 mod zero;
 
 pub use pace::{Pace, Watch};
 pub use statistics::Statistics;
+pub use workers::Workers;
 
 use crate::vm::{BadRequest, BufferAccess};
 use check::check;
@@ -28,11 +33,12 @@ use rustix::fs::SeekFrom;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 /// One image.
 #[derive(Debug)]
 pub struct Device {
-    file: File,
+    file: Arc<File>,
     writable: bool,
     length: u64,
     max_length: u64,
@@ -53,7 +59,7 @@ impl Device {
     pub fn new(file: File, writable: bool, length: u64, max_length: u64, fixed_length: bool) -> Self {
         let max_length = if fixed_length { length } else { max_length.max(length) };
         Self {
-            file,
+            file: Arc::new(file),
             writable,
             length,
             max_length,
@@ -178,6 +184,7 @@ const MAX_DEVICES: usize = FIRST_FILE_DEVICE as usize + MAX_FILE_DEVICES;
 pub struct Devices {
     slots: Vec<Option<Device>>,
     copier: Copier,
+    workers: Option<Workers>,
     pace: Pace,
     cache: Cache,
     statistics: Statistics,
@@ -215,6 +222,11 @@ impl Devices {
         &mut self.pace
     }
 
+    /// Who may copy side by side what there is much of.
+    pub fn set_workers(&mut self, workers: Option<Workers>) {
+        self.workers = workers;
+    }
+
     /// What a flush, and a write, promise.
     ///
     /// # Errors
@@ -223,7 +235,7 @@ impl Devices {
         self.cache = cache;
         for (number, device) in (0u32..).zip(&mut self.slots) {
             let Some(device) = device else { continue };
-            device.eager = cache == Cache::Writeback;
+            device.eager = matches!(cache, Cache::Writeback | Cache::Writethrough);
             if cache.is_direct() {
                 device.direct = Some(Direct::begin(&device.file).map_err(|error| (number, error))?);
             }
@@ -248,7 +260,7 @@ impl Devices {
         device.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
-    /// Execute requests strictly in order. The first that fails gets its errno as status, and those after it are left
+    /// Execute requests as if strictly in order. The first that fails gets its errno as status, and those after it are left
     /// as they are.
     ///
     /// # Errors
@@ -258,27 +270,74 @@ impl Devices {
         while let Some(rest) = requests.get_mut(at..).filter(|rest| !rest.is_empty()) {
             // Neighbours that go on from each other are one operation; each is checked by itself first.
             let batch = Batch::take(rest, |request| check(self, memory, request))?;
-            let mut result = self.execute_batch(memory, &batch);
-            if self.cache.flushes_writes() && result.is_ok() && !matches!(batch.op, RequestOp::Read) {
-                result = self.flush(batch.whole.device);
-            }
-            let errno = match result {
-                Ok(()) => request_status::OK,
-                // The merged requests were a single operation: it failed as a whole.
-                Err(error) => error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO),
+            let batches = if self.copies_side_by_side(&batch) {
+                Batch::side_by_side(batch, rest, |request| check(self, memory, request))
+            } else {
+                vec![batch]
             };
-            if errno != request_status::OK {
-                if let Some(request) = rest.first_mut() {
-                    request.status = errno;
+            let (mut complete, mut result) = self.execute_batches(memory, &batches);
+            if let (Some(first), true, Ok(())) = (batches.first(), self.cache.flushes_writes(), &result) {
+                if !matches!(first.op, RequestOp::Read) {
+                    result = self.flush(first.whole.device);
+                    complete = if result.is_ok() { complete } else { 0 };
+                }
+            }
+            for batch in batches.get(..complete).unwrap_or_default() {
+                for request in requests.iter_mut().skip(at).take(batch.count()) {
+                    request.status = request_status::OK;
+                }
+                at += batch.count();
+            }
+            if let Err(error) = result {
+                // The merged requests were a single operation: it failed as a whole.
+                if let Some(request) = requests.get_mut(at) {
+                    request.status = error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO);
                 }
                 return Ok(());
             }
-            for request in rest.iter_mut().take(batch.count()) {
-                request.status = request_status::OK;
-            }
-            at += batch.count();
         }
         Ok(())
+    }
+
+    /// Whether there is somebody to copy this, and others like it, side by side.
+    fn copies_side_by_side(&self, batch: &Batch) -> bool {
+        batch.op == RequestOp::Copy && self.workers.is_some() && !self.pace.is_limited()
+    }
+
+    /// Execute operations, several only if they are copies that may be under way at the same time. Returns how many are
+    /// complete: all, or those before the one that failed.
+    fn execute_batches(&mut self, memory: &dyn BufferAccess, batches: &[Batch]) -> (usize, io::Result<()>) {
+        let bytes: u64 = batches.iter().map(|batch| batch.whole.length).fold(0, u64::saturating_add);
+        if let (Some(first), true) = (batches.first(), bytes >= side_by_side::LEAST) {
+            if self.copies_side_by_side(first) {
+                return self.copy_side_by_side(batches);
+            }
+        }
+        for (index, batch) in batches.iter().enumerate() {
+            if let Err(error) = self.execute_batch(memory, batch) {
+                return (index, Err(error));
+            }
+        }
+        (batches.len(), Ok(()))
+    }
+
+    /// Copies into one device, side by side.
+    fn copy_side_by_side(&mut self, batches: &[Batch]) -> (usize, io::Result<()>) {
+        let number = batches.first().map_or(u32::MAX, |batch| batch.whole.device);
+        let Self { slots, copier, workers, pace, statistics, .. } = self;
+        let Some(workers) = workers else { return (0, Ok(())) };
+        if let Some(target) = slots.get_mut(index(number)).and_then(Option::as_mut) {
+            target.touch();
+        }
+        let requests: Vec<&Request> = batches.iter().map(|batch| &batch.whole).collect();
+        let slot = |number: u32| slots.get(index(number)).and_then(Option::as_ref);
+        let (complete, result) = copier.copy_side_by_side(slot, &requests, workers, pace, statistics);
+        let end =
+            batches.iter().take(complete).map(|batch| batch.whole.offset.saturating_add(batch.whole.length)).max();
+        if let (Ok(target), Some(end)) = (self.device_mut(number), end) {
+            target.written_to(end);
+        }
+        (complete, result)
     }
 
     /// Make everything that was written to a device durable, as far as the cache mode promises it.

@@ -48,6 +48,12 @@ impl Pace {
         self.limit = (rate > 0).then(|| Limit { rate, due: Instant::now() });
     }
 
+    /// Whether there is a limit.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.limit.is_some()
+    }
+
     /// Who is told what has moved.
     pub fn watched_by(&mut self, watch: Box<dyn Watch>) {
         self.watch = Some(watch);

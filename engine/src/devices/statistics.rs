@@ -9,6 +9,8 @@ pub struct Statistics {
     pub read: u64,
     /// Bytes written from the guest.
     pub written: u64,
+    /// Bytes that were not moved at all: both files share them on the disk.
+    pub shared: u64,
     /// Bytes copied within the kernel.
     pub copied_in_kernel: u64,
     /// Bytes copied through this process.
@@ -23,9 +25,9 @@ impl fmt::Display for Statistics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} bytes read and {} written by the guest, {} copied in the kernel, {} through the host, {} zeroed or given \
-             back, {} flushes",
-            self.read, self.written, self.copied_in_kernel, self.copied_through_host, self.zeroed, self.flushes
+            "{} bytes read and {} written by the guest, {} shared, {} copied in the kernel, {} through the host, {} zeroed or \
+             given back, {} flushes",
+            self.read, self.written, self.shared, self.copied_in_kernel, self.copied_through_host, self.zeroed, self.flushes
         )
     }
 }

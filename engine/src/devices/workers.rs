@@ -1,0 +1,329 @@
+//! Threads that copy pieces of files side by side: one waits for the disk while another reads.
+//!
+//! They are started before the process is [confined](crate::confine), since it can start none afterwards. Each takes all
+//! files out of its own reach first; the filter of system calls is applied to all threads at once.
+
+use super::aligned::AlignedBuffer;
+use crate::confine::paths;
+use crate::confine::Reach;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// Threads besides the calling one. More of them keep no disk busier that was tried; two processors are enough for these.
+const THREADS: usize = 3;
+/// Bytes of the longest piece, and of each thread's buffer.
+pub const PIECE: u64 = 1 << 20;
+
+/// A part of a copy. All of it lies in the target, whole blocks of it if that is open for direct I/O.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// From which file,
+    pub source: Arc<File>,
+    /// from where, in bytes,
+    pub from: u64,
+    /// into which file,
+    pub target: Arc<File>,
+    /// and where, in bytes.
+    pub to: u64,
+    /// How many bytes: at most [`PIECE`].
+    pub length: u64,
+    /// Which of several copies it is a part of.
+    pub copy: usize,
+}
+
+/// The pieces that are to be copied, and what became of those that were.
+#[derive(Debug, Default)]
+struct Board {
+    /// In order: whatever is before a piece that failed was copied, or failed itself.
+    waiting: VecDeque<Piece>,
+    /// Number of pieces that somebody is copying.
+    under_way: usize,
+    /// The first copy of which a piece failed, and why.
+    failed: Option<(usize, io::Error)>,
+    /// The threads are to end.
+    over: bool,
+    /// Threads that are ready.
+    ready: usize,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    board: Mutex<Board>,
+    /// There are pieces, or an end.
+    news: Condvar,
+    /// A piece is done, or a thread is ready.
+    done: Condvar,
+    /// Bytes that were copied and have not been reported.
+    moved: AtomicU64,
+}
+
+impl Shared {
+    fn board(&self) -> MutexGuard<'_, Board> {
+        // Nothing panics with the board in its hands, and each of its states is a valid one.
+        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next piece, which is then under way.
+    fn take(board: &mut Board) -> Option<Piece> {
+        let piece = board.waiting.pop_front()?;
+        board.under_way += 1;
+        Some(piece)
+    }
+
+    /// Copy a piece that was taken, and say what became of it.
+    fn copy(&self, piece: &Piece, buffer: &mut AlignedBuffer) {
+        let result = copy_piece(piece, buffer);
+        let mut board = self.board();
+        board.under_way -= 1;
+        match result {
+            Ok(()) => {
+                self.moved.fetch_add(piece.length, Relaxed);
+            }
+            Err(error) => {
+                board.waiting.clear();
+                if board.failed.as_ref().is_none_or(|(copy, _)| piece.copy < *copy) {
+                    board.failed = Some((piece.copy, error));
+                }
+            }
+        }
+        self.done.notify_all();
+    }
+
+    /// What a thread does until the end.
+    fn work(&self) {
+        // Best effort, as for the process.
+        let _ = paths::restrict(&Reach::default());
+        self.board().ready += 1;
+        self.done.notify_all();
+        let mut buffer = None;
+        loop {
+            let mut board = self.board();
+            let piece = loop {
+                if board.over {
+                    return;
+                }
+                match Self::take(&mut board) {
+                    Some(piece) => break piece,
+                    None => board = self.news.wait(board).unwrap_or_else(PoisonError::into_inner),
+                }
+            };
+            drop(board);
+            self.copy(&piece, buffer.get_or_insert_with(|| AlignedBuffer::new(PIECE)));
+        }
+    }
+}
+
+/// Copy one piece. What the source lacks, because it is shorter than it was, reads as zero.
+fn copy_piece(piece: &Piece, buffer: &mut AlignedBuffer) -> io::Result<()> {
+    let length = usize::try_from(piece.length).unwrap_or(usize::MAX);
+    let outside = || io::Error::from_raw_os_error(libc::EINVAL);
+    let bytes = buffer.bytes().get_mut(..length).ok_or_else(outside)?;
+    let mut done = 0;
+    while done < length {
+        match piece.source.read_at(&mut bytes[done..], piece.from + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // Direct reads end in the middle of a block where the file does, and cannot go on from there.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && done > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    bytes[done..].fill(0);
+    piece.target.write_all_at(bytes, piece.to)
+}
+
+/// The threads. They end with it.
+#[derive(Debug)]
+pub struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    buffer: AlignedBuffer,
+}
+
+impl Workers {
+    /// Start them, and wait until they have given up what they do not need.
+    ///
+    /// # Errors
+    /// When the system starts no thread.
+    pub fn start() -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let mut workers = Self { shared, threads: Vec::new(), buffer: AlignedBuffer::new(PIECE) };
+        let signals = SignalsBlocked::new();
+        for _ in 0..THREADS {
+            let shared = Arc::clone(&workers.shared);
+            // If one cannot be started, those before it end with `workers`.
+            let builder = std::thread::Builder::new().name("copy".into()).stack_size(256 << 10);
+            workers.threads.push(builder.spawn(move || shared.work())?);
+        }
+        drop(signals);
+        let mut board = workers.shared.board();
+        while board.ready < THREADS {
+            board = workers.shared.done.wait(board).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(board);
+        Ok(workers)
+    }
+
+    /// Copy these pieces, whose copies are in ascending order. `each` is told how many bytes have moved, from time to time,
+    /// and ends it by an error. When this returns, nothing is under way any more.
+    ///
+    /// # Errors
+    /// Which copy failed, and why: all before it are complete, and of those after it some may be.
+    pub fn copy(
+        &mut self,
+        pieces: VecDeque<Piece>,
+        mut each: impl FnMut(u64) -> io::Result<()>,
+    ) -> Result<(), (usize, io::Error)> {
+        let shared = &*self.shared;
+        let mut board = shared.board();
+        board.failed = None;
+        board.waiting = pieces;
+        shared.news.notify_all();
+        loop {
+            if let Some(piece) = Shared::take(&mut board) {
+                drop(board);
+                shared.copy(&piece, &mut self.buffer);
+                let stopped = each(shared.moved.swap(0, Relaxed)).err();
+                board = shared.board();
+                if let (Some(error), copy) = (stopped, piece.copy) {
+                    board.waiting.clear();
+                    board.failed.get_or_insert((copy, error));
+                }
+            } else if board.under_way > 0 {
+                board = shared.done.wait(board).unwrap_or_else(PoisonError::into_inner);
+            } else {
+                break;
+            }
+        }
+        let failed = board.failed.take();
+        drop(board);
+        let stopped = each(shared.moved.swap(0, Relaxed)).err();
+        match (failed, stopped) {
+            (Some(failed), _) => Err(failed),
+            (None, Some(error)) => Err((0, error)),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.board().over = true;
+        self.shared.news.notify_all();
+        for thread in self.threads.drain(..) {
+            // One that panicked is over, too.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// While it lives, the calling thread, and those that it starts for good, take no signals: those are for the thread that is
+/// in the virtual machine, which has to come out.
+struct SignalsBlocked(libc::sigset_t);
+
+impl SignalsBlocked {
+    fn new() -> Self {
+        // SAFETY: all-zero is a valid value of the C structure, and both sets live as long as the calls.
+        unsafe {
+            let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
+            Self(before)
+        }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: the set was filled in by the call in `new`.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+mod tests {
+    use super::*;
+
+    fn file(bytes: &[u8]) -> Arc<File> {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(bytes, 0).unwrap();
+        Arc::new(file)
+    }
+
+    fn content(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    fn pieces(source: &Arc<File>, target: &Arc<File>, count: usize, length: u64) -> VecDeque<Piece> {
+        let piece = |copy: usize| {
+            let at = copy as u64 * length;
+            Piece { source: Arc::clone(source), from: at, target: Arc::clone(target), to: at, length, copy }
+        };
+        (0..count).map(piece).collect()
+    }
+
+    #[test]
+    fn everything_arrives_and_is_reported() {
+        let bytes: Vec<u8> = (0..5_000_000u32).map(|i| (i % 251) as u8).collect();
+        let (source, target) = (file(&bytes), file(&[]));
+        let mut workers = Workers::start().unwrap();
+        for _ in 0..3 {
+            let mut moved = 0;
+            let report = |bytes| {
+                moved += bytes;
+                Ok(())
+            };
+            workers.copy(pieces(&source, &target, 50, 100_000), report).unwrap();
+            assert_eq!(moved, 5_000_000);
+            assert!(content(&target) == bytes);
+            target.set_len(0).unwrap();
+        }
+        workers.copy(VecDeque::new(), |_| Ok(())).unwrap();
+    }
+
+    #[test]
+    fn what_the_source_lacks_is_zero() {
+        let (source, target) = (file(&[7; 1000]), file(&[9; 3000]));
+        Workers::start().unwrap().copy(pieces(&source, &target, 3, 900), |_| Ok(())).unwrap();
+        let bytes = content(&target);
+        assert!(bytes[..1000] == [7; 1000] && bytes[1000..2700] == [0; 1700] && bytes[2700..] == [9; 300]);
+    }
+
+    #[test]
+    fn of_several_failures_the_first_copy_is_named_and_those_before_it_are_complete() {
+        let bytes = vec![5; 4_000_000];
+        let (source, target) = (file(&bytes), file(&[]));
+        let closed_for_writing = Arc::new(File::open("/dev/null").unwrap());
+        let mut workers = Workers::start().unwrap();
+        for first in [0, 1, 17, 39] {
+            let mut pieces = pieces(&source, &target, 40, 100_000);
+            for piece in pieces.iter_mut().skip(first) {
+                piece.target = Arc::clone(&closed_for_writing);
+            }
+            let (copy, error) = workers.copy(pieces, |_| Ok(())).unwrap_err();
+            assert_eq!((copy, error.raw_os_error()), (first, Some(libc::EBADF)));
+            assert!(content(&target) == bytes[..first * 100_000]);
+            target.set_len(0).unwrap();
+        }
+        // It can be used again.
+        workers.copy(self::pieces(&source, &target, 40, 100_000), |_| Ok(())).unwrap();
+        assert!(content(&target) == bytes);
+    }
+
+    #[test]
+    fn it_can_be_stopped() {
+        let (source, target) = (file(&[1; 1000]), file(&[]));
+        let stop = |_| Err(io::Error::from_raw_os_error(libc::EINTR));
+        let (_, error) = Workers::start().unwrap().copy(pieces(&source, &target, 1000, 1), stop).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINTR));
+    }
+}
