@@ -23,7 +23,7 @@ PATHS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
 endif
 PATHS ?=
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz demo bench bench-quick deb clean python qemu-img
+.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz demo bench bench-quick deb clean python qemu-img file-systems
 
 help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -46,7 +46,7 @@ test-rust: ## the Rust tests
 		$(CARGO) nextest run --release --workspace && $(CARGO) test --release --workspace --doc; \
 	else $(CARGO) test --release --workspace; fi
 
-test-integration: instar python qemu-img ## the Python tests; paths and options after the goal go to pytest
+test-integration: instar python qemu-img file-systems ## the Python tests; paths and options after the goal go to pytest
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests)
 
 # One after the other, whatever -j says: each of them uses all processors by itself.
@@ -55,19 +55,20 @@ test: ## everything that CI runs: lint, test-rust, test-integration
 	$(MAKE) test-rust
 	$(MAKE) test-integration
 
-test-deep: instar python qemu-img ## the long tests: more random images, more crash points (hours)
+test-deep: instar python qemu-img file-systems ## the long tests: more random images, more crash points (hours)
 	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --release --workspace
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests
 
 fuzz: ## run every fuzz target for FUZZ_SECONDS seconds each (FUZZ_SEED chooses the inputs)
 	$(CARGO) run --profile fuzz -p instar-fuzz -- --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
-crash: ## replay what commits wrote up to every power loss: more random states than the tests have
+crash: instar python qemu-img file-systems ## power losses: replay what commits wrote, more random states than the tests have; on real file systems
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	INSTAR_CRASH_DRAWN=$(CRASH_DRAWN) $(CARGO) test --release -p instar-qcow2-driver -p instar-vmdk-driver -- --nocapture \
 		> "$$log" 2>&1 || { grep -E 'panicked at|^error|FAILED' -A3 "$$log"; echo 'crash: a violation, see above' >&2; exit 1; }; \
 	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/power_loss.py
 
 faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/faults.py
@@ -112,6 +113,13 @@ qemu-img:
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -y -q --no-install-recommends qemu-utils; \
 	else echo 'qemu-img is needed to compare with: apt-get install qemu-utils' >&2; exit 1; fi
+
+# File systems that share extents: to try and to measure that.
+file-systems:
+	@if command -v mkfs.xfs >/dev/null && command -v mkfs.btrfs >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends xfsprogs btrfs-progs; \
+	else echo 'mkfs.xfs and mkfs.btrfs are needed: apt-get install xfsprogs btrfs-progs' >&2; exit 1; fi
 
 # Goals after test-integration are arguments of pytest, not goals.
 ifneq ($(PATHS),)

@@ -29,7 +29,7 @@ INTERRUPTIBLE = {"open", "openat", "openat2", "pread64", "preadv", "pwrite64", "
                  "ftruncate", "fdatasync"}
 SHORTENED = {"pread64", "preadv", "pwrite64", "pwritev", "copy_file_range"}
 # Calls of the guest's requests: their failure names the errno.
-OF_THE_GUEST = {"preadv", "pwritev", "copy_file_range", "fdatasync", "ftruncate"}
+OF_THE_GUEST = {"preadv", "pwritev", "pwrite64", "copy_file_range", "fdatasync", "ftruncate"}
 # Without an answer the program goes on: where the data lies, and that the disk may begin to write, are hints; a file that
 # Landlock cannot be told of lies in a directory that it was told of.
 HINTS = {"lseek", "sync_file_range", "fallocate", "openat"}
@@ -221,7 +221,16 @@ def chain(directory) -> Case:
     return Case("a chain, into the lowest", directory, "layer2", "layer0", args=["-b", "layer0"], others=["layer1"], emptied=False)
 
 
-CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, chain]
+def much_data(directory) -> Case:
+    """So much that several threads copy it, into clusters that are there and new ones."""
+    support.create(directory / "base", 16 * MIB)
+    support.qemu_io(directory / "base", "write -P 77 1M 2M")
+    support.create(directory / "top", backing="base", cwd=directory)
+    support.qemu_io(directory / "top", "write -P 1 1M 3M", "write -P 2 5M 300k", "write -P 3 8M 2M", "write -z 12M 1M")
+    return Case("much data, by several threads", directory, "top", "base")
+
+
+CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, chain, much_data]
 
 
 def main() -> int:

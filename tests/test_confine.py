@@ -74,6 +74,24 @@ def test_order_of_a_commit(pair, strace):
     assert not [call for call in calls[filters[0] :] if "PROT_EXEC" in call]
 
 
+def test_threads_that_copy_are_confined_first(pair, strace):
+    """Threads start before the process is confined, reach no file by themselves, and get the same filters."""
+    pair.make(16 * MIB, top=["write -P 5 0 8M"])
+    expected = support.content_hash(pair.top)
+    calls = strace("commit", pair.top)
+    started, filters = where(calls, r"(clone|clone3)\(|<\.\.\. clone3? resumed"), where(calls, FILTER)
+    assert started and max(started) < filters[0] < filters[1]
+    assert "CLONE_THREAD" in calls[started[0]]
+    if has_landlock():
+        # Each of the threads, and then the first one twice.
+        restricts = where(calls, RESTRICT)
+        assert len(restricts) == len([n for n in where(calls, r"(clone|clone3)\(")]) + 2
+        assert len([n for n in restricts if n > filters[0]]) == 1
+    writes = where(calls, r"pwrite64\(.*, 1048576, ")
+    assert len(writes) == 8 and writes[0] > filters[1], "all of the data, by pieces, once nothing can be opened"
+    assert support.content_hash(pair.base) == expected
+
+
 @pytest.mark.parametrize("chain", [(), ("--backing-chain",)])
 def test_order_of_info(pair, strace, chain):
     pair.make(4 * MIB, top=TOP)

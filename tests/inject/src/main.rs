@@ -1,7 +1,8 @@
 //! `instar-test-inject FAULT NTH CALL FILE… -- PROGRAM ARGUMENT…`: run a program, and do something to the NTH call (from 1 on)
 //! of a system call that names one of the files, by descriptor or by name. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with
 //! which it fails without being done; `SHORT`, by which it is asked to move half as much; `KILL`, which ends the
-//! program before it; or `COUNT`, which does nothing. The exit status is the program's, 137 after `KILL`; the last line on
+//! program before it; `KILL-UNFLUSHED`, the same, and until then flushes of the second file are skipped and said to be done; or
+//! `COUNT`, which does nothing. The exit status is the program's, 137 after `KILL`; the last line on
 //! standard error tells what came of it: `inject: COUNT of CALL` for every call that was seen, and whether the fault was
 //! injected.
 //!
@@ -52,6 +53,8 @@ const KNOWN: &[Known] = &[
     by_descriptor(libc::SYS_ftruncate, "ftruncate", None),
     by_descriptor(libc::SYS_fdatasync, "fdatasync", None),
     by_descriptor(libc::SYS_fsync, "fsync", None),
+    // Of an image: sharing extents
+    by_descriptor(libc::SYS_ioctl, "ioctl", None),
     by_descriptor(libc::SYS_sync_file_range, "sync_file_range", None),
     Known {
         number: libc::SYS_copy_file_range,
@@ -69,6 +72,7 @@ enum Fault {
     Fail(i32),
     Short,
     Kill,
+    KillUnflushed,
 }
 
 fn fault(name: &str) -> Option<Fault> {
@@ -79,6 +83,7 @@ fn fault(name: &str) -> Option<Fault> {
         "EINTR" => Fault::Fail(libc::EINTR),
         "SHORT" => Fault::Short,
         "KILL" => Fault::Kill,
+        "KILL-UNFLUSHED" => Fault::KillUnflushed,
         _ => return None,
     })
 }
@@ -129,14 +134,16 @@ fn run(
         let count = counts.entry(known.name).or_default();
         *count += 1;
         if known.name != name || *count != nth {
-            tracee.go_on(None)?;
+            let lies = matches!(fault, Fault::KillUnflushed) && known.name == "fdatasync";
+            let skipped = lies && files.get(1..2).is_some_and(|second| touches(&tracee, &call, known, second));
+            tracee.go_on(skipped.then_some(0))?;
             continue;
         }
         injected = true;
         match (fault, known.length) {
             (Fault::Nothing, _) => tracee.go_on(None)?,
             (Fault::Fail(errno), _) => tracee.go_on(Some(errno))?,
-            (Fault::Kill, _) => {
+            (Fault::Kill | Fault::KillUnflushed, _) => {
                 tracee.kill()?;
                 break 137;
             }

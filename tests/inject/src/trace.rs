@@ -1,5 +1,6 @@
 //! A program that is stopped before and after each of its system calls (ptrace(2)), on x86-64.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Error};
@@ -28,9 +29,22 @@ impl Call {
     }
 }
 
-/// The traced program: one thread, and itself alone.
+/// A thread of the program, between two stops.
+#[derive(Clone, Copy, Default)]
+struct Thread {
+    /// It is in a call, or before one.
+    in_call: bool,
+    /// With which errno the call that it is in fails.
+    fails: Option<i32>,
+}
+
+/// The traced program with all of its threads; it starts no other program.
 pub struct Tracee {
+    /// The first thread, which stands for the program.
     pid: libc::pid_t,
+    /// The one that is stopped before a call.
+    current: libc::pid_t,
+    threads: BTreeMap<libc::pid_t, Thread>,
     status: Option<u8>,
 }
 
@@ -61,80 +75,103 @@ impl Tracee {
             pid
         };
         check(pid.into())?;
-        let mut tracee = Self { pid, status: None };
-        tracee.wait()?;
-        let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
+        let threads = BTreeMap::from([(pid, Thread::default())]);
+        let tracee = Self { pid, current: pid, threads, status: None };
+        let mut status = 0;
+        // SAFETY: `status` is writable.
+        check(unsafe { libc::waitpid(pid, &raw mut status, 0) }.into())?;
+        let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACECLONE;
         // SAFETY: the child is stopped; the request takes its options as data.
         check(unsafe { libc::ptrace(libc::PTRACE_SETOPTIONS, pid, null_mut::<libc::c_void>(), options) })?;
+        tracee.resume(pid, 0)?;
         Ok(tracee)
     }
 
-    /// Wait until it stops or ends; the signal that it stopped with, with bit 7 for a system call.
-    fn wait(&mut self) -> io::Result<Option<i32>> {
+    /// Let a stopped thread run to its next stop at a system call.
+    fn resume(&self, thread: libc::pid_t, signal: i32) -> io::Result<()> {
+        // SAFETY: the thread is stopped; the request takes a signal as data.
+        let result = unsafe { libc::ptrace(libc::PTRACE_SYSCALL, thread, null_mut::<libc::c_void>(), signal) };
+        match check(result) {
+            // Another thread ended the program meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Wait for whatever comes next of any thread: which one, and its status. `None` once the program has ended.
+    fn wait(&mut self) -> io::Result<Option<(libc::pid_t, i32)>> {
         let mut status = 0;
         // SAFETY: `status` is writable.
-        check(unsafe { libc::waitpid(self.pid, &raw mut status, 0) }.into())?;
+        let thread = unsafe { libc::waitpid(-1, &raw mut status, libc::__WALL) };
+        check(thread.into())?;
         if libc::WIFSTOPPED(status) {
-            return Ok(Some(libc::WSTOPSIG(status)));
+            return Ok(Some((thread, status)));
         }
+        self.threads.remove(&thread);
+        if thread != self.pid {
+            return self.wait();
+        }
+        // The first thread is reported when all others have ended.
         let code = if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 128 + libc::WTERMSIG(status) };
         self.status = Some(u8::try_from(code).unwrap_or(255));
         Ok(None)
-    }
-
-    /// Let it run to the next stop at a system call. Signals are passed on. `false` if it ended.
-    fn run(&mut self) -> io::Result<bool> {
-        let mut signal = 0;
-        loop {
-            // SAFETY: the child is stopped; the request takes a signal as data.
-            check(unsafe { libc::ptrace(libc::PTRACE_SYSCALL, self.pid, null_mut::<libc::c_void>(), signal) })?;
-            signal = match self.wait()? {
-                None => return Ok(false),
-                Some(stopped) if stopped == libc::SIGTRAP | 0x80 => return Ok(true),
-                Some(libc::SIGTRAP) => 0,
-                Some(signal) => signal,
-            };
-        }
     }
 
     fn registers(&self) -> io::Result<Call> {
         // SAFETY: all bits zero are registers.
         let mut call = Call(unsafe { std::mem::zeroed() });
         // SAFETY: the child is stopped; the registers are writable.
-        check(unsafe { libc::ptrace(libc::PTRACE_GETREGS, self.pid, null_mut::<libc::c_void>(), &raw mut call.0) })?;
+        check(unsafe {
+            libc::ptrace(libc::PTRACE_GETREGS, self.current, null_mut::<libc::c_void>(), &raw mut call.0)
+        })?;
         Ok(call)
     }
 
     /// Make the program's registers those of `call`.
     pub fn set(&self, call: &Call) -> io::Result<()> {
         // SAFETY: the child is stopped; the registers are readable.
-        check(unsafe { libc::ptrace(libc::PTRACE_SETREGS, self.pid, null_mut::<libc::c_void>(), &raw const call.0) })
+        check(unsafe {
+            libc::ptrace(libc::PTRACE_SETREGS, self.current, null_mut::<libc::c_void>(), &raw const call.0)
+        })
     }
 
-    /// The next system call, before it is made; `None` if the program ended.
+    /// The next system call of any thread, before it is made; `None` if the program ended.
     pub fn next_call(&mut self) -> io::Result<Option<Call>> {
-        if self.status.is_some() || !self.run()? {
-            return Ok(None);
+        while self.status.is_none() {
+            let Some((thread, status)) = self.wait()? else { break };
+            let (signal, event) = (libc::WSTOPSIG(status), status >> 16);
+            let known = self.threads.contains_key(&thread);
+            let state = self.threads.entry(thread).or_default();
+            if signal != libc::SIGTRAP | 0x80 {
+                // A new thread begins with a stop, and its parent is told of it; other signals are passed on.
+                let quiet = event != 0 || signal == libc::SIGTRAP || (signal == libc::SIGSTOP && !known);
+                self.resume(thread, if quiet { 0 } else { signal })?;
+                continue;
+            }
+            self.current = thread;
+            state.in_call = !state.in_call;
+            if state.in_call {
+                return self.registers().map(Some);
+            }
+            if let Some(errno) = state.fails.take() {
+                let mut call = self.registers()?;
+                call.0.rax = i64::from(-errno).cast_unsigned();
+                self.set(&call)?;
+            }
+            self.resume(thread, 0)?;
         }
-        self.registers().map(Some)
+        Ok(None)
     }
 
     /// Have the call made, or let it fail with an errno instead.
     pub fn go_on(&mut self, errno: Option<i32>) -> io::Result<()> {
-        if errno.is_some() {
+        if let Some(state) = self.threads.get_mut(&self.current).filter(|_| errno.is_some()) {
+            state.fails = errno;
             let mut call = self.registers()?;
             call.0.orig_rax = libc::SYS_getpid.cast_unsigned();
             self.set(&call)?;
         }
-        if !self.run()? {
-            return Ok(());
-        }
-        if let Some(errno) = errno {
-            let mut call = self.registers()?;
-            call.0.rax = i64::from(-errno).cast_unsigned();
-            self.set(&call)?;
-        }
-        Ok(())
+        self.resume(self.current, 0)
     }
 
     /// End it now.
