@@ -76,10 +76,11 @@ faults: instar python qemu-img ## every system call on an image fails once, is c
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/demo.sh
 
-bench: instar qemu-img ## measure against qemu-img commit and refresh docs/performance.md
-	$(PYTHON) tests/bench.py --instar $(INSTAR) --write-docs $(BENCH_ARGS)
+bench: instar python qemu-img file-systems ## measure against qemu-img commit and refresh docs/performance.md
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements-bench.txt
+	$(VENV)/bin/python tests/bench.py --instar $(INSTAR) $(or $(BENCH_ARGS),--write-docs)
 
-bench-quick: instar qemu-img ## the same with small images, under two minutes, changes no file of the project
+bench-quick: instar qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
 	$(PYTHON) tests/bench.py --instar $(INSTAR) --quick $(BENCH_ARGS)
 
 deb: instar ## a Debian package, in target/debian

@@ -1,0 +1,59 @@
+"""What the kernel alone needs for a commit: `copy_file_range` of the same extents and the same flushes, without metadata."""
+
+import json
+import os
+import time
+
+from bench_workloads import GIB, call
+
+# What is left of an emptied overlay with clusters of 64 KiB, in bytes.
+EMPTY = 256 << 10
+
+
+def data(path):
+    """Where the data of a qcow2 image itself lies, in bytes: guest offset, file offset, length."""
+    done = call(["qemu-img", "map", "--output", "json", "-f", "qcow2", str(path)])
+    return [(part["start"], part["offset"], part["length"]) for part in json.loads(done.stdout)
+            if part["depth"] == 0 and part["data"] and "offset" in part]
+
+
+def extents(workload, template):
+    """From where to where in the files: for one qcow2 overlay with data from end to end, over a qcow2 base."""
+    plain = workload.sequential and not workload.compress and workload.layers == 1
+    if not plain or workload.overlay_format != "qcow2" or workload.base_format != "qcow2" or workload.sequential > GIB:
+        return []
+    source, target = data(template / workload.overlay), data(template / workload.base)
+    if not target:
+        # New clusters, at the end.
+        end = (template / workload.base).stat().st_size
+        start = source[0][0]
+        target = [(start, end, sum(length for _, _, length in source))]
+    found = []
+    for guest, at, length in source:
+        for low, place, size in target:
+            begin, end = max(guest, low), min(guest + length, low + size)
+            if begin < end:
+                found.append((at + begin - guest, place + begin - low, end - begin))
+    assert sum(length for _, _, length in found) == workload.sequential
+    return found
+
+
+def run(workload, directory, places):
+    """Copy, flush, give the overlay's space back, flush. Seconds of both halves."""
+    overlay = os.open(directory / workload.overlay, os.O_RDWR)
+    base = os.open(directory / workload.base, os.O_RDWR)
+    start = time.perf_counter()
+    for source, target, length in places:
+        done = 0
+        while done < length:
+            copied = os.copy_file_range(overlay, base, length - done, source + done, target + done)
+            assert copied > 0
+            done += copied
+    os.fdatasync(base)
+    copied = time.perf_counter()
+    os.ftruncate(overlay, EMPTY)
+    os.fdatasync(overlay)
+    emptied = time.perf_counter()
+    os.close(overlay)
+    os.close(base)
+    return {"copy": copied - start, "empty": emptied - copied}

@@ -1,0 +1,139 @@
+"""The results of the benchmark as Markdown and as a plot."""
+
+import re
+
+PROGRAMS = ("instar", "qemu-img")
+MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
+WAYS = {"shared": "shared", "kernel": "in the kernel", "host": "through the host", "guest": "through the guest"}
+
+
+def seconds(value):
+    """A time for people."""
+    return f"{value * 1e3:.1f} ms" if value < 0.5 else f"{value:.2f} s"
+
+
+def span(numbers):
+    """`median (min–max)` in milliseconds or seconds."""
+    if numbers["median"] < 0.5:
+        return f"{numbers['median'] * 1e3:.1f} ms ({numbers['min'] * 1e3:.1f}–{numbers['max'] * 1e3:.1f})"
+    return f"{numbers['median']:.2f} s ({numbers['min']:.2f}–{numbers['max']:.2f})"
+
+
+def amount(value):
+    """Bytes for people."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value} B"
+
+
+def ways(moved):
+    """The bytes by the way they took; what is below a hundredth of all is left out."""
+    total = sum(moved.values())
+    parts = [f"{amount(moved[way])} {name}" for way, name in WAYS.items() if moved.get(way, 0) * 100 > total]
+    return ", ".join(parts)
+
+
+def heading(where):
+    """What was measured, and where."""
+    nested = "KVM inside another virtual machine" if where["kvm_is_nested"] else "KVM on bare metal"
+    options = where["mount_options"]
+    return (
+        f"{where['date'][:10]}, revision {where['revision']}; {where['qemu_img']}; {where['cpu']}, {where['cpus']} "
+        f"processors, {nested}; Linux {where['kernel']}, {where['file_system']} ({options}); {where['runs']} runs of each, "
+        "median (min–max) of the wall time of the whole process."
+    )
+
+
+def table(report):
+    """The workloads."""
+    lines = [
+        "| workload | instar | qemu-img | instar / qemu-img | goal | exits | bytes, by their way | peak memory, instar / qemu-img |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        ours, theirs = (result["programs"][program] for program in PROGRAMS)
+        exits = "?" if result["exits"] is None else f"{result['exits']:,}"
+        memory = " / ".join(f"{numbers['peak_rss_kib'] / 1024:.0f} MiB" for numbers in (ours, theirs))
+        goal = f"≤ {result['goal']}" if result["goal"] else ""
+        cells = (result["title"], span(ours), span(theirs), f"{result['ratio']:.2f}", goal, exits, ways(result["bytes"]), memory)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kernel_table(report):
+    """Against what the kernel alone needs."""
+    lines = [
+        "| workload | kernel: copy and flush | kernel: give back and flush | instar | instar / all of the kernel's |",
+        "|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        kernel, ours = result["kernel"], result["programs"]["instar"]["median"]
+        if kernel:
+            ratio = ours / sum(kernel.values())
+            cells = (result["title"], seconds(kernel["copy"]), seconds(kernel["empty"]), seconds(ours), f"{ratio:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def growth_tables(growth):
+    """How cost grows."""
+    titles = {
+        "data": "data that fills the disk",
+        "mapped": "mapped by the overlay's tables, as holes of its file",
+        "size": "virtual size, with 64 MiB scattered over it",
+    }
+    parts = []
+    for name, title in titles.items():
+        lines = [f"| {title} | time | exits | peak memory |", "|---|---|---|---|"]
+        for point in growth[name]:
+            memory = f"{point['peak_rss_kib'] / 1024:.0f} MiB"
+            lines.append(f"| {point['title']} | {seconds(point['seconds'])} | {point['exits']:,} | {memory} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def markdown(report):
+    """All tables."""
+    parts = [heading(report["machine"]), table(report)]
+    if any(result["kernel"] for result in report["results"]):
+        parts.append(kernel_table(report))
+    if "growth" in report:
+        parts.append(growth_tables(report["growth"]))
+    return "\n\n".join(parts)
+
+
+def write_docs(report, docs):
+    """The tables between the marks in performance.md, and the plot beside it."""
+    page = docs / "performance.md"
+    begin, end = MARKS
+    body = f"{begin}\n\n{markdown(report)}\n\n{end}"
+    found, count = re.subn(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: body, page.read_text("utf-8"), flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"bench: {page} has no {begin} … {end}")
+    page.write_text(found, encoding="utf-8")
+    plot(report, docs / "performance.svg")
+
+
+def plot(report, path):
+    """The ratios as bars, with the goals."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same bytes from the same numbers.
+    matplotlib.rcParams["svg.hashsalt"] = "instar"
+    from matplotlib import pyplot
+
+    results = list(reversed(report["results"]))
+    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(results) + 1.2), layout="constrained")
+    places = range(len(results))
+    bars = axes.barh(places, [result["ratio"] for result in results], color="#4878a8", height=0.6)
+    axes.bar_label(bars, [f"{result['ratio']:.2f}" for result in results], padding=3, fontsize=8)
+    for place, result in zip(places, results):
+        if result["goal"]:
+            axes.plot([result["goal"]] * 2, [place - 0.42, place + 0.42], color="#c04030", linewidth=2)
+    axes.axvline(1, color="#888888", linewidth=1, linestyle="--")
+    axes.set_yticks(list(places), [result["title"] for result in results], fontsize=8)
+    axes.set_xlabel("wall time, instar / qemu-img commit (red: the goal; dashed: as fast as qemu-img)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
