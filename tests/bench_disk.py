@@ -8,7 +8,7 @@ from bench_workloads import GIB, call
 
 # Sparse: only what is written takes space.
 SIZE = 24 * GIB
-MAKE = {"xfs": ["mkfs.xfs", "-q", "-f", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q", "-f"]}
+MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q", "-f"]}
 
 
 @contextlib.contextmanager
