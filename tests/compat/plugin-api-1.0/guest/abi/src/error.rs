@@ -1,0 +1,110 @@
+//! The error codes of a commit. Append-only: a code never changes its number, name or meaning.
+
+macro_rules! error_codes {
+    ($($(#[$doc:meta])* $variant:ident = $value:literal, $constant:ident;)*) => {
+        /// Every way in which a commit can end.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum ErrorCode { $($(#[$doc])* $variant = $value,)* }
+
+        $($(#[$doc])* pub const $constant: u32 = $value;)*
+
+        impl ErrorCode {
+            /// All codes in the order of their numbers.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The code with this number, if there is one.
+            #[must_use]
+            pub const fn from_u32(value: u32) -> Option<Self> {
+                match value { $($value => Some(Self::$variant),)* _ => None }
+            }
+
+            /// The name as it stands in messages and JSON.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => stringify!($constant),)* }
+            }
+
+            /// The number as it stands in messages and JSON.
+            #[must_use]
+            pub const fn number(self) -> u32 { self as u32 }
+        }
+    };
+}
+
+error_codes! {
+    /// No error.
+    Ok = 0, ERROR_OK;
+    /// The format, subformat or feature cannot be committed; the message names it.
+    UnsupportedFormat = 1, ERROR_UNSUPPORTED_FORMAT;
+    /// The overlay records no backing file and none was given.
+    NoBacking = 2, ERROR_NO_BACKING;
+    /// An external data file on either side.
+    ExternalDataFile = 3, ERROR_EXTERNAL_DATA_FILE;
+    /// Encryption on either side.
+    LuksUnsupported = 4, ERROR_LUKS_UNSUPPORTED;
+    /// The backing cannot hold the overlay's highest allocated cluster.
+    BackingTooSmall = 5, ERROR_BACKING_TOO_SMALL;
+    /// The overlay's virtual size is larger than the backing's, without `--resize-backing`.
+    OverlayLargerThanBacking = 6, ERROR_OVERLAY_LARGER_THAN_BACKING;
+    /// The file changed between the host's look and the guest's.
+    HeaderMismatch = 7, ERROR_HEADER_MISMATCH;
+    /// The overlay's metadata is corrupt.
+    OverlayCorrupt = 8, ERROR_OVERLAY_CORRUPT;
+    /// The backing's metadata is corrupt.
+    BackingCorrupt = 9, ERROR_BACKING_CORRUPT;
+    /// Bounded guest memory cannot hold what is needed.
+    ScratchTooSmall = 10, ERROR_SCRATCH_TOO_SMALL;
+    /// The backing's refcounts cannot count higher, or their table cannot grow.
+    RefcountExhausted = 11, ERROR_REFCOUNT_EXHAUSTED;
+    /// A structure could not be parsed.
+    ParseFailed = 12, ERROR_PARSE_FAILED;
+    /// An arithmetic guard fired: a bug of the tool.
+    InternalOverflow = 13, ERROR_INTERNAL_OVERFLOW;
+    /// Reading or writing the overlay, or a layer below it that is read, failed.
+    OverlayIo = 14, ERROR_OVERLAY_IO;
+    /// Reading or writing the backing failed.
+    BackingIo = 15, ERROR_BACKING_IO;
+    /// No space is left on the file system.
+    NoSpace = 16, ERROR_NO_SPACE;
+    /// Another process uses the image.
+    ImageInUse = 17, ERROR_IMAGE_IN_USE;
+    /// The guest raised a processor fault.
+    GuestFault = 18, ERROR_GUEST_FAULT;
+    /// The guest panicked.
+    GuestPanic = 19, ERROR_GUEST_PANIC;
+    /// The guest makes no progress.
+    GuestStalled = 20, ERROR_GUEST_STALLED;
+    /// The guest broke the protocol: a bad request, an unreadable message, no result.
+    GuestProtocol = 21, ERROR_GUEST_PROTOCOL;
+    /// A plugin refused the pair.
+    PluginRefused = 22, ERROR_PLUGIN_REFUSED;
+    /// The recorded backing may not be written without the operator naming it.
+    WriteTargetNotAllowed = 23, ERROR_WRITE_TARGET_NOT_ALLOWED;
+    /// The overlay does not exist.
+    OverlayNotFound = 24, ERROR_OVERLAY_NOT_FOUND;
+    /// The backing, or one of its ancestors, does not exist.
+    BackingNotFound = 25, ERROR_BACKING_NOT_FOUND;
+    /// `-b` names a file outside the overlay's backing chain.
+    NotInChain = 26, ERROR_NOT_IN_CHAIN;
+    /// The chain has more layers than the engine takes.
+    ChainTooDeep = 27, ERROR_CHAIN_TOO_DEEP;
+    /// The chain contains the same file twice.
+    ChainLoop = 28, ERROR_CHAIN_LOOP;
+    /// There is no KVM device.
+    KvmMissing = 29, ERROR_KVM_MISSING;
+    /// The KVM device may not be opened.
+    KvmPermission = 30, ERROR_KVM_PERMISSION;
+    /// KVM is there but cannot run a virtual machine.
+    KvmUnusable = 31, ERROR_KVM_UNUSABLE;
+    /// Reserved for options that are not there yet: nothing gives it at present.
+    NotImplemented = 32, ERROR_NOT_IMPLEMENTED;
+    /// A plugin that is needed is missing or cannot be loaded.
+    PluginUnavailable = 33, ERROR_PLUGIN_UNAVAILABLE;
+    /// The image is not of the format that was named.
+    FormatMismatch = 34, ERROR_FORMAT_MISMATCH;
+    /// An image could not be opened as needed.
+    OpenFailed = 35, ERROR_OPEN_FAILED;
+    /// A signal stopped the commit at a safe point.
+    Interrupted = 36, ERROR_INTERRUPTED;
+}

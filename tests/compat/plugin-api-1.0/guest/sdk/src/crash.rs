@@ -1,0 +1,142 @@
+//! The states that a power loss can leave, for tests of drivers: what was recorded by [`MemoryDevices`] is replayed.
+//!
+//! What was written before the last flush of its device is on the disk. Of what was written after it, anything may be: all
+//! of it, one change alone, all but one, any subset, and of each write any of its sectors.
+//!
+//! [`MemoryDevices`]: crate::memory::MemoryDevices
+
+use crate::memory::Change;
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+
+/// Content of the devices by number.
+pub type Files = BTreeMap<u32, Vec<u8>>;
+
+/// Unflushed changes, the latest, each of which is tried alone, and left out.
+const SINGLE: usize = 24;
+/// What a disk writes at once, in bytes.
+const SECTOR: u64 = 512;
+
+/// Which states are looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Crashes {
+    /// Random subsets of the unflushed changes, and as many of their sectors, after each change.
+    pub drawn: usize,
+    /// What the random ones follow from.
+    pub seed: u64,
+}
+
+fn device_of(change: &Change) -> u32 {
+    match change {
+        Change::Write { device, .. } | Change::SetLength { device, .. } | Change::Flush { device } => *device,
+    }
+}
+
+impl Crashes {
+    /// Hand every state to `verify`; returns how many there were. `before` is what the devices held before the first change
+    /// of `log`.
+    pub fn each(self, before: &Files, log: &[Change], verify: &mut dyn FnMut(Files)) -> usize {
+        let mut random = self.seed;
+        let mut coin = move || {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            random >> 63 != 0
+        };
+        let mut states = 0;
+        for end in 0..=log.len() {
+            let done = log.get(..end).unwrap_or_default();
+            let mut durable = before.clone();
+            let mut unflushed: Vec<&Change> = Vec::new();
+            for (index, change) in done.iter().enumerate() {
+                let device = device_of(change);
+                if done.iter().skip(index).any(|later| *later == Change::Flush { device }) {
+                    change.apply(&mut durable);
+                } else {
+                    unflushed.push(change);
+                }
+            }
+            let mut state = |chosen: &mut dyn FnMut(usize) -> bool, torn: Option<&mut dyn FnMut() -> bool>| {
+                let mut files = durable.clone();
+                let chosen =
+                    unflushed.iter().enumerate().filter(|(index, _)| chosen(*index)).map(|(_, change)| *change);
+                match torn {
+                    None => chosen.for_each(|change| change.apply(&mut files)),
+                    Some(coin) => chosen.for_each(|change| tear(change, coin, &mut files)),
+                }
+                states += 1;
+                verify(files);
+            };
+            state(&mut |_| true, None);
+            for one in (0..unflushed.len()).rev().take(SINGLE) {
+                state(&mut |index| index == one, None);
+                state(&mut |index| index != one, None);
+            }
+            for _ in 0..if unflushed.is_empty() { 0 } else { self.drawn } {
+                state(&mut |_| coin(), None);
+                state(&mut |_| true, Some(&mut coin));
+            }
+        }
+        states
+    }
+}
+
+/// Apply some of a change: any of its sectors.
+fn tear(change: &Change, coin: &mut dyn FnMut() -> bool, files: &mut Files) {
+    let Change::Write { device, offset, bytes } = change else {
+        if coin() {
+            change.apply(files);
+        }
+        return;
+    };
+    let mut rest = bytes.as_slice();
+    let mut at = *offset;
+    while !rest.is_empty() {
+        let room = usize::try_from(SECTOR - at % SECTOR).unwrap_or(usize::MAX);
+        let (sector, after) = rest.split_at(room.min(rest.len()));
+        if coin() {
+            Change::Write { device: *device, offset: at, bytes: sector.to_vec() }.apply(files);
+        }
+        at = at.saturating_add(sector.len() as u64);
+        rest = after;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::collections::BTreeSet;
+    use alloc::vec;
+
+    fn write(device: u32, offset: u64, byte: u8, length: usize) -> Change {
+        Change::Write { device, offset, bytes: vec![byte; length] }
+    }
+
+    #[test]
+    fn flushed_writes_are_in_every_state_after_them() {
+        let log =
+            [write(1, 0, 1, 4), Change::Flush { device: 1 }, write(1, 0, 2, 2), write(1, 2, 3, 2), write(2, 0, 9, 1)];
+        let before = Files::from([(1, vec![0; 4]), (2, vec![0])]);
+        let mut seen = BTreeSet::new();
+        let count = Crashes { drawn: 8, seed: 5 }.each(&before, &log, &mut |files| {
+            seen.insert((files[&1].clone(), files[&2].clone()));
+        });
+        let first = BTreeSet::from([vec![0; 4], vec![1; 4], vec![2, 2, 1, 1], vec![1, 1, 3, 3], vec![2, 2, 3, 3]]);
+        assert_eq!(seen.iter().map(|(one, _)| one.clone()).collect::<BTreeSet<_>>(), first);
+        // The other device is not held back by the flush of the first.
+        assert!(seen.contains(&(vec![1; 4], vec![9])) && count > seen.len());
+    }
+
+    #[test]
+    fn writes_are_torn_at_sectors() {
+        let log = [write(1, 256, 7, 1024)];
+        let mut seen = BTreeSet::new();
+        Crashes { drawn: 100, seed: 1 }.each(&Files::from([(1, vec![0; 1280])]), &log, &mut |files| {
+            let pieces = [256..512, 512..1024, 1024..1280].map(|range| {
+                let bytes = &files[&1][range];
+                assert!(bytes.iter().all(|byte| byte == &bytes[0]), "a sector is in two pieces");
+                bytes[0] == 7
+            });
+            seen.insert(pieces);
+        });
+        assert_eq!(seen.len(), 8);
+    }
+}

@@ -1,0 +1,75 @@
+//! A sink of another module.
+
+use super::below::LentBelow;
+use super::{call, protocol};
+use crate::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
+use core::ffi::c_void;
+use core::ptr::null_mut;
+use instar_guest_abi::{DeviceConfig, ErrorCode, Extent, ImageInfo, PlanSummary, SinkOps};
+
+/// A sink of another module. It does its block I/O itself: the `io` of the calls serves only to read the layers
+/// below.
+pub struct ForeignSink {
+    ops: SinkOps,
+    handle: *mut c_void,
+}
+
+impl ForeignSink {
+    pub(super) fn open(ops: SinkOps, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self> {
+        let mut handle = null_mut();
+        call(|failure| (ops.open)(device, u32::from(has_backing), &raw mut handle, failure))?;
+        if handle.is_null() {
+            return Err(protocol("the module opened a sink without a handle"));
+        }
+        Ok(Self { ops, handle })
+    }
+}
+
+impl Drop for ForeignSink {
+    fn drop(&mut self) {
+        (self.ops.close)(self.handle);
+    }
+}
+
+impl Sink for ForeignSink {
+    fn info(&self) -> ImageInfo {
+        let mut info = ImageInfo::default();
+        (self.ops.info)(self.handle, &raw mut info);
+        info
+    }
+
+    fn plan(&mut self, _: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
+        call(|failure| (self.ops.plan)(self.handle, extents.as_ptr(), extents.len(), failure))
+    }
+
+    fn planned(&mut self, _: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
+        let mut summary = PlanSummary::default();
+        call(|failure| (self.ops.planned)(self.handle, &raw mut summary, failure))?;
+        Ok(summary)
+    }
+
+    fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
+        let mut lent = LentBelow::new(io, below);
+        let table = lent.table();
+        call(|failure| (self.ops.write)(self.handle, extents.as_ptr(), extents.len(), &raw const table.ops, failure))
+    }
+
+    fn grow(&mut self, _: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
+        let Some(grow) = self.ops.grow else {
+            return Err(DriverError::new(
+                ErrorCode::UnsupportedFormat,
+                "this version of the format's plugin grows no images",
+            ));
+        };
+        call(|failure| grow(self.handle, virtual_size, below_length, failure))
+    }
+
+    fn next_content_id(&self) -> Option<u64> {
+        let mut id = 0;
+        self.ops.next_content_id.filter(|next| next(self.handle, &raw mut id) == 1).map(|_| id)
+    }
+
+    fn finish(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {
+        call(|failure| (self.ops.finish)(self.handle, failure))
+    }
+}

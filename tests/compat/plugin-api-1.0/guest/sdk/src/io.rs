@@ -1,0 +1,92 @@
+//! Block I/O as a driver sees it.
+
+use crate::error::{DriverError, DriverResult};
+use alloc::format;
+use instar_guest_abi::{ErrorCode, Request, RequestOp, DEVICE_OUTPUT};
+
+/// A request that the host tried and that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoFailure {
+    /// Index of the request in the batch; the requests before it were executed, those after it were not.
+    pub index: usize,
+    /// errno of the host.
+    pub errno: u32,
+}
+
+/// Executes block requests.
+///
+/// In the guest this is the ring; in host tests it is a set of in-memory devices.
+pub trait BlockIo {
+    /// Execute `requests` strictly in order; stop at the first failure. Buffers are named by address: the
+    /// caller keeps them alive, and exclusive for READ, until this returns.
+    ///
+    /// # Errors
+    /// The first request that failed.
+    fn submit(&mut self, requests: &mut [Request]) -> Result<(), IoFailure>;
+
+    /// Bytes of heap that are free now, a bound for what a driver may take.
+    fn heap_free(&self) -> usize;
+
+    /// [`BlockIo::submit`] with the failure turned into a [`DriverError`] that names device and offset.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NoSpace`] for ENOSPC and EDQUOT, [`ErrorCode::BackingIo`] for the output device,
+    /// [`ErrorCode::OverlayIo`] for every other device.
+    fn run(&mut self, requests: &mut [Request]) -> DriverResult<()> {
+        const ENOSPC: u32 = 28;
+        const EDQUOT: u32 = 122;
+        self.submit(requests).map_err(|failure| {
+            let request = requests.get(failure.index).copied().unwrap_or_default();
+            let code = match failure.errno {
+                ENOSPC | EDQUOT => ErrorCode::NoSpace,
+                _ if request.device == DEVICE_OUTPUT => ErrorCode::BackingIo,
+                _ => ErrorCode::OverlayIo,
+            };
+            let verb = match RequestOp::from_u32(request.op) {
+                Some(RequestOp::Read) => "read",
+                Some(RequestOp::Write) => "write",
+                Some(RequestOp::Copy) => "copy",
+                Some(RequestOp::Zero) => "zeroing",
+                Some(RequestOp::Flush) => "flush",
+                Some(RequestOp::SetLength) => "change of length",
+                None => "request",
+            };
+            let mut error = DriverError::new(code, format!("{verb} of {} bytes failed", request.length))
+                .at(request.device, request.offset);
+            error.errno = failure.errno;
+            error
+        })
+    }
+
+    /// Read `buffer.len()` bytes at `offset`; bytes past the end of the device read as zero.
+    ///
+    /// # Errors
+    /// As [`BlockIo::run`].
+    fn read(&mut self, device: u32, offset: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        let address = buffer.as_mut_ptr() as u64;
+        self.run(&mut [Request::read(device, offset, address, buffer.len() as u64)])
+    }
+
+    /// Write `buffer` at `offset`.
+    ///
+    /// # Errors
+    /// As [`BlockIo::run`].
+    fn write(&mut self, device: u32, offset: u64, buffer: &[u8]) -> DriverResult<()> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        let address = buffer.as_ptr() as u64;
+        self.run(&mut [Request::write(device, offset, address, buffer.len() as u64)])
+    }
+
+    /// Make everything written to `device` durable.
+    ///
+    /// # Errors
+    /// As [`BlockIo::run`].
+    fn flush(&mut self, device: u32) -> DriverResult<()> {
+        self.run(&mut [Request::flush(device)])
+    }
+}

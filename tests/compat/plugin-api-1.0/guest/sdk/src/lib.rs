@@ -1,0 +1,23 @@
+//! What a format driver links to run inside the instar guest.
+//!
+//! A driver implements [`Source`] and [`Sink`] over [`BlockIo`], as an ordinary `no_std` library. The same
+//! code runs in two places: in host tests over in-memory devices, and in the guest, where the feature
+//! `guest` adds entry point, heap, panic handler and memory routines ([`runtime`]) around it.
+#![no_std]
+
+extern crate alloc;
+
+#[cfg(feature = "memory")]
+pub mod crash;
+mod error;
+pub mod ffi;
+mod io;
+#[cfg(feature = "memory")]
+pub mod memory;
+pub mod runtime;
+mod traits;
+
+pub use error::{DriverError, DriverResult};
+pub use instar_guest_abi as abi;
+pub use io::{BlockIo, IoFailure};
+pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};

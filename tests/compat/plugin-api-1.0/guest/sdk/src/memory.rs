@@ -1,0 +1,159 @@
+//! In-memory devices for tests of drivers and operations.
+//!
+//! They execute requests as the host does, and record every change and flush, so that a test can replay any
+//! part of it: what is on the disk after a crash.
+
+use crate::io::{BlockIo, IoFailure};
+use alloc::collections::BTreeMap;
+use alloc::vec;
+use alloc::vec::Vec;
+use instar_guest_abi::{request_status, Request, RequestOp};
+
+const EIO: u32 = 5;
+const EINVAL: u32 = 22;
+
+/// One recorded change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Bytes were written.
+    Write {
+        /// The device.
+        device: u32,
+        /// Byte offset.
+        offset: u64,
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// The length was set, in bytes.
+    SetLength {
+        /// The device.
+        device: u32,
+        /// The new length in bytes.
+        length: u64,
+    },
+    /// Everything before it on the device is durable.
+    Flush {
+        /// The device.
+        device: u32,
+    },
+}
+
+impl Change {
+    /// Apply the change to the devices. A flush changes nothing.
+    pub fn apply(&self, devices: &mut BTreeMap<u32, Vec<u8>>) {
+        match self {
+            Self::Write { device, offset, bytes } => {
+                let file = devices.entry(*device).or_default();
+                let start = usize::try_from(*offset).unwrap_or(usize::MAX);
+                let end = start.saturating_add(bytes.len());
+                if file.len() < end {
+                    file.resize(end, 0);
+                }
+                file[start..end].copy_from_slice(bytes);
+            }
+            Self::SetLength { device, length } => {
+                devices.entry(*device).or_default().resize(usize::try_from(*length).unwrap_or(usize::MAX), 0);
+            }
+            Self::Flush { .. } => {}
+        }
+    }
+}
+
+/// Devices in memory.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryDevices {
+    /// Content by device number.
+    pub files: BTreeMap<u32, Vec<u8>>,
+    /// What was done, in order.
+    pub log: Vec<Change>,
+    /// Number of `submit` calls: the exits that a guest would make.
+    pub submits: usize,
+    /// Fail the request with this number (counted from 0 over all submits) with EIO.
+    pub fail_at: Option<usize>,
+    /// What [`BlockIo::heap_free`] says, in bytes, if not 48 MiB.
+    pub heap: Option<usize>,
+    executed: usize,
+}
+
+impl MemoryDevices {
+    /// Devices with this content.
+    #[must_use]
+    pub fn new(files: impl IntoIterator<Item = (u32, Vec<u8>)>) -> Self {
+        Self { files: files.into_iter().collect(), ..Self::default() }
+    }
+
+    /// Number of requests executed so far.
+    #[must_use]
+    pub fn executed(&self) -> usize {
+        self.executed
+    }
+
+    fn change(&mut self, change: Change) {
+        change.apply(&mut self.files);
+        self.log.push(change);
+    }
+
+    fn bytes(&self, device: u32, offset: u64, length: u64) -> Option<Vec<u8>> {
+        let file = self.files.get(&device)?;
+        let mut bytes = vec![0; usize::try_from(length).ok()?];
+        let start = usize::try_from(offset).ok()?.min(file.len());
+        let count = bytes.len().min(file.len() - start);
+        bytes[..count].copy_from_slice(&file[start..start + count]);
+        Some(bytes)
+    }
+
+    fn execute(&mut self, request: &Request) -> Result<(), u32> {
+        let op = RequestOp::from_u32(request.op).ok_or(EINVAL)?;
+        if !self.files.contains_key(&request.device) {
+            return Err(EINVAL);
+        }
+        let (device, offset) = (request.device, request.offset);
+        let length = usize::try_from(request.length).map_err(|_| EINVAL)?;
+        match op {
+            RequestOp::Read => {
+                let bytes = self.bytes(device, offset, request.length).ok_or(EINVAL)?;
+                // SAFETY: the contract of `BlockIo::submit`: the caller owns `length` bytes at `buffer`.
+                unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), request.buffer as *mut u8, length) };
+            }
+            RequestOp::Write => {
+                // SAFETY: the contract of `BlockIo::submit`: `length` bytes at `buffer` are alive.
+                let bytes = unsafe { core::slice::from_raw_parts(request.buffer as *const u8, length) }.to_vec();
+                self.change(Change::Write { device, offset, bytes });
+            }
+            RequestOp::Copy => {
+                let bytes = self.bytes(request.src_device, request.src_offset, request.length).ok_or(EINVAL)?;
+                self.change(Change::Write { device, offset, bytes });
+            }
+            RequestOp::Zero => {
+                // Like a hole that is punched with the size kept.
+                let end = self.files.get(&device).map_or(0, Vec::len);
+                let start = usize::try_from(offset).map_err(|_| EINVAL)?.min(end);
+                let bytes = vec![0; length.min(end - start)];
+                self.change(Change::Write { device, offset, bytes });
+            }
+            RequestOp::Flush => self.change(Change::Flush { device }),
+            RequestOp::SetLength => self.change(Change::SetLength { device, length: offset }),
+        }
+        Ok(())
+    }
+}
+
+impl BlockIo for MemoryDevices {
+    fn submit(&mut self, requests: &mut [Request]) -> Result<(), IoFailure> {
+        self.submits += 1;
+        for (index, request) in requests.iter_mut().enumerate() {
+            let result = if self.fail_at == Some(self.executed) { Err(EIO) } else { self.execute(request) };
+            self.executed += 1;
+            if let Err(errno) = result {
+                request.status = i32::try_from(errno).unwrap_or(i32::MAX);
+                return Err(IoFailure { index, errno });
+            }
+            request.status = request_status::OK;
+        }
+        Ok(())
+    }
+
+    fn heap_free(&self) -> usize {
+        self.heap.unwrap_or(48 << 20)
+    }
+}

@@ -1,0 +1,90 @@
+//! The stable contract between the instar engine and its format plugins.
+//!
+//! A plugin is one shared library with two halves. This crate is about the *host half*: it answers three
+//! questions before anything is launched (what is this image, what is it backed by, may this image take its
+//! part in a commit) and hands over the bytes of the *guest half*, which does the work in the virtual machine.
+//!
+//! # Writing a plugin
+//!
+//! Make a library crate with `crate-type = ["cdylib"]` whose file is called `libinstar_plugin_NAME.so`,
+//! implement [`FormatPlugin`] and export it:
+//!
+//! ```
+//! use instar_plugin_api::{
+//!     export_plugin, CommitRole, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Verdict,
+//!     PROBE_CERTAIN, PROBE_NO,
+//! };
+//!
+//! struct Demo;
+//!
+//! impl FormatPlugin for Demo {
+//!     const NAME: &'static str = "demo";
+//!     const DESCRIPTION: &'static str = "a format with a four-byte header";
+//!     const VERSION: &'static str = "1.2.3";
+//!
+//!     fn probe(image: &ImageReader<'_>) -> Result<u32, PluginError> {
+//!         let magic = image.read_vec(0, 4)?;
+//!         Ok(if magic == b"DEMO" { PROBE_CERTAIN } else { PROBE_NO })
+//!     }
+//!
+//!     fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
+//!         Ok(ImageFacts::new(Self::NAME, image.length().saturating_sub(4), 0, image.length()))
+//!     }
+//!
+//!     fn verdict(_role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+//!         Verdict::supported(own.file_length.saturating_add(other.file_length))
+//!     }
+//!
+//!     fn guest_module() -> GuestModule {
+//!         // A real plugin embeds the ELF that its build script linked.
+//!         GuestModule::sink_only(b"\x7fELF")
+//!     }
+//! }
+//!
+//! export_plugin!(Demo);
+//! # fn main() {}
+//! ```
+//!
+//! # What a plugin may do
+//!
+//! It opens no file: the engine opened the image and passes an [`ImageReader`]. It keeps no state between calls,
+//! and it prints nothing. All sizes and offsets are in bytes. The engine calls from one thread at a time, but
+//! a plugin must not rely on it being the same one. What comes out of an image is hostile: check it, and answer with a
+//! [`PluginError`]. A panic is turned into an error by a guard around every call; it is still a bug.
+//!
+//! # Versions
+//!
+//! [`API_VERSION`] is the version of this crate and follows semver. An engine built with `x.y` loads every plugin
+//! built with `x.z` where `z ≤ y` (see [`version::accepts`]). To keep that promise, an
+//! interface never changes once released: [`v1`] is frozen, with every type that it mentions, and whatever
+//! comes later is a `v2` module beside it with a root module, types and a name of its own. The engine asks the library
+//! header which interface a plugin speaks, and keeps an adapter for each that it ever knew.
+// The derives of abi_stable 0.11 define impls inside functions.
+#![allow(non_local_definitions)]
+
+mod export;
+mod guard;
+mod plugin;
+mod reader;
+mod types;
+pub mod v1;
+pub mod version;
+
+pub use instar_guest_abi::ErrorCode;
+pub use plugin::{FormatPlugin, PROBE_ANYTHING, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO};
+pub use reader::{ImageReader, ReadImage, READ_BUDGET};
+pub use types::{
+    BackingPointer, CommitRole, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile,
+    ImageRegion, PluginError, Verdict, ROLE_SINK, ROLE_SOURCE,
+};
+pub use version::API_VERSION;
+
+/// The `abi_stable` types that stand in the values of this crate.
+pub use abi_stable::std_types;
+
+/// What the expansion of [`export_plugin!`] uses. Not part of the contract.
+#[doc(hidden)]
+pub mod __private {
+    pub use crate::export::{constructor, HEADER_SYMBOL};
+    pub use abi_stable::library::{CheckTypeLayout, LibHeader, RootModuleResult};
+}

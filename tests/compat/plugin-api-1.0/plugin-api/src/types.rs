@@ -1,0 +1,285 @@
+//! The values that cross the border between engine and plugin.
+
+use abi_stable::std_types::{ROption, RSlice, RString, RVec};
+use abi_stable::StableAbi;
+use instar_guest_abi::{ErrorCode, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
+
+/// Bit of [`GuestModule::roles`]: the module offers the source role.
+pub const ROLE_SOURCE: u32 = 1;
+/// Bit of [`GuestModule::roles`]: the module offers the sink role.
+pub const ROLE_SINK: u32 = 2;
+
+/// Why a plugin could not answer.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct PluginError {
+    /// An `ERROR_*` code as a number.
+    pub code: u32,
+    /// One clause that names the field and what is wrong with it; the engine adds the file's name.
+    pub message: RString,
+}
+
+impl PluginError {
+    /// An error with a code and a clause.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code: code.number(), message: RString::from(message.into()) }
+    }
+}
+
+/// A file that an image has besides the one that it is named by.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct ImageFile {
+    /// The recorded name, as the bytes that stand in the image. Hostile: the engine decides whether it is followed.
+    pub name: RVec<u8>,
+    /// Whether the file may become longer in a commit: by as much as [`Verdict::max_length`] lets the image.
+    pub grows: bool,
+}
+
+/// What an image records about the image it is backed by.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct BackingPointer {
+    /// The recorded name, as the bytes that stand in the image. Hostile.
+    pub name: RVec<u8>,
+    /// The recorded format, if there is one, as the bytes that stand in the image.
+    pub format: ROption<RVec<u8>>,
+}
+
+/// A property of an image that a verdict, or a person, may care about.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// Name in the terms of the format: `compat`, `refcount-bits`, `snapshots`, `encryption`, …
+    pub name: RString,
+    /// Value as JSON text: `"1.1"` with its quotes, `16`, `true`.
+    pub json: RString,
+    /// Whether it stands in the `format-specific` section of `instar info` (under the same name).
+    pub in_info: bool,
+}
+
+/// What a plugin knows of an image from its header.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct ImageFacts {
+    /// Name of the format: the plugin's name.
+    pub format: RString,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Cluster or grain size in bytes, 0 for a format without one.
+    pub cluster_size: u64,
+    /// Length of the file in bytes when it was looked at; of an image in several files, that of those that were open,
+    /// together.
+    pub file_length: u64,
+    /// The backing pointer, if there is one.
+    pub backing: ROption<BackingPointer>,
+    /// The image says of itself that it was not closed cleanly.
+    pub dirty: bool,
+    /// The image says of itself that it is corrupt.
+    pub corrupt: bool,
+    /// The content is encrypted.
+    pub encrypted: bool,
+    /// Other features, in the order in which they are shown.
+    pub features: RVec<Feature>,
+}
+
+impl ImageFacts {
+    /// Facts of a clean image without a backing and without features. Sizes in bytes.
+    #[must_use]
+    pub fn new(format: &str, virtual_size: u64, cluster_size: u64, file_length: u64) -> Self {
+        Self {
+            format: format.into(),
+            virtual_size,
+            cluster_size,
+            file_length,
+            backing: ROption::RNone,
+            dirty: false,
+            corrupt: false,
+            encrypted: false,
+            features: RVec::new(),
+        }
+    }
+
+    /// The JSON text of a feature.
+    #[must_use]
+    pub fn feature(&self, name: &str) -> Option<&str> {
+        self.features.iter().find(|f| f.name.as_str() == name).map(|f| f.json.as_str())
+    }
+}
+
+/// Which part an image has in a commit.
+#[repr(u8)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommitRole {
+    /// The overlay: data comes from it, and it is emptied afterwards.
+    Overlay,
+    /// The backing: data goes into it.
+    Backing,
+    /// An image that may be read through to what it is backed by: an ancestor of the backing, and the backing itself.
+    Ancestor,
+}
+
+/// Whether an image may take its part in a commit.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// `ERROR_OK` if it may, else the code of the refusal.
+    pub code: u32,
+    /// Why not: one clause that names the feature and what to do. With `ERROR_OK`, a warning for the operator, if it is
+    /// not empty.
+    pub reason: RString,
+    /// For [`CommitRole::Backing`]: the longest that the file may become in this commit, in bytes; of an image in several
+    /// files, all together. The engine ends a guest that asks for more. For [`CommitRole::Overlay`]: the same; 0 for no longer than it is.
+    pub max_length: u64,
+}
+
+impl Feature {
+    /// A feature whose value is a string of plain ASCII.
+    #[must_use]
+    pub fn text(name: &str, value: &str, in_info: bool) -> Self {
+        Self { name: name.into(), json: json_string(value).into(), in_info }
+    }
+
+    /// A feature whose value is a number.
+    #[must_use]
+    pub fn number(name: &str, value: u64, in_info: bool) -> Self {
+        Self { name: name.into(), json: value.to_string().into(), in_info }
+    }
+
+    /// A feature that is on or off.
+    #[must_use]
+    pub fn flag(name: &str, value: bool, in_info: bool) -> Self {
+        Self { name: name.into(), json: value.to_string().into(), in_info }
+    }
+}
+
+/// `text` as a JSON string, pure ASCII.
+fn json_string(text: &str) -> String {
+    let mut json = String::with_capacity(text.len() + 2);
+    json.push('"');
+    for unit in text.encode_utf16() {
+        match u8::try_from(unit).map(char::from) {
+            Ok(c @ ('"' | '\\')) => json.extend(['\\', c]),
+            Ok(c @ ' '..='~') => json.push(c),
+            _ => json.push_str(&format!("\\u{unit:04x}")),
+        }
+    }
+    json.push('"');
+    json
+}
+
+impl Verdict {
+    /// The image may take its part; `max_length` as in [`Verdict::max_length`].
+    #[must_use]
+    pub fn supported(max_length: u64) -> Self {
+        Self { code: ErrorCode::Ok.number(), reason: RString::new(), max_length }
+    }
+
+    /// The image may not take its part.
+    pub fn refused(code: ErrorCode, reason: impl Into<String>) -> Self {
+        Self { code: code.number(), reason: RString::from(reason.into()), max_length: 0 }
+    }
+}
+
+/// The guest half of a plugin.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy, Debug)]
+pub struct GuestModule {
+    /// A relocatable ELF as the guest build helper makes it.
+    pub elf: RSlice<'static, u8>,
+    /// [`ROLE_SOURCE`] and [`ROLE_SINK`].
+    pub roles: u32,
+    /// `MODULE_ABI_MAJOR` that it was built with.
+    pub abi_major: u32,
+    /// `MODULE_ABI_MINOR` that it was built with.
+    pub abi_minor: u32,
+}
+
+impl GuestModule {
+    /// A module that offers the roles in `roles`, built with the module interface of this crate's `instar-guest-abi`.
+    #[must_use]
+    pub const fn new(elf: &'static [u8], roles: u32) -> Self {
+        Self { elf: RSlice::from_slice(elf), roles, abi_major: MODULE_ABI_MAJOR, abi_minor: MODULE_ABI_MINOR }
+    }
+
+    /// A module that offers both roles.
+    #[must_use]
+    pub const fn source_and_sink(elf: &'static [u8]) -> Self {
+        Self::new(elf, ROLE_SOURCE | ROLE_SINK)
+    }
+
+    /// A module that can only be read from.
+    #[must_use]
+    pub const fn source_only(elf: &'static [u8]) -> Self {
+        Self::new(elf, ROLE_SOURCE)
+    }
+
+    /// A module that can only be committed into.
+    #[must_use]
+    pub const fn sink_only(elf: &'static [u8]) -> Self {
+        Self::new(elf, ROLE_SINK)
+    }
+}
+
+/// A new, empty image that is wanted.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug)]
+pub struct CreateSpec {
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Name of the new file without its directory, for a format that records it.
+    pub file_name: RVec<u8>,
+    /// Backing pointer to record.
+    pub backing: ROption<BackingPointer>,
+    /// Facts of the backing image, if it was looked at.
+    pub backing_facts: ROption<ImageFacts>,
+    /// `-o` options as name and value, in the order given.
+    pub options: RVec<abi_stable::std_types::Tuple2<RString, RString>>,
+}
+
+/// Bytes at an offset of a new image.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct ImageRegion {
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// The bytes.
+    pub bytes: RVec<u8>,
+}
+
+/// One more file of a new image: `length` zero bytes with `regions` written over them.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct CreatedFile {
+    /// Its name, without a directory: it is made beside the image's own file, and must not exist.
+    pub name: RVec<u8>,
+    /// Length of the file in bytes.
+    pub length: u64,
+    /// What is not zero.
+    pub regions: RVec<ImageRegion>,
+}
+
+/// What to write for a new image: a file of `length` zero bytes with `regions` written over them.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct CreatedImage {
+    /// Length of the file in bytes.
+    pub length: u64,
+    /// What is not zero.
+    pub regions: RVec<ImageRegion>,
+    /// The other files of an image in several files.
+    pub files: RVec<CreatedFile>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feature_values_are_json() {
+        assert_eq!(Feature::text("a", "1.1", true).json, r#""1.1""#);
+        assert_eq!(Feature::text("a", "q\"\\\n\u{1b}é😀", true).json, r#""q\"\\\u000a\u001b\u00e9\ud83d\ude00""#);
+        assert_eq!(Feature::number("a", 16, true).json, "16");
+        assert_eq!(Feature::flag("a", false, true).json, "false");
+    }
+}
