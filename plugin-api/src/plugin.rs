@@ -68,6 +68,18 @@ pub trait FormatPlugin: 'static {
     /// [`CommitRole::Overlay`] it is 0, unless the file has to become longer before it can be emptied.
     fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict;
 
+    /// What a person should know of the image that the other facts do not say: what a commit does to it, what keeps it from
+    /// being committed, what is odd about it. One line each, without a final stop; 16 of them at most, of 300 bytes at
+    /// most. `instar info` and `instar commit -v` print them. `facts` are those that [`facts`](Self::facts) gave for this image.
+    ///
+    /// Since contract 1.1; none by default, and for a plugin that was built with 1.0.
+    ///
+    /// # Errors
+    /// As [`facts`](Self::facts). It is printed in place of the notes, and nothing fails for it.
+    fn notes(_image: &ImageReader<'_>, _facts: &ImageFacts) -> Result<Vec<String>, PluginError> {
+        Ok(Vec::new())
+    }
+
     /// The guest half.
     fn guest_module() -> GuestModule;
 

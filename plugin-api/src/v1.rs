@@ -1,7 +1,7 @@
 //! Interface version 1: what crosses the border between engine and plugin. Frozen.
 //!
 //! Nothing in here, and none of the types mentioned in here, may change: not a field, not its type, not its order.
-//! A later need is a `v2` module beside this one.
+//! A later need is a module of its own, as [`v2`](crate::v2) is.
 //!
 //! Plugin authors do not need it: they implement [`FormatPlugin`](crate::FormatPlugin).
 

@@ -1,15 +1,16 @@
-//! Interface version 1 is frozen: names, order, sizes and types of everything that crosses the border.
+//! The interface versions are frozen: names, order, sizes and types of everything that crosses the border.
 //!
-//! If this fails, a type of the contract was changed. Take the change back: whatever is new belongs into interface
-//! version 2. Only before the first release may `v1-layout.txt` follow (run with `INSTAR_BLESS_LAYOUT=1`).
+//! If this fails, a type of the contract was changed. Take the change back: whatever is new belongs into an interface
+//! version of its own. Only before its first release may a file follow (run with `INSTAR_BLESS_LAYOUT=1`).
 
 use abi_stable::abi_stability::PrefixStableAbi;
 use abi_stable::type_layout::TypeLayout;
 use abi_stable::StableAbi;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
+use instar_plugin_api::v2::PluginModuleV2_Prefix;
 use instar_plugin_api::{
-    BackingPointer, CommitRole, CreateSpec, CreatedImage, Feature, GuestModule, ImageFacts, ImageReader, ImageRegion,
-    PluginError, Verdict,
+    BackingPointer, CommitRole, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile,
+    ImageReader, ImageRegion, PluginError, Verdict,
 };
 use std::fmt::Write as _;
 
@@ -22,6 +23,16 @@ fn describe(layout: &TypeLayout) -> String {
         }
     }
     text
+}
+
+/// Hold layouts against a file of this folder.
+fn hold(layouts: &[&'static TypeLayout], file: &str) {
+    let text: String = layouts.iter().map(|layout| describe(layout)).collect();
+    let path = format!("{}/tests/{file}", env!("CARGO_MANIFEST_DIR"));
+    if std::env::var_os("INSTAR_BLESS_LAYOUT").is_some() {
+        std::fs::write(&path, &text).unwrap_or_default();
+    }
+    assert_eq!(text, std::fs::read_to_string(path).unwrap_or_default());
 }
 
 #[test]
@@ -40,11 +51,14 @@ fn interface_version_1_is_what_it_was() {
         <CreatedImage as StableAbi>::LAYOUT,
         <ImageRegion as StableAbi>::LAYOUT,
         <PluginModuleV1_Prefix as PrefixStableAbi>::LAYOUT,
+        <ImageFile as StableAbi>::LAYOUT,
+        <CreatedFile as StableAbi>::LAYOUT,
     ];
-    let text: String = layouts.into_iter().map(describe).collect();
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/v1-layout.txt");
-    if std::env::var_os("INSTAR_BLESS_LAYOUT").is_some() {
-        std::fs::write(path, &text).unwrap_or_default();
-    }
-    assert_eq!(text, std::fs::read_to_string(path).unwrap_or_default());
+    hold(&layouts, "v1-layout.txt");
+}
+
+/// All of its values are those of version 1.
+#[test]
+fn interface_version_2_is_what_it_was() {
+    hold(&[<PluginModuleV2_Prefix as PrefixStableAbi>::LAYOUT], "v2-layout.txt");
 }

@@ -6,7 +6,7 @@ use super::output::{print, print_json, OutputFormat};
 use super::CliError;
 use crate::config::Config;
 use crate::confine::{Confinement, Reach, Work};
-use crate::plugins::{FileImage, Registry, SearchPath};
+use crate::plugins::{FileImage, ImageFiles, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
@@ -50,6 +50,8 @@ pub(super) struct Shown {
     pub filename: PathBuf,
     pub actual_size: u64,
     pub facts: ImageFacts,
+    /// What its plugin has to say besides, one line each.
+    pub notes: Vec<String>,
     /// Where the backing file is; `None` for one behind a protocol.
     pub backing_path: Option<PathBuf>,
 }
@@ -120,6 +122,7 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
         }
         let found = registry.identify(&image, hint.as_deref()).map_err(|error| CliError::identify(&path, &error))?;
         let facts = found.facts;
+        let notes = found.plugin.notes(ImageFiles::one(&image), &facts);
         let backing = facts.backing.as_ref().into_option();
         let backing_path = backing.and_then(|backing| resolve_backing(&path, &backing.name));
         if let (true, Some(backing), Some(path)) = (chain, backing, &backing_path) {
@@ -127,7 +130,8 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
                 backing.format.as_ref().into_option().map(|format| String::from_utf8_lossy(format).into_owned());
             next = Some((path.clone(), format));
         }
-        images.push(Shown { filename: path, actual_size: metadata.blocks().saturating_mul(512), facts, backing_path });
+        let actual_size = metadata.blocks().saturating_mul(512);
+        images.push(Shown { filename: path, actual_size, facts, notes, backing_path });
     }
     Ok(images)
 }
@@ -142,7 +146,7 @@ pub(super) fn resolve_backing(image: &Path, name: &[u8]) -> Option<PathBuf> {
     Some(image.parent().unwrap_or(Path::new("")).join(OsStr::from_bytes(name)))
 }
 
-/// The keys of `qemu-img info --output=json`.
+/// The keys of `qemu-img info --output=json`, and `notes`.
 fn json(image: &Shown) -> Value {
     let facts = &image.facts;
     let mut map = Map::new();
@@ -174,6 +178,10 @@ fn json(image: &Shown) -> Value {
         map.insert("backing-filename".into(), String::from_utf8_lossy(&backing.name).into());
     }
     map.insert("dirty-flag".into(), facts.dirty.into());
+    // Not a key of `qemu-img info`, and only there if there is something to say.
+    if !image.notes.is_empty() {
+        map.insert("notes".into(), image.notes.as_slice().into());
+    }
     map.into()
 }
 

@@ -1,6 +1,6 @@
 //! `instar info` for people.
 
-use super::escape::{escape, escape_bytes, escape_path};
+use super::escape::{escape, escape_bytes, escape_path, printable};
 use super::info::{specific, Shown};
 use super::size::format_size;
 use serde_json::Value;
@@ -44,6 +44,12 @@ pub(super) fn human(image: &Shown) -> String {
     }
     for (name, value) in features {
         feature(&mut text, 1, &name, &value);
+    }
+    if !image.notes.is_empty() {
+        text.push_str("Notes:\n");
+    }
+    for note in &image.notes {
+        let _ = writeln!(text, "    {}", printable(note));
     }
     text
 }

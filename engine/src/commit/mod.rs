@@ -30,7 +30,7 @@ use crate::cli::escape::escape_path;
 use crate::cli::CliError;
 use crate::confine::{Confinement, Reach, Work};
 use crate::devices::{Cache, Workers};
-use crate::plugins::{Registry, SearchPath};
+use crate::plugins::{ImageFiles, Registry, SearchPath};
 use crate::vm::KvmDevice;
 use instar_guest_abi::{commit_flags, ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
@@ -320,4 +320,6 @@ fn note_plugins(registry: &Registry, notes: &mut Vec<String>) {
 fn note_image(role: &str, image: &ChainImage<'_>, notes: &mut Vec<String>) {
     let (format, size) = (image.facts.format.as_str(), image.facts.virtual_size);
     notes.push(format!("{role} {} ({format}, {size} bytes)", escape_path(&image.opened.path)));
+    let said = image.plugin.notes(ImageFiles::one(&image.opened.file), &image.facts);
+    notes.extend(said.iter().map(|note| format!("{role} {}: {note}", escape_path(&image.opened.path))));
 }

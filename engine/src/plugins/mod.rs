@@ -4,6 +4,7 @@
 //! owner and mode of the opened file, `elf` at its content, `library` loads it and asks for its interface,
 //! [`Plugin`] calls it and checks what it answers, [`Registry`] finds the plugin for an image.
 
+mod answers;
 mod budget;
 mod elf;
 mod failure;

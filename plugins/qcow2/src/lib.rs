@@ -41,6 +41,10 @@ impl FormatPlugin for Qcow2 {
         verdict::give(role, own, other)
     }
 
+    fn notes(_: &ImageReader<'_>, facts: &ImageFacts) -> Result<Vec<String>, PluginError> {
+        Ok(verdict::notes(facts))
+    }
+
     fn guest_module() -> GuestModule {
         GuestModule::source_and_sink(GUEST_MODULE)
     }

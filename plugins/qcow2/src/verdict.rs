@@ -34,6 +34,42 @@ fn snapshot_warning(own: &ImageFacts) -> String {
     format!("its internal snapshots ({names}) see what is committed wherever they hold nothing themselves")
 }
 
+/// What a person should know of an image before it is committed.
+pub fn notes(own: &ImageFacts) -> Vec<String> {
+    let mut notes = Vec::new();
+    if let Some((_, reason)) = refusal(CommitRole::Overlay, own) {
+        notes.push(line(format!("it can be no part of a commit: {reason}")));
+    }
+    if own.dirty {
+        notes.push("it was not closed cleanly: a commit repairs its refcounts first".to_owned());
+    }
+    let count = |name: &str, one: &str, many: &str| match number(own, name) {
+        0 => None,
+        1 => Some(format!("1 {one}")),
+        count => Some(format!("{count} {many}")),
+    };
+    if let Some(snapshots) = count(names::SNAPSHOTS, "internal snapshot", "internal snapshots") {
+        let names = own.feature(names::SNAPSHOT_NAMES).unwrap_or("\"\"").trim_matches('"');
+        let text = "a commit keeps them, and what only they refer to keeps its room in the file";
+        notes.push(line(format!("{snapshots}: {text} ({names})")));
+    }
+    if let Some(bitmaps) = count(names::BITMAPS, "persistent bitmap", "persistent bitmaps") {
+        notes.push(format!("{bitmaps}: what a commit writes into the image is recorded in those that are enabled"));
+    }
+    notes
+}
+
+/// A note as long as notes may be.
+fn line(mut text: String) -> String {
+    const MOST: usize = 300;
+    if text.len() > MOST {
+        let end = (0..=MOST - "…".len()).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
 type Refusal = Option<(ErrorCode, String)>;
 
 fn number(facts: &ImageFacts, name: &str) -> u64 {

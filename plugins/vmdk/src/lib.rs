@@ -38,6 +38,10 @@ impl FormatPlugin for Vmdk {
         verdict::give(role, own, other)
     }
 
+    fn notes(_: &ImageReader<'_>, facts: &ImageFacts) -> Result<Vec<String>, PluginError> {
+        Ok(verdict::notes(facts))
+    }
+
     fn guest_module() -> GuestModule {
         GuestModule::source_and_sink(GUEST_MODULE)
     }

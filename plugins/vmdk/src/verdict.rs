@@ -6,16 +6,8 @@ use instar_vmdk_format::{next_content_id, NO_PARENT, TABLE_BYTES, TABLE_ENTRIES}
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
 pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
-    if own.encrypted {
-        let reason = "encryption is not supported: convert it to an image without encryption";
-        return Verdict::refused(ErrorCode::LuksUnsupported, reason);
-    }
-    if let Some(json) = own.feature(names::UNSUPPORTED) {
-        return Verdict::refused(ErrorCode::UnsupportedFormat, json.trim_matches('"').replace("\\\\", "\\"));
-    }
-    if own.feature(names::FLAT).is_some() && own.backing.is_some() {
-        let reason = "an image with flat extents cannot have a parent: its parentCID is wrong";
-        return Verdict::refused(ErrorCode::UnsupportedFormat, reason);
+    if let Some((code, reason)) = refusal(own) {
+        return Verdict::refused(code, reason);
     }
     match role {
         CommitRole::Overlay => of_layer(own, other),
@@ -23,6 +15,33 @@ pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         CommitRole::Ancestor => Verdict::supported(0),
         CommitRole::Backing => of_backing(own, other),
     }
+}
+
+/// What keeps an image from taking any part.
+fn refusal(own: &ImageFacts) -> Option<(ErrorCode, String)> {
+    if own.encrypted {
+        let reason = "encryption is not supported: convert it to an image without encryption";
+        return Some((ErrorCode::LuksUnsupported, reason.to_owned()));
+    }
+    if let Some(json) = own.feature(names::UNSUPPORTED) {
+        return Some((ErrorCode::UnsupportedFormat, json.trim_matches('"').replace("\\\\", "\\")));
+    }
+    if own.feature(names::FLAT).is_some() && own.backing.is_some() {
+        let reason = "an image with flat extents cannot have a parent: its parentCID is wrong";
+        return Some((ErrorCode::UnsupportedFormat, reason.to_owned()));
+    }
+    None
+}
+
+/// What a person should know of an image before it is committed.
+pub fn notes(own: &ImageFacts) -> Vec<String> {
+    let refused = refusal(own).map(|(_, reason)| format!("it can be no part of a commit: {reason}"));
+    let stream = own.feature(names::COMPRESSED).map(|_| "streamOptimized: nothing can be committed into it".to_owned());
+    let tracked = own.feature(names::CHANGE_TRACKING).map(|_| {
+        "VMware's list of changed blocks (changeTrackPath) will not know what is committed into the image".to_owned()
+    });
+    // A reason may quote the image, and be longer than a note may be.
+    refused.into_iter().chain(stream).chain(tracked).map(|note| note.chars().take(300).collect()).collect()
 }
 
 fn number(facts: &ImageFacts, name: &str) -> Option<u32> {

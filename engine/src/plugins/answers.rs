@@ -1,0 +1,186 @@
+//! What a plugin may answer. It is trusted as code, and can be wrong all the same: what it says is used in commands, on
+//! terminals and as bounds, so nonsense is refused here, by name, and never passed on.
+
+use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
+use instar_plugin_api::v1::PluginManifest;
+use instar_plugin_api::{CreatedImage, GuestModule, ImageFacts, ROLE_SINK, ROLE_SOURCE};
+
+/// Longest name of a format in bytes: it has to fit into the guest's module table.
+const NAME_MAX: usize = 31;
+/// Longest description or version, longest name of a feature, option or extension, in bytes.
+const TEXT_MAX: usize = 200;
+/// Longest message or reason that is shown, in bytes.
+const MESSAGE_MAX: usize = 2000;
+/// Most aliases, extensions and options.
+const LIST_MAX: usize = 64;
+/// Most features of an image, and the longest value of one, in bytes.
+const FEATURES_MAX: (usize, usize) = (1000, 1 << 20);
+/// Longest recorded name or format of a backing, in bytes: no path is longer.
+const RECORDED_MAX: usize = 4095;
+/// Most notes on an image, and the longest of them in bytes.
+const NOTES_MAX: (usize, usize) = (16, 300);
+/// Longest metadata of a new image in bytes, over all regions.
+const CREATED_MAX: u64 = 1 << 30;
+
+/// `text` with what is more than can be shown cut off.
+pub fn cut(mut text: String) -> String {
+    if text.len() > MESSAGE_MAX {
+        let end = (0..=MESSAGE_MAX).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
+/// Whether a text is a line of at most `most` bytes.
+fn is_line(text: &str, most: usize) -> bool {
+    text.len() <= most && !text.chars().any(char::is_control)
+}
+
+/// Whether `name` may be the name of a format.
+fn is_format_name(name: &str) -> bool {
+    name.len() <= NAME_MAX
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_')
+}
+
+/// What a plugin says about itself.
+pub fn check_manifest(manifest: &PluginManifest) -> Result<(), String> {
+    let lists = [manifest.aliases.len(), manifest.extensions.len(), manifest.create_options.len()];
+    if lists.iter().any(|&count| count > LIST_MAX) {
+        return Err(format!("it has more than {LIST_MAX} aliases, extensions or options"));
+    }
+    // `core` and `commit` are modules of the guest itself.
+    for name in std::iter::once(&manifest.name).chain(&manifest.aliases) {
+        if !is_format_name(name) || name == "core" || name == "commit" {
+            let shown: String = name.chars().take(NAME_MAX + 1).collect();
+            return Err(format!("{shown:?} cannot be the name of a format"));
+        }
+    }
+    let own = [("description", &manifest.description), ("version", &manifest.version)];
+    let extensions = manifest.extensions.iter().map(|extension| ("extension", extension));
+    let options =
+        manifest.create_options.iter().flat_map(|option| [("option", &option.0), ("option's help", &option.1)]);
+    for (what, text) in own.into_iter().chain(extensions).chain(options) {
+        if !is_line(text, TEXT_MAX) {
+            return Err(format!("its {what} is not one short line"));
+        }
+    }
+    Ok(())
+}
+
+/// The guest half, as far as it can be judged before it is loaded.
+pub fn check_module(module: &GuestModule) -> Result<(), String> {
+    if !module.elf.starts_with(b"\x7fELF") {
+        return Err("its guest module is not an ELF file".to_owned());
+    }
+    if module.roles == 0 || module.roles & !(ROLE_SOURCE | ROLE_SINK) != 0 {
+        return Err(format!("its guest module has the unknown roles {:#x}", module.roles));
+    }
+    let (major, minor) = (module.abi_major, module.abi_minor);
+    if major != MODULE_ABI_MAJOR || minor > MODULE_ABI_MINOR {
+        let advice = if major < MODULE_ABI_MAJOR { "rebuild the plugin" } else { "update instar" };
+        return Err(format!(
+            "its guest module was built for module interface {major}.{minor}, this instar has \
+             {MODULE_ABI_MAJOR}.{MODULE_ABI_MINOR}: {advice}"
+        ));
+    }
+    Ok(())
+}
+
+/// The facts of an image of `file_length` bytes, from the plugin of the format `name`.
+pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(), String> {
+    if facts.format.as_str() != name {
+        let shown: String = facts.format.chars().take(NAME_MAX + 1).collect();
+        return Err(format!("it reports the format {shown:?}"));
+    }
+    if facts.file_length != file_length {
+        return Err("it reports another file length than the file has".to_owned());
+    }
+    if facts.virtual_size > i64::MAX as u64 {
+        return Err("it reports a virtual size beyond 2^63 bytes".to_owned());
+    }
+    if facts.cluster_size != 0 && !facts.cluster_size.is_power_of_two() {
+        return Err(format!("it reports a cluster size of {} bytes, which is no power of two", facts.cluster_size));
+    }
+    if facts.cluster_size > i64::MAX as u64 {
+        return Err("it reports a cluster size beyond 2^63 bytes".to_owned());
+    }
+    if let Some(backing) = facts.backing.as_ref().into_option() {
+        let format = backing.format.as_ref().into_option().map_or(0, |format| format.len());
+        if backing.name.len().max(format) > RECORDED_MAX {
+            return Err(format!("it reports a backing whose name or format is longer than {RECORDED_MAX} bytes"));
+        }
+    }
+    if facts.features.len() > FEATURES_MAX.0 {
+        return Err(format!("it reports more than {} features", FEATURES_MAX.0));
+    }
+    for feature in &facts.features {
+        if feature.name.is_empty() || !is_line(&feature.name, TEXT_MAX) {
+            return Err("the name of a feature that it reports is not one short line".to_owned());
+        }
+        let is_json = || serde_json::from_str::<serde_json::Value>(&feature.json).is_ok();
+        if feature.json.len() > FEATURES_MAX.1 || !is_json() {
+            return Err(format!("the value of its feature {:?} is not JSON, or too long", feature.name.as_str()));
+        }
+    }
+    Ok(())
+}
+
+/// Notes on an image.
+pub fn check_notes(notes: &[String]) -> Result<(), String> {
+    let fit = notes.iter().all(|note| !note.is_empty() && is_line(note, NOTES_MAX.1));
+    if fit && notes.len() <= NOTES_MAX.0 {
+        Ok(())
+    } else {
+        Err("its notes are not a few short lines".to_owned())
+    }
+}
+
+/// A new image.
+pub fn check_created(image: &CreatedImage) -> Result<(), String> {
+    let mut total = 0u64;
+    let others = image.files.iter().map(|file| (file.length, &file.regions));
+    for (file_length, regions) in std::iter::once((image.length, &image.regions)).chain(others) {
+        for region in regions {
+            let length = region.bytes.len() as u64;
+            total = total.saturating_add(length);
+            if region.offset.checked_add(length).is_none_or(|end| end > file_length) {
+                return Err("it puts metadata of a new image past the end of the file".to_owned());
+            }
+        }
+        if total > CREATED_MAX || file_length > i64::MAX as u64 {
+            return Err("it makes a new image too large to be written".to_owned());
+        }
+    }
+    if image.files.len() > MAX_FILE_DEVICES {
+        return Err(format!("it makes a new image of more than {MAX_FILE_DEVICES} files"));
+    }
+    // Beside the image, and nowhere else.
+    let plain = |name: &[u8]| !matches!(name, b"" | b"." | b"..") && !name.iter().any(|&b| b == b'/' || b == 0);
+    if !image.files.iter().all(|file| plain(&file.name)) {
+        return Err("it names a file of a new image by what is no plain file name".to_owned());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_formats() {
+        for good in ["qcow2", "raw", "my-format_2"] {
+            assert!(is_format_name(good), "{good}");
+        }
+        for bad in ["", "2x", "Qcow2", "a b", "a\n", "é", "a/b", &"a".repeat(32)] {
+            assert!(!is_format_name(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_message_is_cut_at_a_character() {
+        assert_eq!(cut("é".repeat(100)), "é".repeat(100));
+        assert_eq!(cut(format!("a{}", "é".repeat(2000))).len(), 1999 + "…".len());
+    }
+}
