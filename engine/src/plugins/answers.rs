@@ -3,7 +3,7 @@
 
 use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
-use instar_plugin_api::{CreatedImage, GuestModule, ImageFacts, ROLE_SINK, ROLE_SOURCE};
+use instar_plugin_api::{CreatedImage, GuestModule, ImageFacts, ImageFile, ROLE_SINK, ROLE_SOURCE};
 
 /// Longest name of a format in bytes: it has to fit into the guest's module table.
 const NAME_MAX: usize = 31;
@@ -123,6 +123,14 @@ pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(
         if feature.json.len() > FEATURES_MAX.1 || !is_json() {
             return Err(format!("the value of its feature {:?} is not JSON, or too long", feature.name.as_str()));
         }
+    }
+    Ok(())
+}
+
+/// The other files of an image. How many there may be depends on the rest of the chain.
+pub fn check_files(files: &[ImageFile]) -> Result<(), String> {
+    if files.iter().any(|file| file.name.len() > RECORDED_MAX) {
+        return Err(format!("it names a file of the image by more than {RECORDED_MAX} bytes"));
     }
     Ok(())
 }

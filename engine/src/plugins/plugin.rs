@@ -114,7 +114,9 @@ impl Plugin {
     /// # Errors
     /// As [`facts`](Self::facts).
     pub fn files(&self, image: &dyn ImageRead) -> Result<Vec<ImageFile>, PluginFailure> {
-        self.with_reader(ImageFiles::one(image), |reader| self.library.interface.files(reader))
+        let files = self.with_reader(ImageFiles::one(image), |reader| self.library.interface.files(reader))?;
+        answers::check_files(&files).map_err(|message| self.faulty(message))?;
+        Ok(files)
     }
 
     /// What the header of an image says.
