@@ -9,7 +9,8 @@
 //! The binary is built with the feature `guest` by a cargo of its own, with a target directory of its own
 //! (shared by all guest modules of one outer target directory), so it neither waits for the outer cargo's
 //! lock nor inherits its profile, its flags or clippy's wrapper. The bytes depend on the sources and the tool chain,
-//! not on the folder or the outer profile.
+//! not on the folder or the outer profile. With `INSTAR_GUEST_SYMBOLS` set in the environment, a module keeps symbols and line
+//! numbers for `addr2line`.
 
 mod dep_info;
 mod environment;

@@ -27,6 +27,13 @@ pub const PROFILE: &[(&str, &str)] = &[
     ("CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS", "true"),
 ];
 
+/// With this variable set, a module keeps its symbols and the lines of its sources, for `addr2line`. They are not loaded.
+pub const SYMBOLS_VARIABLE: &str = "INSTAR_GUEST_SYMBOLS";
+
+/// What of [`PROFILE`] is different then.
+pub const WITH_SYMBOLS: &[(&str, &str)] =
+    &[("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only"), ("CARGO_PROFILE_RELEASE_STRIP", "none")];
+
 /// File name of the linker script. It carries a hash of the content, so that cargo sees a changed script as
 /// changed flags.
 pub fn script_name() -> String {

@@ -55,6 +55,7 @@ impl GuestModule {
     pub fn build_path(&self) -> PathBuf {
         match self.try_build() {
             Ok((elf, sources)) => {
+                println!("cargo:rerun-if-env-changed={}", link::SYMBOLS_VARIABLE);
                 for source in &sources {
                     println!("cargo:rerun-if-changed={}", source.display());
                 }
@@ -113,6 +114,9 @@ impl GuestModule {
         command.env("CARGO_ENCODED_RUSTFLAGS", link::encoded_flags(&remapped(folder)));
         command.env("LIBRARY_PATH", target_dir);
         command.envs(link::PROFILE.iter().copied());
+        if std::env::var_os(link::SYMBOLS_VARIABLE).is_some() {
+            command.envs(link::WITH_SYMBOLS.iter().copied());
+        }
         let output = command.output().map_err(|e| self.error(&format!("cargo could not be started: {e}")))?;
         if output.status.success() {
             return Ok(());
