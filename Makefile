@@ -23,7 +23,7 @@ PATHS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
 endif
 PATHS ?=
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz demo bench bench-quick deb clean python qemu-img file-systems
+.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz demo bench bench-quick deb clean python qemu-img file-systems semver release-check
 
 help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -86,6 +86,16 @@ bench-quick: instar qemu-img file-systems ## the same with small images, under t
 deb: instar ## a Debian package, in target/debian
 	@$(CARGO) deb --version >/dev/null 2>&1 || $(CARGO) install cargo-deb --locked
 	$(CARGO) deb --package instar-engine --no-build
+
+# Installing it takes ten minutes, which is why CI does not: tests/contract, in `make test`, compares signatures and layouts.
+# Its version has to know the rustdoc format of the installed compiler: install a newer one where it says so.
+semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)
+	@$(CARGO) semver-checks --version >/dev/null 2>&1 || $(CARGO) install cargo-semver-checks --locked
+	@for crate in plugin-api guest/abi guest/sdk; do \
+		$(CARGO) semver-checks --manifest-path $$crate/Cargo.toml --baseline-root tests/compat/plugin-api-1.0 \
+			--release-type minor || exit 1; done
+
+release-check: semver ## what a release needs besides `make test`
 
 clean: ## remove what was built; the tools in .venv, too
 	$(CARGO) clean

@@ -111,6 +111,28 @@ def test_info_for_people(pair):
         assert line in text
 
 
+def test_info_says_what_a_commit_means_for_the_image(pair):
+    pair.make()
+    assert "notes" not in run_instar("info", "--output", "json", pair.base).json
+    assert "Notes:" not in run_instar("info", pair.base).stdout
+    support.qemu_img("snapshot", "-c", "before the upgrade", pair.base)
+    support.qemu_img("bitmap", "--add", pair.base, "daily")
+    notes = run_instar("info", "--output", "json", pair.base).json["notes"]
+    assert len(notes) == 2 and notes[0].startswith("1 internal snapshot: ") and "(before the upgrade)" in notes[0]
+    assert notes[1].startswith("1 persistent bitmap: ")
+    human = run_instar("info", pair.base).stdout.splitlines()
+    assert human[-3:] == ["Notes:", *(f"    {note}" for note in notes)]
+    verbose = run_instar("commit", "-v", pair.top)
+    assert verbose.rc == 0
+    assert all(f"instar: backing {pair.base}: {note}\n" in verbose.stderr for note in notes), str(verbose)
+
+
+def test_info_of_an_image_that_cannot_be_committed(tmp_path):
+    path = support.create(tmp_path / "image.qcow2", MIB, data_file=str(tmp_path / "data"))
+    [note] = run_instar("info", "--output", "json", path).json["notes"]
+    assert note.startswith("it can be no part of a commit: an external data file is not supported")
+
+
 def test_info_escapes_names(pair):
     pair.make()
     qcow2_bytes.Image(pair.top).set_backing(b"a\n\x1b[31mb")
