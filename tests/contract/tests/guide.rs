@@ -78,6 +78,15 @@ fn its_example_is_the_template() {
 }
 
 #[test]
+fn its_test_of_a_driver_is_one() {
+    let guide = guide();
+    let part = guide.split_once("<!-- tests/contract/tests/driver.rs -->\n```rust\n").unwrap().1;
+    let code = part.split_once("\n```\n").unwrap().0;
+    let real = include_str!("driver.rs");
+    assert_eq!(code, real.split_once("\n\n").unwrap().1.trim_end());
+}
+
+#[test]
 fn its_reasons_are_those_of_the_loader() {
     let mut sources = String::new();
     for folder in ["engine/src/plugins", "plugin-api/src"] {
