@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use instar_contract_tests::{api, repository, Api, Public};
+use std::path::Path;
 
 /// Constants that say how far the contract has grown.
 const GROWING: &[&str] = &["MODULE_ABI_MINOR"];
@@ -41,6 +42,37 @@ fn compare(then: &Api, now: &Api) -> Vec<String> {
         is_new(name) && !item.has_default && owner(name).is_some_and(|owner| traits.contains(&owner.as_str()))
     });
     gone.chain(demanded.map(|(name, _)| format!("{name}: no implementation of then has it"))).collect()
+}
+
+/// FNV-1a of the frozen sources, paths and contents.
+const DIGEST: u64 = 0x7ec5_528f_64ac_0a06;
+/// How many files there are.
+const FILES: usize = 58;
+
+fn digest(folder: &Path, value: &mut u64) -> usize {
+    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    let mut files = 0;
+    for path in paths.iter().filter(|path| !path.ends_with("target")) {
+        if path.is_dir() {
+            files += digest(path, value);
+            continue;
+        }
+        let name = path.file_name().unwrap().to_string_lossy().into_owned().into_bytes();
+        for byte in name.into_iter().chain(std::fs::read(path).unwrap()) {
+            *value = (*value ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        files += 1;
+    }
+    files
+}
+
+/// If this fails, something in `tests/compat/plugin-api-1.0` was changed: take that back.
+#[test]
+fn the_frozen_crates_are_frozen() {
+    let mut value = 0xcbf2_9ce4_8422_2325;
+    assert_eq!(digest(&repository().join("tests/compat/plugin-api-1.0"), &mut value), FILES);
+    assert_eq!(value, DIGEST, "{value:#x}");
 }
 
 #[test]
