@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -16,6 +17,8 @@ from support import MIB, run_instar
 
 TARGET = support.instar_binary().resolve().parent
 PREFIX = "libinstar_plugin_"
+ABI = (support.REPO / "guest/abi/src/module.rs").read_text()
+MAJOR, MINOR = (re.search(rf"MODULE_ABI_{part}: u32 = (\d+);", ABI)[1] for part in ("MAJOR", "MINOR"))
 
 
 @pytest.fixture
@@ -144,9 +147,9 @@ LOADED = {
     "guest_module:elf": "its guest module is not an ELF file",
     "guest_module:none": "unknown roles 0x0",
     "guest_module:roles": "unknown roles 0x8",
-    "guest_module:major": "built for module interface 2.3, this instar has 1.3: update instar",
-    "guest_module:minor": "built for module interface 1.99, this instar has 1.3: update instar",
-    "guest_module:old": "built for module interface 0.3, this instar has 1.3: rebuild the plugin",
+    "guest_module:major": f"built for module interface 2.{MINOR}, this instar has {MAJOR}.{MINOR}: update instar",
+    "guest_module:minor": f"built for module interface {MAJOR}.99, this instar has {MAJOR}.{MINOR}: update instar",
+    "guest_module:old": f"built for module interface 0.{MINOR}, this instar has {MAJOR}.{MINOR}: rebuild the plugin",
 }
 
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use instar_contract_tests::{api, repository};
+use instar_guest_sdk::abi::{MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use std::collections::BTreeSet;
 use std::fs::read_to_string;
 
@@ -59,6 +60,19 @@ fn every_callback_is_named() {
     assert_eq!(missing, Vec::<String>::new());
     assert!(count > 50, "{count} names were looked for");
     assert!(!names(&prose, "frobnicate"));
+}
+
+#[test]
+fn it_names_the_versions_of_today() {
+    let manifest = read_to_string(repository().join("plugin-api/Cargo.toml")).unwrap();
+    let version = manifest.lines().find_map(|line| line.strip_prefix("version = \"")).unwrap();
+    let api = version.rsplit_once('.').unwrap().0;
+    let module = format!("{MODULE_ABI_MAJOR}.{MODULE_ABI_MINOR}");
+    let guide = guide();
+    assert!(guide.contains(&format!("`instar-plugin-api` | {api} |")), "{api}");
+    assert!(guide.contains(&format!("of `instar-guest-abi` | {module} |")), "{module}");
+    let man = read_to_string(repository().join("docs/man/instar-plugin.7")).unwrap();
+    assert!(man.contains(&format!("This is plugin API {api}, module interface {module}.")), "{api}, {module}");
 }
 
 #[test]
