@@ -25,10 +25,8 @@ const SHARED_AT_ONCE: u64 = 1 << 30;
 
 /// What is to be written directly, collected while the rest is done.
 struct Plan {
-    /// Multiples of this many bytes, in the target.
+    /// Pieces begin and end at multiples of this many bytes, in the target.
     block: u64,
-    /// Both files are open for direct I/O: places in the source have to be multiples, too.
-    direct_source: bool,
     pieces: VecDeque<Piece>,
     /// Where the pieces are in the target: ascending, not adjacent.
     ranges: Vec<Range<u64>>,
@@ -39,15 +37,17 @@ impl Plan {
     fn of(target: &Device) -> Option<Self> {
         let direct = target.direct.or_else(|| Direct::possible(&target.file).filter(|_| target.eager))?;
         let block = direct.block().max(BLOCK);
-        let direct_source = target.direct.is_some();
-        Some(Self { block, direct_source, pieces: VecDeque::new(), ranges: Vec::new() })
+        Some(Self { block, pieces: VecDeque::new(), ranges: Vec::new() })
     }
 
-    /// The part of a copy's bytes `from..to` that can be written directly, by whole blocks; empty if there is none.
-    fn whole_blocks(&self, request: &Request, from: u64, to: u64) -> Range<u64> {
-        let start = (request.offset + from).next_multiple_of(self.block);
-        let end = (request.offset + to) / self.block * self.block;
-        let fits = !self.direct_source || request.offset % self.block == request.src_offset % self.block;
+    /// The part of a copy's bytes `from..to` that can be written directly, by whole blocks; empty if there is none. Where the
+    /// source is read directly, its blocks have to be whole, too.
+    fn whole_blocks(&self, job: &Job<'_>, from: u64, to: u64) -> Range<u64> {
+        let request = job.request;
+        let block = job.source.direct.map_or(self.block, |direct| self.block.max(direct.block()));
+        let start = (request.offset + from).next_multiple_of(block);
+        let end = (request.offset + to) / block * block;
+        let fits = job.source.direct.is_none() || request.offset % block == request.src_offset % block;
         if start >= end || !fits {
             return to..to;
         }
@@ -151,7 +151,7 @@ impl Copier {
             let (data, end) = job.next_data(done, available);
             job.zero(done, data)?;
             let shared = self.share(job, data, end)?;
-            let direct = plan.as_ref().map_or(end..end, |plan| plan.whole_blocks(job.request, shared, end));
+            let direct = plan.as_ref().map_or(end..end, |plan| plan.whole_blocks(job, shared, end));
             self.copy_or_zero(job, shared, direct.start)?;
             if let (Some(plan), false) = (plan.as_mut(), direct.is_empty()) {
                 plan.add(job, direct.clone(), index);
