@@ -1,13 +1,13 @@
 //! The error codes of a commit. Append-only: a code never changes its number, name or meaning.
 
 macro_rules! error_codes {
-    ($($(#[$doc:meta])* $variant:ident = $value:literal, $constant:ident;)*) => {
+    ($($(#[doc = $doc:literal])* $variant:ident = $value:literal, $constant:ident;)*) => {
         /// Every way in which a commit can end.
         #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum ErrorCode { $($(#[$doc])* $variant = $value,)* }
+        pub enum ErrorCode { $($(#[doc = $doc])* $variant = $value,)* }
 
-        $($(#[$doc])* pub const $constant: u32 = $value;)*
+        $($(#[doc = $doc])* pub const $constant: u32 = $value;)*
 
         impl ErrorCode {
             /// All codes in the order of their numbers.
@@ -23,6 +23,12 @@ macro_rules! error_codes {
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$variant => stringify!($constant),)* }
+            }
+
+            /// When it is given, in one sentence.
+            #[must_use]
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc),*),)* }
             }
 
             /// The number as it stands in messages and JSON.
