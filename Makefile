@@ -23,10 +23,12 @@ PATHS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
 endif
 PATHS ?=
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz demo bench bench-quick deb clean python qemu-img file-systems semver release-check
+include packaging/packaging.mk
+
+.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz demo bench bench-quick clean python qemu-img file-systems semver
 
 help: ## this list
-	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
 		awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
 
 instar: ## build everything: the program, the plugins, the guest modules
@@ -83,10 +85,6 @@ bench: instar python qemu-img file-systems ## measure against qemu-img commit an
 bench-quick: instar qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
 	$(PYTHON) tests/bench.py --instar $(INSTAR) --quick $(BENCH_ARGS)
 
-deb: instar ## a Debian package, in target/debian
-	@$(CARGO) deb --version >/dev/null 2>&1 || $(CARGO) install cargo-deb --locked
-	$(CARGO) deb --package instar-engine --no-build
-
 # Installing it takes ten minutes, which is why CI does not: tests/contract, in `make test`, compares signatures and layouts.
 # Its version has to know the rustdoc format of the installed compiler: install a newer one where it says so.
 semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)
@@ -94,8 +92,6 @@ semver: ## are the plugin crates still compatible with those of contract 1.0? (c
 	@for crate in plugin-api guest/abi guest/sdk; do \
 		$(CARGO) semver-checks --manifest-path $$crate/Cargo.toml --baseline-root tests/compat/plugin-api-1.0 \
 			--release-type minor || exit 1; done
-
-release-check: semver ## what a release needs besides `make test`
 
 clean: ## remove what was built; the tools in .venv, too
 	$(CARGO) clean

@@ -1,0 +1,90 @@
+# Installing, packages, and what a release has to pass. Included by the Makefile.
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+BINDIR  ?= $(PREFIX)/bin
+# Where plugins go, below: the program looks in `lib` beside its `bin`, and in its triplet's folder and `lib64`.
+LIBDIR  ?= $(PREFIX)/lib
+MANDIR  ?= $(PREFIX)/share/man
+DOCDIR  ?= $(PREFIX)/share/doc/instar
+BASHDIR ?= $(PREFIX)/share/bash-completion/completions
+ZSHDIR  ?= $(PREFIX)/share/zsh/site-functions
+FISHDIR ?= $(PREFIX)/share/fish/vendor_completions.d
+# The program reads its configuration here, whatever the prefix is.
+CONFDIR := /etc/instar
+
+BUNDLED := qcow2 raw vmdk
+ASSETS  := target/assets
+STAGE   := target/stage
+DOCS    := $(wildcard docs/*.md)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+# What plugin writers need, in the order of their dependencies.
+CRATES  := instar-guest-abi instar-guest-build instar-guest-sdk instar-plugin-api
+
+# When the sources were last changed: the only date in what is built.
+ifndef SOURCE_DATE_EPOCH
+SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)
+endif
+export SOURCE_DATE_EPOCH
+
+# No folder of this machine gets into what is built. A user's RUSTFLAGS hold instead.
+CARGO_BUILD_RUSTFLAGS := $(strip $(CARGO_BUILD_RUSTFLAGS) \
+	--remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CURDIR)=/instar)
+export CARGO_BUILD_RUSTFLAGS
+# Shares what `cargo clippy` by itself has built.
+lint: export CARGO_BUILD_RUSTFLAGS :=
+
+.PHONY: assets install uninstall stage-deb stage-rpm deb rpm crates reproducible test-installed release-check
+
+assets: instar
+	@rm -rf $(ASSETS)
+	target/release/instar-assets $(ASSETS)
+
+# A configuration that is there is the operator's.
+install: assets ## install below PREFIX (/usr/local), with DESTDIR before it
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)/instar/plugins $(DESTDIR)$(CONFDIR) \
+		$(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR) $(DESTDIR)$(DOCDIR)/docs
+	install -m 755 $(INSTAR) $(DESTDIR)$(BINDIR)/instar
+	install -m 644 $(BUNDLED:%=target/release/libinstar_plugin_%.so) $(DESTDIR)$(LIBDIR)/instar/plugins
+	for page in $(ASSETS)/man/*; do \
+		install -D -m 644 "$$page" "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; done
+	install -m 644 $(ASSETS)/completions/bash/instar $(DESTDIR)$(BASHDIR)/instar
+	install -m 644 $(ASSETS)/completions/zsh/_instar $(DESTDIR)$(ZSHDIR)/_instar
+	install -m 644 $(ASSETS)/completions/fish/instar.fish $(DESTDIR)$(FISHDIR)/instar.fish
+	install -m 644 README.md SECURITY.md $(ASSETS)/third-party.txt $(DESTDIR)$(DOCDIR)
+	install -m 644 $(DOCS) $(DESTDIR)$(DOCDIR)/docs
+	[ -e $(DESTDIR)$(CONFDIR)/config.toml ] || install -m 644 packaging/config.toml $(DESTDIR)$(CONFDIR)/config.toml
+
+uninstall: ## remove what `make install` put there, with the same PREFIX and DESTDIR; a changed configuration stays
+	rm -f $(DESTDIR)$(BINDIR)/instar $(BUNDLED:%=$(DESTDIR)$(LIBDIR)/instar/plugins/libinstar_plugin_%.so)
+	rm -f $(DESTDIR)$(MANDIR)/man[1-9]/instar.[1-9] $(DESTDIR)$(MANDIR)/man[1-9]/instar-*.[1-9]
+	rm -f $(DESTDIR)$(BASHDIR)/instar $(DESTDIR)$(ZSHDIR)/_instar $(DESTDIR)$(FISHDIR)/instar.fish
+	rm -rf $(DESTDIR)$(DOCDIR)
+	cmp -s packaging/config.toml $(DESTDIR)$(CONFDIR)/config.toml && rm -f $(DESTDIR)$(CONFDIR)/config.toml || true
+	for folder in $(LIBDIR)/instar/plugins $(LIBDIR)/instar $(CONFDIR); do \
+		rmdir --ignore-fail-on-non-empty $(DESTDIR)$$folder 2>/dev/null || true; done
+
+# --- packages ---------------------------------------------------------------------------------------------------
+
+# What a package holds, as it will lie on the disk: stripped, manual pages and long texts compressed. $(1): the kind,
+# $(2): variables for `install`.
+define stage
+	@rm -rf $(STAGE)/$(1)
+	@$(MAKE) --no-print-directory install DESTDIR=$(CURDIR)/$(STAGE)/$(1) PREFIX=/usr $(2) > $(STAGE)-$(1).log || \
+		{ cat $(STAGE)-$(1).log >&2; exit 1; }
+	@strip --strip-unneeded --remove-section=.comment --remove-section=.note $(STAGE)/$(1)/usr/bin/instar $$(find $(STAGE)/$(1) -name '*.so')
+	@find $(STAGE)/$(1)/usr/share/man -type f -exec gzip -9n {} +
+	@gzip -9n $(STAGE)/$(1)/usr/share/doc/instar/third-party.txt
+endef
+
+deb: instar ## a Debian package, in target/debian
+	@$(CARGO) deb --version >/dev/null 2>&1 || $(CARGO) install cargo-deb --locked
+	$(call stage,deb,LIBDIR=/usr/lib/x86_64-linux-gnu ZSHDIR=/usr/share/zsh/vendor-completions)
+	@gzip -9nc $(ASSETS)/changelog > $(STAGE)/deb/usr/share/doc/instar/changelog.gz
+	$(CARGO) deb --package instar-engine --no-build --no-strip --quiet
+
+rpm: instar ## an RPM package, in target/generate-rpm
+	@$(CARGO) generate-rpm --version >/dev/null 2>&1 || $(CARGO) install cargo-generate-rpm --locked
+	$(call stage,rpm,LIBDIR=/usr/lib64)
+	@install -D -m 644 LICENSE $(STAGE)/rpm/usr/share/licenses/instar/LICENSE
+	$(CARGO) generate-rpm --package engine --auto-req builtin
