@@ -88,3 +88,23 @@ rpm: instar ## an RPM package, in target/generate-rpm
 	$(call stage,rpm,LIBDIR=/usr/lib64)
 	@install -D -m 644 LICENSE $(STAGE)/rpm/usr/share/licenses/instar/LICENSE
 	$(CARGO) generate-rpm --package engine --auto-req builtin
+
+# --- what a release has to pass -----------------------------------------------------------------------------------
+
+# $(1): programs, $(2): Debian packages that have them.
+define need
+	@if ! command -v $(1) >/dev/null; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -q && apt-get install -y -q --no-install-recommends $(2); \
+		else echo '$@ needs: apt-get install $(2)' >&2; exit 1; fi; fi
+endef
+
+crates: ## the crates that plugin writers need, verified offline, in target/package
+	$(CARGO) package --offline $(CRATES:%=-p %)
+
+reproducible: ## two builds of the last commit are byte-identical (two full builds)
+	tests/reproducible.sh
+
+test-installed: deb qemu-img ## the .deb in a fresh Debian: installed, used by an ordinary user, purged (root, KVM)
+	$(call need,debootstrap,debootstrap)
+	$(PYTHON) tests/installed.py target/debian/instar_$(VERSION)_amd64.deb
