@@ -31,8 +31,10 @@ help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
 		awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
 
-instar: ## build everything: the program, the plugins, the guest modules
+instar: ## build everything: the program, the plugins, the guest modules, the manual pages
 	$(CARGO) build --release --workspace
+	@rm -rf $(ASSETS)
+	@target/release/instar-assets $(ASSETS)
 
 lint: ## formatting, clippy, licences and advisories
 	$(CARGO) fmt --all --check
@@ -48,7 +50,7 @@ test-rust: ## the Rust tests
 		$(CARGO) nextest run --release --workspace && $(CARGO) test --release --workspace --doc; \
 	else $(CARGO) test --release --workspace; fi
 
-test-integration: instar python qemu-img file-systems ## the Python tests; paths and options after the goal go to pytest
+test-integration: instar python qemu-img file-systems mandoc ## the Python tests; paths and options after the goal go to pytest
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests)
 
 # One after the other, whatever -j says: each of them uses all processors by itself.
@@ -57,7 +59,7 @@ test: ## everything that CI runs: lint, test-rust, test-integration
 	$(MAKE) test-rust
 	$(MAKE) test-integration
 
-test-deep: instar python qemu-img file-systems ## the long tests: more random images, more crash points (hours)
+test-deep: instar python qemu-img file-systems mandoc ## the long tests: more random images, more crash points (hours)
 	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --release --workspace
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests
 

@@ -34,14 +34,11 @@ export CARGO_BUILD_RUSTFLAGS
 # Shares what `cargo clippy` by itself has built.
 lint: export CARGO_BUILD_RUSTFLAGS :=
 
-.PHONY: assets install uninstall stage-deb stage-rpm deb rpm crates reproducible test-installed release-check
+.PHONY: install uninstall stage-deb stage-rpm deb rpm crates reproducible test-installed mandoc release-check
 
-assets: instar
-	@rm -rf $(ASSETS)
-	target/release/instar-assets $(ASSETS)
-
-# A configuration that is there is the operator's.
-install: assets ## install below PREFIX (/usr/local), with DESTDIR before it
+# Only copies, so that `sudo make install` needs no tool chain: what `make` has built, or else builds first. A configuration
+# that is there is the operator's.
+install: $(if $(wildcard $(ASSETS)/changelog),,instar) ## install below PREFIX (/usr/local), with DESTDIR before it
 	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)/instar/plugins $(DESTDIR)$(CONFDIR) \
 		$(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR) $(DESTDIR)$(DOCDIR)/docs
 	install -m 755 $(INSTAR) $(DESTDIR)$(BINDIR)/instar
@@ -100,6 +97,7 @@ define need
 endef
 
 crates: ## the crates that plugin writers need, verified offline, in target/package
+	@$(CARGO) fetch --locked
 	$(CARGO) package --offline $(CRATES:%=-p %)
 
 reproducible: ## two builds of the last commit are byte-identical (two full builds)
@@ -108,3 +106,12 @@ reproducible: ## two builds of the last commit are byte-identical (two full buil
 test-installed: deb qemu-img ## the .deb in a fresh Debian: installed, used by an ordinary user, purged (root, KVM)
 	$(call need,debootstrap,debootstrap)
 	$(PYTHON) tests/installed.py target/debian/instar_$(VERSION)_amd64.deb
+
+mandoc:
+	$(call need,mandoc,mandoc)
+
+release-check: python qemu-img mandoc ## everything that a release has to pass besides `make test` (half an hour; root)
+	$(call need,debootstrap,debootstrap)
+	$(call need,lintian,lintian man-db)
+	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install cargo-deny --locked
+	$(PYTHON) packaging/release_check.py

@@ -11,8 +11,12 @@ import support
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "examples" / "plugin-template"
-# Where the published crates are until they are published.
-CRATES = {"instar-plugin-api": "plugin-api", "instar-guest-build": "guest/build", "instar-guest-sdk": "guest/sdk"}
+# Where the published crates are until they are published; `make release-check` names a folder with what `cargo package` made.
+CRATES = {name: ROOT / folder for name, folder in {
+    "instar-plugin-api": "plugin-api", "instar-guest-build": "guest/build", "instar-guest-sdk": "guest/sdk"}.items()}
+if "INSTAR_CRATES" in os.environ:
+    CRATES = {folder.name.rpartition("-")[0]: folder.resolve()
+              for folder in Path(os.environ["INSTAR_CRATES"]).glob("instar-*") if folder.is_dir()}
 
 
 def generated(directory, name):
@@ -23,7 +27,7 @@ def generated(directory, name):
             text = path.read_text().replace("{{format}}", name)
             assert "{{" not in text, path
             path.write_text(text)
-    patches = "".join(f'{crate} = {{ path = "{ROOT / folder}" }}\n' for crate, folder in CRATES.items())
+    patches = "".join(f'{crate} = {{ path = "{folder}" }}\n' for crate, folder in CRATES.items())
     with (directory / "Cargo.toml").open("a") as manifest:
         manifest.write(f"\n[patch.crates-io]\n{patches}")
     shutil.copy(ROOT / "examples" / "qed-plugin" / "Cargo.lock", directory / "Cargo.lock")

@@ -1,0 +1,159 @@
+"""`make release-check`: what a release has to pass besides `make test`. One line a check; the first that fails ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+class Failed(Exception):
+    """Why a check failed, for people."""
+
+
+def run(*args, **environment):
+    """A program's output; how it failed is the reason. The last lines are those that say why."""
+    argv = [os.fspath(arg) for arg in args]
+    done = subprocess.run(argv, cwd=REPO, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode != 0:
+        lines = "\n".join(done.stdout.splitlines()[-25:])
+        raise Failed(f"`{' '.join(argv)}` ended with status {done.returncode}\n{lines}")
+    return done.stdout
+
+
+def git(*args):
+    return subprocess.run(["git", *args], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def clean():
+    changed = git("status", "--porcelain")
+    if changed:
+        raise Failed(f"not committed:\n{changed}")
+    return git("rev-parse", "--short", "HEAD")
+
+
+def versions():
+    """The workspace's crates have one version, the contract its own; what depends on them says so; the changelog knows it."""
+    manifest = tomllib.loads((REPO / "Cargo.toml").read_text())["workspace"]
+    version = manifest["package"]["version"]
+    output = subprocess.run(["cargo", "metadata", "--format-version", "1", "--no-deps", "--locked"], cwd=REPO,
+                            capture_output=True, text=True, check=False)
+    if output.returncode != 0:
+        raise Failed(f"cargo metadata: {output.stderr.strip()}")
+    crates = {package["name"]: package["version"] for package in json.loads(output.stdout)["packages"]}
+    contract = crates.pop("instar-plugin-api")
+    other = {name: has for name, has in crates.items() if has != version}
+    if other:
+        raise Failed(f"not {version}: {other}")
+    crates["instar-plugin-api"] = contract
+    for name, dependency in manifest["dependencies"].items():
+        if isinstance(dependency, dict) and "path" in dependency and dependency["version"] != crates[name]:
+            raise Failed(f"Cargo.toml: [workspace.dependencies] {name} = {dependency['version']}, but the crate is {crates[name]}")
+    said = re.search(r"^## \[([^]]+)\](?: - (\d{4}-\d{2}-\d{2}))?$", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
+    if said is None or said[1] not in ("Unreleased", version):
+        raise Failed(f"CHANGELOG.md: the first section is {said and said[0]!r}, neither [Unreleased] nor [{version}]")
+    tagged = f"v{version}" in git("tag", "--points-at", "HEAD").split()
+    if tagged and said[2] is None:
+        raise Failed(f"this commit is tagged v{version}, but CHANGELOG.md has no section [{version}] with a date")
+    state = "released" if said[2] else "unreleased"
+    return f"{version}, {state}; plugin contract {contract}"
+
+
+def licences():
+    run("cargo", "deny", "check", "licenses", "bans", "sources")
+    return "licenses, bans, sources"
+
+
+def built():
+    """The files that the packages consist of are those of this commit: they are built here."""
+    run("make", "deb", "rpm")
+    return f"{package().name}, {only('target/generate-rpm', '*.rpm').name}"
+
+
+def only(folder, pattern):
+    """The newest: of earlier versions others may lie there."""
+    found = sorted((REPO / folder).glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise Failed(f"there is no {folder}/{pattern}")
+    return found[-1]
+
+
+def package():
+    return only("target/debian", "*.deb")
+
+
+def lint():
+    told = run("lintian", "--allow-root", "--fail-on", "error,warning,info", "--display-info", "--pedantic", package())
+    tags = [line for line in told.splitlines() if re.match(r"[EWIP]: ", line)]
+    if tags:
+        raise Failed("\n".join(tags))
+    return "no error, warning or info"
+
+
+def rpm():
+    """As rpm reads it, where there is an rpm."""
+    path = only("target/generate-rpm", "*.rpm")
+    if subprocess.run(["sh", "-c", "command -v rpm"], capture_output=True, check=False).returncode != 0:
+        run("apt-get", "install", "-y", "-q", "--no-install-recommends", "rpm")
+    run("rpm", "-K", "--nosignature", path)
+    held = set(run("rpm", "-qpl", path).split())
+    for wanted in ("/usr/bin/instar", "/usr/lib64/instar/plugins/libinstar_plugin_qcow2.so", "/etc/instar/config.toml",
+                   "/usr/share/man/man1/instar-commit.1.gz", "/usr/share/licenses/instar/LICENSE"):
+        if wanted not in held:
+            raise Failed(f"{path.name} lacks {wanted}")
+    if "/etc/instar/config.toml" not in run("rpm", "-qpc", path).split():
+        raise Failed(f"{path.name}: the configuration is not marked as one")
+    return f"{len(held)} files"
+
+
+def crates():
+    """What `cargo package` makes is enough to build a plugin."""
+    for old in (REPO / "target/package").glob("instar-*"):
+        run("rm", "-rf", old)
+    run("make", "crates")
+    run(".venv/bin/python", "-m", "pytest", "-q", "tests/test_plugin_template.py", INSTAR_CRATES=str(REPO / "target/package"),
+        INSTAR_BIN=str(REPO / "target/release/instar"))
+    made = sorted(path.name for path in (REPO / "target/package").glob("*.crate"))
+    return ", ".join(made)
+
+
+def last_line(*args):
+    return run(*args).strip().splitlines()[-1]
+
+
+CHECKS = [
+    ("everything is committed", clean),
+    ("versions", versions),
+    ("licences", licences),
+    ("packages", built),
+    ("lintian", lint),
+    ("rpm", rpm),
+    ("installed", lambda: last_line("make", "test-installed")),
+    ("crates", crates),
+    ("vendored, offline", lambda: last_line("tests/vendored.sh")),
+    ("reproducible", lambda: last_line("tests/reproducible.sh")),
+]
+
+
+def main():
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+        os.environ.pop(name, None)
+    for name, check in CHECKS:
+        start = time.monotonic()
+        try:
+            found = check()
+        except Failed as reason:
+            sys.exit(f"FAILED  {name}: {reason}")
+        print(f"ok  {name}: {found} ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

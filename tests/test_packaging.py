@@ -1,0 +1,180 @@
+"""What is made for packages: manual pages, completions, and what `make install` puts where."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import support
+from support import REPO, run, run_instar
+
+ASSETS = REPO / "target" / "assets"
+MAN = ASSETS / "man"
+COMPLETIONS = {shell: ASSETS / "completions" / path for shell, path in
+               {"bash": "bash/instar", "zsh": "zsh/_instar", "fish": "fish/instar.fish"}.items()}
+BUNDLED = ("qcow2", "raw", "vmdk")
+
+
+def help_of(*command):
+    result = run_instar(*command, "--help")
+    assert result.rc == 0, str(result)
+    return result.stdout
+
+
+def commands():
+    listed = help_of().split("Commands:\n")[1].split("\n\n")[0]
+    names = re.findall(r"^  (\w+)  ", listed, re.MULTILINE)
+    names.remove("help")
+    assert {"commit", "create"} <= set(names)
+    return names
+
+
+def options_of(command):
+    """Long and short options, as `--help` lists them."""
+    listed = re.findall(r"^ +(?:(-\w)(?:, |$| ))?(--[\w-]+)?", help_of(*command).split("Options:\n")[1], re.MULTILINE)
+    names = {name for pair in listed for name in pair if name}
+    assert "--help" in names
+    return names
+
+
+def text_of(page):
+    """A page without the formatter's escapes."""
+    return re.sub(r"\\f[BIRP]", "", (MAN / page).read_text()).replace("\\-", "-")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made():
+    assert MAN.is_dir(), "run `make instar`"
+
+
+def test_every_command_and_option_is_in_its_page_and_in_the_completions():
+    completions = {shell: path.read_text() for shell, path in COMPLETIONS.items()}
+    for command in commands():
+        page = text_of(f"instar-{command}.1")
+        assert f"instar-{command}(1)" in text_of("instar.1")
+        for option in options_of([command]):
+            assert re.search(rf"(?m)^(-\w, )?{option}\b", page), f"{option} is not in instar-{command}.1"
+        for shell, text in completions.items():
+            assert re.search(rf"\b{command}\b", text), f"{command} is not completed in {shell}"
+        for option in options_of([command]):
+            assert option in bash_offers(completions["bash"], command), f"{command} {option} is not completed in bash"
+            assert option in zsh_offers(completions["zsh"], command), f"{command} {option} is not completed in zsh"
+            assert fish_offers(completions["fish"], command, option), f"{command} {option} is not completed in fish"
+
+
+def bash_offers(text, command):
+    return re.search(rf'instar__subcmd__{command}\)\n\s+opts="([^"]*)"', text)[1].split()
+
+
+def zsh_offers(text, command):
+    block = re.search(rf"(?ms)^\s*\({command}\)$(.*?)^;;$", text)[1]
+    return set(re.findall(r"(?m)^'\*?(--?[\w-]+?)[[=+]", block))
+
+
+def fish_offers(text, command, option):
+    flag = rf"-l {option[2:]}\b" if option.startswith("--") else rf"-s {option[1:]}\b"
+    return re.search(rf'(?m)__fish_instar_using_subcommand {command}".*{flag}', text)
+
+
+def test_completions_of_bash_work():
+    script = f'source {COMPLETIONS["bash"]}; COMP_WORDS=(instar commit --res) COMP_CWORD=2; ' \
+        '_instar instar --res commit; echo "${COMPREPLY[@]}"'
+    result = run("bash", "-c", script)
+    assert (result.stdout, result.stderr) == ("--resize-backing\n", ""), str(result)
+
+
+def test_pages_render_without_a_warning():
+    pages = sorted(MAN.iterdir())
+    assert len(pages) >= len(commands()) + 1 + len(BUNDLED)
+    for page in pages:
+        result = run("mandoc", "-T", "lint", page)
+        assert (result.rc, result.stdout, result.stderr) == (0, "", ""), str(result)
+
+
+def test_pages_that_are_referred_to_are_there():
+    there = {page.name for page in MAN.iterdir()}
+    for page in there:
+        for name, section in re.findall(r"\b(instar[\w-]*)\s?\((\d)\)", re.sub(r"(?m)^\.BR ", "", text_of(page))):
+            assert f"{name}.{section}" in there, f"{page} refers to {name}({section})"
+
+
+def test_the_page_of_commit_has_its_sections_and_all_error_codes():
+    page = text_of("instar-commit.1")
+    for section in ("SYNOPSIS", "OPTIONS", "EXIT STATUS", "ERRORS", "ENVIRONMENT", "FILES", "EXAMPLES", '"SEE ALSO"'):
+        assert re.search(rf"(?m)^\.SH {section}$", page.replace(".SH SEE ALSO", '.SH "SEE ALSO"')), section
+    missing = [name for name, code in support.CODES.items() if f".B {code} {name}\n" not in page]
+    assert not missing and support.CODES
+
+
+def test_pages_of_plugins_say_what_the_plugins_say():
+    plugins = {plugin["name"]: plugin for plugin in run_instar("plugins", "--output", "json").json["plugins"]}
+    for name in BUNDLED:
+        page = text_of(f"instar-plugin-{name}.7")
+        plain = " ".join(page.split())
+        assert f"instar-plugin-{name} - {plugins[name]['description']}, for instar" in plain
+        for option in plugins[name]["create-options"]:
+            value = option["help"][0].upper() + option["help"][1:]
+            assert re.search(rf"\.B {option['name']} {re.escape(value)}", plain, re.IGNORECASE), option
+        assert "@" not in page
+
+
+def test_the_configuration_names_every_key_and_is_accepted(tmp_path):
+    text = (REPO / "packaging" / "config.toml").read_text()
+    assert tomllib.loads(text) == {}, "everything is commented out"
+    bare = re.sub(r"(?m)^#(?=[a-z-]+ = )", "", text)
+    config = tmp_path / "config.toml"
+    config.write_text(bare)
+    config.chmod(0o644)
+    result = support.run_instar("config", "--output", "json", env={"INSTAR_CONFIG": str(config)})
+    assert result.rc == 0, str(result)
+    keys = set(result.json) - {"files"}
+    assert set(tomllib.loads(bare)) == keys
+    assert all(any(value["from"] == str(config) for value in result.json[key]) for key in keys)
+
+
+def make(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "INSTAR_BIN")}
+    done = subprocess.run(["make", "--no-print-directory", "-C", REPO, *arguments], env=environment, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_what_is_installed_works_where_it_is_and_is_removed_again(tmp_path):
+    where = [f"DESTDIR={tmp_path}/root", "PREFIX=/opt/instar"]
+    assert "cargo build" not in make("install", *where), "installing must not need a tool chain"
+    prefix = tmp_path / "root/opt/instar"
+    program = prefix / "bin/instar"
+    listed = run(program, "plugins", "--output", "json").json
+    assert {plugin["path"] for plugin in listed["plugins"]} == \
+        {str(prefix / f"lib/instar/plugins/libinstar_plugin_{name}.so") for name in BUNDLED} and not listed["skipped"]
+    for args in (["-f", "raw", "base", "1M"], ["-f", "qcow2", "-b", "base", "-F", "raw", "top"]):
+        assert run(program, "create", "-q", *args, cwd=tmp_path).rc == 0
+    support.qemu_io(tmp_path / "top", "write -P 7 64k 4k")
+    assert run(program, "commit", "-q", tmp_path / "top").rc == 0
+    assert (tmp_path / "base").read_bytes() == bytes(65536) + b"\7" * 4096 + bytes((1 << 20) - 65536 - 4096)
+    for path in ("share/man/man1/instar-commit.1", "share/man/man7/instar-plugin-vmdk.7", "share/doc/instar/docs/commit.md",
+                 "share/bash-completion/completions/instar", "share/zsh/site-functions/_instar"):
+        assert (prefix / path).is_file(), path
+    config = tmp_path / "root/etc/instar/config.toml"
+    with config.open("a") as file:
+        file.write("plugin-dirs = []\n")
+    changed = config.read_text()
+    make("install", *where)
+    make("uninstall", *where)
+    left = [path for path in (tmp_path / "root").rglob("*") if not path.is_dir()]
+    assert left == [config] and config.read_text() == changed
+
+
+def test_documentation_that_is_installed_leads_nowhere_else():
+    """Links of README.md and docs/*.md are to what is installed with them, or to the sources on purpose."""
+    installed = {Path("README.md"), Path("SECURITY.md"), *(path.relative_to(REPO) for path in (REPO / "docs").glob("*.md"))}
+    sources = {"LICENSE", "CHANGELOG.md", "examples/qed-plugin", "examples/plugin-template"}
+    for page in installed:
+        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", (REPO / page).read_text()):
+            target_path = os.path.normpath(page.parent / target)
+            assert Path(target_path) in installed or target_path in sources, f"{page}: {target}"
