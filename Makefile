@@ -34,7 +34,7 @@ help: ## this list
 instar: ## build everything: the program, the plugins, the guest modules, the manual pages
 	$(CARGO) build --release --workspace
 	@rm -rf $(ASSETS)
-	@target/release/instar-assets $(ASSETS)
+	@$(dated) target/release/instar-assets $(ASSETS)
 
 lint: ## formatting, clippy, licences and advisories
 	$(CARGO) fmt --all --check

@@ -21,11 +21,13 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 # What plugin writers need, in the order of their dependencies.
 CRATES  := instar-guest-abi instar-guest-build instar-guest-sdk instar-plugin-api
 
-# When the sources were last changed: the only date in what is built.
+# When the sources were last changed: the only date in what is packed. Compilers do not see it: build scripts that watch it
+# would run again after each commit.
 ifndef SOURCE_DATE_EPOCH
 SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)
 endif
-export SOURCE_DATE_EPOCH
+unexport SOURCE_DATE_EPOCH
+dated := SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH)
 
 # No folder of this machine gets into what is built. A user's RUSTFLAGS hold instead.
 CARGO_BUILD_RUSTFLAGS := $(strip $(CARGO_BUILD_RUSTFLAGS) \
@@ -78,13 +80,13 @@ deb: instar ## a Debian package, in target/debian
 	@$(CARGO) deb --version >/dev/null 2>&1 || $(CARGO) install cargo-deb --locked
 	$(call stage,deb,LIBDIR=/usr/lib/x86_64-linux-gnu ZSHDIR=/usr/share/zsh/vendor-completions)
 	@gzip -9nc $(ASSETS)/changelog > $(STAGE)/deb/usr/share/doc/instar/changelog.gz
-	$(CARGO) deb --package instar-engine --no-build --no-strip --quiet
+	$(dated) $(CARGO) deb --package instar-engine --no-build --no-strip --quiet
 
 rpm: instar ## an RPM package, in target/generate-rpm
 	@$(CARGO) generate-rpm --version >/dev/null 2>&1 || $(CARGO) install cargo-generate-rpm --locked
 	$(call stage,rpm,LIBDIR=/usr/lib64)
 	@install -D -m 644 LICENSE $(STAGE)/rpm/usr/share/licenses/instar/LICENSE
-	$(CARGO) generate-rpm --package engine --auto-req builtin
+	$(dated) $(CARGO) generate-rpm --package engine --auto-req builtin
 
 # --- what a release has to pass -----------------------------------------------------------------------------------
 
