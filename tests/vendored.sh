@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 git clone --quiet --no-hardlinks "$repository" "$work/instar"
 cd "$work/instar"
 mkdir .cargo
-cargo vendor --quiet --locked > .cargo/config.toml 2> "$work/log" || { tail "$work/log" >&2; exit 1; }
+cargo vendor --locked > .cargo/config.toml 2> "$work/log" || { tail "$work/log" >&2; exit 1; }
 echo "[net]
 offline = true" >> .cargo/config.toml
 
