@@ -30,8 +30,8 @@ unexport SOURCE_DATE_EPOCH
 dated := SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH)
 
 # No folder of this machine gets into what is built. A user's RUSTFLAGS hold instead.
-CARGO_BUILD_RUSTFLAGS := $(strip $(CARGO_BUILD_RUSTFLAGS) \
-	--remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CURDIR)=/instar)
+REMAPPED := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CURDIR)=/instar
+CARGO_BUILD_RUSTFLAGS := $(strip $(filter-out $(REMAPPED),$(CARGO_BUILD_RUSTFLAGS)) $(REMAPPED))
 export CARGO_BUILD_RUSTFLAGS
 # Shares what `cargo clippy` by itself has built.
 lint: export CARGO_BUILD_RUSTFLAGS :=
@@ -71,7 +71,8 @@ define stage
 	@rm -rf $(STAGE)/$(1)
 	@$(MAKE) --no-print-directory install DESTDIR=$(CURDIR)/$(STAGE)/$(1) PREFIX=/usr $(2) > $(STAGE)-$(1).log || \
 		{ cat $(STAGE)-$(1).log >&2; exit 1; }
-	@strip --strip-unneeded --remove-section=.comment --remove-section=.note $(STAGE)/$(1)/usr/bin/instar $$(find $(STAGE)/$(1) -name '*.so')
+	@strip --strip-unneeded --remove-section=.comment --remove-section=.note $(STAGE)/$(1)/usr/bin/instar \
+		$$(find $(STAGE)/$(1) -name '*.so')
 	@find $(STAGE)/$(1)/usr/share/man -type f -exec gzip -9n {} +
 	@gzip -9n $(STAGE)/$(1)/usr/share/doc/instar/third-party.txt
 endef

@@ -56,7 +56,7 @@ def versions():
     crates["instar-plugin-api"] = contract
     for name, dependency in manifest["dependencies"].items():
         if isinstance(dependency, dict) and "path" in dependency and dependency["version"] != crates[name]:
-            raise Failed(f"Cargo.toml: [workspace.dependencies] {name} = {dependency['version']}, but the crate is {crates[name]}")
+            raise Failed(f"Cargo.toml: {name} is wanted as {dependency['version']}, but it is {crates[name]}")
     said = re.search(r"^## \[([^]]+)\](?: - (\d{4}-\d{2}-\d{2}))?$", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
     if said is None or said[1] not in ("Unreleased", version):
         raise Failed(f"CHANGELOG.md: the first section is {said and said[0]!r}, neither [Unreleased] nor [{version}]")

@@ -1,4 +1,4 @@
-"""`make test-installed DEB`: the Debian package in a fresh root, used by an ordinary user, and purged again.
+"""`make test-installed`: the Debian package in a fresh root, used by an ordinary user, and purged again.
 
 The root is a minimal Debian of the host's own suite, made by debootstrap from the host's own mirror and kept as a tar archive in
 `target/debian-root` for the next time. It needs root, `/dev/kvm`, and qemu-utils on the host.
@@ -45,10 +45,12 @@ def suite_and_mirror():
     """The host's suite and where its packages come from, as apt knows it."""
     lines = Path("/etc/os-release").read_text().splitlines()
     suite = dict(line.split("=", 1) for line in lines if "=" in line).get("VERSION_CODENAME", "").strip('"')
-    targets = run("apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(REPO_URI)", "Created-By: Packages").stdout
+    targets = run("apt-get", "indextargets", "--format", "$(CODENAME)|$(RELEASE)|$(COMPONENT)|$(REPO_URI)",
+                  "Created-By: Packages").stdout
     for target in targets.splitlines():
-        codename, component, uri = target.split(" ", 2)
-        if codename == suite and component == "main":
+        codename, release, component, uri = target.split("|", 3)
+        # Without package lists apt knows no code name, only the word in the list of sources.
+        if suite in (codename, release) and component == "main":
             return suite, uri
     return fail(f"apt knows no mirror with the suite '{suite}': run `apt-get update`")
 
@@ -88,7 +90,8 @@ class Root:
 
     def root(self, *args, rc=0):
         """Runs a program in it as root."""
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", "HOME": "/root"}
+        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8",
+                       "DEBIAN_FRONTEND": "noninteractive"}
         return run("chroot", self.path, *args, rc=rc, env=environment)
 
     def user(self, *args, groups=(), rc=0):
@@ -136,7 +139,9 @@ def use(root):
         expect(library in listed and "Skipped" not in listed, f"instar plugins: {listed}")
 
     for base, base_format, overlay, overlay_format in [
-        ("base.qcow2", "qcow2", "top.qcow2", "qcow2"), ("base.raw", "raw", "other.qcow2", "qcow2"), ("base.vmdk", "vmdk", "top.vmdk", "vmdk"),
+        ("base.qcow2", "qcow2", "top.qcow2", "qcow2"),
+        ("base.raw", "raw", "other.qcow2", "qcow2"),
+        ("base.vmdk", "vmdk", "top.vmdk", "vmdk"),
     ]:
         root.user("instar", "create", "-q", "-f", base_format, base, "8M")
         root.user("instar", "create", "-q", "-f", overlay_format, "-b", base, "-F", base_format, overlay)

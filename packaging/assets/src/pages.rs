@@ -27,19 +27,23 @@ pub fn by_hand(folder: &Path, date: Timestamp) -> Result<Vec<(PathBuf, Vec<u8>)>
     Ok(pages)
 }
 
-/// As the formatters want it: no empty lines, no line that ends in blanks or is longer than 80 bytes, no macro for a
-/// paragraph or a line break where there is one already.
+/// As the formatters want it: outside of literal text no empty lines, and no line that is longer than 80 bytes; no blanks at
+/// ends; no macro for a paragraph or a line break where there is one already.
 pub fn tidy(page: &str) -> String {
     let mut text = String::new();
     let (mut before, mut literal) = ("", false);
-    for line in page.lines().map(str::trim_end).filter(|line| !line.is_empty()) {
+    for line in page.lines().map(str::trim_end) {
         let doubled = (line == ".br" && before == ".br") || (line == ".PP" && before.starts_with(".SH"));
-        if doubled {
+        if !literal && (doubled || line.is_empty()) {
             continue;
         }
-        literal = line == ".EX" || (literal && line != ".EE");
+        literal = match line.split(' ').next() {
+            Some(".EX" | ".nf" | ".TS" | ".Bd") => true,
+            Some(".EE" | ".fi" | ".TE" | ".Ed") => false,
+            _ => literal,
+        };
         // The line after .TP is a tag.
-        if line.starts_with(['.', '\'']) || literal || before == ".TP" {
+        if literal || before == ".TP" || line.starts_with(['.', '\'']) || line.ends_with('\\') {
             text.push_str(line);
         } else {
             text.push_str(&filled(line));
@@ -71,8 +75,11 @@ mod tests {
     #[test]
     fn pages_are_tidied() {
         let long = format!("{}.hidden words", "a-b ".repeat(20));
-        let text = tidy(&format!(".SH X\n.PP\n\n{long}\n.br\n.br\n.TP\n{long}\n.EX\n{long}\n.EE\n"));
+        let text = tidy(&format!(".SH X\n.PP\n\n{long}\n.br\n.br\n.TP\n{long}\n.EX\n{long}\n\nb\n.EE\n\n"));
         let tail = "a-b ".repeat(20);
-        assert_eq!(text, format!(".SH X\n{}\n\\&.hidden words\n.br\n.TP\n{long}\n.EX\n{long}\n.EE\n", tail.trim_end()));
+        assert_eq!(
+            text,
+            format!(".SH X\n{}\n\\&.hidden words\n.br\n.TP\n{long}\n.EX\n{long}\n\nb\n.EE\n", tail.trim_end())
+        );
     }
 }
