@@ -16,7 +16,7 @@ CONFDIR := /etc/instar
 BUNDLED := qcow2 raw vmdk
 ASSETS  := target/assets
 STAGE   := target/stage
-DOCS    := $(wildcard docs/*.md)
+DOCS    := $(wildcard docs/*.md docs/*.svg)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 # What plugin writers need, in the order of their dependencies.
 CRATES  := instar-guest-abi instar-guest-build instar-guest-sdk instar-plugin-api

@@ -92,7 +92,11 @@ def test_pages_render_without_a_warning():
     assert len(pages) >= len(commands()) + 1 + len(BUNDLED)
     for page in pages:
         result = run("mandoc", "-T", "lint", page)
-        assert (result.rc, result.stdout, result.stderr) == (0, "", ""), str(result)
+        # It looks for the pages that an mdoc page names on this machine: ours have to be here, others need not be installed.
+        named = re.findall(r"referenced manual not found: Xr (instar\S*) (\d)", result.stdout)
+        assert all((MAN / ".".join(other)).exists() for other in named), str(result)
+        told = [line for line in result.stdout.splitlines() if "referenced manual not found" not in line]
+        assert not told, str(result)
 
 
 def test_pages_that_are_referred_to_are_there():
@@ -172,9 +176,9 @@ def test_what_is_installed_works_where_it_is_and_is_removed_again(tmp_path):
 
 def test_documentation_that_is_installed_leads_nowhere_else():
     """Links of README.md and docs/*.md are to what is installed with them, or to the sources on purpose."""
-    installed = {Path("README.md"), Path("SECURITY.md"), *(path.relative_to(REPO) for path in (REPO / "docs").glob("*.md"))}
+    installed = {Path("README.md"), Path("SECURITY.md"), *(path.relative_to(REPO) for path in (REPO / "docs").glob("*.*"))}
     sources = {"LICENSE", "CHANGELOG.md", "examples/qed-plugin", "examples/plugin-template"}
-    for page in installed:
+    for page in (path for path in installed if path.suffix == ".md"):
         for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", (REPO / page).read_text()):
             target_path = os.path.normpath(page.parent / target)
             assert Path(target_path) in installed or target_path in sources, f"{page}: {target}"
