@@ -8,6 +8,8 @@ pub mod config;
 pub mod confine;
 pub mod devices;
 pub mod doctor;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod map;
 pub mod plugins;
 pub mod vm;

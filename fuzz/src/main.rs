@@ -1,61 +1,92 @@
-//! `instar-fuzz [TARGET…] [--seconds N] [--seed N]`: run targets, all by default, for a time each. A finding ends it with
-//! status 1; the input is written to a file that `--input FILE` takes.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+//! One target under libFuzzer: the one that `FUZZ_TARGET` names. The arguments are libFuzzer's; with `FUZZ_SEEDS`, a
+//! directory, the target's first inputs are written there, and nothing else is done.
+#![no_main]
+#![allow(missing_docs, clippy::expect_used)]
 
-use instar_fuzz::generator::{input, Random};
 use instar_fuzz::{Target, TARGETS};
-use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::LazyLock;
 
-/// An input that takes longer than this is a finding, too.
-const SLOW: Duration = Duration::from_secs(10);
+/// An allocation of more bytes than this is a finding: the guest's memory is half as large, and so is every file.
+const MAX_ALLOCATION: usize = 128 << 20;
 
-fn main() -> ExitCode {
-    let mut seconds = 60;
-    let mut seed = 1;
-    let mut file = None;
-    let mut names = Vec::new();
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "--seconds" => seconds = arguments.next().and_then(|n| n.parse().ok()).unwrap_or(seconds),
-            "--seed" => seed = arguments.next().and_then(|n| n.parse().ok()).unwrap_or(seed),
-            "--input" => file = arguments.next(),
-            _ => names.push(argument),
-        }
+/// The system's allocator, with an end.
+struct Bounded;
+
+// SAFETY: everything is the system allocator's; a panic on the way out is an abort under the fuzzer.
+unsafe impl GlobalAlloc for Bounded {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        assert!(layout.size() <= MAX_ALLOCATION, "an allocation of {} bytes", layout.size());
+        // SAFETY: the caller's contract is ours.
+        unsafe { System.alloc(layout) }
     }
-    let chosen = |target: &&Target| names.is_empty() || names.iter().any(|name| name == target.name);
-    let targets: Vec<&Target> = TARGETS.iter().filter(chosen).collect();
-    if targets.is_empty() {
-        eprintln!("the targets are {}", TARGETS.map(|target| target.name).join(", "));
-        return ExitCode::from(2);
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        assert!(layout.size() <= MAX_ALLOCATION, "an allocation of {} bytes", layout.size());
+        // SAFETY: the caller's contract is ours.
+        unsafe { System.alloc_zeroed(layout) }
     }
-    if let Some(file) = file {
-        let bytes = std::fs::read(&file).unwrap();
-        targets.iter().for_each(|target| (target.run)(&bytes));
-        return ExitCode::SUCCESS;
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's contract is ours.
+        unsafe { System.dealloc(pointer, layout) }
     }
-    let found = targets.iter().filter(|target| !fuzz(target, Duration::from_secs(seconds), seed)).count();
-    ExitCode::from(u8::from(found > 0))
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        assert!(size <= MAX_ALLOCATION, "an allocation of {size} bytes");
+        // SAFETY: the caller's contract is ours.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
 }
 
-/// Run a target for a time; `false` on a finding.
-fn fuzz(target: &Target, time: Duration, seed: u64) -> bool {
-    let (seeds, mut random) = ((target.seeds)(), Random::new(seed));
-    let (started, mut count) = (Instant::now(), 0u64);
-    while started.elapsed() < time {
-        let bytes = input(&seeds, &mut random);
-        let begun = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| (target.run)(&bytes)));
-        if result.is_err() || begun.elapsed() > SLOW {
-            let file = format!("finding-{}-{seed}-{count}", target.name);
-            std::fs::write(&file, &bytes).unwrap();
-            eprintln!("{}: a finding after {count} inputs ({:?}): {file}", target.name, begun.elapsed());
-            return false;
+#[global_allocator]
+static ALLOCATOR: Bounded = Bounded;
+
+static TARGET: LazyLock<&Target> = LazyLock::new(|| {
+    let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
+    let target = TARGETS.iter().find(|target| target.name == name).unwrap_or_else(|| {
+        eprintln!("FUZZ_TARGET is one of {}", TARGETS.map(|target| target.name).join(", "));
+        std::process::exit(2);
+    });
+    if let Some(directory) = std::env::var_os("FUZZ_SEEDS").map(std::path::PathBuf::from) {
+        for (number, seed) in (target.seeds)().iter().enumerate() {
+            std::fs::write(directory.join(format!("seed-{number}")), seed).expect("the seeds can be written");
         }
-        count += 1;
+        std::process::exit(0);
     }
-    println!("{}: {count} inputs, no finding", target.name);
-    true
-}
+    target
+});
+
+fuzz_target!(|data: &[u8]| (TARGET.run)(data));
+
+// Inputs that are lists of records stay lists of whole records: mostly the bytes of one of them change.
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    let (record, seed) = (TARGET.record, seed as usize);
+    if record == 1 || size < record || seed % 8 == 0 {
+        return fuzzer_mutate(data, size, max_size);
+    }
+    let records = size / record;
+    let at = seed / 64 % records * record;
+    match seed / 8 % 8 {
+        // One more, a copy of another.
+        0 if (records + 1) * record <= max_size.min(data.len()) => {
+            data.copy_within(at..at + record, records * record);
+            (records + 1) * record
+        }
+        1 if records > 1 => {
+            // The first says which images: it is kept.
+            let first = data[0];
+            data.copy_within(at + record..records * record, at);
+            data[0] = first;
+            (records - 1) * record
+        }
+        _ => {
+            let mut one = data[at..at + record].to_vec();
+            let length = fuzzer_mutate(&mut one, record, record);
+            one[length.min(record)..].fill(0);
+            data[at..at + record].copy_from_slice(&one);
+            records * record
+        }
+    }
+});

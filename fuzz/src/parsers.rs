@@ -82,6 +82,12 @@ pub fn tables(data: &[u8]) {
     }
 }
 
+/// The tables, and what is a table of entries of different lengths.
+pub fn all_tables(data: &[u8]) {
+    tables(data);
+    snapshots(data);
+}
+
 /// The snapshot table and the bitmap directory.
 pub fn snapshots(data: &[u8]) {
     let mut at = 0;

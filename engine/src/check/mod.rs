@@ -1,7 +1,7 @@
 //! `instar check`: is the metadata of an image consistent? The format's own module looks at it in the virtual machine;
 //! nothing is changed.
 
-mod handler;
+pub(crate) mod handler;
 
 use crate::chain::write_target::Gate;
 use crate::chain::{open_extra_files, Access, FilesOf, OpenedFile};

@@ -6,7 +6,7 @@
 mod attach;
 mod error;
 mod guest;
-mod handler;
+pub(crate) mod handler;
 mod interrupt;
 mod progress;
 mod render;

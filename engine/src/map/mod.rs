@@ -1,7 +1,7 @@
 //! `instar map`: which layer of a chain holds which bytes of the virtual disk, and where in its file. The formats' own
 //! modules look their tables up in the virtual machine; the host adds what the file systems know of holes.
 
-mod handler;
+pub(crate) mod handler;
 mod report;
 mod request;
 

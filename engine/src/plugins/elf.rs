@@ -24,7 +24,7 @@ pub fn check_library(file: &File, length: u64, symbol: &str) -> Result<(), Strin
     check(&cache, length, symbol)
 }
 
-fn check<'data, R: ReadRef<'data>>(data: R, length: u64, symbol: &str) -> Result<(), String> {
+pub(super) fn check<'data, R: ReadRef<'data>>(data: R, length: u64, symbol: &str) -> Result<(), String> {
     let not_elf = |_| "it is not an ELF file for 64-bit x86".to_owned();
     let header = FileHeader64::<Endianness>::parse(data).map_err(not_elf)?;
     let endian = header.endian().map_err(not_elf)?;

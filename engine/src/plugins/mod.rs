@@ -26,3 +26,11 @@ pub use reader::{ImageFiles, ImageRead};
 pub use registry::{Registry, Skipped};
 pub use search::{is_elevated, SearchPath, FILE_PREFIX, FILE_SUFFIX, PATH_VARIABLE};
 pub use trust::TrustedDirectory;
+
+/// For the fuzz targets.
+pub(crate) mod fuzzing {
+    /// Check the library in `data`.
+    pub fn check(data: &[u8]) -> Result<(), String> {
+        super::elf::check(data, data.len() as u64, abi_stable::library::ROOT_MODULE_LOADER_NAME)
+    }
+}

@@ -7,6 +7,7 @@
 mod elf;
 mod error;
 mod fault;
+pub(crate) mod fuzzing;
 mod handler;
 mod layout;
 mod machine;

@@ -1,0 +1,84 @@
+//! What only the fuzz targets need of the engine's inside. Not a part of its interface.
+
+use crate::check::handler::CheckHandler;
+use crate::commit::handler::CommitHandler;
+use crate::devices::Devices;
+use crate::map::handler::MapHandler;
+use crate::map::{Format, Holes, Place, Reporter};
+use crate::vm::fuzzing::MessageBuffer;
+use crate::vm::{GuestHandler, VmError};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+
+pub use crate::vm::fuzzing::{load_module, LoadedModule};
+
+/// See `plugins::elf`: whether these bytes would be handed to the dynamic loader.
+///
+/// # Errors
+/// Why not.
+pub fn check_library(data: &[u8]) -> Result<(), String> {
+    crate::plugins::fuzzing::check(data)
+}
+
+/// A file that has no name.
+///
+/// # Errors
+/// The kernel's.
+pub fn anonymous_file() -> io::Result<File> {
+    Ok(File::from(rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC)?))
+}
+
+/// The smallest module that loads: one page of code and nothing else.
+#[must_use]
+pub fn small_module() -> Vec<u8> {
+    let mut elf = vec![0; 4096 + 16];
+    let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &[3, 0, 62, 0, 1]);
+    put(32, &64_u64.to_le_bytes());
+    put(52, &[64, 0, 56, 0, 1]);
+    put(64, &[1, 0, 0, 0, 5]);
+    put(64 + 8, &4096_u64.to_le_bytes());
+    put(64 + 32, &16_u64.to_le_bytes());
+    put(64 + 40, &16_u64.to_le_bytes());
+    put(64 + 48, &4096_u64.to_le_bytes());
+    elf
+}
+
+/// Messages, each with its length in front in two bytes, as each operation takes them.
+pub fn messages(data: &[u8]) {
+    /// Virtual size in bytes of the disk that is mapped.
+    const SIZE: u64 = 1 << 20;
+    let deliver = |handler: &mut dyn GuestHandler| -> Result<(), VmError> {
+        let mut buffer = MessageBuffer::new()?;
+        let mut rest = data;
+        while let [high, low, after @ ..] = rest {
+            let length = usize::from(u16::from_be_bytes([*high, *low])).min(after.len());
+            let (message, next) = after.split_at(length);
+            buffer.take(message, handler)?;
+            rest = next;
+        }
+        Ok(())
+    };
+    let told = |result: Result<(), VmError>| {
+        let text = result.err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(!text.chars().any(char::is_control), "a control character would reach the terminal: {text:?}");
+    };
+    let mut handler = CommitHandler::new(Devices::new());
+    told(deliver(&mut handler));
+    told(deliver(&mut CheckHandler::new(Devices::new())));
+    let place = |depth| Place { depth, path: format!("layer{depth}").into(), holes: Holes::Ignored };
+    let places = BTreeMap::from([(0, place(0)), (1, place(1))]);
+    let mut out = Vec::new();
+    let mut reporter = Reporter::new(&mut out, Format::Json, 0..u64::MAX);
+    let mut handler = MapHandler::new(Devices::new(), places, SIZE, &mut reporter);
+    let whole = deliver(&mut handler);
+    let whole = matches!(handler.result, Some(Ok(()))) && whole.is_ok() && handler.end().is_ok();
+    drop(reporter);
+    if whole {
+        let lines: Vec<serde_json::Value> = serde_json::from_slice(&out).expect("JSON");
+        let lengths = lines.iter().map(|line| line["length"].as_u64().unwrap_or(0));
+        assert_eq!(lengths.sum::<u64>(), SIZE, "the map does not cover the disk");
+    }
+}

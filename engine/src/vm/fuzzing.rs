@@ -1,0 +1,57 @@
+//! The module loader and the message buffer, for the fuzz targets.
+
+use super::elf;
+use super::error::VmError;
+use super::handler::GuestHandler;
+use super::memory::GuestRam;
+use super::message::Messages;
+use instar_guest_abi::MESSAGE_ADDR;
+use std::ops::Range;
+
+/// What the loader made of a module.
+#[derive(Debug)]
+pub struct LoadedModule {
+    /// Length of the image in bytes.
+    pub length: u64,
+    /// Address of the entry.
+    pub entry: u64,
+    /// Addresses of each segment, whether it may be written, and executed.
+    pub mappings: Vec<(Range<u64>, bool, bool)>,
+}
+
+/// Load a module at a page address.
+///
+/// # Errors
+/// One clause that says what is wrong with it.
+pub fn load_module(data: &[u8], base: u64) -> Result<LoadedModule, String> {
+    let loaded = elf::load(data, base)?;
+    let mappings = loaded.mappings.into_iter().map(|(range, rights)| (range, rights.write, rights.execute));
+    Ok(LoadedModule { length: loaded.image.len() as u64, entry: loaded.entry, mappings: mappings.collect() })
+}
+
+/// Guest memory with nothing but messages in it.
+pub struct MessageBuffer {
+    ram: GuestRam,
+    messages: Messages,
+}
+
+impl MessageBuffer {
+    /// A guest that may send 1 MiB of messages.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn new() -> Result<Self, VmError> {
+        Ok(Self { ram: GuestRam::new()?, messages: Messages::new(1 << 20) })
+    }
+
+    /// Deliver one message.
+    ///
+    /// # Errors
+    /// What ends the guest.
+    pub fn take(&mut self, message: &[u8], handler: &mut dyn GuestHandler) -> Result<(), VmError> {
+        if !self.ram.write(MESSAGE_ADDR, message) {
+            return Err(VmError::protocol("a message outside memory"));
+        }
+        self.messages.take(&self.ram, u32::try_from(message.len()).unwrap_or(u32::MAX), handler)
+    }
+}

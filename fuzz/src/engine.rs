@@ -1,0 +1,218 @@
+//! What the host takes from a guest, and from files that claim to be modules or plugins.
+
+use instar_engine::devices::{Device, Devices};
+use instar_engine::fuzzing;
+use instar_engine::vm::BufferAccess;
+use instar_guest_abi::{request_status, Request, DEVICE_OUTPUT};
+use instar_guest_protocol::guest_message::Kind;
+use instar_guest_protocol::{
+    CheckResultMessage, CommitResultMessage, FindingMessage, GuestMessage, LogMessage, MapMessage, MapResultMessage,
+    MapRun, Message, PanicMessage, PlanMessage, ProgressMessage,
+};
+use instar_plugin_api::FormatPlugin;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use vm_memory::VolatileSlice;
+
+/// A guest module, and a plugin's library: an ELF whose first bytes or tables are anything.
+pub fn elf(data: &[u8]) {
+    const BASE: u64 = 0x10_1000;
+    if let Ok(loaded) = fuzzing::load_module(data, BASE) {
+        let mut last = BASE;
+        for (range, write, execute) in &loaded.mappings {
+            assert!(range.start >= last && range.end >= range.start, "{range:x?} after {last:x}");
+            assert!(!(*write && *execute) && range.end <= BASE + loaded.length, "{range:x?}");
+            last = range.end;
+        }
+        let entered = loaded.mappings.iter().any(|(range, _, execute)| *execute && range.contains(&loaded.entry));
+        assert!(entered && loaded.length <= 17 << 20);
+    }
+    let _ = fuzzing::check_library(data);
+}
+
+/// The headers and tables of a real module, and a library with nothing but what is looked at.
+#[must_use]
+pub fn elf_seeds() -> Vec<Vec<u8>> {
+    let module = instar_plugin_raw::Raw::guest_module();
+    vec![module.elf.to_vec(), fuzzing::small_module()]
+}
+
+/// Messages as a guest sends them: each with its length in front, in two bytes.
+pub fn messages(data: &[u8]) {
+    fuzzing::messages(data);
+}
+
+/// One message of each kind.
+#[must_use]
+pub fn message_seeds() -> Vec<Vec<u8>> {
+    let run = MapRun { start: 0, length: 1 << 20, depth: 0, kind: 1, device: 0, offset: 4096 };
+    let half = MapRun { length: 1 << 19, kind: 2, ..run };
+    let kinds = [
+        Kind::CommitResult(CommitResultMessage {
+            error: 7,
+            error_text: "x".into(),
+            step: "plan".into(),
+            ..Default::default()
+        }),
+        Kind::Progress(ProgressMessage { step: "empty".into(), done: 1, total: 2 }),
+        Kind::Log(LogMessage { text: "line".into() }),
+        Kind::Panic(PanicMessage { text: "panic".into() }),
+        Kind::Plan(PlanMessage { clusters: 1, bytes: 2, ..Default::default() }),
+        Kind::Finding(FindingMessage { kind: 1, text: "finding".into() }),
+        Kind::CheckResult(CheckResultMessage { leaks: 1, ..Default::default() }),
+        Kind::Map(MapMessage { runs: vec![half, MapRun { start: 1 << 19, kind: 3, ..half }] }),
+        Kind::MapResult(MapResultMessage::default()),
+    ];
+    let framed = |kind: Kind| {
+        let bytes = GuestMessage { kind: Some(kind) }.encode_to_vec();
+        [&u16::try_from(bytes.len()).unwrap_or(0).to_be_bytes()[..], &bytes].concat()
+    };
+    let mut seeds: Vec<Vec<u8>> = kinds.into_iter().map(framed).collect();
+    seeds.push([seeds[7].clone(), seeds[8].clone()].concat());
+    seeds.push([seeds[4].clone(), seeds[1].clone(), seeds[0].clone()].concat());
+    seeds
+}
+
+/// Where the heap of the guest begins, and its length in bytes.
+const HEAP: u64 = 0x20_0000;
+const HEAP_BYTES: usize = 1 << 16;
+/// Length of each file in bytes, and how long the output may become.
+const LENGTH: u64 = 1 << 14;
+const LONGEST: u64 = 1 << 16;
+/// Requests of one input.
+const MAX_REQUESTS: usize = 64;
+
+struct Heap(Vec<u8>);
+
+impl BufferAccess for Heap {
+    fn heap_slice(&self, address: u64, length: u64) -> Option<VolatileSlice<'_>> {
+        let start = usize::try_from(address.checked_sub(HEAP)?).ok()?;
+        let length = usize::try_from(length).ok()?;
+        self.0.get(start..start.checked_add(length)?)?;
+        // SAFETY: the range lies within the vector, which outlives the slice, and nothing else looks at it meanwhile.
+        Some(unsafe { VolatileSlice::new(self.0.as_ptr().add(start).cast_mut(), length) })
+    }
+}
+
+/// A request from 12 bytes: numbers that are mostly near what makes sense, and sometimes anything.
+fn request(bytes: &[u8]) -> Request {
+    let number = |at: usize| u64::from(bytes[at]) << 8 | u64::from(bytes[at + 1]);
+    let wide = |at: usize| match bytes[at] {
+        0xff => u64::MAX - number(at),
+        0xfe => i64::MAX as u64 - (number(at) & 0xff),
+        0xfd => 1 << (bytes[at + 1] % 64),
+        _ => number(at) << 1,
+    };
+    let device = |byte: u8| [0, 1, DEVICE_OUTPUT, 0, 1, DEVICE_OUTPUT, 5, u32::MAX][usize::from(byte % 8)];
+    Request {
+        op: u32::from(bytes[0] % 9),
+        device: device(bytes[1]),
+        flags: if bytes[1] & 0x80 == 0 { 0 } else { u32::from(bytes[1] >> 3 & 15) },
+        offset: wide(2),
+        length: wide(4),
+        buffer: HEAP.wrapping_add(wide(6)).wrapping_sub(u64::from(bytes[10])),
+        src_device: device(bytes[11]),
+        src_offset: wide(8),
+        ..Request::default()
+    }
+}
+
+fn temporary(bytes: &[u8]) -> File {
+    let file = fuzzing::anonymous_file().expect("memory for a file");
+    file.write_all_at(bytes, 0).expect("memory for a file");
+    file
+}
+
+/// Batches of requests against real files: what breaks a rule ends the guest, nothing else is changed, nothing grows further
+/// than it may, and what is executed is what was asked for, by a model of the files.
+pub fn requests(data: &[u8]) {
+    let content = |seed: u8| (0..LENGTH).map(|i| (i / 17) as u8 ^ seed).collect::<Vec<u8>>();
+    let mut model = [content(1), content(2), content(3)];
+    let files = [temporary(&model[0]), temporary(&model[1]), temporary(&model[2])];
+    let slots = [(0, false, LENGTH), (1, true, LENGTH), (DEVICE_OUTPUT, true, LONGEST)];
+    let mut devices = Devices::new();
+    for ((slot, writable, longest), file) in slots.into_iter().zip(&files) {
+        let file = file.try_clone().expect("a descriptor");
+        devices.attach(slot, Device::new(file, writable, LENGTH, longest, false));
+    }
+    let mut heap = Heap((0..HEAP_BYTES).map(|i| (i % 251) as u8).collect());
+    let all: Vec<Request> = data.chunks_exact(12).take(MAX_REQUESTS).map(request).collect();
+    for batch in all.chunks(8) {
+        let mut asked = batch.to_vec();
+        asked.iter_mut().for_each(|request| request.status = request_status::NOT_RUN);
+        let result = devices.execute(&heap, &mut asked);
+        let done = asked.iter().take_while(|request| request.status == request_status::OK).count();
+        let mut expected = heap.0.clone();
+        for request in &asked[..done] {
+            execute(&mut model, &mut expected, request);
+        }
+        assert!(heap.0 == expected, "a request has changed other memory: {:?}", &asked[..done]);
+        heap.0 = expected;
+        for (index, (file, model)) in files.iter().zip(&model).enumerate() {
+            let length = file.metadata().map_or(0, |metadata| metadata.len());
+            assert!(length <= slots[index].2, "file {index} has {length} bytes");
+            let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+            file.read_exact_at(&mut bytes, 0).expect("the file is there");
+            assert!(bytes == *model, "file {index} has other bytes after {asked:?}");
+        }
+        if result.is_err() || done < asked.len() {
+            return;
+        }
+    }
+}
+
+/// What a request that was executed does, by the description of the ring.
+fn execute(files: &mut [Vec<u8>; 3], heap: &mut [u8], request: &Request) {
+    let index = |device: u32| if device == DEVICE_OUTPUT { 2 } else { device as usize };
+    let (offset, length) = (request.offset as usize, request.length as usize);
+    let target = index(request.device);
+    let read = |file: &[u8], at: usize, length: usize| {
+        file.iter().copied().skip(at).chain(std::iter::repeat(0)).take(length).collect::<Vec<u8>>()
+    };
+    let mut write = |bytes: &[u8]| {
+        let file = &mut files[target];
+        if !bytes.is_empty() {
+            file.resize(file.len().max(offset + bytes.len()), 0);
+            file[offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
+    };
+    match request.op {
+        op if op == instar_guest_abi::RequestOp::Read as u32 => {
+            let at = (request.buffer - HEAP) as usize;
+            heap[at..at + length].copy_from_slice(&read(&files[target], offset, length));
+        }
+        op if op == instar_guest_abi::RequestOp::Write as u32 => {
+            let at = (request.buffer - HEAP) as usize;
+            write(&heap[at..at + length]);
+        }
+        op if op == instar_guest_abi::RequestOp::Copy as u32 => {
+            let bytes = read(&files[index(request.src_device)], request.src_offset as usize, length);
+            let file = &mut files[target];
+            file.resize(file.len().max(offset + length), 0);
+            file[offset..offset + length].copy_from_slice(&bytes);
+        }
+        op if op == instar_guest_abi::RequestOp::Zero as u32 => {
+            let file = &mut files[target];
+            let end = offset.saturating_add(length).min(file.len());
+            if let Some(range) = file.get_mut(offset.min(end)..end) {
+                range.fill(0);
+            }
+        }
+        op if op == instar_guest_abi::RequestOp::SetLength as u32 => files[target].resize(offset, 0),
+        _ => {}
+    }
+}
+
+/// Batches of each kind of request.
+#[must_use]
+pub fn request_seeds() -> Vec<Vec<u8>> {
+    (0..32u8)
+        .map(|seed| {
+            let one = |n: u8| {
+                let n = n.wrapping_mul(37).wrapping_add(seed.wrapping_mul(11));
+                [n % 7, 1 + n % 2, n % 32, n, n % 8, 0, n % 64, 0, n % 16, n, 0, n % 3]
+            };
+            (0..8).flat_map(one).collect()
+        })
+        .collect()
+}

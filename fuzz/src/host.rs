@@ -1,0 +1,129 @@
+//! The plugins' host halves: what a file is, what its header says, and what part it may take.
+
+use instar_plugin_api::{
+    CommitRole, FormatPlugin, ImageFacts, ImageReader, PluginError, ReadImage, Verdict, READ_BUDGET,
+};
+use instar_plugin_qcow2::Qcow2;
+use instar_plugin_raw::Raw;
+use instar_plugin_vmdk::Vmdk;
+use std::cell::Cell;
+
+/// A format that comes with the product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Bytes of numbers stand with the highest first.
+    Qcow2,
+    /// Bytes of numbers stand with the lowest first.
+    Vmdk,
+    /// The file is the disk.
+    Raw,
+}
+
+/// A file, or several, as the engine lets a plugin read it: so much, and no more.
+struct Budget<'a> {
+    files: Vec<&'a [u8]>,
+    left: Cell<u64>,
+}
+
+impl ReadImage for Budget<'_> {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+        self.left.set(self.left.get().saturating_sub(buffer.len().max(512) as u64));
+        if self.left.get() == 0 {
+            return Err(PluginError::new(instar_guest_abi::ErrorCode::ScratchTooSmall, "it reads too much"));
+        }
+        self.files[0].read_at(offset, buffer)
+    }
+
+    fn read_file_at(&self, file: usize, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+        self.files[file + 1].read_at(offset, buffer)
+    }
+}
+
+fn reading<T>(bytes: &[u8], others: &[&[u8]], call: impl FnOnce(&ImageReader<'_>) -> T) -> T {
+    let lengths: Vec<u64> = others.iter().map(|other| other.len() as u64).collect();
+    let files = std::iter::once(bytes).chain(others.iter().copied()).collect();
+    let budget = Budget { files, left: Cell::new(READ_BUDGET) };
+    call(&ImageReader::with_files(bytes.len() as u64, &lengths, &budget))
+}
+
+/// The facts of an image in one file, as the engine believes them.
+pub fn look(format: Format, bytes: &[u8]) -> Option<ImageFacts> {
+    match format {
+        Format::Qcow2 => facts::<Qcow2>(bytes, &[]),
+        Format::Vmdk => facts::<Vmdk>(bytes, &[]).filter(|_| {
+            // What comes in several files has no other files here.
+            reading(bytes, &[], Vmdk::files).is_ok_and(|files| files.is_empty())
+        }),
+        Format::Raw => facts::<Raw>(bytes, &[]),
+    }
+}
+
+fn facts<P: FormatPlugin>(bytes: &[u8], others: &[&[u8]]) -> Option<ImageFacts> {
+    let facts = reading(bytes, others, P::facts).ok()?;
+    let length: usize = bytes.len() + others.iter().map(|other| other.len()).sum::<usize>();
+    // The engine calls the plugin faulty otherwise.
+    assert_eq!((facts.format.as_str(), facts.file_length), (P::NAME, length as u64));
+    for feature in &facts.features {
+        assert!(feature.json.is_ascii() && !feature.json.chars().any(|c| c.is_ascii_control()), "{feature:?}");
+    }
+    Some(facts).filter(|facts| facts.virtual_size <= i64::MAX as u64)
+}
+
+/// What the plugin of a format says.
+pub fn verdict(format: Format, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    let verdict = match format {
+        Format::Qcow2 => Qcow2::verdict(role, own, other),
+        Format::Vmdk => Vmdk::verdict(role, own, other),
+        Format::Raw => Raw::verdict(role, own, other),
+    };
+    assert!(verdict.code == 0 || !verdict.reason.is_empty(), "a refusal says why: {verdict:?}");
+    verdict
+}
+
+/// All plugins look at any bytes. Those after the first two, which say where the first file ends, may be several files.
+pub fn host(data: &[u8]) {
+    let [high, low, bytes @ ..] = data else { return };
+    let split = (usize::from(*high) << 8 | usize::from(*low)).min(bytes.len());
+    let (first, other) = if split == 0 { (bytes, &[][..]) } else { bytes.split_at(split) };
+    let mut all = Vec::new();
+    for format in [Format::Qcow2, Format::Vmdk, Format::Raw] {
+        let (probed, files) = match format {
+            Format::Qcow2 => (reading(first, &[], Qcow2::probe), reading(first, &[], Qcow2::files)),
+            Format::Vmdk => (reading(first, &[], Vmdk::probe), reading(first, &[], Vmdk::files)),
+            Format::Raw => (reading(first, &[], Raw::probe), reading(first, &[], Raw::files)),
+        };
+        assert!(probed.is_ok_and(|probability| probability <= 100), "memory can be read");
+        let count = files.map_or(0, |files| files.len()).min(64);
+        let others = vec![other; count];
+        let found = match format {
+            Format::Qcow2 => [facts::<Qcow2>(first, &[]), None],
+            Format::Vmdk => [facts::<Vmdk>(first, &[]), facts::<Vmdk>(first, &others)],
+            Format::Raw => [facts::<Raw>(first, &[]), None],
+        };
+        all.extend(found.into_iter().flatten().map(|facts| (format, facts)));
+    }
+    for (format, own) in &all {
+        for (_, other) in &all {
+            for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+                let verdict = verdict(*format, role, own, other);
+                assert!(verdict.max_length <= i64::MAX as u64, "{verdict:?}");
+            }
+        }
+    }
+}
+
+/// Whole headers, and a descriptor with extents.
+#[must_use]
+pub fn seeds() -> Vec<Vec<u8>> {
+    let descriptor = "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\nisNativeSnapshot=\"no\"\n\
+        createType=\"twoGbMaxExtentFlat\"\nparentFileNameHint=\"base.vmdk\"\n# Extent description\n\
+        RW 2048 FLAT \"a-f001.vmdk\" 0\nRW 63 SPARSE \"a-s002.vmdk\"\n\n# The Disk Data Base\nddb.adapterType = \"ide\"\n";
+    let whole = |bytes: Vec<u8>| [vec![0, 0], bytes].concat();
+    let mut seeds: Vec<Vec<u8>> = crate::parsers::header_seeds().into_iter().map(whole).collect();
+    seeds.extend(crate::vmdk::header_seeds().into_iter().map(whole));
+    let sparse = &crate::vmdk::header_seeds()[0][..512];
+    let length = u16::try_from(descriptor.len()).unwrap_or(0).to_be_bytes();
+    seeds.push([&length[..], descriptor.as_bytes(), sparse].concat());
+    seeds.push([&length[..], descriptor.as_bytes()].concat());
+    seeds
+}

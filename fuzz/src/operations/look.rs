@@ -1,0 +1,80 @@
+//! `instar check` and `instar map`: they change nothing, whatever the images say.
+
+use super::change::apply;
+use super::strict::Strict;
+use super::{choose, commit, config, open_source, quietly, sound, views, Bed, OVERLAY};
+use crate::host;
+use instar_guest_abi::ExtentKind;
+use instar_guest_commit::Layers;
+use instar_guest_protocol::MapRun;
+use instar_guest_sdk::{DriverResult, Source};
+use instar_plugin_api::ImageFacts;
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+/// Bytes of a disk up to which it is compared with what the map says.
+const COMPARED: u64 = 4 << 20;
+
+fn beds() -> Vec<Bed> {
+    commit::qcow2_beds().into_iter().chain(commit::vmdk_beds()).chain(commit::cross_beds()).collect()
+}
+
+/// Check the overlay and map the chain, after the changes that the input describes.
+pub fn look(input: &[u8]) {
+    static BEDS: OnceLock<Vec<Bed>> = OnceLock::new();
+    let Some(bed) = choose(&BEDS, beds, input) else { return };
+    let files = apply(bed, input);
+    let facts = files.iter().map(|(device, bytes)| Some((*device, host::look(bed.formats[device], bytes)?)));
+    let Some(facts) = facts.collect::<Option<BTreeMap<u32, ImageFacts>>>() else { return };
+    let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
+    let mut io = Strict::new(files, &[]);
+
+    let overlay = config(OVERLAY, &facts[&OVERLAY], false, 0);
+    let mut findings = 0;
+    let examined = open_source(bed.formats[&OVERLAY], &mut io, &overlay).and_then(|mut source| {
+        source.examine(&mut io, &mut |_, text| {
+            assert!(!text.is_empty());
+            findings += 1;
+        })
+    });
+    if let (true, Ok(found)) = (all_sound, &examined) {
+        assert_eq!(found.corruptions, 0, "the image makes sense");
+    }
+    if let Ok(found) = examined {
+        assert!(findings > 0 || found.corruptions + found.leaks == 0, "{found:?}");
+    }
+
+    let mut runs: Vec<MapRun> = Vec::new();
+    let chain = bed.chain();
+    let mapped: DriverResult<()> = (|| {
+        let mut layers: Vec<Box<dyn Source>> = Vec::new();
+        for device in &chain {
+            let config = config(*device, &facts[device], false, 0);
+            layers.push(open_source(bed.formats[device], &mut io, &config)?);
+        }
+        instar_guest_map::map(&mut Layers::new(layers), &mut io, &mut |run| runs.push(run))
+    })();
+    let mut next = 0;
+    for run in &runs {
+        assert!(run.start == next && run.length > 0, "{run:?} after {next}");
+        next += run.length;
+    }
+    let size = facts[&OVERLAY].virtual_size;
+    assert!(if mapped.is_ok() { next == size } else { next <= size }, "{next} of {size}");
+    assert_eq!(io.devices.log, vec![]);
+    if mapped.is_err() || !all_sound || size > COMPARED {
+        return;
+    }
+    let Ok(views) = quietly(|| views(bed, &io.devices.files)) else { return };
+    for run in runs {
+        let seen = &views[&OVERLAY][run.start as usize..(run.start + run.length) as usize];
+        match ExtentKind::from_u32(run.kind) {
+            Some(ExtentKind::Data) => {
+                let file = io.devices.files[&run.device].iter().copied().chain(std::iter::repeat(0));
+                assert!(file.skip(run.offset as usize).take(seen.len()).eq(seen.iter().copied()), "{run:?}");
+            }
+            Some(ExtentKind::Encoded) => {}
+            _ => assert!(seen.iter().all(|&byte| byte == 0), "{run:?}"),
+        }
+    }
+}

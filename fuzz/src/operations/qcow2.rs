@@ -1,0 +1,100 @@
+//! qcow2 images: what they are made of, and what the drivers' tests know of them.
+
+use self::common::checker::{check, snapshot_contents, snapshots};
+use self::common::{be32, be64};
+use super::Layout;
+
+#[path = "../../../plugins/qcow2/driver/tests/common/mod.rs"]
+pub mod common;
+
+pub use self::common::checker::content;
+
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// COPIED, compressed, zero, and what is reserved.
+const FLAGS: &[u64] = &[1 << 63, 1 << 62, 1, 1 << 63, 1 << 57, 2, 512, 1 << 56, 1 << 63];
+
+fn table(bytes: &[u8], at: usize, entries: usize) -> Vec<usize> {
+    let entry = |index: usize| be64(bytes, at + index * 8) & OFFSET;
+    (0..entries).map(entry).filter(|&entry| entry != 0).map(|entry| entry as usize).collect()
+}
+
+/// The fields of a valid image.
+pub fn layout(bytes: &[u8]) -> Layout {
+    let mut layout = Layout { flags: FLAGS, ..Layout::default() };
+    let size = 1usize << be32(bytes, 20);
+    let (l1, l1_entries) = (be64(bytes, 40) as usize, be32(bytes, 36) as usize);
+    let refcounts = be64(bytes, 48) as usize;
+    // The header, its numbers once as they are and once in halves; extensions and whatever follows them.
+    layout.fields(8, 104, 8);
+    layout.fields(0, 104, 4);
+    layout.fields(104, 200, 4);
+    layout.fields(l1, l1 + (l1_entries + 1) * 8, 8);
+    layout.fields(refcounts, refcounts + 64.min(size), 8);
+    let blocks = table(bytes, refcounts, size / 8);
+    for &block in &blocks {
+        layout.fields(block, block + size.min(256), 1 + usize::from(size > 512));
+    }
+    let tables = table(bytes, l1, l1_entries);
+    for &l2 in tables.iter().take(3) {
+        // Where something is, more often than where nothing is.
+        let used = (l2..l2 + size)
+            .step_by(8)
+            .filter(|&at| be64(bytes, at) != 0)
+            .map(|at| super::change::Field { at, width: 8 });
+        let used: Vec<_> = used.collect();
+        if !used.is_empty() {
+            layout.kinds.push(used);
+        }
+        layout.fields(l2, l2 + size.min(1024), 8);
+        // The compressed clusters' streams.
+        for at in (l2..l2 + size).step_by(8) {
+            let entry = be64(bytes, at);
+            let start = (entry & ((1 << 40) - 1)) as usize;
+            if entry >> 62 == 1 && start + 32 < bytes.len() {
+                layout.fields(start, start + 32, 1);
+                layout.places.push(start as u64);
+            }
+        }
+    }
+    let (all, snapshot_bytes) = snapshots(bytes);
+    if !all.is_empty() {
+        let at = be64(bytes, 64) as usize;
+        layout.fields(at, at + snapshot_bytes as usize, 4);
+        layout.places.push(at as u64);
+        for &(l1, entries) in &all {
+            layout.fields(l1 as usize, (l1 + entries * 8) as usize, 8);
+            layout.places.push(l1);
+        }
+    }
+    if let Some(extension) = self::common::bitmaps::extension(bytes) {
+        let (at, length) = (be64(bytes, extension + 16) as usize, be64(bytes, extension + 8) as usize);
+        layout.fields(at, at + length, 4);
+        layout.fields(at, at + length, 1);
+        layout.places.push(at as u64);
+        for bitmap in self::common::bitmaps::bitmaps(bytes) {
+            layout.fields(bitmap.table as usize, (bitmap.table + bitmap.entries * 8) as usize, 8);
+            layout.places.extend(bitmap.clusters.iter().copied().chain([bitmap.table]));
+        }
+    }
+    let end = bytes.len() as u64;
+    layout.places.extend([0, l1 as u64, refcounts as u64, end, end - size as u64, end + size as u64]);
+    layout.places.extend(blocks.iter().chain(&tables).map(|&at| at as u64));
+    for &l2 in &tables {
+        layout.places.extend(table(bytes, l2, size / 8).iter().take(8).map(|&at| at as u64));
+    }
+    layout
+}
+
+/// Whether the checker finds no error in an image that is not too large for it.
+pub fn is_sound(bytes: &[u8]) -> bool {
+    let small = be64(bytes, 24) <= 4 << 20 && be32(bytes, 36) < 4096 && be32(bytes, 56) < 64 && be32(bytes, 60) < 8;
+    small
+        && bytes.len() <= 16 << 20
+        && snapshots(bytes).0.iter().all(|&(_, entries)| entries < 4096)
+        && check(bytes).errors.is_empty()
+}
+
+/// What the snapshots read as where they hold something themselves.
+pub fn of_snapshots(bytes: &[u8]) -> Vec<Vec<u8>> {
+    snapshot_contents(bytes, None)
+}
