@@ -140,9 +140,9 @@ pub fn requests(data: &[u8]) {
     for batch in all.chunks(8) {
         let mut asked = batch.to_vec();
         asked.iter_mut().for_each(|request| request.status = request_status::NOT_RUN);
+        let mut expected = heap.0.clone();
         let result = devices.execute(&heap, &mut asked);
         let done = asked.iter().take_while(|request| request.status == request_status::OK).count();
-        let mut expected = heap.0.clone();
         for request in &asked[..done] {
             execute(&mut model, &mut expected, request);
         }
@@ -153,7 +153,9 @@ pub fn requests(data: &[u8]) {
             assert!(length <= slots[index].2, "file {index} has {length} bytes");
             let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
             file.read_exact_at(&mut bytes, 0).expect("the file is there");
-            assert!(bytes == *model, "file {index} has other bytes after {asked:?}");
+            let differs = bytes.iter().zip(model).position(|(is, should)| is != should);
+            let lengths = (bytes.len(), model.len());
+            assert!(bytes == *model, "file {index} differs at {differs:?} of {lengths:?} after {asked:?}");
         }
         if result.is_err() || done < asked.len() {
             return;
@@ -169,8 +171,7 @@ fn execute(files: &mut [Vec<u8>; 3], heap: &mut [u8], request: &Request) {
     let read = |file: &[u8], at: usize, length: usize| {
         file.iter().copied().skip(at).chain(std::iter::repeat(0)).take(length).collect::<Vec<u8>>()
     };
-    let mut write = |bytes: &[u8]| {
-        let file = &mut files[target];
+    let write = |file: &mut Vec<u8>, offset: usize, bytes: &[u8]| {
         if !bytes.is_empty() {
             file.resize(file.len().max(offset + bytes.len()), 0);
             file[offset..offset + bytes.len()].copy_from_slice(bytes);
@@ -183,13 +184,11 @@ fn execute(files: &mut [Vec<u8>; 3], heap: &mut [u8], request: &Request) {
         }
         op if op == instar_guest_abi::RequestOp::Write as u32 => {
             let at = (request.buffer - HEAP) as usize;
-            write(&heap[at..at + length]);
+            write(&mut files[target], offset, &heap[at..at + length]);
         }
         op if op == instar_guest_abi::RequestOp::Copy as u32 => {
             let bytes = read(&files[index(request.src_device)], request.src_offset as usize, length);
-            let file = &mut files[target];
-            file.resize(file.len().max(offset + length), 0);
-            file[offset..offset + length].copy_from_slice(&bytes);
+            write(&mut files[target], offset, &bytes);
         }
         op if op == instar_guest_abi::RequestOp::Zero as u32 => {
             let file = &mut files[target];

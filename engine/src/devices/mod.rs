@@ -142,9 +142,11 @@ impl Device {
         self.changed = true;
     }
 
-    /// Bytes up to `end` were written.
-    fn written_to(&mut self, end: u64) {
-        self.length = self.length.max(end);
+    /// These bytes were written. Where there are none, the file is as long as it was.
+    fn written(&mut self, offset: u64, length: u64) {
+        if length != 0 {
+            self.length = self.length.max(offset.saturating_add(length));
+        }
     }
 }
 
@@ -357,7 +359,6 @@ impl Devices {
     fn execute_batch(&mut self, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
         let Request { device, offset, .. } = batch.whole;
         let length = batch.whole.length;
-        let end = offset.saturating_add(length);
         match batch.op {
             RequestOp::Read => {
                 transfer::read(self.device_mut(device)?, memory, batch)?;
@@ -368,7 +369,7 @@ impl Devices {
                 target.touch();
                 transfer::write(target, memory, batch)?;
                 target.begin_writeback(offset, length);
-                target.written_to(end);
+                target.written(offset, length);
                 self.statistics.written += length;
                 self.pace.moved(length)?;
             }
@@ -380,7 +381,7 @@ impl Devices {
                     return Err(io::Error::from_raw_os_error(libc::ENODEV));
                 };
                 self.copier.copy((source, target), &batch.whole, &mut self.pace, &mut self.statistics)?;
-                self.device_mut(device)?.written_to(end);
+                self.device_mut(device)?.written(offset, length);
             }
             RequestOp::Zero => {
                 let target = self.device_mut(device)?;

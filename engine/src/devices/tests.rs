@@ -228,6 +228,18 @@ fn zeroing_gives_space_back_and_never_grows_the_file() {
 }
 
 #[test]
+fn requests_of_no_bytes_change_no_length() {
+    let mut b = bench([&[1; 512], &[2; 8192], &[3; 4096]]);
+    b.run(&mut [Request::copy(0, 0, OUT, 60_000, 0), Request::write(OUT, 70_000, HEAP, 0)]);
+    assert_eq!(b.devices.device(OUT).unwrap().length, 4096, "what the file has");
+    // A ZERO ends where the file does, and not where the empty requests did.
+    b.run(&mut [Request::zero(OUT, 4000, 80_000)]);
+    let out = &b.content()[2];
+    assert!(out.len() == 4096 && out[..4000] == [3; 4000] && out[4000..] == [0; 96]);
+    assert_eq!(b.devices.stats().zeroed, 96);
+}
+
+#[test]
 fn flushes_count_only_where_something_was_written() {
     let mut b = bench([&[], &[0; 512], &[0; 512]]);
     b.run(&mut [

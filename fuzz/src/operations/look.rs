@@ -3,7 +3,7 @@
 use super::change::apply;
 use super::strict::Strict;
 use super::{choose, commit, config, open_source, quietly, sound, views, Bed, OVERLAY};
-use crate::host;
+use crate::host::{self, Format};
 use instar_guest_abi::ExtentKind;
 use instar_guest_commit::Layers;
 use instar_guest_protocol::MapRun;
@@ -30,18 +30,22 @@ pub fn look(input: &[u8]) {
     let mut io = Strict::new(files, &[]);
 
     let overlay = config(OVERLAY, &facts[&OVERLAY], false, 0);
-    let mut findings = 0;
+    let mut findings: Vec<String> = Vec::new();
     let examined = open_source(bed.formats[&OVERLAY], &mut io, &overlay).and_then(|mut source| {
         source.examine(&mut io, &mut |_, text| {
             assert!(!text.is_empty());
-            findings += 1;
+            findings.push(text.into());
         })
     });
-    if let (true, Ok(found)) = (all_sound, &examined) {
-        assert_eq!(found.corruptions, 0, "the image makes sense");
+    // The checker of the tests does not look at bits that are reserved, nor at flags of entries that point nowhere.
+    // (That of vmdk looks at grains alone.)
+    let undecoded =
+        bed.formats[&OVERLAY] != Format::Qcow2 || findings.iter().any(|text| text.contains("not looked at"));
+    if let (true, false, Ok(found)) = (all_sound, undecoded, &examined) {
+        assert_eq!(found.corruptions, 0, "the image makes sense: {findings:?}");
     }
     if let Ok(found) = examined {
-        assert!(findings > 0 || found.corruptions + found.leaks == 0, "{found:?}");
+        assert!(!findings.is_empty() || found.corruptions + found.leaks == 0, "{found:?}");
     }
 
     let mut runs: Vec<MapRun> = Vec::new();

@@ -18,7 +18,9 @@ pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
             None => Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes"),
         },
         CommitRole::Overlay => {
-            let length = if own.dirty { repaired(own).unwrap_or(0) } else { 0 };
+            // Its last cluster may be cut off behind the last byte that is not zero: metadata there is written as a whole.
+            let whole = own.file_length.checked_next_multiple_of(own.cluster_size.max(1)).unwrap_or(0);
+            let length = if own.dirty { repaired(own).unwrap_or(0) } else { whole };
             Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(length) }
         }
         CommitRole::Ancestor => Verdict::supported(0),
@@ -203,6 +205,14 @@ mod tests {
     }
 
     #[test]
+    fn an_overlay_may_get_its_last_cluster_back() {
+        for (length, bound) in [(262_144, 262_144), (262_145, 327_680), (327_679, 327_680)] {
+            let facts = image(65536, length, 1 << 30);
+            assert_eq!(give(CommitRole::Overlay, &facts, &facts).max_length, bound);
+        }
+    }
+
+    #[test]
     fn what_the_first_release_does_not_cover_is_named() {
         let plain = image(65536, 262_144, 1 << 30);
         let cases = [
@@ -248,7 +258,7 @@ mod tests {
             assert_eq!(give(role, &dirty, &plain).code, 0);
         }
         // Refcount blocks of an overlay may be missing.
-        assert_eq!(give(CommitRole::Overlay, &plain, &plain).max_length, 0);
+        assert_eq!(give(CommitRole::Overlay, &plain, &plain).max_length, 262_144);
         assert!(give(CommitRole::Overlay, &dirty, &plain).max_length > dirty.file_length);
     }
 
