@@ -6,35 +6,51 @@
 use instar_fuzz::{Target, TARGETS};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::LazyLock;
 
 /// An allocation of more bytes than this is a finding: the guest's memory is half as large, and so is every file.
 const MAX_ALLOCATION: usize = 128 << 20;
+/// So are this many bytes at once: the files, what was written to them, what the tests' own checker takes, and the guest.
+const MAX_TOTAL: usize = 512 << 20;
+
+static TOTAL: AtomicUsize = AtomicUsize::new(0);
 
 /// The system's allocator, with an end.
 struct Bounded;
 
+/// Count bytes that are asked for; with too many, say who asked. (Without the limit, so that this can be said.)
+fn take(bytes: usize) {
+    let total = TOTAL.fetch_add(bytes, Relaxed) + bytes;
+    if bytes > MAX_ALLOCATION || (total > MAX_TOTAL && total < usize::MAX / 2) {
+        TOTAL.store(usize::MAX / 2, Relaxed);
+        panic!("an allocation of {bytes} bytes, {total} in all");
+    }
+}
+
 // SAFETY: everything is the system allocator's; a panic on the way out is an abort under the fuzzer.
 unsafe impl GlobalAlloc for Bounded {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        assert!(layout.size() <= MAX_ALLOCATION, "an allocation of {} bytes", layout.size());
+        take(layout.size());
         // SAFETY: the caller's contract is ours.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        assert!(layout.size() <= MAX_ALLOCATION, "an allocation of {} bytes", layout.size());
+        take(layout.size());
         // SAFETY: the caller's contract is ours.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        TOTAL.fetch_sub(layout.size(), Relaxed);
         // SAFETY: the caller's contract is ours.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        assert!(size <= MAX_ALLOCATION, "an allocation of {size} bytes");
+        take(size);
+        TOTAL.fetch_sub(layout.size(), Relaxed);
         // SAFETY: the caller's contract is ours.
         unsafe { System.realloc(pointer, layout, size) }
     }

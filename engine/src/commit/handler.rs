@@ -80,3 +80,20 @@ impl GuestHandler for CommitHandler {
         self.result.is_none() && interrupt::received()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use instar_guest_protocol::LogMessage;
+
+    #[test]
+    fn a_flood_of_lines_is_not_kept() {
+        let mut handler = CommitHandler::new(Devices::new());
+        for _ in 0..10 * MAX_LOG_LINES {
+            assert_eq!(handler.message(Kind::Log(LogMessage { text: "again".into() })), Ok(()));
+        }
+        assert_eq!(handler.log.len(), MAX_LOG_LINES);
+        assert_eq!(handler.message(Kind::CommitResult(CommitResultMessage::default())), Ok(()));
+        assert!(handler.message(Kind::Log(LogMessage::default())).is_err(), "the result is the last word");
+    }
+}

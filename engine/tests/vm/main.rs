@@ -1,6 +1,7 @@
 //! The KVM runner with real guests, good and hostile. Without KVM these tests fail: they are not skipped.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod attacks;
 mod hostile;
 mod support;
 

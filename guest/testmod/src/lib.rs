@@ -71,4 +71,28 @@ scenarios! {
     TextWrite = 23;
     /// Read buffers on the stack and in statics.
     StackBuffer = 24;
+    /// Make the output longer and longer, with SET_LENGTH.
+    GrowLength = 25;
+    /// Make the output longer and longer, with WRITE.
+    GrowWrite = 26;
+    /// Make the output longer and longer, with COPY.
+    GrowCopy = 27;
+    /// Write to a device that is only read.
+    WriteReadOnly = 28;
+    /// Read a device that is not there.
+    ReadAbsent = 29;
+    /// COPY a range whose end is past the largest number.
+    CopyOverflow = 30;
+    /// Ring for no request at all.
+    DoorbellEmpty = 31;
+    /// Ring for a ring whose entries are all ones.
+    RingGarbage = 32;
+    /// Ring for a good request, garbage, and another good one.
+    RingMixed = 33;
+    /// Send the longest log messages for ever.
+    LongMessageFlood = 34;
+    /// Send messages that are empty for ever.
+    EmptyMessageFlood = 35;
+    /// Loop for ever after a request, with the ring full of requests that nobody rang for.
+    StallAfterRequest = 36;
 }

@@ -14,8 +14,8 @@ use core::arch::asm;
 use core::hint::black_box;
 use instar_guest_protocol::{guest_message::Kind, CommitResultMessage, GuestMessage, LogMessage, Message};
 use instar_guest_sdk::abi::{
-    Request, Ring, MESSAGE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_FAULT, PORT_MESSAGE, RING_ADDR, STACK_TOP,
-    SYSTEM_ADDR,
+    Request, Ring, DEVICE_OUTPUT, MESSAGE_ADDR, MESSAGE_SIZE, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_FAULT,
+    PORT_MESSAGE, RING_ADDR, RING_CAPACITY, STACK_TOP, SYSTEM_ADDR,
 };
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{export_operation, BlockIo, DriverResult, ReadBelow, Sink, Source};
@@ -104,6 +104,21 @@ impl SqrtLike for f64 {
     }
 }
 
+/// Put requests into the ring and ring for `count`, past core and what it checks.
+fn ring(requests: &[Request], count: u32) {
+    // SAFETY: the ring is mapped there.
+    let entries = unsafe { &mut (*(RING_ADDR as *mut Ring)).entries };
+    entries.iter_mut().zip(requests).for_each(|(entry, request)| *entry = *request);
+    out(PORT_DOORBELL, count);
+}
+
+/// Ask for more and more of the output, 64 KiB at a time; whatever is refused, go on.
+fn grow(request: impl Fn(u64) -> Request) {
+    for step in 0..u64::MAX >> 16 {
+        ring(&[request(step << 16)], 1);
+    }
+}
+
 #[allow(clippy::panic, reason = "the panic is what is tested")]
 fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
     let Some(scenario) = Scenario::from_u32(operation.config.flags) else { panic!("no such scenario") };
@@ -175,6 +190,48 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
             let mut buffer = [0_u8; 512];
             let result = io.read(0, 0, &mut buffer).and_then(|()| io.write(0, 0, &CONSTANT));
             succeed(send, format!("{result:?}"), u64::from(buffer[511]));
+        }
+        Scenario::GrowLength => grow(|at| Request::set_length(DEVICE_OUTPUT, at)),
+        Scenario::GrowWrite => {
+            let data = vec![0x77_u8; 1 << 16];
+            grow(|at| Request::write(DEVICE_OUTPUT, at, data.as_ptr() as u64, 1 << 16));
+        }
+        Scenario::GrowCopy => grow(|at| Request::copy(0, 0, DEVICE_OUTPUT, at, 1 << 16)),
+        Scenario::WriteReadOnly => {
+            let data = vec![0x77_u8; 512];
+            ring(&[Request::write(1, 0, data.as_ptr() as u64, 512)], 1);
+        }
+        Scenario::ReadAbsent => {
+            let mut data = vec![0_u8; 512];
+            ring(&[Request::read(7, 0, data.as_mut_ptr() as u64, 512)], 1);
+        }
+        Scenario::CopyOverflow => ring(&[Request::copy(0, u64::MAX - 511, DEVICE_OUTPUT, 0, 4096)], 1),
+        Scenario::DoorbellEmpty => out(PORT_DOORBELL, 0),
+        Scenario::RingGarbage => {
+            // SAFETY: the ring is mapped there, and any bytes are requests.
+            unsafe { core::ptr::write_bytes(RING_ADDR as *mut u8, 0xff, size_of::<Ring>()) };
+            out(PORT_DOORBELL, u32::try_from(RING_CAPACITY).unwrap_or(0));
+        }
+        Scenario::RingMixed => {
+            let data = vec![0x77_u8; 512];
+            let good = Request::write(DEVICE_OUTPUT, 0, data.as_ptr() as u64, 512);
+            ring(&[good, Request { op: 0xdead, flags: u32::MAX, ..good }, good], 3);
+        }
+        Scenario::LongMessageFlood => loop {
+            let most = usize::try_from(MESSAGE_SIZE).unwrap_or(0) - 16;
+            send(&message(Kind::Log(LogMessage { text: "x".repeat(most) })));
+        },
+        Scenario::EmptyMessageFlood => loop {
+            send(&message(Kind::Log(LogMessage::default())));
+        },
+        Scenario::StallAfterRequest => {
+            let _ = io.flush(0);
+            // SAFETY: the ring is mapped there.
+            let entries = unsafe { &mut (*(RING_ADDR as *mut Ring)).entries };
+            entries.fill(Request::set_length(DEVICE_OUTPUT, 0));
+            loop {
+                black_box(0);
+            }
         }
     }
     black_box(MESSAGE_ADDR);

@@ -1,0 +1,162 @@
+//! A guest that attacks the images and the host through the ring, against real files: it is ended with a clear error, no file
+//! is touched that it may not write, and what it may write stays within its bound.
+
+use crate::support::spec;
+use instar_engine::devices::{Device, Devices};
+use instar_engine::vm::{self, BadRequest, BufferAccess, GuestHandler, VmError, VmReport};
+use instar_guest_abi::{ErrorCode, Request, DEVICE_OUTPUT};
+use instar_guest_protocol::{guest_message::Kind, Message};
+use instar_guest_testmod::Scenario;
+use std::fs::{read, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use tempfile::TempDir;
+
+/// Bytes of each file, and to how many the output may grow.
+const LENGTH: u64 = 1 << 20;
+const BOUND: u64 = 3 << 20;
+
+/// Executes requests as a commit does, and counts messages.
+struct Host {
+    devices: Devices,
+    messages: usize,
+    bytes: usize,
+    /// The statuses of the last requests.
+    statuses: Vec<i32>,
+}
+
+impl GuestHandler for Host {
+    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
+        let result = self.devices.execute(memory, requests);
+        self.statuses = requests.iter().map(|request| request.status).collect();
+        result
+    }
+
+    fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
+        self.messages += 1;
+        self.bytes += instar_guest_protocol::GuestMessage { kind: Some(message) }.encoded_len();
+        Ok(())
+    }
+}
+
+/// The images of a commit, and a file beside them that has nothing to do with it.
+struct Images {
+    dir: TempDir,
+}
+
+const NAMES: [&str; 4] = ["overlay", "ancestor", "output", "beside"];
+
+impl Images {
+    fn new() -> Self {
+        let images = Self { dir: TempDir::new().unwrap() };
+        for (seed, name) in NAMES.iter().enumerate() {
+            std::fs::write(images.path(name), Self::content(seed)).unwrap();
+        }
+        images
+    }
+
+    fn content(seed: usize) -> Vec<u8> {
+        (0..usize::try_from(LENGTH).unwrap()).map(|i| (i / 64 * 7 + seed).to_le_bytes()[0] | 1).collect()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn open(&self, name: &str, write: bool) -> File {
+        File::options().read(true).write(write).open(self.path(name)).unwrap()
+    }
+
+    fn run(&self, scenario: Scenario) -> (Host, Result<VmReport, VmError>) {
+        let mut devices = Devices::new();
+        devices.attach(0, Device::new(self.open("overlay", true), true, LENGTH, LENGTH, false));
+        // Its descriptor could be written: it is the slot that may not.
+        devices.attach(1, Device::new(self.open("ancestor", true), false, LENGTH, LENGTH, false));
+        devices.attach(DEVICE_OUTPUT, Device::new(self.open("output", true), true, LENGTH, BOUND, false));
+        let mut host = Host { devices, messages: 0, bytes: 0, statuses: Vec::new() };
+        let result = vm::run(&spec(scenario).with_message_limit(2 << 20), &mut host);
+        (host, result)
+    }
+
+    /// Only the output may be different.
+    fn assert_others_untouched(&self, scenario: Scenario) {
+        for (seed, name) in NAMES.iter().enumerate().filter(|(_, name)| **name != "output") {
+            assert!(read(self.path(name)).unwrap() == Self::content(seed), "{scenario:?} has changed {name}");
+        }
+        assert_eq!(std::fs::read_dir(self.dir.path()).unwrap().count(), NAMES.len(), "{scenario:?} has made a file");
+    }
+}
+
+fn assert_ended(result: Result<VmReport, VmError>, scenario: Scenario, why: &str) {
+    let error = result.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::GuestProtocol, "{scenario:?}");
+    let text = error.to_string();
+    assert!(text.starts_with("the guest broke the protocol: ") && text.contains(why), "{scenario:?}: {text}");
+}
+
+#[test]
+fn a_file_grows_to_its_bound_and_no_further() {
+    for scenario in [Scenario::GrowLength, Scenario::GrowWrite, Scenario::GrowCopy] {
+        let images = Images::new();
+        let (_, result) = images.run(scenario);
+        assert_ended(result, scenario, "more than the file may grow in this commit");
+        let output = images.path("output").metadata().unwrap();
+        assert_eq!(output.len(), BOUND, "{scenario:?}");
+        assert!(output.blocks() * 512 <= BOUND + (1 << 20), "{scenario:?} takes {} blocks", output.blocks());
+        images.assert_others_untouched(scenario);
+    }
+}
+
+#[test]
+fn requests_that_break_a_rule_change_nothing() {
+    for (scenario, why) in [
+        (Scenario::WriteReadOnly, "a change of a device that is read-only"),
+        (Scenario::ReadAbsent, "a device that is absent"),
+        (Scenario::CopyOverflow, "a source range that overflows"),
+        (Scenario::BufferOutside, "a buffer outside the heap"),
+        (Scenario::DoorbellEmpty, "a doorbell for 0 requests, 1 to 256 are possible"),
+        (Scenario::DoorbellCount, "a doorbell for 257 requests, 1 to 256 are possible"),
+        (Scenario::RingGarbage, "an operation that does not exist"),
+    ] {
+        let images = Images::new();
+        let (_, result) = images.run(scenario);
+        assert_ended(result, scenario, why);
+        assert!(read(images.path("output")).unwrap() == Images::content(2), "{scenario:?}");
+        images.assert_others_untouched(scenario);
+    }
+}
+
+#[test]
+fn garbage_between_good_requests_ends_the_guest_there() {
+    let images = Images::new();
+    let (host, result) = images.run(Scenario::RingMixed);
+    assert_ended(result, Scenario::RingMixed, "an operation that does not exist");
+    // The first was executed, the third was not looked at.
+    assert_eq!(host.statuses, [0, -1, -1]);
+    let mut expected = Images::content(2);
+    expected[..512].fill(0x77);
+    assert!(read(images.path("output")).unwrap() == expected);
+    images.assert_others_untouched(Scenario::RingMixed);
+}
+
+#[test]
+fn floods_of_messages_have_an_end() {
+    /// What a guest may send in all, in bytes.
+    const LIMIT: usize = 2 << 20;
+    for (scenario, fewest) in [(Scenario::LongMessageFlood, 100), (Scenario::EmptyMessageFlood, 8_000)] {
+        let images = Images::new();
+        let (host, result) = images.run(scenario);
+        assert_ended(result, scenario, "more messages than it may send");
+        assert!(host.bytes <= LIMIT && host.messages >= fewest, "{scenario:?}: {} {}", host.messages, host.bytes);
+        images.assert_others_untouched(scenario);
+    }
+}
+
+#[test]
+fn a_loop_after_a_request_is_a_stall_and_a_ring_without_a_bell_is_nothing() {
+    let images = Images::new();
+    let error = images.run(Scenario::StallAfterRequest).1.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::GuestStalled);
+    assert!(read(images.path("output")).unwrap() == Images::content(2));
+    images.assert_others_untouched(Scenario::StallAfterRequest);
+}
