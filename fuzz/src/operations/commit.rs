@@ -226,6 +226,9 @@ fn snapshots(bed: &Bed, files: &Files) -> Vec<Vec<u8>> {
 }
 
 fn run(bed: &Bed, files: Files) {
+    if std::env::var_os("FUZZ_EXPLAIN").is_some() {
+        explain(bed, &files);
+    }
     let Some(mut configs) = admitted(bed, &files) else { return };
     configs.values_mut().for_each(|config| config.max_length = config.max_length.min(DISK.max(config.file_length)));
     let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
@@ -266,6 +269,18 @@ fn run(bed: &Bed, files: Files) {
             assert!(!io.devices.log.iter().any(of_overlay), "{}", failure.error);
         }
         Step::Empty => {}
+    }
+}
+
+/// Say what an input has changed: of each file the first bytes that differ, as they are and as they were.
+fn explain(bed: &Bed, files: &Files) {
+    for (device, now) in files {
+        let was = &bed.files[device];
+        eprintln!("device {device}, {:?}: {} bytes, {} before", bed.formats[device], now.len(), was.len());
+        let differ = |at: &usize| now.get(*at) != was.get(*at);
+        for at in (0..now.len().max(was.len())).filter(differ).take(64) {
+            eprintln!("  {at:#x}: {:02x?}, {:02x?} before", now.get(at), was.get(at));
+        }
     }
 }
 

@@ -137,10 +137,16 @@ impl Image {
                 None => self.header.grain_bytes(),
             };
             let end = offset.saturating_add(length);
-            if self.compressed() && end > self.file_length {
+            // The last grain of a file may have been cut short: the rest reads as zeroes. But what a commit adds begins at the
+            // next multiple of a grain, so that no grain may go on behind that.
+            let cut = if self.compressed() {
+                self.file_length
+            } else {
+                self.file_length.checked_next_multiple_of(self.header.grain_bytes()).unwrap_or(u64::MAX)
+            };
+            if end > cut {
                 return Err(wrong("goes past the end of the file"));
             }
-            // The last grain of a file may have been cut short: the rest reads as zeroes.
             let end = end.min(self.file_length);
             if !used.mark(&(offset / SECTOR..end.div_ceil(SECTOR))) {
                 return Err(wrong("overlaps metadata or another grain"));

@@ -214,6 +214,35 @@ fn damage_is_found_before_anything_changes() {
     assert_eq!(View::new(&io.files[&DEVICE_OUTPUT]).content(&[])[30 * GRAIN..], want[30 * GRAIN..]);
 }
 
+/// What a commit adds begins behind the last grain, which may begin anywhere and be cut short.
+#[test]
+fn a_last_grain_that_goes_on_behind_the_end_is_not_written_over() {
+    let overlay = Spec::new(40 * GRAIN, 7, 5).with(data([0, 1, 2], 0x21));
+    let backing = Spec { redundant: false, ..Spec::new(40 * GRAIN, 5, u32::MAX) }.with(data([9], 0x43));
+    for (shift, cut, allowed) in [(0, 0, true), (0, 512, true), (1, 0, true), (1, 512, false), (1, 1024, false)] {
+        let mut files = files(&overlay, &backing, None);
+        let base = files.get_mut(&DEVICE_OUTPUT).unwrap();
+        let table = le32(base, le32(base, 56) * 512) * 512;
+        let sector = le32(base, table + 9 * 4) + shift;
+        put32(base, table + 9 * 4, sector);
+        base.resize((sector * 512 + GRAIN - cut).max(sector * 512 + 1), 0x99);
+        let before = files.clone();
+        let mut io = MemoryDevices::new(files);
+        match run(&mut io, Options::default()) {
+            Ok(_) => {
+                let (wanted, now) = (expected(&before), views(&io.files));
+                assert!(allowed && now.0 == wanted.0 && now.1 == wanted.1, "{shift} {cut}: something reads wrong");
+            }
+            Err(failure) => {
+                assert!(!allowed, "{shift} {cut}: {}", failure.error);
+                assert_eq!(failure.error.code, ErrorCode::BackingCorrupt);
+                assert!(failure.error.text.contains("past the end of the file"), "{}", failure.error.text);
+                assert_eq!(io.log, vec![]);
+            }
+        }
+    }
+}
+
 #[test]
 fn io_errors_leave_a_pair_that_can_be_committed() {
     let (top, base) = pair();
