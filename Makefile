@@ -13,7 +13,9 @@ PYTEST := $(VENV)/bin/python -m pytest
 WORKERS ?= auto
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
-FUZZ_SEED ?= 1
+FUZZ_TARGETS ?=
+# What `cargo fuzz` passes, of which stable compilers know all.
+FUZZ_RUSTFLAGS := -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
 # Random states after each write of a commit that `make crash` replays, and as many with torn sectors.
 CRASH_DRAWN ?= 10
 
@@ -25,7 +27,8 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz demo bench bench-quick clean python qemu-img file-systems semver
+.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz fuzz-corpus demo bench bench-quick clean python \
+	fuzzer qemu-img file-systems semver
 
 help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -63,8 +66,11 @@ test-deep: instar python qemu-img file-systems mandoc ## the long tests: more ra
 	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --release --workspace
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests
 
-fuzz: ## run every fuzz target for FUZZ_SECONDS seconds each (FUZZ_SEED chooses the inputs)
-	$(CARGO) run --profile fuzz -p instar-fuzz -- --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+fuzz: fuzzer ## run every fuzz target (or FUZZ_TARGETS) for FUZZ_SECONDS seconds each
+	@fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+fuzz-corpus: fuzzer ## take what the fuzz targets found to cover more into fuzz/corpus, as little of it as does
+	@fuzz/run.sh merge $(FUZZ_TARGETS)
 
 crash: instar python qemu-img file-systems ## power losses: replay what commits wrote, more random states than the tests have; on real file systems
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
@@ -116,6 +122,15 @@ $(VENV)/.ready: tests/requirements.txt
 	else echo 'python3 cannot make a virtual environment: apt-get install python3-venv' >&2; exit 1; fi
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
+
+# With a target named, build scripts and macros are not instrumented.
+fuzzer:
+	@if command -v c++ >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends g++; \
+	else echo 'a C++ compiler is needed for libFuzzer: apt-get install g++' >&2; exit 1; fi
+	RUSTFLAGS='$(FUZZ_RUSTFLAGS)' $(CARGO) build --profile fuzz --target x86_64-unknown-linux-gnu -p instar-fuzz \
+		--features libfuzzer --bin instar-fuzz
 
 qemu-img:
 	@if command -v qemu-img >/dev/null; then :; \

@@ -1,5 +1,6 @@
-//! One target under libFuzzer: the one that `FUZZ_TARGET` names. The arguments are libFuzzer's; with `FUZZ_SEEDS`, a
-//! directory, the target's first inputs are written there, and nothing else is done.
+//! One target under libFuzzer: the one that `FUZZ_TARGET` names; `list` prints all names, each with the length of its longest
+//! inputs. The arguments are libFuzzer's; with `FUZZ_SEEDS`, a directory, the target's first inputs are written there, and
+//! nothing else is done.
 #![no_main]
 #![allow(missing_docs, clippy::expect_used)]
 
@@ -67,6 +68,10 @@ static ALLOCATOR: Bounded = Bounded;
 
 static TARGET: LazyLock<&Target> = LazyLock::new(|| {
     let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
+    if name == "list" {
+        TARGETS.iter().for_each(|target| println!("{} {}", target.name, target.longest));
+        std::process::exit(0);
+    }
     let target = TARGETS.iter().find(|target| target.name == name).unwrap_or_else(|| {
         eprintln!("FUZZ_TARGET is one of {}", TARGETS.map(|target| target.name).join(", "));
         std::process::exit(2);

@@ -80,6 +80,10 @@ pub fn qcow2_beds() -> Vec<Bed> {
     beds.push([(OVERLAY, overlay.clone()), (MIDDLE, middle), (DEVICE_OUTPUT, build(&backing))].to_vec());
     let cut = Spec { blocks_first: true, cut: true, ..Spec::new(9, 96 << 9) }.with(data([0, 3], 0x43));
     beds.push([(OVERLAY, overlay), (DEVICE_OUTPUT, build(&cut))].to_vec());
+    // An overlay that ends within its last cluster, a refcount block: it gets that cluster back when it is emptied.
+    let overlay = build(&extents(Spec { cut: true, ..Spec::new(12, 96 << 9) }));
+    assert!(overlay.len() % 4096 != 0);
+    beds.push([(OVERLAY, overlay), (DEVICE_OUTPUT, build(&cut))].to_vec());
 
     let bed = |images: Vec<(u32, Vec<u8>)>| Bed {
         resize: true,
