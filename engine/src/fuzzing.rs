@@ -46,10 +46,12 @@ pub fn small_module() -> Vec<u8> {
     elf
 }
 
-/// Messages, each with its length in front in two bytes, as each operation takes them.
-pub fn messages(data: &[u8]) {
-    /// Virtual size in bytes of the disk that is mapped.
-    const SIZE: u64 = 1 << 20;
+/// Bytes of the disk that [`messages`] maps.
+pub const MAPPED: u64 = 1 << 20;
+
+/// Messages, each with its length in front in two bytes, as each operation takes them. Returns why the guest was ended, and the
+/// JSON of a map that came to its end.
+pub fn messages(data: &[u8]) -> (Vec<String>, Option<Vec<u8>>) {
     let deliver = |handler: &mut dyn GuestHandler| -> Result<(), VmError> {
         let mut buffer = MessageBuffer::new()?;
         let mut rest = data;
@@ -61,24 +63,17 @@ pub fn messages(data: &[u8]) {
         }
         Ok(())
     };
-    let told = |result: Result<(), VmError>| {
-        let text = result.err().map(|error| error.to_string()).unwrap_or_default();
-        assert!(!text.chars().any(char::is_control), "a control character would reach the terminal: {text:?}");
-    };
-    let mut handler = CommitHandler::new(Devices::new());
-    told(deliver(&mut handler));
-    told(deliver(&mut CheckHandler::new(Devices::new())));
+    let mut results = vec![deliver(&mut CommitHandler::new(Devices::new()))];
+    results.push(deliver(&mut CheckHandler::new(Devices::new())));
     let place = |depth| Place { depth, path: format!("layer{depth}").into(), holes: Holes::Ignored };
     let places = BTreeMap::from([(0, place(0)), (1, place(1))]);
     let mut out = Vec::new();
     let mut reporter = Reporter::new(&mut out, Format::Json, 0..u64::MAX);
-    let mut handler = MapHandler::new(Devices::new(), places, SIZE, &mut reporter);
-    let whole = deliver(&mut handler);
-    let whole = matches!(handler.result, Some(Ok(()))) && whole.is_ok() && handler.end().is_ok();
+    let mut handler = MapHandler::new(Devices::new(), places, MAPPED, &mut reporter);
+    let result = deliver(&mut handler);
+    let whole = matches!(handler.result, Some(Ok(()))) && result.is_ok() && handler.end().is_ok();
+    results.push(result);
     drop(reporter);
-    if whole {
-        let lines: Vec<serde_json::Value> = serde_json::from_slice(&out).expect("JSON");
-        let lengths = lines.iter().map(|line| line["length"].as_u64().unwrap_or(0));
-        assert_eq!(lengths.sum::<u64>(), SIZE, "the map does not cover the disk");
-    }
+    let ended = results.into_iter().filter_map(Result::err).map(|error| error.to_string());
+    (ended.collect(), whole.then_some(out))
 }

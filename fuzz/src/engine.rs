@@ -39,7 +39,15 @@ pub fn elf_seeds() -> Vec<Vec<u8>> {
 
 /// Messages as a guest sends them: each with its length in front, in two bytes.
 pub fn messages(data: &[u8]) {
-    fuzzing::messages(data);
+    let (ended, map) = fuzzing::messages(data);
+    for text in ended {
+        assert!(!text.chars().any(char::is_control), "a control character would reach the terminal: {text:?}");
+    }
+    if let Some(json) = map {
+        let runs: Vec<serde_json::Value> = serde_json::from_slice(&json).expect("a map is JSON");
+        let lengths = runs.iter().map(|run| run["length"].as_u64().expect("a length"));
+        assert_eq!(lengths.sum::<u64>(), fuzzing::MAPPED, "the map does not cover the disk");
+    }
 }
 
 /// One message of each kind.

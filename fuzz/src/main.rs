@@ -2,7 +2,7 @@
 //! inputs. The arguments are libFuzzer's; with `FUZZ_SEEDS`, a directory, the target's first inputs are written there, and
 //! nothing else is done.
 #![no_main]
-#![allow(missing_docs, clippy::expect_used)]
+#![allow(missing_docs, clippy::expect_used, clippy::panic)]
 
 use instar_fuzz::{Target, TARGETS};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};

@@ -1,5 +1,5 @@
 //! Each target over the corpus in the repository, and over a sample with a fixed seed.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use instar_fuzz::generator::{input, Random};
 use instar_fuzz::{Target, TARGETS};

@@ -82,7 +82,7 @@ pub fn qcow2_beds() -> Vec<Bed> {
     beds.push([(OVERLAY, overlay), (DEVICE_OUTPUT, build(&cut))].to_vec());
     // An overlay that ends within its last cluster, a refcount block: it gets that cluster back when it is emptied.
     let overlay = build(&extents(Spec { cut: true, ..Spec::new(12, 96 << 9) }));
-    assert!(overlay.len() % 4096 != 0);
+    assert!(!overlay.len().is_multiple_of(4096));
     beds.push([(OVERLAY, overlay), (DEVICE_OUTPUT, build(&cut))].to_vec());
 
     let bed = |images: Vec<(u32, Vec<u8>)>| Bed {
