@@ -88,9 +88,12 @@ pub fn layout(bytes: &[u8]) -> Layout {
 /// Whether the checker finds no error in an image that is not too large for it.
 pub fn is_sound(bytes: &[u8]) -> bool {
     let small = be64(bytes, 24) <= 4 << 20 && be32(bytes, 36) < 4096 && be32(bytes, 56) < 64 && be32(bytes, 60) < 8;
+    // Entries of an L2 table, in as many tables as the L1 table can name.
+    let entries = |l1_entries: u64| l1_entries << be32(bytes, 20).clamp(3, 21).saturating_sub(3);
     small
+        && entries(u64::from(be32(bytes, 36))) <= 1 << 22
         && bytes.len() <= 16 << 20
-        && snapshots(bytes).0.iter().all(|&(_, entries)| entries < 4096)
+        && snapshots(bytes).0.iter().all(|&(_, l1_entries)| l1_entries < 4096 && entries(l1_entries) <= 1 << 22)
         && check(bytes).errors.is_empty()
 }
 

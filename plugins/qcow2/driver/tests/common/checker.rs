@@ -202,6 +202,10 @@ pub fn check(bytes: &[u8]) -> Report {
         if !offset.is_multiple_of(view.size) {
             report.errors.push(format!("{what} unaligned at {offset}"));
         }
+        if bytes > 64 << 20 {
+            report.errors.push(format!("{what} of {bytes} bytes"));
+            return;
+        }
         for cluster in offset >> view.bits..(offset + bytes).div_ceil(view.size) {
             *references.entry(cluster).or_default() += 1;
         }
