@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -251,14 +252,21 @@ def test_the_largest_tables_take_no_memory(tmp_path):
     assert support.holds_no_clusters(top)
 
 
+#: A program that runs another and prints the most memory that it had, in KiB. A child counts what its parent had when it was
+#: made, and the tests' own process may have read large files.
+MEASURE = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
 def peak_memory(args):
     """Runs a program that must succeed. Returns the most memory that it had, in bytes, as the kernel counted it."""
-    child = subprocess.Popen(list(map(str, args)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    stderr = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0, stderr
-    return usage.ru_maxrss * 1024
+    result = support.run(sys.executable, "-c", MEASURE, *args)
+    assert result.rc == 0, str(result)
+    return int(result.stdout) * 1024
 
 
 # --- names in a vmdk --------------------------------------------------------------------------------
