@@ -20,7 +20,7 @@ while read -r name longest; do
     inputs=("target/fuzz/corpus/$name" "fuzz/corpus/$name" "target/fuzz/seeds/$name")
     if [ "$what" = merge ]; then
         rm -rf target/fuzz/merged && mkdir target/fuzz/merged
-        "$fuzzer" -set_cover_merge=1 "${limits[@]}" target/fuzz/merged "${inputs[@]}" < /dev/null 2> "$log"
+        "$fuzzer" -set_cover_merge=1 -use_counters=0 "${limits[@]}" target/fuzz/merged "${inputs[@]}" < /dev/null 2> "$log"
         # What was a finding once stays.
         find "fuzz/corpus/$name" -type f ! -name 'finding-*' -delete
         cp -n target/fuzz/merged/* "fuzz/corpus/$name/"

@@ -29,23 +29,6 @@ pub fn anonymous_file() -> io::Result<File> {
     Ok(File::from(rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC)?))
 }
 
-/// The smallest module that loads: one page of code and nothing else.
-#[must_use]
-pub fn small_module() -> Vec<u8> {
-    let mut elf = vec![0; 4096 + 16];
-    let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, b"\x7fELF\x02\x01\x01");
-    put(16, &[3, 0, 62, 0, 1]);
-    put(32, &64_u64.to_le_bytes());
-    put(52, &[64, 0, 56, 0, 1]);
-    put(64, &[1, 0, 0, 0, 5]);
-    put(64 + 8, &4096_u64.to_le_bytes());
-    put(64 + 32, &16_u64.to_le_bytes());
-    put(64 + 40, &16_u64.to_le_bytes());
-    put(64 + 48, &4096_u64.to_le_bytes());
-    elf
-}
-
 /// Bytes of the disk that [`messages`] maps.
 pub const MAPPED: u64 = 1 << 20;
 

@@ -30,12 +30,58 @@ pub fn elf(data: &[u8]) {
     let _ = fuzzing::check_library(data);
 }
 
-/// The headers and tables of a real module, and a library with nothing but what is looked at.
+/// A file that is both, as small as it can be: code, data with a relocation, and a plugin's symbol.
+fn small_elf() -> Vec<u8> {
+    const SYMBOL: &[u8] = b"\0_1as_0lib_1header_0root_bmodule_bloader\0";
+    /// Offsets in the file; those of the segments are addresses from a page on, too.
+    const CODE: u64 = 0x100;
+    const DATA: u64 = 0x110;
+    const SYMBOLS: u64 = 0x180;
+    const STRINGS: u64 = 0x1b0;
+    const SECTIONS: u64 = 0x200;
+    let mut elf = vec![0; 0x200 + 3 * 64];
+    let mut put = |at: u64, bytes: &[u8]| elf[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &[3, 0, 62, 0, 1]);
+    put(32, &64u64.to_le_bytes());
+    put(40, &SECTIONS.to_le_bytes());
+    put(52, &[64, 0, 56, 0, 3, 0, 64, 0, 3, 0, 2, 0]);
+    // Type and flags, offset, address, size: to load and execute, to load and write, dynamic.
+    for (index, (kind, flags, offset, address, size)) in
+        [(1u32, 5u32, CODE, 0, 16u64), (1, 6, DATA, 0x1000, 88), (2, 6, DATA, 0x1000, 64)].into_iter().enumerate()
+    {
+        let at = 64 + 56 * index as u64;
+        put(at, &[kind.to_le_bytes(), flags.to_le_bytes()].concat());
+        let numbers = [offset, address, address, size, size, 4096];
+        put(at + 8, &numbers.map(u64::to_le_bytes).concat());
+    }
+    // DT_RELA, DT_RELASZ, DT_RELAENT, DT_NULL, and the relocation.
+    put(DATA, &[7u64, 0x1040, 8, 24, 9, 24, 0, 0, 0x1000, 8, 4].map(u64::to_le_bytes).concat());
+    // Its name, an object in a section, 40 bytes.
+    put(SYMBOLS + 24, &[1, 0, 0, 0, 0x11, 0, 1, 0]);
+    put(SYMBOLS + 40, &40u64.to_le_bytes());
+    put(STRINGS, SYMBOL);
+    for (index, (kind, offset, size, link, entry)) in
+        [(11u32, SYMBOLS, 48u64, 2u32, 24u64), (3, STRINGS, SYMBOL.len() as u64, 0, 0)].into_iter().enumerate()
+    {
+        let at = SECTIONS + 64 * (1 + index as u64);
+        put(at + 4, &kind.to_le_bytes());
+        put(at + 24, &[offset, size].map(u64::to_le_bytes).concat());
+        put(at + 40, &[link.to_le_bytes(), 1u32.to_le_bytes()].concat());
+        put(at + 56, &entry.to_le_bytes());
+    }
+    elf
+}
+
+/// Headers and tables: small ones, and those at the beginning of a real module.
 #[must_use]
 pub fn elf_seeds() -> Vec<Vec<u8>> {
     let module = instar_plugin_raw::Raw::guest_module();
-    vec![module.elf.to_vec(), fuzzing::small_module()]
+    vec![small_elf(), module.elf.as_slice()[..ELF_BYTES].to_vec()]
 }
+
+/// Longest file that is tried, in bytes.
+pub const ELF_BYTES: usize = 4096;
 
 /// Messages as a guest sends them: each with its length in front, in two bytes.
 pub fn messages(data: &[u8]) {
@@ -222,4 +268,18 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
             (0..8).flat_map(one).collect()
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Otherwise the target would try nothing but refusals.
+    #[test]
+    fn the_small_file_is_a_module_and_a_library() {
+        let elf = small_elf();
+        let loaded = fuzzing::load_module(&elf, 0x10_1000).unwrap();
+        assert_eq!((loaded.entry, loaded.length, loaded.mappings.len()), (0x10_1000, 0x2000, 2));
+        assert_eq!(fuzzing::check_library(&elf), Ok(()));
+    }
 }

@@ -46,7 +46,7 @@ pub const TARGETS: [Target; 12] = [
     Target { name: "decompress", run: parsers::decompress, seeds: parsers::stream_seeds, record: 1, longest: 4096 },
     Target { name: "vmdk-format", run: vmdk::header, seeds: vmdk::header_seeds, record: 1, longest: 4096 },
     Target { name: "host", run: host::host, seeds: host::seeds, record: 1, longest: 4096 },
-    Target { name: "elf", run: engine::elf, seeds: engine::elf_seeds, record: 1, longest: 1 << 17 },
+    Target { name: "elf", run: engine::elf, seeds: engine::elf_seeds, record: 1, longest: engine::ELF_BYTES },
     Target { name: "messages", run: engine::messages, seeds: engine::message_seeds, record: 1, longest: 2048 },
     Target { name: "requests", run: engine::requests, seeds: engine::request_seeds, record: 12, longest: 768 },
     Target {
