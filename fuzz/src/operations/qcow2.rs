@@ -1,6 +1,6 @@
 //! qcow2 images: what they are made of, and what the drivers' tests know of them.
 
-use self::common::checker::{check, snapshot_contents, snapshots};
+use self::common::checker::{check, snapshot_contents, snapshot_sizes, snapshots};
 use self::common::pair::is_dirty;
 use self::common::{be32, be64};
 use super::Layout;
@@ -96,6 +96,7 @@ pub fn is_sound(bytes: &[u8]) -> bool {
         && entries(u64::from(be32(bytes, 36))) <= 1 << 22
         && bytes.len() <= 16 << 20
         && snapshots(bytes).0.iter().all(|&(_, l1_entries)| l1_entries < 4096 && entries(l1_entries) <= 1 << 22)
+        && snapshot_sizes(bytes).iter().all(|&size| size <= 4 << 20)
         && check(bytes)
             .errors
             .iter()

@@ -84,6 +84,7 @@ pub fn bitmaps(bytes: &[u8]) -> Vec<BitmapView> {
             bits: Vec::new(),
             clusters: Vec::new(),
         };
+        assert!(entries <= 1 << 20, "a bitmap table of {entries} entries");
         let raw: Vec<u64> = (0..entries).map(|i| be64(bytes, (table + i * 8) as usize)).collect();
         found.clusters = raw.iter().copied().filter(|&entry| entry > 1).collect();
         for bit in 0..view.virtual_size.div_ceil(granularity) {

@@ -117,7 +117,7 @@ pub fn snapshots(bytes: &[u8]) -> (Vec<(u64, u64)>, u64) {
 }
 
 /// Virtual sizes that the snapshots record: extra data, bytes 8 to 15.
-fn snapshot_sizes(bytes: &[u8]) -> Vec<u64> {
+pub fn snapshot_sizes(bytes: &[u8]) -> Vec<u64> {
     let (mut at, mut sizes) = (be64(bytes, 64) as usize, Vec::new());
     for _ in 0..be32(bytes, 60) {
         sizes.push(be64(bytes, at + 48));

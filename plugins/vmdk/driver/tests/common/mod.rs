@@ -225,7 +225,7 @@ impl<'a> View<'a> {
                 sector => {
                     let at = sector * 512;
                     let bytes = if self.compressed {
-                        miniz_oxide::inflate::decompress_to_vec_zlib(&self.bytes[at + 12..]).unwrap()
+                        miniz_oxide::inflate::decompress_to_vec_zlib_with_limit(&self.bytes[at + 12..], GRAIN).unwrap()
                     } else {
                         self.bytes[at..].iter().copied().chain(std::iter::repeat(0)).take(GRAIN).collect()
                     };
