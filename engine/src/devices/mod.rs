@@ -334,10 +334,8 @@ impl Devices {
         let requests: Vec<&Request> = batches.iter().map(|batch| &batch.whole).collect();
         let slot = |number: u32| slots.get(index(number)).and_then(Option::as_ref);
         let (complete, result) = copier.copy_side_by_side(slot, &requests, workers, pace, statistics);
-        let end =
-            batches.iter().take(complete).map(|batch| batch.whole.offset.saturating_add(batch.whole.length)).max();
-        if let (Ok(target), Some(end)) = (self.device_mut(number), end) {
-            target.written_to(end);
+        if let Ok(target) = self.device_mut(number) {
+            batches.iter().take(complete).for_each(|batch| target.written(batch.whole.offset, batch.whole.length));
         }
         (complete, result)
     }
