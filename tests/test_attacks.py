@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -283,11 +282,12 @@ def test_names_in_a_descriptor_are_escaped(tmp_path, name, where):
     if where == "extent":
         text = (b"# Disk DescriptorFile\nversion=1\nCID=00000001\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n"
                 b"RW 2048 FLAT \"" + name + b"\" 0\n")
-        cid = struct.pack("<I", 1)[::-1].hex()
         base.write_bytes(text)
         data = top.read_bytes()
         start = data.index(b"parentCID=") + len("parentCID=")
-        top.write_bytes(data[:start] + cid.encode() + data[start + 8 :])
+        # As many digits as there are: qemu writes no leading zeroes.
+        end = data.index(b"\n", start)
+        top.write_bytes(data[:start] + b"1".zfill(end - start) + data[end:])
     else:
         data = top.read_bytes()
         old = b'parentFileNameHint="base.vmdk"'
