@@ -41,15 +41,14 @@ impl Batch {
         Ok(batch)
     }
 
-    /// The copies at the beginning of `requests` that can be under way at the same time: `first`, which was taken from there,
-    /// and those after it into the same device, further and further behind. Each is checked. Only `first`, if it is no copy
-    /// between two devices.
+    /// The copies at the beginning of `requests` that can be under way at the same time: `first`, a copy between two devices
+    /// that was taken from there, and those after it into the same device, further and further behind. Each is checked.
     pub fn side_by_side(
         first: Self,
         requests: &[Request],
         check: impl Fn(&Request) -> Result<RequestOp, BadRequest>,
     ) -> Vec<Self> {
-        let movable = |batch: &Self| batch.op == RequestOp::Copy && batch.whole.device != batch.whole.src_device;
+        let between_two = |batch: &Self| batch.op == RequestOp::Copy && batch.whole.device != batch.whole.src_device;
         let mut at = first.count();
         let mut group = vec![first];
         while let (Some(last), Some(rest)) = (group.last(), requests.get(at..).filter(|rest| !rest.is_empty())) {
@@ -57,7 +56,7 @@ impl Batch {
             let device = last.whole.device;
             // What breaks a rule is met again.
             let Ok(next) = Self::take(rest, &check) else { break };
-            if !movable(last) || !movable(&next) || next.whole.device != device || next.whole.offset < end {
+            if !between_two(&next) || next.whole.device != device || next.whole.offset < end {
                 break;
             }
             at += next.count();

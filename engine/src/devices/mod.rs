@@ -5,6 +5,7 @@
 //! executed, and one that breaks a rule ends the guest.
 
 mod aligned;
+mod cache;
 mod check;
 mod clone;
 mod copy;
@@ -19,6 +20,7 @@ mod workers;
 mod writeback;
 mod zero;
 
+pub use cache::Cache;
 pub use pace::{Pace, Watch};
 pub use statistics::Statistics;
 pub use workers::Workers;
@@ -150,34 +152,6 @@ impl Device {
     }
 }
 
-/// What a flush, and a write, promise.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Cache {
-    /// After a flush, everything before it is durable.
-    #[default]
-    Writeback,
-    /// Everything is durable before the guest is told that it is done.
-    Writethrough,
-    /// Nothing is promised: for images that can be thrown away.
-    Unsafe,
-    /// As writeback, past the page cache.
-    None,
-    /// As writethrough, past the page cache.
-    Directsync,
-}
-
-impl Cache {
-    /// Whether every write is followed by a flush.
-    fn flushes_writes(self) -> bool {
-        matches!(self, Self::Writethrough | Self::Directsync)
-    }
-
-    /// Whether the page cache is passed by.
-    fn is_direct(self) -> bool {
-        matches!(self, Self::None | Self::Directsync)
-    }
-}
-
 /// One more than the highest number of a device.
 const MAX_DEVICES: usize = FIRST_FILE_DEVICE as usize + MAX_FILE_DEVICES;
 
@@ -301,9 +275,11 @@ impl Devices {
         Ok(())
     }
 
-    /// Whether there is somebody to copy this, and others like it, side by side.
+    /// Whether there is somebody to copy this, and others like it, side by side. Not within one file: what is written directly
+    /// would be read directly, too.
     fn copies_side_by_side(&self, batch: &Batch) -> bool {
-        batch.op == RequestOp::Copy && self.workers.is_some() && !self.pace.is_limited()
+        let between_two = batch.op == RequestOp::Copy && batch.whole.device != batch.whole.src_device;
+        between_two && self.workers.is_some() && !self.pace.is_limited()
     }
 
     /// Execute operations, several only if they are copies that may be under way at the same time. Returns how many are

@@ -120,11 +120,12 @@ fn later_requests_see_earlier_ones_and_overlaps_keep_their_order() {
         Request::copy(1, 0, OUT, 512, 3 << 20),
     ]);
     b.check();
-    // From the target itself.
-    let mut own = [Request::copy(0, 0, OUT, 0, 2 << 20), Request::copy(OUT, 0, OUT, 8 << 20, 2 << 20)];
+    // From the target itself, also from where no block begins.
+    let mut own = [Request::copy(0, 0, OUT, 0, 2 << 20), Request::copy(OUT, 100, OUT, 8 << 20, 2 << 20)];
     b.devices.execute(&NoMemory, &mut own).unwrap();
+    assert!(own.iter().all(|request| request.status == request_status::OK), "{own:?}");
     b.apply(&own[0]);
-    let copied = b.model[..2 << 20].to_vec();
+    let copied = b.model[100..100 + (2 << 20)].to_vec();
     b.model.resize(10 << 20, 0);
     b.model[8 << 20..].copy_from_slice(&copied);
     b.check();
