@@ -48,7 +48,6 @@ impl Batch {
         requests: &[Request],
         check: impl Fn(&Request) -> Result<RequestOp, BadRequest>,
     ) -> Vec<Self> {
-        let between_two = |batch: &Self| batch.op == RequestOp::Copy && batch.whole.device != batch.whole.src_device;
         let mut at = first.count();
         let mut group = vec![first];
         while let (Some(last), Some(rest)) = (group.last(), requests.get(at..).filter(|rest| !rest.is_empty())) {
@@ -56,13 +55,18 @@ impl Batch {
             let device = last.whole.device;
             // What breaks a rule is met again.
             let Ok(next) = Self::take(rest, &check) else { break };
-            if !between_two(&next) || next.whole.device != device || next.whole.offset < end {
+            if !next.copies_between_two() || next.whole.device != device || next.whole.offset < end {
                 break;
             }
             at += next.count();
             group.push(next);
         }
         group
+    }
+
+    /// Whether it copies from one device to another.
+    pub fn copies_between_two(&self) -> bool {
+        self.op == RequestOp::Copy && self.whole.device != self.whole.src_device
     }
 
     /// Number of requests.

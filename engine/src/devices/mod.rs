@@ -278,8 +278,7 @@ impl Devices {
     /// Whether there is somebody to copy this, and others like it, side by side. Not within one file: what is written directly
     /// would be read directly, too.
     fn copies_side_by_side(&self, batch: &Batch) -> bool {
-        let between_two = batch.op == RequestOp::Copy && batch.whole.device != batch.whole.src_device;
-        between_two && self.workers.is_some() && !self.pace.is_limited()
+        batch.copies_between_two() && self.workers.is_some() && !self.pace.is_limited()
     }
 
     /// Execute operations, several only if they are copies that may be under way at the same time. Returns how many are
