@@ -48,7 +48,7 @@ lint: ## formatting, clippy, licences and advisories
 	else echo 'lint: the advisory database cannot be fetched: advisories were not checked'; \
 		$(CARGO) deny check licenses bans sources; fi
 
-test-rust: ## the Rust tests
+test-rust: qemu-img ## the Rust tests
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		$(CARGO) nextest run --release --workspace && $(CARGO) test --release --workspace --doc; \
 	else $(CARGO) test --release --workspace; fi
@@ -74,8 +74,10 @@ fuzz-corpus: fuzzer ## take what the fuzz targets found to cover more into fuzz/
 
 crash: instar python qemu-img file-systems ## power losses: replay what commits wrote, more random states than the tests have; on real file systems
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	INSTAR_CRASH_DRAWN=$(CRASH_DRAWN) $(CARGO) test --release -p instar-qcow2-driver -p instar-vmdk-driver -- --nocapture \
-		> "$$log" 2>&1 || { grep -E 'panicked at|^error|FAILED' -A3 "$$log"; echo 'crash: a violation, see above' >&2; exit 1; }; \
+	export INSTAR_CRASH_DRAWN=$(CRASH_DRAWN); \
+	{ $(CARGO) test --release -p instar-qcow2-driver -p instar-vmdk-driver -- --nocapture && \
+		$(CARGO) test --release -p instar-fuzz --test crashes -- --nocapture; } > "$$log" 2>&1 || \
+		{ grep -E 'panicked at|^error|FAILED' -B2 -A3 "$$log"; echo 'crash: a violation, see above' >&2; exit 1; }; \
 	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/power_loss.py

@@ -90,6 +90,18 @@ def test_snapshots_and_bitmaps(tmp_path):
     assert same_as_qemu(image).rc == 0
 
 
+@pytest.mark.parametrize("compat", ["1.1", "0.10"])
+def test_a_snapshot_without_its_size(tmp_path, compat):
+    """An entry of a snapshot has less extra data than version 3 asks for."""
+    image = filled(tmp_path / "image", compat=compat)
+    support.qemu_img("snapshot", "-c", "one", image)
+    inner = qcow2_bytes.Image(image)
+    entry = inner.get("snapshots_offset")
+    inner.poke(entry + 36, (8).to_bytes(4, "big"))
+    result = same_as_qemu(image)
+    assert (result.rc, result.json.get("corruptions", 0)) == ((2, 1) if compat == "1.1" else (0, 0)), str(result)
+
+
 def test_a_chain_is_checked_one_image_at_a_time(tmp_path):
     """What is below need not even be there."""
     base = filled(tmp_path / "base")

@@ -79,7 +79,7 @@ fn one(bytes: &mut Vec<u8>, layout: &Layout, format: Format, change: &[u8]) {
             // A structure, a flag or two beside it; or something close to one.
             5 | 6 => place | flag(number >> 32) | flag(number >> 40),
             7 => place.wrapping_add(1 << ((number >> 32) % 24)),
-            8 => get(bytes, Field { at: low % (bytes.len() / 8) * 8, width: 8 }, format),
+            8 => get(bytes, Field { at: low % (bytes.len() / 8).max(1) * 8, width: 8 }, format),
             9 => old ^ flag(number) ^ flag(number >> 8),
             10 => u64::MAX >> (number % 64),
             _ => 0,

@@ -1,8 +1,9 @@
 //! `instar check` and `instar map`: they change nothing, whatever the images say.
 
+use super::beds;
 use super::change::apply;
 use super::strict::Strict;
-use super::{choose, commit, config, open_source, quietly, sound, views, Bed, OVERLAY};
+use super::{choose, config, open_source, quietly, sound, views, Bed, OVERLAY};
 use crate::host::{self, Format};
 use instar_guest_abi::ExtentKind;
 use instar_guest_commit::Layers;
@@ -15,14 +16,14 @@ use std::sync::OnceLock;
 /// Bytes of a disk up to which it is compared with what the map says.
 const COMPARED: u64 = 4 << 20;
 
-fn beds() -> Vec<Bed> {
-    commit::qcow2_beds().into_iter().chain(commit::vmdk_beds()).chain(commit::cross_beds()).collect()
+fn all_beds() -> Vec<Bed> {
+    beds::qcow2_beds().into_iter().chain(beds::vmdk_beds()).chain(beds::cross_beds()).collect()
 }
 
 /// Check the overlay and map the chain, after the changes that the input describes.
 pub fn look(input: &[u8]) {
     static BEDS: OnceLock<Vec<Bed>> = OnceLock::new();
-    let Some(bed) = choose(&BEDS, beds, input) else { return };
+    let Some(bed) = choose(&BEDS, all_beds, input) else { return };
     let files = apply(bed, input);
     let facts = files.iter().map(|(device, bytes)| Some((*device, host::look(bed.formats[device], bytes)?)));
     let Some(facts) = facts.collect::<Option<BTreeMap<u32, ImageFacts>>>() else { return };

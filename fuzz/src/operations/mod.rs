@@ -5,15 +5,19 @@
 //! refused before its first change has changed nothing. Of images that made sense, whatever happens: the overlay reads what it
 //! read; after a success the backing reads that, too, snapshots read what they read, and both are consistent.
 
+mod beds;
 mod change;
 mod commit;
+mod crashes;
 mod look;
 mod qcow2;
 mod strict;
 mod vmdk;
 
+pub use beds::Pairs;
 pub use change::{Layout, CHANGE};
 pub use commit::{cross_commit, qcow2_commit, vmdk_commit};
+pub use crashes::{Complaint, PowerLosses};
 pub use look::look;
 
 use crate::host::Format;

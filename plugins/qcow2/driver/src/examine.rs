@@ -10,13 +10,14 @@ use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
 use crate::reference_counts::ReferenceCounts;
 use crate::references::References;
 use crate::scan::scan_l1_flags;
+use crate::snapshots::Snapshots;
 use crate::source::Qcow2Source;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{Examination, FindingKind};
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{get_refcount, HostCluster, L2Entry};
+use instar_qcow2_format::{get_refcount, HostCluster, L2Entry, Version};
 
 /// Memory for the counts of one pass, in bytes: dense, about four million clusters.
 const COUNT_BUDGET: usize = 16 << 20;
@@ -66,6 +67,7 @@ impl Examiner<'_> {
 
     fn run(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let metadata = MetadataMap::build(io, self.image, Vec::new())?;
+        self.snapshot_sizes(io)?;
         let references = References::new(io, self.image, &metadata)?;
         let mut floor = HostCluster(0);
         loop {
@@ -80,6 +82,18 @@ impl Examiner<'_> {
         }
         self.l1_flags(io)?;
         self.clusters(io)
+    }
+
+    /// In version 3 every snapshot records its virtual size ("Snapshots", extra data): without it, it would read as another
+    /// disk once the image grows.
+    fn snapshot_sizes(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let snapshots = Snapshots::read(io, self.image)?.entries;
+        for (index, snapshot) in snapshots.iter().enumerate() {
+            if self.image.header.version == Version::V3 && snapshot.virtual_size.is_none() {
+                self.corruption(format!("the entry of snapshot {} does not record its virtual size", index + 1));
+            }
+        }
+        Ok(())
     }
 
     /// Clusters up to the end of the file: what lies past it is nobody's.

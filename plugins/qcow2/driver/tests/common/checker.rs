@@ -193,6 +193,15 @@ pub struct Report {
     pub leaks: u64,
 }
 
+/// Whether an extended entry contradicts itself.
+fn is_wrong(entry: u64, bitmap: u64) -> bool {
+    if entry & (1 << 62) != 0 {
+        return bitmap != 0;
+    }
+    let (zero, allocated) = (bitmap >> 32, bitmap & 0xffff_ffff);
+    zero & allocated != 0 || (entry & OFFSET == 0 && allocated != 0) || entry & 1 != 0
+}
+
 /// What `qemu-img check` would say: references against refcounts, COPIED flags, bounds, alignment.
 pub fn check(bytes: &[u8]) -> Report {
     let view = View::new(bytes);
@@ -233,13 +242,7 @@ pub fn check(bytes: &[u8]) -> Report {
     }
     for (guest, entry, bitmap) in view.entries() {
         let host = entry & OFFSET;
-        let wrong = if entry & (1 << 62) != 0 {
-            bitmap != 0
-        } else {
-            let contradicts = bitmap & bitmap >> 32 & 0xffff_ffff != 0 || (host == 0 && bitmap & 0xffff_ffff != 0);
-            contradicts || entry & 1 != 0
-        };
-        if wrong && view.extended() {
+        if view.extended() && is_wrong(entry, bitmap) {
             report.errors.push(format!("the bitmap {bitmap:x} of guest cluster {guest}"));
         }
         if entry & (1 << 62) != 0 {
@@ -272,7 +275,10 @@ pub fn check(bytes: &[u8]) -> Report {
                 refer(table, view.size, &mut report, "snapshot L2 table");
             }
         }
-        for (_, entry, _) in view.entries_of(l1, l1_entries) {
+        for (guest, entry, bitmap) in view.entries_of(l1, l1_entries) {
+            if view.extended() && is_wrong(entry, bitmap) {
+                report.errors.push(format!("the bitmap {bitmap:x} of guest cluster {guest} in a snapshot"));
+            }
             if entry & (1 << 62) != 0 {
                 let (first, end) = view.compressed(entry);
                 for cluster in first >> view.bits..end.div_ceil(view.size) {

@@ -1,0 +1,171 @@
+//! Power losses: every commit of valid images, and of what inputs of the fuzz targets make of them, stopped at any change, with
+//! any subset of what was not flushed. `tests/crashes.rs` runs this.
+//!
+//! What is asked of each state (`docs/commit.md`, "Power loss"): the overlay reads what it read, so do all snapshots; whatever
+//! does not carry the dirty bit is consistent, to the tests' checker and to the driver's own; the plugins admit the images
+//! again, and a second commit leaves what the first would have.
+
+use super::beds::Pairs;
+use super::change::apply;
+use super::commit::{admitted, guest, snapshots};
+use super::strict::Strict;
+use super::{config, open_source, qcow2, quietly, sound, views, Bed, Files, MIDDLE, OVERLAY};
+use crate::host::{self, Format};
+use instar_guest_abi::{ErrorCode, FindingKind, DEVICE_OUTPUT};
+use instar_guest_commit::{CommitFailure, Step};
+use instar_guest_sdk::crash::Crashes;
+use std::collections::BTreeMap;
+
+/// The power losses of the commits of some pairs of formats.
+pub struct PowerLosses<'a> {
+    /// Whose commits.
+    pub pairs: Pairs,
+    /// Which states.
+    pub crashes: Crashes,
+    /// Another checker, which is shown one in `every` of the images that must be consistent.
+    pub checker: &'a Checker<'a>,
+    /// See `checker`; not 0.
+    pub every: usize,
+    /// Images that were consistent.
+    pub seen: usize,
+}
+
+/// Looks at an image.
+pub type Checker<'a> = dyn Fn(Format, &[u8]) -> Result<(), Complaint> + 'a;
+
+/// What the other checker says.
+pub enum Complaint {
+    /// It does not open the image.
+    Refused(String),
+    /// It finds corruptions.
+    Corrupt(String),
+}
+
+/// What the images read as: by device, and the snapshots.
+type Reading = (Files, Vec<Vec<u8>>);
+
+fn read(bed: &Bed, files: &Files) -> Reading {
+    (views(bed, files), snapshots(bed, files))
+}
+
+fn is_dirty(format: Format, bytes: &[u8]) -> bool {
+    format == Format::Qcow2 && qcow2::common::pair::is_dirty(bytes)
+}
+
+impl PowerLosses<'_> {
+    /// Commit the images that an input of the fuzz target describes, and look at every state that a power loss can leave of
+    /// it: how many there were. `None` if there is nothing to look at: the images make no sense, or nothing was changed.
+    ///
+    /// # Panics
+    /// If a state is not what it must be.
+    pub fn of(&mut self, input: &[u8]) -> Option<usize> {
+        let bed = self.pairs.choose(input)?;
+        let files = apply(bed, input);
+        let configs = admitted(bed, &files)?;
+        let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
+        let before = all_sound.then(|| quietly(|| read(bed, &files)).ok()).flatten()?;
+        let mut io = Strict::new(files.clone(), &[&configs[&OVERLAY], &configs[&DEVICE_OUTPUT]]);
+        let finished = guest(bed, &mut io, &configs).is_ok();
+        if io.devices.log.is_empty() {
+            return None;
+        }
+        let after = finished.then(|| views(bed, &io.devices.files)[&DEVICE_OUTPUT].clone());
+        let arrived = after.as_ref().is_none_or(|after| after.starts_with(&before.0[&OVERLAY]));
+        assert!(arrived, "the backing does not read what the overlay did");
+        Some(self.crashes.each(&files, &io.devices.log, &mut |state| {
+            self.verify(bed, &state, &before);
+            self.ask(bed, &state, &files);
+            again(bed, state, &files, &before, after.as_deref());
+        }))
+    }
+
+    /// What holds at every instant.
+    fn verify(&mut self, bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
+        let (now, snapshots) = read(bed, files);
+        assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else");
+        assert!(snapshots == *old_snapshots, "a snapshot reads something else");
+        for device in [OVERLAY, DEVICE_OUTPUT] {
+            let (format, bytes) = (bed.formats[&device], &files[&device]);
+            assert!(sound(format, bytes), "device {device} is not consistent");
+        }
+    }
+
+    /// Neither `instar check` nor the other checker has a complaint, unless it had one about the image that the fuzzer made.
+    fn ask(&mut self, bed: &Bed, files: &Files, originals: &Files) {
+        for device in [OVERLAY, DEVICE_OUTPUT] {
+            let (format, bytes, original) = (bed.formats[&device], &files[&device], &originals[&device]);
+            if format == Format::Raw || is_dirty(format, bytes) {
+                continue;
+            }
+            let corruptions = examine(device, format, bytes);
+            assert!(
+                corruptions.is_empty() || was_corrupt(device, format, original),
+                "device {device}: {corruptions:?}"
+            );
+            self.seen += 1;
+            if !self.seen.is_multiple_of(self.every) {
+                continue;
+            }
+            if let Err(Complaint::Refused(text) | Complaint::Corrupt(text)) = (self.checker)(format, bytes) {
+                let excused = match (self.checker)(format, original) {
+                    Ok(()) => false,
+                    Err(Complaint::Refused(_)) => true,
+                    Err(Complaint::Corrupt(_)) => was_corrupt(device, format, original) || !is_dirty(format, original),
+                };
+                assert!(excused, "device {device}: {text}");
+            }
+        }
+    }
+}
+
+/// A second commit finishes the job; of one that had failed it may fail again, and breaks nothing.
+fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapshots): &Reading, after: Option<&[u8]>) {
+    let configs = admitted(bed, &files).expect("the plugins refuse what a power loss left");
+    let mut io = Strict::new(files, &[&configs[&OVERLAY], &configs[&DEVICE_OUTPUT]]);
+    let result = guest(bed, &mut io, &configs);
+    let (now, snapshots) = read(bed, &io.devices.files);
+    assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else after a second commit");
+    assert!(snapshots == *old_snapshots, "a snapshot reads something else after a second commit");
+    for device in [OVERLAY, DEVICE_OUTPUT] {
+        assert!(
+            sound(bed.formats[&device], &io.devices.files[&device]),
+            "device {device} is broken by a second commit"
+        );
+    }
+    let Some(after) = after else { return };
+    if let Err(CommitFailure { step, error }) = result {
+        // Leaks are told from lost data by a walk over all tables, which stops at an entry that was corrupt before, and
+        // that the first commit did not need.
+        let corrupt = was_corrupt(DEVICE_OUTPUT, bed.formats[&DEVICE_OUTPUT], &originals[&DEVICE_OUTPUT]);
+        let refused = matches!(step, Step::Check | Step::Plan) && error.code == ErrorCode::BackingCorrupt;
+        assert!(refused && corrupt, "a second commit fails: {error}");
+        return;
+    }
+    assert!(now[&DEVICE_OUTPUT] == after, "a second commit makes something else");
+    let emptied = (!bed.files.contains_key(&MIDDLE)).then_some(OVERLAY);
+    for device in emptied.into_iter().chain([DEVICE_OUTPUT]) {
+        assert!(!is_dirty(bed.formats[&device], &io.devices.files[&device]), "device {device} is still dirty");
+    }
+}
+
+/// Whether `instar check` finds corruptions in an image besides what a commit repairs if it was not closed cleanly.
+fn was_corrupt(device: u32, format: Format, bytes: &[u8]) -> bool {
+    let repaired = |text: &String| is_dirty(format, bytes) && (text.contains("refcount") || text.contains("COPIED"));
+    !examine(device, format, bytes).iter().all(repaired)
+}
+
+/// What `instar check` finds corrupt in an image.
+fn examine(device: u32, format: Format, bytes: &[u8]) -> Vec<String> {
+    let facts = host::look(format, bytes).expect("the plugin does not know its image any more");
+    let mut io = Strict::new(BTreeMap::from([(device, bytes.to_vec())]), &[]);
+    let mut corruptions = Vec::new();
+    let examined = open_source(format, &mut io, &config(device, &facts, false, 0)).and_then(|mut source| {
+        source.examine(&mut io, &mut |kind, text| {
+            if kind == FindingKind::Corruption {
+                corruptions.push(text.to_owned());
+            }
+        })
+    });
+    corruptions.extend(examined.err().map(|error| error.to_string()));
+    corruptions
+}

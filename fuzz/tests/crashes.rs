@@ -1,0 +1,80 @@
+//! Power losses in commits between all formats: of valid images, and of the corpora of the fuzz targets.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+use instar_fuzz::host::Format;
+use instar_fuzz::operations::{Complaint, Pairs, PowerLosses};
+use instar_guest_sdk::crash::Crashes;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const TARGETS: [&str; 3] = ["qcow2-commit", "vmdk-commit", "cross-commit"];
+/// More than there are valid pairs of any target.
+const IMAGES: u8 = 24;
+
+/// How many random states `make crash` draws after each change; `None` in the tests, which draw one.
+fn drawn() -> Option<usize> {
+    std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok())
+}
+
+/// `qemu-img check`, which does not look at what is below an image. Leaks are no complaint: a power loss may leave some.
+fn qemu_img(directory: &Path, format: Format, bytes: &[u8]) -> Result<(), Complaint> {
+    let path = directory.join("image");
+    std::fs::write(&path, bytes).unwrap();
+    let driver = if format == Format::Vmdk { "vmdk" } else { "qcow2" };
+    let file = path.display();
+    let image =
+        format!(r#"json:{{"driver":"{driver}","backing":null,"file":{{"driver":"file","filename":"{file}"}}}}"#);
+    let result = Command::new("qemu-img").args(["check", &image]).output();
+    let result = result.unwrap_or_else(|error| panic!("qemu-img is needed: apt-get install qemu-utils ({error})"));
+    let text = String::from_utf8_lossy(&result.stdout) + String::from_utf8_lossy(&result.stderr);
+    match result.status.code() {
+        Some(0 | 3) => Ok(()),
+        Some(2) => Err(Complaint::Corrupt(text.into_owned())),
+        _ => Err(Complaint::Refused(text.into_owned())),
+    }
+}
+
+/// How many of these inputs are commits. One in `every` images that are left is shown to qemu-img.
+fn of_target(name: &str, inputs: &mut dyn Iterator<Item = Vec<u8>>, every: usize) -> usize {
+    let directory = tempfile::tempdir().unwrap();
+    let checker = |format, bytes: &[u8]| qemu_img(directory.path(), format, bytes);
+    let pairs = Pairs::of_target(name).unwrap();
+    let crashes = Crashes { drawn: drawn().unwrap_or(1), seed: 1 };
+    let mut losses = PowerLosses { pairs, crashes, checker: &checker, every, seen: 0 };
+    let mut commits = 0;
+    for input in inputs {
+        // What a failure has to show.
+        println!("{name} {input:02x?}");
+        if let Some(states) = losses.of(&input) {
+            assert!(states > 1);
+            println!("crash states: {states}");
+            commits += 1;
+        }
+    }
+    assert!(losses.seen > every * 20);
+    commits
+}
+
+#[test]
+fn of_valid_images() {
+    for name in TARGETS {
+        let mut all = (0..IMAGES).map(|images| vec![images]);
+        assert_eq!(of_target(name, &mut all, 20), usize::from(IMAGES));
+    }
+}
+
+/// In `make crash` also of what a fuzzer has found since, if it ran here.
+#[test]
+fn of_what_covers_more_code() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for name in TARGETS {
+        let mut files: Vec<PathBuf> = Vec::new();
+        let since = drawn().map(|_| root.join("../target/fuzz/corpus"));
+        for directory in [root.join("corpus")].into_iter().chain(since).map(|corpus| corpus.join(name)) {
+            files.extend(std::fs::read_dir(directory).into_iter().flatten().map(|entry| entry.unwrap().path()));
+        }
+        files.sort();
+        let commits = of_target(name, &mut files.iter().map(|file| std::fs::read(file).unwrap()), 100);
+        assert!(commits > 20, "{commits} of {} are commits", files.len());
+    }
+}
