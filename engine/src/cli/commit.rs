@@ -4,7 +4,7 @@ use super::output::OutputFormat;
 use super::size::parse_size;
 use super::{print_error, CliError};
 use crate::commit::{
-    render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings, run_commit, CommitRequest,
+    render_commit_success, render_dry_run, render_verbose, render_warnings, run_commit, CommitRequest, Notes,
 };
 use crate::config::Config;
 use crate::devices::Cache;
@@ -128,11 +128,9 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
         allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
         search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
     };
-    let mut notes = Vec::new();
+    let mut notes = Notes::new(args.verbose);
     let result = run_commit(&request, &mut notes);
-    if args.verbose {
-        eprint!("{}", render_notes(&notes));
-    }
+    eprint!("{}", notes.render());
     let result = result?;
     if !args.quiet {
         eprint!("{}", render_warnings(&result.warnings));

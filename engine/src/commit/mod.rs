@@ -8,6 +8,7 @@ mod error;
 mod guest;
 pub(crate) mod handler;
 mod interrupt;
+mod notes;
 mod progress;
 mod render;
 mod space;
@@ -16,9 +17,8 @@ mod timing;
 pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths};
 pub use error::{map_commit_error, map_read_error, Changed, GuestFailure};
 pub use guest::{run_commit_guest, Acquired, GuestOptions, GuestRun};
-pub use render::{
-    render_commit_error, render_commit_success, render_dry_run, render_notes, render_verbose, render_warnings,
-};
+pub use notes::Notes;
+pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose, render_warnings};
 pub use timing::Timing;
 
 use crate::chain::write_target::Gate;
@@ -30,7 +30,7 @@ use crate::cli::escape::escape_path;
 use crate::cli::CliError;
 use crate::confine::{Confinement, Reach, Work};
 use crate::devices::{Cache, Workers};
-use crate::plugins::{ImageFiles, Registry, SearchPath};
+use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
 use instar_guest_abi::{commit_flags, ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
@@ -137,7 +137,7 @@ fn workers(request: &CommitRequest, overlay: &Path) -> Option<Workers> {
 ///
 /// # Errors
 /// One line that names the file and what to do.
-pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<CommitRunResult, CliError> {
+pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRunResult, CliError> {
     let mut timing = Timing::start();
     interrupt::install();
     let path = std::path::absolute(&request.overlay).map_err(|error| {
@@ -145,20 +145,20 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     })?;
     let gate = Gate::new(&request.allowed_directories)?;
     let registry = Registry::load(&request.search);
-    note_plugins(&registry, notes);
+    notes.plugins(&registry);
     timing.mark("plugins loaded");
     let acquired = Acquired { kvm: KvmDevice::open(), workers: workers(request, &path) };
     timing.mark("KVM opened, threads started");
     let confinement = Confinement::begin(&reach(&path, request.base.as_deref(), &gate), Work::OpenToCommit);
-    notes.push(format!("confinement: {confinement}"));
+    notes.push(|| format!("confinement: {confinement}"));
     timing.mark("process confined");
 
     let mut overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
-    note_image("overlay", &overlay, notes);
+    notes.image("overlay", &overlay);
     let choice = BackingChoice { base: request.base.as_deref(), gate: &gate };
     let target = resolve_backing(&registry, &overlay, choice)?;
-    target.between.iter().for_each(|layer| note_image("merged, too", layer, notes));
-    note_image("backing", &target.backing, notes);
+    target.between.iter().for_each(|layer| notes.image("merged, too", layer));
+    notes.image("backing", &target.backing);
     // Where the overlay's own backing may lie, that backing's ancestors may, too.
     let below = gate.with(&overlay.opened.directory());
     let above: Vec<&ChainImage<'_>> =
@@ -172,16 +172,18 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Vec<String>) -> Result<Co
     let only_read = between.iter_mut().chain(&mut ancestors);
     images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, gate: &below }));
     open_extra_files(&mut images)?;
-    ancestors.iter().for_each(|ancestor| note_image("below it", ancestor, notes));
+    ancestors.iter().for_each(|ancestor| notes.image("below it", ancestor));
     timing.mark("chain opened, locked and probed");
     let confinement = confinement.seal(Work::Commit);
-    notes.push(format!("confinement, now that all images are open: {confinement}"));
+    notes.push(|| format!("confinement, now that all images are open: {confinement}"));
     timing.mark("process confined further");
 
     let mut warnings = Vec::new();
     let max_length = verdict(&overlay, &between, &backing, &ancestors, &mut warnings)?;
     let backing_grows_to = check_sizes(&overlay, &backing, request.resize_backing)?;
-    notes.extend(backing_grows_to.map(|size| format!("the backing's virtual size grows to {size} bytes")));
+    if let Some(size) = backing_grows_to {
+        notes.push(|| format!("the backing's virtual size grows to {size} bytes"));
+    }
     let mut result = CommitRunResult {
         overlay: path,
         overlay_format: overlay.facts.format.to_string(),
@@ -306,20 +308,4 @@ fn check_sizes(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, may_grow: boo
          --resize-backing, or grow the backing first"
     );
     Err(CliError::image(&overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
-}
-
-fn note_plugins(registry: &Registry, notes: &mut Vec<String>) {
-    for plugin in registry.plugins() {
-        notes.push(format!("plugin {} {} from {}", plugin.name(), plugin.version(), escape_path(plugin.path())));
-    }
-    for skipped in registry.skipped() {
-        notes.push(format!("plugin skipped: {}: {}", escape_path(&skipped.path), skipped.reason));
-    }
-}
-
-fn note_image(role: &str, image: &ChainImage<'_>, notes: &mut Vec<String>) {
-    let (format, size) = (image.facts.format.as_str(), image.facts.virtual_size);
-    notes.push(format!("{role} {} ({format}, {size} bytes)", escape_path(&image.opened.path)));
-    let said = image.plugin.notes(ImageFiles::one(&image.opened.file), &image.facts);
-    notes.extend(said.iter().map(|note| format!("{role} {}: {note}", escape_path(&image.opened.path))));
 }

@@ -93,12 +93,6 @@ pub fn render_commit_error(error: &CliError, output: OutputFormat) -> String {
     }
 }
 
-/// Lines of `-v` about what was loaded and resolved.
-#[must_use]
-pub fn render_notes(notes: &[String]) -> String {
-    notes.iter().fold(String::new(), |text, note| text + "instar: " + &printable(note) + "\n")
-}
-
 /// Lines of `-v` about what was measured.
 #[must_use]
 pub fn render_verbose(result: &CommitRunResult) -> String {

@@ -1,0 +1,52 @@
+//! What `-v` says of a commit: which plugins were loaded, which images were found, how the process is confined.
+
+use crate::chain::ChainImage;
+use crate::cli::escape::{escape_path, printable};
+use crate::plugins::{ImageFiles, Registry};
+
+/// Lines for `-v`. Where nobody wants them, none is made: plugins read the images once more for theirs.
+#[derive(Debug, Default)]
+pub struct Notes {
+    lines: Option<Vec<String>>,
+}
+
+impl Notes {
+    /// Notes that are kept if they are `wanted`.
+    #[must_use]
+    pub fn new(wanted: bool) -> Self {
+        Self { lines: wanted.then(Vec::new) }
+    }
+
+    /// The text for the terminal, a line each.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let lines = self.lines.iter().flatten();
+        lines.fold(String::new(), |text, line| text + "instar: " + &printable(line) + "\n")
+    }
+
+    pub(super) fn push(&mut self, line: impl FnOnce() -> String) {
+        if let Some(lines) = &mut self.lines {
+            lines.push(line());
+        }
+    }
+
+    /// The plugins, and what was passed over.
+    pub(super) fn plugins(&mut self, registry: &Registry) {
+        for plugin in registry.plugins() {
+            self.push(|| format!("plugin {} {} from {}", plugin.name(), plugin.version(), escape_path(plugin.path())));
+        }
+        for skipped in registry.skipped() {
+            self.push(|| format!("plugin skipped: {}: {}", escape_path(&skipped.path), skipped.reason));
+        }
+    }
+
+    /// An image, and what its plugin says of it.
+    pub(super) fn image(&mut self, role: &str, image: &ChainImage<'_>) {
+        let Some(lines) = &mut self.lines else { return };
+        let (path, format, size) =
+            (escape_path(&image.opened.path), image.facts.format.as_str(), image.facts.virtual_size);
+        lines.push(format!("{role} {path} ({format}, {size} bytes)"));
+        let said = image.plugin.notes(ImageFiles::one(&image.opened.file), &image.facts);
+        lines.extend(said.iter().map(|note| format!("{role} {path}: {note}")));
+    }
+}
