@@ -7,6 +7,9 @@ what=$1
 shift
 fuzzer=$PWD/target/x86_64-unknown-linux-gnu/fuzz/instar-fuzz
 found=0
+mkdir -p target/fuzz
+# To libFuzzer, a target that ends the program is a finding, with a file: what counts is what was written.
+ends=(-artifact_prefix=target/fuzz/)
 
 while read -r name longest; do
     [ $# = 0 ] || [[ " $* " == *" $name "* ]] || continue
@@ -14,8 +17,7 @@ while read -r name longest; do
     export FUZZ_TARGET=$name
     log=target/fuzz/$name.log
     limits=(-timeout=20 -rss_limit_mb=1536 "-max_len=$longest" "-artifact_prefix=target/fuzz/finding-$name-")
-    # To libFuzzer, a target that ends the program is a finding: what counts is what was written.
-    FUZZ_SEEDS=target/fuzz/seeds/$name "$fuzzer" < /dev/null 2> /dev/null || true
+    FUZZ_SEEDS=target/fuzz/seeds/$name "$fuzzer" "${ends[@]}" < /dev/null 2> /dev/null || true
     [ -n "$(ls "target/fuzz/seeds/$name")" ] || { echo "$name: the fuzzer does not run" >&2; exit 1; }
     inputs=("target/fuzz/corpus/$name" "fuzz/corpus/$name" "target/fuzz/seeds/$name")
     if [ "$what" = merge ]; then
@@ -37,5 +39,5 @@ while read -r name longest; do
         grep -E 'panicked at|ERROR: libFuzzer' -A1 "$log" >&2 || true
         grep 'Test unit written' "$log" >&2 || true
     fi
-done < <(FUZZ_TARGET=list "$fuzzer" 2> /dev/null)
+done < <(FUZZ_TARGET=list "$fuzzer" "${ends[@]}" 2> /dev/null)
 exit "$found"

@@ -65,8 +65,3 @@ pub fn is_sound(bytes: &[u8]) -> bool {
 pub fn content(bytes: &[u8], below: &[u8]) -> Vec<u8> {
     View::new(bytes).content(below)
 }
-
-/// Entries by grain: what an overlay holds.
-pub fn entries(bytes: &[u8]) -> Vec<Vec<usize>> {
-    View::new(bytes).entries
-}
