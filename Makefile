@@ -27,8 +27,8 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash faults fuzz fuzz-corpus demo bench bench-quick clean python \
-	fuzzer qemu-img file-systems semver
+.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults fuzz fuzz-corpus demo bench bench-quick \
+	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -81,6 +81,9 @@ crash: instar python qemu-img file-systems ## power losses: replay what commits 
 	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/power_loss.py
+
+mutations: python qemu-img ## would the crash tests notice? takes out every flush of the drivers, swaps steps (an hour or two)
+	$(VENV)/bin/python tests/mutations.py $(MUTATIONS)
 
 faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/faults.py

@@ -11,9 +11,9 @@
 //! 3. Refcount blocks that only describe clusters that are free now go from the refcount table, *then a
 //!    flush*; in rounds, so that a block that describes another one goes after that. Nothing refers to those
 //!    clusters any more: a crash leaves leaks.
-//! 4. The blocks that stay are cut down to header, tables and blocks themselves, *then a flush*.
-//! 5. The file is cut after the last cluster that is in use, and holes are punched before it, *then a flush*.
-//!    Every cluster concerned has refcount 0, durably.
+//! 4. The blocks that stay are cut down to header, tables and blocks themselves; the file is cut after the last cluster
+//!    that is in use, and holes are punched before it; *then a flush*. Nothing refers to the clusters concerned: whatever
+//!    is durable first, a crash leaves leaks, some of them perhaps past the end of the file.
 
 use crate::image::overflow;
 use crate::refcounts::Refcounts;
@@ -58,8 +58,8 @@ impl Qcow2Source {
         }
         let kept = self.drop_blocks(io, Vec::new())?;
         let retained = self.retained(&kept);
-        self.rewrite_blocks(io, &kept, &retained)?;
-        self.give_back(io, &retained)?;
+        let rewritten = self.rewrite_blocks(io, &kept, &retained)?;
+        self.give_back(io, &retained, rewritten)?;
         Ok(cleared)
     }
 
@@ -190,13 +190,13 @@ impl Qcow2Source {
         ranges
     }
 
-    /// Step 4.
+    /// Step 4, the blocks. Returns whether any has changed.
     fn rewrite_blocks(
         &self,
         io: &mut dyn BlockIo,
         kept: &BTreeMap<u64, HostOffset>,
         retained: &[(u64, u64)],
-    ) -> DriverResult<()> {
+    ) -> DriverResult<bool> {
         let mut refcounts = Refcounts::new(&self.image);
         let order = refcounts.order();
         let per_block = refcounts.per_block();
@@ -215,14 +215,11 @@ impl Qcow2Source {
             changed |= refcounts.blocks.is_dirty();
             refcounts.blocks.write_dirty(io)?;
         }
-        if changed {
-            io.flush(self.image.device)?;
-        }
-        Ok(())
+        Ok(changed)
     }
 
-    /// Step 5.
-    fn give_back(&mut self, io: &mut dyn BlockIo, retained: &[(u64, u64)]) -> DriverResult<()> {
+    /// Step 4, the file; `unflushed` if its flush has more to make durable.
+    fn give_back(&mut self, io: &mut dyn BlockIo, retained: &[(u64, u64)], unflushed: bool) -> DriverResult<()> {
         let size = self.image.cluster_size();
         let device = self.image.device;
         let offset = |cluster: u64| size.host_offset(HostCluster(cluster)).ok_or_else(|| overflow("a cluster"));
@@ -239,7 +236,7 @@ impl Qcow2Source {
             requests.push(Request::set_length(device, length));
             self.image.file_length = length;
         }
-        if requests.is_empty() {
+        if requests.is_empty() && !unflushed {
             return Ok(());
         }
         requests.push(Request::flush(device));

@@ -4,7 +4,9 @@
 mod common;
 
 use common::builder::{build, Spec, State};
-use common::pair::{clean, commit_and_verify, data, device_of, expected, verify_crashes, verify_state, Pair};
+use common::pair::{
+    clean, commit_and_verify, data, device_of, expected, unknown_autoclear, verify_crashes, verify_state, Pair,
+};
 use common::{run_commit, OVERLAY};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
@@ -212,14 +214,19 @@ fn what_an_overlay_with_snapshots_maps_past_its_end_is_verified() {
 
 #[test]
 fn unknown_autoclear_bits_are_cleared_first() {
-    let overlay = Spec { autoclear: 1 << 40, ..Spec::new(12, 8 << 12) }.with(data([1], 1));
-    let backing = Spec { autoclear: 1 << 41, ..Spec::new(12, 8 << 12) };
-    let pair = Pair::new(&overlay, &backing);
-    let io = commit_and_verify(&pair);
-    for device in [OVERLAY, DEVICE_OUTPUT] {
-        assert_eq!(common::be64(&io.files[&device], 88), 0);
-        let first = io.log.iter().find(|change| device_of(change) == device).unwrap();
-        assert!(matches!(first, Change::Write { offset: 88, .. }), "{first:?}");
+    for snapshots in [0, 1] {
+        let overlay = Spec { autoclear: 1 << 40, snapshots, ..Spec::new(12, 8 << 12) }.with(data([1], 1));
+        for (size, resize) in [(8, false), (6, true)] {
+            let backing = Spec { autoclear: 1 << 41, ..Spec::new(12, size << 12) };
+            let pair = Pair { resize, ..Pair::new(&overlay, &backing.with(data([1], 4))) };
+            let io = commit_and_verify(&pair);
+            for device in [OVERLAY, DEVICE_OUTPUT] {
+                assert_eq!(unknown_autoclear(&io.files[&device]), 0);
+                let first = io.log.iter().find(|change| device_of(change) == device).unwrap();
+                assert!(matches!(first, Change::Write { offset: 88, .. }), "{first:?}");
+            }
+            verify_crashes(&pair);
+        }
     }
 }
 

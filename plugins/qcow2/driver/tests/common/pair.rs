@@ -130,6 +130,12 @@ pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8],
     assert!(overlay_now == overlay, "the overlay changed its content");
     assert_eq!(errors(&files[&OVERLAY]), Vec::<String>::new(), "overlay");
     assert_eq!(errors(&files[&DEVICE_OUTPUT]), Vec::<String>::new(), "backing");
+    for (before, now) in [(&pair.overlay, &files[&OVERLAY]), (&pair.backing, &files[&DEVICE_OUTPUT])] {
+        assert!(
+            unknown_autoclear(now) == 0 || now == before,
+            "it was changed while an unknown feature is said to hold"
+        );
+    }
     bitmaps_hold(pair, files);
     // Running again finishes the job.
     let mut io = MemoryDevices::new(files.clone());
@@ -142,6 +148,15 @@ pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8],
     assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
     assert_eq!(check(&io.files[&OVERLAY]).errors, Vec::<String>::new());
     assert!(!is_dirty(&io.files[&DEVICE_OUTPUT]) && !is_dirty(&io.files[&OVERLAY]), "running again leaves it dirty");
+}
+
+/// Autoclear features other than that of bitmaps.
+pub fn unknown_autoclear(bytes: &[u8]) -> u64 {
+    if be32(bytes, 4) == 3 {
+        be64(bytes, 88) & !1
+    } else {
+        0
+    }
 }
 
 /// Whether the dirty bit is set.

@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Would the crash tests notice? Takes every flush out of the drivers, one at a time, swaps steps, and asks that tests fail.
+
+The mutations are made in a copy of the sources, which has its own target directory. A flush that no test misses is either one
+that protects nothing, and should go, or a crash that the tests do not know: both are a defect, and the exit status is 1.
+`make mutations` runs all of them (an hour); arguments choose those whose name contains one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "target" / "mutations"
+DRIVERS = ["qcow2", "vmdk", "raw"]
+# Compiling fast counts, and running not less.
+ENVIRONMENT = {
+    "CARGO_TARGET_DIR": str(COPY / "target"), "CARGO_PROFILE_RELEASE_LTO": "off",
+    "CARGO_PROFILE_RELEASE_INCREMENTAL": "true", "CARGO_PROFILE_RELEASE_CODEGEN_UNITS": "16", "RUST_BACKTRACE": "0",
+}
+
+# How a flush is written, and what is left without it.
+FLUSHES = [
+    (re.compile(r"^( *)(io|self)\.flush\((.*)\)\?;$"), r"\1;"),
+    (re.compile(r"^( *)(return )?(io|self)\.flush\((.*)\)(;?)$"), r"\1\2Ok(())\5"),
+    (re.compile(r"^( *)requests\.push\(Request::flush\(.*\)\);$"), r"\1;"),
+    (re.compile(r"vec!\[Request::flush\(device\)\]"), "Vec::new()"),
+    (re.compile(r", Request::flush\(device\)\]"), "]"),
+    (re.compile(r"\|device\| io\.flush\(device\)"), "|_| Ok(())"),
+]
+
+
+class Mutation(NamedTuple):
+    """A file, what stands there, and what stands there afterwards."""
+
+    name: str
+    file: Path
+    before: str
+    after: str
+
+
+def driver(name: str, file: str) -> Path:
+    return Path("plugins") / name / "driver" / "src" / file
+
+
+# Steps in another order. The text has to stand in the file once. Not here: giving back space before the refcounts or entries that
+# still name it, where nothing shows what is there. That leaves leaks at most.
+SWAPS = [
+    Mutation(
+        "swap: L2 entries before data and refcounts", driver("qcow2", "write.rs"),
+        "        self.write_refcounts_and_flush(io)?;\n        // Step 3.\n        self.remap(io, &new_tables, &remaps)?;\n",
+        "        self.remap(io, &new_tables, &remaps)?;\n        self.write_refcounts_and_flush(io)?;\n",
+    ),
+    Mutation(
+        "swap: copies of shared L2 tables after their entries", driver("qcow2", "write.rs"),
+        "        self.copy_shared_tables(io, &new_tables)?;\n        self.write_refcounts_and_flush(io)?;\n"
+        "        // Step 3.\n        self.remap(io, &new_tables, &remaps)?;\n",
+        "        self.write_refcounts_and_flush(io)?;\n        self.remap(io, &new_tables, &remaps)?;\n"
+        "        self.copy_shared_tables(io, &new_tables)?;\n",
+    ),
+    Mutation(
+        "swap: the overlay's refcounts before its L1 table", driver("qcow2", "empty.rs"),
+        "        if cleared > 0 || self.holds_tables(io)? {\n            self.zero_l1(io)?;\n        }\n"
+        "        let kept = self.drop_blocks(io, Vec::new())?;\n",
+        "        let kept = self.drop_blocks(io, Vec::new())?;\n"
+        "        if cleared > 0 || self.holds_tables(io)? {\n            self.zero_l1(io)?;\n        }\n",
+    ),
+    Mutation(
+        "swap: bits of bitmaps after the data", driver("qcow2", "write.rs"),
+        "        self.free(io, freed)\n    }\n\n    /// Reserve clusters",
+        "        self.free(io, freed)?;\n        self.record_in_bitmaps(io, pieces)\n    }\n\n    /// Reserve clusters",
+    ),
+    Mutation(
+        "swap: the overlay's grains given back before its tables", driver("vmdk", "sparse_source.rs"),
+        "        if held {\n            self.drop_grains(io)?;\n            self.used.clear();\n        }\n",
+        "",
+    ),
+    Mutation(
+        "swap: the overlay emptied before the backing is durable", Path("guest/commit/src/commit.rs"),
+        "    .and_then(|()| sink.finish(io))\n", "",
+    ),
+]
+# What has to stand elsewhere for a swap.
+ALSO = {
+    "swap: bits of bitmaps after the data": [
+        ("        self.record_in_bitmaps(io, pieces)?;\n        self.load_mapping", "        self.load_mapping"),
+    ],
+    "swap: the overlay's grains given back before its tables": [
+        ("        io.run(&mut requests)?;\n        Ok(core::mem::take(&mut self.held))\n",
+         "        io.run(&mut requests)?;\n        if held {\n            self.drop_grains(io)?;\n"
+         "            self.used.clear();\n        }\n        Ok(core::mem::take(&mut self.held))\n"),
+    ],
+    "swap: the overlay emptied before the backing is durable": [
+        ("images.source.empty(io).map_err(at(Step::Empty))?;\n    }\n",
+         "images.source.empty(io).map_err(at(Step::Empty))?;\n    }\n    sink.finish(io).map_err(at(Step::Write))?;\n"),
+    ],
+}
+
+
+def flushes() -> list[Mutation]:
+    """One for every flush in the drivers."""
+    found = []
+    for name in DRIVERS:
+        for path in sorted((ROOT / driver(name, "")).glob("*.rs")):
+            lines = path.read_text().splitlines(keepends=True)
+            for number, line in enumerate(lines):
+                if "fn flush" in line or line.lstrip().startswith("//"):
+                    continue
+                text = line.rstrip("\n")
+                changed = next((rule.sub(left, text) for rule, left in FLUSHES if rule.search(text)), None)
+                if changed is None and re.search(r"\bflush\(", text) and "write_refcounts_and_flush" not in text:
+                    raise SystemExit(f"mutations: {path}:{number + 1} has a flush that no rule takes out: {text.strip()}")
+                if changed is not None:
+                    file = path.relative_to(ROOT)
+                    whole = "".join(lines)
+                    after = "".join([*lines[:number], changed + "\n", *lines[number + 1:]])
+                    found.append(Mutation(f"flush: {file}:{number + 1} {text.strip()}", file, whole, after))
+    return found
+
+
+def mutated(mutation: Mutation) -> str:
+    text = (ROOT / mutation.file).read_text()
+    for before, after in [(mutation.before, mutation.after), *ALSO.get(mutation.name, [])]:
+        if text.count(before) != 1:
+            raise SystemExit(f"mutations: {mutation.name}: {mutation.file} has this {text.count(before)} times:\n{before}")
+        text = text.replace(before, after)
+    return text
+
+
+def failing(*arguments: str) -> list[str]:
+    """The tests that fail, of the first program that has such."""
+    command = ["cargo", "test", "--release", *arguments]
+    result = subprocess.run(command, cwd=COPY, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    found = sorted(set(re.findall(r"^test (\S+) \.\.\. FAILED", result.stdout, re.M)))
+    if result.returncode != 0 and not found:
+        raise SystemExit(f"mutations: the tests do not run:\n{result.stderr[-3000:]}")
+    return found
+
+
+def caught(mutation: Mutation) -> list[str]:
+    target = COPY / mutation.file
+    target.write_text(mutated(mutation))
+    try:
+        own = [f"-pinstar-{name}-driver" for name in DRIVERS if f"/{name}/" in str(mutation.file)]
+        return failing(*(own or [f"-pinstar-{name}-driver" for name in DRIVERS])) or \
+            failing("-pinstar-fuzz", "--test", "crashes")
+    finally:
+        shutil.copyfile(ROOT / mutation.file, target)
+
+
+def copy_sources():
+    """Only what has changed, so that cargo builds no more than that."""
+    listing = ["git", "ls-files", "-co", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in names:
+        source, target = ROOT / name, COPY / name
+        if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def main() -> int:
+    chosen = [m for m in SWAPS + flushes() if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
+    copy_sources()
+    if failing(*(f"-pinstar-{name}-driver" for name in DRIVERS)) or failing("-pinstar-fuzz", "--test", "crashes"):
+        raise SystemExit("mutations: tests fail without any")
+    survivors = 0
+    for mutation in chosen:
+        tests = caught(mutation)
+        survivors += not tests
+        more = f", {tests[0]} for one" if tests else ""
+        print(f"{mutation.name}: {len(tests)} tests fail{more}", flush=True)
+    print(f"{len(chosen)} mutations, {survivors} of them noticed by no test")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
