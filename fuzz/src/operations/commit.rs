@@ -11,7 +11,7 @@ use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Opti
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::{DriverResult, Source};
 use instar_plugin_api::{CommitRole, ImageFacts};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// No file may become longer than this in bytes, whatever the verdict allows: the disk is full.
 const DISK: u64 = 48 << 20;
@@ -138,7 +138,10 @@ fn run(bed: &Bed, files: Files) {
             }
         }
     }
-    let Err(failure) = result else { return };
+    let Err(failure) = result else {
+        assert_eq!(io.devices.unflushed(), BTreeSet::new(), "a power loss would take back what is said to be done");
+        return;
+    };
     assert_ne!(failure.error.code, ErrorCode::InternalOverflow, "{}", failure.error);
     match failure.step {
         Step::Check | Step::Plan => assert_eq!(io.devices.log, vec![], "{:?} {}", failure.step, failure.error),

@@ -26,12 +26,6 @@ pub struct Crashes {
     pub seed: u64,
 }
 
-fn device_of(change: &Change) -> u32 {
-    match change {
-        Change::Write { device, .. } | Change::SetLength { device, .. } | Change::Flush { device } => *device,
-    }
-}
-
 impl Crashes {
     /// Hand every state to `verify`; returns how many there were. `before` is what the devices held before the first change
     /// of `log`.
@@ -47,7 +41,7 @@ impl Crashes {
             let mut durable = before.clone();
             let mut unflushed: Vec<&Change> = Vec::new();
             for (index, change) in done.iter().enumerate() {
-                let device = device_of(change);
+                let device = change.device();
                 if done.iter().skip(index).any(|later| *later == Change::Flush { device }) {
                     change.apply(&mut durable);
                 } else {

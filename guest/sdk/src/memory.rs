@@ -4,7 +4,7 @@
 //! part of it: what is on the disk after a crash.
 
 use crate::io::{BlockIo, IoFailure};
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_abi::{request_status, Request, RequestOp};
@@ -39,6 +39,14 @@ pub enum Change {
 }
 
 impl Change {
+    /// The number of the device that it is about.
+    #[must_use]
+    pub fn device(&self) -> u32 {
+        match self {
+            Self::Write { device, .. } | Self::SetLength { device, .. } | Self::Flush { device } => *device,
+        }
+    }
+
     /// Apply the change to the devices. A flush changes nothing.
     pub fn apply(&self, devices: &mut BTreeMap<u32, Vec<u8>>) {
         match self {
@@ -86,6 +94,19 @@ impl MemoryDevices {
     #[must_use]
     pub fn executed(&self) -> usize {
         self.executed
+    }
+
+    /// Devices with changes that no flush has made durable: none, once an operation is over.
+    #[must_use]
+    pub fn unflushed(&self) -> BTreeSet<u32> {
+        let mut devices = BTreeSet::new();
+        for change in &self.log {
+            match change {
+                Change::Flush { device } => devices.remove(device),
+                changed => devices.insert(changed.device()),
+            };
+        }
+        devices
     }
 
     fn change(&mut self, change: Change) {

@@ -9,9 +9,11 @@
 //! 2. For one piece of the L1 table after the other: it is zeroed, *then a flush*; then the refcounts of the tables and
 //!    clusters that were mapped there go down, and space is given back. The active state does not refer to them any
 //!    more, durably; snapshots keep their own references. A crash leaves leaks.
-//! 3. *After a flush* of all refcounts: refcount blocks that describe nothing in use any more go from the refcount
-//!    table, as in [`empty`](crate::empty), *then a flush*; then their own clusters are released, *then a flush*.
-//! 4. The file is cut after the last cluster that has a refcount, *then a flush*.
+//! 3. Refcount blocks that describe nothing in use any more go from the refcount table, as in [`empty`](crate::empty),
+//!    *then a flush*; then their own clusters are released. Whether the refcounts of step 2 are durable by then does not
+//!    matter: nothing refers to those clusters.
+//! 4. The file is cut after the last cluster that has a refcount, *then a flush* of all that was released. A crash leaves
+//!    leaks, some of them perhaps past the end of the file.
 
 use crate::image::{overflow, Image};
 use crate::refcounts::Refcounts;
@@ -44,7 +46,7 @@ impl Qcow2Source {
             }
             at += length;
         }
-        io.flush(self.image.device)
+        Ok(())
     }
 
     /// Zero a piece of the L1 table; returns the L2 tables that it referred to. Durable when it returns.
@@ -113,7 +115,6 @@ impl Qcow2Source {
             .collect();
         if !dropped.is_empty() {
             refcounts.release(io, &self.image, dropped)?;
-            io.flush(self.image.device)?;
         }
         let mut last = HostCluster(0);
         for (&index, &offset) in kept.iter().rev() {
@@ -124,12 +125,12 @@ impl Qcow2Source {
         }
         let end =
             self.image.cluster_size().host_offset(HostCluster(last.0 + 1)).ok_or_else(|| overflow("a cluster"))?;
+        let device = self.image.device;
         if end.0 < self.image.file_length {
             self.image.file_length = end.0;
-            let device = self.image.device;
-            io.run(&mut [Request::set_length(device, end.0), Request::flush(device)])?;
+            io.run(&mut [Request::set_length(device, end.0)])?;
         }
-        Ok(())
+        io.flush(device)
     }
 }
 

@@ -10,6 +10,7 @@ use instar_guest_commit::{CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_vmdk_format::next_content_id;
+use std::collections::BTreeSet;
 
 /// As the product does it, with room to grow.
 fn run(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
@@ -42,6 +43,7 @@ fn commit_and_verify(files: &Files) -> MemoryDevices {
     let outcome = run(&mut io, Options::default()).unwrap();
     assert_eq!((outcome.clusters_committed, outcome.overlay_clusters_cleared), (held, held));
     assert_finished(&io.files, &want);
+    assert_eq!(io.unflushed(), BTreeSet::new());
     assert!(io.files[&OVERLAY].len() <= files[&OVERLAY].len(), "the overlay grew");
     assert_eq!(View::new(&io.files[&DEVICE_OUTPUT]).cid() != View::new(&files[&DEVICE_OUTPUT]).cid(), held > 0);
     io

@@ -7,8 +7,8 @@ use super::{be32, be64, run_commit, ANCESTOR, OVERLAY};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::crash::Crashes;
-use instar_guest_sdk::memory::{Change, MemoryDevices};
-use std::collections::BTreeMap;
+use instar_guest_sdk::memory::MemoryDevices;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub struct Pair {
     pub overlay: Vec<u8>,
@@ -98,6 +98,7 @@ pub fn commit_and_verify(pair: &Pair) -> MemoryDevices {
     clean(&io.files[&OVERLAY]);
     assert!(View::new(&io.files[&OVERLAY]).entries().is_empty());
     assert!(io.files[&OVERLAY].len() <= pair.overlay.len(), "the overlay grew");
+    assert_eq!(io.unflushed(), BTreeSet::new());
     io
 }
 
@@ -115,12 +116,6 @@ pub fn verify_crashes(pair: &Pair) {
 fn crashes() -> Crashes {
     let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
     Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
-}
-
-pub fn device_of(change: &Change) -> u32 {
-    match change {
-        Change::Write { device, .. } | Change::SetLength { device, .. } | Change::Flush { device } => *device,
-    }
 }
 
 pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {
