@@ -301,7 +301,6 @@ impl Qcow2Sink {
         io.run(&mut requests)?;
         self.unflushed = true;
         self.write_refcounts_and_flush(io)?;
-        self.flush(io)?;
         let mut field = [0; 12];
         field[..4].copy_from_slice(&entries.to_be_bytes());
         field[4..].copy_from_slice(&new.0.to_be_bytes());

@@ -108,7 +108,6 @@ impl Qcow2Sink {
         io.run(&mut requests)?;
         self.unflushed = true;
         self.write_refcounts_and_flush(io)?;
-        self.flush(io)?;
         self.write_fields(io, &offsets)?;
         self.write_fields(io, &lengths)
     }
