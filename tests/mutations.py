@@ -43,6 +43,8 @@ class Mutation(NamedTuple):
     file: Path
     before: str
     after: str
+    # Why it may pass unnoticed.
+    excuse: str = ""
 
 
 def driver(name: str, file: str) -> Path:
@@ -103,12 +105,20 @@ ALSO = {
 }
 
 
+# Flushes that no test misses: the file, which of its flushes, and why it is there all the same.
+EXCUSES = {
+    (driver("qcow2", "repair.rs"), 2): "the dirty bit is still set, and running again copes with a refcount table that is a "
+    "hole; this keeps the old one for other programs until the new one is durable",
+}
+
+
 def flushes() -> list[Mutation]:
     """One for every flush in the drivers."""
     found = []
     for name in DRIVERS:
         for path in sorted((ROOT / driver(name, "")).glob("*.rs")):
             lines = path.read_text().splitlines(keepends=True)
+            count = 0
             for number, line in enumerate(lines):
                 if "fn flush" in line or line.lstrip().startswith("//"):
                     continue
@@ -120,7 +130,9 @@ def flushes() -> list[Mutation]:
                     file = path.relative_to(ROOT)
                     whole = "".join(lines)
                     after = "".join([*lines[:number], changed + "\n", *lines[number + 1:]])
-                    found.append(Mutation(f"flush: {file}:{number + 1} {text.strip()}", file, whole, after))
+                    count += 1
+                    excuse = EXCUSES.get((file, count), "")
+                    found.append(Mutation(f"flush: {file}:{number + 1} {text.strip()}", file, whole, after, excuse))
     return found
 
 
@@ -173,10 +185,10 @@ def main() -> int:
     survivors = 0
     for mutation in chosen:
         tests = caught(mutation)
-        survivors += not tests
-        more = f", {tests[0]} for one" if tests else ""
+        survivors += not tests and not mutation.excuse
+        more = f", {tests[0]} for one" if tests else mutation.excuse and f" ({mutation.excuse})"
         print(f"{mutation.name}: {len(tests)} tests fail{more}", flush=True)
-    print(f"{len(chosen)} mutations, {survivors} of them noticed by no test")
+    print(f"{len(chosen)} mutations, {survivors} of them noticed by no test, and without an excuse")
     return int(survivors > 0)
 
 

@@ -216,7 +216,7 @@ impl Qcow2Sink {
         io.run(&mut requests)
     }
 
-    /// End of step 1, and step 2.
+    /// End of step 1, and step 2: durable when it returns, but for the release of an old refcount table, which need not be.
     pub(crate) fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         self.unflushed |= self.refcounts.blocks.is_dirty();
         self.refcounts.blocks.write_dirty(io)?;

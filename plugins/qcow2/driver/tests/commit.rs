@@ -130,6 +130,21 @@ fn crashes_while_a_refcount_block_is_added() {
     verify_crashes_before_flushes(&Pair::new(&overlay, &backing));
 }
 
+/// The entries of tables that are there must not name clusters of a block that the refcount table does not have yet.
+#[test]
+fn crashes_while_entries_of_old_tables_need_a_new_refcount_block() {
+    let overlay = Spec::new(9, 300 << 9).with(data((0..300).filter(|i| i % 5 == 1), 0x12));
+    let backing = Spec { leaks: 220, ..Spec::new(9, 300 << 9) }.with(data([0, 64, 128, 192, 256], 0x90));
+    let pair = Pair::new(&overlay, &backing);
+    let io = commit_and_verify(&pair);
+    let blocks = |bytes: &[u8]| {
+        let table = common::be64(bytes, 48) as usize;
+        (0..64).filter(|i| common::be64(bytes, table + i * 8) != 0).count()
+    };
+    assert!(blocks(&io.files[&DEVICE_OUTPUT]) > blocks(&pair.backing), "no block was added");
+    verify_crashes_before_flushes(&pair);
+}
+
 #[test]
 fn crashes_while_refcount_blocks_are_dropped_from_the_overlay() {
     for blocks_first in [false, true] {
