@@ -104,27 +104,27 @@ impl<'a> View<'a> {
     }
 }
 
-/// L1 table and number of its entries of every snapshot, and the length of the snapshot table.
-pub fn snapshots(bytes: &[u8]) -> (Vec<(u64, u64)>, u64) {
-    let (start, mut found) = (be64(bytes, 64) as usize, Vec::new());
-    let mut at = start;
+/// Where the entries of the snapshot table stand, and where it ends.
+fn snapshot_entries(bytes: &[u8]) -> (Vec<usize>, usize) {
+    let (mut at, mut found) = (be64(bytes, 64) as usize, Vec::new());
     for _ in 0..be32(bytes, 60) {
-        found.push((be64(bytes, at), u64::from(be32(bytes, at + 8))));
+        found.push(at);
         let names = usize::from(bytes[at + 13]) + usize::from(bytes[at + 15]);
         at += (40 + be32(bytes, at + 36) as usize + names).next_multiple_of(8);
     }
-    (found, (at - start) as u64)
+    (found, at)
+}
+
+/// L1 table and number of its entries of every snapshot, and the length of the snapshot table.
+pub fn snapshots(bytes: &[u8]) -> (Vec<(u64, u64)>, u64) {
+    let (entries, end) = snapshot_entries(bytes);
+    let found = entries.into_iter().map(|at| (be64(bytes, at), u64::from(be32(bytes, at + 8)))).collect();
+    (found, end as u64 - be64(bytes, 64))
 }
 
 /// Virtual sizes that the snapshots record: extra data, bytes 8 to 15.
 pub fn snapshot_sizes(bytes: &[u8]) -> Vec<u64> {
-    let (mut at, mut sizes) = (be64(bytes, 64) as usize, Vec::new());
-    for _ in 0..be32(bytes, 60) {
-        sizes.push(be64(bytes, at + 48));
-        let names = usize::from(bytes[at + 13]) + usize::from(bytes[at + 15]);
-        at += (40 + be32(bytes, at + 36) as usize + names).next_multiple_of(8);
-    }
-    sizes
+    snapshot_entries(bytes).0.into_iter().map(|at| be64(bytes, at + 48)).collect()
 }
 
 /// What each snapshot reads as, over what lies below the image.
@@ -266,6 +266,9 @@ pub fn check(bytes: &[u8]) -> Report {
     let (all, table_bytes) = snapshots(bytes);
     if !all.is_empty() {
         refer(be64(bytes, 64), table_bytes, &mut report, "snapshot table");
+    }
+    if be32(bytes, 4) == 3 && snapshot_entries(bytes).0.iter().any(|at| be32(bytes, at + 36) < 16) {
+        report.errors.push("a snapshot without its virtual size".to_owned());
     }
     for (l1, l1_entries) in all {
         refer(l1, l1_entries * 8, &mut report, "snapshot L1 table");
