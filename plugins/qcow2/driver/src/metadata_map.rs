@@ -1,7 +1,7 @@
 //! Which clusters of a backing are metadata: data must never be written there.
 
 use crate::image::Image;
-use crate::scan::{scan_l1_at, scan_l1_table, scan_refcount_table};
+use crate::scan::{scan_l1_at, scan_refcount_table};
 use crate::snapshots::Snapshots;
 use alloc::format;
 use alloc::vec::Vec;
@@ -64,7 +64,9 @@ impl MetadataMap {
             Ok(())
         };
         scan_refcount_table(io, image, &mut |_, _, block| push(&mut ranges, span(block, 1)))?;
-        scan_l1_table(io, image, &mut |_, _, table| push(&mut ranges, span(table, 1)))?;
+        // All tables, also those of what lies past the end of the virtual disk: no refcount block may be one of them.
+        let (l1, l1_entries) = (header.l1_table, u64::from(header.l1_entries));
+        scan_l1_at(io, image, l1, l1_entries, &mut |_, _, table| push(&mut ranges, span(table, 1)))?;
         // A snapshot shares its L2 tables with the active state, and with other snapshots, until they are written to.
         let mut shared = Vec::new();
         for snapshot in &snapshots.entries {
@@ -75,7 +77,7 @@ impl MetadataMap {
         }
         if !shared.is_empty() {
             let mut active: Vec<u64> = Vec::new();
-            scan_l1_table(io, image, &mut |_, _, table| {
+            scan_l1_at(io, image, l1, l1_entries, &mut |_, _, table| {
                 active.push(size.host_cluster(table).0);
                 Ok(())
             })?;

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::builder::{Spec, State};
+use common::builder::{build, Spec, State};
 use common::checker::{check, snapshot_contents, Report, View};
 use common::damage::{add_bitmap, drop_blocks, flip, put64, set_dirty, set_refcount, spoil, Random, OFFSET};
 use common::pair::{data, expected, is_dirty, verify_crashes, verify_state, views, Pair};
@@ -341,5 +341,29 @@ fn more_references_than_a_refcount_can_count() {
         // Refcounts of one bit: everything else is in the first block, too.
         bytes[96..100].copy_from_slice(&0u32.to_be_bytes());
         refused(&pair, ErrorCode::RefcountExhausted, "references");
+    }
+}
+
+/// Found by the crash simulator: the repair wrote refcounts into a table that nobody looked at.
+#[test]
+fn a_refcount_block_that_is_an_l2_table_past_the_end_of_the_disk() {
+    for device in [OVERLAY, DEVICE_OUTPUT] {
+        let mut pair =
+            Pair::new(&Spec::new(9, 200 << 9).with(data([1], 7)), &Spec::new(9, 200 << 9).with(data([1], 9)));
+        let bytes = if device == OVERLAY { &mut pair.overlay } else { &mut pair.backing };
+        *bytes = build(&Spec::new(9, 200 << 9).with(data([1, 100], 7)));
+        // Four clusters are left of the disk: the second table is past its end.
+        bytes[24..32].copy_from_slice(&u64::to_be_bytes(4 << 9));
+        bytes[79] |= 1;
+        let (l1, refcounts) = (be64(bytes, 40) as usize, be64(bytes, 48) as usize);
+        let table = be64(bytes, l1 + 8) & !(1 << 63);
+        bytes[refcounts..refcounts + 8].copy_from_slice(&table.to_be_bytes());
+        if device == DEVICE_OUTPUT {
+            pair.overlay[24..32].copy_from_slice(&u64::to_be_bytes(4 << 9));
+        }
+        let mut io = pair.io();
+        let failure = run_commit(&mut io, pair.options()).unwrap_err();
+        assert!(failure.error.text.contains("overlap"), "{}", failure.error);
+        assert_eq!(io.log, vec![], "something was changed");
     }
 }
