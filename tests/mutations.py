@@ -37,12 +37,11 @@ FLUSHES = [
 
 
 class Mutation(NamedTuple):
-    """A file, what stands there, and what stands there afterwards."""
+    """A file, and edits of it: what stands there, once, and what stands there afterwards."""
 
     name: str
     file: Path
-    before: str
-    after: str
+    edits: list[tuple[str, str]]
     # Why it may pass unnoticed.
     excuse: str = ""
 
@@ -51,59 +50,43 @@ def driver(name: str, file: str) -> Path:
     return Path("plugins") / name / "driver" / "src" / file
 
 
-# Steps in another order. The text has to stand in the file once. Not here: giving back space before the refcounts or entries that
+# Steps in another order. Not here: giving back space before the refcounts or entries that
 # still name it, where nothing shows what is there. That leaves leaks at most.
 SWAPS = [
-    Mutation(
-        "swap: L2 entries before data and refcounts", driver("qcow2", "write.rs"),
-        "        self.write_refcounts_and_flush(io)?;\n        // Step 3.\n        self.remap(io, &new_tables, &remaps)?;\n",
-        "        self.remap(io, &new_tables, &remaps)?;\n        self.write_refcounts_and_flush(io)?;\n",
-    ),
-    Mutation(
-        "swap: copies of shared L2 tables after their entries", driver("qcow2", "write.rs"),
-        "        self.copy_shared_tables(io, &new_tables)?;\n        self.write_refcounts_and_flush(io)?;\n"
-        "        // Step 3.\n        self.remap(io, &new_tables, &remaps)?;\n",
-        "        self.write_refcounts_and_flush(io)?;\n        self.remap(io, &new_tables, &remaps)?;\n"
-        "        self.copy_shared_tables(io, &new_tables)?;\n",
-    ),
-    Mutation(
-        "swap: the overlay's refcounts before its L1 table", driver("qcow2", "empty.rs"),
-        "        if cleared > 0 || self.holds_tables(io)? {\n            self.zero_l1(io)?;\n        }\n"
-        "        let kept = self.drop_blocks(io, Vec::new())?;\n",
-        "        let kept = self.drop_blocks(io, Vec::new())?;\n"
-        "        if cleared > 0 || self.holds_tables(io)? {\n            self.zero_l1(io)?;\n        }\n",
-    ),
-    Mutation(
-        "swap: bits of bitmaps after the data", driver("qcow2", "write.rs"),
-        "        self.free(io, freed)\n    }\n\n    /// Reserve clusters",
-        "        self.free(io, freed)?;\n        self.record_in_bitmaps(io, pieces)\n    }\n\n    /// Reserve clusters",
-    ),
-    Mutation(
-        "swap: the overlay's grains given back before its tables", driver("vmdk", "sparse_source.rs"),
-        "        if held {\n            self.drop_grains(io)?;\n            self.used.clear();\n        }\n",
-        "",
-    ),
-    Mutation(
-        "swap: the overlay emptied before the backing is durable", Path("guest/commit/src/commit.rs"),
-        "    .and_then(|()| sink.finish(io))\n", "",
-    ),
-]
-# What has to stand elsewhere for a swap.
-ALSO = {
-    "swap: bits of bitmaps after the data": [
+    Mutation("swap: L2 entries before data and refcounts", driver("qcow2", "write.rs"), [
+        ("        self.write_refcounts_and_flush(io)?;\n        // Step 3.\n        self.remap(io, &new_tables, &remaps)?;\n",
+         "        self.remap(io, &new_tables, &remaps)?;\n        self.write_refcounts_and_flush(io)?;\n"),
+    ]),
+    Mutation("swap: copies of shared L2 tables after their entries", driver("qcow2", "write.rs"), [
+        ("        self.copy_shared_tables(io, &new_tables)?;\n        self.write_refcounts_and_flush(io)?;\n"
+         "        // Step 3.\n        self.remap(io, &new_tables, &remaps)?;\n",
+         "        self.write_refcounts_and_flush(io)?;\n        self.remap(io, &new_tables, &remaps)?;\n"
+         "        self.copy_shared_tables(io, &new_tables)?;\n"),
+    ]),
+    Mutation("swap: the overlay's refcounts before its L1 table", driver("qcow2", "empty.rs"), [
+        ("        if cleared > 0 || self.holds_tables(io)? {\n            self.zero_l1(io)?;\n        }\n"
+         "        let kept = self.drop_blocks(io, Vec::new())?;\n",
+         "        let kept = self.drop_blocks(io, Vec::new())?;\n"
+         "        if cleared > 0 || self.holds_tables(io)? {\n            self.zero_l1(io)?;\n        }\n"),
+    ]),
+    Mutation("swap: bits of bitmaps after the data", driver("qcow2", "write.rs"), [
+        ("        self.free(io, freed)\n    }\n\n    /// Reserve clusters",
+         "        self.free(io, freed)?;\n        self.record_in_bitmaps(io, pieces)\n    }\n\n    /// Reserve clusters"),
         ("        self.record_in_bitmaps(io, pieces)?;\n        self.load_mapping", "        self.load_mapping"),
-    ],
-    "swap: the overlay's grains given back before its tables": [
+    ]),
+    Mutation("swap: the overlay's grains given back before its tables", driver("vmdk", "sparse_source.rs"), [
+        ("        if held {\n            self.drop_grains(io)?;\n            self.used.clear();\n        }\n",
+         ""),
         ("        io.run(&mut requests)?;\n        Ok(core::mem::take(&mut self.held))\n",
          "        io.run(&mut requests)?;\n        if held {\n            self.drop_grains(io)?;\n"
          "            self.used.clear();\n        }\n        Ok(core::mem::take(&mut self.held))\n"),
-    ],
-    "swap: the overlay emptied before the backing is durable": [
+    ]),
+    Mutation("swap: the overlay emptied before the backing is durable", Path("guest/commit/src/commit.rs"), [
+        ("    .and_then(|()| sink.finish(io))\n", ""),
         ("images.source.empty(io).map_err(at(Step::Empty))?;\n    }\n",
          "images.source.empty(io).map_err(at(Step::Empty))?;\n    }\n    sink.finish(io).map_err(at(Step::Write))?;\n"),
-    ],
-}
-
+    ]),
+]
 
 # Flushes that no test misses: the file, which of its flushes, and why it is there all the same.
 EXCUSES = {
@@ -135,13 +118,13 @@ def flushes() -> list[Mutation]:
                     after = "".join([*lines[:number], changed + "\n", *lines[number + 1:]])
                     count += 1
                     excuse = EXCUSES.get((file, count), "")
-                    found.append(Mutation(f"flush: {file}:{number + 1} {text.strip()}", file, whole, after, excuse))
+                    found.append(Mutation(f"flush: {file}:{number + 1} {text.strip()}", file, [(whole, after)], excuse))
     return found
 
 
 def mutated(mutation: Mutation) -> str:
     text = (ROOT / mutation.file).read_text()
-    for before, after in [(mutation.before, mutation.after), *ALSO.get(mutation.name, [])]:
+    for before, after in mutation.edits:
         if text.count(before) != 1:
             raise SystemExit(f"mutations: {mutation.name}: {mutation.file} has this {text.count(before)} times:\n{before}")
         text = text.replace(before, after)

@@ -73,21 +73,10 @@ impl PowerLosses<'_> {
         let arrived = after.as_ref().is_none_or(|after| after.starts_with(&before.0[&OVERLAY]));
         assert!(arrived, "the backing does not read what the overlay did");
         Some(self.crashes.each(&files, &io.devices.log, &mut |state| {
-            self.verify(bed, &state, &before);
+            verify(bed, &state, &before);
             self.ask(bed, &state, &files);
             again(bed, state, &files, &before, after.as_deref());
         }))
-    }
-
-    /// What holds at every instant.
-    fn verify(&mut self, bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
-        let (now, snapshots) = read(bed, files);
-        assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else");
-        assert!(snapshots == *old_snapshots, "a snapshot reads something else");
-        for device in [OVERLAY, DEVICE_OUTPUT] {
-            let (format, bytes) = (bed.formats[&device], &files[&device]);
-            assert!(sound(format, bytes), "device {device} is not consistent");
-        }
     }
 
     /// Neither `instar check` nor the other checker has a complaint, unless it had one about the image that the fuzzer made.
@@ -115,6 +104,17 @@ impl PowerLosses<'_> {
                 assert!(excused, "device {device}: {text}");
             }
         }
+    }
+}
+
+/// What holds at every instant.
+fn verify(bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
+    let (now, snapshots) = read(bed, files);
+    assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else");
+    assert!(snapshots == *old_snapshots, "a snapshot reads something else");
+    for device in [OVERLAY, DEVICE_OUTPUT] {
+        let (format, bytes) = (bed.formats[&device], &files[&device]);
+        assert!(sound(format, bytes), "device {device} is not consistent");
     }
 }
 
