@@ -1,8 +1,8 @@
 //! `instar doctor`: whether a commit can run here, and how well it would be confined. It tries everything for real.
 
-use crate::cli::escape::escape_path;
 use crate::config::Config;
 use crate::confine::Confinement;
+use crate::escape::escape_path;
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::{self, BadRequest, BufferAccess, GuestHandler, KvmDevice, VmError, VmSpec};
 use instar_guest_abi::{ChainConfig, Request, CHAIN_CONFIG_MAGIC};
@@ -170,7 +170,7 @@ fn plugins(registry: &Registry) -> Vec<Diagnosis> {
     let mut all = Vec::new();
     for plugin in registry.plugins() {
         let found = format!("{} {} from {}", plugin.name(), plugin.version(), escape_path(plugin.path()));
-        all.push(Diagnosis::good("plugin", crate::cli::escape::printable(&found)));
+        all.push(Diagnosis::good("plugin", crate::escape::printable(&found)));
     }
     if all.is_empty() {
         let remedy =
@@ -183,7 +183,7 @@ fn plugins(registry: &Registry) -> Vec<Diagnosis> {
         all.push(Diagnosis::bad(
             "plugin",
             Health::Weak,
-            crate::cli::escape::printable(&found),
+            crate::escape::printable(&found),
             skipped_remedy(&skipped.path),
         ));
     }

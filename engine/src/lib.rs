@@ -8,6 +8,8 @@ pub mod config;
 pub mod confine;
 pub mod devices;
 pub mod doctor;
+pub mod error;
+pub mod escape;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod map;

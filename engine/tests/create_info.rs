@@ -5,7 +5,8 @@
 mod common;
 
 use clap::Parser;
-use instar_engine::cli::{create, info, plugins, CliError};
+use instar_engine::cli::{create, info, plugins};
+use instar_engine::error::Error;
 use instar_guest_abi::ErrorCode;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,7 @@ impl Place {
     }
 
     /// Run a command; a word that begins with `@` is a name in this place.
-    fn run(&self, line: &str) -> Result<String, CliError> {
+    fn run(&self, line: &str) -> Result<String, Error> {
         let words = line.split_whitespace().map(|word| match word.strip_prefix('@') {
             Some(name) => self.at(name).to_str().unwrap().to_owned(),
             None => word.to_owned(),
@@ -51,7 +52,7 @@ impl Place {
         Ok(String::from_utf8(out).unwrap())
     }
 
-    fn error(&self, line: &str) -> CliError {
+    fn error(&self, line: &str) -> Error {
         let error = self.run(line).unwrap_err();
         assert!(!error.message.contains('\n'), "{error}");
         error
@@ -255,7 +256,7 @@ fn hostile_names_do_not_reach_the_terminal() {
     for text in
         [String::from_utf8(out).unwrap(), place.run("info @x").unwrap(), place.run("info --output json @x").unwrap()]
     {
-        assert!(text.chars().all(|c| c == '\n' || !instar_engine::cli::escape::is_hidden(c)), "{text:?}");
+        assert!(text.chars().all(|c| c == '\n' || !instar_engine::escape::is_hidden(c)), "{text:?}");
     }
     assert_eq!(place.info("x")["backing-filename"], name);
 }

@@ -1,6 +1,6 @@
 //! Exporting a plugin from its library.
 
-use crate::v2::PluginModuleV2;
+use crate::v1::PluginModuleV1;
 use crate::FormatPlugin;
 use abi_stable::library::RootModuleResult;
 use abi_stable::prefix_type::PrefixTypeTrait;
@@ -14,8 +14,8 @@ pub const HEADER_SYMBOL: &str = "_1as_0lib_1header_0root_bmodule_bloader";
 #[doc(hidden)]
 pub extern "C" fn constructor<P: FormatPlugin>() -> RootModuleResult {
     crate::guard::install_hook();
-    let module = PluginModuleV2::of::<P>().leak_into_prefix();
-    // SAFETY: the library header that names this function carries the layout of `PluginModuleV2_Ref`, which the loader
+    let module = PluginModuleV1::of::<P>().leak_into_prefix();
+    // SAFETY: the library header that names this function carries the layout of `PluginModuleV1_Ref`, which the loader
     // checks before it casts back.
     RResult::ROk(unsafe { module.0.cast() })
 }
@@ -32,7 +32,7 @@ macro_rules! export_plugin {
         pub static INSTAR_PLUGIN_HEADER: $crate::__private::LibHeader = {
             // SAFETY: `constructor` returns the root module of exactly this interface.
             unsafe {
-                $crate::__private::LibHeader::from_constructor::<$crate::v2::PluginModuleV2_Ref>(
+                $crate::__private::LibHeader::from_constructor::<$crate::v1::PluginModuleV1_Ref>(
                     $crate::__private::constructor::<$plugin>,
                     $crate::__private::CheckTypeLayout::Yes,
                 )

@@ -56,8 +56,8 @@
 //!
 //! [`API_VERSION`] is the version of this crate and follows semver. An engine built with `x.y` loads every plugin
 //! built with `x.z` where `z ≤ y` (see [`version::accepts`]). To keep that promise, an
-//! interface never changes once released: [`v1`] (contract 1.0) and [`v2`] (contract 1.1) are frozen, with every type that
-//! they mention, and whatever comes later is a `v3` module beside them with a root module, types and a name of its own. The
+//! interface never changes once released: [`v1`] (contract 1.0) is frozen with the first release, with every type that it
+//! mentions, and whatever comes later is a `v2` module beside it with a root module, types and a name of its own. The
 //! engine asks the library header which interface a plugin speaks, and keeps an adapter for each that it ever knew.
 // The derives of abi_stable 0.11 define impls inside functions.
 #![allow(non_local_definitions)]
@@ -68,7 +68,6 @@ mod plugin;
 mod reader;
 mod types;
 pub mod v1;
-pub mod v2;
 pub mod version;
 
 pub use instar_guest_abi::ErrorCode;

@@ -72,7 +72,7 @@ pub trait FormatPlugin: 'static {
     /// being committed, what is odd about it. One line each, without a final stop; 16 of them at most, of 300 bytes at
     /// most. `instar info` and `instar commit -v` print them. `facts` are those that [`facts`](Self::facts) gave for this image.
     ///
-    /// Since contract 1.1; none by default, and for a plugin that was built with 1.0.
+    /// None by default.
     ///
     /// # Errors
     /// As [`facts`](Self::facts). It is printed in place of the notes, and nothing fails for it.

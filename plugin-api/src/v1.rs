@@ -1,7 +1,7 @@
-//! Interface version 1: what crosses the border between engine and plugin. Frozen.
+//! Interface version 1: what crosses the border between engine and plugin.
 //!
-//! Nothing in here, and none of the types mentioned in here, may change: not a field, not its type, not its order.
-//! A later need is a module of its own, as [`v2`](crate::v2) is.
+//! The first release freezes it: from then on nothing in here, and none of the types mentioned in here, may change: not a
+//! field, not its type, not its order. A later need becomes a module of its own beside this one.
 //!
 //! Plugin authors do not need it: they implement [`FormatPlugin`](crate::FormatPlugin).
 
@@ -59,8 +59,10 @@ pub struct PluginModuleV1 {
     /// [`FormatPlugin::guest_module`].
     pub guest_module: extern "C" fn() -> RResult<GuestModule, PluginError>,
     /// [`FormatPlugin::create`].
-    #[sabi(last_prefix_field)]
     pub create: extern "C" fn(spec: &CreateSpec) -> RResult<CreatedImage, PluginError>,
+    /// [`FormatPlugin::notes`].
+    #[sabi(last_prefix_field)]
+    pub notes: extern "C" fn(image: &ImageReader<'_>, facts: &ImageFacts) -> RResult<RVec<RString>, PluginError>,
 }
 
 impl RootModule for PluginModuleV1_Ref {
@@ -82,6 +84,7 @@ impl PluginModuleV1 {
             verdict: verdict::<P>,
             guest_module: guest_module::<P>,
             create: create::<P>,
+            notes: notes::<P>,
         }
     }
 }
@@ -130,4 +133,11 @@ extern "C" fn guest_module<P: FormatPlugin>() -> RResult<GuestModule, PluginErro
 
 extern "C" fn create<P: FormatPlugin>(spec: &CreateSpec) -> RResult<CreatedImage, PluginError> {
     guarded(|| P::create(spec)).into()
+}
+
+extern "C" fn notes<P: FormatPlugin>(
+    image: &ImageReader<'_>,
+    facts: &ImageFacts,
+) -> RResult<RVec<RString>, PluginError> {
+    guarded(|| Ok(P::notes(image, facts)?.into_iter().map(RString::from).collect())).into()
 }

@@ -7,7 +7,6 @@ use abi_stable::abi_stability::PrefixStableAbi;
 use abi_stable::type_layout::TypeLayout;
 use abi_stable::StableAbi;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
-use instar_plugin_api::v2::PluginModuleV2_Prefix;
 use instar_plugin_api::{
     BackingPointer, CommitRole, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile,
     ImageReader, ImageRegion, PluginError, Verdict,
@@ -55,10 +54,4 @@ fn interface_version_1_is_what_it_was() {
         <CreatedFile as StableAbi>::LAYOUT,
     ];
     hold(&layouts, "v1-layout.txt");
-}
-
-/// All of its values are those of version 1.
-#[test]
-fn interface_version_2_is_what_it_was() {
-    hold(&[<PluginModuleV2_Prefix as PrefixStableAbi>::LAYOUT], "v2-layout.txt");
 }

@@ -2,8 +2,8 @@
 
 use super::open::{Access, ChainImage, Identity, OpenedFile};
 use super::write_target::{is_protocol, Gate, NotAllowed};
-use crate::cli::escape::escape_bytes;
-use crate::cli::CliError;
+use crate::error::Error;
+use crate::escape::escape_bytes;
 use crate::plugins::Registry;
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::{BackingPointer, ImageFacts};
@@ -21,8 +21,8 @@ pub struct BackingChoice<'a> {
 }
 
 /// Refusal of a recorded name, with what to do.
-pub(super) fn not_allowed(image: &Path, error: &NotAllowed, option: &str) -> CliError {
-    CliError::image(image, ErrorCode::WriteTargetNotAllowed, format!("{}: {option}", error.0))
+pub(super) fn not_allowed(image: &Path, error: &NotAllowed, option: &str) -> Error {
+    Error::image(image, ErrorCode::WriteTargetNotAllowed, format!("{}: {option}", error.0))
 }
 
 /// What is committed into, and the layers between it and the overlay, which are committed as well, the top-most first.
@@ -43,11 +43,11 @@ pub fn resolve_backing<'r>(
     registry: &'r Registry,
     overlay: &ChainImage<'_>,
     choice: BackingChoice<'_>,
-) -> Result<Target<'r>, CliError> {
+) -> Result<Target<'r>, Error> {
     let path = &overlay.opened.path;
     let Some(pointer) = overlay.facts.backing.as_ref().into_option() else {
         let clause = "has no recorded backing file, so there is nothing to commit into";
-        return Err(CliError::image(path, ErrorCode::NoBacking, clause));
+        return Err(Error::image(path, ErrorCode::NoBacking, clause));
     };
     let directory = overlay.opened.directory();
     let (opened, between) = match choice.base {
@@ -61,7 +61,7 @@ pub fn resolve_backing<'r>(
     };
     let same = opened.identity == overlay.opened.identity;
     if same {
-        return Err(CliError::image(path, ErrorCode::ChainLoop, "is its own backing file"));
+        return Err(Error::image(path, ErrorCode::ChainLoop, "is its own backing file"));
     }
     let lowest = between.last().map_or(&overlay.facts, |layer: &ChainImage<'_>| &layer.facts);
     let backing = opened.lock(Access::ReadWrite)?.identify_recorded(registry, recorded_format(lowest))?;
@@ -87,14 +87,14 @@ fn open_base<'r>(
     pointer: &BackingPointer,
     target: &Path,
     gate: &Gate,
-) -> Result<(OpenedFile, Vec<ChainImage<'r>>), CliError> {
+) -> Result<(OpenedFile, Vec<ChainImage<'r>>), Error> {
     let name = escape_bytes(&pointer.name);
     let opened = match OpenedFile::named(target, Access::ReadWrite, ErrorCode::BackingNotFound) {
         Err(error) if error.code == ErrorCode::BackingNotFound => {
             let clause = format!(
                 "does not exist (a relative name begins at the overlay's directory); the overlay's immediate parent is {name}"
             );
-            return Err(CliError::image(target, error.code, clause));
+            return Err(Error::image(target, error.code, clause));
         }
         other => other?,
     };
@@ -110,7 +110,7 @@ fn open_base<'r>(
         Err(error) => format!(", as far as that can be followed ({error})"),
     };
     let clause = format!("is not in the backing chain of the overlay{why}: the overlay's immediate parent is {name}");
-    Err(CliError::image(target, ErrorCode::NotInChain, clause))
+    Err(Error::image(target, ErrorCode::NotInChain, clause))
 }
 
 /// The layers between the overlay and the image `wanted`, the top-most first, open for reading; `None` if the chain ends
@@ -120,7 +120,7 @@ fn layers_above<'r>(
     overlay: &ChainImage<'_>,
     wanted: Identity,
     gate: &Gate,
-) -> Result<Option<Vec<ChainImage<'r>>>, CliError> {
+) -> Result<Option<Vec<ChainImage<'r>>>, Error> {
     let mut between: Vec<ChainImage<'r>> = Vec::new();
     let mut seen = vec![overlay.opened.identity];
     loop {
@@ -137,7 +137,7 @@ fn layers_above<'r>(
             return Ok(Some(between));
         }
         if seen.contains(&next.identity) {
-            return Err(CliError::image(&opened.path, ErrorCode::ChainLoop, "the backing chain leads back to itself"));
+            return Err(Error::image(&opened.path, ErrorCode::ChainLoop, "the backing chain leads back to itself"));
         }
         if between.len() + 1 >= MAX_CHAIN_DEVICES {
             return Err(too_deep(&opened.path));
@@ -149,7 +149,7 @@ fn layers_above<'r>(
 }
 
 /// There are more layers than devices.
-pub(super) fn too_deep(path: &Path) -> CliError {
+pub(super) fn too_deep(path: &Path) -> Error {
     let clause = format!("the backing chain has more than {MAX_CHAIN_DEVICES} layers below the overlay");
-    CliError::image(path, ErrorCode::ChainTooDeep, clause)
+    Error::image(path, ErrorCode::ChainTooDeep, clause)
 }

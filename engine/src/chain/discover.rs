@@ -4,7 +4,7 @@
 use super::base::{not_allowed, recorded_format, too_deep};
 use super::open::{Access, ChainImage, OpenedFile};
 use super::write_target::Gate;
-use crate::cli::CliError;
+use crate::error::Error;
 use crate::plugins::Registry;
 use instar_guest_abi::ErrorCode;
 
@@ -20,7 +20,7 @@ pub fn discover_backing_chain<'r>(
     room: usize,
     access: Access,
     gate: &Gate,
-) -> Result<Vec<ChainImage<'r>>, CliError> {
+) -> Result<Vec<ChainImage<'r>>, Error> {
     let mut seen: Vec<_> = above.iter().map(|image| image.opened.identity).collect();
     let mut ancestors: Vec<ChainImage<'r>> = Vec::new();
     loop {
@@ -39,7 +39,7 @@ pub fn discover_backing_chain<'r>(
             .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
         let opened = OpenedFile::located(&located, access, ErrorCode::BackingNotFound)?;
         if seen.contains(&opened.identity) {
-            return Err(CliError::image(path, ErrorCode::ChainLoop, "the backing chain leads back to itself"));
+            return Err(Error::image(path, ErrorCode::ChainLoop, "the backing chain leads back to itself"));
         }
         seen.push(opened.identity);
         let image = opened.lock(access)?.identify_recorded(registry, recorded_format(&lowest.facts))?;

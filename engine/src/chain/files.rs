@@ -3,7 +3,7 @@
 use super::base::not_allowed;
 use super::open::{Access, ChainImage, Identity, OpenedFile};
 use super::write_target::Gate;
-use crate::cli::CliError;
+use crate::error::Error;
 use crate::plugins::{IdentifyError, ImageFiles, ImageRead};
 use instar_guest_abi::{ErrorCode, MAX_FILE_DEVICES};
 
@@ -32,18 +32,18 @@ pub struct FilesOf<'i, 'r, 'g> {
 /// # Errors
 /// [`ErrorCode::WriteTargetNotAllowed`], [`ErrorCode::UnsupportedFormat`] for too many files, [`ErrorCode::ChainLoop`] for
 /// one that is there twice, and what opening gives.
-pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), CliError> {
+pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), Error> {
     let mut seen: Vec<Identity> = images.iter().map(|of| of.image.opened.identity).collect();
     for FilesOf { image, access, gate } in images {
         let path = &image.opened.path;
-        let failed = |error| CliError::identify(path, &IdentifyError::Plugin(error));
+        let failed = |error| Error::identify(path, &IdentifyError::Plugin(error));
         let named = image.plugin.files(&image.opened.file).map_err(failed)?;
         if named.is_empty() {
             continue;
         }
         if seen.len().saturating_add(named.len()) > MAX_FILE_DEVICES {
             let clause = format!("the chain has more files than the {MAX_FILE_DEVICES} that are supported: convert it");
-            return Err(CliError::image(path, ErrorCode::UnsupportedFormat, clause));
+            return Err(Error::image(path, ErrorCode::UnsupportedFormat, clause));
         }
         let directory = image.opened.directory();
         for file in named {
@@ -53,7 +53,7 @@ pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), CliErr
             let opened = OpenedFile::located(&located, *access, ErrorCode::OpenFailed)?;
             if seen.contains(&opened.identity) {
                 let clause = "is used twice in this chain: each file can be part of one image, once";
-                return Err(CliError::image(&opened.path, ErrorCode::ChainLoop, clause));
+                return Err(Error::image(&opened.path, ErrorCode::ChainLoop, clause));
             }
             seen.push(opened.identity);
             image.files.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
@@ -63,7 +63,7 @@ pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), CliErr
         let facts = image.plugin.facts(files).map_err(failed)?;
         if facts.backing != image.facts.backing {
             let clause = "was changed while it was looked at: make sure that nothing else writes to it";
-            return Err(CliError::image(path, ErrorCode::HeaderMismatch, clause));
+            return Err(Error::image(path, ErrorCode::HeaderMismatch, clause));
         }
         image.facts = facts;
     }

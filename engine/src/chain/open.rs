@@ -2,9 +2,9 @@
 
 use super::files::ExtraFile;
 use super::write_target::Located;
-use crate::cli::escape::escape_path;
-use crate::cli::CliError;
 use crate::devices::lock::{lock_read_only, lock_read_write};
+use crate::error::Error;
+use crate::escape::escape_path;
 use crate::plugins::{FileImage, IdentifyError, Plugin, Registry};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
@@ -84,7 +84,7 @@ impl OpenedFile {
     ///
     /// # Errors
     /// `missing` if it is not there, [`ErrorCode::OpenFailed`].
-    pub fn named(path: &Path, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
+    pub fn named(path: &Path, access: Access, missing: ErrorCode) -> Result<Self, Error> {
         let opened = retry_on_intr(|| rustix::fs::open(path, access.flags(), rustix::fs::Mode::empty()));
         Self::adopt(opened.map(File::from).map_err(io::Error::from), path.to_owned(), access, missing)
     }
@@ -93,12 +93,12 @@ impl OpenedFile {
     ///
     /// # Errors
     /// As [`OpenedFile::named`], and [`ErrorCode::WriteTargetNotAllowed`] if a link leads outside.
-    pub fn located(located: &Located, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
+    pub fn located(located: &Located, access: Access, missing: ErrorCode) -> Result<Self, Error> {
         Self::adopt(located.open(access.flags()), located.path(), access, missing)
     }
 
-    fn adopt(opened: io::Result<File>, path: PathBuf, access: Access, missing: ErrorCode) -> Result<Self, CliError> {
-        let failed = |code, clause: String| Err(CliError::image(&path, code, clause));
+    fn adopt(opened: io::Result<File>, path: PathBuf, access: Access, missing: ErrorCode) -> Result<Self, Error> {
+        let failed = |code, clause: String| Err(Error::image(&path, code, clause));
         let file = match opened {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return failed(missing, "does not exist".into()),
@@ -118,13 +118,13 @@ impl OpenedFile {
         };
         let metadata = file
             .metadata()
-            .map_err(|error| CliError::image(&path, ErrorCode::OpenFailed, format!("cannot be looked at: {error}")))?;
+            .map_err(|error| Error::image(&path, ErrorCode::OpenFailed, format!("cannot be looked at: {error}")))?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return failed(ErrorCode::OpenFailed, "is not a regular file or block device".into());
         }
         let file = FileImage::new(file).map_err(|error| {
-            CliError::image(&path, ErrorCode::OpenFailed, format!("its length cannot be found out: {error}"))
+            Error::image(&path, ErrorCode::OpenFailed, format!("its length cannot be found out: {error}"))
         })?;
         let (identity, block_device) = (Identity::of(&metadata), kind.is_block_device());
         Ok(Self { file, path, identity, block_device })
@@ -134,7 +134,7 @@ impl OpenedFile {
     ///
     /// # Errors
     /// [`ErrorCode::ImageInUse`].
-    pub fn lock(self, access: Access) -> Result<Self, CliError> {
+    pub fn lock(self, access: Access) -> Result<Self, Error> {
         let locked = match access {
             Access::ReadWrite => lock_read_write(self.file.file()),
             Access::ReadOnly => lock_read_only(self.file.file()),
@@ -144,7 +144,7 @@ impl OpenedFile {
             Ok(()) => Ok(self),
             Err(error) => {
                 let clause = format!("{error}: Is another process using the image [{}]?", escape_path(&self.path));
-                Err(CliError::image(&self.path, ErrorCode::ImageInUse, clause))
+                Err(Error::image(&self.path, ErrorCode::ImageInUse, clause))
             }
         }
     }
@@ -161,11 +161,11 @@ impl OpenedFile {
     ///
     /// # Errors
     /// When no plugin, or not the one that `hint` names, recognises it; [`ErrorCode::FormatMismatch`].
-    pub fn identify_as<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, CliError> {
-        let found = registry.identify(&self.file, hint).map_err(|error| CliError::identify(&self.path, &error))?;
+    pub fn identify_as<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, Error> {
+        let found = registry.identify(&self.file, hint).map_err(|error| Error::identify(&self.path, &error))?;
         if let Some(other) = found.looks_like {
             let clause = format!("is said to be {}, but looks like {other}: name its real format", found.plugin.name());
-            return Err(CliError::image(&self.path, ErrorCode::FormatMismatch, clause));
+            return Err(Error::image(&self.path, ErrorCode::FormatMismatch, clause));
         }
         Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts, files: Vec::new() })
     }
@@ -178,12 +178,12 @@ impl OpenedFile {
         self,
         registry: &'r Registry,
         recorded: Option<&[u8]>,
-    ) -> Result<ChainImage<'r>, CliError> {
+    ) -> Result<ChainImage<'r>, Error> {
         let recorded = recorded.filter(|name| !name.is_empty()).map(String::from_utf8_lossy);
         if recorded.is_none() && matches!(registry.identify(&self.file, None), Err(IdentifyError::Unrecognised)) {
             let clause = "the format is not recognised, and the image above does not record it: if it is raw, record \
                           that with `qemu-img rebase -u -b BACKING -F raw OVERLAY`";
-            return Err(CliError::image(&self.path, ErrorCode::UnsupportedFormat, clause));
+            return Err(Error::image(&self.path, ErrorCode::UnsupportedFormat, clause));
         }
         self.identify_as(registry, recorded.as_deref())
     }

@@ -4,8 +4,8 @@
 //! inside the directory of the image that names it, or inside a directory that the operator allowed. It is then
 //! opened with `openat2` relative to that directory, so that no symbolic link and no race leaves it.
 
-use crate::cli::escape::escape_bytes;
-use crate::cli::CliError;
+use crate::error::Error;
+use crate::escape::escape_bytes;
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use std::ffi::OsStr;
@@ -96,12 +96,12 @@ impl Gate {
     ///
     /// # Errors
     /// [`ErrorCode::WriteTargetNotAllowed`] for a directory that does not exist.
-    pub fn new(allowed: &[PathBuf]) -> Result<Self, CliError> {
+    pub fn new(allowed: &[PathBuf]) -> Result<Self, Error> {
         let mut all = Vec::new();
         for directory in allowed {
             let real = directory.canonicalize().map_err(|error| {
                 let clause = format!("cannot be allowed as a directory: {error}");
-                CliError::image(directory, ErrorCode::WriteTargetNotAllowed, clause)
+                Error::image(directory, ErrorCode::WriteTargetNotAllowed, clause)
             })?;
             // A recorded name may spell the directory as the operator does, or as it really is.
             all.extend(std::path::absolute(directory).ok());

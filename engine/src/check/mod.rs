@@ -5,9 +5,9 @@ pub(crate) mod handler;
 
 use crate::chain::write_target::Gate;
 use crate::chain::{open_extra_files, Access, FilesOf, OpenedFile};
-use crate::cli::CliError;
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
 use crate::confine::{Confinement, Reach, Work};
+use crate::error::Error;
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use handler::CheckHandler;
@@ -45,9 +45,9 @@ pub struct CheckResult {
 /// # Errors
 /// One line that names the file and what to do: when the image could not be checked to the end.
 /// [`ErrorCode::NotImplemented`] for a format that has nothing to check.
-pub fn run_check(request: &CheckRequest) -> Result<CheckResult, CliError> {
+pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
     let path = std::path::absolute(&request.image).map_err(|error| {
-        CliError::image(&request.image, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
+        Error::image(&request.image, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
     })?;
     let gate = Gate::new(&request.allowed_directories)?;
     let registry = Registry::load(&request.search);

@@ -1,10 +1,11 @@
 //! `instar check`: options, and what is printed, in the words of `qemu-img check`.
 
-use super::escape::{escape_path, printable};
 use super::output::{print, print_json, OutputFormat};
-use super::{print_error, CliError};
+use super::print_error;
 use crate::check::{run_check, CheckRequest, CheckResult};
 use crate::config::Config;
+use crate::error::Error;
+use crate::escape::{escape_path, printable};
 use crate::plugins::SearchPath;
 use clap::Args;
 use instar_guest_abi::{ErrorCode, Examination, FindingKind};
@@ -67,10 +68,10 @@ pub fn run(args: &CheckArgs, out: &mut dyn Write) -> u8 {
     }
 }
 
-fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, CliError> {
+fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
     if args.repair.is_some() {
         let clause = "instar does not repair images outside of a commit: use `qemu-img check -r`";
-        return Err(CliError::image(&args.filename, ErrorCode::UnsupportedFormat, clause));
+        return Err(Error::image(&args.filename, ErrorCode::UnsupportedFormat, clause));
     }
     let config = Config::load()?;
     let request = CheckRequest {

@@ -1,13 +1,14 @@
 //! `instar commit`: options, and what is printed.
 
 use super::output::OutputFormat;
+use super::print_error;
 use super::size::parse_size;
-use super::{print_error, CliError};
 use crate::commit::{
     render_commit_success, render_dry_run, render_verbose, render_warnings, run_commit, CommitRequest, Notes,
 };
 use crate::config::Config;
 use crate::devices::Cache;
+use crate::error::Error;
 use crate::plugins::SearchPath;
 use clap::{Args, ValueEnum};
 use instar_guest_abi::ErrorCode;
@@ -96,7 +97,7 @@ pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
     }
 }
 
-fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
+fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
     let refused = [
         (
             !args.object.is_empty(),
@@ -105,7 +106,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), CliError> {
         (args.image_opts, "--image-opts is not supported: name the image by its file name, and its format with -f"),
     ];
     if let Some((_, clause)) = refused.into_iter().find(|(given, _)| *given) {
-        return Err(CliError::image(&args.filename, ErrorCode::UnsupportedFormat, clause));
+        return Err(Error::image(&args.filename, ErrorCode::UnsupportedFormat, clause));
     }
     let cache = match args.cache {
         CacheMode::Writeback => Cache::Writeback,

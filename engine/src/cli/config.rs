@@ -1,9 +1,9 @@
 //! `instar config`: what is in force, and where each value comes from.
 
-use super::escape::escape_path;
 use super::output::{print, print_json, OutputFormat};
-use super::CliError;
 use crate::config::{Config, Configured};
+use crate::error::Error;
+use crate::escape::escape_path;
 use crate::plugins::{SearchPath, PATH_VARIABLE};
 use clap::Args;
 use serde_json::{json, Value};
@@ -35,7 +35,7 @@ struct Directory {
 ///
 /// # Errors
 /// A configuration file that is refused; when the result cannot be written.
-pub fn run(args: &ConfigArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub fn run(args: &ConfigArgs, out: &mut dyn Write) -> Result<(), Error> {
     let config = Config::load()?;
     let backing = backing_directories(args, &config);
     let plugins = plugin_directories(args, &config);

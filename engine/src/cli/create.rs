@@ -1,13 +1,13 @@
 //! `instar create`: a new, empty image.
 
 use super::create_file;
-use super::escape::{escape, escape_path, printable};
 use super::info::{open_image, resolve_backing};
 use super::output::print;
 use super::size::parse_size;
-use super::CliError;
 use crate::config::Config;
 use crate::confine::Confinement;
+use crate::error::Error;
+use crate::escape::{escape, escape_path, printable};
 use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -59,8 +59,8 @@ struct Wanted {
     options: Vec<(String, String)>,
 }
 
-fn usage(message: impl Into<String>) -> CliError {
-    CliError::new(ErrorCode::UnsupportedFormat, message)
+fn usage(message: impl Into<String>) -> Error {
+    Error::new(ErrorCode::UnsupportedFormat, message)
 }
 
 /// Run the command.
@@ -68,12 +68,12 @@ fn usage(message: impl Into<String>) -> CliError {
 /// # Errors
 /// When the format, an option or the backing image is refused, or the file cannot be written. Nothing is changed
 /// unless everything but the writing has succeeded.
-pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
     let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths()));
     let plugin = registry.by_format(&args.format).ok_or_else(|| {
         let message =
             format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(&args.format));
-        CliError::new(ErrorCode::PluginUnavailable, message)
+        Error::new(ErrorCode::PluginUnavailable, message)
     })?;
     let pairs = split_options(&args.options)?;
     if pairs.iter().any(|(name, _)| name == "help" || name == "?") {
@@ -87,7 +87,7 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), CliError> {
         wanted.options.iter().map(|(k, v)| Tuple2(RString::from(k.as_str()), RString::from(v.as_str()))).collect();
     let file_name = filename.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into();
     let spec = CreateSpec { virtual_size, file_name, backing, backing_facts, options };
-    let image = plugin.create(&spec).map_err(|failure| CliError::plugin(filename, &failure))?;
+    let image = plugin.create(&spec).map_err(|failure| Error::plugin(filename, &failure))?;
     if !args.quiet {
         print(out, &announcement(filename, plugin, virtual_size, &wanted))?;
     }
@@ -95,7 +95,7 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), CliError> {
 }
 
 /// `a=b,c=d` with `,,` for a comma within a value, as `qemu-img` reads it.
-fn split_options(texts: &[String]) -> Result<Vec<(String, String)>, CliError> {
+fn split_options(texts: &[String]) -> Result<Vec<(String, String)>, Error> {
     let mut pairs = Vec::new();
     for text in texts {
         let mut items = vec![String::new()];
@@ -119,7 +119,7 @@ fn split_options(texts: &[String]) -> Result<Vec<(String, String)>, CliError> {
 }
 
 /// Size and backing can be options, too.
-fn wanted(args: &CreateArgs, pairs: Vec<(String, String)>) -> Result<Wanted, CliError> {
+fn wanted(args: &CreateArgs, pairs: Vec<(String, String)>) -> Result<Wanted, Error> {
     let mut wanted = Wanted {
         size: None,
         backing: args.backing.clone(),
@@ -157,7 +157,7 @@ fn resolve(
     filename: &std::path::Path,
     wanted: &Wanted,
     registry: &Registry,
-) -> Result<(u64, ROption<BackingPointer>, ROption<ImageFacts>), CliError> {
+) -> Result<(u64, ROption<BackingPointer>, ROption<ImageFacts>), Error> {
     let no_size = || usage(format!("'{}': creating an image needs a SIZE", escape_path(filename)));
     let Some(name) = &wanted.backing else {
         if wanted.backing_format.is_some() {
@@ -177,17 +177,17 @@ fn resolve(
     }
     let Some(path) = resolve_backing(filename, name.as_bytes()) else {
         let message = format!("'{}' is not the name of a file: only files can be looked at (or use -u)", escape(name));
-        return Err(CliError::new(ErrorCode::OpenFailed, message));
+        return Err(Error::new(ErrorCode::OpenFailed, message));
     };
     let (image, metadata) = open_image(&path)?;
     if let Ok(existing) = std::fs::metadata(filename) {
         if (existing.dev(), existing.ino()) == (metadata.dev(), metadata.ino()) {
-            return Err(CliError::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
+            return Err(Error::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
         }
     }
     // The new image has to be opened later: only the look at the backing is confined.
     let found = Confinement::aside(|| registry.identify(&image, Some(format)));
-    let found = found.map_err(|error| CliError::identify(&path, &error))?;
+    let found = found.map_err(|error| Error::identify(&path, &error))?;
     let size = wanted.size.unwrap_or(found.facts.virtual_size);
     Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))
 }

@@ -1,6 +1,6 @@
 //! Writing a new image to its file.
 
-use super::CliError;
+use crate::error::Error;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{CreatedFile, CreatedImage, ImageRegion};
 use std::ffi::OsStr;
@@ -18,7 +18,7 @@ const LOCK_LENGTH: i64 = 104;
 
 /// Write `image` to `path`, over what is there, and its other files beside it, none of which may exist. What did not exist is
 /// removed again if that fails.
-pub(super) fn write(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
+pub(super) fn write(path: &Path, image: &CreatedImage) -> Result<(), Error> {
     let mut made = Vec::new();
     let result = image
         .files
@@ -33,22 +33,22 @@ pub(super) fn write(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
 }
 
 /// Write a file that does not exist yet; `made` takes its path once it does.
-fn write_beside(path: &Path, file: &CreatedFile, made: &mut Vec<PathBuf>) -> Result<(), CliError> {
+fn write_beside(path: &Path, file: &CreatedFile, made: &mut Vec<PathBuf>) -> Result<(), Error> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(0o644).custom_flags(libc::O_CLOEXEC);
     let opened = options.open(path).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => {
             let clause =
                 "exists, and is not overwritten: it would be part of the new image; remove it, or choose another name";
-            CliError::image(path, ErrorCode::OpenFailed, clause)
+            Error::image(path, ErrorCode::OpenFailed, clause)
         }
-        _ => CliError::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")),
+        _ => Error::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")),
     })?;
     made.push(path.to_owned());
     write_to(&opened, path, file.length, &file.regions)
 }
 
-fn write_image(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
+fn write_image(path: &Path, image: &CreatedImage) -> Result<(), Error> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o644).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
     let opened = match options.clone().create_new(true).open(path) {
@@ -60,7 +60,7 @@ fn write_image(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
         Err(error) => Err(error),
     };
     let (file, created) =
-        opened.map_err(|error| CliError::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")))?;
+        opened.map_err(|error| Error::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")))?;
     let result = write_to(&file, path, image.length, &image.regions);
     if result.is_err() && created {
         // The error that matters is the one that is returned.
@@ -69,14 +69,14 @@ fn write_image(path: &Path, image: &CreatedImage) -> Result<(), CliError> {
     result
 }
 
-fn write_to(mut file: &File, path: &Path, wanted: u64, regions: &[ImageRegion]) -> Result<(), CliError> {
+fn write_to(mut file: &File, path: &Path, wanted: u64, regions: &[ImageRegion]) -> Result<(), Error> {
     let failed = |error: io::Error| {
         let code = if error.raw_os_error() == Some(libc::ENOSPC) { ErrorCode::NoSpace } else { ErrorCode::OverlayIo };
-        CliError::image(path, code, format!("cannot be written: {error}"))
+        Error::image(path, code, format!("cannot be written: {error}"))
     };
     let kind = file.metadata().map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(CliError::image(path, ErrorCode::OpenFailed, "is not a file or block device"));
+        return Err(Error::image(path, ErrorCode::OpenFailed, "is not a file or block device"));
     }
     lock(file, path)?;
     if kind.is_file() {
@@ -85,7 +85,7 @@ fn write_to(mut file: &File, path: &Path, wanted: u64, regions: &[ImageRegion]) 
         let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if length < wanted {
             let clause = format!("the device has {length} bytes, {wanted} are needed");
-            return Err(CliError::image(path, ErrorCode::NoSpace, clause));
+            return Err(Error::image(path, ErrorCode::NoSpace, clause));
         }
         zero(file, wanted).map_err(failed)?;
     }
@@ -107,7 +107,7 @@ fn zero(file: &File, length: u64) -> io::Result<()> {
 }
 
 /// Lock out every process that uses the image, until the file is closed. Fails if there is one.
-fn lock(file: &File, path: &Path) -> Result<(), CliError> {
+fn lock(file: &File, path: &Path) -> Result<(), Error> {
     // SAFETY: `flock` is a C structure of integers, for which zero is a value.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
     // The constants are small; the field is 16 bits wide.
@@ -123,7 +123,7 @@ fn lock(file: &File, path: &Path) -> Result<(), CliError> {
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EACCES) => {
-            Err(CliError::image(path, ErrorCode::ImageInUse, "another process uses the image"))
+            Err(Error::image(path, ErrorCode::ImageInUse, "another process uses the image"))
         }
         // File systems without locks.
         _ => Ok(()),

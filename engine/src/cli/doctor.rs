@@ -1,8 +1,9 @@
 //! `instar doctor`: what is printed.
 
 use super::output::{print, print_json, OutputFormat};
-use super::{print_error, CliError, FAILED};
+use super::{print_error, FAILED};
 use crate::doctor::{examine, Diagnosis, Health};
+use crate::error::Error;
 use clap::Args;
 use serde_json::{json, Value};
 use std::fmt::Write as _;
@@ -29,7 +30,7 @@ pub fn run(args: &DoctorArgs, out: &mut dyn Write) -> u8 {
     }
 }
 
-fn doctor(args: &DoctorArgs, out: &mut dyn Write) -> Result<Health, CliError> {
+fn doctor(args: &DoctorArgs, out: &mut dyn Write) -> Result<Health, Error> {
     let all = examine(&args.plugin_dir);
     match args.output {
         OutputFormat::Human => print(out, &human(&all))?,

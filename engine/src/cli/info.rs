@@ -1,11 +1,11 @@
 //! `instar info`: what an image is, in the words of `qemu-img info`.
 
-use super::escape::escape_bytes;
 use super::info_text;
 use super::output::{print, print_json, OutputFormat};
-use super::CliError;
 use crate::config::Config;
 use crate::confine::{Confinement, Reach, Work};
+use crate::error::Error;
+use crate::escape::escape_bytes;
 use crate::plugins::{FileImage, ImageFiles, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -60,7 +60,7 @@ pub(super) struct Shown {
 ///
 /// # Errors
 /// When an image cannot be opened, or its format is not known or not the one that was named.
-pub fn run(args: &InfoArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub fn run(args: &InfoArgs, out: &mut dyn Write) -> Result<(), Error> {
     show(args, true, out)
 }
 
@@ -68,7 +68,7 @@ pub fn run(args: &InfoArgs, out: &mut dyn Write) -> Result<(), CliError> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), CliError> {
+pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), Error> {
     let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths()));
     let images = collect(&registry, args, confine)?;
     match args.output {
@@ -85,20 +85,20 @@ pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), C
 }
 
 /// Open an image to look at it. A FIFO does not block; anything but a file or block device is refused.
-pub(super) fn open_image(path: &Path) -> Result<(FileImage, std::fs::Metadata), CliError> {
+pub(super) fn open_image(path: &Path) -> Result<(FileImage, std::fs::Metadata), Error> {
     let open = || -> std::io::Result<_> {
         let file: File = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
         let metadata = file.metadata()?;
         Ok((FileImage::new(file)?, metadata))
     };
     open().map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => CliError::image(path, ErrorCode::OpenFailed, "does not exist"),
-        _ => CliError::image(path, ErrorCode::OpenFailed, format!("cannot be opened: {error}")),
+        std::io::ErrorKind::NotFound => Error::image(path, ErrorCode::OpenFailed, "does not exist"),
+        _ => Error::image(path, ErrorCode::OpenFailed, format!("cannot be opened: {error}")),
     })
 }
 
 /// The image and, if wanted, those below it. The process is confined before an image is read.
-fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Shown>, CliError> {
+fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Shown>, Error> {
     let chain = args.backing_chain;
     let mut images: Vec<Shown> = Vec::new();
     let mut seen = HashSet::new();
@@ -110,7 +110,7 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
     while let Some((path, hint)) = next.take() {
         if images.len() == MAX_DEPTH {
             let clause = format!("the backing chain has more than {MAX_DEPTH} images");
-            return Err(CliError::image(&path, ErrorCode::ChainTooDeep, clause));
+            return Err(Error::image(&path, ErrorCode::ChainTooDeep, clause));
         }
         let (image, metadata) = open_image(&path)?;
         if !chain && confine {
@@ -118,9 +118,9 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
         }
         if !seen.insert((metadata.dev(), metadata.ino())) {
             let clause = "the backing chain leads back to this image";
-            return Err(CliError::image(&path, ErrorCode::ChainLoop, clause));
+            return Err(Error::image(&path, ErrorCode::ChainLoop, clause));
         }
-        let found = registry.identify(&image, hint.as_deref()).map_err(|error| CliError::identify(&path, &error))?;
+        let found = registry.identify(&image, hint.as_deref()).map_err(|error| Error::identify(&path, &error))?;
         let facts = found.facts;
         let notes = found.plugin.notes(ImageFiles::one(&image), &facts);
         let backing = facts.backing.as_ref().into_option();

@@ -1,8 +1,8 @@
 //! `instar info` for people.
 
-use super::escape::{escape, escape_bytes, escape_path, printable};
 use super::info::{specific, Shown};
 use super::size::format_size;
+use crate::escape::{escape, escape_bytes, escape_path, printable};
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;

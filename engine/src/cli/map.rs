@@ -2,8 +2,8 @@
 
 use super::output::OutputFormat;
 use super::size::parse_size;
-use super::CliError;
 use crate::config::Config;
+use crate::error::Error;
 use crate::map::{run_map, Format, MapRequest, Reporter};
 use crate::plugins::SearchPath;
 use clap::Args;
@@ -47,7 +47,7 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 ///
 /// # Errors
 /// One line that names the file and what to do.
-pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
     let config = Config::load()?;
     let request = MapRequest {
         image: args.filename.clone(),

@@ -6,8 +6,6 @@ pub mod config;
 pub mod create;
 mod create_file;
 pub mod doctor;
-pub mod error;
-pub mod escape;
 pub mod info;
 mod info_text;
 pub mod map;
@@ -15,7 +13,6 @@ pub mod output;
 pub mod plugins;
 pub mod size;
 
-pub use error::CliError;
 pub use output::OutputFormat;
 
 use crate::commit::render_commit_error;
@@ -74,7 +71,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
 }
 
 /// Print an error on stderr; the exit status.
-fn print_error(error: &CliError, output: OutputFormat) -> u8 {
+fn print_error(error: &crate::error::Error, output: OutputFormat) -> u8 {
     eprint!("{}", render_commit_error(error, output));
     FAILED
 }

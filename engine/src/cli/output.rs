@@ -1,7 +1,7 @@
 //! Printing results.
 
-use super::escape::escape_json;
-use super::CliError;
+use crate::error::Error;
+use crate::escape::escape_json;
 use instar_guest_abi::ErrorCode;
 use serde_json::ser::{PrettyFormatter, Serializer};
 use serde_json::Value;
@@ -21,16 +21,16 @@ pub enum OutputFormat {
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn print(out: &mut dyn Write, text: &str) -> Result<(), CliError> {
+pub fn print(out: &mut dyn Write, text: &str) -> Result<(), Error> {
     let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    written.map_err(|error| CliError::new(ErrorCode::OpenFailed, format!("writing the result failed: {error}")))
+    written.map_err(|error| Error::new(ErrorCode::OpenFailed, format!("writing the result failed: {error}")))
 }
 
 /// Print a JSON value on `out`, indented by four spaces as `qemu-img` does, with a trailing newline.
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn print_json(out: &mut dyn Write, value: &Value) -> Result<(), CliError> {
+pub fn print_json(out: &mut dyn Write, value: &Value) -> Result<(), Error> {
     print_json_indented(out, value, b"    ")
 }
 
@@ -38,9 +38,9 @@ pub fn print_json(out: &mut dyn Write, value: &Value) -> Result<(), CliError> {
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn print_json_indented(out: &mut dyn Write, value: &Value, indent: &[u8]) -> Result<(), CliError> {
+pub fn print_json_indented(out: &mut dyn Write, value: &Value, indent: &[u8]) -> Result<(), Error> {
     let text = pretty(value, indent)
-        .map_err(|error| CliError::new(ErrorCode::InternalOverflow, format!("making JSON failed: {error}")))?;
+        .map_err(|error| Error::new(ErrorCode::InternalOverflow, format!("making JSON failed: {error}")))?;
     print(out, &format!("{text}\n"))
 }
 

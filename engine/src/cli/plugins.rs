@@ -1,9 +1,9 @@
 //! `instar plugins`: what is loaded, from where, and why something is not.
 
-use super::escape::{escape_path, printable};
 use super::output::{print, print_json, OutputFormat};
-use super::CliError;
 use crate::config::Config;
+use crate::error::Error;
+use crate::escape::{escape_path, printable};
 use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
 use instar_plugin_api::{API_VERSION, ROLE_SINK, ROLE_SOURCE};
@@ -27,7 +27,7 @@ pub struct PluginsArgs {
 ///
 /// # Errors
 /// Only when the result cannot be written: a plugin that cannot be loaded is part of the result.
-pub fn run(args: &PluginsArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub fn run(args: &PluginsArgs, out: &mut dyn Write) -> Result<(), Error> {
     let search = SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths());
     let registry = Registry::load(&search);
     match args.output {

@@ -1,8 +1,8 @@
 //! The images of a chain as devices: which number each of their files has, how long it may become, and its path.
 
 use crate::chain::{ChainImage, OpenedFile};
-use crate::cli::CliError;
 use crate::devices::{Device, Devices};
+use crate::error::Error;
 use crate::plugins::{ImageRead, Plugin};
 use crate::vm::{ModuleSpec, FIRST_FORMAT};
 use instar_guest_abi::{
@@ -66,11 +66,11 @@ pub fn open_chain_devices_rw<'r>(
     output: ChainImage<'r>,
     rw_slots: &[usize],
     max_length: u64,
-) -> Result<ChainDevices<'r>, CliError> {
+) -> Result<ChainDevices<'r>, Error> {
     let mut all = ChainDevices::default();
     if slots.len() > MAX_CHAIN_DEVICES {
         let clause = format!("the chain has more than {MAX_CHAIN_DEVICES} layers");
-        return Err(CliError::image(&output.opened.path, ErrorCode::ChainTooDeep, clause));
+        return Err(Error::image(&output.opened.path, ErrorCode::ChainTooDeep, clause));
     }
     (all.chain.magic, all.chain.merge_count) = (CHAIN_CONFIG_MAGIC, 1);
     all.chain.count = u32::try_from(slots.len()).unwrap_or(u32::MAX);
@@ -98,13 +98,13 @@ pub fn open_chain_devices_rw<'r>(
 ///
 /// # Errors
 /// [`ErrorCode::ChainTooDeep`].
-pub fn open_chain_devices_ro(slots: Vec<ChainImage<'_>>) -> Result<ChainDevices<'_>, CliError> {
+pub fn open_chain_devices_ro(slots: Vec<ChainImage<'_>>) -> Result<ChainDevices<'_>, Error> {
     let mut all = ChainDevices::default();
     all.chain.magic = CHAIN_CONFIG_MAGIC;
     for (index, image) in slots.into_iter().enumerate() {
         if index == MAX_CHAIN_DEVICES {
             let clause = format!("is below {MAX_CHAIN_DEVICES} layers: more cannot be read");
-            return Err(CliError::image(&image.opened.path, ErrorCode::ChainTooDeep, clause));
+            return Err(Error::image(&image.opened.path, ErrorCode::ChainTooDeep, clause));
         }
         let slot = u32::try_from(index).unwrap_or(u32::MAX);
         let (config, _) = all.attach(slot, image, false, 0);

@@ -1,8 +1,8 @@
 //! What a failure in the guest means for the operator.
 
 use super::attach::DevicePaths;
-use crate::cli::CliError;
 use crate::devices::{Device, Devices};
+use crate::error::Error;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
 use std::io;
@@ -111,7 +111,7 @@ fn errno_text(errno: u32) -> String {
 
 /// The line for a failure: the file, what is wrong, in which state the files are, what to do.
 #[must_use]
-pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Changed) -> CliError {
+pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Changed) -> Error {
     let in_backing = failure.device.is_some_and(|device| paths.backing().any(|number| number == device));
     let code = match failure.code {
         // A driver does not know which image the files are of.
@@ -120,13 +120,13 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
     };
     let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
     let state = format!("{}; {}", failure.clause(), changed.clause());
-    CliError::image(failure.path(paths, either), code, with_advice(state, code))
+    Error::image(failure.path(paths, either), code, with_advice(state, code))
 }
 
 /// The line for a failure of what only reads: the file, what is wrong, what to do.
 #[must_use]
-pub fn map_read_error(failure: &GuestFailure, paths: &DevicePaths) -> CliError {
-    CliError::image(failure.path(paths, OVERLAY), failure.code, with_advice(failure.clause(), failure.code))
+pub fn map_read_error(failure: &GuestFailure, paths: &DevicePaths) -> Error {
+    Error::image(failure.path(paths, OVERLAY), failure.code, with_advice(failure.clause(), failure.code))
 }
 
 fn with_advice(clause: String, code: ErrorCode) -> String {

@@ -6,8 +6,8 @@ use super::handler::CommitHandler;
 use super::progress::Progress;
 use super::space::Space;
 use crate::chain::ChainImage;
-use crate::cli::CliError;
 use crate::devices::{Cache, Statistics, Workers};
+use crate::error::Error;
 use crate::vm::{self, KvmDevice, VmError, VmReport, VmSpec};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
@@ -59,7 +59,7 @@ pub fn run_commit_guest(
     between: Vec<ChainImage<'_>>,
     backing: ChainImage<'_>,
     ancestors: Vec<ChainImage<'_>>,
-) -> Result<(CommitResultMessage, GuestRun), CliError> {
+) -> Result<(CommitResultMessage, GuestRun), Error> {
     let merged = 1 + between.len();
     let layers: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
     let space = Space::of(&backing, &layers);
@@ -73,7 +73,7 @@ pub fn run_commit_guest(
         let path = paths.get(number).unwrap_or(Path::new(""));
         let clause =
             format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
-        CliError::image(path, ErrorCode::OpenFailed, clause)
+        Error::image(path, ErrorCode::OpenFailed, clause)
     })?;
     let progress = options.progress.then(Progress::new);
     let pace = devices.pace_mut();

@@ -26,10 +26,10 @@ use crate::chain::{
     discover_backing_chain, open_extra_files, resolve_backing, Access, BackingChoice, ChainImage, FilesOf, OpenedFile,
     Target,
 };
-use crate::cli::escape::escape_path;
-use crate::cli::CliError;
 use crate::confine::{Confinement, Reach, Work};
 use crate::devices::{Cache, Workers};
+use crate::error::Error;
+use crate::escape::escape_path;
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
 use instar_guest_abi::{commit_flags, ErrorCode, MAX_CHAIN_DEVICES};
@@ -100,7 +100,7 @@ pub fn probe_commit_target<'r>(
     registry: &'r Registry,
     path: &Path,
     format_hint: Option<&str>,
-) -> Result<ChainImage<'r>, CliError> {
+) -> Result<ChainImage<'r>, Error> {
     let opened = OpenedFile::named(path, Access::ReadWrite, ErrorCode::OverlayNotFound)?.lock(Access::ReadWrite)?;
     opened.identify_as(registry, format_hint)
 }
@@ -137,11 +137,11 @@ fn workers(request: &CommitRequest, overlay: &Path) -> Option<Workers> {
 ///
 /// # Errors
 /// One line that names the file and what to do.
-pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRunResult, CliError> {
+pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRunResult, Error> {
     let mut timing = Timing::start();
     interrupt::install();
     let path = std::path::absolute(&request.overlay).map_err(|error| {
-        CliError::image(&request.overlay, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
+        Error::image(&request.overlay, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
     })?;
     let gate = Gate::new(&request.allowed_directories)?;
     let registry = Registry::load(&request.search);
@@ -233,7 +233,7 @@ fn verdict(
     backing: &ChainImage<'_>,
     ancestors: &[ChainImage<'_>],
     warnings: &mut Vec<String>,
-) -> Result<u64, CliError> {
+) -> Result<u64, Error> {
     let mut ask = |image: &ChainImage<'_>, role: CommitRole, other: &ImageFacts| {
         let (needed, part) = match role {
             CommitRole::Overlay => (ROLE_SOURCE, "committed"),
@@ -242,7 +242,7 @@ fn verdict(
         };
         if image.plugin.roles() & needed == 0 {
             let clause = format!("an image cannot be {part} with this version of the {} plugin", image.plugin.name());
-            return Err(CliError::image(&image.opened.path, ErrorCode::UnsupportedFormat, clause));
+            return Err(Error::image(&image.opened.path, ErrorCode::UnsupportedFormat, clause));
         }
         let verdict = image.plugin.verdict(role, &image.facts, other);
         match ErrorCode::from_u32(verdict.code) {
@@ -254,7 +254,7 @@ fn verdict(
             }
             code => {
                 let code = code.unwrap_or(ErrorCode::PluginRefused);
-                Err(CliError::image(&image.opened.path, code, verdict.reason.as_str()))
+                Err(Error::image(&image.opened.path, code, verdict.reason.as_str()))
             }
         }
     };
@@ -295,7 +295,7 @@ fn arriving(overlay: &ChainImage<'_>, between: &[ChainImage<'_>]) -> Vec<ImageFa
 }
 
 /// The virtual size in bytes to which the backing has to grow, if it has to and may.
-fn check_sizes(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, may_grow: bool) -> Result<Option<u64>, CliError> {
+fn check_sizes(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, may_grow: bool) -> Result<Option<u64>, Error> {
     let (needed, size) = (overlay.facts.virtual_size, backing.facts.virtual_size);
     if needed <= size {
         return Ok(None);
@@ -307,5 +307,5 @@ fn check_sizes(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, may_grow: boo
         "the overlay's virtual size of {needed} bytes exceeds backing virtual size of {size} bytes: give \
          --resize-backing, or grow the backing first"
     );
-    Err(CliError::image(&overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
+    Err(Error::image(&overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
 }

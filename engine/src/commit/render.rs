@@ -1,9 +1,10 @@
 //! What a commit prints.
 
 use super::CommitRunResult;
-use crate::cli::escape::{escape_path, printable};
 use crate::cli::output::{print, print_json_indented};
-use crate::cli::{CliError, OutputFormat};
+use crate::cli::OutputFormat;
+use crate::error::Error;
+use crate::escape::{escape_path, printable};
 use serde_json::{json, Map, Value};
 use std::fmt::Write as _;
 use std::io::Write;
@@ -37,7 +38,7 @@ pub fn render_commit_success(
     output: OutputFormat,
     quiet: bool,
     out: &mut dyn Write,
-) -> Result<(), CliError> {
+) -> Result<(), Error> {
     match output {
         OutputFormat::Json => print_json_indented(out, &Value::Object(object(result)), INDENT),
         OutputFormat::Human if quiet => Ok(()),
@@ -49,7 +50,7 @@ pub fn render_commit_success(
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn render_dry_run(result: &CommitRunResult, output: OutputFormat, out: &mut dyn Write) -> Result<(), CliError> {
+pub fn render_dry_run(result: &CommitRunResult, output: OutputFormat, out: &mut dyn Write) -> Result<(), Error> {
     match output {
         OutputFormat::Json => {
             let mut map = object(result);
@@ -81,7 +82,7 @@ pub fn render_warnings(warnings: &[String]) -> String {
 
 /// The error as one line, or as one JSON object.
 #[must_use]
-pub fn render_commit_error(error: &CliError, output: OutputFormat) -> String {
+pub fn render_commit_error(error: &Error, output: OutputFormat) -> String {
     match output {
         OutputFormat::Human => format!("instar: {}\n", printable(&error.message)),
         OutputFormat::Json => {

@@ -1,6 +1,6 @@
 //! One configuration file.
 
-use crate::cli::CliError;
+use crate::error::Error;
 use crate::plugins::TrustedDirectory;
 use instar_guest_abi::ErrorCode;
 use serde::Deserialize;
@@ -22,8 +22,8 @@ pub struct Content {
 
 impl Content {
     /// Read a file; `None` if there is none.
-    pub fn read(path: &Path) -> Result<Option<Self>, CliError> {
-        let refused = |why: String| CliError::image(path, ErrorCode::OpenFailed, format!("configuration: {why}"));
+    pub fn read(path: &Path) -> Result<Option<Self>, Error> {
+        let refused = |why: String| Error::image(path, ErrorCode::OpenFailed, format!("configuration: {why}"));
         match path.symlink_metadata() {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
             Err(error) => return Err(refused(format!("cannot be read: {error}"))),

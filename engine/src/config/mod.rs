@@ -5,7 +5,7 @@
 
 mod file;
 
-use crate::cli::CliError;
+use crate::error::Error;
 use crate::plugins::is_elevated;
 use file::Content;
 use std::path::{Path, PathBuf};
@@ -43,11 +43,11 @@ impl Config {
     /// # Errors
     /// A file that others can change, that cannot be read, or that says something else than it may: one line that names
     /// file, line and key.
-    pub fn load() -> Result<Self, CliError> {
+    pub fn load() -> Result<Self, Error> {
         Self::of(&files(is_elevated(), |name| std::env::var_os(name).map(PathBuf::from)))
     }
 
-    fn of(files: &[PathBuf]) -> Result<Self, CliError> {
+    fn of(files: &[PathBuf]) -> Result<Self, Error> {
         let mut config = Self::default();
         for file in files {
             let Some(content) = Content::read(file)? else {

@@ -36,7 +36,7 @@ impl Confinement {
         // No backtraces: they would open files. The hook prints what is left of the panic in one line.
         std::panic::set_hook(Box::new(|panic| {
             let text = panic.to_string();
-            let text = crate::cli::escape::printable(&text);
+            let text = crate::escape::printable(&text);
             // Where nobody reads it, a second panic would be an abort.
             let _ = writeln!(std::io::stderr(), "instar: internal error: {text}");
         }));

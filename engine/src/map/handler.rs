@@ -2,9 +2,9 @@
 
 use super::report::{Entry, Reporter};
 use super::{Holes, Place};
-use crate::cli::CliError;
 use crate::commit::GuestFailure;
 use crate::devices::Devices;
+use crate::error::Error;
 use crate::vm::{BadRequest, BufferAccess, GuestHandler};
 use instar_guest_abi::{ErrorCode, ExtentKind, Request};
 use instar_guest_protocol::guest_message::Kind;
@@ -23,7 +23,7 @@ pub struct MapHandler<'r, 'w> {
     /// How the map ended, once the guest said so.
     pub result: Option<Result<(), GuestFailure>>,
     /// Why a run could not be reported; the guest was ended then.
-    pub unreported: Option<CliError>,
+    pub unreported: Option<Error>,
 }
 
 impl<'r, 'w> MapHandler<'r, 'w> {
@@ -35,10 +35,10 @@ impl<'r, 'w> MapHandler<'r, 'w> {
     ///
     /// # Errors
     /// If they have not; when the report cannot be written.
-    pub fn end(self) -> Result<(), CliError> {
+    pub fn end(self) -> Result<(), Error> {
         if self.next != self.size {
             let text = format!("the guest mapped {} bytes of a disk of {}", self.next, self.size);
-            return Err(CliError::new(ErrorCode::GuestProtocol, text));
+            return Err(Error::new(ErrorCode::GuestProtocol, text));
         }
         self.reporter.end(&self.places)
     }
@@ -95,7 +95,7 @@ impl<'r, 'w> MapHandler<'r, 'w> {
         })
     }
 
-    fn data(&mut self, run: &MapRun, whole: &Entry) -> Result<(), CliError> {
+    fn data(&mut self, run: &MapRun, whole: &Entry) -> Result<(), Error> {
         let holes = self.places.get(&run.device).map_or(Holes::Ignored, |place| place.holes);
         let end = run.offset + run.length;
         let mut at = run.offset;

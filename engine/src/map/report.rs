@@ -1,8 +1,8 @@
 //! A map as it is printed: in the words of `qemu-img map`, run by run.
 
 use super::Place;
-use crate::cli::escape::escape_path;
-use crate::cli::CliError;
+use crate::error::Error;
+use crate::escape::escape_path;
 use instar_guest_abi::ErrorCode;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -73,8 +73,8 @@ pub struct Reporter<'w> {
     printed: u64,
 }
 
-fn failed(error: &io::Error) -> CliError {
-    CliError::new(ErrorCode::OpenFailed, format!("writing the result failed: {error}"))
+fn failed(error: &io::Error) -> Error {
+    Error::new(ErrorCode::OpenFailed, format!("writing the result failed: {error}"))
 }
 
 impl<'w> Reporter<'w> {
@@ -87,7 +87,7 @@ impl<'w> Reporter<'w> {
     ///
     /// # Errors
     /// When it cannot be written; for people, also a run that has no place.
-    pub fn add(&mut self, entry: Entry, places: &BTreeMap<u32, Place>) -> Result<(), CliError> {
+    pub fn add(&mut self, entry: Entry, places: &BTreeMap<u32, Place>) -> Result<(), Error> {
         let Some(entry) = entry.within(&self.range) else { return Ok(()) };
         match &mut self.last {
             Some(last) if last.goes_on(&entry) => {
@@ -105,7 +105,7 @@ impl<'w> Reporter<'w> {
     ///
     /// # Errors
     /// As [`Reporter::add`].
-    pub fn end(&mut self, places: &BTreeMap<u32, Place>) -> Result<(), CliError> {
+    pub fn end(&mut self, places: &BTreeMap<u32, Place>) -> Result<(), Error> {
         if let Some(last) = self.last.take() {
             self.print(&last, places)?;
         }
@@ -118,7 +118,7 @@ impl<'w> Reporter<'w> {
         written.and_then(|()| self.out.flush()).map_err(|error| failed(&error))
     }
 
-    fn print(&mut self, entry: &Entry, places: &BTreeMap<u32, Place>) -> Result<(), CliError> {
+    fn print(&mut self, entry: &Entry, places: &BTreeMap<u32, Place>) -> Result<(), Error> {
         let text = match self.format {
             Format::Json => json(entry, self.printed == 0),
             Format::Human if !entry.data || entry.zero => return Ok(()),
@@ -130,7 +130,7 @@ impl<'w> Reporter<'w> {
                     );
                     let file = places.values().find(|place| place.depth == entry.depth);
                     let path = file.map_or(Path::new(""), |place| &place.path);
-                    return Err(CliError::image(path, ErrorCode::UnsupportedFormat, clause));
+                    return Err(Error::image(path, ErrorCode::UnsupportedFormat, clause));
                 };
                 let path = places.get(&device).map(|place| escape_path(&place.path).to_string()).unwrap_or_default();
                 let heading = if self.printed == 0 { HEADING } else { "" };

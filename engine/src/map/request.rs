@@ -4,9 +4,9 @@ use super::handler::MapHandler;
 use super::{places, Reporter};
 use crate::chain::write_target::Gate;
 use crate::chain::{discover_backing_chain, open_extra_files, Access, FilesOf, OpenedFile};
-use crate::cli::CliError;
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
 use crate::confine::{Confinement, Reach, Work};
+use crate::error::Error;
 use crate::plugins::{ImageRead, Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
@@ -38,9 +38,9 @@ const ENTRY_BYTES: u64 = 4;
 ///
 /// # Errors
 /// One line that names the file and what to do. What was reported until then stays reported.
-pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), CliError> {
+pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), Error> {
     let path = std::path::absolute(&request.image).map_err(|error| {
-        CliError::image(&request.image, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
+        Error::image(&request.image, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
     })?;
     let gate = Gate::new(&request.allowed_directories)?;
     let registry = Registry::load(&request.search);

@@ -5,7 +5,6 @@
 
 use abi_stable::library::LibHeader;
 use instar_plugin_api::v1::{self, PluginManifest, PluginModuleV1_Ref};
-use instar_plugin_api::v2::{self, PluginModuleV2_Ref};
 use instar_plugin_api::{
     version, CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
     Verdict, API_VERSION,
@@ -16,24 +15,18 @@ use instar_plugin_api::{
 pub enum Interface {
     /// Interface version 1: contract 1.0.
     V1(PluginModuleV1_Ref),
-    /// Interface version 2: contract 1.1.
-    V2(PluginModuleV2_Ref),
 }
 
 /// Makes an [`Interface`] from a library header, or says that the layout is not the expected one.
 type Opener = fn(&LibHeader) -> Option<Interface>;
 
 /// Every interface by the name that stands in the library header, newest first.
-const KNOWN: &[(&str, Opener)] = &[(v2::INTERFACE_NAME, open_v2), (v1::INTERFACE_NAME, open_v1)];
+const KNOWN: &[(&str, Opener)] = &[(v1::INTERFACE_NAME, open_v1)];
 
 fn open_v1(header: &LibHeader) -> Option<Interface> {
     // Not `init_root_module`: the versions were compared before, by the contract's own rule. The text of a mismatch is up
     // to 10 KB of type descriptions: it is dropped.
     header.check_layout::<PluginModuleV1_Ref>().ok().map(Interface::V1)
-}
-
-fn open_v2(header: &LibHeader) -> Option<Interface> {
-    header.check_layout::<PluginModuleV2_Ref>().ok().map(Interface::V2)
 }
 
 impl Interface {
@@ -61,7 +54,6 @@ impl Interface {
     pub fn manifest(self) -> Result<PluginManifest, PluginError> {
         match self {
             Self::V1(module) => module.manifest()().into_result(),
-            Self::V2(module) => module.manifest()().into_result(),
         }
     }
 
@@ -69,7 +61,6 @@ impl Interface {
     pub fn probe(self, image: &ImageReader<'_>) -> Result<u32, PluginError> {
         match self {
             Self::V1(module) => module.probe()(image).into_result(),
-            Self::V2(module) => module.probe()(image).into_result(),
         }
     }
 
@@ -77,7 +68,6 @@ impl Interface {
     pub fn files(self, image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
         match self {
             Self::V1(module) => module.files()(image).into_result().map(Into::into),
-            Self::V2(module) => module.files()(image).into_result().map(Into::into),
         }
     }
 
@@ -85,7 +75,6 @@ impl Interface {
     pub fn facts(self, image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
         match self {
             Self::V1(module) => module.facts()(image).into_result(),
-            Self::V2(module) => module.facts()(image).into_result(),
         }
     }
 
@@ -93,7 +82,6 @@ impl Interface {
     pub fn verdict(self, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         match self {
             Self::V1(module) => module.verdict()(role, own, other),
-            Self::V2(module) => module.verdict()(role, own, other),
         }
     }
 
@@ -101,7 +89,6 @@ impl Interface {
     pub fn guest_module(self) -> Result<GuestModule, PluginError> {
         match self {
             Self::V1(module) => module.guest_module()().into_result(),
-            Self::V2(module) => module.guest_module()().into_result(),
         }
     }
 
@@ -109,15 +96,13 @@ impl Interface {
     pub fn create(self, spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
         match self {
             Self::V1(module) => module.create()(spec).into_result(),
-            Self::V2(module) => module.create()(spec).into_result(),
         }
     }
 
     /// What a person should know of an image, one line each.
     pub fn notes(self, image: &ImageReader<'_>, facts: &ImageFacts) -> Result<Vec<String>, PluginError> {
         match self {
-            Self::V1(_) => Ok(Vec::new()),
-            Self::V2(module) => {
+            Self::V1(module) => {
                 module.notes()(image, facts).into_result().map(|notes| notes.into_iter().map(Into::into).collect())
             }
         }

@@ -4,8 +4,7 @@
 #![allow(clippy::panic, non_local_definitions)]
 
 use instar_plugin_api::std_types::{RResult, RString, RVec, Tuple2};
-use instar_plugin_api::v1::PluginManifest;
-use instar_plugin_api::v2::{PluginModuleV2, PluginModuleV2_Ref};
+use instar_plugin_api::v1::{PluginManifest, PluginModuleV1, PluginModuleV1_Ref};
 use instar_plugin_api::{
     BackingPointer, CommitRole, CreateSpec, CreatedImage, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts,
     ImageFile, ImageReader, ImageRegion, PluginError, Verdict, PROBE_CERTAIN, PROBE_NO,
@@ -183,14 +182,14 @@ extern "C" fn manifest() -> RResult<PluginManifest, PluginError> {
 extern "C" fn constructor() -> RootModuleResult {
     // For what it does besides: from here on panics are silent.
     let _ = instar_plugin_api::__private::constructor::<Faulty>();
-    let module = PluginModuleV2 { manifest, ..PluginModuleV2::of::<Faulty>() }.leak_into_prefix();
-    // SAFETY: the header below carries the layout of `PluginModuleV2_Ref`.
+    let module = PluginModuleV1 { manifest, ..PluginModuleV1::of::<Faulty>() }.leak_into_prefix();
+    // SAFETY: the header below carries the layout of `PluginModuleV1_Ref`.
     RResult::ROk(unsafe { module.0.cast() })
 }
 
 /// As `export_plugin!` makes it, around a manifest of its own.
 #[export_name = "_1as_0lib_1header_0root_bmodule_bloader"]
 pub static HEADER: LibHeader = {
-    // SAFETY: `constructor` returns a `PluginModuleV2_Ref`.
-    unsafe { LibHeader::from_constructor::<PluginModuleV2_Ref>(constructor, CheckTypeLayout::Yes) }
+    // SAFETY: `constructor` returns a `PluginModuleV1_Ref`.
+    unsafe { LibHeader::from_constructor::<PluginModuleV1_Ref>(constructor, CheckTypeLayout::Yes) }
 };

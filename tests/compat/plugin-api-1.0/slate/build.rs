@@ -1,5 +1,0 @@
-//! Builds the guest half, which the host half embeds.
-
-fn main() {
-    instar_guest_build::GuestModule::new("slate-driver", "driver", "slate-module").build();
-}
