@@ -1,6 +1,5 @@
 //! The instar engine: plugins, chains, devices, the KVM runner and the command line. It knows no format.
 
-pub mod chain;
 pub mod check;
 pub mod cli;
 pub mod commit;
@@ -12,6 +11,7 @@ pub mod error;
 pub mod escape;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod image;
 pub mod map;
 pub mod plugins;
 pub mod vm;

@@ -5,7 +5,7 @@
 mod common;
 
 use common::lab::{Lab, LoopDevice, MIB};
-use instar_engine::chain::{Access, OpenedFile};
+use instar_engine::image::{Access, OpenedFile};
 use instar_guest_abi::ErrorCode;
 use serde_json::Value;
 use std::fs::read;

@@ -3,11 +3,11 @@
 
 pub(crate) mod handler;
 
-use crate::chain::write_target::Gate;
-use crate::chain::{open_extra_files, Access, FilesOf, OpenedFile};
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
 use crate::confine::{Confinement, Reach, Work};
 use crate::error::Error;
+use crate::image::write_target::Gate;
+use crate::image::{open_extra_files, Access, FilesOf, OpenedFile};
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use handler::CheckHandler;

@@ -1,8 +1,8 @@
 //! The images of a chain as devices: which number each of their files has, how long it may become, and its path.
 
-use crate::chain::{ChainImage, OpenedFile};
 use crate::devices::{Device, Devices};
 use crate::error::Error;
+use crate::image::{ChainImage, OpenedFile};
 use crate::plugins::{ImageRead, Plugin};
 use crate::vm::{ModuleSpec, FIRST_FORMAT};
 use instar_guest_abi::{

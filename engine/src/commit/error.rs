@@ -164,7 +164,9 @@ fn guest_may_report(code: ErrorCode) -> bool {
         | ErrorCode::NoSpace
         | ErrorCode::GuestProtocol
         | ErrorCode::PluginRefused
-        | ErrorCode::NotImplemented => true,
+        | ErrorCode::NotImplemented
+        | ErrorCode::ParentMismatch
+        | ErrorCode::LimitExceeded => true,
         ErrorCode::Ok
         | ErrorCode::NoBacking
         | ErrorCode::ImageInUse
@@ -183,7 +185,11 @@ fn guest_may_report(code: ErrorCode) -> bool {
         | ErrorCode::PluginUnavailable
         | ErrorCode::FormatMismatch
         | ErrorCode::OpenFailed
-        | ErrorCode::Interrupted => false,
+        | ErrorCode::Interrupted
+        | ErrorCode::BadUsage
+        | ErrorCode::OutputFailed
+        | ErrorCode::PermissionDenied
+        | ErrorCode::ReadOnly => false,
     }
 }
 
@@ -221,7 +227,13 @@ fn advice(code: ErrorCode) -> Option<&'static str> {
         | ErrorCode::PluginUnavailable
         | ErrorCode::FormatMismatch
         | ErrorCode::OpenFailed
-        | ErrorCode::Interrupted => None,
+        | ErrorCode::Interrupted
+        | ErrorCode::BadUsage
+        | ErrorCode::OutputFailed
+        | ErrorCode::PermissionDenied
+        | ErrorCode::ReadOnly
+        | ErrorCode::ParentMismatch
+        | ErrorCode::LimitExceeded => None,
     }
 }
 

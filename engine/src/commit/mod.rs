@@ -21,15 +21,15 @@ pub use notes::Notes;
 pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose, render_warnings};
 pub use timing::Timing;
 
-use crate::chain::write_target::Gate;
-use crate::chain::{
-    discover_backing_chain, open_extra_files, resolve_backing, Access, BackingChoice, ChainImage, FilesOf, OpenedFile,
-    Target,
-};
 use crate::confine::{Confinement, Reach, Work};
 use crate::devices::{Cache, Workers};
 use crate::error::Error;
 use crate::escape::escape_path;
+use crate::image::write_target::Gate;
+use crate::image::{
+    discover_backing_chain, open_extra_files, resolve_backing, Access, BackingChoice, ChainImage, FilesOf, OpenedFile,
+    Target,
+};
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
 use instar_guest_abi::{commit_flags, ErrorCode, MAX_CHAIN_DEVICES};

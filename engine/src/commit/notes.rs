@@ -1,7 +1,7 @@
 //! What `-v` says of a commit: which plugins were loaded, which images were found, how the process is confined.
 
-use crate::chain::ChainImage;
 use crate::escape::{escape_path, printable};
+use crate::image::ChainImage;
 use crate::plugins::{ImageFiles, Registry};
 
 /// Lines for `-v`. Where nobody wants them, none is made: plugins read the images once more for theirs.

@@ -3,7 +3,7 @@
 //! A commit that would fit must not be refused, so only what is certain counts. File systems that may share or compress what
 //! is copied (all but the few that are known not to) are not asked.
 
-use crate::chain::{ChainImage, OpenedFile};
+use crate::image::{ChainImage, OpenedFile};
 use instar_guest_protocol::PlanMessage;
 use rustix::fs::{fstatfs, fstatvfs};
 use std::os::unix::fs::MetadataExt;

@@ -8,7 +8,7 @@ mod request;
 pub use report::{Format, Reporter};
 pub use request::{run_map, MapRequest};
 
-use crate::chain::ChainImage;
+use crate::image::ChainImage;
 use instar_guest_abi::FIRST_FILE_DEVICE;
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;

@@ -2,11 +2,11 @@
 
 use super::handler::MapHandler;
 use super::{places, Reporter};
-use crate::chain::write_target::Gate;
-use crate::chain::{discover_backing_chain, open_extra_files, Access, FilesOf, OpenedFile};
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
 use crate::confine::{Confinement, Reach, Work};
 use crate::error::Error;
+use crate::image::write_target::Gate;
+use crate::image::{discover_backing_chain, open_extra_files, Access, FilesOf, OpenedFile};
 use crate::plugins::{ImageRead, Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};

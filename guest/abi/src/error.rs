@@ -113,4 +113,16 @@ error_codes! {
     OpenFailed = 35, ERROR_OPEN_FAILED;
     /// A signal stopped the commit at a safe point.
     Interrupted = 36, ERROR_INTERRUPTED;
+    /// The command line cannot be understood: an unknown option, a missing argument, a value that makes no sense.
+    BadUsage = 37, ERROR_BAD_USAGE;
+    /// The command did its work, but its result could not be printed.
+    OutputFailed = 38, ERROR_OUTPUT_FAILED;
+    /// The caller lacks the permission to use a file as needed.
+    PermissionDenied = 39, ERROR_PERMISSION_DENIED;
+    /// A file, a device or its file system is read-only, and the command would write to it.
+    ReadOnly = 40, ERROR_READ_ONLY;
+    /// The image below is not the one that the image above it was made on.
+    ParentMismatch = 41, ERROR_PARENT_MISMATCH;
+    /// The metadata would take more requests or processor time than the files' allocated size justifies.
+    LimitExceeded = 42, ERROR_LIMIT_EXCEEDED;
 }

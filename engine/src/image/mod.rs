@@ -6,6 +6,7 @@
 mod base;
 mod discover;
 mod files;
+mod identify;
 mod open;
 pub mod write_target;
 
