@@ -180,11 +180,13 @@ pub struct SourceOps {
     /// Verify all metadata of an image that is to be committed (and emptied, if `will_empty` is not 0);
     /// changes nothing. `*clusters` is set to the number of clusters that the image holds.
     pub check: extern "C" fn(source: *mut c_void, will_empty: u32, clusters: *mut u64, failure: *mut Failure) -> u32,
-    /// Enumerate what the layer itself holds from guest offset `from` on, in ascending order, adjacent runs
-    /// merged, at most `capacity` extents. `*next` is set to where to go on, the virtual size at the end.
+    /// Enumerate what the layer itself holds of the guest bytes `from..end`, in ascending order, adjacent runs merged, at
+    /// most `capacity` extents; the first may begin before `from`, and the last may end after `end`. `*next` is set to the
+    /// guest byte at which to continue: greater than `from`, `end` or more once the range is exhausted.
     pub extents: extern "C" fn(
         source: *mut c_void,
         from: u64,
+        end: u64,
         out: *mut Extent,
         capacity: usize,
         count: *mut usize,

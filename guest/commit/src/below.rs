@@ -37,7 +37,7 @@ fn fill(io: &mut dyn BlockIo, layers: &mut [Box<dyn Source + '_>], start: u64, b
     let mut extents = Vec::new();
     while done < visible && from < visible {
         extents.clear();
-        from = layer.extents(io, from, EXTENTS, &mut extents)?;
+        from = layer.extents(io, from..visible, EXTENTS, &mut extents)?;
         for extent in &extents {
             let first = extent.guest_offset.max(done);
             let last = extent.guest_offset.saturating_add(extent.length).min(visible);

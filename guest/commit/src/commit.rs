@@ -177,7 +177,7 @@ fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>
     let mut extents = Vec::new();
     while from < end {
         extents.clear();
-        let next = source.extents(io, from, EXTENTS, &mut extents)?;
+        let next = source.extents(io, from..end, EXTENTS, &mut extents)?;
         if next <= from {
             return Err(DriverError::new(ErrorCode::InternalOverflow, "the source does not advance"));
         }

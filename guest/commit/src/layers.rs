@@ -5,6 +5,7 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
@@ -60,8 +61,8 @@ impl<'a> Layer<'a> {
         self.next = from - from % self.source.info().cluster_size.max(1);
     }
 
-    /// The first extent that ends past guest byte `from`; `from` does not go back.
-    fn peek(&mut self, io: &mut dyn BlockIo, from: u64) -> DriverResult<Option<Extent>> {
+    /// The first extent that ends past guest byte `from`, if it begins before `end`; `from` does not go back.
+    fn peek(&mut self, io: &mut dyn BlockIo, from: u64, end: u64) -> DriverResult<Option<Extent>> {
         loop {
             while let Some(extent) = self.ahead.get(self.first) {
                 if end_of(extent) > from {
@@ -69,12 +70,17 @@ impl<'a> Layer<'a> {
                 }
                 self.first += 1;
             }
-            if self.next >= self.size {
+            let end = end.min(self.size);
+            if self.next >= end {
                 return Ok(None);
+            }
+            if self.next < from {
+                // What the layers above hide is not enumerated.
+                self.restart(from);
             }
             self.ahead.clear();
             self.first = 0;
-            let next = self.source.extents(io, self.next, LOOK_AHEAD, &mut self.ahead)?;
+            let next = self.source.extents(io, self.next..end, LOOK_AHEAD, &mut self.ahead)?;
             if next <= self.next {
                 return Err(DriverError::new(ErrorCode::InternalOverflow, "the source does not advance"));
             }
@@ -108,7 +114,7 @@ impl<'a> Layers<'a> {
                 return Ok((Seen::Zeroes(index), end));
             }
             end = end.min(layer.size);
-            match layer.peek(io, at)? {
+            match layer.peek(io, at, limit)? {
                 Some(extent) if extent.guest_offset <= at => {
                     return Ok((Seen::Held(index, extent), end.min(end_of(&extent))));
                 }
@@ -173,7 +179,7 @@ impl Source for Layers<'_> {
         let (mut from, mut extents) = (0, Vec::new());
         while from < virtual_size {
             extents.clear();
-            from = self.extents(io, from, LOOK_AHEAD, &mut extents)?;
+            from = self.extents(io, from..virtual_size, LOOK_AHEAD, &mut extents)?;
             for extent in &extents {
                 let first = (extent.guest_offset / unit).max(counted);
                 counted = end_of(extent).div_ceil(unit);
@@ -183,16 +189,23 @@ impl Source for Layers<'_> {
         Ok(clusters)
     }
 
-    fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(
+        &mut self,
+        io: &mut dyn BlockIo,
+        range: Range<u64>,
+        max: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
+        let from = range.start;
         if from < self.position {
             self.layers.iter_mut().for_each(|layer| layer.restart(from));
         }
         self.encoded.clear();
-        let size = self.info().virtual_size;
+        let limit = range.end.min(self.info().virtual_size);
         let held_before = out.len();
         let mut at = from;
-        while at < size {
-            let (seen, end) = self.seen(io, at, size)?;
+        while at < limit {
+            let (seen, end) = self.seen(io, at, limit)?;
             if end <= at {
                 return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
             }

@@ -6,6 +6,7 @@ use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, DriverResult, Source};
 use proptest::prelude::*;
+use std::ops::Range;
 
 const SECTOR: u64 = 512;
 
@@ -34,10 +35,17 @@ impl Source for Layer {
         Ok(0)
     }
 
-    fn extents(&mut self, _: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
-        assert_eq!(from % SECTOR, 0);
-        let mut at = (from / SECTOR) as usize;
-        while at < self.sectors.len() && out.len() < max {
+    fn extents(
+        &mut self,
+        _: &mut dyn BlockIo,
+        range: Range<u64>,
+        max: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
+        assert_eq!(range.start % SECTOR, 0);
+        assert!(range.start < range.end && range.end <= self.info().virtual_size);
+        let mut at = (range.start / SECTOR) as usize;
+        while (at as u64) * SECTOR < range.end && out.len() < max {
             let held = self.sectors[at];
             let run = self.sectors[at..].iter().take_while(|&&other| other == held).count();
             // Encoded ones are no longer than a cluster.
@@ -116,7 +124,7 @@ fn enumerate(source: &mut Layers<'_>, from: u64, max: usize) -> Vec<Seen> {
     let (mut at, mut last) = (from, from);
     while at < size {
         let mut extents = Vec::new();
-        let next = source.extents(&mut io, at, max, &mut extents).unwrap();
+        let next = source.extents(&mut io, at..size, max, &mut extents).unwrap();
         assert!(next > at && extents.len() <= max);
         for extent in &extents {
             assert!(extent.length > 0 && extent.guest_offset >= last);

@@ -76,6 +76,8 @@ pub struct MemoryDevices {
     pub log: Vec<Change>,
     /// Number of `submit` calls: the exits that a guest would make.
     pub submits: usize,
+    /// Bytes that were read, of data and of metadata.
+    pub bytes_read: u64,
     /// Fail the request with this number (counted from 0 over all submits) with EIO.
     pub fail_at: Option<usize>,
     /// What [`BlockIo::heap_free`] says, in bytes, if not 48 MiB.
@@ -132,6 +134,7 @@ impl MemoryDevices {
         let length = usize::try_from(request.length).map_err(|_| EINVAL)?;
         match op {
             RequestOp::Read => {
+                self.bytes_read += request.length;
                 let bytes = self.bytes(device, offset, request.length).ok_or(EINVAL)?;
                 // SAFETY: the contract of `BlockIo::submit`: the caller owns `length` bytes at `buffer`.
                 unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), request.buffer as *mut u8, length) };

@@ -11,7 +11,7 @@ fn looking_changes_nothing() -> DriverResult<()> {
     let device = DeviceConfig { file_length: 1024, virtual_size: 1024, ..DeviceConfig::default() };
     let mut source = Raw::open_source(&mut io, &device)?;
     let mut extents = Vec::new();
-    assert_eq!(source.extents(&mut io, 0, 16, &mut extents)?, 1024);
+    assert_eq!(source.extents(&mut io, 0..1024, 16, &mut extents)?, 1024);
     assert_eq!((extents[0].location, extents[0].length), (0, 1024));
     assert!(io.log.is_empty());
     Ok(())

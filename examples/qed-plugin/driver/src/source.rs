@@ -2,6 +2,7 @@
 
 use crate::image::Image;
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, Request};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
@@ -17,10 +18,16 @@ impl Source for QedSource {
         self.0.verify(io)
     }
 
-    fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(
+        &mut self,
+        io: &mut dyn BlockIo,
+        range: Range<u64>,
+        max: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
         let header = self.0.header;
-        let (first, mut at) = (out.len(), from - from % header.cluster_size);
-        while at < header.image_size {
+        let (first, mut at) = (out.len(), range.start - range.start % header.cluster_size);
+        while at < range.end.min(header.image_size) {
             let Some(table) = self.0.table(io, at / header.coverage())? else {
                 at = (at / header.coverage() + 1).saturating_mul(header.coverage());
                 continue;
@@ -44,7 +51,7 @@ impl Source for QedSource {
             }
             at += length;
         }
-        Ok(header.image_size)
+        Ok(at.min(header.image_size))
     }
 
     fn read(&mut self, _: &mut dyn BlockIo, _: &Extent, _: u64, _: &mut [u8]) -> DriverResult<()> {

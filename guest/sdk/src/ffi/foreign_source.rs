@@ -4,6 +4,7 @@ use super::{call, protocol, MAX_EXTENTS};
 use crate::{BlockIo, DriverError, DriverResult, Source};
 use alloc::vec::Vec;
 use core::ffi::c_void;
+use core::ops::Range;
 use core::ptr::null_mut;
 use instar_guest_abi::{
     DeviceConfig, ErrorCode, Examination, Extent, ExtentKind, FindingKind, FindingOps, ImageInfo, SourceOps,
@@ -66,13 +67,22 @@ impl Source for ForeignSource {
         Ok(clusters)
     }
 
-    fn extents(&mut self, _: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(
+        &mut self,
+        _: &mut dyn BlockIo,
+        range: Range<u64>,
+        max: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
         let capacity = max.min(MAX_EXTENTS);
         let start = out.len();
         out.reserve(capacity);
         let (mut count, mut next) = (0, 0);
         let room = out.spare_capacity_mut().as_mut_ptr().cast::<Extent>();
-        call(|failure| (self.ops.extents)(self.handle, from, room, capacity, &raw mut count, &raw mut next, failure))?;
+        let Range { start: from, end } = range;
+        call(|failure| {
+            (self.ops.extents)(self.handle, from, end, room, capacity, &raw mut count, &raw mut next, failure)
+        })?;
         if count > capacity {
             return Err(protocol("the module returned more extents than asked for"));
         }

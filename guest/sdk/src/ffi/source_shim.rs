@@ -96,6 +96,7 @@ extern "C" fn check<S: Source, Io: BlockIo + Default>(
 extern "C" fn extents<S: Source, Io: BlockIo + Default>(
     source: *mut c_void,
     from: u64,
+    end: u64,
     out: *mut Extent,
     capacity: usize,
     count: *mut usize,
@@ -111,10 +112,8 @@ extern "C" fn extents<S: Source, Io: BlockIo + Default>(
     };
     let capacity = capacity.min(MAX_EXTENTS);
     open.extents.clear();
-    let result = open.source.extents(&mut Io::default(), from, capacity, &mut open.extents).and_then(|next| match open
-        .extents
-        .len()
-    {
+    let result = open.source.extents(&mut Io::default(), from..end, capacity, &mut open.extents);
+    let result = result.and_then(|next| match open.extents.len() {
         found if found <= capacity => Ok((next, found)),
         _ => Err(protocol("the source returned more extents than asked for")),
     });

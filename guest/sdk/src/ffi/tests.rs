@@ -6,6 +6,7 @@ use super::*;
 use crate::{BlockIo, FormatDriver, IoFailure, NoSink, NoSource, ReadBelow, Sink, Source};
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_abi::{
     ChainConfig, CommitConfig, DeviceConfig, Extent, ExtentKind, FormatOps, ImageInfo, PlanSummary, Request, SinkOps,
 };
@@ -56,13 +57,20 @@ impl Source for TestSource {
             Err(DriverError::new(ErrorCode::OverlayCorrupt, "entry 5 is odd").at(3, 512))
         }
     }
-    fn extents(&mut self, _: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(
+        &mut self,
+        _: &mut dyn BlockIo,
+        range: Range<u64>,
+        max: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
+        let Range { start: from, end } = range;
         if self.broken {
             out.resize(max + 1, extent(from, 1, ExtentKind::Data));
             return Ok(from);
         }
         let mut at = from;
-        while at < SIZE && out.len() < max {
+        while at < end && out.len() < max {
             out.push(extent(at, 512, ExtentKind::Encoded));
             at += 1024;
         }
@@ -157,9 +165,12 @@ fn a_source_works_across_the_border() {
     let mut found = vec![extent(0, 1, ExtentKind::Zero)];
     let mut from = 0;
     while from < SIZE {
-        from = source.extents(io, from, 100, &mut found).unwrap();
+        from = source.extents(io, from..SIZE, 100, &mut found).unwrap();
     }
     assert_eq!(found.len(), 1025);
+    let mut part = Vec::new();
+    assert_eq!(source.extents(io, 2048..4096, 100, &mut part).unwrap(), 4096);
+    assert_eq!(part.iter().map(|extent| extent.guest_offset).collect::<Vec<_>>(), [2048, 3072]);
     let mut buffer = [0; 16];
     source.read(io, &found[3], found[3].guest_offset + 5, &mut buffer).unwrap();
     assert_eq!(buffer, [12; 16]);
@@ -174,7 +185,7 @@ fn a_source_works_across_the_border() {
 fn a_source_that_breaks_the_interface_is_found_out() {
     let device = DeviceConfig { device: 9, ..DeviceConfig::default() };
     let mut source = format().open_source(&device).unwrap();
-    let error = source.extents(&mut TestIo, 0, 10, &mut Vec::new()).unwrap_err();
+    let error = source.extents(&mut TestIo, 0..SIZE, 10, &mut Vec::new()).unwrap_err();
     assert_eq!(error.code, ErrorCode::GuestProtocol);
 }
 

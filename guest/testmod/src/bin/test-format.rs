@@ -5,6 +5,7 @@
 extern crate alloc;
 
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_sdk::abi::{DeviceConfig, Extent, ExtentKind, ImageInfo, PlanSummary, Request};
 use instar_guest_sdk::{export_format, BlockIo, DriverError, DriverResult, FormatDriver, ReadBelow, Sink, Source};
 
@@ -28,7 +29,14 @@ impl Source for Image {
     fn check(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
         Ok(self.length)
     }
-    fn extents(&mut self, _: &mut dyn BlockIo, from: u64, _: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(
+        &mut self,
+        _: &mut dyn BlockIo,
+        range: Range<u64>,
+        _: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
+        let from = range.start;
         let length = self.length - from;
         out.push(Extent {
             guest_offset: from,

@@ -70,7 +70,7 @@ fn foreign(operation: &Operation<'_>, io: &mut dyn BlockIo) -> DriverResult<u64>
     let mut source = operation.format_of(overlay)?.open_source(overlay)?;
     let mut sink = operation.format_of(output)?.open_sink(output, false)?;
     let mut extents = Vec::new();
-    let size = source.extents(io, 0, 10, &mut extents)?;
+    let size = source.extents(io, 0..overlay.file_length, 10, &mut extents)?;
     sink.plan(io, &extents)?;
     sink.planned(io)?;
     sink.write(io, &extents, &mut NothingBelow)?;

@@ -8,6 +8,7 @@ use crate::slice_cache::SliceCache;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_sdk::abi::{Examination, Extent, ExtentKind, FindingKind, ImageInfo, Request};
 use instar_guest_sdk::{BlockIo, DriverResult, Source};
 use instar_qcow2_format::{incompatible, CompressedRange, EntryError, HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
@@ -86,15 +87,15 @@ impl Qcow2Source {
         decode_l1(&self.image, index, at, self.l1.entry(at)?)
     }
 
-    /// Fill the window with allocated pieces from `first` on.
-    fn fill_window(&mut self, io: &mut dyn BlockIo, first: u64) -> DriverResult<()> {
+    /// Fill the window with allocated pieces from `first` to `end`: no more of them are read than will be looked at.
+    fn fill_window(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<()> {
         let bytes = self.piece_bytes();
         let per_table = self.pieces_per_table();
         let size = usize::try_from(bytes).map_err(|_| overflow("the size of a piece"))?;
         let capacity = (WINDOW_BYTES / size).min(WINDOW_PIECES);
         self.pieces.clear();
         let mut index = first;
-        while index < self.piece_count() && self.pieces.len() < capacity {
+        while index < end && self.pieces.len() < capacity {
             let Some((table, _)) = self.l1_entry(io, index / per_table)? else {
                 index = (index / per_table + 1) * per_table;
                 continue;
@@ -127,18 +128,19 @@ impl Qcow2Source {
         result
     }
 
-    /// The next allocated piece at or after `index`: its position in the window.
-    fn next_piece(&mut self, io: &mut dyn BlockIo, index: u64) -> DriverResult<Option<usize>> {
+    /// The next allocated piece at or after `index` and before `end`: its position in the window.
+    fn next_piece(&mut self, io: &mut dyn BlockIo, index: u64, end: u64) -> DriverResult<Option<usize>> {
+        let end = end.min(self.piece_count());
         let held = self.pieces.first().is_some_and(|first| first.index <= index) && index < self.window_end;
         let position = if held { self.pieces.partition_point(|piece| piece.index < index) } else { usize::MAX };
-        if position < self.pieces.len() {
-            return Ok(Some(position));
+        if let Some(piece) = self.pieces.get(position) {
+            return Ok((piece.index < end).then_some(position));
         }
         let from = if held { self.window_end } else { index };
-        if from >= self.piece_count() {
+        if from >= end {
             return Ok(None);
         }
-        self.fill_window(io, from)?;
+        self.fill_window(io, from, end)?;
         Ok(if self.pieces.is_empty() { None } else { Some(0) })
     }
 
@@ -150,11 +152,23 @@ impl Qcow2Source {
         from: u64,
         each: &mut dyn FnMut(&Image, Mapped) -> DriverResult<bool>,
     ) -> DriverResult<()> {
+        self.walk_range(io, from..self.image.header.virtual_size, each)
+    }
+
+    /// [`Qcow2Source::walk`] of the clusters that begin within a range. Tables are read for the range only.
+    fn walk_range(
+        &mut self,
+        io: &mut dyn BlockIo,
+        range: Range<u64>,
+        each: &mut dyn FnMut(&Image, Mapped) -> DriverResult<bool>,
+    ) -> DriverResult<()> {
+        let end = range.end.min(self.image.header.virtual_size);
         let cluster = self.image.cluster_size().bytes();
         let width = self.image.header.l2_entry_bytes();
         let step = usize::try_from(width).map_err(|_| overflow("the size of an L2 entry"))?;
-        let mut guest = from;
-        while let Some(position) = self.next_piece(io, guest / self.piece_coverage())? {
+        let end_piece = end.div_ceil(self.piece_coverage());
+        let mut guest = range.start;
+        while let Some(position) = self.next_piece(io, guest / self.piece_coverage(), end_piece)? {
             let piece = &self.pieces[position];
             let piece_guest = piece.index * self.piece_coverage();
             guest = guest.max(piece_guest);
@@ -163,12 +177,12 @@ impl Qcow2Source {
             let bytes = &self.buffer[piece.start..piece.start + length];
             let skip = usize::try_from(first).map_err(|_| overflow("an L2 index"))?;
             for (index, raw) in (0u64..).zip(bytes.chunks_exact(step)).skip(skip) {
+                let guest = piece_guest + index * cluster;
+                if guest >= end {
+                    return Ok(());
+                }
                 if raw.iter().all(|&byte| byte == 0) {
                     continue;
-                }
-                let guest = piece_guest + index * cluster;
-                if guest >= self.image.header.virtual_size {
-                    return Ok(());
                 }
                 let at = piece.host.0 + index * width;
                 let (entry, subclusters) = decode_entry(&self.image, raw)
@@ -326,11 +340,19 @@ impl Source for Qcow2Source {
         Ok(held)
     }
 
-    fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(
+        &mut self,
+        io: &mut dyn BlockIo,
+        range: Range<u64>,
+        max: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
         let base = out.len();
-        let mut next = self.image.header.virtual_size;
+        // Clusters are taken whole: the last one may end after the range.
+        let end = self.image.cluster_size().round_up(range.end).unwrap_or(u64::MAX);
+        let mut next = end.min(self.image.header.virtual_size);
         let most = usize::try_from(SUBCLUSTERS).unwrap_or(usize::MAX);
-        self.walk(io, from, &mut |image, mapped| {
+        self.walk_range(io, range, &mut |image, mapped| {
             // A cluster is taken whole or not at all.
             let taken = out.len() - base;
             let needed = if mapped.subclusters.is_some() { most } else { 1 };

@@ -61,7 +61,7 @@ mod tests {
         let mut io = MemoryDevices::default();
         let mut source = Raw::open_source(&mut io, &device(1000, 1024)).unwrap();
         let mut extents = Vec::new();
-        assert_eq!(source.extents(&mut io, 100, 8, &mut extents), Ok(1024));
+        assert_eq!(source.extents(&mut io, 100..1024, 8, &mut extents), Ok(1024));
         let found: Vec<_> = extents.iter().map(|e| (e.guest_offset, e.length, e.location, e.kind)).collect();
         assert_eq!(found, [(100, 900, 100, ExtentKind::Data as u32), (1000, 24, 1000, ExtentKind::Zero as u32)]);
     }

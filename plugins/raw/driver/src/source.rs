@@ -2,6 +2,7 @@
 
 use crate::verified;
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Extent, ExtentKind, ImageInfo};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
@@ -40,7 +41,14 @@ impl Source for RawSource {
         Ok(0)
     }
 
-    fn extents(&mut self, _: &mut dyn BlockIo, from: u64, _: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(
+        &mut self,
+        _: &mut dyn BlockIo,
+        range: Range<u64>,
+        _: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
+        let from = range.start;
         let mut push = |from: u64, end: u64, kind: ExtentKind| {
             if from < end {
                 out.push(Extent {

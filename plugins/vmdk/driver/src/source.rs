@@ -5,6 +5,7 @@ use crate::disk::{Body, Disk, Part};
 use crate::image::overflow;
 use crate::sparse_source::{push, SparseSource};
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, Examination, Extent, ExtentKind, FindingKind, ImageInfo};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
@@ -49,18 +50,25 @@ impl Source for VmdkSource {
         Ok(held)
     }
 
-    fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(
+        &mut self,
+        io: &mut dyn BlockIo,
+        range: Range<u64>,
+        max: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
         let first = out.len();
-        let mut at = from;
+        let mut at = range.start;
         let mut found = Vec::new();
-        for part in self.parts.iter_mut().filter(|part| part.end() > from) {
+        let wanted = |part: &&mut Part<SparseSource>| part.end() > range.start && part.start < range.end;
+        for part in self.parts.iter_mut().filter(wanted) {
             let room = max.saturating_sub(out.len() - first);
             if room == 0 {
                 return Ok(at);
             }
             let local = at - part.start;
             let next = match &mut part.body {
-                Body::Sparse(sparse) => sparse.extents(io, local, room, &mut found)?,
+                Body::Sparse(sparse) => sparse.extents(io, local..range.end - part.start, room, &mut found)?,
                 Body::Flat(flat) => {
                     found.push(Extent {
                         guest_offset: local,
@@ -78,6 +86,10 @@ impl Source for VmdkSource {
             at = part.start + next;
             if next < part.length {
                 return Ok(at);
+            }
+            if let Body::Sparse(sparse) = &mut part.body {
+                // A disk may have hundreds of files: only the one at hand keeps its tables.
+                sparse.forget_tables();
             }
         }
         Ok(at)

@@ -2,7 +2,7 @@
 
 use crate::decode::GrainReader;
 use crate::image::{overflow, Image};
-use crate::tables::{place, BYTES};
+use crate::tables::{place, Table, BYTES};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -21,6 +21,8 @@ pub struct SparseSource {
     image: Image,
     reader: GrainReader,
     held: u64,
+    /// Tables that were read last, with indices that follow each other.
+    ahead: Vec<Table>,
     /// For each directory: the tables that hold anything.
     used: Vec<Vec<usize>>,
 }
@@ -41,7 +43,7 @@ pub fn push(out: &mut Vec<Extent>, extent: Extent) {
 
 impl SparseSource {
     pub(crate) fn new(image: Image) -> Self {
-        Self { image, reader: GrainReader::default(), held: 0, used: Vec::new() }
+        Self { image, reader: GrainReader::default(), held: 0, ahead: Vec::new(), used: Vec::new() }
     }
 
     /// The extent of a grain, cut at the end of the disk.
@@ -112,17 +114,23 @@ impl SparseSource {
     }
 
     /// See [`Source::extents`](instar_guest_sdk::Source::extents).
-    pub fn extents(&mut self, io: &mut dyn BlockIo, from: u64, max: usize, out: &mut Vec<Extent>) -> DriverResult<u64> {
+    pub fn extents(
+        &mut self,
+        io: &mut dyn BlockIo,
+        range: Range<u64>,
+        max: usize,
+        out: &mut Vec<Extent>,
+    ) -> DriverResult<u64> {
         let size = self.image.header.virtual_size();
+        let limit = range.end.min(size);
         let first = out.len();
-        let (mut table, mut entry, mut guest) = place(&self.image, from)?;
-        while guest < size {
-            let end = self.image.directory.len().min(table.saturating_add(TABLES));
-            let indices: Vec<usize> = (table..end).collect();
-            for loaded in self.image.read_tables(io, &indices)? {
+        let (mut table, mut entry, mut guest) = place(&self.image, range.start)?;
+        while guest < limit {
+            self.load_tables(io, table, limit)?;
+            for loaded in self.ahead.iter().skip_while(|loaded| loaded.index < table) {
                 for &value in loaded.entries.get(entry..).unwrap_or_default() {
-                    if guest >= size {
-                        break;
+                    if guest >= limit {
+                        return Ok(guest.min(size));
                     }
                     if let Some(extent) = self.extent(guest, Grain::decode(value, self.image.zeroed_grains()))? {
                         push(out, extent);
@@ -135,11 +143,29 @@ impl SparseSource {
                 }
                 entry = 0;
             }
-            table = end;
+            table = self.ahead.last().map_or(table, |last| last.index) + 1;
             guest =
                 (table as u64).checked_mul(self.image.header.table_coverage()).ok_or_else(|| overflow("a table"))?;
         }
-        Ok(size)
+        Ok(guest.min(size))
+    }
+
+    /// Give back the memory of the tables that were read last.
+    pub fn forget_tables(&mut self) {
+        self.ahead = Vec::new();
+    }
+
+    /// Make table `first` the one that is held, with those that follow it up to guest byte `limit`: a gap that is filled
+    /// after another one mostly has its entries in the same table.
+    fn load_tables(&mut self, io: &mut dyn BlockIo, first: usize, limit: u64) -> DriverResult<()> {
+        if self.ahead.iter().any(|held| held.index == first) {
+            return Ok(());
+        }
+        let last = usize::try_from(limit.div_ceil(self.image.header.table_coverage())).unwrap_or(usize::MAX);
+        let end = self.image.directory.len().min(last).min(first.saturating_add(TABLES));
+        let indices: Vec<usize> = (first..end.max(first + 1)).collect();
+        self.ahead = self.image.read_tables(io, &indices)?;
+        Ok(())
     }
 
     /// See [`Source::read`](instar_guest_sdk::Source::read).
@@ -159,6 +185,7 @@ impl SparseSource {
     ///
     /// Tables stay where they are: QEMU does not write to a disk whose directory has none for a place.
     pub fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
+        self.forget_tables();
         let (gaps, length) = self.garbage()?;
         // What an interrupted commit left to do is done, too.
         let held = self.used.iter().any(|used| !used.is_empty());
