@@ -76,14 +76,6 @@ def test_every_target_of_a_deep_chain(chain, base):
     chain.check(7, base, *(["-d"] if base == 6 else []))
 
 
-def test_sixteen_layers_and_no_more(chain):
-    for number in range(18):
-        chain.add(number, MIB, f"write -P {number + 1} {number * 48}k 64k")
-    refuse("ERROR_CHAIN_TOO_DEEP", chain[17], "-b", chain[15].name, files=[chain[0], chain[15], chain[16]])
-    refuse("ERROR_NOT_IN_CHAIN", chain[17], "-b", chain[0].name, files=[chain[0]], mentions=["immediate parent", "16 layers"])
-    chain.check(16, 0)
-
-
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (4, 1, 3), (4, 3, 1), (2, 4, 1), (4, 1, 2, 3), (4, 2, 1, 4), (4, 3, 2, 1)])
 @pytest.mark.parametrize("fmt", ["qcow2", "raw"])
 def test_layers_of_other_sizes(chain, sizes, fmt):

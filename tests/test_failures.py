@@ -253,8 +253,3 @@ def test_loop_below_the_backing(pair):
     refuse("ERROR_CHAIN_LOOP", pair.top, files=[pair.dir / name for name in names])
 
 
-def test_chain_too_deep(pair):
-    below = support.create(pair.base, MIB)
-    for number in range(20):
-        below = support.create(pair.dir / f"layer{number}", backing=below.name)
-    refuse("ERROR_CHAIN_TOO_DEEP", below, files=[pair.base, pair.dir / "layer18"])

@@ -5,7 +5,7 @@ use crate::confine::Confinement;
 use crate::escape::escape_path;
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::{self, BadRequest, BufferAccess, GuestHandler, KvmDevice, VmError, VmSpec};
-use instar_guest_abi::{ChainConfig, Request, CHAIN_CONFIG_MAGIC};
+use instar_guest_abi::Request;
 use instar_guest_protocol::guest_message::Kind;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -74,8 +74,7 @@ fn kvm() -> Diagnosis {
             Ok(())
         }
     }
-    let chain = ChainConfig { magic: CHAIN_CONFIG_MAGIC, ..ChainConfig::default() };
-    let spec = VmSpec::new(0, chain, Vec::new()).with_operation(vm::CHECK);
+    let spec = VmSpec::new(Vec::new(), Vec::new(), Vec::new()).with_operation(vm::CHECK);
     let mut greeting = Greeting(false);
     let ran = KvmDevice::open().and_then(|kvm| vm::run_on(&kvm, &spec, &mut greeting));
     match ran {

@@ -65,8 +65,8 @@ pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
     let format = image.facts.format.to_string();
     let all = open_chain_devices_ro(vec![image])?;
     let modules = all.modules();
-    let ChainDevices { devices, chain, files, paths, .. } = all;
-    let spec = VmSpec { files, ..VmSpec::new(0, chain, modules) }.with_operation(vm::CHECK);
+    let ChainDevices { devices, members, files, paths, .. } = all;
+    let spec = VmSpec { files, ..VmSpec::new(Vec::new(), members, modules) }.with_operation(vm::CHECK);
     let mut handler = CheckHandler::new(devices);
     let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let failure = match (ended, handler.result.take()) {

@@ -6,8 +6,8 @@ use crate::image::{ChainImage, OpenedFile};
 use crate::plugins::{ImageRead, Plugin};
 use crate::vm::{ModuleSpec, FIRST_FORMAT};
 use instar_guest_abi::{
-    device_flags, ChainConfig, DeviceConfig, ErrorCode, FileDevice, FileList, CHAIN_CONFIG_MAGIC, DEVICE_OUTPUT,
-    FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
+    device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, Member, MemberRole, DEVICE_OUTPUT, FILE_TABLE_ADDR,
+    FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
 };
 use instar_plugin_api::CommitRole;
 use std::collections::BTreeMap;
@@ -46,14 +46,22 @@ pub struct ChainDevices<'r> {
     /// The devices.
     pub devices: Devices,
     /// What the guest is told of them.
-    pub chain: ChainConfig,
+    pub members: Vec<Member>,
     /// What it is told of the other files of the images.
     pub files: Vec<FileDevice>,
     /// The plugins in play, in the order of their modules.
     pub plugins: Vec<&'r Plugin>,
     /// Which file each device is.
     pub paths: DevicePaths,
+    /// How many bytes of tables a driver should hold for an image that is read.
+    cache_bytes: u64,
 }
+
+/// Bytes of tables that the drivers of all images that are read may hold together: a third of the guest's heap.
+const READ_CACHES: u64 = 16 << 20;
+
+/// An image that is read, and what it is to the operation.
+pub type Slot<'r> = (MemberRole, ChainImage<'r>);
 
 /// Attach the images as devices, opened before: slot 0 is the overlay, the slots after it are the layers below it, and
 /// `output` is the output device; other files of the images follow. Only the slots in `rw_slots` and the output may be
@@ -62,20 +70,15 @@ pub struct ChainDevices<'r> {
 /// # Errors
 /// [`ErrorCode::ChainTooDeep`].
 pub fn open_chain_devices_rw<'r>(
-    slots: Vec<ChainImage<'r>>,
+    slots: Vec<Slot<'r>>,
     output: ChainImage<'r>,
     rw_slots: &[usize],
     max_length: u64,
 ) -> Result<ChainDevices<'r>, Error> {
-    let mut all = ChainDevices::default();
-    if slots.len() > MAX_CHAIN_DEVICES {
-        let clause = format!("the chain has more than {MAX_CHAIN_DEVICES} layers");
-        return Err(Error::image(&output.opened.path, ErrorCode::ChainTooDeep, clause));
-    }
-    (all.chain.magic, all.chain.merge_count) = (CHAIN_CONFIG_MAGIC, 1);
-    all.chain.count = u32::try_from(slots.len()).unwrap_or(u32::MAX);
-    for (index, image) in slots.into_iter().enumerate() {
-        let slot = u32::try_from(index).unwrap_or(u32::MAX);
+    let mut all = ChainDevices::for_slots(slots.len(), &output.opened.path)?;
+    let merged = slots.iter().filter(|(role, _)| *role != MemberRole::Below).count();
+    for (index, (role, image)) in slots.into_iter().enumerate() {
+        let slot = number(index);
         let writable = rw_slots.contains(&index);
         // An overlay is only emptied, but a plugin that has to repair it first may need more than it has.
         let longest = if writable {
@@ -83,14 +86,19 @@ pub fn open_chain_devices_rw<'r>(
         } else {
             0
         };
-        let (config, files) = all.attach(slot, image, writable, longest);
-        all.chain.devices[index] = config;
+        let (device, files) = all.attach(slot, image, writable, longest);
+        // The output is in the middle of the chain.
+        let depth = if role == MemberRole::Below { slot + 1 } else { slot };
+        all.members.push(Member { role: role as u32, depth, device, ..Member::default() });
         if slot == 0 {
             all.paths.overlay_files = files;
         }
     }
-    let (config, files) = all.attach(DEVICE_OUTPUT, output, true, max_length);
-    (all.chain.output, all.paths.backing_files) = (config, files);
+    let (mut device, files) = all.attach(DEVICE_OUTPUT, output, true, max_length);
+    device.cache_bytes = 0;
+    all.paths.backing_files = files;
+    let member = Member { role: MemberRole::Write as u32, depth: number(merged), device, ..Member::default() };
+    all.members.insert(merged, member);
     Ok(all)
 }
 
@@ -99,27 +107,38 @@ pub fn open_chain_devices_rw<'r>(
 /// # Errors
 /// [`ErrorCode::ChainTooDeep`].
 pub fn open_chain_devices_ro(slots: Vec<ChainImage<'_>>) -> Result<ChainDevices<'_>, Error> {
-    let mut all = ChainDevices::default();
-    all.chain.magic = CHAIN_CONFIG_MAGIC;
+    let path = slots.first().map(|top| top.opened.path.clone()).unwrap_or_default();
+    let mut all = ChainDevices::for_slots(slots.len(), &path)?;
     for (index, image) in slots.into_iter().enumerate() {
-        if index == MAX_CHAIN_DEVICES {
-            let clause = format!("is below {MAX_CHAIN_DEVICES} layers: more cannot be read");
-            return Err(Error::image(&image.opened.path, ErrorCode::ChainTooDeep, clause));
-        }
-        let slot = u32::try_from(index).unwrap_or(u32::MAX);
-        let (config, _) = all.attach(slot, image, false, 0);
-        all.chain.devices[index] = config;
-        all.chain.count = slot + 1;
+        let depth = number(index);
+        let (device, _) = all.attach(depth, image, false, 0);
+        all.members.push(Member { role: MemberRole::Read as u32, depth, device, ..Member::default() });
     }
     Ok(all)
 }
 
+/// The device number of a slot, which is checked to be small.
+fn number(index: usize) -> u32 {
+    u32::try_from(index).unwrap_or(u32::MAX)
+}
+
 impl<'r> ChainDevices<'r> {
+    /// Room for so many images that are read.
+    fn for_slots(count: usize, path: &Path) -> Result<Self, Error> {
+        if count > MAX_CHAIN_DEVICES {
+            let clause = format!("the chain has {count} layers; {MAX_CHAIN_DEVICES} are supported");
+            return Err(Error::image(path, ErrorCode::ChainTooDeep, clause));
+        }
+        Ok(Self { cache_bytes: READ_CACHES / count.max(1) as u64, ..Self::default() })
+    }
+
     /// The guest modules of the formats in play.
     #[must_use]
     pub fn modules(&self) -> Vec<ModuleSpec<'r>> {
-        let module =
-            |plugin: &&'r Plugin| ModuleSpec { name: plugin.name(), elf: plugin.guest_module().elf.as_slice() };
+        let module = |plugin: &&'r Plugin| {
+            let elf = plugin.guest_module().elf.as_slice();
+            ModuleSpec { name: plugin.name(), version: plugin.version(), elf }
+        };
         self.plugins.iter().map(module).collect()
     }
 
@@ -154,6 +173,7 @@ impl<'r> ChainDevices<'r> {
             max_length: main.max_length,
             virtual_size: facts.virtual_size,
             cluster_size: facts.cluster_size,
+            cache_bytes: self.cache_bytes,
             // SAFETY: the list stands there in the guest's memory, read-only to it; nothing looks at it here.
             files: unsafe { FileList::at(address, count as u64) },
         };

@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_file_of_the_backing_is_the_backings() {
-        let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base"), (17, "first"), (18, "second")]);
+        let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base"), (513, "first"), (514, "second")]);
         paths.backing_files = 18..19;
         let error = |device| {
             map_commit_error(&failure(ErrorCode::OverlayIo, Some(device), "write"), &paths, Changed::default())

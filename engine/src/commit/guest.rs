@@ -1,6 +1,6 @@
 //! Running the guest of a commit: devices, modules, and what came of it.
 
-use super::attach::{open_chain_devices_rw, ChainDevices};
+use super::attach::{open_chain_devices_rw, ChainDevices, Slot};
 use super::error::{map_commit_error, Changed, GuestFailure};
 use super::handler::CommitHandler;
 use super::progress::Progress;
@@ -9,8 +9,8 @@ use crate::devices::{Cache, Statistics, Workers};
 use crate::error::Error;
 use crate::image::ChainImage;
 use crate::vm::{self, KvmDevice, VmError, VmReport, VmSpec};
-use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
-use instar_guest_protocol::CommitResultMessage;
+use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT};
+use instar_guest_protocol::{CommitConfig, CommitResultMessage, Message};
 use std::path::Path;
 
 /// What the virtual machine did.
@@ -27,8 +27,10 @@ pub struct GuestRun {
 /// How the guest of a commit is run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct GuestOptions {
-    /// Bits of [`commit_flags`](instar_guest_abi::commit_flags).
-    pub flags: u32,
+    /// What the guest is told.
+    pub config: CommitConfig,
+    /// Leave the overlay as it is.
+    pub keep_overlay: bool,
     /// The longest that the backing's file may become in bytes.
     pub max_length: u64,
     /// Bytes per second that are moved at most; 0 for no limit.
@@ -60,14 +62,15 @@ pub fn run_commit_guest(
     backing: ChainImage<'_>,
     ancestors: Vec<ChainImage<'_>>,
 ) -> Result<(CommitResultMessage, GuestRun), Error> {
-    let merged = 1 + between.len();
     let layers: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
     let space = Space::of(&backing, &layers);
-    let slots: Vec<ChainImage<'_>> = std::iter::once(overlay).chain(between).chain(ancestors).collect();
+    let top = if options.keep_overlay { MemberRole::Read } else { MemberRole::Empty };
+    let between = between.into_iter().map(|layer| (MemberRole::Read, layer));
+    let ancestors = ancestors.into_iter().map(|layer| (MemberRole::Below, layer));
+    let slots: Vec<Slot<'_>> = std::iter::once((top, overlay)).chain(between).chain(ancestors).collect();
     let all = open_chain_devices_rw(slots, backing, &[0], options.max_length)?;
     let modules = all.modules();
-    let ChainDevices { mut devices, mut chain, files, paths, .. } = all;
-    chain.merge_count = u32::try_from(merged).unwrap_or(u32::MAX);
+    let ChainDevices { mut devices, members, files, paths, .. } = all;
     devices.set_workers(acquired.workers);
     devices.set_cache(options.cache).map_err(|(number, error)| {
         let path = paths.get(number).unwrap_or(Path::new(""));
@@ -81,7 +84,7 @@ pub fn run_commit_guest(
     pace.limit(options.rate_limit);
     progress.iter().for_each(|progress| pace.watched_by(Box::new(progress.clone())));
     let mut handler = CommitHandler { progress, space, ..CommitHandler::new(devices) };
-    let spec = VmSpec { files, ..VmSpec::new(options.flags, chain, modules) };
+    let spec = VmSpec { files, ..VmSpec::new(options.config.encode_to_vec(), members, modules) };
     let ended = acquired.kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);
     handler.progress.iter().for_each(|progress| progress.end(well));

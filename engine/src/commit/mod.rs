@@ -14,7 +14,7 @@ mod render;
 mod space;
 mod timing;
 
-pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths};
+pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths, Slot};
 pub use error::{map_commit_error, map_read_error, Changed, GuestFailure};
 pub use guest::{run_commit_guest, Acquired, GuestOptions, GuestRun};
 pub use notes::Notes;
@@ -27,12 +27,13 @@ use crate::error::Error;
 use crate::escape::escape_path;
 use crate::image::write_target::Gate;
 use crate::image::{
-    discover_backing_chain, open_extra_files, resolve_backing, Access, BackingChoice, ChainImage, FilesOf, OpenedFile,
-    Target,
+    allow_many_open_files, discover_backing_chain, open_extra_files, resolve_backing, Access, BackingChoice,
+    ChainImage, FilesOf, OpenedFile, Target,
 };
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
-use instar_guest_abi::{commit_flags, ErrorCode, MAX_CHAIN_DEVICES};
+use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
+use instar_guest_protocol::CommitConfig;
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
 use std::path::{Path, PathBuf};
 
@@ -140,6 +141,7 @@ fn workers(request: &CommitRequest, overlay: &Path) -> Option<Workers> {
 pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRunResult, Error> {
     let mut timing = Timing::start();
     interrupt::install();
+    allow_many_open_files();
     let path = std::path::absolute(&request.overlay).map_err(|error| {
         Error::image(&request.overlay, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
     })?;
@@ -199,14 +201,10 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRu
         timing,
     };
     let stale: Vec<PathBuf> = between.iter().map(|layer| layer.opened.path.clone()).collect();
-    let flags = [
-        (request.keep_overlay || !between.is_empty(), commit_flags::KEEP_OVERLAY),
-        (request.dry_run, commit_flags::DRY_RUN),
-        (request.resize_backing, commit_flags::RESIZE_BACKING),
-    ];
-    let flags = flags.into_iter().filter(|(given, _)| *given).fold(0, |all, (_, flag)| all | flag);
-    let CommitRequest { rate_limit, cache, progress, .. } = *request;
-    let options = GuestOptions { flags, max_length, rate_limit, cache, progress };
+    let CommitRequest { rate_limit, cache, progress, dry_run, resize_backing, .. } = *request;
+    let keep_overlay = request.keep_overlay || !between.is_empty();
+    let config = CommitConfig { dry_run, resize_backing };
+    let options = GuestOptions { config, keep_overlay, max_length, rate_limit, cache, progress };
     let (outcome, run) = run_commit_guest(options, acquired, overlay, between, backing, ancestors)?;
     if !request.dry_run {
         let note = |path: &PathBuf| {

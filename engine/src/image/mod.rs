@@ -8,9 +8,11 @@ mod discover;
 mod files;
 mod identify;
 mod open;
+mod open_files;
 pub mod write_target;
 
 pub use base::{resolve_backing, BackingChoice, Target};
 pub use discover::discover_backing_chain;
 pub use files::{open_extra_files, ExtraFile, FilesOf};
 pub use open::{Access, ChainImage, Identity, OpenedFile};
+pub use open_files::allow_many as allow_many_open_files;

@@ -6,7 +6,7 @@ use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFa
 use crate::confine::{Confinement, Reach, Work};
 use crate::error::Error;
 use crate::image::write_target::Gate;
-use crate::image::{discover_backing_chain, open_extra_files, Access, FilesOf, OpenedFile};
+use crate::image::{allow_many_open_files, discover_backing_chain, open_extra_files, Access, FilesOf, OpenedFile};
 use crate::plugins::{ImageRead, Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
@@ -39,6 +39,7 @@ const ENTRY_BYTES: u64 = 4;
 /// # Errors
 /// One line that names the file and what to do. What was reported until then stays reported.
 pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), Error> {
+    allow_many_open_files();
     let path = std::path::absolute(&request.image).map_err(|error| {
         Error::image(&request.image, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
     })?;
@@ -71,8 +72,9 @@ pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), 
     let limit = runs.saturating_mul(RUN_BYTES).saturating_add(16 << 20);
     let all = open_chain_devices_ro(layers)?;
     let modules = all.modules();
-    let ChainDevices { devices, chain, files, paths, .. } = all;
-    let spec = VmSpec { files, ..VmSpec::new(0, chain, modules) }.with_operation(vm::MAP).with_message_limit(limit);
+    let ChainDevices { devices, members, files, paths, .. } = all;
+    let spec =
+        VmSpec { files, ..VmSpec::new(Vec::new(), members, modules) }.with_operation(vm::MAP).with_message_limit(limit);
     let mut handler = MapHandler::new(devices, places, size, reporter);
     let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     if let Some(error) = handler.unreported.take() {

@@ -49,10 +49,12 @@ const fn access(error_code: u64) -> &'static str {
     }
 }
 
-/// The module and offset of `address`.
+/// The module, its version, and the offset of `address`.
 pub fn place(modules: &[Placed], address: u64) -> String {
     match modules.iter().find(|module| module.range.contains(&address)) {
-        Some(module) => format!("{}+{:#x}", printable(&module.name), address - module.range.start),
+        Some(module) => {
+            format!("{} {}+{:#x}", printable(&module.name), printable(&module.version), address - module.range.start)
+        }
         None => "outside every module".to_owned(),
     }
 }
@@ -77,17 +79,17 @@ mod tests {
     #[test]
     fn the_frame_is_read_from_the_fault_stack_only() {
         let ram = GuestRam::new().unwrap();
-        let modules = [Placed { name: "qcow2".to_owned(), range: 0x10_0000..0x11_0000 }];
+        let modules = [Placed { name: "qcow2".to_owned(), version: "0.1.0".to_owned(), range: 0x10_0000..0x11_0000 }];
         let stack = system::STACK.end - 48;
         assert!(ram.write(stack, &2_u64.to_le_bytes()));
         assert!(ram.write(stack + 8, &0x10_0042_u64.to_le_bytes()));
         assert_eq!(
             fault(&ram, &modules, 14, stack, 0x1234).to_string(),
-            "guest fault: page fault writing address 0x1234, rip 0x100042 (qcow2+0x42), error code 0x2"
+            "guest fault: page fault writing address 0x1234, rip 0x100042 (qcow2 0.1.0+0x42), error code 0x2"
         );
         assert_eq!(
             fault(&ram, &modules, 6, stack + 8, 0).to_string(),
-            "guest fault: invalid opcode, rip 0x100042 (qcow2+0x42), error code 0x0"
+            "guest fault: invalid opcode, rip 0x100042 (qcow2 0.1.0+0x42), error code 0x0"
         );
         let elsewhere = fault(&ram, &modules, 13, u64::MAX - 8, 0).to_string();
         assert!(elsewhere.contains("rip 0x0 (outside every module)"), "{elsewhere}");

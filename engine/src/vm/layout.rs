@@ -5,13 +5,14 @@ use super::error::VmError;
 use super::memory::{GuestRam, LARGE_PAGE};
 use super::pages::{PageTables, Rights};
 use super::plain::{bytes, Plain};
-use super::spec::{ModuleSpec, VmSpec};
+use super::spec::VmSpec;
 use super::system;
 use instar_guest_abi::{
-    CommitConfig, ModuleEntry, ModuleTable, CHAIN_CONFIG_ADDR, CHAIN_CONFIG_MAGIC, COMMIT_CONFIG_MAGIC, CONFIG_END,
-    FILE_TABLE_ADDR, GUEST_MEMORY_SIZE, MAX_FILE_DEVICES, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE, MODULES_ADDR,
-    MODULE_ABI_MAJOR, MODULE_TABLE_ADDR, MODULE_TABLE_MAGIC, OPERATION_CONFIG_ADDR, PAGE_SIZE, PAGE_TABLES_ADDR,
-    RING_ADDR, RING_SIZE, STACK_SIZE, STACK_TOP, SYSTEM_ADDR,
+    ChainConfig, List, ModuleEntry, ModuleTable, OperationConfig, CHAIN_CONFIG_ADDR, CHAIN_CONFIG_MAGIC, CONFIG_END,
+    FILE_TABLE_ADDR, GUEST_MEMORY_SIZE, MAX_FILE_DEVICES, MAX_MEMBERS, MAX_MODULES, MEMBER_TABLE_ADDR, MESSAGE_ADDR,
+    MESSAGE_SIZE, MODULES_ADDR, MODULE_ABI_MAJOR, MODULE_TABLE_ADDR, MODULE_TABLE_MAGIC, OPERATION_CONFIG_ADDR,
+    OPERATION_CONFIG_MAGIC, PAGE_SIZE, PAGE_TABLES_ADDR, PAYLOAD_ADDR, PAYLOAD_SIZE, RING_ADDR, RING_SIZE, STACK_SIZE,
+    STACK_TOP, SYSTEM_ADDR,
 };
 use std::ops::Range;
 
@@ -23,6 +24,8 @@ const MIN_HEAP: u64 = 32 << 20;
 pub struct Placed {
     /// Its name.
     pub name: String,
+    /// Its version.
+    pub version: String,
     /// Its image.
     pub range: Range<u64>,
 }
@@ -52,8 +55,7 @@ pub fn fill(ram: &GuestRam, spec: &VmSpec<'_>) -> Result<Layout, VmError> {
     let mut modules = Vec::new();
     // The page below each module stays unmapped.
     let mut next = MODULES_ADDR + PAGE_SIZE;
-    let own = [ModuleSpec { name: "core", elf: spec.core }, ModuleSpec { name: "commit", elf: spec.operation }];
-    for module in own.iter().chain(&spec.modules) {
+    for module in [spec.core, spec.operation].iter().chain(&spec.modules) {
         let index = modules.len();
         let loaded = elf::load(module.elf, next).map_err(|text| invalid(module.name, text))?;
         let entry = describe(module.name, &loaded)?;
@@ -66,7 +68,8 @@ pub fn fill(ram: &GuestRam, spec: &VmSpec<'_>) -> Result<Layout, VmError> {
         for (range, rights) in loaded.mappings {
             map(&mut tables, &range, rights)?;
         }
-        modules.push(Placed { name: module.name.to_owned(), range: loaded.base..end });
+        let (name, version) = (module.name.to_owned(), module.version.to_owned());
+        modules.push(Placed { name, version, range: loaded.base..end });
         next = end + PAGE_SIZE;
     }
     table.count = u32::try_from(modules.len()).unwrap_or(0);
@@ -75,22 +78,31 @@ pub fn fill(ram: &GuestRam, spec: &VmSpec<'_>) -> Result<Layout, VmError> {
     for (range, rights) in system::MAPPINGS.into_iter().chain(regions(&heap)) {
         map(&mut tables, &range, rights)?;
     }
-    let config = CommitConfig {
-        magic: COMMIT_CONFIG_MAGIC,
+    if spec.payload.len() as u64 > PAYLOAD_SIZE
+        || spec.members.len() > MAX_MEMBERS
+        || spec.files.len() > MAX_FILE_DEVICES
+    {
+        return Err(VmError::unusable("filling the guest's configuration", 0));
+    }
+    let config = OperationConfig {
+        magic: OPERATION_CONFIG_MAGIC,
         abi_major: MODULE_ABI_MAJOR,
-        flags: spec.flags,
+        reserved: 0,
         heap_start: heap.start,
         heap_end: heap.end,
+        // SAFETY: it is written there below, in the guest's memory, read-only to it; nothing looks at it here.
+        payload: unsafe { List::at(PAYLOAD_ADDR, spec.payload.len() as u64) },
     };
-    let mut chain = spec.chain;
-    chain.magic = CHAIN_CONFIG_MAGIC;
+    // SAFETY: as above.
+    let members = unsafe { List::at(MEMBER_TABLE_ADDR, spec.members.len() as u64) };
     let fits = ram.write(SYSTEM_ADDR, &system::bytes())
         && ram.write(PAGE_TABLES_ADDR, &tables.bytes())
         && write_plain(ram, OPERATION_CONFIG_ADDR, config)
-        && write_plain(ram, CHAIN_CONFIG_ADDR, chain)
+        && write_plain(ram, CHAIN_CONFIG_ADDR, ChainConfig { magic: CHAIN_CONFIG_MAGIC, members })
+        && ram.write(PAYLOAD_ADDR, &spec.payload)
         && write_plain(ram, MODULE_TABLE_ADDR, table)
-        && spec.files.len() <= MAX_FILE_DEVICES
-        && ram.write(FILE_TABLE_ADDR, bytes(&spec.files));
+        && ram.write(FILE_TABLE_ADDR, bytes(&spec.files))
+        && ram.write(MEMBER_TABLE_ADDR, bytes(&spec.members));
     let entry = table.entries.first().map_or(0, |core| core.entry);
     if fits {
         Ok(Layout { entry, heap, modules })
@@ -140,11 +152,12 @@ fn describe(name: &str, loaded: &Loaded) -> Result<ModuleEntry, VmError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::pages::walk::walk;
+    use super::super::spec::ModuleSpec;
     use super::*;
-    use instar_guest_abi::{ChainConfig, PAGE_TABLES_SIZE};
+    use instar_guest_abi::{Member, PAGE_TABLES_SIZE};
 
     fn spec() -> VmSpec<'static> {
-        VmSpec::new(5, ChainConfig::default(), vec![])
+        VmSpec::new(vec![5, 6, 7], vec![Member { role: 77, ..Member::default() }; 3], vec![])
     }
 
     /// Every page of guest memory with its rights, as runs.
@@ -179,8 +192,8 @@ mod tests {
                 (0x1000..0x2000, Rights::SYSTEM_READ),
                 (0x2000..0x3000, Rights::SYSTEM_CODE),
                 (0x4000..0x5000, Rights::SYSTEM_DATA),
-                (0x4_0000..0x4_7000, Rights::READ),
-                (0x5_0000..0x5_8000, Rights::DATA),
+                (0x4_0000..0x5_3000, Rights::READ),
+                (0x5_8000..0x6_0000, Rights::DATA),
                 (0x6_0000..0x6_4000, Rights::DATA),
                 (0x8_0000..0x10_0000, Rights::DATA),
                 (layout.heap.clone(), Rights::DATA),
@@ -198,24 +211,33 @@ mod tests {
     fn the_guest_finds_its_configuration() {
         let ram = GuestRam::new().unwrap();
         let layout = fill(&ram, &spec()).unwrap();
-        assert_eq!(ram.read_u64(OPERATION_CONFIG_ADDR), Some(COMMIT_CONFIG_MAGIC));
+        assert_eq!(ram.read_u64(OPERATION_CONFIG_ADDR), Some(OPERATION_CONFIG_MAGIC));
         assert_eq!(ram.read_u64(CHAIN_CONFIG_ADDR), Some(CHAIN_CONFIG_MAGIC));
         assert_eq!(ram.read_u64(MODULE_TABLE_ADDR), Some(MODULE_TABLE_MAGIC));
         assert_eq!(ram.read_u64(MODULE_TABLE_ADDR + 8), Some(2), "modules");
         assert_eq!(ram.read_u64(OPERATION_CONFIG_ADDR + 16), Some(layout.heap.start));
+        let list = |address| (ram.read_u64(address), ram.read_u64(address + 8));
+        assert_eq!(list(OPERATION_CONFIG_ADDR + 32), (Some(PAYLOAD_ADDR), Some(3)));
+        assert_eq!(ram.read_u64(PAYLOAD_ADDR), Some(0x07_0605));
+        assert_eq!(list(CHAIN_CONFIG_ADDR + 8), (Some(MEMBER_TABLE_ADDR), Some(3)));
+        assert_eq!(ram.read_u64(MEMBER_TABLE_ADDR + 2 * 88), Some(77), "the role of the last one");
     }
 
     #[test]
     fn modules_that_do_not_fit_are_refused() {
         let ram = GuestRam::new().unwrap();
-        let core = spec().core;
+        let core = spec().core.elf;
+        let module = |name, elf| ModuleSpec { name, version: "1.2.3", elf };
         let refuse = |modules: Vec<ModuleSpec<'static>>| {
             fill(&ram, &VmSpec { modules, ..spec() }).map_or_else(|e| e.to_string(), |_| String::from("loaded"))
         };
-        assert!(refuse(vec![ModuleSpec { name: "", elf: core }]).contains("name"));
-        assert!(refuse(vec![ModuleSpec { name: "a-name-that-is-longer-than-the-field", elf: core }]).contains("name"));
-        assert!(refuse(vec![ModuleSpec { name: "junk", elf: b"junk" }]).starts_with("guest module junk: it is not"));
-        assert_eq!(refuse(vec![ModuleSpec { name: "x", elf: core }; 14]), "loaded");
-        assert!(refuse(vec![ModuleSpec { name: "x", elf: core }; 15]).contains("more than 16"));
+        assert!(refuse(vec![module("", core)]).contains("name"));
+        assert!(refuse(vec![module("a-name-that-is-longer-than-the-field", core)]).contains("name"));
+        assert!(refuse(vec![module("junk", b"junk")]).starts_with("guest module junk: it is not"));
+        assert_eq!(refuse(vec![module("x", core); 14]), "loaded");
+        assert!(refuse(vec![module("x", core); 15]).contains("more than 16"));
+        let members = VmSpec { members: vec![Member::default(); MAX_MEMBERS + 1], ..spec() };
+        assert!(fill(&ram, &members).is_err());
+        assert!(fill(&ram, &VmSpec { payload: vec![0; 4097], ..spec() }).is_err());
     }
 }

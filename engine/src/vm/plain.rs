@@ -1,6 +1,6 @@
 //! Structures shared with the guest, as bytes.
 
-use instar_guest_abi::{ChainConfig, CommitConfig, FileDevice, ModuleTable, Request};
+use instar_guest_abi::{ChainConfig, FileDevice, Member, ModuleTable, OperationConfig, Request};
 
 /// A type that is its bytes.
 ///
@@ -9,9 +9,11 @@ use instar_guest_abi::{ChainConfig, CommitConfig, FileDevice, ModuleTable, Reque
 pub unsafe trait Plain: Copy {}
 
 // SAFETY: 64-bit and 32-bit integers in pairs: no padding, any bytes are a value.
-unsafe impl Plain for CommitConfig {}
+unsafe impl Plain for OperationConfig {}
 // SAFETY: as above.
 unsafe impl Plain for ChainConfig {}
+// SAFETY: as above.
+unsafe impl Plain for Member {}
 // SAFETY: as above.
 unsafe impl Plain for FileDevice {}
 // SAFETY: as above, and bytes in a multiple of 8.
@@ -19,8 +21,9 @@ unsafe impl Plain for ModuleTable {}
 // SAFETY: as above.
 unsafe impl Plain for Request {}
 
-const _: () = assert!(size_of::<CommitConfig>() == 8 + 2 * 4 + 2 * 8);
-const _: () = assert!(size_of::<ChainConfig>() == 8 + 2 * 4 + 17 * (4 * 4 + 6 * 8));
+const _: () = assert!(size_of::<OperationConfig>() == 8 + 2 * 4 + 4 * 8);
+const _: () = assert!(size_of::<ChainConfig>() == 3 * 8);
+const _: () = assert!(size_of::<Member>() == 4 * 4 + 4 * 4 + 7 * 8);
 const _: () = assert!(size_of::<FileDevice>() == 2 * 4 + 2 * 8);
 const _: () = assert!(size_of::<ModuleTable>() == 8 + 2 * 4 + 16 * (3 * 8 + 32));
 

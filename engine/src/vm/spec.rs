@@ -1,20 +1,32 @@
 //! What to run, and what came of it.
 
-use instar_guest_abi::{ChainConfig, FileDevice};
+use instar_guest_abi::{FileDevice, Member};
 use std::time::Duration;
 
-static CORE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/core-module.elf"));
-static COMMIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/commit-module.elf"));
+/// The version of the engine's own modules.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+static CORE: ModuleSpec<'static> =
+    ModuleSpec { name: "core", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/core-module.elf")) };
+static COMMIT: ModuleSpec<'static> = ModuleSpec {
+    name: "commit",
+    version: VERSION,
+    elf: include_bytes!(concat!(env!("OUT_DIR"), "/commit-module.elf")),
+};
 /// The check operation, for [`VmSpec::with_operation`].
-pub static CHECK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/check-module.elf"));
+pub static CHECK: ModuleSpec<'static> =
+    ModuleSpec { name: "check", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/check-module.elf")) };
 /// The map operation, for [`VmSpec::with_operation`].
-pub static MAP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/map-module.elf"));
+pub static MAP: ModuleSpec<'static> =
+    ModuleSpec { name: "map", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/map-module.elf")) };
 
 /// A guest module.
 #[derive(Clone, Copy, Debug)]
 pub struct ModuleSpec<'a> {
-    /// The format's name, at most 31 bytes.
+    /// Its name, at most 31 bytes: the format's, or the operation's.
     pub name: &'a str,
+    /// Its version, for messages.
+    pub version: &'a str,
     /// The ELF.
     pub elf: &'a [u8],
 }
@@ -22,10 +34,12 @@ pub struct ModuleSpec<'a> {
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct VmSpec<'a> {
-    /// Bits of [`commit_flags`](instar_guest_abi::commit_flags).
-    pub flags: u32,
-    /// The devices. A device's `module` is 2 plus the index of its format in `modules`.
-    pub chain: ChainConfig,
+    /// The operation's own configuration: an encoded message of [`PAYLOAD_SIZE`](instar_guest_abi::PAYLOAD_SIZE) bytes at
+    /// most.
+    pub payload: Vec<u8>,
+    /// Who takes part: [`MAX_MEMBERS`](instar_guest_abi::MAX_MEMBERS) at most. A device's `module` is [`FIRST_FORMAT`] plus
+    /// the index of its format in `modules`.
+    pub members: Vec<Member>,
     /// The other files of the images, written at [`FILE_TABLE_ADDR`](instar_guest_abi::FILE_TABLE_ADDR), where the
     /// devices' lists lie; [`MAX_FILE_DEVICES`](instar_guest_abi::MAX_FILE_DEVICES) at most.
     pub files: Vec<FileDevice>,
@@ -35,10 +49,10 @@ pub struct VmSpec<'a> {
     pub stall_limit: Duration,
     /// Bytes of messages that the guest may send, default 16 MiB; a message counts for 256 at least.
     pub message_limit: u64,
-    /// The core, loaded as `core`.
-    pub core: &'a [u8],
-    /// The operation, loaded as `commit`.
-    pub operation: &'a [u8],
+    /// The core.
+    pub core: ModuleSpec<'a>,
+    /// The operation.
+    pub operation: ModuleSpec<'a>,
 }
 
 /// Index in the module table of the first format: [`VmSpec::modules`] begins there.
@@ -47,10 +61,10 @@ pub const FIRST_FORMAT: u32 = 2;
 impl<'a> VmSpec<'a> {
     /// A commit with the engine's own core and operation.
     #[must_use]
-    pub fn new(flags: u32, chain: ChainConfig, modules: Vec<ModuleSpec<'a>>) -> Self {
+    pub fn new(payload: Vec<u8>, members: Vec<Member>, modules: Vec<ModuleSpec<'a>>) -> Self {
         Self {
-            flags,
-            chain,
+            payload,
+            members,
             files: Vec::new(),
             modules,
             stall_limit: Duration::from_secs(30),
@@ -63,14 +77,14 @@ impl<'a> VmSpec<'a> {
     /// Another core, for tests of hostile guests.
     #[must_use]
     pub fn with_core(mut self, elf: &'a [u8]) -> Self {
-        self.core = elf;
+        self.core.elf = elf;
         self
     }
 
     /// Another operation.
     #[must_use]
-    pub fn with_operation(mut self, elf: &'a [u8]) -> Self {
-        self.operation = elf;
+    pub fn with_operation(mut self, operation: ModuleSpec<'a>) -> Self {
+        self.operation = operation;
         self
     }
 

@@ -8,7 +8,7 @@ mod support;
 use instar_engine::vm::{self, KvmDevice, Vm, VmError, VmSpec};
 use instar_guest_abi::{ErrorCode, RequestOp, ERROR_NOT_IMPLEMENTED};
 use instar_guest_testmod::Scenario;
-use support::{chain, run, spec, Host};
+use support::{run, spec, Host};
 
 #[test]
 fn a_good_guest_runs_at_ring_3() {
@@ -59,7 +59,7 @@ fn buffers_on_the_stack_and_in_constants_work() {
 #[test]
 fn the_engines_own_operation_runs() {
     let mut host = Host::default();
-    vm::run(&VmSpec::new(0, chain(), vec![]), &mut host).unwrap();
+    vm::run(&VmSpec::new(vec![], support::members(), vec![]), &mut host).unwrap();
     // The placeholder; once the operation is there, a chain whose module is missing.
     assert!(host.result.is_some_and(|result| result.error == ERROR_NOT_IMPLEMENTED || result.error != 0));
 }
@@ -101,10 +101,10 @@ fn an_interruption_during_the_last_request_is_one() {
 
 #[test]
 fn modules_of_the_wrong_kind_are_named() {
-    let swapped = spec(Scenario::Good).with_operation(support::format());
+    let swapped = spec(Scenario::Good).with_operation(support::module("plain", support::format()));
     let error = vm::run(&swapped, &mut Host::default()).unwrap_err().to_string();
     assert!(error.contains("guest panic: module commit: it is of kind 1"), "{error}");
-    let junk = spec(Scenario::Good).with_operation(b"junk");
+    let junk = spec(Scenario::Good).with_operation(support::module("junk", b"junk"));
     let error = vm::run(&junk, &mut Host::default()).unwrap_err();
     assert_eq!(error.code(), ErrorCode::PluginUnavailable);
     assert!(error.to_string().starts_with("guest module commit: it is not"), "{error}");

@@ -1,7 +1,9 @@
 //! Guests and a host for the tests of the KVM runner.
 
 use instar_engine::vm::{self, BadRequest, BufferAccess, GuestHandler, ModuleSpec, VmError, VmReport, VmSpec};
-use instar_guest_abi::{device_flags, request_status, ChainConfig, DeviceConfig, Request, RequestOp, DEVICE_OUTPUT};
+use instar_guest_abi::{
+    device_flags, request_status, DeviceConfig, Member, MemberRole, Request, RequestOp, DEVICE_OUTPUT,
+};
 use instar_guest_build::GuestModule;
 use instar_guest_protocol::{guest_message, CommitResultMessage};
 use instar_guest_testmod::Scenario;
@@ -77,8 +79,7 @@ impl GuestHandler for Host {
     }
 }
 
-pub fn chain() -> ChainConfig {
-    let mut chain = ChainConfig { count: 1, merge_count: 1, ..ChainConfig::default() };
+pub fn members() -> Vec<Member> {
     let device = DeviceConfig {
         flags: device_flags::PRESENT | device_flags::WRITABLE,
         module: vm::FIRST_FORMAT,
@@ -86,14 +87,19 @@ pub fn chain() -> ChainConfig {
         virtual_size: 1 << 20,
         ..DeviceConfig::default()
     };
-    chain.devices[0] = device;
-    chain.output = DeviceConfig { device: DEVICE_OUTPUT, ..device };
-    chain
+    let member = |role: MemberRole, device| Member { role: role as u32, device, ..Member::default() };
+    vec![member(MemberRole::Empty, device), member(MemberRole::Write, DeviceConfig { device: DEVICE_OUTPUT, ..device })]
 }
 
 pub fn spec(scenario: Scenario) -> VmSpec<'static> {
-    let modules = vec![ModuleSpec { name: "plain", elf: format() }];
-    VmSpec::new(scenario as u32, chain(), modules).with_operation(operation()).with_stall_limit(Duration::from_secs(2))
+    let modules = vec![module("plain", format())];
+    VmSpec::new(scenario.payload().to_vec(), members(), modules)
+        .with_operation(module("test", operation()))
+        .with_stall_limit(Duration::from_secs(2))
+}
+
+pub fn module(name: &'static str, elf: &'static [u8]) -> ModuleSpec<'static> {
+    ModuleSpec { name, version: "0.9.1", elf }
 }
 
 pub fn run(scenario: Scenario) -> (Host, Result<VmReport, VmError>) {

@@ -1,11 +1,17 @@
 //! What the host tells the guest before it starts.
 
-/// How many image devices a commit may have besides the output device.
-pub const MAX_CHAIN_DEVICES: usize = 16;
+use crate::list::List;
 
-/// The device number of the output device (the backing that is committed into).
-pub const DEVICE_OUTPUT: u32 = 16;
+/// The longest chain, in images besides the one that is written. Nothing but memory for the table of members depends on it.
+pub const MAX_CHAIN_DEVICES: usize = 512;
+
+/// The device number of the image that is written (for a commit, the backing that is committed into). Members that are
+/// read have the numbers below it.
+pub const DEVICE_OUTPUT: u32 = 512;
 const _: () = assert!(DEVICE_OUTPUT as usize == MAX_CHAIN_DEVICES);
+
+/// How many members an operation may have: the chain, and the image that is written.
+pub const MAX_MEMBERS: usize = MAX_CHAIN_DEVICES + 1;
 
 /// How many files the images of a chain may have together besides the one that each is named by.
 pub const MAX_FILE_DEVICES: usize = 512;
@@ -16,54 +22,90 @@ pub const FIRST_FILE_DEVICE: u32 = DEVICE_OUTPUT + 1;
 /// How many modules the host loads at most: core, the operation, and the formats in play.
 pub const MAX_MODULES: usize = 16;
 
-/// [`CommitConfig::magic`]: `"INSTCOMM"`.
-pub const COMMIT_CONFIG_MAGIC: u64 = u64::from_le_bytes(*b"INSTCOMM");
+/// [`OperationConfig::magic`]: `"INSTOPER"`.
+pub const OPERATION_CONFIG_MAGIC: u64 = u64::from_le_bytes(*b"INSTOPER");
 /// [`ChainConfig::magic`]: `"INSTCHAI"`.
 pub const CHAIN_CONFIG_MAGIC: u64 = u64::from_le_bytes(*b"INSTCHAI");
 /// [`ModuleTable::magic`]: `"INSTMODS"`.
 pub const MODULE_TABLE_MAGIC: u64 = u64::from_le_bytes(*b"INSTMODS");
 
-/// Bits of [`CommitConfig::flags`].
-pub mod commit_flags {
-    /// Leave the overlay's content in place (`-d`, or a commit into a deeper ancestor).
-    pub const KEEP_OVERLAY: u32 = 1;
-    /// Stop before the first change (`--dry-run`).
-    pub const DRY_RUN: u32 = 2;
-    /// The backing may grow to the overlay's virtual size (`--resize-backing`).
-    pub const RESIZE_BACKING: u32 = 4;
-}
-
 /// Bits of [`DeviceConfig::flags`].
 pub mod device_flags {
     /// The device is there.
     pub const PRESENT: u32 = 1;
-    /// The host lets the guest write to it.
+    /// The host lets the guest write to it, in the phase that belongs to it.
     pub const WRITABLE: u32 = 2;
     /// The device cannot change its length (a block device).
     pub const FIXED_LENGTH: u32 = 4;
 }
 
-/// Written by the host at [`OPERATION_CONFIG_ADDR`](crate::OPERATION_CONFIG_ADDR).
+/// Written by the host at [`OPERATION_CONFIG_ADDR`](crate::OPERATION_CONFIG_ADDR): the same for every operation.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub struct CommitConfig {
-    /// [`COMMIT_CONFIG_MAGIC`].
+pub struct OperationConfig {
+    /// [`OPERATION_CONFIG_MAGIC`].
     pub magic: u64,
     /// [`MODULE_ABI_MAJOR`](crate::MODULE_ABI_MAJOR) of the host.
     pub abi_major: u32,
-    /// Bits of [`commit_flags`].
-    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
     /// First address of the heap, a multiple of 2 MiB.
     pub heap_start: u64,
     /// First address after the heap.
     pub heap_end: u64,
+    /// What the operator wants of this operation: an encoded message that only the operation understands.
+    pub payload: List<u8>,
 }
 
-/// One device of the chain.
+/// What a member is to an operation. Stored as `u32` in [`Member::role`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum MemberRole {
+    /// Its content is what the operation works on.
+    Read = 1,
+    /// Data goes into it.
+    Write = 2,
+    /// As [`MemberRole::Read`], and it is emptied once its content is elsewhere.
+    Empty = 3,
+    /// It is below a member that is written: looked at only where that one holds nothing.
+    Below = 4,
+}
+
+impl MemberRole {
+    /// The role with this number, if there is one.
+    #[must_use]
+    pub const fn from_u32(value: u32) -> Option<Self> {
+        Some(match value {
+            1 => Self::Read,
+            2 => Self::Write,
+            3 => Self::Empty,
+            4 => Self::Below,
+            _ => return None,
+        })
+    }
+}
+
+/// An image that takes part in an operation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Member {
+    /// A [`MemberRole`] as a number.
+    pub role: u32,
+    /// Which view of a disk the member belongs to. Operations on one chain have only group 0.
+    pub group: u32,
+    /// Place in the chain of its group: 0 is the top-most.
+    pub depth: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The image's device, and what it may do there.
+    pub device: DeviceConfig,
+}
+
+/// The device of an image.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DeviceConfig {
-    /// Bits of [`device_flags`]; a slot without `PRESENT` is all zero.
+    /// Bits of [`device_flags`].
     pub flags: u32,
     /// The device number to use in requests.
     pub device: u32,
@@ -80,6 +122,9 @@ pub struct DeviceConfig {
     pub virtual_size: u64,
     /// Cluster (or grain) size in bytes as the host half saw it, 0 for formats without one; checked likewise.
     pub cluster_size: u64,
+    /// How many bytes of the image's tables a driver should hold at most while it reads them, because other images share
+    /// the heap; 0 where there is no such bound.
+    pub cache_bytes: u64,
     /// The other files of the image, in the order in which the host half named them.
     pub files: FileList,
 }
@@ -99,59 +144,16 @@ pub struct FileDevice {
 }
 
 /// A list of [`FileDevice`]s that lives as long as the guest. The default is an empty one.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct FileList {
-    address: u64,
-    count: u64,
-}
+pub type FileList = List<FileDevice>;
 
-impl FileList {
-    /// The files of a list that is never freed.
-    #[must_use]
-    pub fn of(files: &'static [FileDevice]) -> Self {
-        Self { address: files.as_ptr() as u64, count: files.len() as u64 }
-    }
-
-    /// The `count` files that stand at `address` of the memory in which the list is looked at.
-    ///
-    /// # Safety
-    /// They stand there, and do not change, as long as anything looks at the list.
-    #[must_use]
-    pub const unsafe fn at(address: u64, count: u64) -> Self {
-        Self { address, count }
-    }
-
-    /// The files.
-    #[must_use]
-    #[allow(clippy::cast_possible_truncation, reason = "built for 64 bits only")]
-    pub fn as_slice(&self) -> &'static [FileDevice] {
-        if self.count == 0 {
-            return &[];
-        }
-        // SAFETY: the two ways to make a list that is not empty promise it.
-        unsafe { core::slice::from_raw_parts(self.address as *const FileDevice, self.count as usize) }
-    }
-}
-
-/// Written by the host at [`CHAIN_CONFIG_ADDR`](crate::CHAIN_CONFIG_ADDR).
-///
-/// Slot 0 is the overlay. Slots `1..merge_count` are the layers between overlay and backing that are
-/// merged too; slots `merge_count..count` are the backing's own ancestors, nearest first. The backing itself
-/// is `output`.
+/// Written by the host at [`CHAIN_CONFIG_ADDR`](crate::CHAIN_CONFIG_ADDR): who takes part.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ChainConfig {
     /// [`CHAIN_CONFIG_MAGIC`].
     pub magic: u64,
-    /// Number of devices in `devices`, 1 to [`MAX_CHAIN_DEVICES`].
-    pub count: u32,
-    /// How many of them are committed, from slot 0 on: 1 for a commit into the immediate backing.
-    pub merge_count: u32,
-    /// The devices.
-    pub devices: [DeviceConfig; MAX_CHAIN_DEVICES],
-    /// The backing that is committed into.
-    pub output: DeviceConfig,
+    /// The members, [`MAX_MEMBERS`] at most, by group and, within a group, by depth.
+    pub members: List<Member>,
 }
 
 /// One module that the host loaded.
@@ -183,9 +185,11 @@ pub struct ModuleTable {
     pub entries: [ModuleEntry; MAX_MODULES],
 }
 
-const _: () = assert!(core::mem::size_of::<CommitConfig>() as u64 <= crate::PAGE_SIZE);
-const _: () = assert!(core::mem::size_of::<ChainConfig>() as u64 <= 2 * crate::PAGE_SIZE);
+const _: () = assert!(core::mem::size_of::<OperationConfig>() as u64 <= crate::PAGE_SIZE);
+const _: () = assert!(core::mem::size_of::<ChainConfig>() as u64 <= crate::PAGE_SIZE);
 const _: () = assert!(core::mem::size_of::<ModuleTable>() as u64 <= crate::PAGE_SIZE);
 const _: () = assert!(
-    (core::mem::size_of::<FileDevice>() * MAX_FILE_DEVICES) as u64 <= crate::CONFIG_END - crate::FILE_TABLE_ADDR
+    (core::mem::size_of::<FileDevice>() * MAX_FILE_DEVICES) as u64 <= crate::MEMBER_TABLE_ADDR - crate::FILE_TABLE_ADDR
 );
+const _: () =
+    assert!((core::mem::size_of::<Member>() * MAX_MEMBERS) as u64 <= crate::CONFIG_END - crate::MEMBER_TABLE_ADDR);

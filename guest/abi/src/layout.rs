@@ -19,19 +19,25 @@ pub const PAGE_TABLES_ADDR: u64 = 0x8000;
 /// Size of the page-table area in bytes.
 pub const PAGE_TABLES_SIZE: u64 = 0x3_8000;
 
-/// [`CommitConfig`](crate::CommitConfig), read-only to the guest.
+/// [`OperationConfig`](crate::OperationConfig), read-only to the guest.
 pub const OPERATION_CONFIG_ADDR: u64 = 0x4_0000;
 /// [`ChainConfig`](crate::ChainConfig), read-only to the guest.
 pub const CHAIN_CONFIG_ADDR: u64 = 0x4_1000;
+/// The operation's own configuration, an encoded message, read-only to the guest.
+pub const PAYLOAD_ADDR: u64 = 0x4_2000;
+/// Bytes reserved for it.
+pub const PAYLOAD_SIZE: u64 = 0x1000;
 /// [`ModuleTable`](crate::ModuleTable), read-only to the guest.
 pub const MODULE_TABLE_ADDR: u64 = 0x4_3000;
 /// The [`FileDevice`](crate::FileDevice)s of all images, read-only to the guest.
 pub const FILE_TABLE_ADDR: u64 = 0x4_4000;
+/// The [`Member`](crate::Member)s, read-only to the guest.
+pub const MEMBER_TABLE_ADDR: u64 = 0x4_7000;
 /// End of the read-only configuration area.
-pub const CONFIG_END: u64 = 0x4_7000;
+pub const CONFIG_END: u64 = 0x5_3000;
 
 /// The request [`Ring`](crate::Ring), read-write.
-pub const RING_ADDR: u64 = 0x5_0000;
+pub const RING_ADDR: u64 = 0x5_8000;
 /// Bytes reserved for the ring.
 pub const RING_SIZE: u64 = 0x8000;
 
@@ -46,7 +52,7 @@ pub const STACK_TOP: u64 = 0x10_0000;
 pub const STACK_SIZE: u64 = 0x8_0000;
 
 /// First address at which the host loads modules. The heap begins at the next 2 MiB boundary after the
-/// last module and reaches to [`GUEST_MEMORY_SIZE`]; [`CommitConfig`](crate::CommitConfig) names it.
+/// last module and reaches to [`GUEST_MEMORY_SIZE`]; [`OperationConfig`](crate::OperationConfig) names it.
 pub const MODULES_ADDR: u64 = 0x10_0000;
 
 /// `out` of the number of requests in the ring: the host executes them, in order, before it returns.

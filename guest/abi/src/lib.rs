@@ -11,18 +11,20 @@ mod call_table;
 mod config;
 mod error;
 mod layout;
+mod list;
 mod module;
 mod ring;
 
 pub use call_table::CallTable;
-pub use config::{commit_flags, device_flags};
+pub use config::device_flags;
 pub use config::{
-    ChainConfig, CommitConfig, DeviceConfig, FileDevice, FileList, ModuleEntry, ModuleTable, CHAIN_CONFIG_MAGIC,
-    COMMIT_CONFIG_MAGIC, DEVICE_OUTPUT, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES, MAX_FILE_DEVICES, MAX_MODULES,
-    MODULE_TABLE_MAGIC,
+    ChainConfig, DeviceConfig, FileDevice, FileList, Member, MemberRole, ModuleEntry, ModuleTable, OperationConfig,
+    CHAIN_CONFIG_MAGIC, DEVICE_OUTPUT, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES, MAX_FILE_DEVICES, MAX_MEMBERS,
+    MAX_MODULES, MODULE_TABLE_MAGIC, OPERATION_CONFIG_MAGIC,
 };
 pub use error::*;
 pub use layout::*;
+pub use list::List;
 pub use module::{
     Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageInfo, ModuleDescriptor,
     ModuleKind, OperationOps, PlanSummary, ReadBelowOps, SinkOps, SourceOps, FAILURE_TEXT_MAX, MODULE_ABI_MAJOR,

@@ -6,7 +6,7 @@
 //! Fallible functions return an error code (`ERROR_OK` = 0) and, when it is not zero, fill the caller's
 //! [`Failure`].
 
-use crate::{CallTable, ChainConfig, CommitConfig, DeviceConfig};
+use crate::{CallTable, ChainConfig, DeviceConfig, OperationConfig};
 use core::ffi::c_void;
 
 /// [`ModuleDescriptor::magic`]: `"INSTMODU"`.
@@ -314,7 +314,7 @@ pub struct OperationOps {
     /// not a format. The operation reports its result with a message before it returns.
     pub run: extern "C" fn(
         table: *const CallTable,
-        config: *const CommitConfig,
+        config: *const OperationConfig,
         chain: *const ChainConfig,
         formats: *const *const FormatOps,
         format_count: usize,

@@ -68,8 +68,8 @@ pub struct Request {
     pub op: u32,
     /// Bits of [`request_flags`].
     pub flags: u32,
-    /// The device that is read, written, copied to, zeroed, flushed or resized: an index into
-    /// [`ChainConfig::devices`](crate::ChainConfig::devices) or [`DEVICE_OUTPUT`](crate::DEVICE_OUTPUT).
+    /// The device that is read, written, copied to, zeroed, flushed or resized: a number
+    /// from [`DeviceConfig::device`](crate::DeviceConfig::device) or [`FileDevice::device`](crate::FileDevice::device).
     pub device: u32,
     /// COPY only: the device that is copied from.
     pub src_device: u32,

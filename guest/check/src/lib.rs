@@ -9,7 +9,7 @@ extern crate alloc;
 use alloc::string::String;
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{CheckResultMessage, FindingMessage, GuestMessage, Message};
-use instar_guest_sdk::abi::{ErrorCode, Examination, FindingKind};
+use instar_guest_sdk::abi::{ErrorCode, Examination, FindingKind, MemberRole};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
@@ -38,7 +38,8 @@ pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut
 }
 
 fn open<'a>(operation: &Operation<'a>) -> DriverResult<impl Source + 'a> {
-    let device = operation.chain.devices.first().filter(|_| operation.chain.count == 1);
+    let mut devices = operation.devices(&[MemberRole::Read]);
+    let device = devices.next().filter(|_| devices.next().is_none());
     let device = device.ok_or_else(|| DriverError::new(ErrorCode::GuestProtocol, "a check is of one image"))?;
     operation.format_of(device)?.open_source(device)
 }

@@ -2,32 +2,70 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{Extent, ExtentKind};
-use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow, Source};
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Source};
 
 /// Extents asked for at once.
 const EXTENTS: usize = 64;
 
+/// Opens a layer when it is needed.
+pub type Opener<'a> = Box<dyn FnMut() -> DriverResult<Box<dyn Source + 'a>> + 'a>;
+
+/// A layer below the backing. In a long chain most are never looked at, and none of those takes memory.
+enum Layer<'a> {
+    Open(Box<dyn Source + 'a>),
+    /// Virtual size in bytes, and how to open it.
+    Closed(u64, Opener<'a>),
+}
+
+impl<'a> Layer<'a> {
+    /// Virtual size in bytes.
+    fn size(&self) -> u64 {
+        match self {
+            Self::Open(source) => source.info().virtual_size,
+            Self::Closed(size, _) => *size,
+        }
+    }
+
+    /// The source, opened by now.
+    fn source(&mut self) -> DriverResult<&mut (dyn Source + 'a)> {
+        if let Self::Closed(_, open) = self {
+            *self = Self::Open(open()?);
+        }
+        match self {
+            Self::Open(source) => Ok(source.as_mut()),
+            Self::Closed(..) => Err(DriverError::new(ErrorCode::InternalOverflow, "a layer that did not open")),
+        }
+    }
+}
+
 /// The ancestors of the backing, nearest first.
 pub struct Ancestors<'a> {
-    layers: Vec<Box<dyn Source + 'a>>,
+    layers: Vec<Layer<'a>>,
 }
 
 impl<'a> Ancestors<'a> {
     /// These layers, nearest first; none for a backing without a backing.
     #[must_use]
     pub fn new(layers: Vec<Box<dyn Source + 'a>>) -> Self {
-        Self { layers }
+        Self { layers: layers.into_iter().map(Layer::Open).collect() }
+    }
+
+    /// The same, each of this virtual size and opened only when something is read from it.
+    #[must_use]
+    pub fn when_needed(layers: impl IntoIterator<Item = (u64, Opener<'a>)>) -> Self {
+        Self { layers: layers.into_iter().map(|(size, open)| Layer::Closed(size, open)).collect() }
     }
 }
 
 /// Fill `buffer`, which begins at guest byte `start`, from `layers`: what the first layer holds, and the rest
 /// from those below it. What no layer holds is zero.
-fn fill(io: &mut dyn BlockIo, layers: &mut [Box<dyn Source + '_>], start: u64, buffer: &mut [u8]) -> DriverResult<()> {
+fn fill(io: &mut dyn BlockIo, layers: &mut [Layer<'_>], start: u64, buffer: &mut [u8]) -> DriverResult<()> {
     let Some((layer, below)) = layers.split_first_mut() else {
         buffer.fill(0);
         return Ok(());
     };
+    let layer = layer.source()?;
     let info = layer.info();
     let end = start.saturating_add(buffer.len() as u64);
     // Past the end of a shorter layer everything reads as zeroes, whatever is below it.
@@ -45,7 +83,7 @@ fn fill(io: &mut dyn BlockIo, layers: &mut [Box<dyn Source + '_>], start: u64, b
                 continue;
             }
             fill(io, below, done, part(buffer, start, done, first))?;
-            read_extent(io, layer.as_mut(), extent, first, part(buffer, start, first, last))?;
+            read_extent(io, layer, extent, first, part(buffer, start, first, last))?;
             done = last;
         }
     }
@@ -90,7 +128,7 @@ impl ReadBelow for Ancestors<'_> {
 
     fn length(&self) -> u64 {
         // Past the end of the nearest layer nothing below it is seen.
-        self.layers.first().map_or(0, |layer| layer.info().virtual_size)
+        self.layers.first().map_or(0, Layer::size)
     }
 
     fn read(&mut self, io: &mut dyn BlockIo, guest_offset: u64, buffer: &mut [u8]) -> DriverResult<()> {

@@ -9,8 +9,12 @@ use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
-/// Extents that are asked of a layer at once.
+/// Extents that are asked of a layer at once, at most …
 const LOOK_AHEAD: usize = 1024;
+/// … and at least, however many layers share the heap.
+const LEAST_LOOK_AHEAD: usize = 32;
+/// Extents that all layers together have ahead.
+const ALL_AHEAD: usize = 16 << 10;
 
 /// A layer, and what it holds next.
 struct Layer<'a> {
@@ -38,6 +42,8 @@ pub enum Seen {
 /// The layers, as one.
 pub struct Layers<'a> {
     layers: Vec<Layer<'a>>,
+    /// Extents that are asked of a layer at once.
+    look_ahead: usize,
     /// The guest byte up to which extents were handed out.
     position: u64,
     /// The extents behind the `Encoded` ones that were handed out last, each with the index of its layer.
@@ -61,8 +67,9 @@ impl<'a> Layer<'a> {
         self.next = from - from % self.source.info().cluster_size.max(1);
     }
 
-    /// The first extent that ends past guest byte `from`, if it begins before `end`; `from` does not go back.
-    fn peek(&mut self, io: &mut dyn BlockIo, from: u64, end: u64) -> DriverResult<Option<Extent>> {
+    /// The first extent that ends past guest byte `from`, if it begins before `end`; `from` does not go back. At most
+    /// `look_ahead` extents are asked of the layer at once.
+    fn peek(&mut self, io: &mut dyn BlockIo, from: u64, end: u64, look_ahead: usize) -> DriverResult<Option<Extent>> {
         loop {
             while let Some(extent) = self.ahead.get(self.first) {
                 if end_of(extent) > from {
@@ -80,7 +87,7 @@ impl<'a> Layer<'a> {
             }
             self.ahead.clear();
             self.first = 0;
-            let next = self.source.extents(io, self.next..end, LOOK_AHEAD, &mut self.ahead)?;
+            let next = self.source.extents(io, self.next..end, look_ahead, &mut self.ahead)?;
             if next <= self.next {
                 return Err(DriverError::new(ErrorCode::InternalOverflow, "the source does not advance"));
             }
@@ -93,7 +100,8 @@ impl<'a> Layers<'a> {
     /// These layers, the overlay first.
     #[must_use]
     pub fn new(layers: Vec<Box<dyn Source + 'a>>) -> Self {
-        Self { layers: layers.into_iter().map(Layer::new).collect(), position: 0, encoded: Vec::new() }
+        let look_ahead = (ALL_AHEAD / layers.len().max(1)).clamp(LEAST_LOOK_AHEAD, LOOK_AHEAD);
+        Self { layers: layers.into_iter().map(Layer::new).collect(), look_ahead, position: 0, encoded: Vec::new() }
     }
 
     /// How many there are.
@@ -114,7 +122,7 @@ impl<'a> Layers<'a> {
                 return Ok((Seen::Zeroes(index), end));
             }
             end = end.min(layer.size);
-            match layer.peek(io, at, limit)? {
+            match layer.peek(io, at, limit, self.look_ahead)? {
                 Some(extent) if extent.guest_offset <= at => {
                     return Ok((Seen::Held(index, extent), end.min(end_of(&extent))));
                 }

@@ -11,7 +11,7 @@ mod commit;
 mod layers;
 mod run;
 
-pub use below::Ancestors;
+pub use below::{Ancestors, Opener};
 pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
 pub use layers::{Layers, Seen};
 pub use run::run;

@@ -1,14 +1,14 @@
 //! The operation as the guest runs it: open the images of the chain, commit, report.
 
-use crate::below::Ancestors;
+use crate::below::{Ancestors, Opener};
 use crate::commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
 use crate::layers::Layers;
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
 use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{CommitResultMessage, GuestMessage, Message, PlanMessage, ProgressMessage};
-use instar_guest_sdk::abi::{commit_flags, ChainConfig, DeviceConfig, ErrorCode, DEVICE_OUTPUT};
+use instar_guest_protocol::{CommitConfig, CommitResultMessage, GuestMessage, Message, PlanMessage, ProgressMessage};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
@@ -45,26 +45,43 @@ fn failure_message(failure: &CommitFailure) -> CommitResultMessage {
     }
 }
 
-/// The devices of a chain, checked: the layers that are committed, the overlay first, and what is below the output.
-fn devices(chain: &ChainConfig) -> DriverResult<(&[DeviceConfig], &[DeviceConfig])> {
-    let wrong = |text: &str| DriverError::new(ErrorCode::GuestProtocol, text);
-    let count = usize::try_from(chain.count).unwrap_or(usize::MAX);
-    let layers = chain.devices.get(..count).ok_or_else(|| wrong("the chain has too many devices"))?;
-    let merged = usize::try_from(chain.merge_count).unwrap_or(usize::MAX);
-    let split = layers.split_at_checked(merged).filter(|(merged, _)| !merged.is_empty());
-    let split = split.ok_or_else(|| wrong("the chain has no overlay, or more layers than devices"))?;
-    if chain.output.device != DEVICE_OUTPUT {
-        return Err(wrong("the output is not the output device"));
-    }
-    Ok(split)
+/// The members of a commit, checked.
+struct Members<'a> {
+    /// The layers that are committed, the overlay first.
+    merged: Vec<&'a DeviceConfig>,
+    /// The overlay is emptied at the end.
+    emptied: bool,
+    /// The image that they are committed into.
+    output: &'a DeviceConfig,
+    /// What is below that image, nearest first.
+    below: Vec<&'a DeviceConfig>,
 }
 
-/// The images on these devices, as sources.
-fn open_sources<'a>(operation: &Operation<'a>, devices: &'a [DeviceConfig]) -> DriverResult<Vec<Box<dyn Source + 'a>>> {
-    let open = |device: &'a DeviceConfig| -> DriverResult<Box<dyn Source + 'a>> {
-        Ok(Box::new(operation.format_of(device)?.open_source(device)?))
-    };
-    devices.iter().map(open).collect()
+impl<'a> Members<'a> {
+    fn of(operation: &Operation<'a>) -> DriverResult<Self> {
+        let wrong = |text: &str| DriverError::new(ErrorCode::GuestProtocol, text);
+        let emptied = operation.devices(&[MemberRole::Empty]).count();
+        let mut written = operation.devices(&[MemberRole::Write]);
+        let output = written.next().filter(|output| output.device == DEVICE_OUTPUT && written.next().is_none());
+        let members = Self {
+            merged: operation.devices(&[MemberRole::Read, MemberRole::Empty]).collect(),
+            emptied: emptied != 0,
+            output: output.ok_or_else(|| wrong("a commit writes one image, on the output device"))?,
+            below: operation.devices(&[MemberRole::Below]).collect(),
+        };
+        match members.merged.len() {
+            0 => Err(wrong("a commit needs an overlay")),
+            merged if emptied > 1 || (emptied == 1 && merged > 1) => Err(wrong("only an overlay alone is emptied")),
+            _ => Ok(members),
+        }
+    }
+}
+
+/// What the operator wants.
+fn options(operation: &Operation<'_>, emptied: bool) -> DriverResult<Options> {
+    let config = CommitConfig::decode(operation.payload())
+        .map_err(|_| DriverError::new(ErrorCode::GuestProtocol, "the configuration of a commit cannot be decoded"))?;
+    Ok(Options { keep_overlay: !emptied, dry_run: config.dry_run, resize_backing: config.resize_backing })
 }
 
 fn run_chain(
@@ -73,18 +90,23 @@ fn run_chain(
     send: &mut dyn FnMut(&[u8]),
 ) -> Result<Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: Step::Check, error };
-    let (merged, ancestors) = devices(operation.chain).map_err(at)?;
-    let mut sources = open_sources(operation, merged).map_err(at)?;
-    let output = &operation.chain.output;
-    let mut sink = operation.format_of(output).and_then(|f| f.open_sink(output, !ancestors.is_empty())).map_err(at)?;
-    let layers = open_sources(operation, ancestors).map_err(at)?;
-    let mut below = Ancestors::new(layers);
-    let flags = operation.config.flags;
-    let options = Options {
-        keep_overlay: flags & commit_flags::KEEP_OVERLAY != 0,
-        dry_run: flags & commit_flags::DRY_RUN != 0,
-        resize_backing: flags & commit_flags::RESIZE_BACKING != 0,
+    let members = Members::of(operation).map_err(at)?;
+    let options = options(operation, members.emptied).map_err(at)?;
+    let open = |device: &DeviceConfig| -> DriverResult<Box<dyn Source>> {
+        Ok(Box::new(operation.format_of(device)?.open_source(device)?))
     };
+    let mut sources: Vec<Box<dyn Source>> =
+        members.merged.iter().map(|device| open(device)).collect::<DriverResult<_>>().map_err(at)?;
+    let has_backing = !members.below.is_empty();
+    let sink = operation.format_of(members.output).and_then(|format| format.open_sink(members.output, has_backing));
+    let mut sink = sink.map_err(at)?;
+    // Each can be opened: that is asked now, before the first change. It stays open only once it is needed.
+    members.below.iter().try_for_each(|device| open(device).map(drop)).map_err(at)?;
+    let layers = members
+        .below
+        .iter()
+        .map(|&device| -> (u64, Opener<'_>) { (device.virtual_size, Box::new(move || open(device))) });
+    let mut below = Ancestors::when_needed(layers);
     // One layer is its own view; several are one through which the top-most is seen first.
     let mut source: Box<dyn Source + '_> = match sources.pop() {
         Some(only) if sources.is_empty() => only,

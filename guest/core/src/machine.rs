@@ -7,7 +7,7 @@ use core::ops::Range;
 use core::ptr::null;
 use core::slice;
 use instar_guest_abi::{
-    CallTable, ChainConfig, CommitConfig, FormatOps, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable,
+    CallTable, ChainConfig, FormatOps, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable, OperationConfig,
     OperationOps, Request, Ring, CHAIN_CONFIG_ADDR, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE, MODULE_ABI_MAJOR,
     MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_EXIT, PORT_MESSAGE, RING_ADDR,
 };
@@ -162,7 +162,7 @@ pub unsafe fn start() -> ! {
     // SAFETY: the host mapped and wrote the three pages.
     let (config, chain, modules) = unsafe {
         (
-            &*(OPERATION_CONFIG_ADDR as *const CommitConfig),
+            &*(OPERATION_CONFIG_ADDR as *const OperationConfig),
             &*(CHAIN_CONFIG_ADDR as *const ChainConfig),
             &*(MODULE_TABLE_ADDR as *const ModuleTable),
         )

@@ -2,8 +2,8 @@
 
 use core::fmt;
 use instar_guest_abi::{
-    ChainConfig, CommitConfig, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable, CHAIN_CONFIG_MAGIC,
-    COMMIT_CONFIG_MAGIC, MAX_MODULES, MODULE_ABI_MAJOR, MODULE_MAGIC, MODULE_TABLE_MAGIC,
+    ChainConfig, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable, OperationConfig, CHAIN_CONFIG_MAGIC,
+    MAX_MEMBERS, MAX_MODULES, MODULE_ABI_MAJOR, MODULE_MAGIC, MODULE_TABLE_MAGIC, OPERATION_CONFIG_MAGIC,
 };
 
 /// Why the guest does not start. Any of these is a bug of the host or a module that does not fit it.
@@ -15,6 +15,8 @@ pub enum StartError {
     HostVersion(u32),
     /// The module table names no operation or more modules than there can be.
     ModuleCount(u32),
+    /// There are more members than there can be.
+    MemberCount(usize),
     /// The heap is no heap.
     Heap,
     /// A module's entry returned no descriptor.
@@ -31,6 +33,7 @@ impl fmt::Display for StartError {
             Self::Magic(what) => write!(f, "the {what} does not begin with its magic"),
             Self::HostVersion(major) => write!(f, "the host speaks version {major}, not {MODULE_ABI_MAJOR}"),
             Self::ModuleCount(count) => write!(f, "{count} modules are loaded, 2 to {MAX_MODULES} are possible"),
+            Self::MemberCount(count) => write!(f, "{count} images take part, {MAX_MEMBERS} at most are possible"),
             Self::Heap => write!(f, "the heap is too small"),
             Self::NoDescriptor => write!(f, "its entry returned no valid descriptor"),
             Self::ModuleVersion(major) => {
@@ -46,11 +49,11 @@ impl fmt::Display for StartError {
 /// # Errors
 /// The first thing that is wrong.
 pub fn check_configuration(
-    config: &CommitConfig,
+    config: &OperationConfig,
     chain: &ChainConfig,
     modules: &ModuleTable,
 ) -> Result<usize, StartError> {
-    if config.magic != COMMIT_CONFIG_MAGIC {
+    if config.magic != OPERATION_CONFIG_MAGIC {
         return Err(StartError::Magic("operation configuration"));
     }
     if config.abi_major != MODULE_ABI_MAJOR {
@@ -58,6 +61,10 @@ pub fn check_configuration(
     }
     if chain.magic != CHAIN_CONFIG_MAGIC {
         return Err(StartError::Magic("chain configuration"));
+    }
+    let members = chain.members.count();
+    if members > MAX_MEMBERS {
+        return Err(StartError::MemberCount(members));
     }
     if modules.magic != MODULE_TABLE_MAGIC {
         return Err(StartError::Magic("module table"));
@@ -96,9 +103,12 @@ mod tests {
     use super::*;
     use core::ptr::null;
 
-    fn configuration() -> (CommitConfig, ChainConfig, ModuleTable) {
-        let config =
-            CommitConfig { magic: COMMIT_CONFIG_MAGIC, abi_major: MODULE_ABI_MAJOR, ..CommitConfig::default() };
+    fn configuration() -> (OperationConfig, ChainConfig, ModuleTable) {
+        let config = OperationConfig {
+            magic: OPERATION_CONFIG_MAGIC,
+            abi_major: MODULE_ABI_MAJOR,
+            ..OperationConfig::default()
+        };
         let chain = ChainConfig { magic: CHAIN_CONFIG_MAGIC, ..ChainConfig::default() };
         (config, chain, ModuleTable { magic: MODULE_TABLE_MAGIC, count: 3, ..ModuleTable::default() })
     }
@@ -107,7 +117,7 @@ mod tests {
     fn a_wrong_configuration_is_found() {
         let (config, chain, modules) = configuration();
         assert_eq!(check_configuration(&config, &chain, &modules), Ok(3));
-        let wrong = CommitConfig { abi_major: 9, ..config };
+        let wrong = OperationConfig { abi_major: 9, ..config };
         assert_eq!(check_configuration(&wrong, &chain, &modules), Err(StartError::HostVersion(9)));
         let wrong = ChainConfig { magic: 0, ..chain };
         assert_eq!(check_configuration(&config, &wrong, &modules), Err(StartError::Magic("chain configuration")));

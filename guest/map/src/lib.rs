@@ -11,7 +11,7 @@ use alloc::vec::Vec;
 use instar_guest_commit::{Layers, Seen};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{GuestMessage, MapMessage, MapResultMessage, MapRun, Message};
-use instar_guest_sdk::abi::{ErrorCode, ExtentKind};
+use instar_guest_sdk::abi::{ErrorCode, ExtentKind, MemberRole};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
@@ -47,13 +47,12 @@ pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut
 }
 
 fn open<'a>(operation: &Operation<'a>) -> DriverResult<Layers<'a>> {
-    let count = usize::try_from(operation.chain.count).unwrap_or(usize::MAX);
-    let devices = operation.chain.devices.get(..count).filter(|devices| !devices.is_empty());
-    let devices =
-        devices.ok_or_else(|| DriverError::new(ErrorCode::GuestProtocol, "a map is of one image at least"))?;
     let mut layers: Vec<Box<dyn Source + 'a>> = Vec::new();
-    for device in devices {
+    for device in operation.devices(&[MemberRole::Read]) {
         layers.push(Box::new(operation.format_of(device)?.open_source(device)?));
+    }
+    if layers.is_empty() {
+        return Err(DriverError::new(ErrorCode::GuestProtocol, "a map is of one image at least"));
     }
     Ok(Layers::new(layers))
 }

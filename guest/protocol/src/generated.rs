@@ -29,6 +29,16 @@ pub mod guest_message {
         CheckResult(super::CheckResultMessage),
     }
 }
+/// What the operator wants of a commit: the payload of its configuration. Which image is emptied is said by its role.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CommitConfig {
+    /// Stop before the first change.
+    #[prost(bool, tag = "1")]
+    pub dry_run: bool,
+    /// The backing may grow to the overlay's virtual size.
+    #[prost(bool, tag = "2")]
+    pub resize_backing: bool,
+}
 /// How the commit ended. The last message of every commit.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CommitResultMessage {
@@ -49,7 +59,7 @@ pub struct CommitResultMessage {
     /// An ERROR_* code; 0 is success.
     #[prost(uint32, tag = "6")]
     pub error: u32,
-    /// Where `error` is not 0: the device (slot number, 16 for the output), 0xffffffff if none.
+    /// Where `error` is not 0: the number of the device, 0xffffffff if none.
     #[prost(uint32, tag = "7")]
     pub error_device: u32,
     /// Byte offset on that device, 2^64-1 if none.

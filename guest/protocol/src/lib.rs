@@ -1,4 +1,4 @@
-//! Messages that an instar guest sends to its host, as Rust types.
+//! Messages between an instar guest and its host, as Rust types.
 //!
 //! The definition is `proto/guest.proto`; the types are generated from it (see `tests/generated.rs`) and
 //! used on both sides.
@@ -10,7 +10,7 @@ extern crate alloc;
 mod generated;
 
 pub use generated::{
-    guest_message, CheckResultMessage, CommitResultMessage, FindingMessage, GuestMessage, LogMessage, MapMessage,
-    MapResultMessage, MapRun, PanicMessage, PlanMessage, ProgressMessage,
+    guest_message, CheckResultMessage, CommitConfig, CommitResultMessage, FindingMessage, GuestMessage, LogMessage,
+    MapMessage, MapResultMessage, MapRun, PanicMessage, PlanMessage, ProgressMessage,
 };
 pub use prost::Message;

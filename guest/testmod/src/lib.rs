@@ -1,6 +1,6 @@
 //! Guest modules that behave and misbehave, for the tests of the KVM runner.
 //!
-//! The operation `test-operation` does what the flags of the configuration say: one [`Scenario`].
+//! The operation `test-operation` does what the payload of the configuration says: one [`Scenario`].
 #![no_std]
 
 macro_rules! scenarios {
@@ -15,6 +15,18 @@ macro_rules! scenarios {
             #[must_use]
             pub fn from_u32(value: u32) -> Option<Self> {
                 match value { $($value => Some(Self::$name),)* _ => None }
+            }
+
+            /// The scenario that an operation's payload asks for.
+            #[must_use]
+            pub fn from_payload(payload: &[u8]) -> Option<Self> {
+                payload.try_into().ok().map(u32::from_le_bytes).and_then(Self::from_u32)
+            }
+
+            /// The payload that asks for it.
+            #[must_use]
+            pub fn payload(self) -> [u8; 4] {
+                (self as u32).to_le_bytes()
             }
         }
     };

@@ -102,7 +102,7 @@ macro_rules! export_operation {
         ) -> *const $crate::abi::ModuleDescriptor {
             extern "C" fn instar_operation_run(
                 _table: *const $crate::abi::CallTable,
-                config: *const $crate::abi::CommitConfig,
+                config: *const $crate::abi::OperationConfig,
                 chain: *const $crate::abi::ChainConfig,
                 formats: *const *const $crate::abi::FormatOps,
                 format_count: usize,

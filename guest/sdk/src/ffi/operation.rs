@@ -4,7 +4,9 @@ use super::{protocol, ForeignFormat};
 use crate::{BlockIo, DriverError, DriverResult};
 use alloc::format;
 use core::slice;
-use instar_guest_abi::{ChainConfig, CommitConfig, DeviceConfig, ErrorCode, FormatOps, MAX_MODULES};
+use instar_guest_abi::{
+    ChainConfig, DeviceConfig, ErrorCode, FormatOps, Member, MemberRole, OperationConfig, MAX_MODULES,
+};
 
 /// An operation: it works on `operation`, does block I/O with the second argument, and sends encoded messages with the
 /// third, the last of which is its result.
@@ -13,10 +15,10 @@ pub type OperationFn = fn(&Operation<'_>, &mut dyn BlockIo, &mut dyn FnMut(&[u8]
 /// What the host asked for, and the formats to do it with.
 #[derive(Clone, Copy)]
 pub struct Operation<'a> {
-    /// The operation's settings.
-    pub config: &'a CommitConfig,
-    /// The devices.
-    pub chain: &'a ChainConfig,
+    /// What is the same for every operation.
+    pub config: &'a OperationConfig,
+    /// Who takes part, by group and, within a group, by depth.
+    pub members: &'a [Member],
     formats: &'a [*const FormatOps],
 }
 
@@ -27,7 +29,7 @@ impl<'a> Operation<'a> {
     /// Each pointer is null or points to what its type says, for `'a`; `formats` to `format_count` pointers,
     /// each null or a table that lives as long as the guest.
     pub unsafe fn new(
-        config: *const CommitConfig,
+        config: *const OperationConfig,
         chain: *const ChainConfig,
         formats: *const *const FormatOps,
         format_count: usize,
@@ -39,10 +41,22 @@ impl<'a> Operation<'a> {
         unsafe {
             Some(Self {
                 config: config.as_ref()?,
-                chain: chain.as_ref()?,
+                members: chain.as_ref()?.members.as_slice(),
                 formats: slice::from_raw_parts(formats, format_count),
             })
         }
+    }
+
+    /// The operation's own configuration: an encoded message.
+    #[must_use]
+    pub fn payload(&self) -> &'a [u8] {
+        self.config.payload.as_slice()
+    }
+
+    /// The devices of the members that have one of these roles, in their order.
+    pub fn devices<'r>(&self, roles: &'r [MemberRole]) -> impl Iterator<Item = &'a DeviceConfig> + use<'a, 'r> {
+        let wanted = |member: &&Member| MemberRole::from_u32(member.role).is_some_and(|role| roles.contains(&role));
+        self.members.iter().filter(wanted).map(|member| &member.device)
     }
 
     /// The format that implements `device`.

@@ -8,7 +8,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{
-    ChainConfig, CommitConfig, DeviceConfig, Extent, ExtentKind, FormatOps, ImageInfo, PlanSummary, Request, SinkOps,
+    ChainConfig, DeviceConfig, Extent, ExtentKind, FormatOps, ImageInfo, OperationConfig, PlanSummary, Request, SinkOps,
 };
 use std::cell::RefCell;
 
@@ -260,7 +260,7 @@ fn a_role_that_is_not_offered_is_refused() {
 
 #[test]
 fn an_operation_finds_the_format_of_a_device() {
-    let (config, chain) = (CommitConfig::default(), ChainConfig::default());
+    let (config, chain) = (OperationConfig::default(), ChainConfig::default());
     let formats = [core::ptr::null(), core::ptr::null(), &raw const BOTH];
     // SAFETY: everything lives until the end of the test.
     let operation = unsafe { Operation::new(&raw const config, &raw const chain, formats.as_ptr(), 3) }.unwrap();

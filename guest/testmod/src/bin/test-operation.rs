@@ -1,4 +1,4 @@
-//! An operation that does what the flags say; see [`Scenario`].
+//! An operation that does what its payload says; see [`Scenario`].
 #![no_std]
 #![no_main]
 
@@ -66,7 +66,7 @@ impl ReadBelow for NothingBelow {
 }
 
 fn foreign(operation: &Operation<'_>, io: &mut dyn BlockIo) -> DriverResult<u64> {
-    let (overlay, output) = (&operation.chain.devices[0], &operation.chain.output);
+    let (overlay, output) = (&operation.members[0].device, &operation.members[1].device);
     let mut source = operation.format_of(overlay)?.open_source(overlay)?;
     let mut sink = operation.format_of(output)?.open_sink(output, false)?;
     let mut extents = Vec::new();
@@ -121,7 +121,7 @@ fn grow(request: impl Fn(u64) -> Request) {
 
 #[allow(clippy::panic, reason = "the panic is what is tested")]
 fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
-    let Some(scenario) = Scenario::from_u32(operation.config.flags) else { panic!("no such scenario") };
+    let Some(scenario) = Scenario::from_payload(operation.payload()) else { panic!("no such scenario") };
     match scenario {
         Scenario::Good => good(io, send),
         Scenario::NullWrite => write_to(black_box(0)),

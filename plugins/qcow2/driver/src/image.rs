@@ -28,6 +28,8 @@ pub struct Image {
     /// The header.
     pub header: Header,
     role: Role,
+    /// As in [`DeviceConfig::cache_bytes`].
+    cache_bytes: u64,
 }
 
 impl Image {
@@ -68,10 +70,20 @@ impl Image {
             max_length: device.max_length,
             header,
             role,
+            cache_bytes: device.cache_bytes,
         };
         image.refuse_unreadable()?;
         image.check_table_bounds()?;
         Ok(image)
+    }
+
+    /// How many bytes of tables to hold while they are read: `most`, or less if other images share the heap.
+    pub fn cache_bytes(&self, most: u64) -> u64 {
+        if self.cache_bytes == 0 {
+            most
+        } else {
+            most.min(self.cache_bytes)
+        }
     }
 
     /// Features that make the content unreadable for this driver. The host half refuses them first, by the

@@ -16,11 +16,11 @@ use instar_qcow2_format::{incompatible, CompressedRange, EntryError, HostOffset,
 /// L2 tables are read in pieces of at most this many bytes …
 const PIECE_BYTES: u64 = 64 << 10;
 /// … and at most this many bytes of them are held at once.
-const WINDOW_BYTES: usize = 2 << 20;
+const WINDOW_BYTES: u64 = 2 << 20;
 /// At most this many pieces are held at once, whatever their size.
 const WINDOW_PIECES: usize = 2048;
 /// At most this many slices of the L1 table are held at once.
-const L1_SLICES: usize = 256;
+const L1_SLICES: u64 = 256;
 
 /// A piece of an L2 table in the window.
 struct Piece {
@@ -56,7 +56,9 @@ impl Qcow2Source {
 
     /// Bytes of a piece.
     fn piece_bytes(&self) -> u64 {
-        self.image.cluster_size().bytes().min(PIECE_BYTES)
+        // A small window holds more than one piece, too: sizes are powers of two.
+        let room = (self.image.cache_bytes(WINDOW_BYTES) / 8).max(512);
+        self.image.cluster_size().bytes().min(PIECE_BYTES).min(1 << room.ilog2())
     }
 
     /// Guest bytes that a piece maps.
@@ -80,9 +82,10 @@ impl Qcow2Source {
             // Read ahead: the tables are walked in order.
             let end = self.image.header.l1_table.0 + self.image.header.l1_bytes();
             let step = self.image.slice_size() as u64;
+            let room = self.image.cache_bytes(L1_SLICES * step) / step;
             self.l1.clear();
             let first = self.l1.slice_of(at);
-            self.l1.load(io, (0..L1_SLICES as u64).map(|i| first + i * step).take_while(|&slice| slice < end))?;
+            self.l1.load(io, (0..room.max(1)).map(|i| first + i * step).take_while(|&slice| slice < end))?;
         }
         decode_l1(&self.image, index, at, self.l1.entry(at)?)
     }
@@ -92,7 +95,8 @@ impl Qcow2Source {
         let bytes = self.piece_bytes();
         let per_table = self.pieces_per_table();
         let size = usize::try_from(bytes).map_err(|_| overflow("the size of a piece"))?;
-        let capacity = (WINDOW_BYTES / size).min(WINDOW_PIECES);
+        let room = usize::try_from(self.image.cache_bytes(WINDOW_BYTES)).unwrap_or(usize::MAX);
+        let capacity = (room / size).clamp(1, WINDOW_PIECES);
         self.pieces.clear();
         let mut index = first;
         while index < end && self.pieces.len() < capacity {

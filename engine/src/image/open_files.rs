@@ -1,0 +1,32 @@
+//! How many files the process may have open.
+
+use instar_guest_abi::{MAX_CHAIN_DEVICES, MAX_FILE_DEVICES};
+use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
+
+/// Files besides those of a chain: plugins, KVM, the standard streams, directories on the way.
+const OTHERS: u64 = 256;
+
+/// Let the process have as many files open as the longest chain needs, if its hard limit allows it. The usual soft limit
+/// is 1024. Where it cannot be raised, an open that is one too many says so.
+pub fn allow_many() {
+    let needed = (MAX_CHAIN_DEVICES + MAX_FILE_DEVICES) as u64 + OTHERS;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_some_and(|current| current < needed) {
+        let raised = maximum.map_or(needed, |maximum| needed.min(maximum));
+        // Nothing is lost if it fails.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_soft_limit_goes_up_to_the_hard_one_at_most() {
+        allow_many();
+        let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+        let needed = (MAX_CHAIN_DEVICES + MAX_FILE_DEVICES) as u64 + OTHERS;
+        assert!(current.is_none_or(|current| current >= needed || Some(current) == maximum));
+    }
+}
