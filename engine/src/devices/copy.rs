@@ -12,7 +12,7 @@ const BUFFER: usize = 1 << 20;
 /// Bytes that one `copy_file_range` is asked for at most: between two of them the operator can interrupt, and the disk begins
 /// to write the first.
 const CHUNK: u64 = 32 << 20;
-/// Holes are looked for in copies of at least this many bytes.
+/// Holes of at least this many bytes stay holes in any target; shorter ones only where it has nothing else.
 const SPARSE_MINIMUM: u64 = 64 << 10;
 
 /// Copies, and remembers between which devices the kernel does not.
@@ -100,6 +100,7 @@ impl Copier {
             job.pace.go_on()?;
             let (mut from, mut to) = (job.request.src_offset + done, job.request.offset + done);
             let length = usize::try_from((end - done).min(job.pace.piece(CHUNK))).unwrap_or(BUFFER);
+            job.target.note_data(to, length as u64);
             let (source, target) = (&job.source.file, &job.target.file);
             match rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length) {
                 // The source ended, or the file system only says so (some do): reading will tell.
@@ -149,14 +150,33 @@ impl Job<'_> {
         self.source.length.saturating_sub(self.request.src_offset).min(self.request.length)
     }
 
-    /// The next data at or after `done`: where it begins and ends. Without an answer of the file system all is data.
+    /// The next data at or after `done`, up to `end`: where it begins and ends. What lies before is a hole to be kept: a large one,
+    /// or one that the target has, too. Short ones count as data: to write their zeroes over data costs less than to cut them
+    /// out, and leaves the target whole.
     pub fn next_data(&self, done: u64, end: u64) -> (u64, u64) {
-        if end - done < SPARSE_MINIMUM {
+        if end - done < SPARSE_MINIMUM && !self.target.reads_as_zero(self.request.offset + done, end - done) {
             return (done, end);
         }
         let base = self.request.src_offset;
-        let (data, hole) = self.source.next_data(base + done, base + end);
-        (data - base, hole - base)
+        let next = |from: u64| {
+            let (data, hole) = self.source.next_data(base + from, base + end);
+            (data - base, hole - base)
+        };
+        let kept = |from: u64, to: u64| {
+            to - from >= SPARSE_MINIMUM || self.target.reads_as_zero(self.request.offset + from, to - from)
+        };
+        let (mut data, mut hole) = next(done);
+        if data > done && !kept(done, data) {
+            data = done;
+        }
+        while hole < end {
+            let (from, to) = next(hole);
+            if kept(hole, from) {
+                break;
+            }
+            hole = to;
+        }
+        (data, hole)
     }
 
     /// The bytes `from..to` of the copy read as zero. Past the end of the target they do already, whatever has been

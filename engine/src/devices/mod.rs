@@ -13,12 +13,14 @@ mod direct;
 pub mod lock;
 mod merge;
 mod pace;
+mod piece;
 mod side_by_side;
 mod statistics;
 mod transfer;
 mod workers;
 mod writeback;
 mod zero;
+mod zeroes;
 
 pub use cache::Cache;
 pub use pace::{Pace, Watch};
@@ -31,11 +33,12 @@ use copy::Copier;
 use direct::Direct;
 use instar_guest_abi::{request_flags, request_status, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES};
 use merge::Batch;
-use rustix::fs::SeekFrom;
+use std::cell::{OnceCell, RefCell};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use zeroes::Zeroes;
 
 /// One image.
 #[derive(Debug)]
@@ -47,12 +50,16 @@ pub struct Device {
     fixed_length: bool,
     /// It is read and written past the page cache.
     direct: Option<Direct>,
+    /// What direct I/O on it would be like, if that is possible: asked for once.
+    possible: OnceCell<Option<Direct>>,
     /// A flush will come, and will wait: writing begins before.
     eager: bool,
     /// Something was written since the last flush.
     dirty: bool,
     /// Something was written at all.
     changed: bool,
+    /// Which parts of it read as zeroes, as far as anybody has asked.
+    zeroes: RefCell<Zeroes>,
 }
 
 impl Device {
@@ -67,9 +74,11 @@ impl Device {
             max_length,
             fixed_length,
             direct: None,
+            possible: OnceCell::new(),
             eager: false,
             dirty: false,
             changed: false,
+            zeroes: RefCell::default(),
         }
     }
 
@@ -85,6 +94,11 @@ impl Device {
         self.changed
     }
 
+    /// What direct I/O on it would be like, if the kernel says that it is possible.
+    fn direct_possible(&self) -> Option<Direct> {
+        *self.possible.get_or_init(|| Direct::possible(&self.file))
+    }
+
     /// Read up to `out.len()` bytes at `offset`; fewer only at the end of the file, or when interrupted.
     fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<usize> {
         match self.direct {
@@ -95,6 +109,7 @@ impl Device {
 
     /// Write all of `bytes` at `offset`.
     fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.note_data(offset, bytes.len() as u64);
         match self.direct {
             Some(direct) => {
                 let length = if self.fixed_length { self.length } else { self.file.metadata()?.len() };
@@ -105,30 +120,49 @@ impl Device {
     }
 
     /// The next data within `from..end`: where it begins and ends; `(end, end)` if all of it is a hole. Without an answer of
-    /// the file system, and on a block device, all is data.
+    /// the file system, and on a block device, all is data. What was [found out](zeroes) is not asked for again.
     #[must_use]
     pub fn next_data(&self, from: u64, end: u64) -> (u64, u64) {
         if self.fixed_length || from >= end {
             return (from, end);
         }
-        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
-            Ok(data) => data.clamp(from, end),
-            // Nothing but a hole up to the end of the file.
-            Err(rustix::io::Errno::NXIO) => return (end, end),
-            Err(_) => return (from, end),
-        };
-        match rustix::fs::seek(&self.file, SeekFrom::Hole(data)) {
-            Ok(hole) => (data, hole.clamp(data, end)),
-            Err(_) => (data, end),
-        }
+        self.zeroes.borrow_mut().next_data(&*self.file, from, end)
     }
 
-    /// Make a range within the file read as zero.
+    /// Whether a range is known to read as zeroes: because the file grew there, or because it was zeroed before.
+    fn reads_as_zero(&self, offset: u64, length: u64) -> bool {
+        self.zeroes.borrow().all_zero(offset, offset.saturating_add(length))
+    }
+
+    /// A range is about to be written, whether or not that succeeds.
+    fn note_data(&self, offset: u64, length: u64) {
+        self.zeroes.borrow_mut().note(offset, offset.saturating_add(length), false);
+    }
+
+    /// Make a range within the file read as zero. One that does already is left alone, unless its space is to be given back.
     fn zero(&self, offset: u64, length: u64, discard: bool) -> io::Result<()> {
-        match self.direct {
-            Some(direct) => direct.buffered(&self.file, |file| zero::zero(file, offset, length, discard)),
-            None => zero::zero(&self.file, offset, length, discard),
+        if !discard && self.reads_as_zero(offset, length) {
+            return Ok(());
         }
+        self.note_data(offset, length);
+        match self.direct {
+            Some(direct) => direct.buffered(&self.file, |file| zero::zero(file, offset, length, discard))?,
+            None => zero::zero(&self.file, offset, length, discard)?,
+        }
+        if !discard {
+            self.zeroes.borrow_mut().note(offset, offset.saturating_add(length), true);
+        }
+        Ok(())
+    }
+
+    /// Change the length of the file, in bytes.
+    fn set_length(&mut self, length: u64) -> io::Result<()> {
+        let before = self.file.metadata()?.len();
+        self.zeroes.get_mut().forget(length.min(before), u64::MAX);
+        retry(|| rustix::fs::ftruncate(&self.file, length))?;
+        self.zeroes.get_mut().note(before, length, true);
+        self.length = length;
+        Ok(())
     }
 
     /// These bytes were written: the disk may begin, if they are many.
@@ -371,8 +405,7 @@ impl Devices {
                 let target = self.device_mut(device)?;
                 if !target.fixed_length {
                     target.touch();
-                    retry(|| rustix::fs::ftruncate(&target.file, offset))?;
-                    target.length = offset;
+                    target.set_length(offset)?;
                 }
             }
         }

@@ -1,13 +1,15 @@
-//! Much data: shared where the file system can, otherwise copied by several threads past the page cache of the target.
+//! Much data: shared where the file system can, otherwise copied by several threads.
 //!
-//! A copy within the kernel fills the page cache of the target with what nobody has asked for, one page after the other, and
-//! the next flush waits until all of it is on the disk. Whole blocks that are written directly are there already, while
-//! the next ones are read. What does not fill a block, and files that know no direct I/O, go the other way.
+//! Long runs go past the page cache of the target: a copy within the kernel fills it with data that nobody will read, one page
+//! after the other, and the next flush must write it all back. Whole blocks that are written directly are on the disk already,
+//! while the next ones are read. Short runs are better off in the page cache: the disk would be waited for at each of them, and the
+//! kernel writes them sorted, and many at once. There the threads save the waiting for what is read.
 
 use super::clone;
 use super::copy::{Copier, Job};
 use super::direct::Direct;
-use super::workers::{Piece, Workers, PIECE};
+use super::piece::{pieces, Part, Piece, PIECE};
+use super::workers::Workers;
 use super::{retry, Device, Pace, Statistics};
 use instar_guest_abi::Request;
 use rustix::fs::FallocateFlags;
@@ -16,35 +18,56 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Fewer bytes than this are better off in the page cache.
+/// Copies of fewer bytes than this in all are done one after the other.
 pub const LEAST: u64 = 1 << 20;
+/// Runs of fewer bytes than this go through the page cache.
+const DIRECT_LEAST: u64 = 256 << 10;
 /// Pieces begin and end at multiples of this at least, in bytes: blocks of usual file systems, so that no two of them share one.
 const BLOCK: u64 = 4096;
 /// Bytes that are shared at once at most: between two such steps the operator can interrupt.
 const SHARED_AT_ONCE: u64 = 1 << 30;
 
-/// What is to be written directly, collected while the rest is done.
+/// How the target is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Only past the page cache, by whole blocks of this many bytes.
+    Direct(u64),
+    /// Long runs past the page cache, by whole blocks of this many bytes; the rest through it.
+    Either(u64),
+    /// Through the page cache.
+    Buffered,
+}
+
+impl Way {
+    fn of(target: &Device) -> Self {
+        let block = |direct: Direct| direct.block().max(BLOCK);
+        match target.direct {
+            Some(direct) => Self::Direct(block(direct)),
+            None if target.eager => target.direct_possible().map_or(Self::Buffered, |direct| Self::Either(block(direct))),
+            None => Self::Buffered,
+        }
+    }
+}
+
+/// What is to be copied, collected while the rest is done.
 struct Plan {
-    /// Pieces begin and end at multiples of this many bytes, in the target.
-    block: u64,
-    pieces: VecDeque<Piece>,
-    /// Where the pieces are in the target: ascending, not adjacent.
-    ranges: Vec<Range<u64>>,
+    way: Way,
+    /// Ascending in the target.
+    parts: Vec<Part>,
 }
 
 impl Plan {
-    /// How a target is written directly; `None` if it is not.
-    fn of(target: &Device) -> Option<Self> {
-        let direct = target.direct.or_else(|| Direct::possible(&target.file).filter(|_| target.eager))?;
-        let block = direct.block().max(BLOCK);
-        Some(Self { block, pieces: VecDeque::new(), ranges: Vec::new() })
-    }
-
-    /// The part of a copy's bytes `from..to` that can be written directly, by whole blocks; empty if there is none. Where the
-    /// source is read directly, its blocks have to be whole, too.
-    fn whole_blocks(&self, job: &Job<'_>, from: u64, to: u64) -> Range<u64> {
+    /// The part of a copy's bytes `from..to` that is left for the threads; empty if there is none. Where files are only read and
+    /// written directly, that goes by whole blocks, on both sides.
+    fn range(&self, job: &Job<'_>, from: u64, to: u64) -> Range<u64> {
         let request = job.request;
-        let block = job.source.direct.map_or(self.block, |direct| self.block.max(direct.block()));
+        let block = match self.way {
+            Way::Direct(block) => block,
+            Way::Either(_) => return from..to,
+            // The kernel does what is long better: some file systems have the server copy it.
+            Way::Buffered => return if to - from < DIRECT_LEAST { from..to } else { to..to },
+        };
+        let block = job.source.direct.map_or(block, |direct| block.max(direct.block()));
         let start = (request.offset + from).next_multiple_of(block);
         let end = (request.offset + to) / block * block;
         let fits = job.source.direct.is_none() || request.offset % block == request.src_offset % block;
@@ -54,44 +77,63 @@ impl Plan {
         start - request.offset..end - request.offset
     }
 
-    /// Cut the bytes `range` of a copy into pieces.
+    /// Leave the bytes `range` of a copy for the threads.
     fn add(&mut self, job: &Job<'_>, range: Range<u64>, copy: usize) {
+        job.target.note_data(job.request.offset + range.start, range.end - range.start);
         let mut at = range.start;
         while at < range.end {
-            let length = (range.end - at).min(PIECE);
-            self.pieces.push_back(Piece {
-                source: Arc::clone(&job.source.file),
-                from: job.request.src_offset + at,
-                target: Arc::clone(&job.target.file),
-                to: job.request.offset + at,
-                length,
-                copy,
-            });
+            let to = job.request.offset + at;
+            // Parts end where pieces of a long run will.
+            let length = (range.end - at).min(PIECE - to % PIECE);
+            let (source, from) = (Arc::clone(&job.source.file), job.request.src_offset + at);
+            self.parts.push(Part { source, from, to, length, copy });
             at += length;
-        }
-        let range = job.request.offset + range.start..job.request.offset + range.end;
-        match self.ranges.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => self.ranges.push(range),
         }
     }
 
-    /// Give the target the blocks that it lacks. Direct writes into blocks that it has go side by side, others one by one. A
-    /// crash in between leaves zeroes that nothing refers to, or a longer file, as one between the writes would.
-    fn allocate(&self, target: &Device) -> io::Result<()> {
-        if target.fixed_length {
-            return Ok(());
-        }
-        for range in &self.ranges {
-            let length = range.end - range.start;
-            match retry(|| rustix::fs::fallocate(&target.file, FallocateFlags::empty(), range.start, length)) {
-                Ok(()) => {}
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => return Ok(()),
-                Err(error) => return Err(error),
+    /// What is written through the page cache, and what past it.
+    fn split(self) -> (Vec<Part>, Vec<Part>) {
+        let block = match self.way {
+            Way::Buffered => return (self.parts, Vec::new()),
+            Way::Direct(_) => return (Vec::new(), self.parts),
+            Way::Either(block) => block,
+        };
+        let (mut buffered, mut direct) = (Vec::new(), Vec::new());
+        for run in self.parts.chunk_by(|a, b| a.to + a.length == b.to) {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+            if last.to + last.length - first.to < DIRECT_LEAST {
+                buffered.extend_from_slice(run);
+                continue;
+            }
+            for part in run {
+                let end = part.to + part.length;
+                let from = part.to.next_multiple_of(block).min(end);
+                let to = (end / block * block).max(from);
+                // The edges do not fill a block.
+                buffered.extend([part.cut(part.to..from), part.cut(to..end)].into_iter().flatten());
+                direct.extend(part.cut(from..to));
             }
         }
-        Ok(())
+        (buffered, direct)
     }
+}
+
+/// Give the target the blocks that it lacks. Direct writes into blocks that it has go side by side, others one by one. A
+/// crash in between leaves zeroes that nothing refers to, or a longer file, as one between the writes would.
+fn allocate(target: &Device, parts: &[Part]) -> io::Result<()> {
+    if target.fixed_length {
+        return Ok(());
+    }
+    for run in parts.chunk_by(|a, b| a.to + a.length == b.to) {
+        let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+        let length = last.to + last.length - first.to;
+        match retry(|| rustix::fs::fallocate(&target.file, FallocateFlags::empty(), first.to, length)) {
+            Ok(()) => {}
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 impl Copier {
@@ -109,34 +151,41 @@ impl Copier {
         let Some(target) = requests.first().and_then(|request| slot(request.device)) else {
             return (0, Err(absent()));
         };
-        let mut plan = Plan::of(target);
+        let mut plan = Plan { way: Way::of(target), parts: Vec::new() };
         let mut result = Ok(());
         let mut complete = requests.len();
         for (index, request) in requests.iter().enumerate() {
             let begun = slot(request.src_device).ok_or_else(absent).and_then(|source| {
                 let mut job = Job { source, target, request, pace, statistics };
-                self.begin(&mut job, index, plan.as_mut())
+                self.begin(&mut job, index, &mut plan)
             });
             if let Err(error) = begun {
                 (complete, result) = (index, Err(error));
                 break;
             }
         }
-        if let Some(plan) = plan.filter(|plan| !plan.pieces.is_empty()) {
-            let written = plan.allocate(target).map_err(|error| (0, error));
-            let run = || {
-                workers.copy(plan.pieces, |bytes| {
-                    statistics.copied_through_host += bytes;
-                    pace.moved(bytes)?;
-                    pace.go_on()
-                })
-            };
-            let written = written.and_then(|()| match target.direct {
-                Some(_) => run(),
-                None => Direct::directly(&target.file, run).map_err(|error| (0, error)).and_then(|ran| ran),
+        let (buffered, mut direct) = plan.split();
+        let mut run = |pieces: VecDeque<Piece>| {
+            workers.copy(pieces, |bytes| {
+                statistics.copied_through_host += bytes;
+                pace.moved(bytes)?;
+                pace.go_on()
+            })
+        };
+        if let Err((copy, error)) = run(pieces(&target.file, buffered)) {
+            (complete, result) = (copy.min(complete), Err(error));
+            // Those before it are complete only with the rest of them.
+            direct.retain(|part| part.copy < complete);
+        }
+        if !direct.is_empty() {
+            let ran = allocate(target, &direct).map_err(|error| (0, error)).and_then(|()| {
+                let pieces = pieces(&target.file, direct);
+                match target.direct {
+                    Some(_) => run(pieces),
+                    None => Direct::directly(&target.file, || run(pieces)).map_err(|error| (0, error)).and_then(|ran| ran),
+                }
             });
-            if let Err((copy, error)) = written {
-                // All pieces before the one that failed have arrived.
+            if let Err((copy, error)) = ran {
                 (complete, result) = (copy.min(complete), Err(error));
             }
         }
@@ -144,19 +193,17 @@ impl Copier {
     }
 
     /// Do of one copy all but what is left for the plan.
-    fn begin(&mut self, job: &mut Job<'_>, index: usize, mut plan: Option<&mut Plan>) -> io::Result<()> {
+    fn begin(&mut self, job: &mut Job<'_>, index: usize, plan: &mut Plan) -> io::Result<()> {
         let available = job.available();
         let mut done = 0;
         while done < available {
             let (data, end) = job.next_data(done, available);
             job.zero(done, data)?;
             let shared = self.share(job, data, end)?;
-            let direct = plan.as_ref().map_or(end..end, |plan| plan.whole_blocks(job, shared, end));
-            self.copy_or_zero(job, shared, direct.start)?;
-            if let (Some(plan), false) = (plan.as_mut(), direct.is_empty()) {
-                plan.add(job, direct.clone(), index);
-            }
-            self.copy_or_zero(job, direct.end, end)?;
+            let left = plan.range(job, shared, end);
+            self.copy_or_zero(job, shared, left.start)?;
+            plan.add(job, left.clone(), index);
+            self.copy_or_zero(job, left.end, end)?;
             done = end;
         }
         job.zero(available, job.request.length)?;
@@ -172,6 +219,7 @@ impl Copier {
         while done < end && self.may_share(key) {
             job.pace.go_on()?;
             let length = (end - done).min(SHARED_AT_ONCE);
+            job.target.note_data(job.request.offset + done, length);
             let (source, target) = (&job.source.file, &job.target.file);
             match clone::share(source, job.request.src_offset + done, target, job.request.offset + done, length) {
                 Ok(()) => {

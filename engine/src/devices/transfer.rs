@@ -102,6 +102,7 @@ pub fn write(device: &Device, memory: &dyn BufferAccess, batch: &Batch) -> io::R
             device.write_all_at(offset, &bytes)
         });
     }
+    device.note_data(batch.whole.offset, batch.whole.length);
     let (file, mut done) = (&device.file, 0);
     while done < batch.whole.length {
         match call_once(libc::pwritev, file, memory, batch, done) {

@@ -4,38 +4,17 @@
 //! files out of its own reach first; the filter of system calls is applied to all threads at once.
 
 use super::aligned::AlignedBuffer;
+use super::piece::{Piece, PIECE};
 use crate::confine::paths;
 use crate::confine::Reach;
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 /// Threads besides the calling one. More of them keep no disk busier that was tried; two processors are enough for these.
 const THREADS: usize = 3;
-/// Bytes of the longest piece, and of each thread's buffer.
-pub const PIECE: u64 = 1 << 20;
-
-/// A part of a copy. All of it lies in the target, whole blocks of it if that is open for direct I/O.
-#[derive(Clone, Debug)]
-pub struct Piece {
-    /// From which file,
-    pub source: Arc<File>,
-    /// from where, in bytes,
-    pub from: u64,
-    /// into which file,
-    pub target: Arc<File>,
-    /// and where, in bytes.
-    pub to: u64,
-    /// How many bytes: at most [`PIECE`].
-    pub length: u64,
-    /// Which of several copies it is a part of.
-    pub copy: usize,
-}
-
 /// The pieces that are to be copied, and what became of those that were.
 #[derive(Debug, Default)]
 struct Board {
@@ -77,21 +56,24 @@ impl Shared {
 
     /// Copy a piece that was taken, and say what became of it.
     fn copy(&self, piece: &Piece, buffer: &mut AlignedBuffer) {
-        let result = copy_piece(piece, buffer);
+        let result = piece.copy(buffer);
         let mut board = self.board();
         board.under_way -= 1;
         match result {
             Ok(()) => {
-                self.moved.fetch_add(piece.length, Relaxed);
+                self.moved.fetch_add(piece.length(), Relaxed);
             }
-            Err(error) => {
+            Err((copy, error)) => {
                 board.waiting.clear();
-                if board.failed.as_ref().is_none_or(|(copy, _)| piece.copy < *copy) {
-                    board.failed = Some((piece.copy, error));
+                if board.failed.as_ref().is_none_or(|(first, _)| copy < *first) {
+                    board.failed = Some((copy, error));
                 }
             }
         }
-        self.done.notify_all();
+        // Nobody waits for the end of a piece while others are to be taken.
+        if board.under_way == 0 && board.waiting.is_empty() {
+            self.done.notify_all();
+        }
     }
 
     /// What a thread does until the end.
@@ -116,26 +98,6 @@ impl Shared {
             self.copy(&piece, buffer.get_or_insert_with(|| AlignedBuffer::new(PIECE)));
         }
     }
-}
-
-/// Copy one piece. What the source lacks, because it is shorter than it was, reads as zero.
-fn copy_piece(piece: &Piece, buffer: &mut AlignedBuffer) -> io::Result<()> {
-    let length = usize::try_from(piece.length).unwrap_or(usize::MAX);
-    let outside = || io::Error::from_raw_os_error(libc::EINVAL);
-    let bytes = buffer.bytes().get_mut(..length).ok_or_else(outside)?;
-    let mut done = 0;
-    while done < length {
-        match piece.source.read_at(&mut bytes[done..], piece.from + done as u64) {
-            Ok(0) => break,
-            Ok(read) => done += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            // Direct reads end in the middle of a block where the file does, and cannot go on from there.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && done > 0 => break,
-            Err(error) => return Err(error),
-        }
-    }
-    bytes[done..].fill(0);
-    piece.target.write_all_at(bytes, piece.to)
 }
 
 /// The threads. They end with it.
@@ -184,14 +146,17 @@ impl Workers {
         let mut board = shared.board();
         board.failed = None;
         board.waiting = pieces;
-        shared.news.notify_all();
+        // One piece is this thread's.
+        for _ in 1..board.waiting.len().min(1 + THREADS) {
+            shared.news.notify_one();
+        }
         loop {
             if let Some(piece) = Shared::take(&mut board) {
                 drop(board);
                 shared.copy(&piece, &mut self.buffer);
                 let stopped = each(shared.moved.swap(0, Relaxed)).err();
                 board = shared.board();
-                if let (Some(error), copy) = (stopped, piece.copy) {
+                if let (Some(error), copy) = (stopped, piece.first_copy()) {
                     board.waiting.clear();
                     board.failed.get_or_insert((copy, error));
                 }
@@ -249,7 +214,10 @@ impl Drop for SignalsBlocked {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 mod tests {
+    use super::super::piece::{pieces, Part};
     use super::*;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
 
     fn file(bytes: &[u8]) -> Arc<File> {
         let file = tempfile::tempfile().unwrap();
@@ -263,12 +231,12 @@ mod tests {
         bytes
     }
 
-    fn pieces(source: &Arc<File>, target: &Arc<File>, count: usize, length: u64) -> VecDeque<Piece> {
-        let piece = |copy: usize| {
+    fn parts(source: &Arc<File>, count: usize, length: u64) -> Vec<Part> {
+        let part = |copy: usize| {
             let at = copy as u64 * length;
-            Piece { source: Arc::clone(source), from: at, target: Arc::clone(target), to: at, length, copy }
+            Part { source: Arc::clone(source), from: at, to: at, length, copy }
         };
-        (0..count).map(piece).collect()
+        (0..count).map(part).collect()
     }
 
     #[test]
@@ -282,7 +250,7 @@ mod tests {
                 moved += bytes;
                 Ok(())
             };
-            workers.copy(pieces(&source, &target, 50, 100_000), report).unwrap();
+            workers.copy(pieces(&target, parts(&source, 50, 100_000)), report).unwrap();
             assert_eq!(moved, 5_000_000);
             assert!(content(&target) == bytes);
             target.set_len(0).unwrap();
@@ -293,7 +261,7 @@ mod tests {
     #[test]
     fn what_the_source_lacks_is_zero() {
         let (source, target) = (file(&[7; 1000]), file(&[9; 3000]));
-        Workers::start().unwrap().copy(pieces(&source, &target, 3, 900), |_| Ok(())).unwrap();
+        Workers::start().unwrap().copy(pieces(&target, parts(&source, 3, 900)), |_| Ok(())).unwrap();
         let bytes = content(&target);
         assert!(bytes[..1000] == [7; 1000] && bytes[1000..2700] == [0; 1700] && bytes[2700..] == [9; 300]);
     }
@@ -302,20 +270,24 @@ mod tests {
     fn of_several_failures_the_first_copy_is_named_and_those_before_it_are_complete() {
         let bytes = vec![5; 4_000_000];
         let (source, target) = (file(&bytes), file(&[]));
-        let closed_for_writing = Arc::new(File::open("/dev/null").unwrap());
+        let unreadable = Arc::new(File::options().write(true).open("/dev/null").unwrap());
         let mut workers = Workers::start().unwrap();
         for first in [0, 1, 17, 39] {
-            let mut pieces = pieces(&source, &target, 40, 100_000);
-            for piece in pieces.iter_mut().skip(first) {
-                piece.target = Arc::clone(&closed_for_writing);
+            let mut parts = parts(&source, 40, 100_000);
+            for part in parts.iter_mut().skip(first) {
+                part.source = Arc::clone(&unreadable);
             }
-            let (copy, error) = workers.copy(pieces, |_| Ok(())).unwrap_err();
+            let (copy, error) = workers.copy(pieces(&target, parts), |_| Ok(())).unwrap_err();
             assert_eq!((copy, error.raw_os_error()), (first, Some(libc::EBADF)));
-            assert!(content(&target) == bytes[..first * 100_000]);
+            assert!(content(&target).starts_with(&bytes[..first * 100_000]));
             target.set_len(0).unwrap();
         }
+        // A file that cannot be written fails the first copy.
+        let closed_for_writing = Arc::new(File::open("/dev/null").unwrap());
+        let (copy, error) = workers.copy(pieces(&closed_for_writing, parts(&source, 40, 100_000)), |_| Ok(())).unwrap_err();
+        assert_eq!((copy, error.raw_os_error()), (0, Some(libc::EBADF)));
         // It can be used again.
-        workers.copy(self::pieces(&source, &target, 40, 100_000), |_| Ok(())).unwrap();
+        workers.copy(pieces(&target, parts(&source, 40, 100_000)), |_| Ok(())).unwrap();
         assert!(content(&target) == bytes);
     }
 
@@ -323,7 +295,7 @@ mod tests {
     fn it_can_be_stopped() {
         let (source, target) = (file(&[1; 1000]), file(&[]));
         let stop = |_| Err(io::Error::from_raw_os_error(libc::EINTR));
-        let (_, error) = Workers::start().unwrap().copy(pieces(&source, &target, 1000, 1), stop).unwrap_err();
+        let (_, error) = Workers::start().unwrap().copy(pieces(&target, parts(&source, 1000, 1)), stop).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EINTR));
     }
 }

@@ -1,0 +1,152 @@
+//! What a thread copies at once: parts of copies, read into one buffer and written from it.
+//!
+//! An overlay that a guest has written holds its disk in the order of the writes, so that a copy into new clusters
+//! collects what stands all over the source, and a copy into a raw image scatters what stands together. Parts that go on from each other
+//! on either side are one system call there.
+
+use super::aligned::AlignedBuffer;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+/// Bytes of the longest piece, and of each thread's buffer.
+pub const PIECE: u64 = 1 << 20;
+/// Parts of a piece at most: whoever attends the copy is told after each.
+const PARTS: usize = 64;
+
+/// A part of a copy, of at most [`PIECE`] bytes. All of it lies in the target, whole blocks of it if that is open for direct I/O.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// From which file,
+    pub source: Arc<File>,
+    /// from where, in bytes,
+    pub from: u64,
+    /// and to where, in bytes.
+    pub to: u64,
+    /// How many bytes.
+    pub length: u64,
+    /// Which of several copies it is a part of.
+    pub copy: usize,
+}
+
+impl Part {
+    /// The bytes of it that go into this range of the target, which lies within it; `None` if that is empty.
+    pub fn cut(&self, range: Range<u64>) -> Option<Self> {
+        let skip = range.start.checked_sub(self.to)?;
+        let length = range.end.checked_sub(range.start).filter(|&length| length > 0)?;
+        Some(Self { from: self.from + skip, to: range.start, length, ..self.clone() })
+    }
+}
+
+/// Parts that go into one file, ascending there, of [`PIECE`] bytes in all at most.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    target: Arc<File>,
+    parts: Vec<Part>,
+    length: u64,
+}
+
+/// Put parts, which ascend in the target, together to pieces.
+pub fn pieces(target: &Arc<File>, parts: impl IntoIterator<Item = Part>) -> VecDeque<Piece> {
+    let mut pieces: VecDeque<Piece> = VecDeque::new();
+    for part in parts {
+        match pieces.back_mut() {
+            Some(last) if last.length + part.length <= PIECE && last.parts.len() < PARTS => last.add(part),
+            _ => pieces.push_back(Piece { target: Arc::clone(target), length: part.length, parts: vec![part] }),
+        }
+    }
+    pieces
+}
+
+impl Piece {
+    /// Bytes of all its parts.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The copy that its first part belongs to.
+    pub fn first_copy(&self) -> usize {
+        self.parts.first().map_or(0, |part| part.copy)
+    }
+
+    fn add(&mut self, part: Part) {
+        self.length += part.length;
+        self.parts.push(part);
+    }
+
+    /// Copy it, through a buffer of [`PIECE`] bytes. What a source lacks, because it is shorter than it was, reads as zero.
+    ///
+    /// # Errors
+    /// The copy that failed first, and why: the parts of those before it have arrived.
+    pub fn copy(&self, buffer: &mut AlignedBuffer) -> Result<(), (usize, io::Error)> {
+        let mut failed = None;
+        let mut read = 0;
+        let mut at = 0;
+        for run in runs(&self.parts, |a, b| Arc::ptr_eq(&a.source, &b.source) && a.from + a.length == b.from) {
+            let parts = self.parts.get(run.clone()).unwrap_or_default();
+            let Some(first) = parts.first() else { break };
+            let length = length_of(parts);
+            if let Err(error) = part_of(buffer, at, length).and_then(|bytes| read_all(&first.source, first.from, bytes)) {
+                failed = Some((first.copy, error));
+                break;
+            }
+            (at, read) = (at + length, run.end);
+        }
+        at = 0;
+        let ready = self.parts.get(..read).unwrap_or_default();
+        for run in runs(ready, |a, b| a.to + a.length == b.to) {
+            let parts = ready.get(run).unwrap_or_default();
+            let Some(first) = parts.first() else { break };
+            let length = length_of(parts);
+            part_of(buffer, at, length)
+                .and_then(|bytes| self.target.write_all_at(bytes, first.to))
+                .map_err(|error| (first.copy, error))?;
+            at += length;
+        }
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// Bytes of these parts.
+fn length_of(parts: &[Part]) -> u64 {
+    parts.iter().map(|part| part.length).sum()
+}
+
+/// The longest runs of neighbours of which each `goes_on` to the next.
+fn runs<T>(items: &[T], goes_on: impl Fn(&T, &T) -> bool) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (index, item) in items.iter().enumerate() {
+        match runs.last_mut() {
+            Some(run) if items.get(run.end - 1).is_some_and(|last| goes_on(last, item)) => run.end = index + 1,
+            _ => runs.push(index..index + 1),
+        }
+    }
+    runs
+}
+
+/// `length` bytes of the buffer from `at` on.
+fn part_of(buffer: &mut AlignedBuffer, at: u64, length: u64) -> io::Result<&mut [u8]> {
+    let range = usize::try_from(at).ok().zip(usize::try_from(at + length).ok());
+    let bytes = range.and_then(|(from, to)| buffer.bytes().get_mut(from..to));
+    bytes.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// Fill `bytes` from a file; what it lacks reads as zero.
+fn read_all(file: &File, from: u64, bytes: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], from + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // Direct reads end in the middle of a block where the file does, and cannot go on from there.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && done > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    bytes[done..].fill(0);
+    Ok(())
+}
