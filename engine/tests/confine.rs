@@ -28,11 +28,24 @@ const DIRECTORY: &str = "INSTAR_TEST_DIRECTORY";
 const DONE: i32 = 200;
 
 /// How an attempt ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum End {
     Done,
     Errno(i32),
     Killed(i32),
+    /// Stopped at this system call, by its name in the one line on standard error.
+    Stopped(String),
+}
+
+/// Stopped at this call and at no other.
+fn stopped(call: &str) -> End {
+    End::Stopped(call.to_owned())
+}
+
+/// The call that the line about one that is not allowed names.
+fn named_call(stderr: &str) -> Option<&str> {
+    let (_, rest) = stderr.split_once("made the system call ")?;
+    rest.split_once(" (number ").map(|(call, _)| call)
 }
 
 /// Make an attempt in a confined process of its own.
@@ -41,8 +54,10 @@ fn attempt(order: &str, directory: &Path) -> End {
     child.args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"]);
     child.env(ORDER, order).env(DIRECTORY, directory).env("RUST_BACKTRACE", "1");
     let output = child.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
     match (output.status.code(), output.status.signal()) {
         (Some(DONE), _) => End::Done,
+        (Some(1), _) if named_call(&stderr).is_some() => stopped(named_call(&stderr).unwrap()),
         (Some(errno), _) => End::Errno(errno),
         (None, signal) => End::Killed(signal.unwrap()),
     }
@@ -65,6 +80,8 @@ fn child() {
     let Ok(order) = std::env::var(ORDER) else { return };
     let directory = std::path::PathBuf::from(std::env::var_os(DIRECTORY).unwrap());
     let image = directory.join("image");
+    // SAFETY: it has no arguments. Later it would be a call that is not allowed, and the test would be of that one.
+    let parent = i64::from(unsafe { libc::getppid() });
     if order != "supported" {
         fs::write(&image, [7; 8192]).unwrap();
     }
@@ -77,7 +94,7 @@ fn child() {
     if step == "sealed" {
         let _ = confinement.seal(Work::Commit);
     }
-    end(act(deed, &directory, &file));
+    end(act(deed, &directory, &file, parent));
 }
 
 /// Without what the harness does at the end.
@@ -111,7 +128,7 @@ fn errno<T>(result: std::io::Result<T>) -> i32 {
 }
 
 /// Do what the order says; errno, or 0.
-fn act(deed: &str, directory: &Path, file: &File) -> i32 {
+fn act(deed: &str, directory: &Path, file: &File, parent: i64) -> i32 {
     let inside = text(directory.join("image"));
     let fresh = text(directory.join("fresh"));
     let outside = text("/etc/passwd");
@@ -123,6 +140,8 @@ fn act(deed: &str, directory: &Path, file: &File) -> i32 {
         call(libc::SYS_mmap, [0, 4096, protection.into(), flags.into(), -1, 0])
     };
     let standard_error = i64::from(libc::STDERR_FILENO);
+    let mut byte = [0u8; 1];
+    let scratch = byte.as_mut_ptr() as i64;
     match deed {
         "open inside" => open(&inside, libc::O_RDWR),
         "open outside" => open(&outside, libc::O_RDONLY),
@@ -144,13 +163,27 @@ fn act(deed: &str, directory: &Path, file: &File) -> i32 {
         "connect" => errno(std::net::TcpStream::connect("127.0.0.1:9")),
         "ptrace" => call(libc::SYS_ptrace, [0; 6]),
         "io_uring" => call(libc::SYS_io_uring_setup, [1, 0, 0, 0, 0, 0]),
-        // SAFETY: it has no arguments.
-        "kill parent" => call(libc::SYS_kill, [unsafe { libc::getppid() }.into(), 0, 0, 0, 0, 0]),
-        "signal parent" => {
-            // SAFETY: it has no arguments.
-            let parent = i64::from(unsafe { libc::getppid() });
-            call(libc::SYS_tgkill, [parent, parent, 0, 0, 0, 0])
+        "kill parent" => call(libc::SYS_kill, [parent, 0, 0, 0, 0, 0]),
+        "signal parent" => call(libc::SYS_tgkill, [parent, parent, 0, 0, 0, 0]),
+        "replace the handler" => call(libc::SYS_rt_sigaction, [libc::SIGSYS.into(), 0, 0, 8, 0, 0]),
+        "block the signal" => {
+            let (all, mut old, mut now) = (u64::MAX, u64::MAX, 0u64);
+            let mask = |how: i32, new: *const u64, old: *mut u64| {
+                call(libc::SYS_rt_sigprocmask, [how.into(), new as i64, old as i64, 8, 0, 0])
+            };
+            assert_eq!(mask(libc::SIG_BLOCK, &raw const all, &raw mut old), 0);
+            assert_eq!(mask(libc::SIG_SETMASK, null(), &raw mut now), 0);
+            // All but this one; two cannot be blocked at all.
+            assert_eq!(old, 0);
+            assert_eq!(!now, [libc::SIGSYS, libc::SIGKILL, libc::SIGSTOP].iter().map(|s| 1u64 << (s - 1)).sum::<u64>());
+            call(libc::SYS_fork, [0; 6])
         }
+        "read from standard output" => call(libc::SYS_pread64, [1, scratch, 1, 0, 0, 0]),
+        "write into standard output" => call(libc::SYS_pwrite64, [1, scratch, 1, 0, 0, 0]),
+        "cut standard output" => call(libc::SYS_ftruncate, [1, 0, 0, 0, 0, 0]),
+        "copy from standard output" => call(libc::SYS_copy_file_range, [1, 0, file.as_raw_fd().into(), 0, 1, 0]),
+        "copy to standard output" => call(libc::SYS_copy_file_range, [file.as_raw_fd().into(), 0, 1, 0, 1, 0]),
+        "map standard output" => call(libc::SYS_mmap, [0, 4096, libc::PROT_READ.into(), libc::MAP_SHARED.into(), 1, 0]),
         "type into the terminal" => {
             #[allow(clippy::cast_possible_wrap)]
             let request = libc::TIOCSTI as i64;
@@ -204,36 +237,39 @@ fn act(deed: &str, directory: &Path, file: &File) -> i32 {
 
 extern "C" fn ignore(_: libc::c_int) {}
 
-const KILLED: End = End::Killed(libc::SIGSYS);
-
 #[test]
 fn while_images_are_opened() {
     if !supported() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let denied = End::Errno(libc::EACCES);
+    let denied = || End::Errno(libc::EACCES);
     for (deed, expected) in [
         ("open inside", End::Done),
-        ("open outside", denied),
-        ("old open", denied),
-        ("create", denied),
-        ("list", denied),
-        ("unlink", KILLED),
-        ("rename", KILLED),
-        ("mkdir", KILLED),
-        ("exec", KILLED),
-        ("fork", KILLED),
-        ("thread", KILLED),
-        ("socket", KILLED),
-        ("unix socket", KILLED),
-        ("connect", KILLED),
-        ("ptrace", KILLED),
-        ("io_uring", KILLED),
-        ("kill parent", KILLED),
-        ("signal parent", KILLED),
-        ("executable memory", KILLED),
-        ("make memory executable", KILLED),
+        ("open outside", denied()),
+        ("old open", denied()),
+        ("create", denied()),
+        ("list", denied()),
+        ("unlink", stopped("unlink")),
+        ("rename", stopped("rename")),
+        ("mkdir", stopped("mkdir")),
+        ("exec", stopped("execve")),
+        ("fork", stopped("fork")),
+        ("thread", stopped("clone3")),
+        ("socket", stopped("socket")),
+        ("unix socket", stopped("socket")),
+        ("connect", stopped("socket")),
+        ("ptrace", stopped("ptrace")),
+        ("io_uring", stopped("io_uring_setup")),
+        ("kill parent", stopped("kill")),
+        ("signal parent", stopped("tgkill")),
+        ("executable memory", stopped("mmap")),
+        ("make memory executable", stopped("mprotect")),
+        ("read from standard output", stopped("pread64")),
+        ("map standard output", stopped("mmap")),
+        ("replace the handler", stopped("rt_sigaction")),
+        ("block the signal", stopped("fork")),
+        ("write into standard output", stopped("pwrite64")),
         ("memory", End::Done),
         ("work", End::Done),
         ("panic", End::Done),
@@ -251,25 +287,33 @@ fn once_the_chain_is_open() {
     }
     let dir = tempfile::tempdir().unwrap();
     for (deed, expected) in [
-        ("open inside", KILLED),
-        ("open outside", KILLED),
-        ("old open", KILLED),
-        ("create", KILLED),
-        ("unlink", KILLED),
-        ("rename", KILLED),
-        ("exec", KILLED),
-        ("fork", KILLED),
-        ("thread", KILLED),
-        ("socket", KILLED),
-        ("unix socket", KILLED),
-        ("connect", KILLED),
-        ("kill parent", KILLED),
-        ("signal parent", KILLED),
-        ("type into the terminal", KILLED),
-        ("a request of KVM that is not used", KILLED),
-        ("executable memory", KILLED),
-        ("make memory executable", KILLED),
-        ("write to a descriptor", KILLED),
+        ("open inside", stopped("openat")),
+        ("open outside", stopped("openat")),
+        ("old open", stopped("open")),
+        ("create", stopped("openat")),
+        ("unlink", stopped("unlink")),
+        ("rename", stopped("rename")),
+        ("exec", stopped("execve")),
+        ("fork", stopped("fork")),
+        ("thread", stopped("clone3")),
+        ("socket", stopped("socket")),
+        ("unix socket", stopped("socket")),
+        ("connect", stopped("socket")),
+        ("kill parent", stopped("kill")),
+        ("signal parent", stopped("tgkill")),
+        ("type into the terminal", stopped("ioctl")),
+        ("a request of KVM that is not used", stopped("ioctl")),
+        ("executable memory", stopped("mmap")),
+        ("make memory executable", stopped("mprotect")),
+        ("write to a descriptor", stopped("write")),
+        ("read from standard output", stopped("pread64")),
+        ("map standard output", stopped("mmap")),
+        ("replace the handler", stopped("rt_sigaction")),
+        ("block the signal", stopped("fork")),
+        ("write into standard output", stopped("pwrite64")),
+        ("cut standard output", stopped("ftruncate")),
+        ("copy from standard output", stopped("copy_file_range")),
+        ("copy to standard output", stopped("copy_file_range")),
         ("ask the terminal", End::Done),
         ("memory", End::Done),
         ("work", End::Done),
@@ -324,11 +368,22 @@ impl Target {
         assert!(stderr.contains(&format!("{deed} failed: Permission denied")), "{command:?} {when} {deed}: {stderr}");
     }
 
-    /// The process ended at the attempt.
-    fn killed(&self, command: &[&str], when: &str, deed: &str, path: &Path) {
+    /// The process ended at the attempt, at the system call that this deed needs, and said so in one line.
+    fn stopped(&self, command: &[&str], when: &str, deed: &str, path: &Path) {
         let output = self.run(command, when, deed, path);
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{command:?} {when} {deed}: {stderr}");
+        assert_eq!(output.status.code(), Some(1), "{command:?} {when} {deed}: {stderr}");
+        let call = match deed {
+            "read" | "write" | "append" => "openat",
+            "remove" => "unlink",
+            "exec" => "execve",
+            "spawn" => "clone3",
+            "thread" => "clone3",
+            "tcp" | "udp" => "socket",
+            deed => deed,
+        };
+        let line = format!("instar: the hostile plugin is faulty: it made the system call {call} (number ");
+        assert!(stderr.starts_with(&line) && stderr.lines().count() == 1, "{command:?} {when} {deed}: {stderr}");
     }
 }
 
@@ -361,19 +416,68 @@ fn a_hostile_plugin_is_stopped() {
             }
         }
         for deed in ["remove", "rename"] {
-            target.killed(&["commit"], when, deed, &beside);
+            target.stopped(&["commit"], when, deed, &beside);
         }
-        for deed in ["exec", "spawn", "tcp", "udp"] {
-            target.killed(&["commit"], when, deed, &elsewhere);
-            target.killed(&["info"], when, deed, &elsewhere);
+        for deed in ["exec", "spawn", "thread", "tcp", "udp"] {
+            target.stopped(&["commit"], when, deed, &elsewhere);
+            target.stopped(&["info"], when, deed, &elsewhere);
         }
         // Of `info`, the image is all that is open, and nothing else will be.
         for deed in ["read", "write", "append"] {
-            target.killed(&["info"], when, deed, &precious);
+            target.stopped(&["info"], when, deed, &precious);
         }
     }
     for deed in ["read", "write", "append", "exec", "spawn", "tcp", "remove"] {
-        target.killed(&["commit"], "verdict", deed, &precious);
+        target.stopped(&["commit"], "verdict", deed, &precious);
+    }
+}
+
+/// What the caller has open is no business of a process that an image has taken over.
+#[test]
+fn descriptors_of_the_caller_are_closed() {
+    let target = Target::new();
+    let (image, secret) = (target.lab.path("image"), target.outside.path().join("precious"));
+    let look = |number: i32, image_name: &Path, without: &[i64]| {
+        fs::write(&image, format!("HOSTILE probe descriptor {number}\n")).unwrap();
+        let file = File::open(&secret).unwrap();
+        let inherited = file.as_raw_fd();
+        let rules = without.iter().map(|&call| (call, Vec::new())).collect();
+        let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+        let filter = SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64).unwrap();
+        let program: BpfProgram = filter.try_into().unwrap();
+        let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+        instar.env("INSTAR_CONFIG", "").args(["info", "--plugin-dir"]).arg(target.plugins.path()).arg(image_name);
+        // SAFETY: system calls only, on what was made before.
+        unsafe {
+            instar.pre_exec(move || {
+                for to in [77, 1234] {
+                    if libc::dup2(inherited, to) < 0 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                seccompiler::apply_filter(&program).map_err(std::io::Error::other)
+            });
+        }
+        let output = instar.stdin(File::open(&secret).unwrap()).output().unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    for without in [&[][..], &[libc::SYS_close_range]] {
+        for number in [77, 1234] {
+            let said = look(number, &image, without);
+            assert!(said.contains("descriptor failed: Bad file descriptor"), "{number} {without:?}: {said}");
+        }
+    }
+    // One that the command line names is handed over, and only that one.
+    let named = Path::new("/dev/fd/77");
+    fs::write(&secret, "HOSTILE probe descriptor 77\n").unwrap();
+    assert!(look(77, named, &[]).contains("descriptor succeeded"));
+    fs::write(&secret, "HOSTILE probe descriptor 1234\n").unwrap();
+    assert!(look(1234, named, &[]).contains("descriptor failed: Bad file descriptor"));
+    if supported() {
+        for number in [0, 1, 2] {
+            let said = look(number, &image, &[]);
+            assert_eq!(named_call(&said), Some("pread64"), "{said}");
+        }
     }
 }
 
@@ -412,7 +516,8 @@ fn creating_over_a_hostile_backing() {
         instar.arg("--plugin-dir").arg(target.plugins.path()).arg(target.lab.path(name)).output().unwrap()
     };
     let output = create("new", "backing", "hostile");
-    assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{output:?}");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(named_call(&String::from_utf8_lossy(&output.stderr)), Some("openat"), "{output:?}");
     assert!(!target.lab.path("new").exists());
     let output = create("new", "base", "qcow2");
     assert!(output.status.success(), "{output:?}");

@@ -16,6 +16,7 @@ pub mod size;
 pub use output::OutputFormat;
 
 use crate::commit::render_commit_error;
+use crate::confine::trap::report_as_json;
 use clap::{Parser, Subcommand};
 use std::io::Write;
 
@@ -52,8 +53,27 @@ pub enum Command {
     Doctor(doctor::DoctorArgs),
 }
 
+impl Command {
+    /// How its result, and what goes wrong, is printed.
+    fn output(&self) -> OutputFormat {
+        match self {
+            Self::Commit(args) => args.output,
+            Self::Check(args) => args.output,
+            Self::Info(args) => args.output,
+            Self::Map(args) => args.output,
+            Self::Plugins(args) => args.output,
+            Self::Config(args) => args.output,
+            Self::Create(_) => OutputFormat::Human,
+            Self::Doctor(args) => args.output,
+        }
+    }
+}
+
 /// Run a command; the exit status.
 pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
+    if cli.command.output() == OutputFormat::Json {
+        report_as_json();
+    }
     let (done, output) = match &cli.command {
         Command::Commit(args) => return commit::run(args, out),
         Command::Check(args) => return check::run(args, out),

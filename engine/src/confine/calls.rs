@@ -14,13 +14,24 @@ pub enum Allowed {
     Always,
     /// When this argument has one of these values.
     OneOf(u8, &'static [u32]),
+    /// When this argument has another value.
+    Except(u8, u32),
     /// When this argument has none of these bits.
     Without(u8, u32),
     /// When this argument is the number of this process.
     OwnProcess(u8),
+    /// When each of these arguments is a descriptor other than the standard ones, which are the caller's.
+    Files(&'static [u8]),
+    /// When the first argument is such a descriptor, and this one has one of these values.
+    FileOneOf(u8, &'static [u32]),
+    /// For the arguments of `mmap`: memory that is not executable and belongs to no standard descriptor.
+    Mapping,
 }
 
-use Allowed::{Always, OneOf, OwnProcess, Without};
+use Allowed::{Always, Except, FileOneOf, Files, Mapping, OneOf, OwnProcess, Without};
+
+/// When the first argument is a descriptor other than the standard ones.
+const FILE: Allowed = Files(&[0]);
 
 /// A system call and when it is allowed.
 type Call = (i64, Allowed);
@@ -85,9 +96,9 @@ const fn bits(value: i32) -> u32 {
 /// Reading what is open, printing, and what every program does: memory, time, signals, the end.
 const LOOK: &[Call] = &[
     // Files
-    (libc::SYS_pread64, Always),
-    (libc::SYS_preadv, Always),
-    (libc::SYS_lseek, Always),
+    (libc::SYS_pread64, FILE),
+    (libc::SYS_preadv, FILE),
+    (libc::SYS_lseek, FILE),
     (libc::SYS_fstat, Always),
     (libc::SYS_newfstatat, Always),
     (libc::SYS_statx, Always),
@@ -99,7 +110,7 @@ const LOOK: &[Call] = &[
     (libc::SYS_ioctl, OneOf(1, TERMINAL)),
     // Memory
     (libc::SYS_brk, Always),
-    (libc::SYS_mmap, Without(2, bits(libc::PROT_EXEC))),
+    (libc::SYS_mmap, Mapping),
     (libc::SYS_mprotect, Without(2, bits(libc::PROT_EXEC))),
     (libc::SYS_mremap, Always),
     (libc::SYS_munmap, Always),
@@ -112,9 +123,10 @@ const LOOK: &[Call] = &[
     // Locks of the runtime
     (libc::SYS_futex, Always),
     (libc::SYS_sched_yield, Always),
-    // Signals; an abort sends one
-    (libc::SYS_rt_sigaction, Always),
-    (libc::SYS_rt_sigprocmask, Always),
+    // Signals; an abort sends one. Nobody replaces the handler that reports a call that is not in the list
+    (libc::SYS_rt_sigaction, Except(0, bits(libc::SIGSYS))),
+    // To block signals is the handler's, which does so for all but its own
+    (libc::SYS_rt_sigprocmask, OneOf(0, &[bits(libc::SIG_UNBLOCK), bits(libc::SIG_SETMASK)])),
     (libc::SYS_rt_sigreturn, Always),
     (libc::SYS_restart_syscall, Always),
     (libc::SYS_sigaltstack, Always),
@@ -148,7 +160,7 @@ const OPEN: &[Call] = &[
     (libc::SYS_getuid, Always),
     (libc::SYS_getgid, Always),
     (libc::SYS_getegid, Always),
-    (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_OFD_SETLK), bits(libc::F_OFD_GETLK)])),
+    (libc::SYS_fcntl, FileOneOf(1, &[bits(libc::F_OFD_SETLK), bits(libc::F_OFD_GETLK)])),
 ];
 
 /// Confining the process further.
@@ -161,18 +173,18 @@ const CONFINE: &[Call] = &[
 
 /// Changing what is open.
 const CHANGE: &[Call] = &[
-    (libc::SYS_pwrite64, Always),
-    (libc::SYS_pwritev, Always),
-    (libc::SYS_copy_file_range, Always),
-    (libc::SYS_fallocate, Always),
-    (libc::SYS_ftruncate, Always),
-    (libc::SYS_fdatasync, Always),
+    (libc::SYS_pwrite64, FILE),
+    (libc::SYS_pwritev, FILE),
+    (libc::SYS_copy_file_range, Files(&[0, 2])),
+    (libc::SYS_fallocate, FILE),
+    (libc::SYS_ftruncate, FILE),
+    (libc::SYS_fdatasync, FILE),
     // Sharing extents
-    (libc::SYS_ioctl, OneOf(1, &[request(libc::FICLONERANGE)])),
+    (libc::SYS_ioctl, FileOneOf(1, &[request(libc::FICLONERANGE)])),
     // To begin writing, without waiting
-    (libc::SYS_sync_file_range, Always),
+    (libc::SYS_sync_file_range, FILE),
     // Direct I/O is switched on and off on the descriptor.
-    (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_SETFL)])),
+    (libc::SYS_fcntl, FileOneOf(1, &[bits(libc::F_SETFL)])),
     // How much space there is
     (libc::SYS_fstatfs, Always),
     // The pauses of a rate limit

@@ -6,6 +6,9 @@ use seccompiler::{
 };
 use std::collections::BTreeMap;
 
+/// The last of the standard descriptors: standard error.
+const LAST_STANDARD: u32 = 2;
+
 /// Which threads a filter is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Threads {
@@ -15,13 +18,15 @@ pub(super) enum Threads {
     This,
 }
 
-/// From now on, a system call that this work does not need ends the process. Returns how many there are.
+/// From now on, a system call that this work does not need ends the process, [which says so](super::trap). Returns how
+/// many there are.
 ///
 /// # Errors
 /// Why there is no filter: one clause.
 pub(super) fn apply(work: Work, threads: Threads) -> Result<usize, String> {
     let calls = work.calls();
     let program = compile(&calls).map_err(|error| error.to_string())?;
+    super::trap::install();
     match threads {
         Threads::All => seccompiler::apply_filter_all_threads(&program),
         Threads::This => seccompiler::apply_filter(&program),
@@ -30,7 +35,8 @@ pub(super) fn apply(work: Work, threads: Threads) -> Result<usize, String> {
     Ok(calls.len())
 }
 
-/// Whatever is not in the list ends the process, as does every call of another architecture's numbering.
+/// Whatever is not in the list raises `SIGSYS` instead of being done, whose handler cannot be replaced. A call of another
+/// architecture's numbering kills the process at once.
 fn compile(calls: &BTreeMap<i64, Vec<Allowed>>) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules = BTreeMap::new();
     for (call, allowed) in calls {
@@ -41,24 +47,41 @@ fn compile(calls: &BTreeMap<i64, Vec<Allowed>>) -> Result<BpfProgram, seccompile
         // A call without rules is allowed whatever its arguments.
         rules.insert(*call, list);
     }
-    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
 impl Allowed {
     /// The rules of which one has to hold.
     fn conditions(&self) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
-        let rule = |argument: u8, operator: SeccompCmpOp, value: u64| {
-            // The kernel takes each of these arguments as 32 bits.
-            let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
-            SeccompRule::new(vec![condition])
+        // The kernel takes each of these arguments as 32 bits.
+        let compare = |argument: u8, operator: SeccompCmpOp, value: u32| {
+            SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value.into())
         };
+        // A negative descriptor counts as a large number: the kernel refuses it itself.
+        let file = |argument: u8| compare(argument, SeccompCmpOp::Gt, LAST_STANDARD);
+        let one = |condition| Ok(vec![SeccompRule::new(vec![condition?])?]);
         match *self {
             Self::Always => Ok(Vec::new()),
-            Self::OneOf(argument, values) => {
-                values.iter().map(|&value| rule(argument, SeccompCmpOp::Eq, value.into())).collect()
+            Self::OneOf(argument, values) => values
+                .iter()
+                .map(|&value| SeccompRule::new(vec![compare(argument, SeccompCmpOp::Eq, value)?]))
+                .collect(),
+            Self::Except(argument, value) => one(compare(argument, SeccompCmpOp::Ne, value)),
+            Self::Without(argument, bits) => one(compare(argument, SeccompCmpOp::MaskedEq(bits.into()), 0)),
+            Self::OwnProcess(argument) => one(compare(argument, SeccompCmpOp::Eq, std::process::id())),
+            Self::Files(arguments) => {
+                let all: Result<Vec<_>, _> = arguments.iter().map(|&argument| file(argument)).collect();
+                Ok(vec![SeccompRule::new(all?)?])
             }
-            Self::Without(argument, bits) => Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(bits.into()), 0)?]),
-            Self::OwnProcess(argument) => Ok(vec![rule(argument, SeccompCmpOp::Eq, std::process::id().into())?]),
+            Self::FileOneOf(argument, values) => values
+                .iter()
+                .map(|&value| SeccompRule::new(vec![file(0)?, compare(argument, SeccompCmpOp::Eq, value)?]))
+                .collect(),
+            Self::Mapping => {
+                let executable = u64::from(libc::PROT_EXEC.cast_unsigned());
+                let never = compare(2, SeccompCmpOp::MaskedEq(executable), 0)?;
+                Ok(vec![SeccompRule::new(vec![never, file(4)?])?])
+            }
         }
     }
 }

@@ -3,7 +3,10 @@
 //! Two layers, each of which can only become stricter:
 //!
 //! * [`paths`]: Landlock decides which files can be opened, by where they are;
-//! * [`calls`] and [`filter`]: seccomp decides which system calls there are. Any other one ends the process.
+//! * [`calls`] and [`filter`]: seccomp decides which system calls there are. Any other one ends the process, which [names
+//!   it](trap).
+//!
+//! [`descriptors`] sees to it that the process holds nothing of its caller's but standard output and standard error.
 //!
 //! A commit takes two steps. [`Confinement::begin`], before the first byte of an image is read: only the images can be
 //! opened, nothing can be created, renamed, removed or executed, and there is no network. [`Confinement::seal`], once the
@@ -12,9 +15,13 @@
 //!
 //! Landlock holds for the calling thread and those that it starts, seccomp for all: nothing starts a thread before.
 
+mod call_names;
 pub mod calls;
+pub mod descriptors;
 mod filter;
 pub mod paths;
+mod signal_mask;
+pub mod trap;
 
 pub use calls::Work;
 pub use paths::Reach;

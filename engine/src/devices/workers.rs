@@ -198,7 +198,9 @@ impl SignalsBlocked {
         unsafe {
             let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = (std::mem::zeroed(), std::mem::zeroed());
             libc::sigfillset(&raw mut all);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
+            // Blocked, it would kill the process without a word.
+            libc::sigdelset(&raw mut all, libc::SIGSYS);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
             Self(before)
         }
     }

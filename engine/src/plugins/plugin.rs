@@ -3,6 +3,7 @@
 use super::budget::BudgetedReader;
 use super::library::{Candidate, LoadedLibrary};
 use super::{answers, ImageFiles, ImageRead, PluginFailure};
+use crate::confine::trap::Calling;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
@@ -149,6 +150,7 @@ impl Plugin {
     /// error. What `other` is: see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
     #[must_use]
     pub fn verdict(&self, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+        let _calling = Calling::plugin(self.name());
         let mut verdict = self.library.interface.verdict(role, own, other);
         if ErrorCode::from_u32(verdict.code).is_none() {
             verdict.code = ErrorCode::PluginRefused.number();
@@ -162,6 +164,7 @@ impl Plugin {
     /// # Errors
     /// When the plugin cannot create what is asked for, or is faulty.
     pub fn create(&self, spec: &CreateSpec) -> Result<CreatedImage, PluginFailure> {
+        let _calling = Calling::plugin(self.name());
         let image = self.library.interface.create(spec).map_err(|error| self.refused(error))?;
         answers::check_created(&image).map_err(|message| self.faulty(message))?;
         Ok(image)
@@ -174,6 +177,7 @@ impl Plugin {
     ) -> Result<T, PluginFailure> {
         let source = BudgetedReader::new(image);
         let others: Vec<u64> = image.others.iter().map(|file| file.length()).collect();
+        let _calling = Calling::plugin(self.name());
         let result = call(&ImageReader::with_files(image.first.length(), &others, &source));
         match (result, source.into_failure()) {
             // A plugin that goes on after a failed read has not seen the image: its answer does not count.

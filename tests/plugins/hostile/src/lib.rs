@@ -7,7 +7,10 @@ use instar_plugin_api::{
 };
 use std::fs;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::net::{TcpStream, UdpSocket};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -41,6 +44,14 @@ fn attempt(deed: &str, path: &str) -> io::Result<()> {
         "remove" => fs::remove_file(path),
         "rename" => fs::rename(path, format!("{path}.renamed")),
         "exec" => Err(Command::new("/usr/bin/touch").arg(path).exec()),
+        "thread" => std::thread::Builder::new().spawn(|| ()).map(|thread| drop(thread.join())),
+        // The path is the number of a descriptor.
+        "descriptor" => {
+            let number = path.parse().map_err(io::Error::other)?;
+            // SAFETY: whether it is open is what is asked; it is not closed at the end.
+            let file = ManuallyDrop::new(unsafe { fs::File::from_raw_fd(number) });
+            file.read_at(&mut [0], 0).map(drop)
+        }
         "spawn" => Command::new("/usr/bin/touch").arg(path).status().map(drop),
         "tcp" => TcpStream::connect("127.0.0.1:9").map(drop),
         "udp" => UdpSocket::bind("127.0.0.1:0").map(drop),
