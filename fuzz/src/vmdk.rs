@@ -18,8 +18,10 @@ pub fn header(data: &[u8]) {
                 let digits = std::str::from_utf8(&text[id.digits.clone()]).unwrap();
                 assert_eq!(u32::from_str_radix(digits, 16), Ok(id.value));
                 let next = instar_vmdk_format::next_content_id(id.value);
-                if let Ok(replacement) = id.replacement(next, 512) {
+                for marked in [false, true] {
+                    let Ok(replacement) = id.replacement(next, marked, 512) else { continue };
                     assert_eq!((replacement.len(), u32::from_str_radix(&replacement, 16)), (digits.len(), Ok(next)));
+                    assert_eq!(replacement.bytes().any(|digit| digit.is_ascii_uppercase()), marked);
                 }
             }
         }

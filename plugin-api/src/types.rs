@@ -9,6 +9,9 @@ pub const ROLE_SOURCE: u32 = 1;
 /// Bit of [`GuestModule::roles`]: the module offers the sink role.
 pub const ROLE_SINK: u32 = 2;
 
+/// Longest identity of an image in bytes.
+pub const IDENTITY_MAX: usize = instar_guest_abi::IMAGE_ID_MAX;
+
 /// Why a plugin could not answer.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
@@ -79,6 +82,19 @@ pub struct ImageFacts {
     pub corrupt: bool,
     /// The content is encrypted.
     pub encrypted: bool,
+    /// Which content the image has, as its format tells it (the CID of a vmdk, the unique ID of a VHD): up to
+    /// [`IDENTITY_MAX`] bytes that the engine compares with other images' [`ImageFacts::parent_identity`], and nothing
+    /// else. Empty for a format without one.
+    pub identity: RVec<u8>,
+    /// The identity that the next commit into the image gives it, which follows from the one that it has. Empty if that
+    /// stays.
+    pub next_identity: RVec<u8>,
+    /// The identity that the image records of what it is backed by: with another one below it, its content makes no sense.
+    /// Empty if it records none.
+    pub parent_identity: RVec<u8>,
+    /// The image says that a commit from it was interrupted, and that it still holds everything that was to be committed:
+    /// `parent_identity` may be one that what is below it was yet to get, its [`ImageFacts::next_identity`].
+    pub parent_announced: bool,
     /// Other features, in the order in which they are shown.
     pub features: RVec<Feature>,
 }
@@ -96,6 +112,10 @@ impl ImageFacts {
             dirty: false,
             corrupt: false,
             encrypted: false,
+            identity: RVec::new(),
+            next_identity: RVec::new(),
+            parent_identity: RVec::new(),
+            parent_announced: false,
             features: RVec::new(),
         }
     }

@@ -111,6 +111,63 @@ pub struct PlanSummary {
     pub new_metadata_clusters: u64,
 }
 
+/// Longest [`ImageId`] in bytes.
+pub const IMAGE_ID_MAX: usize = 32;
+
+/// Which content an image has, as its format tells it (the content ID of a vmdk): bytes that are only compared, and that
+/// only drivers of the format take apart.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct ImageId {
+    length: u32,
+    bytes: [u8; IMAGE_ID_MAX],
+}
+
+impl ImageId {
+    /// The identity with these bytes; `None` if there are none, or more than [`IMAGE_ID_MAX`].
+    #[must_use]
+    pub fn new(id: &[u8]) -> Option<Self> {
+        let mut bytes = [0; IMAGE_ID_MAX];
+        bytes.get_mut(..id.len()).filter(|_| !id.is_empty())?.copy_from_slice(id);
+        Some(Self { length: u32::try_from(id.len()).ok()?, bytes })
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        usize::try_from(self.length).ok().and_then(|length| self.bytes.get(..length)).unwrap_or_default()
+    }
+}
+
+impl core::fmt::Debug for ImageId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "ImageId({:02x?})", self.as_bytes())
+    }
+}
+
+/// How far a commit is that changes the identity of a source's parent. Passed as `u32`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParentStage {
+    /// The parent is about to get the identity, and then what the source holds. Until it is [`Reached`](Self::Reached), the
+    /// source keeps everything that it holds, so that the parent may have its old identity as well.
+    Announced = 1,
+    /// The parent has the identity, and holds durably what was committed: no other one goes with the source any more.
+    Reached = 2,
+}
+
+impl ParentStage {
+    /// The stage with this number, if there is one.
+    #[must_use]
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Some(match value {
+            1 => Self::Announced,
+            2 => Self::Reached,
+            _ => return None,
+        })
+    }
+}
+
 /// What an examination found, in numbers. What a format does not count is 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -205,10 +262,12 @@ pub struct SourceOps {
     /// Empty the image and give its space back; durable when it returns. `*cleared` is set to the number
     /// of clusters that were dropped.
     pub empty: extern "C" fn(source: *mut c_void, cleared: *mut u64, failure: *mut Failure) -> u32,
-    /// Since minor version 2; null, or past the end of a shorter table: the image does not record its parent's content ID.
-    /// Record, durably, that the parent's content ID is about to become `content_id`; called before the first write to the
-    /// parent.
-    pub follow_parent: Option<extern "C" fn(source: *mut c_void, content_id: u64, failure: *mut Failure) -> u32>,
+    /// Since minor version 2; null, or past the end of a shorter table: the image does not record its parent's identity.
+    /// Record, durably, that the parent's identity becomes `*identity`. `stage` is a [`ParentStage`] as a number: called
+    /// before the first write to the parent, and again with the same identity when the last one is durable.
+    pub follow_parent: Option<
+        extern "C" fn(source: *mut c_void, identity: *const ImageId, stage: u32, failure: *mut Failure) -> u32,
+    >,
     /// Since minor version 3; null, or past the end of a shorter table: images of the format cannot be examined.
     /// Look at all metadata for a report, and change nothing: what is wrong is a finding and not a failure.
     pub examine: Option<
@@ -286,9 +345,9 @@ pub struct SinkOps {
     /// may be one of no extents, makes it so. What lies below the image reads as zeroes from byte `below_length` on.
     pub grow:
         Option<extern "C" fn(sink: *mut c_void, virtual_size: u64, below_length: u64, failure: *mut Failure) -> u32>,
-    /// Since minor version 2; null, or past the end of a shorter table: the image has no content ID. Sets
-    /// `*content_id` to the one that the image gets with the first `write` of any extents, and returns 1; or returns 0.
-    pub next_content_id: Option<extern "C" fn(sink: *mut c_void, content_id: *mut u64) -> u32>,
+    /// Since minor version 2; null, or past the end of a shorter table: the image has no identity that changes. Sets
+    /// `*identity` to the one that the image gets with the first `write` of any extents, and returns 1; or returns 0.
+    pub next_identity: Option<extern "C" fn(sink: *mut c_void, identity: *mut ImageId) -> u32>,
 }
 
 impl SinkOps {

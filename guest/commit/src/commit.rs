@@ -10,7 +10,7 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, PlanSummary};
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ParentStage, PlanSummary};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink, Source};
 
 /// Extents that are handed to the sink at once: it flushes a few times for each such batch.
@@ -133,10 +133,11 @@ pub fn commit(
     }
 
     let below = &mut *images.below;
-    if let Some(id) = sink.next_content_id().filter(|_| bytes > 0) {
-        // Before the backing has its new content ID: a crash between the two is recognised by the overlay's having the
-        // one that the backing would have got, and a second run goes on from there.
-        images.source.follow_parent(io, id).map_err(at(Step::Write))?;
+    let identity = sink.next_identity().filter(|_| bytes > 0);
+    if let Some(identity) = &identity {
+        // Before the backing has its new identity: a crash between the two is recognised by the overlay's having the one
+        // that the backing would have got, and a second run goes on from there.
+        images.source.follow_parent(io, identity, ParentStage::Announced).map_err(at(Step::Write))?;
     }
     if growing {
         // An overlay that holds nothing makes its backing grow, too.
@@ -151,6 +152,11 @@ pub fn commit(
     .and_then(|()| sink.finish(io))
     .map_err(at(Step::Write))?;
     drop(arena);
+    if let Some(identity) = &identity {
+        // Before the overlay is emptied: from here on a backing of before, restored from a backup, is refused. A crash in
+        // front of it leaves an overlay that still holds everything, and goes with either backing.
+        images.source.follow_parent(io, identity, ParentStage::Reached).map_err(at(Step::Write))?;
+    }
 
     let mut outcome = Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 };
     if !options.keep_overlay {

@@ -6,7 +6,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo};
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageId, ImageInfo, ParentStage};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
 /// Extents that are asked of a layer at once, at most …
@@ -236,6 +236,11 @@ impl Source for Layers<'_> {
         let (layer, whole) =
             layer.ok_or_else(|| DriverError::new(ErrorCode::InternalOverflow, "an extent of before"))?;
         layer.source.read(io, &whole, from, buffer)
+    }
+
+    /// The lowest layer is the one whose parent is written.
+    fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
+        self.layers.last_mut().map_or(Ok(()), |lowest| lowest.source.follow_parent(io, identity, stage))
     }
 
     fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {

@@ -4,7 +4,9 @@ use crate::error::{DriverError, DriverResult};
 use crate::io::BlockIo;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_abi::{DeviceConfig, ErrorCode, Examination, Extent, FindingKind, ImageInfo, PlanSummary};
+use instar_guest_abi::{
+    DeviceConfig, ErrorCode, Examination, Extent, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary,
+};
 
 /// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
 pub trait Source {
@@ -50,13 +52,15 @@ pub trait Source {
     /// I/O errors.
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64>;
 
-    /// The image that this one is backed by is about to be written, and to get this content ID
-    /// ([`Sink::next_content_id`]): a format that records its parent's content ID records the new one, durably.
+    /// The image that this one is backed by gets another identity ([`Sink::next_identity`]): a format that records its
+    /// parent's identity records the new one, durably, and which stage it is. [`ParentStage::Announced`] comes before the
+    /// first write to the parent, [`ParentStage::Reached`] with the same identity when the last one is durable; an image
+    /// that was only told the first goes with a parent of either identity, the old and the new.
     ///
     /// # Errors
     /// I/O errors.
-    fn follow_parent(&mut self, io: &mut dyn BlockIo, content_id: u64) -> DriverResult<()> {
-        let _ = (io, content_id);
+    fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
+        let _ = (io, identity, stage);
         Ok(())
     }
 
@@ -129,10 +133,10 @@ pub trait Sink {
     /// As [`Sink::plan`].
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary>;
 
-    /// The content ID that the image gets, durably, with the first [`Sink::write`] of any extents and before they are
+    /// The identity that the image gets, durably, with the first [`Sink::write`] of any extents and before they are
     /// written; `None` for a format without one. It follows from the one that the image has: a commit that was
     /// interrupted between the two images finds the same one when it is run again.
-    fn next_content_id(&self) -> Option<u64> {
+    fn next_identity(&self) -> Option<ImageId> {
         None
     }
 

@@ -1,6 +1,5 @@
 //! `create`: a new, empty image.
 
-use crate::facts::names;
 use instar_plugin_api::std_types::RVec;
 use instar_plugin_api::{CreateSpec, CreatedFile, CreatedImage, ErrorCode, ImageRegion, PluginError};
 use instar_vmdk_format::{CreateOptions, NewFile, Subformat, NO_PARENT};
@@ -65,9 +64,9 @@ fn parent(spec: &CreateSpec) -> Result<Option<(Vec<u8>, u32)>, PluginError> {
             "a vmdk records the content ID of its backing file, which has to be looked at: leave out -u",
         ));
     };
-    let id = facts.feature(names::CID).filter(|_| facts.format.as_str() == "vmdk").and_then(|json| json.parse().ok());
+    let id = facts.identity.as_slice().try_into().ok().filter(|_| facts.format.as_str() == "vmdk");
     let id = id.ok_or_else(|| refuse("the backing file of a vmdk has to be a vmdk"))?;
-    Ok(Some((backing.name.to_vec(), id)))
+    Ok(Some((backing.name.to_vec(), u32::from_be_bytes(id))))
 }
 
 fn set(options: &mut CreateOptions, name: &str, value: &str) -> Result<(), String> {

@@ -6,8 +6,8 @@ use instar_plugin_api::{
     PROBE_NO,
 };
 use instar_vmdk_format::{
-    Descriptor, DiskExtent, FormatError, Header, Storage, Trouble, FOOTER_BYTES, HEADER_BYTES, MAGIC,
-    MAX_DESCRIPTOR_BYTES, SECTOR,
+    next_content_id, Descriptor, DiskExtent, FormatError, Header, Storage, Trouble, FOOTER_BYTES, HEADER_BYTES, MAGIC,
+    MAX_DESCRIPTOR_BYTES, NO_PARENT, SECTOR,
 };
 
 /// Names of the features. Those of the first three are QEMU's, for `instar info`.
@@ -194,10 +194,16 @@ fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) {
         let format = ROption::RSome(b"vmdk".to_vec().into());
         facts.backing = ROption::RSome(BackingPointer { name: name.clone().into(), format });
     }
-    let recorded = parent.unwrap_or(instar_vmdk_format::NO_PARENT);
+    let (id, recorded) = (descriptor.content_id.value, parent.unwrap_or(NO_PARENT));
+    facts.identity = id.to_be_bytes().to_vec().into();
+    facts.next_identity = next_content_id(id).to_be_bytes().to_vec().into();
+    if let Some(parent) = &descriptor.parent_id.as_ref().filter(|_| facts.backing.is_some()) {
+        facts.parent_identity = parent.value.to_be_bytes().to_vec().into();
+        facts.parent_announced = parent.marked;
+    }
     let kind = String::from_utf8_lossy(&descriptor.create_type);
     facts.features.extend([
-        Feature::number(names::CID, descriptor.content_id.value.into(), true),
+        Feature::number(names::CID, id.into(), true),
         Feature::number(names::PARENT_CID, recorded.into(), true),
         Feature::text(names::CREATE_TYPE, &kind, true),
     ]);

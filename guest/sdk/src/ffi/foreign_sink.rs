@@ -5,7 +5,7 @@ use super::{call, protocol};
 use crate::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
 use core::ffi::c_void;
 use core::ptr::null_mut;
-use instar_guest_abi::{DeviceConfig, ErrorCode, Extent, ImageInfo, PlanSummary, SinkOps};
+use instar_guest_abi::{DeviceConfig, ErrorCode, Extent, ImageId, ImageInfo, PlanSummary, SinkOps};
 
 /// A sink of another module. It does its block I/O itself: the `io` of the calls serves only to read the layers
 /// below.
@@ -64,9 +64,11 @@ impl Sink for ForeignSink {
         call(|failure| grow(self.handle, virtual_size, below_length, failure))
     }
 
-    fn next_content_id(&self) -> Option<u64> {
-        let mut id = 0;
-        self.ops.next_content_id.filter(|next| next(self.handle, &raw mut id) == 1).map(|_| id)
+    fn next_identity(&self) -> Option<ImageId> {
+        let mut identity = ImageId::new(&[0])?;
+        self.ops.next_identity.filter(|next| next(self.handle, &raw mut identity) == 1)?;
+        // Once more, because the module may have written anything as the length.
+        ImageId::new(identity.as_bytes())
     }
 
     fn finish(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {

@@ -7,7 +7,8 @@ use core::ffi::c_void;
 use core::ops::Range;
 use core::ptr::null_mut;
 use instar_guest_abi::{
-    DeviceConfig, ErrorCode, Examination, Extent, ExtentKind, FindingKind, FindingOps, ImageInfo, SourceOps,
+    DeviceConfig, ErrorCode, Examination, Extent, ExtentKind, FindingKind, FindingOps, ImageId, ImageInfo,
+    ParentStage, SourceOps,
 };
 
 /// A source of another module. It does its block I/O itself: the `io` of the calls is not used.
@@ -108,9 +109,9 @@ impl Source for ForeignSource {
         Ok(cleared)
     }
 
-    fn follow_parent(&mut self, _: &mut dyn BlockIo, content_id: u64) -> DriverResult<()> {
+    fn follow_parent(&mut self, _: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
         let follow = self.ops.follow_parent;
-        follow.map_or(Ok(()), |follow| call(|failure| follow(self.handle, content_id, failure)))
+        follow.map_or(Ok(()), |follow| call(|failure| follow(self.handle, identity, stage as u32, failure)))
     }
 
     fn examine(

@@ -6,7 +6,7 @@ use crate::{BlockIo, DriverResult, FormatDriver, Sink};
 use alloc::boxed::Box;
 use core::ffi::c_void;
 use core::slice;
-use instar_guest_abi::{DeviceConfig, Extent, ExtentKind, Failure, ImageInfo, PlanSummary, ReadBelowOps, SinkOps};
+use instar_guest_abi::{DeviceConfig, Extent, ExtentKind, Failure, ImageId, ImageInfo, PlanSummary, ReadBelowOps, SinkOps};
 
 #[allow(clippy::cast_possible_truncation, reason = "a table is some dozens of bytes")]
 const SIZE: u32 = size_of::<SinkOps>() as u32;
@@ -25,7 +25,7 @@ pub const fn sink_ops<D: FormatDriver, Io: BlockIo + Default>() -> SinkOps {
         write: write::<D::Sink, Io>,
         finish: finish_all::<D::Sink, Io>,
         grow: Some(grow::<D::Sink, Io>),
-        next_content_id: Some(next_content_id::<D::Sink>),
+        next_identity: Some(next_identity::<D::Sink>),
     }
 }
 
@@ -172,11 +172,11 @@ extern "C" fn grow<S: Sink, Io: BlockIo + Default>(
     unsafe { done(result, failure) }
 }
 
-extern "C" fn next_content_id<S: Sink>(sink: *mut c_void, content_id: *mut u64) -> u32 {
+extern "C" fn next_identity<S: Sink>(sink: *mut c_void, identity: *mut ImageId) -> u32 {
     // SAFETY: the interface passes a live handle and a writable result.
-    match unsafe { (handle::<S>(sink).and_then(|sink| sink.next_content_id()), content_id.as_mut()) } {
-        (Some(id), Some(out)) => {
-            *out = id;
+    match unsafe { (handle::<S>(sink).and_then(|sink| sink.next_identity()), identity.as_mut()) } {
+        (Some(next), Some(out)) => {
+            *out = next;
             1
         }
         _ => 0,

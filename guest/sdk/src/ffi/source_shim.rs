@@ -7,7 +7,8 @@ use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::slice;
 use instar_guest_abi::{
-    DeviceConfig, Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, ImageInfo, SourceOps,
+    DeviceConfig, Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, ImageId, ImageInfo,
+    ParentStage, SourceOps,
 };
 
 /// What a handle points to.
@@ -179,13 +180,17 @@ extern "C" fn empty<S: Source, Io: BlockIo + Default>(
 
 extern "C" fn follow_parent<S: Source, Io: BlockIo + Default>(
     source: *mut c_void,
-    content_id: u64,
+    identity: *const ImageId,
+    stage: u32,
     failure: *mut Failure,
 ) -> u32 {
-    // SAFETY: the interface passes a live handle.
-    let result = match unsafe { handle::<S>(source) } {
-        Some(open) => open.source.follow_parent(&mut Io::default(), content_id),
-        None => Err(protocol("follow_parent without source")),
+    // SAFETY: the interface passes a live handle and a readable identity.
+    let (open, identity) = unsafe { (handle::<S>(source), identity.as_ref()) };
+    let result = match (open, identity, ParentStage::from_u32(stage)) {
+        (Some(open), Some(identity), Some(stage)) => {
+            open.source.follow_parent(&mut Io::default(), identity, stage)
+        }
+        _ => Err(protocol("follow_parent without source, identity or stage")),
     };
     // SAFETY: the interface passes null or a writable failure.
     unsafe { done(result, failure) }

@@ -29,8 +29,8 @@ impl DescriptorPlace {
         Ok(Self { device, offset, text })
     }
 
-    fn replacement(&self, id: &ContentId, value: u32) -> DriverResult<String> {
-        id.replacement(value, self.offset)
+    fn replacement(&self, id: &ContentId, value: u32, marked: bool) -> DriverResult<String> {
+        id.replacement(value, marked, self.offset)
             .map_err(|error| DriverError::new(ErrorCode::UnsupportedFormat, error.text).at(self.device, self.offset))
     }
 
@@ -39,19 +39,25 @@ impl DescriptorPlace {
     /// # Errors
     /// [`ErrorCode::UnsupportedFormat`] if not.
     pub fn can_replace(&self, id: &ContentId, value: u32) -> DriverResult<()> {
-        self.replacement(id, value).map(|_| ())
+        self.replacement(id, value, false).map(|_| ())
     }
 
-    /// Replace an ID, durably. Returns it as it stands there now.
+    /// Replace an ID, [marked](ContentId::marked) or not, durably. Returns it as it stands there now.
     ///
     /// # Errors
     /// As [`DescriptorPlace::can_replace`]; I/O errors.
-    pub fn replace(&self, io: &mut dyn BlockIo, id: &ContentId, value: u32) -> DriverResult<ContentId> {
-        if id.value != value {
-            let digits = self.replacement(id, value)?;
+    pub fn replace(
+        &self,
+        io: &mut dyn BlockIo,
+        id: &ContentId,
+        value: u32,
+        marked: bool,
+    ) -> DriverResult<ContentId> {
+        if (id.value, id.marked) != (value, marked) {
+            let digits = self.replacement(id, value, marked)?;
             io.write(self.device, self.offset.saturating_add(id.digits.start as u64), digits.as_bytes())?;
             io.flush(self.device)?;
         }
-        Ok(ContentId { value, digits: id.digits.clone() })
+        Ok(ContentId { value, digits: id.digits.clone(), marked })
     }
 }

@@ -9,7 +9,7 @@ use crate::image::overflow;
 use crate::sparse_sink::{data_request, SparseSink};
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ImageInfo, PlanSummary, Request};
+use instar_guest_sdk::abi::{ErrorCode, Extent, ImageId, ImageInfo, PlanSummary, Request};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
 use instar_vmdk_format::next_content_id;
 
@@ -88,7 +88,7 @@ impl VmdkSink {
     fn take_content_id(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if !self.identified {
             let id = &self.descriptor.text.content_id;
-            self.descriptor.text.content_id = self.descriptor.replace(io, id, next_content_id(id.value))?;
+            self.descriptor.text.content_id = self.descriptor.replace(io, id, next_content_id(id.value), false)?;
             self.identified = true;
         }
         Ok(())
@@ -154,8 +154,8 @@ impl Sink for VmdkSink {
         Ok(())
     }
 
-    fn next_content_id(&self) -> Option<u64> {
-        Some(next_content_id(self.descriptor.text.content_id.value).into())
+    fn next_identity(&self) -> Option<ImageId> {
+        ImageId::new(&next_content_id(self.descriptor.text.content_id.value).to_be_bytes())
     }
 
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {

@@ -6,7 +6,7 @@ use crate::image::overflow;
 use crate::sparse_source::{push, SparseSource};
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ErrorCode, Examination, Extent, ExtentKind, FindingKind, ImageInfo};
+use instar_guest_sdk::abi::{ErrorCode, Examination, Extent, ExtentKind, FindingKind, ImageId, ImageInfo, ParentStage};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
 /// A vmdk that data comes from.
@@ -120,10 +120,14 @@ impl Source for VmdkSource {
         Ok(cleared)
     }
 
-    fn follow_parent(&mut self, io: &mut dyn BlockIo, content_id: u64) -> DriverResult<()> {
-        let value = u32::try_from(content_id).map_err(|_| overflow("the parent's content ID"))?;
+    /// The ID of a parent that is yet to get it is marked: no other way tells a commit that was interrupted from a parent
+    /// that was restored from a backup after one that was not. Both have the ID of before.
+    fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
+        let bytes = identity.as_bytes().try_into().map_err(|_| overflow("the length of the parent's content ID"))?;
+        let value = u32::from_be_bytes(bytes);
         if let Some(id) = &self.descriptor.text.parent_id {
-            self.descriptor.text.parent_id = Some(self.descriptor.replace(io, id, value)?);
+            let id = self.descriptor.replace(io, id, value, stage == ParentStage::Announced)?;
+            self.descriptor.text.parent_id = Some(id);
         }
         Ok(())
     }

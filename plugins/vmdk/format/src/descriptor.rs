@@ -16,6 +16,9 @@ pub struct ContentId {
     pub value: u32,
     /// The bytes of the descriptor in which its digits stand.
     pub digits: Range<usize>,
+    /// Its first digit but zeroes is a capital letter, and no other one is. No program writes that but this one: a
+    /// parentCID that the parent is yet to get is marked with it. Every reader takes it for the same number.
+    pub marked: bool,
 }
 
 /// What is used of a descriptor.
@@ -106,20 +109,30 @@ fn number(value: &[u8], at: usize, key: &str) -> Result<ContentId, FormatError> 
     let start = at + (value.len() - value.trim_ascii_start().len());
     let text = core::str::from_utf8(digits).ok().filter(|text| text.bytes().all(|b| b.is_ascii_hexdigit()));
     match text.and_then(|text| u32::from_str_radix(text, 16).ok()) {
-        Some(value) => Ok(ContentId { value, digits: start..start + digits.len() }),
+        Some(value) => {
+            let mut significant = digits.iter().skip_while(|&&digit| digit == b'0');
+            let first = significant.next().is_some_and(u8::is_ascii_uppercase);
+            let marked = first && !significant.any(u8::is_ascii_uppercase);
+            Ok(ContentId { value, digits: start..start + digits.len(), marked })
+        }
         None => Err(FormatError::corrupt(format!("{key} is not a number of up to eight hexadecimal digits"))),
     }
 }
 
 impl ContentId {
-    /// The digits for another number, as many as there are now: QEMU writes no leading zeroes. They can be written where
-    /// they are within one sector, so that a crash leaves the old number or the new one. `offset` is where the descriptor
-    /// begins in the file.
+    /// The digits for another number, [`marked`](Self::marked) if that is wanted and the number
+    /// [begins with a letter](next_content_id), as many as there are now: QEMU writes no leading zeroes. They can be written
+    /// where they are within one sector, so that a crash leaves the old number or the new one. `offset` is where the
+    /// descriptor begins in the file.
     ///
     /// # Errors
     /// When they cannot.
-    pub fn replacement(&self, value: u32, offset: u64) -> Result<String, FormatError> {
-        let digits = format!("{value:0width$x}", width = self.digits.len());
+    pub fn replacement(&self, value: u32, marked: bool, offset: u64) -> Result<String, FormatError> {
+        let mut digits = format!("{value:0width$x}", width = self.digits.len());
+        let first = digits.bytes().position(|digit| digit != b'0').filter(|_| marked);
+        if let Some(digit) = first.and_then(|first| digits.get_mut(first..=first)) {
+            digit.make_ascii_uppercase();
+        }
         let in_sector = offset.wrapping_add(self.digits.start as u64) % crate::SECTOR;
         if digits.len() != self.digits.len() || in_sector + digits.len() as u64 > crate::SECTOR {
             let text =
@@ -132,14 +145,14 @@ impl ContentId {
 }
 
 /// The content ID that a backing gets when something is committed into it. It follows from the old one, so that a commit
-/// that was interrupted between the two files is recognised. It has as many digits as the old one, and is never the old
-/// one, nor one with a meaning of its own.
+/// that was interrupted between the two files is recognised. It has as many digits as the old one, the first of which is
+/// a letter, so that it can be [marked](ContentId::marked); and is never the old one, nor one with a meaning of its own.
 #[must_use]
 pub fn next_content_id(old: u32) -> u32 {
     let digits = old.max(1).ilog2() / 4 + 1;
-    let (mask, top) = (u32::MAX >> (32 - 4 * digits), 0xf << (4 * (digits - 1)));
+    let (mask, letters) = (u32::MAX >> (32 - 4 * digits), 0xa << (4 * (digits - 1)));
     let mut next = (old ^ (old >> 15)).wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15) & mask;
-    while next == old || next >= NO_PARENT - 1 || next & top == 0 {
+    while next == old || next >= NO_PARENT - 1 || next < letters {
         next = next.wrapping_add(0x1234_5679) & mask;
     }
     next
@@ -195,13 +208,42 @@ mod tests {
 
     #[test]
     fn a_content_id_is_replaced_in_one_sector_or_not_at_all() {
-        let id = |start: usize, length: usize| ContentId { value: 1, digits: start..start + length };
-        assert_eq!(id(100, 8).replacement(0xabc, 512).unwrap(), "00000abc");
-        assert_eq!(id(100, 3).replacement(0xabc, 512).unwrap(), "abc");
-        assert!(id(100, 2).replacement(0xabc, 512).is_err());
-        assert_eq!(id(504, 8).replacement(1, 512).unwrap(), "00000001");
-        assert!(id(505, 8).replacement(1, 512).is_err());
-        assert!(id(511 + 512, 8).replacement(1, 1024).is_err());
+        let id = |start: usize, length: usize| ContentId { value: 1, digits: start..start + length, marked: false };
+        assert_eq!(id(100, 8).replacement(0xabc, false, 512).unwrap(), "00000abc");
+        assert_eq!(id(100, 3).replacement(0xabc, false, 512).unwrap(), "abc");
+        assert!(id(100, 2).replacement(0xabc, false, 512).is_err());
+        assert_eq!(id(504, 8).replacement(1, false, 512).unwrap(), "00000001");
+        assert!(id(505, 8).replacement(1, false, 512).is_err());
+        assert!(id(511 + 512, 8).replacement(1, false, 1024).is_err());
+    }
+
+    #[test]
+    fn a_mark_is_one_capital_letter_in_front() {
+        let read = |digits: &str| {
+            let text = format!("CID=1\nparentCID={digits}\ncreateType=\"x\"\n");
+            let id = Descriptor::parse(text.as_bytes()).unwrap().parent_id.unwrap();
+            (id.value, id.marked)
+        };
+        for (digits, value, marked) in [
+            ("Abc", 0xabc, true),
+            ("00000Abc", 0xabc, true),
+            ("F", 0xf, true),
+            ("abc", 0xabc, false),
+            ("ABC", 0xabc, false),
+            ("AbC", 0xabc, false),
+            ("1Ab", 0x1ab, false),
+            ("0", 0, false),
+            ("FFFFFFFF", NO_PARENT, false),
+        ] {
+            assert_eq!(read(digits), (value, marked), "{digits}");
+        }
+        for old in [0u32, 9, 0xabc, 0x7198_cec3, NO_PARENT - 1] {
+            let id = ContentId { value: 1, digits: 0..8, marked: false };
+            let next = next_content_id(old);
+            for marked in [false, true] {
+                assert_eq!(read(&id.replacement(next, marked, 0).unwrap()), (next, marked));
+            }
+        }
     }
 
     #[test]
@@ -210,7 +252,9 @@ mod tests {
         for old in all.chain([0x7198_cec3, NO_PARENT, NO_PARENT - 1, 0x0fff_ffff, 0x1000_0000]) {
             let next = next_content_id(old);
             assert!(next != old && next != 0 && next < NO_PARENT - 1, "{old:x}");
-            assert_eq!(format!("{next:x}").len(), format!("{old:x}").len());
+            let digits = format!("{next:x}");
+            assert_eq!(digits.len(), format!("{old:x}").len());
+            assert!(digits.starts_with(|digit: char| digit.is_ascii_lowercase()), "{digits}");
             assert_eq!(next, next_content_id(old));
         }
     }

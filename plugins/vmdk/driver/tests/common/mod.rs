@@ -195,10 +195,13 @@ impl<'a> View<'a> {
         Self { bytes, size, zeroed: flags & 4 != 0, compressed: flags & (1 << 16) != 0, entries }
     }
 
-    fn id(&self, key: &str) -> u32 {
+    fn digits(&self, key: &str) -> String {
         let text = String::from_utf8_lossy(&self.bytes[512..1024]).into_owned();
-        let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
-        u32::from_str_radix(line, 16).unwrap()
+        text.lines().find_map(|line| line.strip_prefix(key)).unwrap().to_owned()
+    }
+
+    fn id(&self, key: &str) -> u32 {
+        u32::from_str_radix(&self.digits(key), 16).unwrap()
     }
 
     pub fn cid(&self) -> u32 {
@@ -207,6 +210,19 @@ impl<'a> View<'a> {
 
     pub fn parent(&self) -> u32 {
         self.id("parentCID=")
+    }
+
+    /// The parent is yet to get the ID.
+    pub fn announced(&self) -> bool {
+        let digits = self.digits("parentCID=");
+        let first = digits.trim_start_matches('0').starts_with(|digit: char| digit.is_ascii_uppercase());
+        first && digits.chars().filter(char::is_ascii_uppercase).count() == 1
+    }
+
+    /// Whether the engine takes the other image for this one's parent.
+    pub fn goes_with(&self, parent: &View<'_>) -> bool {
+        let (recorded, has) = (self.parent(), parent.cid());
+        recorded == has || self.announced() && recorded == instar_vmdk_format::next_content_id(has)
     }
 
     pub fn held(&self) -> usize {

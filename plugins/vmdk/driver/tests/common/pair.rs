@@ -1,7 +1,7 @@
-//! A pair of images, its commit as the product does it, and what both read as.
+//! Two images, or three that are committed at once, their commit as the product does it, and what they read as.
 
 use super::{build, device, Spec, View};
-use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome, Step};
+use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Options, Outcome, Step};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, Source};
@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 
 pub const OVERLAY: u32 = 0;
 pub const ANCESTOR: u32 = 1;
+/// Between overlay and backing, committed with the overlay.
+pub const MIDDLE: u32 = 2;
 pub type Files = BTreeMap<u32, Vec<u8>>;
 
 pub fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
@@ -23,14 +25,17 @@ pub fn run(io: &mut MemoryDevices, options: Options, max_length: u64) -> Result<
     let at = |error| CommitFailure { step: Step::Check, error };
     let config = |(&number, bytes): (&u32, &Vec<u8>)| (number, device(number, bytes, max_length));
     let configs: BTreeMap<u32, _> = io.files.iter().map(config).collect();
-    let mut source = Vmdk::open_source(io, &configs[&OVERLAY]).map_err(at)?;
+    let mut source: Box<dyn Source> = Box::new(Vmdk::open_source(io, &configs[&OVERLAY]).map_err(at)?);
+    if let Some(config) = configs.get(&MIDDLE) {
+        source = Box::new(Layers::new(vec![source, Box::new(Vmdk::open_source(io, config).map_err(at)?)]));
+    }
     let mut sink = Vmdk::open_sink(io, &configs[&DEVICE_OUTPUT], configs.contains_key(&ANCESTOR)).map_err(at)?;
     let mut layers: Vec<Box<dyn Source>> = Vec::new();
     if let Some(config) = configs.get(&ANCESTOR) {
         layers.push(Box::new(Vmdk::open_source(io, config).map_err(at)?));
     }
     let mut below = Ancestors::new(layers);
-    let mut images = Commit { source: &mut source, sink: &mut sink, below: &mut below };
+    let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     commit(io, &mut images, options, &mut |_| {})
 }
 
@@ -38,6 +43,22 @@ pub fn run(io: &mut MemoryDevices, options: Options, max_length: u64) -> Result<
 pub fn views(files: &Files) -> (Vec<u8>, Vec<u8>) {
     let below = files.get(&ANCESTOR).map_or_else(Vec::new, |bytes| View::new(bytes).content(&[]));
     let backing = View::new(&files[&DEVICE_OUTPUT]).content(&below);
-    let overlay = View::new(&files[&OVERLAY]).content(&backing);
-    (backing, overlay)
+    let middle = files.get(&MIDDLE).map_or_else(|| backing.clone(), |bytes| View::new(bytes).content(&backing));
+    (backing, View::new(&files[&OVERLAY]).content(&middle))
+}
+
+/// The image whose parent is the backing.
+pub fn lowest(files: &Files) -> View<'_> {
+    View::new(files.get(&MIDDLE).unwrap_or(&files[&OVERLAY]))
+}
+
+/// Whatever backing the engine lets go with the lowest layer, the overlay reads the same: the one that a crash left, and the
+/// one of before, which may have been restored from a backup.
+pub fn assert_goes_with_none_but(now: &Files, before: &Files, overlay: &[u8]) {
+    assert!(lowest(now).goes_with(&View::new(&now[&DEVICE_OUTPUT])), "the backing is not that of the layer above");
+    let mut restored = now.clone();
+    restored.insert(DEVICE_OUTPUT, before[&DEVICE_OUTPUT].clone());
+    if lowest(now).goes_with(&View::new(&restored[&DEVICE_OUTPUT])) {
+        assert!(views(&restored).1 == overlay, "a restored backing is taken for that of an interrupted commit");
+    }
 }
