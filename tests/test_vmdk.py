@@ -3,6 +3,7 @@ copies where that does it right (afterwards it leaves the overlay unreadable: it
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -249,12 +250,44 @@ def test_chains(lab):
     assert lab.raw(top) == wanted
     qemu_io(top, "write -P 7 6M 512", fmt="vmdk")
     wanted = lab.raw(top)
-    # Into an ancestor: the layers above are left alone, and stale.
-    with support.untouched(top, mid):
+    # Into an ancestor: the layers above are left alone and stale, but for the lowest one's record of its parent.
+    before = vmdk_bytes.without_parent_id(mid)
+    with support.untouched(top, root):
         result = support.commit(top, "-b", low)
-    assert lab.raw(low) == wanted
+    assert lab.raw(low) == lab.raw(top) == wanted
     assert "mid.vmdk" in result.stderr and "stale" in result.stderr
     assert_clean(low, "vmdk")
+    assert vmdk_bytes.Image(mid).parent_cid == vmdk_bytes.Image(low).cid
+    assert vmdk_bytes.without_parent_id(mid) == before
+    # It can be done again, and once more into another target.
+    support.commit(top, "-b", low)
+    support.commit(top, "-b", root)
+    assert lab.raw(root) == lab.raw(top) == wanted
+
+
+@pytest.mark.parametrize("formats", [["qcow2", "vmdk"], ["qcow2", "qcow2"], ["vmdk", "vmdk"]])
+def test_into_a_vmdk_below_layers_of_other_formats(lab, formats):
+    """The lowest merged layer follows if it records its parent's content ID, and only that one."""
+    base = lab.make("base.vmdk", size=8 * MIB, writes=["write -P 1 0 8M"])
+    mid = lab.make(f"mid.{formats[1]}", formats[1], backing=base, writes=["write -P 2 1M 1M"])
+    top = lab.make(f"top.{formats[0]}", formats[0], backing=mid, writes=["write -P 3 1536k 1M", "write -P 4 5M 512"])
+    wanted = lab.raw(top)
+    for _ in range(2):
+        with support.untouched(top, *([mid] if formats[1] == "qcow2" else [])):
+            support.commit(top, "-b", base)
+        assert lab.raw(base) == lab.raw(top) == wanted
+    with support.untouched(top, mid, base):
+        support.commit(top, "-b", base, "--dry-run")
+
+
+def test_a_lowest_layer_that_cannot_be_written_is_refused(lab):
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])
+    mid = lab.make("mid.vmdk", backing=base, writes=["write -P 2 0 64k"])
+    top = lab.make("top.vmdk", backing=mid, writes=["write -P 9 512 512"])
+    with mid.open("rb") as file:
+        # As QEMU says that it only reads, and that nobody may write (the byte for "write" of what is not shared).
+        fcntl.lockf(file, fcntl.LOCK_SH, 1, 201)
+        refuse("ERROR_IMAGE_IN_USE", top, "-b", base, files=[base, mid], mentions=["mid.vmdk"])
 
 
 def test_content_ids_that_do_not_match(lab):
@@ -263,24 +296,57 @@ def test_content_ids_that_do_not_match(lab):
     top = lab.make("top.vmdk", backing=mid, writes=["write -P 9 512 512"])
     before = vmdk_bytes.Image(mid).parent_cid
     vmdk_bytes.set_id(mid, "parentCID", 0x1234)
-    refuse("ERROR_OVERLAY_CORRUPT", mid, files=[base], mentions=["parentCID is 00001234"])
-    refuse("ERROR_OVERLAY_CORRUPT", top, files=[base, mid], mentions=["mid.vmdk", "parentCID is 00001234"])
+    refuse("ERROR_PARENT_MISMATCH", mid, files=[base], mentions=["00001234", "base.vmdk"])
+    refuse("ERROR_PARENT_MISMATCH", top, files=[base, mid], mentions=["mid.vmdk", "00001234"])
+    refuse("ERROR_PARENT_MISMATCH", top, "-b", base, files=[base, mid], mentions=["mid.vmdk", "00001234"])
+    # Every other command that looks at the chain says so, too.
+    for command in (["map", top], ["check", mid]):
+        support.assert_refused(support.run_instar(*command, "--output", "json"), "ERROR_PARENT_MISMATCH", "mid.vmdk", "00001234")
+    shown = support.run_instar("info", "--backing-chain", "--output", "json", top).json
+    assert [any("00001234" in note for note in image.get("notes", [])) for image in shown] == [False, True, False]
+    # An image whose parent is not there can be checked.
+    base.rename(lab.dir / "moved")
+    assert support.run_instar("check", mid).rc == 0
+    (lab.dir / "moved").rename(base)
+    assert support.run_instar("check", top).rc == 0
     vmdk_bytes.set_id(mid, "parentCID", before)
+    for command in (["map", top], ["check", mid]):
+        assert support.run_instar(*command).rc == 0
     lab.check_commit(top, mid)
 
 
 def test_an_interrupted_commit_is_finished(lab):
-    """The overlay knows the backing's next content ID already; the backing still has the old one."""
+    """The overlay knows the backing's next content ID already, and says that it was only announced; the backing still has
+    the old one."""
     base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])
     top = lab.make("top.vmdk", backing=base, writes=["write -P 9 64k 128k"])
     wanted = lab.raw(top)
     old = support.copy(base, lab.dir / "old.vmdk")
     support.commit(top, "-d")
+    vmdk_bytes.announce(top)
+    assert lab.raw(top) == wanted, "qemu reads a number with a mark"
     shutil.copyfile(old, base)
     assert vmdk_bytes.Image(top).parent_cid != vmdk_bytes.Image(base).cid
+    assert "interrupted" in str(support.run_instar("info", "--output", "json", top).json["notes"])
+    assert support.run_instar("map", top).rc == 0
     support.commit(top)
     assert lab.raw(top) == lab.raw(base) == wanted
     assert vmdk_bytes.Image(top).parent_cid == vmdk_bytes.Image(base).cid
+    assert "notes" not in support.run_instar("info", "--output", "json", top).json
+
+
+def test_a_backing_that_was_restored_from_a_backup_is_refused(lab):
+    """It has the content ID of before the commit, like one of an interrupted commit; but the overlay is empty."""
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])
+    top = lab.make("top.vmdk", backing=base, writes=["write -P 9 64k 128k"])
+    old = support.copy(base, lab.dir / "old.vmdk")
+    support.commit(top)
+    qemu_io(top, "write -P 5 2M 64k", fmt="vmdk")
+    shutil.copyfile(old, base)
+    refuse("ERROR_PARENT_MISMATCH", top, files=[base], mentions=["restored"])
+    refuse("ERROR_PARENT_MISMATCH", top, "-b", base, files=[base])
+    for command in (["map", top], ["check", top]):
+        assert support.run_instar(*command).rc != 0
 
 
 def test_tables_that_are_missing_are_made(lab):

@@ -38,7 +38,7 @@ class Image:
         return not self.flags & 2 or self.grains() == self.grains(self.redundant)
 
     def id(self, key):
-        return int(re.search(rf"^{key}=([0-9a-f]+)$", self.text, re.M)[1], 16)
+        return int(re.search(rf"^{key}=([0-9a-fA-F]+)$", self.text, re.M)[1], 16)
 
     @property
     def cid(self):
@@ -62,3 +62,17 @@ def set_id(path, key, value):
     digits = b"%0*x" % (len(found[1]), value)
     assert len(digits) == len(found[1])
     patch(path, found.start(1), digits)
+
+
+def without_parent_id(path):
+    """All bytes of an image but the digits of its parentCID."""
+    data = Path(path).read_bytes()
+    found = re.search(rb"^parentCID=([0-9a-fA-F]+)$", data, re.M)
+    return data[: found.start(1)] + data[found.end(1) :]
+
+
+def announce(path):
+    """Marks the parentCID as one that the parent is yet to get: its first letter becomes a capital."""
+    data = Path(path).read_bytes()
+    found = re.search(rb"^parentCID=(0*)([a-f])", data, re.M)
+    patch(path, found.start(2), found[2].upper())

@@ -120,6 +120,22 @@ impl ImageFacts {
         }
     }
 
+    /// Whether this image was made on `parent`, as far as both say: it has the identity that this one records, or is about
+    /// to get it, which a commit that was interrupted announced.
+    #[must_use]
+    pub fn goes_with(&self, parent: &Self) -> bool {
+        let recorded = self.parent_identity.as_slice();
+        recorded.is_empty()
+            || recorded == parent.identity.as_slice()
+            || (self.parent_announced && recorded == parent.next_identity.as_slice())
+    }
+
+    /// Whether a commit of this image into `parent` changes what it records of it.
+    #[must_use]
+    pub fn follows(&self, parent: &Self) -> bool {
+        !self.parent_identity.is_empty() && !parent.next_identity.is_empty()
+    }
+
     /// The JSON text of a feature.
     #[must_use]
     pub fn feature(&self, name: &str) -> Option<&str> {
@@ -294,6 +310,24 @@ pub struct CreatedImage {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_parent_is_known_by_its_identity() {
+        let mut parent = ImageFacts::new("a", 1, 0, 1);
+        let mut child = ImageFacts::new("b", 1, 0, 1);
+        assert!(child.goes_with(&parent) && !child.follows(&parent), "neither says anything");
+        (parent.identity, parent.next_identity) = (vec![1, 2].into(), vec![3, 4].into());
+        assert!(child.goes_with(&parent) && !child.follows(&parent));
+        child.parent_identity = vec![1, 2].into();
+        assert!(child.goes_with(&parent) && child.follows(&parent));
+        child.parent_identity = vec![3, 4].into();
+        assert!(!child.goes_with(&parent), "restored from a backup");
+        child.parent_announced = true;
+        assert!(child.goes_with(&parent), "interrupted");
+        child.parent_identity = vec![1].into();
+        assert!(!child.goes_with(&parent));
+        assert!(!child.goes_with(&ImageFacts::new("a", 1, 0, 1)), "a parent without an identity");
+    }
 
     #[test]
     fn feature_values_are_json() {

@@ -7,7 +7,7 @@ use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFa
 use crate::confine::{Confinement, Reach, Work};
 use crate::error::Error;
 use crate::image::write_target::Gate;
-use crate::image::{open_extra_files, Access, FilesOf, OpenedFile};
+use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf, OpenedFile};
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use handler::CheckHandler;
@@ -58,6 +58,7 @@ pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
     let within = std::iter::once(directory).chain(gate.directories());
     let confinement = Confinement::begin(&within.fold(Reach::default(), Reach::read), Work::OpenToRead);
     let mut image = opened.identify_as(&registry, request.format.as_deref())?;
+    check_immediate_parent(&registry, &image, &gate)?;
     open_extra_files(&mut [FilesOf { image: &mut image, access, gate: &gate }])?;
     // For good: what is returned is only what was in force.
     let _ = confinement.seal(Work::Read);

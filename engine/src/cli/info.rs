@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::confine::{Confinement, Reach, Work};
 use crate::error::Error;
 use crate::escape::escape_bytes;
+use crate::image::parent_mismatch;
 use crate::plugins::{FileImage, ImageFiles, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -131,6 +132,10 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
             next = Some((path.clone(), format));
         }
         let actual_size = metadata.blocks().saturating_mul(512);
+        if let Some(child) = images.last_mut() {
+            let clause = parent_mismatch(&child.facts, &path, &facts);
+            child.notes.extend(clause.map(|clause| format!("it {clause}")));
+        }
         images.push(Shown { filename: path, actual_size, facts, notes, backing_path });
     }
     Ok(images)

@@ -18,6 +18,9 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Default)]
 pub struct DevicePaths {
     pub(super) by_device: BTreeMap<u32, PathBuf>,
+    /// The device whose only change, if it is no other's, is what it records of its parent: a few bytes, which become those
+    /// of the target's new identity before the target is written, and lose their mark after that.
+    pub(super) parent_record: Option<u32>,
     pub(super) overlay_files: Range<u32>,
     pub(super) backing_files: Range<u32>,
 }
@@ -65,7 +68,7 @@ pub type Slot<'r> = (MemberRole, ChainImage<'r>);
 
 /// Attach the images as devices, opened before: slot 0 is the overlay, the slots after it are the layers below it, and
 /// `output` is the output device; other files of the images follow. Only the slots in `rw_slots` and the output may be
-/// written, with their files.
+/// written, with their files, and the own file of an image that [`follows`](ChainImage::follows) its parent.
 ///
 /// # Errors
 /// [`ErrorCode::ChainTooDeep`].
@@ -86,6 +89,9 @@ pub fn open_chain_devices_rw<'r>(
         } else {
             0
         };
+        if image.follows {
+            all.paths.parent_record = Some(slot);
+        }
         let (device, files) = all.attach(slot, image, writable, longest);
         // The output is in the middle of the chain.
         let depth = if role == MemberRole::Below { slot + 1 } else { slot };
@@ -151,7 +157,7 @@ impl<'r> ChainDevices<'r> {
         writable: bool,
         longest: u64,
     ) -> (DeviceConfig, Range<u32>) {
-        let ChainImage { opened, plugin, facts, files } = image;
+        let ChainImage { opened, plugin, facts, files, follows } = image;
         let growth = if writable { longest.saturating_sub(facts.file_length) } else { 0 };
         let unit = facts.cluster_size;
         let first = self.files.len();
@@ -161,7 +167,9 @@ impl<'r> ChainDevices<'r> {
             let device = self.attach_file(number, file.opened, writable, room);
             self.files.push(device);
         }
-        let main = self.attach_file(number, opened, writable, Some((growth, unit)));
+        // Nothing is said about its other files, and it keeps its length.
+        let room = if follows && !writable { None } else { Some((growth, unit)) };
+        let main = self.attach_file(number, opened, writable || follows, room);
         let count = self.files.len() - first;
         let address = FILE_TABLE_ADDR + (first * size_of::<FileDevice>()) as u64;
         let config = DeviceConfig {

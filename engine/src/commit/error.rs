@@ -79,7 +79,8 @@ impl GuestFailure {
 /// Which files the guest changed, by what the devices did, and not by what the guest says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changed {
-    /// The overlay was changed: emptying it had begun.
+    /// The overlay was changed, or what a layer that is merged with it records of its parent: emptying the overlay may have
+    /// begun.
     pub overlay: bool,
     /// The backing was changed.
     pub backing: bool,
@@ -90,13 +91,18 @@ impl Changed {
     #[must_use]
     pub fn of(devices: &Devices, paths: &DevicePaths) -> Self {
         let changed = |number: u32| devices.device(number).is_some_and(Device::is_changed);
-        Self { overlay: paths.overlay().any(changed), backing: paths.backing().any(changed) }
+        let overlay = paths.overlay().chain(paths.parent_record).any(changed);
+        Self { overlay, backing: paths.backing().any(changed) }
     }
 
-    /// The state of the files in one clause.
-    const fn clause(self) -> &'static str {
+    /// The state of the files after this step, in one clause.
+    fn clause(self, step: &str) -> &'static str {
         match (self.overlay, self.backing) {
-            (true, _) => "the backing is complete and the overlay reads as before; running the commit again empties it",
+            (true, _) if step == "empty" => {
+                "the backing is complete and the overlay reads as before; running the commit again empties it"
+            }
+            // The overlay may have got no more than its parent's new identity.
+            (true, _) => "the overlay reads as before, and running the commit again finishes it",
             (false, true) => "the overlay is intact, and running the commit again finishes it",
             (false, false) => "nothing was changed",
         }
@@ -119,7 +125,7 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
         code => code,
     };
     let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
-    let state = format!("{}; {}", failure.clause(), changed.clause());
+    let state = format!("{}; {}", failure.clause(), changed.clause(&failure.step));
     Error::image(failure.path(paths, either), code, with_advice(state, code))
 }
 
@@ -285,17 +291,19 @@ mod tests {
     #[test]
     fn the_line_names_device_offset_errno_and_state() {
         let paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base")]);
-        let line = |device, overlay, backing| {
-            let failure = failure(ErrorCode::NoSpace, Some(device), "write");
+        let line = |device, step, overlay, backing| {
+            let failure = failure(ErrorCode::NoSpace, Some(device), step);
             map_commit_error(&failure, &paths, Changed { overlay, backing }).message
         };
-        let written = line(DEVICE_OUTPUT, false, true);
+        let written = line(DEVICE_OUTPUT, "write", false, true);
         for word in ["'base'", "offset 4096", "No space left on device", "overlay is intact", "again finishes"] {
             assert!(written.contains(word), "{written} lacks {word}");
         }
         assert!(!written.contains("os error"), "{written}");
-        assert!(line(0, false, false).contains("nothing was changed"));
-        assert!(line(0, true, true).contains("backing is complete"));
+        assert!(line(0, "plan", false, false).contains("nothing was changed"));
+        assert!(line(0, "empty", true, true).contains("backing is complete"));
+        let followed = line(0, "write", true, false);
+        assert!(followed.contains("again finishes") && !followed.contains("complete"), "{followed}");
     }
 
     #[test]

@@ -27,8 +27,8 @@ use crate::error::Error;
 use crate::escape::escape_path;
 use crate::image::write_target::Gate;
 use crate::image::{
-    allow_many_open_files, discover_backing_chain, open_extra_files, resolve_backing, Access, BackingChoice,
-    ChainImage, FilesOf, OpenedFile, Target,
+    allow_many_open_files, check_parents, discover_backing_chain, open_extra_files, resolve_backing, Access,
+    BackingChoice, ChainImage, FilesOf, OpenedFile, Target,
 };
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
@@ -169,6 +169,7 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRu
     let room = MAX_CHAIN_DEVICES.saturating_sub(above.len() - 1);
     let mut ancestors = discover_backing_chain(&registry, &above, room, Access::ReadOnly, &below)?;
     let Target { mut backing, mut between } = target;
+    overlay.follows = between.is_empty() && overlay.facts.follows(&backing.facts);
     let mut images = vec![FilesOf { image: &mut overlay, access: Access::ReadWrite, gate: &gate }];
     images.push(FilesOf { image: &mut backing, access: Access::ReadWrite, gate: &below });
     let only_read = between.iter_mut().chain(&mut ancestors);
@@ -180,6 +181,9 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRu
     notes.push(|| format!("confinement, now that all images are open: {confinement}"));
     timing.mark("process confined further");
 
+    let chain: Vec<&ChainImage<'_>> =
+        std::iter::once(&overlay).chain(&between).chain([&backing]).chain(&ancestors).collect();
+    check_parents(&chain)?;
     let mut warnings = Vec::new();
     let max_length = verdict(&overlay, &between, &backing, &ancestors, &mut warnings)?;
     let backing_grows_to = check_sizes(&overlay, &backing, request.resize_backing)?;

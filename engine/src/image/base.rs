@@ -30,7 +30,7 @@ pub(super) fn not_allowed(image: &Path, error: &NotAllowed, option: &str) -> Err
 pub struct Target<'r> {
     /// The image that is written.
     pub backing: ChainImage<'r>,
-    /// Open for reading: none of them changes.
+    /// Open for reading, but for the lowest one if that [`follows`](ChainImage::follows) the backing.
     pub between: Vec<ChainImage<'r>>,
 }
 
@@ -50,7 +50,7 @@ pub fn resolve_backing<'r>(
         return Err(Error::image(path, ErrorCode::NoBacking, clause));
     };
     let directory = overlay.opened.directory();
-    let (opened, between) = match choice.base {
+    let (opened, mut between) = match choice.base {
         None => {
             let located = choice.gate.locate(&directory, &pointer.name).map_err(|error| {
                 not_allowed(path, &error, "name the backing with -b, or allow its directory with --allow-backing-dir")
@@ -65,6 +65,11 @@ pub fn resolve_backing<'r>(
     }
     let lowest = between.last().map_or(&overlay.facts, |layer: &ChainImage<'_>| &layer.facts);
     let backing = opened.lock(Access::ReadWrite)?.identify_recorded(registry, recorded_format(lowest))?;
+    if let Some(lowest) = between.pop() {
+        let above = between.last().map_or(&overlay.facts, |layer: &ChainImage<'_>| &layer.facts);
+        let lowest = if lowest.facts.follows(&backing.facts) { to_follow(registry, lowest, above)? } else { lowest };
+        between.push(lowest);
+    }
     Ok(Target { backing, between })
 }
 
@@ -146,6 +151,30 @@ fn layers_above<'r>(
         let layer = next.lock(Access::ReadOnly)?.identify_recorded(registry, recorded_format(facts))?;
         between.push(layer);
     }
+}
+
+/// The same layer, open for writing, because what it records of its parent is going to change. `above` are the facts of the
+/// image above it.
+fn to_follow<'r>(
+    registry: &'r Registry,
+    layer: ChainImage<'r>,
+    above: &ImageFacts,
+) -> Result<ChainImage<'r>, Error> {
+    let ChainImage { opened, facts, .. } = layer;
+    let (path, identity) = (opened.path.clone(), opened.identity);
+    // The lock of the file that is only read goes with it.
+    drop(opened);
+    let opened = OpenedFile::named(&path, Access::ReadWrite, ErrorCode::BackingNotFound)?;
+    if opened.identity != identity {
+        let clause = "is another file than a moment ago: make sure that nothing else changes the chain, and try again";
+        return Err(Error::image(&path, ErrorCode::OpenFailed, clause));
+    }
+    let layer = opened.lock(Access::ReadWrite)?.identify_recorded(registry, recorded_format(above))?;
+    if layer.facts != facts {
+        let clause = "was changed a moment ago: make sure that nothing else uses the chain, and try again";
+        return Err(Error::image(&path, ErrorCode::HeaderMismatch, clause));
+    }
+    Ok(ChainImage { follows: true, ..layer })
 }
 
 /// There are more layers than devices.

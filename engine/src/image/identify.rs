@@ -17,7 +17,7 @@ impl OpenedFile {
             let clause = format!("is said to be {}, but looks like {other}: name its real format", found.plugin.name());
             return Err(Error::image(&self.path, ErrorCode::FormatMismatch, clause));
         }
-        Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts, files: Vec::new() })
+        Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts, files: Vec::new(), follows: false })
     }
 
     /// Find out the format of a file that an image is backed by, and whose format that image may record.

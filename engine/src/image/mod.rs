@@ -9,6 +9,7 @@ mod files;
 mod identify;
 mod open;
 mod open_files;
+mod parents;
 pub mod write_target;
 
 pub use base::{resolve_backing, BackingChoice, Target};
@@ -16,3 +17,4 @@ pub use discover::discover_backing_chain;
 pub use files::{open_extra_files, ExtraFile, FilesOf};
 pub use open::{Access, ChainImage, Identity, OpenedFile};
 pub use open_files::allow_many as allow_many_open_files;
+pub use parents::{check_immediate_parent, check_parents, parent_mismatch};

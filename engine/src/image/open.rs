@@ -55,6 +55,9 @@ pub struct ChainImage<'r> {
     pub facts: ImageFacts,
     /// Its other files, once they are open.
     pub files: Vec<ExtraFile>,
+    /// What it records of its parent is changed, and nothing else of it: a few bytes of its own file, which is open for
+    /// writing. It is not emptied, and not a target.
+    pub follows: bool,
 }
 
 /// How an image is opened.

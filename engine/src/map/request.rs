@@ -6,7 +6,9 @@ use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFa
 use crate::confine::{Confinement, Reach, Work};
 use crate::error::Error;
 use crate::image::write_target::Gate;
-use crate::image::{allow_many_open_files, discover_backing_chain, open_extra_files, Access, FilesOf, OpenedFile};
+use crate::image::{
+    allow_many_open_files, check_parents, discover_backing_chain, open_extra_files, Access, FilesOf, OpenedFile,
+};
 use crate::plugins::{ImageRead, Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
@@ -55,6 +57,7 @@ pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), 
     let top = opened.identify_as(&registry, request.format.as_deref())?;
     let below = discover_backing_chain(&registry, &[&top], MAX_CHAIN_DEVICES - 1, access, &gate)?;
     let mut layers: Vec<_> = std::iter::once(top).chain(below).collect();
+    check_parents(&layers.iter().collect::<Vec<_>>())?;
     let mut files: Vec<FilesOf<'_, '_, '_>> =
         layers.iter_mut().map(|image| FilesOf { image, access, gate: &gate }).collect();
     open_extra_files(&mut files)?;

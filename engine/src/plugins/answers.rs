@@ -3,7 +3,7 @@
 
 use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
-use instar_plugin_api::{CreatedImage, GuestModule, ImageFacts, ImageFile, ROLE_SINK, ROLE_SOURCE};
+use instar_plugin_api::{CreatedImage, GuestModule, ImageFacts, ImageFile, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE};
 
 /// Longest name of a format in bytes: it has to fit into the guest's module table.
 const NAME_MAX: usize = 31;
@@ -111,6 +111,12 @@ pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(
         if backing.name.len().max(format) > RECORDED_MAX {
             return Err(format!("it reports a backing whose name or format is longer than {RECORDED_MAX} bytes"));
         }
+    }
+    if [&facts.identity, &facts.next_identity, &facts.parent_identity].iter().any(|id| id.len() > IDENTITY_MAX) {
+        return Err(format!("it reports an identity of more than {IDENTITY_MAX} bytes"));
+    }
+    if facts.backing.is_none() && !facts.parent_identity.is_empty() {
+        return Err("it reports the identity of a parent, and no parent".to_owned());
     }
     if facts.features.len() > FEATURES_MAX.0 {
         return Err(format!("it reports more than {} features", FEATURES_MAX.0));

@@ -39,8 +39,11 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
     let tracked = own.feature(names::CHANGE_TRACKING).map(|_| {
         "VMware's list of changed blocks (changeTrackPath) will not know what is committed into the image".to_owned()
     });
+    let announced = own
+        .parent_announced
+        .then(|| "a commit from it was interrupted: run it again, so that other programs can read it".to_owned());
     // A reason may quote the image, and be longer than a note may be.
-    refused.into_iter().chain(stream).chain(tracked).map(|note| note.chars().take(300).collect()).collect()
+    refused.into_iter().chain(announced).chain(stream).chain(tracked).map(|note| note.chars().take(300).collect()).collect()
 }
 
 fn of_backing(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {

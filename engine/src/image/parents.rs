@@ -1,0 +1,70 @@
+//! Is what is below an image what the image was made on? Some formats record that: both sides give an identity, which is
+//! only compared here. No format has to know another one.
+
+use super::open::{Access, ChainImage, OpenedFile};
+use super::base::recorded_format;
+use super::write_target::Gate;
+use crate::error::Error;
+use crate::escape::escape_path;
+use crate::plugins::Registry;
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::ImageFacts;
+use std::fmt::Write;
+use std::path::Path;
+
+/// An identity for a person.
+fn hexadecimal(identity: &[u8]) -> String {
+    identity.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Why the image at `path` with the facts `parent` cannot be below an image with the facts `child`: one clause about that
+/// image; `None` if nothing speaks against it.
+#[must_use]
+pub fn parent_mismatch(child: &ImageFacts, path: &Path, parent: &ImageFacts) -> Option<String> {
+    if child.goes_with(parent) {
+        return None;
+    }
+    let has = match parent.identity.as_slice() {
+        [] => "has none".to_owned(),
+        identity => format!("has {}", hexadecimal(identity)),
+    };
+    Some(format!(
+        "was made on an image with the identity {}, but '{}' {has}: that one was changed by something else since, was \
+         restored from a backup, or is another image; put back the one that it was made on",
+        hexadecimal(&child.parent_identity),
+        escape_path(path)
+    ))
+}
+
+/// Refuse a chain, the top-most image first, in which an image is not above the one that it was made on.
+///
+/// # Errors
+/// [`ErrorCode::ParentMismatch`].
+pub fn check_parents(chain: &[&ChainImage<'_>]) -> Result<(), Error> {
+    for (child, parent) in chain.iter().zip(chain.iter().skip(1)) {
+        if let Some(clause) = parent_mismatch(&child.facts, &parent.opened.path, &parent.facts) {
+            return Err(Error::image(&child.opened.path, ErrorCode::ParentMismatch, clause));
+        }
+    }
+    Ok(())
+}
+
+/// Refuse an image by itself whose parent is not the one that it was made on. A parent that is not there, or must not be
+/// looked at, says nothing.
+///
+/// # Errors
+/// [`ErrorCode::ParentMismatch`].
+pub fn check_immediate_parent(registry: &Registry, image: &ChainImage<'_>, gate: &Gate) -> Result<(), Error> {
+    let pointer = image.facts.backing.as_ref().into_option().filter(|_| !image.facts.parent_identity.is_empty());
+    let Some(located) = pointer.and_then(|pointer| gate.locate(&image.opened.directory(), &pointer.name).ok()) else {
+        return Ok(());
+    };
+    let opened = OpenedFile::located(&located, Access::Shared, ErrorCode::BackingNotFound);
+    match opened.and_then(|opened| opened.identify_recorded(registry, recorded_format(&image.facts))) {
+        Ok(parent) => check_parents(&[image, &parent]),
+        Err(_) => Ok(()),
+    }
+}
