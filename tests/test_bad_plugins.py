@@ -269,6 +269,7 @@ def test_nonsense_in_notes_hides_nothing_else(directory, image, fault, words):
         ("create:error", "xxx"),
         ("create:outside", "puts metadata of a new image past the end of the file"),
         ("create:overflow", "puts metadata of a new image past the end of the file"),
+        ("create:reserved", "reserves space past the end of a new image"),
         ("create:huge", "makes a new image too large to be written"),
     ],
 )

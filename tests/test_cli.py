@@ -176,6 +176,103 @@ def test_create(tmp_path, options, size):
         support.assert_clean(path)
 
 
+def allocated(path):
+    return os.stat(path).st_blocks * 512
+
+
+def mapped(path, fmt="qcow2", block=1):
+    """What `qemu-img map` says, without the places in the file: those are the program's to choose. Where clusters are shorter than
+    a `block` of the file system, or the disk ends within one, qemu's are no holes there: then only what is allocated counts."""
+    told = ("depth", "present", "compressed") if block > 1 else ("depth", "present", "compressed", "zero", "data")
+    runs = []
+    for entry in support.qemu_img("map", "-f", fmt, "--output", "json", path).json:
+        kind = [entry[key] for key in told]
+        if runs and runs[-1][0] == kind:
+            runs[-1][1] += entry["length"]
+        else:
+            runs.append([kind, entry["length"]])
+    return runs
+
+
+@pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc", "full"])
+@pytest.mark.parametrize(
+    "options", ["", "extended_l2=on", "extended_l2=on,cluster_size=16k", "cluster_size=512", "cluster_size=2M,refcount_bits=1",
+                "compat=0.10"])
+@pytest.mark.parametrize("size", ["9M", "3000320"])
+def test_create_preallocated(tmp_path, options, preallocation, size):
+    options = ",".join(filter(None, [options, f"preallocation={preallocation}"]))
+    path = tmp_path / "new.qcow2"
+    result = run_instar("create", "-q", "-f", "qcow2", "-o", options, path, size)
+    assert result.rc == 0, str(result)
+    theirs = support.create(tmp_path / "theirs.qcow2", size, **dict(o.split("=") for o in options.split(",")))
+    support.assert_clean(path)
+    ours, wanted = support.info(path), support.info(theirs)
+    for key in ("virtual-size", "cluster-size", "format-specific", "format"):
+        assert ours[key] == wanted[key]
+    block = 4096 if ours["cluster-size"] == 512 or size == "3000320" else 1
+    assert mapped(path, block=block) == mapped(theirs, block=block)
+    least = ours["virtual-size"] if preallocation in ("falloc", "full") else 0
+    assert least <= allocated(path) <= allocated(theirs) + 64 * KIB + ours["cluster-size"]
+    support.assert_same_content(path, theirs)
+    checked = run_instar("check", "-q", path)
+    assert checked.rc == 0, str(checked)
+    if preallocation != "off":
+        before = path.stat().st_size
+        support.qemu_io(path, "write -P 1 0 128k", "write -P 2 2M 1k", "read -P 1 64k 64k", "read -P 0 2050k 1k")
+        assert path.stat().st_size == before, "a write into what is preallocated took new clusters"
+        support.assert_clean(path)
+
+
+@pytest.mark.parametrize("preallocation", ["metadata", "falloc", "full"])
+def test_create_preallocated_overlay(pair, preallocation):
+    """Subclusters show what lies below, although their clusters are allocated."""
+    pair.make(base=["write -P 7 0 3M"])
+    pair.top.unlink()
+    options = f"extended_l2=on,preallocation={preallocation}"
+    result = run_instar("create", "-q", "-f", "qcow2", "-o", options, "-b", "base.qcow2", "-F", "qcow2", pair.top)
+    assert result.rc == 0, str(result)
+    support.assert_clean(pair.top)
+    support.assert_same_content(pair.top, pair.base)
+    theirs = support.create(pair.dir / "theirs.qcow2", backing="base.qcow2", backing_fmt="qcow2", extended_l2="on",
+                            preallocation=preallocation)
+    assert mapped(pair.top) == mapped(theirs)
+    support.qemu_io(pair.top, "write -P 9 1M 6k", "write -P 8 3M 512")
+    flat = pair.dir / "flat.qcow2"
+    support.qemu_img("convert", "-O", "qcow2", pair.top, flat)
+    support.commit(pair.top)
+    support.assert_same_content(flat, pair.base)
+    support.assert_same_content(flat, pair.top)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [("preallocation=full", "extended_l2=on"), ("extended_l2=on,compat=0.10", "compat=1.1"),
+     ("extended_l2=on,cluster_size=8k", "16k"), ("preallocation=on", "off, metadata, falloc or full")])
+def test_create_refuses_as_qemu_img(pair, options, words):
+    pair.make()
+    new = pair.dir / "new.qcow2"
+    result = run_instar("create", "-f", "qcow2", "-o", options, "-b", "base.qcow2", "-F", "qcow2", new)
+    assert result.rc == 1 and words in result.stderr and not new.exists(), str(result)
+    theirs = support.run("qemu-img", "create", "-f", "qcow2", "-o", options, "-b", "base.qcow2", "-F", "qcow2", new)
+    assert theirs.rc != 0
+
+
+@pytest.mark.parametrize("preallocation", ["off", "falloc", "full"])
+def test_create_preallocated_raw(tmp_path, preallocation):
+    path, theirs = tmp_path / "new.raw", tmp_path / "theirs.raw"
+    result = run_instar("create", "-q", "-f", "raw", "-o", f"preallocation={preallocation}", path, "5M")
+    assert result.rc == 0, str(result)
+    support.create(theirs, "5M", fmt="raw", preallocation=preallocation)
+    assert path.read_bytes() == theirs.read_bytes()
+    if preallocation == "off":
+        # qemu writes the first block to see whether it can.
+        assert allocated(path) == 0
+    else:
+        assert mapped(path, "raw") == mapped(theirs, "raw") and allocated(path) == allocated(theirs)
+    refused = run_instar("create", "-q", "-f", "raw", "-o", "preallocation=metadata", tmp_path / "no", "5M")
+    assert refused.rc == 1 and "off, falloc or full" in refused.stderr
+
+
 def test_create_overlay(pair):
     pair.make(base=["write -P 1 0 4M"])
     pair.top.unlink()

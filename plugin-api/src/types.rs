@@ -295,6 +295,18 @@ pub struct CreatedFile {
     pub regions: RVec<ImageRegion>,
 }
 
+/// Space of a new image that its file system reserves, so that a write to it cannot fail for want of it.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReservedRange {
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+    /// Write zeroes, instead of only asking the file system for the space.
+    pub written: bool,
+}
+
 /// What to write for a new image: a file of `length` zero bytes with `regions` written over them.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
@@ -303,6 +315,8 @@ pub struct CreatedImage {
     pub length: u64,
     /// What is not zero.
     pub regions: RVec<ImageRegion>,
+    /// What is to take space although it is zero.
+    pub reserved: RVec<ReservedRange>,
     /// The other files of an image in several files.
     pub files: RVec<CreatedFile>,
 }

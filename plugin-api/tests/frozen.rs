@@ -9,7 +9,7 @@ use abi_stable::StableAbi;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
 use instar_plugin_api::{
     BackingPointer, CommitRole, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile,
-    ImageReader, ImageRegion, PluginError, Verdict,
+    ImageReader, ImageRegion, PluginError, ReservedRange, Verdict,
 };
 use std::fmt::Write as _;
 
@@ -49,6 +49,7 @@ fn interface_version_1_is_what_it_was() {
         <CreateSpec as StableAbi>::LAYOUT,
         <CreatedImage as StableAbi>::LAYOUT,
         <ImageRegion as StableAbi>::LAYOUT,
+        <ReservedRange as StableAbi>::LAYOUT,
         <PluginModuleV1_Prefix as PrefixStableAbi>::LAYOUT,
         <ImageFile as StableAbi>::LAYOUT,
         <CreatedFile as StableAbi>::LAYOUT,

@@ -2,7 +2,9 @@
 
 use crate::error::Error;
 use instar_guest_abi::ErrorCode;
-use instar_plugin_api::{CreatedFile, CreatedImage, ImageRegion};
+use instar_plugin_api::{CreatedFile, CreatedImage, ImageRegion, ReservedRange};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -45,7 +47,7 @@ fn write_beside(path: &Path, file: &CreatedFile, made: &mut Vec<PathBuf>) -> Res
         _ => Error::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")),
     })?;
     made.push(path.to_owned());
-    write_to(&opened, path, file.length, &file.regions)
+    write_to(&opened, path, file.length, &file.regions, &[])
 }
 
 fn write_image(path: &Path, image: &CreatedImage) -> Result<(), Error> {
@@ -61,7 +63,7 @@ fn write_image(path: &Path, image: &CreatedImage) -> Result<(), Error> {
     };
     let (file, created) =
         opened.map_err(|error| Error::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")))?;
-    let result = write_to(&file, path, image.length, &image.regions);
+    let result = write_to(&file, path, image.length, &image.regions, &image.reserved);
     if result.is_err() && created {
         // The error that matters is the one that is returned.
         let _ = std::fs::remove_file(path);
@@ -69,7 +71,13 @@ fn write_image(path: &Path, image: &CreatedImage) -> Result<(), Error> {
     result
 }
 
-fn write_to(mut file: &File, path: &Path, wanted: u64, regions: &[ImageRegion]) -> Result<(), Error> {
+fn write_to(
+    mut file: &File,
+    path: &Path,
+    wanted: u64,
+    regions: &[ImageRegion],
+    reserved: &[ReservedRange],
+) -> Result<(), Error> {
     let failed = |error: io::Error| {
         let code = if error.raw_os_error() == Some(libc::ENOSPC) { ErrorCode::NoSpace } else { ErrorCode::OverlayIo };
         Error::image(path, code, format!("cannot be written: {error}"))
@@ -87,7 +95,10 @@ fn write_to(mut file: &File, path: &Path, wanted: u64, regions: &[ImageRegion]) 
             let clause = format!("the device has {length} bytes, {wanted} are needed");
             return Err(Error::image(path, ErrorCode::NoSpace, clause));
         }
-        zero(file, wanted).map_err(failed)?;
+        zero(file, 0, wanted).map_err(failed)?;
+    }
+    if kind.is_file() {
+        reserved.iter().try_for_each(|range| reserve(file, range)).map_err(failed)?;
     }
     for region in regions {
         file.write_all_at(&region.bytes, region.offset).map_err(failed)?;
@@ -95,12 +106,28 @@ fn write_to(mut file: &File, path: &Path, wanted: u64, regions: &[ImageRegion]) 
     file.sync_data().map_err(failed)
 }
 
-fn zero(file: &File, length: u64) -> io::Result<()> {
+/// Have the file system keep the space of a range, which reads as zeroes; one that cannot is made to by writing them.
+fn reserve(file: &File, range: &ReservedRange) -> io::Result<()> {
+    if range.length == 0 {
+        return Ok(());
+    }
+    if !range.written {
+        match rustix::fs::fallocate(file, FallocateFlags::empty(), range.offset, range.length) {
+            Ok(()) => return Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    zero(file, range.offset, range.length)
+}
+
+/// Write `length` zeroes at `offset`.
+fn zero(file: &File, offset: u64, length: u64) -> io::Result<()> {
     let zeroes = vec![0u8; 1 << 20];
     let mut at = 0;
     while at < length {
         let count = usize::try_from(length - at).unwrap_or(usize::MAX).min(zeroes.len());
-        file.write_all_at(&zeroes[..count], at)?;
+        file.write_all_at(&zeroes[..count], offset + at)?;
         at += count as u64;
     }
     Ok(())

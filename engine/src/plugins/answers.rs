@@ -3,7 +3,7 @@
 
 use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
-use instar_plugin_api::{CreatedImage, GuestModule, ImageFacts, ImageFile, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE};
+use instar_plugin_api::{CreatedImage, GuestModule, ImageFacts, ImageFile, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE, ReservedRange};
 
 /// Longest name of a format in bytes: it has to fit into the guest's module table.
 const NAME_MAX: usize = 31;
@@ -21,6 +21,8 @@ const RECORDED_MAX: usize = 4095;
 const NOTES_MAX: (usize, usize) = (16, 300);
 /// Longest metadata of a new image in bytes, over all regions.
 const CREATED_MAX: u64 = 1 << 30;
+/// Ranges of a new image that are reserved, at most.
+const RESERVED_MAX: usize = 1024;
 
 /// `text` with what is more than can be shown cut off.
 pub fn cut(mut text: String) -> String {
@@ -166,6 +168,10 @@ pub fn check_created(image: &CreatedImage) -> Result<(), String> {
         if total > CREATED_MAX || file_length > i64::MAX as u64 {
             return Err("it makes a new image too large to be written".to_owned());
         }
+    }
+    let fits = |range: &ReservedRange| range.offset.checked_add(range.length).is_some_and(|end| end <= image.length);
+    if image.reserved.len() > RESERVED_MAX || !image.reserved.iter().all(fits) {
+        return Err("it reserves space past the end of a new image, or in too many places".to_owned());
     }
     if image.files.len() > MAX_FILE_DEVICES {
         return Err(format!("it makes a new image of more than {MAX_FILE_DEVICES} files"));

@@ -1,8 +1,8 @@
 //! New images: the options of `instar create -f qcow2 -o …`.
 
 use instar_plugin_api::std_types::RVec;
-use instar_plugin_api::{CreateSpec, CreatedImage, ErrorCode, ImageRegion, PluginError};
-use instar_qcow2_format::{ClusterSize, CompressionType, CreateOptions, RefcountOrder, Version};
+use instar_plugin_api::{CreateSpec, CreatedImage, ErrorCode, ImageRegion, PluginError, ReservedRange};
+use instar_qcow2_format::{ClusterSize, CompressionType, CreateOptions, Preallocation, RefcountOrder, Version};
 
 /// The options with their help.
 pub const OPTIONS: &[(&str, &str)] = &[
@@ -11,6 +11,8 @@ pub const OPTIONS: &[(&str, &str)] = &[
     ("refcount_bits", "width of a refcount in bits, a power of two from 1 to 64 (default 16)"),
     ("lazy_refcounts", "put refcount updates off: on or off (default)"),
     ("compression_type", "how clusters are compressed: zlib (default) or zstd"),
+    ("extended_l2", "subclusters, 32 to a cluster of 16k or more: on or off (default)"),
+    ("preallocation", "what is allocated at once: off (default), metadata, falloc or full"),
 ];
 
 /// Make a new image.
@@ -24,9 +26,21 @@ pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
         options.backing_format = backing.format.as_ref().into_option().map(|format| format.to_vec());
     }
     let image = instar_qcow2_format::create(&options).map_err(|error| refuse(error.0))?;
+    let mut reserved = RVec::new();
+    let metadata = image.metadata.len() as u64;
+    match options.preallocation {
+        Preallocation::Off | Preallocation::Metadata => {}
+        Preallocation::Falloc => reserved.push(ReservedRange { offset: 0, length: image.length, written: false }),
+        // The rest is written anyway.
+        Preallocation::Full => reserved.push(ReservedRange {
+            offset: metadata,
+            length: image.length.saturating_sub(metadata),
+            written: true,
+        }),
+    }
     let mut regions = RVec::new();
     regions.push(ImageRegion { offset: 0, bytes: image.metadata.into() });
-    Ok(CreatedImage { length: image.length, regions, files: RVec::new() })
+    Ok(CreatedImage { length: image.length, regions, reserved, files: RVec::new() })
 }
 
 fn refuse(message: String) -> PluginError {
@@ -57,11 +71,22 @@ fn set(options: &mut CreateOptions, name: &str, value: &str) -> Result<(), Strin
                 .and_then(|bits| RefcountOrder::new(bits.trailing_zeros()))
                 .ok_or_else(|| wrong("it must be a power of two from 1 to 64"))?;
         }
-        "lazy_refcounts" => {
-            options.lazy_refcounts = match value {
+        "lazy_refcounts" | "extended_l2" => {
+            let on = match value {
                 "on" => true,
                 "off" => false,
                 _ => return Err(wrong("it must be on or off")),
+            };
+            let option = if name == "extended_l2" { &mut options.extended_l2 } else { &mut options.lazy_refcounts };
+            *option = on;
+        }
+        "preallocation" => {
+            options.preallocation = match value {
+                "off" => Preallocation::Off,
+                "metadata" => Preallocation::Metadata,
+                "falloc" => Preallocation::Falloc,
+                "full" => Preallocation::Full,
+                _ => return Err(wrong("it must be off, metadata, falloc or full")),
             };
         }
         "compression_type" => {
@@ -120,6 +145,8 @@ mod tests {
             ("refcount_bits", "128"),
             ("lazy_refcounts", "yes"),
             ("compression_type", "lzma"),
+            ("extended_l2", "1"),
+            ("preallocation", "on"),
         ] {
             assert!(set(&mut options, name, value).is_err(), "{name} {value}");
         }

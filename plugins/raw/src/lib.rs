@@ -3,7 +3,7 @@
 use instar_plugin_api::std_types::RVec;
 use instar_plugin_api::{
     export_plugin, CommitRole, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader,
-    PluginError, Verdict, PROBE_ANYTHING,
+    PluginError, ReservedRange, Verdict, PROBE_ANYTHING,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/raw-module.elf"));
@@ -54,12 +54,18 @@ impl FormatPlugin for Raw {
         if spec.backing.is_some() {
             return refused("a raw image has no room for a backing file: make a qcow2 one".into());
         }
+        // Whether all of it is reserved, and then written.
+        let mut preallocation = None;
         for option in &spec.options {
             match (option.0.as_str(), option.1.as_str()) {
-                ("preallocation", "off") => {}
+                ("preallocation", "off") => preallocation = None,
+                ("preallocation", "falloc") => preallocation = Some(false),
+                ("preallocation", "full") => preallocation = Some(true),
                 ("preallocation", value) => {
                     let value = value.escape_default();
-                    return refused(format!("option preallocation cannot be \"{value}\": it must be off"));
+                    return refused(format!(
+                        "option preallocation cannot be \"{value}\": it must be off, falloc or full"
+                    ));
                 }
                 (name, _) => {
                     let name = name.escape_default();
@@ -68,7 +74,11 @@ impl FormatPlugin for Raw {
             }
         }
         match spec.virtual_size.checked_next_multiple_of(SECTOR) {
-            Some(length) => Ok(CreatedImage { length, regions: RVec::new(), files: RVec::new() }),
+            Some(length) => {
+                let reserved = preallocation.map(|written| ReservedRange { offset: 0, length, written });
+                let reserved = reserved.into_iter().collect();
+                Ok(CreatedImage { length, regions: RVec::new(), reserved, files: RVec::new() })
+            }
             None => refused("the disk is larger than any file".into()),
         }
     }

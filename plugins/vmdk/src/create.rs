@@ -43,7 +43,8 @@ pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
         regions: regions(file.image.regions),
     };
     let files = image.files.into_iter().map(file).collect::<RVec<_>>();
-    Ok(CreatedImage { length: image.image.length, regions: regions(image.image.regions), files })
+    let reserved = RVec::new();
+    Ok(CreatedImage { length: image.image.length, regions: regions(image.image.regions), reserved, files })
 }
 
 fn regions(regions: Vec<(u64, Vec<u8>)>) -> RVec<ImageRegion> {

@@ -22,7 +22,7 @@ pub use bitmap::{
     Bitmap, BitmapError, BitmapTableEntry, BITMAP_ENTRY_BYTES, BITMAP_FLAGS_FIELD, BITMAP_TABLE_SIZE_FIELD,
 };
 pub use compressed::{decompress, CompressedRange, DecodeError, Decompressor};
-pub use create::{create, CreateError, CreateOptions, NewImage};
+pub use create::{create, CreateError, CreateOptions, NewImage, Preallocation};
 pub use error::{HeaderError, HeaderErrorKind};
 pub use extension::{Bitmaps, Extension, ExtensionKind, FeatureName};
 pub use header::{

@@ -3,7 +3,7 @@
 
 use instar_qcow2_format::{
     autoclear, compatible, create, get_refcount, incompatible, ClusterSize, CompressionType, CreateOptions,
-    ExtensionKind, Header, HostOffset, RefcountOrder, RefcountTableEntry, Version,
+    ExtensionKind, Header, HostOffset, Preallocation, RefcountOrder, RefcountTableEntry, Version,
 };
 use proptest::prelude::*;
 
@@ -30,6 +30,8 @@ fn options() -> impl Strategy<Value = CreateOptions> {
                 refcount_order: if v2 { RefcountOrder::BITS_16 } else { RefcountOrder::new(order).unwrap() },
                 lazy_refcounts: lazy && !v2,
                 compression: if zstd && !v2 { CompressionType::Zstd } else { CompressionType::Zlib },
+                extended_l2: false,
+                preallocation: Preallocation::Off,
                 backing_name,
                 backing_format,
             }

@@ -7,7 +7,7 @@ use instar_plugin_api::std_types::{RResult, RString, RVec, Tuple2};
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1, PluginModuleV1_Ref};
 use instar_plugin_api::{
     BackingPointer, CommitRole, CreateSpec, CreatedImage, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts,
-    ImageFile, ImageReader, ImageRegion, PluginError, Verdict, PROBE_CERTAIN, PROBE_NO,
+    ImageFile, ImageReader, ImageRegion, PluginError, ReservedRange, Verdict, PROBE_CERTAIN, PROBE_NO,
 };
 
 use abi_stable::library::{CheckTypeLayout, LibHeader, RootModuleResult};
@@ -142,11 +142,15 @@ impl FormatPlugin for Faulty {
         errors(&how)?;
         let region = |offset| vec![ImageRegion { offset, bytes: b"FAULTY".to_vec().into() }].into();
         let _ = spec;
+        let reserved = |offset| vec![ReservedRange { offset, length: 512, written: true }].into();
         Ok(match how.as_str() {
-            "outside" => CreatedImage { length: 512, regions: region(510), files: RVec::new() },
-            "overflow" => CreatedImage { length: 512, regions: region(u64::MAX), files: RVec::new() },
-            "huge" => CreatedImage { length: u64::MAX, regions: region(0), files: RVec::new() },
-            _ => CreatedImage { length: 512, regions: region(0), files: RVec::new() },
+            "reserved" => CreatedImage { length: 512, regions: RVec::new(), reserved: reserved(1), files: RVec::new() },
+            "outside" => CreatedImage { length: 512, regions: region(510), reserved: RVec::new(), files: RVec::new() },
+            "overflow" => {
+                CreatedImage { length: 512, regions: region(u64::MAX), reserved: RVec::new(), files: RVec::new() }
+            }
+            "huge" => CreatedImage { length: u64::MAX, regions: region(0), reserved: RVec::new(), files: RVec::new() },
+            _ => CreatedImage { length: 512, regions: region(0), reserved: RVec::new(), files: RVec::new() },
         })
     }
 }
