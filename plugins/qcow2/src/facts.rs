@@ -1,10 +1,11 @@
 //! What a header says, in the terms of the plugin contract.
 
+use crate::listed;
 use instar_plugin_api::std_types::{ROption, RVec};
 use instar_plugin_api::{BackingPointer, ErrorCode, Feature, ImageFacts, ImageReader, PluginError};
 use instar_qcow2_format::{
     autoclear, compatible, header_bytes_needed, incompatible, CompressionType, ExtensionKind, Header, HeaderError,
-    HeaderErrorKind, Snapshot, Version,
+    HeaderErrorKind, Version,
 };
 
 /// Names of the features that verdicts look at and `instar info` does not show as `qemu-img info` does.
@@ -31,6 +32,8 @@ pub mod names {
 
 /// Bytes that hold a header without its extensions, and the smallest cluster.
 const LEAST: u64 = 512;
+/// Most names of snapshots in a message.
+const NAMES: usize = 200;
 /// Longest name of an unknown feature that is passed on, in characters.
 const NAME_CHARS: usize = 46;
 
@@ -44,26 +47,21 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let header = Header::parse(&bytes).map_err(|error| refuse(&error))?;
     let mut facts = facts(&header, image.length());
     if header.snapshots != 0 {
-        let names = snapshot_names(image, &header);
+        let snapshots = listed::snapshots(image, &header);
+        let names = snapshots
+            .iter()
+            .take(NAMES)
+            .map(|snapshot| String::from_utf8_lossy(&snapshot.name).chars().take(NAME_CHARS).collect::<String>());
+        let names: Vec<String> = names.collect();
         facts.features.push(Feature::text(names::SNAPSHOT_NAMES, &names.join(", "), false));
+        facts.features.extend(listed::snapshot_list(&snapshots));
+    }
+    if let Some(bitmaps) = listed::bitmap_list(image, &header) {
+        // Where `qemu-img info` has it: before the width of the refcounts.
+        let place = facts.features.iter().position(|feature| feature.name == names::REFCOUNT_BITS);
+        facts.features.insert(place.unwrap_or(0), bitmaps);
     }
     Ok(facts)
-}
-
-/// The names of the first internal snapshots, for a message. What cannot be read is left out: the guest looks at the
-/// table properly.
-fn snapshot_names(image: &ImageReader<'_>, header: &Header) -> Vec<String> {
-    let mut table = vec![0; SNAPSHOT_BYTES];
-    let length = image.read_at(header.snapshot_table.0, &mut table).unwrap_or(0);
-    table.truncate(length);
-    let (mut names, mut at) = (Vec::new(), 0);
-    while names.len() < usize::try_from(header.snapshots).unwrap_or(usize::MAX) {
-        let Ok(Some((snapshot, next))) = Snapshot::parse(&table, at, header.snapshot_table.0) else { break };
-        let name: String = String::from_utf8_lossy(&snapshot.name).chars().take(NAME_CHARS).collect();
-        names.push(name);
-        at = next;
-    }
-    names
 }
 
 fn refuse(error: &HeaderError) -> PluginError {
@@ -89,9 +87,6 @@ fn facts(header: &Header, file_length: u64) -> ImageFacts {
     facts.features = features(header).into();
     facts
 }
-
-/// Bytes of the snapshot table that are looked at for names.
-const SNAPSHOT_BYTES: usize = 16 << 10;
 
 /// The features, first those of `qemu-img info` in its order.
 fn features(header: &Header) -> Vec<Feature> {

@@ -2,6 +2,7 @@
 
 mod create;
 mod facts;
+mod listed;
 mod verdict;
 
 use instar_plugin_api::{

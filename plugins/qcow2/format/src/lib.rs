@@ -14,6 +14,7 @@ mod extension;
 mod header;
 mod refcount;
 mod snapshot;
+mod snapshot_details;
 mod subcluster;
 mod table;
 mod types;
@@ -32,6 +33,7 @@ pub use header::{
 };
 pub use refcount::{get_refcount, set_refcount, RefcountOrder};
 pub use snapshot::Snapshot;
+pub use snapshot_details::SnapshotDetails;
 pub use subcluster::{Subclusters, SUBCLUSTERS};
 pub use table::{EntryError, L1Entry, L2Entry, RefcountTableEntry, COPIED};
 pub use types::{ClusterSize, GuestCluster, GuestOffset, HostCluster, HostOffset};
