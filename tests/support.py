@@ -206,6 +206,17 @@ def untouched(*paths):
         assert now == was, f"{path!r} changed"
 
 
+@contextlib.contextmanager
+def read_only(directory):
+    """The directory as a read-only file system; False where nothing can be mounted."""
+    mounted = os.geteuid() == 0 and run("mount", "--bind", "-o", "ro", directory, directory).rc == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            run("umount", directory)
+
+
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -218,7 +229,9 @@ def assert_refused(result: Result, name: str, *mentions):
     if "--output" in result.args:
         error = json.loads(result.stderr)
         assert set(error) == {"error"}, str(result)
-        assert set(error["error"]) == {"code", "name", "message"}, str(result)
+        known = {"file", "role", "errno", "offset", "step"}
+        assert {"code", "name", "message"} <= set(error["error"]) <= {"code", "name", "message"} | known, str(result)
+        assert os.path.isabs(error["error"].get("file", "/")), str(result)
         assert error["error"]["name"] == name, str(result)
         assert error["error"]["code"] == CODES[name], str(result)
         message = error["error"]["message"]
@@ -226,6 +239,7 @@ def assert_refused(result: Result, name: str, *mentions):
         lines = result.stderr.splitlines()
         assert len(lines) == 1 and lines[0].startswith("instar: "), str(result)
         message = lines[0]
+        assert message.endswith(f" ({name})"), str(result)
     assert message.strip() and not CONTROL.search(result.stderr), str(result)
     for mention in mentions:
         assert os.fsdecode(mention) in message, f"{mention!r} is not named\n{result}"

@@ -42,9 +42,14 @@ class Chain:
         support.assert_same_content(self[top], seen)
         if fmt == "qcow2":
             support.assert_clean(self[base])
-        for number in range(base + 1, top):
-            assert f"{self[number]}': is stale" in result.stderr, result.stderr
-        assert result.stderr.count("stale") == top - base - 1
+        stale = [str(self[number]) for number in range(top - 1, base, -1)]
+        if "json" in options:
+            assert result.stderr == "" and result.json.get("stale", []) == stale
+            warnings = result.json.get("warnings", [])
+        else:
+            warnings = [line for line in result.stderr.splitlines() if line.startswith("instar: warning: ")]
+        assert len(warnings) == len(stale)
+        assert all(f"'{path}': becomes stale" in line for path, line in zip(stale, warnings, strict=True)), warnings
         shutil.rmtree(self.copies)
         return result
 
@@ -109,8 +114,22 @@ def test_a_dry_run_and_a_read_only_layer(chain):
     os.chmod(chain[1], 0o444)
     with support.untouched(*(chain[number] for number in range(3))):
         result = support.commit(chain[2], "--dry-run", "-b", chain[0].name)
-    assert "stale" not in result.stderr
+        answer = support.commit(chain[2], "--dry-run", "-b", chain[0].name, "--output", "json")
+    assert f"'{chain[1]}': would become stale" in result.stderr
+    assert answer.stderr == "" and answer.json["stale"] == [str(chain[1])] and "stale" in answer.json["warnings"][0]
     chain.check(2, 0)
+
+
+def test_what_becomes_stale_is_said_before_the_change(chain):
+    """Also where the commit then fails."""
+    for number in range(3):
+        chain.add(number, 16 * MIB, f"write -P {number + 1} {number}M 8M")
+    command = f"ulimit -f 4096; exec {support.instar_binary()} commit -b {chain[0].name} {chain[2]}"
+    result = support.run("bash", "-c", command)
+    lines = result.stderr.splitlines()
+    assert result.rc == 1 and len(lines) == 2 and f"'{chain[1]}': becomes stale" in lines[0], str(result)
+    quiet = support.commit(chain[2], "-q", "-b", chain[0].name)
+    assert quiet.stderr == ""
 
 
 def test_what_is_not_in_the_chain(chain):

@@ -127,6 +127,49 @@ def test_info_says_what_a_commit_means_for_the_image(pair):
     assert all(f"instar: backing {pair.base}: {note}\n" in verbose.stderr for note in notes), str(verbose)
 
 
+def listed(path):
+    """Snapshots and bitmaps as `qemu-img info` has them: in JSON, and its lines for people."""
+    theirs = support.info(path)
+    lines = support.qemu_img("info", path).stdout.splitlines()
+    begin = lines.index("Format specific information:")
+    snapshots = lines[lines.index("Snapshot list:") if "Snapshot list:" in lines else begin : begin]
+    return theirs.get("snapshots"), theirs["format-specific"]["data"].get("bitmaps"), snapshots
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_info_lists_snapshots_and_bitmaps(tmp_path, compat):
+    path = support.create(tmp_path / "image.qcow2", 4 * MIB, compat=compat)
+    for count in range(3):
+        ours = run_instar("info", "--output", "json", path).json
+        human = run_instar("info", path).stdout
+        snapshots, bitmaps, lines = listed(path)
+        assert ours.get("snapshots") == snapshots and ours["format-specific"]["data"].get("bitmaps") == bitmaps
+        assert "\n".join(lines) in human and ("Snapshot list:" in human) == (count > 0)
+        if bitmaps:
+            assert f"name: {bitmaps[0]['name']}\n" in human
+        support.qemu_img("snapshot", "-c", ["plain", "with spaces and more than sixteen"][count % 2], path)
+        if compat == "1.1":
+            support.qemu_img("bitmap", "--add", *(["--disable", "-g", "128k"] if count else []), path, f"daily-{count}")
+
+
+def test_info_of_damaged_lists_is_an_answer(tmp_path):
+    """What cannot be read is left out, and names are escaped."""
+    path = support.create(tmp_path / "image.qcow2", 4 * MIB)
+    support.qemu_img("snapshot", "-c", "ESC2J", path)
+    support.qemu_img("bitmap", "--add", path, "ESC2J")
+    path.write_bytes(path.read_bytes().replace(b"ESC2J", b"\x1b[2J\n"))
+    human, ours = run_instar("info", path), run_instar("info", "--output", "json", path)
+    assert human.rc == ours.rc == 0 and "\x1b" not in human.stdout + ours.stdout
+    assert ours.json["snapshots"][0]["name"] == ours.json["format-specific"]["data"]["bitmaps"][0]["name"] == "\x1b[2J\n"
+    image = qcow2_bytes.Image(path)
+    header = bytearray(path.read_bytes())
+    header[64:72] = (1 << 40).to_bytes(8, "big")  # the snapshot table, past the end
+    path.write_bytes(header)
+    ours = run_instar("info", "--output", "json", path)
+    assert ours.rc == 0 and "snapshots" not in ours.json, str(ours)
+    del image
+
+
 def test_info_of_an_image_that_cannot_be_committed(tmp_path):
     path = support.create(tmp_path / "image.qcow2", MIB, data_file=str(tmp_path / "data"))
     [note] = run_instar("info", "--output", "json", path).json["notes"]
@@ -281,6 +324,32 @@ def test_create_overlay(pair):
     support.assert_clean(pair.top)
     support.assert_same_content(pair.top, pair.base)
     assert support.info(pair.top)["backing-filename"] == "base.qcow2"
+
+
+def test_formatting_is_announced_after_the_refusals(tmp_path):
+    new = tmp_path / "new"
+    for args in (["-o", "cluster_size=1000", new, "4M"], [tmp_path / "no/such", "4M"], [tmp_path, "4M"]):
+        result = run_instar("create", "-f", "qcow2", *args)
+        assert result.rc == 1 and result.stdout == "", str(result)
+    result = run_instar("create", "-f", "qcow2", new, "4M")
+    assert result.rc == 0 and result.stdout.startswith(f"Formatting '{new}', fmt=qcow2 size=4194304"), str(result)
+    with support.Holder(new):
+        result = run_instar("create", "-f", "qcow2", new, "4M")
+    assert (result.rc, result.stdout) == (1, "") and "ERROR_IMAGE_IN_USE" in result.stderr, str(result)
+
+
+def test_create_keeps_what_is_there_if_asked_to(tmp_path):
+    precious, link = tmp_path / "precious", tmp_path / "link"
+    precious.write_bytes(b"precious")
+    link.symlink_to("nowhere")
+    for path in (precious, link, tmp_path):
+        result = run_instar("create", "--no-clobber", "-f", "qcow2", path, "4M")
+        assert result.rc == 1 and result.stdout == "" and "--no-clobber" in result.stderr, str(result)
+    assert precious.read_bytes() == b"precious" and not (tmp_path / "nowhere").exists()
+    assert run_instar("create", "--no-clobber", "-f", "qcow2", tmp_path / "new", "4M").rc == 0
+    # Without it, as qemu-img.
+    assert run_instar("create", "-f", "qcow2", precious, "4M").rc == 0
+    support.assert_clean(precious)
 
 
 @pytest.mark.parametrize("args", [["-o", "cluster_size=1000"], ["-o", "nonesuch=1"], ["-o", "refcount_bits=3"]], ids=" ".join)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import qcow2_bytes
@@ -76,6 +77,59 @@ def test_dry_run(pair, output):
     assert "Image committed." not in result.stdout
     if output == "json":
         assert result.json["clusters_committed"] == 24
+
+
+@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+def test_dry_run_says_how_much_the_target_grows(pair, fmt):
+    pair.make(8 * MIB, base=["write -P 1 0 1M"], top=["write -P 2 2M 3M"])
+    if fmt == "raw":
+        support.qemu_img("convert", "-O", "raw", pair.base, pair.dir / "flat")
+        support.create(pair.top, backing="flat", backing_fmt="raw", cwd=pair.dir)
+        support.qemu_io(pair.top, "write -P 2 2M 3M")
+    target = pair.base if fmt == "qcow2" else pair.dir / "flat"
+    answer = support.commit(pair.top, "--dry-run", "--output", "json").json
+    human = support.commit(pair.top, "--dry-run").stdout
+    growth, free = answer["backing_growth_bytes"], answer["free_bytes"]
+    assert f"grow by {growth} bytes at most" in human and "bytes free" in human and answer["dry_run"] is True
+    system = os.statvfs(pair.dir)
+    assert 0 < free <= system.f_blocks * system.f_frsize
+    before = target.stat().st_size
+    support.commit(pair.top)
+    assert target.stat().st_size - before <= growth <= (4 * MIB if fmt == "qcow2" else 0)
+
+
+def test_dry_run_needs_neither_the_write_lock_nor_the_permission(pair):
+    pair.make(top=["write -P 2 0 1M"])
+    reader = support.Holder(pair.base, "-r")
+    with reader, support.untouched(pair.top, pair.base):
+        assert support.commit(pair.top, "--dry-run").rc == 0
+    for path in (pair.top, pair.base):
+        # Whoever writes to it changes what is asked about.
+        with support.Holder(path), support.untouched(pair.top, pair.base):
+            support.assert_refused(support.run_instar("commit", "--dry-run", pair.top), "ERROR_IMAGE_IN_USE")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs root and strace")
+def test_dry_run_opens_nothing_for_writing(pair):
+    pair.make(top=["write -P 2 0 1M"])
+    trace = pair.dir.parent / "trace"
+    result = support.run("strace", "-f", "-e", "trace=open,openat,openat2", "-o", trace, support.instar_binary(),
+                         "commit", "--dry-run", pair.top)
+    assert result.rc == 0, str(result)
+    opened = [line for line in trace.read_text().splitlines() if ".qcow2" in line]
+    assert len(opened) >= 2 and not [line for line in opened if "O_RDWR" in line or "O_WRONLY" in line], opened
+
+
+def test_dry_run_says_that_the_files_cannot_be_written(pair):
+    pair.make(top=["write -P 2 0 1M"])
+    with support.read_only(pair.dir) as there:
+        if not there:
+            pytest.skip("nothing can be mounted here")
+        with support.untouched(pair.top, pair.base):
+            answer = support.commit(pair.top, "--dry-run", "--output", "json").json
+            assert [name in line and "Read-only file system" in line
+                    for name, line in zip((str(pair.top), str(pair.base)), answer["warnings"], strict=True)] == [True] * 2
+            support.assert_refused(support.run_instar("commit", "--output", "json", pair.top), "ERROR_READ_ONLY", pair.top)
 
 
 def test_dry_run_refuses_what_a_commit_refuses(pair):

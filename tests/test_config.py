@@ -72,6 +72,38 @@ def test_a_file_that_is_refused(pair, home, text, mode, words):
         assert instar(home, *command).stderr == result.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize(("mode", "word"), [(0o700, "cannot be read: Permission denied"), (0o755, "belongs to another user")])
+def test_another_users_file_does_not_count(home, tmp_path, mode, word):
+    """`sudo -u` without `-H`: HOME is that of whoever logged in."""
+    path = write(home, 'plugin-dirs = ["/no/such"]\n')
+    for directory in (home, *home.rglob("*")):
+        os.chown(directory, 12345, 12345)
+    home.chmod(mode)
+    reach = [parent for parent in home.parents if parent.stat().st_mode & 0o005 != 0o005 and parent.stat().st_uid == 0]
+    modes = {parent: parent.stat().st_mode & 0o7777 for parent in reach}
+    try:
+        for parent in reach:
+            parent.chmod(0o755)
+        program = tmp_path / "instar"
+        shutil.copy(support.instar_binary(), program)
+        who = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", program]
+        human = support.run(*who, "config", env={"HOME": str(home), "INSTAR_CONFIG": ""})
+        assert human.rc == 0 and human.stderr == "", "an empty name is no file"
+        env = ["env", "-u", "INSTAR_CONFIG", "-u", "XDG_CONFIG_HOME", f"HOME={home}"]
+        human = support.run(*env, *who, "config")
+        assert human.rc == 0 and "/no/such" not in human.stdout, str(human)
+        assert human.stderr.startswith("instar: warning: ") and word in human.stderr and str(path) in human.stderr
+        assert "does not count" in human.stderr and len(human.stderr.splitlines()) == 1
+        result = support.run(*env, *who, "config", "--output", "json")
+        assert result.rc == 0 and result.stderr == "" and word in result.json["warnings"][0], str(result)
+        named = support.run("env", f"INSTAR_CONFIG={path}", *who, "config")
+        assert named.rc == 1, "what is named is wanted: " + str(named)
+    finally:
+        for parent, was in modes.items():
+            parent.chmod(was)
+
+
 def test_plugins_of_a_directory(home, tmp_path):
     plugins = tmp_path / "plugins"
     plugins.mkdir(mode=0o755)

@@ -28,7 +28,7 @@ def made(pair):
 @pytest.mark.parametrize("name", ["none.qcow2", "none/none.qcow2", b"\xff\n\x1b[31m"], ids=["file", "directory", "odd"])
 def test_overlay_missing(pair, name):
     overlay = os.path.join(os.fsencode(pair.dir), os.fsencode(name))
-    refuse("ERROR_OVERLAY_NOT_FOUND", overlay, mentions=["does not exist"])
+    refuse("ERROR_IMAGE_NOT_FOUND", overlay, mentions=["does not exist"])
 
 
 def test_no_backing_recorded(pair):

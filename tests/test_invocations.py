@@ -56,7 +56,7 @@ def test_as_qemu_img(chain, options, outcome):
     if outcome == "refused":
         with support.untouched(*files):
             result = support.run_instar("commit", *options, "top.qcow2", cwd=chain)
-        support.assert_refused(result, "ERROR_UNSUPPORTED_FORMAT", options[0])
+        assert result.rc == 2 and "(ERROR_BAD_USAGE)" in result.stderr and options[0] in result.stderr, str(result)
         return
     support.qemu_img("commit", *options, "top.qcow2", cwd=theirs)
     result = support.run_instar("commit", *options, "top.qcow2", cwd=chain)

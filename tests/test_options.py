@@ -31,10 +31,48 @@ def test_progress_as_lines(made):
     result = made.check_commit("-p")
     lines = result.stderr.splitlines()
     assert result.stdout == "Image committed.\n"
-    shown = [int(found[1]) for line in lines if (found := re.fullmatch(r"instar: (\d+) % \(\d+ of \d+ bytes\)", line))]
-    assert shown == sorted(set(shown)) and shown[-1] == 100, lines
-    assert lines[-1] == "instar: emptying the overlay"
-    assert len(lines) == len(shown) + 1 <= 11
+    total = 7 * MIB + 128 * KIB
+    begin, end = lines.index("instar: emptying the overlay"), len(lines) - 1
+    assert percents(lines[:begin], "", total)[-1] == 100, lines
+    emptied = percents(lines[begin + 1 : end], "emptying the overlay: ", made.top.stat().st_size, exact=False)
+    assert emptied and emptied[-1] == 100, lines
+    assert lines[end] == "instar: done"
+
+
+def percents(lines, what, total, exact=True):
+    """The percentages of progress lines: each is the true one rounded down, and more than the one before."""
+    shown = []
+    for line in lines:
+        percent, done, of = map(int, re.fullmatch(rf"instar: {what}(\d+) % \((\d+) of (\d+) bytes\)", line).groups())
+        assert percent == done * 100 // of and (of == total or not exact), line
+        shown.append(percent)
+    assert shown == sorted(set(shown)), shown
+    return shown
+
+
+def test_progress_of_a_commit_for_which_there_is_no_room(pair, tmp_path):
+    """Nothing is said to be done that a full disk then breaks: what a line counts is in the file."""
+    pair.make(32 * MIB, top=[f"write -P {1 + n} {n}M 1M" for n in range(32)])
+    limit = 8 * 1024  # KiB
+    script = f"ulimit -f {limit}; exec {support.instar_binary()} commit -p -r 16M {pair.top}"
+    result = support.run("bash", "-c", script)
+    lines = result.stderr.splitlines()
+    assert result.rc == 1 and result.stdout == "", str(result)
+    assert "100 %" not in result.stderr and lines[-1].endswith("(ERROR_BACKING_IO)"), str(result)
+    stopped, done = map(int, re.fullmatch(r"instar: stopped at (\d+) % \((\d+) of \d+ bytes\)", lines[-2]).groups())
+    assert stopped < 30 and done <= limit * KIB
+
+
+def test_a_dry_run_makes_no_progress(made):
+    with support.untouched(made.top, made.base):
+        result = support.commit(made.top, "-p", "--dry-run")
+    assert result.stderr == "instar: done: a dry run writes nothing\n"
+
+
+def test_a_refused_commit_makes_no_progress(made):
+    with support.untouched(made.top, made.base):
+        result = support.run_instar("commit", "-p", "-f", "vmdk", made.top)
+    assert result.rc == 1 and len(result.stderr.splitlines()) == 1 and "%" not in result.stderr, str(result)
 
 
 def test_progress_and_json(made):
@@ -50,7 +88,9 @@ def test_quiet_wins(made):
 def test_nothing_to_commit(pair):
     pair.make()
     result = support.commit(pair.top, "-p")
-    assert "100 % (0 of 0 bytes)" in result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[0] == "instar: emptying the overlay" and lines[-1] == "instar: done" and "of 0 bytes" not in result.stderr
+    assert support.commit(pair.top, "-p", "-d").stderr == "instar: done\n"
 
 
 def terminal(*args):
@@ -76,7 +116,7 @@ def terminal(*args):
 def test_progress_as_a_bar(made):
     rc, out, shown = terminal("commit", "-p", "-r", "20M", made.top)
     assert (rc, out) == (0, "Image committed.\n"), shown
-    assert "100%" in shown and "committed" in shown and "\r" in shown
+    assert "100%" in shown and "done" in shown and "\r" in shown
     assert "7.12 MiB/7.12 MiB" in shown
 
 

@@ -191,7 +191,7 @@ def replace(path, old, new):
         ("ABSOLUTE", "ERROR_WRITE_TARGET_NOT_ALLOWED", "leads outside"),
         ("link.vmdk", "ERROR_WRITE_TARGET_NOT_ALLOWED", "symbolic link"),
         ("json:{}", "ERROR_WRITE_TARGET_NOT_ALLOWED", "protocol"),
-        ("absent.vmdk", "ERROR_OPEN_FAILED", "does not exist"),
+        ("absent.vmdk", "ERROR_BACKING_NOT_FOUND", "does not exist"),
         ("fifo", "ERROR_OPEN_FAILED", "not a regular file"),
         ("/dev/null", "ERROR_WRITE_TARGET_NOT_ALLOWED", "leads outside"),
         ("SELF", "ERROR_CHAIN_LOOP", "used twice"),

@@ -51,7 +51,16 @@ pub fn examine(plugin_dirs: &[PathBuf]) -> Vec<Diagnosis> {
     let mut all = vec![kvm()];
     all.extend(confinement(&Confinement::trial()));
     let (config, directories) = match Config::load() {
-        Ok(config) => (Diagnosis::good("configuration", "can be read"), config.plugin_paths()),
+        Ok(config) => {
+            let diagnosis = match config.warnings.first() {
+                None => Diagnosis::good("configuration", "can be read"),
+                Some(warning) => {
+                    let remedy = "set HOME to the directory of the user that runs it (`sudo -H`), or INSTAR_CONFIG";
+                    Diagnosis::bad("configuration", Health::Weak, crate::escape::printable(warning), remedy)
+                }
+            };
+            (diagnosis, config.plugin_paths())
+        }
         Err(error) => {
             let remedy = "correct the file, or delete it; `instar config` shows what is in force";
             (Diagnosis::bad("configuration", Health::Broken, error.message, remedy), Vec::new())
@@ -85,7 +94,7 @@ fn kvm() -> Diagnosis {
                 format!("a virtual machine started, ran in ring {}, and ended: {micros} µs", report.ring),
             )
         }
-        Ok(_) => Diagnosis::bad("kvm", Health::Broken, "the virtual machine ended without a word", REPORT),
+        Ok(_) => Diagnosis::bad("kvm", Health::Broken, "the virtual machine exited without sending a result", REPORT),
         Err(error) => Diagnosis::bad("kvm", Health::Broken, error.to_string(), kvm_remedy(&error)),
     }
 }
@@ -94,33 +103,52 @@ const REPORT: &str = "please report this, with the processor and the kernel's ve
 
 fn kvm_remedy(error: &VmError) -> String {
     match error {
-        VmError::KvmMissing => missing_remedy(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
+        VmError::KvmMissing => missing_remedy(&cpuinfo()),
         VmError::KvmPermission { .. } => permission_remedy(),
-        VmError::KvmUnusable { .. } => {
-            "enable virtualization (VT-x, AMD-V) in the firmware, or nested virtualization in the \
-                                        hypervisor that this machine runs in"
-                .into()
-        }
+        VmError::KvmUnusable { .. } => unusable_remedy(&cpuinfo()),
         _ => REPORT.into(),
     }
 }
 
+/// What the kernel says of the processors (`proc(5)`); nothing if it may not be read.
+fn cpuinfo() -> String {
+    fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
+}
+
+/// The kernel's module for the virtualization that the processor's flags name: `None` where they name none, and an error
+/// where there are no flags.
+fn module(cpuinfo: &str) -> Result<Option<&'static str>, ()> {
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).ok_or(())?;
+    let has = |flag: &str| flags.split_ascii_whitespace().any(|known| known == flag);
+    Ok(has("vmx").then_some("kvm_intel").or(has("svm").then_some("kvm_amd")))
+}
+
+/// Where a processor without virtualization gets it.
+const ENABLE: &str =
+    "the processor's flags name neither vmx nor svm: enable VT-x or AMD-V in the firmware; in a virtual \
+                      machine, nested virtualization in its hypervisor";
+
 /// Why there may be no `/dev/kvm`, by what the processor says of itself.
 fn missing_remedy(cpuinfo: &str) -> String {
-    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    let has = |flag: &str| flags.split_ascii_whitespace().any(|known| known == flag);
-    let module = match (has("vmx"), has("svm")) {
-        (true, _) => "kvm_intel",
-        (_, true) => "kvm_amd",
-        _ => {
-            return "the processor offers no virtualization: enable VT-x or AMD-V in the firmware; in a virtual machine, \
-                    enable nested virtualization in its hypervisor"
-                .into()
-        }
+    let module = match module(cpuinfo) {
+        Ok(Some(module)) => module,
+        Ok(None) => return ENABLE.into(),
+        Err(()) => "kvm_intel` or `modprobe kvm_amd",
     };
     format!(
-        "load the kernel's module with `modprobe {module}`; in a container, pass the device in (`--device /dev/kvm`)"
+        "in a container, start it with the device (`--device /dev/kvm`); on a machine, load the kernel's module with \
+         `modprobe {module}`"
     )
+}
+
+/// Why KVM may run nothing. A processor that can is not to blame.
+fn unusable_remedy(cpuinfo: &str) -> String {
+    match module(cpuinfo) {
+        Ok(None) => ENABLE.into(),
+        Ok(Some(_)) | Err(()) => "see `dmesg | grep -i kvm`: the firmware may have locked virtualization, another \
+                                  hypervisor may hold it, or /dev/kvm is not the kernel's device"
+            .into(),
+    }
 }
 
 fn permission_remedy() -> String {
@@ -205,7 +233,11 @@ mod tests {
         assert!(missing_remedy("processor\t: 0\nflags\t\t: fpu vmx sse\n").contains("modprobe kvm_intel"));
         assert!(missing_remedy("flags : svm\n").contains("modprobe kvm_amd"));
         assert!(missing_remedy("flags : fpu vmxnot\n").contains("nested virtualization"));
-        assert!(missing_remedy("").contains("no virtualization"));
+        assert!(missing_remedy("").contains("kvm_intel` or `modprobe kvm_amd"));
+        // A processor that can is not blamed.
+        assert!(
+            !unusable_remedy("flags : vmx\n").contains("enable") && unusable_remedy("flags : fpu\n").contains("enable")
+        );
     }
 
     #[test]

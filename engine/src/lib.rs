@@ -1,5 +1,8 @@
 //! The instar engine: plugins, chains, devices, the KVM runner and the command line. It knows no format.
 
+// A print that panics ends the program in the middle of a commit: `terminal` and `cli::output` cannot.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod check;
 pub mod cli;
 pub mod commit;
@@ -14,4 +17,5 @@ pub mod fuzzing;
 pub mod image;
 pub mod map;
 pub mod plugins;
+pub mod terminal;
 pub mod vm;

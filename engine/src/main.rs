@@ -1,14 +1,14 @@
 //! The `instar` command.
 
-use clap::Parser;
-use instar_engine::cli::{run, Cli};
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 use instar_engine::confine::descriptors::close_inherited;
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // SAFETY: nothing was opened before.
     unsafe { close_inherited(std::env::args_os()) };
-    // Bad usage ends here with status 2.
-    let cli = Cli::parse();
-    ExitCode::from(run(&cli, &mut std::io::stdout().lock()))
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    ExitCode::from(instar_engine::cli::main(&arguments, &mut std::io::stdout().lock()))
 }

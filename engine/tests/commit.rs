@@ -92,8 +92,8 @@ fn names_begin_at_the_overlay_and_not_at_the_working_directory() {
 fn what_does_not_exist() {
     let lab = Lab::pair();
     lab.create("orphan", Some("missing"), MIB);
-    lab.refused(&["nothing"], ErrorCode::OverlayNotFound, &["/nothing'", "does not exist"]);
-    lab.refused(&["nothing/top"], ErrorCode::OverlayNotFound, &["does not exist"]);
+    lab.refused(&["nothing"], ErrorCode::ImageNotFound, &["'nothing'", "does not exist"]);
+    lab.refused(&["nothing/top"], ErrorCode::ImageNotFound, &["does not exist"]);
     lab.refused(&["orphan"], ErrorCode::BackingNotFound, &["/missing'", "does not exist"]);
     lab.refused(&["base"], ErrorCode::NoBacking, &["/base'", "no recorded backing file"]);
     lab.refused(&["-b", "top", "base"], ErrorCode::NoBacking, &["no recorded backing file"]);

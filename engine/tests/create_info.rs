@@ -246,6 +246,7 @@ fn hostile_names_do_not_reach_the_terminal() {
         backing_format: Some("qc\now2".into()),
         backing_unsafe: true,
         options: vec![],
+        no_clobber: false,
         quiet: false,
         plugin_dir: vec![place.plugins.path().to_owned()],
         filename: Some(place.at("x")),

@@ -75,7 +75,7 @@ pub use plugin::{FormatPlugin, PROBE_ANYTHING, PROBE_CERTAIN, PROBE_LIKELY, PROB
 pub use reader::{ImageReader, ReadImage, READ_BUDGET};
 pub use types::{
     BackingPointer, CommitRole, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile,
-    ImageRegion, PluginError, Verdict, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE, ReservedRange,
+    ImageRegion, PluginError, ReservedRange, Verdict, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
 };
 pub use version::API_VERSION;
 

@@ -47,13 +47,13 @@ pub struct CheckResult {
 /// [`ErrorCode::NotImplemented`] for a format that has nothing to check.
 pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
     let path = std::path::absolute(&request.image).map_err(|error| {
-        Error::image(&request.image, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
+        Error::image(&request.image, ErrorCode::ImageNotFound, format!("cannot be resolved: {error}"))
     })?;
     let gate = Gate::new(&request.allowed_directories)?;
     let registry = Registry::load(&request.search);
     let kvm = KvmDevice::open();
     let access = if request.force_share { Access::Shared } else { Access::ReadOnly };
-    let opened = OpenedFile::named(&path, access, ErrorCode::OverlayNotFound)?.lock(access)?;
+    let opened = OpenedFile::named(&request.image, access, ErrorCode::ImageNotFound)?.lock(access)?;
     let directory = path.parent().unwrap_or(Path::new("/"));
     let within = std::iter::once(directory).chain(gate.directories());
     let confinement = Confinement::begin(&within.fold(Reach::default(), Reach::read), Work::OpenToRead);

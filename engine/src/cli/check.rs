@@ -1,12 +1,13 @@
 //! `instar check`: options, and what is printed, in the words of `qemu-img check`.
 
-use super::output::{print, print_json, OutputFormat};
+use super::output::{of_image, print, print_json, OutputFormat};
 use super::print_error;
+use super::usage::CHECK_USAGE;
 use crate::check::{run_check, CheckRequest, CheckResult};
-use crate::config::Config;
 use crate::error::Error;
 use crate::escape::{escape_path, printable};
 use crate::plugins::SearchPath;
+use crate::terminal::say;
 use clap::Args;
 use instar_guest_abi::{ErrorCode, Examination, FindingKind};
 use serde_json::{Map, Value};
@@ -59,10 +60,10 @@ pub fn run(args: &CheckArgs, out: &mut dyn Write) -> u8 {
         Ok(status) => status,
         Err(error) => {
             let failed = print_error(&error, args.output);
-            if error.code == ErrorCode::NotImplemented {
-                NOT_SUPPORTED
-            } else {
-                failed
+            match error.code {
+                ErrorCode::NotImplemented => NOT_SUPPORTED,
+                ErrorCode::BadUsage => CHECK_USAGE,
+                _ => failed,
             }
         }
     }
@@ -70,10 +71,11 @@ pub fn run(args: &CheckArgs, out: &mut dyn Write) -> u8 {
 
 fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
     if args.repair.is_some() {
-        let clause = "instar does not repair images outside of a commit: use `qemu-img check -r`";
-        return Err(Error::image(&args.filename, ErrorCode::UnsupportedFormat, clause));
+        let clause =
+            "instar does not repair images outside of a commit: use `qemu-img check -r`, if it knows the format";
+        return Err(Error::image(&args.filename, ErrorCode::BadUsage, clause));
     }
-    let config = Config::load()?;
+    let config = super::configuration(args.output)?;
     let request = CheckRequest {
         image: args.filename.clone(),
         format: args.format.clone(),
@@ -81,8 +83,8 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
         allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
         search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
     };
-    let result = run_check(&request)?;
-    eprint!("{}", findings(&result));
+    let result = run_check(&request).map_err(|error| of_image(error, &args.filename, None))?;
+    say(&findings(&result));
     match args.output {
         _ if args.quiet => {}
         OutputFormat::Human => print(out, &summary(&result.found))?,

@@ -4,12 +4,12 @@ use super::output::OutputFormat;
 use super::print_error;
 use super::size::parse_size;
 use crate::commit::{
-    render_commit_success, render_dry_run, render_verbose, render_warnings, run_commit, CommitRequest, Notes,
+    render_commit_success, render_dry_run, render_verbose, render_warning, run_commit, CommitRequest, Notes,
 };
-use crate::config::Config;
 use crate::devices::Cache;
 use crate::error::Error;
 use crate::plugins::SearchPath;
+use crate::terminal::say;
 use clap::{Args, ValueEnum};
 use instar_guest_abi::ErrorCode;
 use std::io::Write;
@@ -106,7 +106,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         (args.image_opts, "--image-opts is not supported: name the image by its file name, and its format with -f"),
     ];
     if let Some((_, clause)) = refused.into_iter().find(|(given, _)| *given) {
-        return Err(Error::image(&args.filename, ErrorCode::UnsupportedFormat, clause));
+        return Err(Error::image(&args.filename, ErrorCode::BadUsage, clause));
     }
     let cache = match args.cache {
         CacheMode::Writeback => Cache::Writeback,
@@ -115,7 +115,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         CacheMode::None => Cache::None,
         CacheMode::Directsync => Cache::Directsync,
     };
-    let config = Config::load()?;
+    let config = super::configuration(args.output)?;
     let request = CommitRequest {
         overlay: args.filename.clone(),
         format: args.format.clone(),
@@ -130,14 +130,15 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
     };
     let mut notes = Notes::new(args.verbose);
-    let result = run_commit(&request, &mut notes);
-    eprint!("{}", notes.render());
-    let result = result?;
-    if !args.quiet {
-        eprint!("{}", render_warnings(&result.warnings));
+    if !args.quiet && args.output == OutputFormat::Human {
+        notes = notes.warning(|warning| say(&render_warning(warning)));
     }
+    let result = run_commit(&request, &mut notes);
+    say(&notes.render());
+    let mut result = result?;
+    result.warnings.splice(0..0, config.warnings);
     if args.verbose {
-        eprint!("{}", render_verbose(&result));
+        say(&render_verbose(&result));
     }
     if args.dry_run {
         return render_dry_run(&result, args.output, out);

@@ -36,7 +36,7 @@ struct Directory {
 /// # Errors
 /// A configuration file that is refused; when the result cannot be written.
 pub fn run(args: &ConfigArgs, out: &mut dyn Write) -> Result<(), Error> {
-    let config = Config::load()?;
+    let config = super::configuration(args.output)?;
     let backing = backing_directories(args, &config);
     let plugins = plugin_directories(args, &config);
     match args.output {
@@ -101,5 +101,10 @@ fn to_json(backing: &[Directory], plugins: &[Directory], config: &Config) -> Val
     };
     let files: Vec<Value> =
         config.files.iter().map(|(file, present)| json!({"path": file.to_string_lossy(), "read": present})).collect();
-    json!({"allow-backing-dirs": values(backing), "plugin-dirs": values(plugins), "files": files})
+    let mut object = json!({"allow-backing-dirs": values(backing), "plugin-dirs": values(plugins), "files": files});
+    // Only there if there is something to say.
+    if !config.warnings.is_empty() {
+        object["warnings"] = json!(config.warnings);
+    }
+    object
 }

@@ -2,11 +2,10 @@
 
 use super::create_file;
 use super::info::{open_image, resolve_backing};
-use super::output::print;
+use super::output::{print, unprinted_but, OutputFormat};
 use super::size::parse_size;
-use crate::config::Config;
 use crate::confine::Confinement;
-use crate::error::Error;
+use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path, printable};
 use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
@@ -19,7 +18,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-/// Make a new, empty image. A file of that name is overwritten, unless another process uses it.
+/// Make a new, empty image. A file of that name is overwritten, unless another process uses it or --no-clobber is given
 #[derive(Args, Debug)]
 pub struct CreateArgs {
     /// Format of the new image
@@ -37,6 +36,9 @@ pub struct CreateArgs {
     /// Options of the format, as NAME=VALUE, separated by commas; repeatable. `-o help` lists them
     #[arg(short, long, value_name = "OPTIONS")]
     pub options: Vec<String>,
+    /// Refuse to overwrite a file or device that exists
+    #[arg(long)]
+    pub no_clobber: bool,
     /// Print nothing on success
     #[arg(short, long)]
     pub quiet: bool,
@@ -60,7 +62,7 @@ struct Wanted {
 }
 
 fn usage(message: impl Into<String>) -> Error {
-    Error::new(ErrorCode::UnsupportedFormat, message)
+    Error::new(ErrorCode::BadUsage, message)
 }
 
 /// Run the command.
@@ -69,7 +71,10 @@ fn usage(message: impl Into<String>) -> Error {
 /// When the format, an option or the backing image is refused, or the file cannot be written. Nothing is changed
 /// unless everything but the writing has succeeded.
 pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
-    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths()));
+    let registry = Registry::load(&SearchPath::for_process(
+        &args.plugin_dir,
+        &super::configuration(OutputFormat::Human)?.plugin_paths(),
+    ));
     let plugin = registry.by_format(&args.format).ok_or_else(|| {
         let message =
             format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(&args.format));
@@ -88,10 +93,13 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
     let file_name = filename.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into();
     let spec = CreateSpec { virtual_size, file_name, backing, backing_facts, options };
     let image = plugin.create(&spec).map_err(|failure| Error::plugin(filename, &failure))?;
-    if !args.quiet {
-        print(out, &announcement(filename, plugin, virtual_size, &wanted))?;
+    create_file::write(filename, &image, args.no_clobber)?;
+    if args.quiet {
+        return Ok(());
     }
-    create_file::write(filename, &image)
+    // Not before: what is said to be formatted is not refused any more.
+    print(out, &announcement(filename, plugin, virtual_size, &wanted))
+        .map_err(|error| unprinted_but("the image is made", filename, &error))
 }
 
 /// `a=b,c=d` with `,,` for a comma within a value, as `qemu-img` reads it.
@@ -179,7 +187,8 @@ fn resolve(
         let message = format!("'{}' is not the name of a file: only files can be looked at (or use -u)", escape(name));
         return Err(Error::new(ErrorCode::OpenFailed, message));
     };
-    let (image, metadata) = open_image(&path)?;
+    let (image, metadata) =
+        open_image(&path, ErrorCode::BackingNotFound).map_err(|error| error.in_role(Role::Backing))?;
     if let Ok(existing) = std::fs::metadata(filename) {
         if (existing.dev(), existing.ino()) == (metadata.dev(), metadata.ino()) {
             return Err(Error::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
@@ -187,7 +196,7 @@ fn resolve(
     }
     // The new image has to be opened later: only the look at the backing is confined.
     let found = Confinement::aside(|| registry.identify(&image, Some(format)));
-    let found = found.map_err(|error| Error::identify(&path, &error))?;
+    let found = found.map_err(|error| Error::identify(&path, &error).in_role(Role::Backing))?;
     let size = wanted.size.unwrap_or(found.facts.virtual_size);
     Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))
 }

@@ -18,15 +18,18 @@ use std::path::{Path, PathBuf};
 const LOCK_START: i64 = 100;
 const LOCK_LENGTH: i64 = 104;
 
-/// Write `image` to `path`, over what is there, and its other files beside it, none of which may exist. What did not exist is
-/// removed again if that fails.
-pub(super) fn write(path: &Path, image: &CreatedImage) -> Result<(), Error> {
+/// Write `image` to `path`, and its other files beside it, none of which may exist. A file that exists is overwritten, unless
+/// it is `kept`. What did not exist is removed again if that fails.
+pub(super) fn write(path: &Path, image: &CreatedImage, kept: bool) -> Result<(), Error> {
     let mut made = Vec::new();
+    if kept && path.symlink_metadata().is_ok() {
+        return Err(exists(path));
+    }
     let result = image
         .files
         .iter()
         .try_for_each(|file| write_beside(&path.with_file_name(OsStr::from_bytes(&file.name)), file, &mut made))
-        .and_then(|()| write_image(path, image));
+        .and_then(|()| write_image(path, image, kept));
     if result.is_err() {
         // The error that matters is the one that is returned.
         made.iter().for_each(|path| drop(std::fs::remove_file(path)));
@@ -44,17 +47,23 @@ fn write_beside(path: &Path, file: &CreatedFile, made: &mut Vec<PathBuf>) -> Res
                 "exists, and is not overwritten: it would be part of the new image; remove it, or choose another name";
             Error::image(path, ErrorCode::OpenFailed, clause)
         }
-        _ => Error::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")),
+        _ => Error::io(path, ErrorCode::OpenFailed, "cannot be created", &error),
     })?;
     made.push(path.to_owned());
     write_to(&opened, path, file.length, &file.regions, &[])
 }
 
-fn write_image(path: &Path, image: &CreatedImage) -> Result<(), Error> {
+/// The refusal of `--no-clobber`.
+fn exists(path: &Path) -> Error {
+    Error::image(path, ErrorCode::OpenFailed, "exists, and --no-clobber keeps it: choose another name, or remove it")
+}
+
+fn write_image(path: &Path, image: &CreatedImage, kept: bool) -> Result<(), Error> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o644).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
     let opened = match options.clone().create_new(true).open(path) {
         Ok(file) => Ok((file, true)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && kept => return Err(exists(path)),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             // `create` for a link whose target is not there.
             options.create(true).truncate(false).open(path).map(|file| (file, false))
@@ -62,7 +71,7 @@ fn write_image(path: &Path, image: &CreatedImage) -> Result<(), Error> {
         Err(error) => Err(error),
     };
     let (file, created) =
-        opened.map_err(|error| Error::image(path, ErrorCode::OpenFailed, format!("cannot be created: {error}")))?;
+        opened.map_err(|error| Error::io(path, ErrorCode::OpenFailed, "cannot be created", &error))?;
     let result = write_to(&file, path, image.length, &image.regions, &image.reserved);
     if result.is_err() && created {
         // The error that matters is the one that is returned.
@@ -78,10 +87,7 @@ fn write_to(
     regions: &[ImageRegion],
     reserved: &[ReservedRange],
 ) -> Result<(), Error> {
-    let failed = |error: io::Error| {
-        let code = if error.raw_os_error() == Some(libc::ENOSPC) { ErrorCode::NoSpace } else { ErrorCode::OverlayIo };
-        Error::image(path, code, format!("cannot be written: {error}"))
-    };
+    let failed = |error: io::Error| Error::io(path, ErrorCode::OverlayIo, "cannot be written", &error);
     let kind = file.metadata().map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(Error::image(path, ErrorCode::OpenFailed, "is not a file or block device"));

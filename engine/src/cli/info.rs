@@ -2,9 +2,9 @@
 
 use super::info_text;
 use super::output::{print, print_json, OutputFormat};
-use crate::config::Config;
+use super::snapshot_text;
 use crate::confine::{Confinement, Reach, Work};
-use crate::error::Error;
+use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
 use crate::image::parent_mismatch;
 use crate::plugins::{FileImage, ImageFiles, Registry, SearchPath};
@@ -70,7 +70,9 @@ pub fn run(args: &InfoArgs, out: &mut dyn Write) -> Result<(), Error> {
 /// # Errors
 /// As [`run`].
 pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), Error> {
-    let registry = Registry::load(&SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths()));
+    snapshot_text::prepare();
+    let registry =
+        Registry::load(&SearchPath::for_process(&args.plugin_dir, &super::configuration(args.output)?.plugin_paths()));
     let images = collect(&registry, args, confine)?;
     match args.output {
         OutputFormat::Human => {
@@ -85,16 +87,17 @@ pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), E
     }
 }
 
-/// Open an image to look at it. A FIFO does not block; anything but a file or block device is refused.
-pub(super) fn open_image(path: &Path) -> Result<(FileImage, std::fs::Metadata), Error> {
+/// Open an image to look at it. A FIFO does not block; anything but a file or block device is refused. `missing` is the
+/// code of one that does not exist.
+pub(super) fn open_image(path: &Path, missing: ErrorCode) -> Result<(FileImage, std::fs::Metadata), Error> {
     let open = || -> std::io::Result<_> {
         let file: File = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
         let metadata = file.metadata()?;
         Ok((FileImage::new(file)?, metadata))
     };
     open().map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Error::image(path, ErrorCode::OpenFailed, "does not exist"),
-        _ => Error::image(path, ErrorCode::OpenFailed, format!("cannot be opened: {error}")),
+        std::io::ErrorKind::NotFound => Error::image(path, missing, "does not exist").caused_by(&error),
+        _ => Error::io(path, ErrorCode::OpenFailed, "cannot be opened", &error),
     })
 }
 
@@ -113,7 +116,12 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
             let clause = format!("the backing chain has more than {MAX_DEPTH} images");
             return Err(Error::image(&path, ErrorCode::ChainTooDeep, clause));
         }
-        let (image, metadata) = open_image(&path)?;
+        let (missing, role) = if images.is_empty() {
+            (ErrorCode::ImageNotFound, Role::Image)
+        } else {
+            (ErrorCode::BackingNotFound, Role::Ancestor)
+        };
+        let (image, metadata) = open_image(&path, missing).map_err(|error| error.in_role(role))?;
         if !chain && confine {
             let _ = Confinement::begin(&Reach::default(), Work::Look);
         }
@@ -121,7 +129,8 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
             let clause = "the backing chain leads back to this image";
             return Err(Error::image(&path, ErrorCode::ChainLoop, clause));
         }
-        let found = registry.identify(&image, hint.as_deref()).map_err(|error| Error::identify(&path, &error))?;
+        let found =
+            registry.identify(&image, hint.as_deref()).map_err(|error| Error::identify(&path, &error).in_role(role))?;
         let facts = found.facts;
         let notes = found.plugin.notes(ImageFiles::one(&image), &facts);
         let backing = facts.backing.as_ref().into_option();
@@ -159,6 +168,9 @@ fn json(image: &Shown) -> Value {
     if let Some(format) = backing.and_then(|backing| backing.format.as_ref().into_option()) {
         map.insert("backing-filename-format".into(), String::from_utf8_lossy(format).into());
     }
+    if let Some(snapshots) = snapshots(facts) {
+        map.insert("snapshots".into(), snapshots.into());
+    }
     map.insert("virtual-size".into(), facts.virtual_size.into());
     map.insert("filename".into(), image.filename.to_string_lossy().into());
     if facts.cluster_size != 0 {
@@ -188,6 +200,15 @@ fn json(image: &Shown) -> Value {
         map.insert("notes".into(), image.notes.as_slice().into());
     }
     map.into()
+}
+
+/// The feature with the internal snapshots, which `qemu-img info` shows beside the others.
+const SNAPSHOT_LIST: &str = "snapshot-list";
+
+/// The internal snapshots, each an object with the keys of `qemu-img info`; `None` if there are none.
+pub(super) fn snapshots(facts: &ImageFacts) -> Option<Vec<Value>> {
+    let feature = facts.features.iter().find(|feature| feature.name == SNAPSHOT_LIST)?;
+    serde_json::from_str(&feature.json).ok().filter(|list: &Vec<Value>| !list.is_empty())
 }
 
 /// The features of the `format-specific` section.

@@ -1,7 +1,8 @@
 //! `instar info` for people.
 
-use super::info::{specific, Shown};
+use super::info::{snapshots, specific, Shown};
 use super::size::format_size;
+use super::snapshot_text;
 use crate::escape::{escape, escape_bytes, escape_path, printable};
 use serde_json::Value;
 use std::fmt::Write as _;
@@ -37,6 +38,9 @@ pub(super) fn human(image: &Shown) -> String {
         if let Some(format) = backing.format.as_ref().into_option() {
             line("backing file format", &escape_bytes(format));
         }
+    }
+    if let Some(snapshots) = snapshots(facts) {
+        text.push_str(&snapshot_text::human(&snapshots));
     }
     let mut features = specific(facts).peekable();
     if features.peek().is_some() {

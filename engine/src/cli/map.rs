@@ -1,9 +1,8 @@
 //! `instar map`: options, in the words of `qemu-img map`.
 
-use super::output::OutputFormat;
+use super::output::{of_image, OutputFormat};
 use super::size::parse_size;
-use crate::config::Config;
-use crate::error::Error;
+use crate::error::{Error, Role};
 use crate::map::{run_map, Format, MapRequest, Reporter};
 use crate::plugins::SearchPath;
 use clap::Args;
@@ -48,7 +47,7 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 /// # Errors
 /// One line that names the file and what to do.
 pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
-    let config = Config::load()?;
+    let config = super::configuration(args.output)?;
     let request = MapRequest {
         image: args.filename.clone(),
         format: args.format.clone(),
@@ -62,4 +61,5 @@ pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
     };
     let end = args.max_length.map_or(u64::MAX, |length| args.start_offset.saturating_add(length));
     run_map(&request, &mut Reporter::new(out, format, args.start_offset..end))
+        .map_err(|error| of_image(error, &args.filename, Some(Role::Ancestor)))
 }

@@ -12,12 +12,20 @@ pub mod map;
 pub mod output;
 pub mod plugins;
 pub mod size;
+mod snapshot_text;
+mod usage;
 
 pub use output::OutputFormat;
+pub use usage::main;
 
-use crate::commit::render_commit_error;
+use crate::commit::{render_commit_error, render_warning};
+use crate::config::Config;
 use crate::confine::trap::report_as_json;
+use crate::error::Error;
+use crate::terminal::say;
 use clap::{Parser, Subcommand};
+use instar_guest_abi::ErrorCode;
+use output::render_error;
 use std::io::Write;
 
 /// Exit status of a command that was refused or failed.
@@ -90,8 +98,21 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
     }
 }
 
+/// The configuration. People are told what of it does not count.
+fn configuration(output: OutputFormat) -> Result<Config, Error> {
+    let config = Config::load()?;
+    if output == OutputFormat::Human {
+        config.warnings.iter().for_each(|warning| say(&render_warning(warning)));
+    }
+    Ok(config)
+}
+
 /// Print an error on stderr; the exit status.
-fn print_error(error: &crate::error::Error, output: OutputFormat) -> u8 {
-    eprint!("{}", render_commit_error(error, output));
-    FAILED
+fn print_error(error: &Error, output: OutputFormat) -> u8 {
+    say(&render_error(error, output));
+    if error.code == ErrorCode::BadUsage {
+        usage::USAGE
+    } else {
+        FAILED
+    }
 }

@@ -1,7 +1,6 @@
 //! `instar plugins`: what is loaded, from where, and why something is not.
 
 use super::output::{print, print_json, OutputFormat};
-use crate::config::Config;
 use crate::error::Error;
 use crate::escape::{escape_path, printable};
 use crate::plugins::{Plugin, Registry, SearchPath};
@@ -28,7 +27,7 @@ pub struct PluginsArgs {
 /// # Errors
 /// Only when the result cannot be written: a plugin that cannot be loaded is part of the result.
 pub fn run(args: &PluginsArgs, out: &mut dyn Write) -> Result<(), Error> {
-    let search = SearchPath::for_process(&args.plugin_dir, &Config::load()?.plugin_paths());
+    let search = SearchPath::for_process(&args.plugin_dir, &super::configuration(args.output)?.plugin_paths());
     let registry = Registry::load(&search);
     match args.output {
         OutputFormat::Human => print(out, &human(&registry, &search)),

@@ -1,7 +1,7 @@
 //! The images of a chain as devices: which number each of their files has, how long it may become, and its path.
 
 use crate::devices::{Device, Devices};
-use crate::error::Error;
+use crate::error::{Error, Role};
 use crate::image::{ChainImage, OpenedFile};
 use crate::plugins::{ImageRead, Plugin};
 use crate::vm::{ModuleSpec, FIRST_FORMAT};
@@ -23,6 +23,8 @@ pub struct DevicePaths {
     pub(super) parent_record: Option<u32>,
     pub(super) overlay_files: Range<u32>,
     pub(super) backing_files: Range<u32>,
+    /// How many of the first slots are merged: the overlay, and the layers between it and the backing.
+    pub(super) merged: u32,
 }
 
 impl DevicePaths {
@@ -30,6 +32,18 @@ impl DevicePaths {
     #[must_use]
     pub fn get(&self, device: u32) -> Option<&Path> {
         self.by_device.get(&device).map(PathBuf::as_path)
+    }
+
+    /// The role of a device in a commit; `None` for other files of what is only read.
+    #[must_use]
+    pub fn role(&self, device: u32) -> Option<Role> {
+        match device {
+            _ if self.overlay().any(|number| number == device) => Some(Role::Overlay),
+            _ if self.backing().any(|number| number == device) => Some(Role::Backing),
+            _ if device < self.merged => Some(Role::Between),
+            _ if device < DEVICE_OUTPUT => Some(Role::Ancestor),
+            _ => None,
+        }
     }
 
     /// The devices of the overlay.

@@ -2,7 +2,7 @@
 
 use super::attach::DevicePaths;
 use crate::devices::{Device, Devices};
-use crate::error::Error;
+use crate::error::{Error, Role};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
 use std::io;
@@ -69,6 +69,12 @@ impl GuestFailure {
         clause
     }
 
+    /// The same for programs.
+    fn context(&self, error: Error) -> Error {
+        let errno = i32::try_from(self.errno).unwrap_or(0);
+        error.on_device(self.device, self.offset).with_errno(errno).in_step(&self.step)
+    }
+
     /// The file concerned: that of the `usual` device if the failure names none that is known.
     fn path<'p>(&self, paths: &'p DevicePaths, usual: u32) -> &'p Path {
         let named = self.device.and_then(|device| paths.get(device));
@@ -111,8 +117,7 @@ impl Changed {
 
 /// The text of an errno, without the number that Rust appends.
 fn errno_text(errno: u32) -> String {
-    let text = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0)).to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
+    crate::error::reason(&io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0)))
 }
 
 /// The line for a failure: the file, what is wrong, in which state the files are, what to do.
@@ -126,13 +131,24 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
     };
     let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
     let state = format!("{}; {}", failure.clause(), changed.clause(&failure.step));
-    Error::image(failure.path(paths, either), code, with_advice(state, code))
+    let error = failure.context(Error::image(failure.path(paths, either), code, with_advice(state, code)));
+    match paths.role(failure.device.unwrap_or(either)) {
+        Some(role) => error.in_role(role),
+        None => error,
+    }
 }
 
 /// The line for a failure of what only reads: the file, what is wrong, what to do.
 #[must_use]
 pub fn map_read_error(failure: &GuestFailure, paths: &DevicePaths) -> Error {
-    Error::image(failure.path(paths, OVERLAY), failure.code, with_advice(failure.clause(), failure.code))
+    let clause = with_advice(failure.clause(), failure.code);
+    let error = failure.context(Error::image(failure.path(paths, OVERLAY), failure.code, clause));
+    match failure.device {
+        None | Some(OVERLAY) => error.in_role(Role::Image),
+        // Of a map, which has all layers as slots.
+        Some(device) if device < DEVICE_OUTPUT => error.in_role(Role::Ancestor),
+        Some(_) => error,
+    }
 }
 
 fn with_advice(clause: String, code: ErrorCode) -> String {
@@ -180,7 +196,7 @@ fn guest_may_report(code: ErrorCode) -> bool {
         | ErrorCode::GuestPanic
         | ErrorCode::GuestStalled
         | ErrorCode::WriteTargetNotAllowed
-        | ErrorCode::OverlayNotFound
+        | ErrorCode::ImageNotFound
         | ErrorCode::BackingNotFound
         | ErrorCode::NotInChain
         | ErrorCode::ChainTooDeep
@@ -202,11 +218,11 @@ fn guest_may_report(code: ErrorCode) -> bool {
 /// What the operator can do. There is no catch-all arm: a new code has to be thought about here.
 fn advice(code: ErrorCode) -> Option<&'static str> {
     match code {
-        ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt => Some("look at it with `qemu-img check`"),
+        ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt => Some("see what is wrong with `instar check`"),
         ErrorCode::HeaderMismatch => Some("make sure that nothing else writes to it, and try again"),
         ErrorCode::ScratchTooSmall => Some("its metadata does not fit into the sandbox: commit a smaller image"),
         ErrorCode::RefcountExhausted => Some("convert the backing to larger clusters or wider refcounts"),
-        ErrorCode::NoSpace => Some("free space on its file system"),
+        ErrorCode::NoSpace => Some("make room on its file system"),
         ErrorCode::OverlayIo | ErrorCode::BackingIo => Some("check the storage below it"),
         ErrorCode::GuestFault
         | ErrorCode::GuestPanic
@@ -224,7 +240,7 @@ fn advice(code: ErrorCode) -> Option<&'static str> {
         | ErrorCode::ImageInUse
         | ErrorCode::PluginRefused
         | ErrorCode::WriteTargetNotAllowed
-        | ErrorCode::OverlayNotFound
+        | ErrorCode::ImageNotFound
         | ErrorCode::BackingNotFound
         | ErrorCode::NotInChain
         | ErrorCode::ChainTooDeep

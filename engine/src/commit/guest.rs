@@ -3,11 +3,12 @@
 use super::attach::{open_chain_devices_rw, ChainDevices, Slot};
 use super::error::{map_commit_error, Changed, GuestFailure};
 use super::handler::CommitHandler;
-use super::progress::Progress;
-use super::space::Space;
+use super::progress::{Ending, Progress};
+use super::space::{free_space, Space};
 use crate::devices::{Cache, Statistics, Workers};
 use crate::error::Error;
 use crate::image::ChainImage;
+use crate::plugins::ImageRead;
 use crate::vm::{self, KvmDevice, VmError, VmReport, VmSpec};
 use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_protocol::{CommitConfig, CommitResultMessage, Message};
@@ -22,6 +23,17 @@ pub struct GuestRun {
     pub statistics: Statistics,
     /// Log lines of the guest.
     pub log: Vec<String>,
+    /// By how many bytes the backing's files grow at most, and how many its file system has for them.
+    pub growth: Growth,
+}
+
+/// What a commit means for the space of the backing's file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Growth {
+    /// Bytes by which the backing's file gets longer, at most.
+    pub bytes: u64,
+    /// Bytes that are free for this user; `None` for a block device, and where the file system does not say.
+    pub free: Option<u64>,
 }
 
 /// How the guest of a commit is run.
@@ -64,13 +76,18 @@ pub fn run_commit_guest(
 ) -> Result<(CommitResultMessage, GuestRun), Error> {
     let layers: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
     let space = Space::of(&backing, &layers);
+    let overlay_files = overlay.files.iter().map(|file| file.opened.file.length());
+    let overlay_length = overlay_files.fold(overlay.opened.file.length(), u64::saturating_add);
+    let (length, free) = (backing.facts.file_length, free_space(&backing));
+    let merged = 1 + between.len();
     let top = if options.keep_overlay { MemberRole::Read } else { MemberRole::Empty };
     let between = between.into_iter().map(|layer| (MemberRole::Read, layer));
     let ancestors = ancestors.into_iter().map(|layer| (MemberRole::Below, layer));
     let slots: Vec<Slot<'_>> = std::iter::once((top, overlay)).chain(between).chain(ancestors).collect();
     let all = open_chain_devices_rw(slots, backing, &[0], options.max_length)?;
     let modules = all.modules();
-    let ChainDevices { mut devices, members, files, paths, .. } = all;
+    let ChainDevices { mut devices, members, files, mut paths, .. } = all;
+    paths.merged = u32::try_from(merged).unwrap_or(u32::MAX);
     devices.set_workers(acquired.workers);
     devices.set_cache(options.cache).map_err(|(number, error)| {
         let path = paths.get(number).unwrap_or(Path::new(""));
@@ -78,7 +95,8 @@ pub fn run_commit_guest(
             format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
         Error::image(path, ErrorCode::OpenFailed, clause)
     })?;
-    let progress = options.progress.then(Progress::new);
+    let durable = options.cache != Cache::Unsafe;
+    let progress = options.progress.then(|| Progress::new(overlay_length, &devices, paths.backing(), durable));
     let pace = devices.pace_mut();
     pace.stop_when(super::interrupt::received);
     pace.limit(options.rate_limit);
@@ -87,8 +105,19 @@ pub fn run_commit_guest(
     let spec = VmSpec { files, ..VmSpec::new(options.config.encode_to_vec(), members, modules) };
     let ended = acquired.kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);
-    handler.progress.iter().for_each(|progress| progress.end(well));
-    let run = |report| GuestRun { report, statistics: handler.devices.stats().clone(), log: handler.log.clone() };
+    let ending = match well {
+        true if options.config.dry_run => Ending::DryRun,
+        true => Ending::Done,
+        false => Ending::Failed,
+    };
+    handler.progress.iter().for_each(|progress| progress.end(ending));
+    let longer = handler.plan.map_or(0, |plan| plan.backing_final_length.saturating_sub(length));
+    let run = |report| GuestRun {
+        report,
+        statistics: handler.devices.stats().clone(),
+        log: handler.log.clone(),
+        growth: Growth { bytes: longer, free },
+    };
     let failure = match (ended, handler.result.take()) {
         _ if handler.lacking.is_some() => no_space(handler.lacking),
         (Ok(report), Some(result)) if result.error == 0 => return Ok((result, run(report))),

@@ -45,7 +45,9 @@ impl GuestHandler for CommitHandler {
         if self.result.is_some() {
             return Err(BadRequest("a request after the result".to_owned()));
         }
-        self.devices.execute(memory, requests)
+        self.devices.execute(memory, requests)?;
+        self.progress.iter().for_each(|progress| progress.settle(&self.devices));
+        Ok(())
     }
 
     fn message(&mut self, message: Kind) -> Result<(), BadRequest> {

@@ -16,14 +16,14 @@ mod timing;
 
 pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths, Slot};
 pub use error::{map_commit_error, map_read_error, Changed, GuestFailure};
-pub use guest::{run_commit_guest, Acquired, GuestOptions, GuestRun};
+pub use guest::{run_commit_guest, Acquired, Growth, GuestOptions, GuestRun};
 pub use notes::Notes;
-pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose, render_warnings};
+pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose, render_warning};
 pub use timing::Timing;
 
 use crate::confine::{Confinement, Reach, Work};
 use crate::devices::{Cache, Workers};
-use crate::error::Error;
+use crate::error::{Error, Role};
 use crate::escape::escape_path;
 use crate::image::write_target::Gate;
 use crate::image::{
@@ -69,6 +69,8 @@ pub struct CommitRequest {
 pub struct CommitRunResult {
     /// Absolute path of the overlay.
     pub overlay: PathBuf,
+    /// The same as the operator gave it.
+    pub overlay_given: PathBuf,
     /// Its format.
     pub overlay_format: String,
     /// Absolute path of the backing.
@@ -85,7 +87,9 @@ pub struct CommitRunResult {
     pub backing_grows_to: Option<u64>,
     /// Whether nothing was changed, as asked.
     pub dry_run: bool,
-    /// What the operator should know, each one line that names a file.
+    /// The layers between overlay and backing: they read differently afterwards, because the image below them changes.
+    pub stale: Vec<PathBuf>,
+    /// What the operator should know, each one line that names a file. [`Notes`] had them before the first change.
     pub warnings: Vec<String>,
     /// What the virtual machine did.
     pub run: GuestRun,
@@ -96,25 +100,27 @@ pub struct CommitRunResult {
 /// Open the overlay, lock it, and find out what it is.
 ///
 /// # Errors
-/// [`ErrorCode::OverlayNotFound`], [`ErrorCode::OpenFailed`], [`ErrorCode::ImageInUse`], and an unknown or wrong format.
+/// [`ErrorCode::ImageNotFound`], [`ErrorCode::OpenFailed`], [`ErrorCode::ImageInUse`], and an unknown or wrong format.
 pub fn probe_commit_target<'r>(
     registry: &'r Registry,
     path: &Path,
     format_hint: Option<&str>,
+    access: Access,
 ) -> Result<ChainImage<'r>, Error> {
-    let opened = OpenedFile::named(path, Access::ReadWrite, ErrorCode::OverlayNotFound)?.lock(Access::ReadWrite)?;
+    let opened = OpenedFile::named(path, access, ErrorCode::ImageNotFound)?.lock(access)?;
     opened.identify_as(registry, format_hint)
 }
 
 /// The files that a commit may open: the overlay, and what lies where the backing, its ancestors, and the other files of
 /// all of them may be by the rules of the [`Gate`]. Which of those are to be written only the images say.
-fn reach(overlay: &Path, base: Option<&Path>, gate: &Gate) -> Reach {
+fn reach(overlay: &Path, base: Option<&Path>, gate: &Gate, access: Access) -> Reach {
+    let add: fn(Reach, PathBuf) -> Reach = if access == Access::ReadWrite { Reach::write } else { Reach::read };
     let directory = overlay.parent().unwrap_or(Path::new("/"));
     // With `-b`, the base may be in another directory, with its own files.
     let base = base.map(|base| directory.join(base));
     let below_base = base.as_deref().and_then(Path::parent);
     let within = std::iter::once(directory).chain(below_base).chain(gate.directories());
-    within.chain(base.as_deref()).fold(Reach::default().write(overlay), Reach::write)
+    within.chain(base.as_deref()).chain([overlay]).map(Path::to_owned).fold(Reach::default(), add)
 }
 
 /// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
@@ -139,11 +145,19 @@ fn workers(request: &CommitRequest, overlay: &Path) -> Option<Workers> {
 /// # Errors
 /// One line that names the file and what to do.
 pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRunResult, Error> {
+    let role_of = |path: &Path| if path == request.overlay { Role::Overlay } else { Role::Backing };
+    commit_in_order(request, notes).map_err(|error| match error.path().map(role_of) {
+        Some(role) => error.in_role(role),
+        None => error,
+    })
+}
+
+fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRunResult, Error> {
     let mut timing = Timing::start();
     interrupt::install();
     allow_many_open_files();
     let path = std::path::absolute(&request.overlay).map_err(|error| {
-        Error::image(&request.overlay, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
+        Error::image(&request.overlay, ErrorCode::ImageNotFound, format!("cannot be resolved: {error}"))
     })?;
     let gate = Gate::new(&request.allowed_directories)?;
     let registry = Registry::load(&request.search);
@@ -151,13 +165,16 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRu
     timing.mark("plugins loaded");
     let acquired = Acquired { kvm: KvmDevice::open(), workers: workers(request, &path) };
     timing.mark("KVM opened, threads started");
-    let confinement = Confinement::begin(&reach(&path, request.base.as_deref(), &gate), Work::OpenToCommit);
+    // A dry run asks for no more than it needs: anybody who may read the images can ask what would become of them.
+    let access = if request.dry_run { Access::ReadOnly } else { Access::ReadWrite };
+    let shown = settled(&path);
+    let confinement = Confinement::begin(&reach(&path, request.base.as_deref(), &gate, access), Work::OpenToCommit);
     notes.push(|| format!("confinement: {confinement}"));
     timing.mark("process confined");
 
-    let mut overlay = probe_commit_target(&registry, &path, request.format.as_deref())?;
+    let mut overlay = probe_commit_target(&registry, &request.overlay, request.format.as_deref(), access)?;
     notes.image("overlay", &overlay);
-    let choice = BackingChoice { base: request.base.as_deref(), gate: &gate };
+    let choice = BackingChoice { base: request.base.as_deref(), gate: &gate, access };
     let target = resolve_backing(&registry, &overlay, choice)?;
     target.between.iter().for_each(|layer| notes.image("merged, too", layer));
     notes.image("backing", &target.backing);
@@ -167,15 +184,21 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRu
         std::iter::once(&overlay).chain(&target.between).chain([&target.backing]).collect();
     // All but the backing have a slot.
     let room = MAX_CHAIN_DEVICES.saturating_sub(above.len() - 1);
-    let mut ancestors = discover_backing_chain(&registry, &above, room, Access::ReadOnly, &below)?;
+    let mut ancestors = discover_backing_chain(&registry, &above, room, Access::ReadOnly, &below)
+        .map_err(|error| error.in_role(Role::Ancestor))?;
     let Target { mut backing, mut between } = target;
-    overlay.follows = between.is_empty() && overlay.facts.follows(&backing.facts);
-    let mut images = vec![FilesOf { image: &mut overlay, access: Access::ReadWrite, gate: &gate }];
-    images.push(FilesOf { image: &mut backing, access: Access::ReadWrite, gate: &below });
+    overlay.follows = !request.dry_run && between.is_empty() && overlay.facts.follows(&backing.facts);
+    let mut images = vec![FilesOf { image: &mut overlay, access, gate: &gate }];
+    images.push(FilesOf { image: &mut backing, access, gate: &below });
     let only_read = between.iter_mut().chain(&mut ancestors);
     images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, gate: &below }));
     open_extra_files(&mut images)?;
     ancestors.iter().for_each(|ancestor| notes.image("below it", ancestor));
+    let shown_backing = settled(&backing.opened.path);
+    let mut warnings = Vec::new();
+    if request.dry_run {
+        warnings.extend([&overlay, &backing].into_iter().filter_map(|image| not_writable(&image.opened.path)));
+    }
     timing.mark("chain opened, locked and probed");
     let confinement = confinement.seal(Work::Commit);
     notes.push(|| format!("confinement, now that all images are open: {confinement}"));
@@ -184,41 +207,35 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRu
     let chain: Vec<&ChainImage<'_>> =
         std::iter::once(&overlay).chain(&between).chain([&backing]).chain(&ancestors).collect();
     check_parents(&chain)?;
-    let mut warnings = Vec::new();
     let max_length = verdict(&overlay, &between, &backing, &ancestors, &mut warnings)?;
     let backing_grows_to = check_sizes(&overlay, &backing, request.resize_backing)?;
     if let Some(size) = backing_grows_to {
         notes.push(|| format!("the backing's virtual size grows to {size} bytes"));
     }
+    let stale: Vec<PathBuf> = between.iter().map(|layer| layer.opened.path.clone()).collect();
+    warnings.extend(stale.iter().map(|path| becomes_stale(path, request.dry_run)));
+    notes.warn(&warnings);
     let mut result = CommitRunResult {
-        overlay: path,
+        overlay: shown,
+        overlay_given: request.overlay.clone(),
         overlay_format: overlay.facts.format.to_string(),
-        backing: std::path::absolute(&backing.opened.path).unwrap_or_else(|_| backing.opened.path.clone()),
+        backing: shown_backing,
         backing_format: backing.facts.format.to_string(),
         clusters_committed: 0,
         bytes_committed: 0,
         overlay_clusters_cleared: 0,
         backing_grows_to,
         dry_run: request.dry_run,
+        stale,
         warnings,
         run: GuestRun::default(),
         timing,
     };
-    let stale: Vec<PathBuf> = between.iter().map(|layer| layer.opened.path.clone()).collect();
     let CommitRequest { rate_limit, cache, progress, dry_run, resize_backing, .. } = *request;
     let keep_overlay = request.keep_overlay || !between.is_empty();
     let config = CommitConfig { dry_run, resize_backing };
     let options = GuestOptions { config, keep_overlay, max_length, rate_limit, cache, progress };
     let (outcome, run) = run_commit_guest(options, acquired, overlay, between, backing, ancestors)?;
-    if !request.dry_run {
-        let note = |path: &PathBuf| {
-            format!(
-                "'{}': is stale now: what is below it has changed; delete it or rebase what needs it",
-                escape_path(path)
-            )
-        };
-        result.warnings.extend(stale.iter().map(note));
-    }
     result.timing.mark("virtual machine");
     result.clusters_committed = outcome.clusters_committed;
     result.bytes_committed = outcome.bytes_committed;
@@ -227,7 +244,34 @@ pub fn run_commit(request: &CommitRequest, notes: &mut Notes) -> Result<CommitRu
     Ok(result)
 }
 
-/// The plugins, asked. Returns how long the backing may become in bytes; `warnings` takes what the plugins have to
+/// The line about a layer that was merged and stays, which is said before that happens.
+fn becomes_stale(path: &Path, dry_run: bool) -> String {
+    let becomes = if dry_run { "would become" } else { "becomes" };
+    let path = escape_path(path);
+    format!(
+        "'{path}': {becomes} stale, because the image below it changes: delete it afterwards, or rebase the images that \
+         depend on it"
+    )
+}
+
+/// The line of a dry run about a file that it can read, and a commit could not write.
+fn not_writable(path: &Path) -> Option<String> {
+    use rustix::fs::{accessat, Access, AtFlags, CWD};
+    let error = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).err()?;
+    let (path, why) = (escape_path(path), crate::error::reason(&error.into()));
+    Some(format!("'{path}': cannot be written by you, which the commit itself needs: {why}"))
+}
+
+/// An absolute path as the kernel sees it: `..` and links of its directory are followed, what the last name is stays.
+fn settled(path: &Path) -> PathBuf {
+    let whole = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match (whole.parent().map(Path::canonicalize), whole.file_name()) {
+        (Some(Ok(directory)), Some(name)) => directory.join(name),
+        _ => whole,
+    }
+}
+
+/// Ask each plugin for its verdict. Returns how long the backing may become in bytes; `warnings` takes what the plugins have to
 /// say besides.
 fn verdict(
     overlay: &ChainImage<'_>,

@@ -8,13 +8,27 @@ use crate::plugins::{ImageFiles, Registry};
 #[derive(Debug, Default)]
 pub struct Notes {
     lines: Option<Vec<String>>,
+    warned: Option<fn(&str)>,
 }
 
 impl Notes {
     /// Notes that are kept if they are `wanted`.
     #[must_use]
     pub fn new(wanted: bool) -> Self {
-        Self { lines: wanted.then(Vec::new) }
+        Self { lines: wanted.then(Vec::new), warned: None }
+    }
+
+    /// The same, with somebody who is told each warning before anything is changed.
+    #[must_use]
+    pub fn warning(self, warned: fn(&str)) -> Self {
+        Self { warned: Some(warned), ..self }
+    }
+
+    /// These warnings stand: the commit begins.
+    pub(super) fn warn(&self, warnings: &[String]) {
+        if let Some(warned) = self.warned {
+            warnings.iter().for_each(|warning| warned(warning));
+        }
     }
 
     /// The text for the terminal, a line each.

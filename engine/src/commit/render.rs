@@ -1,7 +1,7 @@
 //! What a commit prints.
 
 use super::CommitRunResult;
-use crate::cli::output::{print, print_json_indented};
+use crate::cli::output::{print, print_json_indented, render_error, unprinted_but};
 use crate::cli::OutputFormat;
 use crate::error::Error;
 use crate::escape::{escape_path, printable};
@@ -26,6 +26,13 @@ fn object(result: &CommitRunResult) -> Map<String, Value> {
     map.insert("clusters_committed".into(), json!(result.clusters_committed));
     map.insert("bytes_committed".into(), json!(result.bytes_committed));
     map.insert("overlay_clusters_cleared".into(), json!(result.overlay_clusters_cleared));
+    // Only there if there is something to say.
+    if !result.stale.is_empty() {
+        map.insert("stale".into(), result.stale.iter().map(|path| text(path)).collect());
+    }
+    if !result.warnings.is_empty() {
+        map.insert("warnings".into(), json!(result.warnings));
+    }
     map
 }
 
@@ -39,11 +46,12 @@ pub fn render_commit_success(
     quiet: bool,
     out: &mut dyn Write,
 ) -> Result<(), Error> {
-    match output {
+    let printed = match output {
         OutputFormat::Json => print_json_indented(out, &Value::Object(object(result)), INDENT),
         OutputFormat::Human if quiet => Ok(()),
         OutputFormat::Human => print(out, "Image committed.\n"),
-    }
+    };
+    printed.map_err(|error| unprinted_but("the commit is done", &result.overlay_given, &error))
 }
 
 /// Print what a commit would do: the same keys, and `dry_run`.
@@ -55,43 +63,42 @@ pub fn render_dry_run(result: &CommitRunResult, output: OutputFormat, out: &mut 
         OutputFormat::Json => {
             let mut map = object(result);
             map.insert("dry_run".into(), json!(true));
+            map.insert("backing_growth_bytes".into(), json!(result.run.growth.bytes));
+            map.insert("free_bytes".into(), json!(result.run.growth.free));
             print_json_indented(out, &Value::Object(map), INDENT)
         }
         OutputFormat::Human => {
-            let growth = result.backing_grows_to.map(|size| format!(", which would grow to {size} bytes"));
+            let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {size} bytes"));
+            let growth = result.run.growth;
+            let free = growth.free.map(|free| format!(" Its file system has {free} bytes free."));
             print(
                 out,
                 &format!(
-                    "Would commit {} clusters ({} bytes) of '{}' into '{}'{}. Nothing was changed.\n",
+                    "Would commit {} clusters ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes at \
+                     most.{} Nothing was changed.\n",
                     result.clusters_committed,
                     result.bytes_committed,
-                    escape_path(&result.overlay),
+                    escape_path(&result.overlay_given),
                     escape_path(&result.backing),
-                    growth.unwrap_or_default()
+                    disk.unwrap_or_default(),
+                    growth.bytes,
+                    free.unwrap_or_default(),
                 ),
             )
         }
     }
 }
 
-/// The lines for warnings.
+/// The line for a warning.
 #[must_use]
-pub fn render_warnings(warnings: &[String]) -> String {
-    warnings.iter().map(|warning| format!("instar: warning: {}\n", printable(warning))).collect()
+pub fn render_warning(warning: &str) -> String {
+    format!("instar: warning: {}\n", printable(warning))
 }
 
 /// The error as one line, or as one JSON object.
 #[must_use]
 pub fn render_commit_error(error: &Error, output: OutputFormat) -> String {
-    match output {
-        OutputFormat::Human => format!("instar: {}\n", printable(&error.message)),
-        OutputFormat::Json => {
-            let value = json!({
-                "error": {"code": error.code.number(), "name": error.code.name(), "message": error.message}
-            });
-            format!("{value}\n")
-        }
-    }
+    render_error(error, output)
 }
 
 /// Lines of `-v` about what was measured.

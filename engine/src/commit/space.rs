@@ -26,6 +26,14 @@ pub struct Space {
     data: u64,
 }
 
+/// Bytes that the file system of an image has free for this user; `None` for a block device, and where it does not say.
+#[must_use]
+pub fn free_space(image: &ChainImage<'_>) -> Option<u64> {
+    let system = fstatvfs(image.opened.file.file()).ok().filter(|_| !image.opened.block_device)?;
+    let blocks = if rustix::process::geteuid().is_root() { system.f_bfree } else { system.f_bavail };
+    Some(blocks.saturating_mul(system.f_frsize))
+}
+
 impl Space {
     /// What is known; nothing of a block device, of several files, of a format without clusters, and of other file systems.
     #[must_use]
@@ -33,15 +41,14 @@ impl Space {
         let file = backing.opened.file.file();
         let usable = !backing.opened.block_device && backing.files.is_empty() && backing.facts.cluster_size > 1;
         let known = fstatfs(file).is_ok_and(|system| [EXT, TMPFS].contains(&system.f_type.cast_unsigned()));
-        let system = fstatvfs(file).ok().filter(|_| usable && known)?;
-        let blocks = if rustix::process::geteuid().is_root() { system.f_bfree } else { system.f_bavail };
+        let free = free_space(backing).filter(|_| usable && known)?;
         let taken = |opened: &OpenedFile| opened.file.file().metadata().map_or(u64::MAX, |found| found.blocks() * 512);
         let files = merged.iter().flat_map(|layer| {
             let others = layer.files.iter().map(|file| &file.opened);
             std::iter::once(&layer.opened).chain(others)
         });
         Some(Self {
-            free: blocks.saturating_mul(system.f_frsize),
+            free,
             length: backing.facts.file_length,
             cluster: backing.facts.cluster_size,
             data: files.map(taken).fold(0, u64::saturating_add),

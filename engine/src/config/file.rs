@@ -1,6 +1,6 @@
 //! One configuration file.
 
-use crate::error::Error;
+use crate::error::{Error, Role};
 use crate::plugins::TrustedDirectory;
 use instar_guest_abi::ErrorCode;
 use serde::Deserialize;
@@ -23,10 +23,15 @@ pub struct Content {
 impl Content {
     /// Read a file; `None` if there is none.
     pub fn read(path: &Path) -> Result<Option<Self>, Error> {
-        let refused = |why: String| Error::image(path, ErrorCode::OpenFailed, format!("configuration: {why}"));
+        let refused = |why: String| {
+            Error::image(path, ErrorCode::OpenFailed, format!("configuration: {why}")).in_role(Role::Configuration)
+        };
         match path.symlink_metadata() {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
-            Err(error) => return Err(refused(format!("cannot be read: {error}"))),
+            Err(error) => {
+                let error = Error::io(path, ErrorCode::OpenFailed, "configuration: cannot be read", &error);
+                return Err(error.in_role(Role::Configuration));
+            }
             Ok(_) => {}
         }
         let absolute = std::path::absolute(path).map_err(|error| refused(format!("cannot be read: {error}")))?;

@@ -8,6 +8,7 @@ mod file;
 use crate::error::Error;
 use crate::plugins::is_elevated;
 use file::Content;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The system's file.
@@ -35,10 +36,21 @@ pub struct Config {
     pub plugin_directories: Vec<Configured>,
     /// The files that were looked for, and whether they are there.
     pub files: Vec<(PathBuf, bool)>,
+    /// Why a file does not count, each one line that names it.
+    pub warnings: Vec<String>,
+}
+
+/// A file to look for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Source {
+    path: PathBuf,
+    /// Nobody named it: it is found through the environment of whoever logged in, who may be somebody else.
+    found: bool,
 }
 
 impl Config {
-    /// Read the files. One that is absent says nothing.
+    /// Read the files. One that is absent says nothing; a user's file that is another user's (`HOME` under `sudo -u`)
+    /// does not count, with a warning.
     ///
     /// # Errors
     /// A file that others can change, that cannot be read, or that says something else than it may: one line that names
@@ -47,10 +59,17 @@ impl Config {
         Self::of(&files(is_elevated(), |name| std::env::var_os(name).map(PathBuf::from)))
     }
 
-    fn of(files: &[PathBuf]) -> Result<Self, Error> {
+    fn of(files: &[Source]) -> Result<Self, Error> {
         let mut config = Self::default();
-        for file in files {
-            let Some(content) = Content::read(file)? else {
+        for Source { path: file, found } in files {
+            let content = match Content::read(file) {
+                Err(error) if *found && is_anothers(file) => {
+                    config.warnings.push(format!("{error}: it is another user's, and does not count"));
+                    None
+                }
+                content => content?,
+            };
+            let Some(content) = content else {
                 config.files.push((file.clone(), false));
                 continue;
             };
@@ -78,19 +97,30 @@ impl Config {
     }
 }
 
+/// Whether a file, or a directory on the way to it, belongs to somebody else than root and the caller, or is closed to them.
+fn is_anothers(file: &Path) -> bool {
+    let caller = rustix::process::geteuid().as_raw();
+    file.ancestors().any(|path| match path.symlink_metadata() {
+        Ok(metadata) => ![0, caller].contains(&metadata.uid()),
+        Err(error) => error.kind() == std::io::ErrorKind::PermissionDenied,
+    })
+}
+
 /// The files to look for. A program that runs with more rights than its caller has goes by the system's file alone.
-fn files(elevated: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
-    let system = PathBuf::from(SYSTEM_FILE);
+fn files(elevated: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<Source> {
+    let named = |path| Source { path, found: false };
+    let system = named(PathBuf::from(SYSTEM_FILE));
     if elevated {
         return vec![system];
     }
-    if let Some(named) = variable(CONFIG_VARIABLE) {
-        return if named.as_os_str().is_empty() { Vec::new() } else { vec![named] };
+    if let Some(path) = variable(CONFIG_VARIABLE) {
+        return if path.as_os_str().is_empty() { Vec::new() } else { vec![named(path)] };
     }
     let absolute = |path: &PathBuf| path.is_absolute();
     let home = || variable("HOME").filter(absolute).map(|home| home.join(".config"));
     let user = variable("XDG_CONFIG_HOME").filter(absolute).or_else(home);
-    std::iter::once(system).chain(user.map(|directory| directory.join(Path::new(USER_FILE)))).collect()
+    let user = user.map(|directory| Source { path: directory.join(USER_FILE), found: true });
+    std::iter::once(system).chain(user).collect()
 }
 
 #[cfg(test)]
@@ -101,7 +131,7 @@ mod tests {
 
     fn shown(elevated: bool, variables: &[(&str, &str)]) -> Vec<String> {
         let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| PathBuf::from(value));
-        files(elevated, variable).iter().map(|file| file.display().to_string()).collect()
+        files(elevated, variable).iter().map(|file| file.path.display().to_string()).collect()
     }
 
     #[test]
@@ -126,7 +156,8 @@ mod tests {
             std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o644)).unwrap();
         }
         let absent = root.path().join("absent");
-        let config = Config::of(&[first.clone(), absent.clone(), second.clone()]).unwrap();
+        let source = |path: &PathBuf| Source { path: path.clone(), found: false };
+        let config = Config::of(&[&first, &absent, &second].map(source)).unwrap();
         assert_eq!(config.plugin_paths(), ["/no/a", "/no/b", "/no/c"].map(PathBuf::from));
         assert_eq!(config.backing_paths(), [PathBuf::from("/")]);
         assert_eq!(config.plugin_directories.first().unwrap().file, first);

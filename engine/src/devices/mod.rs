@@ -99,6 +99,18 @@ impl Device {
         *self.possible.get_or_init(|| Direct::possible(&self.file))
     }
 
+    /// Whether something was written since the last flush.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.dirty
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
     /// Read up to `out.len()` bytes at `offset`; fewer only at the end of the file, or when interrupted.
     fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<usize> {
         match self.direct {

@@ -13,6 +13,14 @@ const MIN_PIECE: u64 = 4 << 10;
 pub trait Watch {
     /// So many bytes more have moved.
     fn moved(&mut self, bytes: u64);
+
+    /// Data has moved, and nothing is half done: a moment for what takes longer.
+    ///
+    /// # Errors
+    /// What the movement then fails with.
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A limit in bytes per second.
@@ -82,6 +90,9 @@ impl Pace {
     /// EINTR, if the operator wants to stop meanwhile.
     pub fn moved(&mut self, bytes: u64) -> io::Result<()> {
         self.passed(bytes);
+        if let Some(watch) = &mut self.watch {
+            watch.settle()?;
+        }
         let Some(limit) = &mut self.limit else { return Ok(()) };
         let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(limit.rate);
         let takes = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));

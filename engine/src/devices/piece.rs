@@ -89,7 +89,8 @@ impl Piece {
             let parts = self.parts.get(run.clone()).unwrap_or_default();
             let Some(first) = parts.first() else { break };
             let length = length_of(parts);
-            if let Err(error) = part_of(buffer, at, length).and_then(|bytes| read_all(&first.source, first.from, bytes)) {
+            if let Err(error) = part_of(buffer, at, length).and_then(|bytes| read_all(&first.source, first.from, bytes))
+            {
                 failed = Some((first.copy, error));
                 break;
             }

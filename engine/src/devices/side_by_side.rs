@@ -43,7 +43,9 @@ impl Way {
         let block = |direct: Direct| direct.block().max(BLOCK);
         match target.direct {
             Some(direct) => Self::Direct(block(direct)),
-            None if target.eager => target.direct_possible().map_or(Self::Buffered, |direct| Self::Either(block(direct))),
+            None if target.eager => {
+                target.direct_possible().map_or(Self::Buffered, |direct| Self::Either(block(direct)))
+            }
             None => Self::Buffered,
         }
     }
@@ -182,7 +184,9 @@ impl Copier {
                 let pieces = pieces(&target.file, direct);
                 match target.direct {
                     Some(_) => run(pieces),
-                    None => Direct::directly(&target.file, || run(pieces)).map_err(|error| (0, error)).and_then(|ran| ran),
+                    None => {
+                        Direct::directly(&target.file, || run(pieces)).map_err(|error| (0, error)).and_then(|ran| ran)
+                    }
                 }
             });
             if let Err((copy, error)) = ran {

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
-use super::super::{Cache, Device, Devices, Workers};
 use super::super::piece::Part;
+use super::super::{Cache, Device, Devices, Workers};
 use super::{Plan, Way, LEAST};
 use crate::vm::BufferAccess;
 use instar_guest_abi::{request_status, Request, DEVICE_OUTPUT};
@@ -195,7 +195,8 @@ fn the_operator_can_interrupt() {
 fn long_runs_of_whole_blocks_go_past_the_page_cache() {
     let (source, _) = file(4096, 1);
     let source = std::sync::Arc::new(source);
-    let part = |to: u64, length: u64| Part { source: std::sync::Arc::clone(&source), from: to + 7, to, length, copy: 0 };
+    let part =
+        |to: u64, length: u64| Part { source: std::sync::Arc::clone(&source), from: to + 7, to, length, copy: 0 };
     let parts = vec![
         // A run of 16 parts of 64 KiB, one that is short, and a long one that fills no block at its ends.
         part(65536, 65536 * 8),

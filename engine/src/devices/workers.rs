@@ -286,7 +286,8 @@ mod tests {
         }
         // A file that cannot be written fails the first copy.
         let closed_for_writing = Arc::new(File::open("/dev/null").unwrap());
-        let (copy, error) = workers.copy(pieces(&closed_for_writing, parts(&source, 40, 100_000)), |_| Ok(())).unwrap_err();
+        let (copy, error) =
+            workers.copy(pieces(&closed_for_writing, parts(&source, 40, 100_000)), |_| Ok(())).unwrap_err();
         assert_eq!((copy, error.raw_os_error()), (0, Some(libc::EBADF)));
         // It can be used again.
         workers.copy(pieces(&target, parts(&source, 40, 100_000)), |_| Ok(())).unwrap();

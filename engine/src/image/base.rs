@@ -18,6 +18,8 @@ pub struct BackingChoice<'a> {
     pub base: Option<&'a Path>,
     /// Where recorded names may lead.
     pub gate: &'a Gate,
+    /// How the backing is opened.
+    pub access: Access,
 }
 
 /// Refusal of a recorded name, with what to do.
@@ -55,19 +57,21 @@ pub fn resolve_backing<'r>(
             let located = choice.gate.locate(&directory, &pointer.name).map_err(|error| {
                 not_allowed(path, &error, "name the backing with -b, or allow its directory with --allow-backing-dir")
             })?;
-            (OpenedFile::located(&located, Access::ReadWrite, ErrorCode::BackingNotFound)?, Vec::new())
+            (OpenedFile::located(&located, choice.access, ErrorCode::BackingNotFound)?, Vec::new())
         }
-        Some(base) => open_base(registry, overlay, pointer, &directory.join(base), choice.gate)?,
+        Some(base) => open_base(registry, overlay, pointer, &directory.join(base), choice)?,
     };
     let same = opened.identity == overlay.opened.identity;
     if same {
         return Err(Error::image(path, ErrorCode::ChainLoop, "is its own backing file"));
     }
     let lowest = between.last().map_or(&overlay.facts, |layer: &ChainImage<'_>| &layer.facts);
-    let backing = opened.lock(Access::ReadWrite)?.identify_recorded(registry, recorded_format(lowest))?;
+    let backing = opened.lock(choice.access)?.identify_recorded(registry, recorded_format(lowest))?;
     if let Some(lowest) = between.pop() {
         let above = between.last().map_or(&overlay.facts, |layer: &ChainImage<'_>| &layer.facts);
-        let lowest = if lowest.facts.follows(&backing.facts) { to_follow(registry, lowest, above)? } else { lowest };
+        // A dry run changes nothing, so that it needs no layer open for writing.
+        let follows = choice.access == Access::ReadWrite && lowest.facts.follows(&backing.facts);
+        let lowest = if follows { to_follow(registry, lowest, above)? } else { lowest };
         between.push(lowest);
     }
     Ok(Target { backing, between })
@@ -91,10 +95,10 @@ fn open_base<'r>(
     overlay: &ChainImage<'_>,
     pointer: &BackingPointer,
     target: &Path,
-    gate: &Gate,
+    choice: BackingChoice<'_>,
 ) -> Result<(OpenedFile, Vec<ChainImage<'r>>), Error> {
     let name = escape_bytes(&pointer.name);
-    let opened = match OpenedFile::named(target, Access::ReadWrite, ErrorCode::BackingNotFound) {
+    let opened = match OpenedFile::named(target, choice.access, ErrorCode::BackingNotFound) {
         Err(error) if error.code == ErrorCode::BackingNotFound => {
             let clause = format!(
                 "does not exist (a relative name begins at the overlay's directory); the overlay's immediate parent is {name}"
@@ -108,7 +112,7 @@ fn open_base<'r>(
     if !is_protocol(&pointer.name) && identity(&parent) == Some(opened.identity) {
         return Ok((opened, Vec::new()));
     }
-    let why = match layers_above(registry, overlay, opened.identity, gate) {
+    let why = match layers_above(registry, overlay, opened.identity, choice.gate) {
         Ok(Some(between)) => return Ok((opened, between)),
         Ok(None) => String::new(),
         Err(error) if error.code == ErrorCode::ImageInUse => return Err(error),
@@ -155,11 +159,7 @@ fn layers_above<'r>(
 
 /// The same layer, open for writing, because what it records of its parent is going to change. `above` are the facts of the
 /// image above it.
-fn to_follow<'r>(
-    registry: &'r Registry,
-    layer: ChainImage<'r>,
-    above: &ImageFacts,
-) -> Result<ChainImage<'r>, Error> {
+fn to_follow<'r>(registry: &'r Registry, layer: ChainImage<'r>, above: &ImageFacts) -> Result<ChainImage<'r>, Error> {
     let ChainImage { opened, facts, .. } = layer;
     let (path, identity) = (opened.path.clone(), opened.identity);
     // The lock of the file that is only read goes with it.

@@ -50,7 +50,7 @@ pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), Error>
             let located = gate
                 .locate(&directory, &file.name)
                 .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
-            let opened = OpenedFile::located(&located, *access, ErrorCode::OpenFailed)?;
+            let opened = OpenedFile::located(&located, *access, ErrorCode::BackingNotFound)?;
             if seen.contains(&opened.identity) {
                 let clause = "is used twice in this chain: each file can be part of one image, once";
                 return Err(Error::image(&opened.path, ErrorCode::ChainLoop, clause));

@@ -31,8 +31,9 @@ impl OpenedFile {
     ) -> Result<ChainImage<'r>, Error> {
         let recorded = recorded.filter(|name| !name.is_empty()).map(String::from_utf8_lossy);
         if recorded.is_none() && matches!(registry.identify(&self.file, None), Err(IdentifyError::Unrecognised)) {
-            let clause = "the format is not recognised, and the image above does not record it: if it is raw, record \
-                          that with `qemu-img rebase -u -b BACKING -F raw OVERLAY`";
+            let clause =
+                "begins like no known format, and the image above does not record which it is: if it used to be \
+                          one, restore it; if it is a plain disk, record that it is raw in the image above";
             return Err(Error::image(&self.path, ErrorCode::UnsupportedFormat, clause));
         }
         self.identify_as(registry, recorded.as_deref())

@@ -104,7 +104,9 @@ impl OpenedFile {
         let failed = |code, clause: String| Err(Error::image(&path, code, clause));
         let file = match opened {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return failed(missing, "does not exist".into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::image(&path, missing, "does not exist").caused_by(&error));
+            }
             Err(error) if error.raw_os_error() == Some(libc::EXDEV) => {
                 let clause =
                     "a symbolic link leads outside the directory: name the file with -b, or allow its directory \
@@ -115,9 +117,9 @@ impl OpenedFile {
                 return failed(ErrorCode::OpenFailed, "is a directory, not an image".into());
             }
             Err(error) if access == Access::ReadWrite => {
-                return failed(ErrorCode::OpenFailed, format!("cannot be opened for writing: {error}"));
+                return Err(Error::io(&path, ErrorCode::OpenFailed, "cannot be opened for writing", &error));
             }
-            Err(error) => return failed(ErrorCode::OpenFailed, format!("cannot be opened: {error}")),
+            Err(error) => return Err(Error::io(&path, ErrorCode::OpenFailed, "cannot be opened", &error)),
         };
         let metadata = file
             .metadata()

@@ -1,8 +1,8 @@
 //! Is what is below an image what the image was made on? Some formats record that: both sides give an identity, which is
 //! only compared here. No format has to know another one.
 
-use super::open::{Access, ChainImage, OpenedFile};
 use super::base::recorded_format;
+use super::open::{Access, ChainImage, OpenedFile};
 use super::write_target::Gate;
 use crate::error::Error;
 use crate::escape::escape_path;

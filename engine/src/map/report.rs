@@ -1,6 +1,7 @@
 //! A map as it is printed: in the words of `qemu-img map`, run by run.
 
 use super::Place;
+use crate::cli::output::unprinted;
 use crate::error::Error;
 use crate::escape::escape_path;
 use instar_guest_abi::ErrorCode;
@@ -73,10 +74,6 @@ pub struct Reporter<'w> {
     printed: u64,
 }
 
-fn failed(error: &io::Error) -> Error {
-    Error::new(ErrorCode::OpenFailed, format!("writing the result failed: {error}"))
-}
-
 impl<'w> Reporter<'w> {
     /// One that prints on `out` what lies in `range`.
     pub fn new(out: &'w mut dyn Write, format: Format, range: Range<u64>) -> Self {
@@ -115,7 +112,7 @@ impl<'w> Reporter<'w> {
             (Format::Human, 0) => self.out.write_all(HEADING.as_bytes()),
             (Format::Human, _) => Ok(()),
         };
-        written.and_then(|()| self.out.flush()).map_err(|error| failed(&error))
+        written.and_then(|()| self.out.flush()).map_err(|error| unprinted(&error))
     }
 
     fn print(&mut self, entry: &Entry, places: &BTreeMap<u32, Place>) -> Result<(), Error> {
@@ -138,7 +135,7 @@ impl<'w> Reporter<'w> {
             }
         };
         self.printed += 1;
-        self.out.write_all(text.as_bytes()).map_err(|error| failed(&error))
+        self.out.write_all(text.as_bytes()).map_err(|error| unprinted(&error))
     }
 }
 

@@ -43,13 +43,13 @@ const ENTRY_BYTES: u64 = 4;
 pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), Error> {
     allow_many_open_files();
     let path = std::path::absolute(&request.image).map_err(|error| {
-        Error::image(&request.image, ErrorCode::OverlayNotFound, format!("cannot be resolved: {error}"))
+        Error::image(&request.image, ErrorCode::ImageNotFound, format!("cannot be resolved: {error}"))
     })?;
     let gate = Gate::new(&request.allowed_directories)?;
     let registry = Registry::load(&request.search);
     let kvm = KvmDevice::open();
     let access = if request.force_share { Access::Shared } else { Access::ReadOnly };
-    let opened = OpenedFile::named(&request.image, access, ErrorCode::OverlayNotFound)?.lock(access)?;
+    let opened = OpenedFile::named(&request.image, access, ErrorCode::ImageNotFound)?.lock(access)?;
     let directory = path.parent().unwrap_or(Path::new("/"));
     let gate = gate.with(directory);
     let confinement = Confinement::begin(&gate.directories().fold(Reach::default(), Reach::read), Work::OpenToRead);

@@ -3,7 +3,9 @@
 
 use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
-use instar_plugin_api::{CreatedImage, GuestModule, ImageFacts, ImageFile, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE, ReservedRange};
+use instar_plugin_api::{
+    CreatedImage, GuestModule, ImageFacts, ImageFile, ReservedRange, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
+};
 
 /// Longest name of a format in bytes: it has to fit into the guest's module table.
 const NAME_MAX: usize = 31;

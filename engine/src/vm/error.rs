@@ -6,7 +6,7 @@ use instar_guest_abi::ErrorCode;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VmError {
     /// There is no KVM device.
-    #[error("no KVM: /dev/kvm does not exist; load the kvm module, or pass the device into the container")]
+    #[error("no KVM: /dev/kvm does not exist; start a container with the device, or load kvm_intel or kvm_amd: `instar doctor` says which")]
     KvmMissing,
     /// The KVM device may not be opened.
     #[error("no permission for KVM: /dev/kvm may not be opened ({}); join the group that owns it", errno_text(*errno))]
@@ -15,7 +15,7 @@ pub enum VmError {
         errno: i32,
     },
     /// KVM is there but cannot run a virtual machine.
-    #[error("KVM cannot run a virtual machine: {what} failed ({}); is virtualization enabled here?", errno_text(*errno))]
+    #[error("KVM cannot run a virtual machine: {what} failed ({}); `instar doctor` says what to do", errno_text(*errno))]
     KvmUnusable {
         /// What failed.
         what: String,
@@ -89,7 +89,7 @@ impl VmError {
 fn errno_text(errno: i32) -> String {
     match errno {
         0 => "no errno".to_owned(),
-        errno => std::io::Error::from_raw_os_error(errno).to_string(),
+        errno => crate::error::reason(&std::io::Error::from_raw_os_error(errno)),
     }
 }
 

@@ -118,7 +118,7 @@ impl Vm {
                 }
                 Exit::OutByte(PORT_FAULT, vector) => return Err(self.fault(vector)?),
                 Exit::Out(port, _) | Exit::OutByte(port, _) => {
-                    return Err(VmError::protocol(format!("`out` to port {port:#x}, which means nothing")));
+                    return Err(VmError::protocol(format!("`out` to unassigned port {port:#x}")));
                 }
                 Exit::Forbidden(what) => return Err(VmError::protocol(what)),
                 Exit::Kvm(what, errno) => return Err(VmError::unusable(what, errno)),

@@ -105,7 +105,7 @@ impl Lab {
         assert_eq!(error["name"], code.name(), "{args:?}: {}", json.stderr);
         assert_eq!(error["code"], code.number());
         let message = error["message"].as_str().unwrap();
-        assert_eq!(human.stderr.trim_end(), format!("instar: {message}"));
+        assert_eq!(human.stderr.trim_end(), format!("instar: {message} ({})", code.name()));
         for word in words {
             assert!(message.contains(word), "{args:?}: no {word:?} in {message}");
         }

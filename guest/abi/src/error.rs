@@ -41,7 +41,7 @@ macro_rules! error_codes {
 error_codes! {
     /// No error.
     Ok = 0, ERROR_OK;
-    /// The format, subformat or feature cannot be committed; the message names it.
+    /// The format, subformat or feature is not supported; the message names it.
     UnsupportedFormat = 1, ERROR_UNSUPPORTED_FORMAT;
     /// The overlay records no backing file and none was given.
     NoBacking = 2, ERROR_NO_BACKING;
@@ -87,9 +87,9 @@ error_codes! {
     PluginRefused = 22, ERROR_PLUGIN_REFUSED;
     /// The recorded backing may not be written without the operator naming it.
     WriteTargetNotAllowed = 23, ERROR_WRITE_TARGET_NOT_ALLOWED;
-    /// The overlay does not exist.
-    OverlayNotFound = 24, ERROR_OVERLAY_NOT_FOUND;
-    /// The backing, or one of its ancestors, does not exist.
+    /// An image that the operator named does not exist.
+    ImageNotFound = 24, ERROR_IMAGE_NOT_FOUND;
+    /// What an image records, a backing or another file of its own, or what `-b` names does not exist.
     BackingNotFound = 25, ERROR_BACKING_NOT_FOUND;
     /// `-b` names a file outside the overlay's backing chain.
     NotInChain = 26, ERROR_NOT_IN_CHAIN;
@@ -103,7 +103,7 @@ error_codes! {
     KvmPermission = 30, ERROR_KVM_PERMISSION;
     /// KVM is there but cannot run a virtual machine.
     KvmUnusable = 31, ERROR_KVM_UNUSABLE;
-    /// Reserved for options that are not there yet: nothing gives it at present.
+    /// The plugin of the format lacks what is asked for: it cannot examine images.
     NotImplemented = 32, ERROR_NOT_IMPLEMENTED;
     /// A plugin that is needed is missing or cannot be loaded.
     PluginUnavailable = 33, ERROR_PLUGIN_UNAVAILABLE;

@@ -26,8 +26,8 @@ pub use error::*;
 pub use layout::*;
 pub use list::List;
 pub use module::{
-    Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo,
-    ModuleDescriptor, ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, SinkOps, SourceOps,
-    FAILURE_TEXT_MAX, IMAGE_ID_MAX, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
+    Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo, ModuleDescriptor,
+    ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, SinkOps, SourceOps, FAILURE_TEXT_MAX,
+    IMAGE_ID_MAX, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
 };
 pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};

@@ -265,9 +265,8 @@ pub struct SourceOps {
     /// Since minor version 2; null, or past the end of a shorter table: the image does not record its parent's identity.
     /// Record, durably, that the parent's identity becomes `*identity`. `stage` is a [`ParentStage`] as a number: called
     /// before the first write to the parent, and again with the same identity when the last one is durable.
-    pub follow_parent: Option<
-        extern "C" fn(source: *mut c_void, identity: *const ImageId, stage: u32, failure: *mut Failure) -> u32,
-    >,
+    pub follow_parent:
+        Option<extern "C" fn(source: *mut c_void, identity: *const ImageId, stage: u32, failure: *mut Failure) -> u32>,
     /// Since minor version 3; null, or past the end of a shorter table: images of the format cannot be examined.
     /// Look at all metadata for a report, and change nothing: what is wrong is a finding and not a failure.
     pub examine: Option<

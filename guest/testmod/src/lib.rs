@@ -51,7 +51,7 @@ scenarios! {
     Stall = 7;
     /// Ring for more requests than the ring has.
     DoorbellCount = 8;
-    /// `out` to a port that means nothing.
+    /// `out` to an unassigned port.
     UnknownPort = 9;
     /// A READ into the stack's addresses, past core's help.
     BufferOutside = 10;

@@ -43,7 +43,13 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
         .parent_announced
         .then(|| "a commit from it was interrupted: run it again, so that other programs can read it".to_owned());
     // A reason may quote the image, and be longer than a note may be.
-    refused.into_iter().chain(announced).chain(stream).chain(tracked).map(|note| note.chars().take(300).collect()).collect()
+    refused
+        .into_iter()
+        .chain(announced)
+        .chain(stream)
+        .chain(tracked)
+        .map(|note| note.chars().take(300).collect())
+        .collect()
 }
 
 fn of_backing(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {

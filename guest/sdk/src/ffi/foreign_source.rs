@@ -7,8 +7,8 @@ use core::ffi::c_void;
 use core::ops::Range;
 use core::ptr::null_mut;
 use instar_guest_abi::{
-    DeviceConfig, ErrorCode, Examination, Extent, ExtentKind, FindingKind, FindingOps, ImageId, ImageInfo,
-    ParentStage, SourceOps,
+    DeviceConfig, ErrorCode, Examination, Extent, ExtentKind, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage,
+    SourceOps,
 };
 
 /// A source of another module. It does its block I/O itself: the `io` of the calls is not used.

@@ -6,7 +6,9 @@ use crate::{BlockIo, DriverResult, FormatDriver, Sink};
 use alloc::boxed::Box;
 use core::ffi::c_void;
 use core::slice;
-use instar_guest_abi::{DeviceConfig, Extent, ExtentKind, Failure, ImageId, ImageInfo, PlanSummary, ReadBelowOps, SinkOps};
+use instar_guest_abi::{
+    DeviceConfig, Extent, ExtentKind, Failure, ImageId, ImageInfo, PlanSummary, ReadBelowOps, SinkOps,
+};
 
 #[allow(clippy::cast_possible_truncation, reason = "a table is some dozens of bytes")]
 const SIZE: u32 = size_of::<SinkOps>() as u32;

@@ -7,8 +7,8 @@ use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::slice;
 use instar_guest_abi::{
-    DeviceConfig, Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, ImageId, ImageInfo,
-    ParentStage, SourceOps,
+    DeviceConfig, Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage,
+    SourceOps,
 };
 
 /// What a handle points to.
@@ -187,9 +187,7 @@ extern "C" fn follow_parent<S: Source, Io: BlockIo + Default>(
     // SAFETY: the interface passes a live handle and a readable identity.
     let (open, identity) = unsafe { (handle::<S>(source), identity.as_ref()) };
     let result = match (open, identity, ParentStage::from_u32(stage)) {
-        (Some(open), Some(identity), Some(stage)) => {
-            open.source.follow_parent(&mut Io::default(), identity, stage)
-        }
+        (Some(open), Some(identity), Some(stage)) => open.source.follow_parent(&mut Io::default(), identity, stage),
         _ => Err(protocol("follow_parent without source, identity or stage")),
     };
     // SAFETY: the interface passes null or a writable failure.

@@ -46,13 +46,7 @@ impl DescriptorPlace {
     ///
     /// # Errors
     /// As [`DescriptorPlace::can_replace`]; I/O errors.
-    pub fn replace(
-        &self,
-        io: &mut dyn BlockIo,
-        id: &ContentId,
-        value: u32,
-        marked: bool,
-    ) -> DriverResult<ContentId> {
+    pub fn replace(&self, io: &mut dyn BlockIo, id: &ContentId, value: u32, marked: bool) -> DriverResult<ContentId> {
         if (id.value, id.marked) != (value, marked) {
             let digits = self.replacement(id, value, marked)?;
             io.write(self.device, self.offset.saturating_add(id.digits.start as u64), digits.as_bytes())?;
