@@ -18,7 +18,7 @@ mod usage;
 pub use output::OutputFormat;
 pub use usage::main;
 
-use crate::commit::{render_commit_error, render_warning};
+use crate::commit::render_warning;
 use crate::config::Config;
 use crate::confine::trap::report_as_json;
 use crate::error::Error;
