@@ -29,6 +29,8 @@ pub struct Zeroes {
     /// Bytes before the place of interest at which a question begins. It doubles with every answer that runs into known
     /// ranges, so that there are few of those, in whatever order the file is walked.
     step: u64,
+    /// Data is known to begin here: where the last hole ended.
+    data_at: Option<u64>,
 }
 
 /// Where data begins, and where it ends, as the file system sees it; `None` without an answer.
@@ -85,6 +87,7 @@ impl Zeroes {
 
     /// Nothing is known of `from..end` any more.
     pub fn forget(&mut self, from: u64, end: u64) {
+        self.data_at = None;
         if from >= end {
             return;
         }
@@ -127,8 +130,9 @@ impl Zeroes {
         let next = self.ranges.range(at..).next().map_or(u64::MAX, |(&start, _)| start);
         let mut from = before.max(at.saturating_sub(self.step));
         loop {
-            let data = file.data(from)?.max(from);
+            let data = if self.data_at == Some(from) { from } else { file.data(from)?.max(from) };
             let (to, zero) = if data > from { (data, true) } else { (file.hole(from)?, false) };
+            self.data_at = zero.then_some(to);
             // A file that is changed meanwhile may say anything; what does not lead on is no answer.
             let to = (to > from).then_some(to)?;
             if to > next {

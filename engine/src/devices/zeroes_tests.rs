@@ -83,7 +83,7 @@ fn all_questions_together_cost_what_the_file_has() {
         let data: Vec<bool> = (0..BLOCKS).map(|block| block / run % 2 == 0).collect();
         for (number, order) in orders(BLOCKS).iter().enumerate() {
             let (calls, steps) = walk(&data, order);
-            assert!(calls <= 3 * BLOCKS, "runs of {run}, order {number}: {calls} calls for {BLOCKS} requests");
+            assert!(calls <= 2 * BLOCKS, "runs of {run}, order {number}: {calls} calls for {BLOCKS} requests");
             assert!(steps <= 30 * BLOCKS, "runs of {run}, order {number}: {steps} steps over {BLOCKS} extents");
         }
     }
