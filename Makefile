@@ -93,10 +93,10 @@ demo: instar ## commit a small overlay and show before and after (needs no qemu)
 
 bench: instar python qemu-img file-systems ## measure against qemu-img commit and refresh docs/performance.md
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements-bench.txt
-	$(VENV)/bin/python tests/bench.py --instar $(INSTAR) $(or $(BENCH_ARGS),--write-docs)
+	$(VENV)/bin/python tests/bench --instar $(INSTAR) $(or $(BENCH_ARGS),--write-docs)
 
 bench-quick: instar qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
-	$(PYTHON) tests/bench.py --instar $(INSTAR) --quick $(BENCH_ARGS)
+	$(PYTHON) tests/bench --instar $(INSTAR) --quick $(BENCH_ARGS)
 
 # Installing it takes ten minutes, which is why CI does not: tests/contract, in `make test`, compares signatures and layouts.
 # Its version has to know the rustdoc format of the installed compiler: install a newer one where it says so.

@@ -4,7 +4,7 @@ import json
 import os
 import time
 
-from bench_workloads import GIB, call
+from workloads import GIB, call
 
 # What is left of an emptied overlay with clusters of 64 KiB, in bytes.
 EMPTY = 256 << 10
@@ -19,7 +19,7 @@ def data(path):
 
 def extents(workload, template):
     """From where to where in the files: for one qcow2 overlay with data from end to end, over a qcow2 base."""
-    plain = workload.sequential and not workload.compress and workload.layers == 1
+    plain = workload.sequential and not workload.scattered and not workload.zeroes and not workload.compress and workload.layers == 1
     if not plain or workload.overlay_format != "qcow2" or workload.base_format != "qcow2" or workload.sequential > GIB:
         return []
     source, target = data(template / workload.overlay), data(template / workload.base)

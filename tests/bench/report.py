@@ -82,6 +82,7 @@ def growth_tables(growth):
         "data": "data that fills the disk",
         "mapped": "mapped by the overlay's tables, as holes of its file",
         "size": "virtual size, with 64 MiB scattered over it",
+        "extents": "writes of 4 KiB in random order, an extent each",
     }
     parts = []
     for name, title in titles.items():

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measures `instar commit` against `qemu-img commit`.
 
-Each workload is built once. Each run commits a fresh copy of it, synced to disk before the clock starts; the two
-programs take turns, so that whatever else the machine does hits both. The first run of each is not counted: it warms
-the caches, counts the exits of the virtual machine, the bytes by the way they took and the memory, and its two results
-are compared byte by byte. Where data is copied from end to end, a third one takes its turn: what the kernel alone needs for it.
+Each run commits images of its own, written as a guest writes them and synced before the clock starts; those of both programs
+are written side by side. The two programs take turns, so that whatever else the machine does hits both. The first run of each is
+not counted: it warms the caches, counts the exits of the virtual machine, the bytes by the way they took and the memory, and its
+two results are compared byte by byte. Where data is copied from end to end, a third one takes its turn: what the kernel alone needs
+for it.
 """
 
 import argparse
@@ -22,14 +23,14 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import bench_growth  # noqa: E402
-import bench_kernel  # noqa: E402
-import bench_report  # noqa: E402
-from bench_disk import mounted  # noqa: E402
-from bench_workloads import call, workloads  # noqa: E402
+import growth  # noqa: E402
+import kernel as alone  # noqa: E402
+import report as reports  # noqa: E402
+from disk import mounted  # noqa: E402
+from workloads import built, call, workloads  # noqa: E402
 
-PROJECT = pathlib.Path(__file__).resolve().parent.parent
-PROGRAMS = bench_report.PROGRAMS
+PROJECT = pathlib.Path(__file__).resolve().parent.parent.parent
+PROGRAMS = reports.PROGRAMS
 # Linux counts the memory of the process that called exec, too: a small one has to do that, not this one.
 PEAK_MEMORY = """
 import os, sys
@@ -49,14 +50,6 @@ def quietly(command):
     except OSError:
         return ""
     return output.splitlines()[0].strip() if output.strip() else ""
-
-
-def fresh_copy(template, target):
-    """A copy of the images, on disk."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    call(["cp", "--reflink=auto", "--sparse=always", *map(str, template.iterdir()), str(target)])
-    call(["sync"])
 
 
 def command_of(workload, program, instar, verbose=False):
@@ -93,38 +86,33 @@ def verbose_run(command, directory):
     return facts
 
 
-def first_runs(workload, template, directory, instar):
+def first_runs(workload, directory, instar):
     """The runs that are not counted: what `instar` says of itself, peak memory in KiB, whether both did the same."""
     facts = {}
-    for program in PROGRAMS:
-        fresh_copy(template, directory / program)
-        facts[program] = verbose_run(command_of(workload, program, instar, verbose=True), directory / program)
-    bases = [str(directory / program / workload.base) for program in PROGRAMS]
-    formats = ["-f", workload.base_format, "-F", workload.base_format]
-    if subprocess.run(["qemu-img", "compare", "-q", *formats, *bases], check=False).returncode:
-        raise SystemExit("bench: the two programs left different bytes in the base: no timing is worth anything")
-    return facts
+    with built(workload, directory, PROGRAMS) as places:
+        extents = alone.extents(workload, places["instar"])
+        for program in PROGRAMS:
+            facts[program] = verbose_run(command_of(workload, program, instar, verbose=True), places[program])
+        bases = [str(places[program] / workload.base) for program in PROGRAMS]
+        formats = ["-f", workload.base_format, "-F", workload.base_format]
+        if subprocess.run(["qemu-img", "compare", "-q", *formats, *bases], check=False).returncode:
+            raise SystemExit("bench: the two programs left different bytes in the base: no timing is worth anything")
+    return facts, extents
 
 
 def measure(workload, directory, instar, runs):
     """All runs of one workload."""
-    template = directory / "template"
-    template.mkdir()
-    workload.build(template)
-    facts = first_runs(workload, template, directory, instar)
-    extents = bench_kernel.extents(workload, template)
+    facts, extents = first_runs(workload, directory, instar)
     seconds = {program: [] for program in PROGRAMS}
     kernel = []
     for number in range(runs):
-        # Whoever goes first in one round goes last in the next.
-        for program in PROGRAMS if number % 2 == 0 else reversed(PROGRAMS):
-            fresh_copy(template, directory / program)
-            seconds[program].append(timed(command_of(workload, program, instar), directory / program))
-        if extents:
-            fresh_copy(template, directory / "kernel")
-            kernel.append(bench_kernel.run(workload, directory / "kernel", extents))
-    for child in directory.iterdir():
-        shutil.rmtree(child)
+        names = [*PROGRAMS, "kernel"] if extents else PROGRAMS
+        with built(workload, directory, names) as places:
+            # Whoever goes first in one round goes last in the next.
+            for program in PROGRAMS if number % 2 == 0 else reversed(PROGRAMS):
+                seconds[program].append(timed(command_of(workload, program, instar), places[program]))
+            if extents:
+                kernel.append(alone.run(workload, places["kernel"], extents))
     medians = {program: statistics.median(seconds[program]) for program in PROGRAMS}
     return {
         "name": workload.name,
@@ -227,17 +215,17 @@ def main():
         if not (options.only or options.no_growth):
             # Where giving space back costs the disk nothing: with the option `discard`, ext4 waits for it.
             with mounted("xfs", directory) as place:
-                report["growth"] = bench_growth.measure(place or directory, instar, options.quick, verbose_run, timed)
+                report["growth"] = growth.measure(place or directory, instar, options.quick, verbose_run, timed)
 
     results = PROJECT / "bench-results"
     results.mkdir(exist_ok=True)
     stamp = report["machine"]["date"].replace(":", "").replace("+0000", "Z")
     path = results / f"{stamp}{'-quick' if options.quick else ''}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(bench_report.markdown(report))
+    print(reports.markdown(report))
     print(f"\nAll numbers: {path.relative_to(PROJECT)}", file=sys.stderr)
     if options.write_docs:
-        bench_report.write_docs(report, PROJECT / "docs")
+        reports.write_docs(report, PROJECT / "docs")
 
 
 if __name__ == "__main__":

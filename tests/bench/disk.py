@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 
-from bench_workloads import GIB, call
+from workloads import GIB, call
 
 # Sparse: only what is written takes space.
 SIZE = 24 * GIB
