@@ -30,7 +30,7 @@ pub fn check(devices: &Devices, memory: &dyn BufferAccess, request: &Request) ->
     let Some(end) = end else {
         return bad(request, "a range that overflows");
     };
-    if !matches!(op, RequestOp::Read | RequestOp::Flush) && !device.writable {
+    if !matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData) && !device.writable {
         return bad(request, "a change of a device that is read-only");
     }
     match op {
@@ -47,7 +47,7 @@ pub fn check(devices: &Devices, memory: &dyn BufferAccess, request: &Request) ->
             check_growth(device, request, end)?;
             // A block device stays as long as it is; giving up what is behind the new end does no harm.
         }
-        RequestOp::Zero | RequestOp::Flush => {}
+        RequestOp::Zero | RequestOp::Flush | RequestOp::NextData => {}
     }
     Ok(op)
 }

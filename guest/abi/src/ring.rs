@@ -27,6 +27,10 @@ pub enum RequestOp {
     Flush = 5,
     /// Set the length of `device` to `offset` bytes.
     SetLength = 6,
+    /// Find the first data within `length` bytes at `offset` of `device`: the host replaces `offset` and `length` with
+    /// the range that the data takes, of length 0 if there is none. What the range leaves out before it is a hole, which
+    /// reads as zeroes. A host that does not know leaves both as they are.
+    NextData = 7,
 }
 
 impl RequestOp {
@@ -40,6 +44,7 @@ impl RequestOp {
             4 => Self::Zero,
             5 => Self::Flush,
             6 => Self::SetLength,
+            7 => Self::NextData,
             _ => return None,
         })
     }
@@ -73,9 +78,9 @@ pub struct Request {
     pub device: u32,
     /// COPY only: the device that is copied from.
     pub src_device: u32,
-    /// Byte offset on `device`; for SET_LENGTH the new length in bytes.
+    /// Byte offset on `device`; for SET_LENGTH the new length in bytes. NEXT_DATA answers here.
     pub offset: u64,
-    /// Length in bytes.
+    /// Length in bytes. NEXT_DATA answers here.
     pub length: u64,
     /// COPY only: byte offset on `src_device`.
     pub src_offset: u64,
@@ -152,6 +157,12 @@ impl Request {
     #[must_use]
     pub const fn flush(device: u32) -> Self {
         Self::base(RequestOp::Flush, device, 0, 0)
+    }
+
+    /// A NEXT_DATA within `length` bytes at `offset`.
+    #[must_use]
+    pub const fn next_data(device: u32, offset: u64, length: u64) -> Self {
+        Self::base(RequestOp::NextData, device, offset, length)
     }
 
     /// A SET_LENGTH to `length` bytes.

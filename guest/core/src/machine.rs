@@ -7,9 +7,7 @@ use core::ops::Range;
 use core::ptr::null;
 use core::slice;
 use instar_guest_abi::{
-    CallTable, ChainConfig, FormatOps, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable, OperationConfig,
-    OperationOps, Request, Ring, CHAIN_CONFIG_ADDR, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE, MODULE_ABI_MAJOR,
-    MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_EXIT, PORT_MESSAGE, RING_ADDR,
+    CallTable, ChainConfig, FormatOps, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable, OperationConfig, OperationOps, Request, Ring, CHAIN_CONFIG_ADDR, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_EXIT, PORT_MESSAGE, RING_ADDR, RequestOp,
 };
 
 /// State of the guest, which has one thread and no interrupts.
@@ -78,6 +76,9 @@ impl Doorbell for Bell {
         out(PORT_DOORBELL, u32::try_from(requests.len()).unwrap_or(0));
         for (request, entry) in requests.iter_mut().zip(&*entries) {
             request.status = entry.status;
+            if request.op == RequestOp::NextData as u32 {
+                (request.offset, request.length) = (entry.offset, entry.length);
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::error::{DriverError, DriverResult};
 use alloc::format;
+use core::ops::Range;
 use instar_guest_abi::{ErrorCode, Request, RequestOp, DEVICE_OUTPUT};
 
 /// A request that the host tried and that failed.
@@ -49,6 +50,7 @@ pub trait BlockIo {
                 Some(RequestOp::Zero) => "zeroing",
                 Some(RequestOp::Flush) => "flush",
                 Some(RequestOp::SetLength) => "change of length",
+                Some(RequestOp::NextData) => "search for data",
                 None => "request",
             };
             let mut error = DriverError::new(code, format!("{verb} of {} bytes failed", request.length))
@@ -80,6 +82,17 @@ pub trait BlockIo {
         }
         let address = buffer.as_ptr() as u64;
         self.run(&mut [Request::write(device, offset, address, buffer.len() as u64)])
+    }
+
+    /// Find the first data of `device` within `range` (bytes): the part of the range that it takes, empty if all is a hole.
+    /// Where nobody knows about holes, that is the range.
+    ///
+    /// # Errors
+    /// As [`BlockIo::run`].
+    fn next_data(&mut self, device: u32, range: Range<u64>) -> DriverResult<Range<u64>> {
+        let mut requests = [Request::next_data(device, range.start, range.end.saturating_sub(range.start))];
+        self.run(&mut requests)?;
+        Ok(requests[0].offset..requests[0].offset.saturating_add(requests[0].length))
     }
 
     /// Make everything written to `device` durable.

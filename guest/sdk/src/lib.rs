@@ -11,6 +11,7 @@ extern crate alloc;
 pub mod crash;
 mod error;
 pub mod ffi;
+mod holes;
 mod io;
 #[cfg(feature = "memory")]
 pub mod memory;
@@ -18,6 +19,7 @@ pub mod runtime;
 mod traits;
 
 pub use error::{DriverError, DriverResult};
+pub use holes::Holes;
 pub use instar_guest_abi as abi;
 pub use io::{BlockIo, IoFailure};
 pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};

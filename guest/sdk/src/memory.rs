@@ -7,10 +7,13 @@ use crate::io::{BlockIo, IoFailure};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_abi::{request_status, Request, RequestOp};
 
 const EIO: u32 = 5;
 const EINVAL: u32 = 22;
+/// Bytes of a block, which is data or a hole.
+const BLOCK: u64 = 4096;
 
 /// One recorded change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +81,8 @@ pub struct MemoryDevices {
     pub submits: usize,
     /// Bytes that were read, of data and of metadata.
     pub bytes_read: u64,
+    /// Whether NEXT_DATA takes aligned blocks of 4 KiB that are all zero for holes; if not, everything is data.
+    pub holes: bool,
     /// Fail the request with this number (counted from 0 over all submits) with EIO.
     pub fail_at: Option<usize>,
     /// What [`BlockIo::heap_free`] says, in bytes, if not 48 MiB.
@@ -125,7 +130,22 @@ impl MemoryDevices {
         Some(bytes)
     }
 
-    fn execute(&mut self, request: &Request) -> Result<(), u32> {
+    /// The first data within a range of a device, with the host's granularity.
+    fn find_data(&self, device: u32, range: Range<u64>) -> Range<u64> {
+        let Some(file) = self.files.get(&device).filter(|_| self.holes) else { return range };
+        let data = |block: u64| {
+            let start = usize::try_from(block * BLOCK).unwrap_or(usize::MAX);
+            let bytes = file.get(start..file.len().min(start.saturating_add(BLOCK as usize))).unwrap_or_default();
+            bytes.iter().any(|&byte| byte != 0)
+        };
+        let end = range.end.min(file.len() as u64);
+        let mut blocks = range.start / BLOCK..end.div_ceil(BLOCK);
+        let Some(first) = blocks.find(|&block| data(block)) else { return range.end..range.end };
+        let last = blocks.take_while(|&block| data(block)).last().unwrap_or(first);
+        (first * BLOCK).max(range.start)..((last + 1) * BLOCK).min(end)
+    }
+
+    fn execute(&mut self, request: &mut Request) -> Result<(), u32> {
         let op = RequestOp::from_u32(request.op).ok_or(EINVAL)?;
         if !self.files.contains_key(&request.device) {
             return Err(EINVAL);
@@ -156,6 +176,10 @@ impl MemoryDevices {
                 self.change(Change::Write { device, offset, bytes });
             }
             RequestOp::Flush => self.change(Change::Flush { device }),
+            RequestOp::NextData => {
+                let found = self.find_data(device, offset..offset.saturating_add(request.length));
+                (request.offset, request.length) = (found.start, found.end - found.start);
+            }
             RequestOp::SetLength => self.change(Change::SetLength { device, length: offset }),
         }
         Ok(())
