@@ -2,10 +2,11 @@
 
 use crate::commit::GuestFailure;
 use crate::devices::Devices;
-use crate::vm::{BadRequest, BufferAccess, GuestHandler};
+use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler};
 use instar_guest_abi::{Examination, FindingKind, Request};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::CheckResultMessage;
+use std::time::Duration;
 
 /// Findings that are kept.
 const MAX_FINDINGS: usize = 200;
@@ -48,6 +49,10 @@ impl GuestHandler for CheckHandler {
             return Err(BadRequest("a request after the result".to_owned()));
         }
         self.devices.execute(memory, requests)
+    }
+
+    fn excess(&self, used: Duration) -> Option<Excess> {
+        self.devices.excess(used)
     }
 
     fn message(&mut self, message: Kind) -> Result<(), BadRequest> {

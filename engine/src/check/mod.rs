@@ -74,7 +74,7 @@ pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
         (Ok(_), Some(Ok(found))) => return Ok(CheckResult { format, found, findings: handler.findings }),
         (Ok(_), Some(Err(failure))) => failure,
         (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
-        (Err(error), _) => GuestFailure::ended(error.code(), error.to_string()),
+        (Err(error), _) => GuestFailure::of_machine(&error),
     };
     Err(map_read_error(&failure, &paths))
 }

@@ -3,6 +3,7 @@
 use super::attach::DevicePaths;
 use crate::devices::{Device, Devices};
 use crate::error::{Error, Role};
+use crate::vm::VmError;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
 use std::io;
@@ -55,6 +56,19 @@ impl GuestFailure {
     /// A guest that was ended.
     pub fn ended(code: ErrorCode, text: impl Into<String>) -> Self {
         Self { code, device: None, offset: None, errno: 0, text: text.into(), step: String::new() }
+    }
+
+    /// A virtual machine that could not run, or was ended.
+    #[must_use]
+    pub fn of_machine(error: &VmError) -> Self {
+        let ended = Self::ended(error.code(), error.to_string());
+        match error {
+            VmError::LimitExceeded { device, text } => {
+                let text = format!("{text}; commit a copy of it, made with `qemu-img convert`");
+                Self { device: Some(*device), text, ..ended }
+            }
+            _ => ended,
+        }
     }
 
     /// What is wrong, and where in the file.

@@ -123,7 +123,7 @@ pub fn run_commit_guest(
         (Ok(report), Some(result)) if result.error == 0 => return Ok((result, run(report))),
         (Ok(_), Some(result)) => GuestFailure::from_message(&result),
         (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
-        (Err(error), _) => GuestFailure::ended(error.code(), error.to_string()),
+        (Err(error), _) => GuestFailure::of_machine(&error),
     };
     let changed = Changed::of(&handler.devices, &paths);
     Err(map_commit_error(&failure, &paths, changed))

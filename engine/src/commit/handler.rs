@@ -4,10 +4,11 @@ use super::interrupt;
 use super::progress::Progress;
 use super::space::Space;
 use crate::devices::Devices;
-use crate::vm::{BadRequest, BufferAccess, GuestHandler};
+use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler};
 use instar_guest_abi::Request;
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{CommitResultMessage, PlanMessage};
+use std::time::Duration;
 
 /// What the guest of a commit said and did.
 pub struct CommitHandler {
@@ -80,6 +81,10 @@ impl GuestHandler for CommitHandler {
 
     fn interrupted(&self) -> bool {
         self.result.is_none() && interrupt::received()
+    }
+
+    fn excess(&self, used: Duration) -> Option<Excess> {
+        self.devices.excess(used)
     }
 }
 

@@ -5,6 +5,7 @@
 //! executed, and one that breaks a rule ends the guest.
 
 mod aligned;
+mod allowance;
 mod cache;
 mod check;
 mod clone;
@@ -27,7 +28,8 @@ pub use pace::{Pace, Watch};
 pub use statistics::Statistics;
 pub use workers::Workers;
 
-use crate::vm::{BadRequest, BufferAccess};
+use crate::vm::{BadRequest, BufferAccess, Excess};
+use allowance::Allowance;
 use check::check;
 use copy::Copier;
 use direct::Direct;
@@ -36,9 +38,10 @@ use merge::Batch;
 use std::cell::{OnceCell, RefCell};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use zeroes::Zeroes;
+use std::time::Duration;
 
 /// One image.
 #[derive(Debug)]
@@ -109,6 +112,14 @@ impl Device {
     #[must_use]
     pub fn file(&self) -> &Arc<File> {
         &self.file
+    }
+
+    /// Bytes that the file takes on the disk; of a block device, which does not say, all of it.
+    fn allocated(&self) -> u64 {
+        match self.file.metadata() {
+            Ok(metadata) if !self.fixed_length => metadata.blocks().saturating_mul(512),
+            _ => self.length,
+        }
     }
 
     /// Read up to `out.len()` bytes at `offset`; fewer only at the end of the file, or when interrupted.
@@ -210,6 +221,7 @@ pub struct Devices {
     pace: Pace,
     cache: Cache,
     statistics: Statistics,
+    allowance: Allowance,
 }
 
 /// The index of a device number.
@@ -234,6 +246,7 @@ impl Devices {
         if place >= self.slots.len() {
             self.slots.resize_with(place + 1, || None);
         }
+        self.allowance.add(device.allocated());
         if let Some(slot) = self.slots.get_mut(place) {
             *slot = Some(device);
         }
@@ -271,6 +284,14 @@ impl Devices {
         &self.statistics
     }
 
+    /// What the guest did out of proportion to what the files hold, if nothing was changed yet. `used` is the processor time
+    /// that it has used.
+    #[must_use]
+    pub fn excess(&self, used: Duration) -> Option<Excess> {
+        let changed = || self.slots.iter().flatten().any(Device::is_changed);
+        self.allowance.excess(used).filter(|_| !changed())
+    }
+
     /// The device of this number.
     #[must_use]
     pub fn device(&self, number: u32) -> Option<&Device> {
@@ -289,6 +310,7 @@ impl Devices {
     /// A request that breaks a rule; the requests before it were executed.
     pub fn execute(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
         let mut at = 0;
+        requests.iter().for_each(|request| self.allowance.count(request));
         while let Some(rest) = requests.get_mut(at..).filter(|rest| !rest.is_empty()) {
             // Neighbours that go on from each other are one operation; each is checked by itself first.
             let batch = Batch::take(rest, |request| check(self, memory, request))?;
@@ -299,7 +321,7 @@ impl Devices {
             };
             let (mut complete, mut result) = self.execute_batches(memory, &batches);
             if let (Some(first), true, Ok(())) = (batches.first(), self.cache.flushes_writes(), &result) {
-                if !matches!(first.op, RequestOp::Read) {
+                if !matches!(first.op, RequestOp::Read | RequestOp::NextData) {
                     result = self.flush(first.whole.device);
                     complete = if result.is_ok() { complete } else { 0 };
                 }
@@ -307,6 +329,9 @@ impl Devices {
             for batch in batches.get(..complete).unwrap_or_default() {
                 for request in requests.iter_mut().skip(at).take(batch.count()) {
                     request.status = request_status::OK;
+                    if batch.op == RequestOp::NextData {
+                        self.answer(request);
+                    }
                 }
                 at += batch.count();
             }
@@ -319,6 +344,13 @@ impl Devices {
             }
         }
         Ok(())
+    }
+
+    /// Replace the range of a NEXT_DATA with that of the data.
+    fn answer(&self, request: &mut Request) {
+        let Some(device) = self.device(request.device) else { return };
+        let (data, end) = device.next_data(request.offset, request.offset.saturating_add(request.length));
+        (request.offset, request.length) = (data, end.saturating_sub(data));
     }
 
     /// Whether there is somebody to copy this, and others like it, side by side. Not within one file: what is written directly
@@ -413,6 +445,8 @@ impl Devices {
             RequestOp::Flush => {
                 self.flush(device)?;
             }
+            // It is answered where its status is set.
+            RequestOp::NextData => {}
             RequestOp::SetLength => {
                 let target = self.device_mut(device)?;
                 if !target.fixed_length {

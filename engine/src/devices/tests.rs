@@ -284,3 +284,43 @@ fn locks_conflict_as_qemu_s_do() {
     drop(writer);
     lock_read_write(&open()).unwrap();
 }
+
+#[test]
+fn the_next_data_is_told_and_a_read_only_device_is_asked() {
+    let mut b = bench([&[1; 4096], &[2; 4096], &[3; 4096]]);
+    // Data from 1 MiB to 1 MiB + 8 KiB, on a file system that knows holes.
+    b.files[0].as_file().set_len(4 << 20).unwrap();
+    b.files[0].as_file().write_all_at(&[0; 4096], 0).unwrap();
+    b.files[0].as_file().write_all_at(&[9; 8192], 1 << 20).unwrap();
+    let mut requests = [
+        Request::next_data(0, 65536, 4 << 20),
+        Request::next_data(0, (1 << 20) + 100, 50),
+        Request::next_data(0, 2 << 20, 1 << 20),
+        Request::read(0, 0, HEAP, 512),
+        Request::next_data(0, 512, 0),
+    ];
+    b.run(&mut requests);
+    let answer = |index: usize| (requests[index].offset, requests[index].length);
+    assert_eq!(answer(0), (1 << 20, 8192));
+    assert_eq!(answer(1), ((1 << 20) + 100, 50));
+    assert_eq!(answer(2), (3 << 20, 0), "a hole up to the end of what was asked for");
+    assert_eq!(answer(4), (512, 0));
+    b.refuse(Request::next_data(0, i64::MAX as u64, 1), "overflows");
+    b.refuse(Request { flags: 1, ..Request::next_data(0, 0, 1) }, "flags");
+    b.refuse(Request::next_data(5, 0, 1), "absent");
+}
+
+#[test]
+fn work_out_of_proportion_is_told_until_something_is_changed() {
+    let mut b = bench([&[1; 4096], &[2; 4096], &[3; 4096]]);
+    let time = std::time::Duration::ZERO;
+    let reads: Vec<Request> = (0..256).map(|_| Request::read(1, 0, HEAP, 1 << 20)).collect();
+    (0..4).for_each(|_| b.run(&mut reads.clone()));
+    assert_eq!(b.devices.excess(time), None, "a GiB is granted to any image");
+    (0..4).for_each(|_| b.run(&mut reads.clone()));
+    let excess = b.devices.excess(time).unwrap();
+    assert_eq!(excess.device, 1);
+    assert!(excess.text.contains("out of proportion"), "{}", excess.text);
+    b.run(&mut [Request::write(OUT, 0, HEAP, 512)]);
+    assert_eq!(b.devices.excess(time), None, "what was begun is finished");
+}

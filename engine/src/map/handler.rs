@@ -5,11 +5,12 @@ use super::{Holes, Place};
 use crate::commit::GuestFailure;
 use crate::devices::Devices;
 use crate::error::Error;
-use crate::vm::{BadRequest, BufferAccess, GuestHandler};
+use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler};
 use instar_guest_abi::{ErrorCode, ExtentKind, Request};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{MapResultMessage, MapRun};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// What the guest of a map said.
 pub struct MapHandler<'r, 'w> {
@@ -129,6 +130,10 @@ impl GuestHandler for MapHandler<'_, '_> {
             return Err(BadRequest("a request after the result".to_owned()));
         }
         self.devices.execute(memory, requests)
+    }
+
+    fn excess(&self, used: Duration) -> Option<Excess> {
+        self.devices.excess(used)
     }
 
     fn message(&mut self, message: Kind) -> Result<(), BadRequest> {

@@ -87,7 +87,7 @@ pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), 
         (Ok(_), Some(Ok(()))) => return handler.end(),
         (Ok(_), Some(Err(failure))) => failure,
         (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
-        (Err(error), _) => GuestFailure::ended(error.code(), error.to_string()),
+        (Err(error), _) => GuestFailure::of_machine(&error),
     };
     Err(map_read_error(&failure, &paths))
 }

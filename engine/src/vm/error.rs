@@ -55,6 +55,14 @@ pub enum VmError {
         /// One clause.
         text: String,
     },
+    /// The guest did work out of proportion to what the images hold.
+    #[error("{text}")]
+    LimitExceeded {
+        /// The device that most of it was about.
+        device: u32,
+        /// One clause.
+        text: String,
+    },
     /// The handler asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -73,6 +81,7 @@ impl VmError {
             Self::GuestStalled(_) => ErrorCode::GuestStalled,
             Self::GuestProtocol(_) => ErrorCode::GuestProtocol,
             Self::ModuleInvalid { .. } => ErrorCode::PluginUnavailable,
+            Self::LimitExceeded { .. } => ErrorCode::LimitExceeded,
             Self::Interrupted => ErrorCode::Interrupted,
         }
     }

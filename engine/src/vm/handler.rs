@@ -2,6 +2,7 @@
 
 use instar_guest_abi::Request;
 use instar_guest_protocol::guest_message;
+use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 /// Access to the buffers that requests name.
@@ -13,6 +14,15 @@ pub trait BufferAccess {
 /// A request or message that breaks the protocol: it ends the guest. The text is one clause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadRequest(pub String);
+
+/// Work out of proportion to what the images hold: the device that most of it was about, and one clause.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Excess {
+    /// The device number.
+    pub device: u32,
+    /// What was too much.
+    pub text: String,
+}
 
 /// Serves a running guest.
 pub trait GuestHandler {
@@ -33,5 +43,12 @@ pub trait GuestHandler {
     /// runner to end the guest now.
     fn interrupted(&self) -> bool {
         false
+    }
+
+    /// Called like [`GuestHandler::interrupted`], with the processor time that the guest has used so far: work out of
+    /// proportion to what the images hold ends the guest.
+    fn excess(&self, used: Duration) -> Option<Excess> {
+        let _ = used;
+        None
     }
 }

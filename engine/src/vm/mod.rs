@@ -22,7 +22,7 @@ mod vcpu;
 mod watchdog;
 
 pub use error::VmError;
-pub use handler::{BadRequest, BufferAccess, GuestHandler};
+pub use handler::{BadRequest, BufferAccess, Excess, GuestHandler};
 pub use machine::{KvmDevice, Vm};
 pub use spec::{ModuleSpec, VmReport, VmSpec, CHECK, FIRST_FORMAT, MAP};
 

@@ -2,7 +2,7 @@
 
 use super::error::{printable, VmError};
 use super::fault;
-use super::handler::{BufferAccess, GuestHandler};
+use super::handler::{BufferAccess, Excess, GuestHandler};
 use super::machine::Vm;
 use super::memory::GuestRam;
 use super::message::Messages;
@@ -96,6 +96,9 @@ impl Vm {
             }
             if let Some(time) = watchdog.stalled() {
                 return Err(VmError::GuestStalled(time));
+            }
+            if let Some(Excess { device, text }) = handler.excess(watchdog.total()).filter(|_| may_stop) {
+                return Err(VmError::LimitExceeded { device, text });
             }
             if matches!(exit, Exit::Signal) {
                 continue;

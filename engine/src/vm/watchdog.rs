@@ -19,6 +19,8 @@ pub struct Watchdog {
     tick: Duration,
     limit: Duration,
     used: Duration,
+    /// Processor time of the guest altogether.
+    total: Duration,
     entered: Duration,
 }
 
@@ -65,7 +67,7 @@ impl Watchdog {
         // SAFETY: `timer_create` succeeded, so it wrote the timer.
         let timer = unsafe { timer.assume_init() };
         let tick = (limit / 8).clamp(Duration::from_millis(10), Duration::from_millis(250));
-        Ok(Self { timer, tick, limit, used: Duration::ZERO, entered: Duration::ZERO })
+        Ok(Self { timer, tick, limit, used: Duration::ZERO, total: Duration::ZERO, entered: Duration::ZERO })
     }
 
     fn set(&self, period: Duration) {
@@ -86,7 +88,14 @@ impl Watchdog {
     pub fn leave(&mut self, asked: bool) {
         // Not armed outside the guest: a signal would interrupt system calls that do not restart.
         self.set(Duration::ZERO);
-        self.used = if asked { Duration::ZERO } else { self.used + thread_time().saturating_sub(self.entered) };
+        let time = thread_time().saturating_sub(self.entered);
+        self.total += time;
+        self.used = if asked { Duration::ZERO } else { self.used + time };
+    }
+
+    /// The processor time that the guest has used altogether.
+    pub fn total(&self) -> Duration {
+        self.total
     }
 
     /// The processor time in milliseconds, if the guest has used more than it may.
