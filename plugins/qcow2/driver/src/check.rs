@@ -23,6 +23,8 @@ use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
 const SET_BUDGET: usize = 12 << 20;
 /// Memory for the set of clusters that hold compressed clusters, in bytes.
 const COMPRESSED_BUDGET: usize = 4 << 20;
+/// Memory for the set of L2 tables of snapshots that were walked, in bytes.
+const TABLES_BUDGET: usize = 2 << 20;
 /// At most this many compressed clusters are decoded before anything is changed. Of an image with more of them, one
 /// that does not decode is found while it is committed: the overlay is intact then, the backing has changed.
 const DECODED_CLUSTERS: usize = 1024;
@@ -43,6 +45,11 @@ impl Seen {
     /// Add a cluster with one reference; `false` if anything else is there.
     fn insert(&mut self, cluster: HostCluster) -> bool {
         self.single.insert(cluster) && !self.compressed.contains(cluster)
+    }
+
+    /// Add clusters that follow each other, with one reference each. Compressed clusters are added after all of them.
+    fn insert_range(&mut self, first: HostCluster, count: u64) -> bool {
+        self.single.insert_range(first, count)
     }
 
     /// Add a cluster that a compressed cluster touches; `false` if anything but compressed clusters is there.
@@ -163,6 +170,7 @@ impl Qcow2Source {
     fn shared_with_snapshots(&self, io: &mut dyn BlockIo, active: &ClusterSet) -> DriverResult<ClusterSet> {
         let size = self.image.cluster_size();
         let mut shared = ClusterSet::new(HostCluster(0), SET_BUDGET);
+        let mut tables = Some(ClusterSet::new(HostCluster(0), TABLES_BUDGET));
         for snapshot in Snapshots::read(io, &self.image)?.entries {
             let mut add = |offset: HostOffset| {
                 let cluster = size.host_cluster(offset);
@@ -175,12 +183,15 @@ impl Qcow2Source {
                 add(table);
                 Ok(())
             })?;
-            // The image as it was: all that its L1 table maps.
+            // The image as it was: all that its L1 table maps, but for the tables that an earlier snapshot has as well.
             let view = self.image.mapped_by(snapshot.l1_table, snapshot.l1_entries);
-            Self::new(view).walk(io, 0, &mut |_, mapped| {
+            let seen = tables.take().unwrap_or_else(|| ClusterSet::new(HostCluster(0), TABLES_BUDGET));
+            let mut walker = Self::past_tables(view, seen);
+            walker.walk(io, 0, &mut |_, mapped| {
                 mapped.entry.host().into_iter().for_each(|(offset, _)| add(offset));
                 Ok(true)
             })?;
+            tables = walker.into_seen_tables();
         }
         Ok(shared)
     }
@@ -262,13 +273,10 @@ fn add_one(
 
 fn add_range(image: &Image, seen: &mut Seen, offset: HostOffset, bytes: u64, what: &str, at: u64) -> DriverResult<()> {
     let size = image.cluster_size();
-    let first = size.host_cluster(offset).0;
-    for cluster in first..first.saturating_add(size.count_for(bytes)) {
-        if !seen.insert(HostCluster(cluster)) {
-            return Err(image.corrupt(at, format!("{what} at offset {offset} overlaps another structure")));
-        }
+    if seen.insert_range(size.host_cluster(offset), size.count_for(bytes)) {
+        return Ok(());
     }
-    Ok(())
+    Err(image.corrupt(at, format!("{what} at offset {offset} overlaps another structure")))
 }
 
 /// Every cluster of the set must have this refcount at least.

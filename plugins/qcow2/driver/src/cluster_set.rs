@@ -54,6 +54,31 @@ impl ClusterSet {
         fresh
     }
 
+    /// Add `count` clusters from `first` on. Returns `false` if one of them was in the set. As [`ClusterSet::insert`], but
+    /// 64 of them at once: the table of a few bytes may claim millions.
+    pub fn insert_range(&mut self, first: HostCluster, count: u64) -> bool {
+        let mut at = first.0.max(self.floor);
+        let end = first.0.saturating_add(count);
+        let mut fresh = true;
+        while at < end.min(self.ceiling) {
+            let whole = at % 64 == 0 && end - at >= 64;
+            // The first cluster of a word makes its chunk, and decides whether there is room for that.
+            fresh &= self.insert(HostCluster(at));
+            let bit = at & ((1 << CHUNK_BITS) - 1);
+            let chunk = self.chunks.get_mut(&(at >> CHUNK_BITS));
+            let word = chunk.and_then(|words| words.get_mut(usize::try_from(bit / 64).ok()?));
+            match word.filter(|_| whole) {
+                Some(word) => {
+                    fresh &= *word == 1;
+                    *word = u64::MAX;
+                    at += 64;
+                }
+                None => at += 1,
+            }
+        }
+        fresh
+    }
+
     /// Make room for `chunk` by giving up the highest chunk, which may be `chunk` itself.
     fn give_up_above(&mut self, chunk: u64) {
         let highest = self.chunks.last_key_value().map_or(chunk, |(&key, _)| key).max(chunk);
@@ -105,6 +130,25 @@ mod tests {
         let all: Vec<u64> = set.iter().map(|c| c.0).collect();
         assert_eq!(all, [1, 63, 64, 4095, 4096, 5000]);
         assert_eq!(set.next_floor(), None);
+    }
+
+    #[test]
+    fn a_range_is_as_many_clusters() {
+        for (first, count) in [(0, 1), (5, 300), (64, 64), (4000, 200), (63, 66), (100, 0)] {
+            let (mut one_by_one, mut range) =
+                (ClusterSet::new(HostCluster(3), 1 << 20), ClusterSet::new(HostCluster(3), 1 << 20));
+            for set in [&mut one_by_one, &mut range] {
+                assert!(set.insert(HostCluster(200)));
+            }
+            let fresh = (first..first + count).fold(true, |fresh, c| one_by_one.insert(HostCluster(c)) && fresh);
+            assert_eq!(range.insert_range(HostCluster(first), count), fresh, "{first} {count}");
+            assert!(one_by_one.iter().eq(range.iter()), "{first} {count}");
+        }
+        // What does not fit is left to a later pass.
+        let mut small = ClusterSet::new(HostCluster(0), 2 * CHUNK_COST);
+        assert!(small.insert_range(HostCluster(10), 1 << 40));
+        assert_eq!(small.next_floor(), Some(HostCluster(2 << CHUNK_BITS)));
+        assert_eq!(small.iter().count(), (2 << CHUNK_BITS) - 10);
     }
 
     #[test]

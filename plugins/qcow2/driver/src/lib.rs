@@ -32,6 +32,7 @@ pub mod free_clusters;
 pub mod grow;
 mod grow_bitmaps;
 pub mod image;
+mod l2_window;
 pub mod metadata_map;
 pub mod plan;
 pub mod record;
@@ -45,6 +46,7 @@ pub mod slice_cache;
 pub mod snapshots;
 pub mod source;
 mod subclusters;
+mod table_reader;
 pub mod write;
 
 use image::{Image, Role};

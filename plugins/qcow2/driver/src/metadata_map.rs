@@ -71,7 +71,12 @@ impl MetadataMap {
         let mut shared = Vec::new();
         for snapshot in &snapshots.entries {
             let entries = u64::from(snapshot.l1_entries);
+            let before = shared.len();
             scan_l1_at(io, image, snapshot.l1_table, entries, &mut |_, _, table| push(&mut shared, span(table, 1)))?;
+            let own = shared.get_mut(before..).unwrap_or_default();
+            own.sort_unstable();
+            // A table may be of several snapshots, but it maps one part of the disk.
+            refuse_overlaps(image, own)?;
             shared.sort_unstable();
             shared.dedup();
         }

@@ -219,21 +219,7 @@ impl Qcow2Sink {
 
     /// How many of these clusters have a refcount that is not 0.
     pub(crate) fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
-        let mut count = 0;
-        // Past the end of the refcount table everything is free.
-        let end = end.min(self.refcounts.table_entries.saturating_mul(self.refcounts.per_block()));
-        let mut at = first;
-        while at < end {
-            let until = end.min(at + CLUSTERS_PER_LOAD as u64);
-            self.refcounts.table.shrink(CLUSTERS_PER_LOAD);
-            self.refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
-            self.refcounts.load(io, &self.image, (at..until).map(HostCluster))?;
-            for cluster in (at..until).map(HostCluster) {
-                count += u64::from(self.refcounts.get(&self.image, cluster)? != 0);
-            }
-            at = until;
-        }
-        Ok(count)
+        self.refcounts.count_in_use(io, &self.image, first..end)
     }
 
     pub(crate) fn too_long(&self, passed_over: u64) -> DriverError {

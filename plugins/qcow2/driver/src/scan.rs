@@ -1,13 +1,10 @@
-//! Walking a whole table of 64-bit entries once, in large reads.
+//! Walking a whole table of 64-bit entries once.
 
-use crate::image::{overflow, Image};
+use crate::image::Image;
+use crate::table_reader::TableReader;
 use alloc::format;
-use alloc::vec;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::{BitmapTableEntry, HostOffset, L1Entry, RefcountTableEntry};
-
-/// Bytes of a table that are read at once.
-const CHUNK_BYTES: u64 = 256 << 10;
 
 /// Call `each` with index, byte offset in the file and value of every entry that is not 0 of a table.
 ///
@@ -20,20 +17,11 @@ pub fn scan_table(
     entries: u64,
     each: &mut dyn FnMut(u64, u64, u64) -> DriverResult<()>,
 ) -> DriverResult<()> {
-    let mut index = 0;
-    let mut chunk = vec![0u8; usize::try_from((entries * 8).min(CHUNK_BYTES)).map_err(|_| overflow("a chunk"))?];
-    while index < entries {
-        let count = (entries - index).min(CHUNK_BYTES / 8);
-        let bytes = &mut chunk[..usize::try_from(count * 8).map_err(|_| overflow("a chunk"))?];
-        io.read(image.device, base.0 + index * 8, bytes)?;
-        for (i, raw) in bytes.chunks_exact(8).enumerate() {
-            let raw = u64::from_be_bytes(raw.try_into().unwrap_or([0; 8]));
-            if raw != 0 {
-                let at = index + i as u64;
-                each(at, base.0 + at * 8, raw)?;
-            }
-        }
-        index += count;
+    let mut reader = TableReader::new(image.device, base.0, entries);
+    let mut next = 0;
+    while let Some((index, raw)) = reader.next(io, next, entries)? {
+        each(index, reader.at(index), raw)?;
+        next = index + 1;
     }
     Ok(())
 }

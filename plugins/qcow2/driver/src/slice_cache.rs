@@ -9,6 +9,7 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::{get_refcount, set_refcount, RefcountOrder};
@@ -30,6 +31,12 @@ impl SliceCache {
     #[must_use]
     pub fn new(device: u32, size: usize) -> Self {
         Self { device, size, slices: BTreeMap::new() }
+    }
+
+    /// The device that the slices are of.
+    #[must_use]
+    pub fn device(&self) -> u32 {
+        self.device
     }
 
     /// The slice that holds a byte offset.
@@ -194,6 +201,12 @@ impl SliceCache {
     pub fn bytes(&self, offset: u64) -> DriverResult<&[u8]> {
         let slice = self.slices.get(&self.slice_of(offset));
         slice.map(|slice| &*slice.bytes).ok_or_else(|| overflow("the offset of a slice"))
+    }
+
+    /// Whether a slice that begins in this range of byte offsets is held.
+    #[must_use]
+    pub fn holds(&self, offsets: Range<u64>) -> bool {
+        self.slices.range(offsets).next().is_some()
     }
 
     /// How many slices are held.

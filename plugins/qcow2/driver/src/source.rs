@@ -1,45 +1,21 @@
 //! The source role: enumerating what a layer holds.
 
+use crate::cluster_set::ClusterSet;
 use crate::decode::ClusterReader;
 use crate::image::{overflow, Image};
+use crate::l2_window::L2Window;
 use crate::repair::Repair;
-use crate::scan::decode_l1;
-use crate::slice_cache::SliceCache;
 use alloc::format;
-use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{Examination, Extent, ExtentKind, FindingKind, ImageInfo, Request};
+use instar_guest_sdk::abi::{Examination, Extent, ExtentKind, FindingKind, ImageInfo};
 use instar_guest_sdk::{BlockIo, DriverResult, Source};
-use instar_qcow2_format::{incompatible, CompressedRange, EntryError, HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
-
-/// L2 tables are read in pieces of at most this many bytes …
-const PIECE_BYTES: u64 = 64 << 10;
-/// … and at most this many bytes of them are held at once.
-const WINDOW_BYTES: u64 = 2 << 20;
-/// At most this many pieces are held at once, whatever their size.
-const WINDOW_PIECES: usize = 2048;
-/// At most this many slices of the L1 table are held at once.
-const L1_SLICES: u64 = 256;
-
-/// A piece of an L2 table in the window.
-struct Piece {
-    /// Which piece of the virtual disk's mapping: guest offset divided by what a piece maps.
-    index: u64,
-    /// Where it stands in the file.
-    host: HostOffset,
-    /// Where it stands in the window's buffer.
-    start: usize,
-}
+use instar_qcow2_format::{incompatible, CompressedRange, EntryError, L2Entry, Subclusters, SUBCLUSTERS};
 
 /// An image that data comes from.
 pub struct Qcow2Source {
     pub(crate) image: Image,
-    pub(crate) l1: SliceCache,
-    pieces: Vec<Piece>,
-    /// Pieces from `pieces[0].index` up to here are in the window, or unallocated.
-    window_end: u64,
-    buffer: Vec<u8>,
+    window: L2Window,
     /// Number of clusters that the image holds, once it was checked.
     pub(crate) held: Option<u64>,
     pub(crate) reader: ClusterReader,
@@ -49,103 +25,21 @@ pub struct Qcow2Source {
 
 impl Qcow2Source {
     pub(crate) fn new(image: Image) -> Self {
-        let l1 = SliceCache::new(image.device, image.slice_size());
-        let reader = ClusterReader::default();
-        Self { image, l1, pieces: Vec::new(), window_end: 0, buffer: Vec::new(), held: None, reader, repair: None }
+        let (window, reader) = (L2Window::new(&image), ClusterReader::default());
+        Self { image, window, held: None, reader, repair: None }
     }
 
-    /// Bytes of a piece.
-    fn piece_bytes(&self) -> u64 {
-        // A small window holds more than one piece, too: sizes are powers of two.
-        let room = (self.image.cache_bytes(WINDOW_BYTES) / 8).max(512);
-        self.image.cluster_size().bytes().min(PIECE_BYTES).min(1 << room.ilog2())
+    /// A source whose walks pass over the tables in `seen`, and add those that they go through: of what snapshots share, each
+    /// table is read once.
+    pub(crate) fn past_tables(image: Image, seen: ClusterSet) -> Self {
+        let mut source = Self::new(image);
+        source.window.seen = Some(seen);
+        source
     }
 
-    /// Guest bytes that a piece maps.
-    fn piece_coverage(&self) -> u64 {
-        self.piece_bytes() / self.image.header.l2_entry_bytes() * self.image.cluster_size().bytes()
-    }
-
-    fn pieces_per_table(&self) -> u64 {
-        self.image.cluster_size().bytes() / self.piece_bytes()
-    }
-
-    /// Number of pieces that map the virtual disk.
-    fn piece_count(&self) -> u64 {
-        self.image.mapped_size().div_ceil(self.piece_coverage())
-    }
-
-    /// L1 entry `index`, verified: an L2 table lies wholly within the file.
-    pub(crate) fn l1_entry(&mut self, io: &mut dyn BlockIo, index: u64) -> DriverResult<Option<(HostOffset, bool)>> {
-        let at = self.image.header.l1_table.0 + index * 8;
-        if self.l1.entry(at).is_err() {
-            // Read ahead: the tables are walked in order.
-            let end = self.image.header.l1_table.0 + self.image.header.l1_bytes();
-            let step = self.image.slice_size() as u64;
-            let room = self.image.cache_bytes(L1_SLICES * step) / step;
-            self.l1.clear();
-            let first = self.l1.slice_of(at);
-            self.l1.load(io, (0..room.max(1)).map(|i| first + i * step).take_while(|&slice| slice < end))?;
-        }
-        decode_l1(&self.image, index, at, self.l1.entry(at)?)
-    }
-
-    /// Fill the window with allocated pieces from `first` to `end`: no more of them are read than will be looked at.
-    fn fill_window(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<()> {
-        let bytes = self.piece_bytes();
-        let per_table = self.pieces_per_table();
-        let size = usize::try_from(bytes).map_err(|_| overflow("the size of a piece"))?;
-        let room = usize::try_from(self.image.cache_bytes(WINDOW_BYTES)).unwrap_or(usize::MAX);
-        let capacity = (room / size).clamp(1, WINDOW_PIECES);
-        self.pieces.clear();
-        let mut index = first;
-        while index < end && self.pieces.len() < capacity {
-            let Some((table, _)) = self.l1_entry(io, index / per_table)? else {
-                index = (index / per_table + 1) * per_table;
-                continue;
-            };
-            let host = HostOffset(table.0 + index % per_table * bytes);
-            self.pieces.push(Piece { index, host, start: self.pieces.len() * size });
-            index += 1;
-        }
-        self.window_end = index;
-        if self.buffer.is_empty() && !self.pieces.is_empty() {
-            // Room for a whole window; only what is read into is ever touched.
-            self.buffer = vec![0; capacity * size];
-        }
-        let base = self.buffer.as_mut_ptr() as u64;
-        let mut requests: Vec<Request> = Vec::with_capacity(self.pieces.len());
-        for piece in &self.pieces {
-            match requests.last_mut() {
-                // Tables that follow each other in the file are one read.
-                Some(last) if last.offset + last.length == piece.host.0 => last.length += bytes,
-                _ => requests.push(Request::read(self.image.device, piece.host.0, base + piece.start as u64, bytes)),
-            }
-        }
-        if requests.is_empty() {
-            return Ok(());
-        }
-        let result = io.run(&mut requests);
-        if result.is_err() {
-            self.pieces.clear();
-        }
-        result
-    }
-
-    /// The next allocated piece at or after `index` and before `end`: its position in the window.
-    fn next_piece(&mut self, io: &mut dyn BlockIo, index: u64, end: u64) -> DriverResult<Option<usize>> {
-        let end = end.min(self.piece_count());
-        let held = self.pieces.first().is_some_and(|first| first.index <= index) && index < self.window_end;
-        let position = if held { self.pieces.partition_point(|piece| piece.index < index) } else { usize::MAX };
-        if let Some(piece) = self.pieces.get(position) {
-            return Ok((piece.index < end).then_some(position));
-        }
-        let from = if held { self.window_end } else { index };
-        if from >= end {
-            return Ok(None);
-        }
-        self.fill_window(io, from, end)?;
-        Ok(if self.pieces.is_empty() { None } else { Some(0) })
+    /// The tables that walks of this source passed over and went through.
+    pub(crate) fn into_seen_tables(self) -> Option<ClusterSet> {
+        self.window.seen
     }
 
     /// Call `each` for every cluster that the layer holds anything of, from guest byte `from` on (a multiple of the
@@ -170,25 +64,19 @@ impl Qcow2Source {
         let cluster = self.image.cluster_size().bytes();
         let width = self.image.header.l2_entry_bytes();
         let step = usize::try_from(width).map_err(|_| overflow("the size of an L2 entry"))?;
-        let end_piece = end.div_ceil(self.piece_coverage());
         let mut guest = range.start;
-        while let Some(position) = self.next_piece(io, guest / self.piece_coverage(), end_piece)? {
-            let piece = &self.pieces[position];
-            let piece_guest = piece.index * self.piece_coverage();
-            guest = guest.max(piece_guest);
-            let first = (guest - piece_guest) / cluster;
-            let length = usize::try_from(self.piece_bytes()).map_err(|_| overflow("the size of a piece"))?;
-            let bytes = &self.buffer[piece.start..piece.start + length];
-            let skip = usize::try_from(first).map_err(|_| overflow("an L2 index"))?;
-            for (index, raw) in (0u64..).zip(bytes.chunks_exact(step)).skip(skip) {
-                let guest = piece_guest + index * cluster;
+        while let Some(piece) = self.window.next(io, &self.image, guest..end)? {
+            guest = guest.max(piece.guest);
+            let skip = usize::try_from((guest - piece.guest) / cluster).map_err(|_| overflow("an L2 index"))?;
+            for (index, raw) in (0u64..).zip(piece.bytes.chunks_exact(step)).skip(skip) {
+                let guest = piece.guest + index * cluster;
                 if guest >= end {
                     return Ok(());
                 }
                 if raw.iter().all(|&byte| byte == 0) {
                     continue;
                 }
-                let at = piece.host.0 + index * width;
+                let at = piece.host + index * width;
                 let (entry, subclusters) = decode_entry(&self.image, raw)
                     .map_err(|error| self.image.corrupt(at, format!("the L2 entry of guest offset {guest} {error}")))?;
                 let mapped = Mapped { guest, at, entry, subclusters };
@@ -196,16 +84,14 @@ impl Qcow2Source {
                     return Ok(());
                 }
             }
-            guest = piece_guest + self.piece_coverage();
+            guest = piece.end;
         }
         Ok(())
     }
 
     /// Forget all tables that were read: they are about to change.
     pub(crate) fn forget_tables(&mut self) {
-        self.l1.clear();
-        self.pieces.clear();
-        self.window_end = 0;
+        self.window = L2Window::new(&self.image);
         self.reader = ClusterReader::default();
     }
 }

@@ -5,11 +5,15 @@ mod common;
 
 use common::builder::{build, pattern, Spec, State};
 use common::damage::put64;
-use common::{be32, be64, config, ANCESTOR};
-use instar_guest_commit::Ancestors;
+use common::{be32, be64, config, run_commit, ANCESTOR, OVERLAY};
+use instar_guest_commit::{Ancestors, Options};
+use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_guest_sdk::{FormatDriver, ReadBelow};
+use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
+use instar_qcow2_driver::image::{Image, Role};
+use instar_qcow2_driver::refcounts::Refcounts;
 use instar_qcow2_driver::Qcow2;
+use instar_qcow2_format::HostCluster;
 
 const SIZE: u64 = 512;
 /// Guest bytes that an L2 table maps.
@@ -47,4 +51,142 @@ fn filling_a_gap_reads_the_tables_of_the_gap() {
     // For each gap a table and the data; the L1 table once.
     assert!(requests <= 100 * 2 + 4096 * 8 / 512, "{requests} requests");
     assert!(bytes <= 100 * (SIZE + 256) + 4096 * 8, "{bytes} bytes");
+}
+
+/// What checking an image as an overlay that will be emptied asks for: requests, and bytes read.
+fn check_work(bytes: Vec<u8>) -> (usize, u64) {
+    let mut io = MemoryDevices::new([(OVERLAY, bytes)]);
+    io.holes = true;
+    let device = config(&io, OVERLAY);
+    let mut source = Qcow2::open_source(&mut io, &device).unwrap();
+    source.check(&mut io, true).unwrap();
+    (io.executed(), io.bytes_read)
+}
+
+/// Append `count` clusters to an image with room in its refcount table, each with refcount 1.
+fn append(bytes: &mut Vec<u8>, count: u64) -> u64 {
+    let size = 1u64 << be32(bytes, 20);
+    let first = bytes.len() as u64 / size;
+    bytes.resize(bytes.len() + (count * size) as usize, 0);
+    let block = be64(bytes, be64(bytes, 48) as usize);
+    for cluster in first..first + count {
+        let at = (block + cluster * 2) as usize;
+        assert!(at < (block + size) as usize, "one refcount block is enough");
+        bytes[at + 1] = 1;
+    }
+    first * size
+}
+
+#[test]
+fn l1_tables_of_snapshots_in_holes_are_not_read() {
+    let work = |entries: u64| {
+        let spec = Spec { snapshots: 8, ..Spec::new(16, 64 << 20) }.with([(5, State::Data(3))]);
+        let mut bytes = build(&spec);
+        for number in 0..8u64 {
+            let table = append(&mut bytes, (entries * 8).div_ceil(1 << 16));
+            // Entries have different lengths: names of 3 bytes more each time.
+            let entry: u64 = (0..number).map(|n| (40 + 16 + 1 + n * 3).next_multiple_of(8)).sum();
+            let at = be64(&bytes, 64) + entry;
+            let old = (be64(&bytes, at as usize), be32(&bytes, at as usize + 8));
+            let moved = bytes[old.0 as usize..][..old.1 as usize * 8].to_vec();
+            bytes[table as usize..][..moved.len()].copy_from_slice(&moved);
+            put64(&mut bytes, at, table);
+            bytes[at as usize + 8..][..4].copy_from_slice(&(entries as u32).to_be_bytes());
+        }
+        check_work(bytes)
+    };
+    let (short, long) = (work(1), work(1 << 18));
+    assert!(long.1 < short.1 + (8 * 4 << 20) / 16, "{short:?} became {long:?}");
+    assert!(long.0 <= short.0 + 8 * 8, "{short:?} became {long:?}");
+}
+
+#[test]
+fn l2_tables_in_holes_are_not_read() {
+    let work = |tables: u64| {
+        // Clusters of 64 KiB: an L2 table maps 512 MiB.
+        let mut bytes = build(&Spec::new(16, 1 << 40).with([(5, State::Data(3))]));
+        let first = append(&mut bytes, tables);
+        let l1 = be64(&bytes, 40);
+        (0..tables).for_each(|index| put64(&mut bytes, l1 + (index + 1) * 8, first + index * 65536 | 1 << 63));
+        check_work(bytes)
+    };
+    // Those of the first window are read: only then is it known that there are such tables.
+    let (few, many) = (work(40), work(1500));
+    assert_eq!(many.1.saturating_sub(few.1), 0, "{few:?} became {many:?}");
+    assert!(many.0 < few.0 + 8, "{few:?} became {many:?}");
+}
+
+#[test]
+fn snapshots_that_share_tables_are_walked_once() {
+    let work = |snapshots: usize| {
+        let mut spec = Spec::new(12, 64 << 20);
+        (spec.snapshots, spec.table_clusters) = (snapshots, 2);
+        // 30 tables of 4 KiB.
+        check_work(build(&spec.with((0..30).map(|table| (table * 512, State::Data(7))))))
+    };
+    let (one, forty) = (work(1), work(40));
+    assert!(forty.1 < one.1 + 40 * 2 * 4096, "{one:?} became {forty:?}");
+}
+
+#[test]
+fn a_snapshot_that_names_a_table_twice_is_refused() {
+    let spec = Spec { snapshots: 1, ..Spec::new(9, 8 * COVERAGE) }.with([(5, State::Data(3))]);
+    let mut backing = build(&spec);
+    let table = be64(&backing, be64(&backing, 64) as usize);
+    let first = be64(&backing, table as usize);
+    put64(&mut backing, table + 8, first);
+    let overlay = build(&Spec::new(9, 8 * COVERAGE).with([(5, State::Data(4))]));
+    let mut io = MemoryDevices::new([(OVERLAY, overlay), (DEVICE_OUTPUT, backing)]);
+    let failure = run_commit(&mut io, Options::default()).unwrap_err();
+    assert_eq!(failure.error.code, ErrorCode::BackingCorrupt);
+    assert!(io.log.is_empty());
+}
+
+/// Refcount blocks in a hole describe billions of clusters past the end of the file.
+#[test]
+fn refcounts_in_holes_are_not_counted_one_by_one() {
+    let bits = 16;
+    let mut backing = build(&Spec { table_clusters: 1, ..Spec::new(bits, 64 << 20) }.with([(5, State::Data(3))]));
+    let table = be64(&backing, 48);
+    // The file ends with the blocks; they describe what lies past it, and the first of them the file.
+    let blocks = 1000;
+    let first = append(&mut backing, blocks);
+    (0..blocks).for_each(|index| put64(&mut backing, table + (index + 1) * 8, first + (index << bits)));
+    let overlay = build(&Spec::new(bits, 64 << 20).with([(6, State::Data(4))]));
+    let mut io = MemoryDevices::new([(OVERLAY, overlay), (DEVICE_OUTPUT, backing)]);
+    io.holes = true;
+    run_commit(&mut io, Options::default()).unwrap();
+    assert!(io.executed() < 400 && io.bytes_read < 4 << 20, "{} requests, {} bytes", io.executed(), io.bytes_read);
+}
+
+#[test]
+fn refcounts_are_counted_as_one_by_one() {
+    for order in 0..7 {
+        let spec = Spec { refcount_order: order, leaks: 9, free: 70, table_clusters: 4, ..Spec::new(9, 1 << 20) };
+        let bytes = build(&spec.with((0..40).map(|c| (c * 3, State::Data(1)))));
+        let end = bytes.len() as u64 / 512;
+        for holes in [false, true] {
+            let mut io = MemoryDevices::new([(DEVICE_OUTPUT, bytes.clone())]);
+            io.holes = holes;
+            let device = config(&io, DEVICE_OUTPUT);
+            let image = Image::open(&mut io, &device, Role::Sink).unwrap();
+            let mut refcounts = Refcounts::new(&image);
+            for (first, last) in [(0, end), (0, 1), (3, 4), (5, 200), (63, 65), (end - 1, end + 5000), (7, 7), (9, 3)] {
+                let mut expected = 0;
+                refcounts.load(&mut io, &image, (first..last.min(end)).map(HostCluster)).unwrap();
+                for cluster in first..last.min(end) {
+                    expected += u64::from(refcounts.get(&image, HostCluster(cluster)).unwrap() != 0);
+                }
+                let mut fresh = Refcounts::new(&image);
+                let counted = fresh.count_in_use(&mut io, &image, first..last).unwrap();
+                assert_eq!(counted, expected, "order {order}, {first}..{last}");
+                // What was changed and not written counts.
+                if first == 3 && expected == 1 {
+                    fresh.load(&mut io, &image, [HostCluster(3)].into_iter()).unwrap();
+                    fresh.set(&image, HostCluster(3), 0).unwrap();
+                    assert_eq!(fresh.count_in_use(&mut io, &image, 3..4).unwrap(), 0);
+                }
+            }
+        }
+    }
 }
