@@ -5,6 +5,7 @@
 
 use crate::image::{overflow, Image};
 use crate::tables::Table;
+use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -20,16 +21,26 @@ const WINDOW: u64 = 1 << 27;
 struct Used {
     window: Range<u64>,
     words: Vec<u64>,
+    /// The numbers of the windows in which anything was to be marked.
+    reached: BTreeSet<u64>,
+    /// The one that was noted last.
+    last: (u64, u64),
 }
 
 impl Used {
     fn new(window: Range<u64>) -> DriverResult<Self> {
         let words = usize::try_from((window.end - window.start).div_ceil(64)).map_err(|_| overflow("a window"))?;
-        Ok(Self { window, words: vec![0; words] })
+        Ok(Self { window, words: vec![0; words], reached: BTreeSet::new(), last: (u64::MAX, 0) })
     }
 
     /// Mark what of `sectors` lies in the window. `false` if any was marked before.
     fn mark(&mut self, sectors: &Range<u64>) -> bool {
+        // Nothing is longer than a window.
+        let windows = (sectors.start / WINDOW, sectors.end.saturating_sub(1) / WINDOW);
+        if windows != self.last && !sectors.is_empty() {
+            self.reached.extend([windows.0, windows.1]);
+            self.last = windows;
+        }
         let (mut at, end) = (sectors.start.max(self.window.start), sectors.end.min(self.window.end));
         let mut free = true;
         while at < end {
@@ -57,12 +68,12 @@ impl Image {
     /// Corruption and I/O errors.
     pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         let file = self.file_length.div_ceil(SECTOR);
-        let mut grains = 0;
-        let mut start = 0;
-        while start < file {
-            let end = file.min(start + WINDOW);
-            grains = self.verify_window(io, start..end)?;
-            start = end;
+        // The first pass finds out how far anything reaches: a file may be much longer, and most of it a hole.
+        let (grains, mut reached) = self.verify_window(io, 0..file.min(WINDOW))?;
+        reached.remove(&0);
+        let starts = reached.into_iter().map(|window| window.saturating_mul(WINDOW));
+        for start in starts.filter(|&start| start < file) {
+            self.verify_window(io, start..file.min(start.saturating_add(WINDOW)))?;
         }
         Ok(grains)
     }
@@ -94,7 +105,8 @@ impl Image {
         Ok(parts)
     }
 
-    fn verify_window(&self, io: &mut dyn BlockIo, window: Range<u64>) -> DriverResult<u64> {
+    /// Returns the number of grains, and the windows that anything in the file lies in.
+    fn verify_window(&self, io: &mut dyn BlockIo, window: Range<u64>) -> DriverResult<(u64, BTreeSet<u64>)> {
         let mut used = Used::new(window)?;
         for (sectors, what) in self.metadata()? {
             if !used.mark(&sectors) {
@@ -104,12 +116,12 @@ impl Image {
         }
         let mut grains = 0;
         self.each_tables(io, &mut |io, tables| {
-            for table in tables {
+            for table in tables.iter().filter(|table| !table.is_empty()) {
                 grains += self.verify_table(io, table, &mut used)?;
             }
             Ok(())
         })?;
-        Ok(grains)
+        Ok((grains, used.reached))
     }
 
     fn verify_table(&self, io: &mut dyn BlockIo, table: &Table, used: &mut Used) -> DriverResult<u64> {

@@ -128,6 +128,11 @@ impl SparseSource {
         while guest < limit {
             self.load_tables(io, table, limit)?;
             for loaded in self.ahead.iter().skip_while(|loaded| loaded.index < table) {
+                if loaded.is_empty() {
+                    let next = (loaded.index as u64 + 1).checked_mul(self.image.header.table_coverage());
+                    (guest, entry) = (next.ok_or_else(|| overflow("a table"))?, 0);
+                    continue;
+                }
                 for &value in loaded.entries.get(entry..).unwrap_or_default() {
                     if guest >= limit {
                         return Ok(guest.min(size));

@@ -5,11 +5,13 @@ use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::{BlockIo, DriverResult, Holes};
 use instar_vmdk_format::{SECTOR, TABLE_BYTES, TABLE_ENTRIES};
 
 /// Tables that are held at once: 2 MiB.
 pub const TABLES_AT_ONCE: usize = 1024;
+/// So many tables are read as quickly as the host is asked whether they lie in a hole.
+const TABLES_UNASKED: usize = 16;
 /// Bytes of a table.
 pub const BYTES: usize = 2048;
 const _: () = assert!(TABLE_BYTES == 2048);
@@ -26,6 +28,14 @@ pub struct Table {
     pub entries: Vec<u32>,
     /// It differs from what is in the file.
     pub dirty: bool,
+}
+
+impl Table {
+    /// Whether it holds nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.iter().fold(0, |or, entry| or | entry) == 0
+    }
 }
 
 impl Image {
@@ -77,7 +87,7 @@ impl Image {
         let mut used = Vec::new();
         for indices in present(directory).chunks(TABLES_AT_ONCE) {
             let tables = self.read_tables_of(io, directory, indices)?;
-            used.extend(tables.iter().filter(|table| table.entries.iter().any(|&e| e != 0)).map(|table| table.index));
+            used.extend(tables.iter().filter(|table| !table.is_empty()).map(|table| table.index));
         }
         Ok(used)
     }
@@ -89,6 +99,12 @@ impl Image {
             if let Some(offset) = self.table_offset(directory, index)? {
                 requests.push(Request::read(self.device, offset, slot.as_mut_ptr() as u64, TABLE_BYTES));
             }
+        }
+        if requests.len() > TABLES_UNASKED {
+            // Most programs allocate all tables of a new image at once, in a hole.
+            let ranges: Vec<_> = requests.iter().map(|read| read.offset..read.offset + TABLE_BYTES).collect();
+            let mut data = Holes::default().hold_data(io, self.device, &ranges)?.into_iter();
+            requests.retain(|_| data.next().unwrap_or(true));
         }
         if !requests.is_empty() {
             io.run(&mut requests)?;
