@@ -286,7 +286,8 @@ def test_a_lowest_layer_that_cannot_be_written_is_refused(lab):
     top = lab.make("top.vmdk", backing=mid, writes=["write -P 9 512 512"])
     with mid.open("rb") as file:
         # As QEMU says that it only reads, and that nobody may write (the byte for "write" of what is not shared).
-        fcntl.lockf(file, fcntl.LOCK_SH, 1, 201)
+        lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0)
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
         refuse("ERROR_IMAGE_IN_USE", top, "-b", base, files=[base, mid], mentions=["mid.vmdk"])
 
 
@@ -556,3 +557,58 @@ def test_the_largest_directories_fit_into_the_guest(lab):
     support.commit(top)
     qemu_io(base, "read -P 9 1T 64k", "read -P 8 512 512", fmt="vmdk")
     refuse("ERROR_NO_BACKING", base)
+
+
+def huge(path, *, at, stride=4, grain=None):
+    """7 TiB in grains of 64 KiB: 229,376 tables in two copies, which begin at sector `at`, one in each `stride` sectors. One
+    grain, of sectors at `grain`, is the disk's last."""
+    data = bytearray(path.read_bytes()[: 21 * 512])
+    entries = 7 << 15
+    struct.pack_into("<QQ", data, 12, entries * 512 * 128, 128)
+    size = -(-entries * 4 // 512)
+    directories = [64, 64 + size]
+    struct.pack_into("<QQQ", data, 48, *directories, directories[1] + size)
+    with path.open("r+b") as file:
+        file.write(data)
+        for copy, directory in enumerate(directories):
+            first = at + copy * entries * stride
+            file.seek(directory * 512)
+            file.write(struct.pack(f"<{entries}I", *range(first, first + entries * stride, stride)))
+            if grain:
+                file.seek((first + (entries - 1) * stride) * 512 + 511 * 4)
+                file.write(struct.pack("<I", grain))
+        if grain:
+            file.seek(grain * 512)
+            file.write(b"\x5e" * 65536)
+        else:
+            file.truncate((at + 2 * entries * stride) * 512)
+    return entries * 512 * 65536
+
+
+def test_seven_tib_in_files_beyond_one_window(lab):
+    """Both images have more tables than may be known at once, and their files reach behind 64 GiB; the overlay's have gaps
+    between them, which are given back one by one."""
+    base, top = lab.make("base.vmdk", size=MIB), lab.make("top.vmdk", size=MIB, backing=lab.make("any.vmdk", size=MIB))
+    vmdk_bytes.rename_parent(top, b"any.vmdk", b"base.vmdk")
+    huge(base, at=1 << 16)
+    size = huge(top, at=1 << 16, stride=16, grain=(70 << 30) // 512)
+    vmdk_bytes.set_id(top, "parentCID", vmdk_bytes.Image(base, whole=False).cid)
+    support.commit(top)
+    qemu_io(base, f"read -P 0x5e {size - 65536} 64k", "read -P 0 1T 64k", fmt="vmdk")
+    qemu_io(top, f"read -P 0x5e {size - 65536} 64k", fmt="vmdk")
+    assert top.stat().st_size < 8 * GIB
+
+
+def test_a_grain_behind_the_first_window_is_checked(lab):
+    base, top = lab.make("base.vmdk", size=MIB), lab.make("top.vmdk", size=MIB, backing=lab.make("any.vmdk", size=MIB))
+    vmdk_bytes.rename_parent(top, b"any.vmdk", b"base.vmdk")
+    huge(base, at=1 << 16)
+    far = (70 << 30) // 512
+    huge(top, at=1 << 16, grain=far)
+    vmdk_bytes.set_id(top, "parentCID", vmdk_bytes.Image(base, whole=False).cid)
+    # The grain before the last one begins in the middle of it.
+    for copy in range(2):
+        table = (1 << 16) + (copy * (7 << 15) + (7 << 15) - 1) * 4
+        vmdk_bytes.patch(top, table * 512 + 510 * 4, struct.pack("<I", far + 64))
+    # Nobody looks whether 70 GiB have changed: the plan is not reached.
+    support.assert_refused(run_instar("commit", "--dry-run", top), "ERROR_OVERLAY_CORRUPT", "overlaps")

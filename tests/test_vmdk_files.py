@@ -46,7 +46,7 @@ def disk(directory, name, sizes, kind="twoGbMaxExtentSparse", parent=None):
 
 
 def field(path, key):
-    return int(re.search(rf"^{key}=([0-9a-f]+)$".encode(), path.read_bytes(), re.M)[1], 16)
+    return int(re.search(rf"^{key}=([0-9a-f]+)\r?$".encode(), path.read_bytes(), re.M)[1], 16)
 
 
 def cid(path):
@@ -327,3 +327,72 @@ def test_info(tmp_path, kind):
     assert (ours["format"], ours["virtual-size"]) == (theirs["format"], theirs["virtual-size"])
     for key in ("cid", "parent-cid", "create-type"):
         assert ours["format-specific"]["data"][key] == theirs["format-specific"]["data"][key]
+
+
+ENCODINGS = [("windows-1252", "cp1252", "grün"), ("GBK", "gbk", "猫盘"), ("Shift_JIS", "cp932", "ディスク"), ("Big5", "big5", "磁碟")]
+
+
+@pytest.mark.parametrize("raw_bytes", [False, True])
+@pytest.mark.parametrize("name,codec,stem", ENCODINGS)
+def test_names_in_the_encoding_of_the_descriptor(tmp_path, name, codec, stem, raw_bytes):
+    """VMware writes the names in the encoding that the descriptor names. The files have that name in UTF-8, or, where the
+    disk was copied by a program that knows nothing of it, the bytes of the descriptor."""
+    on_disk = (lambda text: text.encode(codec)) if raw_bytes else os.fsencode
+    directory = os.fsencode(tmp_path)
+    flat = os.path.join(directory, on_disk(f"{stem}-flat.vmdk"))
+    with open(flat, "wb") as file:
+        file.write(b"\x11" * MIB + bytes(MIB))
+    base = os.path.join(directory, on_disk(f"{stem}.vmdk"))
+    header = f'encoding="{name}"\r\n'
+
+    def write(path, parts, kind, **options):
+        descriptor = text(parts, kind, **options).replace("\n", "\r\n").replace("createType", header + "createType")
+        with open(path, "wb") as file:
+            file.write(descriptor.encode(codec))
+
+    write(base, [(4096, "FLAT", f"{stem}-flat.vmdk", 0)], "monolithicFlat")
+    extent = tmp_path / "top-s001.vmdk"
+    create(extent, 2 * MIB, fmt="vmdk")
+    top = tmp_path / "top.vmdk"
+    write(top, [(4096, "SPARSE", extent.name, None)], "twoGbMaxExtentSparse", parent=(f"{stem}.vmdk", 0x1234ABCD))
+    qemu_io(extent, "write -P 0x22 64k 64k", "write -P 0x33 1M 128k", fmt="vmdk")
+    wanted = bytearray(b"\x11" * MIB + bytes(MIB))
+    wanted[64 * KIB : 128 * KIB] = b"\x22" * 64 * KIB
+    wanted[MIB : MIB + 128 * KIB] = b"\x33" * 128 * KIB
+    mapped = support.run_instar("map", "--output", "json", top)
+    assert mapped.rc == 0 and {run["depth"] for run in mapped.json} == {0, 1}, mapped
+    chain = support.run_instar("info", "--backing-chain", "--output", "json", top)
+    assert chain.rc == 0 and len(chain.json) == 2, chain
+    support.commit(top)
+    with open(flat, "rb") as file:
+        assert file.read() == wanted
+    assert field(top, "parentCID") == field(tmp_path / os.fsdecode(on_disk(f"{stem}.vmdk")), "CID") != 0x1234ABCD
+    assert b"\r\n" in top.read_bytes() and not vmdk_bytes.Image(extent).grains()
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_descriptors_as_vmware_writes_them(tmp_path, ending, absolute):
+    """More keys than QEMU writes, CRLF, a list of changed blocks, and the parent by its whole path."""
+    flat = tmp_path / "disk-flat.vmdk"
+    flat.write_bytes(b"\x11" * MIB + bytes(MIB))
+    base = tmp_path / "disk.vmdk"
+    more = '\nisNativeSnapshot="no"\nencoding="UTF-8"\ncreateType'
+    tail = '# Change Tracking File\nchangeTrackPath="disk-ctk.vmdk"\n\nddb.longContentID = "0123456789abcdef0123456789abcdef"\n'
+    vmfs = text([(4096, "VMFS", flat.name, None)], "vmfs").replace("\ncreateType", more) + tail
+    base.write_bytes(vmfs.replace("\n", ending).encode())
+    extent = tmp_path / "disk-000001-s001.vmdk"
+    create(extent, 2 * MIB, fmt="vmdk")
+    qemu_io(extent, "write -P 0x22 64k 64k", fmt="vmdk")
+    top = tmp_path / "disk-000001.vmdk"
+    hint = str(base) if absolute else base.name
+    child = text([(4096, "SPARSE", extent.name, None)], "twoGbMaxExtentSparse", parent=(hint, 0x1234ABCD))
+    top.write_bytes(child.replace("\ncreateType", more).replace("\n", ending).encode())
+    result = support.commit(top)
+    assert "changeTrackPath" in result.stderr
+    assert flat.read_bytes()[64 * KIB : 128 * KIB] == b"\x22" * 64 * KIB
+    assert base.read_bytes().count(ending.encode()) == vmfs.count("\n")
+    assert re.search(rb"^parentCID=([0-9a-f]+)\r?$", top.read_bytes(), re.M)[1] == re.search(
+        rb"^CID=([0-9a-f]+)\r?$", base.read_bytes(), re.M
+    )[1]
+    assert raw(top) == raw(base)

@@ -12,8 +12,9 @@ SECTOR = 512
 class Image:
     """A hosted sparse extent, usually with an embedded descriptor."""
 
-    def __init__(self, path, descriptor=True):
-        self.bytes = Path(path).read_bytes()
+    def __init__(self, path, descriptor=True, whole=True):
+        with open(path, "rb") as file:
+            self.bytes = file.read(-1 if whole else 1 << 20)
         self.header = 0
         if struct.unpack_from("<Q", self.bytes, 56)[0] == 2**64 - 1:
             self.header = len(self.bytes) - 1024
@@ -49,6 +50,12 @@ class Image:
         return self.id("parentCID")
 
 
+def start(path):
+    """The first bytes of a file, which may be very long."""
+    with open(path, "rb") as file:
+        return file.read(1 << 20)
+
+
 def patch(path, offset, data):
     with open(path, "r+b") as file:
         file.seek(offset)
@@ -57,7 +64,7 @@ def patch(path, offset, data):
 
 def set_id(path, key, value):
     """Replaces a content ID in the descriptor."""
-    data = Path(path).read_bytes()
+    data = start(path)
     found = re.search(rf"^{key}=([0-9a-f]+)$".encode(), data, re.M)
     digits = b"%0*x" % (len(found[1]), value)
     assert len(digits) == len(found[1])
@@ -73,6 +80,13 @@ def without_parent_id(path):
 
 def announce(path):
     """Marks the parentCID as one that the parent is yet to get: its first letter becomes a capital."""
-    data = Path(path).read_bytes()
+    data = start(path)
     found = re.search(rb"^parentCID=(0*)([a-f])", data, re.M)
     patch(path, found.start(2), found[2].upper())
+
+
+def rename_parent(path, old, new):
+    """Replaces the name of the parent in an embedded descriptor by one that is not much longer."""
+    data = start(path)[: 21 * 512]
+    text = data[512:].replace(b'"' + old + b'"', b'"' + new + b'"', 1).rstrip(b"\0").ljust(20 * 512, b"\0")
+    patch(path, 512, text)

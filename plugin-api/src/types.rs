@@ -33,8 +33,11 @@ impl PluginError {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct ImageFile {
-    /// The recorded name, as the bytes that stand in the image. Hostile: the engine decides whether it is followed.
+    /// The recorded name, as the bytes that stand in the image, or converted to UTF-8 if they are in another encoding.
+    /// Hostile: the engine decides whether it is followed.
     pub name: RVec<u8>,
+    /// Other names that may be meant, to be looked for in this order if there is no such file: usually none.
+    pub other_names: RVec<RVec<u8>>,
     /// Whether the file may become longer in a commit: by as much as [`Verdict::max_length`] lets the image.
     pub grows: bool,
 }
@@ -43,10 +46,33 @@ pub struct ImageFile {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct BackingPointer {
-    /// The recorded name, as the bytes that stand in the image. Hostile.
+    /// The recorded name, as the bytes that stand in the image, or converted to UTF-8 if they are in another encoding.
+    /// Hostile.
     pub name: RVec<u8>,
+    /// Other names that may be meant, to be looked for in this order if there is no such file: usually none.
+    pub other_names: RVec<RVec<u8>>,
     /// The recorded format, if there is one, as the bytes that stand in the image.
     pub format: ROption<RVec<u8>>,
+}
+
+impl ImageFile {
+    /// All names that may be meant, the first of which is there is the one.
+    pub fn names(&self) -> impl Iterator<Item = &[u8]> {
+        std::iter::once(&self.name).chain(&self.other_names).map(RVec::as_slice)
+    }
+}
+
+impl BackingPointer {
+    /// A pointer with this name, and this format if one is recorded.
+    #[must_use]
+    pub fn new(name: Vec<u8>, format: Option<Vec<u8>>) -> Self {
+        Self { name: name.into(), other_names: RVec::new(), format: format.map(RVec::from).into() }
+    }
+
+    /// All names that may be meant, the first of which is there is the one.
+    pub fn names(&self) -> impl Iterator<Item = &[u8]> {
+        std::iter::once(&self.name).chain(&self.other_names).map(RVec::as_slice)
+    }
 }
 
 /// A property of an image that a verdict, or a person, may care about.

@@ -176,10 +176,7 @@ fn resolve(
     let Some(format) = &wanted.backing_format else {
         return Err(usage("the format of the backing image is needed: add -F FMT"));
     };
-    let pointer = BackingPointer {
-        name: RVec::from(name.as_bytes().to_vec()),
-        format: ROption::RSome(RVec::from(format.as_bytes().to_vec())),
-    };
+    let pointer = BackingPointer::new(name.as_bytes().to_vec(), Some(format.as_bytes().to_vec()));
     if args.backing_unsafe {
         return Ok((wanted.size.ok_or_else(no_size)?, ROption::RSome(pointer), ROption::RNone));
     }

@@ -134,7 +134,10 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
         let facts = found.facts;
         let notes = found.plugin.notes(ImageFiles::one(&image), &facts);
         let backing = facts.backing.as_ref().into_option();
-        let backing_path = backing.and_then(|backing| resolve_backing(&path, &backing.name));
+        let backing_path = backing.and_then(|backing| {
+            let there = backing.names().filter_map(|name| resolve_backing(&path, name)).find(|path| path.exists());
+            there.or_else(|| resolve_backing(&path, &backing.name))
+        });
         if let (true, Some(backing), Some(path)) = (chain, backing, &backing_path) {
             let format =
                 backing.format.as_ref().into_option().map(|format| String::from_utf8_lossy(format).into_owned());

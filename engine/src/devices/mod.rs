@@ -40,8 +40,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
-use zeroes::Zeroes;
 use std::time::Duration;
+use zeroes::Zeroes;
 
 /// One image.
 #[derive(Debug)]

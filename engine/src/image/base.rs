@@ -54,7 +54,7 @@ pub fn resolve_backing<'r>(
     let directory = overlay.opened.directory();
     let (opened, mut between) = match choice.base {
         None => {
-            let located = choice.gate.locate(&directory, &pointer.name).map_err(|error| {
+            let located = choice.gate.locate_any(&directory, pointer.names()).map_err(|error| {
                 not_allowed(path, &error, "name the backing with -b, or allow its directory with --allow-backing-dir")
             })?;
             (OpenedFile::located(&located, choice.access, ErrorCode::BackingNotFound)?, Vec::new())
@@ -108,8 +108,11 @@ fn open_base<'r>(
         other => other?,
     };
     // The recorded name is only compared here, by what it leads to; what is opened is the operator's own name.
-    let parent = overlay.opened.directory().join(OsStr::from_bytes(&pointer.name));
-    if !is_protocol(&pointer.name) && identity(&parent) == Some(opened.identity) {
+    let is_it = |name: &[u8]| {
+        let parent = overlay.opened.directory().join(OsStr::from_bytes(name));
+        !is_protocol(name) && identity(&parent) == Some(opened.identity)
+    };
+    if pointer.names().any(is_it) {
         return Ok((opened, Vec::new()));
     }
     let why = match layers_above(registry, overlay, opened.identity, choice.gate) {
@@ -139,7 +142,7 @@ fn layers_above<'r>(
         };
         let Some(pointer) = facts.backing.as_ref().into_option() else { return Ok(None) };
         let located = gate
-            .locate(&opened.directory(), &pointer.name)
+            .locate_any(&opened.directory(), pointer.names())
             .map_err(|error| not_allowed(&opened.path, &error, "allow its directory with --allow-backing-dir"))?;
         let next = OpenedFile::located(&located, Access::ReadOnly, ErrorCode::BackingNotFound)?;
         if next.identity == wanted {

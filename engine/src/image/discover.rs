@@ -35,7 +35,7 @@ pub fn discover_backing_chain<'r>(
             return Err(too_deep(path));
         }
         let located = gate
-            .locate(&lowest.opened.directory(), &pointer.name)
+            .locate_any(&lowest.opened.directory(), pointer.names())
             .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
         let opened = OpenedFile::located(&located, access, ErrorCode::BackingNotFound)?;
         if seen.contains(&opened.identity) {

@@ -48,7 +48,7 @@ pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), Error>
         let directory = image.opened.directory();
         for file in named {
             let located = gate
-                .locate(&directory, &file.name)
+                .locate_any(&directory, file.names())
                 .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
             let opened = OpenedFile::located(&located, *access, ErrorCode::BackingNotFound)?;
             if seen.contains(&opened.identity) {

@@ -59,7 +59,8 @@ pub fn check_parents(chain: &[&ChainImage<'_>]) -> Result<(), Error> {
 /// [`ErrorCode::ParentMismatch`].
 pub fn check_immediate_parent(registry: &Registry, image: &ChainImage<'_>, gate: &Gate) -> Result<(), Error> {
     let pointer = image.facts.backing.as_ref().into_option().filter(|_| !image.facts.parent_identity.is_empty());
-    let Some(located) = pointer.and_then(|pointer| gate.locate(&image.opened.directory(), &pointer.name).ok()) else {
+    let Some(located) = pointer.and_then(|pointer| gate.locate_any(&image.opened.directory(), pointer.names()).ok())
+    else {
         return Ok(());
     };
     let opened = OpenedFile::located(&located, Access::Shared, ErrorCode::BackingNotFound);

@@ -124,6 +124,25 @@ impl Gate {
         self.allowed.iter().map(PathBuf::as_path)
     }
 
+    /// Decide where the first of these names leads that a file is found by; if none is, where the first one does.
+    ///
+    /// # Errors
+    /// As [`Gate::locate`] for that one.
+    pub fn locate_any<'n>(
+        &self,
+        directory: &Path,
+        names: impl Iterator<Item = &'n [u8]>,
+    ) -> Result<Located, NotAllowed> {
+        let mut first = None;
+        for name in names {
+            match self.locate(directory, name) {
+                Ok(located) if located.open(OFlags::PATH | OFlags::CLOEXEC).is_ok() => return Ok(located),
+                other => first = first.or(Some(other)),
+            }
+        }
+        first.unwrap_or_else(|| self.locate(directory, b""))
+    }
+
     /// Decide where the name that an image in `directory` (an absolute path) records leads.
     ///
     /// # Errors

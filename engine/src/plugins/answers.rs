@@ -19,6 +19,8 @@ const LIST_MAX: usize = 64;
 const FEATURES_MAX: (usize, usize) = (1000, 1 << 20);
 /// Longest recorded name or format of a backing, in bytes: no path is longer.
 const RECORDED_MAX: usize = 4095;
+/// Most other names of a backing or file.
+const NAMES_MAX: usize = 16;
 /// Most notes on an image, and the longest of them in bytes.
 const NOTES_MAX: (usize, usize) = (16, 300);
 /// Longest metadata of a new image in bytes, over all regions.
@@ -112,7 +114,10 @@ pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(
     }
     if let Some(backing) = facts.backing.as_ref().into_option() {
         let format = backing.format.as_ref().into_option().map_or(0, |format| format.len());
-        if backing.name.len().max(format) > RECORDED_MAX {
+        if backing.other_names.len() > NAMES_MAX {
+            return Err(format!("it reports more than {NAMES_MAX} other names of a backing"));
+        }
+        if backing.names().any(|name| name.len() > RECORDED_MAX) || format > RECORDED_MAX {
             return Err(format!("it reports a backing whose name or format is longer than {RECORDED_MAX} bytes"));
         }
     }
@@ -139,7 +144,10 @@ pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(
 
 /// The other files of an image. How many there may be depends on the rest of the chain.
 pub fn check_files(files: &[ImageFile]) -> Result<(), String> {
-    if files.iter().any(|file| file.name.len() > RECORDED_MAX) {
+    if files.iter().any(|file| file.other_names.len() > NAMES_MAX) {
+        return Err(format!("it names a file of the image by more than {NAMES_MAX} other names"));
+    }
+    if files.iter().any(|file| file.names().any(|name| name.len() > RECORDED_MAX)) {
         return Err(format!("it names a file of the image by more than {RECORDED_MAX} bytes"));
     }
     Ok(())

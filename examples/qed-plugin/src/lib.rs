@@ -35,8 +35,8 @@ impl FormatPlugin for Qed {
         facts.features.push(Feature::number(TABLE_BYTES, header.table_bytes, false));
         if let Some((offset, length)) = header.backing {
             let raw = header.features & NO_PROBE != 0;
-            let format = if raw { ROption::RSome(b"raw".to_vec().into()) } else { ROption::RNone };
-            facts.backing = ROption::RSome(BackingPointer { name: image.read_vec(offset, length)?.into(), format });
+            let format = raw.then(|| b"raw".to_vec());
+            facts.backing = ROption::RSome(BackingPointer::new(image.read_vec(offset, length)?, format));
         }
         Ok(facts)
     }

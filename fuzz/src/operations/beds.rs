@@ -133,10 +133,18 @@ pub fn vmdk_beds() -> Vec<Bed> {
         let images = [(OVERLAY, build(top)), (DEVICE_OUTPUT, build(base)), (ANCESTOR, build(&root))];
         Bed::new(images.map(|(device, bytes)| (device, Format::Vmdk, bytes)))
     };
-    pairs.iter().map(bed).collect()
+    let mut beds: Vec<Bed> = pairs.iter().map(bed).collect();
+    // Two layers at once: the lower one's record of its parent follows.
+    let (top, base) = &pairs[0];
+    let top = Spec { parent: 6, ..top.clone() };
+    let middle = Spec::new(size, 6, 5).with(data(&[1, 2, 6, 599], 0x31));
+    let images =
+        [(OVERLAY, build(&top)), (MIDDLE, build(&middle)), (DEVICE_OUTPUT, build(base)), (ANCESTOR, build(&root))];
+    beds.push(Bed::new(images.map(|(device, bytes)| (device, Format::Vmdk, bytes))));
+    beds
 }
 
-/// qcow2 into raw and vmdk.
+/// qcow2 into raw and vmdk, also with a layer between them.
 pub fn cross_beds() -> Vec<Bed> {
     use self::grains::GRAIN;
     let size = 64 * GRAIN as u64;
@@ -154,6 +162,16 @@ pub fn cross_beds() -> Vec<Bed> {
         resize: format == Format::Raw,
         ..Bed::new([(OVERLAY, Format::Qcow2, top), (DEVICE_OUTPUT, format, base)])
     };
+    let through = |middle, between: Vec<u8>| {
+        let base = vmdk(true, true);
+        Bed::new([
+            (OVERLAY, Format::Qcow2, overlay(9, false)),
+            (MIDDLE, middle, between),
+            (DEVICE_OUTPUT, Format::Vmdk, base),
+        ])
+    };
+    let between =
+        grains::Spec::new(size as usize, 6, 5).with([(1, grains::State::Data(0x31)), (2, grains::State::Zero)]);
     vec![
         bed(overlay(9, false), Format::Raw, raw(size)),
         bed(overlay(12, false), Format::Raw, raw(size - 700)),
@@ -161,5 +179,7 @@ pub fn cross_beds() -> Vec<Bed> {
         bed(overlay(9, false), Format::Vmdk, vmdk(false, true)),
         bed(overlay(12, false), Format::Vmdk, vmdk(true, true)),
         bed(overlay(14, true), Format::Vmdk, vmdk(true, false)),
+        through(Format::Vmdk, grains::build(&between)),
+        through(Format::Qcow2, overlay(10, false)),
     ]
 }

@@ -7,7 +7,7 @@
 
 use super::beds::Pairs;
 use super::change::apply;
-use super::commit::{admitted, guest, snapshots};
+use super::commit::{admitted, devices, guest, snapshots};
 use super::strict::Strict;
 use super::{config, open_source, qcow2, quietly, sound, views, Bed, Files, MIDDLE, OVERLAY};
 use crate::host::{self, Format};
@@ -64,7 +64,7 @@ impl PowerLosses<'_> {
         let configs = admitted(bed, &files)?;
         let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
         let before = all_sound.then(|| quietly(|| read(bed, &files)).ok()).flatten()?;
-        let mut io = Strict::new(files.clone(), &[&configs[&OVERLAY], &configs[&DEVICE_OUTPUT]]);
+        let mut io = devices(files.clone(), &configs);
         let finished = guest(bed, &mut io, &configs).is_ok();
         if io.devices.log.is_empty() {
             return None;
@@ -74,6 +74,7 @@ impl PowerLosses<'_> {
         assert!(arrived, "the backing does not read what the overlay did");
         Some(self.crashes.each(&files, &io.devices.log, &mut |state| {
             verify(bed, &state, &before);
+            restored(bed, &state, &files, &before);
             self.ask(bed, &state, &files);
             again(bed, state, &files, &before, after.as_deref());
         }))
@@ -118,10 +119,24 @@ fn verify(bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
     }
 }
 
+/// The backing of before the commit, as a backup has it, goes with what is above it now only if that still holds everything.
+fn restored(bed: &Bed, state: &Files, originals: &Files, (old, _): &Reading) {
+    let lowest = if bed.files.contains_key(&MIDDLE) { MIDDLE } else { OVERLAY };
+    let look = |device: u32| host::look(bed.formats[&device], &originals[&device]).expect("was admitted");
+    if !look(lowest).follows(&look(DEVICE_OUTPUT)) {
+        return;
+    }
+    let mut files = state.clone();
+    files.insert(DEVICE_OUTPUT, originals[&DEVICE_OUTPUT].clone());
+    if admitted(bed, &files).is_some() {
+        assert!(views(bed, &files)[&OVERLAY] == old[&OVERLAY], "a restored backing is taken for the right one");
+    }
+}
+
 /// A second commit finishes the job; of one that had failed it may fail again, and breaks nothing.
 fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapshots): &Reading, after: Option<&[u8]>) {
     let configs = admitted(bed, &files).expect("the plugins refuse what a power loss left");
-    let mut io = Strict::new(files, &[&configs[&OVERLAY], &configs[&DEVICE_OUTPUT]]);
+    let mut io = devices(files, &configs);
     let result = guest(bed, &mut io, &configs);
     let (now, snapshots) = read(bed, &io.devices.files);
     assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else after a second commit");

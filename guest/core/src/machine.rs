@@ -7,7 +7,10 @@ use core::ops::Range;
 use core::ptr::null;
 use core::slice;
 use instar_guest_abi::{
-    CallTable, ChainConfig, FormatOps, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable, OperationConfig, OperationOps, Request, Ring, CHAIN_CONFIG_ADDR, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_EXIT, PORT_MESSAGE, RING_ADDR, RequestOp,
+    CallTable, ChainConfig, FormatOps, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable, OperationConfig,
+    OperationOps, Request, RequestOp, Ring, CHAIN_CONFIG_ADDR, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE,
+    MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_EXIT,
+    PORT_MESSAGE, RING_ADDR,
 };
 
 /// State of the guest, which has one thread and no interrupts.

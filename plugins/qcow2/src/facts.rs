@@ -79,10 +79,10 @@ fn facts(header: &Header, file_length: u64) -> ImageFacts {
     facts.encrypted = header.crypt_method != 0;
     facts.backing = match &header.backing_name {
         None => ROption::RNone,
-        Some(name) => ROption::RSome(BackingPointer {
-            name: RVec::from(name.clone()),
-            format: header.backing_format().filter(|format| !format.is_empty()).map(RVec::from).into(),
-        }),
+        Some(name) => {
+            let format = header.backing_format().filter(|format| !format.is_empty());
+            ROption::RSome(BackingPointer::new(name.clone(), format.map(<[u8]>::to_vec)))
+        }
     };
     facts.features = features(header).into();
     facts

@@ -1,6 +1,7 @@
 //! What header and descriptor say, as facts and features.
 
-use instar_plugin_api::std_types::ROption;
+use crate::encoding::names as names_of;
+use instar_plugin_api::std_types::{ROption, RVec};
 use instar_plugin_api::{
     BackingPointer, ErrorCode, Feature, ImageFacts, ImageFile, ImageReader, PluginError, PROBE_CERTAIN, PROBE_LIKELY,
     PROBE_NO,
@@ -131,16 +132,24 @@ pub fn files(image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
     if start == MAGIC || start == COWD {
         return Ok(Vec::new());
     }
-    match descriptor_file(image)?.disk_extents() {
-        Ok(extents) => Ok(extents.into_iter().map(file_of).collect()),
+    let descriptor = descriptor_file(image)?;
+    match descriptor.disk_extents() {
+        Ok(extents) => Ok(extents.into_iter().map(|extent| file_of(&descriptor, &extent)).collect()),
         // That is a fact, for the verdict to refuse.
         Err(error) if error.trouble == Trouble::Unsupported => Ok(Vec::new()),
         Err(error) => Err(refused(error)),
     }
 }
 
-fn file_of(extent: DiskExtent) -> ImageFile {
-    ImageFile { name: extent.name.into(), grows: extent.storage == Storage::Sparse }
+fn file_of(descriptor: &Descriptor, extent: &DiskExtent) -> ImageFile {
+    let (name, other_names) = recorded(descriptor, &extent.name);
+    ImageFile { name, other_names, grows: extent.storage == Storage::Sparse }
+}
+
+/// A name in the descriptor, as one for the engine, and the others that it may stand for.
+fn recorded(descriptor: &Descriptor, name: &[u8]) -> (RVec<u8>, RVec<RVec<u8>>) {
+    let mut names = names_of(descriptor, name).into_iter().map(RVec::from);
+    (names.next().unwrap_or_default(), names.collect())
 }
 
 /// A disk in several files, named by the one with the descriptor.
@@ -192,9 +201,10 @@ fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) {
     if let (Some(_), Some(name)) = (parent, &descriptor.parent_hint) {
         // A parent is a vmdk, too: content IDs are all that is recorded of it.
         let format = ROption::RSome(b"vmdk".to_vec().into());
-        facts.backing = ROption::RSome(BackingPointer { name: name.clone().into(), format });
+        let (name, other_names) = recorded(descriptor, name);
+        facts.backing = ROption::RSome(BackingPointer { name, other_names, format });
     }
-    let (id, recorded) = (descriptor.content_id.value, parent.unwrap_or(NO_PARENT));
+    let (id, parent_id) = (descriptor.content_id.value, parent.unwrap_or(NO_PARENT));
     facts.identity = id.to_be_bytes().to_vec().into();
     facts.next_identity = next_content_id(id).to_be_bytes().to_vec().into();
     if let Some(parent) = &descriptor.parent_id.as_ref().filter(|_| facts.backing.is_some()) {
@@ -204,7 +214,7 @@ fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) {
     let kind = String::from_utf8_lossy(&descriptor.create_type);
     facts.features.extend([
         Feature::number(names::CID, id.into(), true),
-        Feature::number(names::PARENT_CID, recorded.into(), true),
+        Feature::number(names::PARENT_CID, parent_id.into(), true),
         Feature::text(names::CREATE_TYPE, &kind, true),
     ]);
     if descriptor.change_tracking {

@@ -1,6 +1,7 @@
 //! The vmdk plugin: its host half, and the bytes of its guest half.
 
 mod create;
+mod encoding;
 mod facts;
 mod verdict;
 

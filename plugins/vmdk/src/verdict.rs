@@ -104,8 +104,7 @@ mod tests {
         let mut facts = ImageFacts::new("vmdk", 1 << 30, 65536, 1 << 20);
         facts.identity = cid.to_be_bytes().to_vec().into();
         if parent != NO_PARENT {
-            let format = ROption::RSome(b"vmdk".to_vec().into());
-            facts.backing = ROption::RSome(BackingPointer { name: b"base".to_vec().into(), format });
+            facts.backing = ROption::RSome(BackingPointer::new(b"base".to_vec(), Some(b"vmdk".to_vec())));
         }
         facts
     }

@@ -1,11 +1,10 @@
 //! The consistency pass: every table and every grain inside the file, and no two things at one place.
 //!
 //! What is used is marked in a bitmap of sectors. A file that is larger than the bitmap is gone through several times, each
-//! time for another window of it.
+//! time for another window of it: those that anything lies in, by the tables that hold anything.
 
 use crate::image::{overflow, Image};
-use crate::tables::Table;
-use alloc::collections::BTreeSet;
+use crate::tables::{Table, TableSet};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -14,33 +13,50 @@ use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_vmdk_format::{Grain, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, SECTOR, TABLE_BYTES, TABLE_ENTRIES};
 
-/// Sectors of the file that are looked at in one go: 64 GiB of it, 16 MiB of memory.
+/// Sectors of the file that are looked at in one go: 64 GiB of it, 16 MiB of memory; less where the heap is small …
 const WINDOW: u64 = 1 << 27;
+/// … but not less than this: 1 GiB.
+const MIN_WINDOW: u64 = 1 << 21;
+/// Sectors that an entry can name, and what begins at the last of them.
+const REACH: u64 = (1 << 32) + (1 << 17);
+
+/// A piece of metadata: its sectors, and what it is.
+pub type Metadata = (Range<u64>, &'static str);
+
+/// What the first pass learns for those after it.
+struct Survey {
+    /// Sectors of a window.
+    window: u64,
+    /// By window: a grain lies in it.
+    reached: Vec<bool>,
+    /// The tables that hold anything.
+    tables: TableSet,
+}
+
+impl Survey {
+    fn reach(&mut self, sectors: &Range<u64>) {
+        let last = sectors.end.saturating_sub(1).max(sectors.start) / self.window;
+        for window in sectors.start / self.window..=last {
+            let index = usize::try_from(window).unwrap_or(usize::MAX);
+            self.reached.get_mut(index).into_iter().for_each(|reached| *reached = true);
+        }
+    }
+}
 
 /// The sectors of a window that are used.
 struct Used {
     window: Range<u64>,
     words: Vec<u64>,
-    /// The numbers of the windows in which anything was to be marked.
-    reached: BTreeSet<u64>,
-    /// The one that was noted last.
-    last: (u64, u64),
 }
 
 impl Used {
     fn new(window: Range<u64>) -> DriverResult<Self> {
         let words = usize::try_from((window.end - window.start).div_ceil(64)).map_err(|_| overflow("a window"))?;
-        Ok(Self { window, words: vec![0; words], reached: BTreeSet::new(), last: (u64::MAX, 0) })
+        Ok(Self { window, words: vec![0; words] })
     }
 
     /// Mark what of `sectors` lies in the window. `false` if any was marked before.
     fn mark(&mut self, sectors: &Range<u64>) -> bool {
-        // Nothing is longer than a window.
-        let windows = (sectors.start / WINDOW, sectors.end.saturating_sub(1) / WINDOW);
-        if windows != self.last && !sectors.is_empty() {
-            self.reached.extend([windows.0, windows.1]);
-            self.last = windows;
-        }
         let (mut at, end) = (sectors.start.max(self.window.start), sectors.end.min(self.window.end));
         let mut free = true;
         while at < end {
@@ -67,19 +83,50 @@ impl Image {
     /// # Errors
     /// Corruption and I/O errors.
     pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<u64> {
-        let file = self.file_length.div_ceil(SECTOR);
-        // The first pass finds out how far anything reaches: a file may be much longer, and most of it a hole.
-        let (grains, mut reached) = self.verify_window(io, 0..file.min(WINDOW))?;
-        reached.remove(&0);
-        let starts = reached.into_iter().map(|window| window.saturating_mul(WINDOW));
-        for start in starts.filter(|&start| start < file) {
-            self.verify_window(io, start..file.min(start.saturating_add(WINDOW)))?;
+        self.verify_fixed()?;
+        // A bit for each sector, and a quarter of the heap.
+        let window = WINDOW.min((io.heap_free() as u64).saturating_mul(2)).max(MIN_WINDOW);
+        let end = self.file_length.div_ceil(SECTOR).min(REACH);
+        let count = usize::try_from(end.div_ceil(window)).map_err(|_| overflow("a window"))?;
+        let mut survey = Survey { window, reached: vec![false; count], tables: TableSet::of(self.directory.len()) };
+        let mut grains = 0;
+        for index in 0..count {
+            let start = index as u64 * window;
+            let mut used = Used::new(start..end.min(start + window))?;
+            self.each_metadata(&mut |(sectors, what)| {
+                if used.mark(&sectors) {
+                    return Ok(());
+                }
+                let text = format!("the {what} at sector {} overlaps other metadata", sectors.start);
+                Err(self.corrupt(sectors.start.saturating_mul(SECTOR), text))
+            })?;
+            if index == 0 {
+                grains = self.verify_grains(io, None, &mut used, &mut |table, sectors| match sectors {
+                    Some(sectors) => survey.reach(sectors),
+                    None => survey.tables.add(table),
+                })?;
+            } else if survey.reached.get(index) == Some(&true) {
+                self.verify_grains(io, Some(&survey.tables), &mut used, &mut |_, _| {})?;
+            }
         }
         Ok(grains)
     }
 
-    /// Everything but grains: sectors, and what it is.
-    pub fn metadata(&self) -> DriverResult<Vec<(Range<u64>, &'static str)>> {
+    /// Those metadata that are there once, which may lie further behind than entries reach.
+    fn verify_fixed(&self) -> DriverResult<()> {
+        let fixed = self.fixed_metadata();
+        for (index, (sectors, what)) in fixed.iter().enumerate() {
+            let overlaps = |(other, _): &&Metadata| sectors.start < other.end && other.start < sectors.end;
+            if let Some((_, other)) = fixed.iter().take(index).find(overlaps) {
+                let text = format!("the {what} at sector {} overlaps the {other}", sectors.start);
+                return Err(self.corrupt(sectors.start.saturating_mul(SECTOR), text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything but tables and grains.
+    pub fn fixed_metadata(&self) -> Vec<Metadata> {
         let header = &self.header;
         let directory = header.directory_entries().saturating_mul(4).div_ceil(SECTOR);
         let at = |sector: u64, length: u64| sector..sector.saturating_add(length);
@@ -95,36 +142,52 @@ impl Image {
             let sectors = FOOTER_BYTES as u64 / SECTOR;
             parts.push((at((self.file_length / SECTOR).saturating_sub(sectors), sectors), "footer"));
         }
+        // An extent of several has no descriptor.
+        parts.retain(|(sectors, _)| sectors.start < sectors.end);
+        parts
+    }
+
+    /// Everything but grains.
+    fn each_metadata(&self, each: &mut dyn FnMut(Metadata) -> DriverResult<()>) -> DriverResult<()> {
+        self.fixed_metadata().into_iter().try_for_each(&mut *each)?;
         for directory in core::iter::once(&self.directory).chain(&self.redundant) {
             for index in 0..directory.len() {
                 if let Some(offset) = self.table_offset(directory, index)? {
-                    parts.push((at(offset / SECTOR, TABLE_BYTES / SECTOR), "grain table"));
+                    let sector = offset / SECTOR;
+                    each((sector..sector + TABLE_BYTES / SECTOR, "grain table"))?;
                 }
             }
         }
-        Ok(parts)
+        Ok(())
     }
 
-    /// Returns the number of grains, and the windows that anything in the file lies in.
-    fn verify_window(&self, io: &mut dyn BlockIo, window: Range<u64>) -> DriverResult<(u64, BTreeSet<u64>)> {
-        let mut used = Used::new(window)?;
-        for (sectors, what) in self.metadata()? {
-            if !used.mark(&sectors) {
-                let text = format!("the {what} at sector {} overlaps other metadata", sectors.start);
-                return Err(self.corrupt(sectors.start.saturating_mul(SECTOR), text));
-            }
-        }
+    /// Verify the grains of the tables in `only`, or of all. Returns how many there are. `saw` is told each table that holds
+    /// anything, and of each grain its table and its sectors.
+    fn verify_grains(
+        &self,
+        io: &mut dyn BlockIo,
+        only: Option<&TableSet>,
+        used: &mut Used,
+        saw: &mut dyn FnMut(usize, Option<&Range<u64>>),
+    ) -> DriverResult<u64> {
         let mut grains = 0;
-        self.each_tables(io, &mut |io, tables| {
-            for table in tables.iter().filter(|table| !table.is_empty()) {
-                grains += self.verify_table(io, table, &mut used)?;
+        self.each_tables(io, only, &mut |io, tables| {
+            for table in tables.iter().filter(|table| table.holds_anything()) {
+                saw(table.index, None);
+                grains += self.verify_table(io, table, used, &mut |sectors| saw(table.index, Some(sectors)))?;
             }
             Ok(())
         })?;
-        Ok((grains, used.reached))
+        Ok(grains)
     }
 
-    fn verify_table(&self, io: &mut dyn BlockIo, table: &Table, used: &mut Used) -> DriverResult<u64> {
+    fn verify_table(
+        &self,
+        io: &mut dyn BlockIo,
+        table: &Table,
+        used: &mut Used,
+        saw: &mut dyn FnMut(&Range<u64>),
+    ) -> DriverResult<u64> {
         let lengths = self.compressed_lengths(io, table)?;
         let mut grains = 0;
         for (entry, &value) in table.entries.iter().enumerate() {
@@ -160,7 +223,9 @@ impl Image {
                 return Err(wrong("goes past the end of the file"));
             }
             let end = end.min(self.file_length);
-            if !used.mark(&(offset / SECTOR..end.div_ceil(SECTOR))) {
+            let sectors = offset / SECTOR..end.div_ceil(SECTOR);
+            saw(&sectors);
+            if !used.mark(&sectors) {
                 return Err(wrong("overlaps metadata or another grain"));
             }
             grains += 1;

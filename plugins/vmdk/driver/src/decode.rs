@@ -8,8 +8,11 @@ use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_vmdk_format::COMPRESSED_MARKER_BYTES;
 use miniz_oxide::inflate::decompress_slice_iter_to_slice;
 
-/// Bytes that are read at once where grains follow each other in the file.
+/// Bytes that are read at once where grains follow each other in the file, if that is no great part of the heap: every image
+/// of a chain may hold so much.
 const READ_AHEAD: u64 = 1 << 20;
+/// See [`READ_AHEAD`].
+const PART_OF_HEAP: u64 = 32;
 
 /// Reads the compressed grains of one image; keeps the last one, and what was read ahead.
 #[derive(Default, Debug)]
@@ -70,9 +73,11 @@ impl GrainReader {
         let held_end = self.input_at + self.input.len() as u64;
         let end = offset.checked_add(length).ok_or_else(|| overflow("a compressed grain"))?;
         if offset < self.input_at || end > held_end {
-            let to = offset.saturating_add(READ_AHEAD).min(image.file_length).max(end);
+            let ahead = READ_AHEAD.min(io.heap_free() as u64 / PART_OF_HEAP);
+            let to = offset.saturating_add(ahead).min(image.file_length).max(end);
             let count = usize::try_from(to - offset).map_err(|_| overflow("a compressed grain"))?;
-            self.input.clear();
+            // The old one goes first.
+            self.input = Vec::new();
             let mut input = vec![0; count];
             io.read(image.device, offset, &mut input)?;
             (self.input, self.input_at) = (input, offset);

@@ -25,6 +25,10 @@ pub struct Image {
     corrupt: ErrorCode,
 }
 
+/// Bytes of the heap that must be left once an image is open: for the tables that are worked on at once, in both copies, a
+/// window of the check, what is read from below or decoded.
+const WORKING_ROOM: u64 = 24 << 20;
+
 /// An arithmetic guard.
 pub fn overflow(what: &str) -> DriverError {
     DriverError::new(ErrorCode::InternalOverflow, format!("{what} is out of range"))
@@ -57,6 +61,10 @@ impl Image {
             image.redundant =
                 Some(image.read_directory(io, header.redundant_directory, "redundant grain directory")?);
         }
+        if image.compressed() {
+            // A grain, its stream of up to twice that, and both once more while one is replaced.
+            image.need(io, header.grain_bytes().saturating_mul(6), "decoding of a compressed grain")?;
+        }
         Ok(image)
     }
 
@@ -78,10 +86,23 @@ impl Image {
         let Some((offset, length)) = place else {
             return Err(self.corrupt(0, format!("the {name} at sector {sector} lies past the end of the file")));
         };
+        // The bytes, and the entries made of them.
+        self.need(io, length.saturating_mul(2), name)?;
         let mut bytes = vec![0; usize::try_from(length).map_err(|_| overflow(name))?];
         io.read(self.device, offset, &mut bytes)?;
         let directory: Vec<u32> = entries_of(&bytes).collect();
         Ok(directory)
+    }
+
+    /// Make sure that `bytes` can be taken from the heap for something, beside what work needs afterwards: an allocation
+    /// that fails ends the guest, perhaps when the backing is written already.
+    fn need(&self, io: &dyn BlockIo, bytes: u64, what: &str) -> DriverResult<()> {
+        let free = io.heap_free() as u64;
+        if bytes.saturating_add(WORKING_ROOM) <= free {
+            return Ok(());
+        }
+        let text = format!("the {what} takes {bytes} bytes, and of the memory of the sandbox {free} are free");
+        Err(DriverError::new(ErrorCode::ScratchTooSmall, text).at(self.device, 0))
     }
 
     /// What no image may say, at byte `offset`.

@@ -13,6 +13,9 @@ use instar_guest_sdk::abi::{ErrorCode, Extent, ImageId, ImageInfo, PlanSummary, 
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
 use instar_vmdk_format::next_content_id;
 
+/// Bytes of the heap that writing takes at most: tables in both copies and as bytes, what is filled up from below.
+const WRITING_ROOM: usize = 14 << 20;
+
 /// A vmdk that data goes into.
 #[derive(Debug)]
 pub struct VmdkSink {
@@ -120,6 +123,11 @@ impl Sink for VmdkSink {
     }
 
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
+        let free = io.heap_free();
+        if free < WRITING_ROOM {
+            let text = format!("writing takes {WRITING_ROOM} bytes, and of the memory of the sandbox {free} are free");
+            return Err(DriverError::new(ErrorCode::ScratchTooSmall, text).at(self.descriptor.device, 0));
+        }
         let mut all = PlanSummary::default();
         for part in &mut self.parts {
             let plan = match &mut part.body {

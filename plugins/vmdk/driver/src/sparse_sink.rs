@@ -13,7 +13,7 @@
 use crate::decide::{decide, Action};
 use crate::image::{overflow, Image};
 use crate::tables::Table;
-use crate::work::{grains, groups, Group, Part};
+use crate::work::{grains, Group, Groups, Part};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -168,12 +168,9 @@ impl SparseSink {
         self.unflushed = true;
         self.lengthen(io)?;
         self.write_tables(io, &mut tables)?;
-        if !freed.is_empty() {
-            let size = self.image.header.grain_bytes();
-            let discard = |&offset: &u64| Request::discard(self.image.device, offset, size);
-            io.run(&mut freed.iter().map(discard).collect::<Vec<_>>())?;
-        }
-        Ok(())
+        let size = self.image.header.grain_bytes();
+        let discard = |&offset: &u64| Request::discard(self.image.device, offset, size);
+        freed.chunks(BATCH).try_for_each(|some| io.run(&mut some.iter().map(discard).collect::<Vec<_>>()))
     }
 
     /// Have the file reach to the end of its last grain or table.
@@ -332,7 +329,11 @@ impl SparseSink {
     /// See [`Sink::plan`](instar_guest_sdk::Sink::plan).
     pub fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
         self.verify(io)?;
-        groups(&self.image, extents)?.iter().try_for_each(|group| self.plan_group(io, group))
+        let mut groups = Groups::of(extents);
+        while let Some(group) = groups.next(&self.image)? {
+            self.plan_group(io, &group)?;
+        }
+        Ok(())
     }
 
     /// See [`Sink::planned`](instar_guest_sdk::Sink::planned).
@@ -357,7 +358,11 @@ impl SparseSink {
 
     /// See [`Sink::write`](instar_guest_sdk::Sink::write).
     pub fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
-        groups(&self.image, extents)?.iter().try_for_each(|group| self.write_group(io, group, below))
+        let mut groups = Groups::of(extents);
+        while let Some(group) = groups.next(&self.image)? {
+            self.write_group(io, &group, below)?;
+        }
+        Ok(())
     }
 
     /// See [`Sink::finish`](instar_guest_sdk::Sink::finish).

@@ -2,7 +2,7 @@
 
 use crate::decode::GrainReader;
 use crate::image::{overflow, Image};
-use crate::tables::{place, Table, BYTES};
+use crate::tables::{place, Table, TableSet, BYTES};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -24,7 +24,7 @@ pub struct SparseSource {
     /// Tables that were read last, with indices that follow each other.
     ahead: Vec<Table>,
     /// For each directory: the tables that hold anything.
-    used: Vec<Vec<usize>>,
+    used: Vec<TableSet>,
 }
 
 /// Append an extent, or lengthen the one that it goes on from.
@@ -62,21 +62,50 @@ impl SparseSource {
         Ok(Some(Extent { guest_offset: guest, length, location, kind: kind as u32, device: self.image.device }))
     }
 
-    /// Where the file may be cut or punched once it holds no grains: the gaps between metadata, from `overHead` on, and
-    /// the length that is left.
-    fn garbage(&self) -> DriverResult<(Vec<Range<u64>>, u64)> {
-        let mut kept: Vec<Range<u64>> =
-            self.image.metadata()?.into_iter().map(|(s, _)| s.start * SECTOR..s.end * SECTOR).collect();
-        kept.sort_by_key(|range| range.start);
-        let mut gaps = Vec::new();
+    /// Where the file may be cut or punched once it holds no grains: `gap` is called for each gap between metadata, from
+    /// `overHead` on, ascending. Returns the length that is left.
+    fn garbage(&self, gap: &mut dyn FnMut(Range<u64>) -> DriverResult<()>) -> DriverResult<u64> {
+        // Half a million tables are possible: four bytes for each.
+        let directories = || core::iter::once(&self.image.directory).chain(&self.image.redundant);
+        let count = directories().map(|directory| directory.iter().filter(|&&sector| sector != 0).count()).sum();
+        let mut tables: Vec<u32> = Vec::with_capacity(count);
+        tables.extend(directories().flatten().filter(|&&sector| sector != 0));
+        tables.sort_unstable();
+        let mut others: Vec<Range<u64>> = self.image.fixed_metadata().into_iter().map(|(sectors, _)| sectors).collect();
+        others.sort_by_key(|sectors| sectors.start);
+        let table = |sector: u32| u64::from(sector)..u64::from(sector) + TABLE_BYTES / SECTOR;
+        let (mut tables, mut others) = (tables.into_iter().map(table).peekable(), others.into_iter().peekable());
         let mut at = self.image.header.overhead.saturating_mul(SECTOR);
-        for range in kept {
+        loop {
+            let table_first = match (tables.peek(), others.peek()) {
+                (Some(table), Some(other)) => table.start <= other.start,
+                (table, _) => table.is_some(),
+            };
+            let Some(sectors) = (if table_first { tables.next() } else { others.next() }) else { break };
+            let range = sectors.start.saturating_mul(SECTOR)..sectors.end.saturating_mul(SECTOR);
             if range.start > at {
-                gaps.push(at..range.start);
+                gap(at..range.start)?;
             }
             at = at.max(range.end);
         }
-        Ok((gaps, at.min(self.image.file_length)))
+        Ok(at.min(self.image.file_length))
+    }
+
+    /// Give the space in the gaps back.
+    fn punch(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let mut requests = Vec::new();
+        self.garbage(&mut |gap| {
+            requests.push(Request::discard(self.image.device, gap.start, gap.end - gap.start));
+            if requests.len() == BATCH {
+                io.run(&mut requests)?;
+                requests.clear();
+            }
+            Ok(())
+        })?;
+        if requests.is_empty() {
+            return Ok(());
+        }
+        io.run(&mut requests)
     }
 
     /// Make every entry 0, in both copies, and that durable.
@@ -85,7 +114,7 @@ impl SparseSource {
         let mut requests = Vec::new();
         let directories = core::iter::once(&self.image.directory).chain(&self.image.redundant);
         for (directory, used) in directories.zip(&self.used) {
-            for &index in used {
+            for index in used.indices() {
                 if let Some(offset) = self.image.table_offset(directory, index)? {
                     requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, TABLE_BYTES));
                 }
@@ -128,7 +157,7 @@ impl SparseSource {
         while guest < limit {
             self.load_tables(io, table, limit)?;
             for loaded in self.ahead.iter().skip_while(|loaded| loaded.index < table) {
-                if loaded.is_empty() {
+                if !loaded.holds_anything() {
                     let next = (loaded.index as u64 + 1).checked_mul(self.image.header.table_coverage());
                     (guest, entry) = (next.ok_or_else(|| overflow("a table"))?, 0);
                     continue;
@@ -191,9 +220,9 @@ impl SparseSource {
     /// Tables stay where they are: QEMU does not write to a disk whose directory has none for a place.
     pub fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         self.forget_tables();
-        let (gaps, length) = self.garbage()?;
+        let length = self.garbage(&mut |_| Ok(()))?;
         // What an interrupted commit left to do is done, too.
-        let held = self.used.iter().any(|used| !used.is_empty());
+        let held = !self.used.iter().all(TableSet::is_empty);
         if !held && length >= self.image.file_length {
             return Ok(0);
         }
@@ -202,8 +231,8 @@ impl SparseSource {
             self.used.clear();
         }
         let device = self.image.device;
-        let mut requests: Vec<Request> =
-            gaps.iter().map(|gap| Request::discard(device, gap.start, gap.end - gap.start)).collect();
+        self.punch(io)?;
+        let mut requests = Vec::new();
         if length < self.image.file_length {
             requests.push(Request::set_length(device, length));
             self.image.file_length = length;

@@ -30,14 +30,6 @@ pub struct Table {
     pub dirty: bool,
 }
 
-impl Table {
-    /// Whether it holds nothing.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.entries.iter().fold(0, |or, entry| or | entry) == 0
-    }
-}
-
 impl Image {
     /// Byte offset of a table that a directory's entry names; `None` for one that is not there.
     ///
@@ -79,30 +71,35 @@ impl Image {
         Ok(tables)
     }
 
-    /// The indices of the tables of a directory that hold anything, ascending.
+    /// The tables of a directory that hold anything.
     ///
     /// # Errors
     /// Corruption and I/O errors.
-    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &[u32]) -> DriverResult<Vec<usize>> {
-        let mut used = Vec::new();
-        for indices in present(directory).chunks(TABLES_AT_ONCE) {
+    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &[u32]) -> DriverResult<TableSet> {
+        let mut used = TableSet::of(directory.len());
+        each_chunk(present(directory), &mut |indices| {
             let tables = self.read_tables_of(io, directory, indices)?;
-            used.extend(tables.iter().filter(|table| !table.is_empty()).map(|table| table.index));
-        }
+            tables.iter().filter(|table| table.holds_anything()).for_each(|table| used.add(table.index));
+            Ok(())
+        })?;
         Ok(used)
     }
 
     fn read_tables_of(&self, io: &mut dyn BlockIo, directory: &[u32], indices: &[usize]) -> DriverResult<Vec<Table>> {
         let mut bytes = vec![0u8; indices.len().checked_mul(BYTES).ok_or_else(|| overflow("grain tables"))?];
-        let mut requests = Vec::with_capacity(indices.len());
+        let mut requests: Vec<Request> = Vec::with_capacity(indices.len());
         for (&index, slot) in indices.iter().zip(bytes.chunks_exact_mut(BYTES)) {
-            if let Some(offset) = self.table_offset(directory, index)? {
-                requests.push(Request::read(self.device, offset, slot.as_mut_ptr() as u64, TABLE_BYTES));
+            let Some(offset) = self.table_offset(directory, index)? else { continue };
+            let request = Request::read(self.device, offset, slot.as_mut_ptr() as u64, TABLE_BYTES);
+            // Tables are usually one after the other.
+            match requests.last_mut() {
+                Some(last) if follows(last, &request) => last.length += TABLE_BYTES,
+                _ => requests.push(request),
             }
         }
         if requests.len() > TABLES_UNASKED {
             // Most programs allocate all tables of a new image at once, in a hole.
-            let ranges: Vec<_> = requests.iter().map(|read| read.offset..read.offset + TABLE_BYTES).collect();
+            let ranges: Vec<_> = requests.iter().map(|read| read.offset..read.offset + read.length).collect();
             let mut data = Holes::default().hold_data(io, self.device, &ranges)?.into_iter();
             requests.retain(|_| data.next().unwrap_or(true));
         }
@@ -114,22 +111,82 @@ impl Image {
         Ok(indices.iter().zip(bytes.chunks_exact(BYTES)).map(table).collect())
     }
 
-    /// Hand all tables that are there to `each`, some at once, in ascending order.
+    /// Hand all tables that are there, or those of them that are in `only`, to `each`, some at once, in ascending order.
     ///
     /// # Errors
     /// Those of `each`; corruption and I/O errors.
-    pub fn each_tables(&self, io: &mut dyn BlockIo, each: EachTables<'_>) -> DriverResult<()> {
-        for indices in present(&self.directory).chunks(TABLES_AT_ONCE) {
+    pub fn each_tables(&self, io: &mut dyn BlockIo, only: Option<&TableSet>, each: EachTables<'_>) -> DriverResult<()> {
+        let wanted = present(&self.directory).filter(|&index| only.is_none_or(|only| only.has(index)));
+        each_chunk(wanted, &mut |indices| {
             let tables = self.read_tables(io, indices)?;
-            each(io, &tables)?;
-        }
-        Ok(())
+            each(io, &tables)
+        })
     }
 }
 
+impl Table {
+    /// Whether any entry says anything.
+    pub fn holds_anything(&self) -> bool {
+        self.entries.iter().any(|&entry| entry != 0)
+    }
+}
+
+/// Some of the tables of a directory: a bit for each of them.
+#[derive(Debug)]
+pub struct TableSet {
+    words: Vec<u64>,
+}
+
+impl TableSet {
+    /// None of `count` tables.
+    pub fn of(count: usize) -> Self {
+        Self { words: vec![0; count.div_ceil(64)] }
+    }
+
+    pub fn add(&mut self, index: usize) {
+        if let Some(word) = self.words.get_mut(index / 64) {
+            *word |= 1 << (index % 64);
+        }
+    }
+
+    pub fn has(&self, index: usize) -> bool {
+        self.words.get(index / 64).is_some_and(|word| word & 1 << (index % 64) != 0)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|&word| word == 0)
+    }
+
+    /// The indices, ascending.
+    pub fn indices(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.words.len() * 64).filter(|&index| self.has(index))
+    }
+}
+
+/// Whether one read goes on where the other one ends, in the file and in memory.
+fn follows(last: &Request, next: &Request) -> bool {
+    last.offset.saturating_add(last.length) == next.offset && last.buffer.saturating_add(last.length) == next.buffer
+}
+
 /// The indices of the tables that are there.
-fn present(directory: &[u32]) -> Vec<usize> {
-    directory.iter().enumerate().filter(|(_, &sector)| sector != 0).map(|(index, _)| index).collect()
+fn present(directory: &[u32]) -> impl Iterator<Item = usize> + '_ {
+    directory.iter().enumerate().filter(|(_, &sector)| sector != 0).map(|(index, _)| index)
+}
+
+/// Hand indices to `each`, as many at once as tables are held.
+fn each_chunk(
+    mut indices: impl Iterator<Item = usize>,
+    each: &mut dyn FnMut(&[usize]) -> DriverResult<()>,
+) -> DriverResult<()> {
+    let mut chunk = Vec::with_capacity(TABLES_AT_ONCE);
+    loop {
+        chunk.clear();
+        chunk.extend(indices.by_ref().take(TABLES_AT_ONCE));
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        each(&chunk)?;
+    }
 }
 
 /// The place of a guest byte: its table, the entry there, and the first guest byte of its grain.

@@ -39,38 +39,53 @@ pub struct Part {
     pub arrival: Arrival,
 }
 
-/// Cut extents, and gather them in groups of so many tables as are held at once.
-///
-/// # Errors
-/// [`ErrorCode::BackingTooSmall`] for an extent past the end of the disk.
-pub fn groups(image: &Image, extents: &[Extent]) -> DriverResult<Vec<Group>> {
-    let mut groups = Vec::new();
-    let mut group = Group::default();
-    for extent in extents {
-        let end = extent.guest_offset.checked_add(extent.length);
-        if end.is_none_or(|end| end > image.header.virtual_size()) {
-            let text = alloc::format!("data at guest offset {} lies past the end of the backing", extent.guest_offset);
-            return Err(DriverError::new(ErrorCode::BackingTooSmall, text).at(image.device, 12));
-        }
-        let mut rest = *extent;
-        while rest.length > 0 {
-            let coverage = image.header.table_coverage();
-            let (piece, after) = split(rest, rest.length.min(coverage - rest.guest_offset % coverage));
-            rest = after;
-            let (table, ..) = place(image, piece.guest_offset)?;
+/// Extents that are cut, and gathered in groups of so many tables as are held at once: one group at a time, since one extent of
+/// zeroes may be as long as the disk.
+#[derive(Debug)]
+pub struct Groups<'a> {
+    extents: core::slice::Iter<'a, Extent>,
+    /// What is left of the extent that was taken last.
+    rest: Extent,
+}
+
+impl<'a> Groups<'a> {
+    /// Nothing of these extents was taken yet.
+    pub fn of(extents: &'a [Extent]) -> Self {
+        Self { extents: extents.iter(), rest: Extent::default() }
+    }
+
+    /// The next group; `None` at the end.
+    ///
+    /// # Errors
+    /// [`ErrorCode::BackingTooSmall`] for an extent past the end of the disk.
+    pub fn next(&mut self, image: &Image) -> DriverResult<Option<Group>> {
+        let mut group = Group::default();
+        let coverage = image.header.table_coverage();
+        loop {
+            if self.rest.length == 0 {
+                let Some(extent) = self.extents.next() else { break };
+                let end = extent.guest_offset.checked_add(extent.length);
+                if end.is_none_or(|end| end > image.header.virtual_size()) {
+                    let text =
+                        alloc::format!("data at guest offset {} lies past the end of the backing", extent.guest_offset);
+                    return Err(DriverError::new(ErrorCode::BackingTooSmall, text).at(image.device, 12));
+                }
+                self.rest = *extent;
+                continue;
+            }
+            let (table, ..) = place(image, self.rest.guest_offset)?;
             if group.tables.last() != Some(&table) {
                 if group.tables.len() == TABLES_AT_ONCE {
-                    groups.push(core::mem::take(&mut group));
+                    break;
                 }
                 group.tables.push(table);
             }
+            let (piece, after) = split(self.rest, self.rest.length.min(coverage - self.rest.guest_offset % coverage));
+            self.rest = after;
             group.pieces.push(Piece { slot: group.tables.len() - 1, extent: piece });
         }
+        Ok(Some(group).filter(|group| !group.pieces.is_empty()))
     }
-    if !group.pieces.is_empty() {
-        groups.push(group);
-    }
-    Ok(groups)
 }
 
 /// Cut a piece at the borders of grains: no more parts than a table has entries.

@@ -245,6 +245,24 @@ fn a_last_grain_that_goes_on_behind_the_end_is_not_written_over() {
 }
 
 #[test]
+fn too_little_memory_is_found_before_anything_changes() {
+    let (top, base) = pair();
+    // Decoding takes as much as a grain says, which may be more than there is.
+    let large = |bytes: &mut Vec<u8>| put32(bytes, 20, 1 << 17);
+    for (heap, compressed) in [(20 << 20, false), (48 << 20, true), (13 << 20, true)] {
+        let mut before = files(&Spec { compressed, ..top.clone() }, &base, None);
+        if compressed {
+            large(before.get_mut(&OVERLAY).unwrap());
+        }
+        let mut io = MemoryDevices::new(before.clone());
+        io.heap = Some(heap);
+        let failure = run(&mut io, Options::default()).unwrap_err();
+        assert_eq!(failure.error.code, ErrorCode::ScratchTooSmall, "{}", failure.error);
+        assert_eq!(io.files, before);
+    }
+}
+
+#[test]
 fn io_errors_leave_a_pair_that_can_be_committed() {
     let (top, base) = pair();
     let before = files(&top, &Spec { lazy_tables: true, ..base }, None);

@@ -28,6 +28,8 @@ pub struct Descriptor {
     pub content_id: ContentId,
     /// `parentCID`: the parent's `CID` when this disk was made; [`NO_PARENT`] without one.
     pub parent_id: Option<ContentId>,
+    /// `encoding`: the one that the names in the descriptor are written in, as bytes of the image. Hostile.
+    pub encoding: Option<Vec<u8>>,
     /// `createType`, as bytes of the image. Hostile.
     pub create_type: Vec<u8>,
     /// `parentFileNameHint`, as bytes of the image. Hostile.
@@ -49,13 +51,13 @@ impl Descriptor {
         let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
         let text = &text[..end];
         let (mut content_id, mut parent_id, mut create_type, mut parent_hint) = (None, None, None, None);
-        let (mut extents, mut encrypted, mut change_tracking) = (Vec::new(), false, false);
+        let (mut encoding, mut extents, mut encrypted, mut change_tracking) = (None, Vec::new(), false, false);
         let mut at = 0;
         for line in text.split(|&b| b == b'\n') {
             let start = at;
             at += line.len() + 1;
             let trimmed = line.trim_ascii();
-            if let Some(extent) = ExtentLine::parse(trimmed) {
+            if let Some(extent) = ExtentLine::parse(trimmed)? {
                 extents.push(extent);
                 continue;
             }
@@ -68,6 +70,7 @@ impl Descriptor {
                 b"parentCID" => once(&mut parent_id, number(value, start + equals + 1, "parentCID")?, "parentCID")?,
                 b"createType" => once(&mut create_type, unquote(value).to_vec(), "createType")?,
                 b"parentFileNameHint" => once(&mut parent_hint, unquote(value).to_vec(), "parentFileNameHint")?,
+                b"encoding" => once(&mut encoding, unquote(value).to_vec(), "encoding")?,
                 b"changeTrackPath" => change_tracking = true,
                 key => encrypted |= key.starts_with(b"encryption."),
             }
@@ -76,6 +79,7 @@ impl Descriptor {
         Ok(Self {
             content_id: content_id.ok_or_else(|| missing("CID"))?,
             parent_id,
+            encoding,
             create_type: create_type.ok_or_else(|| missing("createType"))?,
             parent_hint,
             extents,

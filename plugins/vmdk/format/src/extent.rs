@@ -45,11 +45,28 @@ pub struct DiskExtent {
 
 impl ExtentLine {
     /// Take a line apart, if it is an extent's.
-    pub(crate) fn parse(line: &[u8]) -> Option<Self> {
+    ///
+    /// # Errors
+    /// When it begins as one and cannot be read: without it, the disk would be another one.
+    pub(crate) fn parse(line: &[u8]) -> Result<Option<Self>, FormatError> {
         let (access, rest) = word(line);
         if !matches!(access, b"RW" | b"RDONLY" | b"NOACCESS") {
-            return None;
+            return Ok(None);
         }
+        match Self::parts(access, rest) {
+            Some(extent) => Ok(Some(extent)),
+            None => {
+                let shown: Vec<u8> = line.iter().copied().take(80).collect();
+                Err(FormatError::corrupt(format!(
+                    "the extent \"{}\" of the descriptor cannot be read",
+                    text_of(&shown)
+                )))
+            }
+        }
+    }
+
+    /// What follows the access: sectors, kind, name and offset.
+    fn parts(access: &[u8], rest: &[u8]) -> Option<Self> {
         let (sectors, rest) = word(rest);
         let (kind, rest) = word(rest);
         let rest = rest.trim_ascii();
@@ -61,13 +78,12 @@ impl ExtentLine {
             None => word(rest),
         };
         let sectors = number(sectors)?;
-        (!kind.is_empty()).then(|| Self {
-            access: access.to_vec(),
-            sectors,
-            kind: kind.to_vec(),
-            name: name.to_vec(),
-            offset: number(word(rest).0),
-        })
+        let offset = match word(rest).0 {
+            b"" => None,
+            offset => Some(number(offset)?),
+        };
+        let (access, kind, name) = (access.to_vec(), kind.to_vec(), name.to_vec());
+        (!kind.is_empty()).then_some(Self { access, sectors, kind, name, offset })
     }
 }
 
@@ -191,9 +207,22 @@ mod tests {
 
     #[test]
     fn lines_of_other_kinds() {
-        for line in ["", "RW", "RW x SPARSE \"a\"", "rw 4 SPARSE \"a\"", "RW 4", "RW -4 SPARSE \"a\"", "RW 4 FLAT \"a"]
-        {
-            assert_eq!(ExtentLine::parse(line.as_bytes()), None, "{line}");
+        for line in ["", "rw 4 SPARSE \"a\"", "RWX", "ddb.x = \"RW\"", "# RW 4"] {
+            assert_eq!(ExtentLine::parse(line.as_bytes()), Ok(None), "{line}");
+        }
+        for line in [
+            "RW",
+            "RW x SPARSE \"a\"",
+            "RW 4",
+            "RW -4 SPARSE \"a\"",
+            "RW 4 FLAT \"a",
+            "RW 99999999999999999999 FLAT \"a\" 0",
+            "RW 4 FLAT \"a\" 99999999999999999999",
+            "RW 4 FLAT \"a\" -1",
+            "RW 4 FLAT \"\u{1b}[2J",
+        ] {
+            let error = ExtentLine::parse(line.as_bytes()).unwrap_err();
+            assert!(error.text.contains("cannot be read") && !error.text.contains('\u{1b}'), "{line}: {}", error.text);
         }
     }
 }

@@ -58,7 +58,7 @@ impl FormatPlugin for Faulty {
     fn files(_: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
         let how = fault("files");
         errors(&how)?;
-        let file = |name: &[u8]| ImageFile { name: RVec::from(name), grows: false };
+        let file = |name: &[u8]| ImageFile { name: RVec::from(name), other_names: RVec::new(), grows: false };
         Ok(match how.as_str() {
             "many" => vec![file(b"x"); 100_000],
             "empty" => vec![file(b"")],
@@ -73,8 +73,7 @@ impl FormatPlugin for Faulty {
         let how = fault("facts");
         errors(&how)?;
         let mut facts = ImageFacts::new(Self::NAME, 1 << 20, 65536, image.length());
-        let backing =
-            |name: Vec<u8>, format: Vec<u8>| BackingPointer { name: name.into(), format: Some(format.into()).into() };
+        let backing = |name: Vec<u8>, format: Vec<u8>| BackingPointer::new(name, Some(format));
         facts.backing = Some(backing(b"base.qcow2".to_vec(), b"qcow2".to_vec())).into();
         let feature = |name: &str, json: &str| Feature { name: name.into(), json: json.into(), in_info: true };
         match how.as_str() {

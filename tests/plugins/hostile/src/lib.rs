@@ -83,7 +83,7 @@ impl FormatPlugin for Hostile {
         let mut facts = ImageFacts::new(Self::NAME, 512, 0, image.length());
         let name = b"base".to_vec().into();
         let format = Some(b"qcow2".to_vec().into()).into();
-        facts.backing = Some(BackingPointer { name, format }).into();
+        facts.backing = Some(BackingPointer { name, other_names: Default::default(), format }).into();
         // The verdict gets no reader.
         let json = format!("\"{}\"", text.trim_end());
         facts.features.push(Feature { name: "orders".into(), json: json.into(), in_info: false });
