@@ -17,6 +17,8 @@ BUNDLED := qcow2 raw vmdk
 ASSETS  := target/assets
 STAGE   := target/stage
 DOCS    := $(wildcard docs/*.md docs/*.svg)
+# What the documentation links to and only the sources have: where it is installed, the text of such a link stays.
+SOURCES := LICENSE|CHANGELOG\.md|examples/|guest/|engine/|plugins/|tests/
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 # What plugin writers need, in the order of their dependencies.
 CRATES  := instar-guest-abi instar-guest-build instar-guest-sdk instar-plugin-api
@@ -52,6 +54,7 @@ install: $(if $(wildcard $(ASSETS)/changelog),,instar) ## install below PREFIX (
 	install -m 644 $(ASSETS)/completions/fish/instar.fish $(DESTDIR)$(FISHDIR)/instar.fish
 	install -m 644 README.md SECURITY.md $(ASSETS)/third-party.txt $(DESTDIR)$(DOCDIR)
 	install -m 644 $(DOCS) $(DESTDIR)$(DOCDIR)/docs
+	sed -E -i 's@\[([^]]*)\]\((\.\./)*($(SOURCES))[^)]*\)@\1@g' $(DESTDIR)$(DOCDIR)/*.md $(DESTDIR)$(DOCDIR)/docs/*.md
 	[ -e $(DESTDIR)$(CONFDIR)/config.toml ] || install -m 644 packaging/config.toml $(DESTDIR)$(CONFDIR)/config.toml
 
 uninstall: ## remove what `make install` put there, with the same PREFIX and DESTDIR; a changed configuration stays

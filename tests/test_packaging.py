@@ -87,6 +87,29 @@ def test_completions_of_bash_work():
     assert (result.stdout, result.stderr) == ("--resize-backing\n", ""), str(result)
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [(["commit", ""], {"image one", "images"}), (["commit", "-q", ""], {"image one", "images"}), (["check", "im"], {"image one", "images"}),
+     (["commit", "-f", ""], {"qcow2", "raw", "vmdk"}), (["create", "--backing-format", "v"], {"vmdk"}),
+     (["commit", "-b", "image "], {"image one"}), (["commit", "-r", "im"], {"im"}), (["doctor", "--o"], {"--output"}),
+     (["map", "--output", ""], {"human", "json"})],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_completions_of_bash_offer_what_is_meant(tmp_path, words, offered):
+    """Files where an image is wanted, formats for a format, never a lone `-`."""
+    (tmp_path / "image one").touch()
+    (tmp_path / "images").mkdir()
+    script = f'compopt() {{ :; }}; source {COMPLETIONS["bash"]}; COMP_WORDS=(instar "$@") COMP_CWORD=$#; ' \
+        '_instar instar "${!#}" "${COMP_WORDS[COMP_CWORD-1]}"; printf "%s\\n" "${COMPREPLY[@]}"'
+    result = run("bash", "-c", script, "bash", *words, cwd=tmp_path)
+    assert (set(result.stdout.splitlines()), result.stderr) == (offered, ""), str(result)
+
+
+def test_completions_of_other_shells_offer_formats():
+    for shell in ("zsh", "fish"):
+        text = COMPLETIONS[shell].read_text()
+        assert "qcow2" in text and "_default'" not in text, shell
+
+
 def test_pages_render_without_a_warning():
     pages = sorted(MAN.iterdir())
     assert len(pages) >= len(commands()) + 1 + len(BUNDLED)
@@ -174,11 +197,13 @@ def test_what_is_installed_works_where_it_is_and_is_removed_again(tmp_path):
     assert left == [config] and config.read_text() == changed
 
 
-def test_documentation_that_is_installed_leads_nowhere_else():
-    """Links of README.md and docs/*.md are to what is installed with them, or to the sources on purpose."""
-    installed = {Path("README.md"), Path("SECURITY.md"), *(path.relative_to(REPO) for path in (REPO / "docs").glob("*.*"))}
-    sources = {"LICENSE", "CHANGELOG.md", "examples/qed-plugin", "examples/plugin-template"}
-    for page in (path for path in installed if path.suffix == ".md"):
-        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", (REPO / page).read_text()):
-            target_path = os.path.normpath(page.parent / target)
-            assert Path(target_path) in installed or target_path in sources, f"{page}: {target}"
+def test_documentation_that_is_installed_leads_nowhere_else(tmp_path):
+    """Links of the installed README.md and docs/*.md are to what is installed with them; in the sources they lead somewhere."""
+    make("install", f"DESTDIR={tmp_path}", "PREFIX=/usr")
+    root = tmp_path / "usr/share/doc/instar"
+    pages = [path.relative_to(root) for path in root.rglob("*.md")]
+    assert {"README.md", "SECURITY.md", "docs/commit.md"} <= {str(page) for page in pages}
+    for page in pages:
+        for where in (root, REPO):
+            for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", (where / page).read_text()):
+                assert (where / page.parent / target).exists(), f"{where / page}: {target}"

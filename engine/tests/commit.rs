@@ -224,7 +224,7 @@ fn what_is_not_an_image() {
 fn an_image_in_use_is_refused() {
     let lab = Lab::pair();
     lab.create("sibling", Some("base"), 64 * MIB);
-    for (image, shown) in [("top", "/top]"), ("base", "/base]"), ("sibling", "/base]")] {
+    for (image, shown) in [("top", "top"), ("base", "/base]"), ("sibling", "/base]")] {
         let mut child = Command::new("qemu-io");
         child.current_dir(lab.dir.path()).arg(image).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = child.spawn().unwrap();

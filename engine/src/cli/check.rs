@@ -25,7 +25,7 @@ const NOT_SUPPORTED: u8 = 63;
 /// Check the consistency of an image, without changing it
 #[derive(Args, Debug)]
 pub struct CheckArgs {
-    /// Format of the image; found out when absent. An image of another format is refused
+    /// Format of the image. Detected if not given; an image of another format is refused
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
     /// How to print the result
@@ -34,13 +34,13 @@ pub struct CheckArgs {
     /// Print no summary
     #[arg(short, long)]
     pub quiet: bool,
-    /// Look at the image even if it is in use: what changes meanwhile may look wrong
+    /// Read the image even if it is in use; a change meanwhile may look like damage
     #[arg(short = 'U', long)]
     pub force_share: bool,
-    /// A directory outside the image's own that its other files may lie in; repeatable
+    /// Also allow other files of the image in DIR, not only beside it; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing_dir: Vec<PathBuf>,
-    /// A directory with more plugins; repeatable
+    /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
     /// An option of `qemu-img check`, for a sentence about it

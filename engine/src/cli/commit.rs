@@ -15,16 +15,16 @@ use instar_guest_abi::ErrorCode;
 use std::io::Write;
 use std::path::PathBuf;
 
-/// Merge a copy-on-write overlay into the image that it is backed by, and empty it
+/// Merge a copy-on-write overlay into the image below it, and empty the overlay
 #[derive(Args, Debug)]
 pub struct CommitArgs {
-    /// Format of the overlay; found out when absent. An image of another format is refused
+    /// Format of the overlay. Detected if not given; an image of another format is refused
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
-    /// Commit into this image, which must be in the overlay's backing chain. A relative name begins at the overlay's directory
+    /// Commit into this image of the overlay's backing chain, not into its parent. A relative name starts at the overlay's directory
     #[arg(short, long, value_name = "BASE")]
     pub base: Option<PathBuf>,
-    /// Do not empty the overlay afterwards. This deletes nothing
+    /// Keep the overlay's content. (No file is removed; the long name is qemu-img's)
     #[arg(short = 'd', long = "drop")]
     pub keep_overlay: bool,
     /// Show progress on stderr
@@ -33,10 +33,10 @@ pub struct CommitArgs {
     /// Print nothing on success
     #[arg(short, long)]
     pub quiet: bool,
-    /// Move no more bytes per second than this, with or without a suffix k, M or G; 0 for no limit
+    /// Limit how many bytes move per second; a suffix k, M or G multiplies by powers of 1024, 0 is no limit
     #[arg(short, long, alias = "rate", value_name = "BYTES/S", value_parser = parse_rate)]
     pub rate_limit: Option<u64>,
-    /// How the images are written
+    /// Choose what writes promise
     #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
     pub cache: CacheMode,
     /// How to print the result
@@ -45,16 +45,16 @@ pub struct CommitArgs {
     /// Let a smaller backing grow to the overlay's virtual size
     #[arg(long)]
     pub resize_backing: bool,
-    /// Do everything up to the first change, say what would be committed, and change nothing
+    /// Say what would be committed, and change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// A directory outside the overlay's own that a recorded backing may lie in; repeatable
+    /// Also allow backings in DIR, not only beside the overlay; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing_dir: Vec<PathBuf>,
-    /// A directory with more plugins; repeatable
+    /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
-    /// Say what was loaded, resolved and measured
+    /// Print what was loaded, resolved and measured
     #[arg(short, long)]
     pub verbose: bool,
     /// An option of `qemu-img commit`, for a sentence about it
@@ -76,16 +76,16 @@ fn parse_rate(text: &str) -> Result<u64, String> {
 /// Cache modes, with qemu-img's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum CacheMode {
-    /// No page cache
+    /// Like writeback, but bypass the page cache
     None,
-    /// Page cache, flushed at every step of the order
+    /// Use the page cache, and flush between steps so that a crash loses nothing (default)
     #[default]
     Writeback,
-    /// Every write is durable when it returns
+    /// Like writeback, and make each write durable before the next
     Writethrough,
-    /// No page cache, every write is durable when it returns
+    /// Like writethrough, but bypass the page cache
     Directsync,
-    /// No flushes: for images that can be thrown away
+    /// Never flush: a crash may damage both images
     Unsafe,
 }
 

@@ -17,10 +17,10 @@ pub struct ConfigArgs {
     /// How to print the result
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
-    /// A directory outside the overlay's own that a recorded backing may lie in; repeatable
+    /// Also allow backings in DIR, not only beside the overlay; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing_dir: Vec<PathBuf>,
-    /// A directory with more plugins; repeatable
+    /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
 }

@@ -24,7 +24,7 @@ pub struct CreateArgs {
     /// Format of the new image
     #[arg(short, long, value_name = "FMT")]
     pub format: String,
-    /// Image that the new one is backed by; a relative name begins at the new image's directory
+    /// Image below the new one; a relative name starts at the new image's directory
     #[arg(short, long, value_name = "BASE")]
     pub backing: Option<String>,
     /// Format of the backing image; needed with -b
@@ -33,7 +33,7 @@ pub struct CreateArgs {
     /// Do not look at the backing image; SIZE is needed then
     #[arg(short = 'u', long)]
     pub backing_unsafe: bool,
-    /// Options of the format, as NAME=VALUE, separated by commas; repeatable. `-o help` lists them
+    /// Options of the format, as NAME=VALUE, separated by commas; may be given several times. `-o help` lists them
     #[arg(short, long, value_name = "OPTIONS")]
     pub options: Vec<String>,
     /// Refuse to overwrite a file or device that exists
@@ -42,13 +42,13 @@ pub struct CreateArgs {
     /// Print nothing on success
     #[arg(short, long)]
     pub quiet: bool,
-    /// A directory with more plugins; repeatable
+    /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
     /// The new image
     #[arg(value_name = "FILENAME", required_unless_present = "options")]
     pub filename: Option<PathBuf>,
-    /// Virtual size, in bytes or with a suffix k, M, G, T, P or E; that of the backing image when absent
+    /// Virtual size in bytes, or with a suffix k, M, G, T, P or E. That of the backing image if not given
     #[arg(value_name = "SIZE")]
     pub size: Option<String>,
 }

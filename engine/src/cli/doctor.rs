@@ -16,7 +16,7 @@ pub struct DoctorArgs {
     /// How to print the result
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
-    /// A directory with more plugins; repeatable
+    /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
 }

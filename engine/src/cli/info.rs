@@ -26,7 +26,7 @@ const MAX_DEPTH: usize = 256;
 /// Show what an image is, without changing it.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// Format of the image; found out when absent. An image of another format is refused
+    /// Format of the image. Detected if not given; an image of another format is refused
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
     /// Show the images that it is backed by as well
@@ -38,7 +38,7 @@ pub struct InfoArgs {
     /// Taken for the sake of scripts: an image in use can always be shown
     #[arg(short = 'U', long, hide = true)]
     pub force_share: bool,
-    /// A directory with more plugins; repeatable
+    /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
     /// The image

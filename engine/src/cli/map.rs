@@ -12,10 +12,10 @@ use std::path::PathBuf;
 /// Show which layer of a chain holds which bytes of the virtual disk, and where
 #[derive(Args, Debug)]
 pub struct MapArgs {
-    /// Format of the image; found out when absent. An image of another format is refused
+    /// Format of the image. Detected if not given; an image of another format is refused
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
-    /// How to print the result: for people, only what is data
+    /// How to print the result; for people, only data is listed
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
     /// Begin at this byte of the virtual disk
@@ -24,13 +24,13 @@ pub struct MapArgs {
     /// Map this many bytes at most
     #[arg(short = 'l', long, value_name = "LENGTH", value_parser = parse_bytes)]
     pub max_length: Option<u64>,
-    /// Look at the images even if they are in use: what changes meanwhile may look wrong
+    /// Read the images even if they are in use; a change meanwhile may look like damage
     #[arg(short = 'U', long)]
     pub force_share: bool,
-    /// A directory outside the image's own that a recorded backing may lie in; repeatable
+    /// Also allow backings in DIR, not only beside the image; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing_dir: Vec<PathBuf>,
-    /// A directory with more plugins; repeatable
+    /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
     /// The image

@@ -43,7 +43,7 @@ pub struct Cli {
 /// The commands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Merge a copy-on-write overlay into the image that it is backed by, and empty it
+    /// Merge a copy-on-write overlay into the image below it, and empty the overlay
     Commit(commit::CommitArgs),
     /// Check the consistency of an image
     Check(check::CheckArgs),

@@ -195,7 +195,7 @@ impl Device {
         }
     }
 
-    /// It is about to be changed: whether or not that succeeds, it may be.
+    /// Mark the device dirty before writing; even a failed write may have changed it.
     fn touch(&mut self) {
         self.dirty = true;
         self.changed = true;

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Threads besides the calling one. More of them keep no disk busier that was tried; two processors are enough for these.
+/// Threads besides the calling one. More threads did not increase throughput on any disk we tried; two processors are enough for these.
 const THREADS: usize = 3;
 /// The pieces that are to be copied, and what became of those that were.
 #[derive(Debug, Default)]

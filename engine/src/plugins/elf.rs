@@ -42,7 +42,7 @@ pub(super) fn check<'data, R: ReadRef<'data>>(data: R, length: u64, symbol: &str
     let mut dynamic = false;
     for segment in segments {
         if !inside(segment.p_offset(endian), segment.p_filesz(endian)) {
-            return Err(damaged("a segment lies outside the file; is it truncated?"));
+            return Err(damaged("a segment lies outside the file; it may be truncated"));
         }
         dynamic |= segment.p_type(endian) == PT_DYNAMIC;
     }
@@ -52,11 +52,11 @@ pub(super) fn check<'data, R: ReadRef<'data>>(data: R, length: u64, symbol: &str
 
     let sections = header
         .section_headers(endian, data)
-        .map_err(|_| damaged("its section headers are outside the file; is it truncated?"))?;
+        .map_err(|_| damaged("its section headers are outside the file; it may be truncated"))?;
     for section in sections {
         let kind = section.sh_type(endian);
         if kind != SHT_NOBITS && kind != SHT_NULL && !inside(section.sh_offset(endian), section.sh_size(endian)) {
-            return Err(damaged("a section lies outside the file; is it truncated?"));
+            return Err(damaged("a section lies outside the file; it may be truncated"));
         }
     }
     if exports(header, endian, data, symbol).ok_or_else(|| damaged("its symbol table is unreadable"))? {

@@ -328,8 +328,8 @@ pub struct SinkOps {
     pub plan: extern "C" fn(sink: *mut c_void, extents: *const Extent, count: usize, failure: *mut Failure) -> u32,
     /// End of planning: everything that can refuse has been asked when this returns. Changes nothing.
     pub planned: extern "C" fn(sink: *mut c_void, out: *mut PlanSummary, failure: *mut Failure) -> u32,
-    /// Write the extents (kinds `Data`, `Zero` and `Memory`), in ascending order over all calls, in the order
-    /// of `design.md` §6. What it wrote may be durable only after `finish`.
+    /// Write the extents (kinds `Data`, `Zero` and `Memory`), in ascending order over all calls, such that the
+    /// image is consistent after a crash between any two of its writes (`docs/commit.md`, "The steps"). What it wrote may be durable only after `finish`.
     pub write: extern "C" fn(
         sink: *mut c_void,
         extents: *const Extent,

@@ -84,7 +84,8 @@ pub struct Request {
     pub length: u64,
     /// COPY only: byte offset on `src_device`.
     pub src_offset: u64,
-    /// READ and WRITE only: guest address of the buffer, wholly within the heap.
+    /// READ and WRITE only: guest address of the buffer. In the ring it is within the heap: the core module copies smaller
+    /// buffers from elsewhere through the heap, so that a driver may also use its stack.
     pub buffer: u64,
     /// Set by the host: [`request_status`].
     pub status: i32,

@@ -42,7 +42,7 @@ pub struct CommitConfig {
 /// How the commit ended. The last message of every commit.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CommitResultMessage {
-    /// Filled in by the guest from the module table.
+    /// Left empty: the host knows the formats of both images.
     #[prost(string, tag = "1")]
     pub overlay_format: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]

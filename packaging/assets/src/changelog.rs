@@ -6,7 +6,8 @@ use jiff::tz::TimeZone;
 use jiff::Timestamp;
 use std::fmt::Write as _;
 
-const MAINTAINER: &str = "The instar developers <instar@localhost>";
+/// Where packages take the maintainer from: this line of `engine/Cargo.toml`.
+const MAINTAINER_KEY: &str = "maintainer = ";
 /// Longest line, in columns.
 const WIDTH: usize = 79;
 
@@ -18,11 +19,20 @@ struct Entry {
     changes: Vec<String>,
 }
 
-/// What is unreleased has the version of the sources, and their date.
+/// The maintainer of the packages, as `engine/Cargo.toml` names it.
+///
+/// # Errors
+/// A manifest that names none.
+pub fn maintainer(manifest: &str) -> Result<String> {
+    let line = manifest.lines().find_map(|line| line.strip_prefix(MAINTAINER_KEY));
+    line.map(|value| value.trim_matches('"').to_owned()).ok_or_else(|| "engine/Cargo.toml: no maintainer".to_owned())
+}
+
+/// What is unreleased has the version of the sources, and their date: a package that is built releases it.
 ///
 /// # Errors
 /// A heading that names no version or a date that is none; a changelog that says nothing of this version.
-pub fn debian(markdown: &str, sources: Timestamp) -> Result<String> {
+pub fn debian(markdown: &str, sources: Timestamp, maintainer: &str) -> Result<String> {
     let mut text = String::new();
     let entries = entries(markdown);
     let this = env!("CARGO_PKG_VERSION");
@@ -30,25 +40,25 @@ pub fn debian(markdown: &str, sources: Timestamp) -> Result<String> {
         return Err(format!("CHANGELOG.md: the first section is neither [Unreleased] nor [{this}]"));
     }
     for Entry { version, date, changes } in entries {
-        let (version, suite, date) = if version == "Unreleased" {
+        let (version, date) = if version == "Unreleased" {
             if changes.is_empty() {
                 continue;
             }
-            (this.to_owned(), "UNRELEASED", sources)
+            (this.to_owned(), sources)
         } else {
             let day =
                 date.parse::<Date>().map_err(|error| format!("CHANGELOG.md: [{version}]: \"{date}\": {error}"))?;
             let start = day.to_zoned(TimeZone::UTC).map_err(|error| format!("CHANGELOG.md: [{version}]: {error}"))?;
-            (version, "unstable", start.timestamp())
+            (version, start.timestamp())
         };
         // Writing into a string cannot fail.
-        let _ = writeln!(text, "instar ({version}) {suite}; urgency=medium\n");
+        let _ = writeln!(text, "instar ({version}) unstable; urgency=medium\n");
         let options = textwrap::Options::new(WIDTH).initial_indent("  * ").subsequent_indent("    ");
         for change in changes {
             let _ = writeln!(text, "{}", textwrap::fill(&change, &options));
         }
         let date = date.to_zoned(TimeZone::UTC).strftime("%a, %d %b %Y %H:%M:%S +0000");
-        let _ = writeln!(text, "\n -- {MAINTAINER}  {date}\n");
+        let _ = writeln!(text, "\n -- {maintainer}  {date}\n");
     }
     Ok(text)
 }
@@ -86,15 +96,15 @@ mod tests {
             "# Log\n\n## [Unreleased]\n\n### Added\n\n- `One`, which\n  goes on.\n- {words}\n\n\
             ## [0.0.9] - 2026-01-02\n\n### Fixed\n\n- Two.\n"
         );
-        let text = debian(&markdown, DATE).unwrap_or_else(|error| error);
+        let text = debian(&markdown, DATE, "me <m@e>").unwrap_or_else(|error| error);
         let expected = format!(
-            "instar ({}) UNRELEASED; urgency=medium\n\n  * One, which goes on.\n  * word",
+            "instar ({}) unstable; urgency=medium\n\n  * One, which goes on.\n  * word",
             env!("CARGO_PKG_VERSION")
         );
         assert!(text.starts_with(&expected), "{text}");
         assert!(
             text.contains(
-                "  Thu, 01 Jan 1970 00:00:00 +0000\n\ninstar (0.0.9) unstable; urgency=medium\n\n  * Two.\n\n -- "
+                "  Thu, 01 Jan 1970 00:00:00 +0000\n\ninstar (0.0.9) unstable; urgency=medium\n\n  * Two.\n\n -- me <m@e>  "
             ),
             "{text}"
         );
@@ -109,7 +119,7 @@ mod tests {
             ("nothing\n", "neither"),
             ("## [Unreleased]\n\n## [0.0.1] - yesterday\n- x\n", "yesterday"),
         ] {
-            assert!(debian(markdown, DATE).is_err_and(|error| error.contains(words)), "{markdown}");
+            assert!(debian(markdown, DATE, "").is_err_and(|error| error.contains(words)), "{markdown}");
         }
     }
 }

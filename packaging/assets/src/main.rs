@@ -37,8 +37,9 @@ fn run() -> Result<()> {
     let mut written = man::pages(&command(), &pages::day(date))?;
     written.extend(pages::by_hand(&root.join("docs/man"), date)?);
     written.extend(completions::all(command()));
-    written
-        .push((PathBuf::from("changelog"), changelog::debian(&read(&root.join("CHANGELOG.md"))?, date)?.into_bytes()));
+    let maintainer = changelog::maintainer(&read(&root.join("engine/Cargo.toml"))?)?;
+    let changelog = changelog::debian(&read(&root.join("CHANGELOG.md"))?, date, &maintainer)?;
+    written.push((PathBuf::from("changelog"), changelog.into_bytes()));
     written.push((PathBuf::from("third-party.txt"), notices::collect(&root)?.into_bytes()));
     for (name, content) in written {
         write(&folder.join(name), &content)?;

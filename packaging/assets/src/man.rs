@@ -3,10 +3,11 @@
 use crate::pages::tidy;
 use crate::Result;
 use clap::builder::StyledStr;
-use clap::Command;
+use clap::{Arg, ArgAction, Command};
 use clap_mangen::Man;
 use instar_guest_abi::ErrorCode;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::PathBuf;
 
 /// What each page has after its options: the same for all commands that read images or load plugins.
@@ -53,7 +54,7 @@ fn page(name: &str, command: &Command, day: &str) -> Result<Vec<u8>> {
     let rendered = man
         .render_title(&mut page)
         .and_then(|()| man.render_name_section(&mut page))
-        .and_then(|()| man.render_synopsis_section(&mut page))
+        .and_then(|()| page.write_all(synopsis(command).as_bytes()))
         .and_then(|()| man.render_description_section(&mut page))
         .and_then(|()| man.render_options_section(&mut page))
         .and_then(|()| if command.has_subcommands() { man.render_subcommands_section(&mut page) } else { Ok(()) });
@@ -76,6 +77,49 @@ fn without_backticks(command: &Command) -> Command {
         let help = argument.get_help().map(plain);
         argument.help(help.unwrap_or_default())
     })
+}
+
+/// How the command is called: one form of each option, with its value.
+fn synopsis(command: &Command) -> String {
+    let mut parts = vec![format!("\\fB{}\\fR", roff(command.get_bin_name().unwrap_or(command.get_name())))];
+    for option in command.get_opts().chain(command.get_arguments().filter(|argument| is_flag(argument))) {
+        if option.is_hide_set() {
+            continue;
+        }
+        let name = option.get_short().map(|short| format!("-{short}"));
+        let name = name.or_else(|| option.get_long().map(|long| format!("--{long}"))).unwrap_or_default();
+        let value = if is_flag(option) { String::new() } else { format!(" {}", value(option)) };
+        let more = if matches!(option.get_action(), ArgAction::Append) { " \\&..." } else { "" };
+        parts.push(format!("[\\fB{}\\fR{value}]{more}", roff(&name)));
+    }
+    for argument in command.get_positionals() {
+        let name = value(argument);
+        parts.push(if argument.is_required_set() { name } else { format!("[{name}]") });
+    }
+    if command.has_subcommands() {
+        parts.push("\\fICOMMAND\\fR".to_owned());
+    }
+    format!(".SH SYNOPSIS\n{}\n", parts.join(" "))
+}
+
+/// Whether an argument is an option without a value.
+fn is_flag(argument: &Arg) -> bool {
+    !argument.is_positional() && !argument.get_action().takes_values()
+}
+
+/// The value of an argument: the words that it may be, if they are few, or what it is called.
+fn value(argument: &Arg) -> String {
+    let words: Vec<String> = argument.get_possible_values().iter().map(|value| roff(value.get_name())).collect();
+    if (1..=2).contains(&words.len()) {
+        return format!("\\fB{}\\fR", words.join("\\fR|\\fB"));
+    }
+    let name = argument.get_value_names().and_then(|names| names.first()).map_or("VALUE", |name| name.as_str());
+    format!("\\fI{}\\fR", roff(name))
+}
+
+/// Hyphens that stay hyphens.
+fn roff(text: &str) -> String {
+    text.replace('-', "\\-")
 }
 
 fn error_codes() -> String {

@@ -40,10 +40,10 @@ fn snapshot_warning(own: &ImageFacts) -> String {
 pub fn notes(own: &ImageFacts) -> Vec<String> {
     let mut notes = Vec::new();
     if let Some((_, reason)) = refusal(CommitRole::Overlay, own) {
-        notes.push(line(format!("it can be no part of a commit: {reason}")));
+        notes.push(line(format!("cannot be committed: {reason}")));
     }
     if own.dirty {
-        notes.push("it was not closed cleanly: a commit repairs its refcounts first".to_owned());
+        notes.push("was not closed cleanly: a commit repairs its refcounts first".to_owned());
     }
     let count = |name: &str, one: &str, many: &str| match number(own, name) {
         0 => None,
@@ -52,7 +52,7 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
     };
     if let Some(snapshots) = count(names::SNAPSHOTS, "internal snapshot", "internal snapshots") {
         let names = own.feature(names::SNAPSHOT_NAMES).unwrap_or("\"\"").trim_matches('"');
-        let text = "a commit keeps them, and what only they refer to keeps its room in the file";
+        let text = "a commit keeps them, and clusters that only they refer to keep using space";
         notes.push(line(format!("{snapshots}: {text} ({names})")));
     }
     if let Some(bitmaps) = count(names::BITMAPS, "persistent bitmap", "persistent bitmaps") {

@@ -34,7 +34,7 @@ fn refusal(own: &ImageFacts) -> Option<(ErrorCode, String)> {
 
 /// What a person should know of an image before it is committed.
 pub fn notes(own: &ImageFacts) -> Vec<String> {
-    let refused = refusal(own).map(|(_, reason)| format!("it can be no part of a commit: {reason}"));
+    let refused = refusal(own).map(|(_, reason)| format!("cannot be committed: {reason}"));
     let stream = own.feature(names::COMPRESSED).map(|_| "streamOptimized: nothing can be committed into it".to_owned());
     let tracked = own.feature(names::CHANGE_TRACKING).map(|_| {
         "VMware's list of changed blocks (changeTrackPath) will not know what is committed into the image".to_owned()
