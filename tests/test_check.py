@@ -258,7 +258,7 @@ def test_what_is_no_image(tmp_path):
     garbage.write_bytes(bytes(range(256)) * 100)
     fails(absent, says=["does not exist"])
     fails(garbage, says=["not recognised"])
-    fails(tmp_path, says=["is not a regular file"])
+    fails(tmp_path, says=["is a directory"])
     image = filled(tmp_path / "image")
     fails(image, "-f", "vmdk", says=["vmdk"])
     fails(image, "-r", "all", says=["qemu-img check -r"], status=64)

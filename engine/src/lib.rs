@@ -15,6 +15,7 @@ pub mod escape;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod image;
+pub mod lookup;
 pub mod map;
 pub mod plugins;
 pub mod terminal;

@@ -85,7 +85,8 @@ fn child() {
     if order != "supported" {
         fs::write(&image, [7; 8192]).unwrap();
     }
-    let confinement = Confinement::begin(&Reach::default().write(&directory), Work::OpenToCommit);
+    let reachable = File::open(&directory).unwrap();
+    let confinement = Confinement::begin(&Reach::default().add(&reachable, true), Work::OpenToCommit);
     if order == "supported" {
         end(if confinement.to_string().contains("not in force") { 1 } else { 0 });
     }

@@ -4,15 +4,14 @@
 pub(crate) mod handler;
 
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
-use crate::confine::{Confinement, Reach, Work};
+use crate::confine::{Confinement, Work};
 use crate::error::Error;
-use crate::image::write_target::Gate;
-use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf, OpenedFile};
+use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf, Gate, NamedFile, Roots};
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use handler::CheckHandler;
 use instar_guest_abi::{ErrorCode, Examination, FindingKind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// What the operator asks for.
 #[derive(Clone, Debug, Default)]
@@ -46,17 +45,14 @@ pub struct CheckResult {
 /// One line that names the file and what to do: when the image could not be checked to the end.
 /// [`ErrorCode::NotImplemented`] for a format that has nothing to check.
 pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
-    let path = std::path::absolute(&request.image).map_err(|error| {
-        Error::image(&request.image, ErrorCode::ImageNotFound, format!("cannot be resolved: {error}"))
-    })?;
-    let gate = Gate::new(&request.allowed_directories)?;
+    let file = NamedFile::new(&request.image);
+    let roots = Roots::of(&file, &request.allowed_directories)?;
     let registry = Registry::load(&request.search);
     let kvm = KvmDevice::open();
     let access = if request.force_share { Access::Shared } else { Access::ReadOnly };
-    let opened = OpenedFile::named(&request.image, access, ErrorCode::ImageNotFound)?.lock(access)?;
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let within = std::iter::once(directory).chain(gate.directories());
-    let confinement = Confinement::begin(&within.fold(Reach::default(), Reach::read), Work::OpenToRead);
+    let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
+    let confinement = Confinement::begin(&roots.reach(access), Work::OpenToRead);
+    let gate = Gate::within(roots);
     let mut image = opened.identify_as(&registry, request.format.as_deref())?;
     check_immediate_parent(&registry, &image, &gate)?;
     open_extra_files(&mut [FilesOf { image: &mut image, access, gate: &gate }])?;

@@ -1,12 +1,12 @@
 //! `instar create`: a new, empty image.
 
 use super::create_file;
-use super::info::{open_image, resolve_backing};
 use super::output::{print, unprinted_but, OutputFormat};
 use super::size::parse_size;
 use crate::confine::Confinement;
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path, printable};
+use crate::image::{file_name, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
 use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
@@ -15,7 +15,6 @@ use instar_plugin_api::{BackingPointer, CreateSpec, ImageFacts};
 use std::fmt::Write as _;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 /// Make a new, empty image. A file of that name is overwritten, unless another process uses it or --no-clobber is given
@@ -86,14 +85,15 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
     }
     let filename = args.filename.as_deref().ok_or_else(|| usage("create needs a FILENAME"))?;
     let wanted = wanted(args, pairs)?;
-    let (virtual_size, backing, backing_facts) = resolve(args, filename, &wanted, &registry)?;
+    let file = NamedFile::new(filename);
+    let (virtual_size, backing, backing_facts) = resolve(args, &file, &wanted, &registry)?;
 
     let options: RVec<_> =
         wanted.options.iter().map(|(k, v)| Tuple2(RString::from(k.as_str()), RString::from(v.as_str()))).collect();
     let file_name = filename.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into();
     let spec = CreateSpec { virtual_size, file_name, backing, backing_facts, options };
     let image = plugin.create(&spec).map_err(|failure| Error::plugin(filename, &failure))?;
-    create_file::write(filename, &image, args.no_clobber)?;
+    create_file::write(&file, &image, args.no_clobber)?;
     if args.quiet {
         return Ok(());
     }
@@ -162,10 +162,11 @@ fn wanted(args: &CreateArgs, pairs: Vec<(String, String)>) -> Result<Wanted, Err
 /// Look at the backing image: it must be what it is said to be, and gives the size when there is no other.
 fn resolve(
     args: &CreateArgs,
-    filename: &std::path::Path,
+    new: &NamedFile,
     wanted: &Wanted,
     registry: &Registry,
 ) -> Result<(u64, ROption<BackingPointer>, ROption<ImageFacts>), Error> {
+    let filename = new.path();
     let no_size = || usage(format!("'{}': creating an image needs a SIZE", escape_path(filename)));
     let Some(name) = &wanted.backing else {
         if wanted.backing_format.is_some() {
@@ -180,17 +181,24 @@ fn resolve(
     if args.backing_unsafe {
         return Ok((wanted.size.ok_or_else(no_size)?, ROption::RSome(pointer), ROption::RNone));
     }
-    let Some(path) = resolve_backing(filename, name.as_bytes()) else {
+    let Some(directory) = new.directory() else {
+        return Err(Error::image(filename, ErrorCode::OpenFailed, "cannot be created: its directory does not exist"));
+    };
+    if file_name(name.as_bytes()).is_err() {
         let message = format!("'{}' is not the name of a file: only files can be looked at (or use -u)", escape(name));
         return Err(Error::new(ErrorCode::OpenFailed, message));
-    };
-    let (image, metadata) =
-        open_image(&path, ErrorCode::BackingNotFound).map_err(|error| error.in_role(Role::Backing))?;
-    if let Ok(existing) = std::fs::metadata(filename) {
-        if (existing.dev(), existing.ino()) == (metadata.dev(), metadata.ino()) {
-            return Err(Error::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
-        }
     }
+    let recorder = Recorder { path: filename, format: &args.format, directory, part: Part::Ancestor };
+    let located = Gate::everywhere()?.find(&recorder, [name.as_bytes()], Access::Shared, None);
+    let located = located.map_err(|error| match error.code {
+        ErrorCode::BackingNotFound => Error::image(name.as_ref(), ErrorCode::BackingNotFound, "does not exist"),
+        _ => error,
+    });
+    let located = located.map_err(|error| error.in_role(Role::Backing))?;
+    if new.identity() == Some(located.identity()) {
+        return Err(Error::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
+    }
+    let OpenedFile { file: image, path, .. } = OpenedFile::located(&located, &recorder, Access::Shared)?;
     // The new image has to be opened later: only the look at the backing is confined.
     let found = Confinement::aside(|| registry.identify(&image, Some(format)));
     let found = found.map_err(|error| Error::identify(&path, &error).in_role(Role::Backing))?;

@@ -1,47 +1,60 @@
 //! Writing a new image to its file.
 
 use crate::error::Error;
+use crate::image::NamedFile;
+use crate::lookup::Directory;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{CreatedFile, CreatedImage, ImageRegion, ReservedRange};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{openat, unlinkat, AtFlags, FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
-use std::ffi::OsStr;
-use std::fs::{File, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
 
 /// The bytes of an image file on which QEMU, and instar, hold their locks: 100 to 203. Nothing is stored in them; they only
 /// are the names of permissions.
 const LOCK_START: i64 = 100;
 const LOCK_LENGTH: i64 = 104;
 
-/// Write `image` to `path`, and its other files beside it, none of which may exist. A file that exists is overwritten, unless
-/// it is `kept`. What did not exist is removed again if that fails.
-pub(super) fn write(path: &Path, image: &CreatedImage, kept: bool) -> Result<(), Error> {
+/// Write `image` to `new`, over what is there unless it is `kept`, and its other files beside it, none of which may exist. What
+/// did not exist is removed again if that fails. All of it happens in the directory that was opened when `new` was looked at.
+pub(super) fn write(new: &NamedFile, image: &CreatedImage, kept: bool) -> Result<(), Error> {
+    let Some(directory) = new.directory() else {
+        return Err(Error::image(new.path(), ErrorCode::OpenFailed, "cannot be created: its directory does not exist"));
+    };
     let mut made = Vec::new();
-    if kept && path.symlink_metadata().is_ok() {
-        return Err(exists(path));
+    if kept && directory.look(new.name()).is_ok() {
+        return Err(exists(new.path()));
     }
     let result = image
         .files
         .iter()
-        .try_for_each(|file| write_beside(&path.with_file_name(OsStr::from_bytes(&file.name)), file, &mut made))
-        .and_then(|()| write_image(path, image, kept));
+        .try_for_each(|file| write_beside(directory, file, &mut made))
+        .and_then(|()| write_image(new, directory, image, kept, &mut made));
     if result.is_err() {
         // The error that matters is the one that is returned.
-        made.iter().for_each(|path| drop(std::fs::remove_file(path)));
+        for name in &made {
+            let _ = unlinkat(directory, name, AtFlags::empty());
+        }
     }
     result
 }
 
-/// Write a file that does not exist yet; `made` takes its path once it does.
-fn write_beside(path: &Path, file: &CreatedFile, made: &mut Vec<PathBuf>) -> Result<(), Error> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create_new(true).mode(0o644).custom_flags(libc::O_CLOEXEC);
-    let opened = options.open(path).map_err(|error| match error.kind() {
+/// Open a file to be written, without blocking on one that turns out to be a FIFO.
+fn open(directory: &Directory, name: &OsStr, flags: OFlags) -> io::Result<File> {
+    let flags = flags | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    Ok(File::from(openat(directory, name, flags, Mode::from_raw_mode(0o644))?))
+}
+
+/// Write a file that does not exist yet; `made` takes its name once it does.
+fn write_beside(directory: &Directory, file: &CreatedFile, made: &mut Vec<OsString>) -> Result<(), Error> {
+    let name = OsStr::from_bytes(&file.name);
+    let path = &directory.path().join(name);
+    let opened = open(directory, name, OFlags::CREATE | OFlags::EXCL).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => {
             let clause =
                 "exists, and is not overwritten: it would be part of the new image; remove it, or choose another name";
@@ -49,7 +62,7 @@ fn write_beside(path: &Path, file: &CreatedFile, made: &mut Vec<PathBuf>) -> Res
         }
         _ => Error::io(path, ErrorCode::OpenFailed, "cannot be created", &error),
     })?;
-    made.push(path.to_owned());
+    made.push(name.to_owned());
     write_to(&opened, path, file.length, &file.regions, &[])
 }
 
@@ -58,26 +71,30 @@ fn exists(path: &Path) -> Error {
     Error::image(path, ErrorCode::OpenFailed, "exists, and --no-clobber keeps it: choose another name, or remove it")
 }
 
-fn write_image(path: &Path, image: &CreatedImage, kept: bool) -> Result<(), Error> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(0o644).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
-    let opened = match options.clone().create_new(true).open(path) {
-        Ok(file) => Ok((file, true)),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && kept => return Err(exists(path)),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            // `create` for a link whose target is not there.
-            options.create(true).truncate(false).open(path).map(|file| (file, false))
+fn write_image(
+    new: &NamedFile,
+    directory: &Directory,
+    image: &CreatedImage,
+    kept: bool,
+    made: &mut Vec<OsString>,
+) -> Result<(), Error> {
+    let (path, name) = (new.path(), new.name());
+    // Only what can become an image is opened.
+    if new.identity().is_some() && new.length().is_none() && !new.is_block_device() {
+        return Err(Error::image(path, ErrorCode::OpenFailed, "is not a file or block device"));
+    }
+    let opened = match open(directory, name, OFlags::CREATE | OFlags::EXCL) {
+        Ok(file) => {
+            made.push(name.to_owned());
+            Ok(file)
         }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && kept => return Err(exists(path)),
+        // Creates the target of a link, if that is not there.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => open(directory, name, OFlags::CREATE),
         Err(error) => Err(error),
     };
-    let (file, created) =
-        opened.map_err(|error| Error::io(path, ErrorCode::OpenFailed, "cannot be created", &error))?;
-    let result = write_to(&file, path, image.length, &image.regions, &image.reserved);
-    if result.is_err() && created {
-        // The error that matters is the one that is returned.
-        let _ = std::fs::remove_file(path);
-    }
-    result
+    let file = opened.map_err(|error| Error::io(path, ErrorCode::OpenFailed, "cannot be created", &error))?;
+    write_to(&file, path, image.length, &image.regions, &image.reserved)
 }
 
 fn write_to(

@@ -6,18 +6,17 @@ use super::snapshot_text;
 use crate::confine::{Confinement, Reach, Work};
 use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
-use crate::image::parent_mismatch;
-use crate::plugins::{FileImage, ImageFiles, Registry, SearchPath};
+use crate::image::{file_name, parent_mismatch, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
+use crate::plugins::{ImageFiles, Registry, SearchPath};
 use clap::Args;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
 use serde_json::{Map, Value};
 use std::collections::HashSet;
 use std::ffi::OsStr;
-use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Most images in a chain that is shown.
@@ -87,80 +86,74 @@ pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), E
     }
 }
 
-/// Open an image to look at it. A FIFO does not block; anything but a file or block device is refused. `missing` is the
-/// code of one that does not exist.
-pub(super) fn open_image(path: &Path, missing: ErrorCode) -> Result<(FileImage, std::fs::Metadata), Error> {
-    let open = || -> std::io::Result<_> {
-        let file: File = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
-        let metadata = file.metadata()?;
-        Ok((FileImage::new(file)?, metadata))
-    };
-    open().map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Error::image(path, missing, "does not exist").caused_by(&error),
-        _ => Error::io(path, ErrorCode::OpenFailed, "cannot be opened", &error),
-    })
-}
-
 /// The image and, if wanted, those below it. The process is confined before an image is read.
 fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Shown>, Error> {
     let chain = args.backing_chain;
-    let mut images: Vec<Shown> = Vec::new();
-    let mut seen = HashSet::new();
-    let mut next = Some((args.filename.clone(), args.format.clone()));
+    let file = NamedFile::new(&args.filename);
+    let gate = Gate::everywhere()?;
     if chain && confine {
         // The names that images record are followed wherever they lead, as `qemu-img info` does, but only to read.
-        let _ = Confinement::begin(&Reach::default().read("/"), Work::OpenAndLook);
+        let _ = Confinement::begin(&Reach::default().add(gate.roots().top(), false), Work::OpenAndLook);
     }
-    while let Some((path, hint)) = next.take() {
-        if images.len() == MAX_DEPTH {
-            let clause = format!("the backing chain has more than {MAX_DEPTH} images");
-            return Err(Error::image(&path, ErrorCode::ChainTooDeep, clause));
-        }
-        let (missing, role) = if images.is_empty() {
-            (ErrorCode::ImageNotFound, Role::Image)
-        } else {
-            (ErrorCode::BackingNotFound, Role::Ancestor)
-        };
-        let (image, metadata) = open_image(&path, missing).map_err(|error| error.in_role(role))?;
-        if !chain && confine {
-            let _ = Confinement::begin(&Reach::default(), Work::Look);
-        }
-        if !seen.insert((metadata.dev(), metadata.ino())) {
+    let mut images: Vec<Shown> = Vec::new();
+    let mut seen = HashSet::new();
+    let mut opened = file.open(Access::Shared, ErrorCode::ImageNotFound).map_err(|error| error.in_role(Role::Image))?;
+    let (mut path, mut hint) = (args.filename.clone(), args.format.clone());
+    if !chain && confine {
+        let _ = Confinement::begin(&Reach::default(), Work::Look);
+    }
+    loop {
+        let role = if images.is_empty() { Role::Image } else { Role::Ancestor };
+        if !seen.insert(opened.identity) {
             let clause = "the backing chain leads back to this image";
             return Err(Error::image(&path, ErrorCode::ChainLoop, clause));
         }
+        let image = &opened.file;
         let found =
-            registry.identify(&image, hint.as_deref()).map_err(|error| Error::identify(&path, &error).in_role(role))?;
+            registry.identify(image, hint.as_deref()).map_err(|error| Error::identify(&path, &error).in_role(role))?;
         let facts = found.facts;
-        let notes = found.plugin.notes(ImageFiles::one(&image), &facts);
-        let backing = facts.backing.as_ref().into_option();
-        let backing_path = backing.and_then(|backing| {
-            let there = backing.names().filter_map(|name| resolve_backing(&path, name)).find(|path| path.exists());
-            there.or_else(|| resolve_backing(&path, &backing.name))
-        });
-        if let (true, Some(backing), Some(path)) = (chain, backing, &backing_path) {
-            let format =
-                backing.format.as_ref().into_option().map(|format| String::from_utf8_lossy(format).into_owned());
-            next = Some((path.clone(), format));
-        }
-        let actual_size = metadata.blocks().saturating_mul(512);
+        let notes = found.plugin.notes(ImageFiles::one(image), &facts);
+        let actual_size = image.file().metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
+        let backing = facts.backing.as_ref().into_option().cloned();
+        let format = facts.format.to_string();
         if let Some(child) = images.last_mut() {
             let clause = parent_mismatch(&child.facts, &path, &facts);
             child.notes.extend(clause.map(|clause| format!("it {clause}")));
         }
-        images.push(Shown { filename: path, actual_size, facts, notes, backing_path });
+        let first = backing.as_ref().and_then(|backing| resolve_backing(&path, &backing.name));
+        // One behind a protocol is never followed.
+        let Some(backing) = backing.filter(|backing| chain && backing.names().any(|name| file_name(name).is_ok()))
+        else {
+            images.push(Shown { filename: path, actual_size, facts, notes, backing_path: first });
+            return Ok(images);
+        };
+        if images.len() + 1 == MAX_DEPTH {
+            let clause = format!("the backing chain has more than {MAX_DEPTH} images");
+            return Err(Error::image(file.path(), ErrorCode::ChainTooDeep, clause));
+        }
+        let (above, part) = (&opened.path, Part::Ancestor);
+        let recorder = Recorder { path: above, format: &format, directory: &opened.directory, part };
+        let located = gate.find(&recorder, backing.names(), Access::Shared, None);
+        let located = located.map_err(|error| error.in_role(Role::Ancestor))?;
+        let recorded = backing.format.into_option().map(|format| String::from_utf8_lossy(&format).into_owned());
+        hint = recorded.or_else(|| located.format().map(str::to_owned));
+        let below = resolve_backing(&path, located.name());
+        let filename = std::mem::replace(&mut path, below.clone().unwrap_or_default());
+        images.push(Shown { filename, actual_size, facts, notes, backing_path: below });
+        opened =
+            OpenedFile::located(&located, &recorder, Access::Shared).map_err(|error| error.in_role(Role::Ancestor))?;
     }
-    Ok(images)
 }
 
-/// Where the backing file that `image` records is: a relative name begins at the image's own directory. `None` for a
-/// name behind a protocol (`nbd:`, `json:` …), which is never followed.
-pub(super) fn resolve_backing(image: &Path, name: &[u8]) -> Option<PathBuf> {
-    let before_slash = name.split(|&b| b == b'/').next().unwrap_or(name);
-    if before_slash.contains(&b':') || name.is_empty() || name.contains(&0) {
-        return None;
+/// Where the backing file that `image` records is, for people: a relative name begins at the image's own directory. `None`
+/// for a name that means no file (`nbd:` …).
+fn resolve_backing(image: &Path, name: &[u8]) -> Option<PathBuf> {
+    let file = file_name(name).ok()?;
+    let path = Path::new(OsStr::from_bytes(&file.path));
+    if file.from_working_directory {
+        return Some(path.to_owned());
     }
-    Some(image.parent().unwrap_or(Path::new("")).join(OsStr::from_bytes(name)))
+    Some(image.parent().unwrap_or(Path::new("")).join(path))
 }
 
 /// The keys of `qemu-img info --output=json`, and `notes`.
@@ -238,6 +231,7 @@ mod tests {
             ("top.qcow2", "./a:b", Some("./a:b")),
             ("top.qcow2", "nbd:host:1", None),
             ("top.qcow2", "json:{}", None),
+            ("dir/top.qcow2", "file:/x/base", Some("/x/base")),
             ("top.qcow2", "a\0b", None),
         ] {
             assert_eq!(resolve_backing(Path::new(image), name.as_bytes()), expected.map(PathBuf::from), "{name}");

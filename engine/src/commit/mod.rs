@@ -21,14 +21,13 @@ pub use notes::Notes;
 pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose, render_warning};
 pub use timing::Timing;
 
-use crate::confine::{Confinement, Reach, Work};
+use crate::confine::{Confinement, Work};
 use crate::devices::{Cache, Workers};
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
-use crate::image::write_target::Gate;
 use crate::image::{
-    allow_many_open_files, check_parents, discover_backing_chain, open_extra_files, resolve_backing, Access,
-    BackingChoice, ChainImage, FilesOf, OpenedFile, Target,
+    allow_many_open_files, check_parents, open_extra_files, resolve_backing, Access, ChainImage, Descent, FilesOf,
+    Gate, NamedFile, Roots, Target,
 };
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
@@ -103,24 +102,12 @@ pub struct CommitRunResult {
 /// [`ErrorCode::ImageNotFound`], [`ErrorCode::OpenFailed`], [`ErrorCode::ImageInUse`], and an unknown or wrong format.
 pub fn probe_commit_target<'r>(
     registry: &'r Registry,
-    path: &Path,
+    file: &NamedFile,
     format_hint: Option<&str>,
     access: Access,
 ) -> Result<ChainImage<'r>, Error> {
-    let opened = OpenedFile::named(path, access, ErrorCode::ImageNotFound)?.lock(access)?;
+    let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
     opened.identify_as(registry, format_hint)
-}
-
-/// The files that a commit may open: the overlay, and what lies where the backing, its ancestors, and the other files of
-/// all of them may be by the rules of the [`Gate`]. Which of those are to be written only the images say.
-fn reach(overlay: &Path, base: Option<&Path>, gate: &Gate, access: Access) -> Reach {
-    let add: fn(Reach, PathBuf) -> Reach = if access == Access::ReadWrite { Reach::write } else { Reach::read };
-    let directory = overlay.parent().unwrap_or(Path::new("/"));
-    // With `-b`, the base may be in another directory, with its own files.
-    let base = base.map(|base| directory.join(base));
-    let below_base = base.as_deref().and_then(Path::parent);
-    let within = std::iter::once(directory).chain(below_base).chain(gate.directories());
-    within.chain(base.as_deref()).chain([overlay]).map(Path::to_owned).fold(Reach::default(), add)
 }
 
 /// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
@@ -128,8 +115,8 @@ const MUCH: u64 = 4 << 20;
 
 /// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
 /// has looked at yet.
-fn workers(request: &CommitRequest, overlay: &Path) -> Option<Workers> {
-    let long = || std::fs::metadata(overlay).is_ok_and(|found| found.len() >= MUCH || !found.is_file());
+fn workers(request: &CommitRequest, overlay: &NamedFile) -> Option<Workers> {
+    let long = || overlay.is_block_device() || overlay.length().is_some_and(|length| length >= MUCH);
     if request.dry_run || request.rate_limit > 0 || !(request.base.is_some() || long()) {
         return None;
     }
@@ -156,36 +143,38 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     let mut timing = Timing::start();
     interrupt::install();
     allow_many_open_files();
-    let path = std::path::absolute(&request.overlay).map_err(|error| {
-        Error::image(&request.overlay, ErrorCode::ImageNotFound, format!("cannot be resolved: {error}"))
-    })?;
-    let gate = Gate::new(&request.allowed_directories)?;
+    // From here on, the directories that names may lead into are descriptors: no path leads to them a second time.
+    let file = NamedFile::new(&request.overlay);
+    let base = request.base.as_deref().map(|base| NamedFile::beside(&file, base));
+    let roots = Roots::of(&file, &request.allowed_directories)?;
+    // Whoever names a base wants what belongs to it as well, which lies beside it.
+    let with_base = base.as_ref().map_or_else(|| roots.clone(), |base| roots.and(base));
     let registry = Registry::load(&request.search);
     notes.plugins(&registry);
     timing.mark("plugins loaded");
-    let acquired = Acquired { kvm: KvmDevice::open(), workers: workers(request, &path) };
+    let acquired = Acquired { kvm: KvmDevice::open(), workers: workers(request, &file) };
     timing.mark("KVM opened, threads started");
     // A dry run asks for no more than it needs: anybody who may read the images can ask what would become of them.
     let access = if request.dry_run { Access::ReadOnly } else { Access::ReadWrite };
-    let shown = settled(&path);
-    let confinement = Confinement::begin(&reach(&path, request.base.as_deref(), &gate, access), Work::OpenToCommit);
+    let shown = settled(&request.overlay);
+    // Which of the files in these directories are images, and which are to be written, only the images say.
+    let named = [Some(&file), base.as_ref()].map(|file| file.and_then(NamedFile::descriptor));
+    let reach = with_base.reach(access);
+    let reach = named.iter().flatten().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
+    let confinement = Confinement::begin(&reach, Work::OpenToCommit);
     notes.push(|| format!("confinement: {confinement}"));
     timing.mark("process confined");
 
-    let mut overlay = probe_commit_target(&registry, &request.overlay, request.format.as_deref(), access)?;
+    let mut overlay = probe_commit_target(&registry, &file, request.format.as_deref(), access)?;
     notes.image("overlay", &overlay);
-    let choice = BackingChoice { base: request.base.as_deref(), gate: &gate, access };
-    let target = resolve_backing(&registry, &overlay, choice)?;
+    let (gate, below) = (Gate::within(roots), Gate::within(with_base));
+    // All but the backing have a slot.
+    let mut descent = Descent::new(&registry, &below, file.path(), MAX_CHAIN_DEVICES);
+    let target = resolve_backing(&mut descent, &overlay, base.as_ref(), access)?;
     target.between.iter().for_each(|layer| notes.image("merged, too", layer));
     notes.image("backing", &target.backing);
-    // Where the overlay's own backing may lie, that backing's ancestors may, too.
-    let below = gate.with(&overlay.opened.directory());
-    let above: Vec<&ChainImage<'_>> =
-        std::iter::once(&overlay).chain(&target.between).chain([&target.backing]).collect();
-    // All but the backing have a slot.
-    let room = MAX_CHAIN_DEVICES.saturating_sub(above.len() - 1);
-    let mut ancestors = discover_backing_chain(&registry, &above, room, Access::ReadOnly, &below)
-        .map_err(|error| error.in_role(Role::Ancestor))?;
+    let mut ancestors =
+        descent.open_below(&target.backing, Access::ReadOnly).map_err(|error| error.in_role(Role::Ancestor))?;
     let Target { mut backing, mut between } = target;
     overlay.follows = !request.dry_run && between.is_empty() && overlay.facts.follows(&backing.facts);
     let mut images = vec![FilesOf { image: &mut overlay, access, gate: &gate }];

@@ -102,6 +102,8 @@ const LOOK: &[Call] = &[
     (libc::SYS_fstat, Always),
     (libc::SYS_newfstatat, Always),
     (libc::SYS_statx, Always),
+    // How much space there is, and whether a link is one of procfs
+    (libc::SYS_fstatfs, Always),
     (libc::SYS_close, Always),
     (libc::SYS_fcntl, OneOf(1, &[bits(libc::F_GETFD), bits(libc::F_GETFL)])),
     // Printing: standard output and standard error
@@ -147,9 +149,8 @@ const THREAD: &[Call] =
 const OPEN: &[Call] = &[
     (libc::SYS_open, Always),
     (libc::SYS_openat, Always),
-    (libc::SYS_openat2, Always),
-    (libc::SYS_readlink, Always),
     (libc::SYS_readlinkat, Always),
+    (libc::SYS_readlink, Always),
     (libc::SYS_getcwd, Always),
     // What `realpath` of the C library asks of a name with `..`, by its version
     (libc::SYS_access, Always),
@@ -279,6 +280,7 @@ mod tests {
             libc::SYS_renameat2,
             libc::SYS_memfd_create,
             libc::SYS_dup2,
+            libc::SYS_openat2,
         ];
         for work in Work::ALL {
             let calls = work.calls();
@@ -286,7 +288,7 @@ mod tests {
                 assert!(!calls.contains_key(&call), "{work:?} {call}");
             }
             let opens = matches!(work, Work::OpenAndLook | Work::OpenToCommit | Work::OpenToRead);
-            for call in [libc::SYS_open, libc::SYS_openat, libc::SYS_openat2] {
+            for call in [libc::SYS_open, libc::SYS_openat] {
                 assert_eq!(calls.contains_key(&call), opens, "{work:?} {call}");
             }
             // No rules is "always" for a filter: the two cannot be mixed.

@@ -39,7 +39,7 @@ pub struct Confinement {
 impl Confinement {
     /// Confine the process to these files, and to the system calls of this kind of work.
     #[must_use]
-    pub fn begin(reach: &Reach, work: Work) -> Self {
+    pub fn begin(reach: &Reach<'_>, work: Work) -> Self {
         // No backtraces: they would open files. The hook prints what is left of the panic in one line.
         std::panic::set_hook(Box::new(|panic| {
             let text = panic.to_string();
@@ -50,7 +50,7 @@ impl Confinement {
         Self::apply(reach, work)
     }
 
-    fn apply(reach: &Reach, work: Work) -> Self {
+    fn apply(reach: &Reach<'_>, work: Work) -> Self {
         // The library of system calls asks for the auxiliary vector once, with calls that are not allowed later.
         let _ = rustix::param::page_size();
         // In this order: a filter may not know the calls that set up Landlock.
@@ -76,9 +76,13 @@ impl Confinement {
             paths: paths::restrict(&Reach::default()),
             calls: filter::apply(Work::LookAside, filter::Threads::This),
         };
-        std::thread::scope(|scope| match scope.spawn(confined).join() {
-            Ok(trial) => trial,
-            Err(panic) => std::panic::resume_unwind(panic),
+        let nothing = |why: &std::io::Error| {
+            let why = format!("no thread can be started to try it: {why}");
+            Self { paths: Err(why.clone()), calls: Err(why) }
+        };
+        std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, confined) {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(error) => nothing(&error),
         })
     }
 
@@ -104,20 +108,21 @@ impl Confinement {
     }
 
     /// Run `look` in a thread that can open no file, and return its answer. Weaker than confining the process, whose memory
-    /// the thread shares: for a program that has to write a new file afterwards.
+    /// the thread shares: for a program that has to write a new file afterwards. Where no thread can be started, as in some
+    /// containers, the calling one looks.
     ///
     /// # Panics
     /// When `look` does.
-    pub fn aside<T: Send>(look: impl FnOnce() -> T + Send) -> T {
+    pub fn aside<T: Send>(look: impl Fn() -> T + Send + Sync) -> T {
         let confined = || {
             // Best effort, as for a process.
             let _ = paths::restrict(&Reach::default());
             let _ = filter::apply(Work::LookAside, filter::Threads::This);
             look()
         };
-        std::thread::scope(|scope| match scope.spawn(confined).join() {
-            Ok(answer) => answer,
-            Err(panic) => std::panic::resume_unwind(panic),
+        std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, confined) {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(_) => look(),
         })
     }
 }

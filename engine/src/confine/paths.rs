@@ -6,42 +6,45 @@
 //! network, signals to other processes. Files that are open already stay as they are.
 
 use landlock::{
-    Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, RestrictionStatus, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, ABI,
+    Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, RestrictionStatus, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, ABI,
 };
-use std::path::PathBuf;
+use rustix::fs::{openat, Mode, OFlags};
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// The newest Landlock whose rights are known here. An older kernel denies what it can.
 const NEWEST: ABI = ABI::V10;
 
-/// The files that can be opened: none, unless they are named.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Reach {
-    read: Vec<PathBuf>,
-    write: Vec<PathBuf>,
+/// The files that can be opened: none, unless they are added.
+#[derive(Clone, Debug, Default)]
+pub struct Reach<'a> {
+    rules: Vec<Rule<'a>>,
 }
 
-impl Reach {
-    /// This file, or what is beneath this directory, can be opened for reading. Links are followed now. What is not there
-    /// is passed over.
+/// A file or directory, and whether it may be written.
+#[derive(Clone, Debug)]
+struct Rule<'a> {
+    at: BorrowedFd<'a>,
+    /// An entry of the directory instead of all of it.
+    entry: Option<&'a OsStr>,
+    write: bool,
+}
+
+impl<'a> Reach<'a> {
+    /// This file, or what is beneath this directory, can be opened for reading, and, if wanted, for writing. Its descriptor
+    /// needs to do no more than name it.
     #[must_use]
-    pub fn read(mut self, path: impl Into<PathBuf>) -> Self {
-        self.read.push(path.into());
+    pub fn add(mut self, place: &'a impl AsFd, write: bool) -> Self {
+        self.rules.push(Rule { at: place.as_fd(), entry: None, write });
         self
     }
 
-    /// The same for reading and writing.
+    /// The same for one file of a directory. If it is a link, the link is not followed, and nothing can be opened by it.
     #[must_use]
-    pub fn write(mut self, path: impl Into<PathBuf>) -> Self {
-        self.write.push(path.into());
+    pub fn add_entry(mut self, directory: &'a impl AsFd, name: &'a OsStr, write: bool) -> Self {
+        self.rules.push(Rule { at: directory.as_fd(), entry: Some(name), write });
         self
-    }
-
-    fn rules(&self) -> impl Iterator<Item = (&PathBuf, BitFlags<AccessFs>)> {
-        // Changing the length counts for a descriptor as it was when that was opened.
-        let write = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
-        let read = self.read.iter().map(|path| (path, AccessFs::ReadFile.into()));
-        read.chain(self.write.iter().map(move |path| (path, write)))
     }
 }
 
@@ -49,7 +52,7 @@ impl Reach {
 ///
 /// # Errors
 /// Why nothing is: one clause.
-pub fn restrict(reach: &Reach) -> Result<String, String> {
+pub fn restrict(reach: &Reach<'_>) -> Result<String, String> {
     let status = enforce(reach).map_err(|error| error.to_string())?;
     match (status.ruleset, status.landlock) {
         (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => Err("it is switched off in this kernel".into()),
@@ -59,16 +62,24 @@ pub fn restrict(reach: &Reach) -> Result<String, String> {
     }
 }
 
-fn enforce(reach: &Reach) -> Result<RestrictionStatus, RulesetError> {
+fn enforce(reach: &Reach<'_>) -> Result<RestrictionStatus, RulesetError> {
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::from_all(NEWEST))?
         .create()?;
-    for (path, access) in reach.rules() {
-        // What cannot be opened even so needs no rule: opening it will say why.
-        let Ok(descriptor) = PathFd::new(path) else { continue };
-        ruleset = ruleset.add_rule(PathBeneath::new(descriptor, access))?;
+    for Rule { at, entry, write } in &reach.rules {
+        let read = BitFlags::from(AccessFs::ReadFile);
+        // Changing the length counts for a descriptor as it was when that was opened.
+        let access = if *write { read | AccessFs::WriteFile | AccessFs::Truncate } else { read };
+        let Some(name) = entry else {
+            ruleset = ruleset.add_rule(PathBeneath::new(at, access))?;
+            continue;
+        };
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // What is gone meanwhile needs no rule: opening it will say so.
+        let Ok(entry) = openat(at, *name, flags, Mode::empty()) else { continue };
+        ruleset = ruleset.add_rule(PathBeneath::new(entry, access))?;
     }
     ruleset.restrict_self()
 }
@@ -88,7 +99,7 @@ mod tests {
     use std::io::ErrorKind::PermissionDenied;
 
     /// Landlock restricts one thread: one that ends with the test.
-    fn restricted(reach: &Reach, test: impl FnOnce() + Send) {
+    fn restricted(reach: &Reach<'_>, test: impl FnOnce() + Send) {
         let confined = || match restrict(reach) {
             Ok(_) => test(),
             Err(why) => eprintln!("not tested: {why}"),
@@ -105,12 +116,18 @@ mod tests {
             fs::write(path(name).join("file"), name).unwrap();
         }
         std::os::unix::fs::symlink("../other/file", path("write").join("link")).unwrap();
-        let reach = Reach::default().read(path("read")).write(path("write")).write(path("absent"));
+        let (read, write) = (File::open(path("read")).unwrap(), File::open(path("write")).unwrap());
+        let reach = Reach::default().add(&read, false).add(&write, true);
+        // What takes the name of a directory later is another one.
+        fs::rename(path("read"), path("moved")).unwrap();
+        fs::create_dir(path("read")).unwrap();
+        fs::write(path("read/file"), "another").unwrap();
         let write = |name: &str| OpenOptions::new().read(true).write(true).open(path(name));
         restricted(&reach, || {
             let denied = |error: std::io::Error| assert_eq!(error.kind(), PermissionDenied);
-            File::open(path("read/file")).unwrap();
-            denied(write("read/file").unwrap_err());
+            File::open(path("moved/file")).unwrap();
+            denied(write("moved/file").unwrap_err());
+            denied(File::open(path("read/file")).unwrap_err());
             write("write/file").unwrap().set_len(1).unwrap();
             denied(write("write/link").unwrap_err());
             denied(File::open(path("other/file")).unwrap_err());
@@ -133,9 +150,13 @@ mod tests {
         for name in ["one", "two"] {
             fs::write(path(name), name).unwrap();
         }
-        std::os::unix::fs::symlink("one", path("link")).unwrap();
+        let link = path("link");
+        std::os::unix::fs::symlink("one", &link).unwrap();
         let open = OpenOptions::new().write(true).open(path("two")).unwrap();
-        restricted(&Reach::default().write(path("link")), || {
+        let (directory, one) = (File::open(dir.path()).unwrap(), File::open(&link).unwrap());
+        let reach = Reach::default().add(&one, true);
+        let reach = reach.add_entry(&directory, OsStr::new("absent"), true);
+        restricted(&reach, || {
             let write = |name: &str| OpenOptions::new().read(true).write(true).open(path(name));
             write("one").unwrap();
             let file = write("link").unwrap();

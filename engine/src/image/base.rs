@@ -1,31 +1,15 @@
 //! Which file is committed into.
 
-use super::open::{Access, ChainImage, Identity, OpenedFile};
-use super::write_target::{is_protocol, Gate, NotAllowed};
+use super::advice::Part;
+use super::chain::Descent;
+use super::gate::Located;
+use super::named::NamedFile;
+use super::open::{Access, ChainImage, OpenedFile};
 use crate::error::Error;
-use crate::escape::escape_bytes;
-use crate::plugins::Registry;
-use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
-use instar_plugin_api::{BackingPointer, ImageFacts};
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
-
-/// What the operator says about the backing.
-#[derive(Clone, Copy, Debug)]
-pub struct BackingChoice<'a> {
-    /// `-b`: the file that the operator named.
-    pub base: Option<&'a Path>,
-    /// Where recorded names may lead.
-    pub gate: &'a Gate,
-    /// How the backing is opened.
-    pub access: Access,
-}
-
-/// Refusal of a recorded name, with what to do.
-pub(super) fn not_allowed(image: &Path, error: &NotAllowed, option: &str) -> Error {
-    Error::image(image, ErrorCode::WriteTargetNotAllowed, format!("{}: {option}", error.0))
-}
+use crate::escape::{escape_bytes, escape_path};
+use crate::plugins::ImageRead;
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::PROBE_ANYTHING;
 
 /// What is committed into, and the layers between it and the overlay, which are committed as well, the top-most first.
 #[derive(Debug)]
@@ -36,152 +20,127 @@ pub struct Target<'r> {
     pub between: Vec<ChainImage<'r>>,
 }
 
-/// Open the backing of an overlay: the file that `-b` names, which must be in the overlay's backing chain, or the one
-/// that the overlay records.
+/// Open the backing of an overlay: `base`, the file that `-b` names, which must be in the overlay's backing chain, or the one
+/// that the overlay records. It is opened for `access`: a dry run only reads. What is below it is left to `descent`, the way
+/// down from the overlay.
 ///
 /// # Errors
 /// [`ErrorCode::NoBacking`], [`ErrorCode::NotInChain`], [`ErrorCode::WriteTargetNotAllowed`], and what opening gives.
 pub fn resolve_backing<'r>(
-    registry: &'r Registry,
+    descent: &mut Descent<'r, '_>,
     overlay: &ChainImage<'_>,
-    choice: BackingChoice<'_>,
+    base: Option<&NamedFile>,
+    access: Access,
 ) -> Result<Target<'r>, Error> {
     let path = &overlay.opened.path;
     let Some(pointer) = overlay.facts.backing.as_ref().into_option() else {
         let clause = "has no recorded backing file, so there is nothing to commit into";
         return Err(Error::image(path, ErrorCode::NoBacking, clause));
     };
-    let directory = overlay.opened.directory();
-    let (opened, mut between) = match choice.base {
-        None => {
-            let located = choice.gate.locate_any(&directory, pointer.names()).map_err(|error| {
-                not_allowed(path, &error, "name the backing with -b, or allow its directory with --allow-backing-dir")
-            })?;
-            (OpenedFile::located(&located, choice.access, ErrorCode::BackingNotFound)?, Vec::new())
-        }
-        Some(base) => open_base(registry, overlay, pointer, &directory.join(base), choice)?,
+    descent.passed(overlay.opened.identity);
+    if let Some(base) = base {
+        return open_base(descent, overlay, base, access, &pointer.name);
+    }
+    let part = Part::Target;
+    let Some(located) = descent.next(overlay, part, access, None)? else {
+        // There is a pointer.
+        return Err(Error::image(path, ErrorCode::NoBacking, "has no recorded backing file"));
     };
-    let same = opened.identity == overlay.opened.identity;
-    if same {
-        return Err(Error::image(path, ErrorCode::ChainLoop, "is its own backing file"));
+    let backing = descent.open(overlay, &located, part, access)?;
+    let (file, length) = (&backing.opened.file, backing.opened.file.length());
+    // Of a format that any bytes are an image of, nothing but the image's word says that this is one. No disk ends within a
+    // sector.
+    if !length.is_multiple_of(512) && backing.plugin.probe(file).is_ok_and(|score| score == PROBE_ANYTHING) {
+        return Err(overlay.recorder(part).uneven(&pointer.name, &backing.opened.path, length));
     }
-    let lowest = between.last().map_or(&overlay.facts, |layer: &ChainImage<'_>| &layer.facts);
-    let backing = opened.lock(choice.access)?.identify_recorded(registry, recorded_format(lowest))?;
-    if let Some(lowest) = between.pop() {
-        let above = between.last().map_or(&overlay.facts, |layer: &ChainImage<'_>| &layer.facts);
-        // A dry run changes nothing, so that it needs no layer open for writing.
-        let follows = choice.access == Access::ReadWrite && lowest.facts.follows(&backing.facts);
-        let lowest = if follows { to_follow(registry, lowest, above)? } else { lowest };
-        between.push(lowest);
-    }
-    Ok(Target { backing, between })
+    Ok(Target { backing, between: Vec::new() })
 }
 
-/// The format that an image records for its backing.
-pub(super) fn recorded_format(facts: &ImageFacts) -> Option<&[u8]> {
-    let pointer = facts.backing.as_ref().into_option()?;
-    pointer.format.as_ref().into_option().map(|format| format.as_slice())
-}
-
-/// The identity of a file that is only looked at.
-fn identity(path: &Path) -> Option<Identity> {
-    std::fs::metadata(path).ok().map(|metadata| Identity::of(&metadata))
-}
-
-/// Open the file that `-b` names, which must be the overlay's parent or an ancestor, and the layers above it: the file that
-/// is open is compared, so that nobody can put another one in its place.
+/// Open the file that `-b` names, which must be the overlay's parent or an ancestor, and the layers above it. Where it is in
+/// the chain is found by following the chain: the path that `-b` gives plays no part in that.
 fn open_base<'r>(
-    registry: &'r Registry,
+    descent: &mut Descent<'r, '_>,
     overlay: &ChainImage<'_>,
-    pointer: &BackingPointer,
-    target: &Path,
-    choice: BackingChoice<'_>,
-) -> Result<(OpenedFile, Vec<ChainImage<'r>>), Error> {
-    let name = escape_bytes(&pointer.name);
-    let opened = match OpenedFile::named(target, choice.access, ErrorCode::BackingNotFound) {
+    base: &NamedFile,
+    access: Access,
+    parent: &[u8],
+) -> Result<Target<'r>, Error> {
+    let parent = format!("the overlay's immediate parent is {}", escape_bytes(parent));
+    let rebase = || {
+        let overlay = escape_path(&overlay.opened.path);
+        format!("if that is this file, moved, record it with `qemu-img rebase -u -b NEW -F FMT '{overlay}'`")
+    };
+    let opened = match base.open(access, ErrorCode::BackingNotFound) {
         Err(error) if error.code == ErrorCode::BackingNotFound => {
-            let clause = format!(
-                "does not exist (a relative name begins at the overlay's directory); the overlay's immediate parent is {name}"
-            );
-            return Err(Error::image(target, error.code, clause));
+            let clause = format!("does not exist (a relative name begins at the overlay's directory); {parent}");
+            return Err(Error::image(base.path(), error.code, clause));
         }
         other => other?,
     };
-    // The recorded name is only compared here, by what it leads to; what is opened is the operator's own name.
-    let is_it = |name: &[u8]| {
-        let parent = overlay.opened.directory().join(OsStr::from_bytes(name));
-        !is_protocol(name) && identity(&parent) == Some(opened.identity)
-    };
-    if pointer.names().any(is_it) {
-        return Ok((opened, Vec::new()));
-    }
-    let why = match layers_above(registry, overlay, opened.identity, choice.gate) {
-        Ok(Some(between)) => return Ok((opened, between)),
-        Ok(None) => String::new(),
-        Err(error) if error.code == ErrorCode::ImageInUse => return Err(error),
-        Err(error) => format!(", as far as that can be followed ({error})"),
-    };
-    let clause = format!("is not in the backing chain of the overlay{why}: the overlay's immediate parent is {name}");
-    Err(Error::image(target, ErrorCode::NotInChain, clause))
-}
-
-/// The layers between the overlay and the image `wanted`, the top-most first, open for reading; `None` if the chain ends
-/// without it.
-fn layers_above<'r>(
-    registry: &'r Registry,
-    overlay: &ChainImage<'_>,
-    wanted: Identity,
-    gate: &Gate,
-) -> Result<Option<Vec<ChainImage<'r>>>, Error> {
+    let part = Part::Ancestor;
     let mut between: Vec<ChainImage<'r>> = Vec::new();
-    let mut seen = vec![overlay.opened.identity];
+    let mut lowest: Option<Located> = None;
     loop {
-        let (opened, facts) = match between.last() {
-            None => (&overlay.opened, &overlay.facts),
-            Some(layer) => (&layer.opened, &layer.facts),
+        let above = between.last().map_or(overlay, |lowest| lowest);
+        let located = match descent.next(above, part, Access::ReadOnly, Some(opened.identity)) {
+            Ok(Some(located)) => located,
+            Ok(None) => {
+                let clause = format!("is not in the backing chain of the overlay: {parent}; {}", rebase());
+                return Err(Error::image(base.path(), ErrorCode::NotInChain, clause));
+            }
+            Err(error) => return Err(lost(base, error, &parent)),
         };
-        let Some(pointer) = facts.backing.as_ref().into_option() else { return Ok(None) };
-        let located = gate
-            .locate_any(&opened.directory(), pointer.names())
-            .map_err(|error| not_allowed(&opened.path, &error, "allow its directory with --allow-backing-dir"))?;
-        let next = OpenedFile::located(&located, Access::ReadOnly, ErrorCode::BackingNotFound)?;
-        if next.identity == wanted {
-            return Ok(Some(between));
+        if located.is_named_by_operator() {
+            // The names in it begin where the chain has it, and not where the operator does.
+            let opened = OpenedFile { directory: located.beside().clone(), ..opened }.lock(access)?;
+            let backing = descent.identify(above, &located, opened)?;
+            // A dry run changes nothing, so that it needs no layer open for writing.
+            if let (Access::ReadWrite, Some(lowest)) = (access, &lowest) {
+                let_follow(descent, overlay, &mut between, lowest, &backing)?;
+            }
+            return Ok(Target { backing, between });
         }
-        if seen.contains(&next.identity) {
-            return Err(Error::image(&opened.path, ErrorCode::ChainLoop, "the backing chain leads back to itself"));
-        }
-        if between.len() + 1 >= MAX_CHAIN_DEVICES {
-            return Err(too_deep(&opened.path));
-        }
-        seen.push(next.identity);
-        let layer = next.lock(Access::ReadOnly)?.identify_recorded(registry, recorded_format(facts))?;
+        let layer =
+            descent.open(above, &located, part, Access::ReadOnly).map_err(|error| lost(base, error, &parent))?;
         between.push(layer);
+        lowest = Some(located);
     }
 }
 
-/// The same layer, open for writing, because what it records of its parent is going to change. `above` are the facts of the
-/// image above it.
-fn to_follow<'r>(registry: &'r Registry, layer: ChainImage<'r>, above: &ImageFacts) -> Result<ChainImage<'r>, Error> {
-    let ChainImage { opened, facts, .. } = layer;
-    let (path, identity) = (opened.path.clone(), opened.identity);
+/// Open the lowest of the merged layers, which `located` is, again for writing if it records an identity of `backing` that is
+/// going to change.
+fn let_follow<'r>(
+    descent: &Descent<'r, '_>,
+    overlay: &ChainImage<'_>,
+    between: &mut Vec<ChainImage<'r>>,
+    located: &Located,
+    backing: &ChainImage<'_>,
+) -> Result<(), Error> {
+    let Some(lowest) = between.pop_if(|lowest| lowest.facts.follows(&backing.facts)) else { return Ok(()) };
+    let ChainImage { opened, facts, .. } = lowest;
     // The lock of the file that is only read goes with it.
     drop(opened);
-    let opened = OpenedFile::named(&path, Access::ReadWrite, ErrorCode::BackingNotFound)?;
-    if opened.identity != identity {
-        let clause = "is another file than a moment ago: make sure that nothing else changes the chain, and try again";
-        return Err(Error::image(&path, ErrorCode::OpenFailed, clause));
-    }
-    let layer = opened.lock(Access::ReadWrite)?.identify_recorded(registry, recorded_format(above))?;
+    let above = between.last().map_or(overlay, |lowest| lowest);
+    let layer = descent.open(above, located, Part::Ancestor, Access::ReadWrite)?;
     if layer.facts != facts {
         let clause = "was changed a moment ago: make sure that nothing else uses the chain, and try again";
-        return Err(Error::image(&path, ErrorCode::HeaderMismatch, clause));
+        return Err(Error::image(&layer.opened.path, ErrorCode::HeaderMismatch, clause));
     }
-    Ok(ChainImage { follows: true, ..layer })
+    between.push(ChainImage { follows: true, ..layer });
+    Ok(())
 }
 
-/// There are more layers than devices.
-pub(super) fn too_deep(path: &Path) -> Error {
-    let clause = format!("the backing chain has more than {MAX_CHAIN_DEVICES} layers below the overlay");
-    Error::image(path, ErrorCode::ChainTooDeep, clause)
+/// The chain could not be followed as far as `-b`.
+fn lost(base: &NamedFile, error: Error, parent: &str) -> Error {
+    match error.code {
+        ErrorCode::ImageInUse | ErrorCode::ChainTooDeep | ErrorCode::ChainLoop | ErrorCode::WriteTargetNotAllowed => {
+            error
+        }
+        _ => {
+            let clause = format!(
+                "is not in the backing chain of the overlay, as far as that can be followed ({error}): {parent}"
+            );
+            Error::image(base.path(), ErrorCode::NotInChain, clause)
+        }
+    }
 }

@@ -1,9 +1,10 @@
 //! The other files of images in several files: opened like the images themselves, before anything else is asked of them.
 
-use super::base::not_allowed;
-use super::open::{Access, ChainImage, Identity, OpenedFile};
-use super::write_target::Gate;
+use super::advice::Part;
+use super::gate::Gate;
+use super::open::{Access, ChainImage, OpenedFile};
 use crate::error::Error;
+use crate::lookup::Identity;
 use crate::plugins::{IdentifyError, ImageFiles, ImageRead};
 use instar_guest_abi::{ErrorCode, MAX_FILE_DEVICES};
 
@@ -45,19 +46,24 @@ pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), Error>
             let clause = format!("the chain has more files than the {MAX_FILE_DEVICES} that are supported: convert it");
             return Err(Error::image(path, ErrorCode::UnsupportedFormat, clause));
         }
-        let directory = image.opened.directory();
+        let mut others: Vec<ExtraFile> = Vec::with_capacity(named.len());
         for file in named {
-            let located = gate
-                .locate_any(&directory, file.names())
-                .map_err(|error| not_allowed(path, &error, "allow its directory with --allow-backing-dir"))?;
-            let opened = OpenedFile::located(&located, *access, ErrorCode::BackingNotFound)?;
+            let recorder = image.recorder(Part::File);
+            let located = gate.find(&recorder, file.names(), *access, None)?;
+            let opened = OpenedFile::located(&located, &recorder, *access)?;
+            let length = opened.file.length();
+            // One that does not grow is a piece of the disk as it is.
+            if *access == Access::ReadWrite && !file.grows && !length.is_multiple_of(512) {
+                return Err(recorder.uneven(&file.name, &opened.path, length));
+            }
             if seen.contains(&opened.identity) {
                 let clause = "is used twice in this chain: each file can be part of one image, once";
                 return Err(Error::image(&opened.path, ErrorCode::ChainLoop, clause));
             }
             seen.push(opened.identity);
-            image.files.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
+            others.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
         }
+        image.files.append(&mut others);
         let others: Vec<&dyn ImageRead> = image.files.iter().map(|file| &file.opened.file as &dyn ImageRead).collect();
         let files = ImageFiles { first: &image.opened.file, others: &others };
         let facts = image.plugin.facts(files).map_err(failed)?;

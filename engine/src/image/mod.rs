@@ -1,20 +1,31 @@
-//! The images of a commit: which files they are, in which order, and which of them may be written.
+//! The images of a chain: which files they are, in which order, and which of them may be written.
 //!
-//! An overlay is hostile, and it names other files. Every file that an image names passes one gate
-//! ([`write_target`]) before the file system is touched, and is opened so that no link or race leads elsewhere.
+//! An overlay is hostile, and it names other files. Every file that an image names passes one [gate](Gate) before it is
+//! opened, and the gate judges the file that the name really leads to: neither its text, nor a link, nor a race decides.
 
+mod advice;
 mod base;
-mod discover;
+mod chain;
 mod files;
+mod gate;
+#[cfg(test)]
+mod gate_tests;
 mod identify;
+mod named;
+mod names;
 mod open;
 mod open_files;
 mod parents;
-pub mod write_target;
+mod roots;
 
-pub use base::{resolve_backing, BackingChoice, Target};
-pub use discover::discover_backing_chain;
+pub use advice::{Part, Recorder};
+pub use base::{resolve_backing, Target};
+pub use chain::Descent;
 pub use files::{open_extra_files, ExtraFile, FilesOf};
-pub use open::{Access, ChainImage, Identity, OpenedFile};
+pub use gate::{Gate, Located};
+pub use named::NamedFile;
+pub use names::{file_name, FileName, NoFile};
+pub use open::{Access, ChainImage, OpenedFile};
 pub use open_files::allow_many as allow_many_open_files;
 pub use parents::{check_immediate_parent, check_parents, parent_mismatch};
+pub use roots::Roots;

@@ -1,43 +1,33 @@
-//! Opening an image of a chain: once, with the right mode; then it is locked, and its format found out.
+//! Opening an image of a chain: once, with the right mode, after a look at what it is; then it is locked, and its format
+//! found out.
 
+use super::advice::{Part, Recorder};
 use super::files::ExtraFile;
-use super::write_target::Located;
+use super::gate::Located;
+use super::named::NamedFile;
 use crate::devices::lock::{lock_read_only, lock_read_write};
 use crate::error::Error;
 use crate::escape::escape_path;
+use crate::lookup::{Directory, Identity};
 use crate::plugins::{FileImage, Plugin};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
-use rustix::fs::OFlags;
-use rustix::io::retry_on_intr;
+use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
+use rustix::io::{retry_on_intr, Errno};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
-/// What a file is, whatever its names: device and inode; for a block device the device that it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Identity(bool, u64, u64);
-
-impl Identity {
-    /// The identity of a file with this metadata.
-    #[must_use]
-    pub fn of(metadata: &std::fs::Metadata) -> Self {
-        if metadata.file_type().is_block_device() {
-            Self(true, metadata.rdev(), 0)
-        } else {
-            Self(false, metadata.dev(), metadata.ino())
-        }
-    }
-}
 
 /// An image file that is open.
 #[derive(Debug)]
 pub struct OpenedFile {
     /// The file.
     pub file: FileImage,
-    /// Its path, for messages and for the names that it records.
+    /// Its absolute path, for messages.
     pub path: PathBuf,
+    /// Where the names that it records begin.
+    pub directory: Directory,
     /// What it is.
     pub identity: Identity,
     /// A block device: its length is fixed.
@@ -72,7 +62,8 @@ pub enum Access {
 }
 
 impl Access {
-    /// A FIFO or a terminal must not block or take over the process: they are refused after the open.
+    /// Only files and block devices are opened. One that another took the place of meanwhile must neither block nor become
+    /// the terminal of the process.
     fn flags(self) -> OFlags {
         let mode = match self {
             Self::ReadWrite => OFlags::RDWR,
@@ -80,59 +71,103 @@ impl Access {
         };
         mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY
     }
+
+    /// Why a file could not be looked at or opened.
+    pub(super) fn failed(self, path: &Path, errno: Errno, missing: ErrorCode) -> Error {
+        let what = if self == Self::ReadWrite { "cannot be opened for writing" } else { "cannot be opened" };
+        let clause = format!("{what}: {}", io::Error::from(errno));
+        let code = match errno {
+            Errno::NOENT => return Error::image(path, missing, "does not exist"),
+            Errno::ISDIR => return Error::image(path, ErrorCode::OpenFailed, "is a directory, not an image"),
+            Errno::ACCESS | Errno::PERM => ErrorCode::PermissionDenied,
+            Errno::ROFS => ErrorCode::ReadOnly,
+            _ => ErrorCode::OpenFailed,
+        };
+        Error::image(path, code, clause)
+    }
+}
+
+/// A file that was looked at and is to be opened.
+pub(super) struct Looked<'a> {
+    /// The directory that it is opened in.
+    pub holder: &'a Directory,
+    /// Its name there.
+    pub name: &'a OsStr,
+    /// What it was.
+    pub stat: &'a Stat,
+    /// The name may be a link: the operator's.
+    pub follow: bool,
+    /// A device must be in use by nobody, because this image chose it.
+    pub exclusive: Option<&'a Recorder<'a>>,
+}
+
+impl Looked<'_> {
+    /// Open it, if it still is what it was. `beside` is where the names in it begin.
+    pub(super) fn open(
+        &self,
+        path: &Path,
+        beside: &Directory,
+        access: Access,
+        missing: ErrorCode,
+    ) -> Result<OpenedFile, Error> {
+        let failed = |errno| access.failed(path, errno, missing);
+        let kind = FileType::from_raw_mode(self.stat.st_mode);
+        let block_device = match kind {
+            FileType::RegularFile => false,
+            FileType::BlockDevice => true,
+            FileType::Directory => return Err(failed(Errno::ISDIR)),
+            _ => return Err(Error::image(path, ErrorCode::OpenFailed, "is not a regular file or block device")),
+        };
+        let mut flags = access.flags();
+        flags.set(OFlags::NOFOLLOW, !self.follow);
+        // Without O_CREAT it says of a block device that nobody may have mounted it, or built something on it (open(2)).
+        flags.set(OFlags::EXCL, self.exclusive.is_some() && block_device);
+        let replaced = || {
+            let clause = "was replaced by another file while it was being opened: run the command again";
+            Error::image(path, ErrorCode::OpenFailed, clause)
+        };
+        let descriptor = match retry_on_intr(|| openat(self.holder, self.name, flags, Mode::empty())) {
+            Ok(descriptor) => descriptor,
+            // A link, a socket or a FIFO without a reader took its place.
+            Err(Errno::LOOP | Errno::NXIO) => return Err(replaced()),
+            Err(errno) => {
+                let chosen_by = self.exclusive.filter(|_| errno == Errno::BUSY);
+                return Err(chosen_by.map_or_else(|| failed(errno), |recorder| recorder.claimed(path)));
+            }
+        };
+        let identity = Identity::of(self.stat);
+        if Identity::of(&fstat(&descriptor).map_err(failed)?) != identity {
+            return Err(replaced());
+        }
+        let file = FileImage::new(File::from(descriptor)).map_err(|error| {
+            Error::image(path, ErrorCode::OpenFailed, format!("its length cannot be found out: {error}"))
+        })?;
+        Ok(OpenedFile { file, path: path.to_owned(), directory: beside.clone(), identity, block_device })
+    }
 }
 
 impl OpenedFile {
     /// Open a file that the operator named.
     ///
     /// # Errors
-    /// `missing` if it is not there, [`ErrorCode::OpenFailed`].
+    /// `missing` if it is not there; what [`NamedFile::open`] gives.
     pub fn named(path: &Path, access: Access, missing: ErrorCode) -> Result<Self, Error> {
-        let opened = retry_on_intr(|| rustix::fs::open(path, access.flags(), rustix::fs::Mode::empty()));
-        Self::adopt(opened.map(File::from).map_err(io::Error::from), path.to_owned(), access, missing)
+        NamedFile::new(path).open(access, missing)
     }
 
-    /// Open a file that an image names.
+    /// Open a file that an image names. If it is to be changed and the operator did not name it, too, it must be in use by
+    /// nobody else.
     ///
     /// # Errors
-    /// As [`OpenedFile::named`], and [`ErrorCode::WriteTargetNotAllowed`] if a link leads outside.
-    pub fn located(located: &Located, access: Access, missing: ErrorCode) -> Result<Self, Error> {
-        Self::adopt(located.open(access.flags()), located.path(), access, missing)
-    }
-
-    fn adopt(opened: io::Result<File>, path: PathBuf, access: Access, missing: ErrorCode) -> Result<Self, Error> {
-        let failed = |code, clause: String| Err(Error::image(&path, code, clause));
-        let file = match opened {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(Error::image(&path, missing, "does not exist").caused_by(&error));
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EXDEV) => {
-                let clause =
-                    "a symbolic link leads outside the directory: name the file with -b, or allow its directory \
-                              with --allow-backing-dir";
-                return failed(ErrorCode::WriteTargetNotAllowed, clause.into());
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EISDIR) => {
-                return failed(ErrorCode::OpenFailed, "is a directory, not an image".into());
-            }
-            Err(error) if access == Access::ReadWrite => {
-                return Err(Error::io(&path, ErrorCode::OpenFailed, "cannot be opened for writing", &error));
-            }
-            Err(error) => return Err(Error::io(&path, ErrorCode::OpenFailed, "cannot be opened", &error)),
-        };
-        let metadata = file
-            .metadata()
-            .map_err(|error| Error::image(&path, ErrorCode::OpenFailed, format!("cannot be looked at: {error}")))?;
-        let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return failed(ErrorCode::OpenFailed, "is not a regular file or block device".into());
-        }
-        let file = FileImage::new(file).map_err(|error| {
-            Error::image(&path, ErrorCode::OpenFailed, format!("its length cannot be found out: {error}"))
-        })?;
-        let (identity, block_device) = (Identity::of(&metadata), kind.is_block_device());
-        Ok(Self { file, path, identity, block_device })
+    /// [`ErrorCode::PermissionDenied`], [`ErrorCode::ReadOnly`], [`ErrorCode::OpenFailed`];
+    /// [`ErrorCode::WriteTargetNotAllowed`] for a device that is mounted.
+    pub fn located(located: &Located, recorder: &Recorder<'_>, access: Access) -> Result<Self, Error> {
+        let Located { reached, path, by_operator, .. } = located;
+        let exclusive =
+            ((access == Access::ReadWrite || recorder.part == Part::Target) && !by_operator).then_some(recorder);
+        let holder = reached.holder.directory();
+        let looked = Looked { holder, name: &reached.name, stat: &reached.stat, follow: false, exclusive };
+        looked.open(path, &reached.beside, access, ErrorCode::BackingNotFound)
     }
 
     /// Lock the file as QEMU does, so that no virtual machine and no other tool uses it in a way that conflicts.
@@ -152,12 +187,5 @@ impl OpenedFile {
                 Err(Error::image(&self.path, ErrorCode::ImageInUse, clause))
             }
         }
-    }
-
-    /// The directory that the names in this image begin at, as an absolute path.
-    #[must_use]
-    pub fn directory(&self) -> PathBuf {
-        let absolute = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
-        absolute.parent().map_or_else(|| PathBuf::from("/"), Path::to_owned)
     }
 }

@@ -1,9 +1,10 @@
 //! Is what is below an image what the image was made on? Some formats record that: both sides give an identity, which is
 //! only compared here. No format has to know another one.
 
-use super::base::recorded_format;
-use super::open::{Access, ChainImage, OpenedFile};
-use super::write_target::Gate;
+use super::advice::Part;
+use super::chain::Descent;
+use super::gate::Gate;
+use super::open::{Access, ChainImage};
 use crate::error::Error;
 use crate::escape::escape_path;
 use crate::plugins::Registry;
@@ -58,13 +59,13 @@ pub fn check_parents(chain: &[&ChainImage<'_>]) -> Result<(), Error> {
 /// # Errors
 /// [`ErrorCode::ParentMismatch`].
 pub fn check_immediate_parent(registry: &Registry, image: &ChainImage<'_>, gate: &Gate) -> Result<(), Error> {
-    let pointer = image.facts.backing.as_ref().into_option().filter(|_| !image.facts.parent_identity.is_empty());
-    let Some(located) = pointer.and_then(|pointer| gate.locate_any(&image.opened.directory(), pointer.names()).ok())
-    else {
+    if image.facts.parent_identity.is_empty() {
         return Ok(());
-    };
-    let opened = OpenedFile::located(&located, Access::Shared, ErrorCode::BackingNotFound);
-    match opened.and_then(|opened| opened.identify_recorded(registry, recorded_format(&image.facts))) {
+    }
+    let mut descent = Descent::new(registry, gate, &image.opened.path, 1);
+    let (part, access) = (Part::Ancestor, Access::Shared);
+    let Ok(Some(located)) = descent.next(image, part, access, None) else { return Ok(()) };
+    match descent.open(image, &located, part, access) {
         Ok(parent) => check_parents(&[image, &parent]),
         Err(_) => Ok(()),
     }

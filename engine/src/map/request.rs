@@ -3,16 +3,15 @@
 use super::handler::MapHandler;
 use super::{places, Reporter};
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
-use crate::confine::{Confinement, Reach, Work};
+use crate::confine::{Confinement, Work};
 use crate::error::Error;
-use crate::image::write_target::Gate;
 use crate::image::{
-    allow_many_open_files, check_parents, discover_backing_chain, open_extra_files, Access, FilesOf, OpenedFile,
+    allow_many_open_files, check_parents, open_extra_files, Access, Descent, FilesOf, Gate, NamedFile, Roots,
 };
 use crate::plugins::{ImageRead, Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// What the operator asks for.
 #[derive(Clone, Debug, Default)]
@@ -42,20 +41,17 @@ const ENTRY_BYTES: u64 = 4;
 /// One line that names the file and what to do. What was reported until then stays reported.
 pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), Error> {
     allow_many_open_files();
-    let path = std::path::absolute(&request.image).map_err(|error| {
-        Error::image(&request.image, ErrorCode::ImageNotFound, format!("cannot be resolved: {error}"))
-    })?;
-    let gate = Gate::new(&request.allowed_directories)?;
+    let file = NamedFile::new(&request.image);
+    let roots = Roots::of(&file, &request.allowed_directories)?;
     let registry = Registry::load(&request.search);
     let kvm = KvmDevice::open();
     let access = if request.force_share { Access::Shared } else { Access::ReadOnly };
-    let opened = OpenedFile::named(&request.image, access, ErrorCode::ImageNotFound)?.lock(access)?;
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let gate = gate.with(directory);
-    let confinement = Confinement::begin(&gate.directories().fold(Reach::default(), Reach::read), Work::OpenToRead);
+    let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
+    let confinement = Confinement::begin(&roots.reach(access), Work::OpenToRead);
 
+    let gate = Gate::within(roots);
     let top = opened.identify_as(&registry, request.format.as_deref())?;
-    let below = discover_backing_chain(&registry, &[&top], MAX_CHAIN_DEVICES - 1, access, &gate)?;
+    let below = Descent::new(&registry, &gate, file.path(), MAX_CHAIN_DEVICES - 1).open_below(&top, access)?;
     let mut layers: Vec<_> = std::iter::once(top).chain(below).collect();
     check_parents(&layers.iter().collect::<Vec<_>>())?;
     let mut files: Vec<FilesOf<'_, '_, '_>> =

@@ -4,11 +4,14 @@
 //! nobody but root and the caller can change. The checks are made on opened descriptors, and the descriptor that
 //! was checked is the one that is loaded: nothing is looked up by name twice.
 
-use rustix::fs::{fstat, open, openat, FileType, Mode, OFlags, Stat};
+use crate::lookup::{walk, Directory, Why};
+use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
 use rustix::process::geteuid;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Write permission of group and others.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
@@ -18,46 +21,62 @@ const STICKY: u32 = 0o1000;
 /// A directory that plugins may be loaded from.
 #[derive(Debug)]
 pub struct TrustedDirectory {
-    path: PathBuf,
-    fd: OwnedFd,
+    directory: Directory,
+    /// To list it.
+    listing: OwnedFd,
 }
 
 /// Why nothing is loaded from a directory, or why a file is not loaded. One clause.
 pub type Distrust = String;
 
+/// What the kernel says, as text.
+fn said(errno: Errno) -> std::io::Error {
+    errno.into()
+}
+
 impl TrustedDirectory {
     /// Open a directory and check it and its ancestors. `Ok(None)` if it does not exist.
     pub fn open(path: &Path) -> Result<Option<Self>, Distrust> {
-        let path = match path.canonicalize() {
-            Ok(path) => path,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(format!("cannot open the directory: {error}")),
-        };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = open(&path, flags, Mode::empty()).map_err(|e| format!("cannot open the directory: {e}"))?;
-        let stat = fstat(&fd).map_err(|e| format!("cannot inspect the directory: {e}"))?;
+        match Directory::open(path) {
+            Ok(directory) => Self::check(directory).map(Some),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(format!("cannot open the directory: {}", said(errno))),
+        }
+    }
+
+    /// Check this directory and those above it: from its descriptor up, so that no name is looked up a second time.
+    fn check(directory: Directory) -> Result<Self, Distrust> {
+        let stat = directory.stat().map_err(|e| format!("cannot inspect the directory: {}", said(e)))?;
         check(&stat, "the directory")?;
-        for ancestor in path.ancestors().skip(1) {
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let fd = open(ancestor, flags, Mode::empty())
-                .map_err(|e| format!("cannot inspect the directory {}: {e}", ancestor.display()))?;
-            let stat = fstat(&fd).map_err(|e| format!("cannot inspect the directory {}: {e}", ancestor.display()))?;
+        let mut lower = directory.clone();
+        loop {
+            let unknown = |e| format!("cannot inspect the directory above {}: {}", lower.path().display(), said(e));
+            let above = lower.parent().map_err(unknown)?;
+            if above.identity() == lower.identity() {
+                break;
+            }
+            let stat = above.stat().map_err(unknown)?;
             // Whoever may rename within an ancestor can put another directory here.
             if stat.st_mode & 0o002 != 0 && stat.st_mode & STICKY == 0 {
-                return Err(format!("the directory {} above it is writable by others", ancestor.display()));
+                return Err(format!("the directory {} above it is writable by others", above.path().display()));
             }
+            lower = above;
         }
-        Ok(Some(Self { path, fd }))
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let listing = openat(&directory, ".", flags, Mode::empty())
+            .map_err(|e| format!("cannot open the directory: {}", said(e)))?;
+        Ok(Self { directory: directory.really(), listing })
     }
 
     /// The directory without links in its path.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.directory.path()
     }
 
     /// Names of the directory's entries that `wanted` takes, sorted.
     pub fn names(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>, Distrust> {
-        let entries = rustix::fs::Dir::read_from(&self.fd).map_err(|e| format!("cannot list the directory: {e}"))?;
+        let entries =
+            rustix::fs::Dir::read_from(&self.listing).map_err(|e| format!("cannot list the directory: {e}"))?;
         let mut names = Vec::new();
         for entry in entries {
             let entry = entry.map_err(|e| format!("cannot list the directory: {e}"))?;
@@ -74,25 +93,29 @@ impl TrustedDirectory {
     /// Open a file of the directory for reading and check it. A link is followed to where it leads, whose directory is
     /// then checked like this one.
     pub fn open_file(&self, name: &str) -> Result<(File, Stat), Distrust> {
-        match self.open_plain(name)? {
+        match self.open_plain(OsStr::new(name))? {
             Some(opened) => Ok(opened),
             None => self.follow(name),
         }
     }
 
     fn follow(&self, name: &str) -> Result<(File, Stat), Distrust> {
-        let target = self.path.join(name).canonicalize().map_err(|e| format!("cannot follow the link: {e}"))?;
-        let unusable = || format!("it links to {}, which cannot be opened", target.display());
-        let directory = Self::open(target.parent().ok_or_else(unusable)?)?.ok_or_else(unusable)?;
-        let name = target.file_name().and_then(|name| name.to_str()).ok_or_else(unusable)?;
-        directory.open_plain(name)?.ok_or_else(unusable)
+        let top = Directory::open(Path::new("/")).map_err(|e| format!("cannot follow the link: {}", said(e)))?;
+        let reached = walk(&self.directory, &top, name.as_bytes()).map_err(|lost| match lost.why {
+            Why::Errno(errno) => format!("cannot follow the link: {}", said(errno)),
+            Why::Directory => "it links to a directory".to_owned(),
+            Why::Magic => "it links through /proc".to_owned(),
+        })?;
+        let holder = reached.holder.directory().clone();
+        let unusable = || format!("it links to {}, which cannot be opened", holder.path().display());
+        Self::check(holder.clone())?.open_plain(&reached.name)?.ok_or_else(unusable)
     }
 
     /// `Ok(None)` for a link.
-    fn open_plain(&self, name: &str) -> Result<Option<(File, Stat)>, Distrust> {
+    fn open_plain(&self, name: &OsStr) -> Result<Option<(File, Stat)>, Distrust> {
         // NONBLOCK: a FIFO must not hold the program up before its type is known.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let fd = match openat(&self.fd, name, flags, Mode::empty()) {
+        let fd = match openat(&self.directory, name, flags, Mode::empty()) {
             Ok(fd) => fd,
             Err(rustix::io::Errno::LOOP) => return Ok(None),
             Err(error) => return Err(format!("cannot open it: {error}")),

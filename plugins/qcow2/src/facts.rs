@@ -1,7 +1,7 @@
 //! What a header says, in the terms of the plugin contract.
 
 use crate::listed;
-use instar_plugin_api::std_types::{ROption, RVec};
+use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{BackingPointer, ErrorCode, Feature, ImageFacts, ImageReader, PluginError};
 use instar_qcow2_format::{
     autoclear, compatible, header_bytes_needed, incompatible, CompressionType, ExtensionKind, Header, HeaderError,

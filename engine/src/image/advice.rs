@@ -1,0 +1,115 @@
+//! What is said of a recorded name that is not followed: who records it, and what helps.
+
+use super::names::NoFile;
+use crate::error::Error;
+use crate::escape::{escape_bytes, escape_path};
+use crate::lookup::Directory;
+use instar_guest_abi::ErrorCode;
+use std::path::Path;
+
+/// What a recorded name is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The file that is committed into.
+    Target,
+    /// An image below the one that records it.
+    Ancestor,
+    /// Another file of the image that records it.
+    File,
+}
+
+/// An image that records a name.
+#[derive(Clone, Copy, Debug)]
+pub struct Recorder<'a> {
+    /// Its path, for people.
+    pub path: &'a Path,
+    /// The name of its format.
+    pub format: &'a str,
+    /// Where the names in it begin.
+    pub directory: &'a Directory,
+    /// What the name is to be.
+    pub part: Part,
+}
+
+impl Recorder<'_> {
+    pub(super) fn refuse(&self, name: &[u8], why: &str, advice: &str) -> Error {
+        let clause = format!("the recorded name '{}' {why}: {advice}", escape_bytes(name));
+        Error::image(self.path, ErrorCode::WriteTargetNotAllowed, clause)
+    }
+
+    /// How another name gets into the image. `what` is to be recorded.
+    fn record(&self, what: &str) -> String {
+        // The formats of which `qemu-img rebase` can change the backing.
+        if self.part != Part::File && matches!(self.format, "qcow2" | "qed") {
+            format!("record {what} with `qemu-img rebase -u -b NEW -F FMT '{}'`", escape_path(self.path))
+        } else {
+            format!("write {what} into the image")
+        }
+    }
+
+    pub(super) fn no_file(&self, name: &[u8], why: &NoFile) -> Error {
+        self.refuse(name, &why.to_string(), &self.record("the name of a local file"))
+    }
+
+    /// There is no such file.
+    pub(super) fn missing(&self, path: &Path) -> Error {
+        let recorder = escape_path(self.path);
+        let (code, role) = match self.part {
+            Part::File => (ErrorCode::OpenFailed, "as a part of it"),
+            Part::Target | Part::Ancestor => (ErrorCode::BackingNotFound, "as its backing file"),
+        };
+        let moved = self.record("its new name");
+        let clause =
+            format!("does not exist, and '{recorder}' records it {role}: put it back, or, if it was moved, {moved}");
+        Error::image(path, code, clause)
+    }
+
+    /// The name leads to a file, or through a directory, that begins with a dot.
+    pub(super) fn hidden(&self, name: &[u8], path: &Path) -> Error {
+        let advice = match self.part {
+            Part::Target => format!("if that is right, commit into it with -b '{}'", escape_path(path)),
+            // What the operator allows is not hidden, but what an image chooses there may be.
+            _ if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) => {
+                format!("rename the file, and {}", self.record("its new name"))
+            }
+            _ => {
+                let directory = path.parent().unwrap_or(Path::new("/"));
+                format!("if that is right, allow its directory with --allow-backing-dir '{}'", escape_path(directory))
+            }
+        };
+        self.refuse(name, "leads to something hidden, which an image may not choose", &advice)
+    }
+
+    /// The name leads to a file that can be executed.
+    pub(super) fn executable(&self, name: &[u8], path: &Path) -> Error {
+        let path = escape_path(path);
+        let advice = match self.part {
+            Part::Target => format!("if that is right, commit into it with -b '{path}'"),
+            Part::Ancestor | Part::File => format!("if it is part of a disk, `chmod a-x '{path}'`"),
+        };
+        self.refuse(name, "leads to an executable file, which an image may not choose", &advice)
+    }
+
+    /// The name leads to a file that is no whole number of sectors.
+    pub(super) fn uneven(&self, name: &[u8], path: &Path, length: u64) -> Error {
+        let path = escape_path(path);
+        let why =
+            format!("leads to a file of {length} bytes, no multiple of 512, which an image may not choose as a disk");
+        let advice = match self.part {
+            Part::Target => format!("if that is right, commit into it with -b '{path}'"),
+            Part::Ancestor | Part::File => format!("if it is part of a disk, `truncate -s %512 '{path}'`"),
+        };
+        self.refuse(name, &why, &advice)
+    }
+
+    /// The device is in use by the kernel.
+    pub(super) fn claimed(&self, path: &Path) -> Error {
+        let mut clause = "is mounted, or part of another device, so that an image may not choose it".to_owned();
+        if self.part == Part::Target {
+            clause += &format!(": if that is right, commit into it with -b '{}'", escape_path(path));
+        } else {
+            clause += ": unmount it first";
+        }
+        Error::image(path, ErrorCode::WriteTargetNotAllowed, clause)
+    }
+}

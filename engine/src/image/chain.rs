@@ -1,0 +1,129 @@
+//! Going down a backing chain: from the image that records a name to the file that the name leads to, for every command in
+//! the same way.
+//!
+//! The chain is what the images record. A path of the operator's only says which of its files is meant, and never where the
+//! next one is looked for.
+
+use super::advice::{Part, Recorder};
+use super::gate::{Gate, Located};
+use super::open::{Access, ChainImage, OpenedFile};
+use crate::error::Error;
+use crate::lookup::Identity;
+use crate::plugins::Registry;
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::{BackingPointer, ImageFacts};
+use std::path::Path;
+
+/// A way down a chain.
+pub struct Descent<'r, 'g> {
+    registry: &'r Registry,
+    gate: &'g Gate,
+    /// The image that the operator named, for messages about the chain as a whole.
+    first: &'g Path,
+    /// The images that it has come by.
+    seen: Vec<Identity>,
+    /// How many more images there may be, and how many in all.
+    room: usize,
+    most: usize,
+}
+
+/// The backing pointer of an image.
+fn pointer(facts: &ImageFacts) -> Option<&BackingPointer> {
+    facts.backing.as_ref().into_option()
+}
+
+impl ChainImage<'_> {
+    /// The image as one that records a name.
+    pub(super) fn recorder(&self, part: Part) -> Recorder<'_> {
+        let (path, directory) = (self.opened.path.as_path(), &self.opened.directory);
+        Recorder { path, format: self.facts.format.as_str(), directory, part }
+    }
+}
+
+impl<'r, 'g> Descent<'r, 'g> {
+    /// A way down from the image that the operator named at `first`: `room` images may be below it.
+    #[must_use]
+    pub fn new(registry: &'r Registry, gate: &'g Gate, first: &'g Path, room: usize) -> Self {
+        Self { registry, gate, first, seen: Vec::new(), room, most: room }
+    }
+
+    /// The way has come by this image.
+    pub fn passed(&mut self, image: Identity) {
+        self.seen.push(image);
+    }
+
+    /// Where the backing of an image is, if it records one; `wanted` is the file that the operator named. Nothing is opened.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ChainTooDeep`], [`ErrorCode::ChainLoop`], and what [`Gate::find`] gives.
+    pub fn next(
+        &mut self,
+        image: &ChainImage<'_>,
+        part: Part,
+        access: Access,
+        wanted: Option<Identity>,
+    ) -> Result<Option<Located>, Error> {
+        let Some(pointer) = pointer(&image.facts) else { return Ok(None) };
+        let located = self.gate.find(&image.recorder(part), pointer.names(), access, wanted)?;
+        let identity = located.identity();
+        if self.seen.contains(&identity) || identity == image.opened.identity {
+            let clause = "the backing chain leads back to itself";
+            return Err(Error::image(&image.opened.path, ErrorCode::ChainLoop, clause));
+        }
+        let Some(room) = self.room.checked_sub(1) else { return Err(self.too_deep()) };
+        self.room = room;
+        self.seen.push(identity);
+        Ok(Some(located))
+    }
+
+    /// Open what [`next`](Self::next) found, and find out what it is.
+    ///
+    /// # Errors
+    /// What opening, locking and probing give.
+    pub fn open(
+        &self,
+        above: &ChainImage<'_>,
+        located: &Located,
+        part: Part,
+        access: Access,
+    ) -> Result<ChainImage<'r>, Error> {
+        let opened = OpenedFile::located(located, &above.recorder(part), access)?.lock(access)?;
+        self.identify(above, located, opened)
+    }
+
+    /// Find out what an open backing is.
+    ///
+    /// # Errors
+    /// What probing gives.
+    pub fn identify(
+        &self,
+        above: &ChainImage<'_>,
+        located: &Located,
+        opened: OpenedFile,
+    ) -> Result<ChainImage<'r>, Error> {
+        // The format beside the name counts before the one within it, as in QEMU.
+        let recorded = pointer(&above.facts).and_then(|pointer| pointer.format.as_ref().into_option());
+        let recorded = recorded.map(|format| format.as_slice()).filter(|format| !format.is_empty());
+        opened.identify_recorded(self.registry, recorded.or(located.format.as_deref().map(str::as_bytes)))
+    }
+
+    /// Open everything below an image, nearest first, for reading only.
+    ///
+    /// # Errors
+    /// As [`next`](Self::next) and [`open`](Self::open).
+    pub fn open_below(&mut self, image: &ChainImage<'_>, access: Access) -> Result<Vec<ChainImage<'r>>, Error> {
+        let mut below: Vec<ChainImage<'r>> = Vec::new();
+        self.passed(image.opened.identity);
+        loop {
+            let above = below.last().map_or(image, |lowest| lowest);
+            let Some(located) = self.next(above, Part::Ancestor, access, None)? else { return Ok(below) };
+            let next = self.open(above, &located, Part::Ancestor, access)?;
+            below.push(next);
+        }
+    }
+
+    fn too_deep(&self) -> Error {
+        let clause = format!("the backing chain has more than {} layers below this image", self.most);
+        Error::image(self.first, ErrorCode::ChainTooDeep, clause)
+    }
+}

@@ -1,0 +1,144 @@
+//! A file that the operator names: it is looked at once, before anything of an image is read, and what is opened later is
+//! that file or none.
+
+use super::open::{Access, Looked, OpenedFile};
+use crate::error::Error;
+use crate::lookup::{Directory, Identity};
+use instar_guest_abi::ErrorCode;
+use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
+use rustix::io::{retry_on_intr, Errno};
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+/// A file that the operator names, and what was found there.
+#[derive(Debug)]
+pub struct NamedFile {
+    path: PathBuf,
+    directory: Option<Directory>,
+    name: OsString,
+    found: Result<(OwnedFd, Stat), Errno>,
+}
+
+/// A path as the directory and the name in it; of a path that ends in a slash, the name does, too: it is a directory's.
+fn split(path: &Path) -> (&Path, OsString) {
+    let bytes = path.as_os_str().as_bytes();
+    let end = bytes.iter().rposition(|&byte| byte != b'/').map_or(0, |last| last + 1);
+    let begin = bytes[..end].iter().rposition(|&byte| byte == b'/').map_or(0, |slash| slash + 1);
+    let part = |range: std::ops::Range<usize>| OsStr::from_bytes(&bytes[range]);
+    (Path::new(part(0..begin)), part(begin..bytes.len()).to_owned())
+}
+
+impl NamedFile {
+    /// Look at the file that this path names.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        let (parent, name) = split(path);
+        Self::look(path.to_owned(), Directory::open(parent), name)
+    }
+
+    /// The same for a path that begins at the directory of another image.
+    #[must_use]
+    pub fn beside(image: &Self, path: &Path) -> Self {
+        let Some(directory) = image.directory.as_ref().filter(|_| path.is_relative()) else {
+            return Self::new(path);
+        };
+        let (parent, name) = split(path);
+        let shown = directory.path().join(path);
+        Self::look(shown, directory.open_below(parent), name)
+    }
+
+    fn look(path: PathBuf, directory: Result<Directory, Errno>, name: OsString) -> Self {
+        let (directory, found) = match directory {
+            Err(errno) => (None, Err(errno)),
+            Ok(directory) => {
+                // The operator's own links are followed, those of procfs as well.
+                let flags = OFlags::PATH | OFlags::CLOEXEC;
+                let object = retry_on_intr(|| openat(&directory, &name, flags, Mode::empty()));
+                let found = object.and_then(|object| fstat(&object).map(|stat| (object, stat)));
+                (Some(directory), found)
+            }
+        };
+        Self { path, directory, name, found }
+    }
+
+    /// Its path as the operator gave it; one that begins at the directory of another image begins with that.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its name in its directory.
+    #[must_use]
+    pub fn name(&self) -> &OsStr {
+        &self.name
+    }
+
+    /// The directory that its name lies in, if that exists.
+    #[must_use]
+    pub fn directory(&self) -> Option<&Directory> {
+        self.directory.as_ref()
+    }
+
+    /// What it is, if it exists.
+    #[must_use]
+    pub fn identity(&self) -> Option<Identity> {
+        self.found.as_ref().ok().map(|(_, stat)| Identity::of(stat))
+    }
+
+    /// A descriptor that only names it, if it exists.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.found.as_ref().ok().map(|(object, _)| object.as_fd())
+    }
+
+    /// Whether it is a block device.
+    #[must_use]
+    pub fn is_block_device(&self) -> bool {
+        self.found.as_ref().is_ok_and(|(_, stat)| FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice)
+    }
+
+    /// The length of a file in bytes, if it is one.
+    #[must_use]
+    pub fn length(&self) -> Option<u64> {
+        let (_, stat) = self.found.as_ref().ok()?;
+        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        regular.then(|| u64::try_from(stat.st_size).unwrap_or(0))
+    }
+
+    /// Open it.
+    ///
+    /// # Errors
+    /// `missing` if it is not there; [`ErrorCode::PermissionDenied`], [`ErrorCode::ReadOnly`], [`ErrorCode::OpenFailed`].
+    pub fn open(&self, access: Access, missing: ErrorCode) -> Result<OpenedFile, Error> {
+        let (directory, stat) = match (&self.directory, &self.found) {
+            (Some(directory), Ok((_, stat))) => (directory, stat),
+            (_, Err(errno)) => return Err(access.failed(&self.path, *errno, missing)),
+            (None, Ok(_)) => return Err(access.failed(&self.path, Errno::NOENT, missing)),
+        };
+        let looked = Looked { holder: directory, name: &self.name, stat, follow: true, exclusive: None };
+        looked.open(&self.path, directory, access, missing)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_split_at_the_last_slash() {
+        for (path, directory, name) in [
+            ("top", "", "top"),
+            ("./top", "./", "top"),
+            ("/top", "/", "top"),
+            ("a/b/top", "a/b/", "top"),
+            ("a//top", "a//", "top"),
+            ("a/top/", "a/", "top/"),
+            ("/", "", "/"),
+            ("..", "", ".."),
+        ] {
+            assert_eq!(split(Path::new(path)), (Path::new(directory), OsString::from(name)), "{path}");
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! A directory as an open descriptor: what it is stays the same, whatever its name leads to later.
+
+use rustix::fs::{fstat, openat, readlinkat, FileType, Mode, OFlags, Stat, CWD};
+use rustix::io::{retry_on_intr, Errno};
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+/// What a file is, whatever its names: device and inode; for a block device the device that it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity(bool, u64, u64);
+
+impl Identity {
+    /// The identity of a file of which `fstat` says this.
+    #[must_use]
+    pub fn of(stat: &Stat) -> Self {
+        if FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice {
+            Self(true, stat.st_rdev, 0)
+        } else {
+            Self(false, stat.st_dev, stat.st_ino)
+        }
+    }
+}
+
+/// A directory that is held open, and the path that people know it by.
+#[derive(Clone, Debug)]
+pub struct Directory {
+    descriptor: Arc<OwnedFd>,
+    identity: Identity,
+    path: PathBuf,
+}
+
+impl AsFd for Directory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
+/// The flags of a descriptor that only names a place.
+const PLACE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
+
+impl Directory {
+    /// Open the directory that the operator names; links on the way are followed.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn open(path: &Path) -> Result<Self, Errno> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        Self::open_from(CWD, path, std::path::absolute(path).unwrap_or_else(|_| path.to_owned()))
+    }
+
+    /// The same for a path that begins at this directory.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn open_below(&self, path: &Path) -> Result<Self, Errno> {
+        Self::open_from(self.as_fd(), path, self.path.join(path))
+    }
+
+    fn open_from(start: BorrowedFd<'_>, path: &Path, shown: PathBuf) -> Result<Self, Errno> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let descriptor = retry_on_intr(|| openat(start, path, PLACE | OFlags::DIRECTORY, Mode::empty()))?;
+        let mut directory = Self::adopt(descriptor, shown)?;
+        // Behind a link, `..` does not lead where the text seems to say.
+        if directory.path.components().any(|component| component == Component::ParentDir) {
+            directory.path = directory.real_path().unwrap_or(directory.path);
+        }
+        directory.path = directory.path.components().collect();
+        Ok(directory)
+    }
+
+    /// Hold this descriptor of a directory.
+    ///
+    /// # Errors
+    /// `ENOTDIR` if it is none.
+    pub fn adopt(descriptor: OwnedFd, path: PathBuf) -> Result<Self, Errno> {
+        let stat = fstat(&descriptor)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        Ok(Self { descriptor: Arc::new(descriptor), identity: Identity::of(&stat), path })
+    }
+
+    /// Which directory it is.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// An absolute path for people. Nothing is opened by it.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Owner, mode and file system.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn stat(&self) -> Result<Stat, Errno> {
+        fstat(self)
+    }
+
+    /// Look at an entry without following a link and without opening it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn look(&self, name: &OsStr) -> Result<(OwnedFd, Stat), Errno> {
+        let entry = retry_on_intr(|| openat(self, name, PLACE | OFlags::NOFOLLOW, Mode::empty()))?;
+        let stat = fstat(&entry)?;
+        Ok((entry, stat))
+    }
+
+    /// The directory of this name in this one; no link is followed.
+    ///
+    /// # Errors
+    /// The kernel's; `ENOTDIR` also for a link.
+    pub fn enter(&self, name: &OsStr) -> Result<Self, Errno> {
+        // With O_DIRECTORY, so that a file system that is mounted when somebody enters it is mounted.
+        let flags = PLACE | OFlags::NOFOLLOW | OFlags::DIRECTORY;
+        match retry_on_intr(|| openat(self, name, flags, Mode::empty())) {
+            Ok(descriptor) => Self::adopt(descriptor, self.path.join(name)),
+            // What some kernels say of a link.
+            Err(Errno::LOOP) => Err(Errno::NOTDIR),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The directory above it, as the kernel knows it now. That of the top-most is the top-most itself.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn parent(&self) -> Result<Self, Errno> {
+        let above = openat(self, "..", PLACE | OFlags::DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
+        let mut parent = Self::adopt(above, PathBuf::new())?;
+        parent.path = parent.real_path().unwrap_or_else(|| self.path.join(".."));
+        Ok(parent)
+    }
+
+    /// The same directory under another path for people.
+    #[must_use]
+    pub(super) fn shown_as(mut self, path: PathBuf) -> Self {
+        self.path = path;
+        self
+    }
+
+    /// The same directory under the path that it has without links, if that can be found out.
+    #[must_use]
+    pub fn really(mut self) -> Self {
+        self.path = self.real_path().unwrap_or(self.path);
+        self
+    }
+
+    /// Where the kernel says that it is, if that leads to it.
+    fn real_path(&self) -> Option<PathBuf> {
+        let link = format!("/proc/self/fd/{}", self.descriptor.as_raw_fd());
+        let path = PathBuf::from(OsString::from_vec(readlinkat(CWD, link, Vec::new()).ok()?.into_bytes()));
+        let there = openat(CWD, &path, PLACE | OFlags::DIRECTORY, Mode::empty()).ok()?;
+        (Identity::of(&fstat(&there).ok()?) == self.identity).then_some(path)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_stays_what_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        std::fs::write(dir.path().join("a/b/file"), "x").unwrap();
+        let below = Directory::open(&dir.path().join("a/b")).unwrap();
+        let identity = below.identity();
+        std::fs::rename(dir.path().join("a/b"), dir.path().join("c")).unwrap();
+        std::fs::create_dir(dir.path().join("a/b")).unwrap();
+        assert!(below.look(OsStr::new("file")).is_ok());
+        assert_eq!(below.parent().unwrap().identity(), Directory::open(dir.path()).unwrap().identity());
+        assert_eq!(below.parent().unwrap().path(), dir.path().canonicalize().unwrap());
+        assert_ne!(Directory::open(&dir.path().join("a/b")).unwrap().identity(), identity);
+        std::fs::remove_file(dir.path().join("c/file")).unwrap();
+        std::fs::remove_dir(dir.path().join("c")).unwrap();
+        assert_eq!(below.look(OsStr::new("file")).unwrap_err(), Errno::NOENT);
+    }
+
+    #[test]
+    fn links_are_not_entered() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/", dir.path().join("link")).unwrap();
+        let directory = Directory::open(dir.path()).unwrap();
+        assert_eq!(directory.enter(OsStr::new("link")).unwrap_err(), Errno::NOTDIR);
+        assert!(Directory::open(&dir.path().join("link")).is_ok());
+    }
+}

@@ -1,0 +1,307 @@
+//! Walking a name as the kernel does (path_resolution(7)): link by link, with `..` as the real parent.
+
+use super::{Directory, Identity};
+use rustix::fs::{fstatfs, readlinkat, FileType, Stat};
+use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+/// Links that are followed at most: as many as the kernel follows (`MAXSYMLINKS`).
+const MAX_LINKS: usize = 40;
+/// `f_type` of procfs (statfs(2)). What its links say is not where they lead.
+const PROC: u64 = 0x9fa0;
+
+/// A directory, and by which names a walk came to it.
+#[derive(Clone, Debug)]
+pub struct Place {
+    directory: Directory,
+    /// The directories that were entered from one another, the lowest last: which each was entered from, and its name there.
+    trail: Vec<(Identity, OsString)>,
+}
+
+/// How a place was left for the directory above it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// By this name it was entered.
+    Named(OsString),
+    /// The walk did not come from above.
+    Unnamed,
+    /// There is nothing above it.
+    Top,
+}
+
+impl Place {
+    /// The beginning of a walk.
+    #[must_use]
+    pub fn start(directory: Directory) -> Self {
+        Self { directory, trail: Vec::new() }
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    fn enter(&mut self, name: &OsStr) -> Result<(), Errno> {
+        let next = self.directory.enter(name)?;
+        self.trail.push((self.directory.identity(), name.to_owned()));
+        self.directory = next;
+        Ok(())
+    }
+
+    /// Go to the directory above it, as the kernel knows it now.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn leave(&mut self) -> Result<Left, Errno> {
+        let parent = self.directory.parent()?;
+        if parent.identity() == self.directory.identity() {
+            return Ok(Left::Top);
+        }
+        // Somebody may have moved the directory since.
+        let left = match self.trail.pop() {
+            Some((identity, name)) if identity == parent.identity() => Left::Named(name),
+            _ => {
+                self.trail.clear();
+                Left::Unnamed
+            }
+        };
+        let shown = match (&left, self.directory.path().parent()) {
+            (Left::Named(_), Some(above)) => above.to_owned(),
+            _ => parent.path().to_owned(),
+        };
+        self.directory = parent.shown_as(shown);
+        Ok(left)
+    }
+}
+
+/// What a name leads to.
+#[derive(Debug)]
+pub struct Reached {
+    /// The directory that the last component of the name lies in, as it is written: names that the file records begin there,
+    /// also where that component is a link (as QEMU has it).
+    pub beside: Directory,
+    /// The directory that holds the file itself.
+    pub holder: Place,
+    /// Its name there.
+    pub name: OsString,
+    /// A descriptor that only names it.
+    pub object: OwnedFd,
+    /// What it is.
+    pub stat: Stat,
+    /// Every link on the way stands in a directory that only root and the caller can change.
+    pub trusted: bool,
+}
+
+/// Why a walk ends before a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// The kernel's answer.
+    Errno(Errno),
+    /// The name leads to a directory.
+    Directory,
+    /// A link of procfs: it leads where no text says.
+    Magic,
+}
+
+impl From<Errno> for Why {
+    fn from(errno: Errno) -> Self {
+        Self::Errno(errno)
+    }
+}
+
+/// A walk that ended before a file.
+#[derive(Debug)]
+pub struct Lost {
+    /// Where it ended.
+    pub at: Place,
+    /// What it was to enter there, and what was to follow.
+    pub rest: PathBuf,
+    /// Why.
+    pub why: Why,
+}
+
+/// A part of a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Component {
+    Root,
+    Here,
+    Above,
+    Name(OsString),
+}
+
+/// The parts of a name, the last first.
+fn components(name: &[u8]) -> Vec<Component> {
+    let mut all: Vec<Component> = name
+        .split(|&byte| byte == b'/')
+        .map(|part| match part {
+            // Between two slashes, and behind the last: what is before it has to be a directory.
+            b"" | b"." => Component::Here,
+            b".." => Component::Above,
+            part => Component::Name(OsStr::from_bytes(part).to_owned()),
+        })
+        .rev()
+        .collect();
+    if name.first() == Some(&b'/') {
+        all.push(Component::Root);
+    }
+    all
+}
+
+/// A walk that is made step by step.
+#[derive(Debug)]
+pub struct Walk {
+    place: Place,
+    top: Directory,
+    rest: Vec<Component>,
+    links: usize,
+    beside: Option<Directory>,
+    trusted: bool,
+}
+
+/// What a step came to.
+#[derive(Debug)]
+pub enum Step {
+    /// There is more to walk.
+    More,
+    /// The file.
+    Reached(Box<Reached>),
+}
+
+impl Walk {
+    /// A walk from `start`; names that begin with a slash, and such links, begin at `top`, the root directory.
+    #[must_use]
+    pub fn new(start: &Directory, top: &Directory, name: &[u8]) -> Self {
+        Self {
+            place: Place::start(start.clone()),
+            top: top.clone(),
+            rest: components(name),
+            links: 0,
+            beside: None,
+            trusted: true,
+        }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Whether the next step enters a name, and does not only go up or begin anew.
+    #[must_use]
+    pub fn enters(&self) -> Option<&OsStr> {
+        match self.rest.last() {
+            Some(Component::Name(name)) => Some(name),
+            _ => None,
+        }
+    }
+
+    /// What is left of the name, as text.
+    #[must_use]
+    pub fn rest(&self) -> PathBuf {
+        let text = |component: &Component| match component {
+            Component::Root => OsStr::new("/").to_owned(),
+            Component::Here => OsString::new(),
+            Component::Above => OsStr::new("..").to_owned(),
+            Component::Name(name) => name.clone(),
+        };
+        // An empty part would be a slash at the end.
+        self.rest.iter().rev().map(text).filter(|part| !part.is_empty()).collect()
+    }
+
+    /// Make a step.
+    ///
+    /// # Errors
+    /// Why there is none. The walk is where it was, and what it could not enter is still to be walked.
+    pub fn step(&mut self) -> Result<Step, Why> {
+        let last = self.rest.len() == 1;
+        match self.rest.last() {
+            None => return Err(Why::Directory),
+            Some(Component::Here) => {}
+            Some(Component::Root) => self.place = Place::start(self.top.clone()),
+            Some(Component::Above) => {
+                self.place.leave()?;
+            }
+            Some(Component::Name(name)) => {
+                let name = name.clone();
+                if last && self.beside.is_none() {
+                    self.beside = Some(self.place.directory.clone());
+                }
+                return self.name(&name, last);
+            }
+        }
+        self.rest.pop();
+        Ok(Step::More)
+    }
+
+    fn name(&mut self, name: &OsStr, last: bool) -> Result<Step, Why> {
+        if !last {
+            match self.place.enter(name) {
+                Ok(()) => {
+                    self.rest.pop();
+                    return Ok(Step::More);
+                }
+                Err(Errno::NOTDIR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let (object, stat) = self.place.directory.look(name)?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Symlink => self.follow(&object)?,
+            _ if !last => return Err(Errno::NOTDIR.into()),
+            FileType::Directory => return Err(Why::Directory),
+            _ => {
+                let beside = self.beside.clone().unwrap_or_else(|| self.place.directory.clone());
+                let (holder, name, trusted) = (self.place.clone(), name.to_owned(), self.trusted);
+                return Ok(Step::Reached(Box::new(Reached { beside, holder, name, object, stat, trusted })));
+            }
+        }
+        Ok(Step::More)
+    }
+
+    /// Go on with what a link says.
+    fn follow(&mut self, link: &OwnedFd) -> Result<(), Why> {
+        if fstatfs(&self.place.directory).is_ok_and(|system| system.f_type.cast_unsigned() == PROC) {
+            return Err(Why::Magic);
+        }
+        self.links += 1;
+        if self.links > MAX_LINKS {
+            return Err(Errno::LOOP.into());
+        }
+        let text = readlinkat(link, "", Vec::new())?.into_bytes();
+        if text.is_empty() {
+            return Err(Errno::NOENT.into());
+        }
+        self.trusted &= is_trusted(&self.place.directory);
+        self.rest.pop();
+        let text = OsString::from_vec(text);
+        self.rest.extend(components(text.as_bytes()));
+        Ok(())
+    }
+}
+
+/// Whether only root and the caller can change what stands in a directory.
+#[must_use]
+pub fn is_trusted(directory: &Directory) -> bool {
+    let caller = rustix::process::geteuid().as_raw();
+    directory.stat().is_ok_and(|stat| (stat.st_uid == 0 || stat.st_uid == caller) && stat.st_mode & 0o022 == 0)
+}
+
+/// Walk a name to its end. See [`Walk`].
+///
+/// # Errors
+/// Where and why it ended before a file.
+pub fn walk(start: &Directory, top: &Directory, name: &[u8]) -> Result<Reached, Lost> {
+    let mut walk = Walk::new(start, top, name);
+    loop {
+        match walk.step() {
+            Ok(Step::More) => {}
+            Ok(Step::Reached(reached)) => return Ok(*reached),
+            Err(why) => return Err(Lost { rest: walk.rest(), at: walk.place, why }),
+        }
+    }
+}
