@@ -14,6 +14,7 @@ import pytest
 import support
 import vmdk_bytes
 from support import GIB, KIB, MIB, assert_clean, create, qemu_img, qemu_io, refuse, run_instar
+from test_raw import Loop
 
 SEEDS = 160 if os.environ.get("INSTAR_DEEP") else 24
 
@@ -606,9 +607,28 @@ def test_a_grain_behind_the_first_window_is_checked(lab):
     far = (70 << 30) // 512
     huge(top, at=1 << 16, grain=far)
     vmdk_bytes.set_id(top, "parentCID", vmdk_bytes.Image(base, whole=False).cid)
-    # The grain before the last one begins in the middle of it.
+    # The grain before the last one ends in the middle of it.
     for copy in range(2):
         table = (1 << 16) + (copy * (7 << 15) + (7 << 15) - 1) * 4
-        vmdk_bytes.patch(top, table * 512 + 510 * 4, struct.pack("<I", far + 64))
+        vmdk_bytes.patch(top, table * 512 + 510 * 4, struct.pack("<I", far - 64))
     # Nobody looks whether 70 GiB have changed: the plan is not reached.
     support.assert_refused(run_instar("commit", "--dry-run", top), "ERROR_OVERLAY_CORRUPT", "overlaps")
+
+
+def test_block_devices(lab):
+    """What is there can be written in place, and emptied; for more, a vmdk has to grow, and a device does not."""
+    base = lab.make("base.vmdk", size=8 * MIB, writes=["write -P 1 0 4M"])
+    os.truncate(base, 12 * MIB)
+    with Loop(base) as below:
+        top = lab.dir / "top.vmdk"
+        create(top, backing=below, backing_fmt="vmdk", fmt="vmdk")
+        qemu_io(top, "write -P 9 1M 300k", fmt="vmdk")
+        wanted = lab.raw(top)
+        os.truncate(top, 12 * MIB)
+        with Loop(top) as above:
+            support.commit(above, "-b", below)
+        assert lab.raw(top) == lab.raw(base) == wanted
+        assert not vmdk_bytes.Image(top).grains() and vmdk_bytes.Image(top).parent_cid == vmdk_bytes.Image(base).cid
+        os.truncate(top, 64 * KIB)
+        qemu_io(top, "write -P 7 5M 64k", fmt="vmdk")
+        refuse("ERROR_UNSUPPORTED_FORMAT", top, "-b", below, files=[base], mentions=["a block device has nothing there"])

@@ -312,7 +312,8 @@ def test_an_interrupted_commit_is_finished(tmp_path):
     for file in [*files_of(base), *files_of(top)]:
         support.copy(file, copies / file.name)
     support.commit(top, "-d")
-    # The overlay has followed, the backing did not get there.
+    # The overlay has followed, and says that it was only announced; the backing did not get there.
+    vmdk_bytes.announce(top)
     for file in files_of(base):
         support.copy(copies / file.name, file)
     support.commit(top)

@@ -29,6 +29,8 @@ pub mod names {
     pub const UNSUPPORTED: &str = "unsupported";
 }
 
+/// Longest name of a file in bytes (`PATH_MAX` without its end).
+const LONGEST_NAME: usize = 4095;
 /// First bytes of a sparse extent of ESX 2 and 3.
 const COWD: [u8; 4] = *b"COWD";
 /// How much of a text is looked at to see whether it is a descriptor: more than any comment in front of it.
@@ -89,7 +91,7 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     }
     let descriptor = descriptor(image, descriptor_at)?;
     let mut facts = ImageFacts::new("vmdk", header.virtual_size(), header.grain_bytes(), image.length());
-    describe(&mut facts, &descriptor);
+    describe(&mut facts, &descriptor)?;
     if header.has(instar_vmdk_format::flags::COMPRESSED) {
         facts.features.push(Feature::flag(names::COMPRESSED, true, false));
     }
@@ -134,22 +136,31 @@ pub fn files(image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
     }
     let descriptor = descriptor_file(image)?;
     match descriptor.disk_extents() {
-        Ok(extents) => Ok(extents.into_iter().map(|extent| file_of(&descriptor, &extent)).collect()),
+        Ok(extents) => extents.into_iter().map(|extent| file_of(&descriptor, &extent)).collect(),
         // That is a fact, for the verdict to refuse.
         Err(error) if error.trouble == Trouble::Unsupported => Ok(Vec::new()),
         Err(error) => Err(refused(error)),
     }
 }
 
-fn file_of(descriptor: &Descriptor, extent: &DiskExtent) -> ImageFile {
-    let (name, other_names) = recorded(descriptor, &extent.name);
-    ImageFile { name, other_names, grows: extent.storage == Storage::Sparse }
+fn file_of(descriptor: &Descriptor, extent: &DiskExtent) -> Result<ImageFile, PluginError> {
+    let (name, other_names) = recorded(descriptor, &extent.name)?;
+    Ok(ImageFile { name, other_names, grows: extent.storage == Storage::Sparse })
 }
 
 /// A name in the descriptor, as one for the engine, and the others that it may stand for.
-fn recorded(descriptor: &Descriptor, name: &[u8]) -> (RVec<u8>, RVec<RVec<u8>>) {
-    let mut names = names_of(descriptor, name).into_iter().map(RVec::from);
-    (names.next().unwrap_or_default(), names.collect())
+fn recorded(descriptor: &Descriptor, name: &[u8]) -> Result<(RVec<u8>, RVec<RVec<u8>>), PluginError> {
+    let mut names = names_of(descriptor, name);
+    // Conversion may make a name longer.
+    names.retain(|name| name.len() <= LONGEST_NAME);
+    let mut names = names.into_iter().map(RVec::from);
+    match names.next() {
+        Some(first) => Ok((first, names.collect())),
+        None => {
+            let text = format!("a file name in the descriptor has {} bytes: no path is as long as that", name.len());
+            Err(PluginError::new(ErrorCode::ParseFailed, text))
+        }
+    }
 }
 
 /// A disk in several files, named by the one with the descriptor.
@@ -175,7 +186,7 @@ fn of_descriptor_file(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError
         }
     }
     let mut facts = ImageFacts::new("vmdk", size, grain, length);
-    describe(&mut facts, &descriptor);
+    describe(&mut facts, &descriptor)?;
     if extents.iter().any(|extent| extent.storage != Storage::Sparse) {
         facts.features.push(Feature::flag(names::FLAT, true, false));
     }
@@ -195,13 +206,13 @@ fn sparse_extent(file: &ImageReader<'_>, index: usize) -> Result<Header, PluginE
 }
 
 /// What the descriptor says.
-fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) {
+fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) -> Result<(), PluginError> {
     facts.encrypted = descriptor.encrypted;
     let parent = descriptor.parent();
     if let (Some(_), Some(name)) = (parent, &descriptor.parent_hint) {
         // A parent is a vmdk, too: content IDs are all that is recorded of it.
         let format = ROption::RSome(b"vmdk".to_vec().into());
-        let (name, other_names) = recorded(descriptor, name);
+        let (name, other_names) = recorded(descriptor, name)?;
         facts.backing = ROption::RSome(BackingPointer { name, other_names, format });
     }
     let (id, parent_id) = (descriptor.content_id.value, parent.unwrap_or(NO_PARENT));
@@ -219,5 +230,60 @@ fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) {
     ]);
     if descriptor.change_tracking {
         facts.features.push(Feature::flag(names::CHANGE_TRACKING, true, false));
+    }
+    if let (Some(id), None) = (parent, &descriptor.parent_hint) {
+        // It would read as zeroes where its parent shows.
+        let text =
+            format!("parentCID {id:08x} says that there is a parent, and no parentFileNameHint which one: add it");
+        facts.features.push(Feature::text(names::UNSUPPORTED, &text, false));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn facts(lines: &str) -> Result<ImageFacts, PluginError> {
+        let text = format!("version=1\ncreateType=\"monolithicFlat\"\nCID=1234abcd\nRW 2 FLAT \"f\" 0\n{lines}");
+        let text = text.into_bytes();
+        read(&ImageReader::new(text.len() as u64, &text))
+    }
+
+    #[test]
+    fn identities_are_those_of_the_descriptor() {
+        let base = facts("").unwrap();
+        assert_eq!(base.identity.as_slice(), 0x1234_abcd_u32.to_be_bytes());
+        let next = next_content_id(0x1234_abcd);
+        assert_eq!(base.next_identity.as_slice(), next.to_be_bytes());
+        assert!(base.parent_identity.is_empty() && base.backing.is_none());
+        for (digits, fits) in [("1234ABCD".to_owned(), true), (format!("{next:08x}"), false), ("5".into(), false)] {
+            let child = facts(&format!("parentCID={digits}\nparentFileNameHint=\"b\"\n")).unwrap();
+            assert_eq!((child.goes_with(&base), child.parent_announced), (fits, false), "{digits}");
+        }
+        let digits = format!("{next:08x}");
+        let marked = format!("{}{}", digits[..1].to_uppercase(), &digits[1..]);
+        let child = facts(&format!("parentCID={marked}\nparentFileNameHint=\"b\"\n")).unwrap();
+        assert!(child.goes_with(&base) && child.parent_announced && child.follows(&base));
+    }
+
+    #[test]
+    fn contradictions_and_names_without_bound() {
+        let reason = facts("parentCID=7\n").unwrap();
+        assert!(reason.feature(names::UNSUPPORTED).unwrap().contains("parentFileNameHint"));
+        let none = facts("parentCID=ffffffff\nparentFileNameHint=\"b\"\n").unwrap();
+        assert!(none.backing.is_none() && none.feature(names::UNSUPPORTED).is_none());
+        let hint = |length: usize| facts(&format!("parentCID=7\nparentFileNameHint=\"{}\"\n", "a".repeat(length)));
+        assert!(hint(4095).unwrap().backing.is_some());
+        assert!(hint(4096).unwrap_err().message.contains("4096 bytes"));
+        // Each of these takes three bytes in UTF-8, and would be too long: as it is it is not.
+        let gbk =
+            [b"encoding=\"GBK\"\nparentCID=7\nparentFileNameHint=\"".as_slice(), &[0xc3, 0xa8].repeat(2000), b"\"\n"];
+        let text = [b"version=1\ncreateType=\"monolithicFlat\"\nCID=1\nRW 2 FLAT \"f\" 0\n".as_slice(), &gbk.concat()]
+            .concat();
+        let facts = read(&ImageReader::new(text.len() as u64, &text)).unwrap();
+        let backing = facts.backing.into_option().unwrap();
+        assert_eq!((backing.name.len(), backing.other_names.len()), (4000, 0));
     }
 }

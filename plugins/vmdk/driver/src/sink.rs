@@ -52,7 +52,7 @@ impl ReadBelow for Shifted<'_> {
 impl VmdkSink {
     pub(crate) fn new(disk: Disk, has_backing: bool) -> DriverResult<Self> {
         let info = ImageInfo { virtual_size: disk.size, cluster_size: disk.cluster_size };
-        let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, file.max_length, has_backing))?;
+        let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, &file, has_backing))?;
         let id = &descriptor.text.content_id;
         descriptor.can_replace(id, next_content_id(id.value))?;
         Ok(Self { info, descriptor, parts, identified: false, unflushed: Vec::new() })

@@ -17,7 +17,7 @@ use crate::work::{grains, Group, Groups, Part};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, PlanSummary, Request};
+use instar_guest_sdk::abi::{device_flags, ErrorCode, Extent, ExtentKind, FileDevice, PlanSummary, Request};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow};
 use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
 
@@ -49,6 +49,8 @@ struct Planned {
 pub struct SparseSink {
     image: Image,
     max_length: u64,
+    /// The device cannot change its length.
+    fixed: bool,
     has_backing: bool,
     /// Where the next grain goes, a multiple of its size.
     next_free: u64,
@@ -97,14 +99,16 @@ impl Pending {
 }
 
 impl SparseSink {
-    pub(crate) fn new(image: Image, max_length: u64, has_backing: bool) -> DriverResult<Self> {
+    pub(crate) fn new(image: Image, file: &FileDevice, has_backing: bool) -> DriverResult<Self> {
         if image.compressed() {
             let text = "compressed grains (streamOptimized) cannot be committed into";
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, 8));
         }
         let next_free = image.file_length.checked_next_multiple_of(image.header.grain_bytes());
         let next_free = next_free.ok_or_else(|| overflow("the length of the file"))?;
-        Ok(Self { image, max_length, has_backing, next_free, planned: Planned::default(), unflushed: false })
+        let FileDevice { max_length, flags, .. } = *file;
+        let fixed = flags & device_flags::FIXED_LENGTH != 0;
+        Ok(Self { image, max_length, fixed, has_backing, next_free, planned: Planned::default(), unflushed: false })
     }
 
     fn verify(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
@@ -348,6 +352,12 @@ impl SparseSink {
             new.and_then(|new| self.next_free.checked_add(new)).ok_or_else(|| overflow("the file's length"))?;
         let final_length = if grains == 0 && copies == 0 { self.image.file_length } else { length };
         let longest = self.max_length.max(self.image.file_length).min(u64::from(u32::MAX) * SECTOR);
+        if final_length > self.image.file_length && self.fixed {
+            let text =
+                "new grains are added behind the end of the file, and a block device has nothing there: copy the \
+                        image into a file, or convert it to another format";
+            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(self.image.device, 0));
+        }
         if final_length > longest {
             let text = format!("the file would become {final_length} bytes long, and cannot be longer than {longest}");
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(self.image.device, 0));

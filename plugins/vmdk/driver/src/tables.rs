@@ -88,9 +88,10 @@ impl Image {
     fn read_tables_of(&self, io: &mut dyn BlockIo, directory: &[u32], indices: &[usize]) -> DriverResult<Vec<Table>> {
         let mut bytes = vec![0u8; indices.len().checked_mul(BYTES).ok_or_else(|| overflow("grain tables"))?];
         let mut requests: Vec<Request> = Vec::with_capacity(indices.len());
-        for (&index, slot) in indices.iter().zip(bytes.chunks_exact_mut(BYTES)) {
+        let buffer = bytes.as_mut_ptr() as u64;
+        for (&index, slot) in indices.iter().zip(0u64..) {
             let Some(offset) = self.table_offset(directory, index)? else { continue };
-            let request = Request::read(self.device, offset, slot.as_mut_ptr() as u64, TABLE_BYTES);
+            let request = Request::read(self.device, offset, buffer + slot * TABLE_BYTES, TABLE_BYTES);
             // Tables are usually one after the other.
             match requests.last_mut() {
                 Some(last) if follows(last, &request) => last.length += TABLE_BYTES,
