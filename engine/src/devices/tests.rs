@@ -228,6 +228,30 @@ fn zeroing_gives_space_back_and_never_grows_the_file() {
 }
 
 #[test]
+fn what_is_known_of_zeroes_follows_every_change() {
+    let mut b = bench([&[], &[5; 1 << 20], &[6; 1 << 20]]);
+    let (from, to, unit) = (1 << 20, 512 << 10, 256 << 10);
+    let copied = |b: &Bench| b.content()[2][to..to + 256 * 1024].to_vec();
+    // The file grew there: nothing of it is data, and nothing needs to be zeroed.
+    b.run(&mut [Request::set_length(OUT, 2 << 20), Request::copy(OUT, from, OUT, to as u64, unit)]);
+    assert!(copied(&b).iter().all(|&byte| byte == 0));
+    // Written by the guest, by a copy, and given up again: each time the copy has what the source has.
+    b.run(&mut [Request::write(OUT, from + 4096, HEAP, 4096), Request::copy(OUT, from, OUT, to as u64, unit)]);
+    assert!(copied(&b) == b.content()[2][1 << 20..][..256 * 1024]);
+    b.run(&mut [Request::copy(1, 0, OUT, from, unit), Request::copy(OUT, from, OUT, to as u64, unit)]);
+    assert!(copied(&b).iter().all(|&byte| byte == 5));
+    b.run(&mut [Request::zero(OUT, from, unit), Request::copy(OUT, from, OUT, to as u64, unit)]);
+    assert!(copied(&b).iter().all(|&byte| byte == 0));
+    b.run(&mut [
+        Request::copy(1, 0, OUT, from, unit),
+        Request::set_length(OUT, from),
+        Request::set_length(OUT, 2 << 20),
+    ]);
+    b.run(&mut [Request::copy(1, 0, OUT, to as u64, unit), Request::copy(OUT, from, OUT, to as u64, unit)]);
+    assert!(copied(&b).iter().all(|&byte| byte == 0));
+}
+
+#[test]
 fn requests_of_no_bytes_change_no_length() {
     let mut b = bench([&[1; 512], &[2; 8192], &[3; 4096]]);
     b.run(&mut [Request::copy(0, 0, OUT, 60_000, 0), Request::write(OUT, 70_000, HEAP, 0)]);
