@@ -201,7 +201,7 @@ def test_create(tmp_path):
     wanted = support.info(theirs, "-f", "raw")
     for key in ("format", "virtual-size", "dirty-flag"):
         assert seen[key] == wanted[key], key
-    for options, word in ((["-o", "preallocation=full"], "preallocation"), (["-o", "cluster_size=4k"], "cluster_size")):
+    for options, word in ((["-o", "preallocation=metadata"], "preallocation"), (["-o", "cluster_size=4k"], "cluster_size")):
         result = support.run_instar("create", "-f", "raw", *options, tmp_path / "none", "10M")
         assert result.rc == 1 and word in result.stderr and not (tmp_path / "none").exists()
     result = support.run_instar("create", "-f", "raw", "-b", ours, "-F", "raw", tmp_path / "none", "10M")
