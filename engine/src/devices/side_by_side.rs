@@ -85,8 +85,7 @@ impl Plan {
         let mut at = range.start;
         while at < range.end {
             let to = job.request.offset + at;
-            // Parts end where pieces of a long run will.
-            let length = (range.end - at).min(PIECE - to % PIECE);
+            let length = (range.end - at).min(PIECE);
             let (source, from) = (Arc::clone(&job.source.file), job.request.src_offset + at);
             self.parts.push(Part { source, from, to, length, copy });
             at += length;
