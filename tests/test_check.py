@@ -257,7 +257,7 @@ def test_what_is_no_image(tmp_path):
     absent, garbage = tmp_path / "absent", tmp_path / "garbage"
     garbage.write_bytes(bytes(range(256)) * 100)
     fails(absent, says=["does not exist"])
-    fails(garbage, says=["not recognised"])
+    fails(garbage, says=["begins like no known format"])
     fails(tmp_path, says=["is a directory"])
     image = filled(tmp_path / "image")
     fails(image, "-f", "vmdk", says=["vmdk"])

@@ -189,7 +189,7 @@ def test_what_is_no_image_or_no_chain(tmp_path):
     garbage = tmp_path / "garbage"
     garbage.write_bytes(bytes(range(256)) * 100)
     fails(tmp_path / "absent", says=["absent", "does not exist"])
-    fails(garbage, says=["garbage", "not recognised"])
+    fails(garbage, says=["garbage", "begins like no known format"])
     base, top = tmp_path / "base", tmp_path / "top"
     support.create(base, "1M")
     support.create(top, backing=base)

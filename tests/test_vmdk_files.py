@@ -261,6 +261,40 @@ def test_damage_in_one_extent_is_found_before_anything_changes(tmp_path):
     refuse("ERROR_BACKING_CORRUPT", top, files=[*files_of(base), *files_of(top)[1:]], mentions=[extent.name, "past the end"])
 
 
+def test_a_sibling_that_is_no_extent_keeps_its_header(tmp_path):
+    """A descriptor may name any file of its directory as plain bytes; one that is another image is not written to."""
+    victim = create(tmp_path / "victim", 64 * KIB)
+    flat = tmp_path / "flat"
+    flat.write_bytes(bytes(victim.stat().st_size))
+    size = victim.stat().st_size // 512
+    base = tmp_path / "base.vmdk"
+    base.write_text(text([(size, "FLAT", "flat", 0)], "monolithicFlat"))
+    top = create(tmp_path / "top", size * 512, backing=base, backing_fmt="vmdk")
+    qemu_io(top, "write -P 7 0 4k")
+    for name in ("victim", "sparse.vmdk"):
+        if name == "sparse.vmdk":
+            create(tmp_path / name, size * 512, fmt="vmdk")
+            os.truncate(tmp_path / name, max(size * 512, (tmp_path / name).stat().st_size))
+        base.write_text(text([(size, "FLAT", name, 0)], "monolithicFlat"))
+        other = "qcow2" if name == "victim" else "vmdk"
+        words = [tmp_path / name, f"looks like a {other} image", "base.vmdk", "-F vmdk"]
+        refuse("ERROR_FORMAT_MISMATCH", top, files=[base, tmp_path / name], mentions=words)
+
+
+def test_a_guest_that_writes_a_mark_into_its_flat_extent(tmp_path):
+    """Whoever names the format is believed, as for raw."""
+    base = disk(tmp_path, "base", [4 * MIB], "monolithicFlat")
+    create(tmp_path / "other", 64 * KIB)
+    with files_of(base)[1].open("r+b") as extent:
+        extent.write((tmp_path / "other").read_bytes()[:512])
+    top = create(tmp_path / "top", 4 * MIB, backing=base, backing_fmt="vmdk")
+    qemu_io(top, "write -P 7 1M 4k")
+    refuse("ERROR_FORMAT_MISMATCH", top, files=files_of(base), mentions=["looks like a qcow2 image", "-F vmdk"])
+    check_commit(top, base, "-F", "vmdk", top_fmt="qcow2")
+    # Where it is only read, nothing is at stake.
+    assert support.run_instar("map", base).rc == 0
+
+
 def test_an_extent_in_use_is_refused(tmp_path):
     base, top = pair(tmp_path)
     path = tmp_path / "socket"

@@ -181,7 +181,7 @@ fn formats_are_verified() {
     lab.qemu_img(&["rebase", "-u", "-F", "qcow2", "-b", "flat", "top"]);
     std::fs::write(lab.path("flat"), vec![7; 1 << 20]).unwrap();
     lab.refused(&["top"], ErrorCode::FormatMismatch, &["/flat'", "qcow2"]);
-    lab.refused(&["flat"], ErrorCode::UnsupportedFormat, &["/flat'", "not recognised"]);
+    lab.refused(&["flat"], ErrorCode::UnsupportedFormat, &["/flat'", "begins like no known format"]);
 }
 
 #[test]
@@ -224,19 +224,93 @@ fn what_is_not_an_image() {
 fn an_image_in_use_is_refused() {
     let lab = Lab::pair();
     lab.create("sibling", Some("base"), 64 * MIB);
-    for (image, shown) in [("top", "top"), ("base", "/base]"), ("sibling", "/base]")] {
+    for (image, shown) in [("top", "top'"), ("base", "/base'"), ("sibling", "/base'")] {
+        let user = InUse::new(&lab, image);
+        let who = format!("is in use by another process (qemu-io, process {}): stop it", user.0.id());
+        lab.refused(&["top"], ErrorCode::ImageInUse, &[&who, "--wait SECONDS", "block-commit", shown]);
+        lab.refused(&["--wait", "1", "top"], ErrorCode::ImageInUse, &["also after 1 s", "block-commit", shown]);
+        user.end();
+    }
+    lab.committed(&["top"], "top", "base");
+}
+
+/// Something that has an image open and locked, until it is told to end.
+struct InUse(std::process::Child);
+
+impl InUse {
+    fn new(lab: &Lab, image: &str) -> Self {
         let mut child = Command::new("qemu-io");
         child.current_dir(lab.dir.path()).arg(image).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = child.spawn().unwrap();
         // The prompt comes when the image is open and locked.
-        let mut prompt = [0];
-        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut prompt).unwrap();
-        let words = ["Failed to get \"write\" lock", "Is another process using the image", shown];
-        lab.refused(&["top"], ErrorCode::ImageInUse, &words);
-        drop(child.stdin.take());
-        child.wait().unwrap();
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        Self(child)
     }
-    lab.committed(&["top"], "top", "base");
+
+    fn end(mut self) {
+        drop(self.0.stdin.take());
+        self.0.wait().unwrap();
+    }
+}
+
+/// A commit that waits for images in use, once it has found one to be.
+fn waiting(lab: &Lab, seconds: &str) -> std::process::Child {
+    let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+    instar.env("INSTAR_CONFIG", "").arg("commit").arg("--plugin-dir").arg(lab.plugins().path());
+    instar.args(["--wait", seconds, "top"]).current_dir(lab.dir.path());
+    let mut child = instar.stderr(Stdio::piped()).spawn().unwrap();
+    // In a pause between two tries: nothing else sleeps before the virtual machine runs.
+    let wchan = format!("/proc/{}/wchan", child.id());
+    while !std::fs::read_to_string(&wchan).unwrap_or_default().contains("nanosleep") {
+        assert!(child.try_wait().unwrap().is_none(), "it ended");
+        std::thread::yield_now();
+    }
+    child
+}
+
+#[test]
+fn an_image_in_use_is_waited_for() {
+    for image in ["top", "base"] {
+        let lab = Lab::pair();
+        lab.qemu_img(&["convert", "-O", "raw", "top", "want"]);
+        let user = InUse::new(&lab, image);
+        let commit = waiting(&lab, "600");
+        user.end();
+        let output = commit.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        lab.qemu_img(&["compare", "-q", "base", "want"]);
+    }
+}
+
+#[test]
+fn two_that_wait_do_not_block_each_other() {
+    let lab = Lab::pair();
+    lab.create("other", Some("base"), 64 * MIB);
+    lab.io("other", &["write -P 6 40M 1M"]);
+    let user = InUse::new(&lab, "base");
+    let commit = waiting(&lab, "600");
+    // It holds no lock on what it waits for, so that one of the two is first.
+    user.end();
+    let other = lab.instar(&["--wait", "600", "other"]);
+    assert_eq!(other.status, 0, "{}", other.stderr);
+    assert!(commit.wait_with_output().unwrap().status.success());
+    lab.io("base", &["read -P 6 40M 1M", "read -P 3 1M 1M"]);
+}
+
+#[test]
+fn a_signal_ends_the_wait() {
+    let lab = Lab::pair();
+    let before = lab.files();
+    let user = InUse::new(&lab, "top");
+    let commit = waiting(&lab, "600");
+    // SAFETY: it is our own child.
+    unsafe { libc::kill(i32::try_from(commit.id()).unwrap(), libc::SIGTERM) };
+    let output = commit.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("/top': a signal ended the wait"), "{stderr}");
+    user.end();
+    assert!(lab.files() == before);
 }
 
 #[test]

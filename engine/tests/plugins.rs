@@ -7,7 +7,7 @@ mod common;
 use common::{built, qcow2_library, qcow2_registry, PluginDir};
 use instar_engine::plugins::{IdentifyError, ImageRead, PluginFailure, Registry, SearchPath};
 use instar_plugin_api::std_types::{ROption, RVec};
-use instar_plugin_api::{CommitRole, CreateSpec, ImageFacts, API_VERSION, ROLE_SINK, ROLE_SOURCE};
+use instar_plugin_api::{CommitRole, CreateSpec, ErrorCode, ImageFacts, API_VERSION, ROLE_SINK, ROLE_SOURCE};
 use std::io;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::process::Command;
@@ -99,7 +99,7 @@ fn a_wrong_hint_is_refused() {
     }
     assert!(matches!(registry.identify(&image, Some("raw")), Err(IdentifyError::UnknownFormat { .. })));
     let nothing = Bytes(vec![0; 4096]);
-    assert!(matches!(registry.identify(&nothing, None), Err(IdentifyError::Unrecognised)));
+    assert!(matches!(registry.identify(&nothing, None), Err(IdentifyError::Unrecognised { .. })));
     assert!(matches!(
         registry.identify(&nothing, Some("qcow2")),
         Err(IdentifyError::NotThisFormat { actual: None, .. })
@@ -116,12 +116,38 @@ fn raw_is_taken_only_by_name_and_says_what_the_file_looks_like() {
     let (_dir, registry) = common::boxed_registry();
     let image = a_qcow2(&registry);
     let found = registry.identify(&image, Some("raw")).unwrap();
-    assert_eq!((found.plugin.name(), found.looks_like.as_deref()), ("raw", Some("qcow2")));
+    assert_eq!(found.plugin.name(), "raw");
+    let mark = found.mark.unwrap();
+    assert_eq!((mark.format.as_str(), mark.certain, mark.bytes.start), ("qcow2", true, 0));
+    assert!(mark.bytes.end >= 4 && mark.bytes.end <= 4096, "{mark:?}");
     assert_eq!(registry.identify(&image, None).unwrap().plugin.name(), "qcow2");
     let nothing = Bytes(vec![0; 4096]);
     let found = registry.identify(&nothing, Some("raw")).unwrap();
-    assert_eq!((found.plugin.name(), found.looks_like), ("raw", None));
-    assert!(matches!(registry.identify(&nothing, None), Err(IdentifyError::Unrecognised)));
+    assert_eq!((found.plugin.name(), found.mark), ("raw", None));
+    assert!(matches!(registry.identify(&nothing, None), Err(IdentifyError::Unrecognised { .. })));
+}
+
+#[test]
+fn a_format_that_is_not_known_is_said_with_those_that_are() {
+    let (_dir, registry) = common::boxed_registry();
+    let unknown = registry.identify(&Bytes(vec![7; 4096]), None).unwrap_err();
+    let text = unknown.to_string();
+    assert!(
+        text.starts_with("begins like no known format (qcow2). If it used to be one, its header is damaged"),
+        "{text}"
+    );
+    let damaged = registry.identify(&Bytes(vec![7; 4096]), Some("qcow2")).unwrap_err().to_string();
+    assert!(damaged.contains("the qcow2 image that it is said to be: if it used to be one, its header"), "{damaged}");
+    for version in [1, 2] {
+        let luks = Bytes([&b"LUKS\xba\xbe\0"[..], &[version], &[0; 4096]].concat());
+        for hint in [None, Some("qcow2"), Some("luks")] {
+            let error = registry.identify(&luks, hint).unwrap_err();
+            assert_eq!(error.code(), ErrorCode::LuksUnsupported, "{error}");
+            assert!(error.to_string().contains("encrypted with LUKS"), "{error}");
+        }
+        // A guest that encrypts its disk.
+        assert_eq!(registry.identify(&luks, Some("raw")).unwrap().mark, None);
+    }
 }
 
 #[test]

@@ -40,6 +40,9 @@ pub struct ImageFile {
     pub other_names: RVec<RVec<u8>>,
     /// Whether the file may become longer in a commit: by as much as [`Verdict::max_length`] lets the image.
     pub grows: bool,
+    /// Name of the format whose mark the file has: the plugin's own, or `raw` for plain bytes. A file with the certain mark of
+    /// another format is not written to, unless the operator insists: it may be somebody else's image.
+    pub format: RString,
 }
 
 /// What an image records about the image it is backed by.

@@ -6,7 +6,9 @@ pub(crate) mod handler;
 use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
 use crate::confine::{Confinement, Work};
 use crate::error::Error;
-use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf, Gate, NamedFile, Roots};
+use crate::image::{
+    check_immediate_parent, open_extra_files, prepare_to_lock, Access, FilesOf, Gate, NamedFile, Roots,
+};
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
 use handler::CheckHandler;
@@ -22,6 +24,8 @@ pub struct CheckRequest {
     pub format: Option<String>,
     /// Look at it even if something else is writing to it.
     pub force_share: bool,
+    /// Seconds to wait for images that are in use.
+    pub wait: u64,
     /// Directories that the names of other files of the image may lead into.
     pub allowed_directories: Vec<PathBuf>,
     /// Where plugins are looked for.
@@ -49,13 +53,14 @@ pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
     let roots = Roots::of(&file, &request.allowed_directories)?;
     let registry = Registry::load(&request.search);
     let kvm = KvmDevice::open();
+    prepare_to_lock(request.wait, [&file], &request.allowed_directories);
     let access = if request.force_share { Access::Shared } else { Access::ReadOnly };
     let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
     let confinement = Confinement::begin(&roots.reach(access), Work::OpenToRead);
     let gate = Gate::within(roots);
     let mut image = opened.identify_as(&registry, request.format.as_deref())?;
     check_immediate_parent(&registry, &image, &gate)?;
-    open_extra_files(&mut [FilesOf { image: &mut image, access, gate: &gate }])?;
+    open_extra_files(&registry, &mut [FilesOf { image: &mut image, access, changes: false, gate: &gate }])?;
     // For good: what is returned is only what was in force.
     let _ = confinement.seal(Work::Read);
 

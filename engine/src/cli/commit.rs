@@ -25,6 +25,9 @@ pub struct CommitArgs {
     /// Without it, the overlay chooses: a file in its directory tree, neither hidden nor executable
     #[arg(short, long, value_name = "BASE")]
     pub base: Option<PathBuf>,
+    /// Format of the image to commit into, which is believed (raw above all). Default: as recorded, else detected, never raw
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub base_format: Option<String>,
     /// Keep the overlay's content. (No file is removed; the long name is qemu-img's)
     #[arg(short = 'd', long = "drop")]
     pub keep_overlay: bool,
@@ -49,6 +52,9 @@ pub struct CommitArgs {
     /// Say what would be committed, and change nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Wait this many seconds for images that are in use, and then give up
+    #[arg(long, value_name = "SECONDS", default_value_t)]
+    pub wait: u64,
     /// Also allow backings in DIR, not only beside the overlay; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing_dir: Vec<PathBuf>,
@@ -121,12 +127,14 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         overlay: args.filename.clone(),
         format: args.format.clone(),
         base: args.base.clone(),
+        base_format: args.base_format.clone(),
         keep_overlay: args.keep_overlay,
         dry_run: args.dry_run,
         resize_backing: args.resize_backing,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,
         progress: args.progress && !args.quiet,
+        wait: args.wait,
         allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
         search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
     };

@@ -30,6 +30,9 @@ pub struct MapArgs {
     /// Also allow backings in DIR, not only beside the image; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing_dir: Vec<PathBuf>,
+    /// Wait this many seconds for an image that is in use, and then give up
+    #[arg(long, value_name = "SECONDS", default_value_t)]
+    pub wait: u64,
     /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
@@ -52,6 +55,7 @@ pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
         image: args.filename.clone(),
         format: args.format.clone(),
         force_share: args.force_share,
+        wait: args.wait,
         allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
         search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
     };

@@ -171,7 +171,7 @@ impl<'r> ChainDevices<'r> {
         writable: bool,
         longest: u64,
     ) -> (DeviceConfig, Range<u32>) {
-        let ChainImage { opened, plugin, facts, files, follows } = image;
+        let ChainImage { opened, plugin, facts, files, follows, .. } = image;
         let growth = if writable { longest.saturating_sub(facts.file_length) } else { 0 };
         let unit = facts.cluster_size;
         let first = self.files.len();

@@ -4,6 +4,7 @@ use super::attach::{open_chain_devices_rw, ChainDevices, Slot};
 use super::error::{map_commit_error, Changed, GuestFailure};
 use super::handler::CommitHandler;
 use super::progress::{Ending, Progress};
+use super::repeated::Repeated;
 use super::space::{free_space, Space};
 use crate::devices::{Cache, Statistics, Workers};
 use crate::error::Error;
@@ -71,7 +72,7 @@ pub fn run_commit_guest(
     acquired: Acquired,
     overlay: ChainImage<'_>,
     between: Vec<ChainImage<'_>>,
-    backing: ChainImage<'_>,
+    mut backing: ChainImage<'_>,
     ancestors: Vec<ChainImage<'_>>,
 ) -> Result<(CommitResultMessage, GuestRun), Error> {
     let layers: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
@@ -83,6 +84,7 @@ pub fn run_commit_guest(
     let top = if options.keep_overlay { MemberRole::Read } else { MemberRole::Empty };
     let between = between.into_iter().map(|layer| (MemberRole::Read, layer));
     let ancestors = ancestors.into_iter().map(|layer| (MemberRole::Below, layer));
+    let doubt = backing.doubt.take();
     let slots: Vec<Slot<'_>> = std::iter::once((top, overlay)).chain(between).chain(ancestors).collect();
     let all = open_chain_devices_rw(slots, backing, &[0], options.max_length)?;
     let modules = all.modules();
@@ -101,7 +103,8 @@ pub fn run_commit_guest(
     pace.stop_when(super::interrupt::received);
     pace.limit(options.rate_limit);
     progress.iter().for_each(|progress| pace.watched_by(Box::new(progress.clone())));
-    let mut handler = CommitHandler { progress, space, ..CommitHandler::new(devices) };
+    let repeated = doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark));
+    let mut handler = CommitHandler { progress, space, repeated, ..CommitHandler::new(devices) };
     let spec = VmSpec { files, ..VmSpec::new(options.config.encode_to_vec(), members, modules) };
     let ended = acquired.kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);
@@ -120,6 +123,10 @@ pub fn run_commit_guest(
     };
     let failure = match (ended, handler.result.take()) {
         _ if handler.lacking.is_some() => no_space(handler.lacking),
+        _ if handler.repeated.as_ref().is_some_and(Repeated::is_refused) => {
+            let clause = doubt.map(|doubt| doubt.clause).unwrap_or_default();
+            GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::FormatMismatch, clause) }
+        }
         (Ok(report), Some(result)) if result.error == 0 => return Ok((result, run(report))),
         (Ok(_), Some(result)) => GuestFailure::from_message(&result),
         (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),

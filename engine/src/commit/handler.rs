@@ -2,10 +2,11 @@
 
 use super::interrupt;
 use super::progress::Progress;
+use super::repeated::Repeated;
 use super::space::Space;
 use crate::devices::Devices;
 use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler};
-use instar_guest_abi::Request;
+use instar_guest_abi::{request_status, Request};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{CommitResultMessage, PlanMessage};
 use std::time::Duration;
@@ -24,6 +25,8 @@ pub struct CommitHandler {
     pub progress: Option<Progress>,
     /// What is known of the space for the backing.
     pub space: Option<Space>,
+    /// The backing looks like an image of another format: only a commit that is repeated may go on.
+    pub repeated: Option<Repeated>,
     /// The bytes that the plan needs and that there are, if that is why the guest was ended.
     pub lacking: Option<(u64, u64)>,
 }
@@ -37,7 +40,16 @@ impl CommitHandler {
     /// A handler with these devices.
     #[must_use]
     pub fn new(devices: Devices) -> Self {
-        Self { devices, result: None, plan: None, log: Vec::new(), progress: None, space: None, lacking: None }
+        Self {
+            devices,
+            result: None,
+            plan: None,
+            log: Vec::new(),
+            progress: None,
+            space: None,
+            repeated: None,
+            lacking: None,
+        }
     }
 }
 
@@ -46,7 +58,21 @@ impl GuestHandler for CommitHandler {
         if self.result.is_some() {
             return Err(BadRequest("a request after the result".to_owned()));
         }
-        self.devices.execute(memory, requests)?;
+        match &mut self.repeated {
+            None => self.devices.execute(memory, requests)?,
+            // One after the other: what is compared must be what is written.
+            Some(repeated) => {
+                for request in requests.iter_mut() {
+                    if !repeated.allows(&self.devices, memory, request) {
+                        return Err(BadRequest("a change of the header of another format".to_owned()));
+                    }
+                    self.devices.execute(memory, std::slice::from_mut(request))?;
+                    if request.status != request_status::OK {
+                        break;
+                    }
+                }
+            }
+        }
         self.progress.iter().for_each(|progress| progress.settle(&self.devices));
         Ok(())
     }

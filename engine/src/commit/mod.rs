@@ -11,6 +11,7 @@ mod interrupt;
 mod notes;
 mod progress;
 mod render;
+mod repeated;
 mod space;
 mod timing;
 
@@ -26,14 +27,15 @@ use crate::devices::{Cache, Workers};
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
 use crate::image::{
-    allow_many_open_files, check_parents, open_extra_files, resolve_backing, Access, ChainImage, Descent, FilesOf,
-    Gate, NamedFile, Roots, Target,
+    allow_many_open_files, check_parents, open_extra_files, prepare_to_lock, resolve_backing, Access, BackingChoice,
+    ChainImage, Descent, FilesOf, Gate, NamedFile, Roots, Target,
 };
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::CommitConfig;
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
+use repeated::Repeated;
 use std::path::{Path, PathBuf};
 
 /// What the operator asks for.
@@ -45,6 +47,8 @@ pub struct CommitRequest {
     pub format: Option<String>,
     /// The image to commit into, if the operator names it.
     pub base: Option<PathBuf>,
+    /// The format of the image to commit into, if the operator names it.
+    pub base_format: Option<String>,
     /// Leave the overlay's content in place.
     pub keep_overlay: bool,
     /// Stop before the first change.
@@ -57,6 +61,8 @@ pub struct CommitRequest {
     pub cache: Cache,
     /// Show progress on stderr.
     pub progress: bool,
+    /// Seconds to wait for images that are in use.
+    pub wait: u64,
     /// Directories that recorded names may lead into.
     pub allowed_directories: Vec<PathBuf>,
     /// Where plugins are looked for.
@@ -107,7 +113,14 @@ pub fn probe_commit_target<'r>(
     access: Access,
 ) -> Result<ChainImage<'r>, Error> {
     let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
-    opened.identify_as(registry, format_hint)
+    let image = opened.identify_as(registry, format_hint)?;
+    if let Some(mark) = &image.mark {
+        // Nothing that is taken as raw has a backing.
+        let clause =
+            format!("is said to be {}, but looks like {}: name its real format", image.plugin.name(), mark.format);
+        return Err(Error::image(&image.opened.path, ErrorCode::FormatMismatch, clause));
+    }
+    Ok(image)
 }
 
 /// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
@@ -157,6 +170,7 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     // A dry run asks for no more than it needs: anybody who may read the images can ask what would become of them.
     let access = if request.dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let shown = settled(&request.overlay);
+    prepare_to_lock(request.wait, std::iter::once(&file).chain(&base), &request.allowed_directories);
     // Which of the files in these directories are images, and which are to be written, only the images say.
     let named = [Some(&file), base.as_ref()].map(|file| file.and_then(NamedFile::descriptor));
     let reach = with_base.reach(access);
@@ -170,22 +184,24 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     let (gate, below) = (Gate::within(roots), Gate::within(with_base));
     // All but the backing have a slot.
     let mut descent = Descent::new(&registry, &below, file.path(), MAX_CHAIN_DEVICES);
-    let target = resolve_backing(&mut descent, &overlay, base.as_ref(), access)?;
+    let choice = BackingChoice { base: base.as_ref(), format: request.base_format.as_deref(), access };
+    let target = resolve_backing(&mut descent, &overlay, choice)?;
     target.between.iter().for_each(|layer| notes.image("merged, too", layer));
     notes.image("backing", &target.backing);
     let mut ancestors =
         descent.open_below(&target.backing, Access::ReadOnly).map_err(|error| error.in_role(Role::Ancestor))?;
     let Target { mut backing, mut between } = target;
     overlay.follows = !request.dry_run && between.is_empty() && overlay.facts.follows(&backing.facts);
-    let mut images = vec![FilesOf { image: &mut overlay, access, gate: &gate }];
-    images.push(FilesOf { image: &mut backing, access, gate: &below });
+    let mut images = vec![FilesOf { image: &mut overlay, access, changes: true, gate: &gate }];
+    images.push(FilesOf { image: &mut backing, access, changes: true, gate: &below });
     let only_read = between.iter_mut().chain(&mut ancestors);
-    images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, gate: &below }));
-    open_extra_files(&mut images)?;
+    images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, changes: false, gate: &below }));
+    open_extra_files(&registry, &mut images)?;
     ancestors.iter().for_each(|ancestor| notes.image("below it", ancestor));
     let shown_backing = settled(&backing.opened.path);
     let mut warnings = Vec::new();
     if request.dry_run {
+        [&overlay, &backing].into_iter().try_for_each(|image| image.opened.check_writable())?;
         warnings.extend([&overlay, &backing].into_iter().filter_map(|image| not_writable(&image.opened.path)));
     }
     timing.mark("chain opened, locked and probed");
@@ -196,6 +212,7 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     let chain: Vec<&ChainImage<'_>> =
         std::iter::once(&overlay).chain(&between).chain([&backing]).chain(&ancestors).collect();
     check_parents(&chain)?;
+    may_be_repeated(request, &overlay, &backing)?;
     let max_length = verdict(&overlay, &between, &backing, &ancestors, &mut warnings)?;
     let backing_grows_to = check_sizes(&overlay, &backing, request.resize_backing)?;
     if let Some(size) = backing_grows_to {
@@ -258,6 +275,18 @@ fn settled(path: &Path) -> PathBuf {
         (Some(Ok(directory)), Some(name)) => directory.join(name),
         _ => whole,
     }
+}
+
+/// Refuse a backing that is not believed to be raw, unless the commit may be the repetition of one that made it look so: of
+/// that, only its writes are proof, which a dry run has none of.
+fn may_be_repeated(request: &CommitRequest, overlay: &ChainImage<'_>, backing: &ChainImage<'_>) -> Result<(), Error> {
+    let Some(doubt) = &backing.doubt else { return Ok(()) };
+    // The first run has made it as long as it has to be.
+    let fits = overlay.facts.virtual_size <= backing.facts.virtual_size;
+    if fits && !request.dry_run && Repeated::new(&doubt.mark).is_some() {
+        return Ok(());
+    }
+    Err(Error::image(&backing.opened.path, ErrorCode::FormatMismatch, &doubt.clause))
 }
 
 /// Ask each plugin for its verdict. Returns how long the backing may become in bytes; `warnings` takes what the plugins have to

@@ -82,7 +82,10 @@ impl Work {
         };
         let mut calls: BTreeMap<i64, Vec<Allowed>> = BTreeMap::new();
         for (call, allowed) in tables.iter().copied().flatten() {
-            calls.entry(*call).or_default().push(*allowed);
+            let known = calls.entry(*call).or_default();
+            if !known.contains(allowed) {
+                known.push(*allowed);
+            }
         }
         calls
     }
@@ -162,7 +165,16 @@ const OPEN: &[Call] = &[
     (libc::SYS_getgid, Always),
     (libc::SYS_getegid, Always),
     (libc::SYS_fcntl, FileOneOf(1, &[bits(libc::F_OFD_SETLK), bits(libc::F_OFD_GETLK)])),
+    // Whether what is to be written to is read-only
+    (libc::SYS_ioctl, FileOneOf(1, &[BLKROGET])),
+    (libc::SYS_fstatfs, Always),
+    // Waiting for a lock
+    (libc::SYS_nanosleep, Always),
+    (libc::SYS_clock_nanosleep, Always),
 ];
+
+/// `_IO(0x12, 94)` of `linux/fs.h`: whether a block device is read-only.
+pub const BLKROGET: u32 = 0x125e;
 
 /// Confining the process further.
 const CONFINE: &[Call] = &[

@@ -6,7 +6,7 @@
 //! network, signals to other processes. Files that are open already stay as they are.
 
 use landlock::{
-    Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, RestrictionStatus, Ruleset, RulesetAttr,
+    Access, AccessFs, AccessNet, LandlockStatus, PathBeneath, RestrictionStatus, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, ABI,
 };
 use rustix::fs::{openat, Mode, OFlags};
@@ -69,7 +69,8 @@ fn enforce(reach: &Reach<'_>) -> Result<RestrictionStatus, RulesetError> {
         .scope(Scope::from_all(NEWEST))?
         .create()?;
     for Rule { at, entry, write } in &reach.rules {
-        let read = BitFlags::from(AccessFs::ReadFile);
+        // A block device is asked whether it is read-only; which requests there are is the filter's to say.
+        let read = AccessFs::ReadFile | AccessFs::IoctlDev;
         // Changing the length counts for a descriptor as it was when that was opened.
         let access = if *write { read | AccessFs::WriteFile | AccessFs::Truncate } else { read };
         let Some(name) = entry else {

@@ -47,8 +47,26 @@ pub fn lock_read_only(file: &File) -> Result<(), LockError> {
 }
 
 fn lock(file: &File, used: &[(i64, &'static str)], unshared: &[(i64, &'static str)]) -> Result<(), LockError> {
-    let bytes = used.iter().map(|p| USED + p.0).chain(unshared.iter().map(|p| UNSHARED + p.0));
-    for byte in bytes {
+    let result = try_lock(file, used, unshared);
+    if result.is_err() {
+        // Who waits and tries again must not be in the way of another one that does the same.
+        for byte in bytes(used, unshared) {
+            let _ = fcntl(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte);
+        }
+    }
+    result
+}
+
+/// The bytes that stand for these permissions.
+fn bytes<'p>(
+    used: &'p [(i64, &'static str)],
+    unshared: &'p [(i64, &'static str)],
+) -> impl Iterator<Item = i64> + use<'p> {
+    used.iter().map(|p| USED + p.0).chain(unshared.iter().map(|p| UNSHARED + p.0))
+}
+
+fn try_lock(file: &File, used: &[(i64, &'static str)], unshared: &[(i64, &'static str)]) -> Result<(), LockError> {
+    for byte in bytes(used, unshared) {
         match fcntl(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
             Ok(_) => {}
             Err(error) if is_unsupported(&error) => return Ok(()),

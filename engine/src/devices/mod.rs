@@ -123,7 +123,7 @@ impl Device {
     }
 
     /// Read up to `out.len()` bytes at `offset`; fewer only at the end of the file, or when interrupted.
-    fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<usize> {
         match self.direct {
             Some(direct) => direct.read_at(&self.file, offset, out),
             None => self.file.read_at(out, offset),

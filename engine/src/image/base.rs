@@ -11,6 +11,17 @@ use crate::plugins::ImageRead;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::PROBE_ANYTHING;
 
+/// What the operator says about the backing.
+#[derive(Clone, Copy, Debug)]
+pub struct BackingChoice<'a> {
+    /// `-b`: the file that the operator named.
+    pub base: Option<&'a NamedFile>,
+    /// `-F`: the format that it is of.
+    pub format: Option<&'a str>,
+    /// How it is opened: a dry run only reads.
+    pub access: Access,
+}
+
 /// What is committed into, and the layers between it and the overlay, which are committed as well, the top-most first.
 #[derive(Debug)]
 pub struct Target<'r> {
@@ -20,37 +31,40 @@ pub struct Target<'r> {
     pub between: Vec<ChainImage<'r>>,
 }
 
-/// Open the backing of an overlay: `base`, the file that `-b` names, which must be in the overlay's backing chain, or the one
-/// that the overlay records. It is opened for `access`: a dry run only reads. What is below it is left to `descent`, the way
-/// down from the overlay.
+/// Open the backing of an overlay: the file that `-b` names, which must be in the overlay's backing chain, or the one that the
+/// overlay records. What is below it is left to `descent`, the way down from the overlay.
 ///
 /// # Errors
 /// [`ErrorCode::NoBacking`], [`ErrorCode::NotInChain`], [`ErrorCode::WriteTargetNotAllowed`], and what opening gives.
 pub fn resolve_backing<'r>(
     descent: &mut Descent<'r, '_>,
     overlay: &ChainImage<'_>,
-    base: Option<&NamedFile>,
-    access: Access,
+    choice: BackingChoice<'_>,
 ) -> Result<Target<'r>, Error> {
+    let access = choice.access;
     let path = &overlay.opened.path;
     let Some(pointer) = overlay.facts.backing.as_ref().into_option() else {
         let clause = "has no recorded backing file, so there is nothing to commit into";
         return Err(Error::image(path, ErrorCode::NoBacking, clause));
     };
     descent.passed(overlay.opened.identity);
-    if let Some(base) = base {
-        return open_base(descent, overlay, base, access, &pointer.name);
+    if let Some(base) = choice.base {
+        return open_base(descent, overlay, base, choice, &pointer.name);
     }
     let part = Part::Target;
     let Some(located) = descent.next(overlay, part, access, None)? else {
         // There is a pointer.
         return Err(Error::image(path, ErrorCode::NoBacking, "has no recorded backing file"));
     };
-    let backing = descent.open(overlay, &located, part, access)?;
+    let opened = OpenedFile::located(&located, &overlay.recorder(part), access)?.lock(access)?;
+    let backing = descent.identify_target(overlay, &located, opened, choice.format)?;
     let (file, length) = (&backing.opened.file, backing.opened.file.length());
     // Of a format that any bytes are an image of, nothing but the image's word says that this is one. No disk ends within a
     // sector.
-    if !length.is_multiple_of(512) && backing.plugin.probe(file).is_ok_and(|score| score == PROBE_ANYTHING) {
+    if !backing.insisted
+        && !length.is_multiple_of(512)
+        && backing.plugin.probe(file).is_ok_and(|score| score == PROBE_ANYTHING)
+    {
         return Err(overlay.recorder(part).uneven(&pointer.name, &backing.opened.path, length));
     }
     Ok(Target { backing, between: Vec::new() })
@@ -62,7 +76,7 @@ fn open_base<'r>(
     descent: &mut Descent<'r, '_>,
     overlay: &ChainImage<'_>,
     base: &NamedFile,
-    access: Access,
+    BackingChoice { format, access, .. }: BackingChoice<'_>,
     parent: &[u8],
 ) -> Result<Target<'r>, Error> {
     let parent = format!("the overlay's immediate parent is {}", escape_bytes(parent));
@@ -93,7 +107,7 @@ fn open_base<'r>(
         if located.is_named_by_operator() {
             // The names in it begin where the chain has it, and not where the operator does.
             let opened = OpenedFile { directory: located.beside().clone(), ..opened }.lock(access)?;
-            let backing = descent.identify(above, &located, opened)?;
+            let backing = descent.identify_target(above, &located, opened, format)?;
             // A dry run changes nothing, so that it needs no layer open for writing.
             if let (Access::ReadWrite, Some(lowest)) = (access, &lowest) {
                 let_follow(descent, overlay, &mut between, lowest, &backing)?;

@@ -6,6 +6,7 @@
 
 use super::advice::{Part, Recorder};
 use super::gate::{Gate, Located};
+use super::identify::Recorded;
 use super::open::{Access, ChainImage, OpenedFile};
 use crate::error::Error;
 use crate::lookup::Identity;
@@ -76,7 +77,7 @@ impl<'r, 'g> Descent<'r, 'g> {
         Ok(Some(located))
     }
 
-    /// Open what [`next`](Self::next) found, and find out what it is.
+    /// Open what [`next`](Self::next) found, and find out what it is: an image that is read.
     ///
     /// # Errors
     /// What opening, locking and probing give.
@@ -88,23 +89,21 @@ impl<'r, 'g> Descent<'r, 'g> {
         access: Access,
     ) -> Result<ChainImage<'r>, Error> {
         let opened = OpenedFile::located(located, &above.recorder(part), access)?.lock(access)?;
-        self.identify(above, located, opened)
+        opened.identify_recorded(self.registry, Recorded::by(above, located))
     }
 
-    /// Find out what an open backing is.
+    /// Find out what an open file is that is written: of the format that the operator `named`, or of the recorded one.
     ///
     /// # Errors
     /// What probing gives.
-    pub fn identify(
+    pub fn identify_target(
         &self,
         above: &ChainImage<'_>,
         located: &Located,
         opened: OpenedFile,
+        named: Option<&str>,
     ) -> Result<ChainImage<'r>, Error> {
-        // The format beside the name counts before the one within it, as in QEMU.
-        let recorded = pointer(&above.facts).and_then(|pointer| pointer.format.as_ref().into_option());
-        let recorded = recorded.map(|format| format.as_slice()).filter(|format| !format.is_empty());
-        opened.identify_recorded(self.registry, recorded.or(located.format.as_deref().map(str::as_bytes)))
+        opened.identify_target(self.registry, named, Recorded::by(above, located))
     }
 
     /// Open everything below an image, nearest first, for reading only.

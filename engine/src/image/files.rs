@@ -2,10 +2,11 @@
 
 use super::advice::Part;
 use super::gate::Gate;
+use super::identify::check_part;
 use super::open::{Access, ChainImage, OpenedFile};
 use crate::error::Error;
 use crate::lookup::Identity;
-use crate::plugins::{IdentifyError, ImageFiles, ImageRead};
+use crate::plugins::{IdentifyError, ImageFiles, ImageRead, Registry};
 use instar_guest_abi::{ErrorCode, MAX_FILE_DEVICES};
 
 /// A file of an image that has several.
@@ -23,6 +24,8 @@ pub struct FilesOf<'i, 'r, 'g> {
     pub image: &'i mut ChainImage<'r>,
     /// How its files are opened.
     pub access: Access,
+    /// Whether the command changes them, or would if it were no dry run.
+    pub changes: bool,
     /// The gate for their names.
     pub gate: &'g Gate,
 }
@@ -32,10 +35,11 @@ pub struct FilesOf<'i, 'r, 'g> {
 ///
 /// # Errors
 /// [`ErrorCode::WriteTargetNotAllowed`], [`ErrorCode::UnsupportedFormat`] for too many files, [`ErrorCode::ChainLoop`] for
-/// one that is there twice, and what opening gives.
-pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), Error> {
+/// one that is there twice, [`ErrorCode::FormatMismatch`] for one that is written to and looks like another image, and what
+/// opening gives.
+pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), Error> {
     let mut seen: Vec<Identity> = images.iter().map(|of| of.image.opened.identity).collect();
-    for FilesOf { image, access, gate } in images {
+    for FilesOf { image, access, changes, gate } in images {
         let path = &image.opened.path;
         let failed = |error| Error::identify(path, &IdentifyError::Plugin(error));
         let named = image.plugin.files(&image.opened.file).map_err(failed)?;
@@ -61,6 +65,9 @@ pub fn open_extra_files(images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), Error>
                 return Err(Error::image(&opened.path, ErrorCode::ChainLoop, clause));
             }
             seen.push(opened.identity);
+            if *changes {
+                check_part(registry, image, &opened, &file.format)?;
+            }
             others.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
         }
         image.files.append(&mut others);

@@ -1,41 +1,179 @@
 //! Which format an open file is of, and who is believed about it.
+//!
+//! A raw image has no mark. What its first and last sectors look like is its guest's to choose, so that a mark of another
+//! format in it proves nothing; but an overlay that calls a qcow2 image raw must not have its header overwritten. So raw is
+//! believed
+//!
+//! * of whoever reads: nothing is at stake;
+//! * of the operator, who names it with `-f` or `-F`;
+//! * of an image that records it for a file to be written, unless that has the certain mark of another format, or a likely
+//!   one and a length of which no disk is. Even then, a commit that is repeated [may go on](crate::commit).
+//!
+//! The same holds for the other files of an image, of which its plugin says what they look like.
 
+use super::gate::Located;
 use super::open::{ChainImage, OpenedFile};
 use crate::error::Error;
-use crate::plugins::{IdentifyError, Registry};
+use crate::escape::{escape_bytes, escape_path};
+use crate::plugins::{IdentifyError, ImageRead, Mark, Registry};
 use instar_guest_abi::ErrorCode;
+use instar_plugin_api::ImageFacts;
+use std::path::Path;
+
+/// Disks are made of sectors of this many bytes.
+const SECTOR: u64 = 512;
+
+/// What an image records of the format of the image that it is backed by.
+#[derive(Clone, Copy, Debug)]
+pub struct Recorded<'i> {
+    /// The image that records it.
+    by: &'i Path,
+    /// The name of the format, if there is one.
+    format: Option<&'i [u8]>,
+}
+
+impl<'i> Recorded<'i> {
+    /// What this image records of the file that its pointer led to. The format beside the name counts before the one within
+    /// it, as in QEMU.
+    #[must_use]
+    pub fn by(image: &'i ChainImage<'_>, located: &'i Located) -> Self {
+        let pointer = image.facts.backing.as_ref().into_option();
+        let format = pointer.and_then(|pointer| pointer.format.as_ref().into_option());
+        let format = format.map(|format| format.as_slice()).filter(|format| !format.is_empty());
+        Self { by: &image.opened.path, format: format.or(located.format().map(str::as_bytes)) }
+    }
+}
+
+/// A reason to doubt that a file is raw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doubt {
+    /// The mark of another format.
+    pub mark: Mark,
+    /// What is wrong, and how to insist: one clause.
+    pub clause: String,
+}
 
 impl OpenedFile {
-    /// Find out the format. A `hint` that the file does not match is refused; so is one for a format that any bytes
-    /// are an image of (raw) where the file looks like another format.
+    /// Find out the format. A `hint` of the operator's that the file does not match is refused; raw is believed.
     ///
     /// # Errors
-    /// When no plugin, or not the one that `hint` names, recognises it; [`ErrorCode::FormatMismatch`].
+    /// When no plugin, or not the one that `hint` names, recognises it.
     pub fn identify_as<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, Error> {
-        let found = registry.identify(&self.file, hint).map_err(|error| Error::identify(&self.path, &error))?;
-        if let Some(other) = found.looks_like {
-            let clause = format!("is said to be {}, but looks like {other}: name its real format", found.plugin.name());
-            return Err(Error::image(&self.path, ErrorCode::FormatMismatch, clause));
-        }
-        Ok(ChainImage { opened: self, plugin: found.plugin, facts: found.facts, files: Vec::new(), follows: false })
+        self.identify(registry, hint, hint.is_some()).map_err(|(path, error)| {
+            let advice = if matches!(error, IdentifyError::Unrecognised { .. }) {
+                ". If it is a plain disk, add -f raw"
+            } else {
+                ""
+            };
+            Error::image(&path, error.code(), format!("{error}{advice}"))
+        })
     }
 
-    /// Find out the format of a file that an image is backed by, and whose format that image may record.
+    /// Find out the format of a file that is read below an image, which may record it.
     ///
     /// # Errors
     /// As [`OpenedFile::identify_as`].
     pub fn identify_recorded<'r>(
         self,
         registry: &'r Registry,
-        recorded: Option<&[u8]>,
+        recorded: Recorded<'_>,
     ) -> Result<ChainImage<'r>, Error> {
-        let recorded = recorded.filter(|name| !name.is_empty()).map(String::from_utf8_lossy);
-        if recorded.is_none() && matches!(registry.identify(&self.file, None), Err(IdentifyError::Unrecognised)) {
-            let clause =
-                "begins like no known format, and the image above does not record which it is: if it used to be \
-                          one, restore it; if it is a plain disk, record that it is raw in the image above";
-            return Err(Error::image(&self.path, ErrorCode::UnsupportedFormat, clause));
-        }
-        self.identify_as(registry, recorded.as_deref())
+        let hint = recorded.format.map(String::from_utf8_lossy);
+        self.identify(registry, hint.as_deref(), false).map_err(|(path, error)| {
+            recorded_error(&path, &error, recorded, "record that with `qemu-img rebase -u -b BACKING -F raw OVERLAY`")
+        })
     }
+
+    /// Find out the format of a file that is written below an image: the one that the operator `named`, or the recorded one.
+    /// When raw is recorded and cannot be believed, the image has a [`Doubt`].
+    ///
+    /// # Errors
+    /// As [`OpenedFile::identify_as`].
+    pub fn identify_target<'r>(
+        self,
+        registry: &'r Registry,
+        named: Option<&str>,
+        recorded: Recorded<'_>,
+    ) -> Result<ChainImage<'r>, Error> {
+        let hint = named.map(Into::into).or_else(|| recorded.format.map(String::from_utf8_lossy));
+        let mut image = self
+            .identify(registry, hint.as_deref(), named.is_some())
+            .map_err(|(path, error)| recorded_error(&path, &error, recorded, "add -F raw"))?;
+        if let Some(mark) = image.mark.as_ref().filter(|mark| !image.insisted && forbids_writing(mark, &image.facts)) {
+            let (raw, other) = (image.plugin.name(), &mark.format);
+            let clause = format!(
+                "looks like a {other} image, which would be overwritten, but '{}' records it as {raw}: if its \
+                     guest wrote that, add -F {raw}; if it is a {other} image, add -F {other}",
+                escape_path(recorded.by)
+            );
+            image.doubt = Some(Doubt { mark: mark.clone(), clause });
+        }
+        Ok(image)
+    }
+
+    fn identify<'r>(
+        self,
+        registry: &'r Registry,
+        hint: Option<&str>,
+        insisted: bool,
+    ) -> Result<ChainImage<'r>, (std::path::PathBuf, IdentifyError)> {
+        match registry.identify(&self.file, hint) {
+            Ok(found) => Ok(ChainImage {
+                opened: self,
+                plugin: found.plugin,
+                facts: found.facts,
+                files: Vec::new(),
+                insisted,
+                mark: found.mark,
+                doubt: None,
+                follows: false,
+            }),
+            Err(error) => Err((self.path, error)),
+        }
+    }
+}
+
+/// Whether a file with this mark, and these facts as a disk without one, must not be written to on the word of an image.
+fn forbids_writing(mark: &Mark, facts: &ImageFacts) -> bool {
+    mark.certain || !facts.file_length.is_multiple_of(SECTOR)
+}
+
+/// Why the format of an image below another one is not known; `if_raw` is what to do if it is a plain disk.
+fn recorded_error(path: &Path, error: &IdentifyError, recorded: Recorded<'_>, if_raw: &str) -> Error {
+    let by = escape_path(recorded.by);
+    let clause = match (error, recorded.format) {
+        (IdentifyError::Unrecognised { .. }, _) => {
+            format!("{error}. '{by}', which it is the backing of, records no format: if it is a plain disk, {if_raw}")
+        }
+        (_, Some(format)) => format!("{error} ('{by}' records it as {})", escape_bytes(format)),
+        (_, None) => format!("{error} (it is the backing of '{by}')"),
+    };
+    Error::image(path, error.code(), clause)
+}
+
+/// Refuse another file of an image that is written to, if it has the certain mark of another format than its plugin says that
+/// it has (`expected`): the image would have its header overwritten. Not if the operator insists.
+///
+/// # Errors
+/// [`ErrorCode::FormatMismatch`], with `option` as the way to insist; and when a plugin gives no answer.
+pub(super) fn check_part(
+    registry: &Registry,
+    image: &ChainImage<'_>,
+    part: &OpenedFile,
+    expected: &str,
+) -> Result<(), Error> {
+    if image.insisted {
+        return Ok(());
+    }
+    let mark = registry.mark(&part.file).map_err(|error| Error::identify(&part.path, &error))?;
+    let Some(mark) = mark.filter(|mark| mark.format != expected) else { return Ok(()) };
+    if !mark.certain && part.file.length().is_multiple_of(SECTOR) {
+        return Ok(());
+    }
+    let (other, own, path) = (&mark.format, image.plugin.name(), escape_path(&image.opened.path));
+    let clause = format!(
+        "looks like a {other} image, which would be overwritten, but '{path}' names it as a part of itself: if a guest \
+         wrote that into it, name the format of '{path}' with -F {own} (with -f {own}, if it is the overlay)"
+    );
+    Err(Error::image(&part.path, ErrorCode::FormatMismatch, clause))
 }

@@ -3,6 +3,7 @@
 //! An overlay is hostile, and it names other files. Every file that an image names passes one [gate](Gate) before it is
 //! opened, and the gate judges the file that the name really leads to: neither its text, nor a link, nor a race decides.
 
+mod access;
 mod advice;
 mod base;
 mod chain;
@@ -11,18 +12,22 @@ mod gate;
 #[cfg(test)]
 mod gate_tests;
 mod identify;
+mod locking;
 mod named;
 mod names;
 mod open;
 mod open_files;
 mod parents;
 mod roots;
+mod users;
 
 pub use advice::{Part, Recorder};
-pub use base::{resolve_backing, Target};
+pub use base::{resolve_backing, BackingChoice, Target};
 pub use chain::Descent;
 pub use files::{open_extra_files, ExtraFile, FilesOf};
 pub use gate::{Gate, Located};
+pub use identify::{Doubt, Recorded};
+pub use locking::prepare_to_lock;
 pub use named::NamedFile;
 pub use names::{file_name, FileName, NoFile};
 pub use open::{Access, ChainImage, OpenedFile};

@@ -1,15 +1,16 @@
 //! Opening an image of a chain: once, with the right mode, after a look at what it is; then it is locked, and its format
 //! found out.
 
+use super::access::{check_writable, open_error};
 use super::advice::{Part, Recorder};
 use super::files::ExtraFile;
 use super::gate::Located;
+use super::identify::Doubt;
+use super::locking;
 use super::named::NamedFile;
-use crate::devices::lock::{lock_read_only, lock_read_write};
 use crate::error::Error;
-use crate::escape::escape_path;
 use crate::lookup::{Directory, Identity};
-use crate::plugins::{FileImage, Plugin};
+use crate::plugins::{FileImage, Mark, Plugin};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
@@ -48,6 +49,12 @@ pub struct ChainImage<'r> {
     /// What it records of its parent is changed, and nothing else of it: a few bytes of its own file, which is open for
     /// writing. It is not emptied, and not a target.
     pub follows: bool,
+    /// The operator named its format, and is believed.
+    pub insisted: bool,
+    /// The mark of another format in a file that is said to be raw.
+    pub mark: Option<Mark>,
+    /// Why it may be written to only where nothing changes that may be a header.
+    pub doubt: Option<Doubt>,
 }
 
 /// How an image is opened.
@@ -74,16 +81,7 @@ impl Access {
 
     /// Why a file could not be looked at or opened.
     pub(super) fn failed(self, path: &Path, errno: Errno, missing: ErrorCode) -> Error {
-        let what = if self == Self::ReadWrite { "cannot be opened for writing" } else { "cannot be opened" };
-        let clause = format!("{what}: {}", io::Error::from(errno));
-        let code = match errno {
-            Errno::NOENT => return Error::image(path, missing, "does not exist"),
-            Errno::ISDIR => return Error::image(path, ErrorCode::OpenFailed, "is a directory, not an image"),
-            Errno::ACCESS | Errno::PERM => ErrorCode::PermissionDenied,
-            Errno::ROFS => ErrorCode::ReadOnly,
-            _ => ErrorCode::OpenFailed,
-        };
-        Error::image(path, code, clause)
+        open_error(path, self, missing, &io::Error::from(errno))
     }
 }
 
@@ -142,7 +140,11 @@ impl Looked<'_> {
         let file = FileImage::new(File::from(descriptor)).map_err(|error| {
             Error::image(path, ErrorCode::OpenFailed, format!("its length cannot be found out: {error}"))
         })?;
-        Ok(OpenedFile { file, path: path.to_owned(), directory: beside.clone(), identity, block_device })
+        let opened = OpenedFile { file, path: path.to_owned(), directory: beside.clone(), identity, block_device };
+        if access == Access::ReadWrite {
+            opened.check_writable()?;
+        }
+        Ok(opened)
     }
 }
 
@@ -170,22 +172,20 @@ impl OpenedFile {
         looked.open(path, &reached.beside, access, ErrorCode::BackingNotFound)
     }
 
+    /// Refuse a file that is read-only, whoever asks. It need not be open for writing.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ReadOnly`].
+    pub fn check_writable(&self) -> Result<(), Error> {
+        check_writable(&self.path, self.file.file(), self.block_device)
+    }
+
     /// Lock the file as QEMU does, so that no virtual machine and no other tool uses it in a way that conflicts.
     ///
     /// # Errors
-    /// [`ErrorCode::ImageInUse`].
+    /// [`ErrorCode::ImageInUse`], and what else [waiting](super::prepare_to_lock) gives.
     pub fn lock(self, access: Access) -> Result<Self, Error> {
-        let locked = match access {
-            Access::ReadWrite => lock_read_write(self.file.file()),
-            Access::ReadOnly => lock_read_only(self.file.file()),
-            Access::Shared => Ok(()),
-        };
-        match locked {
-            Ok(()) => Ok(self),
-            Err(error) => {
-                let clause = format!("{error}: Is another process using the image [{}]?", escape_path(&self.path));
-                Err(Error::image(&self.path, ErrorCode::ImageInUse, clause))
-            }
-        }
+        locking::lock(self.file.file(), &self.path, access)?;
+        Ok(self)
     }
 }

@@ -6,7 +6,8 @@ use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFa
 use crate::confine::{Confinement, Work};
 use crate::error::Error;
 use crate::image::{
-    allow_many_open_files, check_parents, open_extra_files, Access, Descent, FilesOf, Gate, NamedFile, Roots,
+    allow_many_open_files, check_parents, open_extra_files, prepare_to_lock, Access, Descent, FilesOf, Gate, NamedFile,
+    Roots,
 };
 use crate::plugins::{ImageRead, Registry, SearchPath};
 use crate::vm::{self, KvmDevice, VmSpec};
@@ -22,6 +23,8 @@ pub struct MapRequest {
     pub format: Option<String>,
     /// Look at the images even if something else is writing to them.
     pub force_share: bool,
+    /// Seconds to wait for images that are in use.
+    pub wait: u64,
     /// Directories that recorded names may lead into.
     pub allowed_directories: Vec<PathBuf>,
     /// Where plugins are looked for.
@@ -45,6 +48,7 @@ pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), 
     let roots = Roots::of(&file, &request.allowed_directories)?;
     let registry = Registry::load(&request.search);
     let kvm = KvmDevice::open();
+    prepare_to_lock(request.wait, [&file], &request.allowed_directories);
     let access = if request.force_share { Access::Shared } else { Access::ReadOnly };
     let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
     let confinement = Confinement::begin(&roots.reach(access), Work::OpenToRead);
@@ -55,8 +59,8 @@ pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), 
     let mut layers: Vec<_> = std::iter::once(top).chain(below).collect();
     check_parents(&layers.iter().collect::<Vec<_>>())?;
     let mut files: Vec<FilesOf<'_, '_, '_>> =
-        layers.iter_mut().map(|image| FilesOf { image, access, gate: &gate }).collect();
-    open_extra_files(&mut files)?;
+        layers.iter_mut().map(|image| FilesOf { image, access, changes: false, gate: &gate }).collect();
+    open_extra_files(&registry, &mut files)?;
     // For good: what is returned is only what was in force.
     let _ = confinement.seal(Work::Read);
 

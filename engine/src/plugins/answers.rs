@@ -150,6 +150,9 @@ pub fn check_files(files: &[ImageFile]) -> Result<(), String> {
     if files.iter().any(|file| file.names().any(|name| name.len() > RECORDED_MAX)) {
         return Err(format!("it names a file of the image by more than {RECORDED_MAX} bytes"));
     }
+    if !files.iter().all(|file| is_format_name(&file.format)) {
+        return Err("it says of a file of the image that it is of a format that has no valid name".to_owned());
+    }
     Ok(())
 }
 

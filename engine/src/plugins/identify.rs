@@ -2,7 +2,10 @@
 
 use super::{ImageFiles, ImageRead, Plugin, PluginFailure, Registry};
 use instar_guest_abi::ErrorCode;
-use instar_plugin_api::{ImageFacts, PROBE_ANYTHING, PROBE_NO};
+use instar_plugin_api::{ImageFacts, PROBE_ANYTHING, PROBE_LIKELY, PROBE_NO};
+use std::cell::Cell;
+use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 
 /// An image whose format is known.
@@ -12,9 +15,22 @@ pub struct Identified<'r> {
     pub plugin: &'r Plugin,
     /// What the header says.
     pub facts: ImageFacts,
-    /// For a format that any bytes are an image of (raw): the format that the file looks like besides. Such a file
-    /// must not be written to on the word of an image.
-    pub looks_like: Option<String>,
+    /// For a format that any bytes are an image of (raw): the mark of another format that the file has besides. What has a
+    /// certain one must not be written to on the word of an image.
+    pub mark: Option<Mark>,
+}
+
+/// The mark of a format in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The format.
+    pub format: String,
+    /// The mark does not stand in other files by chance: [`PROBE_LIKELY`] is not certain.
+    pub certain: bool,
+    /// Where it is: the bytes that its plugin read to recognise it.
+    pub bytes: Range<u64>,
+    /// Size in bytes of the clusters of such an image, of which the first holds its header; 0 if it is none.
+    pub cluster_size: u64,
 }
 
 /// Why the format of an image is not known. The text does not name the image: the caller adds that.
@@ -35,7 +51,13 @@ pub enum IdentifyError {
         libraries: Vec<PathBuf>,
     },
     /// The image is not of the format that was named.
-    #[error("not a {hint} image{}", .actual.as_ref().map(|name| format!(", but a {name} image")).unwrap_or_default())]
+    #[error(
+        "does not begin like the {hint} image that it is said to be{}", 
+        .actual.as_ref().map_or_else(
+            || ": if it used to be one, its header is damaged: restore it, and do not call it raw".to_owned(),
+            |name| format!(", but like a {name} image: name its real format"),
+        )
+    )]
     NotThisFormat {
         /// The format that was named.
         hint: String,
@@ -44,9 +66,16 @@ pub enum IdentifyError {
     },
     /// No plugin recognises the image. A raw image is only taken as one when it is named so.
     #[error(
-        "the format is not recognised; name it with -f if it is raw, or load the plugin for it (see `instar plugins`)"
+        "begins like no known format ({}). If it used to be one, its header is damaged: restore it, and do not call it raw",
+        .known.join(", ")
     )]
-    Unrecognised,
+    Unrecognised {
+        /// The formats that have a mark.
+        known: Vec<String>,
+    },
+    /// The image is a LUKS container.
+    #[error("is encrypted with LUKS, which is not supported: decrypt it with `qemu-img convert`, or work on the open device")]
+    Luks,
     /// Plugins disagree.
     #[error("the image looks like {}: name the format with -f", .0.join(" and like "))]
     Ambiguous(Vec<String>),
@@ -66,7 +95,8 @@ impl IdentifyError {
         match self {
             Self::UnknownFormat { .. } | Self::ClaimedTwice { .. } => ErrorCode::PluginUnavailable,
             Self::NotThisFormat { .. } => ErrorCode::FormatMismatch,
-            Self::Unrecognised | Self::Ambiguous(_) => ErrorCode::UnsupportedFormat,
+            Self::Unrecognised { .. } | Self::Ambiguous(_) => ErrorCode::UnsupportedFormat,
+            Self::Luks => ErrorCode::LuksUnsupported,
             Self::Plugin(failure) => failure.code(),
         }
     }
@@ -78,43 +108,65 @@ impl Registry {
     /// # Errors
     /// [`IdentifyError`] when no plugin, or no single one, can say what the image is.
     pub fn identify(&self, image: &dyn ImageRead, hint: Option<&str>) -> Result<Identified<'_>, IdentifyError> {
-        let (plugin, looks_like) = match hint {
+        let (plugin, mark) = match hint {
             Some(hint) => self.by_hint(image, hint)?,
-            None => (self.by_content(image)?, None),
+            None => (self.by_content(image)?.0, None),
         };
         let facts = plugin.facts(ImageFiles::one(image)).map_err(IdentifyError::Plugin)?;
-        Ok(Identified { plugin, facts, looks_like })
+        Ok(Identified { plugin, facts, mark })
     }
 
-    fn by_hint(&self, image: &dyn ImageRead, hint: &str) -> Result<(&Plugin, Option<String>), IdentifyError> {
+    /// The mark of a format that a file has: of several plugins that claim it, that of the surest.
+    ///
+    /// # Errors
+    /// When it is not known: a plugin gave no answer. Not knowing what a file looks like is no reason to believe that it
+    /// looks like nothing.
+    pub fn mark(&self, image: &dyn ImageRead) -> Result<Option<Mark>, IdentifyError> {
+        let (plugin, score) = match self.by_content(image) {
+            Ok(found) => found,
+            Err(IdentifyError::Unrecognised { .. } | IdentifyError::Luks) => return Ok(None),
+            Err(IdentifyError::Ambiguous(names)) => {
+                let format = names.into_iter().next().unwrap_or_default();
+                return Ok(Some(Mark { format, certain: true, bytes: 0..image.length(), cluster_size: 0 }));
+            }
+            Err(error) => return Err(error),
+        };
+        let seen = Seen { image, bytes: Cell::new((u64::MAX, 0)) };
+        plugin.probe(&seen).map_err(IdentifyError::Plugin)?;
+        let (start, end) = seen.bytes.get();
+        let bytes = start.min(end)..end.min(image.length());
+        let cluster_size = plugin.facts(ImageFiles::one(image)).map_or(0, |facts| facts.cluster_size);
+        Ok(Some(Mark { format: plugin.name().to_owned(), certain: score > PROBE_LIKELY, bytes, cluster_size }))
+    }
+
+    fn by_hint(&self, image: &dyn ImageRead, hint: &str) -> Result<(&Plugin, Option<Mark>), IdentifyError> {
         if let Some(libraries) = self.conflict(hint) {
             return Err(IdentifyError::ClaimedTwice { name: hint.to_owned(), libraries: libraries.to_vec() });
         }
-        let plugin = self.by_format(hint).ok_or_else(|| IdentifyError::UnknownFormat { hint: hint.to_owned() })?;
+        let Some(plugin) = self.by_format(hint) else {
+            // QEMU's name for it.
+            let unknown = || IdentifyError::UnknownFormat { hint: hint.to_owned() };
+            return Err(if hint == "luks" { IdentifyError::Luks } else { unknown() });
+        };
         match plugin.probe(image).map_err(IdentifyError::Plugin)? {
-            PROBE_NO => {
-                let actual = self.by_content(image).ok().map(|other| other.name().to_owned());
-                Err(IdentifyError::NotThisFormat { hint: plugin.name().to_owned(), actual })
-            }
-            PROBE_ANYTHING => {
-                let looks_like = match self.by_content(image) {
-                    Ok(other) => Some(other.name().to_owned()),
-                    Err(IdentifyError::Ambiguous(names)) => names.into_iter().next(),
-                    Err(IdentifyError::Unrecognised) => None,
-                    // Not knowing what a file looks like is no reason to believe that it looks like nothing.
-                    Err(error) => return Err(error),
-                };
-                Ok((plugin, looks_like))
-            }
+            PROBE_NO => match self.by_content(image) {
+                Err(IdentifyError::Luks) => Err(IdentifyError::Luks),
+                other => {
+                    let actual = other.ok().map(|(other, _)| other.name().to_owned());
+                    Err(IdentifyError::NotThisFormat { hint: plugin.name().to_owned(), actual })
+                }
+            },
+            PROBE_ANYTHING => Ok((plugin, self.mark(image)?)),
             _ => Ok((plugin, None)),
         }
     }
 
-    /// The one plugin that recognises the image best.
-    fn by_content(&self, image: &dyn ImageRead) -> Result<&Plugin, IdentifyError> {
+    /// The one plugin that recognises the image best, and its score.
+    fn by_content(&self, image: &dyn ImageRead) -> Result<(&Plugin, u32), IdentifyError> {
         let mut best: Vec<&Plugin> = Vec::new();
         let mut best_score = PROBE_ANYTHING;
         let mut failure = None;
+        let mut known = Vec::new();
         for plugin in self.plugins() {
             match plugin.probe(image) {
                 Ok(score) if score > best_score => {
@@ -122,15 +174,48 @@ impl Registry {
                     best = vec![plugin];
                 }
                 Ok(score) if score == best_score && !best.is_empty() => best.push(plugin),
+                Ok(PROBE_NO) => known.push(plugin.name().to_owned()),
                 Ok(_) => {}
                 Err(error) => failure = Some(error),
             }
         }
         match (best.as_slice(), failure) {
-            (&[plugin], _) => Ok(plugin),
+            (&[plugin], _) => Ok((plugin, best_score)),
             ([], Some(failure)) => Err(IdentifyError::Plugin(failure)),
-            ([], None) => Err(IdentifyError::Unrecognised),
+            ([], None) if is_luks(image) => Err(IdentifyError::Luks),
+            ([], None) => {
+                known.sort_unstable();
+                Err(IdentifyError::Unrecognised { known })
+            }
             (several, _) => Err(IdentifyError::Ambiguous(several.iter().map(|p| p.name().to_owned()).collect())),
         }
+    }
+}
+
+/// The first bytes of a LUKS container, versions 1 and 2 (the LUKS on-disk format specifications, "magic").
+const LUKS: [u8; 6] = *b"LUKS\xba\xbe";
+
+/// Whether an image is a LUKS container: no format, but what is wrong with it can be said.
+fn is_luks(image: &dyn ImageRead) -> bool {
+    let mut start = [0; LUKS.len()];
+    image.read_at(0, &mut start).is_ok_and(|length| length == start.len()) && start == LUKS
+}
+
+/// An image of which the bytes that are read are noted: from the first to the last.
+struct Seen<'i> {
+    image: &'i dyn ImageRead,
+    bytes: Cell<(u64, u64)>,
+}
+
+impl ImageRead for Seen<'_> {
+    fn length(&self) -> u64 {
+        self.image.length()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let (start, end) = self.bytes.get();
+        let last = offset.saturating_add(buffer.len() as u64);
+        self.bytes.set((start.min(offset), end.max(last)));
+        self.image.read_at(offset, buffer)
     }
 }

@@ -20,7 +20,7 @@ mod trust;
 
 pub use failure::PluginFailure;
 pub use file_image::FileImage;
-pub use identify::{Identified, IdentifyError};
+pub use identify::{Identified, IdentifyError, Mark};
 pub use plugin::Plugin;
 pub use reader::{ImageFiles, ImageRead};
 pub use registry::{Registry, Skipped};

@@ -145,7 +145,8 @@ pub fn files(image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
 
 fn file_of(descriptor: &Descriptor, extent: &DiskExtent) -> Result<ImageFile, PluginError> {
     let (name, other_names) = recorded(descriptor, &extent.name)?;
-    Ok(ImageFile { name, other_names, grows: extent.storage == Storage::Sparse })
+    let sparse = extent.storage == Storage::Sparse;
+    Ok(ImageFile { name, other_names, grows: sparse, format: if sparse { "vmdk" } else { "raw" }.into() })
 }
 
 /// A name in the descriptor, as one for the engine, and the others that it may stand for.

@@ -58,7 +58,12 @@ impl FormatPlugin for Faulty {
     fn files(_: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
         let how = fault("files");
         errors(&how)?;
-        let file = |name: &[u8]| ImageFile { name: RVec::from(name), other_names: RVec::new(), grows: false };
+        let file = |name: &[u8]| ImageFile {
+            name: RVec::from(name),
+            other_names: RVec::new(),
+            grows: false,
+            format: "raw".into(),
+        };
         Ok(match how.as_str() {
             "many" => vec![file(b"x"); 100_000],
             "empty" => vec![file(b"")],

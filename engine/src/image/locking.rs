@@ -1,0 +1,101 @@
+//! Locking the images: how long to wait for somebody who uses one, and what to say when that was in vain.
+
+use super::named::NamedFile;
+use super::open::Access;
+use super::users::{remember_users, user_of};
+use crate::devices::lock::{lock_read_only, lock_read_write, LockError};
+use crate::error::Error;
+use crate::lookup::Directory;
+use instar_guest_abi::ErrorCode;
+use rustix::thread::NanosleepRelativeResult;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// How long each wait is before a lock is tried again.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long to wait for all locks together: in seconds, and until when.
+static PATIENCE: Mutex<Option<(u64, Instant)>> = Mutex::new(None);
+
+/// What has to be done about locks before the process is confined: from now on, images that are in use are waited for, for
+/// `wait` seconds altogether; and who uses these files, or those beside them and in the directories that are `allowed`, is
+/// found out while the process may still look around.
+pub fn prepare_to_lock<'p>(wait: u64, files: impl IntoIterator<Item = &'p NamedFile>, allowed: &'p [PathBuf]) {
+    // The process works for one command, which it is confined for: there is one end for all waits.
+    let until = Instant::now().checked_add(Duration::from_secs(wait)).filter(|_| wait > 0);
+    if let Ok(mut patience) = PATIENCE.lock() {
+        *patience = until.map(|until| (wait, until));
+    }
+    let files: Vec<&NamedFile> = files.into_iter().collect();
+    let beside = files.iter().filter_map(|file| file.directory()).map(Directory::path);
+    let directories = beside.chain(allowed.iter().map(PathBuf::as_path));
+    remember_users(files.iter().map(|file| file.path()), directories);
+}
+
+/// Lock a file as QEMU does, so that no virtual machine and no other tool uses it in a way that conflicts.
+///
+/// # Errors
+/// [`ErrorCode::ImageInUse`]; [`ErrorCode::Interrupted`] when a signal ends the wait; [`ErrorCode::OpenFailed`] when the file
+/// system fails.
+pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), Error> {
+    let patience = PATIENCE.lock().ok().and_then(|patience| *patience);
+    loop {
+        let locked = match access {
+            Access::ReadWrite => lock_read_write(file),
+            Access::ReadOnly => lock_read_only(file),
+            Access::Shared => Ok(()),
+        };
+        match locked {
+            Ok(()) => return Ok(()),
+            Err(LockError::Failed(byte, error)) => {
+                let clause = format!("cannot be locked: byte {byte}: {error}");
+                return Err(Error::image(path, ErrorCode::OpenFailed, clause));
+            }
+            Err(LockError::Needed(_) | LockError::Shared(_)) => {}
+        }
+        match patience {
+            Some((_, until)) if Instant::now() < until => {
+                if pause() == Pause::Interrupted {
+                    let clause = "a signal ended the wait for the process that uses it";
+                    return Err(Error::image(path, ErrorCode::Interrupted, clause));
+                }
+            }
+            _ => return Err(Error::image(path, ErrorCode::ImageInUse, in_use(file, access, patience))),
+        }
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Pause {
+    Over,
+    Interrupted,
+}
+
+/// Wait a little. The sleep of the standard library goes on after a signal.
+fn pause() -> Pause {
+    let pause = rustix::thread::Timespec { tv_sec: 0, tv_nsec: PAUSE.subsec_nanos().into() };
+    match rustix::thread::nanosleep(&pause) {
+        NanosleepRelativeResult::Interrupted(_) => Pause::Interrupted,
+        NanosleepRelativeResult::Ok | NanosleepRelativeResult::Err(_) => Pause::Over,
+    }
+}
+
+/// Who uses a file, and what to do: one clause.
+fn in_use(file: &File, access: Access, patience: Option<(u64, Instant)>) -> String {
+    let who = user_of(file).unwrap_or_else(|| "a running virtual machine?".to_owned());
+    let waited = patience.map(|(seconds, _)| format!(", also after {seconds} s")).unwrap_or_default();
+    let wait = if patience.is_none() { ", or wait with --wait SECONDS" } else { "" };
+    match access {
+        Access::ReadWrite => {
+            format!(
+                "is in use by another process ({who}){waited}: stop it{wait}; while a virtual machine runs, commit inside it with \
+                 block-commit"
+            )
+        }
+        Access::ReadOnly | Access::Shared => {
+            format!("is being changed by another process ({who}){waited}: stop it{wait}")
+        }
+    }
+}
