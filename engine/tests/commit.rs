@@ -282,6 +282,21 @@ fn an_image_in_use_is_waited_for() {
     }
 }
 
+/// What is waited for is what its user leaves, and not what it was when it was opened.
+#[test]
+fn a_backing_that_grew_meanwhile() {
+    let lab = Lab::pair();
+    let mut user = InUse::new(&lab, "base");
+    let commit = waiting(&lab, "600");
+    let prompt = user.0.stdin.as_mut().unwrap();
+    std::io::Write::write_all(prompt, b"write -P 8 50M 4M\n").unwrap();
+    user.end();
+    let output = commit.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    lab.io("base", &["read -P 8 50M 4M", "read -P 3 1M 1M", "read -P 4 30M 100k"]);
+    lab.qemu_img(&["check", "-q", "base"]);
+}
+
 #[test]
 fn two_that_wait_do_not_block_each_other() {
     let lab = Lab::pair();
@@ -293,7 +308,8 @@ fn two_that_wait_do_not_block_each_other() {
     user.end();
     let other = lab.instar(&["--wait", "600", "other"]);
     assert_eq!(other.status, 0, "{}", other.stderr);
-    assert!(commit.wait_with_output().unwrap().status.success());
+    let commit = commit.wait_with_output().unwrap();
+    assert!(commit.status.success(), "{}", String::from_utf8_lossy(&commit.stderr));
     lab.io("base", &["read -P 6 40M 1M", "read -P 3 1M 1M"]);
 }
 

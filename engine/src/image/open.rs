@@ -137,9 +137,7 @@ impl Looked<'_> {
         if Identity::of(&fstat(&descriptor).map_err(failed)?) != identity {
             return Err(replaced());
         }
-        let file = FileImage::new(File::from(descriptor)).map_err(|error| {
-            Error::image(path, ErrorCode::OpenFailed, format!("its length cannot be found out: {error}"))
-        })?;
+        let file = FileImage::new(File::from(descriptor)).map_err(|error| length_error(path, &error))?;
         let opened = OpenedFile { file, path: path.to_owned(), directory: beside.clone(), identity, block_device };
         if access == Access::ReadWrite {
             opened.check_writable()?;
@@ -186,6 +184,12 @@ impl OpenedFile {
     /// [`ErrorCode::ImageInUse`], and what else [waiting](super::prepare_to_lock) gives.
     pub fn lock(self, access: Access) -> Result<Self, Error> {
         locking::lock(self.file.file(), &self.path, access)?;
-        Ok(self)
+        // Whoever used it until now may have made it longer.
+        let file = FileImage::new(self.file.into_file()).map_err(|error| length_error(&self.path, &error))?;
+        Ok(Self { file, ..self })
     }
+}
+
+fn length_error(path: &Path, error: &io::Error) -> Error {
+    Error::image(path, ErrorCode::OpenFailed, format!("its length cannot be found out: {error}"))
 }
