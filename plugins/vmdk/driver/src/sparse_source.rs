@@ -12,6 +12,10 @@ use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
 
 /// Tables that are read ahead while enumerating.
 const TABLES: usize = 256;
+/// At most this many grains are decoded before anything is changed, and no more bytes than these. Of an image with more of
+/// them, one that does not decode is found while it is committed: the overlay is intact then, the backing has changed.
+const DECODED_GRAINS: usize = 1024;
+const DECODED_BYTES: u64 = 256 << 20;
 /// Requests that are submitted at once while emptying.
 const BATCH: usize = 4096;
 
@@ -133,6 +137,7 @@ impl SparseSource {
     /// See [`Source::check`](instar_guest_sdk::Source::check).
     pub fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         self.held = self.image.verify(io)?;
+        self.decode_all(io)?;
         if will_empty {
             self.used = Vec::new();
             for directory in core::iter::once(&self.image.directory).chain(&self.image.redundant) {
@@ -140,6 +145,24 @@ impl SparseSource {
             }
         }
         Ok(self.held)
+    }
+
+    /// Decode compressed grains, unless they are too many; the bytes are dropped. One that does not decode would be found
+    /// while the backing is written.
+    fn decode_all(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let grain = self.image.header.grain_bytes();
+        let most = usize::try_from(DECODED_BYTES / grain.max(1)).unwrap_or(0).min(DECODED_GRAINS);
+        if !self.image.compressed() || self.held > most as u64 {
+            return Ok(());
+        }
+        let (size, mut extents) = (self.image.header.virtual_size(), Vec::new());
+        self.extents(io, 0..size, most + 1, &mut extents)?;
+        let mut buffer = vec![0; usize::try_from(grain).map_err(|_| overflow("the grain size"))?];
+        for extent in extents.iter().filter(|extent| extent.kind == ExtentKind::Encoded as u32) {
+            let length = usize::try_from(extent.length).map_err(|_| overflow("a grain"))?.min(buffer.len());
+            self.read(io, extent, extent.guest_offset, buffer.get_mut(..length).unwrap_or_default())?;
+        }
+        Ok(())
     }
 
     /// See [`Source::extents`](instar_guest_sdk::Source::extents).
