@@ -18,6 +18,9 @@ FUZZ_TARGETS ?=
 FUZZ_RUSTFLAGS := -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
 # Random states after each write of a commit that `make crash` replays, and as many with torn sectors.
 CRASH_DRAWN ?= 10
+# Which pairs `make damage` draws, and how many.
+DAMAGE_SEED ?= 1
+DAMAGE_COUNT ?= 10000
 
 # `make test-integration tests/test_commit.py`: everything after the goal goes to pytest.
 ifeq (test-integration,$(firstword $(MAKECMDGOALS)))
@@ -27,7 +30,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults fuzz fuzz-corpus demo bench bench-quick \
+.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage fuzz fuzz-corpus demo bench bench-quick \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list
@@ -87,6 +90,9 @@ mutations: python qemu-img ## would the crash tests notice? takes out every flus
 
 faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/faults.py
+
+damage: ## commit, check and map pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
+	$(CARGO) run --profile fuzz -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)
 
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/demo.sh

@@ -55,7 +55,8 @@ pub fn apply(bed: &Bed, input: &[u8]) -> Files {
     files
 }
 
-fn one(bytes: &mut Vec<u8>, layout: &Layout, format: Format, change: &[u8]) {
+/// Apply one change to the bytes of an image.
+pub(super) fn one(bytes: &mut Vec<u8>, layout: &Layout, format: Format, change: &[u8]) {
     let index = usize::from(change[3]) << 16 | usize::from(change[4]) << 8 | usize::from(change[5]);
     let number = change[8..].iter().fold(0u64, |number, &byte| number << 8 | u64::from(byte));
     let field = match layout.kinds.get(usize::from(change[2]) % (layout.kinds.len() + 1)) {

@@ -9,6 +9,7 @@ mod beds;
 mod change;
 mod commit;
 mod crashes;
+mod damage;
 mod look;
 mod qcow2;
 mod strict;
@@ -18,6 +19,7 @@ pub use beds::Pairs;
 pub use change::{Layout, CHANGE};
 pub use commit::{cross_commit, qcow2_commit, vmdk_commit};
 pub use crashes::{Complaint, PowerLosses};
+pub use damage::{damaged_pair, Ending, Verdict};
 pub use look::look;
 
 use crate::host::Format;

@@ -9,6 +9,10 @@ use std::collections::BTreeMap;
 /// Bytes that one image may keep in memory while it is committed, a good deal more than guest memory.
 const MAX_LOG: u64 = 256 << 20;
 
+/// Requests, and bytes that are read, of an operation on images of a MiB: more is a stall.
+const MAX_REQUESTS: usize = 200_000;
+const MAX_READ: u64 = 256 << 20;
+
 /// The devices of an operation, and what the host would let the guest do with each.
 pub struct Strict {
     /// The devices.
@@ -16,13 +20,20 @@ pub struct Strict {
     /// Longest length in bytes by device; read-only ones are not there.
     writable: BTreeMap<u32, u64>,
     moved: u64,
+    /// Requests that may be made, if there is a bound.
+    most: Option<usize>,
 }
 
 impl Strict {
     /// The devices that these configurations describe; those in `writable` may be changed.
     pub fn new(files: BTreeMap<u32, Vec<u8>>, writable: &[&DeviceConfig]) -> Self {
         let writable = writable.iter().map(|config| (config.device, config.max_length.max(config.file_length)));
-        Self { devices: MemoryDevices::new(files), writable: writable.collect(), moved: 0 }
+        Self { devices: MemoryDevices::new(files), writable: writable.collect(), moved: 0, most: None }
+    }
+
+    /// The same with a bound on the work: an operation on images of a MiB that asks for more stalls.
+    pub fn bounded(files: BTreeMap<u32, Vec<u8>>, writable: &[&DeviceConfig]) -> Self {
+        Self { most: Some(MAX_REQUESTS), ..Self::new(files, writable) }
     }
 
     fn check(&mut self, request: &Request) {
@@ -55,6 +66,9 @@ impl Strict {
 impl BlockIo for Strict {
     fn submit(&mut self, requests: &mut [Request]) -> Result<(), IoFailure> {
         requests.iter().for_each(|request| self.check(request));
+        if self.most.is_some_and(|most| self.devices.executed() > most || self.devices.bytes_read > MAX_READ) {
+            panic!("a stall: {} requests, {} bytes read", self.devices.executed(), self.devices.bytes_read);
+        }
         self.devices.submit(requests)
     }
 

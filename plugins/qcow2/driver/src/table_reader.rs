@@ -9,8 +9,8 @@ use core::ops::Range;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult};
 
-/// Bytes that are read first: most tables are no longer.
-const FIRST_BYTES: u64 = 16 << 10;
+/// Bytes that are read first, in one exit: most tables are no longer.
+const FIRST_BYTES: u64 = 64 << 10;
 /// Bytes that are read at once after that.
 const CHUNK_BYTES: u64 = 128 << 10;
 

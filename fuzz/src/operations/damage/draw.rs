@@ -1,0 +1,117 @@
+//! Draws damaged pairs: valid images, and one to three words of metadata of either side.
+
+use super::super::beds::Pairs;
+use super::super::change::{one, Field, CHANGE};
+use super::super::commit::{admitted, guest};
+use super::super::strict::Strict;
+use super::super::{Bed, Files, ANCESTOR, OVERLAY};
+use crate::generator::Random;
+use instar_guest_abi::DEVICE_OUTPUT;
+
+/// A pair, and what was done to it.
+pub struct Drawn {
+    /// The images, as they were before.
+    pub bed: &'static Bed,
+    /// The images as they are.
+    pub files: Files,
+    /// Whether blocks of zeroes are holes.
+    pub holes: bool,
+    /// What was done, in words.
+    pub story: String,
+}
+
+/// The pair with this number.
+pub fn draw(seed: u64, number: u64) -> Drawn {
+    let mut random = Random::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd134_2543_de82_ef95));
+    let pairs = [Pairs::Qcow2, Pairs::Vmdk, Pairs::Cross][random.below(3)];
+    let bed = pairs.choose(&[random.below(256) as u8]).expect("there are images");
+    let mut drawn = Drawn { bed, files: bed.files.clone(), holes: random.below(2) == 0, story: format!("{pairs:?}") };
+    if random.below(8) == 0 {
+        restore(&mut drawn, &mut random);
+    }
+    for _ in 0..=random.below(3) {
+        match random.below(8) {
+            0 | 1 => contradict(&mut drawn, &mut random),
+            2 => hollow(&mut drawn, &mut random),
+            _ => word(&mut drawn, &mut random),
+        }
+    }
+    drawn
+}
+
+/// One of the files that are to be damaged: those that are only read below the backing are not.
+fn device(drawn: &Drawn, random: &mut Random) -> u32 {
+    let devices: Vec<u32> = drawn.files.keys().copied().filter(|&device| device != ANCESTOR).collect();
+    devices[random.below(devices.len())]
+}
+
+/// A commit was interrupted, and the backing comes from a backup.
+fn restore(drawn: &mut Drawn, random: &mut Random) {
+    let bed = drawn.bed;
+    let Some(configs) = admitted(bed, &bed.files) else { return };
+    let run = |fail_at| {
+        let mut io = Strict::new(bed.files.clone(), &[&configs[&OVERLAY], &configs[&DEVICE_OUTPUT]]);
+        io.devices.fail_at = fail_at;
+        // What it says does not matter.
+        let _ = guest(bed, &mut io, &configs);
+        io.devices
+    };
+    let all = run(None).executed();
+    let at = random.below(all.max(1));
+    let stopped = run(Some(at));
+    drawn.files = stopped.files;
+    drawn.files.insert(DEVICE_OUTPUT, bed.files[&DEVICE_OUTPUT].clone());
+    drawn.story += &format!(", stopped at request {at} of {all} and the backing restored");
+}
+
+/// One word becomes something else.
+fn word(drawn: &mut Drawn, random: &mut Random) {
+    let device = device(drawn, random);
+    let mut change: Vec<u8> = (0..CHANGE).map(|_| random.number() as u8).collect();
+    // The files keep their lengths.
+    change[7] = 0;
+    let (layout, format) = (&drawn.bed.layouts[&device], drawn.bed.formats[&device]);
+    let Some(bytes) = drawn.files.get_mut(&device) else { return };
+    let before = bytes.clone();
+    one(bytes, layout, format, &change);
+    let first = (0..before.len()).find(|&at| bytes.get(at) != before.get(at));
+    drawn.story += &first.map_or(String::new(), |at| format!(", device {device} changed at {at:#x}"));
+}
+
+/// Two entries name the same: a table, a cluster, a grain.
+fn contradict(drawn: &mut Drawn, random: &mut Random) {
+    let device = device(drawn, random);
+    let kinds = &drawn.bed.layouts[&device].kinds;
+    let Some(bytes) = drawn.files.get_mut(&device) else { return };
+    let value = |bytes: &[u8], field: &Field| bytes.get(field.at..field.at + field.width).map(<[u8]>::to_vec);
+    for _ in 0..16 {
+        if kinds.is_empty() {
+            return;
+        }
+        let kind = &kinds[random.below(kinds.len())];
+        let (from, to) = (kind[random.below(kind.len())], kind[random.below(kind.len())]);
+        let Some(entry) = value(bytes, &from).filter(|entry| entry.iter().any(|&byte| byte != 0)) else { continue };
+        if value(bytes, &to).is_some_and(|old| old != entry) && from.width == to.width {
+            bytes[to.at..to.at + to.width].copy_from_slice(&entry);
+            drawn.story += &format!(", device {device}: the entry at {:#x} copied to {:#x}", from.at, to.at);
+            return;
+        }
+    }
+}
+
+/// A structure becomes zeroes, as if a hole had been punched there.
+fn hollow(drawn: &mut Drawn, random: &mut Random) {
+    let device = device(drawn, random);
+    let places = &drawn.bed.layouts[&device].places;
+    if places.is_empty() {
+        return;
+    }
+    let unit = if drawn.bed.formats[&device] == crate::host::Format::Vmdk { 512 } else { 1 };
+    let at = places[random.below(places.len())].saturating_mul(unit);
+    let length = [512, 2048, 4096, 65536][random.below(4)];
+    let Some(bytes) = drawn.files.get_mut(&device) else { return };
+    let start = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
+    let end = start.saturating_add(length).min(bytes.len());
+    bytes[start..end].fill(0);
+    drawn.story += &format!(", device {device}: zeroes from {start:#x} to {end:#x}");
+}

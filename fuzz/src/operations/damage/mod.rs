@@ -1,0 +1,217 @@
+//! The damage campaign: pairs of images of which one to three words of metadata are wrong, committed, checked and mapped.
+//!
+//! Nothing panics, and the work stays in proportion: requests and bytes are counted. A refusal changes no byte. After a
+//! commit, the backing reads what the overlay did, and past the end of the overlay what it did itself; whatever happens, the
+//! overlay and all snapshots read what they did. An independent [reader] that takes damaged images tells what that is, sector
+//! by sector; a sector that could not be read before may read as anything.
+
+mod draw;
+mod reader;
+
+use super::commit::{admitted, guest};
+use super::strict::Strict;
+use super::{config, open_source, quietly, Bed, Files, Format, OVERLAY};
+use crate::host;
+use draw::{draw, Drawn};
+use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_commit::{CommitFailure, Layers, Outcome, Step};
+use instar_guest_sdk::memory::Change;
+use instar_guest_sdk::Source;
+use reader::{read, seen, snapshots, Disk, SECTOR};
+use std::collections::BTreeMap;
+
+/// How a pair ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ending {
+    /// The host halves did not admit it.
+    NotAdmitted,
+    /// The guest refused it before the first change.
+    Refused,
+    /// It was committed.
+    Committed,
+    /// The commit failed after the first change: damage in what a commit verifies as it goes.
+    FailedLater,
+}
+
+/// What became of a pair, or why it is a finding.
+#[derive(Debug)]
+pub struct Verdict {
+    /// How it ended.
+    pub ending: Ending,
+    /// Whether the independent reader could compare what the images read as.
+    pub compared: bool,
+    /// Why it was refused or failed.
+    pub failure: Option<String>,
+    /// What must not be, with what was done to the images.
+    pub finding: Option<String>,
+    /// Requests that the commit made.
+    pub requests: usize,
+}
+
+/// Draw the pair with this number, and look at everything that is done with it.
+#[must_use]
+pub fn damaged_pair(seed: u64, number: u64) -> Verdict {
+    let drawn = draw(seed, number);
+    let mut verdict =
+        Verdict { ending: Ending::NotAdmitted, compared: false, failure: None, finding: None, requests: 0 };
+    let result = quietly(|| {
+        look(&drawn);
+        commit(&drawn)
+    });
+    match result {
+        Ok(Ok(judged)) => verdict = judged,
+        Ok(Err(text)) => verdict.finding = Some(text),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text");
+            verdict.finding = Some(format!("a panic: {text}"));
+        }
+    }
+    if let Some(text) = &mut verdict.finding {
+        *text = format!("pair {number}: {text} [{}]", drawn.story);
+    }
+    verdict
+}
+
+/// Check overlay and backing, and map the chain. Panics on a finding.
+fn look(drawn: &Drawn) {
+    let facts =
+        drawn.files.iter().map(|(device, bytes)| Some((*device, host::look(drawn.bed.formats[device], bytes)?)));
+    let Some(facts) = facts.collect::<Option<BTreeMap<u32, _>>>() else { return };
+    let mut io = Strict::bounded(drawn.files.clone(), &[]);
+    io.devices.holes = drawn.holes;
+    for device in [OVERLAY, DEVICE_OUTPUT] {
+        let config = config(device, &facts[&device], false, 0);
+        let opened = open_source(drawn.bed.formats[&device], &mut io, &config);
+        let _ = opened.and_then(|mut source| source.examine(&mut io, &mut |_, _| {}));
+    }
+    let mut open = |device: &u32| {
+        let config = config(*device, &facts[device], false, 0);
+        open_source(drawn.bed.formats[device], &mut io, &config)
+    };
+    if let Ok(layers) = drawn.bed.chain().iter().map(&mut open).collect::<Result<Vec<Box<dyn Source>>, _>>() {
+        let _ = instar_guest_map::map(&mut Layers::new(layers), &mut io, &mut |_| {});
+    }
+    assert!(io.devices.log.is_empty(), "a check or a map changed something");
+}
+
+/// What the images read as: overlay and backing through all layers, and their snapshots.
+struct Reading {
+    overlay: Option<Disk>,
+    backing: Option<Disk>,
+    snapshots: Vec<Option<Disk>>,
+}
+
+fn reading(bed: &Bed, files: &Files) -> Reading {
+    let chain = bed.chain();
+    let layers: Vec<Option<Disk>> = chain.iter().map(|device| read(bed.formats[device], &files[device])).collect();
+    let view = |from: usize| {
+        let layers: Option<Vec<&Disk>> = layers[from..].iter().map(Option::as_ref).collect();
+        layers.map(|layers| seen(&layers))
+    };
+    let output = chain.iter().position(|&device| device == DEVICE_OUTPUT).unwrap_or(0);
+    let qcow2 = [OVERLAY, DEVICE_OUTPUT].into_iter().filter(|device| bed.formats[device] == Format::Qcow2);
+    let snapshots = qcow2.flat_map(|device| snapshots(&files[&device])).collect();
+    Reading { overlay: view(0), backing: view(output), snapshots }
+}
+
+/// The first sector of `range` that could be read before and reads differently now.
+fn differs(before: &Disk, now: &Disk, range: std::ops::Range<usize>) -> Option<usize> {
+    range.into_iter().find(|&sector| {
+        before.sector(sector).is_some_and(|bytes| now.sector(sector).is_none_or(|now| !now.starts_with(bytes)))
+    })
+}
+
+/// Commit the pair. An error is a finding; so is a panic.
+fn commit(drawn: &Drawn) -> Result<Verdict, String> {
+    let (bed, files) = (drawn.bed, &drawn.files);
+    let not_admitted =
+        Verdict { ending: Ending::NotAdmitted, compared: false, failure: None, finding: None, requests: 0 };
+    let Some(configs) = admitted(bed, files) else { return Ok(not_admitted) };
+    let before = reading(bed, files);
+    let mut io = Strict::bounded(files.clone(), &[&configs[&OVERLAY], &configs[&DEVICE_OUTPUT]]);
+    io.devices.holes = drawn.holes;
+    let result = guest(bed, &mut io, &configs);
+    let ending = judge_ending(&io, files, &result)?;
+    let compared = compare(&before, &reading(bed, &io.devices.files), &result)?;
+    let failure = result.err().map(|failure| format!("{}: {}", failure.step.name(), failure.error));
+    Ok(Verdict { ending, compared, failure, finding: None, requests: io.devices.executed() })
+}
+
+fn judge_ending(io: &Strict, before: &Files, result: &Result<Outcome, CommitFailure>) -> Result<Ending, String> {
+    let changed = |change: &Change| !matches!(change, Change::Flush { .. });
+    let Err(failure) = result else {
+        let unflushed = io.devices.unflushed();
+        return if unflushed.is_empty() { Ok(Ending::Committed) } else { Err(format!("unflushed: {unflushed:?}")) };
+    };
+    if failure.error.code == ErrorCode::InternalOverflow {
+        return Err(format!("a guard of the driver: {}", failure.error));
+    }
+    if !io.devices.log.iter().any(changed) && io.devices.files == *before {
+        return Ok(Ending::Refused);
+    }
+    match failure.step {
+        Step::Check | Step::Plan => Err(format!("a refusal changed something: {}", failure.error)),
+        Step::Write | Step::Empty => Ok(Ending::FailedLater),
+    }
+}
+
+/// Whether the images read as they must; `false` if they cannot be compared.
+fn compare(before: &Reading, now: &Reading, result: &Result<Outcome, CommitFailure>) -> Result<bool, String> {
+    let how = || match result {
+        Ok(_) => "after the commit".to_owned(),
+        Err(failure) => format!("after a failure in the step {}: {}", failure.step.name(), failure.error),
+    };
+    for (number, (old, new)) in before.snapshots.iter().zip(&now.snapshots).enumerate() {
+        let (Some(old), Some(new)) = (old, new) else { continue };
+        if let Some(sector) = differs(old, new, 0..old.states.len()) {
+            return Err(format!("snapshot {number} reads something else in sector {sector} {}", how()));
+        }
+    }
+    let (Some(overlay), Some(backing)) = (&before.overlay, &before.backing) else { return Ok(false) };
+    let (Some(overlay_now), Some(backing_now)) = (&now.overlay, &now.backing) else {
+        return Err(format!("an image cannot be read any more {}", how()));
+    };
+    if let Some(sector) = differs(overlay, overlay_now, 0..overlay.states.len()) {
+        return Err(format!("the overlay reads something else in sector {sector} {}", how()));
+    }
+    // The last sector of the overlay may be the backing's in part.
+    let whole = overlay.length / SECTOR;
+    if let Some(sector) = differs(backing, backing_now, whole + 1..backing.states.len()) {
+        return Err(format!("the backing reads something else in sector {sector} {}", how()));
+    }
+    for sector in 0..whole {
+        let (old, wanted, new) = (backing.sector(sector), overlay.sector(sector), backing_now.sector(sector));
+        let arrived = wanted.is_none_or(|wanted| new.is_some_and(|new| new == wanted));
+        let unchanged = old.is_none_or(|old| new.is_some_and(|new| new.starts_with(old)));
+        if !arrived && (result.is_ok() || !unchanged) {
+            return Err(format!(
+                "the backing reads neither what it did nor what the overlay does in sector {sector} {}",
+                how()
+            ));
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::operations::beds::Pairs;
+    use crate::operations::views;
+
+    /// Otherwise the campaign would compare nothing.
+    #[test]
+    fn the_reader_agrees_with_that_of_the_other_tests() {
+        for pairs in [Pairs::Qcow2, Pairs::Vmdk, Pairs::Cross] {
+            for bed in (0..64).filter_map(|number| pairs.choose(&[number])) {
+                let (read, views) = (reading(bed, &bed.files), views(bed, &bed.files));
+                for (disk, device) in [(read.overlay, OVERLAY), (read.backing, DEVICE_OUTPUT)] {
+                    let disk = disk.expect("a valid image can be read");
+                    assert!((0..disk.states.len()).all(|sector| disk.sector(sector).is_some()), "{pairs:?}");
+                    assert!(disk.bytes[..disk.length] == views[&device][..disk.length], "{pairs:?} {device}");
+                }
+            }
+        }
+    }
+}
