@@ -219,7 +219,7 @@ impl Qcow2Sink {
 
     /// How many of these clusters have a refcount that is not 0.
     pub(crate) fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
-        self.refcounts.count_in_use(io, &self.image, first..end)
+        Ok(self.refcounts.in_use(io, &self.image, first..end)?.count)
     }
 
     pub(crate) fn too_long(&self, passed_over: u64) -> DriverError {

@@ -21,18 +21,40 @@ const SLICE_BYTES: u64 = 4096;
 /// Slices that are read at once while counting: 1 MiB.
 const SLICES_AT_ONCE: usize = 256;
 
-/// How many refcounts with these indices of a piece of a block are not 0.
-fn count_not_0(bytes: &[u8], order: RefcountOrder, wanted: &Range<u64>) -> u64 {
-    // Refcounts that eight bytes hold: one at least, 64 at most.
-    let per_word = order.entries_in(8);
-    let words = (0u64..).zip(bytes.chunks_exact(8)).filter(|(_, word)| *word != [0; 8]);
-    words
-        .map(|(number, word)| {
+/// Clusters in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// How many there are.
+    pub count: u64,
+    /// The last of them.
+    pub last: Option<HostCluster>,
+}
+
+/// A refcount block, or a slice of one.
+struct Described {
+    /// Byte offset in the file.
+    at: u64,
+    /// The first cluster that it describes.
+    first: u64,
+    /// The refcounts that are asked for, by their index in it.
+    wanted: Range<u64>,
+}
+
+impl Described {
+    /// Add the clusters whose refcount in these bytes is not 0; zeroes are passed over eight bytes at once.
+    fn add_in_use(&self, bytes: &[u8], order: RefcountOrder, found: &mut InUse) {
+        // Refcounts that eight bytes hold: one at least, 64 at most.
+        let per_word = order.entries_in(8);
+        for (number, word) in (0u64..).zip(bytes.chunks_exact(8)).filter(|(_, word)| *word != [0; 8]) {
             let first = number * per_word;
-            let inside = (0usize..).zip(first..first + per_word).filter(|(_, index)| wanted.contains(index));
-            inside.filter(|(index, _)| get_refcount(word, order, *index).is_some_and(|count| count != 0)).count() as u64
-        })
-        .sum()
+            for (position, index) in (0usize..).zip(first..first + per_word) {
+                let in_use = get_refcount(word, order, position).is_some_and(|count| count != 0);
+                if in_use && self.wanted.contains(&index) {
+                    *found = InUse { count: found.count + 1, last: Some(HostCluster(self.first + index)) };
+                }
+            }
+        }
+    }
 }
 
 /// The refcount table and blocks of one image.
@@ -164,18 +186,18 @@ impl Refcounts {
         self.blocks.set_refcount(block.0, self.order, index, value)
     }
 
-    /// How many of these clusters have a refcount that is not 0. Refcount blocks in holes are not read, and zeroes are passed
+    /// Which of these clusters have a refcount that is not 0. Refcount blocks in holes are not read, and zeroes are passed
     /// over eight bytes at once: an image may claim billions of clusters. Slices that are held count as they are.
     ///
     /// # Errors
     /// Corruption of the refcount table, and I/O errors.
-    pub fn count_in_use(&mut self, io: &mut dyn BlockIo, image: &Image, clusters: Range<u64>) -> DriverResult<u64> {
+    pub fn in_use(&mut self, io: &mut dyn BlockIo, image: &Image, clusters: Range<u64>) -> DriverResult<InUse> {
         let per_block = self.per_block();
         let end = clusters.end.min(self.table_entries.saturating_mul(per_block));
         if clusters.start >= end {
-            return Ok(0);
+            return Ok(InUse::default());
         }
-        let (mut holes, mut count) = (Holes::default(), 0);
+        let (mut holes, mut found) = (Holes::default(), InUse::default());
         let mut index = clusters.start / per_block;
         while index <= (end - 1) / per_block {
             let until = (index + BLOCKS_AT_ONCE).min((end - 1) / per_block + 1);
@@ -187,55 +209,56 @@ impl Refcounts {
             for index in index..until {
                 if let Some(block) = self.block(image, index, |offset| image.holds_cluster(offset))? {
                     let first = index * per_block;
-                    blocks.push((block.0, clusters.start.max(first) - first..(end - first).min(per_block)));
+                    let wanted = clusters.start.max(first) - first..(end - first).min(per_block);
+                    blocks.push(Described { at: block.0, first, wanted });
                 }
             }
-            count += self.count_in_blocks(io, &mut holes, &blocks)?;
+            self.in_use_in_blocks(io, &mut holes, &blocks, &mut found)?;
             index = until;
         }
-        Ok(count)
+        Ok(found)
     }
 
-    /// How many refcounts with these indices of these blocks are not 0.
-    fn count_in_blocks(
+    /// Add what is in use of what these blocks describe.
+    fn in_use_in_blocks(
         &self,
         io: &mut dyn BlockIo,
         holes: &mut Holes,
-        blocks: &[(u64, Range<u64>)],
-    ) -> DriverResult<u64> {
-        let slice = self.cluster_size.bytes().min(SLICE_BYTES);
-        let per_slice = self.order.entries_in(slice);
+        blocks: &[Described],
+        found: &mut InUse,
+    ) -> DriverResult<()> {
         let device = self.blocks.device();
         let bytes = self.cluster_size.bytes();
-        let ranges: Vec<_> = blocks.iter().map(|(at, _)| *at..*at + bytes).collect();
+        let slice = bytes.min(SLICE_BYTES);
+        let per_slice = self.order.entries_in(slice);
+        let whole: Vec<_> = blocks.iter().map(|block| block.at..block.at + bytes).collect();
         // One block is read as quickly as it is asked for.
-        let data = if blocks.len() > 1 { holes.hold_data(io, device, &ranges)? } else { vec![true; blocks.len()] };
-        let held = |at: u64| self.blocks.holds(at..at + bytes);
+        let data = if blocks.len() > 1 { holes.hold_data(io, device, &whole)? } else { vec![true; blocks.len()] };
+        let held = |at: u64, bytes: u64| self.blocks.holds(at..at + bytes);
         let mut slices = Vec::new();
-        for ((block, wanted), _) in blocks.iter().zip(data).filter(|((at, _), data)| *data || held(*at)) {
-            for number in wanted.start / per_slice..wanted.end.div_ceil(per_slice) {
-                let first = number * per_slice;
-                let inside = wanted.start.max(first) - first..(wanted.end - first).min(per_slice);
-                slices.push((block + number * slice, inside));
+        for (block, _) in blocks.iter().zip(data).filter(|(block, data)| *data || held(block.at, bytes)) {
+            for number in block.wanted.start / per_slice..block.wanted.end.div_ceil(per_slice) {
+                let skipped = number * per_slice;
+                let wanted = block.wanted.start.max(skipped) - skipped..(block.wanted.end - skipped).min(per_slice);
+                slices.push(Described { at: block.at + number * slice, first: block.first + skipped, wanted });
             }
         }
-        let ranges: Vec<_> = slices.iter().map(|(at, _)| *at..*at + slice).collect();
-        let data = if slices.len() > 1 { holes.hold_data(io, device, &ranges)? } else { vec![true] };
-        let wanted = slices.into_iter().zip(data).filter(|((at, _), data)| *data || self.blocks.bytes(*at).is_ok());
-        let wanted: Vec<_> = wanted.map(|(slice, _)| slice).collect();
-        let mut count = 0;
+        let ranges: Vec<_> = slices.iter().map(|part| part.at..part.at + slice).collect();
+        let data = if slices.len() > 1 { holes.hold_data(io, device, &ranges)? } else { vec![true; slices.len()] };
+        let wanted = slices.into_iter().zip(data).filter(|(part, data)| *data || held(part.at, slice));
+        let wanted: Vec<_> = wanted.map(|(part, _)| part).collect();
         let size = usize::try_from(slice).map_err(|_| overflow("the size of a slice"))?;
         let mut buffer = vec![0u8; size * wanted.len().min(SLICES_AT_ONCE)];
         for batch in wanted.chunks(SLICES_AT_ONCE) {
             let places = buffer.chunks_exact_mut(size).zip(batch);
             let mut requests: Vec<Request> =
-                places.map(|(bytes, (at, _))| Request::read(device, *at, bytes.as_mut_ptr() as u64, slice)).collect();
+                places.map(|(bytes, part)| Request::read(device, part.at, bytes.as_mut_ptr() as u64, slice)).collect();
             io.run(&mut requests)?;
-            for (read, (at, wanted)) in buffer.chunks_exact(size).zip(batch) {
-                count += count_not_0(self.blocks.bytes(*at).unwrap_or(read), self.order, wanted);
+            for (read, part) in buffer.chunks_exact(size).zip(batch) {
+                part.add_in_use(self.blocks.bytes(part.at).unwrap_or(read), self.order, found);
             }
         }
-        Ok(count)
+        Ok(())
     }
 
     /// One reference less to each of these clusters (one that is named twice loses two); the space of those that have
