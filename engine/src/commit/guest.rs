@@ -3,6 +3,7 @@
 use super::attach::{open_chain_devices_rw, ChainDevices, Slot};
 use super::error::{map_commit_error, Changed, GuestFailure};
 use super::handler::CommitHandler;
+use super::notes::Announcement;
 use super::progress::{Ending, Progress};
 use super::repeated::Repeated;
 use super::space::{free_space, Space};
@@ -63,7 +64,7 @@ pub struct Acquired {
 }
 
 /// Load the modules, stand up the virtual machine, run the commit of the overlay and the layers between it and the backing,
-/// harvest its result.
+/// harvest its result. The announcement is made between the plan and the first change.
 ///
 /// # Errors
 /// Why there is no guest, why it was ended, or what it refused: one line.
@@ -74,6 +75,7 @@ pub fn run_commit_guest(
     between: Vec<ChainImage<'_>>,
     mut backing: ChainImage<'_>,
     ancestors: Vec<ChainImage<'_>>,
+    announcement: Announcement,
 ) -> Result<(CommitResultMessage, GuestRun), Error> {
     let layers: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
     let space = Space::of(&backing, &layers);
@@ -104,7 +106,8 @@ pub fn run_commit_guest(
     pace.limit(options.rate_limit);
     progress.iter().for_each(|progress| pace.watched_by(Box::new(progress.clone())));
     let repeated = doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark));
-    let mut handler = CommitHandler { progress, space, repeated, ..CommitHandler::new(devices) };
+    let announcement = Some(announcement);
+    let mut handler = CommitHandler { progress, space, repeated, announcement, ..CommitHandler::new(devices) };
     let spec = VmSpec { files, ..VmSpec::new(options.config.encode_to_vec(), members, modules) };
     let ended = acquired.kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);

@@ -1,6 +1,7 @@
 //! Serves the guest of a commit: its block requests, its messages, its end.
 
 use super::interrupt;
+use super::notes::Announcement;
 use super::progress::Progress;
 use super::repeated::Repeated;
 use super::space::Space;
@@ -23,6 +24,8 @@ pub struct CommitHandler {
     pub log: Vec<String>,
     /// Who is shown how far it is.
     pub progress: Option<Progress>,
+    /// What is to be done once nothing can refuse the commit any more.
+    pub announcement: Option<Announcement>,
     /// What is known of the space for the backing.
     pub space: Option<Space>,
     /// The backing looks like an image of another format: only a commit that is repeated may go on.
@@ -48,6 +51,7 @@ impl CommitHandler {
             progress: None,
             space: None,
             repeated: None,
+            announcement: None,
             lacking: None,
         }
     }
@@ -89,6 +93,9 @@ impl GuestHandler for CommitHandler {
                 self.lacking = self.space.and_then(|space| space.lacking(&plan));
                 if self.lacking.is_some() {
                     return Err(BadRequest("more space than there is".to_owned()));
+                }
+                if let Some(announce) = self.announcement.take() {
+                    announce();
                 }
             }
             Kind::Progress(progress) if progress.step == EMPTYING => {

@@ -18,7 +18,7 @@ mod timing;
 pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths, Slot};
 pub use error::{map_commit_error, map_read_error, Changed, GuestFailure};
 pub use guest::{run_commit_guest, Acquired, Growth, GuestOptions, GuestRun};
-pub use notes::Notes;
+pub use notes::{Announcement, Notes};
 pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose, render_warning};
 pub use timing::Timing;
 
@@ -220,7 +220,7 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     }
     let stale: Vec<PathBuf> = between.iter().map(|layer| layer.opened.path.clone()).collect();
     warnings.extend(stale.iter().map(|path| becomes_stale(path, request.dry_run)));
-    notes.warn(&warnings);
+    let announcement = notes.announcement(&warnings);
     let mut result = CommitRunResult {
         overlay: shown,
         overlay_given: request.overlay.clone(),
@@ -241,7 +241,7 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     let keep_overlay = request.keep_overlay || !between.is_empty();
     let config = CommitConfig { dry_run, resize_backing };
     let options = GuestOptions { config, keep_overlay, max_length, rate_limit, cache, progress };
-    let (outcome, run) = run_commit_guest(options, acquired, overlay, between, backing, ancestors)?;
+    let (outcome, run) = run_commit_guest(options, acquired, overlay, between, backing, ancestors, announcement)?;
     result.timing.mark("virtual machine");
     result.clusters_committed = outcome.clusters_committed;
     result.bytes_committed = outcome.bytes_committed;

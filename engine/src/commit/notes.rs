@@ -4,6 +4,9 @@ use crate::escape::{escape_path, printable};
 use crate::image::ChainImage;
 use crate::plugins::{ImageFiles, Registry};
 
+/// Done between the plan and the first change.
+pub type Announcement = Box<dyn FnOnce()>;
+
 /// Lines for `-v`. Where nobody wants them, none is made: plugins read the images once more for theirs.
 #[derive(Debug, Default)]
 pub struct Notes {
@@ -24,11 +27,10 @@ impl Notes {
         Self { warned: Some(warned), ..self }
     }
 
-    /// These warnings stand: the commit begins.
-    pub(super) fn warn(&self, warnings: &[String]) {
-        if let Some(warned) = self.warned {
-            warnings.iter().for_each(|warning| warned(warning));
-        }
+    /// What is to be done once nothing can refuse the commit any more: tell the warnings.
+    pub(super) fn announcement(&self, warnings: &[String]) -> Announcement {
+        let (warned, warnings) = (self.warned, warnings.to_vec());
+        Box::new(move || warned.iter().for_each(|warned| warnings.iter().for_each(|warning| warned(warning))))
     }
 
     /// The text for the terminal, a line each.

@@ -65,7 +65,7 @@ fn nonsense_is_a_protocol_error() {
         (Scenario::BadMessage, "a message that cannot be decoded"),
         (Scenario::LongMessage, "a message of 1048576 bytes"),
         (Scenario::PortIn, "`in` from port 0x510"),
-        (Scenario::FalseFault, "`out` to port 0x512"),
+        (Scenario::FalseFault, "`out` to unassigned port 0x512"),
         (Scenario::MessageFlood, "more messages than it may send"),
     ] {
         let error = run(scenario).1.unwrap_err();
@@ -162,7 +162,7 @@ fn the_fault_stubs_cannot_be_called_or_imitated() {
 fn ports_beside_the_known_ones_mean_nothing() {
     // mov dx, 0x514; out dx, al: the I/O bitmap lets it through, as part of a 32-bit port.
     let error = run_raw(&[0x66, 0xba, 0x14, 0x05, 0xee]).unwrap_err();
-    assert!(error.to_string().contains("`out` to port 0x514"), "{error}");
+    assert!(error.to_string().contains("`out` to unassigned port 0x514"), "{error}");
     // mov dx, 0x510; out dx, ax
     let error = run_raw(&[0x66, 0xba, 0x10, 0x05, 0x66, 0xef]).unwrap_err();
     assert!(error.to_string().contains("`out` of 2 bytes to port 0x510"), "{error}");
