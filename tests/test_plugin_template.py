@@ -1,4 +1,4 @@
-"""The template of a plugin: it compiles and loads as it is."""
+"""The template of a plugin: it compiles and loads as it is, in a folder that has nothing to do with the repository."""
 
 from __future__ import annotations
 
@@ -10,39 +10,45 @@ from pathlib import Path
 import support
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = ROOT / "examples" / "plugin-template"
-# Where the published crates are until they are published; `make release-check` names a folder with what `cargo package` made.
-CRATES = {name: ROOT / folder for name, folder in {
-    "instar-plugin-api": "plugin-api", "instar-guest-build": "guest/build", "instar-guest-sdk": "guest/sdk"}.items()}
-if "INSTAR_CRATES" in os.environ:
-    CRATES = {folder.name.rpartition("-")[0]: folder.resolve()
-              for folder in Path(os.environ["INSTAR_CRATES"]).glob("instar-*") if folder.is_dir()}
+NEW = ROOT / "examples" / "plugin-template" / "new.sh"
+CRATES = ["instar-guest-abi", "instar-guest-build", "instar-guest-sdk", "instar-plugin-api"]
 
 
-def generated(directory, name):
-    """What cargo-generate makes of the template."""
-    shutil.copytree(TEMPLATE, directory, ignore=shutil.ignore_patterns("target", "cargo-generate.toml"))
+def generated(directory, *options, name="myformat"):
+    """What `new.sh` makes, with the versions of the dependencies that the examples are built with."""
+    subprocess.run([NEW, name, directory, *options], check=True, cwd=directory.parent)
     for path in directory.rglob("*"):
-        if path.is_file():
-            text = path.read_text().replace("{{format}}", name)
-            assert "{{" not in text, path
-            path.write_text(text)
-    patches = "".join(f'{crate} = {{ path = "{folder}" }}\n' for crate, folder in CRATES.items())
-    with (directory / "Cargo.toml").open("a") as manifest:
-        manifest.write(f"\n[patch.crates-io]\n{patches}")
+        assert not path.is_file() or "{{" not in path.read_text(), path
     shutil.copy(ROOT / "examples" / "qed-plugin" / "Cargo.lock", directory / "Cargo.lock")
+    return directory
 
 
-def test_it_compiles_and_loads(tmp_path):
-    generated(tmp_path / "plugin", "myformat")
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target" / "examples")}
+def packaged(directory):
+    """The folders of the crates as they are published; `make release-check` names one with those that it made."""
+    if "INSTAR_CRATES" in os.environ:
+        return [folder.resolve() for folder in Path(os.environ["INSTAR_CRATES"]).glob("instar-*") if folder.is_dir()]
+    which = [argument for crate in CRATES for argument in ("-p", crate)]
+    subprocess.run(["cargo", "package", "--no-verify", "--allow-dirty", "--target-dir", directory, *which], check=True, cwd=ROOT,
+                   capture_output=True)
+    for archive in (directory / "package").glob("*.crate"):
+        subprocess.run(["tar", "-xzf", archive, "-C", directory], check=True)
+    return [folder for folder in directory.glob("instar-*") if folder.is_dir()]
+
+
+def build(directory, target):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CARGO_PROFILE_")}
+    environment["CARGO_TARGET_DIR"] = str(target)
     built = subprocess.run(
-        ["cargo", "build", "--release"], cwd=tmp_path / "plugin", env=environment, capture_output=True, text=True, check=False
+        ["cargo", "build", "--release"], cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
     assert built.returncode == 0, built.stderr
     assert "warning: unused" not in built.stderr, built.stderr
+    return target / "release" / "libinstar_plugin_myformat.so"
+
+
+def use(library, tmp_path):
     (tmp_path / "plugins").mkdir()
-    shutil.copy(ROOT / "target" / "examples" / "release" / "libinstar_plugin_myformat.so", tmp_path / "plugins")
+    shutil.copy(library, tmp_path / "plugins")
     listed = support.run_instar("plugins", "--output", "json", "--plugin-dir", tmp_path / "plugins").json
     assert "myformat" in [plugin["name"] for plugin in listed["plugins"]] and not listed["skipped"]
     image = tmp_path / "image"
@@ -51,3 +57,25 @@ def test_it_compiles_and_loads(tmp_path):
     assert shown["format"] == "myformat"
     refused = support.run_instar("commit", "--plugin-dir", tmp_path / "plugins", image)
     assert refused.rc == 1 and len(refused.stderr.splitlines()) == 1, str(refused)
+
+
+def test_it_compiles_and_loads(tmp_path):
+    assert ROOT not in tmp_path.resolve().parents
+    use(build(generated(tmp_path / "plugin"), tmp_path / "target"), tmp_path)
+
+
+def test_with_published_crates(tmp_path):
+    """Once they are published: the manifest names versions alone. Before, they stand in for the registry."""
+    directory = generated(tmp_path / "plugin", "--published")
+    manifest = directory / "Cargo.toml"
+    assert "path" not in manifest.read_text().replace("crate-type", "") and "patch" not in manifest.read_text()
+    patches = "".join(f'{folder.name.rpartition("-")[0]} = {{ path = "{folder}" }}\n' for folder in packaged(tmp_path / "crates"))
+    manifest.write_text(f"{manifest.read_text()}\n[patch.crates-io]\n{patches}")
+    use(build(directory, tmp_path / "target"), tmp_path)
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path):
+    made = subprocess.run([NEW, "myformat", tmp_path], capture_output=True, text=True, check=False)
+    assert made.returncode == 1 and "exists" in made.stderr and not list(tmp_path.iterdir())
+    made = subprocess.run([NEW, "My/Format", tmp_path / "x"], capture_output=True, text=True, check=False)
+    assert made.returncode == 2 and not (tmp_path / "x").exists()

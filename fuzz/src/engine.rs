@@ -3,7 +3,7 @@
 use instar_engine::devices::{Device, Devices};
 use instar_engine::fuzzing;
 use instar_engine::vm::BufferAccess;
-use instar_guest_abi::{request_status, Request, DEVICE_OUTPUT};
+use instar_guest_abi::{request_status, Phase, Request, DEVICE_OUTPUT};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{
     CheckResultMessage, CommitResultMessage, FindingMessage, GuestMessage, LogMessage, MapMessage, MapResultMessage,
@@ -110,7 +110,7 @@ pub fn message_seeds() -> Vec<Vec<u8>> {
         }),
         Kind::Progress(ProgressMessage { step: "empty".into(), done: 1, total: 2 }),
         Kind::Log(LogMessage { text: "line".into() }),
-        Kind::Panic(PanicMessage { text: "panic".into() }),
+        Kind::Panic(PanicMessage { text: "panic".into(), address: 0 }),
         Kind::Plan(PlanMessage { clusters: 1, bytes: 2, ..Default::default() }),
         Kind::Finding(FindingMessage { kind: 1, text: "finding".into() }),
         Kind::CheckResult(CheckResultMessage { leaks: 1, ..Default::default() }),
@@ -189,6 +189,7 @@ pub fn requests(data: &[u8]) {
         let file = file.try_clone().expect("a descriptor");
         devices.attach(slot, Device::new(file, writable, LENGTH, longest, false));
     }
+    devices.enter(Phase::Target).expect("the first phase after looking");
     let mut heap = Heap((0..HEAP_BYTES).map(|i| (i % 251) as u8).collect());
     let all: Vec<Request> = data.chunks_exact(12).take(MAX_REQUESTS).map(request).collect();
     for batch in all.chunks(8) {

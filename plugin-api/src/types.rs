@@ -2,7 +2,7 @@
 
 use abi_stable::std_types::{ROption, RSlice, RString, RVec};
 use abi_stable::StableAbi;
-use instar_guest_abi::{ErrorCode, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
+use instar_guest_abi::{ErrorCode, ERROR_OK, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 
 /// Bit of [`GuestModule::roles`]: the module offers the source role.
 pub const ROLE_SOURCE: u32 = 1;
@@ -237,7 +237,7 @@ impl Verdict {
     /// The image may take its part; `max_length` as in [`Verdict::max_length`].
     #[must_use]
     pub fn supported(max_length: u64) -> Self {
-        Self { code: ErrorCode::Ok.number(), reason: RString::new(), max_length }
+        Self { code: ERROR_OK, reason: RString::new(), max_length }
     }
 
     /// The image may not take its part.

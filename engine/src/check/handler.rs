@@ -2,7 +2,7 @@
 
 use crate::commit::GuestFailure;
 use crate::devices::Devices;
-use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler};
+use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler, GuestLog};
 use instar_guest_abi::{Examination, FindingKind, Request};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::CheckResultMessage;
@@ -18,11 +18,13 @@ pub struct CheckHandler {
     pub result: Option<Result<Examination, GuestFailure>>,
     /// The first findings.
     pub findings: Vec<(FindingKind, String)>,
+    /// Log lines of the guest.
+    pub log: GuestLog,
 }
 
 impl CheckHandler {
     pub fn new(devices: Devices) -> Self {
-        Self { devices, result: None, findings: Vec::new() }
+        Self { devices, result: None, findings: Vec::new(), log: GuestLog::default() }
     }
 }
 
@@ -66,7 +68,7 @@ impl GuestHandler for CheckHandler {
                 Some(_) => {}
                 None => return Err(BadRequest(format!("a finding of the unknown kind {}", finding.kind))),
             },
-            Kind::Log(_) => {}
+            Kind::Log(line) => self.log.take(line),
             _ => return Err(BadRequest("a message that a check does not send".to_owned())),
         }
         Ok(())

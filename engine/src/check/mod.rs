@@ -43,12 +43,12 @@ pub struct CheckResult {
     pub findings: Vec<(FindingKind, String)>,
 }
 
-/// Check an image. The calling process is [confined](crate::confine) by it, for good.
+/// Check an image; `log` takes the lines of the guest, which are not safe for a terminal. The calling process is [confined](crate::confine) by it, for good.
 ///
 /// # Errors
 /// One line that names the file and what to do: when the image could not be checked to the end.
 /// [`ErrorCode::NotImplemented`] for a format that has nothing to check.
-pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
+pub fn run_check(request: &CheckRequest, log: &mut Vec<String>) -> Result<CheckResult, Error> {
     let file = NamedFile::new(&request.image);
     let roots = Roots::of(&file, &request.allowed_directories)?;
     let registry = Registry::load(&request.search);
@@ -71,6 +71,7 @@ pub fn run_check(request: &CheckRequest) -> Result<CheckResult, Error> {
     let spec = VmSpec { files, ..VmSpec::new(Vec::new(), members, modules) }.with_operation(vm::CHECK);
     let mut handler = CheckHandler::new(devices);
     let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
+    log.extend_from_slice(handler.log.lines());
     let failure = match (ended, handler.result.take()) {
         (Ok(_), Some(Ok(found))) => return Ok(CheckResult { format, found, findings: handler.findings }),
         (Ok(_), Some(Err(failure))) => failure,

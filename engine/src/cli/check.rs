@@ -1,5 +1,6 @@
 //! `instar check`: options, and what is printed, in the words of `qemu-img check`.
 
+use super::guest_lines;
 use super::output::{of_image, print, print_json, OutputFormat};
 use super::print_error;
 use super::usage::CHECK_USAGE;
@@ -46,6 +47,9 @@ pub struct CheckArgs {
     /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
+    /// Show what the guest logs
+    #[arg(short, long)]
+    pub verbose: bool,
     /// An option of `qemu-img check`, for a sentence about it
     #[arg(short, long, hide = true, value_name = "WHAT")]
     pub repair: Option<String>,
@@ -87,7 +91,12 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
         allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
         search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
     };
-    let result = run_check(&request).map_err(|error| of_image(error, &args.filename, None))?;
+    let mut log = Vec::new();
+    let result = run_check(&request, &mut log).map_err(|error| of_image(error, &args.filename, None));
+    if args.verbose {
+        say(&guest_lines(&log));
+    }
+    let result = result?;
     say(&findings(&result));
     match args.output {
         _ if args.quiet => {}

@@ -1,10 +1,12 @@
 //! `instar map`: options, in the words of `qemu-img map`.
 
+use super::guest_lines;
 use super::output::{of_image, OutputFormat};
 use super::size::parse_size;
 use crate::error::{Error, Role};
 use crate::map::{run_map, Format, MapRequest, Reporter};
 use crate::plugins::SearchPath;
+use crate::terminal::say;
 use clap::Args;
 use std::io::Write;
 use std::path::PathBuf;
@@ -36,6 +38,9 @@ pub struct MapArgs {
     /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
+    /// Show what the guest logs
+    #[arg(short, long)]
+    pub verbose: bool,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub filename: PathBuf,
@@ -64,6 +69,10 @@ pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
         OutputFormat::Json => Format::Json,
     };
     let end = args.max_length.map_or(u64::MAX, |length| args.start_offset.saturating_add(length));
-    run_map(&request, &mut Reporter::new(out, format, args.start_offset..end))
-        .map_err(|error| of_image(error, &args.filename, Some(Role::Ancestor)))
+    let mut log = Vec::new();
+    let result = run_map(&request, &mut Reporter::new(out, format, args.start_offset..end), &mut log);
+    if args.verbose {
+        say(&guest_lines(&log));
+    }
+    result.map_err(|error| of_image(error, &args.filename, Some(Role::Ancestor)))
 }

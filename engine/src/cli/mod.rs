@@ -22,6 +22,7 @@ use crate::commit::render_warning;
 use crate::config::Config;
 use crate::confine::trap::report_as_json;
 use crate::error::Error;
+use crate::escape::printable;
 use crate::terminal::say;
 use clap::{Parser, Subcommand};
 use instar_guest_abi::ErrorCode;
@@ -105,6 +106,11 @@ fn configuration(output: OutputFormat) -> Result<Config, Error> {
         config.warnings.iter().for_each(|warning| say(&render_warning(warning)));
     }
     Ok(config)
+}
+
+/// The lines that a guest logged, for a terminal.
+fn guest_lines(log: &[String]) -> String {
+    log.iter().map(|line| format!("instar: guest says: {}\n", printable(line))).collect()
 }
 
 /// Print an error on stderr; the exit status.

@@ -6,8 +6,8 @@ use crate::image::{ChainImage, OpenedFile};
 use crate::plugins::{ImageRead, Plugin};
 use crate::vm::{ModuleSpec, FIRST_FORMAT};
 use instar_guest_abi::{
-    device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, Member, MemberRole, DEVICE_OUTPUT, FILE_TABLE_ADDR,
-    FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
+    device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, Member, MemberRole, Part, DEVICE_OUTPUT,
+    FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
 };
 use instar_plugin_api::CommitRole;
 use std::collections::BTreeMap;
@@ -18,9 +18,8 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Default)]
 pub struct DevicePaths {
     pub(super) by_device: BTreeMap<u32, PathBuf>,
-    /// The device whose only change, if it is no other's, is what it records of its parent: a few bytes, which become those
-    /// of the target's new identity before the target is written, and lose their mark after that.
-    pub(super) parent_record: Option<u32>,
+    /// Name and version of the plugin whose driver reads the device.
+    pub(super) drivers: BTreeMap<u32, String>,
     pub(super) overlay_files: Range<u32>,
     pub(super) backing_files: Range<u32>,
     /// How many of the first slots are merged: the overlay, and the layers between it and the backing.
@@ -44,6 +43,12 @@ impl DevicePaths {
             _ if device < DEVICE_OUTPUT => Some(Role::Ancestor),
             _ => None,
         }
+    }
+
+    /// Name and version of the plugin whose driver reads a device.
+    #[must_use]
+    pub fn driver(&self, device: u32) -> Option<&str> {
+        self.drivers.get(&device).map(String::as_str)
     }
 
     /// The devices of the overlay.
@@ -96,17 +101,13 @@ pub fn open_chain_devices_rw<'r>(
     let merged = slots.iter().filter(|(role, _)| *role != MemberRole::Below).count();
     for (index, (role, image)) in slots.into_iter().enumerate() {
         let slot = number(index);
-        let writable = rw_slots.contains(&index);
+        // Only a layer that is alone is emptied; the one next to the output may record which image that is.
+        let (emptied, identity) = (rw_slots.contains(&index) && role == MemberRole::Empty, image.follows);
+        let part = if emptied || identity { Part::Overlay { emptied, identity } } else { Part::Read };
         // An overlay is only emptied, but a plugin that has to repair it first may need more than it has.
-        let longest = if writable {
-            image.plugin.verdict(CommitRole::Overlay, &image.facts, &output.facts).max_length
-        } else {
-            0
-        };
-        if image.follows {
-            all.paths.parent_record = Some(slot);
-        }
-        let (device, files) = all.attach(slot, image, writable, longest);
+        let longest =
+            if emptied { image.plugin.verdict(CommitRole::Overlay, &image.facts, &output.facts).max_length } else { 0 };
+        let (device, files) = all.attach(slot, image, part, longest);
         // The output is in the middle of the chain.
         let depth = if role == MemberRole::Below { slot + 1 } else { slot };
         all.members.push(Member { role: role as u32, depth, device, ..Member::default() });
@@ -114,7 +115,7 @@ pub fn open_chain_devices_rw<'r>(
             all.paths.overlay_files = files;
         }
     }
-    let (mut device, files) = all.attach(DEVICE_OUTPUT, output, true, max_length);
+    let (mut device, files) = all.attach(DEVICE_OUTPUT, output, Part::Target, max_length);
     device.cache_bytes = 0;
     all.paths.backing_files = files;
     let member = Member { role: MemberRole::Write as u32, depth: number(merged), device, ..Member::default() };
@@ -131,7 +132,7 @@ pub fn open_chain_devices_ro(slots: Vec<ChainImage<'_>>) -> Result<ChainDevices<
     let mut all = ChainDevices::for_slots(slots.len(), &path)?;
     for (index, image) in slots.into_iter().enumerate() {
         let depth = number(index);
-        let (device, _) = all.attach(depth, image, false, 0);
+        let (device, _) = all.attach(depth, image, Part::Read, 0);
         all.members.push(Member { role: MemberRole::Read as u32, depth, device, ..Member::default() });
     }
     Ok(all)
@@ -164,26 +165,21 @@ impl<'r> ChainDevices<'r> {
 
     /// Attach an image under this number, and its files under the next ones that are free, which are returned. It may
     /// become `longest` bytes long at most, all its files together.
-    fn attach(
-        &mut self,
-        number: u32,
-        image: ChainImage<'r>,
-        writable: bool,
-        longest: u64,
-    ) -> (DeviceConfig, Range<u32>) {
-        let ChainImage { opened, plugin, facts, files, follows, .. } = image;
-        let growth = if writable { longest.saturating_sub(facts.file_length) } else { 0 };
+    fn attach(&mut self, number: u32, image: ChainImage<'r>, part: Part, longest: u64) -> (DeviceConfig, Range<u32>) {
+        let ChainImage { opened, plugin, facts, files, .. } = image;
+        // A layer that only records its parent's identity keeps its length, and its other files stay as they are.
+        let changes = matches!(part, Part::Target | Part::Overlay { emptied: true, .. });
+        let growth = if changes { longest.saturating_sub(facts.file_length) } else { 0 };
         let unit = facts.cluster_size;
         let first = self.files.len();
         for file in files {
             let number = FIRST_FILE_DEVICE + u32::try_from(self.files.len()).unwrap_or(u32::MAX - FIRST_FILE_DEVICE);
             let room = file.grows.then_some((growth, unit));
-            let device = self.attach_file(number, file.opened, writable, room);
+            let device = self.attach_file(number, file.opened, if changes { part } else { Part::Read }, room);
             self.files.push(device);
         }
-        // Nothing is said about its other files, and it keeps its length.
-        let room = if follows && !writable { None } else { Some((growth, unit)) };
-        let main = self.attach_file(number, opened, writable || follows, room);
+        self.paths.drivers.insert(number, format!("{} {}", plugin.name(), plugin.version()));
+        let main = self.attach_file(number, opened, part, changes.then_some((growth, unit)));
         let count = self.files.len() - first;
         let address = FILE_TABLE_ADDR + (first * size_of::<FileDevice>()) as u64;
         let config = DeviceConfig {
@@ -205,7 +201,8 @@ impl<'r> ChainDevices<'r> {
 
     /// Attach one file. `room`: by how many bytes it may grow, and the unit in which it does: the rest of its last cluster,
     /// if that was cut short, is always granted.
-    fn attach_file(&mut self, number: u32, opened: OpenedFile, writable: bool, room: Option<(u64, u64)>) -> FileDevice {
+    fn attach_file(&mut self, number: u32, opened: OpenedFile, part: Part, room: Option<(u64, u64)>) -> FileDevice {
+        let writable = part != Part::Read;
         let mut flags = device_flags::PRESENT;
         flags |= if writable { device_flags::WRITABLE } else { 0 };
         flags |= if opened.block_device { device_flags::FIXED_LENGTH } else { 0 };
@@ -214,7 +211,8 @@ impl<'r> ChainDevices<'r> {
             let whole = file_length.checked_next_multiple_of(unit.max(1)).unwrap_or(file_length);
             whole.max(file_length.saturating_add(growth))
         });
-        let device = Device::new(opened.file.into_file(), writable, file_length, longest, opened.block_device);
+        let device =
+            Device::new(opened.file.into_file(), writable, file_length, longest, opened.block_device).with_part(part);
         // What the host will hold the guest to, so that a driver that needs more says so before the first change.
         let max_length = device.max_length();
         self.devices.attach(number, device);

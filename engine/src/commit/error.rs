@@ -1,10 +1,10 @@
 //! What a failure in the guest means for the operator.
 
 use super::attach::DevicePaths;
-use crate::devices::{Device, Devices};
+use crate::devices::Devices;
 use crate::error::{Error, Role};
 use crate::vm::VmError;
-use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_abi::{ErrorCode, Phase, DEVICE_OUTPUT};
 use instar_guest_protocol::CommitResultMessage;
 use std::io;
 use std::path::Path;
@@ -72,8 +72,12 @@ impl GuestFailure {
     }
 
     /// What is wrong, and where in the file.
-    fn clause(&self) -> String {
+    fn clause(&self, paths: &DevicePaths) -> String {
         let mut clause = self.text.clone();
+        if self.code == ErrorCode::GuestProtocol {
+            let driver = self.device.and_then(|device| paths.driver(device));
+            clause = driver.map_or(clause.clone(), |driver| format!("the guest module {driver}: {clause}"));
+        }
         if self.errno != 0 {
             clause = format!("{clause}: {}", errno_text(self.errno));
         }
@@ -99,30 +103,24 @@ impl GuestFailure {
 /// Which files the guest changed, by what the devices did, and not by what the guest says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changed {
-    /// The overlay was changed, or what a layer that is merged with it records of its parent: emptying the overlay may have
-    /// begun.
+    /// The backing is complete: what was changed last is the overlay.
     pub overlay: bool,
-    /// The backing was changed.
+    /// The backing was changed, or what records of it that it will be.
     pub backing: bool,
 }
 
 impl Changed {
     /// What became of these devices.
     #[must_use]
-    pub fn of(devices: &Devices, paths: &DevicePaths) -> Self {
-        let changed = |number: u32| devices.device(number).is_some_and(Device::is_changed);
-        let overlay = paths.overlay().chain(paths.parent_record).any(changed);
-        Self { overlay, backing: paths.backing().any(changed) }
+    pub fn of(devices: &Devices) -> Self {
+        let changed = devices.any_changed();
+        Self { overlay: changed && devices.phase() == Phase::Overlay, backing: changed }
     }
 
-    /// The state of the files after this step, in one clause.
-    fn clause(self, step: &str) -> &'static str {
+    /// The state of the files in one clause.
+    const fn clause(self) -> &'static str {
         match (self.overlay, self.backing) {
-            (true, _) if step == "empty" => {
-                "the backing is complete and the overlay reads as before; running the commit again empties it"
-            }
-            // The overlay may have got no more than its parent's new identity.
-            (true, _) => "the overlay reads as before, and running the commit again finishes it",
+            (true, _) => "the backing is complete and the overlay reads as before; running the commit again empties it",
             (false, true) => "the overlay is intact, and running the commit again finishes it",
             (false, false) => "nothing was changed",
         }
@@ -144,7 +142,7 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
         code => code,
     };
     let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
-    let state = format!("{}; {}", failure.clause(), changed.clause(&failure.step));
+    let state = format!("{}; {}", failure.clause(paths), changed.clause());
     let error = failure.context(Error::image(failure.path(paths, either), code, with_advice(state, code)));
     match paths.role(failure.device.unwrap_or(either)) {
         Some(role) => error.in_role(role),
@@ -155,7 +153,7 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
 /// The line for a failure of what only reads: the file, what is wrong, what to do.
 #[must_use]
 pub fn map_read_error(failure: &GuestFailure, paths: &DevicePaths) -> Error {
-    let clause = with_advice(failure.clause(), failure.code);
+    let clause = with_advice(failure.clause(paths), failure.code);
     let error = failure.context(Error::image(failure.path(paths, OVERLAY), failure.code, clause));
     match failure.device {
         None | Some(OVERLAY) => error.in_role(Role::Image),
@@ -203,8 +201,7 @@ fn guest_may_report(code: ErrorCode) -> bool {
         | ErrorCode::NotImplemented
         | ErrorCode::ParentMismatch
         | ErrorCode::LimitExceeded => true,
-        ErrorCode::Ok
-        | ErrorCode::NoBacking
+        ErrorCode::NoBacking
         | ErrorCode::ImageInUse
         | ErrorCode::GuestFault
         | ErrorCode::GuestPanic
@@ -245,8 +242,7 @@ fn advice(code: ErrorCode) -> Option<&'static str> {
         | ErrorCode::InternalOverflow => Some("please report this with the two images, or their metadata"),
         ErrorCode::KvmMissing | ErrorCode::KvmPermission | ErrorCode::KvmUnusable => None,
         ErrorCode::BackingTooSmall | ErrorCode::OverlayLargerThanBacking => Some("grow the backing first"),
-        ErrorCode::Ok
-        | ErrorCode::UnsupportedFormat
+        ErrorCode::UnsupportedFormat
         | ErrorCode::NoBacking
         | ErrorCode::ExternalDataFile
         | ErrorCode::LuksUnsupported

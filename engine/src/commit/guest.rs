@@ -3,16 +3,17 @@
 use super::attach::{open_chain_devices_rw, ChainDevices, Slot};
 use super::error::{map_commit_error, Changed, GuestFailure};
 use super::handler::CommitHandler;
-use super::notes::Announcement;
+use super::notes::{Announcement, Notes};
+use super::plan::PlanBounds;
 use super::progress::{Ending, Progress};
 use super::repeated::Repeated;
 use super::space::{free_space, Space};
-use crate::devices::{Cache, Statistics, Workers};
+use crate::devices::{Cache, Device, Statistics, Workers};
 use crate::error::Error;
 use crate::image::ChainImage;
 use crate::plugins::ImageRead;
 use crate::vm::{self, KvmDevice, VmError, VmReport, VmSpec};
-use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT};
+use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT};
 use instar_guest_protocol::{CommitConfig, CommitResultMessage, Message};
 use std::path::Path;
 
@@ -63,25 +64,43 @@ pub struct Acquired {
     pub workers: Option<Workers>,
 }
 
+/// The images of a commit, each open.
+pub struct CommitChain<'r> {
+    /// The overlay.
+    pub overlay: ChainImage<'r>,
+    /// The layers between it and the backing, the top-most first.
+    pub between: Vec<ChainImage<'r>>,
+    /// What is committed into.
+    pub backing: ChainImage<'r>,
+    /// What is below that, nearest first.
+    pub ancestors: Vec<ChainImage<'r>>,
+}
+
 /// Load the modules, stand up the virtual machine, run the commit of the overlay and the layers between it and the backing,
-/// harvest its result. The announcement is made between the plan and the first change.
+/// harvest its result. The announcement is made between the plan and the first change; `notes` takes what the guest of a
+/// commit that failed logged.
 ///
 /// # Errors
 /// Why there is no guest, why it was ended, or what it refused: one line.
 pub fn run_commit_guest(
     options: GuestOptions,
     acquired: Acquired,
-    overlay: ChainImage<'_>,
-    between: Vec<ChainImage<'_>>,
-    mut backing: ChainImage<'_>,
-    ancestors: Vec<ChainImage<'_>>,
+    chain: CommitChain<'_>,
     announcement: Announcement,
+    notes: &mut Notes,
 ) -> Result<(CommitResultMessage, GuestRun), Error> {
+    let CommitChain { overlay, between, mut backing, ancestors } = chain;
     let layers: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
     let space = Space::of(&backing, &layers);
     let overlay_files = overlay.files.iter().map(|file| file.opened.file.length());
     let overlay_length = overlay_files.fold(overlay.opened.file.length(), u64::saturating_add);
     let (length, free) = (backing.facts.file_length, free_space(&backing));
+    let bounds = PlanBounds::of(&overlay, &backing);
+    let last_phase = match (options.config.dry_run, options.keep_overlay) {
+        (true, _) => Phase::Look,
+        (false, true) => Phase::Target,
+        (false, false) => Phase::Overlay,
+    };
     let merged = 1 + between.len();
     let top = if options.keep_overlay { MemberRole::Read } else { MemberRole::Empty };
     let between = between.into_iter().map(|layer| (MemberRole::Read, layer));
@@ -107,7 +126,10 @@ pub fn run_commit_guest(
     progress.iter().for_each(|progress| pace.watched_by(Box::new(progress.clone())));
     let repeated = doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark));
     let announcement = Some(announcement);
-    let mut handler = CommitHandler { progress, space, repeated, announcement, ..CommitHandler::new(devices) };
+    let longest = paths.backing().filter_map(|number| devices.device(number)).map(Device::max_length);
+    let bounds = PlanBounds { longest: longest.fold(0, u64::saturating_add), ..bounds };
+    let handler = CommitHandler { progress, space, repeated, announcement, ..CommitHandler::new(devices) };
+    let mut handler = CommitHandler { last_phase, bounds, ..handler };
     let spec = VmSpec { files, ..VmSpec::new(options.config.encode_to_vec(), members, modules) };
     let ended = acquired.kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
     let well = ended.is_ok() && handler.result.as_ref().is_some_and(|result| result.error == 0);
@@ -121,7 +143,7 @@ pub fn run_commit_guest(
     let run = |report| GuestRun {
         report,
         statistics: handler.devices.stats().clone(),
-        log: handler.log.clone(),
+        log: handler.log.lines().to_vec(),
         growth: Growth { bytes: longer, free },
     };
     let failure = match (ended, handler.result.take()) {
@@ -135,7 +157,10 @@ pub fn run_commit_guest(
         (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
         (Err(error), _) => GuestFailure::of_machine(&error),
     };
-    let changed = Changed::of(&handler.devices, &paths);
+    for line in handler.log.lines() {
+        notes.push(|| format!("guest says: {line}"));
+    }
+    let changed = Changed::of(&handler.devices);
     Err(map_commit_error(&failure, &paths, changed))
 }
 

@@ -2,12 +2,13 @@
 
 use super::interrupt;
 use super::notes::Announcement;
+use super::plan::PlanBounds;
 use super::progress::Progress;
 use super::repeated::Repeated;
 use super::space::Space;
 use crate::devices::Devices;
-use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler};
-use instar_guest_abi::{request_status, Request};
+use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler, GuestLog};
+use instar_guest_abi::{request_status, Phase, Request, ERROR_OK};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{CommitResultMessage, PlanMessage};
 use std::time::Duration;
@@ -18,10 +19,10 @@ pub struct CommitHandler {
     pub devices: Devices,
     /// How the commit ended, once the guest said so.
     pub result: Option<CommitResultMessage>,
-    /// What the guest planned, once it said so: from here on it changes files.
+    /// What the guest planned, once it said so.
     pub plan: Option<PlanMessage>,
     /// Log lines of the guest.
-    pub log: Vec<String>,
+    pub log: GuestLog,
     /// Who is shown how far it is.
     pub progress: Option<Progress>,
     /// What is to be done once nothing can refuse the commit any more.
@@ -32,28 +33,84 @@ pub struct CommitHandler {
     pub repeated: Option<Repeated>,
     /// The bytes that the plan needs and that there are, if that is why the guest was ended.
     pub lacking: Option<(u64, u64)>,
+    /// How far the guest may go: [`Phase::Look`] in a dry run, [`Phase::Target`] where the overlay is kept.
+    pub last_phase: Phase,
+    /// What its plan may say.
+    pub bounds: PlanBounds,
 }
 
 /// The step in which the overlay is emptied, as the guest names it.
 const EMPTYING: &str = "empty";
-/// Log lines that are kept.
-const MAX_LOG_LINES: usize = 100;
 
 impl CommitHandler {
-    /// A handler with these devices.
+    /// A handler with these devices, which the guest may only look at.
     #[must_use]
     pub fn new(devices: Devices) -> Self {
         Self {
             devices,
             result: None,
             plan: None,
-            log: Vec::new(),
+            log: GuestLog::default(),
             progress: None,
+            announcement: None,
             space: None,
             repeated: None,
-            announcement: None,
             lacking: None,
+            last_phase: Phase::Look,
+            bounds: PlanBounds::default(),
         }
+    }
+
+    /// Everything that can refuse has been asked, the guest says: the first change comes next.
+    fn planned(&mut self, plan: PlanMessage) -> Result<(), BadRequest> {
+        if self.plan.is_some() {
+            return Err(BadRequest("a second plan".to_owned()));
+        }
+        self.bounds.check(&plan).map_err(BadRequest)?;
+        self.progress.iter().for_each(|progress| progress.planned(plan.bytes));
+        self.plan = Some(plan);
+        self.lacking = self.space.and_then(|space| space.lacking(&plan));
+        if self.lacking.is_some() {
+            return Err(BadRequest("more space than there is".to_owned()));
+        }
+        if let Some(announce) = self.announcement.take() {
+            announce();
+        }
+        Ok(())
+    }
+
+    /// The guest wants to change something else from here on.
+    fn enter(&mut self, phase: u32) -> Result<(), BadRequest> {
+        let phase = Phase::from_u32(phase).ok_or_else(|| BadRequest(format!("phase {phase}, which does not exist")))?;
+        if self.plan.is_none() {
+            return Err(BadRequest("a change was announced before a plan".to_owned()));
+        }
+        if phase > self.last_phase {
+            let why = match self.last_phase {
+                Phase::Look => "a change was announced in a dry run",
+                Phase::Target | Phase::Overlay => "a change of an overlay that is to keep its content was announced",
+            };
+            return Err(BadRequest(why.to_owned()));
+        }
+        self.devices.enter(phase).map_err(BadRequest)
+    }
+
+    /// How it ended, the guest says. What it says of a success has to be what the devices saw.
+    fn ended(&mut self, result: CommitResultMessage) -> Result<(), BadRequest> {
+        if result.error == ERROR_OK {
+            if !result.error_text.is_empty() || !result.step.is_empty() {
+                let text = format!("an error without a code: {}", result.error_text);
+                return Err(BadRequest(text));
+            }
+            if self.plan.is_none() || self.devices.phase() != self.last_phase {
+                return Err(BadRequest("it reported success before its work was done".to_owned()));
+            }
+            if let Some(device) = self.devices.unflushed(|_| true) {
+                return Err(BadRequest(format!("it reported success while device {device} is not flushed")));
+            }
+        }
+        self.result = Some(result);
+        Ok(())
     }
 }
 
@@ -86,23 +143,14 @@ impl GuestHandler for CommitHandler {
             return Err(BadRequest("a message after the result".to_owned()));
         }
         match message {
-            Kind::CommitResult(result) => self.result = Some(result),
-            Kind::Plan(plan) => {
-                self.progress.iter().for_each(|progress| progress.planned(plan.bytes));
-                self.plan = Some(plan);
-                self.lacking = self.space.and_then(|space| space.lacking(&plan));
-                if self.lacking.is_some() {
-                    return Err(BadRequest("more space than there is".to_owned()));
-                }
-                if let Some(announce) = self.announcement.take() {
-                    announce();
-                }
-            }
+            Kind::CommitResult(result) => self.ended(result)?,
+            Kind::Plan(plan) => self.planned(plan)?,
+            Kind::Phase(message) => self.enter(message.phase)?,
             Kind::Progress(progress) if progress.step == EMPTYING => {
                 self.progress.iter().for_each(Progress::emptying);
             }
-            Kind::Log(line) if self.log.len() < MAX_LOG_LINES => self.log.push(line.text),
-            Kind::Log(_) | Kind::Progress(_) => {}
+            Kind::Log(line) => self.log.take(line),
+            Kind::Progress(_) => {}
             // The runner takes panics itself.
             Kind::Panic(_) => return Err(BadRequest("a panic that is none".to_owned())),
             Kind::Finding(_) | Kind::CheckResult(_) | Kind::Map(_) | Kind::MapResult(_) => {
@@ -124,16 +172,152 @@ impl GuestHandler for CommitHandler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use instar_guest_protocol::LogMessage;
+    use crate::devices::Device;
+    use crate::vm::VolatileSlice;
+    use instar_guest_abi::{Part, DEVICE_OUTPUT};
+    use instar_guest_protocol::{LogMessage, PhaseMessage};
+
+    const OVERLAY: u32 = 0;
+
+    /// Buffers are of no interest: what is written is zeroes.
+    struct Zeroes;
+
+    impl BufferAccess for Zeroes {
+        fn heap_slice(&self, _: u64, length: u64) -> Option<VolatileSlice<'_>> {
+            let memory = vec![0_u8; usize::try_from(length).ok()?].leak();
+            Some(VolatileSlice::from(memory))
+        }
+    }
+
+    fn handler(last_phase: Phase) -> CommitHandler {
+        let mut devices = Devices::new();
+        let parts = [(OVERLAY, Part::Overlay { emptied: true, identity: true }), (DEVICE_OUTPUT, Part::Target)];
+        for (number, part) in parts {
+            let file = tempfile::tempfile().unwrap_or_else(|error| unreachable!("{error}"));
+            let _ = file.set_len(8192);
+            devices.attach(number, Device::new(file, true, 8192, 8192, false).with_part(part));
+        }
+        let bounds = PlanBounds { virtual_size: 1000, longest: 8192, ..PlanBounds::default() };
+        CommitHandler { last_phase, bounds, ..CommitHandler::new(devices) }
+    }
+
+    fn write(device: u32) -> Request {
+        Request::write(device, 0, 0, 512)
+    }
+
+    fn phase(phase: Phase) -> Kind {
+        Kind::Phase(PhaseMessage { phase: phase as u32 })
+    }
+
+    fn plan() -> Kind {
+        Kind::Plan(PlanMessage::default())
+    }
+
+    fn done() -> Kind {
+        Kind::CommitResult(CommitResultMessage::default())
+    }
+
+    impl CommitHandler {
+        fn ask(&mut self, request: Request) -> String {
+            self.requests(&Zeroes, &mut [request]).map_or_else(|bad| bad.0, |()| String::new())
+        }
+
+        fn tell(&mut self, message: Kind) -> String {
+            self.message(message).map_or_else(|bad| bad.0, |()| String::new())
+        }
+    }
 
     #[test]
-    fn a_flood_of_lines_is_not_kept() {
+    fn the_result_is_the_last_word() {
         let mut handler = CommitHandler::new(Devices::new());
-        for _ in 0..10 * MAX_LOG_LINES {
-            assert_eq!(handler.message(Kind::Log(LogMessage { text: "again".into() })), Ok(()));
+        let line = || Kind::Log(LogMessage { text: "a line".into() });
+        assert_eq!(handler.tell(line()) + &handler.tell(plan()) + &handler.tell(done()), "");
+        assert_eq!(handler.log.lines(), ["a line"]);
+        assert!(handler.message(line()).is_err());
+    }
+
+    #[test]
+    fn a_commit_goes_through_its_phases() {
+        let mut handler = handler(Phase::Overlay);
+        assert_eq!(handler.tell(plan()) + &handler.tell(phase(Phase::Target)), "");
+        for request in [write(OVERLAY), Request::flush(OVERLAY), write(DEVICE_OUTPUT), Request::flush(DEVICE_OUTPUT)] {
+            assert_eq!(handler.ask(request), "");
         }
-        assert_eq!(handler.log.len(), MAX_LOG_LINES);
-        assert_eq!(handler.message(Kind::CommitResult(CommitResultMessage::default())), Ok(()));
-        assert!(handler.message(Kind::Log(LogMessage::default())).is_err(), "the result is the last word");
+        assert_eq!(handler.tell(phase(Phase::Overlay)), "");
+        assert_eq!(handler.ask(write(OVERLAY)) + &handler.ask(Request::flush(OVERLAY)) + &handler.tell(done()), "");
+    }
+
+    #[test]
+    fn nothing_is_changed_before_the_plan_or_in_a_dry_run() {
+        for device in [OVERLAY, DEVICE_OUTPUT] {
+            let mut early = handler(Phase::Overlay);
+            assert!(early.ask(write(device)).contains("before a plan was accepted"));
+            assert!(early.tell(phase(Phase::Target)).contains("before a plan"));
+            assert_eq!(early.tell(plan()), "");
+            assert!(early.ask(write(device)).contains("before a plan was accepted"), "announced, not entered");
+            assert!(!early.devices.any_changed());
+            let mut dry = handler(Phase::Look);
+            assert_eq!(dry.tell(plan()), "");
+            assert!(dry.tell(phase(Phase::Target)).contains("dry run"));
+            assert!(dry.ask(write(device)).contains("before a plan was accepted"));
+            assert_eq!(dry.tell(done()), "");
+        }
+    }
+
+    #[test]
+    fn the_overlay_is_changed_last_if_at_all() {
+        let mut keep = handler(Phase::Target);
+        assert_eq!(keep.tell(plan()) + &keep.tell(phase(Phase::Target)) + &keep.ask(write(DEVICE_OUTPUT)), "");
+        assert!(keep.ask(write(OVERLAY)).contains("no record of its parent"), "not after the target was changed");
+        assert!(keep.tell(phase(Phase::Overlay)).contains("keep its content"));
+        let mut late = handler(Phase::Overlay);
+        assert_eq!(late.tell(plan()) + &late.tell(phase(Phase::Target)) + &late.ask(write(DEVICE_OUTPUT)), "");
+        assert!(late.tell(phase(Phase::Overlay)).contains("not flushed"));
+        assert_eq!(late.ask(Request::flush(DEVICE_OUTPUT)) + &late.tell(phase(Phase::Overlay)), "");
+        assert!(late.ask(write(DEVICE_OUTPUT)).contains("said to be complete"));
+        assert!(late.tell(phase(Phase::Target)).contains("phase 2 after phase 3"));
+    }
+
+    #[test]
+    fn a_record_of_the_parent_is_small_and_durable() {
+        let begun = || {
+            let mut handler = handler(Phase::Overlay);
+            assert_eq!(handler.tell(plan()) + &handler.tell(phase(Phase::Target)), "");
+            handler
+        };
+        let not = "no record of its parent";
+        assert!(begun().ask(Request::set_length(OVERLAY, 0)).contains(not));
+        assert!(begun().ask(Request::zero(OVERLAY, 0, 512)).contains(not));
+        assert!(begun().ask(Request::write(OVERLAY, 4000, 0, 512)).contains(not), "two ranges");
+        let mut handler = begun();
+        assert_eq!(handler.ask(write(OVERLAY)) + &handler.ask(Request::write(OVERLAY, 4000, 0, 96)), "");
+        assert!(handler.ask(Request::write(OVERLAY, 4096, 0, 1)).contains(not), "another range");
+        assert!(handler.ask(write(DEVICE_OUTPUT)).contains("is flushed"));
+        assert_eq!(handler.ask(Request::flush(OVERLAY)) + &handler.ask(write(DEVICE_OUTPUT)), "");
+    }
+
+    #[test]
+    fn a_success_has_to_be_one() {
+        let text = || "L1 table".to_owned();
+        let silent = CommitResultMessage { error_text: text(), ..CommitResultMessage::default() };
+        assert!(handler(Phase::Look).tell(Kind::CommitResult(silent)).contains("without a code: L1 table"));
+        assert!(handler(Phase::Look).tell(done()).contains("before its work"));
+        let mut halfway = handler(Phase::Overlay);
+        assert_eq!(halfway.tell(plan()) + &halfway.tell(phase(Phase::Target)), "");
+        assert!(halfway.tell(done()).contains("before its work"));
+        assert_eq!(halfway.tell(phase(Phase::Overlay)) + &halfway.ask(write(OVERLAY)), "");
+        assert!(halfway.tell(done()).contains("device 0 is not flushed"));
+        let failed = CommitResultMessage { error: 8, error_text: text(), ..CommitResultMessage::default() };
+        assert_eq!(halfway.tell(Kind::CommitResult(failed)), "");
+    }
+
+    #[test]
+    fn a_plan_that_lies_is_not_accepted() {
+        let lie = |plan| handler(Phase::Overlay).tell(Kind::Plan(plan));
+        assert!(lie(PlanMessage { bytes: 1001, ..PlanMessage::default() }).contains("1001 bytes"));
+        assert!(lie(PlanMessage { backing_final_length: 8193, ..PlanMessage::default() }).contains("allows 8192"));
+        let mut twice = handler(Phase::Overlay);
+        assert_eq!(twice.tell(plan()), "");
+        assert!(twice.tell(plan()).contains("second plan"));
     }
 }

@@ -9,6 +9,7 @@ mod guest;
 pub(crate) mod handler;
 mod interrupt;
 mod notes;
+mod plan;
 mod progress;
 mod render;
 mod repeated;
@@ -17,8 +18,10 @@ mod timing;
 
 pub use attach::{open_chain_devices_ro, open_chain_devices_rw, ChainDevices, DevicePaths, Slot};
 pub use error::{map_commit_error, map_read_error, Changed, GuestFailure};
-pub use guest::{run_commit_guest, Acquired, Growth, GuestOptions, GuestRun};
+pub use guest::{run_commit_guest, Acquired, CommitChain, Growth, GuestOptions, GuestRun};
+pub use handler::CommitHandler;
 pub use notes::{Announcement, Notes};
+pub use plan::PlanBounds;
 pub use render::{render_commit_error, render_commit_success, render_dry_run, render_verbose, render_warning};
 pub use timing::Timing;
 
@@ -32,7 +35,7 @@ use crate::image::{
 };
 use crate::plugins::{Registry, SearchPath};
 use crate::vm::KvmDevice;
-use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
+use instar_guest_abi::{ErrorCode, ERROR_OK, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::CommitConfig;
 use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
 use repeated::Repeated;
@@ -241,7 +244,8 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     let keep_overlay = request.keep_overlay || !between.is_empty();
     let config = CommitConfig { dry_run, resize_backing };
     let options = GuestOptions { config, keep_overlay, max_length, rate_limit, cache, progress };
-    let (outcome, run) = run_commit_guest(options, acquired, overlay, between, backing, ancestors, announcement)?;
+    let chain = CommitChain { overlay, between, backing, ancestors };
+    let (outcome, run) = run_commit_guest(options, acquired, chain, announcement, notes)?;
     result.timing.mark("virtual machine");
     result.clusters_committed = outcome.clusters_committed;
     result.bytes_committed = outcome.bytes_committed;
@@ -309,18 +313,14 @@ fn verdict(
             return Err(Error::image(&image.opened.path, ErrorCode::UnsupportedFormat, clause));
         }
         let verdict = image.plugin.verdict(role, &image.facts, other);
-        match ErrorCode::from_u32(verdict.code) {
-            Some(ErrorCode::Ok) => {
-                if !verdict.reason.is_empty() {
-                    warnings.push(format!("'{}': {}", escape_path(&image.opened.path), verdict.reason));
-                }
-                Ok(verdict.max_length)
-            }
-            code => {
-                let code = code.unwrap_or(ErrorCode::PluginRefused);
-                Err(Error::image(&image.opened.path, code, verdict.reason.as_str()))
-            }
+        if verdict.code != ERROR_OK {
+            let code = ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused);
+            return Err(Error::image(&image.opened.path, code, verdict.reason.as_str()));
         }
+        if !verdict.reason.is_empty() {
+            warnings.push(format!("'{}': {}", escape_path(&image.opened.path), verdict.reason));
+        }
+        Ok(verdict.max_length)
     };
     let merged: Vec<&ChainImage<'_>> = std::iter::once(overlay).chain(between).collect();
     for (index, layer) in merged.iter().enumerate() {

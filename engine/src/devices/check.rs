@@ -30,8 +30,8 @@ pub fn check(devices: &Devices, memory: &dyn BufferAccess, request: &Request) ->
     let Some(end) = end else {
         return bad(request, "a range that overflows");
     };
-    if !matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData) && !device.writable {
-        return bad(request, "a change of a device that is read-only");
+    if !matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData) {
+        devices.check_phase(device.part, op, request).or_else(|why| bad(request, why))?;
     }
     match op {
         RequestOp::Read => check_buffer(memory, request)?,

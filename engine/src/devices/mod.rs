@@ -14,6 +14,7 @@ mod direct;
 pub mod lock;
 mod merge;
 mod pace;
+mod phases;
 mod piece;
 mod side_by_side;
 mod statistics;
@@ -25,6 +26,7 @@ mod zeroes;
 
 pub use cache::Cache;
 pub use pace::{Pace, Watch};
+pub use phases::Phases;
 pub use statistics::Statistics;
 pub use workers::Workers;
 
@@ -33,7 +35,7 @@ use allowance::Allowance;
 use check::check;
 use copy::Copier;
 use direct::Direct;
-use instar_guest_abi::{request_flags, request_status, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES};
+use instar_guest_abi::{request_flags, request_status, Part, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES};
 use merge::Batch;
 use std::cell::{OnceCell, RefCell};
 use std::fs::File;
@@ -47,7 +49,7 @@ use zeroes::Zeroes;
 #[derive(Debug)]
 pub struct Device {
     file: Arc<File>,
-    writable: bool,
+    part: Part,
     length: u64,
     max_length: u64,
     fixed_length: bool,
@@ -72,7 +74,7 @@ impl Device {
         let max_length = if fixed_length { length } else { max_length.max(length) };
         Self {
             file: Arc::new(file),
-            writable,
+            part: if writable { Part::Target } else { Part::Read },
             length,
             max_length,
             fixed_length,
@@ -83,6 +85,12 @@ impl Device {
             changed: false,
             zeroes: RefCell::default(),
         }
+    }
+
+    /// What it is to the operation, if not what [`Device::new`] makes of it: a target, or only read.
+    #[must_use]
+    pub fn with_part(self, part: Part) -> Self {
+        Self { part, ..self }
     }
 
     /// What it may become at most, in bytes: a block device stays as long as it is.
@@ -218,6 +226,7 @@ pub struct Devices {
     slots: Vec<Option<Device>>,
     copier: Copier,
     workers: Option<Workers>,
+    phases: Phases,
     pace: Pace,
     cache: Cache,
     statistics: Statistics,
@@ -284,12 +293,17 @@ impl Devices {
         &self.statistics
     }
 
+    /// Whether the guest changed any of them, or tried to.
+    #[must_use]
+    pub fn any_changed(&self) -> bool {
+        self.slots.iter().flatten().any(Device::is_changed)
+    }
+
     /// What the guest did out of proportion to what the files hold, if nothing was changed yet. `used` is the processor time
     /// that it has used.
     #[must_use]
     pub fn excess(&self, used: Duration) -> Option<Excess> {
-        let changed = || self.slots.iter().flatten().any(Device::is_changed);
-        self.allowance.excess(used).filter(|_| !changed())
+        self.allowance.excess(used).filter(|_| !self.any_changed())
     }
 
     /// The device of this number.

@@ -50,6 +50,7 @@ fn bench(sources: [u64; 2], target: u64, cache: Cache) -> Bench {
     // Not every file system that tests run on knows direct I/O: then these cache modes are refused, and there is nothing to try.
     devices.set_cache(cache).unwrap();
     devices.set_workers(Some(Workers::start().unwrap()));
+    devices.enter(instar_guest_abi::Phase::Target).unwrap();
     Bench { devices, sources, target: target_file, model }
 }
 

@@ -40,6 +40,7 @@ fn bench(contents: [&[u8]; 3]) -> Bench {
         devices.attach(slot, Device::new(file.reopen().unwrap(), writable, length, max, false));
         files.push(file);
     }
+    devices.enter(instar_guest_abi::Phase::Target).unwrap();
     Bench { devices, memory: Memory((0..1 << 20).map(|i| (i % 251) as u8).collect()), files }
 }
 
@@ -113,6 +114,7 @@ fn a_block_device_keeps_its_length() {
     let file = NamedTempFile::new().unwrap();
     let mut devices = Devices::new();
     devices.attach(OUT, Device::new(file.reopen().unwrap(), true, 4096, 1 << 30, true));
+    devices.enter(instar_guest_abi::Phase::Target).unwrap();
     let memory = Memory(vec![0; 4096]);
     for request in [Request::set_length(OUT, 8192), Request::write(OUT, 4096, HEAP, 1)] {
         devices.execute(&memory, &mut [request]).unwrap_err();

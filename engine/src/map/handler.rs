@@ -5,7 +5,7 @@ use super::{Holes, Place};
 use crate::commit::GuestFailure;
 use crate::devices::Devices;
 use crate::error::Error;
-use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler};
+use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler, GuestLog};
 use instar_guest_abi::{ErrorCode, ExtentKind, Request};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{MapResultMessage, MapRun};
@@ -23,13 +23,15 @@ pub struct MapHandler<'r, 'w> {
     reporter: &'r mut Reporter<'w>,
     /// How the map ended, once the guest said so.
     pub result: Option<Result<(), GuestFailure>>,
+    /// Log lines of the guest.
+    pub log: GuestLog,
     /// Why a run could not be reported; the guest was ended then.
     pub unreported: Option<Error>,
 }
 
 impl<'r, 'w> MapHandler<'r, 'w> {
     pub fn new(devices: Devices, places: BTreeMap<u32, Place>, size: u64, reporter: &'r mut Reporter<'w>) -> Self {
-        Self { devices, places, size, next: 0, reporter, result: None, unreported: None }
+        Self { devices, places, size, next: 0, reporter, result: None, log: GuestLog::default(), unreported: None }
     }
 
     /// All runs have come.
@@ -143,7 +145,7 @@ impl GuestHandler for MapHandler<'_, '_> {
         match message {
             Kind::Map(map) => return map.runs.iter().try_for_each(|run| self.take(run)),
             Kind::MapResult(result) => self.result = Some(outcome(&result)),
-            Kind::Log(_) => {}
+            Kind::Log(line) => self.log.take(line),
             _ => return Err(BadRequest("a message that a map does not send".to_owned())),
         }
         Ok(())

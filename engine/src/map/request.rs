@@ -38,11 +38,11 @@ const RUNS_PER_ENTRY: u64 = 33;
 /// An entry takes four bytes of a file at least.
 const ENTRY_BYTES: u64 = 4;
 
-/// Map an image and what is below it. The calling process is [confined](crate::confine) by it, for good.
+/// Map an image and what is below it; `log` takes the lines of the guest, which are not safe for a terminal. The calling process is [confined](crate::confine) by it, for good.
 ///
 /// # Errors
 /// One line that names the file and what to do. What was reported until then stays reported.
-pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), Error> {
+pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>, log: &mut Vec<String>) -> Result<(), Error> {
     allow_many_open_files();
     let file = NamedFile::new(&request.image);
     let roots = Roots::of(&file, &request.allowed_directories)?;
@@ -80,6 +80,7 @@ pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>) -> Result<(), 
         VmSpec { files, ..VmSpec::new(Vec::new(), members, modules) }.with_operation(vm::MAP).with_message_limit(limit);
     let mut handler = MapHandler::new(devices, places, size, reporter);
     let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
+    log.extend_from_slice(handler.log.lines());
     if let Some(error) = handler.unreported.take() {
         return Err(error);
     }

@@ -191,7 +191,7 @@ impl Plugin {
         let message = answers::cut(error.message.into_string());
         match ErrorCode::from_u32(error.code) {
             Some(ErrorCode::PluginUnavailable) => self.faulty(message),
-            None | Some(ErrorCode::Ok) => self.faulty(format!("it failed with the unknown code {}", error.code)),
+            None => self.faulty(format!("it failed with the unknown code {}", error.code)),
             Some(code) => PluginFailure::Refused { code, message },
         }
     }

@@ -39,11 +39,23 @@ pub enum VmError {
         error_code: u64,
     },
     /// The guest panicked.
-    #[error("guest panic: {0}")]
-    GuestPanic(String),
-    /// The guest ran for this many milliseconds of processor time without asking for anything.
-    #[error("the guest makes no progress: it ran for {0} ms of processor time without a request")]
-    GuestStalled(u64),
+    #[error("guest panic: {text}, in {place}")]
+    GuestPanic {
+        /// What it said.
+        text: String,
+        /// The module, its version and the offset of the code that panicked.
+        place: String,
+    },
+    /// The guest ran for too long without asking for anything.
+    #[error(
+        "the guest makes no progress: it ran for {time} ms of processor time without a request, and is in {place}"
+    )]
+    GuestStalled {
+        /// Milliseconds of processor time.
+        time: u64,
+        /// The module, its version and the offset where it was ended.
+        place: String,
+    },
     /// The guest broke the protocol.
     #[error("the guest broke the protocol: {0}")]
     GuestProtocol(String),
@@ -77,8 +89,8 @@ impl VmError {
             Self::KvmPermission { .. } => ErrorCode::KvmPermission,
             Self::KvmUnusable { .. } => ErrorCode::KvmUnusable,
             Self::GuestFault { .. } => ErrorCode::GuestFault,
-            Self::GuestPanic(_) => ErrorCode::GuestPanic,
-            Self::GuestStalled(_) => ErrorCode::GuestStalled,
+            Self::GuestPanic { .. } => ErrorCode::GuestPanic,
+            Self::GuestStalled { .. } => ErrorCode::GuestStalled,
             Self::GuestProtocol(_) => ErrorCode::GuestProtocol,
             Self::ModuleInvalid { .. } => ErrorCode::PluginUnavailable,
             Self::LimitExceeded { .. } => ErrorCode::LimitExceeded,

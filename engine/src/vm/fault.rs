@@ -4,8 +4,12 @@ use super::error::{printable, VmError};
 use super::layout::Placed;
 use super::memory::GuestRam;
 use super::system;
+use instar_guest_abi::{MESSAGE_ADDR, MESSAGE_SIZE, STACK_SIZE, STACK_TOP};
+use std::ops::Range;
 
 const PAGE_FAULT: u8 = 14;
+/// The unmapped addresses below the guest's stack.
+const BELOW_STACK: Range<u64> = MESSAGE_ADDR + MESSAGE_SIZE..STACK_TOP - STACK_SIZE;
 
 /// Name of a vector, and whether the processor pushes an error code for it.
 const fn vector_name(vector: u8) -> (&'static str, bool) {
@@ -55,7 +59,7 @@ pub fn place(modules: &[Placed], address: u64) -> String {
         Some(module) => {
             format!("{} {}+{:#x}", printable(&module.name), printable(&module.version), address - module.range.start)
         }
-        None => "outside every module".to_owned(),
+        None => format!("code outside every module, at {address:#x}"),
     }
 }
 
@@ -68,6 +72,8 @@ pub fn fault(ram: &GuestRam, modules: &[Placed], vector: u8, stack: u64, cr2: u6
     };
     let (error_code, rip) = if has_code { (on_stack(0), on_stack(1)) } else { (0, on_stack(0)) };
     let address = (vector == PAGE_FAULT).then(|| (cr2, access(error_code)));
+    // Nothing else is there: functions with large frames probe them page by page.
+    let name = if vector == PAGE_FAULT && BELOW_STACK.contains(&cr2) { "stack overflow" } else { name };
     VmError::GuestFault { vector, name, address, rip, place: place(modules, rip), error_code }
 }
 
@@ -91,8 +97,12 @@ mod tests {
             fault(&ram, &modules, 6, stack + 8, 0).to_string(),
             "guest fault: invalid opcode, rip 0x100042 (qcow2 0.1.0+0x42), error code 0x0"
         );
+        assert_eq!(
+            fault(&ram, &modules, 14, stack, STACK_TOP - STACK_SIZE - 8).to_string(),
+            "guest fault: stack overflow writing address 0x7fff8, rip 0x100042 (qcow2 0.1.0+0x42), error code 0x2"
+        );
         let elsewhere = fault(&ram, &modules, 13, u64::MAX - 8, 0).to_string();
-        assert!(elsewhere.contains("rip 0x0 (outside every module)"), "{elsewhere}");
+        assert!(elsewhere.contains("rip 0x0 (code outside every module"), "{elsewhere}");
     }
 
     #[test]

@@ -52,6 +52,6 @@ impl MessageBuffer {
         if !self.ram.write(MESSAGE_ADDR, message) {
             return Err(VmError::protocol("a message outside memory"));
         }
-        self.messages.take(&self.ram, u32::try_from(message.len()).unwrap_or(u32::MAX), handler)
+        self.messages.take(&self.ram, &[], u32::try_from(message.len()).unwrap_or(u32::MAX), handler)
     }
 }

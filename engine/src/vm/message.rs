@@ -1,7 +1,9 @@
 //! Takes the guest's messages.
 
 use super::error::{printable, VmError};
+use super::fault::place;
 use super::handler::GuestHandler;
+use super::layout::Placed;
 use super::memory::GuestRam;
 use instar_guest_abi::{MESSAGE_ADDR, MESSAGE_SIZE};
 use instar_guest_protocol::{guest_message::Kind, GuestMessage, Message};
@@ -24,12 +26,18 @@ impl Messages {
         Self { count: 0, bytes: 0, limit }
     }
 
-    /// Take the message of `length` bytes that is in the buffer.
+    /// Take the message of `length` bytes that is in the buffer; `modules` are where a panic may have been.
     ///
     /// # Errors
     /// [`VmError::GuestPanic`] if that is what it says; [`VmError::GuestProtocol`] if it makes no sense, or is one too
     /// many.
-    pub fn take(&mut self, ram: &GuestRam, length: u32, handler: &mut dyn GuestHandler) -> Result<(), VmError> {
+    pub fn take(
+        &mut self,
+        ram: &GuestRam,
+        modules: &[Placed],
+        length: u32,
+        handler: &mut dyn GuestHandler,
+    ) -> Result<(), VmError> {
         let length = u64::from(length);
         if length == 0 || length > MESSAGE_SIZE {
             return Err(VmError::protocol(format!("a message of {length} bytes, at most {MESSAGE_SIZE} are possible")));
@@ -50,7 +58,9 @@ impl Messages {
             .map_err(|error| VmError::protocol(format!("a message that cannot be decoded: {error}")))?;
         match message.kind {
             None => Err(VmError::protocol("a message of no known kind")),
-            Some(Kind::Panic(panic)) => Err(VmError::GuestPanic(printable(&panic.text))),
+            Some(Kind::Panic(panic)) => {
+                Err(VmError::GuestPanic { text: printable(&panic.text), place: place(modules, panic.address) })
+            }
             Some(kind) => handler.message(kind).map_err(|bad| VmError::protocol(printable(&bad.0))),
         }
     }

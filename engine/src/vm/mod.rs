@@ -10,6 +10,7 @@ mod fault;
 pub(crate) mod fuzzing;
 mod handler;
 mod layout;
+mod log;
 mod machine;
 mod memory;
 mod message;
@@ -23,8 +24,11 @@ mod watchdog;
 
 pub use error::VmError;
 pub use handler::{BadRequest, BufferAccess, Excess, GuestHandler};
+pub use log::GuestLog;
 pub use machine::{KvmDevice, Vm};
 pub use spec::{ModuleSpec, VmReport, VmSpec, CHECK, FIRST_FORMAT, MAP};
+#[cfg(test)]
+pub use vm_memory::VolatileSlice;
 
 /// Run the guest that `spec` describes until it exits.
 ///

@@ -95,7 +95,9 @@ impl Vm {
                 return Err(VmError::Interrupted);
             }
             if let Some(time) = watchdog.stalled() {
-                return Err(VmError::GuestStalled(time));
+                let regs = self.vcpu.get_regs().map_err(|e| VmError::unusable("KVM_GET_REGS", e.errno()))?;
+                let place = fault::place(&self.layout.modules, regs.rip);
+                return Err(VmError::GuestStalled { time, place });
             }
             if let Some(Excess { device, text }) = handler.excess(watchdog.total()).filter(|_| may_stop) {
                 return Err(VmError::LimitExceeded { device, text });
@@ -113,7 +115,7 @@ impl Vm {
                         return Err(VmError::Interrupted);
                     }
                 }
-                Exit::Out(PORT_MESSAGE, length) => messages.take(&self.ram, length, handler)?,
+                Exit::Out(PORT_MESSAGE, length) => messages.take(&self.ram, &self.layout.modules, length, handler)?,
                 Exit::Out(PORT_EXIT, _) => {
                     self.report.messages = messages.count;
                     self.report.time_run = started.elapsed();
@@ -154,7 +156,12 @@ impl Vm {
             request.status = instar_guest_abi::request_status::NOT_RUN;
         }
         let heap = Heap { ram: &self.ram, range: &self.layout.heap };
-        handler.requests(&heap, &mut requests).map_err(|bad| VmError::protocol(printable(&bad.0)))?;
+        if let Err(bad) = handler.requests(&heap, &mut requests) {
+            // The one that breaks a rule is the first that was not executed.
+            let culprit = requests.iter().find(|request| request.status == instar_guest_abi::request_status::NOT_RUN);
+            let place = fault::place(&self.layout.modules, culprit.map_or(0, |request| request.caller));
+            return Err(VmError::protocol(format!("{} (asked for by {place})", printable(&bad.0))));
+        }
         if !self.ram.write(RING_ADDR, bytes(&requests)) {
             return Err(VmError::protocol("a ring outside memory"));
         }

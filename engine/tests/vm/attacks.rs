@@ -2,9 +2,10 @@
 //! is touched that it may not write, and what it may write stays within its bound.
 
 use crate::support::spec;
+use instar_engine::commit::{CommitHandler, PlanBounds};
 use instar_engine::devices::{Device, Devices};
 use instar_engine::vm::{self, BadRequest, BufferAccess, GuestHandler, VmError, VmReport};
-use instar_guest_abi::{ErrorCode, Request, DEVICE_OUTPUT};
+use instar_guest_abi::{ErrorCode, Part, Phase, Request, DEVICE_OUTPUT};
 use instar_guest_protocol::{guest_message::Kind, Message};
 use instar_guest_testmod::Scenario;
 use std::fs::{read, File};
@@ -68,14 +69,36 @@ impl Images {
     }
 
     fn run(&self, scenario: Scenario) -> (Host, Result<VmReport, VmError>) {
-        let mut devices = Devices::new();
-        devices.attach(0, Device::new(self.open("overlay", true), true, LENGTH, LENGTH, false));
-        // Its descriptor could be written: it is the slot that may not.
-        devices.attach(1, Device::new(self.open("ancestor", true), false, LENGTH, LENGTH, false));
-        devices.attach(DEVICE_OUTPUT, Device::new(self.open("output", true), true, LENGTH, BOUND, false));
+        let mut devices = self.devices();
+        devices.enter(Phase::Target).unwrap();
         let mut host = Host { devices, messages: 0, bytes: 0, statuses: Vec::new() };
         let result = vm::run(&spec(scenario).with_message_limit(2 << 20), &mut host);
         (host, result)
+    }
+
+    fn devices(&self) -> Devices {
+        let mut devices = Devices::new();
+        let overlay = Part::Overlay { emptied: true, identity: true };
+        let device = |name| Device::new(self.open(name, true), true, LENGTH, LENGTH, false);
+        devices.attach(0, device("overlay").with_part(overlay));
+        // Its descriptor could be written: it is the slot that may not.
+        devices.attach(1, device("ancestor").with_part(Part::Read));
+        devices.attach(DEVICE_OUTPUT, Device::new(self.open("output", true), true, LENGTH, BOUND, false));
+        devices
+    }
+
+    /// Run a guest as a commit does, which it may go on with up to this phase.
+    fn commit(&self, scenario: Scenario, last_phase: Phase) -> (CommitHandler, Result<VmReport, VmError>) {
+        let bounds = PlanBounds { virtual_size: LENGTH, longest: BOUND, ..PlanBounds::default() };
+        let mut handler = CommitHandler { last_phase, bounds, ..CommitHandler::new(self.devices()) };
+        let result = vm::run(&spec(scenario), &mut handler);
+        (handler, result)
+    }
+
+    /// Whether a file has other bytes than at the start.
+    fn is_changed(&self, name: &str) -> bool {
+        let seed = NAMES.iter().position(|one| *one == name).unwrap();
+        read(self.path(name)).unwrap() != Self::content(seed)
     }
 
     /// Only the output may be different.
@@ -159,4 +182,68 @@ fn a_loop_after_a_request_is_a_stall_and_a_ring_without_a_bell_is_nothing() {
     assert_eq!(error.code(), ErrorCode::GuestStalled);
     assert!(read(images.path("output")).unwrap() == Images::content(2));
     images.assert_others_untouched(Scenario::StallAfterRequest);
+}
+
+#[test]
+fn what_is_changed_too_early_is_not_changed() {
+    for (scenario, last_phase, why) in [
+        (Scenario::EarlyWrite, Phase::Overlay, "before a plan was accepted"),
+        (Scenario::DryRunWrite, Phase::Look, "before a plan was accepted"),
+        (Scenario::LyingPlan, Phase::Overlay, "where its verdict allows"),
+        (Scenario::WholeCommit, Phase::Look, "announced in a dry run"),
+        (Scenario::FailureWithoutCode, Phase::Overlay, "an error without a code: the L1 table"),
+    ] {
+        let images = Images::new();
+        let (handler, result) = images.commit(scenario, last_phase);
+        assert_ended(result, scenario, why);
+        assert!(!images.is_changed("output") && !handler.devices.any_changed(), "{scenario:?}");
+        images.assert_others_untouched(scenario);
+    }
+}
+
+#[test]
+fn an_overlay_is_changed_after_its_target_or_not_at_all() {
+    for (scenario, last_phase, why) in [
+        (Scenario::EarlyOverlay, Phase::Overlay, "before the target is complete"),
+        (Scenario::DirtyOverlay, Phase::Overlay, "while device 512 of the target is not flushed"),
+        (Scenario::FalseSuccess, Phase::Overlay, "before its work was done"),
+        (Scenario::FalseSuccess, Phase::Target, "while device 512 is not flushed"),
+    ] {
+        let images = Images::new();
+        let (handler, result) = images.commit(scenario, last_phase);
+        assert_ended(result, scenario, why);
+        assert!(images.is_changed("output") && handler.devices.any_changed(), "{scenario:?}");
+        images.assert_others_untouched(scenario);
+    }
+}
+
+#[test]
+fn of_an_overlay_that_is_kept_only_the_record_of_its_parent_changes() {
+    for (scenario, why) in
+        [(Scenario::WholeCommit, "that is to keep its content"), (Scenario::LargeRecord, "no record of its parent")]
+    {
+        let images = Images::new();
+        let (_, result) = images.commit(scenario, Phase::Target);
+        assert_ended(result, scenario, why);
+        let overlay = read(images.path("overlay")).unwrap();
+        assert!(overlay[..512].iter().all(|&byte| byte == 0x77) && overlay[512..] == Images::content(0)[512..]);
+    }
+}
+
+#[test]
+fn a_commit_that_keeps_the_order_is_done() {
+    let images = Images::new();
+    let (handler, result) = images.commit(Scenario::WholeCommit, Phase::Overlay);
+    result.unwrap();
+    assert_eq!(handler.result.map(|result| result.clusters_committed), Some(1));
+    assert_eq!(handler.log.lines(), ["512 bytes are left"]);
+    assert!(images.is_changed("output") && read(images.path("overlay")).unwrap().len() == 512);
+}
+
+#[test]
+fn a_request_that_breaks_a_rule_names_who_asked() {
+    let error = Images::new().commit(Scenario::StackBuffer, Phase::Look).1;
+    // Through core, which knows who calls it.
+    let text = error.unwrap_err().to_string();
+    assert!(text.contains("device 0") && text.contains("(asked for by test 0.9.1+0x"), "{text}");
 }

@@ -18,20 +18,20 @@ fn assert_fault(scenario: Scenario, start: &str, place: &str) {
 
 #[test]
 fn memory_faults_are_reported_with_address_and_place() {
-    assert_fault(Scenario::NullWrite, "page fault writing address 0x0, rip 0x", "commit+0x");
-    assert_fault(Scenario::ConstantWrite, "page fault writing address 0x", "commit+0x");
-    assert_fault(Scenario::TextWrite, "page fault writing address 0x", "commit+0x");
-    assert_fault(Scenario::ConfigWrite, "page fault writing address 0x40000", "commit+0x");
-    assert_fault(Scenario::SystemRead, "page fault reading address 0x1000", "commit+0x");
-    assert_fault(Scenario::HeapExecute, "page fault executing address 0x", "outside every module");
-    assert_fault(Scenario::StackOverflow, "page fault writing address 0x7f", "commit+0x");
+    assert_fault(Scenario::NullWrite, "page fault writing address 0x0, rip 0x", "test 0.9.1+0x");
+    assert_fault(Scenario::ConstantWrite, "page fault writing address 0x", "test 0.9.1+0x");
+    assert_fault(Scenario::TextWrite, "page fault writing address 0x", "test 0.9.1+0x");
+    assert_fault(Scenario::ConfigWrite, "page fault writing address 0x40000", "test 0.9.1+0x");
+    assert_fault(Scenario::SystemRead, "page fault reading address 0x1000", "test 0.9.1+0x");
+    assert_fault(Scenario::HeapExecute, "page fault executing address 0x", "code outside every module");
+    assert_fault(Scenario::StackOverflow, "stack overflow writing address 0x7f", "test 0.9.1+0x");
 }
 
 #[test]
 fn other_faults_are_named() {
-    assert_fault(Scenario::Divide, "divide error, rip 0x", "commit+0x");
-    assert_fault(Scenario::UnknownPort, "general protection fault, rip 0x", "commit+0x");
-    assert_fault(Scenario::Privileged, "general protection fault, rip 0x", "commit+0x");
+    assert_fault(Scenario::Divide, "divide error, rip 0x", "test 0.9.1+0x");
+    assert_fault(Scenario::UnknownPort, "general protection fault, rip 0x", "test 0.9.1+0x");
+    assert_fault(Scenario::Privileged, "general protection fault, rip 0x", "test 0.9.1+0x");
 }
 
 #[test]
@@ -41,6 +41,7 @@ fn a_panic_is_reported_with_its_message() {
     let text = error.to_string();
     assert!(text.starts_with("guest panic: on purpose, with the number 42 ("), "{text}");
     assert!(text.contains("test-operation.rs:"), "{text}");
+    assert!(text.contains(", in test 0.9.1+0x"), "{text}");
 }
 
 #[test]
@@ -53,7 +54,7 @@ fn an_exhausted_heap_is_a_panic() {
 fn a_guest_that_hangs_is_ended() {
     let started = Instant::now();
     let error = run(Scenario::Stall).1.unwrap_err();
-    assert!(matches!(error, VmError::GuestStalled(2000..4000)), "{error}");
+    assert!(matches!(error, VmError::GuestStalled { time: 2000..4000, .. }), "{error}");
     assert!(started.elapsed().as_secs() < 60);
 }
 

@@ -6,7 +6,7 @@ use super::strict::Strict;
 use super::{config, open_sink, open_source, qcow2, quietly, sound, views, Bed, Files, Format};
 use super::{ANCESTOR, MIDDLE, OVERLAY};
 use crate::host;
-use instar_guest_abi::{device_flags, DeviceConfig, ErrorCode, DEVICE_OUTPUT};
+use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT};
 use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Options, Outcome, Step};
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::{DriverResult, Source};
@@ -79,10 +79,11 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
     Some(configs)
 }
 
-/// These files, of which those may be changed that the configurations let be.
-pub(super) fn devices(files: Files, configs: &BTreeMap<u32, DeviceConfig>) -> Strict {
-    let writable = configs.values().filter(|config| config.flags & device_flags::WRITABLE != 0);
-    Strict::new(files, &writable.collect::<Vec<_>>())
+/// The devices of a bed's commit, held to what the host would let its guest do. With a layer between, the overlay is kept, and
+/// that layer is the one that may record its parent's identity.
+pub(super) fn hold(bed: &Bed, files: Files, configs: &BTreeMap<u32, DeviceConfig>) -> Strict {
+    let middle = configs.get(&MIDDLE).filter(|_| bed.files.contains_key(&MIDDLE));
+    Strict::commit(files, &configs[&OVERLAY], middle, &configs[&DEVICE_OUTPUT])
 }
 
 /// The guest's part, as `guest/commit/src/run.rs` does it.
@@ -126,7 +127,7 @@ fn run(bed: &Bed, files: Files) {
     let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
     // What makes no sense cannot be compared with anything.
     let before = all_sound.then(|| quietly(|| (views(bed, &files), snapshots(bed, &files))).ok()).flatten();
-    let mut io = devices(files.clone(), &configs);
+    let mut io = hold(bed, files.clone(), &configs);
     let result = guest(bed, &mut io, &configs);
     let now = &io.devices.files;
     let changed = |device| now[&device] != files[&device];
@@ -208,7 +209,7 @@ mod tests {
         for (name, beds) in [("qcow2", qcow2_beds()), ("vmdk", vmdk_beds()), ("cross", cross_beds())] {
             for (index, bed) in beds.iter().enumerate() {
                 let configs = admitted(bed, &bed.files).unwrap_or_else(|| panic!("{name} {index} is refused"));
-                let mut io = devices(bed.files.clone(), &configs);
+                let mut io = hold(bed, bed.files.clone(), &configs);
                 guest(bed, &mut io, &configs).unwrap_or_else(|failure| panic!("{name} {index}: {}", failure.error));
                 run(bed, bed.files.clone());
                 let all_sound = bed.files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));

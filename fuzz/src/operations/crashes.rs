@@ -7,7 +7,7 @@
 
 use super::beds::Pairs;
 use super::change::apply;
-use super::commit::{admitted, devices, guest, snapshots};
+use super::commit::{admitted, guest, hold, snapshots};
 use super::strict::Strict;
 use super::{config, open_source, qcow2, quietly, sound, views, Bed, Files, MIDDLE, OVERLAY};
 use crate::host::{self, Format};
@@ -64,7 +64,7 @@ impl PowerLosses<'_> {
         let configs = admitted(bed, &files)?;
         let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
         let before = all_sound.then(|| quietly(|| read(bed, &files)).ok()).flatten()?;
-        let mut io = devices(files.clone(), &configs);
+        let mut io = hold(bed, files.clone(), &configs);
         let finished = guest(bed, &mut io, &configs).is_ok();
         if io.devices.log.is_empty() {
             return None;
@@ -136,7 +136,7 @@ fn restored(bed: &Bed, state: &Files, originals: &Files, (old, _): &Reading) {
 /// A second commit finishes the job; of one that had failed it may fail again, and breaks nothing.
 fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapshots): &Reading, after: Option<&[u8]>) {
     let configs = admitted(bed, &files).expect("the plugins refuse what a power loss left");
-    let mut io = devices(files, &configs);
+    let mut io = hold(bed, files, &configs);
     let result = guest(bed, &mut io, &configs);
     let (now, snapshots) = read(bed, &io.devices.files);
     assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else after a second commit");
@@ -172,7 +172,7 @@ fn was_corrupt(device: u32, format: Format, bytes: &[u8]) -> bool {
 /// What `instar check` finds corrupt in an image.
 fn examine(device: u32, format: Format, bytes: &[u8]) -> Vec<String> {
     let facts = host::look(format, bytes).expect("the plugin does not know its image any more");
-    let mut io = Strict::new(BTreeMap::from([(device, bytes.to_vec())]), &[]);
+    let mut io = Strict::look(BTreeMap::from([(device, bytes.to_vec())]));
     let mut corruptions = Vec::new();
     let examined = open_source(format, &mut io, &config(device, &facts, false, 0)).and_then(|mut source| {
         source.examine(&mut io, &mut |kind, text| {

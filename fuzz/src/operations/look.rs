@@ -28,7 +28,7 @@ pub fn look(input: &[u8]) {
     let facts = files.iter().map(|(device, bytes)| Some((*device, host::look(bed.formats[device], bytes)?)));
     let Some(facts) = facts.collect::<Option<BTreeMap<u32, ImageFacts>>>() else { return };
     let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
-    let mut io = Strict::new(files, &[]);
+    let mut io = Strict::look(files);
 
     let overlay = config(OVERLAY, &facts[&OVERLAY], false, 0);
     let mut findings: Vec<String> = Vec::new();

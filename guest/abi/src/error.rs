@@ -1,8 +1,8 @@
-//! The error codes of a commit. Append-only: a code never changes its number, name or meaning.
+//! The error codes. Append-only: a code never changes its number, name or meaning.
 
 macro_rules! error_codes {
     ($($(#[doc = $doc:literal])* $variant:ident = $value:literal, $constant:ident;)*) => {
-        /// Every way in which a commit can end.
+        /// Every way in which an operation can fail. Success is no error, and has no place here: see [`ERROR_OK`].
         #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum ErrorCode { $($(#[doc = $doc])* $variant = $value,)* }
@@ -38,9 +38,10 @@ macro_rules! error_codes {
     };
 }
 
+/// What stands for no error where a number is wanted.
+pub const ERROR_OK: u32 = 0;
+
 error_codes! {
-    /// No error.
-    Ok = 0, ERROR_OK;
     /// The format, subformat or feature is not supported; the message names it.
     UnsupportedFormat = 1, ERROR_UNSUPPORTED_FORMAT;
     /// The overlay records no backing file and none was given.

@@ -13,6 +13,7 @@ mod error;
 mod layout;
 mod list;
 mod module;
+mod phase;
 mod ring;
 
 pub use call_table::CallTable;
@@ -30,4 +31,5 @@ pub use module::{
     ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, SinkOps, SourceOps, FAILURE_TEXT_MAX,
     IMAGE_ID_MAX, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
 };
+pub use phase::{Part, Phase, Situation, IDENTITY_RANGE};
 pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};

@@ -91,8 +91,8 @@ pub struct Request {
     pub status: i32,
     /// Zero.
     pub reserved0: u32,
-    /// Zero.
-    pub reserved1: u64,
+    /// Set by core: the address of the code that submitted it, to be named if the request breaks a rule.
+    pub caller: u64,
 }
 
 const _: () = assert!(core::mem::size_of::<Request>() == 64);
@@ -111,7 +111,7 @@ impl Request {
             buffer: 0,
             status: request_status::NOT_RUN,
             reserved0: 0,
-            reserved1: 0,
+            caller: 0,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Core at its place in the guest: ports, fixed addresses, the one heap. Only ever run in the guest.
 
 use crate::{check_configuration, check_descriptor, encode_panic, module_name, submit, Doorbell, Heap, StartError};
-use core::arch::asm;
+use core::arch::{asm, naked_asm};
 use core::cell::UnsafeCell;
 use core::ops::Range;
 use core::ptr::null;
@@ -67,14 +67,17 @@ extern "C" fn heap_free() -> usize {
     with_heap(|heap| heap.free())
 }
 
-struct Bell;
+struct Bell {
+    /// The code that submitted the requests.
+    caller: u64,
+}
 
 impl Doorbell for Bell {
     fn ring(&mut self, requests: &mut [Request]) {
         // SAFETY: the ring is mapped there, and no other reference to it exists.
         let entries = unsafe { &mut (*(RING_ADDR as *mut Ring)).entries };
         for (entry, request) in entries.iter_mut().zip(&*requests) {
-            *entry = *request;
+            *entry = Request { caller: self.caller, ..*request };
         }
         out(PORT_DOORBELL, u32::try_from(requests.len()).unwrap_or(0));
         for (request, entry) in requests.iter_mut().zip(&*entries) {
@@ -106,12 +109,18 @@ impl Doorbell for Bell {
     }
 }
 
+/// Execute requests for the module that calls: its return address is noted in each.
+#[unsafe(naked)]
 extern "C" fn submit_all(requests: *mut Request, count: usize) -> usize {
+    naked_asm!("mov rdx, [rsp]", "jmp {submit_for}", submit_for = sym submit_for)
+}
+
+extern "C" fn submit_for(requests: *mut Request, count: usize, caller: u64) -> usize {
     if requests.is_null() || count == 0 {
         return 0;
     }
     // SAFETY: the interface promises `count` requests whose buffers are accessible to the guest.
-    unsafe { submit(&mut Bell, slice::from_raw_parts_mut(requests, count)) }
+    unsafe { submit(&mut Bell { caller }, slice::from_raw_parts_mut(requests, count)) }
 }
 
 /// The message buffer.
@@ -131,23 +140,29 @@ extern "C" fn message(bytes: *const u8, length: usize) {
             buffer.copy_from_slice(bytes);
             out(PORT_MESSAGE, u32::try_from(length).unwrap_or(0));
         }
-        None => report("a module sent a message that is too long"),
+        None => report("a module sent a message that is too long", 0),
     }
 }
 
+/// Report a panic of the module that calls.
+#[unsafe(naked)]
 extern "C" fn panic(text: *const u8, length: usize) -> ! {
+    naked_asm!("mov rdx, [rsp]", "jmp {panic_of}", panic_of = sym panic_of)
+}
+
+extern "C" fn panic_of(text: *const u8, length: usize, caller: u64) -> ! {
     let text = if text.is_null() {
         &[]
     } else {
         // SAFETY: the interface promises `length` readable bytes.
         unsafe { slice::from_raw_parts(text, length) }
     };
-    report(core::str::from_utf8(text).unwrap_or("a panic whose message is not text"))
+    report(core::str::from_utf8(text).unwrap_or("a panic whose message is not text"), caller)
 }
 
-/// Report a panic and end the guest.
-fn report(text: &str) -> ! {
-    let length = encode_panic(if text.is_empty() { "without a message" } else { text }, buffer());
+/// Report a panic of the code at an address, 0 if it is not known, and end the guest.
+fn report(text: &str, address: u64) -> ! {
+    let length = encode_panic(if text.is_empty() { "without a message" } else { text }, address, buffer());
     out(PORT_MESSAGE, u32::try_from(length).unwrap_or(0));
     exit()
 }

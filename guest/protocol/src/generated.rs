@@ -2,7 +2,7 @@
 /// One message in the message buffer.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GuestMessage {
-    #[prost(oneof = "guest_message::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "guest_message::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub kind: ::core::option::Option<guest_message::Kind>,
 }
 /// Nested message and enum types in `GuestMessage`.
@@ -27,6 +27,8 @@ pub mod guest_message {
         Finding(super::FindingMessage),
         #[prost(message, tag = "9")]
         CheckResult(super::CheckResultMessage),
+        #[prost(message, tag = "10")]
+        Phase(super::PhaseMessage),
     }
 }
 /// What the operator wants of a commit: the payload of its configuration. Which image is emptied is said by its role.
@@ -87,6 +89,13 @@ pub struct ProgressMessage {
     #[prost(uint64, tag = "3")]
     pub total: u64,
 }
+/// From here on something else may be changed; see `Phase` of the module interface.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PhaseMessage {
+    /// 2: the target, after a plan that the host accepted; 3: the overlay, when the target is durable.
+    #[prost(uint32, tag = "1")]
+    pub phase: u32,
+}
 /// One line for `-v`.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LogMessage {
@@ -98,8 +107,11 @@ pub struct LogMessage {
 pub struct PanicMessage {
     #[prost(string, tag = "1")]
     pub text: ::prost::alloc::string::String,
+    /// Address of the instruction that reported it, in the module that panicked; 0 if it is not known.
+    #[prost(uint64, tag = "2")]
+    pub address: u64,
 }
-/// What will be done, sent when everything that can refuse has been asked, before the first change.
+/// What will be done, sent once, when everything that can refuse has been asked. Nothing can be changed before it was accepted.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PlanMessage {
     #[prost(uint64, tag = "1")]

@@ -11,6 +11,6 @@ mod generated;
 
 pub use generated::{
     guest_message, CheckResultMessage, CommitConfig, CommitResultMessage, FindingMessage, GuestMessage, LogMessage,
-    MapMessage, MapResultMessage, MapRun, PanicMessage, PlanMessage, ProgressMessage,
+    MapMessage, MapResultMessage, MapRun, PanicMessage, PhaseMessage, PlanMessage, ProgressMessage,
 };
 pub use prost::Message;

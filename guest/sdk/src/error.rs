@@ -58,10 +58,7 @@ impl DriverError {
     #[must_use]
     pub fn load(failure: &Failure) -> Self {
         let end = usize::try_from(failure.text_len).unwrap_or(usize::MAX).min(FAILURE_TEXT_MAX);
-        let code = match ErrorCode::from_u32(failure.code) {
-            Some(code) if code != ErrorCode::Ok => code,
-            _ => ErrorCode::GuestProtocol,
-        };
+        let code = ErrorCode::from_u32(failure.code).unwrap_or(ErrorCode::GuestProtocol);
         Self {
             code,
             device: (failure.device != u32::MAX).then_some(failure.device),

@@ -3,7 +3,7 @@
 use crate::error::{DriverError, DriverResult};
 use alloc::format;
 use core::ops::Range;
-use instar_guest_abi::{ErrorCode, Request, RequestOp, DEVICE_OUTPUT};
+use instar_guest_abi::{ErrorCode, Phase, Request, RequestOp, DEVICE_OUTPUT};
 
 /// A request that the host tried and that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,12 @@ pub trait BlockIo {
 
     /// Bytes of heap that are free now, a bound for what a driver may take.
     fn heap_free(&self) -> usize;
+
+    /// From here on, what belongs to this phase may be changed. Only the operation says so; a host ends a guest that says
+    /// it when it is not true, or changes something before.
+    fn enter(&mut self, phase: Phase) {
+        let _ = phase;
+    }
 
     /// [`BlockIo::submit`] with the failure turned into a [`DriverError`] that names device and offset.
     ///

@@ -10,16 +10,23 @@ extern crate alloc;
 #[cfg(feature = "memory")]
 pub mod crash;
 mod error;
+mod extents;
 pub mod ffi;
+#[cfg(feature = "memory")]
+mod held;
 mod holes;
 mod io;
 #[cfg(feature = "memory")]
 pub mod memory;
+mod message;
 pub mod runtime;
 mod traits;
 
 pub use error::{DriverError, DriverResult};
+pub use extents::check_extents;
 pub use holes::Holes;
 pub use instar_guest_abi as abi;
 pub use io::{BlockIo, IoFailure};
+#[doc(hidden)]
+pub use message::log_line;
 pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};

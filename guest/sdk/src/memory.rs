@@ -1,14 +1,16 @@
 //! In-memory devices for tests of drivers and operations.
 //!
-//! They execute requests as the host does, and record every change and flush, so that a test can replay any
+//! They execute requests as the host does, and hold them to the same rules: a request that would end the guest (a change before
+//! the plan, of a device that is only read, beyond a bound; a range that overflows) panics. They record every change and flush, so that a test can replay any
 //! part of it: what is on the disk after a crash.
 
+use crate::held::Rules;
 use crate::io::{BlockIo, IoFailure};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_abi::{request_status, Request, RequestOp};
+use instar_guest_abi::{request_status, DeviceConfig, Part, Phase, Request, RequestOp};
 
 const EIO: u32 = 5;
 const EINVAL: u32 = 22;
@@ -88,6 +90,7 @@ pub struct MemoryDevices {
     /// What [`BlockIo::heap_free`] says, in bytes, if not 48 MiB.
     pub heap: Option<usize>,
     executed: usize,
+    rules: Rules,
 }
 
 impl MemoryDevices {
@@ -95,6 +98,18 @@ impl MemoryDevices {
     #[must_use]
     pub fn new(files: impl IntoIterator<Item = (u32, Vec<u8>)>) -> Self {
         Self { files: files.into_iter().collect(), ..Self::default() }
+    }
+
+    /// A new operation on these images: from here on, each is held to what it is to the operation, to the bound of its
+    /// length, and to its other files. Without this, device 0 is an overlay that is emptied, the output device the target,
+    /// and neither has a bound.
+    pub fn hold<'a>(&mut self, images: impl IntoIterator<Item = (Part, &'a DeviceConfig)>) {
+        self.rules = Rules::of(images);
+    }
+
+    /// [`MemoryDevices::hold`] for a commit: the overlay is emptied, or `kept`.
+    pub fn hold_commit(&mut self, overlay: &DeviceConfig, kept: bool, target: &DeviceConfig) {
+        self.hold([(Part::Overlay { emptied: !kept, identity: true }, overlay), (Part::Target, target)]);
     }
 
     /// Number of requests executed so far.
@@ -180,6 +195,7 @@ impl MemoryDevices {
                 let found = self.find_data(device, offset..offset.saturating_add(request.length));
                 (request.offset, request.length) = (found.start, found.end - found.start);
             }
+            RequestOp::SetLength if self.rules.is_fixed(device) => {}
             RequestOp::SetLength => self.change(Change::SetLength { device, length: offset }),
         }
         Ok(())
@@ -190,6 +206,7 @@ impl BlockIo for MemoryDevices {
     fn submit(&mut self, requests: &mut [Request]) -> Result<(), IoFailure> {
         self.submits += 1;
         for (index, request) in requests.iter_mut().enumerate() {
+            self.rules.check(request, &self.log);
             let result = if self.fail_at == Some(self.executed) { Err(EIO) } else { self.execute(request) };
             self.executed += 1;
             if let Err(errno) = result {
@@ -203,5 +220,9 @@ impl BlockIo for MemoryDevices {
 
     fn heap_free(&self) -> usize {
         self.heap.unwrap_or(48 << 20)
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.rules.enter(phase, &self.log);
     }
 }

@@ -107,4 +107,22 @@ scenarios! {
     EmptyMessageFlood = 35;
     /// Loop for ever after a request, with the ring full of requests that nobody rang for.
     StallAfterRequest = 36;
+    /// Change the output before there is a plan.
+    EarlyWrite = 37;
+    /// Plan, and change the output, though nobody may in a dry run.
+    DryRunWrite = 38;
+    /// Change the overlay while the output is being changed.
+    EarlyOverlay = 39;
+    /// Ask for the overlay while the output is not flushed, and change it.
+    DirtyOverlay = 40;
+    /// Plan a file that is longer than it may become, and go on.
+    LyingPlan = 41;
+    /// Say that it is done when only half of it is.
+    FalseSuccess = 42;
+    /// A whole commit: a record of the parent, the output, the overlay, each flushed.
+    WholeCommit = 43;
+    /// As the whole commit, but the overlay is changed more than once a record of the parent is.
+    LargeRecord = 44;
+    /// Say that it failed, without a code.
+    FailureWithoutCode = 45;
 }

@@ -50,7 +50,7 @@ fn restore(drawn: &mut Drawn, random: &mut Random) {
     let bed = drawn.bed;
     let Some(configs) = admitted(bed, &bed.files) else { return };
     let run = |fail_at| {
-        let mut io = Strict::new(bed.files.clone(), &[&configs[&OVERLAY], &configs[&DEVICE_OUTPUT]]);
+        let mut io = Strict::commit(bed.files.clone(), &configs[&OVERLAY], None, &configs[&DEVICE_OUTPUT]);
         io.devices.fail_at = fail_at;
         // What it says does not matter.
         let _ = guest(bed, &mut io, &configs);

@@ -78,7 +78,7 @@ fn look(drawn: &Drawn) {
     let facts =
         drawn.files.iter().map(|(device, bytes)| Some((*device, host::look(drawn.bed.formats[device], bytes)?)));
     let Some(facts) = facts.collect::<Option<BTreeMap<u32, _>>>() else { return };
-    let mut io = Strict::bounded(drawn.files.clone(), &[]);
+    let mut io = Strict::look(drawn.files.clone()).bounded();
     io.devices.holes = drawn.holes;
     for device in [OVERLAY, DEVICE_OUTPUT] {
         let config = config(device, &facts[&device], false, 0);
@@ -129,7 +129,7 @@ fn commit(drawn: &Drawn) -> Result<Verdict, String> {
         Verdict { ending: Ending::NotAdmitted, compared: false, failure: None, finding: None, requests: 0 };
     let Some(configs) = admitted(bed, files) else { return Ok(not_admitted) };
     let before = reading(bed, files);
-    let mut io = Strict::bounded(files.clone(), &[&configs[&OVERLAY], &configs[&DEVICE_OUTPUT]]);
+    let mut io = Strict::commit(files.clone(), &configs[&OVERLAY], None, &configs[&DEVICE_OUTPUT]).bounded();
     io.devices.holes = drawn.holes;
     let result = guest(bed, &mut io, &configs);
     let ending = judge_ending(&io, files, &result)?;

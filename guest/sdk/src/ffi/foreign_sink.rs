@@ -1,7 +1,7 @@
 //! A sink of another module.
 
 use super::below::LentBelow;
-use super::{call, protocol};
+use super::{call, protocol_of};
 use crate::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
 use core::ffi::c_void;
 use core::ptr::null_mut;
@@ -19,7 +19,7 @@ impl ForeignSink {
         let mut handle = null_mut();
         call(|failure| (ops.open)(device, u32::from(has_backing), &raw mut handle, failure))?;
         if handle.is_null() {
-            return Err(protocol("the module opened a sink without a handle"));
+            return Err(protocol_of(device.device, "it opened a sink without a handle"));
         }
         Ok(Self { ops, handle })
     }

@@ -23,6 +23,7 @@ pub use sink_shim::sink_ops;
 pub use source_shim::source_ops;
 
 use crate::{DriverError, DriverResult};
+use alloc::format;
 use instar_guest_abi::{ErrorCode, Failure};
 
 /// Most extents that cross the border in one call.
@@ -30,6 +31,11 @@ const MAX_EXTENTS: usize = 1 << 14;
 
 fn protocol(text: &str) -> DriverError {
     DriverError::new(ErrorCode::GuestProtocol, text)
+}
+
+/// The module of an image broke a promise of the interface: which module that is, the host knows by the device.
+fn protocol_of(device: u32, why: &str) -> DriverError {
+    DriverError { device: Some(device), ..protocol(&format!("its driver broke the interface: {why}")) }
 }
 
 /// Write an error into the caller's `failure`, if there is one, and return its code.
@@ -77,7 +83,7 @@ fn call(function: impl FnOnce(*mut Failure) -> u32) -> DriverResult<()> {
     let mut failure = Failure::none();
     match function(&raw mut failure) {
         0 => Ok(()),
-        _ => Err(DriverError::load(&failure)),
+        code => Err(DriverError::load(&Failure { code, ..failure })),
     }
 }
 

@@ -4,6 +4,7 @@ use super::below::TableBelow;
 use super::{done, finish, protocol, store};
 use crate::{BlockIo, DriverResult, FormatDriver, Sink};
 use alloc::boxed::Box;
+use alloc::format;
 use core::ffi::c_void;
 use core::slice;
 use instar_guest_abi::{
@@ -50,14 +51,17 @@ unsafe fn list<'a>(extents: *const Extent, count: usize) -> DriverResult<&'a [Ex
     }
     // SAFETY: the caller promises `count` extents.
     let list = unsafe { slice::from_raw_parts(extents, count) };
-    let valid = |e: &Extent| {
-        e.length > 0 && e.guest_offset.checked_add(e.length).is_some() && ExtentKind::from_u32(e.kind).is_some()
-    };
-    if list.iter().all(valid) {
-        Ok(list)
-    } else {
-        Err(protocol("an extent of unknown kind or impossible length"))
+    for (index, extent) in list.iter().enumerate() {
+        let Extent { guest_offset, length, kind, .. } = *extent;
+        if ExtentKind::from_u32(kind).is_none() {
+            return Err(protocol(&format!("extent {index} of {count} is of the unknown kind {kind}")));
+        }
+        if length == 0 || guest_offset.checked_add(length).is_none() {
+            let text = format!("extent {index} of {count} is {length} bytes long at guest byte {guest_offset}");
+            return Err(protocol(&text));
+        }
     }
+    Ok(list)
 }
 
 extern "C" fn open<D: FormatDriver, Io: BlockIo + Default>(

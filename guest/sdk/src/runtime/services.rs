@@ -5,7 +5,7 @@ use core::alloc::{GlobalAlloc, Layout};
 use core::fmt::{self, Write};
 use core::ptr::null;
 use core::sync::atomic::{AtomicPtr, Ordering};
-use instar_guest_abi::{CallTable, Request, MODULE_ABI_MAJOR};
+use instar_guest_abi::{CallTable, Phase, Request, MODULE_ABI_MAJOR};
 
 static TABLE: AtomicPtr<CallTable> = AtomicPtr::new(null::<CallTable>().cast_mut());
 
@@ -64,6 +64,10 @@ impl BlockIo for GuestIo {
 
     fn heap_free(&self) -> usize {
         heap_free()
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        send(&crate::message::phase(phase));
     }
 }
 

@@ -12,13 +12,13 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::arch::asm;
 use core::hint::black_box;
-use instar_guest_protocol::{guest_message::Kind, CommitResultMessage, GuestMessage, LogMessage, Message};
+use instar_guest_protocol::{guest_message::Kind, CommitResultMessage, GuestMessage, LogMessage, Message, PlanMessage};
 use instar_guest_sdk::abi::{
-    Request, Ring, DEVICE_OUTPUT, MESSAGE_ADDR, MESSAGE_SIZE, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_FAULT,
+    Phase, Request, Ring, DEVICE_OUTPUT, MESSAGE_ADDR, MESSAGE_SIZE, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_FAULT,
     PORT_MESSAGE, RING_ADDR, RING_CAPACITY, STACK_TOP, SYSTEM_ADDR,
 };
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{export_operation, BlockIo, DriverResult, ReadBelow, Sink, Source};
+use instar_guest_sdk::{export_operation, log, BlockIo, DriverResult, ReadBelow, Sink, Source};
 use instar_guest_testmod::Scenario;
 
 type Send<'a> = &'a mut dyn FnMut(&[u8]);
@@ -110,6 +110,23 @@ fn ring(requests: &[Request], count: u32) {
     let entries = unsafe { &mut (*(RING_ADDR as *mut Ring)).entries };
     entries.iter_mut().zip(requests).for_each(|(entry, request)| *entry = *request);
     out(PORT_DOORBELL, count);
+}
+
+/// Change 512 bytes of a device at `offset`.
+fn change(device: u32, offset: u64) {
+    let data = vec![0x77_u8; 512];
+    ring(&[Request::write(device, offset, data.as_ptr() as u64, 512)], 1);
+}
+
+/// Enter a phase, and change a device without flushing it.
+fn enter(io: &mut dyn BlockIo, device: u32, phase: Phase) {
+    io.enter(phase);
+    change(device, 0);
+}
+
+/// Send a plan.
+fn plan(send: Send<'_>, backing_final_length: u64) {
+    send(&message(Kind::Plan(PlanMessage { backing_final_length, ..PlanMessage::default() })));
 }
 
 /// Ask for more and more of the output, 64 KiB at a time; whatever is refused, go on.
@@ -224,6 +241,52 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
         Scenario::EmptyMessageFlood => loop {
             send(&message(Kind::Log(LogMessage::default())));
         },
+        Scenario::EarlyWrite => change(DEVICE_OUTPUT, 0),
+        Scenario::DryRunWrite => {
+            plan(send, 1 << 20);
+            change(DEVICE_OUTPUT, 0);
+        }
+        Scenario::LyingPlan => {
+            plan(send, u64::MAX);
+            enter(io, DEVICE_OUTPUT, Phase::Target);
+        }
+        Scenario::EarlyOverlay => {
+            plan(send, 1 << 20);
+            enter(io, DEVICE_OUTPUT, Phase::Target);
+            change(0, 8192);
+        }
+        Scenario::DirtyOverlay => {
+            plan(send, 1 << 20);
+            enter(io, DEVICE_OUTPUT, Phase::Target);
+            enter(io, 0, Phase::Overlay);
+        }
+        Scenario::FalseSuccess => {
+            plan(send, 1 << 20);
+            enter(io, DEVICE_OUTPUT, Phase::Target);
+            succeed(send, String::new(), 1);
+        }
+        Scenario::LargeRecord => {
+            plan(send, 1 << 20);
+            io.enter(Phase::Target);
+            change(0, 0);
+            change(0, 8192);
+        }
+        Scenario::WholeCommit => {
+            plan(send, 1 << 20);
+            io.enter(Phase::Target);
+            change(0, 0);
+            ring(&[Request::flush(0)], 1);
+            change(DEVICE_OUTPUT, 0);
+            ring(&[Request::flush(DEVICE_OUTPUT)], 1);
+            enter(io, 0, Phase::Overlay);
+            ring(&[Request::set_length(0, 512), Request::flush(0)], 2);
+            log!("{} bytes are left", 512);
+            succeed(send, String::new(), 1);
+        }
+        Scenario::FailureWithoutCode => {
+            let result = CommitResultMessage { error_text: String::from("the L1 table"), ..Default::default() };
+            send(&message(Kind::CommitResult(result)));
+        }
         Scenario::StallAfterRequest => {
             let _ = io.flush(0);
             // SAFETY: the ring is mapped there.

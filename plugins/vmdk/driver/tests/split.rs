@@ -81,6 +81,7 @@ fn config(files: &Files, device: u32, extents: [u32; 2]) -> DeviceConfig {
 fn run(io: &mut MemoryDevices) -> Result<Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: Step::Check, error };
     let (top, base) = (config(&io.files, OVERLAY, TOP), config(&io.files, DEVICE_OUTPUT, BASE));
+    io.hold_commit(&top, false, &base);
     let mut source = Vmdk::open_source(io, &top).map_err(at)?;
     let mut sink = Vmdk::open_sink(io, &base, false).map_err(at)?;
     let mut below = Ancestors::new(Vec::new());

@@ -44,6 +44,7 @@ pub fn run_commit(io: &mut MemoryDevices, options: Options) -> Result<Outcome, C
     let at = |error| CommitFailure { step: instar_guest_commit::Step::Check, error };
     let (overlay, backing) = (config(io, OVERLAY), config(io, DEVICE_OUTPUT));
     let has_ancestor = io.files.contains_key(&ANCESTOR);
+    io.hold_commit(&overlay, options.keep_overlay, &backing);
     let mut source = Qcow2::open_source(io, &overlay).map_err(at)?;
     let mut sink = Qcow2::open_sink(io, &backing, has_ancestor).map_err(at)?;
     let mut layers: Vec<Box<dyn Source>> = Vec::new();

@@ -2,7 +2,7 @@
 
 use super::{build, device, Spec, View};
 use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Options, Outcome, Step};
-use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_guest_sdk::abi::{Part, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, Source};
 use instar_vmdk_driver::Vmdk;
@@ -25,6 +25,14 @@ pub fn run(io: &mut MemoryDevices, options: Options, max_length: u64) -> Result<
     let at = |error| CommitFailure { step: Step::Check, error };
     let config = |(&number, bytes): (&u32, &Vec<u8>)| (number, device(number, bytes, max_length));
     let configs: BTreeMap<u32, _> = io.files.iter().map(config).collect();
+    match configs.get(&MIDDLE) {
+        None => io.hold_commit(&configs[&OVERLAY], options.keep_overlay, &configs[&DEVICE_OUTPUT]),
+        // Only the lowest of the merged layers records its parent.
+        Some(between) => io.hold([
+            (Part::Overlay { emptied: false, identity: true }, between),
+            (Part::Target, &configs[&DEVICE_OUTPUT]),
+        ]),
+    }
     let mut source: Box<dyn Source> = Box::new(Vmdk::open_source(io, &configs[&OVERLAY]).map_err(at)?);
     if let Some(config) = configs.get(&MIDDLE) {
         source = Box::new(Layers::new(vec![source, Box::new(Vmdk::open_source(io, config).map_err(at)?)]));

@@ -1,0 +1,79 @@
+//! Which device may be changed when. The guest asks for each phase; that it gets no further than the operation allows is for
+//! whoever serves it to see to, and that nothing is changed in the wrong one is for these rules.
+
+use super::Devices;
+use instar_guest_abi::{Part, Phase, Request, RequestOp, Situation, IDENTITY_RANGE};
+use std::cell::Cell;
+
+/// Where the operation is, and what was used of the grant to record a parent.
+#[derive(Debug, Default)]
+pub struct Phases {
+    now: Phase,
+    /// The device and the range of it in which a parent is recorded, once anything was.
+    record: Cell<Option<(u32, u64)>>,
+}
+
+impl Devices {
+    /// The phase.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phases.now
+    }
+
+    /// Go on to a phase.
+    ///
+    /// # Errors
+    /// One clause: it does not come next, or something is not durable that has to be.
+    pub fn enter(&mut self, phase: Phase) -> Result<(), String> {
+        let next = match self.phases.now {
+            Phase::Look => Some(Phase::Target),
+            Phase::Target => Some(Phase::Overlay),
+            Phase::Overlay => None,
+        };
+        if Some(phase) != next {
+            return Err(format!("phase {} after phase {}", phase as u32, self.phases.now as u32));
+        }
+        if phase == Phase::Overlay {
+            if let Some(device) = self.unflushed(|part| part == Part::Target) {
+                return Err(format!("the overlay is to be changed while device {device} of the target is not flushed"));
+            }
+        }
+        self.phases.now = phase;
+        Ok(())
+    }
+
+    /// The first device of these parts that has changes which no flush has made durable.
+    pub fn unflushed(&self, of: impl Fn(Part) -> bool) -> Option<u32> {
+        let mut devices = (0..).zip(&self.slots);
+        let found = devices.find(|(_, slot)| slot.as_ref().is_some_and(|device| device.dirty && of(device.part)));
+        found.map(|(number, _)| number)
+    }
+
+    /// Whether a request may change its device now.
+    ///
+    /// # Errors
+    /// What is wrong with it, in one clause.
+    pub(super) fn check_phase(&self, part: Part, op: RequestOp, request: &Request) -> Result<(), &'static str> {
+        let above = part != Part::Target && self.phases.now == Phase::Target;
+        let record = self.phases.record.get().and_then(|(device, _)| self.device(device));
+        let now = Situation {
+            phase: self.phases.now,
+            target_unflushed: self.unflushed(|part| part == Part::Target).is_some(),
+            record_unflushed: record.is_some_and(|device| device.dirty),
+            is_record: above && op == RequestOp::Write && self.records(request),
+        };
+        part.refusal(now).map_or(Ok(()), Err)
+    }
+
+    /// Whether a write lies where the one record of a parent may be. Asked again of the same request, it says the same.
+    fn records(&self, request: &Request) -> bool {
+        let range = request.offset / IDENTITY_RANGE;
+        let last = request.offset.saturating_add(request.length.saturating_sub(1)) / IDENTITY_RANGE;
+        let record = self.phases.record.get().unwrap_or((request.device, range));
+        let inside = range == last && record == (request.device, range);
+        if inside {
+            self.phases.record.set(Some(record));
+        }
+        inside
+    }
+}
