@@ -61,6 +61,9 @@ impl<'a> Ancestors<'a> {
 /// Fill `buffer`, which begins at guest byte `start`, from `layers`: what the first layer holds, and the rest
 /// from those below it. What no layer holds is zero.
 fn fill(io: &mut dyn BlockIo, layers: &mut [Layer<'_>], start: u64, buffer: &mut [u8]) -> DriverResult<()> {
+    if buffer.is_empty() {
+        return Ok(());
+    }
     let Some((layer, below)) = layers.split_first_mut() else {
         buffer.fill(0);
         return Ok(());

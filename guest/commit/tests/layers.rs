@@ -1,10 +1,10 @@
 //! Several layers as one source, against a model: what is seen of each sector.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_commit::Layers;
+use instar_guest_commit::{Ancestors, Layers, Opener};
 use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo};
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_guest_sdk::{BlockIo, DriverResult, Source};
+use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow, Source};
 use proptest::prelude::*;
 use std::ops::Range;
 
@@ -177,5 +177,30 @@ proptest! {
         prop_assert_eq!(&found[from..], &expected[from..]);
         prop_assert_eq!(&enumerate(&mut source, 0, 1000), &expected);
         prop_assert!(source.empty(&mut io).is_err() && source.check(&mut io, true).is_err());
+    }
+}
+
+#[test]
+fn an_ancestor_is_opened_only_when_something_is_read_from_it() {
+    use std::cell::Cell;
+    let opened = Cell::new([0; 3]);
+    let layer = |index: usize, held: Held| -> (u64, Opener<'_>) {
+        let opened = &opened;
+        let open = move || -> DriverResult<Box<dyn Source>> {
+            let mut counts = opened.get();
+            counts[index] += 1;
+            opened.set(counts);
+            Ok(Box::new(Layer { device: index as u32, sectors: vec![held, Held::Nothing] }))
+        };
+        (2 * SECTOR, Box::new(open))
+    };
+    let mut below = Ancestors::when_needed([layer(0, Held::Nothing), layer(1, Held::Data), layer(2, Held::Data)]);
+    assert_eq!((below.exists(), below.length(), opened.get()), (true, 2 * SECTOR, [0; 3]));
+    let mut io = MemoryDevices::new([(1, vec![5; 16 * SECTOR as usize])]);
+    let mut buffer = vec![0; SECTOR as usize];
+    for _ in 0..2 {
+        below.read(&mut io, 0, &mut buffer).unwrap();
+        assert!(buffer.iter().all(|&byte| byte == 5));
+        assert_eq!(opened.get(), [1, 1, 0], "each once, and the lowest never");
     }
 }
