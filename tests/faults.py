@@ -25,7 +25,7 @@ from support import KIB, MIB  # noqa: E402
 FAULTS = ["KILL", "EIO", "ENOSPC", "EINTR", "SHORT"]
 ERRNO = {"EIO": "Input/output error", "ENOSPC": "No space left on device"}
 # Calls that a signal can interrupt, and those that may move less than they were asked to.
-INTERRUPTIBLE = {"open", "openat", "openat2", "pread64", "preadv", "pwrite64", "pwritev", "copy_file_range", "fallocate",
+INTERRUPTIBLE = {"openat", "pread64", "preadv", "pwrite64", "pwritev", "copy_file_range", "fallocate",
                  "ftruncate", "fdatasync"}
 SHORTENED = {"pread64", "preadv", "pwrite64", "pwritev", "copy_file_range"}
 # Calls of the guest's requests: their failure names the errno.

@@ -10,7 +10,7 @@ import support
 
 SAMPLE = 12
 # Calls that each case makes, whatever else it does.
-ALWAYS = {"open", "fcntl", "pread64", "preadv", "pwritev", "fdatasync"}
+ALWAYS = {"openat", "fcntl", "pread64", "preadv", "pwritev", "fdatasync"}
 # And one of those that copy: by one thread, or by several.
 COPIES = {"copy_file_range", "pwrite64"}
 
@@ -29,7 +29,7 @@ def test_a_sample(case):
     assert {fault for fault, _, _ in everything} == set(faults.FAULTS)
     chosen = random.Random(len(everything)).sample(everything, min(SAMPLE, len(everything)))
     # The calls that change something, and one of each kind.
-    chosen += [(fault, 1, "pwritev") for fault in faults.FAULTS] + [("EIO", 1, "fdatasync"), ("EINTR", 1, "open")]
+    chosen += [(fault, 1, "pwritev") for fault in faults.FAULTS] + [("EIO", 1, "fdatasync"), ("EINTR", 1, "openat")]
     injected = sum(case.inject(*fault) for fault in chosen)
     assert injected > len(chosen) // 2
 

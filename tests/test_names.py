@@ -144,6 +144,12 @@ def test_volumes_behind_links(tmp_path, request, kind):
     if kind == "device":
         record(top, "../dm-3")
         refuse("ERROR_WRITE_TARGET_NOT_ALLOWED", top, files=[alien], mentions=[f"--allow-backing-dir '{dev}'"])
+        # A file over volumes: the group is allowed.
+        over = image(tmp_path / "vm/over", backing=str(mid), size="16M")
+        qemu_io(over, "write -P 6 1M 64k")
+        error = refused("ERROR_WRITE_TARGET_NOT_ALLOWED", over, files=[mid])
+        assert advice(error, "--allow-backing-dir") == str(group)
+        commits(over, mid, "--allow-backing-dir", group)
         # Links that others can make say nothing.
         record(top, "mid")
         group.chmod(0o777)

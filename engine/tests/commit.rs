@@ -125,10 +125,12 @@ fn recorded_names_that_lead_elsewhere_are_refused() {
     symlink(outside.path(), lab.path("dirlink")).unwrap();
     let up = format!("../{}/victim", outside.path().file_name().unwrap().to_str().unwrap());
     let absolute = victim.to_str().unwrap();
+    let file = format!("file:{absolute}");
+    std::fs::create_dir(lab.path("\u{1b}[2J")).unwrap();
     for name in [
         "nbd:localhost:1",
         "json:{}",
-        "file:victim",
+        &file,
         "a:b",
         "/etc/passwd",
         "\u{1b}[2J/../../x",

@@ -37,6 +37,20 @@ impl Recorder<'_> {
         Error::image(self.path, ErrorCode::WriteTargetNotAllowed, clause)
     }
 
+    /// The refusal of a name that leads where nobody allowed it to; `path` is as much as may be told of where that is.
+    pub(super) fn outside(&self, name: &[u8], path: &Path) -> Error {
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        let named = format!("commit into it with -b '{}'", escape_path(path));
+        let allow = if directory == Path::new("/dev") {
+            // All devices of the machine are more than anybody wants to allow.
+            "allow the directory that has a link to it with --allow-backing-dir".to_owned()
+        } else {
+            format!("allow its directory with --allow-backing-dir '{}'", escape_path(directory))
+        };
+        let advice = if self.part == Part::Target { format!("{named}, or {allow}") } else { allow };
+        self.refuse(name, "leads outside the image's own directory", &advice)
+    }
+
     /// How another name gets into the image. `what` is to be recorded.
     fn record(&self, what: &str) -> String {
         // The formats of which `qemu-img rebase` can change the backing.

@@ -5,12 +5,12 @@
 //! compared by what they are, and not by their text. A file that `-b` names is compared in the same way, and is let through
 //! wherever it lies. Of everything else the answer does not tell whether it exists.
 
-use super::advice::{Part, Recorder};
+use super::advice::Recorder;
 use super::names::file_name;
 use super::open::Access;
 use super::roots::Roots;
 use crate::error::Error;
-use crate::escape::{escape_bytes, escape_path};
+use crate::escape::escape_bytes;
 use crate::lookup::{walk, Directory, Identity, Left, Lost, Place, Reached, Step, Walk, Why};
 use instar_guest_abi::ErrorCode;
 use rustix::fs::FileType;
@@ -225,10 +225,11 @@ impl Gate {
     /// is such a file or not.
     fn visible(&self, start: &Directory, name: &[u8]) -> PathBuf {
         let mut walk = Walk::new(start, self.roots.top(), name);
+        // How far below a root the walk is: what is entered from within lies within.
+        let mut depth = self.depth(walk.place());
         loop {
             let seen = walk.place().directory().path().join(walk.rest());
-            let within = self.lies(walk.place(), None) != Lies::Outside;
-            if !within {
+            if depth.is_none() {
                 // On the way to a root, there is nothing to tell that the root does not tell.
                 let known = |directory: &Directory| self.roots.is_above(directory.identity());
                 if !known(walk.place().directory()) {
@@ -242,22 +243,32 @@ impl Gate {
                     }
                 }
             }
+            let (before, entered) = (walk.place().directory().identity(), walk.enters().is_some());
+            let climbed = walk.climbs();
             if !matches!(walk.step(), Ok(Step::More)) {
                 return seen;
             }
+            if walk.place().directory().identity() != before {
+                depth = match depth {
+                    Some(depth) if entered => Some(depth + 1),
+                    Some(depth) if depth > 0 && climbed => Some(depth - 1),
+                    _ => self.depth(walk.place()),
+                };
+            }
         }
     }
-}
 
-impl Recorder<'_> {
-    /// The refusal of a name that leads where nobody allowed it to.
-    fn outside(&self, name: &[u8], path: &std::path::Path) -> Error {
-        let directory = path.parent().unwrap_or(std::path::Path::new("/"));
-        let allow = format!("allow its directory with --allow-backing-dir '{}'", escape_path(directory));
-        let clause = match self.part {
-            Part::Target => format!("commit into it with -b '{}', or {allow}", escape_path(path)),
-            Part::Ancestor | Part::File => allow,
-        };
-        self.refuse(name, "leads outside the image's own directory", &clause)
+    /// How far a directory lies below a root, if it does.
+    fn depth(&self, place: &Place) -> Option<usize> {
+        let mut place = place.clone();
+        for depth in 0.. {
+            if self.roots.contains(place.directory().identity()) {
+                return Some(depth);
+            }
+            if matches!(place.leave(), Ok(Left::Top) | Err(_)) {
+                return None;
+            }
+        }
+        None
     }
 }

@@ -278,6 +278,30 @@ fn links_without_an_end() {
     assert!(fs::read(yard.path("vm/39")).is_ok());
 }
 
+/// Directories below one another, and links that lead through all of them again and again: what that takes is bounded.
+#[test]
+fn deep_directories_take_no_time() {
+    let yard = Yard::new(&["outside/base"]);
+    let deep = "d/".repeat(1500);
+    let mut at = Directory::open(&yard.path("vm")).unwrap();
+    for _ in 0..1500 {
+        rustix::fs::mkdirat(&at, "d", rustix::fs::Mode::RWXU).unwrap();
+        at = at.enter(OsStr::new("d")).unwrap();
+    }
+    rustix::fs::symlinkat(yard.path("outside/base"), &at, "out").unwrap();
+    yard.refused(&format!("{deep}out"), &[]);
+    assert_eq!(yard.reads(&format!("{deep}out"), &["outside"]).unwrap(), "outside/base");
+    for number in 0..30 {
+        let name = if number == 0 { "vm/l0".to_owned() } else { format!("vm/l{number}") };
+        let next = if number == 0 { "top".to_owned() } else { format!("l{}", number - 1) };
+        yard.link(&name, &format!("{}{}{next}", "d/".repeat(500), "../".repeat(500)));
+    }
+    // The kernel follows it.
+    let error = yard.find("l29", &[]).unwrap_err();
+    assert!(error.message.contains("too long"), "{}", error.message);
+    assert_eq!(yard.reads("l5", &[]).unwrap(), "vm/top");
+}
+
 #[test]
 fn links_of_procfs_are_not_read() {
     let yard = Yard::new(&["vm/base"]);

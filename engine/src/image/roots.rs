@@ -69,7 +69,7 @@ impl Roots {
                 let clause = format!("cannot be allowed as a directory: {}", std::io::Error::from(errno));
                 Error::image(path, ErrorCode::WriteTargetNotAllowed, clause)
             })?;
-            roots.add(directory, devices);
+            roots.add(directory, true);
         }
         Ok(roots)
     }

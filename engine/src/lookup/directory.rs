@@ -133,7 +133,8 @@ impl Directory {
     /// # Errors
     /// The kernel's.
     pub fn parent(&self) -> Result<Self, Errno> {
-        let above = openat(self, "..", PLACE | OFlags::DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
+        let flags = PLACE | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+        let above = retry_on_intr(|| openat(self, "..", flags, Mode::empty()))?;
         let mut parent = Self::adopt(above, PathBuf::new())?;
         parent.path = parent.real_path().unwrap_or_else(|| self.path.join(".."));
         Ok(parent)

@@ -10,6 +10,9 @@ use std::path::PathBuf;
 
 /// Links that are followed at most: as many as the kernel follows (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
+/// Steps that are made at most. A path has no more than 2,048 components, and few are behind links; somebody's deep
+/// directories must not keep the program busy.
+const MAX_STEPS: usize = 1 << 13;
 /// `f_type` of procfs (statfs(2)). What its links say is not where they lead.
 const PROC: u64 = 0x9fa0;
 
@@ -158,6 +161,7 @@ pub struct Walk {
     top: Directory,
     rest: Vec<Component>,
     links: usize,
+    steps: usize,
     beside: Option<Directory>,
     trusted: bool,
 }
@@ -180,6 +184,7 @@ impl Walk {
             top: top.clone(),
             rest: components(name),
             links: 0,
+            steps: 0,
             beside: None,
             trusted: true,
         }
@@ -200,6 +205,12 @@ impl Walk {
         }
     }
 
+    /// Whether the next step goes up.
+    #[must_use]
+    pub fn climbs(&self) -> bool {
+        self.rest.last() == Some(&Component::Above)
+    }
+
     /// What is left of the name, as text.
     #[must_use]
     pub fn rest(&self) -> PathBuf {
@@ -218,6 +229,10 @@ impl Walk {
     /// # Errors
     /// Why there is none. The walk is where it was, and what it could not enter is still to be walked.
     pub fn step(&mut self) -> Result<Step, Why> {
+        self.steps += 1;
+        if self.steps > MAX_STEPS {
+            return Err(Errno::NAMETOOLONG.into());
+        }
         let last = self.rest.len() == 1;
         match self.rest.last() {
             None => return Err(Why::Directory),

@@ -40,7 +40,6 @@ const fn by_descriptor(number: i64, name: &'static str, length: Option<Length>) 
 
 const KNOWN: &[Known] = &[
     Known { number: libc::SYS_openat, name: "openat", descriptors: &[], path: Some(1), length: None },
-    Known { number: libc::SYS_openat2, name: "openat2", descriptors: &[], path: Some(1), length: None },
     Known { number: libc::SYS_open, name: "open", descriptors: &[], path: Some(0), length: None },
     by_descriptor(libc::SYS_pread64, "pread64", Some(Length::Bytes(2))),
     by_descriptor(libc::SYS_preadv, "preadv", Some(Length::Buffers(2))),
