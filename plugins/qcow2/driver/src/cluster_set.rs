@@ -96,6 +96,36 @@ impl ClusterSet {
             .is_some_and(|word| word & (1 << (bit % 64)) != 0)
     }
 
+    /// Whether a cluster may have been added: it is in the set, or the set gave up what is as high as that.
+    #[must_use]
+    pub fn may_contain(&self, cluster: HostCluster) -> bool {
+        cluster.0 >= self.ceiling || self.contains(cluster)
+    }
+
+    /// Whether nothing was added.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.chunks.is_empty() && self.ceiling == u64::MAX
+    }
+
+    /// The number of the chunk in which a cluster is recorded.
+    #[must_use]
+    pub const fn chunk_of(cluster: HostCluster) -> u64 {
+        cluster.0 >> CHUNK_BITS
+    }
+
+    /// The first cluster of a chunk.
+    #[must_use]
+    pub const fn first_of(chunk: u64) -> HostCluster {
+        HostCluster(chunk << CHUNK_BITS)
+    }
+
+    /// Whether [`ClusterSet::may_contain`] holds for any cluster of a chunk.
+    #[must_use]
+    pub fn may_reach(&self, chunk: u64) -> bool {
+        chunk >= self.ceiling >> CHUNK_BITS || self.chunks.contains_key(&chunk)
+    }
+
     /// Where the next pass has to begin, if clusters were given up.
     #[must_use]
     pub fn next_floor(&self) -> Option<HostCluster> {

@@ -15,23 +15,22 @@
 //!    that is in use, and holes are punched before it; *then a flush*. Nothing refers to the clusters concerned: whatever
 //!    is durable first, a crash leaves leaks, some of them perhaps past the end of the file.
 
+use crate::block_table::{BlockSet, BlockTable};
 use crate::image::overflow;
-use crate::refcounts::Refcounts;
-use crate::scan::{scan_refcount_table, scan_table};
+use crate::scan::scan_table;
 use crate::source::Qcow2Source;
-use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{
-    autoclear, set_refcount, ExtensionKind, HostCluster, HostOffset, RefcountOrder, Version, AUTOCLEAR_OFFSET,
-};
+use instar_qcow2_format::{autoclear, ExtensionKind, HostCluster, HostOffset, Version, AUTOCLEAR_OFFSET};
 
 /// Bytes of zeroes that are written at once.
 const ZERO_CHUNK: u64 = 256 << 10;
-/// Blocks that describe each other in a longer chain than this stay in the table.
-const MAX_ROUNDS: usize = 8;
+/// Memory for the set of clusters that stay in use, in bytes, whatever their number.
+const SET_BUDGET: usize = 4 << 20;
+/// Requests that are submitted at once.
+const BATCH: usize = 4096;
 
 impl Qcow2Source {
     /// Drop all mappings and give the space back; returns the number of clusters that were dropped.
@@ -56,10 +55,13 @@ impl Qcow2Source {
         if cleared > 0 || self.holds_tables(io)? {
             self.zero_l1(io)?;
         }
-        let kept = self.drop_blocks(io, Vec::new())?;
-        let retained = self.retained(&kept);
-        let rewritten = self.rewrite_blocks(io, &kept, &retained)?;
-        self.give_back(io, &retained, rewritten)?;
+        let image = self.image.clone();
+        let mut table = BlockTable::new(&image);
+        let mut needed = table.none();
+        self.add_fixed(&table, &mut needed);
+        table.complete(io, &mut needed)?;
+        table.drop_blocks(io, &needed, false)?;
+        self.give_back(io, &mut table)?;
         Ok(cleared)
     }
 
@@ -122,142 +124,63 @@ impl Qcow2Source {
         self.image.header.snapshots != 0 || self.image.header.extensions.iter().any(|e| !known(e.kind))
     }
 
-    /// Step 3. The blocks `in_use` (by their index) stay, and those that describe what stays. Returns what stays.
-    pub(crate) fn drop_blocks(
-        &self,
-        io: &mut dyn BlockIo,
-        in_use: Vec<u64>,
-    ) -> DriverResult<BTreeMap<u64, HostOffset>> {
-        let mut blocks = BTreeMap::new();
-        scan_refcount_table(io, &self.image, &mut |index, _, offset| {
-            blocks.insert(index, offset);
-            Ok(())
-        })?;
-        let refcounts = Refcounts::new(&self.image);
-        let described_by = |offset: HostOffset| refcounts.locate(self.image.host_cluster(offset)).0;
-        // What stays needs its block; that block needs the block that describes it; and so on.
-        let mut needed: BTreeSet<u64> = BTreeSet::new();
-        let per_block = refcounts.per_block();
-        let mut open = in_use;
-        let fixed = self.fixed_ranges();
-        open.extend(fixed.iter().flat_map(|&(first, end)| first / per_block..=(end - 1) / per_block));
-        while let Some(index) = open.pop() {
-            if needed.insert(index) {
-                open.extend(blocks.get(&index).map(|&offset| described_by(offset)));
-            }
+    /// Add the blocks that describe what stays in use whatever happens.
+    pub(crate) fn add_fixed(&self, table: &BlockTable<'_>, needed: &mut BlockSet) {
+        for (first, end) in self.fixed_ranges() {
+            let (first, last) = (table.describing(HostCluster(first)), table.describing(HostCluster(end - 1)));
+            (first..=last).for_each(|index| {
+                needed.insert(index);
+            });
         }
-        let mut unneeded: BTreeMap<u64, HostOffset> = blocks
-            .iter()
-            .filter(|(index, _)| !needed.contains(index))
-            .map(|(&index, &offset)| (index, offset))
-            .collect();
-        for _ in 0..MAX_ROUNDS {
-            let describes_others: BTreeSet<u64> = unneeded
-                .iter()
-                .map(|(&index, &offset)| (index, described_by(offset)))
-                .filter(|(index, by)| index != by)
-                .map(|(_, by)| by)
-                .collect();
-            let now: Vec<u64> = unneeded.keys().filter(|index| !describes_others.contains(index)).copied().collect();
-            if now.is_empty() {
-                break;
-            }
-            self.drop_table_entries(io, &now)?;
-            for index in now {
-                unneeded.remove(&index);
-                blocks.remove(&index);
-            }
-        }
-        Ok(blocks)
     }
 
-    fn drop_table_entries(&self, io: &mut dyn BlockIo, indices: &[u64]) -> DriverResult<()> {
-        let mut refcounts = Refcounts::new(&self.image);
-        let offsets: Vec<u64> = indices.iter().map(|&index| refcounts.table_entry_at(index)).collect();
-        refcounts.table.load(io, offsets.iter().copied())?;
-        for at in offsets {
-            refcounts.table.set_entry(at, 0)?;
-        }
-        refcounts.table.write_dirty(io)?;
-        io.flush(self.image.device)
-    }
-
-    /// Ranges of clusters that stay in use, sorted: first, and one past the last.
-    fn retained(&self, kept: &BTreeMap<u64, HostOffset>) -> Vec<(u64, u64)> {
-        let mut ranges: Vec<(u64, u64)> = self.fixed_ranges().into();
-        ranges.extend(kept.values().map(|&offset| self.image.host_cluster(offset).0).map(|c| (c, c + 1)));
-        ranges.sort_unstable();
-        ranges
-    }
-
-    /// Step 4, the blocks. Returns whether any has changed.
-    fn rewrite_blocks(
-        &self,
-        io: &mut dyn BlockIo,
-        kept: &BTreeMap<u64, HostOffset>,
-        retained: &[(u64, u64)],
-    ) -> DriverResult<bool> {
-        let mut refcounts = Refcounts::new(&self.image);
-        let order = refcounts.order();
-        let per_block = refcounts.per_block();
-        let slice = self.image.slice_size() as u64;
-        let mut changed = false;
-        for (&index, &offset) in kept {
-            refcounts.blocks.clear();
-            let slices = (0..self.image.cluster_size().bytes() / slice).map(|i| offset.0 + i * slice);
-            refcounts.blocks.load(io, slices.clone())?;
-            let first = index * per_block;
-            let per_slice = order.entries_in(slice);
-            for (i, at) in slices.enumerate() {
-                let from = first + i as u64 * per_slice;
-                refcounts.blocks.replace(at, &counts_of(order, from, per_slice, slice, retained)?)?;
-            }
-            changed |= refcounts.blocks.is_dirty();
-            refcounts.blocks.write_dirty(io)?;
-        }
-        Ok(changed)
-    }
-
-    /// Step 4, the file; `unflushed` if its flush has more to make durable.
-    fn give_back(&mut self, io: &mut dyn BlockIo, retained: &[(u64, u64)], unflushed: bool) -> DriverResult<()> {
+    /// Step 4: only what is fixed and the blocks that are left stay in use.
+    fn give_back(&mut self, io: &mut dyn BlockIo, table: &mut BlockTable<'_>) -> DriverResult<()> {
         let size = self.image.cluster_size();
         let device = self.image.device;
         let offset = |cluster: u64| size.host_offset(HostCluster(cluster)).ok_or_else(|| overflow("a cluster"));
-        let mut requests = Vec::new();
+        let mut unflushed = false;
         let mut end = 0;
-        for &(first, after) in retained {
-            if first > end {
-                requests.push(Request::discard(device, offset(end)?.0, offset(first - end)?.0));
+        let mut floor = HostCluster(0);
+        loop {
+            let mut stays = table.own_clusters(io, floor, SET_BUDGET)?;
+            for (first, after) in self.fixed_ranges() {
+                (first..after).for_each(|cluster| {
+                    stays.insert(HostCluster(cluster));
+                });
             }
-            end = end.max(after);
+            let next = stays.next_floor();
+            let ceiling = next.map_or(u64::MAX, |cluster| cluster.0);
+            unflushed |= table.rewrite(io, floor.0..ceiling, &stays)?;
+            let mut requests = Vec::new();
+            for cluster in stays.iter().filter(|cluster| cluster.0 >= floor.0) {
+                if cluster.0 > end {
+                    requests.push(Request::discard(device, offset(end)?.0, offset(cluster.0 - end)?.0));
+                }
+                end = end.max(cluster.0 + 1);
+                if requests.len() >= BATCH {
+                    io.run(&mut requests)?;
+                    requests.clear();
+                    unflushed = true;
+                }
+            }
+            unflushed |= !requests.is_empty();
+            if !requests.is_empty() {
+                io.run(&mut requests)?;
+            }
+            match next {
+                Some(next) => floor = next,
+                None => break,
+            }
         }
         let length = offset(end)?.0;
         if length < self.image.file_length {
-            requests.push(Request::set_length(device, length));
             self.image.file_length = length;
-        }
-        if requests.is_empty() && !unflushed {
-            return Ok(());
-        }
-        requests.push(Request::flush(device));
-        io.run(&mut requests)
-    }
-}
-
-/// A slice of a refcount block that describes `count` clusters from `from` on: 1 for what is retained.
-fn counts_of(
-    order: RefcountOrder,
-    from: u64,
-    count: u64,
-    bytes: u64,
-    retained: &[(u64, u64)],
-) -> DriverResult<Vec<u8>> {
-    let mut slice = vec![0; usize::try_from(bytes).map_err(|_| overflow("the size of a slice"))?];
-    for &(first, after) in retained {
-        for cluster in first.max(from)..after.min(from + count) {
-            let index = usize::try_from(cluster - from).map_err(|_| overflow("the index of a refcount"))?;
-            set_refcount(&mut slice, order, index, 1).ok_or_else(|| overflow("the index of a refcount"))?;
+            io.run(&mut [Request::set_length(device, length), Request::flush(device)])
+        } else if unflushed {
+            io.flush(device)
+        } else {
+            Ok(())
         }
     }
-    Ok(slice)
 }

@@ -15,11 +15,11 @@
 //! 4. The file is cut after the last cluster that has a refcount, *then a flush* of all that was released. A crash leaves
 //!    leaks, some of them perhaps past the end of the file.
 
+use crate::block_table::{BlockSet, BlockTable};
 use crate::image::{overflow, Image};
 use crate::refcounts::Refcounts;
-use crate::scan::{decode_l1, scan_refcount_table};
+use crate::scan::decode_l1;
 use crate::source::{decode_entry, Qcow2Source};
-use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -31,6 +31,8 @@ use instar_qcow2_format::{CompressedRange, HostCluster, HostOffset, L2Entry};
 const L1_PIECE: u64 = 32 << 10;
 /// Bytes of an L2 table that are looked at at once.
 const L2_PIECE: u64 = 64 << 10;
+/// Memory for the set of clusters of refcount blocks, in bytes, whatever their number.
+const SET_BUDGET: usize = 4 << 20;
 
 impl Qcow2Source {
     /// Drop the active mappings; what snapshots and bitmaps hold stays.
@@ -91,46 +93,54 @@ impl Qcow2Source {
 
     /// Steps 3 and 4.
     pub(crate) fn trim_shared(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let mut blocks = BTreeMap::new();
-        scan_refcount_table(io, &self.image, &mut |index, _, offset| {
-            blocks.insert(index, offset);
-            Ok(())
-        })?;
-        let own: BTreeSet<u64> = blocks.values().map(|&offset| self.image.host_cluster(offset).0).collect();
-        let mut in_use = Vec::new();
-        for (&index, &offset) in &blocks {
-            let mut used = false;
-            each_in_use(io, &self.image, index, offset, &mut |cluster| used |= !own.contains(&cluster.0))?;
-            if used {
-                in_use.push(index);
-            }
-        }
-        let kept = self.drop_blocks(io, in_use)?;
-        let mut refcounts = Refcounts::new(&self.image);
-        let dropped = blocks.iter().filter(|(index, _)| !kept.contains_key(index));
-        // Those that described themselves went with their refcounts.
-        let dropped: Vec<HostCluster> = dropped
-            .map(|(_, &offset)| self.image.host_cluster(offset))
-            .filter(|&cluster| kept.contains_key(&refcounts.locate(cluster).0))
-            .collect();
-        if !dropped.is_empty() {
-            refcounts.release(io, &self.image, dropped)?;
-        }
+        let image = &self.image.clone();
+        let mut table = BlockTable::new(image);
+        let mut needed = table.none();
+        self.add_used(io, &mut table, &mut needed)?;
+        self.add_fixed(&table, &mut needed);
+        table.complete(io, &mut needed)?;
+        table.drop_blocks(io, &needed, true)?;
         let mut last = HostCluster(0);
-        for (&index, &offset) in kept.iter().rev() {
-            each_in_use(io, &self.image, index, offset, &mut |cluster| last = last.max(cluster))?;
-            if last.0 != 0 {
-                break;
-            }
-        }
-        let end =
-            self.image.cluster_size().host_offset(HostCluster(last.0 + 1)).ok_or_else(|| overflow("a cluster"))?;
-        let device = self.image.device;
+        table.each_block(io, true, &mut |io, index, offset| {
+            each_in_use(io, image, index, offset, &mut |cluster| last = last.max(cluster))?;
+            Ok(last.0 == 0)
+        })?;
+        let end = image.cluster_size().host_offset(HostCluster(last.0 + 1)).ok_or_else(|| overflow("a cluster"))?;
+        let device = image.device;
         if end.0 < self.image.file_length {
             self.image.file_length = end.0;
             io.run(&mut [Request::set_length(device, end.0)])?;
         }
         io.flush(device)
+    }
+
+    /// Add the blocks that describe anything in use that is no refcount block.
+    fn add_used(&self, io: &mut dyn BlockIo, table: &mut BlockTable<'_>, used: &mut BlockSet) -> DriverResult<()> {
+        let image = &self.image;
+        let mut floor = HostCluster(0);
+        loop {
+            let own = table.own_clusters(io, floor, SET_BUDGET)?;
+            let next = own.next_floor();
+            let range = floor.0..next.map_or(u64::MAX, |cluster| cluster.0);
+            let first = table.describing(floor);
+            let last = table.describing(HostCluster(range.end - 1));
+            table.each_block(io, false, &mut |io, index, block| {
+                if index >= first && index <= last && !used.contains(index) {
+                    let mut any = false;
+                    each_in_use(io, image, index, block, &mut |cluster| {
+                        any |= range.contains(&cluster.0) && !own.contains(cluster);
+                    })?;
+                    if any {
+                        used.insert(index);
+                    }
+                }
+                Ok(index <= last)
+            })?;
+            match next {
+                Some(next) => floor = next,
+                None => return Ok(()),
+            }
+        }
     }
 }
 

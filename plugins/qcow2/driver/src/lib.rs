@@ -11,7 +11,7 @@
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
 //! * [`reference_counts`], `references`, [`repair`]: images that were not closed cleanly;
-//! * [`source`], [`check`], `examine`, [`empty`], [`empty_shared`]: the source role;
+//! * [`source`], [`check`], `examine`, [`empty`], [`empty_shared`], `block_table`: the source role;
 //! * [`metadata_map`], [`allocator`], [`free_clusters`], [`sink`], [`plan`], [`grow`], [`write`], `subclusters`: the sink
 //!   role;
 //! * [`bitmaps`], [`record`]: the persistent bitmaps of a sink.
@@ -21,6 +21,7 @@ extern crate alloc;
 
 pub mod allocator;
 pub mod bitmaps;
+mod block_table;
 pub mod check;
 pub mod cluster_set;
 mod data;
