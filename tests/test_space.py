@@ -85,3 +85,36 @@ def test_holes_need_no_space(tmp_path):
     status, stderr, _ = on_a_disk_of("9M", tmp_path)
     assert status == 0, stderr
     assert support.content_hash(tmp_path / "after") == expected
+
+
+# As above, on a file system of which nothing is known before: the disk fills up in the middle.
+OVERLAID = SCRIPT.replace(
+    'cp "$1"/top "$1"/base "$2"',
+    'mkdir "$2"/upper "$2"/work "$2"/lower "$2"/merged; here="$2"\n'
+    'mount -t overlay -o lowerdir="$2"/lower,upperdir="$2"/upper,workdir="$2"/work none "$2"/merged\n'
+    'set -- "$1" "$2"/merged "$3" "$4"; cp "$1"/top "$1"/base "$2"',
+).replace('cp "$2"/base "$1"/after', 'df --output=avail -B1 "$here" | tail -n 1; cp "$2"/base "$2"/top "$1"/after')
+
+
+def test_what_was_written_in_vain_is_given_back(tmp_path):
+    """The overlay is complete, the disk is no fuller than before, and the message says so."""
+    support.create(tmp_path / "base", 16 * MIB)
+    support.qemu_io(tmp_path / "base", "write -P 1 0 1M")
+    support.create(tmp_path / "top", backing="base", cwd=tmp_path)
+    support.qemu_io(tmp_path / "top", "write -P 2 2M 6M")
+    expected = support.content_hash(tmp_path / "top")
+    (tmp_path / "after").mkdir()
+    (tmp_path / "place").mkdir()
+    result = support.run(
+        "unshare", *BECOME_ROOT, "--mount", "sh", "-c", OVERLAID, support.instar_binary(), tmp_path, tmp_path / "place", "11M", ""
+    )
+    if "wrong fs type" in result.stderr or "mount" in result.stderr.split("instar")[0]:
+        pytest.skip(f"no overlay file system here: {result.stderr}")
+    assert result.rc == 0 and "status 1" in result.stdout and "No space left" in result.stderr, str(result)
+    assert "the overlay is intact" in result.stderr, str(result)
+    # 11 MiB less the two images; what was written of the 6 MiB is free again.
+    assert int(result.stdout.split()[-1]) > 2 * MIB, str(result)
+    after = tmp_path / "after"
+    assert (after / "base").stat().st_size == (tmp_path / "base").stat().st_size
+    support.assert_clean(after / "base")
+    assert support.content_hash(after / "top") == expected

@@ -42,6 +42,7 @@ fn outcome(message: &CheckResultMessage) -> Result<Examination, GuestFailure> {
         compressed_clusters: message.compressed_clusters,
         corruptions: message.corruptions,
         leaks: message.leaks,
+        unused_tail: message.unused_tail,
     })
 }
 

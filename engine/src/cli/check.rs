@@ -170,10 +170,13 @@ fn summary(found: &Examination) -> String {
     if found.image_end_offset != 0 {
         let _ = writeln!(text, "Image end offset: {}", found.image_end_offset);
     }
+    if found.unused_tail != 0 {
+        let _ = writeln!(text, "Unused behind it: {} bytes of the file", found.unused_tail);
+    }
     text
 }
 
-/// `qemu-img check`'s keys; those of counts that are 0 are left out, as there.
+/// `qemu-img check`'s keys, and `unused-tail`; those of counts that are 0 are left out, as there.
 fn json(result: &CheckResult, filename: &str) -> Value {
     let found = &result.found;
     let mut object = Map::new();
@@ -186,6 +189,7 @@ fn json(result: &CheckResult, filename: &str) -> Value {
         ("check-errors", 0, true),
         ("leaks", found.leaks, false),
         ("allocated-clusters", found.allocated_clusters, false),
+        ("unused-tail", found.unused_tail, false),
     ];
     for (key, count, always) in counts {
         if always || count != 0 {

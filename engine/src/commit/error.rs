@@ -143,7 +143,10 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
     };
     let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
     let state = format!("{}; {}", failure.clause(paths), changed.clause());
-    let error = failure.context(Error::image(failure.path(paths, either), code, with_advice(state, code)));
+    // A driver that asks for more than a device has says so itself, and there is no file system.
+    let full_device = code == ErrorCode::NoSpace && failure.errno == 0 && failure.text.contains("device");
+    let clause = if full_device { state } else { with_advice(state, code) };
+    let error = failure.context(Error::image(failure.path(paths, either), code, clause));
     match paths.role(failure.device.unwrap_or(either)) {
         Some(role) => error.in_role(role),
         None => error,

@@ -22,7 +22,7 @@ pub struct Space {
     length: u64,
     /// Bytes of a cluster of the backing.
     cluster: u64,
-    /// Bytes on the disk that the files of the merged layers take: there is no more data than that, unless it is compressed.
+    /// Bytes on the disk that the files of the merged layers take: there is no more data than that, but what is decoded.
     data: u64,
 }
 
@@ -59,7 +59,9 @@ impl Space {
     #[must_use]
     pub fn lacking(&self, plan: &PlanMessage) -> Option<(u64, u64)> {
         let bytes = |clusters: u64| clusters.saturating_mul(self.cluster);
-        let new = bytes(plan.new_data_clusters).min(self.data).saturating_add(bytes(plan.new_metadata_clusters));
+        // What is decoded takes its full size, however little the layers hold.
+        let data = self.data.saturating_add(plan.encoded_bytes);
+        let new = bytes(plan.new_data_clusters).min(data).saturating_add(bytes(plan.new_metadata_clusters));
         // New clusters within the file may have their space already.
         let needed = new.min(plan.backing_final_length.saturating_sub(self.length));
         (needed > self.free).then_some((needed, self.free))
@@ -83,6 +85,8 @@ mod tests {
         assert_eq!(space.lacking(&plan(10, 1, 6100)), Some((1100, 1000)));
         assert_eq!(space.lacking(&plan(10, 1, 5900)), None, "the others are free clusters within the file");
         assert_eq!(Space { data: 800, ..space }.lacking(&plan(10, 1, 6100)), None, "the data has holes");
+        let decoded = PlanMessage { encoded_bytes: 200, ..plan(10, 1, 6100) };
+        assert_eq!(Space { data: 800, ..space }.lacking(&decoded), Some((1100, 1000)), "but decoded data has none");
         assert_eq!(space.lacking(&plan(u64::MAX, u64::MAX, u64::MAX)), Some((u64::MAX - 5000, 1000)));
     }
 }

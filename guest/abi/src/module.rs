@@ -109,6 +109,9 @@ pub struct PlanSummary {
     pub new_data_clusters: u64,
     /// Clusters that will be allocated for metadata.
     pub new_metadata_clusters: u64,
+    /// Mapping tables of the image that were not read because that would cost more than the commit: damage in them goes
+    /// unnoticed.
+    pub unread_tables: u64,
 }
 
 /// Longest [`ImageId`] in bytes.
@@ -186,6 +189,8 @@ pub struct Examination {
     pub corruptions: u64,
     /// Clusters that are allocated and that nothing refers to.
     pub leaks: u64,
+    /// Bytes of the file behind `image_end_offset`: nobody's, but they may take space. Whole clusters.
+    pub unused_tail: u64,
 }
 
 /// What a finding is. Passed as `u32`.

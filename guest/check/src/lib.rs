@@ -28,6 +28,7 @@ pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut
             compressed_clusters: found.compressed_clusters,
             corruptions: found.corruptions,
             leaks: found.leaks,
+            unused_tail: found.unused_tail,
             error_device: u32::MAX,
             error_offset: u64::MAX,
             ..CheckResultMessage::default()

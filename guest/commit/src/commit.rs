@@ -51,8 +51,21 @@ impl Step {
 pub enum Event {
     /// `done` of `total` guest bytes of a step are done.
     Progress(Step, u64, u64),
-    /// Everything that can refuse has been asked. Clusters, bytes, and what the sink will need.
-    Planned(u64, u64, PlanSummary),
+    /// Everything that can refuse has been asked.
+    Planned(Plan),
+}
+
+/// What is about to be done.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Clusters that the overlay holds.
+    pub clusters: u64,
+    /// Their guest-visible bytes …
+    pub bytes: u64,
+    /// … and how many of these have to be decoded.
+    pub encoded_bytes: u64,
+    /// What the sink will need.
+    pub sink: PlanSummary,
 }
 
 /// Choices of the operator.
@@ -111,7 +124,7 @@ pub fn commit(
 
     let clusters = images.source.check(io, !options.keep_overlay).map_err(at(Step::Check))?;
 
-    let mut bytes = 0;
+    let (mut bytes, mut encoded_bytes) = (0, 0);
     let sink = &mut *images.sink;
     let growing = options.resize_backing && sink.info().virtual_size < total;
     if growing {
@@ -123,11 +136,13 @@ pub fn commit(
             return Err(too_small(extent));
         }
         bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
+        let encoded = extents.iter().filter(|extent| extent.kind == ExtentKind::Encoded as u32);
+        encoded_bytes += encoded.map(|extent| extent.length).sum::<u64>();
         sink.plan(io, extents)
     })
     .map_err(at(Step::Plan))?;
     let plan = sink.planned(io).map_err(at(Step::Plan))?;
-    watch(Event::Planned(clusters, bytes, plan));
+    watch(Event::Planned(Plan { clusters, bytes, encoded_bytes, sink: plan }));
     if options.dry_run {
         return Ok(Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 });
     }

@@ -12,6 +12,6 @@ mod layers;
 mod run;
 
 pub use below::{Ancestors, Opener};
-pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
+pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Plan, Step};
 pub use layers::{Layers, Seen};
 pub use run::run;

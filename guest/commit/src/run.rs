@@ -4,10 +4,13 @@ use crate::below::{Ancestors, Opener};
 use crate::commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
 use crate::layers::Layers;
 use alloc::boxed::Box;
+use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{CommitConfig, CommitResultMessage, GuestMessage, Message, PlanMessage, ProgressMessage};
+use instar_guest_protocol::{
+    CommitConfig, CommitResultMessage, GuestMessage, LogMessage, Message, PlanMessage, ProgressMessage,
+};
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
@@ -113,7 +116,24 @@ fn run_chain(
         last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
     };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
-    commit(io, &mut images, options, &mut |event| send_kind(send, event_message(event)))
+    commit(io, &mut images, options, &mut |event| {
+        if let Some(text) = remark(&event) {
+            send_kind(send, Kind::Log(LogMessage { text }));
+        }
+        send_kind(send, event_message(event));
+    })
+}
+
+/// What `-v` should say of an event.
+fn remark(event: &Event) -> Option<String> {
+    let Event::Planned(plan) = event else { return None };
+    let tables = plan.sink.unread_tables;
+    (tables > 0).then(|| {
+        format!(
+            "the backing's {tables} mapping tables were not compared with what is changed: that would cost more than the \
+             commit; `instar check` does it"
+        )
+    })
 }
 
 fn event_message(event: Event) -> Kind {
@@ -121,12 +141,13 @@ fn event_message(event: Event) -> Kind {
         Event::Progress(step, done, total) => {
             Kind::Progress(ProgressMessage { step: String::from(step.name()), done, total })
         }
-        Event::Planned(clusters, bytes, plan) => Kind::Plan(PlanMessage {
-            clusters,
-            bytes,
-            backing_final_length: plan.final_length,
-            new_data_clusters: plan.new_data_clusters,
-            new_metadata_clusters: plan.new_metadata_clusters,
+        Event::Planned(plan) => Kind::Plan(PlanMessage {
+            clusters: plan.clusters,
+            bytes: plan.bytes,
+            backing_final_length: plan.sink.final_length,
+            new_data_clusters: plan.sink.new_data_clusters,
+            new_metadata_clusters: plan.sink.new_metadata_clusters,
+            encoded_bytes: plan.encoded_bytes,
         }),
     }
 }

@@ -125,6 +125,9 @@ pub struct PlanMessage {
     pub new_data_clusters: u64,
     #[prost(uint64, tag = "5")]
     pub new_metadata_clusters: u64,
+    /// Guest bytes that are decoded on the way: they take more space in the backing than in the layers.
+    #[prost(uint64, tag = "6")]
+    pub encoded_bytes: u64,
 }
 /// Something that a check found. Not all findings are sent; all are counted.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -167,6 +170,9 @@ pub struct CheckResultMessage {
     pub error_errno: u32,
     #[prost(string, tag = "12")]
     pub error_text: ::prost::alloc::string::String,
+    /// Bytes of the file behind image_end_offset.
+    #[prost(uint64, tag = "13")]
+    pub unused_tail: u64,
 }
 /// A run of bytes of the virtual disk.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

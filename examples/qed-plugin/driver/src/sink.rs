@@ -168,6 +168,7 @@ impl Sink for QedSink {
             final_length: length.filter(|&length| length <= self.max_length).ok_or_else(full)?,
             new_data_clusters: clusters,
             new_metadata_clusters: tables * (header.table_bytes / header.cluster_size),
+            ..PlanSummary::default()
         })
     }
 

@@ -100,7 +100,7 @@ impl Sink for TestSink {
         Ok(())
     }
     fn planned(&mut self, _: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
-        Ok(PlanSummary { final_length: 9, new_data_clusters: 8, new_metadata_clusters: 7 })
+        Ok(PlanSummary { final_length: 9, new_data_clusters: 8, new_metadata_clusters: 7, ..PlanSummary::default() })
     }
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
         let mut buffer = [0; 4];

@@ -1,7 +1,11 @@
-//! Allocating clusters of a backing at the end of the file; refcount blocks and table grow as needed. (Those that are
-//! free within the file go first: see [`free_clusters`](crate::free_clusters).)
+//! Allocating clusters of a backing; refcount blocks and table grow as needed.
 //!
-//! Everything here happens in memory (in slices of the refcount structures); [`write`](crate::write) makes
+//! In a file, new clusters follow its end, and read as zeroes. (Those that are free within the file go first: see
+//! [`free_clusters`](crate::free_clusters).) A device that keeps its length has no such end: there the clusters with
+//! refcount 0 are handed out in their order, also those that no refcount block describes yet, and they hold whatever was
+//! there before. So refcount blocks and tables are written whole there, and everybody else zeroes what he does not write.
+//!
+//! Everything here happens in memory (in slices of the refcount structures); [`publish`](crate::publish) makes
 //! it durable in an order that never lets a reference point at a cluster with refcount 0.
 
 use crate::image::{overflow, Image};
@@ -12,6 +16,9 @@ use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{ClusterSize, HostCluster, HostOffset, MAX_REFCOUNT_TABLE_BYTES};
 
+/// Slices of refcount blocks that are held while the refcounts are walked, at most, besides those that changed.
+pub(crate) const SLICES_HELD: usize = 256;
+
 /// Clusters that follow each other in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
@@ -21,12 +28,14 @@ pub struct Run {
     pub count: u64,
 }
 
-/// Hands out clusters past the end of the file. They read as zeroes.
+/// Hands out clusters.
 #[derive(Debug)]
 pub struct Allocator {
-    next: HostCluster,
+    pub(crate) next: HostCluster,
+    /// Whether new clusters may hold stale bytes: see [`Image::fixed_length`].
+    stale: bool,
     /// The last refcount block that the plan needs: a new table has room for it.
-    last_block: u64,
+    pub(crate) last_block: u64,
     /// Refcount tables that a larger one replaced: to be freed once the header points to that.
     pub retired_tables: Vec<Run>,
 }
@@ -47,14 +56,18 @@ fn grown_table_clusters(size: ClusterSize, old_entries: u64, last_block: u64) ->
 }
 
 /// Refcount blocks and table clusters of a new table that begins to describe at cluster `start`.
-fn growth(refcounts: &Refcounts, size: ClusterSize, start: HostCluster, last_block: u64) -> DriverResult<(u64, u64)> {
-    let per_block = refcounts.per_block();
+pub(crate) fn growth(
+    (per_block, entries): (u64, u64),
+    size: ClusterSize,
+    start: HostCluster,
+    last_block: u64,
+) -> DriverResult<(u64, u64)> {
     let first = start.0 / per_block;
     let (mut blocks, mut table) = (1, 1);
     loop {
         // The last cluster of the blocks, the table, and one more to hand out.
         let last = (start.0 + blocks + table) / per_block;
-        let new_table = grown_table_clusters(size, refcounts.table_entries, last.max(last_block))?;
+        let new_table = grown_table_clusters(size, entries, last.max(last_block))?;
         let new_blocks = last - first + 1;
         if (new_blocks, new_table) == (blocks, table) {
             return Ok((blocks, table));
@@ -64,45 +77,18 @@ fn growth(refcounts: &Refcounts, size: ClusterSize, start: HostCluster, last_blo
 }
 
 impl Allocator {
-    /// An allocator that begins at the end of the image's file.
+    /// An allocator that begins at the end of the image's file, or of a device at its first cluster.
     #[must_use]
     pub fn new(image: &Image) -> Self {
-        let next = HostCluster(image.cluster_size().count_for(image.file_length));
-        Self { next, last_block: 0, retired_tables: Vec::new() }
+        let end = HostCluster(image.cluster_size().count_for(image.file_length));
+        let next = if image.fixed_length { HostCluster(0) } else { end };
+        Self { next, stale: image.fixed_length, last_block: 0, retired_tables: Vec::new() }
     }
 
     /// The first cluster that it would hand out.
     #[must_use]
     pub fn next(&self) -> HostCluster {
         self.next
-    }
-
-    /// Upper bound of the file's length in clusters after `count` clusters were handed out.
-    ///
-    /// # Errors
-    /// [`ErrorCode::RefcountExhausted`] if the refcount table cannot grow so far.
-    pub fn bound(&mut self, image: &Image, refcounts: &Refcounts, count: u64) -> DriverResult<u64> {
-        if count == 0 {
-            return Ok(self.next.0);
-        }
-        let size = image.cluster_size();
-        let per_block = refcounts.per_block();
-        let blocks = count / (per_block - 1).max(1) + 2;
-        let end = self.next.0.checked_add(count + blocks).ok_or_else(|| overflow("the length of the file"))?;
-        if end / per_block < refcounts.table_entries {
-            return Ok(end);
-        }
-        // One new table, made at once for everything that was planned.
-        let mut table = 0;
-        loop {
-            let needed = end + table + table / per_block + 2;
-            self.last_block = needed / per_block;
-            let clusters = grown_table_clusters(size, refcounts.table_entries, self.last_block)?;
-            if clusters <= table {
-                return Ok(needed);
-            }
-            table = clusters;
-        }
     }
 
     /// Hand out `count` clusters with refcount 1, in as few runs as there are.
@@ -119,31 +105,37 @@ impl Allocator {
         let mut runs: Vec<Run> = Vec::new();
         let mut remaining = count;
         while remaining > 0 {
-            let (block_index, index) = refcounts.locate(self.next);
+            let (block_index, _) = refcounts.locate(self.next);
             if block_index >= refcounts.table_entries {
                 self.grow_table(io, image, refcounts)?;
                 continue;
             }
-            refcounts.table.load(io, [refcounts.table_entry_at(block_index)])?;
-            if refcounts.block(image, block_index, |offset| image.holds_cluster(offset))?.is_none() {
+            if !refcounts.describes(io, image, block_index)? {
                 self.add_block(image, refcounts, block_index)?;
                 continue;
             }
-            let span = (refcounts.per_block() - index).min(remaining);
             let first = self.next.0;
-            refcounts.load(io, image, (first..first + span).map(HostCluster))?;
-            for cluster in (first..first + span).map(HostCluster) {
-                // A cluster past the end of the file that claims to be in use is left alone.
-                if refcounts.get(image, cluster)? == 0 {
-                    refcounts.set(image, cluster, 1)?;
-                    remaining -= 1;
-                    match runs.last_mut() {
-                        Some(run) if run.start.0 + run.count == cluster.0 => run.count += 1,
-                        _ => runs.push(Run { start: cluster, count: 1 }),
-                    }
+            let until = refcounts.look_ahead(image, first, remaining);
+            refcounts.blocks.shrink(SLICES_HELD);
+            refcounts.load(io, image, (first..until).map(HostCluster))?;
+            // What has a refcount is left alone: on a device it is in use, past the end of a file a crash leaked it.
+            let mut found: Vec<Run> = Vec::new();
+            refcounts.each_free_run(image, first, until, &mut |start, after| {
+                let count = remaining.min(after - start);
+                found.push(Run { start: HostCluster(start), count });
+                remaining -= count;
+                remaining > 0
+            })?;
+            let next = found.last().filter(|_| remaining == 0).map_or(until, |run| run.start.0 + run.count);
+            for run in found {
+                let mut clusters = (run.start.0..run.start.0 + run.count).map(HostCluster);
+                clusters.try_for_each(|cluster| refcounts.set(image, cluster, 1))?;
+                match runs.last_mut() {
+                    Some(last) if last.start.0 + last.count == run.start.0 => last.count += run.count,
+                    _ => runs.push(run),
                 }
             }
-            self.advance(image, span)?;
+            self.advance(image, next - first)?;
         }
         Ok(runs)
     }
@@ -179,7 +171,7 @@ impl Allocator {
                 self.add_block(image, refcounts, block_index)?;
             } else if let Some(cluster) = spare.take() {
                 refcounts.table.load(io, [at])?;
-                set_block(image, refcounts, at, cluster)?;
+                self.set_new_block(image, refcounts, at, cluster)?;
             } else {
                 let runs = self.reserve(io, image, refcounts, 1)?;
                 spare = runs.first().map(|run| run.start);
@@ -240,7 +232,7 @@ impl Allocator {
         }
         self.advance(image, start + count - first)?;
         for (index, cluster) in missing.into_iter().zip(clusters()) {
-            set_block(image, refcounts, refcounts.table_entry_at(index), cluster)?;
+            self.set_new_block(image, refcounts, refcounts.table_entry_at(index), cluster)?;
         }
         clusters().try_for_each(|cluster| mark_new(image, refcounts, cluster))?;
         Ok(HostCluster(start))
@@ -256,12 +248,29 @@ impl Allocator {
         Ok(())
     }
 
+    /// Let the table entry at byte offset `at` (a loaded slice) point to a new block at `cluster`.
+    fn set_new_block(
+        &self,
+        image: &Image,
+        refcounts: &mut Refcounts,
+        at: u64,
+        cluster: HostCluster,
+    ) -> DriverResult<()> {
+        let size = image.cluster_size();
+        let block: HostOffset = size.host_offset(cluster).ok_or_else(|| overflow("the offset of a refcount block"))?;
+        if self.stale {
+            let slices = size.bytes() / image.slice_size() as u64;
+            (0..slices).for_each(|i| refcounts.blocks.insert_new(block.0 + i * image.slice_size() as u64));
+        }
+        refcounts.table.set_entry(at, block.0)
+    }
+
     /// A new refcount block at the next cluster, which it describes itself.
     fn add_block(&mut self, image: &mut Image, refcounts: &mut Refcounts, block_index: u64) -> DriverResult<()> {
         let cluster = self.next;
         self.advance(image, 1)?;
         let at = refcounts.table_entry_at(block_index);
-        set_block(image, refcounts, at, cluster)?;
+        self.set_new_block(image, refcounts, at, cluster)?;
         mark_new(image, refcounts, cluster)
     }
 
@@ -269,12 +278,17 @@ impl Allocator {
     fn grow_table(&mut self, io: &mut dyn BlockIo, image: &mut Image, refcounts: &mut Refcounts) -> DriverResult<()> {
         let size = image.cluster_size();
         let start = self.next;
-        let (blocks, clusters) = growth(refcounts, size, start, self.last_block)?;
+        let now = (refcounts.per_block(), refcounts.table_entries);
+        let (blocks, clusters) = growth(now, size, start, self.last_block)?;
         let offset = size.host_offset(HostCluster(start.0 + blocks)).ok_or_else(|| overflow("the refcount table"))?;
         let mut table = SliceCache::new(image.device, image.slice_size());
         let per_slice = image.slice_size() as u64 / 8;
         let (old_offset, old_entries) = (refcounts.table_offset.0, refcounts.table_entries);
         refcounts.table.load(io, (0..old_entries.div_ceil(per_slice)).map(|i| old_offset + i * per_slice * 8))?;
+        if self.stale {
+            let slices = clusters * size.bytes() / image.slice_size() as u64;
+            (0..slices).for_each(|i| table.insert_new(offset.0 + i * image.slice_size() as u64));
+        }
         for index in 0..old_entries {
             let value = refcounts.table.entry(old_offset + index * 8)?;
             if value != 0 {
@@ -292,7 +306,7 @@ impl Allocator {
         for block in 0..blocks {
             let at = refcounts.table_entry_at(first_block + block);
             refcounts.table.insert_zeroed(at);
-            set_block(image, refcounts, at, HostCluster(start.0 + block))?;
+            self.set_new_block(image, refcounts, at, HostCluster(start.0 + block))?;
         }
         for cluster in start.0..start.0 + blocks + clusters {
             // Its slices of the table exist; those that are all zero were not put in.
@@ -301,13 +315,6 @@ impl Allocator {
         }
         Ok(())
     }
-}
-
-/// Let the table entry at byte offset `at` (a loaded slice) point to a block at `cluster`.
-fn set_block(image: &Image, refcounts: &mut Refcounts, at: u64, cluster: HostCluster) -> DriverResult<()> {
-    let offset: HostOffset =
-        image.cluster_size().host_offset(cluster).ok_or_else(|| overflow("the offset of a refcount block"))?;
-    refcounts.table.set_entry(at, offset.0)
 }
 
 /// Refcount 1 for a cluster whose block is new (and so reads as zeroes).

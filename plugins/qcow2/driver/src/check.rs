@@ -1,14 +1,17 @@
 //! Verifying an overlay before it is committed.
 //!
-//! Every structure is where it may be, no host cluster is used twice, and nothing that is used has refcount
-//! 0. A refcount that is too high is a leak and harms nobody. (Of an image with the dirty bit, refcounts mean nothing: what
+//! Every structure is where it may be, no host cluster is used twice but by compressed clusters, and no refcount is lower
+//! than the number of references; where snapshots or bitmaps stay when the overlay is emptied, theirs are counted, too.
+//! A refcount that is too high is a leak and harms nobody. (Of an image with the dirty bit, refcounts mean nothing: what
 //! will make them right is worked out in their place, see [`repair`](crate::repair).) Compressed clusters may share host clusters with
 //! each other, with nothing else. Memory is bounded: see [`ClusterSet`](crate::cluster_set::ClusterSet).
 
 use crate::cluster_set::ClusterSet;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
-use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
+use crate::refcounts::Refcounts;
+use crate::reference_counts::ReferenceCounts;
+use crate::references::{refuse_too_few, References};
 use crate::repair::Repair;
 use crate::scan::{scan_l1_at, scan_refcount_table};
 use crate::snapshots::Snapshots;
@@ -21,10 +24,10 @@ use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
 
 /// Memory for the set of clusters with one reference, in bytes: at least 80 million clusters a pass.
 const SET_BUDGET: usize = 12 << 20;
-/// Memory for the set of clusters that hold compressed clusters, in bytes.
+/// Memory for the counts of compressed clusters, in bytes: about a million clusters a pass.
 const COMPRESSED_BUDGET: usize = 4 << 20;
-/// Memory for the set of L2 tables of snapshots that were walked, in bytes.
-const TABLES_BUDGET: usize = 2 << 20;
+/// Memory for the counts of one pass over everything, in bytes: dense, about four million clusters.
+const COUNT_BUDGET: usize = 16 << 20;
 /// At most this many compressed clusters are decoded before anything is changed. Of an image with more of them, one
 /// that does not decode is found while it is committed: the overlay is intact then, the backing has changed.
 const DECODED_CLUSTERS: usize = 1024;
@@ -33,18 +36,18 @@ const DECODED_CLUSTERS: usize = 1024;
 struct Seen {
     /// Those with one reference: metadata, and clusters of plain data.
     single: ClusterSet,
-    /// Those with compressed clusters in them.
-    compressed: ClusterSet,
+    /// How many compressed clusters touch those that hold any.
+    compressed: ReferenceCounts,
 }
 
 impl Seen {
     fn new(floor: HostCluster) -> Self {
-        Self { single: ClusterSet::new(floor, SET_BUDGET), compressed: ClusterSet::new(floor, COMPRESSED_BUDGET) }
+        Self { single: ClusterSet::new(floor, SET_BUDGET), compressed: ReferenceCounts::new(floor, COMPRESSED_BUDGET) }
     }
 
     /// Add a cluster with one reference; `false` if anything else is there.
     fn insert(&mut self, cluster: HostCluster) -> bool {
-        self.single.insert(cluster) && !self.compressed.contains(cluster)
+        self.single.insert(cluster) && self.compressed.get(cluster).is_none_or(|count| count == 0)
     }
 
     /// Add clusters that follow each other, with one reference each. Compressed clusters are added after all of them.
@@ -54,8 +57,7 @@ impl Seen {
 
     /// Add a cluster that a compressed cluster touches; `false` if anything but compressed clusters is there.
     fn insert_compressed(&mut self, cluster: HostCluster) -> bool {
-        self.compressed.insert(cluster);
-        !self.single.contains(cluster)
+        self.compressed.add(cluster, 1) && !self.single.contains(cluster)
     }
 
     /// Where the next pass begins: below it, both sets are complete.
@@ -72,6 +74,9 @@ impl Qcow2Source {
             self.image.refuse_unwritable()?;
         }
         let (clusters, compressed) = self.check_structure(io, will_empty)?;
+        if will_empty && self.is_shared() && !self.image.is_dirty() {
+            self.check_references(io)?;
+        }
         self.decode_all(io, &compressed)?;
         if will_empty && self.image.is_dirty() {
             let metadata = MetadataMap::build(io, &self.image, Vec::new())?;
@@ -101,13 +106,10 @@ impl Qcow2Source {
                 self.add_beyond(io, &mut seen)?;
             }
             if !self.image.is_dirty() {
-                check_refcounts(io, &self.image, &seen.single, 1)?;
-                check_refcounts(io, &self.image, &seen.compressed, 1)?;
-                if will_empty {
-                    // Emptying takes one reference away: a snapshot must have one of its own.
-                    let shared = self.shared_with_snapshots(io, &seen.single)?;
-                    check_refcounts(io, &self.image, &shared, 2)?;
-                }
+                let mut refcounts = Refcounts::new(&self.image);
+                let mut single = seen.single.iter().map(|cluster| (cluster, 1));
+                refuse_too_few(io, &self.image, &mut refcounts, &mut single)?;
+                refuse_too_few(io, &self.image, &mut refcounts, &mut seen.compressed.iter())?;
             }
             match seen.next_floor() {
                 Some(next) => floor = next,
@@ -166,34 +168,22 @@ impl Qcow2Source {
         })
     }
 
-    /// Which of these clusters internal snapshots refer to as well.
-    fn shared_with_snapshots(&self, io: &mut dyn BlockIo, active: &ClusterSet) -> DriverResult<ClusterSet> {
-        let size = self.image.cluster_size();
-        let mut shared = ClusterSet::new(HostCluster(0), SET_BUDGET);
-        let mut tables = Some(ClusterSet::new(HostCluster(0), TABLES_BUDGET));
-        for snapshot in Snapshots::read(io, &self.image)?.entries {
-            let mut add = |offset: HostOffset| {
-                let cluster = size.host_cluster(offset);
-                if active.contains(cluster) {
-                    shared.insert(cluster);
-                }
-            };
-            let entries = u64::from(snapshot.l1_entries);
-            scan_l1_at(io, &self.image, snapshot.l1_table, entries, &mut |_, _, table| {
-                add(table);
-                Ok(())
-            })?;
-            // The image as it was: all that its L1 table maps, but for the tables that an earlier snapshot has as well.
-            let view = self.image.mapped_by(snapshot.l1_table, snapshot.l1_entries);
-            let seen = tables.take().unwrap_or_else(|| ClusterSet::new(HostCluster(0), TABLES_BUDGET));
-            let mut walker = Self::past_tables(view, seen);
-            walker.walk(io, 0, &mut |_, mapped| {
-                mapped.entry.host().into_iter().for_each(|(offset, _)| add(offset));
-                Ok(true)
-            })?;
-            tables = walker.into_seen_tables();
+    /// Emptying takes the references of the active state away, cluster by cluster, and cuts the file behind the last cluster
+    /// that has any left: what snapshots and bitmaps refer to must have been counted.
+    fn check_references(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let metadata = MetadataMap::build(io, &self.image, Vec::new())?;
+        let references = References::new(io, &self.image, &metadata)?;
+        let mut refcounts = Refcounts::new(&self.image);
+        let mut floor = HostCluster(0);
+        loop {
+            let mut counts = ReferenceCounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 3));
+            references.count(io, &mut counts)?;
+            refuse_too_few(io, &self.image, &mut refcounts, &mut counts.iter())?;
+            match counts.next_floor() {
+                Some(next) => floor = next,
+                None => return Ok(()),
+            }
         }
-        Ok(shared)
     }
 
     /// Everything that L2 entries refer to; returns the number of clusters that the image holds. Guest offsets and
@@ -277,28 +267,4 @@ fn add_range(image: &Image, seen: &mut Seen, offset: HostOffset, bytes: u64, wha
         return Ok(());
     }
     Err(image.corrupt(at, format!("{what} at offset {offset} overlaps another structure")))
-}
-
-/// Every cluster of the set must have this refcount at least.
-fn check_refcounts(io: &mut dyn BlockIo, image: &Image, set: &ClusterSet, least: u64) -> DriverResult<()> {
-    let mut refcounts = Refcounts::new(image);
-    let mut clusters = set.iter();
-    loop {
-        let batch: Vec<HostCluster> = clusters.by_ref().take(CLUSTERS_PER_LOAD).collect();
-        if batch.is_empty() {
-            return Ok(());
-        }
-        refcounts.table.shrink(CLUSTERS_PER_LOAD);
-        refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
-        refcounts.load(io, image, batch.iter().copied())?;
-        for &cluster in &batch {
-            let count = refcounts.get(image, cluster)?;
-            if count < least {
-                let offset = image.cluster_size().host_offset(cluster).unwrap_or_default();
-                let users = if least == 1 { "in use" } else { "in use, by a snapshot as well," };
-                return Err(image
-                    .corrupt(offset.0, format!("the cluster at offset {offset} is {users} but has refcount {count}")));
-            }
-        }
-    }
 }

@@ -81,7 +81,11 @@ impl Examiner<'_> {
             }
         }
         self.l1_flags(io)?;
-        self.clusters(io)
+        self.clusters(io)?;
+        // Of a device, what lies behind the image is not the image's.
+        let length = if self.image.fixed_length { 0 } else { self.image.clustered_length() };
+        self.found.unused_tail = length.saturating_sub(self.found.image_end_offset);
+        Ok(())
     }
 
     /// In version 3 every snapshot records its virtual size ("Snapshots", extra data): without it, it would read as another

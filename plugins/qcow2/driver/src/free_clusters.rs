@@ -2,19 +2,15 @@
 //!
 //! A refcount of 0 says that a cluster is free; an image that somebody damaged may say so of data. Appending never
 //! overwrites anything, using a cluster again does. So clusters are only taken if no table of the image refers to any of
-//! them, which costs a walk over all L2 tables: it is made only where at least as many clusters are gained as tables are
-//! read. At the least doubt the file grows instead.
+//! them, which costs a walk over all L2 tables (see [`survey`](crate::survey)). At the least doubt the file grows instead.
 
 use crate::allocator::Run;
 use crate::image::Image;
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
-use crate::scan::scan_l1_at;
-use crate::snapshots::Snapshots;
-use crate::source::Qcow2Source;
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{CompressedRange, HostCluster, HostOffset, L2Entry};
+use instar_qcow2_format::HostCluster;
 
 /// Clusters that are looked at for each one that is wanted, and at all.
 const LOOK_FOR_EACH: u64 = 64;
@@ -32,7 +28,8 @@ pub struct FreeClusters {
 }
 
 impl FreeClusters {
-    /// Look for `wanted` free clusters, and verify that they are free. There may be fewer, or none.
+    /// Look for `wanted` clusters below cluster `limit` that have refcount 0 and are no metadata. There may be fewer, or
+    /// none. Whether they are free, a walk over all L2 tables has to say: see [`survey`](crate::survey).
     ///
     /// # Errors
     /// I/O errors.
@@ -42,12 +39,9 @@ impl FreeClusters {
         refcounts: &mut Refcounts,
         metadata: &MetadataMap,
         wanted: u64,
+        limit: HostCluster,
     ) -> DriverResult<Self> {
-        let found = Self::with_refcount_0(io, image, refcounts, metadata, wanted).and_then(|found| {
-            let worth_it = found.count() > 0 && found.are_worth_a_walk(io, image)?;
-            Ok(if worth_it && found.are_unused(io, image)? { found } else { Self::default() })
-        });
-        match found {
+        match Self::with_refcount_0(io, image, refcounts, metadata, wanted, limit) {
             // Corruption in a part of the image that the commit does not touch: better not to overwrite anything.
             Err(error) if error.code == image.corrupt_code() => Ok(Self::default()),
             other => other,
@@ -76,9 +70,10 @@ impl FreeClusters {
         refcounts: &mut Refcounts,
         metadata: &MetadataMap,
         wanted: u64,
+        limit: HostCluster,
     ) -> DriverResult<Self> {
         // Whole clusters of the file that a refcount block describes.
-        let end = image.file_length >> image.cluster_size().bits();
+        let end = (image.file_length >> image.cluster_size().bits()).min(limit.0);
         let end = end.min(wanted.saturating_mul(LOOK_FOR_EACH).clamp(LOOK_AT_LEAST, LOOK_AT_MOST));
         let mut found = Self::default();
         let (mut at, mut count) = (0, 0);
@@ -106,52 +101,12 @@ impl FreeClusters {
         Ok(found)
     }
 
-    /// Whether at least as many clusters are gained as L2 tables have to be read.
-    fn are_worth_a_walk(&self, io: &mut dyn BlockIo, image: &Image) -> DriverResult<bool> {
-        let mut tables = 0;
-        each_l1_table(io, image, &mut |io, table, entries| {
-            scan_l1_at(io, image, table, u64::from(entries), &mut |_, _, _| {
-                tables += 1;
-                Ok(())
-            })
-        })?;
-        Ok(self.count() >= tables)
-    }
-
-    /// Whether no L2 table refers to any of them. (That none is metadata was seen to before.)
-    fn are_unused(&self, io: &mut dyn BlockIo, image: &Image) -> DriverResult<bool> {
-        let size = image.cluster_size();
-        let mut unused = true;
-        each_l1_table(io, image, &mut |io, table, entries| {
-            let mut walker = Qcow2Source::new(image.mapped_by(table, entries));
-            walker.walk(io, 0, &mut |_, mapped| {
-                if let L2Entry::Compressed { descriptor } = mapped.entry {
-                    unused &= !CompressedRange::decode(descriptor, size).host_clusters(size).any(|c| self.contains(c));
-                }
-                if let Some((offset, _)) = mapped.entry.host() {
-                    unused &= !self.contains(size.host_cluster(offset)) && image.holds_cluster(offset);
-                }
-                Ok(unused)
-            })
-        })?;
-        Ok(unused)
-    }
-
-    fn contains(&self, cluster: HostCluster) -> bool {
+    /// Whether a cluster is one of them.
+    #[must_use]
+    pub fn contains(&self, cluster: HostCluster) -> bool {
         let after = self.runs.partition_point(|run| run.start <= cluster);
         after.checked_sub(1).and_then(|i| self.runs.get(i)).is_some_and(|run| cluster.0 - run.start.0 < run.count)
     }
-}
-
-/// Call `each` with the active L1 table and those of all snapshots, and their numbers of entries.
-fn each_l1_table(
-    io: &mut dyn BlockIo,
-    image: &Image,
-    each: &mut dyn FnMut(&mut dyn BlockIo, HostOffset, u32) -> DriverResult<()>,
-) -> DriverResult<()> {
-    each(io, image.header.l1_table, image.header.l1_entries)?;
-    let snapshots = Snapshots::read(io, image)?;
-    snapshots.entries.iter().try_for_each(|snapshot| each(io, snapshot.l1_table, snapshot.l1_entries))
 }
 
 #[cfg(test)]

@@ -161,7 +161,7 @@ impl Qcow2Sink {
         }
         let (clusters, held) = (cluster_size.count_for(entries * 8), cluster_size.count_for(header.l1_bytes()));
         let first = cluster_size.host_cluster(header.l1_table).0;
-        if held != 0 && self.count_in_use(io, first, first + held)? != held {
+        if held != 0 && self.in_use(io, first, first + held)?.count != held {
             return Err(self.image.corrupt(L1_SIZE_FIELD, "the L1 table is in use but has refcount 0"));
         }
         if clusters <= held && self.image.holds_bytes(self.image.header.l1_table, entries * 8) {
@@ -172,28 +172,33 @@ impl Qcow2Sink {
 
     /// Let the allocator go on where `count` clusters follow each other that are free, with room for the refcount blocks
     /// that describe them, all within the reach of the refcount table or all past it. Clusters past the end of the file
-    /// that have a refcount are leaks.
+    /// that have a refcount are leaks. What a device has before that is found by [`FreeClusters`](crate::free_clusters).
     fn find_room(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<()> {
         let per_block = self.refcounts.per_block();
         let span = count + count / (per_block - 1).max(1) + 2;
-        self.planned.slack += span - count;
+        self.planned.run_span = span;
         let reach = self.refcounts.table_entries.saturating_mul(per_block);
-        let mut looked_for_lost = false;
+        let mut looked_for_lost = self.image.fixed_length;
         loop {
             let first = self.allocator.next().0;
             let end = first.checked_add(span).ok_or_else(|| overflow("the length of the file"))?;
-            let in_use = self.count_in_use(io, first, end)?;
-            if in_use > 0 && !looked_for_lost {
+            let bytes = end.saturating_mul(self.image.cluster_size().bytes());
+            let in_use = self.in_use(io, first, end)?;
+            if in_use.count > 0 && !looked_for_lost {
                 self.refuse_lost_data(io)?;
                 looked_for_lost = true;
             }
-            if end.checked_mul(self.image.cluster_size().bytes()).is_none_or(|end| end > self.image.max_length) {
-                return Err(self.too_long(in_use));
+            let too_long = bytes > self.image.max_length;
+            if too_long && !self.image.fixed_length {
+                return Err(self.too_long(in_use.count, bytes));
             }
-            if in_use == 0 && (first >= reach || end <= reach) {
-                return Ok(());
+            match in_use.last {
+                // How much a device lacks is known once everything was counted.
+                None if too_long => return Ok(()),
+                Some(last) => self.allocator.skip_to(HostCluster(last.0 + 1)),
+                None if first >= reach || end <= reach => return Ok(()),
+                None => self.allocator.skip_to(HostCluster(reach)),
             }
-            self.allocator.skip_to(HostCluster(if in_use == 0 { reach } else { end }));
         }
     }
 
@@ -285,25 +290,37 @@ impl Qcow2Sink {
         Ok(())
     }
 
+    /// Reserve clusters that follow each other, with refcount 1; they read as zeroes.
+    pub(crate) fn reserve_run(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<HostCluster> {
+        self.expect_new_space();
+        let first = self.allocator.reserve_run(io, &mut self.image, &mut self.refcounts, count)?;
+        self.unflushed = true;
+        if self.image.fixed_length {
+            let at = self.host_offset(first)?;
+            let bytes = self.image.cluster_size().bytes();
+            io.run(&mut [Request::zero(self.image.device, at.0, count * bytes)])?;
+        } else {
+            io.run(&mut [Request::set_length(self.image.device, self.image.file_length)])?;
+        }
+        Ok(first)
+    }
+
     /// Step 2, with a new table.
     fn move_l1(&mut self, io: &mut dyn BlockIo, entries: u32) -> DriverResult<()> {
         let size = self.image.cluster_size();
         let device = self.image.device;
         let (old, old_bytes) = (self.image.header.l1_table, self.image.header.l1_bytes());
         let count = size.count_for(u64::from(entries) * 8);
-        let first = self.allocator.reserve_run(io, &mut self.image, &mut self.refcounts, count)?;
+        let first = self.reserve_run(io, count)?;
         let new = size.host_offset(first).ok_or_else(|| overflow("a host offset"))?;
-        // New clusters read as zeroes.
-        let mut requests = vec![Request::set_length(device, self.image.file_length)];
         if old_bytes != 0 {
-            requests.push(Request::copy(device, old.0, device, new.0, old_bytes));
+            io.run(&mut [Request::copy(device, old.0, device, new.0, old_bytes)])?;
         }
-        io.run(&mut requests)?;
-        self.unflushed = true;
         self.write_refcounts_and_flush(io)?;
         let mut field = [0; 12];
         field[..4].copy_from_slice(&entries.to_be_bytes());
         field[4..].copy_from_slice(&new.0.to_be_bytes());
+        self.new_space = None;
         io.write(device, L1_SIZE_FIELD, &field)?;
         io.flush(device)?;
         (self.image.header.l1_table, self.image.header.l1_entries) = (new, entries);

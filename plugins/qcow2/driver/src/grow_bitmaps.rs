@@ -86,10 +86,8 @@ impl Qcow2Sink {
         let size = self.image.cluster_size();
         let device = self.image.device;
         let count = self.bitmap_table_clusters(growing);
-        let first = self.allocator.reserve_run(io, &mut self.image, &mut self.refcounts, count)?;
-        // New clusters read as zeroes.
-        let mut requests = Vec::with_capacity(growing.len() + 1);
-        requests.push(Request::set_length(device, self.image.file_length));
+        let first = self.reserve_run(io, count)?;
+        let mut requests = Vec::with_capacity(growing.len());
         let (mut offsets, mut lengths) = (Vec::new(), Vec::new());
         let mut next = first.0;
         for growth in growing {
@@ -108,6 +106,7 @@ impl Qcow2Sink {
         io.run(&mut requests)?;
         self.unflushed = true;
         self.write_refcounts_and_flush(io)?;
+        self.new_space = None;
         self.write_fields(io, &offsets)?;
         self.write_fields(io, &lengths)
     }

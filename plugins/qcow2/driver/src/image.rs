@@ -3,7 +3,7 @@
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{incompatible, ClusterSize, Header, HeaderErrorKind, HostCluster, HostOffset};
 
@@ -25,6 +25,9 @@ pub struct Image {
     pub file_length: u64,
     /// The longest that the host lets the file become, in bytes.
     pub max_length: u64,
+    /// Whether the image stands on a device that keeps its length, such as a block device. Clusters that are not in use
+    /// hold stale bytes there.
+    pub fixed_length: bool,
     /// The header.
     pub header: Header,
     role: Role,
@@ -68,6 +71,7 @@ impl Image {
             device: device.device,
             file_length: device.file_length,
             max_length: device.max_length,
+            fixed_length: device.flags & device_flags::FIXED_LENGTH != 0,
             header,
             role,
             cache_bytes: device.cache_bytes,

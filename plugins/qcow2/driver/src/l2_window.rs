@@ -1,6 +1,5 @@
 //! The L2 tables that are walked: many pieces of them are read at once, and only those that hold anything.
 
-use crate::cluster_set::ClusterSet;
 use crate::image::{overflow, Image};
 use crate::scan::decode_l1;
 use crate::table_reader::{is_zero, TableReader};
@@ -48,8 +47,6 @@ pub struct L2Window {
     buffer: Vec<u8>,
     /// Tables that held nothing were read: from now on, those in holes are not.
     holes: Option<Holes>,
-    /// Tables that are passed over, and to which the others are added.
-    pub seen: Option<ClusterSet>,
 }
 
 /// Bytes of a piece.
@@ -74,7 +71,6 @@ impl L2Window {
             places: Vec::new(),
             buffer: Vec::new(),
             holes: None,
-            seen: None,
         }
     }
 
@@ -143,10 +139,6 @@ impl L2Window {
             };
             index = index.max(number * per_table);
             let table_end = pieces.end.min((number + 1) * per_table);
-            if index % per_table == 0 {
-                let fresh = self.seen.as_mut().is_none_or(|seen| seen.insert(image.host_cluster(table)));
-                index = if fresh { index } else { table_end };
-            }
             while index < table_end && self.places.len() < capacity {
                 self.places.push(Place { index, host: table.0 + index % per_table * bytes, start: 0 });
                 index += 1;

@@ -11,9 +11,10 @@
 //! * [`snapshots`]: the tables that internal snapshots hold;
 //! * [`decode`]: reading compressed clusters;
 //! * [`reference_counts`], `references`, [`repair`]: images that were not closed cleanly;
+//! * `tables`: all L2 tables, each once, whoever refers to it;
 //! * [`source`], [`check`], `examine`, [`empty`], [`empty_shared`], `block_table`: the source role;
-//! * [`metadata_map`], [`allocator`], [`free_clusters`], [`sink`], [`plan`], [`grow`], [`write`], `subclusters`: the sink
-//!   role;
+//! * [`metadata_map`], [`allocator`], [`forecast`], [`free_clusters`], [`sink`], [`plan`], `survey`, [`grow`], [`write`], `publish`,
+//!   `subclusters`: the sink role;
 //! * [`bitmaps`], [`record`]: the persistent bitmaps of a sink.
 #![no_std]
 
@@ -29,6 +30,7 @@ pub mod decode;
 pub mod empty;
 pub mod empty_shared;
 mod examine;
+pub mod forecast;
 pub mod free_clusters;
 pub mod grow;
 mod grow_bitmaps;
@@ -36,6 +38,8 @@ pub mod image;
 mod l2_window;
 pub mod metadata_map;
 pub mod plan;
+mod planned;
+mod publish;
 pub mod record;
 pub mod refcounts;
 pub mod reference_counts;
@@ -47,7 +51,9 @@ pub mod slice_cache;
 pub mod snapshots;
 pub mod source;
 mod subclusters;
+mod survey;
 mod table_reader;
+mod tables;
 pub mod write;
 
 use image::{Image, Role};

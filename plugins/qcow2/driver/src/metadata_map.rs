@@ -28,6 +28,8 @@ pub fn refuse_overlaps(image: &Image, ranges: &[(u64, u64)]) -> DriverResult<()>
 pub struct MetadataMap {
     /// First and last cluster of each structure, sorted.
     ranges: Vec<(u64, u64)>,
+    /// How many L2 tables there are, those of snapshots included.
+    l2_tables: u64,
 }
 
 impl MetadataMap {
@@ -66,6 +68,7 @@ impl MetadataMap {
         scan_refcount_table(io, image, &mut |_, _, block| push(&mut ranges, span(block, 1)))?;
         // All tables, also those of what lies past the end of the virtual disk: no refcount block may be one of them.
         let (l1, l1_entries) = (header.l1_table, u64::from(header.l1_entries));
+        let others = ranges.len();
         scan_l1_at(io, image, l1, l1_entries, &mut |_, _, table| push(&mut ranges, span(table, 1)))?;
         // A snapshot shares its L2 tables with the active state, and with other snapshots, until they are written to.
         let mut shared = Vec::new();
@@ -90,9 +93,31 @@ impl MetadataMap {
             shared.retain(|range| active.binary_search(&range.0).is_err());
             ranges.append(&mut shared);
         }
+        let l2_tables = (ranges.len() - others) as u64;
         ranges.sort_unstable();
         refuse_overlaps(image, &ranges)?;
-        Ok(Self { ranges })
+        Ok(Self { ranges, l2_tables })
+    }
+
+    /// How many L2 tables there are, each counted once, those of snapshots included.
+    #[must_use]
+    pub fn l2_tables(&self) -> u64 {
+        self.l2_tables
+    }
+
+    /// The clusters around one that are no metadata, as the first and the one after the last; `None` if it is metadata.
+    #[must_use]
+    pub fn gap(&self, cluster: HostCluster) -> Option<(u64, u64)> {
+        let after = self.ranges.partition_point(|range| range.0 <= cluster.0);
+        let start = after.checked_sub(1).and_then(|i| self.ranges.get(i)).map_or(0, |range| range.1.saturating_add(1));
+        let end = self.ranges.get(after).map_or(u64::MAX, |range| range.0);
+        (start <= cluster.0).then_some((start, end))
+    }
+
+    /// Whether any cluster of `first..end` is metadata.
+    #[must_use]
+    pub fn overlaps(&self, first: u64, end: u64) -> bool {
+        first < end && self.gap(HostCluster(first)).is_none_or(|gap| gap.1 < end)
     }
 
     /// Whether a cluster is metadata.

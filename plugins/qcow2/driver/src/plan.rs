@@ -1,20 +1,22 @@
 //! Planning: verify what a commit will touch in the backing, and count what it must allocate.
 //!
-//! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: only
-//! the L1 table and the refcount table are walked whole, because data must not land on any metadata. An image with the
-//! dirty bit is different: all of its references are counted, and planning sees it as the repair will leave it.
+//! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: the L1 table and the
+//! refcount table are walked whole, because data must not land on any metadata, and the L2 tables where [`survey`](crate::survey)
+//! says so. An image with the dirty bit is different: all of its references are counted, and planning sees it as the repair will leave it.
 
 use crate::bitmaps::Bitmaps;
+use crate::forecast::{Demand, Forecast};
 use crate::free_clusters::FreeClusters;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
-use crate::refcounts::CLUSTERS_PER_LOAD;
+use crate::publish::clusters_of;
+use crate::refcounts::{InUse, CLUSTERS_PER_LOAD};
 use crate::repair::Repair;
 use crate::sink::{Piece, Qcow2Sink};
 use crate::source::{Mapped, Qcow2Source};
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::PlanSummary;
+use instar_guest_sdk::abi::{ErrorCode, PlanSummary};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{CompressedRange, HostCluster, HostOffset, L2Entry};
 
@@ -57,7 +59,9 @@ impl Qcow2Sink {
             let (l1_at, table_index) = self.l1_position(first.cluster);
             let table = self.l2_table(first.cluster)?;
             if let (Some((offset, copied)), true) = (table, self.planned.last_table != Some(table_index)) {
-                owned.push(Owned { cluster: self.image.host_cluster(offset), copied, compressed: false, at: l1_at });
+                let cluster = self.image.host_cluster(offset);
+                owned.push(Owned { cluster, copied, compressed: false, at: l1_at });
+                self.planned.touched_tables.insert(cluster);
                 self.planned.last_table = Some(table_index);
             }
             let mapped = self.l2_entry(first.cluster)?;
@@ -74,6 +78,7 @@ impl Qcow2Sink {
                 self.check_compressed(descriptor, at, &mut owned)?;
             }
             let action = self.action(group, &mapped);
+            self.planned.committed += group.iter().map(|piece| piece.length).sum::<u64>();
             if let Some(descriptor) = action.decodes() {
                 // What is needed of it must decode: afterwards it would be too late to say no.
                 self.decode(io, first.cluster, descriptor)?;
@@ -151,39 +156,70 @@ impl Qcow2Sink {
 
     /// The result of planning.
     pub(crate) fn summarise(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
-        let mut wanted = self.planned.new_data + self.planned.new_tables;
-        if wanted > 0 && self.last_cluster_is_cut_data(io)? {
+        let single = self.planned.new_data + self.planned.new_tables;
+        let allocates = single + self.planned.run_span > 0;
+        if single > 0 && self.last_cluster_is_cut_data(io)? {
             self.refuse_lost_data(io)?;
         }
-        if let Some(metadata) = self.planned.metadata.as_ref().filter(|_| wanted > 0) {
-            self.free_clusters = FreeClusters::find(io, &self.image, &mut self.refcounts, metadata, wanted)?;
-            wanted -= self.free_clusters.count();
+        let mut free = FreeClusters::default();
+        if let Some(metadata) = self.planned.metadata.as_ref().filter(|_| single > 0) {
+            // On a device, the allocator comes by what follows.
+            let limit = if self.image.fixed_length { self.allocator.next() } else { HostCluster(u64::MAX) };
+            free = FreeClusters::find(io, &self.image, &mut self.refcounts, metadata, single, limit)?;
         }
-        wanted += self.planned.new_runs + self.planned.slack;
-        let first = self.allocator.next();
-        let mut clusters = self.allocator.bound(&self.image, &self.refcounts, wanted)?;
-        // Clusters past the end of the file that have a refcount all the same are passed over: a crash leaves such
-        // leaks. Each makes the file a cluster longer.
-        let mut looked_at = first.0;
-        let mut passed_over = 0;
-        while wanted > 0 && looked_at < clusters {
-            let in_use = self.count_in_use(io, looked_at, clusters)?;
-            if in_use > 0 && passed_over == 0 {
-                self.refuse_lost_data(io)?;
+        let mut demand = Demand { span: self.planned.run_span, count: single.saturating_sub(free.count()) };
+        let forecast = if self.image.fixed_length && allocates {
+            let forecast = self.forecast(io, demand)?;
+            self.free_clusters = self.survey(io, free, allocates)?;
+            if self.free_clusters.count() + demand.count < single {
+                let text = "a cluster with refcount 0 is in use: run `qemu-img check -r all` on it first";
+                return Err(self.image.corrupt(self.image.header.refcount_table.0, text));
             }
-            passed_over += in_use;
-            looked_at = clusters;
-            clusters = self.allocator.bound(&self.image, &self.refcounts, wanted + passed_over)?;
-            if clusters.checked_mul(self.image.cluster_size().bytes()).is_none_or(|end| end > self.image.max_length) {
-                return Err(self.too_long(passed_over));
-            }
+            forecast
+        } else {
+            self.free_clusters = self.survey(io, free, allocates)?;
+            demand.count = single - self.free_clusters.count();
+            self.forecast(io, demand)?
+        };
+        if forecast.passed_over > 0 && !self.image.fixed_length {
+            self.refuse_lost_data(io)?;
         }
-        let end = clusters.checked_mul(self.image.cluster_size().bytes());
+        let end = forecast.end.0.checked_mul(self.image.cluster_size().bytes());
+        let end = end.ok_or_else(|| overflow("the length of the backing"))?;
+        if end > self.image.max_length && demand != Demand::default() {
+            return Err(self.too_long(forecast.passed_over, end));
+        }
         Ok(PlanSummary {
-            final_length: end.ok_or_else(|| overflow("the length of the backing"))?,
+            final_length: end.max(if self.image.fixed_length { self.image.file_length } else { 0 }),
             new_data_clusters: self.planned.new_data,
             new_metadata_clusters: self.planned.new_tables + self.planned.new_runs,
+            unread_tables: self.planned.unread_tables,
         })
+    }
+
+    /// What allocating comes to; on a device, the clusters concerned must be no metadata.
+    fn forecast(&mut self, io: &mut dyn BlockIo, demand: Demand) -> DriverResult<Forecast> {
+        let fixed = self.image.fixed_length;
+        let (fresh, metadata) = (&mut self.planned.fresh, self.planned.metadata.as_ref());
+        let mut overlap = None;
+        let forecast = self.allocator.forecast(io, &self.image, &mut self.refcounts, demand, &mut |run| {
+            if fixed {
+                let end = run.start.0 + run.count;
+                if metadata.is_some_and(|map| map.overlaps(run.start.0, end)) {
+                    overlap = Some(run.start);
+                }
+                clusters_of(&run).for_each(|cluster| {
+                    fresh.insert(cluster);
+                });
+            }
+        })?;
+        if let Some(first) = overlap {
+            let offset = self.image.cluster_size().host_offset(first).unwrap_or_default();
+            let text =
+                format!("metadata at or after offset {offset} has refcount 0: run `qemu-img check -r all` on it first");
+            return Err(self.image.corrupt(offset.0, text));
+        }
+        Ok(forecast)
     }
 
     /// Whether the file ends within a cluster that is in use and no metadata (which may well be cut short).
@@ -194,7 +230,7 @@ impl Qcow2Sink {
         }
         let last = size.host_cluster(HostOffset(self.image.file_length));
         let metadata = self.planned.metadata.as_ref().is_some_and(|map| map.contains(last));
-        Ok(!metadata && self.count_in_use(io, last.0, last.0 + 1)? != 0)
+        Ok(!metadata && self.in_use(io, last.0, last.0 + 1)?.count != 0)
     }
 
     /// The file looks cut off, and is about to grow over what was lost, which would then read as zeroes, for ever and
@@ -217,12 +253,18 @@ impl Qcow2Sink {
         })
     }
 
-    /// How many of these clusters have a refcount that is not 0.
-    pub(crate) fn count_in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<u64> {
-        Ok(self.refcounts.in_use(io, &self.image, first..end)?.count)
+    /// Which of the clusters `first..end` have a refcount that is not 0.
+    pub(crate) fn in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<InUse> {
+        self.refcounts.in_use(io, &self.image, first..end)
     }
 
-    pub(crate) fn too_long(&self, passed_over: u64) -> DriverError {
+    /// The refusal of a plan that would make the file `end` bytes long: more than it may become.
+    pub(crate) fn too_long(&self, passed_over: u64, end: u64) -> DriverError {
+        if self.image.fixed_length {
+            let missing = end - self.image.max_length.min(end);
+            let text = format!("the device is too small: {missing} bytes are missing, enlarge it");
+            return DriverError::new(ErrorCode::NoSpace, text).at(self.image.device, self.image.max_length);
+        }
         if passed_over == 0 {
             return overflow("the length that the backing may have");
         }

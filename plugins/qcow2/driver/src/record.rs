@@ -168,6 +168,9 @@ impl Qcow2Sink {
         for (slice, part) in there {
             self.bitmaps.data.set_bits(slice, part.first, part.last)?;
         }
+        if !made.is_empty() {
+            self.new_space = None;
+        }
         for (at, cluster) in made {
             self.bitmaps.tables.set_entry(at, BitmapTableEntry::Data(cluster).encode())?;
         }
@@ -189,10 +192,11 @@ impl Qcow2Sink {
         if made.is_empty() {
             return Ok(made);
         }
-        let runs = self.reserve(io, made.len() as u64)?;
-        let clusters = runs.iter().flat_map(|run| (run.start.0..run.start.0 + run.count).map(HostCluster));
-        for (place, cluster) in made.values_mut().zip(clusters) {
-            *place = size.host_offset(cluster).ok_or_else(|| overflow("a host offset"))?;
+        let mut reserved = self.reserve(io, made.len() as u64)?;
+        let stale: Vec<HostCluster> = reserved.stale().map(|(_, cluster)| cluster).collect();
+        self.zero_clusters(io, &stale)?;
+        for place in made.values_mut() {
+            *place = size.host_offset(reserved.next()?).ok_or_else(|| overflow("a host offset"))?;
         }
         for part in fresh {
             let cluster = made.get(&part.at).filter(|cluster| cluster.0 != 0);

@@ -175,6 +175,70 @@ impl Refcounts {
         }
     }
 
+    /// Whether there is a refcount block with this index.
+    ///
+    /// # Errors
+    /// As [`Refcounts::load`].
+    pub fn describes(&mut self, io: &mut dyn BlockIo, image: &Image, block_index: u64) -> DriverResult<bool> {
+        if block_index < self.table_entries {
+            self.table.load(io, [self.table_entry_at(block_index)])?;
+        }
+        Ok(self.block(image, block_index, |offset| image.holds_cluster(offset))?.is_some())
+    }
+
+    /// Up to which cluster it is best to look when `wanted` free ones are looked for from cluster `from` on: within one
+    /// block, and whole slices of it.
+    #[must_use]
+    pub fn look_ahead(&self, image: &Image, from: u64, wanted: u64) -> u64 {
+        let (per_block, per_slice) = (self.per_block(), self.order.entries_in(image.slice_size() as u64).max(1));
+        let wanted = from.saturating_add(wanted).div_ceil(per_slice).saturating_mul(per_slice);
+        wanted.min((from / per_block + 1) * per_block)
+    }
+
+    /// Call `each` with every run of clusters with refcount 0 within `first..end`, as its first cluster and the one after
+    /// its last, until it returns `false`. The clusters were loaded and have one block, which is the same for all.
+    ///
+    /// # Errors
+    /// As [`Refcounts::set`].
+    pub fn each_free_run(
+        &self,
+        image: &Image,
+        first: u64,
+        end: u64,
+        each: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> DriverResult<()> {
+        let (block_index, mut index) = self.locate(HostCluster(first));
+        let block =
+            self.block(image, block_index, |_| true)?.ok_or_else(|| overflow("the index of a refcount block"))?;
+        let per_slice = self.order.entries_in(image.slice_size() as u64).max(1);
+        let mut run: Option<u64> = None;
+        let mut at = first;
+        while at < end {
+            let (slice, within) = self.blocks.locate_refcount(block.0, self.order, index);
+            let bytes = self.blocks.bytes(slice)?;
+            let count = (per_slice - within as u64).min(end - at);
+            for (cluster, position) in (at..at + count).zip(within..) {
+                match (get_refcount(bytes, self.order, position), run) {
+                    (Some(0), None) => run = Some(cluster),
+                    (Some(0), Some(_)) => {}
+                    (_, Some(start)) => {
+                        run = None;
+                        if !each(start, cluster) {
+                            return Ok(());
+                        }
+                    }
+                    (_, None) => {}
+                }
+            }
+            at += count;
+            index += count;
+        }
+        if let Some(start) = run {
+            each(start, end);
+        }
+        Ok(())
+    }
+
     /// Set the refcount of a cluster that was loaded and has a block.
     ///
     /// # Errors

@@ -32,10 +32,10 @@ impl ReferenceCounts {
         Self { chunks: BTreeMap::new(), max_chunks: (budget / CHUNK_COST).max(1), floor: floor.0, ceiling: u64::MAX }
     }
 
-    /// One reference more. Returns `false` if that is more than can be counted. Clusters outside `floor..ceiling` are
+    /// `times` references more. Returns `false` if that is more than can be counted. Clusters outside `floor..ceiling` are
     /// not counted.
     #[must_use]
-    pub fn add(&mut self, cluster: HostCluster) -> bool {
+    pub fn add(&mut self, cluster: HostCluster, times: u32) -> bool {
         if !self.covers(cluster) {
             return true;
         }
@@ -49,7 +49,7 @@ impl ReferenceCounts {
             }
         }
         let counts = self.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK]));
-        match counts.get_mut(index).map(|count| (count.checked_add(1), count)) {
+        match counts.get_mut(index).map(|count| (count.checked_add(times), count)) {
             Some((Some(more), count)) => {
                 *count = more;
                 true
@@ -109,7 +109,7 @@ mod tests {
         while let Some(from) = floor {
             let mut counts = ReferenceCounts::new(from, 2 * CHUNK_COST);
             for &cluster in &references {
-                assert!(counts.add(HostCluster(cluster)));
+                assert!(counts.add(HostCluster(cluster), 1));
             }
             for (cluster, count) in counts.iter() {
                 assert_eq!(counts.get(cluster), Some(count));

@@ -7,15 +7,16 @@
 use crate::bitmaps::each_bitmap_cluster;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
-use crate::scan::{scan_l1_at, scan_refcount_table};
+use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
+use crate::reference_counts::ReferenceCounts;
+use crate::scan::scan_refcount_table;
 use crate::snapshots::Snapshots;
-use crate::source::{compressed_range, Mapped, Qcow2Source};
+use crate::tables::Tables;
 use alloc::format;
+use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
-
-use crate::reference_counts::ReferenceCounts;
+use instar_qcow2_format::{HostCluster, HostOffset};
 
 /// What refers to clusters in one image.
 pub(crate) struct References<'a> {
@@ -36,25 +37,35 @@ impl<'a> References<'a> {
     /// errors.
     pub(crate) fn count(&self, io: &mut dyn BlockIo, counts: &mut ReferenceCounts) -> DriverResult<()> {
         let (image, header) = (self.image, &self.image.header);
-        let mut add = |cluster: HostCluster| {
-            if counts.add(cluster) {
+        let mut add_times = |cluster: HostCluster, times: u32| {
+            if counts.add(cluster, times) {
                 return Ok(());
             }
             let offset = image.cluster_size().host_offset(cluster).unwrap_or_default();
             let text = format!("the cluster at offset {offset} has too many references");
             Err(DriverError::new(ErrorCode::RefcountExhausted, text).at(image.device, offset.0))
         };
+        let mut add = |cluster| add_times(cluster, 1);
         add(HostCluster(0))?;
         self.span(header.refcount_table, header.refcount_table_bytes(), &mut add)?;
         self.span(header.l1_table, header.l1_bytes(), &mut add)?;
         self.span(header.snapshot_table, self.snapshots.table_bytes, &mut add)?;
         scan_refcount_table(io, image, &mut |_, _, block| add(image.host_cluster(block)))?;
         each_bitmap_cluster(io, image, &mut |_, cluster| add(cluster))?;
-        self.mapped(io, image.mapped_by(header.l1_table, header.l1_entries), &mut add)?;
         for snapshot in &self.snapshots.entries {
             self.span(snapshot.l1_table, u64::from(snapshot.l1_entries) * 8, &mut add)?;
-            self.mapped(io, image.mapped_by(snapshot.l1_table, snapshot.l1_entries), &mut add)?;
         }
+        let tables = Tables::read(io, image, &self.snapshots)?;
+        tables.iter().try_for_each(|table| add_times(image.host_cluster(table.offset), table.times))?;
+        tables.each_entry(io, image, &mut |referring| {
+            referring.verify_bounds(image)?;
+            referring.each_cluster(image, &mut |cluster| {
+                if self.metadata.contains(cluster) {
+                    return Err(points_to_metadata(image, referring.at, cluster));
+                }
+                add_times(cluster, referring.times)
+            })
+        })?;
         self.bitmaps_alone(io, counts)
     }
 
@@ -71,40 +82,6 @@ impl<'a> References<'a> {
         (first..end).map(HostCluster).try_for_each(add)
     }
 
-    /// L2 tables, and what they map. `view` is the image with one of its L1 tables.
-    fn mapped(
-        &self,
-        io: &mut dyn BlockIo,
-        view: Image,
-        add: &mut dyn FnMut(HostCluster) -> DriverResult<()>,
-    ) -> DriverResult<()> {
-        let size = view.cluster_size();
-        let entries = u64::from(view.header.l1_entries);
-        scan_l1_at(io, &view, view.header.l1_table, entries, &mut |_, _, table| add(size.host_cluster(table)))?;
-        let metadata = self.metadata;
-        Qcow2Source::new(view).walk(io, 0, &mut |image, mapped| {
-            let Mapped { guest, at, entry, .. } = mapped;
-            let mut add_data = |cluster: HostCluster| {
-                if !metadata.contains(cluster) {
-                    return add(cluster);
-                }
-                let offset = size.host_offset(cluster).unwrap_or_default();
-                Err(image.corrupt(at, format!("an L2 entry points to offset {offset}, which is metadata")))
-            };
-            if let L2Entry::Compressed { descriptor } = entry {
-                compressed_range(image, guest, at, descriptor)?.host_clusters(size).try_for_each(&mut add_data)?;
-            }
-            if let Some((offset, _)) = entry.host() {
-                if !image.holds_cluster(offset) {
-                    let text = format!("an L2 entry points to offset {offset}, past the end of the file");
-                    return Err(image.corrupt(at, text));
-                }
-                add_data(size.host_cluster(offset))?;
-            }
-            Ok(true)
-        })
-    }
-
     /// The clusters of bitmaps are nobody else's.
     fn bitmaps_alone(&self, io: &mut dyn BlockIo, counts: &ReferenceCounts) -> DriverResult<()> {
         each_bitmap_cluster(io, self.image, &mut |at, cluster| {
@@ -114,5 +91,45 @@ impl<'a> References<'a> {
             let offset = self.image.cluster_size().host_offset(cluster).unwrap_or_default();
             Err(self.image.corrupt(at, format!("a bitmap at offset {offset} overlaps another structure")))
         })
+    }
+}
+
+/// The corruption of an L2 entry at byte `at` that takes a table for data.
+pub(crate) fn points_to_metadata(image: &Image, at: u64, cluster: HostCluster) -> DriverError {
+    let offset = image.cluster_size().host_offset(cluster).unwrap_or_default();
+    image.corrupt(at, format!("an L2 entry points to offset {offset}, which is metadata"))
+}
+
+/// Refuse a cluster that has more references than its refcount says. `counted` are clusters, ascending, with the number of
+/// references to each.
+///
+/// # Errors
+/// Corruption; I/O errors.
+pub(crate) fn refuse_too_few(
+    io: &mut dyn BlockIo,
+    image: &Image,
+    refcounts: &mut Refcounts,
+    counted: &mut dyn Iterator<Item = (HostCluster, u64)>,
+) -> DriverResult<()> {
+    loop {
+        let batch: Vec<(HostCluster, u64)> = (&mut *counted).take(CLUSTERS_PER_LOAD).collect();
+        if batch.is_empty() {
+            return Ok(());
+        }
+        refcounts.table.shrink(CLUSTERS_PER_LOAD);
+        refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
+        refcounts.load(io, image, batch.iter().map(|&(cluster, _)| cluster))?;
+        for (cluster, references) in batch {
+            let count = refcounts.get(image, cluster)?;
+            if count < references {
+                let offset = image.cluster_size().host_offset(cluster).unwrap_or_default();
+                let text = if references == 1 {
+                    format!("the cluster at offset {offset} is in use but has refcount {count}")
+                } else {
+                    format!("the cluster at offset {offset} has {references} references but refcount {count}")
+                };
+                return Err(image.corrupt(offset.0, text));
+            }
+        }
     }
 }

@@ -18,6 +18,7 @@
 use crate::allocator::Allocator;
 use crate::image::{overflow, Image};
 use crate::metadata_map::MetadataMap;
+use crate::publish::Publication;
 use crate::refcounts::Refcounts;
 use crate::reference_counts::ReferenceCounts;
 use crate::references::References;
@@ -29,9 +30,7 @@ use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Request};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{
-    incompatible, set_refcount, ExtensionKind, HostCluster, COPIED, INCOMPATIBLE_OFFSET, REFCOUNT_TABLE_FIELD,
-};
+use instar_qcow2_format::{incompatible, set_refcount, ExtensionKind, HostCluster, COPIED, INCOMPATIBLE_OFFSET};
 
 /// Memory for the counts of one pass, in bytes: dense, about four million clusters.
 const COUNT_BUDGET: usize = 16 << 20;
@@ -104,8 +103,12 @@ impl Repair {
                 None => break,
             }
         }
-        repair.describe(io, &undescribed)?;
-        if repair.image.file_length > repair.image.max_length {
+        // On a device, a new block could only stand in the midst of what no block describes.
+        let stuck = image.fixed_length && !undescribed.is_empty();
+        if !stuck {
+            repair.describe(io, &undescribed)?;
+        }
+        if stuck || repair.image.file_length > repair.image.max_length {
             let text = "refcount blocks are missing: run `qemu-img check -r all` on it first";
             return Err(repair.image.corrupt(image.header.refcount_table.0, text));
         }
@@ -292,36 +295,19 @@ impl Outstanding {
         tables: [&mut SliceCache; 2],
     ) -> DriverResult<()> {
         let device = image.device;
-        // Step 1.
+        // Steps 1 and 2.
         if image.file_length != self.length {
             io.run(&mut [Request::set_length(device, image.file_length)])?;
         }
-        refcounts.blocks.write_dirty(io)?;
-        let retired = core::mem::take(&mut allocator.retired_tables);
-        if !retired.is_empty() {
-            // The new table is written whole: it reads as zeroes where it has no slices.
-            refcounts.table.write_dirty(io)?;
-        }
-        io.flush(device)?;
-        // Step 2.
-        if retired.is_empty() {
-            refcounts.table.write_dirty(io)?;
-        } else {
-            let clusters = refcounts.table_entries / image.cluster_size().l2_entries();
-            image.header.refcount_table = refcounts.table_offset;
-            image.header.refcount_table_clusters =
-                u32::try_from(clusters).map_err(|_| overflow("the length of the refcount table"))?;
-            let mut field = [0; 12];
-            field[..8].copy_from_slice(&image.header.refcount_table.0.to_be_bytes());
-            field[8..].copy_from_slice(&image.header.refcount_table_clusters.to_be_bytes());
-            io.write(device, REFCOUNT_TABLE_FIELD, &field)?;
-        }
-        io.flush(device)?;
+        // The flush of step 1 is due whether or not a refcount changes.
+        let (mut unflushed, mut referenced) = (true, false);
+        let publication =
+            Publication { image, refcounts, allocator, unflushed: &mut unflushed, referenced: &mut referenced };
+        let old = publication.run(io)?;
         // Step 3.
         for table in tables {
             table.write_dirty(io)?;
         }
-        let old = retired.iter().flat_map(|run| (run.start.0..run.start.0 + run.count).map(HostCluster)).collect();
         refcounts.release(io, image, old)?;
         io.flush(device)?;
         // Step 4.

@@ -2,18 +2,18 @@
 
 use crate::allocator::Allocator;
 use crate::bitmaps::Bitmaps;
-use crate::cluster_set::ClusterSet;
 use crate::decode::ClusterReader;
 use crate::free_clusters::FreeClusters;
 use crate::grow::Growth;
 use crate::image::{overflow, Image};
-use crate::metadata_map::MetadataMap;
+use crate::planned::Planned;
 use crate::refcounts::Refcounts;
 use crate::repair::Outstanding;
 use crate::scan::decode_l1;
 use crate::slice_cache::SliceCache;
 use crate::source::{decode_halves, Mapped};
 use crate::subclusters::{Change, Place};
+use crate::write::NewSpace;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -27,9 +27,6 @@ use instar_qcow2_format::{
 const WINDOW_CLUSTERS: usize = 1 << 16;
 /// Slices of L2 tables that are held at once, at most.
 const WINDOW_SLICES: usize = 2048;
-/// Memory for the set of clusters that are overwritten in place, in bytes.
-const TOUCHED_BUDGET: usize = 8 << 20;
-
 /// An image that data goes into.
 pub struct Qcow2Sink {
     pub(crate) image: Image,
@@ -51,26 +48,10 @@ pub struct Qcow2Sink {
     pub(crate) repair: Option<Outstanding>,
     /// Whether anything was written since the last flush.
     pub(crate) unflushed: bool,
-}
-
-/// What planning has found out so far.
-pub(crate) struct Planned {
-    pub(crate) metadata: Option<MetadataMap>,
-    /// Clusters that are overwritten, and host clusters of compressed ones.
-    pub(crate) touched: ClusterSet,
-    pub(crate) touched_compressed: ClusterSet,
-    pub(crate) new_data: u64,
-    pub(crate) new_tables: u64,
-    /// Clusters of longer L1 and bitmap tables, which follow each other past the end of the file …
-    pub(crate) new_runs: u64,
-    /// … what they may leave free because of that, and more refcount blocks for them.
-    pub(crate) slack: u64,
-    /// The cluster at the old end of an image that grows, if it was looked at already.
-    pub(crate) grown: Option<GuestCluster>,
-    /// Index of the last L2 table that was looked at, and of the last one that will be new.
-    pub(crate) last_table: Option<u64>,
-    pub(crate) last_new_table: Option<u64>,
-    pub(crate) last_cluster: Option<GuestCluster>,
+    /// Length of the file in bytes before the commit.
+    pub(crate) opened_length: u64,
+    /// What is given back if the disk is full.
+    pub(crate) new_space: Option<NewSpace>,
 }
 
 /// A part of an extent that falls into one cluster of the sink.
@@ -174,23 +155,13 @@ impl Qcow2Sink {
             free_clusters: FreeClusters::default(),
             compressed: ClusterReader::default(),
             bitmaps: Bitmaps::new(&image),
-            planned: Planned {
-                metadata: None,
-                touched: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),
-                touched_compressed: ClusterSet::new(HostCluster(0), TOUCHED_BUDGET),
-                new_data: 0,
-                new_tables: 0,
-                new_runs: 0,
-                slack: 0,
-                grown: None,
-                last_table: None,
-                last_new_table: None,
-                last_cluster: None,
-            },
+            planned: Planned::new(),
             growth: None,
             started: false,
             repair: None,
             unflushed: false,
+            opened_length: image.file_length,
+            new_space: None,
             has_backing,
             image,
         }
@@ -378,8 +349,13 @@ impl Sink for Qcow2Sink {
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
-        self.grow_now(io, below)?;
-        self.windows(extents, &mut |sink, pieces| sink.write_window(io, pieces, below))
+        let written = self
+            .grow_now(io, below)
+            .and_then(|()| self.windows(extents, &mut |sink, pieces| sink.write_window(io, pieces, below)));
+        written.map_err(|error| match error.code {
+            ErrorCode::NoSpace => self.disk_is_full(io, error),
+            _ => error,
+        })
     }
 
     fn grow(&mut self, io: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {

@@ -79,6 +79,12 @@ impl SliceCache {
         self.slices.entry(at).or_insert_with(|| Slice { bytes: vec![0; size].into_boxed_slice(), dirty: false });
     }
 
+    /// Put in an all-zero slice of a new structure whose place on the device may hold anything: it is to be written.
+    pub fn insert_new(&mut self, offset: u64) {
+        let at = self.slice_of(offset);
+        self.slices.insert(at, Slice { bytes: vec![0; self.size].into_boxed_slice(), dirty: true });
+    }
+
     /// Put in a slice that has the bytes of another one, which was loaded, and is to be written.
     ///
     /// # Errors

@@ -1,6 +1,5 @@
 //! The source role: enumerating what a layer holds.
 
-use crate::cluster_set::ClusterSet;
 use crate::decode::ClusterReader;
 use crate::image::{overflow, Image};
 use crate::l2_window::L2Window;
@@ -27,19 +26,6 @@ impl Qcow2Source {
     pub(crate) fn new(image: Image) -> Self {
         let (window, reader) = (L2Window::new(&image), ClusterReader::default());
         Self { image, window, held: None, reader, repair: None }
-    }
-
-    /// A source whose walks pass over the tables in `seen`, and add those that they go through: of what snapshots share, each
-    /// table is read once.
-    pub(crate) fn past_tables(image: Image, seen: ClusterSet) -> Self {
-        let mut source = Self::new(image);
-        source.window.seen = Some(seen);
-        source
-    }
-
-    /// The tables that walks of this source passed over and went through.
-    pub(crate) fn into_seen_tables(self) -> Option<ClusterSet> {
-        self.window.seen
     }
 
     /// Call `each` for every cluster that the layer holds anything of, from guest byte `from` on (a multiple of the

@@ -26,37 +26,47 @@
 
 use crate::allocator::Run;
 use crate::image::overflow;
-use crate::sink::{Piece, Qcow2Sink};
+use crate::publish::{clusters_of, Publication};
+use crate::sink::{Action, Piece, Qcow2Sink};
+use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
+use instar_guest_sdk::abi::{ExtentKind, Request};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow};
 use instar_qcow2_format::{
     autoclear, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Subclusters, Version, AUTOCLEAR_OFFSET,
-    REFCOUNT_TABLE_FIELD,
 };
 
 /// Requests that are submitted at once.
 pub(crate) const BATCH: usize = 4096;
 
 /// Clusters in the order in which they were reserved.
-pub(crate) struct Reserved(alloc::vec::IntoIter<Run>, Option<Run>);
+pub(crate) struct Reserved {
+    clusters: Vec<HostCluster>,
+    /// So many of them, the first ones, hold whatever was there before.
+    stale: u64,
+    taken: usize,
+}
 
 impl Reserved {
-    fn new(runs: Vec<Run>) -> Self {
-        Self(runs.into_iter(), None)
+    pub(crate) fn next(&mut self) -> DriverResult<HostCluster> {
+        let cluster = self.clusters.get(self.taken).copied();
+        self.taken += 1;
+        cluster.ok_or_else(|| overflow("the number of clusters to allocate"))
     }
 
-    pub(crate) fn next(&mut self) -> DriverResult<HostCluster> {
-        let mut run = match self.1.take() {
-            Some(run) => run,
-            None => self.0.next().ok_or_else(|| overflow("the number of clusters to allocate"))?,
-        };
-        let cluster = run.start;
-        run.start.0 += 1;
-        run.count -= 1;
-        self.1 = (run.count > 0).then_some(run);
-        Ok(cluster)
+    /// Those that do not read as zeroes, with their index.
+    pub(crate) fn stale(&self) -> impl Iterator<Item = (usize, HostCluster)> + '_ {
+        self.clusters.iter().copied().enumerate().take_while(|&(index, _)| (index as u64) < self.stale)
     }
+}
+
+/// What was allocated and is not referred to yet by anything that may be durable.
+#[derive(Debug)]
+pub(crate) struct NewSpace {
+    /// Length of the file before, in bytes.
+    length: u64,
+    /// Clusters within it that were free.
+    reused: Vec<Run>,
 }
 
 /// An L2 table that is made.
@@ -145,7 +155,8 @@ impl Qcow2Sink {
             actions.push(action);
         }
 
-        let mut reserved = Reserved::new(self.reserve(io, tables.len() as u64 + new_data)?);
+        let mut reserved = self.reserve(io, tables.len() as u64 + new_data)?;
+        self.zero_what_stays(io, &reserved, tables.len(), &groups, &actions)?;
         let mut new_tables = Vec::with_capacity(tables.len());
         for (index, old) in tables {
             new_tables.push(NewTable { index, offset: self.host_offset(reserved.next()?)?, old });
@@ -172,35 +183,109 @@ impl Qcow2Sink {
         self.free(io, freed)
     }
 
-    /// Reserve clusters, with refcount 1; they read as zeroes. Nothing durable refers to those that are used again.
-    pub(crate) fn reserve(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<Vec<Run>> {
-        let mut runs = Vec::new();
+    /// Reserve clusters, with refcount 1. Nothing durable refers to them.
+    pub(crate) fn reserve(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<Reserved> {
+        let mut reused = Vec::new();
         let mut missing = count;
         while let Some(run) = self.free_clusters.take(missing) {
             missing -= run.count;
-            runs.push(run);
+            reused.push(run);
         }
-        let size = self.image.cluster_size();
-        let mut zero = Vec::with_capacity(runs.len());
-        for run in &runs {
-            let at = self.host_offset(run.start)?;
-            zero.push(Request::zero(self.image.device, at.0, run.count << size.bits()));
-            let mut clusters = (run.start.0..run.start.0 + run.count).map(HostCluster);
+        for run in &reused {
+            let mut clusters = clusters_of(run);
             self.refcounts.load(io, &self.image, clusters.clone())?;
             clusters.try_for_each(|cluster| self.refcounts.set(&self.image, cluster, 1))?;
         }
         let before = self.image.file_length;
-        runs.extend(self.allocator.reserve(io, &mut self.image, &mut self.refcounts, missing)?);
+        self.expect_new_space().reused.extend_from_slice(&reused);
+        let fresh = self.allocator.reserve(io, &mut self.image, &mut self.refcounts, missing)?;
         if self.image.file_length != before {
-            zero.push(Request::set_length(self.image.device, self.image.file_length));
+            self.unflushed = true;
+            io.run(&mut [Request::set_length(self.image.device, self.image.file_length)])?;
         }
-        self.unflushed |= !zero.is_empty();
-        zero.chunks_mut(BATCH).try_for_each(|requests| io.run(requests))?;
-        Ok(runs)
+        // What follows the end of a file reads as zeroes.
+        let stale = if self.image.fixed_length { u64::MAX } else { reused.iter().map(|run| run.count).sum() };
+        Ok(Reserved { clusters: reused.iter().chain(&fresh).flat_map(clusters_of).collect(), stale, taken: 0 })
+    }
+
+    /// From here on clusters are allocated that nothing durable refers to.
+    pub(crate) fn expect_new_space(&mut self) -> &mut NewSpace {
+        let length = self.image.file_length;
+        self.new_space.get_or_insert_with(|| NewSpace { length, reused: Vec::new() })
+    }
+
+    /// Zero new clusters, those of `stale`, which are ascending runs for the most part.
+    pub(crate) fn zero_clusters(&mut self, io: &mut dyn BlockIo, stale: &[HostCluster]) -> DriverResult<()> {
+        let bytes = self.image.cluster_size().bytes();
+        let mut requests: Vec<Request> = Vec::new();
+        for &cluster in stale {
+            let at = self.host_offset(cluster)?.0;
+            match requests.last_mut() {
+                Some(last) if last.offset + last.length == at => last.length += bytes,
+                _ => requests.push(Request::zero(self.image.device, at, bytes)),
+            }
+        }
+        self.unflushed |= !requests.is_empty();
+        requests.chunks_mut(BATCH).try_for_each(|requests| io.run(requests))
+    }
+
+    /// A write failed for want of space: give back what was allocated in vain, and say how much longer the file is.
+    pub(crate) fn disk_is_full(&mut self, io: &mut dyn BlockIo, mut error: DriverError) -> DriverError {
+        self.give_back(io);
+        let grown = self.image.file_length.saturating_sub(self.opened_length);
+        if grown > 0 {
+            error.text = format!(
+                "{}; the file is {grown} bytes longer than before, which running the commit again will use",
+                error.text
+            );
+        }
+        error
+    }
+
+    /// Give back what is new and not referred to by anything durable, so that the disk is no fuller than it has to be. A
+    /// crash within it, or a failure, leaves leaks at most: nothing else is concerned.
+    fn give_back(&mut self, io: &mut dyn BlockIo) {
+        let Some(space) = self.new_space.take() else { return };
+        let bits = self.image.cluster_size().bits();
+        let device = self.image.device;
+        let discard = |run: &Run| Request::discard(device, run.start.0 << bits, run.count << bits);
+        let mut requests: Vec<Request> = space.reused.iter().map(discard).collect();
+        if space.length < self.image.file_length {
+            requests.push(Request::set_length(device, space.length));
+        }
+        requests.push(Request::flush(device));
+        if requests.chunks_mut(BATCH).all(|batch| io.submit(batch).is_ok()) {
+            self.image.file_length = space.length;
+        }
     }
 
     pub(crate) fn host_offset(&self, cluster: HostCluster) -> DriverResult<HostOffset> {
         self.image.cluster_size().host_offset(cluster).ok_or_else(|| overflow("a host offset"))
+    }
+
+    /// New clusters read as zeroes wherever nothing is written into them. `tables` are the first of those that were
+    /// reserved; data clusters follow, in the order of their groups, and need nothing if their pieces fill them.
+    fn zero_what_stays(
+        &mut self,
+        io: &mut dyn BlockIo,
+        reserved: &Reserved,
+        tables: usize,
+        groups: &[&[Piece]],
+        actions: &[Action],
+    ) -> DriverResult<()> {
+        let bytes = self.image.cluster_size().bytes();
+        let filled = |group: &[Piece]| {
+            let data = group.iter().filter(|piece| matches!(piece.kind, ExtentKind::Data | ExtentKind::Memory));
+            data.map(|piece| piece.length).sum::<u64>() == bytes
+        };
+        let mut data = groups.iter().zip(actions).filter(|(_, action)| action.allocates());
+        let mut stale = Vec::new();
+        for (index, cluster) in reserved.stale() {
+            if index < tables || !data.next().is_some_and(|(group, _)| filled(group)) {
+                stale.push(cluster);
+            }
+        }
+        self.zero_clusters(io, &stale)
     }
 
     /// L2 tables that a snapshot shares are copied whole, before their entries change in step 3.
@@ -218,30 +303,19 @@ impl Qcow2Sink {
 
     /// End of step 1, and step 2: durable when it returns, but for the release of an old refcount table, which need not be.
     pub(crate) fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        self.unflushed |= self.refcounts.blocks.is_dirty();
-        self.refcounts.blocks.write_dirty(io)?;
-        let retired = core::mem::take(&mut self.allocator.retired_tables);
-        if retired.is_empty() {
-            self.flush(io)?;
-            if self.refcounts.table.is_dirty() {
-                self.refcounts.table.write_dirty(io)?;
-                self.unflushed = true;
-            }
-            return self.flush(io);
+        let mut referenced = false;
+        let publication = Publication {
+            image: &mut self.image,
+            refcounts: &mut self.refcounts,
+            allocator: &mut self.allocator,
+            unflushed: &mut self.unflushed,
+            referenced: &mut referenced,
+        };
+        let result = publication.run(io);
+        if referenced {
+            self.new_space = None;
         }
-        // The new table is written whole: it reads as zeroes where it has no slices.
-        self.refcounts.table.write_dirty(io)?;
-        self.unflushed = true;
-        self.flush(io)?;
-        let clusters = self.refcounts.table_entries / self.image.cluster_size().l2_entries();
-        let clusters = u32::try_from(clusters).map_err(|_| overflow("the length of the refcount table"))?;
-        let mut field = [0; 12];
-        field[..8].copy_from_slice(&self.refcounts.table_offset.0.to_be_bytes());
-        field[8..].copy_from_slice(&clusters.to_be_bytes());
-        io.write(self.image.device, REFCOUNT_TABLE_FIELD, &field)?;
-        self.unflushed = true;
-        self.flush(io)?;
-        let old = retired.iter().flat_map(|run| (run.start.0..run.start.0 + run.count).map(HostCluster)).collect();
+        let old = result?;
         self.free(io, old)
     }
 
@@ -269,6 +343,7 @@ impl Qcow2Sink {
             }
         }
         if self.l2.is_dirty() {
+            self.new_space = None;
             self.l2.write_dirty(io)?;
             self.unflushed = true;
             self.flush(io)?;

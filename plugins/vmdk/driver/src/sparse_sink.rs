@@ -363,7 +363,7 @@ impl SparseSink {
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(self.image.device, 0));
         }
         let new_metadata_clusters = copies.saturating_mul(TABLE_BYTES).div_ceil(size);
-        Ok(PlanSummary { final_length, new_data_clusters: grains, new_metadata_clusters })
+        Ok(PlanSummary { final_length, new_data_clusters: grains, new_metadata_clusters, ..PlanSummary::default() })
     }
 
     /// See [`Sink::write`](instar_guest_sdk::Sink::write).

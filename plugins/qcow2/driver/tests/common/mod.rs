@@ -41,8 +41,17 @@ pub fn config(io: &MemoryDevices, device: u32) -> DeviceConfig {
 
 /// Commit device 0 into the output device; device 1, if it is there, is the backing's backing.
 pub fn run_commit(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
+    run_commit_into(io, options, false)
+}
+
+/// The same, if the backing stands on a device that keeps its length.
+pub fn run_commit_into(io: &mut MemoryDevices, options: Options, fixed: bool) -> Result<Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: instar_guest_commit::Step::Check, error };
-    let (overlay, backing) = (config(io, OVERLAY), config(io, DEVICE_OUTPUT));
+    let (overlay, mut backing) = (config(io, OVERLAY), config(io, DEVICE_OUTPUT));
+    if fixed {
+        backing.flags |= device_flags::FIXED_LENGTH;
+        backing.max_length = backing.file_length;
+    }
     let has_ancestor = io.files.contains_key(&ANCESTOR);
     io.hold_commit(&overlay, options.keep_overlay, &backing);
     let mut source = Qcow2::open_source(io, &overlay).map_err(at)?;

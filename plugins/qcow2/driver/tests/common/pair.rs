@@ -3,8 +3,8 @@
 use super::bitmaps::verify_bitmaps;
 use super::builder::{build, Spec, State};
 use super::checker::{check, content, snapshot_contents, Report, View};
-use super::{be32, be64, run_commit, ANCESTOR, OVERLAY};
-use instar_guest_commit::Options;
+use super::{be32, be64, run_commit_into, ANCESTOR, OVERLAY};
+use instar_guest_commit::{CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::crash::Crashes;
 use instar_guest_sdk::memory::MemoryDevices;
@@ -16,17 +16,31 @@ pub struct Pair {
     pub ancestor: Option<Vec<u8>>,
     /// The backing may grow.
     pub resize: bool,
+    /// The backing stands on a device that keeps its length.
+    pub fixed: bool,
 }
 
 impl Pair {
     pub fn new(overlay: &Spec, backing: &Spec) -> Self {
-        Self { overlay: build(overlay), backing: build(backing), ancestor: None, resize: false }
+        Self { overlay: build(overlay), backing: build(backing), ancestor: None, resize: false, fixed: false }
     }
 
     pub fn io(&self) -> MemoryDevices {
         let mut files = vec![(OVERLAY, self.overlay.clone()), (DEVICE_OUTPUT, self.backing.clone())];
         files.extend(self.ancestor.clone().map(|bytes| (ANCESTOR, bytes)));
         MemoryDevices::new(files)
+    }
+
+    /// Put the backing on a device of so many bytes, whose other bytes are stale.
+    pub fn on_device(mut self, length: usize) -> Self {
+        assert!(self.backing.len() <= length, "the device is too small for the image: {}", self.backing.len());
+        self.backing.resize(length, 0xee);
+        self.fixed = true;
+        self
+    }
+
+    pub fn commit(&self, io: &mut MemoryDevices) -> Result<Outcome, CommitFailure> {
+        run_commit_into(io, self.options(), self.fixed)
     }
 
     pub fn options(&self) -> Options {
@@ -85,7 +99,7 @@ pub fn commit_and_verify(pair: &Pair) -> MemoryDevices {
     let before_leaks = check(&pair.backing).leaks;
     let (backing, overlay) = expected(pair);
     let mut io = pair.io();
-    let outcome = run_commit(&mut io, pair.options()).unwrap();
+    let outcome = pair.commit(&mut io).unwrap();
     assert_eq!(outcome.clusters_committed, View::new(&pair.overlay).entries().len() as u64);
     assert_eq!(outcome.overlay_clusters_cleared, outcome.clusters_committed);
     let (backing_after, overlay_after) = views(&io.files);
@@ -99,14 +113,21 @@ pub fn commit_and_verify(pair: &Pair) -> MemoryDevices {
     assert!(View::new(&io.files[&OVERLAY]).entries().is_empty());
     assert!(io.files[&OVERLAY].len() <= pair.overlay.len(), "the overlay grew");
     assert_eq!(io.unflushed(), BTreeSet::new());
+    assert_length_kept(pair, &io.files);
     io
+}
+
+fn assert_length_kept(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>) {
+    if pair.fixed {
+        assert_eq!(files[&DEVICE_OUTPUT].len(), pair.backing.len(), "the device has another length");
+    }
 }
 
 /// Every crash point: see [`Crashes`].
 pub fn verify_crashes(pair: &Pair) {
     let (backing, overlay) = expected(pair);
     let mut io = pair.io();
-    run_commit(&mut io, pair.options()).unwrap();
+    pair.commit(&mut io).unwrap();
     let states = crashes().each(&pair.io().files, &io.log, &mut |files| verify_state(pair, &files, &overlay, &backing));
     assert!(states > io.log.len(), "only {states} states");
     println!("crash states: {states}");
@@ -120,6 +141,7 @@ fn crashes() -> Crashes {
 
 pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {
     let snapshots = all_snapshots(&pair.io().files);
+    assert_length_kept(pair, files);
     assert!(all_snapshots(files) == snapshots, "a snapshot changed its content");
     let (_, overlay_now) = views(files);
     assert!(overlay_now == overlay, "the overlay changed its content");
@@ -134,7 +156,7 @@ pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8],
     bitmaps_hold(pair, files);
     // Running again finishes the job.
     let mut io = MemoryDevices::new(files.clone());
-    run_commit(&mut io, pair.options()).unwrap();
+    pair.commit(&mut io).unwrap();
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
     assert!(all_snapshots(&io.files) == snapshots, "running again changes a snapshot");

@@ -1,0 +1,157 @@
+"""Backings on block devices: the device is full of stale bytes, and its length is fixed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+
+import pytest
+import support
+from support import KIB, MIB, refuse
+
+
+class Loop:
+    """A block device of so many bytes, none of which is zero."""
+
+    def __init__(self, path, size):
+        path.write_bytes(b"\xee" * size)
+        done = subprocess.run(["losetup", "--show", "-f", path], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"this machine has no loop devices: {done.stderr.strip()}")
+        self.path, self.device = path, done.stdout.strip()
+
+    def __enter__(self):
+        return self.device
+
+    def __exit__(self, *_):
+        subprocess.run(["losetup", "-d", self.device], check=True)
+
+
+def create(device, size, **options):
+    support.create(device, size, **options)
+    return device
+
+
+def committed(device, top, tmp_path, *options):
+    """Commits; the backing must read as the overlay did, and be right in qemu-img's eyes."""
+    before = support.flatten(top, tmp_path / "before.qcow2")
+    support.commit(top, "-b", device, *options)
+    support.assert_same_content(top, before)
+    support.assert_same_content(device, before)
+    support.assert_clean(device)
+    assert support.holds_no_clusters(top)
+
+
+def missing(device, top, *options):
+    """The bytes that a refusal says are missing; nothing has changed."""
+    with support.untouched(top):
+        result = support.run_instar("commit", "-b", device, *options, "--output", "json", top)
+    error = json.loads(result.stderr)["error"]
+    assert error["name"] == "ERROR_NO_SPACE" and "nothing was changed" in error["message"], str(result)
+    assert "file system" not in error["message"], str(result)
+    return int(re.search(r"(\d+) bytes are missing", error["message"])[1])
+
+
+@pytest.mark.parametrize(
+    ("cluster_size", "refcount_bits", "size", "start", "length"),
+    [
+        (512, 16, 4, 1 * MIB, 600 * KIB),
+        (512, 64, 8, 2 * MIB, 3 * MIB),  # the refcount table grows and moves
+        (4 * KIB, 1, 16, 4 * MIB, 5 * MIB),
+        (4 * KIB, 16, 40, 3 * MIB, 20 * MIB),
+        (64 * KIB, 64, 40, 3 * MIB, 20 * MIB),
+        (2 * MIB, 16, 40, 3 * MIB, 9 * MIB),
+    ],
+)
+def test_what_no_refcount_block_describes_is_free(tmp_path, cluster_size, refcount_bits, size, start, length):
+    with Loop(tmp_path / "disk", size * MIB) as device:
+        create(device, 64 * MIB, cluster_size=cluster_size, refcount_bits=refcount_bits)
+        support.qemu_io(device, f"write -P 1 0 {start}")
+        top = support.create(tmp_path / "top.qcow2", backing=device, cluster_size=cluster_size)
+        support.qemu_io(top, f"write -P 2 {start - 4096} {length}", "write -z 64k 128k", f"write -P 3 {60 * MIB} 700")
+        committed(device, top, tmp_path)
+
+
+def test_a_device_that_is_too_small(tmp_path):
+    top = tmp_path / "top.qcow2"
+
+    def made(size):
+        create(device, 64 * MIB)
+        support.create(top, backing=device)
+        support.qemu_io(top, "write -P 2 1M 6M", "write -P 3 60M 1M")
+
+    with Loop(tmp_path / "disk", 2 * MIB) as device:
+        made(2 * MIB)
+        size = 2 * MIB + missing(device, top)
+    with Loop(tmp_path / "disk", size - 64 * KIB) as device:
+        made(size)
+        assert missing(device, top) == 64 * KIB
+        assert missing(device, top, "--dry-run") == 64 * KIB
+    with Loop(tmp_path / "disk", size) as device:
+        made(size)
+        committed(device, top, tmp_path)
+
+
+def test_it_grows(tmp_path):
+    """The L1 table moves: a cluster of 512 bytes maps 2 MiB."""
+    with Loop(tmp_path / "disk", 4 * MIB) as device:
+        create(device, 1 * MIB, cluster_size=512)
+        support.qemu_io(device, "write -P 1 0 1M")
+        top = support.create(tmp_path / "top.qcow2", 20 * MIB, backing=device, cluster_size=512)
+        support.qemu_io(top, "write -P 2 512k 1M", "write -P 3 19M 300k")
+        committed(device, top, tmp_path, "--resize-backing")
+        assert support.virtual_size(device) == 20 * MIB
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_commits_one_after_the_other(tmp_path, seed):
+    """Snapshots and freed clusters leave gaps, which the next commits fill."""
+    rng = random.Random(seed)
+    with Loop(tmp_path / "disk", 24 * MIB) as device:
+        create(device, 16 * MIB, cluster_size=rng.choice([512, 4096]), refcount_bits=rng.choice([16, 64]))
+        for number in range(5):
+            top = support.create(tmp_path / "top.qcow2", backing=device, cluster_size=rng.choice([512, 65536]))
+            writes = [
+                f"write {rng.choice([f'-P {number + 1}', '-z'])} {rng.randrange(0, 14 * MIB, 512)} {rng.randrange(512, MIB, 512)}"
+                for _ in range(12)
+            ]
+            support.qemu_io(top, *writes)
+            committed(device, top, tmp_path)
+            if number == 1:
+                support.qemu_img("snapshot", "-c", "one", device)
+            if number == 3:
+                support.qemu_img("snapshot", "-d", "one", device)
+            os.unlink(top)
+
+
+def test_a_vmdk_does_not_fit_on_a_device(tmp_path):
+    """It has no place to grow on; the refusal comes before the first change."""
+    with Loop(tmp_path / "disk", 4 * MIB) as device:
+        support.create(tmp_path / "base.vmdk", 16 * MIB, fmt="vmdk")
+        with open(device, "r+b") as file:
+            file.write((tmp_path / "base.vmdk").read_bytes())
+        top = support.create(tmp_path / "top.qcow2", backing=device, backing_fmt="vmdk")
+        support.qemu_io(top, "write -P 2 1M 1M")
+        with support.untouched(top, tmp_path / "disk"):
+            result = support.run_instar("commit", "-b", device, "--output", "json", top)
+        error = json.loads(result.stderr)["error"]
+        assert result.rc == 1 and error["name"] != "ERROR_INTERNAL_OVERFLOW" and "please report" not in error["message"], str(result)
+
+
+def test_a_damaged_image_on_a_device(tmp_path):
+    with Loop(tmp_path / "disk", 8 * MIB) as device:
+        create(device, 16 * MIB)
+        support.qemu_io(device, "write -P 1 0 1M")
+        with open(device, "r+b") as file:
+            head = file.read(MIB)
+            table = int.from_bytes(head[48:56], "big")
+            block = int.from_bytes(head[table : table + 8], "big")
+            # The last clusters of the data are said to be free.
+            file.seek(block + 2 * 18)
+            file.write(bytes(4))
+        top = support.create(tmp_path / "top.qcow2", backing=device)
+        support.qemu_io(top, "write -P 2 8M 1M")
+        refuse("ERROR_BACKING_CORRUPT", top, "-b", device, files=[tmp_path / "disk"], mentions=["refcount 0", device])
