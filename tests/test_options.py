@@ -203,7 +203,7 @@ def test_direct_modes_into_raw(pair):
         base.write_bytes(content)
         support.create(top, backing=base.name, backing_fmt="raw", cluster_size=512)
         support.qemu_io(top, "write -P 9 512 5k", "write -P 7 700k 100k", "write -z 900k 3k")
-        result = support.commit(top, "-t", mode)
+        result = support.commit(top, "-b", base, "-t", mode)
         wanted = bytearray(content)
         for start, length, byte in ((512, 5 * KIB, 9), (700 * KIB, 100 * KIB, 7), (900 * KIB, 3 * KIB, 0)):
             wanted[start : start + length] = bytes([byte]) * length
