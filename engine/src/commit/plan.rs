@@ -73,6 +73,7 @@ mod tests {
             backing_final_length: 5000,
             new_data_clusters: 4,
             new_metadata_clusters: 6,
+            encoded_bytes: 0,
         };
         assert_eq!(bounds.check(&good), Ok(()));
         for (wrong, why) in [

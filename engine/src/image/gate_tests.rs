@@ -58,7 +58,7 @@ impl Yard {
         let directory = Directory::open(&self.path("vm")).unwrap();
         let path = self.path("vm/top");
         let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, part };
-        Gate::within(self.roots(allowed)).find(&recorder, name, access, None)
+        Gate::within(self.roots(allowed)).find(&recorder, [name], access, None)
     }
 
     fn find(&self, name: &str, allowed: &[&str]) -> Result<Located, Error> {
@@ -248,7 +248,7 @@ fn what_the_operator_names_is_let_through() {
     let path = yard.path("vm/top");
     let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, part: Part::Ancestor };
     let gate = Gate::within(yard.roots(&[]));
-    let find = |name: &[u8]| gate.find(&recorder, name, Access::ReadOnly, base.identity());
+    let find = |name: &[u8]| gate.find(&recorder, [name], Access::ReadOnly, base.identity());
     assert!(find(b"../far/.hidden").unwrap().is_named_by_operator());
     assert!(!find(b"base").unwrap().is_named_by_operator());
     yard.link("vm/way", "../far/.hidden");
@@ -369,13 +369,13 @@ fn a_directory_that_is_exchanged_stays_what_it_was() {
     let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, part: Part::Target };
     fs::rename(yard.path("vm"), yard.path("moved")).unwrap();
     yard.link("vm", "other");
-    let located = gate.find(&recorder, b"base", Access::ReadWrite, None).unwrap();
+    let located = gate.find(&recorder, [b"base".as_slice()], Access::ReadWrite, None).unwrap();
     assert_eq!(yard_content(&located, &recorder), "vm/base");
     // By its name, it is another directory now.
-    assert!(gate.find(&recorder, yard.path("vm/base").as_os_str().as_bytes(), Access::ReadWrite, None).is_err());
+    assert!(gate.find(&recorder, [yard.path("vm/base").as_os_str().as_bytes()], Access::ReadWrite, None).is_err());
     // Also when it has no name any more.
     fs::remove_dir_all(yard.path("moved")).unwrap();
-    let error = gate.find(&recorder, b"base", Access::ReadWrite, None).unwrap_err();
+    let error = gate.find(&recorder, [b"base".as_slice()], Access::ReadWrite, None).unwrap_err();
     assert_eq!(error.code, ErrorCode::BackingNotFound, "{}", error.message);
     assert!(yard.dir.path().exists());
 }

@@ -150,7 +150,8 @@ impl MemoryDevices {
         let Some(file) = self.files.get(&device).filter(|_| self.holes) else { return range };
         let data = |block: u64| {
             let start = usize::try_from(block * BLOCK).unwrap_or(usize::MAX);
-            let bytes = file.get(start..file.len().min(start.saturating_add(BLOCK as usize))).unwrap_or_default();
+            let end = usize::try_from((block + 1) * BLOCK).unwrap_or(usize::MAX);
+            let bytes = file.get(start..file.len().min(end)).unwrap_or_default();
             bytes.iter().any(|&byte| byte != 0)
         };
         let end = range.end.min(file.len() as u64);
