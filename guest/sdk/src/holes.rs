@@ -93,6 +93,7 @@ impl Holes {
 }
 
 #[cfg(all(test, feature = "memory"))]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::memory::MemoryDevices;

@@ -200,7 +200,7 @@ impl<'a> Qcow2<'a> {
                     Some(bytes) => disk.hold(at, size as usize, &bytes),
                     None => disk.unreadable(at, size as usize),
                 }
-            } else if host % size != 0 {
+            } else if !host.is_multiple_of(size) {
                 disk.unreadable(at, size as usize);
             } else if self.extended {
                 let bytes = (size / 32) as usize;

@@ -61,7 +61,7 @@ impl ClusterSet {
         let end = first.0.saturating_add(count);
         let mut fresh = true;
         while at < end.min(self.ceiling) {
-            let whole = at % 64 == 0 && end - at >= 64;
+            let whole = at.is_multiple_of(64) && end - at >= 64;
             // The first cluster of a word makes its chunk, and decides whether there is room for that.
             fresh &= self.insert(HostCluster(at));
             let bit = at & ((1 << CHUNK_BITS) - 1);
@@ -170,7 +170,8 @@ mod tests {
             for set in [&mut one_by_one, &mut range] {
                 assert!(set.insert(HostCluster(200)));
             }
-            let fresh = (first..first + count).fold(true, |fresh, c| one_by_one.insert(HostCluster(c)) && fresh);
+            let inserted: Vec<bool> = (first..first + count).map(|c| one_by_one.insert(HostCluster(c))).collect();
+            let fresh = inserted.iter().all(|&fresh| fresh);
             assert_eq!(range.insert_range(HostCluster(first), count), fresh, "{first} {count}");
             assert!(one_by_one.iter().eq(range.iter()), "{first} {count}");
         }

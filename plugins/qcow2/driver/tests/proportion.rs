@@ -96,7 +96,7 @@ fn l1_tables_of_snapshots_in_holes_are_not_read() {
         check_work(bytes)
     };
     let (short, long) = (work(1), work(1 << 18));
-    assert!(long.1 < short.1 + (8 * 4 << 20) / 16, "{short:?} became {long:?}");
+    assert!(long.1 < short.1 + ((8 * 4) << 20) / 16, "{short:?} became {long:?}");
     assert!(long.0 <= short.0 + 8 * 8, "{short:?} became {long:?}");
 }
 
@@ -107,7 +107,7 @@ fn l2_tables_in_holes_are_not_read() {
         let mut bytes = build(&Spec::new(16, 1 << 40).with([(5, State::Data(3))]));
         let first = append(&mut bytes, tables);
         let l1 = be64(&bytes, 40);
-        (0..tables).for_each(|index| put64(&mut bytes, l1 + (index + 1) * 8, first + index * 65536 | 1 << 63));
+        (0..tables).for_each(|index| put64(&mut bytes, l1 + (index + 1) * 8, (first + index * 65536) | (1 << 63)));
         check_work(bytes)
     };
     // Those of the first window are read: only then is it known that there are such tables.
