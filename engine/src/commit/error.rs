@@ -338,12 +338,21 @@ mod tests {
     #[test]
     fn a_file_of_the_backing_is_the_backings() {
         let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base"), (513, "first"), (514, "second")]);
-        paths.backing_files = 18..19;
+        paths.backing_files = 514..515;
         let error = |device| {
             map_commit_error(&failure(ErrorCode::OverlayIo, Some(device), "write"), &paths, Changed::default())
         };
-        assert_eq!((error(17).code, error(18).code), (ErrorCode::OverlayIo, ErrorCode::BackingIo));
-        assert!(error(17).message.contains("'first'") && error(18).message.contains("'second'"));
+        assert_eq!((error(513).code, error(514).code), (ErrorCode::OverlayIo, ErrorCode::BackingIo));
+        assert!(error(513).message.contains("'first'") && error(514).message.contains("'second'"));
+    }
+
+    #[test]
+    fn a_driver_that_breaks_the_interface_is_named() {
+        let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base")]);
+        paths.drivers.insert(0, "qcow2 7.8.9".to_owned());
+        let message = |code| map_commit_error(&failure(code, Some(0), "plan"), &paths, Changed::default()).message;
+        assert!(message(ErrorCode::GuestProtocol).contains("the guest module qcow2 7.8.9: "));
+        assert!(!message(ErrorCode::OverlayCorrupt).contains("7.8.9"), "the image is to blame");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::budget::BudgetedReader;
 use super::library::{Candidate, LoadedLibrary};
 use super::{answers, ImageFiles, ImageRead, PluginFailure};
 use crate::confine::trap::Calling;
-use instar_guest_abi::ErrorCode;
+use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
     CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict,
@@ -152,7 +152,7 @@ impl Plugin {
     pub fn verdict(&self, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         let _calling = Calling::plugin(self.name());
         let mut verdict = self.library.interface.verdict(role, own, other);
-        if ErrorCode::from_u32(verdict.code).is_none() {
+        if verdict.code != ERROR_OK && ErrorCode::from_u32(verdict.code).is_none() {
             verdict.code = ErrorCode::PluginRefused.number();
         }
         verdict.reason = answers::cut(verdict.reason.into_string()).into();

@@ -193,7 +193,7 @@ mod tests {
                 (0x2000..0x3000, Rights::SYSTEM_CODE),
                 (0x4000..0x5000, Rights::SYSTEM_DATA),
                 (0x4_0000..0x5_3000, Rights::READ),
-                (0x5_8000..0x6_0000, Rights::DATA),
+                (0x5_7000..0x5_f000, Rights::DATA),
                 (0x6_0000..0x6_4000, Rights::DATA),
                 (0x8_0000..0x10_0000, Rights::DATA),
                 (layout.heap.clone(), Rights::DATA),

@@ -123,7 +123,11 @@ fn nothing_but_its_own_memory_is_reachable() {
         let VmError::GuestFault { vector: 14, address: Some((at, _)), rip, place, .. } = &error else {
             panic!("{address:#x}: {error}");
         };
-        assert_eq!((*at, *rip, place.as_str()), (address, 0x10_1005, "core+0x5"), "{error}");
+        assert_eq!(
+            (*at, *rip, place.as_str()),
+            (address, 0x10_1005, concat!("core ", env!("CARGO_PKG_VERSION"), "+0x5")),
+            "{error}"
+        );
     }
 }
 

@@ -6,7 +6,7 @@ mod hostile;
 mod support;
 
 use instar_engine::vm::{self, KvmDevice, Vm, VmError, VmSpec};
-use instar_guest_abi::{ErrorCode, RequestOp, ERROR_NOT_IMPLEMENTED};
+use instar_guest_abi::{ErrorCode, RequestOp, DEVICE_OUTPUT, ERROR_NOT_IMPLEMENTED};
 use instar_guest_testmod::Scenario;
 use support::{run, spec, Host};
 
@@ -44,7 +44,7 @@ fn drivers_work_across_modules() {
     assert_eq!(host.result.unwrap().clusters_committed, 1 << 20);
     assert_eq!(host.ops, [RequestOp::Copy as u32, RequestOp::Flush as u32]);
     let copy = host.copies[0];
-    assert_eq!((copy.src_device, copy.device, copy.length), (0, 16, 1 << 20));
+    assert_eq!((copy.src_device, copy.device, copy.length), (0, DEVICE_OUTPUT, 1 << 20));
 }
 
 #[test]
@@ -103,9 +103,9 @@ fn an_interruption_during_the_last_request_is_one() {
 fn modules_of_the_wrong_kind_are_named() {
     let swapped = spec(Scenario::Good).with_operation(support::module("plain", support::format()));
     let error = vm::run(&swapped, &mut Host::default()).unwrap_err().to_string();
-    assert!(error.contains("guest panic: module commit: it is of kind 1"), "{error}");
+    assert!(error.contains("guest panic: module plain: it is of kind 1"), "{error}");
     let junk = spec(Scenario::Good).with_operation(support::module("junk", b"junk"));
     let error = vm::run(&junk, &mut Host::default()).unwrap_err();
     assert_eq!(error.code(), ErrorCode::PluginUnavailable);
-    assert!(error.to_string().starts_with("guest module commit: it is not"), "{error}");
+    assert!(error.to_string().starts_with("guest module junk: it is not"), "{error}");
 }

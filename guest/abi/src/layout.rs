@@ -37,7 +37,7 @@ pub const MEMBER_TABLE_ADDR: u64 = 0x4_7000;
 pub const CONFIG_END: u64 = 0x5_3000;
 
 /// The request [`Ring`](crate::Ring), read-write.
-pub const RING_ADDR: u64 = 0x5_8000;
+pub const RING_ADDR: u64 = 0x5_7000;
 /// Bytes reserved for the ring.
 pub const RING_SIZE: u64 = 0x8000;
 

@@ -1,7 +1,7 @@
 //! The sink against a model: an array of bytes.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, Extent, ExtentKind, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, Extent, ExtentKind, Part, Phase, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
 use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver, ReadBelow, Sink};
 use instar_raw_driver::{Raw, RawSink};
@@ -97,6 +97,10 @@ proptest! {
         sink.plan(&mut io, &extents).unwrap();
         let planned = sink.planned(&mut io).unwrap();
         prop_assert_eq!(&io.log, &vec![]);
+        // Not longer than the plan said, and not before it.
+        let bound = config(length as u64, planned.final_length);
+        io.hold([(Part::Target, &bound)]);
+        io.enter(Phase::Target);
         let middle = extents.len() / 2;
         for part in [&[], &extents[..middle], &extents[middle..]] {
             sink.write(&mut io, part, &mut Nothing).unwrap();
