@@ -52,7 +52,7 @@ fn committed_raw(lab: &Lab, args: &[&str]) {
 fn a_recorded_raw_that_looks_like_another_format_is_believed_of_the_operator() {
     let header = a_header(&Lab::new());
     let lab = over_raw(&header, 4 * MIB);
-    let words = ["/base': looks like a qcow2 image", "/top' records it as raw", "add -F raw", "add -F qcow2"];
+    let words = ["/base': looks like a qcow2 image", "top' records it as raw", "add -F raw", "add -F qcow2"];
     lab.refused(&["top"], ErrorCode::FormatMismatch, &words);
     lab.refused(&["-b", "base", "top"], ErrorCode::FormatMismatch, &words);
     committed_raw(&lab, &["-F", "raw", "top"]);
@@ -165,14 +165,14 @@ fn what_begins_like_nothing_is_said_to_be_damaged_and_where_it_is_in_the_chain()
     lab.create("over", Some("top"), 64 * MIB);
     spoil("base");
     let damaged = ["begins like no known format (qcow2", "its header is damaged: restore it, and do not call it raw"];
-    let words = [&["/base': ", "/top', which it is the backing of", "add -F raw"][..], &damaged].concat();
+    let words = [&["/base': ", "top', which it is the backing of", "add -F raw"][..], &damaged].concat();
     lab.refused(&["top"], ErrorCode::UnsupportedFormat, &words);
-    lab.refused(&["over"], ErrorCode::UnsupportedFormat, &["/base': ", "/top', which", "rebase -u -b BACKING -F raw"]);
+    lab.refused(&["over"], ErrorCode::UnsupportedFormat, &["/base': ", "top', which", "rebase -u -b BACKING -F raw"]);
     lab.create("recorded", Some("base"), 64 * MIB);
-    let recorded = ["/base': does not begin like", "/recorded' records it as qcow2", "header is damaged: restore it"];
+    let recorded = ["/base': does not begin like", "recorded' records it as qcow2", "header is damaged: restore it"];
     lab.refused(&["recorded"], ErrorCode::FormatMismatch, &recorded);
     spoil("top");
-    lab.refused(&["top"], ErrorCode::UnsupportedFormat, &[&["/top': "][..], &damaged].concat());
+    lab.refused(&["top"], ErrorCode::UnsupportedFormat, &[&["top': "][..], &damaged].concat());
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn a_luks_backing_is_encrypted_and_not_unknown() {
         lab.qemu_img(&["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b", "base", "top", "4M"]);
         lab.refused(&["top"], ErrorCode::LuksUnsupported, &["/base': is encrypted with LUKS"]);
     }
-    lab.refused(&["base"], ErrorCode::LuksUnsupported, &["/base': is encrypted with LUKS"]);
+    lab.refused(&["base"], ErrorCode::LuksUnsupported, &["base': is encrypted with LUKS"]);
 }
 
 /// Refused before anything, also in a dry run.
@@ -278,5 +278,5 @@ fn permission_denied_is_not_read_only_and_not_absent() {
     };
     let denied = run("top");
     assert!(denied.contains("\"ERROR_PERMISSION_DENIED\"") && denied.contains("/base'"), "{denied}");
-    assert!(run("absent").contains("\"ERROR_OVERLAY_NOT_FOUND\""));
+    assert!(run("absent").contains("\"ERROR_IMAGE_NOT_FOUND\""));
 }

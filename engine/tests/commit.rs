@@ -326,7 +326,7 @@ fn a_signal_ends_the_wait() {
     let output = commit.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("/top': a signal ended the wait"), "{stderr}");
+    assert!(stderr.contains("top': a signal ended the wait"), "{stderr}");
     user.end();
     assert!(lab.files() == before);
 }

@@ -62,6 +62,7 @@ pub fn resolve_backing<'r>(
     // Of a format that any bytes are an image of, nothing but the image's word says that this is one. No disk ends within a
     // sector.
     if !backing.insisted
+        && backing.doubt.is_none()
         && !length.is_multiple_of(512)
         && backing.plugin.probe(file).is_ok_and(|score| score == PROBE_ANYTHING)
     {

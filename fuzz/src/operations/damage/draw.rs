@@ -2,9 +2,8 @@
 
 use super::super::beds::Pairs;
 use super::super::change::{one, Field, CHANGE};
-use super::super::commit::{admitted, guest};
-use super::super::strict::Strict;
-use super::super::{Bed, Files, ANCESTOR, OVERLAY};
+use super::super::commit::{admitted, guest, hold};
+use super::super::{Bed, Files, ANCESTOR};
 use crate::generator::Random;
 use instar_guest_abi::DEVICE_OUTPUT;
 
@@ -50,7 +49,7 @@ fn restore(drawn: &mut Drawn, random: &mut Random) {
     let bed = drawn.bed;
     let Some(configs) = admitted(bed, &bed.files) else { return };
     let run = |fail_at| {
-        let mut io = Strict::commit(bed.files.clone(), &configs[&OVERLAY], None, &configs[&DEVICE_OUTPUT]);
+        let mut io = hold(bed, bed.files.clone(), &configs);
         io.devices.fail_at = fail_at;
         // What it says does not matter.
         let _ = guest(bed, &mut io, &configs);

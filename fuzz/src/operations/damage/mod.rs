@@ -8,7 +8,7 @@
 mod draw;
 mod reader;
 
-use super::commit::{admitted, guest};
+use super::commit::{admitted, guest, hold};
 use super::strict::Strict;
 use super::{config, open_source, quietly, Bed, Files, Format, OVERLAY};
 use crate::host;
@@ -129,7 +129,7 @@ fn commit(drawn: &Drawn) -> Result<Verdict, String> {
         Verdict { ending: Ending::NotAdmitted, compared: false, failure: None, finding: None, requests: 0 };
     let Some(configs) = admitted(bed, files) else { return Ok(not_admitted) };
     let before = reading(bed, files);
-    let mut io = Strict::commit(files.clone(), &configs[&OVERLAY], None, &configs[&DEVICE_OUTPUT]).bounded();
+    let mut io = hold(bed, files.clone(), &configs).bounded();
     io.devices.holes = drawn.holes;
     let result = guest(bed, &mut io, &configs);
     let ending = judge_ending(&io, files, &result)?;
@@ -208,7 +208,8 @@ mod tests {
                 let (read, views) = (reading(bed, &bed.files), views(bed, &bed.files));
                 for (disk, device) in [(read.overlay, OVERLAY), (read.backing, DEVICE_OUTPUT)] {
                     let disk = disk.expect("a valid image can be read");
-                    assert!((0..disk.states.len()).all(|sector| disk.sector(sector).is_some()), "{pairs:?}");
+                    let unknown = (0..disk.states.len()).find(|&sector| disk.sector(sector).is_none());
+                    assert!(unknown.is_none(), "{pairs:?} {:?} {device}: sector {unknown:?}", bed.formats);
                     assert!(disk.bytes[..disk.length] == views[&device][..disk.length], "{pairs:?} {device}");
                 }
             }
