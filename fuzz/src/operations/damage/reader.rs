@@ -96,8 +96,9 @@ pub fn seen(layers: &[&Disk]) -> Disk {
 pub fn read(format: Format, bytes: &[u8]) -> Option<Disk> {
     match format {
         Format::Raw => {
-            let mut disk = Disk::new(bytes.len() as u64)?;
-            disk.hold(0, bytes.len(), bytes);
+            // The last sector of a disk is a whole one.
+            let mut disk = Disk::new((bytes.len() as u64).next_multiple_of(SECTOR as u64))?;
+            disk.hold(0, disk.length, bytes);
             Some(disk)
         }
         Format::Qcow2 => {
