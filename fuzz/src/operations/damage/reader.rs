@@ -183,7 +183,7 @@ impl<'a> Qcow2<'a> {
             let table = l1.checked_add(index * 8).and_then(|at| number(self.bytes, at, 8));
             let table = match table.map(|entry| entry & OFFSET) {
                 Some(0) => continue,
-                Some(table) if table % size == 0 => table,
+                Some(table) if table.is_multiple_of(size) => table,
                 _ => {
                     disk.unreadable(at, size as usize);
                     continue;
