@@ -7,11 +7,11 @@ use crate::image::{overflow, Image};
 use crate::scan::scan_l1_at;
 use crate::snapshots::Snapshots;
 use crate::source::decode_entry;
+use crate::table_reader::is_zero;
 use alloc::format;
-use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Holes};
 use instar_qcow2_format::{CompressedRange, HostCluster, HostOffset, L2Entry};
 
 /// Bytes of tables that are read at once.
@@ -135,14 +135,22 @@ impl Tables {
             .flat_map(|table| (0..bytes / piece).map(move |index| (table.offset.0 + index * piece, table.times)));
         let piece_size = usize::try_from(piece).map_err(|_| overflow("the size of a piece"))?;
         let mut buffer: Vec<u8> = Vec::new();
+        // Once a piece held nothing, those in holes are not read.
+        let mut holes: Option<Holes> = None;
         loop {
-            let batch: Vec<(u64, u32)> = pieces.by_ref().take(at_once).collect();
+            let mut batch: Vec<(u64, u32)> = pieces.by_ref().take(at_once).collect();
             if batch.is_empty() {
                 return Ok(());
             }
-            if buffer.is_empty() {
-                buffer = vec![0; batch.len() * piece_size];
+            if let Some(holes) = &mut holes {
+                let ranges: Vec<_> = batch.iter().map(|&(at, _)| at..at + piece).collect();
+                let mut data = holes.hold_data(io, image.device, &ranges)?.into_iter();
+                batch.retain(|_| data.next().unwrap_or(true));
             }
+            if batch.is_empty() {
+                continue;
+            }
+            buffer.resize(buffer.len().max(batch.len() * piece_size), 0);
             let base = buffer.as_mut_ptr() as u64;
             let mut requests: Vec<Request> = Vec::new();
             for (address, &(at, _)) in (base..).step_by(piece_size).zip(&batch) {
@@ -154,6 +162,10 @@ impl Tables {
             }
             io.run(&mut requests)?;
             for (bytes, &(first, times)) in buffer.chunks_exact(piece_size).zip(&batch) {
+                if is_zero(bytes) {
+                    holes.get_or_insert_default();
+                    continue;
+                }
                 for (index, raw) in (0u64..).zip(bytes.chunks_exact(step)) {
                     // Most tables are sparse.
                     if raw.iter().all(|&byte| byte == 0) {
