@@ -156,7 +156,8 @@ fn each_in_use(
     let order = image.header.refcount_order;
     let bytes = image.cluster_size().bytes();
     // Blocks that describe nothing may lie in a hole, a million of them.
-    if holes.hold_data(io, image.device, &[offset.0..offset.0 + bytes])? == [false] {
+    let range = offset.0..offset.0 + bytes;
+    if holes.hold_data(io, image.device, core::slice::from_ref(&range))? == [false] {
         return Ok(());
     }
     let mut block = vec![0; usize::try_from(bytes).map_err(|_| overflow("a refcount block"))?];
