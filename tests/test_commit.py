@@ -126,10 +126,9 @@ def test_dry_run_says_that_the_files_cannot_be_written(pair):
         if not there:
             pytest.skip("nothing can be mounted here")
         with support.untouched(pair.top, pair.base):
-            answer = support.commit(pair.top, "--dry-run", "--output", "json").json
-            assert [name in line and "Read-only file system" in line
-                    for name, line in zip((str(pair.top), str(pair.base)), answer["warnings"], strict=True)] == [True] * 2
-            support.assert_refused(support.run_instar("commit", "--output", "json", pair.top), "ERROR_READ_ONLY", pair.top)
+            for option in ["--dry-run", "-d"]:
+                result = support.run_instar("commit", option, "--output", "json", pair.top)
+                support.assert_refused(result, "ERROR_READ_ONLY", pair.top)
 
 
 def test_dry_run_refuses_what_a_commit_refuses(pair):

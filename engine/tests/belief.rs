@@ -167,7 +167,11 @@ fn what_begins_like_nothing_is_said_to_be_damaged_and_where_it_is_in_the_chain()
     let damaged = ["begins like no known format (qcow2", "its header is damaged: restore it, and do not call it raw"];
     let words = [&["/base': ", "top', which it is the backing of", "add -F raw"][..], &damaged].concat();
     lab.refused(&["top"], ErrorCode::UnsupportedFormat, &words);
-    lab.refused(&["over"], ErrorCode::UnsupportedFormat, &["/base': ", "top', which", "rebase -u -b BACKING -F raw"]);
+    lab.refused(
+        &["over"],
+        ErrorCode::UnsupportedFormat,
+        &["/base': ", "top', which", "record in that image that it is raw"],
+    );
     lab.create("recorded", Some("base"), 64 * MIB);
     let recorded = ["/base': does not begin like", "recorded' records it as qcow2", "header is damaged: restore it"];
     lab.refused(&["recorded"], ErrorCode::FormatMismatch, &recorded);

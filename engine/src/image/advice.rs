@@ -52,7 +52,7 @@ impl Recorder<'_> {
     }
 
     /// How another name gets into the image. `what` is to be recorded.
-    fn record(&self, what: &str) -> String {
+    pub(super) fn record(&self, what: &str) -> String {
         // The formats of which `qemu-img rebase` can change the backing.
         if self.part != Part::File && matches!(self.format, "qcow2" | "qed") {
             format!("record {what} with `qemu-img rebase -u -b NEW -F FMT '{}'`", escape_path(self.path))
@@ -68,14 +68,14 @@ impl Recorder<'_> {
     /// There is no such file.
     pub(super) fn missing(&self, path: &Path) -> Error {
         let recorder = escape_path(self.path);
-        let (code, role) = match self.part {
-            Part::File => (ErrorCode::OpenFailed, "as a part of it"),
-            Part::Target | Part::Ancestor => (ErrorCode::BackingNotFound, "as its backing file"),
+        let role = match self.part {
+            Part::File => "as a part of it",
+            Part::Target | Part::Ancestor => "as its backing file",
         };
         let moved = self.record("its new name");
         let clause =
             format!("does not exist, and '{recorder}' records it {role}: put it back, or, if it was moved, {moved}");
-        Error::image(path, code, clause)
+        Error::image(path, ErrorCode::BackingNotFound, clause).with_errno(libc::ENOENT)
     }
 
     /// The name leads to a file, or through a directory, that begins with a dot.

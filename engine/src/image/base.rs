@@ -6,7 +6,7 @@ use super::gate::Located;
 use super::named::NamedFile;
 use super::open::{Access, ChainImage, OpenedFile};
 use crate::error::Error;
-use crate::escape::{escape_bytes, escape_path};
+use crate::escape::escape_bytes;
 use crate::plugins::ImageRead;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::PROBE_ANYTHING;
@@ -81,10 +81,7 @@ fn open_base<'r>(
     parent: &[u8],
 ) -> Result<Target<'r>, Error> {
     let parent = format!("the overlay's immediate parent is {}", escape_bytes(parent));
-    let rebase = || {
-        let overlay = escape_path(&overlay.opened.path);
-        format!("if that is this file, moved, record it with `qemu-img rebase -u -b NEW -F FMT '{overlay}'`")
-    };
+    let rebase = || format!("if that is this file, moved, {}", overlay.recorder(Part::Ancestor).record("it"));
     let opened = match base.open(access, ErrorCode::BackingNotFound) {
         Err(error) if error.code == ErrorCode::BackingNotFound => {
             let clause = format!("does not exist (a relative name begins at the overlay's directory); {parent}");

@@ -56,6 +56,9 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
             let located = gate.find(&recorder, file.names(), *access, None)?;
             let opened = OpenedFile::located(&located, &recorder, *access)?;
             let length = opened.file.length();
+            if *changes {
+                check_part(registry, image, &opened, &file.format)?;
+            }
             // One that does not grow is a piece of the disk as it is.
             if *access == Access::ReadWrite && !file.grows && !length.is_multiple_of(512) {
                 return Err(recorder.uneven(&file.name, &opened.path, length));
@@ -65,9 +68,6 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
                 return Err(Error::image(&opened.path, ErrorCode::ChainLoop, clause));
             }
             seen.push(opened.identity);
-            if *changes {
-                check_part(registry, image, &opened, &file.format)?;
-            }
             others.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
         }
         image.files.append(&mut others);

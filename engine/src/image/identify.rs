@@ -79,9 +79,8 @@ impl OpenedFile {
         recorded: Recorded<'_>,
     ) -> Result<ChainImage<'r>, Error> {
         let hint = recorded.format.map(String::from_utf8_lossy);
-        self.identify(registry, hint.as_deref(), false).map_err(|(path, error)| {
-            recorded_error(&path, &error, recorded, "record that with `qemu-img rebase -u -b BACKING -F raw OVERLAY`")
-        })
+        self.identify(registry, hint.as_deref(), false)
+            .map_err(|(path, error)| recorded_error(&path, &error, recorded, "record in that image that it is raw"))
     }
 
     /// Find out the format of a file that is written below an image: the one that the operator `named`, or the recorded one.

@@ -84,7 +84,7 @@ fn pause() -> Pause {
 
 /// Who uses a file, and what to do: one clause.
 fn in_use(file: &File, access: Access, patience: Option<(u64, Instant)>) -> String {
-    let who = user_of(file).unwrap_or_else(|| "a running virtual machine?".to_owned());
+    let who = user_of(file).unwrap_or_else(|| "perhaps a running virtual machine".to_owned());
     let waited = patience.map(|(seconds, _)| format!(", also after {seconds} s")).unwrap_or_default();
     let wait = if patience.is_none() { ", or wait with --wait SECONDS" } else { "" };
     match access {

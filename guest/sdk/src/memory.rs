@@ -16,7 +16,6 @@ const EIO: u32 = 5;
 const EINVAL: u32 = 22;
 /// Bytes of a block, which is data or a hole.
 const BLOCK: u64 = 4096;
-const BLOCK_BYTES: usize = 4096;
 
 /// One recorded change.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -87,22 +87,25 @@ impl Image {
 
     fn read_tables_of(&self, io: &mut dyn BlockIo, directory: &[u32], indices: &[usize]) -> DriverResult<Vec<Table>> {
         let mut bytes = vec![0u8; indices.len().checked_mul(BYTES).ok_or_else(|| overflow("grain tables"))?];
-        let mut requests: Vec<Request> = Vec::with_capacity(indices.len());
+        let mut reads: Vec<Request> = Vec::with_capacity(indices.len());
         let buffer = bytes.as_mut_ptr() as u64;
         for (&index, slot) in indices.iter().zip(0u64..) {
             let Some(offset) = self.table_offset(directory, index)? else { continue };
-            let request = Request::read(self.device, offset, buffer + slot * TABLE_BYTES, TABLE_BYTES);
+            reads.push(Request::read(self.device, offset, buffer + slot * TABLE_BYTES, TABLE_BYTES));
+        }
+        if reads.len() > TABLES_UNASKED {
+            // Most programs allocate all tables of a new image at once, in a hole.
+            let ranges: Vec<_> = reads.iter().map(|read| read.offset..read.offset + TABLE_BYTES).collect();
+            let mut data = Holes::default().hold_data(io, self.device, &ranges)?.into_iter();
+            reads.retain(|_| data.next().unwrap_or(true));
+        }
+        let mut requests: Vec<Request> = Vec::new();
+        for read in reads {
             // Tables are usually one after the other.
             match requests.last_mut() {
-                Some(last) if follows(last, &request) => last.length += TABLE_BYTES,
-                _ => requests.push(request),
+                Some(last) if follows(last, &read) => last.length += TABLE_BYTES,
+                _ => requests.push(read),
             }
-        }
-        if requests.len() > TABLES_UNASKED {
-            // Most programs allocate all tables of a new image at once, in a hole.
-            let ranges: Vec<_> = requests.iter().map(|read| read.offset..read.offset + read.length).collect();
-            let mut data = Holes::default().hold_data(io, self.device, &ranges)?.into_iter();
-            requests.retain(|_| data.next().unwrap_or(true));
         }
         if !requests.is_empty() {
             io.run(&mut requests)?;
