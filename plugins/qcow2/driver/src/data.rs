@@ -1,8 +1,9 @@
 //! The data of a window: what goes into which host cluster, from where. It is step 1 of [`write`](crate::write).
 
 use crate::image::overflow;
-use crate::sink::{Action, Fill, Piece, Qcow2Sink};
+use crate::sink::{Action, Fill, Qcow2Sink};
 use crate::subclusters::Place;
+use crate::windows::Piece;
 use crate::write::{Remap, Reserved, BATCH};
 use alloc::vec;
 use alloc::vec::Vec;

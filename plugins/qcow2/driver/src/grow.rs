@@ -30,9 +30,10 @@ use crate::bitmaps::Bitmaps;
 use crate::grow_bitmaps::BitmapGrowth;
 use crate::image::overflow;
 use crate::metadata_map::MetadataMap;
-use crate::sink::{Piece, Qcow2Sink};
+use crate::sink::Qcow2Sink;
 use crate::snapshots::Snapshots;
 use crate::source::{Mapped, Qcow2Source};
+use crate::windows::Piece;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -216,7 +217,7 @@ impl Qcow2Sink {
         }
         let extent =
             Extent { guest_offset: old, length: end - old, location: 0, kind: ExtentKind::Zero as u32, device: 0 };
-        self.windows(&[extent], &mut |sink, pieces| sink.plan_window(io, pieces))?;
+        self.windows(io, &[extent], &mut |sink, io, pieces| sink.plan_window(io, pieces))?;
         // What the overlay holds of it comes by once more.
         self.planned.grown = partial.then_some(last);
         Ok(Some(extent))
@@ -251,7 +252,7 @@ impl Qcow2Sink {
         // Step 4.
         if let Some(zeroes) = growth.zeroes {
             self.without_bitmaps(|sink| {
-                sink.windows(&[zeroes], &mut |sink, pieces| sink.write_window(io, pieces, below))
+                sink.windows(io, &[zeroes], &mut |sink, io, pieces| sink.write_window(io, pieces, below))
             })?;
         }
         self.flush(io)?;

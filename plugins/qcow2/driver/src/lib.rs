@@ -54,6 +54,7 @@ mod subclusters;
 mod survey;
 mod table_reader;
 mod tables;
+mod windows;
 pub mod write;
 
 use image::{Image, Role};

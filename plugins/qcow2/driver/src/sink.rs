@@ -13,20 +13,17 @@ use crate::scan::decode_l1;
 use crate::slice_cache::SliceCache;
 use crate::source::{decode_halves, Mapped};
 use crate::subclusters::{Change, Place};
+use crate::windows::{Piece, WINDOW_SLICES};
 use crate::write::NewSpace;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
+use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow, Sink};
 use instar_qcow2_format::{
     incompatible, ClusterSize, CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry, Version,
 };
 
-/// Clusters that are worked on between two sets of flushes, at most.
-const WINDOW_CLUSTERS: usize = 1 << 16;
-/// Slices of L2 tables that are held at once, at most.
-const WINDOW_SLICES: usize = 2048;
 /// An image that data goes into.
 pub struct Qcow2Sink {
     pub(crate) image: Image,
@@ -52,18 +49,6 @@ pub struct Qcow2Sink {
     pub(crate) opened_length: u64,
     /// What is given back if the disk is full.
     pub(crate) new_space: Option<NewSpace>,
-}
-
-/// A part of an extent that falls into one cluster of the sink.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Piece {
-    pub(crate) cluster: GuestCluster,
-    /// Byte offset within the cluster, and length in bytes.
-    pub(crate) start: u64,
-    pub(crate) length: u64,
-    pub(crate) kind: ExtentKind,
-    pub(crate) device: u32,
-    pub(crate) location: u64,
 }
 
 /// What is to be done with a cluster of the sink.
@@ -165,57 +150,6 @@ impl Qcow2Sink {
             has_backing,
             image,
         }
-    }
-
-    /// Cut extents into pieces and hand them to `each` in windows of whole clusters that bounded memory can
-    /// hold.
-    pub(crate) fn windows(
-        &mut self,
-        extents: &[Extent],
-        each: &mut dyn FnMut(&mut Self, &[Piece]) -> DriverResult<()>,
-    ) -> DriverResult<()> {
-        let size = self.image.cluster_size();
-        let per_slice = self.image.slice_size() as u64 / self.image.header.l2_entry_bytes();
-        let mut pieces: Vec<Piece> = Vec::new();
-        let (mut clusters, mut slices) = (0, 0);
-        let mut last: Option<GuestCluster> = None;
-        for extent in extents {
-            let kind = ExtentKind::from_u32(extent.kind).ok_or_else(|| overflow("the kind of an extent"))?;
-            let end = extent.guest_offset.checked_add(extent.length).ok_or_else(|| overflow("an extent"))?;
-            if end > self.image.header.virtual_size {
-                return Err(DriverError::new(
-                    ErrorCode::BackingTooSmall,
-                    format!("data at guest offset {} lies past the end of the backing", extent.guest_offset),
-                ));
-            }
-            let mut at = extent.guest_offset;
-            while at < end {
-                let cluster = GuestCluster(at >> size.bits());
-                if last != Some(cluster) {
-                    let new_slice = last.is_none_or(|l| l.0 / per_slice != cluster.0 / per_slice);
-                    if clusters == WINDOW_CLUSTERS || (new_slice && slices == WINDOW_SLICES) {
-                        each(self, &pieces)?;
-                        pieces.clear();
-                        (clusters, slices) = (0, 0);
-                    }
-                    slices += usize::from(new_slice || clusters == 0);
-                    clusters += 1;
-                    last = Some(cluster);
-                }
-                let start = size.offset_in(at);
-                let length = (size.bytes() - start).min(end - at);
-                let location = match kind {
-                    ExtentKind::Data | ExtentKind::Memory => extent.location + (at - extent.guest_offset),
-                    ExtentKind::Zero | ExtentKind::Encoded => 0,
-                };
-                pieces.push(Piece { cluster, start, length, kind, device: extent.device, location });
-                at += length;
-            }
-        }
-        if pieces.is_empty() {
-            return Ok(());
-        }
-        each(self, &pieces)
     }
 
     /// Bytes of a cluster that the virtual disk has: fewer than a cluster at its end.
@@ -340,7 +274,7 @@ impl Sink for Qcow2Sink {
 
     fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
         self.prepare_plan(io)?;
-        self.windows(extents, &mut |sink, pieces| sink.plan_window(io, pieces))
+        self.windows(io, extents, &mut |sink, io, pieces| sink.plan_window(io, pieces))
     }
 
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
@@ -351,7 +285,7 @@ impl Sink for Qcow2Sink {
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
         let written = self
             .grow_now(io, below)
-            .and_then(|()| self.windows(extents, &mut |sink, pieces| sink.write_window(io, pieces, below)));
+            .and_then(|()| self.windows(io, extents, &mut |sink, io, pieces| sink.write_window(io, pieces, below)));
         written.map_err(|error| match error.code {
             ErrorCode::NoSpace => self.disk_is_full(io, error),
             _ => error,

@@ -6,7 +6,8 @@
 
 use crate::data::DataWriter;
 use crate::image::overflow;
-use crate::sink::{Fill, Old, Piece, Qcow2Sink};
+use crate::sink::{Fill, Old, Qcow2Sink};
+use crate::windows::Piece;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ExtentKind, Request};

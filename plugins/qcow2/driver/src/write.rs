@@ -27,7 +27,8 @@
 use crate::allocator::Run;
 use crate::image::overflow;
 use crate::publish::{clusters_of, Publication};
-use crate::sink::{Action, Piece, Qcow2Sink};
+use crate::sink::{Action, Qcow2Sink};
+use crate::windows::Piece;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ExtentKind, Request};

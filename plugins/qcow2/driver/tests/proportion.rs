@@ -7,9 +7,9 @@ use common::builder::{build, pattern, Spec, State};
 use common::damage::put64;
 use common::{be32, be64, config, run_commit, ANCESTOR, OVERLAY};
 use instar_guest_commit::{Ancestors, Options};
-use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, Part, Phase, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
+use instar_guest_sdk::{BlockIo, FormatDriver, ReadBelow, Sink, Source};
 use instar_qcow2_driver::image::{Image, Role};
 use instar_qcow2_driver::refcounts::{InUse, Refcounts};
 use instar_qcow2_driver::Qcow2;
@@ -162,6 +162,35 @@ fn refcounts_in_holes_are_not_counted_one_by_one() {
     let found = Refcounts::new(&image).in_use(&mut io, &image, 32768..u64::MAX).unwrap();
     assert_eq!(found, InUse { count: 2, last: Some(HostCluster(3000 * 32768 + 4)) });
     assert!(io.executed() < 200 && io.bytes_read < 1 << 20, "{} requests, {} bytes", io.executed(), io.bytes_read);
+}
+
+/// A short layer below a large overlay stands for zeroes up to the end of the disk.
+#[test]
+fn zeroes_over_what_nothing_maps_cost_nothing() {
+    const CLUSTER: u64 = 1 << 16;
+    const MAPPED: [u64; 3] = [5, 8192 * 77 + 1, 8192 * 131_071 + 8191];
+    let spec = Spec::new(16, 8192 * CLUSTER * (1 << 17)).with(MAPPED.map(|cluster| (cluster, State::Data(3))));
+    let mut io = MemoryDevices::new([(DEVICE_OUTPUT, build(&spec))]);
+    let device = config(&io, DEVICE_OUTPUT);
+    io.hold([(Part::Target, &device)]);
+    let guest_offset = 3 * CLUSTER + 512;
+    let length = device.virtual_size - guest_offset;
+    let zeroes = [Extent { guest_offset, length, kind: ExtentKind::Zero as u32, ..Extent::default() }];
+    let mut sink = Qcow2::open_sink(&mut io, &device, false).unwrap();
+    sink.plan(&mut io, &zeroes).unwrap();
+    let summary = sink.planned(&mut io).unwrap();
+    assert_eq!((summary.new_data_clusters, summary.new_metadata_clusters), (0, 0));
+    io.enter(Phase::Target);
+    sink.write(&mut io, &zeroes, &mut Ancestors::new(vec![])).unwrap();
+    sink.finish(&mut io).unwrap();
+    assert!(io.executed() < 1000 && io.bytes_read < 8 << 20, "{} requests, {} bytes", io.executed(), io.bytes_read);
+    let source = Qcow2::open_source(&mut io, &device).unwrap();
+    let mut image = Ancestors::new(vec![Box::new(source)]);
+    for cluster in MAPPED {
+        let mut buffer = [0xff; CLUSTER as usize];
+        image.read(&mut io, cluster * CLUSTER, &mut buffer).unwrap();
+        assert!(buffer.iter().all(|&byte| byte == 0), "cluster {cluster}");
+    }
 }
 
 #[test]
