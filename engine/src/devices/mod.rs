@@ -43,7 +43,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::time::Duration;
-use zeroes::Zeroes;
+use zeroes::{Seek, Zeroes};
 
 /// One image.
 #[derive(Debug)]
@@ -122,11 +122,13 @@ impl Device {
         &self.file
     }
 
-    /// Bytes that the file takes on the disk; of a block device, which does not say, all of it.
+    /// Bytes that the file takes on the disk. A block device does not say, nor do some file systems (FUSE's among them):
+    /// of those it is the length.
     fn allocated(&self) -> u64 {
-        match self.file.metadata() {
-            Ok(metadata) if !self.fixed_length => metadata.blocks().saturating_mul(512),
-            _ => self.length,
+        let blocks = self.file.metadata().map_or(0, |metadata| metadata.blocks());
+        match blocks {
+            0 if self.fixed_length || self.file.data(0) == Some(0) => self.length,
+            _ => blocks.saturating_mul(512),
         }
     }
 
