@@ -10,7 +10,7 @@ use instar_guest_abi::{
     FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
 };
 use instar_plugin_api::CommitRole;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Default)]
 pub struct DevicePaths {
     pub(super) by_device: BTreeMap<u32, PathBuf>,
+    /// Those that are block devices, which nothing makes longer.
+    pub(super) block_devices: BTreeSet<u32>,
     /// Name and version of the plugin whose driver reads the device.
     pub(super) drivers: BTreeMap<u32, String>,
     pub(super) overlay_files: Range<u32>,
@@ -31,6 +33,12 @@ impl DevicePaths {
     #[must_use]
     pub fn get(&self, device: u32) -> Option<&Path> {
         self.by_device.get(&device).map(PathBuf::as_path)
+    }
+
+    /// Whether the device is a block device of the host.
+    #[must_use]
+    pub fn is_block_device(&self, device: u32) -> bool {
+        self.block_devices.contains(&device)
     }
 
     /// The role of a device in a commit; `None` for other files of what is only read.
@@ -86,15 +94,15 @@ const READ_CACHES: u64 = 16 << 20;
 pub type Slot<'r> = (MemberRole, ChainImage<'r>);
 
 /// Attach the images as devices, opened before: slot 0 is the overlay, the slots after it are the layers below it, and
-/// `output` is the output device; other files of the images follow. Only the slots in `rw_slots` and the output may be
-/// written, with their files, and the own file of an image that [`follows`](ChainImage::follows) its parent.
+/// `output` is the output device; other files of the images follow. Only the output and the slot of
+/// [`MemberRole::Empty`] may be written, with their files, and the own file of an image that
+/// [`follows`](ChainImage::follows) its parent.
 ///
 /// # Errors
 /// [`ErrorCode::ChainTooDeep`].
 pub fn open_chain_devices_rw<'r>(
     slots: Vec<Slot<'r>>,
     output: ChainImage<'r>,
-    rw_slots: &[usize],
     max_length: u64,
 ) -> Result<ChainDevices<'r>, Error> {
     let mut all = ChainDevices::for_slots(slots.len(), &output.opened.path)?;
@@ -102,7 +110,7 @@ pub fn open_chain_devices_rw<'r>(
     for (index, (role, image)) in slots.into_iter().enumerate() {
         let slot = number(index);
         // Only a layer that is alone is emptied; the one next to the output may record which image that is.
-        let (emptied, identity) = (rw_slots.contains(&index) && role == MemberRole::Empty, image.follows);
+        let (emptied, identity) = (role == MemberRole::Empty, image.follows);
         let part = if emptied || identity { Part::Overlay { emptied, identity } } else { Part::Read };
         // An overlay is only emptied, but a plugin that has to repair it first may need more than it has.
         let longest =
@@ -217,6 +225,9 @@ impl<'r> ChainDevices<'r> {
         let max_length = device.max_length();
         self.devices.attach(number, device);
         self.paths.by_device.insert(number, opened.path);
+        if opened.block_device {
+            self.paths.block_devices.insert(number);
+        }
         FileDevice { flags, device: number, file_length, max_length }
     }
 

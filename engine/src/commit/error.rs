@@ -143,8 +143,8 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
     };
     let either = if side_is_backing(code) { DEVICE_OUTPUT } else { OVERLAY };
     let state = format!("{}; {}", failure.clause(paths), changed.clause());
-    // A driver that asks for more than a device has says so itself, and there is no file system.
-    let full_device = code == ErrorCode::NoSpace && failure.errno == 0 && failure.text.contains("device");
+    // There is no file system that could get more room; a driver says itself what the device lacks.
+    let full_device = code == ErrorCode::NoSpace && failure.device.is_some_and(|device| paths.is_block_device(device));
     let clause = if full_device { state } else { with_advice(state, code) };
     let error = failure.context(Error::image(failure.path(paths, either), code, clause));
     match paths.role(failure.device.unwrap_or(either)) {
@@ -331,6 +331,15 @@ mod tests {
         assert!(!written.contains("os error"), "{written}");
         assert!(line(0, "plan", false, false).contains("nothing was changed"));
         assert!(line(0, "empty", true, true).contains("backing is complete"));
+    }
+
+    #[test]
+    fn a_full_block_device_has_no_file_system_to_make_room_on() {
+        let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base")]);
+        let full = failure(ErrorCode::NoSpace, Some(DEVICE_OUTPUT), "plan");
+        assert!(map_commit_error(&full, &paths, Changed::default()).message.contains("file system"));
+        paths.block_devices.insert(DEVICE_OUTPUT);
+        assert!(!map_commit_error(&full, &paths, Changed::default()).message.contains("file system"));
     }
 
     #[test]

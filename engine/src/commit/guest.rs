@@ -107,7 +107,7 @@ pub fn run_commit_guest(
     let ancestors = ancestors.into_iter().map(|layer| (MemberRole::Below, layer));
     let doubt = backing.doubt.take();
     let slots: Vec<Slot<'_>> = std::iter::once((top, overlay)).chain(between).chain(ancestors).collect();
-    let all = open_chain_devices_rw(slots, backing, &[0], options.max_length)?;
+    let all = open_chain_devices_rw(slots, backing, options.max_length)?;
     let modules = all.modules();
     let ChainDevices { mut devices, members, files, mut paths, .. } = all;
     paths.merged = u32::try_from(merged).unwrap_or(u32::MAX);

@@ -172,7 +172,6 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     timing.mark("KVM opened, threads started");
     // A dry run asks for no more than it needs: anybody who may read the images can ask what would become of them.
     let access = if request.dry_run { Access::ReadOnly } else { Access::ReadWrite };
-    let shown = settled(&request.overlay);
     prepare_to_lock(request.wait, std::iter::once(&file).chain(&base), &request.allowed_directories);
     // Which of the files in these directories are images, and which are to be written, only the images say.
     let named = [Some(&file), base.as_ref()].map(|file| file.and_then(NamedFile::descriptor));
@@ -201,7 +200,7 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, changes: false, gate: &below }));
     open_extra_files(&registry, &mut images)?;
     ancestors.iter().for_each(|ancestor| notes.image("below it", ancestor));
-    let shown_backing = settled(&backing.opened.path);
+    let [overlay_path, backing_path] = [&overlay, &backing].map(|image| image.opened.settled_path());
     let mut warnings = Vec::new();
     if request.dry_run {
         [&overlay, &backing].into_iter().try_for_each(|image| image.opened.check_writable())?;
@@ -225,10 +224,10 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     warnings.extend(stale.iter().map(|path| becomes_stale(path, request.dry_run)));
     let announcement = notes.announcement(&warnings);
     let mut result = CommitRunResult {
-        overlay: shown,
+        overlay: overlay_path,
         overlay_given: request.overlay.clone(),
         overlay_format: overlay.facts.format.to_string(),
-        backing: shown_backing,
+        backing: backing_path,
         backing_format: backing.facts.format.to_string(),
         clusters_committed: 0,
         bytes_committed: 0,
@@ -270,15 +269,6 @@ fn not_writable(path: &Path) -> Option<String> {
     let error = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).err()?;
     let (path, why) = (escape_path(path), crate::error::reason(&error.into()));
     Some(format!("'{path}': cannot be written by you, which the commit itself needs: {why}"))
-}
-
-/// An absolute path as the kernel sees it: `..` and links of its directory are followed, what the last name is stays.
-fn settled(path: &Path) -> PathBuf {
-    let whole = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    match (whole.parent().map(Path::canonicalize), whole.file_name()) {
-        (Some(Ok(directory)), Some(name)) => directory.join(name),
-        _ => whole,
-    }
 }
 
 /// Refuse a backing that is not believed to be raw, unless the commit may be the repetition of one that made it look so: of

@@ -153,10 +153,8 @@ const OPEN: &[Call] = &[
     (libc::SYS_open, Always),
     (libc::SYS_openat, Always),
     (libc::SYS_readlinkat, Always),
-    (libc::SYS_readlink, Always),
     (libc::SYS_getcwd, Always),
-    // What `realpath` of the C library asks of a name with `..`, by its version
-    (libc::SYS_access, Always),
+    // Whether a file could be written to, by the version of the kernel
     (libc::SYS_faccessat, Always),
     (libc::SYS_faccessat2, Always),
     (libc::SYS_stat, Always),

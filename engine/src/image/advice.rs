@@ -1,9 +1,11 @@
 //! What is said of a recorded name that is not followed: who records it, and what helps.
 
 use super::names::NoFile;
+use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::{escape_bytes, escape_path};
 use crate::lookup::Directory;
+use crate::plugins::ImageRead as _;
 use instar_guest_abi::ErrorCode;
 use std::path::Path;
 
@@ -105,8 +107,8 @@ impl Recorder<'_> {
     }
 
     /// The name leads to a file that is no whole number of sectors.
-    pub(super) fn uneven(&self, name: &[u8], path: &Path, length: u64) -> Error {
-        let path = escape_path(path);
+    pub(super) fn uneven(&self, name: &[u8], opened: &OpenedFile) -> Error {
+        let (path, length) = (escape_path(&opened.path), opened.file.length());
         let why =
             format!("leads to a file of {length} bytes, no multiple of 512, which an image may not choose as a disk");
         let advice = match self.part {

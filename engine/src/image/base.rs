@@ -7,7 +7,6 @@ use super::named::NamedFile;
 use super::open::{Access, ChainImage, OpenedFile};
 use crate::error::Error;
 use crate::escape::escape_bytes;
-use crate::plugins::ImageRead;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::PROBE_ANYTHING;
 
@@ -58,15 +57,13 @@ pub fn resolve_backing<'r>(
     };
     let opened = OpenedFile::located(&located, &overlay.recorder(part), access)?.lock(access)?;
     let backing = descent.identify_target(overlay, &located, opened, choice.format)?;
-    let (file, length) = (&backing.opened.file, backing.opened.file.length());
-    // Of a format that any bytes are an image of, nothing but the image's word says that this is one. No disk ends within a
-    // sector.
+    // Of a format that any bytes are an image of, nothing but the image's word says that this is one.
     if !backing.insisted
         && backing.doubt.is_none()
-        && !length.is_multiple_of(512)
-        && backing.plugin.probe(file).is_ok_and(|score| score == PROBE_ANYTHING)
+        && backing.opened.ends_within_a_sector()
+        && backing.plugin.probe(&backing.opened.file).is_ok_and(|score| score == PROBE_ANYTHING)
     {
-        return Err(overlay.recorder(part).uneven(&pointer.name, &backing.opened.path, length));
+        return Err(overlay.recorder(part).uneven(&pointer.name, &backing.opened));
     }
     Ok(Target { backing, between: Vec::new() })
 }

@@ -55,13 +55,12 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
             let recorder = image.recorder(Part::File);
             let located = gate.find(&recorder, file.names(), *access, None)?;
             let opened = OpenedFile::located(&located, &recorder, *access)?;
-            let length = opened.file.length();
             if *changes {
                 check_part(registry, image, &opened, &file.format)?;
             }
             // One that does not grow is a piece of the disk as it is.
-            if *access == Access::ReadWrite && !file.grows && !length.is_multiple_of(512) {
-                return Err(recorder.uneven(&file.name, &opened.path, length));
+            if *access == Access::ReadWrite && !file.grows && opened.ends_within_a_sector() {
+                return Err(recorder.uneven(&file.name, &opened));
             }
             if seen.contains(&opened.identity) {
                 let clause = "is used twice in this chain: each file can be part of one image, once";

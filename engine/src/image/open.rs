@@ -10,7 +10,7 @@ use super::locking;
 use super::named::NamedFile;
 use crate::error::Error;
 use crate::lookup::{Directory, Identity};
-use crate::plugins::{FileImage, Mark, Plugin};
+use crate::plugins::{FileImage, ImageRead as _, Mark, Plugin};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
@@ -19,6 +19,9 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+
+/// Bytes of a sector, of which a disk has a whole number.
+const SECTOR: u64 = 512;
 
 /// An image file that is open.
 #[derive(Debug)]
@@ -176,6 +179,20 @@ impl OpenedFile {
     /// [`ErrorCode::ReadOnly`].
     pub fn check_writable(&self) -> Result<(), Error> {
         check_writable(&self.path, self.file.file(), self.block_device)
+    }
+
+    /// Its absolute path, with the links of its directory followed and those of its own name kept.
+    #[must_use]
+    pub fn settled_path(&self) -> PathBuf {
+        match self.path.file_name() {
+            Some(name) => self.directory.clone().really().path().join(name),
+            None => self.path.clone(),
+        }
+    }
+
+    /// Whether it is no disk as it is: no disk ends within a sector.
+    pub(super) fn ends_within_a_sector(&self) -> bool {
+        !self.file.length().is_multiple_of(SECTOR)
     }
 
     /// Lock the file as QEMU does, so that no virtual machine and no other tool uses it in a way that conflicts.
