@@ -6,7 +6,7 @@ use super::checker::{check, content, snapshot_contents, Report, View};
 use super::{be32, be64, run_commit_into, ANCESTOR, OVERLAY};
 use instar_guest_commit::{CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_guest_sdk::crash::Crashes;
+use instar_guest_sdk::crash::{Crashes, Files};
 use instar_guest_sdk::memory::MemoryDevices;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -128,21 +128,37 @@ pub fn verify_crashes(pair: &Pair) {
     let (backing, overlay) = expected(pair);
     let mut io = pair.io();
     pair.commit(&mut io).unwrap();
-    let states = crashes().each(&pair.io().files, &io.log, &mut |files| verify_state(pair, &files, &overlay, &backing));
-    assert!(states > io.log.len(), "only {states} states");
+    let before = pair.io().files;
+    let snapshots = all_snapshots(&before);
+    let mut verify = |files: Files| verify_reading(pair, &files, (&overlay, &backing, &snapshots));
+    let states = crashes().each(&before, &io.log, &mut verify);
+    // Before everything, and after it.
+    assert!(states > 1, "only {states} states");
     println!("crash states: {states}");
 }
 
-/// `make crash` draws more random states than the tests do.
-fn crashes() -> Crashes {
-    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
-    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
+/// How many random states `make crash` draws after each change.
+fn drawn() -> Option<usize> {
+    std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok())
 }
 
-pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8], backing: &[u8]) {
-    let snapshots = all_snapshots(&pair.io().files);
+/// Whether `make crash` runs the tests.
+pub fn is_campaign() -> bool {
+    drawn().is_some()
+}
+
+fn crashes() -> Crashes {
+    Crashes { drawn: drawn().unwrap_or(1), seed: 1 }
+}
+
+pub fn verify_state(pair: &Pair, files: &Files, overlay: &[u8], backing: &[u8]) {
+    verify_reading(pair, files, (overlay, backing, &all_snapshots(&pair.io().files)));
+}
+
+/// The same, if the snapshots were read before.
+fn verify_reading(pair: &Pair, files: &Files, (overlay, backing, snapshots): (&[u8], &[u8], &[Vec<u8>])) {
     assert_length_kept(pair, files);
-    assert!(all_snapshots(files) == snapshots, "a snapshot changed its content");
+    assert!(all_snapshots(files) == *snapshots, "a snapshot changed its content");
     let (_, overlay_now) = views(files);
     assert!(overlay_now == overlay, "the overlay changed its content");
     assert_eq!(errors(&files[&OVERLAY]), Vec::<String>::new(), "overlay");
@@ -159,7 +175,7 @@ pub fn verify_state(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>, overlay: &[u8],
     pair.commit(&mut io).unwrap();
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
-    assert!(all_snapshots(&io.files) == snapshots, "running again changes a snapshot");
+    assert!(all_snapshots(&io.files) == *snapshots, "running again changes a snapshot");
     // What an overlay that is emptied in part has left is less than what was committed: the bits stay all the same.
     bitmaps_hold(pair, &io.files);
     assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
