@@ -210,8 +210,7 @@ def test_local_files_behind_a_protocol(tmp_path, form):
 @pytest.mark.parametrize(
     "name",
     ["nbd://localhost:10809/x", "nbd:localhost:10809", "C:\\VMs\\base", "rbd:pool/image", "http://localhost/x", "fat:rw:.",
-     'json:{"driver":"raw","offset":512,"file":{"driver":"file","filename":"base"}}',
-     'json:{"driver":"file","filename":"top","filename":"base"}'],
+     'json:{"driver":"file","filename":"top","filename":"base"}', "json:{bad"],
 )
 def test_what_is_no_local_file(tmp_path, name):
     """The advice is taken, and helps."""
@@ -221,6 +220,54 @@ def test_what_is_no_local_file(tmp_path, name):
     error = refused("ERROR_WRITE_TARGET_NOT_ALLOWED", top, files=[base], mentions=["rebase -u", top])
     assert "-b '" not in error and "--allow" not in error, error
     assert ("Windows" in error) == name.startswith("C:")
+    command = re.search(r"`(qemu-img rebase -u -b NEW -F FMT '.*')`", error)[1]
+    assert support.run("sh", "-c", command.replace("NEW", "base").replace("FMT", "qcow2")).rc == 0
+    commits(top, base)
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("offset", '{"driver":"raw","offset":1048576,"size":1048576,"file":{"driver":"file","filename":"@/base"}}'),
+     ("backing", '{"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"@/base"}}')],
+)
+def test_options_that_change_what_is_read(tmp_path, option, name):
+    """Another name would make another disk of it, so that none is advised."""
+    base = image(tmp_path / "base", "write -P 1 0 2M")
+    top = image(tmp_path / "top", backing="base")
+    qcow2_bytes.Image(top).set_backing(b"json:" + name.replace("@", str(tmp_path)).encode())
+    error = refused("ERROR_WRITE_TARGET_NOT_ALLOWED", top, files=[base], mentions=[f"has the option '{option}'"])
+    assert "rebase" not in error
+
+
+def test_options_that_change_nothing_of_it(tmp_path):
+    base = image(tmp_path / "base", "write -P 1 0 4M")
+    top = image(tmp_path / "top", "write -P 2 1M 64k", backing="base")
+    options = '"lazy-refcounts":true,"l2-cache-size":65536,"overlap-check":"none","pass-discard-request":true'
+    name = f'json:{{"driver":"qcow2",{options},"file":{{"driver":"file","filename":"{base}"}}}}'
+    qcow2_bytes.Image(top).set_backing(name.encode())
+    commits(top, base)
+
+
+@pytest.mark.parametrize("name", ["it's", "a';touch PWNED;'", "$(touch PWNED)`touch PWNED`", "new\nline"])
+def test_advice_can_be_pasted_whatever_the_name_is(tmp_path, name):
+    """An image chooses the names that advice repeats: for a shell they are one word, and nothing else."""
+    base = image(tmp_path / name / "base", "write -P 1 0 4M")
+    top = image(tmp_path / "vm/top", "write -P 2 1M 64k", backing=base)
+    error = refused("ERROR_WRITE_TARGET_NOT_ALLOWED", top, files=[base])
+    word = re.search(r"commit into it with -b (.*), or allow its directory", error)[1]
+    wanted = content(top)
+    script = f"{support.instar_binary()} commit -b {word} {top}"
+    result = support.run("bash", "-c", script, cwd=tmp_path)
+    assert result.rc == 0 and content(base) == wanted, str(result)
+    assert not list(tmp_path.rglob("PWNED"))
+
+
+def test_the_advice_for_a_name_through_proc_leads_on(tmp_path):
+    base = image(tmp_path / "base", "write -P 1 0 4M")
+    top = image(tmp_path / "top", "write -P 2 1M 64k", backing="base")
+    qcow2_bytes.Image(top).set_backing(b"/proc/self/cwd/base")
+    for options in ([], ["-b", base], ["--allow-backing-dir", tmp_path]):
+        error = refused("ERROR_WRITE_TARGET_NOT_ALLOWED", top, *options, files=[base], mentions=["/proc"])
     command = re.search(r"`(qemu-img rebase -u -b NEW -F FMT '.*')`", error)[1]
     assert support.run("sh", "-c", command.replace("NEW", "base").replace("FMT", "qcow2")).rc == 0
     commits(top, base)

@@ -56,6 +56,32 @@ pub fn escape_bytes(bytes: &[u8]) -> String {
     out
 }
 
+/// Bytes as one word that a shell takes for them: what advice has a person paste, an image may have chosen. Bytes that must
+/// not reach a terminal are written as `$'\\xNN'`, which POSIX has since 2024.
+#[must_use]
+pub fn shell_word(bytes: &[u8]) -> String {
+    if let Some(text) = std::str::from_utf8(bytes).ok().filter(|text| !text.chars().any(is_hidden)) {
+        return format!("'{}'", text.replace('\'', r"'\''"));
+    }
+    let mut word = String::from("$'");
+    for &byte in bytes {
+        match byte {
+            b'\'' | b'\\' => word.extend(['\\', char::from(byte)]),
+            b' '..=b'~' => word.push(char::from(byte)),
+            _ => {
+                let _ = write!(word, "\\x{byte:02x}");
+            }
+        }
+    }
+    word + "'"
+}
+
+/// [`shell_word`] of a path.
+#[must_use]
+pub fn shell_path(path: &Path) -> String {
+    shell_word(path.as_os_str().as_bytes())
+}
+
 /// A path, wherever it came from.
 #[must_use]
 pub fn escape_path(path: &Path) -> String {
@@ -96,6 +122,24 @@ fn push(out: &mut String, c: char) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shell_takes_a_word_for_what_it_was() {
+        for bytes in [
+            &b"plain"[..],
+            b"it's",
+            b"a';touch x;'",
+            b"$(x) `y` \"z\" \\",
+            b"new\nline'",
+            b"\xff\x80'\\",
+            "\u{202e}x".as_bytes(),
+        ] {
+            let word = shell_word(bytes);
+            assert!(!word.chars().any(is_hidden), "{word}");
+            let said = std::process::Command::new("bash").args(["-c", &format!("printf %s {word}")]).output();
+            assert!(said.is_ok_and(|said| said.stdout == bytes), "{word}");
+        }
+    }
 
     #[test]
     fn what_moves_a_cursor_is_shown_instead() {

@@ -120,8 +120,26 @@ fn the_operators_format_counts_and_not_the_recorded_one() {
 #[test]
 fn a_format_that_the_file_is_not_of_is_refused() {
     let lab = over_raw(&[7; 512], 4 * MIB);
-    let words = ["/base': does not begin like the qcow2 image", "header is damaged", "do not call it raw"];
+    let words = ["/base': is no qcow2 image", "records it as raw: leave out -F qcow2"];
     lab.refused(&["-F", "qcow2", "top"], ErrorCode::FormatMismatch, &words);
+}
+
+/// Nothing but a slip of the operator's speaks for raw: the overlay and the file both say that it is something else.
+#[test]
+fn a_format_that_everything_else_contradicts_is_refused() {
+    let lab = Lab::new();
+    lab.create("base", None, 4 * MIB);
+    lab.io("base", &["write -P 1 0 4M"]);
+    lab.create("top", Some("base"), MIB);
+    lab.io("top", &["write -P 5 0 1M"]);
+    let words =
+        ["/base': is a qcow2 image", "records it as one", "leave out -F raw", "qemu-img rebase -u -b 'base' -F raw"];
+    lab.refused(&["-F", "raw", "top"], ErrorCode::FormatMismatch, &words);
+    lab.refused(&["-F", "raw", "--resize-backing", "--dry-run", "top"], ErrorCode::FormatMismatch, &words);
+    // What it advises is taken.
+    lab.qemu_img(&["rebase", "-q", "-u", "-F", "raw", "-b", "base", "top"]);
+    lab.refused(&["top"], ErrorCode::FormatMismatch, &["add -F raw"]);
+    assert_eq!(lab.instar(&["-F", "raw", "top"]).status, 0);
 }
 
 #[test]
@@ -170,7 +188,7 @@ fn what_begins_like_nothing_is_said_to_be_damaged_and_where_it_is_in_the_chain()
     lab.refused(
         &["over"],
         ErrorCode::UnsupportedFormat,
-        &["/base': ", "top', which", "record in that image that it is raw"],
+        &["/base': ", "top', which", "record that with `qemu-img rebase -u -b 'base' -F raw"],
     );
     lab.create("recorded", Some("base"), 64 * MIB);
     let recorded = ["/base': does not begin like", "recorded' records it as qcow2", "header is damaged: restore it"];

@@ -133,7 +133,7 @@ fn a_format_that_is_not_known_is_said_with_those_that_are() {
     let unknown = registry.identify(&Bytes(vec![7; 4096]), None).unwrap_err();
     let text = unknown.to_string();
     assert!(
-        text.starts_with("begins like no known format (qcow2). If it used to be one, its header is damaged"),
+        text.starts_with("begins like no known format (qcow2): if it used to be one, its header is damaged"),
         "{text}"
     );
     let damaged = registry.identify(&Bytes(vec![7; 4096]), Some("qcow2")).unwrap_err().to_string();

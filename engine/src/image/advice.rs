@@ -3,7 +3,7 @@
 use super::names::NoFile;
 use super::open::OpenedFile;
 use crate::error::Error;
-use crate::escape::{escape_bytes, escape_path};
+use crate::escape::{escape_bytes, escape_path, shell_path, shell_word};
 use crate::lookup::Directory;
 use crate::plugins::ImageRead as _;
 use instar_guest_abi::ErrorCode;
@@ -42,12 +42,12 @@ impl Recorder<'_> {
     /// The refusal of a name that leads where nobody allowed it to; `path` is as much as may be told of where that is.
     pub(super) fn outside(&self, name: &[u8], path: &Path) -> Error {
         let directory = path.parent().unwrap_or(Path::new("/"));
-        let named = format!("commit into it with -b '{}'", escape_path(path));
+        let named = format!("commit into it with -b {}", shell_path(path));
         let allow = if directory == Path::new("/dev") {
             // All devices of the machine are more than anybody wants to allow.
             "allow the directory that has a link to it with --allow-backing-dir".to_owned()
         } else {
-            format!("allow its directory with --allow-backing-dir '{}'", escape_path(directory))
+            format!("allow its directory with --allow-backing-dir {}", shell_path(directory))
         };
         let advice = if self.part == Part::Target { format!("{named}, or {allow}") } else { allow };
         self.refuse(name, "leads outside the image's own directory", &advice)
@@ -57,21 +57,55 @@ impl Recorder<'_> {
     pub(super) fn record(&self, what: &str) -> String {
         // The formats of which `qemu-img rebase` can change the backing.
         if self.part != Part::File && matches!(self.format, "qcow2" | "qed") {
-            format!("record {what} with `qemu-img rebase -u -b NEW -F FMT '{}'`", escape_path(self.path))
+            format!("record {what} with `qemu-img rebase -u -b NEW -F FMT {}`", shell_path(self.path))
         } else {
-            format!("write {what} into the image")
+            self.edit(what)
+        }
+    }
+
+    /// How the image comes to record that the file behind this name is raw.
+    #[must_use]
+    pub fn record_raw(&self, name: &[u8]) -> String {
+        if matches!(self.format, "qcow2" | "qed") {
+            let (name, path) = (shell_word(name), shell_path(self.path));
+            format!("record that with `qemu-img rebase -u -b {name} -F raw {path}`")
+        } else {
+            format!("record that in '{}'", escape_path(self.path))
+        }
+    }
+
+    /// How another name gets into an image whose format no tool changes the name in.
+    fn edit(&self, what: &str) -> String {
+        match (self.part, self.format) {
+            (Part::Target | Part::Ancestor, "vmdk") => {
+                format!("write {what} into its descriptor (parentFileNameHint, padded to the old length)")
+            }
+            _ => format!("write {what} into the image"),
         }
     }
 
     pub(super) fn no_file(&self, name: &[u8], why: &NoFile) -> Error {
-        self.refuse(name, &why.to_string(), &self.record("the name of a local file"))
+        let advice = match why {
+            // Another name would make another disk of it.
+            NoFile::Option(_) => {
+                "instar takes a format and a file name; `qemu-img commit` knows the other options".to_owned()
+            }
+            _ => self.record("the name of a local file"),
+        };
+        self.refuse(name, &why.to_string(), &advice)
+    }
+
+    /// The name leads through procfs.
+    pub(super) fn through_proc(&self, name: &[u8]) -> Error {
+        let why = "leads through /proc, where links lead where no text says";
+        self.refuse(name, why, &self.record("the file's own name"))
     }
 
     /// There is no such file.
     pub(super) fn missing(&self, path: &Path) -> Error {
         let recorder = escape_path(self.path);
         let role = match self.part {
-            Part::File => "as a part of it",
+            Part::File => "as one of its extents",
             Part::Target | Part::Ancestor => "as its backing file",
         };
         let moved = self.record("its new name");
@@ -83,14 +117,14 @@ impl Recorder<'_> {
     /// The name leads to a file, or through a directory, that begins with a dot.
     pub(super) fn hidden(&self, name: &[u8], path: &Path) -> Error {
         let advice = match self.part {
-            Part::Target => format!("if that is right, commit into it with -b '{}'", escape_path(path)),
+            Part::Target => format!("if that is right, commit into it with -b {}", shell_path(path)),
             // What the operator allows is not hidden, but what an image chooses there may be.
             _ if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) => {
                 format!("rename the file, and {}", self.record("its new name"))
             }
             _ => {
                 let directory = path.parent().unwrap_or(Path::new("/"));
-                format!("if that is right, allow its directory with --allow-backing-dir '{}'", escape_path(directory))
+                format!("if that is right, allow its directory with --allow-backing-dir {}", shell_path(directory))
             }
         };
         self.refuse(name, "leads to something hidden, which an image may not choose", &advice)
@@ -98,22 +132,22 @@ impl Recorder<'_> {
 
     /// The name leads to a file that can be executed.
     pub(super) fn executable(&self, name: &[u8], path: &Path) -> Error {
-        let path = escape_path(path);
+        let path = shell_path(path);
         let advice = match self.part {
-            Part::Target => format!("if that is right, commit into it with -b '{path}'"),
-            Part::Ancestor | Part::File => format!("if it is part of a disk, `chmod a-x '{path}'`"),
+            Part::Target => format!("if that is right, commit into it with -b {path}"),
+            Part::Ancestor | Part::File => format!("if it is part of a disk, `chmod a-x {path}`"),
         };
         self.refuse(name, "leads to an executable file, which an image may not choose", &advice)
     }
 
     /// The name leads to a file that is no whole number of sectors.
     pub(super) fn uneven(&self, name: &[u8], opened: &OpenedFile) -> Error {
-        let (path, length) = (escape_path(&opened.path), opened.file.length());
+        let (path, length) = (shell_path(&opened.path), opened.file.length());
         let why =
             format!("leads to a file of {length} bytes, no multiple of 512, which an image may not choose as a disk");
         let advice = match self.part {
-            Part::Target => format!("if that is right, commit into it with -b '{path}'"),
-            Part::Ancestor | Part::File => format!("if it is part of a disk, `truncate -s %512 '{path}'`"),
+            Part::Target => format!("if that is right, commit into it with -b {path}"),
+            Part::Ancestor | Part::File => format!("if it is part of a disk, `truncate -s %512 {path}`"),
         };
         self.refuse(name, &why, &advice)
     }
@@ -122,7 +156,7 @@ impl Recorder<'_> {
     pub(super) fn claimed(&self, path: &Path) -> Error {
         let mut clause = "is mounted, or part of another device, so that an image may not choose it".to_owned();
         if self.part == Part::Target {
-            clause += &format!(": if that is right, commit into it with -b '{}'", escape_path(path));
+            clause += &format!(": if that is right, commit into it with -b {}", shell_path(path));
         } else {
             clause += ": unmount it first";
         }

@@ -145,6 +145,8 @@ fn lost(base: &NamedFile, error: Error, parent: &str) -> Error {
         ErrorCode::ImageInUse | ErrorCode::ChainTooDeep | ErrorCode::ChainLoop | ErrorCode::WriteTargetNotAllowed => {
             error
         }
+        // This process has no more of something: it says nothing of the chain.
+        _ if matches!(error.errno(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => error,
         _ => {
             let clause = format!(
                 "is not in the backing chain of the overlay, as far as that can be followed ({error}): {parent}"

@@ -10,7 +10,6 @@ use super::names::file_name;
 use super::open::Access;
 use super::roots::Roots;
 use crate::error::Error;
-use crate::escape::escape_bytes;
 use crate::lookup::{walk, Directory, Identity, Left, Lost, Place, Reached, Step, Walk, Why};
 use instar_guest_abi::ErrorCode;
 use rustix::fs::FileType;
@@ -143,6 +142,10 @@ impl Gate {
             None if file.from_working_directory => return Err(recorder.missing(&PathBuf::from("."))),
             _ => recorder.directory,
         };
+        // By its text, which everybody knows: what there is in it is not told.
+        if file.path.starts_with(b"/proc/") {
+            return Err(recorder.through_proc(name));
+        }
         let refused = || recorder.outside(name, &self.visible(start, &file.path));
         let reached = match walk(start, self.roots.top(), &file.path) {
             Ok(reached) => reached,
@@ -188,16 +191,7 @@ impl Gate {
             }
             Why::Errno(errno) => failed(&format!("cannot be reached: {}", std::io::Error::from(errno))),
             Why::Directory => failed("is a directory, not an image"),
-            Why::Magic => {
-                let text = escape_bytes(name);
-                let clause =
-                    format!("the recorded name '{text}' leads through /proc, where links lead where no text says");
-                Error::image(
-                    recorder.path,
-                    ErrorCode::WriteTargetNotAllowed,
-                    format!("{clause}: name the file with -b"),
-                )
-            }
+            Why::Magic => recorder.through_proc(name),
         }
     }
 

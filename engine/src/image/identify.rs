@@ -11,6 +11,7 @@
 //!
 //! The same holds for the other files of an image, of which its plugin says what they look like.
 
+use super::advice::{Part, Recorder};
 use super::gate::Located;
 use super::open::{ChainImage, OpenedFile};
 use crate::error::Error;
@@ -27,7 +28,9 @@ const SECTOR: u64 = 512;
 #[derive(Clone, Copy, Debug)]
 pub struct Recorded<'i> {
     /// The image that records it.
-    by: &'i Path,
+    recorder: Recorder<'i>,
+    /// The name that it records.
+    name: &'i [u8],
     /// The name of the format, if there is one.
     format: Option<&'i [u8]>,
 }
@@ -40,7 +43,11 @@ impl<'i> Recorded<'i> {
         let pointer = image.facts.backing.as_ref().into_option();
         let format = pointer.and_then(|pointer| pointer.format.as_ref().into_option());
         let format = format.map(|format| format.as_slice()).filter(|format| !format.is_empty());
-        Self { by: &image.opened.path, format: format.or(located.format().map(str::as_bytes)) }
+        Self {
+            recorder: image.recorder(Part::Ancestor),
+            name: located.name(),
+            format: format.or(located.format().map(str::as_bytes)),
+        }
     }
 }
 
@@ -53,20 +60,57 @@ pub struct Doubt {
     pub clause: String,
 }
 
+impl Recorded<'_> {
+    /// Refuse a file that the operator calls raw, if both its own mark and the image above it say that it is something else:
+    /// nothing speaks for the operator's word, and a header would be overwritten.
+    fn contradicts(&self, image: &ChainImage<'_>) -> Result<(), Error> {
+        let mark = image.mark.as_ref().filter(|mark| image.insisted && mark.certain);
+        let Some(mark) = mark.filter(|mark| self.format == Some(mark.format.as_bytes())) else { return Ok(()) };
+        let (raw, other, by) = (image.plugin.name(), &mark.format, escape_path(self.recorder.path));
+        let clause = format!(
+            "is a {other} image, and '{by}' records it as one, so that committing into it as {raw} would destroy it: leave \
+             out -F {raw}; if it really is a plain disk, {}",
+            self.recorder.record_raw(self.name)
+        );
+        Err(Error::image(&image.opened.path, ErrorCode::FormatMismatch, clause))
+    }
+}
+
+/// Why the format of an image that the operator names is not known, and what to do.
+#[must_use]
+pub fn unknown_format(path: &Path, error: &IdentifyError) -> Error {
+    let advice = match error {
+        IdentifyError::Unrecognised { .. } => "; if it is a plain disk, add -f raw",
+        IdentifyError::NoPlugins { .. } => ": see `instar plugins`",
+        _ => "",
+    };
+    Error::image(path, error.code(), format!("{error}{advice}"))
+}
+
 impl OpenedFile {
     /// Find out the format. A `hint` of the operator's that the file does not match is refused; raw is believed.
     ///
     /// # Errors
     /// When no plugin, or not the one that `hint` names, recognises it.
     pub fn identify_as<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, Error> {
-        self.identify(registry, hint, hint.is_some()).map_err(|(path, error)| {
-            let advice = if matches!(error, IdentifyError::Unrecognised { .. }) {
-                ". If it is a plain disk, add -f raw"
-            } else {
-                ""
-            };
-            Error::image(&path, error.code(), format!("{error}{advice}"))
-        })
+        self.identify(registry, hint, hint.is_some()).map_err(|(path, error)| unknown_format(&path, &error))
+    }
+
+    /// The same for an image that has another one below it: it is no raw disk.
+    ///
+    /// # Errors
+    /// As [`OpenedFile::identify_as`].
+    pub fn identify_overlay<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, Error> {
+        let image = self
+            .identify(registry, hint, hint.is_some())
+            .map_err(|(path, error)| Error::image(&path, error.code(), &error))?;
+        let Some(mark) = &image.mark else { return Ok(image) };
+        let clause = format!(
+            "is said to be {}, which has no backing file, but looks like {}: name its real format",
+            image.plugin.name(),
+            mark.format
+        );
+        Err(Error::image(&image.opened.path, ErrorCode::FormatMismatch, clause))
     }
 
     /// Find out the format of a file that is read below an image, which may record it.
@@ -79,8 +123,9 @@ impl OpenedFile {
         recorded: Recorded<'_>,
     ) -> Result<ChainImage<'r>, Error> {
         let hint = recorded.format.map(String::from_utf8_lossy);
-        self.identify(registry, hint.as_deref(), false)
-            .map_err(|(path, error)| recorded_error(&path, &error, recorded, "record in that image that it is raw"))
+        self.identify(registry, hint.as_deref(), false).map_err(|(path, error)| {
+            recorded_error(&path, &error, recorded, &recorded.recorder.record_raw(recorded.name))
+        })
     }
 
     /// Find out the format of a file that is written below an image: the one that the operator `named`, or the recorded one.
@@ -95,15 +140,24 @@ impl OpenedFile {
         recorded: Recorded<'_>,
     ) -> Result<ChainImage<'r>, Error> {
         let hint = named.map(Into::into).or_else(|| recorded.format.map(String::from_utf8_lossy));
-        let mut image = self
-            .identify(registry, hint.as_deref(), named.is_some())
-            .map_err(|(path, error)| recorded_error(&path, &error, recorded, "add -F raw"))?;
+        let identified = self.identify(registry, hint.as_deref(), named.is_some());
+        let mut image = identified.map_err(|(path, error)| match (&error, named, recorded.format) {
+            (IdentifyError::NotThisFormat { actual: None, .. }, Some(named), Some(format))
+                if format != named.as_bytes() =>
+            {
+                let (by, format) = (escape_path(recorded.recorder.path), escape_bytes(format));
+                let clause = format!("is no {named} image, and '{by}' records it as {format}: leave out -F {named}");
+                Error::image(&path, error.code(), clause)
+            }
+            _ => recorded_error(&path, &error, recorded, "add -F raw"),
+        })?;
+        recorded.contradicts(&image)?;
         if let Some(mark) = image.mark.as_ref().filter(|mark| !image.insisted && forbids_writing(mark, &image.facts)) {
             let (raw, other) = (image.plugin.name(), &mark.format);
             let clause = format!(
                 "looks like a {other} image, which would be overwritten, but '{}' records it as {raw}: if its \
                      guest wrote that, add -F {raw}; if it is a {other} image, add -F {other}",
-                escape_path(recorded.by)
+                escape_path(recorded.recorder.path)
             );
             image.doubt = Some(Doubt { mark: mark.clone(), clause });
         }
@@ -139,10 +193,10 @@ fn forbids_writing(mark: &Mark, facts: &ImageFacts) -> bool {
 
 /// Why the format of an image below another one is not known; `if_raw` is what to do if it is a plain disk.
 fn recorded_error(path: &Path, error: &IdentifyError, recorded: Recorded<'_>, if_raw: &str) -> Error {
-    let by = escape_path(recorded.by);
+    let by = escape_path(recorded.recorder.path);
     let clause = match (error, recorded.format) {
         (IdentifyError::Unrecognised { .. }, _) => {
-            format!("{error}. '{by}', which it is the backing of, records no format: if it is a plain disk, {if_raw}")
+            format!("{error}; '{by}', which it is the backing of, records no format: if it is a plain disk, {if_raw}")
         }
         (_, Some(format)) => format!("{error} ('{by}' records it as {})", escape_bytes(format)),
         (_, None) => format!("{error} (it is the backing of '{by}')"),

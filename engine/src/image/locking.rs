@@ -58,7 +58,7 @@ pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), Error
         match patience {
             Some((_, until)) if Instant::now() < until => {
                 if pause() == Pause::Interrupted {
-                    let clause = "a signal ended the wait for the process that uses it";
+                    let clause = "interrupted while waiting for the process that uses it";
                     return Err(Error::image(path, ErrorCode::Interrupted, clause));
                 }
             }
@@ -85,17 +85,18 @@ fn pause() -> Pause {
 /// Who uses a file, and what to do: one clause.
 fn in_use(file: &File, access: Access, patience: Option<(u64, Instant)>) -> String {
     let who = user_of(file).unwrap_or_else(|| "perhaps a running virtual machine".to_owned());
-    let waited = patience.map(|(seconds, _)| format!(", also after {seconds} s")).unwrap_or_default();
+    let waited = patience.map(|(seconds, _)| format!(" after {seconds} s")).unwrap_or_default();
+    let still = if patience.is_some() { "still " } else { "" };
     let wait = if patience.is_none() { ", or wait with --wait SECONDS" } else { "" };
     match access {
         Access::ReadWrite => {
             format!(
-                "is in use by another process ({who}){waited}: stop it{wait}; while a virtual machine runs, commit inside it with \
+                "is {still}in use by another process ({who}){waited}: stop it{wait}; while a virtual machine runs, commit inside it with \
                  block-commit"
             )
         }
         Access::ReadOnly | Access::Shared => {
-            format!("is being changed by another process ({who}){waited}: stop it{wait}")
+            format!("is {still}being changed by another process ({who}){waited}: stop it{wait}")
         }
     }
 }

@@ -4,7 +4,8 @@
 //! Two of them, in their plainest form, are names of local files, and management tools record them: `file:PATH`, and a
 //! `json:{…}` that consists of a format and a file name.
 
-use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use crate::escape::escape;
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::borrow::Cow;
 use std::fmt;
 
@@ -34,8 +35,13 @@ pub enum NoFile {
     Directory,
     /// `C:\…`.
     Windows,
-    /// `nbd://…`, `rbd:…`, a `json:` with more than a file name.
+    /// `nbd://…`, `rbd:…`, a `json:` whose driver is no file.
     Protocol,
+    /// A `json:` that says more of the disk than a file name: an option by this name, which changes what is read, or is not
+    /// known here.
+    Option(String),
+    /// A `json:` that is no JSON object, or says two things at once.
+    Json,
 }
 
 impl fmt::Display for NoFile {
@@ -44,8 +50,10 @@ impl fmt::Display for NoFile {
             Self::Empty => "is empty",
             Self::Nonsense => "is no file name",
             Self::Directory => "names a directory",
-            Self::Windows => "is a path of Windows, not a file of this machine",
-            Self::Protocol => "names a protocol, not a file",
+            Self::Windows => "is a Windows path",
+            Self::Protocol => "is a network or protocol address, not a local file",
+            Self::Option(name) => return write!(f, "has the option '{}' beside a file name", escape(name)),
+            Self::Json => "is not understood",
         })
     }
 }
@@ -70,7 +78,7 @@ pub fn file_name(name: &[u8]) -> Result<FileName<'_>, NoFile> {
         return Ok(FileName { path, from_working_directory: true, format: None });
     }
     if let Some(text) = name.strip_prefix(b"json:") {
-        let Local { filename, format } = local(text).ok_or(NoFile::Protocol)?;
+        let Local { filename, format } = local(text)?;
         plausible(filename.as_bytes())?;
         return Ok(FileName { path: Cow::Owned(filename.into_bytes()), from_working_directory: true, format });
     }
@@ -100,10 +108,11 @@ struct Local {
     format: Option<String>,
 }
 
-/// What the options of a block device say, as far as they may be said of a plain local file. Every other one changes what is
-/// read (an offset, a size, another driver), or is not known here.
+/// What the options of a block device say, as far as they may be said of a plain local file.
 #[derive(Default)]
 struct Options {
+    /// The first of the others: it changes what is read (an offset, a size, another file below), or is not known here.
+    other: Option<String>,
     driver: Option<String>,
     filename: Option<String>,
     file: Option<Box<Options>>,
@@ -111,9 +120,36 @@ struct Options {
     inner_filename: Option<String>,
 }
 
-/// Options that say how a file is opened and not which bytes it has (`BlockdevOptions` of QEMU's QAPI).
-const HARMLESS: [&str; 9] =
-    ["node-name", "read-only", "auto-read-only", "cache", "aio", "locking", "discard", "detect-zeroes", "force-share"];
+/// Options that say how a file is opened and not which bytes it has (`BlockdevOptions`, `BlockdevOptionsFile` and
+/// `BlockdevOptionsQcow2` of QEMU's QAPI).
+const HARMLESS: [&str; 24] = [
+    "node-name",
+    "read-only",
+    "auto-read-only",
+    "cache",
+    "aio",
+    "aio-max-batch",
+    "locking",
+    "discard",
+    "detect-zeroes",
+    "force-share",
+    "pr-manager",
+    "drop-cache",
+    "x-check-cache-dropped",
+    "lazy-refcounts",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+    "discard-no-unref",
+    "overlap-check",
+    "cache-size",
+    "l2-cache-size",
+    "l2-cache-entry-size",
+    "refcount-cache-size",
+    "cache-clean-interval",
+];
+/// Groups of such options.
+const HARMLESS_GROUPS: [&str; 2] = ["cache.", "overlap-check."];
 
 impl<'de> Deserialize<'de> for Options {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -137,10 +173,13 @@ impl<'de> Deserialize<'de> for Options {
                         "file" => once(&mut options.file, map.next_value()?)?,
                         "file.driver" => once(&mut options.inner_driver, map.next_value()?)?,
                         "file.filename" => once(&mut options.inner_filename, map.next_value()?)?,
-                        _ if HARMLESS.contains(&plain) || plain.starts_with("cache.") => {
+                        _ => {
                             map.next_value::<IgnoredAny>()?;
+                            let group = HARMLESS_GROUPS.iter().any(|group| plain.starts_with(group));
+                            if !group && !HARMLESS.contains(&plain) {
+                                options.other.get_or_insert(key);
+                            }
                         }
-                        _ => return Err(A::Error::custom("an option that a plain file does not have")),
                     }
                 }
                 Ok(options)
@@ -151,33 +190,40 @@ impl<'de> Deserialize<'de> for Options {
 }
 
 /// A layer of options that is a file, and nothing below it: its name.
-fn plain_file(options: Options) -> Option<String> {
-    let Options { driver, filename, file: None, inner_driver: None, inner_filename: None } = options else {
-        return None;
-    };
-    let driver_named = driver.is_some();
-    if !matches!(driver.as_deref(), None | Some("file" | "host_device")) {
-        return None;
+fn plain_file(options: Options) -> Result<String, NoFile> {
+    if !matches!(options.driver.as_deref(), None | Some("file" | "host_device")) {
+        return Err(NoFile::Protocol);
     }
+    if let Some(other) = options.other {
+        return Err(NoFile::Option(other));
+    }
+    let Options { driver, filename: Some(name), file: None, inner_driver: None, inner_filename: None, .. } = options
+    else {
+        return Err(NoFile::Json);
+    };
     // Where no driver is named, QEMU finds it by the name.
-    filename.filter(|name| driver_named || !is_protocol(name.as_bytes()))
+    if driver.is_none() && is_protocol(name.as_bytes()) {
+        return Err(NoFile::Protocol);
+    }
+    Ok(name)
 }
 
-fn local(text: &[u8]) -> Option<Local> {
+fn local(text: &[u8]) -> Result<Local, NoFile> {
     if text.len() > MAX_NAME {
-        return None;
+        return Err(NoFile::Nonsense);
     }
-    let options: Options = serde_json::from_slice(text).ok()?;
-    match options {
-        Options { driver, filename: None, file: Some(file), inner_driver: None, inner_filename: None } => {
-            Some(Local { filename: plain_file(*file)?, format: driver })
+    let options: Options = serde_json::from_slice(text).map_err(|_| NoFile::Json)?;
+    let (filename, format, other) = match options {
+        Options { driver, filename: None, file: Some(file), inner_driver: None, inner_filename: None, other } => {
+            (plain_file(*file)?, driver, other)
         }
-        Options { driver, filename: None, file: None, inner_driver, inner_filename: Some(inner) } => {
+        Options { driver, filename: None, file: None, inner_driver, inner_filename: Some(inner), other } => {
             let inner = Options { driver: inner_driver, filename: Some(inner), ..Options::default() };
-            Some(Local { filename: plain_file(inner)?, format: driver })
+            (plain_file(inner)?, driver, other)
         }
-        plain => Some(Local { filename: plain_file(plain)?, format: None }),
-    }
+        plain => (plain_file(plain)?, None, None),
+    };
+    other.map_or(Ok(Local { filename, format }), |other| Err(NoFile::Option(other)))
 }
 
 #[cfg(test)]
@@ -209,7 +255,8 @@ mod tests {
             (r#"json:{"file": {"driver": "file", "filename": "/x/b"}}"#, "/x/b", None),
             (r#"json:{"driver":"qcow2","file":{"driver":"host_device","filename":"/dev/v"}}"#, "/dev/v", qcow2.clone()),
             (r#"json:{"driver":"qcow2","file.driver":"file","file.filename":"b"}"#, "b", qcow2.clone()),
-            (r#"json:{"driver":"qcow2","file.filename":"b","file.aio":"native"}"#, "b", qcow2),
+            (r#"json:{"driver":"qcow2","file.filename":"b","file.aio":"native"}"#, "b", qcow2.clone()),
+            (r#"json:{"driver":"qcow2","lazy-refcounts":true,"l2-cache-size":4096,"file.filename":"b"}"#, "b", qcow2),
             (r#"json:{"driver":"file","filename":"b"}"#, "b", None),
             (r#"json:{"filename":"b","cache":{"direct":true}}"#, "b", None),
             (r#"json:{"driver":"file","filename":"a:b"}"#, "a:b", None),
@@ -235,21 +282,25 @@ mod tests {
             ("fat:rw:.", NoFile::Protocol),
             ("host_device:/dev/null", NoFile::Protocol),
             ("a:b", NoFile::Protocol),
-            ("json:{}", NoFile::Protocol),
-            ("json:nonsense", NoFile::Protocol),
+            ("json:{}", NoFile::Json),
+            ("json:nonsense", NoFile::Json),
             (r#"json:{"driver":"nbd","host":"x"}"#, NoFile::Protocol),
             (r#"json:{"file":{"driver":"https","filename":"x"}}"#, NoFile::Protocol),
             (r#"json:{"file":{"filename":"nbd://x"}}"#, NoFile::Protocol),
-            (r#"json:{"driver":"raw","offset":512,"file":{"filename":"/x"}}"#, NoFile::Protocol),
-            (r#"json:{"driver":"file","filename":"/x","filename":"/y"}"#, NoFile::Protocol),
-            (r#"json:{"driver":"qcow2","backing":null,"file":{"filename":"/x"}}"#, NoFile::Protocol),
+            (r#"json:{"driver":"raw","offset":512,"file":{"filename":"/x"}}"#, NoFile::Option("offset".to_owned())),
+            (r#"json:{"driver":"raw","size":512,"file.filename":"/x"}"#, NoFile::Option("size".to_owned())),
+            (r#"json:{"driver":"file","filename":"/x","filename":"/y"}"#, NoFile::Json),
+            (
+                r#"json:{"driver":"qcow2","backing":null,"file":{"filename":"/x"}}"#,
+                NoFile::Option("backing".to_owned()),
+            ),
             (r#"json:{"driver":"qcow2","file":{"driver":"blkdebug","image":{"filename":"/x"}}}"#, NoFile::Protocol),
-            (r#"json:{"file":{"filename":"/x"},"file.filename":"/y"}"#, NoFile::Protocol),
+            (r#"json:{"file":{"filename":"/x"},"file.filename":"/y"}"#, NoFile::Json),
         ] {
             assert_eq!(path(name), Err(why), "{name}");
         }
         assert_eq!(path(&"x".repeat(5000)), Err(NoFile::Nonsense));
         let deep = format!("json:{}", r#"{"file":"#.repeat(400));
-        assert_eq!(path(&deep), Err(NoFile::Protocol));
+        assert_eq!(path(&deep), Err(NoFile::Json));
     }
 }

@@ -66,12 +66,21 @@ pub enum IdentifyError {
     },
     /// No plugin recognises the image. A raw image is only taken as one when it is named so.
     #[error(
-        "begins like no known format ({}). If it used to be one, its header is damaged: restore it, and do not call it raw",
+        "begins like no known format ({}): if it used to be one, its header is damaged: restore it, and do not call it raw",
         .known.join(", ")
     )]
     Unrecognised {
         /// The formats that have a mark.
         known: Vec<String>,
+    },
+    /// There is no plugin that has a mark to look for.
+    #[error(
+        "its format is not known, because no plugin of a format with a mark is loaded{}",
+        if *.skipped == 0 { String::new() } else { format!(": {} could not be used", .skipped) }
+    )]
+    NoPlugins {
+        /// How many libraries and directories were passed over.
+        skipped: usize,
     },
     /// The image is a LUKS container.
     #[error("is encrypted with LUKS, which is not supported: decrypt it with `qemu-img convert`, or work on the open device")]
@@ -93,7 +102,9 @@ impl IdentifyError {
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::UnknownFormat { .. } | Self::ClaimedTwice { .. } => ErrorCode::PluginUnavailable,
+            Self::UnknownFormat { .. } | Self::ClaimedTwice { .. } | Self::NoPlugins { .. } => {
+                ErrorCode::PluginUnavailable
+            }
             Self::NotThisFormat { .. } => ErrorCode::FormatMismatch,
             Self::Unrecognised { .. } | Self::Ambiguous(_) => ErrorCode::UnsupportedFormat,
             Self::Luks => ErrorCode::LuksUnsupported,
@@ -124,7 +135,9 @@ impl Registry {
     pub fn mark(&self, image: &dyn ImageRead) -> Result<Option<Mark>, IdentifyError> {
         let (plugin, score) = match self.by_content(image) {
             Ok(found) => found,
-            Err(IdentifyError::Unrecognised { .. } | IdentifyError::Luks) => return Ok(None),
+            Err(IdentifyError::Unrecognised { .. } | IdentifyError::NoPlugins { .. } | IdentifyError::Luks) => {
+                return Ok(None);
+            }
             Err(IdentifyError::Ambiguous(names)) => {
                 let format = names.into_iter().next().unwrap_or_default();
                 return Ok(Some(Mark { format, certain: true, bytes: 0..image.length(), cluster_size: 0 }));
@@ -183,6 +196,7 @@ impl Registry {
             (&[plugin], _) => Ok((plugin, best_score)),
             ([], Some(failure)) => Err(IdentifyError::Plugin(failure)),
             ([], None) if is_luks(image) => Err(IdentifyError::Luks),
+            ([], None) if known.is_empty() => Err(IdentifyError::NoPlugins { skipped: self.skipped().len() }),
             ([], None) => {
                 known.sort_unstable();
                 Err(IdentifyError::Unrecognised { known })
