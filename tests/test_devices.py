@@ -155,3 +155,30 @@ def test_a_damaged_image_on_a_device(tmp_path):
         top = support.create(tmp_path / "top.qcow2", backing=device)
         support.qemu_io(top, "write -P 2 8M 1M")
         refuse("ERROR_BACKING_CORRUPT", top, "-b", device, files=[tmp_path / "disk"], mentions=["refcount 0", device])
+
+
+@pytest.mark.parametrize("offset", [0, 64 * KIB])
+def test_a_loop_device_on_the_overlay_itself(tmp_path, offset):
+    """It is another name for the same bytes: what is committed would overwrite what it comes from."""
+    top = tmp_path / "top"
+    support.create(top, 4 * MIB)
+    support.qemu_io(top, "write -P 1 0 4M")
+    done = subprocess.run(["losetup", "--show", "-f", "-o", str(offset), top], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"this machine has no loop devices: {done.stderr.strip()}")
+    device = done.stdout.strip()
+    try:
+        support.qemu_img("rebase", "-u", "-b", device, "-F", "raw", top)
+        for options in (["--allow-backing-dir", "/dev"], ["-b", device, "-F", "raw"]):
+            refuse("ERROR_CHAIN_LOOP", top, *options, mentions=[device, "loop device on another file"])
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
+def test_a_raw_device_that_is_too_small(tmp_path):
+    """`--resize-backing` cannot help, so that it is not advised."""
+    with Loop(tmp_path / "disk", 4 * MIB) as device:
+        top = support.create(tmp_path / "top", 8 * MIB)
+        support.qemu_img("rebase", "-u", "-b", device, "-F", "raw", top)
+        refuse("ERROR_OVERLAY_LARGER_THAN_BACKING", top, "-b", device, mentions=["enlarge the device"])
+        refuse("ERROR_UNSUPPORTED_FORMAT", top, "-b", device, "--resize-backing", mentions=[device, "enlarge the device"])

@@ -4,6 +4,7 @@
 //! instead on another machine (a clock without vDSO, a panic, an abort). Nothing here opens a socket, starts a process
 //! or makes memory executable.
 
+use crate::image::LOOP_GET_STATUS64;
 use kvm_bindings::{kvm_cpuid2, kvm_fpu, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_xcrs};
 use std::collections::BTreeMap;
 
@@ -139,7 +140,8 @@ const LOOK: &[Call] = &[
     (libc::SYS_geteuid, Always),
     (libc::SYS_gettid, Always),
     (libc::SYS_tgkill, OwnProcess(0)),
-    // The end
+    // The end; the runtime asks for the directory when memory is short
+    (libc::SYS_getcwd, Always),
     (libc::SYS_exit, Always),
     (libc::SYS_exit_group, Always),
 ];
@@ -153,7 +155,6 @@ const OPEN: &[Call] = &[
     (libc::SYS_open, Always),
     (libc::SYS_openat, Always),
     (libc::SYS_readlinkat, Always),
-    (libc::SYS_getcwd, Always),
     // Whether a file could be written to, by the version of the kernel
     (libc::SYS_faccessat, Always),
     (libc::SYS_faccessat2, Always),
@@ -163,8 +164,8 @@ const OPEN: &[Call] = &[
     (libc::SYS_getgid, Always),
     (libc::SYS_getegid, Always),
     (libc::SYS_fcntl, FileOneOf(1, &[bits(libc::F_OFD_SETLK), bits(libc::F_OFD_GETLK)])),
-    // Whether what is to be written to is read-only
-    (libc::SYS_ioctl, FileOneOf(1, &[BLKROGET])),
+    // Whether what is to be written to is read-only, and what a loop device stands on
+    (libc::SYS_ioctl, FileOneOf(1, &[BLKROGET, LOOP_GET_STATUS64])),
     (libc::SYS_fstatfs, Always),
     // Waiting for a lock
     (libc::SYS_nanosleep, Always),

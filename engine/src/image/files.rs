@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::lookup::Identity;
 use crate::plugins::{IdentifyError, ImageFiles, ImageRead, Registry};
 use instar_guest_abi::{ErrorCode, MAX_FILE_DEVICES};
+use std::collections::HashSet;
 
 /// A file of an image that has several.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ pub struct FilesOf<'i, 'r, 'g> {
 /// opening gives.
 pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>]) -> Result<(), Error> {
     let mut seen: Vec<Identity> = images.iter().map(|of| of.image.opened.identity).collect();
-    for FilesOf { image, access, changes, gate } in images {
+    for FilesOf { image, access, changes, gate } in &mut *images {
         let path = &image.opened.path;
         let failed = |error| Error::identify(path, &IdentifyError::Plugin(error));
         let named = image.plugin.files(&image.opened.file).map_err(failed)?;
@@ -79,5 +80,22 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
         }
         image.facts = facts;
     }
-    Ok(())
+    refuse_same_bytes(images)
+}
+
+/// Refuse a loop device on another file of the chain: what is written through the one changes the other.
+fn refuse_same_bytes(images: &[FilesOf<'_, '_, '_>]) -> Result<(), Error> {
+    let opened = || {
+        images.iter().flat_map(|FilesOf { image, .. }| {
+            std::iter::once(&image.opened).chain(image.files.iter().map(|file| &file.opened))
+        })
+    };
+    let files: HashSet<Identity> = opened().map(|opened| opened.identity).collect();
+    match opened().find(|opened| opened.below.is_some_and(|below| files.contains(&below))) {
+        None => Ok(()),
+        Some(device) => {
+            let clause = "is a loop device on another file of this chain: detach it, and use the file itself";
+            Err(Error::image(&device.path, ErrorCode::ChainLoop, clause))
+        }
+    }
 }

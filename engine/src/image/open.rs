@@ -6,8 +6,8 @@ use super::advice::{Part, Recorder};
 use super::files::ExtraFile;
 use super::gate::Located;
 use super::identify::Doubt;
-use super::locking;
 use super::named::NamedFile;
+use super::{locking, loop_device};
 use crate::error::Error;
 use crate::lookup::{Directory, Identity};
 use crate::plugins::{FileImage, ImageRead as _, Mark, Plugin};
@@ -36,6 +36,8 @@ pub struct OpenedFile {
     pub identity: Identity,
     /// A block device: its length is fixed.
     pub block_device: bool,
+    /// What is below it, if it is a loop device.
+    pub below: Option<Identity>,
 }
 
 /// An image of a chain: open, locked, and looked at.
@@ -140,8 +142,10 @@ impl Looked<'_> {
         if Identity::of(&fstat(&descriptor).map_err(failed)?) != identity {
             return Err(replaced());
         }
+        let below = if block_device { loop_device::below(&descriptor, self.stat) } else { None };
         let file = FileImage::new(File::from(descriptor)).map_err(|error| length_error(path, &error))?;
-        let opened = OpenedFile { file, path: path.to_owned(), directory: beside.clone(), identity, block_device };
+        let opened =
+            OpenedFile { file, path: path.to_owned(), directory: beside.clone(), identity, block_device, below };
         if access == Access::ReadWrite {
             opened.check_writable()?;
         }

@@ -13,13 +13,25 @@ use std::sync::Arc;
 pub struct Identity(bool, u64, u64);
 
 impl Identity {
+    /// The file with this inode on the file system with this device number.
+    #[must_use]
+    pub fn of_file(device: u64, inode: u64) -> Self {
+        Self(false, device, inode)
+    }
+
+    /// The block device with this number.
+    #[must_use]
+    pub fn of_device(number: u64) -> Self {
+        Self(true, number, 0)
+    }
+
     /// The identity of a file of which `fstat` says this.
     #[must_use]
     pub fn of(stat: &Stat) -> Self {
         if FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice {
-            Self(true, stat.st_rdev, 0)
+            Self::of_device(stat.st_rdev)
         } else {
-            Self(false, stat.st_dev, stat.st_ino)
+            Self::of_file(stat.st_dev, stat.st_ino)
         }
     }
 }
