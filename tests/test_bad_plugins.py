@@ -47,14 +47,16 @@ def one_line(text):
     return text
 
 
-def the_others_work(tmp_path, directory, fault=""):
-    """A commit between two formats succeeds with the bad plugin in the directory."""
+def the_others_work(tmp_path, directory, fault="", named=True):
+    """A commit between two formats succeeds with the bad plugin in the directory, which the operator names, or the
+    environment."""
     base, top = tmp_path / "good.raw", tmp_path / "good.qcow2"
     base.write_bytes(b"\x11" * MIB)
     support.create(top, backing=base, backing_fmt="raw")
     support.qemu_io(top, "write -P 0x22 64k 100k")
     expected = support.content_hash(top)
-    result = run_instar("commit", "--plugin-dir", directory, top, env={"INSTAR_TEST_FAULT": fault})
+    options, path = (["--plugin-dir", directory], "") if named else ([], str(directory))
+    result = run_instar("commit", *options, top, env={"INSTAR_TEST_FAULT": fault, "INSTAR_PLUGIN_PATH": path})
     assert result.rc == 0 and result.stderr == "", str(result)
     assert support.content_hash(base, "raw") == expected
     assert support.holds_no_clusters(top)
@@ -127,7 +129,7 @@ def test_a_directory_that_others_may_write(directory, tmp_path):
     copied(directory, library("instar_test_plugin_faulty"), "faulty")
     directory.chmod(0o777)
     assert "the directory is writable by others" in skipped(directory)
-    the_others_work(tmp_path, directory)
+    the_others_work(tmp_path, directory, named=False)
 
 
 # --- plugins that say nonsense when they are loaded ---------------------------------------------------------------

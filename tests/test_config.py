@@ -94,7 +94,7 @@ def test_another_users_file_does_not_count(home, tmp_path, mode, word):
         human = support.run(*env, *who, "config")
         assert human.rc == 0 and "/no/such" not in human.stdout, str(human)
         assert human.stderr.startswith("instar: warning: ") and word in human.stderr and str(path) in human.stderr
-        assert "does not count" in human.stderr and len(human.stderr.splitlines()) == 1
+        assert "is ignored" in human.stderr and len(human.stderr.splitlines()) == 1
         result = support.run(*env, *who, "config", "--output", "json")
         assert result.rc == 0 and result.stderr == "" and word in result.json["warnings"][0], str(result)
         named = support.run("env", f"INSTAR_CONFIG={path}", *who, "config")
@@ -130,6 +130,12 @@ def test_where_values_come_from(home, tmp_path):
     assert files[str(path)] is True and "/etc/instar/config.toml" in files
     text = instar(home, *args).stdout
     assert f"/srv/images (from {path})" in text and "/mnt (from --allow-backing-dir)" in text
+
+
+def test_a_file_that_is_named_has_to_be_there(home, tmp_path):
+    for command in (["config"], ["doctor"], ["commit", tmp_path / "top"]):
+        result = instar(home, *command, INSTAR_CONFIG=str(tmp_path / "absent"))
+        assert result.rc == 1 and "INSTAR_CONFIG names it" in result.stdout + result.stderr, str(result)
 
 
 def test_another_file_or_none(home, tmp_path):

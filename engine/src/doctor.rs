@@ -105,6 +105,9 @@ fn kvm_remedy(error: &VmError) -> String {
     match error {
         VmError::KvmMissing => missing_remedy(&cpuinfo()),
         VmError::KvmPermission { .. } => permission_remedy(),
+        VmError::KvmUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. } => {
+            "raise the limits of this process (see `ulimit -a`), or free memory".into()
+        }
         VmError::KvmUnusable { .. } => unusable_remedy(&cpuinfo()),
         _ => REPORT.into(),
     }
@@ -218,6 +221,10 @@ fn plugins(registry: &Registry) -> Vec<Diagnosis> {
 }
 
 fn skipped_remedy(path: &Path) -> String {
+    if path.is_dir() {
+        let path = crate::escape::shell_path(path);
+        return format!("let nobody but root and you change it, and the directories above it (`chmod go-w {path}`)");
+    }
     format!(
         "replace {} by one that was built for this version, owned by root and writable by nobody else; or remove it",
         escape_path(path)

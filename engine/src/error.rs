@@ -1,6 +1,6 @@
 //! How a command fails.
 
-use crate::plugins::{IdentifyError, PluginFailure};
+use crate::plugins::{IdentifyError, PluginFailure, Registry};
 use instar_guest_abi::ErrorCode;
 use std::fmt;
 use std::io;
@@ -90,6 +90,17 @@ impl Error {
     #[must_use]
     pub fn plugin(path: &Path, failure: &PluginFailure) -> Self {
         Self::image(path, failure.code(), failure)
+    }
+
+    /// Refuse plugins of which a directory that the operator named is missing.
+    ///
+    /// # Errors
+    /// [`ErrorCode::PluginUnavailable`].
+    pub fn if_refused(plugins: &Registry) -> Result<(), Self> {
+        plugins.refused().map_or(Ok(()), |refused| {
+            let clause = format!("no plugin is loaded from it: {}", refused.reason);
+            Err(Self::image(&refused.path, ErrorCode::PluginUnavailable, clause))
+        })
     }
 
     /// The same error, of this file.

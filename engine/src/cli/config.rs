@@ -25,6 +25,9 @@ pub struct ConfigArgs {
     pub plugin_dir: Vec<PathBuf>,
 }
 
+/// Where a value comes from that nobody has set.
+const BUILT_IN: &str = "built in";
+
 /// A value, and where it comes from.
 struct Directory {
     directory: PathBuf,
@@ -67,7 +70,7 @@ fn plugin_directories(args: &ConfigArgs, config: &Config) -> Vec<Directory> {
             return PATH_VARIABLE.to_owned();
         }
         let configured = config.plugin_directories.iter().find(|configured| configured.directory == directory);
-        configured.map_or_else(|| "built in".to_owned(), |configured| configured.file.to_string_lossy().into_owned())
+        configured.map_or_else(|| BUILT_IN.to_owned(), |configured| configured.file.to_string_lossy().into_owned())
     };
     let value = |directory: &PathBuf| Directory { directory: directory.clone(), from: origin(directory) };
     search.directories().iter().map(value).collect()
@@ -78,8 +81,7 @@ fn human(backing: &[Directory], plugins: &[Directory], config: &Config) -> Strin
     for (title, values) in [("allow-backing-dirs", backing), ("plugin-dirs", plugins)] {
         let _ = writeln!(text, "{title}:");
         for value in values {
-            let _ =
-                writeln!(text, "    {} (from {})", escape_path(&value.directory), escape_path(Path::new(&value.from)));
+            let _ = writeln!(text, "    {} ({})", escape_path(&value.directory), origin(&value.from));
         }
         if values.is_empty() {
             text.push_str("    none\n");
@@ -93,6 +95,14 @@ fn human(backing: &[Directory], plugins: &[Directory], config: &Config) -> Strin
         text.push_str("    none\n");
     }
     text
+}
+
+fn origin(from: &str) -> String {
+    if from == BUILT_IN {
+        BUILT_IN.to_owned()
+    } else {
+        format!("from {}", escape_path(Path::new(from)))
+    }
 }
 
 fn to_json(backing: &[Directory], plugins: &[Directory], config: &Config) -> Value {

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 #[derive(Args, Debug)]
 pub struct CreateArgs {
     /// Format of the new image
-    #[arg(short, long, value_name = "FMT")]
+    #[arg(short, long, value_name = "FMT", default_value = "raw")]
     pub format: String,
     /// Image below the new one; a relative name starts at the new image's directory
     #[arg(short, long, value_name = "BASE")]
@@ -74,6 +74,7 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
         &args.plugin_dir,
         &super::configuration(OutputFormat::Human)?.plugin_paths(),
     ));
+    Error::if_refused(&registry)?;
     let plugin = registry.by_format(&args.format).ok_or_else(|| {
         let message =
             format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(&args.format));

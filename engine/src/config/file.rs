@@ -50,7 +50,7 @@ impl Content {
             [("allow-backing-dirs", &content.allow_backing_dirs), ("plugin-dirs", &content.plugin_dirs)]
         {
             if let Some(relative) = directories.iter().find(|directory| !directory.is_absolute()) {
-                return Err(refused(format!("{key}: \"{}\" is no absolute path", relative.display())));
+                return Err(refused(format!("{key}: \"{}\" is not an absolute path", relative.display())));
             }
         }
         Ok(Some(content))
@@ -93,7 +93,7 @@ mod tests {
         for (text, mode, words) in [
             ("\n\nplugin-dir = []\n", 0o644, ["line 3", "plugin-dir"]),
             ("plugin-dirs = \"/a\"\n", 0o644, ["line 1", "sequence"]),
-            ("plugin-dirs = [\"a\"]\n", 0o644, ["plugin-dirs", "\"a\" is no absolute path"]),
+            ("plugin-dirs = [\"a\"]\n", 0o644, ["plugin-dirs", "\"a\" is not an absolute path"]),
             ("allow-backing-dirs = [1]\n", 0o644, ["line 1", "string"]),
             ("\n= 3\n", 0o644, ["line 2", "key"]),
             ("", 0o666, ["writable by others", "chmod go-w"]),

@@ -5,9 +5,10 @@
 
 mod file;
 
-use crate::error::Error;
+use crate::error::{Error, Role};
 use crate::plugins::is_elevated;
 use file::Content;
+use instar_guest_abi::ErrorCode;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -44,8 +45,18 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Source {
     path: PathBuf,
+    origin: Origin,
+}
+
+/// How a file came to be looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It is the system's.
+    System,
+    /// The environment names it: it has to be there.
+    Named,
     /// Nobody named it: it is found through the environment of whoever logged in, who may be somebody else.
-    found: bool,
+    Found,
 }
 
 impl Config {
@@ -61,15 +72,20 @@ impl Config {
 
     fn of(files: &[Source]) -> Result<Self, Error> {
         let mut config = Self::default();
-        for Source { path: file, found } in files {
+        for Source { path: file, origin } in files {
             let content = match Content::read(file) {
-                Err(error) if *found && is_anothers(file) => {
-                    config.warnings.push(format!("{error}: it is another user's, and does not count"));
+                Err(error) if *origin == Origin::Found && is_anothers(file) => {
+                    config.warnings.push(format!("{error}: the file is ignored, because it is another user's"));
                     None
                 }
                 content => content?,
             };
             let Some(content) = content else {
+                if *origin == Origin::Named {
+                    let clause =
+                        format!("does not exist, and {CONFIG_VARIABLE} names it: correct it, or set it to nothing");
+                    return Err(Error::image(file, ErrorCode::OpenFailed, clause).in_role(Role::Configuration));
+                }
                 config.files.push((file.clone(), false));
                 continue;
             };
@@ -108,18 +124,17 @@ fn is_anothers(file: &Path) -> bool {
 
 /// The files to look for. A program that runs with more rights than its caller has goes by the system's file alone.
 fn files(elevated: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<Source> {
-    let named = |path| Source { path, found: false };
-    let system = named(PathBuf::from(SYSTEM_FILE));
+    let system = Source { path: PathBuf::from(SYSTEM_FILE), origin: Origin::System };
     if elevated {
         return vec![system];
     }
     if let Some(path) = variable(CONFIG_VARIABLE) {
-        return if path.as_os_str().is_empty() { Vec::new() } else { vec![named(path)] };
+        return if path.as_os_str().is_empty() { Vec::new() } else { vec![Source { path, origin: Origin::Named }] };
     }
     let absolute = |path: &PathBuf| path.is_absolute();
     let home = || variable("HOME").filter(absolute).map(|home| home.join(".config"));
     let user = variable("XDG_CONFIG_HOME").filter(absolute).or_else(home);
-    let user = user.map(|directory| Source { path: directory.join(USER_FILE), found: true });
+    let user = user.map(|directory| Source { path: directory.join(USER_FILE), origin: Origin::Found });
     std::iter::once(system).chain(user).collect()
 }
 
@@ -156,7 +171,7 @@ mod tests {
             std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o644)).unwrap();
         }
         let absent = root.path().join("absent");
-        let source = |path: &PathBuf| Source { path: path.clone(), found: false };
+        let source = |path: &PathBuf| Source { path: path.clone(), origin: Origin::System };
         let config = Config::of(&[&first, &absent, &second].map(source)).unwrap();
         assert_eq!(config.plugin_paths(), ["/no/a", "/no/b", "/no/c"].map(PathBuf::from));
         assert_eq!(config.backing_paths(), [PathBuf::from("/")]);

@@ -47,6 +47,7 @@ pub fn run_map(request: &MapRequest, reporter: &mut Reporter<'_>, log: &mut Vec<
     let file = NamedFile::new(&request.image);
     let roots = Roots::of(&file, &request.allowed_directories)?;
     let registry = Registry::load(&request.search);
+    Error::if_refused(&registry)?;
     let kvm = KvmDevice::open();
     prepare_to_lock(request.wait, [&file], &request.allowed_directories);
     let access = if request.force_share { Access::Shared } else { Access::ReadOnly };

@@ -22,6 +22,8 @@ pub struct Registry {
     plugins: Vec<Plugin>,
     skipped: Vec<Skipped>,
     conflicts: HashMap<String, Vec<PathBuf>>,
+    /// The first directory that the operator named and that cannot be used.
+    refused: Option<Skipped>,
 }
 
 impl Registry {
@@ -54,13 +56,14 @@ impl Registry {
             Ok(Some(directory)) => directory,
             Ok(None) => {
                 if requested {
-                    self.skip(path, "the directory does not exist");
+                    self.refuse(path, "the directory does not exist".to_owned());
                 }
                 return;
             }
+            Err(reason) if requested => return self.refuse(path, reason),
             Err(reason) => {
                 // Nobody asks about a directory without plugins.
-                if requested || holds_plugins(path) {
+                if holds_plugins(path) {
                     self.skip(path, reason);
                 }
                 return;
@@ -93,6 +96,12 @@ impl Registry {
                 Err(reason) => self.skip(&file, reason),
             }
         }
+    }
+
+    /// A directory that the operator named cannot be used.
+    fn refuse(&mut self, path: &Path, reason: String) {
+        self.refused.get_or_insert(Skipped { path: path.to_owned(), reason: reason.clone() });
+        self.skip(path, reason);
     }
 
     fn skip(&mut self, path: &Path, reason: impl Into<String>) {
@@ -140,6 +149,13 @@ impl Registry {
     #[must_use]
     pub fn skipped(&self) -> &[Skipped] {
         &self.skipped
+    }
+
+    /// The first directory that the operator named and that cannot be used: to go on without it would be to go on with other
+    /// plugins than those that were asked for.
+    #[must_use]
+    pub fn refused(&self) -> Option<&Skipped> {
+        self.refused.as_ref()
     }
 
     /// The plugin of a format, by name or alias.
