@@ -190,7 +190,7 @@ def replace(path, old, new):
         ("../outside.vmdk", "ERROR_WRITE_TARGET_NOT_ALLOWED", "leads outside"),
         ("ABSOLUTE", "ERROR_WRITE_TARGET_NOT_ALLOWED", "leads outside"),
         ("link.vmdk", "ERROR_WRITE_TARGET_NOT_ALLOWED", "leads outside"),
-        ("json:{}", "ERROR_WRITE_TARGET_NOT_ALLOWED", "protocol"),
+        ("json:{}", "ERROR_WRITE_TARGET_NOT_ALLOWED", "not understood"),
         ("absent.vmdk", "ERROR_BACKING_NOT_FOUND", "does not exist"),
         ("fifo", "ERROR_OPEN_FAILED", "not a regular file"),
         ("/dev/null", "ERROR_WRITE_TARGET_NOT_ALLOWED", "leads outside"),
@@ -259,6 +259,25 @@ def test_damage_in_one_extent_is_found_before_anything_changes(tmp_path):
     table = image.tables(image.directory)[0][0]
     vmdk_bytes.patch(extent, table * 512 + 4 * 20, (2**31).to_bytes(4, "little"))
     refuse("ERROR_BACKING_CORRUPT", top, files=[*files_of(base), *files_of(top)[1:]], mentions=[extent.name, "past the end"])
+
+
+@pytest.mark.parametrize("which", ["base", "top"])
+@pytest.mark.parametrize(
+    ("at", "value", "says"),
+    [(28, 0x0101010100000000, "descriptor"), (28, (1 << 63) - 1, "descriptor"), (64, 1 << 20, "overHead")],
+)
+def test_places_in_the_header_of_an_extent_that_are_not_in_the_file(tmp_path, which, at, value, says):
+    """`descriptorOffset` and `overHead`, of which emptying takes what may be given back."""
+    base = create(tmp_path / "base.vmdk", MIB, fmt="vmdk", subformat="twoGbMaxExtentSparse")
+    top = tmp_path / "top.vmdk"
+    qemu_img("create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", "-b", "base.vmdk", "-F", "vmdk", top)
+    qemu_io(top, "write -P 7 0 192k", fmt="vmdk")
+    with open(tmp_path / f"{which}-s001.vmdk", "r+b") as file:
+        file.seek(at)
+        file.write(value.to_bytes(8, "little"))
+    name = "ERROR_OVERLAY_CORRUPT" if which == "top" else "ERROR_BACKING_CORRUPT"
+    refuse(name, top, files=[*files_of(top), *files_of(base)], mentions=[says])
+    assert support.run_instar("check", tmp_path / f"{which}.vmdk").rc in (1, 2)
 
 
 def test_a_sibling_that_is_no_extent_keeps_its_header(tmp_path):

@@ -2,6 +2,7 @@
 
 use crate::error::{DriverError, DriverResult};
 use alloc::format;
+use alloc::string::String;
 use core::ops::Range;
 use instar_guest_abi::{ErrorCode, Phase, Request, RequestOp, DEVICE_OUTPUT};
 
@@ -59,8 +60,12 @@ pub trait BlockIo {
                 Some(RequestOp::NextData) => "search for data",
                 None => "request",
             };
-            let mut error = DriverError::new(code, format!("{verb} of {} bytes failed", request.length))
-                .at(request.device, request.offset);
+            let text = match RequestOp::from_u32(request.op) {
+                Some(RequestOp::SetLength) => format!("change of length to {} bytes failed", request.offset),
+                Some(RequestOp::Flush) => String::from("flush failed"),
+                _ => format!("{verb} of {} bytes failed", request.length),
+            };
+            let mut error = DriverError::new(code, text).at(request.device, request.offset);
             error.errno = failure.errno;
             error
         })

@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{
     DeviceConfig, ErrorCode, Examination, Extent, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary,
+    DEVICE_OUTPUT,
 };
 
 /// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
@@ -117,7 +118,8 @@ pub trait Sink {
     /// [`ErrorCode::UnsupportedFormat`] if it cannot; as [`Sink::plan`].
     fn grow(&mut self, io: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
         let _ = (io, virtual_size, below_length);
-        Err(DriverError::new(ErrorCode::UnsupportedFormat, "an image of this format cannot grow"))
+        let text = "an image of this format cannot grow: let a larger copy of it take its place";
+        Err(DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::UnsupportedFormat, text) })
     }
 
     /// Verify the metadata that these extents (ascending over all calls; any kind) will touch, and count

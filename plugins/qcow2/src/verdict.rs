@@ -90,7 +90,8 @@ fn refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
         return Some((ErrorCode::LuksUnsupported, reason));
     }
     if own.feature(names::DATA_FILE).is_some() {
-        let reason = "an external data file is not supported: convert it to an image that holds its data itself";
+        let reason = "an external data file is not supported: copy the image with `qemu-img convert -O qcow2`, and with -B and -F for \
+                      its backing file";
         return Some((ErrorCode::ExternalDataFile, reason.to_owned()));
     }
     if let Some(list) = own.feature(names::UNKNOWN_FEATURES) {

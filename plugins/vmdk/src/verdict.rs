@@ -54,7 +54,13 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
 
 fn of_backing(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
     if own.feature(names::COMPRESSED).is_some() {
-        let reason = "a streamOptimized vmdk cannot be committed into: convert it with `qemu-img convert -O vmdk`";
+        // A copy gets an identity of its own: an overlay that records its parent's would not know it.
+        let advice = if overlay.parent_identity.is_empty() {
+            "convert it with `qemu-img convert -O vmdk`, and put the copy in its place"
+        } else {
+            "make one image of the overlay and what is below it with `qemu-img convert`"
+        };
+        let reason = format!("a streamOptimized vmdk cannot be committed into: {advice}");
         return Verdict::refused(ErrorCode::UnsupportedFormat, reason);
     }
     let Some(length) = longest(own, overlay) else {

@@ -124,7 +124,8 @@ impl Qcow2Sink {
         let end =
             self.image.cluster_size().round_up(header.virtual_size).ok_or_else(|| overflow("the virtual size"))?;
         if header.version == Version::V2 && size.min(below) > end {
-            return refused(4, "its backing is longer, and version 2 has no zero clusters to hide that");
+            return refused(4, "its backing is longer, and version 2 has no zero clusters to hide that: run `qemu-img amend -o compat=1.1` \
+                 on it first");
         }
         Ok(())
     }

@@ -99,7 +99,7 @@ impl Image {
             return refused(ErrorCode::LuksUnsupported, "the image is encrypted");
         }
         if header.has(incompatible::DATA_FILE) {
-            return refused(ErrorCode::ExternalDataFile, "the image has an external data file");
+            return refused(ErrorCode::ExternalDataFile, "the image has an external data file, which is not supported: `qemu-img convert` makes an image that holds its data itself");
         }
         if header.incompatible & !incompatible::KNOWN != 0 {
             return refused(ErrorCode::UnsupportedFormat, "the image has an unknown incompatible feature");

@@ -80,7 +80,10 @@ impl Sink for RawSink {
             return Ok(());
         }
         if self.fixed_length {
-            return Err(self.refused(format!("a block device of {} bytes cannot grow", self.file_length)));
+            return Err(self.refused(format!(
+                "a block device of {} bytes cannot grow by itself: enlarge the device",
+                self.file_length
+            )));
         }
         let length = virtual_size.checked_next_multiple_of(SECTOR).filter(|&length| length <= self.max_length);
         let length = length.ok_or_else(|| self.refused(format!("the file cannot grow to {virtual_size} bytes")))?;

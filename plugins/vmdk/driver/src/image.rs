@@ -56,6 +56,12 @@ impl Image {
         }
         let mut image =
             Self { device: number, header, file_length, directory: Vec::new(), redundant: None, footer, corrupt };
+        if header.descriptor_size != 0 {
+            image.descriptor_range()?;
+        }
+        if header.overhead.checked_mul(SECTOR).is_none_or(|grains| grains > file_length) {
+            return Err(image.corrupt(64, "the grains begin past the end of the file (overHead)"));
+        }
         image.directory = image.read_directory(io, header.directory, "grain directory")?;
         if header.has(flags::REDUNDANT) {
             image.redundant =
