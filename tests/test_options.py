@@ -268,3 +268,50 @@ def test_a_mode_that_is_none(made):
     with support.untouched(made.top, made.base):
         result = support.run_instar("commit", "-t", "bogus", made.top)
     assert result.rc == 2 and "bogus" in result.stderr
+
+
+# --- directories that are named -----------------------------------------------------------------------
+
+
+def test_a_plugin_directory_that_cannot_be_used(pair, tmp_path):
+    """To go on without it would be to go on with other plugins than those that were asked for."""
+    pair.make(top=["write -P 1 0 64k"])
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    for directory, says in ((tmp_path / "absent", "does not exist"), (open_to_all, "no plugin is loaded from it")):
+        refuse("ERROR_PLUGIN_UNAVAILABLE", pair.top, "--plugin-dir", directory, mentions=[directory, says])
+        for command in (["check", pair.top], ["map", pair.top], ["info", pair.top], ["create", pair.dir / "new", "1M"]):
+            result = support.run_instar(*command, "--plugin-dir", directory)
+            assert result.rc == 1 and says in result.stderr, str(result)
+    assert not (pair.dir / "new").exists()
+
+
+def test_the_last_line_on_a_terminal_says_how_it_ended(made):
+    """A bar that stops looks like one that is done."""
+    def said(*options):
+        command = [support.instar_binary(), "commit", "-p", *options, made.top]
+        main, side = pty.openpty()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=side)
+        if "-r" in options:
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+        process.wait(timeout=support.TIMEOUT)
+        os.close(side)
+        text = b""
+        while chunk := _read(main):
+            text += chunk
+        os.close(main)
+        return text.decode()
+
+    assert re.search(r"instar: stopped at \d+ % \(\d+ of \d+ bytes\)", said("-r", "1M"))
+    assert "instar: done: a dry run" in said("--dry-run")
+    assert said().rstrip().endswith("instar: done")
+
+
+def _read(terminal):
+    """What a terminal has to read; nothing once the other side is closed."""
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:
+        return b""

@@ -145,7 +145,11 @@ pub fn map_commit_error(failure: &GuestFailure, paths: &DevicePaths, changed: Ch
     let state = format!("{}; {}", failure.clause(paths), changed.clause());
     // There is no file system that could get more room; a driver says itself what the device lacks.
     let full_device = code == ErrorCode::NoSpace && failure.device.is_some_and(|device| paths.is_block_device(device));
-    let clause = if full_device { state } else { with_advice(state, code) };
+    let clause = match i32::try_from(failure.errno) {
+        Ok(libc::EFBIG) => format!("{state}; the file may not become so long: raise the limit (`ulimit -f`)"),
+        _ if full_device => state,
+        _ => with_advice(state, code),
+    };
     let error = failure.context(Error::image(failure.path(paths, either), code, clause));
     match paths.role(failure.device.unwrap_or(either)) {
         Some(role) => error.in_role(role),

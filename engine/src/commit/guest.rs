@@ -7,14 +7,14 @@ use super::notes::{Announcement, Notes};
 use super::plan::PlanBounds;
 use super::progress::{Ending, Progress};
 use super::repeated::Repeated;
-use super::space::{free_space, Space};
+use super::space::{free_space, taken_space, Space};
 use crate::devices::{Cache, Device, Statistics, Workers};
 use crate::error::Error;
 use crate::image::ChainImage;
 use crate::plugins::ImageRead;
 use crate::vm::{self, KvmDevice, VmError, VmReport, VmSpec};
 use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT};
-use instar_guest_protocol::{CommitConfig, CommitResultMessage, Message};
+use instar_guest_protocol::{CommitConfig, CommitResultMessage, Message, PlanMessage};
 use std::path::Path;
 
 /// What the virtual machine did.
@@ -35,8 +35,23 @@ pub struct GuestRun {
 pub struct Growth {
     /// Bytes by which the backing's file gets longer, at most.
     pub bytes: u64,
+    /// Bytes that it takes of the disk besides what it has, at most: more than it grows by, where it has holes.
+    pub space: u64,
     /// Bytes that are free for this user; `None` for a block device, and where the file system does not say.
     pub free: Option<u64>,
+}
+
+impl Growth {
+    /// What a plan means for a backing whose files are `length` bytes long, take `taken` bytes of the disk (`None` for a
+    /// block device), and have clusters of so many bytes. What is committed as zeroes counts like data: only the write says
+    /// how much of it can stay a hole.
+    fn of(plan: &PlanMessage, length: u64, taken: Option<u64>, cluster: u64) -> Self {
+        let bytes = plan.backing_final_length.saturating_sub(length);
+        let metadata = plan.new_metadata_clusters.saturating_mul(cluster);
+        let written = plan.bytes.max(plan.new_data_clusters.saturating_mul(cluster)).saturating_add(metadata);
+        let holes = |taken: u64| plan.backing_final_length.max(length).saturating_sub(taken);
+        Self { bytes, space: taken.map_or(0, |taken| holes(taken).min(written)), free: None }
+    }
 }
 
 /// How the guest of a commit is run.
@@ -94,7 +109,7 @@ pub fn run_commit_guest(
     let space = Space::of(&backing, &layers);
     let overlay_files = overlay.files.iter().map(|file| file.opened.file.length());
     let overlay_length = overlay_files.fold(overlay.opened.file.length(), u64::saturating_add);
-    let (length, free) = (backing.facts.file_length, free_space(&backing));
+    let (length, taken, free) = (backing.facts.file_length, taken_space(&backing), free_space(&backing));
     let bounds = PlanBounds::of(&overlay, &backing);
     let last_phase = match (options.config.dry_run, options.keep_overlay) {
         (true, _) => Phase::Look,
@@ -139,12 +154,13 @@ pub fn run_commit_guest(
         false => Ending::Failed,
     };
     handler.progress.iter().for_each(|progress| progress.end(ending));
-    let longer = handler.plan.map_or(0, |plan| plan.backing_final_length.saturating_sub(length));
+    let growth =
+        handler.plan.map_or(Growth::default(), |plan| Growth::of(&plan, length, taken, bounds.backing_cluster));
     let run = |report| GuestRun {
         report,
         statistics: handler.devices.stats().clone(),
         log: handler.log.lines().to_vec(),
-        growth: Growth { bytes: longer, free },
+        growth: Growth { free, ..growth },
     };
     let failure = match (ended, handler.result.take()) {
         _ if handler.lacking.is_some() => no_space(handler.lacking),

@@ -116,14 +116,7 @@ pub fn probe_commit_target<'r>(
     access: Access,
 ) -> Result<ChainImage<'r>, Error> {
     let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
-    let image = opened.identify_as(registry, format_hint)?;
-    if let Some(mark) = &image.mark {
-        // Nothing that is taken as raw has a backing.
-        let clause =
-            format!("is said to be {}, but looks like {}: name its real format", image.plugin.name(), mark.format);
-        return Err(Error::image(&image.opened.path, ErrorCode::FormatMismatch, clause));
-    }
-    Ok(image)
+    opened.identify_overlay(registry, format_hint)
 }
 
 /// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
@@ -167,6 +160,7 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     let with_base = base.as_ref().map_or_else(|| roots.clone(), |base| roots.and(base));
     let registry = Registry::load(&request.search);
     notes.plugins(&registry);
+    Error::if_refused(&registry)?;
     timing.mark("plugins loaded");
     let acquired = Acquired { kvm: KvmDevice::open(), workers: workers(request, &file) };
     timing.mark("KVM opened, threads started");
@@ -221,7 +215,7 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
         notes.push(|| format!("the backing's virtual size grows to {size} bytes"));
     }
     let stale: Vec<PathBuf> = between.iter().map(|layer| layer.opened.path.clone()).collect();
-    warnings.extend(stale.iter().map(|path| becomes_stale(path, request.dry_run)));
+    warnings.extend(become_stale(&stale, request.dry_run));
     let announcement = notes.announcement(&warnings);
     let mut result = CommitRunResult {
         overlay: overlay_path,
@@ -253,14 +247,22 @@ fn commit_in_order(request: &CommitRequest, notes: &mut Notes) -> Result<CommitR
     Ok(result)
 }
 
-/// The line about a layer that was merged and stays, which is said before that happens.
-fn becomes_stale(path: &Path, dry_run: bool) -> String {
-    let becomes = if dry_run { "would become" } else { "becomes" };
-    let path = escape_path(path);
-    format!(
-        "'{path}': {becomes} stale, because the image below it changes: delete it afterwards, or rebase the images that \
-         depend on it"
-    )
+/// The line about layers that were merged and stay, which is said before that happens.
+fn become_stale(layers: &[PathBuf], dry_run: bool) -> Option<String> {
+    let first = escape_path(layers.first()?);
+    let (others, it) = match layers.len() - 1 {
+        0 => (String::new(), "it"),
+        others => (format!(" and {others} more of the layers that are merged"), "them"),
+    };
+    let verb = match (dry_run, layers.len()) {
+        (true, _) => "would become",
+        (false, 1) => "becomes",
+        (false, _) => "become",
+    };
+    Some(format!(
+        "'{first}'{others}: {verb} stale, because the image below changes: delete {it} afterwards, or rebase the images \
+         that depend on {it}"
+    ))
 }
 
 /// The line of a dry run about a file that it can read, and a commit could not write.
@@ -268,7 +270,7 @@ fn not_writable(path: &Path) -> Option<String> {
     use rustix::fs::{accessat, Access, AtFlags, CWD};
     let error = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).err()?;
     let (path, why) = (escape_path(path), crate::error::reason(&error.into()));
-    Some(format!("'{path}': cannot be written by you, which the commit itself needs: {why}"))
+    Some(format!("'{path}': you may not write to it, which the commit itself needs: {why}"))
 }
 
 /// Refuse a backing that is not believed to be raw, unless the commit may be the repetition of one that made it look so: of
@@ -357,9 +359,12 @@ fn check_sizes(overlay: &ChainImage<'_>, backing: &ChainImage<'_>, may_grow: boo
     if may_grow {
         return Ok(Some(needed));
     }
-    let clause = format!(
-        "the overlay's virtual size of {needed} bytes exceeds backing virtual size of {size} bytes: give \
-         --resize-backing, or grow the backing first"
-    );
+    let advice = if backing.opened.block_device && backing.facts.cluster_size <= 1 {
+        "enlarge the device first"
+    } else {
+        "give --resize-backing, if images of its format can grow, or grow the backing first"
+    };
+    let clause =
+        format!("the overlay's virtual size of {needed} bytes exceeds backing virtual size of {size} bytes: {advice}");
     Err(Error::image(&overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
 }

@@ -14,8 +14,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Bar, percentage, bytes, rate, time left.
-const TEMPLATE: &str = "{msg} [{bar:30}] {percent:>3}% {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
+/// What is done, bar, percentage, bytes, time left: within the 80 columns of a terminal.
+const TEMPLATE: &str = "{msg} [{bar:20}] {percent:>3}% {bytes}/{total_bytes} {eta} left";
+/// As long as it is not known how much there is to do.
+const CHECKING: &str = "{msg}";
 /// Between two flushes from here this much time passes at least …
 const PAUSE: Duration = Duration::from_secs(1);
 /// … and so many times as long as the one before took: they may take a tenth of the time.
@@ -103,8 +105,8 @@ impl Progress {
         let files = if durable { numbers.iter().filter_map(file).collect() } else { Vec::new() };
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-            if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
-                bar.set_style(style.progress_chars("=> "));
+            if let Ok(style) = ProgressStyle::with_template(CHECKING) {
+                bar.set_style(style);
             }
             bar.set_message("checking");
             bar
@@ -133,7 +135,7 @@ impl Progress {
         let mut state = self.0.borrow_mut();
         state.complete();
         let overlay = state.overlay;
-        state.begin(Phase::Emptying, overlay, "emptying the overlay");
+        state.begin(Phase::Emptying, overlay, "emptying");
         if state.bar.is_none() {
             (state.print)("instar: emptying the overlay\n");
         }
@@ -154,6 +156,9 @@ impl State {
     fn begin(&mut self, phase: Phase, total: u64, message: &'static str) {
         (self.phase, self.total, self.moved, self.done, self.shown) = (phase, total, 0, 0, 0);
         if let Some(bar) = &self.bar {
+            if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
+                bar.set_style(style.progress_chars("=> "));
+            }
             bar.set_message(message);
             bar.set_length(total);
             bar.set_position(0);
@@ -197,16 +202,9 @@ impl State {
         if ending == Ending::Done {
             self.complete();
         }
+        // The last line takes the place of the bar.
         if let Some(bar) = self.bar.take() {
-            match ending {
-                Ending::Done => {
-                    bar.set_message("done");
-                    bar.finish();
-                }
-                // A line of the command itself takes its place.
-                Ending::DryRun | Ending::Failed => bar.finish_and_clear(),
-            }
-            return;
+            bar.finish_and_clear();
         }
         let line = match (ending, self.phase) {
             (Ending::Done, _) => "instar: done\n".to_owned(),

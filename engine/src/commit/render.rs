@@ -64,24 +64,27 @@ pub fn render_dry_run(result: &CommitRunResult, output: OutputFormat, out: &mut 
             let mut map = object(result);
             map.insert("dry_run".into(), json!(true));
             map.insert("backing_growth_bytes".into(), json!(result.run.growth.bytes));
+            map.insert("backing_space_bytes".into(), json!(result.run.growth.space));
             map.insert("free_bytes".into(), json!(result.run.growth.free));
             print_json_indented(out, &Value::Object(map), INDENT)
         }
         OutputFormat::Human => {
             let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {size} bytes"));
             let growth = result.run.growth;
-            let free = growth.free.map(|free| format!(" Its file system has {free} bytes free."));
+            let free = growth.free.map(|free| format!(", of which its file system has {free} free"));
+            let plural = if result.clusters_committed == 1 { "" } else { "s" };
             print(
                 out,
                 &format!(
-                    "Would commit {} clusters ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes at \
-                     most.{} Nothing was changed.\n",
+                    "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
+                     at most, and take {} more bytes of the disk{}. Nothing was changed.\n",
                     result.clusters_committed,
                     result.bytes_committed,
                     escape_path(&result.overlay_given),
                     escape_path(&result.backing),
                     disk.unwrap_or_default(),
                     growth.bytes,
+                    growth.space,
                     free.unwrap_or_default(),
                 ),
             )

@@ -34,6 +34,18 @@ pub fn free_space(image: &ChainImage<'_>) -> Option<u64> {
     Some(blocks.saturating_mul(system.f_frsize))
 }
 
+/// Bytes of the disk that the files of an image take; `None` for a block device.
+#[must_use]
+pub fn taken_space(image: &ChainImage<'_>) -> Option<u64> {
+    let all = std::iter::once(&image.opened).chain(image.files.iter().map(|file| &file.opened));
+    all.filter(|opened| !opened.block_device).map(taken).reduce(u64::saturating_add)
+}
+
+/// Bytes of the disk that a file takes.
+fn taken(opened: &OpenedFile) -> u64 {
+    opened.file.file().metadata().map_or(u64::MAX, |found| found.blocks().saturating_mul(512))
+}
+
 impl Space {
     /// What is known; nothing of a block device, of several files, of a format without clusters, and of other file systems.
     #[must_use]
@@ -42,7 +54,6 @@ impl Space {
         let usable = !backing.opened.block_device && backing.files.is_empty() && backing.facts.cluster_size > 1;
         let known = fstatfs(file).is_ok_and(|system| [EXT, TMPFS].contains(&system.f_type.cast_unsigned()));
         let free = free_space(backing).filter(|_| usable && known)?;
-        let taken = |opened: &OpenedFile| opened.file.file().metadata().map_or(u64::MAX, |found| found.blocks() * 512);
         let files = merged.iter().flat_map(|layer| {
             let others = layer.files.iter().map(|file| &file.opened);
             std::iter::once(&layer.opened).chain(others)
