@@ -6,11 +6,13 @@ use super::snapshot_text;
 use crate::confine::{Confinement, Reach, Work};
 use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
-use crate::image::{file_name, parent_mismatch, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
-use crate::plugins::{ImageFiles, Registry, SearchPath};
+use crate::image::{file_name, parent_mismatch, unknown_format, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
+use crate::lookup::Directory;
+use crate::plugins::{IdentifyError, ImageFiles, Registry, SearchPath};
 use clap::Args;
-use instar_guest_abi::ErrorCode;
+use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::ImageFacts;
+use rustix::fs::AtFlags;
 use serde_json::{Map, Value};
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -19,8 +21,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Most images in a chain that is shown.
-const MAX_DEPTH: usize = 256;
+/// Most images in a chain that is shown: as many as a commit takes.
+const MAX_DEPTH: usize = MAX_CHAIN_DEVICES + 1;
 
 /// Show what an image is, without changing it.
 #[derive(Args, Debug)]
@@ -72,6 +74,7 @@ pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), E
     snapshot_text::prepare();
     let registry =
         Registry::load(&SearchPath::for_process(&args.plugin_dir, &super::configuration(args.output)?.plugin_paths()));
+    Error::if_refused(&registry)?;
     let images = collect(&registry, args, confine)?;
     match args.output {
         OutputFormat::Human => {
@@ -102,6 +105,7 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
     if !chain && confine {
         let _ = Confinement::begin(&Reach::default(), Work::Look);
     }
+    let mut unnamed = None;
     loop {
         let role = if images.is_empty() { Role::Image } else { Role::Ancestor };
         if !seen.insert(opened.identity) {
@@ -109,11 +113,26 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
             return Err(Error::image(&path, ErrorCode::ChainLoop, clause));
         }
         let image = &opened.file;
-        let found =
-            registry.identify(image, hint.as_deref()).map_err(|error| Error::identify(&path, &error).in_role(role))?;
+        let found = registry.identify(image, hint.as_deref()).map_err(|error| {
+            let known = match (&unnamed, &error) {
+                (None, _) => unknown_format(&path, &error),
+                (Some(advice), IdentifyError::Unrecognised { .. }) => {
+                    Error::image(&path, error.code(), format!("{error}; {advice}"))
+                }
+                (Some(_), _) => Error::identify(&path, &error),
+            };
+            known.in_role(role)
+        })?;
         let facts = found.facts;
-        let notes = found.plugin.notes(ImageFiles::one(image), &facts);
-        let actual_size = image.file().metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
+        let mut notes = found.plugin.notes(ImageFiles::one(image), &facts);
+        let mut actual_size = image.file().metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
+        let others = found.plugin.files(image).map_err(|failure| Error::plugin(&path, &failure).in_role(role))?;
+        for other in &others {
+            match allocated(&opened.directory, &other.name) {
+                Some(size) => actual_size = actual_size.saturating_add(size),
+                None => notes.push(format!("its extent '{}' is not there", escape_bytes(&other.name))),
+            }
+        }
         let backing = facts.backing.as_ref().into_option().cloned();
         let format = facts.format.to_string();
         if let Some(child) = images.last_mut() {
@@ -137,12 +156,21 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
         let located = located.map_err(|error| error.in_role(Role::Ancestor))?;
         let recorded = backing.format.into_option().map(|format| String::from_utf8_lossy(&format).into_owned());
         hint = recorded.or_else(|| located.format().map(str::to_owned));
+        unnamed = Some(format!("if it is a plain disk, {}", recorder.record_raw(located.name())));
         let below = resolve_backing(&path, located.name());
         let filename = std::mem::replace(&mut path, below.clone().unwrap_or_default());
         images.push(Shown { filename, actual_size, facts, notes, backing_path: below });
         opened =
             OpenedFile::located(&located, &recorder, Access::Shared).map_err(|error| error.in_role(Role::Ancestor))?;
     }
+}
+
+/// Bytes of the disk that a file takes which an image in this directory names. It is not opened, and no more than that is
+/// told of it.
+fn allocated(directory: &Directory, name: &[u8]) -> Option<u64> {
+    let file = file_name(name).ok()?;
+    let stat = rustix::fs::statat(directory, OsStr::from_bytes(&file.path), AtFlags::empty()).ok()?;
+    Some(u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
 }
 
 /// Where the backing file that `image` records is, for people: a relative name begins at the image's own directory. `None`

@@ -122,7 +122,7 @@ impl<'w> Reporter<'w> {
             Format::Human => {
                 let Some((device, offset)) = entry.place else {
                     let clause = format!(
-                        "its bytes from {} on are compressed, which have no place of their own: use --output json",
+                        "its bytes from {} on are compressed, and have no offset in the file: use --output json",
                         entry.start
                     );
                     let file = places.values().find(|place| place.depth == entry.depth);
