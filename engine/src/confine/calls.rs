@@ -4,7 +4,6 @@
 //! instead on another machine (a clock without vDSO, a panic, an abort). Nothing here opens a socket, starts a process
 //! or makes memory executable.
 
-use crate::image::LOOP_GET_STATUS64;
 use kvm_bindings::{kvm_cpuid2, kvm_fpu, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_xcrs};
 use std::collections::BTreeMap;
 
@@ -174,6 +173,8 @@ const OPEN: &[Call] = &[
 
 /// `_IO(0x12, 94)` of `linux/fs.h`: whether a block device is read-only.
 pub const BLKROGET: u32 = 0x125e;
+/// A request of `linux/loop.h`: what a loop device stands on.
+pub const LOOP_GET_STATUS64: u32 = 0x4c05;
 
 /// Confining the process further.
 const CONFINE: &[Call] = &[

@@ -1,13 +1,12 @@
 //! What a loop device stands on: the same bytes have two names then.
 
+use crate::confine::calls::LOOP_GET_STATUS64;
 use crate::lookup::Identity;
 use rustix::fs::{major, Stat};
 use std::os::fd::{AsFd, AsRawFd};
 
 /// The major number of loop devices (`LOOP_MAJOR` of `linux/major.h`).
 const LOOP_MAJOR: u32 = 7;
-/// The request of `linux/loop.h`: what a loop device stands on.
-pub const LOOP_GET_STATUS64: u32 = 0x4c05;
 /// 64-bit words of `struct loop_info64`, the first three of which are the device number of the file system and the inode of
 /// the file below, and the number of the device, if one is below.
 const WORDS: usize = 29;

@@ -29,7 +29,6 @@ pub use files::{open_extra_files, ExtraFile, FilesOf};
 pub use gate::{Gate, Located};
 pub use identify::{unknown_format, Doubt, Recorded};
 pub use locking::prepare_to_lock;
-pub use loop_device::LOOP_GET_STATUS64;
 pub use named::NamedFile;
 pub use names::{file_name, FileName, NoFile};
 pub use open::{Access, ChainImage, OpenedFile};
