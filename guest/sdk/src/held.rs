@@ -1,6 +1,6 @@
 //! What the host holds a guest to, for the devices in memory: a request that would end the guest fails the test.
 
-use crate::memory::Change;
+use crate::change::Change;
 use alloc::collections::BTreeMap;
 use instar_guest_abi::{
     device_flags, request_flags, DeviceConfig, Part, Phase, Request, RequestOp, Situation, DEVICE_OUTPUT,

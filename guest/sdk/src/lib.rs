@@ -8,6 +8,8 @@
 extern crate alloc;
 
 #[cfg(feature = "memory")]
+mod change;
+#[cfg(feature = "memory")]
 pub mod crash;
 mod error;
 mod extents;

@@ -4,6 +4,7 @@
 //! the plan, of a device that is only read, beyond a bound; a range that overflows) panics. They record every change and flush, so that a test can replay any
 //! part of it: what is on the disk after a crash.
 
+pub use crate::change::Change;
 use crate::held::Rules;
 use crate::io::{BlockIo, IoFailure};
 use alloc::collections::{BTreeMap, BTreeSet};
@@ -16,61 +17,6 @@ const EIO: u32 = 5;
 const EINVAL: u32 = 22;
 /// Bytes of a block, which is data or a hole.
 const BLOCK: u64 = 4096;
-
-/// One recorded change.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// Bytes were written.
-    Write {
-        /// The device.
-        device: u32,
-        /// Byte offset.
-        offset: u64,
-        /// The bytes.
-        bytes: Vec<u8>,
-    },
-    /// The length was set, in bytes.
-    SetLength {
-        /// The device.
-        device: u32,
-        /// The new length in bytes.
-        length: u64,
-    },
-    /// Everything before it on the device is durable.
-    Flush {
-        /// The device.
-        device: u32,
-    },
-}
-
-impl Change {
-    /// The number of the device that it is about.
-    #[must_use]
-    pub fn device(&self) -> u32 {
-        match self {
-            Self::Write { device, .. } | Self::SetLength { device, .. } | Self::Flush { device } => *device,
-        }
-    }
-
-    /// Apply the change to the devices. A flush changes nothing.
-    pub fn apply(&self, devices: &mut BTreeMap<u32, Vec<u8>>) {
-        match self {
-            Self::Write { device, offset, bytes } => {
-                let file = devices.entry(*device).or_default();
-                let start = usize::try_from(*offset).unwrap_or(usize::MAX);
-                let end = start.saturating_add(bytes.len());
-                if file.len() < end {
-                    file.resize(end, 0);
-                }
-                file[start..end].copy_from_slice(bytes);
-            }
-            Self::SetLength { device, length } => {
-                devices.entry(*device).or_default().resize(usize::try_from(*length).unwrap_or(usize::MAX), 0);
-            }
-            Self::Flush { .. } => {}
-        }
-    }
-}
 
 /// Devices in memory.
 #[derive(Clone, Debug, Default)]

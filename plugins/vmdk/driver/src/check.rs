@@ -3,7 +3,8 @@
 //! What is used is marked in a bitmap of sectors. A file that is larger than the bitmap is gone through several times, each
 //! time for another window of it: those that anything lies in, by the tables that hold anything.
 
-use crate::image::{overflow, Image};
+use crate::failures::overflow;
+use crate::image::Image;
 use crate::tables::{Table, TableSet};
 use alloc::format;
 use alloc::vec;

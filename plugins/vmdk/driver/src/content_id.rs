@@ -1,7 +1,6 @@
 //! The descriptor, and writing content IDs into it, each with one write of a few bytes within one sector.
 
-use crate::disk::at;
-use crate::image::overflow;
+use crate::failures::{at, overflow};
 use alloc::string::String;
 use alloc::vec;
 use instar_guest_sdk::abi::ErrorCode;

@@ -1,6 +1,7 @@
 //! Reading compressed grains: a marker, then a zlib stream ("Stream-optimized compressed sparse extents").
 
-use crate::image::{overflow, Image};
+use crate::failures::overflow;
+use crate::image::Image;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;

@@ -1,14 +1,15 @@
 //! A disk: its descriptor, and the extents that it consists of, each in a file or, of a disk in one file, the only one.
 
 use crate::content_id::DescriptorPlace;
-use crate::image::{overflow, Image};
+use crate::failures::{at, overflow};
+use crate::image::Image;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Extent, FileDevice};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_vmdk_format::{DiskExtent, FormatError, Storage, Trouble, MAGIC, MAX_DESCRIPTOR_BYTES};
+use instar_vmdk_format::{DiskExtent, Storage, MAGIC, MAX_DESCRIPTOR_BYTES};
 
 /// A flat extent: plain bytes of a file.
 #[derive(Clone, Copy, Debug)]
@@ -57,14 +58,6 @@ pub struct Disk {
 /// What the host saw is not there any more.
 fn mismatch(device: u32, text: impl Into<String>) -> DriverError {
     DriverError::new(ErrorCode::HeaderMismatch, text).at(device, 0)
-}
-
-/// A [`FormatError`] at a byte of a device; `corrupt` is the code of what no image may say.
-pub fn at(corrupt: ErrorCode, device: u32, offset: u64) -> impl Fn(FormatError) -> DriverError {
-    move |error| {
-        let code = if error.trouble == Trouble::Corrupt { corrupt } else { ErrorCode::UnsupportedFormat };
-        DriverError::new(code, error.text).at(device, offset)
-    }
 }
 
 impl Disk {

@@ -1,6 +1,6 @@
 //! An open sparse extent: header and grain directories.
 
-use crate::disk::at;
+use crate::failures::{at, overflow};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
@@ -28,11 +28,6 @@ pub struct Image {
 /// Bytes of the heap that must be left once an image is open: for the tables that are worked on at once, in both copies, a
 /// window of the check, what is read from below or decoded.
 const WORKING_ROOM: u64 = 24 << 20;
-
-/// An arithmetic guard.
-pub fn overflow(what: &str) -> DriverError {
-    DriverError::new(ErrorCode::InternalOverflow, format!("{what} is out of range"))
-}
 
 impl Image {
     /// Read header and directories. `corrupt` is the code of what no image may say.

@@ -8,6 +8,7 @@ mod content_id;
 mod decide;
 mod decode;
 mod disk;
+mod failures;
 mod image;
 mod sink;
 mod source;

@@ -5,7 +5,7 @@
 
 use crate::content_id::DescriptorPlace;
 use crate::disk::{split, Body, Disk, Flat, Part};
-use crate::image::overflow;
+use crate::failures::overflow;
 use crate::sparse_sink::{data_request, SparseSink};
 use alloc::format;
 use alloc::vec::Vec;

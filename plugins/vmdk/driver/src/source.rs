@@ -2,7 +2,7 @@
 
 use crate::content_id::DescriptorPlace;
 use crate::disk::{Body, Disk, Part};
-use crate::image::overflow;
+use crate::failures::overflow;
 use crate::sparse_source::{push, SparseSource};
 use alloc::vec::Vec;
 use core::ops::Range;

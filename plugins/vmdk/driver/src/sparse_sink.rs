@@ -11,7 +11,8 @@
 //! Whatever subset of the writes since the last flush is on the disk, every entry names a whole grain or table.
 
 use crate::decide::{decide, Action};
-use crate::image::{overflow, Image};
+use crate::failures::overflow;
+use crate::image::Image;
 use crate::tables::Table;
 use crate::work::{grains, Group, Groups, Part};
 use alloc::format;

@@ -1,7 +1,8 @@
 //! What a sparse extent holds, and how it is emptied. Guest offsets are those of the extent.
 
 use crate::decode::GrainReader;
-use crate::image::{overflow, Image};
+use crate::failures::overflow;
+use crate::image::Image;
 use crate::tables::{place, Table, TableSet, BYTES};
 use alloc::vec;
 use alloc::vec::Vec;

@@ -1,6 +1,7 @@
 //! Grain tables: many read with one submit, each of 512 entries.
 
-use crate::image::{entries_of, overflow, Image};
+use crate::failures::overflow;
+use crate::image::{entries_of, Image};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;

@@ -2,7 +2,8 @@
 
 use crate::decide::Arrival;
 use crate::disk::split;
-use crate::image::{overflow, Image};
+use crate::failures::overflow;
+use crate::image::Image;
 use crate::tables::{place, TABLES_AT_ONCE};
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind};
