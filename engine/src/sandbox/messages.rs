@@ -1,10 +1,9 @@
 //! Takes the guest's messages.
 
-use super::error::{printable, VmError};
-use super::fault::place;
-use super::handler::GuestHandler;
-use super::layout::Placed;
+use super::error::{printable, SandboxError};
+use super::host::Host;
 use super::memory::GuestRam;
+use super::placed::{place, Placed};
 use instar_guest_abi::{MESSAGE_ADDR, MESSAGE_SIZE};
 use instar_guest_protocol::{guest_message::Kind, GuestMessage, Message};
 
@@ -29,39 +28,41 @@ impl Messages {
     /// Take the message of `length` bytes that is in the buffer; `modules` are where a panic may have been.
     ///
     /// # Errors
-    /// [`VmError::GuestPanic`] if that is what it says; [`VmError::GuestProtocol`] if it makes no sense, or is one too
+    /// [`SandboxError::GuestPanic`] if that is what it says; [`SandboxError::GuestProtocol`] if it makes no sense, or is one too
     /// many.
     pub fn take(
         &mut self,
         ram: &GuestRam,
         modules: &[Placed],
         length: u32,
-        handler: &mut dyn GuestHandler,
-    ) -> Result<(), VmError> {
+        handler: &mut dyn Host,
+    ) -> Result<(), SandboxError> {
         let length = u64::from(length);
         if length == 0 || length > MESSAGE_SIZE {
-            return Err(VmError::protocol(format!("a message of {length} bytes, at most {MESSAGE_SIZE} are possible")));
+            return Err(SandboxError::protocol(format!(
+                "a message of {length} bytes, at most {MESSAGE_SIZE} are possible"
+            )));
         }
         self.count += 1;
         self.bytes = self.bytes.saturating_add(length.max(LEAST));
         if self.bytes > self.limit {
-            return Err(VmError::protocol(format!(
+            return Err(SandboxError::protocol(format!(
                 "more messages than it may send ({} messages, {} bytes)",
                 self.count, self.bytes
             )));
         }
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
         if !ram.read(MESSAGE_ADDR, &mut bytes) {
-            return Err(VmError::protocol("a message outside memory"));
+            return Err(SandboxError::protocol("a message outside memory"));
         }
         let message = GuestMessage::decode(bytes.as_slice())
-            .map_err(|error| VmError::protocol(format!("a message that cannot be decoded: {error}")))?;
+            .map_err(|error| SandboxError::protocol(format!("a message that cannot be decoded: {error}")))?;
         match message.kind {
-            None => Err(VmError::protocol("a message of no known kind")),
+            None => Err(SandboxError::protocol("a message of no known kind")),
             Some(Kind::Panic(panic)) => {
-                Err(VmError::GuestPanic { text: printable(&panic.text), place: place(modules, panic.address) })
+                Err(SandboxError::GuestPanic { text: printable(&panic.text), place: place(modules, panic.address) })
             }
-            Some(kind) => handler.message(kind).map_err(|bad| VmError::protocol(printable(&bad.0))),
+            Some(kind) => handler.message(kind).map_err(|bad| SandboxError::protocol(printable(&bad.0))),
         }
     }
 }

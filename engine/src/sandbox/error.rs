@@ -4,7 +4,7 @@ use instar_guest_abi::ErrorCode;
 
 /// Why a guest could not run, or was ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum VmError {
+pub enum SandboxError {
     /// There is no KVM device.
     #[error("no KVM: /dev/kvm does not exist; start a container with the device, or load kvm_intel or kvm_amd: `instar doctor` says which")]
     KvmMissing,
@@ -80,7 +80,7 @@ pub enum VmError {
     Interrupted,
 }
 
-impl VmError {
+impl SandboxError {
     /// The code that stands for this error in messages and JSON.
     #[must_use]
     pub fn code(&self) -> ErrorCode {
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn messages_say_what_and_where() {
-        let fault = VmError::GuestFault {
+        let fault = SandboxError::GuestFault {
             vector: 14,
             name: "page fault",
             address: Some((0, "writing")),
@@ -152,8 +152,8 @@ mod tests {
             fault.to_string(),
             "guest fault: page fault writing address 0x0, rip 0x101234 (commit+0x1234), error code 0x6"
         );
-        assert!(VmError::KvmPermission { errno: 13 }.to_string().contains("ermission denied"));
-        assert_eq!(VmError::unusable("KVM_RUN", 5).code(), ErrorCode::KvmUnusable);
+        assert!(SandboxError::KvmPermission { errno: 13 }.to_string().contains("ermission denied"));
+        assert_eq!(SandboxError::unusable("KVM_RUN", 5).code(), ErrorCode::KvmUnusable);
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! A virtual machine, from the KVM device to the moment before its first instruction.
 
-use super::error::VmError;
 use super::layout::{self, Layout};
-use super::memory::GuestRam;
-use super::spec::{VmReport, VmSpec};
-use super::vcpu;
+use super::x86::vcpu;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::memory::GuestRam;
+use crate::sandbox::program::{Program, Report};
 use instar_guest_abi::GUEST_MEMORY_SIZE;
 use kvm_bindings::{kvm_userspace_memory_region, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -17,22 +17,22 @@ impl KvmDevice {
     /// Open `/dev/kvm`.
     ///
     /// # Errors
-    /// [`VmError::KvmMissing`], [`VmError::KvmPermission`] or [`VmError::KvmUnusable`].
-    pub fn open() -> Result<Self, VmError> {
+    /// [`SandboxError::KvmMissing`], [`SandboxError::KvmPermission`] or [`SandboxError::KvmUnusable`].
+    pub fn open() -> Result<Self, SandboxError> {
         let kvm = Kvm::new().map_err(|error| match error.errno() {
-            libc::ENOENT => VmError::KvmMissing,
-            errno @ (libc::EACCES | libc::EPERM) => VmError::KvmPermission { errno },
-            errno => VmError::unusable("opening /dev/kvm", errno),
+            libc::ENOENT => SandboxError::KvmMissing,
+            errno @ (libc::EACCES | libc::EPERM) => SandboxError::KvmPermission { errno },
+            errno => SandboxError::unusable("opening /dev/kvm", errno),
         })?;
         if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
-            return Err(VmError::unusable("asking /dev/kvm for its version", 0));
+            return Err(SandboxError::unusable("asking /dev/kvm for its version", 0));
         }
         Ok(Self(kvm))
     }
 }
 
 /// A virtual machine that is ready to run.
-pub struct Vm {
+pub struct Machine {
     // In the order in which they are to be dropped: the memory last.
     pub(super) vcpu: VcpuFd,
     _vm: VmFd,
@@ -40,16 +40,16 @@ pub struct Vm {
     pub(super) layout: Layout,
     pub(super) stall_limit: Duration,
     pub(super) message_limit: u64,
-    pub(super) report: VmReport,
+    pub(super) report: Report,
 }
 
-impl Vm {
+impl Machine {
     /// Create the machine that `spec` describes, with everything loaded.
     ///
     /// # Errors
-    /// [`VmError::KvmUnusable`] naming what KVM refused; [`VmError::ModuleInvalid`].
-    pub fn new(kvm: &KvmDevice, spec: &VmSpec<'_>) -> Result<Self, VmError> {
-        let failed = |what: &'static str| move |e: kvm_ioctls::Error| VmError::unusable(what, e.errno());
+    /// [`SandboxError::KvmUnusable`] naming what KVM refused; [`SandboxError::ModuleInvalid`].
+    pub fn new(kvm: &KvmDevice, spec: &Program<'_>) -> Result<Self, SandboxError> {
+        let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
         let started = Instant::now();
         let ram = GuestRam::new()?;
         let layout = layout::fill(&ram, spec)?;
@@ -70,7 +70,7 @@ impl Vm {
         let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
         let cpuid = kvm.0.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         vcpu::set_up(&vcpu, &cpuid, layout.entry)?;
-        let report = VmReport { time_create: started.elapsed(), time_load, ..VmReport::default() };
+        let report = Report { time_create: started.elapsed(), time_load, ..Report::default() };
         Ok(Self {
             vcpu,
             _vm: vm,
@@ -84,13 +84,13 @@ impl Vm {
 }
 
 /// `KVM_CREATE_VM` is interrupted by signals, also by those that are ignored later.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
+fn create_vm(kvm: &Kvm) -> Result<VmFd, SandboxError> {
     const TRIES: u32 = 100;
     for _ in 1..TRIES {
         match kvm.create_vm() {
             Err(error) if error.errno() == libc::EINTR => {}
-            other => return other.map_err(|e| VmError::unusable("KVM_CREATE_VM", e.errno())),
+            other => return other.map_err(|e| SandboxError::unusable("KVM_CREATE_VM", e.errno())),
         }
     }
-    Err(VmError::unusable("KVM_CREATE_VM", libc::EINTR))
+    Err(SandboxError::unusable("KVM_CREATE_VM", libc::EINTR))
 }

@@ -1,15 +1,16 @@
 //! The run loop: enter the guest, serve what it asks for, until it is done or has to be ended.
 
-use super::error::{printable, VmError};
-use super::fault;
-use super::handler::{BufferAccess, Excess, GuestHandler};
-use super::machine::Vm;
-use super::memory::GuestRam;
-use super::message::Messages;
-use super::plain::{bytes, bytes_mut};
-use super::spec::VmReport;
-use super::system::VECTORS;
+use super::machine::Machine;
 use super::watchdog::Watchdog;
+use super::x86::fault;
+use super::x86::system::VECTORS;
+use crate::sandbox::error::{printable, SandboxError};
+use crate::sandbox::host::{BufferAccess, Excess, Host};
+use crate::sandbox::memory::GuestRam;
+use crate::sandbox::messages::Messages;
+use crate::sandbox::placed::place;
+use crate::sandbox::plain::{bytes, bytes_mut};
+use crate::sandbox::program::Report;
 use instar_guest_abi::{Request, PORT_DOORBELL, PORT_EXIT, PORT_FAULT, PORT_MESSAGE, RING_ADDR, RING_CAPACITY};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::ops::Range;
@@ -69,12 +70,12 @@ impl BufferAccess for Heap<'_> {
     }
 }
 
-impl Vm {
+impl Machine {
     /// Run it until it exits.
     ///
     /// # Errors
     /// Why it was ended.
-    pub fn run(mut self, handler: &mut dyn GuestHandler) -> Result<VmReport, VmError> {
+    pub fn run(mut self, handler: &mut dyn Host) -> Result<Report, SandboxError> {
         let mut watchdog = Watchdog::new(self.stall_limit)?;
         let mut messages = Messages::new(self.message_limit);
         let started = Instant::now();
@@ -92,15 +93,15 @@ impl Vm {
             // Not at a message or the end: what the guest has done is then reported.
             let may_stop = matches!(exit, Exit::Signal | Exit::Out(PORT_DOORBELL, _));
             if may_stop && handler.interrupted() {
-                return Err(VmError::Interrupted);
+                return Err(SandboxError::Interrupted);
             }
             if let Some(time) = watchdog.stalled() {
-                let regs = self.vcpu.get_regs().map_err(|e| VmError::unusable("KVM_GET_REGS", e.errno()))?;
-                let place = fault::place(&self.layout.modules, regs.rip);
-                return Err(VmError::GuestStalled { time, place });
+                let regs = self.vcpu.get_regs().map_err(|e| SandboxError::unusable("KVM_GET_REGS", e.errno()))?;
+                let place = place(&self.layout.modules, regs.rip);
+                return Err(SandboxError::GuestStalled { time, place });
             }
             if let Some(Excess { device, text }) = handler.excess(watchdog.total()).filter(|_| may_stop) {
-                return Err(VmError::LimitExceeded { device, text });
+                return Err(SandboxError::LimitExceeded { device, text });
             }
             if matches!(exit, Exit::Signal) {
                 continue;
@@ -112,7 +113,7 @@ impl Vm {
                     self.doorbell(count, handler)?;
                     // Now, too: a request that was cut short failed, and the guest would report that failure.
                     if handler.interrupted() {
-                        return Err(VmError::Interrupted);
+                        return Err(SandboxError::Interrupted);
                     }
                 }
                 Exit::Out(PORT_MESSAGE, length) => messages.take(&self.ram, &self.layout.modules, length, handler)?,
@@ -123,26 +124,26 @@ impl Vm {
                 }
                 Exit::OutByte(PORT_FAULT, vector) => return Err(self.fault(vector)?),
                 Exit::Out(port, _) | Exit::OutByte(port, _) => {
-                    return Err(VmError::protocol(format!("`out` to unassigned port {port:#x}")));
+                    return Err(SandboxError::protocol(format!("`out` to unassigned port {port:#x}")));
                 }
-                Exit::Forbidden(what) => return Err(VmError::protocol(what)),
-                Exit::Kvm(what, errno) => return Err(VmError::unusable(what, errno)),
+                Exit::Forbidden(what) => return Err(SandboxError::protocol(what)),
+                Exit::Kvm(what, errno) => return Err(SandboxError::unusable(what, errno)),
             }
         }
     }
 
     /// The privilege level that the vCPU is at.
-    fn ring(&self) -> Result<u8, VmError> {
-        let sregs = self.vcpu.get_sregs().map_err(|e| VmError::unusable("KVM_GET_SREGS", e.errno()))?;
+    fn ring(&self) -> Result<u8, SandboxError> {
+        let sregs = self.vcpu.get_sregs().map_err(|e| SandboxError::unusable("KVM_GET_SREGS", e.errno()))?;
         Ok(sregs.cs.selector.to_le_bytes()[0] & 3)
     }
 
     /// Execute the first `count` requests of the ring. The handler works on a copy: the guest cannot change a
     /// request after it was checked.
-    fn doorbell(&mut self, count: u32, handler: &mut dyn GuestHandler) -> Result<(), VmError> {
+    fn doorbell(&mut self, count: u32, handler: &mut dyn Host) -> Result<(), SandboxError> {
         let length = usize::try_from(count).unwrap_or(usize::MAX);
         if length == 0 || length > RING_CAPACITY {
-            return Err(VmError::protocol(format!(
+            return Err(SandboxError::protocol(format!(
                 "a doorbell for {count} requests, 1 to {RING_CAPACITY} are possible"
             )));
         }
@@ -150,7 +151,7 @@ impl Vm {
         self.report.requests += u64::from(count);
         let mut requests = vec![Request::default(); length];
         if !self.ram.read(RING_ADDR, bytes_mut(&mut requests)) {
-            return Err(VmError::protocol("a ring outside memory"));
+            return Err(SandboxError::protocol("a ring outside memory"));
         }
         for request in &mut requests {
             request.status = instar_guest_abi::request_status::NOT_RUN;
@@ -159,20 +160,20 @@ impl Vm {
         if let Err(bad) = handler.requests(&heap, &mut requests) {
             // The one that breaks a rule is the first that was not executed.
             let culprit = requests.iter().find(|request| request.status == instar_guest_abi::request_status::NOT_RUN);
-            let place = fault::place(&self.layout.modules, culprit.map_or(0, |request| request.caller));
-            return Err(VmError::protocol(format!("{} (asked for by {place})", printable(&bad.0))));
+            let place = place(&self.layout.modules, culprit.map_or(0, |request| request.caller));
+            return Err(SandboxError::protocol(format!("{} (asked for by {place})", printable(&bad.0))));
         }
         if !self.ram.write(RING_ADDR, bytes(&requests)) {
-            return Err(VmError::protocol("a ring outside memory"));
+            return Err(SandboxError::protocol("a ring outside memory"));
         }
         Ok(())
     }
 
     /// The error for a report on the fault port.
-    fn fault(&self, vector: u8) -> Result<VmError, VmError> {
-        let failed = |what: &'static str| move |e: kvm_ioctls::Error| VmError::unusable(what, e.errno());
+    fn fault(&self, vector: u8) -> Result<SandboxError, SandboxError> {
+        let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
         if self.ring()? != 0 || vector >= VECTORS {
-            return Ok(VmError::protocol("a false report of a fault"));
+            return Ok(SandboxError::protocol("a false report of a fault"));
         }
         let regs = self.vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
         let sregs = self.vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;

@@ -1,6 +1,6 @@
 //! The memory of the guest.
 
-use super::error::VmError;
+use super::error::SandboxError;
 use instar_guest_abi::GUEST_MEMORY_SIZE;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -19,14 +19,14 @@ impl GuestRam {
     /// Map it, zeroed.
     ///
     /// # Errors
-    /// [`VmError::KvmUnusable`] when there is no memory.
-    pub fn new() -> Result<Self, VmError> {
+    /// [`SandboxError::KvmUnusable`] when there is no memory.
+    pub fn new() -> Result<Self, SandboxError> {
         let (size, large) = (to_usize(GUEST_MEMORY_SIZE), to_usize(LARGE_PAGE));
         let region = MmapRegion::<()>::new(size + large)
-            .map_err(|_| VmError::unusable("mapping 66 MiB of memory", libc::ENOMEM))?;
+            .map_err(|_| SandboxError::unusable("mapping 66 MiB of memory", libc::ENOMEM))?;
         let start = region.as_ptr().align_offset(large);
         if start > large {
-            return Err(VmError::unusable("aligning the guest's memory", 0));
+            return Err(SandboxError::unusable("aligning the guest's memory", 0));
         }
         let ram = Self { region, start };
         // SAFETY: the range was mapped above and belongs to this object; the advice changes no content. If large

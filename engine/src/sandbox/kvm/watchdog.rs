@@ -4,7 +4,7 @@
 //! counts is the processor time that the guest consumed since it last asked for something, so that neither a busy
 //! machine nor a slow disk nor a suspended process looks like a stall.
 
-use super::error::VmError;
+use crate::sandbox::error::SandboxError;
 use std::mem::{zeroed, MaybeUninit};
 use std::ptr::null_mut;
 use std::time::Duration;
@@ -27,16 +27,16 @@ pub struct Watchdog {
 /// Nothing to do: being called is what interrupts `KVM_RUN`.
 extern "C" fn on_signal(_: libc::c_int) {}
 
-fn last_error(what: &str) -> VmError {
-    VmError::unusable(what, std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
+fn last_error(what: &str) -> SandboxError {
+    SandboxError::unusable(what, std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
 }
 
 impl Watchdog {
     /// A watchdog for the calling thread.
     ///
     /// # Errors
-    /// [`VmError::KvmUnusable`] when there is no timer to be had.
-    pub fn new(limit: Duration) -> Result<Self, VmError> {
+    /// [`SandboxError::KvmUnusable`] when there is no timer to be had.
+    pub fn new(limit: Duration) -> Result<Self, SandboxError> {
         let signal = libc::SIGRTMIN() + SIGNAL_OFFSET;
         // SAFETY: all-zero is a valid value of these C structures; the handler does nothing, so it is safe at any
         // moment, and system calls of other threads restart.

@@ -6,18 +6,19 @@ use std::time::Duration;
 /// The version of the engine's own modules.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-static CORE: ModuleSpec<'static> =
+const CORE: ModuleSpec<'static> =
     ModuleSpec { name: "core", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/core-module.elf")) };
-static COMMIT: ModuleSpec<'static> = ModuleSpec {
+/// The commit operation.
+pub const COMMIT: ModuleSpec<'static> = ModuleSpec {
     name: "commit",
     version: VERSION,
     elf: include_bytes!(concat!(env!("OUT_DIR"), "/commit-module.elf")),
 };
-/// The check operation, for [`VmSpec::with_operation`].
-pub static CHECK: ModuleSpec<'static> =
+/// The check operation.
+pub const CHECK: ModuleSpec<'static> =
     ModuleSpec { name: "check", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/check-module.elf")) };
-/// The map operation, for [`VmSpec::with_operation`].
-pub static MAP: ModuleSpec<'static> =
+/// The map operation.
+pub const MAP: ModuleSpec<'static> =
     ModuleSpec { name: "map", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/map-module.elf")) };
 
 /// A guest module.
@@ -33,7 +34,7 @@ pub struct ModuleSpec<'a> {
 
 /// What to run.
 #[derive(Clone, Debug)]
-pub struct VmSpec<'a> {
+pub struct Program<'a> {
     /// The operation's own configuration: an encoded message of [`PAYLOAD_SIZE`](instar_guest_abi::PAYLOAD_SIZE) bytes at
     /// most.
     pub payload: Vec<u8>,
@@ -55,13 +56,18 @@ pub struct VmSpec<'a> {
     pub operation: ModuleSpec<'a>,
 }
 
-/// Index in the module table of the first format: [`VmSpec::modules`] begins there.
+/// Index in the module table of the first format: [`Program::modules`] begins there.
 pub const FIRST_FORMAT: u32 = 2;
 
-impl<'a> VmSpec<'a> {
-    /// A commit with the engine's own core and operation.
+impl<'a> Program<'a> {
+    /// An operation with the engine's own core.
     #[must_use]
-    pub fn new(payload: Vec<u8>, members: Vec<Member>, modules: Vec<ModuleSpec<'a>>) -> Self {
+    pub fn new(
+        operation: ModuleSpec<'a>,
+        payload: Vec<u8>,
+        members: Vec<Member>,
+        modules: Vec<ModuleSpec<'a>>,
+    ) -> Self {
         Self {
             payload,
             members,
@@ -70,7 +76,7 @@ impl<'a> VmSpec<'a> {
             stall_limit: Duration::from_secs(30),
             message_limit: 16 << 20,
             core: CORE,
-            operation: COMMIT,
+            operation,
         }
     }
 
@@ -81,7 +87,7 @@ impl<'a> VmSpec<'a> {
         self
     }
 
-    /// Another operation.
+    /// Another operation, for tests of hostile guests.
     #[must_use]
     pub fn with_operation(mut self, operation: ModuleSpec<'a>) -> Self {
         self.operation = operation;
@@ -105,7 +111,7 @@ impl<'a> VmSpec<'a> {
 
 /// What a guest did, and how long it took.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct VmReport {
+pub struct Report {
     /// Times that the guest left for the host.
     pub exits: u64,
     /// Doorbells.

@@ -5,10 +5,11 @@ mod attacks;
 mod hostile;
 mod support;
 
-use instar_engine::vm::{self, KvmDevice, Vm, VmError, VmSpec};
+use instar::sandbox::kvm::{KvmDevice, Machine};
+use instar::sandbox::{self, Kvm, Program, SandboxError};
 use instar_guest_abi::{ErrorCode, RequestOp, DEVICE_OUTPUT, ERROR_NOT_IMPLEMENTED};
 use instar_guest_testmod::Scenario;
-use support::{run, spec, Host};
+use support::{run, spec, TestHost};
 
 #[test]
 fn a_good_guest_runs_at_ring_3() {
@@ -58,8 +59,8 @@ fn buffers_on_the_stack_and_in_constants_work() {
 
 #[test]
 fn the_engines_own_operation_runs() {
-    let mut host = Host::default();
-    vm::run(&VmSpec::new(vec![], support::members(), vec![]), &mut host).unwrap();
+    let mut host = TestHost::default();
+    sandbox::run(&Kvm, &Program::new(sandbox::COMMIT, vec![], support::members(), vec![]), &mut host).unwrap();
     // The placeholder; once the operation is there, a chain whose module is missing.
     assert!(host.result.is_some_and(|result| result.error == ERROR_NOT_IMPLEMENTED || result.error != 0));
 }
@@ -68,8 +69,8 @@ fn the_engines_own_operation_runs() {
 fn a_device_opened_before_is_enough() {
     let kvm = KvmDevice::open().unwrap();
     for _ in 0..2 {
-        let machine = Vm::new(&kvm, &spec(Scenario::Good)).unwrap();
-        machine.run(&mut Host::default()).unwrap();
+        let machine = Machine::new(&kvm, &spec(Scenario::Good)).unwrap();
+        machine.run(&mut TestHost::default()).unwrap();
     }
 }
 
@@ -82,9 +83,9 @@ fn an_exit_without_a_result_is_left_to_the_handler() {
 
 #[test]
 fn the_handler_can_interrupt() {
-    let mut host = Host { interrupt_after: Some(3), ..Host::default() };
-    let error = vm::run(&spec(Scenario::DoorbellFlood), &mut host).unwrap_err();
-    assert_eq!(error, VmError::Interrupted);
+    let mut host = TestHost { interrupt_after: Some(3), ..TestHost::default() };
+    let error = sandbox::run(&Kvm, &spec(Scenario::DoorbellFlood), &mut host).unwrap_err();
+    assert_eq!(error, SandboxError::Interrupted);
     assert_eq!((host.batches.len(), error.code()), (3, ErrorCode::Interrupted));
 }
 
@@ -93,19 +94,19 @@ fn an_interruption_during_the_last_request_is_one() {
     let (host, report) = run(Scenario::Good);
     report.unwrap();
     // The guest would report what became of that request, perhaps as a failure that is none.
-    let mut interrupted = Host { interrupt_after: Some(host.batches.len()), ..Host::default() };
-    let error = vm::run(&spec(Scenario::Good), &mut interrupted).unwrap_err();
-    assert_eq!(error, VmError::Interrupted);
+    let mut interrupted = TestHost { interrupt_after: Some(host.batches.len()), ..TestHost::default() };
+    let error = sandbox::run(&Kvm, &spec(Scenario::Good), &mut interrupted).unwrap_err();
+    assert_eq!(error, SandboxError::Interrupted);
     assert!(interrupted.result.is_none());
 }
 
 #[test]
 fn modules_of_the_wrong_kind_are_named() {
     let swapped = spec(Scenario::Good).with_operation(support::module("plain", support::format()));
-    let error = vm::run(&swapped, &mut Host::default()).unwrap_err().to_string();
+    let error = sandbox::run(&Kvm, &swapped, &mut TestHost::default()).unwrap_err().to_string();
     assert!(error.contains("guest panic: module plain: it is of kind 1"), "{error}");
     let junk = spec(Scenario::Good).with_operation(support::module("junk", b"junk"));
-    let error = vm::run(&junk, &mut Host::default()).unwrap_err();
+    let error = sandbox::run(&Kvm, &junk, &mut TestHost::default()).unwrap_err();
     assert_eq!(error.code(), ErrorCode::PluginUnavailable);
     assert!(error.to_string().starts_with("guest module junk: it is not"), "{error}");
 }

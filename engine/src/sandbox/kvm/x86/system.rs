@@ -1,7 +1,7 @@
 //! The supervisor's part of the guest: descriptor tables and the fault stubs. It holds no code that runs unless the
 //! guest faults.
 
-use super::pages::Rights;
+use crate::sandbox::rights::Rights;
 use instar_guest_abi::{PAGE_SIZE, PORT_DOORBELL, PORT_EXIT, PORT_FAULT, PORT_MESSAGE, SYSTEM_ADDR, SYSTEM_SIZE};
 use std::ops::Range;
 

@@ -1,9 +1,9 @@
 //! Turns the report of a fault stub into an error.
 
-use super::error::{printable, VmError};
-use super::layout::Placed;
-use super::memory::GuestRam;
 use super::system;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::memory::GuestRam;
+use crate::sandbox::placed::{place, Placed};
 use instar_guest_abi::{MESSAGE_ADDR, MESSAGE_SIZE, STACK_SIZE, STACK_TOP};
 use std::ops::Range;
 
@@ -53,18 +53,8 @@ const fn access(error_code: u64) -> &'static str {
     }
 }
 
-/// The module, its version, and the offset of `address`.
-pub fn place(modules: &[Placed], address: u64) -> String {
-    match modules.iter().find(|module| module.range.contains(&address)) {
-        Some(module) => {
-            format!("{} {}+{:#x}", printable(&module.name), printable(&module.version), address - module.range.start)
-        }
-        None => format!("code outside every module, at {address:#x}"),
-    }
-}
-
 /// The fault `vector`, whose frame is at `stack`, with the fault address `cr2`.
-pub fn fault(ram: &GuestRam, modules: &[Placed], vector: u8, stack: u64, cr2: u64) -> VmError {
+pub fn fault(ram: &GuestRam, modules: &[Placed], vector: u8, stack: u64, cr2: u64) -> SandboxError {
     let (name, has_code) = vector_name(vector);
     let on_stack = |index: u64| {
         let address = stack.checked_add(index * 8).filter(|address| system::STACK.contains(address));
@@ -74,7 +64,7 @@ pub fn fault(ram: &GuestRam, modules: &[Placed], vector: u8, stack: u64, cr2: u6
     let address = (vector == PAGE_FAULT).then(|| (cr2, access(error_code)));
     // Nothing else is there: functions with large frames probe them page by page.
     let name = if vector == PAGE_FAULT && BELOW_STACK.contains(&cr2) { "stack overflow" } else { name };
-    VmError::GuestFault { vector, name, address, rip, place: place(modules, rip), error_code }
+    SandboxError::GuestFault { vector, name, address, rip, place: place(modules, rip), error_code }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Loads a guest module: checks the ELF, places and relocates it. Modules come from plugins, which are trusted code,
 //! but may be damaged; whatever the bytes are, the answer is an image or a sentence.
 
-use super::pages::Rights;
+use super::rights::Rights;
 use instar_guest_abi::PAGE_SIZE;
 use object::elf::{self, FileHeader64};
 use object::read::elf::{Dyn, FileHeader, ProgramHeader};

@@ -1,7 +1,7 @@
 //! The vCPU's registers: 64-bit mode at ring 3. IOPL is 0: which ports ring 3 may use is in the I/O bitmap.
 
-use super::error::VmError;
 use super::system;
+use crate::sandbox::error::SandboxError;
 use instar_guest_abi::{PAGE_TABLES_ADDR, STACK_TOP};
 use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_xcr, kvm_xcrs, CpuId};
 use kvm_ioctls::VcpuFd;
@@ -96,9 +96,9 @@ fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
 /// Make `vcpu` start at `entry` with ring 3 and the guest's stack.
 ///
 /// # Errors
-/// [`VmError::KvmUnusable`] naming what KVM refused.
-pub fn set_up(vcpu: &VcpuFd, cpuid: &CpuId, entry: u64) -> Result<(), VmError> {
-    let failed = |what: &'static str| move |e: kvm_ioctls::Error| VmError::unusable(what, e.errno());
+/// [`SandboxError::KvmUnusable`] naming what KVM refused.
+pub fn set_up(vcpu: &VcpuFd, cpuid: &CpuId, entry: u64) -> Result<(), SandboxError> {
+    let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
     vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
     let features = Features::of(cpuid);
 

@@ -1,6 +1,7 @@
 //! The guest's page tables: identity, with the least rights on every page.
 
-use super::memory::LARGE_PAGE;
+use crate::sandbox::memory::LARGE_PAGE;
+use crate::sandbox::rights::Rights;
 use instar_guest_abi::{GUEST_MEMORY_SIZE, PAGE_SIZE, PAGE_TABLES_ADDR, PAGE_TABLES_SIZE};
 use std::collections::BTreeMap;
 
@@ -19,36 +20,10 @@ const ROOT: usize = 0;
 const LEVEL3: usize = 1;
 const LEVEL2: usize = 2;
 
-/// What may be done with a page. Reading is always allowed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rights {
-    /// Ring 3 may reach it.
-    pub user: bool,
-    /// It may be written.
-    pub write: bool,
-    /// It may be executed.
-    pub execute: bool,
-}
-
-impl Rights {
-    /// Constants of ring 3.
-    pub const READ: Self = Self { user: true, write: false, execute: false };
-    /// Data of ring 3.
-    pub const DATA: Self = Self { user: true, write: true, execute: false };
-    /// Code of ring 3.
-    #[cfg(test)]
-    pub const CODE: Self = Self { user: true, write: false, execute: true };
-    /// Tables of the supervisor.
-    pub const SYSTEM_READ: Self = Self { user: false, write: false, execute: false };
-    /// The supervisor's stack.
-    pub const SYSTEM_DATA: Self = Self { user: false, write: true, execute: false };
-    /// The supervisor's fault stubs.
-    pub const SYSTEM_CODE: Self = Self { user: false, write: false, execute: true };
-
-    fn bits(self) -> u64 {
-        let flag = |on: bool, bit: u64| if on { bit } else { 0 };
-        PRESENT | ACCESSED | flag(self.user, USER) | flag(self.write, WRITE | DIRTY) | flag(!self.execute, NO_EXECUTE)
-    }
+/// The bits of an entry for a page with these rights.
+fn bits(rights: Rights) -> u64 {
+    let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+    PRESENT | ACCESSED | flag(rights.user, USER) | flag(rights.write, WRITE | DIRTY) | flag(!rights.execute, NO_EXECUTE)
 }
 
 /// Page tables under construction.
@@ -85,7 +60,7 @@ impl PageTables {
             if *entry != 0 {
                 return None;
             }
-            *entry = address | rights.bits() | if large { LARGE } else { 0 };
+            *entry = address | bits(rights) | if large { LARGE } else { 0 };
             address += step;
         }
         Some(())

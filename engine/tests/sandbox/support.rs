@@ -1,6 +1,6 @@
 //! Guests and a host for the tests of the KVM runner.
 
-use instar_engine::vm::{self, BadRequest, BufferAccess, GuestHandler, ModuleSpec, VmError, VmReport, VmSpec};
+use instar::sandbox::{self, BadRequest, BufferAccess, Host, Kvm, ModuleSpec, Program, Report, SandboxError};
 use instar_guest_abi::{
     device_flags, request_status, DeviceConfig, Member, MemberRole, Request, RequestOp, DEVICE_OUTPUT,
 };
@@ -14,7 +14,9 @@ use std::time::Duration;
 fn build(binary: &str) -> Vec<u8> {
     let root = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let module = GuestModule::new("instar-guest-testmod", "../guest/testmod", binary);
-    let (elf, _) = module.out_dir(root.join("modules")).target_dir(root.join("guest")).try_build().unwrap();
+    // Every test is a process, and all of them build: cargo waits for itself, but what it has built is copied.
+    let own = tempfile::tempdir().unwrap();
+    let (elf, _) = module.out_dir(own.path().to_owned()).target_dir(root.join("guest")).try_build().unwrap();
     std::fs::read(elf).unwrap()
 }
 
@@ -30,7 +32,7 @@ pub fn format() -> &'static [u8] {
 
 /// Serves any request; READ fills with 0x5a.
 #[derive(Default)]
-pub struct Host {
+pub struct TestHost {
     pub ops: Vec<u32>,
     pub batches: Vec<usize>,
     pub written: Vec<u8>,
@@ -40,7 +42,7 @@ pub struct Host {
     pub interrupt_after: Option<usize>,
 }
 
-impl GuestHandler for Host {
+impl Host for TestHost {
     fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
         self.batches.push(requests.len());
         for request in requests {
@@ -82,7 +84,7 @@ impl GuestHandler for Host {
 pub fn members() -> Vec<Member> {
     let device = DeviceConfig {
         flags: device_flags::PRESENT | device_flags::WRITABLE,
-        module: vm::FIRST_FORMAT,
+        module: sandbox::FIRST_FORMAT,
         file_length: 1 << 20,
         virtual_size: 1 << 20,
         ..DeviceConfig::default()
@@ -91,9 +93,9 @@ pub fn members() -> Vec<Member> {
     vec![member(MemberRole::Empty, device), member(MemberRole::Write, DeviceConfig { device: DEVICE_OUTPUT, ..device })]
 }
 
-pub fn spec(scenario: Scenario) -> VmSpec<'static> {
+pub fn spec(scenario: Scenario) -> Program<'static> {
     let modules = vec![module("plain", format())];
-    VmSpec::new(scenario.payload().to_vec(), members(), modules)
+    Program::new(sandbox::COMMIT, scenario.payload().to_vec(), members(), modules)
         .with_operation(module("test", operation()))
         .with_stall_limit(Duration::from_secs(2))
 }
@@ -102,9 +104,9 @@ pub fn module(name: &'static str, elf: &'static [u8]) -> ModuleSpec<'static> {
     ModuleSpec { name, version: "0.9.1", elf }
 }
 
-pub fn run(scenario: Scenario) -> (Host, Result<VmReport, VmError>) {
-    let mut host = Host::default();
-    let result = vm::run(&spec(scenario), &mut host);
+pub fn run(scenario: Scenario) -> (TestHost, Result<Report, SandboxError>) {
+    let mut host = TestHost::default();
+    let result = sandbox::run(&Kvm, &spec(scenario), &mut host);
     (host, result)
 }
 
@@ -132,7 +134,7 @@ pub fn raw_code(code: &[u8]) -> Vec<u8> {
 }
 
 /// Run `code` instead of core, with nothing to help it.
-pub fn run_raw(code: &[u8]) -> Result<VmReport, VmError> {
+pub fn run_raw(code: &[u8]) -> Result<Report, SandboxError> {
     let elf = raw_code(code);
-    vm::run(&spec(Scenario::Good).with_core(&elf), &mut Host::default())
+    sandbox::run(&Kvm, &spec(Scenario::Good).with_core(&elf), &mut TestHost::default())
 }

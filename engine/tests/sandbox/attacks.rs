@@ -2,9 +2,10 @@
 //! is touched that it may not write, and what it may write stays within its bound.
 
 use crate::support::spec;
-use instar_engine::commit::{CommitHandler, PlanBounds};
-use instar_engine::devices::{Device, Devices};
-use instar_engine::vm::{self, BadRequest, BufferAccess, GuestHandler, VmError, VmReport};
+use instar::commit::{CommitEvents, PlanBounds};
+use instar::devices::{Device, Devices};
+use instar::operation::{Cancel, Handler};
+use instar::sandbox::{self, BadRequest, BufferAccess, Host, Kvm, Report, SandboxError};
 use instar_guest_abi::{ErrorCode, Part, Phase, Request, DEVICE_OUTPUT};
 use instar_guest_protocol::{guest_message::Kind, Message};
 use instar_guest_testmod::Scenario;
@@ -18,7 +19,7 @@ const LENGTH: u64 = 1 << 20;
 const BOUND: u64 = 3 << 20;
 
 /// Executes requests as a commit does, and counts messages.
-struct Host {
+struct TestHost {
     devices: Devices,
     messages: usize,
     bytes: usize,
@@ -26,7 +27,7 @@ struct Host {
     statuses: Vec<i32>,
 }
 
-impl GuestHandler for Host {
+impl Host for TestHost {
     fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
         let result = self.devices.execute(memory, requests);
         self.statuses = requests.iter().map(|request| request.status).collect();
@@ -68,11 +69,11 @@ impl Images {
         File::options().read(true).write(write).open(self.path(name)).unwrap()
     }
 
-    fn run(&self, scenario: Scenario) -> (Host, Result<VmReport, VmError>) {
+    fn run(&self, scenario: Scenario) -> (TestHost, Result<Report, SandboxError>) {
         let mut devices = self.devices();
         devices.enter(Phase::Target).unwrap();
-        let mut host = Host { devices, messages: 0, bytes: 0, statuses: Vec::new() };
-        let result = vm::run(&spec(scenario).with_message_limit(2 << 20), &mut host);
+        let mut host = TestHost { devices, messages: 0, bytes: 0, statuses: Vec::new() };
+        let result = sandbox::run(&Kvm, &spec(scenario).with_message_limit(2 << 20), &mut host);
         (host, result)
     }
 
@@ -88,10 +89,11 @@ impl Images {
     }
 
     /// Run a guest as a commit does, which it may go on with up to this phase.
-    fn commit(&self, scenario: Scenario, last_phase: Phase) -> (CommitHandler, Result<VmReport, VmError>) {
+    fn commit(&self, scenario: Scenario, last_phase: Phase) -> (Handler<CommitEvents>, Result<Report, SandboxError>) {
         let bounds = PlanBounds { virtual_size: LENGTH, longest: BOUND, ..PlanBounds::default() };
-        let mut handler = CommitHandler { last_phase, bounds, ..CommitHandler::new(self.devices()) };
-        let result = vm::run(&spec(scenario), &mut handler);
+        let events = CommitEvents { last_phase, bounds, ..CommitEvents::default() };
+        let mut handler = Handler::new(self.devices(), events, Cancel::new());
+        let result = sandbox::run(&Kvm, &spec(scenario), &mut handler);
         (handler, result)
     }
 
@@ -110,7 +112,7 @@ impl Images {
     }
 }
 
-fn assert_ended(result: Result<VmReport, VmError>, scenario: Scenario, why: &str) {
+fn assert_ended(result: Result<Report, SandboxError>, scenario: Scenario, why: &str) {
     let error = result.unwrap_err();
     assert_eq!(error.code(), ErrorCode::GuestProtocol, "{scenario:?}");
     let text = error.to_string();
@@ -235,7 +237,8 @@ fn a_commit_that_keeps_the_order_is_done() {
     let images = Images::new();
     let (handler, result) = images.commit(Scenario::WholeCommit, Phase::Overlay);
     result.unwrap();
-    assert_eq!(handler.result.map(|result| result.clusters_committed), Some(1));
+    let committed = handler.events.result.map(|result| result.map(|result| result.clusters_committed));
+    assert_eq!(committed, Some(Ok(1)));
     assert_eq!(handler.log.lines(), ["512 bytes are left"]);
     assert!(images.is_changed("output") && read(images.path("overlay")).unwrap().len() == 512);
 }

@@ -1,10 +1,10 @@
 //! The module loader and the message buffer, for the fuzz targets.
 
-use super::elf;
-use super::error::VmError;
-use super::handler::GuestHandler;
+use super::error::SandboxError;
+use super::host::Host;
 use super::memory::GuestRam;
-use super::message::Messages;
+use super::messages::Messages;
+use super::module;
 use instar_guest_abi::MESSAGE_ADDR;
 use std::ops::Range;
 
@@ -24,7 +24,7 @@ pub struct LoadedModule {
 /// # Errors
 /// One clause that says what is wrong with it.
 pub fn load_module(data: &[u8], base: u64) -> Result<LoadedModule, String> {
-    let loaded = elf::load(data, base)?;
+    let loaded = module::load(data, base)?;
     let mappings = loaded.mappings.into_iter().map(|(range, rights)| (range, rights.write, rights.execute));
     Ok(LoadedModule { length: loaded.image.len() as u64, entry: loaded.entry, mappings: mappings.collect() })
 }
@@ -40,7 +40,7 @@ impl MessageBuffer {
     ///
     /// # Errors
     /// When there is no memory.
-    pub fn new() -> Result<Self, VmError> {
+    pub fn new() -> Result<Self, SandboxError> {
         Ok(Self { ram: GuestRam::new()?, messages: Messages::new(1 << 20) })
     }
 
@@ -48,9 +48,9 @@ impl MessageBuffer {
     ///
     /// # Errors
     /// What ends the guest.
-    pub fn take(&mut self, message: &[u8], handler: &mut dyn GuestHandler) -> Result<(), VmError> {
+    pub fn take(&mut self, message: &[u8], handler: &mut dyn Host) -> Result<(), SandboxError> {
         if !self.ram.write(MESSAGE_ADDR, message) {
-            return Err(VmError::protocol("a message outside memory"));
+            return Err(SandboxError::protocol("a message outside memory"));
         }
         self.messages.take(&self.ram, &[], u32::try_from(message.len()).unwrap_or(u32::MAX), handler)
     }

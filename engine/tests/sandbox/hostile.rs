@@ -1,7 +1,7 @@
 //! Guests that fault, hang or talk nonsense.
 
 use crate::support::{failure, run, run_raw};
-use instar_engine::vm::VmError;
+use instar::sandbox::SandboxError;
 use instar_guest_abi::{
     ErrorCode, CONFIG_END, GUEST_MEMORY_SIZE, OPERATION_CONFIG_ADDR, PAGE_TABLES_ADDR, SYSTEM_ADDR,
 };
@@ -54,7 +54,7 @@ fn an_exhausted_heap_is_a_panic() {
 fn a_guest_that_hangs_is_ended() {
     let started = Instant::now();
     let error = run(Scenario::Stall).1.unwrap_err();
-    assert!(matches!(error, VmError::GuestStalled { time: 2000..4000, .. }), "{error}");
+    assert!(matches!(error, SandboxError::GuestStalled { time: 2000..4000, .. }), "{error}");
     assert!(started.elapsed().as_secs() < 60);
 }
 
@@ -83,7 +83,7 @@ fn vector_instructions_work() {
     if std::arch::is_x86_feature_detected!("avx") {
         assert_eq!(report.unwrap().exits, 1);
     } else {
-        assert!(matches!(report, Err(VmError::GuestFault { vector: 6, .. })), "{report:?}");
+        assert!(matches!(report, Err(SandboxError::GuestFault { vector: 6, .. })), "{report:?}");
     }
 }
 
@@ -92,7 +92,7 @@ fn a_system_call_leads_nowhere() {
     // Disabled by EFER; a hypervisor that does not honour that goes to the entry point 0, which is not mapped.
     for code in [&[0x0f, 0x05], &[0x0f, 0x34]] {
         let error = run_raw(code).unwrap_err();
-        assert!(matches!(error, VmError::GuestFault { vector: 6 | 13 | 14, .. }), "{code:x?}: {error}");
+        assert!(matches!(error, SandboxError::GuestFault { vector: 6 | 13 | 14, .. }), "{code:x?}: {error}");
     }
 }
 
@@ -120,7 +120,7 @@ fn nothing_but_its_own_memory_is_reachable() {
         (0xfee0_0000, READ),
     ] {
         let error = run_raw(&with_address(address, code)).unwrap_err();
-        let VmError::GuestFault { vector: 14, address: Some((at, _)), rip, place, .. } = &error else {
+        let SandboxError::GuestFault { vector: 14, address: Some((at, _)), rip, place, .. } = &error else {
             panic!("{address:#x}: {error}");
         };
         assert_eq!(
@@ -146,7 +146,7 @@ fn privileged_instructions_fault() {
         &[0xe6, 0x80],       // out 0x80, al
     ] {
         let error = run_raw(code).unwrap_err();
-        assert!(matches!(error, VmError::GuestFault { vector: 3 | 6 | 13, .. }), "{code:x?}: {error}");
+        assert!(matches!(error, SandboxError::GuestFault { vector: 3 | 6 | 13, .. }), "{code:x?}: {error}");
     }
 }
 

@@ -1,12 +1,14 @@
 //! Fills guest memory: the supervisor's pages, configuration, modules, page tables.
 
-use super::elf::{self, Loaded};
-use super::error::VmError;
-use super::memory::{GuestRam, LARGE_PAGE};
-use super::pages::{PageTables, Rights};
-use super::plain::{bytes, Plain};
-use super::spec::VmSpec;
-use super::system;
+use super::x86::pages::PageTables;
+use super::x86::system;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::memory::{GuestRam, LARGE_PAGE};
+use crate::sandbox::module::{self, Loaded};
+use crate::sandbox::placed::Placed;
+use crate::sandbox::plain::{bytes, Plain};
+use crate::sandbox::program::Program;
+use crate::sandbox::rights::Rights;
 use instar_guest_abi::{
     ChainConfig, List, ModuleEntry, ModuleTable, OperationConfig, CHAIN_CONFIG_ADDR, CHAIN_CONFIG_MAGIC, CONFIG_END,
     FILE_TABLE_ADDR, GUEST_MEMORY_SIZE, MAX_FILE_DEVICES, MAX_MEMBERS, MAX_MODULES, MEMBER_TABLE_ADDR, MESSAGE_ADDR,
@@ -19,17 +21,6 @@ use std::ops::Range;
 /// Least heap that must be left when the modules are loaded, in bytes.
 const MIN_HEAP: u64 = 32 << 20;
 
-/// Where a module is.
-#[derive(Clone, Debug)]
-pub struct Placed {
-    /// Its name.
-    pub name: String,
-    /// Its version.
-    pub version: String,
-    /// Its image.
-    pub range: Range<u64>,
-}
-
 /// Memory that is ready to run.
 #[derive(Debug)]
 pub struct Layout {
@@ -41,15 +32,15 @@ pub struct Layout {
     pub modules: Vec<Placed>,
 }
 
-fn invalid(name: &str, text: impl Into<String>) -> VmError {
-    VmError::ModuleInvalid { name: super::error::printable(name), text: text.into() }
+fn invalid(name: &str, text: impl Into<String>) -> SandboxError {
+    SandboxError::ModuleInvalid { name: crate::sandbox::error::printable(name), text: text.into() }
 }
 
 /// Load everything that `spec` names into `ram`.
 ///
 /// # Errors
-/// [`VmError::ModuleInvalid`] for a module that cannot be loaded.
-pub fn fill(ram: &GuestRam, spec: &VmSpec<'_>) -> Result<Layout, VmError> {
+/// [`SandboxError::ModuleInvalid`] for a module that cannot be loaded.
+pub fn fill(ram: &GuestRam, spec: &Program<'_>) -> Result<Layout, SandboxError> {
     let mut table = ModuleTable { magic: MODULE_TABLE_MAGIC, ..ModuleTable::default() };
     let mut tables = PageTables::new();
     let mut modules = Vec::new();
@@ -57,7 +48,7 @@ pub fn fill(ram: &GuestRam, spec: &VmSpec<'_>) -> Result<Layout, VmError> {
     let mut next = MODULES_ADDR + PAGE_SIZE;
     for module in [spec.core, spec.operation].iter().chain(&spec.modules) {
         let index = modules.len();
-        let loaded = elf::load(module.elf, next).map_err(|text| invalid(module.name, text))?;
+        let loaded = module::load(module.elf, next).map_err(|text| invalid(module.name, text))?;
         let entry = describe(module.name, &loaded)?;
         let slot = table.entries.get_mut(index);
         *slot.ok_or_else(|| invalid(module.name, format!("more than {MAX_MODULES} modules")))? = entry;
@@ -82,7 +73,7 @@ pub fn fill(ram: &GuestRam, spec: &VmSpec<'_>) -> Result<Layout, VmError> {
         || spec.members.len() > MAX_MEMBERS
         || spec.files.len() > MAX_FILE_DEVICES
     {
-        return Err(VmError::unusable("filling the guest's configuration", 0));
+        return Err(SandboxError::unusable("filling the guest's configuration", 0));
     }
     let config = OperationConfig {
         magic: OPERATION_CONFIG_MAGIC,
@@ -107,7 +98,7 @@ pub fn fill(ram: &GuestRam, spec: &VmSpec<'_>) -> Result<Layout, VmError> {
     if fits {
         Ok(Layout { entry, heap, modules })
     } else {
-        Err(VmError::unusable("filling guest memory", 0))
+        Err(SandboxError::unusable("filling guest memory", 0))
     }
 }
 
@@ -122,15 +113,15 @@ fn regions(heap: &Range<u64>) -> [(Range<u64>, Rights); 5] {
     ]
 }
 
-fn map(tables: &mut PageTables, range: &Range<u64>, rights: Rights) -> Result<(), VmError> {
-    tables.map(range.start, range.end, rights).ok_or_else(|| VmError::unusable("building the page tables", 0))
+fn map(tables: &mut PageTables, range: &Range<u64>, rights: Rights) -> Result<(), SandboxError> {
+    tables.map(range.start, range.end, rights).ok_or_else(|| SandboxError::unusable("building the page tables", 0))
 }
 
 fn write_plain<T: Plain>(ram: &GuestRam, address: u64, value: T) -> bool {
     ram.write(address, bytes(&[value]))
 }
 
-fn describe(name: &str, loaded: &Loaded) -> Result<ModuleEntry, VmError> {
+fn describe(name: &str, loaded: &Loaded) -> Result<ModuleEntry, SandboxError> {
     let mut entry = ModuleEntry {
         entry: loaded.entry,
         base: loaded.base,
@@ -151,13 +142,13 @@ fn describe(name: &str, loaded: &Loaded) -> Result<ModuleEntry, VmError> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::pages::walk::walk;
-    use super::super::spec::ModuleSpec;
+    use super::super::x86::pages::walk::walk;
     use super::*;
+    use crate::sandbox::program::ModuleSpec;
     use instar_guest_abi::{Member, PAGE_TABLES_SIZE};
 
-    fn spec() -> VmSpec<'static> {
-        VmSpec::new(vec![5, 6, 7], vec![Member { role: 77, ..Member::default() }; 3], vec![])
+    fn spec() -> Program<'static> {
+        Program::new(crate::sandbox::COMMIT, vec![5, 6, 7], vec![Member { role: 77, ..Member::default() }; 3], vec![])
     }
 
     /// Every page of guest memory with its rights, as runs.
@@ -229,15 +220,15 @@ mod tests {
         let core = spec().core.elf;
         let module = |name, elf| ModuleSpec { name, version: "1.2.3", elf };
         let refuse = |modules: Vec<ModuleSpec<'static>>| {
-            fill(&ram, &VmSpec { modules, ..spec() }).map_or_else(|e| e.to_string(), |_| String::from("loaded"))
+            fill(&ram, &Program { modules, ..spec() }).map_or_else(|e| e.to_string(), |_| String::from("loaded"))
         };
         assert!(refuse(vec![module("", core)]).contains("name"));
         assert!(refuse(vec![module("a-name-that-is-longer-than-the-field", core)]).contains("name"));
         assert!(refuse(vec![module("junk", b"junk")]).starts_with("guest module junk: it is not"));
         assert_eq!(refuse(vec![module("x", core); 14]), "loaded");
         assert!(refuse(vec![module("x", core); 15]).contains("more than 16"));
-        let members = VmSpec { members: vec![Member::default(); MAX_MEMBERS + 1], ..spec() };
+        let members = Program { members: vec![Member::default(); MAX_MEMBERS + 1], ..spec() };
         assert!(fill(&ram, &members).is_err());
-        assert!(fill(&ram, &VmSpec { payload: vec![0; 4097], ..spec() }).is_err());
+        assert!(fill(&ram, &Program { payload: vec![0; 4097], ..spec() }).is_err());
     }
 }

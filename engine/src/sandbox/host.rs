@@ -25,7 +25,7 @@ pub struct Excess {
 }
 
 /// Serves a running guest.
-pub trait GuestHandler {
+pub trait Host {
     /// Execute the requests of one doorbell, strictly in order, and set each `status`; stop at the first that
     /// fails with an errno and leave the rest `NOT_RUN`.
     ///
@@ -45,7 +45,7 @@ pub trait GuestHandler {
         false
     }
 
-    /// Called like [`GuestHandler::interrupted`], with the processor time that the guest has used so far: work out of
+    /// Called like [`Host::interrupted`], with the processor time that the guest has used so far: work out of
     /// proportion to what the images hold ends the guest.
     fn excess(&self, used: Duration) -> Option<Excess> {
         let _ = used;

@@ -1,0 +1,37 @@
+//! The KVM runner: one virtual machine, one vCPU at ring 3, the modules of one operation.
+//!
+//! The machine is stood up, served until it exits, and torn down. The guest can do two things: have a [`Host`] execute block
+//! requests, and send messages; both are bounded and checked, and everything else ends it with a [`SandboxError`].
+
+mod layout;
+mod machine;
+mod run;
+mod watchdog;
+mod x86;
+
+pub use machine::{KvmDevice, Machine};
+
+use super::error::SandboxError;
+use super::host::Host;
+use super::program::{Program, Report};
+use super::{Ready, Sandbox};
+
+/// Virtual machines of `/dev/kvm`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kvm;
+
+impl Sandbox for Kvm {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
+        Ok(Box::new(KvmDevice::open()?))
+    }
+}
+
+impl Ready for KvmDevice {
+    fn run(self: Box<Self>, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
+        Machine::new(&self, program)?.run(host)
+    }
+}

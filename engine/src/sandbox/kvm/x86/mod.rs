@@ -1,0 +1,6 @@
+//! What a virtual machine of x86 needs: page tables, descriptor tables and fault stubs, registers.
+
+pub mod fault;
+pub mod pages;
+pub mod system;
+pub mod vcpu;
