@@ -4,7 +4,7 @@ use crate::config::Config;
 use crate::confine::Confinement;
 use crate::escape::escape_path;
 use crate::plugins::{Registry, SearchPath};
-use crate::vm::{self, BadRequest, BufferAccess, GuestHandler, KvmDevice, VmError, VmSpec};
+use crate::sandbox::{self, BadRequest, BufferAccess, Host, Kvm, Program, SandboxError};
 use instar_guest_abi::Request;
 use instar_guest_protocol::guest_message::Kind;
 use std::fs;
@@ -74,7 +74,7 @@ pub fn examine(plugin_dirs: &[PathBuf]) -> Vec<Diagnosis> {
 /// Run a guest that has no image: it says so, and that takes a whole virtual machine.
 fn kvm() -> Diagnosis {
     struct Greeting(bool);
-    impl GuestHandler for Greeting {
+    impl Host for Greeting {
         fn requests(&mut self, _: &dyn BufferAccess, _: &mut [Request]) -> Result<(), BadRequest> {
             Err(BadRequest("a request without an image".to_owned()))
         }
@@ -83,9 +83,9 @@ fn kvm() -> Diagnosis {
             Ok(())
         }
     }
-    let spec = VmSpec::new(Vec::new(), Vec::new(), Vec::new()).with_operation(vm::CHECK);
+    let program = Program::new(sandbox::CHECK, Vec::new(), Vec::new(), Vec::new());
     let mut greeting = Greeting(false);
-    let ran = KvmDevice::open().and_then(|kvm| vm::run_on(&kvm, &spec, &mut greeting));
+    let ran = sandbox::run(&Kvm, &program, &mut greeting);
     match ran {
         Ok(report) if greeting.0 => {
             let micros = (report.time_create + report.time_load + report.time_run).as_micros();
@@ -101,14 +101,14 @@ fn kvm() -> Diagnosis {
 
 const REPORT: &str = "please report this, with the processor and the kernel's version";
 
-fn kvm_remedy(error: &VmError) -> String {
+fn kvm_remedy(error: &SandboxError) -> String {
     match error {
-        VmError::KvmMissing => missing_remedy(&cpuinfo()),
-        VmError::KvmPermission { .. } => permission_remedy(),
-        VmError::KvmUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. } => {
+        SandboxError::KvmMissing => missing_remedy(&cpuinfo()),
+        SandboxError::KvmPermission { .. } => permission_remedy(),
+        SandboxError::KvmUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. } => {
             "raise the limits of this process (see `ulimit -a`), or free memory".into()
         }
-        VmError::KvmUnusable { .. } => unusable_remedy(&cpuinfo()),
+        SandboxError::KvmUnusable { .. } => unusable_remedy(&cpuinfo()),
         _ => REPORT.into(),
     }
 }

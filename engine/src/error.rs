@@ -24,6 +24,15 @@ pub enum Role {
 }
 
 impl Role {
+    const ALL: [Self; 6] =
+        [Self::Image, Self::Overlay, Self::Between, Self::Backing, Self::Ancestor, Self::Configuration];
+
+    /// The role that JSON has this word for.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.name() == name)
+    }
+
     /// The word that JSON has for it.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -115,6 +124,17 @@ impl Error {
     pub fn in_role(mut self, role: Role) -> Self {
         self.context.role.get_or_insert(role);
         self
+    }
+
+    /// The same error, of a command that works on the image `given`: what is wrong with another file is wrong with one that
+    /// is `below`.
+    #[must_use]
+    pub fn of_image(self, given: &Path, below: Option<Role>) -> Self {
+        match self.path().map(|path| path == given) {
+            Some(true) => self.in_role(Role::Image),
+            Some(false) => below.into_iter().fold(self, Self::in_role),
+            None => self,
+        }
     }
 
     /// The same error, on this device of a guest, at this byte offset of it.

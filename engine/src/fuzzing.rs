@@ -1,17 +1,17 @@
 //! What only the fuzz targets need of the engine's inside. Not a part of its interface.
 
-use crate::check::handler::CheckHandler;
-use crate::commit::handler::CommitHandler;
+use crate::check::CheckEvents;
+use crate::commit::CommitEvents;
 use crate::devices::Devices;
-use crate::map::handler::MapHandler;
-use crate::map::{Format, Holes, Place, Reporter};
-use crate::vm::fuzzing::MessageBuffer;
-use crate::vm::{GuestHandler, VmError};
+use crate::map::{Holes, MapEvents, MapRun, Place, Runs};
+use crate::operation::{Cancel, Events, Handler};
+use crate::sandbox::fuzzing::MessageBuffer;
+use crate::sandbox::{Host, SandboxError};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 
-pub use crate::vm::fuzzing::{load_module, LoadedModule};
+pub use crate::sandbox::fuzzing::{load_module, LoadedModule};
 
 /// See `plugins::elf`: whether these bytes would be handed to the dynamic loader.
 ///
@@ -32,10 +32,14 @@ pub fn anonymous_file() -> io::Result<File> {
 /// Bytes of the disk that [`messages`] maps.
 pub const MAPPED: u64 = 1 << 20;
 
-/// Messages, each with its length in front in two bytes, as each operation takes them. Returns why the guest was ended, and the
-/// JSON of a map that came to its end.
-pub fn messages(data: &[u8]) -> (Vec<String>, Option<Vec<u8>>) {
-    let deliver = |handler: &mut dyn GuestHandler| -> Result<(), VmError> {
+fn handler<E: Events>(events: E) -> Handler<E> {
+    Handler::new(Devices::new(), events, Cancel::new())
+}
+
+/// Messages, each with its length in front in two bytes, as each operation takes them. Returns why the guest was ended, and how
+/// many bytes of the disk the runs of a map cover that came to its end.
+pub fn messages(data: &[u8]) -> (Vec<String>, Option<u64>) {
+    let deliver = |handler: &mut dyn Host| -> Result<(), SandboxError> {
         let mut buffer = MessageBuffer::new()?;
         let mut rest = data;
         while let [high, low, after @ ..] = rest {
@@ -46,17 +50,20 @@ pub fn messages(data: &[u8]) -> (Vec<String>, Option<Vec<u8>>) {
         }
         Ok(())
     };
-    let mut results = vec![deliver(&mut CommitHandler::new(Devices::new()))];
-    results.push(deliver(&mut CheckHandler::new(Devices::new())));
+    let mut results = vec![deliver(&mut handler(CommitEvents::default()))];
+    results.push(deliver(&mut handler(CheckEvents::default())));
     let place = |depth| Place { depth, path: format!("layer{depth}").into(), holes: Holes::Ignored };
     let places = BTreeMap::from([(0, place(0)), (1, place(1))]);
-    let mut out = Vec::new();
-    let mut reporter = Reporter::new(&mut out, Format::Json, 0..u64::MAX);
-    let mut handler = MapHandler::new(Devices::new(), places, MAPPED, &mut reporter);
-    let result = deliver(&mut handler);
-    let whole = matches!(handler.result, Some(Ok(()))) && result.is_ok() && handler.end().is_ok();
+    let mut covered = 0;
+    let mut each = |run: &MapRun<'_>| {
+        covered += run.length;
+        Ok(())
+    };
+    let mut map = handler(MapEvents::new(MAPPED, Runs::new(0..u64::MAX, places, Some(&mut each))));
+    let result = deliver(&mut map);
+    let whole = matches!(map.events.result, Some(Ok(()))) && result.is_ok() && map.events.end().is_ok();
     results.push(result);
-    drop(reporter);
+    drop(map);
     let ended = results.into_iter().filter_map(Result::err).map(|error| error.to_string());
-    (ended.collect(), whole.then_some(out))
+    (ended.collect(), whole.then_some(covered))
 }

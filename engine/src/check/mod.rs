@@ -1,18 +1,17 @@
 //! `instar check`: is the metadata of an image consistent? The format's own module looks at it in the virtual machine;
 //! nothing is changed.
 
-pub(crate) mod handler;
+mod events;
 
-use crate::commit::{map_read_error, open_chain_devices_ro, ChainDevices, GuestFailure};
-use crate::confine::{Confinement, Work};
+pub use events::CheckEvents;
+
+use crate::confine::Work;
+use crate::devices::Devices;
 use crate::error::Error;
-use crate::image::{
-    check_immediate_parent, open_extra_files, prepare_to_lock, Access, FilesOf, Gate, NamedFile, Roots,
-};
-use crate::plugins::{Registry, SearchPath};
-use crate::vm::{self, KvmDevice, VmSpec};
-use handler::CheckHandler;
-use instar_guest_abi::{ErrorCode, Examination, FindingKind};
+use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf};
+use crate::operation::{run, DevicePaths, Ended, ImageSet, Named, Opener, Operation, Session, Settings};
+use crate::sandbox::{ModuleSpec, CHECK};
+use instar_guest_abi::{Examination, FindingKind};
 use std::path::PathBuf;
 
 /// What the operator asks for.
@@ -24,17 +23,13 @@ pub struct CheckRequest {
     pub format: Option<String>,
     /// Look at it even if something else is writing to it.
     pub force_share: bool,
-    /// Seconds to wait for images that are in use.
-    pub wait: u64,
-    /// Directories that the names of other files of the image may lead into.
-    pub allowed_directories: Vec<PathBuf>,
-    /// Where plugins are looked for.
-    pub search: SearchPath,
+    /// Plugins, directories, waiting.
+    pub settings: Settings,
 }
 
 /// What a check found.
 #[derive(Clone, Debug)]
-pub struct CheckResult {
+pub struct CheckOutcome {
     /// The image's format.
     pub format: String,
     /// The findings, in numbers.
@@ -43,41 +38,60 @@ pub struct CheckResult {
     pub findings: Vec<(FindingKind, String)>,
 }
 
-/// Check an image; `log` takes the lines of the guest, which are not safe for a terminal. The calling process is [confined](crate::confine) by it, for good.
+/// Check an image.
 ///
 /// # Errors
 /// One line that names the file and what to do: when the image could not be checked to the end.
-/// [`ErrorCode::NotImplemented`] for a format that has nothing to check.
-pub fn run_check(request: &CheckRequest, log: &mut Vec<String>) -> Result<CheckResult, Error> {
-    let file = NamedFile::new(&request.image);
-    let roots = Roots::of(&file, &request.allowed_directories)?;
-    let registry = Registry::load(&request.search);
-    Error::if_refused(&registry)?;
-    let kvm = KvmDevice::open();
-    prepare_to_lock(request.wait, [&file], &request.allowed_directories);
-    let access = if request.force_share { Access::Shared } else { Access::ReadOnly };
-    let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
-    let confinement = Confinement::begin(&roots.reach(access), Work::OpenToRead);
-    let gate = Gate::within(roots);
-    let mut image = opened.identify_as(&registry, request.format.as_deref())?;
-    check_immediate_parent(&registry, &image, &gate)?;
-    open_extra_files(&registry, &mut [FilesOf { image: &mut image, access, changes: false, gate: &gate }])?;
-    // For good: what is returned is only what was in force.
-    let _ = confinement.seal(Work::Read);
+/// [`ErrorCode::NotImplemented`](instar_guest_abi::ErrorCode) for a format that has nothing to check.
+pub fn run_check(request: &CheckRequest, session: &Session) -> Result<CheckOutcome, Error> {
+    let check = Check { request, format: String::new() };
+    run(check, session).map_err(|error| error.of_image(&request.image, None))
+}
 
-    let format = image.facts.format.to_string();
-    let all = open_chain_devices_ro(vec![image])?;
-    let modules = all.modules();
-    let ChainDevices { devices, members, files, paths, .. } = all;
-    let spec = VmSpec { files, ..VmSpec::new(Vec::new(), members, modules) }.with_operation(vm::CHECK);
-    let mut handler = CheckHandler::new(devices);
-    let ended = kvm.and_then(|kvm| vm::run_on(&kvm, &spec, &mut handler));
-    log.extend_from_slice(handler.log.lines());
-    let failure = match (ended, handler.result.take()) {
-        (Ok(_), Some(Ok(found))) => return Ok(CheckResult { format, found, findings: handler.findings }),
-        (Ok(_), Some(Err(failure))) => failure,
-        (Ok(_), None) => GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result"),
-        (Err(error), _) => GuestFailure::of_machine(&error),
-    };
-    Err(map_read_error(&failure, &paths))
+struct Check<'q> {
+    request: &'q CheckRequest,
+    format: String,
+}
+
+impl Operation for Check<'_> {
+    type Events = CheckEvents;
+    type Outcome = CheckOutcome;
+
+    fn module(&self) -> ModuleSpec<'static> {
+        CHECK
+    }
+
+    fn work(&self) -> (Work, Work) {
+        (Work::OpenToRead, Work::Read)
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.request.settings
+    }
+
+    fn named(&self) -> Named {
+        Named::image(&self.request.image)
+    }
+
+    fn access(&self) -> Access {
+        Access::to_read(self.request.force_share)
+    }
+
+    fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
+        let Opener { registry, gate, access, .. } = *opener;
+        let mut image = opener.open_named(self.request.format.as_deref())?;
+        check_immediate_parent(registry, &image, gate)?;
+        open_extra_files(registry, &mut [FilesOf { image: &mut image, access, changes: false, gate }])?;
+        self.format = image.facts.format.to_string();
+        Ok(ImageSet::read([image]))
+    }
+
+    fn serve(&mut self, _: &mut Devices, _: &DevicePaths, _: &Session) -> Result<CheckEvents, Error> {
+        Ok(CheckEvents::default())
+    }
+
+    fn finish(self, ended: Ended<CheckEvents>) -> Result<CheckOutcome, Error> {
+        let found = ended.told(ended.events.result.clone()).map_err(|failure| failure.error(&ended.paths, None))?;
+        Ok(CheckOutcome { format: self.format, found, findings: ended.events.findings })
+    }
 }

@@ -8,7 +8,7 @@
 
 use crate::devices::{Device, Devices};
 use crate::plugins::Mark;
-use crate::vm::BufferAccess;
+use crate::sandbox::BufferAccess;
 use instar_guest_abi::{Request, RequestOp, DEVICE_OUTPUT};
 use std::io;
 use std::ops::Range;

@@ -27,7 +27,6 @@ pub use calls::Work;
 pub use paths::Reach;
 
 use std::fmt;
-use std::io::Write as _;
 
 /// What is in force, or why it is not: one clause each.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,13 +39,6 @@ impl Confinement {
     /// Confine the process to these files, and to the system calls of this kind of work.
     #[must_use]
     pub fn begin(reach: &Reach<'_>, work: Work) -> Self {
-        // No backtraces: they would open files. The hook prints what is left of the panic in one line.
-        std::panic::set_hook(Box::new(|panic| {
-            let text = panic.to_string();
-            let text = crate::escape::printable(&text);
-            // Where nobody reads it, a second panic would be an abort.
-            let _ = writeln!(std::io::stderr(), "instar: internal error: {text}");
-        }));
         Self::apply(reach, work)
     }
 

@@ -6,7 +6,7 @@
 //!
 //! Once a file was changed there is no bound any more: a commit that stops in the middle helps nobody.
 
-use crate::vm::Excess;
+use crate::sandbox::Excess;
 use instar_guest_abi::{Request, RequestOp};
 use std::collections::BTreeMap;
 use std::time::Duration;

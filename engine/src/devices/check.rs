@@ -1,7 +1,7 @@
 //! The rules that every request must keep. The guest may be in an attacker's hands.
 
 use super::{Device, Devices};
-use crate::vm::{BadRequest, BufferAccess};
+use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_flags, Request, RequestOp};
 
 /// Longest buffer of a READ or WRITE, in bytes: no more than guest memory holds.

@@ -1,6 +1,6 @@
 //! Neighbouring requests that are one operation.
 
-use crate::vm::BadRequest;
+use crate::sandbox::BadRequest;
 use instar_guest_abi::{Request, RequestOp};
 
 /// Buffers that one system call takes at most.

@@ -30,7 +30,7 @@ pub use phases::Phases;
 pub use statistics::Statistics;
 pub use workers::Workers;
 
-use crate::vm::{BadRequest, BufferAccess, Excess};
+use crate::sandbox::{BadRequest, BufferAccess, Excess};
 use allowance::Allowance;
 use check::check;
 use copy::Copier;

@@ -1,5 +1,6 @@
 //! How fast data moves, who watches it, and who may stop it.
 
+use crate::cancel::Cancel;
 use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
@@ -34,7 +35,7 @@ struct Limit {
 /// Attends every movement of data.
 #[derive(Default)]
 pub struct Pace {
-    interrupted: Option<fn() -> bool>,
+    cancel: Option<Cancel>,
     limit: Option<Limit>,
     watch: Option<Box<dyn Watch>>,
 }
@@ -46,9 +47,9 @@ impl fmt::Debug for Pace {
 }
 
 impl Pace {
-    /// What to ask whether the operator wants to stop: a long movement then fails with EINTR.
-    pub fn stop_when(&mut self, interrupted: fn() -> bool) {
-        self.interrupted = Some(interrupted);
+    /// Who may end the operation: a long movement then fails with EINTR.
+    pub fn stop_when(&mut self, cancel: Cancel) {
+        self.cancel = Some(cancel);
     }
 
     /// Move no more than `rate` bytes per second; 0 for no limit. Time in which nothing moved is not made up for.
@@ -78,7 +79,7 @@ impl Pace {
     /// # Errors
     /// EINTR.
     pub fn go_on(&self) -> io::Result<()> {
-        if self.interrupted.is_some_and(|interrupted| interrupted()) {
+        if self.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
             return Err(io::Error::from_raw_os_error(libc::EINTR));
         }
         Ok(())
@@ -154,7 +155,9 @@ mod tests {
     fn a_pause_can_be_interrupted() {
         let mut pace = Pace::default();
         pace.limit(1);
-        pace.stop_when(|| true);
+        let cancel = Cancel::new();
+        pace.stop_when(cancel.clone());
+        cancel.cancel();
         assert_eq!(pace.moved(1 << 40).unwrap_err().raw_os_error(), Some(libc::EINTR));
         assert!(pace.go_on().is_err());
     }

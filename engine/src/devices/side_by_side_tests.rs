@@ -3,7 +3,8 @@
 use super::super::piece::Part;
 use super::super::{Cache, Device, Devices, Workers};
 use super::{Plan, Way, LEAST};
-use crate::vm::BufferAccess;
+use crate::cancel::Cancel;
+use crate::sandbox::BufferAccess;
 use instar_guest_abi::{request_status, Request, DEVICE_OUTPUT};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -186,7 +187,9 @@ fn a_bad_request_behind_good_ones_ends_the_guest_after_them() {
 #[test]
 fn the_operator_can_interrupt() {
     let mut b = bench([32 << 20, 8 << 20], 32 << 20, Cache::Writeback);
-    b.devices.pace_mut().stop_when(|| true);
+    let cancel = Cancel::new();
+    cancel.cancel();
+    b.devices.pace_mut().stop_when(cancel);
     let mut requests = [Request::copy(0, 0, OUT, 0, 32 << 20)];
     b.devices.execute(&NoMemory, &mut requests).unwrap();
     assert_eq!(requests[0].status, libc::EINTR);

@@ -2,6 +2,7 @@
 
 use super::lock::{lock_read_only, lock_read_write};
 use super::*;
+use crate::cancel::Cancel;
 use instar_guest_abi::DEVICE_OUTPUT;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use tempfile::NamedTempFile;
@@ -206,7 +207,9 @@ fn a_copy_past_the_end_of_the_source_leaves_nothing_on_a_block_device() {
 #[test]
 fn a_copy_can_be_interrupted() {
     let mut b = bench([&[7; 1000], &[], &[9; 1000]]);
-    b.devices.pace_mut().stop_when(|| true);
+    let cancel = Cancel::new();
+    cancel.cancel();
+    b.devices.pace_mut().stop_when(cancel);
     let mut requests = [Request::copy(0, 0, OUT, 0, 1000), Request::flush(OUT)];
     b.devices.execute(&b.memory, &mut requests).unwrap();
     assert_eq!(requests.map(|r| r.status), [libc::EINTR, request_status::NOT_RUN]);

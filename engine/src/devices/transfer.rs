@@ -2,7 +2,7 @@
 
 use super::merge::Batch;
 use super::Device;
-use crate::vm::BufferAccess;
+use crate::sandbox::BufferAccess;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;

@@ -1,11 +1,9 @@
 //! What is said of a recorded name that is not followed: who records it, and what helps.
 
 use super::names::NoFile;
-use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::{escape_bytes, escape_path, shell_path, shell_word};
 use crate::lookup::Directory;
-use crate::plugins::ImageRead as _;
 use instar_guest_abi::ErrorCode;
 use std::path::Path;
 
@@ -141,8 +139,8 @@ impl Recorder<'_> {
     }
 
     /// The name leads to a file that is no whole number of sectors.
-    pub(super) fn uneven(&self, name: &[u8], opened: &OpenedFile) -> Error {
-        let (path, length) = (shell_path(&opened.path), opened.file.length());
+    pub(super) fn uneven(&self, name: &[u8], path: &Path, length: u64) -> Error {
+        let path = shell_path(path);
         let why =
             format!("leads to a file of {length} bytes, no multiple of 512, which an image may not choose as a disk");
         let advice = match self.part {

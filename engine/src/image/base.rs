@@ -1,10 +1,12 @@
 //! Which file is committed into.
 
+use super::access::Access;
 use super::advice::Part;
 use super::chain::Descent;
+use super::chain_image::ChainImage;
 use super::gate::Located;
 use super::named::NamedFile;
-use super::open::{Access, ChainImage, OpenedFile};
+use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::escape_bytes;
 use instar_guest_abi::ErrorCode;
@@ -63,7 +65,7 @@ pub fn resolve_backing<'r>(
         && backing.opened.ends_within_a_sector()
         && backing.plugin.probe(&backing.opened.file).is_ok_and(|score| score == PROBE_ANYTHING)
     {
-        return Err(overlay.recorder(part).uneven(&pointer.name, &backing.opened));
+        return Err(overlay.recorder(part).uneven(&pointer.name, &backing.opened.path, backing.opened.length()));
     }
     Ok(Target { backing, between: Vec::new() })
 }

@@ -4,10 +4,12 @@
 //! The chain is what the images record. A path of the operator's only says which of its files is meant, and never where the
 //! next one is looked for.
 
-use super::advice::{Part, Recorder};
+use super::access::Access;
+use super::advice::Part;
+use super::chain_image::ChainImage;
 use super::gate::{Gate, Located};
 use super::identify::Recorded;
-use super::open::{Access, ChainImage, OpenedFile};
+use super::open::OpenedFile;
 use crate::error::Error;
 use crate::lookup::Identity;
 use crate::plugins::Registry;
@@ -31,14 +33,6 @@ pub struct Descent<'r, 'g> {
 /// The backing pointer of an image.
 fn pointer(facts: &ImageFacts) -> Option<&BackingPointer> {
     facts.backing.as_ref().into_option()
-}
-
-impl ChainImage<'_> {
-    /// The image as one that records a name.
-    pub(super) fn recorder(&self, part: Part) -> Recorder<'_> {
-        let (path, directory) = (self.opened.path.as_path(), &self.opened.directory);
-        Recorder { path, format: self.facts.format.as_str(), directory, part }
-    }
 }
 
 impl<'r, 'g> Descent<'r, 'g> {

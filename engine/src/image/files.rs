@@ -1,23 +1,16 @@
 //! The other files of images in several files: opened like the images themselves, before anything else is asked of them.
 
+use super::access::Access;
 use super::advice::Part;
+use super::chain_image::{ChainImage, ExtraFile};
 use super::gate::Gate;
 use super::identify::check_part;
-use super::open::{Access, ChainImage, OpenedFile};
+use super::open::OpenedFile;
 use crate::error::Error;
 use crate::lookup::Identity;
 use crate::plugins::{IdentifyError, ImageFiles, ImageRead, Registry};
 use instar_guest_abi::{ErrorCode, MAX_FILE_DEVICES};
 use std::collections::HashSet;
-
-/// A file of an image that has several.
-#[derive(Debug)]
-pub struct ExtraFile {
-    /// The open file.
-    pub opened: OpenedFile,
-    /// It may become longer in a commit.
-    pub grows: bool,
-}
 
 /// An image of the chain, how it is used, and where the names of its files may lead.
 pub struct FilesOf<'i, 'r, 'g> {
@@ -61,7 +54,7 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
             }
             // One that does not grow is a piece of the disk as it is.
             if *access == Access::ReadWrite && !file.grows && opened.ends_within_a_sector() {
-                return Err(recorder.uneven(&file.name, &opened));
+                return Err(recorder.uneven(&file.name, &opened.path, opened.length()));
             }
             if seen.contains(&opened.identity) {
                 let clause = "is used twice in this chain: each file can be part of one image, once";

@@ -5,9 +5,9 @@
 //! compared by what they are, and not by their text. A file that `-b` names is compared in the same way, and is let through
 //! wherever it lies. Of everything else the answer does not tell whether it exists.
 
+use super::access::Access;
 use super::advice::{Part, Recorder};
 use super::names::file_name;
-use super::open::Access;
 use super::roots::Roots;
 use crate::error::Error;
 use crate::lookup::{walk, Directory, Identity, Left, Lost, Place, Reached, Step, Walk, Why};

@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+use super::access::Access;
 use super::advice::{Part, Recorder};
 use super::gate::{Gate, Located};
 use super::named::NamedFile;
-use super::open::{Access, OpenedFile};
+use super::open::OpenedFile;
 use super::roots::Roots;
 use crate::error::Error;
 use crate::lookup::Directory;

@@ -12,8 +12,9 @@
 //! The same holds for the other files of an image, of which its plugin says what they look like.
 
 use super::advice::{Part, Recorder};
+use super::chain_image::{ChainImage, Doubt};
 use super::gate::Located;
-use super::open::{ChainImage, OpenedFile};
+use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::{escape_bytes, escape_path};
 use crate::plugins::{IdentifyError, ImageRead, Mark, Registry};
@@ -49,15 +50,6 @@ impl<'i> Recorded<'i> {
             format: format.or(located.format().map(str::as_bytes)),
         }
     }
-}
-
-/// A reason to doubt that a file is raw.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Doubt {
-    /// The mark of another format.
-    pub mark: Mark,
-    /// What is wrong, and how to insist: one clause.
-    pub clause: String,
 }
 
 impl Recorded<'_> {

@@ -1,8 +1,9 @@
 //! Locking the images: how long to wait for somebody who uses one, and what to say when that was in vain.
 
+use super::access::Access;
 use super::named::NamedFile;
-use super::open::Access;
 use super::users::{remember_users, user_of};
+use crate::cancel::Cancel;
 use crate::devices::lock::{lock_read_only, lock_read_write, LockError};
 use crate::error::Error;
 use crate::lookup::Directory;
@@ -16,17 +17,22 @@ use std::time::{Duration, Instant};
 /// How long each wait is before a lock is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How long to wait for all locks together: in seconds, and until when.
-static PATIENCE: Mutex<Option<(u64, Instant)>> = Mutex::new(None);
+/// How long to wait for all locks together: in seconds, until when, and who may end that.
+static PATIENCE: Mutex<Option<(u64, Instant, Cancel)>> = Mutex::new(None);
 
 /// What has to be done about locks before the process is confined: from now on, images that are in use are waited for, for
 /// `wait` seconds altogether; and who uses these files, or those beside them and in the directories that are `allowed`, is
 /// found out while the process may still look around.
-pub fn prepare_to_lock<'p>(wait: u64, files: impl IntoIterator<Item = &'p NamedFile>, allowed: &'p [PathBuf]) {
+pub fn prepare_to_lock<'p>(
+    cancel: &Cancel,
+    wait: u64,
+    files: impl IntoIterator<Item = &'p NamedFile>,
+    allowed: &'p [PathBuf],
+) {
     // The process works for one command, which it is confined for: there is one end for all waits.
     let until = Instant::now().checked_add(Duration::from_secs(wait)).filter(|_| wait > 0);
     if let Ok(mut patience) = PATIENCE.lock() {
-        *patience = until.map(|until| (wait, until));
+        *patience = until.map(|until| (wait, until, cancel.clone()));
     }
     let files: Vec<&NamedFile> = files.into_iter().collect();
     let beside = files.iter().filter_map(|file| file.directory()).map(Directory::path);
@@ -40,7 +46,7 @@ pub fn prepare_to_lock<'p>(wait: u64, files: impl IntoIterator<Item = &'p NamedF
 /// [`ErrorCode::ImageInUse`]; [`ErrorCode::Interrupted`] when a signal ends the wait; [`ErrorCode::OpenFailed`] when the file
 /// system fails.
 pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), Error> {
-    let patience = PATIENCE.lock().ok().and_then(|patience| *patience);
+    let patience = PATIENCE.lock().ok().and_then(|patience| patience.clone());
     loop {
         let locked = match access {
             Access::ReadWrite => lock_read_write(file),
@@ -55,14 +61,20 @@ pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), Error
             }
             Err(LockError::Needed(_) | LockError::Shared(_)) => {}
         }
-        match patience {
-            Some((_, until)) if Instant::now() < until => {
-                if pause() == Pause::Interrupted {
+        match &patience {
+            Some((_, until, cancel)) if Instant::now() < *until => {
+                if pause() == Pause::Interrupted || cancel.is_cancelled() {
                     let clause = "interrupted while waiting for the process that uses it";
                     return Err(Error::image(path, ErrorCode::Interrupted, clause));
                 }
             }
-            _ => return Err(Error::image(path, ErrorCode::ImageInUse, in_use(file, access, patience))),
+            _ => {
+                return Err(Error::image(
+                    path,
+                    ErrorCode::ImageInUse,
+                    in_use(file, access, patience.as_ref().map(|(seconds, ..)| *seconds)),
+                ))
+            }
         }
     }
 }
@@ -83,9 +95,9 @@ fn pause() -> Pause {
 }
 
 /// Who uses a file, and what to do: one clause.
-fn in_use(file: &File, access: Access, patience: Option<(u64, Instant)>) -> String {
+fn in_use(file: &File, access: Access, patience: Option<u64>) -> String {
     let who = user_of(file).unwrap_or_else(|| "perhaps a running virtual machine".to_owned());
-    let waited = patience.map(|(seconds, _)| format!(" after {seconds} s")).unwrap_or_default();
+    let waited = patience.map(|seconds| format!(" after {seconds} s")).unwrap_or_default();
     let still = if patience.is_some() { "still " } else { "" };
     let wait = if patience.is_none() { ", or wait with --wait SECONDS" } else { "" };
     match access {

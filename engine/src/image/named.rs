@@ -1,10 +1,7 @@
 //! A file that the operator names: it is looked at once, before anything of an image is read, and what is opened later is
 //! that file or none.
 
-use super::open::{Access, Looked, OpenedFile};
-use crate::error::Error;
 use crate::lookup::{Directory, Identity};
-use instar_guest_abi::ErrorCode;
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::{OsStr, OsString};
@@ -93,6 +90,14 @@ impl NamedFile {
         self.found.as_ref().ok().map(|(object, _)| object.as_fd())
     }
 
+    /// What it was when it was looked at.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn found(&self) -> Result<&Stat, Errno> {
+        self.found.as_ref().map(|(_, stat)| stat).map_err(|errno| *errno)
+    }
+
     /// Whether it is a block device.
     #[must_use]
     pub fn is_block_device(&self) -> bool {
@@ -105,20 +110,6 @@ impl NamedFile {
         let (_, stat) = self.found.as_ref().ok()?;
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         regular.then(|| u64::try_from(stat.st_size).unwrap_or(0))
-    }
-
-    /// Open it.
-    ///
-    /// # Errors
-    /// `missing` if it is not there; [`ErrorCode::PermissionDenied`], [`ErrorCode::ReadOnly`], [`ErrorCode::OpenFailed`].
-    pub fn open(&self, access: Access, missing: ErrorCode) -> Result<OpenedFile, Error> {
-        let (directory, stat) = match (&self.directory, &self.found) {
-            (Some(directory), Ok((_, stat))) => (directory, stat),
-            (_, Err(errno)) => return Err(access.failed(&self.path, *errno, missing)),
-            (None, Ok(_)) => return Err(access.failed(&self.path, Errno::NOENT, missing)),
-        };
-        let looked = Looked { holder: directory, name: &self.name, stat, follow: true, exclusive: None };
-        looked.open(&self.path, directory, access, missing)
     }
 }
 

@@ -1,18 +1,16 @@
 //! Opening an image of a chain: once, with the right mode, after a look at what it is; then it is locked, and its format
 //! found out.
 
-use super::access::{check_writable, open_error};
+use super::access::Access;
 use super::advice::{Part, Recorder};
-use super::files::ExtraFile;
+use super::failures::{check_writable, open_error};
 use super::gate::Located;
-use super::identify::Doubt;
 use super::named::NamedFile;
 use super::{locking, loop_device};
 use crate::error::Error;
 use crate::lookup::{Directory, Identity};
-use crate::plugins::{FileImage, ImageRead as _, Mark, Plugin};
+use crate::plugins::{FileImage, ImageRead as _};
 use instar_guest_abi::ErrorCode;
-use instar_plugin_api::ImageFacts;
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::OsStr;
@@ -40,56 +38,6 @@ pub struct OpenedFile {
     pub below: Option<Identity>,
 }
 
-/// An image of a chain: open, locked, and looked at.
-#[derive(Debug)]
-pub struct ChainImage<'r> {
-    /// The open file.
-    pub opened: OpenedFile,
-    /// The plugin of its format.
-    pub plugin: &'r Plugin,
-    /// What its header says.
-    pub facts: ImageFacts,
-    /// Its other files, once they are open.
-    pub files: Vec<ExtraFile>,
-    /// What it records of its parent is changed, and nothing else of it: a few bytes of its own file, which is open for
-    /// writing. It is not emptied, and not a target.
-    pub follows: bool,
-    /// The operator named its format, and is believed.
-    pub insisted: bool,
-    /// The mark of another format in a file that is said to be raw.
-    pub mark: Option<Mark>,
-    /// Why it may be written to only where nothing changes that may be a header.
-    pub doubt: Option<Doubt>,
-}
-
-/// How an image is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// To be changed.
-    ReadWrite,
-    /// Only to be read.
-    ReadOnly,
-    /// Only to be read, whoever writes to it: it is not locked.
-    Shared,
-}
-
-impl Access {
-    /// Only files and block devices are opened. One that another took the place of meanwhile must neither block nor become
-    /// the terminal of the process.
-    fn flags(self) -> OFlags {
-        let mode = match self {
-            Self::ReadWrite => OFlags::RDWR,
-            Self::ReadOnly | Self::Shared => OFlags::RDONLY,
-        };
-        mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY
-    }
-
-    /// Why a file could not be looked at or opened.
-    pub(super) fn failed(self, path: &Path, errno: Errno, missing: ErrorCode) -> Error {
-        open_error(path, self, missing, &io::Error::from(errno))
-    }
-}
-
 /// A file that was looked at and is to be opened.
 pub(super) struct Looked<'a> {
     /// The directory that it is opened in.
@@ -113,7 +61,7 @@ impl Looked<'_> {
         access: Access,
         missing: ErrorCode,
     ) -> Result<OpenedFile, Error> {
-        let failed = |errno| access.failed(path, errno, missing);
+        let failed = |errno| failed(access, path, errno, missing);
         let kind = FileType::from_raw_mode(self.stat.st_mode);
         let block_device = match kind {
             FileType::RegularFile => false,
@@ -151,6 +99,27 @@ impl Looked<'_> {
         }
         Ok(opened)
     }
+}
+
+impl NamedFile {
+    /// Open it.
+    ///
+    /// # Errors
+    /// `missing` if it is not there; [`ErrorCode::PermissionDenied`], [`ErrorCode::ReadOnly`], [`ErrorCode::OpenFailed`].
+    pub fn open(&self, access: Access, missing: ErrorCode) -> Result<OpenedFile, Error> {
+        let (directory, stat) = match (self.directory(), self.found()) {
+            (Some(directory), Ok(stat)) => (directory, stat),
+            (_, Err(errno)) => return Err(failed(access, self.path(), errno, missing)),
+            (None, Ok(_)) => return Err(failed(access, self.path(), Errno::NOENT, missing)),
+        };
+        let looked = Looked { holder: directory, name: self.name(), stat, follow: true, exclusive: None };
+        looked.open(self.path(), directory, access, missing)
+    }
+}
+
+/// Why a file could not be looked at or opened.
+fn failed(access: Access, path: &Path, errno: Errno, missing: ErrorCode) -> Error {
+    open_error(path, access, missing, &io::Error::from(errno))
 }
 
 impl OpenedFile {
@@ -194,9 +163,15 @@ impl OpenedFile {
         }
     }
 
+    /// Its length in bytes.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        self.file.length()
+    }
+
     /// Whether it is no disk as it is: no disk ends within a sector.
     pub(super) fn ends_within_a_sector(&self) -> bool {
-        !self.file.length().is_multiple_of(SECTOR)
+        !self.length().is_multiple_of(SECTOR)
     }
 
     /// Lock the file as QEMU does, so that no virtual machine and no other tool uses it in a way that conflicts.

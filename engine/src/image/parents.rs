@@ -1,10 +1,11 @@
 //! Is what is below an image what the image was made on? Some formats record that: both sides give an identity, which is
 //! only compared here. No format has to know another one.
 
+use super::access::Access;
 use super::advice::Part;
 use super::chain::Descent;
+use super::chain_image::ChainImage;
 use super::gate::Gate;
-use super::open::{Access, ChainImage};
 use crate::error::Error;
 use crate::escape::escape_path;
 use crate::plugins::Registry;

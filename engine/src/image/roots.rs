@@ -6,8 +6,8 @@
 //! change any of the links on the way. These devices are listed once as well, so that the kernel can hold this process to
 //! them.
 
+use super::access::Access;
 use super::named::NamedFile;
-use super::open::Access;
 use crate::confine::Reach;
 use crate::error::Error;
 use crate::lookup::{is_trusted, walk, Directory, Identity};

@@ -1,69 +1,45 @@
 //! `instar map`: which layer of a chain holds which bytes of the virtual disk, and where in its file. The formats' own
 //! modules look their tables up in the virtual machine; the host adds what the file systems know of holes.
 
-pub(crate) mod handler;
-mod report;
-mod request;
+mod events;
+mod operation;
+mod places;
+mod runs;
 
-pub use report::{Format, Reporter};
-pub use request::{run_map, MapRequest};
+pub use events::MapEvents;
+pub use places::{places, Holes, Place};
+pub use runs::{MapRun, Runs};
 
-use crate::image::ChainImage;
-use instar_guest_abi::FIRST_FILE_DEVICE;
-use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
+use crate::error::{Error, Role};
+use crate::operation::{run, Session, Settings};
+use operation::Map;
+use std::ops::Range;
 use std::path::PathBuf;
 
-/// What a hole in a file means for plain data in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holes {
-    /// Nothing: the format does not leave any, so that they are not looked for.
-    Ignored,
-    /// The data reads as zeroes.
-    Zero,
-    /// There is no data: the file is the disk.
-    Absent,
+/// What the operator asks for.
+#[derive(Clone, Debug, Default)]
+pub struct MapRequest {
+    /// The image.
+    pub image: PathBuf,
+    /// Its format, if the operator names it.
+    pub format: Option<String>,
+    /// Look at the images even if something else is writing to them.
+    pub force_share: bool,
+    /// The guest bytes of interest.
+    pub range: Range<u64>,
+    /// Plugins, directories, waiting.
+    pub settings: Settings,
 }
 
-/// A file of a chain, as runs are placed in it.
-#[derive(Clone, Debug)]
-pub struct Place {
-    /// The layer that it belongs to; 0 is the top-most.
-    pub depth: u32,
-    /// Its path.
-    pub path: PathBuf,
-    /// What holes in it mean.
-    pub holes: Holes,
-}
-
-/// The files of these layers by the numbers that they get as devices.
-#[must_use]
-pub fn places(layers: &[ChainImage<'_>]) -> BTreeMap<u32, Place> {
-    let mut places = BTreeMap::new();
-    let mut next_file = FIRST_FILE_DEVICE;
-    for (depth, image) in (0..).zip(layers) {
-        let unit = image.facts.cluster_size;
-        let is_disk = unit <= 1;
-        let whole = if is_disk { Holes::Absent } else { holes_of(&image.opened.file, unit) };
-        places.insert(depth, Place { depth, path: image.opened.path.clone(), holes: whole });
-        for file in &image.files {
-            // A file that never grows has a fixed place for every byte: like a disk, it may be sparse.
-            let holes = if file.grows { holes_of(&file.opened.file, unit) } else { Holes::Zero };
-            places.insert(next_file, Place { depth, path: file.opened.path.clone(), holes });
-            next_file += 1;
-        }
-    }
-    places
-}
-
-/// Whether a file with clusters has holes where it says that it has data: because its metadata was preallocated, or it
-/// was copied by a tool that leaves zeroes out. Then it takes clearly less space than it is long.
-fn holes_of(file: &crate::plugins::FileImage, unit: u64) -> Holes {
-    let Ok(metadata) = file.file().metadata() else { return Holes::Ignored };
-    let (real, long) = (metadata.blocks().saturating_mul(512) / unit, metadata.len().div_ceil(unit));
-    if metadata.is_file() && long >= (real.saturating_mul(10) / 9).max(real.saturating_add(2)) {
-        Holes::Zero
-    } else {
-        Holes::Ignored
-    }
+/// Map an image and what is below it; `each` takes the runs as they come, in order.
+///
+/// # Errors
+/// One line that names the file and what to do; the error that `each` returns ends the map. What was reported until then
+/// stays reported.
+pub fn run_map(
+    request: &MapRequest,
+    session: &Session,
+    each: &mut dyn FnMut(&MapRun<'_>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    run(Map::new(request, each), session).map_err(|error| error.of_image(&request.image, Some(Role::Ancestor)))
 }

@@ -35,6 +35,18 @@ impl SearchPath {
         Self { requested: directories.clone(), directories, environment: Vec::new() }
     }
 
+    /// Exactly these directories, of which the operator asked for the `requested` ones.
+    #[must_use]
+    pub fn with_requested(directories: Vec<PathBuf>, requested: Vec<PathBuf>) -> Self {
+        Self { directories, requested, environment: Vec::new() }
+    }
+
+    /// The directories that the operator asked for.
+    #[must_use]
+    pub fn requested(&self) -> &[PathBuf] {
+        &self.requested
+    }
+
     /// The directories of this process: those of `--plugin-dir` in their order, those of `INSTAR_PLUGIN_PATH`, those of the
     /// configuration, then the built-in ones. The environment variable is not honoured in a set-user-ID or set-group-ID
     /// program.

@@ -1,31 +1,22 @@
-//! Serves the guest of a check: its block requests, its findings, its end.
+//! What a check makes of what its guest says: the findings, the end.
 
-use crate::commit::GuestFailure;
 use crate::devices::Devices;
-use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler, GuestLog};
-use instar_guest_abi::{Examination, FindingKind, Request};
+use crate::operation::{unexpected, Events, Flow, GuestFailure};
+use crate::sandbox::BadRequest;
+use instar_guest_abi::{Examination, FindingKind};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::CheckResultMessage;
-use std::time::Duration;
 
 /// Findings that are kept.
 const MAX_FINDINGS: usize = 200;
 
 /// What the guest of a check said.
-pub struct CheckHandler {
-    devices: Devices,
+#[derive(Debug, Default)]
+pub struct CheckEvents {
     /// How the check ended, once the guest said so.
     pub result: Option<Result<Examination, GuestFailure>>,
     /// The first findings.
     pub findings: Vec<(FindingKind, String)>,
-    /// Log lines of the guest.
-    pub log: GuestLog,
-}
-
-impl CheckHandler {
-    pub fn new(devices: Devices) -> Self {
-        Self { devices, result: None, findings: Vec::new(), log: GuestLog::default() }
-    }
 }
 
 /// The outcome that a message tells.
@@ -46,39 +37,29 @@ fn outcome(message: &CheckResultMessage) -> Result<Examination, GuestFailure> {
     })
 }
 
-impl GuestHandler for CheckHandler {
-    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
-        if self.result.is_some() {
-            return Err(BadRequest("a request after the result".to_owned()));
-        }
-        self.devices.execute(memory, requests)
-    }
-
-    fn excess(&self, used: Duration) -> Option<Excess> {
-        self.devices.excess(used)
-    }
-
-    fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
-        if self.result.is_some() {
-            return Err(BadRequest("a message after the result".to_owned()));
-        }
+impl Events for CheckEvents {
+    fn message(&mut self, _: &mut Devices, message: Kind) -> Result<Flow, BadRequest> {
         match message {
-            Kind::CheckResult(result) => self.result = Some(outcome(&result)),
+            Kind::CheckResult(result) => {
+                self.result = Some(outcome(&result));
+                return Ok(Flow::Over);
+            }
             Kind::Finding(finding) => match FindingKind::from_u32(finding.kind) {
                 Some(kind) if self.findings.len() < MAX_FINDINGS => self.findings.push((kind, finding.text)),
                 Some(_) => {}
                 None => return Err(BadRequest(format!("a finding of the unknown kind {}", finding.kind))),
             },
-            Kind::Log(line) => self.log.take(line),
-            _ => return Err(BadRequest("a message that a check does not send".to_owned())),
+            _ => return Err(unexpected("check")),
         }
-        Ok(())
+        Ok(Flow::GoesOn)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::operation::{Cancel, Handler};
+    use crate::sandbox::Host;
     use instar_guest_abi::ErrorCode;
     use instar_guest_protocol::{FindingMessage, PlanMessage};
 
@@ -88,21 +69,21 @@ mod tests {
 
     #[test]
     fn findings_are_kept_up_to_a_bound() {
-        let mut handler = CheckHandler::new(Devices::default());
+        let mut handler = Handler::new(Devices::new(), CheckEvents::default(), Cancel::new());
         for _ in 0..10 * MAX_FINDINGS {
             assert_eq!(handler.message(finding(2)), Ok(()));
         }
-        assert_eq!(handler.findings.len(), MAX_FINDINGS);
+        assert_eq!(handler.events.findings.len(), MAX_FINDINGS);
         assert!(handler.message(finding(3)).is_err());
     }
 
     #[test]
     fn one_result_and_nothing_after_it() {
-        let mut handler = CheckHandler::new(Devices::default());
+        let mut handler = Handler::new(Devices::new(), CheckEvents::default(), Cancel::new());
         assert!(handler.message(Kind::Plan(PlanMessage::default())).is_err());
         let result = CheckResultMessage { leaks: 3, ..CheckResultMessage::default() };
         assert_eq!(handler.message(Kind::CheckResult(result.clone())), Ok(()));
-        assert_eq!(handler.result, Some(Ok(Examination { leaks: 3, ..Examination::default() })));
+        assert_eq!(handler.events.result, Some(Ok(Examination { leaks: 3, ..Examination::default() })));
         assert!(handler.message(Kind::CheckResult(result)).is_err() && handler.message(finding(1)).is_err());
     }
 

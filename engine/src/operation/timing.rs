@@ -9,6 +9,13 @@ pub struct Timing {
     parts: Vec<(&'static str, Duration)>,
 }
 
+impl Default for Timing {
+    /// Nothing was measured.
+    fn default() -> Self {
+        Self { last: Instant::now(), parts: Vec::new() }
+    }
+}
+
 impl Timing {
     /// Start now. The first part is what the process did before: the time since the kernel started it.
     #[must_use]

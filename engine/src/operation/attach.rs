@@ -1,15 +1,15 @@
-//! The images of a chain as devices: which number each of their files has, how long it may become, and its path.
+//! The images of an operation as devices: which number each of their files has, how long it may become, and its path.
 
+use super::images::{Grants, ImageSet};
 use crate::devices::{Device, Devices};
 use crate::error::{Error, Role};
 use crate::image::{ChainImage, OpenedFile};
 use crate::plugins::{ImageRead, Plugin};
-use crate::vm::{ModuleSpec, FIRST_FORMAT};
+use crate::sandbox::{ModuleSpec, FIRST_FORMAT};
 use instar_guest_abi::{
     device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, Member, MemberRole, Part, DEVICE_OUTPUT,
     FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
 };
-use instar_plugin_api::CommitRole;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -17,15 +17,15 @@ use std::path::{Path, PathBuf};
 /// Which file a device is, and of which image.
 #[derive(Debug, Default)]
 pub struct DevicePaths {
-    pub(super) by_device: BTreeMap<u32, PathBuf>,
+    pub(crate) by_device: BTreeMap<u32, PathBuf>,
     /// Those that are block devices, which nothing makes longer.
-    pub(super) block_devices: BTreeSet<u32>,
+    pub(crate) block_devices: BTreeSet<u32>,
     /// Name and version of the plugin whose driver reads the device.
-    pub(super) drivers: BTreeMap<u32, String>,
-    pub(super) overlay_files: Range<u32>,
-    pub(super) backing_files: Range<u32>,
-    /// How many of the first slots are merged: the overlay, and the layers between it and the backing.
-    pub(super) merged: u32,
+    pub(crate) drivers: BTreeMap<u32, String>,
+    pub(crate) first_files: Range<u32>,
+    pub(crate) target_files: Range<u32>,
+    /// How many of the first slots are above the image that is written; 0 if none is.
+    pub(crate) merged: u32,
 }
 
 impl DevicePaths {
@@ -41,12 +41,14 @@ impl DevicePaths {
         self.block_devices.contains(&device)
     }
 
-    /// The role of a device in a commit; `None` for other files of what is only read.
+    /// The role of a device; `None` for other files of what is only read. Without a target, the first image is what the
+    /// operation works on.
     #[must_use]
     pub fn role(&self, device: u32) -> Option<Role> {
+        let writes = self.merged != 0;
         match device {
-            _ if self.overlay().any(|number| number == device) => Some(Role::Overlay),
-            _ if self.backing().any(|number| number == device) => Some(Role::Backing),
+            _ if self.first().any(|number| number == device) => Some(if writes { Role::Overlay } else { Role::Image }),
+            _ if writes && self.target().any(|number| number == device) => Some(Role::Backing),
             _ if device < self.merged => Some(Role::Between),
             _ if device < DEVICE_OUTPUT => Some(Role::Ancestor),
             _ => None,
@@ -59,20 +61,20 @@ impl DevicePaths {
         self.drivers.get(&device).map(String::as_str)
     }
 
-    /// The devices of the overlay.
-    pub fn overlay(&self) -> impl Iterator<Item = u32> {
-        std::iter::once(0).chain(self.overlay_files.clone())
+    /// The devices of the top-most image.
+    pub fn first(&self) -> impl Iterator<Item = u32> {
+        std::iter::once(0).chain(self.first_files.clone())
     }
 
-    /// The devices of the backing.
-    pub fn backing(&self) -> impl Iterator<Item = u32> {
-        std::iter::once(DEVICE_OUTPUT).chain(self.backing_files.clone())
+    /// The devices of the image that is written.
+    pub fn target(&self) -> impl Iterator<Item = u32> {
+        std::iter::once(DEVICE_OUTPUT).chain(self.target_files.clone())
     }
 }
 
-/// The images of a chain as the guest gets them.
+/// The images of an operation as the guest gets them.
 #[derive(Default)]
-pub struct ChainDevices<'r> {
+pub struct Attached<'r> {
     /// The devices.
     pub devices: Devices,
     /// What the guest is told of them.
@@ -90,58 +92,39 @@ pub struct ChainDevices<'r> {
 /// Bytes of tables that the drivers of all images that are read may hold together: a third of the guest's heap.
 const READ_CACHES: u64 = 16 << 20;
 
-/// An image that is read, and what it is to the operation.
-pub type Slot<'r> = (MemberRole, ChainImage<'r>);
-
-/// Attach the images as devices, opened before: slot 0 is the overlay, the slots after it are the layers below it, and
-/// `output` is the output device; other files of the images follow. Only the output and the slot of
-/// [`MemberRole::Empty`] may be written, with their files, and the own file of an image that
-/// [`follows`](ChainImage::follows) its parent.
+/// Attach the images as devices, opened before: the slots from 0 on, and the target as the output device; other files of the
+/// images follow. Only the target and the slot of [`MemberRole::Empty`] may be written, with their files, and the own file of
+/// an image that [`follows`](ChainImage::follows) its parent.
 ///
 /// # Errors
 /// [`ErrorCode::ChainTooDeep`].
-pub fn open_chain_devices_rw<'r>(
-    slots: Vec<Slot<'r>>,
-    output: ChainImage<'r>,
-    max_length: u64,
-) -> Result<ChainDevices<'r>, Error> {
-    let mut all = ChainDevices::for_slots(slots.len(), &output.opened.path)?;
-    let merged = slots.iter().filter(|(role, _)| *role != MemberRole::Below).count();
+pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_>, Error> {
+    let ImageSet { slots, target } = images;
+    let first = target.as_ref().or_else(|| slots.first().map(|(_, image)| image));
+    let path = first.map(|image| image.opened.path.clone()).unwrap_or_default();
+    let mut all = Attached::for_slots(slots.len(), &path)?;
+    let above = slots.iter().filter(|(role, _)| *role != MemberRole::Below).count();
+    all.paths.merged = if target.is_some() { number(above) } else { 0 };
     for (index, (role, image)) in slots.into_iter().enumerate() {
         let slot = number(index);
-        // Only a layer that is alone is emptied; the one next to the output may record which image that is.
+        // Only a layer that is alone is emptied; the one next to the target may record which image that is.
         let (emptied, identity) = (role == MemberRole::Empty, image.follows);
         let part = if emptied || identity { Part::Overlay { emptied, identity } } else { Part::Read };
-        // An overlay is only emptied, but a plugin that has to repair it first may need more than it has.
-        let longest =
-            if emptied { image.plugin.verdict(CommitRole::Overlay, &image.facts, &output.facts).max_length } else { 0 };
+        let longest = if emptied { grants.emptied } else { 0 };
         let (device, files) = all.attach(slot, image, part, longest);
-        // The output is in the middle of the chain.
+        // The target is in the middle of the chain.
         let depth = if role == MemberRole::Below { slot + 1 } else { slot };
         all.members.push(Member { role: role as u32, depth, device, ..Member::default() });
         if slot == 0 {
-            all.paths.overlay_files = files;
+            all.paths.first_files = files;
         }
     }
-    let (mut device, files) = all.attach(DEVICE_OUTPUT, output, Part::Target, max_length);
-    device.cache_bytes = 0;
-    all.paths.backing_files = files;
-    let member = Member { role: MemberRole::Write as u32, depth: number(merged), device, ..Member::default() };
-    all.members.insert(merged, member);
-    Ok(all)
-}
-
-/// Attach images that are only read, opened before, as the slots from 0 on; their other files follow. There is no output.
-///
-/// # Errors
-/// [`ErrorCode::ChainTooDeep`].
-pub fn open_chain_devices_ro(slots: Vec<ChainImage<'_>>) -> Result<ChainDevices<'_>, Error> {
-    let path = slots.first().map(|top| top.opened.path.clone()).unwrap_or_default();
-    let mut all = ChainDevices::for_slots(slots.len(), &path)?;
-    for (index, image) in slots.into_iter().enumerate() {
-        let depth = number(index);
-        let (device, _) = all.attach(depth, image, Part::Read, 0);
-        all.members.push(Member { role: MemberRole::Read as u32, depth, device, ..Member::default() });
+    if let Some(target) = target {
+        let (mut device, files) = all.attach(DEVICE_OUTPUT, target, Part::Target, grants.target);
+        device.cache_bytes = 0;
+        all.paths.target_files = files;
+        let member = Member { role: MemberRole::Write as u32, depth: number(above), device, ..Member::default() };
+        all.members.insert(above, member);
     }
     Ok(all)
 }
@@ -151,7 +134,7 @@ fn number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)
 }
 
-impl<'r> ChainDevices<'r> {
+impl<'r> Attached<'r> {
     /// Room for so many images that are read.
     fn for_slots(count: usize, path: &Path) -> Result<Self, Error> {
         if count > MAX_CHAIN_DEVICES {

@@ -1,32 +1,29 @@
-//! Serves the guest of a commit: its block requests, its messages, its end.
+//! What a commit makes of what its guest says: the plan, the phases, the end.
 
-use super::interrupt;
-use super::notes::Announcement;
+use super::meter::Meter;
 use super::plan::PlanBounds;
-use super::progress::Progress;
 use super::repeated::Repeated;
 use super::space::Space;
 use crate::devices::Devices;
-use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler, GuestLog};
+use crate::operation::{unexpected, Events, Flow, GuestFailure, Observer};
+use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, ERROR_OK};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{CommitResultMessage, PlanMessage};
-use std::time::Duration;
+use std::rc::Rc;
 
-/// What the guest of a commit said and did.
-pub struct CommitHandler {
-    /// The devices of the chain.
-    pub devices: Devices,
+/// What the guest of a commit said, and what it may do.
+pub struct CommitEvents {
     /// How the commit ended, once the guest said so.
-    pub result: Option<CommitResultMessage>,
+    pub result: Option<Result<CommitResultMessage, GuestFailure>>,
     /// What the guest planned, once it said so.
     pub plan: Option<PlanMessage>,
-    /// Log lines of the guest.
-    pub log: GuestLog,
-    /// Who is shown how far it is.
-    pub progress: Option<Progress>,
-    /// What is to be done once nothing can refuse the commit any more.
-    pub announcement: Option<Announcement>,
+    /// Counts how far it is, if anybody wants to know.
+    pub meter: Option<Meter>,
+    /// What somebody is told once nothing can refuse the commit any more.
+    pub warnings: Vec<String>,
+    /// Who is told that.
+    pub observer: Option<Rc<dyn Observer>>,
     /// What is known of the space for the backing.
     pub space: Option<Space>,
     /// The backing looks like an image of another format: only a commit that is repeated may go on.
@@ -39,20 +36,15 @@ pub struct CommitHandler {
     pub bounds: PlanBounds,
 }
 
-/// The step in which the overlay is emptied, as the guest names it.
-const EMPTYING: &str = "empty";
-
-impl CommitHandler {
-    /// A handler with these devices, which the guest may only look at.
-    #[must_use]
-    pub fn new(devices: Devices) -> Self {
+impl Default for CommitEvents {
+    /// Those of a guest that may only look.
+    fn default() -> Self {
         Self {
-            devices,
             result: None,
             plan: None,
-            log: GuestLog::default(),
-            progress: None,
-            announcement: None,
+            meter: None,
+            warnings: Vec::new(),
+            observer: None,
             space: None,
             repeated: None,
             lacking: None,
@@ -60,27 +52,32 @@ impl CommitHandler {
             bounds: PlanBounds::default(),
         }
     }
+}
 
+/// The step in which the overlay is emptied, as the guest names it.
+const EMPTYING: &str = "empty";
+
+impl CommitEvents {
     /// Everything that can refuse has been asked, the guest says: the first change comes next.
     fn planned(&mut self, plan: PlanMessage) -> Result<(), BadRequest> {
         if self.plan.is_some() {
             return Err(BadRequest("a second plan".to_owned()));
         }
         self.bounds.check(&plan).map_err(BadRequest)?;
-        self.progress.iter().for_each(|progress| progress.planned(plan.bytes));
+        self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
         self.plan = Some(plan);
         self.lacking = self.space.and_then(|space| space.lacking(&plan));
         if self.lacking.is_some() {
             return Err(BadRequest("more space than there is".to_owned()));
         }
-        if let Some(announce) = self.announcement.take() {
-            announce();
+        for warning in &self.warnings {
+            self.observer.iter().for_each(|observer| observer.warning(warning));
         }
         Ok(())
     }
 
     /// The guest wants to change something else from here on.
-    fn enter(&mut self, phase: u32) -> Result<(), BadRequest> {
+    fn enter(&mut self, devices: &mut Devices, phase: u32) -> Result<(), BadRequest> {
         let phase = Phase::from_u32(phase).ok_or_else(|| BadRequest(format!("phase {phase}, which does not exist")))?;
         if self.plan.is_none() {
             return Err(BadRequest("a change was announced before a plan".to_owned()));
@@ -92,80 +89,69 @@ impl CommitHandler {
             };
             return Err(BadRequest(why.to_owned()));
         }
-        self.devices.enter(phase).map_err(BadRequest)
+        devices.enter(phase).map_err(BadRequest)
     }
 
     /// How it ended, the guest says. What it says of a success has to be what the devices saw.
-    fn ended(&mut self, result: CommitResultMessage) -> Result<(), BadRequest> {
+    fn ended(&mut self, devices: &Devices, result: CommitResultMessage) -> Result<(), BadRequest> {
         if result.error == ERROR_OK {
             if !result.error_text.is_empty() || !result.step.is_empty() {
                 let text = format!("an error without a code: {}", result.error_text);
                 return Err(BadRequest(text));
             }
-            if self.plan.is_none() || self.devices.phase() != self.last_phase {
+            if self.plan.is_none() || devices.phase() != self.last_phase {
                 return Err(BadRequest("it reported success before its work was done".to_owned()));
             }
-            if let Some(device) = self.devices.unflushed(|_| true) {
+            if let Some(device) = devices.unflushed(|_| true) {
                 return Err(BadRequest(format!("it reported success while device {device} is not flushed")));
             }
         }
-        self.result = Some(result);
+        let place = (result.error_device, result.error_offset);
+        let failure = || GuestFailure::reported(result.error, place, result.error_errno, &result.error_text);
+        self.result = Some(match result.error {
+            ERROR_OK => Ok(result),
+            _ => Err(failure().in_step(&result.step)),
+        });
         Ok(())
     }
 }
 
-impl GuestHandler for CommitHandler {
-    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
-        if self.result.is_some() {
-            return Err(BadRequest("a request after the result".to_owned()));
-        }
+impl Events for CommitEvents {
+    fn requests(
+        &mut self,
+        devices: &mut Devices,
+        memory: &dyn BufferAccess,
+        requests: &mut [Request],
+    ) -> Result<(), BadRequest> {
         match &mut self.repeated {
-            None => self.devices.execute(memory, requests)?,
+            None => devices.execute(memory, requests)?,
             // One after the other: what is compared must be what is written.
             Some(repeated) => {
                 for request in requests.iter_mut() {
-                    if !repeated.allows(&self.devices, memory, request) {
+                    if !repeated.allows(devices, memory, request) {
                         return Err(BadRequest("a change of the header of another format".to_owned()));
                     }
-                    self.devices.execute(memory, std::slice::from_mut(request))?;
+                    devices.execute(memory, std::slice::from_mut(request))?;
                     if request.status != request_status::OK {
                         break;
                     }
                 }
             }
         }
-        self.progress.iter().for_each(|progress| progress.settle(&self.devices));
+        self.meter.iter().for_each(|meter| meter.settle(devices));
         Ok(())
     }
 
-    fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
-        if self.result.is_some() {
-            return Err(BadRequest("a message after the result".to_owned()));
-        }
+    fn message(&mut self, devices: &mut Devices, message: Kind) -> Result<Flow, BadRequest> {
         match message {
-            Kind::CommitResult(result) => self.ended(result)?,
+            Kind::CommitResult(result) => return self.ended(devices, result).map(|()| Flow::Over),
             Kind::Plan(plan) => self.planned(plan)?,
-            Kind::Phase(message) => self.enter(message.phase)?,
-            Kind::Progress(progress) if progress.step == EMPTYING => {
-                self.progress.iter().for_each(Progress::emptying);
-            }
-            Kind::Log(line) => self.log.take(line),
+            Kind::Phase(message) => self.enter(devices, message.phase)?,
+            Kind::Progress(progress) if progress.step == EMPTYING => self.meter.iter().for_each(Meter::emptying),
             Kind::Progress(_) => {}
-            // The runner takes panics itself.
-            Kind::Panic(_) => return Err(BadRequest("a panic that is none".to_owned())),
-            Kind::Finding(_) | Kind::CheckResult(_) | Kind::Map(_) | Kind::MapResult(_) => {
-                return Err(BadRequest("a message that a commit does not send".to_owned()));
-            }
+            _ => return Err(unexpected("commit")),
         }
-        Ok(())
-    }
-
-    fn interrupted(&self) -> bool {
-        self.result.is_none() && interrupt::received()
-    }
-
-    fn excess(&self, used: Duration) -> Option<Excess> {
-        self.devices.excess(used)
+        Ok(Flow::GoesOn)
     }
 }
 
@@ -173,7 +159,8 @@ impl GuestHandler for CommitHandler {
 mod tests {
     use super::*;
     use crate::devices::Device;
-    use crate::vm::VolatileSlice;
+    use crate::operation::{Cancel, Handler};
+    use crate::sandbox::{Host, VolatileSlice};
     use instar_guest_abi::{Part, DEVICE_OUTPUT};
     use instar_guest_protocol::{LogMessage, PhaseMessage};
 
@@ -189,7 +176,7 @@ mod tests {
         }
     }
 
-    fn handler(last_phase: Phase) -> CommitHandler {
+    fn handler(last_phase: Phase) -> Handler<CommitEvents> {
         let mut devices = Devices::new();
         let parts = [(OVERLAY, Part::Overlay { emptied: true, identity: true }), (DEVICE_OUTPUT, Part::Target)];
         for (number, part) in parts {
@@ -198,7 +185,7 @@ mod tests {
             devices.attach(number, Device::new(file, true, 8192, 8192, false).with_part(part));
         }
         let bounds = PlanBounds { virtual_size: 1000, longest: 8192, ..PlanBounds::default() };
-        CommitHandler { last_phase, bounds, ..CommitHandler::new(devices) }
+        Handler::new(devices, CommitEvents { last_phase, bounds, ..CommitEvents::default() }, Cancel::new())
     }
 
     fn write(device: u32) -> Request {
@@ -217,7 +204,7 @@ mod tests {
         Kind::CommitResult(CommitResultMessage::default())
     }
 
-    impl CommitHandler {
+    impl Handler<CommitEvents> {
         fn ask(&mut self, request: Request) -> String {
             self.requests(&Zeroes, &mut [request]).map_or_else(|bad| bad.0, |()| String::new())
         }
@@ -229,7 +216,7 @@ mod tests {
 
     #[test]
     fn the_result_is_the_last_word() {
-        let mut handler = CommitHandler::new(Devices::new());
+        let mut handler = Handler::new(Devices::new(), CommitEvents::default(), Cancel::new());
         let line = || Kind::Log(LogMessage { text: "a line".into() });
         assert_eq!(handler.tell(line()) + &handler.tell(plan()) + &handler.tell(done()), "");
         assert_eq!(handler.log.lines(), ["a line"]);

@@ -1,58 +1,54 @@
-//! Serves the guest of a map: its block requests, its runs, its end.
+//! What a map makes of what its guest says: the runs, the end.
 
-use super::report::{Entry, Reporter};
-use super::{Holes, Place};
-use crate::commit::GuestFailure;
+use super::places::Holes;
+use super::runs::{Entry, Runs};
 use crate::devices::Devices;
 use crate::error::Error;
-use crate::vm::{BadRequest, BufferAccess, Excess, GuestHandler, GuestLog};
-use instar_guest_abi::{ErrorCode, ExtentKind, Request};
+use crate::operation::{unexpected, Events, Flow, GuestFailure};
+use crate::sandbox::BadRequest;
+use instar_guest_abi::{ErrorCode, ExtentKind};
 use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{MapResultMessage, MapRun};
-use std::collections::BTreeMap;
-use std::time::Duration;
+use instar_guest_protocol::{MapResultMessage, MapRun as GuestRun};
 
 /// What the guest of a map said.
-pub struct MapHandler<'r, 'w> {
-    devices: Devices,
-    places: BTreeMap<u32, Place>,
+pub struct MapEvents<'e> {
     /// Virtual size of the top-most layer in bytes.
     size: u64,
     /// Up to here runs have come.
     next: u64,
-    reporter: &'r mut Reporter<'w>,
+    runs: Runs<'e>,
     /// How the map ended, once the guest said so.
     pub result: Option<Result<(), GuestFailure>>,
-    /// Log lines of the guest.
-    pub log: GuestLog,
     /// Why a run could not be reported; the guest was ended then.
     pub unreported: Option<Error>,
 }
 
-impl<'r, 'w> MapHandler<'r, 'w> {
-    pub fn new(devices: Devices, places: BTreeMap<u32, Place>, size: u64, reporter: &'r mut Reporter<'w>) -> Self {
-        Self { devices, places, size, next: 0, reporter, result: None, log: GuestLog::default(), unreported: None }
+impl<'e> MapEvents<'e> {
+    /// Those of a map of a disk of `size` bytes.
+    #[must_use]
+    pub fn new(size: u64, runs: Runs<'e>) -> Self {
+        Self { size, next: 0, runs, result: None, unreported: None }
     }
 
     /// All runs have come.
     ///
     /// # Errors
-    /// If they have not; when the report cannot be written.
-    pub fn end(self) -> Result<(), Error> {
+    /// If they have not; when the last run cannot be reported.
+    pub fn end(&mut self) -> Result<(), Error> {
         if self.next != self.size {
             let text = format!("the guest mapped {} bytes of a disk of {}", self.next, self.size);
             return Err(Error::new(ErrorCode::GuestProtocol, text));
         }
-        self.reporter.end(&self.places)
+        self.runs.end()
     }
 
     /// Whether a run may come next.
-    fn plausible(&self, run: &MapRun) -> bool {
-        let layers = self.places.values().map(|place| place.depth).max().map_or(0, |deepest| deepest + 1);
+    fn plausible(&self, run: &GuestRun) -> bool {
+        let layers = self.runs.places().values().map(|place| place.depth).max().map_or(0, |deepest| deepest + 1);
         let end = run.start.checked_add(run.length);
         let placed = match ExtentKind::from_u32(run.kind) {
             Some(ExtentKind::Data) => {
-                let place = self.places.get(&run.device);
+                let place = self.runs.places().get(&run.device);
                 place.is_some_and(|place| place.depth == run.depth) && run.offset.checked_add(run.length).is_some()
             }
             Some(ExtentKind::Zero | ExtentKind::Encoded) => true,
@@ -67,7 +63,7 @@ impl<'r, 'w> MapHandler<'r, 'w> {
     }
 
     /// Report a run, cut where the file has holes.
-    fn take(&mut self, run: &MapRun) -> Result<(), BadRequest> {
+    fn take(&mut self, devices: &Devices, run: &GuestRun) -> Result<(), BadRequest> {
         if !self.plausible(run) {
             return Err(BadRequest(format!("a run that makes no sense: {run:?}")));
         }
@@ -84,12 +80,12 @@ impl<'r, 'w> MapHandler<'r, 'w> {
         };
         let kind = ExtentKind::from_u32(run.kind);
         let reported = match kind {
-            Some(ExtentKind::Data) => self.data(run, &entry(kind)),
+            Some(ExtentKind::Data) => self.data(devices, run, &entry(kind)),
             // The disk itself is the file: it goes on past the end of it.
-            Some(ExtentKind::Zero) if self.places.get(&run.depth).is_some_and(|p| p.holes == Holes::Absent) => {
-                self.reporter.add(Entry { place: Some((run.depth, run.start)), ..entry(kind) }, &self.places)
+            Some(ExtentKind::Zero) if self.runs.places().get(&run.depth).is_some_and(|p| p.holes == Holes::Absent) => {
+                self.runs.add(Entry { place: Some((run.depth, run.start)), ..entry(kind) })
             }
-            _ => self.reporter.add(entry(kind), &self.places),
+            _ => self.runs.add(entry(kind)),
         };
         reported.map_err(|error| {
             let text = error.message.clone();
@@ -98,12 +94,12 @@ impl<'r, 'w> MapHandler<'r, 'w> {
         })
     }
 
-    fn data(&mut self, run: &MapRun, whole: &Entry) -> Result<(), Error> {
-        let holes = self.places.get(&run.device).map_or(Holes::Ignored, |place| place.holes);
+    fn data(&mut self, devices: &Devices, run: &GuestRun, whole: &Entry) -> Result<(), Error> {
+        let holes = self.runs.places().get(&run.device).map_or(Holes::Ignored, |place| place.holes);
         let end = run.offset + run.length;
         let mut at = run.offset;
         while at < end {
-            let (data, hole) = match self.devices.device(run.device) {
+            let (data, hole) = match devices.device(run.device) {
                 Some(device) if holes != Holes::Ignored => device.next_data(at, end),
                 _ => (at, end),
             };
@@ -117,7 +113,7 @@ impl<'r, 'w> MapHandler<'r, 'w> {
                         place: Some((run.device, from)),
                         ..*whole
                     };
-                    self.reporter.add(part, &self.places)?;
+                    self.runs.add(part)?;
                 }
             }
             at = hole.max(at + 1);
@@ -126,29 +122,17 @@ impl<'r, 'w> MapHandler<'r, 'w> {
     }
 }
 
-impl GuestHandler for MapHandler<'_, '_> {
-    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
-        if self.result.is_some() {
-            return Err(BadRequest("a request after the result".to_owned()));
-        }
-        self.devices.execute(memory, requests)
-    }
-
-    fn excess(&self, used: Duration) -> Option<Excess> {
-        self.devices.excess(used)
-    }
-
-    fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
-        if self.result.is_some() {
-            return Err(BadRequest("a message after the result".to_owned()));
-        }
+impl Events for MapEvents<'_> {
+    fn message(&mut self, devices: &mut Devices, message: Kind) -> Result<Flow, BadRequest> {
         match message {
-            Kind::Map(map) => return map.runs.iter().try_for_each(|run| self.take(run)),
-            Kind::MapResult(result) => self.result = Some(outcome(&result)),
-            Kind::Log(line) => self.log.take(line),
-            _ => return Err(BadRequest("a message that a map does not send".to_owned())),
+            Kind::Map(map) => map.runs.iter().try_for_each(|run| self.take(devices, run))?,
+            Kind::MapResult(result) => {
+                self.result = Some(outcome(&result));
+                return Ok(Flow::Over);
+            }
+            _ => return Err(unexpected("map")),
         }
-        Ok(())
+        Ok(Flow::GoesOn)
     }
 }
 
@@ -163,48 +147,52 @@ fn outcome(message: &MapResultMessage) -> Result<(), GuestFailure> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::report::Format;
+    use super::super::{Holes, MapRun, Place};
     use super::*;
+    use crate::operation::{Cancel, Handler};
+    use crate::sandbox::Host;
     use instar_guest_protocol::MapMessage;
+    use std::collections::BTreeMap;
 
     const SIZE: u64 = 1 << 20;
 
-    /// What a map of two layers prints, and whether the guest was ended.
-    fn printed(runs: &[MapRun]) -> (String, bool) {
+    /// The runs of a map of two layers as JSON, and whether the guest was let through to its end.
+    fn mapped(runs: &[GuestRun]) -> (Vec<String>, bool) {
         let place = |depth, holes| Place { depth, path: format!("layer{depth}").into(), holes };
         let places = BTreeMap::from([(0, place(0, Holes::Ignored)), (1, place(1, Holes::Ignored))]);
-        let mut out = Vec::new();
-        let mut reporter = Reporter::new(&mut out, Format::Json, 0..u64::MAX);
-        let mut handler = MapHandler::new(Devices::default(), places, SIZE, &mut reporter);
-        let taken = handler.message(Kind::Map(MapMessage { runs: runs.to_vec() })).is_ok() && handler.end().is_ok();
-        drop(reporter);
-        (String::from_utf8(out).unwrap(), taken)
+        let mut lines = Vec::new();
+        let mut each = |run: &MapRun<'_>| {
+            lines.push(serde_json::to_string(run).unwrap());
+            Ok(())
+        };
+        let events = MapEvents::new(SIZE, Runs::new(0..u64::MAX, places, Some(&mut each)));
+        let mut handler = Handler::new(Devices::new(), events, Cancel::new());
+        let message = Kind::Map(MapMessage { runs: runs.to_vec() });
+        let taken = handler.message(message).is_ok() && handler.events.end().is_ok();
+        drop(handler);
+        (lines, taken)
     }
 
-    fn run(start: u64, length: u64, depth: u32, kind: u32) -> MapRun {
-        MapRun { start, length, depth, kind, device: depth, offset: 7 * SIZE }
+    fn run(start: u64, length: u64, depth: u32, kind: u32) -> GuestRun {
+        GuestRun { start, length, depth, kind, device: depth, offset: 7 * SIZE }
     }
 
     #[test]
     fn runs_become_lines() {
-        let (text, taken) = printed(&[run(0, 4096, 1, 1), run(4096, 4096, 0, 3), run(8192, SIZE - 8192, 1, 0)]);
+        let (lines, taken) = mapped(&[run(0, 4096, 1, 1), run(4096, 4096, 0, 3), run(8192, SIZE - 8192, 1, 0)]);
         assert!(taken);
-        let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3);
-        assert!(lines[0].starts_with("[{ \"start\": 0,") && lines[0].ends_with("\"offset\": 7340032},"), "{text}");
-        assert!(lines[1].contains("\"compressed\": true}"), "{text}");
-        assert!(
-            lines[2].contains("\"depth\": 1, \"present\": false, \"zero\": true") && lines[2].ends_with("}]"),
-            "{text}"
-        );
+        assert!(lines[0].starts_with("{\"start\":0,") && lines[0].ends_with("\"offset\":7340032}"), "{lines:?}");
+        assert!(lines[1].ends_with("\"compressed\":true}"), "{lines:?}");
+        assert!(lines[2].contains("\"depth\":1,\"present\":false,\"zero\":true"), "{lines:?}");
     }
 
     #[test]
     fn runs_that_make_no_sense_end_the_guest() {
-        let all = |change: &dyn Fn(&mut MapRun)| {
+        let all = |change: &dyn Fn(&mut GuestRun)| {
             let mut whole = run(0, SIZE, 0, 1);
             change(&mut whole);
-            printed(&[whole]).1
+            mapped(&[whole]).1
         };
         assert!(all(&|_| {}));
         assert!(!all(&|run| run.start = 1), "a gap");
@@ -218,6 +206,6 @@ mod tests {
         assert!(!all(&|run| run.offset = u64::MAX), "no such place");
         assert!(!all(&|run| run.kind = 4), "guest memory");
         assert!(!all(&|run| run.kind = 77), "no such kind");
-        assert!(!printed(&[run(0, SIZE, 0, 1), run(0, SIZE, 0, 1)]).1, "twice");
+        assert!(!mapped(&[run(0, SIZE, 0, 1), run(0, SIZE, 0, 1)]).1, "twice");
     }
 }

@@ -1,0 +1,44 @@
+//! What a commit has changed when it ends.
+
+use crate::devices::Devices;
+use instar_guest_abi::Phase;
+
+/// Which files the guest changed, by what the devices did, and not by what the guest says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// The backing is complete: what was changed last is the overlay.
+    pub overlay: bool,
+    /// The backing was changed, or what records of it that it will be.
+    pub backing: bool,
+}
+
+impl Changed {
+    /// What became of these devices.
+    #[must_use]
+    pub fn of(devices: &Devices) -> Self {
+        let changed = devices.any_changed();
+        Self { overlay: changed && devices.phase() == Phase::Overlay, backing: changed }
+    }
+
+    /// The state of the files in one clause.
+    pub const fn clause(self) -> &'static str {
+        match (self.overlay, self.backing) {
+            (true, _) => "the backing is complete and the overlay reads as before; running the commit again empties it",
+            (false, true) => "the overlay is intact, and running the commit again finishes it",
+            (false, false) => "nothing was changed",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_says_what_to_do() {
+        let clause = |overlay, backing| Changed { overlay, backing }.clause();
+        assert!(clause(false, false).contains("nothing was changed"));
+        assert!(clause(false, true).contains("overlay is intact") && clause(false, true).contains("again finishes"));
+        assert!(clause(true, true).contains("backing is complete"));
+    }
+}

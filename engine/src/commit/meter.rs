@@ -1,0 +1,205 @@
+//! How far a commit is, in bytes that are durable in the target, so that nobody is told of what a full disk then breaks. A
+//! guest flushes only between two steps of its order, which may be far apart: in between, the target is flushed from here.
+//! One flush more never breaks an order.
+
+use crate::devices::{Device, Devices, Watch};
+use crate::operation::{Observer, Progress, Stage};
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Between two flushes from here this much time passes at least …
+const PAUSE: Duration = Duration::from_secs(1);
+/// … and so many times as long as the one before took: they may take a tenth of the time.
+const SPARING: u32 = 9;
+
+/// The target, as far as it has to be flushed.
+#[derive(Debug, Default)]
+struct Target {
+    /// The numbers of its devices.
+    devices: Vec<u32>,
+    /// Their files; none where flushing means nothing.
+    files: Vec<Arc<File>>,
+    /// When the next flush from here may be.
+    next: Option<Instant>,
+}
+
+impl Target {
+    /// Flush it, unless that was done a moment ago. Returns whether it was done.
+    fn flush(&mut self) -> io::Result<bool> {
+        let now = Instant::now();
+        let next = *self.next.get_or_insert_with(|| now + PAUSE);
+        if self.files.is_empty() || now < next {
+            return Ok(false);
+        }
+        for file in &self.files {
+            rustix::io::retry_on_intr(|| rustix::fs::fdatasync(file))?;
+        }
+        let took = now.elapsed();
+        self.next = Some(now + took + PAUSE.max(took.saturating_mul(SPARING)));
+        Ok(true)
+    }
+}
+
+/// What was counted.
+struct State {
+    progress: Progress,
+    /// Bytes that moved in the stage, metadata included.
+    moved: u64,
+    /// Bytes of the overlay's files.
+    overlay: u64,
+    target: Target,
+    observer: Rc<dyn Observer>,
+}
+
+/// Counts; clones count the same.
+#[derive(Clone)]
+pub struct Meter(Rc<RefCell<State>>);
+
+impl Meter {
+    /// Of a commit from an overlay of so many bytes into the `target` devices. `durable`: flushing means something.
+    #[must_use]
+    pub fn new(
+        observer: Rc<dyn Observer>,
+        overlay: u64,
+        devices: &Devices,
+        target: impl Iterator<Item = u32>,
+        durable: bool,
+    ) -> Self {
+        let numbers: Vec<u32> = target.collect();
+        let file = |number: &u32| devices.device(*number).map(|device| Arc::clone(device.file()));
+        let files = if durable { numbers.iter().filter_map(file).collect() } else { Vec::new() };
+        Self::begin(observer, overlay, Target { devices: numbers, files, next: None })
+    }
+
+    fn begin(observer: Rc<dyn Observer>, overlay: u64, target: Target) -> Self {
+        let progress = Progress { stage: Stage::Checking, done: 0, total: 0 };
+        observer.progress(progress);
+        Self(Rc::new(RefCell::new(State { progress, moved: 0, overlay, target, observer })))
+    }
+
+    /// So many guest bytes are to be committed.
+    pub fn planned(&self, total: u64) {
+        self.0.borrow_mut().enter(Stage::Writing, total);
+    }
+
+    /// The guest's requests were executed on these devices: where nothing of the target is left to be flushed, everything
+    /// that moved is durable.
+    pub fn settle(&self, devices: &Devices) {
+        let mut state = self.0.borrow_mut();
+        let dirty = |number: &u32| devices.device(*number).is_some_and(Device::is_dirty);
+        if state.progress.stage == Stage::Writing && !state.target.devices.iter().any(dirty) {
+            state.durable();
+        }
+    }
+
+    /// The data is durable in the target: the overlay is emptied.
+    pub fn emptying(&self) {
+        let mut state = self.0.borrow_mut();
+        state.complete();
+        let overlay = state.overlay;
+        state.enter(Stage::Emptying, overlay);
+    }
+
+    /// The commit is done. In a dry run, nothing was.
+    pub fn done(&self) {
+        let mut state = self.0.borrow_mut();
+        if state.moved > 0 || state.progress.stage == Stage::Emptying {
+            state.complete();
+        }
+    }
+}
+
+impl State {
+    fn enter(&mut self, stage: Stage, total: u64) {
+        (self.progress, self.moved) = (Progress { stage, done: 0, total }, 0);
+        self.observer.progress(self.progress);
+    }
+
+    /// The stage is over.
+    fn complete(&mut self) {
+        self.tell(self.progress.total);
+    }
+
+    /// What moved so far is durable. Metadata moved, too: the whole is reached only when the stage is over.
+    fn durable(&mut self) {
+        self.tell(self.moved.min(self.progress.total.saturating_sub(1)));
+    }
+
+    fn tell(&mut self, done: u64) {
+        if done > self.progress.done {
+            self.progress.done = done;
+            self.observer.progress(self.progress);
+        }
+    }
+}
+
+impl Watch for Meter {
+    fn moved(&mut self, bytes: u64) {
+        let mut state = self.0.borrow_mut();
+        state.moved = state.moved.saturating_add(bytes);
+        if state.progress.stage == Stage::Emptying {
+            state.durable();
+        }
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        let mut state = self.0.borrow_mut();
+        if state.progress.stage == Stage::Writing && state.target.flush()? {
+            state.durable();
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[derive(Default)]
+    struct Kept(Cell<Vec<(Stage, u64, u64)>>);
+
+    impl Observer for Kept {
+        fn progress(&self, progress: Progress) {
+            let told = (progress.stage, progress.done, progress.total);
+            self.0.set(self.0.take().into_iter().chain([told]).collect());
+        }
+    }
+
+    #[test]
+    fn only_what_is_durable_counts() {
+        let kept = Rc::new(Kept::default());
+        let mut meter = Meter::begin(kept.clone(), 1000, Target::default());
+        meter.planned(1600);
+        meter.moved(300);
+        assert_eq!(kept.0.take(), [(Stage::Checking, 0, 0), (Stage::Writing, 0, 1600)], "written, and not flushed");
+        Meter::settle(&meter, &Devices::new());
+        assert_eq!(kept.0.take(), [(Stage::Writing, 300, 1600)]);
+        meter.moved(1300);
+        Meter::settle(&meter, &Devices::new());
+        assert_eq!(kept.0.take(), [(Stage::Writing, 1599, 1600)], "the guest has not said that it is all");
+        meter.emptying();
+        meter.moved(500);
+        meter.done();
+        let rest = [
+            (Stage::Writing, 1600, 1600),
+            (Stage::Emptying, 0, 1000),
+            (Stage::Emptying, 500, 1000),
+            (Stage::Emptying, 1000, 1000),
+        ];
+        assert_eq!(kept.0.take(), rest);
+    }
+
+    #[test]
+    fn nothing_is_done_in_a_dry_run() {
+        let kept = Rc::new(Kept::default());
+        let meter = Meter::begin(kept.clone(), 1000, Target::default());
+        meter.planned(100);
+        meter.done();
+        assert_eq!(kept.0.take(), [(Stage::Checking, 0, 0), (Stage::Writing, 0, 100)]);
+    }
+}

@@ -1,0 +1,281 @@
+//! The commit as an [`Operation`]: which images it opens, who is asked before it begins, and what comes of it.
+
+use super::changed::Changed;
+use super::events::CommitEvents;
+use super::meter::Meter;
+use super::outcome::{CommitOutcome, GuestRun, Preview};
+use super::plan::PlanBounds;
+use super::repeated::Repeated;
+use super::request::CommitRequest;
+use super::space::{free_space, taken_space, Space};
+use super::verdict::{become_stale, Parts};
+use crate::confine::Work;
+use crate::devices::{Cache, Device, Devices, Workers};
+use crate::error::{Error, Role};
+use crate::escape::escape_path;
+use crate::image::{
+    check_parents, open_extra_files, resolve_backing, Access, BackingChoice, Descent, Doubt, FilesOf, NamedFile, Target,
+};
+use crate::operation::{
+    DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings,
+};
+use crate::plugins::ImageRead;
+use crate::sandbox::{ModuleSpec, COMMIT};
+use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES};
+use instar_guest_protocol::{CommitConfig, Message};
+use std::path::{Path, PathBuf};
+
+/// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
+const MUCH: u64 = 4 << 20;
+
+/// A commit on its way.
+pub struct Commit<'q> {
+    request: &'q CommitRequest,
+    /// Threads that copy side by side, if there is much to copy and the system has them.
+    workers: Option<Workers>,
+    /// The lines of a dry run about files that a commit could not write.
+    warnings: Vec<String>,
+    /// Absolute paths of the overlay and the backing.
+    paths: (PathBuf, PathBuf),
+    admitted: Option<Admitted>,
+}
+
+/// What is known once everybody has admitted the commit.
+struct Admitted {
+    formats: (String, String),
+    stale: Vec<PathBuf>,
+    backing_grows_to: Option<u64>,
+    /// Leave the overlay as it is.
+    keep_overlay: bool,
+    bounds: PlanBounds,
+    space: Option<Space>,
+    doubt: Option<Doubt>,
+    /// Bytes of the overlay's files.
+    overlay_length: u64,
+    /// Bytes of the backing's files, those that they take of the disk, and those that their file system has free.
+    length: u64,
+    taken: Option<u64>,
+    free: Option<u64>,
+}
+
+impl<'q> Commit<'q> {
+    /// A commit that was not begun.
+    #[must_use]
+    pub fn new(request: &'q CommitRequest) -> Self {
+        Self { request, workers: None, warnings: Vec::new(), paths: Default::default(), admitted: None }
+    }
+
+    /// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
+    /// has looked at yet.
+    fn workers(&self, overlay: &NamedFile) -> Option<Workers> {
+        let long = || overlay.is_block_device() || overlay.length().is_some_and(|length| length >= MUCH);
+        let CommitRequest { dry_run, rate_limit, base, .. } = self.request;
+        if *dry_run || *rate_limit > 0 || !(base.is_some() || long()) {
+            return None;
+        }
+        // Without them, one thread does it all.
+        Workers::start().ok()
+    }
+}
+
+impl Operation for Commit<'_> {
+    type Events = CommitEvents;
+    type Outcome = CommitOutcome;
+
+    fn module(&self) -> ModuleSpec<'static> {
+        COMMIT
+    }
+
+    fn work(&self) -> (Work, Work) {
+        (Work::OpenToCommit, Work::Commit)
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.request.settings
+    }
+
+    fn named(&self) -> Named {
+        let image = NamedFile::new(&self.request.overlay);
+        let base = self.request.base.as_deref().map(|base| NamedFile::beside(&image, base));
+        Named { image, base }
+    }
+
+    fn access(&self) -> Access {
+        // A dry run asks for no more than it needs: anybody who may read the images can ask what would become of them.
+        if self.request.dry_run {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        }
+    }
+
+    fn acquire(&mut self, named: &Named) {
+        self.workers = self.workers(&named.image);
+    }
+
+    fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
+        let Opener { registry, session, named, gate, below, access } = *opener;
+        let opened = named.image.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
+        let mut overlay = opened.identify_overlay(registry, self.request.format.as_deref())?;
+        session.note_image("overlay", &overlay);
+        // All but the backing have a slot.
+        let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES);
+        let format = self.request.base_format.as_deref();
+        let choice = BackingChoice { base: named.base.as_ref(), format, access };
+        let Target { mut backing, mut between } = resolve_backing(&mut descent, &overlay, choice)?;
+        between.iter().for_each(|layer| session.note_image("merged, too", layer));
+        session.note_image("backing", &backing);
+        let mut ancestors =
+            descent.open_below(&backing, Access::ReadOnly).map_err(|error| error.in_role(Role::Ancestor))?;
+        overlay.follows = !self.request.dry_run && between.is_empty() && overlay.facts.follows(&backing.facts);
+        let mut images = vec![FilesOf { image: &mut overlay, access, changes: true, gate }];
+        images.push(FilesOf { image: &mut backing, access, changes: true, gate: below });
+        let only_read = between.iter_mut().chain(&mut ancestors);
+        images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, changes: false, gate: below }));
+        open_extra_files(registry, &mut images)?;
+        ancestors.iter().for_each(|ancestor| session.note_image("below it", ancestor));
+        self.paths = (overlay.opened.settled_path(), backing.opened.settled_path());
+        if self.request.dry_run {
+            [&overlay, &backing].into_iter().try_for_each(|image| image.opened.check_writable())?;
+            self.warnings.extend([&overlay, &backing].into_iter().filter_map(|image| not_writable(&image.opened.path)));
+        }
+        let kept = self.request.keep_overlay || !between.is_empty();
+        let top = if kept { MemberRole::Read } else { MemberRole::Empty };
+        let between = between.into_iter().map(|layer| (MemberRole::Read, layer));
+        let ancestors = ancestors.into_iter().map(|layer| (MemberRole::Below, layer));
+        let slots = std::iter::once((top, overlay)).chain(between).chain(ancestors).collect();
+        Ok(ImageSet { slots, target: Some(backing) })
+    }
+
+    fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {
+        check_parents(&images.chain())?;
+        let parts = Parts::of(images).ok_or_else(nothing_to_commit)?;
+        parts.refuse_doubt(self.request.dry_run)?;
+        let grants = parts.verdict(&mut self.warnings)?;
+        let backing_grows_to = parts.growth(self.request.resize_backing)?;
+        if let Some(size) = backing_grows_to {
+            session.note(|| format!("the backing's virtual size grows to {size} bytes"));
+        }
+        let stale: Vec<PathBuf> = parts.between.iter().map(|layer| layer.opened.path.clone()).collect();
+        self.warnings.extend(become_stale(&stale, self.request.dry_run));
+        let Parts { overlay, backing, .. } = &parts;
+        let formats = (overlay.facts.format.to_string(), backing.facts.format.to_string());
+        let files = overlay.files.iter().map(|file| file.opened.file.length());
+        self.admitted = Some(Admitted {
+            formats,
+            keep_overlay: self.request.keep_overlay || !stale.is_empty(),
+            stale,
+            backing_grows_to,
+            bounds: PlanBounds::of(overlay, backing),
+            space: Space::of(backing, &parts.merged().collect::<Vec<_>>()),
+            doubt: None,
+            overlay_length: files.fold(overlay.opened.file.length(), u64::saturating_add),
+            length: backing.facts.file_length,
+            taken: taken_space(backing),
+            free: free_space(backing),
+        });
+        if let (Some(admitted), Some(backing)) = (&mut self.admitted, &mut images.target) {
+            admitted.doubt = backing.doubt.take();
+        }
+        Ok(grants)
+    }
+
+    fn payload(&self) -> Vec<u8> {
+        let CommitRequest { dry_run, resize_backing, .. } = *self.request;
+        CommitConfig { dry_run, resize_backing }.encode_to_vec()
+    }
+
+    fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
+        let admitted = self.admitted.as_mut().ok_or_else(nothing_to_commit)?;
+        let CommitRequest { dry_run, cache, rate_limit, .. } = *self.request;
+        devices.set_workers(self.workers.take());
+        devices.set_cache(cache).map_err(|(number, error)| {
+            let path = paths.get(number).unwrap_or(Path::new(""));
+            let clause =
+                format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
+            Error::image(path, ErrorCode::OpenFailed, clause)
+        })?;
+        let observer = session.observer();
+        let meter = observer.wants_progress().then(|| {
+            let durable = cache != Cache::Unsafe;
+            Meter::new(observer.clone(), admitted.overlay_length, devices, paths.target(), durable)
+        });
+        let pace = devices.pace_mut();
+        pace.stop_when(session.cancel().clone());
+        pace.limit(rate_limit);
+        meter.iter().for_each(|meter| pace.watched_by(Box::new(meter.clone())));
+        let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
+        Ok(CommitEvents {
+            last_phase: match (dry_run, admitted.keep_overlay) {
+                (true, _) => Phase::Look,
+                (false, true) => Phase::Target,
+                (false, false) => Phase::Overlay,
+            },
+            bounds: PlanBounds { longest: longest.fold(0, u64::saturating_add), ..admitted.bounds },
+            meter,
+            space: admitted.space,
+            repeated: admitted.doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark)),
+            warnings: self.warnings.clone(),
+            observer: Some(observer.clone()),
+            ..CommitEvents::default()
+        })
+    }
+
+    fn finish(self, ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
+        let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
+        let events = &ended.events;
+        let told = match events.lacking {
+            Some(lacking) => Err(no_space(lacking)),
+            None if events.repeated.as_ref().is_some_and(Repeated::is_refused) => {
+                let clause = admitted.doubt.map(|doubt| doubt.clause).unwrap_or_default();
+                let refused = GuestFailure::ended(ErrorCode::FormatMismatch, clause);
+                Err(GuestFailure { device: Some(DEVICE_OUTPUT), ..refused })
+            }
+            None => ended.told(events.result.clone()),
+        };
+        let result = told.map_err(|failure| {
+            let changed = Changed::of(&ended.devices);
+            failure.error(&ended.paths, Some(changed.clause()))
+        })?;
+        events.meter.iter().for_each(Meter::done);
+        let preview = events.plan.filter(|_| self.request.dry_run).map(|plan| Preview {
+            free_bytes: admitted.free,
+            ..Preview::of(&plan, admitted.length, admitted.taken, admitted.bounds.backing_cluster)
+        });
+        Ok(CommitOutcome {
+            overlay: self.paths.0,
+            overlay_given: self.request.overlay.clone(),
+            overlay_format: admitted.formats.0,
+            backing: self.paths.1,
+            backing_format: admitted.formats.1,
+            clusters_committed: result.clusters_committed,
+            bytes_committed: result.bytes_committed,
+            overlay_clusters_cleared: result.overlay_clusters_cleared,
+            stale: admitted.stale,
+            warnings: self.warnings,
+            preview,
+            backing_grows_to: admitted.backing_grows_to,
+            run: GuestRun { report: ended.machine.unwrap_or_default(), statistics: ended.devices.stats().clone() },
+            timing: ended.timing,
+        })
+    }
+}
+
+/// The order of an operation was not kept: a mistake of this program.
+fn nothing_to_commit() -> Error {
+    Error::new(ErrorCode::InternalOverflow, "a commit without an overlay and a target: please report this")
+}
+
+/// The line of a dry run about a file that it can read, and a commit could not write.
+fn not_writable(path: &Path) -> Option<String> {
+    use rustix::fs::{accessat, Access, AtFlags, CWD};
+    let error = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).err()?;
+    let (path, why) = (escape_path(path), crate::error::reason(&error.into()));
+    Some(format!("'{path}': you may not write to it, which the commit itself needs: {why}"))
+}
+
+/// The file system of the backing has less space than the commit needs.
+fn no_space((needed, free): (u64, u64)) -> GuestFailure {
+    let text = format!("the commit needs {needed} bytes more of the file system, which has {free} free");
+    GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
+}

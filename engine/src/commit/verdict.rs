@@ -1,0 +1,160 @@
+//! What can refuse a commit before there is a guest: the plugins' verdicts, and the sizes.
+
+use super::repeated::Repeated;
+use crate::error::Error;
+use crate::escape::escape_path;
+use crate::image::ChainImage;
+use crate::operation::{Grants, ImageSet};
+use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK};
+use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
+use std::path::PathBuf;
+
+/// The images of a commit by their parts in it.
+pub struct Parts<'s, 'r> {
+    /// The overlay.
+    pub overlay: &'s ChainImage<'r>,
+    /// The layers between it and the backing, the top-most first.
+    pub between: Vec<&'s ChainImage<'r>>,
+    /// What is committed into.
+    pub backing: &'s ChainImage<'r>,
+    /// What is below that, nearest first.
+    pub ancestors: Vec<&'s ChainImage<'r>>,
+}
+
+impl<'s, 'r> Parts<'s, 'r> {
+    /// Those of a set that has an overlay and a target; `None` for others.
+    #[must_use]
+    pub fn of(images: &'s ImageSet<'r>) -> Option<Self> {
+        let mut merged = images.of_role(|role| role != MemberRole::Below);
+        Some(Self {
+            overlay: merged.next()?,
+            between: merged.collect(),
+            backing: images.target.as_ref()?,
+            ancestors: images.of_role(|role| role == MemberRole::Below).collect(),
+        })
+    }
+
+    /// The layers that are committed, the overlay first.
+    pub fn merged(&self) -> impl Iterator<Item = &'s ChainImage<'r>> + '_ {
+        std::iter::once(self.overlay).chain(self.between.iter().copied())
+    }
+
+    /// Ask each plugin for its verdict. Returns how long the files may become; `warnings` takes what the plugins have to say
+    /// besides.
+    ///
+    /// # Errors
+    /// The first verdict that refuses.
+    pub fn verdict(&self, warnings: &mut Vec<String>) -> Result<Grants, Error> {
+        let mut ask = |image: &ChainImage<'_>, role: CommitRole, other: &ImageFacts| {
+            let (needed, part) = match role {
+                CommitRole::Overlay => (ROLE_SOURCE, "committed"),
+                CommitRole::Backing => (ROLE_SINK, "committed into"),
+                CommitRole::Ancestor => (ROLE_SOURCE, "read below a backing"),
+            };
+            if image.plugin.roles() & needed == 0 {
+                let clause =
+                    format!("an image cannot be {part} with this version of the {} plugin", image.plugin.name());
+                return Err(Error::image(&image.opened.path, ErrorCode::UnsupportedFormat, clause));
+            }
+            let verdict = image.plugin.verdict(role, &image.facts, other);
+            if verdict.code != ERROR_OK {
+                let code = ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused);
+                return Err(Error::image(&image.opened.path, code, verdict.reason.as_str()));
+            }
+            if !verdict.reason.is_empty() {
+                warnings.push(format!("'{}': {}", escape_path(&image.opened.path), verdict.reason));
+            }
+            Ok(verdict.max_length)
+        };
+        let merged: Vec<&ChainImage<'_>> = self.merged().collect();
+        for (index, layer) in merged.iter().enumerate() {
+            ask(layer, CommitRole::Overlay, &merged.get(index + 1).unwrap_or(&self.backing).facts)?;
+        }
+        let mut target = 0;
+        for facts in self.arriving() {
+            target = target.max(ask(self.backing, CommitRole::Backing, &facts)?);
+        }
+        let below: Vec<&ChainImage<'_>> = std::iter::once(self.backing).chain(self.ancestors.iter().copied()).collect();
+        for (index, image) in below.iter().enumerate() {
+            let parent = below.get(index + 1);
+            // The backing itself is asked whether it goes with its parent.
+            if index > 0 || parent.is_some() {
+                ask(image, CommitRole::Ancestor, &parent.unwrap_or(image).facts)?;
+            }
+        }
+        // An overlay is only emptied, but a plugin that has to repair it first may need more than it has.
+        let Self { overlay, backing, .. } = self;
+        let emptied = overlay.plugin.verdict(CommitRole::Overlay, &overlay.facts, &backing.facts).max_length;
+        Ok(Grants { target: target.max(backing.facts.file_length), emptied })
+    }
+
+    /// Facts of the layers that are committed, as a backing's verdict is asked with each of them: the length of the file is
+    /// that of all together.
+    fn arriving(&self) -> Vec<ImageFacts> {
+        let size = self.overlay.facts.virtual_size;
+        let mut length = self.merged().fold(0, |sum: u64, layer| sum.saturating_add(layer.facts.file_length));
+        // The zeroes that a shorter layer stands for past its end take no room in any file: as if they were data.
+        if self.between.iter().any(|layer| layer.facts.virtual_size < size) {
+            length = length.saturating_add(size);
+        }
+        let with_length = |layer: &ChainImage<'_>| {
+            let largest = layer.facts.virtual_size.min(size);
+            ImageFacts { file_length: length, virtual_size: largest, ..layer.facts.clone() }
+        };
+        self.merged().map(with_length).collect()
+    }
+
+    /// The virtual size in bytes to which the backing has to grow, if it has to and may.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OverlayLargerThanBacking`] if it has to, and may not.
+    pub fn growth(&self, may_grow: bool) -> Result<Option<u64>, Error> {
+        let (needed, size) = (self.overlay.facts.virtual_size, self.backing.facts.virtual_size);
+        if needed <= size || may_grow {
+            return Ok((needed > size).then_some(needed));
+        }
+        let advice = if self.backing.opened.block_device && self.backing.facts.cluster_size <= 1 {
+            "enlarge the device first"
+        } else {
+            "give --resize-backing, if images of its format can grow, or grow the backing first"
+        };
+        let clause = format!(
+            "the overlay's virtual size of {needed} bytes exceeds backing virtual size of {size} bytes: {advice}"
+        );
+        Err(Error::image(&self.overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
+    }
+
+    /// Refuse a backing that is not believed to be raw, unless the commit may be the repetition of one that made it look so:
+    /// of that, only its writes are proof, which a dry run has none of.
+    ///
+    /// # Errors
+    /// [`ErrorCode::FormatMismatch`].
+    pub fn refuse_doubt(&self, dry_run: bool) -> Result<(), Error> {
+        let Some(doubt) = &self.backing.doubt else { return Ok(()) };
+        // The first run has made it as long as it has to be.
+        let fits = self.overlay.facts.virtual_size <= self.backing.facts.virtual_size;
+        if fits && !dry_run && Repeated::new(&doubt.mark).is_some() {
+            return Ok(());
+        }
+        Err(Error::image(&self.backing.opened.path, ErrorCode::FormatMismatch, &doubt.clause))
+    }
+}
+
+/// The line about layers that were merged and stay, which is said before that happens.
+#[must_use]
+pub fn become_stale(layers: &[PathBuf], dry_run: bool) -> Option<String> {
+    let first = escape_path(layers.first()?);
+    let (others, it) = match layers.len() - 1 {
+        0 => (String::new(), "it"),
+        others => (format!(" and {others} more of the layers that are merged"), "them"),
+    };
+    let verb = match (dry_run, layers.len()) {
+        (true, _) => "would become",
+        (false, 1) => "becomes",
+        (false, _) => "become",
+    };
+    Some(format!(
+        "'{first}'{others}: {verb} stale, because the image below changes: delete {it} afterwards, or rebase the images \
+         that depend on {it}"
+    ))
+}

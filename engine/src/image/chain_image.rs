@@ -1,0 +1,54 @@
+//! An image of a chain, once it is open and its format is known.
+
+use super::advice::{Part, Recorder};
+use super::open::OpenedFile;
+use crate::plugins::{Mark, Plugin};
+use instar_plugin_api::ImageFacts;
+
+/// An image of a chain: open, locked, and looked at.
+#[derive(Debug)]
+pub struct ChainImage<'r> {
+    /// The open file.
+    pub opened: OpenedFile,
+    /// The plugin of its format.
+    pub plugin: &'r Plugin,
+    /// What its header says.
+    pub facts: ImageFacts,
+    /// Its other files, once they are open.
+    pub files: Vec<ExtraFile>,
+    /// What it records of its parent is changed, and nothing else of it: a few bytes of its own file, which is open for
+    /// writing. It is not emptied, and not a target.
+    pub follows: bool,
+    /// The operator named its format, and is believed.
+    pub insisted: bool,
+    /// The mark of another format in a file that is said to be raw.
+    pub mark: Option<Mark>,
+    /// Why it may be written to only where nothing changes that may be a header.
+    pub doubt: Option<Doubt>,
+}
+
+/// A file of an image that has several.
+#[derive(Debug)]
+pub struct ExtraFile {
+    /// The open file.
+    pub opened: OpenedFile,
+    /// It may become longer in a commit.
+    pub grows: bool,
+}
+
+/// A reason to doubt that a file is raw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doubt {
+    /// The mark of another format.
+    pub mark: Mark,
+    /// What is wrong, and how to insist: one clause.
+    pub clause: String,
+}
+
+impl ChainImage<'_> {
+    /// The image as one that records a name.
+    pub(super) fn recorder(&self, part: Part) -> Recorder<'_> {
+        let (path, directory) = (self.opened.path.as_path(), &self.opened.directory);
+        Recorder { path, format: self.facts.format.as_str(), directory, part }
+    }
+}

@@ -1,0 +1,108 @@
+//! The map as an [`Operation`].
+
+use super::events::MapEvents;
+use super::places::{places, Place};
+use super::runs::{Each, Runs};
+use super::MapRequest;
+use crate::confine::Work;
+use crate::devices::Devices;
+use crate::error::Error;
+use crate::image::{check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
+use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings};
+use crate::plugins::ImageRead;
+use crate::sandbox::{ModuleSpec, MAP};
+use instar_guest_abi::MAX_CHAIN_DEVICES;
+use std::collections::BTreeMap;
+
+/// Bytes of messages that a run can take, at most.
+const RUN_BYTES: u64 = 64;
+/// Runs that one entry of a table can stand for: the subclusters of a qcow2 cluster, and what is between two such.
+const RUNS_PER_ENTRY: u64 = 33;
+/// An entry takes four bytes of a file at least.
+const ENTRY_BYTES: u64 = 4;
+
+/// A map on its way.
+pub struct Map<'q, 'e> {
+    request: &'q MapRequest,
+    each: Option<&'e mut Each<'e>>,
+    places: BTreeMap<u32, Place>,
+    /// Virtual size of the top-most layer in bytes.
+    size: u64,
+    message_limit: u64,
+}
+
+impl<'q, 'e> Map<'q, 'e> {
+    /// A map that was not begun.
+    pub fn new(request: &'q MapRequest, each: &'e mut Each<'e>) -> Self {
+        Self { request, each: Some(each), places: BTreeMap::new(), size: 0, message_limit: 0 }
+    }
+}
+
+impl<'e> Operation for Map<'_, 'e> {
+    type Events = MapEvents<'e>;
+    type Outcome = ();
+
+    fn module(&self) -> ModuleSpec<'static> {
+        MAP
+    }
+
+    fn work(&self) -> (Work, Work) {
+        (Work::OpenToRead, Work::Read)
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.request.settings
+    }
+
+    fn named(&self) -> Named {
+        Named::image(&self.request.image)
+    }
+
+    fn access(&self) -> Access {
+        Access::to_read(self.request.force_share)
+    }
+
+    fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
+        let Opener { registry, gate, access, named, .. } = *opener;
+        let top = opener.open_named(self.request.format.as_deref())?;
+        let below = Descent::new(registry, gate, named.image.path(), MAX_CHAIN_DEVICES - 1).open_below(&top, access)?;
+        let mut layers: Vec<ChainImage<'r>> = std::iter::once(top).chain(below).collect();
+        check_parents(&layers.iter().collect::<Vec<_>>())?;
+        let mut files: Vec<FilesOf<'_, '_, '_>> =
+            layers.iter_mut().map(|image| FilesOf { image, access, changes: false, gate }).collect();
+        open_extra_files(registry, &mut files)?;
+        Ok(ImageSet::read(layers))
+    }
+
+    fn admit(&mut self, images: &mut ImageSet<'_>, _: &Session) -> Result<Grants, Error> {
+        let layers = images.chain();
+        self.size = layers.first().map_or(0, |top| top.facts.virtual_size);
+        self.places = places(&layers);
+        // No image has more runs than entries; each layer may cut those of the others.
+        let length = layers.iter().flat_map(|layer| {
+            let files = layer.files.iter().map(|file| file.opened.file.length());
+            files.chain([layer.opened.file.length()])
+        });
+        let runs = (length.fold(0, u64::saturating_add) / ENTRY_BYTES).saturating_mul(2 * RUNS_PER_ENTRY);
+        self.message_limit = runs.saturating_mul(RUN_BYTES).saturating_add(16 << 20);
+        Ok(Grants::default())
+    }
+
+    fn message_limit(&self) -> u64 {
+        self.message_limit
+    }
+
+    fn serve(&mut self, _: &mut Devices, _: &DevicePaths, _: &Session) -> Result<MapEvents<'e>, Error> {
+        let runs = Runs::new(self.request.range.clone(), std::mem::take(&mut self.places), self.each.take());
+        Ok(MapEvents::new(self.size, runs))
+    }
+
+    fn finish(self, mut ended: Ended<MapEvents<'e>>) -> Result<(), Error> {
+        if let Some(error) = ended.events.unreported.take() {
+            return Err(error);
+        }
+        let told = ended.events.result.clone();
+        ended.told(told).map_err(|failure| failure.error(&ended.paths, None))?;
+        ended.events.end()
+    }
+}

@@ -1,0 +1,232 @@
+//! What a failure in the guest means for the operator.
+
+use super::attach::DevicePaths;
+use super::codes::{advice, guest_may_report, is_of_target};
+use crate::error::{Error, Role};
+use crate::sandbox::SandboxError;
+use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use std::io;
+use std::path::Path;
+
+/// The slot of the top-most image.
+const FIRST: u32 = 0;
+
+/// A guest that failed, or was ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestFailure {
+    /// What kind of failure.
+    pub code: ErrorCode,
+    /// The device concerned.
+    pub device: Option<u32>,
+    /// Byte offset on it.
+    pub offset: Option<u64>,
+    /// errno of the host, or 0.
+    pub errno: u32,
+    /// One clause.
+    pub text: String,
+    /// The step of the operation, or nothing if it is not known.
+    pub step: String,
+}
+
+impl GuestFailure {
+    /// What a guest reported: code, device and offset (all ones for none), errno, text. A code that is not known, or that
+    /// is not for a guest to report, is nonsense.
+    #[must_use]
+    pub fn reported(code: u32, (device, offset): (u32, u64), errno: u32, text: &str) -> Self {
+        let code = ErrorCode::from_u32(code).filter(|&code| guest_may_report(code));
+        Self {
+            code: code.unwrap_or(ErrorCode::GuestProtocol),
+            device: (device != u32::MAX).then_some(device),
+            offset: (offset != u64::MAX).then_some(offset),
+            errno,
+            text: text.to_owned(),
+            step: String::new(),
+        }
+    }
+
+    /// The same failure, in this step of the operation.
+    #[must_use]
+    pub fn in_step(self, step: &str) -> Self {
+        Self { step: step.to_owned(), ..self }
+    }
+
+    /// A guest that was ended.
+    pub fn ended(code: ErrorCode, text: impl Into<String>) -> Self {
+        Self { code, device: None, offset: None, errno: 0, text: text.into(), step: String::new() }
+    }
+
+    /// A virtual machine that could not run, or was ended.
+    #[must_use]
+    pub fn of_machine(error: &SandboxError) -> Self {
+        let ended = Self::ended(error.code(), error.to_string());
+        match error {
+            SandboxError::LimitExceeded { device, text } => {
+                let text = format!("{text}; commit a copy of it, made with `qemu-img convert`");
+                Self { device: Some(*device), text, ..ended }
+            }
+            _ => ended,
+        }
+    }
+
+    /// What is wrong, and where in the file.
+    fn clause(&self, paths: &DevicePaths) -> String {
+        let mut clause = self.text.clone();
+        if self.code == ErrorCode::GuestProtocol {
+            let driver = self.device.and_then(|device| paths.driver(device));
+            clause = driver.map_or(clause.clone(), |driver| format!("the guest module {driver}: {clause}"));
+        }
+        if self.errno != 0 {
+            clause = format!("{clause}: {}", errno_text(self.errno));
+        }
+        if let Some(offset) = self.offset.filter(|_| self.device.is_some()) {
+            clause = format!("{clause} (offset {offset})");
+        }
+        clause
+    }
+
+    /// The same for programs.
+    fn context(&self, error: Error) -> Error {
+        let errno = i32::try_from(self.errno).unwrap_or(0);
+        error.on_device(self.device, self.offset).with_errno(errno).in_step(&self.step)
+    }
+
+    /// The file concerned: that of the `usual` device if the failure names none that is known.
+    fn path<'p>(&self, paths: &'p DevicePaths, usual: u32) -> &'p Path {
+        let named = self.device.and_then(|device| paths.get(device));
+        named.or_else(|| paths.get(usual)).unwrap_or(Path::new(""))
+    }
+
+    /// The line for a failure: the file, what is wrong, in which `state` the files are, what to do.
+    #[must_use]
+    pub fn error(&self, paths: &DevicePaths, state: Option<&str>) -> Error {
+        let of_target = self.device.is_some_and(|device| paths.role(device) == Some(Role::Backing));
+        let code = match self.code {
+            // A driver does not know which image the files are of.
+            ErrorCode::OverlayIo if of_target => ErrorCode::BackingIo,
+            code => code,
+        };
+        let either = if is_of_target(code) { DEVICE_OUTPUT } else { FIRST };
+        let clause = self.clause(paths);
+        let clause = state.map_or_else(|| clause.clone(), |state| format!("{clause}; {state}"));
+        let error = self.context(Error::image(self.path(paths, either), code, self.with_advice(clause, code, paths)));
+        match paths.role(self.device.unwrap_or(either)) {
+            Some(role) => error.in_role(role),
+            None => error,
+        }
+    }
+
+    fn with_advice(&self, clause: String, code: ErrorCode, paths: &DevicePaths) -> String {
+        // There is no file system that could get more room; a driver says itself what the device lacks.
+        let full_device = code == ErrorCode::NoSpace && self.device.is_some_and(|device| paths.is_block_device(device));
+        match (i32::try_from(self.errno), advice(code)) {
+            (Ok(libc::EFBIG), _) => format!("{clause}; the file may not become so long: raise the limit (`ulimit -f`)"),
+            (_, Some(advice)) if !full_device => format!("{clause}; {advice}"),
+            _ => clause,
+        }
+    }
+}
+
+/// The text of an errno, without the number that Rust appends.
+fn errno_text(errno: u32) -> String {
+    crate::error::reason(&io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths(names: &[(u32, &str)]) -> DevicePaths {
+        DevicePaths {
+            by_device: names.iter().map(|&(number, name)| (number, name.into())).collect(),
+            merged: 1,
+            ..DevicePaths::default()
+        }
+    }
+
+    fn failure(code: ErrorCode, device: Option<u32>, step: &str) -> GuestFailure {
+        GuestFailure {
+            code,
+            device,
+            offset: Some(4096),
+            errno: 28,
+            text: "write of 512 bytes failed".into(),
+            step: step.into(),
+        }
+    }
+
+    #[test]
+    fn every_code_becomes_one_line_that_names_a_file() {
+        let paths = paths(&[(0, "over\nlay"), (1, "below"), (DEVICE_OUTPUT, "base")]);
+        for &code in ErrorCode::ALL {
+            for device in [None, Some(0), Some(1), Some(DEVICE_OUTPUT), Some(77)] {
+                let error = failure(code, device, "write").error(&paths, Some("the overlay is intact"));
+                // Storage that fails is named after the image that it holds.
+                let expected = match (code, device) {
+                    (ErrorCode::OverlayIo, Some(DEVICE_OUTPUT)) => ErrorCode::BackingIo,
+                    _ => code,
+                };
+                assert_eq!(error.code, expected);
+                assert!(!error.message.contains('\n'), "{}", error.message);
+                let named = ["over", "below", "base"].iter().any(|name| error.message.contains(name));
+                assert!(named, "{}", error.message);
+            }
+        }
+    }
+
+    #[test]
+    fn the_line_names_device_offset_errno_and_state() {
+        let paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base")]);
+        let failure = failure(ErrorCode::NoSpace, Some(DEVICE_OUTPUT), "write");
+        let written = failure.error(&paths, Some("the overlay is intact")).message;
+        for word in ["'base'", "offset 4096", "No space left on device", "overlay is intact", "make room"] {
+            assert!(written.contains(word), "{written} lacks {word}");
+        }
+        assert!(!written.contains("os error") && !failure.error(&paths, None).message.contains("intact"), "{written}");
+        let limited = GuestFailure { errno: libc::EFBIG.unsigned_abs(), code: ErrorCode::BackingIo, ..failure };
+        assert!(limited.error(&paths, None).message.contains("ulimit -f"));
+    }
+
+    #[test]
+    fn a_full_block_device_has_no_file_system_to_make_room_on() {
+        let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base")]);
+        let full = failure(ErrorCode::NoSpace, Some(DEVICE_OUTPUT), "plan");
+        assert!(full.error(&paths, None).message.contains("file system"));
+        paths.block_devices.insert(DEVICE_OUTPUT);
+        assert!(!full.error(&paths, None).message.contains("file system"));
+    }
+
+    #[test]
+    fn a_file_of_the_target_is_the_targets() {
+        let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base"), (513, "first"), (514, "second")]);
+        paths.target_files = 514..515;
+        let error = |device| failure(ErrorCode::OverlayIo, Some(device), "write").error(&paths, None);
+        assert_eq!((error(513).code, error(514).code), (ErrorCode::OverlayIo, ErrorCode::BackingIo));
+        assert!(error(513).message.contains("'first'") && error(514).message.contains("'second'"));
+    }
+
+    #[test]
+    fn the_first_image_of_what_only_reads_is_the_image() {
+        let paths = DevicePaths { merged: 0, ..paths(&[(0, "top"), (1, "below")]) };
+        let role = |device| failure(ErrorCode::OverlayCorrupt, device, "").error(&paths, None).role();
+        assert_eq!([None, Some(0), Some(1)].map(role), [Role::Image, Role::Image, Role::Ancestor].map(Some));
+    }
+
+    #[test]
+    fn a_driver_that_breaks_the_interface_is_named() {
+        let mut paths = paths(&[(0, "overlay"), (DEVICE_OUTPUT, "base")]);
+        paths.drivers.insert(0, "qcow2 7.8.9".to_owned());
+        let message = |code| failure(code, Some(0), "plan").error(&paths, None).message;
+        assert!(message(ErrorCode::GuestProtocol).contains("the guest module qcow2 7.8.9: "));
+        assert!(!message(ErrorCode::OverlayCorrupt).contains("7.8.9"), "the image is to blame");
+    }
+
+    #[test]
+    fn what_only_the_host_can_see_a_guest_may_not_report() {
+        let reported = |code: u32| GuestFailure::reported(code, (u32::MAX, u64::MAX), 0, "").code;
+        for &code in ErrorCode::ALL {
+            assert_eq!(reported(code.number()), if guest_may_report(code) { code } else { ErrorCode::GuestProtocol });
+        }
+        assert!(!guest_may_report(ErrorCode::ImageInUse) && guest_may_report(ErrorCode::NoSpace));
+        assert_eq!(reported(12345), ErrorCode::GuestProtocol);
+    }
+}

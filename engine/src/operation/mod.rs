@@ -1,0 +1,24 @@
+//! An operation on images: what differs between `commit`, `check` and `map`, and [`run`], which owns the order that they have
+//! in common. A new operation is a new instance of [`Operation`], a guest module and a command.
+
+mod attach;
+mod codes;
+mod failure;
+mod handler;
+mod images;
+mod notes;
+mod observer;
+mod run;
+mod session;
+mod timing;
+
+pub use crate::cancel::Cancel;
+pub use attach::{Attached, DevicePaths};
+pub use failure::GuestFailure;
+pub(crate) use handler::unexpected;
+pub use handler::{Events, Flow, Handler};
+pub use images::{Grants, ImageSet, Named, Opener, Slot};
+pub use observer::{Observer, Progress, Stage};
+pub use run::{run, Ended, Operation, Settings};
+pub use session::Session;
+pub use timing::Timing;

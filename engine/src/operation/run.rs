@@ -1,0 +1,187 @@
+//! The order of every operation.
+
+use super::attach::{attach, Attached, DevicePaths};
+use super::failure::GuestFailure;
+use super::handler::{Events, Handler};
+use super::images::{Grants, ImageSet, Named, Opener};
+use super::session::Session;
+use super::timing::Timing;
+use crate::confine::{Confinement, Work};
+use crate::devices::Devices;
+use crate::error::Error;
+use crate::image::{allow_many_open_files, prepare_to_lock, Access, Gate, NamedFile, Roots};
+use crate::plugins::{Registry, SearchPath};
+use crate::sandbox::{ModuleSpec, Program, Report};
+use instar_guest_abi::ErrorCode;
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+
+/// What every operation is told.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Where plugins are looked for.
+    pub search: SearchPath,
+    /// Directories that recorded names may lead into, besides those of the files that the operator names.
+    pub allowed_directories: Vec<PathBuf>,
+    /// Seconds to wait for images that are in use, altogether.
+    pub wait: u64,
+}
+
+/// What differs between operations. [`run`] calls the methods in the order in which they stand here, once each.
+pub trait Operation {
+    /// What serves the guest.
+    type Events: Events;
+    /// What comes of it.
+    type Outcome;
+
+    /// The guest's half.
+    fn module(&self) -> ModuleSpec<'static>;
+
+    /// What the process does until all images are open, and what it does from then on.
+    fn work(&self) -> (Work, Work);
+
+    /// What the operator has settled.
+    fn settings(&self) -> &Settings;
+
+    /// The files that the operator names. Nothing of them has been read.
+    fn named(&self) -> Named;
+
+    /// How the images that are to be changed are opened.
+    fn access(&self) -> Access;
+
+    /// Get what the process cannot get any more once it is confined.
+    fn acquire(&mut self, named: &Named) {
+        let _ = named;
+    }
+
+    /// Open all images, lock them, and find out what they are.
+    ///
+    /// # Errors
+    /// One line that names the file and what to do.
+    fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error>;
+
+    /// Ask everything that can refuse without a guest: no file can be opened any more.
+    ///
+    /// # Errors
+    /// One line that names the file and what to do.
+    fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {
+        let _ = (images, session);
+        Ok(Grants::default())
+    }
+
+    /// What the guest is told: an encoded message.
+    fn payload(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Bytes of messages that the guest may send.
+    fn message_limit(&self) -> u64 {
+        16 << 20
+    }
+
+    /// Who serves the guest.
+    ///
+    /// # Errors
+    /// One line that names the file and what to do.
+    fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<Self::Events, Error>;
+
+    /// The guest has ended.
+    ///
+    /// # Errors
+    /// Why there is no outcome: one line that names the file and what to do.
+    fn finish(self, ended: Ended<Self::Events>) -> Result<Self::Outcome, Error>;
+}
+
+/// A guest that has ended.
+#[derive(Debug)]
+pub struct Ended<E> {
+    /// What the machine did; or why there was none, or why it was stopped.
+    pub machine: Result<Report, GuestFailure>,
+    /// Who served it.
+    pub events: E,
+    /// The devices, as it left them.
+    pub devices: Devices,
+    /// Which file each device is.
+    pub paths: DevicePaths,
+    /// How long each part took.
+    pub timing: Timing,
+}
+
+impl<E> Ended<E> {
+    /// What a guest that ended by itself has `told`.
+    ///
+    /// # Errors
+    /// Why it was stopped, what it reported as a failure, or that it told nothing.
+    pub fn told<T>(&self, told: Option<Result<T, GuestFailure>>) -> Result<T, GuestFailure> {
+        match (&self.machine, told) {
+            (Ok(_), Some(told)) => told,
+            (Ok(_), None) => Err(GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result")),
+            (Err(failure), _) => Err(failure.clone()),
+        }
+    }
+}
+
+/// Run an operation: load the plugins, confine the process, open the images, let everybody refuse who may, run the guest, and
+/// make an outcome of what it did. A refusal on the way leaves all files byte-identical.
+///
+/// # Errors
+/// One line that names the file and what to do.
+pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outcome, Error> {
+    let mut timing = Timing::start();
+    allow_many_open_files();
+    // From here on, the directories that names may lead into are descriptors: no path leads to them a second time.
+    let named = operation.named();
+    let Settings { search, allowed_directories, wait } = operation.settings();
+    let roots = Roots::of(&named.image, allowed_directories)?;
+    // Whoever names a base wants what belongs to it as well, which lies beside it.
+    let with_base = named.base.as_ref().map_or_else(|| roots.clone(), |base| roots.and(base));
+    let registry = Registry::load(search);
+    session.note_plugins(&registry);
+    Error::if_refused(&registry)?;
+    timing.mark("plugins loaded");
+    let ready = session.sandbox().acquire();
+    prepare_to_lock(session.cancel(), *wait, std::iter::once(&named.image).chain(&named.base), allowed_directories);
+    operation.acquire(&named);
+    timing.mark("sandbox acquired, threads started");
+
+    // Which of the files in these directories are images, and which are to be written, only the images say.
+    let access = operation.access();
+    let all = std::iter::once(&named.image).chain(&named.base);
+    let descriptors: Vec<BorrowedFd<'_>> = all.filter_map(NamedFile::descriptor).collect();
+    let reach =
+        descriptors.iter().fold(with_base.reach(access), |reach, file| reach.add(file, access == Access::ReadWrite));
+    let (opening, running) = operation.work();
+    let confinement = session.begin(&reach, opening);
+    note_confinement(session, "confinement", confinement.as_ref());
+    timing.mark("process confined");
+
+    let (gate, below) = (Gate::within(roots), Gate::within(with_base));
+    let opener = Opener { registry: &registry, session, named: &named, gate: &gate, below: &below, access };
+    let mut images = operation.open(&opener)?;
+    timing.mark("chain opened, locked and probed");
+    let confinement = confinement.map(|confinement| confinement.seal(running));
+    note_confinement(session, "confinement, now that all images are open", confinement.as_ref());
+    timing.mark("process confined further");
+
+    let grants = operation.admit(&mut images, session)?;
+    let all = attach(images, grants)?;
+    let modules = all.modules();
+    let Attached { mut devices, members, files, paths, .. } = all;
+    let events = operation.serve(&mut devices, &paths, session)?;
+    let program = Program::new(operation.module(), operation.payload(), members, modules);
+    let program = Program { files, ..program }.with_message_limit(operation.message_limit());
+    let mut handler = Handler::new(devices, events, session.cancel().clone());
+    let machine = ready.and_then(|ready| ready.run(&program, &mut handler));
+    timing.mark("program in the sandbox");
+    handler.log.lines().iter().for_each(|line| session.note(|| format!("guest says: {line}")));
+    let machine = machine.map_err(|error| GuestFailure::of_machine(&error));
+    let Handler { devices, events, .. } = handler;
+    operation.finish(Ended { machine, events, devices, paths, timing })
+}
+
+fn note_confinement(session: &Session, when: &str, confinement: Option<&Confinement>) {
+    session.note(|| match confinement {
+        Some(confinement) => format!("{when}: {confinement}"),
+        None => format!("{when}: none, as the caller wants it"),
+    });
+}
