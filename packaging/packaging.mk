@@ -35,8 +35,6 @@ dated := SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH)
 REMAPPED := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CURDIR)=/instar
 CARGO_BUILD_RUSTFLAGS := $(strip $(filter-out $(REMAPPED),$(CARGO_BUILD_RUSTFLAGS)) $(REMAPPED))
 export CARGO_BUILD_RUSTFLAGS
-# Shares what `cargo clippy` by itself has built.
-lint: export CARGO_BUILD_RUSTFLAGS :=
 
 .PHONY: install uninstall stage-deb stage-rpm deb rpm crates reproducible test-installed mandoc release-check
 
@@ -84,7 +82,7 @@ deb: instar ## a Debian package, in target/debian
 	@$(CARGO) deb --version >/dev/null 2>&1 || $(CARGO) install cargo-deb --locked
 	$(call stage,deb,LIBDIR=/usr/lib/x86_64-linux-gnu ZSHDIR=/usr/share/zsh/vendor-completions)
 	@gzip -9nc $(ASSETS)/changelog > $(STAGE)/deb/usr/share/doc/instar/changelog.gz
-	$(dated) $(CARGO) deb --package instar-engine --no-build --no-strip --quiet
+	$(dated) $(CARGO) deb --package instar-cli --no-build --no-strip --quiet
 
 rpm: instar ## an RPM package, in target/generate-rpm
 	@$(CARGO) generate-rpm --version >/dev/null 2>&1 || $(CARGO) install cargo-generate-rpm --locked

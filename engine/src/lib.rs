@@ -1,13 +1,15 @@
-//! The instar engine: plugins, chains, devices, the KVM runner and the command line. It knows no format.
+//! The instar library: operations on disk images whose metadata is handled in a sandbox. It knows no format: those are plugins.
+//!
+//! It prints nothing, installs no handler of signals, and ends no process: an [`Observer`](operation::Observer) is told what
+//! happens, a [`Cancel`](operation::Cancel) ends an operation, an [`Error`](error::Error) says why it failed. Only a
+//! [`Session`](operation::Session) that is made for it confines the process.
 
-// A print that panics ends the program in the middle of a commit: `terminal` and `cli::output` cannot.
-#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
-
+pub mod cancel;
 pub mod check;
-pub mod cli;
 pub mod commit;
 pub mod config;
 pub mod confine;
+pub mod create;
 pub mod devices;
 pub mod doctor;
 pub mod error;
@@ -15,8 +17,10 @@ pub mod escape;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod image;
+pub mod info;
 pub mod lookup;
 pub mod map;
+pub mod operation;
 pub mod plugins;
-pub mod terminal;
-pub mod vm;
+pub mod sandbox;
+pub mod worker;

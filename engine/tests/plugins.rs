@@ -2,12 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::{built, qcow2_library, qcow2_registry, PluginDir};
-use instar_engine::plugins::{IdentifyError, ImageRead, PluginFailure, Registry, SearchPath};
+use instar::plugins::{IdentifyError, ImageRead, PluginFailure, Registry, SearchPath};
 use instar_plugin_api::std_types::{ROption, RVec};
 use instar_plugin_api::{CommitRole, CreateSpec, ErrorCode, ImageFacts, API_VERSION, ROLE_SINK, ROLE_SOURCE};
+use instar_test_lab::{built, qcow2_library, qcow2_registry, PluginDir};
 use std::io;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::process::Command;
@@ -113,7 +111,7 @@ fn a_wrong_hint_is_refused() {
 
 #[test]
 fn raw_is_taken_only_by_name_and_says_what_the_file_looks_like() {
-    let (_dir, registry) = common::boxed_registry();
+    let (_dir, registry) = instar_test_lab::boxed_registry();
     let image = a_qcow2(&registry);
     let found = registry.identify(&image, Some("raw")).unwrap();
     assert_eq!(found.plugin.name(), "raw");
@@ -129,7 +127,7 @@ fn raw_is_taken_only_by_name_and_says_what_the_file_looks_like() {
 
 #[test]
 fn a_format_that_is_not_known_is_said_with_those_that_are() {
-    let (_dir, registry) = common::boxed_registry();
+    let (_dir, registry) = instar_test_lab::boxed_registry();
     let unknown = registry.identify(&Bytes(vec![7; 4096]), None).unwrap_err();
     let text = unknown.to_string();
     assert!(
@@ -371,7 +369,7 @@ fn versions_are_compared_before_layouts() {
 fn loading_is_quick() {
     let dir = PluginDir::new();
     dir.copy("qcow2", &qcow2_library());
-    dir.copy("raw", &common::raw_library());
+    dir.copy("raw", &instar_test_lab::raw_library());
     let start = std::time::Instant::now();
     let registry = dir.load();
     let took = start.elapsed();

@@ -1,8 +1,8 @@
 //! What the host takes from a guest, and from files that claim to be modules or plugins.
 
-use instar_engine::devices::{Device, Devices};
-use instar_engine::fuzzing;
-use instar_engine::vm::BufferAccess;
+use instar::devices::{Device, Devices};
+use instar::fuzzing;
+use instar::sandbox::BufferAccess;
 use instar_guest_abi::{request_status, Phase, Request, DEVICE_OUTPUT};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{
@@ -89,10 +89,8 @@ pub fn messages(data: &[u8]) {
     for text in ended {
         assert!(!text.chars().any(char::is_control), "a control character would reach the terminal: {text:?}");
     }
-    if let Some(json) = map {
-        let runs: Vec<serde_json::Value> = serde_json::from_slice(&json).expect("a map is JSON");
-        let lengths = runs.iter().map(|run| run["length"].as_u64().expect("a length"));
-        assert_eq!(lengths.sum::<u64>(), fuzzing::MAPPED, "the map does not cover the disk");
+    if let Some(covered) = map {
+        assert_eq!(covered, fuzzing::MAPPED, "the map does not cover the disk");
     }
 }
 

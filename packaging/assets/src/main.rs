@@ -10,7 +10,7 @@ mod notices;
 mod pages;
 
 use clap::{Command, CommandFactory};
-use instar_engine::cli::Cli;
+use instar_cli::Cli;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 

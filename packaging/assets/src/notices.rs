@@ -10,7 +10,7 @@ use std::process::Command;
 
 /// The crates whose code is shipped. Guest modules are built by build scripts, which cargo's graph does not show.
 const SHIPPED: &[&str] = &[
-    "instar-engine",
+    "instar-cli",
     "instar-guest-core",
     "instar-guest-commit",
     "instar-guest-check",

@@ -1,15 +1,15 @@
 //! `instar check`: options, and what is printed, in the words of `qemu-img check`.
 
-use super::guest_lines;
-use super::output::{of_image, print, print_json, OutputFormat};
-use super::print_error;
+use super::output::{print, print_json, OutputFormat};
+use super::terminal::say;
 use super::usage::CHECK_USAGE;
-use crate::check::{run_check, CheckRequest, CheckResult};
-use crate::error::Error;
-use crate::escape::{escape_path, printable};
-use crate::plugins::SearchPath;
-use crate::terminal::say;
+use super::{print_error, reading};
 use clap::Args;
+use instar::check::{run_check, CheckOutcome, CheckRequest};
+use instar::error::Error;
+use instar::escape::{escape_path, printable};
+use instar::operation::Settings;
+use instar::plugins::SearchPath;
 use instar_guest_abi::{ErrorCode, Examination, FindingKind};
 use serde_json::{Map, Value};
 use std::fmt::Write as _;
@@ -87,16 +87,13 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
         image: args.filename.clone(),
         format: args.format.clone(),
         force_share: args.force_share,
-        wait: args.wait,
-        allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
-        search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
+        settings: Settings {
+            search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
+            allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
+            wait: args.wait,
+        },
     };
-    let mut log = Vec::new();
-    let result = run_check(&request, &mut log).map_err(|error| of_image(error, &args.filename, None));
-    if args.verbose {
-        say(&guest_lines(&log));
-    }
-    let result = result?;
+    let result = run_check(&request, &reading(args.verbose))?;
     say(&findings(&result));
     match args.output {
         _ if args.quiet => {}
@@ -115,7 +112,7 @@ fn status(found: &Examination) -> u8 {
 }
 
 /// The findings, one line each.
-fn findings(result: &CheckResult) -> String {
+fn findings(result: &CheckOutcome) -> String {
     let mut text = String::new();
     for (kind, finding) in &result.findings {
         let word = match kind {
@@ -177,7 +174,7 @@ fn summary(found: &Examination) -> String {
 }
 
 /// `qemu-img check`'s keys, and `unused-tail`; those of counts that are 0 are left out, as there.
-fn json(result: &CheckResult, filename: &str) -> Value {
+fn json(result: &CheckOutcome, filename: &str) -> Value {
     let found = &result.found;
     let mut object = Map::new();
     let counts = [
@@ -209,7 +206,7 @@ mod tests {
     fn the_status_is_that_of_the_worst() {
         let found = |corruptions, leaks| Examination { corruptions, leaks, ..Examination::default() };
         assert_eq!([found(0, 0), found(0, 1), found(1, 0), found(1, 1)].map(|found| status(&found)), [0, 3, 2, 2]);
-        assert_eq!(super::super::FAILED, 1);
+        assert_eq!(crate::FAILED, 1);
     }
 
     #[test]
@@ -217,7 +214,7 @@ mod tests {
         let found = Examination { leaks: 5, corruptions: 2, ..Examination::default() };
         let findings_of =
             vec![(FindingKind::Leak, "a\x1b[2J\nb".to_owned()), (FindingKind::Corruption, "c".to_owned())];
-        let text = findings(&CheckResult { format: "x".into(), found, findings: findings_of });
+        let text = findings(&CheckOutcome { format: "x".into(), found, findings: findings_of });
         assert_eq!(text.lines().count(), 3, "{text}");
         assert!(text.contains("ERROR c\n… and 5 more") && !text.contains('\x1b'), "{text}");
     }

@@ -1,19 +1,23 @@
 //! `instar commit`: options, and what is printed.
 
-use super::output::OutputFormat;
-use super::print_error;
+use super::commit_text::{render_commit_success, render_dry_run, render_verbose};
+use super::output::{render_warning, OutputFormat};
+use super::progress::{Ending, Shown};
+use super::signals::cancel_on_signals;
 use super::size::parse_size;
-use crate::commit::{
-    render_commit_success, render_dry_run, render_verbose, render_warning, run_commit, CommitRequest, Notes,
-};
-use crate::devices::Cache;
-use crate::error::Error;
-use crate::plugins::SearchPath;
-use crate::terminal::say;
+use super::terminal::say;
+use super::{print_error, say_note};
 use clap::{Args, ValueEnum};
+use instar::commit::{run_commit, CommitRequest};
+use instar::devices::Cache;
+use instar::error::Error;
+use instar::operation::{Observer, Progress, Session, Settings};
+use instar::plugins::SearchPath;
 use instar_guest_abi::ErrorCode;
+use std::cell::RefCell;
 use std::io::Write;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 /// Merge a copy-on-write overlay into the image below it, and empty the overlay
 #[derive(Args, Debug)]
@@ -133,17 +137,23 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         resize_backing: args.resize_backing,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,
-        progress: args.progress && !args.quiet,
-        wait: args.wait,
-        allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
-        search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
+        settings: Settings {
+            search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
+            allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
+            wait: args.wait,
+        },
     };
-    let mut notes = Notes::new(args.verbose);
-    if !args.quiet && args.output == OutputFormat::Human {
-        notes = notes.warning(|warning| say(&render_warning(warning)));
-    }
-    let result = run_commit(&request, &mut notes);
-    say(&notes.render());
+    let told = Rc::new(Told {
+        verbose: args.verbose,
+        warns: !args.quiet && args.output == OutputFormat::Human,
+        shown: (args.progress && !args.quiet).then(|| RefCell::new(Shown::new())),
+    });
+    let result = run_commit(&request, &Session::confined(told.clone(), cancel_on_signals()));
+    told.end(match &result {
+        Ok(_) if args.dry_run => Ending::DryRun,
+        Ok(_) => Ending::Done,
+        Err(_) => Ending::Failed,
+    });
     let mut result = result?;
     result.warnings.splice(0..0, config.warnings);
     if args.verbose {
@@ -153,4 +163,41 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         return render_dry_run(&result, args.output, out);
     }
     render_commit_success(&result, args.output, args.quiet, out)
+}
+
+/// What the operator is told while a commit runs.
+struct Told {
+    verbose: bool,
+    warns: bool,
+    shown: Option<RefCell<Shown>>,
+}
+
+impl Told {
+    fn end(&self, ending: Ending) {
+        self.shown.iter().for_each(|shown| shown.borrow_mut().end(ending));
+    }
+}
+
+impl Observer for Told {
+    fn wants_notes(&self) -> bool {
+        self.verbose
+    }
+
+    fn note(&self, line: &str) {
+        say_note(line);
+    }
+
+    fn warning(&self, line: &str) {
+        if self.warns {
+            say(&render_warning(line));
+        }
+    }
+
+    fn wants_progress(&self) -> bool {
+        self.shown.is_some()
+    }
+
+    fn progress(&self, progress: Progress) {
+        self.shown.iter().for_each(|shown| shown.borrow_mut().show(progress));
+    }
 }

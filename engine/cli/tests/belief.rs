@@ -2,10 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::lab::{Lab, LoopDevice, MIB};
 use instar_guest_abi::ErrorCode;
+use instar_test_lab::lab::{Lab, LoopDevice, MIB};
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -14,7 +12,7 @@ use std::process::Command;
 /// A raw `base` that begins with `start`, and `top` over it, which records it as raw and holds a MiB of data.
 fn over_raw(start: &[u8], length: u64) -> Lab {
     let lab = Lab::new();
-    lab.plugins().copy("vmdk", &common::built("instar_plugin_vmdk"));
+    lab.plugins().copy("vmdk", &instar_test_lab::built("instar_plugin_vmdk"));
     let base = fs::File::create(lab.path("base")).unwrap();
     base.set_len(length).unwrap();
     base.write_all_at(start, 0).unwrap();
@@ -293,7 +291,7 @@ fn permission_denied_is_not_read_only_and_not_absent() {
     fs::set_permissions(lab.path("top"), PermissionsExt::from_mode(0o666)).unwrap();
     fs::set_permissions(lab.path("base"), PermissionsExt::from_mode(0o444)).unwrap();
     let run = |name: &str| {
-        let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+        let mut instar = Command::new(instar_test_lab::program());
         instar.env("INSTAR_CONFIG", "").args(["commit", "--output", "json", "--plugin-dir"]).arg(lab.plugins().path());
         let output = instar.arg(lab.path(name)).uid(65534).gid(65534).output().unwrap();
         String::from_utf8_lossy(&output.stderr).into_owned()

@@ -22,7 +22,7 @@ const LOCK_LENGTH: i64 = 104;
 
 /// Write `image` to `new`, over what is there unless it is `kept`, and its other files beside it, none of which may exist. What
 /// did not exist is removed again if that fails. All of it happens in the directory that was opened when `new` was looked at.
-pub(super) fn write(new: &NamedFile, image: &CreatedImage, kept: bool) -> Result<(), Error> {
+pub fn write(new: &NamedFile, image: &CreatedImage, kept: bool) -> Result<(), Error> {
     let Some(directory) = new.directory() else {
         return Err(Error::image(new.path(), ErrorCode::OpenFailed, "cannot be created: its directory does not exist"));
     };

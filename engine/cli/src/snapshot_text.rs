@@ -1,7 +1,7 @@
 //! Internal snapshots for people, as `qemu-img info` lists them.
 
 use super::size::format_size;
-use crate::escape::escape;
+use instar::escape::escape;
 use serde_json::Value;
 use std::fmt::Write as _;
 

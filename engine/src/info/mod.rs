@@ -1,22 +1,19 @@
-//! `instar info`: what an image is, in the words of `qemu-img info`.
+//! `instar info`: what an image is, by its plugin's host half alone.
 
-use super::info_text;
-use super::output::{print, print_json, OutputFormat};
-use super::snapshot_text;
-use crate::confine::{Confinement, Reach, Work};
+use crate::confine::{Reach, Work};
 use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
 use crate::image::{file_name, parent_mismatch, unknown_format, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
 use crate::lookup::Directory;
+use crate::operation::Session;
 use crate::plugins::{IdentifyError, ImageFiles, Registry, SearchPath};
-use clap::Args;
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::ImageFacts;
 use rustix::fs::AtFlags;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use std::collections::HashSet;
 use std::ffi::OsStr;
-use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -24,33 +21,27 @@ use std::path::{Path, PathBuf};
 /// Most images in a chain that is shown: as many as a commit takes.
 const MAX_DEPTH: usize = MAX_CHAIN_DEVICES + 1;
 
-/// Show what an image is, without changing it.
-#[derive(Args, Debug)]
-pub struct InfoArgs {
-    /// Format of the image. Detected if not given; an image of another format is refused
-    #[arg(short, long, value_name = "FMT")]
+/// What the operator asks for.
+#[derive(Clone, Debug, Default)]
+pub struct InfoRequest {
+    /// The image.
+    pub image: PathBuf,
+    /// Its format, if the operator names it.
     pub format: Option<String>,
-    /// Show the images that it is backed by as well
-    #[arg(long)]
+    /// Also look at the images that it is backed by.
     pub backing_chain: bool,
-    /// How to print the result
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
-    pub output: OutputFormat,
-    /// Taken for the sake of scripts: an image in use can always be shown
-    #[arg(short = 'U', long, hide = true)]
-    pub force_share: bool,
-    /// Also load plugins from DIR; may be given several times
-    #[arg(long, value_name = "DIR")]
-    pub plugin_dir: Vec<PathBuf>,
-    /// The image
-    #[arg(value_name = "FILENAME")]
-    pub filename: PathBuf,
+    /// Where plugins are looked for.
+    pub search: SearchPath,
 }
 
-/// One image of a chain.
-pub(super) struct Shown {
+/// One image of a chain. What is serialized has the keys of `qemu-img info --output=json`, and `notes`.
+#[derive(Clone, Debug)]
+pub struct ImageInfo {
+    /// Its path, as the operator or the image above has it.
     pub filename: PathBuf,
+    /// Bytes of the disk that its files take.
     pub actual_size: u64,
+    /// What its header says.
     pub facts: ImageFacts,
     /// What its plugin has to say besides, one line each.
     pub notes: Vec<String>,
@@ -58,52 +49,31 @@ pub(super) struct Shown {
     pub backing_path: Option<PathBuf>,
 }
 
-/// Run the command, and [confine](crate::confine) the process for good.
+/// Look at an image, and at those that it is backed by if that is wanted: the top-most first, one at least.
 ///
 /// # Errors
 /// When an image cannot be opened, or its format is not known or not the one that was named.
-pub fn run(args: &InfoArgs, out: &mut dyn Write) -> Result<(), Error> {
-    show(args, true, out)
-}
-
-/// The same for a program that goes on afterwards: confined only if it is wanted.
-///
-/// # Errors
-/// As [`run`].
-pub fn show(args: &InfoArgs, confine: bool, out: &mut dyn Write) -> Result<(), Error> {
-    snapshot_text::prepare();
-    let registry =
-        Registry::load(&SearchPath::for_process(&args.plugin_dir, &super::configuration(args.output)?.plugin_paths()));
+pub fn run_info(request: &InfoRequest, session: &Session) -> Result<Vec<ImageInfo>, Error> {
+    let registry = Registry::load(&request.search);
     Error::if_refused(&registry)?;
-    let images = collect(&registry, args, confine)?;
-    match args.output {
-        OutputFormat::Human => {
-            let texts: Vec<String> = images.iter().map(info_text::human).collect();
-            print(out, &texts.join("\n"))
-        }
-        OutputFormat::Json => {
-            let mut values: Vec<Value> = images.iter().map(json).collect();
-            let value = if args.backing_chain { Value::Array(values) } else { values.swap_remove(0) };
-            print_json(out, &value)
-        }
-    }
+    collect(&registry, request, session)
 }
 
 /// The image and, if wanted, those below it. The process is confined before an image is read.
-fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Shown>, Error> {
-    let chain = args.backing_chain;
-    let file = NamedFile::new(&args.filename);
+fn collect(registry: &Registry, request: &InfoRequest, session: &Session) -> Result<Vec<ImageInfo>, Error> {
+    let chain = request.backing_chain;
+    let file = NamedFile::new(&request.image);
     let gate = Gate::everywhere()?;
-    if chain && confine {
+    if chain {
         // The names that images record are followed wherever they lead, as `qemu-img info` does, but only to read.
-        let _ = Confinement::begin(&Reach::default().add(gate.roots().top(), false), Work::OpenAndLook);
+        session.begin(&Reach::default().add(gate.roots().top(), false), Work::OpenAndLook);
     }
-    let mut images: Vec<Shown> = Vec::new();
+    let mut images: Vec<ImageInfo> = Vec::new();
     let mut seen = HashSet::new();
     let mut opened = file.open(Access::Shared, ErrorCode::ImageNotFound).map_err(|error| error.in_role(Role::Image))?;
-    let (mut path, mut hint) = (args.filename.clone(), args.format.clone());
-    if !chain && confine {
-        let _ = Confinement::begin(&Reach::default(), Work::Look);
+    let (mut path, mut hint) = (request.image.clone(), request.format.clone());
+    if !chain {
+        session.begin(&Reach::default(), Work::Look);
     }
     let mut unnamed = None;
     loop {
@@ -143,7 +113,7 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
         // One behind a protocol is never followed.
         let Some(backing) = backing.filter(|backing| chain && backing.names().any(|name| file_name(name).is_ok()))
         else {
-            images.push(Shown { filename: path, actual_size, facts, notes, backing_path: first });
+            images.push(ImageInfo { filename: path, actual_size, facts, notes, backing_path: first });
             return Ok(images);
         };
         if images.len() + 1 == MAX_DEPTH {
@@ -159,7 +129,7 @@ fn collect(registry: &Registry, args: &InfoArgs, confine: bool) -> Result<Vec<Sh
         unnamed = Some(format!("if it is a plain disk, {}", recorder.record_raw(located.name())));
         let below = resolve_backing(&path, located.name());
         let filename = std::mem::replace(&mut path, below.clone().unwrap_or_default());
-        images.push(Shown { filename, actual_size, facts, notes, backing_path: below });
+        images.push(ImageInfo { filename, actual_size, facts, notes, backing_path: below });
         opened =
             OpenedFile::located(&located, &recorder, Access::Shared).map_err(|error| error.in_role(Role::Ancestor))?;
     }
@@ -184,65 +154,95 @@ fn resolve_backing(image: &Path, name: &[u8]) -> Option<PathBuf> {
     Some(image.parent().unwrap_or(Path::new("")).join(path))
 }
 
-/// The keys of `qemu-img info --output=json`, and `notes`.
-fn json(image: &Shown) -> Value {
-    let facts = &image.facts;
-    let mut map = Map::new();
-    let backing = facts.backing.as_ref().into_option();
-    if let Some(format) = backing.and_then(|backing| backing.format.as_ref().into_option()) {
-        map.insert("backing-filename-format".into(), String::from_utf8_lossy(format).into());
+impl ImageInfo {
+    /// The internal snapshots, each an object with the keys of `qemu-img info`; `None` if there are none.
+    #[must_use]
+    pub fn snapshots(&self) -> Option<Vec<Value>> {
+        let feature = self.facts.features.iter().find(|feature| feature.name == SNAPSHOT_LIST)?;
+        serde_json::from_str(&feature.json).ok().filter(|list: &Vec<Value>| !list.is_empty())
     }
-    if let Some(snapshots) = snapshots(facts) {
-        map.insert("snapshots".into(), snapshots.into());
+
+    /// The features of the `format-specific` section.
+    pub fn specific(&self) -> impl Iterator<Item = (String, Value)> + '_ {
+        self.facts.features.iter().filter(|feature| feature.in_info).map(|feature| {
+            // `Plugin::facts` has seen to it that it is JSON.
+            let value =
+                serde_json::from_str(&feature.json).unwrap_or_else(|_| escape_bytes(feature.json.as_bytes()).into());
+            (feature.name.to_string(), value)
+        })
     }
-    map.insert("virtual-size".into(), facts.virtual_size.into());
-    map.insert("filename".into(), image.filename.to_string_lossy().into());
-    if facts.cluster_size != 0 {
-        map.insert("cluster-size".into(), facts.cluster_size.into());
+
+    /// The name of the backing file, as it is recorded, and that of its format.
+    #[must_use]
+    pub fn backing(&self) -> Option<(&[u8], Option<&[u8]>)> {
+        let backing = self.facts.backing.as_ref().into_option()?;
+        Some((&backing.name, backing.format.as_ref().into_option().map(|format| format.as_slice())))
     }
-    map.insert("format".into(), facts.format.as_str().into());
-    map.insert("actual-size".into(), image.actual_size.into());
-    if facts.encrypted {
-        map.insert("encrypted".into(), true.into());
-    }
-    let data: Map<String, Value> = specific(facts).collect();
-    if !data.is_empty() {
-        let mut specific = Map::new();
-        specific.insert("type".into(), facts.format.as_str().into());
-        specific.insert("data".into(), data.into());
-        map.insert("format-specific".into(), specific.into());
-    }
-    if let Some(backing) = backing {
-        if let Some(path) = &image.backing_path {
-            map.insert("full-backing-filename".into(), path.to_string_lossy().into());
-        }
-        map.insert("backing-filename".into(), String::from_utf8_lossy(&backing.name).into());
-    }
-    map.insert("dirty-flag".into(), facts.dirty.into());
-    // Not a key of `qemu-img info`, and only there if there is something to say.
-    if !image.notes.is_empty() {
-        map.insert("notes".into(), image.notes.as_slice().into());
-    }
-    map.into()
 }
 
 /// The feature with the internal snapshots, which `qemu-img info` shows beside the others.
 const SNAPSHOT_LIST: &str = "snapshot-list";
 
-/// The internal snapshots, each an object with the keys of `qemu-img info`; `None` if there are none.
-pub(super) fn snapshots(facts: &ImageFacts) -> Option<Vec<Value>> {
-    let feature = facts.features.iter().find(|feature| feature.name == SNAPSHOT_LIST)?;
-    serde_json::from_str(&feature.json).ok().filter(|list: &Vec<Value>| !list.is_empty())
+/// The `format-specific` section.
+#[derive(Serialize)]
+struct Specific<'i> {
+    #[serde(rename = "type")]
+    kind: &'i str,
+    data: Map<String, Value>,
 }
 
-/// The features of the `format-specific` section.
-pub(super) fn specific(facts: &ImageFacts) -> impl Iterator<Item = (String, Value)> + '_ {
-    facts.features.iter().filter(|feature| feature.in_info).map(|feature| {
-        // `Plugin::facts` has seen to it that it is JSON.
-        let value =
-            serde_json::from_str(&feature.json).unwrap_or_else(|_| escape_bytes(feature.json.as_bytes()).into());
-        (feature.name.to_string(), value)
-    })
+/// The keys in their order.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Keys<'i> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshots: Option<Vec<Value>>,
+    virtual_size: u64,
+    filename: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_size: Option<u64>,
+    format: &'i str,
+    actual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encrypted: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format_specific: Option<Specific<'i>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    full_backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<String>,
+    dirty_flag: bool,
+    /// Not a key of `qemu-img info`, and only there if there is something to say.
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    notes: &'i [String],
+}
+
+impl Serialize for ImageInfo {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let Self { filename, actual_size, facts, notes, backing_path } = self;
+        let (name, format) = self.backing().map_or((None, None), |(name, format)| (Some(name), format));
+        let data: Map<String, Value> = self.specific().collect();
+        let path = backing_path.as_deref().filter(|_| name.is_some());
+        Keys {
+            backing_filename_format: format.map(text),
+            snapshots: self.snapshots(),
+            virtual_size: facts.virtual_size,
+            filename: filename.to_string_lossy().into_owned(),
+            cluster_size: Some(facts.cluster_size).filter(|&size| size != 0),
+            format: facts.format.as_str(),
+            actual_size: *actual_size,
+            encrypted: facts.encrypted.then_some(true),
+            format_specific: (!data.is_empty()).then(|| Specific { kind: facts.format.as_str(), data }),
+            full_backing_filename: path.map(|path| path.to_string_lossy().into_owned()),
+            backing_filename: name.map(text),
+            dirty_flag: facts.dirty,
+            notes,
+        }
+        .serialize(serializer)
+    }
 }
 
 #[cfg(test)]

@@ -1,17 +1,30 @@
-//! What the tests share: plugin directories that pass the loader's checks, and images.
+//! What the tests of the library and of the program share: plugin directories that pass the loader's checks, and images.
+//! What goes wrong here fails the test.
 
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(missing_docs, clippy::new_without_default, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod lab;
 
-use instar_engine::plugins::{Registry, SearchPath};
+use instar::plugins::{Registry, SearchPath};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// The cdylib that cargo built for a dev-dependency.
+/// Where cargo puts what it builds for tests.
+fn built_in() -> PathBuf {
+    std::env::current_exe().unwrap().parent().unwrap().to_owned()
+}
+
+/// The program, which cargo builds for the integration tests of its crate.
+pub fn program() -> PathBuf {
+    let path = built_in().parent().unwrap().join("instar");
+    assert!(path.is_file(), "{} is not built", path.display());
+    path
+}
+
+/// The cdylib that cargo built for a dependency of this crate.
 pub fn built(name: &str) -> PathBuf {
-    let path = std::env::current_exe().unwrap().parent().unwrap().join(format!("lib{name}.so"));
+    let path = built_in().join(format!("lib{name}.so"));
     assert!(path.is_file(), "{} is not built", path.display());
     path
 }

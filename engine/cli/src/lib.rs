@@ -1,33 +1,42 @@
-//! The command line.
+//! The `instar` command: arguments, signals, and everything that is printed. What it does is the library's.
+
+// A print that panics ends the program in the middle of a commit: `terminal` and `output` cannot.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod check;
 pub mod commit;
+mod commit_text;
 pub mod config;
 pub mod create;
-mod create_file;
 pub mod doctor;
 pub mod info;
 mod info_text;
 pub mod map;
+mod map_text;
 pub mod output;
 pub mod plugins;
+mod progress;
+mod signals;
 pub mod size;
 mod snapshot_text;
+mod terminal;
 mod usage;
+pub mod worker;
 
 pub use output::OutputFormat;
-pub use usage::main;
+pub use usage::{main, say_panics};
 
-use crate::commit::render_warning;
-use crate::config::Config;
-use crate::confine::trap::report_as_json;
-use crate::error::Error;
-use crate::escape::printable;
-use crate::terminal::say;
 use clap::{Parser, Subcommand};
+use instar::config::Config;
+use instar::confine::trap::report_as_json;
+use instar::error::Error;
+use instar::escape::printable;
+use instar::operation::{Cancel, Observer, Session};
 use instar_guest_abi::ErrorCode;
-use output::render_error;
+use output::{render_error, render_warning};
 use std::io::Write;
+use std::rc::Rc;
+use terminal::say;
 
 /// Exit status of a command that was refused or failed.
 const FAILED: u8 = 1;
@@ -60,6 +69,9 @@ pub enum Command {
     Config(config::ConfigArgs),
     /// Find out whether commits work on this machine, and what to do if they do not
     Doctor(doctor::DoctorArgs),
+    /// Do what another program asks for, in a process of its own
+    #[command(hide = true)]
+    Worker(worker::WorkerArgs),
 }
 
 impl Command {
@@ -72,7 +84,7 @@ impl Command {
             Self::Map(args) => args.output,
             Self::Plugins(args) => args.output,
             Self::Config(args) => args.output,
-            Self::Create(_) => OutputFormat::Human,
+            Self::Create(_) | Self::Worker(_) => OutputFormat::Human,
             Self::Doctor(args) => args.output,
         }
     }
@@ -87,7 +99,8 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Commit(args) => return commit::run(args, out),
         Command::Check(args) => return check::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
-        Command::Info(args) => (info::run(args, out), args.output),
+        Command::Worker(args) => return worker::run(args),
+        Command::Info(args) => (info::run(args, &reading(false), out), args.output),
         Command::Map(args) => (map::run(args, out), args.output),
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),
@@ -108,9 +121,27 @@ fn configuration(output: OutputFormat) -> Result<Config, Error> {
     Ok(config)
 }
 
-/// The lines that a guest logged, for a terminal.
-fn guest_lines(log: &[String]) -> String {
-    log.iter().map(|line| format!("instar: guest says: {}\n", printable(line))).collect()
+/// Prints notes, if they are wanted.
+struct Notes(bool);
+
+impl Observer for Notes {
+    fn wants_notes(&self) -> bool {
+        self.0
+    }
+
+    fn note(&self, line: &str) {
+        say_note(line);
+    }
+}
+
+/// Print a line for `-v`.
+fn say_note(line: &str) {
+    say(&format!("instar: {}\n", printable(line)));
+}
+
+/// The session of a command that only reads: a signal ends the process.
+fn reading(verbose: bool) -> Session {
+    Session::confined(Rc::new(Notes(verbose)), Cancel::new())
 }
 
 /// Print an error on stderr; the exit status.

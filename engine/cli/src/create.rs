@@ -1,20 +1,15 @@
-//! `instar create`: a new, empty image.
+//! `instar create`: options, and what is printed.
 
-use super::create_file;
 use super::output::{print, unprinted_but, OutputFormat};
 use super::size::parse_size;
-use crate::confine::Confinement;
-use crate::error::{Error, Role};
-use crate::escape::{escape, escape_path, printable};
-use crate::image::{file_name, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
-use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
+use instar::create::{create_options, run_create, CreateRequest, Created};
+use instar::error::Error;
+use instar::escape::{escape, escape_path, printable};
+use instar::plugins::SearchPath;
 use instar_guest_abi::ErrorCode;
-use instar_plugin_api::std_types::{ROption, RString, RVec, Tuple2};
-use instar_plugin_api::{BackingPointer, CreateSpec, ImageFacts};
 use std::fmt::Write as _;
 use std::io::Write;
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 /// Make a new, empty image. A file of that name is overwritten, unless another process uses it or --no-clobber is given
@@ -70,37 +65,33 @@ fn usage(message: impl Into<String>) -> Error {
 /// When the format, an option or the backing image is refused, or the file cannot be written. Nothing is changed
 /// unless everything but the writing has succeeded.
 pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
-    let registry = Registry::load(&SearchPath::for_process(
-        &args.plugin_dir,
-        &super::configuration(OutputFormat::Human)?.plugin_paths(),
-    ));
-    Error::if_refused(&registry)?;
-    let plugin = registry.by_format(&args.format).ok_or_else(|| {
-        let message =
-            format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(&args.format));
-        Error::new(ErrorCode::PluginUnavailable, message)
-    })?;
+    let config = super::configuration(OutputFormat::Human)?;
+    let search = SearchPath::for_process(&args.plugin_dir, &config.plugin_paths());
     let pairs = split_options(&args.options)?;
     if pairs.iter().any(|(name, _)| name == "help" || name == "?") {
-        return print(out, &help(plugin));
+        let (format, options) = create_options(&args.format, &search)?;
+        return print(out, &help(&format, &options));
     }
-    let filename = args.filename.as_deref().ok_or_else(|| usage("create needs a FILENAME"))?;
-    let wanted = wanted(args, pairs)?;
-    let file = NamedFile::new(filename);
-    let (virtual_size, backing, backing_facts) = resolve(args, &file, &wanted, &registry)?;
-
-    let options: RVec<_> =
-        wanted.options.iter().map(|(k, v)| Tuple2(RString::from(k.as_str()), RString::from(v.as_str()))).collect();
-    let file_name = filename.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into();
-    let spec = CreateSpec { virtual_size, file_name, backing, backing_facts, options };
-    let image = plugin.create(&spec).map_err(|failure| Error::plugin(filename, &failure))?;
-    create_file::write(&file, &image, args.no_clobber)?;
+    let image = args.filename.clone().ok_or_else(|| usage("create needs a FILENAME"))?;
+    let Wanted { size, backing, backing_format, options } = wanted(args, pairs)?;
+    let request = CreateRequest {
+        image,
+        format: args.format.clone(),
+        size,
+        backing,
+        backing_format,
+        backing_unsafe: args.backing_unsafe,
+        options,
+        no_clobber: args.no_clobber,
+        search,
+    };
+    let created = run_create(&request)?;
     if args.quiet {
         return Ok(());
     }
     // Not before: what is said to be formatted is not refused any more.
-    print(out, &announcement(filename, plugin, virtual_size, &wanted))
-        .map_err(|error| unprinted_but("the image is made", filename, &error))
+    print(out, &announcement(&request, &created))
+        .map_err(|error| unprinted_but("the image is made", &request.image, &error))
 }
 
 /// `a=b,c=d` with `,,` for a comma within a value, as `qemu-img` reads it.
@@ -160,75 +151,30 @@ fn wanted(args: &CreateArgs, pairs: Vec<(String, String)>) -> Result<Wanted, Err
     Ok(wanted)
 }
 
-/// Look at the backing image: it must be what it is said to be, and gives the size when there is no other.
-fn resolve(
-    args: &CreateArgs,
-    new: &NamedFile,
-    wanted: &Wanted,
-    registry: &Registry,
-) -> Result<(u64, ROption<BackingPointer>, ROption<ImageFacts>), Error> {
-    let filename = new.path();
-    let no_size = || usage(format!("'{}': creating an image needs a SIZE", escape_path(filename)));
-    let Some(name) = &wanted.backing else {
-        if wanted.backing_format.is_some() {
-            return Err(usage("a backing format without a backing image makes no sense: add -b BASE"));
-        }
-        return Ok((wanted.size.ok_or_else(no_size)?, ROption::RNone, ROption::RNone));
-    };
-    let Some(format) = &wanted.backing_format else {
-        return Err(usage("the format of the backing image is needed: add -F FMT"));
-    };
-    let pointer = BackingPointer::new(name.as_bytes().to_vec(), Some(format.as_bytes().to_vec()));
-    if args.backing_unsafe {
-        return Ok((wanted.size.ok_or_else(no_size)?, ROption::RSome(pointer), ROption::RNone));
-    }
-    let Some(directory) = new.directory() else {
-        return Err(Error::image(filename, ErrorCode::OpenFailed, "cannot be created: its directory does not exist"));
-    };
-    if file_name(name.as_bytes()).is_err() {
-        let message = format!("'{}' is not the name of a file: only files can be looked at (or use -u)", escape(name));
-        return Err(Error::new(ErrorCode::OpenFailed, message));
-    }
-    let recorder = Recorder { path: filename, format: &args.format, directory, part: Part::Ancestor };
-    let located = Gate::everywhere()?.find(&recorder, [name.as_bytes()], Access::Shared, None);
-    let located = located.map_err(|error| match error.code {
-        ErrorCode::BackingNotFound => Error::image(name.as_ref(), ErrorCode::BackingNotFound, "does not exist"),
-        _ => error,
-    });
-    let located = located.map_err(|error| error.in_role(Role::Backing))?;
-    if new.identity() == Some(located.identity()) {
-        return Err(Error::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
-    }
-    let OpenedFile { file: image, path, .. } = OpenedFile::located(&located, &recorder, Access::Shared)?;
-    // The new image has to be opened later: only the look at the backing is confined.
-    let found = Confinement::aside(|| registry.identify(&image, Some(format)));
-    let found = found.map_err(|error| Error::identify(&path, &error).in_role(Role::Backing))?;
-    let size = wanted.size.unwrap_or(found.facts.virtual_size);
-    Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))
-}
-
-fn help(plugin: &Plugin) -> String {
-    let mut text = format!("Options of {}:\n", plugin.name());
+fn help(format: &str, options: &[(String, String)]) -> String {
+    let mut text = format!("Options of {format}:\n");
     let common = [
         ("size", "virtual size"),
         ("backing_file", "image that the new one is backed by"),
         ("backing_fmt", "format of the backing image"),
     ];
-    for (name, help) in plugin.create_options().chain(common) {
+    let options = options.iter().map(|(name, help)| (name.as_str(), help.as_str()));
+    for (name, help) in options.chain(common) {
         let _ = writeln!(text, "  {:<22} - {}", format!("{}=<value>", printable(name)), printable(help));
     }
     text
 }
 
-fn announcement(filename: &std::path::Path, plugin: &Plugin, virtual_size: u64, wanted: &Wanted) -> String {
-    let mut text = format!("Formatting '{}', fmt={} size={virtual_size}", escape_path(filename), plugin.name());
-    if let Some(backing) = &wanted.backing {
+fn announcement(request: &CreateRequest, created: &Created) -> String {
+    let Created { format, virtual_size } = created;
+    let mut text = format!("Formatting '{}', fmt={format} size={virtual_size}", escape_path(&request.image));
+    if let Some(backing) = &request.backing {
         let _ = write!(text, " backing_file={}", escape(backing));
     }
-    if let Some(format) = &wanted.backing_format {
+    if let Some(format) = &request.backing_format {
         let _ = write!(text, " backing_fmt={}", escape(format));
     }
-    for (name, value) in &wanted.options {
+    for (name, value) in &request.options {
         let _ = write!(text, " {}={}", escape(name), escape(value));
     }
     text.push('\n');

@@ -2,10 +2,11 @@
 
 use super::output::{note_directory, render_error, unprinted, OutputFormat};
 use super::{run, Cli, FAILED};
-use crate::error::Error;
 use crate::terminal::say;
 use clap::error::ErrorKind;
 use clap::Parser;
+use instar::error::Error;
+use instar::escape::printable;
 use instar_guest_abi::ErrorCode;
 use std::ffi::OsString;
 use std::io::Write;
@@ -18,10 +19,19 @@ pub(super) const CHECK_USAGE: u8 = 64;
 /// Run the program with these arguments, the first of which is its name; the exit status. Results go to `out`.
 pub fn main(arguments: &[OsString], out: &mut dyn Write) -> u8 {
     note_directory();
+    say_panics();
     match Cli::try_parse_from(arguments) {
         Ok(cli) => run(&cli, out),
         Err(error) => explain(&error, arguments),
     }
+}
+
+/// Have panics said in one line. There are no backtraces: they would open files, which a confined process cannot.
+pub fn say_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let text = panic.to_string();
+        say(&format!("instar: internal error: {}\n", printable(&text)));
+    }));
 }
 
 /// Print help, the version, or why the arguments make no sense; the exit status.

@@ -1,13 +1,14 @@
 //! `instar map`: options, in the words of `qemu-img map`.
 
-use super::guest_lines;
-use super::output::{of_image, OutputFormat};
+use super::map_text::MapText;
+use super::output::OutputFormat;
+use super::reading;
 use super::size::parse_size;
-use crate::error::{Error, Role};
-use crate::map::{run_map, Format, MapRequest, Reporter};
-use crate::plugins::SearchPath;
-use crate::terminal::say;
 use clap::Args;
+use instar::error::Error;
+use instar::map::{run_map, MapRequest};
+use instar::operation::Settings;
+use instar::plugins::SearchPath;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -60,19 +61,14 @@ pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
         image: args.filename.clone(),
         format: args.format.clone(),
         force_share: args.force_share,
-        wait: args.wait,
-        allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
-        search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
+        range: args.start_offset..args.max_length.map_or(u64::MAX, |length| args.start_offset.saturating_add(length)),
+        settings: Settings {
+            search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
+            allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
+            wait: args.wait,
+        },
     };
-    let format = match args.output {
-        OutputFormat::Human => Format::Human,
-        OutputFormat::Json => Format::Json,
-    };
-    let end = args.max_length.map_or(u64::MAX, |length| args.start_offset.saturating_add(length));
-    let mut log = Vec::new();
-    let result = run_map(&request, &mut Reporter::new(out, format, args.start_offset..end), &mut log);
-    if args.verbose {
-        say(&guest_lines(&log));
-    }
-    result.map_err(|error| of_image(error, &args.filename, Some(Role::Ancestor)))
+    let mut text = MapText::new(out, args.output);
+    run_map(&request, &reading(args.verbose), &mut |run| text.print(run))?;
+    text.end()
 }

@@ -2,9 +2,9 @@
 
 use super::output::{print, print_json, OutputFormat};
 use super::{print_error, FAILED};
-use crate::doctor::{examine, Diagnosis, Health};
-use crate::error::Error;
 use clap::Args;
+use instar::doctor::{examine, Diagnosis, Health};
+use instar::error::Error;
 use serde_json::{json, Value};
 use std::fmt::Write as _;
 use std::io::Write;

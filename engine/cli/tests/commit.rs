@@ -2,11 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-mod common;
-
-use common::lab::{Lab, LoopDevice, MIB};
-use instar_engine::image::{Access, OpenedFile};
+use instar::image::{Access, OpenedFile};
 use instar_guest_abi::ErrorCode;
+use instar_test_lab::lab::{Lab, LoopDevice, MIB};
 use serde_json::Value;
 use std::fs::read;
 use std::os::unix::fs::symlink;
@@ -261,7 +259,7 @@ impl InUse {
 
 /// A commit that waits for images in use, once it has found one to be.
 fn waiting(lab: &Lab, seconds: &str) -> std::process::Child {
-    let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+    let mut instar = Command::new(instar_test_lab::program());
     instar.env("INSTAR_CONFIG", "").arg("commit").arg("--plugin-dir").arg(lab.plugins().path());
     instar.args(["--wait", seconds, "top"]).current_dir(lab.dir.path());
     let mut child = instar.stderr(Stdio::piped()).spawn().unwrap();
@@ -431,7 +429,7 @@ fn a_signal_stops_at_a_safe_point() {
     lab.qemu_img(&["convert", "-O", "raw", "top", "want"]);
     let mut stopped = 0;
     for delay in [15, 20, 25, 30, 40, 60] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_instar"));
+        let mut command = Command::new(instar_test_lab::program());
         command.args(["commit", "--output", "json", "--plugin-dir"]).arg(lab.plugins().path()).arg("top");
         command.current_dir(lab.dir.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().unwrap();

@@ -2,32 +2,44 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use clap::Parser;
-use instar_engine::cli::{create, info, plugins};
-use instar_engine::error::Error;
 use instar_guest_abi::ErrorCode;
+use instar_test_lab::program;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
 
-#[derive(Parser)]
-enum Cli {
-    Create(create::CreateArgs),
-    Info(info::InfoArgs),
-    Plugins(plugins::PluginsArgs),
+/// A refusal, as it was printed.
+#[derive(Debug)]
+struct Refused {
+    code: ErrorCode,
+    message: String,
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Refused {
+    /// `instar: MESSAGE (CODE)`.
+    fn parse(line: &str) -> Self {
+        let line = line.trim_end_matches('\n').strip_prefix("instar: ").unwrap_or_else(|| panic!("{line}"));
+        let (message, name) = line.strip_suffix(')').and_then(|line| line.rsplit_once(" (")).unwrap();
+        let code = ErrorCode::ALL.iter().find(|code| code.name() == name).unwrap();
+        Self { code: *code, message: message.to_owned() }
+    }
 }
 
 struct Place {
     dir: TempDir,
-    plugins: common::PluginDir,
+    plugins: instar_test_lab::PluginDir,
 }
 
 impl Place {
     fn new() -> Self {
-        let (plugins, _) = common::boxed_registry();
+        let (plugins, _) = instar_test_lab::boxed_registry();
         Self { dir: TempDir::new().unwrap(), plugins }
     }
 
@@ -36,25 +48,25 @@ impl Place {
     }
 
     /// Run a command; a word that begins with `@` is a name in this place.
-    fn run(&self, line: &str) -> Result<String, Error> {
+    fn run(&self, line: &str) -> Result<String, Refused> {
         let words = line.split_whitespace().map(|word| match word.strip_prefix('@') {
             Some(name) => self.at(name).to_str().unwrap().to_owned(),
             None => word.to_owned(),
         });
-        let mut words: Vec<String> = std::iter::once("instar".to_owned()).chain(words).collect();
+        let mut words: Vec<String> = words.collect();
         words.extend(["--plugin-dir".to_owned(), self.plugins.path().to_str().unwrap().to_owned()]);
-        let mut out = Vec::new();
-        match Cli::try_parse_from(&words).unwrap_or_else(|error| panic!("{line}: {error}")) {
-            Cli::Create(args) => create::run(&args, &mut out)?,
-            Cli::Info(args) => info::show(&args, false, &mut out)?,
-            Cli::Plugins(args) => plugins::run(&args, &mut out)?,
+        let output = Command::new(program()).args(&words).env("INSTAR_CONFIG", "").output().unwrap();
+        let (out, said) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        if output.status.success() {
+            return Ok(out);
         }
-        Ok(String::from_utf8(out).unwrap())
+        assert!(out.is_empty() && output.status.code() != Some(101), "{out}{said}");
+        Err(Refused::parse(&said))
     }
 
-    fn error(&self, line: &str) -> Error {
+    fn error(&self, line: &str) -> Refused {
         let error = self.run(line).unwrap_err();
-        assert!(!error.message.contains('\n'), "{error}");
+        assert!(!error.message.contains('\n'), "{error:?}");
         error
     }
 
@@ -144,7 +156,7 @@ fn large_tables_are_clean() {
             continue;
         }
         qemu_img(place.dir.path(), &["check", "-q", "big"]);
-        assert_eq!(place.info("big")["virtual-size"], instar_engine::cli::size::parse_size(size).unwrap());
+        assert_eq!(place.info("big")["virtual-size"], instar_cli::size::parse_size(size).unwrap());
     }
 }
 
@@ -240,24 +252,14 @@ fn hostile_names_do_not_reach_the_terminal() {
     let place = Place::new();
     let mut name = String::from("a\x1b]0;pwned\x07\u{202e}b");
     name.push_str("\u{9b}2J");
-    let args = create::CreateArgs {
-        format: "qcow2".into(),
-        backing: Some(name.clone()),
-        backing_format: Some("qc\now2".into()),
-        backing_unsafe: true,
-        options: vec![],
-        no_clobber: false,
-        quiet: false,
-        plugin_dir: vec![place.plugins.path().to_owned()],
-        filename: Some(place.at("x")),
-        size: Some("1M".into()),
-    };
-    let mut out = Vec::new();
-    create::run(&args, &mut out).unwrap();
+    let words = ["create", "-f", "qcow2", "-u", "-b", &name, "-F", "qc\now2", "--plugin-dir"];
+    let mut create = Command::new(program());
+    create.args(words).arg(place.plugins.path()).arg(place.at("x")).arg("1M").env("INSTAR_CONFIG", "");
+    let out = create.output().unwrap().stdout;
     for text in
         [String::from_utf8(out).unwrap(), place.run("info @x").unwrap(), place.run("info --output json @x").unwrap()]
     {
-        assert!(text.chars().all(|c| c == '\n' || !instar_engine::escape::is_hidden(c)), "{text:?}");
+        assert!(text.chars().all(|c| c == '\n' || !instar::escape::is_hidden(c)), "{text:?}");
     }
     assert_eq!(place.info("x")["backing-filename"], name);
 }

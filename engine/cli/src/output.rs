@@ -1,8 +1,9 @@
 //! Printing results and errors.
 
-use crate::error::{Error, Role};
-use crate::escape::{escape_json, printable};
+use instar::error::Error;
+use instar::escape::{escape_json, printable};
 use instar_guest_abi::ErrorCode;
+use serde::Serialize;
 use serde_json::ser::{PrettyFormatter, Serializer};
 use serde_json::{Map, Value};
 use std::ffi::OsStr;
@@ -31,7 +32,7 @@ pub fn print(out: &mut dyn Write, text: &str) -> Result<(), Error> {
 /// The result of a command could not be printed.
 #[must_use]
 pub fn unprinted(error: &io::Error) -> Error {
-    let message = format!("writing the result to standard output failed: {}", crate::error::reason(error));
+    let message = format!("writing the result to standard output failed: {}", instar::error::reason(error));
     Error::new(ErrorCode::OutputFailed, message).caused_by(error)
 }
 
@@ -46,7 +47,7 @@ pub fn unprinted_but(done: &str, path: &Path, error: &Error) -> Error {
 ///
 /// # Errors
 /// [`ErrorCode::OutputFailed`].
-pub fn print_json(out: &mut dyn Write, value: &Value) -> Result<(), Error> {
+pub fn print_json(out: &mut dyn Write, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
     print_json_indented(out, value, b"    ")
 }
 
@@ -54,16 +55,16 @@ pub fn print_json(out: &mut dyn Write, value: &Value) -> Result<(), Error> {
 ///
 /// # Errors
 /// [`ErrorCode::OutputFailed`].
-pub fn print_json_indented(out: &mut dyn Write, value: &Value, indent: &[u8]) -> Result<(), Error> {
+pub fn print_json_indented(out: &mut dyn Write, value: &(impl Serialize + ?Sized), indent: &[u8]) -> Result<(), Error> {
     let text = pretty(value, indent)
         .map_err(|error| Error::new(ErrorCode::InternalOverflow, format!("making JSON failed: {error}")))?;
     print(out, &format!("{text}\n"))
 }
 
-fn pretty(value: &Value, indent: &[u8]) -> io::Result<String> {
+fn pretty(value: &(impl Serialize + ?Sized), indent: &[u8]) -> io::Result<String> {
     let mut bytes = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(indent));
-    serde::Serialize::serialize(value, &mut serializer)?;
+    value.serialize(&mut serializer)?;
     Ok(escape_json(&String::from_utf8_lossy(&bytes)))
 }
 
@@ -80,14 +81,10 @@ pub fn render_error(error: &Error, output: OutputFormat) -> String {
     }
 }
 
-/// An error of a command that works on the image `given`: what is wrong with another file is wrong with one that is `below`.
+/// The line for a warning.
 #[must_use]
-pub fn of_image(error: Error, given: &Path, below: Option<Role>) -> Error {
-    match error.path().map(|path| path == given) {
-        Some(true) => error.in_role(Role::Image),
-        Some(false) => below.into_iter().fold(error, Error::in_role),
-        None => error,
-    }
+pub fn render_warning(warning: &str) -> String {
+    format!("instar: warning: {}\n", printable(warning))
 }
 
 /// What JSON says of an error: three keys always, the others where they are known.
@@ -131,6 +128,7 @@ pub fn absolute(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use instar::error::Role;
 
     #[test]
     fn an_error_says_what_is_known_of_it() {

@@ -1,11 +1,11 @@
 //! `instar config`: what is in force, and where each value comes from.
 
 use super::output::{print, print_json, OutputFormat};
-use crate::config::{Config, Configured};
-use crate::error::Error;
-use crate::escape::escape_path;
-use crate::plugins::{SearchPath, PATH_VARIABLE};
 use clap::Args;
+use instar::config::{Config, Configured};
+use instar::error::Error;
+use instar::escape::escape_path;
+use instar::plugins::{SearchPath, PATH_VARIABLE};
 use serde_json::{json, Value};
 use std::fmt::Write as _;
 use std::io::Write;

@@ -1,10 +1,10 @@
 //! `instar plugins`: what is loaded, from where, and why something is not.
 
 use super::output::{print, print_json, OutputFormat};
-use crate::error::Error;
-use crate::escape::{escape_path, printable};
-use crate::plugins::{Plugin, Registry, SearchPath};
 use clap::Args;
+use instar::error::Error;
+use instar::escape::{escape_path, printable};
+use instar::plugins::{Plugin, Registry, SearchPath};
 use instar_plugin_api::{API_VERSION, ROLE_SINK, ROLE_SOURCE};
 use serde_json::{json, Value};
 use std::fmt::Write as _;

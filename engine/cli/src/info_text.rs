@@ -1,15 +1,15 @@
 //! `instar info` for people.
 
-use super::info::{snapshots, specific, Shown};
 use super::size::format_size;
 use super::snapshot_text;
-use crate::escape::{escape, escape_bytes, escape_path, printable};
+use instar::escape::{escape, escape_bytes, escape_path, printable};
+use instar::info::ImageInfo;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 
 /// The lines of `qemu-img info`. Whatever came from the image is escaped.
-pub(super) fn human(image: &Shown) -> String {
+pub(super) fn human(image: &ImageInfo) -> String {
     let facts = &image.facts;
     let mut text = String::new();
     let mut line = |label: &str, value: &str| {
@@ -28,21 +28,21 @@ pub(super) fn human(image: &Shown) -> String {
     if facts.dirty {
         line("cleanly shut down", "no");
     }
-    if let Some(backing) = facts.backing.as_ref().into_option() {
-        let name = escape_bytes(&backing.name);
+    if let Some((recorded, format)) = image.backing() {
+        let name = escape_bytes(recorded);
         match &image.backing_path {
             None => line("backing file", &format!("{name} (not a plain file name: not followed)")),
-            Some(path) if path.as_os_str().as_bytes() == backing.name.as_slice() => line("backing file", &name),
+            Some(path) if path.as_os_str().as_bytes() == recorded => line("backing file", &name),
             Some(path) => line("backing file", &format!("{name} (actual path: {})", escape_path(path))),
         }
-        if let Some(format) = backing.format.as_ref().into_option() {
+        if let Some(format) = format {
             line("backing file format", &escape_bytes(format));
         }
     }
-    if let Some(snapshots) = snapshots(facts) {
+    if let Some(snapshots) = image.snapshots() {
         text.push_str(&snapshot_text::human(&snapshots));
     }
-    let mut features = specific(facts).peekable();
+    let mut features = image.specific().peekable();
     if features.peek().is_some() {
         text.push_str("Format specific information:\n");
     }

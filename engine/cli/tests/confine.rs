@@ -5,12 +5,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::lab::Lab;
-use common::{built, PluginDir};
-use instar_engine::confine::{Confinement, Reach, Work};
-use instar_engine::plugins::FileImage;
+use instar::confine::{Confinement, Reach, Work};
+use instar::plugins::FileImage;
+use instar_test_lab::lab::Lab;
+use instar_test_lab::{built, PluginDir};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
@@ -86,6 +84,8 @@ fn child() {
         fs::write(&image, [7; 8192]).unwrap();
     }
     let reachable = File::open(&directory).unwrap();
+    // As the program does it: a backtrace would open files.
+    instar_cli::say_panics();
     let confinement = Confinement::begin(&Reach::default().add(&reachable, true), Work::OpenToCommit);
     if order == "supported" {
         end(if confinement.to_string().contains("not in force") { 1 } else { 0 });
@@ -339,7 +339,7 @@ impl Target {
     fn new() -> Self {
         let (lab, outside, plugins) = (Lab::new(), tempfile::tempdir().unwrap(), PluginDir::new());
         plugins.copy("hostile", &built("instar_test_plugin_hostile"));
-        plugins.copy("qcow2", &common::qcow2_library());
+        plugins.copy("qcow2", &instar_test_lab::qcow2_library());
         lab.create("base", None, 1 << 20);
         fs::write(lab.path("precious"), "precious").unwrap();
         fs::write(outside.path().join("precious"), "precious").unwrap();
@@ -351,7 +351,7 @@ impl Target {
         let image = self.lab.path("image");
         fs::write(&image, format!("HOSTILE {when} {deed} {}\n", path.display())).unwrap();
         let before = self.lab.files();
-        let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+        let mut instar = Command::new(instar_test_lab::program());
         instar.env("INSTAR_CONFIG", "").args(command).arg("--plugin-dir").arg(self.plugins.path()).arg(&image);
         let output = instar.output().unwrap();
         assert!(self.lab.files() == before, "{command:?} {when} {deed}: files were changed");
@@ -446,7 +446,7 @@ fn descriptors_of_the_caller_are_closed() {
         let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
         let filter = SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64).unwrap();
         let program: BpfProgram = filter.try_into().unwrap();
-        let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+        let mut instar = Command::new(instar_test_lab::program());
         instar.env("INSTAR_CONFIG", "").args(["info", "--plugin-dir"]).arg(target.plugins.path()).arg(image_name);
         // SAFETY: system calls only, on what was made before.
         unsafe {
@@ -512,7 +512,7 @@ fn creating_over_a_hostile_backing() {
     let passwd = "/etc/passwd";
     fs::write(&backing, format!("HOSTILE facts read {passwd}\n")).unwrap();
     let create = |name: &str, backing: &str, format: &str| {
-        let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+        let mut instar = Command::new(instar_test_lab::program());
         instar.env("INSTAR_CONFIG", "").args(["create", "-f", "qcow2", "-b", backing, "-F", format]);
         instar.arg("--plugin-dir").arg(target.plugins.path()).arg(target.lab.path(name)).output().unwrap()
     };
@@ -548,7 +548,7 @@ fn without(calls: &[i64], lab: &Lab) -> Output {
     let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64).unwrap();
     let program: BpfProgram = filter.try_into().unwrap();
-    let mut instar = Command::new(env!("CARGO_BIN_EXE_instar"));
+    let mut instar = Command::new(instar_test_lab::program());
     instar.env("INSTAR_CONFIG", "").args(["commit", "-v", "--plugin-dir"]).arg(lab.plugins().path());
     let confine = move || seccompiler::apply_filter(&program).map_err(std::io::Error::other);
     // SAFETY: two system calls on memory that was allocated before.

@@ -1,0 +1,89 @@
+//! What a commit prints.
+
+use super::output::{print, print_json_indented, unprinted_but, OutputFormat};
+use instar::commit::CommitOutcome;
+use instar::error::Error;
+use instar::escape::{escape_path, printable};
+use std::fmt::Write as _;
+use std::io::Write;
+
+/// Indentation of the JSON that the contract shows.
+const INDENT: &[u8] = b"  ";
+
+/// Print the result of a commit.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn render_commit_success(
+    result: &CommitOutcome,
+    output: OutputFormat,
+    quiet: bool,
+    out: &mut dyn Write,
+) -> Result<(), Error> {
+    let printed = match output {
+        OutputFormat::Json => print_json_indented(out, result, INDENT),
+        OutputFormat::Human if quiet => Ok(()),
+        OutputFormat::Human => print(out, "Image committed.\n"),
+    };
+    printed.map_err(|error| unprinted_but("the commit is done", &result.overlay_given, &error))
+}
+
+/// Print what a commit would do: the same keys, and `dry_run`.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dyn Write) -> Result<(), Error> {
+    match output {
+        OutputFormat::Json => print_json_indented(out, result, INDENT),
+        OutputFormat::Human => {
+            let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {size} bytes"));
+            let preview = result.preview.unwrap_or_default();
+            let free = preview.free_bytes.map(|free| format!(", of which its file system has {free} free"));
+            let plural = if result.clusters_committed == 1 { "" } else { "s" };
+            print(
+                out,
+                &format!(
+                    "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
+                     at most, and take {} more bytes of the disk{}. Nothing was changed.\n",
+                    result.clusters_committed,
+                    result.bytes_committed,
+                    escape_path(&result.overlay_given),
+                    escape_path(&result.backing),
+                    disk.unwrap_or_default(),
+                    preview.backing_growth_bytes,
+                    preview.backing_space_bytes,
+                    free.unwrap_or_default(),
+                ),
+            )
+        }
+    }
+}
+
+/// Lines of `-v` about what was measured.
+#[must_use]
+pub fn render_verbose(result: &CommitOutcome) -> String {
+    let mut text = String::new();
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let mut line = |line: String| {
+        let _ = writeln!(text, "instar: {}", printable(&line));
+    };
+    for (part, time) in result.timing.parts() {
+        line(format!("time: {:.3} ms {part}", ms(*time)));
+    }
+    let report = &result.run.report;
+    for (part, time) in [
+        ("creating the virtual machine", report.time_create),
+        ("loading the guest modules", report.time_load),
+        ("from entering the guest to its first exit", report.time_first_exit),
+        ("running it", report.time_run),
+        ("of that in the guest", report.time_guest),
+    ] {
+        line(format!("time: {:.3} ms {part}", ms(time)));
+    }
+    line(format!(
+        "guest: ring {}, {} exits, {} doorbells, {} requests, {} messages",
+        report.ring, report.exits, report.doorbells, report.requests, report.messages
+    ));
+    line(format!("moved: {}", result.run.statistics));
+    text
+}

@@ -1,0 +1,173 @@
+//! `-p`: how far a commit is, on stderr: a bar on a terminal, lines elsewhere.
+
+use super::terminal::say;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use instar::operation::{Progress, Stage};
+use std::io::IsTerminal;
+
+/// What is done, bar, percentage, bytes, time left: within the 80 columns of a terminal.
+const TEMPLATE: &str = "{msg} [{bar:20}] {percent:>3}% {bytes}/{total_bytes} {eta} left";
+/// As long as it is not known how much there is to do.
+const CHECKING: &str = "{msg}";
+
+/// How a commit ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Well.
+    Done,
+    /// Well, and it was to change nothing.
+    DryRun,
+    /// With an error, which has a line of its own.
+    Failed,
+}
+
+/// Shows how far a commit is.
+#[derive(Debug)]
+pub struct Shown {
+    bar: Option<ProgressBar>,
+    print: fn(&str),
+    last: Progress,
+    /// The percent that the last line had.
+    percent: u64,
+}
+
+impl Shown {
+    /// On stderr.
+    pub fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+            if let Ok(style) = ProgressStyle::with_template(CHECKING) {
+                bar.set_style(style);
+            }
+            bar
+        });
+        Self::with(bar, say)
+    }
+
+    fn with(bar: Option<ProgressBar>, print: fn(&str)) -> Self {
+        Self { bar, print, last: Progress { stage: Stage::Checking, done: 0, total: 0 }, percent: 0 }
+    }
+
+    /// So far it is.
+    pub fn show(&mut self, progress: Progress) {
+        if progress.stage != self.last.stage || progress.stage == Stage::Checking {
+            self.begin(progress);
+        }
+        self.last = progress;
+        if let Some(bar) = &self.bar {
+            bar.set_position(progress.done);
+            return;
+        }
+        // A line for each percent at most. Nothing of nothing is not shown.
+        let percent = percent(progress);
+        if percent > self.percent {
+            self.percent = percent;
+            let what = if progress.stage == Stage::Emptying { "emptying the overlay: " } else { "" };
+            (self.print)(&format!("instar: {what}{percent} % ({} of {} bytes)\n", progress.done, progress.total));
+        }
+    }
+
+    fn begin(&mut self, progress: Progress) {
+        self.percent = 0;
+        let message = match progress.stage {
+            Stage::Checking => "checking",
+            Stage::Writing => "committing",
+            Stage::Emptying => "emptying",
+        };
+        match &self.bar {
+            Some(bar) => {
+                let template = if progress.stage == Stage::Checking { CHECKING } else { TEMPLATE };
+                if let Ok(style) = ProgressStyle::with_template(template) {
+                    bar.set_style(style.progress_chars("=> "));
+                }
+                bar.set_message(message);
+                bar.set_length(progress.total);
+                bar.set_position(0);
+                bar.reset_eta();
+            }
+            None if progress.stage == Stage::Emptying => (self.print)("instar: emptying the overlay\n"),
+            None => {}
+        }
+    }
+
+    /// It is over: the last line says how, and takes the place of the bar.
+    pub fn end(&mut self, ending: Ending) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+        let line = match (ending, self.last.stage) {
+            (Ending::Done, _) => "instar: done\n".to_owned(),
+            (Ending::DryRun, _) => "instar: done: a dry run writes nothing\n".to_owned(),
+            // Nothing was begun: the error says all there is to say.
+            (Ending::Failed, Stage::Checking) => return,
+            (Ending::Failed, Stage::Writing) => {
+                let Progress { done, total, .. } = self.last;
+                format!("instar: stopped at {} % ({done} of {total} bytes)\n", percent(self.last))
+            }
+            (Ending::Failed, Stage::Emptying) => "instar: stopped while emptying the overlay\n".to_owned(),
+        };
+        (self.print)(&line);
+    }
+}
+
+/// Rounded down.
+fn percent(progress: Progress) -> u64 {
+    let percent = (u128::from(progress.done) * 100).checked_div(u128::from(progress.total)).unwrap_or(0);
+    u64::try_from(percent).unwrap_or(100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local!(static PRINTED: Cell<Vec<String>> = const { Cell::new(Vec::new()) });
+
+    fn keep(text: &str) {
+        PRINTED.set(PRINTED.take().into_iter().chain([text.trim_start_matches("instar: ").to_owned()]).collect());
+    }
+
+    fn shown(all: &[(Stage, u64, u64)], ending: Ending) -> Vec<String> {
+        let mut shown = Shown::with(None, keep);
+        all.iter().for_each(|&(stage, done, total)| shown.show(Progress { stage, done, total }));
+        shown.end(ending);
+        PRINTED.take()
+    }
+
+    #[test]
+    fn a_line_for_each_percent_rounded_down() {
+        use Stage::{Checking, Emptying, Writing};
+        let all = [
+            (Checking, 0, 0),
+            (Writing, 0, 1600),
+            (Writing, 300, 1600),
+            (Writing, 301, 1600),
+            (Writing, 1599, 1600),
+            (Writing, 1600, 1600),
+            (Emptying, 0, 1000),
+            (Emptying, 500, 1000),
+            (Emptying, 1000, 1000),
+        ];
+        let lines = [
+            "18 % (300 of 1600 bytes)\n",
+            "99 % (1599 of 1600 bytes)\n",
+            "100 % (1600 of 1600 bytes)\n",
+            "emptying the overlay\n",
+            "emptying the overlay: 50 % (500 of 1000 bytes)\n",
+            "emptying the overlay: 100 % (1000 of 1000 bytes)\n",
+            "done\n",
+        ];
+        assert_eq!(shown(&all, Ending::Done), lines);
+    }
+
+    #[test]
+    fn the_last_line_says_how_it_ended() {
+        use Stage::{Checking, Emptying, Writing};
+        assert_eq!(shown(&[(Checking, 0, 0)], Ending::Failed), [""; 0]);
+        assert_eq!(shown(&[(Writing, 0, 100)], Ending::Failed), ["stopped at 0 % (0 of 100 bytes)\n"]);
+        assert_eq!(shown(&[(Writing, 0, 100)], Ending::DryRun), ["done: a dry run writes nothing\n"]);
+        assert_eq!(shown(&[(Writing, 0, 0)], Ending::Done), ["done\n"], "nothing of nothing is no percentage");
+        let emptying = shown(&[(Emptying, 0, 100)], Ending::Failed);
+        assert_eq!(emptying, ["emptying the overlay\n", "stopped while emptying the overlay\n"]);
+    }
+}

@@ -1,0 +1,134 @@
+//! `instar create`: a new, empty image, whose bytes its format's plugin lays out.
+
+mod file;
+
+use crate::confine::Confinement;
+use crate::error::{Error, Role};
+use crate::escape::{escape, escape_path};
+use crate::image::{file_name, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
+use crate::plugins::{Plugin, Registry, SearchPath};
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::std_types::{ROption, RString, RVec, Tuple2};
+use instar_plugin_api::{BackingPointer, CreateSpec, ImageFacts};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+/// What the operator asks for.
+#[derive(Clone, Debug, Default)]
+pub struct CreateRequest {
+    /// The new image.
+    pub image: PathBuf,
+    /// Its format.
+    pub format: String,
+    /// Its virtual size in bytes; that of the backing if it is not given.
+    pub size: Option<u64>,
+    /// The image below it, as it is recorded.
+    pub backing: Option<String>,
+    /// The format of that, which goes with it.
+    pub backing_format: Option<String>,
+    /// Do not look at the image below.
+    pub backing_unsafe: bool,
+    /// Options of the format.
+    pub options: Vec<(String, String)>,
+    /// Refuse to overwrite what is there.
+    pub no_clobber: bool,
+    /// Where plugins are looked for.
+    pub search: SearchPath,
+}
+
+/// What was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Created {
+    /// The name of its format.
+    pub format: String,
+    /// Its virtual size in bytes.
+    pub virtual_size: u64,
+}
+
+fn usage(message: impl Into<String>) -> Error {
+    Error::new(ErrorCode::BadUsage, message)
+}
+
+fn plugin_of<'r>(registry: &'r Registry, format: &str) -> Result<&'r Plugin, Error> {
+    Error::if_refused(registry)?;
+    registry.by_format(format).ok_or_else(|| {
+        let message = format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(format));
+        Error::new(ErrorCode::PluginUnavailable, message)
+    })
+}
+
+/// The name of a format, and the options for a new image of it: each with one line about it.
+///
+/// # Errors
+/// [`ErrorCode::PluginUnavailable`].
+pub fn create_options(format: &str, search: &SearchPath) -> Result<(String, Vec<(String, String)>), Error> {
+    let registry = Registry::load(search);
+    let plugin = plugin_of(&registry, format)?;
+    let options = plugin.create_options().map(|(name, help)| (name.to_owned(), help.to_owned()));
+    Ok((plugin.name().to_owned(), options.collect()))
+}
+
+/// Make an image. The process is not confined, for it has to write a new file afterwards: only the look at the backing is.
+///
+/// # Errors
+/// When the format, an option or the backing image is refused, or the file cannot be written. Nothing is changed unless
+/// everything but the writing has succeeded.
+pub fn run_create(request: &CreateRequest) -> Result<Created, Error> {
+    let registry = Registry::load(&request.search);
+    let plugin = plugin_of(&registry, &request.format)?;
+    let file = NamedFile::new(&request.image);
+    let (virtual_size, backing, backing_facts) = resolve(request, &file, &registry)?;
+    let options: RVec<_> =
+        request.options.iter().map(|(k, v)| Tuple2(RString::from(k.as_str()), RString::from(v.as_str()))).collect();
+    let file_name = request.image.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into();
+    let spec = CreateSpec { virtual_size, file_name, backing, backing_facts, options };
+    let image = plugin.create(&spec).map_err(|failure| Error::plugin(&request.image, &failure))?;
+    file::write(&file, &image, request.no_clobber)?;
+    Ok(Created { format: plugin.name().to_owned(), virtual_size })
+}
+
+/// Look at the backing image: it must be what it is said to be, and gives the size when there is no other.
+fn resolve(
+    request: &CreateRequest,
+    new: &NamedFile,
+    registry: &Registry,
+) -> Result<(u64, ROption<BackingPointer>, ROption<ImageFacts>), Error> {
+    let filename = new.path();
+    let no_size = || usage(format!("'{}': creating an image needs a SIZE", escape_path(filename)));
+    let Some(name) = &request.backing else {
+        if request.backing_format.is_some() {
+            return Err(usage("a backing format without a backing image makes no sense: add -b BASE"));
+        }
+        return Ok((request.size.ok_or_else(no_size)?, ROption::RNone, ROption::RNone));
+    };
+    let Some(format) = &request.backing_format else {
+        return Err(usage("the format of the backing image is needed: add -F FMT"));
+    };
+    let pointer = BackingPointer::new(name.as_bytes().to_vec(), Some(format.as_bytes().to_vec()));
+    if request.backing_unsafe {
+        return Ok((request.size.ok_or_else(no_size)?, ROption::RSome(pointer), ROption::RNone));
+    }
+    let Some(directory) = new.directory() else {
+        return Err(Error::image(filename, ErrorCode::OpenFailed, "cannot be created: its directory does not exist"));
+    };
+    if file_name(name.as_bytes()).is_err() {
+        let message = format!("'{}' is not the name of a file: only files can be looked at (or use -u)", escape(name));
+        return Err(Error::new(ErrorCode::OpenFailed, message));
+    }
+    let recorder = Recorder { path: filename, format: &request.format, directory, part: Part::Ancestor };
+    let located = Gate::everywhere()?.find(&recorder, [name.as_bytes()], Access::Shared, None);
+    let located = located.map_err(|error| match error.code {
+        ErrorCode::BackingNotFound => Error::image(name.as_ref(), ErrorCode::BackingNotFound, "does not exist"),
+        _ => error,
+    });
+    let located = located.map_err(|error| error.in_role(Role::Backing))?;
+    if new.identity() == Some(located.identity()) {
+        return Err(Error::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
+    }
+    let OpenedFile { file: image, path, .. } = OpenedFile::located(&located, &recorder, Access::Shared)?;
+    // The new image has to be opened later: only the look at the backing is confined.
+    let found = Confinement::aside(|| registry.identify(&image, Some(format)));
+    let found = found.map_err(|error| Error::identify(&path, &error).in_role(Role::Backing))?;
+    let size = request.size.unwrap_or(found.facts.virtual_size);
+    Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))
+}
