@@ -9,8 +9,8 @@ PYTHON ?= python3
 INSTAR := target/release/instar
 VENV   := .venv
 PYTEST := $(VENV)/bin/python -m pytest
-# Parallel pytest workers; each may run a virtual machine.
-WORKERS ?= auto
+# Parallel pytest workers; each may run a virtual machine, and waits for a disk now and then.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
@@ -44,7 +44,7 @@ instar: ## build everything: the program, the plugins, the guest modules, the ma
 
 lint: ## formatting, clippy, licences and advisories
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
 		echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; \
 	elif $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny check; \

@@ -7,6 +7,7 @@ thinks of both files; it does not compare `qemu-img info` output.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -265,6 +266,23 @@ def copy(path, to) -> Path:
     """Copies a file, holes and all."""
     shutil.copyfile(path, to)
     return Path(to)
+
+
+def build_plugin(source, library, directory, *options) -> Path:
+    """Builds a plugin outside of the workspace, and copies its library into a directory. They all are built in one folder, so
+    that what they have in common is compiled once; whoever comes later waits."""
+    target = REPO / "target" / "examples"
+    target.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CARGO_PROFILE_")}
+    environment["CARGO_TARGET_DIR"] = str(target)
+    with (target / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = subprocess.run(
+            ["cargo", "build", "--release", *options], cwd=source, env=environment, capture_output=True, text=True, check=False
+        )
+        assert built.returncode == 0, built.stderr
+        assert "warning" not in built.stderr, built.stderr
+        return Path(shutil.copy(target / "release" / library, directory))
 
 
 class Holder:

@@ -35,15 +35,8 @@ def packaged(directory):
     return [folder for folder in directory.glob("instar-*") if folder.is_dir()]
 
 
-def build(directory, target):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CARGO_PROFILE_")}
-    environment["CARGO_TARGET_DIR"] = str(target)
-    built = subprocess.run(
-        ["cargo", "build", "--release"], cwd=directory, env=environment, capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stderr
-    assert "warning: unused" not in built.stderr, built.stderr
-    return target / "release" / "libinstar_plugin_myformat.so"
+def build(directory):
+    return support.build_plugin(directory, "libinstar_plugin_myformat.so", directory)
 
 
 def use(library, tmp_path):
@@ -61,7 +54,7 @@ def use(library, tmp_path):
 
 def test_it_compiles_and_loads(tmp_path):
     assert ROOT not in tmp_path.resolve().parents
-    use(build(generated(tmp_path / "plugin"), tmp_path / "target"), tmp_path)
+    use(build(generated(tmp_path / "plugin")), tmp_path)
 
 
 def test_with_published_crates(tmp_path):
@@ -71,7 +64,7 @@ def test_with_published_crates(tmp_path):
     assert "path" not in manifest.read_text().replace("crate-type", "") and "patch" not in manifest.read_text()
     patches = "".join(f'{folder.name.rpartition("-")[0]} = {{ path = "{folder}" }}\n' for folder in packaged(tmp_path / "crates"))
     manifest.write_text(f"{manifest.read_text()}\n[patch.crates-io]\n{patches}")
-    use(build(directory, tmp_path / "target"), tmp_path)
+    use(build(directory), tmp_path)
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,16 +18,8 @@ SIZE = 12 * MIB
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory, worker_id):
     """A directory with the one library that `cargo build` in the example's folder makes."""
-    target = ROOT / "target" / "examples"
-    # Cargo's own lock keeps two workers from building at once.
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}
-    built = subprocess.run(
-        ["cargo", "build", "--release", "--locked"], cwd=EXAMPLE, env=environment, capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stderr
-    assert "warning" not in built.stderr, built.stderr
     directory = tmp_path_factory.mktemp("plugins")
-    shutil.copy(target / "release" / "libinstar_plugin_qed.so", directory)
+    support.build_plugin(EXAMPLE, "libinstar_plugin_qed.so", directory, "--locked")
     return directory
 
 
