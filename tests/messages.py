@@ -12,7 +12,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 SNAPSHOT = REPO / "tests/messages.txt"
 #: Where texts for users come from, below the repository.
-SOURCES = ["engine/src", "plugin-api/src", "plugins", "guest/commit/src", "guest/check/src", "guest/map/src", "guest/core/src", "guest/sdk/src"]
+SOURCES = ["engine/src", "engine/cli/src", "plugin-api/src", "plugins", "guest/commit/src", "guest/check/src", "guest/map/src", "guest/core/src", "guest/sdk/src"]
 #: Not for users: tests, fuzzing, build scripts, and the crash generator of tests.
 SKIPPED = re.compile(r"/tests?/|_tests?\.rs$|/tests\.rs$|fuzzing\.rs$|build\.rs$|/crash\.rs$|/memory\.rs$|/testkit")
 
