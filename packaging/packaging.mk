@@ -88,7 +88,7 @@ rpm: instar ## an RPM package, in target/generate-rpm
 	@$(CARGO) generate-rpm --version >/dev/null 2>&1 || $(CARGO) install cargo-generate-rpm --locked
 	$(call stage,rpm,LIBDIR=/usr/lib64)
 	@install -D -m 644 LICENSE $(STAGE)/rpm/usr/share/licenses/instar/LICENSE
-	$(dated) $(CARGO) generate-rpm --package engine --auto-req builtin
+	$(dated) $(CARGO) generate-rpm --package engine/cli --auto-req builtin
 
 # --- what a release has to pass -----------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ use jiff::tz::TimeZone;
 use jiff::Timestamp;
 use std::fmt::Write as _;
 
-/// Where packages take the maintainer from: this line of `engine/Cargo.toml`.
+/// Where packages take the maintainer from: this line of `engine/cli/Cargo.toml`.
 const MAINTAINER_KEY: &str = "maintainer = ";
 /// Longest line, in columns.
 const WIDTH: usize = 79;
@@ -19,13 +19,14 @@ struct Entry {
     changes: Vec<String>,
 }
 
-/// The maintainer of the packages, as `engine/Cargo.toml` names it.
+/// The maintainer of the packages, as `engine/cli/Cargo.toml` names it.
 ///
 /// # Errors
 /// A manifest that names none.
 pub fn maintainer(manifest: &str) -> Result<String> {
     let line = manifest.lines().find_map(|line| line.strip_prefix(MAINTAINER_KEY));
-    line.map(|value| value.trim_matches('"').to_owned()).ok_or_else(|| "engine/Cargo.toml: no maintainer".to_owned())
+    line.map(|value| value.trim_matches('"').to_owned())
+        .ok_or_else(|| "engine/cli/Cargo.toml: no maintainer".to_owned())
 }
 
 /// What is unreleased has the version of the sources, and their date: a package that is built releases it.

@@ -37,7 +37,7 @@ fn run() -> Result<()> {
     let mut written = man::pages(&command(), &pages::day(date))?;
     written.extend(pages::by_hand(&root.join("docs/man"), date)?);
     written.extend(completions::all(command()));
-    let maintainer = changelog::maintainer(&read(&root.join("engine/Cargo.toml"))?)?;
+    let maintainer = changelog::maintainer(&read(&root.join("engine/cli/Cargo.toml"))?)?;
     let changelog = changelog::debian(&read(&root.join("CHANGELOG.md"))?, date, &maintainer)?;
     written.push((PathBuf::from("changelog"), changelog.into_bytes()));
     written.push((PathBuf::from("third-party.txt"), notices::collect(&root)?.into_bytes()));
