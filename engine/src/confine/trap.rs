@@ -107,6 +107,34 @@ extern "C" fn report(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
     }
 }
 
+/// Say that there is no memory, and end the process with status 1: what the runtime would do asks for more, and for files.
+pub fn end_without_memory(bytes: usize) -> ! {
+    let line = line_without_memory(bytes);
+    // SAFETY: the line is valid for the call.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.length);
+        libc::_exit(1)
+    }
+}
+
+fn line_without_memory(bytes: usize) -> Line {
+    let as_json = AS_JSON.load(Ordering::Relaxed);
+    let code = ErrorCode::ScratchTooSmall;
+    let mut line = Line { bytes: [0; 512], length: 0 };
+    line.begin(as_json, code);
+    line.push(b"out of memory: ");
+    line.push_number(bytes as u64);
+    line.push(b" bytes are not there; raise the limits of this process (see `ulimit -a`), or free memory");
+    if as_json {
+        line.push(b"\"}}\n");
+    } else {
+        line.push(b" (");
+        line.push(code.name().as_bytes());
+        line.push(b")\n");
+    }
+    line
+}
+
 /// The line about the call with this number.
 fn line(number: i64) -> Line {
     let mut name = [0; MAX_NAME];
@@ -120,15 +148,7 @@ fn line(number: i64) -> Line {
         if plugin.is_empty() { ErrorCode::InternalOverflow } else { ErrorCode::PluginUnavailable },
     );
     let mut line = Line { bytes: [0; 512], length: 0 };
-    if as_json {
-        line.push(b"{\"error\": {\"code\": ");
-        line.push_number(code.number().into());
-        line.push(b", \"name\": \"");
-        line.push(code.name().as_bytes());
-        line.push(b"\", \"message\": \"");
-    } else {
-        line.push(b"instar: ");
-    }
+    line.begin(as_json, code);
     if !plugin.is_empty() {
         line.push(b"the ");
         line.push(plugin);
@@ -151,6 +171,19 @@ struct Line {
 }
 
 impl Line {
+    /// What comes before the message.
+    fn begin(&mut self, as_json: bool, code: ErrorCode) {
+        if as_json {
+            self.push(b"{\"error\": {\"code\": ");
+            self.push_number(code.number().into());
+            self.push(b", \"name\": \"");
+            self.push(code.name().as_bytes());
+            self.push(b"\", \"message\": \"");
+        } else {
+            self.push(b"instar: ");
+        }
+    }
+
     fn push(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             if let Some(place) = self.bytes.get_mut(self.length) {
@@ -196,6 +229,14 @@ mod tests {
             AS_JSON.store(false, Ordering::Relaxed);
             assert_eq!(json["error"]["name"], "ERROR_PLUGIN_UNAVAILABLE");
             assert!(json["error"]["message"].as_str().unwrap().contains("read (number 0)"));
+            let without = line_without_memory(7);
+            AS_JSON.store(true, Ordering::Relaxed);
+            let as_json = line_without_memory(7);
+            AS_JSON.store(false, Ordering::Relaxed);
+            let said = |line: &Line| String::from_utf8(line.bytes[..line.length].to_vec()).unwrap();
+            assert!(said(&without).starts_with("instar: out of memory: 7 bytes"), "{}", said(&without));
+            let json: serde_json::Value = serde_json::from_str(&said(&as_json)).unwrap();
+            assert_eq!(json["error"]["name"], "ERROR_SCRATCH_TOO_SMALL");
             let longest = Calling::plugin(&"x".repeat(MAX_NAME));
             assert!(text(435).ends_with("author\n"), "the longest name fits");
             drop(longest);
