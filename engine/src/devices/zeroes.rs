@@ -136,7 +136,7 @@ impl Zeroes {
             // A file that is changed meanwhile may say anything; what does not lead on is no answer.
             let to = (to > from).then_some(to)?;
             if to > next {
-                self.step = (self.step * 2).max(FIRST_STEP);
+                self.step = self.step.saturating_mul(2).max(FIRST_STEP);
             }
             let to = to.min(next);
             self.insert(from, to, zero);
