@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=$1
 shift
-fuzzer=$PWD/target/x86_64-unknown-linux-gnu/fuzz/instar-fuzz
+fuzzer=$PWD/target/x86_64-unknown-linux-gnu/checked/instar-fuzz
 found=0
 mkdir -p target/fuzz
 # To libFuzzer, a target that ends the program is a finding, with a file: what counts is what was written.
@@ -13,20 +13,18 @@ ends=(-artifact_prefix=target/fuzz/)
 
 while read -r name longest; do
     [ $# = 0 ] || [[ " $* " == *" $name "* ]] || continue
-    mkdir -p "target/fuzz/seeds/$name" "target/fuzz/corpus/$name" "fuzz/corpus/$name"
+    rm -rf "target/fuzz/seeds/$name"
+    mkdir -p "target/fuzz/seeds/$name" "target/fuzz/corpus/$name"
     export FUZZ_TARGET=$name
     log=target/fuzz/$name.log
     limits=(-timeout=20 -rss_limit_mb=1536 "-max_len=$longest" "-artifact_prefix=target/fuzz/finding-$name-")
     FUZZ_SEEDS=target/fuzz/seeds/$name "$fuzzer" "${ends[@]}" < /dev/null 2> /dev/null || true
     [ -n "$(ls "target/fuzz/seeds/$name")" ] || { echo "$name: the fuzzer does not run" >&2; exit 1; }
-    inputs=("target/fuzz/corpus/$name" "fuzz/corpus/$name" "target/fuzz/seeds/$name")
+    inputs=("target/fuzz/corpus/$name" "target/fuzz/seeds/$name")
     if [ "$what" = merge ]; then
         rm -rf target/fuzz/merged && mkdir target/fuzz/merged
         "$fuzzer" -set_cover_merge=1 -use_counters=0 "${limits[@]}" target/fuzz/merged "${inputs[@]}" < /dev/null 2> "$log"
-        # What was a finding once stays.
-        find "fuzz/corpus/$name" -type f ! -name 'finding-*' -delete
-        cp -n target/fuzz/merged/* "fuzz/corpus/$name/"
-        echo "$name: $(find "fuzz/corpus/$name" -type f | wc -l) inputs"
+        FUZZ_PACK=target/fuzz/merged "$fuzzer" "${ends[@]}" < /dev/null 2> /dev/null
         continue
     fi
     if "$fuzzer" -max_total_time="$what" -print_final_stats=1 "${limits[@]}" "${inputs[@]}" < /dev/null > "$log" 2>&1; then

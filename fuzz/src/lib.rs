@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_possible_wrap)]
 
+pub mod corpus;
 pub mod engine;
 pub mod generator;
 pub mod host;
@@ -14,7 +15,7 @@ pub mod vmdk;
 
 /// What is fuzzed.
 pub struct Target {
-    /// What it is called: also the directory of its corpus.
+    /// What it is called: its [corpus] as well.
     pub name: &'static str,
     /// Panics on a finding.
     pub run: fn(&[u8]),

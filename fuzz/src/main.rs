@@ -1,10 +1,10 @@
 //! One target under libFuzzer: the one that `FUZZ_TARGET` names; `list` prints all names, each with the length of its longest
-//! inputs. The arguments are libFuzzer's; with `FUZZ_SEEDS`, a directory, the target's first inputs are written there, and
-//! nothing else is done.
+//! inputs. The arguments are libFuzzer's. With `FUZZ_SEEDS`, a directory, the target's first inputs and its corpus are written
+//! there; with `FUZZ_PACK`, the files of a directory become the corpus; nothing else is done then.
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
 
-use instar_fuzz::{Target, TARGETS};
+use instar_fuzz::{corpus, Target, TARGETS};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::backtrace::Backtrace;
@@ -77,6 +77,12 @@ static TARGET: LazyLock<&Target> = LazyLock::new(|| {
         for (number, seed) in (target.seeds)().iter().enumerate() {
             std::fs::write(directory.join(format!("seed-{number}")), seed).expect("the seeds can be written");
         }
+        corpus::unpack(target.name, &directory).expect("the corpus can be written");
+        std::process::exit(0);
+    }
+    if let Some(directory) = std::env::var_os("FUZZ_PACK").map(std::path::PathBuf::from) {
+        let count = corpus::pack(target.name, &directory).expect("the corpus can be replaced");
+        println!("{}: {count} inputs", target.name);
         std::process::exit(0);
     }
     target

@@ -1,10 +1,11 @@
 //! Power losses in commits between all formats: of valid images, and of the corpora of the fuzz targets.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use instar_fuzz::corpus;
 use instar_fuzz::host::Format;
 use instar_fuzz::operations::{Complaint, Pairs, PowerLosses};
 use instar_guest_sdk::crash::Crashes;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 const TARGETS: [&str; 3] = ["qcow2-commit", "vmdk-commit", "cross-commit"];
@@ -66,15 +67,15 @@ fn of_valid_images() {
 /// In `make crash` also of what a fuzzer has found since, if it ran here.
 #[test]
 fn of_what_covers_more_code() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for name in TARGETS {
-        let mut files: Vec<PathBuf> = Vec::new();
-        let since = drawn().map(|_| root.join("../target/fuzz/corpus"));
-        for directory in [root.join("corpus")].into_iter().chain(since).map(|corpus| corpus.join(name)) {
-            files.extend(std::fs::read_dir(directory).into_iter().flatten().map(|entry| entry.unwrap().path()));
+        let mut inputs: Vec<Vec<u8>> = corpus::load(name).unwrap().into_iter().map(|input| input.bytes).collect();
+        if drawn().is_some() {
+            let since = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/fuzz/corpus").join(name);
+            let files = std::fs::read_dir(since).into_iter().flatten().map(|entry| entry.unwrap().path());
+            inputs.extend(files.map(|file| std::fs::read(file).unwrap()));
         }
-        files.sort();
-        let commits = of_target(name, &mut files.iter().map(|file| std::fs::read(file).unwrap()), 100);
-        assert!(commits > 10, "{commits} of {} are commits", files.len());
+        let count = inputs.len();
+        let commits = of_target(name, &mut inputs.into_iter(), 100);
+        assert!(commits > 10, "{commits} of {count} are commits");
     }
 }

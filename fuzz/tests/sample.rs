@@ -2,27 +2,17 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use instar_fuzz::generator::{input, Random};
-use instar_fuzz::{Target, TARGETS};
-use std::path::{Path, PathBuf};
-
-/// The files of a target's corpus: what covers new code, and what was a finding once.
-fn corpus(target: &Target) -> Vec<PathBuf> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name);
-    let entries = std::fs::read_dir(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
-    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files
-}
+use instar_fuzz::{corpus, TARGETS};
 
 #[test]
 fn the_corpus_has_no_finding() {
     for target in TARGETS {
-        let files = corpus(&target);
-        assert!(files.len() > 5, "{} has a corpus of {} files", target.name, files.len());
-        for file in files {
-            // The name is what a failure has to show.
-            println!("{}", file.display());
-            (target.run)(&std::fs::read(file).unwrap());
+        let inputs = corpus::load(target.name).unwrap_or_else(|error| panic!("{}: {error}", target.name));
+        assert!(inputs.len() > 5, "{} has a corpus of {} inputs", target.name, inputs.len());
+        for (number, input) in inputs.iter().enumerate() {
+            // The line is what a failure has to show.
+            println!("{}: line {} {:?}", target.name, number + 1, input.finding);
+            (target.run)(&input.bytes);
         }
     }
 }
