@@ -105,11 +105,11 @@ crates: ## the crates that plugin writers need, verified offline, in target/pack
 	$(CARGO) package --offline $(CRATES:%=-p %)
 
 reproducible: ## two builds of the last commit are byte-identical (two full builds)
-	tests/reproducible.sh
+	tests/tools/reproducible.sh
 
 test-installed: deb qemu-img ## the .deb in a fresh Debian: installed, used by an ordinary user, purged (root, KVM)
 	$(call need,debootstrap,debootstrap)
-	$(PYTHON) tests/installed.py target/debian/instar_$(VERSION)_amd64.deb
+	$(PYTHON) tests/tools/installed.py target/debian/instar_$(VERSION)_amd64.deb
 
 mandoc:
 	$(call need,mandoc,mandoc)

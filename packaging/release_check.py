@@ -119,7 +119,7 @@ def crates():
     for old in (REPO / "target/package").glob("instar-*"):
         run("rm", "-rf", old)
     run("make", "crates")
-    run(".venv/bin/python", "-m", "pytest", "-q", "tests/test_plugin_template.py", INSTAR_CRATES=str(REPO / "target/package"),
+    run(".venv/bin/python", "-m", "pytest", "-q", "tests/integration/test_plugin_template.py", INSTAR_CRATES=str(REPO / "target/package"),
         INSTAR_BIN=str(REPO / "target/release/instar"))
     made = sorted(path.name for path in (REPO / "target/package").glob("*.crate"))
     return ", ".join(made)
@@ -138,8 +138,8 @@ CHECKS = [
     ("rpm", rpm),
     ("installed", lambda: last_line("make", "test-installed")),
     ("crates", crates),
-    ("vendored, offline", lambda: last_line("tests/vendored.sh")),
-    ("reproducible", lambda: last_line("tests/reproducible.sh")),
+    ("vendored, offline", lambda: last_line("tests/tools/vendored.sh")),
+    ("reproducible", lambda: last_line("tests/tools/reproducible.sh")),
 ]
 
 

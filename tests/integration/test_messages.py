@@ -30,7 +30,7 @@ def lines():
 
 
 def test_the_snapshot_has_every_text():
-    assert messages.SNAPSHOT.read_text() == messages.collect(), "python3 tests/messages.py writes it anew: read the difference"
+    assert messages.SNAPSHOT.read_text() == messages.collect(), "python3 tests/tools/messages.py writes it anew: read the difference"
 
 
 @pytest.mark.parametrize("rule", RULES)

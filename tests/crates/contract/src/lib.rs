@@ -23,7 +23,7 @@ pub type Api = BTreeMap<String, Public>;
 /// The top folder of the repository.
 #[must_use]
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../..")
 }
 
 /// The public API of the crate in this folder.

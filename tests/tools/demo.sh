@@ -3,7 +3,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-instar=${INSTAR_BIN:-$here/../target/release/instar}
+instar=${INSTAR_BIN:-$here/../../target/release/instar}
 python=${PYTHON:-python3}
 MiB=$((1 << 20))
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 CACHE = REPO / "target" / "debian-root"
 #: What the tests need in the root besides a minimal Debian; the package itself must not.
 INCLUDED = "man-db"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS / "tools"), str(TESTS / "campaigns")]
 
 import support  # noqa: E402
 

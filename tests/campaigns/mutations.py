@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "target" / "mutations"
 DRIVERS = ["qcow2", "vmdk", "raw"]
 # Compiling fast counts, and running not less.

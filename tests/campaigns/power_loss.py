@@ -7,8 +7,8 @@ journal, and the images in it have to be what every crash may leave: the overlay
 (leaks at most), a second commit finishes. Here reflinks, direct writes, preallocated blocks and what a file system
 makes of the order of writes and flushes are the real ones.
 
-`make crash` runs many of them; tests/test_power_loss.py a sample. Needs root, in a mount namespace of its own:
-unshare --mount tests/power_loss.py
+`make crash` runs many of them; tests/integration/test_power_loss.py a sample. Needs root, in a mount namespace of its own:
+unshare --mount tests/campaigns/power_loss.py
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import faults  # noqa: E402
 import support  # noqa: E402
 from support import MIB  # noqa: E402

@@ -1,4 +1,4 @@
-"""A sample of tests/power_loss.py: power losses of the real program on real file systems."""
+"""A sample of tests/campaigns/power_loss.py: power losses of the real program on real file systems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import support
 
-PROGRAM = Path(__file__).with_name("power_loss.py")
+PROGRAM = support.REPO / "tests/campaigns/power_loss.py"
 
 
 def lose_power(*options):

@@ -10,7 +10,7 @@ import pytest
 import support
 from support import MIB
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "qed-plugin"
 SIZE = 12 * MIB
 

@@ -1,4 +1,4 @@
-"""Every text that a user can be shown, taken from the sources: `python3 tests/messages.py` writes tests/messages.txt anew.
+"""Every text that a user can be shown, taken from the sources: `python3 tests/tools/messages.py` writes tests/tools/messages.txt anew.
 
 They are read as a whole there, and a change shows as one line of a diff. Test modules, comments and single words are left out.
 """
@@ -9,8 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-SNAPSHOT = REPO / "tests/messages.txt"
+REPO = Path(__file__).resolve().parents[2]
+SNAPSHOT = REPO / "tests/tools/messages.txt"
 #: Where texts for users come from, below the repository.
 SOURCES = ["engine/src", "engine/cli/src", "plugin-api/src", "plugins", "guest/commit/src", "guest/check/src", "guest/map/src", "guest/core/src", "guest/sdk/src"]
 #: Not for users: tests, fuzzing, build scripts, and the crash generator of tests.

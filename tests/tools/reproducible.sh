@@ -3,7 +3,7 @@
 # plugins, everything beside them and both packages byte by byte. Takes as long as two full builds.
 set -euo pipefail
 
-repository=$(cd "$(dirname "$0")/.." && pwd)
+repository=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 epoch=$(git -C "$repository" log -1 --format=%ct)

@@ -2,7 +2,7 @@
 """Faults in the real program: every system call that touches an image fails, is interrupted, moves less than asked, or is
 where the program is killed, one at a time, for whole commits. What must hold afterwards is checked with qemu-img.
 
-`make faults` runs all of them; tests/test_faults.py a sample.
+`make faults` runs all of them; tests/integration/test_faults.py a sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import support  # noqa: E402
 from support import KIB, MIB  # noqa: E402
 

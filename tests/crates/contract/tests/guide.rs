@@ -81,7 +81,7 @@ fn its_example_is_the_template() {
     for part in guide.split("<!-- examples/plugin-template/").skip(1) {
         let (file, rest) = part.split_once(" -->\n```").unwrap();
         let code = rest.split_once('\n').and_then(|(_, code)| code.split_once("\n```\n")).unwrap().0;
-        // tests/test_plugin_template.py compiles and loads it.
+        // tests/integration/test_plugin_template.py compiles and loads it.
         let template = read_to_string(repository().join("examples/plugin-template").join(file)).unwrap();
         assert_eq!(code, template.replace("{{format}}", "myformat").trim_end(), "{file}");
         shown.insert(file.to_owned());
@@ -94,7 +94,7 @@ fn its_example_is_the_template() {
 #[test]
 fn its_test_of_a_driver_is_one() {
     let guide = guide();
-    let part = guide.split_once("<!-- tests/contract/tests/driver.rs -->\n```rust\n").unwrap().1;
+    let part = guide.split_once("<!-- tests/crates/contract/tests/driver.rs -->\n```rust\n").unwrap().1;
     let code = part.split_once("\n```\n").unwrap().0;
     let real = include_str!("driver.rs");
     assert_eq!(code, real.split_once("\n\n").unwrap().1.trim_end());

@@ -1,6 +1,6 @@
 """Bad plugins, from outside: each gets one line, and the others go on working beside it.
 
-`libinstar_test_plugin_faulty.so` (tests/plugins/faulty) misbehaves as `INSTAR_TEST_FAULT` says.
+`libinstar_test_plugin_faulty.so` (tests/crates/plugins/faulty) misbehaves as `INSTAR_TEST_FAULT` says.
 """
 
 from __future__ import annotations

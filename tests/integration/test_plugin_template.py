@@ -9,7 +9,7 @@ from pathlib import Path
 
 import support
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NEW = ROOT / "examples" / "plugin-template" / "new.sh"
 CRATES = ["instar-guest-abi", "instar-guest-build", "instar-guest-sdk", "instar-plugin-api"]
 

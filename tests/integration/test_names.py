@@ -18,7 +18,7 @@ import qcow2_bytes
 import support
 from support import KIB, MIB, qemu_img, qemu_io, refuse
 
-MISSING = Path(__file__).with_name("missing_calls.py")
+MISSING = support.REPO / "tests/tools/missing_calls.py"
 
 
 def image(path, *writes, backing=None, size="4M", fmt="qcow2", backing_fmt="qcow2", **options):
