@@ -8,7 +8,8 @@ CARGO  ?= cargo
 PYTHON ?= python3
 INSTAR := target/release/instar
 VENV   := .venv
-PYTEST := $(VENV)/bin/python -m pytest
+# A worker that has nothing left takes from the others.
+PYTEST := $(VENV)/bin/python -m pytest --dist worksteal
 # Parallel pytest workers; each may run a virtual machine, and waits for a disk now and then.
 WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST_ARGS ?=
@@ -22,7 +23,7 @@ CRASH_DRAWN ?= 10
 DAMAGE_SEED ?= 1
 DAMAGE_COUNT ?= 10000
 
-# `make test-integration tests/test_commit.py`: everything after the goal goes to pytest.
+# `make test-integration tests/integration/test_commit.py`: everything after the goal goes to pytest.
 ifeq (test-integration,$(firstword $(MAKECMDGOALS)))
 PATHS := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
 endif
@@ -44,7 +45,7 @@ instar: ## build everything: the program, the plugins, the guest modules, the ma
 
 lint: ## formatting, clippy, licences and advisories
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --profile checked --workspace --all-targets -- -D warnings
 	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
 		echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; \
 	elif $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny check; \
@@ -53,11 +54,11 @@ lint: ## formatting, clippy, licences and advisories
 
 test-rust: qemu-img ## the Rust tests
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --release --workspace && $(CARGO) test --release --workspace --doc; \
-	else $(CARGO) test --release --workspace; fi
+		$(CARGO) nextest run --cargo-profile checked --workspace && $(CARGO) test --profile checked --workspace --doc; \
+	else $(CARGO) test --profile checked --workspace; fi
 
 test-integration: instar python qemu-img file-systems mandoc ## the Python tests; paths and options after the goal go to pytest
-	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests)
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests/integration)
 
 # One after the other, whatever -j says: each of them uses all processors by itself.
 test: ## everything that CI runs: lint, test-rust, test-integration
@@ -67,7 +68,7 @@ test: ## everything that CI runs: lint, test-rust, test-integration
 
 test-deep: instar python qemu-img file-systems mandoc ## the long tests: more random images, more crash points (hours)
 	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --release --workspace
-	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests/integration
 
 fuzz: fuzzer ## run every fuzz target (or FUZZ_TARGETS) for FUZZ_SECONDS seconds each
 	@fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
@@ -83,19 +84,19 @@ crash: instar python qemu-img file-systems ## power losses: replay what commits 
 		{ grep -E 'panicked at|^error|FAILED' -B2 -A3 "$$log"; echo 'crash: a violation, see above' >&2; exit 1; }; \
 	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
-	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/power_loss.py
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/campaigns/power_loss.py
 
 mutations: python qemu-img ## would the crash tests notice? takes out every flush of the drivers, swaps steps (an hour or two)
-	$(VENV)/bin/python tests/mutations.py $(MUTATIONS)
+	$(VENV)/bin/python tests/campaigns/mutations.py $(MUTATIONS)
 
 faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed
-	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/faults.py
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/campaigns/faults.py
 
 damage: ## commit, check and map pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
-	$(CARGO) run --profile fuzz -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)
+	$(CARGO) run --profile checked -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)
 
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
-	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/demo.sh
+	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/tools/demo.sh
 
 bench: instar python qemu-img file-systems ## measure against qemu-img commit and refresh docs/performance.md
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements-bench.txt
@@ -132,7 +133,7 @@ fuzzer:
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -y -q --no-install-recommends g++; \
 	else echo 'a C++ compiler is needed for libFuzzer: apt-get install g++' >&2; exit 1; fi
-	RUSTFLAGS='$(FUZZ_RUSTFLAGS)' $(CARGO) build --profile fuzz --target x86_64-unknown-linux-gnu -p instar-fuzz \
+	RUSTFLAGS='$(FUZZ_RUSTFLAGS)' $(CARGO) build --profile checked --target x86_64-unknown-linux-gnu -p instar-fuzz \
 		--features libfuzzer --bin instar-fuzz
 
 qemu-img:
