@@ -315,3 +315,22 @@ def test_devices_are_no_backings(made, device):
     qcow2_bytes.Image(made.top).set_backing(device.encode())
     refuse("ERROR_WRITE_TARGET_NOT_ALLOWED", made.top, files=[made.base], mentions=["-b"])
     refuse("ERROR_OPEN_FAILED", made.top, "-b", device, files=[made.base], mentions=[device])
+
+
+def test_little_memory_is_said_in_one_line(pair):
+    """Whatever is short: the plugins, the sandbox, the process once it is confined. Backtraces would open files."""
+    pair.make(base=["write -P 1 0 1M"], top=["write -P 2 0 1M"])
+    done = False
+    for limit in range(8, 160, 4):
+        with support.untouched(pair.base, pair.top):
+            result = support.run("prlimit", f"--as={limit * MIB}", support.instar_binary(), "commit", "--dry-run", pair.top,
+                                 env={"RUST_BACKTRACE": "1"})
+        if result.rc == 127:
+            assert "error while loading shared libraries" in result.stderr, str(result)
+            continue
+        done = result.rc == 0
+        if not done:
+            lines = result.stderr.splitlines()
+            assert result.rc == 1 and result.stdout == "" and len(lines) == 1, str(result)
+            assert lines[0].startswith("instar: ") and lines[0].endswith(")") and "report" not in lines[0], str(result)
+    assert done, "with enough memory it works"
