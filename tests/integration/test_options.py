@@ -295,7 +295,7 @@ def test_the_last_line_on_a_terminal_says_how_it_ended(made):
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=side)
         if "-r" in options:
             time.sleep(1)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
         process.wait(timeout=support.TIMEOUT)
         os.close(side)
         text = b""

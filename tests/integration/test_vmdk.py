@@ -465,7 +465,7 @@ def test_create(lab, options):
     assert_clean(base, "vmdk")
     assert_clean(top, "vmdk")
     qemu_io(base, "write -P 1 0 99M", fmt="vmdk")
-    vmdk_bytes.set_id(top, "parentCID", vmdk_bytes.Image(base).cid)
+    vmdk_bytes.adopt(top, base)
     qemu_io(top, "write -P 2 1M 64k", "write -P 2 64M 64k", fmt="vmdk")
     lab.check_commit(top, base)
 
@@ -593,7 +593,7 @@ def test_seven_tib_in_files_beyond_one_window(lab):
     vmdk_bytes.rename_parent(top, b"any.vmdk", b"base.vmdk")
     huge(base, at=1 << 16)
     size = huge(top, at=1 << 16, stride=16, grain=(70 << 30) // 512)
-    vmdk_bytes.set_id(top, "parentCID", vmdk_bytes.Image(base, whole=False).cid)
+    vmdk_bytes.adopt(top, base)
     support.commit(top)
     qemu_io(base, f"read -P 0x5e {size - 65536} 64k", "read -P 0 1T 64k", fmt="vmdk")
     qemu_io(top, f"read -P 0x5e {size - 65536} 64k", fmt="vmdk")
@@ -606,7 +606,7 @@ def test_a_grain_behind_the_first_window_is_checked(lab):
     huge(base, at=1 << 16)
     far = (70 << 30) // 512
     huge(top, at=1 << 16, grain=far)
-    vmdk_bytes.set_id(top, "parentCID", vmdk_bytes.Image(base, whole=False).cid)
+    vmdk_bytes.adopt(top, base)
     # The grain before the last one ends in the middle of it.
     for copy in range(2):
         table = (1 << 16) + (copy * (7 << 15) + (7 << 15) - 1) * 4

@@ -71,6 +71,14 @@ def set_id(path, key, value):
     patch(path, found.start(1), digits)
 
 
+def adopt(path, parent):
+    """Makes an image the parent of another one, by an ID that fits into both descriptors: `qemu-img` writes no leading zeros."""
+    length = len(re.search(rb"^parentCID=([0-9a-f]+)$", start(path), re.M)[1])
+    value = Image(parent, whole=False).cid & ((1 << 4 * length) - 1)
+    set_id(parent, "CID", value)
+    set_id(path, "parentCID", value)
+
+
 def without_parent_id(path):
     """All bytes of an image but the digits of its parentCID."""
     data = Path(path).read_bytes()
