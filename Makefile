@@ -67,7 +67,7 @@ test: ## everything that CI runs: lint, test-rust, test-integration
 	$(MAKE) test-integration
 
 test-deep: instar python qemu-img file-systems mandoc ## the long tests: more random images, more crash points (hours)
-	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --release --workspace
+	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --profile checked --workspace
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests/integration
 
 fuzz: fuzzer ## run every fuzz target (or FUZZ_TARGETS) for FUZZ_SECONDS seconds each
@@ -79,8 +79,8 @@ fuzz-corpus: fuzzer ## take what the fuzz targets found to cover more into fuzz/
 crash: instar python qemu-img file-systems ## power losses: replay what commits wrote, more random states than the tests have; on real file systems
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	export INSTAR_CRASH_DRAWN=$(CRASH_DRAWN); \
-	{ $(CARGO) test --release -p instar-qcow2-driver -p instar-vmdk-driver -- --nocapture && \
-		$(CARGO) test --release -p instar-fuzz --test crashes -- --nocapture; } > "$$log" 2>&1 || \
+	{ $(CARGO) test --profile checked -p instar-qcow2-driver -p instar-vmdk-driver -- --nocapture && \
+		$(CARGO) test --profile checked -p instar-fuzz --test crashes -- --nocapture; } > "$$log" 2>&1 || \
 		{ grep -E 'panicked at|^error|FAILED' -B2 -A3 "$$log"; echo 'crash: a violation, see above' >&2; exit 1; }; \
 	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
