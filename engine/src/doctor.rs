@@ -6,6 +6,7 @@ use crate::escape::escape_path;
 use crate::plugins::{Registry, SearchPath};
 use crate::sandbox::{self, BadRequest, BufferAccess, Host, Kvm, Program, SandboxError};
 use instar_guest_abi::Request;
+use instar_guest_protocol::end_message::Outcome;
 use instar_guest_protocol::guest_message::Kind;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -79,11 +80,11 @@ fn kvm() -> Diagnosis {
             Err(BadRequest("a request without an image".to_owned()))
         }
         fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
-            self.0 |= matches!(message, Kind::CheckResult(_));
+            self.0 |= matches!(message, Kind::End(end) if matches!(end.outcome, Some(Outcome::Failure(_))));
             Ok(())
         }
     }
-    let program = Program::new(sandbox::CHECK, Vec::new(), Vec::new(), Vec::new());
+    let program = Program::new(crate::check::MODULE, Vec::new(), Vec::new(), Vec::new());
     let mut greeting = Greeting(false);
     let ran = sandbox::run(&Kvm, &program, &mut greeting);
     match ran {

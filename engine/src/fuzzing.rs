@@ -61,7 +61,7 @@ pub fn messages(data: &[u8]) -> (Vec<String>, Option<u64>) {
     };
     let mut map = handler(MapEvents::new(MAPPED, Runs::new(0..u64::MAX, places, Some(&mut each))));
     let result = deliver(&mut map);
-    let whole = matches!(map.events.result, Some(Ok(()))) && result.is_ok() && map.events.end().is_ok();
+    let whole = map.end == Some(Ok(())) && result.is_ok() && map.events.end().is_ok();
     results.push(result);
     drop(map);
     let ended = results.into_iter().filter_map(Result::err).map(|error| error.to_string());

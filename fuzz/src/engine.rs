@@ -4,10 +4,11 @@ use instar::devices::{Device, Devices};
 use instar::fuzzing;
 use instar::sandbox::BufferAccess;
 use instar_guest_abi::{request_status, Phase, Request, DEVICE_OUTPUT};
+use instar_guest_protocol::end_message::Outcome;
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{
-    CheckResultMessage, CommitResultMessage, FindingMessage, GuestMessage, LogMessage, MapMessage, MapResultMessage,
-    MapRun, Message, PanicMessage, PlanMessage, ProgressMessage,
+    check, commit, map, EndMessage, FailureMessage, GuestMessage, LogMessage, Message, PanicMessage, PhaseMessage,
+    ProgressMessage,
 };
 use instar_plugin_api::FormatPlugin;
 use std::fs::File;
@@ -97,23 +98,23 @@ pub fn messages(data: &[u8]) {
 /// One message of each kind.
 #[must_use]
 pub fn message_seeds() -> Vec<Vec<u8>> {
-    let run = MapRun { start: 0, length: 1 << 20, depth: 0, kind: 1, device: 0, offset: 4096 };
-    let half = MapRun { length: 1 << 19, kind: 2, ..run };
+    let run = map::Run { start: 0, length: 1 << 20, depth: 0, kind: 1, device: 0, offset: 4096 };
+    let half = map::Run { length: 1 << 19, kind: 2, ..run };
+    let runs = map::Runs { runs: vec![half, map::Run { start: 1 << 19, kind: 3, ..half }] };
+    let plan = commit::Plan { clusters: 1, bytes: 2, ..Default::default() };
+    let failure = FailureMessage { error: 7, text: "x".into(), step: "plan".into(), ..Default::default() };
+    let end = |outcome| Kind::End(EndMessage { outcome: Some(outcome) });
     let kinds = [
-        Kind::CommitResult(CommitResultMessage {
-            error: 7,
-            error_text: "x".into(),
-            step: "plan".into(),
-            ..Default::default()
-        }),
+        end(Outcome::Failure(failure)),
         Kind::Progress(ProgressMessage { step: "empty".into(), done: 1, total: 2 }),
         Kind::Log(LogMessage { text: "line".into() }),
         Kind::Panic(PanicMessage { text: "panic".into(), address: 0 }),
-        Kind::Plan(PlanMessage { clusters: 1, bytes: 2, ..Default::default() }),
-        Kind::Finding(FindingMessage { kind: 1, text: "finding".into() }),
-        Kind::CheckResult(CheckResultMessage { leaks: 1, ..Default::default() }),
-        Kind::Map(MapMessage { runs: vec![half, MapRun { start: 1 << 19, kind: 3, ..half }] }),
-        Kind::MapResult(MapResultMessage::default()),
+        Kind::Event(plan.encode_to_vec()),
+        Kind::Event(check::Finding { kind: 1, text: "finding".into() }.encode_to_vec()),
+        end(Outcome::Result(check::Outcome { leaks: 1, ..Default::default() }.encode_to_vec())),
+        Kind::Event(runs.encode_to_vec()),
+        end(Outcome::Result(map::Outcome {}.encode_to_vec())),
+        Kind::Phase(PhaseMessage { phase: 2 }),
     ];
     let framed = |kind: Kind| {
         let bytes = GuestMessage { kind: Some(kind) }.encode_to_vec();

@@ -1,11 +1,10 @@
-//! What a check makes of what its guest says: the findings, the end.
+//! What a check makes of what its guest says: the findings, the numbers.
 
 use crate::devices::Devices;
-use crate::operation::{unexpected, Events, Flow, GuestFailure};
+use crate::operation::{decode, Events};
 use crate::sandbox::BadRequest;
 use instar_guest_abi::{Examination, FindingKind};
-use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::CheckResultMessage;
+use instar_guest_protocol::check::{Finding, Outcome};
 
 /// Findings that are kept.
 const MAX_FINDINGS: usize = 200;
@@ -13,45 +12,36 @@ const MAX_FINDINGS: usize = 200;
 /// What the guest of a check said.
 #[derive(Debug, Default)]
 pub struct CheckEvents {
-    /// How the check ended, once the guest said so.
-    pub result: Option<Result<Examination, GuestFailure>>,
+    /// The findings in numbers, once the guest said so.
+    pub found: Examination,
     /// The first findings.
     pub findings: Vec<(FindingKind, String)>,
 }
 
-/// The outcome that a message tells.
-fn outcome(message: &CheckResultMessage) -> Result<Examination, GuestFailure> {
-    let place = (message.error_device, message.error_offset);
-    if message.error != 0 {
-        return Err(GuestFailure::reported(message.error, place, message.error_errno, &message.error_text));
-    }
-    Ok(Examination {
-        image_end_offset: message.image_end_offset,
-        total_clusters: message.total_clusters,
-        allocated_clusters: message.allocated_clusters,
-        fragmented_clusters: message.fragmented_clusters,
-        compressed_clusters: message.compressed_clusters,
-        corruptions: message.corruptions,
-        leaks: message.leaks,
-        unused_tail: message.unused_tail,
-    })
-}
-
 impl Events for CheckEvents {
-    fn message(&mut self, _: &mut Devices, message: Kind) -> Result<Flow, BadRequest> {
-        match message {
-            Kind::CheckResult(result) => {
-                self.result = Some(outcome(&result));
-                return Ok(Flow::Over);
-            }
-            Kind::Finding(finding) => match FindingKind::from_u32(finding.kind) {
-                Some(kind) if self.findings.len() < MAX_FINDINGS => self.findings.push((kind, finding.text)),
-                Some(_) => {}
-                None => return Err(BadRequest(format!("a finding of the unknown kind {}", finding.kind))),
-            },
-            _ => return Err(unexpected("check")),
+    fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
+        let finding: Finding = decode(event)?;
+        match FindingKind::from_u32(finding.kind) {
+            Some(kind) if self.findings.len() < MAX_FINDINGS => self.findings.push((kind, finding.text)),
+            Some(_) => {}
+            None => return Err(BadRequest(format!("a finding of the unknown kind {}", finding.kind))),
         }
-        Ok(Flow::GoesOn)
+        Ok(())
+    }
+
+    fn succeeded(&mut self, _: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
+        let found: Outcome = decode(result)?;
+        self.found = Examination {
+            image_end_offset: found.image_end_offset,
+            total_clusters: found.total_clusters,
+            allocated_clusters: found.allocated_clusters,
+            fragmented_clusters: found.fragmented_clusters,
+            compressed_clusters: found.compressed_clusters,
+            corruptions: found.corruptions,
+            leaks: found.leaks,
+            unused_tail: found.unused_tail,
+        };
+        Ok(())
     }
 }
 
@@ -60,16 +50,22 @@ mod tests {
     use super::*;
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::Host;
-    use instar_guest_abi::ErrorCode;
-    use instar_guest_protocol::{FindingMessage, PlanMessage};
+    use instar_guest_abi::Phase;
+    use instar_guest_protocol::end_message::Outcome as End;
+    use instar_guest_protocol::guest_message::Kind;
+    use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
 
     fn finding(kind: u32) -> Kind {
-        Kind::Finding(FindingMessage { kind, text: "cluster 7".into() })
+        Kind::Event(Finding { kind, text: "cluster 7".into() }.encode_to_vec())
+    }
+
+    fn handler() -> Handler<CheckEvents> {
+        Handler::new(Devices::new(), CheckEvents::default(), Cancel::new())
     }
 
     #[test]
     fn findings_are_kept_up_to_a_bound() {
-        let mut handler = Handler::new(Devices::new(), CheckEvents::default(), Cancel::new());
+        let mut handler = handler();
         for _ in 0..10 * MAX_FINDINGS {
             assert_eq!(handler.message(finding(2)), Ok(()));
         }
@@ -79,19 +75,20 @@ mod tests {
 
     #[test]
     fn one_result_and_nothing_after_it() {
-        let mut handler = Handler::new(Devices::new(), CheckEvents::default(), Cancel::new());
-        assert!(handler.message(Kind::Plan(PlanMessage::default())).is_err());
-        let result = CheckResultMessage { leaks: 3, ..CheckResultMessage::default() };
-        assert_eq!(handler.message(Kind::CheckResult(result.clone())), Ok(()));
-        assert_eq!(handler.events.result, Some(Ok(Examination { leaks: 3, ..Examination::default() })));
-        assert!(handler.message(Kind::CheckResult(result)).is_err() && handler.message(finding(1)).is_err());
+        let mut handler = handler();
+        assert!(handler.message(Kind::Event(vec![0xff])).is_err(), "no message");
+        assert!(handler.message(Kind::Phase(PhaseMessage { phase: Phase::Target as u32 })).is_err(), "it only reads");
+        let result = Outcome { leaks: 3, ..Outcome::default() }.encode_to_vec();
+        let end = Kind::End(EndMessage { outcome: Some(End::Result(result)) });
+        assert_eq!((handler.message(end.clone()), handler.end.clone()), (Ok(()), Some(Ok(()))));
+        assert_eq!(handler.events.found, Examination { leaks: 3, ..Examination::default() });
+        assert!(handler.message(end).is_err() && handler.message(finding(1)).is_err());
     }
 
     #[test]
-    fn a_failure_that_only_the_host_can_see_is_nonsense() {
-        let told = |error: ErrorCode| CheckResultMessage { error: error.number(), ..CheckResultMessage::default() };
-        let code = |error| outcome(&told(error)).map_err(|failure| failure.code);
-        assert_eq!(code(ErrorCode::OverlayIo), Err(ErrorCode::OverlayIo));
-        assert_eq!(code(ErrorCode::ImageInUse), Err(ErrorCode::GuestProtocol));
+    fn an_end_says_how_it_was() {
+        assert!(handler().message(Kind::End(EndMessage::default())).is_err());
+        let nonsense = EndMessage { outcome: Some(End::Result(vec![0xff])) };
+        assert!(handler().message(Kind::End(nonsense)).is_err());
     }
 }

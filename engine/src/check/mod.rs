@@ -10,9 +10,12 @@ use crate::devices::Devices;
 use crate::error::Error;
 use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf};
 use crate::operation::{run, DevicePaths, Ended, ImageSet, Named, Opener, Operation, Session, Settings};
-use crate::sandbox::{ModuleSpec, CHECK};
+use crate::sandbox::{guest_module, ModuleSpec};
 use instar_guest_abi::{Examination, FindingKind};
 use std::path::PathBuf;
+
+/// The guest's half.
+pub const MODULE: ModuleSpec<'static> = guest_module!("check");
 
 /// What the operator asks for.
 #[derive(Clone, Debug, Default)]
@@ -58,7 +61,7 @@ impl Operation for Check<'_> {
     type Outcome = CheckOutcome;
 
     fn module(&self) -> ModuleSpec<'static> {
-        CHECK
+        MODULE
     }
 
     fn work(&self) -> (Work, Work) {
@@ -91,7 +94,8 @@ impl Operation for Check<'_> {
     }
 
     fn finish(self, ended: Ended<CheckEvents>) -> Result<CheckOutcome, Error> {
-        let found = ended.told(ended.events.result.clone()).map_err(|failure| failure.error(&ended.paths, None))?;
-        Ok(CheckOutcome { format: self.format, found, findings: ended.events.findings })
+        ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
+        let CheckEvents { found, findings } = ended.events;
+        Ok(CheckOutcome { format: self.format, found, findings })
     }
 }

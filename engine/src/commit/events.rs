@@ -5,19 +5,18 @@ use super::plan::PlanBounds;
 use super::repeated::Repeated;
 use super::space::Space;
 use crate::devices::Devices;
-use crate::operation::{unexpected, Events, Flow, GuestFailure, Observer};
+use crate::operation::{decode, Events, Observer};
 use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{request_status, Phase, Request, ERROR_OK};
-use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{CommitResultMessage, PlanMessage};
+use instar_guest_abi::{request_status, Phase, Request};
+use instar_guest_protocol::commit::{Outcome, Plan};
 use std::rc::Rc;
 
 /// What the guest of a commit said, and what it may do.
 pub struct CommitEvents {
-    /// How the commit ended, once the guest said so.
-    pub result: Option<Result<CommitResultMessage, GuestFailure>>,
+    /// What came of the commit, once the guest said so.
+    pub outcome: Outcome,
     /// What the guest planned, once it said so.
-    pub plan: Option<PlanMessage>,
+    pub plan: Option<Plan>,
     /// Counts how far it is, if anybody wants to know.
     pub meter: Option<Meter>,
     /// What somebody is told once nothing can refuse the commit any more.
@@ -40,7 +39,7 @@ impl Default for CommitEvents {
     /// Those of a guest that may only look.
     fn default() -> Self {
         Self {
-            result: None,
+            outcome: Outcome::default(),
             plan: None,
             meter: None,
             warnings: Vec::new(),
@@ -59,7 +58,7 @@ const EMPTYING: &str = "empty";
 
 impl CommitEvents {
     /// Everything that can refuse has been asked, the guest says: the first change comes next.
-    fn planned(&mut self, plan: PlanMessage) -> Result<(), BadRequest> {
+    fn planned(&mut self, plan: Plan) -> Result<(), BadRequest> {
         if self.plan.is_some() {
             return Err(BadRequest("a second plan".to_owned()));
         }
@@ -73,45 +72,6 @@ impl CommitEvents {
         for warning in &self.warnings {
             self.observer.iter().for_each(|observer| observer.warning(warning));
         }
-        Ok(())
-    }
-
-    /// The guest wants to change something else from here on.
-    fn enter(&mut self, devices: &mut Devices, phase: u32) -> Result<(), BadRequest> {
-        let phase = Phase::from_u32(phase).ok_or_else(|| BadRequest(format!("phase {phase}, which does not exist")))?;
-        if self.plan.is_none() {
-            return Err(BadRequest("a change was announced before a plan".to_owned()));
-        }
-        if phase > self.last_phase {
-            let why = match self.last_phase {
-                Phase::Look => "a change was announced in a dry run",
-                Phase::Target | Phase::Overlay => "a change of an overlay that is to keep its content was announced",
-            };
-            return Err(BadRequest(why.to_owned()));
-        }
-        devices.enter(phase).map_err(BadRequest)
-    }
-
-    /// How it ended, the guest says. What it says of a success has to be what the devices saw.
-    fn ended(&mut self, devices: &Devices, result: CommitResultMessage) -> Result<(), BadRequest> {
-        if result.error == ERROR_OK {
-            if !result.error_text.is_empty() || !result.step.is_empty() {
-                let text = format!("an error without a code: {}", result.error_text);
-                return Err(BadRequest(text));
-            }
-            if self.plan.is_none() || devices.phase() != self.last_phase {
-                return Err(BadRequest("it reported success before its work was done".to_owned()));
-            }
-            if let Some(device) = devices.unflushed(|_| true) {
-                return Err(BadRequest(format!("it reported success while device {device} is not flushed")));
-            }
-        }
-        let place = (result.error_device, result.error_offset);
-        let failure = || GuestFailure::reported(result.error, place, result.error_errno, &result.error_text);
-        self.result = Some(match result.error {
-            ERROR_OK => Ok(result),
-            _ => Err(failure().in_step(&result.step)),
-        });
         Ok(())
     }
 }
@@ -142,16 +102,40 @@ impl Events for CommitEvents {
         Ok(())
     }
 
-    fn message(&mut self, devices: &mut Devices, message: Kind) -> Result<Flow, BadRequest> {
-        match message {
-            Kind::CommitResult(result) => return self.ended(devices, result).map(|()| Flow::Over),
-            Kind::Plan(plan) => self.planned(plan)?,
-            Kind::Phase(message) => self.enter(devices, message.phase)?,
-            Kind::Progress(progress) if progress.step == EMPTYING => self.meter.iter().for_each(Meter::emptying),
-            Kind::Progress(_) => {}
-            _ => return Err(unexpected("commit")),
+    fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
+        self.planned(decode(event)?)
+    }
+
+    fn enter(&mut self, devices: &mut Devices, phase: Phase) -> Result<(), BadRequest> {
+        if self.plan.is_none() {
+            return Err(BadRequest("a change was announced before a plan".to_owned()));
         }
-        Ok(Flow::GoesOn)
+        if phase > self.last_phase {
+            let why = match self.last_phase {
+                Phase::Look => "a change was announced in a dry run",
+                Phase::Target | Phase::Overlay => "a change of an overlay that is to keep its content was announced",
+            };
+            return Err(BadRequest(why.to_owned()));
+        }
+        devices.enter(phase).map_err(BadRequest)
+    }
+
+    fn step(&mut self, step: &str) {
+        if step == EMPTYING {
+            self.meter.iter().for_each(Meter::emptying);
+        }
+    }
+
+    /// What the guest says of a success has to be what the devices saw.
+    fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
+        self.outcome = decode(result)?;
+        if self.plan.is_none() || devices.phase() != self.last_phase {
+            return Err(BadRequest("it reported success before its work was done".to_owned()));
+        }
+        match devices.unflushed(|_| true) {
+            Some(device) => Err(BadRequest(format!("it reported success while device {device} is not flushed"))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -162,7 +146,9 @@ mod tests {
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::{Host, VolatileSlice};
     use instar_guest_abi::{Part, DEVICE_OUTPUT};
-    use instar_guest_protocol::{LogMessage, PhaseMessage};
+    use instar_guest_protocol::end_message::Outcome as End;
+    use instar_guest_protocol::guest_message::Kind;
+    use instar_guest_protocol::{EndMessage, FailureMessage, LogMessage, Message, PhaseMessage};
 
     const OVERLAY: u32 = 0;
 
@@ -196,12 +182,16 @@ mod tests {
         Kind::Phase(PhaseMessage { phase: phase as u32 })
     }
 
+    fn told(plan: Plan) -> Kind {
+        Kind::Event(plan.encode_to_vec())
+    }
+
     fn plan() -> Kind {
-        Kind::Plan(PlanMessage::default())
+        told(Plan::default())
     }
 
     fn done() -> Kind {
-        Kind::CommitResult(CommitResultMessage::default())
+        Kind::End(EndMessage { outcome: Some(End::Result(Outcome::default().encode_to_vec())) })
     }
 
     impl Handler<CommitEvents> {
@@ -285,24 +275,25 @@ mod tests {
 
     #[test]
     fn a_success_has_to_be_one() {
-        let text = || "L1 table".to_owned();
-        let silent = CommitResultMessage { error_text: text(), ..CommitResultMessage::default() };
-        assert!(handler(Phase::Look).tell(Kind::CommitResult(silent)).contains("without a code: L1 table"));
+        let failed = |error| {
+            let failure = FailureMessage { error, text: "L1 table".to_owned(), ..FailureMessage::default() };
+            Kind::End(EndMessage { outcome: Some(End::Failure(failure)) })
+        };
+        assert!(handler(Phase::Look).tell(failed(0)).contains("without a code: L1 table"));
         assert!(handler(Phase::Look).tell(done()).contains("before its work"));
         let mut halfway = handler(Phase::Overlay);
         assert_eq!(halfway.tell(plan()) + &halfway.tell(phase(Phase::Target)), "");
         assert!(halfway.tell(done()).contains("before its work"));
         assert_eq!(halfway.tell(phase(Phase::Overlay)) + &halfway.ask(write(OVERLAY)), "");
         assert!(halfway.tell(done()).contains("device 0 is not flushed"));
-        let failed = CommitResultMessage { error: 8, error_text: text(), ..CommitResultMessage::default() };
-        assert_eq!(halfway.tell(Kind::CommitResult(failed)), "");
+        assert_eq!(halfway.tell(failed(8)), "");
     }
 
     #[test]
     fn a_plan_that_lies_is_not_accepted() {
-        let lie = |plan| handler(Phase::Overlay).tell(Kind::Plan(plan));
-        assert!(lie(PlanMessage { bytes: 1001, ..PlanMessage::default() }).contains("1001 bytes"));
-        assert!(lie(PlanMessage { backing_final_length: 8193, ..PlanMessage::default() }).contains("allows 8192"));
+        let lie = |plan| handler(Phase::Overlay).tell(told(plan));
+        assert!(lie(Plan { bytes: 1001, ..Plan::default() }).contains("1001 bytes"));
+        assert!(lie(Plan { backing_final_length: 8193, ..Plan::default() }).contains("allows 8192"));
         let mut twice = handler(Phase::Overlay);
         assert_eq!(twice.tell(plan()), "");
         assert!(twice.tell(plan()).contains("second plan"));

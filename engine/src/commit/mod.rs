@@ -21,8 +21,12 @@ pub use request::CommitRequest;
 
 use crate::error::{Error, Role};
 use crate::operation::{run, Session};
+use crate::sandbox::{guest_module, ModuleSpec};
 use operation::Commit;
 use std::path::Path;
+
+/// The guest's half.
+pub const MODULE: ModuleSpec<'static> = guest_module!("commit");
 
 /// Commit an overlay.
 ///

@@ -20,9 +20,10 @@ use crate::operation::{
     DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings,
 };
 use crate::plugins::ImageRead;
-use crate::sandbox::{ModuleSpec, COMMIT};
+use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES};
-use instar_guest_protocol::{CommitConfig, Message};
+use instar_guest_protocol::commit::Config;
+use instar_guest_protocol::Message;
 use std::path::{Path, PathBuf};
 
 /// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
@@ -83,7 +84,7 @@ impl Operation for Commit<'_> {
     type Outcome = CommitOutcome;
 
     fn module(&self) -> ModuleSpec<'static> {
-        COMMIT
+        super::MODULE
     }
 
     fn work(&self) -> (Work, Work) {
@@ -182,7 +183,7 @@ impl Operation for Commit<'_> {
 
     fn payload(&self) -> Vec<u8> {
         let CommitRequest { dry_run, resize_backing, .. } = *self.request;
-        CommitConfig { dry_run, resize_backing }.encode_to_vec()
+        Config { dry_run, resize_backing }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
@@ -224,16 +225,16 @@ impl Operation for Commit<'_> {
     fn finish(self, ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
         let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
         let events = &ended.events;
-        let told = match events.lacking {
+        let end = match events.lacking {
             Some(lacking) => Err(no_space(lacking)),
             None if events.repeated.as_ref().is_some_and(Repeated::is_refused) => {
                 let clause = admitted.doubt.map(|doubt| doubt.clause).unwrap_or_default();
                 let refused = GuestFailure::ended(ErrorCode::FormatMismatch, clause);
                 Err(GuestFailure { device: Some(DEVICE_OUTPUT), ..refused })
             }
-            None => ended.told(events.result.clone()),
+            None => ended.end,
         };
-        let result = told.map_err(|failure| {
+        let report = end.map_err(|failure| {
             let changed = Changed::of(&ended.devices);
             failure.error(&ended.paths, Some(changed.clause()))
         })?;
@@ -248,14 +249,14 @@ impl Operation for Commit<'_> {
             overlay_format: admitted.formats.0,
             backing: self.paths.1,
             backing_format: admitted.formats.1,
-            clusters_committed: result.clusters_committed,
-            bytes_committed: result.bytes_committed,
-            overlay_clusters_cleared: result.overlay_clusters_cleared,
+            clusters_committed: events.outcome.clusters_committed,
+            bytes_committed: events.outcome.bytes_committed,
+            overlay_clusters_cleared: events.outcome.overlay_clusters_cleared,
             stale: admitted.stale,
             warnings: self.warnings,
             preview,
             backing_grows_to: admitted.backing_grows_to,
-            run: GuestRun { report: ended.machine.unwrap_or_default(), statistics: ended.devices.stats().clone() },
+            run: GuestRun { report, statistics: ended.devices.stats().clone() },
             timing: ended.timing,
         })
     }

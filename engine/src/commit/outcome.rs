@@ -3,7 +3,7 @@
 use crate::devices::Statistics;
 use crate::operation::Timing;
 use crate::sandbox::Report;
-use instar_guest_protocol::PlanMessage;
+use instar_guest_protocol::commit::Plan;
 use serde::{Serialize, Serializer};
 use std::path::{Path, PathBuf};
 
@@ -76,7 +76,7 @@ impl Preview {
     /// block device), and have clusters of so many bytes. What is committed as zeroes counts like data: only the write says
     /// how much of it can stay a hole.
     #[must_use]
-    pub fn of(plan: &PlanMessage, length: u64, taken: Option<u64>, cluster: u64) -> Self {
+    pub fn of(plan: &Plan, length: u64, taken: Option<u64>, cluster: u64) -> Self {
         let metadata = plan.new_metadata_clusters.saturating_mul(cluster);
         let written = plan.bytes.max(plan.new_data_clusters.saturating_mul(cluster)).saturating_add(metadata);
         let holes = |taken: u64| plan.backing_final_length.max(length).saturating_sub(taken);
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn a_target_with_holes_takes_more_than_it_grows_by() {
-        let plan = |bytes, end| PlanMessage { bytes, backing_final_length: end, ..PlanMessage::default() };
+        let plan = |bytes, end| Plan { bytes, backing_final_length: end, ..Plan::default() };
         let of = |plan, taken| {
             let preview = Preview::of(&plan, 1000, taken, 0);
             (preview.backing_growth_bytes, preview.backing_space_bytes)

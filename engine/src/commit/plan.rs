@@ -1,7 +1,7 @@
 //! What a plan may say. It is the guest's word, and the last before the first change.
 
 use crate::image::ChainImage;
-use instar_guest_protocol::PlanMessage;
+use instar_guest_protocol::commit::Plan;
 
 /// The bounds of a plan.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,7 +32,7 @@ impl PlanBounds {
     ///
     /// # Errors
     /// The number that does not, in one clause.
-    pub fn check(&self, plan: &PlanMessage) -> Result<(), String> {
+    pub fn check(&self, plan: &Plan) -> Result<(), String> {
         let clusters = self.virtual_size.div_ceil(self.overlay_cluster.max(1));
         if plan.clusters > clusters || plan.bytes > self.virtual_size {
             return Err(format!(
@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn a_plan_that_cannot_be_is_named() {
         let bounds = PlanBounds { virtual_size: 1000, overlay_cluster: 100, backing_cluster: 512, longest: 5000 };
-        let good = PlanMessage {
+        let good = Plan {
             clusters: 10,
             bytes: 1000,
             backing_final_length: 5000,
@@ -77,15 +77,15 @@ mod tests {
         };
         assert_eq!(bounds.check(&good), Ok(()));
         for (wrong, why) in [
-            (PlanMessage { clusters: 11, ..good }, "of 10 clusters"),
-            (PlanMessage { bytes: 1001, ..good }, "1001 bytes"),
-            (PlanMessage { backing_final_length: 5001, ..good }, "verdict allows 5000"),
-            (PlanMessage { new_data_clusters: 5, ..good }, "5 new clusters of data"),
-            (PlanMessage { new_data_clusters: u64::MAX, new_metadata_clusters: 1, ..good }, "new clusters"),
-            (PlanMessage { new_metadata_clusters: u64::MAX / 2, ..good }, "new clusters"),
+            (Plan { clusters: 11, ..good }, "of 10 clusters"),
+            (Plan { bytes: 1001, ..good }, "1001 bytes"),
+            (Plan { backing_final_length: 5001, ..good }, "verdict allows 5000"),
+            (Plan { new_data_clusters: 5, ..good }, "5 new clusters of data"),
+            (Plan { new_data_clusters: u64::MAX, new_metadata_clusters: 1, ..good }, "new clusters"),
+            (Plan { new_metadata_clusters: u64::MAX / 2, ..good }, "new clusters"),
         ] {
             assert!(bounds.check(&wrong).is_err_and(|text| text.contains(why)), "{why}");
         }
-        assert!(PlanBounds::default().check(&PlanMessage::default()).is_ok());
+        assert!(PlanBounds::default().check(&Plan::default()).is_ok());
     }
 }

@@ -4,7 +4,7 @@
 //! is copied (all but the few that are known not to) are not asked.
 
 use crate::image::{ChainImage, OpenedFile};
-use instar_guest_protocol::PlanMessage;
+use instar_guest_protocol::commit::Plan;
 use rustix::fs::{fstatfs, fstatvfs};
 use std::os::unix::fs::MetadataExt;
 
@@ -68,7 +68,7 @@ impl Space {
 
     /// How many bytes are needed and how many there are, if they are certain not to suffice.
     #[must_use]
-    pub fn lacking(&self, plan: &PlanMessage) -> Option<(u64, u64)> {
+    pub fn lacking(&self, plan: &Plan) -> Option<(u64, u64)> {
         let bytes = |clusters: u64| clusters.saturating_mul(self.cluster);
         // What is decoded takes its full size, however little the layers hold.
         let data = self.data.saturating_add(plan.encoded_bytes);
@@ -86,17 +86,17 @@ mod tests {
     #[test]
     fn only_what_is_certain_is_lacking() {
         let space = Space { free: 1000, length: 5000, cluster: 100, data: 3000 };
-        let plan = |data, metadata, length| PlanMessage {
+        let plan = |data, metadata, length| Plan {
             new_data_clusters: data,
             new_metadata_clusters: metadata,
             backing_final_length: length,
-            ..PlanMessage::default()
+            ..Plan::default()
         };
         assert_eq!(space.lacking(&plan(9, 1, 6000)), None);
         assert_eq!(space.lacking(&plan(10, 1, 6100)), Some((1100, 1000)));
         assert_eq!(space.lacking(&plan(10, 1, 5900)), None, "the others are free clusters within the file");
         assert_eq!(Space { data: 800, ..space }.lacking(&plan(10, 1, 6100)), None, "the data has holes");
-        let decoded = PlanMessage { encoded_bytes: 200, ..plan(10, 1, 6100) };
+        let decoded = Plan { encoded_bytes: 200, ..plan(10, 1, 6100) };
         assert_eq!(Space { data: 800, ..space }.lacking(&decoded), Some((1100, 1000)), "but decoded data has none");
         assert_eq!(space.lacking(&plan(u64::MAX, u64::MAX, u64::MAX)), Some((u64::MAX - 5000, 1000)));
     }

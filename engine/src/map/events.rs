@@ -4,11 +4,10 @@ use super::places::Holes;
 use super::runs::{Entry, Runs};
 use crate::devices::Devices;
 use crate::error::Error;
-use crate::operation::{unexpected, Events, Flow, GuestFailure};
+use crate::operation::{decode, Events};
 use crate::sandbox::BadRequest;
 use instar_guest_abi::{ErrorCode, ExtentKind};
-use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{MapResultMessage, MapRun as GuestRun};
+use instar_guest_protocol::map::{Outcome, Run as GuestRun, Runs as GuestRuns};
 
 /// What the guest of a map said.
 pub struct MapEvents<'e> {
@@ -16,9 +15,9 @@ pub struct MapEvents<'e> {
     size: u64,
     /// Up to here runs have come.
     next: u64,
+    /// How many layers the chain has.
+    layers: u32,
     runs: Runs<'e>,
-    /// How the map ended, once the guest said so.
-    pub result: Option<Result<(), GuestFailure>>,
     /// Why a run could not be reported; the guest was ended then.
     pub unreported: Option<Error>,
 }
@@ -27,7 +26,8 @@ impl<'e> MapEvents<'e> {
     /// Those of a map of a disk of `size` bytes.
     #[must_use]
     pub fn new(size: u64, runs: Runs<'e>) -> Self {
-        Self { size, next: 0, runs, result: None, unreported: None }
+        let layers = runs.places().values().map(|place| place.depth + 1).max().unwrap_or(0);
+        Self { size, next: 0, layers, runs, unreported: None }
     }
 
     /// All runs have come.
@@ -44,7 +44,6 @@ impl<'e> MapEvents<'e> {
 
     /// Whether a run may come next.
     fn plausible(&self, run: &GuestRun) -> bool {
-        let layers = self.runs.places().values().map(|place| place.depth).max().map_or(0, |deepest| deepest + 1);
         let end = run.start.checked_add(run.length);
         let placed = match ExtentKind::from_u32(run.kind) {
             Some(ExtentKind::Data) => {
@@ -58,7 +57,7 @@ impl<'e> MapEvents<'e> {
         run.start == self.next
             && run.length != 0
             && end.is_some_and(|end| end <= self.size)
-            && run.depth < layers
+            && run.depth < self.layers
             && placed
     }
 
@@ -123,25 +122,14 @@ impl<'e> MapEvents<'e> {
 }
 
 impl Events for MapEvents<'_> {
-    fn message(&mut self, devices: &mut Devices, message: Kind) -> Result<Flow, BadRequest> {
-        match message {
-            Kind::Map(map) => map.runs.iter().try_for_each(|run| self.take(devices, run))?,
-            Kind::MapResult(result) => {
-                self.result = Some(outcome(&result));
-                return Ok(Flow::Over);
-            }
-            _ => return Err(unexpected("map")),
-        }
-        Ok(Flow::GoesOn)
+    fn event(&mut self, devices: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
+        let GuestRuns { runs } = decode(event)?;
+        runs.iter().try_for_each(|run| self.take(devices, run))
     }
-}
 
-fn outcome(message: &MapResultMessage) -> Result<(), GuestFailure> {
-    if message.error == 0 {
-        return Ok(());
+    fn succeeded(&mut self, _: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
+        decode(result).map(|Outcome {}| ())
     }
-    let place = (message.error_device, message.error_offset);
-    Err(GuestFailure::reported(message.error, place, message.error_errno, &message.error_text))
 }
 
 #[cfg(test)]
@@ -151,7 +139,8 @@ mod tests {
     use super::*;
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::Host;
-    use instar_guest_protocol::MapMessage;
+    use instar_guest_protocol::guest_message::Kind;
+    use instar_guest_protocol::Message;
     use std::collections::BTreeMap;
 
     const SIZE: u64 = 1 << 20;
@@ -167,7 +156,7 @@ mod tests {
         };
         let events = MapEvents::new(SIZE, Runs::new(0..u64::MAX, places, Some(&mut each)));
         let mut handler = Handler::new(Devices::new(), events, Cancel::new());
-        let message = Kind::Map(MapMessage { runs: runs.to_vec() });
+        let message = Kind::Event(GuestRuns { runs: runs.to_vec() }.encode_to_vec());
         let taken = handler.message(message).is_ok() && handler.events.end().is_ok();
         drop(handler);
         (lines, taken)

@@ -12,9 +12,13 @@ pub use runs::{MapRun, Runs};
 
 use crate::error::{Error, Role};
 use crate::operation::{run, Session, Settings};
+use crate::sandbox::{guest_module, ModuleSpec};
 use operation::Map;
 use std::ops::Range;
 use std::path::PathBuf;
+
+/// The guest's half.
+pub const MODULE: ModuleSpec<'static> = guest_module!("map");
 
 /// What the operator asks for.
 #[derive(Clone, Debug, Default)]

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::image::{check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
 use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings};
 use crate::plugins::ImageRead;
-use crate::sandbox::{ModuleSpec, MAP};
+use crate::sandbox::ModuleSpec;
 use instar_guest_abi::MAX_CHAIN_DEVICES;
 use std::collections::BTreeMap;
 
@@ -43,7 +43,7 @@ impl<'e> Operation for Map<'_, 'e> {
     type Outcome = ();
 
     fn module(&self) -> ModuleSpec<'static> {
-        MAP
+        super::MODULE
     }
 
     fn work(&self) -> (Work, Work) {
@@ -101,8 +101,7 @@ impl<'e> Operation for Map<'_, 'e> {
         if let Some(error) = ended.events.unreported.take() {
             return Err(error);
         }
-        let told = ended.events.result.clone();
-        ended.told(told).map_err(|failure| failure.error(&ended.paths, None))?;
+        ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
         ended.events.end()
     }
 }

@@ -5,6 +5,7 @@ use super::codes::{advice, guest_may_report, is_of_target};
 use crate::error::{Error, Role};
 use crate::sandbox::SandboxError;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_protocol::FailureMessage;
 use std::io;
 use std::path::Path;
 
@@ -29,25 +30,18 @@ pub struct GuestFailure {
 }
 
 impl GuestFailure {
-    /// What a guest reported: code, device and offset (all ones for none), errno, text. A code that is not known, or that
-    /// is not for a guest to report, is nonsense.
+    /// What a guest reported. A code that is not known, or that is not for a guest to report, is nonsense.
     #[must_use]
-    pub fn reported(code: u32, (device, offset): (u32, u64), errno: u32, text: &str) -> Self {
-        let code = ErrorCode::from_u32(code).filter(|&code| guest_may_report(code));
+    pub fn reported(message: &FailureMessage) -> Self {
+        let code = ErrorCode::from_u32(message.error).filter(|&code| guest_may_report(code));
         Self {
             code: code.unwrap_or(ErrorCode::GuestProtocol),
-            device: (device != u32::MAX).then_some(device),
-            offset: (offset != u64::MAX).then_some(offset),
-            errno,
-            text: text.to_owned(),
-            step: String::new(),
+            device: (message.device != u32::MAX).then_some(message.device),
+            offset: (message.offset != u64::MAX).then_some(message.offset),
+            errno: message.errno,
+            text: message.text.clone(),
+            step: message.step.clone(),
         }
-    }
-
-    /// The same failure, in this step of the operation.
-    #[must_use]
-    pub fn in_step(self, step: &str) -> Self {
-        Self { step: step.to_owned(), ..self }
     }
 
     /// A guest that was ended.
@@ -222,7 +216,8 @@ mod tests {
 
     #[test]
     fn what_only_the_host_can_see_a_guest_may_not_report() {
-        let reported = |code: u32| GuestFailure::reported(code, (u32::MAX, u64::MAX), 0, "").code;
+        let reported =
+            |code: u32| GuestFailure::reported(&FailureMessage { error: code, ..FailureMessage::default() }).code;
         for &code in ErrorCode::ALL {
             assert_eq!(reported(code.number()), if guest_may_report(code) { code } else { ErrorCode::GuestProtocol });
         }

@@ -1,20 +1,14 @@
 //! Serves the guest of any operation: its requests, its messages, its end.
 
+use super::failure::GuestFailure;
 use crate::cancel::Cancel;
 use crate::devices::Devices;
 use crate::sandbox::{BadRequest, BufferAccess, Excess, GuestLog, Host};
-use instar_guest_abi::Request;
+use instar_guest_abi::{Phase, Request, ERROR_OK};
+use instar_guest_protocol::end_message::Outcome;
 use instar_guest_protocol::guest_message::Kind;
+use instar_guest_protocol::{EndMessage, FailureMessage, Message};
 use std::time::Duration;
-
-/// Whether a guest has more to say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flow {
-    /// It has.
-    GoesOn,
-    /// That was its result: nothing may follow.
-    Over,
-}
 
 /// What an operation makes of what its guest asks for and says.
 pub trait Events {
@@ -31,16 +25,39 @@ pub trait Events {
         devices.execute(memory, requests)
     }
 
-    /// Take one message. Log lines do not come here.
+    /// Take something that the guest tells before its end: an encoded message of the operation.
     ///
     /// # Errors
-    /// A message that makes no sense.
-    fn message(&mut self, devices: &mut Devices, message: Kind) -> Result<Flow, BadRequest>;
+    /// What makes no sense.
+    fn event(&mut self, devices: &mut Devices, event: &[u8]) -> Result<(), BadRequest>;
+
+    /// The guest wants to change something else from here on. An operation that only reads lets it in nowhere.
+    ///
+    /// # Errors
+    /// A change that may not be.
+    fn enter(&mut self, devices: &mut Devices, phase: Phase) -> Result<(), BadRequest> {
+        let _ = (devices, phase);
+        Err(BadRequest("a change was announced in an operation that only reads".to_owned()))
+    }
+
+    /// The guest works on this step.
+    fn step(&mut self, step: &str) {
+        let _ = step;
+    }
+
+    /// The guest says that it succeeded, with a result: an encoded message of the operation.
+    ///
+    /// # Errors
+    /// A result that makes no sense, or contradicts what the devices saw.
+    fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest>;
 }
 
-/// The message is none of this operation's.
-pub(crate) fn unexpected(operation: &str) -> BadRequest {
-    BadRequest(format!("a message that a {operation} does not send"))
+/// A message of an operation.
+///
+/// # Errors
+/// If it is none.
+pub(crate) fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, BadRequest> {
+    M::decode(bytes).map_err(|error| BadRequest(format!("a message that cannot be decoded: {error}")))
 }
 
 /// Serves a guest.
@@ -52,21 +69,33 @@ pub struct Handler<E> {
     pub events: E,
     /// Log lines of the guest.
     pub log: GuestLog,
+    /// How the guest ended by its own word, once it said so.
+    pub end: Option<Result<(), GuestFailure>>,
     cancel: Cancel,
-    over: bool,
 }
 
 impl<E: Events> Handler<E> {
     /// One with these devices, which the guest may only look at, for a guest that `cancel` ends.
     pub fn new(devices: Devices, events: E, cancel: Cancel) -> Self {
-        Self { devices, events, log: GuestLog::default(), cancel, over: false }
+        Self { devices, events, log: GuestLog::default(), end: None, cancel }
     }
 
     fn going_on(&self, what: &str) -> Result<(), BadRequest> {
-        if self.over {
+        if self.end.is_some() {
             return Err(BadRequest(format!("a {what} after the result")));
         }
         Ok(())
+    }
+
+    fn ended(&mut self, message: EndMessage) -> Result<Result<(), GuestFailure>, BadRequest> {
+        match message.outcome {
+            None => Err(BadRequest("an end without an outcome".to_owned())),
+            Some(Outcome::Result(result)) => self.events.succeeded(&mut self.devices, &result).map(Ok),
+            Some(Outcome::Failure(FailureMessage { error: ERROR_OK, text, .. })) => {
+                Err(BadRequest(format!("an error without a code: {text}")))
+            }
+            Some(Outcome::Failure(failure)) => Ok(Err(GuestFailure::reported(&failure))),
+        }
     }
 }
 
@@ -82,13 +111,20 @@ impl<E: Events> Host for Handler<E> {
             Kind::Log(line) => self.log.take(line),
             // The runner takes panics itself.
             Kind::Panic(_) => return Err(BadRequest("a panic that is none".to_owned())),
-            message => self.over = self.events.message(&mut self.devices, message)? == Flow::Over,
+            Kind::Event(event) => self.events.event(&mut self.devices, &event)?,
+            Kind::Progress(progress) => self.events.step(&progress.step),
+            Kind::Phase(message) => {
+                let phase = Phase::from_u32(message.phase)
+                    .ok_or_else(|| BadRequest(format!("phase {}, which does not exist", message.phase)))?;
+                self.events.enter(&mut self.devices, phase)?;
+            }
+            Kind::End(message) => self.end = Some(self.ended(message)?),
         }
         Ok(())
     }
 
     fn interrupted(&self) -> bool {
-        !self.over && self.cancel.is_cancelled()
+        self.end.is_none() && self.cancel.is_cancelled()
     }
 
     fn excess(&self, used: Duration) -> Option<Excess> {

@@ -95,8 +95,9 @@ pub trait Operation {
 /// A guest that has ended.
 #[derive(Debug)]
 pub struct Ended<E> {
-    /// What the machine did; or why there was none, or why it was stopped.
-    pub machine: Result<Report, GuestFailure>,
+    /// What the sandbox did with a guest that succeeded by its own word; else why there was none, why it was stopped, or
+    /// what it reported as a failure.
+    pub end: Result<Report, GuestFailure>,
     /// Who served it.
     pub events: E,
     /// The devices, as it left them.
@@ -105,20 +106,6 @@ pub struct Ended<E> {
     pub paths: DevicePaths,
     /// How long each part took.
     pub timing: Timing,
-}
-
-impl<E> Ended<E> {
-    /// What a guest that ended by itself has `told`.
-    ///
-    /// # Errors
-    /// Why it was stopped, what it reported as a failure, or that it told nothing.
-    pub fn told<T>(&self, told: Option<Result<T, GuestFailure>>) -> Result<T, GuestFailure> {
-        match (&self.machine, told) {
-            (Ok(_), Some(told)) => told,
-            (Ok(_), None) => Err(GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result")),
-            (Err(failure), _) => Err(failure.clone()),
-        }
-    }
 }
 
 /// Run an operation: load the plugins, confine the process, open the images, let everybody refuse who may, run the guest, and
@@ -174,9 +161,14 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let machine = ready.and_then(|ready| ready.run(&program, &mut handler));
     timing.mark("program in the sandbox");
     handler.log.lines().iter().for_each(|line| session.note(|| format!("guest says: {line}")));
-    let machine = machine.map_err(|error| GuestFailure::of_machine(&error));
-    let Handler { devices, events, .. } = handler;
-    operation.finish(Ended { machine, events, devices, paths, timing })
+    let Handler { devices, events, end, .. } = handler;
+    let silent = || GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result");
+    let end = match (machine, end) {
+        (Err(error), _) => Err(GuestFailure::of_machine(&error)),
+        (Ok(report), Some(told)) => told.map(|()| report),
+        (Ok(_), None) => Err(silent()),
+    };
+    operation.finish(Ended { end, events, devices, paths, timing })
 }
 
 fn note_confinement(session: &Session, when: &str, confinement: Option<&Confinement>) {

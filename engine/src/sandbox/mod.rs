@@ -19,7 +19,8 @@ pub use error::SandboxError;
 pub use host::{BadRequest, BufferAccess, Excess, Host};
 pub use kvm::Kvm;
 pub use log::GuestLog;
-pub use program::{ModuleSpec, Program, Report, CHECK, COMMIT, FIRST_FORMAT, MAP};
+pub(crate) use program::guest_module;
+pub use program::{ModuleSpec, Program, Report, FIRST_FORMAT};
 #[cfg(test)]
 pub use vm_memory::VolatileSlice;
 

@@ -3,23 +3,19 @@
 use instar_guest_abi::{FileDevice, Member};
 use std::time::Duration;
 
-/// The version of the engine's own modules.
-const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// A guest module that the engine carries: the core, or an operation. Its folder is `guest/NAME`.
+macro_rules! guest_module {
+    ($name:literal) => {
+        $crate::sandbox::ModuleSpec {
+            name: $name,
+            version: env!("CARGO_PKG_VERSION"),
+            elf: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, "-module.elf")),
+        }
+    };
+}
+pub(crate) use guest_module;
 
-const CORE: ModuleSpec<'static> =
-    ModuleSpec { name: "core", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/core-module.elf")) };
-/// The commit operation.
-pub const COMMIT: ModuleSpec<'static> = ModuleSpec {
-    name: "commit",
-    version: VERSION,
-    elf: include_bytes!(concat!(env!("OUT_DIR"), "/commit-module.elf")),
-};
-/// The check operation.
-pub const CHECK: ModuleSpec<'static> =
-    ModuleSpec { name: "check", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/check-module.elf")) };
-/// The map operation.
-pub const MAP: ModuleSpec<'static> =
-    ModuleSpec { name: "map", version: VERSION, elf: include_bytes!(concat!(env!("OUT_DIR"), "/map-module.elf")) };
+const CORE: ModuleSpec<'static> = guest_module!("core");
 
 /// A guest module.
 #[derive(Clone, Copy, Debug)]

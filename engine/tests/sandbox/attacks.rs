@@ -237,8 +237,7 @@ fn a_commit_that_keeps_the_order_is_done() {
     let images = Images::new();
     let (handler, result) = images.commit(Scenario::WholeCommit, Phase::Overlay);
     result.unwrap();
-    let committed = handler.events.result.map(|result| result.map(|result| result.clusters_committed));
-    assert_eq!(committed, Some(Ok(1)));
+    assert_eq!((handler.end, handler.events.outcome.clusters_committed), (Some(Ok(())), 1));
     assert_eq!(handler.log.lines(), ["512 bytes are left"]);
     assert!(images.is_changed("output") && read(images.path("overlay")).unwrap().len() == 512);
 }

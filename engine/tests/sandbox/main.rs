@@ -7,7 +7,7 @@ mod support;
 
 use instar::sandbox::kvm::{KvmDevice, Machine};
 use instar::sandbox::{self, Kvm, Program, SandboxError};
-use instar_guest_abi::{ErrorCode, RequestOp, DEVICE_OUTPUT, ERROR_NOT_IMPLEMENTED};
+use instar_guest_abi::{ErrorCode, RequestOp, DEVICE_OUTPUT, ERROR_PLUGIN_UNAVAILABLE};
 use instar_guest_testmod::Scenario;
 use support::{run, spec, TestHost};
 
@@ -16,13 +16,12 @@ fn a_good_guest_runs_at_ring_3() {
     let (host, report) = run(Scenario::Good);
     let report = report.unwrap();
     eprintln!("{report:#?}");
-    let result = host.result.unwrap();
-    assert_eq!((result.error, result.clusters_committed), (0, 0x5a));
-    assert!(result.overlay_format.contains('.'), "a formatted float: {}", result.overlay_format);
-    assert_eq!(host.logs, ["1000 entries"]);
+    assert_eq!(host.outcome.unwrap().clusters_committed, 0x5a);
+    assert_eq!(host.logs.len(), 2);
+    assert!(host.logs[0] == "1000 entries" && host.logs[1].contains('.'), "a formatted float: {:?}", host.logs);
     assert_eq!(host.batches, [256, 256, 88]);
-    assert_eq!((report.ring, report.requests, report.doorbells, report.messages), (3, 600, 3, 2));
-    assert_eq!(report.exits, 6, "three doorbells, two messages and the end");
+    assert_eq!((report.ring, report.requests, report.doorbells, report.messages), (3, 600, 3, 3));
+    assert_eq!(report.exits, 7, "three doorbells, three messages and the end");
 }
 
 #[test]
@@ -42,7 +41,7 @@ fn start_up_takes_milliseconds() {
 fn drivers_work_across_modules() {
     let (host, report) = run(Scenario::Foreign);
     report.unwrap();
-    assert_eq!(host.result.unwrap().clusters_committed, 1 << 20);
+    assert_eq!(host.outcome.unwrap().clusters_committed, 1 << 20);
     assert_eq!(host.ops, [RequestOp::Copy as u32, RequestOp::Flush as u32]);
     let copy = host.copies[0];
     assert_eq!((copy.src_device, copy.device, copy.length), (0, DEVICE_OUTPUT, 1 << 20));
@@ -52,17 +51,17 @@ fn drivers_work_across_modules() {
 fn buffers_on_the_stack_and_in_constants_work() {
     let (host, report) = run(Scenario::StackBuffer);
     report.unwrap();
-    let result = host.result.unwrap();
-    assert_eq!((result.overlay_format.as_str(), result.clusters_committed), ("Ok(())", 0x5a));
+    assert_eq!((host.logs[0].as_str(), host.outcome.unwrap().clusters_committed), ("Ok(())", 0x5a));
     assert_eq!(host.written, [7; 64]);
 }
 
 #[test]
 fn the_engines_own_operation_runs() {
     let mut host = TestHost::default();
-    sandbox::run(&Kvm, &Program::new(sandbox::COMMIT, vec![], support::members(), vec![]), &mut host).unwrap();
-    // The placeholder; once the operation is there, a chain whose module is missing.
-    assert!(host.result.is_some_and(|result| result.error == ERROR_NOT_IMPLEMENTED || result.error != 0));
+    sandbox::run(&Kvm, &Program::new(instar::commit::MODULE, vec![], support::members(), vec![]), &mut host).unwrap();
+    assert!(host
+        .failure
+        .is_some_and(|failure| failure.error == ERROR_PLUGIN_UNAVAILABLE && failure.text.contains("not loaded")));
 }
 
 #[test]
@@ -78,7 +77,7 @@ fn a_device_opened_before_is_enough() {
 fn an_exit_without_a_result_is_left_to_the_handler() {
     let (host, report) = run(Scenario::Silent);
     assert_eq!(report.unwrap().exits, 1);
-    assert!(host.result.is_none());
+    assert!(host.outcome.is_none() && host.failure.is_none());
 }
 
 #[test]
@@ -97,7 +96,7 @@ fn an_interruption_during_the_last_request_is_one() {
     let mut interrupted = TestHost { interrupt_after: Some(host.batches.len()), ..TestHost::default() };
     let error = sandbox::run(&Kvm, &spec(Scenario::Good), &mut interrupted).unwrap_err();
     assert_eq!(error, SandboxError::Interrupted);
-    assert!(interrupted.result.is_none());
+    assert!(interrupted.outcome.is_none() && interrupted.failure.is_none());
 }
 
 #[test]

@@ -5,7 +5,8 @@ use instar_guest_abi::{
     device_flags, request_status, DeviceConfig, Member, MemberRole, Request, RequestOp, DEVICE_OUTPUT,
 };
 use instar_guest_build::GuestModule;
-use instar_guest_protocol::{guest_message, CommitResultMessage};
+use instar_guest_protocol::commit::Outcome;
+use instar_guest_protocol::{end_message, guest_message, FailureMessage, Message};
 use instar_guest_testmod::Scenario;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -37,7 +38,8 @@ pub struct TestHost {
     pub batches: Vec<usize>,
     pub written: Vec<u8>,
     pub copies: Vec<Request>,
-    pub result: Option<CommitResultMessage>,
+    pub outcome: Option<Outcome>,
+    pub failure: Option<FailureMessage>,
     pub logs: Vec<String>,
     pub interrupt_after: Option<usize>,
 }
@@ -69,7 +71,10 @@ impl Host for TestHost {
 
     fn message(&mut self, message: guest_message::Kind) -> Result<(), BadRequest> {
         match message {
-            guest_message::Kind::CommitResult(result) => self.result = Some(result),
+            guest_message::Kind::End(end) => match end.outcome.unwrap() {
+                end_message::Outcome::Result(result) => self.outcome = Some(Outcome::decode(&result[..]).unwrap()),
+                end_message::Outcome::Failure(failure) => self.failure = Some(failure),
+            },
             guest_message::Kind::Log(log) => self.logs.push(log.text),
             other => return Err(BadRequest(format!("an unexpected message {other:?}"))),
         }
@@ -95,7 +100,7 @@ pub fn members() -> Vec<Member> {
 
 pub fn spec(scenario: Scenario) -> Program<'static> {
     let modules = vec![module("plain", format())];
-    Program::new(sandbox::COMMIT, scenario.payload().to_vec(), members(), modules)
+    Program::new(instar::commit::MODULE, scenario.payload().to_vec(), members(), modules)
         .with_operation(module("test", operation()))
         .with_stall_limit(Duration::from_secs(2))
 }

@@ -7,7 +7,7 @@ use super::{choose, config, open_source, quietly, sound, views, Bed, OVERLAY};
 use crate::host::{self, Format};
 use instar_guest_abi::ExtentKind;
 use instar_guest_commit::Layers;
-use instar_guest_protocol::MapRun;
+use instar_guest_protocol::map::Run;
 use instar_guest_sdk::{DriverResult, Source};
 use instar_plugin_api::ImageFacts;
 use std::collections::BTreeMap;
@@ -49,7 +49,7 @@ pub fn look(input: &[u8]) {
         assert!(!findings.is_empty() || found.corruptions + found.leaks == 0, "{found:?}");
     }
 
-    let mut runs: Vec<MapRun> = Vec::new();
+    let mut runs: Vec<Run> = Vec::new();
     let chain = bed.chain();
     let mapped: DriverResult<()> = (|| {
         let mut layers: Vec<Box<dyn Source>> = Vec::new();

@@ -7,35 +7,29 @@
 extern crate alloc;
 
 use alloc::string::String;
-use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{CheckResultMessage, FindingMessage, GuestMessage, Message};
+use instar_guest_protocol::check::{Finding, Outcome};
 use instar_guest_sdk::abi::{ErrorCode, Examination, FindingKind, MemberRole};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_guest_view::Reporter;
 
 /// Findings that are sent as text. All are counted.
 pub const MAX_FINDINGS: u64 = 200;
 
-/// Check the image in slot 0, and send what was found and then the result.
+/// Check the image that is read, and report what was found.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
-    let mut send_kind = |kind| send(&GuestMessage { kind: Some(kind) }.encode_to_vec());
-    let result = match open(operation).and_then(|mut source| examine(&mut source, io, &mut send_kind)) {
-        Ok(found) => CheckResultMessage {
-            image_end_offset: found.image_end_offset,
-            total_clusters: found.total_clusters,
-            allocated_clusters: found.allocated_clusters,
-            fragmented_clusters: found.fragmented_clusters,
-            compressed_clusters: found.compressed_clusters,
-            corruptions: found.corruptions,
-            leaks: found.leaks,
-            unused_tail: found.unused_tail,
-            error_device: u32::MAX,
-            error_offset: u64::MAX,
-            ..CheckResultMessage::default()
-        },
-        Err(error) => failure(&error),
-    };
-    send_kind(Kind::CheckResult(result));
+    let mut reporter = Reporter::new(send);
+    let examined = open(operation).and_then(|mut source| examine(&mut source, io, &mut reporter));
+    reporter.end(examined.map(|found| Outcome {
+        image_end_offset: found.image_end_offset,
+        total_clusters: found.total_clusters,
+        allocated_clusters: found.allocated_clusters,
+        fragmented_clusters: found.fragmented_clusters,
+        compressed_clusters: found.compressed_clusters,
+        corruptions: found.corruptions,
+        leaks: found.leaks,
+        unused_tail: found.unused_tail,
+    }));
 }
 
 fn open<'a>(operation: &Operation<'a>) -> DriverResult<impl Source + 'a> {
@@ -49,23 +43,16 @@ fn open<'a>(operation: &Operation<'a>) -> DriverResult<impl Source + 'a> {
 ///
 /// # Errors
 /// Those of the source.
-pub fn examine(source: &mut dyn Source, io: &mut dyn BlockIo, send: &mut dyn FnMut(Kind)) -> DriverResult<Examination> {
+pub fn examine(
+    source: &mut dyn Source,
+    io: &mut dyn BlockIo,
+    reporter: &mut Reporter<'_>,
+) -> DriverResult<Examination> {
     let mut sent = 0;
     source.examine(io, &mut |kind: FindingKind, text: &str| {
         if sent < MAX_FINDINGS {
             sent += 1;
-            send(Kind::Finding(FindingMessage { kind: kind as u32, text: String::from(text) }));
+            reporter.event(&Finding { kind: kind as u32, text: String::from(text) });
         }
     })
-}
-
-fn failure(error: &DriverError) -> CheckResultMessage {
-    CheckResultMessage {
-        error: error.code.number(),
-        error_device: error.device.unwrap_or(u32::MAX),
-        error_offset: error.offset.unwrap_or(u64::MAX),
-        error_errno: error.errno,
-        error_text: error.text.clone(),
-        ..CheckResultMessage::default()
-    }
 }

@@ -6,12 +6,9 @@
 
 extern crate alloc;
 
-mod below;
 mod commit;
-mod layers;
 mod run;
 
-pub use below::{Ancestors, Opener};
 pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Plan, Step};
-pub use layers::{Layers, Seen};
+pub use instar_guest_view::{Ancestors, Layers, Opener};
 pub use run::run;

@@ -1,50 +1,29 @@
 //! The operation as the guest runs it: open the images of the chain, commit, report.
 
-use crate::below::{Ancestors, Opener};
-use crate::commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Step};
-use crate::layers::Layers;
+use crate::commit::{commit, Commit, CommitFailure, Event, Options, Step};
 use alloc::boxed::Box;
-use alloc::format;
-use alloc::string::String;
 use alloc::vec::Vec;
-use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{
-    CommitConfig, CommitResultMessage, GuestMessage, LogMessage, Message, PlanMessage, ProgressMessage,
-};
+use instar_guest_protocol::commit::{Config, Outcome, Plan};
+use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Source};
+use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
 
-/// Run the commit that the host asked for, and send its result.
+/// Run the commit that the host asked for, and report it.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
-    let result = match run_chain(operation, io, send) {
-        Ok(outcome) => CommitResultMessage {
-            clusters_committed: outcome.clusters_committed,
-            bytes_committed: outcome.bytes_committed,
-            overlay_clusters_cleared: outcome.overlay_clusters_cleared,
-            error_device: u32::MAX,
-            error_offset: u64::MAX,
-            ..CommitResultMessage::default()
-        },
-        Err(failure) => failure_message(&failure),
-    };
-    send_kind(send, Kind::CommitResult(result));
+    let mut reporter = Reporter::new(send);
+    let committed = run_chain(operation, io, &mut reporter);
+    reporter.end(committed.map(|outcome| Outcome {
+        clusters_committed: outcome.clusters_committed,
+        bytes_committed: outcome.bytes_committed,
+        overlay_clusters_cleared: outcome.overlay_clusters_cleared,
+    }));
 }
 
-fn send_kind(send: &mut dyn FnMut(&[u8]), kind: Kind) {
-    send(&GuestMessage { kind: Some(kind) }.encode_to_vec());
-}
-
-fn failure_message(failure: &CommitFailure) -> CommitResultMessage {
-    let error = &failure.error;
-    CommitResultMessage {
-        error: error.code.number(),
-        error_device: error.device.unwrap_or(u32::MAX),
-        error_offset: error.offset.unwrap_or(u64::MAX),
-        error_errno: error.errno,
-        error_text: error.text.clone(),
-        step: String::from(failure.step.name()),
-        ..CommitResultMessage::default()
+impl From<CommitFailure> for Failed {
+    fn from(failure: CommitFailure) -> Self {
+        Self { step: failure.step.name(), error: failure.error }
     }
 }
 
@@ -82,7 +61,7 @@ impl<'a> Members<'a> {
 
 /// What the operator wants.
 fn options(operation: &Operation<'_>, emptied: bool) -> DriverResult<Options> {
-    let config = CommitConfig::decode(operation.payload())
+    let config = Config::decode(operation.payload())
         .map_err(|_| DriverError::new(ErrorCode::GuestProtocol, "the configuration of a commit cannot be decoded"))?;
     Ok(Options { keep_overlay: !emptied, dry_run: config.dry_run, resize_backing: config.resize_backing })
 }
@@ -90,8 +69,8 @@ fn options(operation: &Operation<'_>, emptied: bool) -> DriverResult<Options> {
 fn run_chain(
     operation: &Operation<'_>,
     io: &mut dyn BlockIo,
-    send: &mut dyn FnMut(&[u8]),
-) -> Result<Outcome, CommitFailure> {
+    reporter: &mut Reporter<'_>,
+) -> Result<crate::Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: Step::Check, error };
     let members = Members::of(operation).map_err(at)?;
     let options = options(operation, members.emptied).map_err(at)?;
@@ -116,38 +95,27 @@ fn run_chain(
         last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
     };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
-    commit(io, &mut images, options, &mut |event| {
-        if let Some(text) = remark(&event) {
-            send_kind(send, Kind::Log(LogMessage { text }));
-        }
-        send_kind(send, event_message(event));
-    })
+    commit(io, &mut images, options, &mut |event| report(event, reporter))
 }
 
-/// What `-v` should say of an event.
-fn remark(event: &Event) -> Option<String> {
-    let Event::Planned(plan) = event else { return None };
+fn report(event: Event, reporter: &mut Reporter<'_>) {
+    let plan = match event {
+        Event::Progress(step, done, total) => return reporter.progress(step.name(), done, total),
+        Event::Planned(plan) => plan,
+    };
     let tables = plan.sink.unread_tables;
-    (tables > 0).then(|| {
-        format!(
+    if tables > 0 {
+        log!(
             "the backing's {tables} mapping tables were not compared with what is changed: that would cost more than the \
              commit; `instar check` does it"
-        )
-    })
-}
-
-fn event_message(event: Event) -> Kind {
-    match event {
-        Event::Progress(step, done, total) => {
-            Kind::Progress(ProgressMessage { step: String::from(step.name()), done, total })
-        }
-        Event::Planned(plan) => Kind::Plan(PlanMessage {
-            clusters: plan.clusters,
-            bytes: plan.bytes,
-            backing_final_length: plan.sink.final_length,
-            new_data_clusters: plan.sink.new_data_clusters,
-            new_metadata_clusters: plan.sink.new_metadata_clusters,
-            encoded_bytes: plan.encoded_bytes,
-        }),
+        );
     }
+    reporter.event(&Plan {
+        clusters: plan.clusters,
+        bytes: plan.bytes,
+        backing_final_length: plan.sink.final_length,
+        new_data_clusters: plan.sink.new_data_clusters,
+        new_metadata_clusters: plan.sink.new_metadata_clusters,
+        encoded_bytes: plan.encoded_bytes,
+    });
 }

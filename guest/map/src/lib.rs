@@ -8,42 +8,31 @@ extern crate alloc;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use instar_guest_commit::{Layers, Seen};
-use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{GuestMessage, MapMessage, MapResultMessage, MapRun, Message};
+use instar_guest_protocol::map::{Outcome, Run, Runs};
 use instar_guest_sdk::abi::{ErrorCode, ExtentKind, MemberRole};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_guest_view::{Layers, Reporter, Seen};
 
 /// Runs in a message: together less than a message may have.
 const RUNS: usize = 256;
 
-/// Map the images in the slots, the top-most first: send the runs and then the result.
+/// Map the images that are read, the top-most first: report the runs.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
-    let mut send_kind = |kind| send(&GuestMessage { kind: Some(kind) }.encode_to_vec());
-    let mut batch = Vec::new();
+    let mut reporter = Reporter::new(send);
+    let mut runs = Vec::new();
     let mapped = open(operation).and_then(|mut layers| {
         map(&mut layers, io, &mut |run| {
-            batch.push(run);
-            if batch.len() == RUNS {
-                send_kind(Kind::Map(MapMessage { runs: core::mem::take(&mut batch) }));
+            runs.push(run);
+            if runs.len() == RUNS {
+                reporter.event(&Runs { runs: core::mem::take(&mut runs) });
             }
         })
     });
-    if !batch.is_empty() {
-        send_kind(Kind::Map(MapMessage { runs: batch }));
+    if !runs.is_empty() {
+        reporter.event(&Runs { runs });
     }
-    let none = MapResultMessage { error_device: u32::MAX, error_offset: u64::MAX, ..MapResultMessage::default() };
-    send_kind(Kind::MapResult(match mapped {
-        Ok(()) => none,
-        Err(error) => MapResultMessage {
-            error: error.code.number(),
-            error_device: error.device.unwrap_or(u32::MAX),
-            error_offset: error.offset.unwrap_or(u64::MAX),
-            error_errno: error.errno,
-            error_text: error.text,
-        },
-    }));
+    reporter.end(mapped.map(|()| Outcome {}));
 }
 
 fn open<'a>(operation: &Operation<'a>) -> DriverResult<Layers<'a>> {
@@ -61,10 +50,10 @@ fn open<'a>(operation: &Operation<'a>) -> DriverResult<Layers<'a>> {
 ///
 /// # Errors
 /// Those of the sources.
-pub fn map(layers: &mut Layers<'_>, io: &mut dyn BlockIo, each: &mut dyn FnMut(MapRun)) -> DriverResult<()> {
+pub fn map(layers: &mut Layers<'_>, io: &mut dyn BlockIo, each: &mut dyn FnMut(Run)) -> DriverResult<()> {
     let size = layers.info().virtual_size;
     let lowest = layers.count().saturating_sub(1);
-    let mut last: Option<MapRun> = None;
+    let mut last: Option<Run> = None;
     let mut at = 0;
     while at < size {
         let (seen, end) = layers.seen(io, at, size)?;
@@ -72,12 +61,12 @@ pub fn map(layers: &mut Layers<'_>, io: &mut dyn BlockIo, each: &mut dyn FnMut(M
             return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
         }
         let depth = |index: usize| u32::try_from(index).unwrap_or(u32::MAX);
-        let run = |depth, kind| MapRun { start: at, length: end - at, depth, kind, ..MapRun::default() };
+        let run = |depth, kind| Run { start: at, length: end - at, depth, kind, ..Run::default() };
         let next = match seen {
             Seen::Nothing => run(depth(lowest), 0),
             // The layer with this index has ended: it is the one above that reads as zeroes.
             Seen::Zeroes(index) => run(depth(index.saturating_sub(1)), 0),
-            Seen::Held(index, extent) if extent.kind == ExtentKind::Data as u32 => MapRun {
+            Seen::Held(index, extent) if extent.kind == ExtentKind::Data as u32 => Run {
                 device: extent.device,
                 offset: extent.location.saturating_add(at - extent.guest_offset),
                 ..run(depth(index), extent.kind)
@@ -95,7 +84,7 @@ pub fn map(layers: &mut Layers<'_>, io: &mut dyn BlockIo, each: &mut dyn FnMut(M
 }
 
 /// Whether a run is of the same kind as the one before it, and lies behind it.
-fn goes_on(last: &MapRun, next: &MapRun) -> bool {
+fn goes_on(last: &Run, next: &Run) -> bool {
     let data = last.kind == ExtentKind::Data as u32;
     last.depth == next.depth
         && last.kind == next.kind

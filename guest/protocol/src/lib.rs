@@ -1,16 +1,23 @@
 //! Messages between an instar guest and its host, as Rust types.
 //!
-//! The definition is `proto/guest.proto`; the types are generated from it (see `tests/generated.rs`) and
-//! used on both sides.
+//! The definitions are `proto/*.proto`; the types are generated from them (see `tests/generated.rs`) and used on both
+//! sides. What every operation says stands in the crate's root, what only one says in a module with its name.
 #![no_std]
+#![allow(missing_docs, clippy::all, clippy::pedantic, reason = "the modules are generated")]
 
 extern crate alloc;
 
-#[allow(missing_docs, clippy::all, clippy::pedantic)]
-mod generated;
+#[path = "generated/check.rs"]
+pub mod check;
+#[path = "generated/commit.rs"]
+pub mod commit;
+#[path = "generated/guest.rs"]
+mod guest;
+#[path = "generated/map.rs"]
+pub mod map;
 
-pub use generated::{
-    guest_message, CheckResultMessage, CommitConfig, CommitResultMessage, FindingMessage, GuestMessage, LogMessage,
-    MapMessage, MapResultMessage, MapRun, PanicMessage, PhaseMessage, PlanMessage, ProgressMessage,
+pub use guest::{
+    end_message, guest_message, EndMessage, FailureMessage, GuestMessage, LogMessage, PanicMessage, PhaseMessage,
+    ProgressMessage,
 };
 pub use prost::Message;

@@ -8,13 +8,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
 
-/// The crates whose code is shipped. Guest modules are built by build scripts, which cargo's graph does not show.
+/// The crates whose code is shipped, besides the guest modules of the engine: build scripts build those, which cargo's graph
+/// does not show.
 const SHIPPED: &[&str] = &[
     "instar-cli",
-    "instar-guest-core",
-    "instar-guest-commit",
-    "instar-guest-check",
-    "instar-guest-map",
     "instar-plugin-qcow2",
     "instar-plugin-raw",
     "instar-plugin-vmdk",
@@ -77,7 +74,14 @@ fn text(value: &Value) -> &str {
 
 /// The packages that are linked into what is shipped: neither build dependencies nor what runs in the compiler.
 fn linked<'a>(packages: &BTreeMap<&'a str, &'a Value>, nodes: &BTreeMap<&'a str, &'a Value>) -> BTreeSet<&'a str> {
-    let shipped = |package: &Value| SHIPPED.contains(&text(&package["name"])) && package["source"].is_null();
+    let is_module = |package: &Value| {
+        let mut targets = array(&package["targets"]).filter(|target| array(&target["kind"]).any(|kind| kind == "bin"));
+        text(&package["name"]).starts_with("instar-guest-")
+            && targets.any(|target| text(&target["name"]).ends_with("-module"))
+    };
+    let shipped = |package: &Value| {
+        package["source"].is_null() && (SHIPPED.contains(&text(&package["name"])) || is_module(package))
+    };
     let mut open: Vec<&str> = packages.iter().filter(|(_, package)| shipped(package)).map(|(id, _)| *id).collect();
     let mut seen = BTreeSet::new();
     while let Some(id) = open.pop() {

@@ -148,7 +148,12 @@ mod tests {
     use instar_guest_abi::{Member, PAGE_TABLES_SIZE};
 
     fn spec() -> Program<'static> {
-        Program::new(crate::sandbox::COMMIT, vec![5, 6, 7], vec![Member { role: 77, ..Member::default() }; 3], vec![])
+        Program::new(
+            crate::sandbox::guest_module!("commit"),
+            vec![5, 6, 7],
+            vec![Member { role: 77, ..Member::default() }; 3],
+            vec![],
+        )
     }
 
     /// Every page of guest memory with its rights, as runs.

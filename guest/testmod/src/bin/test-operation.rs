@@ -12,7 +12,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::arch::asm;
 use core::hint::black_box;
-use instar_guest_protocol::{guest_message::Kind, CommitResultMessage, GuestMessage, LogMessage, Message, PlanMessage};
+use instar_guest_protocol::guest_message::Kind;
+use instar_guest_protocol::{commit, end_message, EndMessage, FailureMessage, GuestMessage, LogMessage, Message};
 use instar_guest_sdk::abi::{
     Phase, Request, Ring, DEVICE_OUTPUT, MESSAGE_ADDR, MESSAGE_SIZE, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_FAULT,
     PORT_MESSAGE, RING_ADDR, RING_CAPACITY, STACK_TOP, SYSTEM_ADDR,
@@ -39,10 +40,17 @@ fn message(kind: Kind) -> Vec<u8> {
     GuestMessage { kind: Some(kind) }.encode_to_vec()
 }
 
-fn succeed(send: Send<'_>, text: String, clusters: u64) {
-    let result =
-        CommitResultMessage { overlay_format: text, clusters_committed: clusters, ..CommitResultMessage::default() };
-    send(&message(Kind::CommitResult(result)));
+fn end(send: Send<'_>, outcome: end_message::Outcome) {
+    send(&message(Kind::End(EndMessage { outcome: Some(outcome) })));
+}
+
+/// Log the text, and succeed with this number.
+fn succeed(send: Send<'_>, text: String, clusters_committed: u64) {
+    if !text.is_empty() {
+        send(&message(Kind::Log(LogMessage { text })));
+    }
+    let outcome = commit::Outcome { clusters_committed, ..commit::Outcome::default() };
+    end(send, end_message::Outcome::Result(outcome.encode_to_vec()));
 }
 
 fn recurse(depth: u64) -> u64 {
@@ -126,7 +134,8 @@ fn enter(io: &mut dyn BlockIo, device: u32, phase: Phase) {
 
 /// Send a plan.
 fn plan(send: Send<'_>, backing_final_length: u64) {
-    send(&message(Kind::Plan(PlanMessage { backing_final_length, ..PlanMessage::default() })));
+    let plan = commit::Plan { backing_final_length, ..commit::Plan::default() };
+    send(&message(Kind::Event(plan.encode_to_vec())));
 }
 
 /// Ask for more and more of the output, 64 KiB at a time; whatever is refused, go on.
@@ -284,8 +293,8 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
             succeed(send, String::new(), 1);
         }
         Scenario::FailureWithoutCode => {
-            let result = CommitResultMessage { error_text: String::from("the L1 table"), ..Default::default() };
-            send(&message(Kind::CommitResult(result)));
+            let failure = FailureMessage { text: String::from("the L1 table"), ..FailureMessage::default() };
+            end(send, end_message::Outcome::Failure(failure));
         }
         Scenario::StallAfterRequest => {
             let _ = io.flush(0);

@@ -1,10 +1,10 @@
 //! Several layers as one source, against a model: what is seen of each sector.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_commit::{Ancestors, Layers, Opener};
 use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow, Source};
+use instar_guest_view::{Ancestors, Layers, Opener};
 use proptest::prelude::*;
 use std::ops::Range;
 

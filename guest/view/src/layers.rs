@@ -1,4 +1,4 @@
-//! Several layers that are committed at once, as one source: the overlay, and those between it and the backing.
+//! Several layers seen as one disk: an overlay, and those below it.
 //!
 //! What the top-most layer holds wins. Past the end of a layer that is shorter than the overlay, everything below it is
 //! hidden by zeroes, as a guest of the overlay sees it; and what lies past the end of the overlay is not committed.

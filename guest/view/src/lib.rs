@@ -1,0 +1,13 @@
+//! What the guest's operations share: several layers seen as one disk, what lies below an image, and how an operation
+//! reports to its host.
+#![no_std]
+
+extern crate alloc;
+
+mod below;
+mod layers;
+mod report;
+
+pub use below::{Ancestors, Opener};
+pub use layers::{Layers, Seen};
+pub use report::{Failed, Reporter};
