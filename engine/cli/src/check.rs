@@ -1,5 +1,6 @@
 //! `instar check`: options, and what is printed, in the words of `qemu-img check`.
 
+use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::terminal::say;
 use super::usage::CHECK_USAGE;
@@ -8,8 +9,6 @@ use clap::Args;
 use instar::check::{run_check, CheckOutcome, CheckRequest};
 use instar::error::Error;
 use instar::escape::{escape_path, printable};
-use instar::operation::Settings;
-use instar::plugins::SearchPath;
 use instar_guest_abi::{ErrorCode, Examination, FindingKind};
 use serde_json::{Map, Value};
 use std::fmt::Write as _;
@@ -38,15 +37,9 @@ pub struct CheckArgs {
     /// Read the image even if it is in use; a change meanwhile may look like damage
     #[arg(short = 'U', long)]
     pub force_share: bool,
-    /// Also allow other files of the image in DIR, not only beside it; may be given several times
-    #[arg(long, value_name = "DIR")]
-    pub allow_backing_dir: Vec<PathBuf>,
-    /// Wait this many seconds for an image that is in use, and then give up
-    #[arg(long, value_name = "SECONDS", default_value_t)]
-    pub wait: u64,
-    /// Also load plugins from DIR; may be given several times
-    #[arg(long, value_name = "DIR")]
-    pub plugin_dir: Vec<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub opening: OpeningArgs,
     /// Show what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
@@ -87,11 +80,7 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
         image: args.filename.clone(),
         format: args.format.clone(),
         force_share: args.force_share,
-        settings: Settings {
-            search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
-            allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
-            wait: args.wait,
-        },
+        settings: args.opening.settings(&config),
     };
     let result = run_check(&request, &reading(args.verbose))?;
     say(&findings(&result));

@@ -1,6 +1,7 @@
 //! `instar commit`: options, and what is printed.
 
 use super::commit_text::{render_commit_success, render_dry_run, render_verbose};
+use super::opening::OpeningArgs;
 use super::output::{render_warning, OutputFormat};
 use super::progress::{Ending, Shown};
 use super::signals::cancel_on_signals;
@@ -11,8 +12,7 @@ use clap::{Args, ValueEnum};
 use instar::commit::{run_commit, CommitRequest};
 use instar::devices::Cache;
 use instar::error::Error;
-use instar::operation::{Observer, Progress, Session, Settings};
-use instar::plugins::SearchPath;
+use instar::operation::{Observer, Progress, Session};
 use instar_guest_abi::ErrorCode;
 use std::cell::RefCell;
 use std::io::Write;
@@ -56,15 +56,9 @@ pub struct CommitArgs {
     /// Say what would be committed, and change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Wait this many seconds for images that are in use, and then give up
-    #[arg(long, value_name = "SECONDS", default_value_t)]
-    pub wait: u64,
-    /// Also allow backings in DIR, not only beside the overlay; may be given several times
-    #[arg(long, value_name = "DIR")]
-    pub allow_backing_dir: Vec<PathBuf>,
-    /// Also load plugins from DIR; may be given several times
-    #[arg(long, value_name = "DIR")]
-    pub plugin_dir: Vec<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub opening: OpeningArgs,
     /// Print what was loaded, resolved and measured
     #[arg(short, long)]
     pub verbose: bool,
@@ -137,11 +131,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         resize_backing: args.resize_backing,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,
-        settings: Settings {
-            search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
-            allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
-            wait: args.wait,
-        },
+        settings: args.opening.settings(&config),
     };
     let told = Rc::new(Told {
         verbose: args.verbose,

@@ -13,6 +13,7 @@ pub mod info;
 mod info_text;
 pub mod map;
 mod map_text;
+mod opening;
 pub mod output;
 pub mod plugins;
 mod progress;

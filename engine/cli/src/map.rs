@@ -1,14 +1,13 @@
 //! `instar map`: options, in the words of `qemu-img map`.
 
 use super::map_text::MapText;
+use super::opening::OpeningArgs;
 use super::output::OutputFormat;
 use super::reading;
 use super::size::parse_size;
 use clap::Args;
 use instar::error::Error;
 use instar::map::{run_map, MapRequest};
-use instar::operation::Settings;
-use instar::plugins::SearchPath;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -30,15 +29,9 @@ pub struct MapArgs {
     /// Read the images even if they are in use; a change meanwhile may look like damage
     #[arg(short = 'U', long)]
     pub force_share: bool,
-    /// Also allow backings in DIR, not only beside the image; may be given several times
-    #[arg(long, value_name = "DIR")]
-    pub allow_backing_dir: Vec<PathBuf>,
-    /// Wait this many seconds for an image that is in use, and then give up
-    #[arg(long, value_name = "SECONDS", default_value_t)]
-    pub wait: u64,
-    /// Also load plugins from DIR; may be given several times
-    #[arg(long, value_name = "DIR")]
-    pub plugin_dir: Vec<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub opening: OpeningArgs,
     /// Show what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
@@ -62,11 +55,7 @@ pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
         format: args.format.clone(),
         force_share: args.force_share,
         range: args.start_offset..args.max_length.map_or(u64::MAX, |length| args.start_offset.saturating_add(length)),
-        settings: Settings {
-            search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
-            allowed_directories: [args.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
-            wait: args.wait,
-        },
+        settings: args.opening.settings(&config),
     };
     let mut text = MapText::new(out, args.output);
     run_map(&request, &reading(args.verbose), &mut |run| text.print(run))?;

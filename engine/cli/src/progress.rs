@@ -73,6 +73,7 @@ impl Shown {
             Stage::Checking => "checking",
             Stage::Writing => "committing",
             Stage::Emptying => "emptying",
+            Stage::Reading => "reading",
         };
         match &self.bar {
             Some(bar) => {
@@ -100,7 +101,7 @@ impl Shown {
             (Ending::DryRun, _) => "instar: done: a dry run writes nothing\n".to_owned(),
             // Nothing was begun: the error says all there is to say.
             (Ending::Failed, Stage::Checking) => return,
-            (Ending::Failed, Stage::Writing) => {
+            (Ending::Failed, Stage::Writing | Stage::Reading) => {
                 let Progress { done, total, .. } = self.last;
                 format!("instar: stopped at {} % ({done} of {total} bytes)\n", percent(self.last))
             }

@@ -17,9 +17,8 @@ use crate::image::{
     check_parents, open_extra_files, resolve_backing, Access, BackingChoice, Descent, Doubt, FilesOf, NamedFile, Target,
 };
 use crate::operation::{
-    DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings,
+    DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
 };
-use crate::plugins::ImageRead;
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::commit::Config;
@@ -98,7 +97,7 @@ impl Operation for Commit<'_> {
     fn named(&self) -> Named {
         let image = NamedFile::new(&self.request.overlay);
         let base = self.request.base.as_deref().map(|base| NamedFile::beside(&image, base));
-        Named { image, base }
+        Named { image, base, second: None }
     }
 
     fn access(&self) -> Access {
@@ -115,7 +114,7 @@ impl Operation for Commit<'_> {
     }
 
     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
-        let Opener { registry, session, named, gate, below, access } = *opener;
+        let Opener { registry, session, named, gate, below, access, .. } = *opener;
         let opened = named.image.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
         let mut overlay = opened.identify_overlay(registry, self.request.format.as_deref())?;
         session.note_image("overlay", &overlay);
@@ -142,9 +141,9 @@ impl Operation for Commit<'_> {
         }
         let kept = self.request.keep_overlay || !between.is_empty();
         let top = if kept { MemberRole::Read } else { MemberRole::Empty };
-        let between = between.into_iter().map(|layer| (MemberRole::Read, layer));
-        let ancestors = ancestors.into_iter().map(|layer| (MemberRole::Below, layer));
-        let slots = std::iter::once((top, overlay)).chain(between).chain(ancestors).collect();
+        let between = between.into_iter().map(|layer| Slot::new(MemberRole::Read, layer));
+        let ancestors = ancestors.into_iter().map(|layer| Slot::new(MemberRole::Below, layer));
+        let slots = std::iter::once(Slot::new(top, overlay)).chain(between).chain(ancestors).collect();
         Ok(ImageSet { slots, target: Some(backing) })
     }
 
@@ -161,7 +160,6 @@ impl Operation for Commit<'_> {
         self.warnings.extend(become_stale(&stale, self.request.dry_run));
         let Parts { overlay, backing, .. } = &parts;
         let formats = (overlay.facts.format.to_string(), backing.facts.format.to_string());
-        let files = overlay.files.iter().map(|file| file.opened.file.length());
         self.admitted = Some(Admitted {
             formats,
             keep_overlay: self.request.keep_overlay || !stale.is_empty(),
@@ -170,7 +168,7 @@ impl Operation for Commit<'_> {
             bounds: PlanBounds::of(overlay, backing),
             space: Space::of(backing, &parts.merged().collect::<Vec<_>>()),
             doubt: None,
-            overlay_length: files.fold(overlay.opened.file.length(), u64::saturating_add),
+            overlay_length: overlay.length(),
             length: backing.facts.file_length,
             taken: taken_space(backing),
             free: free_space(backing),

@@ -37,8 +37,7 @@ pub fn free_space(image: &ChainImage<'_>) -> Option<u64> {
 /// Bytes of the disk that the files of an image take; `None` for a block device.
 #[must_use]
 pub fn taken_space(image: &ChainImage<'_>) -> Option<u64> {
-    let all = std::iter::once(&image.opened).chain(image.files.iter().map(|file| &file.opened));
-    all.filter(|opened| !opened.block_device).map(taken).reduce(u64::saturating_add)
+    image.all_files().filter(|opened| !opened.block_device).map(taken).reduce(u64::saturating_add)
 }
 
 /// Bytes of the disk that a file takes.
@@ -54,10 +53,7 @@ impl Space {
         let usable = !backing.opened.block_device && backing.files.is_empty() && backing.facts.cluster_size > 1;
         let known = fstatfs(file).is_ok_and(|system| [EXT, TMPFS].contains(&system.f_type.cast_unsigned()));
         let free = free_space(backing).filter(|_| usable && known)?;
-        let files = merged.iter().flat_map(|layer| {
-            let others = layer.files.iter().map(|file| &file.opened);
-            std::iter::once(&layer.opened).chain(others)
-        });
+        let files = merged.iter().flat_map(|layer| layer.all_files());
         Some(Self {
             free,
             length: backing.facts.file_length,

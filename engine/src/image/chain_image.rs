@@ -2,7 +2,7 @@
 
 use super::advice::{Part, Recorder};
 use super::open::OpenedFile;
-use crate::plugins::{Mark, Plugin};
+use crate::plugins::{ImageRead, Mark, Plugin};
 use instar_plugin_api::ImageFacts;
 
 /// An image of a chain: open, locked, and looked at.
@@ -46,6 +46,17 @@ pub struct Doubt {
 }
 
 impl ChainImage<'_> {
+    /// All files of the image, its own first.
+    pub fn all_files(&self) -> impl Iterator<Item = &OpenedFile> {
+        std::iter::once(&self.opened).chain(self.files.iter().map(|file| &file.opened))
+    }
+
+    /// How long they are together, in bytes.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        self.all_files().map(|opened| opened.file.length()).fold(0, u64::saturating_add)
+    }
+
     /// The image as one that records a name.
     pub(super) fn recorder(&self, part: Part) -> Recorder<'_> {
         let (path, directory) = (self.opened.path.as_path(), &self.opened.directory);

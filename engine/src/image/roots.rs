@@ -136,8 +136,14 @@ impl Roots {
     /// What can be opened in them, for the kernel to hold this process to.
     #[must_use]
     pub fn reach(&self, access: Access) -> Reach<'_> {
+        self.add_to(Reach::default(), access)
+    }
+
+    /// The same besides something else.
+    #[must_use]
+    pub fn add_to<'r>(&'r self, reach: Reach<'r>, access: Access) -> Reach<'r> {
         let write = access == Access::ReadWrite;
-        let reach = self.directories.iter().fold(Reach::default(), |reach, root| reach.add(root, write));
+        let reach = self.directories.iter().fold(reach, |reach, root| reach.add(root, write));
         self.devices.iter().fold(reach, |reach, device| reach.add_entry(&device.holder, &device.name, write))
     }
 }

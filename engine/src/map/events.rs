@@ -1,6 +1,6 @@
 //! What a map makes of what its guest says: the runs, the end.
 
-use super::places::Holes;
+use super::places::{cut_at_holes, Holes};
 use super::runs::{Entry, Runs};
 use crate::devices::Devices;
 use crate::error::Error;
@@ -95,27 +95,15 @@ impl<'e> MapEvents<'e> {
 
     fn data(&mut self, devices: &Devices, run: &GuestRun, whole: &Entry) -> Result<(), Error> {
         let holes = self.runs.places().get(&run.device).map_or(Holes::Ignored, |place| place.holes);
-        let end = run.offset + run.length;
-        let mut at = run.offset;
-        while at < end {
-            let (data, hole) = match devices.device(run.device) {
-                Some(device) if holes != Holes::Ignored => device.next_data(at, end),
-                _ => (at, end),
-            };
-            for (from, to, zero) in [(at, data, true), (data, hole, false)] {
-                if from < to {
-                    let part = Entry {
-                        start: run.start + (from - run.offset),
-                        length: to - from,
-                        zero,
-                        data: !zero || holes != Holes::Absent,
-                        place: Some((run.device, from)),
-                        ..*whole
-                    };
-                    self.runs.add(part)?;
-                }
-            }
-            at = hole.max(at + 1);
+        for (part, zero) in cut_at_holes(devices, run.device, holes, run.offset..run.offset + run.length) {
+            self.runs.add(Entry {
+                start: run.start + (part.start - run.offset),
+                length: part.end - part.start,
+                zero,
+                data: !zero || holes != Holes::Absent,
+                place: Some((run.device, part.start)),
+                ..*whole
+            })?;
         }
         Ok(())
     }

@@ -1,25 +1,19 @@
 //! The map as an [`Operation`].
 
 use super::events::MapEvents;
-use super::places::{places, Place};
+use super::places::{most_runs, places, Place};
 use super::runs::{Each, Runs};
 use super::MapRequest;
 use crate::confine::Work;
 use crate::devices::Devices;
 use crate::error::Error;
-use crate::image::{check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
+use crate::image::Access;
 use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings};
-use crate::plugins::ImageRead;
 use crate::sandbox::ModuleSpec;
-use instar_guest_abi::MAX_CHAIN_DEVICES;
 use std::collections::BTreeMap;
 
 /// Bytes of messages that a run can take, at most.
 const RUN_BYTES: u64 = 64;
-/// Runs that one entry of a table can stand for: the subclusters of a qcow2 cluster, and what is between two such.
-const RUNS_PER_ENTRY: u64 = 33;
-/// An entry takes four bytes of a file at least.
-const ENTRY_BYTES: u64 = 4;
 
 /// A map on its way.
 pub struct Map<'q, 'e> {
@@ -63,28 +57,14 @@ impl<'e> Operation for Map<'_, 'e> {
     }
 
     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
-        let Opener { registry, gate, access, named, .. } = *opener;
-        let top = opener.open_named(self.request.format.as_deref())?;
-        let below = Descent::new(registry, gate, named.image.path(), MAX_CHAIN_DEVICES - 1).open_below(&top, access)?;
-        let mut layers: Vec<ChainImage<'r>> = std::iter::once(top).chain(below).collect();
-        check_parents(&layers.iter().collect::<Vec<_>>())?;
-        let mut files: Vec<FilesOf<'_, '_, '_>> =
-            layers.iter_mut().map(|image| FilesOf { image, access, changes: false, gate }).collect();
-        open_extra_files(registry, &mut files)?;
-        Ok(ImageSet::read(layers))
+        Ok(ImageSet::read(opener.open_chain(self.request.format.as_deref())?))
     }
 
     fn admit(&mut self, images: &mut ImageSet<'_>, _: &Session) -> Result<Grants, Error> {
         let layers = images.chain();
         self.size = layers.first().map_or(0, |top| top.facts.virtual_size);
         self.places = places(&layers);
-        // No image has more runs than entries; each layer may cut those of the others.
-        let length = layers.iter().flat_map(|layer| {
-            let files = layer.files.iter().map(|file| file.opened.file.length());
-            files.chain([layer.opened.file.length()])
-        });
-        let runs = (length.fold(0, u64::saturating_add) / ENTRY_BYTES).saturating_mul(2 * RUNS_PER_ENTRY);
-        self.message_limit = runs.saturating_mul(RUN_BYTES).saturating_add(16 << 20);
+        self.message_limit = most_runs(&layers).saturating_mul(RUN_BYTES).saturating_add(16 << 20);
         Ok(Grants::default())
     }
 

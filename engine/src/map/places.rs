@@ -1,11 +1,18 @@
 //! The files of a chain, as the runs of a map are placed in them.
 
+use crate::devices::Devices;
 use crate::image::ChainImage;
 use crate::plugins::FileImage;
 use instar_guest_abi::FIRST_FILE_DEVICE;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+
+/// Runs that one entry of a table can stand for: the subclusters of a qcow2 cluster, and what is between two such.
+const RUNS_PER_ENTRY: u64 = 33;
+/// An entry takes four bytes of a file at least.
+const ENTRY_BYTES: u64 = 4;
 
 /// What a hole in a file means for plain data in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,4 +66,35 @@ fn holes_of(file: &FileImage, unit: u64) -> Holes {
     } else {
         Holes::Ignored
     }
+}
+
+/// How many runs a map of these layers can have: no image has more than entries, and each layer may cut those of the others.
+#[must_use]
+pub fn most_runs(layers: &[&ChainImage<'_>]) -> u64 {
+    let length = layers.iter().map(|layer| layer.length()).fold(0, u64::saturating_add);
+    (length / ENTRY_BYTES).saturating_mul(2 * RUNS_PER_ENTRY)
+}
+
+/// Plain data of a device, cut where the file has holes that mean something: the parts in order, and whether each is a hole.
+pub fn cut_at_holes<'d>(
+    devices: &'d Devices,
+    number: u32,
+    holes: Holes,
+    data: Range<u64>,
+) -> impl Iterator<Item = (Range<u64>, bool)> + 'd {
+    let mut at = data.start;
+    let next = move || {
+        if at >= data.end {
+            return None;
+        }
+        let (begin, end) = match devices.device(number) {
+            Some(device) if holes != Holes::Ignored => device.next_data(at, data.end),
+            _ => (at, data.end),
+        };
+        let hole = at..begin.clamp(at, data.end);
+        let part = begin.max(at)..end.clamp(begin.max(at), data.end);
+        at = part.end.max(at + 1);
+        Some([(hole, true), (part, false)])
+    };
+    std::iter::from_fn(next).flatten().filter(|(part, _)| !part.is_empty())
 }

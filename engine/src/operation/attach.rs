@@ -1,6 +1,6 @@
 //! The images of an operation as devices: which number each of their files has, how long it may become, and its path.
 
-use super::images::{Grants, ImageSet};
+use super::images::{Grants, ImageSet, Slot};
 use crate::devices::{Device, Devices};
 use crate::error::{Error, Role};
 use crate::image::{ChainImage, OpenedFile};
@@ -24,6 +24,8 @@ pub struct DevicePaths {
     pub(crate) drivers: BTreeMap<u32, String>,
     pub(crate) first_files: Range<u32>,
     pub(crate) target_files: Range<u32>,
+    /// The devices of the second view's top-most image: that of its own file, and those of the others.
+    pub(crate) second: Option<(u32, Range<u32>)>,
     /// How many of the first slots are above the image that is written; 0 if none is.
     pub(crate) merged: u32,
 }
@@ -48,11 +50,16 @@ impl DevicePaths {
         let writes = self.merged != 0;
         match device {
             _ if self.first().any(|number| number == device) => Some(if writes { Role::Overlay } else { Role::Image }),
+            _ if self.is_second(device) => Some(Role::Image),
             _ if writes && self.target().any(|number| number == device) => Some(Role::Backing),
             _ if device < self.merged => Some(Role::Between),
             _ if device < DEVICE_OUTPUT => Some(Role::Ancestor),
             _ => None,
         }
+    }
+
+    fn is_second(&self, device: u32) -> bool {
+        self.second.as_ref().is_some_and(|(own, files)| device == *own || files.contains(&device))
     }
 
     /// Name and version of the plugin whose driver reads a device.
@@ -100,23 +107,29 @@ const READ_CACHES: u64 = 16 << 20;
 /// [`ErrorCode::ChainTooDeep`].
 pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_>, Error> {
     let ImageSet { slots, target } = images;
-    let first = target.as_ref().or_else(|| slots.first().map(|(_, image)| image));
+    let first = target.as_ref().or_else(|| slots.first().map(|slot| &slot.image));
     let path = first.map(|image| image.opened.path.clone()).unwrap_or_default();
     let mut all = Attached::for_slots(slots.len(), &path)?;
-    let above = slots.iter().filter(|(role, _)| *role != MemberRole::Below).count();
+    let above = slots.iter().filter(|slot| slot.role != MemberRole::Below).count();
     all.paths.merged = if target.is_some() { number(above) } else { 0 };
-    for (index, (role, image)) in slots.into_iter().enumerate() {
+    let mut begins = (0, 0);
+    for (index, Slot { role, group, image }) in slots.into_iter().enumerate() {
         let slot = number(index);
+        if group != begins.0 {
+            begins = (group, slot);
+        }
         // Only a layer that is alone is emptied; the one next to the target may record which image that is.
         let (emptied, identity) = (role == MemberRole::Empty, image.follows);
         let part = if emptied || identity { Part::Overlay { emptied, identity } } else { Part::Read };
         let longest = if emptied { grants.emptied } else { 0 };
         let (device, files) = all.attach(slot, image, part, longest);
         // The target is in the middle of the chain.
-        let depth = if role == MemberRole::Below { slot + 1 } else { slot };
-        all.members.push(Member { role: role as u32, depth, device, ..Member::default() });
+        let depth = if role == MemberRole::Below { slot + 1 } else { slot - begins.1 };
+        all.members.push(Member { role: role as u32, group, depth, device, ..Member::default() });
         if slot == 0 {
             all.paths.first_files = files;
+        } else if slot == begins.1 {
+            all.paths.second = Some((slot, files));
         }
     }
     if let Some(target) = target {

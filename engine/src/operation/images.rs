@@ -2,9 +2,9 @@
 
 use super::session::Session;
 use crate::error::Error;
-use crate::image::{Access, ChainImage, Gate, NamedFile};
+use crate::image::{check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf, Gate, NamedFile};
 use crate::plugins::Registry;
-use instar_guest_abi::{ErrorCode, MemberRole};
+use instar_guest_abi::{ErrorCode, MemberRole, MAX_CHAIN_DEVICES};
 use std::path::Path;
 
 /// The files that the operator names.
@@ -14,13 +14,27 @@ pub struct Named {
     pub image: NamedFile,
     /// Another image of its chain, whose directory the names below may lead into as well.
     pub base: Option<NamedFile>,
+    /// An image of another chain, which is looked at together with the first: the names that it records may lead into its
+    /// own directory.
+    pub second: Option<NamedFile>,
 }
 
 impl Named {
     /// Nothing but the image that the operation works on.
     #[must_use]
     pub fn image(path: &Path) -> Self {
-        Self { image: NamedFile::new(path), base: None }
+        Self { image: NamedFile::new(path), base: None, second: None }
+    }
+
+    /// Two images of which each is looked at with what is below it.
+    #[must_use]
+    pub fn two(first: &Path, second: &Path) -> Self {
+        Self { second: Some(NamedFile::new(second)), ..Self::image(first) }
+    }
+
+    /// All of them.
+    pub fn files(&self) -> impl Iterator<Item = &NamedFile> {
+        std::iter::once(&self.image).chain(&self.base).chain(&self.second)
     }
 }
 
@@ -37,6 +51,8 @@ pub struct Opener<'r, 'o> {
     pub gate: &'o Gate,
     /// Where the names that the images below it record may lead.
     pub below: &'o Gate,
+    /// Where the names that the [second](Named::second) image and those below it record may lead.
+    pub beside_second: Option<&'o Gate>,
     /// How what is to be changed is opened.
     pub access: Access,
 }
@@ -51,15 +67,73 @@ impl<'r> Opener<'r, '_> {
         let opened = self.named.image.open(self.access, ErrorCode::ImageNotFound)?.lock(self.access)?;
         opened.identify_as(self.registry, format)
     }
+
+    /// Open the image that the operator names with everything below it, the top-most first, to be read.
+    ///
+    /// # Errors
+    /// What opening, locking and probing give; [`ErrorCode::ParentMismatch`], [`ErrorCode::ChainTooDeep`].
+    pub fn open_chain(&self, format: Option<&str>) -> Result<Vec<ChainImage<'r>>, Error> {
+        self.chain_of(&self.named.image, self.gate, format, MAX_CHAIN_DEVICES)
+    }
+
+    /// The same of both images, which share the room that there is.
+    ///
+    /// # Errors
+    /// As [`Opener::open_chain`].
+    pub fn open_two_chains(&self, formats: [Option<&str>; 2]) -> Result<[Vec<ChainImage<'r>>; 2], Error> {
+        let first = self.chain_of(&self.named.image, self.gate, formats[0], MAX_CHAIN_DEVICES - 1)?;
+        let room = MAX_CHAIN_DEVICES - first.len();
+        let second = match (&self.named.second, self.beside_second) {
+            (Some(second), Some(gate)) => self.chain_of(second, gate, formats[1], room)?,
+            _ => Vec::new(),
+        };
+        Ok([first, second])
+    }
+
+    /// `most`: how many layers there may be.
+    fn chain_of(
+        &self,
+        file: &NamedFile,
+        gate: &Gate,
+        format: Option<&str>,
+        most: usize,
+    ) -> Result<Vec<ChainImage<'r>>, Error> {
+        let Self { registry, access, .. } = *self;
+        let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
+        let top = opened.identify_as(registry, format)?;
+        let below = Descent::new(registry, gate, file.path(), most.saturating_sub(1)).open_below(&top, access)?;
+        let mut layers: Vec<ChainImage<'r>> = std::iter::once(top).chain(below).collect();
+        check_parents(&layers.iter().collect::<Vec<_>>())?;
+        let mut files: Vec<FilesOf<'_, '_, '_>> =
+            layers.iter_mut().map(|image| FilesOf { image, access, changes: false, gate }).collect();
+        open_extra_files(registry, &mut files)?;
+        Ok(layers)
+    }
 }
 
 /// An image that is read, and what it is to the operation.
-pub type Slot<'r> = (MemberRole, ChainImage<'r>);
+#[derive(Debug)]
+pub struct Slot<'r> {
+    /// What it is to the operation.
+    pub role: MemberRole,
+    /// Which view of a disk it belongs to.
+    pub group: u32,
+    /// The image.
+    pub image: ChainImage<'r>,
+}
+
+impl<'r> Slot<'r> {
+    /// An image of the first view.
+    #[must_use]
+    pub fn new(role: MemberRole, image: ChainImage<'r>) -> Self {
+        Self { role, group: 0, image }
+    }
+}
 
 /// The images of an operation, open.
 #[derive(Debug, Default)]
 pub struct ImageSet<'r> {
-    /// Those that are read, the top-most first. Those with [`MemberRole::Below`] are below the target.
+    /// Those that are read, by group, the top-most first. Those with [`MemberRole::Below`] are below the target.
     pub slots: Vec<Slot<'r>>,
     /// The image that is written.
     pub target: Option<ChainImage<'r>>,
@@ -69,12 +143,21 @@ impl<'r> ImageSet<'r> {
     /// Images that are only read, the top-most first.
     #[must_use]
     pub fn read(images: impl IntoIterator<Item = ChainImage<'r>>) -> Self {
-        Self { slots: images.into_iter().map(|image| (MemberRole::Read, image)).collect(), target: None }
+        Self::views([images])
+    }
+
+    /// Views of disks that are only read: the images of each, the top-most first.
+    #[must_use]
+    pub fn views(views: impl IntoIterator<Item = impl IntoIterator<Item = ChainImage<'r>>>) -> Self {
+        let slots = (0..).zip(views).flat_map(|(group, images)| {
+            images.into_iter().map(move |image| Slot { role: MemberRole::Read, group, image })
+        });
+        Self { slots: slots.collect(), target: None }
     }
 
     /// The images with a role that `wanted` holds of, the top-most first.
     pub fn of_role(&self, wanted: impl Fn(MemberRole) -> bool) -> impl Iterator<Item = &ChainImage<'r>> {
-        self.slots.iter().filter(move |(role, _)| wanted(*role)).map(|(_, image)| image)
+        self.slots.iter().filter(move |slot| wanted(slot.role)).map(|slot| &slot.image)
     }
 
     /// All images in the order of the chain.

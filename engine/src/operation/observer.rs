@@ -43,6 +43,8 @@ pub enum Stage {
     Writing,
     /// It gives the space of the overlay back.
     Emptying,
+    /// It reads what images hold, and changes nothing.
+    Reading,
 }
 
 /// How far an operation is.

@@ -122,28 +122,36 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let roots = Roots::of(&named.image, allowed_directories)?;
     // Whoever names a base wants what belongs to it as well, which lies beside it.
     let with_base = named.base.as_ref().map_or_else(|| roots.clone(), |base| roots.and(base));
+    let of_second = named.second.as_ref().map(|second| Roots::of(second, allowed_directories)).transpose()?;
     let registry = Registry::load(search);
     session.note_plugins(&registry);
     Error::if_refused(&registry)?;
     timing.mark("plugins loaded");
     let ready = session.sandbox().acquire();
-    prepare_to_lock(session.cancel(), *wait, std::iter::once(&named.image).chain(&named.base), allowed_directories);
+    prepare_to_lock(session.cancel(), *wait, named.files(), allowed_directories);
     operation.acquire(&named);
     timing.mark("sandbox acquired, threads started");
 
     // Which of the files in these directories are images, and which are to be written, only the images say.
     let access = operation.access();
-    let all = std::iter::once(&named.image).chain(&named.base);
-    let descriptors: Vec<BorrowedFd<'_>> = all.filter_map(NamedFile::descriptor).collect();
-    let reach =
-        descriptors.iter().fold(with_base.reach(access), |reach, file| reach.add(file, access == Access::ReadWrite));
+    let descriptors: Vec<BorrowedFd<'_>> = named.files().filter_map(NamedFile::descriptor).collect();
+    let reach = of_second.iter().fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
+    let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
     let (opening, running) = operation.work();
     let confinement = session.begin(&reach, opening);
     note_confinement(session, "confinement", confinement.as_ref());
     timing.mark("process confined");
 
-    let (gate, below) = (Gate::within(roots), Gate::within(with_base));
-    let opener = Opener { registry: &registry, session, named: &named, gate: &gate, below: &below, access };
+    let (gate, below, beside_second) = (Gate::within(roots), Gate::within(with_base), of_second.map(Gate::within));
+    let opener = Opener {
+        registry: &registry,
+        session,
+        named: &named,
+        gate: &gate,
+        below: &below,
+        beside_second: beside_second.as_ref(),
+        access,
+    };
     let mut images = operation.open(&opener)?;
     timing.mark("chain opened, locked and probed");
     let confinement = confinement.map(|confinement| confinement.seal(running));

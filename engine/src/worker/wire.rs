@@ -149,7 +149,7 @@ pub enum Answer {
 
 /// In the order of their numbers.
 const CACHES: [Cache; 5] = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe, Cache::None, Cache::Directsync];
-const STAGES: [Stage; 3] = [Stage::Checking, Stage::Writing, Stage::Emptying];
+const STAGES: [Stage; 4] = [Stage::Checking, Stage::Writing, Stage::Emptying, Stage::Reading];
 
 fn number<T: PartialEq>(all: &[T], one: &T) -> u32 {
     all.iter().position(|other| other == one).and_then(|at| u32::try_from(at).ok()).unwrap_or(0)

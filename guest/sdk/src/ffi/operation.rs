@@ -59,6 +59,17 @@ impl<'a> Operation<'a> {
         self.members.iter().filter(wanted).map(|member| &member.device)
     }
 
+    /// The same of one group.
+    pub fn devices_of_group<'r>(
+        &self,
+        group: u32,
+        roles: &'r [MemberRole],
+    ) -> impl Iterator<Item = &'a DeviceConfig> + use<'a, 'r> {
+        let members = self.members.iter().filter(move |member| member.group == group);
+        let wanted = |member: &&Member| MemberRole::from_u32(member.role).is_some_and(|role| roles.contains(&role));
+        members.filter(wanted).map(|member| &member.device)
+    }
+
     /// The format that implements `device`.
     ///
     /// # Errors
