@@ -102,7 +102,7 @@ fn part(buffer: &mut [u8], start: u64, first: u64, last: u64) -> &mut [u8] {
 }
 
 /// Read the bytes of an extent from guest byte `at` on.
-fn read_extent(
+pub(crate) fn read_extent(
     io: &mut dyn BlockIo,
     layer: &mut dyn Source,
     extent: &Extent,

@@ -3,6 +3,7 @@
 //! What the top-most layer holds wins. Past the end of a layer that is shorter than the overlay, everything below it is
 //! hidden by zeroes, as a guest of the overlay sees it; and what lies past the end of the overlay is not committed.
 
+use crate::below::read_extent;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -131,6 +132,23 @@ impl<'a> Layers<'a> {
             }
         }
         Ok((Seen::Nothing, end))
+    }
+
+    /// Read what is seen somewhere: the bytes of the disk from `at` on.
+    ///
+    /// # Errors
+    /// Those of the source that holds it.
+    pub fn read_seen(&mut self, io: &mut dyn BlockIo, seen: Seen, at: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        match seen {
+            Seen::Nothing | Seen::Zeroes(_) => {
+                buffer.fill(0);
+                Ok(())
+            }
+            Seen::Held(index, extent) => match self.layers.get_mut(index) {
+                Some(layer) => read_extent(io, layer.source.as_mut(), &extent, at, buffer),
+                None => Err(DriverError::new(ErrorCode::InternalOverflow, "a layer that does not exist")),
+            },
+        }
     }
 
     /// The part `at..end` of what is seen there, as an extent.
