@@ -7,6 +7,7 @@
 pub mod cancel;
 pub mod check;
 pub mod commit;
+pub mod compare;
 pub mod config;
 pub mod confine;
 pub mod create;

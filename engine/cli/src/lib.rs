@@ -6,7 +6,8 @@
 pub mod check;
 pub mod commit;
 mod commit_text;
-pub mod config;
+pub mod compare;
+mod config;
 pub mod create;
 pub mod doctor;
 pub mod info;
@@ -62,6 +63,8 @@ pub enum Command {
     Info(info::InfoArgs),
     /// Show which layer of a chain holds which bytes of the virtual disk, and where
     Map(map::MapArgs),
+    /// Compare two images, each with what is below it, as the disks that they are
+    Compare(compare::CompareArgs),
     /// Make a new, empty image
     Create(create::CreateArgs),
     /// List the format plugins
@@ -83,6 +86,7 @@ impl Command {
             Self::Check(args) => args.output,
             Self::Info(args) => args.output,
             Self::Map(args) => args.output,
+            Self::Compare(args) => args.output,
             Self::Plugins(args) => args.output,
             Self::Config(args) => args.output,
             Self::Create(_) | Self::Worker(_) => OutputFormat::Human,
@@ -99,6 +103,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
     let (done, output) = match &cli.command {
         Command::Commit(args) => return commit::run(args, out),
         Command::Check(args) => return check::run(args, out),
+        Command::Compare(args) => return compare::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
         Command::Worker(args) => return worker::run(args),
         Command::Info(args) => (info::run(args, &reading(false), out), args.output),

@@ -11,6 +11,8 @@ extern crate alloc;
 pub mod check;
 #[path = "generated/commit.rs"]
 pub mod commit;
+#[path = "generated/compare.rs"]
+pub mod compare;
 #[path = "generated/guest.rs"]
 mod guest;
 #[path = "generated/map.rs"]

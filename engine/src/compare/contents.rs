@@ -1,0 +1,125 @@
+//! What the two sides of a comparison have: which bytes are where, whether they are allocated, and what they are.
+
+use crate::devices::Devices;
+use crate::image::ChainImage;
+use crate::lookup::Identity;
+use crate::map::{cut_at_holes, Holes, Place};
+use instar_guest_abi::ExtentKind;
+use instar_guest_protocol::compare::Side;
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+/// Where plain bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Location {
+    /// The device.
+    pub device: u32,
+    /// Byte offset on it.
+    pub offset: u64,
+}
+
+/// What is said of allocation: what `qemu-img map` has in its keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+}
+
+/// A part of a side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Where it ends, in bytes from the beginning of the side.
+    pub end: u64,
+    /// What is said of it.
+    pub allocation: Allocation,
+    /// Where its bytes are; `None` if they are zeroes, or encoded.
+    pub location: Option<Location>,
+}
+
+/// The files of both views.
+#[derive(Debug, Default)]
+pub struct Contents {
+    places: BTreeMap<u32, Place>,
+    /// Which file each device is: both views may have the same one below them.
+    identities: BTreeMap<u32, Identity>,
+    /// The first slot of each view, and how many layers it has.
+    views: [(u32, u32); 2],
+}
+
+impl Contents {
+    /// Those of these images, of which each view has so many; `places` are their files.
+    pub fn new(places: BTreeMap<u32, Place>, images: &[&ChainImage<'_>], counts: [usize; 2]) -> Self {
+        let count = |index: usize| u32::try_from(counts[index]).unwrap_or(u32::MAX);
+        let own = images.iter().map(|image| image.opened.identity);
+        let others = images.iter().flat_map(|image| image.files.iter().map(|file| file.opened.identity));
+        // The order of the devices: each image's own file, and then the other files of all.
+        let identities = places.keys().copied().zip(own.chain(others)).collect();
+        Self { places, identities, views: [(0, count(0)), (count(0), count(1))] }
+    }
+
+    /// Whether a guest may say this of a run of so many bytes of the view with this index.
+    pub fn is_plausible(&self, view: usize, side: &Side, length: u64) -> bool {
+        let (first, count) = self.views[view];
+        let slot = first.saturating_add(side.depth);
+        let placed = match ExtentKind::from_u32(side.kind) {
+            Some(ExtentKind::Data) => {
+                let place = self.places.get(&side.device);
+                place.is_some_and(|place| place.depth == slot) && side.offset.checked_add(length).is_some()
+            }
+            Some(ExtentKind::Zero | ExtentKind::Encoded) => true,
+            Some(ExtentKind::Memory) => false,
+            None => side.kind == 0,
+        };
+        side.depth < count && placed
+    }
+
+    /// Whether two places are the same one of the same file.
+    pub fn are_same(&self, one: Location, two: Location) -> bool {
+        let identity = |location: Location| self.identities.get(&location.device);
+        one.offset == two.offset && identity(one).is_some() && identity(one) == identity(two)
+    }
+
+    /// The parts of a side of so many bytes, in order.
+    pub fn parts<'d>(&self, devices: &'d Devices, side: &Side, length: u64) -> Box<dyn Iterator<Item = Part> + 'd> {
+        let kind = ExtentKind::from_u32(side.kind);
+        let (present, compressed) = (kind.is_some(), kind == Some(ExtentKind::Encoded));
+        let zero = matches!(kind, None | Some(ExtentKind::Zero));
+        let whole = Allocation { present, zero, data: !zero, compressed };
+        if kind != Some(ExtentKind::Data) {
+            return Box::new(std::iter::once(Part { end: length, allocation: whole, location: None }));
+        }
+        let Side { device, offset, .. } = *side;
+        let holes = self.places.get(&device).map_or(Holes::Ignored, |place| place.holes);
+        let part = move |(range, zero): (Range<u64>, bool)| Part {
+            end: range.end - offset,
+            allocation: Allocation { zero, data: !zero || holes != Holes::Absent, ..whole },
+            location: (!zero).then_some(Location { device, offset: range.start }),
+        };
+        Box::new(cut_at_holes(devices, device, holes, offset..offset.saturating_add(length)).map(part))
+    }
+}
+
+/// Read bytes of a device; those past its end are zeroes.
+///
+/// # Errors
+/// The kernel's.
+pub fn read(devices: &Devices, Location { device, offset }: Location, buffer: &mut [u8]) -> io::Result<()> {
+    let Some(device) = devices.device(device) else { return Err(io::ErrorKind::NotFound.into()) };
+    let mut done = 0;
+    while done < buffer.len() {
+        match device.file().read_at(&mut buffer[done..], offset.saturating_add(done as u64)) {
+            Ok(0) => {
+                buffer[done..].fill(0);
+                break;
+            }
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,68 @@
+//! `instar compare`: do two images, each with what is below it, hold the same disk? The formats' own modules look their
+//! tables up in the sandbox; the host compares the bytes where they lie plain in a file, and skips holes.
+
+mod contents;
+mod events;
+mod operation;
+
+pub use events::CompareEvents;
+
+use crate::error::{Error, Role};
+use crate::operation::{run, Session, Settings};
+use crate::sandbox::{guest_module, ModuleSpec};
+use operation::Compare;
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// The guest's half.
+pub const MODULE: ModuleSpec<'static> = guest_module!("compare");
+
+/// What the operator asks for.
+#[derive(Clone, Debug, Default)]
+pub struct CompareRequest {
+    /// The two images.
+    pub images: [PathBuf; 2],
+    /// Their formats, where the operator names them.
+    pub formats: [Option<String>; 2],
+    /// The sizes, and what is allocated, have to be the same as well.
+    pub strict: bool,
+    /// Look at the images even if something else is writing to them.
+    pub force_share: bool,
+    /// Plugins, directories, waiting.
+    pub settings: Settings,
+}
+
+/// What differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "kind", content = "offset")]
+pub enum Difference {
+    /// The virtual sizes. Only a strict comparison minds.
+    Size,
+    /// The content of the sector at this guest offset, in bytes.
+    Content(u64),
+    /// Whether the bytes from this guest offset on are allocated, zero, or compressed. Only a strict comparison minds.
+    Allocation(u64),
+}
+
+/// How two images compare. What is serialized is the JSON of `docs/compare.md`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CompareOutcome {
+    /// Their virtual sizes in bytes.
+    pub virtual_sizes: [u64; 2],
+    /// The first difference, if there is one.
+    pub difference: Option<Difference>,
+}
+
+/// Compare two images. The part of the longer disk that the other one does not have counts as equal if it is zeroes.
+///
+/// # Errors
+/// One line that names the file and what to do: when the images could not be compared to the end.
+pub fn run_compare(request: &CompareRequest, session: &Session) -> Result<CompareOutcome, Error> {
+    let is_named = |error: &Error| error.path().is_some_and(|path| request.images.iter().any(|image| image == path));
+    run(Compare::new(request), session).map_err(|error| match (is_named(&error), error.path()) {
+        (true, _) => error.in_role(Role::Image),
+        (false, Some(_)) => error.in_role(Role::Ancestor),
+        (false, None) => error,
+    })
+}
