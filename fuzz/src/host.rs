@@ -1,8 +1,6 @@
 //! The plugins' host halves: what a file is, what its header says, and what part it may take.
 
-use instar_plugin_api::{
-    CommitRole, FormatPlugin, ImageFacts, ImageReader, PluginError, ReadImage, Verdict, READ_BUDGET,
-};
+use instar_plugin_api::{FormatPlugin, ImageFacts, ImageReader, PluginError, ReadImage, Role, Verdict, READ_BUDGET};
 use instar_plugin_qcow2::Qcow2;
 use instar_plugin_raw::Raw;
 use instar_plugin_vmdk::Vmdk;
@@ -70,7 +68,7 @@ fn facts<P: FormatPlugin>(bytes: &[u8], others: &[&[u8]]) -> Option<ImageFacts> 
 }
 
 /// What the plugin of a format says.
-pub fn verdict(format: Format, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+pub fn verdict(format: Format, role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
     let verdict = match format {
         Format::Qcow2 => Qcow2::verdict(role, own, other),
         Format::Vmdk => Vmdk::verdict(role, own, other),
@@ -104,7 +102,7 @@ pub fn host(data: &[u8]) {
     }
     for (format, own) in &all {
         for (_, other) in &all {
-            for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+            for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
                 let verdict = verdict(*format, role, own, other);
                 assert!(verdict.max_length <= i64::MAX as u64, "{verdict:?}");
             }

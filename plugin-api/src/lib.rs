@@ -2,7 +2,7 @@
 //!
 //! A plugin is one shared library with two halves. This crate is about the *host half*: it answers three
 //! questions before anything is launched (what is this image, what is it backed by, may this image take its
-//! part in a commit) and hands over the bytes of the *guest half*, which does the work in the virtual machine.
+//! part in an operation) and hands over the bytes of the *guest half*, which does the work in the virtual machine.
 //!
 //! # Writing a plugin
 //!
@@ -11,7 +11,7 @@
 //!
 //! ```
 //! use instar_plugin_api::{
-//!     export_plugin, CommitRole, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Verdict,
+//!     export_plugin, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role, Verdict,
 //!     PROBE_CERTAIN, PROBE_NO,
 //! };
 //!
@@ -31,7 +31,7 @@
 //!         Ok(ImageFacts::new(Self::NAME, image.length().saturating_sub(4), 0, image.length()))
 //!     }
 //!
-//!     fn verdict(_role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+//!     fn verdict(_role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
 //!         Verdict::supported(own.file_length.saturating_add(other.file_length))
 //!     }
 //!
@@ -74,8 +74,8 @@ pub use instar_guest_abi::ErrorCode;
 pub use plugin::{FormatPlugin, PROBE_ANYTHING, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO};
 pub use reader::{ImageReader, ReadImage, READ_BUDGET};
 pub use types::{
-    BackingPointer, CommitRole, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile,
-    ImageRegion, PluginError, ReservedRange, Verdict, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
+    BackingPointer, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile, ImageRegion,
+    PluginError, ReservedRange, Role, Verdict, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
 };
 pub use version::API_VERSION;
 

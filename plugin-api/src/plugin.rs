@@ -1,8 +1,7 @@
 //! The trait that a plugin author implements.
 
 use crate::{
-    CommitRole, CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
-    Verdict,
+    CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
 };
 
 /// Score of [`FormatPlugin::probe`]: not an image of this format.
@@ -42,7 +41,7 @@ pub trait FormatPlugin: 'static {
 
     /// The files that the image consists of besides the one that it is named by, in an order that the guest half knows, too:
     /// each becomes a device of its own. The engine opens them, if their names lead where names in images may lead, before
-    /// it asks for the facts of an image that takes part in a commit. Called under the same condition as `facts`.
+    /// it asks for the facts of an image whose content matters. Called under the same condition as `facts`.
     ///
     /// # Errors
     /// As [`facts`](Self::facts).
@@ -55,22 +54,21 @@ pub trait FormatPlugin: 'static {
     ///
     /// # Errors
     /// [`ErrorCode::ParseFailed`] for a header that makes no sense, [`ErrorCode::UnsupportedFormat`] for one that is
-    /// too new to be understood. A feature that can be *shown* but not committed is a fact, refused by `verdict`.
+    /// too new to be understood. A feature that can be *shown* but not worked with is a fact, refused by `verdict`.
     fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError>;
 
-    /// Whether the image with the facts `own` may take the part `role` in a commit. `other` is the image that data
-    /// comes from ([`CommitRole::Backing`]: the overlay), or the image that `own` is backed by
-    /// ([`CommitRole::Overlay`], [`CommitRole::Ancestor`]; an ancestor without a backing gets its own facts); it may be of
-    /// another format.
+    /// Whether the image with the facts `own` may take the part `role` in an operation. `other` is the image that data
+    /// comes from ([`Role::Write`]), or the image that `own` is backed by (the other roles; an image without a backing gets
+    /// its own facts); it may be of another format.
     ///
-    /// For [`CommitRole::Backing`], [`Verdict::max_length`] bounds how long the file may become. When several layers are
-    /// committed at once, the engine asks with each of them as `other`, its `file_length` being the sum of all. For
-    /// [`CommitRole::Overlay`] it is 0, unless the file has to become longer before it can be emptied.
-    fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict;
+    /// For [`Role::Write`], [`Verdict::max_length`] bounds how long the file may become. When data comes from several layers
+    /// at once, the engine asks with each of them as `other`, its `file_length` being the sum of all. For
+    /// [`Role::Empty`] it is 0, unless the file has to become longer before it can be emptied.
+    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict;
 
-    /// What a person should know of the image that the other facts do not say: what a commit does to it, what keeps it from
-    /// being committed, what is odd about it. One line each, without a final stop; 16 of them at most, of 300 bytes at
-    /// most. `instar info` and `instar commit -v` print them. `facts` are those that [`facts`](Self::facts) gave for this image.
+    /// What a person should know of the image that the other facts do not say: what an operation would do to it, what keeps it
+    /// from being worked with, what is odd about it. One line each, without a final stop; 16 of them at most, of 300 bytes at
+    /// most. The engine prints them. `facts` are those that [`facts`](Self::facts) gave for this image.
     ///
     /// None by default.
     ///

@@ -38,7 +38,7 @@ pub struct ImageFile {
     pub name: RVec<u8>,
     /// Other names that may be meant, to be looked for in this order if there is no such file: usually none.
     pub other_names: RVec<RVec<u8>>,
-    /// Whether the file may become longer in a commit: by as much as [`Verdict::max_length`] lets the image.
+    /// Whether the file may become longer when the image is written: by as much as [`Verdict::max_length`] lets the image.
     pub grows: bool,
     /// Name of the format whose mark the file has: the plugin's own, or `raw` for plain bytes. A file with the certain mark of
     /// another format is not written to, unless the operator insists: it may be somebody else's image.
@@ -115,14 +115,14 @@ pub struct ImageFacts {
     /// [`IDENTITY_MAX`] bytes that the engine compares with other images' [`ImageFacts::parent_identity`], and nothing
     /// else. Empty for a format without one.
     pub identity: RVec<u8>,
-    /// The identity that the next commit into the image gives it, which follows from the one that it has. Empty if that
+    /// The identity that the next operation that writes into the image gives it, which follows from the one that it has. Empty if that
     /// stays.
     pub next_identity: RVec<u8>,
     /// The identity that the image records of what it is backed by: with another one below it, its content makes no sense.
     /// Empty if it records none.
     pub parent_identity: RVec<u8>,
-    /// The image says that a commit from it was interrupted, and that it still holds everything that was to be committed:
-    /// `parent_identity` may be one that what is below it was yet to get, its [`ImageFacts::next_identity`].
+    /// The image says that its content was being moved into its parent when that was interrupted, and that it still holds all
+    /// of it: `parent_identity` may be one that what is below it was yet to get, its [`ImageFacts::next_identity`].
     pub parent_announced: bool,
     /// Other features, in the order in which they are shown.
     pub features: RVec<Feature>,
@@ -150,7 +150,7 @@ impl ImageFacts {
     }
 
     /// Whether this image was made on `parent`, as far as both say: it has the identity that this one records, or is about
-    /// to get it, which a commit that was interrupted announced.
+    /// to get it, which an operation that was interrupted announced.
     #[must_use]
     pub fn goes_with(&self, parent: &Self) -> bool {
         let recorded = self.parent_identity.as_slice();
@@ -159,7 +159,7 @@ impl ImageFacts {
             || (self.parent_announced && recorded == parent.next_identity.as_slice())
     }
 
-    /// Whether a commit of this image into `parent` changes what it records of it.
+    /// Whether writing into `parent` changes what this image records of it.
     #[must_use]
     pub fn follows(&self, parent: &Self) -> bool {
         !self.parent_identity.is_empty() && !parent.next_identity.is_empty()
@@ -172,19 +172,22 @@ impl ImageFacts {
     }
 }
 
-/// Which part an image has in a commit.
+/// What an image is to an operation, whichever that is. The guest half knows the same four.
 #[repr(u8)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CommitRole {
-    /// The overlay: data comes from it, and it is emptied afterwards.
-    Overlay,
-    /// The backing: data goes into it.
-    Backing,
-    /// An image that may be read through to what it is backed by: an ancestor of the backing, and the backing itself.
-    Ancestor,
+pub enum Role {
+    /// Its content is what the operation works on.
+    Read,
+    /// Data goes into it.
+    Write,
+    /// As [`Role::Read`], and it is emptied once its content is elsewhere.
+    Empty,
+    /// It is below a member that is written: read only where that one holds nothing. The written image itself is asked in
+    /// this role, too, if it has a parent.
+    Below,
 }
 
-/// Whether an image may take its part in a commit.
+/// Whether an image may take its part in an operation.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
@@ -193,8 +196,9 @@ pub struct Verdict {
     /// Why not: one clause that names the feature and what to do. With `ERROR_OK`, a warning for the operator, if it is
     /// not empty.
     pub reason: RString,
-    /// For [`CommitRole::Backing`]: the longest that the file may become in this commit, in bytes; of an image in several
-    /// files, all together. The engine ends a guest that asks for more. For [`CommitRole::Overlay`]: the same; 0 for no longer than it is.
+    /// For [`Role::Write`]: the longest that the file may become, in bytes; of an image in several files, all together. The
+    /// engine ends a guest that asks for more. For [`Role::Empty`]: the same; 0 for no longer than it is. Of no meaning in the
+    /// other roles.
     pub max_length: u64,
 }
 
@@ -279,7 +283,7 @@ impl GuestModule {
         Self::new(elf, ROLE_SOURCE)
     }
 
-    /// A module that can only be committed into.
+    /// A module that can only be written to.
     #[must_use]
     pub const fn sink_only(elf: &'static [u8]) -> Self {
         Self::new(elf, ROLE_SINK)

@@ -8,8 +8,8 @@ use abi_stable::type_layout::TypeLayout;
 use abi_stable::StableAbi;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
 use instar_plugin_api::{
-    BackingPointer, CommitRole, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile,
-    ImageReader, ImageRegion, PluginError, ReservedRange, Verdict,
+    BackingPointer, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile, ImageReader,
+    ImageRegion, PluginError, ReservedRange, Role, Verdict,
 };
 use std::fmt::Write as _;
 
@@ -43,7 +43,7 @@ fn interface_version_1_is_what_it_was() {
         <ImageFacts as StableAbi>::LAYOUT,
         <BackingPointer as StableAbi>::LAYOUT,
         <Feature as StableAbi>::LAYOUT,
-        <CommitRole as StableAbi>::LAYOUT,
+        <Role as StableAbi>::LAYOUT,
         <Verdict as StableAbi>::LAYOUT,
         <GuestModule as StableAbi>::LAYOUT,
         <CreateSpec as StableAbi>::LAYOUT,

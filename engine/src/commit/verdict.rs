@@ -6,7 +6,7 @@ use crate::escape::escape_path;
 use crate::image::ChainImage;
 use crate::operation::{Grants, ImageSet};
 use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK};
-use instar_plugin_api::{CommitRole, ImageFacts, ROLE_SINK, ROLE_SOURCE};
+use instar_plugin_api::{ImageFacts, Role, ROLE_SINK, ROLE_SOURCE};
 use std::path::PathBuf;
 
 /// The images of a commit by their parts in it.
@@ -19,6 +19,8 @@ pub struct Parts<'s, 'r> {
     pub backing: &'s ChainImage<'r>,
     /// What is below that, nearest first.
     pub ancestors: Vec<&'s ChainImage<'r>>,
+    /// The overlay is emptied afterwards.
+    pub empties: bool,
 }
 
 impl<'s, 'r> Parts<'s, 'r> {
@@ -31,6 +33,7 @@ impl<'s, 'r> Parts<'s, 'r> {
             between: merged.collect(),
             backing: images.target.as_ref()?,
             ancestors: images.of_role(|role| role == MemberRole::Below).collect(),
+            empties: images.of_role(|role| role == MemberRole::Empty).next().is_some(),
         })
     }
 
@@ -45,11 +48,11 @@ impl<'s, 'r> Parts<'s, 'r> {
     /// # Errors
     /// The first verdict that refuses.
     pub fn verdict(&self, warnings: &mut Vec<String>) -> Result<Grants, Error> {
-        let mut ask = |image: &ChainImage<'_>, role: CommitRole, other: &ImageFacts| {
+        let mut ask = |image: &ChainImage<'_>, role: Role, other: &ImageFacts| {
             let (needed, part) = match role {
-                CommitRole::Overlay => (ROLE_SOURCE, "committed"),
-                CommitRole::Backing => (ROLE_SINK, "committed into"),
-                CommitRole::Ancestor => (ROLE_SOURCE, "read below a backing"),
+                Role::Read | Role::Empty => (ROLE_SOURCE, "committed"),
+                Role::Write => (ROLE_SINK, "committed into"),
+                Role::Below => (ROLE_SOURCE, "read below a backing"),
             };
             if image.plugin.roles() & needed == 0 {
                 let clause =
@@ -67,25 +70,29 @@ impl<'s, 'r> Parts<'s, 'r> {
             Ok(verdict.max_length)
         };
         let merged: Vec<&ChainImage<'_>> = self.merged().collect();
+        // The image that is emptied may have to be repaired first, for which it may need more than it has.
+        let mut emptied = 0;
         for (index, layer) in merged.iter().enumerate() {
-            ask(layer, CommitRole::Overlay, &merged.get(index + 1).unwrap_or(&self.backing).facts)?;
+            let below = &merged.get(index + 1).unwrap_or(&self.backing).facts;
+            if index == 0 && self.empties {
+                emptied = ask(layer, Role::Empty, below)?;
+            } else {
+                ask(layer, Role::Read, below)?;
+            }
         }
         let mut target = 0;
         for facts in self.arriving() {
-            target = target.max(ask(self.backing, CommitRole::Backing, &facts)?);
+            target = target.max(ask(self.backing, Role::Write, &facts)?);
         }
         let below: Vec<&ChainImage<'_>> = std::iter::once(self.backing).chain(self.ancestors.iter().copied()).collect();
         for (index, image) in below.iter().enumerate() {
             let parent = below.get(index + 1);
             // The backing itself is asked whether it goes with its parent.
             if index > 0 || parent.is_some() {
-                ask(image, CommitRole::Ancestor, &parent.unwrap_or(image).facts)?;
+                ask(image, Role::Below, &parent.unwrap_or(image).facts)?;
             }
         }
-        // An overlay is only emptied, but a plugin that has to repair it first may need more than it has.
-        let Self { overlay, backing, .. } = self;
-        let emptied = overlay.plugin.verdict(CommitRole::Overlay, &overlay.facts, &backing.facts).max_length;
-        Ok(Grants { target: target.max(backing.facts.file_length), emptied })
+        Ok(Grants { target: target.max(self.backing.facts.file_length), emptied })
     }
 
     /// Facts of the layers that are committed, as a backing's verdict is asked with each of them: the length of the file is

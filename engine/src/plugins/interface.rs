@@ -6,8 +6,8 @@
 use abi_stable::library::LibHeader;
 use instar_plugin_api::v1::{self, PluginManifest, PluginModuleV1_Ref};
 use instar_plugin_api::{
-    version, CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
-    Verdict, API_VERSION,
+    version, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
+    API_VERSION,
 };
 
 /// A loaded root module.
@@ -78,8 +78,8 @@ impl Interface {
         }
     }
 
-    /// Whether an image may take its part in a commit.
-    pub fn verdict(self, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    /// Whether an image may take its part in an operation.
+    pub fn verdict(self, role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         match self {
             Self::V1(module) => module.verdict()(role, own, other),
         }

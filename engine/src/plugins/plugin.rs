@@ -7,7 +7,7 @@ use crate::confine::trap::Calling;
 use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
-    CommitRole, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Verdict,
+    CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
     PROBE_CERTAIN,
 };
 use std::path::{Path, PathBuf};
@@ -146,10 +146,10 @@ impl Plugin {
         }
     }
 
-    /// Whether the image with the facts `own` may take its part in a commit with `other`; a refusal is an answer, not an
+    /// Whether the image with the facts `own` may take its part in an operation with `other`; a refusal is an answer, not an
     /// error. What `other` is: see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
     #[must_use]
-    pub fn verdict(&self, role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    pub fn verdict(&self, role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         let _calling = Calling::plugin(self.name());
         let mut verdict = self.library.interface.verdict(role, own, other);
         if verdict.code != ERROR_OK && ErrorCode::from_u32(verdict.code).is_none() {

@@ -1,7 +1,7 @@
 //! The {{format}} plugin: its host half, and the bytes of its guest half.
 
 use instar_plugin_api::{
-    export_plugin, CommitRole, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Verdict,
+    export_plugin, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role, Verdict,
     PROBE_CERTAIN, PROBE_NO,
 };
 
@@ -29,8 +29,8 @@ impl FormatPlugin for Plugin {
         Ok(ImageFacts::new(Self::NAME, virtual_size, cluster_size, image.length()))
     }
 
-    /// Whether an image may take this part in a commit, and how long its file may become.
-    fn verdict(_: CommitRole, _: &ImageFacts, _: &ImageFacts) -> Verdict {
+    /// Whether an image may take this part in an operation, and how long its file may become.
+    fn verdict(_: Role, _: &ImageFacts, _: &ImageFacts) -> Verdict {
         Verdict::refused(ErrorCode::UnsupportedFormat, "{{format}} images can only be looked at yet")
     }
 

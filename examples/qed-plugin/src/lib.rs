@@ -2,8 +2,8 @@
 
 use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{
-    export_plugin, BackingPointer, CommitRole, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts, ImageReader,
-    PluginError, Verdict, PROBE_CERTAIN, PROBE_NO,
+    export_plugin, BackingPointer, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts, ImageReader,
+    PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_NO,
 };
 use qed_driver::header::{Header, HEADER_BYTES, MAGIC, NEED_CHECK, NO_PROBE};
 
@@ -41,8 +41,8 @@ impl FormatPlugin for Qed {
         Ok(facts)
     }
 
-    fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
-        if role != CommitRole::Backing {
+    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+        if role != Role::Write {
             return Verdict::supported(0);
         }
         // Every cluster may be new, and every table: no more of them than the disk has room for.

@@ -10,7 +10,7 @@ use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT};
 use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Options, Outcome, Step};
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::{DriverResult, Source};
-use instar_plugin_api::{CommitRole, ImageFacts};
+use instar_plugin_api::{ImageFacts, Role};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// No file may become longer than this in bytes, whatever the verdict allows: the disk is full.
@@ -51,7 +51,8 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
     let merged: Vec<u32> = chain.iter().copied().take_while(|&device| device != DEVICE_OUTPUT).collect();
     let mut longest = BTreeMap::new();
     for (index, &device) in merged.iter().enumerate() {
-        longest.insert(device, ask(device, CommitRole::Overlay, &facts[&chain[index + 1]])?);
+        let role = if merged.len() == 1 { Role::Empty } else { Role::Read };
+        longest.insert(device, ask(device, role, &facts[&chain[index + 1]])?);
     }
     // As the engine asks: with the lengths of all that arrive.
     let mut length = merged.iter().map(|device| facts[device].file_length).sum::<u64>();
@@ -62,12 +63,12 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
     for device in &merged {
         let virtual_size = facts[device].virtual_size.min(overlay.virtual_size);
         let arriving = ImageFacts { file_length: length, virtual_size, ..facts[device].clone() };
-        max_length = max_length.max(ask(DEVICE_OUTPUT, CommitRole::Backing, &arriving)?);
+        max_length = max_length.max(ask(DEVICE_OUTPUT, Role::Write, &arriving)?);
     }
     longest.insert(DEVICE_OUTPUT, max_length);
     if let Some(ancestor) = facts.get(&ANCESTOR) {
-        ask(DEVICE_OUTPUT, CommitRole::Ancestor, ancestor)?;
-        ask(ANCESTOR, CommitRole::Ancestor, ancestor)?;
+        ask(DEVICE_OUTPUT, Role::Below, ancestor)?;
+        ask(ANCESTOR, Role::Below, ancestor)?;
     }
     let configs = facts.iter().map(|(&device, facts)| {
         let longest = longest.get(&device).copied().unwrap_or(0).max(facts.file_length);

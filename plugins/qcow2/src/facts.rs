@@ -150,7 +150,7 @@ fn unknown_features(header: &Header) -> Vec<String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use instar_plugin_api::CommitRole;
+    use instar_plugin_api::Role;
     use instar_qcow2_format::{create, CreateOptions};
 
     fn new_image() -> Vec<u8> {
@@ -183,7 +183,7 @@ mod tests {
             let field = u64::from_be_bytes(bytes[72..80].try_into().unwrap()) | 1 << bit;
             bytes[72..80].copy_from_slice(&field.to_be_bytes());
             let facts = read_bytes(&bytes).unwrap();
-            let verdict = crate::verdict::give(CommitRole::Overlay, &facts, &facts);
+            let verdict = crate::verdict::give(Role::Empty, &facts, &facts);
             assert!(verdict.code != 0 && verdict.reason.contains(name), "{bit}: {}", verdict.reason);
         }
         // The dirty bit is a fact, and no reason to refuse.
@@ -191,7 +191,7 @@ mod tests {
         bytes[79] |= 1;
         let facts = read_bytes(&bytes).unwrap();
         assert!(facts.dirty);
-        assert_eq!(crate::verdict::give(CommitRole::Overlay, &facts, &facts).code, 0);
+        assert_eq!(crate::verdict::give(Role::Empty, &facts, &facts).code, 0);
         // With extended L2 entries, the same disk needs an L1 table twice as long.
         let mut bytes = new_image();
         bytes[79] |= 16;
@@ -203,7 +203,7 @@ mod tests {
         bytes[table - 1] = 63;
         bytes[table..table + 9].copy_from_slice(b"\x1b[2Jodd\n\"");
         let facts = read_bytes(&bytes).unwrap();
-        let reason = crate::verdict::give(CommitRole::Overlay, &facts, &facts).reason;
+        let reason = crate::verdict::give(Role::Empty, &facts, &facts).reason;
         assert!(reason.contains("bit 63") && reason.contains("odd") && !reason.contains('\x1b'), "{reason}");
     }
 
@@ -225,7 +225,7 @@ mod tests {
             }
             bytes.truncate(usize::try_from(random() % 1200).unwrap());
             if let Ok(facts) = read_bytes(&bytes) {
-                for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+                for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
                     let _ = crate::verdict::give(role, &facts, &facts);
                 }
             }

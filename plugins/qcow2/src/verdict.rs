@@ -1,29 +1,30 @@
-//! May this image take its part in a commit? Everything that the header alone can refuse is refused here, by
+//! May this image take its part in an operation? Everything that the header alone can refuse is refused here, by
 //! name, before anything is changed. (Compressed clusters cannot be seen from the header: the guest looks for them.)
 
 use crate::facts::names;
-use instar_plugin_api::{CommitRole, ErrorCode, ImageFacts, Verdict};
+use instar_plugin_api::{ErrorCode, ImageFacts, Role, Verdict};
 use instar_qcow2_format::{ClusterSize, RefcountOrder};
 
 const CHECK: &str = "run `qemu-img check -r all` on it first";
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
-pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+pub fn give(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
     if let Some((code, reason)) = refusal(role, own) {
         return Verdict::refused(code, reason);
     }
     match role {
-        CommitRole::Backing => match longest(own, other) {
+        Role::Write => match longest(own, other) {
             Some(length) => Verdict::supported(length),
             None => Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes"),
         },
-        CommitRole::Overlay => {
+        Role::Empty => {
             // Its last cluster may be cut off behind the last byte that is not zero: metadata there is written as a whole.
             let whole = own.file_length.checked_next_multiple_of(own.cluster_size.max(1)).unwrap_or(0);
             let length = if own.dirty { repaired(own).unwrap_or(0) } else { whole };
             Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(length) }
         }
-        CommitRole::Ancestor => Verdict::supported(0),
+        Role::Read => Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(0) },
+        Role::Below => Verdict::supported(0),
     }
 }
 
@@ -39,7 +40,7 @@ fn snapshot_warning(own: &ImageFacts) -> String {
 /// What a person should know of an image before it is committed.
 pub fn notes(own: &ImageFacts) -> Vec<String> {
     let mut notes = Vec::new();
-    if let Some((_, reason)) = refusal(CommitRole::Overlay, own) {
+    if let Some((_, reason)) = refusal(Role::Empty, own) {
         notes.push(line(format!("cannot be committed: {reason}")));
     }
     if own.dirty {
@@ -79,8 +80,11 @@ fn number(facts: &ImageFacts, name: &str) -> u64 {
 }
 
 /// What stands in the way of reading an image; all that can be read can be changed.
-fn refusal(role: CommitRole, own: &ImageFacts) -> Refusal {
-    let corrupt = if role == CommitRole::Overlay { ErrorCode::OverlayCorrupt } else { ErrorCode::BackingCorrupt };
+fn refusal(role: Role, own: &ImageFacts) -> Refusal {
+    let corrupt = match role {
+        Role::Read | Role::Empty => ErrorCode::OverlayCorrupt,
+        Role::Write | Role::Below => ErrorCode::BackingCorrupt,
+    };
     if own.corrupt {
         return Some((corrupt, format!("the image is marked corrupt: {CHECK}")));
     }
@@ -202,7 +206,7 @@ mod tests {
     #[test]
     fn plain_images_are_taken() {
         let facts = image(65536, 262_144, 1 << 30);
-        for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+        for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
             assert_eq!(give(role, &facts, &facts).code, 0);
         }
     }
@@ -211,7 +215,7 @@ mod tests {
     fn an_overlay_may_get_its_last_cluster_back() {
         for (length, bound) in [(262_144, 262_144), (262_145, 327_680), (327_679, 327_680)] {
             let facts = image(65536, length, 1 << 30);
-            assert_eq!(give(CommitRole::Overlay, &facts, &facts).max_length, bound);
+            assert_eq!(give(Role::Empty, &facts, &facts).max_length, bound);
         }
     }
 
@@ -224,11 +228,11 @@ mod tests {
         ];
         for (feature, words, overlay_too, ancestor_too) in cases {
             let facts = with(feature);
-            let verdict = give(CommitRole::Backing, &facts, &plain);
+            let verdict = give(Role::Write, &facts, &plain);
             assert_ne!(verdict.code, 0);
             assert!(verdict.reason.contains(words), "{}", verdict.reason);
-            assert_eq!(give(CommitRole::Overlay, &facts, &plain).code != 0, overlay_too, "{words}");
-            assert_eq!(give(CommitRole::Ancestor, &facts, &plain).code != 0, ancestor_too, "{words}");
+            assert_eq!(give(Role::Empty, &facts, &plain).code != 0, overlay_too, "{words}");
+            assert_eq!(give(Role::Below, &facts, &plain).code != 0, ancestor_too, "{words}");
         }
     }
 
@@ -236,33 +240,33 @@ mod tests {
     fn snapshots_of_the_overlay_are_worth_a_warning() {
         let mut facts = with(Feature::number("snapshots", 2, false));
         facts.features.push(Feature::text("snapshot-names", "one, two", false));
-        let verdict = give(CommitRole::Overlay, &facts, &image(65536, 262_144, 1 << 30));
+        let verdict = give(Role::Empty, &facts, &image(65536, 262_144, 1 << 30));
         assert_eq!(verdict.code, 0);
         assert!(verdict.reason.contains("(one, two)"), "{}", verdict.reason);
-        assert!(give(CommitRole::Backing, &facts, &facts).reason.is_empty());
+        assert!(give(Role::Write, &facts, &facts).reason.is_empty());
     }
 
     #[test]
     fn corrupt_and_encrypted() {
         let plain = image(65536, 262_144, 1 << 30);
         let corrupt = ImageFacts { corrupt: true, ..plain.clone() };
-        assert_eq!(give(CommitRole::Overlay, &corrupt, &plain).code, ErrorCode::OverlayCorrupt.number());
-        assert_eq!(give(CommitRole::Backing, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
-        assert_eq!(give(CommitRole::Ancestor, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
+        assert_eq!(give(Role::Empty, &corrupt, &plain).code, ErrorCode::OverlayCorrupt.number());
+        assert_eq!(give(Role::Write, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
+        assert_eq!(give(Role::Below, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
         let encrypted = ImageFacts { encrypted: true, ..plain.clone() };
-        assert_eq!(give(CommitRole::Ancestor, &encrypted, &plain).code, ErrorCode::LuksUnsupported.number());
+        assert_eq!(give(Role::Below, &encrypted, &plain).code, ErrorCode::LuksUnsupported.number());
     }
 
     #[test]
     fn images_with_the_dirty_bit_are_taken() {
         let plain = image(65536, 262_144, 1 << 30);
         let dirty = ImageFacts { dirty: true, ..plain.clone() };
-        for role in [CommitRole::Overlay, CommitRole::Backing, CommitRole::Ancestor] {
+        for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
             assert_eq!(give(role, &dirty, &plain).code, 0);
         }
         // Refcount blocks of an overlay may be missing.
-        assert_eq!(give(CommitRole::Overlay, &plain, &plain).max_length, 262_144);
-        assert!(give(CommitRole::Overlay, &dirty, &plain).max_length > dirty.file_length);
+        assert_eq!(give(Role::Empty, &plain, &plain).max_length, 262_144);
+        assert!(give(Role::Empty, &dirty, &plain).max_length > dirty.file_length);
     }
 
     #[test]
@@ -270,7 +274,7 @@ mod tests {
         // 1000 overlay clusters of 4 KiB, each in another backing cluster of 2 MiB.
         let overlay = image(4096, 1004 * 4096, 1 << 40);
         let backing = image(2 << 20, 8 << 20, 1 << 40);
-        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > (8 << 20) + 1000 * (2 << 20));
+        assert!(give(Role::Write, &backing, &overlay).max_length > (8 << 20) + 1000 * (2 << 20));
     }
 
     #[test]
@@ -282,7 +286,7 @@ mod tests {
             let coverage = cs * (cs / 8);
             let overlay = image(cs, (pairs * 2 + 4) * cs, pairs * coverage);
             let backing = image(cs, 3 * cs + 8 * pairs, pairs * coverage);
-            let bound = give(CommitRole::Backing, &backing, &overlay).max_length;
+            let bound = give(Role::Write, &backing, &overlay).max_length;
             let new = pairs * 2 + (pairs * 2) / (cs / 2) + 1;
             assert!(bound >= backing.file_length.next_multiple_of(cs) + new * cs, "{bits}");
             // And it follows from what the overlay's tables can say, not from the size of the disk.
@@ -296,7 +300,7 @@ mod tests {
         let overlay = image(65536, 10 * 65536, 1 << 40);
         let mut backing = image(65536, 262_144, 1 << 40);
         backing.features[0] = Feature::text("compat", "0.10", true);
-        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 65536 * 8192);
+        assert!(give(Role::Write, &backing, &overlay).max_length > 65536 * 8192);
     }
 
     #[test]
@@ -304,27 +308,27 @@ mod tests {
         // One L2 table full of compressed clusters that share one host cluster.
         let overlay = image(65536, 6 * 65536, 1 << 40);
         let backing = image(65536, 262_144, 1 << 40);
-        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 65536 * 8192);
+        assert!(give(Role::Write, &backing, &overlay).max_length > 65536 * 8192);
         let small = image(4096, 262_144, 1 << 40);
-        assert!(give(CommitRole::Backing, &small, &overlay).max_length > 65536 * 8192);
+        assert!(give(Role::Write, &small, &overlay).max_length > 65536 * 8192);
     }
 
     #[test]
     fn the_bound_covers_the_clusters_of_bitmaps() {
         let overlay = image(65536, 10 * 65536, 1 << 40);
-        let plain = give(CommitRole::Backing, &image(65536, 262_144, 1 << 40), &overlay).max_length;
+        let plain = give(Role::Write, &image(65536, 262_144, 1 << 40), &overlay).max_length;
         let mut backing = image(65536, 262_144, 1 << 40);
         backing.features.push(Feature::number("bitmap-count", 3, false));
         // 2^31 sectors: 2^28 bytes of bits, 4096 clusters each.
-        let verdict = give(CommitRole::Backing, &backing, &overlay);
+        let verdict = give(Role::Write, &backing, &overlay);
         assert_eq!(verdict.code, 0);
         assert!(verdict.max_length >= plain + 3 * 4096 * 65536, "{}", verdict.max_length);
         // No more than data clusters arrive.
-        let few = give(CommitRole::Backing, &backing, &image(65536, 800, 1 << 40)).max_length;
+        let few = give(Role::Write, &backing, &image(65536, 800, 1 << 40)).max_length;
         assert!(few < 2 * 600 * 65536, "{few}");
         backing.features.pop();
         backing.features.push(Feature::number("bitmap-count", u64::MAX, false));
-        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > plain);
+        assert!(give(Role::Write, &backing, &overlay).max_length > plain);
     }
 
     /// Found by the crash simulator: the refcounts of 94 new clusters were durable, the length of the file was not.
@@ -334,7 +338,7 @@ mod tests {
         let overlay = image(4096, 100 * 4096, 96 * 4096);
         let backing = image(512, 4 * 512, 96 * 4096);
         let new = 96 * 8 + 96 * 8 / 64;
-        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > backing.file_length + 2 * new * 512);
+        assert!(give(Role::Write, &backing, &overlay).max_length > backing.file_length + 2 * new * 512);
     }
 
     #[test]
@@ -343,13 +347,13 @@ mod tests {
         let backing = image(65536, 262_144, 1 << 30);
         // The L1 table, and an L2 table for each of its entries.
         let entries = (8u64 << 40) >> 29;
-        assert!(give(CommitRole::Backing, &backing, &overlay).max_length > 262_144 + entries * 8 + entries * 65536);
+        assert!(give(Role::Write, &backing, &overlay).max_length > 262_144 + entries * 8 + entries * 65536);
     }
 
     #[test]
     fn absurd_facts_do_not_overflow() {
         let absurd = image(65536, u64::MAX, u64::MAX);
-        assert_ne!(give(CommitRole::Backing, &absurd, &absurd).code, 0);
-        assert_ne!(give(CommitRole::Backing, &image(0, 1, 1), &image(0, 1, 1)).code, 0);
+        assert_ne!(give(Role::Write, &absurd, &absurd).code, 0);
+        assert_ne!(give(Role::Write, &image(0, 1, 1), &image(0, 1, 1)).code, 0);
     }
 }

@@ -2,8 +2,8 @@
 
 use instar_plugin_api::std_types::RVec;
 use instar_plugin_api::{
-    export_plugin, CommitRole, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader,
-    PluginError, ReservedRange, Verdict, PROBE_ANYTHING,
+    export_plugin, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader,
+    PluginError, ReservedRange, Role, Verdict, PROBE_ANYTHING,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/raw-module.elf"));
@@ -34,14 +34,14 @@ impl FormatPlugin for Raw {
         Ok(ImageFacts::new(Self::NAME, virtual_size, 0, image.length()))
     }
 
-    fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         match role {
-            CommitRole::Overlay => Verdict::refused(ErrorCode::NoBacking, "a raw image has no backing file"),
-            CommitRole::Backing => match other.virtual_size.max(own.virtual_size).checked_next_multiple_of(SECTOR) {
+            Role::Empty => Verdict::refused(ErrorCode::NoBacking, "a raw image has no backing file"),
+            Role::Write => match other.virtual_size.max(own.virtual_size).checked_next_multiple_of(SECTOR) {
                 Some(length) => Verdict::supported(length),
                 None => Verdict::refused(ErrorCode::UnsupportedFormat, "the overlay is larger than any file"),
             },
-            CommitRole::Ancestor => Verdict::supported(0),
+            Role::Read | Role::Below => Verdict::supported(0),
         }
     }
 

@@ -25,7 +25,7 @@ pub mod names {
     pub const FLAT: &str = "flat";
     /// VMware tracks changed blocks in another file: true or absent.
     pub const CHANGE_TRACKING: &str = "change-tracking";
-    /// Why no part of a commit can be taken, a sentence; absent if nothing stands in the way.
+    /// Why the image cannot be worked with, a sentence; absent if nothing stands in the way.
     pub const UNSUPPORTED: &str = "unsupported";
 }
 

@@ -6,8 +6,8 @@ mod facts;
 mod verdict;
 
 use instar_plugin_api::{
-    export_plugin, CommitRole, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
-    PluginError, Verdict,
+    export_plugin, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
+    PluginError, Role, Verdict,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vmdk-module.elf"));
@@ -35,7 +35,7 @@ impl FormatPlugin for Vmdk {
         facts::read(image)
     }
 
-    fn verdict(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
         verdict::give(role, own, other)
     }
 

@@ -1,18 +1,18 @@
-//! May this image take its part in a commit? What header and descriptor can refuse is refused here.
+//! May this image take its part in an operation? What header and descriptor can refuse is refused here.
 
 use crate::facts::names;
-use instar_plugin_api::{CommitRole, ErrorCode, ImageFacts, Verdict};
+use instar_plugin_api::{ErrorCode, ImageFacts, Role, Verdict};
 use instar_vmdk_format::{TABLE_BYTES, TABLE_ENTRIES};
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
-pub fn give(role: CommitRole, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+pub fn give(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
     if let Some((code, reason)) = refusal(own) {
         return Verdict::refused(code, reason);
     }
     match role {
         // Whether an image goes with its parent, the engine sees from their identities.
-        CommitRole::Overlay | CommitRole::Ancestor => Verdict::supported(0),
-        CommitRole::Backing => of_backing(own, other),
+        Role::Read | Role::Empty | Role::Below => Verdict::supported(0),
+        Role::Write => of_target(own, other),
     }
 }
 
@@ -52,7 +52,7 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
         .collect()
 }
 
-fn of_backing(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
+fn of_target(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
     if own.feature(names::COMPRESSED).is_some() {
         // A copy gets an identity of its own: an overlay that records its parent's would not know it.
         let advice = if overlay.parent_identity.is_empty() {
@@ -119,17 +119,17 @@ mod tests {
     fn what_is_not_supported_is_named() {
         let mut facts = image(1, NO_PARENT);
         facts.features.push(Feature::flag(names::COMPRESSED, true, false));
-        assert!(give(CommitRole::Backing, &facts, &facts).reason.contains("streamOptimized"));
-        assert_eq!(give(CommitRole::Ancestor, &facts, &facts).code, 0);
+        assert!(give(Role::Write, &facts, &facts).reason.contains("streamOptimized"));
+        assert_eq!(give(Role::Below, &facts, &facts).code, 0);
         let mut facts = image(1, NO_PARENT);
         facts.features.push(Feature::text(names::UNSUPPORTED, "because", false));
-        assert_eq!(give(CommitRole::Backing, &facts, &facts).reason.as_str(), "because");
+        assert_eq!(give(Role::Write, &facts, &facts).reason.as_str(), "because");
         let mut facts = image(1, NO_PARENT);
         facts.encrypted = true;
-        assert_eq!(give(CommitRole::Ancestor, &facts, &facts).code, ErrorCode::LuksUnsupported.number());
+        assert_eq!(give(Role::Below, &facts, &facts).code, ErrorCode::LuksUnsupported.number());
         let mut facts = image(1, NO_PARENT);
         facts.features.push(Feature::flag(names::CHANGE_TRACKING, true, false));
-        let verdict = give(CommitRole::Backing, &facts, &facts);
+        let verdict = give(Role::Write, &facts, &facts);
         assert!(verdict.code == 0 && verdict.reason.contains("changeTrackPath"));
     }
 
@@ -137,20 +137,20 @@ mod tests {
     fn flat_extents_do_not_grow_and_have_no_parent() {
         let mut flat = ImageFacts { cluster_size: 0, ..image(1, NO_PARENT) };
         flat.features.push(Feature::flag(names::FLAT, true, false));
-        let verdict = give(CommitRole::Backing, &flat, &image(2, 1));
+        let verdict = give(Role::Write, &flat, &image(2, 1));
         assert_eq!((verdict.code, verdict.max_length), (0, flat.file_length));
         let mut overlay = image(2, 1);
         overlay.features.push(Feature::flag(names::FLAT, true, false));
-        assert!(give(CommitRole::Overlay, &overlay, &flat).reason.contains("flat"));
+        assert!(give(Role::Empty, &overlay, &flat).reason.contains("flat"));
     }
 
     #[test]
     fn the_bound_covers_the_disk_and_follows_the_overlay() {
         let base = image(1, NO_PARENT);
         let raw = ImageFacts::new("raw", 1 << 30, 0, 1 << 30);
-        assert!(give(CommitRole::Backing, &base, &raw).max_length >= (1 << 30) + (1 << 20));
+        assert!(give(Role::Write, &base, &raw).max_length >= (1 << 30) + (1 << 20));
         let small = ImageFacts { file_length: 4000, ..image(2, 1) };
-        let bound = give(CommitRole::Backing, &base, &small).max_length;
+        let bound = give(Role::Write, &base, &small).max_length;
         assert!(((1 << 20) + 1000 * 65536..400 << 20).contains(&bound), "{bound}");
     }
 }
