@@ -1,6 +1,8 @@
 //! The plugins' host halves: what a file is, what its header says, and what part it may take.
 
-use instar_plugin_api::{FormatPlugin, ImageFacts, ImageReader, PluginError, ReadImage, Role, Verdict, READ_BUDGET};
+use instar_plugin_api::{
+    FormatPlugin, ImageFacts, ImageReader, PluginError, ReadImage, Role, Verdict, READ_BUDGET, VALUES_MAX,
+};
 use instar_plugin_qcow2::Qcow2;
 use instar_plugin_raw::Raw;
 use instar_plugin_vmdk::Vmdk;
@@ -61,8 +63,9 @@ fn facts<P: FormatPlugin>(bytes: &[u8], others: &[&[u8]]) -> Option<ImageFacts> 
     let length: usize = bytes.len() + others.iter().map(|other| other.len()).sum::<usize>();
     // The engine calls the plugin faulty otherwise.
     assert_eq!((facts.format.as_str(), facts.file_length), (P::NAME, length as u64));
+    let mut left = VALUES_MAX;
     for feature in &facts.features {
-        assert!(feature.json.is_ascii() && !feature.json.chars().any(|c| c.is_ascii_control()), "{feature:?}");
+        left = left.saturating_sub(feature.value.weight(left).expect("values are bounded"));
     }
     Some(facts).filter(|facts| facts.virtual_size <= i64::MAX as u64)
 }

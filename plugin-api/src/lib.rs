@@ -68,15 +68,17 @@ mod plugin;
 mod reader;
 mod types;
 pub mod v1;
+mod value;
 pub mod version;
 
 pub use instar_guest_abi::ErrorCode;
 pub use plugin::{FormatPlugin, PROBE_ANYTHING, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO};
 pub use reader::{ImageReader, ReadImage, READ_BUDGET};
 pub use types::{
-    BackingPointer, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile, ImageRegion,
+    BackingPointer, CreateSpec, CreatedFile, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageRegion,
     PluginError, ReservedRange, Role, Verdict, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
 };
+pub use value::{FactValue, Feature, Field, VALUES_MAX, VALUE_BYTES, VALUE_DEPTH};
 pub use version::API_VERSION;
 
 /// The `abi_stable` types that stand in the values of this crate.

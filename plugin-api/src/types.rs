@@ -1,5 +1,6 @@
 //! The values that cross the border between engine and plugin.
 
+use crate::{FactValue, Feature};
 use abi_stable::std_types::{ROption, RSlice, RString, RVec};
 use abi_stable::StableAbi;
 use instar_guest_abi::{ErrorCode, ERROR_OK, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
@@ -78,18 +79,6 @@ impl BackingPointer {
     }
 }
 
-/// A property of an image that a verdict, or a person, may care about.
-#[repr(C)]
-#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
-pub struct Feature {
-    /// Name in the terms of the format: `compat`, `refcount-bits`, `snapshots`, `encryption`, …
-    pub name: RString,
-    /// Value as JSON text: `"1.1"` with its quotes, `16`, `true`.
-    pub json: RString,
-    /// Whether it stands in the `format-specific` section of `instar info` (under the same name).
-    pub in_info: bool,
-}
-
 /// What a plugin knows of an image from its header.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
@@ -165,10 +154,34 @@ impl ImageFacts {
         !self.parent_identity.is_empty() && !parent.next_identity.is_empty()
     }
 
-    /// The JSON text of a feature.
+    /// The value of a feature, if there is one of this name.
     #[must_use]
-    pub fn feature(&self, name: &str) -> Option<&str> {
-        self.features.iter().find(|f| f.name.as_str() == name).map(|f| f.json.as_str())
+    pub fn feature(&self, name: &str) -> Option<&FactValue> {
+        self.features.iter().find(|feature| feature.name == name).map(|feature| &feature.value)
+    }
+
+    /// The value of a feature that is a number.
+    #[must_use]
+    pub fn number(&self, name: &str) -> Option<u64> {
+        match self.feature(name)? {
+            FactValue::Number(number) => Some(*number),
+            _ => None,
+        }
+    }
+
+    /// The value of a feature that is a text, as it is: what comes from an image may hold control characters.
+    #[must_use]
+    pub fn text(&self, name: &str) -> Option<&str> {
+        match self.feature(name)? {
+            FactValue::Text(text) => Some(text.as_str()),
+            _ => None,
+        }
+    }
+
+    /// Whether a feature is on. One that is not there is off.
+    #[must_use]
+    pub fn flag(&self, name: &str) -> bool {
+        matches!(self.feature(name), Some(FactValue::Flag(true)))
     }
 }
 
@@ -200,41 +213,6 @@ pub struct Verdict {
     /// engine ends a guest that asks for more. For [`Role::Empty`]: the same; 0 for no longer than it is. Of no meaning in the
     /// other roles.
     pub max_length: u64,
-}
-
-impl Feature {
-    /// A feature whose value is a string of plain ASCII.
-    #[must_use]
-    pub fn text(name: &str, value: &str, in_info: bool) -> Self {
-        Self { name: name.into(), json: json_string(value).into(), in_info }
-    }
-
-    /// A feature whose value is a number.
-    #[must_use]
-    pub fn number(name: &str, value: u64, in_info: bool) -> Self {
-        Self { name: name.into(), json: value.to_string().into(), in_info }
-    }
-
-    /// A feature that is on or off.
-    #[must_use]
-    pub fn flag(name: &str, value: bool, in_info: bool) -> Self {
-        Self { name: name.into(), json: value.to_string().into(), in_info }
-    }
-}
-
-/// `text` as a JSON string, pure ASCII.
-fn json_string(text: &str) -> String {
-    let mut json = String::with_capacity(text.len() + 2);
-    json.push('"');
-    for unit in text.encode_utf16() {
-        match u8::try_from(unit).map(char::from) {
-            Ok(c @ ('"' | '\\')) => json.extend(['\\', c]),
-            Ok(c @ ' '..='~') => json.push(c),
-            _ => json.push_str(&format!("\\u{unit:04x}")),
-        }
-    }
-    json.push('"');
-    json
 }
 
 impl Verdict {
@@ -374,13 +352,5 @@ mod tests {
         child.parent_identity = vec![1].into();
         assert!(!child.goes_with(&parent));
         assert!(!child.goes_with(&ImageFacts::new("a", 1, 0, 1)), "a parent without an identity");
-    }
-
-    #[test]
-    fn feature_values_are_json() {
-        assert_eq!(Feature::text("a", "1.1", true).json, r#""1.1""#);
-        assert_eq!(Feature::text("a", "q\"\\\n\u{1b}é😀", true).json, r#""q\"\\\u000a\u001b\u00e9\ud83d\ude00""#);
-        assert_eq!(Feature::number("a", 16, true).json, "16");
-        assert_eq!(Feature::flag("a", false, true).json, "false");
     }
 }

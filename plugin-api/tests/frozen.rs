@@ -8,8 +8,8 @@ use abi_stable::type_layout::TypeLayout;
 use abi_stable::StableAbi;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
 use instar_plugin_api::{
-    BackingPointer, CreateSpec, CreatedFile, CreatedImage, Feature, GuestModule, ImageFacts, ImageFile, ImageReader,
-    ImageRegion, PluginError, ReservedRange, Role, Verdict,
+    BackingPointer, CreateSpec, CreatedFile, CreatedImage, FactValue, Feature, Field, GuestModule, ImageFacts,
+    ImageFile, ImageReader, ImageRegion, PluginError, ReservedRange, Role, Verdict,
 };
 use std::fmt::Write as _;
 
@@ -43,6 +43,8 @@ fn interface_version_1_is_what_it_was() {
         <ImageFacts as StableAbi>::LAYOUT,
         <BackingPointer as StableAbi>::LAYOUT,
         <Feature as StableAbi>::LAYOUT,
+        <FactValue as StableAbi>::LAYOUT,
+        <Field as StableAbi>::LAYOUT,
         <Role as StableAbi>::LAYOUT,
         <Verdict as StableAbi>::LAYOUT,
         <GuestModule as StableAbi>::LAYOUT,

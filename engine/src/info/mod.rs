@@ -8,7 +8,7 @@ use crate::lookup::Directory;
 use crate::operation::Session;
 use crate::plugins::{IdentifyError, ImageFiles, Registry, SearchPath};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
-use instar_plugin_api::ImageFacts;
+use instar_plugin_api::{FactValue, ImageFacts};
 use rustix::fs::AtFlags;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -158,18 +158,16 @@ impl ImageInfo {
     /// The internal snapshots, each an object with the keys of `qemu-img info`; `None` if there are none.
     #[must_use]
     pub fn snapshots(&self) -> Option<Vec<Value>> {
-        let feature = self.facts.features.iter().find(|feature| feature.name == SNAPSHOT_LIST)?;
-        serde_json::from_str(&feature.json).ok().filter(|list: &Vec<Value>| !list.is_empty())
+        match self.facts.feature(SNAPSHOT_LIST)? {
+            FactValue::List(list) if !list.is_empty() => Some(list.iter().map(json).collect()),
+            _ => None,
+        }
     }
 
     /// The features of the `format-specific` section.
     pub fn specific(&self) -> impl Iterator<Item = (String, Value)> + '_ {
-        self.facts.features.iter().filter(|feature| feature.in_info).map(|feature| {
-            // `Plugin::facts` has seen to it that it is JSON.
-            let value =
-                serde_json::from_str(&feature.json).unwrap_or_else(|_| escape_bytes(feature.json.as_bytes()).into());
-            (feature.name.to_string(), value)
-        })
+        let shown = self.facts.features.iter().filter(|feature| feature.in_info);
+        shown.map(|feature| (feature.name.to_string(), json(&feature.value)))
     }
 
     /// The name of the backing file, as it is recorded, and that of its format.
@@ -177,6 +175,19 @@ impl ImageInfo {
     pub fn backing(&self) -> Option<(&[u8], Option<&[u8]>)> {
         let backing = self.facts.backing.as_ref().into_option()?;
         Some((&backing.name, backing.format.as_ref().into_option().map(|format| format.as_slice())))
+    }
+}
+
+/// A value as JSON. How deep it is nested, `Plugin::facts` has bounded.
+fn json(value: &FactValue) -> Value {
+    match value {
+        FactValue::Flag(flag) => (*flag).into(),
+        FactValue::Number(number) => (*number).into(),
+        FactValue::Text(text) => text.as_str().into(),
+        FactValue::List(values) => values.iter().map(json).collect(),
+        FactValue::Record(fields) => {
+            Value::Object(fields.iter().map(|field| (field.name.to_string(), json(&field.value))).collect())
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
-    CreatedImage, GuestModule, ImageFacts, ImageFile, ReservedRange, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
+    CreatedImage, GuestModule, ImageFacts, ImageFile, ReservedRange, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE, VALUES_MAX,
 };
 
 /// Longest name of a format in bytes: it has to fit into the guest's module table.
@@ -15,8 +15,8 @@ const TEXT_MAX: usize = 200;
 const MESSAGE_MAX: usize = 2000;
 /// Most aliases, extensions and options.
 const LIST_MAX: usize = 64;
-/// Most features of an image, and the longest value of one, in bytes.
-const FEATURES_MAX: (usize, usize) = (1000, 1 << 20);
+/// Most features of an image.
+const FEATURES_MAX: usize = 1000;
 /// Longest recorded name or format of a backing, in bytes: no path is longer.
 const RECORDED_MAX: usize = 4095;
 /// Most other names of a backing or file.
@@ -127,16 +127,20 @@ pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(
     if facts.backing.is_none() && !facts.parent_identity.is_empty() {
         return Err("it reports the identity of a parent, and no parent".to_owned());
     }
-    if facts.features.len() > FEATURES_MAX.0 {
-        return Err(format!("it reports more than {} features", FEATURES_MAX.0));
+    if facts.features.len() > FEATURES_MAX {
+        return Err(format!("it reports more than {} features", FEATURES_MAX));
     }
+    let mut left = VALUES_MAX;
     for feature in &facts.features {
         if feature.name.is_empty() || !is_line(&feature.name, TEXT_MAX) {
             return Err("the name of a feature that it reports is not one short line".to_owned());
         }
-        let is_json = || serde_json::from_str::<serde_json::Value>(&feature.json).is_ok();
-        if feature.json.len() > FEATURES_MAX.1 || !is_json() {
-            return Err(format!("the value of its feature {:?} is not JSON, or too long", feature.name.as_str()));
+        match feature.value.weight(left) {
+            Some(weight) => left = left.saturating_sub(weight),
+            None => {
+                let name = feature.name.as_str();
+                return Err(format!("the value of its feature {name:?} is too large, or nested too deeply"));
+            }
         }
     }
     Ok(())

@@ -46,7 +46,7 @@ impl FormatPlugin for Qed {
             return Verdict::supported(0);
         }
         // Every cluster may be new, and every table: no more of them than the disk has room for.
-        let table = own.feature(TABLE_BYTES).and_then(|bytes| bytes.parse::<u64>().ok()).unwrap_or(0);
+        let table = own.number(TABLE_BYTES).unwrap_or(0);
         let coverage = (table / 8).saturating_mul(own.cluster_size).max(1);
         let cover = |part: u64, unit: u64| part.div_ceil(unit.max(1)).saturating_mul(unit);
         let data = cover(own.virtual_size.min(other.virtual_size), own.cluster_size);

@@ -172,8 +172,8 @@ mod tests {
         assert_eq!(backing.name.as_slice(), b"base");
         assert_eq!(backing.format.as_ref().unwrap().as_slice(), b"qcow2");
         assert!(!facts.dirty && !facts.corrupt && !facts.encrypted);
-        assert_eq!(facts.feature("compat"), Some("\"1.1\""));
-        assert_eq!(facts.feature("snapshots"), Some("0"));
+        assert_eq!(facts.text("compat"), Some("1.1"));
+        assert_eq!(facts.number("snapshots"), Some(0));
     }
 
     #[test]

@@ -1,14 +1,13 @@
 //! Internal snapshots and persistent bitmaps as `qemu-img info` lists them. What cannot be read is left out: the guest
 //! looks at these tables properly.
 
-use instar_plugin_api::{Feature, ImageReader};
+use instar_plugin_api::{FactValue, Feature, ImageReader};
 use instar_qcow2_format::{autoclear, Bitmap, BitmapError, ExtensionKind, Header, SnapshotDetails, BITMAP_ENTRY_BYTES};
-use std::fmt::Write as _;
 
 /// Bytes of a table that are looked at: entries of some thousand snapshots or bitmaps.
 const TABLE_BYTES: u64 = 512 << 10;
-/// Longest list as JSON text in bytes: values of features end at 1 MiB.
-const LIST_BYTES: usize = 900 << 10;
+/// Largest list in bytes, as [`FactValue::weight`] counts: there are two, and other features besides.
+const LIST_BYTES: u64 = 7 << 19;
 /// Name of the list of internal snapshots: what `instar info` has as `snapshots`.
 pub const SNAPSHOT_LIST: &str = "snapshot-list";
 /// Name of the list of bitmaps, which `instar info` shows as it is.
@@ -38,26 +37,20 @@ fn read(image: &ImageReader<'_>, offset: u64, length: u64) -> Vec<u8> {
 
 /// The list of internal snapshots, with the keys of `qemu-img info`.
 pub fn snapshot_list(snapshots: &[SnapshotDetails]) -> Option<Feature> {
-    let object = |snapshot: &SnapshotDetails| {
-        let mut json = String::from("{");
-        if let Some(count) = snapshot.instructions {
-            let _ = write!(json, "\"icount\":{count},");
-        }
-        let _ = write!(
-            json,
-            "\"vm-clock-nsec\":{},\"name\":{},\"date-sec\":{},\"date-nsec\":{},\"vm-clock-sec\":{},\"id\":{},\
-             \"vm-state-size\":{}}}",
-            snapshot.vm_clock_nanoseconds % 1_000_000_000,
-            text(&snapshot.name),
-            snapshot.date_seconds,
-            snapshot.date_nanoseconds,
-            snapshot.vm_clock_nanoseconds / 1_000_000_000,
-            text(&snapshot.id),
-            snapshot.vm_state_bytes
-        );
-        json
+    let record = |snapshot: &SnapshotDetails| {
+        let count = snapshot.instructions.map(|count| ("icount", FactValue::Number(count)));
+        let fields = [
+            ("vm-clock-nsec", FactValue::Number(snapshot.vm_clock_nanoseconds % 1_000_000_000)),
+            ("name", text(&snapshot.name)),
+            ("date-sec", snapshot.date_seconds.into()),
+            ("date-nsec", snapshot.date_nanoseconds.into()),
+            ("vm-clock-sec", FactValue::Number(snapshot.vm_clock_nanoseconds / 1_000_000_000)),
+            ("id", text(&snapshot.id)),
+            ("vm-state-size", FactValue::Number(snapshot.vm_state_bytes)),
+        ];
+        FactValue::record(count.into_iter().chain(fields))
     };
-    list(SNAPSHOT_LIST, snapshots.iter().map(object), false)
+    list(SNAPSHOT_LIST, snapshots.iter().map(record), false)
 }
 
 /// The list of persistent bitmaps, with the keys of `qemu-img info`; none without the autoclear bit, as there.
@@ -74,32 +67,26 @@ pub fn bitmap_list(image: &ImageReader<'_>, header: &Header) -> Option<Feature> 
         let name_at = at.checked_add(BITMAP_ENTRY_BYTES)?.checked_add(extra)?;
         let name = directory.get(name_at..name_at.checked_add(usize::from(bitmap.name_bytes))?)?;
         at = at.checked_add(usize::try_from(bitmap.entry_bytes()).ok()?)?;
-        let flags = [(bitmap.in_use, "\"in-use\""), (bitmap.auto, "\"auto\"")];
-        let flags: Vec<&str> = flags.into_iter().filter(|(set, _)| *set).map(|(_, name)| name).collect();
-        let granularity = 1u64 << bitmap.granularity_bits;
-        Some(format!("{{\"flags\":[{}],\"name\":{},\"granularity\":{granularity}}}", flags.join(","), text(name)))
+        let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];
+        let flags = FactValue::list(flags.into_iter().filter(|(set, _)| *set).map(|(_, name)| name));
+        let granularity = FactValue::Number(1 << bitmap.granularity_bits);
+        Some(FactValue::record([("flags", flags), ("name", text(name)), ("granularity", granularity)]))
     };
     list(BITMAP_LIST, (0..bitmaps.count).map_while(|_| next()), true)
 }
 
-/// A JSON array; `None` for one of nothing.
-fn list(name: &str, objects: impl Iterator<Item = String>, in_info: bool) -> Option<Feature> {
-    let mut json = String::new();
-    for object in objects {
-        if json.len() + object.len() > LIST_BYTES {
-            break;
-        }
-        json.push(if json.is_empty() { '[' } else { ',' });
-        json.push_str(&object);
-    }
-    if json.is_empty() {
-        return None;
-    }
-    json.push(']');
-    Some(Feature { name: name.into(), json: json.into(), in_info })
+/// A list of records, the first of them if they are too many; `None` for one of nothing.
+fn list(name: &str, records: impl Iterator<Item = FactValue>, in_info: bool) -> Option<Feature> {
+    let mut left = LIST_BYTES;
+    let fit = records.map_while(|record| {
+        left = left.checked_sub(record.weight(left)?)?;
+        Some(record)
+    });
+    let values: Vec<FactValue> = fit.collect();
+    (!values.is_empty()).then(|| Feature::new(name, FactValue::list(values), in_info))
 }
 
-/// Bytes of the image as JSON text of plain ASCII.
-fn text(bytes: &[u8]) -> String {
-    Feature::text("", &String::from_utf8_lossy(bytes), false).json.into_string()
+/// Bytes of the image as text.
+fn text(bytes: &[u8]) -> FactValue {
+    String::from_utf8_lossy(bytes).into_owned().into()
 }

@@ -33,7 +33,7 @@ fn snapshot_warning(own: &ImageFacts) -> String {
     if number(own, names::SNAPSHOTS) == 0 {
         return String::new();
     }
-    let names = own.feature(names::SNAPSHOT_NAMES).unwrap_or("\"\"").trim_matches('"');
+    let names = shown(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
     format!("its internal snapshots ({names}) see what is committed wherever they hold nothing themselves")
 }
 
@@ -52,7 +52,7 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
         count => Some(format!("{count} {many}")),
     };
     if let Some(snapshots) = count(names::SNAPSHOTS, "internal snapshot", "internal snapshots") {
-        let names = own.feature(names::SNAPSHOT_NAMES).unwrap_or("\"\"").trim_matches('"');
+        let names = shown(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
         let text = "a commit keeps them, and clusters that only they refer to keep using space";
         notes.push(line(format!("{snapshots}: {text} ({names})")));
     }
@@ -76,7 +76,20 @@ fn line(mut text: String) -> String {
 type Refusal = Option<(ErrorCode, String)>;
 
 fn number(facts: &ImageFacts, name: &str) -> u64 {
-    facts.feature(name).and_then(|json| json.parse().ok()).unwrap_or(0)
+    facts.number(name).unwrap_or(0)
+}
+
+/// Text of the image within a line for people: control characters are escaped.
+fn shown(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
 }
 
 /// What stands in the way of reading an image; all that can be read can be changed.
@@ -89,7 +102,7 @@ fn refusal(role: Role, own: &ImageFacts) -> Refusal {
         return Some((corrupt, format!("the image is marked corrupt: {CHECK}")));
     }
     if own.encrypted {
-        let method = own.feature(names::ENCRYPTION).unwrap_or("\"unknown\"").trim_matches('"');
+        let method = own.text(names::ENCRYPTION).unwrap_or("unknown");
         let reason = format!("encryption ({method}) is not supported: convert it to an image without encryption");
         return Some((ErrorCode::LuksUnsupported, reason));
     }
@@ -98,9 +111,7 @@ fn refusal(role: Role, own: &ImageFacts) -> Refusal {
                       its backing file";
         return Some((ErrorCode::ExternalDataFile, reason.to_owned()));
     }
-    if let Some(list) = own.feature(names::UNKNOWN_FEATURES) {
-        // JSON text of plain ASCII, in which only quotes and backslashes are escaped.
-        let list = list.strip_prefix('"').and_then(|l| l.strip_suffix('"')).unwrap_or(list).replace("\\\"", "\"");
+    if let Some(list) = own.text(names::UNKNOWN_FEATURES) {
         let reason = format!("the image uses incompatible features that this plugin does not know: {list}");
         return Some((ErrorCode::UnsupportedFormat, reason));
     }
@@ -131,7 +142,7 @@ fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
     let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
     let virtual_size = own.virtual_size.max(overlay.virtual_size);
     let disk = cs.count_for(virtual_size).checked_add(1)?;
-    let extended = |facts: &ImageFacts| facts.feature(names::EXTENDED_L2) == Some("true");
+    let extended = |facts: &ImageFacts| facts.flag(names::EXTENDED_L2);
     // Extended entries are twice as long: a table covers half as much.
     let coverage = if extended(own) { cs.l2_coverage() / 2 } else { cs.l2_coverage() };
     let same_tables = overlay.cluster_size == own.cluster_size && extended(overlay) == extended(own);

@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn contradictions_and_names_without_bound() {
         let reason = facts("parentCID=7\n").unwrap();
-        assert!(reason.feature(names::UNSUPPORTED).unwrap().contains("parentFileNameHint"));
+        assert!(reason.text(names::UNSUPPORTED).unwrap().contains("parentFileNameHint"));
         let none = facts("parentCID=ffffffff\nparentFileNameHint=\"b\"\n").unwrap();
         assert!(none.backing.is_none() && none.feature(names::UNSUPPORTED).is_none());
         let hint = |length: usize| facts(&format!("parentCID=7\nparentFileNameHint=\"{}\"\n", "a".repeat(length)));

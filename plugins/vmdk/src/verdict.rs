@@ -22,10 +22,10 @@ fn refusal(own: &ImageFacts) -> Option<(ErrorCode, String)> {
         let reason = "encryption is not supported: convert it to an image without encryption";
         return Some((ErrorCode::LuksUnsupported, reason.to_owned()));
     }
-    if let Some(json) = own.feature(names::UNSUPPORTED) {
-        return Some((ErrorCode::UnsupportedFormat, json.trim_matches('"').replace("\\\\", "\\")));
+    if let Some(reason) = own.text(names::UNSUPPORTED) {
+        return Some((ErrorCode::UnsupportedFormat, shown(reason)));
     }
-    if own.feature(names::FLAT).is_some() && own.backing.is_some() {
+    if own.flag(names::FLAT) && own.backing.is_some() {
         let reason = "an image with flat extents cannot have a parent: its parentCID is wrong";
         return Some((ErrorCode::UnsupportedFormat, reason.to_owned()));
     }
@@ -35,25 +35,40 @@ fn refusal(own: &ImageFacts) -> Option<(ErrorCode, String)> {
 /// What a person should know of an image before it is committed.
 pub fn notes(own: &ImageFacts) -> Vec<String> {
     let refused = refusal(own).map(|(_, reason)| format!("cannot be committed: {reason}"));
-    let stream = own.feature(names::COMPRESSED).map(|_| "streamOptimized: nothing can be committed into it".to_owned());
-    let tracked = own.feature(names::CHANGE_TRACKING).map(|_| {
+    let stream = own.flag(names::COMPRESSED).then(|| "streamOptimized: nothing can be committed into it".to_owned());
+    let tracked = own.flag(names::CHANGE_TRACKING).then(|| {
         "VMware's list of changed blocks (changeTrackPath) will not know what is committed into the image".to_owned()
     });
     let announced = own
         .parent_announced
         .then(|| "a commit from it was interrupted: run it again, so that other programs can read it".to_owned());
     // A reason may quote the image, and be longer than a note may be.
-    refused
-        .into_iter()
-        .chain(announced)
-        .chain(stream)
-        .chain(tracked)
-        .map(|note| note.chars().take(300).collect())
-        .collect()
+    refused.into_iter().chain(announced).chain(stream).chain(tracked).map(line).collect()
+}
+
+/// A note as long as notes may be, in bytes.
+fn line(mut text: String) -> String {
+    const MOST: usize = 300;
+    let end = (0..=MOST.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    text.truncate(end);
+    text
+}
+
+/// Text of the image within a line for people: control characters are escaped.
+fn shown(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
 }
 
 fn of_target(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
-    if own.feature(names::COMPRESSED).is_some() {
+    if own.flag(names::COMPRESSED) {
         // A copy gets an identity of its own: an overlay that records its parent's would not know it.
         let advice = if overlay.parent_identity.is_empty() {
             "convert it with `qemu-img convert -O vmdk`, and put the copy in its place"
@@ -67,7 +82,7 @@ fn of_target(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
         return Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes");
     };
     let mut verdict = Verdict::supported(length);
-    if own.feature(names::CHANGE_TRACKING).is_some() {
+    if own.flag(names::CHANGE_TRACKING) {
         verdict.reason =
             "VMware's list of changed blocks (changeTrackPath) does not know what is committed: make it anew \
                           before the next incremental backup"

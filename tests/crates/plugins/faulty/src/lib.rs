@@ -6,8 +6,8 @@
 use instar_plugin_api::std_types::{RResult, RString, RVec, Tuple2};
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1, PluginModuleV1_Ref};
 use instar_plugin_api::{
-    BackingPointer, CreateSpec, CreatedImage, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts, ImageFile,
-    ImageReader, ImageRegion, PluginError, ReservedRange, Role, Verdict, PROBE_CERTAIN, PROBE_NO,
+    BackingPointer, CreateSpec, CreatedImage, ErrorCode, FactValue, Feature, FormatPlugin, GuestModule, ImageFacts,
+    ImageFile, ImageReader, ImageRegion, PluginError, ReservedRange, Role, Verdict, PROBE_CERTAIN, PROBE_NO,
 };
 
 use abi_stable::library::{CheckTypeLayout, LibHeader, RootModuleResult};
@@ -80,7 +80,8 @@ impl FormatPlugin for Faulty {
         let mut facts = ImageFacts::new(Self::NAME, 1 << 20, 65536, image.length());
         let backing = |name: Vec<u8>, format: Vec<u8>| BackingPointer::new(name, Some(format));
         facts.backing = Some(backing(b"base.qcow2".to_vec(), b"qcow2".to_vec())).into();
-        let feature = |name: &str, json: &str| Feature { name: name.into(), json: json.into(), in_info: true };
+        let feature = |name: &str, value: FactValue| Feature::new(name, value, true);
+        let nested = |depth: usize| (0..depth).fold(FactValue::Number(1), |value, _| FactValue::list([value]));
         match how.as_str() {
             "name" => facts.format = "qcow2".into(),
             "long-name" => facts.format = "x".repeat(1 << 20).into(),
@@ -90,14 +91,18 @@ impl FormatPlugin for Faulty {
             "huge-cluster-size" => facts.cluster_size = 1 << 63,
             "long-backing" => facts.backing = Some(backing(vec![b'b'; 5000], b"raw".to_vec())).into(),
             "long-format" => facts.backing = Some(backing(b"base".to_vec(), vec![b'f'; 5000])).into(),
-            "nan" => facts.features.push(feature("ratio", "NaN")),
-            "infinite" => facts.features.push(feature("ratio", "1e999")),
-            "half-json" => facts.features.push(feature("ratio", "{\"a\": ")),
-            "two-json" => facts.features.push(feature("ratio", "1 2")),
-            "long-json" => facts.features.push(feature("ratio", &format!("\"{}\"", "x".repeat(2 << 20)))),
-            "no-feature-name" => facts.features.push(feature("", "1")),
-            "feature-name" => facts.features.push(feature("a\nb\x1b[2J", "1")),
-            "many-features" => facts.features = vec![feature("a", "1"); 100_000].into(),
+            "nested" => facts.features.push(feature("ratio", nested(4))),
+            "deeply-nested" => facts.features.push(feature("ratio", nested(1000))),
+            "long-text" => facts.features.push(feature("ratio", "x".repeat(9 << 20).into())),
+            "long-list" => facts.features.push(feature("ratio", FactValue::list(vec![true; 1 << 20]))),
+            "long-field" => {
+                let record = FactValue::record([("x".repeat(9 << 20).as_str(), true.into())]);
+                facts.features.push(feature("ratio", record));
+            }
+            "long-values" => facts.features = vec![feature("ratio", "x".repeat(1 << 20).into()); 9].into(),
+            "no-feature-name" => facts.features.push(feature("", true.into())),
+            "feature-name" => facts.features.push(feature("a\nb\x1b[2J", true.into())),
+            "many-features" => facts.features = vec![feature("a", true.into()); 100_000].into(),
             "read" => loop {
                 image.read_vec(0, 1 << 20)?;
             },

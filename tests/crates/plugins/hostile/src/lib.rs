@@ -85,13 +85,12 @@ impl FormatPlugin for Hostile {
         let format = Some(b"qcow2".to_vec().into()).into();
         facts.backing = Some(BackingPointer { name, other_names: Default::default(), format }).into();
         // The verdict gets no reader.
-        let json = format!("\"{}\"", text.trim_end());
-        facts.features.push(Feature { name: "orders".into(), json: json.into(), in_info: false });
+        facts.features.push(Feature::text("orders", text.trim_end(), false));
         Ok(facts)
     }
 
     fn verdict(_: Role, own: &ImageFacts, _: &ImageFacts) -> Verdict {
-        let orders = own.feature("orders").unwrap_or_default().trim_matches('"');
+        let orders = own.text("orders").unwrap_or_default();
         let outcome = obey(orders, "verdict").unwrap_or_else(|| "nothing was tried".to_owned());
         Verdict::refused(ErrorCode::PluginRefused, outcome)
     }
