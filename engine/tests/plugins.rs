@@ -4,7 +4,7 @@
 
 use instar::plugins::{IdentifyError, ImageRead, PluginFailure, Registry, SearchPath};
 use instar_plugin_api::std_types::{ROption, RVec};
-use instar_plugin_api::{CreateSpec, ErrorCode, ImageFacts, Role, API_VERSION, ROLE_SINK, ROLE_SOURCE};
+use instar_plugin_api::{Context, CreateSpec, ErrorCode, ImageFacts, Role, API_VERSION, ROLE_SINK, ROLE_SOURCE};
 use instar_test_lab::{built, qcow2_library, qcow2_registry, PluginDir};
 use std::io;
 use std::os::unix::fs::{symlink, PermissionsExt};
@@ -70,7 +70,7 @@ fn the_real_plugin_loads_and_answers() {
     let found = registry.identify(&image, None).unwrap();
     assert_eq!(found.facts.virtual_size, 1 << 20);
     assert_eq!(found.facts.cluster_size, 65536);
-    let verdict = plugin.verdict(Role::Write, &found.facts, &found.facts);
+    let verdict = plugin.verdict(Role::Write, &found.facts, &Context::reading(None, false));
     assert_eq!(verdict.code, 0, "{}", verdict.reason);
     assert!(verdict.max_length > found.facts.file_length);
     assert!(registry.identify(&image, Some("qcow2")).is_ok());
@@ -179,10 +179,11 @@ fn a_panic_and_a_lie_are_errors() {
         other => panic!("{other:?}"),
     }
     let good = facts("nothing ").unwrap();
+    let context = Context::reading(Some(&good), true);
     let plugin = registry.by_format("panic").unwrap();
-    let verdict = plugin.verdict(Role::Empty, &ImageFacts { dirty: true, ..good.clone() }, &good);
+    let verdict = plugin.verdict(Role::Empty, &ImageFacts { dirty: true, ..good.clone() }, &context);
     assert!(verdict.code != 0 && verdict.reason.contains("in verdict"));
-    assert_eq!(plugin.verdict(Role::Empty, &good, &good).code, 22);
+    assert_eq!(plugin.verdict(Role::Empty, &good, &context).code, 22);
     let spec = CreateSpec {
         virtual_size: 0,
         file_name: RVec::new(),

@@ -1,7 +1,8 @@
 //! The plugins' host halves: what a file is, what its header says, and what part it may take.
 
 use instar_plugin_api::{
-    FormatPlugin, ImageFacts, ImageReader, PluginError, ReadImage, Role, Verdict, READ_BUDGET, VALUES_MAX,
+    Context, FormatPlugin, ImageFacts, ImageReader, Incoming, PluginError, ReadImage, Role, Verdict, READ_BUDGET,
+    VALUES_MAX,
 };
 use instar_plugin_qcow2::Qcow2;
 use instar_plugin_raw::Raw;
@@ -71,11 +72,11 @@ fn facts<P: FormatPlugin>(bytes: &[u8], others: &[&[u8]]) -> Option<ImageFacts> 
 }
 
 /// What the plugin of a format says.
-pub fn verdict(format: Format, role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+pub fn verdict(format: Format, role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
     let verdict = match format {
-        Format::Qcow2 => Qcow2::verdict(role, own, other),
-        Format::Vmdk => Vmdk::verdict(role, own, other),
-        Format::Raw => Raw::verdict(role, own, other),
+        Format::Qcow2 => Qcow2::verdict(role, own, context),
+        Format::Vmdk => Vmdk::verdict(role, own, context),
+        Format::Raw => Raw::verdict(role, own, context),
     };
     assert!(verdict.code == 0 || !verdict.reason.is_empty(), "a refusal says why: {verdict:?}");
     verdict
@@ -106,7 +107,8 @@ pub fn host(data: &[u8]) {
     for (format, own) in &all {
         for (_, other) in &all {
             for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
-                let verdict = verdict(*format, role, own, other);
+                let context = Incoming::from_layers([other]).map(|incoming| Context::writing(Some(other), incoming));
+                let verdict = verdict(*format, role, own, &context.expect("there is a layer"));
                 assert!(verdict.max_length <= i64::MAX as u64, "{verdict:?}");
             }
         }

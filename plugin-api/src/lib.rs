@@ -11,7 +11,7 @@
 //!
 //! ```
 //! use instar_plugin_api::{
-//!     export_plugin, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role, Verdict,
+//!     export_plugin, Context, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role, Verdict,
 //!     PROBE_CERTAIN, PROBE_NO,
 //! };
 //!
@@ -31,8 +31,9 @@
 //!         Ok(ImageFacts::new(Self::NAME, image.length().saturating_sub(4), 0, image.length()))
 //!     }
 //!
-//!     fn verdict(_role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
-//!         Verdict::supported(own.file_length.saturating_add(other.file_length))
+//!     fn verdict(_role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
+//!         // The disk stands in the file as it is.
+//!         Verdict::supported(own.virtual_size.max(context.arriving(own).virtual_size).saturating_add(4))
 //!     }
 //!
 //!     fn guest_module() -> GuestModule {
@@ -62,6 +63,7 @@
 // The derives of abi_stable 0.11 define impls inside functions.
 #![allow(non_local_definitions)]
 
+mod context;
 mod export;
 mod guard;
 mod plugin;
@@ -71,6 +73,7 @@ pub mod v1;
 mod value;
 pub mod version;
 
+pub use context::{Context, Incoming};
 pub use instar_guest_abi::ErrorCode;
 pub use plugin::{FormatPlugin, PROBE_ANYTHING, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO};
 pub use reader::{ImageReader, ReadImage, READ_BUDGET};

@@ -1,7 +1,8 @@
 //! The trait that a plugin author implements.
 
 use crate::{
-    CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
+    Context, CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role,
+    Verdict,
 };
 
 /// Score of [`FormatPlugin::probe`]: not an image of this format.
@@ -57,14 +58,14 @@ pub trait FormatPlugin: 'static {
     /// too new to be understood. A feature that can be *shown* but not worked with is a fact, refused by `verdict`.
     fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError>;
 
-    /// Whether the image with the facts `own` may take the part `role` in an operation. `other` is the image that data
-    /// comes from ([`Role::Write`]), or the image that `own` is backed by (the other roles; an image without a backing gets
-    /// its own facts); it may be of another format.
+    /// Whether the image with the facts `own` may take the part `role` in an operation, of which `context` says as much as
+    /// may matter: what the image is backed by, and what may arrive at it. Which operation it is, and of which formats the other
+    /// images are, does not.
     ///
-    /// For [`Role::Write`], [`Verdict::max_length`] bounds how long the file may become. When data comes from several layers
-    /// at once, the engine asks with each of them as `other`, its `file_length` being the sum of all. For
-    /// [`Role::Empty`] it is 0, unless the file has to become longer before it can be emptied.
-    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict;
+    /// For [`Role::Write`], [`Verdict::max_length`] bounds how long the file may become if everything
+    /// [arrives](Context::arriving). For [`Role::Empty`] it is 0, unless the file has to become longer before it can be
+    /// emptied.
+    fn verdict(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict;
 
     /// What a person should know of the image that the other facts do not say: what an operation would do to it, what keeps it
     /// from being worked with, what is odd about it. One line each, without a final stop; 16 of them at most, of 300 bytes at

@@ -10,6 +10,9 @@ pub const ROLE_SOURCE: u32 = 1;
 /// Bit of [`GuestModule::roles`]: the module offers the sink role.
 pub const ROLE_SINK: u32 = 2;
 
+/// Bytes of a sector, of which every disk is made.
+const SECTOR: u64 = 512;
+
 /// Longest identity of an image in bytes.
 pub const IDENTITY_MAX: usize = instar_guest_abi::IMAGE_ID_MAX;
 
@@ -92,6 +95,10 @@ pub struct ImageFacts {
     /// Length of the file in bytes when it was looked at; of an image in several files, that of those that were open,
     /// together.
     pub file_length: u64,
+    /// In how many of its clusters ([`unit`](Self::unit)) the image itself can hold something at most, data or zeroes, counted
+    /// from the begin of the disk. Headers do not say how many there are, but the length of the file bounds it: an entry of a
+    /// mapping table stands for each. A format without tables holds all of the disk.
+    pub max_allocated_clusters: u64,
     /// The backing pointer, if there is one.
     pub backing: ROption<BackingPointer>,
     /// The image says of itself that it was not closed cleanly.
@@ -118,14 +125,16 @@ pub struct ImageFacts {
 }
 
 impl ImageFacts {
-    /// Facts of a clean image without a backing and without features. Sizes in bytes.
+    /// Facts of a clean image without a backing and without features, which may hold all of its disk. Sizes in bytes.
     #[must_use]
     pub fn new(format: &str, virtual_size: u64, cluster_size: u64, file_length: u64) -> Self {
+        let unit = if cluster_size == 0 { SECTOR } else { cluster_size };
         Self {
             format: format.into(),
             virtual_size,
             cluster_size,
             file_length,
+            max_allocated_clusters: virtual_size.div_ceil(unit),
             backing: ROption::RNone,
             dirty: false,
             corrupt: false,
@@ -135,6 +144,24 @@ impl ImageFacts {
             parent_identity: RVec::new(),
             parent_announced: false,
             features: RVec::new(),
+        }
+    }
+
+    /// The same with [`max_allocated_clusters`](Self::max_allocated_clusters) for a file that has room for so many entries of
+    /// mapping tables: no more than the disk has clusters.
+    #[must_use]
+    pub fn with_clusters_at_most(mut self, entries: u64) -> Self {
+        self.max_allocated_clusters = entries.min(self.virtual_size.div_ceil(self.unit()));
+        self
+    }
+
+    /// Size in bytes of what is allocated at once: a cluster, or a sector of 512 bytes in a format without clusters.
+    #[must_use]
+    pub fn unit(&self) -> u64 {
+        if self.cluster_size == 0 {
+            SECTOR
+        } else {
+            self.cluster_size
         }
     }
 

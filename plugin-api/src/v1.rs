@@ -10,8 +10,8 @@
 
 use crate::guard::guarded;
 use crate::{
-    CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
-    Role, Verdict,
+    Context, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
+    PluginError, Role, Verdict,
 };
 use abi_stable::library::RootModule;
 use abi_stable::sabi_types::VersionStrings;
@@ -55,7 +55,7 @@ pub struct PluginModuleV1 {
     /// [`FormatPlugin::facts`].
     pub facts: extern "C" fn(image: &ImageReader<'_>) -> RResult<ImageFacts, PluginError>,
     /// [`FormatPlugin::verdict`].
-    pub verdict: extern "C" fn(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict,
+    pub verdict: extern "C" fn(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict,
     /// [`FormatPlugin::guest_module`].
     pub guest_module: extern "C" fn() -> RResult<GuestModule, PluginError>,
     /// [`FormatPlugin::create`].
@@ -120,8 +120,8 @@ extern "C" fn facts<P: FormatPlugin>(image: &ImageReader<'_>) -> RResult<ImageFa
     guarded(|| P::facts(image)).into()
 }
 
-extern "C" fn verdict<P: FormatPlugin>(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
-    match guarded(|| Ok(P::verdict(role, own, other))) {
+extern "C" fn verdict<P: FormatPlugin>(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
+    match guarded(|| Ok(P::verdict(role, own, context))) {
         Ok(verdict) => verdict,
         Err(error) => Verdict::refused(ErrorCode::PluginUnavailable, error.message.into_string()),
     }

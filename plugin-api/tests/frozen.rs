@@ -8,8 +8,8 @@ use abi_stable::type_layout::TypeLayout;
 use abi_stable::StableAbi;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
 use instar_plugin_api::{
-    BackingPointer, CreateSpec, CreatedFile, CreatedImage, FactValue, Feature, Field, GuestModule, ImageFacts,
-    ImageFile, ImageReader, ImageRegion, PluginError, ReservedRange, Role, Verdict,
+    BackingPointer, Context, CreateSpec, CreatedFile, CreatedImage, FactValue, Feature, Field, GuestModule, ImageFacts,
+    ImageFile, ImageReader, ImageRegion, Incoming, PluginError, ReservedRange, Role, Verdict,
 };
 use std::fmt::Write as _;
 
@@ -46,6 +46,8 @@ fn interface_version_1_is_what_it_was() {
         <FactValue as StableAbi>::LAYOUT,
         <Field as StableAbi>::LAYOUT,
         <Role as StableAbi>::LAYOUT,
+        <Context<'static> as StableAbi>::LAYOUT,
+        <Incoming as StableAbi>::LAYOUT,
         <Verdict as StableAbi>::LAYOUT,
         <GuestModule as StableAbi>::LAYOUT,
         <CreateSpec as StableAbi>::LAYOUT,

@@ -6,7 +6,7 @@ use crate::escape::escape_path;
 use crate::image::ChainImage;
 use crate::operation::{Grants, ImageSet};
 use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK};
-use instar_plugin_api::{ImageFacts, Role, ROLE_SINK, ROLE_SOURCE};
+use instar_plugin_api::{Context, Incoming, Role, ROLE_SINK, ROLE_SOURCE};
 use std::path::PathBuf;
 
 /// The images of a commit by their parts in it.
@@ -48,7 +48,7 @@ impl<'s, 'r> Parts<'s, 'r> {
     /// # Errors
     /// The first verdict that refuses.
     pub fn verdict(&self, warnings: &mut Vec<String>) -> Result<Grants, Error> {
-        let mut ask = |image: &ChainImage<'_>, role: Role, other: &ImageFacts| {
+        let mut ask = |image: &ChainImage<'_>, role: Role, context: Context<'_>| {
             let (needed, part) = match role {
                 Role::Read | Role::Empty => (ROLE_SOURCE, "committed"),
                 Role::Write => (ROLE_SINK, "committed into"),
@@ -59,7 +59,7 @@ impl<'s, 'r> Parts<'s, 'r> {
                     format!("an image cannot be {part} with this version of the {} plugin", image.plugin.name());
                 return Err(Error::image(&image.opened.path, ErrorCode::UnsupportedFormat, clause));
             }
-            let verdict = image.plugin.verdict(role, &image.facts, other);
+            let verdict = image.plugin.verdict(role, &image.facts, &context);
             if verdict.code != ERROR_OK {
                 let code = ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused);
                 return Err(Error::image(&image.opened.path, code, verdict.reason.as_str()));
@@ -73,42 +73,27 @@ impl<'s, 'r> Parts<'s, 'r> {
         // The image that is emptied may have to be repaired first, for which it may need more than it has.
         let mut emptied = 0;
         for (index, layer) in merged.iter().enumerate() {
-            let below = &merged.get(index + 1).unwrap_or(&self.backing).facts;
+            let context = Context::reading(Some(&merged.get(index + 1).unwrap_or(&self.backing).facts), true);
             if index == 0 && self.empties {
-                emptied = ask(layer, Role::Empty, below)?;
+                emptied = ask(layer, Role::Empty, context)?;
             } else {
-                ask(layer, Role::Read, below)?;
+                ask(layer, Role::Read, context)?;
             }
         }
-        let mut target = 0;
-        for facts in self.arriving() {
-            target = target.max(ask(self.backing, Role::Write, &facts)?);
-        }
+        let parent = self.ancestors.first().map(|parent| &parent.facts);
+        // There is one layer at least.
+        let incoming = Incoming::from_layers(merged.iter().map(|layer| &layer.facts));
+        let context = incoming.map_or(Context::reading(parent, false), |incoming| Context::writing(parent, incoming));
+        let target = ask(self.backing, Role::Write, context)?;
         let below: Vec<&ChainImage<'_>> = std::iter::once(self.backing).chain(self.ancestors.iter().copied()).collect();
         for (index, image) in below.iter().enumerate() {
             let parent = below.get(index + 1);
             // The backing itself is asked whether it goes with its parent.
             if index > 0 || parent.is_some() {
-                ask(image, Role::Below, &parent.unwrap_or(image).facts)?;
+                ask(image, Role::Below, Context::reading(parent.map(|parent| &parent.facts), false))?;
             }
         }
         Ok(Grants { target: target.max(self.backing.facts.file_length), emptied })
-    }
-
-    /// Facts of the layers that are committed, as a backing's verdict is asked with each of them: the length of the file is
-    /// that of all together.
-    fn arriving(&self) -> Vec<ImageFacts> {
-        let size = self.overlay.facts.virtual_size;
-        let mut length = self.merged().fold(0, |sum: u64, layer| sum.saturating_add(layer.facts.file_length));
-        // The zeroes that a shorter layer stands for past its end take no room in any file: as if they were data.
-        if self.between.iter().any(|layer| layer.facts.virtual_size < size) {
-            length = length.saturating_add(size);
-        }
-        let with_length = |layer: &ChainImage<'_>| {
-            let largest = layer.facts.virtual_size.min(size);
-            ImageFacts { file_length: length, virtual_size: largest, ..layer.facts.clone() }
-        };
-        self.merged().map(with_length).collect()
     }
 
     /// The virtual size in bytes to which the backing has to grow, if it has to and may.

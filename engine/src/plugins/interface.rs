@@ -6,8 +6,8 @@
 use abi_stable::library::LibHeader;
 use instar_plugin_api::v1::{self, PluginManifest, PluginModuleV1_Ref};
 use instar_plugin_api::{
-    version, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
-    API_VERSION,
+    version, Context, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role,
+    Verdict, API_VERSION,
 };
 
 /// A loaded root module.
@@ -79,9 +79,9 @@ impl Interface {
     }
 
     /// Whether an image may take its part in an operation.
-    pub fn verdict(self, role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    pub fn verdict(self, role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
         match self {
-            Self::V1(module) => module.verdict()(role, own, other),
+            Self::V1(module) => module.verdict()(role, own, context),
         }
     }
 

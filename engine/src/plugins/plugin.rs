@@ -7,7 +7,7 @@ use crate::confine::trap::Calling;
 use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
-    CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
+    Context, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
     PROBE_CERTAIN,
 };
 use std::path::{Path, PathBuf};
@@ -146,12 +146,12 @@ impl Plugin {
         }
     }
 
-    /// Whether the image with the facts `own` may take its part in an operation with `other`; a refusal is an answer, not an
-    /// error. What `other` is: see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
+    /// Whether the image with the facts `own` may take its part in an operation; a refusal is an answer, not an error. See
+    /// [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
     #[must_use]
-    pub fn verdict(&self, role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    pub fn verdict(&self, role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
         let _calling = Calling::plugin(self.name());
-        let mut verdict = self.library.interface.verdict(role, own, other);
+        let mut verdict = self.library.interface.verdict(role, own, context);
         if verdict.code != ERROR_OK && ErrorCode::from_u32(verdict.code).is_none() {
             verdict.code = ErrorCode::PluginRefused.number();
         }

@@ -1,7 +1,7 @@
 //! The {{format}} plugin: its host half, and the bytes of its guest half.
 
 use instar_plugin_api::{
-    export_plugin, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role, Verdict,
+    export_plugin, Context, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role, Verdict,
     PROBE_CERTAIN, PROBE_NO,
 };
 
@@ -30,7 +30,7 @@ impl FormatPlugin for Plugin {
     }
 
     /// Whether an image may take this part in an operation, and how long its file may become.
-    fn verdict(_: Role, _: &ImageFacts, _: &ImageFacts) -> Verdict {
+    fn verdict(_: Role, _: &ImageFacts, _: &Context<'_>) -> Verdict {
         Verdict::refused(ErrorCode::UnsupportedFormat, "{{format}} images can only be looked at yet")
     }
 

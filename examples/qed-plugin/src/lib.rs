@@ -2,7 +2,7 @@
 
 use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{
-    export_plugin, BackingPointer, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts, ImageReader,
+    export_plugin, BackingPointer, Context, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts, ImageReader,
     PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_NO,
 };
 use qed_driver::header::{Header, HEADER_BYTES, MAGIC, NEED_CHECK, NO_PROBE};
@@ -30,7 +30,9 @@ impl FormatPlugin for Qed {
         let mut bytes = [0; HEADER_BYTES];
         image.read_exact_at(0, &mut bytes)?;
         let header = Header::parse(&bytes).map_err(|text| PluginError::new(ErrorCode::ParseFailed, text))?;
-        let mut facts = ImageFacts::new(Self::NAME, header.image_size, header.cluster_size, image.length());
+        let facts = ImageFacts::new(Self::NAME, header.image_size, header.cluster_size, image.length());
+        // An entry of 8 bytes stands for each cluster that the file holds.
+        let mut facts = facts.with_clusters_at_most(image.length() / 8);
         facts.dirty = header.features & NEED_CHECK != 0;
         facts.features.push(Feature::number(TABLE_BYTES, header.table_bytes, false));
         if let Some((offset, length)) = header.backing {
@@ -41,15 +43,15 @@ impl FormatPlugin for Qed {
         Ok(facts)
     }
 
-    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    fn verdict(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
         if role != Role::Write {
             return Verdict::supported(0);
         }
-        // Every cluster may be new, and every table: no more of them than the disk has room for.
+        // Every cluster that arrives may be new, and every table: no more of them than the disk has room for.
         let table = own.number(TABLE_BYTES).unwrap_or(0);
         let coverage = (table / 8).saturating_mul(own.cluster_size).max(1);
         let cover = |part: u64, unit: u64| part.div_ceil(unit.max(1)).saturating_mul(unit);
-        let data = cover(own.virtual_size.min(other.virtual_size), own.cluster_size);
+        let data = context.arriving(own).units(own.cluster_size).saturating_mul(own.cluster_size);
         let tables = own.virtual_size.div_ceil(coverage).saturating_mul(table);
         let whole = cover(own.file_length, own.cluster_size);
         Verdict::supported(whole.saturating_add(data).saturating_add(tables))

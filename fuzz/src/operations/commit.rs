@@ -10,7 +10,7 @@ use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT};
 use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Options, Outcome, Step};
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::{DriverResult, Source};
-use instar_plugin_api::{ImageFacts, Role};
+use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// No file may become longer than this in bytes, whatever the verdict allows: the disk is full.
@@ -35,8 +35,8 @@ pub fn cross_commit(input: &[u8]) {
 pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceConfig>> {
     let look = |(device, bytes): (&u32, &Vec<u8>)| Some((*device, host::look(bed.formats[device], bytes)?));
     let facts: BTreeMap<u32, ImageFacts> = files.iter().map(look).collect::<Option<_>>()?;
-    let ask = |device: u32, role, other: &ImageFacts| {
-        let verdict = host::verdict(bed.formats[&device], role, &facts[&device], other);
+    let ask = |device: u32, role, context: Context<'_>| {
+        let verdict = host::verdict(bed.formats[&device], role, &facts[&device], &context);
         (verdict.code == 0).then_some(verdict.max_length)
     };
     let chain = bed.chain();
@@ -52,23 +52,15 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
     let mut longest = BTreeMap::new();
     for (index, &device) in merged.iter().enumerate() {
         let role = if merged.len() == 1 { Role::Empty } else { Role::Read };
-        longest.insert(device, ask(device, role, &facts[&chain[index + 1]])?);
+        longest.insert(device, ask(device, role, Context::reading(Some(&facts[&chain[index + 1]]), true))?);
     }
-    // As the engine asks: with the lengths of all that arrive.
-    let mut length = merged.iter().map(|device| facts[device].file_length).sum::<u64>();
-    if merged.iter().skip(1).any(|device| facts[device].virtual_size < overlay.virtual_size) {
-        length += overlay.virtual_size;
-    }
-    let mut max_length = backing.file_length;
-    for device in &merged {
-        let virtual_size = facts[device].virtual_size.min(overlay.virtual_size);
-        let arriving = ImageFacts { file_length: length, virtual_size, ..facts[device].clone() };
-        max_length = max_length.max(ask(DEVICE_OUTPUT, Role::Write, &arriving)?);
-    }
+    let arriving = Incoming::from_layers(merged.iter().map(|device| &facts[device]))?;
+    let parent = facts.get(&ANCESTOR);
+    let max_length = ask(DEVICE_OUTPUT, Role::Write, Context::writing(parent, arriving))?.max(backing.file_length);
     longest.insert(DEVICE_OUTPUT, max_length);
     if let Some(ancestor) = facts.get(&ANCESTOR) {
-        ask(DEVICE_OUTPUT, Role::Below, ancestor)?;
-        ask(ANCESTOR, Role::Below, ancestor)?;
+        ask(DEVICE_OUTPUT, Role::Below, Context::reading(Some(ancestor), false))?;
+        ask(ANCESTOR, Role::Below, Context::reading(None, false))?;
     }
     let configs = facts.iter().map(|(&device, facts)| {
         let longest = longest.get(&device).copied().unwrap_or(0).max(facts.file_length);

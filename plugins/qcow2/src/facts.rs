@@ -73,7 +73,9 @@ fn refuse(error: &HeaderError) -> PluginError {
 }
 
 fn facts(header: &Header, file_length: u64) -> ImageFacts {
-    let mut facts = ImageFacts::new("qcow2", header.virtual_size, header.cluster_size.bytes(), file_length);
+    let facts = ImageFacts::new("qcow2", header.virtual_size, header.cluster_size.bytes(), file_length);
+    // Entries of 8 bytes or more, in tables that are not shared.
+    let mut facts = facts.with_clusters_at_most(file_length.div_ceil(8));
     facts.dirty = header.has(incompatible::DIRTY);
     facts.corrupt = header.has(incompatible::CORRUPT);
     facts.encrypted = header.crypt_method != 0;
@@ -150,7 +152,7 @@ fn unknown_features(header: &Header) -> Vec<String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use instar_plugin_api::Role;
+    use instar_plugin_api::{Context, Incoming, Role};
     use instar_qcow2_format::{create, CreateOptions};
 
     fn new_image() -> Vec<u8> {
@@ -158,6 +160,10 @@ mod tests {
         options.backing_name = Some(b"base".to_vec());
         options.backing_format = Some(b"qcow2".to_vec());
         create(&options).unwrap().metadata
+    }
+
+    fn context(facts: &ImageFacts) -> Context<'_> {
+        Context::writing(Some(facts), Incoming::from_layers([facts]).unwrap())
     }
 
     fn read_bytes(bytes: &Vec<u8>) -> Result<ImageFacts, PluginError> {
@@ -183,7 +189,7 @@ mod tests {
             let field = u64::from_be_bytes(bytes[72..80].try_into().unwrap()) | 1 << bit;
             bytes[72..80].copy_from_slice(&field.to_be_bytes());
             let facts = read_bytes(&bytes).unwrap();
-            let verdict = crate::verdict::give(Role::Empty, &facts, &facts);
+            let verdict = crate::verdict::give(Role::Empty, &facts, &context(&facts));
             assert!(verdict.code != 0 && verdict.reason.contains(name), "{bit}: {}", verdict.reason);
         }
         // The dirty bit is a fact, and no reason to refuse.
@@ -191,7 +197,7 @@ mod tests {
         bytes[79] |= 1;
         let facts = read_bytes(&bytes).unwrap();
         assert!(facts.dirty);
-        assert_eq!(crate::verdict::give(Role::Empty, &facts, &facts).code, 0);
+        assert_eq!(crate::verdict::give(Role::Empty, &facts, &context(&facts)).code, 0);
         // With extended L2 entries, the same disk needs an L1 table twice as long.
         let mut bytes = new_image();
         bytes[79] |= 16;
@@ -203,7 +209,7 @@ mod tests {
         bytes[table - 1] = 63;
         bytes[table..table + 9].copy_from_slice(b"\x1b[2Jodd\n\"");
         let facts = read_bytes(&bytes).unwrap();
-        let reason = crate::verdict::give(Role::Empty, &facts, &facts).reason;
+        let reason = crate::verdict::give(Role::Empty, &facts, &context(&facts)).reason;
         assert!(reason.contains("bit 63") && reason.contains("odd") && !reason.contains('\x1b'), "{reason}");
     }
 
@@ -226,7 +232,7 @@ mod tests {
             bytes.truncate(usize::try_from(random() % 1200).unwrap());
             if let Ok(facts) = read_bytes(&bytes) {
                 for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
-                    let _ = crate::verdict::give(role, &facts, &facts);
+                    let _ = crate::verdict::give(role, &facts, &context(&facts));
                 }
             }
         }

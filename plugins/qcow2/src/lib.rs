@@ -6,8 +6,8 @@ mod listed;
 mod verdict;
 
 use instar_plugin_api::{
-    export_plugin, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role,
-    Verdict, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO,
+    export_plugin, Context, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError,
+    Role, Verdict, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/qcow2-module.elf"));
@@ -38,8 +38,8 @@ impl FormatPlugin for Qcow2 {
         facts::read(image)
     }
 
-    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
-        verdict::give(role, own, other)
+    fn verdict(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
+        verdict::give(role, own, context)
     }
 
     fn notes(_: &ImageReader<'_>, facts: &ImageFacts) -> Result<Vec<String>, PluginError> {

@@ -2,18 +2,18 @@
 //! name, before anything is changed. (Compressed clusters cannot be seen from the header: the guest looks for them.)
 
 use crate::facts::names;
-use instar_plugin_api::{ErrorCode, ImageFacts, Role, Verdict};
+use instar_plugin_api::{Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
 use instar_qcow2_format::{ClusterSize, RefcountOrder};
 
 const CHECK: &str = "run `qemu-img check -r all` on it first";
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
-pub fn give(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
     if let Some((code, reason)) = refusal(role, own) {
         return Verdict::refused(code, reason);
     }
     match role {
-        Role::Write => match longest(own, other) {
+        Role::Write => match longest(own, &context.arriving(own)) {
             Some(length) => Verdict::supported(length),
             None => Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes"),
         },
@@ -21,16 +21,16 @@ pub fn give(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
             // Its last cluster may be cut off behind the last byte that is not zero: metadata there is written as a whole.
             let whole = own.file_length.checked_next_multiple_of(own.cluster_size.max(1)).unwrap_or(0);
             let length = if own.dirty { repaired(own).unwrap_or(0) } else { whole };
-            Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(length) }
+            Verdict { reason: snapshot_warning(own, context).into(), ..Verdict::supported(length) }
         }
-        Role::Read => Verdict { reason: snapshot_warning(own).into(), ..Verdict::supported(0) },
+        Role::Read => Verdict { reason: snapshot_warning(own, context).into(), ..Verdict::supported(0) },
         Role::Below => Verdict::supported(0),
     }
 }
 
 /// Internal snapshots of an overlay hold only what was written before them; the rest they read from the backing.
-fn snapshot_warning(own: &ImageFacts) -> String {
-    if number(own, names::SNAPSHOTS) == 0 {
+fn snapshot_warning(own: &ImageFacts, context: &Context<'_>) -> String {
+    if !context.below_changes || number(own, names::SNAPSHOTS) == 0 {
         return String::new();
     }
     let names = shown(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
@@ -118,17 +118,14 @@ fn refusal(role: Role, own: &ImageFacts) -> Refusal {
     None
 }
 
-/// An upper bound of how long the backing's file can become, in bytes; `None` beyond 2^63.
+/// An upper bound of how long the file can become, in bytes; `None` beyond 2^63.
 ///
 /// Nothing in the file is counted as reused. In clusters:
 /// * as many as the file has now, the last one rounded up;
-/// * one for each data cluster that arrives. Each has an entry of 8 bytes in an L2 table of the overlay, and entries do
-///   not share tables; that is all that can be said: compressed clusters take next to no room, a zero cluster has no
-///   host cluster but becomes a cluster of zeroes in a version 2 backing, and where the backing's clusters are larger,
-///   each may fall into another one. Of any other overlay: as many as the virtual disk has;
-/// * one for each L2 table that is missing. With equal cluster sizes and widths of entries, L2 tables of overlay and
-///   backing cover the same ranges, so there is one in the overlay's file for each; otherwise as many as the virtual
-///   disk has;
+/// * one for each cluster of data or zeroes that arrives, which is all that can be said: a compressed cluster takes next to
+///   no room where it comes from, a zero cluster has no place there but becomes a cluster of zeroes in a version 2 image,
+///   and where the image's clusters are larger, each that arrives may fall into another one;
+/// * one for each L2 table that is missing: no more than clusters arrive, or than the virtual disk has;
 /// * for each bitmap, which QEMU limits to 65,535, one for each cluster of bits: as many as the disk has with the finest
 ///   granularity, 512 bytes, but no more than data clusters arrive: the bits of one are never in two clusters;
 /// * the L1 table, when it has to grow and move for a larger virtual size; as much again is passed over to find a run of
@@ -138,30 +135,19 @@ fn refusal(role: Role, own: &ImageFacts) -> Refusal {
 ///   when it grows, twice as long as needed;
 /// * all that is new once more: a power loss may leave the refcounts of a first attempt, but not the length of the file. Those
 ///   leaks past its end are passed over.
-fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
+fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
     let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
-    let virtual_size = own.virtual_size.max(overlay.virtual_size);
-    let disk = cs.count_for(virtual_size).checked_add(1)?;
-    let extended = |facts: &ImageFacts| facts.flag(names::EXTENDED_L2);
+    let virtual_size = own.virtual_size.max(incoming.virtual_size);
     // Extended entries are twice as long: a table covers half as much.
-    let coverage = if extended(own) { cs.l2_coverage() / 2 } else { cs.l2_coverage() };
-    let same_tables = overlay.cluster_size == own.cluster_size && extended(overlay) == extended(own);
-    let (data, tables) = if overlay.format.as_str() == "qcow2" && overlay.cluster_size != 0 {
-        let clusters = overlay.file_length.div_ceil(cs.bytes().min(overlay.cluster_size));
-        let entries = overlay.file_length.div_ceil(8);
-        // A cluster of the overlay is as many of the backing's, where those are smaller.
-        let each = overlay.cluster_size.div_ceil(cs.bytes());
-        (entries.saturating_mul(each).min(disk), if same_tables { clusters } else { disk })
-    } else {
-        (disk, disk)
-    };
+    let coverage = if own.flag(names::EXTENDED_L2) { cs.l2_coverage() / 2 } else { cs.l2_coverage() };
+    let data = incoming.units(cs.bytes());
     let l1_entries = virtual_size.div_ceil(coverage);
     // One more L2 table than entries of L1 cannot be needed; with one for good measure.
-    let tables = tables.min(l1_entries.checked_add(1)?);
+    let tables = data.min(l1_entries.checked_add(1)?);
     let l1 = cs.count_for(l1_entries.checked_mul(8)?);
     let of_each = cs.count_for(virtual_size.div_ceil(512).div_ceil(8)).min(data);
     let bitmaps = number(own, names::BITMAPS).min(65535).checked_mul(of_each)?;
-    let growth = match overlay.virtual_size.saturating_sub(own.virtual_size) {
+    let growth = match incoming.virtual_size.saturating_sub(own.virtual_size) {
         0 => 0,
         new => new.div_ceil(coverage).checked_add(l1.checked_mul(3)?)?.checked_add(16)?,
     };
@@ -201,10 +187,19 @@ mod tests {
     use instar_plugin_api::Feature;
 
     fn image(cluster_size: u64, file_length: u64, virtual_size: u64) -> ImageFacts {
-        let mut facts = ImageFacts::new("qcow2", virtual_size, cluster_size, file_length);
+        let facts = ImageFacts::new("qcow2", virtual_size, cluster_size, file_length);
+        let mut facts = facts.with_clusters_at_most(file_length.div_ceil(8));
         facts.features.push(Feature::text("compat", "1.1", true));
         facts.features.push(Feature::number("refcount-bits", 16, true));
         facts
+    }
+
+    fn ask(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+        let context = match role {
+            Role::Write => Context::writing(None, Incoming::from_layers([other]).unwrap()),
+            _ => Context::reading(Some(other), role != Role::Below),
+        };
+        give(role, own, &context)
     }
 
     fn with(feature: Feature) -> ImageFacts {
@@ -218,7 +213,7 @@ mod tests {
     fn plain_images_are_taken() {
         let facts = image(65536, 262_144, 1 << 30);
         for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
-            assert_eq!(give(role, &facts, &facts).code, 0);
+            assert_eq!(ask(role, &facts, &facts).code, 0);
         }
     }
 
@@ -226,7 +221,7 @@ mod tests {
     fn an_overlay_may_get_its_last_cluster_back() {
         for (length, bound) in [(262_144, 262_144), (262_145, 327_680), (327_679, 327_680)] {
             let facts = image(65536, length, 1 << 30);
-            assert_eq!(give(Role::Empty, &facts, &facts).max_length, bound);
+            assert_eq!(ask(Role::Empty, &facts, &facts).max_length, bound);
         }
     }
 
@@ -239,11 +234,11 @@ mod tests {
         ];
         for (feature, words, overlay_too, ancestor_too) in cases {
             let facts = with(feature);
-            let verdict = give(Role::Write, &facts, &plain);
+            let verdict = ask(Role::Write, &facts, &plain);
             assert_ne!(verdict.code, 0);
             assert!(verdict.reason.contains(words), "{}", verdict.reason);
-            assert_eq!(give(Role::Empty, &facts, &plain).code != 0, overlay_too, "{words}");
-            assert_eq!(give(Role::Below, &facts, &plain).code != 0, ancestor_too, "{words}");
+            assert_eq!(ask(Role::Empty, &facts, &plain).code != 0, overlay_too, "{words}");
+            assert_eq!(ask(Role::Below, &facts, &plain).code != 0, ancestor_too, "{words}");
         }
     }
 
@@ -251,21 +246,21 @@ mod tests {
     fn snapshots_of_the_overlay_are_worth_a_warning() {
         let mut facts = with(Feature::number("snapshots", 2, false));
         facts.features.push(Feature::text("snapshot-names", "one, two", false));
-        let verdict = give(Role::Empty, &facts, &image(65536, 262_144, 1 << 30));
+        let verdict = ask(Role::Empty, &facts, &image(65536, 262_144, 1 << 30));
         assert_eq!(verdict.code, 0);
         assert!(verdict.reason.contains("(one, two)"), "{}", verdict.reason);
-        assert!(give(Role::Write, &facts, &facts).reason.is_empty());
+        assert!(ask(Role::Write, &facts, &facts).reason.is_empty());
     }
 
     #[test]
     fn corrupt_and_encrypted() {
         let plain = image(65536, 262_144, 1 << 30);
         let corrupt = ImageFacts { corrupt: true, ..plain.clone() };
-        assert_eq!(give(Role::Empty, &corrupt, &plain).code, ErrorCode::OverlayCorrupt.number());
-        assert_eq!(give(Role::Write, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
-        assert_eq!(give(Role::Below, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
+        assert_eq!(ask(Role::Empty, &corrupt, &plain).code, ErrorCode::OverlayCorrupt.number());
+        assert_eq!(ask(Role::Write, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
+        assert_eq!(ask(Role::Below, &corrupt, &plain).code, ErrorCode::BackingCorrupt.number());
         let encrypted = ImageFacts { encrypted: true, ..plain.clone() };
-        assert_eq!(give(Role::Below, &encrypted, &plain).code, ErrorCode::LuksUnsupported.number());
+        assert_eq!(ask(Role::Below, &encrypted, &plain).code, ErrorCode::LuksUnsupported.number());
     }
 
     #[test]
@@ -273,11 +268,11 @@ mod tests {
         let plain = image(65536, 262_144, 1 << 30);
         let dirty = ImageFacts { dirty: true, ..plain.clone() };
         for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
-            assert_eq!(give(role, &dirty, &plain).code, 0);
+            assert_eq!(ask(role, &dirty, &plain).code, 0);
         }
         // Refcount blocks of an overlay may be missing.
-        assert_eq!(give(Role::Empty, &plain, &plain).max_length, 262_144);
-        assert!(give(Role::Empty, &dirty, &plain).max_length > dirty.file_length);
+        assert_eq!(ask(Role::Empty, &plain, &plain).max_length, 262_144);
+        assert!(ask(Role::Empty, &dirty, &plain).max_length > dirty.file_length);
     }
 
     #[test]
@@ -285,7 +280,7 @@ mod tests {
         // 1000 overlay clusters of 4 KiB, each in another backing cluster of 2 MiB.
         let overlay = image(4096, 1004 * 4096, 1 << 40);
         let backing = image(2 << 20, 8 << 20, 1 << 40);
-        assert!(give(Role::Write, &backing, &overlay).max_length > (8 << 20) + 1000 * (2 << 20));
+        assert!(ask(Role::Write, &backing, &overlay).max_length > (8 << 20) + 1000 * (2 << 20));
     }
 
     #[test]
@@ -297,7 +292,7 @@ mod tests {
             let coverage = cs * (cs / 8);
             let overlay = image(cs, (pairs * 2 + 4) * cs, pairs * coverage);
             let backing = image(cs, 3 * cs + 8 * pairs, pairs * coverage);
-            let bound = give(Role::Write, &backing, &overlay).max_length;
+            let bound = ask(Role::Write, &backing, &overlay).max_length;
             let new = pairs * 2 + (pairs * 2) / (cs / 2) + 1;
             assert!(bound >= backing.file_length.next_multiple_of(cs) + new * cs, "{bits}");
             // And it follows from what the overlay's tables can say, not from the size of the disk.
@@ -311,7 +306,7 @@ mod tests {
         let overlay = image(65536, 10 * 65536, 1 << 40);
         let mut backing = image(65536, 262_144, 1 << 40);
         backing.features[0] = Feature::text("compat", "0.10", true);
-        assert!(give(Role::Write, &backing, &overlay).max_length > 65536 * 8192);
+        assert!(ask(Role::Write, &backing, &overlay).max_length > 65536 * 8192);
     }
 
     #[test]
@@ -319,27 +314,27 @@ mod tests {
         // One L2 table full of compressed clusters that share one host cluster.
         let overlay = image(65536, 6 * 65536, 1 << 40);
         let backing = image(65536, 262_144, 1 << 40);
-        assert!(give(Role::Write, &backing, &overlay).max_length > 65536 * 8192);
+        assert!(ask(Role::Write, &backing, &overlay).max_length > 65536 * 8192);
         let small = image(4096, 262_144, 1 << 40);
-        assert!(give(Role::Write, &small, &overlay).max_length > 65536 * 8192);
+        assert!(ask(Role::Write, &small, &overlay).max_length > 65536 * 8192);
     }
 
     #[test]
     fn the_bound_covers_the_clusters_of_bitmaps() {
         let overlay = image(65536, 10 * 65536, 1 << 40);
-        let plain = give(Role::Write, &image(65536, 262_144, 1 << 40), &overlay).max_length;
+        let plain = ask(Role::Write, &image(65536, 262_144, 1 << 40), &overlay).max_length;
         let mut backing = image(65536, 262_144, 1 << 40);
         backing.features.push(Feature::number("bitmap-count", 3, false));
         // 2^31 sectors: 2^28 bytes of bits, 4096 clusters each.
-        let verdict = give(Role::Write, &backing, &overlay);
+        let verdict = ask(Role::Write, &backing, &overlay);
         assert_eq!(verdict.code, 0);
         assert!(verdict.max_length >= plain + 3 * 4096 * 65536, "{}", verdict.max_length);
         // No more than data clusters arrive.
-        let few = give(Role::Write, &backing, &image(65536, 800, 1 << 40)).max_length;
+        let few = ask(Role::Write, &backing, &image(65536, 800, 1 << 40)).max_length;
         assert!(few < 2 * 600 * 65536, "{few}");
         backing.features.pop();
         backing.features.push(Feature::number("bitmap-count", u64::MAX, false));
-        assert!(give(Role::Write, &backing, &overlay).max_length > plain);
+        assert!(ask(Role::Write, &backing, &overlay).max_length > plain);
     }
 
     /// Found by the crash simulator: the refcounts of 94 new clusters were durable, the length of the file was not.
@@ -349,7 +344,7 @@ mod tests {
         let overlay = image(4096, 100 * 4096, 96 * 4096);
         let backing = image(512, 4 * 512, 96 * 4096);
         let new = 96 * 8 + 96 * 8 / 64;
-        assert!(give(Role::Write, &backing, &overlay).max_length > backing.file_length + 2 * new * 512);
+        assert!(ask(Role::Write, &backing, &overlay).max_length > backing.file_length + 2 * new * 512);
     }
 
     #[test]
@@ -358,13 +353,13 @@ mod tests {
         let backing = image(65536, 262_144, 1 << 30);
         // The L1 table, and an L2 table for each of its entries.
         let entries = (8u64 << 40) >> 29;
-        assert!(give(Role::Write, &backing, &overlay).max_length > 262_144 + entries * 8 + entries * 65536);
+        assert!(ask(Role::Write, &backing, &overlay).max_length > 262_144 + entries * 8 + entries * 65536);
     }
 
     #[test]
     fn absurd_facts_do_not_overflow() {
         let absurd = image(65536, u64::MAX, u64::MAX);
-        assert_ne!(give(Role::Write, &absurd, &absurd).code, 0);
-        assert_ne!(give(Role::Write, &image(0, 1, 1), &image(0, 1, 1)).code, 0);
+        assert_ne!(ask(Role::Write, &absurd, &absurd).code, 0);
+        assert_ne!(ask(Role::Write, &image(0, 1, 1), &image(0, 1, 1)).code, 0);
     }
 }

@@ -2,7 +2,7 @@
 
 use instar_plugin_api::std_types::RVec;
 use instar_plugin_api::{
-    export_plugin, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader,
+    export_plugin, Context, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader,
     PluginError, ReservedRange, Role, Verdict, PROBE_ANYTHING,
 };
 
@@ -34,13 +34,16 @@ impl FormatPlugin for Raw {
         Ok(ImageFacts::new(Self::NAME, virtual_size, 0, image.length()))
     }
 
-    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+    fn verdict(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
         match role {
             Role::Empty => Verdict::refused(ErrorCode::NoBacking, "a raw image has no backing file"),
-            Role::Write => match other.virtual_size.max(own.virtual_size).checked_next_multiple_of(SECTOR) {
-                Some(length) => Verdict::supported(length),
-                None => Verdict::refused(ErrorCode::UnsupportedFormat, "the overlay is larger than any file"),
-            },
+            Role::Write => {
+                let size = context.arriving(own).virtual_size.max(own.virtual_size);
+                match size.checked_next_multiple_of(SECTOR) {
+                    Some(length) => Verdict::supported(length),
+                    None => Verdict::refused(ErrorCode::UnsupportedFormat, "the overlay is larger than any file"),
+                }
+            }
             Role::Read | Role::Below => Verdict::supported(0),
         }
     }

@@ -90,7 +90,10 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
         ));
     }
     let descriptor = descriptor(image, descriptor_at)?;
-    let mut facts = ImageFacts::new("vmdk", header.virtual_size(), header.grain_bytes(), image.length());
+    let facts = ImageFacts::new("vmdk", header.virtual_size(), header.grain_bytes(), image.length());
+    // Entries of 4 bytes. In several files, grains need not begin at multiples of their size, and may differ in it: there, it
+    // is all of the disk.
+    let mut facts = facts.with_clusters_at_most(image.length() / 4);
     describe(&mut facts, &descriptor)?;
     if header.has(instar_vmdk_format::flags::COMPRESSED) {
         facts.features.push(Feature::flag(names::COMPRESSED, true, false));

@@ -6,7 +6,7 @@ mod facts;
 mod verdict;
 
 use instar_plugin_api::{
-    export_plugin, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
+    export_plugin, Context, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
     PluginError, Role, Verdict,
 };
 
@@ -35,8 +35,8 @@ impl FormatPlugin for Vmdk {
         facts::read(image)
     }
 
-    fn verdict(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
-        verdict::give(role, own, other)
+    fn verdict(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
+        verdict::give(role, own, context)
     }
 
     fn notes(_: &ImageReader<'_>, facts: &ImageFacts) -> Result<Vec<String>, PluginError> {

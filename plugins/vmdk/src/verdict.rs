@@ -1,18 +1,18 @@
 //! May this image take its part in an operation? What header and descriptor can refuse is refused here.
 
 use crate::facts::names;
-use instar_plugin_api::{ErrorCode, ImageFacts, Role, Verdict};
+use instar_plugin_api::{Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
 use instar_vmdk_format::{TABLE_BYTES, TABLE_ENTRIES};
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
-pub fn give(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
     if let Some((code, reason)) = refusal(own) {
         return Verdict::refused(code, reason);
     }
     match role {
         // Whether an image goes with its parent, the engine sees from their identities.
         Role::Read | Role::Empty | Role::Below => Verdict::supported(0),
-        Role::Write => of_target(own, other),
+        Role::Write => of_target(own, &context.arriving(own)),
     }
 }
 
@@ -67,18 +67,18 @@ fn shown(text: &str) -> String {
     line
 }
 
-fn of_target(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
+fn of_target(own: &ImageFacts, incoming: &Incoming) -> Verdict {
     if own.flag(names::COMPRESSED) {
         // A copy gets an identity of its own: an overlay that records its parent's would not know it.
-        let advice = if overlay.parent_identity.is_empty() {
-            "convert it with `qemu-img convert -O vmdk`, and put the copy in its place"
-        } else {
+        let advice = if incoming.identity_recorded {
             "make one image of the overlay and what is below it with `qemu-img convert`"
+        } else {
+            "convert it with `qemu-img convert -O vmdk`, and put the copy in its place"
         };
         let reason = format!("a streamOptimized vmdk cannot be committed into: {advice}");
         return Verdict::refused(ErrorCode::UnsupportedFormat, reason);
     }
-    let Some(length) = longest(own, overlay) else {
+    let Some(length) = longest(own, incoming) else {
         return Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes");
     };
     let mut verdict = Verdict::supported(length);
@@ -91,23 +91,19 @@ fn of_target(own: &ImageFacts, overlay: &ImageFacts) -> Verdict {
     verdict
 }
 
-/// An upper bound of how long the file can become, in bytes; `None` beyond 2^63. Flat extents stay as they are. As many grains as the disk has, or as the
-/// overlay can hold if that is known to be less: an entry of 4 bytes (vmdk) or 8 (qcow2) stands for each of its clusters.
-/// Tables in two copies, all of them new, each with a grain to begin at; a grain to begin the file's new part at.
-fn longest(own: &ImageFacts, overlay: &ImageFacts) -> Option<u64> {
+/// An upper bound of how long the file can become, in bytes; `None` beyond 2^63. Flat extents stay as they are. As
+/// many grains as the disk has, or as may arrive if that is known to be less. Tables in two copies, all of them new, each with a
+/// grain to begin at; a grain to begin the file's new part at.
+fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
     if own.cluster_size == 0 {
         return Some(own.file_length);
     }
     let grain = own.cluster_size;
     let disk = own.virtual_size.div_ceil(grain);
-    let held = match overlay.format.as_str() {
-        "vmdk" | "qcow2" if overlay.cluster_size > 0 => {
-            // A cluster reaches into one grain more than it has the size of.
-            (overlay.file_length / 4).saturating_mul(overlay.cluster_size.div_ceil(grain).saturating_add(1))
-        }
-        _ => disk,
-    };
-    let grains = held.min(disk).checked_add(1)?;
+    // Grains of an extent begin where it does, which need not be a multiple of them: a cluster reaches into one more than it
+    // has the size of.
+    let each = incoming.cluster_size.div_ceil(grain).saturating_add(1);
+    let grains = incoming.max_clusters.saturating_mul(each).min(disk).checked_add(1)?;
     let tables =
         disk.div_ceil(TABLE_ENTRIES).min(grains).checked_mul(TABLE_BYTES.checked_mul(2)?.checked_add(grain)?)?;
     let new = grains.checked_mul(grain)?.checked_add(tables)?;
@@ -122,7 +118,7 @@ mod tests {
     use instar_vmdk_format::NO_PARENT;
 
     fn image(cid: u32, parent: u32) -> ImageFacts {
-        let mut facts = ImageFacts::new("vmdk", 1 << 30, 65536, 1 << 20);
+        let mut facts = ImageFacts::new("vmdk", 1 << 30, 65536, 1 << 20).with_clusters_at_most(1 << 18);
         facts.identity = cid.to_be_bytes().to_vec().into();
         if parent != NO_PARENT {
             facts.backing = ROption::RSome(BackingPointer::new(b"base".to_vec(), Some(b"vmdk".to_vec())));
@@ -130,21 +126,32 @@ mod tests {
         facts
     }
 
+    fn ask(role: Role, own: &ImageFacts, other: &ImageFacts) -> Verdict {
+        match Incoming::from_layers([other]).filter(|_| role == Role::Write) {
+            Some(incoming) => give(role, own, &Context::writing(None, incoming)),
+            None => give(role, own, &Context::reading(Some(other), role != Role::Below)),
+        }
+    }
+
     #[test]
     fn what_is_not_supported_is_named() {
         let mut facts = image(1, NO_PARENT);
         facts.features.push(Feature::flag(names::COMPRESSED, true, false));
-        assert!(give(Role::Write, &facts, &facts).reason.contains("streamOptimized"));
-        assert_eq!(give(Role::Below, &facts, &facts).code, 0);
+        assert!(ask(Role::Write, &facts, &facts).reason.contains("streamOptimized"));
+        let mut child = image(2, 1);
+        assert!(ask(Role::Write, &facts, &child).reason.contains("put the copy in its place"));
+        child.parent_identity = facts.identity.clone();
+        assert!(ask(Role::Write, &facts, &child).reason.contains("make one image"));
+        assert_eq!(ask(Role::Below, &facts, &facts).code, 0);
         let mut facts = image(1, NO_PARENT);
         facts.features.push(Feature::text(names::UNSUPPORTED, "because", false));
-        assert_eq!(give(Role::Write, &facts, &facts).reason.as_str(), "because");
+        assert_eq!(ask(Role::Write, &facts, &facts).reason.as_str(), "because");
         let mut facts = image(1, NO_PARENT);
         facts.encrypted = true;
-        assert_eq!(give(Role::Below, &facts, &facts).code, ErrorCode::LuksUnsupported.number());
+        assert_eq!(ask(Role::Below, &facts, &facts).code, ErrorCode::LuksUnsupported.number());
         let mut facts = image(1, NO_PARENT);
         facts.features.push(Feature::flag(names::CHANGE_TRACKING, true, false));
-        let verdict = give(Role::Write, &facts, &facts);
+        let verdict = ask(Role::Write, &facts, &facts);
         assert!(verdict.code == 0 && verdict.reason.contains("changeTrackPath"));
     }
 
@@ -152,20 +159,20 @@ mod tests {
     fn flat_extents_do_not_grow_and_have_no_parent() {
         let mut flat = ImageFacts { cluster_size: 0, ..image(1, NO_PARENT) };
         flat.features.push(Feature::flag(names::FLAT, true, false));
-        let verdict = give(Role::Write, &flat, &image(2, 1));
+        let verdict = ask(Role::Write, &flat, &image(2, 1));
         assert_eq!((verdict.code, verdict.max_length), (0, flat.file_length));
         let mut overlay = image(2, 1);
         overlay.features.push(Feature::flag(names::FLAT, true, false));
-        assert!(give(Role::Empty, &overlay, &flat).reason.contains("flat"));
+        assert!(ask(Role::Empty, &overlay, &flat).reason.contains("flat"));
     }
 
     #[test]
     fn the_bound_covers_the_disk_and_follows_the_overlay() {
         let base = image(1, NO_PARENT);
         let raw = ImageFacts::new("raw", 1 << 30, 0, 1 << 30);
-        assert!(give(Role::Write, &base, &raw).max_length >= (1 << 30) + (1 << 20));
-        let small = ImageFacts { file_length: 4000, ..image(2, 1) };
-        let bound = give(Role::Write, &base, &small).max_length;
+        assert!(ask(Role::Write, &base, &raw).max_length >= (1 << 30) + (1 << 20));
+        let small = ImageFacts { file_length: 4000, ..image(2, 1) }.with_clusters_at_most(1000);
+        let bound = ask(Role::Write, &base, &small).max_length;
         assert!(((1 << 20) + 1000 * 65536..400 << 20).contains(&bound), "{bound}");
     }
 }

@@ -6,8 +6,9 @@
 use instar_plugin_api::std_types::{RResult, RString, RVec, Tuple2};
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1, PluginModuleV1_Ref};
 use instar_plugin_api::{
-    BackingPointer, CreateSpec, CreatedImage, ErrorCode, FactValue, Feature, FormatPlugin, GuestModule, ImageFacts,
-    ImageFile, ImageReader, ImageRegion, PluginError, ReservedRange, Role, Verdict, PROBE_CERTAIN, PROBE_NO,
+    BackingPointer, Context, CreateSpec, CreatedImage, ErrorCode, FactValue, Feature, FormatPlugin, GuestModule,
+    ImageFacts, ImageFile, ImageReader, ImageRegion, PluginError, ReservedRange, Role, Verdict, PROBE_CERTAIN,
+    PROBE_NO,
 };
 
 use abi_stable::library::{CheckTypeLayout, LibHeader, RootModuleResult};
@@ -123,7 +124,7 @@ impl FormatPlugin for Faulty {
         })
     }
 
-    fn verdict(_: Role, _: &ImageFacts, _: &ImageFacts) -> Verdict {
+    fn verdict(_: Role, _: &ImageFacts, _: &Context<'_>) -> Verdict {
         match fault("verdict").as_str() {
             "code" => Verdict { code: 12345, reason: "an unknown code".into(), max_length: 0 },
             "reason" => Verdict::refused(ErrorCode::PluginRefused, format!("\x1b[2J{}\nsecond", "x".repeat(100_000))),

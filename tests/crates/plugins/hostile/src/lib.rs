@@ -2,8 +2,8 @@
 //! image has taken over.
 
 use instar_plugin_api::{
-    export_plugin, BackingPointer, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError,
-    Role, Verdict, PROBE_CERTAIN, PROBE_NO,
+    export_plugin, BackingPointer, Context, ErrorCode, Feature, FormatPlugin, GuestModule, ImageFacts, ImageReader,
+    PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_NO,
 };
 use std::fs;
 use std::io;
@@ -89,7 +89,7 @@ impl FormatPlugin for Hostile {
         Ok(facts)
     }
 
-    fn verdict(_: Role, own: &ImageFacts, _: &ImageFacts) -> Verdict {
+    fn verdict(_: Role, own: &ImageFacts, _: &Context<'_>) -> Verdict {
         let orders = own.text("orders").unwrap_or_default();
         let outcome = obey(orders, "verdict").unwrap_or_else(|| "nothing was tried".to_owned());
         Verdict::refused(ErrorCode::PluginRefused, outcome)

@@ -3,8 +3,8 @@
 #![allow(clippy::panic)]
 
 use instar_plugin_api::{
-    export_plugin, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role,
-    Verdict, PROBE_CERTAIN, PROBE_NO,
+    export_plugin, Context, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError,
+    Role, Verdict, PROBE_CERTAIN, PROBE_NO,
 };
 
 struct Panicking;
@@ -49,7 +49,7 @@ impl FormatPlugin for Panicking {
         Ok(facts)
     }
 
-    fn verdict(_: Role, own: &ImageFacts, _: &ImageFacts) -> Verdict {
+    fn verdict(_: Role, own: &ImageFacts, _: &Context<'_>) -> Verdict {
         if own.dirty {
             panic!("in verdict");
         }
