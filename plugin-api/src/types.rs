@@ -53,8 +53,8 @@ pub struct ImageFile {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct BackingPointer {
-    /// The recorded name, as the bytes that stand in the image, or converted to UTF-8 if they are in another encoding.
-    /// Hostile.
+    /// The recorded name, as the bytes that stand in the image, or converted to UTF-8 if they are in another encoding. Empty
+    /// in a format that records nothing but [an identity](ImageFacts::parent_identity_unique). Hostile.
     pub name: RVec<u8>,
     /// Other names that may be meant, to be looked for in this order if there is no such file: usually none.
     pub other_names: RVec<RVec<u8>>,
@@ -117,6 +117,10 @@ pub struct ImageFacts {
     /// The identity that the image records of what it is backed by: with another one below it, its content makes no sense.
     /// Empty if it records none.
     pub parent_identity: RVec<u8>,
+    /// `parent_identity` is no image's but the parent's (a UUID, not a number that other images may have as well): an image
+    /// that has it *is* the parent, whatever its name. Then the operator may name a parent whose recorded name leads nowhere,
+    /// or that has none: a [`BackingPointer`] with an empty name.
+    pub parent_identity_unique: bool,
     /// The image says that its content was being moved into its parent when that was interrupted, and that it still holds all
     /// of it: `parent_identity` may be one that what is below it was yet to get, its [`ImageFacts::next_identity`].
     pub parent_announced: bool,
@@ -142,6 +146,7 @@ impl ImageFacts {
             identity: RVec::new(),
             next_identity: RVec::new(),
             parent_identity: RVec::new(),
+            parent_identity_unique: false,
             parent_announced: false,
             features: RVec::new(),
         }
@@ -173,6 +178,12 @@ impl ImageFacts {
         recorded.is_empty()
             || recorded == parent.identity.as_slice()
             || (self.parent_announced && recorded == parent.next_identity.as_slice())
+    }
+
+    /// Whether both identities prove that this image was made on `parent`.
+    #[must_use]
+    pub fn is_proven_child_of(&self, parent: &Self) -> bool {
+        self.parent_identity_unique && !self.parent_identity.is_empty() && self.goes_with(parent)
     }
 
     /// Whether writing into `parent` changes what this image records of it.
@@ -372,10 +383,15 @@ mod tests {
         assert!(child.goes_with(&parent) && !child.follows(&parent));
         child.parent_identity = vec![1, 2].into();
         assert!(child.goes_with(&parent) && child.follows(&parent));
+        assert!(!child.is_proven_child_of(&parent), "others may have it");
+        child.parent_identity_unique = true;
+        assert!(child.is_proven_child_of(&parent));
         child.parent_identity = vec![3, 4].into();
         assert!(!child.goes_with(&parent), "restored from a backup");
         child.parent_announced = true;
         assert!(child.goes_with(&parent), "interrupted");
+        child.parent_identity = RVec::new();
+        assert!(child.goes_with(&parent) && !child.is_proven_child_of(&parent), "none is recorded");
         child.parent_identity = vec![1].into();
         assert!(!child.goes_with(&parent));
         assert!(!child.goes_with(&ImageFacts::new("a", 1, 0, 1)), "a parent without an identity");

@@ -52,6 +52,10 @@ pub fn resolve_backing<'r>(
     if let Some(base) = choice.base {
         return open_base(descent, overlay, base, choice, &pointer.name);
     }
+    if pointer.name.is_empty() && overlay.facts.parent_identity_unique {
+        let clause = "records which image it was made on, but not where that is: name that with -b";
+        return Err(Error::image(path, ErrorCode::NoBacking, clause));
+    }
     let part = Part::Target;
     let Some(located) = descent.next(overlay, part, access, None)? else {
         // There is a pointer.
@@ -71,15 +75,20 @@ pub fn resolve_backing<'r>(
 }
 
 /// Open the file that `-b` names, which must be the overlay's parent or an ancestor, and the layers above it. Where it is in
-/// the chain is found by following the chain: the path that `-b` gives plays no part in that.
+/// the chain is found by following the chain: the path that `-b` gives plays no part in that. Only where a recorded name leads
+/// nowhere, and identities prove that the file is the one that was meant, it stands for that name.
 fn open_base<'r>(
     descent: &mut Descent<'r, '_>,
     overlay: &ChainImage<'_>,
     base: &NamedFile,
-    BackingChoice { format, access, .. }: BackingChoice<'_>,
+    choice: BackingChoice<'_>,
     parent: &[u8],
 ) -> Result<Target<'r>, Error> {
-    let parent = format!("the overlay's immediate parent is {}", escape_bytes(parent));
+    let BackingChoice { format, access, .. } = choice;
+    let parent = match parent {
+        [] => "the overlay records no name of its parent".to_owned(),
+        parent => format!("the overlay's immediate parent is {}", escape_bytes(parent)),
+    };
     let rebase = || format!("if that is this file, moved, {}", overlay.recorder(Part::Ancestor).record("it"));
     let opened = match base.open(access, ErrorCode::BackingNotFound) {
         Err(error) if error.code == ErrorCode::BackingNotFound => {
@@ -99,7 +108,22 @@ fn open_base<'r>(
                 let clause = format!("is not in the backing chain of the overlay: {parent}; {}", rebase());
                 return Err(Error::image(base.path(), ErrorCode::NotInChain, clause));
             }
-            Err(error) => return Err(lost(base, error, &parent)),
+            Err(error) => {
+                if !is_nowhere(&error, above) {
+                    return Err(lost(base, error, &parent));
+                }
+                let Some(backing) = proven(descent, above, opened, choice)? else {
+                    let clause = format!(
+                        "is not in the backing chain of the overlay, as far as that can be followed ({error}), and has \
+                         not the identity that is recorded there: {parent}"
+                    );
+                    return Err(Error::image(base.path(), ErrorCode::NotInChain, clause));
+                };
+                if let (Access::ReadWrite, Some(lowest)) = (access, &lowest) {
+                    let_follow(descent, overlay, &mut between, lowest, &backing)?;
+                }
+                return Ok(Target { backing, between });
+            }
         };
         if located.is_named_by_operator() {
             // The names in it begin where the chain has it, and not where the operator does.
@@ -116,6 +140,34 @@ fn open_base<'r>(
         between.push(layer);
         lowest = Some(located);
     }
+}
+
+/// Whether the name that `above` records leads nowhere, and an identity can stand for it.
+fn is_nowhere(error: &Error, above: &ChainImage<'_>) -> bool {
+    let nowhere = matches!(
+        error.code,
+        ErrorCode::BackingNotFound
+            | ErrorCode::OpenFailed
+            | ErrorCode::PermissionDenied
+            | ErrorCode::WriteTargetNotAllowed
+    );
+    nowhere && above.facts.parent_identity_unique && !above.facts.parent_identity.is_empty()
+}
+
+/// The file that `-b` names as what is below `above`, if identities prove that it is. `None` if they do not.
+fn proven<'r>(
+    descent: &mut Descent<'r, '_>,
+    above: &ChainImage<'_>,
+    opened: OpenedFile,
+    choice: BackingChoice<'_>,
+) -> Result<Option<ChainImage<'r>>, Error> {
+    let opened = opened.lock(choice.access)?;
+    let Ok(backing) = descent.identify_unnamed(above, opened, choice.format) else { return Ok(None) };
+    if !above.facts.is_proven_child_of(&backing.facts) {
+        return Ok(None);
+    }
+    descent.step(above, backing.opened.identity)?;
+    Ok(Some(backing))
 }
 
 /// Open the lowest of the merged layers, which `located` is, again for writing if it records an identity of `backing` that is

@@ -60,7 +60,15 @@ impl<'r, 'g> Descent<'r, 'g> {
     ) -> Result<Option<Located>, Error> {
         let Some(pointer) = pointer(&image.facts) else { return Ok(None) };
         let located = self.gate.find(&image.recorder(part), pointer.names(), access, wanted)?;
-        let identity = located.identity();
+        self.step(image, located.identity())?;
+        Ok(Some(located))
+    }
+
+    /// Go on to the image below `image` that the operator named, because its recorded name leads nowhere.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ChainTooDeep`], [`ErrorCode::ChainLoop`].
+    pub fn step(&mut self, image: &ChainImage<'_>, identity: Identity) -> Result<(), Error> {
         if self.seen.contains(&identity) || identity == image.opened.identity {
             let clause = "the backing chain leads back to itself";
             return Err(Error::image(&image.opened.path, ErrorCode::ChainLoop, clause));
@@ -68,7 +76,7 @@ impl<'r, 'g> Descent<'r, 'g> {
         let Some(room) = self.room.checked_sub(1) else { return Err(self.too_deep()) };
         self.room = room;
         self.seen.push(identity);
-        Ok(Some(located))
+        Ok(())
     }
 
     /// Open what [`next`](Self::next) found, and find out what it is: an image that is read.
@@ -98,6 +106,19 @@ impl<'r, 'g> Descent<'r, 'g> {
         named: Option<&str>,
     ) -> Result<ChainImage<'r>, Error> {
         opened.identify_target(self.registry, named, Recorded::by(above, located))
+    }
+
+    /// The same for a file of the operator's that no recorded name led to.
+    ///
+    /// # Errors
+    /// What probing gives.
+    pub fn identify_unnamed(
+        &self,
+        above: &ChainImage<'_>,
+        opened: OpenedFile,
+        named: Option<&str>,
+    ) -> Result<ChainImage<'r>, Error> {
+        opened.identify_target(self.registry, named, Recorded::unnamed(above))
     }
 
     /// Open everything below an image, nearest first, for reading only.

@@ -41,14 +41,19 @@ impl<'i> Recorded<'i> {
     /// it, as in QEMU.
     #[must_use]
     pub fn by(image: &'i ChainImage<'_>, located: &'i Located) -> Self {
+        let recorded = Self::unnamed(image);
+        let format = recorded.format.or(located.format().map(str::as_bytes));
+        Self { name: located.name(), format, ..recorded }
+    }
+
+    /// What this image records of its backing, if its pointer leads nowhere.
+    #[must_use]
+    pub fn unnamed(image: &'i ChainImage<'_>) -> Self {
         let pointer = image.facts.backing.as_ref().into_option();
         let format = pointer.and_then(|pointer| pointer.format.as_ref().into_option());
         let format = format.map(|format| format.as_slice()).filter(|format| !format.is_empty());
-        Self {
-            recorder: image.recorder(Part::Ancestor),
-            name: located.name(),
-            format: format.or(located.format().map(str::as_bytes)),
-        }
+        let name = pointer.map_or(&[][..], |pointer| pointer.name.as_slice());
+        Self { recorder: image.recorder(Part::Ancestor), name, format }
     }
 }
 

@@ -173,7 +173,7 @@ impl ImageInfo {
     /// The name of the backing file, as it is recorded, and that of its format.
     #[must_use]
     pub fn backing(&self) -> Option<(&[u8], Option<&[u8]>)> {
-        let backing = self.facts.backing.as_ref().into_option()?;
+        let backing = self.facts.backing.as_ref().into_option().filter(|backing| !backing.name.is_empty())?;
         Some((&backing.name, backing.format.as_ref().into_option().map(|format| format.as_slice())))
     }
 }

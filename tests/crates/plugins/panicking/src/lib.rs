@@ -3,8 +3,8 @@
 #![allow(clippy::panic)]
 
 use instar_plugin_api::{
-    export_plugin, Context, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError,
-    Role, Verdict, PROBE_CERTAIN, PROBE_NO,
+    export_plugin, BackingPointer, Context, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts,
+    ImageReader, PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_NO,
 };
 
 struct Panicking;
@@ -43,6 +43,15 @@ impl FormatPlugin for Panicking {
             b"readall " => loop {
                 image.read_vec(0, 1 << 20)?;
             },
+            // An image, what is below it, and something else, by an identity that proves it or does not.
+            b"parent  " => facts.identity = vec![7; 16].into(),
+            b"stranger" => facts.identity = vec![8; 16].into(),
+            word @ (b"child   " | b"unproven" | b"nameless") => {
+                let name = if word == b"nameless" { Vec::new() } else { b"gone".to_vec() };
+                facts.backing = Some(BackingPointer::new(name, Some(b"panic".to_vec()))).into();
+                facts.parent_identity = vec![7; 16].into();
+                facts.parent_identity_unique = word != b"unproven";
+            }
             b"longtext" => panic!("{}", "x".repeat(100_000)),
             _ => {}
         }

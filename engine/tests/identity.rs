@@ -1,0 +1,53 @@
+//! An identity that proves which image another one was made on stands for the name of that image.
+
+#![allow(clippy::unwrap_used)]
+
+use instar::image::{resolve_backing, Access, BackingChoice, Descent, Gate, NamedFile, Roots};
+use instar_guest_abi::ErrorCode;
+use instar_test_lab::{built, PluginDir};
+
+/// What becomes of `-b parent` (or of no `-b`) for an image with this word, where the parent has that one.
+fn resolve(word: &str, parent: &str, named: bool) -> Result<(), (ErrorCode, String)> {
+    let plugins = PluginDir::new();
+    plugins.copy("panic", &built("instar_test_plugin_panicking"));
+    let registry = plugins.load();
+    let yard = tempfile::tempdir().unwrap();
+    let (top, base) = (yard.path().join("top"), yard.path().join("parent"));
+    std::fs::write(&top, format!("PANIC {word}")).unwrap();
+    std::fs::write(&base, format!("PANIC {parent}")).unwrap();
+    let (image, base) = (NamedFile::new(&top), NamedFile::new(&base));
+    let gate = Gate::within(Roots::of(&image, &[]).unwrap());
+    let access = Access::ReadOnly;
+    let overlay = image.open(access, ErrorCode::ImageNotFound).unwrap().identify_as(&registry, None).unwrap();
+    let mut descent = Descent::new(&registry, &gate, &top, 4);
+    let choice = BackingChoice { base: named.then_some(&base), format: None, access };
+    match resolve_backing(&mut descent, &overlay, choice) {
+        Ok(target) => {
+            assert_eq!(Some(target.backing.opened.identity), base.identity());
+            assert!(target.between.is_empty());
+            Ok(())
+        }
+        Err(error) => Err((error.code, error.to_string())),
+    }
+}
+
+#[test]
+fn a_proven_parent_needs_no_name() {
+    assert_eq!(resolve("child   ", "parent  ", true), Ok(()));
+    assert_eq!(resolve("nameless", "parent  ", true), Ok(()));
+}
+
+#[test]
+fn what_is_not_proven_is_not_in_the_chain() {
+    for (word, parent) in [("unproven", "parent  "), ("child   ", "stranger"), ("nameless", "stranger")] {
+        let (code, text) = resolve(word, parent, true).unwrap_err();
+        assert_eq!(code, ErrorCode::NotInChain, "{word} {parent}: {text}");
+    }
+}
+
+#[test]
+fn without_an_option_only_the_name_counts() {
+    assert_eq!(resolve("child   ", "parent  ", false).unwrap_err().0, ErrorCode::BackingNotFound);
+    let (code, text) = resolve("nameless", "parent  ", false).unwrap_err();
+    assert!(code == ErrorCode::NoBacking && text.contains("name that with -b"), "{text}");
+}
