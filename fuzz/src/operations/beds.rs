@@ -1,12 +1,12 @@
 //! Valid images of every pair of formats.
 
-use super::qcow2::common::bitmaps::{BitmapSpec, Bits, AUTO, IN_USE};
-use super::qcow2::common::builder::{build, Spec, State};
-use super::qcow2::common::damage;
-use super::qcow2::common::pair::data;
-use super::vmdk::common as grains;
 use super::{choose, Bed, Format, ANCESTOR, MIDDLE, OVERLAY};
 use instar_guest_abi::DEVICE_OUTPUT;
+use instar_qcow2_testkit::bitmaps::{BitmapSpec, Bits, AUTO, IN_USE};
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::damage;
+use instar_qcow2_testkit::pair::data;
+use instar_vmdk_testkit as grains;
 use std::sync::OnceLock;
 
 /// Which formats are committed into which.
@@ -116,7 +116,7 @@ pub fn qcow2_beds() -> Vec<Bed> {
 
 /// vmdk into vmdk.
 pub fn vmdk_beds() -> Vec<Bed> {
-    use self::grains::{build, Spec, State, GRAIN};
+    use grains::{build, Spec, State, GRAIN};
     let size = 600 * GRAIN;
     let data = |grains: &[usize], seed| grains.iter().map(|&g| (g, State::Data(seed))).collect::<Vec<_>>();
     let top = Spec::new(size, 7, 5).with(data(&[0, 1, 5, 513, 599], 0x21)).with([(7, State::Zero)]);
@@ -146,7 +146,7 @@ pub fn vmdk_beds() -> Vec<Bed> {
 
 /// qcow2 into raw and vmdk, also with a layer between them.
 pub fn cross_beds() -> Vec<Bed> {
-    use self::grains::GRAIN;
+    use grains::GRAIN;
     let size = 64 * GRAIN as u64;
     let overlay = |bits, extended| {
         let spec = Spec { extended, ..Spec::new(bits, size) };

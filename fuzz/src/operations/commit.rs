@@ -138,7 +138,7 @@ fn run(bed: &Bed, files: Files) {
                 assert!(sound(bed.formats[device], bytes), "device {device} is not consistent any more");
                 let written = *device == DEVICE_OUTPUT || (*device == OVERLAY && !bed.files.contains_key(&MIDDLE));
                 if written && bed.formats[device] == Format::Qcow2 {
-                    assert!(!qcow2::common::pair::is_dirty(bytes), "device {device} is still dirty");
+                    assert!(!instar_qcow2_testkit::pair::is_dirty(bytes), "device {device} is still dirty");
                 }
             }
         }

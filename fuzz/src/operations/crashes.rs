@@ -9,7 +9,7 @@ use super::beds::Pairs;
 use super::change::apply;
 use super::commit::{admitted, guest, hold, snapshots};
 use super::strict::Strict;
-use super::{config, open_source, qcow2, quietly, sound, views, Bed, Files, MIDDLE, OVERLAY};
+use super::{config, open_source, quietly, sound, views, Bed, Files, MIDDLE, OVERLAY};
 use crate::host::{self, Format};
 use instar_guest_abi::{ErrorCode, FindingKind, DEVICE_OUTPUT};
 use instar_guest_commit::{CommitFailure, Step};
@@ -49,7 +49,7 @@ fn read(bed: &Bed, files: &Files) -> Reading {
 }
 
 fn is_dirty(format: Format, bytes: &[u8]) -> bool {
-    format == Format::Qcow2 && qcow2::common::pair::is_dirty(bytes)
+    format == Format::Qcow2 && instar_qcow2_testkit::pair::is_dirty(bytes)
 }
 
 impl PowerLosses<'_> {

@@ -1,14 +1,11 @@
 //! qcow2 images: what they are made of, and what the drivers' tests know of them.
 
-use self::common::checker::{check, snapshot_contents, snapshot_sizes, snapshots};
-use self::common::pair::is_dirty;
-use self::common::{be32, be64};
 use super::Layout;
+use instar_qcow2_testkit::checker::{check, snapshot_contents, snapshot_sizes, snapshots};
+use instar_qcow2_testkit::pair::is_dirty;
+use instar_qcow2_testkit::{be32, be64};
 
-#[path = "../../../plugins/qcow2/driver/tests/common/mod.rs"]
-pub mod common;
-
-pub use self::common::checker::content;
+pub use instar_qcow2_testkit::checker::content;
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// COPIED, compressed, zero, and what is reserved.
@@ -67,12 +64,12 @@ pub fn layout(bytes: &[u8]) -> Layout {
             layout.places.push(l1);
         }
     }
-    if let Some(extension) = self::common::bitmaps::extension(bytes) {
+    if let Some(extension) = instar_qcow2_testkit::bitmaps::extension(bytes) {
         let (at, length) = (be64(bytes, extension + 16) as usize, be64(bytes, extension + 8) as usize);
         layout.fields(at, at + length, 4);
         layout.fields(at, at + length, 1);
         layout.places.push(at as u64);
-        for bitmap in self::common::bitmaps::bitmaps(bytes) {
+        for bitmap in instar_qcow2_testkit::bitmaps::bitmaps(bytes) {
             layout.fields(bitmap.table as usize, (bitmap.table + bitmap.entries * 8) as usize, 8);
             layout.places.extend(bitmap.clusters.iter().copied().chain([bitmap.table]));
         }

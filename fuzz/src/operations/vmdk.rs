@@ -1,11 +1,8 @@
 //! vmdk images: what they are made of, and what the drivers' tests know of them.
 
-use self::common::{le32, le64, View, GRAIN};
 use super::Layout;
 use instar_vmdk_format::Header;
-
-#[path = "../../../plugins/vmdk/driver/tests/common/mod.rs"]
-pub mod common;
+use instar_vmdk_testkit::{le32, le64, View, GRAIN};
 
 const SECTOR: usize = 512;
 

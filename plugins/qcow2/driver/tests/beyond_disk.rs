@@ -2,15 +2,13 @@
 //! to a snapshot that has one. They mean nothing to a reader, but they are emptied with the rest.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, Spec, State};
-use common::checker::{check, View};
-use common::damage::put64;
-use common::pair::{data, Pair};
-use common::{be64, run_commit, OVERLAY};
 use instar_guest_commit::{Options, Step};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::checker::{check, View};
+use instar_qcow2_testkit::damage::put64;
+use instar_qcow2_testkit::pair::{data, Pair};
+use instar_qcow2_testkit::{be64, run_commit, OVERLAY};
 
 const SIZE: u64 = 512;
 /// Clusters that an L2 table maps.

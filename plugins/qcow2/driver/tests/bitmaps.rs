@@ -1,15 +1,13 @@
 //! Persistent bitmaps of the backing: enabled ones record what is committed, others stay as they are.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::bitmaps::{bitmaps, extension, BitmapSpec, Bits, AUTO, IN_USE};
-use common::builder::{build, Spec, State};
-use common::pair::{commit_and_verify, data, verify_crashes, Pair};
-use common::{be32, be64, run_commit, OVERLAY};
 use instar_guest_commit::{Options, Step};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
+use instar_qcow2_testkit::bitmaps::{bitmaps, extension, BitmapSpec, Bits, AUTO, IN_USE};
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::pair::{commit_and_verify, data, verify_crashes, Pair};
+use instar_qcow2_testkit::{be32, be64, run_commit, OVERLAY};
 
 fn with_bitmaps(spec: Spec, bitmaps: &[BitmapSpec]) -> Spec {
     Spec { bitmaps: bitmaps.to_vec(), autoclear: 1, ..spec }
@@ -160,13 +158,13 @@ fn bits_are_durable_before_data() {
     let io = commit_and_verify(&pair);
     let mut files = pair.io().files;
     let mut durable = files[&DEVICE_OUTPUT].clone();
-    let before = common::pair::views(&files).0;
+    let before = instar_qcow2_testkit::pair::views(&files).0;
     for change in &io.log {
         change.apply(&mut files);
         if *change == (Change::Flush { device: DEVICE_OUTPUT }) {
             durable.clone_from(&files[&DEVICE_OUTPUT]);
         }
-        if common::pair::views(&files).0 != before {
+        if instar_qcow2_testkit::pair::views(&files).0 != before {
             let bits = &bitmaps(&durable)[0].bits;
             assert!(bits[1] && bits[9], "data is written before its bits are durable");
             return;
@@ -206,7 +204,7 @@ fn many_scattered_clusters_in_small_memory() {
     let bits = &bitmaps(after)[0].bits;
     let expected = |bit: usize| bit % (128 << 7) / 128 == 5 && bit / (128 << 7) < 3_000;
     assert!(bits.iter().enumerate().all(|(bit, &is)| is == expected(bit)));
-    assert_eq!(common::checker::check(after), common::checker::Report::default());
+    assert_eq!(instar_qcow2_testkit::checker::check(after), instar_qcow2_testkit::checker::Report::default());
 }
 
 #[test]

@@ -1,14 +1,14 @@
 //! The commit over in-memory qcow2 images: content, consistency, and every crash point.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, Spec, State};
-use common::pair::{clean, commit_and_verify, data, expected, unknown_autoclear, verify_crashes, verify_state, Pair};
-use common::{run_commit, OVERLAY};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::Change;
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::pair::{
+    clean, commit_and_verify, data, expected, unknown_autoclear, verify_crashes, verify_state, Pair,
+};
+use instar_qcow2_testkit::{run_commit, OVERLAY};
 
 #[test]
 fn every_cluster_size_and_version() {
@@ -68,7 +68,7 @@ fn refcount_blocks_and_table_grow() {
     let overlay = Spec { table_clusters: 4, ..Spec::new(9, clusters << 9) }.with(data(0..clusters, 0x12));
     let backing = Spec::new(9, clusters << 9);
     let io = commit_and_verify(&Pair::new(&overlay, &backing));
-    assert!(common::be32(&io.files[&DEVICE_OUTPUT], 56) > 1, "the refcount table did not grow");
+    assert!(instar_qcow2_testkit::be32(&io.files[&DEVICE_OUTPUT], 56) > 1, "the refcount table did not grow");
 }
 
 /// The crash points of a long commit: before each flush (where the most is in flight), with drawn subsets of
@@ -119,7 +119,7 @@ fn crashes_while_refcount_blocks_and_table_grow() {
     let backing = Spec { leaks: 16_000, ..Spec::new(9, 8_000 << 9) }.with(data([0, 26, 70], 0x90));
     let pair = Pair::new(&overlay, &backing);
     let io = commit_and_verify(&pair);
-    assert!(common::be32(&io.files[&DEVICE_OUTPUT], 56) > 1, "the refcount table did not grow");
+    assert!(instar_qcow2_testkit::be32(&io.files[&DEVICE_OUTPUT], 56) > 1, "the refcount table did not grow");
     verify_crashes_before_flushes(&pair);
 }
 
@@ -138,8 +138,8 @@ fn crashes_while_entries_of_old_tables_need_a_new_refcount_block() {
     let pair = Pair::new(&overlay, &backing);
     let io = commit_and_verify(&pair);
     let blocks = |bytes: &[u8]| {
-        let table = common::be64(bytes, 48) as usize;
-        (0..64).filter(|i| common::be64(bytes, table + i * 8) != 0).count()
+        let table = instar_qcow2_testkit::be64(bytes, 48) as usize;
+        (0..64).filter(|i| instar_qcow2_testkit::be64(bytes, table + i * 8) != 0).count()
     };
     assert!(blocks(&io.files[&DEVICE_OUTPUT]) > blocks(&pair.backing), "no block was added");
     verify_crashes_before_flushes(&pair);
@@ -212,7 +212,7 @@ fn what_an_overlay_with_snapshots_maps_past_its_end_is_verified() {
     let overlay = Spec { snapshots: 1, ..Spec::new(9, 200 << 9) }.with(data([1, 6, 80], 7));
     let mut pair = Pair::new(&overlay, &Spec::new(9, 200 << 9).with(data([3], 9)));
     pair.overlay[24..32].copy_from_slice(&u64::to_be_bytes(4 << 9));
-    let l1 = common::be64(&pair.overlay, 40) as usize;
+    let l1 = instar_qcow2_testkit::be64(&pair.overlay, 40) as usize;
     // The second L2 table "is" the refcount table, which looks like one.
     pair.overlay[l1 + 8..l1 + 16].copy_from_slice(&512u64.to_be_bytes());
     let mut io = pair.io();

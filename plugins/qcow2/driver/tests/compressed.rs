@@ -1,15 +1,13 @@
 //! Compressed clusters in the overlay and in ancestors.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, Spec, State};
-use common::checker::View;
-use common::pair::{commit_and_verify, data, expected, verify_crashes, verify_state, Pair};
-use common::{run_commit, OVERLAY};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::checker::View;
+use instar_qcow2_testkit::pair::{commit_and_verify, data, expected, verify_crashes, verify_state, Pair};
+use instar_qcow2_testkit::{run_commit, OVERLAY};
 
 /// Compressed clusters, well and badly compressible in turns.
 fn deflated(clusters: impl IntoIterator<Item = u64>) -> Vec<(u64, State)> {
@@ -96,8 +94,8 @@ fn spec(count: u64) -> Spec {
 /// Commit an overlay of `count` clusters after a change, and expect the refusal; nothing is changed.
 fn refused(count: u64, word: &str, change: impl Fn(&mut Vec<u8>, u64)) {
     let mut overlay = build(&spec(count));
-    let l1 = common::be64(&overlay, 40) as usize;
-    let l2 = common::be64(&overlay, l1) & !(1 << 63);
+    let l1 = instar_qcow2_testkit::be64(&overlay, 40) as usize;
+    let l2 = instar_qcow2_testkit::be64(&overlay, l1) & !(1 << 63);
     change(&mut overlay, l2);
     let mut io = MemoryDevices::new([(OVERLAY, overlay), (DEVICE_OUTPUT, build(&Spec::new(12, count << 12)))]);
     let failure = run_commit(&mut io, Options::default()).unwrap_err();
@@ -107,7 +105,7 @@ fn refused(count: u64, word: &str, change: impl Fn(&mut Vec<u8>, u64)) {
 }
 
 fn entry(bytes: &[u8], l2: u64, index: u64) -> u64 {
-    common::be64(bytes, (l2 + index * 8) as usize)
+    instar_qcow2_testkit::be64(bytes, (l2 + index * 8) as usize)
 }
 
 fn set_entry(bytes: &mut [u8], l2: u64, index: u64, value: impl Fn(&[u8]) -> u64) {
@@ -141,7 +139,7 @@ fn ranges_that_cannot_be() {
     });
     refused(20, "refcount 0", |b, l2| {
         let (first, _) = View::new(b).compressed(entry(b, l2, 2));
-        let block = common::be64(b, common::be64(b, 48) as usize);
+        let block = instar_qcow2_testkit::be64(b, instar_qcow2_testkit::be64(b, 48) as usize);
         let at = (block + (first >> 12) * 2) as usize;
         b[at..at + 2].fill(0);
     });

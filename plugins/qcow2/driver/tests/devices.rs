@@ -1,18 +1,16 @@
 //! A backing on a device that keeps its length, such as a logical volume, full of stale bytes behind the image.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::bitmaps::{BitmapSpec, Bits};
-use common::builder::{build, Spec, State};
-use common::checker::View;
-use common::pair::{commit_and_verify, data, verify_crashes, Pair};
-use common::{be32, be64, config};
 use instar_guest_commit::Step;
 use instar_guest_sdk::abi::{device_flags, ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::FormatDriver;
 use instar_qcow2_driver::Qcow2;
+use instar_qcow2_testkit::bitmaps::{BitmapSpec, Bits};
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::checker::View;
+use instar_qcow2_testkit::pair::{commit_and_verify, data, verify_crashes, Pair};
+use instar_qcow2_testkit::{be32, be64, config};
 
 /// Commit, expect a refusal, and that nothing was changed.
 fn refused(pair: &Pair) -> (ErrorCode, String) {

@@ -1,13 +1,11 @@
 //! Free clusters within the file of the backing are used again, and only if they are free.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, Spec, State};
-use common::pair::{commit_and_verify, data, expected, verify_crashes, views, Pair};
-use common::{be64, run_commit};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::pair::{commit_and_verify, data, expected, verify_crashes, views, Pair};
+use instar_qcow2_testkit::{be64, run_commit};
 
 fn overlay() -> Spec {
     // Whole clusters and, as the overlay's are smaller, parts of one that something else fills up.

@@ -1,11 +1,6 @@
 //! The work follows from what the files hold, and not from the size of the disk: requests and bytes are counted.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, pattern, Spec, State};
-use common::damage::put64;
-use common::{be32, be64, config, run_commit, ANCESTOR, OVERLAY};
 use instar_guest_commit::{Ancestors, Options};
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, Part, Phase, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
@@ -14,6 +9,9 @@ use instar_qcow2_driver::image::{Image, Role};
 use instar_qcow2_driver::refcounts::{InUse, Refcounts};
 use instar_qcow2_driver::Qcow2;
 use instar_qcow2_format::HostCluster;
+use instar_qcow2_testkit::builder::{build, pattern, Spec, State};
+use instar_qcow2_testkit::damage::put64;
+use instar_qcow2_testkit::{be32, be64, config, run_commit, ANCESTOR, OVERLAY};
 
 const SIZE: u64 = 512;
 /// Guest bytes that an L2 table maps.

@@ -1,17 +1,15 @@
 //! Refcounts that are lower than the number of references: refused before anything changes, wherever the other reference is.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, Spec, State};
-use common::checker::View;
-use common::pair::{commit_and_verify, data, Pair};
-use common::{be64, config};
 use instar_guest_commit::Step;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, Sink};
 use instar_qcow2_driver::Qcow2;
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::checker::View;
+use instar_qcow2_testkit::pair::{commit_and_verify, data, Pair};
+use instar_qcow2_testkit::{be64, config};
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const BITS: u32 = 12;

@@ -1,15 +1,13 @@
 //! Corrupt and unsupported images: refused with the right code, and nothing is changed.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, Spec, State};
-use common::{be64, config, run_commit, OVERLAY};
 use instar_guest_commit::{Options, Step};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{DriverResult, FormatDriver};
 use instar_qcow2_driver::Qcow2;
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::{be64, config, run_commit, OVERLAY};
 
 const BITS: u32 = 12;
 const SIZE: u64 = 1 << BITS;

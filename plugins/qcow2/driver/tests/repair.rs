@@ -1,16 +1,16 @@
 //! Images with the dirty bit: refcounts and COPIED flags that say anything at all.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, Spec, State};
-use common::checker::{check, snapshot_contents, Report, View};
-use common::damage::{add_bitmap, drop_blocks, flip, put64, set_dirty, set_refcount, spoil, Random, OFFSET};
-use common::pair::{data, expected, is_dirty, verify_crashes, verify_state, views, Pair};
-use common::{be32, be64, run_commit, OVERLAY};
 use instar_guest_commit::{Options, Step};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::checker::{check, snapshot_contents, Report, View};
+use instar_qcow2_testkit::damage::{
+    add_bitmap, drop_blocks, flip, put64, set_dirty, set_refcount, spoil, Random, OFFSET,
+};
+use instar_qcow2_testkit::pair::{data, expected, is_dirty, verify_crashes, verify_state, views, Pair};
+use instar_qcow2_testkit::{be32, be64, run_commit, OVERLAY};
 
 /// Commit; afterwards content and snapshots are right, and both files are clean and without the dirty bit.
 fn repair_and_verify(pair: &Pair) -> MemoryDevices {

@@ -1,17 +1,15 @@
 //! A backing that grows to the size of a larger overlay: content, consistency, and every crash point.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::builder::{build, pattern, Spec, State};
-use common::checker::View;
-use common::pair::{commit_and_verify, data, verify_crashes, Pair};
-use common::{be32, be64, config, run_commit, ANCESTOR, OVERLAY};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
 use instar_guest_sdk::{FormatDriver, Sink};
 use instar_qcow2_driver::Qcow2;
+use instar_qcow2_testkit::builder::{build, pattern, Spec, State};
+use instar_qcow2_testkit::checker::View;
+use instar_qcow2_testkit::pair::{commit_and_verify, data, verify_crashes, Pair};
+use instar_qcow2_testkit::{be32, be64, config, run_commit, ANCESTOR, OVERLAY};
 
 const MANY: u64 = 4096;
 
@@ -185,9 +183,9 @@ fn leaked_clusters_past_the_end_of_the_file_are_passed_over() {
         pair.backing[(block + cluster * 2) as usize + 1] = 1;
         let mut io = pair.io();
         run_commit(&mut io, pair.options()).unwrap();
-        let (backing, _) = common::pair::views(&io.files);
-        assert!(backing == common::pair::expected(&plain).0);
-        assert_eq!(common::checker::check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
+        let (backing, _) = instar_qcow2_testkit::pair::views(&io.files);
+        assert!(backing == instar_qcow2_testkit::pair::expected(&plain).0);
+        assert_eq!(instar_qcow2_testkit::checker::check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
     }
 }
 
@@ -379,14 +377,14 @@ fn a_failed_request_leaves_the_overlay_readable_and_running_again_finishes() {
     let overlay = Spec::new(9, (64 * 70) << 9).with(data([0, 12, 64 * 69], 0x21));
     let backing = Spec::new(9, (10 << 9) - 100).with(data([1, 9], 0x43));
     let pair = over(&Spec::new(9, 30 << 9).with(data(0..30, 0x66)), growing(&overlay, &backing));
-    let (backing, overlay) = common::pair::expected(&pair);
+    let (backing, overlay) = instar_qcow2_testkit::pair::expected(&pair);
     let mut io = pair.io();
     run_commit(&mut io, pair.options()).unwrap();
     for request in 0..io.executed() {
         let mut io = pair.io();
         io.fail_at = Some(request);
         run_commit(&mut io, pair.options()).unwrap_err();
-        common::pair::verify_state(&pair, &io.files, &overlay, &backing);
+        instar_qcow2_testkit::pair::verify_state(&pair, &io.files, &overlay, &backing);
     }
 }
 

@@ -1,14 +1,12 @@
 //! Backings with extended L2 entries: content, consistency, and every crash point.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::be64;
-use common::builder::{build, Spec, State};
-use common::checker::View;
-use common::pair::{commit_and_verify, is_campaign, verify_crashes, Pair};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::memory::{Change, MemoryDevices};
+use instar_qcow2_testkit::be64;
+use instar_qcow2_testkit::builder::{build, Spec, State};
+use instar_qcow2_testkit::checker::View;
+use instar_qcow2_testkit::pair::{commit_and_verify, is_campaign, verify_crashes, Pair};
 
 const BITS: u32 = 14;
 

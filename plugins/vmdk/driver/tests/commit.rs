@@ -1,20 +1,18 @@
 //! The commit over in-memory vmdk images: content, consistency, both copies of the tables, and every crash point.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::crashes;
-use common::pair::{assert_goes_with_none_but, files, views, Files, OVERLAY};
-use common::{build, fill, le32, put32, Spec, State, View, GRAIN};
 use instar_guest_commit::{CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_vmdk_format::next_content_id;
+use instar_vmdk_testkit::crashes;
+use instar_vmdk_testkit::pair::{assert_goes_with_none_but, files, views, Files, OVERLAY};
+use instar_vmdk_testkit::{build, fill, le32, put32, Spec, State, View, GRAIN};
 use std::collections::BTreeSet;
 
 /// As the product does it, with room to grow.
 fn run(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
-    common::pair::run(io, options, u64::MAX)
+    instar_vmdk_testkit::pair::run(io, options, u64::MAX)
 }
 
 fn expected(files: &Files) -> (Vec<u8>, Vec<u8>) {
@@ -152,7 +150,7 @@ fn what_an_interrupted_run_left_is_taken_back() {
     let (top, base) = pair();
     let mut before = files(&top, &base, None);
     let overlay = before.get_mut(&OVERLAY).unwrap();
-    let directory = common::le64(overlay, 56) as usize * 512;
+    let directory = instar_vmdk_testkit::le64(overlay, 56) as usize * 512;
     for table in 0..3 {
         let at = le32(overlay, directory + table * 4) * 512;
         overlay[at..at + 2048].fill(0);
@@ -169,7 +167,7 @@ fn what_an_interrupted_run_left_is_taken_back() {
 fn damage_is_found_before_anything_changes() {
     let (top, base) = pair();
     let good = files(&top, &base, None);
-    let table = |bytes: &[u8]| le32(bytes, common::le64(bytes, 56) as usize * 512) * 512;
+    let table = |bytes: &[u8]| le32(bytes, instar_vmdk_testkit::le64(bytes, 56) as usize * 512) * 512;
     type Damage = (&'static str, fn(&mut Vec<u8>, usize));
     let damages: [Damage; 7] = [
         ("past the end", |bytes, table| put32(bytes, table + 4, 1 << 30)),
@@ -180,11 +178,11 @@ fn damage_is_found_before_anything_changes() {
             put32(bytes, table + 8, first + 1);
         }),
         ("a table past the end", |bytes, _| {
-            let directory = common::le64(bytes, 56) as usize * 512;
+            let directory = instar_vmdk_testkit::le64(bytes, 56) as usize * 512;
             put32(bytes, directory, 1 << 30);
         }),
         ("a table twice", |bytes, table| {
-            let directory = common::le64(bytes, 56) as usize * 512;
+            let directory = instar_vmdk_testkit::le64(bytes, 56) as usize * 512;
             put32(bytes, directory + 4, table / 512);
         }),
         ("a directory past the end", |bytes, _| put32(bytes, 56, 1 << 30)),
@@ -222,7 +220,7 @@ fn a_stream_of_a_large_image_that_does_not_decode_is_found_later() {
     let mut damaged = files(&top, &base, None);
     let want = views(&damaged).0;
     let bytes = damaged.get_mut(&OVERLAY).unwrap();
-    let table = le32(bytes, common::le64(bytes, 56) as usize * 512) * 512;
+    let table = le32(bytes, instar_vmdk_testkit::le64(bytes, 56) as usize * 512) * 512;
     let at = le32(bytes, table + 8) * 512;
     bytes[at + 20] ^= 0xff;
     let overlay = bytes.clone();

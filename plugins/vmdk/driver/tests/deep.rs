@@ -2,14 +2,12 @@
 //! what is above it changes, and every crash point can be run again.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-mod common;
-
-use common::crashes;
-use common::pair::{assert_goes_with_none_but, files, lowest, run, views, Files, MIDDLE, OVERLAY};
-use common::{build, Spec, State, View, GRAIN};
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::memory::MemoryDevices;
+use instar_vmdk_testkit::crashes;
+use instar_vmdk_testkit::pair::{assert_goes_with_none_but, files, lowest, run, views, Files, MIDDLE, OVERLAY};
+use instar_vmdk_testkit::{build, Spec, State, View, GRAIN};
 
 const SIZE: usize = 700 * GRAIN;
 const KEEP: Options = Options { keep_overlay: true, dry_run: false, resize_backing: false };

@@ -1,14 +1,12 @@
 //! The work follows from what the files hold: requests and bytes are counted.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::{build, device, fill, put32, Spec, State, GRAIN};
 use instar_guest_commit::Ancestors;
 use instar_guest_sdk::abi::DeviceConfig;
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
 use instar_vmdk_driver::Vmdk;
+use instar_vmdk_testkit::{build, device, fill, put32, Spec, State, GRAIN};
 
 /// Guest bytes that a grain table maps.
 const COVERAGE: usize = 512 * GRAIN;
@@ -71,8 +69,8 @@ fn a_long_hole_at_the_end_of_the_file_is_not_gone_through() {
     source.check(&mut long, false).unwrap();
     assert_eq!((long.executed(), long.bytes_read), (short.executed(), short.bytes_read));
     // A grain that lies far behind is found all the same, and one in the same place, too.
-    let directory = common::le64(&bytes, 56) as usize * 512;
-    let table = common::le32(&bytes, directory) * 512;
+    let directory = instar_vmdk_testkit::le64(&bytes, 56) as usize * 512;
+    let table = instar_vmdk_testkit::le32(&bytes, directory) * 512;
     put32(&mut bytes, table + 7 * 4, 1 << 30);
     put32(&mut bytes, table + 9 * 4, (1 << 30) + 1);
     let (mut far, _) = io(&bytes);

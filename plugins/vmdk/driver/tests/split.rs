@@ -1,17 +1,15 @@
 //! The commit over disks in several files: content, and every crash point.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-mod common;
-
-use common::crashes;
-use common::pair::{Files, OVERLAY};
-use common::{build, Spec, State, View, GRAIN};
 use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome, Step};
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::FormatDriver;
 use instar_vmdk_driver::Vmdk;
 use instar_vmdk_format::next_content_id;
+use instar_vmdk_testkit::crashes;
+use instar_vmdk_testkit::pair::{Files, OVERLAY};
+use instar_vmdk_testkit::{build, Spec, State, View, GRAIN};
 
 const FIRST: usize = 700 * GRAIN;
 const SECOND: usize = 100 * GRAIN + 512;

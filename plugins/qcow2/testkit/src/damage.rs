@@ -3,21 +3,26 @@
 use super::checker::View;
 use super::{be32, be64};
 
+/// The bits of an L1 or L2 entry that hold a byte offset.
 pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// Random numbers, the same for the same seed.
 pub struct Random(pub u64);
 
 impl Random {
+    /// A number below `end`, which is not 0.
     pub fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % end
     }
 }
 
+/// Write a big-endian number of 64 bits at byte `at`.
 pub fn put64(bytes: &mut [u8], at: u64, value: u64) {
     bytes[at as usize..at as usize + 8].copy_from_slice(&value.to_be_bytes());
 }
 
+/// Say that the image was not closed cleanly.
 pub fn set_dirty(bytes: &mut [u8]) {
     let features = be64(bytes, 72) | 1;
     put64(bytes, 72, features);

@@ -8,19 +8,26 @@ use instar_guest_sdk::{FormatDriver, Source};
 use instar_vmdk_driver::Vmdk;
 use std::collections::BTreeMap;
 
+/// Device number of the image that is committed.
 pub const OVERLAY: u32 = 0;
+/// Device number of what the backing is backed by, if anything.
 pub const ANCESTOR: u32 = 1;
 /// Between overlay and backing, committed with the overlay.
 pub const MIDDLE: u32 = 2;
+/// Content by device.
 pub type Files = BTreeMap<u32, Vec<u8>>;
 
+/// The images of a commit, built.
 pub fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
     let mut files: Files = [(OVERLAY, build(overlay)), (DEVICE_OUTPUT, build(backing))].into();
     files.extend(ancestor.map(|spec| (ANCESTOR, build(spec))));
     files
 }
 
-/// No file may become longer than `max_length` bytes.
+/// Commit the overlay, and [`MIDDLE`] if it is there, into the backing. No file may become longer than `max_length` bytes.
+///
+/// # Errors
+/// What the drivers or the commit refuse, or fail at.
 pub fn run(io: &mut MemoryDevices, options: Options, max_length: u64) -> Result<Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: Step::Check, error };
     let config = |(&number, bytes): (&u32, &Vec<u8>)| (number, device(number, bytes, max_length));

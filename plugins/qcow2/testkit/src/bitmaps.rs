@@ -3,8 +3,9 @@
 use super::checker::View;
 use super::{be32, be64};
 
-/// `flags` of a directory entry.
+/// `flags` of a directory entry: the bitmap was not saved.
 pub const IN_USE: u32 = 1;
+/// `flags` of a directory entry: the bitmap is enabled.
 pub const AUTO: u32 = 2;
 
 /// What a cluster of bitmap data is.
@@ -18,16 +19,21 @@ pub enum Bits {
     Bytes(u8),
 }
 
+/// A bitmap to be built.
 #[derive(Clone, Debug)]
 pub struct BitmapSpec {
+    /// `flags` of the directory entry.
     pub flags: u32,
+    /// Binary logarithm of the bytes of the disk that a bit stands for.
     pub granularity_bits: u32,
     /// One for each cluster of bitmap data; the last is repeated.
     pub bits: Vec<Bits>,
+    /// What the directory entry holds before the name.
     pub extra_data: Vec<u8>,
 }
 
 impl BitmapSpec {
+    /// A bitmap without extra data.
     pub fn new(flags: u32, granularity_bits: u32, bits: &[Bits]) -> Self {
         Self { flags, granularity_bits, bits: bits.to_vec(), extra_data: Vec::new() }
     }
@@ -36,12 +42,17 @@ impl BitmapSpec {
 /// A bitmap as it stands in an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapView {
-    /// Byte offset of the directory entry, and its length.
+    /// Byte offset of the directory entry.
     pub at: usize,
+    /// Bytes of the directory entry.
     pub length: usize,
+    /// Byte offset of the bitmap table.
     pub table: u64,
+    /// Entries of the bitmap table.
     pub entries: u64,
+    /// `flags` of the directory entry.
     pub flags: u32,
+    /// Bytes of the disk that a bit stands for.
     pub granularity: u64,
     /// A bit for each granule of the virtual disk.
     pub bits: Vec<bool>,

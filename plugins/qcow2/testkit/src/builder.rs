@@ -23,11 +23,16 @@ pub enum State {
     MixedZero(u32),
 }
 
+/// An image to be built.
 #[derive(Clone, Debug)]
 pub struct Spec {
+    /// 2 or 3.
     pub version: u32,
+    /// Binary logarithm of the cluster size in bytes, 9 to 21.
     pub cluster_bits: u32,
+    /// Bytes of the disk.
     pub virtual_size: u64,
+    /// By the number of the guest cluster; those that are missing read from below.
     pub clusters: BTreeMap<u64, State>,
     /// Clusters of the refcount table.
     pub table_clusters: u64,
@@ -35,12 +40,15 @@ pub struct Spec {
     pub leaks: u64,
     /// Free clusters full of stale bytes after the leaks, every other one of twice as many.
     pub free: u64,
+    /// `autoclear_features` of the header.
     pub autoclear: u64,
+    /// Binary logarithm of the bits of a refcount, 0 to 6.
     pub refcount_order: u32,
     /// Refcount blocks stand before everything that they describe, not after it.
     pub blocks_first: bool,
     /// Snapshots of the state as it is: they share all L2 tables and data clusters with it.
     pub snapshots: usize,
+    /// Persistent bitmaps, in the order of their directory.
     pub bitmaps: Vec<BitmapSpec>,
     /// The file ends with the last byte that is not zero.
     pub cut: bool,
@@ -49,6 +57,7 @@ pub struct Spec {
 }
 
 impl Spec {
+    /// An empty image of version 3 with refcounts of 16 bits.
     pub fn new(cluster_bits: u32, virtual_size: u64) -> Self {
         Self {
             version: 3,
@@ -68,11 +77,13 @@ impl Spec {
         }
     }
 
+    /// The same image with these guest clusters as well.
     pub fn with(mut self, clusters: impl IntoIterator<Item = (u64, State)>) -> Self {
         self.clusters.extend(clusters);
         self
     }
 
+    /// The same image in another version.
     pub fn version(mut self, version: u32) -> Self {
         self.version = version;
         self
@@ -137,7 +148,7 @@ impl File {
     }
 }
 
-/// Build the image.
+/// Build the image. Panics if the specification contradicts itself.
 pub fn build(spec: &Spec) -> Vec<u8> {
     let size = 1usize << spec.cluster_bits;
     let width = if spec.extended { 16 } else { 8 };

@@ -6,14 +6,20 @@ use std::collections::BTreeMap;
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// An image, and what its header says.
 pub struct View<'a> {
+    /// The file.
     pub bytes: &'a [u8],
+    /// Binary logarithm of the cluster size in bytes.
     pub bits: u32,
+    /// Bytes of a cluster.
     pub size: u64,
+    /// Bytes of the disk.
     pub virtual_size: u64,
 }
 
 impl<'a> View<'a> {
+    /// Look at the header. Panics if the bytes are no image.
     pub fn new(bytes: &'a [u8]) -> Self {
         assert_eq!(&bytes[..4], b"QFI\xfb");
         let bits = be32(bytes, 20);
@@ -29,6 +35,7 @@ impl<'a> View<'a> {
         u64::from_be_bytes(raw)
     }
 
+    /// Binary logarithm of the bits of a refcount.
     pub fn refcount_order(&self) -> u32 {
         if be32(self.bytes, 4) == 3 {
             be32(self.bytes, 96)
@@ -187,9 +194,12 @@ fn content_of(view: &View<'_>, entries: Vec<(u64, u64, u64)>, below: Option<&[u8
     disk
 }
 
+/// What is wrong with an image.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Report {
+    /// Corruptions, in words.
     pub errors: Vec<String>,
+    /// Clusters whose refcount is too high.
     pub leaks: u64,
 }
 

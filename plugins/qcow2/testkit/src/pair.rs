@@ -10,9 +10,13 @@ use instar_guest_sdk::crash::{Crashes, Files};
 use instar_guest_sdk::memory::MemoryDevices;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Two images, or three, and how they are committed.
 pub struct Pair {
+    /// The image that is committed.
     pub overlay: Vec<u8>,
+    /// The image that it is committed into.
     pub backing: Vec<u8>,
+    /// What the backing is backed by.
     pub ancestor: Option<Vec<u8>>,
     /// The backing may grow.
     pub resize: bool,
@@ -21,10 +25,12 @@ pub struct Pair {
 }
 
 impl Pair {
+    /// A pair without an ancestor, whose backing may not grow.
     pub fn new(overlay: &Spec, backing: &Spec) -> Self {
         Self { overlay: build(overlay), backing: build(backing), ancestor: None, resize: false, fixed: false }
     }
 
+    /// The images on devices that have recorded nothing yet.
     pub fn io(&self) -> MemoryDevices {
         let mut files = vec![(OVERLAY, self.overlay.clone()), (DEVICE_OUTPUT, self.backing.clone())];
         files.extend(self.ancestor.clone().map(|bytes| (ANCESTOR, bytes)));
@@ -39,10 +45,15 @@ impl Pair {
         self
     }
 
+    /// Commit on these devices.
+    ///
+    /// # Errors
+    /// As [`run_commit`](crate::run_commit).
     pub fn commit(&self, io: &mut MemoryDevices) -> Result<Outcome, CommitFailure> {
         run_commit_into(io, self.options(), self.fixed)
     }
 
+    /// What the commit is asked for.
     pub fn options(&self) -> Options {
         Options { resize_backing: self.resize, ..Options::default() }
     }
@@ -90,6 +101,7 @@ fn bitmaps_hold(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>) -> bool {
     verify_bitmaps((&pair.backing, &files[&DEVICE_OUTPUT]), (&before, &now), &committed(pair), pair.resize)
 }
 
+/// Panics if the checker finds errors or leaks.
 pub fn clean(bytes: &[u8]) {
     assert_eq!(check(bytes), Report::default());
 }
@@ -151,6 +163,8 @@ fn crashes() -> Crashes {
     Crashes { drawn: drawn().unwrap_or(1), seed: 1 }
 }
 
+/// What must hold of files that a power loss left, given what overlay and backing read as in the end: nothing is lost, and
+/// running again finishes the job. Panics otherwise.
 pub fn verify_state(pair: &Pair, files: &Files, overlay: &[u8], backing: &[u8]) {
     verify_reading(pair, files, (overlay, backing, &all_snapshots(&pair.io().files)));
 }
@@ -206,6 +220,7 @@ fn errors(bytes: &[u8]) -> Vec<String> {
     }
 }
 
+/// These guest clusters, full of data of one seed.
 pub fn data(clusters: impl IntoIterator<Item = u64>, seed: u8) -> Vec<(u64, State)> {
     clusters.into_iter().map(|c| (c, State::Data(seed))).collect()
 }

@@ -1,5 +1,9 @@
-//! Images in memory: a builder, a reader and a checker that share no code with the driver.
-#![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+//! qcow2 images in memory, for tests: a builder, a reader and a checker that share no code with the driver, and the commits
+//! of pairs of such images.
+//!
+//! Tests hand in images that they have built themselves. What makes no sense here panics, and so fails the test.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a panic here is a test that fails")]
+#![allow(clippy::cast_possible_truncation, reason = "images of tests are small: every number in them fits")]
 
 pub mod bitmaps;
 pub mod builder;
@@ -13,13 +17,17 @@ use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
 use instar_qcow2_driver::Qcow2;
 
+/// Device number of the image that is committed.
 pub const OVERLAY: u32 = 0;
+/// Device number of what the backing is backed by, if anything.
 pub const ANCESTOR: u32 = 1;
 
+/// The big-endian number of 32 bits at byte `at`. Panics past the end.
 pub fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
+/// The big-endian number of 64 bits at byte `at`. Panics past the end.
 pub fn be64(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
@@ -40,11 +48,17 @@ pub fn config(io: &MemoryDevices, device: u32) -> DeviceConfig {
 }
 
 /// Commit device 0 into the output device; device 1, if it is there, is the backing's backing.
+///
+/// # Errors
+/// What the drivers or the commit refuse, or fail at.
 pub fn run_commit(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
     run_commit_into(io, options, false)
 }
 
-/// The same, if the backing stands on a device that keeps its length.
+/// [`run_commit`]; if `fixed`, the backing stands on a device that keeps its length.
+///
+/// # Errors
+/// As [`run_commit`].
 pub fn run_commit_into(io: &mut MemoryDevices, options: Options, fixed: bool) -> Result<Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: instar_guest_commit::Step::Check, error };
     let (overlay, mut backing) = (config(io, OVERLAY), config(io, DEVICE_OUTPUT));

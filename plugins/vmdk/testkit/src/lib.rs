@@ -1,28 +1,44 @@
-//! Images of 1 KiB grains in memory: made, read and checked from the bytes, without the code that is tested.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, dead_code, missing_docs)]
+//! vmdk images of 1 KiB grains in memory, for tests: made, read and checked from the bytes, without the code that is tested,
+//! and the commits of pairs of such images.
+//!
+//! Tests hand in images that they have built themselves. What makes no sense here panics, and so fails the test.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a panic here is a test that fails")]
+#![allow(clippy::cast_possible_truncation, reason = "images of tests are small: every number in them fits")]
 
 pub mod pair;
 
 use instar_guest_sdk::abi::DeviceConfig;
 use instar_guest_sdk::crash::Crashes;
 
+/// Bytes of a grain.
 pub const GRAIN: usize = 1024;
 const TABLE: usize = 2048;
 
+/// What a grain holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
+    /// The bytes of [`fill`] for this seed.
     Data(u8),
+    /// Zeroes, without a place in the file.
     Zero,
 }
 
+/// An image to be built.
 #[derive(Clone, Debug)]
 pub struct Spec {
+    /// Bytes of the disk, whole sectors.
     pub size: usize,
+    /// Grains that the image holds, by their number.
     pub grains: Vec<(usize, State)>,
+    /// Content ID.
     pub cid: u32,
+    /// Content ID of the parent, [`u32::MAX`] for none.
     pub parent: u32,
+    /// There is a second directory with tables of its own.
     pub redundant: bool,
+    /// Grains may be [`State::Zero`].
     pub zeroed: bool,
+    /// Grains are compressed: streamOptimized.
     pub compressed: bool,
     /// Tables that hold nothing are not there.
     pub lazy_tables: bool,
@@ -31,6 +47,7 @@ pub struct Spec {
 }
 
 impl Spec {
+    /// An empty image.
     pub fn new(size: usize, cid: u32, parent: u32) -> Self {
         Self {
             size,
@@ -45,6 +62,7 @@ impl Spec {
         }
     }
 
+    /// The same image with these grains as well.
     pub fn with(mut self, grains: impl IntoIterator<Item = (usize, State)>) -> Self {
         self.grains.extend(grains);
         self.zeroed |= self.grains.iter().any(|(_, state)| *state == State::Zero);
@@ -52,14 +70,17 @@ impl Spec {
     }
 }
 
+/// Write a little-endian number of 32 bits at byte `at`.
 pub fn put32(bytes: &mut [u8], at: usize, value: usize) {
     bytes[at..at + 4].copy_from_slice(&(value as u32).to_le_bytes());
 }
 
+/// The little-endian number of 32 bits at byte `at`. Panics past the end.
 pub fn le32(bytes: &[u8], at: usize) -> usize {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
 }
 
+/// The little-endian number of 64 bits at byte `at`. Panics past the end.
 pub fn le64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
@@ -91,6 +112,7 @@ fn header(spec: &Spec, redundant: usize, directory: Option<usize>, overhead: usi
     bytes
 }
 
+/// Build the image.
 pub fn build(spec: &Spec) -> Vec<u8> {
     let grains = spec.size.div_ceil(GRAIN);
     let tables = grains.div_ceil(512);
@@ -167,15 +189,20 @@ pub fn build(spec: &Spec) -> Vec<u8> {
 
 /// What the image says, from its bytes.
 pub struct View<'a> {
+    /// The file.
     pub bytes: &'a [u8],
+    /// Bytes of the disk.
     pub size: usize,
+    /// Entry 1 means zeroes.
     pub zeroed: bool,
+    /// Grains are compressed.
     pub compressed: bool,
     /// Entries by grain, from the first and from the second directory.
     pub entries: Vec<Vec<usize>>,
 }
 
 impl<'a> View<'a> {
+    /// Read header and tables. Panics if the bytes are no image.
     pub fn new(bytes: &'a [u8]) -> Self {
         let flags = le32(bytes, 8);
         let size = le64(bytes, 12) as usize * 512;
@@ -204,10 +231,12 @@ impl<'a> View<'a> {
         u32::from_str_radix(&self.digits(key), 16).unwrap()
     }
 
+    /// Its content ID.
     pub fn cid(&self) -> u32 {
         self.id("CID=")
     }
 
+    /// The content ID that its parent has, as it says.
     pub fn parent(&self) -> u32 {
         self.id("parentCID=")
     }
@@ -225,6 +254,7 @@ impl<'a> View<'a> {
         recorded == has || self.announced() && recorded == instar_vmdk_format::next_content_id(has)
     }
 
+    /// How many grains it holds.
     pub fn held(&self) -> usize {
         self.entries[0].iter().filter(|&&entry| entry != 0).count()
     }
