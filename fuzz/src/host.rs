@@ -1,24 +1,10 @@
 //! The plugins' host halves: what a file is, what its header says, and what part it may take.
 
+use crate::formats::{Format, FORMATS};
 use instar_plugin_api::{
-    Context, FormatPlugin, ImageFacts, ImageReader, Incoming, PluginError, ReadImage, Role, Verdict, READ_BUDGET,
-    VALUES_MAX,
+    Context, ImageFacts, ImageReader, Incoming, PluginError, ReadImage, Role, Verdict, READ_BUDGET, VALUES_MAX,
 };
-use instar_plugin_qcow2::Qcow2;
-use instar_plugin_raw::Raw;
-use instar_plugin_vmdk::Vmdk;
 use std::cell::Cell;
-
-/// A format that comes with the product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// Bytes of numbers stand with the highest first.
-    Qcow2,
-    /// Bytes of numbers stand with the lowest first.
-    Vmdk,
-    /// The file is the disk.
-    Raw,
-}
 
 /// A file, or several, as the engine lets a plugin read it: so much, and no more.
 struct Budget<'a> {
@@ -48,22 +34,16 @@ fn reading<T>(bytes: &[u8], others: &[&[u8]], call: impl FnOnce(&ImageReader<'_>
 }
 
 /// The facts of an image in one file, as the engine believes them.
-pub fn look(format: Format, bytes: &[u8]) -> Option<ImageFacts> {
-    match format {
-        Format::Qcow2 => facts::<Qcow2>(bytes, &[]),
-        Format::Vmdk => facts::<Vmdk>(bytes, &[]).filter(|_| {
-            // What comes in several files has no other files here.
-            reading(bytes, &[], Vmdk::files).is_ok_and(|files| files.is_empty())
-        }),
-        Format::Raw => facts::<Raw>(bytes, &[]),
-    }
+pub fn look(format: &Format, bytes: &[u8]) -> Option<ImageFacts> {
+    // What comes in several files has no other files here.
+    facts(format, bytes, &[]).filter(|_| reading(bytes, &[], format.files).is_ok_and(|files| files.is_empty()))
 }
 
-fn facts<P: FormatPlugin>(bytes: &[u8], others: &[&[u8]]) -> Option<ImageFacts> {
-    let facts = reading(bytes, others, P::facts).ok()?;
+fn facts(format: &Format, bytes: &[u8], others: &[&[u8]]) -> Option<ImageFacts> {
+    let facts = reading(bytes, others, format.facts).ok()?;
     let length: usize = bytes.len() + others.iter().map(|other| other.len()).sum::<usize>();
     // The engine calls the plugin faulty otherwise.
-    assert_eq!((facts.format.as_str(), facts.file_length), (P::NAME, length as u64));
+    assert_eq!((facts.format.as_str(), facts.file_length), (format.name, length as u64));
     let mut left = VALUES_MAX;
     for feature in &facts.features {
         left = left.saturating_sub(feature.value.weight(left).expect("values are bounded"));
@@ -72,12 +52,8 @@ fn facts<P: FormatPlugin>(bytes: &[u8], others: &[&[u8]]) -> Option<ImageFacts> 
 }
 
 /// What the plugin of a format says.
-pub fn verdict(format: Format, role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
-    let verdict = match format {
-        Format::Qcow2 => Qcow2::verdict(role, own, context),
-        Format::Vmdk => Vmdk::verdict(role, own, context),
-        Format::Raw => Raw::verdict(role, own, context),
-    };
+pub fn verdict(format: &Format, role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
+    let verdict = (format.verdict)(role, own, context);
     assert!(verdict.code == 0 || !verdict.reason.is_empty(), "a refusal says why: {verdict:?}");
     verdict
 }
@@ -88,27 +64,19 @@ pub fn host(data: &[u8]) {
     let split = (usize::from(*high) << 8 | usize::from(*low)).min(bytes.len());
     let (first, other) = if split == 0 { (bytes, &[][..]) } else { bytes.split_at(split) };
     let mut all = Vec::new();
-    for format in [Format::Qcow2, Format::Vmdk, Format::Raw] {
-        let (probed, files) = match format {
-            Format::Qcow2 => (reading(first, &[], Qcow2::probe), reading(first, &[], Qcow2::files)),
-            Format::Vmdk => (reading(first, &[], Vmdk::probe), reading(first, &[], Vmdk::files)),
-            Format::Raw => (reading(first, &[], Raw::probe), reading(first, &[], Raw::files)),
-        };
+    for format in &FORMATS {
+        let (probed, files) = (reading(first, &[], format.probe), reading(first, &[], format.files));
         assert!(probed.is_ok_and(|probability| probability <= 100), "memory can be read");
-        let count = files.map_or(0, |files| files.len()).min(64);
-        let others = vec![other; count];
-        let found = match format {
-            Format::Qcow2 => [facts::<Qcow2>(first, &[]), None],
-            Format::Vmdk => [facts::<Vmdk>(first, &[]), facts::<Vmdk>(first, &others)],
-            Format::Raw => [facts::<Raw>(first, &[]), None],
-        };
-        all.extend(found.into_iter().flatten().map(|facts| (format, facts)));
+        let others = vec![other; files.map_or(0, |files| files.len()).min(64)];
+        let alone = facts(format, first, &[]);
+        let whole = (!others.is_empty()).then(|| facts(format, first, &others)).flatten();
+        all.extend(alone.into_iter().chain(whole).map(|facts| (format, facts)));
     }
     for (format, own) in &all {
         for (_, other) in &all {
             for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
                 let context = Incoming::from_layers([other]).map(|incoming| Context::writing(Some(other), incoming));
-                let verdict = verdict(*format, role, own, &context.expect("there is a layer"));
+                let verdict = verdict(format, role, own, &context.expect("there is a layer"));
                 assert!(verdict.max_length <= i64::MAX as u64, "{verdict:?}");
             }
         }

@@ -7,18 +7,22 @@
 
 pub mod corpus;
 pub mod engine;
+pub mod formats;
 pub mod generator;
 pub mod host;
 pub mod operations;
 pub mod parsers;
 pub mod vmdk;
 
+/// A function of bytes that panics on a finding.
+pub type Run = dyn Fn(&[u8]) + Send + Sync;
+
 /// What is fuzzed.
 pub struct Target {
     /// What it is called: its [corpus] as well.
-    pub name: &'static str,
+    pub name: String,
     /// Panics on a finding.
-    pub run: fn(&[u8]),
+    pub run: Box<Run>,
     /// Inputs to begin with.
     pub seeds: fn() -> Vec<Vec<u8>>,
     /// An input is a list of records of this many bytes, or anything (1).
@@ -40,36 +44,37 @@ fn operation_seeds() -> Vec<Vec<u8>> {
     (0..64).map(|images| [record(images), record(0)].concat()[..16 * (1 + usize::from(images) % 2)].to_vec()).collect()
 }
 
-/// All targets.
-pub const TARGETS: [Target; 12] = [
-    Target { name: "qcow2-header", run: parsers::header, seeds: parsers::header_seeds, record: 1, longest: 4096 },
-    Target { name: "qcow2-tables", run: parsers::all_tables, seeds: parsers::table_seeds, record: 1, longest: 1024 },
-    Target { name: "decompress", run: parsers::decompress, seeds: parsers::stream_seeds, record: 1, longest: 4096 },
-    Target { name: "vmdk-format", run: vmdk::header, seeds: vmdk::header_seeds, record: 1, longest: 4096 },
-    Target { name: "host", run: host::host, seeds: host::seeds, record: 1, longest: 4096 },
-    Target { name: "elf", run: engine::elf, seeds: engine::elf_seeds, record: 1, longest: engine::ELF_BYTES },
-    Target { name: "messages", run: engine::messages, seeds: engine::message_seeds, record: 1, longest: 2048 },
-    Target { name: "requests", run: engine::requests, seeds: engine::request_seeds, record: 12, longest: 768 },
-    Target {
-        name: "qcow2-commit",
-        run: operations::qcow2_commit,
-        seeds: operation_seeds,
-        record: operations::CHANGE,
-        longest: 96,
-    },
-    Target {
-        name: "cross-commit",
-        run: operations::cross_commit,
-        seeds: operation_seeds,
-        record: operations::CHANGE,
-        longest: 96,
-    },
-    Target {
-        name: "vmdk-commit",
-        run: operations::vmdk_commit,
-        seeds: operation_seeds,
-        record: operations::CHANGE,
-        longest: 96,
-    },
-    Target { name: "look", run: operations::look, seeds: operation_seeds, record: operations::CHANGE, longest: 96 },
-];
+impl Target {
+    fn new(
+        name: &str,
+        run: impl Fn(&[u8]) + Send + Sync + 'static,
+        seeds: fn() -> Vec<Vec<u8>>,
+        longest: usize,
+    ) -> Self {
+        Self { name: name.to_owned(), run: Box::new(run), seeds, record: 1, longest }
+    }
+
+    /// One whose inputs are lists of changes to images.
+    fn operation(name: &str, run: impl Fn(&[u8]) + Send + Sync + 'static) -> Self {
+        Self { record: operations::CHANGE, ..Self::new(name, run, operation_seeds, 96) }
+    }
+}
+
+/// All targets: those of parsers and engine, a commit for each kind of [`Pairs`](operations::Pairs), and a look at all images.
+#[must_use]
+pub fn targets() -> Vec<Target> {
+    let mut targets = vec![
+        Target::new("qcow2-header", parsers::header, parsers::header_seeds, 4096),
+        Target::new("qcow2-tables", parsers::all_tables, parsers::table_seeds, 1024),
+        Target::new("decompress", parsers::decompress, parsers::stream_seeds, 4096),
+        Target::new("vmdk-format", vmdk::header, vmdk::header_seeds, 4096),
+        Target::new("host", host::host, host::seeds, 4096),
+        Target::new("elf", engine::elf, engine::elf_seeds, engine::ELF_BYTES),
+        Target::new("messages", engine::messages, engine::message_seeds, 2048),
+        Target { record: 12, ..Target::new("requests", engine::requests, engine::request_seeds, 768) },
+    ];
+    let commit = |pairs| move |input: &[u8]| operations::run_changed(pairs, input);
+    targets.extend(operations::Pairs::all().iter().map(|pairs| Target::operation(&pairs.target, commit(pairs))));
+    targets.push(Target::operation("look", operations::look));
+    targets
+}

@@ -4,7 +4,7 @@
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
 
-use instar_fuzz::{corpus, Target, TARGETS};
+use instar_fuzz::{corpus, targets, Target};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::backtrace::Backtrace;
@@ -63,25 +63,26 @@ unsafe impl GlobalAlloc for Bounded {
 #[global_allocator]
 static ALLOCATOR: Bounded = Bounded;
 
-static TARGET: LazyLock<&Target> = LazyLock::new(|| {
+static TARGET: LazyLock<Target> = LazyLock::new(|| {
     let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
     if name == "list" {
-        TARGETS.iter().for_each(|target| println!("{} {}", target.name, target.longest));
+        targets().iter().for_each(|target| println!("{} {}", target.name, target.longest));
         std::process::exit(0);
     }
-    let target = TARGETS.iter().find(|target| target.name == name).unwrap_or_else(|| {
-        eprintln!("FUZZ_TARGET is one of {}", TARGETS.map(|target| target.name).join(", "));
+    let target = targets().into_iter().find(|target| target.name == name).unwrap_or_else(|| {
+        let names: Vec<String> = targets().into_iter().map(|target| target.name).collect();
+        eprintln!("FUZZ_TARGET is one of {}", names.join(", "));
         std::process::exit(2);
     });
     if let Some(directory) = std::env::var_os("FUZZ_SEEDS").map(std::path::PathBuf::from) {
         for (number, seed) in (target.seeds)().iter().enumerate() {
             std::fs::write(directory.join(format!("seed-{number}")), seed).expect("the seeds can be written");
         }
-        corpus::unpack(target.name, &directory).expect("the corpus can be written");
+        corpus::unpack(&target.name, &directory).expect("the corpus can be written");
         std::process::exit(0);
     }
     if let Some(directory) = std::env::var_os("FUZZ_PACK").map(std::path::PathBuf::from) {
-        let count = corpus::pack(target.name, &directory).expect("the corpus can be replaced");
+        let count = corpus::pack(&target.name, &directory).expect("the corpus can be replaced");
         println!("{}: {count} inputs", target.name);
         std::process::exit(0);
     }

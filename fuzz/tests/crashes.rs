@@ -2,13 +2,12 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use instar_fuzz::corpus;
-use instar_fuzz::host::Format;
+use instar_fuzz::formats::Format;
 use instar_fuzz::operations::{Complaint, Pairs, PowerLosses};
 use instar_guest_sdk::crash::Crashes;
 use std::path::Path;
 use std::process::Command;
 
-const TARGETS: [&str; 3] = ["qcow2-commit", "vmdk-commit", "cross-commit"];
 /// More than there are valid pairs of any target.
 const IMAGES: u8 = 24;
 
@@ -18,10 +17,10 @@ fn drawn() -> Option<usize> {
 }
 
 /// `qemu-img check`, which does not look at what is below an image. Leaks are no complaint: a power loss may leave some.
-fn qemu_img(directory: &Path, format: Format, bytes: &[u8]) -> Result<(), Complaint> {
+fn qemu_img(directory: &Path, format: &Format, bytes: &[u8]) -> Result<(), Complaint> {
     let path = directory.join("image");
     std::fs::write(&path, bytes).unwrap();
-    let driver = if format == Format::Vmdk { "vmdk" } else { "qcow2" };
+    let driver = format.name;
     let file = path.display();
     let image =
         format!(r#"json:{{"driver":"{driver}","backing":null,"file":{{"driver":"file","filename":"{file}"}}}}"#);
@@ -36,16 +35,15 @@ fn qemu_img(directory: &Path, format: Format, bytes: &[u8]) -> Result<(), Compla
 }
 
 /// How many of these inputs are commits. One in `every` images that are left is shown to qemu-img.
-fn of_target(name: &str, inputs: &mut dyn Iterator<Item = Vec<u8>>, every: usize) -> usize {
+fn of(pairs: &Pairs, inputs: &mut dyn Iterator<Item = Vec<u8>>, every: usize) -> usize {
     let directory = tempfile::tempdir().unwrap();
-    let checker = |format, bytes: &[u8]| qemu_img(directory.path(), format, bytes);
-    let pairs = Pairs::of_target(name).unwrap();
+    let checker = |format: &Format, bytes: &[u8]| qemu_img(directory.path(), format, bytes);
     let crashes = Crashes { drawn: drawn().unwrap_or(1), seed: 1 };
     let mut losses = PowerLosses { pairs, crashes, checker: &checker, every, seen: 0 };
     let (mut commits, mut all) = (0, 0);
     for input in inputs {
         // What a failure has to show.
-        println!("{name} {input:02x?}");
+        println!("{pairs:?} {input:02x?}");
         if let Some(states) = losses.of(&input) {
             all += states;
             println!("crash states: {states}");
@@ -58,24 +56,25 @@ fn of_target(name: &str, inputs: &mut dyn Iterator<Item = Vec<u8>>, every: usize
 
 #[test]
 fn of_valid_images() {
-    for name in TARGETS {
+    for pairs in Pairs::all() {
         let mut all = (0..IMAGES).map(|images| vec![images]);
-        assert_eq!(of_target(name, &mut all, 20), usize::from(IMAGES));
+        assert_eq!(of(pairs, &mut all, 20), usize::from(IMAGES));
     }
 }
 
 /// In `make crash` also of what a fuzzer has found since, if it ran here.
 #[test]
 fn of_what_covers_more_code() {
-    for name in TARGETS {
-        let mut inputs: Vec<Vec<u8>> = corpus::load(name).unwrap().into_iter().map(|input| input.bytes).collect();
+    for pairs in Pairs::all() {
+        let mut inputs: Vec<Vec<u8>> =
+            corpus::load(&pairs.target).unwrap().into_iter().map(|input| input.bytes).collect();
         if drawn().is_some() {
-            let since = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/fuzz/corpus").join(name);
+            let since = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/fuzz/corpus").join(&pairs.target);
             let files = std::fs::read_dir(since).into_iter().flatten().map(|entry| entry.unwrap().path());
             inputs.extend(files.map(|file| std::fs::read(file).unwrap()));
         }
         let count = inputs.len();
-        let commits = of_target(name, &mut inputs.into_iter(), 100);
+        let commits = of(pairs, &mut inputs.into_iter(), 100);
         assert!(commits > 10, "{commits} of {count} are commits");
     }
 }

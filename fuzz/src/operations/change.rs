@@ -1,42 +1,12 @@
 //! Changes to valid images, as an input describes them: which field, and what to put there.
 
-use super::{Bed, Files, Format};
+use super::{Bed, Files};
+use instar_testkit::{Field, Layout};
 
 /// Bytes of an input for each change.
 pub const CHANGE: usize = 16;
 /// Changes that one input can make.
 const MAX_CHANGES: usize = 6;
-
-/// A number in a file: byte offset and width in bytes.
-#[derive(Clone, Copy, Debug)]
-pub struct Field {
-    /// Byte offset.
-    pub at: usize,
-    /// Bytes: 1, 2, 4 or 8.
-    pub width: usize,
-}
-
-/// What an image is made of: kinds of fields, and the offsets of its structures.
-#[derive(Clone, Debug, Default)]
-pub struct Layout {
-    /// The fields of the header, of the L1 table, of one kind of table each. None is empty.
-    pub kinds: Vec<Vec<Field>>,
-    /// Where structures begin, as entries name them: bytes, or sectors.
-    pub places: Vec<u64>,
-    /// Bits that entries may have besides.
-    pub flags: &'static [u64],
-}
-
-impl Layout {
-    /// Fields of this width one after the other.
-    pub fn fields(&mut self, start: usize, end: usize, width: usize) {
-        let fields: Vec<Field> =
-            (start..end).step_by(width).filter(|at| at + width <= end).map(|at| Field { at, width }).collect();
-        if !fields.is_empty() {
-            self.kinds.push(fields);
-        }
-    }
-}
 
 /// Apply the changes of an input. Byte by byte: 0 is not looked at (in the first change it chooses the images); 1 says which
 /// file; 2 the kind of field, or any place of the file; 3 to 5 which one; 6 what the value is made of; 7 how long the file is
@@ -46,17 +16,16 @@ pub fn apply(bed: &Bed, input: &[u8]) -> Files {
     let devices: Vec<u32> = bed.files.keys().copied().collect();
     for change in input.chunks_exact(CHANGE).take(MAX_CHANGES) {
         let device = devices[usize::from(change[1]) % devices.len()];
-        let format = bed.formats[&device];
         let layout = &bed.layouts[&device];
         if let Some(bytes) = files.get_mut(&device) {
-            one(bytes, layout, format, change);
+            one(bytes, layout, change);
         }
     }
     files
 }
 
 /// Apply one change to the bytes of an image.
-pub(super) fn one(bytes: &mut Vec<u8>, layout: &Layout, format: Format, change: &[u8]) {
+pub(super) fn one(bytes: &mut Vec<u8>, layout: &Layout, change: &[u8]) {
     let index = usize::from(change[3]) << 16 | usize::from(change[4]) << 8 | usize::from(change[5]);
     let number = change[8..].iter().fold(0u64, |number, &byte| number << 8 | u64::from(byte));
     let field = match layout.kinds.get(usize::from(change[2]) % (layout.kinds.len() + 1)) {
@@ -67,7 +36,7 @@ pub(super) fn one(bytes: &mut Vec<u8>, layout: &Layout, format: Format, change: 
         }
     };
     if field.at + field.width <= bytes.len() {
-        let old = get(bytes, field, format);
+        let old = layout.order.get(bytes, field);
         let low = usize::try_from(number % (1 << 32)).unwrap();
         let place = layout.places.get(low % layout.places.len().max(1)).copied().unwrap_or(0);
         let flag = |n: u64| layout.flags.get(usize::try_from(n % 16).unwrap()).copied().unwrap_or(0);
@@ -80,12 +49,12 @@ pub(super) fn one(bytes: &mut Vec<u8>, layout: &Layout, format: Format, change: 
             // A structure, a flag or two beside it; or something close to one.
             5 | 6 => place | flag(number >> 32) | flag(number >> 40),
             7 => place.wrapping_add(1 << ((number >> 32) % 24)),
-            8 => get(bytes, Field { at: low % (bytes.len() / 8).max(1) * 8, width: 8 }, format),
+            8 => layout.order.get(bytes, Field { at: low % (bytes.len() / 8).max(1) * 8, width: 8 }),
             9 => old ^ flag(number) ^ flag(number >> 8),
             10 => u64::MAX >> (number % 64),
             _ => 0,
         };
-        put(bytes, field, format, value);
+        layout.order.put(bytes, field, value);
     }
     match change[7] {
         0xf0..=0xf7 => bytes.truncate(bytes.len().saturating_sub(low_part(number, 4096))),
@@ -97,23 +66,4 @@ pub(super) fn one(bytes: &mut Vec<u8>, layout: &Layout, format: Format, change: 
 
 fn low_part(number: u64, below: usize) -> usize {
     usize::try_from(number % below as u64).unwrap_or(0)
-}
-
-fn get(bytes: &[u8], field: Field, format: Format) -> u64 {
-    let raw = bytes.get(field.at..field.at + field.width).unwrap_or_default();
-    let fold = |number, byte: &u8| number << 8 | u64::from(*byte);
-    if format == Format::Qcow2 {
-        raw.iter().fold(0, fold)
-    } else {
-        raw.iter().rev().fold(0, fold)
-    }
-}
-
-fn put(bytes: &mut [u8], field: Field, format: Format, value: u64) {
-    let target = &mut bytes[field.at..field.at + field.width];
-    if format == Format::Qcow2 {
-        target.copy_from_slice(&value.to_be_bytes()[8 - field.width..]);
-    } else {
-        target.copy_from_slice(&value.to_le_bytes()[..field.width]);
-    }
 }

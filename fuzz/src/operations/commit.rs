@@ -3,7 +3,7 @@
 use super::beds::Pairs;
 use super::change::apply;
 use super::strict::Strict;
-use super::{config, open_sink, open_source, qcow2, quietly, sound, views, Bed, Files, Format};
+use super::{config, open_sink, open_source, quietly, sound, views, Bed, Files};
 use super::{ANCESTOR, MIDDLE, OVERLAY};
 use crate::host;
 use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT};
@@ -16,19 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 /// No file may become longer than this in bytes, whatever the verdict allows: the disk is full.
 const DISK: u64 = 48 << 20;
 
-/// A target: qcow2 into qcow2.
-pub fn qcow2_commit(input: &[u8]) {
-    Pairs::Qcow2.choose(input).into_iter().for_each(|bed| run(bed, apply(bed, input)));
-}
-
-/// A target: vmdk into vmdk.
-pub fn vmdk_commit(input: &[u8]) {
-    Pairs::Vmdk.choose(input).into_iter().for_each(|bed| run(bed, apply(bed, input)));
-}
-
-/// A target: qcow2 into the other formats.
-pub fn cross_commit(input: &[u8]) {
-    Pairs::Cross.choose(input).into_iter().for_each(|bed| run(bed, apply(bed, input)));
+/// A target: change the images, and commit them.
+pub fn run_changed(pairs: &Pairs, input: &[u8]) {
+    pairs.choose(input).into_iter().for_each(|bed| run(bed, apply(bed, input)));
 }
 
 /// What the host halves say of these images: the configuration of each, if they may be committed.
@@ -108,8 +98,8 @@ pub(super) fn guest(
 
 /// What the snapshots of overlay and backing read as.
 pub(super) fn snapshots(bed: &Bed, files: &Files) -> Vec<Vec<u8>> {
-    let qcow2 = [OVERLAY, DEVICE_OUTPUT].into_iter().filter(|device| bed.formats[device] == Format::Qcow2);
-    qcow2.flat_map(|device| qcow2::of_snapshots(&files[&device])).collect()
+    let both = [OVERLAY, DEVICE_OUTPUT].into_iter();
+    both.flat_map(|device| bed.formats[&device].kit.snapshots(&files[&device])).collect()
 }
 
 fn run(bed: &Bed, files: Files) {
@@ -137,9 +127,7 @@ fn run(bed: &Bed, files: Files) {
             for (device, bytes) in now {
                 assert!(sound(bed.formats[device], bytes), "device {device} is not consistent any more");
                 let written = *device == DEVICE_OUTPUT || (*device == OVERLAY && !bed.files.contains_key(&MIDDLE));
-                if written && bed.formats[device] == Format::Qcow2 {
-                    assert!(!instar_qcow2_testkit::pair::is_dirty(bytes), "device {device} is still dirty");
-                }
+                assert!(!written || !bed.formats[device].kit.is_dirty(bytes), "device {device} is still dirty");
             }
         }
     }
@@ -150,7 +138,7 @@ fn run(bed: &Bed, files: Files) {
     assert_ne!(failure.error.code, ErrorCode::InternalOverflow, "{}", failure.error);
     match failure.step {
         Step::Check | Step::Plan => assert_eq!(io.devices.log, vec![], "{:?} {}", failure.step, failure.error),
-        Step::Write if changed(OVERLAY) && bed.formats[&OVERLAY] == Format::Vmdk => {
+        Step::Write if changed(OVERLAY) && bed.formats[&OVERLAY].kit.records_parent() => {
             assert!(only_an_identity(&files[&OVERLAY], &now[&OVERLAY]), "{}", failure.error);
         }
         Step::Write => {
@@ -175,7 +163,7 @@ fn explain(bed: &Bed, files: &Files) {
     }
 }
 
-/// Whether two files differ by a parent's content ID, eight digits at most, and nothing else.
+/// Whether two files differ by the recorded identity of the parent, eight bytes at most, and nothing else.
 fn only_an_identity(was: &[u8], is: &[u8]) -> bool {
     let differ = |at: &usize| was[*at] != is[*at];
     let place = || (0..was.len()).find(differ).zip((0..was.len()).rfind(differ));
@@ -186,21 +174,21 @@ fn changed_elsewhere(bed: &Bed, before: &Files, now: &Files) -> bool {
     let read_only = bed.chain().into_iter().filter(|device| !matches!(*device, OVERLAY | DEVICE_OUTPUT));
     let mut read_only = read_only.map(|device| {
         let (was, is) = (&before[&device], &now[&device]);
-        was != is && !(device == MIDDLE && bed.formats[&device] == Format::Vmdk && only_an_identity(was, is))
+        was != is && !(device == MIDDLE && bed.formats[&device].kit.records_parent() && only_an_identity(was, is))
     });
     read_only.any(|changed| changed) || now.len() != before.len()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::beds::{cross_beds, qcow2_beds, vmdk_beds};
     use super::*;
 
     /// Otherwise the targets would try nothing but refusals.
     #[test]
     fn images_without_a_change_are_committed() {
-        for (name, beds) in [("qcow2", qcow2_beds()), ("vmdk", vmdk_beds()), ("cross", cross_beds())] {
-            for (index, bed) in beds.iter().enumerate() {
+        for pairs in Pairs::all() {
+            for (index, bed) in pairs.beds.iter().enumerate() {
+                let name = &pairs.target;
                 let configs = admitted(bed, &bed.files).unwrap_or_else(|| panic!("{name} {index} is refused"));
                 let mut io = hold(bed, bed.files.clone(), &configs);
                 guest(bed, &mut io, &configs).unwrap_or_else(|failure| panic!("{name} {index}: {}", failure.error));

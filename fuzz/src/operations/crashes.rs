@@ -10,7 +10,8 @@ use super::change::apply;
 use super::commit::{admitted, guest, hold, snapshots};
 use super::strict::Strict;
 use super::{config, open_source, quietly, sound, views, Bed, Files, MIDDLE, OVERLAY};
-use crate::host::{self, Format};
+use crate::formats::Format;
+use crate::host;
 use instar_guest_abi::{ErrorCode, FindingKind, DEVICE_OUTPUT};
 use instar_guest_commit::{CommitFailure, Step};
 use instar_guest_sdk::crash::Crashes;
@@ -19,7 +20,7 @@ use std::collections::BTreeMap;
 /// The power losses of the commits of some pairs of formats.
 pub struct PowerLosses<'a> {
     /// Whose commits.
-    pub pairs: Pairs,
+    pub pairs: &'a Pairs,
     /// Which states.
     pub crashes: Crashes,
     /// Another checker, which is shown one in `every` of the images that must be consistent.
@@ -31,7 +32,7 @@ pub struct PowerLosses<'a> {
 }
 
 /// Looks at an image.
-pub type Checker<'a> = dyn Fn(Format, &[u8]) -> Result<(), Complaint> + 'a;
+pub type Checker<'a> = dyn Fn(&Format, &[u8]) -> Result<(), Complaint> + 'a;
 
 /// What the other checker says.
 pub enum Complaint {
@@ -46,10 +47,6 @@ type Reading = (Files, Vec<Vec<u8>>);
 
 fn read(bed: &Bed, files: &Files) -> Reading {
     (views(bed, files), snapshots(bed, files))
-}
-
-fn is_dirty(format: Format, bytes: &[u8]) -> bool {
-    format == Format::Qcow2 && instar_qcow2_testkit::pair::is_dirty(bytes)
 }
 
 impl PowerLosses<'_> {
@@ -84,7 +81,7 @@ impl PowerLosses<'_> {
     fn ask(&mut self, bed: &Bed, files: &Files, originals: &Files) {
         for device in [OVERLAY, DEVICE_OUTPUT] {
             let (format, bytes, original) = (bed.formats[&device], &files[&device], &originals[&device]);
-            if format == Format::Raw || is_dirty(format, bytes) {
+            if !format.kit.has_metadata() || format.kit.is_dirty(bytes) {
                 continue;
             }
             let corruptions = examine(device, format, bytes);
@@ -100,7 +97,9 @@ impl PowerLosses<'_> {
                 let excused = match (self.checker)(format, original) {
                     Ok(()) => false,
                     Err(Complaint::Refused(_)) => true,
-                    Err(Complaint::Corrupt(_)) => was_corrupt(device, format, original) || !is_dirty(format, original),
+                    Err(Complaint::Corrupt(_)) => {
+                        was_corrupt(device, format, original) || !format.kit.is_dirty(original)
+                    }
                 };
                 assert!(excused, "device {device}: {text}");
             }
@@ -159,18 +158,18 @@ fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapshots): &Read
     assert!(now[&DEVICE_OUTPUT] == after, "a second commit makes something else");
     let emptied = (!bed.files.contains_key(&MIDDLE)).then_some(OVERLAY);
     for device in emptied.into_iter().chain([DEVICE_OUTPUT]) {
-        assert!(!is_dirty(bed.formats[&device], &io.devices.files[&device]), "device {device} is still dirty");
+        assert!(!bed.formats[&device].kit.is_dirty(&io.devices.files[&device]), "device {device} is still dirty");
     }
 }
 
 /// Whether `instar check` finds corruptions in an image besides what a commit repairs if it was not closed cleanly.
-fn was_corrupt(device: u32, format: Format, bytes: &[u8]) -> bool {
-    let repaired = |text: &String| is_dirty(format, bytes) && (text.contains("refcount") || text.contains("COPIED"));
+fn was_corrupt(device: u32, format: &Format, bytes: &[u8]) -> bool {
+    let repaired = |text: &String| format.kit.is_dirty(bytes) && (text.contains("refcount") || text.contains("COPIED"));
     !examine(device, format, bytes).iter().all(repaired)
 }
 
 /// What `instar check` finds corrupt in an image.
-fn examine(device: u32, format: Format, bytes: &[u8]) -> Vec<String> {
+fn examine(device: u32, format: &Format, bytes: &[u8]) -> Vec<String> {
     let facts = host::look(format, bytes).expect("the plugin does not know its image any more");
     let mut io = Strict::look(BTreeMap::from([(device, bytes.to_vec())]));
     let mut corruptions = Vec::new();

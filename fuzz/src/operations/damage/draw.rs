@@ -1,11 +1,12 @@
 //! Draws damaged pairs: valid images, and one to three words of metadata of either side.
 
 use super::super::beds::Pairs;
-use super::super::change::{one, Field, CHANGE};
+use super::super::change::{one, CHANGE};
 use super::super::commit::{admitted, guest, hold};
 use super::super::{Bed, Files, ANCESTOR};
 use crate::generator::Random;
 use instar_guest_abi::DEVICE_OUTPUT;
+use instar_testkit::Field;
 
 /// A pair, and what was done to it.
 pub struct Drawn {
@@ -22,7 +23,7 @@ pub struct Drawn {
 /// The pair with this number.
 pub fn draw(seed: u64, number: u64) -> Drawn {
     let mut random = Random::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd134_2543_de82_ef95));
-    let pairs = [Pairs::Qcow2, Pairs::Vmdk, Pairs::Cross][random.below(3)];
+    let pairs = &Pairs::all()[random.below(Pairs::all().len())];
     let bed = pairs.choose(&[random.below(256) as u8]).expect("there are images");
     let mut drawn = Drawn { bed, files: bed.files.clone(), holes: random.below(2) == 0, story: format!("{pairs:?}") };
     if random.below(8) == 0 {
@@ -69,10 +70,10 @@ fn word(drawn: &mut Drawn, random: &mut Random) {
     let mut change: Vec<u8> = (0..CHANGE).map(|_| random.number() as u8).collect();
     // The files keep their lengths.
     change[7] = 0;
-    let (layout, format) = (&drawn.bed.layouts[&device], drawn.bed.formats[&device]);
+    let layout = &drawn.bed.layouts[&device];
     let Some(bytes) = drawn.files.get_mut(&device) else { return };
     let before = bytes.clone();
-    one(bytes, layout, format, &change);
+    one(bytes, layout, &change);
     let first = (0..before.len()).find(|&at| bytes.get(at) != before.get(at));
     drawn.story += &first.map_or(String::new(), |at| format!(", device {device} changed at {at:#x}"));
 }
@@ -101,12 +102,11 @@ fn contradict(drawn: &mut Drawn, random: &mut Random) {
 /// A structure becomes zeroes, as if a hole had been punched there.
 fn hollow(drawn: &mut Drawn, random: &mut Random) {
     let device = device(drawn, random);
-    let places = &drawn.bed.layouts[&device].places;
-    if places.is_empty() {
+    let layout = &drawn.bed.layouts[&device];
+    if layout.places.is_empty() {
         return;
     }
-    let unit = if drawn.bed.formats[&device] == crate::host::Format::Vmdk { 512 } else { 1 };
-    let at = places[random.below(places.len())].saturating_mul(unit);
+    let at = layout.places[random.below(layout.places.len())].saturating_mul(layout.unit);
     let length = [512, 2048, 4096, 65536][random.below(4)];
     let Some(bytes) = drawn.files.get_mut(&device) else { return };
     let start = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());

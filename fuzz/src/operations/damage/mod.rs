@@ -2,22 +2,21 @@
 //!
 //! Nothing panics, and the work stays in proportion: requests and bytes are counted. A refusal changes no byte. After a
 //! commit, the backing reads what the overlay did, and past the end of the overlay what it did itself; whatever happens, the
-//! overlay and all snapshots read what they did. An independent [reader] that takes damaged images tells what that is, sector
+//! overlay and all snapshots read what they did. A reader of the testkits that takes damaged images tells what that is, sector
 //! by sector; a sector that could not be read before may read as anything.
 
 mod draw;
-mod reader;
 
 use super::commit::{admitted, guest, hold};
 use super::strict::Strict;
-use super::{config, open_source, quietly, Bed, Files, Format, OVERLAY};
+use super::{config, open_source, quietly, Bed, Files, OVERLAY};
 use crate::host;
 use draw::{draw, Drawn};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_commit::{CommitFailure, Layers, Outcome, Step};
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::Source;
-use reader::{read, seen, snapshots, Disk, SECTOR};
+use instar_testkit::{seen, Disk, SECTOR};
 use std::collections::BTreeMap;
 
 /// How a pair ended.
@@ -104,14 +103,15 @@ struct Reading {
 
 fn reading(bed: &Bed, files: &Files) -> Reading {
     let chain = bed.chain();
-    let layers: Vec<Option<Disk>> = chain.iter().map(|device| read(bed.formats[device], &files[device])).collect();
+    let layers: Vec<Option<Disk>> =
+        chain.iter().map(|device| bed.formats[device].kit.salvage(&files[device])).collect();
     let view = |from: usize| {
         let layers: Option<Vec<&Disk>> = layers[from..].iter().map(Option::as_ref).collect();
-        layers.map(|layers| seen(&layers))
+        layers.and_then(|layers| seen(&layers))
     };
     let output = chain.iter().position(|&device| device == DEVICE_OUTPUT).unwrap_or(0);
-    let qcow2 = [OVERLAY, DEVICE_OUTPUT].into_iter().filter(|device| bed.formats[device] == Format::Qcow2);
-    let snapshots = qcow2.flat_map(|device| snapshots(&files[&device])).collect();
+    let snapshots = [OVERLAY, DEVICE_OUTPUT].into_iter();
+    let snapshots = snapshots.flat_map(|device| bed.formats[&device].kit.salvage_snapshots(&files[&device])).collect();
     Reading { overlay: view(0), backing: view(output), snapshots }
 }
 
@@ -203,8 +203,8 @@ mod tests {
     /// Otherwise the campaign would compare nothing.
     #[test]
     fn the_reader_agrees_with_that_of_the_other_tests() {
-        for pairs in [Pairs::Qcow2, Pairs::Vmdk, Pairs::Cross] {
-            for bed in (0..64).filter_map(|number| pairs.choose(&[number])) {
+        for pairs in Pairs::all() {
+            for bed in &pairs.beds {
                 let (read, views) = (reading(bed, &bed.files), views(bed, &bed.files));
                 for (disk, device) in [(read.overlay, OVERLAY), (read.backing, DEVICE_OUTPUT)] {
                     let disk = disk.expect("a valid image can be read");

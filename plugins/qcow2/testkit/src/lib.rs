@@ -11,16 +11,19 @@ pub mod checker;
 pub mod damage;
 pub mod pair;
 
+mod chains;
+mod kit;
+mod layout;
+mod salvage;
+
+pub use instar_testkit::{ANCESTOR, OVERLAY};
+pub use kit::Kit;
+
 use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
 use instar_qcow2_driver::Qcow2;
-
-/// Device number of the image that is committed.
-pub const OVERLAY: u32 = 0;
-/// Device number of what the backing is backed by, if anything.
-pub const ANCESTOR: u32 = 1;
 
 /// The big-endian number of 32 bits at byte `at`. Panics past the end.
 pub fn be32(bytes: &[u8], at: usize) -> u32 {

@@ -7,6 +7,13 @@
 
 pub mod pair;
 
+mod chains;
+mod kit;
+mod layout;
+mod salvage;
+
+pub use kit::Kit;
+
 use instar_guest_sdk::abi::DeviceConfig;
 use instar_guest_sdk::crash::Crashes;
 

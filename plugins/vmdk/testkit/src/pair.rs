@@ -5,15 +5,10 @@ use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Opti
 use instar_guest_sdk::abi::{Part, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, Source};
+pub use instar_testkit::{ANCESTOR, MIDDLE, OVERLAY};
 use instar_vmdk_driver::Vmdk;
 use std::collections::BTreeMap;
 
-/// Device number of the image that is committed.
-pub const OVERLAY: u32 = 0;
-/// Device number of what the backing is backed by, if anything.
-pub const ANCESTOR: u32 = 1;
-/// Between overlay and backing, committed with the overlay.
-pub const MIDDLE: u32 = 2;
 /// Content by device.
 pub type Files = BTreeMap<u32, Vec<u8>>;
 

@@ -1,13 +1,11 @@
-//! qcow2 images: what they are made of, and what the drivers' tests know of them.
+//! What images are made of, and which of them can be compared.
 
-use super::Layout;
-use instar_qcow2_testkit::checker::{check, snapshot_contents, snapshot_sizes, snapshots};
-use instar_qcow2_testkit::pair::is_dirty;
-use instar_qcow2_testkit::{be32, be64};
+use crate::checker::{check, snapshot_sizes, snapshots};
+use crate::damage::OFFSET;
+use crate::pair::is_dirty;
+use crate::{be32, be64};
+use instar_testkit::{ByteOrder, Field, Layout};
 
-pub use instar_qcow2_testkit::checker::content;
-
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// COPIED, compressed, zero, and what is reserved.
 const FLAGS: &[u64] = &[1 << 63, 1 << 62, 1, 1 << 63, 1 << 57, 2, 512, 1 << 56, 1 << 63];
 
@@ -18,7 +16,7 @@ fn table(bytes: &[u8], at: usize, entries: usize) -> Vec<usize> {
 
 /// The fields of a valid image.
 pub fn layout(bytes: &[u8]) -> Layout {
-    let mut layout = Layout { flags: FLAGS, ..Layout::default() };
+    let mut layout = Layout::new(ByteOrder::Big, 1, FLAGS);
     let size = 1usize << be32(bytes, 20);
     let (l1, l1_entries) = (be64(bytes, 40) as usize, be32(bytes, 36) as usize);
     let refcounts = be64(bytes, 48) as usize;
@@ -35,14 +33,8 @@ pub fn layout(bytes: &[u8]) -> Layout {
     let tables = table(bytes, l1, l1_entries);
     for &l2 in tables.iter().take(3) {
         // Where something is, more often than where nothing is.
-        let used = (l2..l2 + size)
-            .step_by(8)
-            .filter(|&at| be64(bytes, at) != 0)
-            .map(|at| super::change::Field { at, width: 8 });
-        let used: Vec<_> = used.collect();
-        if !used.is_empty() {
-            layout.kinds.push(used);
-        }
+        let used = (l2..l2 + size).step_by(8).filter(|&at| be64(bytes, at) != 0);
+        layout.kind(used.map(|at| Field { at, width: 8 }));
         layout.fields(l2, l2 + size.min(1024), 8);
         // The compressed clusters' streams.
         for at in (l2..l2 + size).step_by(8) {
@@ -64,12 +56,12 @@ pub fn layout(bytes: &[u8]) -> Layout {
             layout.places.push(l1);
         }
     }
-    if let Some(extension) = instar_qcow2_testkit::bitmaps::extension(bytes) {
+    if let Some(extension) = crate::bitmaps::extension(bytes) {
         let (at, length) = (be64(bytes, extension + 16) as usize, be64(bytes, extension + 8) as usize);
         layout.fields(at, at + length, 4);
         layout.fields(at, at + length, 1);
         layout.places.push(at as u64);
-        for bitmap in instar_qcow2_testkit::bitmaps::bitmaps(bytes) {
+        for bitmap in crate::bitmaps::bitmaps(bytes) {
             layout.fields(bitmap.table as usize, (bitmap.table + bitmap.entries * 8) as usize, 8);
             layout.places.extend(bitmap.clusters.iter().copied().chain([bitmap.table]));
         }
@@ -98,9 +90,4 @@ pub fn is_sound(bytes: &[u8]) -> bool {
             .errors
             .iter()
             .all(|error| is_dirty(bytes) && (error.contains("refcount") || error.contains("COPIED")))
-}
-
-/// What the snapshots read as where they hold something themselves.
-pub fn of_snapshots(bytes: &[u8]) -> Vec<Vec<u8>> {
-    snapshot_contents(bytes, None)
 }

@@ -1,14 +1,14 @@
-//! vmdk images: what they are made of, and what the drivers' tests know of them.
+//! What images are made of, and which of them can be compared.
 
-use super::Layout;
+use crate::{le32, le64, View, GRAIN};
+use instar_testkit::{ByteOrder, Layout};
 use instar_vmdk_format::Header;
-use instar_vmdk_testkit::{le32, le64, View, GRAIN};
 
 const SECTOR: usize = 512;
 
 /// The fields of a valid image.
 pub fn layout(bytes: &[u8]) -> Layout {
-    let mut layout = Layout { flags: &[1 << 31, 1, 2, 1 << 16], ..Layout::default() };
+    let mut layout = Layout::new(ByteOrder::Little, SECTOR as u64, &[1 << 31, 1, 2, 1 << 16]);
     let header = if le64(bytes, 56) == u64::MAX { bytes.len() - 2 * SECTOR } else { 0 };
     // Numbers of four bytes, of eight, and the descriptor's text.
     for at in [0, header] {
@@ -56,9 +56,4 @@ pub fn is_sound(bytes: &[u8]) -> bool {
     // Everything that it holds can be read.
     view.content(&[]);
     true
-}
-
-/// What an image reads as over what is below it.
-pub fn content(bytes: &[u8], below: &[u8]) -> Vec<u8> {
-    View::new(bytes).content(below)
 }

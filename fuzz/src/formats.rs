@@ -1,0 +1,42 @@
+//! The formats: what is fuzzed with one is fuzzed with all of them.
+
+use instar_plugin_api::{Context, FormatPlugin, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict};
+use instar_testkit::FormatKit;
+use std::fmt;
+
+/// All formats. A line here is all that a further one needs; if it brings chains of its own, they are a target with a corpus.
+pub static FORMATS: [Format; 3] = [
+    Format::of::<instar_plugin_qcow2::Qcow2>(&instar_qcow2_testkit::Kit),
+    Format::of::<instar_plugin_vmdk::Vmdk>(&instar_vmdk_testkit::Kit),
+    Format::of::<instar_plugin_raw::Raw>(&instar_raw_testkit::Kit),
+];
+
+type Ask<T> = fn(&ImageReader<'_>) -> Result<T, PluginError>;
+
+/// A format: the host half of its plugin, and its testkit, which has the guest half.
+pub struct Format {
+    /// What the plugin calls it.
+    pub name: &'static str,
+    /// Images, checker and driver.
+    pub kit: &'static dyn FormatKit,
+    /// [`FormatPlugin::probe`].
+    pub probe: Ask<u32>,
+    /// [`FormatPlugin::files`].
+    pub files: Ask<Vec<ImageFile>>,
+    /// [`FormatPlugin::facts`].
+    pub facts: Ask<ImageFacts>,
+    /// [`FormatPlugin::verdict`].
+    pub verdict: fn(Role, &ImageFacts, &Context<'_'>) -> Verdict,
+}
+
+impl Format {
+    const fn of<P: FormatPlugin>(kit: &'static dyn FormatKit) -> Self {
+        Self { name: P::NAME, kit, probe: P::probe, files: P::files, facts: P::facts, verdict: P::verdict }
+    }
+}
+
+impl fmt::Debug for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}

@@ -1,0 +1,64 @@
+//! The format, as tests know it that know no format.
+
+use crate::{chains, checker, layout, pair, salvage};
+use instar_guest_sdk::abi::DeviceConfig;
+use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_qcow2_driver::Qcow2;
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, Layout, Parts};
+
+/// qcow2.
+pub struct Kit;
+
+impl FormatKit for Kit {
+    fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
+        source_of::<Qcow2>(io, device)
+    }
+
+    fn open_sink(&self, io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Box<dyn Sink>> {
+        sink_of::<Qcow2>(io, device, has_backing)
+    }
+
+    fn layout(&self, bytes: &[u8]) -> Layout {
+        layout::layout(bytes)
+    }
+
+    fn is_sound(&self, bytes: &[u8]) -> bool {
+        layout::is_sound(bytes)
+    }
+
+    fn salvage(&self, bytes: &[u8]) -> Option<Disk> {
+        salvage::salvage(bytes)
+    }
+
+    fn content(&self, bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
+        checker::content(bytes, below)
+    }
+
+    fn snapshots(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
+        checker::snapshot_contents(bytes, None)
+    }
+
+    fn salvage_snapshots(&self, bytes: &[u8]) -> Vec<Option<Disk>> {
+        salvage::salvage_snapshots(bytes)
+    }
+
+    fn is_dirty(&self, bytes: &[u8]) -> bool {
+        pair::is_dirty(bytes)
+    }
+
+    fn checks_everything(&self) -> bool {
+        true
+    }
+
+    fn can_grow(&self) -> bool {
+        true
+    }
+
+    fn chains(&self) -> Vec<Chain> {
+        chains::chains()
+    }
+
+    fn parts(&self, size: usize) -> Parts {
+        chains::parts(size)
+    }
+}

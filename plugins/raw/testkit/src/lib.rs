@@ -1,0 +1,55 @@
+//! Raw images in memory, for tests: the file is the disk.
+
+use instar_guest_abi::DeviceConfig;
+use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_raw_driver::Raw;
+use instar_testkit::{sink_of, source_of, ByteOrder, Disk, FormatKit, Layout, Parts, SECTOR};
+
+/// raw.
+pub struct Kit;
+
+impl FormatKit for Kit {
+    fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
+        source_of::<Raw>(io, device)
+    }
+
+    fn open_sink(&self, io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Box<dyn Sink>> {
+        sink_of::<Raw>(io, device, has_backing)
+    }
+
+    fn layout(&self, _: &[u8]) -> Layout {
+        Layout::new(ByteOrder::Little, 1, &[])
+    }
+
+    fn is_sound(&self, _: &[u8]) -> bool {
+        true
+    }
+
+    /// The last sector of a disk is a whole one.
+    fn content(&self, bytes: &[u8], _: Option<&[u8]>) -> Vec<u8> {
+        let mut disk = bytes.to_vec();
+        disk.resize(disk.len().next_multiple_of(SECTOR), 0);
+        disk
+    }
+
+    fn salvage(&self, bytes: &[u8]) -> Option<Disk> {
+        let mut disk = Disk::new((bytes.len() as u64).next_multiple_of(SECTOR as u64))?;
+        disk.hold(0, disk.length, bytes);
+        Some(disk)
+    }
+
+    fn has_metadata(&self) -> bool {
+        false
+    }
+
+    fn can_grow(&self) -> bool {
+        true
+    }
+
+    /// Backings as long as the disk, and shorter ones.
+    fn parts(&self, size: usize) -> Parts {
+        let raw = |length: usize| (0..length).map(|at| (at / 300).to_le_bytes()[0] | 1).collect::<Vec<u8>>();
+        let backings = vec![raw(size), raw(size.saturating_sub(700)), raw(size / 2)];
+        Parts { backings, ..Parts::default() }
+    }
+}

@@ -1,0 +1,50 @@
+//! Valid chains of every kind, for those who commit and damage them.
+
+use crate::{build, Spec, State, GRAIN};
+use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_testkit::{Chain, Parts, ANCESTOR, MIDDLE, OVERLAY};
+
+/// vmdk into vmdk.
+pub fn chains() -> Vec<Chain> {
+    let size = 600 * GRAIN;
+    let data = |grains: &[usize], seed| grains.iter().map(|&g| (g, State::Data(seed))).collect::<Vec<_>>();
+    let top = Spec::new(size, 7, 5).with(data(&[0, 1, 5, 513, 599], 0x21)).with([(7, State::Zero)]);
+    let base = Spec::new(size, 5, 4).with(data(&[0, 3, 40], 0x43)).with([(2, State::Zero)]);
+    let root = Spec::new(size, 4, u32::MAX).with(data(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 513], 0x66));
+    let streamed = Spec { compressed: true, redundant: false, ..top.clone() };
+    let pairs = [
+        (top.clone(), base.clone()),
+        (top, Spec { lazy_tables: true, ..base.clone() }),
+        (streamed.clone(), Spec { redundant: false, zeroed: false, grains: vec![], ..base.clone() }),
+        (Spec { footer: true, ..streamed }, base),
+    ];
+    let chain = |(top, base): &(Spec, Spec)| {
+        vec![(OVERLAY, build(top)), (DEVICE_OUTPUT, build(base)), (ANCESTOR, build(&root))]
+    };
+    let mut chains: Vec<Chain> = pairs.iter().map(chain).collect();
+    // Two layers at once: the lower one's record of its parent follows.
+    let (top, base) = &pairs[0];
+    let top = Spec { parent: 6, ..top.clone() };
+    let middle = Spec::new(size, 6, 5).with(data(&[1, 2, 6, 599], 0x31));
+    chains.push(vec![
+        (OVERLAY, build(&top)),
+        (MIDDLE, build(&middle)),
+        (DEVICE_OUTPUT, build(base)),
+        (ANCESTOR, build(&root)),
+    ]);
+    chains
+}
+
+/// Backings with all of their tables and without, and with one copy of them and two; a layer above each of them.
+pub fn parts(size: usize) -> Parts {
+    let backing = |lazy_tables, redundant| {
+        let spec = Spec { lazy_tables, redundant, ..Spec::new(size, 5, u32::MAX) };
+        build(&spec.with([(0, State::Data(0x43)), (21, State::Zero)]))
+    };
+    let middle = Spec::new(size, 6, 5).with([(1, State::Data(0x31)), (2, State::Zero)]);
+    Parts {
+        overlays: Vec::new(),
+        middle: Some(build(&middle)),
+        backings: vec![backing(false, true), backing(true, true), backing(true, false)],
+    }
+}

@@ -1,0 +1,48 @@
+//! The format, as tests know it that know no format.
+
+use crate::{chains, layout, salvage, View};
+use instar_guest_sdk::abi::DeviceConfig;
+use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, Layout, Parts};
+use instar_vmdk_driver::Vmdk;
+
+/// vmdk.
+pub struct Kit;
+
+impl FormatKit for Kit {
+    fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
+        source_of::<Vmdk>(io, device)
+    }
+
+    fn open_sink(&self, io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Box<dyn Sink>> {
+        sink_of::<Vmdk>(io, device, has_backing)
+    }
+
+    fn layout(&self, bytes: &[u8]) -> Layout {
+        layout::layout(bytes)
+    }
+
+    fn is_sound(&self, bytes: &[u8]) -> bool {
+        layout::is_sound(bytes)
+    }
+
+    fn salvage(&self, bytes: &[u8]) -> Option<Disk> {
+        salvage::salvage(bytes)
+    }
+
+    fn content(&self, bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
+        View::new(bytes).content(below.unwrap_or_default())
+    }
+
+    fn records_parent(&self) -> bool {
+        true
+    }
+
+    fn chains(&self) -> Vec<Chain> {
+        chains::chains()
+    }
+
+    fn parts(&self, size: usize) -> Parts {
+        chains::parts(size)
+    }
+}
