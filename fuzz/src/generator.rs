@@ -1,30 +1,6 @@
 //! Makes inputs: seeds with bits flipped, numbers replaced by interesting ones, pieces moved, cut off and spliced.
 
-/// A small generator of random numbers, the same for the same seed everywhere.
-#[derive(Clone, Debug)]
-pub struct Random(u64);
-
-impl Random {
-    /// A generator with this seed.
-    #[must_use]
-    pub fn new(seed: u64) -> Self {
-        Self(seed ^ 0x9e37_79b9_7f4a_7c15)
-    }
-
-    /// The next number (splitmix64).
-    pub fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `end`, which is not 0.
-    pub fn below(&mut self, end: usize) -> usize {
-        (self.number() % end as u64) as usize
-    }
-}
+use instar_guest_sdk::random::Random;
 
 /// Numbers at which arithmetic and bounds break.
 const INTERESTING: [u64; 14] = [
@@ -46,18 +22,18 @@ const INTERESTING: [u64; 14] = [
 
 /// A number, interesting or not.
 pub fn value(random: &mut Random) -> u64 {
-    match random.below(4) {
-        0 => random.number(),
-        1 => random.number() >> random.below(64),
-        2 => (random.below(64) as u64) << random.below(22),
-        _ => INTERESTING[random.below(INTERESTING.len())].wrapping_add(random.below(3) as u64).wrapping_sub(1),
+    match random.index(4) {
+        0 => random.next_u64(),
+        1 => random.next_u64() >> random.index(64),
+        2 => (random.index(64) as u64) << random.index(22),
+        _ => INTERESTING[random.index(INTERESTING.len())].wrapping_add(random.index(3) as u64).wrapping_sub(1),
     }
 }
 
 /// An input made from the seeds.
 pub fn input(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
-    let mut bytes = seeds[random.below(seeds.len())].clone();
-    for _ in 0..=random.below(8) {
+    let mut bytes = random.pick(seeds).clone();
+    for _ in 0..=random.index(8) {
         mutate(&mut bytes, seeds, random);
     }
     bytes
@@ -65,16 +41,16 @@ pub fn input(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
 
 fn mutate(bytes: &mut Vec<u8>, seeds: &[Vec<u8>], random: &mut Random) {
     if bytes.is_empty() {
-        bytes.push(random.number() as u8);
+        bytes.push(random.byte());
         return;
     }
-    let at = random.below(bytes.len());
-    match random.below(8) {
-        0 => bytes[at] ^= 1 << random.below(8),
-        1 => bytes[at] = random.number() as u8,
+    let at = random.index(bytes.len());
+    match random.index(8) {
+        0 => bytes[at] ^= 1 << random.index(8),
+        1 => bytes[at] = random.byte(),
         // Fields are aligned, mostly.
         2..=4 => {
-            let width = [2, 4, 8][random.below(3)];
+            let width = [2, 4, 8][random.index(3)];
             let at = at / width * width;
             let raw = value(random).to_be_bytes();
             for (place, byte) in bytes[at..].iter_mut().zip(&raw[8 - width..]) {
@@ -83,14 +59,14 @@ fn mutate(bytes: &mut Vec<u8>, seeds: &[Vec<u8>], random: &mut Random) {
         }
         5 => bytes.truncate(at),
         6 => {
-            let other = &seeds[random.below(seeds.len())];
-            let from = random.below(other.len().max(1));
+            let other = random.pick(seeds);
+            let from = random.index(other.len().max(1));
             bytes.truncate(at);
             bytes.extend(other.get(from..).unwrap_or_default());
         }
         _ => {
-            let length = random.below((bytes.len() - at).min(64)) + 1;
-            let to = random.below(bytes.len() - length + 1);
+            let length = random.index((bytes.len() - at).min(64)) + 1;
+            let to = random.index(bytes.len() - length + 1);
             bytes.copy_within(at..at + length, to);
         }
     }

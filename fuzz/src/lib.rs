@@ -14,6 +14,8 @@ pub mod operations;
 pub mod parsers;
 pub mod vmdk;
 
+use instar_guest_sdk::random::Random;
+
 /// A function of bytes that panics on a finding.
 pub type Run = dyn Fn(&[u8]) + Send + Sync;
 
@@ -33,9 +35,9 @@ pub struct Target {
 
 /// Seeds of the operations: one for each of their images, with and without a change.
 fn operation_seeds() -> Vec<Vec<u8>> {
-    let mut random = generator::Random::new(5);
+    let mut random = Random::seeded(5);
     let mut record = |images: u8| {
-        let mut bytes: Vec<u8> = (0..operations::CHANGE).map(|_| random.number() as u8).collect();
+        let mut bytes: Vec<u8> = (0..operations::CHANGE).map(|_| random.byte()).collect();
         bytes[0] = images;
         // Few changes cut the file.
         bytes[7] &= 0x7f;

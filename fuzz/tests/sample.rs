@@ -1,8 +1,9 @@
 //! Each target over the corpus in the repository, and over a sample with a fixed seed.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-use instar_fuzz::generator::{input, Random};
+use instar_fuzz::generator::input;
 use instar_fuzz::{corpus, targets};
+use instar_guest_sdk::random::Random;
 
 #[test]
 fn the_corpus_has_no_finding() {
@@ -20,7 +21,7 @@ fn the_corpus_has_no_finding() {
 #[test]
 fn a_sample_has_no_finding() {
     for target in targets() {
-        let (seeds, mut random) = ((target.seeds)(), Random::new(2026));
+        let (seeds, mut random) = ((target.seeds)(), Random::seeded(2026));
         assert!(!seeds.is_empty());
         let count = if target.record > 1 || target.name == "messages" { 1500 } else { 10_000 };
         for _ in 0..count {

@@ -6,6 +6,7 @@
 //! [`MemoryDevices`]: crate::memory::MemoryDevices
 
 use crate::memory::Change;
+use crate::random::Random;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
@@ -30,11 +31,8 @@ impl Crashes {
     /// Hand every state to `verify`, once; returns how many different ones there were. `before` is what the devices held
     /// before the first change of `log`.
     pub fn each(self, before: &Files, log: &[Change], verify: &mut dyn FnMut(Files)) -> usize {
-        let mut random = self.seed;
-        let mut coin = move || {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            random >> 63 != 0
-        };
+        let mut random = Random::seeded(self.seed);
+        let mut coin = move || random.coin();
         // The same state is left in many ways: by any subset of changes that were flushed since, for one.
         let mut seen = BTreeSet::new();
         for end in 0..=log.len() {

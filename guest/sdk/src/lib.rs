@@ -21,6 +21,8 @@ mod io;
 #[cfg(feature = "memory")]
 pub mod memory;
 mod message;
+#[cfg(feature = "memory")]
+pub mod random;
 pub mod runtime;
 mod traits;
 

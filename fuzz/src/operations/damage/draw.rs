@@ -4,8 +4,8 @@ use super::super::beds::Pairs;
 use super::super::change::{one, CHANGE};
 use super::super::commit::{admitted, guest, hold};
 use super::super::{Bed, Files, ANCESTOR};
-use crate::generator::Random;
 use instar_guest_abi::DEVICE_OUTPUT;
+use instar_guest_sdk::random::Random;
 use instar_testkit::Field;
 
 /// A pair, and what was done to it.
@@ -22,15 +22,16 @@ pub struct Drawn {
 
 /// The pair with this number.
 pub fn draw(seed: u64, number: u64) -> Drawn {
-    let mut random = Random::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd134_2543_de82_ef95));
-    let pairs = &Pairs::all()[random.below(Pairs::all().len())];
-    let bed = pairs.choose(&[random.below(256) as u8]).expect("there are images");
-    let mut drawn = Drawn { bed, files: bed.files.clone(), holes: random.below(2) == 0, story: format!("{pairs:?}") };
-    if random.below(8) == 0 {
+    let mut random =
+        Random::seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd134_2543_de82_ef95));
+    let pairs = random.pick(Pairs::all());
+    let bed = pairs.choose(&[random.byte()]).expect("there are images");
+    let mut drawn = Drawn { bed, files: bed.files.clone(), holes: random.coin(), story: format!("{pairs:?}") };
+    if random.index(8) == 0 {
         restore(&mut drawn, &mut random);
     }
-    for _ in 0..=random.below(3) {
-        match random.below(8) {
+    for _ in 0..=random.index(3) {
+        match random.index(8) {
             0 | 1 => contradict(&mut drawn, &mut random),
             2 => hollow(&mut drawn, &mut random),
             _ => word(&mut drawn, &mut random),
@@ -42,7 +43,7 @@ pub fn draw(seed: u64, number: u64) -> Drawn {
 /// One of the files that are to be damaged: those that are only read below the backing are not.
 fn device(drawn: &Drawn, random: &mut Random) -> u32 {
     let devices: Vec<u32> = drawn.files.keys().copied().filter(|&device| device != ANCESTOR).collect();
-    devices[random.below(devices.len())]
+    *random.pick(&devices)
 }
 
 /// A commit was interrupted, and the backing comes from a backup.
@@ -57,7 +58,7 @@ fn restore(drawn: &mut Drawn, random: &mut Random) {
         io.devices
     };
     let all = run(None).executed();
-    let at = random.below(all.max(1));
+    let at = random.index(all.max(1));
     let stopped = run(Some(at));
     drawn.files = stopped.files;
     drawn.files.insert(DEVICE_OUTPUT, bed.files[&DEVICE_OUTPUT].clone());
@@ -67,7 +68,7 @@ fn restore(drawn: &mut Drawn, random: &mut Random) {
 /// One word becomes something else.
 fn word(drawn: &mut Drawn, random: &mut Random) {
     let device = device(drawn, random);
-    let mut change: Vec<u8> = (0..CHANGE).map(|_| random.number() as u8).collect();
+    let mut change: Vec<u8> = (0..CHANGE).map(|_| random.byte()).collect();
     // The files keep their lengths.
     change[7] = 0;
     let layout = &drawn.bed.layouts[&device];
@@ -88,8 +89,8 @@ fn contradict(drawn: &mut Drawn, random: &mut Random) {
         if kinds.is_empty() {
             return;
         }
-        let kind = &kinds[random.below(kinds.len())];
-        let (from, to) = (kind[random.below(kind.len())], kind[random.below(kind.len())]);
+        let kind = random.pick(kinds);
+        let (from, to) = (*random.pick(kind), *random.pick(kind));
         let Some(entry) = value(bytes, &from).filter(|entry| entry.iter().any(|&byte| byte != 0)) else { continue };
         if value(bytes, &to).is_some_and(|old| old != entry) && from.width == to.width {
             bytes[to.at..to.at + to.width].copy_from_slice(&entry);
@@ -106,8 +107,8 @@ fn hollow(drawn: &mut Drawn, random: &mut Random) {
     if layout.places.is_empty() {
         return;
     }
-    let at = layout.places[random.below(layout.places.len())].saturating_mul(layout.unit);
-    let length = [512, 2048, 4096, 65536][random.below(4)];
+    let at = random.pick(&layout.places).saturating_mul(layout.unit);
+    let length = *random.pick(&[512, 2048, 4096, 65536]);
     let Some(bytes) = drawn.files.get_mut(&device) else { return };
     let start = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
     let end = start.saturating_add(length).min(bytes.len());

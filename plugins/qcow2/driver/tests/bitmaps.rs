@@ -4,6 +4,7 @@
 use instar_guest_commit::{Options, Step};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
+use instar_guest_sdk::random::Random;
 use instar_qcow2_testkit::bitmaps::{bitmaps, extension, BitmapSpec, Bits, AUTO, IN_USE};
 use instar_qcow2_testkit::builder::{build, Spec, State};
 use instar_qcow2_testkit::pair::{commit_and_verify, data, verify_crashes, Pair};
@@ -389,16 +390,12 @@ fn random_damage_is_refused_or_harmless() {
         places.extend(bitmap.at..bitmap.at + bitmap.length);
         places.extend(bitmap.table as usize..bitmap.table as usize + 16);
     }
-    let mut random = 0x9e37_79b9_7f4a_7c15u64;
-    let mut next = |below: usize| {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (random >> 33) as usize % below
-    };
+    let mut random = Random::seeded(1);
     let (mut refused, mut done) = (0, 0);
     for _ in 0..4_000 {
         let mut bytes = good.clone();
-        for _ in 0..=next(3) {
-            bytes[places[next(places.len())]] = [0, 1, 0x10, 0x7f, 0x80, 0xff][next(6)];
+        for _ in 0..=random.below(3) {
+            bytes[*random.pick(&places)] = *random.pick(&[0, 1, 0x10, 0x7f, 0x80, 0xff]);
         }
         // That nothing changes when it is refused is verified there.
         match outcome(bytes) {

@@ -4,6 +4,7 @@
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::Change;
+use instar_guest_sdk::random::Random;
 use instar_qcow2_testkit::builder::{build, Spec, State};
 use instar_qcow2_testkit::pair::{
     clean, commit_and_verify, data, expected, unknown_autoclear, verify_crashes, verify_state, Pair,
@@ -78,11 +79,7 @@ fn verify_crashes_before_flushes(pair: &Pair) {
     let mut io = pair.io();
     run_commit(&mut io, Options::default()).unwrap();
     let log = io.log;
-    let mut random = 0x9e37_79b9_7f4a_7c15u64;
-    let mut next = || {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        random >> 33
-    };
+    let mut random = Random::seeded(1);
     for end in (0..log.len()).filter(|&i| matches!(log[i], Change::Flush { .. })) {
         let device = log[end].device();
         let durable = log[..end].iter().rposition(|change| *change == Change::Flush { device }).map_or(0, |i| i + 1);
@@ -95,7 +92,7 @@ fn verify_crashes_before_flushes(pair: &Pair) {
             subsets.push(unflushed.iter().copied().filter(|&i| i != chosen).collect());
         }
         for _ in 0..12 {
-            subsets.push(unflushed.iter().copied().filter(|_| next() % 2 == 0).collect());
+            subsets.push(unflushed.iter().copied().filter(|_| random.coin()).collect());
         }
         let mut base = pair.io().files;
         for (i, change) in log[..end].iter().enumerate() {

@@ -4,11 +4,10 @@
 use instar_guest_commit::{Options, Step};
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
+use instar_guest_sdk::random::Random;
 use instar_qcow2_testkit::builder::{build, Spec, State};
 use instar_qcow2_testkit::checker::{check, snapshot_contents, Report, View};
-use instar_qcow2_testkit::damage::{
-    add_bitmap, drop_blocks, flip, put64, set_dirty, set_refcount, spoil, Random, OFFSET,
-};
+use instar_qcow2_testkit::damage::{add_bitmap, drop_blocks, flip, put64, set_dirty, set_refcount, spoil, OFFSET};
 use instar_qcow2_testkit::pair::{data, expected, is_dirty, verify_crashes, verify_state, views, Pair};
 use instar_qcow2_testkit::{be32, be64, run_commit, OVERLAY};
 
@@ -136,7 +135,7 @@ fn little_memory_takes_many_passes() {
         for bytes in [&mut pair.overlay, &mut pair.backing] {
             [0, 100, 255, 256, 5_000, 11_111].into_iter().for_each(|cluster| set_refcount(bytes, cluster, 9));
             let table = be64(bytes, be64(bytes, 40) as usize) & OFFSET;
-            let mut random = Random(6);
+            let mut random = Random::seeded(6);
             (0..64).for_each(|i| flip(bytes, table + i * 8, &mut random));
             drop_blocks(bytes, &[7]);
         }
@@ -231,7 +230,7 @@ fn bitmaps_of_the_overlay_keep_their_clusters() {
 
 #[test]
 fn whatever_the_metadata_says_it_is_repaired_or_refused() {
-    let mut random = Random(77);
+    let mut random = Random::seeded(77);
     let (overlay, backing) = specs(9, 4, 1, true);
     let mut whole = Pair::new(&Spec { leaks: 3, ..overlay }, &Spec { leaks: 3, ..backing });
     add_bitmap(&mut whole.overlay, 6);

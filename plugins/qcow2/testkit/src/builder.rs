@@ -1,6 +1,7 @@
 //! Builds qcow2 images byte by byte from the specification.
 
 use super::bitmaps::{BitmapSpec, Bits};
+use instar_guest_sdk::random::Random;
 use std::collections::BTreeMap;
 
 /// What a guest cluster holds.
@@ -98,10 +99,9 @@ pub fn pattern(seed: u8, guest_cluster: u64, size: usize) -> Vec<u8> {
 /// The content of a compressed cluster: an eighth of noise for each 32 that the seed is large, then a pattern.
 pub fn mixed(seed: u8, guest_cluster: u64, size: usize) -> Vec<u8> {
     let mut bytes = pattern(seed, guest_cluster, size);
-    let mut random = guest_cluster.wrapping_mul(2_654_435_761) ^ u64::from(seed);
+    let mut random = Random::seeded(guest_cluster.wrapping_mul(2_654_435_761) ^ u64::from(seed));
     for byte in &mut bytes[..size / 8 * usize::from(seed / 32)] {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *byte = (random >> 56) as u8;
+        *byte = random.byte();
     }
     bytes
 }

@@ -2,20 +2,10 @@
 
 use super::checker::View;
 use super::{be32, be64};
+use instar_guest_sdk::random::Random;
 
 /// The bits of an L1 or L2 entry that hold a byte offset.
 pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-
-/// Random numbers, the same for the same seed.
-pub struct Random(pub u64);
-
-impl Random {
-    /// A number below `end`, which is not 0.
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % end
-    }
-}
 
 /// Write a big-endian number of 64 bits at byte `at`.
 pub fn put64(bytes: &mut [u8], at: u64, value: u64) {
@@ -46,7 +36,7 @@ pub fn set_refcount(bytes: &mut [u8], cluster: u64, value: u64) {
 
 /// Set the dirty bit, then anything for refcounts and COPIED flags: what is described may have any refcount.
 pub fn spoil(bytes: &mut [u8], seed: u64) {
-    let mut random = Random(seed);
+    let mut random = Random::seeded(seed);
     set_dirty(bytes);
     let (size, order) = (1u64 << be32(bytes, 20), View::new(bytes).refcount_order());
     let per_block = (size * 8) >> order;
@@ -57,7 +47,7 @@ pub fn spoil(bytes: &mut [u8], seed: u64) {
             continue;
         }
         for cluster in index * per_block..((index + 1) * per_block).min(index * per_block + 4096) {
-            let value = [0, 0, 1, 2, 3, largest][random.below(6) as usize].min(largest);
+            let value = *random.pick(&[0, 0, 1, 2, 3, largest]).min(&largest);
             set_refcount(bytes, cluster, value);
         }
     }
