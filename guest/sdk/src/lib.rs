@@ -21,6 +21,7 @@ mod io;
 #[cfg(feature = "memory")]
 pub mod memory;
 mod message;
+mod ordered;
 #[cfg(feature = "memory")]
 pub mod random;
 pub mod runtime;
@@ -33,4 +34,5 @@ pub use instar_guest_abi as abi;
 pub use io::{BlockIo, IoFailure};
 #[doc(hidden)]
 pub use message::log_line;
+pub use ordered::OrderedWriter;
 pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};

@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 use instar_guest_sdk::abi::{
     device_flags, DeviceConfig, ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary, Request,
 };
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow, Sink};
 
 /// Requests that are submitted at once.
 const BATCH: usize = 4096;
@@ -18,14 +18,13 @@ const BATCH: usize = 4096;
 /// A raw image that data goes into.
 #[derive(Debug)]
 pub struct RawSink {
-    device: u32,
+    out: OrderedWriter,
     virtual_size: u64,
     file_length: u64,
     max_length: u64,
     fixed_length: bool,
     /// The length in bytes that the file gets before anything is written.
     set_length: Option<u64>,
-    unflushed: bool,
 }
 
 impl RawSink {
@@ -36,18 +35,17 @@ impl RawSink {
     pub fn open(device: &DeviceConfig) -> DriverResult<Self> {
         verified(device)?;
         Ok(Self {
-            device: device.device,
+            out: OrderedWriter::new(device.device),
             virtual_size: device.virtual_size,
             file_length: device.file_length,
             max_length: device.max_length,
             fixed_length: device.flags & device_flags::FIXED_LENGTH != 0,
             set_length: None,
-            unflushed: false,
         })
     }
 
     fn refused(&self, text: impl Into<alloc::string::String>) -> DriverError {
-        DriverError::new(ErrorCode::UnsupportedFormat, text.into()).at(self.device, self.file_length)
+        DriverError::new(ErrorCode::UnsupportedFormat, text.into()).at(self.out.device(), self.file_length)
     }
 
     /// The end in bytes of an extent, which lies within the disk.
@@ -55,16 +53,15 @@ impl RawSink {
         let end = extent.guest_offset.checked_add(extent.length).filter(|&end| end <= self.virtual_size);
         end.ok_or_else(|| {
             let text = format!("data at guest offset {} lies past the end of the backing", extent.guest_offset);
-            DriverError::new(ErrorCode::BackingTooSmall, text).at(self.device, self.file_length)
+            DriverError::new(ErrorCode::BackingTooSmall, text).at(self.out.device(), self.file_length)
         })
     }
 
     /// Make the file as long as it has to be.
     fn lengthen(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if let Some(length) = self.set_length.take() {
-            io.run(&mut [Request::set_length(self.device, length)])?;
+            self.out.set_length(io, length)?;
             self.file_length = length;
-            self.unflushed = true;
         }
         Ok(())
     }
@@ -119,26 +116,21 @@ impl Sink for RawSink {
                 self.end(extent)?;
                 let Extent { guest_offset: at, length, location, device, .. } = *extent;
                 requests.push(match ExtentKind::from_u32(extent.kind) {
-                    Some(ExtentKind::Data) => Request::copy(device, location, self.device, at, length),
-                    Some(ExtentKind::Memory) => Request::write(self.device, at, location, length),
-                    Some(ExtentKind::Zero) => Request::zero(self.device, at, length),
+                    Some(ExtentKind::Data) => Request::copy(device, location, self.out.device(), at, length),
+                    Some(ExtentKind::Memory) => Request::write(self.out.device(), at, location, length),
+                    Some(ExtentKind::Zero) => Request::zero(self.out.device(), at, length),
                     Some(ExtentKind::Encoded) | None => {
                         let text = format!("an extent of kind {} cannot be written", extent.kind);
-                        return Err(DriverError::new(ErrorCode::InternalOverflow, text).at(self.device, at));
+                        return Err(DriverError::new(ErrorCode::InternalOverflow, text).at(self.out.device(), at));
                     }
                 });
             }
-            self.unflushed |= !requests.is_empty();
-            io.run(&mut requests)?;
+            self.out.run(io, &mut requests)?;
         }
         Ok(())
     }
 
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        if self.unflushed {
-            io.flush(self.device)?;
-            self.unflushed = false;
-        }
-        Ok(())
+        self.out.barrier(io)
     }
 }

@@ -10,7 +10,7 @@ use crate::sparse_sink::{data_request, SparseSink};
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ImageId, ImageInfo, PlanSummary, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow, Sink};
 use instar_vmdk_format::next_content_id;
 
 /// Bytes of the heap that writing takes at most: tables in both copies and as bytes, what is filled up from below.
@@ -25,7 +25,7 @@ pub struct VmdkSink {
     /// The new content ID is written.
     identified: bool,
     /// Devices of flat extents that were written to since the last flush.
-    unflushed: Vec<u32>,
+    flats: Vec<OrderedWriter>,
 }
 
 /// What shows from below an extent that begins at guest byte `start`, by its own offsets.
@@ -55,7 +55,7 @@ impl VmdkSink {
         let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, &file, has_backing))?;
         let id = &descriptor.text.content_id;
         descriptor.can_replace(id, next_content_id(id.value))?;
-        Ok(Self { info, descriptor, parts, identified: false, unflushed: Vec::new() })
+        Ok(Self { info, descriptor, parts, identified: false, flats: Vec::new() })
     }
 
     /// Extents cut at the borders of the parts, with the index of the part that each run of them falls into, by the part's
@@ -101,10 +101,13 @@ impl VmdkSink {
     fn write_flat(&mut self, io: &mut dyn BlockIo, flat: Flat, extents: &[Extent]) -> DriverResult<()> {
         let request = |extent: &Extent| data_request(flat.device, extent, flat.offset + extent.guest_offset);
         let mut requests = extents.iter().map(request).collect::<DriverResult<Vec<Request>>>()?;
-        if !self.unflushed.contains(&flat.device) {
-            self.unflushed.push(flat.device);
+        if let Some(out) = self.flats.iter_mut().find(|out| out.device() == flat.device) {
+            return out.run(io, &mut requests);
         }
-        io.run(&mut requests)
+        let mut out = OrderedWriter::new(flat.device);
+        let result = out.run(io, &mut requests);
+        self.flats.push(out);
+        result
     }
 }
 
@@ -172,6 +175,6 @@ impl Sink for VmdkSink {
                 sparse.finish(io)?;
             }
         }
-        self.unflushed.drain(..).try_for_each(|device| io.flush(device))
+        self.flats.drain(..).try_for_each(|mut out| out.barrier(io))
     }
 }

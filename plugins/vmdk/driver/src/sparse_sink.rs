@@ -19,7 +19,7 @@ use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{device_flags, ErrorCode, Extent, ExtentKind, FileDevice, PlanSummary, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow};
 use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
 
 /// Requests that are collected before they are submitted.
@@ -56,7 +56,7 @@ pub struct SparseSink {
     /// Where the next grain goes, a multiple of its size.
     next_free: u64,
     planned: Planned,
-    unflushed: bool,
+    out: OrderedWriter,
 }
 
 /// Requests that were not submitted yet, and the bytes that they write.
@@ -90,10 +90,8 @@ impl Pending {
         self.requests.len() >= BATCH || self.bytes >= FILL_BYTES
     }
 
-    fn submit(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        if !self.requests.is_empty() {
-            io.run(&mut self.requests)?;
-        }
+    fn submit(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter) -> DriverResult<()> {
+        out.run(io, &mut self.requests)?;
         *self = Self::default();
         Ok(())
     }
@@ -109,7 +107,8 @@ impl SparseSink {
         let next_free = next_free.ok_or_else(|| overflow("the length of the file"))?;
         let FileDevice { max_length, flags, .. } = *file;
         let fixed = flags & device_flags::FIXED_LENGTH != 0;
-        Ok(Self { image, max_length, fixed, has_backing, next_free, planned: Planned::default(), unflushed: false })
+        let (out, planned) = (OrderedWriter::new(image.device), Planned::default());
+        Ok(Self { image, max_length, fixed, has_backing, next_free, planned, out })
     }
 
     fn verify(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
@@ -165,17 +164,19 @@ impl SparseSink {
             for part in grains(&self.image, piece)? {
                 self.write_part(io, table, part, below, &mut pending, &mut freed)?;
                 if pending.is_full() {
-                    pending.submit(io)?;
+                    pending.submit(io, &mut self.out)?;
                 }
             }
         }
-        pending.submit(io)?;
-        self.unflushed = true;
+        pending.submit(io, &mut self.out)?;
+        // Whether or not the group has changed anything.
+        self.out.written();
         self.lengthen(io)?;
         self.write_tables(io, &mut tables)?;
         let size = self.image.header.grain_bytes();
         let discard = |&offset: &u64| Request::discard(self.image.device, offset, size);
-        freed.chunks(BATCH).try_for_each(|some| io.run(&mut some.iter().map(discard).collect::<Vec<_>>()))
+        let mut run = |some: &[u64]| self.out.run(io, &mut some.iter().map(discard).collect::<Vec<_>>());
+        freed.chunks(BATCH).try_for_each(&mut run)
     }
 
     /// Have the file reach to the end of its last grain or table.
@@ -183,7 +184,7 @@ impl SparseSink {
         // Where it does already, nothing was allocated.
         let begin = self.image.file_length.checked_next_multiple_of(self.image.header.grain_bytes());
         if begin.is_none_or(|begin| self.next_free > begin) {
-            io.run(&mut [Request::set_length(self.image.device, self.next_free)])?;
+            self.out.set_length(io, self.next_free)?;
             self.image.file_length = self.next_free;
         }
         Ok(())
@@ -253,7 +254,7 @@ impl SparseSink {
                 pending.buffers.push(buffer);
             }
             if pending.is_full() {
-                pending.submit(io)?;
+                pending.submit(io, &mut self.out)?;
             }
             at += length;
         }
@@ -291,7 +292,7 @@ impl SparseSink {
             }
             buffers.push(bytes);
         }
-        io.run(&mut requests)?;
+        self.out.run(io, &mut requests)?;
         drop(buffers);
         let size = self.image.header.grain_bytes();
         self.next_free =
@@ -300,7 +301,7 @@ impl SparseSink {
             return Ok(());
         }
         self.lengthen(io)?;
-        io.flush(device)?;
+        self.out.barrier(io)?;
         let header = &self.image.header;
         let places = [
             (header.directory, Some(&self.image.directory)),
@@ -310,7 +311,7 @@ impl SparseSink {
             let (Some((first, last)), Some(directory)) = (named, directory) else { continue };
             let entries = directory.get(first..=last).unwrap_or_default();
             let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-            io.write(device, sector * SECTOR + first as u64 * 4, &bytes)?;
+            self.out.write(io, sector * SECTOR + first as u64 * 4, &bytes)?;
         }
         Ok(())
     }
@@ -378,10 +379,6 @@ impl SparseSink {
 
     /// See [`Sink::finish`](instar_guest_sdk::Sink::finish).
     pub fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        if self.unflushed {
-            io.flush(self.image.device)?;
-            self.unflushed = false;
-        }
-        Ok(())
+        self.out.barrier(io)
     }
 }
