@@ -26,7 +26,7 @@ pub struct Format {
     /// [`FormatPlugin::facts`].
     pub facts: Ask<ImageFacts>,
     /// [`FormatPlugin::verdict`].
-    pub verdict: fn(Role, &ImageFacts, &Context<'_'>) -> Verdict,
+    pub verdict: fn(Role, &ImageFacts, &Context) -> Verdict,
 }
 
 impl Format {
