@@ -65,6 +65,7 @@
 
 mod context;
 mod export;
+mod footprint;
 mod guard;
 mod plugin;
 mod reader;
@@ -74,6 +75,7 @@ mod value;
 pub mod version;
 
 pub use context::{Context, Incoming};
+pub use footprint::Footprint;
 pub use instar_guest_abi::ErrorCode;
 pub use plugin::{FormatPlugin, PROBE_ANYTHING, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO};
 pub use reader::{ImageReader, ReadImage, READ_BUDGET};

@@ -1,8 +1,8 @@
 //! The trait that a plugin author implements.
 
 use crate::{
-    Context, CreateSpec, CreatedImage, ErrorCode, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role,
-    Verdict,
+    Context, CreateSpec, CreatedImage, ErrorCode, Footprint, GuestModule, ImageFacts, ImageFile, ImageReader,
+    PluginError, Role, Verdict,
 };
 
 /// Score of [`FormatPlugin::probe`]: not an image of this format.
@@ -89,5 +89,14 @@ pub trait FormatPlugin: 'static {
     /// value that makes no sense.
     fn create(_spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
         Err(PluginError::new(ErrorCode::NotImplemented, format!("the {} plugin cannot create images", Self::NAME)))
+    }
+
+    /// How much room an image would take that [`create`](Self::create) makes for the same `spec`, whose name may be empty.
+    /// Nothing is made.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    fn measure(_spec: &CreateSpec) -> Result<Footprint, PluginError> {
+        Err(PluginError::new(ErrorCode::NotImplemented, format!("the {} plugin cannot measure images", Self::NAME)))
     }
 }

@@ -10,8 +10,8 @@
 
 use crate::guard::guarded;
 use crate::{
-    Context, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
-    PluginError, Role, Verdict,
+    Context, CreateSpec, CreatedImage, ErrorCode, Footprint, FormatPlugin, GuestModule, ImageFacts, ImageFile,
+    ImageReader, PluginError, Role, Verdict,
 };
 use abi_stable::library::RootModule;
 use abi_stable::sabi_types::VersionStrings;
@@ -60,6 +60,8 @@ pub struct PluginModuleV1 {
     pub guest_module: extern "C" fn() -> RResult<GuestModule, PluginError>,
     /// [`FormatPlugin::create`].
     pub create: extern "C" fn(spec: &CreateSpec) -> RResult<CreatedImage, PluginError>,
+    /// [`FormatPlugin::measure`].
+    pub measure: extern "C" fn(spec: &CreateSpec) -> RResult<Footprint, PluginError>,
     /// [`FormatPlugin::notes`].
     #[sabi(last_prefix_field)]
     pub notes: extern "C" fn(image: &ImageReader<'_>, facts: &ImageFacts) -> RResult<RVec<RString>, PluginError>,
@@ -84,6 +86,7 @@ impl PluginModuleV1 {
             verdict: verdict::<P>,
             guest_module: guest_module::<P>,
             create: create::<P>,
+            measure: measure::<P>,
             notes: notes::<P>,
         }
     }
@@ -133,6 +136,10 @@ extern "C" fn guest_module<P: FormatPlugin>() -> RResult<GuestModule, PluginErro
 
 extern "C" fn create<P: FormatPlugin>(spec: &CreateSpec) -> RResult<CreatedImage, PluginError> {
     guarded(|| P::create(spec)).into()
+}
+
+extern "C" fn measure<P: FormatPlugin>(spec: &CreateSpec) -> RResult<Footprint, PluginError> {
+    guarded(|| P::measure(spec)).into()
 }
 
 extern "C" fn notes<P: FormatPlugin>(

@@ -8,8 +8,8 @@ use abi_stable::type_layout::TypeLayout;
 use abi_stable::StableAbi;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
 use instar_plugin_api::{
-    BackingPointer, Context, CreateSpec, CreatedFile, CreatedImage, FactValue, Feature, Field, GuestModule, ImageFacts,
-    ImageFile, ImageReader, ImageRegion, Incoming, PluginError, ReservedRange, Role, Verdict,
+    BackingPointer, Context, CreateSpec, CreatedFile, CreatedImage, FactValue, Feature, Field, Footprint, GuestModule,
+    ImageFacts, ImageFile, ImageReader, ImageRegion, Incoming, PluginError, ReservedRange, Role, Verdict,
 };
 use std::fmt::Write as _;
 
@@ -54,6 +54,7 @@ fn interface_version_1_is_what_it_was() {
         <CreatedImage as StableAbi>::LAYOUT,
         <ImageRegion as StableAbi>::LAYOUT,
         <ReservedRange as StableAbi>::LAYOUT,
+        <Footprint as StableAbi>::LAYOUT,
         <PluginModuleV1_Prefix as PrefixStableAbi>::LAYOUT,
         <ImageFile as StableAbi>::LAYOUT,
         <CreatedFile as StableAbi>::LAYOUT,

@@ -4,7 +4,8 @@
 use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
-    CreatedImage, GuestModule, ImageFacts, ImageFile, ReservedRange, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE, VALUES_MAX,
+    CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile, ReservedRange, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
+    VALUES_MAX,
 };
 
 /// Longest name of a format in bytes: it has to fit into the guest's module table.
@@ -201,9 +202,38 @@ pub fn check_created(image: &CreatedImage) -> Result<(), String> {
     Ok(())
 }
 
+/// The room that a new image of this virtual size takes.
+pub fn check_footprint(footprint: &Footprint, virtual_size: u64) -> Result<(), String> {
+    if footprint.unit == 0 {
+        return Err("it measures a new image in units of 0 bytes".to_owned());
+    }
+    if footprint.virtual_size < virtual_size {
+        return Err("it measures a smaller disk than it was asked for".to_owned());
+    }
+    if footprint.fully_allocated().is_none_or(|length| length > i64::MAX as u64) {
+        return Err("it measures a new image beyond 2^63 bytes".to_owned());
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn footprints_have_bounds() {
+        let good = Footprint { virtual_size: 1024, unit: 512, overhead: 512, thin: true };
+        assert_eq!(check_footprint(&good, 1000), Ok(()));
+        for (bad, words) in [
+            (Footprint { unit: 0, ..good }, "0 bytes"),
+            (Footprint { virtual_size: 512, ..good }, "smaller disk"),
+            (Footprint { virtual_size: u64::MAX, ..good }, "2^63"),
+            (Footprint { unit: u64::MAX, ..good }, "2^63"),
+            (Footprint { overhead: u64::MAX, ..good }, "2^63"),
+        ] {
+            assert!(check_footprint(&bad, 1000).is_err_and(|text| text.contains(words)), "{bad:?}");
+        }
+    }
 
     #[test]
     fn names_of_formats() {

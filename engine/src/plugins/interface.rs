@@ -6,8 +6,8 @@
 use abi_stable::library::LibHeader;
 use instar_plugin_api::v1::{self, PluginManifest, PluginModuleV1_Ref};
 use instar_plugin_api::{
-    version, Context, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role,
-    Verdict, API_VERSION,
+    version, Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile, ImageReader,
+    PluginError, Role, Verdict, API_VERSION,
 };
 
 /// A loaded root module.
@@ -96,6 +96,13 @@ impl Interface {
     pub fn create(self, spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
         match self {
             Self::V1(module) => module.create()(spec).into_result(),
+        }
+    }
+
+    /// How much room a new image takes.
+    pub fn measure(self, spec: &CreateSpec) -> Result<Footprint, PluginError> {
+        match self {
+            Self::V1(module) => module.measure()(spec).into_result(),
         }
     }
 

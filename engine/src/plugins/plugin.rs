@@ -7,8 +7,8 @@ use crate::confine::trap::Calling;
 use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
-    Context, CreateSpec, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
-    PROBE_CERTAIN,
+    Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role,
+    Verdict, PROBE_CERTAIN,
 };
 use std::path::{Path, PathBuf};
 
@@ -168,6 +168,17 @@ impl Plugin {
         let image = self.library.interface.create(spec).map_err(|error| self.refused(error))?;
         answers::check_created(&image).map_err(|message| self.faulty(message))?;
         Ok(image)
+    }
+
+    /// How much room an image would take that [`create`](Self::create) makes for the same `spec`.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn measure(&self, spec: &CreateSpec) -> Result<Footprint, PluginFailure> {
+        let _calling = Calling::plugin(self.name());
+        let footprint = self.library.interface.measure(spec).map_err(|error| self.refused(error))?;
+        answers::check_footprint(&footprint, spec.virtual_size).map_err(|message| self.faulty(message))?;
+        Ok(footprint)
     }
 
     fn with_reader<T>(

@@ -1,7 +1,7 @@
 //! New images: the options of `instar create -f qcow2 -o …`.
 
 use instar_plugin_api::std_types::RVec;
-use instar_plugin_api::{CreateSpec, CreatedImage, ErrorCode, ImageRegion, PluginError, ReservedRange};
+use instar_plugin_api::{CreateSpec, CreatedImage, ErrorCode, Footprint, ImageRegion, PluginError, ReservedRange};
 use instar_qcow2_format::{ClusterSize, CompressionType, CreateOptions, Preallocation, RefcountOrder, Version};
 
 /// The options with their help.
@@ -15,8 +15,8 @@ pub const OPTIONS: &[(&str, &str)] = &[
     ("preallocation", "what is allocated at once: off (default), metadata, falloc or full"),
 ];
 
-/// Make a new image.
-pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
+/// The options of a new image.
+fn options(spec: &CreateSpec) -> Result<CreateOptions, PluginError> {
     let mut options = CreateOptions::new(spec.virtual_size);
     for option in &spec.options {
         set(&mut options, option.0.as_str(), option.1.as_str()).map_err(refuse)?;
@@ -25,6 +25,24 @@ pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
         options.backing_name = Some(backing.name.to_vec());
         options.backing_format = backing.format.as_ref().into_option().map(|format| format.to_vec());
     }
+    Ok(options)
+}
+
+/// How long a new image becomes.
+pub fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
+    let options = options(spec)?;
+    let measure = instar_qcow2_format::measure(&options).map_err(|error| refuse(error.0))?;
+    Ok(Footprint {
+        virtual_size: measure.virtual_size,
+        unit: options.cluster_size.bytes(),
+        overhead: measure.metadata,
+        thin: !measure.preallocated,
+    })
+}
+
+/// Make a new image.
+pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
+    let options = options(spec)?;
     let image = instar_qcow2_format::create(&options).map_err(|error| refuse(error.0))?;
     let mut reserved = RVec::new();
     let metadata = image.metadata.len() as u64;

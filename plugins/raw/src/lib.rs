@@ -2,8 +2,8 @@
 
 use instar_plugin_api::std_types::RVec;
 use instar_plugin_api::{
-    export_plugin, Context, CreateSpec, CreatedImage, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader,
-    PluginError, ReservedRange, Role, Verdict, PROBE_ANYTHING,
+    export_plugin, Context, CreateSpec, CreatedImage, ErrorCode, Footprint, FormatPlugin, GuestModule, ImageFacts,
+    ImageReader, PluginError, ReservedRange, Role, Verdict, PROBE_ANYTHING,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/raw-module.elf"));
@@ -53,38 +53,73 @@ impl FormatPlugin for Raw {
     }
 
     fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
-        let refused = |text: String| Err(PluginError::new(ErrorCode::UnsupportedFormat, text));
-        if spec.backing.is_some() {
-            return refused("a raw image has no room for a backing file: make a qcow2 one".into());
-        }
-        // Whether all of it is reserved, and then written.
-        let mut preallocation = None;
-        for option in &spec.options {
-            match (option.0.as_str(), option.1.as_str()) {
-                ("preallocation", "off") => preallocation = None,
-                ("preallocation", "falloc") => preallocation = Some(false),
-                ("preallocation", "full") => preallocation = Some(true),
-                ("preallocation", value) => {
-                    let value = value.escape_default();
-                    return refused(format!(
-                        "option preallocation cannot be \"{value}\": it must be off, falloc or full"
-                    ));
-                }
-                (name, _) => {
-                    let name = name.escape_default();
-                    return refused(format!("unknown option \"{name}\": the only one is preallocation"));
-                }
-            }
-        }
-        match spec.virtual_size.checked_next_multiple_of(SECTOR) {
-            Some(length) => {
-                let reserved = preallocation.map(|written| ReservedRange { offset: 0, length, written });
-                let reserved = reserved.into_iter().collect();
-                Ok(CreatedImage { length, regions: RVec::new(), reserved, files: RVec::new() })
-            }
-            None => refused("the disk is larger than any file".into()),
-        }
+        let preallocation = preallocation(spec)?;
+        let length = length(spec)?;
+        let reserved = preallocation.map(|written| ReservedRange { offset: 0, length, written });
+        let reserved = reserved.into_iter().collect();
+        Ok(CreatedImage { length, regions: RVec::new(), reserved, files: RVec::new() })
+    }
+
+    fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
+        preallocation(spec)?;
+        Ok(Footprint { virtual_size: length(spec)?, unit: 1, overhead: 0, thin: false })
     }
 }
 
+/// Whether all of a new image is reserved, and then whether it is written, too.
+fn preallocation(spec: &CreateSpec) -> Result<Option<bool>, PluginError> {
+    let refused = |text: String| Err(PluginError::new(ErrorCode::UnsupportedFormat, text));
+    if spec.backing.is_some() {
+        return refused("a raw image has no room for a backing file: make a qcow2 one".into());
+    }
+    let mut preallocation = None;
+    for option in &spec.options {
+        match (option.0.as_str(), option.1.as_str()) {
+            ("preallocation", "off") => preallocation = None,
+            ("preallocation", "falloc") => preallocation = Some(false),
+            ("preallocation", "full") => preallocation = Some(true),
+            ("preallocation", value) => {
+                let value = value.escape_default();
+                return refused(format!("option preallocation cannot be \"{value}\": it must be off, falloc or full"));
+            }
+            (name, _) => {
+                let name = name.escape_default();
+                return refused(format!("unknown option \"{name}\": the only one is preallocation"));
+            }
+        }
+    }
+    Ok(preallocation)
+}
+
+/// Length of the file of a new image in bytes.
+fn length(spec: &CreateSpec) -> Result<u64, PluginError> {
+    let length = spec.virtual_size.checked_next_multiple_of(SECTOR);
+    length.ok_or_else(|| PluginError::new(ErrorCode::UnsupportedFormat, "the disk is larger than any file"))
+}
+
 export_plugin!(Raw);
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use instar_plugin_api::std_types::ROption;
+
+    #[test]
+    fn a_new_image_takes_its_size() {
+        let none = (ROption::RNone, ROption::RNone);
+        let spec = |virtual_size| CreateSpec {
+            virtual_size,
+            file_name: RVec::new(),
+            backing: none.0.clone(),
+            backing_facts: none.1.clone(),
+            options: RVec::new(),
+        };
+        for (size, length) in [(0, 0), (1, 512), (512, 512), (1000, 1024)] {
+            let footprint = Raw::measure(&spec(size)).unwrap();
+            assert_eq!((footprint.required(0), footprint.fully_allocated()), (Some(length), Some(length)), "{size}");
+            assert_eq!(Raw::create(&spec(size)).unwrap().length, length);
+        }
+        assert!(Raw::measure(&spec(u64::MAX)).is_err());
+    }
+}

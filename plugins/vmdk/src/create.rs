@@ -1,8 +1,8 @@
 //! `create`: a new, empty image.
 
 use instar_plugin_api::std_types::RVec;
-use instar_plugin_api::{CreateSpec, CreatedFile, CreatedImage, ErrorCode, ImageRegion, PluginError};
-use instar_vmdk_format::{CreateOptions, NewFile, Subformat, NO_PARENT};
+use instar_plugin_api::{CreateSpec, CreatedFile, CreatedImage, ErrorCode, Footprint, ImageRegion, PluginError};
+use instar_vmdk_format::{CreateOptions, NewFile, Subformat, NEW_GRAIN_BYTES, NO_PARENT, SECTOR};
 use std::hash::{BuildHasher, RandomState};
 
 /// The options with their help.
@@ -21,8 +21,8 @@ fn refuse(message: impl Into<String>) -> PluginError {
     PluginError::new(ErrorCode::UnsupportedFormat, message)
 }
 
-/// Make a new image.
-pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
+/// The options of a new image.
+fn options(spec: &CreateSpec) -> Result<CreateOptions, PluginError> {
     let mut options = CreateOptions {
         virtual_size: spec.virtual_size,
         file_name: spec.file_name.to_vec(),
@@ -36,6 +36,36 @@ pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
     for option in &spec.options {
         set(&mut options, option.0.as_str(), option.1.as_str()).map_err(refuse)?;
     }
+    Ok(options)
+}
+
+/// How long a new image becomes. It has all of its tables from the beginning.
+pub fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
+    let mut options = options(spec)?;
+    if options.file_name.is_empty() {
+        // Whoever only wants to know has no name for it yet.
+        options.file_name = b"disk.vmdk".to_vec();
+    }
+    let thin = match options.subformat {
+        Subformat::MonolithicSparse | Subformat::SplitSparse => true,
+        Subformat::MonolithicFlat | Subformat::SplitFlat => false,
+        Subformat::StreamOptimized => {
+            return Err(refuse("how long a streamOptimized vmdk becomes depends on how well its content is compressed"))
+        }
+    };
+    let too_large = || refuse("the disk is too large");
+    let virtual_size = options.virtual_size.checked_next_multiple_of(SECTOR).ok_or_else(too_large)?;
+    let disk = instar_vmdk_format::create(&options).map_err(|error| refuse(error.text))?;
+    if !thin {
+        return Ok(Footprint { virtual_size, unit: 1, overhead: disk.image.length, thin });
+    }
+    let overhead = disk.files.iter().try_fold(disk.image.length, |sum, file| sum.checked_add(file.image.length));
+    Ok(Footprint { virtual_size, unit: NEW_GRAIN_BYTES, overhead: overhead.ok_or_else(too_large)?, thin })
+}
+
+/// Make a new image.
+pub fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
+    let options = options(spec)?;
     let image = instar_vmdk_format::create(&options).map_err(|error| refuse(error.text))?;
     let file = |file: NewFile| CreatedFile {
         name: file.name.into(),
@@ -113,4 +143,56 @@ fn set(options: &mut CreateOptions, name: &str, value: &str) -> Result<(), Strin
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use instar_plugin_api::std_types::{ROption, Tuple2};
+
+    fn spec(virtual_size: u64, subformat: &str) -> CreateSpec {
+        CreateSpec {
+            virtual_size,
+            file_name: b"disk.vmdk".to_vec().into(),
+            backing: ROption::RNone,
+            backing_facts: ROption::RNone,
+            options: vec![Tuple2("subformat".into(), subformat.into())].into(),
+        }
+    }
+
+    #[test]
+    fn a_sparse_disk_takes_its_tables_and_grains() {
+        for (size, subformat) in
+            [(1, "monolithicSparse"), (5 << 30, "monolithicSparse"), (5 << 30, "twoGbMaxExtentSparse")]
+        {
+            let spec = spec(size, subformat);
+            let (made, measured) = (create(&spec).unwrap(), measure(&spec).unwrap());
+            let length = made.length + made.files.iter().map(|file| file.length).sum::<u64>();
+            assert_eq!(measured.required(0), Some(length), "{size} {subformat}");
+            assert_eq!(measured.fully_allocated(), Some(length + size.next_multiple_of(65536)), "{size} {subformat}");
+        }
+        // Header and descriptor, two directories of one sector, and ten tables of 2 KiB for each.
+        assert_eq!(measure(&spec(320 << 20, "monolithicSparse")).unwrap().overhead, 65536);
+    }
+
+    #[test]
+    fn a_flat_disk_takes_all_of_its_size() {
+        for subformat in ["monolithicFlat", "twoGbMaxExtentFlat"] {
+            let spec = spec((5 << 30) + 1, subformat);
+            let (made, measured) = (create(&spec).unwrap(), measure(&spec).unwrap());
+            assert_eq!(measured.required(0), Some(made.length + (5 << 30) + 512));
+            assert_eq!(measured.required(0), measured.fully_allocated());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_measured() {
+        assert!(measure(&spec(1 << 20, "streamOptimized")).unwrap_err().message.contains("compressed"));
+        for subformat in ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentFlat"] {
+            assert!(measure(&spec(u64::MAX, subformat)).is_err());
+        }
+        let nameless = CreateSpec { file_name: RVec::new(), ..spec(1 << 20, "monolithicFlat") };
+        assert!(measure(&nameless).is_ok());
+    }
 }

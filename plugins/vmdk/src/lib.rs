@@ -6,8 +6,8 @@ mod facts;
 mod verdict;
 
 use instar_plugin_api::{
-    export_plugin, Context, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader,
-    PluginError, Role, Verdict,
+    export_plugin, Context, CreateSpec, CreatedImage, Footprint, FormatPlugin, GuestModule, ImageFacts, ImageFile,
+    ImageReader, PluginError, Role, Verdict,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vmdk-module.elf"));
@@ -49,6 +49,10 @@ impl FormatPlugin for Vmdk {
 
     fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
         create::create(spec)
+    }
+
+    fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
+        create::measure(spec)
     }
 }
 

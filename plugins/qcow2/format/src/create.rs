@@ -115,7 +115,7 @@ fn refused<T>(text: &str) -> Result<T, CreateError> {
     Err(CreateError(String::from(text)))
 }
 
-fn too_large() -> CreateError {
+pub(crate) fn too_large() -> CreateError {
     CreateError(String::from("the image size is too large for qcow2 with this cluster size; use a larger one"))
 }
 
@@ -146,7 +146,7 @@ struct Layout {
 
 impl CreateOptions {
     /// Bytes of an entry of an L2 table.
-    const fn l2_entry_bytes(&self) -> u64 {
+    pub(crate) const fn l2_entry_bytes(&self) -> u64 {
         if self.extended_l2 {
             16
         } else {
@@ -266,7 +266,7 @@ pub fn create(options: &CreateOptions) -> Result<NewImage, CreateError> {
     Ok(NewImage { length: layout.length(cs), metadata })
 }
 
-fn check(options: &CreateOptions) -> Result<(), CreateError> {
+pub(crate) fn check(options: &CreateOptions) -> Result<(), CreateError> {
     if options.version == Version::V2 {
         if options.refcount_order != RefcountOrder::BITS_16 {
             return refused("refcount_bits other than 16 need compat=1.1");

@@ -12,6 +12,7 @@ mod create;
 mod error;
 mod extension;
 mod header;
+mod measure;
 mod refcount;
 mod snapshot;
 mod snapshot_details;
@@ -31,6 +32,7 @@ pub use header::{
     INCOMPATIBLE_OFFSET, L1_SIZE_FIELD, MAGIC, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_FIELD,
     VIRTUAL_SIZE_FIELD,
 };
+pub use measure::{measure, Measure};
 pub use refcount::{get_refcount, set_refcount, RefcountOrder};
 pub use snapshot::Snapshot;
 pub use snapshot_details::SnapshotDetails;

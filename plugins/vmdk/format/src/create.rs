@@ -10,6 +10,8 @@ use alloc::vec::Vec;
 const DESCRIPTOR_SECTORS: u64 = 20;
 /// Sectors of a grain: 64 KiB.
 const GRAIN: u64 = 128;
+/// Bytes of a grain of a new image.
+pub const NEW_GRAIN_BYTES: u64 = GRAIN * SECTOR;
 /// Sectors of an extent of a disk that is split: 2 GiB.
 const SPLIT_SECTORS: u64 = (2 << 30) / SECTOR;
 /// Most extents of a new disk: as many as can be worked on.

@@ -12,7 +12,7 @@ mod error;
 mod extent;
 mod header;
 
-pub use create::{create, CreateOptions, NewDisk, NewFile, NewImage, Subformat};
+pub use create::{create, CreateOptions, NewDisk, NewFile, NewImage, Subformat, NEW_GRAIN_BYTES};
 pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
 pub use error::{FormatError, Trouble};
 pub use extent::{DiskExtent, ExtentLine, Storage};

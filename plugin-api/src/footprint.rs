@@ -1,0 +1,54 @@
+//! How much room a new image takes.
+
+use abi_stable::StableAbi;
+
+/// How long the files of a new image become, together, depending on how much of its disk is allocated.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// Virtual size in bytes, as the image would have it: what was asked for, rounded up to what the format can say.
+    pub virtual_size: u64,
+    /// Bytes that are allocated at once; 1 for plain bytes.
+    pub unit: u64,
+    /// Bytes of metadata of an image whose whole disk is allocated. One that holds less needs hardly less: it is counted
+    /// whatever is allocated.
+    pub overhead: u64,
+    /// Only what is allocated takes room. If not, the files are as long as for a full disk from the beginning.
+    pub thin: bool,
+}
+
+impl Footprint {
+    /// Bytes of an image whose whole disk is allocated; `None` if that is more than 2^64.
+    #[must_use]
+    pub fn fully_allocated(&self) -> Option<u64> {
+        self.virtual_size.checked_next_multiple_of(self.unit.max(1))?.checked_add(self.overhead)
+    }
+
+    /// Bytes of an image of which so many units are allocated, which is no more than the disk has; `None` if that is more than
+    /// 2^64.
+    #[must_use]
+    pub fn required(&self, units: u64) -> Option<u64> {
+        let all = self.virtual_size.div_ceil(self.unit.max(1));
+        if self.thin {
+            self.unit.max(1).checked_mul(units.min(all))?.checked_add(self.overhead)
+        } else {
+            self.fully_allocated()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_follows_what_is_allocated() {
+        let thin = Footprint { virtual_size: 1000, unit: 512, overhead: 10, thin: true };
+        assert_eq!(thin.fully_allocated(), Some(1034));
+        assert_eq!([0, 1, 2, 3].map(|units| thin.required(units)), [Some(10), Some(522), Some(1034), Some(1034)]);
+        let thick = Footprint { thin: false, ..thin };
+        assert_eq!(thick.required(0), Some(1034));
+        let absurd = Footprint { virtual_size: u64::MAX, overhead: u64::MAX, ..thin };
+        assert_eq!((absurd.fully_allocated(), absurd.required(u64::MAX)), (None, None));
+    }
+}
