@@ -1,5 +1,6 @@
 //! `instar create`: options, and what is printed.
 
+use super::format_options::split_options;
 use super::output::{print, unprinted_but, OutputFormat};
 use super::size::parse_size;
 use clap::Args;
@@ -92,30 +93,6 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
     // Not before: what is said to be formatted is not refused any more.
     print(out, &announcement(&request, &created))
         .map_err(|error| unprinted_but("the image is made", &request.image, &error))
-}
-
-/// `a=b,c=d` with `,,` for a comma within a value, as `qemu-img` reads it.
-fn split_options(texts: &[String]) -> Result<Vec<(String, String)>, Error> {
-    let mut pairs = Vec::new();
-    for text in texts {
-        let mut items = vec![String::new()];
-        let mut chars = text.chars().peekable();
-        while let Some(c) = chars.next() {
-            if c == ',' && chars.next_if_eq(&',').is_none() {
-                items.push(String::new());
-            } else if let Some(item) = items.last_mut() {
-                item.push(c);
-            }
-        }
-        for item in items.into_iter().filter(|item| !item.is_empty()) {
-            match item.split_once('=') {
-                Some((name, value)) => pairs.push((name.to_owned(), value.to_owned())),
-                None if item == "help" || item == "?" => pairs.push((item, String::new())),
-                None => return Err(usage(format!("option '{}' needs a value: NAME=VALUE", escape(&item)))),
-            }
-        }
-    }
-    Ok(pairs)
 }
 
 /// Size and backing can be options, too.

@@ -10,6 +10,7 @@ pub mod compare;
 mod config;
 pub mod create;
 pub mod doctor;
+mod format_options;
 pub mod info;
 mod info_text;
 pub mod map;

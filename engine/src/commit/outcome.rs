@@ -63,6 +63,8 @@ pub struct GuestRun {
 pub struct Preview {
     /// Nothing was changed.
     pub dry_run: bool,
+    /// How long the backing's files become, together, in bytes, at most.
+    pub backing_length_bytes: u64,
     /// Bytes by which the backing's file gets longer, at most.
     pub backing_growth_bytes: u64,
     /// Bytes that it takes of the disk besides what it has, at most: more than it grows by, where it has holes.
@@ -82,6 +84,7 @@ impl Preview {
         let holes = |taken: u64| plan.backing_final_length.max(length).saturating_sub(taken);
         Self {
             dry_run: true,
+            backing_length_bytes: plan.backing_final_length.max(length),
             backing_growth_bytes: plan.backing_final_length.saturating_sub(length),
             backing_space_bytes: taken.map_or(0, |taken| holes(taken).min(written)),
             free_bytes: None,

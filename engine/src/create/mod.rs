@@ -49,12 +49,21 @@ fn usage(message: impl Into<String>) -> Error {
     Error::new(ErrorCode::BadUsage, message)
 }
 
-fn plugin_of<'r>(registry: &'r Registry, format: &str) -> Result<&'r Plugin, Error> {
+/// The plugin of a format that the operator names.
+///
+/// # Errors
+/// [`ErrorCode::PluginUnavailable`].
+pub(crate) fn plugin_of<'r>(registry: &'r Registry, format: &str) -> Result<&'r Plugin, Error> {
     Error::if_refused(registry)?;
     registry.by_format(format).ok_or_else(|| {
         let message = format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(format));
         Error::new(ErrorCode::PluginUnavailable, message)
     })
+}
+
+/// Options as a plugin takes them.
+pub(crate) fn options_of(pairs: &[(String, String)]) -> RVec<Tuple2<RString, RString>> {
+    pairs.iter().map(|(name, value)| Tuple2(RString::from(name.as_str()), RString::from(value.as_str()))).collect()
 }
 
 /// The name of a format, and the options for a new image of it: each with one line about it.
@@ -78,8 +87,7 @@ pub fn run_create(request: &CreateRequest) -> Result<Created, Error> {
     let plugin = plugin_of(&registry, &request.format)?;
     let file = NamedFile::new(&request.image);
     let (virtual_size, backing, backing_facts) = resolve(request, &file, &registry)?;
-    let options: RVec<_> =
-        request.options.iter().map(|(k, v)| Tuple2(RString::from(k.as_str()), RString::from(v.as_str()))).collect();
+    let options = options_of(&request.options);
     let file_name = request.image.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into();
     let spec = CreateSpec { virtual_size, file_name, backing, backing_facts, options };
     let image = plugin.create(&spec).map_err(|failure| Error::plugin(&request.image, &failure))?;

@@ -142,7 +142,7 @@ mod tests {
             lines.push(serde_json::to_string(run).unwrap());
             Ok(())
         };
-        let events = MapEvents::new(SIZE, Runs::new(0..u64::MAX, places, Some(&mut each)));
+        let events = MapEvents::new(SIZE, Runs::new(0..u64::MAX, places, Some(Box::new(&mut each))));
         let mut handler = Handler::new(Devices::new(), events, Cancel::new());
         let message = Kind::Event(GuestRuns { runs: runs.to_vec() }.encode_to_vec());
         let taken = handler.message(message).is_ok() && handler.events.end().is_ok();

@@ -7,7 +7,7 @@ mod places;
 mod runs;
 
 pub use events::MapEvents;
-pub(crate) use places::{cut_at_holes, most_runs};
+pub(crate) use places::{cut_at_holes, message_limit, most_runs};
 pub use places::{places, Holes, Place};
 pub use runs::{MapRun, Runs};
 
@@ -46,5 +46,6 @@ pub fn run_map(
     session: &Session,
     each: &mut dyn FnMut(&MapRun<'_>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    run(Map::new(request, each), session).map_err(|error| error.of_image(&request.image, Some(Role::Ancestor)))
+    run(Map::new(request, Box::new(each)), session)
+        .map_err(|error| error.of_image(&request.image, Some(Role::Ancestor)))
 }

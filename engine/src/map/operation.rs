@@ -1,7 +1,7 @@
 //! The map as an [`Operation`].
 
 use super::events::MapEvents;
-use super::places::{most_runs, places, Place};
+use super::places::{message_limit, places, Place};
 use super::runs::{Each, Runs};
 use super::MapRequest;
 use crate::confine::Work;
@@ -12,13 +12,10 @@ use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Oper
 use crate::sandbox::ModuleSpec;
 use std::collections::BTreeMap;
 
-/// Bytes of messages that a run can take, at most.
-const RUN_BYTES: u64 = 64;
-
 /// A map on its way.
 pub struct Map<'q, 'e> {
     request: &'q MapRequest,
-    each: Option<&'e mut Each<'e>>,
+    each: Option<Box<Each<'e>>>,
     places: BTreeMap<u32, Place>,
     /// Virtual size of the top-most layer in bytes.
     size: u64,
@@ -27,7 +24,7 @@ pub struct Map<'q, 'e> {
 
 impl<'q, 'e> Map<'q, 'e> {
     /// A map that was not begun.
-    pub fn new(request: &'q MapRequest, each: &'e mut Each<'e>) -> Self {
+    pub fn new(request: &'q MapRequest, each: Box<Each<'e>>) -> Self {
         Self { request, each: Some(each), places: BTreeMap::new(), size: 0, message_limit: 0 }
     }
 }
@@ -64,7 +61,7 @@ impl<'e> Operation for Map<'_, 'e> {
         let layers = images.chain();
         self.size = layers.first().map_or(0, |top| top.facts.virtual_size);
         self.places = places(&layers);
-        self.message_limit = most_runs(&layers).saturating_mul(RUN_BYTES).saturating_add(16 << 20);
+        self.message_limit = message_limit(&layers);
         Ok(Grants::default())
     }
 

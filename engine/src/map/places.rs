@@ -11,6 +11,8 @@ use std::path::PathBuf;
 
 /// Runs that one entry of a table can stand for: the subclusters of a qcow2 cluster, and what is between two such.
 const RUNS_PER_ENTRY: u64 = 33;
+/// Bytes of messages that a run can take, at most.
+const RUN_BYTES: u64 = 64;
 /// An entry takes four bytes of a file at least.
 const ENTRY_BYTES: u64 = 4;
 
@@ -73,6 +75,12 @@ fn holes_of(file: &FileImage, unit: u64) -> Holes {
 pub fn most_runs(layers: &[&ChainImage<'_>]) -> u64 {
     let length = layers.iter().map(|layer| layer.length()).fold(0, u64::saturating_add);
     (length / ENTRY_BYTES).saturating_mul(2 * RUNS_PER_ENTRY)
+}
+
+/// Bytes of messages that a map of these layers can take.
+#[must_use]
+pub fn message_limit(layers: &[&ChainImage<'_>]) -> u64 {
+    most_runs(layers).saturating_mul(RUN_BYTES).saturating_add(16 << 20)
 }
 
 /// Plain data of a device, cut where the file has holes that mean something: the parts in order, and whether each is a hole.

@@ -85,7 +85,7 @@ impl Entry {
 
 /// Merges entries as they come, and reports them.
 pub struct Runs<'e> {
-    each: Option<&'e mut Each<'e>>,
+    each: Option<Box<Each<'e>>>,
     /// The files that places are in.
     places: BTreeMap<u32, Place>,
     /// The guest bytes of interest.
@@ -96,7 +96,7 @@ pub struct Runs<'e> {
 impl<'e> Runs<'e> {
     /// Runs within `range` of images in these files.
     #[must_use]
-    pub fn new(range: Range<u64>, places: BTreeMap<u32, Place>, each: Option<&'e mut Each<'e>>) -> Self {
+    pub fn new(range: Range<u64>, places: BTreeMap<u32, Place>, each: Option<Box<Each<'e>>>) -> Self {
         Self { each, places, range, last: None }
     }
 

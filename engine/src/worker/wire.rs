@@ -116,6 +116,8 @@ struct PreviewEvent {
     space: u64,
     #[prost(uint64, optional, tag = "3")]
     free: Option<u64>,
+    #[prost(uint64, tag = "4")]
+    length: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -254,6 +256,7 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
                 growth: preview.backing_growth_bytes,
                 space: preview.backing_space_bytes,
                 free: preview.free_bytes,
+                length: preview.backing_length_bytes,
             }),
             backing_grows_to: outcome.backing_grows_to,
         }),
@@ -299,6 +302,7 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
         warnings: event.warnings,
         preview: event.preview.map(|preview| Preview {
             dry_run: true,
+            backing_length_bytes: preview.length,
             backing_growth_bytes: preview.growth,
             backing_space_bytes: preview.space,
             free_bytes: preview.free,

@@ -1,0 +1,36 @@
+//! `-o`: options of a format, as `qemu-img` reads them.
+
+use instar::error::Error;
+use instar::escape::escape;
+use instar_guest_abi::ErrorCode;
+
+fn usage(message: impl Into<String>) -> Error {
+    Error::new(ErrorCode::BadUsage, message)
+}
+
+/// `a=b,c=d` with `,,` for a comma within a value, as `qemu-img` reads it.
+///
+/// # Errors
+/// [`ErrorCode::BadUsage`] for an option without a value.
+pub fn split_options(texts: &[String]) -> Result<Vec<(String, String)>, Error> {
+    let mut pairs = Vec::new();
+    for text in texts {
+        let mut items = vec![String::new()];
+        let mut chars = text.chars().peekable();
+        while let Some(c) = chars.next() {
+            if c == ',' && chars.next_if_eq(&',').is_none() {
+                items.push(String::new());
+            } else if let Some(item) = items.last_mut() {
+                item.push(c);
+            }
+        }
+        for item in items.into_iter().filter(|item| !item.is_empty()) {
+            match item.split_once('=') {
+                Some((name, value)) => pairs.push((name.to_owned(), value.to_owned())),
+                None if item == "help" || item == "?" => pairs.push((item, String::new())),
+                None => return Err(usage(format!("option '{}' needs a value: NAME=VALUE", escape(&item)))),
+            }
+        }
+    }
+    Ok(pairs)
+}
