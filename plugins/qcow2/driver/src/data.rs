@@ -134,7 +134,7 @@ impl Qcow2Sink {
                 ExtentKind::Zero => Request::zero(device, at, piece.length),
                 ExtentKind::Encoded => return Err(overflow("the kind of an extent")),
             };
-            self.unflushed = true;
+            self.out.written();
             writer.push(io, request)?;
         }
         Ok(())
@@ -166,7 +166,7 @@ impl Qcow2Sink {
         host: HostOffset,
     ) -> DriverResult<()> {
         for (start, length) in self.gaps(group) {
-            self.unflushed = true;
+            self.out.written();
             writer.push(io, Request::zero(self.image.device, host.0 + start, length))?;
         }
         Ok(())
@@ -183,7 +183,7 @@ impl Qcow2Sink {
     ) -> DriverResult<()> {
         let device = self.image.device;
         for (start, length) in self.gaps(group) {
-            self.unflushed = true;
+            self.out.written();
             writer.push(io, Request::copy(device, from.0 + start, device, to.0 + start, length))?;
         }
         Ok(())
@@ -234,8 +234,7 @@ impl Qcow2Sink {
     /// Write bytes of a new cluster, which is zero.
     pub(crate) fn write_unless_zero(&mut self, io: &mut dyn BlockIo, at: u64, bytes: &[u8]) -> DriverResult<()> {
         if bytes.iter().any(|&byte| byte != 0) {
-            io.write(self.image.device, at, bytes)?;
-            self.unflushed = true;
+            self.out.write(io, at, bytes)?;
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use crate::source::Qcow2Source;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::{BlockIo, DriverResult, OrderedWriter};
 use instar_qcow2_format::{autoclear, ExtensionKind, HostCluster, HostOffset, Version, AUTOCLEAR_OFFSET};
 
 /// Bytes of zeroes that are written at once.
@@ -139,7 +139,7 @@ impl Qcow2Source {
         let size = self.image.cluster_size();
         let device = self.image.device;
         let offset = |cluster: u64| size.host_offset(HostCluster(cluster)).ok_or_else(|| overflow("a cluster"));
-        let mut unflushed = false;
+        let mut out = OrderedWriter::new(device);
         let mut end = 0;
         let mut floor = HostCluster(0);
         loop {
@@ -151,7 +151,9 @@ impl Qcow2Source {
             }
             let next = stays.next_floor();
             let ceiling = next.map_or(u64::MAX, |cluster| cluster.0);
-            unflushed |= table.rewrite(io, floor.0..ceiling, &stays)?;
+            if table.rewrite(io, floor.0..ceiling, &stays)? {
+                out.written();
+            }
             let mut requests = Vec::new();
             for cluster in stays.iter().filter(|cluster| cluster.0 >= floor.0) {
                 if cluster.0 > end {
@@ -159,15 +161,11 @@ impl Qcow2Source {
                 }
                 end = end.max(cluster.0 + 1);
                 if requests.len() >= BATCH {
-                    io.run(&mut requests)?;
+                    out.run(io, &mut requests)?;
                     requests.clear();
-                    unflushed = true;
                 }
             }
-            unflushed |= !requests.is_empty();
-            if !requests.is_empty() {
-                io.run(&mut requests)?;
-            }
+            out.run(io, &mut requests)?;
             match next {
                 Some(next) => floor = next,
                 None => break,
@@ -176,11 +174,9 @@ impl Qcow2Source {
         let length = offset(end)?.0;
         if length < self.image.file_length {
             self.image.file_length = length;
-            io.run(&mut [Request::set_length(device, length), Request::flush(device)])
-        } else if unflushed {
-            io.flush(device)
+            out.run(io, &mut [Request::set_length(device, length), Request::flush(device)])
         } else {
-            Ok(())
+            out.barrier(io)
         }
     }
 }

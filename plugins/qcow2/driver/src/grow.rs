@@ -37,7 +37,7 @@ use crate::windows::Piece;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, Request};
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow};
 use instar_qcow2_format::{
     GuestCluster, HostCluster, L2Entry, Version, L1_SIZE_FIELD, MAX_L1_BYTES, VIRTUAL_SIZE_FIELD,
@@ -239,8 +239,7 @@ impl Qcow2Sink {
         }
         // Step 1.
         if growth.set_length {
-            io.run(&mut [Request::set_length(self.image.device, self.image.file_length)])?;
-            self.unflushed = true;
+            self.out.set_length(io, self.image.file_length)?;
         }
         // Step 2.
         match growth.l1 {
@@ -281,8 +280,7 @@ impl Qcow2Sink {
         io.read(device, end, &mut behind)?;
         if behind.iter().any(|&byte| byte != 0) {
             behind.fill(0);
-            io.write(device, end, &behind)?;
-            self.unflushed = true;
+            self.out.write(io, end, &behind)?;
         }
         self.flush(io)?;
         io.write(device, L1_SIZE_FIELD, &entries.to_be_bytes())?;
@@ -296,13 +294,12 @@ impl Qcow2Sink {
     pub(crate) fn reserve_run(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<HostCluster> {
         self.expect_new_space();
         let first = self.allocator.reserve_run(io, &mut self.image, &mut self.refcounts, count)?;
-        self.unflushed = true;
         if self.image.fixed_length {
             let at = self.host_offset(first)?;
             let bytes = self.image.cluster_size().bytes();
-            io.run(&mut [Request::zero(self.image.device, at.0, count * bytes)])?;
+            self.out.zero(io, at.0, count * bytes)?;
         } else {
-            io.run(&mut [Request::set_length(self.image.device, self.image.file_length)])?;
+            self.out.set_length(io, self.image.file_length)?;
         }
         Ok(first)
     }
@@ -316,7 +313,7 @@ impl Qcow2Sink {
         let first = self.reserve_run(io, count)?;
         let new = size.host_offset(first).ok_or_else(|| overflow("a host offset"))?;
         if old_bytes != 0 {
-            io.run(&mut [Request::copy(device, old.0, device, new.0, old_bytes)])?;
+            self.out.copy(io, old.0, new.0, old_bytes)?;
         }
         self.write_refcounts_and_flush(io)?;
         let mut field = [0; 12];

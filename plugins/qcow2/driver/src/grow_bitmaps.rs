@@ -103,8 +103,7 @@ impl Qcow2Sink {
             }
         }
         self.bitmaps.tables.clear();
-        io.run(&mut requests)?;
-        self.unflushed = true;
+        self.out.run(io, &mut requests)?;
         self.write_refcounts_and_flush(io)?;
         self.new_space = None;
         self.write_fields(io, &offsets)?;

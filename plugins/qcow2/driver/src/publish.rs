@@ -11,25 +11,22 @@ use crate::allocator::{Allocator, Run};
 use crate::image::{overflow, Image};
 use crate::refcounts::Refcounts;
 use alloc::vec::Vec;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::{BlockIo, DriverResult, OrderedWriter};
 use instar_qcow2_format::{HostCluster, REFCOUNT_TABLE_FIELD};
 
-/// The structures of an image that say which clusters are in use, and whether anything was written since the last flush.
+/// The structures of an image that say which clusters are in use, and what writes to its device.
 pub(crate) struct Publication<'a> {
     pub(crate) image: &'a mut Image,
     pub(crate) refcounts: &'a mut Refcounts,
     pub(crate) allocator: &'a mut Allocator,
-    pub(crate) unflushed: &'a mut bool,
+    pub(crate) out: &'a mut OrderedWriter,
     /// Set as soon as the device may refer to new blocks or to a new table.
     pub(crate) referenced: &'a mut bool,
 }
 
 impl Publication<'_> {
     fn flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        if core::mem::take(self.unflushed) {
-            io.flush(self.image.device)?;
-        }
-        Ok(())
+        self.out.barrier(io)
     }
 
     /// Both steps; durable when it returns. Returns the clusters of tables that were replaced, to be freed.
@@ -37,21 +34,23 @@ impl Publication<'_> {
     /// # Errors
     /// I/O errors.
     pub(crate) fn run(mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<HostCluster>> {
-        *self.unflushed |= self.refcounts.blocks.is_dirty();
+        if self.refcounts.blocks.is_dirty() {
+            self.out.written();
+        }
         self.refcounts.blocks.write_dirty(io)?;
         let retired = core::mem::take(&mut self.allocator.retired_tables);
         if retired.is_empty() {
             self.flush(io)?;
             if self.refcounts.table.is_dirty() {
                 *self.referenced = true;
-                *self.unflushed = true;
+                self.out.written();
                 self.refcounts.table.write_dirty(io)?;
             }
             self.flush(io)?;
             return Ok(Vec::new());
         }
         // The new table is written whole: where it has no slices, its place reads as zeroes.
-        *self.unflushed = true;
+        self.out.written();
         self.refcounts.table.write_dirty(io)?;
         self.flush(io)?;
         let clusters = self.refcounts.table_entries / self.image.cluster_size().l2_entries();
@@ -62,8 +61,7 @@ impl Publication<'_> {
         field[..8].copy_from_slice(&self.image.header.refcount_table.0.to_be_bytes());
         field[8..].copy_from_slice(&self.image.header.refcount_table_clusters.to_be_bytes());
         *self.referenced = true;
-        *self.unflushed = true;
-        io.write(self.image.device, REFCOUNT_TABLE_FIELD, &field)?;
+        self.out.write(io, REFCOUNT_TABLE_FIELD, &field)?;
         self.flush(io)?;
         Ok(retired.iter().flat_map(clusters_of).collect())
     }

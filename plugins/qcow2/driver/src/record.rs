@@ -176,7 +176,9 @@ impl Qcow2Sink {
             self.bitmaps.tables.set_entry(at, BitmapTableEntry::Data(cluster).encode())?;
         }
         // A window that sets no new bit costs no flush.
-        self.unflushed |= self.bitmaps.data.is_dirty() || self.bitmaps.tables.is_dirty();
+        if self.bitmaps.data.is_dirty() || self.bitmaps.tables.is_dirty() {
+            self.out.written();
+        }
         self.bitmaps.data.write_dirty(io)?;
         self.bitmaps.data.clear();
         self.bitmaps.tables.write_dirty(io)
@@ -206,7 +208,7 @@ impl Qcow2Sink {
             self.bitmaps.data.set_bits(slice, part.first, part.last)?;
         }
         self.bitmaps.data.write_dirty(io)?;
-        self.unflushed = true;
+        self.out.written();
         self.write_refcounts_and_flush(io)?;
         Ok(made)
     }

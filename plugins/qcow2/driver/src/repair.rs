@@ -28,8 +28,8 @@ use crate::slice_cache::SliceCache;
 use crate::source::Qcow2Source;
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter};
 use instar_qcow2_format::{incompatible, set_refcount, ExtensionKind, HostCluster, COPIED, INCOMPATIBLE_OFFSET};
 
 /// Memory for the counts of one pass, in bytes: dense, about four million clusters.
@@ -295,14 +295,15 @@ impl Outstanding {
         tables: [&mut SliceCache; 2],
     ) -> DriverResult<()> {
         let device = image.device;
+        let mut out = OrderedWriter::new(device);
         // Steps 1 and 2.
         if image.file_length != self.length {
-            io.run(&mut [Request::set_length(device, image.file_length)])?;
+            out.set_length(io, image.file_length)?;
         }
         // The flush of step 1 is due whether or not a refcount changes.
-        let (mut unflushed, mut referenced) = (true, false);
-        let publication =
-            Publication { image, refcounts, allocator, unflushed: &mut unflushed, referenced: &mut referenced };
+        out.written();
+        let mut referenced = false;
+        let publication = Publication { image, refcounts, allocator, out: &mut out, referenced: &mut referenced };
         let old = publication.run(io)?;
         // Step 3.
         for table in tables {

@@ -19,7 +19,7 @@ use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary};
-use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow, Sink};
+use instar_guest_sdk::{BlockIo, DriverResult, OrderedWriter, ReadBelow, Sink};
 use instar_qcow2_format::{
     incompatible, ClusterSize, CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry, Version,
 };
@@ -43,8 +43,8 @@ pub struct Qcow2Sink {
     /// What planning has found wrong, to be written before everything else. `image`, `refcounts`, `allocator`, `l1` and
     /// `l2` have it already.
     pub(crate) repair: Option<Outstanding>,
-    /// Whether anything was written since the last flush.
-    pub(crate) unflushed: bool,
+    /// What writes to the device of the image, and knows whether a flush is due.
+    pub(crate) out: OrderedWriter,
     /// Length of the file in bytes before the commit.
     pub(crate) opened_length: u64,
     /// What is given back if the disk is full.
@@ -144,7 +144,7 @@ impl Qcow2Sink {
             growth: None,
             started: false,
             repair: None,
-            unflushed: false,
+            out: OrderedWriter::new(image.device),
             opened_length: image.file_length,
             new_space: None,
             has_backing,

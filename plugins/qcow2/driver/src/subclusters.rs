@@ -148,7 +148,7 @@ impl Qcow2Sink {
         for (start, length) in self.gaps(group) {
             for (start, length, which) in self.split(start, length, change.written) {
                 let at = host.0 + start;
-                self.unflushed = true;
+                self.out.written();
                 if !decoded.is_empty() {
                     self.write_part(io, host, (start, length), &decoded)?;
                 } else if change.before.allocated & which != 0 {
@@ -172,7 +172,7 @@ impl Qcow2Sink {
                 self.write_pieces(io, writer, core::slice::from_ref(piece), host, fresh)?;
             } else if !fresh {
                 for (start, length, _) in self.split(piece.start, end - piece.start, change.written) {
-                    self.unflushed = true;
+                    self.out.written();
                     writer.push(io, Request::zero(self.image.device, host.0 + start, length))?;
                 }
             }
@@ -194,8 +194,7 @@ impl Qcow2Sink {
         if fresh {
             return self.write_unless_zero(io, host.0 + start, &bytes);
         }
-        self.unflushed = true;
-        io.write(self.image.device, host.0 + start, &bytes)
+        self.out.write(io, host.0 + start, &bytes)
     }
 
     /// The parts of a range of bytes that fall into each of these subclusters, with the bit of the subcluster.

@@ -102,11 +102,7 @@ impl Remap {
 impl Qcow2Sink {
     /// Flush, if anything was written since the last flush.
     pub(crate) fn flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        if self.unflushed {
-            io.flush(self.image.device)?;
-            self.unflushed = false;
-        }
-        Ok(())
+        self.out.barrier(io)
     }
 
     /// Before the first change: autoclear features that this program does not keep up must go ("Header",
@@ -177,7 +173,7 @@ impl Qcow2Sink {
                 freed.extend(table.old.map(|old| self.image.host_cluster(old)));
             }
             self.l1.write_dirty(io)?;
-            self.unflushed = true;
+            self.out.written();
             self.flush(io)?;
         }
         // Step 5.
@@ -201,8 +197,7 @@ impl Qcow2Sink {
         self.expect_new_space().reused.extend_from_slice(&reused);
         let fresh = self.allocator.reserve(io, &mut self.image, &mut self.refcounts, missing)?;
         if self.image.file_length != before {
-            self.unflushed = true;
-            io.run(&mut [Request::set_length(self.image.device, self.image.file_length)])?;
+            self.out.set_length(io, self.image.file_length)?;
         }
         // What follows the end of a file reads as zeroes.
         let stale = if self.image.fixed_length { u64::MAX } else { reused.iter().map(|run| run.count).sum() };
@@ -226,8 +221,7 @@ impl Qcow2Sink {
                 _ => requests.push(Request::zero(self.image.device, at, bytes)),
             }
         }
-        self.unflushed |= !requests.is_empty();
-        requests.chunks_mut(BATCH).try_for_each(|requests| io.run(requests))
+        requests.chunks_mut(BATCH).try_for_each(|requests| self.out.run(io, requests))
     }
 
     /// A write failed for want of space: give back what was allocated in vain, and say how much longer the file is.
@@ -295,11 +289,7 @@ impl Qcow2Sink {
         let copies = tables.iter().filter_map(|table| table.old.map(|old| (old, table.offset)));
         let mut requests: Vec<Request> =
             copies.map(|(old, new)| Request::copy(device, old.0, device, new.0, bytes)).collect();
-        if requests.is_empty() {
-            return Ok(());
-        }
-        self.unflushed = true;
-        io.run(&mut requests)
+        self.out.run(io, &mut requests)
     }
 
     /// End of step 1, and step 2: durable when it returns, but for the release of an old refcount table, which need not be.
@@ -309,7 +299,7 @@ impl Qcow2Sink {
             image: &mut self.image,
             refcounts: &mut self.refcounts,
             allocator: &mut self.allocator,
-            unflushed: &mut self.unflushed,
+            out: &mut self.out,
             referenced: &mut referenced,
         };
         let result = publication.run(io);
@@ -346,7 +336,7 @@ impl Qcow2Sink {
         if self.l2.is_dirty() {
             self.new_space = None;
             self.l2.write_dirty(io)?;
-            self.unflushed = true;
+            self.out.written();
             self.flush(io)?;
         }
         Ok(())
@@ -354,7 +344,9 @@ impl Qcow2Sink {
 
     /// Step 5: one reference less to each of these clusters, which nothing refers to any more.
     pub(crate) fn free(&mut self, io: &mut dyn BlockIo, clusters: Vec<HostCluster>) -> DriverResult<()> {
-        self.unflushed |= !clusters.is_empty();
+        if !clusters.is_empty() {
+            self.out.written();
+        }
         self.refcounts.release(io, &self.image, clusters)
     }
 }
