@@ -21,6 +21,7 @@ pub mod image;
 pub mod info;
 pub mod lookup;
 pub mod map;
+pub mod measure;
 pub mod operation;
 pub mod plugins;
 pub mod sandbox;

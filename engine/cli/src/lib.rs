@@ -15,6 +15,7 @@ pub mod info;
 mod info_text;
 pub mod map;
 mod map_text;
+pub mod measure;
 mod opening;
 pub mod output;
 pub mod plugins;
@@ -66,6 +67,8 @@ pub enum Command {
     Map(map::MapArgs),
     /// Compare two images, each with what is below it, as the disks that they are
     Compare(compare::CompareArgs),
+    /// Say how long the file of a new image would be, or how long a commit would make one
+    Measure(measure::MeasureArgs),
     /// Make a new, empty image
     Create(create::CreateArgs),
     /// List the format plugins
@@ -87,6 +90,7 @@ impl Command {
             Self::Check(args) => args.output,
             Self::Info(args) => args.output,
             Self::Map(args) => args.output,
+            Self::Measure(args) => args.output,
             Self::Compare(args) => args.output,
             Self::Plugins(args) => args.output,
             Self::Config(args) => args.output,
@@ -109,6 +113,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Worker(args) => return worker::run(args),
         Command::Info(args) => (info::run(args, &reading(false), out), args.output),
         Command::Map(args) => (map::run(args, out), args.output),
+        Command::Measure(args) => (measure::run(args, out), args.output),
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),
         Command::Config(args) => (config::run(args, out), args.output),

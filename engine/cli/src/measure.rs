@@ -1,0 +1,124 @@
+//! `instar measure`: options, and what is printed, in the words of `qemu-img measure`.
+
+use super::format_options::split_options;
+use super::opening::OpeningArgs;
+use super::output::{print, print_json, OutputFormat};
+use super::reading;
+use super::size::parse_size;
+use clap::Args;
+use instar::commit::{run_commit, CommitRequest};
+use instar::error::Error;
+use instar::measure::{run_measure, Content, MeasureRequest};
+use instar_guest_abi::ErrorCode;
+use serde_json::json;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Say how long the file of a new image would be; with --commit, how long a commit would make the image below an overlay
+#[derive(Args, Debug)]
+pub struct MeasureArgs {
+    /// Format of the image. Detected if not given; an image of another format is refused
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// Format of the new image
+    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", conflicts_with = "commit")]
+    pub target_format: String,
+    /// Options of the new image, as NAME=VALUE, separated by commas; may be given several times
+    #[arg(short, long, value_name = "OPTIONS", conflicts_with = "commit")]
+    pub options: Vec<String>,
+    /// Measure a new, empty image with a disk of this size: bytes, or with a suffix k, M, G, T, P or E
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with_all = ["filename", "commit"])]
+    pub size: Option<u64>,
+    /// Measure what a commit of the image needs of the image that it goes into
+    #[arg(long)]
+    pub commit: bool,
+    /// With --commit: the image of the chain that would be committed into, as for `instar commit -b`
+    #[arg(short, long, value_name = "BASE", requires = "commit")]
+    pub base: Option<PathBuf>,
+    /// With --commit: the format of that image
+    #[arg(short = 'F', long, value_name = "FMT", requires = "commit")]
+    pub base_format: Option<String>,
+    /// With --commit: let a smaller backing grow to the overlay's virtual size
+    #[arg(long, requires = "commit")]
+    pub resize_backing: bool,
+    /// Read the images even if they are in use; a change meanwhile may look like damage
+    #[arg(short = 'U', long, conflicts_with = "commit")]
+    pub force_share: bool,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub opening: OpeningArgs,
+    /// Show what the guest logs
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// An option of `qemu-img measure`, for a sentence about it
+    #[arg(short = 'l', long, hide = true, value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
+    /// The image
+    #[arg(value_name = "FILENAME", required_unless_present = "size")]
+    pub filename: Option<PathBuf>,
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M, G, T, P or E".to_owned())
+}
+
+fn usage(message: &str) -> Error {
+    Error::new(ErrorCode::BadUsage, message)
+}
+
+/// Run the command.
+///
+/// # Errors
+/// One line that names the file and what to do.
+pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
+    if args.snapshot.is_some() {
+        return Err(usage("instar does not look into internal snapshots: measure the image itself"));
+    }
+    let config = super::configuration(args.output)?;
+    let settings = args.opening.settings(&config);
+    let no_image = || usage("measure needs a FILENAME or a --size");
+    if args.commit {
+        let overlay = args.filename.clone().ok_or_else(no_image)?;
+        let request = CommitRequest {
+            overlay,
+            format: args.format.clone(),
+            base: args.base.clone(),
+            base_format: args.base_format.clone(),
+            dry_run: true,
+            resize_backing: args.resize_backing,
+            settings,
+            ..CommitRequest::default()
+        };
+        let preview = run_commit(&request, &reading(args.verbose))?.preview.unwrap_or_default();
+        let (length, growth, space) =
+            (preview.backing_length_bytes, preview.backing_growth_bytes, preview.backing_space_bytes);
+        return match args.output {
+            OutputFormat::Human => {
+                print(out, &format!("required size: {length}\ngrowth: {growth}\nadditional disk space: {space}\n"))
+            }
+            OutputFormat::Json => {
+                print_json(out, &json!({ "required": length, "growth": growth, "additional-space": space }))
+            }
+        };
+    }
+    let content = match (args.size, &args.filename) {
+        (Some(size), _) => Content::Empty(size),
+        (None, Some(path)) => {
+            Content::Image { path: path.clone(), format: args.format.clone(), force_share: args.force_share }
+        }
+        (None, None) => return Err(no_image()),
+    };
+    let options = split_options(&args.options)?;
+    let request = MeasureRequest { content, format: args.target_format.clone(), options, settings };
+    let outcome = run_measure(&request, &reading(args.verbose))?;
+    match args.output {
+        OutputFormat::Human => {
+            let (required, whole) = (outcome.required, outcome.fully_allocated);
+            print(out, &format!("required size: {required}\nfully allocated size: {whole}\n"))
+        }
+        OutputFormat::Json => print_json(out, &outcome),
+    }
+}

@@ -1,0 +1,96 @@
+//! `instar measure`: how long the file of an image would be that does not exist yet. The plugin of its format says what its
+//! metadata take; what an existing image holds is counted by its map.
+
+mod operation;
+mod units;
+
+use crate::create::{options_of, plugin_of};
+use crate::error::{Error, Role};
+use crate::map::MODULE;
+use crate::operation::{run, Session, Settings};
+use crate::plugins::{Plugin, Registry};
+use instar_guest_abi::ErrorCode;
+use instar_plugin_api::std_types::{ROption, RVec};
+use instar_plugin_api::{CreateSpec, Footprint};
+use operation::Measure;
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// What would be in the new image.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// A disk of so many bytes, of which nothing is allocated.
+    Empty(u64),
+    /// The disk of this image and of what is below it.
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// Its format, if the operator names it.
+        format: Option<String>,
+        /// Look at the images even if something else is writing to them.
+        force_share: bool,
+    },
+}
+
+/// What the operator asks for.
+#[derive(Clone, Debug)]
+pub struct MeasureRequest {
+    /// What would be in the new image.
+    pub content: Content,
+    /// The format of the new image.
+    pub format: String,
+    /// Options of that format.
+    pub options: Vec<(String, String)>,
+    /// Plugins, directories, waiting.
+    pub settings: Settings,
+}
+
+/// How long a new image would be. What is serialized has the keys of `qemu-img measure --output=json`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MeasureOutcome {
+    /// Bytes that its files need, together, for what is allocated.
+    pub required: u64,
+    /// Bytes that they need for the whole disk.
+    pub fully_allocated: u64,
+}
+
+/// Measure a new image.
+///
+/// # Errors
+/// One line that names the file and what to do. [`ErrorCode::NotImplemented`] for a format whose images cannot be measured.
+pub fn run_measure(request: &MeasureRequest, session: &Session) -> Result<MeasureOutcome, Error> {
+    match &request.content {
+        Content::Empty(size) => {
+            let registry = Registry::load(&request.settings.search);
+            session.note_plugins(&registry);
+            let plugin = plugin_of(&registry, &request.format)?;
+            outcome(&footprint(plugin, request, *size)?, 0)
+        }
+        Content::Image { path, format, force_share } => {
+            let measure = Measure::new(request, path, format.as_deref(), *force_share);
+            run(measure, session).map_err(|error| error.of_image(path, Some(Role::Ancestor)))
+        }
+    }
+}
+
+/// What the plugin says of a new image with a disk of so many bytes.
+fn footprint(plugin: &Plugin, request: &MeasureRequest, virtual_size: u64) -> Result<Footprint, Error> {
+    let spec = CreateSpec {
+        virtual_size,
+        file_name: RVec::from(b"new".to_vec()),
+        backing: ROption::RNone,
+        backing_facts: ROption::RNone,
+        options: options_of(&request.options),
+    };
+    plugin
+        .measure(&spec)
+        .map_err(|failure| Error::new(failure.code(), format!("an image of the format {}: {failure}", plugin.name())))
+}
+
+fn outcome(footprint: &Footprint, units: u64) -> Result<MeasureOutcome, Error> {
+    let all = footprint.required(units).zip(footprint.fully_allocated());
+    let (required, fully_allocated) =
+        all.ok_or_else(|| Error::new(ErrorCode::UnsupportedFormat, "the new image would be longer than any file"))?;
+    Ok(MeasureOutcome { required, fully_allocated })
+}

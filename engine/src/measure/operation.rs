@@ -1,0 +1,97 @@
+//! Measuring what an image holds as an [`Operation`]: a map whose runs are counted.
+
+use super::units::Units;
+use super::{footprint, outcome, MeasureOutcome, MeasureRequest, MODULE};
+use crate::confine::Work;
+use crate::create::plugin_of;
+use crate::devices::Devices;
+use crate::error::Error;
+use crate::image::Access;
+use crate::map::{message_limit, places, MapEvents, MapRun, Place, Runs};
+use crate::operation::{DevicePaths, Ended, ImageSet, Named, Opener, Operation, Session, Settings};
+use crate::sandbox::ModuleSpec;
+use instar_plugin_api::Footprint;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::rc::Rc;
+
+/// A measurement on its way.
+pub struct Measure<'q> {
+    request: &'q MeasureRequest,
+    path: &'q Path,
+    format: Option<&'q str>,
+    force_share: bool,
+    footprint: Option<Footprint>,
+    units: Rc<RefCell<Units>>,
+    places: BTreeMap<u32, Place>,
+    size: u64,
+    message_limit: u64,
+}
+
+impl<'q> Measure<'q> {
+    /// One that was not begun, of this image.
+    pub fn new(request: &'q MeasureRequest, path: &'q Path, format: Option<&'q str>, force_share: bool) -> Self {
+        let (units, places) = (Rc::default(), BTreeMap::new());
+        Self { request, path, format, force_share, footprint: None, units, places, size: 0, message_limit: 0 }
+    }
+}
+
+impl Operation for Measure<'_> {
+    type Events = MapEvents<'static>;
+    type Outcome = MeasureOutcome;
+
+    fn module(&self) -> ModuleSpec<'static> {
+        MODULE
+    }
+
+    fn work(&self) -> (Work, Work) {
+        (Work::OpenToRead, Work::Read)
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.request.settings
+    }
+
+    fn named(&self) -> Named {
+        Named::image(self.path)
+    }
+
+    fn access(&self) -> Access {
+        Access::to_read(self.force_share)
+    }
+
+    fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
+        let plugin = plugin_of(opener.registry, &self.request.format)?;
+        let layers = opener.open_chain(self.format)?;
+        let all: Vec<_> = layers.iter().collect();
+        self.size = all.first().map_or(0, |top| top.facts.virtual_size);
+        (self.places, self.message_limit) = (places(&all), message_limit(&all));
+        let footprint = footprint(plugin, self.request, self.size)?;
+        *self.units.borrow_mut() = Units::of(footprint.unit);
+        self.footprint = Some(footprint);
+        Ok(ImageSet::read(layers))
+    }
+
+    fn message_limit(&self) -> u64 {
+        self.message_limit
+    }
+
+    fn serve(&mut self, _: &mut Devices, _: &DevicePaths, _: &Session) -> Result<Self::Events, Error> {
+        let units = self.units.clone();
+        let each = move |run: &MapRun<'_>| {
+            units.borrow_mut().take(run);
+            Ok(())
+        };
+        let runs = Runs::new(0..u64::MAX, std::mem::take(&mut self.places), Some(Box::new(each)));
+        Ok(MapEvents::new(self.size, runs))
+    }
+
+    fn finish(self, mut ended: Ended<Self::Events>) -> Result<MeasureOutcome, Error> {
+        ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
+        ended.events.end()?;
+        let footprint = self.footprint.unwrap_or(Footprint { virtual_size: 0, unit: 1, overhead: 0, thin: false });
+        let units = self.units.borrow().count();
+        outcome(&footprint, units)
+    }
+}
