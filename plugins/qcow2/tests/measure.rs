@@ -1,6 +1,6 @@
 //! What the plugin measures is what `qemu-img measure` says.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use instar_plugin_api::std_types::{ROption, RVec, Tuple2};
 use instar_plugin_api::{CreateSpec, Footprint, FormatPlugin, PluginError};

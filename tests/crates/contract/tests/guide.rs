@@ -25,12 +25,15 @@ fn every_callback_is_named() {
     let man = read_to_string(repository().join("docs/man/instar-plugin.7")).unwrap();
     let explained = [
         "BlockIo",
+        "Context",
         "Crashes",
         "DeviceConfig",
+        "Footprint",
         "FormatDriver",
         "FormatPlugin",
         "GuestModule",
         "ImageReader",
+        "Incoming",
         "ReadBelow",
         "ReadImage",
         "Request",
