@@ -14,7 +14,7 @@ pub const MODULE_MAGIC: u64 = u64::from_le_bytes(*b"INSTMODU");
 /// Changes when a module built before cannot be loaded any more.
 pub const MODULE_ABI_MAJOR: u32 = 1;
 /// Changes when something was appended to a table.
-pub const MODULE_ABI_MINOR: u32 = 3;
+pub const MODULE_ABI_MINOR: u32 = 0;
 
 /// Longest detail text of a [`Failure`] in bytes.
 pub const FAILURE_TEXT_MAX: usize = 208;
@@ -267,12 +267,12 @@ pub struct SourceOps {
     /// Empty the image and give its space back; durable when it returns. `*cleared` is set to the number
     /// of clusters that were dropped.
     pub empty: extern "C" fn(source: *mut c_void, cleared: *mut u64, failure: *mut Failure) -> u32,
-    /// Since minor version 2; null, or past the end of a shorter table: the image does not record its parent's identity.
+    /// Null: the image does not record its parent's identity.
     /// Record, durably, that the parent's identity becomes `*identity`. `stage` is a [`ParentStage`] as a number: called
     /// before the first write to the parent, and again with the same identity when the last one is durable.
     pub follow_parent:
         Option<extern "C" fn(source: *mut c_void, identity: *const ImageId, stage: u32, failure: *mut Failure) -> u32>,
-    /// Since minor version 3; null, or past the end of a shorter table: images of the format cannot be examined.
+    /// Null: images of the format cannot be examined.
     /// Look at all metadata for a report, and change nothing: what is wrong is a finding and not a failure.
     pub examine: Option<
         extern "C" fn(
@@ -285,8 +285,9 @@ pub struct SourceOps {
 }
 
 impl SourceOps {
-    /// Size in bytes of the table of minor version 0.
-    pub const MIN_SIZE: usize = core::mem::offset_of!(Self, follow_parent);
+    /// Size in bytes of the table of minor version 0. A function that is appended later is missing from it, and counts as not
+    /// supported.
+    pub const MIN_SIZE: usize = size_of::<Self>();
 }
 
 /// Reads the guest-visible bytes below the output image (its ancestors; zeroes where there are none).
@@ -344,19 +345,19 @@ pub struct SinkOps {
     ) -> u32,
     /// Everything is durable when this returns.
     pub finish: extern "C" fn(sink: *mut c_void, failure: *mut Failure) -> u32,
-    /// Since minor version 1; null, or past the end of a shorter table: this sink cannot grow. Called before the first
+    /// Null: this sink cannot grow. Called before the first
     /// `plan`, changes nothing: from here on the image counts as `virtual_size` bytes long, and the first `write`, which
     /// may be one of no extents, makes it so. What lies below the image reads as zeroes from byte `below_length` on.
     pub grow:
         Option<extern "C" fn(sink: *mut c_void, virtual_size: u64, below_length: u64, failure: *mut Failure) -> u32>,
-    /// Since minor version 2; null, or past the end of a shorter table: the image has no identity that changes. Sets
+    /// Null: the image has no identity that changes. Sets
     /// `*identity` to the one that the image gets with the first `write` of any extents, and returns 1; or returns 0.
     pub next_identity: Option<extern "C" fn(sink: *mut c_void, identity: *mut ImageId) -> u32>,
 }
 
 impl SinkOps {
-    /// Size in bytes of the table of minor version 0.
-    pub const MIN_SIZE: usize = core::mem::offset_of!(Self, grow);
+    /// Size in bytes of the table of minor version 0, as [`SourceOps::MIN_SIZE`].
+    pub const MIN_SIZE: usize = size_of::<Self>();
 }
 
 /// What a format module offers; a null role is not offered.
