@@ -34,7 +34,7 @@ fn run() -> Result<()> {
     };
     let date = date()?;
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let mut written = man::pages(&command(), &pages::day(date))?;
+    let mut written = man::pages(&command(), &root.join("packaging/assets/sections"), &pages::day(date))?;
     written.extend(pages::by_hand(&root.join("docs/man"), date)?);
     written.extend(completions::all(command()));
     let maintainer = changelog::maintainer(&read(&root.join("engine/cli/Cargo.toml"))?)?;

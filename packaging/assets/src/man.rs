@@ -1,49 +1,36 @@
 //! Manual pages of the commands: options from `clap`, and for each command the sections that options do not tell.
 
 use crate::pages::tidy;
-use crate::Result;
+use crate::{read, Result};
 use clap::builder::StyledStr;
 use clap::{Arg, ArgAction, Command};
 use clap_mangen::Man;
 use instar_guest_abi::ErrorCode;
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-/// What each page has after its options: the same for all commands that read images or load plugins.
-const COMMON: &str = include_str!("../sections/common.roff");
-/// The pages, by command, and their own sections. A command that is not here is an error.
-const SECTIONS: &[(&str, &str)] = &[
-    ("instar", include_str!("../sections/instar.roff")),
-    ("instar-check", include_str!("../sections/check.roff")),
-    ("instar-commit", include_str!("../sections/commit.roff")),
-    ("instar-config", include_str!("../sections/config.roff")),
-    ("instar-create", include_str!("../sections/create.roff")),
-    ("instar-doctor", include_str!("../sections/doctor.roff")),
-    ("instar-info", include_str!("../sections/info.roff")),
-    ("instar-map", include_str!("../sections/map.roff")),
-    ("instar-plugins", include_str!("../sections/plugins.roff")),
-];
-
-/// `instar.1`, and a page for each command that is not hidden.
+/// `instar.1`, and a page for each command that is not hidden. `sections` is the folder with the sections that each page has
+/// of its own, and `common.roff`, which all pages have after those.
 ///
 /// # Errors
 /// A command without sections of its own.
-pub fn pages(command: &Command, day: &str) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+pub fn pages(command: &Command, sections: &Path, day: &str) -> Result<Vec<(PathBuf, Vec<u8>)>> {
     let shown = command.get_subcommands().filter(|subcommand| !subcommand.is_hide_set());
     let all = std::iter::once(("instar".to_owned(), command))
         .chain(shown.map(|subcommand| (format!("instar-{}", subcommand.get_name()), subcommand)));
     all.map(|(name, command)| {
-        let page = page(&name, command, day)?;
+        let page = page(&name, command, sections, day)?;
         Ok((PathBuf::from(format!("man/{name}.1")), page))
     })
     .collect()
 }
 
-fn page(name: &str, command: &Command, day: &str) -> Result<Vec<u8>> {
-    let (_, own) = SECTIONS.iter().find(|(page, _)| *page == name).ok_or_else(|| {
-        format!("{name} has no sections for its manual page: add a file to packaging/assets/sections and to man.rs")
-    })?;
+fn page(name: &str, command: &Command, sections: &Path, day: &str) -> Result<Vec<u8>> {
+    let short = name.strip_prefix("instar-").unwrap_or(name);
+    let own = read(&sections.join(format!("{short}.roff")))
+        .map_err(|error| format!("{name} has no sections for its manual page: {error}"))?;
+    let common = read(&sections.join("common.roff"))?;
     let man = Man::new(without_backticks(command))
         .title(name.to_uppercase())
         .section("1")
@@ -64,7 +51,7 @@ fn page(name: &str, command: &Command, day: &str) -> Result<Vec<u8>> {
     let (own, see_also) = own.split_once(".SH SEE ALSO\n").ok_or_else(|| format!("{name}: no SEE ALSO"))?;
     let codes = if name == "instar-commit" { error_codes() } else { String::new() };
     let own = own.replace(".\\\" ERROR CODES\n", &codes);
-    Ok(tidy(&format!("{page}{own}{COMMON}.SH SEE ALSO\n{see_also}")).into_bytes())
+    Ok(tidy(&format!("{page}{own}{common}.SH SEE ALSO\n{see_also}")).into_bytes())
 }
 
 /// Words of code are quoted, for a backtick prints as an opening quote. NAME has one clause.
