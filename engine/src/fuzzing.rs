@@ -2,6 +2,7 @@
 
 use crate::check::CheckEvents;
 use crate::commit::CommitEvents;
+use crate::compare::{CompareEvents, Contents};
 use crate::devices::Devices;
 use crate::map::{Holes, MapEvents, MapRun, Place, Runs};
 use crate::operation::{Cancel, Events, Handler};
@@ -10,6 +11,7 @@ use crate::sandbox::{Host, SandboxError};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::rc::Rc;
 
 pub use crate::sandbox::fuzzing::{load_module, LoadedModule};
 
@@ -64,6 +66,8 @@ pub fn messages(data: &[u8]) -> (Vec<String>, Option<u64>) {
     let whole = map.end == Some(Ok(())) && result.is_ok() && map.events.end().is_ok();
     results.push(result);
     drop(map);
+    let contents = Contents::at(BTreeMap::from([(0, place(0)), (1, place(1))]), [1, 1]);
+    results.push(deliver(&mut handler(CompareEvents::new(contents, [MAPPED; 2], false, Rc::new(())))));
     let ended = results.into_iter().filter_map(Result::err).map(|error| error.to_string());
     (ended.collect(), whole.then_some(covered))
 }

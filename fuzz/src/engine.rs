@@ -7,8 +7,8 @@ use instar_guest_abi::{request_status, Phase, Request, DEVICE_OUTPUT};
 use instar_guest_protocol::end_message::Outcome;
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{
-    check, commit, map, EndMessage, FailureMessage, GuestMessage, LogMessage, Message, PanicMessage, PhaseMessage,
-    ProgressMessage,
+    check, commit, compare, map, EndMessage, FailureMessage, GuestMessage, LogMessage, Message, PanicMessage,
+    PhaseMessage, ProgressMessage,
 };
 use instar_plugin_api::FormatPlugin;
 use std::fs::File;
@@ -100,6 +100,8 @@ pub fn messages(data: &[u8]) {
 pub fn message_seeds() -> Vec<Vec<u8>> {
     let run = map::Run { start: 0, length: 1 << 20, depth: 0, kind: 1, device: 0, offset: 4096 };
     let half = map::Run { length: 1 << 19, kind: 2, ..run };
+    let side = compare::Side { kind: 2, ..Default::default() };
+    let pair = compare::Pair { start: 0, length: 1 << 20, first: Some(side), second: Some(side), equal: 0 };
     let runs = map::Runs { runs: vec![half, map::Run { start: 1 << 19, kind: 3, ..half }] };
     let plan = commit::Plan { clusters: 1, bytes: 2, ..Default::default() };
     let failure = FailureMessage { error: 7, text: "x".into(), step: "plan".into(), ..Default::default() };
@@ -115,6 +117,7 @@ pub fn message_seeds() -> Vec<Vec<u8>> {
         Kind::Event(runs.encode_to_vec()),
         end(Outcome::Result(map::Outcome {}.encode_to_vec())),
         Kind::Phase(PhaseMessage { phase: 2 }),
+        Kind::Event(compare::Pairs { pairs: vec![pair] }.encode_to_vec()),
     ];
     let framed = |kind: Kind| {
         let bytes = GuestMessage { kind: Some(kind) }.encode_to_vec();

@@ -53,12 +53,17 @@ pub struct Contents {
 impl Contents {
     /// Those of these images, of which each view has so many; `places` are their files.
     pub fn new(places: BTreeMap<u32, Place>, images: &[&ChainImage<'_>], counts: [usize; 2]) -> Self {
-        let count = |index: usize| u32::try_from(counts[index]).unwrap_or(u32::MAX);
         let own = images.iter().map(|image| image.opened.identity);
         let others = images.iter().flat_map(|image| image.files.iter().map(|file| file.opened.identity));
         // The order of the devices: each image's own file, and then the other files of all.
         let identities = places.keys().copied().zip(own.chain(others)).collect();
-        Self { places, identities, views: [(0, count(0)), (count(0), count(1))] }
+        Self { identities, ..Self::at(places, counts) }
+    }
+
+    /// The same of files of which nothing is known but their places.
+    pub(crate) fn at(places: BTreeMap<u32, Place>, counts: [usize; 2]) -> Self {
+        let [first, second] = counts.map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+        Self { places, identities: BTreeMap::new(), views: [(0, first), (first, second)] }
     }
 
     /// Whether a guest may say this of a run of so many bytes of the view with this index.

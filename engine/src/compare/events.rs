@@ -41,7 +41,7 @@ enum Stop {
 impl CompareEvents {
     /// Those of a comparison of two disks of these sizes in bytes.
     #[must_use]
-    pub(super) fn new(contents: Contents, sizes: [u64; 2], strict: bool, observer: Rc<dyn Observer>) -> Self {
+    pub(crate) fn new(contents: Contents, sizes: [u64; 2], strict: bool, observer: Rc<dyn Observer>) -> Self {
         let difference = (strict && sizes[0] != sizes[1]).then_some(Difference::Size);
         Self { contents, sizes, strict, observer, next: 0, buffers: Default::default(), difference, failure: None }
     }
@@ -200,5 +200,101 @@ impl Events for CompareEvents {
 
     fn succeeded(&mut self, _: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         decode(result).map(|Outcome {}| ())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::devices::Device;
+    use crate::map::{Holes, Place};
+    use crate::operation::{Cancel, Handler};
+    use crate::sandbox::Host;
+    use instar_guest_protocol::compare::Side;
+    use instar_guest_protocol::guest_message::Kind;
+    use instar_guest_protocol::Message;
+    use std::collections::BTreeMap;
+    use std::io::Write;
+
+    const SIZE: u64 = 1 << 20;
+    /// The byte that differs in the second file.
+    const DIFFERS: u64 = 70_000;
+
+    fn side(device: u32, offset: u64) -> Side {
+        Side { depth: 0, kind: ExtentKind::Data as u32, device, offset }
+    }
+
+    fn pair() -> Pair {
+        Pair { start: 0, length: SIZE, first: Some(side(0, 0)), second: Some(side(1, 0)), equal: 0 }
+    }
+
+    fn handler(strict: bool, sizes: [u64; 2]) -> Handler<CompareEvents> {
+        let mut devices = Devices::new();
+        for number in 0..2u32 {
+            let mut file = tempfile::tempfile().unwrap();
+            let mut content = vec![7; usize::try_from(SIZE).unwrap()];
+            content[usize::try_from(DIFFERS).unwrap()] += u8::try_from(number).unwrap();
+            file.write_all(&content).unwrap();
+            devices.attach(number, Device::new(file, false, SIZE, SIZE, false));
+        }
+        let place = |depth| Place { depth, path: format!("file{depth}").into(), holes: Holes::Ignored };
+        let contents = Contents::at(BTreeMap::from([(0, place(0)), (1, place(1))]), [1, 1]);
+        Handler::new(devices, CompareEvents::new(contents, sizes, strict, Rc::new(())), Cancel::new())
+    }
+
+    /// Whether the guest goes on, and what was found to differ.
+    fn told(pairs: &[Pair]) -> (bool, Option<Difference>) {
+        let mut handler = handler(false, [SIZE, SIZE]);
+        let goes_on = handler.message(Kind::Event(Pairs { pairs: pairs.to_vec() }.encode_to_vec())).is_ok();
+        (goes_on && handler.events.end().is_ok(), handler.events.difference)
+    }
+
+    #[test]
+    fn the_sector_that_differs_is_told() {
+        assert_eq!(told(&[pair()]), (false, Some(Difference::Content(DIFFERS - DIFFERS % SECTOR))));
+        let up_to = |length| Pair { length, ..pair() };
+        assert_eq!(told(&[up_to(DIFFERS)]), (false, None), "not all of it");
+        let zeroes = Side { kind: 0, ..side(0, 0) };
+        let holes = Pair { first: Some(zeroes), second: Some(zeroes), ..pair() };
+        assert_eq!(told(&[holes]), (true, None));
+        assert_eq!(told(&[Pair { first: Some(zeroes), ..pair() }]), (false, Some(Difference::Content(0))));
+    }
+
+    #[test]
+    fn what_only_the_guest_can_decode_it_compares() {
+        let encoded = Side { kind: ExtentKind::Encoded as u32, ..side(0, 0) };
+        let equal = |equal| told(&[Pair { first: Some(encoded), equal, ..pair() }]);
+        assert_eq!(equal(SIZE), (true, None));
+        assert_eq!(equal(1000), (false, Some(Difference::Content(512))));
+        assert_eq!(equal(SIZE + 1), (false, None), "more than there is");
+    }
+
+    #[test]
+    fn sizes_matter_where_they_are_asked_for() {
+        let mut strict = handler(true, [SIZE, 2 * SIZE]);
+        assert_eq!(strict.events.difference, Some(Difference::Size));
+        assert!(strict.message(Kind::Event(Vec::new())).is_err());
+        assert_eq!(handler(false, [SIZE, 2 * SIZE]).events.difference, None);
+    }
+
+    #[test]
+    fn pairs_that_make_no_sense_end_the_guest() {
+        let nonsense = |change: &dyn Fn(&mut Pair)| {
+            let mut pair = pair();
+            change(&mut pair);
+            assert_eq!(told(&[pair]), (false, None), "{pair:?}");
+        };
+        nonsense(&|pair| pair.start = 1);
+        nonsense(&|pair| pair.length = 0);
+        nonsense(&|pair| pair.length = SIZE + 1);
+        nonsense(&|pair| pair.length = u64::MAX);
+        nonsense(&|pair| pair.first = None);
+        nonsense(&|pair| pair.second = Some(side(0, 0)));
+        nonsense(&|pair| pair.first = Some(side(9, 0)));
+        nonsense(&|pair| pair.first = Some(Side { depth: 1, ..side(0, 0) }));
+        nonsense(&|pair| pair.first = Some(side(0, u64::MAX)));
+        nonsense(&|pair| pair.first = Some(Side { kind: 4, ..side(0, 0) }));
+        nonsense(&|pair| pair.first = Some(Side { kind: 77, ..side(0, 0) }));
     }
 }

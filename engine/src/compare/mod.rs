@@ -5,6 +5,7 @@ mod contents;
 mod events;
 mod operation;
 
+pub(crate) use contents::Contents;
 pub use events::CompareEvents;
 
 use crate::error::{Error, Role};
