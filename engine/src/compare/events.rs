@@ -8,6 +8,7 @@ use crate::operation::{decode, Events, GuestFailure, Observer, Progress, Stage};
 use crate::sandbox::BadRequest;
 use instar_guest_abi::{ErrorCode, ExtentKind};
 use instar_guest_protocol::compare::{Outcome, Pair, Pairs};
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
@@ -26,6 +27,8 @@ pub struct CompareEvents {
     /// Up to here the disks were compared.
     next: u64,
     buffers: [Vec<u8>; 2],
+    /// Bytes that were read of each device for the pair at hand.
+    read: BTreeMap<u32, u64>,
     /// The first difference; the guest was ended then.
     pub difference: Option<Difference>,
     /// Why a file could not be read; the guest was ended then.
@@ -43,7 +46,17 @@ impl CompareEvents {
     #[must_use]
     pub(crate) fn new(contents: Contents, sizes: [u64; 2], strict: bool, observer: Rc<dyn Observer>) -> Self {
         let difference = (strict && sizes[0] != sizes[1]).then_some(Difference::Size);
-        Self { contents, sizes, strict, observer, next: 0, buffers: Default::default(), difference, failure: None }
+        Self {
+            contents,
+            sizes,
+            strict,
+            observer,
+            next: 0,
+            buffers: Default::default(),
+            read: BTreeMap::new(),
+            difference,
+            failure: None,
+        }
     }
 
     /// Bytes of the longer disk.
@@ -137,6 +150,7 @@ impl CompareEvents {
                 let Some(place) = place else { continue };
                 buffer.resize(usize::try_from(length).unwrap_or(0), 0);
                 let here = Location { offset: place.offset.saturating_add(at - range.start), ..place };
+                *self.read.entry(here.device).or_default() += length;
                 read(devices, here, buffer).map_err(|error| unreadable(here, &error))?;
             }
             let [one, two] = &self.buffers;
@@ -183,7 +197,12 @@ impl Events for CompareEvents {
                 return Err(BadRequest(format!("a pair that makes no sense: {pair:?}")));
             }
             self.next += pair.length;
-            match self.compare(devices, pair) {
+            let compared = self.compare(devices, pair);
+            // A small file can claim to be a huge disk, the same cluster again and again.
+            for (device, bytes) in std::mem::take(&mut self.read) {
+                devices.count_read(device, bytes);
+            }
+            match compared {
                 Ok(()) => {}
                 Err(Stop::Differs(difference)) => {
                     self.difference = Some(difference);
@@ -214,7 +233,6 @@ mod tests {
     use instar_guest_protocol::compare::Side;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::Message;
-    use std::collections::BTreeMap;
     use std::io::Write;
 
     const SIZE: u64 = 1 << 20;

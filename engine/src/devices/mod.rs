@@ -301,6 +301,11 @@ impl Devices {
         self.slots.iter().flatten().any(Device::is_changed)
     }
 
+    /// The host has read so many bytes of a device because the guest said that something is there.
+    pub fn count_read(&mut self, device: u32, bytes: u64) {
+        self.allowance.count(&Request::read(device, 0, 0, bytes));
+    }
+
     /// What the guest did out of proportion to what the files hold, if nothing was changed yet. `used` is the processor time
     /// that it has used.
     #[must_use]
