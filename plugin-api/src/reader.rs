@@ -157,7 +157,14 @@ impl<'a> ImageReader<'a> {
             return Err(PluginError::new(ErrorCode::ScratchTooSmall, message));
         }
         let available = usize::try_from(self.length.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let mut bytes = vec![0; length.min(available)];
+        let length = length.min(available);
+        let mut bytes = Vec::new();
+        // The library's allocator is not the engine's, and would end the process in its own words.
+        if bytes.try_reserve_exact(length).is_err() {
+            let message = format!("there is no memory to read {length} bytes of it");
+            return Err(PluginError::new(ErrorCode::ScratchTooSmall, message));
+        }
+        bytes.resize(length, 0);
         let read = self.read_at(offset, &mut bytes)?;
         bytes.truncate(read);
         Ok(bytes)

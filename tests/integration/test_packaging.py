@@ -72,7 +72,7 @@ def bash_offers(text, command):
 
 def zsh_offers(text, command):
     block = re.search(rf"(?ms)^\s*\({command}\)$(.*?)^;;$", text)[1]
-    return set(re.findall(r"(?m)^'\*?(--?[\w-]+?)[=+\[]", block))
+    return set(re.findall(r"(?m)^'(?:\([^)]*\))?\*?(--?[\w-]+?)[=+\[]", block))
 
 
 def fish_offers(text, command, option):
