@@ -2,17 +2,18 @@
 
 use super::commit_text::{render_commit_success, render_dry_run, render_verbose};
 use super::opening::OpeningArgs;
-use super::output::{render_warning, OutputFormat};
+use super::output::OutputFormat;
+use super::print_error;
 use super::progress::{Ending, Shown};
 use super::signals::cancel_on_signals;
-use super::size::parse_size;
+use super::size::parse_bytes;
 use super::terminal::say;
-use super::{print_error, say_note};
+use super::told::Told;
 use clap::{Args, ValueEnum};
 use instar::commit::{run_commit, CommitRequest};
 use instar::devices::Cache;
 use instar::error::Error;
-use instar::operation::{Observer, Progress, Session};
+use instar::operation::Session;
 use instar_guest_abi::ErrorCode;
 use std::cell::RefCell;
 use std::io::Write;
@@ -42,7 +43,7 @@ pub struct CommitArgs {
     #[arg(short, long)]
     pub quiet: bool,
     /// Limit how many bytes move per second; a suffix k, M or G multiplies by powers of 1024, 0 is no limit
-    #[arg(short, long, alias = "rate", value_name = "BYTES/S", value_parser = parse_rate)]
+    #[arg(short, long, alias = "rate", value_name = "BYTES/S", value_parser = parse_bytes)]
     pub rate_limit: Option<u64>,
     /// Choose what writes promise
     #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
@@ -71,11 +72,6 @@ pub struct CommitArgs {
     /// The overlay
     #[arg(value_name = "FILENAME")]
     pub filename: PathBuf,
-}
-
-/// Bytes per second with qemu-img's suffixes.
-fn parse_rate(text: &str) -> Result<u64, String> {
-    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M or G".to_owned())
 }
 
 /// Cache modes, with qemu-img's names.
@@ -153,41 +149,4 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         return render_dry_run(&result, args.output, out);
     }
     render_commit_success(&result, args.output, args.quiet, out)
-}
-
-/// What the operator is told while a commit runs.
-struct Told {
-    verbose: bool,
-    warns: bool,
-    shown: Option<RefCell<Shown>>,
-}
-
-impl Told {
-    fn end(&self, ending: Ending) {
-        self.shown.iter().for_each(|shown| shown.borrow_mut().end(ending));
-    }
-}
-
-impl Observer for Told {
-    fn wants_notes(&self) -> bool {
-        self.verbose
-    }
-
-    fn note(&self, line: &str) {
-        say_note(line);
-    }
-
-    fn warning(&self, line: &str) {
-        if self.warns {
-            say(&render_warning(line));
-        }
-    }
-
-    fn wants_progress(&self) -> bool {
-        self.shown.is_some()
-    }
-
-    fn progress(&self, progress: Progress) {
-        self.shown.iter().for_each(|shown| shown.borrow_mut().show(progress));
-    }
 }

@@ -2,12 +2,13 @@
 
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
+use super::print_error;
 use super::progress::{Ending, Shown};
-use super::{print_error, say_note};
+use super::told::Told;
 use clap::Args;
 use instar::compare::{run_compare, CompareOutcome, CompareRequest, Difference};
 use instar::error::Error;
-use instar::operation::{Cancel, Observer, Progress, Session};
+use instar::operation::{Cancel, Session};
 use instar_guest_abi::ErrorCode;
 use std::cell::RefCell;
 use std::io::Write;
@@ -89,10 +90,10 @@ fn compare(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, Error> {
         settings: args.opening.settings(&config),
     };
     let shown = (args.progress && !args.quiet).then(|| RefCell::new(Shown::new()));
-    let told = Rc::new(Told { verbose: args.verbose, shown });
+    let told = Rc::new(Told { verbose: args.verbose, warns: false, shown });
     let result = run_compare(&request, &Session::confined(told.clone(), Cancel::new()));
     let ending = if result.is_ok() { Ending::Done } else { Ending::Failed };
-    told.shown.iter().for_each(|shown| shown.borrow_mut().end(ending));
+    told.end(ending);
     let outcome = result?;
     match args.output {
         _ if args.quiet => {}
@@ -119,30 +120,6 @@ fn text(outcome: &CompareOutcome, strict: bool) -> String {
         Some(Difference::Content(at)) => format!("Content mismatch at offset {at}!"),
     };
     format!("{warning}{line}\n")
-}
-
-/// What the operator is told while a comparison runs.
-struct Told {
-    verbose: bool,
-    shown: Option<RefCell<Shown>>,
-}
-
-impl Observer for Told {
-    fn wants_notes(&self) -> bool {
-        self.verbose
-    }
-
-    fn note(&self, line: &str) {
-        say_note(line);
-    }
-
-    fn wants_progress(&self) -> bool {
-        self.shown.is_some()
-    }
-
-    fn progress(&self, progress: Progress) {
-        self.shown.iter().for_each(|shown| shown.borrow_mut().show(progress));
-    }
 }
 
 #[cfg(test)]

@@ -3,12 +3,12 @@
 use super::format_options::split_options;
 use super::output::{print, unprinted_but, OutputFormat};
 use super::size::parse_size;
+use super::usage::bad_usage;
 use clap::Args;
 use instar::create::{create_options, run_create, CreateRequest, Created};
 use instar::error::Error;
 use instar::escape::{escape, escape_path, printable};
 use instar::plugins::SearchPath;
-use instar_guest_abi::ErrorCode;
 use std::fmt::Write as _;
 use std::io::Write;
 use std::path::PathBuf;
@@ -56,10 +56,6 @@ struct Wanted {
     options: Vec<(String, String)>,
 }
 
-fn usage(message: impl Into<String>) -> Error {
-    Error::new(ErrorCode::BadUsage, message)
-}
-
 /// Run the command.
 ///
 /// # Errors
@@ -73,7 +69,7 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
         let (format, options) = create_options(&args.format, &search)?;
         return print(out, &help(&format, &options));
     }
-    let image = args.filename.clone().ok_or_else(|| usage("create needs a FILENAME"))?;
+    let image = args.filename.clone().ok_or_else(|| bad_usage("create needs a FILENAME"))?;
     let Wanted { size, backing, backing_format, options } = wanted(args, pairs)?;
     let request = CreateRequest {
         image,
@@ -115,13 +111,13 @@ fn wanted(args: &CreateArgs, pairs: Vec<(String, String)>) -> Result<Wanted, Err
             }
         };
         if slot.is_some() {
-            return Err(usage(format!("{name} is given twice")));
+            return Err(bad_usage(format!("{name} is given twice")));
         }
         *slot = Some(value);
     }
     if let Some(text) = size {
         let bytes = parse_size(&text).ok_or_else(|| {
-            usage(format!("'{}' is not a size: use digits and a suffix k, M, G, T, P or E", escape(&text)))
+            bad_usage(format!("'{}' is not a size: use digits and a suffix k, M, G, T, P or E", escape(&text)))
         })?;
         wanted.size = Some(bytes);
     }

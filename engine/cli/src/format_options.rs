@@ -1,17 +1,13 @@
 //! `-o`: options of a format, as `qemu-img` reads them.
 
+use super::usage::bad_usage;
 use instar::error::Error;
 use instar::escape::escape;
-use instar_guest_abi::ErrorCode;
-
-fn usage(message: impl Into<String>) -> Error {
-    Error::new(ErrorCode::BadUsage, message)
-}
 
 /// `a=b,c=d` with `,,` for a comma within a value, as `qemu-img` reads it.
 ///
 /// # Errors
-/// [`ErrorCode::BadUsage`] for an option without a value.
+/// [`ErrorCode::BadUsage`](instar_guest_abi::ErrorCode::BadUsage) for an option without a value.
 pub fn split_options(texts: &[String]) -> Result<Vec<(String, String)>, Error> {
     let mut pairs = Vec::new();
     for text in texts {
@@ -28,7 +24,7 @@ pub fn split_options(texts: &[String]) -> Result<Vec<(String, String)>, Error> {
             match item.split_once('=') {
                 Some((name, value)) => pairs.push((name.to_owned(), value.to_owned())),
                 None if item == "help" || item == "?" => pairs.push((item, String::new())),
-                None => return Err(usage(format!("option '{}' needs a value: NAME=VALUE", escape(&item)))),
+                None => return Err(bad_usage(format!("option '{}' needs a value: NAME=VALUE", escape(&item)))),
             }
         }
     }

@@ -7,7 +7,7 @@ pub mod check;
 pub mod commit;
 mod commit_text;
 pub mod compare;
-mod config;
+pub mod config;
 pub mod create;
 pub mod doctor;
 mod format_options;
@@ -24,6 +24,7 @@ mod signals;
 pub mod size;
 mod snapshot_text;
 mod terminal;
+mod told;
 mod usage;
 pub mod worker;
 
@@ -35,12 +36,13 @@ use instar::config::Config;
 use instar::confine::trap::report_as_json;
 use instar::error::Error;
 use instar::escape::printable;
-use instar::operation::{Cancel, Observer, Session};
+use instar::operation::{Cancel, Session};
 use instar_guest_abi::ErrorCode;
 use output::{render_error, render_warning};
 use std::io::Write;
 use std::rc::Rc;
 use terminal::say;
+use told::Told;
 
 /// Exit status of a command that was refused or failed.
 const FAILED: u8 = 1;
@@ -133,19 +135,6 @@ fn configuration(output: OutputFormat) -> Result<Config, Error> {
     Ok(config)
 }
 
-/// Prints notes, if they are wanted.
-struct Notes(bool);
-
-impl Observer for Notes {
-    fn wants_notes(&self) -> bool {
-        self.0
-    }
-
-    fn note(&self, line: &str) {
-        say_note(line);
-    }
-}
-
 /// Print a line for `-v`.
 fn say_note(line: &str) {
     say(&format!("instar: {}\n", printable(line)));
@@ -153,7 +142,7 @@ fn say_note(line: &str) {
 
 /// The session of a command that only reads: a signal ends the process.
 fn reading(verbose: bool) -> Session {
-    Session::confined(Rc::new(Notes(verbose)), Cancel::new())
+    Session::confined(Rc::new(Told { verbose, ..Told::default() }), Cancel::new())
 }
 
 /// Print an error on stderr; the exit status.

@@ -4,7 +4,7 @@ use super::map_text::MapText;
 use super::opening::OpeningArgs;
 use super::output::OutputFormat;
 use super::reading;
-use super::size::parse_size;
+use super::size::parse_bytes;
 use clap::Args;
 use instar::error::Error;
 use instar::map::{run_map, MapRequest};
@@ -38,10 +38,6 @@ pub struct MapArgs {
     /// The image
     #[arg(value_name = "FILENAME")]
     pub filename: PathBuf,
-}
-
-fn parse_bytes(text: &str) -> Result<u64, String> {
-    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M or G".to_owned())
 }
 
 /// Run the command.

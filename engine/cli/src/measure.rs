@@ -4,12 +4,12 @@ use super::format_options::split_options;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::reading;
-use super::size::parse_size;
+use super::size::parse_bytes;
+use super::usage::bad_usage;
 use clap::Args;
 use instar::commit::{run_commit, CommitRequest};
 use instar::error::Error;
 use instar::measure::{run_measure, Content, MeasureRequest};
-use instar_guest_abi::ErrorCode;
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -61,25 +61,17 @@ pub struct MeasureArgs {
     pub filename: Option<PathBuf>,
 }
 
-fn parse_bytes(text: &str) -> Result<u64, String> {
-    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M, G, T, P or E".to_owned())
-}
-
-fn usage(message: &str) -> Error {
-    Error::new(ErrorCode::BadUsage, message)
-}
-
 /// Run the command.
 ///
 /// # Errors
 /// One line that names the file and what to do.
 pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
     if args.snapshot.is_some() {
-        return Err(usage("instar does not look into internal snapshots: measure the image itself"));
+        return Err(bad_usage("instar does not look into internal snapshots: measure the image itself"));
     }
     let config = super::configuration(args.output)?;
     let settings = args.opening.settings(&config);
-    let no_image = || usage("measure needs a FILENAME or a --size");
+    let no_image = || bad_usage("measure needs a FILENAME or a --size");
     if args.commit {
         let overlay = args.filename.clone().ok_or_else(no_image)?;
         let request = CommitRequest {

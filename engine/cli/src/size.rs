@@ -61,6 +61,14 @@ pub fn format_size(bytes: u64) -> String {
     format!("{digits} {}B", UNITS[unit])
 }
 
+/// [`parse_size`] for an option.
+///
+/// # Errors
+/// What is wrong, in one clause.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M or G".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -34,6 +34,11 @@ pub fn say_panics() {
     }));
 }
 
+/// The arguments can be read, and make no sense.
+pub(super) fn bad_usage(message: impl Into<String>) -> Error {
+    Error::new(ErrorCode::BadUsage, message)
+}
+
 /// Print help, the version, or why the arguments make no sense; the exit status.
 fn explain(error: &clap::Error, arguments: &[OsString]) -> u8 {
     let output = if wants_json(arguments) { OutputFormat::Json } else { OutputFormat::Human };
