@@ -83,7 +83,7 @@ pub use types::{
     BackingPointer, CreateSpec, CreatedFile, CreatedImage, GuestModule, ImageFacts, ImageFile, ImageRegion,
     PluginError, ReservedRange, Role, Verdict, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
 };
-pub use value::{FactValue, Feature, Field, VALUES_MAX, VALUE_BYTES, VALUE_DEPTH};
+pub use value::{printable, FactValue, Feature, Field, VALUES_MAX, VALUE_BYTES, VALUE_DEPTH};
 pub use version::API_VERSION;
 
 /// The `abi_stable` types that stand in the values of this crate.

@@ -78,6 +78,20 @@ impl FactValue {
     }
 }
 
+/// Text of an image within a reason or a note, which are lines for people: control characters are escaped.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
+}
+
 impl From<bool> for FactValue {
     fn from(value: bool) -> Self {
         Self::Flag(value)

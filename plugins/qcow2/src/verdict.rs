@@ -2,7 +2,7 @@
 //! name, before anything is changed. (Compressed clusters cannot be seen from the header: the guest looks for them.)
 
 use crate::facts::names;
-use instar_plugin_api::{Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
+use instar_plugin_api::{printable, Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
 use instar_qcow2_format::{ClusterSize, RefcountOrder};
 
 const CHECK: &str = "run `qemu-img check -r all` on it first";
@@ -33,7 +33,7 @@ fn snapshot_warning(own: &ImageFacts, context: &Context<'_>) -> String {
     if !context.below_changes || number(own, names::SNAPSHOTS) == 0 {
         return String::new();
     }
-    let names = shown(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
+    let names = printable(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
     format!("its internal snapshots ({names}) see what is committed wherever they hold nothing themselves")
 }
 
@@ -52,7 +52,7 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
         count => Some(format!("{count} {many}")),
     };
     if let Some(snapshots) = count(names::SNAPSHOTS, "internal snapshot", "internal snapshots") {
-        let names = shown(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
+        let names = printable(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
         let text = "a commit keeps them, and clusters that only they refer to keep using space";
         notes.push(line(format!("{snapshots}: {text} ({names})")));
     }
@@ -77,19 +77,6 @@ type Refusal = Option<(ErrorCode, String)>;
 
 fn number(facts: &ImageFacts, name: &str) -> u64 {
     facts.number(name).unwrap_or(0)
-}
-
-/// Text of the image within a line for people: control characters are escaped.
-fn shown(text: &str) -> String {
-    let mut line = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() {
-            line.extend(c.escape_default());
-        } else {
-            line.push(c);
-        }
-    }
-    line
 }
 
 /// What stands in the way of reading an image; all that can be read can be changed.

@@ -1,7 +1,7 @@
 //! May this image take its part in an operation? What header and descriptor can refuse is refused here.
 
 use crate::facts::names;
-use instar_plugin_api::{Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
+use instar_plugin_api::{printable, Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
 use instar_vmdk_format::{TABLE_BYTES, TABLE_ENTRIES};
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
@@ -23,7 +23,7 @@ fn refusal(own: &ImageFacts) -> Option<(ErrorCode, String)> {
         return Some((ErrorCode::LuksUnsupported, reason.to_owned()));
     }
     if let Some(reason) = own.text(names::UNSUPPORTED) {
-        return Some((ErrorCode::UnsupportedFormat, shown(reason)));
+        return Some((ErrorCode::UnsupportedFormat, printable(reason)));
     }
     if own.flag(names::FLAT) && own.backing.is_some() {
         let reason = "an image with flat extents cannot have a parent: its parentCID is wrong";
@@ -52,19 +52,6 @@ fn line(mut text: String) -> String {
     let end = (0..=MOST.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
     text.truncate(end);
     text
-}
-
-/// Text of the image within a line for people: control characters are escaped.
-fn shown(text: &str) -> String {
-    let mut line = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() {
-            line.extend(c.escape_default());
-        } else {
-            line.push(c);
-        }
-    }
-    line
 }
 
 fn of_target(own: &ImageFacts, incoming: &Incoming) -> Verdict {
