@@ -8,13 +8,12 @@
 
 extern crate alloc;
 
-use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::compare::{Outcome, Pair, Pairs, Side};
-use instar_guest_sdk::abi::{ErrorCode, ExtentKind, MemberRole};
+use instar_guest_sdk::abi::{ErrorCode, ExtentKind};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
-use instar_guest_view::{Layers, Reporter, Seen};
+use instar_guest_view::{Layers, Place, Reporter, Seen};
 
 /// Pairs in a message: together less than a message may have.
 const PAIRS: usize = 128;
@@ -41,34 +40,23 @@ pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut
 
 fn open<'a>(operation: &Operation<'a>) -> DriverResult<[View<'a>; 2]> {
     let open_group = |group| {
-        let mut layers: Vec<Box<dyn Source + 'a>> = Vec::new();
-        for device in operation.devices_of_group(group, &[MemberRole::Read]) {
-            layers.push(Box::new(operation.format_of(device)?.open_source(device)?));
-        }
-        if layers.is_empty() {
+        let layers = Layers::of_group(operation, group)?;
+        if layers.count() == 0 {
             return Err(DriverError::new(ErrorCode::GuestProtocol, "a comparison is of two images"));
         }
-        Ok(View::new(layers))
+        Ok(View { size: layers.info().virtual_size, layers })
     };
     Ok([open_group(0)?, open_group(1)?])
 }
 
 /// A disk.
-pub struct View<'a> {
+struct View<'a> {
     layers: Layers<'a>,
+    /// Virtual size in bytes.
     size: u64,
-    lowest: u32,
 }
 
-impl<'a> View<'a> {
-    /// The disk that is seen through these layers, the top-most first.
-    #[must_use]
-    pub fn new(layers: Vec<Box<dyn Source + 'a>>) -> Self {
-        let layers = Layers::new(layers);
-        let lowest = u32::try_from(layers.count().saturating_sub(1)).unwrap_or(u32::MAX);
-        Self { size: layers.info().virtual_size, layers, lowest }
-    }
-
+impl View<'_> {
     /// What is at `at`, and up to which byte (`limit` at most) that goes. Past its end a disk has nothing.
     fn seen(&mut self, io: &mut dyn BlockIo, at: u64, limit: u64) -> DriverResult<(Seen, u64)> {
         if at >= self.size {
@@ -83,19 +71,8 @@ impl<'a> View<'a> {
 
     /// The same as a message says it.
     fn side(&self, seen: Seen, at: u64) -> Side {
-        let depth = |index: usize| u32::try_from(index).unwrap_or(u32::MAX);
-        let side = |depth, kind| Side { depth, kind, ..Side::default() };
-        match seen {
-            Seen::Nothing => side(self.lowest, 0),
-            // The layer with this index has ended: it is the one above that reads as zeroes.
-            Seen::Zeroes(index) => side(depth(index.saturating_sub(1)), 0),
-            Seen::Held(index, extent) if extent.kind == ExtentKind::Data as u32 => Side {
-                device: extent.device,
-                offset: extent.location.saturating_add(at - extent.guest_offset),
-                ..side(depth(index), extent.kind)
-            },
-            Seen::Held(index, extent) => side(depth(index), extent.kind),
-        }
+        let Place { depth, kind, device, offset } = self.layers.place(seen, at);
+        Side { depth, kind, device, offset }
     }
 }
 
@@ -108,7 +85,7 @@ fn is_encoded(side: &Side) -> bool {
 ///
 /// # Errors
 /// Those of the sources.
-pub fn compare(views: &mut [View<'_>; 2], io: &mut dyn BlockIo, each: &mut dyn FnMut(Pair)) -> DriverResult<()> {
+fn compare(views: &mut [View<'_>; 2], io: &mut dyn BlockIo, each: &mut dyn FnMut(Pair)) -> DriverResult<()> {
     let size = views[0].size.max(views[1].size);
     let mut buffers = [Vec::new(), Vec::new()];
     let mut last: Option<Pair> = None;

@@ -6,13 +6,12 @@
 
 extern crate alloc;
 
-use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::map::{Outcome, Run, Runs};
-use instar_guest_sdk::abi::{ErrorCode, ExtentKind, MemberRole};
+use instar_guest_sdk::abi::{ErrorCode, ExtentKind};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
-use instar_guest_view::{Layers, Reporter, Seen};
+use instar_guest_view::{Layers, Place, Reporter};
 
 /// Runs in a message: together less than a message may have.
 const RUNS: usize = 256;
@@ -36,14 +35,11 @@ pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut
 }
 
 fn open<'a>(operation: &Operation<'a>) -> DriverResult<Layers<'a>> {
-    let mut layers: Vec<Box<dyn Source + 'a>> = Vec::new();
-    for device in operation.devices(&[MemberRole::Read]) {
-        layers.push(Box::new(operation.format_of(device)?.open_source(device)?));
-    }
-    if layers.is_empty() {
+    let layers = Layers::of_group(operation, 0)?;
+    if layers.count() == 0 {
         return Err(DriverError::new(ErrorCode::GuestProtocol, "a map is of one image at least"));
     }
-    Ok(Layers::new(layers))
+    Ok(layers)
 }
 
 /// Call `each` with the runs of the whole virtual disk, ascending and without gaps.
@@ -52,7 +48,6 @@ fn open<'a>(operation: &Operation<'a>) -> DriverResult<Layers<'a>> {
 /// Those of the sources.
 pub fn map(layers: &mut Layers<'_>, io: &mut dyn BlockIo, each: &mut dyn FnMut(Run)) -> DriverResult<()> {
     let size = layers.info().virtual_size;
-    let lowest = layers.count().saturating_sub(1);
     let mut last: Option<Run> = None;
     let mut at = 0;
     while at < size {
@@ -60,19 +55,8 @@ pub fn map(layers: &mut Layers<'_>, io: &mut dyn BlockIo, each: &mut dyn FnMut(R
         if end <= at {
             return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
         }
-        let depth = |index: usize| u32::try_from(index).unwrap_or(u32::MAX);
-        let run = |depth, kind| Run { start: at, length: end - at, depth, kind, ..Run::default() };
-        let next = match seen {
-            Seen::Nothing => run(depth(lowest), 0),
-            // The layer with this index has ended: it is the one above that reads as zeroes.
-            Seen::Zeroes(index) => run(depth(index.saturating_sub(1)), 0),
-            Seen::Held(index, extent) if extent.kind == ExtentKind::Data as u32 => Run {
-                device: extent.device,
-                offset: extent.location.saturating_add(at - extent.guest_offset),
-                ..run(depth(index), extent.kind)
-            },
-            Seen::Held(index, extent) => run(depth(index), extent.kind),
-        };
+        let Place { depth, kind, device, offset } = layers.place(seen, at);
+        let next = Run { start: at, length: end - at, depth, kind, device, offset };
         match &mut last {
             Some(last) if goes_on(last, &next) => last.length += next.length,
             _ => last.replace(next).into_iter().for_each(&mut *each),

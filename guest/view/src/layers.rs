@@ -7,7 +7,8 @@ use crate::below::read_extent;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageId, ImageInfo, ParentStage};
+use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageId, ImageInfo, MemberRole, ParentStage};
+use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 
 /// Extents that are asked of a layer at once, at most …
@@ -38,6 +39,19 @@ pub enum Seen {
     Zeroes(usize),
     /// An extent of the layer with this index; the place is somewhere in it.
     Held(usize, Extent),
+}
+
+/// Where what is seen comes from, as messages to the host have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The layer that it is seen in: 0 is the top-most.
+    pub depth: u32,
+    /// An [`ExtentKind`] as a number; 0 where no layer holds it.
+    pub kind: u32,
+    /// Of plain data, the device; else 0.
+    pub device: u32,
+    /// Of plain data, the byte offset on it; else 0.
+    pub offset: u64,
 }
 
 /// The layers, as one.
@@ -132,6 +146,38 @@ impl<'a> Layers<'a> {
             }
         }
         Ok((Seen::Nothing, end))
+    }
+
+    /// The images of a group that are read, the top-most first.
+    ///
+    /// # Errors
+    /// What opening them gives.
+    pub fn of_group(operation: &Operation<'a>, group: u32) -> DriverResult<Self> {
+        let mut layers: Vec<Box<dyn Source + 'a>> = Vec::new();
+        for device in operation.devices_of_group(group, &[MemberRole::Read]) {
+            layers.push(Box::new(operation.format_of(device)?.open_source(device)?));
+        }
+        Ok(Self::new(layers))
+    }
+
+    /// Where what is seen at guest byte `at` comes from.
+    #[must_use]
+    pub fn place(&self, seen: Seen, at: u64) -> Place {
+        let place = |index: usize, kind| {
+            let depth = u32::try_from(index).unwrap_or(u32::MAX);
+            Place { depth, kind, device: 0, offset: 0 }
+        };
+        match seen {
+            Seen::Nothing => place(self.layers.len().saturating_sub(1), 0),
+            // The layer with this index has ended: it is the one above that reads as zeroes.
+            Seen::Zeroes(index) => place(index.saturating_sub(1), 0),
+            Seen::Held(index, extent) if extent.kind == ExtentKind::Data as u32 => Place {
+                device: extent.device,
+                offset: extent.location.saturating_add(at - extent.guest_offset),
+                ..place(index, extent.kind)
+            },
+            Seen::Held(index, extent) => place(index, extent.kind),
+        }
     }
 
     /// Read what is seen somewhere: the bytes of the disk from `at` on.

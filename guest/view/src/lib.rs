@@ -9,5 +9,5 @@ mod layers;
 mod report;
 
 pub use below::{Ancestors, Opener};
-pub use layers::{Layers, Seen};
+pub use layers::{Layers, Place, Seen};
 pub use report::{Failed, Reporter};

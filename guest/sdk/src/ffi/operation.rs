@@ -53,10 +53,15 @@ impl<'a> Operation<'a> {
         self.config.payload.as_slice()
     }
 
+    /// The members that have one of these roles, in their order.
+    fn members_of<'r>(&self, roles: &'r [MemberRole]) -> impl Iterator<Item = &'a Member> + use<'a, 'r> {
+        let wanted = |member: &&Member| MemberRole::from_u32(member.role).is_some_and(|role| roles.contains(&role));
+        self.members.iter().filter(wanted)
+    }
+
     /// The devices of the members that have one of these roles, in their order.
     pub fn devices<'r>(&self, roles: &'r [MemberRole]) -> impl Iterator<Item = &'a DeviceConfig> + use<'a, 'r> {
-        let wanted = |member: &&Member| MemberRole::from_u32(member.role).is_some_and(|role| roles.contains(&role));
-        self.members.iter().filter(wanted).map(|member| &member.device)
+        self.members_of(roles).map(|member| &member.device)
     }
 
     /// The same of one group.
@@ -65,9 +70,7 @@ impl<'a> Operation<'a> {
         group: u32,
         roles: &'r [MemberRole],
     ) -> impl Iterator<Item = &'a DeviceConfig> + use<'a, 'r> {
-        let members = self.members.iter().filter(move |member| member.group == group);
-        let wanted = |member: &&Member| MemberRole::from_u32(member.role).is_some_and(|role| roles.contains(&role));
-        members.filter(wanted).map(|member| &member.device)
+        self.members_of(roles).filter(move |member| member.group == group).map(|member| &member.device)
     }
 
     /// The format that implements `device`.
