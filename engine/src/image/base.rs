@@ -100,7 +100,7 @@ fn open_base<'r>(
     let part = Part::Ancestor;
     let mut between: Vec<ChainImage<'r>> = Vec::new();
     let mut lowest: Option<Located> = None;
-    loop {
+    let backing = loop {
         let above = between.last().map_or(overlay, |lowest| lowest);
         let located = match descent.next(above, part, Access::ReadOnly, Some(opened.identity)) {
             Ok(Some(located)) => located,
@@ -119,27 +119,24 @@ fn open_base<'r>(
                     );
                     return Err(Error::image(base.path(), ErrorCode::NotInChain, clause));
                 };
-                if let (Access::ReadWrite, Some(lowest)) = (access, &lowest) {
-                    let_follow(descent, overlay, &mut between, lowest, &backing)?;
-                }
-                return Ok(Target { backing, between });
+                break backing;
             }
         };
         if located.is_named_by_operator() {
             // The names in it begin where the chain has it, and not where the operator does.
             let opened = OpenedFile { directory: located.beside().clone(), ..opened }.lock(access)?;
-            let backing = descent.identify_target(above, &located, opened, format)?;
-            // A dry run changes nothing, so that it needs no layer open for writing.
-            if let (Access::ReadWrite, Some(lowest)) = (access, &lowest) {
-                let_follow(descent, overlay, &mut between, lowest, &backing)?;
-            }
-            return Ok(Target { backing, between });
+            break descent.identify_target(above, &located, opened, format)?;
         }
         let layer =
             descent.open(above, &located, part, Access::ReadOnly).map_err(|error| lost(base, error, &parent))?;
         between.push(layer);
         lowest = Some(located);
+    };
+    // A dry run changes nothing, so that it needs no layer open for writing.
+    if let (Access::ReadWrite, Some(lowest)) = (access, &lowest) {
+        let_follow(descent, overlay, &mut between, lowest, &backing)?;
     }
+    Ok(Target { backing, between })
 }
 
 /// Whether the name that `above` records leads nowhere, and an identity can stand for it.
