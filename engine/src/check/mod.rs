@@ -5,7 +5,6 @@ mod events;
 
 pub use events::CheckEvents;
 
-use crate::confine::Work;
 use crate::devices::Devices;
 use crate::error::Error;
 use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf};
@@ -62,10 +61,6 @@ impl Operation for Check<'_> {
 
     fn module(&self) -> ModuleSpec<'static> {
         MODULE
-    }
-
-    fn work(&self) -> (Work, Work) {
-        (Work::OpenToRead, Work::Read)
     }
 
     fn settings(&self) -> &Settings {

@@ -3,7 +3,7 @@
 use crate::devices::Devices;
 use crate::image::ChainImage;
 use crate::lookup::Identity;
-use crate::map::{cut_at_holes, Holes, Place};
+use crate::map::{cut_at_holes, is_plausible, Holes, Place};
 use instar_guest_abi::ExtentKind;
 use instar_guest_protocol::compare::Side;
 use std::collections::BTreeMap;
@@ -70,16 +70,7 @@ impl Contents {
     pub fn is_plausible(&self, view: usize, side: &Side, length: u64) -> bool {
         let (first, count) = self.views[view];
         let slot = first.saturating_add(side.depth);
-        let placed = match ExtentKind::from_u32(side.kind) {
-            Some(ExtentKind::Data) => {
-                let place = self.places.get(&side.device);
-                place.is_some_and(|place| place.depth == slot) && side.offset.checked_add(length).is_some()
-            }
-            Some(ExtentKind::Zero | ExtentKind::Encoded) => true,
-            Some(ExtentKind::Memory) => false,
-            None => side.kind == 0,
-        };
-        side.depth < count && placed
+        side.depth < count && is_plausible(&self.places, slot, side.kind, (side.device, side.offset), length)
     }
 
     /// Whether two places are the same one of the same file.

@@ -3,7 +3,6 @@
 use super::contents::Contents;
 use super::events::CompareEvents;
 use super::{CompareOutcome, CompareRequest};
-use crate::confine::Work;
 use crate::devices::Devices;
 use crate::error::Error;
 use crate::image::{Access, ChainImage};
@@ -36,10 +35,6 @@ impl Operation for Compare<'_> {
 
     fn module(&self) -> ModuleSpec<'static> {
         super::MODULE
-    }
-
-    fn work(&self) -> (Work, Work) {
-        (Work::OpenToRead, Work::Read)
     }
 
     fn settings(&self) -> &Settings {

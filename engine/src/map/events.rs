@@ -1,6 +1,6 @@
 //! What a map makes of what its guest says: the runs, the end.
 
-use super::places::{cut_at_holes, Holes};
+use super::places::{cut_at_holes, is_plausible, Holes};
 use super::runs::{Entry, Runs};
 use crate::devices::Devices;
 use crate::error::Error;
@@ -45,20 +45,11 @@ impl<'e> MapEvents<'e> {
     /// Whether a run may come next.
     fn plausible(&self, run: &GuestRun) -> bool {
         let end = run.start.checked_add(run.length);
-        let placed = match ExtentKind::from_u32(run.kind) {
-            Some(ExtentKind::Data) => {
-                let place = self.runs.places().get(&run.device);
-                place.is_some_and(|place| place.depth == run.depth) && run.offset.checked_add(run.length).is_some()
-            }
-            Some(ExtentKind::Zero | ExtentKind::Encoded) => true,
-            Some(ExtentKind::Memory) => false,
-            None => run.kind == 0,
-        };
         run.start == self.next
             && run.length != 0
             && end.is_some_and(|end| end <= self.size)
             && run.depth < self.layers
-            && placed
+            && is_plausible(self.runs.places(), run.depth, run.kind, (run.device, run.offset), run.length)
     }
 
     /// Report a run, cut where the file has holes.

@@ -7,7 +7,7 @@ mod places;
 mod runs;
 
 pub use events::MapEvents;
-pub(crate) use places::{cut_at_holes, message_limit, most_runs};
+pub(crate) use places::{cut_at_holes, is_plausible, message_limit, most_runs};
 pub use places::{places, Holes, Place};
 pub use runs::{MapRun, Runs};
 

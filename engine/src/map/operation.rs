@@ -4,7 +4,6 @@ use super::events::MapEvents;
 use super::places::{message_limit, places, Place};
 use super::runs::{Each, Runs};
 use super::MapRequest;
-use crate::confine::Work;
 use crate::devices::Devices;
 use crate::error::Error;
 use crate::image::Access;
@@ -35,10 +34,6 @@ impl<'e> Operation for Map<'_, 'e> {
 
     fn module(&self) -> ModuleSpec<'static> {
         super::MODULE
-    }
-
-    fn work(&self) -> (Work, Work) {
-        (Work::OpenToRead, Work::Read)
     }
 
     fn settings(&self) -> &Settings {

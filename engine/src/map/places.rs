@@ -3,7 +3,7 @@
 use crate::devices::Devices;
 use crate::image::ChainImage;
 use crate::plugins::FileImage;
-use instar_guest_abi::FIRST_FILE_DEVICE;
+use instar_guest_abi::{ExtentKind, FIRST_FILE_DEVICE};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -67,6 +67,27 @@ fn holes_of(file: &FileImage, unit: u64) -> Holes {
         Holes::Zero
     } else {
         Holes::Ignored
+    }
+}
+
+/// Whether a guest may say that a run of `length` bytes comes from there: the layer with this slot, a number for a kind of extent,
+/// and, of plain data, a device and the byte offset on it.
+#[must_use]
+pub fn is_plausible(
+    places: &BTreeMap<u32, Place>,
+    slot: u32,
+    kind: u32,
+    (device, offset): (u32, u64),
+    length: u64,
+) -> bool {
+    match ExtentKind::from_u32(kind) {
+        Some(ExtentKind::Data) => {
+            let place = places.get(&device);
+            place.is_some_and(|place| place.depth == slot) && offset.checked_add(length).is_some()
+        }
+        Some(ExtentKind::Zero | ExtentKind::Encoded) => true,
+        Some(ExtentKind::Memory) => false,
+        None => kind == 0,
     }
 }
 

@@ -2,7 +2,6 @@
 
 use super::units::Units;
 use super::{footprint, outcome, MeasureOutcome, MeasureRequest, MODULE};
-use crate::confine::Work;
 use crate::create::plugin_of;
 use crate::devices::Devices;
 use crate::error::Error;
@@ -43,10 +42,6 @@ impl Operation for Measure<'_> {
 
     fn module(&self) -> ModuleSpec<'static> {
         MODULE
-    }
-
-    fn work(&self) -> (Work, Work) {
-        (Work::OpenToRead, Work::Read)
     }
 
     fn settings(&self) -> &Settings {

@@ -64,7 +64,11 @@ impl<'r> Opener<'r, '_> {
     /// # Errors
     /// What opening, locking and probing give.
     pub fn open_named(&self, format: Option<&str>) -> Result<ChainImage<'r>, Error> {
-        let opened = self.named.image.open(self.access, ErrorCode::ImageNotFound)?.lock(self.access)?;
+        self.open_file(&self.named.image, format)
+    }
+
+    fn open_file(&self, file: &NamedFile, format: Option<&str>) -> Result<ChainImage<'r>, Error> {
+        let opened = file.open(self.access, ErrorCode::ImageNotFound)?.lock(self.access)?;
         opened.identify_as(self.registry, format)
     }
 
@@ -99,8 +103,7 @@ impl<'r> Opener<'r, '_> {
         most: usize,
     ) -> Result<Vec<ChainImage<'r>>, Error> {
         let Self { registry, access, .. } = *self;
-        let opened = file.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
-        let top = opened.identify_as(registry, format)?;
+        let top = self.open_file(file, format)?;
         let below = Descent::new(registry, gate, file.path(), most.saturating_sub(1)).open_below(&top, access)?;
         let mut layers: Vec<ChainImage<'r>> = std::iter::once(top).chain(below).collect();
         check_parents(&layers.iter().collect::<Vec<_>>())?;

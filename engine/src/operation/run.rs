@@ -37,8 +37,10 @@ pub trait Operation {
     /// The guest's half.
     fn module(&self) -> ModuleSpec<'static>;
 
-    /// What the process does until all images are open, and what it does from then on.
-    fn work(&self) -> (Work, Work);
+    /// What the process does until all images are open, and what it does from then on. Reading, if nothing else is said.
+    fn work(&self) -> (Work, Work) {
+        (Work::OpenToRead, Work::Read)
+    }
 
     /// What the operator has settled.
     fn settings(&self) -> &Settings;
