@@ -7,9 +7,10 @@ use super::{config, open_sink, open_source, quietly, sound, views, Bed, Files};
 use super::{ANCESTOR, MIDDLE, OVERLAY};
 use crate::host;
 use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT};
-use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Options, Outcome, Step};
+use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome, Step};
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::{DriverResult, Source};
+use instar_guest_view::{Ancestors, Layers};
 use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
 use std::collections::{BTreeMap, BTreeSet};
 

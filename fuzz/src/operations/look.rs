@@ -6,9 +6,9 @@ use super::strict::Strict;
 use super::{config, open_source, quietly, sound, views, Bed, OVERLAY};
 use crate::host;
 use instar_guest_abi::ExtentKind;
-use instar_guest_commit::Layers;
 use instar_guest_protocol::map::Run;
 use instar_guest_sdk::{DriverResult, Source};
+use instar_guest_view::Layers;
 use instar_plugin_api::ImageFacts;
 use std::collections::BTreeMap;
 

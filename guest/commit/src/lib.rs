@@ -10,5 +10,4 @@ mod commit;
 mod run;
 
 pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Plan, Step};
-pub use instar_guest_view::{Ancestors, Layers, Opener};
 pub use run::run;

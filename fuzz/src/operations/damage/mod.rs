@@ -13,9 +13,10 @@ use super::{config, open_source, quietly, Bed, Files, OVERLAY};
 use crate::host;
 use draw::{draw, Drawn};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
-use instar_guest_commit::{CommitFailure, Layers, Outcome, Step};
+use instar_guest_commit::{CommitFailure, Outcome, Step};
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::Source;
+use instar_guest_view::Layers;
 use instar_testkit::{seen, Disk, SECTOR};
 use std::collections::BTreeMap;
 

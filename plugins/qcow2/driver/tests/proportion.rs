@@ -1,10 +1,11 @@
 //! The work follows from what the files hold, and not from the size of the disk: requests and bytes are counted.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_commit::{Ancestors, Options};
+use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, Part, Phase, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, FormatDriver, ReadBelow, Sink, Source};
+use instar_guest_view::Ancestors;
 use instar_qcow2_driver::image::{Image, Role};
 use instar_qcow2_driver::refcounts::{InUse, Refcounts};
 use instar_qcow2_driver::Qcow2;

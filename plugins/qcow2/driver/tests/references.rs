@@ -107,7 +107,7 @@ fn one_compressed_cluster_of_many_entries() {
     let mut images = instar_guest_commit::Commit {
         source: &mut source,
         sink: &mut sink,
-        below: &mut instar_guest_commit::Ancestors::new(Vec::new()),
+        below: &mut instar_guest_view::Ancestors::new(Vec::new()),
     };
     let mut encoded = 0;
     instar_guest_commit::commit(&mut io, &mut images, pair.options(), &mut |event| {

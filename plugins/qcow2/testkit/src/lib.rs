@@ -19,10 +19,11 @@ mod salvage;
 pub use instar_testkit::{ANCESTOR, OVERLAY};
 pub use kit::Kit;
 
-use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome};
+use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
+use instar_guest_view::Ancestors;
 use instar_qcow2_driver::Qcow2;
 
 /// The big-endian number of 32 bits at byte `at`. Panics past the end.

@@ -1,10 +1,10 @@
 //! The work follows from what the files hold: requests and bytes are counted.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_commit::Ancestors;
 use instar_guest_sdk::abi::DeviceConfig;
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
+use instar_guest_view::Ancestors;
 use instar_vmdk_driver::Vmdk;
 use instar_vmdk_testkit::{build, device, fill, put32, Spec, State, GRAIN};
 

@@ -1,10 +1,11 @@
 //! The commit over disks in several files: content, and every crash point.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Options, Outcome, Step};
+use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome, Step};
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::FormatDriver;
+use instar_guest_view::Ancestors;
 use instar_vmdk_driver::Vmdk;
 use instar_vmdk_format::next_content_id;
 use instar_vmdk_testkit::crashes;

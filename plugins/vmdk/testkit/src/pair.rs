@@ -1,10 +1,11 @@
 //! Two images, or three that are committed at once, their commit as the product does it, and what they read as.
 
 use super::{build, device, Spec, View};
-use instar_guest_commit::{commit, Ancestors, Commit, CommitFailure, Layers, Options, Outcome, Step};
+use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome, Step};
 use instar_guest_sdk::abi::{Part, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{FormatDriver, Source};
+use instar_guest_view::{Ancestors, Layers};
 pub use instar_testkit::{ANCESTOR, MIDDLE, OVERLAY};
 use instar_vmdk_driver::Vmdk;
 use std::collections::BTreeMap;
