@@ -107,7 +107,7 @@ bench-quick: instar qemu-img file-systems ## the same with small images, under t
 
 clean: ## remove what was built; the tools in .venv, too
 	$(CARGO) clean
-	rm -rf $(VENV) bench-results .pytest_cache
+	rm -rf $(VENV) bench-results tests/.pytest_cache
 
 # --- set-up ---------------------------------------------------------------------------------------------------
 
