@@ -192,8 +192,9 @@ fn a_panic_and_a_lie_are_errors() {
         options: RVec::new(),
     };
     assert!(plugin.create(&spec).unwrap_err().to_string().contains("in create"));
-    assert!(plugin.measure(&spec).unwrap_err().to_string().contains("cannot measure"));
-    let measured = registry.by_format("qcow2").unwrap().measure(&CreateSpec { virtual_size: 1000, ..spec }).unwrap();
+    assert!(plugin.measure(&spec, &[]).unwrap_err().to_string().contains("cannot measure"));
+    let measured =
+        registry.by_format("qcow2").unwrap().measure(&CreateSpec { virtual_size: 1000, ..spec }, &[]).unwrap();
     assert_eq!((measured.virtual_size, measured.unit), (1024, 65536));
 }
 

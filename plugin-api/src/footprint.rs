@@ -1,5 +1,6 @@
 //! How much room a new image takes.
 
+use abi_stable::std_types::ROption;
 use abi_stable::StableAbi;
 
 /// How long the files of a new image become, together, depending on how much of its disk is allocated.
@@ -15,6 +16,8 @@ pub struct Footprint {
     pub overhead: u64,
     /// Only what is allocated takes room. If not, the files are as long as for a full disk from the beginning.
     pub thin: bool,
+    /// Bytes that the bitmaps would take besides; `RNone` if the image could have none.
+    pub bitmaps: ROption<u64>,
 }
 
 impl Footprint {
@@ -43,7 +46,7 @@ mod tests {
 
     #[test]
     fn room_follows_what_is_allocated() {
-        let thin = Footprint { virtual_size: 1000, unit: 512, overhead: 10, thin: true };
+        let thin = Footprint { virtual_size: 1000, unit: 512, overhead: 10, thin: true, bitmaps: ROption::RNone };
         assert_eq!(thin.fully_allocated(), Some(1034));
         assert_eq!([0, 1, 2, 3].map(|units| thin.required(units)), [Some(10), Some(522), Some(1034), Some(1034)]);
         let thick = Footprint { thin: false, ..thin };

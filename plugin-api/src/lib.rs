@@ -63,6 +63,7 @@
 // The derives of abi_stable 0.11 define impls inside functions.
 #![allow(non_local_definitions)]
 
+mod contents;
 mod context;
 mod export;
 mod footprint;
@@ -74,6 +75,7 @@ pub mod v1;
 mod value;
 pub mod version;
 
+pub use contents::{BitmapFacts, SnapshotFacts};
 pub use context::{Context, Incoming};
 pub use footprint::Footprint;
 pub use instar_guest_abi::ErrorCode;

@@ -1,8 +1,8 @@
 //! The trait that a plugin author implements.
 
 use crate::{
-    Context, CreateSpec, CreatedImage, ErrorCode, Footprint, GuestModule, ImageFacts, ImageFile, ImageReader,
-    PluginError, Role, Verdict,
+    BitmapFacts, Context, CreateSpec, CreatedImage, ErrorCode, Footprint, GuestModule, ImageFacts, ImageFile,
+    ImageReader, PluginError, Role, Verdict,
 };
 
 /// Score of [`FormatPlugin::probe`]: not an image of this format.
@@ -91,12 +91,12 @@ pub trait FormatPlugin: 'static {
         Err(PluginError::new(ErrorCode::NotImplemented, format!("the {} plugin cannot create images", Self::NAME)))
     }
 
-    /// How much room an image would take that [`create`](Self::create) makes for the same `spec`, whose name may be empty.
-    /// Nothing is made.
+    /// How much room an image would take that [`create`](Self::create) makes for the same `spec`, whose name may be empty, and
+    /// that gets these persistent bitmaps afterwards. Nothing is made.
     ///
     /// # Errors
     /// As [`create`](Self::create).
-    fn measure(_spec: &CreateSpec) -> Result<Footprint, PluginError> {
+    fn measure(_spec: &CreateSpec, _bitmaps: &[BitmapFacts]) -> Result<Footprint, PluginError> {
         Err(PluginError::new(ErrorCode::NotImplemented, format!("the {} plugin cannot measure images", Self::NAME)))
     }
 }

@@ -1,6 +1,6 @@
 //! The values that cross the border between engine and plugin.
 
-use crate::{FactValue, Feature};
+use crate::{BitmapFacts, FactValue, Feature, SnapshotFacts};
 use abi_stable::std_types::{ROption, RSlice, RString, RVec};
 use abi_stable::StableAbi;
 use instar_guest_abi::{ErrorCode, ERROR_OK, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
@@ -124,6 +124,10 @@ pub struct ImageFacts {
     /// The image says that its content was being moved into its parent when that was interrupted, and that it still holds all
     /// of it: `parent_identity` may be one that what is below it was yet to get, its [`ImageFacts::next_identity`].
     pub parent_announced: bool,
+    /// Its internal snapshots, in an order that the guest half knows, too: it is asked for the disk of one by its place here.
+    pub snapshots: RVec<SnapshotFacts>,
+    /// Its persistent bitmaps; `RNone` if the image can have none.
+    pub bitmaps: ROption<RVec<BitmapFacts>>,
     /// Other features, in the order in which they are shown.
     pub features: RVec<Feature>,
 }
@@ -148,6 +152,8 @@ impl ImageFacts {
             parent_identity: RVec::new(),
             parent_identity_unique: false,
             parent_announced: false,
+            snapshots: RVec::new(),
+            bitmaps: ROption::RNone,
             features: RVec::new(),
         }
     }

@@ -10,12 +10,12 @@
 
 use crate::guard::guarded;
 use crate::{
-    Context, CreateSpec, CreatedImage, ErrorCode, Footprint, FormatPlugin, GuestModule, ImageFacts, ImageFile,
-    ImageReader, PluginError, Role, Verdict,
+    BitmapFacts, Context, CreateSpec, CreatedImage, ErrorCode, Footprint, FormatPlugin, GuestModule, ImageFacts,
+    ImageFile, ImageReader, PluginError, Role, Verdict,
 };
 use abi_stable::library::RootModule;
 use abi_stable::sabi_types::VersionStrings;
-use abi_stable::std_types::{RResult, RString, RVec, Tuple2};
+use abi_stable::std_types::{RResult, RSlice, RString, RVec, Tuple2};
 use abi_stable::StableAbi;
 
 /// Name of this interface in the library header of a plugin.
@@ -61,7 +61,7 @@ pub struct PluginModuleV1 {
     /// [`FormatPlugin::create`].
     pub create: extern "C" fn(spec: &CreateSpec) -> RResult<CreatedImage, PluginError>,
     /// [`FormatPlugin::measure`].
-    pub measure: extern "C" fn(spec: &CreateSpec) -> RResult<Footprint, PluginError>,
+    pub measure: extern "C" fn(spec: &CreateSpec, bitmaps: RSlice<'_, BitmapFacts>) -> RResult<Footprint, PluginError>,
     /// [`FormatPlugin::notes`].
     #[sabi(last_prefix_field)]
     pub notes: extern "C" fn(image: &ImageReader<'_>, facts: &ImageFacts) -> RResult<RVec<RString>, PluginError>,
@@ -138,8 +138,11 @@ extern "C" fn create<P: FormatPlugin>(spec: &CreateSpec) -> RResult<CreatedImage
     guarded(|| P::create(spec)).into()
 }
 
-extern "C" fn measure<P: FormatPlugin>(spec: &CreateSpec) -> RResult<Footprint, PluginError> {
-    guarded(|| P::measure(spec)).into()
+extern "C" fn measure<P: FormatPlugin>(
+    spec: &CreateSpec,
+    bitmaps: RSlice<'_, BitmapFacts>,
+) -> RResult<Footprint, PluginError> {
+    guarded(|| P::measure(spec, bitmaps.as_slice())).into()
 }
 
 extern "C" fn notes<P: FormatPlugin>(

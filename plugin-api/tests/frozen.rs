@@ -8,8 +8,9 @@ use abi_stable::type_layout::TypeLayout;
 use abi_stable::StableAbi;
 use instar_plugin_api::v1::{PluginManifest, PluginModuleV1_Prefix};
 use instar_plugin_api::{
-    BackingPointer, Context, CreateSpec, CreatedFile, CreatedImage, FactValue, Feature, Field, Footprint, GuestModule,
-    ImageFacts, ImageFile, ImageReader, ImageRegion, Incoming, PluginError, ReservedRange, Role, Verdict,
+    BackingPointer, BitmapFacts, Context, CreateSpec, CreatedFile, CreatedImage, FactValue, Feature, Field, Footprint,
+    GuestModule, ImageFacts, ImageFile, ImageReader, ImageRegion, Incoming, PluginError, ReservedRange, Role,
+    SnapshotFacts, Verdict,
 };
 use std::fmt::Write as _;
 
@@ -42,6 +43,8 @@ fn interface_version_1_is_what_it_was() {
         <PluginError as StableAbi>::LAYOUT,
         <ImageFacts as StableAbi>::LAYOUT,
         <BackingPointer as StableAbi>::LAYOUT,
+        <SnapshotFacts as StableAbi>::LAYOUT,
+        <BitmapFacts as StableAbi>::LAYOUT,
         <Feature as StableAbi>::LAYOUT,
         <FactValue as StableAbi>::LAYOUT,
         <Field as StableAbi>::LAYOUT,

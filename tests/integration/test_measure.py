@@ -21,10 +21,9 @@ def both(*args):
         assert ours.rc != 0 and "too large" in ours.stderr and "too large" in theirs.stderr, f"{ours}\n{theirs}"
         return
     assert theirs.rc == 0 and (ours.rc, ours.stderr) == (0, ""), f"{ours}\n{theirs}"
-    assert ours.json == {key: value for key, value in theirs.json.items() if key != "bitmaps"}, f"{ours}\n{theirs}"
-    text = support.run("qemu-img", "measure", *args).stdout.splitlines()
-    human = support.run_instar("measure", *args).stdout.splitlines()
-    assert human == [line for line in text if not line.startswith("bitmaps")]
+    assert ours.json == theirs.json, f"{ours}\n{theirs}"
+    assert support.run_instar("measure", *args).stdout == support.run("qemu-img", "measure", *args).stdout
+    return ours.json
 
 
 def scribble(rng, size, count, zeroes=True):
@@ -66,6 +65,63 @@ def test_images(fmt, seed, tmp_path):
             both("-f", kind, image)
             for options in ["", "cluster_size=4096", "cluster_size=1M"]:
                 both("-f", kind, "-O", "qcow2", *(["-o", options] if options else []), image)
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_snapshots(compat, tmp_path):
+    rng = random.Random(compat)
+    base, top = tmp_path / "base", tmp_path / "top"
+    support.create(base, 8 * MIB)
+    support.qemu_io(base, *scribble(rng, 8 * MIB, 3))
+    support.create(top, backing="base", backing_fmt="qcow2", compat=compat)
+    for name in ["first", "7", "second"]:
+        support.qemu_io(top, *scribble(rng, 8 * MIB, 3))
+        support.qemu_img("snapshot", "-c", name, top)
+    support.qemu_img("snapshot", "-d", "first", top)
+    support.qemu_io(top, *scribble(rng, 8 * MIB, 6))
+    measured = set()
+    with support.untouched(base, top):
+        for name in ["7", "second", "2", "3", "snapshot.id=2", "snapshot.name=second", "snapshot.id=3,snapshot.name=second"]:
+            for options in ["", "cluster_size=4096"]:
+                measured.add(both("-O", "qcow2", *(["-o", options] if options else []), "-l", name, top)["required"])
+        measured.add(both("-O", "qcow2", top)["required"])
+        for name in ["first", "1", "", "snapshot.id=2,snapshot.name=second"]:
+            ours = support.run_instar("measure", "-l", name, top)
+            assert ours.rc == 1 and "it has 7, second" in ours.stderr, str(ours)
+        ours = support.run_instar("measure", "-l", "7", base)
+        assert ours.rc == 1 and "no internal snapshots: leave out -l" in ours.stderr, str(ours)
+    assert len(measured) >= 4, "the snapshots are too much alike to tell them apart"
+
+
+def test_a_snapshot_has_the_size_that_it_had(tmp_path):
+    image = tmp_path / "image"
+    support.create(image, 8 * MIB)
+    support.qemu_io(image, "write -P 5 0 1M")
+    support.qemu_img("snapshot", "-c", "small", image)
+    before = support.run_instar("measure", "--output", "json", "-O", "qcow2", image).json
+    support.qemu_img("resize", image, "64M")
+    support.qemu_io(image, "write -P 6 60M 1M")
+    assert support.run_instar("measure", "--output", "json", "-O", "qcow2", "-l", "small", image).json == before
+    support.qemu_img("snapshot", "-a", "small", image)
+    assert both("-O", "qcow2", image) == before
+
+
+def test_bitmaps(tmp_path):
+    base, image = tmp_path / "base", tmp_path / "image"
+    support.create(base, 64 * MIB)
+    support.create(image, backing="base", backing_fmt="qcow2")
+    support.qemu_img("bitmap", "--add", base, "below")
+    assert both("-O", "qcow2", image)["bitmaps"] == 0, "those of the backing are not the image's"
+    for number, granularity in enumerate(["512", "4096", "64k", "2M"]):
+        support.qemu_img("bitmap", "--add", "-g", granularity, image, "b" * (number * 300 + 1))
+    support.qemu_img("bitmap", "--disable", image, "b")
+    for options in ["", "cluster_size=512", "cluster_size=2M", "compat=0.10"]:
+        measured = both("-O", "qcow2", *(["-o", options] if options else []), image)
+        assert measured.get("bitmaps", 0) > 0 or options == "compat=0.10"
+    both("-O", "raw", image)
+    old = tmp_path / "old"
+    support.create(old, 64 * MIB, compat="0.10")
+    assert "bitmaps" not in both("-O", "qcow2", old)
 
 
 def test_a_vmdk_of_the_measured_size_is_made(tmp_path):

@@ -9,6 +9,7 @@ use super::usage::bad_usage;
 use clap::Args;
 use instar::commit::{run_commit, CommitRequest};
 use instar::error::Error;
+use instar::image::SnapshotName;
 use instar::measure::{run_measure, Content, MeasureRequest};
 use serde_json::json;
 use std::io::Write;
@@ -26,6 +27,9 @@ pub struct MeasureArgs {
     /// Options of the new image, as NAME=VALUE, separated by commas; may be given several times
     #[arg(short, long, value_name = "OPTIONS", conflicts_with = "commit")]
     pub options: Vec<String>,
+    /// Measure the disk of this internal snapshot of the image: its identifier or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long, value_name = "SNAPSHOT", conflicts_with_all = ["size", "commit"])]
+    pub snapshot: Option<SnapshotName>,
     /// Measure a new, empty image with a disk of this size: bytes, or with a suffix k, M, G, T, P or E
     #[arg(short, long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with_all = ["filename", "commit"])]
     pub size: Option<u64>,
@@ -53,9 +57,6 @@ pub struct MeasureArgs {
     /// Show what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
-    /// An option of `qemu-img measure`, for a sentence about it
-    #[arg(short = 'l', long, hide = true, value_name = "SNAPSHOT")]
-    pub snapshot: Option<String>,
     /// The image
     #[arg(value_name = "FILENAME", required_unless_present = "size")]
     pub filename: Option<PathBuf>,
@@ -66,9 +67,6 @@ pub struct MeasureArgs {
 /// # Errors
 /// One line that names the file and what to do.
 pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
-    if args.snapshot.is_some() {
-        return Err(bad_usage("instar does not look into internal snapshots: measure the image itself"));
-    }
     let config = super::configuration(args.output)?;
     let settings = args.opening.settings(&config);
     let no_image = || bad_usage("measure needs a FILENAME or a --size");
@@ -99,7 +97,8 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
     let content = match (args.size, &args.filename) {
         (Some(size), _) => Content::Empty(size),
         (None, Some(path)) => {
-            Content::Image { path: path.clone(), format: args.format.clone(), force_share: args.force_share }
+            let (path, format, snapshot) = (path.clone(), args.format.clone(), args.snapshot.clone());
+            Content::Image { path, format, snapshot, force_share: args.force_share }
         }
         (None, None) => return Err(no_image()),
     };
@@ -109,7 +108,8 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
     match args.output {
         OutputFormat::Human => {
             let (required, whole) = (outcome.required, outcome.fully_allocated);
-            print(out, &format!("required size: {required}\nfully allocated size: {whole}\n"))
+            let bitmaps = outcome.bitmaps.map(|bytes| format!("bitmaps size: {bytes}\n")).unwrap_or_default();
+            print(out, &format!("required size: {required}\nfully allocated size: {whole}\n{bitmaps}"))
         }
         OutputFormat::Json => print_json(out, &outcome),
     }

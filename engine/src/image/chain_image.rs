@@ -14,6 +14,8 @@ pub struct ChainImage<'r> {
     pub plugin: &'r Plugin,
     /// What its header says.
     pub facts: ImageFacts,
+    /// Which of its disks is read, as in [`DeviceConfig::snapshot`](instar_guest_abi::DeviceConfig::snapshot).
+    pub snapshot: u32,
     /// Its other files, once they are open.
     pub files: Vec<ExtraFile>,
     /// What it records of its parent is changed, and nothing else of it: a few bytes of its own file, which is open for

@@ -169,6 +169,7 @@ impl OpenedFile {
     ) -> Result<ChainImage<'r>, (std::path::PathBuf, IdentifyError)> {
         match registry.identify(&self.file, hint) {
             Ok(found) => Ok(ChainImage {
+                snapshot: 0,
                 opened: self,
                 plugin: found.plugin,
                 facts: found.facts,

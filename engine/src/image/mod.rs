@@ -22,6 +22,7 @@ mod open;
 mod open_files;
 mod parents;
 mod roots;
+mod snapshot;
 mod users;
 
 pub use access::Access;
@@ -39,3 +40,4 @@ pub use open::OpenedFile;
 pub use open_files::allow_many as allow_many_open_files;
 pub use parents::{check_immediate_parent, check_parents, parent_mismatch};
 pub use roots::Roots;
+pub use snapshot::SnapshotName;

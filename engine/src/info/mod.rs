@@ -8,7 +8,7 @@ use crate::lookup::Directory;
 use crate::operation::Session;
 use crate::plugins::{IdentifyError, ImageFiles, Registry, SearchPath};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
-use instar_plugin_api::{FactValue, ImageFacts};
+use instar_plugin_api::{FactValue, ImageFacts, SnapshotFacts};
 use rustix::fs::AtFlags;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -158,10 +158,8 @@ impl ImageInfo {
     /// The internal snapshots, each an object with the keys of `qemu-img info`; `None` if there are none.
     #[must_use]
     pub fn snapshots(&self) -> Option<Vec<Value>> {
-        match self.facts.feature(SNAPSHOT_LIST)? {
-            FactValue::List(list) if !list.is_empty() => Some(list.iter().map(json).collect()),
-            _ => None,
-        }
+        let snapshots = &self.facts.snapshots;
+        (!snapshots.is_empty()).then(|| snapshots.iter().map(snapshot_json).collect())
     }
 
     /// The features of the `format-specific` section.
@@ -191,8 +189,22 @@ fn json(value: &FactValue) -> Value {
     }
 }
 
-/// The feature with the internal snapshots, which `qemu-img info` shows beside the others.
-const SNAPSHOT_LIST: &str = "snapshot-list";
+/// An internal snapshot, with the keys of `qemu-img info` in their order.
+fn snapshot_json(snapshot: &SnapshotFacts) -> Value {
+    const NANOSECONDS: u64 = 1_000_000_000;
+    let text = |bytes: &[u8]| Value::from(String::from_utf8_lossy(bytes));
+    let count = snapshot.instructions.into_option().map(|count| ("icount", count.into()));
+    let fields = [
+        ("vm-clock-nsec", (snapshot.vm_clock_nanoseconds % NANOSECONDS).into()),
+        ("name", text(&snapshot.name)),
+        ("date-sec", snapshot.date_seconds.into()),
+        ("date-nsec", snapshot.date_nanoseconds.into()),
+        ("vm-clock-sec", (snapshot.vm_clock_nanoseconds / NANOSECONDS).into()),
+        ("id", text(&snapshot.id)),
+        ("vm-state-size", snapshot.vm_state_size.into()),
+    ];
+    Value::Object(count.into_iter().chain(fields).map(|(name, value)| (name.to_owned(), value)).collect())
+}
 
 /// The `format-specific` section.
 #[derive(Serialize)]

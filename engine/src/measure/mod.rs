@@ -6,12 +6,13 @@ mod units;
 
 use crate::create::{options_of, plugin_of};
 use crate::error::{Error, Role};
+use crate::image::SnapshotName;
 use crate::map::MODULE;
 use crate::operation::{run, Session, Settings};
 use crate::plugins::{Plugin, Registry};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::std_types::{ROption, RVec};
-use instar_plugin_api::{CreateSpec, Footprint};
+use instar_plugin_api::{BitmapFacts, CreateSpec, Footprint};
 use operation::Measure;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -27,6 +28,8 @@ pub enum Content {
         path: PathBuf,
         /// Its format, if the operator names it.
         format: Option<String>,
+        /// The internal snapshot whose disk it is, if it is not that of the image itself.
+        snapshot: Option<SnapshotName>,
         /// Look at the images even if something else is writing to them.
         force_share: bool,
     },
@@ -53,6 +56,9 @@ pub struct MeasureOutcome {
     pub required: u64,
     /// Bytes that they need for the whole disk.
     pub fully_allocated: u64,
+    /// Bytes that copies of the image's persistent bitmaps need besides; `None` if either of both can have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bitmaps: Option<u64>,
 }
 
 /// Measure a new image.
@@ -65,17 +71,24 @@ pub fn run_measure(request: &MeasureRequest, session: &Session) -> Result<Measur
             let registry = Registry::load(&request.settings.search);
             session.note_plugins(&registry);
             let plugin = plugin_of(&registry, &request.format)?;
-            outcome(&footprint(plugin, request, *size)?, 0)
+            outcome(&footprint(plugin, request, *size, None)?, 0)
         }
-        Content::Image { path, format, force_share } => {
-            let measure = Measure::new(request, path, format.as_deref(), *force_share);
+        Content::Image { path, format, snapshot, force_share } => {
+            let view = (format.as_deref(), snapshot.as_ref());
+            let measure = Measure::new(request, path, view, *force_share);
             run(measure, session).map_err(|error| error.of_image(path, Some(Role::Ancestor)))
         }
     }
 }
 
-/// What the plugin says of a new image with a disk of so many bytes.
-fn footprint(plugin: &Plugin, request: &MeasureRequest, virtual_size: u64) -> Result<Footprint, Error> {
+/// What the plugin says of a new image with a disk of so many bytes, and copies of these bitmaps, if it is a copy of an image
+/// that can have some.
+fn footprint(
+    plugin: &Plugin,
+    request: &MeasureRequest,
+    virtual_size: u64,
+    bitmaps: Option<&[BitmapFacts]>,
+) -> Result<Footprint, Error> {
     let spec = CreateSpec {
         virtual_size,
         file_name: RVec::from(b"new".to_vec()),
@@ -83,14 +96,16 @@ fn footprint(plugin: &Plugin, request: &MeasureRequest, virtual_size: u64) -> Re
         backing_facts: ROption::RNone,
         options: options_of(&request.options),
     };
-    plugin
-        .measure(&spec)
-        .map_err(|failure| Error::new(failure.code(), format!("an image of the format {}: {failure}", plugin.name())))
+    let mut footprint = plugin.measure(&spec, bitmaps.unwrap_or_default()).map_err(|failure| {
+        Error::new(failure.code(), format!("an image of the format {}: {failure}", plugin.name()))
+    })?;
+    footprint.bitmaps = footprint.bitmaps.into_option().filter(|_| bitmaps.is_some()).into();
+    Ok(footprint)
 }
 
 fn outcome(footprint: &Footprint, units: u64) -> Result<MeasureOutcome, Error> {
     let all = footprint.required(units).zip(footprint.fully_allocated());
     let (required, fully_allocated) =
         all.ok_or_else(|| Error::new(ErrorCode::UnsupportedFormat, "the new image would be longer than any file"))?;
-    Ok(MeasureOutcome { required, fully_allocated })
+    Ok(MeasureOutcome { required, fully_allocated, bitmaps: footprint.bitmaps.into_option() })
 }

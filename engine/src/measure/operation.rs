@@ -5,10 +5,11 @@ use super::{footprint, outcome, MeasureOutcome, MeasureRequest, MODULE};
 use crate::create::plugin_of;
 use crate::devices::Devices;
 use crate::error::Error;
-use crate::image::Access;
+use crate::image::{Access, SnapshotName};
 use crate::map::{message_limit, places, MapEvents, MapRun, Place, Runs};
 use crate::operation::{DevicePaths, Ended, ImageSet, Named, Opener, Operation, Session, Settings};
 use crate::sandbox::ModuleSpec;
+use instar_guest_abi::ErrorCode;
 use instar_plugin_api::Footprint;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ pub struct Measure<'q> {
     request: &'q MeasureRequest,
     path: &'q Path,
     format: Option<&'q str>,
+    snapshot: Option<&'q SnapshotName>,
     force_share: bool,
     footprint: Option<Footprint>,
     units: Rc<RefCell<Units>>,
@@ -29,10 +31,15 @@ pub struct Measure<'q> {
 }
 
 impl<'q> Measure<'q> {
-    /// One that was not begun, of this image.
-    pub fn new(request: &'q MeasureRequest, path: &'q Path, format: Option<&'q str>, force_share: bool) -> Self {
+    /// One that was not begun, of this image: its format, and the snapshot of it, if the operator names them.
+    pub fn new(
+        request: &'q MeasureRequest,
+        path: &'q Path,
+        (format, snapshot): (Option<&'q str>, Option<&'q SnapshotName>),
+        force_share: bool,
+    ) -> Self {
         let (units, places) = (Rc::default(), BTreeMap::new());
-        Self { request, path, format, force_share, footprint: None, units, places, size: 0, message_limit: 0 }
+        Self { request, path, format, snapshot, force_share, footprint: None, units, places, size: 0, message_limit: 0 }
     }
 }
 
@@ -58,11 +65,15 @@ impl Operation for Measure<'_> {
 
     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
         let plugin = plugin_of(opener.registry, &self.request.format)?;
-        let layers = opener.open_chain(self.format)?;
+        let mut layers = opener.open_chain(self.format)?;
+        if let (Some(top), Some(snapshot)) = (layers.first_mut(), self.snapshot) {
+            top.select_snapshot(snapshot)?;
+        }
         let all: Vec<_> = layers.iter().collect();
         self.size = all.first().map_or(0, |top| top.facts.virtual_size);
         (self.places, self.message_limit) = (places(&all), message_limit(&all));
-        let footprint = footprint(plugin, self.request, self.size)?;
+        let bitmaps = all.first().and_then(|top| top.facts.bitmaps.as_ref().into_option());
+        let footprint = footprint(plugin, self.request, self.size, bitmaps.map(|bitmaps| bitmaps.as_slice()))?;
         *self.units.borrow_mut() = Units::of(footprint.unit);
         self.footprint = Some(footprint);
         Ok(ImageSet::read(layers))
@@ -85,8 +96,8 @@ impl Operation for Measure<'_> {
     fn finish(self, mut ended: Ended<Self::Events>) -> Result<MeasureOutcome, Error> {
         ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
         ended.events.end()?;
-        let footprint = self.footprint.unwrap_or(Footprint { virtual_size: 0, unit: 1, overhead: 0, thin: false });
         let units = self.units.borrow().count();
-        outcome(&footprint, units)
+        let measured = self.footprint.map(|footprint| outcome(&footprint, units));
+        measured.unwrap_or_else(|| Err(Error::new(ErrorCode::GuestProtocol, "the guest ended before it was asked")))
     }
 }

@@ -170,7 +170,7 @@ impl<'r> Attached<'r> {
     /// Attach an image under this number, and its files under the next ones that are free, which are returned. It may
     /// become `longest` bytes long at most, all its files together.
     fn attach(&mut self, number: u32, image: ChainImage<'r>, part: Part, longest: u64) -> (DeviceConfig, Range<u32>) {
-        let ChainImage { opened, plugin, facts, files, .. } = image;
+        let ChainImage { opened, plugin, facts, files, snapshot, .. } = image;
         // A layer that only records its parent's identity keeps its length, and its other files stay as they are.
         let changes = matches!(part, Part::Target | Part::Overlay { emptied: true, .. });
         let growth = if changes { longest.saturating_sub(facts.file_length) } else { 0 };
@@ -190,7 +190,7 @@ impl<'r> Attached<'r> {
             flags: main.flags,
             device: number,
             module: self.module(plugin),
-            reserved: 0,
+            snapshot,
             file_length: main.file_length,
             max_length: main.max_length,
             virtual_size: facts.virtual_size,

@@ -5,7 +5,7 @@ use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
     CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile, ReservedRange, IDENTITY_MAX, ROLE_SINK, ROLE_SOURCE,
-    VALUES_MAX,
+    VALUES_MAX, VALUE_BYTES,
 };
 
 /// Longest name of a format in bytes: it has to fit into the guest's module table.
@@ -132,6 +132,20 @@ pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(
         return Err(format!("it reports more than {} features", FEATURES_MAX));
     }
     let mut left = VALUES_MAX;
+    let bitmaps = facts.bitmaps.as_ref().map_or(&[][..], |bitmaps| bitmaps.as_slice());
+    let snapshots = facts.snapshots.iter().map(|snapshot| snapshot.id.len().saturating_add(snapshot.name.len()));
+    let names_of_bitmaps = bitmaps.iter().map(|bitmap| bitmap.name.len());
+    for length in snapshots.chain(names_of_bitmaps) {
+        let weight = VALUE_BYTES.saturating_add(length as u64);
+        left =
+            left.checked_sub(weight).ok_or("it reports too many snapshots and bitmaps, or too long names of them")?;
+    }
+    if facts.snapshots.iter().any(|snapshot| snapshot.virtual_size > i64::MAX as u64) {
+        return Err("it reports a snapshot of a disk beyond 2^63 bytes".to_owned());
+    }
+    if bitmaps.iter().any(|bitmap| !bitmap.granularity.is_power_of_two()) {
+        return Err("it reports a bitmap whose granularity is no power of two".to_owned());
+    }
     for feature in &facts.features {
         if feature.name.is_empty() || !is_line(&feature.name, TEXT_MAX) {
             return Err("the name of a feature that it reports is not one short line".to_owned());
@@ -219,10 +233,11 @@ pub fn check_footprint(footprint: &Footprint, virtual_size: u64) -> Result<(), S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use instar_plugin_api::std_types::ROption;
 
     #[test]
     fn footprints_have_bounds() {
-        let good = Footprint { virtual_size: 1024, unit: 512, overhead: 512, thin: true };
+        let good = Footprint { virtual_size: 1024, unit: 512, overhead: 512, thin: true, bitmaps: ROption::RNone };
         assert_eq!(check_footprint(&good, 1000), Ok(()));
         for (bad, words) in [
             (Footprint { unit: 0, ..good }, "0 bytes"),

@@ -6,8 +6,8 @@
 use abi_stable::library::LibHeader;
 use instar_plugin_api::v1::{self, PluginManifest, PluginModuleV1_Ref};
 use instar_plugin_api::{
-    version, Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile, ImageReader,
-    PluginError, Role, Verdict, API_VERSION,
+    version, BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile,
+    ImageReader, PluginError, Role, Verdict, API_VERSION,
 };
 
 /// A loaded root module.
@@ -100,9 +100,9 @@ impl Interface {
     }
 
     /// How much room a new image takes.
-    pub fn measure(self, spec: &CreateSpec) -> Result<Footprint, PluginError> {
+    pub fn measure(self, spec: &CreateSpec, bitmaps: &[BitmapFacts]) -> Result<Footprint, PluginError> {
         match self {
-            Self::V1(module) => module.measure()(spec).into_result(),
+            Self::V1(module) => module.measure()(spec, bitmaps.into()).into_result(),
         }
     }
 

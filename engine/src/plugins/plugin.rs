@@ -7,8 +7,8 @@ use crate::confine::trap::Calling;
 use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
-    Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role,
-    Verdict, PROBE_CERTAIN,
+    BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile, ImageReader,
+    PluginError, Role, Verdict, PROBE_CERTAIN,
 };
 use std::path::{Path, PathBuf};
 
@@ -170,13 +170,13 @@ impl Plugin {
         Ok(image)
     }
 
-    /// How much room an image would take that [`create`](Self::create) makes for the same `spec`.
+    /// How much room an image would take that [`create`](Self::create) makes for the same `spec`, with these bitmaps.
     ///
     /// # Errors
     /// As [`create`](Self::create).
-    pub fn measure(&self, spec: &CreateSpec) -> Result<Footprint, PluginFailure> {
+    pub fn measure(&self, spec: &CreateSpec, bitmaps: &[BitmapFacts]) -> Result<Footprint, PluginFailure> {
         let _calling = Calling::plugin(self.name());
-        let footprint = self.library.interface.measure(spec).map_err(|error| self.refused(error))?;
+        let footprint = self.library.interface.measure(spec, bitmaps).map_err(|error| self.refused(error))?;
         answers::check_footprint(&footprint, spec.virtual_size).map_err(|message| self.faulty(message))?;
         Ok(footprint)
     }

@@ -111,8 +111,9 @@ pub struct DeviceConfig {
     pub device: u32,
     /// Index into [`ModuleTable::entries`] of the module that implements the device's format.
     pub module: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// 0 for the disk of the image itself; *n* for that of its *n*-th internal snapshot, in the order in which the host half
+    /// lists them. Only an image that is read is asked for one.
+    pub snapshot: u32,
     /// Length of the file or device in bytes when the host opened it.
     pub file_length: u64,
     /// The longest that the file may become in bytes; the host ends a guest that asks for more.

@@ -1,7 +1,9 @@
 //! New images: the options of `instar create -f qcow2 -o …`.
 
 use instar_plugin_api::std_types::RVec;
-use instar_plugin_api::{CreateSpec, CreatedImage, ErrorCode, Footprint, ImageRegion, PluginError, ReservedRange};
+use instar_plugin_api::{
+    BitmapFacts, CreateSpec, CreatedImage, ErrorCode, Footprint, ImageRegion, PluginError, ReservedRange,
+};
 use instar_qcow2_format::{ClusterSize, CompressionType, CreateOptions, Preallocation, RefcountOrder, Version};
 
 /// The options with their help.
@@ -29,14 +31,16 @@ fn options(spec: &CreateSpec) -> Result<CreateOptions, PluginError> {
 }
 
 /// How long a new image becomes.
-pub fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
+pub fn measure(spec: &CreateSpec, bitmaps: &[BitmapFacts]) -> Result<Footprint, PluginError> {
     let options = options(spec)?;
     let measure = instar_qcow2_format::measure(&options).map_err(|error| refuse(error.0))?;
+    let each = bitmaps.iter().map(|bitmap| (bitmap.granularity, bitmap.name.len()));
     Ok(Footprint {
         virtual_size: measure.virtual_size,
         unit: options.cluster_size.bytes(),
         overhead: measure.metadata,
         thin: !measure.preallocated,
+        bitmaps: instar_qcow2_format::measure_bitmaps(&options, each).into(),
     })
 }
 

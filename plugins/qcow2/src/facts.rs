@@ -12,8 +12,6 @@ use instar_qcow2_format::{
 pub mod names {
     /// Number of internal snapshots.
     pub const SNAPSHOTS: &str = "snapshots";
-    /// Names of internal snapshots, separated by commas.
-    pub const SNAPSHOT_NAMES: &str = "snapshot-names";
     /// Number of persistent bitmaps.
     pub const BITMAPS: &str = "bitmap-count";
     /// `aes` or `luks`.
@@ -32,10 +30,8 @@ pub mod names {
 
 /// Bytes that hold a header without its extensions, and the smallest cluster.
 const LEAST: u64 = 512;
-/// Most names of snapshots in a message.
-const NAMES: usize = 200;
-/// Longest name of an unknown feature that is passed on, in characters.
-const NAME_CHARS: usize = 46;
+/// Longest name of a snapshot or an unknown feature in a message, in characters.
+pub const NAME_CHARS: usize = 46;
 
 /// Read and parse the header.
 pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
@@ -46,20 +42,15 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let bytes = image.read_vec(0, usize::try_from(needed.max(LEAST)).unwrap_or(0))?;
     let header = Header::parse(&bytes).map_err(|error| refuse(&error))?;
     let mut facts = facts(&header, image.length());
-    if header.snapshots != 0 {
-        let snapshots = listed::snapshots(image, &header);
-        let names = snapshots
-            .iter()
-            .take(NAMES)
-            .map(|snapshot| String::from_utf8_lossy(&snapshot.name).chars().take(NAME_CHARS).collect::<String>());
-        let names: Vec<String> = names.collect();
-        facts.features.push(Feature::text(names::SNAPSHOT_NAMES, &names.join(", "), false));
-        facts.features.extend(listed::snapshot_list(&snapshots));
-    }
-    if let Some(bitmaps) = listed::bitmap_list(image, &header) {
-        // Where `qemu-img info` has it: before the width of the refcounts.
-        let place = facts.features.iter().position(|feature| feature.name == names::REFCOUNT_BITS);
-        facts.features.insert(place.unwrap_or(0), bitmaps);
+    facts.snapshots = listed::snapshots(image, &header).into();
+    if header.version == Version::V3 {
+        let bitmaps = listed::bitmaps(image, &header);
+        if let Some(list) = listed::bitmap_list(&bitmaps) {
+            // Where `qemu-img info` has it: before the width of the refcounts.
+            let place = facts.features.iter().position(|feature| feature.name == names::REFCOUNT_BITS);
+            facts.features.insert(place.unwrap_or(0), list);
+        }
+        facts.bitmaps = ROption::RSome(bitmaps.into());
     }
     Ok(facts)
 }

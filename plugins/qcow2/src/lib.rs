@@ -6,8 +6,8 @@ mod listed;
 mod verdict;
 
 use instar_plugin_api::{
-    export_plugin, Context, CreateSpec, CreatedImage, Footprint, FormatPlugin, GuestModule, ImageFacts, ImageReader,
-    PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO,
+    export_plugin, BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, FormatPlugin, GuestModule, ImageFacts,
+    ImageReader, PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/qcow2-module.elf"));
@@ -54,8 +54,8 @@ impl FormatPlugin for Qcow2 {
         create::create(spec)
     }
 
-    fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
-        create::measure(spec)
+    fn measure(spec: &CreateSpec, bitmaps: &[BitmapFacts]) -> Result<Footprint, PluginError> {
+        create::measure(spec, bitmaps)
     }
 }
 

@@ -1,7 +1,7 @@
 //! May this image take its part in an operation? Everything that the header alone can refuse is refused here, by
 //! name, before anything is changed. (Compressed clusters cannot be seen from the header: the guest looks for them.)
 
-use crate::facts::names;
+use crate::facts::{names, NAME_CHARS};
 use instar_plugin_api::{printable, Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
 use instar_qcow2_format::{ClusterSize, RefcountOrder};
 
@@ -33,7 +33,7 @@ fn snapshot_warning(own: &ImageFacts, context: &Context<'_>) -> String {
     if !context.below_changes || number(own, names::SNAPSHOTS) == 0 {
         return String::new();
     }
-    let names = printable(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
+    let names = snapshot_names(own);
     format!("its internal snapshots ({names}) see what is committed wherever they hold nothing themselves")
 }
 
@@ -52,7 +52,7 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
         count => Some(format!("{count} {many}")),
     };
     if let Some(snapshots) = count(names::SNAPSHOTS, "internal snapshot", "internal snapshots") {
-        let names = printable(own.text(names::SNAPSHOT_NAMES).unwrap_or_default());
+        let names = snapshot_names(own);
         let text = "a commit keeps them, and clusters that only they refer to keep using space";
         notes.push(line(format!("{snapshots}: {text} ({names})")));
     }
@@ -60,6 +60,14 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
         notes.push(format!("{bitmaps}: what a commit writes into the image is recorded in those that are enabled"));
     }
     notes
+}
+
+/// The names of the internal snapshots, for people.
+fn snapshot_names(own: &ImageFacts) -> String {
+    const MOST: usize = 200;
+    let short = |name: &[u8]| String::from_utf8_lossy(name).chars().take(NAME_CHARS).collect::<String>();
+    let names: Vec<String> = own.snapshots.iter().take(MOST).map(|snapshot| short(&snapshot.name)).collect();
+    printable(&names.join(", "))
 }
 
 /// A note as long as notes may be.
@@ -172,6 +180,7 @@ fn with_refcounts(own: &ImageFacts, cs: ClusterSize, content: u64) -> Option<u64
 mod tests {
     use super::*;
     use instar_plugin_api::Feature;
+    use instar_plugin_api::SnapshotFacts;
 
     fn image(cluster_size: u64, file_length: u64, virtual_size: u64) -> ImageFacts {
         let facts = ImageFacts::new("qcow2", virtual_size, cluster_size, file_length);
@@ -232,7 +241,7 @@ mod tests {
     #[test]
     fn snapshots_of_the_overlay_are_worth_a_warning() {
         let mut facts = with(Feature::number("snapshots", 2, false));
-        facts.features.push(Feature::text("snapshot-names", "one, two", false));
+        facts.snapshots = ["one", "two"].map(|name| SnapshotFacts::new(b"", name.as_bytes(), 0)).into_iter().collect();
         let verdict = ask(Role::Empty, &facts, &image(65536, 262_144, 1 << 30));
         assert_eq!(verdict.code, 0);
         assert!(verdict.reason.contains("(one, two)"), "{}", verdict.reason);

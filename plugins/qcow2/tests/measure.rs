@@ -19,7 +19,7 @@ fn spec(virtual_size: u64, options: &str) -> CreateSpec {
 }
 
 fn measure(virtual_size: u64, options: &str) -> Result<Footprint, PluginError> {
-    Qcow2::measure(&spec(virtual_size, options))
+    Qcow2::measure(&spec(virtual_size, options), &[])
 }
 
 /// What is required for an empty disk, and for a full one; `None` where QEMU refuses.

@@ -1,9 +1,9 @@
 //! The raw plugin: its host half, and the bytes of its guest half. The file is the disk.
 
-use instar_plugin_api::std_types::RVec;
+use instar_plugin_api::std_types::{ROption, RVec};
 use instar_plugin_api::{
-    export_plugin, Context, CreateSpec, CreatedImage, ErrorCode, Footprint, FormatPlugin, GuestModule, ImageFacts,
-    ImageReader, PluginError, ReservedRange, Role, Verdict, PROBE_ANYTHING,
+    export_plugin, BitmapFacts, Context, CreateSpec, CreatedImage, ErrorCode, Footprint, FormatPlugin, GuestModule,
+    ImageFacts, ImageReader, PluginError, ReservedRange, Role, Verdict, PROBE_ANYTHING,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/raw-module.elf"));
@@ -60,9 +60,9 @@ impl FormatPlugin for Raw {
         Ok(CreatedImage { length, regions: RVec::new(), reserved, files: RVec::new() })
     }
 
-    fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
+    fn measure(spec: &CreateSpec, _: &[BitmapFacts]) -> Result<Footprint, PluginError> {
         preallocation(spec)?;
-        Ok(Footprint { virtual_size: length(spec)?, unit: 1, overhead: 0, thin: false })
+        Ok(Footprint { virtual_size: length(spec)?, unit: 1, overhead: 0, thin: false, bitmaps: ROption::RNone })
     }
 }
 
@@ -116,10 +116,10 @@ mod tests {
             options: RVec::new(),
         };
         for (size, length) in [(0, 0), (1, 512), (512, 512), (1000, 1024)] {
-            let footprint = Raw::measure(&spec(size)).unwrap();
+            let footprint = Raw::measure(&spec(size), &[]).unwrap();
             assert_eq!((footprint.required(0), footprint.fully_allocated()), (Some(length), Some(length)), "{size}");
             assert_eq!(Raw::create(&spec(size)).unwrap().length, length);
         }
-        assert!(Raw::measure(&spec(u64::MAX)).is_err());
+        assert!(Raw::measure(&spec(u64::MAX), &[]).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! `create`: a new, empty image.
 
-use instar_plugin_api::std_types::RVec;
+use instar_plugin_api::std_types::{ROption, RVec};
 use instar_plugin_api::{CreateSpec, CreatedFile, CreatedImage, ErrorCode, Footprint, ImageRegion, PluginError};
 use instar_vmdk_format::{CreateOptions, NewFile, Subformat, NEW_GRAIN_BYTES, NO_PARENT, SECTOR};
 use std::hash::{BuildHasher, RandomState};
@@ -57,10 +57,12 @@ pub fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
     let virtual_size = options.virtual_size.checked_next_multiple_of(SECTOR).ok_or_else(too_large)?;
     let disk = instar_vmdk_format::create(&options).map_err(|error| refuse(error.text))?;
     if !thin {
-        return Ok(Footprint { virtual_size, unit: 1, overhead: disk.image.length, thin });
+        let bitmaps = ROption::RNone;
+        return Ok(Footprint { virtual_size, unit: 1, overhead: disk.image.length, thin, bitmaps });
     }
     let overhead = disk.files.iter().try_fold(disk.image.length, |sum, file| sum.checked_add(file.image.length));
-    Ok(Footprint { virtual_size, unit: NEW_GRAIN_BYTES, overhead: overhead.ok_or_else(too_large)?, thin })
+    let overhead = overhead.ok_or_else(too_large)?;
+    Ok(Footprint { virtual_size, unit: NEW_GRAIN_BYTES, overhead, thin, bitmaps: ROption::RNone })
 }
 
 /// Make a new image.

@@ -6,8 +6,8 @@ mod facts;
 mod verdict;
 
 use instar_plugin_api::{
-    export_plugin, Context, CreateSpec, CreatedImage, Footprint, FormatPlugin, GuestModule, ImageFacts, ImageFile,
-    ImageReader, PluginError, Role, Verdict,
+    export_plugin, BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, FormatPlugin, GuestModule, ImageFacts,
+    ImageFile, ImageReader, PluginError, Role, Verdict,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vmdk-module.elf"));
@@ -51,7 +51,7 @@ impl FormatPlugin for Vmdk {
         create::create(spec)
     }
 
-    fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
+    fn measure(spec: &CreateSpec, _: &[BitmapFacts]) -> Result<Footprint, PluginError> {
         create::measure(spec)
     }
 }

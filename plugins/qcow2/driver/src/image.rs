@@ -54,7 +54,9 @@ impl Image {
             };
             DriverError::new(code, error.text).at(device.device, error.offset)
         })?;
-        if header.virtual_size != device.virtual_size || header.cluster_size.bytes() != device.cluster_size {
+        // The size of a snapshot's disk is compared when the snapshot is looked up.
+        let same_size = device.snapshot != 0 || header.virtual_size == device.virtual_size;
+        if !same_size || header.cluster_size.bytes() != device.cluster_size {
             return Err(DriverError::new(
                 ErrorCode::HeaderMismatch,
                 format!(

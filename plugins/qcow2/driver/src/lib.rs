@@ -69,7 +69,12 @@ impl FormatDriver for Qcow2 {
     type Sink = sink::Qcow2Sink;
 
     fn open_source(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Self::Source> {
-        Ok(source::Qcow2Source::new(Image::open(io, device, Role::Source)?))
+        let image = Image::open(io, device, Role::Source)?;
+        let view = match device.snapshot {
+            0 => image,
+            number => snapshots::snapshot_view(io, &image, number, device.virtual_size)?,
+        };
+        Ok(source::Qcow2Source::new(view))
     }
 
     fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self::Sink> {

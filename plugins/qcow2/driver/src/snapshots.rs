@@ -52,6 +52,24 @@ impl Snapshots {
     }
 }
 
+/// The disk of an internal snapshot as an image: the `number`-th, from 1 on, whose disk has `virtual_size` bytes as the host
+/// half saw it.
+///
+/// # Errors
+/// [`ErrorCode::HeaderMismatch`] if there is no such snapshot, or one of another size; as [`Snapshots::read`].
+pub fn snapshot_view(io: &mut dyn BlockIo, image: &Image, number: u32, virtual_size: u64) -> DriverResult<Image> {
+    let all = Snapshots::read(io, image)?;
+    let index = usize::try_from(number).ok().and_then(|number| number.checked_sub(1));
+    let size = |snapshot: &&Snapshot| snapshot.virtual_size.unwrap_or(image.header.virtual_size) == virtual_size;
+    let Some(snapshot) = index.and_then(|index| all.entries.get(index)).filter(size) else {
+        let text = format!("the snapshot table changed: it has no snapshot {number} of a disk of {virtual_size} bytes");
+        return Err(DriverError::new(ErrorCode::HeaderMismatch, text).at(image.device, image.header.snapshot_table.0));
+    };
+    let mut view = image.mapped_by(snapshot.l1_table, snapshot.l1_entries);
+    view.header.virtual_size = virtual_size;
+    Ok(view)
+}
+
 /// All entries, or `None` if the bytes end before them.
 fn parse_all(image: &Image, bytes: &[u8], count: u32) -> DriverResult<Option<Snapshots>> {
     let base = image.header.snapshot_table.0;

@@ -32,7 +32,7 @@ pub use header::{
     INCOMPATIBLE_OFFSET, L1_SIZE_FIELD, MAGIC, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_FIELD,
     VIRTUAL_SIZE_FIELD,
 };
-pub use measure::{measure, Measure};
+pub use measure::{measure, measure_bitmaps, Measure};
 pub use refcount::{get_refcount, set_refcount, RefcountOrder};
 pub use snapshot::Snapshot;
 pub use snapshot_details::SnapshotDetails;

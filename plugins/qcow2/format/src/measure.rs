@@ -1,7 +1,9 @@
 //! How long a new image becomes, as QEMU measures it.
 
 use crate::create::{check, too_large};
-use crate::{ClusterSize, CreateError, CreateOptions, Preallocation, RefcountOrder, MAX_L1_BYTES};
+use crate::{
+    ClusterSize, CreateError, CreateOptions, Preallocation, RefcountOrder, Version, BITMAP_ENTRY_BYTES, MAX_L1_BYTES,
+};
 
 /// Bytes of an entry of an L1 table or refcount table.
 const ENTRY: u64 = 8;
@@ -27,6 +29,26 @@ pub fn measure(options: &CreateOptions) -> Result<Measure, CreateError> {
     let metadata = metadata(options, virtual_size).ok_or_else(too_large)?;
     let preallocated = matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full);
     Ok(Measure { virtual_size, metadata, preallocated })
+}
+
+/// Bytes of persistent bitmaps in a new image, all of whose bits are stored; each is given by its granularity in bytes and the
+/// length of its name. `None` for an image that can have none, or that would become too large.
+#[must_use]
+pub fn measure_bitmaps(options: &CreateOptions, bitmaps: impl Iterator<Item = (u64, usize)>) -> Option<u64> {
+    let cs = options.cluster_size;
+    let (mut clusters, mut directory) = (0u64, 0u64);
+    if options.version == Version::V2 {
+        return None;
+    }
+    for (granularity, name) in bitmaps {
+        // "Bitmaps extension" and "Bitmap table" in the specification: a table with an entry for each cluster of bits.
+        let bits = options.virtual_size.div_ceil(granularity.max(1));
+        let data = cs.count_for(bits.div_ceil(8));
+        clusters = clusters.checked_add(data)?.checked_add(cs.count_for(data.checked_mul(ENTRY)?))?;
+        let entry = (BITMAP_ENTRY_BYTES.checked_add(name)?).checked_next_multiple_of(8)?;
+        directory = directory.checked_add(entry as u64)?;
+    }
+    clusters.checked_add(cs.count_for(directory))?.checked_mul(cs.bytes())
 }
 
 /// Bytes of metadata; `None` for a disk that is too large.

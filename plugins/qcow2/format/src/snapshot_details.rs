@@ -11,6 +11,8 @@ pub struct SnapshotDetails {
     pub id: Vec<u8>,
     /// Its name. Hostile.
     pub name: Vec<u8>,
+    /// Virtual size of its disk in bytes, which version 2 need not record.
+    pub virtual_size: Option<u64>,
     /// When it was made, in seconds since 1970.
     pub date_seconds: u32,
     /// … and nanoseconds.
@@ -40,6 +42,7 @@ impl SnapshotDetails {
         let details = Self {
             id: bytes.get(id_at..id_at + id_length).unwrap_or_default().to_vec(),
             name: snapshot.name,
+            virtual_size: snapshot.virtual_size,
             date_seconds: u32_at(16),
             date_nanoseconds: u32_at(20),
             vm_clock_nanoseconds: u64_at(24),
