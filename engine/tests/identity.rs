@@ -18,7 +18,7 @@ fn resolve(word: &str, parent: &str, named: bool) -> Result<(), (ErrorCode, Stri
     let (image, base) = (NamedFile::new(&top), NamedFile::new(&base));
     let gate = Gate::within(Roots::of(&image, &[]).unwrap());
     let access = Access::ReadOnly;
-    let overlay = image.open(access, ErrorCode::ImageNotFound).unwrap().identify_as(&registry, None).unwrap();
+    let overlay = image.open(access, ErrorCode::ImageNotFound).unwrap().identify_as(&registry, None, "-f").unwrap();
     let mut descent = Descent::new(&registry, &gate, &top, 4);
     let choice = BackingChoice { base: named.then_some(&base), format: None, access };
     match resolve_backing(&mut descent, &overlay, choice) {

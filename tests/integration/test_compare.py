@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -186,6 +187,55 @@ def test_what_cannot_be_compared(tmp_path):
     bad.write_bytes(content)
     damaged = support.run_instar("compare", "--output", "json", bad, good)
     assert damaged.rc == 3 and json.loads(damaged.stderr)["error"]["file"] == str(bad), str(damaged)
+
+
+def test_the_format_of_each_image_has_its_option(tmp_path):
+    image, raw = support.create(tmp_path / "image", MIB), tmp_path / "raw"
+    raw.write_bytes(b"\1" * MIB)
+    support.qemu_io(image, "write -P 1 0 1M")
+    for first, second, option in [(raw, image, "-f"), (image, raw, "-F")]:
+        done = support.run_instar("compare", first, second)
+        assert done.rc == 2 and f"if it is a plain disk, add {option} raw" in done.stderr, str(done)
+        done = support.run_instar("compare", option, "raw", first, second)
+        assert (done.rc, done.stdout) == (0, "Images are identical.\n"), str(done)
+    assert support.run_instar("compare", "--a-format", "raw", "--b-format", "qcow2", raw, image).rc == 0
+    assert support.run_instar("compare", "-T", "none", image, image).rc == 0
+    assert support.run_instar("compare", "-T", "bogus", image, image).rc == 2
+
+
+def test_what_is_no_image_is_called_by_its_name(tmp_path):
+    image = support.create(tmp_path / "image", MIB)
+    foreign = {"vdi": "VDI", "vhdx": "VHDX", "vpc": "VHD", "qed": "QED", "parallels": "Parallels"}
+    for fmt, name in foreign.items():
+        other = support.create(tmp_path / fmt, MIB, fmt=fmt)
+        done = support.run_instar("compare", image, other)
+        words = [f"looks like a {name} image, for which no plugin is loaded", "qemu-img convert -O qcow2"]
+        assert done.rc == 2 and all(word in done.stderr for word in words), str(done)
+        # The advice works.
+        converted = tmp_path / f"{fmt}.qcow2"
+        support.qemu_img("convert", "-f", fmt, "-O", "qcow2", other, converted)
+        done = support.run_instar("compare", image, converted)
+        assert "Images are identical." in done.stdout, str(done)
+    (tmp_path / "empty").touch()
+    (tmp_path / "gz").write_bytes(gzip.compress(image.read_bytes()))
+    for name, words in [("empty", "is empty: if it is a plain disk, add -F raw"), ("gz", "compressed with gzip: unpack it")]:
+        done = support.run_instar("compare", image, tmp_path / name)
+        assert done.rc == 2 and words in done.stderr, str(done)
+
+
+@pytest.mark.parametrize("size", [512, 4096, 65536, MIB + 512, 4 * MIB - 512])
+def test_a_stream_optimized_vmdk_may_end_within_a_grain(size, tmp_path):
+    raw, stream = tmp_path / "disk.raw", tmp_path / "stream.vmdk"
+    raw.write_bytes(random.Random(size).randbytes(size))
+    support.qemu_img("convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", raw, stream)
+    assert both(raw, stream, "-f", "raw", "-F", "vmdk") == 0
+    assert support.run_instar("check", stream).rc == 0
+    top = support.create(tmp_path / "top.vmdk", backing="stream.vmdk", backing_fmt="vmdk", fmt="vmdk")
+    assert both(top, raw, "-f", "vmdk", "-F", "raw") == 0
+    content = bytearray(raw.read_bytes())
+    content[-1] ^= 1
+    raw.write_bytes(content)
+    assert both(raw, stream, "-f", "raw", "-F", "vmdk") == 1
 
 
 def test_progress(tmp_path):

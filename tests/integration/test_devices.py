@@ -90,9 +90,38 @@ def test_a_device_that_is_too_small(tmp_path):
         made(size)
         assert missing(device, top) == 64 * KIB
         assert missing(device, top, "--dry-run") == 64 * KIB
+        measured = support.run_instar("measure", "--commit", "-b", device, "--output", "json", top)
+        expected = {"required": size, "growth": 64 * KIB, "additional-space": 0, "target": device, "target-format": "qcow2"}
+        assert measured.rc == 0 and measured.json == expected, str(measured)
     with Loop(tmp_path / "disk", size) as device:
         made(size)
         committed(device, top, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_device_of_the_measured_size_is_enough(tmp_path, seed):
+    rng = random.Random(seed)
+    cluster_size, top = rng.choice([512, 4096, 65536]), tmp_path / "top"
+
+    def made(device):
+        drawn = random.Random(seed)
+        create(device, 4 * MIB, cluster_size=cluster_size)
+        support.qemu_io(device, f"write -P 1 {drawn.randrange(64) * 4096} 256k")
+        if drawn.random() < 0.5:
+            support.qemu_img("snapshot", "-c", "kept", device)
+        support.create(top, 16 * MIB, backing=device)
+        support.qemu_io(top, *(f"write -P 2 {drawn.randrange(3800) * 4096} 100k" for _ in range(12)))
+
+    with Loop(tmp_path / "disk", 2 * MIB) as device:
+        made(device)
+        with support.untouched(tmp_path / "disk", top):
+            measured = support.run_instar("measure", "--commit", "-b", device, "--resize-backing", "--output", "json", top)
+        assert measured.rc == 0, str(measured)
+        required = measured.json["required"]
+        assert measured.json["growth"] == max(required - 2 * MIB, 0)
+    with Loop(tmp_path / "disk", max(required, 2 * MIB)) as device:
+        made(device)
+        committed(device, top, tmp_path, "--resize-backing")
 
 
 def test_it_grows(tmp_path):
@@ -180,5 +209,7 @@ def test_a_raw_device_that_is_too_small(tmp_path):
     with Loop(tmp_path / "disk", 4 * MIB) as device:
         top = support.create(tmp_path / "top", 8 * MIB)
         support.qemu_img("rebase", "-u", "-b", device, "-F", "raw", top)
+        measured = support.run_instar("measure", "--commit", "-b", device, "--output", "json", top)
+        assert measured.rc == 0 and (measured.json["required"], measured.json["growth"]) == (8 * MIB, 4 * MIB), str(measured)
         refuse("ERROR_OVERLAY_LARGER_THAN_BACKING", top, "-b", device, mentions=["enlarge the device"])
         refuse("ERROR_UNSUPPORTED_FORMAT", top, "-b", device, "--resize-backing", mentions=[device, "enlarge the device"])

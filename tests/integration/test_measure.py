@@ -141,6 +141,41 @@ def test_a_vmdk_of_the_measured_size_is_made(tmp_path):
         assert measured["fully-allocated"] >= 64 * MIB
 
 
+@pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse"])
+def test_a_vmdk_in_several_files_has_room_for_its_descriptor(subformat, tmp_path):
+    image = tmp_path / "image"
+    support.create(image, 5 * 1024 * MIB)
+    support.qemu_io(image, "write -P 5 0 3M", "write -P 6 4000M 1M")
+    option = f"subformat={subformat}"
+    measured = support.run_instar("measure", "-O", "vmdk", "-o", option, "--output", "json", image).json["required"]
+    for name, make in {
+        "theirs": lambda path: support.qemu_img("convert", "-O", "vmdk", "-o", option, image, path),
+        "ours": lambda path: support.run_instar("create", "-f", "vmdk", "-o", option, path, "5G"),
+    }.items():
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / ("a-long-name-" * 10 + ".vmdk"))
+        length = sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+        assert 0 < length <= measured, f"{name}: {length}, {measured}"
+
+
+def test_what_is_asked_for_wrongly(tmp_path):
+    image = support.create(tmp_path / "image", MIB)
+    for args, words in [
+        ([], ["FILENAME, or --size SIZE"]),
+        (["--size", "8E"], ["more than 2^63 - 1 bytes"]),
+        (["--size", "x"], ["k, M, G, T, P or E"]),
+        (["--size", str(2**63 - 1)], ["the new disk is too large"]),
+        (["-f", "qcow2", "--size", "1M"], ["--size"]),
+        (["--image-opts", image], ["name the image by its file name"]),
+        (["--object", "secret,id=a", image], ["decrypt the image"]),
+    ]:
+        done = support.run_instar("measure", *args)
+        assert done.rc in (1, 2) and all(word in done.stderr for word in words), str(done)
+        assert "faulty" not in done.stderr
+    done = support.run_instar("measure", "-O", "qcow2", "-o", "help", image)
+    assert done.rc == 0 and "cluster_size=<value>" in done.stdout
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_commit_needs_what_was_measured(seed, tmp_path):
     rng = random.Random(seed)
@@ -160,7 +195,7 @@ def test_a_commit_needs_what_was_measured(seed, tmp_path):
         overlay, chosen = top, ["-b", base]
     if base_fmt == "raw":
         chosen += ["-F", "raw"]
-    before = base.stat().st_size
+    before, taken = base.stat().st_size, base.stat().st_blocks * 512
     with support.untouched(base, mid, overlay):
         measured = support.run_instar("measure", "--commit", "--output", "json", *chosen, overlay)
     assert measured.rc == 0, str(measured)
@@ -169,7 +204,48 @@ def test_a_commit_needs_what_was_measured(seed, tmp_path):
     unit = options.get("cluster_size", 65536 if base_fmt == "vmdk" else 512)
     assert measured.json["required"] - measured.json["growth"] == before
     assert after <= measured.json["required"] <= after + unit, f"{base_fmt}, {unit}: {after} {measured}"
+    space = base.stat().st_blocks * 512 - taken
+    assert space <= measured.json["additional-space"], f"{base_fmt}: took {space}, {measured}"
 
+
+# A grain of a vmdk takes as much as it holds of the piece, which nobody knows before.
+@pytest.mark.parametrize(("fmt", "factor"), [("raw", 2), ("vmdk", 17), ("qcow2", 5)])
+def test_small_pieces_take_whole_blocks_of_a_thin_target(fmt, factor, tmp_path):
+    base, top = tmp_path / "base", tmp_path / "top"
+    support.create(base, 64 * MIB, fmt=fmt, **({"preallocation": "metadata"} if fmt == "qcow2" else {}))
+    support.create(top, backing="base", backing_fmt=fmt, cluster_size=512)
+    support.qemu_io(top, *(f"write -P 5 {at} 512" for at in range(0, 32 * MIB, 64 * 1024)))
+    options = ["-b", base, "-F", fmt]
+    measured = support.run_instar("measure", "--commit", "--output", "json", *options, top).json
+    taken = base.stat().st_blocks * 512
+    support.commit(top, *options)
+    space = base.stat().st_blocks * 512 - taken
+    assert 0 < space <= measured["additional-space"] <= factor * space, f"took {space}, {measured}"
+
+
+@pytest.mark.parametrize("subformat", ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "monolithicFlat"])
+def test_a_commit_into_several_files(subformat, tmp_path):
+    base, top = tmp_path / "base.vmdk", tmp_path / "top"
+    support.create(base, 5 * 1024 * MIB, fmt="vmdk", subformat=subformat)
+    support.create(top, backing="base.vmdk", backing_fmt="vmdk")
+    support.qemu_io(top, "write -P 5 100M 1M", "write -P 5 3000M 1M", "write -P 5 5119M 1M")
+    length = lambda: sum(path.stat().st_size for path in tmp_path.glob("base*"))
+    before = length()
+    measured = support.run_instar("measure", "--commit", "--output", "json", top).json
+    support.commit(top)
+    assert measured["required"] - measured["growth"] == before
+    assert length() <= measured["required"] <= length() + 3 * 65536, f"{length()} {measured}"
+
+
+def test_a_commit_of_nothing_needs_nothing(tmp_path):
+    base, top = tmp_path / "base", tmp_path / "top"
+    # Its last cluster is cut short.
+    assert support.run_instar("create", "-f", "qcow2", base, "64M").rc == 0
+    assert base.stat().st_size % 65536 != 0
+    support.create(top, backing="base", backing_fmt="qcow2")
+    measured = support.run_instar("measure", "--commit", "--output", "json", top).json
+    assert (measured["growth"], measured["additional-space"]) == (0, 0), measured
+    assert measured["required"] == base.stat().st_size
 
 def test_what_cannot_be_measured(tmp_path):
     support.create(tmp_path / "image", MIB)

@@ -1,5 +1,6 @@
 //! `instar check`: options, and what is printed, in the words of `qemu-img check`.
 
+use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::terminal::say;
@@ -47,8 +48,8 @@ pub struct CheckArgs {
     #[arg(short, long, hide = true, value_name = "WHAT")]
     pub repair: Option<String>,
     /// Taken for the sake of scripts: nothing is written
-    #[arg(short = 'T', long = "cache", hide = true, value_name = "MODE")]
-    pub cache: Option<String>,
+    #[arg(short = 'T', long = "cache", hide = true, value_enum, value_name = "MODE")]
+    pub cache: Option<CacheMode>,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub filename: PathBuf,

@@ -9,12 +9,12 @@ use super::signals::cancel_on_signals;
 use super::size::parse_bytes;
 use super::terminal::say;
 use super::told::Told;
+use super::unsupported::UnsupportedArgs;
 use clap::{Args, ValueEnum};
 use instar::commit::{run_commit, CommitRequest};
 use instar::devices::Cache;
 use instar::error::Error;
 use instar::operation::Session;
-use instar_guest_abi::ErrorCode;
 use std::cell::RefCell;
 use std::io::Write;
 use std::path::PathBuf;
@@ -63,12 +63,9 @@ pub struct CommitArgs {
     /// Print what was loaded, resolved and measured
     #[arg(short, long)]
     pub verbose: bool,
-    /// An option of `qemu-img commit`, for a sentence about it
-    #[arg(long, hide = true, value_name = "OBJDEF")]
-    pub object: Vec<String>,
-    /// An option of `qemu-img commit`, for a sentence about it
-    #[arg(long, hide = true)]
-    pub image_opts: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub unsupported: UnsupportedArgs,
     /// The overlay
     #[arg(value_name = "FILENAME")]
     pub filename: PathBuf,
@@ -99,16 +96,7 @@ pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
 }
 
 fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
-    let refused = [
-        (
-            !args.object.is_empty(),
-            "--object gives keys to QEMU, but instar commits no encrypted images: decrypt it first",
-        ),
-        (args.image_opts, "--image-opts is not supported: name the image by its file name, and its format with -f"),
-    ];
-    if let Some((_, clause)) = refused.into_iter().find(|(given, _)| *given) {
-        return Err(Error::image(&args.filename, ErrorCode::BadUsage, clause));
-    }
+    args.unsupported.refuse()?;
     let cache = match args.cache {
         CacheMode::Writeback => Cache::Writeback,
         CacheMode::Writethrough => Cache::Writethrough,
@@ -124,6 +112,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         base_format: args.base_format.clone(),
         keep_overlay: args.keep_overlay,
         dry_run: args.dry_run,
+        measure: false,
         resize_backing: args.resize_backing,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,

@@ -1,10 +1,12 @@
 //! `instar compare`: options, and what is printed, in the words of `qemu-img compare`.
 
+use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::print_error;
 use super::progress::{Ending, Shown};
 use super::told::Told;
+use super::unsupported::UnsupportedArgs;
 use clap::Args;
 use instar::compare::{run_compare, CompareOutcome, CompareRequest, Difference};
 use instar::error::Error;
@@ -27,10 +29,10 @@ const UNREADABLE: u8 = 4;
 /// Compare two images, each with what is below it, as the disks that they are
 #[derive(Args, Debug)]
 pub struct CompareArgs {
-    /// Format of the first image. Detected if not given; an image of another format is refused
-    #[arg(short, long, value_name = "FMT")]
+    /// Format of the first image. Detected if not given; an image of another format is refused, but raw is believed of any file
+    #[arg(short, long, alias = "a-format", value_name = "FMT")]
     pub format: Option<String>,
-    /// Format of the second image
+    /// Format of the second image, likewise
     #[arg(short = 'F', long = "other-format", alias = "b-format", value_name = "FMT")]
     pub other_format: Option<String>,
     /// Show progress on stderr
@@ -55,8 +57,11 @@ pub struct CompareArgs {
     #[arg(short, long)]
     pub verbose: bool,
     /// Taken for the sake of scripts: nothing is written
-    #[arg(short = 'T', long = "cache", hide = true, value_name = "MODE")]
-    pub cache: Option<String>,
+    #[arg(short = 'T', long = "cache", hide = true, value_enum, value_name = "MODE")]
+    pub cache: Option<CacheMode>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub unsupported: UnsupportedArgs,
     /// The first image
     #[arg(value_name = "FILENAME1")]
     pub first: PathBuf,
@@ -81,6 +86,7 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> u8 {
 }
 
 fn compare(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, Error> {
+    args.unsupported.refuse()?;
     let config = super::configuration(args.output)?;
     let request = CompareRequest {
         images: [args.first.clone(), args.second.clone()],

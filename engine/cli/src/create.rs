@@ -1,13 +1,13 @@
 //! `instar create`: options, and what is printed.
 
-use super::format_options::split_options;
+use super::format_options::{help, split_options};
 use super::output::{print, unprinted_but, OutputFormat};
 use super::size::parse_size;
 use super::usage::bad_usage;
 use clap::Args;
 use instar::create::{create_options, run_create, CreateRequest, Created};
 use instar::error::Error;
-use instar::escape::{escape, escape_path, printable};
+use instar::escape::{escape, escape_path};
 use instar::plugins::SearchPath;
 use std::fmt::Write as _;
 use std::io::Write;
@@ -48,6 +48,13 @@ pub struct CreateArgs {
     pub size: Option<String>,
 }
 
+/// Options that are the same for all formats.
+const COMMON: &[(&str, &str)] = &[
+    ("size", "virtual size"),
+    ("backing_file", "image that the new one is backed by"),
+    ("backing_fmt", "format of the backing image"),
+];
+
 /// What is wanted, from all the ways of saying it.
 struct Wanted {
     size: Option<u64>,
@@ -67,7 +74,7 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
     let pairs = split_options(&args.options)?;
     if pairs.iter().any(|(name, _)| name == "help" || name == "?") {
         let (format, options) = create_options(&args.format, &search)?;
-        return print(out, &help(&format, &options));
+        return print(out, &help(&format, &options, COMMON));
     }
     let image = args.filename.clone().ok_or_else(|| bad_usage("create needs a FILENAME"))?;
     let Wanted { size, backing, backing_format, options } = wanted(args, pairs)?;
@@ -122,20 +129,6 @@ fn wanted(args: &CreateArgs, pairs: Vec<(String, String)>) -> Result<Wanted, Err
         wanted.size = Some(bytes);
     }
     Ok(wanted)
-}
-
-fn help(format: &str, options: &[(String, String)]) -> String {
-    let mut text = format!("Options of {format}:\n");
-    let common = [
-        ("size", "virtual size"),
-        ("backing_file", "image that the new one is backed by"),
-        ("backing_fmt", "format of the backing image"),
-    ];
-    let options = options.iter().map(|(name, help)| (name.as_str(), help.as_str()));
-    for (name, help) in options.chain(common) {
-        let _ = writeln!(text, "  {:<22} - {}", format!("{}=<value>", printable(name)), printable(help));
-    }
-    text
 }
 
 fn announcement(request: &CreateRequest, created: &Created) -> String {

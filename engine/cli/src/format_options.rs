@@ -2,7 +2,19 @@
 
 use super::usage::bad_usage;
 use instar::error::Error;
-use instar::escape::escape;
+use instar::escape::{escape, printable};
+use std::fmt::Write as _;
+
+/// The options of a format with their help, and `common` ones.
+#[must_use]
+pub fn help(format: &str, options: &[(String, String)], common: &[(&str, &str)]) -> String {
+    let mut text = format!("Options of {format}:\n");
+    let options = options.iter().map(|(name, help)| (name.as_str(), help.as_str()));
+    for (name, help) in options.chain(common.iter().copied()) {
+        let _ = writeln!(text, "  {:<22} - {}", format!("{}=<value>", printable(name)), printable(help));
+    }
+    text
+}
 
 /// `a=b,c=d` with `,,` for a comma within a value, as `qemu-img` reads it.
 ///

@@ -25,6 +25,7 @@ pub mod size;
 mod snapshot_text;
 mod terminal;
 mod told;
+mod unsupported;
 mod usage;
 pub mod worker;
 

@@ -1,13 +1,15 @@
 //! `instar measure`: options, and what is printed, in the words of `qemu-img measure`.
 
-use super::format_options::split_options;
+use super::format_options::{help, split_options};
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::reading;
 use super::size::parse_bytes;
+use super::unsupported::UnsupportedArgs;
 use super::usage::bad_usage;
 use clap::Args;
 use instar::commit::{run_commit, CommitRequest};
+use instar::create::create_options;
 use instar::error::Error;
 use instar::image::SnapshotName;
 use instar::measure::{run_measure, Content, MeasureRequest};
@@ -18,13 +20,13 @@ use std::path::PathBuf;
 /// Say how long the file of a new image would be; with --commit, how long a commit would make the image below an overlay
 #[derive(Args, Debug)]
 pub struct MeasureArgs {
-    /// Format of the image. Detected if not given; an image of another format is refused
-    #[arg(short, long, value_name = "FMT")]
+    /// Format of the image. Detected if not given; an image of another format is refused, but raw is believed of any file
+    #[arg(short, long, value_name = "FMT", conflicts_with = "size")]
     pub format: Option<String>,
     /// Format of the new image
     #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", conflicts_with = "commit")]
     pub target_format: String,
-    /// Options of the new image, as NAME=VALUE, separated by commas; may be given several times
+    /// Options of the new image, as NAME=VALUE, separated by commas; may be given several times. `-o help` lists them
     #[arg(short, long, value_name = "OPTIONS", conflicts_with = "commit")]
     pub options: Vec<String>,
     /// Measure the disk of this internal snapshot of the image: its identifier or name, or snapshot.id=ID,snapshot.name=NAME
@@ -57,8 +59,11 @@ pub struct MeasureArgs {
     /// Show what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub unsupported: UnsupportedArgs,
     /// The image
-    #[arg(value_name = "FILENAME", required_unless_present = "size")]
+    #[arg(value_name = "FILENAME")]
     pub filename: Option<PathBuf>,
 }
 
@@ -67,9 +72,10 @@ pub struct MeasureArgs {
 /// # Errors
 /// One line that names the file and what to do.
 pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
+    args.unsupported.refuse()?;
     let config = super::configuration(args.output)?;
     let settings = args.opening.settings(&config);
-    let no_image = || bad_usage("measure needs a FILENAME or a --size");
+    let no_image = || bad_usage("measure needs a FILENAME, or --size SIZE for a new, empty image");
     if args.commit {
         let overlay = args.filename.clone().ok_or_else(no_image)?;
         let request = CommitRequest {
@@ -77,12 +83,13 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
             format: args.format.clone(),
             base: args.base.clone(),
             base_format: args.base_format.clone(),
-            dry_run: true,
+            measure: true,
             resize_backing: args.resize_backing,
             settings,
             ..CommitRequest::default()
         };
-        let preview = run_commit(&request, &reading(args.verbose))?.preview.unwrap_or_default();
+        let outcome = run_commit(&request, &reading(args.verbose))?;
+        let preview = outcome.preview.unwrap_or_default();
         let (length, growth, space) =
             (preview.backing_length_bytes, preview.backing_growth_bytes, preview.backing_space_bytes);
         return match args.output {
@@ -90,9 +97,22 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
                 print(out, &format!("required size: {length}\ngrowth: {growth}\nadditional disk space: {space}\n"))
             }
             OutputFormat::Json => {
-                print_json(out, &json!({ "required": length, "growth": growth, "additional-space": space }))
+                let (target, format) = (outcome.backing.to_string_lossy(), outcome.backing_format);
+                let measured = json!({
+                    "required": length,
+                    "growth": growth,
+                    "additional-space": space,
+                    "target": target,
+                    "target-format": format,
+                });
+                print_json(out, &measured)
             }
         };
+    }
+    let options = split_options(&args.options)?;
+    if options.iter().any(|(name, _)| name == "help" || name == "?") {
+        let (format, options) = create_options(&args.target_format, &settings.search)?;
+        return print(out, &help(&format, &options, &[]));
     }
     let content = match (args.size, &args.filename) {
         (Some(size), _) => Content::Empty(size),
@@ -102,7 +122,6 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
         }
         (None, None) => return Err(no_image()),
     };
-    let options = split_options(&args.options)?;
     let request = MeasureRequest { content, format: args.target_format.clone(), options, settings };
     let outcome = run_measure(&request, &reading(args.verbose))?;
     match args.output {

@@ -66,7 +66,14 @@ pub fn format_size(bytes: u64) -> String {
 /// # Errors
 /// What is wrong, in one clause.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    parse_size(text).ok_or_else(|| "not a number of bytes, with or without a suffix k, M or G".to_owned())
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let too_large = text.len() - number.len() <= 1 && !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+    parse_size(text).ok_or_else(|| match text.bytes().last().map(|last| last.to_ascii_lowercase()) {
+        Some(b'0'..=b'9' | b'b' | b'k' | b'm' | b'g' | b't' | b'p' | b'e') if too_large => {
+            "more than 2^63 - 1 bytes".to_owned()
+        }
+        _ => "not a number of bytes, with or without a suffix k, M, G, T, P or E".to_owned(),
+    })
 }
 
 #[cfg(test)]

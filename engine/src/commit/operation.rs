@@ -3,11 +3,11 @@
 use super::changed::Changed;
 use super::events::CommitEvents;
 use super::meter::Meter;
-use super::outcome::{CommitOutcome, GuestRun, Preview};
+use super::outcome::{CommitOutcome, GuestRun, Preview, Units};
 use super::plan::PlanBounds;
 use super::repeated::Repeated;
 use super::request::CommitRequest;
-use super::space::{free_space, taken_space, Space};
+use super::space::{block_size, free_space, taken_space, Space};
 use super::verdict::{become_stale, Parts};
 use crate::confine::Work;
 use crate::devices::{Cache, Device, Devices, Workers};
@@ -56,6 +56,15 @@ struct Admitted {
     length: u64,
     taken: Option<u64>,
     free: Option<u64>,
+    /// Bytes that their file system allocates at once.
+    block: u64,
+}
+
+impl Admitted {
+    fn units(&self) -> Units {
+        let PlanBounds { overlay_cluster, backing_cluster, .. } = self.bounds;
+        Units { overlay: overlay_cluster, backing: backing_cluster, block: self.block }
+    }
 }
 
 impl<'q> Commit<'q> {
@@ -69,8 +78,8 @@ impl<'q> Commit<'q> {
     /// has looked at yet.
     fn workers(&self, overlay: &NamedFile) -> Option<Workers> {
         let long = || overlay.is_block_device() || overlay.length().is_some_and(|length| length >= MUCH);
-        let CommitRequest { dry_run, rate_limit, base, .. } = self.request;
-        if *dry_run || *rate_limit > 0 || !(base.is_some() || long()) {
+        let CommitRequest { rate_limit, base, .. } = self.request;
+        if self.request.only_plans() || *rate_limit > 0 || !(base.is_some() || long()) {
             return None;
         }
         // Without them, one thread does it all.
@@ -102,7 +111,7 @@ impl Operation for Commit<'_> {
 
     fn access(&self) -> Access {
         // A dry run asks for no more than it needs: anybody who may read the images can ask what would become of them.
-        if self.request.dry_run {
+        if self.request.only_plans() {
             Access::ReadOnly
         } else {
             Access::ReadWrite
@@ -127,7 +136,7 @@ impl Operation for Commit<'_> {
         session.note_image("backing", &backing);
         let mut ancestors =
             descent.open_below(&backing, Access::ReadOnly).map_err(|error| error.in_role(Role::Ancestor))?;
-        overlay.follows = !self.request.dry_run && between.is_empty() && overlay.facts.follows(&backing.facts);
+        overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.facts.follows(&backing.facts);
         let mut images = vec![FilesOf { image: &mut overlay, access, changes: true, gate }];
         images.push(FilesOf { image: &mut backing, access, changes: true, gate: below });
         let only_read = between.iter_mut().chain(&mut ancestors);
@@ -135,7 +144,7 @@ impl Operation for Commit<'_> {
         open_extra_files(registry, &mut images)?;
         ancestors.iter().for_each(|ancestor| session.note_image("below it", ancestor));
         self.paths = (overlay.opened.settled_path(), backing.opened.settled_path());
-        if self.request.dry_run {
+        if self.request.only_plans() {
             [&overlay, &backing].into_iter().try_for_each(|image| image.opened.check_writable())?;
             self.warnings.extend([&overlay, &backing].into_iter().filter_map(|image| not_writable(&image.opened.path)));
         }
@@ -150,14 +159,18 @@ impl Operation for Commit<'_> {
     fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {
         check_parents(&images.chain())?;
         let parts = Parts::of(images).ok_or_else(nothing_to_commit)?;
-        parts.refuse_doubt(self.request.dry_run)?;
-        let grants = parts.verdict(&mut self.warnings)?;
-        let backing_grows_to = parts.growth(self.request.resize_backing)?;
+        parts.refuse_doubt(self.request.only_plans())?;
+        let mut grants = parts.verdict(&mut self.warnings)?;
+        grants.beyond_devices = self.request.measure;
+        // A device of plain bytes is the disk: to lengthen the one is to let the other grow.
+        let is_disk = parts.backing.opened.block_device && parts.backing.facts.cluster_size <= 1;
+        let may_grow = self.request.resize_backing || (self.request.measure && is_disk);
+        let backing_grows_to = parts.growth(may_grow)?;
         if let Some(size) = backing_grows_to {
             session.note(|| format!("the backing's virtual size grows to {size} bytes"));
         }
         let stale: Vec<PathBuf> = parts.between.iter().map(|layer| layer.opened.path.clone()).collect();
-        self.warnings.extend(become_stale(&stale, self.request.dry_run));
+        self.warnings.extend(become_stale(&stale, self.request.only_plans()));
         let Parts { overlay, backing, .. } = &parts;
         let formats = (overlay.facts.format.to_string(), backing.facts.format.to_string());
         self.admitted = Some(Admitted {
@@ -165,13 +178,14 @@ impl Operation for Commit<'_> {
             keep_overlay: self.request.keep_overlay || !stale.is_empty(),
             stale,
             backing_grows_to,
-            bounds: PlanBounds::of(overlay, backing),
+            bounds: PlanBounds { longest: grants.target, ..PlanBounds::of(overlay, backing) },
             space: Space::of(backing, &parts.merged().collect::<Vec<_>>()),
             doubt: None,
             overlay_length: overlay.length(),
             length: backing.facts.file_length,
             taken: taken_space(backing),
             free: free_space(backing),
+            block: block_size(backing),
         });
         if let (Some(admitted), Some(backing)) = (&mut self.admitted, &mut images.target) {
             admitted.doubt = backing.doubt.take();
@@ -180,13 +194,13 @@ impl Operation for Commit<'_> {
     }
 
     fn payload(&self) -> Vec<u8> {
-        let CommitRequest { dry_run, resize_backing, .. } = *self.request;
-        Config { dry_run, resize_backing }.encode_to_vec()
+        let resize_backing = self.admitted.as_ref().is_some_and(|admitted| admitted.backing_grows_to.is_some());
+        Config { dry_run: self.request.only_plans(), resize_backing }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
         let admitted = self.admitted.as_mut().ok_or_else(nothing_to_commit)?;
-        let CommitRequest { dry_run, cache, rate_limit, .. } = *self.request;
+        let CommitRequest { cache, rate_limit, .. } = *self.request;
         devices.set_workers(self.workers.take());
         devices.set_cache(cache).map_err(|(number, error)| {
             let path = paths.get(number).unwrap_or(Path::new(""));
@@ -205,12 +219,15 @@ impl Operation for Commit<'_> {
         meter.iter().for_each(|meter| pace.watched_by(Box::new(meter.clone())));
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
         Ok(CommitEvents {
-            last_phase: match (dry_run, admitted.keep_overlay) {
+            last_phase: match (self.request.only_plans(), admitted.keep_overlay) {
                 (true, _) => Phase::Look,
                 (false, true) => Phase::Target,
                 (false, false) => Phase::Overlay,
             },
-            bounds: PlanBounds { longest: longest.fold(0, u64::saturating_add), ..admitted.bounds },
+            bounds: match self.request.measure {
+                true => admitted.bounds,
+                false => PlanBounds { longest: longest.fold(0, u64::saturating_add), ..admitted.bounds },
+            },
             meter,
             space: admitted.space,
             repeated: admitted.doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark)),
@@ -226,7 +243,7 @@ impl Operation for Commit<'_> {
         let end = match events.lacking {
             Some(lacking) => Err(no_space(lacking)),
             None if events.repeated.as_ref().is_some_and(Repeated::is_refused) => {
-                let clause = admitted.doubt.map(|doubt| doubt.clause).unwrap_or_default();
+                let clause = admitted.doubt.as_ref().map(|doubt| doubt.clause.clone()).unwrap_or_default();
                 let refused = GuestFailure::ended(ErrorCode::FormatMismatch, clause);
                 Err(GuestFailure { device: Some(DEVICE_OUTPUT), ..refused })
             }
@@ -237,9 +254,9 @@ impl Operation for Commit<'_> {
             failure.error(&ended.paths, Some(changed.clause()))
         })?;
         events.meter.iter().for_each(Meter::done);
-        let preview = events.plan.filter(|_| self.request.dry_run).map(|plan| Preview {
+        let preview = events.plan.filter(|_| self.request.only_plans()).map(|plan| Preview {
             free_bytes: admitted.free,
-            ..Preview::of(&plan, admitted.length, admitted.taken, admitted.bounds.backing_cluster)
+            ..Preview::of(&plan, admitted.length, admitted.taken, &admitted.units())
         });
         Ok(CommitOutcome {
             overlay: self.paths.0,

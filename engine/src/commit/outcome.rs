@@ -73,19 +73,53 @@ pub struct Preview {
     pub free_bytes: Option<u64>,
 }
 
+/// In which units space is allocated, in bytes; 0 or 1 where nothing is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Units {
+    /// Clusters of the overlay.
+    pub overlay: u64,
+    /// Clusters of the backing.
+    pub backing: u64,
+    /// Blocks of the backing's file system.
+    pub block: u64,
+}
+
+impl Units {
+    /// How much more than its own length what a plan writes may take: where it does not begin and end with a block, and in
+    /// tables of the backing that are holes so far.
+    fn waste(&self, plan: &Plan) -> u64 {
+        /// An entry of a mapping table, of its copy, and of a refcount block.
+        const TABLES: u64 = 3;
+        let (has_tables, block) = (self.backing > 1, self.block.max(1));
+        let whole = |cluster: u64| cluster <= 1 || cluster.is_multiple_of(block);
+        let allocated = plan.new_data_clusters.saturating_add(plan.new_metadata_clusters);
+        let pieces = plan.clusters.saturating_add(allocated);
+        let cut = if whole(self.overlay) && whole(self.backing) { 0 } else { pieces };
+        let tables = if has_tables { plan.clusters.saturating_mul(TABLES) } else { 0 };
+        // A format may put its clusters where it likes, not only at multiples of their size.
+        let moved = if has_tables { allocated } else { 0 };
+        cut.saturating_add(tables).saturating_add(moved).saturating_mul(block)
+    }
+}
+
 impl Preview {
-    /// What a plan means for a backing whose files are `length` bytes long, take `taken` bytes of the disk (`None` for a
-    /// block device), and have clusters of so many bytes. What is committed as zeroes counts like data: only the write says
-    /// how much of it can stay a hole.
+    /// What a plan means for a backing whose files are `length` bytes long, and take `taken` bytes of the disk (`None` for a
+    /// block device). What is committed as zeroes counts like data: only the write says how much of it can stay a hole.
     #[must_use]
-    pub fn of(plan: &Plan, length: u64, taken: Option<u64>, cluster: u64) -> Self {
+    pub fn of(plan: &Plan, length: u64, taken: Option<u64>, units: &Units) -> Self {
+        let cluster = units.backing;
+        // A last cluster that is cut short stays so if nothing is written.
+        let nothing = plan.bytes == 0 && plan.new_data_clusters == 0 && plan.new_metadata_clusters == 0;
+        let same = nothing && plan.backing_final_length.saturating_sub(length) < cluster;
+        let end = if same { length } else { plan.backing_final_length.max(length) };
         let metadata = plan.new_metadata_clusters.saturating_mul(cluster);
         let written = plan.bytes.max(plan.new_data_clusters.saturating_mul(cluster)).saturating_add(metadata);
-        let holes = |taken: u64| plan.backing_final_length.max(length).saturating_sub(taken);
+        let written = written.saturating_add(units.waste(plan));
+        let holes = |taken: u64| end.next_multiple_of(units.block.max(1)).saturating_sub(taken);
         Self {
             dry_run: true,
-            backing_length_bytes: plan.backing_final_length.max(length),
-            backing_growth_bytes: plan.backing_final_length.saturating_sub(length),
+            backing_length_bytes: end,
+            backing_growth_bytes: end - length,
             backing_space_bytes: taken.map_or(0, |taken| holes(taken).min(written)),
             free_bytes: None,
         }
@@ -105,16 +139,38 @@ fn all_as_text<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok,
 mod tests {
     use super::*;
 
+    fn of(plan: Plan, taken: Option<u64>, units: Units) -> (u64, u64) {
+        let preview = Preview::of(&plan, 1000, taken, &units);
+        (preview.backing_growth_bytes, preview.backing_space_bytes)
+    }
+
     #[test]
     fn a_target_with_holes_takes_more_than_it_grows_by() {
         let plan = |bytes, end| Plan { bytes, backing_final_length: end, ..Plan::default() };
-        let of = |plan, taken| {
-            let preview = Preview::of(&plan, 1000, taken, 0);
-            (preview.backing_growth_bytes, preview.backing_space_bytes)
-        };
+        let of = |plan, taken| of(plan, taken, Units::default());
         assert_eq!(of(plan(300, 1000), Some(0)), (0, 300), "a thin raw image");
         assert_eq!(of(plan(300, 1000), Some(900)), (0, 100), "no more than there are holes");
         assert_eq!(of(plan(300, 1300), Some(1000)), (300, 300));
         assert_eq!(of(plan(300, 1000), None), (0, 0), "a block device");
+    }
+
+    #[test]
+    fn what_is_no_whole_block_takes_one_all_the_same() {
+        let plan = Plan { clusters: 3, bytes: 3 * 512, backing_final_length: 1 << 20, ..Plan::default() };
+        let thin = Units { overlay: 512, backing: 1, block: 4096 };
+        let space = of(plan, Some(0), thin).1;
+        assert!(space >= 3 * 4096, "{space}");
+        let whole = Plan { bytes: 3 << 16, ..plan };
+        assert_eq!(of(whole, Some(0), Units { overlay: 1 << 16, ..thin }).1, 3 << 16, "blocks are written whole");
+        let tables = of(whole, Some(0), Units { overlay: 1 << 16, backing: 1 << 16, block: 4096 }).1;
+        assert!(tables >= (3 << 16) + 3 * 3 * 4096, "{tables}: tables may be holes");
+    }
+
+    #[test]
+    fn nothing_to_commit_is_nothing_to_grow() {
+        let units = Units { overlay: 512, backing: 512, block: 4096 };
+        assert_eq!(of(Plan { backing_final_length: 1024, ..Plan::default() }, Some(0), units), (0, 0));
+        let grown = Plan { backing_final_length: 5000, ..Plan::default() };
+        assert_eq!(of(grown, Some(0), units).0, 4000, "but a larger disk may be");
     }
 }

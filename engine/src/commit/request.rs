@@ -19,6 +19,8 @@ pub struct CommitRequest {
     pub keep_overlay: bool,
     /// Stop before the first change.
     pub dry_run: bool,
+    /// Stop there, too, and plan as if a block device that is committed into were as long as the plan makes it.
+    pub measure: bool,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
     /// Bytes per second that are moved at most; 0 for no limit.
@@ -27,4 +29,12 @@ pub struct CommitRequest {
     pub cache: Cache,
     /// Plugins, directories, waiting.
     pub settings: Settings,
+}
+
+impl CommitRequest {
+    /// Whether nothing is to be changed.
+    #[must_use]
+    pub fn only_plans(&self) -> bool {
+        self.dry_run || self.measure
+    }
 }

@@ -34,6 +34,12 @@ pub fn free_space(image: &ChainImage<'_>) -> Option<u64> {
     Some(blocks.saturating_mul(system.f_frsize))
 }
 
+/// Bytes that the file system of an image allocates at once.
+#[must_use]
+pub fn block_size(image: &ChainImage<'_>) -> u64 {
+    fstatvfs(image.opened.file.file()).map_or(1, |system| system.f_bsize.max(1))
+}
+
 /// Bytes of the disk that the files of an image take; `None` for a block device.
 #[must_use]
 pub fn taken_space(image: &ChainImage<'_>) -> Option<u64> {

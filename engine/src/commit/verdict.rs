@@ -93,7 +93,7 @@ impl<'s, 'r> Parts<'s, 'r> {
                 ask(image, Role::Below, Context::reading(parent.map(|parent| &parent.facts), false))?;
             }
         }
-        Ok(Grants { target: target.max(self.backing.facts.file_length), emptied })
+        Ok(Grants { target: target.max(self.backing.facts.file_length), emptied, beyond_devices: false })
     }
 
     /// The virtual size in bytes to which the backing has to grow, if it has to and may.

@@ -42,8 +42,10 @@ impl Recorder<'_> {
         let directory = path.parent().unwrap_or(Path::new("/"));
         let named = format!("commit into it with -b {}", shell_path(path));
         let allow = if directory == Path::new("/dev") {
-            // All devices of the machine are more than anybody wants to allow.
-            "allow the directory that has a link to it with --allow-backing-dir".to_owned()
+            // All devices of the machine are more than most want to allow.
+            "allow a directory with --allow-backing-dir: that of a link which leads to it, or /dev, and with that every \
+             device of the machine"
+                .to_owned()
         } else {
             format!("allow its directory with --allow-backing-dir {}", shell_path(directory))
         };

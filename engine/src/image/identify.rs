@@ -17,7 +17,7 @@ use super::gate::Located;
 use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::{escape_bytes, escape_path};
-use crate::plugins::{IdentifyError, ImageRead, Mark, Registry};
+use crate::plugins::{Foreign, IdentifyError, ImageRead, Mark, Registry, DAMAGED};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
 use std::path::Path;
@@ -73,24 +73,32 @@ impl Recorded<'_> {
     }
 }
 
-/// Why the format of an image that the operator names is not known, and what to do.
+/// Why the format of an image that the operator names is not known, and what to do. `option` is the one that names it.
 #[must_use]
-pub fn unknown_format(path: &Path, error: &IdentifyError) -> Error {
+pub fn unknown_format(path: &Path, error: &IdentifyError, option: &str) -> Error {
     let advice = match error {
-        IdentifyError::Unrecognised { .. } => "; if it is a plain disk, add -f raw",
-        IdentifyError::NoPlugins { .. } => ": see `instar plugins`",
-        _ => "",
+        IdentifyError::Unrecognised { .. } => format!(": if it is a plain disk, add {option} raw; {DAMAGED}"),
+        IdentifyError::Foreign(Foreign::Empty) => format!(": if it is a plain disk, add {option} raw"),
+        IdentifyError::NoPlugins { .. } => ": see `instar plugins`".to_owned(),
+        _ => String::new(),
     };
     Error::image(path, error.code(), format!("{error}{advice}"))
 }
 
 impl OpenedFile {
-    /// Find out the format. A `hint` of the operator's that the file does not match is refused; raw is believed.
+    /// Find out the format. A `hint` of the operator's, given with `option`, that the file does not match is refused; raw is
+    /// believed.
     ///
     /// # Errors
     /// When no plugin, or not the one that `hint` names, recognises it.
-    pub fn identify_as<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, Error> {
-        self.identify(registry, hint, hint.is_some()).map_err(|(path, error)| unknown_format(&path, &error))
+    pub fn identify_as<'r>(
+        self,
+        registry: &'r Registry,
+        hint: Option<&str>,
+        option: &str,
+    ) -> Result<ChainImage<'r>, Error> {
+        let identified = self.identify(registry, hint, hint.is_some());
+        identified.map_err(|(path, error)| unknown_format(&path, &error, option))
     }
 
     /// The same for an image that has another one below it: it is no raw disk.
@@ -98,9 +106,11 @@ impl OpenedFile {
     /// # Errors
     /// As [`OpenedFile::identify_as`].
     pub fn identify_overlay<'r>(self, registry: &'r Registry, hint: Option<&str>) -> Result<ChainImage<'r>, Error> {
-        let image = self
-            .identify(registry, hint, hint.is_some())
-            .map_err(|(path, error)| Error::image(&path, error.code(), &error))?;
+        let image = self.identify(registry, hint, hint.is_some()).map_err(|(path, error)| match error {
+            // It has an image below it, and so it is no plain disk.
+            IdentifyError::Unrecognised { .. } => Error::image(&path, error.code(), format!("{error}: {DAMAGED}")),
+            _ => Error::image(&path, error.code(), &error),
+        })?;
         let Some(mark) = &image.mark else { return Ok(image) };
         let clause = format!(
             "is said to be {}, which has no backing file, but looks like {}: name its real format",
@@ -194,7 +204,7 @@ fn recorded_error(path: &Path, error: &IdentifyError, recorded: Recorded<'_>, if
     let by = escape_path(recorded.recorder.path);
     let clause = match (error, recorded.format) {
         (IdentifyError::Unrecognised { .. }, _) => {
-            format!("{error}; '{by}', which it is the backing of, records no format: if it is a plain disk, {if_raw}")
+            format!("{error}; '{by}', which it is the backing of, records no format: if it is a plain disk, {if_raw}; {DAMAGED}")
         }
         (_, Some(format)) => format!("{error} ('{by}' records it as {})", escape_bytes(format)),
         (_, None) => format!("{error} (it is the backing of '{by}')"),

@@ -6,7 +6,7 @@ use crate::escape::escape_bytes;
 use crate::image::{file_name, parent_mismatch, unknown_format, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
 use crate::lookup::Directory;
 use crate::operation::Session;
-use crate::plugins::{IdentifyError, ImageFiles, Registry, SearchPath};
+use crate::plugins::{IdentifyError, ImageFiles, Registry, SearchPath, DAMAGED};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::{FactValue, ImageFacts, SnapshotFacts};
 use rustix::fs::AtFlags;
@@ -85,9 +85,9 @@ fn collect(registry: &Registry, request: &InfoRequest, session: &Session) -> Res
         let image = &opened.file;
         let found = registry.identify(image, hint.as_deref()).map_err(|error| {
             let known = match (&unnamed, &error) {
-                (None, _) => unknown_format(&path, &error),
+                (None, _) => unknown_format(&path, &error, "-f"),
                 (Some(advice), IdentifyError::Unrecognised { .. }) => {
-                    Error::image(&path, error.code(), format!("{error}; {advice}"))
+                    Error::image(&path, error.code(), format!("{error}; {advice}; {DAMAGED}"))
                 }
                 (Some(_), _) => Error::identify(&path, &error),
             };

@@ -91,11 +91,18 @@ fn footprint(
 ) -> Result<Footprint, Error> {
     let spec = CreateSpec {
         virtual_size,
-        file_name: RVec::from(b"new".to_vec()),
+        file_name: RVec::new(),
         backing: ROption::RNone,
         backing_facts: ROption::RNone,
         options: options_of(&request.options),
     };
+    // Sectors are whole.
+    if virtual_size.checked_next_multiple_of(512).is_none_or(|size| i64::try_from(size).is_err()) {
+        return Err(Error::new(
+            ErrorCode::UnsupportedFormat,
+            "the new disk is too large: it can have 2^63 - 512 bytes",
+        ));
+    }
     let mut footprint = plugin.measure(&spec, bitmaps.unwrap_or_default()).map_err(|failure| {
         Error::new(failure.code(), format!("an image of the format {}: {failure}", plugin.name()))
     })?;

@@ -135,6 +135,9 @@ pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_
     if let Some(target) = target {
         let (mut device, files) = all.attach(DEVICE_OUTPUT, target, Part::Target, grants.target);
         device.cache_bytes = 0;
+        if grants.beyond_devices && device.flags & device_flags::FIXED_LENGTH != 0 {
+            device.max_length = device.max_length.max(grants.target);
+        }
         all.paths.target_files = files;
         let member = Member { role: MemberRole::Write as u32, depth: number(above), device, ..Member::default() };
         all.members.insert(above, member);

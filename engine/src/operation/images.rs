@@ -64,12 +64,13 @@ impl<'r> Opener<'r, '_> {
     /// # Errors
     /// What opening, locking and probing give.
     pub fn open_named(&self, format: Option<&str>) -> Result<ChainImage<'r>, Error> {
-        self.open_file(&self.named.image, format)
+        self.open_file(&self.named.image, format, "-f")
     }
 
-    fn open_file(&self, file: &NamedFile, format: Option<&str>) -> Result<ChainImage<'r>, Error> {
+    /// `option` is the one with which the operator names the format.
+    fn open_file(&self, file: &NamedFile, format: Option<&str>, option: &str) -> Result<ChainImage<'r>, Error> {
         let opened = file.open(self.access, ErrorCode::ImageNotFound)?.lock(self.access)?;
-        opened.identify_as(self.registry, format)
+        opened.identify_as(self.registry, format, option)
     }
 
     /// Open the image that the operator names with everything below it, the top-most first, to be read.
@@ -77,7 +78,7 @@ impl<'r> Opener<'r, '_> {
     /// # Errors
     /// What opening, locking and probing give; [`ErrorCode::ParentMismatch`], [`ErrorCode::ChainTooDeep`].
     pub fn open_chain(&self, format: Option<&str>) -> Result<Vec<ChainImage<'r>>, Error> {
-        self.chain_of(&self.named.image, self.gate, format, MAX_CHAIN_DEVICES)
+        self.chain_of(&self.named.image, self.gate, (format, "-f"), MAX_CHAIN_DEVICES)
     }
 
     /// The same of both images, which share the room that there is.
@@ -85,25 +86,25 @@ impl<'r> Opener<'r, '_> {
     /// # Errors
     /// As [`Opener::open_chain`].
     pub fn open_two_chains(&self, formats: [Option<&str>; 2]) -> Result<[Vec<ChainImage<'r>>; 2], Error> {
-        let first = self.chain_of(&self.named.image, self.gate, formats[0], MAX_CHAIN_DEVICES - 1)?;
+        let first = self.chain_of(&self.named.image, self.gate, (formats[0], "-f"), MAX_CHAIN_DEVICES - 1)?;
         let room = MAX_CHAIN_DEVICES - first.len();
         let second = match (&self.named.second, self.beside_second) {
-            (Some(second), Some(gate)) => self.chain_of(second, gate, formats[1], room)?,
+            (Some(second), Some(gate)) => self.chain_of(second, gate, (formats[1], "-F"), room)?,
             _ => Vec::new(),
         };
         Ok([first, second])
     }
 
-    /// `most`: how many layers there may be.
+    /// `format`: as named with `option`, if it is. `most`: how many layers there may be.
     fn chain_of(
         &self,
         file: &NamedFile,
         gate: &Gate,
-        format: Option<&str>,
+        (format, option): (Option<&str>, &str),
         most: usize,
     ) -> Result<Vec<ChainImage<'r>>, Error> {
         let Self { registry, access, .. } = *self;
-        let top = self.open_file(file, format)?;
+        let top = self.open_file(file, format, option)?;
         let below = Descent::new(registry, gate, file.path(), most.saturating_sub(1)).open_below(&top, access)?;
         let mut layers: Vec<ChainImage<'r>> = std::iter::once(top).chain(below).collect();
         check_parents(&layers.iter().collect::<Vec<_>>())?;
@@ -178,4 +179,6 @@ pub struct Grants {
     pub target: u64,
     /// Those of the image that is emptied, which a repair may have to lengthen first.
     pub emptied: u64,
+    /// Nothing will be written: a target on a block device may plan beyond its end.
+    pub beyond_devices: bool,
 }

@@ -1,6 +1,6 @@
 //! Which format an image is of.
 
-use super::{ImageFiles, ImageRead, Plugin, PluginFailure, Registry};
+use super::{Foreign, ImageFiles, ImageRead, Plugin, PluginFailure, Registry};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{ImageFacts, PROBE_ANYTHING, PROBE_LIKELY, PROBE_NO};
 use std::cell::Cell;
@@ -65,10 +65,7 @@ pub enum IdentifyError {
         actual: Option<String>,
     },
     /// No plugin recognises the image. A raw image is only taken as one when it is named so.
-    #[error(
-        "begins like no known format ({}): if it used to be one, its header is damaged: restore it, and do not call it raw",
-        .known.join(", ")
-    )]
+    #[error("begins like no known format ({})", .known.join(", "))]
     Unrecognised {
         /// The formats that have a mark.
         known: Vec<String>,
@@ -82,6 +79,9 @@ pub enum IdentifyError {
         /// How many libraries and directories were passed over.
         skipped: usize,
     },
+    /// No plugin recognises the file, which is something else that is known.
+    #[error("{0}")]
+    Foreign(Foreign),
     /// The image is a LUKS container.
     #[error("is encrypted with LUKS, which is not supported: decrypt it with `qemu-img convert`, or work on the open device")]
     Luks,
@@ -97,6 +97,9 @@ fn list(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ")
 }
 
+/// What else may be wrong with a file that no plugin recognises.
+pub const DAMAGED: &str = "if it used to be one of them, its header is damaged: restore it, and do not call it raw";
+
 impl IdentifyError {
     /// The code under which a commit fails for this reason.
     #[must_use]
@@ -106,7 +109,7 @@ impl IdentifyError {
                 ErrorCode::PluginUnavailable
             }
             Self::NotThisFormat { .. } => ErrorCode::FormatMismatch,
-            Self::Unrecognised { .. } | Self::Ambiguous(_) => ErrorCode::UnsupportedFormat,
+            Self::Unrecognised { .. } | Self::Foreign(_) | Self::Ambiguous(_) => ErrorCode::UnsupportedFormat,
             Self::Luks => ErrorCode::LuksUnsupported,
             Self::Plugin(failure) => failure.code(),
         }
@@ -135,9 +138,12 @@ impl Registry {
     pub fn mark(&self, image: &dyn ImageRead) -> Result<Option<Mark>, IdentifyError> {
         let (plugin, score) = match self.by_content(image) {
             Ok(found) => found,
-            Err(IdentifyError::Unrecognised { .. } | IdentifyError::NoPlugins { .. } | IdentifyError::Luks) => {
-                return Ok(None);
-            }
+            Err(
+                IdentifyError::Unrecognised { .. }
+                | IdentifyError::NoPlugins { .. }
+                | IdentifyError::Luks
+                | IdentifyError::Foreign(_),
+            ) => return Ok(None),
             Err(IdentifyError::Ambiguous(names)) => {
                 let format = names.into_iter().next().unwrap_or_default();
                 return Ok(Some(Mark { format, certain: true, bytes: 0..image.length(), cluster_size: 0 }));
@@ -163,7 +169,7 @@ impl Registry {
         };
         match plugin.probe(image).map_err(IdentifyError::Plugin)? {
             PROBE_NO => match self.by_content(image) {
-                Err(IdentifyError::Luks) => Err(IdentifyError::Luks),
+                Err(error @ (IdentifyError::Luks | IdentifyError::Foreign(Foreign::Image(_)))) => Err(error),
                 other => {
                     let actual = other.ok().map(|(other, _)| other.name().to_owned());
                     Err(IdentifyError::NotThisFormat { hint: plugin.name().to_owned(), actual })
@@ -197,10 +203,13 @@ impl Registry {
             ([], Some(failure)) => Err(IdentifyError::Plugin(failure)),
             ([], None) if is_luks(image) => Err(IdentifyError::Luks),
             ([], None) if known.is_empty() => Err(IdentifyError::NoPlugins { skipped: self.skipped().len() }),
-            ([], None) => {
-                known.sort_unstable();
-                Err(IdentifyError::Unrecognised { known })
-            }
+            ([], None) => Err(Foreign::of(image).map_or_else(
+                || {
+                    known.sort_unstable();
+                    IdentifyError::Unrecognised { known }
+                },
+                IdentifyError::Foreign,
+            )),
             (several, _) => Err(IdentifyError::Ambiguous(several.iter().map(|p| p.name().to_owned()).collect())),
         }
     }

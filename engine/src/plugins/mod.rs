@@ -9,6 +9,7 @@ mod budget;
 mod elf;
 mod failure;
 mod file_image;
+mod foreign;
 mod identify;
 mod interface;
 mod library;
@@ -20,7 +21,8 @@ mod trust;
 
 pub use failure::PluginFailure;
 pub use file_image::FileImage;
-pub use identify::{Identified, IdentifyError, Mark};
+pub use foreign::Foreign;
+pub use identify::{Identified, IdentifyError, Mark, DAMAGED};
 pub use plugin::Plugin;
 pub use reader::{ImageFiles, ImageRead};
 pub use registry::{Registry, Skipped};

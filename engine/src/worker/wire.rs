@@ -48,6 +48,8 @@ struct CommitMessage {
     notes: bool,
     #[prost(bool, tag = "15")]
     progress: bool,
+    #[prost(bool, tag = "16")]
+    measure: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -187,6 +189,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         base_format: request.base_format.clone(),
         keep_overlay: request.keep_overlay,
         dry_run: request.dry_run,
+        measure: request.measure,
         resize_backing: request.resize_backing,
         rate_limit: request.rate_limit,
         cache: number(&CACHES, &request.cache),
@@ -211,6 +214,7 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         base_format: message.base_format,
         keep_overlay: message.keep_overlay,
         dry_run: message.dry_run,
+        measure: message.measure,
         resize_backing: message.resize_backing,
         rate_limit: message.rate_limit,
         cache: by_number(&CACHES, message.cache)?,
@@ -372,6 +376,7 @@ mod tests {
             base_format: Some("raw".into()),
             keep_overlay: true,
             dry_run: true,
+            measure: true,
             resize_backing: true,
             rate_limit: 7,
             cache: Cache::Directsync,

@@ -39,12 +39,15 @@ fn options(spec: &CreateSpec) -> Result<CreateOptions, PluginError> {
     Ok(options)
 }
 
+/// Length of a long file name in bytes.
+const LONG_NAME: usize = 200;
+
 /// How long a new image becomes. It has all of its tables from the beginning.
 pub fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
     let mut options = options(spec)?;
     if options.file_name.is_empty() {
-        // Whoever only wants to know has no name for it yet.
-        options.file_name = b"disk.vmdk".to_vec();
+        // Whoever only wants to know has no name for it yet. The descriptor of a disk in several files has one for each.
+        options.file_name = [&[b'n'; LONG_NAME][..], b".vmdk"].concat();
     }
     let thin = match options.subformat {
         Subformat::MonolithicSparse | Subformat::SplitSparse => true,
@@ -55,7 +58,9 @@ pub fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
     };
     let too_large = || refuse("the disk is too large");
     let virtual_size = options.virtual_size.checked_next_multiple_of(SECTOR).ok_or_else(too_large)?;
-    let disk = instar_vmdk_format::create(&options).map_err(|error| refuse(error.text))?;
+    let mut disk = instar_vmdk_format::create(&options).map_err(|error| refuse(error.text))?;
+    // Some programs pad a descriptor to whole sectors.
+    disk.image.length = disk.image.length.checked_next_multiple_of(SECTOR).ok_or_else(too_large)?;
     if !thin {
         let bitmaps = ROption::RNone;
         return Ok(Footprint { virtual_size, unit: 1, overhead: disk.image.length, thin, bitmaps });

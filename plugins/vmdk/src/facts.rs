@@ -85,9 +85,7 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
         header = Header::parse_footer(&bytes).map_err(refused)?;
     }
     if descriptor_at.0 == 0 || descriptor_at.1 == 0 {
-        return Err(unsupported(
-            "the file has no descriptor: it is an extent of an image in several files, whose descriptor has to be named",
-        ));
+        return Err(unsupported(NO_DESCRIPTOR));
     }
     let descriptor = descriptor(image, descriptor_at)?;
     let facts = ImageFacts::new("vmdk", header.virtual_size(), header.grain_bytes(), image.length());
@@ -108,6 +106,10 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     Ok(facts)
 }
 
+/// Why a sparse extent alone is no image.
+const NO_DESCRIPTOR: &str =
+    "the file has no descriptor: it is an extent of an image in several files, whose descriptor has to be named";
+
 /// The embedded descriptor, whose place and size are given in sectors.
 fn descriptor(image: &ImageReader<'_>, (offset, size): (u64, u64)) -> Result<Descriptor, PluginError> {
     let place = offset.checked_mul(SECTOR).zip(size.checked_mul(SECTOR));
@@ -118,6 +120,10 @@ fn descriptor(image: &ImageReader<'_>, (offset, size): (u64, u64)) -> Result<Des
     };
     let mut text = vec![0; usize::try_from(size).unwrap_or(0)];
     image.read_exact_at(offset, &mut text)?;
+    if text.iter().all(|&byte| byte == 0) {
+        // So QEMU makes the extents of an image in several files.
+        return Err(unsupported(NO_DESCRIPTOR));
+    }
     Descriptor::parse(&text).map_err(refused)
 }
 

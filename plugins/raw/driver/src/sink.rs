@@ -76,7 +76,7 @@ impl Sink for RawSink {
         if virtual_size <= self.virtual_size {
             return Ok(());
         }
-        if self.fixed_length {
+        if self.fixed_length && virtual_size > self.max_length {
             return Err(self.refused(format!(
                 "a block device of {} bytes cannot grow by itself: enlarge the device",
                 self.file_length
@@ -96,7 +96,7 @@ impl Sink for RawSink {
             }
         }
         match self.set_length {
-            Some(length) if self.fixed_length || length > self.max_length => {
+            Some(length) if length > self.max_length => {
                 Err(self.refused(format!("the file cannot grow to {length} bytes")))
             }
             _ => Ok(()),

@@ -25,7 +25,8 @@ pub struct GrainReader {
 }
 
 impl GrainReader {
-    /// Fill `buffer` with the bytes from `start` on of the grain at byte `offset` of the file.
+    /// Fill `buffer` with the bytes from `start` on of the grain at byte `offset` of the file, of which the disk has the first
+    /// `visible`.
     ///
     /// # Errors
     /// Corruption if the stream does not decode to a grain; I/O errors.
@@ -34,12 +35,12 @@ impl GrainReader {
         io: &mut dyn BlockIo,
         image: &Image,
         offset: u64,
-        start: u64,
+        (start, visible): (u64, u64),
         buffer: &mut [u8],
     ) -> DriverResult<()> {
         if self.held != Some(offset) {
             self.held = None;
-            self.decode(io, image, offset)?;
+            self.decode(io, image, offset, visible)?;
             self.held = Some(offset);
         }
         let start = usize::try_from(start).map_err(|_| overflow("an offset in a grain"))?;
@@ -48,7 +49,7 @@ impl GrainReader {
         Ok(())
     }
 
-    fn decode(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64) -> DriverResult<()> {
+    fn decode(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64, visible: u64) -> DriverResult<()> {
         let size = usize::try_from(image.header.grain_bytes()).map_err(|_| overflow("the grain size"))?;
         let marker = self.load(io, image, offset, COMPRESSED_MARKER_BYTES)?;
         let length = u64::from(u32::from_le_bytes([marker[8], marker[9], marker[10], marker[11]]));
@@ -61,9 +62,13 @@ impl GrainReader {
         grain.resize(size, 0);
         let stream = self.load(io, image, offset + COMPRESSED_MARKER_BYTES, length)?;
         let decoded = decompress_slice_iter_to_slice(&mut grain, core::iter::once(stream), true, false);
+        if let Ok(count) = decoded {
+            // QEMU stores of the last grain what the disk has of it.
+            grain.iter_mut().skip(count).for_each(|byte| *byte = 0);
+        }
         self.grain = grain;
         match decoded {
-            Ok(count) if count == size => Ok(()),
+            Ok(count) if count == size || count as u64 == visible => Ok(()),
             Ok(count) => Err(image.corrupt(offset, format!("a compressed grain decodes to {count} bytes, not {size}"))),
             Err(_) => Err(image.corrupt(offset, "a compressed grain does not decode")),
         }

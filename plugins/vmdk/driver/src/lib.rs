@@ -35,6 +35,6 @@ impl FormatDriver for Vmdk {
     }
 
     fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<VmdkSink> {
-        VmdkSink::new(disk::Disk::open(io, device, ErrorCode::BackingCorrupt)?, has_backing)
+        VmdkSink::new(disk::Disk::open(io, device, ErrorCode::BackingCorrupt)?, device, has_backing)
     }
 }

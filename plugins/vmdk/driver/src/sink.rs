@@ -9,7 +9,7 @@ use crate::failures::overflow;
 use crate::sparse_sink::{data_request, SparseSink};
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ImageId, ImageInfo, PlanSummary, Request};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Extent, ImageId, ImageInfo, PlanSummary, Request};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow, Sink};
 use instar_vmdk_format::next_content_id;
 
@@ -21,6 +21,8 @@ const WRITING_ROOM: usize = 14 << 20;
 pub struct VmdkSink {
     info: ImageInfo,
     descriptor: DescriptorPlace,
+    /// Bytes of the file that holds the descriptor and nothing else, which keeps its length; 0 if there is none.
+    descriptor_file: u64,
     parts: Vec<Part<SparseSink>>,
     /// The new content ID is written.
     identified: bool,
@@ -50,12 +52,13 @@ impl ReadBelow for Shifted<'_> {
 }
 
 impl VmdkSink {
-    pub(crate) fn new(disk: Disk, has_backing: bool) -> DriverResult<Self> {
+    pub(crate) fn new(disk: Disk, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self> {
         let info = ImageInfo { virtual_size: disk.size, cluster_size: disk.cluster_size };
         let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, &file, has_backing))?;
         let id = &descriptor.text.content_id;
         descriptor.can_replace(id, next_content_id(id.value))?;
-        Ok(Self { info, descriptor, parts, identified: false, flats: Vec::new() })
+        let descriptor_file = if device.files.count() == 0 { 0 } else { device.file_length };
+        Ok(Self { info, descriptor, descriptor_file, parts, identified: false, flats: Vec::new() })
     }
 
     /// Extents cut at the borders of the parts, with the index of the part that each run of them falls into, by the part's
@@ -131,7 +134,7 @@ impl Sink for VmdkSink {
             let text = format!("writing takes {WRITING_ROOM} bytes, and of the memory of the sandbox {free} are free");
             return Err(DriverError::new(ErrorCode::ScratchTooSmall, text).at(self.descriptor.device, 0));
         }
-        let mut all = PlanSummary::default();
+        let mut all = PlanSummary { final_length: self.descriptor_file, ..PlanSummary::default() };
         for part in &mut self.parts {
             let plan = match &mut part.body {
                 Body::Sparse(sparse) => sparse.planned(io)?,

@@ -235,7 +235,10 @@ impl SparseSource {
         buffer: &mut [u8],
     ) -> DriverResult<()> {
         let start = guest_offset.checked_sub(extent.guest_offset).ok_or_else(|| overflow("an offset in a grain"))?;
-        self.reader.read(io, &self.image, extent.location, start, buffer)
+        let grain = self.image.header.grain_bytes();
+        let begin = guest_offset - guest_offset % grain.max(1);
+        let visible = grain.min(self.image.header.virtual_size().saturating_sub(begin));
+        self.reader.read(io, &self.image, extent.location, (start, visible), buffer)
     }
 
     /// First the entries, in both copies: from then on everything is read from the backing. A crash before or within

@@ -1,0 +1,106 @@
+//! Files that no plugin has a format for, and that can be told all the same: what they are is more help than that they are
+//! unknown.
+
+use super::ImageRead;
+
+/// Something that is known by its mark, and nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Foreign {
+    /// A disk image of a format without a plugin, by the name that people have for it.
+    Image(&'static str),
+    /// A file that some program has compressed as a whole.
+    Compressed(&'static str),
+    /// Nothing at all.
+    Empty,
+}
+
+/// Marks at their offsets.
+const MARKS: &[(u64, &[u8], Foreign)] = &[
+    // "VDI Core", VirtualBox's signature word after its text of 64 bytes.
+    (64, b"\x7f\x10\xda\xbe", Foreign::Image("VDI")),
+    // [MS-VHDX] 2.2.1, File Type Identifier.
+    (0, b"vhdxfile", Foreign::Image("VHDX")),
+    // Virtual Hard Disk Image Format Specification, the copy of the footer that dynamic disks begin with.
+    (0, b"conectix", Foreign::Image("VHD")),
+    // QEMU, docs/interop/qed_spec.txt, "Header".
+    (0, b"QED\0", Foreign::Image("QED")),
+    (0, b"QFI\xfb\0\0\0\x01", Foreign::Image("qcow (version 1)")),
+    // QEMU, docs/interop/parallels.txt, "Header".
+    (0, b"WithoutFreeSpace", Foreign::Image("Parallels")),
+    (0, b"WithouFreSpacExt", Foreign::Image("Parallels")),
+    // VMware Virtual Disk Format: sparse extents of ESX Server.
+    (0, b"COWD", Foreign::Image("VMware COWD")),
+    (0, b"\xbe\xba\xfe\xca\0\0\0\0", Foreign::Image("VMware SESparse")),
+    // RFC 1952, 2.3.1, with the only method that there is; RFC 8878, 3.1.1; the .xz file format, 2.1.1.1.
+    (0, b"\x1f\x8b\x08", Foreign::Compressed("gzip")),
+    (0, b"\x28\xb5\x2f\xfd", Foreign::Compressed("zstd")),
+    (0, b"\xfd7zXZ\0", Foreign::Compressed("xz")),
+    (0, b"BZh", Foreign::Compressed("bzip2")),
+];
+
+/// Bytes of the longest mark.
+const LONGEST: usize = 16;
+
+impl Foreign {
+    /// What the file is, if it has a mark that is known.
+    #[must_use]
+    pub fn of(image: &dyn ImageRead) -> Option<Self> {
+        if image.length() == 0 {
+            return Some(Self::Empty);
+        }
+        let is_at = |offset: u64, mark: &[u8]| {
+            let mut bytes = [0; LONGEST];
+            let read = image.read_at(offset, &mut bytes).ok().and_then(|length| bytes.get(..length));
+            read.is_some_and(|bytes| bytes.starts_with(mark))
+        };
+        MARKS.iter().find(|(offset, mark, _)| is_at(*offset, mark)).map(|(_, _, what)| *what)
+    }
+}
+
+impl std::fmt::Display for Foreign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Image(name) => write!(
+                f,
+                "looks like a {name} image, for which no plugin is loaded: convert it with `qemu-img convert -O qcow2`"
+            ),
+            Self::Compressed(by) => write!(f, "looks like a file compressed with {by}: unpack it"),
+            Self::Empty => write!(f, "is empty"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    struct Bytes(Vec<u8>);
+
+    impl ImageRead for Bytes {
+        fn length(&self) -> u64 {
+            self.0.len() as u64
+        }
+
+        fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+            let rest = usize::try_from(offset).ok().and_then(|offset| self.0.get(offset..)).unwrap_or_default();
+            let length = rest.len().min(buffer.len());
+            buffer[..length].copy_from_slice(&rest[..length]);
+            Ok(length)
+        }
+    }
+
+    #[test]
+    fn marks_are_told_by_their_place() {
+        let of = |bytes: Vec<u8>| Foreign::of(&Bytes(bytes));
+        assert_eq!(of(Vec::new()), Some(Foreign::Empty));
+        assert_eq!(of(b"vhdxfile".to_vec()), Some(Foreign::Image("VHDX")));
+        assert_eq!(of(b"vhdxfil".to_vec()), None, "a mark that is cut off is none");
+        assert_eq!(of(vec![0; 100]), None);
+        let mut vdi = b"<<< Oracle VM VirtualBox Disk Image >>>\n".to_vec();
+        vdi.resize(64, 0);
+        vdi.extend(b"\x7f\x10\xda\xbe");
+        assert_eq!(of(vdi), Some(Foreign::Image("VDI")));
+        assert!(MARKS.iter().all(|(_, mark, _)| mark.len() <= LONGEST));
+    }
+}
