@@ -100,6 +100,20 @@ impl Units {
         let moved = if has_tables { allocated } else { 0 };
         cut.saturating_add(tables).saturating_add(moved).saturating_mul(block)
     }
+
+    /// What the file system itself may need to find the pieces: an ext4 counts the blocks of its extent tree, with 340 extents
+    /// of a file in each, for the file's own.
+    fn index(&self, plan: &Plan) -> u64 {
+        const EXTENTS: u64 = 170;
+        let allocated = plan.new_data_clusters.saturating_add(plan.new_metadata_clusters);
+        let pieces = plan.clusters.saturating_add(allocated);
+        let blocks = if pieces == 0 { 0 } else { pieces / EXTENTS + 2 };
+        if self.block <= 1 {
+            0
+        } else {
+            blocks.saturating_mul(self.block)
+        }
+    }
 }
 
 impl Preview {
@@ -120,7 +134,7 @@ impl Preview {
             dry_run: true,
             backing_length_bytes: end,
             backing_growth_bytes: end - length,
-            backing_space_bytes: taken.map_or(0, |taken| holes(taken).min(written)),
+            backing_space_bytes: taken.map_or(0, |taken| holes(taken).min(written).saturating_add(units.index(plan))),
             free_bytes: None,
         }
     }
@@ -161,7 +175,8 @@ mod tests {
         let space = of(plan, Some(0), thin).1;
         assert!(space >= 3 * 4096, "{space}");
         let whole = Plan { bytes: 3 << 16, ..plan };
-        assert_eq!(of(whole, Some(0), Units { overlay: 1 << 16, ..thin }).1, 3 << 16, "blocks are written whole");
+        let aligned = of(whole, Some(0), Units { overlay: 1 << 16, ..thin }).1;
+        assert_eq!(aligned, (3 << 16) + 2 * 4096, "blocks are written whole");
         let tables = of(whole, Some(0), Units { overlay: 1 << 16, backing: 1 << 16, block: 4096 }).1;
         assert!(tables >= (3 << 16) + 3 * 3 * 4096, "{tables}: tables may be holes");
     }
