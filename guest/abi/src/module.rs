@@ -45,7 +45,7 @@ impl Failure {
     }
 }
 
-/// What an [`Extent`] holds. Stored as `u32` in [`Extent::kind`].
+/// What a [`WireExtent`] holds. Stored as `u32` in [`WireExtent::kind`].
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ExtentKind {
@@ -73,10 +73,11 @@ impl ExtentKind {
     }
 }
 
-/// A run of guest bytes that a layer holds itself.
+/// A run of guest bytes that a layer holds itself, as it crosses from module to module. Drivers see the SDK's `Extent`, whose
+/// content is an enum.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Extent {
+pub struct WireExtent {
     /// Guest offset in bytes.
     pub guest_offset: u64,
     /// Length in bytes, at least 1, not past the virtual size.
@@ -249,7 +250,7 @@ pub struct SourceOps {
         source: *mut c_void,
         from: u64,
         end: u64,
-        out: *mut Extent,
+        out: *mut WireExtent,
         capacity: usize,
         count: *mut usize,
         next: *mut u64,
@@ -258,7 +259,7 @@ pub struct SourceOps {
     /// Decode `length` bytes of an `Encoded` extent, from `guest_offset` on, into `buffer`.
     pub read: extern "C" fn(
         source: *mut c_void,
-        extent: *const Extent,
+        extent: *const WireExtent,
         guest_offset: u64,
         buffer: *mut u8,
         length: usize,
@@ -331,14 +332,14 @@ pub struct SinkOps {
     pub info: extern "C" fn(sink: *mut c_void, out: *mut ImageInfo),
     /// Look at what these extents will touch: verify that metadata and count what must be allocated.
     /// Changes nothing. Called with ascending extents for the whole commit before the first `write`.
-    pub plan: extern "C" fn(sink: *mut c_void, extents: *const Extent, count: usize, failure: *mut Failure) -> u32,
+    pub plan: extern "C" fn(sink: *mut c_void, extents: *const WireExtent, count: usize, failure: *mut Failure) -> u32,
     /// End of planning: everything that can refuse has been asked when this returns. Changes nothing.
     pub planned: extern "C" fn(sink: *mut c_void, out: *mut PlanSummary, failure: *mut Failure) -> u32,
     /// Write the extents (kinds `Data`, `Zero` and `Memory`), in ascending order over all calls, such that the
     /// image is consistent after a crash between any two of its writes (`docs/commit.md`, "The steps"). What it wrote may be durable only after `finish`.
     pub write: extern "C" fn(
         sink: *mut c_void,
-        extents: *const Extent,
+        extents: *const WireExtent,
         count: usize,
         below: *const ReadBelowOps,
         failure: *mut Failure,

@@ -10,8 +10,10 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ParentStage, Phase, PlanSummary};
-use instar_guest_sdk::{check_extents, BlockIo, DriverError, DriverResult, ReadBelow, Sink, Source};
+use instar_guest_sdk::abi::{ErrorCode, ParentStage, Phase, PlanSummary};
+use instar_guest_sdk::{
+    check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Sink, Source,
+};
 
 /// Extents that are handed to the sink at once: it flushes a few times for each such batch.
 const EXTENTS: usize = 1 << 14;
@@ -132,11 +134,11 @@ pub fn commit(
     }
     let limit = sink.info().virtual_size;
     each_batch(io, images.source, &mut |io, _, extents, _| {
-        if let Some(extent) = extents.iter().find(|e| e.guest_offset.saturating_add(e.length) > limit) {
+        if let Some(extent) = extents.iter().find(|extent| extent.end() > limit) {
             return Err(too_small(extent));
         }
         bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
-        let encoded = extents.iter().filter(|extent| extent.kind == ExtentKind::Encoded as u32);
+        let encoded = extents.iter().filter(|extent| extent.is_encoded());
         encoded_bytes += encoded.map(|extent| extent.length).sum::<u64>();
         sink.plan(io, extents)
     })
@@ -198,10 +200,10 @@ type EachBatch<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Exte
 fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>) -> DriverResult<()> {
     let end = source.info().virtual_size;
     let mut from = 0;
-    let mut extents = Vec::new();
+    let mut extents = Extents::with_room_for(EXTENTS);
     while from < end {
         extents.clear();
-        let next = source.extents(io, from..end, EXTENTS, &mut extents)?;
+        let next = source.extents(io, from..end, &mut extents)?;
         // Sources of other modules were asked this already; here it holds for those of a test, too.
         check_extents(&extents, from, next, end).map_err(|why| DriverError::new(ErrorCode::GuestProtocol, why))?;
         if !extents.is_empty() {
@@ -222,19 +224,18 @@ fn write_batch(
     below: &mut dyn ReadBelow,
     arena: &mut Vec<u8>,
 ) -> DriverResult<()> {
-    let encoded = |extent: &&Extent| extent.kind == ExtentKind::Encoded as u32;
-    if !extents.iter().any(|extent| encoded(&extent)) {
+    if !extents.iter().any(Extent::is_encoded) {
         return sink.write(io, extents, below);
     }
-    grow_arena(io, arena, extents.iter().filter(encoded).map(|extent| extent.length).sum());
+    grow_arena(io, arena, extents.iter().filter(|extent| extent.is_encoded()).map(|extent| extent.length).sum());
     let mut ready: Vec<Extent> = Vec::with_capacity(extents.len());
     let mut used = 0;
     for extent in extents {
-        if !encoded(&extent) {
+        if !extent.is_encoded() {
             ready.push(*extent);
             continue;
         }
-        let end = extent.guest_offset.saturating_add(extent.length);
+        let end = extent.end();
         let mut at = extent.guest_offset;
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
@@ -271,15 +272,10 @@ fn grow_arena(io: &dyn BlockIo, arena: &mut Vec<u8>, wanted: u64) {
 
 /// Append decoded bytes of guest byte `at`, or lengthen the extent that they follow in guest and memory.
 fn push_decoded(ready: &mut Vec<Extent>, at: u64, bytes: &[u8]) {
-    let (location, length) = (bytes.as_ptr() as u64, bytes.len() as u64);
+    let content = Content::Memory { address: bytes.as_ptr() as u64 };
+    let extent = Extent { guest_offset: at, length: bytes.len() as u64, content };
     match ready.last_mut() {
-        Some(last)
-            if last.kind == ExtentKind::Memory as u32
-                && last.guest_offset + last.length == at
-                && last.location + last.length == location =>
-        {
-            last.length += length;
-        }
-        _ => ready.push(Extent { guest_offset: at, length, location, kind: ExtentKind::Memory as u32, device: 0 }),
+        Some(last) if last.is_followed_by(&extent) => last.length += extent.length,
+        _ => ready.push(extent),
     }
 }

@@ -9,10 +9,11 @@
 extern crate alloc;
 
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_protocol::compare::{Outcome, Pair, Pairs, Side};
-use instar_guest_sdk::abi::{ErrorCode, ExtentKind};
+use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Source};
 use instar_guest_view::{Layers, Place, Reporter, Seen};
 
 /// Pairs in a message: together less than a message may have.
@@ -68,16 +69,38 @@ impl View<'_> {
         }
         Ok((seen, end))
     }
-
-    /// The same as a message says it.
-    fn side(&self, seen: Seen, at: u64) -> Side {
-        let Place { depth, kind, device, offset } = self.layers.place(seen, at);
-        Side { depth, kind, device, offset }
-    }
 }
 
-fn is_encoded(side: &Side) -> bool {
-    side.kind == ExtentKind::Encoded as u32
+/// What both disks have in a range.
+struct Both {
+    range: Range<u64>,
+    places: [Place; 2],
+    /// How many of its bytes were compared here, and are equal.
+    equal: u64,
+}
+
+impl Both {
+    /// Whether only a driver knows the bytes of one side.
+    fn is_encoded(&self) -> bool {
+        self.places.iter().any(|place| matches!(place.content, Some(Content::Encoded { .. })))
+    }
+
+    /// Whether `next` is a part of the same run on both sides. What was compared here stays on its own.
+    fn is_followed_by(&self, next: &Self) -> bool {
+        let length = self.range.end - self.range.start;
+        let mut sides = self.places.iter().zip(&next.places);
+        !self.is_encoded() && !next.is_encoded() && sides.all(|(place, next)| place.is_followed_by(length, next))
+    }
+
+    /// The same as the host is told of it.
+    fn message(self) -> Pair {
+        let side = |place: Place| {
+            let (device, offset) = place.on_device();
+            Some(Side { depth: place.depth, kind: place.kind(), device, offset })
+        };
+        let [first, second] = self.places.map(side);
+        Pair { start: self.range.start, length: self.range.end - self.range.start, first, second, equal: self.equal }
+    }
 }
 
 /// Call `each` with what two disks have, ascending, without gaps, to the end of the longer one; or to the first encoded bytes
@@ -88,28 +111,29 @@ fn is_encoded(side: &Side) -> bool {
 fn compare(views: &mut [View<'_>; 2], io: &mut dyn BlockIo, each: &mut dyn FnMut(Pair)) -> DriverResult<()> {
     let size = views[0].size.max(views[1].size);
     let mut buffers = [Vec::new(), Vec::new()];
-    let mut last: Option<Pair> = None;
+    let mut last: Option<Both> = None;
     let mut at = 0;
     while at < size {
         let [first, second] = views;
         let (one, end) = first.seen(io, at, size)?;
         let (two, end) = second.seen(io, at, end)?;
-        let sides = (first.side(one, at), second.side(two, at));
-        let mut next = Pair { start: at, length: end - at, first: Some(sides.0), second: Some(sides.1), equal: 0 };
-        let encoded = is_encoded(&sides.0) || is_encoded(&sides.1);
-        if encoded {
+        let mut next =
+            Both { range: at..end, places: [first.layers.place(one, at), second.layers.place(two, at)], equal: 0 };
+        let mut differs = false;
+        if next.is_encoded() {
             next.equal = equal_bytes(views, [one, two], io, at..end, &mut buffers)?;
+            differs = next.equal < end - at;
         }
         match &mut last {
-            Some(last) if !encoded && goes_on(last, &next) => last.length += next.length,
-            _ => last.replace(next).into_iter().for_each(&mut *each),
+            Some(last) if last.is_followed_by(&next) => last.range.end = end,
+            _ => last.replace(next).into_iter().map(Both::message).for_each(&mut *each),
         }
-        if encoded && next.equal < next.length {
+        if differs {
             break;
         }
         at = end;
     }
-    last.into_iter().for_each(each);
+    last.into_iter().map(Both::message).for_each(each);
     Ok(())
 }
 
@@ -118,7 +142,7 @@ fn equal_bytes(
     views: &mut [View<'_>; 2],
     seen: [Seen; 2],
     io: &mut dyn BlockIo,
-    range: core::ops::Range<u64>,
+    range: Range<u64>,
     buffers: &mut [Vec<u8>; 2],
 ) -> DriverResult<u64> {
     let mut at = range.start;
@@ -135,16 +159,4 @@ fn equal_bytes(
         at += length as u64;
     }
     Ok(range.end - range.start)
-}
-
-/// Whether a pair is of the same kinds as the one before it, and lies behind it.
-fn goes_on(last: &Pair, next: &Pair) -> bool {
-    let side_goes_on = |before: Option<Side>, after: Option<Side>| {
-        let (Some(before), Some(after)) = (before, after) else { return false };
-        let data = before.kind == ExtentKind::Data as u32;
-        !is_encoded(&before)
-            && (before.depth, before.kind, before.device) == (after.depth, after.kind, after.device)
-            && (!data || before.offset.checked_add(last.length) == Some(after.offset))
-    };
-    side_goes_on(last.first, next.first) && side_goes_on(last.second, next.second)
 }

@@ -7,8 +7,9 @@
 extern crate alloc;
 
 use alloc::vec::Vec;
+use core::ops::Range;
 use instar_guest_protocol::map::{Outcome, Run, Runs};
-use instar_guest_sdk::abi::{ErrorCode, ExtentKind};
+use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 use instar_guest_view::{Layers, Place, Reporter};
@@ -48,30 +49,26 @@ fn open<'a>(operation: &Operation<'a>) -> DriverResult<Layers<'a>> {
 /// Those of the sources.
 pub fn map(layers: &mut Layers<'_>, io: &mut dyn BlockIo, each: &mut dyn FnMut(Run)) -> DriverResult<()> {
     let size = layers.info().virtual_size;
-    let mut last: Option<Run> = None;
+    let mut last: Option<(Range<u64>, Place)> = None;
     let mut at = 0;
     while at < size {
         let (seen, end) = layers.seen(io, at, size)?;
         if end <= at {
             return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
         }
-        let Place { depth, kind, device, offset } = layers.place(seen, at);
-        let next = Run { start: at, length: end - at, depth, kind, device, offset };
+        let place = layers.place(seen, at);
         match &mut last {
-            Some(last) if goes_on(last, &next) => last.length += next.length,
-            _ => last.replace(next).into_iter().for_each(&mut *each),
+            Some((run, before)) if before.is_followed_by(run.end - run.start, &place) => run.end = end,
+            _ => last.replace((at..end, place)).into_iter().map(message).for_each(&mut *each),
         }
         at = end;
     }
-    last.into_iter().for_each(each);
+    last.into_iter().map(message).for_each(each);
     Ok(())
 }
 
-/// Whether a run is of the same kind as the one before it, and lies behind it.
-fn goes_on(last: &Run, next: &Run) -> bool {
-    let data = last.kind == ExtentKind::Data as u32;
-    last.depth == next.depth
-        && last.kind == next.kind
-        && last.device == next.device
-        && (!data || last.offset.checked_add(last.length) == Some(next.offset))
+/// A run as the host is told of it.
+fn message((run, place): (Range<u64>, Place)) -> Run {
+    let (device, offset) = place.on_device();
+    Run { start: run.start, length: run.end - run.start, depth: place.depth, kind: place.kind(), device, offset }
 }

@@ -1,5 +1,6 @@
 //! The error of a driver call.
 
+use alloc::format;
 use alloc::string::String;
 use core::fmt;
 use instar_guest_abi::{ErrorCode, Failure, FAILURE_TEXT_MAX};
@@ -67,6 +68,12 @@ impl DriverError {
             text: String::from_utf8_lossy(&failure.text[..end]).into_owned(),
         }
     }
+}
+
+/// An arithmetic guard: `what` (the name of a number) left the range that it can have.
+#[must_use]
+pub fn overflow(what: &str) -> DriverError {
+    DriverError::new(ErrorCode::InternalOverflow, format!("{what} is out of range"))
 }
 
 impl fmt::Display for DriverError {

@@ -1,8 +1,62 @@
-//! What the interface promises of the extents that a source enumerates.
+//! What a source enumerates, and what the interface promises of it.
 
+use crate::extent::{checked_end, Content, Extent};
 use alloc::format;
 use alloc::string::String;
-use instar_guest_abi::{Extent, ExtentKind};
+use alloc::vec::Vec;
+
+/// Extents that a source found: ascending, those that follow each other merged, and no more than were asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Extents {
+    list: Vec<Extent>,
+    most: usize,
+}
+
+impl Extents {
+    /// None yet, and room for `most`.
+    #[must_use]
+    pub const fn with_room_for(most: usize) -> Self {
+        Self { list: Vec::new(), most }
+    }
+
+    /// Add an extent, or lengthen the last one, which takes no room. `false` if there is no room: then the extent was not
+    /// taken, and enumerating goes on with it in the next call.
+    #[must_use]
+    pub fn push(&mut self, extent: Extent) -> bool {
+        let full = self.is_full();
+        match self.list.last_mut() {
+            Some(last) if last.is_followed_by(&extent) => last.length = last.length.saturating_add(extent.length),
+            _ if full => return false,
+            _ => self.list.push(extent),
+        }
+        true
+    }
+
+    /// How many more there is room for.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.most.saturating_sub(self.list.len())
+    }
+
+    /// Whether only what goes on from the last one can be added.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.room() == 0
+    }
+
+    /// Forget all of them; the room stays as it is.
+    pub fn clear(&mut self) {
+        self.list.clear();
+    }
+}
+
+impl core::ops::Deref for Extents {
+    type Target = [Extent];
+
+    fn deref(&self) -> &[Extent] {
+        &self.list
+    }
+}
 
 /// Check `found`, enumerated from guest byte `from` on of an image of `size` bytes, with `next` as the place to go on.
 ///
@@ -11,17 +65,15 @@ use instar_guest_abi::{Extent, ExtentKind};
 pub fn check_extents(found: &[Extent], from: u64, next: u64, size: u64) -> Result<(), String> {
     let mut after = from;
     for (index, extent) in found.iter().enumerate() {
-        let Extent { guest_offset, length, kind, .. } = *extent;
-        let which = format!("extent {index} of {} from guest byte {from} on", found.len());
-        let known = ExtentKind::from_u32(kind);
-        if !matches!(known, Some(ExtentKind::Data | ExtentKind::Zero | ExtentKind::Encoded)) {
-            return Err(format!("{which} is of kind {kind}, which no source has"));
+        let Extent { guest_offset, length, content } = *extent;
+        let which = which(index, found.len(), from);
+        if matches!(content, Content::Memory { .. }) {
+            return Err(no_source_has(&which, content.kind() as u32));
         }
         if length == 0 {
             return Err(format!("{which}, at guest byte {guest_offset}, is 0 bytes long"));
         }
-        let end = guest_offset.checked_add(length).filter(|&end| end <= size);
-        let Some(end) = end else {
+        let Some(end) = checked_end(guest_offset, length, size) else {
             return Err(format!(
                 "{which}, {length} bytes at guest byte {guest_offset}, passes the end of a disk of {size} bytes"
             ));
@@ -43,12 +95,47 @@ pub fn check_extents(found: &[Extent], from: u64, next: u64, size: u64) -> Resul
     Ok(())
 }
 
+/// How messages name an extent.
+fn which(index: usize, count: usize, from: u64) -> String {
+    format!("extent {index} of {count} from guest byte {from} on")
+}
+
+fn no_source_has(which: &str, kind: u32) -> String {
+    format!("{which} is of kind {kind}, which no source has")
+}
+
+/// What is wrong with an extent of a kind that does not exist, enumerated as number `index` of `count` from guest byte `from`
+/// on.
+pub(crate) fn unknown_kind(index: usize, count: usize, from: u64, kind: u32) -> String {
+    no_source_has(&which(index, count, from), kind)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// `kind` as numbers between modules.
     fn extent(guest_offset: u64, length: u64, kind: u32) -> Extent {
-        Extent { guest_offset, length, location: 0, kind, device: 0 }
+        let content = match kind {
+            1 => Content::Data { device: 0, offset: 0 },
+            2 => Content::Zero,
+            3 => Content::Encoded { location: 0 },
+            _ => Content::Memory { address: 0 },
+        };
+        Extent { guest_offset, length, content }
+    }
+
+    #[test]
+    fn only_what_goes_on_finds_room_in_a_full_list() {
+        let mut found = Extents::with_room_for(2);
+        assert!(found.push(Extent::data(0, 4, 1, 100)) && found.push(Extent::data(4, 4, 1, 104)));
+        assert!(found.push(Extent::encoded(8, 4, 7)));
+        assert!(!found.push(Extent::encoded(12, 4, 11)), "encoded extents are not merged");
+        assert_eq!(*found, [Extent::data(0, 8, 1, 100), Extent::encoded(8, 4, 7)]);
+        found.clear();
+        assert!(found.push(Extent::zero(0, 4)) && found.room() == 1 && found.push(Extent::zero(8, 4)));
+        assert!(found.is_full() && !found.push(Extent::zero(16, 4)) && found.push(Extent::zero(12, 1)));
+        assert_eq!(*found, [Extent::zero(0, 4), Extent::zero(8, 5)]);
     }
 
     #[test]
@@ -78,7 +165,8 @@ mod tests {
         bad(&[], 5, 5, 25, "go on at guest byte 5, and was asked from 5 on");
         bad(&[extent(0, 0, 1)], 0, 25, 25, "guest byte 0, is 0 bytes long");
         bad(&[extent(0, 1, 4)], 0, 25, 25, "is of kind 4, which no source has");
-        bad(&[extent(0, 1, 9)], 0, 25, 25, "is of kind 9");
+        let unknown = unknown_kind(0, 1, 5, 9);
+        assert_eq!(unknown, "extent 0 of 1 from guest byte 5 on is of kind 9, which no source has");
         bad(&[extent(0, 10, 1)], 0, 9, 25, "before the end of its last extent at 10");
     }
 }

@@ -7,11 +7,13 @@
 
 extern crate alloc;
 
+mod batch;
 #[cfg(feature = "memory")]
 mod change;
 #[cfg(feature = "memory")]
 pub mod crash;
 mod error;
+mod extent;
 mod extents;
 pub mod ffi;
 #[cfg(feature = "memory")]
@@ -27,8 +29,10 @@ pub mod random;
 pub mod runtime;
 mod traits;
 
-pub use error::{DriverError, DriverResult};
-pub use extents::check_extents;
+pub use batch::Batch;
+pub use error::{overflow, DriverError, DriverResult};
+pub use extent::{checked_end, Content, Extent};
+pub use extents::{check_extents, Extents};
 pub use holes::Holes;
 pub use instar_guest_abi as abi;
 pub use io::{BlockIo, IoFailure};

@@ -1,12 +1,12 @@
 //! The two roles of a format: source and sink.
 
 use crate::error::{DriverError, DriverResult};
+use crate::extent::Extent;
+use crate::extents::Extents;
 use crate::io::BlockIo;
-use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{
-    DeviceConfig, ErrorCode, Examination, Extent, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary,
-    DEVICE_OUTPUT,
+    DeviceConfig, ErrorCode, Examination, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary, DEVICE_OUTPUT,
 };
 
 /// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
@@ -21,8 +21,8 @@ pub trait Source {
     /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
     fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64>;
 
-    /// Append to `out` what the layer holds of these guest bytes: ascending, adjacent runs merged, at most `max` extents.
-    /// The first may begin before the range, and the last may end after it. Returns the guest byte at which to continue:
+    /// Push what the layer holds of these guest bytes, ascending, until [`Extents::push`] refuses one: there is no room for
+    /// it. The first may begin before the range, and the last may end after it. Returns the guest byte at which to continue:
     /// greater than `range.start`, never inside an extent; `range.end` or more once the range is exhausted.
     ///
     /// Filling a gap below a backing asks for a few bytes of a large disk, so the work must follow from the length of the
@@ -30,13 +30,7 @@ pub trait Source {
     ///
     /// # Errors
     /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
-    fn extents(
-        &mut self,
-        io: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64>;
+    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64>;
 
     /// Decode `buffer.len()` bytes of an `Encoded` extent of this source, from guest byte `guest_offset` on.
     ///
@@ -194,7 +188,7 @@ impl Source for NoSource {
     fn check(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
         match *self {}
     }
-    fn extents(&mut self, _: &mut dyn BlockIo, _: Range<u64>, _: usize, _: &mut Vec<Extent>) -> DriverResult<u64> {
+    fn extents(&mut self, _: &mut dyn BlockIo, _: Range<u64>, _: &mut Extents) -> DriverResult<u64> {
         match *self {}
     }
     fn read(&mut self, _: &mut dyn BlockIo, _: &Extent, _: u64, _: &mut [u8]) -> DriverResult<()> {

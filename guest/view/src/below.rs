@@ -2,8 +2,8 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Source};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Source};
 
 /// Extents asked for at once.
 const EXTENTS: usize = 64;
@@ -75,16 +75,13 @@ fn fill(io: &mut dyn BlockIo, layers: &mut [Layer<'_>], start: u64, buffer: &mut
     let visible = end.min(info.virtual_size).max(start);
     let mut done = start;
     let mut from = start - start % info.cluster_size.max(1);
-    let mut extents = Vec::new();
+    let mut extents = Extents::with_room_for(EXTENTS);
     while done < visible && from < visible {
         extents.clear();
-        from = layer.extents(io, from..visible, EXTENTS, &mut extents)?;
-        for extent in &extents {
-            let first = extent.guest_offset.max(done);
-            let last = extent.guest_offset.saturating_add(extent.length).min(visible);
-            if first >= last {
-                continue;
-            }
+        from = layer.extents(io, from..visible, &mut extents)?;
+        for extent in extents.iter() {
+            let Some(seen) = extent.clip(done..visible) else { continue };
+            let (first, last) = (seen.guest_offset, seen.end());
             fill(io, below, done, part(buffer, start, done, first))?;
             read_extent(io, layer, extent, first, part(buffer, start, first, last))?;
             done = last;
@@ -112,15 +109,13 @@ pub(crate) fn read_extent(
     if buffer.is_empty() {
         return Ok(());
     }
-    match ExtentKind::from_u32(extent.kind) {
-        Some(ExtentKind::Data) => {
-            io.read(extent.device, extent.location.saturating_add(at - extent.guest_offset), buffer)
-        }
-        Some(ExtentKind::Zero) => {
+    match extent.content {
+        Content::Data { device, offset } => io.read(device, offset.saturating_add(at - extent.guest_offset), buffer),
+        Content::Zero => {
             buffer.fill(0);
             Ok(())
         }
-        _ => layer.read(io, extent, at, buffer),
+        Content::Encoded { .. } | Content::Memory { .. } => layer.read(io, extent, at, buffer),
     }
 }
 

@@ -7,9 +7,9 @@ use crate::below::read_extent;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageId, ImageInfo, MemberRole, ParentStage};
+use instar_guest_sdk::abi::{ErrorCode, ImageId, ImageInfo, MemberRole, ParentStage};
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Extent, Extents, Source};
 
 /// Extents that are asked of a layer at once, at most …
 const LOOK_AHEAD: usize = 1024;
@@ -24,7 +24,7 @@ struct Layer<'a> {
     /// Virtual size in bytes.
     size: u64,
     /// Extents that were enumerated and not passed yet, ascending, from this one on.
-    ahead: Vec<Extent>,
+    ahead: Extents,
     first: usize,
     /// The guest byte at which enumerating goes on.
     next: u64,
@@ -41,38 +41,59 @@ pub enum Seen {
     Held(usize, Extent),
 }
 
-/// Where what is seen comes from, as messages to the host have it.
+/// Where what is seen comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The layer that it is seen in: 0 is the top-most.
     pub depth: u32,
-    /// An [`ExtentKind`] as a number; 0 where no layer holds it.
-    pub kind: u32,
-    /// Of plain data, the device; else 0.
-    pub device: u32,
-    /// Of plain data, the byte offset on it; else 0.
-    pub offset: u64,
+    /// What stands there, from this place on; `None` where no layer holds it.
+    pub content: Option<Content>,
+}
+
+impl Place {
+    /// Whether what is `length` bytes behind it is a part of the same run: in the same layer, of the same kind, and of plain
+    /// data, behind it on the same device.
+    #[must_use]
+    pub fn is_followed_by(&self, length: u64, next: &Self) -> bool {
+        let same_kind = self.content.map(|content| content.kind()) == next.content.map(|content| content.kind());
+        let behind = match self.content {
+            Some(content @ Content::Data { .. }) => content.after(length) == next.content,
+            _ => same_kind,
+        };
+        self.depth == next.depth && behind
+    }
+
+    /// Its kind as messages to the host have it: an [`ExtentKind`](instar_guest_sdk::abi::ExtentKind) as a number; 0 where no
+    /// layer holds it.
+    #[must_use]
+    pub fn kind(&self) -> u32 {
+        self.content.map_or(0, |content| content.kind() as u32)
+    }
+
+    /// Device and byte offset of plain data, as messages to the host have them; else zeroes.
+    #[must_use]
+    pub fn on_device(&self) -> (u32, u64) {
+        match self.content {
+            Some(Content::Data { device, offset }) => (device, offset),
+            _ => (0, 0),
+        }
+    }
 }
 
 /// The layers, as one.
 pub struct Layers<'a> {
     layers: Vec<Layer<'a>>,
-    /// Extents that are asked of a layer at once.
-    look_ahead: usize,
     /// The guest byte up to which extents were handed out.
     position: u64,
     /// The extents behind the `Encoded` ones that were handed out last, each with the index of its layer.
     encoded: Vec<(usize, Extent)>,
 }
 
-fn end_of(extent: &Extent) -> u64 {
-    extent.guest_offset.saturating_add(extent.length)
-}
-
 impl<'a> Layer<'a> {
-    fn new(source: Box<dyn Source + 'a>) -> Self {
+    /// At most `look_ahead` extents are asked of the source at once.
+    fn new(source: Box<dyn Source + 'a>, look_ahead: usize) -> Self {
         let size = source.info().virtual_size;
-        Self { source, size, ahead: Vec::new(), first: 0, next: 0 }
+        Self { source, size, ahead: Extents::with_room_for(look_ahead), first: 0, next: 0 }
     }
 
     /// Begin again so that what is held from guest byte `from` on will be found.
@@ -82,12 +103,11 @@ impl<'a> Layer<'a> {
         self.next = from - from % self.source.info().cluster_size.max(1);
     }
 
-    /// The first extent that ends past guest byte `from`, if it begins before `end`; `from` does not go back. At most
-    /// `look_ahead` extents are asked of the layer at once.
-    fn peek(&mut self, io: &mut dyn BlockIo, from: u64, end: u64, look_ahead: usize) -> DriverResult<Option<Extent>> {
+    /// The first extent that ends past guest byte `from`, if it begins before `end`; `from` does not go back.
+    fn peek(&mut self, io: &mut dyn BlockIo, from: u64, end: u64) -> DriverResult<Option<Extent>> {
         loop {
             while let Some(extent) = self.ahead.get(self.first) {
-                if end_of(extent) > from {
+                if extent.end() > from {
                     return Ok(Some(*extent));
                 }
                 self.first += 1;
@@ -102,7 +122,7 @@ impl<'a> Layer<'a> {
             }
             self.ahead.clear();
             self.first = 0;
-            let next = self.source.extents(io, self.next..end, look_ahead, &mut self.ahead)?;
+            let next = self.source.extents(io, self.next..end, &mut self.ahead)?;
             if next <= self.next {
                 return Err(DriverError::new(ErrorCode::InternalOverflow, "the source does not advance"));
             }
@@ -116,7 +136,8 @@ impl<'a> Layers<'a> {
     #[must_use]
     pub fn new(layers: Vec<Box<dyn Source + 'a>>) -> Self {
         let look_ahead = (ALL_AHEAD / layers.len().max(1)).clamp(LEAST_LOOK_AHEAD, LOOK_AHEAD);
-        Self { layers: layers.into_iter().map(Layer::new).collect(), look_ahead, position: 0, encoded: Vec::new() }
+        let layers = layers.into_iter().map(|source| Layer::new(source, look_ahead)).collect();
+        Self { layers, position: 0, encoded: Vec::new() }
     }
 
     /// How many there are.
@@ -137,9 +158,9 @@ impl<'a> Layers<'a> {
                 return Ok((Seen::Zeroes(index), end));
             }
             end = end.min(layer.size);
-            match layer.peek(io, at, limit, self.look_ahead)? {
+            match layer.peek(io, at, limit)? {
                 Some(extent) if extent.guest_offset <= at => {
-                    return Ok((Seen::Held(index, extent), end.min(end_of(&extent))));
+                    return Ok((Seen::Held(index, extent), end.min(extent.end())));
                 }
                 Some(extent) => end = end.min(extent.guest_offset),
                 None => {}
@@ -163,20 +184,15 @@ impl<'a> Layers<'a> {
     /// Where what is seen at guest byte `at` comes from.
     #[must_use]
     pub fn place(&self, seen: Seen, at: u64) -> Place {
-        let place = |index: usize, kind| {
-            let depth = u32::try_from(index).unwrap_or(u32::MAX);
-            Place { depth, kind, device: 0, offset: 0 }
-        };
+        let place = |index: usize, content| Place { depth: u32::try_from(index).unwrap_or(u32::MAX), content };
         match seen {
-            Seen::Nothing => place(self.layers.len().saturating_sub(1), 0),
+            Seen::Nothing => place(self.layers.len().saturating_sub(1), None),
             // The layer with this index has ended: it is the one above that reads as zeroes.
-            Seen::Zeroes(index) => place(index.saturating_sub(1), 0),
-            Seen::Held(index, extent) if extent.kind == ExtentKind::Data as u32 => Place {
-                device: extent.device,
-                offset: extent.location.saturating_add(at - extent.guest_offset),
-                ..place(index, extent.kind)
-            },
-            Seen::Held(index, extent) => place(index, extent.kind),
+            Seen::Zeroes(index) => place(index.saturating_sub(1), None),
+            Seen::Held(index, extent) => {
+                let part = extent.clip(at..extent.end()).unwrap_or(extent);
+                place(index, Some(part.content))
+            }
         }
     }
 
@@ -199,37 +215,19 @@ impl<'a> Layers<'a> {
 
     /// The part `at..end` of what is seen there, as an extent.
     fn part(&mut self, seen: Seen, at: u64, end: u64) -> Option<Extent> {
-        let zero = Extent { kind: ExtentKind::Zero as u32, ..Extent::default() };
-        let (index, whole) = match seen {
-            Seen::Nothing => return None,
-            Seen::Zeroes(_) => (0, zero),
-            Seen::Held(index, whole) => (index, whole),
-        };
-        let mut extent = Extent { guest_offset: at, length: end - at, ..whole };
-        match ExtentKind::from_u32(whole.kind) {
-            Some(ExtentKind::Data | ExtentKind::Memory) => extent.location += at - whole.guest_offset,
-            Some(ExtentKind::Encoded) => {
-                extent.location = self.encoded.len() as u64;
+        match seen {
+            Seen::Nothing => None,
+            Seen::Zeroes(_) => Some(Extent::zero(at, end - at)),
+            Seen::Held(index, whole) => {
+                let part = whole.clip(at..end)?;
+                if !part.is_encoded() {
+                    return Some(part);
+                }
                 self.encoded.push((index, whole));
+                Some(Extent::encoded(at, end - at, self.encoded.len() as u64 - 1))
             }
-            Some(ExtentKind::Zero) | None => (extent.location, extent.device) = (0, 0),
-        }
-        Some(extent)
-    }
-}
-
-/// Append an extent, or lengthen the one that it goes on from.
-fn push(out: &mut Vec<Extent>, extent: Extent) {
-    if let Some(last) = out.last_mut().filter(|last| end_of(last) == extent.guest_offset && last.kind == extent.kind) {
-        let data = extent.kind == ExtentKind::Data as u32
-            && last.device == extent.device
-            && last.location + last.length == extent.location;
-        if data || extent.kind == ExtentKind::Zero as u32 {
-            last.length += extent.length;
-            return;
         }
     }
-    out.push(extent);
 }
 
 impl Source for Layers<'_> {
@@ -248,45 +246,34 @@ impl Source for Layers<'_> {
         let ImageInfo { virtual_size, cluster_size } = self.info();
         let unit = cluster_size.max(1);
         let (mut clusters, mut counted) = (0, 0);
-        let (mut from, mut extents) = (0, Vec::new());
+        let (mut from, mut extents) = (0, Extents::with_room_for(LOOK_AHEAD));
         while from < virtual_size {
             extents.clear();
-            from = self.extents(io, from..virtual_size, LOOK_AHEAD, &mut extents)?;
-            for extent in &extents {
+            from = self.extents(io, from..virtual_size, &mut extents)?;
+            for extent in extents.iter() {
                 let first = (extent.guest_offset / unit).max(counted);
-                counted = end_of(extent).div_ceil(unit);
+                counted = extent.end().div_ceil(unit);
                 clusters += counted.saturating_sub(first);
             }
         }
         Ok(clusters)
     }
 
-    fn extents(
-        &mut self,
-        io: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
+    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let from = range.start;
         if from < self.position {
             self.layers.iter_mut().for_each(|layer| layer.restart(from));
         }
         self.encoded.clear();
         let limit = range.end.min(self.info().virtual_size);
-        let held_before = out.len();
         let mut at = from;
         while at < limit {
             let (seen, end) = self.seen(io, at, limit)?;
             if end <= at {
                 return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
             }
-            // One that goes on from the last would take no room; that is not known before.
-            if !matches!(seen, Seen::Nothing) && out.len() - held_before >= max {
+            if self.part(seen, at, end).is_some_and(|extent| !out.push(extent)) {
                 break;
-            }
-            if let Some(extent) = self.part(seen, at, end) {
-                push(out, extent);
             }
             at = end;
         }
@@ -295,7 +282,11 @@ impl Source for Layers<'_> {
     }
 
     fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
-        let held = usize::try_from(extent.location).ok().and_then(|index| self.encoded.get(index).copied());
+        let index = match extent.content {
+            Content::Encoded { location } => usize::try_from(location).ok(),
+            _ => None,
+        };
+        let held = index.and_then(|index| self.encoded.get(index).copied());
         let layer = held.and_then(|(index, whole)| Some((self.layers.get_mut(index)?, whole)));
         let (layer, whole) =
             layer.ok_or_else(|| DriverError::new(ErrorCode::InternalOverflow, "an extent of before"))?;

@@ -1,9 +1,9 @@
 //! Several layers as one source, against a model: what is seen of each sector.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_sdk::abi::{Extent, ExtentKind, ImageInfo};
+use instar_guest_sdk::abi::ImageInfo;
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow, Source};
+use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, ReadBelow, Source};
 use instar_guest_view::{Ancestors, Layers, Opener};
 use proptest::prelude::*;
 use std::ops::Range;
@@ -35,39 +35,31 @@ impl Source for Layer {
         Ok(0)
     }
 
-    fn extents(
-        &mut self,
-        _: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
+    fn extents(&mut self, _: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         assert_eq!(range.start % SECTOR, 0);
         assert!(range.start < range.end && range.end <= self.info().virtual_size);
         let mut at = (range.start / SECTOR) as usize;
-        while (at as u64) * SECTOR < range.end && out.len() < max {
+        while (at as u64) * SECTOR < range.end && !out.is_full() {
             let held = self.sectors[at];
             let run = self.sectors[at..].iter().take_while(|&&other| other == held).count();
             // Encoded ones are no longer than a cluster.
             let run = if held == Held::Encoded { run.min(3) } else { run };
             let start = at as u64 * SECTOR;
-            let (kind, location) = match held {
-                Held::Nothing => (None, 0),
-                Held::Data => (Some(ExtentKind::Data), start + 7 * SECTOR),
-                Held::Zero => (Some(ExtentKind::Zero), 0),
-                Held::Encoded => (Some(ExtentKind::Encoded), (1 << 60) | start),
+            let length = run as u64 * SECTOR;
+            let extent = match held {
+                Held::Nothing => None,
+                Held::Data => Some(Extent::data(start, length, self.device, start + 7 * SECTOR)),
+                Held::Zero => Some(Extent::zero(start, length)),
+                Held::Encoded => Some(Extent::encoded(start, length, (1 << 60) | start)),
             };
-            if let Some(kind) = kind {
-                let length = run as u64 * SECTOR;
-                out.push(Extent { guest_offset: start, length, location, kind: kind as u32, device: self.device });
-            }
+            assert!(extent.is_none_or(|extent| out.push(extent)));
             at += run;
         }
         Ok(at as u64 * SECTOR)
     }
 
     fn read(&mut self, _: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
-        assert_eq!((extent.kind, extent.location), (ExtentKind::Encoded as u32, (1 << 60) | extent.guest_offset));
+        assert_eq!(extent.content, Content::Encoded { location: (1 << 60) | extent.guest_offset });
         assert!(from >= extent.guest_offset && from + buffer.len() as u64 <= extent.guest_offset + extent.length);
         for (index, byte) in (0..).zip(buffer.iter_mut()) {
             *byte = encoded(self.device, (from + index) / SECTOR);
@@ -123,20 +115,19 @@ fn enumerate(source: &mut Layers<'_>, from: u64, max: usize) -> Vec<Seen> {
     let mut found = vec![Seen::Nothing; (size / SECTOR) as usize];
     let (mut at, mut last) = (from, from);
     while at < size {
-        let mut extents = Vec::new();
-        let next = source.extents(&mut io, at..size, max, &mut extents).unwrap();
-        assert!(next > at && extents.len() <= max);
-        for extent in &extents {
+        let mut extents = Extents::with_room_for(max);
+        let next = source.extents(&mut io, at..size, &mut extents).unwrap();
+        assert!(next > at);
+        for extent in extents.iter() {
             assert!(extent.length > 0 && extent.guest_offset >= last);
             last = extent.guest_offset + extent.length;
             assert!(last <= next);
             for sector in extent.guest_offset / SECTOR..last / SECTOR {
-                found[sector as usize] = match ExtentKind::from_u32(extent.kind).unwrap() {
-                    ExtentKind::Zero => Seen::Zero,
-                    ExtentKind::Data => {
-                        let location = extent.location + sector * SECTOR - extent.guest_offset;
-                        assert_eq!(location, (sector + 7) * SECTOR);
-                        Seen::Data(extent.device)
+                found[sector as usize] = match extent.content {
+                    Content::Zero => Seen::Zero,
+                    Content::Data { device, offset } => {
+                        assert_eq!(offset + sector * SECTOR - extent.guest_offset, (sector + 7) * SECTOR);
+                        Seen::Data(device)
                     }
                     _ => {
                         let mut byte = [0];

@@ -8,7 +8,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageInfo, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 
 /// Tables are read and written in pieces of this many bytes: no cluster is smaller.
 pub const PIECE: u64 = 4096;
@@ -53,7 +53,7 @@ impl Image {
 
     /// Whether a range lies within the file.
     fn holds(&self, offset: u64, length: u64) -> bool {
-        offset.checked_add(length).is_some_and(|end| end <= self.end)
+        checked_end(offset, length, self.end).is_some()
     }
 
     /// The entry at this byte of the file. The piece around it is kept.

@@ -7,8 +7,8 @@ use crate::header::AUTOCLEAR;
 use crate::image::Image;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageInfo, PlanSummary, Request};
+use instar_guest_sdk::{checked_end, Batch, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
 
 /// What surrounds a partial write in a new cluster is read from below in pieces of at most this many bytes.
 const FILL: u64 = 1 << 20;
@@ -25,21 +25,9 @@ pub struct QedSink {
     planned: (u64, u64),
     last: (Option<u64>, Option<u64>),
     /// Requests that are not executed, and places of entries that are changed in memory only.
-    data: Vec<Request>,
+    data: Batch,
     l1: Vec<u64>,
     l2: Vec<u64>,
-}
-
-/// Call `each` with the parts of an extent, one for each cluster that it touches.
-fn parts(whole: &Extent, size: u64, mut each: impl FnMut(Extent) -> DriverResult<()>) -> DriverResult<()> {
-    let (mut at, end) = (whole.guest_offset, whole.guest_offset + whole.length);
-    while at < end {
-        let length = (size - at % size).min(end - at);
-        let location = whole.location.wrapping_add(at - whole.guest_offset);
-        each(Extent { guest_offset: at, length, location, ..*whole })?;
-        at += length;
-    }
-    Ok(())
 }
 
 fn full() -> DriverError {
@@ -57,13 +45,13 @@ impl QedSink {
     fn stays_zero(&self, part: &Extent, entry: u64) -> bool {
         let visible = self.image.header.cluster_size.min(self.image.header.image_size - part.guest_offset);
         let whole = part.guest_offset % self.image.header.cluster_size == 0 && part.length == visible;
-        part.kind == ExtentKind::Zero as u32 && entry <= 1 && (entry == 1 || whole)
+        part.is_zero() && entry <= 1 && (entry == 1 || whole)
     }
 
     /// Space at the end of the file, which reads as zeroes.
     fn allocate(&mut self, length: u64) -> DriverResult<u64> {
         let start = self.image.end;
-        self.image.end = start.checked_add(length).filter(|&end| end <= self.max_length).ok_or_else(full)?;
+        self.image.end = checked_end(start, length, self.max_length).ok_or_else(full)?;
         Ok(start)
     }
 
@@ -106,12 +94,7 @@ impl QedSink {
             self.l2.push(entry);
         }
         let to = offset + guest % size;
-        self.data.push(match ExtentKind::from_u32(part.kind) {
-            Some(ExtentKind::Data) => Request::copy(part.device, part.location, device, to, part.length),
-            Some(ExtentKind::Memory) => Request::write(device, to, part.location, part.length),
-            Some(ExtentKind::Zero) => Request::zero(device, to, part.length),
-            _ => return Err(DriverError::new(ErrorCode::InternalOverflow, "an extent that is not for sinks")),
-        });
+        self.data.push(part.request(device, to)?);
         Ok(())
     }
 
@@ -119,8 +102,7 @@ impl QedSink {
     fn step(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let device = self.image.device;
         self.data.push(Request::set_length(device, self.image.end));
-        io.run(&mut self.data)?;
-        self.data.clear();
+        self.data.submit(io)?;
         for entries in [&mut self.l2, &mut self.l1] {
             io.flush(device)?;
             self.image.write_entries(io, entries)?;
@@ -142,7 +124,7 @@ impl Sink for QedSink {
         }
         let header = self.image.header;
         for extent in extents {
-            parts(extent, header.cluster_size, |part| {
+            for part in extent.blocks(header.cluster_size)? {
                 self.image.shrink();
                 let (cluster, index) = (part.guest_offset / header.cluster_size, part.guest_offset / header.coverage());
                 let table = self.image.table(io, index)?;
@@ -152,8 +134,7 @@ impl Sink for QedSink {
                 if entry <= 1 && !self.stays_zero(&part, entry) {
                     self.planned.0 += u64::from(self.last.0.replace(cluster) != Some(cluster));
                 }
-                Ok(())
-            })?;
+            }
         }
         Ok(())
     }
@@ -178,11 +159,12 @@ impl Sink for QedSink {
             io.flush(self.image.device)?;
         }
         for extent in extents {
-            parts(extent, self.image.header.cluster_size, |part| {
+            for part in extent.blocks(self.image.header.cluster_size)? {
                 self.prepare(io, &part, below)?;
-                let many = self.l2.len().max(self.data.len()) >= CLUSTERS;
-                many.then(|| self.step(io)).unwrap_or(Ok(()))
-            })?;
+                if self.l2.len().max(self.data.len()) >= CLUSTERS {
+                    self.step(io)?;
+                }
+            }
         }
         self.step(io)
     }

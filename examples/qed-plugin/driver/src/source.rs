@@ -1,10 +1,9 @@
 //! The source role: what an overlay holds, and emptying it.
 
 use crate::image::Image;
-use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_guest_sdk::abi::{ErrorCode, ImageInfo, Request};
+use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Extent, Extents, Source};
 
 /// An image that data comes from.
 pub struct QedSource(pub(crate) Image);
@@ -18,15 +17,9 @@ impl Source for QedSource {
         self.0.verify(io)
     }
 
-    fn extents(
-        &mut self,
-        io: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
+    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let header = self.0.header;
-        let (first, mut at) = (out.len(), range.start - range.start % header.cluster_size);
+        let mut at = range.start - range.start % header.cluster_size;
         while at < range.end.min(header.image_size) {
             let Some(table) = self.0.table(io, at / header.coverage())? else {
                 at = (at / header.coverage() + 1).saturating_mul(header.coverage());
@@ -34,20 +27,14 @@ impl Source for QedSource {
             };
             let entry = table + at % header.coverage() / header.cluster_size * 8;
             self.0.shrink();
-            let offset = self.0.cluster(io, entry)?;
             let length = header.cluster_size.min(header.image_size - at);
-            let (kind, location) = if offset == 1 { (ExtentKind::Zero, 0) } else { (ExtentKind::Data, offset) };
-            let kind = kind as u32;
-            let goes_on = |last: &&mut Extent| {
-                let behind = offset == 1 || last.location + last.length == offset;
-                last.kind == kind && last.guest_offset + last.length == at && behind
+            let content = match self.0.cluster(io, entry)? {
+                0 => None,
+                1 => Some(Content::Zero),
+                offset => Some(Content::Data { device: self.0.device, offset }),
             };
-            let found = out.len() - first;
-            match out.last_mut().filter(|_| found > 0).filter(goes_on) {
-                _ if offset == 0 => {}
-                Some(last) => last.length += length,
-                None if found == max => return Ok(at),
-                None => out.push(Extent { guest_offset: at, length, location, kind, device: self.0.device }),
+            if content.is_some_and(|content| !out.push(Extent { guest_offset: at, length, content })) {
+                return Ok(at);
             }
             at += length;
         }

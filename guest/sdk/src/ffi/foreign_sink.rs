@@ -1,11 +1,13 @@
 //! A sink of another module.
 
 use super::below::LentBelow;
+use super::wire::to_wire;
 use super::{call, protocol_of};
-use crate::{BlockIo, DriverError, DriverResult, ReadBelow, Sink};
+use crate::{BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
+use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::ptr::null_mut;
-use instar_guest_abi::{DeviceConfig, ErrorCode, Extent, ImageId, ImageInfo, PlanSummary, SinkOps};
+use instar_guest_abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary, SinkOps, WireExtent};
 
 /// A sink of another module. It does its block I/O itself: the `io` of the calls serves only to read the layers
 /// below.
@@ -39,7 +41,8 @@ impl Sink for ForeignSink {
     }
 
     fn plan(&mut self, _: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
-        call(|failure| (self.ops.plan)(self.handle, extents.as_ptr(), extents.len(), failure))
+        let records: Vec<WireExtent> = extents.iter().map(to_wire).collect();
+        call(|failure| (self.ops.plan)(self.handle, records.as_ptr(), records.len(), failure))
     }
 
     fn planned(&mut self, _: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
@@ -49,9 +52,10 @@ impl Sink for ForeignSink {
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
+        let records: Vec<WireExtent> = extents.iter().map(to_wire).collect();
         let mut lent = LentBelow::new(io, below);
         let table = lent.table();
-        call(|failure| (self.ops.write)(self.handle, extents.as_ptr(), extents.len(), &raw const table.ops, failure))
+        call(|failure| (self.ops.write)(self.handle, records.as_ptr(), records.len(), &raw const table.ops, failure))
     }
 
     fn grow(&mut self, _: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {

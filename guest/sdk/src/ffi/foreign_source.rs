@@ -1,15 +1,17 @@
 //! A source of another module.
 
+use super::wire::{enumerated, to_wire};
 use super::{call, protocol_of, MAX_EXTENTS};
 use crate::extents::check_extents;
-use crate::{BlockIo, DriverError, DriverResult, Source};
+use crate::{BlockIo, DriverError, DriverResult, Extent, Extents, Source};
 use alloc::format;
 use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::ops::Range;
 use core::ptr::null_mut;
 use instar_guest_abi::{
-    DeviceConfig, ErrorCode, Examination, Extent, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps,
+    DeviceConfig, ErrorCode, Examination, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps,
+    WireExtent,
 };
 
 /// A source of another module. It does its block I/O itself: the `io` of the calls is not used.
@@ -55,18 +57,11 @@ impl Source for ForeignSource {
         Ok(clusters)
     }
 
-    fn extents(
-        &mut self,
-        _: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
-        let capacity = max.min(MAX_EXTENTS);
-        let start = out.len();
-        out.reserve(capacity);
+    fn extents(&mut self, _: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
+        let capacity = out.room().min(MAX_EXTENTS);
+        let mut records: Vec<WireExtent> = Vec::with_capacity(capacity);
         let (mut count, mut next) = (0, 0);
-        let room = out.spare_capacity_mut().as_mut_ptr().cast::<Extent>();
+        let room = records.spare_capacity_mut().as_mut_ptr().cast::<WireExtent>();
         let Range { start: from, end } = range;
         call(|failure| {
             (self.ops.extents)(self.handle, from, end, room, capacity, &raw mut count, &raw mut next, failure)
@@ -74,18 +69,19 @@ impl Source for ForeignSource {
         if count > capacity {
             return Err(self.broken(&format!("it returned {count} extents, and was asked for {capacity}")));
         }
-        // SAFETY: the module filled `count` extents of the reserved room.
-        unsafe { out.set_len(start + count) };
-        let found = out.get(start..).unwrap_or_default();
-        match check_extents(found, from, next, self.info().virtual_size) {
-            Ok(()) => Ok(next),
-            Err(why) => Err(self.broken(&why)),
-        }
+        // SAFETY: the module filled `count` records of the reserved room.
+        unsafe { records.set_len(count) };
+        let found = enumerated(&records, from).map_err(|why| self.broken(&why))?;
+        check_extents(&found, from, next, self.info().virtual_size).map_err(|why| self.broken(&why))?;
+        // There is room for all of them.
+        let taken = found.into_iter().all(|extent| out.push(extent));
+        debug_assert!(taken);
+        Ok(next)
     }
 
     fn read(&mut self, _: &mut dyn BlockIo, extent: &Extent, guest_offset: u64, buffer: &mut [u8]) -> DriverResult<()> {
-        let (address, length) = (buffer.as_mut_ptr(), buffer.len());
-        call(|failure| (self.ops.read)(self.handle, extent, guest_offset, address, length, failure))
+        let (record, address, length) = (to_wire(extent), buffer.as_mut_ptr(), buffer.len());
+        call(|failure| (self.ops.read)(self.handle, &raw const record, guest_offset, address, length, failure))
     }
 
     fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {

@@ -13,6 +13,7 @@ mod foreign_source;
 mod operation;
 mod sink_shim;
 mod source_shim;
+mod wire;
 
 pub use export::{descriptor_of_format, descriptor_of_operation, FormatTables};
 pub use foreign_format::ForeignFormat;

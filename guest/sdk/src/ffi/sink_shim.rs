@@ -1,15 +1,12 @@
 //! A [`Sink`] as a table of C functions.
 
 use super::below::TableBelow;
+use super::wire::arriving;
 use super::{done, finish, protocol, store};
-use crate::{BlockIo, DriverResult, FormatDriver, Sink};
+use crate::{BlockIo, FormatDriver, Sink};
 use alloc::boxed::Box;
-use alloc::format;
 use core::ffi::c_void;
-use core::slice;
-use instar_guest_abi::{
-    DeviceConfig, Extent, ExtentKind, Failure, ImageId, ImageInfo, PlanSummary, ReadBelowOps, SinkOps,
-};
+use instar_guest_abi::{DeviceConfig, Failure, ImageId, ImageInfo, PlanSummary, ReadBelowOps, SinkOps, WireExtent};
 
 #[allow(clippy::cast_possible_truncation, reason = "a table is some dozens of bytes")]
 const SIZE: u32 = size_of::<SinkOps>() as u32;
@@ -39,29 +36,6 @@ pub const fn sink_ops<D: FormatDriver, Io: BlockIo + Default>() -> SinkOps {
 unsafe fn handle<'a, S>(sink: *mut c_void) -> Option<&'a mut S> {
     // SAFETY: the caller promises that it is null or a live `S`.
     unsafe { sink.cast::<S>().as_mut() }
-}
-
-/// The extents of a call, each with a known kind and a length.
-///
-/// # Safety
-/// `extents` is null or points to `count` extents.
-unsafe fn list<'a>(extents: *const Extent, count: usize) -> DriverResult<&'a [Extent]> {
-    if extents.is_null() {
-        return if count == 0 { Ok(&[]) } else { Err(protocol("extents at a null address")) };
-    }
-    // SAFETY: the caller promises `count` extents.
-    let list = unsafe { slice::from_raw_parts(extents, count) };
-    for (index, extent) in list.iter().enumerate() {
-        let Extent { guest_offset, length, kind, .. } = *extent;
-        if ExtentKind::from_u32(kind).is_none() {
-            return Err(protocol(&format!("extent {index} of {count} is of the unknown kind {kind}")));
-        }
-        if length == 0 || guest_offset.checked_add(length).is_none() {
-            let text = format!("extent {index} of {count} is {length} bytes long at guest byte {guest_offset}");
-            return Err(protocol(&text));
-        }
-    }
-    Ok(list)
 }
 
 extern "C" fn open<D: FormatDriver, Io: BlockIo + Default>(
@@ -105,14 +79,14 @@ extern "C" fn info<S: Sink>(sink: *mut c_void, out: *mut ImageInfo) {
 
 extern "C" fn plan<S: Sink, Io: BlockIo + Default>(
     sink: *mut c_void,
-    extents: *const Extent,
+    extents: *const WireExtent,
     count: usize,
     failure: *mut Failure,
 ) -> u32 {
     // SAFETY: the interface passes a live handle and `count` extents.
-    let (sink, extents) = unsafe { (handle::<S>(sink), list(extents, count)) };
+    let (sink, extents) = unsafe { (handle::<S>(sink), arriving(extents, count)) };
     let result = match sink {
-        Some(sink) => extents.and_then(|extents| sink.plan(&mut Io::default(), extents)),
+        Some(sink) => extents.and_then(|extents| sink.plan(&mut Io::default(), &extents)),
         None => Err(protocol("plan without sink")),
     };
     // SAFETY: the interface passes null or a writable failure.
@@ -136,16 +110,16 @@ extern "C" fn planned<S: Sink, Io: BlockIo + Default>(
 
 extern "C" fn write<S: Sink, Io: BlockIo + Default>(
     sink: *mut c_void,
-    extents: *const Extent,
+    extents: *const WireExtent,
     count: usize,
     below: *const ReadBelowOps,
     failure: *mut Failure,
 ) -> u32 {
     // SAFETY: the interface passes a live handle, `count` extents and a readable table.
-    let (sink, extents, below) = unsafe { (handle::<S>(sink), list(extents, count), below.as_ref()) };
+    let (sink, extents, below) = unsafe { (handle::<S>(sink), arriving(extents, count), below.as_ref()) };
     let result = match (sink, below) {
         (Some(sink), Some(below)) => {
-            extents.and_then(|extents| sink.write(&mut Io::default(), extents, &mut TableBelow::new(*below)))
+            extents.and_then(|extents| sink.write(&mut Io::default(), &extents, &mut TableBelow::new(*below)))
         }
         _ => Err(protocol("write without sink or layers below")),
     };

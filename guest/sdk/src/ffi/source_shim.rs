@@ -1,20 +1,20 @@
 //! A [`Source`] as a table of C functions.
 
+use super::wire::{from_wire, to_wire};
 use super::{done, finish, protocol, store, MAX_EXTENTS};
-use crate::{BlockIo, FormatDriver, Source};
+use crate::{checked_end, BlockIo, Extent, Extents, FormatDriver, Source};
 use alloc::boxed::Box;
-use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::slice;
 use instar_guest_abi::{
-    DeviceConfig, Examination, Extent, ExtentKind, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage,
-    SourceOps,
+    DeviceConfig, Examination, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps, WireExtent,
 };
 
-/// What a handle points to.
+/// What a handle points to. The byte is there so that a handle is never the address of nothing.
+#[repr(C)]
 struct Open<S> {
     source: S,
-    extents: Vec<Extent>,
+    _byte: u8,
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "a table is some dozens of bytes")]
@@ -59,7 +59,7 @@ extern "C" fn open<D: FormatDriver, Io: BlockIo + Default>(
         return unsafe { store(&protocol("open of a source without device or result"), failure) };
     };
     let result = D::open_source(&mut Io::default(), device)
-        .map(|source| Box::into_raw(Box::new(Open { source, extents: Vec::new() })).cast::<c_void>());
+        .map(|source| Box::into_raw(Box::new(Open { source, _byte: 0 })).cast::<c_void>());
     // SAFETY: `out` is not null, so the interface makes it writable; `failure` is null or writable.
     unsafe { finish(result, out, failure) }
 }
@@ -98,7 +98,7 @@ extern "C" fn extents<S: Source, Io: BlockIo + Default>(
     source: *mut c_void,
     from: u64,
     end: u64,
-    out: *mut Extent,
+    out: *mut WireExtent,
     capacity: usize,
     count: *mut usize,
     next: *mut u64,
@@ -111,20 +111,16 @@ extern "C" fn extents<S: Source, Io: BlockIo + Default>(
         // SAFETY: the interface passes null or a writable failure.
         return unsafe { store(&protocol("extents without source, results or room"), failure) };
     };
-    let capacity = capacity.min(MAX_EXTENTS);
-    open.extents.clear();
-    let result = open.source.extents(&mut Io::default(), from..end, capacity, &mut open.extents);
-    let result = result.and_then(|next| match open.extents.len() {
-        found if found <= capacity => Ok((next, found)),
-        _ => Err(protocol("the source returned more extents than asked for")),
-    });
-    match result {
-        Ok((after, found)) => {
-            // SAFETY: `found <= capacity`, and the interface makes `capacity` extents at `out`, and `count` and
-            // `next`, writable.
+    let mut extents = Extents::with_room_for(capacity.min(MAX_EXTENTS));
+    match open.source.extents(&mut Io::default(), from..end, &mut extents) {
+        Ok(after) => {
+            for (index, extent) in extents.iter().enumerate() {
+                // SAFETY: there are at most `capacity`, and the interface makes so many records at `out` writable.
+                unsafe { out.add(index).write(to_wire(extent)) };
+            }
+            // SAFETY: the interface makes `count` and `next` writable.
             unsafe {
-                out.copy_from_nonoverlapping(open.extents.as_ptr(), found);
-                count.write(found);
+                count.write(extents.len());
                 next.write(after);
             }
             0
@@ -136,29 +132,29 @@ extern "C" fn extents<S: Source, Io: BlockIo + Default>(
 
 extern "C" fn read<S: Source, Io: BlockIo + Default>(
     source: *mut c_void,
-    extent: *const Extent,
+    extent: *const WireExtent,
     guest_offset: u64,
     buffer: *mut u8,
     length: usize,
     failure: *mut Failure,
 ) -> u32 {
     // SAFETY: the interface passes a live handle and a readable extent.
-    let (open, extent) = unsafe { (handle::<S>(source), extent.as_ref()) };
-    let (Some(open), Some(extent), false) = (open, extent, buffer.is_null()) else {
+    let (open, record) = unsafe { (handle::<S>(source), extent.as_ref()) };
+    let (Some(open), Some(record), false) = (open, record, buffer.is_null()) else {
         // SAFETY: the interface passes null or a writable failure.
         return unsafe { store(&protocol("read without source, extent or buffer"), failure) };
     };
-    let last = guest_offset.checked_add(length as u64);
-    let inside = guest_offset >= extent.guest_offset
-        && last.is_some_and(|last| last - extent.guest_offset <= extent.length)
-        && extent.kind == ExtentKind::Encoded as u32;
-    if !inside {
+    let inside = |extent: &Extent| {
+        let within = checked_end(guest_offset, length as u64, extent.end()).is_some();
+        extent.is_encoded() && guest_offset >= extent.guest_offset && within
+    };
+    let Some(extent) = from_wire(record).filter(inside) else {
         // SAFETY: as above.
         return unsafe { store(&protocol("read outside an encoded extent"), failure) };
-    }
+    };
     // SAFETY: the interface makes `length` bytes at `buffer` exclusive to this call.
     let buffer = unsafe { slice::from_raw_parts_mut(buffer, length) };
-    let result = open.source.read(&mut Io::default(), extent, guest_offset, buffer);
+    let result = open.source.read(&mut Io::default(), &extent, guest_offset, buffer);
     // SAFETY: the interface passes null or a writable failure.
     unsafe { done(result, failure) }
 }

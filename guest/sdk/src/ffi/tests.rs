@@ -3,12 +3,13 @@
 extern crate std;
 
 use super::*;
-use crate::{BlockIo, FormatDriver, IoFailure, NoSink, NoSource, ReadBelow, Sink, Source};
+use crate::{BlockIo, Content, Extent, Extents, FormatDriver, IoFailure, NoSink, NoSource, ReadBelow, Sink, Source};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{
-    ChainConfig, DeviceConfig, Extent, ExtentKind, FormatOps, ImageInfo, OperationConfig, PlanSummary, Request, SinkOps,
+    ChainConfig, DeviceConfig, FormatOps, ImageInfo, OperationConfig, PlanSummary, Request, SinkOps, SourceOps,
+    WireExtent,
 };
 use std::cell::RefCell;
 
@@ -34,16 +35,10 @@ impl BlockIo for TestIo {
 }
 
 struct Driver;
-struct TestSource {
-    broken: bool,
-}
+struct TestSource;
 struct TestSink;
 
 const SIZE: u64 = 1 << 20;
-
-fn extent(guest_offset: u64, length: u64, kind: ExtentKind) -> Extent {
-    Extent { guest_offset, length, location: 7, kind: kind as u32, device: 0 }
-}
 
 impl Source for TestSource {
     fn info(&self) -> ImageInfo {
@@ -57,27 +52,16 @@ impl Source for TestSource {
             Err(DriverError::new(ErrorCode::OverlayCorrupt, "entry 5 is odd").at(3, 512))
         }
     }
-    fn extents(
-        &mut self,
-        _: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
-        let Range { start: from, end } = range;
-        if self.broken {
-            out.resize(max + 1, extent(from, 1, ExtentKind::Data));
-            return Ok(from);
-        }
-        let mut at = from;
-        while at < end && out.len() < max {
-            out.push(extent(at, 512, ExtentKind::Encoded));
+    fn extents(&mut self, _: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
+        let Range { start: mut at, end } = range;
+        while at < end && out.push(Extent::encoded(at, 512, 7)) {
             at += 1024;
         }
         Ok(at.min(SIZE))
     }
     fn read(&mut self, _: &mut dyn BlockIo, extent: &Extent, at: u64, buffer: &mut [u8]) -> DriverResult<()> {
-        buffer.fill(u8::try_from(extent.location + at - extent.guest_offset).unwrap());
+        let Content::Encoded { location } = extent.content else { unreachable!("{extent:?}") };
+        buffer.fill(u8::try_from(location + at - extent.guest_offset).unwrap());
         Ok(())
     }
     fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
@@ -120,8 +104,8 @@ impl Sink for TestSink {
 impl FormatDriver for Driver {
     type Source = TestSource;
     type Sink = TestSink;
-    fn open_source(_: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<TestSource> {
-        Ok(TestSource { broken: device.device == 9 })
+    fn open_source(_: &mut dyn BlockIo, _: &DeviceConfig) -> DriverResult<TestSource> {
+        Ok(TestSource)
     }
     fn open_sink(_: &mut dyn BlockIo, _: &DeviceConfig, has_backing: bool) -> DriverResult<TestSink> {
         log(std::format!("sink opened, backing {has_backing}"));
@@ -162,14 +146,17 @@ fn a_source_works_across_the_border() {
     assert_eq!(source.check(io, true).unwrap(), 42);
     let error = source.check(io, false).unwrap_err();
     assert_eq!(error, DriverError::new(ErrorCode::OverlayCorrupt, "entry 5 is odd").at(3, 512));
-    let mut found = vec![extent(0, 1, ExtentKind::Zero)];
+    let mut found = Vec::new();
     let mut from = 0;
     while from < SIZE {
-        from = source.extents(io, from..SIZE, 100, &mut found).unwrap();
+        let mut some = Extents::with_room_for(100);
+        from = source.extents(io, from..SIZE, &mut some).unwrap();
+        assert_eq!(some.len(), 100.min(1024 - found.len()));
+        found.extend_from_slice(&some);
     }
-    assert_eq!(found.len(), 1025);
-    let mut part = Vec::new();
-    assert_eq!(source.extents(io, 2048..4096, 100, &mut part).unwrap(), 4096);
+    assert_eq!(found.len(), 1024);
+    let mut part = Extents::with_room_for(100);
+    assert_eq!(source.extents(io, 2048..4096, &mut part).unwrap(), 4096);
     assert_eq!(part.iter().map(|extent| extent.guest_offset).collect::<Vec<_>>(), [2048, 3072]);
     let mut buffer = [0; 16];
     source.read(io, &found[3], found[3].guest_offset + 5, &mut buffer).unwrap();
@@ -183,10 +170,67 @@ fn a_source_works_across_the_border() {
 
 #[test]
 fn a_source_that_breaks_the_interface_is_found_out() {
-    let device = DeviceConfig { device: 9, ..DeviceConfig::default() };
-    let mut source = format().open_source(&device).unwrap();
-    let error = source.extents(&mut TestIo, 0..SIZE, 10, &mut Vec::new()).unwrap_err();
-    assert_eq!(error.code, ErrorCode::GuestProtocol);
+    /// What the module writes: the number of extents, and one of this kind.
+    const ANSWERS: [(usize, u32, &str); 3] = [
+        (1, 77, "extent 0 of 1 from guest byte 0 on is of kind 77, which no source has"),
+        (1, 4, "extent 0 of 1 from guest byte 0 on is of kind 4, which no source has"),
+        (11, 1, "it returned 11 extents, and was asked for 10"),
+    ];
+    extern "C" fn extents<const ANSWER: usize>(
+        _: *mut core::ffi::c_void,
+        _: u64,
+        _: u64,
+        out: *mut WireExtent,
+        capacity: usize,
+        count: *mut usize,
+        next: *mut u64,
+        _: *mut Failure,
+    ) -> u32 {
+        assert!(capacity >= 1);
+        let (found, kind, _) = ANSWERS[ANSWER];
+        // SAFETY: the caller passes room for one at least, and writable results.
+        unsafe {
+            out.write(WireExtent { length: 1, kind, ..WireExtent::default() });
+            count.write(found);
+            next.write(SIZE);
+        }
+        0
+    }
+    let good = super::source_ops::<Driver, TestIo>();
+    let tables = [
+        SourceOps { extents: extents::<0>, ..good },
+        SourceOps { extents: extents::<1>, ..good },
+        SourceOps { extents: extents::<2>, ..good },
+    ];
+    for (table, (_, _, why)) in tables.iter().zip(ANSWERS) {
+        let ops = FormatOps { source: table, sink: core::ptr::null() };
+        let device = DeviceConfig { device: 9, ..DeviceConfig::default() };
+        // SAFETY: the tables live until the end of the test.
+        let mut source = unsafe { ForeignFormat::new(&raw const ops) }.unwrap().open_source(&device).unwrap();
+        let error = source.extents(&mut TestIo, 0..SIZE, &mut Extents::with_room_for(10)).unwrap_err();
+        let expected = std::format!("its driver broke the interface: {why}");
+        assert_eq!((error.code, error.device, error.text), (ErrorCode::GuestProtocol, Some(9), expected));
+    }
+}
+
+#[test]
+fn a_sink_is_not_shown_what_is_no_extent() {
+    let table = super::sink_ops::<Driver, TestIo>();
+    let (device, mut handle) = (DeviceConfig::default(), core::ptr::null_mut());
+    call(|failure| (table.open)(&raw const device, 1, &raw mut handle, failure)).unwrap();
+    LOG.take();
+    let good = WireExtent { length: 5, kind: 2, ..WireExtent::default() };
+    let bad = [
+        (WireExtent { kind: 77, ..good }, "extent 1 of 2 is of the unknown kind 77"),
+        (WireExtent { length: 0, guest_offset: 9, ..good }, "extent 1 of 2 is 0 bytes long at guest byte 9"),
+    ];
+    for (record, why) in bad {
+        let records = [good, record];
+        let error = call(|failure| (table.plan)(handle, records.as_ptr(), 2, failure)).unwrap_err();
+        assert_eq!((error.code, error.text.as_str()), (ErrorCode::GuestProtocol, why));
+    }
+    (table.close)(handle);
+    assert_eq!(LOG.take(), <[&str; 0]>::default());
 }
 
 #[test]
@@ -196,12 +240,10 @@ fn a_sink_works_across_the_border() {
     let io = &mut TestIo;
     assert_eq!(sink.info().cluster_size, 4096);
     sink.plan(io, &[]).unwrap();
-    sink.plan(io, &[extent(0, 5, ExtentKind::Data), extent(9, 5, ExtentKind::Zero)]).unwrap();
-    let unknown = Extent { kind: 77, ..extent(0, 5, ExtentKind::Data) };
-    assert_eq!(sink.plan(io, &[unknown]).unwrap_err().code, ErrorCode::GuestProtocol);
+    sink.plan(io, &[Extent::data(0, 5, 0, 7), Extent::zero(9, 5)]).unwrap();
     assert_eq!(sink.planned(io).unwrap().new_metadata_clusters, 7);
-    sink.write(io, &[extent(0, 5, ExtentKind::Data)], &mut Below { fail: false }).unwrap();
-    let failed = sink.write(io, &[extent(0, 5, ExtentKind::Data)], &mut Below { fail: true }).unwrap_err();
+    sink.write(io, &[Extent::data(0, 5, 0, 7)], &mut Below { fail: false }).unwrap();
+    let failed = sink.write(io, &[Extent::data(0, 5, 0, 7)], &mut Below { fail: true }).unwrap_err();
     assert_eq!(failed, DriverError::new(ErrorCode::OverlayIo, "below").at(2, 100));
     sink.finish(io).unwrap();
     let expected = [

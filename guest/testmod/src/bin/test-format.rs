@@ -6,8 +6,10 @@ extern crate alloc;
 
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{DeviceConfig, Extent, ExtentKind, ImageInfo, PlanSummary, Request};
-use instar_guest_sdk::{export_format, BlockIo, DriverError, DriverResult, FormatDriver, ReadBelow, Sink, Source};
+use instar_guest_sdk::abi::{DeviceConfig, ImageInfo, PlanSummary, Request};
+use instar_guest_sdk::{
+    export_format, BlockIo, DriverError, DriverResult, Extent, Extents, FormatDriver, ReadBelow, Sink, Source,
+};
 
 struct Plain;
 
@@ -29,23 +31,10 @@ impl Source for Image {
     fn check(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
         Ok(self.length)
     }
-    fn extents(
-        &mut self,
-        _: &mut dyn BlockIo,
-        range: Range<u64>,
-        _: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
+    fn extents(&mut self, _: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let from = range.start;
-        let length = self.length - from;
-        out.push(Extent {
-            guest_offset: from,
-            length,
-            location: from,
-            kind: ExtentKind::Data as u32,
-            device: self.device,
-        });
-        Ok(self.length)
+        let taken = out.push(Extent::data(from, self.length - from, self.device, from));
+        Ok(if taken { self.length } else { from })
     }
     fn read(&mut self, _: &mut dyn BlockIo, _: &Extent, _: u64, _: &mut [u8]) -> DriverResult<()> {
         Ok(())
@@ -66,11 +55,8 @@ impl Sink for Image {
         Ok(PlanSummary { final_length: self.length, ..PlanSummary::default() })
     }
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], _: &mut dyn ReadBelow) -> DriverResult<()> {
-        let mut requests: Vec<Request> = extents
-            .iter()
-            .map(|e| Request::copy(e.device, e.location, self.device, e.guest_offset, e.length))
-            .collect();
-        io.run(&mut requests)
+        let requests = extents.iter().map(|extent| extent.request(self.device, extent.guest_offset));
+        io.run(&mut requests.collect::<DriverResult<Vec<Request>>>()?)
     }
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         io.flush(self.device)

@@ -19,7 +19,7 @@ use instar_guest_sdk::abi::{
     PORT_MESSAGE, RING_ADDR, RING_CAPACITY, STACK_TOP, SYSTEM_ADDR,
 };
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{export_operation, log, BlockIo, DriverResult, ReadBelow, Sink, Source};
+use instar_guest_sdk::{export_operation, log, BlockIo, DriverResult, Extents, ReadBelow, Sink, Source};
 use instar_guest_testmod::Scenario;
 
 type Send<'a> = &'a mut dyn FnMut(&[u8]);
@@ -77,8 +77,8 @@ fn foreign(operation: &Operation<'_>, io: &mut dyn BlockIo) -> DriverResult<u64>
     let (overlay, output) = (&operation.members[0].device, &operation.members[1].device);
     let mut source = operation.format_of(overlay)?.open_source(overlay)?;
     let mut sink = operation.format_of(output)?.open_sink(output, false)?;
-    let mut extents = Vec::new();
-    let size = source.extents(io, 0..overlay.file_length, 10, &mut extents)?;
+    let mut extents = Extents::with_room_for(10);
+    let size = source.extents(io, 0..overlay.file_length, &mut extents)?;
     sink.plan(io, &extents)?;
     sink.planned(io)?;
     sink.write(io, &extents, &mut NothingBelow)?;

@@ -7,44 +7,20 @@ use crate::windows::Piece;
 use crate::write::{Remap, Reserved, BATCH};
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ExtentKind, Request, RequestOp};
-use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
+use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::{Batch, BlockIo, DriverResult, ReadBelow};
 use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
 
 /// Data requests, merged where they go on from each other.
 pub(crate) struct DataWriter {
-    requests: Vec<Request>,
+    requests: Batch,
 }
 
 impl DataWriter {
     pub(crate) fn push(&mut self, io: &mut dyn BlockIo, request: Request) -> DriverResult<()> {
-        if let Some(last) = self.requests.last_mut() {
-            let same = last.op == request.op
-                && last.flags == request.flags
-                && last.device == request.device
-                && last.src_device == request.src_device;
-            let follows = last.offset + last.length == request.offset;
-            let goes_on = match RequestOp::from_u32(request.op) {
-                Some(RequestOp::Copy) => last.src_offset + last.length == request.src_offset,
-                Some(RequestOp::Zero) => true,
-                _ => false,
-            };
-            if same && follows && goes_on {
-                last.length += request.length;
-                return Ok(());
-            }
-        }
-        if self.requests.len() >= BATCH {
-            self.submit(io)?;
-        }
         self.requests.push(request);
-        Ok(())
-    }
-
-    fn submit(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        if !self.requests.is_empty() {
-            io.run(&mut self.requests)?;
-            self.requests.clear();
+        if self.requests.len() >= BATCH {
+            self.requests.submit(io)?;
         }
         Ok(())
     }
@@ -60,7 +36,7 @@ impl Qcow2Sink {
         reserved: &mut Reserved,
         below: &mut dyn ReadBelow,
     ) -> DriverResult<(Vec<Remap>, Vec<HostCluster>)> {
-        let mut writer = DataWriter { requests: Vec::new() };
+        let mut writer = DataWriter { requests: Batch::new() };
         let mut remaps = Vec::new();
         let mut freed = Vec::new();
         for (group, action) in groups.iter().zip(actions) {
@@ -111,7 +87,7 @@ impl Qcow2Sink {
                 }
             }
         }
-        writer.submit(io)?;
+        writer.requests.submit(io)?;
         Ok((remaps, freed))
     }
 
@@ -126,14 +102,10 @@ impl Qcow2Sink {
     ) -> DriverResult<()> {
         let device = self.image.device;
         for piece in group {
-            let at = host.0 + piece.start;
-            let request = match piece.kind {
-                ExtentKind::Data => Request::copy(piece.device, piece.location, device, at, piece.length),
-                ExtentKind::Memory => Request::write(device, at, piece.location, piece.length),
-                ExtentKind::Zero if fresh => continue,
-                ExtentKind::Zero => Request::zero(device, at, piece.length),
-                ExtentKind::Encoded => return Err(overflow("the kind of an extent")),
-            };
+            if fresh && piece.is_zero() {
+                continue;
+            }
+            let request = piece.content.request(device, host.0 + piece.start, piece.length)?;
             self.out.written();
             writer.push(io, request)?;
         }

@@ -37,8 +37,8 @@ use crate::windows::Piece;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Extent, ReadBelow};
 use instar_qcow2_format::{
     GuestCluster, HostCluster, L2Entry, Version, L1_SIZE_FIELD, MAX_L1_BYTES, VIRTUAL_SIZE_FIELD,
 };
@@ -216,8 +216,7 @@ impl Qcow2Sink {
         if end <= old || (partial && !visible && self.is_unallocated(io, last)?) {
             return Ok(None);
         }
-        let extent =
-            Extent { guest_offset: old, length: end - old, location: 0, kind: ExtentKind::Zero as u32, device: 0 };
+        let extent = Extent::zero(old, end - old);
         self.windows(io, &[extent], &mut |sink, io, pieces| sink.plan_window(io, pieces))?;
         // What the overlay holds of it comes by once more.
         self.planned.grown = partial.then_some(last);
@@ -226,7 +225,7 @@ impl Qcow2Sink {
 
     /// Whether a cluster has no L2 entry.
     fn is_unallocated(&mut self, io: &mut dyn BlockIo, cluster: GuestCluster) -> DriverResult<bool> {
-        let piece = Piece { cluster, start: 0, length: 0, kind: ExtentKind::Zero, device: 0, location: 0 };
+        let piece = Piece { cluster, start: 0, length: 0, content: Content::Zero };
         self.load_mapping(io, &[piece])?;
         Ok(self.l2_entry(cluster)?.entry == L2Entry::Unallocated)
     }

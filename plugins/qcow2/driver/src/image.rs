@@ -4,7 +4,8 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+pub use instar_guest_sdk::overflow;
+use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{incompatible, ClusterSize, Header, HeaderErrorKind, HostCluster, HostOffset};
 
 /// Which role the image is opened for: it decides which side a corruption is reported on.
@@ -185,13 +186,13 @@ impl Image {
     /// Whether a whole cluster at this offset lies within the file (its last cluster may be cut short).
     #[must_use]
     pub fn holds_cluster(&self, offset: HostOffset) -> bool {
-        offset.0.checked_add(self.cluster_size().bytes()).is_some_and(|end| end <= self.clustered_length())
+        checked_end(offset.0, self.cluster_size().bytes(), self.clustered_length()).is_some()
     }
 
     /// Whether all bytes `offset..offset + length` lie within the file.
     #[must_use]
     pub fn holds_bytes(&self, offset: HostOffset, length: u64) -> bool {
-        offset.0.checked_add(length).is_some_and(|end| end <= self.file_length)
+        checked_end(offset.0, length, self.file_length).is_some()
     }
 
     /// The host cluster of an offset.
@@ -217,9 +218,4 @@ impl Image {
     pub fn slice_size(&self) -> usize {
         usize::try_from(self.cluster_size().bytes().min(4096)).unwrap_or(4096)
     }
-}
-
-/// An arithmetic guard that fired: a bug of the driver.
-pub fn overflow(what: &str) -> DriverError {
-    DriverError::new(ErrorCode::InternalOverflow, format!("{what} is out of range"))
 }

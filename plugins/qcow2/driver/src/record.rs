@@ -217,11 +217,11 @@ impl Qcow2Sink {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use instar_guest_sdk::abi::ExtentKind;
+    use instar_guest_sdk::Content;
     use instar_qcow2_format::GuestCluster;
 
     fn piece(cluster: u64, start: u64, length: u64) -> Piece {
-        Piece { cluster: GuestCluster(cluster), start, length, kind: ExtentKind::Zero, device: 0, location: 0 }
+        Piece { cluster: GuestCluster(cluster), start, length, content: Content::Zero }
     }
 
     #[test]

@@ -18,8 +18,8 @@ use crate::write::NewSpace;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary};
-use instar_guest_sdk::{BlockIo, DriverResult, OrderedWriter, ReadBelow, Sink};
+use instar_guest_sdk::abi::{ErrorCode, ImageInfo, PlanSummary};
+use instar_guest_sdk::{BlockIo, DriverResult, Extent, OrderedWriter, ReadBelow, Sink};
 use instar_qcow2_format::{
     incompatible, ClusterSize, CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry, Version,
 };
@@ -167,7 +167,7 @@ impl Qcow2Sink {
         if self.image.header.has(incompatible::EXTENDED_L2) {
             return self.change(pieces, entry, mapped.subclusters).map_or(Action::Nothing, Action::Subclusters);
         }
-        let all_zero = pieces.iter().all(|piece| piece.kind == ExtentKind::Zero);
+        let all_zero = pieces.iter().all(Piece::is_zero);
         let covered: u64 = pieces.iter().map(|piece| piece.length).sum();
         let whole = covered >= self.visible_bytes(first.cluster);
         let zero_flag = self.image.header.version == Version::V3;

@@ -5,10 +5,9 @@ use crate::image::{overflow, Image};
 use crate::l2_window::L2Window;
 use crate::repair::Repair;
 use alloc::format;
-use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{Examination, Extent, ExtentKind, FindingKind, ImageInfo};
-use instar_guest_sdk::{BlockIo, DriverResult, Source};
+use instar_guest_sdk::abi::{Examination, FindingKind, ImageInfo};
+use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
 use instar_qcow2_format::{incompatible, CompressedRange, EntryError, L2Entry, Subclusters, SUBCLUSTERS};
 
 /// An image that data comes from.
@@ -132,12 +131,10 @@ pub(crate) fn decode_halves(
 fn extents_of(image: &Image, mapped: &Mapped, push: &mut dyn FnMut(Extent)) -> DriverResult<()> {
     let Mapped { guest, at, entry, subclusters } = *mapped;
     let visible = image.cluster_size().bytes().min(image.header.virtual_size - guest);
-    let extent = |start: u64, length: u64, kind: ExtentKind, location: u64| Extent {
+    let extent = |start: u64, length: u64, content: Content| Extent {
         guest_offset: guest + start,
         length: length.min(visible - start),
-        location,
-        kind: kind as u32,
-        device: image.device,
+        content,
     };
     if let L2Entry::Data { offset, .. } = entry {
         if !image.holds_bytes(offset, mapped.data_end(image)) {
@@ -148,23 +145,23 @@ fn extents_of(image: &Image, mapped: &Mapped, push: &mut dyn FnMut(Extent)) -> D
         }
     }
     let host = entry.host().map_or(0, |(offset, _)| offset.0);
+    let plain = |start: u64| Content::Data { device: image.device, offset: host + start };
     if let Some(subclusters) = subclusters {
         let bytes = image.cluster_size().bytes() / u64::from(SUBCLUSTERS);
         for (first, count, data) in subclusters.runs() {
             let (start, length) = (u64::from(first) * bytes, u64::from(count) * bytes);
             if start < visible {
-                let (kind, location) = if data { (ExtentKind::Data, host + start) } else { (ExtentKind::Zero, 0) };
-                push(extent(start, length, kind, location));
+                push(extent(start, length, if data { plain(start) } else { Content::Zero }));
             }
         }
         return Ok(());
     }
     match entry {
-        L2Entry::Data { .. } => push(extent(0, visible, ExtentKind::Data, host)),
-        L2Entry::Zero { .. } => push(extent(0, visible, ExtentKind::Zero, 0)),
+        L2Entry::Data { .. } => push(extent(0, visible, plain(0))),
+        L2Entry::Zero { .. } => push(extent(0, visible, Content::Zero)),
         L2Entry::Compressed { descriptor } => {
             compressed_range(image, guest, at, descriptor)?;
-            push(extent(0, visible, ExtentKind::Encoded, descriptor));
+            push(extent(0, visible, Content::Encoded { location: descriptor }));
         }
         L2Entry::Unallocated => {}
     }
@@ -186,25 +183,6 @@ pub(crate) fn compressed_range(image: &Image, guest: u64, at: u64, descriptor: u
     ))
 }
 
-/// Append an extent, or lengthen the last one where the new one goes on from it; compressed clusters stay on their
-/// own.
-fn push_merged(out: &mut Vec<Extent>, base: usize, extent: Extent) {
-    if out.len() > base {
-        if let Some(last) = out.last_mut() {
-            let follows = last.guest_offset + last.length == extent.guest_offset
-                && last.kind == extent.kind
-                && extent.kind != ExtentKind::Encoded as u32
-                && last.device == extent.device
-                && (extent.kind == ExtentKind::Zero as u32 || last.location + last.length == extent.location);
-            if follows {
-                last.length += extent.length;
-                return;
-            }
-        }
-    }
-    out.push(extent);
-}
-
 impl Source for Qcow2Source {
     fn info(&self) -> ImageInfo {
         ImageInfo { virtual_size: self.image.header.virtual_size, cluster_size: self.image.cluster_size().bytes() }
@@ -216,35 +194,28 @@ impl Source for Qcow2Source {
         Ok(held)
     }
 
-    fn extents(
-        &mut self,
-        io: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
-        let base = out.len();
+    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         // Clusters are taken whole: the last one may end after the range.
         let end = self.image.cluster_size().round_up(range.end).unwrap_or(u64::MAX);
         let mut next = end.min(self.image.header.virtual_size);
-        let most = usize::try_from(SUBCLUSTERS).unwrap_or(usize::MAX);
+        let from = range.start;
         self.walk_range(io, range, &mut |image, mapped| {
-            // A cluster is taken whole or not at all.
-            let taken = out.len() - base;
-            let needed = if mapped.subclusters.is_some() { most } else { 1 };
-            if taken > 0 && taken + needed > max {
-                next = mapped.guest;
-                return Ok(false);
-            }
-            extents_of(image, &mapped, &mut |extent| push_merged(out, base, extent))?;
-            Ok(true)
+            let mut room = true;
+            extents_of(image, &mapped, &mut |extent| {
+                // A cluster with subclusters of several states may have been left in the middle.
+                if room && extent.end() > from && !out.push(extent) {
+                    (next, room) = (extent.guest_offset, false);
+                }
+            })?;
+            Ok(room)
         })?;
         Ok(next)
     }
 
     fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        let Content::Encoded { location } = extent.content else { return Err(overflow("an encoded extent")) };
         let start = self.image.cluster_size().offset_in(from);
-        self.reader.read(io, &self.image, (from - start, extent.location), start, buffer)
+        self.reader.read(io, &self.image, (from - start, location), start, buffer)
     }
 
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {

@@ -10,7 +10,7 @@ use crate::sink::{Fill, Old, Qcow2Sink};
 use crate::windows::Piece;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ExtentKind, Request};
+use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
 use instar_qcow2_format::{GuestCluster, HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
 
@@ -86,10 +86,10 @@ impl Qcow2Sink {
         let before = states(entry, mixed);
         let (mut data, mut partly_zero, mut zero) = (0, 0, 0);
         // Zeroes that follow each other, in whatever pieces, cover subclusters together.
-        for run in pieces.chunk_by(|a, b| a.kind == b.kind && a.start + a.length == b.start) {
+        for run in pieces.chunk_by(|a, b| a.is_zero() == b.is_zero() && a.start + a.length == b.start) {
             let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
             let (start, end) = (first.start, last.start + last.length);
-            if first.kind == ExtentKind::Zero {
+            if first.is_zero() {
                 zero |= covered(start, end, each, visible);
                 partly_zero |= touched(start, end, each);
             } else {
@@ -168,7 +168,7 @@ impl Qcow2Sink {
         }
         for piece in group {
             let end = piece.start + piece.length;
-            if piece.kind != ExtentKind::Zero {
+            if !piece.is_zero() {
                 self.write_pieces(io, writer, core::slice::from_ref(piece), host, fresh)?;
             } else if !fresh {
                 for (start, length, _) in self.split(piece.start, end - piece.start, change.written) {

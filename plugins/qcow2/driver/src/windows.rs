@@ -2,10 +2,8 @@
 
 use crate::image::overflow;
 use crate::sink::Qcow2Sink;
-use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent};
 use instar_qcow2_format::GuestCluster;
 
 /// Clusters that are worked on between two sets of flushes, at most.
@@ -20,9 +18,14 @@ pub(crate) struct Piece {
     /// Byte offset within the cluster, and length in bytes.
     pub(crate) start: u64,
     pub(crate) length: u64,
-    pub(crate) kind: ExtentKind,
-    pub(crate) device: u32,
-    pub(crate) location: u64,
+    pub(crate) content: Content,
+}
+
+impl Piece {
+    /// Whether these are zeroes.
+    pub(crate) fn is_zero(&self) -> bool {
+        matches!(self.content, Content::Zero)
+    }
 }
 
 /// What is done with a window: the pieces of whole clusters, in order.
@@ -44,18 +47,11 @@ impl Qcow2Sink {
         let (mut clusters, mut slices) = (0, 0);
         let mut last: Option<GuestCluster> = None;
         for extent in extents {
-            let kind = ExtentKind::from_u32(extent.kind).ok_or_else(|| overflow("the kind of an extent"))?;
-            let end = extent.guest_offset.checked_add(extent.length).ok_or_else(|| overflow("an extent"))?;
-            if end > self.image.header.virtual_size {
-                return Err(DriverError::new(
-                    ErrorCode::BackingTooSmall,
-                    format!("data at guest offset {} lies past the end of the backing", extent.guest_offset),
-                ));
-            }
+            let end = extent.end_within(self.image.header.virtual_size)?;
             let mut at = extent.guest_offset;
             let mut mapped = at;
             while at < end {
-                if kind == ExtentKind::Zero && at >= mapped {
+                if extent.is_zero() && at >= mapped {
                     (at, mapped) = self.next_mapped(io, at, end)?;
                     if at >= end {
                         break;
@@ -75,11 +71,8 @@ impl Qcow2Sink {
                 }
                 let start = size.offset_in(at);
                 let length = (size.bytes() - start).min(end - at);
-                let location = match kind {
-                    ExtentKind::Data | ExtentKind::Memory => extent.location + (at - extent.guest_offset),
-                    ExtentKind::Zero | ExtentKind::Encoded => 0,
-                };
-                pieces.push(Piece { cluster, start, length, kind, device: extent.device, location });
+                let part = extent.clip(at..at + length).ok_or_else(|| overflow("an extent"))?;
+                pieces.push(Piece { cluster, start, length, content: part.content });
                 at += length;
             }
         }

@@ -31,7 +31,7 @@ use crate::sink::{Action, Qcow2Sink};
 use crate::windows::Piece;
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ExtentKind, Request};
+use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow};
 use instar_qcow2_format::{
     autoclear, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Subclusters, Version, AUTOCLEAR_OFFSET,
@@ -270,7 +270,7 @@ impl Qcow2Sink {
     ) -> DriverResult<()> {
         let bytes = self.image.cluster_size().bytes();
         let filled = |group: &[Piece]| {
-            let data = group.iter().filter(|piece| matches!(piece.kind, ExtentKind::Data | ExtentKind::Memory));
+            let data = group.iter().filter(|piece| !piece.is_zero());
             data.map(|piece| piece.length).sum::<u64>() == bytes
         };
         let mut data = groups.iter().zip(actions).filter(|(_, action)| action.allocates());

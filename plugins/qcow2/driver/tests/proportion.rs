@@ -2,9 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
 use instar_guest_commit::Options;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, Part, Phase, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{ErrorCode, Part, Phase, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_guest_sdk::{BlockIo, FormatDriver, ReadBelow, Sink, Source};
+use instar_guest_sdk::{BlockIo, Extent, FormatDriver, ReadBelow, Sink, Source};
 use instar_guest_view::Ancestors;
 use instar_qcow2_driver::image::{Image, Role};
 use instar_qcow2_driver::refcounts::{InUse, Refcounts};
@@ -174,7 +174,7 @@ fn zeroes_over_what_nothing_maps_cost_nothing() {
     io.hold([(Part::Target, &device)]);
     let guest_offset = 3 * CLUSTER + 512;
     let length = device.virtual_size - guest_offset;
-    let zeroes = [Extent { guest_offset, length, kind: ExtentKind::Zero as u32, ..Extent::default() }];
+    let zeroes = [Extent::zero(guest_offset, length)];
     let mut sink = Qcow2::open_sink(&mut io, &device, false).unwrap();
     sink.plan(&mut io, &zeroes).unwrap();
     let summary = sink.planned(&mut io).unwrap();

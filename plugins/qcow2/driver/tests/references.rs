@@ -2,9 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
 use instar_guest_commit::Step;
-use instar_guest_sdk::abi::{ErrorCode, Extent, ExtentKind, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_guest_sdk::{FormatDriver, Sink};
+use instar_guest_sdk::{Extent, FormatDriver, Sink};
 use instar_qcow2_driver::Qcow2;
 use instar_qcow2_testkit::builder::{build, Spec, State};
 use instar_qcow2_testkit::checker::View;
@@ -203,8 +203,7 @@ fn unread(tables: u64, snapshots: usize, clusters: u64) -> u64 {
     let mut io = MemoryDevices::new([(DEVICE_OUTPUT, backing)]);
     let device = config(&io, DEVICE_OUTPUT);
     let mut sink = Qcow2::open_sink(&mut io, &device, false).unwrap();
-    let extent =
-        Extent { guest_offset: 1 << 16, length: clusters << 16, kind: ExtentKind::Data as u32, ..Extent::default() };
+    let extent = Extent::data(1 << 16, clusters << 16, 0, 0);
     sink.plan(&mut io, &[extent]).unwrap();
     sink.planned(&mut io).unwrap().unread_tables
 }

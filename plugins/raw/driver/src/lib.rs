@@ -47,10 +47,8 @@ fn verified(device: &DeviceConfig) -> DriverResult<()> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use alloc::vec::Vec;
-    use instar_guest_sdk::abi::ExtentKind;
     use instar_guest_sdk::memory::MemoryDevices;
-    use instar_guest_sdk::Source;
+    use instar_guest_sdk::{Extent, Extents, Source};
 
     fn device(file_length: u64, virtual_size: u64) -> DeviceConfig {
         DeviceConfig { device: 3, file_length, virtual_size, ..DeviceConfig::default() }
@@ -60,10 +58,11 @@ mod tests {
     fn the_last_sector_of_an_odd_file_is_filled_with_zeroes() {
         let mut io = MemoryDevices::default();
         let mut source = Raw::open_source(&mut io, &device(1000, 1024)).unwrap();
-        let mut extents = Vec::new();
-        assert_eq!(source.extents(&mut io, 100..1024, 8, &mut extents), Ok(1024));
-        let found: Vec<_> = extents.iter().map(|e| (e.guest_offset, e.length, e.location, e.kind)).collect();
-        assert_eq!(found, [(100, 900, 100, ExtentKind::Data as u32), (1000, 24, 1000, ExtentKind::Zero as u32)]);
+        let mut extents = Extents::with_room_for(8);
+        assert_eq!(source.extents(&mut io, 100..1024, &mut extents), Ok(1024));
+        assert_eq!(*extents, [Extent::data(100, 900, 3, 100), Extent::zero(1000, 24)]);
+        let mut one = Extents::with_room_for(1);
+        assert_eq!(source.extents(&mut io, 0..1024, &mut one), Ok(1000));
     }
 
     #[test]

@@ -7,10 +7,8 @@
 use crate::{verified, SECTOR};
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{
-    device_flags, DeviceConfig, ErrorCode, Extent, ExtentKind, ImageInfo, PlanSummary, Request,
-};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow, Sink};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageInfo, PlanSummary, Request};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow, Sink};
 
 /// Requests that are submitted at once.
 const BATCH: usize = 4096;
@@ -50,11 +48,7 @@ impl RawSink {
 
     /// The end in bytes of an extent, which lies within the disk.
     fn end(&self, extent: &Extent) -> DriverResult<u64> {
-        let end = extent.guest_offset.checked_add(extent.length).filter(|&end| end <= self.virtual_size);
-        end.ok_or_else(|| {
-            let text = format!("data at guest offset {} lies past the end of the backing", extent.guest_offset);
-            DriverError::new(ErrorCode::BackingTooSmall, text).at(self.out.device(), self.file_length)
-        })
+        extent.end_within(self.virtual_size).map_err(|error| error.at(self.out.device(), self.file_length))
     }
 
     /// Make the file as long as it has to be.
@@ -91,7 +85,7 @@ impl Sink for RawSink {
     fn plan(&mut self, _: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
         for extent in extents {
             // The rest of a last sector that the file does not have: it is about to.
-            if self.end(extent)? > self.file_length && extent.kind != ExtentKind::Zero as u32 {
+            if self.end(extent)? > self.file_length && !extent.is_zero() {
                 self.set_length = Some(self.virtual_size);
             }
         }
@@ -111,20 +105,11 @@ impl Sink for RawSink {
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], _: &mut dyn ReadBelow) -> DriverResult<()> {
         self.lengthen(io)?;
         for batch in extents.chunks(BATCH) {
-            let mut requests = Vec::with_capacity(batch.len());
-            for extent in batch {
+            let request = |extent: &Extent| {
                 self.end(extent)?;
-                let Extent { guest_offset: at, length, location, device, .. } = *extent;
-                requests.push(match ExtentKind::from_u32(extent.kind) {
-                    Some(ExtentKind::Data) => Request::copy(device, location, self.out.device(), at, length),
-                    Some(ExtentKind::Memory) => Request::write(self.out.device(), at, location, length),
-                    Some(ExtentKind::Zero) => Request::zero(self.out.device(), at, length),
-                    Some(ExtentKind::Encoded) | None => {
-                        let text = format!("an extent of kind {} cannot be written", extent.kind);
-                        return Err(DriverError::new(ErrorCode::InternalOverflow, text).at(self.out.device(), at));
-                    }
-                });
-            }
+                extent.request(self.out.device(), extent.guest_offset)
+            };
+            let mut requests = batch.iter().map(request).collect::<DriverResult<Vec<Request>>>()?;
             self.out.run(io, &mut requests)?;
         }
         Ok(())

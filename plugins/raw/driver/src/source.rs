@@ -1,10 +1,9 @@
 //! The source role: what a raw image holds below others.
 
 use crate::verified;
-use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Extent, ExtentKind, ImageInfo};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageInfo};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Extent, Extents, Source};
 
 /// A raw image that data comes from.
 #[derive(Debug)]
@@ -41,27 +40,16 @@ impl Source for RawSource {
         Ok(0)
     }
 
-    fn extents(
-        &mut self,
-        _: &mut dyn BlockIo,
-        range: Range<u64>,
-        _: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
+    fn extents(&mut self, _: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let from = range.start;
-        let mut push = |from: u64, end: u64, kind: ExtentKind| {
-            if from < end {
-                out.push(Extent {
-                    guest_offset: from,
-                    length: end - from,
-                    location: from,
-                    kind: kind as u32,
-                    device: self.device,
-                });
+        let end = self.file_length.max(from);
+        let in_file = Extent::data(from, end - from, self.device, from);
+        let behind = Extent::zero(end, self.virtual_size.saturating_sub(end));
+        for extent in [in_file, behind] {
+            if extent.length > 0 && !out.push(extent) {
+                return Ok(extent.guest_offset);
             }
-        };
-        push(from, self.file_length, ExtentKind::Data);
-        push(from.max(self.file_length), self.virtual_size, ExtentKind::Zero);
+        }
         Ok(self.virtual_size)
     }
 

@@ -1,9 +1,9 @@
 //! The sink against a model: an array of bytes.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, Extent, ExtentKind, Part, Phase, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, Part, Phase, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
-use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver, ReadBelow, Sink};
+use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, FormatDriver, ReadBelow, Sink};
 use instar_raw_driver::{Raw, RawSink};
 use proptest::prelude::*;
 
@@ -36,8 +36,8 @@ fn open(length: u64) -> RawSink {
     Raw::open_sink(&mut MemoryDevices::default(), &config(length, i64::MAX as u64), false).unwrap()
 }
 
-fn extent(kind: ExtentKind, guest_offset: u64, length: u64, location: u64) -> Extent {
-    Extent { guest_offset, length, location, kind: kind as u32, device: OVERLAY }
+fn data(guest_offset: u64, length: u64) -> Extent {
+    Extent::data(guest_offset, length, OVERLAY, 0)
 }
 
 fn source() -> Vec<u8> {
@@ -54,11 +54,13 @@ fn model(before: &[u8], extents: &[Extent], memory: &[u8], size: u64) -> Vec<u8>
     disk.resize(size as usize, 0);
     for extent in extents {
         let place = &mut disk[extent.guest_offset as usize..][..extent.length as usize];
-        match ExtentKind::from_u32(extent.kind).unwrap() {
-            ExtentKind::Data => place.copy_from_slice(&source()[extent.location as usize..][..extent.length as usize]),
-            ExtentKind::Memory => place.copy_from_slice(&memory[..extent.length as usize]),
-            ExtentKind::Zero => place.fill(0),
-            ExtentKind::Encoded => unreachable!(),
+        match extent.content {
+            Content::Data { offset, .. } => {
+                place.copy_from_slice(&source()[offset as usize..][..extent.length as usize]);
+            }
+            Content::Memory { .. } => place.copy_from_slice(&memory[..extent.length as usize]),
+            Content::Zero => place.fill(0),
+            Content::Encoded { .. } => unreachable!(),
         }
     }
     disk
@@ -89,9 +91,12 @@ proptest! {
             if length == 0 {
                 break;
             }
-            let kind = [ExtentKind::Data, ExtentKind::Zero, ExtentKind::Memory][usize::from(kind) - 1];
-            let location = if kind == ExtentKind::Memory { memory.as_ptr() as u64 } else { location };
-            extents.push(extent(kind, start, length, location));
+            let content = match kind {
+                1 => Content::Data { device: OVERLAY, offset: location },
+                2 => Content::Zero,
+                _ => Content::Memory { address: memory.as_ptr() as u64 },
+            };
+            extents.push(Extent { guest_offset: start, length, content });
             at = start + length;
         }
         sink.plan(&mut io, &extents).unwrap();
@@ -130,20 +135,20 @@ proptest! {
 fn what_does_not_fit_is_refused_before_anything_changes() {
     let mut io = devices(vec![1; 1000]);
     let code = |result: DriverResult<()>| result.unwrap_err().code;
-    let past = extent(ExtentKind::Data, 512, 1024, 0);
+    let past = data(512, 1024);
     assert_eq!(code(open(1000).plan(&mut io, &[past])), ErrorCode::BackingTooSmall);
-    let wraps = extent(ExtentKind::Zero, u64::MAX, 2, 0);
+    let wraps = Extent::zero(u64::MAX, 2);
     assert_eq!(code(open(1000).plan(&mut io, &[wraps])), ErrorCode::BackingTooSmall);
     // The last sector is not whole, and the file may not become longer.
     let mut sink = Raw::open_sink(&mut io, &config(1000, 1000), false).unwrap();
-    assert_eq!(code(sink.plan(&mut io, &[extent(ExtentKind::Data, 512, 512, 0)])), ErrorCode::UnsupportedFormat);
+    assert_eq!(code(sink.plan(&mut io, &[data(512, 512)])), ErrorCode::UnsupportedFormat);
     assert_eq!(code(sink.grow(&mut io, 4096, 0)), ErrorCode::UnsupportedFormat);
     assert_eq!(code(sink.grow(&mut io, u64::MAX, 0)), ErrorCode::UnsupportedFormat);
     let fixed = DeviceConfig { flags: device_flags::PRESENT | device_flags::FIXED_LENGTH, ..config(1024, 1 << 40) };
     let mut sink = Raw::open_sink(&mut io, &fixed, false).unwrap();
     assert_eq!(code(sink.grow(&mut io, 4096, 0)), ErrorCode::UnsupportedFormat);
     assert_eq!(sink.info().virtual_size, 1024);
-    assert!(sink.plan(&mut io, &[extent(ExtentKind::Data, 512, 512, 0)]).is_ok());
+    assert!(sink.plan(&mut io, &[data(512, 512)]).is_ok());
     assert_eq!(io.log, vec![]);
 }
 
@@ -159,7 +164,7 @@ fn nothing_to_write_is_nothing_done() {
 #[test]
 fn encoded_data_cannot_be_written() {
     let mut io = devices(vec![1; 1024]);
-    let error = open(1024).write(&mut io, &[extent(ExtentKind::Encoded, 0, 512, 0)], &mut Nothing).unwrap_err();
+    let error = open(1024).write(&mut io, &[Extent::encoded(0, 512, 0)], &mut Nothing).unwrap_err();
     assert_eq!(error.code, ErrorCode::InternalOverflow);
     assert_eq!(io.log, vec![]);
 }

@@ -3,7 +3,6 @@
 //! What is used is marked in a bitmap of sectors. A file that is larger than the bitmap is gone through several times, each
 //! time for another window of it: those that anything lies in, by the tables that hold anything.
 
-use crate::failures::overflow;
 use crate::image::Image;
 use crate::tables::{Table, TableSet};
 use alloc::format;
@@ -11,7 +10,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::{overflow, BlockIo, DriverResult};
 use instar_vmdk_format::{Grain, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, SECTOR, TABLE_BYTES, TABLE_ENTRIES};
 
 /// Sectors of the file that are looked at in one go: 64 GiB of it, 16 MiB of memory; less where the heap is small …

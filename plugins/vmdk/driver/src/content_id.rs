@@ -1,10 +1,10 @@
 //! The descriptor, and writing content IDs into it, each with one write of a few bytes within one sector.
 
-use crate::failures::{at, overflow};
+use crate::failures::at;
 use alloc::string::String;
 use alloc::vec;
 use instar_guest_sdk::abi::ErrorCode;
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{ContentId, Descriptor};
 
 /// A descriptor, and where it stands.

@@ -1,11 +1,10 @@
 //! Reading compressed grains: a marker, then a zlib stream ("Stream-optimized compressed sparse extents").
 
-use crate::failures::overflow;
 use crate::image::Image;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::{overflow, BlockIo, DriverResult};
 use instar_vmdk_format::COMPRESSED_MARKER_BYTES;
 use miniz_oxide::inflate::decompress_slice_iter_to_slice;
 

@@ -1,14 +1,14 @@
 //! A disk: its descriptor, and the extents that it consists of, each in a file or, of a disk in one file, the only one.
 
 use crate::content_id::DescriptorPlace;
-use crate::failures::{at, overflow};
+use crate::failures::at;
 use crate::image::Image;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Extent, FileDevice};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, FileDevice};
+use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{DiskExtent, Storage, MAGIC, MAX_DESCRIPTOR_BYTES};
 
 /// A flat extent: plain bytes of a file.
@@ -164,8 +164,7 @@ impl Disk {
 }
 
 fn open_flat(extent: &DiskExtent, offset: u64, file: &FileDevice, corrupt: ErrorCode) -> DriverResult<Flat> {
-    let end = offset.checked_add(extent.length);
-    if end.is_none_or(|end| end > file.file_length) {
+    if checked_end(offset, extent.length, file.file_length).is_none() {
         let text = format!(
             "the file of {} bytes is too short for the {} bytes at byte {offset} that the descriptor says",
             file.file_length, extent.length
@@ -173,16 +172,4 @@ fn open_flat(extent: &DiskExtent, offset: u64, file: &FileDevice, corrupt: Error
         return Err(DriverError::new(corrupt, text).at(file.device, file.file_length));
     }
     Ok(Flat { device: file.device, offset })
-}
-
-/// The first `length` bytes of an extent, and the rest.
-pub fn split(extent: Extent, length: u64) -> (Extent, Extent) {
-    let has_place = extent.kind != instar_guest_sdk::abi::ExtentKind::Zero as u32;
-    let rest = Extent {
-        guest_offset: extent.guest_offset.saturating_add(length),
-        length: extent.length - length,
-        location: if has_place { extent.location.saturating_add(length) } else { extent.location },
-        ..extent
-    };
-    (Extent { length, ..extent }, rest)
 }

@@ -1,14 +1,8 @@
 //! How the driver fails.
 
-use alloc::format;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::DriverError;
 use instar_vmdk_format::{FormatError, Trouble};
-
-/// An arithmetic guard.
-pub fn overflow(what: &str) -> DriverError {
-    DriverError::new(ErrorCode::InternalOverflow, format!("{what} is out of range"))
-}
 
 /// A [`FormatError`] at a byte of a device; `corrupt` is the code of what no image may say.
 pub fn at(corrupt: ErrorCode, device: u32, offset: u64) -> impl Fn(FormatError) -> DriverError {

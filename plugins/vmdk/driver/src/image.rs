@@ -1,12 +1,12 @@
 //! An open sparse extent: header and grain directories.
 
-use crate::failures::{at, overflow};
+use crate::failures::at;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, FileDevice};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{flags, Header, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR};
 
 /// An open sparse extent. Its memory: the grain directories, 1 MiB each at most.
@@ -129,6 +129,6 @@ pub fn entries_of(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
 /// Byte offset and length of something at a sector, if it lies inside the file.
 fn inside(sector: u64, length: Option<u64>, file_length: u64) -> Option<(u64, u64)> {
     let (offset, length) = (sector.checked_mul(SECTOR)?, length?);
-    offset.checked_add(length).filter(|&end| end <= file_length)?;
+    checked_end(offset, length, file_length)?;
     Some((offset, length))
 }

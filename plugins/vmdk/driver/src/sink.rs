@@ -4,13 +4,12 @@
 //! extent keeps its own order: no file holds anything that points into another one.
 
 use crate::content_id::DescriptorPlace;
-use crate::disk::{split, Body, Disk, Flat, Part};
-use crate::failures::overflow;
-use crate::sparse_sink::{data_request, SparseSink};
+use crate::disk::{Body, Disk, Flat, Part};
+use crate::sparse_sink::SparseSink;
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Extent, ImageId, ImageInfo, PlanSummary, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow, Sink};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary, Request};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow, Sink};
 use instar_vmdk_format::next_content_id;
 
 /// Bytes of the heap that writing takes at most: tables in both copies and as bytes, what is filled up from below.
@@ -69,23 +68,16 @@ impl VmdkSink {
     fn by_part(&self, extents: &[Extent]) -> DriverResult<Vec<(usize, Vec<Extent>)>> {
         let mut runs: Vec<(usize, Vec<Extent>)> = Vec::new();
         for extent in extents {
-            let end = extent.guest_offset.checked_add(extent.length);
-            if end.is_none_or(|end| end > self.info.virtual_size) {
-                let text = format!("data at guest offset {} lies past the end of the backing", extent.guest_offset);
-                return Err(DriverError::new(ErrorCode::BackingTooSmall, text).at(self.descriptor.device, 12));
-            }
-            let mut rest = *extent;
-            let mut index = self.parts.partition_point(|part| part.end() <= rest.guest_offset);
-            while rest.length > 0 {
-                let part = self.parts.get(index).ok_or_else(|| overflow("a guest offset"))?;
-                let (piece, after) = split(rest, rest.length.min(part.end() - rest.guest_offset));
+            let size = self.info.virtual_size;
+            let end = extent.end_within(size).map_err(|error| error.at(self.descriptor.device, 12))?;
+            let first = self.parts.partition_point(|part| part.end() <= extent.guest_offset);
+            for (index, part) in self.parts.iter().enumerate().skip(first).take_while(|(_, part)| part.start < end) {
+                let Some(piece) = extent.clip(part.start..part.end()) else { continue };
                 let local = Extent { guest_offset: piece.guest_offset - part.start, ..piece };
                 match runs.last_mut() {
                     Some((last, run)) if *last == index => run.push(local),
                     _ => runs.push((index, alloc::vec![local])),
                 }
-                rest = after;
-                index += 1;
             }
         }
         Ok(runs)
@@ -102,7 +94,7 @@ impl VmdkSink {
 
     /// In place: the overlay hides what is written.
     fn write_flat(&mut self, io: &mut dyn BlockIo, flat: Flat, extents: &[Extent]) -> DriverResult<()> {
-        let request = |extent: &Extent| data_request(flat.device, extent, flat.offset + extent.guest_offset);
+        let request = |extent: &Extent| extent.request(flat.device, flat.offset + extent.guest_offset);
         let mut requests = extents.iter().map(request).collect::<DriverResult<Vec<Request>>>()?;
         if let Some(out) = self.flats.iter_mut().find(|out| out.device() == flat.device) {
             return out.run(io, &mut requests);

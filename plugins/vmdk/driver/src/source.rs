@@ -2,12 +2,11 @@
 
 use crate::content_id::DescriptorPlace;
 use crate::disk::{Body, Disk, Part};
-use crate::failures::overflow;
-use crate::sparse_source::{push, SparseSource};
+use crate::sparse_source::SparseSource;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ErrorCode, Examination, Extent, ExtentKind, FindingKind, ImageId, ImageInfo, ParentStage};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
+use instar_guest_sdk::abi::{ErrorCode, Examination, FindingKind, ImageId, ImageInfo, ParentStage};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Source};
 
 /// A vmdk that data comes from.
 #[derive(Debug)]
@@ -50,38 +49,31 @@ impl Source for VmdkSource {
         Ok(held)
     }
 
-    fn extents(
-        &mut self,
-        io: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
-        let first = out.len();
+    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let mut at = range.start;
-        let mut found = Vec::new();
         let wanted = |part: &&mut Part<SparseSource>| part.end() > range.start && part.start < range.end;
         for part in self.parts.iter_mut().filter(wanted) {
-            let room = max.saturating_sub(out.len() - first);
-            if room == 0 {
+            let mut found = Extents::with_room_for(out.room());
+            if found.is_full() {
                 return Ok(at);
             }
             let local = at - part.start;
             let next = match &mut part.body {
-                Body::Sparse(sparse) => sparse.extents(io, local..range.end - part.start, room, &mut found)?,
+                Body::Sparse(sparse) => sparse.extents(io, local..range.end - part.start, &mut found)?,
                 Body::Flat(flat) => {
-                    found.push(Extent {
-                        guest_offset: local,
-                        length: part.length - local,
-                        location: flat.offset + local,
-                        kind: ExtentKind::Data as u32,
-                        device: flat.device,
-                    });
-                    part.length
+                    let rest = Extent::data(local, part.length - local, flat.device, flat.offset + local);
+                    if found.push(rest) {
+                        part.length
+                    } else {
+                        local
+                    }
                 }
             };
-            for extent in found.drain(..) {
-                push(out, Extent { guest_offset: extent.guest_offset + part.start, ..extent });
+            for extent in found.iter() {
+                let shifted = Extent { guest_offset: extent.guest_offset + part.start, ..*extent };
+                if !out.push(shifted) {
+                    return Ok(shifted.guest_offset);
+                }
             }
             at = part.start + next;
             if next < part.length {

@@ -11,15 +11,14 @@
 //! Whatever subset of the writes since the last flush is on the disk, every entry names a whole grain or table.
 
 use crate::decide::{decide, Action};
-use crate::failures::overflow;
 use crate::image::Image;
 use crate::tables::Table;
 use crate::work::{grains, Group, Groups, Part};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{device_flags, ErrorCode, Extent, ExtentKind, FileDevice, PlanSummary, Request};
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow};
+use instar_guest_sdk::abi::{device_flags, ErrorCode, FileDevice, PlanSummary, Request};
+use instar_guest_sdk::{overflow, Batch, BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow};
 use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
 
 /// Requests that are collected before they are submitted.
@@ -62,36 +61,18 @@ pub struct SparseSink {
 /// Requests that were not submitted yet, and the bytes that they write.
 #[derive(Default)]
 struct Pending {
-    requests: Vec<Request>,
+    requests: Batch,
     buffers: Vec<Vec<u8>>,
     bytes: usize,
 }
 
 impl Pending {
-    /// Add a request, or lengthen the one that it goes on from.
-    fn push(&mut self, request: Request) {
-        if let Some(last) = self.requests.last_mut() {
-            let follows = last.op == request.op
-                && last.device == request.device
-                && last.flags == request.flags
-                && last.src_device == request.src_device
-                && last.offset.saturating_add(last.length) == request.offset;
-            let copies = request.src_offset == last.src_offset.saturating_add(last.length) && request.buffer == 0;
-            let writes = request.buffer != 0 && request.buffer == last.buffer.saturating_add(last.length);
-            if follows && (copies || writes) {
-                last.length += request.length;
-                return;
-            }
-        }
-        self.requests.push(request);
-    }
-
     fn is_full(&self) -> bool {
         self.requests.len() >= BATCH || self.bytes >= FILL_BYTES
     }
 
     fn submit(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter) -> DriverResult<()> {
-        out.run(io, &mut self.requests)?;
+        self.requests.submit_to(io, out)?;
         *self = Self::default();
         Ok(())
     }
@@ -205,7 +186,9 @@ impl SparseSink {
         let start = part.extent.guest_offset - part.grain;
         match decide(grain, part.arrival, self.image.zeroed_grains(), shows) {
             Action::Nothing => {}
-            Action::InPlace(offset) => pending.push(data_request(self.image.device, &part.extent, offset + start)?),
+            Action::InPlace(offset) => {
+                pending.requests.push(part.extent.request(self.image.device, offset + start)?);
+            }
             Action::MarkZero(old) => {
                 *entry = 1;
                 table.dirty = true;
@@ -219,14 +202,14 @@ impl SparseSink {
                 self.next_free = offset.checked_add(size).ok_or_else(|| overflow("the length of the file"))?;
                 let end = (part.grain + size).min(self.image.header.virtual_size());
                 if shows && grain == Grain::Absent {
-                    let (from, to) = (part.extent.guest_offset, part.extent.guest_offset + part.extent.length);
+                    let (from, to) = (part.extent.guest_offset, part.extent.end());
                     for (from, to) in [(part.grain, from), (to, end)] {
                         self.fill(io, (from, to), offset + (from - part.grain), below, pending)?;
                     }
                 }
                 // Behind the end of the file everything is zero already.
                 if !part.arrival.zero {
-                    pending.push(data_request(self.image.device, &part.extent, offset + start)?);
+                    pending.requests.push(part.extent.request(self.image.device, offset + start)?);
                 }
             }
         }
@@ -314,20 +297,6 @@ impl SparseSink {
             self.out.write(io, sector * SECTOR + first as u64 * 4, &bytes)?;
         }
         Ok(())
-    }
-}
-
-/// What writes an extent to byte `offset` of a device.
-pub fn data_request(device: u32, extent: &Extent, offset: u64) -> DriverResult<Request> {
-    let Extent { length, location, .. } = *extent;
-    match ExtentKind::from_u32(extent.kind) {
-        Some(ExtentKind::Data) => Ok(Request::copy(extent.device, location, device, offset, length)),
-        Some(ExtentKind::Memory) => Ok(Request::write(device, offset, location, length)),
-        Some(ExtentKind::Zero) => Ok(Request::zero(device, offset, length)),
-        Some(ExtentKind::Encoded) | None => {
-            let text = format!("an extent of kind {} cannot be written", extent.kind);
-            Err(DriverError::new(ErrorCode::InternalOverflow, text).at(device, offset))
-        }
     }
 }
 

@@ -1,14 +1,13 @@
 //! What a sparse extent holds, and how it is emptied. Guest offsets are those of the extent.
 
 use crate::decode::GrainReader;
-use crate::failures::overflow;
 use crate::image::Image;
 use crate::tables::{place, Table, TableSet, BYTES};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{Extent, ExtentKind, Request};
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::{overflow, BlockIo, Content, DriverResult, Extent, Extents};
 use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
 
 /// Tables that are read ahead while enumerating.
@@ -32,20 +31,6 @@ pub struct SparseSource {
     used: Vec<TableSet>,
 }
 
-/// Append an extent, or lengthen the one that it goes on from.
-pub fn push(out: &mut Vec<Extent>, extent: Extent) {
-    if let Some(last) = out.last_mut() {
-        let follows = last.guest_offset + last.length == extent.guest_offset
-            && (last.kind, last.device) == (extent.kind, extent.device);
-        let in_file = extent.kind == ExtentKind::Data as u32 && last.location + last.length == extent.location;
-        if follows && (in_file || extent.kind == ExtentKind::Zero as u32) {
-            last.length += extent.length;
-            return;
-        }
-    }
-    out.push(extent);
-}
-
 impl SparseSource {
     pub(crate) fn new(image: Image) -> Self {
         Self { image, reader: GrainReader::default(), held: 0, ahead: Vec::new(), used: Vec::new() }
@@ -54,17 +39,17 @@ impl SparseSource {
     /// The extent of a grain, cut at the end of the disk.
     fn extent(&self, guest: u64, grain: Grain) -> DriverResult<Option<Extent>> {
         let length = self.image.header.grain_bytes().min(self.image.header.virtual_size() - guest);
-        let (location, kind) = match grain {
+        let content = match grain {
             Grain::Absent => return Ok(None),
-            Grain::Zero => (0, ExtentKind::Zero),
+            Grain::Zero => Content::Zero,
             Grain::At(offset) if offset >= self.image.file_length => {
                 let text = alloc::format!("the grain of guest offset {guest} lies past the end of the file");
                 return Err(self.image.corrupt(offset, text));
             }
-            Grain::At(offset) if self.image.compressed() => (offset, ExtentKind::Encoded),
-            Grain::At(offset) => (offset, ExtentKind::Data),
+            Grain::At(offset) if self.image.compressed() => Content::Encoded { location: offset },
+            Grain::At(offset) => Content::Data { device: self.image.device, offset },
         };
-        Ok(Some(Extent { guest_offset: guest, length, location, kind: kind as u32, device: self.image.device }))
+        Ok(Some(Extent { guest_offset: guest, length, content }))
     }
 
     /// Where the file may be cut or punched once it holds no grains: `gap` is called for each gap between metadata, from
@@ -156,10 +141,10 @@ impl SparseSource {
         if !self.image.compressed() || self.held > most as u64 {
             return Ok(());
         }
-        let (size, mut extents) = (self.image.header.virtual_size(), Vec::new());
-        self.extents(io, 0..size, most + 1, &mut extents)?;
+        let mut extents = Extents::with_room_for(most + 1);
+        self.extents(io, 0..self.image.header.virtual_size(), &mut extents)?;
         let mut buffer = vec![0; usize::try_from(grain).map_err(|_| overflow("the grain size"))?];
-        for extent in extents.iter().filter(|extent| extent.kind == ExtentKind::Encoded as u32) {
+        for extent in extents.iter().filter(|extent| extent.is_encoded()) {
             let length = usize::try_from(extent.length).map_err(|_| overflow("a grain"))?.min(buffer.len());
             self.read(io, extent, extent.guest_offset, buffer.get_mut(..length).unwrap_or_default())?;
         }
@@ -167,16 +152,9 @@ impl SparseSource {
     }
 
     /// See [`Source::extents`](instar_guest_sdk::Source::extents).
-    pub fn extents(
-        &mut self,
-        io: &mut dyn BlockIo,
-        range: Range<u64>,
-        max: usize,
-        out: &mut Vec<Extent>,
-    ) -> DriverResult<u64> {
+    pub fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let size = self.image.header.virtual_size();
         let limit = range.end.min(size);
-        let first = out.len();
         let (mut table, mut entry, mut guest) = place(&self.image, range.start)?;
         while guest < limit {
             self.load_tables(io, table, limit)?;
@@ -190,12 +168,9 @@ impl SparseSource {
                     if guest >= limit {
                         return Ok(guest.min(size));
                     }
-                    if let Some(extent) = self.extent(guest, Grain::decode(value, self.image.zeroed_grains()))? {
-                        push(out, extent);
-                        if out.len() - first > max {
-                            out.pop();
-                            return Ok(guest);
-                        }
+                    let held = self.extent(guest, Grain::decode(value, self.image.zeroed_grains()))?;
+                    if held.is_some_and(|extent| !out.push(extent)) {
+                        return Ok(guest);
                     }
                     guest += self.image.header.grain_bytes();
                 }
@@ -235,10 +210,11 @@ impl SparseSource {
         buffer: &mut [u8],
     ) -> DriverResult<()> {
         let start = guest_offset.checked_sub(extent.guest_offset).ok_or_else(|| overflow("an offset in a grain"))?;
+        let Content::Encoded { location } = extent.content else { return Err(overflow("an encoded extent")) };
         let grain = self.image.header.grain_bytes();
         let begin = guest_offset - guest_offset % grain.max(1);
         let visible = grain.min(self.image.header.virtual_size().saturating_sub(begin));
-        self.reader.read(io, &self.image, extent.location, (start, visible), buffer)
+        self.reader.read(io, &self.image, location, (start, visible), buffer)
     }
 
     /// First the entries, in both copies: from then on everything is read from the backing. A crash before or within

@@ -1,12 +1,11 @@
 //! Grain tables: many read with one submit, each of 512 entries.
 
-use crate::failures::overflow;
 use crate::image::{entries_of, Image};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::{BlockIo, DriverResult, Holes};
+use instar_guest_sdk::{overflow, BlockIo, DriverResult, Holes};
 use instar_vmdk_format::{SECTOR, TABLE_BYTES, TABLE_ENTRIES};
 
 /// Tables that are held at once: 2 MiB.

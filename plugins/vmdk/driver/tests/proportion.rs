@@ -3,7 +3,7 @@
 
 use instar_guest_sdk::abi::DeviceConfig;
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_guest_sdk::{FormatDriver, ReadBelow, Source};
+use instar_guest_sdk::{Extents, FormatDriver, ReadBelow, Source};
 use instar_guest_view::Ancestors;
 use instar_vmdk_driver::Vmdk;
 use instar_vmdk_testkit::{build, device, fill, put32, Spec, State, GRAIN};
@@ -24,8 +24,8 @@ fn tables_in_holes_are_not_read() {
         let (mut io, device) = io(&build(&spec));
         let mut source = Vmdk::open_source(&mut io, &device).unwrap();
         assert_eq!(source.check(&mut io, true).unwrap(), 1);
-        let mut extents = Vec::new();
-        let end = source.extents(&mut io, 0..device.virtual_size, 9, &mut extents).unwrap();
+        let mut extents = Extents::with_room_for(9);
+        let end = source.extents(&mut io, 0..device.virtual_size, &mut extents).unwrap();
         assert_eq!((end, extents.len(), extents[0].guest_offset), (device.virtual_size, 1, 3 * GRAIN as u64));
         (io.executed(), io.bytes_read)
     };

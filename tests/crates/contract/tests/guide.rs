@@ -24,10 +24,14 @@ fn every_callback_is_named() {
     let prose: String = guide.split("```").step_by(2).collect();
     let man = read_to_string(repository().join("docs/man/instar-plugin.7")).unwrap();
     let explained = [
+        "Batch",
         "BlockIo",
+        "Content",
         "Context",
         "Crashes",
         "DeviceConfig",
+        "Extent",
+        "Extents",
         "Footprint",
         "FormatDriver",
         "FormatPlugin",
