@@ -116,7 +116,8 @@ pub struct DeviceConfig {
     pub snapshot: u32,
     /// Length of the file or device in bytes when the host opened it.
     pub file_length: u64,
-    /// The longest that the file may become in bytes; the host ends a guest that asks for more.
+    /// The longest that the file may become in bytes; the host ends a guest that asks for more. That of a device whose length
+    /// is fixed is its length, unless the operation only plans: then a plan may need more than there is.
     pub max_length: u64,
     /// Virtual size in bytes as the host half saw it; the guest refuses a different one with
     /// [`ERROR_HEADER_MISMATCH`](crate::ERROR_HEADER_MISMATCH).

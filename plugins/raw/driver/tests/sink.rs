@@ -144,11 +144,15 @@ fn what_does_not_fit_is_refused_before_anything_changes() {
     assert_eq!(code(sink.plan(&mut io, &[data(512, 512)])), ErrorCode::UnsupportedFormat);
     assert_eq!(code(sink.grow(&mut io, 4096, 0)), ErrorCode::UnsupportedFormat);
     assert_eq!(code(sink.grow(&mut io, u64::MAX, 0)), ErrorCode::UnsupportedFormat);
-    let fixed = DeviceConfig { flags: device_flags::PRESENT | device_flags::FIXED_LENGTH, ..config(1024, 1 << 40) };
+    let fixed = DeviceConfig { flags: device_flags::PRESENT | device_flags::FIXED_LENGTH, ..config(1024, 1024) };
     let mut sink = Raw::open_sink(&mut io, &fixed, false).unwrap();
     assert_eq!(code(sink.grow(&mut io, 4096, 0)), ErrorCode::UnsupportedFormat);
     assert_eq!(sink.info().virtual_size, 1024);
     assert!(sink.plan(&mut io, &[data(512, 512)]).is_ok());
+    // Who only plans may ask how long the device would have to be.
+    let mut sink = Raw::open_sink(&mut io, &DeviceConfig { max_length: 1 << 40, ..fixed }, false).unwrap();
+    sink.grow(&mut io, 4096, 0).unwrap();
+    assert_eq!(sink.planned(&mut io).unwrap().final_length, 4096);
     assert_eq!(io.log, vec![]);
 }
 
