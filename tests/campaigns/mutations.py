@@ -81,7 +81,7 @@ SWAPS = [
          "        io.run(&mut requests)?;\n        if held {\n            self.drop_grains(io)?;\n"
          "            self.used.clear();\n        }\n        Ok(core::mem::take(&mut self.held))\n"),
     ]),
-    Mutation("swap: the overlay emptied before the backing is durable", Path("guest/commit/src/commit.rs"), [
+    Mutation("swap: the overlay emptied before the backing is durable", Path("guest/sdk/src/commit.rs"), [
         ("    .and_then(|()| sink.finish(io))\n", ""),
         ("images.source.empty(io).map_err(at(Step::Empty))?;\n    }\n",
          "images.source.empty(io).map_err(at(Step::Empty))?;\n    }\n    sink.finish(io).map_err(at(Step::Write))?;\n"),

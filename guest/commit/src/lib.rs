@@ -6,8 +6,7 @@
 
 extern crate alloc;
 
-mod commit;
 mod run;
 
-pub use commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Plan, Step};
+pub use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Plan, Step};
 pub use run::run;

@@ -1,11 +1,11 @@
 //! The operation as the guest runs it: open the images of the chain, commit, report.
 
-use crate::commit::{commit, Commit, CommitFailure, Event, Options, Step};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::commit::{Config, Outcome, Plan};
 use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
+use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Step};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Source};
 use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
@@ -14,17 +14,12 @@ use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
     let mut reporter = Reporter::new(send);
     let committed = run_chain(operation, io, &mut reporter);
-    reporter.end(committed.map(|outcome| Outcome {
+    let outcome = committed.map(|outcome| Outcome {
         clusters_committed: outcome.clusters_committed,
         bytes_committed: outcome.bytes_committed,
         overlay_clusters_cleared: outcome.overlay_clusters_cleared,
-    }));
-}
-
-impl From<CommitFailure> for Failed {
-    fn from(failure: CommitFailure) -> Self {
-        Self { step: failure.step.name(), error: failure.error }
-    }
+    });
+    reporter.end(outcome.map_err(|failure| Failed { step: failure.step.name(), error: failure.error }));
 }
 
 /// The members of a commit, checked.

@@ -10,6 +10,7 @@ extern crate alloc;
 mod batch;
 #[cfg(feature = "memory")]
 mod change;
+pub mod commit;
 #[cfg(feature = "memory")]
 pub mod crash;
 mod error;

@@ -1,4 +1,7 @@
-//! The steps of a commit.
+//! The steps of a commit, in terms of [`Source`] and [`Sink`].
+//!
+//! They stand in the SDK, and not in the operation's crate, so that the tests of any driver run the very steps that the
+//! operation runs (the module `conformance`).
 //!
 //! 1. *check*: the overlay is verified whole;
 //! 2. *plan*: the sink is shown every extent, and says no if it has a reason to. Up to here nothing changes;
@@ -8,12 +11,10 @@
 //! 4. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
 //!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
 
+use crate::{check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Sink, Source};
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, ParentStage, Phase, PlanSummary};
-use instar_guest_sdk::{
-    check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Sink, Source,
-};
+use instar_guest_abi::{ErrorCode, ParentStage, Phase, PlanSummary};
 
 /// Extents that are handed to the sink at once: it flushes a few times for each such batch.
 const EXTENTS: usize = 1 << 14;
