@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use super::{Seek, Zeroes, MAX_RANGES};
+use instar_guest_sdk::random::Random;
 use std::cell::Cell;
 
 /// A file as a file system keeps it: `block` bytes to a block, data or hole, several of them to an extent. It counts the calls
@@ -40,24 +41,13 @@ impl Seek for Extents {
     }
 }
 
-/// Numbers below `below`, the same each time.
-fn random(seed: u64) -> impl FnMut(u64) -> u64 {
-    let mut state = seed | 1;
-    move |below| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state % below
-    }
-}
-
 fn orders(count: u64) -> [Vec<u64>; 4] {
     let ascending: Vec<u64> = (0..count).collect();
     let descending = ascending.iter().rev().copied().collect();
     let mut shuffled = ascending.clone();
-    let mut below = random(5);
+    let mut random = Random::seeded(5);
     for index in (1..shuffled.len()).rev() {
-        shuffled.swap(index, below(index as u64 + 1) as usize);
+        shuffled.swap(index, random.index(index + 1));
     }
     // Forward in each of many stretches, which come from the last to the first.
     let stretches = (0..count / 50).rev().flat_map(|stretch| stretch * 50..stretch * 50 + 50).collect();
@@ -116,22 +106,22 @@ fn what_is_remembered_is_bounded() {
 fn changes_are_seen_wherever_they_fall() {
     const BLOCKS: u64 = 64;
     for seed in 1..200 {
-        let mut below = random(seed * 7919);
-        let mut file = Extents::new((0..BLOCKS).map(|_| below(3) == 0).collect(), 10);
+        let mut random = Random::seeded(seed);
+        let mut file = Extents::new((0..BLOCKS).map(|_| random.below(3) == 0).collect(), 10);
         let mut zeroes = Zeroes::default();
         for _ in 0..300 {
-            let (a, b) = (below(BLOCKS + 1), below(BLOCKS + 1));
+            let (a, b) = (random.below(BLOCKS + 1), random.below(BLOCKS + 1));
             let (first, last) = (a.min(b), a.max(b));
             let (from, end) = (first * 10, last * 10);
-            match below(4) {
+            match random.below(4) {
                 0 => {
-                    let zero = below(2) == 0;
+                    let zero = random.coin();
                     file.data[first as usize..last as usize].fill(!zero);
                     zeroes.note(from, end, zero);
                 }
                 1 => {
                     // Somebody else's change, of which only the place is known.
-                    file.data[first as usize..last as usize].fill(below(2) == 0);
+                    file.data[first as usize..last as usize].fill(random.coin());
                     zeroes.forget(from, end);
                 }
                 _ if from < end => {

@@ -143,6 +143,7 @@ fn unknown_features(header: &Header) -> Vec<String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use instar_guest_sdk::random::Random;
     use instar_plugin_api::{Context, Incoming, Role};
     use instar_qcow2_format::{create, CreateOptions};
 
@@ -207,20 +208,13 @@ mod tests {
     #[test]
     fn no_header_makes_it_panic() {
         let good = new_image();
-        let mut state = 0x9e37_79b9_7f4a_7c15u64;
-        let mut random = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state
-        };
+        let mut random = Random::seeded(1);
         for _ in 0..20_000 {
             let mut bytes = good[..1024].to_vec();
-            for _ in 0..=random() % 4 {
-                let at = usize::try_from(4 + random() % 600).unwrap();
-                bytes[at] = random().to_le_bytes()[0];
+            for _ in 0..=random.below(4) {
+                bytes[4 + random.index(600)] = random.byte();
             }
-            bytes.truncate(usize::try_from(random() % 1200).unwrap());
+            bytes.truncate(random.index(1200));
             if let Ok(facts) = read_bytes(&bytes) {
                 for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
                     let _ = crate::verdict::give(role, &facts, &context(&facts));
