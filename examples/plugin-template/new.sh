@@ -9,7 +9,7 @@ format=$1 folder=$2
 case $format in *[!a-z0-9]* | [!a-z]* | '') echo "$0: a format's name is lower-case letters and digits: $format" >&2; exit 2 ;; esac
 case ${3-} in '' | --published) ;; *) usage ;; esac
 [ ! -e "$folder" ] || { echo "$0: $folder exists" >&2; exit 1; }
-for file in Cargo.toml build.rs src/lib.rs driver/Cargo.toml driver/src/lib.rs driver/src/bin/module.rs; do
+for file in Cargo.toml build.rs src/lib.rs driver/Cargo.toml driver/src/lib.rs driver/src/bin/module.rs driver/tests/conformance.rs; do
     mkdir -p "$(dirname "$folder/$file")"
     sed "s/{{format}}/$format/g" "$here/$file" > "$folder/$file"
 done

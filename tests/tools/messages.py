@@ -16,7 +16,7 @@ SNAPSHOT = REPO / "tests/tools/messages"
 #: Where texts for users come from, below the repository.
 SOURCES = ["engine/src", "engine/cli/src", "plugin-api/src", "plugins", "guest"]
 #: Not for users: tests, fuzzing, build scripts, and the crash generator of tests.
-SKIPPED = re.compile(r"^/guest/(abi|build|protocol|testmod)/|/tests?/|_tests?\.rs$|/tests\.rs$|fuzzing\.rs$|build\.rs$|/crash\.rs$|/memory\.rs$|/testkit")
+SKIPPED = re.compile(r"^/guest/(abi|build|protocol|testmod)/|/tests?/|_tests?\.rs$|/tests\.rs$|fuzzing\.rs$|build\.rs$|/crash\.rs$|/sdk/src/conformance/|/memory\.rs$|/testkit")
 
 TOKEN = re.compile(
     r"""(?P<comment>//[^\n]*|/\*.*?\*/)|(?P<char>b?'(?:\\.[^']*|[^\\'])')|(?P<raw>b?r(?P<hash>\#*)".*?"(?P=hash))|b?"(?P<text>(?:[^"\\]|\\.)*)\"""",

@@ -12,6 +12,8 @@ mod batch;
 mod change;
 pub mod commit;
 #[cfg(feature = "memory")]
+pub mod conformance;
+#[cfg(feature = "memory")]
 pub mod crash;
 mod error;
 mod extent;

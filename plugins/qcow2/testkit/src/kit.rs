@@ -1,15 +1,15 @@
 //! The format, as tests know it that know no format.
 
-use crate::{chains, checker, layout, pair, salvage};
-use instar_guest_sdk::abi::DeviceConfig;
+use crate::{be32, be64, chains, checker, layout, pair, salvage};
+use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
 use instar_qcow2_driver::Qcow2;
-use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, Layout, Parts};
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts};
 
 /// qcow2.
 pub struct Kit;
 
-impl FormatKit for Kit {
+impl ImageKit for Kit {
     fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
         source_of::<Qcow2>(io, device)
     }
@@ -18,16 +18,12 @@ impl FormatKit for Kit {
         sink_of::<Qcow2>(io, device, has_backing)
     }
 
-    fn layout(&self, bytes: &[u8]) -> Layout {
-        layout::layout(bytes)
+    fn info(&self, bytes: &[u8]) -> ImageInfo {
+        ImageInfo { virtual_size: be64(bytes, 24), cluster_size: 1 << be32(bytes, 20) }
     }
 
     fn is_sound(&self, bytes: &[u8]) -> bool {
         layout::is_sound(bytes)
-    }
-
-    fn salvage(&self, bytes: &[u8]) -> Option<Disk> {
-        salvage::salvage(bytes)
     }
 
     fn content(&self, bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
@@ -38,19 +34,29 @@ impl FormatKit for Kit {
         checker::snapshot_contents(bytes, None)
     }
 
-    fn salvage_snapshots(&self, bytes: &[u8]) -> Vec<Option<Disk>> {
-        salvage::salvage_snapshots(bytes)
-    }
-
     fn is_dirty(&self, bytes: &[u8]) -> bool {
         pair::is_dirty(bytes)
     }
 
-    fn checks_everything(&self) -> bool {
+    fn can_grow(&self) -> bool {
         true
     }
+}
 
-    fn can_grow(&self) -> bool {
+impl FormatKit for Kit {
+    fn layout(&self, bytes: &[u8]) -> Layout {
+        layout::layout(bytes)
+    }
+
+    fn salvage(&self, bytes: &[u8]) -> Option<Disk> {
+        salvage::salvage(bytes)
+    }
+
+    fn salvage_snapshots(&self, bytes: &[u8]) -> Vec<Option<Disk>> {
+        salvage::salvage_snapshots(bytes)
+    }
+
+    fn checks_everything(&self) -> bool {
         true
     }
 

@@ -1,14 +1,15 @@
 //! Raw images in memory, for tests: the file is the disk.
 
-use instar_guest_abi::DeviceConfig;
+use instar_guest_abi::{DeviceConfig, ImageInfo};
+use instar_guest_sdk::conformance::{Builder, Held, Layer};
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
 use instar_raw_driver::Raw;
-use instar_testkit::{sink_of, source_of, ByteOrder, Disk, FormatKit, Layout, Parts, SECTOR};
+use instar_testkit::{sink_of, source_of, ByteOrder, Disk, FormatKit, ImageKit, Layout, Parts, SECTOR};
 
 /// raw.
 pub struct Kit;
 
-impl FormatKit for Kit {
+impl ImageKit for Kit {
     fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
         source_of::<Raw>(io, device)
     }
@@ -17,12 +18,8 @@ impl FormatKit for Kit {
         sink_of::<Raw>(io, device, has_backing)
     }
 
-    fn layout(&self, _: &[u8]) -> Layout {
-        Layout::new(ByteOrder::Little, 1, &[])
-    }
-
-    fn is_sound(&self, _: &[u8]) -> bool {
-        true
+    fn info(&self, bytes: &[u8]) -> ImageInfo {
+        ImageInfo { virtual_size: (bytes.len() as u64).next_multiple_of(SECTOR as u64), cluster_size: 1 }
     }
 
     /// The last sector of a disk is a whole one.
@@ -30,6 +27,34 @@ impl FormatKit for Kit {
         let mut disk = bytes.to_vec();
         disk.resize(disk.len().next_multiple_of(SECTOR), 0);
         disk
+    }
+
+    fn can_grow(&self) -> bool {
+        true
+    }
+
+    fn can_empty(&self) -> bool {
+        false
+    }
+}
+
+impl Builder for Kit {
+    fn cluster(&self) -> u64 {
+        SECTOR as u64
+    }
+
+    fn states(&self) -> &[Held] {
+        &[Held::Data, Held::Zero]
+    }
+
+    fn build(&self, layer: &Layer) -> Vec<u8> {
+        layer.content(&[])
+    }
+}
+
+impl FormatKit for Kit {
+    fn layout(&self, _: &[u8]) -> Layout {
+        Layout::new(ByteOrder::Little, 1, &[])
     }
 
     fn salvage(&self, bytes: &[u8]) -> Option<Disk> {
@@ -40,10 +65,6 @@ impl FormatKit for Kit {
 
     fn has_metadata(&self) -> bool {
         false
-    }
-
-    fn can_grow(&self) -> bool {
-        true
     }
 
     /// Backings as long as the disk, and shorter ones.

@@ -1,15 +1,15 @@
 //! The format, as tests know it that know no format.
 
-use crate::{chains, layout, salvage, View};
-use instar_guest_sdk::abi::DeviceConfig;
+use crate::{chains, device, layout, salvage, View};
+use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
-use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, Layout, Parts};
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, OVERLAY};
 use instar_vmdk_driver::Vmdk;
 
 /// vmdk.
 pub struct Kit;
 
-impl FormatKit for Kit {
+impl ImageKit for Kit {
     fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
         source_of::<Vmdk>(io, device)
     }
@@ -18,20 +18,27 @@ impl FormatKit for Kit {
         sink_of::<Vmdk>(io, device, has_backing)
     }
 
-    fn layout(&self, bytes: &[u8]) -> Layout {
-        layout::layout(bytes)
+    fn info(&self, bytes: &[u8]) -> ImageInfo {
+        let DeviceConfig { virtual_size, cluster_size, .. } = device(OVERLAY, bytes, u64::MAX);
+        ImageInfo { virtual_size, cluster_size }
     }
 
     fn is_sound(&self, bytes: &[u8]) -> bool {
         layout::is_sound(bytes)
     }
 
-    fn salvage(&self, bytes: &[u8]) -> Option<Disk> {
-        salvage::salvage(bytes)
-    }
-
     fn content(&self, bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
         View::new(bytes).content(below.unwrap_or_default())
+    }
+}
+
+impl FormatKit for Kit {
+    fn layout(&self, bytes: &[u8]) -> Layout {
+        layout::layout(bytes)
+    }
+
+    fn salvage(&self, bytes: &[u8]) -> Option<Disk> {
+        salvage::salvage(bytes)
     }
 
     fn records_parent(&self) -> bool {

@@ -26,6 +26,7 @@ fn every_callback_is_named() {
     let explained = [
         "Batch",
         "BlockIo",
+        "Builder",
         "Content",
         "Context",
         "Crashes",
@@ -36,6 +37,7 @@ fn every_callback_is_named() {
         "FormatDriver",
         "FormatPlugin",
         "GuestModule",
+        "ImageKit",
         "ImageReader",
         "Incoming",
         "ReadBelow",
@@ -93,8 +95,15 @@ fn its_example_is_the_template() {
         assert_eq!(code, template.replace("{{format}}", "myformat").trim_end(), "{file}");
         shown.insert(file.to_owned());
     }
-    let all =
-        ["Cargo.toml", "build.rs", "driver/Cargo.toml", "driver/src/bin/module.rs", "driver/src/lib.rs", "src/lib.rs"];
+    let all = [
+        "Cargo.toml",
+        "build.rs",
+        "driver/Cargo.toml",
+        "driver/src/bin/module.rs",
+        "driver/src/lib.rs",
+        "driver/tests/conformance.rs",
+        "src/lib.rs",
+    ];
     assert_eq!(shown, all.into_iter().map(str::to_owned).collect());
 }
 

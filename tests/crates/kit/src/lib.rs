@@ -1,8 +1,8 @@
 //! What the testkit of a format offers to tests and fuzz targets that know no format.
 //!
 //! Each format has a crate `plugins/NAME/testkit` with a [`FormatKit`]: valid images, a reader and a checker that share no code
-//! with the driver, and the driver itself. Who commits, damages or reads images of any format needs nothing else, so that a
-//! format joins the fuzz targets with one line (`fuzz/src/formats.rs`).
+//! with the driver, and the driver itself (the SDK's [`ImageKit`]). Who commits, damages or reads images of any format needs
+//! nothing else, so that a format joins the fuzz targets with one line (`fuzz/src/formats.rs`).
 
 mod layout;
 mod salvage;
@@ -10,13 +10,8 @@ mod salvage;
 pub use layout::{ByteOrder, Field, Layout};
 pub use salvage::{part, seen, Disk, SectorState, LONGEST, SECTOR};
 
-use instar_guest_abi::DeviceConfig;
-use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver, Sink, Source};
+pub use instar_guest_sdk::conformance::{sink_of, source_of, ImageKit, ANCESTOR, OVERLAY};
 
-/// Device number of the image that is committed.
-pub const OVERLAY: u32 = 0;
-/// Device number of what the backing is backed by.
-pub const ANCESTOR: u32 = 1;
 /// Device number of a layer between overlay and backing, which is committed with the overlay.
 pub const MIDDLE: u32 = 2;
 
@@ -38,38 +33,13 @@ pub struct Parts {
 /// A format, as tests know it.
 ///
 /// Functions that take `bytes` may panic if these make no image of the format; [`salvage`](FormatKit::salvage) may not.
-pub trait FormatKit: Sync {
-    /// Open an image as source, as [`FormatDriver::open_source`] of the format.
-    ///
-    /// # Errors
-    /// What the driver refuses.
-    fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>>;
-
-    /// Open an image as sink, as [`FormatDriver::open_sink`] of the format.
-    ///
-    /// # Errors
-    /// What the driver refuses.
-    fn open_sink(&self, io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Box<dyn Sink>>;
-
+pub trait FormatKit: ImageKit {
     /// What a valid image is made of.
     fn layout(&self, bytes: &[u8]) -> Layout;
-
-    /// Whether the checker finds an image consistent, which is not too large for it. What the dirty bit stands for does not
-    /// count in an image that [is dirty](FormatKit::is_dirty).
-    fn is_sound(&self, bytes: &[u8]) -> bool;
-
-    /// What a guest reads, over the bytes that are below.
-    fn content(&self, bytes: &[u8], below: Option<&[u8]>) -> Vec<u8>;
 
     /// What an image holds, sector by sector, as far as damage lets that be read; `None` if the header makes no sense, or the
     /// disk is longer than [`LONGEST`].
     fn salvage(&self, bytes: &[u8]) -> Option<Disk>;
-
-    /// What each internal snapshot reads as over nothing.
-    fn snapshots(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
-        let _ = bytes;
-        Vec::new()
-    }
 
     /// [`FormatKit::salvage`] for each internal snapshot.
     fn salvage_snapshots(&self, bytes: &[u8]) -> Vec<Option<Disk>> {
@@ -77,18 +47,12 @@ pub trait FormatKit: Sync {
         Vec::new()
     }
 
-    /// Whether an image says that it was not closed cleanly.
-    fn is_dirty(&self, bytes: &[u8]) -> bool {
-        let _ = bytes;
-        false
-    }
-
     /// Whether images have metadata, which a checker can look at.
     fn has_metadata(&self) -> bool {
         true
     }
 
-    /// Whether [`is_sound`](FormatKit::is_sound) looks at all that the driver's check looks at, so that the driver must find
+    /// Whether [`is_sound`](ImageKit::is_sound) looks at all that the driver's check looks at, so that the driver must find
     /// nothing in an image that is sound.
     fn checks_everything(&self) -> bool {
         false
@@ -96,11 +60,6 @@ pub trait FormatKit: Sync {
 
     /// Whether images record the identity of their parents: committing into a parent may change that record, and nothing else.
     fn records_parent(&self) -> bool {
-        false
-    }
-
-    /// Whether images can grow when they are committed into.
-    fn can_grow(&self) -> bool {
         false
     }
 
@@ -115,26 +74,4 @@ pub trait FormatKit: Sync {
         let _ = size;
         Parts::default()
     }
-}
-
-/// [`FormatKit::open_source`] by a driver.
-///
-/// # Errors
-/// As [`FormatDriver::open_source`].
-pub fn source_of<D>(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>>
-where
-    D: FormatDriver<Source: 'static>,
-{
-    Ok(Box::new(D::open_source(io, device)?))
-}
-
-/// [`FormatKit::open_sink`] by a driver.
-///
-/// # Errors
-/// As [`FormatDriver::open_sink`].
-pub fn sink_of<D>(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Box<dyn Sink>>
-where
-    D: FormatDriver<Sink: 'static>,
-{
-    Ok(Box::new(D::open_sink(io, device, has_backing)?))
 }
