@@ -64,11 +64,11 @@ impl Header {
             (features & !(BACKING_FILE | NEED_CHECK | NO_PROBE) != 0, "features has bits that are not known"),
             (header_size == 0, "header_size is 0"),
             (backing.is_some_and(outside), "the backing file's name leads out of the header, or is too long"),
-            (header.image_size % 512 != 0, "image_size is no multiple of 512"),
+            (!header.image_size.is_multiple_of(512), "image_size is no multiple of 512"),
             (too_large || header.image_size > 1 << 62, "image_size is more than the tables can map"),
             (header.l1_table > 1 << 62, "l1_table_offset is past the end of any file"),
             (header.l1_table < header.header_bytes, "l1_table_offset lies in the header"),
-            (header.l1_table % cluster_size.max(1) != 0, "l1_table_offset is not the start of a cluster"),
+            (!header.l1_table.is_multiple_of(cluster_size.max(1)), "l1_table_offset is not the start of a cluster"),
         ];
         wrong.into_iter().find(|(is_wrong, _)| *is_wrong).map_or(Ok(header), |(_, text)| Err(text))
     }

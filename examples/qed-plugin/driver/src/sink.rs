@@ -44,7 +44,7 @@ impl QedSink {
     /// Whether a part needs no cluster: it is zeroes, in a cluster of zeroes or for a whole one.
     fn stays_zero(&self, part: &Extent, entry: u64) -> bool {
         let visible = self.image.header.cluster_size.min(self.image.header.image_size - part.guest_offset);
-        let whole = part.guest_offset % self.image.header.cluster_size == 0 && part.length == visible;
+        let whole = part.guest_offset.is_multiple_of(self.image.header.cluster_size) && part.length == visible;
         part.is_zero() && entry <= 1 && (entry == 1 || whole)
     }
 
