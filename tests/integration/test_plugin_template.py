@@ -57,6 +57,11 @@ def test_it_compiles_and_loads(tmp_path):
     use(build(generated(tmp_path / "plugin")), tmp_path)
 
 
+def test_its_test_compiles(tmp_path):
+    """It is to be filled in, and ignored until then."""
+    support.run_plugin_tests(generated(tmp_path / "plugin"), "-p", "myformat-driver")
+
+
 def test_with_published_crates(tmp_path):
     """Once they are published: the manifest names versions alone. Before, they stand in for the registry."""
     directory = generated(tmp_path / "plugin", "--published")

@@ -29,6 +29,10 @@ def test_the_example_is_small():
     assert 300 < lines < 600
 
 
+def test_the_driver_passes_the_conformance_test():
+    support.run_plugin_tests(EXAMPLE, "-p", "qed-driver", "--locked")
+
+
 def test_it_is_listed(plugins):
     listed = support.run_instar("plugins", "--output", "json", "--plugin-dir", plugins).json
     [qed] = [plugin for plugin in listed["plugins"] if plugin["name"] == "qed"]

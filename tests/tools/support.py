@@ -268,9 +268,11 @@ def copy(path, to) -> Path:
     return Path(to)
 
 
-def build_plugin(source, library, directory, *options) -> Path:
-    """Builds a plugin outside of the workspace, and copies its library into a directory. They all are built in one folder, so
-    that what they have in common is compiled once; whoever comes later waits."""
+@contextlib.contextmanager
+def cargo_of_plugin(source, goal, *options):
+    """Builds or tests a plugin outside of the workspace, without a warning; the value is the folder of what was built. They all
+    are built in one folder, so that what they have in common is compiled once; whoever comes later waits for the end of the
+    block."""
     target = REPO / "target" / "examples"
     target.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CARGO_PROFILE_")}
@@ -278,11 +280,23 @@ def build_plugin(source, library, directory, *options) -> Path:
     with (target / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         built = subprocess.run(
-            ["cargo", "build", "--release", *options], cwd=source, env=environment, capture_output=True, text=True, check=False
+            ["cargo", goal, "--release", *options], cwd=source, env=environment, capture_output=True, text=True, check=False
         )
-        assert built.returncode == 0, built.stderr
+        assert built.returncode == 0, built.stdout + built.stderr
         assert "warning" not in built.stderr, built.stderr
-        return Path(shutil.copy(target / "release" / library, directory))
+        yield target / "release"
+
+
+def build_plugin(source, library, directory, *options) -> Path:
+    """Builds a plugin outside of the workspace, and copies its library into a directory."""
+    with cargo_of_plugin(source, "build", *options) as built:
+        return Path(shutil.copy(built / library, directory))
+
+
+def run_plugin_tests(source, *options) -> None:
+    """Runs the tests of a plugin outside of the workspace."""
+    with cargo_of_plugin(source, "test", *options):
+        pass
 
 
 class Holder:
