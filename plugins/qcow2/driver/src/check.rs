@@ -8,6 +8,8 @@
 
 use crate::cluster_set::ClusterSet;
 use crate::image::{overflow, Image};
+use crate::l2_entry::{compressed_range, Mapped};
+use crate::mapped_clusters::MappedClusters;
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::Refcounts;
 use crate::reference_counts::ReferenceCounts;
@@ -15,7 +17,7 @@ use crate::references::{refuse_too_few, References};
 use crate::repair::Repair;
 use crate::scan::{scan_l1_at, scan_refcount_table};
 use crate::snapshots::Snapshots;
-use crate::source::{compressed_range, Mapped, Qcow2Source};
+use crate::source::Qcow2Source;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -150,7 +152,8 @@ impl Qcow2Source {
         let view = self.image.mapped_by(header.l1_table, header.l1_entries);
         let from = self.image.cluster_size().round_up(header.virtual_size);
         let from = from.ok_or_else(|| overflow("the virtual size"))?;
-        Self::new(view).walk(io, from, &mut |image, mapped| {
+        let image = &view;
+        MappedClusters::new(image).walk(io, image, from, &mut |mapped| {
             let Mapped { guest, at, entry, .. } = mapped;
             if let L2Entry::Compressed { descriptor } = entry {
                 add_compressed(image, seen, guest, at, descriptor)?;
@@ -195,7 +198,8 @@ impl Qcow2Source {
         compressed: &mut Vec<(u64, u64)>,
     ) -> DriverResult<u64> {
         let mut clusters = 0;
-        self.walk(io, 0, &mut |image, mapped| {
+        let image = &self.image;
+        self.mapped.walk(io, image, 0, &mut |mapped| {
             let Mapped { guest, at, entry, .. } = mapped;
             if let L2Entry::Compressed { descriptor } = entry {
                 add_compressed(image, seen, guest, at, descriptor)?;

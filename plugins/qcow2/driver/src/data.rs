@@ -1,15 +1,21 @@
 //! The data of a window: what goes into which host cluster, from where. It is step 1 of [`write`](crate::write).
 
+use crate::action::Action;
+use crate::contents::Fill;
 use crate::image::overflow;
-use crate::sink::{Action, Fill, Qcow2Sink};
-use crate::subclusters::Place;
-use crate::windows::Piece;
-use crate::write::{Remap, Reserved, BATCH};
+use crate::new_space::Reserved;
+use crate::pieces::Piece;
+use crate::remap::Remap;
+use crate::sink::Qcow2Sink;
+use crate::subcluster_change::Place;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{Batch, BlockIo, DriverResult, ReadBelow};
 use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
+
+/// Requests that are submitted at once.
+pub(crate) const BATCH: usize = 4096;
 
 /// Data requests, merged where they go on from each other.
 pub(crate) struct DataWriter {

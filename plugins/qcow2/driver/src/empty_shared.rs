@@ -17,9 +17,10 @@
 
 use crate::block_table::{BlockSet, BlockTable};
 use crate::image::{overflow, Image};
+use crate::l2_entry::decode_entry;
 use crate::refcounts::Refcounts;
 use crate::scan::decode_l1;
-use crate::source::{decode_entry, Qcow2Source};
+use crate::source::Qcow2Source;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;

@@ -5,6 +5,7 @@
 //! that finding: what it should refer to is not known, so that counts would be wrong from there on.
 
 use crate::image::Image;
+use crate::mapped_clusters::MappedClusters;
 use crate::metadata_map::MetadataMap;
 use crate::refcounts::{Refcounts, CLUSTERS_PER_LOAD};
 use crate::reference_counts::ReferenceCounts;
@@ -209,14 +210,15 @@ impl Examiner<'_> {
         let header = &self.image.header;
         let coverage = header.l2_coverage().max(1);
         let bytes = self.image.cluster_size().bytes();
-        let mut walker = Qcow2Source::new(self.image.mapped_by(header.l1_table, header.l1_entries));
+        let image = &self.image.mapped_by(header.l1_table, header.l1_entries);
+        let mut walker = MappedClusters::new(image);
         // The last cluster of plain data in the same L2 table ends here.
         let mut before: Option<(u64, u64)> = None;
         let mut from = Some(0);
         while let Some(first) = from.take() {
             let mut batch = Vec::new();
             let found = &mut self.found;
-            walker.walk(io, first, &mut |image, mapped| {
+            walker.walk(io, image, first, &mut |mapped| {
                 if batch.len() == CLUSTERS_PER_LOAD {
                     from = Some(mapped.guest);
                     return Ok(false);

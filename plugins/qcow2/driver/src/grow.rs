@@ -27,16 +27,17 @@
 //! somebody gives up the commit and grows the backing later.
 
 use crate::bitmaps::Bitmaps;
-use crate::grow_bitmaps::BitmapGrowth;
+use crate::growth::{Growth, L1Growth};
 use crate::image::overflow;
+use crate::l2_entry::Mapped;
+use crate::mapped_clusters::MappedClusters;
 use crate::metadata_map::MetadataMap;
+use crate::pieces::Piece;
 use crate::sink::Qcow2Sink;
 use crate::snapshots::Snapshots;
-use crate::source::{Mapped, Qcow2Source};
-use crate::windows::Piece;
+
 use alloc::format;
 use alloc::vec;
-use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Extent, ReadBelow};
 use instar_qcow2_format::{
@@ -45,28 +46,6 @@ use instar_qcow2_format::{
 
 /// QEMU takes no other virtual sizes than multiples of this, in bytes.
 const SECTOR: u64 = 512;
-
-/// What growing takes, once it was planned.
-#[derive(Debug)]
-pub(crate) struct Growth {
-    /// The file has to become as long as the image says.
-    set_length: bool,
-    l1: L1Growth,
-    bitmaps: Vec<BitmapGrowth>,
-    /// Guest bytes that must become zero.
-    zeroes: Option<Extent>,
-}
-
-/// What becomes of the L1 table.
-#[derive(Clone, Copy, Debug)]
-enum L1Growth {
-    /// It is long enough.
-    Stays,
-    /// It gets this many entries where it is.
-    InPlace(u32),
-    /// It moves, and gets this many entries.
-    Moves(u32),
-}
 
 impl Qcow2Sink {
     /// Verify that the image can grow, and count what that takes. From here on it counts as having the new size.
@@ -139,7 +118,8 @@ impl Qcow2Sink {
         if from >= grown.mapped_size() {
             return Ok(());
         }
-        Qcow2Source::new(grown).walk(io, from, &mut |image, mapped| {
+        let image = &grown;
+        MappedClusters::new(image).walk(io, image, from, &mut |mapped| {
             let Mapped { guest, at, entry, .. } = mapped;
             // Of extended entries perhaps only some subclusters: the others are unallocated.
             if matches!(entry, L2Entry::Zero { offset: None, .. }) {

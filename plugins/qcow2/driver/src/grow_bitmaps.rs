@@ -18,26 +18,14 @@
 //! One that was not saved before stays as it is: its length means nothing. Stale ones (no autoclear bit) stay, too.
 
 use crate::bitmaps::{find_directory, read_directory};
+use crate::growth::BitmapGrowth;
 use crate::image::overflow;
 use crate::sink::Qcow2Sink;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Request};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{Bitmap, HostCluster, BITMAP_FLAGS_FIELD, BITMAP_TABLE_SIZE_FIELD};
-
-/// A bitmap whose table becomes longer.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct BitmapGrowth {
-    /// Where its directory entry begins, in bytes.
-    at: u64,
-    /// The entry as it was.
-    old: Bitmap,
-    /// Entries of the new table.
-    entries: u32,
-    /// Which of the bitmaps that are kept up it is, if it is one.
-    recorded: Option<usize>,
-}
+use instar_qcow2_format::{HostCluster, BITMAP_FLAGS_FIELD, BITMAP_TABLE_SIZE_FIELD};
 
 impl Qcow2Sink {
     /// Which bitmaps need a longer table for a disk of `size` bytes.

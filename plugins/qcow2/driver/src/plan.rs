@@ -8,13 +8,15 @@ use crate::bitmaps::Bitmaps;
 use crate::forecast::{Demand, Forecast};
 use crate::free_clusters::FreeClusters;
 use crate::image::{overflow, Image};
+use crate::l2_entry::Mapped;
+use crate::mapped_clusters::MappedClusters;
 use crate::metadata_map::MetadataMap;
+use crate::pieces::Piece;
 use crate::publish::clusters_of;
 use crate::refcounts::{InUse, CLUSTERS_PER_LOAD};
 use crate::repair::Repair;
 use crate::sink::Qcow2Sink;
-use crate::source::{Mapped, Qcow2Source};
-use crate::windows::Piece;
+use crate::source::Qcow2Source;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, PlanSummary};
@@ -48,6 +50,13 @@ impl Qcow2Sink {
             self.planned.metadata = Some(MetadataMap::build(io, &self.image, clusters)?);
         }
         Ok(())
+    }
+
+    /// Go on with the image as a planned repair will leave it.
+    fn adopt(&mut self, plan: Repair) {
+        let Repair { image, refcounts, allocator, l1, l2, outstanding, .. } = plan;
+        (self.image, self.refcounts, self.allocator, self.l1, self.l2) = (image, refcounts, allocator, l1, l2);
+        self.repair = Some(outstanding);
     }
 
     /// Verify and count one window.
@@ -238,8 +247,8 @@ impl Qcow2Sink {
     /// The file looks cut off, and is about to grow over what was lost, which would then read as zeroes, for ever and
     /// unnoticed. Only a walk of all L2 tables tells data that was lost from clusters that a crash leaked.
     pub(crate) fn refuse_lost_data(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let mut walker = Qcow2Source::new(self.image.clone());
-        walker.walk(io, 0, &mut |image, mapped| {
+        let image = &self.image;
+        MappedClusters::new(image).walk(io, image, 0, &mut |mapped| {
             let Mapped { guest, at, entry, .. } = mapped;
             let L2Entry::Data { offset, .. } = entry else { return Ok(true) };
             let needed = mapped.data_end(image);

@@ -16,8 +16,8 @@
 
 use crate::bitmaps::Recorded;
 use crate::image::overflow;
+use crate::pieces::Piece;
 use crate::sink::Qcow2Sink;
-use crate::windows::Piece;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;

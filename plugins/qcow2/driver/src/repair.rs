@@ -17,15 +17,14 @@
 
 use crate::allocator::Allocator;
 use crate::image::{overflow, Image};
+use crate::mapped_clusters::MappedClusters;
 use crate::metadata_map::MetadataMap;
 use crate::publish::Publication;
 use crate::refcounts::Refcounts;
 use crate::reference_counts::ReferenceCounts;
 use crate::references::References;
 use crate::scan::scan_l1_flags;
-use crate::sink::Qcow2Sink;
 use crate::slice_cache::SliceCache;
-use crate::source::Qcow2Source;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
@@ -60,7 +59,7 @@ pub struct Repair {
     pub l2: SliceCache,
     /// Slices that may be held, at most.
     most: usize,
-    outstanding: Outstanding,
+    pub(crate) outstanding: Outstanding,
 }
 
 /// What it takes to write a planned repair, besides the changed slices.
@@ -216,12 +215,12 @@ impl Repair {
     /// COPIED in an L2 entry, likewise ("Standard Cluster Descriptor"; of a compressed cluster it is always 0).
     fn correct_l2_flags(&mut self, io: &mut dyn BlockIo, counts: &ReferenceCounts) -> DriverResult<()> {
         let header = &self.image.header;
-        let view = self.image.mapped_by(header.l1_table, header.l1_entries);
-        let mut walker = Qcow2Source::new(view);
+        let image = &self.image.mapped_by(header.l1_table, header.l1_entries);
+        let mut walker = MappedClusters::new(image);
         let mut from = Some(0);
         while let Some(first) = from.take() {
             let mut wrong = Vec::new();
-            walker.walk(io, first, &mut |image, mapped| {
+            walker.walk(io, image, first, &mut |mapped| {
                 let Some((offset, copied)) = mapped.entry.host() else { return Ok(true) };
                 if wrong.len() == FLAGS {
                     from = Some(mapped.guest);
@@ -286,7 +285,8 @@ impl Repair {
 }
 
 impl Outstanding {
-    fn apply(
+    /// As [`Repair::apply`], of an image whose tables have gone elsewhere meanwhile.
+    pub(crate) fn apply(
         self,
         io: &mut dyn BlockIo,
         image: &mut Image,
@@ -315,21 +315,6 @@ impl Outstanding {
         image.header.incompatible &= !incompatible::DIRTY;
         io.write(device, INCOMPATIBLE_OFFSET, &image.header.incompatible.to_be_bytes())?;
         io.flush(device)
-    }
-}
-
-impl Qcow2Sink {
-    /// Go on with the image as a planned repair will leave it.
-    pub(crate) fn adopt(&mut self, plan: Repair) {
-        let Repair { image, refcounts, allocator, l1, l2, outstanding, .. } = plan;
-        (self.image, self.refcounts, self.allocator, self.l1, self.l2) = (image, refcounts, allocator, l1, l2);
-        self.repair = Some(outstanding);
-    }
-
-    /// Write the repair, if there is one.
-    pub(crate) fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let Some(repair) = self.repair.take() else { return Ok(()) };
-        repair.apply(io, &mut self.image, &mut self.refcounts, &mut self.allocator, [&mut self.l1, &mut self.l2])
     }
 }
 

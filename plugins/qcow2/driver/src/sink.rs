@@ -1,28 +1,30 @@
 //! The sink role: an open backing, and how the extents of a commit fall onto its clusters.
 
+use crate::action::Action;
 use crate::allocator::Allocator;
 use crate::bitmaps::Bitmaps;
+use crate::contents::{Fill, Old};
 use crate::decode::ClusterReader;
 use crate::free_clusters::FreeClusters;
-use crate::grow::Growth;
+use crate::growth::Growth;
 use crate::image::{overflow, Image};
+use crate::l2_entry::{decode_halves, Mapped};
+use crate::new_space::NewSpace;
+use crate::pieces::Piece;
 use crate::planned::Planned;
 use crate::refcounts::Refcounts;
 use crate::repair::Outstanding;
 use crate::scan::decode_l1;
 use crate::slice_cache::SliceCache;
-use crate::source::{decode_halves, Mapped};
-use crate::subclusters::{Change, Place};
-use crate::windows::{Piece, WINDOW_SLICES};
-use crate::write::NewSpace;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, ImageInfo, PlanSummary};
 use instar_guest_sdk::{BlockIo, DriverResult, Extent, OrderedWriter, ReadBelow, Sink};
-use instar_qcow2_format::{
-    incompatible, ClusterSize, CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry, Version,
-};
+use instar_qcow2_format::{incompatible, GuestCluster, HostOffset, L2Entry, Version};
+
+/// Slices of L2 tables that are held at once, at most.
+pub(crate) const WINDOW_SLICES: usize = 2048;
 
 /// An image that data goes into.
 pub struct Qcow2Sink {
@@ -49,84 +51,6 @@ pub struct Qcow2Sink {
     pub(crate) opened_length: u64,
     /// What is given back if the disk is full.
     pub(crate) new_space: Option<NewSpace>,
-}
-
-/// What is to be done with a cluster of the sink.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Action {
-    /// It reads as it should already.
-    Nothing,
-    /// Write into the cluster that is there.
-    InPlace(HostOffset),
-    /// Write into the cluster that is kept for a zero cluster: its stale bytes must go, then its zero flag.
-    Revive(HostOffset),
-    /// Allocate a cluster, and drop one reference to what was there.
-    Allocate(Fill, Old),
-    /// Make it a zero cluster (or an unallocated one, if `false`), and drop one reference to what was there.
-    MakeZero(bool, Old),
-    /// All of the above, for each subcluster.
-    Subclusters(Change),
-}
-
-impl Action {
-    /// Whether it takes a new cluster.
-    pub(crate) fn allocates(&self) -> bool {
-        matches!(self, Self::Allocate(..) | Self::Subclusters(Change { place: Place::New, .. }))
-    }
-
-    /// Whether the L2 entry changes.
-    pub(crate) fn remaps(&self) -> bool {
-        match self {
-            Self::Nothing | Self::InPlace(_) => false,
-            Self::Revive(_) | Self::Allocate(..) | Self::MakeZero(..) => true,
-            Self::Subclusters(change) => change.remaps(),
-        }
-    }
-
-    /// The compressed cluster that has to be decoded for it.
-    pub(crate) fn decodes(&self) -> Option<u64> {
-        match *self {
-            Self::Allocate(Fill::Compressed(descriptor), _)
-            | Self::Subclusters(Change { fill: Fill::Compressed(descriptor), .. }) => Some(descriptor),
-            _ => None,
-        }
-    }
-}
-
-/// What a cluster had before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Old {
-    /// Nothing of its own.
-    Nothing,
-    /// A host cluster.
-    Cluster(HostOffset),
-    /// A compressed cluster with this descriptor.
-    Compressed(u64),
-}
-
-impl Old {
-    /// The host clusters to which there is one reference less without it.
-    pub(crate) fn host_clusters(self, size: ClusterSize) -> impl Iterator<Item = HostCluster> {
-        let (cluster, compressed) = match self {
-            Self::Nothing => (None, None),
-            Self::Cluster(offset) => (Some(size.host_cluster(offset)), None),
-            Self::Compressed(descriptor) => (None, Some(CompressedRange::decode(descriptor, size))),
-        };
-        cluster.into_iter().chain(compressed.into_iter().flat_map(move |range| range.host_clusters(size)))
-    }
-}
-
-/// Where the bytes of a new cluster come from that no piece covers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fill {
-    /// They are zero.
-    Zero,
-    /// From below the image.
-    Below,
-    /// From the cluster that was there, which a snapshot keeps.
-    Cluster(HostOffset),
-    /// From the compressed cluster that was there.
-    Compressed(u64),
 }
 
 impl Qcow2Sink {

@@ -4,9 +4,9 @@
 //! entries count as often as L1 entries refer to it, as in refcounts ("Host cluster management" in the specification).
 
 use crate::image::{overflow, Image};
+use crate::l2_entry::decode_entry;
 use crate::scan::scan_l1_at;
 use crate::snapshots::Snapshots;
-use crate::source::decode_entry;
 use crate::table_reader::is_zero;
 use alloc::format;
 use alloc::vec::Vec;

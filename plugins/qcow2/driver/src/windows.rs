@@ -1,33 +1,14 @@
 //! Extents cut into pieces of clusters, in windows that bounded memory can hold.
 
 use crate::image::overflow;
-use crate::sink::Qcow2Sink;
+use crate::pieces::Piece;
+use crate::sink::{Qcow2Sink, WINDOW_SLICES};
 use alloc::vec::Vec;
-use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent};
+use instar_guest_sdk::{BlockIo, DriverResult, Extent};
 use instar_qcow2_format::GuestCluster;
 
 /// Clusters that are worked on between two sets of flushes, at most.
 const WINDOW_CLUSTERS: usize = 1 << 16;
-/// Slices of L2 tables that are held at once, at most.
-pub(crate) const WINDOW_SLICES: usize = 2048;
-
-/// A part of an extent that falls into one cluster of the sink.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Piece {
-    pub(crate) cluster: GuestCluster,
-    /// Byte offset within the cluster, and length in bytes.
-    pub(crate) start: u64,
-    pub(crate) length: u64,
-    pub(crate) content: Content,
-}
-
-impl Piece {
-    /// Whether these are zeroes.
-    pub(crate) fn is_zero(&self) -> bool {
-        matches!(self.content, Content::Zero)
-    }
-}
-
 /// What is done with a window: the pieces of whole clusters, in order.
 type EachWindow<'e> = dyn FnMut(&mut Qcow2Sink, &mut dyn BlockIo, &[Piece]) -> DriverResult<()> + 'e;
 

@@ -24,51 +24,20 @@
 //! 5. Refcounts of clusters that nothing refers to any more go down, and their space is given back. Nothing
 //!    depends on it: a crash leaves leaks. It is flushed with the next window, or by `finish`.
 
+use crate::action::Action;
 use crate::allocator::Run;
+use crate::data::BATCH;
 use crate::image::overflow;
+use crate::new_space::{NewSpace, Reserved};
+use crate::pieces::Piece;
 use crate::publish::{clusters_of, Publication};
-use crate::sink::{Action, Qcow2Sink};
-use crate::windows::Piece;
+use crate::remap::Remap;
+use crate::sink::Qcow2Sink;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow};
-use instar_qcow2_format::{
-    autoclear, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Subclusters, Version, AUTOCLEAR_OFFSET,
-};
-
-/// Requests that are submitted at once.
-pub(crate) const BATCH: usize = 4096;
-
-/// Clusters in the order in which they were reserved.
-pub(crate) struct Reserved {
-    clusters: Vec<HostCluster>,
-    /// So many of them, the first ones, hold whatever was there before.
-    stale: u64,
-    taken: usize,
-}
-
-impl Reserved {
-    pub(crate) fn next(&mut self) -> DriverResult<HostCluster> {
-        let cluster = self.clusters.get(self.taken).copied();
-        self.taken += 1;
-        cluster.ok_or_else(|| overflow("the number of clusters to allocate"))
-    }
-
-    /// Those that do not read as zeroes, with their index.
-    pub(crate) fn stale(&self) -> impl Iterator<Item = (usize, HostCluster)> + '_ {
-        self.clusters.iter().copied().enumerate().take_while(|&(index, _)| (index as u64) < self.stale)
-    }
-}
-
-/// What was allocated and is not referred to yet by anything that may be durable.
-#[derive(Debug)]
-pub(crate) struct NewSpace {
-    /// Length of the file before, in bytes.
-    length: u64,
-    /// Clusters within it that were free.
-    reused: Vec<Run>,
-}
+use instar_qcow2_format::{autoclear, GuestCluster, HostCluster, HostOffset, L1Entry, Version, AUTOCLEAR_OFFSET};
 
 /// An L2 table that is made.
 struct NewTable {
@@ -78,25 +47,6 @@ struct NewTable {
     offset: HostOffset,
     /// The table that it takes the place of: a snapshot keeps that.
     old: Option<HostOffset>,
-}
-
-/// The change of an L2 entry.
-pub(crate) struct Remap {
-    cluster: GuestCluster,
-    entry: u64,
-    /// The second half of an extended entry. Both halves stand in one sector, which reaches the disk whole.
-    bitmap: Option<u64>,
-}
-
-impl Remap {
-    pub(crate) fn standard(cluster: GuestCluster, entry: L2Entry) -> Self {
-        Self { cluster, entry: entry.encode(), bitmap: None }
-    }
-
-    pub(crate) fn extended(cluster: GuestCluster, host: Option<(HostOffset, bool)>, subclusters: Subclusters) -> Self {
-        let (entry, bitmap) = subclusters.encode(host);
-        Self { cluster, entry, bitmap: Some(bitmap) }
-    }
 }
 
 impl Qcow2Sink {
@@ -118,6 +68,12 @@ impl Qcow2Sink {
         self.repair(io)?;
         self.started = true;
         Ok(())
+    }
+
+    /// Write the repair, if there is one.
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let Some(repair) = self.repair.take() else { return Ok(()) };
+        repair.apply(io, &mut self.image, &mut self.refcounts, &mut self.allocator, [&mut self.l1, &mut self.l2])
     }
 
     /// Write one window.
