@@ -6,7 +6,7 @@ use alloc::vec;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode};
 pub use instar_guest_sdk::overflow;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{incompatible, ClusterSize, Header, HeaderErrorKind, HostCluster, HostOffset};
+use instar_qcow2_format::{incompatible, ClusterSize, ExtensionKind, Header, HeaderErrorKind, HostCluster, HostOffset};
 
 /// Which role the image is opened for: it decides which side a corruption is reported on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +114,14 @@ impl Image {
     #[must_use]
     pub fn is_dirty(&self) -> bool {
         self.header.has(incompatible::DIRTY)
+    }
+
+    /// Whether clusters of the file may belong to others than the active state: to snapshots, to bitmaps, or to a header
+    /// extension that this program does not know.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        let known = |kind| matches!(kind, ExtensionKind::BackingFormat | ExtensionKind::FeatureNames);
+        self.header.snapshots != 0 || self.header.extensions.iter().any(|e| !known(e.kind))
     }
 
     /// The image as another L1 table maps it: all of its entries, whatever the size of the virtual disk.

@@ -1,79 +1,43 @@
 //! The source role: enumerating what a layer holds.
 
-use crate::decode::ClusterReader;
+use crate::check::repair::Repair;
+use crate::check::report::examine;
+use crate::check::verify::{verify, Verified};
+use crate::empty::empty;
 use crate::image::{overflow, Image};
-use crate::l2_entry::{compressed_range, Mapped};
-use crate::mapped_clusters::MappedClusters;
-use crate::repair::Repair;
-use alloc::format;
+use crate::metadata::mapped_clusters::MappedClusters;
+use crate::read::compressed::CompressedReader;
+use crate::read::extents::extents_of;
 use core::ops::Range;
 use instar_guest_sdk::abi::{Examination, FindingKind, ImageInfo};
 use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
-use instar_qcow2_format::{L2Entry, SUBCLUSTERS};
 
 /// An image that data comes from.
 pub struct Qcow2Source {
-    pub(crate) image: Image,
-    pub(crate) mapped: MappedClusters,
+    image: Image,
+    mapped: MappedClusters,
     /// Number of clusters that the image holds, once it was checked.
-    pub(crate) held: Option<u64>,
-    pub(crate) reader: ClusterReader,
+    held: Option<u64>,
+    reader: CompressedReader,
     /// What has to be repaired before the image is emptied.
-    pub(crate) repair: Option<Repair>,
+    repair: Option<Repair>,
 }
 
 impl Qcow2Source {
     pub(crate) fn new(image: Image) -> Self {
-        let (mapped, reader) = (MappedClusters::new(&image), ClusterReader::default());
+        let (mapped, reader) = (MappedClusters::new(&image), CompressedReader::default());
         Self { image, mapped, held: None, reader, repair: None }
     }
 
-    /// Forget all tables that were read: they are about to change.
-    pub(crate) fn forget_tables(&mut self) {
-        self.mapped = MappedClusters::new(&self.image);
-        self.reader = ClusterReader::default();
-    }
-}
-
-/// What a cluster means for the reader of the layer: up to 32 extents.
-fn extents_of(image: &Image, mapped: &Mapped, push: &mut dyn FnMut(Extent)) -> DriverResult<()> {
-    let Mapped { guest, at, entry, subclusters } = *mapped;
-    let visible = image.cluster_size().bytes().min(image.header.virtual_size - guest);
-    let extent = |start: u64, length: u64, content: Content| Extent {
-        guest_offset: guest + start,
-        length: length.min(visible - start),
-        content,
-    };
-    if let L2Entry::Data { offset, .. } = entry {
-        if !image.holds_bytes(offset, mapped.data_end(image)) {
-            return Err(image.corrupt(
-                at,
-                format!("the L2 entry of guest offset {guest} points to offset {offset}, past the end of the file"),
-            ));
+    /// Verify the whole image; returns the number of clusters that it holds.
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        let readers = (&mut self.mapped, &mut self.reader);
+        let Verified { clusters, repair } = verify(io, &self.image, readers, will_empty)?;
+        if repair.is_some() {
+            self.repair = repair;
         }
+        Ok(clusters)
     }
-    let host = entry.host().map_or(0, |(offset, _)| offset.0);
-    let plain = |start: u64| Content::Data { device: image.device, offset: host + start };
-    if let Some(subclusters) = subclusters {
-        let bytes = image.cluster_size().bytes() / u64::from(SUBCLUSTERS);
-        for (first, count, data) in subclusters.runs() {
-            let (start, length) = (u64::from(first) * bytes, u64::from(count) * bytes);
-            if start < visible {
-                push(extent(start, length, if data { plain(start) } else { Content::Zero }));
-            }
-        }
-        return Ok(());
-    }
-    match entry {
-        L2Entry::Data { .. } => push(extent(0, visible, plain(0))),
-        L2Entry::Zero { .. } => push(extent(0, visible, Content::Zero)),
-        L2Entry::Compressed { descriptor } => {
-            compressed_range(image, guest, at, descriptor)?;
-            push(extent(0, visible, Content::Encoded { location: descriptor }));
-        }
-        L2Entry::Unallocated => {}
-    }
-    Ok(())
 }
 
 impl Source for Qcow2Source {
@@ -82,7 +46,7 @@ impl Source for Qcow2Source {
     }
 
     fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
-        let held = self.check_image(io, will_empty)?;
+        let held = self.verify(io, will_empty)?;
         self.held = Some(held);
         Ok(held)
     }
@@ -113,7 +77,17 @@ impl Source for Qcow2Source {
     }
 
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
-        self.empty_image(io)
+        self.image.refuse_unwritable()?;
+        let cleared = match self.held {
+            Some(clusters) => clusters,
+            None => self.verify(io, true)?,
+        };
+        // All tables that were read are about to change.
+        self.mapped = MappedClusters::new(&self.image);
+        self.reader = CompressedReader::default();
+        self.held = None;
+        empty(io, &mut self.image, cleared, self.repair.take())?;
+        Ok(cleared)
     }
 
     fn examine(
@@ -121,6 +95,6 @@ impl Source for Qcow2Source {
         io: &mut dyn BlockIo,
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<Examination> {
-        self.examine_image(io, finding)
+        examine(io, &self.image, finding)
     }
 }

@@ -1,0 +1,9 @@
+//! Whether an image is what it should be.
+//!
+//! * [`verify`]: before an overlay is committed: everything that emptying it relies on;
+//! * [`report`]: for whoever wants to know, and nothing else;
+//! * [`repair`]: refcounts and flags of an image that was not closed cleanly.
+
+pub mod repair;
+pub mod report;
+pub mod verify;

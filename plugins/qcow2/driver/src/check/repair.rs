@@ -1,0 +1,332 @@
+//! Repairing an image that was not closed cleanly: refcounts and COPIED flags.
+//!
+//! The dirty bit ("Header", `incompatible_features` bit 0) says that refcounts may be wrong in either direction
+//! (`lazy_refcounts`), and with them the COPIED flags. Everything else about the image is checked as ever.
+//!
+//! [`Repair::plan`] counts all references and holds what differs in memory, in changed slices of the tables; nothing is
+//! written, and who plans on with these slices sees the image as it will be. [`Repair::apply`] writes it, before every
+//! other change. The dirty bit stays until the end, so a crash at any step leaves an image that reads as before and
+//! whose next commit counts again:
+//!
+//! 1. Refcounts, those in new refcount blocks included (these stand past the old end of the file), and a whole new refcount
+//!    table, if there is one, *then a flush*. Nothing refers to new blocks and tables yet.
+//! 2. The refcount table's entries for new blocks, or the header's switch to a new refcount table, *then a flush*. What
+//!    they refer to is durable.
+//! 3. COPIED flags of L1 and L2 entries; the old refcount table is released, *then a flush*.
+//! 4. The dirty bit is cleared, *then a flush*. Refcounts and flags are right, durably.
+
+use crate::image::{overflow, Image};
+use crate::metadata::entries::scan_l1_flags;
+use crate::metadata::map::MetadataMap;
+use crate::metadata::mapped_clusters::MappedClusters;
+use crate::metadata::slice_cache::SliceCache;
+use crate::refcount::allocator::Allocator;
+use crate::refcount::blocks::Refcounts;
+use crate::refcount::publish::Publication;
+use crate::references::calculate::References;
+use crate::references::calculated::CalculatedRefcounts;
+use alloc::format;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter};
+use instar_qcow2_format::{incompatible, set_refcount, ExtensionKind, HostCluster, COPIED, INCOMPATIBLE_OFFSET};
+
+/// Memory for the counts of one pass, in bytes: dense, about four million clusters.
+const COUNT_BUDGET: usize = 16 << 20;
+/// Memory for the slices that will be written, in bytes. QEMU holds back no more than its refcount cache, which is smaller
+/// by default.
+const SLICE_BUDGET: usize = 6 << 20;
+/// Memory that a slice takes besides its bytes.
+const SLICE_COST: usize = 96;
+/// Clusters with references whose refcount block is missing: at most this many.
+const MAX_UNDESCRIBED: usize = 1 << 18;
+/// COPIED flags that are changed between two walks over the entries.
+const FLAGS: usize = 1 << 14;
+/// COPIED flags that are changed at once: each may need a slice of its own.
+const FLAGS_AT_ONCE: usize = 256;
+
+/// A repaired image, of which the device knows nothing yet.
+pub struct Repair {
+    /// The image, as long as it will be.
+    pub image: Image,
+    /// Its refcounts; what will be written is held.
+    pub refcounts: Refcounts,
+    /// Where new clusters come from.
+    pub allocator: Allocator,
+    /// Slices of the L1 table with changed COPIED flags.
+    pub l1: SliceCache,
+    /// Slices of L2 tables with changed COPIED flags.
+    pub l2: SliceCache,
+    /// Slices that may be held, at most.
+    most: usize,
+    pub(crate) outstanding: Outstanding,
+}
+
+/// What it takes to write a planned repair, besides the changed slices.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Outstanding {
+    /// Length of the file in bytes before the repair.
+    length: u64,
+}
+
+impl Repair {
+    /// Count all references of an image, and work out what must be written. Changes nothing. The structure of the image
+    /// was checked; `metadata` is where its tables are.
+    ///
+    /// # Errors
+    /// Corruption that the check does not see; [`ErrorCode::RefcountExhausted`] for references that the refcounts cannot
+    /// count; [`ErrorCode::ScratchTooSmall`] if too much is wrong; I/O errors.
+    pub fn plan(io: &mut dyn BlockIo, image: &Image, metadata: &MetadataMap) -> DriverResult<Self> {
+        let references = References::new(io, image, metadata)?;
+        let size = image.slice_size();
+        let mut repair = Self {
+            image: image.clone(),
+            refcounts: Refcounts::new(image),
+            allocator: Allocator::new(image),
+            l1: SliceCache::new(image.device, size),
+            l2: SliceCache::new(image.device, size),
+            most: SLICE_BUDGET.min(io.heap_free() / 4) / (size + SLICE_COST),
+            outstanding: Outstanding { length: image.file_length },
+        };
+        let mut undescribed = Vec::new();
+        let mut floor = HostCluster(0);
+        loop {
+            let mut counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 3));
+            references.count(io, &mut counts)?;
+            repair.correct_refcounts(io, &counts)?;
+            repair.find_undescribed(io, &counts, &mut undescribed)?;
+            repair.correct_l1_flags(io, &counts)?;
+            repair.correct_l2_flags(io, &counts)?;
+            match counts.next_floor() {
+                Some(next) => floor = next,
+                None => break,
+            }
+        }
+        // On a device, a new block could only stand in the midst of what no block describes.
+        let stuck = image.fixed_length && !undescribed.is_empty();
+        if !stuck {
+            repair.describe(io, &undescribed)?;
+        }
+        if stuck || repair.image.file_length > repair.image.max_length {
+            let text = "refcount blocks are missing: run `qemu-img check -r all` on it first";
+            return Err(repair.image.corrupt(image.header.refcount_table.0, text));
+        }
+        Ok(repair)
+    }
+
+    /// Let the refcounts that are there say what was counted.
+    fn correct_refcounts(&mut self, io: &mut dyn BlockIo, counts: &CalculatedRefcounts) -> DriverResult<()> {
+        // Clusters may belong to a header extension that nobody here knows.
+        let keep = self.image.header.extensions.iter().any(|e| matches!(e.kind, ExtensionKind::Unknown(_)));
+        let (order, per_block) = (self.refcounts.order(), self.refcounts.per_block());
+        let slice = self.image.slice_size() as u64;
+        let per_slice = order.entries_in(slice);
+        let (floor, ceiling) = counts.range();
+        for index in floor / per_block..self.refcounts.table_entries.min(ceiling.div_ceil(per_block)) {
+            let (refcounts, image) = (&mut self.refcounts, &self.image);
+            refcounts.table.load(io, [refcounts.table_entry_at(index)])?;
+            let Some(block) = refcounts.block(image, index, |offset| image.holds_cluster(offset))? else { continue };
+            // First cluster of a slice, and where the slice stands.
+            let slices = (0..per_block / per_slice)
+                .map(|i| (index * per_block + i * per_slice, block.0 + i * slice))
+                .filter(|&(first, _)| first < ceiling && first + per_slice > floor);
+            refcounts.blocks.load(io, slices.clone().map(|(_, at)| at))?;
+            for (first, at) in slices {
+                let mut bytes = refcounts.blocks.bytes(at)?.to_vec();
+                for cluster in (first.max(floor)..ceiling.min(first + per_slice)).map(HostCluster) {
+                    let count = counts.get(cluster).unwrap_or(0);
+                    if count != 0 || !keep {
+                        let index = usize::try_from(cluster.0 - first).map_err(|_| overflow("a refcount"))?;
+                        set_refcount(&mut bytes, order, index, count).ok_or_else(|| too_many(image, cluster, count))?;
+                    }
+                }
+                refcounts.blocks.replace(at, &bytes)?;
+            }
+            self.bound()?;
+        }
+        Ok(())
+    }
+
+    /// Append clusters with references that no refcount block describes, with their count.
+    fn find_undescribed(
+        &mut self,
+        io: &mut dyn BlockIo,
+        counts: &CalculatedRefcounts,
+        found: &mut Vec<(HostCluster, u64)>,
+    ) -> DriverResult<()> {
+        let mut last = None;
+        for (cluster, count) in counts.iter() {
+            let (index, _) = self.refcounts.locate(cluster);
+            let missing = match last {
+                Some((known, missing)) if known == index => missing,
+                _ if index >= self.refcounts.table_entries => true,
+                _ => {
+                    self.refcounts.table.load(io, [self.refcounts.table_entry_at(index)])?;
+                    self.refcounts.block(&self.image, index, |_| true)?.is_none()
+                }
+            };
+            last = Some((index, missing));
+            if missing {
+                if found.len() >= MAX_UNDESCRIBED {
+                    return Err(too_much(&self.image));
+                }
+                found.push((cluster, count));
+            }
+        }
+        self.bound()
+    }
+
+    /// Make the refcount blocks that are missing. All others are right by now, so that new clusters are really free.
+    fn describe(&mut self, io: &mut dyn BlockIo, undescribed: &[(HostCluster, u64)]) -> DriverResult<()> {
+        for &(cluster, count) in undescribed {
+            let (index, _) = self.refcounts.locate(cluster);
+            self.allocator.describe(io, &mut self.image, &mut self.refcounts, index)?;
+            self.refcounts.load(io, &self.image, core::iter::once(cluster))?;
+            if count > self.refcounts.order().max() {
+                return Err(too_many(&self.image, cluster, count));
+            }
+            self.refcounts.set(&self.image, cluster, count)?;
+            self.bound()?;
+        }
+        Ok(())
+    }
+
+    /// COPIED in an L1 entry: the L2 table has refcount 1 ("L1 table entry", bit 63). Entries past the end of the disk
+    /// count like any other.
+    fn correct_l1_flags(&mut self, io: &mut dyn BlockIo, counts: &CalculatedRefcounts) -> DriverResult<()> {
+        let (table, entries) = (self.image.header.l1_table, u64::from(self.image.header.l1_entries));
+        let mut from = Some(0);
+        while let Some(first) = from.take() {
+            let image = &self.image;
+            let mut wrong = Vec::new();
+            scan_l1_flags(io, image, table, entries, &mut |index, at, table, copied| {
+                let alone = counts.get(image.host_cluster(table)).map(|count| count == 1);
+                if alone.is_some_and(|alone| alone != copied) && index >= first && from.is_none() {
+                    wrong.push((at, !copied));
+                    from = (wrong.len() == FLAGS).then_some(index + 1);
+                }
+                Ok(())
+            })?;
+            self.set_flags(io, |repair| &mut repair.l1, &wrong)?;
+        }
+        Ok(())
+    }
+
+    /// COPIED in an L2 entry, likewise ("Standard Cluster Descriptor"; of a compressed cluster it is always 0).
+    fn correct_l2_flags(&mut self, io: &mut dyn BlockIo, counts: &CalculatedRefcounts) -> DriverResult<()> {
+        let header = &self.image.header;
+        let image = &self.image.mapped_by(header.l1_table, header.l1_entries);
+        let mut walker = MappedClusters::new(image);
+        let mut from = Some(0);
+        while let Some(first) = from.take() {
+            let mut wrong = Vec::new();
+            walker.walk(io, image, first, &mut |mapped| {
+                let Some((offset, copied)) = mapped.entry.host() else { return Ok(true) };
+                if wrong.len() == FLAGS {
+                    from = Some(mapped.guest);
+                    return Ok(false);
+                }
+                if counts.get(image.host_cluster(offset)).is_some_and(|count| copied != (count == 1)) {
+                    wrong.push((mapped.at, !copied));
+                }
+                Ok(true)
+            })?;
+            self.set_flags(io, |repair| &mut repair.l2, &wrong)?;
+        }
+        Ok(())
+    }
+
+    /// Set the COPIED flags of the entries at these byte offsets.
+    fn set_flags(
+        &mut self,
+        io: &mut dyn BlockIo,
+        tables: fn(&mut Self) -> &mut SliceCache,
+        entries: &[(u64, bool)],
+    ) -> DriverResult<()> {
+        for batch in entries.chunks(FLAGS_AT_ONCE) {
+            let tables = tables(self);
+            tables.load(io, batch.iter().map(|&(at, _)| at))?;
+            for &(at, copied) in batch {
+                let entry = tables.entry(at)?;
+                tables.set_entry(at, if copied { entry | COPIED } else { entry & !COPIED })?;
+            }
+            self.bound()?;
+        }
+        Ok(())
+    }
+
+    /// Forget what is right. What is wrong has to fit into memory until it is written.
+    fn bound(&mut self) -> DriverResult<()> {
+        let most = self.most;
+        let kinds = [&mut self.refcounts.table, &mut self.refcounts.blocks, &mut self.l1, &mut self.l2];
+        if kinds.iter().map(|slices| slices.held()).sum::<usize>() <= most {
+            return Ok(());
+        }
+        let mut held = 0;
+        for slices in kinds {
+            slices.shrink(0);
+            held += slices.held();
+        }
+        // Room for the slices of a block at least, before all is looked at again.
+        if held > most - most / 4 {
+            return Err(too_much(&self.image));
+        }
+        Ok(())
+    }
+
+    /// Write the repair: the steps at the top of this module. Durable when it returns.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn apply(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let tables = [&mut self.l1, &mut self.l2];
+        self.outstanding.apply(io, &mut self.image, &mut self.refcounts, &mut self.allocator, tables)
+    }
+}
+
+impl Outstanding {
+    /// As [`Repair::apply`], of an image whose tables have gone elsewhere meanwhile.
+    pub(crate) fn apply(
+        self,
+        io: &mut dyn BlockIo,
+        image: &mut Image,
+        refcounts: &mut Refcounts,
+        allocator: &mut Allocator,
+        tables: [&mut SliceCache; 2],
+    ) -> DriverResult<()> {
+        let device = image.device;
+        let mut out = OrderedWriter::new(device);
+        // Steps 1 and 2.
+        if image.file_length != self.length {
+            out.set_length(io, image.file_length)?;
+        }
+        // The flush of step 1 is due whether or not a refcount changes.
+        out.written();
+        let mut referenced = false;
+        let publication = Publication { image, refcounts, allocator, out: &mut out, referenced: &mut referenced };
+        let old = publication.run(io)?;
+        // Step 3.
+        for table in tables {
+            table.write_dirty(io)?;
+        }
+        refcounts.release(io, image, old)?;
+        io.flush(device)?;
+        // Step 4.
+        image.header.incompatible &= !incompatible::DIRTY;
+        io.write(device, INCOMPATIBLE_OFFSET, &image.header.incompatible.to_be_bytes())?;
+        io.flush(device)
+    }
+}
+
+fn too_much(image: &Image) -> DriverError {
+    let text =
+        "the image was not closed cleanly, and too many refcounts are wrong: run `qemu-img check -r all` on it first";
+    DriverError::new(ErrorCode::ScratchTooSmall, text).at(image.device, image.header.refcount_table.0)
+}
+
+fn too_many(image: &Image, cluster: HostCluster, count: u64) -> DriverError {
+    let offset = image.cluster_size().host_offset(cluster).unwrap_or_default();
+    let bits = image.header.refcount_order.bits();
+    let text = format!("the cluster at offset {offset} has {count} references, too many for refcounts of {bits} bits");
+    DriverError::new(ErrorCode::RefcountExhausted, text).at(image.device, offset.0)
+}

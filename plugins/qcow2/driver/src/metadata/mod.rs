@@ -1,0 +1,19 @@
+//! The metadata of an image, as it is read: tables, their entries, and all structures of the file.
+//!
+//! * [`table_reader`], [`slice_cache`]: tables from front to back, and slices of tables that are changed;
+//! * [`entries`], [`l2_entry`]: entries of tables, decoded and held against the bounds of the file;
+//! * [`snapshot_table`], [`bitmap_directory`]: what else has tables;
+//! * [`l2_slices`], [`mapped_clusters`]: what one L1 table maps, in the order of the guest;
+//! * [`l2_tables`]: all L2 tables, each once, whoever refers to it;
+//! * [`map`]: which clusters are metadata.
+
+pub mod bitmap_directory;
+pub mod entries;
+pub mod l2_entry;
+pub mod l2_slices;
+pub mod l2_tables;
+pub mod map;
+pub mod mapped_clusters;
+pub mod slice_cache;
+pub mod snapshot_table;
+pub mod table_reader;

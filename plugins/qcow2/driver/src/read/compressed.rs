@@ -1,0 +1,101 @@
+//! Reading compressed clusters.
+//!
+//! Writers put them one after the other, so where two follow each other in the file, more than the second is read
+//! ahead. The last cluster that was asked for in parts is kept: whoever reads a part mostly wants the next one, too.
+
+use crate::image::{overflow, Image};
+use alloc::format;
+use alloc::vec::Vec;
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_qcow2_format::{CompressedRange, Decompressor};
+
+/// Bytes that are read at once where clusters follow each other in the file.
+const READ_AHEAD: u64 = 1 << 20;
+
+/// Reads the compressed clusters of one image. Its memory: one cluster, its stream or [`READ_AHEAD`], and what the
+/// decoder needs.
+#[derive(Default)]
+pub struct CompressedReader {
+    decoder: Option<Decompressor>,
+    /// Bytes of the file from `input_at` on; the first `input_length` of them are valid.
+    input: Vec<u8>,
+    input_at: u64,
+    input_length: u64,
+    /// The cluster that was decoded last.
+    cluster: Vec<u8>,
+    /// Its descriptor.
+    held: Option<u64>,
+}
+
+impl CompressedReader {
+    /// Fill `buffer` with the bytes from `start` on of the cluster at guest offset `guest`, whose entry has this
+    /// descriptor.
+    ///
+    /// # Errors
+    /// Corruption if the stream does not decode to a cluster; I/O errors.
+    pub fn read(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &Image,
+        (guest, descriptor): (u64, u64),
+        start: u64,
+        buffer: &mut [u8],
+    ) -> DriverResult<()> {
+        let size = usize::try_from(image.cluster_size().bytes()).map_err(|_| overflow("the cluster size"))?;
+        if start == 0 && buffer.len() == size && self.held != Some(descriptor) {
+            return self.decode(io, image, (guest, descriptor), buffer);
+        }
+        if self.held != Some(descriptor) {
+            self.held = None;
+            let mut cluster = core::mem::take(&mut self.cluster);
+            cluster.resize(size, 0);
+            let result = self.decode(io, image, (guest, descriptor), &mut cluster);
+            self.cluster = cluster;
+            result?;
+            self.held = Some(descriptor);
+        }
+        let start = usize::try_from(start).map_err(|_| overflow("an offset in a cluster"))?;
+        let part = start.checked_add(buffer.len()).and_then(|end| self.cluster.get(start..end));
+        buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a cluster"))?);
+        Ok(())
+    }
+
+    /// Decode a whole cluster.
+    fn decode(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &Image,
+        (guest, descriptor): (u64, u64),
+        output: &mut [u8],
+    ) -> DriverResult<()> {
+        let range = CompressedRange::decode(descriptor, image.cluster_size());
+        let (start, end) = self.load(io, image, range)?;
+        let stream = self.input.get(start..end).ok_or_else(|| overflow("a compressed cluster"))?;
+        let decoder = self.decoder.get_or_insert_with(|| Decompressor::new(image.header.compression));
+        decoder.decompress(stream, output).map_err(|error| {
+            image.corrupt(range.offset.0, format!("the compressed cluster of guest offset {guest} {error}"))
+        })
+    }
+
+    /// Have a range of the file in memory; returns where it stands in `input`. Past the end of the file are zeroes.
+    fn load(&mut self, io: &mut dyn BlockIo, image: &Image, range: CompressedRange) -> DriverResult<(usize, usize)> {
+        let held_end = self.input_at + self.input_length;
+        let begins_inside = (self.input_at..=held_end).contains(&range.offset.0) && self.input_length > 0;
+        if !begins_inside || range.end() > held_end {
+            let ahead = if begins_inside { READ_AHEAD } else { 0 };
+            // No further than the file goes, but as far as the range does.
+            let end = (range.offset.0 + ahead).min(image.file_length).max(range.end());
+            let length = end - range.offset.0;
+            let count = usize::try_from(length).map_err(|_| overflow("a compressed cluster"))?;
+            if self.input.len() < count {
+                self.input = alloc::vec![0; count];
+            }
+            self.input_length = 0;
+            io.read(image.device, range.offset.0, self.input.get_mut(..count).unwrap_or_default())?;
+            (self.input_at, self.input_length) = (range.offset.0, length);
+        }
+        let start = usize::try_from(range.offset.0 - self.input_at).map_err(|_| overflow("a compressed cluster"))?;
+        let length = usize::try_from(range.length).map_err(|_| overflow("a compressed cluster"))?;
+        Ok((start, start + length))
+    }
+}
