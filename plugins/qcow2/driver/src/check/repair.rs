@@ -20,10 +20,11 @@ use crate::metadata::entries::scan_l1_flags;
 use crate::metadata::map::MetadataMap;
 use crate::metadata::mapped_clusters::MappedClusters;
 use crate::metadata::slice_cache::SliceCache;
+use crate::metadata::structures::Structures;
 use crate::refcount::allocator::Allocator;
 use crate::refcount::blocks::Refcounts;
 use crate::refcount::publish::Publication;
-use crate::references::calculate::References;
+use crate::references::calculate::calculate;
 use crate::references::calculated::CalculatedRefcounts;
 use alloc::format;
 use alloc::vec::Vec;
@@ -77,7 +78,7 @@ impl Repair {
     /// Corruption that the check does not see; [`ErrorCode::RefcountExhausted`] for references that the refcounts cannot
     /// count; [`ErrorCode::ScratchTooSmall`] if too much is wrong; I/O errors.
     pub fn plan(io: &mut dyn BlockIo, image: &Image, metadata: &MetadataMap) -> DriverResult<Self> {
-        let references = References::new(io, image, metadata)?;
+        let mut structures = Structures::new(image);
         let size = image.slice_size();
         let mut repair = Self {
             image: image.clone(),
@@ -92,7 +93,7 @@ impl Repair {
         let mut floor = HostCluster(0);
         loop {
             let mut counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 3));
-            references.count(io, &mut counts)?;
+            calculate(io, &mut structures, metadata, &mut counts)?;
             repair.correct_refcounts(io, &counts)?;
             repair.find_undescribed(io, &counts, &mut undescribed)?;
             repair.correct_l1_flags(io, &counts)?;

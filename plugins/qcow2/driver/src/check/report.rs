@@ -1,6 +1,6 @@
 //! Examining an image for a report: what a check of it prints, and nothing that a commit relies on.
 //!
-//! All references are counted ([`References`]) and compared with the refcounts, and the COPIED flags with those. A
+//! All references are counted ([`calculate`]) and compared with the refcounts, and the COPIED flags with those. A
 //! structure that makes no sense (a table outside the file, an entry that points to metadata) ends the examination with
 //! that finding: what it should refer to is not known, so that counts would be wrong from there on.
 
@@ -9,8 +9,9 @@ use crate::metadata::entries::scan_l1_flags;
 use crate::metadata::map::MetadataMap;
 use crate::metadata::mapped_clusters::MappedClusters;
 use crate::metadata::snapshot_table::SnapshotTable;
+use crate::metadata::structures::Structures;
 use crate::refcount::blocks::{Refcounts, CLUSTERS_PER_LOAD};
-use crate::references::calculate::References;
+use crate::references::calculate::calculate;
 use crate::references::calculated::CalculatedRefcounts;
 use alloc::format;
 use alloc::string::String;
@@ -67,12 +68,12 @@ impl Examiner<'_> {
 
     fn run(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let metadata = MetadataMap::build(io, self.image, Vec::new())?;
-        self.snapshot_sizes(io)?;
-        let references = References::new(io, self.image, &metadata)?;
+        let mut structures = Structures::new(self.image);
+        self.snapshot_sizes(structures.snapshots(io)?);
         let mut floor = HostCluster(0);
         loop {
             let mut counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 3));
-            references.count(io, &mut counts)?;
+            calculate(io, &mut structures, &metadata, &mut counts)?;
             self.compare(io, &counts)?;
             self.undescribed(io, &counts)?;
             match counts.next_floor() {
@@ -90,14 +91,12 @@ impl Examiner<'_> {
 
     /// In version 3 every snapshot records its virtual size ("Snapshots", extra data): without it, it would read as another
     /// disk once the image grows.
-    fn snapshot_sizes(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let snapshots = SnapshotTable::read(io, self.image)?.entries;
-        for (index, snapshot) in snapshots.iter().enumerate() {
+    fn snapshot_sizes(&mut self, snapshots: &SnapshotTable) {
+        for (index, snapshot) in snapshots.entries.iter().enumerate() {
             if self.image.header.version == Version::V3 && snapshot.virtual_size.is_none() {
                 self.corruption(format!("the entry of snapshot {} does not record its virtual size", index + 1));
             }
         }
-        Ok(())
     }
 
     /// Clusters up to the end of the file: what lies past it is nobody's.

@@ -8,21 +8,23 @@
 
 use crate::check::repair::Repair;
 use crate::image::{overflow, Image};
-use crate::metadata::entries::{scan_l1_at, scan_refcount_table};
+use crate::metadata::cluster_run::ClusterRun;
 use crate::metadata::l2_entry::{compressed_range, Mapped};
 use crate::metadata::map::MetadataMap;
 use crate::metadata::mapped_clusters::MappedClusters;
-use crate::metadata::snapshot_table::SnapshotTable;
+use crate::metadata::reference::{Reference, Structure};
+use crate::metadata::structures::{Kinds, Structures};
 use crate::read::compressed::CompressedReader;
 use crate::refcount::blocks::Refcounts;
-use crate::references::calculate::References;
+use crate::references::calculate::calculate;
 use crate::references::calculated::CalculatedRefcounts;
 use crate::references::cluster_set::ClusterSet;
 use crate::references::compare::refuse_too_few;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use core::fmt::Display;
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
 
 /// Memory for the set of clusters with one reference, in bytes: at least 80 million clusters a pass.
@@ -57,8 +59,8 @@ impl Seen {
     }
 
     /// Add clusters that follow each other, with one reference each. Compressed clusters are added after all of them.
-    fn insert_range(&mut self, first: HostCluster, count: u64) -> bool {
-        self.single.insert_range(first, count)
+    fn insert_run(&mut self, run: ClusterRun) -> bool {
+        self.single.insert_range(run.start, run.count)
     }
 
     /// Add a cluster that a compressed cluster touches; `false` if anything but compressed clusters is there.
@@ -150,29 +152,17 @@ impl Verifier<'_> {
         }
     }
 
-    /// Header, refcount table and blocks, L1 table, L2 tables; those past the end of the disk only if `beyond`.
+    /// Everything that is no bitmap and not referred to by L2 entries; tables past the end of the disk only if `beyond`.
     fn add_metadata(&self, io: &mut dyn BlockIo, seen: &mut Seen, beyond: bool) -> DriverResult<()> {
-        let header = &self.image.header;
-        let (l1_table, l1_bytes) = (header.l1_table, header.l1_bytes());
-        let (table, table_bytes) = (header.refcount_table, header.refcount_table_bytes());
-        add_range(self.image, seen, HostOffset(0), 1, "the header", 0)?;
-        add_range(self.image, seen, table, table_bytes, "the refcount table", 48)?;
-        add_range(self.image, seen, l1_table, l1_bytes, "the L1 table", 40)?;
-        let image = self.image;
-        let snapshots = SnapshotTable::read(io, image)?;
-        if snapshots.table_bytes != 0 {
-            add_range(image, seen, image.header.snapshot_table, snapshots.table_bytes, "the snapshot table", 64)?;
-        }
-        for snapshot in snapshots.entries.iter().filter(|snapshot| snapshot.l1_entries != 0) {
-            let bytes = u64::from(snapshot.l1_entries) * 8;
-            add_range(image, seen, snapshot.l1_table, bytes, "the L1 table of a snapshot", snapshot.l1_table.0)?;
-        }
-        scan_refcount_table(io, image, &mut |index, at, block| {
-            add_one(image, seen, block, at, || format!("refcount block {index}"))
-        })?;
-        let entries = if beyond { u64::from(header.l1_entries) } else { image.used_l1_entries() };
-        scan_l1_at(io, image, l1_table, entries, &mut |index, at, table| {
-            add_one(image, seen, table, at, || format!("L2 table {index}"))
+        let tables = if beyond { Kinds::ACTIVE_L2 } else { Kinds::MAPPED_L2 };
+        let kinds = Kinds::HEADER | Kinds::SNAPSHOTS | Kinds::REFCOUNT_BLOCKS | tables;
+        Structures::new(self.image).visit(io, kinds, &mut |reference| {
+            let Reference { structure, offset, run, at, .. } = reference;
+            if seen.insert_run(run) {
+                return Ok(());
+            }
+            let at = if let Structure::InactiveL1(_) = structure { offset.0 } else { at };
+            Err(overlaps(self.image, offset, at, structure))
         })
     }
 
@@ -195,7 +185,7 @@ impl Verifier<'_> {
                     );
                     return Err(image.corrupt(at, text));
                 }
-                add_one(image, seen, offset, at, || format!("the cluster of guest offset {guest}"))?;
+                add_one(image, seen, offset, at, guest)?;
             }
             Ok(true)
         })
@@ -205,12 +195,12 @@ impl Verifier<'_> {
     /// that has any left: what snapshots and bitmaps refer to must have been counted.
     fn references(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let metadata = MetadataMap::build(io, self.image, Vec::new())?;
-        let references = References::new(io, self.image, &metadata)?;
+        let mut structures = Structures::new(self.image);
         let mut refcounts = Refcounts::new(self.image);
         let mut floor = HostCluster(0);
         loop {
             let mut counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 3));
-            references.count(io, &mut counts)?;
+            calculate(io, &mut structures, &metadata, &mut counts)?;
             refuse_too_few(io, self.image, &mut refcounts, &mut counts.iter())?;
             match counts.next_floor() {
                 Some(next) => floor = next,
@@ -248,7 +238,7 @@ impl Verifier<'_> {
                         ),
                     ));
                 }
-                add_one(image, seen, offset, at, || format!("the cluster of guest offset {guest}"))?;
+                add_one(image, seen, offset, at, guest)?;
             }
             Ok(true)
         })?;
@@ -287,23 +277,14 @@ fn add_compressed(image: &Image, seen: &mut Seen, guest: u64, at: u64, descripto
     Ok(())
 }
 
-fn add_one(
-    image: &Image,
-    seen: &mut Seen,
-    offset: HostOffset,
-    at: u64,
-    what: impl Fn() -> alloc::string::String,
-) -> DriverResult<()> {
+fn add_one(image: &Image, seen: &mut Seen, offset: HostOffset, at: u64, guest: u64) -> DriverResult<()> {
     if seen.insert(image.host_cluster(offset)) {
         return Ok(());
     }
-    Err(image.corrupt(at, format!("{} at offset {offset} overlaps another structure", what())))
+    Err(overlaps(image, offset, at, format_args!("the cluster of guest offset {guest}")))
 }
 
-fn add_range(image: &Image, seen: &mut Seen, offset: HostOffset, bytes: u64, what: &str, at: u64) -> DriverResult<()> {
-    let size = image.cluster_size();
-    if seen.insert_range(size.host_cluster(offset), size.count_for(bytes)) {
-        return Ok(());
-    }
-    Err(image.corrupt(at, format!("{what} at offset {offset} overlaps another structure")))
+/// The corruption of what stands at `offset`, to which byte `at` refers.
+fn overlaps(image: &Image, offset: HostOffset, at: u64, what: impl Display) -> DriverError {
+    image.corrupt(at, format!("{what} at offset {offset} overlaps another structure"))
 }

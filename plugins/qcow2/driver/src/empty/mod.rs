@@ -22,11 +22,13 @@ use crate::check::repair::Repair;
 use crate::empty::refcount_table::{BlockSet, BlockTable};
 use crate::image::{overflow, Image};
 use crate::metadata::entries::scan_table;
+use crate::metadata::reference::Reference;
+use crate::metadata::structures::header_structures;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult, OrderedWriter};
-use instar_qcow2_format::{autoclear, HostCluster, HostOffset, Version, AUTOCLEAR_OFFSET};
+use instar_qcow2_format::{autoclear, HostCluster, Version, AUTOCLEAR_OFFSET};
 
 /// Bytes of zeroes that are written at once.
 const ZERO_CHUNK: u64 = 256 << 10;
@@ -111,25 +113,10 @@ impl Emptying<'_> {
         io.run(&mut requests)
     }
 
-    /// Clusters that stay in use whatever happens: header, refcount table, L1 table.
-    fn fixed_ranges(&self) -> [(u64, u64); 3] {
-        let size = self.image.cluster_size();
-        let header = &self.image.header;
-        let span = |offset: HostOffset, bytes: u64| {
-            let first = size.host_cluster(offset).0;
-            (first, first + size.count_for(bytes))
-        };
-        [
-            (0, 1),
-            span(header.refcount_table, header.refcount_table_bytes()),
-            if header.l1_entries == 0 { (0, 1) } else { span(header.l1_table, header.l1_bytes()) },
-        ]
-    }
-
-    /// Add the blocks that describe what stays in use whatever happens.
+    /// Add the blocks that describe what stays in use whatever happens: header, refcount table and L1 table.
     fn add_fixed(&self, table: &BlockTable<'_>, needed: &mut BlockSet) {
-        for (first, end) in self.fixed_ranges() {
-            let (first, last) = (table.describing(HostCluster(first)), table.describing(HostCluster(end - 1)));
+        for Reference { run, .. } in header_structures(self.image) {
+            let (first, last) = (table.describing(run.start), table.describing(HostCluster(run.end() - 1)));
             (first..=last).for_each(|index| {
                 needed.insert(index);
             });
@@ -146,10 +133,8 @@ impl Emptying<'_> {
         let mut floor = HostCluster(0);
         loop {
             let mut stays = table.own_clusters(io, floor, SET_BUDGET)?;
-            for (first, after) in self.fixed_ranges() {
-                (first..after).for_each(|cluster| {
-                    stays.insert(HostCluster(cluster));
-                });
+            for Reference { run, .. } in header_structures(self.image) {
+                stays.insert_range(run.start, run.count);
             }
             let next = stays.next_floor();
             let ceiling = next.map_or(u64::MAX, |cluster| cluster.0);

@@ -19,7 +19,7 @@
 
 use crate::grow::planned::BitmapGrowth;
 use crate::image::overflow;
-use crate::metadata::bitmap_directory::{find_directory, read_directory};
+use crate::metadata::bitmap_directory::BitmapDirectory;
 use crate::write::sink::Qcow2Sink;
 use alloc::format;
 use alloc::vec::Vec;
@@ -31,18 +31,16 @@ impl Qcow2Sink {
     /// Which bitmaps need a longer table for a disk of `size` bytes.
     pub(crate) fn plan_bitmap_growth(&mut self, io: &mut dyn BlockIo, size: u64) -> DriverResult<Vec<BitmapGrowth>> {
         let mut growing = Vec::new();
-        let Some(directory) = find_directory(&self.image)? else {
-            return Ok(growing);
-        };
         let (image, recorded) = (&self.image, &mut self.bitmaps.recorded);
         let mut kept_up = 0..;
-        read_directory(io, image, directory, &mut |at, what, old| {
+        for entry in BitmapDirectory::read(io, image, &mut |_| Ok(()))?.entries {
+            let (at, old) = (entry.at, entry.bitmap);
             let number = if old.is_recording() { kept_up.next() } else { None };
             if old.in_use {
-                return Ok(());
+                continue;
             }
             let entries = old.entries_for(size, image.cluster_size()).ok_or_else(|| {
-                let text = format!("the image cannot grow to {size} bytes: {what}would be too long");
+                let text = format!("the image cannot grow to {size} bytes: {}would be too long", entry.what());
                 DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, at)
             })?;
             if entries > old.table_entries {
@@ -51,8 +49,7 @@ impl Qcow2Sink {
                     recorded.entries = u64::from(entries);
                 }
             }
-            Ok(())
-        })?;
+        }
         Ok(growing)
     }
 

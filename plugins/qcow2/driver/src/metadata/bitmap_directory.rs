@@ -4,14 +4,14 @@
 //! know them has changed the image, and there are none.
 
 use crate::image::{overflow, Image};
-use crate::metadata::entries::scan_bitmap_table;
 use alloc::format;
+use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{
-    autoclear, Bitmap, BitmapError, Bitmaps as Directory, ExtensionKind, HostCluster, HostOffset, BITMAP_ENTRY_BYTES,
+    autoclear, Bitmap, BitmapError, Bitmaps as Directory, ExtensionKind, HostOffset, BITMAP_ENTRY_BYTES,
 };
 
 /// Bytes of the directory that are read at once.
@@ -27,8 +27,71 @@ pub(crate) fn refusal(image: &Image, at: u64, what: &str, error: BitmapError) ->
     }
 }
 
-/// The bitmap directory, if the autoclear bit says that it counts; it lies in the file.
-pub(crate) fn find_directory(image: &Image) -> DriverResult<Option<Directory>> {
+/// Where a directory is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DirectoryPlace {
+    pub(crate) offset: HostOffset,
+    /// Length in bytes.
+    pub(crate) bytes: u64,
+    /// Byte offset in the file of the header extension that refers to it.
+    pub(crate) named_at: u64,
+}
+
+/// An entry of the directory: a bitmap whose table lies in the file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DirectoryEntry {
+    /// Its number, counted from 1.
+    number: u32,
+    /// Byte offset in the file where it begins.
+    pub(crate) at: u64,
+    pub(crate) bitmap: Bitmap,
+}
+
+impl DirectoryEntry {
+    /// What messages call it; a space follows.
+    pub(crate) fn what(&self) -> String {
+        format!("bitmap {} of the directory ", self.number)
+    }
+}
+
+/// The bitmaps of an image.
+#[derive(Debug, Default)]
+pub(crate) struct BitmapDirectory {
+    /// `None` if there are no bitmaps that count.
+    pub(crate) place: Option<DirectoryPlace>,
+    /// The bitmaps, in the order of the directory.
+    pub(crate) entries: Vec<DirectoryEntry>,
+}
+
+impl BitmapDirectory {
+    /// Read the directory; each entry is handed to `verify` before the next one is looked at. Nothing is read from an image
+    /// without bitmaps that count.
+    ///
+    /// # Errors
+    /// Corruption; [`ErrorCode::UnsupportedFormat`] for what the specification does not know; I/O errors; what `verify`
+    /// returns.
+    pub(crate) fn read(
+        io: &mut dyn BlockIo,
+        image: &Image,
+        verify: &mut dyn FnMut(&DirectoryEntry) -> DriverResult<()>,
+    ) -> DriverResult<Self> {
+        let Some((named_at, directory)) = find_directory(image)? else {
+            return Ok(Self::default());
+        };
+        let (offset, bytes) = (HostOffset(directory.directory_offset), directory.directory_size);
+        let mut found = Self { place: Some(DirectoryPlace { offset, bytes, named_at }), entries: Vec::new() };
+        read_entries(io, image, directory, &mut |entry| {
+            verify(&entry)?;
+            found.entries.push(entry);
+            Ok(())
+        })?;
+        Ok(found)
+    }
+}
+
+/// The bitmap directory, if the autoclear bit says that it counts, and where the extension stands that refers to it. It lies
+/// in the file.
+fn find_directory(image: &Image) -> DriverResult<Option<(u64, Directory)>> {
     // Version 2 has no autoclear bits.
     if image.header.autoclear & autoclear::BITMAPS == 0 {
         return Ok(None);
@@ -47,49 +110,15 @@ pub(crate) fn find_directory(image: &Image) -> DriverResult<Option<Directory>> {
         let text = format!("the bitmap directory at offset {offset} lies past the end of the file");
         return Err(image.corrupt(extension.offset, text));
     }
-    Ok(Some(directory))
+    Ok(Some((extension.offset, directory)))
 }
 
-/// Call `each` with every cluster of the image's bitmaps (directory, tables, data), and the byte offset of what refers to
-/// it. There are none if the autoclear bit of the bitmaps is off: a program that does not know them changed the image.
-///
-/// # Errors
-/// Corruption of the directory or a table; I/O errors; what `each` returns.
-pub(crate) fn each_bitmap_cluster(
-    io: &mut dyn BlockIo,
-    image: &Image,
-    each: &mut dyn FnMut(u64, HostCluster) -> DriverResult<()>,
-) -> DriverResult<()> {
-    let Some(directory) = find_directory(image)? else {
-        return Ok(());
-    };
-    let size = image.cluster_size();
-    let clusters = |offset: HostOffset, bytes| {
-        let first = size.host_cluster(offset).0;
-        (first..first + size.count_for(bytes)).map(HostCluster)
-    };
-    let base = directory.directory_offset;
-    clusters(HostOffset(base), directory.directory_size).try_for_each(|cluster| each(base, cluster))?;
-    let mut bitmaps = Vec::new();
-    read_directory(io, image, directory, &mut |at, _, bitmap| {
-        bitmaps.push((at, bitmap));
-        Ok(())
-    })?;
-    for (at, bitmap) in bitmaps {
-        clusters(bitmap.table, bitmap.table_bytes()).try_for_each(|cluster| each(at, cluster))?;
-        let entries = u64::from(bitmap.table_entries);
-        scan_bitmap_table(io, image, bitmap.table, entries, &mut |data| each(at, size.host_cluster(data)))?;
-    }
-    Ok(())
-}
-
-/// Call `each` with every bitmap of the directory, where its entry stands, and what to call it. The directory lies in the
-/// file, and so does each table.
-pub(crate) fn read_directory(
+/// Call `each` with every entry of the directory. The directory lies in the file, and so does each table.
+fn read_entries(
     io: &mut dyn BlockIo,
     image: &Image,
     directory: Directory,
-    each: &mut dyn FnMut(u64, &str, Bitmap) -> DriverResult<()>,
+    each: &mut dyn FnMut(DirectoryEntry) -> DriverResult<()>,
 ) -> DriverResult<()> {
     let size = image.cluster_size();
     let end = directory.directory_offset.saturating_add(directory.directory_size);
@@ -115,7 +144,7 @@ pub(crate) fn read_directory(
             let text = format!("{what}has its table at offset {}, past the end of the file", bitmap.table);
             return Err(image.corrupt(at, text));
         }
-        each(at, &what, bitmap)?;
+        each(DirectoryEntry { number, at, bitmap })?;
         at = next;
     }
     if at != end {

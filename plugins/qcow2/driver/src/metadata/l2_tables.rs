@@ -4,15 +4,16 @@
 //! entries count as often as L1 entries refer to it, as in refcounts ("Host cluster management" in the specification).
 
 use crate::image::{overflow, Image};
-use crate::metadata::entries::scan_l1_at;
+use crate::metadata::cluster_run::ClusterRun;
 use crate::metadata::l2_entry::decode_entry;
-use crate::metadata::snapshot_table::SnapshotTable;
+use crate::metadata::reference::{Reference, Structure};
+use crate::metadata::structures::{EachReference, Kinds, Structures};
 use crate::metadata::table_reader::is_zero;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Request};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Holes};
-use instar_qcow2_format::{CompressedRange, HostCluster, HostOffset, L2Entry};
+use instar_qcow2_format::{CompressedRange, HostOffset, L2Entry};
 
 /// Bytes of tables that are read at once.
 const WINDOW: u64 = 2 << 20;
@@ -28,102 +29,57 @@ pub(crate) struct L2Table {
     pub(crate) times: u32,
 }
 
-/// An entry of an L2 table that refers to something in the file.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Referring {
-    /// Where it stands in the file, in bytes.
-    pub(crate) at: u64,
-    pub(crate) entry: L2Entry,
-    /// How many L1 entries refer to its table.
-    pub(crate) times: u32,
-}
-
-impl Referring {
-    /// Verify that everything the entry refers to lies in the file.
-    ///
-    /// # Errors
-    /// Corruption.
-    pub(crate) fn verify_bounds(&self, image: &Image) -> DriverResult<()> {
-        let past = |offset: HostOffset| {
-            image.corrupt(self.at, format!("an L2 entry points to offset {offset}, past the end of the file: it is damaged, or the file is cut off"))
-        };
-        if let L2Entry::Compressed { descriptor } = self.entry {
-            let range = CompressedRange::decode(descriptor, image.cluster_size());
-            // Only its last sector may be cut off.
-            if !image.holds_bytes(range.last_sector(), 1) {
-                return Err(past(range.offset));
-            }
-        }
-        match self.entry.host() {
-            Some((offset, _)) if !image.holds_cluster(offset) => Err(past(offset)),
-            _ => Ok(()),
-        }
-    }
-
-    /// Call `each` with every host cluster that the entry refers to, wherever it is.
-    ///
-    /// # Errors
-    /// What `each` returns.
-    pub(crate) fn each_cluster(
-        &self,
-        image: &Image,
-        each: &mut dyn FnMut(HostCluster) -> DriverResult<()>,
-    ) -> DriverResult<()> {
-        let size = image.cluster_size();
-        if let L2Entry::Compressed { descriptor } = self.entry {
-            CompressedRange::decode(descriptor, size).host_clusters(size).try_for_each(&mut *each)?;
-        }
-        self.entry.host().map_or(Ok(()), |(offset, _)| each(size.host_cluster(offset)))
-    }
-}
-
 /// The L2 tables of the active state and of all snapshots, ascending.
 pub(crate) struct L2Tables {
     all: Vec<L2Table>,
 }
 
 impl L2Tables {
-    /// Look all L1 tables up; `snapshots` are those of the image. The tables that they refer to lie in the file.
+    /// Look all L1 tables up. The L2 tables that they refer to lie in the file.
     ///
     /// # Errors
     /// Corruption of an L1 table; [`ErrorCode::ScratchTooSmall`] for more tables than memory holds; I/O errors.
-    pub(crate) fn read(io: &mut dyn BlockIo, image: &Image, snapshots: &SnapshotTable) -> DriverResult<Self> {
+    pub(crate) fn read(io: &mut dyn BlockIo, structures: &mut Structures<'_>) -> DriverResult<Self> {
+        let image = structures.image();
+        structures.snapshots(io)?;
         let most = io.heap_free() / 8 / size_of::<L2Table>();
         let mut all: Vec<L2Table> = Vec::new();
-        let active = (image.header.l1_table, image.header.l1_entries);
-        let of_snapshots = snapshots.entries.iter().map(|snapshot| (snapshot.l1_table, snapshot.l1_entries));
-        for (l1, entries) in core::iter::once(active).chain(of_snapshots) {
-            scan_l1_at(io, image, l1, u64::from(entries), &mut |_, _, offset| {
-                if all.len() >= most {
-                    merge(&mut all);
-                }
-                if all.len() >= most {
-                    let text = "the image has too many L2 tables";
-                    return Err(DriverError::new(ErrorCode::ScratchTooSmall, text).at(image.device, l1.0));
-                }
-                all.push(L2Table { offset, times: 1 });
-                Ok(())
-            })?;
-            merge(&mut all);
-        }
+        // The tables of one L1 table after the other are merged with those before.
+        let mut of = None;
+        structures.visit(io, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2, &mut |reference| {
+            let snapshot = match reference.structure {
+                Structure::InactiveL2(number) => Some(number),
+                _ => None,
+            };
+            if all.len() >= most || of != snapshot {
+                merge(&mut all);
+            }
+            if all.len() >= most {
+                let text = "the image has too many L2 tables";
+                return Err(DriverError::new(ErrorCode::ScratchTooSmall, text).at(image.device, reference.at));
+            }
+            of = snapshot;
+            all.push(L2Table { offset: reference.offset, times: 1 });
+            Ok(())
+        })?;
+        merge(&mut all);
         Ok(Self { all })
     }
 
-    /// The tables, ascending.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &L2Table> {
-        self.all.iter()
+    /// The references to the tables themselves, ascending. Of those from L1 entries nothing but their number is left: they
+    /// stand where the table does.
+    pub(crate) fn references<'a>(&'a self, image: &'a Image) -> impl Iterator<Item = Reference> + 'a {
+        self.all.iter().map(|table| {
+            let whole = Reference::one(image, Structure::L2Table, table.offset, 1, table.offset.0);
+            Reference { times: table.times, ..whole }
+        })
     }
 
-    /// Call `each` with every entry that refers to a cluster.
+    /// Call `each` with what every entry refers to.
     ///
     /// # Errors
     /// Corruption of an entry; I/O errors; what `each` returns.
-    pub(crate) fn each_entry(
-        &self,
-        io: &mut dyn BlockIo,
-        image: &Image,
-        each: &mut dyn FnMut(Referring) -> DriverResult<()>,
-    ) -> DriverResult<()> {
+    pub(crate) fn each_entry(&self, io: &mut dyn BlockIo, image: &Image, each: EachReference<'_>) -> DriverResult<()> {
         let bytes = image.cluster_size().bytes();
         let slice = bytes.min(SLICE);
         let width = image.header.l2_entry_bytes();
@@ -174,13 +130,25 @@ impl L2Tables {
                     let at = first + index * width;
                     let (entry, _) =
                         decode_entry(image, raw).map_err(|error| image.corrupt(at, format!("an L2 entry {error}")))?;
-                    if entry.host().is_some() || matches!(entry, L2Entry::Compressed { .. }) {
-                        each(Referring { at, entry, times })?;
+                    if let Some((offset, run)) = clusters_of(image, entry) {
+                        each(Reference { structure: Structure::GuestData(entry), offset, run, at, times })?;
                     }
                 }
             }
         }
     }
+}
+
+/// Where that begins which an entry refers to, and the clusters that it touches.
+fn clusters_of(image: &Image, entry: L2Entry) -> Option<(HostOffset, ClusterRun)> {
+    let size = image.cluster_size();
+    if let L2Entry::Compressed { descriptor } = entry {
+        let range = CompressedRange::decode(descriptor, size);
+        let start = size.host_cluster(range.offset);
+        let last = size.host_cluster(HostOffset(range.end() - 1));
+        return Some((range.offset, ClusterRun { start, count: last.0 - start.0 + 1 }));
+    }
+    entry.host().map(|(offset, _)| (offset, ClusterRun { start: size.host_cluster(offset), count: 1 }))
 }
 
 /// Sort tables, and make one of those that are the same.

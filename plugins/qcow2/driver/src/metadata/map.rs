@@ -1,8 +1,9 @@
 //! Which clusters of a backing are metadata: data must never be written there.
 
 use crate::image::Image;
-use crate::metadata::entries::{scan_l1_at, scan_refcount_table};
-use crate::metadata::snapshot_table::SnapshotTable;
+use crate::metadata::cluster_run::ClusterRun;
+use crate::metadata::reference::Structure;
+use crate::metadata::structures::{Kinds, Structures};
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
@@ -23,6 +24,20 @@ pub fn refuse_overlaps(image: &Image, ranges: &[(u64, u64)]) -> DriverResult<()>
     Ok(())
 }
 
+/// Merge the L2 tables of one snapshot, which are those from index `before` on, with those of the snapshots before it. A
+/// table may be of several snapshots, but it maps one part of the disk.
+///
+/// # Errors
+/// Corruption: a snapshot has a table twice.
+fn merge_shared(image: &Image, shared: &mut Vec<(u64, u64)>, before: usize) -> DriverResult<()> {
+    let own = shared.get_mut(before..).unwrap_or_default();
+    own.sort_unstable();
+    refuse_overlaps(image, own)?;
+    shared.sort_unstable();
+    shared.dedup();
+    Ok(())
+}
+
 /// Header, L1 tables, refcount table and blocks, snapshot table, bitmaps, and all L2 tables of an image.
 #[derive(Debug)]
 pub struct MetadataMap {
@@ -39,54 +54,37 @@ impl MetadataMap {
     /// Corruption: a table entry that points outside the file, or two structures that overlap;
     /// [`ErrorCode::ScratchTooSmall`]; I/O errors.
     pub fn build(io: &mut dyn BlockIo, image: &Image, bitmaps: Vec<(u64, u64)>) -> DriverResult<Self> {
-        let size = image.cluster_size();
-        let header = &image.header;
-        let span = |offset, bytes: u64| {
-            let first = size.host_cluster(offset).0;
-            (first, first + size.count_for(bytes).max(1) - 1)
-        };
-        let mut ranges = bitmaps;
-        ranges.extend([(0, 0), span(header.refcount_table, header.refcount_table_bytes())]);
-        if header.l1_entries != 0 {
-            ranges.push(span(header.l1_table, header.l1_bytes()));
-        }
-        let snapshots = SnapshotTable::read(io, image)?;
-        if snapshots.table_bytes != 0 {
-            ranges.push(span(header.snapshot_table, snapshots.table_bytes));
-        }
-        for snapshot in snapshots.entries.iter().filter(|snapshot| snapshot.l1_entries != 0) {
-            ranges.push(span(snapshot.l1_table, u64::from(snapshot.l1_entries) * 8));
-        }
+        let mut structures = Structures::new(image);
+        structures.snapshots(io)?;
         let room = io.heap_free() / 4 / core::mem::size_of::<(u64, u64)>();
-        let push = |ranges: &mut Vec<(u64, u64)>, range: (u64, u64)| {
+        let push = |ranges: &mut Vec<(u64, u64)>, run: ClusterRun| {
             if ranges.len() >= room {
                 return Err(DriverError::new(ErrorCode::ScratchTooSmall, "the image has too many tables"));
             }
-            ranges.push(range);
+            ranges.push((run.start.0, run.end() - 1));
             Ok(())
         };
-        scan_refcount_table(io, image, &mut |_, _, block| push(&mut ranges, span(block, 1)))?;
+        let mut ranges = bitmaps;
+        let others = Kinds::HEADER | Kinds::SNAPSHOTS | Kinds::REFCOUNT_BLOCKS;
+        structures.visit(io, others, &mut |reference| push(&mut ranges, reference.run))?;
         // All tables, also those of what lies past the end of the virtual disk: no refcount block may be one of them.
-        let (l1, l1_entries) = (header.l1_table, u64::from(header.l1_entries));
         let others = ranges.len();
-        scan_l1_at(io, image, l1, l1_entries, &mut |_, _, table| push(&mut ranges, span(table, 1)))?;
+        structures.visit(io, Kinds::ACTIVE_L2, &mut |reference| push(&mut ranges, reference.run))?;
         // A snapshot shares its L2 tables with the active state, and with other snapshots, until they are written to.
         let mut shared = Vec::new();
-        for snapshot in &snapshots.entries {
-            let entries = u64::from(snapshot.l1_entries);
-            let before = shared.len();
-            scan_l1_at(io, image, snapshot.l1_table, entries, &mut |_, _, table| push(&mut shared, span(table, 1)))?;
-            let own = shared.get_mut(before..).unwrap_or_default();
-            own.sort_unstable();
-            // A table may be of several snapshots, but it maps one part of the disk.
-            refuse_overlaps(image, own)?;
-            shared.sort_unstable();
-            shared.dedup();
-        }
+        let (mut of, mut before) = (Structure::Header, 0);
+        structures.visit(io, Kinds::INACTIVE_L2, &mut |reference| {
+            if of != reference.structure {
+                merge_shared(image, &mut shared, before)?;
+                (of, before) = (reference.structure, shared.len());
+            }
+            push(&mut shared, reference.run)
+        })?;
+        merge_shared(image, &mut shared, before)?;
         if !shared.is_empty() {
             let mut active: Vec<u64> = Vec::new();
-            scan_l1_at(io, image, l1, l1_entries, &mut |_, _, table| {
-                active.push(size.host_cluster(table).0);
+            structures.visit(io, Kinds::ACTIVE_L2, &mut |reference| {
+                active.push(reference.run.start.0);
                 Ok(())
             })?;
             active.sort_unstable();

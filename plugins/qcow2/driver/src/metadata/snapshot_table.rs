@@ -1,6 +1,7 @@
 //! The internal snapshots of an image: which tables they hold.
 
 use crate::image::{overflow, Image};
+use crate::metadata::reference::{Reference, Structure};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -18,6 +19,8 @@ const FIRST_READ: u64 = 16 << 10;
 pub struct SnapshotTable {
     /// The snapshots, in the order of the table.
     pub entries: Vec<Snapshot>,
+    /// Byte offset in the file of each of its entries.
+    places: Vec<u64>,
     /// Bytes of the snapshot table.
     pub table_bytes: u64,
 }
@@ -70,6 +73,19 @@ pub fn snapshot_view(io: &mut dyn BlockIo, image: &Image, number: u32, virtual_s
     Ok(view)
 }
 
+impl SnapshotTable {
+    /// The table itself, if there is one, and the L1 tables of the snapshots; empty ones are left out.
+    pub(crate) fn structures<'a>(&'a self, image: &'a Image) -> impl Iterator<Item = Reference> + 'a {
+        let table = image.header.snapshot_table;
+        let table = Reference::one(image, Structure::SnapshotTable, table, self.table_bytes, 64);
+        let tables = self.entries.iter().zip(&self.places).enumerate().map(|(number, (snapshot, &at))| {
+            let bytes = u64::from(snapshot.l1_entries) * 8;
+            Reference::one(image, Structure::InactiveL1(number), snapshot.l1_table, bytes, at)
+        });
+        core::iter::once(table).chain(tables).filter(|reference| reference.run.count != 0)
+    }
+}
+
 /// All entries, or `None` if the bytes end before them.
 fn parse_all(image: &Image, bytes: &[u8], count: u32) -> DriverResult<Option<SnapshotTable>> {
     let base = image.header.snapshot_table.0;
@@ -85,6 +101,7 @@ fn parse_all(image: &Image, bytes: &[u8], count: u32) -> DriverResult<Option<Sna
             return Err(image.corrupt(base + at as u64, text));
         }
         snapshots.entries.push(entry);
+        snapshots.places.push(base + at as u64);
         at = next;
     }
     snapshots.table_bytes = at as u64;

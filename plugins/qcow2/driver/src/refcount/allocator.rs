@@ -9,6 +9,7 @@
 //! it durable in an order that never lets a reference point at a cluster with refcount 0.
 
 use crate::image::{overflow, Image};
+use crate::metadata::cluster_run::ClusterRun;
 use crate::metadata::slice_cache::SliceCache;
 use crate::refcount::blocks::Refcounts;
 use alloc::vec::Vec;
@@ -19,15 +20,6 @@ use instar_qcow2_format::{ClusterSize, HostCluster, HostOffset, MAX_REFCOUNT_TAB
 /// Slices of refcount blocks that are held while the refcounts are walked, at most, besides those that changed.
 pub(crate) const SLICES_HELD: usize = 256;
 
-/// Clusters that follow each other in the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// The first cluster.
-    pub start: HostCluster,
-    /// How many.
-    pub count: u64,
-}
-
 /// Hands out clusters.
 #[derive(Debug)]
 pub struct Allocator {
@@ -37,7 +29,7 @@ pub struct Allocator {
     /// The last refcount block that the plan needs: a new table has room for it.
     pub(crate) last_block: u64,
     /// Refcount tables that a larger one replaced: to be freed once the header points to that.
-    pub retired_tables: Vec<Run>,
+    pub retired_tables: Vec<ClusterRun>,
 }
 
 fn out_of_table() -> DriverError {
@@ -101,8 +93,8 @@ impl Allocator {
         image: &mut Image,
         refcounts: &mut Refcounts,
         count: u64,
-    ) -> DriverResult<Vec<Run>> {
-        let mut runs: Vec<Run> = Vec::new();
+    ) -> DriverResult<Vec<ClusterRun>> {
+        let mut runs: Vec<ClusterRun> = Vec::new();
         let mut remaining = count;
         while remaining > 0 {
             let (block_index, _) = refcounts.locate(self.next);
@@ -119,10 +111,10 @@ impl Allocator {
             refcounts.blocks.shrink(SLICES_HELD);
             refcounts.load(io, image, (first..until).map(HostCluster))?;
             // What has a refcount is left alone: on a device it is in use, past the end of a file a crash leaked it.
-            let mut found: Vec<Run> = Vec::new();
+            let mut found: Vec<ClusterRun> = Vec::new();
             refcounts.each_free_run(image, first, until, &mut |start, after| {
                 let count = remaining.min(after - start);
-                found.push(Run { start: HostCluster(start), count });
+                found.push(ClusterRun { start: HostCluster(start), count });
                 remaining -= count;
                 remaining > 0
             })?;
@@ -297,7 +289,7 @@ impl Allocator {
             }
         }
         let old_clusters = size.count_for(old_entries * 8);
-        self.retired_tables.push(Run { start: size.host_cluster(refcounts.table_offset), count: old_clusters });
+        self.retired_tables.push(ClusterRun { start: size.host_cluster(refcounts.table_offset), count: old_clusters });
         refcounts.table = table;
         refcounts.table_offset = offset;
         refcounts.table_entries = clusters * size.l2_entries();

@@ -1,7 +1,8 @@
 //! What allocating would come to: planning counts, to the cluster, what [`allocator`](crate::refcount::allocator) will hand out.
 
 use crate::image::{overflow, Image};
-use crate::refcount::allocator::{growth, Allocator, Run, SLICES_HELD};
+use crate::metadata::cluster_run::ClusterRun;
+use crate::refcount::allocator::{growth, Allocator, SLICES_HELD};
 use crate::refcount::blocks::Refcounts;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::HostCluster;
@@ -36,7 +37,7 @@ impl Allocator {
         image: &Image,
         refcounts: &mut Refcounts,
         demand: Demand,
-        taken: &mut dyn FnMut(Run),
+        taken: &mut dyn FnMut(ClusterRun),
     ) -> DriverResult<Forecast> {
         loop {
             let forecast = self.forecast_once(io, image, refcounts, demand, &mut |_| {})?;
@@ -55,7 +56,7 @@ impl Allocator {
         image: &Image,
         refcounts: &mut Refcounts,
         demand: Demand,
-        taken: &mut dyn FnMut(Run),
+        taken: &mut dyn FnMut(ClusterRun),
     ) -> DriverResult<Forecast> {
         let size = image.cluster_size();
         let per_block = refcounts.per_block();
@@ -65,7 +66,7 @@ impl Allocator {
         let mut described = 0;
         let (mut span, mut left, mut used) = (demand.span, demand.count, 0u64);
         let mut take = |at: &mut u64, count: u64| {
-            taken(Run { start: HostCluster(*at), count });
+            taken(ClusterRun { start: HostCluster(*at), count });
             used += count;
             *at = at.checked_add(count).ok_or_else(|| overflow("the length of the file"))?;
             DriverResult::Ok(())

@@ -5,8 +5,8 @@
 //! them, which costs a walk over all L2 tables (see [`cross_check`](crate::write::cross_check)). At the least doubt the file grows instead.
 
 use crate::image::Image;
+use crate::metadata::cluster_run::ClusterRun;
 use crate::metadata::map::MetadataMap;
-use crate::refcount::allocator::Run;
 use crate::refcount::blocks::{Refcounts, CLUSTERS_PER_LOAD};
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverResult};
@@ -22,7 +22,7 @@ const MAX_RUNS: usize = 1 << 16;
 /// Free clusters, ascending.
 #[derive(Debug, Default)]
 pub struct FreeClusters {
-    runs: Vec<Run>,
+    runs: Vec<ClusterRun>,
     /// Index of the first run that was not handed out.
     next: usize,
 }
@@ -55,9 +55,9 @@ impl FreeClusters {
     }
 
     /// The next clusters, `count` at most; `None` once all were handed out.
-    pub fn take(&mut self, count: u64) -> Option<Run> {
+    pub fn take(&mut self, count: u64) -> Option<ClusterRun> {
         let run = self.runs.get_mut(self.next).filter(|_| count > 0)?;
-        let taken = Run { start: run.start, count: run.count.min(count) };
+        let taken = ClusterRun { start: run.start, count: run.count.min(count) };
         run.start.0 += taken.count;
         run.count -= taken.count;
         self.next += usize::from(run.count == 0);
@@ -90,7 +90,7 @@ impl FreeClusters {
                 count += 1;
                 match found.runs.last_mut() {
                     Some(run) if run.start.0 + run.count == cluster.0 => run.count += 1,
-                    _ => found.runs.push(Run { start: cluster, count: 1 }),
+                    _ => found.runs.push(ClusterRun { start: cluster, count: 1 }),
                 }
                 if found.runs.len() == MAX_RUNS {
                     return Ok(found);
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn clusters_are_handed_out_once_and_in_order() {
-        let run = |start, count| Run { start: HostCluster(start), count };
+        let run = |start, count| ClusterRun { start: HostCluster(start), count };
         let mut free = FreeClusters { runs: alloc::vec![run(3, 2), run(9, 5)], next: 0 };
         assert_eq!(free.count(), 7);
         assert!([3, 4, 9, 13].into_iter().all(|c| free.contains(HostCluster(c))));

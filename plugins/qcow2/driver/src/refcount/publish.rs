@@ -8,7 +8,8 @@
 //! Whoever refers to a new cluster does so after this. The clusters of a table that was replaced may be freed then.
 
 use crate::image::{overflow, Image};
-use crate::refcount::allocator::{Allocator, Run};
+use crate::metadata::cluster_run::ClusterRun;
+use crate::refcount::allocator::Allocator;
 use crate::refcount::blocks::Refcounts;
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverResult, OrderedWriter};
@@ -63,11 +64,6 @@ impl Publication<'_> {
         *self.referenced = true;
         self.out.write(io, REFCOUNT_TABLE_FIELD, &field)?;
         self.flush(io)?;
-        Ok(retired.iter().flat_map(clusters_of).collect())
+        Ok(retired.iter().flat_map(ClusterRun::clusters).collect())
     }
-}
-
-/// The clusters of a run.
-pub(crate) fn clusters_of(run: &Run) -> impl Iterator<Item = HostCluster> + Clone + use<> {
-    (run.start.0..run.start.0.saturating_add(run.count)).map(HostCluster)
 }

@@ -4,92 +4,61 @@
 //! active L1 table and those of the snapshots, the snapshot table, and what the bitmaps have; L2 tables, data clusters and
 //! what compressed clusters touch once for each entry that points there.
 
-use crate::image::{overflow, Image};
-use crate::metadata::bitmap_directory::each_bitmap_cluster;
-use crate::metadata::entries::scan_refcount_table;
+use crate::image::Image;
 use crate::metadata::l2_tables::L2Tables;
 use crate::metadata::map::MetadataMap;
-use crate::metadata::snapshot_table::SnapshotTable;
+use crate::metadata::reference::{Reference, Structure};
+use crate::metadata::structures::{Kinds, Structures};
 use crate::references::calculated::CalculatedRefcounts;
 use alloc::format;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{HostCluster, HostOffset};
+use instar_qcow2_format::HostCluster;
 
-/// What refers to clusters in one image.
-pub(crate) struct References<'a> {
-    image: &'a Image,
-    metadata: &'a MetadataMap,
-    snapshots: SnapshotTable,
-}
-
-impl<'a> References<'a> {
-    pub(crate) fn new(io: &mut dyn BlockIo, image: &'a Image, metadata: &'a MetadataMap) -> DriverResult<Self> {
-        Ok(Self { image, metadata, snapshots: SnapshotTable::read(io, image)? })
-    }
-
-    /// Count all references to clusters from `counts`' floor on.
-    ///
-    /// # Errors
-    /// Corruption: a reference to what lies outside the file, or on metadata; [`ErrorCode::RefcountExhausted`]; I/O
-    /// errors.
-    pub(crate) fn count(&self, io: &mut dyn BlockIo, counts: &mut CalculatedRefcounts) -> DriverResult<()> {
-        let (image, header) = (self.image, &self.image.header);
-        let mut add_times = |cluster: HostCluster, times: u32| {
-            if counts.add(cluster, times) {
+/// Count all references to clusters from `counts`' floor on. The metadata is where `metadata` says.
+///
+/// # Errors
+/// Corruption: a reference to what lies outside the file, or on metadata, or to the cluster of a bitmap that is not its own;
+/// [`ErrorCode::RefcountExhausted`]; I/O errors.
+pub(crate) fn calculate(
+    io: &mut dyn BlockIo,
+    structures: &mut Structures<'_>,
+    metadata: &MetadataMap,
+    counts: &mut CalculatedRefcounts,
+) -> DriverResult<()> {
+    let image = structures.image();
+    let mut add = |reference: Reference| {
+        reference.run.clusters().try_for_each(|cluster| {
+            if counts.add(cluster, reference.times) {
                 return Ok(());
             }
             let offset = image.cluster_size().host_offset(cluster).unwrap_or_default();
             let text = format!("the cluster at offset {offset} has too many references");
             Err(DriverError::new(ErrorCode::RefcountExhausted, text).at(image.device, offset.0))
-        };
-        let mut add = |cluster| add_times(cluster, 1);
-        add(HostCluster(0))?;
-        self.span(header.refcount_table, header.refcount_table_bytes(), &mut add)?;
-        self.span(header.l1_table, header.l1_bytes(), &mut add)?;
-        self.span(header.snapshot_table, self.snapshots.table_bytes, &mut add)?;
-        scan_refcount_table(io, image, &mut |_, _, block| add(image.host_cluster(block)))?;
-        each_bitmap_cluster(io, image, &mut |_, cluster| add(cluster))?;
-        for snapshot in &self.snapshots.entries {
-            self.span(snapshot.l1_table, u64::from(snapshot.l1_entries) * 8, &mut add)?;
-        }
-        let tables = L2Tables::read(io, image, &self.snapshots)?;
-        tables.iter().try_for_each(|table| add_times(image.host_cluster(table.offset), table.times))?;
-        tables.each_entry(io, image, &mut |referring| {
-            referring.verify_bounds(image)?;
-            referring.each_cluster(image, &mut |cluster| {
-                if self.metadata.contains(cluster) {
-                    return Err(points_to_metadata(image, referring.at, cluster));
-                }
-                add_times(cluster, referring.times)
-            })
-        })?;
-        self.bitmaps_alone(io, counts)
-    }
-
-    /// The clusters of a structure of `bytes` bytes at `offset`.
-    fn span(
-        &self,
-        offset: HostOffset,
-        bytes: u64,
-        add: &mut dyn FnMut(HostCluster) -> DriverResult<()>,
-    ) -> DriverResult<()> {
-        let size = self.image.cluster_size();
-        let first = size.host_cluster(offset).0;
-        let end = first.checked_add(size.count_for(bytes)).ok_or_else(|| overflow("the end of a table"))?;
-        (first..end).map(HostCluster).try_for_each(add)
-    }
-
-    /// The clusters of bitmaps are nobody else's.
-    fn bitmaps_alone(&self, io: &mut dyn BlockIo, counts: &CalculatedRefcounts) -> DriverResult<()> {
-        each_bitmap_cluster(io, self.image, &mut |at, cluster| {
-            if counts.get(cluster).is_none_or(|count| count == 1) {
-                return Ok(());
-            }
-            let offset = self.image.cluster_size().host_offset(cluster).unwrap_or_default();
-            Err(self.image.corrupt(at, format!("a bitmap at offset {offset} overlaps another structure")))
         })
-    }
+    };
+    let bitmaps = Kinds::BITMAP_TABLES | Kinds::BITMAP_DATA;
+    structures.visit(io, Kinds::HEADER | Kinds::SNAPSHOTS | Kinds::REFCOUNT_BLOCKS | bitmaps, &mut add)?;
+    let tables = L2Tables::read(io, structures)?;
+    tables.references(image).try_for_each(&mut add)?;
+    tables.each_entry(io, image, &mut |reference| {
+        reference.verify_bounds(image)?;
+        let clusters = &mut reference.run.clusters();
+        if let Some(cluster) = clusters.find(|&cluster| metadata.contains(cluster)) {
+            return Err(points_to_metadata(image, reference.at, cluster));
+        }
+        add(reference)
+    })?;
+    // The clusters of bitmaps are nobody else's.
+    structures.visit(io, bitmaps, &mut |reference| {
+        let mut clusters = reference.run.clusters();
+        let Some(shared) = clusters.find(|&cluster| counts.get(cluster).is_some_and(|count| count != 1)) else {
+            return Ok(());
+        };
+        let at = if reference.structure == Structure::BitmapDirectory { reference.offset.0 } else { reference.at };
+        let offset = image.cluster_size().host_offset(shared).unwrap_or_default();
+        Err(image.corrupt(at, format!("a bitmap at offset {offset} overlaps another structure")))
+    })
 }
 
 /// The corruption of an L2 entry at byte `at` that takes a table for data.

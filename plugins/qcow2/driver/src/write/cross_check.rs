@@ -13,9 +13,10 @@
 //! Otherwise it is left out, and the summary of the plan says how many tables were not read.
 
 use crate::image::Image;
-use crate::metadata::l2_tables::{L2Tables, Referring};
+use crate::metadata::l2_tables::L2Tables;
 use crate::metadata::map::MetadataMap;
-use crate::metadata::snapshot_table::SnapshotTable;
+use crate::metadata::reference::Reference;
+use crate::metadata::structures::Structures;
 use crate::refcount::free_clusters::FreeClusters;
 use crate::references::calculate::points_to_metadata;
 use crate::references::calculated::CalculatedRefcounts;
@@ -38,7 +39,7 @@ impl Qcow2Sink {
     ///
     /// # Errors
     /// Corruption: a cluster that would be changed has more references than its refcount says; I/O errors.
-    pub(crate) fn survey(
+    pub(crate) fn cross_check(
         &mut self,
         io: &mut dyn BlockIo,
         free: FreeClusters,
@@ -59,14 +60,13 @@ impl Qcow2Sink {
             self.planned.unread_tables = tables;
             return Ok(FreeClusters::default());
         }
-        let snapshots = SnapshotTable::read(io, &self.image)?;
-        let tables = L2Tables::read(io, &self.image, &snapshots)?;
+        let tables = L2Tables::read(io, &mut Structures::new(&self.image))?;
         let mut floor = HostCluster(0);
         let mut unused = true;
         loop {
             let counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 4));
             let image = &self.image;
-            let mut survey = Survey {
+            let mut check = CrossCheck {
                 image,
                 metadata,
                 planned: &self.planned,
@@ -77,15 +77,14 @@ impl Qcow2Sink {
                 chunk: None,
                 unused: true,
             };
-            for table in tables.iter() {
-                let cluster = image.host_cluster(table.offset);
-                if self.planned.touched_tables.may_contain(cluster) {
-                    survey.add(cluster, table.times, table.offset.0)?;
+            for table in tables.references(image) {
+                if self.planned.touched_tables.may_contain(table.run.start) {
+                    check.add(table.run.start, &table)?;
                 }
             }
-            tables.each_entry(io, image, &mut |referring| survey.entry(&referring))?;
-            unused &= survey.unused;
-            let counts = survey.counts;
+            tables.each_entry(io, image, &mut |reference| check.entry(&reference))?;
+            unused &= check.unused;
+            let counts = check.counts;
             refuse_too_few(io, image, &mut self.refcounts, &mut counts.iter())?;
             match counts.next_floor() {
                 Some(next) => floor = next,
@@ -97,7 +96,7 @@ impl Qcow2Sink {
 }
 
 /// One pass over all entries.
-struct Survey<'a> {
+struct CrossCheck<'a> {
     image: &'a Image,
     metadata: &'a MetadataMap,
     planned: &'a Planned,
@@ -113,27 +112,27 @@ struct Survey<'a> {
     unused: bool,
 }
 
-impl Survey<'_> {
-    fn add(&mut self, cluster: HostCluster, times: u32, at: u64) -> DriverResult<()> {
-        if self.counts.add(cluster, times) {
+impl CrossCheck<'_> {
+    fn add(&mut self, cluster: HostCluster, reference: &Reference) -> DriverResult<()> {
+        if self.counts.add(cluster, reference.times) {
             return Ok(());
         }
         let offset = self.image.cluster_size().host_offset(cluster).unwrap_or_default();
-        Err(self.image.corrupt(at, format!("the cluster at offset {offset} has too many references")))
+        Err(self.image.corrupt(reference.at, format!("the cluster at offset {offset} has too many references")))
     }
 
-    fn entry(&mut self, referring: &Referring) -> DriverResult<()> {
+    fn entry(&mut self, reference: &Reference) -> DriverResult<()> {
         // New clusters follow the end of the file: what an entry refers to there would come to light.
         if self.allocates {
-            referring.verify_bounds(self.image)?;
+            reference.verify_bounds(self.image)?;
         }
-        referring.each_cluster(self.image, &mut |cluster| self.cluster(cluster, referring))
+        reference.run.clusters().try_for_each(|cluster| self.cluster(cluster, reference))
     }
 
-    fn cluster(&mut self, cluster: HostCluster, referring: &Referring) -> DriverResult<()> {
+    fn cluster(&mut self, cluster: HostCluster, reference: &Reference) -> DriverResult<()> {
         if !(self.gap.0..self.gap.1).contains(&cluster.0) {
             let gap = self.metadata.gap(cluster);
-            self.gap = gap.ok_or_else(|| points_to_metadata(self.image, referring.at, cluster))?;
+            self.gap = gap.ok_or_else(|| points_to_metadata(self.image, reference.at, cluster))?;
         }
         let chunk = ClusterSet::chunk_of(cluster);
         if self.chunk == Some(chunk) {
@@ -145,12 +144,12 @@ impl Survey<'_> {
             return Ok(());
         }
         if self.planned.may_touch(cluster) {
-            self.add(cluster, referring.times, referring.at)?;
+            self.add(cluster, reference)?;
         }
         if self.planned.fresh.may_contain(cluster) {
             let offset = self.image.cluster_size().host_offset(cluster).unwrap_or_default();
             let text = format!("an L2 entry points to offset {offset}, a cluster with refcount 0");
-            return Err(self.image.corrupt(referring.at, text));
+            return Err(self.image.corrupt(reference.at, text));
         }
         self.unused &= !self.free.contains(cluster);
         Ok(())

@@ -9,10 +9,11 @@
 //! The clusters of all of them are metadata: no data may be there, and refcounts must agree.
 
 use crate::image::Image;
-use crate::metadata::bitmap_directory::{find_directory, read_directory, refusal};
-use crate::metadata::entries::scan_bitmap_table;
+use crate::metadata::bitmap_directory::{refusal, BitmapDirectory, DirectoryEntry};
+use crate::metadata::cluster_run::ClusterRun;
 use crate::metadata::map::refuse_overlaps;
 use crate::metadata::slice_cache::SliceCache;
+use crate::metadata::structures::{Kinds, Structures};
 use crate::refcount::blocks::{Refcounts, CLUSTERS_PER_LOAD};
 use alloc::format;
 use alloc::vec::Vec;
@@ -72,36 +73,26 @@ impl Bitmaps {
         refcounts: &mut Refcounts,
     ) -> DriverResult<(Self, Vec<ClusterRange>)> {
         let mut found = Self::new(image);
-        let Some(directory) = find_directory(image)? else {
-            return Ok((found, Vec::new()));
-        };
-        let mut ranges = Ranges::new(io, image);
-        ranges.push(HostOffset(directory.directory_offset), directory.directory_size)?;
-        let mut bitmaps = Vec::new();
-        read_directory(io, image, directory, &mut |at, what, bitmap| {
-            check_bitmap(image, &bitmap, at, what)?;
-            ranges.push(bitmap.table, bitmap.table_bytes())?;
-            bitmaps.push(bitmap);
-            Ok(())
-        })?;
-        // L2Tables that overlap are refused before they are read, so that no more is read than the file has.
+        let mut ranges = Ranges::new(io);
+        let directory = BitmapDirectory::read(io, image, &mut |entry| check_bitmap(image, entry))?;
+        let bitmaps: Vec<Bitmap> = directory.entries.iter().map(|entry| entry.bitmap).collect();
+        let mut structures = Structures::with_bitmaps(image, directory);
+        structures.visit(io, Kinds::BITMAP_TABLES, &mut |reference| ranges.push(reference.run))?;
+        // Tables that overlap are refused before they are read, so that no more is read than the file has.
         let mut tables = ranges.all.clone();
         tables.sort_unstable();
         refuse_overlaps(image, &tables)?;
         drop(tables);
         check_refcounts(io, image, refcounts, &ranges.all, false)?;
-        for bitmap in &bitmaps {
+        for (number, bitmap) in bitmaps.iter().enumerate() {
             let first = ranges.all.len();
-            let entries = u64::from(bitmap.table_entries);
-            scan_bitmap_table(io, image, bitmap.table, entries, &mut |cluster| {
-                ranges.push(cluster, image.cluster_size().bytes())
-            })?;
+            structures.visit_bitmap_data(io, number, &mut |reference| ranges.push(reference.run))?;
             let data = ranges.all.get(first..).unwrap_or_default();
             check_refcounts(io, image, refcounts, data, bitmap.is_recording())?;
             if bitmap.is_recording() {
-                let mut table = Ranges { all: Vec::new(), ..ranges };
-                table.push(bitmap.table, bitmap.table_bytes())?;
-                check_refcounts(io, image, refcounts, &table.all, true)?;
+                let table = ClusterRun::of(image.cluster_size(), bitmap.table, bitmap.table_bytes());
+                check_refcounts(io, image, refcounts, &[range_of(table)], true)?;
+                let entries = u64::from(bitmap.table_entries);
                 found.recorded.push(Recorded {
                     table: bitmap.table,
                     entries,
@@ -119,40 +110,41 @@ fn too_many() -> DriverError {
     DriverError::new(ErrorCode::ScratchTooSmall, "the image has too many bitmaps, or too many clusters in them")
 }
 
-/// Collects ranges of clusters, in bounded memory.
-struct Ranges<'a> {
-    all: Vec<ClusterRange>,
-    room: usize,
-    image: &'a Image,
+/// First and last cluster of a run, which is not empty.
+fn range_of(run: ClusterRun) -> ClusterRange {
+    (run.start.0, run.end() - 1)
 }
 
-impl<'a> Ranges<'a> {
-    fn new(io: &dyn BlockIo, image: &'a Image) -> Self {
-        Self { all: Vec::new(), room: io.heap_free() / 16 / core::mem::size_of::<ClusterRange>(), image }
+/// Collects ranges of clusters, in bounded memory.
+struct Ranges {
+    all: Vec<ClusterRange>,
+    room: usize,
+}
+
+impl Ranges {
+    fn new(io: &dyn BlockIo) -> Self {
+        Self { all: Vec::new(), room: io.heap_free() / 16 / core::mem::size_of::<ClusterRange>() }
     }
 
-    /// Add the clusters of `bytes` bytes from `offset` on, which lie in the file.
-    fn push(&mut self, offset: HostOffset, bytes: u64) -> DriverResult<()> {
-        let size = self.image.cluster_size();
-        let first = size.host_cluster(offset).0;
-        let last = first + size.count_for(bytes).max(1) - 1;
+    fn push(&mut self, run: ClusterRun) -> DriverResult<()> {
         if self.all.len() >= self.room {
             return Err(too_many());
         }
-        self.all.push((first, last));
+        self.all.push(range_of(run));
         Ok(())
     }
 }
 
-/// What an entry of the directory says, against the image. `at` is where the entry stands.
-fn check_bitmap(image: &Image, bitmap: &Bitmap, at: u64, what: &str) -> DriverResult<()> {
+/// What an entry of the directory says, against the image.
+fn check_bitmap(image: &Image, entry: &DirectoryEntry) -> DriverResult<()> {
+    let (bitmap, at) = (&entry.bitmap, entry.at);
     // The size of one that was not saved may be that of another time ("Bitmap directory", `in_use`).
     if !bitmap.in_use && bitmap.coverage(image.cluster_size()) < image.header.virtual_size {
-        let text = format!("{what}has a table of {} entries, too few for the disk", bitmap.table_entries);
+        let text = format!("{}has a table of {} entries, too few for the disk", entry.what(), bitmap.table_entries);
         return Err(image.corrupt(at, text));
     }
     if bitmap.is_recording() && bitmap.extra_data_bytes != 0 && !bitmap.extra_data_compatible {
-        let text = format!("{what}is enabled, and has extra data that nothing is known of");
+        let text = format!("{}is enabled, and has extra data that nothing is known of", entry.what());
         return Err(refusal(image, at, "", BitmapError::Unsupported(text)));
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Clusters that were allocated, and that nothing durable refers to yet.
 
 use crate::image::overflow;
-use crate::refcount::allocator::Run;
+use crate::metadata::cluster_run::ClusterRun;
 use alloc::vec::Vec;
 use instar_guest_sdk::DriverResult;
 use instar_qcow2_format::HostCluster;
@@ -33,5 +33,5 @@ pub(crate) struct NewSpace {
     /// Length of the file before, in bytes.
     pub(crate) length: u64,
     /// Clusters within it that were free.
-    pub(crate) reused: Vec<Run>,
+    pub(crate) reused: Vec<ClusterRun>,
 }

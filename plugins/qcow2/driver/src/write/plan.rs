@@ -14,7 +14,6 @@ use crate::refcount::blocks::CLUSTERS_PER_LOAD;
 use crate::refcount::forecast::{Demand, Forecast};
 use crate::refcount::free_clusters::FreeClusters;
 use crate::refcount::in_use::InUse;
-use crate::refcount::publish::clusters_of;
 use crate::write::cluster_extent::ClusterExtent;
 use crate::write::enabled_bitmaps::Bitmaps;
 use crate::write::sink::Qcow2Sink;
@@ -183,14 +182,14 @@ impl Qcow2Sink {
         let mut demand = Demand { span: self.planned.run_span, count: single.saturating_sub(free.count()) };
         let forecast = if self.image.fixed_length && allocates {
             let forecast = self.forecast(io, demand)?;
-            self.free_clusters = self.survey(io, free, allocates)?;
+            self.free_clusters = self.cross_check(io, free, allocates)?;
             if self.free_clusters.count() + demand.count < single {
                 let text = "a cluster with refcount 0 is in use: run `qemu-img check -r all` on it first";
                 return Err(self.image.corrupt(self.image.header.refcount_table.0, text));
             }
             forecast
         } else {
-            self.free_clusters = self.survey(io, free, allocates)?;
+            self.free_clusters = self.cross_check(io, free, allocates)?;
             demand.count = single - self.free_clusters.count();
             self.forecast(io, demand)?
         };
@@ -221,7 +220,7 @@ impl Qcow2Sink {
                 if metadata.is_some_and(|map| map.overlaps(run.start.0, end)) {
                     overlap = Some(run.start);
                 }
-                clusters_of(&run).for_each(|cluster| {
+                run.clusters().for_each(|cluster| {
                     fresh.insert(cluster);
                 });
             }

@@ -25,8 +25,8 @@
 //!    depends on it: a crash leaves leaks. It is flushed with the next window, or by `finish`.
 
 use crate::image::overflow;
-use crate::refcount::allocator::Run;
-use crate::refcount::publish::{clusters_of, Publication};
+use crate::metadata::cluster_run::ClusterRun;
+use crate::refcount::publish::Publication;
 use crate::write::action::Action;
 use crate::write::cluster_data::BATCH;
 use crate::write::cluster_extent::ClusterExtent;
@@ -145,7 +145,7 @@ impl Qcow2Sink {
             reused.push(run);
         }
         for run in &reused {
-            let mut clusters = clusters_of(run);
+            let mut clusters = run.clusters();
             self.refcounts.load(io, &self.image, clusters.clone())?;
             clusters.try_for_each(|cluster| self.refcounts.set(&self.image, cluster, 1))?;
         }
@@ -157,7 +157,7 @@ impl Qcow2Sink {
         }
         // What follows the end of a file reads as zeroes.
         let stale = if self.image.fixed_length { u64::MAX } else { reused.iter().map(|run| run.count).sum() };
-        Ok(Reserved { clusters: reused.iter().chain(&fresh).flat_map(clusters_of).collect(), stale, taken: 0 })
+        Ok(Reserved { clusters: reused.iter().chain(&fresh).flat_map(ClusterRun::clusters).collect(), stale, taken: 0 })
     }
 
     /// From here on clusters are allocated that nothing durable refers to.
@@ -199,7 +199,7 @@ impl Qcow2Sink {
         let Some(space) = self.new_space.take() else { return };
         let bits = self.image.cluster_size().bits();
         let device = self.image.device;
-        let discard = |run: &Run| Request::discard(device, run.start.0 << bits, run.count << bits);
+        let discard = |run: &ClusterRun| Request::discard(device, run.start.0 << bits, run.count << bits);
         let mut requests: Vec<Request> = space.reused.iter().map(discard).collect();
         if space.length < self.image.file_length {
             requests.push(Request::set_length(device, space.length));
