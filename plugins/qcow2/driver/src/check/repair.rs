@@ -16,24 +16,22 @@
 //! 4. The dirty bit is cleared, *then a flush*. Refcounts and flags are right, durably.
 
 use crate::image::{overflow, Image};
-use crate::metadata::entries::scan_l1_flags;
 use crate::metadata::map::MetadataMap;
-use crate::metadata::mapped_clusters::MappedClusters;
 use crate::metadata::slice_cache::SliceCache;
 use crate::metadata::structures::Structures;
 use crate::refcount::allocator::Allocator;
 use crate::refcount::blocks::Refcounts;
 use crate::refcount::publish::Publication;
-use crate::references::calculate::calculate;
 use crate::references::calculated::CalculatedRefcounts;
+use crate::references::walk::{
+    check_copied_flags, compare_refcounts, each_pass, BlockSlice, Comparison, FlagCheck, FlaggedEntry, Level,
+};
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter};
 use instar_qcow2_format::{incompatible, set_refcount, ExtensionKind, HostCluster, COPIED, INCOMPATIBLE_OFFSET};
 
-/// Memory for the counts of one pass, in bytes: dense, about four million clusters.
-const COUNT_BUDGET: usize = 16 << 20;
 /// Memory for the slices that will be written, in bytes. QEMU holds back no more than its refcount cache, which is smaller
 /// by default.
 const SLICE_BUDGET: usize = 6 << 20;
@@ -90,19 +88,12 @@ impl Repair {
             outstanding: Outstanding { length: image.file_length },
         };
         let mut undescribed = Vec::new();
-        let mut floor = HostCluster(0);
-        loop {
-            let mut counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 3));
-            calculate(io, &mut structures, metadata, &mut counts)?;
-            repair.correct_refcounts(io, &counts)?;
-            repair.find_undescribed(io, &counts, &mut undescribed)?;
-            repair.correct_l1_flags(io, &counts)?;
-            repair.correct_l2_flags(io, &counts)?;
-            match counts.next_floor() {
-                Some(next) => floor = next,
-                None => break,
-            }
-        }
+        each_pass(io, &mut structures, metadata, &mut |io, counts| {
+            let mut correction = Correction { image, repair: &mut repair, counts, undescribed: &mut undescribed };
+            compare_refcounts(io, image, counts, u64::MAX, &mut correction)?;
+            correction.bound()?;
+            check_copied_flags(io, image, FLAGS, &mut correction)
+        })?;
         // On a device, a new block could only stand in the midst of what no block describes.
         let stuck = image.fixed_length && !undescribed.is_empty();
         if !stuck {
@@ -115,68 +106,6 @@ impl Repair {
         Ok(repair)
     }
 
-    /// Let the refcounts that are there say what was counted.
-    fn correct_refcounts(&mut self, io: &mut dyn BlockIo, counts: &CalculatedRefcounts) -> DriverResult<()> {
-        // Clusters may belong to a header extension that nobody here knows.
-        let keep = self.image.header.extensions.iter().any(|e| matches!(e.kind, ExtensionKind::Unknown(_)));
-        let (order, per_block) = (self.refcounts.order(), self.refcounts.per_block());
-        let slice = self.image.slice_size() as u64;
-        let per_slice = order.entries_in(slice);
-        let (floor, ceiling) = counts.range();
-        for index in floor / per_block..self.refcounts.table_entries.min(ceiling.div_ceil(per_block)) {
-            let (refcounts, image) = (&mut self.refcounts, &self.image);
-            refcounts.table.load(io, [refcounts.table_entry_at(index)])?;
-            let Some(block) = refcounts.block(image, index, |offset| image.holds_cluster(offset))? else { continue };
-            // First cluster of a slice, and where the slice stands.
-            let slices = (0..per_block / per_slice)
-                .map(|i| (index * per_block + i * per_slice, block.0 + i * slice))
-                .filter(|&(first, _)| first < ceiling && first + per_slice > floor);
-            refcounts.blocks.load(io, slices.clone().map(|(_, at)| at))?;
-            for (first, at) in slices {
-                let mut bytes = refcounts.blocks.bytes(at)?.to_vec();
-                for cluster in (first.max(floor)..ceiling.min(first + per_slice)).map(HostCluster) {
-                    let count = counts.get(cluster).unwrap_or(0);
-                    if count != 0 || !keep {
-                        let index = usize::try_from(cluster.0 - first).map_err(|_| overflow("a refcount"))?;
-                        set_refcount(&mut bytes, order, index, count).ok_or_else(|| too_many(image, cluster, count))?;
-                    }
-                }
-                refcounts.blocks.replace(at, &bytes)?;
-            }
-            self.bound()?;
-        }
-        Ok(())
-    }
-
-    /// Append clusters with references that no refcount block describes, with their count.
-    fn find_undescribed(
-        &mut self,
-        io: &mut dyn BlockIo,
-        counts: &CalculatedRefcounts,
-        found: &mut Vec<(HostCluster, u64)>,
-    ) -> DriverResult<()> {
-        let mut last = None;
-        for (cluster, count) in counts.iter() {
-            let (index, _) = self.refcounts.locate(cluster);
-            let missing = match last {
-                Some((known, missing)) if known == index => missing,
-                _ if index >= self.refcounts.table_entries => true,
-                _ => {
-                    self.refcounts.table.load(io, [self.refcounts.table_entry_at(index)])?;
-                    self.refcounts.block(&self.image, index, |_| true)?.is_none()
-                }
-            };
-            last = Some((index, missing));
-            if missing {
-                if found.len() >= MAX_UNDESCRIBED {
-                    return Err(too_much(&self.image));
-                }
-                found.push((cluster, count));
-            }
-        }
-        self.bound()
-    }
-
     /// Make the refcount blocks that are missing. All others are right by now, so that new clusters are really free.
     fn describe(&mut self, io: &mut dyn BlockIo, undescribed: &[(HostCluster, u64)]) -> DriverResult<()> {
         for &(cluster, count) in undescribed {
@@ -187,70 +116,6 @@ impl Repair {
                 return Err(too_many(&self.image, cluster, count));
             }
             self.refcounts.set(&self.image, cluster, count)?;
-            self.bound()?;
-        }
-        Ok(())
-    }
-
-    /// COPIED in an L1 entry: the L2 table has refcount 1 ("L1 table entry", bit 63). Entries past the end of the disk
-    /// count like any other.
-    fn correct_l1_flags(&mut self, io: &mut dyn BlockIo, counts: &CalculatedRefcounts) -> DriverResult<()> {
-        let (table, entries) = (self.image.header.l1_table, u64::from(self.image.header.l1_entries));
-        let mut from = Some(0);
-        while let Some(first) = from.take() {
-            let image = &self.image;
-            let mut wrong = Vec::new();
-            scan_l1_flags(io, image, table, entries, &mut |index, at, table, copied| {
-                let alone = counts.get(image.host_cluster(table)).map(|count| count == 1);
-                if alone.is_some_and(|alone| alone != copied) && index >= first && from.is_none() {
-                    wrong.push((at, !copied));
-                    from = (wrong.len() == FLAGS).then_some(index + 1);
-                }
-                Ok(())
-            })?;
-            self.set_flags(io, |repair| &mut repair.l1, &wrong)?;
-        }
-        Ok(())
-    }
-
-    /// COPIED in an L2 entry, likewise ("Standard Cluster Descriptor"; of a compressed cluster it is always 0).
-    fn correct_l2_flags(&mut self, io: &mut dyn BlockIo, counts: &CalculatedRefcounts) -> DriverResult<()> {
-        let header = &self.image.header;
-        let image = &self.image.mapped_by(header.l1_table, header.l1_entries);
-        let mut walker = MappedClusters::new(image);
-        let mut from = Some(0);
-        while let Some(first) = from.take() {
-            let mut wrong = Vec::new();
-            walker.walk(io, image, first, &mut |mapped| {
-                let Some((offset, copied)) = mapped.entry.host() else { return Ok(true) };
-                if wrong.len() == FLAGS {
-                    from = Some(mapped.guest);
-                    return Ok(false);
-                }
-                if counts.get(image.host_cluster(offset)).is_some_and(|count| copied != (count == 1)) {
-                    wrong.push((mapped.at, !copied));
-                }
-                Ok(true)
-            })?;
-            self.set_flags(io, |repair| &mut repair.l2, &wrong)?;
-        }
-        Ok(())
-    }
-
-    /// Set the COPIED flags of the entries at these byte offsets.
-    fn set_flags(
-        &mut self,
-        io: &mut dyn BlockIo,
-        tables: fn(&mut Self) -> &mut SliceCache,
-        entries: &[(u64, bool)],
-    ) -> DriverResult<()> {
-        for batch in entries.chunks(FLAGS_AT_ONCE) {
-            let tables = tables(self);
-            tables.load(io, batch.iter().map(|&(at, _)| at))?;
-            for &(at, copied) in batch {
-                let entry = tables.entry(at)?;
-                tables.set_entry(at, if copied { entry | COPIED } else { entry & !COPIED })?;
-            }
             self.bound()?;
         }
         Ok(())
@@ -282,6 +147,69 @@ impl Repair {
     pub fn apply(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let tables = [&mut self.l1, &mut self.l2];
         self.outstanding.apply(io, &mut self.image, &mut self.refcounts, &mut self.allocator, tables)
+    }
+}
+
+/// Lets refcounts and flags say what was counted in one pass.
+struct Correction<'a> {
+    image: &'a Image,
+    repair: &'a mut Repair,
+    counts: &'a CalculatedRefcounts,
+    /// Clusters with references that no refcount block describes, with their count.
+    undescribed: &'a mut Vec<(HostCluster, u64)>,
+}
+
+impl Comparison for Correction<'_> {
+    fn refcounts(&mut self) -> &mut Refcounts {
+        &mut self.repair.refcounts
+    }
+
+    fn slice(&mut self, slice: &BlockSlice, counts: &CalculatedRefcounts) -> DriverResult<()> {
+        // Clusters may belong to a header extension that nobody here knows.
+        let keep = self.image.header.extensions.iter().any(|e| matches!(e.kind, ExtensionKind::Unknown(_)));
+        let refcounts = &mut self.repair.refcounts;
+        let mut bytes = refcounts.blocks.bytes(slice.at)?.to_vec();
+        for cluster in slice.clusters.clone().map(HostCluster) {
+            let count = counts.get(cluster).unwrap_or(0);
+            if count != 0 || !keep {
+                let index = usize::try_from(cluster.0 - slice.first).map_err(|_| overflow("a refcount"))?;
+                set_refcount(&mut bytes, refcounts.order(), index, count)
+                    .ok_or_else(|| too_many(self.image, cluster, count))?;
+            }
+        }
+        refcounts.blocks.replace(slice.at, &bytes)
+    }
+
+    fn undescribed(&mut self, cluster: HostCluster, references: u64) -> DriverResult<()> {
+        if self.undescribed.len() >= MAX_UNDESCRIBED {
+            return Err(too_much(self.image));
+        }
+        self.undescribed.push((cluster, references));
+        Ok(())
+    }
+
+    fn bound(&mut self) -> DriverResult<()> {
+        self.repair.bound()
+    }
+}
+
+impl FlagCheck for Correction<'_> {
+    /// COPIED says that the refcount is 1. What another pass counts is of no concern here.
+    fn wants(&mut self, entry: &FlaggedEntry) -> bool {
+        self.counts.get(entry.cluster).is_some_and(|count| entry.copied != (count == 1))
+    }
+
+    fn batch(&mut self, io: &mut dyn BlockIo, level: Level, entries: &[FlaggedEntry]) -> DriverResult<()> {
+        for batch in entries.chunks(FLAGS_AT_ONCE) {
+            let tables = if level == Level::L1 { &mut self.repair.l1 } else { &mut self.repair.l2 };
+            tables.load(io, batch.iter().map(|entry| entry.at))?;
+            for entry in batch {
+                let raw = tables.entry(entry.at)?;
+                tables.set_entry(entry.at, if entry.copied { raw & !COPIED } else { raw | COPIED })?;
+            }
+            self.repair.bound()?;
+        }
+        Ok(())
     }
 }
 

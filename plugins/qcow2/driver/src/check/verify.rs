@@ -16,10 +16,10 @@ use crate::metadata::reference::{Reference, Structure};
 use crate::metadata::structures::{Kinds, Structures};
 use crate::read::compressed::CompressedReader;
 use crate::refcount::blocks::Refcounts;
-use crate::references::calculate::calculate;
 use crate::references::calculated::CalculatedRefcounts;
 use crate::references::cluster_set::ClusterSet;
 use crate::references::compare::refuse_too_few;
+use crate::references::walk::each_pass;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -31,8 +31,6 @@ use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
 const SET_BUDGET: usize = 12 << 20;
 /// Memory for the counts of compressed clusters, in bytes: about a million clusters a pass.
 const COMPRESSED_BUDGET: usize = 4 << 20;
-/// Memory for the counts of one pass over everything, in bytes: dense, about four million clusters.
-const COUNT_BUDGET: usize = 16 << 20;
 /// At most this many compressed clusters are decoded before anything is changed. Of an image with more of them, one
 /// that does not decode is found while it is committed: the overlay is intact then, the backing has changed.
 const DECODED_CLUSTERS: usize = 1024;
@@ -195,18 +193,10 @@ impl Verifier<'_> {
     /// that has any left: what snapshots and bitmaps refer to must have been counted.
     fn references(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let metadata = MetadataMap::build(io, self.image, Vec::new())?;
-        let mut structures = Structures::new(self.image);
         let mut refcounts = Refcounts::new(self.image);
-        let mut floor = HostCluster(0);
-        loop {
-            let mut counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 3));
-            calculate(io, &mut structures, &metadata, &mut counts)?;
-            refuse_too_few(io, self.image, &mut refcounts, &mut counts.iter())?;
-            match counts.next_floor() {
-                Some(next) => floor = next,
-                None => return Ok(()),
-            }
-        }
+        each_pass(io, &mut Structures::new(self.image), &metadata, &mut |io, counts| {
+            refuse_too_few(io, self.image, &mut refcounts, &mut counts.iter())
+        })
     }
 
     /// Everything that L2 entries refer to; returns the number of clusters that the image holds. Guest offsets and

@@ -2,9 +2,11 @@
 //!
 //! * [`cluster_set`], [`calculated`]: sets and counts of clusters in bounded memory;
 //! * [`calculate`]: counting everything that refers to a cluster;
-//! * [`compare`]: the counts against the refcounts.
+//! * [`compare`]: refusing refcounts that are too low;
+//! * [`walk`]: the counts against refcounts and flags, for whoever examines or repairs an image.
 
 pub mod calculate;
 pub mod calculated;
 pub mod cluster_set;
 pub mod compare;
+pub mod walk;
