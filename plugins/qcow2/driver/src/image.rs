@@ -6,7 +6,10 @@ use alloc::vec;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode};
 pub use instar_guest_sdk::overflow;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{incompatible, ClusterSize, ExtensionKind, Header, HeaderErrorKind, HostCluster, HostOffset};
+use instar_qcow2_format::{
+    autoclear, incompatible, ClusterSize, ExtensionKind, Header, HeaderErrorKind, HostCluster, HostOffset, Version,
+    AUTOCLEAR_OFFSET,
+};
 
 /// Which role the image is opened for: it decides which side a corruption is reported on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +136,20 @@ impl Image {
         let bytes = u64::from(l1_entries).saturating_mul(view.header.l2_coverage());
         view.header.virtual_size = bytes.min(i64::MAX as u64);
         view
+    }
+
+    /// Before the first change: autoclear features that this program does not keep up must go ("Header",
+    /// `autoclear_features`). Durable when it returns, so that no change is while they still claim to hold.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn clear_autoclear(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let kept = self.header.autoclear & autoclear::BITMAPS;
+        if self.header.version == Version::V3 && self.header.autoclear != kept {
+            io.write(self.device, AUTOCLEAR_OFFSET, &kept.to_be_bytes())?;
+            io.flush(self.device)?;
+        }
+        Ok(())
     }
 
     /// Features that forbid changing the image.

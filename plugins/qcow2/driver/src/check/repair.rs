@@ -8,20 +8,18 @@
 //! other change. The dirty bit stays until the end, so a crash at any step leaves an image that reads as before and
 //! whose next commit counts again:
 //!
-//! 1. Refcounts, those in new refcount blocks included (these stand past the old end of the file), and a whole new refcount
-//!    table, if there is one, *then a flush*. Nothing refers to new blocks and tables yet.
-//! 2. The refcount table's entries for new blocks, or the header's switch to a new refcount table, *then a flush*. What
-//!    they refer to is durable.
-//! 3. COPIED flags of L1 and L2 entries; the old refcount table is released, *then a flush*.
-//! 4. The dirty bit is cleared, *then a flush*. Refcounts and flags are right, durably.
+//! 1. Refcounts, and the refcount blocks that were missing (they stand past the old end of the file), are
+//!    [published](crate::refcount::publish): *durable*. The bit says that refcounts may be wrong, whichever of them are
+//!    durable first.
+//! 2. COPIED flags of L1 and L2 entries; the old refcount table is released, *then a flush*.
+//! 3. The dirty bit is cleared, *then a flush*. Refcounts and flags are right, durably.
 
 use crate::image::{overflow, Image};
 use crate::metadata::map::MetadataMap;
 use crate::metadata::slice_cache::SliceCache;
 use crate::metadata::structures::Structures;
-use crate::refcount::allocator::Allocator;
 use crate::refcount::blocks::Refcounts;
-use crate::refcount::publish::Publication;
+use crate::refcount::space::Space;
 use crate::references::calculated::CalculatedRefcounts;
 use crate::references::walk::{
     check_copied_flags, compare_refcounts, each_pass, BlockSlice, Comparison, FlagCheck, FlaggedEntry, Level,
@@ -48,10 +46,8 @@ const FLAGS_AT_ONCE: usize = 256;
 pub struct Repair {
     /// The image, as long as it will be.
     pub image: Image,
-    /// Its refcounts; what will be written is held.
-    pub refcounts: Refcounts,
-    /// Where new clusters come from.
-    pub allocator: Allocator,
+    /// Its refcounts, and where new clusters come from; what will be written is held.
+    pub space: Space,
     /// Slices of the L1 table with changed COPIED flags.
     pub l1: SliceCache,
     /// Slices of L2 tables with changed COPIED flags.
@@ -80,8 +76,7 @@ impl Repair {
         let size = image.slice_size();
         let mut repair = Self {
             image: image.clone(),
-            refcounts: Refcounts::new(image),
-            allocator: Allocator::new(image),
+            space: Space::new(image),
             l1: SliceCache::new(image.device, size),
             l2: SliceCache::new(image.device, size),
             most: SLICE_BUDGET.min(io.heap_free() / 4) / (size + SLICE_COST),
@@ -109,13 +104,14 @@ impl Repair {
     /// Make the refcount blocks that are missing. All others are right by now, so that new clusters are really free.
     fn describe(&mut self, io: &mut dyn BlockIo, undescribed: &[(HostCluster, u64)]) -> DriverResult<()> {
         for &(cluster, count) in undescribed {
-            let (index, _) = self.refcounts.locate(cluster);
-            self.allocator.describe(io, &mut self.image, &mut self.refcounts, index)?;
-            self.refcounts.load(io, &self.image, core::iter::once(cluster))?;
-            if count > self.refcounts.order().max() {
-                return Err(too_many(&self.image, cluster, count));
+            let (image, Space { refcounts, allocator, .. }) = (&mut self.image, &mut self.space);
+            let (index, _) = refcounts.locate(cluster);
+            allocator.describe(io, image, refcounts, index)?;
+            refcounts.load(io, image, core::iter::once(cluster))?;
+            if count > refcounts.order().max() {
+                return Err(too_many(image, cluster, count));
             }
-            self.refcounts.set(&self.image, cluster, count)?;
+            refcounts.set(image, cluster, count)?;
             self.bound()?;
         }
         Ok(())
@@ -124,7 +120,8 @@ impl Repair {
     /// Forget what is right. What is wrong has to fit into memory until it is written.
     fn bound(&mut self) -> DriverResult<()> {
         let most = self.most;
-        let kinds = [&mut self.refcounts.table, &mut self.refcounts.blocks, &mut self.l1, &mut self.l2];
+        let refcounts = &mut self.space.refcounts;
+        let kinds = [&mut refcounts.table, &mut refcounts.blocks, &mut self.l1, &mut self.l2];
         if kinds.iter().map(|slices| slices.held()).sum::<usize>() <= most {
             return Ok(());
         }
@@ -146,7 +143,7 @@ impl Repair {
     /// I/O errors.
     pub fn apply(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let tables = [&mut self.l1, &mut self.l2];
-        self.outstanding.apply(io, &mut self.image, &mut self.refcounts, &mut self.allocator, tables)
+        self.outstanding.apply(io, &mut self.image, &mut self.space, tables)
     }
 }
 
@@ -161,13 +158,13 @@ struct Correction<'a> {
 
 impl Comparison for Correction<'_> {
     fn refcounts(&mut self) -> &mut Refcounts {
-        &mut self.repair.refcounts
+        &mut self.repair.space.refcounts
     }
 
     fn slice(&mut self, slice: &BlockSlice, counts: &CalculatedRefcounts) -> DriverResult<()> {
         // Clusters may belong to a header extension that nobody here knows.
         let keep = self.image.header.extensions.iter().any(|e| matches!(e.kind, ExtensionKind::Unknown(_)));
-        let refcounts = &mut self.repair.refcounts;
+        let refcounts = &mut self.repair.space.refcounts;
         let mut bytes = refcounts.blocks.bytes(slice.at)?.to_vec();
         for cluster in slice.clusters.clone().map(HostCluster) {
             let count = counts.get(cluster).unwrap_or(0);
@@ -219,28 +216,25 @@ impl Outstanding {
         self,
         io: &mut dyn BlockIo,
         image: &mut Image,
-        refcounts: &mut Refcounts,
-        allocator: &mut Allocator,
+        space: &mut Space,
         tables: [&mut SliceCache; 2],
     ) -> DriverResult<()> {
         let device = image.device;
         let mut out = OrderedWriter::new(device);
-        // Steps 1 and 2.
+        // Step 1.
         if image.file_length != self.length {
             out.set_length(io, image.file_length)?;
         }
         // The flush of step 1 is due whether or not a refcount changes.
         out.written();
-        let mut referenced = false;
-        let publication = Publication { image, refcounts, allocator, out: &mut out, referenced: &mut referenced };
-        let old = publication.run(io)?;
-        // Step 3.
+        let replaced = space.publish(io, image, &mut out)?;
+        // Step 2.
         for table in tables {
             table.write_dirty(io)?;
         }
-        refcounts.release(io, image, old)?;
+        space.refcounts.release(io, image, replaced)?;
         io.flush(device)?;
-        // Step 4.
+        // Step 3.
         image.header.incompatible &= !incompatible::DIRTY;
         io.write(device, INCOMPATIBLE_OFFSET, &image.header.incompatible.to_be_bytes())?;
         io.flush(device)

@@ -28,7 +28,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult, OrderedWriter};
-use instar_qcow2_format::{autoclear, HostCluster, Version, AUTOCLEAR_OFFSET};
+use instar_qcow2_format::HostCluster;
 
 /// Bytes of zeroes that are written at once.
 const ZERO_CHUNK: u64 = 256 << 10;
@@ -49,7 +49,8 @@ pub(crate) fn empty(
     repair: Option<Repair>,
 ) -> DriverResult<()> {
     let mut emptying = Emptying { image };
-    emptying.clear_autoclear(io)?;
+    // Step 1.
+    emptying.image.clear_autoclear(io)?;
     if let Some(mut repair) = repair {
         repair.apply(io)?;
         *emptying.image = repair.image;
@@ -76,17 +77,6 @@ struct Emptying<'a> {
 }
 
 impl Emptying<'_> {
-    /// Step 1.
-    fn clear_autoclear(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let header = &self.image.header;
-        let kept = header.autoclear & autoclear::BITMAPS;
-        if header.version == Version::V3 && header.autoclear != kept {
-            io.write(self.image.device, AUTOCLEAR_OFFSET, &kept.to_be_bytes())?;
-            io.flush(self.image.device)?;
-        }
-        Ok(())
-    }
-
     /// Whether the L1 table has any entry: of a table with or without clusters in it, or past the end of the disk.
     fn holds_tables(&self, io: &mut dyn BlockIo) -> DriverResult<bool> {
         let mut any = false;

@@ -12,7 +12,7 @@
 //!    one, as after a crash of QEMU.
 //! 3. The lengths of the tables (4 bytes within one sector each), *then a flush*. The new clusters are there.
 //! 4. The image grows: see [`grow`](crate::grow).
-//! 5. The `in_use` flags go, *then a flush*. L2Tables and disk agree, durably.
+//! 5. The `in_use` flags go, *then a flush*. Tables and disk agree, durably.
 //! 6. The clusters of the old tables are freed. A crash leaves leaks.
 //!
 //! One that was not saved before stays as it is: its length means nothing. Stale ones (no autoclear bit) stay, too.
@@ -89,8 +89,8 @@ impl Qcow2Sink {
         }
         self.bitmaps.tables.clear();
         self.out.run(io, &mut requests)?;
-        self.write_refcounts_and_flush(io)?;
-        self.new_space = None;
+        self.publish(io)?;
+        self.space.referenced();
         self.write_fields(io, &offsets)?;
         self.write_fields(io, &lengths)
     }

@@ -61,7 +61,7 @@ impl Qcow2Sink {
         self.refuse_growth(io, size, below)?;
         let mut grown = self.image.clone();
         grown.header.virtual_size = size;
-        let (_, clusters) = Bitmaps::load(io, &self.image, &mut self.refcounts)?;
+        let (_, clusters) = Bitmaps::load(io, &self.image, &mut self.space.refcounts)?;
         self.planned.metadata = Some(MetadataMap::build(io, &grown, clusters)?);
         self.refuse_mapped_past_end(io, size)?;
         // The rest of a last cluster that was cut short is about to be the guest's. (A block device stays as it is.)
@@ -159,13 +159,13 @@ impl Qcow2Sink {
     /// that describe them, all within the reach of the refcount table or all past it. Clusters past the end of the file
     /// that have a refcount are leaks. What a device has before that is found by [`free_clusters`](crate::refcount::free_clusters).
     fn find_room(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<()> {
-        let per_block = self.refcounts.per_block();
+        let per_block = self.space.refcounts.per_block();
         let span = count + count / (per_block - 1).max(1) + 2;
         self.planned.run_span = span;
-        let reach = self.refcounts.table_entries.saturating_mul(per_block);
+        let reach = self.space.refcounts.table_entries.saturating_mul(per_block);
         let mut looked_for_lost = self.image.fixed_length;
         loop {
-            let first = self.allocator.next().0;
+            let first = self.space.allocator.next().0;
             let end = first.checked_add(span).ok_or_else(|| overflow("the length of the file"))?;
             let bytes = end.saturating_mul(self.image.cluster_size().bytes());
             let in_use = self.in_use(io, first, end)?;
@@ -180,9 +180,9 @@ impl Qcow2Sink {
             match in_use.last {
                 // How much a device lacks is known once everything was counted.
                 None if too_long => return Ok(()),
-                Some(last) => self.allocator.skip_to(HostCluster(last.0 + 1)),
+                Some(last) => self.space.allocator.skip_to(HostCluster(last.0 + 1)),
                 None if first >= reach || end <= reach => return Ok(()),
-                None => self.allocator.skip_to(HostCluster(reach)),
+                None => self.space.allocator.skip_to(HostCluster(reach)),
             }
         }
     }
@@ -274,16 +274,7 @@ impl Qcow2Sink {
 
     /// Reserve clusters that follow each other, with refcount 1; they read as zeroes.
     pub(crate) fn reserve_run(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<HostCluster> {
-        self.expect_new_space();
-        let first = self.allocator.reserve_run(io, &mut self.image, &mut self.refcounts, count)?;
-        if self.image.fixed_length {
-            let at = self.host_offset(first)?;
-            let bytes = self.image.cluster_size().bytes();
-            self.out.zero(io, at.0, count * bytes)?;
-        } else {
-            self.out.set_length(io, self.image.file_length)?;
-        }
-        Ok(first)
+        self.space.reserve_run(io, &mut self.image, &mut self.out, count)
     }
 
     /// Step 2, with a new table.
@@ -297,11 +288,11 @@ impl Qcow2Sink {
         if old_bytes != 0 {
             self.out.copy(io, old.0, new.0, old_bytes)?;
         }
-        self.write_refcounts_and_flush(io)?;
+        self.publish(io)?;
         let mut field = [0; 12];
         field[..4].copy_from_slice(&entries.to_be_bytes());
         field[4..].copy_from_slice(&new.0.to_be_bytes());
-        self.new_space = None;
+        self.space.referenced();
         io.write(device, L1_SIZE_FIELD, &field)?;
         io.flush(device)?;
         (self.image.header.l1_table, self.image.header.l1_entries) = (new, entries);

@@ -45,7 +45,7 @@ pub struct L2Slices {
     window: Range<u64>,
     held: Vec<HeldSlice>,
     buffer: Vec<u8>,
-    /// L2Tables that held nothing were read: from now on, those in holes are not.
+    /// Tables that held nothing were read: from now on, those in holes are not.
     holes: Option<Holes>,
 }
 
@@ -74,7 +74,7 @@ impl L2Slices {
         }
     }
 
-    /// The next slice that maps anything of these guest bytes. L2Tables are read for these bytes only.
+    /// The next slice that maps anything of these guest bytes. Tables are read for these bytes only.
     ///
     /// # Errors
     /// Corruption of the L1 table, and I/O errors.
@@ -184,7 +184,7 @@ impl L2Slices {
         for (number, slice) in self.held.iter_mut().enumerate() {
             slice.start = number * size;
             match requests.last_mut() {
-                // L2Tables that follow each other in the file are one read.
+                // Tables that follow each other in the file are one read.
                 Some(last) if last.offset + last.length == slice.host => last.length += bytes,
                 _ => requests.push(Request::read(image.device, slice.host, base + slice.start as u64, bytes)),
             }

@@ -111,7 +111,7 @@ impl L2Tables {
             let mut requests: Vec<Request> = Vec::new();
             for (address, &(at, _)) in (base..).step_by(slice_size).zip(&batch) {
                 match requests.last_mut() {
-                    // L2Tables that follow each other in the file are one read.
+                    // Tables that follow each other in the file are one read.
                     Some(last) if last.offset + last.length == at => last.length += slice,
                     _ => requests.push(Request::read(image.device, at, address, slice)),
                 }

@@ -31,7 +31,7 @@ impl MappedClusters {
         self.walk_range(io, image, from..image.header.virtual_size, each)
     }
 
-    /// [`MappedClusters::walk`] of the clusters that begin within a range. L2Tables are read for the range only.
+    /// [`MappedClusters::walk`] of the clusters that begin within a range. Tables are read for the range only.
     pub(crate) fn walk_range(
         &mut self,
         io: &mut dyn BlockIo,

@@ -5,7 +5,7 @@
 //! gives back clusters says which [`Kinds`] it wants, and takes one [`Reference`] after the other.
 //!
 //! Tables are read from front to back, in batches, holes in them are passed over, and nothing is held but the snapshot table
-//! and the bitmap directory. What L2 entries refer to is a walk of its own, [`L2Tables`](super::l2_tables::L2Tables): tables
+//! and the bitmap directory. What L2 entries refer to is a walk of its own, [`L2Tables`](super::l2_tables::Tables): tables
 //! may be shared, and each is read once.
 
 use crate::image::Image;

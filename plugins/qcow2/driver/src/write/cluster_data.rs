@@ -1,10 +1,10 @@
 //! The data of a window: what goes into which host cluster, from where. It is step 1 of [`window`](crate::write::window).
 
 use crate::image::overflow;
+use crate::refcount::space::{Reserved, BATCH};
 use crate::write::action::Action;
 use crate::write::cluster_extent::ClusterExtent;
 use crate::write::contents::Fill;
-use crate::write::new_space::Reserved;
 use crate::write::remap::Remap;
 use crate::write::sink::Qcow2Sink;
 use crate::write::subclusters::Place;
@@ -13,9 +13,6 @@ use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{Batch, BlockIo, DriverResult, ReadBelow};
 use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
-
-/// Requests that are submitted at once.
-pub(crate) const BATCH: usize = 4096;
 
 /// Data requests, merged where they go on from each other.
 pub(crate) struct DataWriter {

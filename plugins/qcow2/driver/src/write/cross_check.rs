@@ -85,7 +85,7 @@ impl Qcow2Sink {
             tables.each_entry(io, image, &mut |reference| check.entry(&reference))?;
             unused &= check.unused;
             let counts = check.counts;
-            refuse_too_few(io, image, &mut self.refcounts, &mut counts.iter())?;
+            refuse_too_few(io, image, &mut self.space.refcounts, &mut counts.iter())?;
             match counts.next_floor() {
                 Some(next) => floor = next,
                 None => break,

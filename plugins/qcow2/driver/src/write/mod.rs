@@ -3,7 +3,7 @@
 //! * [`sink`]: the open backing; [`windows`], [`cluster_extent`]: how extents fall onto its clusters;
 //! * [`action`], [`subclusters`], [`contents`]: what is to be done with a cluster;
 //! * [`plan`], [`planned`], [`cross_check`]: what is verified and counted before the first change;
-//! * [`window`], [`cluster_data`], [`subcluster_data`], [`new_space`], [`remap`]: the changes, in their order;
+//! * [`window`], [`cluster_data`], [`subcluster_data`], [`remap`]: the changes, in their order;
 //! * [`enabled_bitmaps`], [`record_bits`]: the persistent bitmaps that are kept up.
 
 pub mod action;
@@ -12,7 +12,6 @@ pub mod cluster_extent;
 pub mod contents;
 pub mod cross_check;
 pub mod enabled_bitmaps;
-pub mod new_space;
 pub mod plan;
 pub mod planned;
 pub mod record_bits;

@@ -46,7 +46,7 @@ impl Qcow2Sink {
                 let plan = Repair::plan(io, &self.image, &metadata)?;
                 self.adopt(plan);
             }
-            let (bitmaps, clusters) = Bitmaps::load(io, &self.image, &mut self.refcounts)?;
+            let (bitmaps, clusters) = Bitmaps::load(io, &self.image, &mut self.space.refcounts)?;
             self.bitmaps = bitmaps;
             self.planned.metadata = Some(MetadataMap::build(io, &self.image, clusters)?);
         }
@@ -55,8 +55,8 @@ impl Qcow2Sink {
 
     /// Go on with the image as a planned repair will leave it.
     fn adopt(&mut self, plan: Repair) {
-        let Repair { image, refcounts, allocator, l1, l2, outstanding, .. } = plan;
-        (self.image, self.refcounts, self.allocator, self.l1, self.l2) = (image, refcounts, allocator, l1, l2);
+        let Repair { image, space, l1, l2, outstanding, .. } = plan;
+        (self.image, self.space, self.l1, self.l2) = (image, space, l1, l2);
         self.repair = Some(outstanding);
     }
 
@@ -150,11 +150,11 @@ impl Qcow2Sink {
     fn check_owned(&mut self, io: &mut dyn BlockIo, owned: &mut [Owned]) -> DriverResult<()> {
         owned.sort_unstable_by_key(|o| o.cluster);
         for batch in owned.chunks(CLUSTERS_PER_LOAD) {
-            self.refcounts.table.shrink(CLUSTERS_PER_LOAD);
-            self.refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
-            self.refcounts.load(io, &self.image, batch.iter().map(|o| o.cluster))?;
+            self.space.refcounts.table.shrink(CLUSTERS_PER_LOAD);
+            self.space.refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
+            self.space.refcounts.load(io, &self.image, batch.iter().map(|o| o.cluster))?;
             for o in batch {
-                let count = self.refcounts.get(&self.image, o.cluster)?;
+                let count = self.space.refcounts.get(&self.image, o.cluster)?;
                 // With a snapshot, or with a count that a crash left too high: what is shared is not changed in place.
                 let shared = count > 1 && !o.copied;
                 let compressed = o.compressed && count > 0;
@@ -176,21 +176,21 @@ impl Qcow2Sink {
         let mut free = FreeClusters::default();
         if let Some(metadata) = self.planned.metadata.as_ref().filter(|_| single > 0) {
             // On a device, the allocator comes by what follows.
-            let limit = if self.image.fixed_length { self.allocator.next() } else { HostCluster(u64::MAX) };
-            free = FreeClusters::find(io, &self.image, &mut self.refcounts, metadata, single, limit)?;
+            let limit = if self.image.fixed_length { self.space.allocator.next() } else { HostCluster(u64::MAX) };
+            free = FreeClusters::find(io, &self.image, &mut self.space.refcounts, metadata, single, limit)?;
         }
         let mut demand = Demand { span: self.planned.run_span, count: single.saturating_sub(free.count()) };
         let forecast = if self.image.fixed_length && allocates {
             let forecast = self.forecast(io, demand)?;
-            self.free_clusters = self.cross_check(io, free, allocates)?;
-            if self.free_clusters.count() + demand.count < single {
+            self.space.free = self.cross_check(io, free, allocates)?;
+            if self.space.free.count() + demand.count < single {
                 let text = "a cluster with refcount 0 is in use: run `qemu-img check -r all` on it first";
                 return Err(self.image.corrupt(self.image.header.refcount_table.0, text));
             }
             forecast
         } else {
-            self.free_clusters = self.cross_check(io, free, allocates)?;
-            demand.count = single - self.free_clusters.count();
+            self.space.free = self.cross_check(io, free, allocates)?;
+            demand.count = single - self.space.free.count();
             self.forecast(io, demand)?
         };
         if forecast.passed_over > 0 && !self.image.fixed_length {
@@ -214,17 +214,18 @@ impl Qcow2Sink {
         let fixed = self.image.fixed_length;
         let (fresh, metadata) = (&mut self.planned.fresh, self.planned.metadata.as_ref());
         let mut overlap = None;
-        let forecast = self.allocator.forecast(io, &self.image, &mut self.refcounts, demand, &mut |run| {
-            if fixed {
-                let end = run.start.0 + run.count;
-                if metadata.is_some_and(|map| map.overlaps(run.start.0, end)) {
-                    overlap = Some(run.start);
+        let forecast =
+            self.space.allocator.forecast(io, &self.image, &mut self.space.refcounts, demand, &mut |run| {
+                if fixed {
+                    let end = run.start.0 + run.count;
+                    if metadata.is_some_and(|map| map.overlaps(run.start.0, end)) {
+                        overlap = Some(run.start);
+                    }
+                    run.clusters().for_each(|cluster| {
+                        fresh.insert(cluster);
+                    });
                 }
-                run.clusters().for_each(|cluster| {
-                    fresh.insert(cluster);
-                });
-            }
-        })?;
+            })?;
         if let Some(first) = overlap {
             let offset = self.image.cluster_size().host_offset(first).unwrap_or_default();
             let text =
@@ -267,7 +268,7 @@ impl Qcow2Sink {
 
     /// Which of the clusters `first..end` have a refcount that is not 0.
     pub(crate) fn in_use(&mut self, io: &mut dyn BlockIo, first: u64, end: u64) -> DriverResult<InUse> {
-        self.refcounts.in_use(io, &self.image, first..end)
+        self.space.refcounts.in_use(io, &self.image, first..end)
     }
 
     /// The refusal of a plan that would make the file `end` bytes long: more than it may become.

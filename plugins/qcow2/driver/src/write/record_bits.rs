@@ -6,8 +6,8 @@
 //! `in_use` while an image is open, and a crash makes the bitmap useless.) The order, and the crash that each step
 //! survives:
 //!
-//! 1. Where a table says that all bits of a cluster are 0: the bits in a new cluster, and its refcount, *then a flush*;
-//!    the refcount table, *then a flush*. Nothing refers to the cluster: a crash leaves leaks.
+//! 1. Where a table says that all bits of a cluster are 0: the bits in a new cluster, which is
+//!    [published](crate::refcount::publish): *durable*. Nothing refers to the cluster: a crash leaves leaks.
 //! 2. Table entries of new clusters, and bits in clusters that are there, *then a flush*. Each entry refers to a
 //!    durable cluster with refcount 1; each bit is right by itself, whichever of them are durable.
 //!
@@ -171,7 +171,7 @@ impl Qcow2Sink {
             self.bitmaps.data.set_bits(slice, bits.first, bits.last)?;
         }
         if !made.is_empty() {
-            self.new_space = None;
+            self.space.referenced();
         }
         for (at, cluster) in made {
             self.bitmaps.tables.set_entry(at, BitmapTableEntry::Data(cluster).encode())?;
@@ -210,7 +210,7 @@ impl Qcow2Sink {
         }
         self.bitmaps.data.write_dirty(io)?;
         self.out.written();
-        self.write_refcounts_and_flush(io)?;
+        self.publish(io)?;
         Ok(made)
     }
 }

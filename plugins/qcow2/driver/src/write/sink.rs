@@ -7,14 +7,11 @@ use crate::metadata::entries::decode_l1;
 use crate::metadata::l2_entry::{decode_halves, Mapped};
 use crate::metadata::slice_cache::SliceCache;
 use crate::read::compressed::CompressedReader;
-use crate::refcount::allocator::Allocator;
-use crate::refcount::blocks::Refcounts;
-use crate::refcount::free_clusters::FreeClusters;
+use crate::refcount::space::Space;
 use crate::write::action::Action;
 use crate::write::cluster_extent::ClusterExtent;
 use crate::write::contents::{Fill, Old};
 use crate::write::enabled_bitmaps::Bitmaps;
-use crate::write::new_space::NewSpace;
 use crate::write::planned::Planned;
 use alloc::format;
 use alloc::vec;
@@ -32,9 +29,7 @@ pub struct Qcow2Sink {
     pub(crate) has_backing: bool,
     pub(crate) l1: SliceCache,
     pub(crate) l2: SliceCache,
-    pub(crate) refcounts: Refcounts,
-    pub(crate) allocator: Allocator,
-    pub(crate) free_clusters: FreeClusters,
+    pub(crate) space: Space,
     pub(crate) planned: Planned,
     /// Growth that was planned and is still to be done.
     pub(crate) growth: Option<Growth>,
@@ -42,15 +37,13 @@ pub struct Qcow2Sink {
     pub(crate) bitmaps: Bitmaps,
     /// Whether the first change was made.
     pub(crate) started: bool,
-    /// What planning has found wrong, to be written before everything else. `image`, `refcounts`, `allocator`, `l1` and
-    /// `l2` have it already.
+    /// What planning has found wrong, to be written before everything else. `image`, `space`, `l1` and `l2`
+    /// have it already.
     pub(crate) repair: Option<Outstanding>,
     /// What writes to the device of the image, and knows whether a flush is due.
     pub(crate) out: OrderedWriter,
     /// Length of the file in bytes before the commit.
     pub(crate) opened_length: u64,
-    /// What is given back if the disk is full.
-    pub(crate) new_space: Option<NewSpace>,
 }
 
 impl Qcow2Sink {
@@ -59,9 +52,7 @@ impl Qcow2Sink {
         Self {
             l1: SliceCache::new(image.device, size),
             l2: SliceCache::new(image.device, size),
-            refcounts: Refcounts::new(&image),
-            allocator: Allocator::new(&image),
-            free_clusters: FreeClusters::default(),
+            space: Space::new(&image),
             compressed: CompressedReader::default(),
             bitmaps: Bitmaps::new(&image),
             planned: Planned::new(),
@@ -70,7 +61,6 @@ impl Qcow2Sink {
             repair: None,
             out: OrderedWriter::new(image.device),
             opened_length: image.file_length,
-            new_space: None,
             has_backing,
             image,
         }

@@ -10,14 +10,10 @@
 //! A backing that is to grow does so then, see [`grow`](crate::grow).
 //!
 //! 0. The bits of enabled bitmaps, *durably* ([`record_bits`](crate::write::record_bits)): they may say too much, never too little.
-//! 1. Data (into clusters that one L2 entry owns, or into new ones), copies of L2 tables that a snapshot
-//!    shares, and refcount blocks (new clusters get refcount 1; new blocks are filled), also a whole new
-//!    refcount table, *then a flush*. Nothing refers to new clusters, blocks or tables yet: a crash here leaves
-//!    leaks at most. They need no flush between them, because the steps after depend on all of them, and none
-//!    of them on another.
-//! 2. The refcount table's entries for new blocks, or the header's switch to a new refcount table (12 bytes
-//!    within one sector), *then a flush*. A crash before it is durable leaves leaks; after it, new clusters
-//!    with refcount 1.
+//! 1. Data (into clusters that one L2 entry owns, or into new ones), and copies of L2 tables that a snapshot shares.
+//!    Nothing refers to new clusters yet: a crash here leaves leaks at most. There is no flush behind it, because the next
+//!    step has one, and none of these writes depends on another.
+//! 2. New clusters count, which is [published](crate::refcount::publish): *durable* with all that step 1 wrote.
 //! 3. L2 tables: new ones whole, entries of old ones, *then a flush*. What an entry refers to is durable and
 //!    has refcount 1; a new table is not referred to yet.
 //! 4. L1 entries of new tables, *then a flush*.
@@ -25,19 +21,16 @@
 //!    depends on it: a crash leaves leaks. It is flushed with the next window, or by `finish`.
 
 use crate::image::overflow;
-use crate::metadata::cluster_run::ClusterRun;
-use crate::refcount::publish::Publication;
+use crate::refcount::space::{Reserved, BATCH};
 use crate::write::action::Action;
-use crate::write::cluster_data::BATCH;
 use crate::write::cluster_extent::ClusterExtent;
-use crate::write::new_space::{NewSpace, Reserved};
 use crate::write::remap::Remap;
 use crate::write::sink::Qcow2Sink;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, ReadBelow};
-use instar_qcow2_format::{autoclear, GuestCluster, HostCluster, HostOffset, L1Entry, Version, AUTOCLEAR_OFFSET};
+use instar_qcow2_format::{GuestCluster, HostCluster, HostOffset, L1Entry};
 
 /// An L2 table that is made.
 struct NewTable {
@@ -59,12 +52,7 @@ impl Qcow2Sink {
     /// `autoclear_features`). Flushed alone, so that no change is durable while they still claim to hold. Then what the
     /// dirty bit stands for is put right.
     pub(crate) fn start(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let header = &self.image.header;
-        let kept = header.autoclear & autoclear::BITMAPS;
-        if header.version == Version::V3 && header.autoclear != kept {
-            io.write(self.image.device, AUTOCLEAR_OFFSET, &kept.to_be_bytes())?;
-            io.flush(self.image.device)?;
-        }
+        self.image.clear_autoclear(io)?;
         self.repair(io)?;
         self.started = true;
         Ok(())
@@ -73,7 +61,7 @@ impl Qcow2Sink {
     /// Write the repair, if there is one.
     fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let Some(repair) = self.repair.take() else { return Ok(()) };
-        repair.apply(io, &mut self.image, &mut self.refcounts, &mut self.allocator, [&mut self.l1, &mut self.l2])
+        repair.apply(io, &mut self.image, &mut self.space, [&mut self.l1, &mut self.l2])
     }
 
     /// Write one window.
@@ -90,7 +78,7 @@ impl Qcow2Sink {
         self.load_mapping(io, pieces)?;
         let groups: Vec<&[ClusterExtent]> = pieces.chunk_by(|a, b| a.cluster == b.cluster).collect();
         let mut actions = Vec::with_capacity(groups.len());
-        // L2Tables to be made, each with the one that it takes the place of, if a snapshot shares that.
+        // Tables to be made, each with the one that it takes the place of, if a snapshot shares that.
         let mut tables: Vec<(u64, Option<HostOffset>)> = Vec::new();
         let mut new_data = 0;
         for group in &groups {
@@ -118,7 +106,8 @@ impl Qcow2Sink {
         // Step 1.
         let (remaps, mut freed) = self.write_data(io, &groups, &actions, &mut reserved, below)?;
         self.copy_shared_tables(io, &new_tables)?;
-        self.write_refcounts_and_flush(io)?;
+        // Step 2.
+        self.publish(io)?;
         // Step 3.
         self.remap(io, &new_tables, &remaps)?;
         // Step 4.
@@ -138,32 +127,7 @@ impl Qcow2Sink {
 
     /// Reserve clusters, with refcount 1. Nothing durable refers to them.
     pub(crate) fn reserve(&mut self, io: &mut dyn BlockIo, count: u64) -> DriverResult<Reserved> {
-        let mut reused = Vec::new();
-        let mut missing = count;
-        while let Some(run) = self.free_clusters.take(missing) {
-            missing -= run.count;
-            reused.push(run);
-        }
-        for run in &reused {
-            let mut clusters = run.clusters();
-            self.refcounts.load(io, &self.image, clusters.clone())?;
-            clusters.try_for_each(|cluster| self.refcounts.set(&self.image, cluster, 1))?;
-        }
-        let before = self.image.file_length;
-        self.expect_new_space().reused.extend_from_slice(&reused);
-        let fresh = self.allocator.reserve(io, &mut self.image, &mut self.refcounts, missing)?;
-        if self.image.file_length != before {
-            self.out.set_length(io, self.image.file_length)?;
-        }
-        // What follows the end of a file reads as zeroes.
-        let stale = if self.image.fixed_length { u64::MAX } else { reused.iter().map(|run| run.count).sum() };
-        Ok(Reserved { clusters: reused.iter().chain(&fresh).flat_map(ClusterRun::clusters).collect(), stale, taken: 0 })
-    }
-
-    /// From here on clusters are allocated that nothing durable refers to.
-    pub(crate) fn expect_new_space(&mut self) -> &mut NewSpace {
-        let length = self.image.file_length;
-        self.new_space.get_or_insert_with(|| NewSpace { length, reused: Vec::new() })
+        self.space.reserve(io, &mut self.image, &mut self.out, count)
     }
 
     /// Zero new clusters, those of `stale`, which are ascending runs for the most part.
@@ -182,7 +146,7 @@ impl Qcow2Sink {
 
     /// A write failed for want of space: give back what was allocated in vain, and say how much longer the file is.
     pub(crate) fn disk_is_full(&mut self, io: &mut dyn BlockIo, mut error: DriverError) -> DriverError {
-        self.give_back(io);
+        self.space.give_back(io, &mut self.image);
         let grown = self.image.file_length.saturating_sub(self.opened_length);
         if grown > 0 {
             error.text = format!(
@@ -191,23 +155,6 @@ impl Qcow2Sink {
             );
         }
         error
-    }
-
-    /// Give back what is new and not referred to by anything durable, so that the disk is no fuller than it has to be. A
-    /// crash within it, or a failure, leaves leaks at most: nothing else is concerned.
-    fn give_back(&mut self, io: &mut dyn BlockIo) {
-        let Some(space) = self.new_space.take() else { return };
-        let bits = self.image.cluster_size().bits();
-        let device = self.image.device;
-        let discard = |run: &ClusterRun| Request::discard(device, run.start.0 << bits, run.count << bits);
-        let mut requests: Vec<Request> = space.reused.iter().map(discard).collect();
-        if space.length < self.image.file_length {
-            requests.push(Request::set_length(device, space.length));
-        }
-        requests.push(Request::flush(device));
-        if requests.chunks_mut(BATCH).all(|batch| io.submit(batch).is_ok()) {
-            self.image.file_length = space.length;
-        }
     }
 
     pub(crate) fn host_offset(&self, cluster: HostCluster) -> DriverResult<HostOffset> {
@@ -248,22 +195,10 @@ impl Qcow2Sink {
         self.out.run(io, &mut requests)
     }
 
-    /// End of step 1, and step 2: durable when it returns, but for the release of an old refcount table, which need not be.
-    pub(crate) fn write_refcounts_and_flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let mut referenced = false;
-        let publication = Publication {
-            image: &mut self.image,
-            refcounts: &mut self.refcounts,
-            allocator: &mut self.allocator,
-            out: &mut self.out,
-            referenced: &mut referenced,
-        };
-        let result = publication.run(io);
-        if referenced {
-            self.new_space = None;
-        }
-        let old = result?;
-        self.free(io, old)
+    /// Step 2: durable when it returns, but for the release of an old refcount table, which need not be.
+    pub(crate) fn publish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let replaced = self.space.publish(io, &mut self.image, &mut self.out)?;
+        self.free(io, replaced)
     }
 
     /// Step 3: the entries of L2 tables, new tables included.
@@ -290,7 +225,7 @@ impl Qcow2Sink {
             }
         }
         if self.l2.is_dirty() {
-            self.new_space = None;
+            self.space.referenced();
             self.l2.write_dirty(io)?;
             self.out.written();
             self.flush(io)?;
@@ -300,9 +235,6 @@ impl Qcow2Sink {
 
     /// Step 5: one reference less to each of these clusters, which nothing refers to any more.
     pub(crate) fn free(&mut self, io: &mut dyn BlockIo, clusters: Vec<HostCluster>) -> DriverResult<()> {
-        if !clusters.is_empty() {
-            self.out.written();
-        }
-        self.refcounts.release(io, &self.image, clusters)
+        self.space.release(io, &self.image, &mut self.out, clusters)
     }
 }
