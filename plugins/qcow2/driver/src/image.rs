@@ -7,8 +7,8 @@ use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode};
 pub use instar_guest_sdk::overflow;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{
-    autoclear, incompatible, ClusterSize, ExtensionKind, Header, HeaderErrorKind, HostCluster, HostOffset, Version,
-    AUTOCLEAR_OFFSET,
+    autoclear, incompatible, ClusterSize, ExtensionKind, GuestCluster, Header, HeaderErrorKind, HostCluster,
+    HostOffset, Version, AUTOCLEAR_OFFSET,
 };
 
 /// Which role the image is opened for: it decides which side a corruption is reported on.
@@ -224,6 +224,21 @@ impl Image {
     #[must_use]
     pub fn host_cluster(&self, offset: HostOffset) -> HostCluster {
         self.cluster_size().host_cluster(offset)
+    }
+
+    /// The offset of a host cluster.
+    ///
+    /// # Errors
+    /// A bug of the driver: a cluster that no file is long enough for.
+    pub fn host_offset(&self, cluster: HostCluster) -> DriverResult<HostOffset> {
+        self.cluster_size().host_offset(cluster).ok_or_else(|| overflow("a host offset"))
+    }
+
+    /// Bytes of a cluster that the virtual disk has: fewer than a cluster at its end.
+    #[must_use]
+    pub fn visible_bytes(&self, cluster: GuestCluster) -> u64 {
+        let size = self.cluster_size();
+        (self.header.virtual_size - (cluster.0 << size.bits())).min(size.bytes())
     }
 
     /// Number of L1 entries that map the virtual disk; entries after them mean nothing.

@@ -12,7 +12,8 @@
 //! * `check`: verifying before a commit, examining for a report, repairing;
 //! * `empty`: emptying an overlay that was committed;
 //! * `source`: the source role;
-//! * `write`, `grow`: the sink role.
+//! * `write`, `grow`: planning and writing a commit, and growing for it;
+//! * `sink`: the sink role.
 #![no_std]
 
 extern crate alloc;
@@ -25,6 +26,7 @@ mod metadata;
 mod read;
 pub mod refcount;
 mod references;
+mod sink;
 mod source;
 mod write;
 
@@ -33,8 +35,8 @@ use instar_guest_sdk::abi::DeviceConfig;
 use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver};
 use metadata::snapshot_table::snapshot_view;
 
+pub use sink::Qcow2Sink;
 pub use source::Qcow2Source;
-pub use write::sink::Qcow2Sink;
 
 /// The qcow2 format.
 pub struct Qcow2;

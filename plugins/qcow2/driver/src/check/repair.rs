@@ -16,7 +16,7 @@
 
 use crate::image::{overflow, Image};
 use crate::metadata::map::MetadataMap;
-use crate::metadata::slice_cache::SliceCache;
+use crate::metadata::mapping::Mapping;
 use crate::metadata::structures::Structures;
 use crate::refcount::blocks::Refcounts;
 use crate::refcount::space::Space;
@@ -48,10 +48,8 @@ pub struct Repair {
     pub image: Image,
     /// Its refcounts, and where new clusters come from; what will be written is held.
     pub space: Space,
-    /// Slices of the L1 table with changed COPIED flags.
-    pub l1: SliceCache,
-    /// Slices of L2 tables with changed COPIED flags.
-    pub l2: SliceCache,
+    /// Its mapping; slices with changed COPIED flags are held.
+    pub mapping: Mapping,
     /// Slices that may be held, at most.
     most: usize,
     pub(crate) outstanding: Outstanding,
@@ -77,8 +75,7 @@ impl Repair {
         let mut repair = Self {
             image: image.clone(),
             space: Space::new(image),
-            l1: SliceCache::new(image.device, size),
-            l2: SliceCache::new(image.device, size),
+            mapping: Mapping::new(image),
             most: SLICE_BUDGET.min(io.heap_free() / 4) / (size + SLICE_COST),
             outstanding: Outstanding { length: image.file_length },
         };
@@ -121,7 +118,7 @@ impl Repair {
     fn bound(&mut self) -> DriverResult<()> {
         let most = self.most;
         let refcounts = &mut self.space.refcounts;
-        let kinds = [&mut refcounts.table, &mut refcounts.blocks, &mut self.l1, &mut self.l2];
+        let kinds = [&mut refcounts.table, &mut refcounts.blocks, &mut self.mapping.l1, &mut self.mapping.l2];
         if kinds.iter().map(|slices| slices.held()).sum::<usize>() <= most {
             return Ok(());
         }
@@ -142,8 +139,7 @@ impl Repair {
     /// # Errors
     /// I/O errors.
     pub fn apply(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let tables = [&mut self.l1, &mut self.l2];
-        self.outstanding.apply(io, &mut self.image, &mut self.space, tables)
+        self.outstanding.apply(io, &mut self.image, &mut self.space, &mut self.mapping)
     }
 }
 
@@ -198,7 +194,8 @@ impl FlagCheck for Correction<'_> {
 
     fn batch(&mut self, io: &mut dyn BlockIo, level: Level, entries: &[FlaggedEntry]) -> DriverResult<()> {
         for batch in entries.chunks(FLAGS_AT_ONCE) {
-            let tables = if level == Level::L1 { &mut self.repair.l1 } else { &mut self.repair.l2 };
+            let mapping = &mut self.repair.mapping;
+            let tables = if level == Level::L1 { &mut mapping.l1 } else { &mut mapping.l2 };
             tables.load(io, batch.iter().map(|entry| entry.at))?;
             for entry in batch {
                 let raw = tables.entry(entry.at)?;
@@ -217,7 +214,7 @@ impl Outstanding {
         io: &mut dyn BlockIo,
         image: &mut Image,
         space: &mut Space,
-        tables: [&mut SliceCache; 2],
+        mapping: &mut Mapping,
     ) -> DriverResult<()> {
         let device = image.device;
         let mut out = OrderedWriter::new(device);
@@ -229,9 +226,8 @@ impl Outstanding {
         out.written();
         let replaced = space.publish(io, image, &mut out)?;
         // Step 2.
-        for table in tables {
-            table.write_dirty(io)?;
-        }
+        mapping.l1.write_dirty(io)?;
+        mapping.l2.write_dirty(io)?;
         space.refcounts.release(io, image, replaced)?;
         io.flush(device)?;
         // Step 3.

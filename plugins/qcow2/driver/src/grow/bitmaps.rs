@@ -17,21 +17,48 @@
 //!
 //! One that was not saved before stays as it is: its length means nothing. Stale ones (no autoclear bit) stay, too.
 
-use crate::grow::planned::BitmapGrowth;
-use crate::image::overflow;
+use crate::image::Image;
 use crate::metadata::bitmap_directory::BitmapDirectory;
-use crate::write::sink::Qcow2Sink;
+use crate::metadata::cluster_run::ClusterRun;
+use crate::write::backing::Backing;
+use crate::write::enabled_bitmaps::EnabledBitmaps;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Request};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{HostCluster, BITMAP_FLAGS_FIELD, BITMAP_TABLE_SIZE_FIELD};
+use instar_qcow2_format::{Bitmap, ClusterSize, HostCluster, BITMAP_FLAGS_FIELD, BITMAP_TABLE_SIZE_FIELD};
 
-impl Qcow2Sink {
-    /// Which bitmaps need a longer table for a disk of `size` bytes.
-    pub(crate) fn plan_bitmap_growth(&mut self, io: &mut dyn BlockIo, size: u64) -> DriverResult<Vec<BitmapGrowth>> {
+/// A bitmap whose table becomes longer.
+#[derive(Clone, Copy, Debug)]
+struct BitmapGrowth {
+    /// Where its directory entry begins, in bytes.
+    at: u64,
+    /// The entry as it was.
+    old: Bitmap,
+    /// Entries of the new table.
+    entries: u32,
+    /// Which of the bitmaps that are kept up it is, if it is one.
+    recorded: Option<usize>,
+}
+
+/// The bitmaps whose tables become longer.
+#[derive(Debug, Default)]
+pub(crate) struct BitmapTables {
+    growing: Vec<BitmapGrowth>,
+}
+
+impl BitmapTables {
+    /// Which bitmaps need a longer table for a disk of `size` bytes. Those that are kept up count as having it.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedFormat`] for a bitmap that would be too long; corruption; I/O errors.
+    pub(crate) fn plan(
+        io: &mut dyn BlockIo,
+        image: &Image,
+        recorded: &mut EnabledBitmaps,
+        size: u64,
+    ) -> DriverResult<Self> {
         let mut growing = Vec::new();
-        let (image, recorded) = (&self.image, &mut self.bitmaps.recorded);
         let mut kept_up = 0..;
         for entry in BitmapDirectory::read(io, image, &mut |_| Ok(()))?.entries {
             let (at, old) = (entry.at, entry.bitmap);
@@ -45,80 +72,82 @@ impl Qcow2Sink {
             })?;
             if entries > old.table_entries {
                 growing.push(BitmapGrowth { at, old, entries, recorded: number });
-                if let Some(recorded) = number.and_then(|number| recorded.get_mut(number)) {
+                if let Some(recorded) = number.and_then(|number| recorded.recorded.get_mut(number)) {
                     recorded.entries = u64::from(entries);
                 }
             }
         }
-        Ok(growing)
+        Ok(Self { growing })
     }
 
     /// Clusters that the new tables take.
-    pub(crate) fn bitmap_table_clusters(&self, growing: &[BitmapGrowth]) -> u64 {
-        let size = self.image.cluster_size();
-        growing.iter().map(|growth| size.count_for(u64::from(growth.entries) * 8)).sum()
+    pub(crate) fn clusters(&self, size: ClusterSize) -> u64 {
+        self.growing.iter().map(|growth| size.count_for(u64::from(growth.entries) * 8)).sum()
     }
 
     /// Steps 1 to 3.
-    pub(crate) fn lengthen_bitmap_tables(
-        &mut self,
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub(crate) fn lengthen(
+        &self,
         io: &mut dyn BlockIo,
-        growing: &[BitmapGrowth],
+        backing: &mut Backing,
+        recorded: &mut EnabledBitmaps,
     ) -> DriverResult<()> {
-        if growing.is_empty() {
+        if self.growing.is_empty() {
             return Ok(());
         }
-        let size = self.image.cluster_size();
-        let device = self.image.device;
-        let count = self.bitmap_table_clusters(growing);
-        let first = self.reserve_run(io, count)?;
-        let mut requests = Vec::with_capacity(growing.len());
+        let size = backing.image.cluster_size();
+        let device = backing.image.device;
+        let first = backing.reserve_run(io, self.clusters(size))?;
+        let mut requests = Vec::with_capacity(self.growing.len());
         let (mut offsets, mut lengths) = (Vec::new(), Vec::new());
         let mut next = first.0;
-        for growth in growing {
-            let table = size.host_offset(HostCluster(next)).ok_or_else(|| overflow("a host offset"))?;
+        for growth in &self.growing {
+            let table = backing.image.host_offset(HostCluster(next))?;
             next += size.count_for(u64::from(growth.entries) * 8);
             requests.push(Request::copy(device, growth.old.table.0, device, table.0, growth.old.table_bytes()));
             offsets.push((growth.at, table.0.to_be_bytes().to_vec()));
             offsets.push((growth.at + BITMAP_FLAGS_FIELD, growth.old.flags(true).to_be_bytes().to_vec()));
             lengths.push((growth.at + BITMAP_TABLE_SIZE_FIELD, growth.entries.to_be_bytes().to_vec()));
             // From now on its bits go by the new table.
-            if let Some(recorded) = growth.recorded.and_then(|number| self.bitmaps.recorded.get_mut(number)) {
+            if let Some(recorded) = growth.recorded.and_then(|number| recorded.recorded.get_mut(number)) {
                 (recorded.table, recorded.held) = (table, recorded.entries);
             }
         }
-        self.bitmaps.tables.clear();
-        self.out.run(io, &mut requests)?;
-        self.publish(io)?;
-        self.space.referenced();
-        self.write_fields(io, &offsets)?;
-        self.write_fields(io, &lengths)
+        recorded.tables.clear();
+        backing.out.run(io, &mut requests)?;
+        backing.publish(io)?;
+        backing.space.referenced();
+        write_fields(io, device, &offsets)?;
+        write_fields(io, device, &lengths)
     }
 
     /// Steps 5 and 6.
-    pub(crate) fn release_bitmap_tables(&mut self, io: &mut dyn BlockIo, growing: &[BitmapGrowth]) -> DriverResult<()> {
-        let size = self.image.cluster_size();
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub(crate) fn release_old(&self, io: &mut dyn BlockIo, backing: &mut Backing) -> DriverResult<()> {
+        let size = backing.image.cluster_size();
         let flags =
             |growth: &BitmapGrowth| (growth.at + BITMAP_FLAGS_FIELD, growth.old.flags(false).to_be_bytes().to_vec());
-        self.write_fields(io, &growing.iter().map(flags).collect::<Vec<_>>())?;
-        let clusters = growing.iter().flat_map(|growth| {
-            let first = size.host_cluster(growth.old.table).0;
-            (first..first + size.count_for(growth.old.table_bytes())).map(HostCluster)
-        });
-        self.free(io, clusters.collect())
+        write_fields(io, backing.image.device, &self.growing.iter().map(flags).collect::<Vec<_>>())?;
+        let old = |growth: &BitmapGrowth| ClusterRun::of(size, growth.old.table, growth.old.table_bytes());
+        let clusters = self.growing.iter().flat_map(|growth| old(growth).clusters()).collect();
+        backing.release(io, clusters)
     }
+}
 
-    /// Write small fields (byte offset, bytes), durably.
-    fn write_fields(&self, io: &mut dyn BlockIo, fields: &[(u64, Vec<u8>)]) -> DriverResult<()> {
-        if fields.is_empty() {
-            return Ok(());
-        }
-        let device = self.image.device;
-        let mut requests: Vec<Request> = fields
-            .iter()
-            .map(|(at, bytes)| Request::write(device, *at, bytes.as_ptr() as u64, bytes.len() as u64))
-            .collect();
-        requests.push(Request::flush(device));
-        io.run(&mut requests)
+/// Write small fields (byte offset, bytes), durably.
+fn write_fields(io: &mut dyn BlockIo, device: u32, fields: &[(u64, Vec<u8>)]) -> DriverResult<()> {
+    if fields.is_empty() {
+        return Ok(());
     }
+    let mut requests: Vec<Request> = fields
+        .iter()
+        .map(|(at, bytes)| Request::write(device, *at, bytes.as_ptr() as u64, bytes.len() as u64))
+        .collect();
+    requests.push(Request::flush(device));
+    io.run(&mut requests)
 }

@@ -39,6 +39,12 @@ impl SliceCache {
         self.device
     }
 
+    /// Size of a slice in bytes.
+    #[must_use]
+    pub fn slice_size(&self) -> usize {
+        self.size
+    }
+
     /// The slice that holds a byte offset.
     #[must_use]
     pub fn slice_of(&self, offset: u64) -> u64 {

@@ -5,9 +5,10 @@
 
 use crate::image::{overflow, Image};
 use alloc::format;
+use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{CompressedRange, Decompressor};
+use instar_qcow2_format::{CompressedRange, Decompressor, GuestCluster};
 
 /// Bytes that are read at once where clusters follow each other in the file.
 const READ_AHEAD: u64 = 1 << 20;
@@ -58,6 +59,23 @@ impl CompressedReader {
         let part = start.checked_add(buffer.len()).and_then(|end| self.cluster.get(start..end));
         buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a cluster"))?);
         Ok(())
+    }
+
+    /// The bytes of a compressed cluster of the guest, whose entry has this descriptor.
+    ///
+    /// # Errors
+    /// As [`CompressedReader::read`].
+    pub(crate) fn read_whole(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &Image,
+        cluster: GuestCluster,
+        descriptor: u64,
+    ) -> DriverResult<Vec<u8>> {
+        let size = image.cluster_size();
+        let mut bytes = vec![0; usize::try_from(size.bytes()).map_err(|_| overflow("the cluster size"))?];
+        self.read(io, image, (cluster.0 << size.bits(), descriptor), 0, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Decode a whole cluster.

@@ -22,8 +22,9 @@ use crate::references::calculate::points_to_metadata;
 use crate::references::calculated::CalculatedRefcounts;
 use crate::references::cluster_set::ClusterSet;
 use crate::references::compare::refuse_too_few;
-use crate::write::planned::Planned;
-use crate::write::sink::Qcow2Sink;
+use crate::write::backing::Backing;
+use crate::write::plan::Plan;
+use crate::write::touched::Touched;
 use alloc::format;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::HostCluster;
@@ -33,73 +34,71 @@ const CHEAP: u64 = 8 << 20;
 /// Memory for the counts of one pass, in bytes.
 const COUNT_BUDGET: usize = 8 << 20;
 
-impl Qcow2Sink {
-    /// Make the walk, if it is called for. `free` are the free clusters of the file that the commit would use; those that
-    /// may be used are returned. `allocates` tells whether the commit takes any new cluster.
-    ///
-    /// # Errors
-    /// Corruption: a cluster that would be changed has more references than its refcount says; I/O errors.
-    pub(crate) fn cross_check(
-        &mut self,
-        io: &mut dyn BlockIo,
-        free: FreeClusters,
-        allocates: bool,
-    ) -> DriverResult<FreeClusters> {
-        self.planned.unread_tables = 0;
-        // The repair has counted all references.
-        if self.repair.is_some() || (!allocates && self.planned.touches_nothing()) {
-            return Ok(free);
-        }
-        let Some(metadata) = self.planned.metadata.as_ref() else { return Ok(free) };
-        let tables = metadata.l2_tables();
-        let bytes = tables.saturating_mul(self.image.cluster_size().bytes());
-        let must = self.image.header.snapshots != 0 || (self.image.fixed_length && allocates);
-        let cheap = bytes <= CHEAP.max(self.planned.committed);
-        let gains = free.count() > 0 && free.count() >= tables;
-        if !must && !cheap && !gains {
-            self.planned.unread_tables = tables;
-            return Ok(FreeClusters::default());
-        }
-        let tables = L2Tables::read(io, &mut Structures::new(&self.image))?;
-        let mut floor = HostCluster(0);
-        let mut unused = true;
-        loop {
-            let counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 4));
-            let image = &self.image;
-            let mut check = CrossCheck {
-                image,
-                metadata,
-                planned: &self.planned,
-                free: &free,
-                allocates,
-                counts,
-                gap: (0, 0),
-                chunk: None,
-                unused: true,
-            };
-            for table in tables.references(image) {
-                if self.planned.touched_tables.may_contain(table.run.start) {
-                    check.add(table.run.start, &table)?;
-                }
-            }
-            tables.each_entry(io, image, &mut |reference| check.entry(&reference))?;
-            unused &= check.unused;
-            let counts = check.counts;
-            refuse_too_few(io, image, &mut self.space.refcounts, &mut counts.iter())?;
-            match counts.next_floor() {
-                Some(next) => floor = next,
-                None => break,
-            }
-        }
-        Ok(if unused { free } else { FreeClusters::default() })
+/// Make the walk, if it is called for. `free` are the free clusters of the file that the commit would use; those that
+/// may be used are returned. `allocates` tells whether the commit takes any new cluster, `repaired` whether the backing is
+/// repaired, for which all references were counted.
+///
+/// # Errors
+/// Corruption: a cluster that would be changed has more references than its refcount says; I/O errors.
+pub(crate) fn cross_check(
+    io: &mut dyn BlockIo,
+    backing: &mut Backing,
+    plan: &mut Plan,
+    (free, allocates, repaired): (FreeClusters, bool, bool),
+) -> DriverResult<FreeClusters> {
+    plan.unread_tables = 0;
+    // The repair has counted all references.
+    if repaired || (!allocates && plan.touched.nothing()) {
+        return Ok(free);
     }
+    let tables = plan.metadata.l2_tables();
+    let bytes = tables.saturating_mul(backing.image.cluster_size().bytes());
+    let must = backing.image.header.snapshots != 0 || (backing.image.fixed_length && allocates);
+    let cheap = bytes <= CHEAP.max(plan.committed);
+    let gains = free.count() > 0 && free.count() >= tables;
+    if !must && !cheap && !gains {
+        plan.unread_tables = tables;
+        return Ok(FreeClusters::default());
+    }
+    let tables = L2Tables::read(io, &mut Structures::new(&backing.image))?;
+    let mut floor = HostCluster(0);
+    let mut unused = true;
+    loop {
+        let counts = CalculatedRefcounts::new(floor, COUNT_BUDGET.min(io.heap_free() / 4));
+        let image = &backing.image;
+        let mut check = CrossCheck {
+            image,
+            metadata: &plan.metadata,
+            touched: &plan.touched,
+            free: &free,
+            allocates,
+            counts,
+            gap: (0, 0),
+            chunk: None,
+            unused: true,
+        };
+        for table in tables.references(image) {
+            if plan.touched.tables.may_contain(table.run.start) {
+                check.add(table.run.start, &table)?;
+            }
+        }
+        tables.each_entry(io, image, &mut |reference| check.entry(&reference))?;
+        unused &= check.unused;
+        let counts = check.counts;
+        refuse_too_few(io, image, &mut backing.space.refcounts, &mut counts.iter())?;
+        match counts.next_floor() {
+            Some(next) => floor = next,
+            None => break,
+        }
+    }
+    Ok(if unused { free } else { FreeClusters::default() })
 }
 
 /// One pass over all entries.
 struct CrossCheck<'a> {
     image: &'a Image,
     metadata: &'a MetadataMap,
-    planned: &'a Planned,
+    touched: &'a Touched,
     free: &'a FreeClusters,
     allocates: bool,
     counts: CalculatedRefcounts,
@@ -138,15 +137,14 @@ impl CrossCheck<'_> {
         if self.chunk == Some(chunk) {
             return Ok(());
         }
-        let sets = [&self.planned.touched, &self.planned.touched_compressed, &self.planned.fresh];
-        if self.free.count() == 0 && !sets.iter().any(|set| set.may_reach(chunk)) {
+        if self.free.count() == 0 && !self.touched.may_reach(chunk) {
             self.chunk = Some(chunk);
             return Ok(());
         }
-        if self.planned.may_touch(cluster) {
+        if self.touched.may_contain(cluster) {
             self.add(cluster, reference)?;
         }
-        if self.planned.fresh.may_contain(cluster) {
+        if self.touched.fresh.may_contain(cluster) {
             let offset = self.image.cluster_size().host_offset(cluster).unwrap_or_default();
             let text = format!("an L2 entry points to offset {offset}, a cluster with refcount 0");
             return Err(self.image.corrupt(reference.at, text));

@@ -37,8 +37,8 @@ pub struct Recorded {
     pub granularity_bits: u32,
 }
 
-/// The bitmaps of an image.
-pub struct Bitmaps {
+/// The bitmaps of an image that have to be kept up.
+pub struct EnabledBitmaps {
     /// Those that have to be kept up.
     pub recorded: Vec<Recorded>,
     /// The last table entry of each that planning looked at.
@@ -49,7 +49,7 @@ pub struct Bitmaps {
     pub data: SliceCache,
 }
 
-impl Bitmaps {
+impl EnabledBitmaps {
     /// No bitmaps.
     #[must_use]
     pub fn new(image: &Image) -> Self {
@@ -60,6 +60,11 @@ impl Bitmaps {
             tables: SliceCache::new(image.device, size),
             data: SliceCache::new(image.device, size),
         }
+    }
+
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.recorded.is_empty()
     }
 
     /// Read the directory and all tables, and verify them. Returns the clusters of all bitmaps, too.

@@ -14,15 +14,15 @@
 //! Only then comes the data. Where all bits of a cluster are 1 there is nothing to do. Memory is bounded by
 //! [`BATCH`], whatever the size of the disk and the number of bitmaps.
 
-use crate::image::overflow;
+use crate::image::{overflow, Image};
+use crate::write::backing::Backing;
 use crate::write::cluster_extent::ClusterExtent;
-use crate::write::enabled_bitmaps::Recorded;
-use crate::write::sink::Qcow2Sink;
+use crate::write::enabled_bitmaps::{EnabledBitmaps, Recorded};
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{BitmapTableEntry, HostCluster, HostOffset};
+use instar_qcow2_format::{BitmapTableEntry, ClusterSize, HostCluster, HostOffset};
 
 /// Slices of bitmap data that are worked on at once: each may need another slice of a table, so 8 MiB.
 const BATCH: usize = 1024;
@@ -45,12 +45,12 @@ struct BitRange {
     held: bool,
 }
 
-/// Guest byte ranges (start, end) of pieces, those that follow each other merged.
-fn guest_ranges(pieces: &[ClusterExtent], cluster_bits: u32) -> Vec<(u64, u64)> {
+/// Guest byte ranges (start, end) of extents, those that follow each other merged.
+fn guest_ranges(extents: &[ClusterExtent], cluster_bits: u32) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
-    for piece in pieces.iter().filter(|piece| piece.length != 0) {
-        let start = (piece.cluster.0 << cluster_bits) + piece.start;
-        let end = start + piece.length;
+    for extent in extents.iter().filter(|extent| extent.length != 0) {
+        let start = (extent.cluster.0 << cluster_bits) + extent.start;
+        let end = start + extent.length;
         match ranges.last_mut() {
             Some(last) if last.1 == start => last.1 = end,
             _ => ranges.push((start, end)),
@@ -85,24 +85,24 @@ fn bit_ranges<'a>(
     })
 }
 
-/// What is done with a batch of bit_ranges.
-type OnBatch<'a> = &'a mut dyn FnMut(&mut Qcow2Sink, &mut dyn BlockIo, &[BitRange]) -> DriverResult<()>;
+/// What is done with a batch of bits.
+type OnBatch<'a> = &'a mut dyn FnMut(&mut EnabledBitmaps, &mut dyn BlockIo, &[BitRange]) -> DriverResult<()>;
 
-impl Qcow2Sink {
-    /// Call `each` with the bit_ranges of all enabled bitmaps that pieces touch, in batches across bitmaps, so that
-    /// many small ones share their flushes. The table entries are loaded.
-    fn each_batch(&mut self, io: &mut dyn BlockIo, pieces: &[ClusterExtent], each: OnBatch<'_>) -> DriverResult<()> {
-        if self.bitmaps.recorded.is_empty() {
-            return Ok(());
-        }
-        // The mapping of the last window makes room: that of the next one is loaded after this.
-        self.l2.shrink(0);
-        let size = self.image.cluster_size();
-        let ranges = guest_ranges(pieces, size.bits());
-        let slice_bytes = self.image.slice_size() as u64;
-        let bitmaps = core::mem::take(&mut self.bitmaps.recorded);
-        let mut all =
-            bitmaps.iter().enumerate().flat_map(|bitmap| bit_ranges(bitmap, &ranges, slice_bytes, size.bytes()));
+impl EnabledBitmaps {
+    /// Call `each` with the bits of all bitmaps that the extents touch, in batches across bitmaps, so that many small ones
+    /// share their flushes. The table entries are loaded.
+    fn each_batch(
+        &mut self,
+        io: &mut dyn BlockIo,
+        size: ClusterSize,
+        extents: &[ClusterExtent],
+        each: OnBatch<'_>,
+    ) -> DriverResult<()> {
+        let ranges = guest_ranges(extents, size.bits());
+        let slice_bytes = self.tables.slice_size() as u64;
+        let bitmaps = core::mem::take(&mut self.recorded);
+        let numbered = bitmaps.iter().enumerate();
+        let mut all = numbered.flat_map(|bitmap| bit_ranges(bitmap, &ranges, slice_bytes, size.bytes()));
         let result = loop {
             let batch: Vec<BitRange> = all.by_ref().take(BATCH).collect();
             if batch.is_empty() {
@@ -111,106 +111,123 @@ impl Qcow2Sink {
             if batch.iter().any(|bits| bitmaps.get(bits.bitmap).is_none_or(|bitmap| bits.entry >= bitmap.entries)) {
                 break Err(overflow("an entry of a bitmap table"));
             }
-            self.bitmaps.tables.shrink(BATCH);
-            let loaded = self.bitmaps.tables.load(io, batch.iter().filter(|bits| bits.held).map(|bits| bits.at));
+            self.tables.shrink(BATCH);
+            let loaded = self.tables.load(io, batch.iter().filter(|bits| bits.held).map(|bits| bits.at));
             if let Err(error) = loaded.and_then(|()| each(self, io, &batch)) {
                 break Err(error);
             }
         };
         drop(all);
-        self.bitmaps.recorded = bitmaps;
-        self.bitmaps.tables.shrink(BATCH / 16);
+        self.recorded = bitmaps;
+        self.tables.shrink(BATCH / 16);
         result
     }
 
-    fn bitmap_entry(&self, bits: &BitRange) -> DriverResult<BitmapTableEntry> {
+    fn entry(&self, image: &Image, bits: &BitRange) -> DriverResult<BitmapTableEntry> {
         if !bits.held {
             return Ok(BitmapTableEntry::Zeroes);
         }
-        BitmapTableEntry::decode(self.bitmaps.tables.entry(bits.at)?, self.image.cluster_size())
-            .map_err(|error| self.image.corrupt(bits.at, format!("an entry of a bitmap table {error}")))
+        BitmapTableEntry::decode(self.tables.entry(bits.at)?, image.cluster_size())
+            .map_err(|error| image.corrupt(bits.at, format!("an entry of a bitmap table {error}")))
     }
 
-    /// Count the clusters that bitmaps will need for these pieces.
-    pub(crate) fn plan_bitmaps(&mut self, io: &mut dyn BlockIo, pieces: &[ClusterExtent]) -> DriverResult<()> {
-        self.each_batch(io, pieces, &mut |sink, _, bit_ranges| {
-            for bits in bit_ranges {
-                let last = sink.bitmaps.last_planned.get_mut(bits.bitmap);
+    /// Count the clusters that the bitmaps will need for these extents.
+    ///
+    /// # Errors
+    /// Corruption of a bitmap table; I/O errors.
+    pub(crate) fn plan(&mut self, io: &mut dyn BlockIo, image: &Image, extents: &[ClusterExtent]) -> DriverResult<u64> {
+        let mut needed = 0;
+        if self.is_empty() {
+            return Ok(needed);
+        }
+        self.each_batch(io, image.cluster_size(), extents, &mut |bitmaps, _, batch| {
+            for bits in batch {
+                let last = bitmaps.last_planned.get_mut(bits.bitmap);
                 if last.ok_or_else(|| overflow("the index of a bitmap"))?.replace(bits.entry) != Some(bits.entry) {
-                    sink.planned.new_tables += u64::from(sink.bitmap_entry(bits)? == BitmapTableEntry::Zeroes);
+                    needed += u64::from(bitmaps.entry(image, bits)? == BitmapTableEntry::Zeroes);
                 }
             }
             Ok(())
-        })
+        })?;
+        Ok(needed)
     }
 
-    /// Set the bits of these pieces, durably.
-    pub(crate) fn record_in_bitmaps(&mut self, io: &mut dyn BlockIo, pieces: &[ClusterExtent]) -> DriverResult<()> {
-        if self.bitmaps.recorded.is_empty() {
+    /// Set the bits of these extents, durably.
+    ///
+    /// # Errors
+    /// Corruption of a bitmap table; I/O errors.
+    pub(crate) fn record(
+        &mut self,
+        io: &mut dyn BlockIo,
+        backing: &mut Backing,
+        extents: &[ClusterExtent],
+    ) -> DriverResult<()> {
+        if self.is_empty() {
             return Ok(());
         }
-        self.each_batch(io, pieces, &mut |sink, io, bit_ranges| sink.record_batch(io, bit_ranges))?;
-        self.flush(io)
+        let size = backing.image.cluster_size();
+        self.each_batch(io, size, extents, &mut |bitmaps, io, batch| bitmaps.record_batch(io, backing, batch))?;
+        backing.flush(io)
     }
 
-    fn record_batch(&mut self, io: &mut dyn BlockIo, bit_ranges: &[BitRange]) -> DriverResult<()> {
+    fn record_batch(&mut self, io: &mut dyn BlockIo, backing: &mut Backing, batch: &[BitRange]) -> DriverResult<()> {
         let mut there: Vec<(u64, BitRange)> = Vec::new();
         let mut fresh: Vec<BitRange> = Vec::new();
-        for bits in bit_ranges {
-            match self.bitmap_entry(bits)? {
+        for bits in batch {
+            match self.entry(&backing.image, bits)? {
                 BitmapTableEntry::Ones => {}
                 BitmapTableEntry::Data(cluster) => there.push((cluster.0 + bits.slice, *bits)),
                 BitmapTableEntry::Zeroes => fresh.push(*bits),
             }
         }
-        self.bitmaps.data.clear();
-        let made = self.make_bitmap_clusters(io, &fresh)?;
-        self.bitmaps.data.clear();
-        self.bitmaps.data.load(io, there.iter().map(|&(slice, _)| slice))?;
+        self.data.clear();
+        let made = self.make_clusters(io, backing, &fresh)?;
+        self.data.clear();
+        self.data.load(io, there.iter().map(|&(slice, _)| slice))?;
         for (slice, bits) in there {
-            self.bitmaps.data.set_bits(slice, bits.first, bits.last)?;
+            self.data.set_bits(slice, bits.first, bits.last)?;
         }
         if !made.is_empty() {
-            self.space.referenced();
+            backing.space.referenced();
         }
         for (at, cluster) in made {
-            self.bitmaps.tables.set_entry(at, BitmapTableEntry::Data(cluster).encode())?;
+            self.tables.set_entry(at, BitmapTableEntry::Data(cluster).encode())?;
         }
         // A window that sets no new bit costs no flush.
-        if self.bitmaps.data.is_dirty() || self.bitmaps.tables.is_dirty() {
-            self.out.written();
+        if self.data.is_dirty() || self.tables.is_dirty() {
+            backing.out.written();
         }
-        self.bitmaps.data.write_dirty(io)?;
-        self.bitmaps.data.clear();
-        self.bitmaps.tables.write_dirty(io)
+        self.data.write_dirty(io)?;
+        self.data.clear();
+        self.tables.write_dirty(io)
     }
 
     /// Step 1. Returns which table entry is to refer to which cluster.
-    fn make_bitmap_clusters(
+    fn make_clusters(
         &mut self,
         io: &mut dyn BlockIo,
+        backing: &mut Backing,
         fresh: &[BitRange],
     ) -> DriverResult<BTreeMap<u64, HostOffset>> {
-        let size = self.image.cluster_size();
         let mut made: BTreeMap<u64, HostOffset> = fresh.iter().map(|bits| (bits.at, HostOffset(0))).collect();
         if made.is_empty() {
             return Ok(made);
         }
-        let mut reserved = self.reserve(io, made.len() as u64)?;
+        let mut reserved = backing.reserve(io, made.len() as u64)?;
         let stale: Vec<HostCluster> = reserved.stale().map(|(_, cluster)| cluster).collect();
-        self.zero_clusters(io, &stale)?;
+        backing.zero_clusters(io, &stale)?;
         for place in made.values_mut() {
-            *place = size.host_offset(reserved.next()?).ok_or_else(|| overflow("a host offset"))?;
+            *place = backing.image.host_offset(reserved.next()?)?;
         }
         for bits in fresh {
             let cluster = made.get(&bits.at).filter(|cluster| cluster.0 != 0);
             let slice = cluster.ok_or_else(|| overflow("the number of clusters to allocate"))?.0 + bits.slice;
-            self.bitmaps.data.insert_zeroed(slice);
-            self.bitmaps.data.set_bits(slice, bits.first, bits.last)?;
+            self.data.insert_zeroed(slice);
+            self.data.set_bits(slice, bits.first, bits.last)?;
         }
-        self.bitmaps.data.write_dirty(io)?;
-        self.out.written();
-        self.publish(io)?;
+        self.data.write_dirty(io)?;
+        backing.out.written();
+        backing.publish(io)?;
         Ok(made)
     }
 }

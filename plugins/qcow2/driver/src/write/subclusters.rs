@@ -1,7 +1,14 @@
-//! How the subclusters of a cluster change, and which of them a range of bytes touches.
+//! Extended L2 entries: how the parts of extents fall onto the subclusters of a cluster.
+//!
+//! Nothing is allocated or copied for a subcluster that none of them touches, unless the whole cluster has to move. A
+//! subcluster that reads as zeroes afterwards as a whole is only marked so; one that is written in part gets the rest of its
+//! bytes from where they are now.
 
+use crate::image::Image;
+use crate::metadata::l2_entry::Mapped;
+use crate::write::cluster_extent::ClusterExtent;
 use crate::write::contents::{Fill, Old};
-use instar_qcow2_format::{HostOffset, L2Entry, Subclusters};
+use instar_qcow2_format::{HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
 
 /// Where the data of a cluster stands afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +45,7 @@ impl SubclusterChange {
 }
 
 /// The state of all 32 subclusters, also of those that a standard entry stands for.
-pub(crate) fn states(entry: L2Entry, mixed: Option<Subclusters>) -> Subclusters {
+fn states(entry: L2Entry, mixed: Option<Subclusters>) -> Subclusters {
     mixed.unwrap_or(match entry {
         L2Entry::Data { .. } => Subclusters { allocated: u32::MAX, zero: 0 },
         L2Entry::Zero { .. } => Subclusters { allocated: 0, zero: u32::MAX },
@@ -47,7 +54,7 @@ pub(crate) fn states(entry: L2Entry, mixed: Option<Subclusters>) -> Subclusters 
 }
 
 /// Subclusters of `each` bytes that hold any byte of `start..end`.
-pub(crate) fn touched(start: u64, end: u64, each: u64) -> u32 {
+fn touched(start: u64, end: u64, each: u64) -> u32 {
     let below = |count: u64| u32::try_from((1u64 << count.min(32)) - 1).unwrap_or(u32::MAX);
     if start >= end {
         return 0;
@@ -56,9 +63,72 @@ pub(crate) fn touched(start: u64, end: u64, each: u64) -> u32 {
 }
 
 /// Subclusters of `each` bytes of which `start..end` holds all bytes before `visible`.
-pub(crate) fn covered(start: u64, end: u64, each: u64, visible: u64) -> u32 {
+fn covered(start: u64, end: u64, each: u64, visible: u64) -> u32 {
     let end = if end >= visible { visible.next_multiple_of(each) } else { end / each * each };
     touched(start.next_multiple_of(each), end, each)
+}
+
+/// Bytes of a subcluster.
+pub(crate) fn subcluster_bytes(image: &Image) -> u64 {
+    image.cluster_size().bytes() / u64::from(SUBCLUSTERS)
+}
+
+/// What is to be done with a cluster, given its extended entry and the parts of extents that fall into it; `None` if it reads
+/// as it should already.
+pub(crate) fn subcluster_change(
+    image: &Image,
+    has_backing: bool,
+    extents: &[ClusterExtent],
+    mapped: &Mapped,
+) -> Option<SubclusterChange> {
+    let (entry, mixed) = (mapped.entry, mapped.subclusters);
+    let (each, visible) = (subcluster_bytes(image), image.visible_bytes(extents.first()?.cluster));
+    let all = touched(0, visible, each);
+    let before = states(entry, mixed);
+    let (mut data, mut partly_zero, mut zero) = (0, 0, 0);
+    // Zeroes that follow each other, in whatever extents, cover subclusters together.
+    for run in extents.chunk_by(|a, b| a.is_zero() == b.is_zero() && a.start + a.length == b.start) {
+        let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+        let (start, end) = (first.start, last.start + last.length);
+        if first.is_zero() {
+            zero |= covered(start, end, each, visible);
+            partly_zero |= touched(start, end, each);
+        } else {
+            data |= touched(start, end, each);
+        }
+    }
+    let compressed = matches!(entry, L2Entry::Compressed { .. });
+    let reads_zero = before.zero | if has_backing || compressed { 0 } else { !before.allocated };
+    // Zeroes over what reads as zeroes already are nothing to do.
+    partly_zero &= !reads_zero;
+    zero &= !reads_zero;
+    let written = data | (partly_zero & !zero);
+    if written | zero == 0 {
+        return None;
+    }
+    let after = Subclusters {
+        allocated: (before.allocated & !zero | written) & all,
+        zero: (before.zero & !written | zero) & all,
+    };
+    let decoded = |descriptor| {
+        let stays = all & !zero;
+        let after = Subclusters { allocated: stays, zero };
+        let place = if stays == 0 { Place::Nowhere } else { Place::New };
+        let fill = if stays == 0 { Fill::Zero } else { Fill::Compressed(descriptor) };
+        SubclusterChange { place, fill, old: Old::Compressed(descriptor), before, after, written: stays }
+    };
+    let change = |place, fill, old| SubclusterChange { place, fill, old, before, after, written };
+    Some(match (entry, entry.host()) {
+        (L2Entry::Compressed { descriptor }, _) => decoded(descriptor),
+        (_, Some((host, _))) if after.allocated == 0 => change(Place::Nowhere, Fill::Zero, Old::Cluster(host)),
+        // Shared with a snapshot: copy on write. Without a byte to write the two can go on sharing it.
+        (_, Some((host, false))) if written != 0 => {
+            SubclusterChange { written: after.allocated, ..change(Place::New, Fill::Cluster(host), Old::Cluster(host)) }
+        }
+        (_, Some((host, copied))) => change(Place::Here(host, copied), Fill::Zero, Old::Nothing),
+        (_, None) if after.allocated == 0 => change(Place::Nowhere, Fill::Zero, Old::Nothing),
+        (_, None) => change(Place::New, Fill::Zero, Old::Nothing),
+    })
 }
 
 #[cfg(test)]

@@ -1,92 +1,144 @@
 //! Extents cut into pieces of clusters, in windows that bounded memory can hold.
 
 use crate::image::overflow;
+use crate::metadata::mapping::l1_position;
+use crate::write::backing::Backing;
 use crate::write::cluster_extent::ClusterExtent;
-use crate::write::sink::{Qcow2Sink, WINDOW_SLICES};
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverResult, Extent};
 use instar_qcow2_format::GuestCluster;
 
 /// Clusters that are worked on between two sets of flushes, at most.
 const WINDOW_CLUSTERS: usize = 1 << 16;
-/// What is done with a window: the pieces of whole clusters, in order.
-type EachWindow<'e> = dyn FnMut(&mut Qcow2Sink, &mut dyn BlockIo, &[ClusterExtent]) -> DriverResult<()> + 'e;
+/// Slices of L2 tables that are held at once, at most.
+const WINDOW_SLICES: usize = 2048;
 
-impl Qcow2Sink {
-    /// Cut extents into pieces and hand them to `each` in windows of whole clusters that bounded memory can
-    /// hold. Zeroes are left out where nothing is mapped that they would change: a short layer below a large overlay makes
-    /// an extent of them that reaches to the end of the disk, however little either file holds.
-    pub(crate) fn windows(
+/// Cuts extents at clusters, and hands them out in windows of whole clusters, in order.
+///
+/// Zeroes are left out where nothing is mapped that they would change: a short layer below a large overlay makes an extent
+/// of them that reaches to the end of the disk, however little either file holds.
+pub(crate) struct Windows<'a> {
+    extents: core::slice::Iter<'a, Extent>,
+    /// Whether zeroes matter where nothing is mapped.
+    every_zero: bool,
+    now: Option<Cut>,
+    /// What was cut off and did not fit into the last window.
+    pending: Option<ClusterExtent>,
+    window: Vec<ClusterExtent>,
+    clusters: usize,
+    slices: usize,
+    last: Option<GuestCluster>,
+}
+
+/// An extent that is being cut.
+#[derive(Clone, Copy)]
+struct Cut {
+    extent: Extent,
+    /// The first guest byte that was not cut off, and the one after the last.
+    at: u64,
+    end: u64,
+    /// Up to here it is known that an L2 table maps the extent.
+    mapped: u64,
+}
+
+impl<'a> Windows<'a> {
+    /// The windows of these extents. Zeroes where no L2 table is read as zeroes in an image that has nothing below it;
+    /// `bitmaps` says that it has bitmaps which record them all the same.
+    pub(crate) fn new(backing: &Backing, extents: &'a [Extent], bitmaps: bool) -> Self {
+        Self {
+            extents: extents.iter(),
+            every_zero: backing.has_backing || bitmaps,
+            now: None,
+            pending: None,
+            window: Vec::new(),
+            clusters: 0,
+            slices: 0,
+            last: None,
+        }
+    }
+
+    /// The next window; `None` after the last one.
+    ///
+    /// # Errors
+    /// [`ErrorCode::BackingTooSmall`](instar_guest_sdk::abi::ErrorCode::BackingTooSmall) for extents past the end of the disk; corruption of the L1 table; I/O errors.
+    pub(crate) fn next(
         &mut self,
         io: &mut dyn BlockIo,
-        extents: &[Extent],
-        each: &mut EachWindow<'_>,
-    ) -> DriverResult<()> {
-        let size = self.image.cluster_size();
-        let per_slice = self.image.slice_size() as u64 / self.image.header.l2_entry_bytes();
-        let mut pieces: Vec<ClusterExtent> = Vec::new();
-        let (mut clusters, mut slices) = (0, 0);
-        let mut last: Option<GuestCluster> = None;
-        for extent in extents {
-            let end = extent.end_within(self.image.header.virtual_size)?;
-            let mut at = extent.guest_offset;
-            let mut mapped = at;
-            while at < end {
-                if extent.is_zero() && at >= mapped {
-                    (at, mapped) = self.next_mapped(io, at, end)?;
-                    if at >= end {
-                        break;
-                    }
+        backing: &mut Backing,
+    ) -> DriverResult<Option<&[ClusterExtent]>> {
+        self.window.clear();
+        (self.clusters, self.slices) = (0, 0);
+        let per_slice = backing.image.slice_size() as u64 / backing.image.header.l2_entry_bytes();
+        loop {
+            let piece = match self.pending.take() {
+                Some(piece) => piece,
+                None => match self.cut(io, backing)? {
+                    Some(piece) => piece,
+                    None => break,
+                },
+            };
+            if self.last != Some(piece.cluster) {
+                let new_slice = self.last.is_none_or(|last| last.0 / per_slice != piece.cluster.0 / per_slice);
+                if self.clusters == WINDOW_CLUSTERS || (new_slice && self.slices == WINDOW_SLICES) {
+                    self.pending = Some(piece);
+                    break;
                 }
-                let cluster = GuestCluster(at >> size.bits());
-                if last != Some(cluster) {
-                    let new_slice = last.is_none_or(|l| l.0 / per_slice != cluster.0 / per_slice);
-                    if clusters == WINDOW_CLUSTERS || (new_slice && slices == WINDOW_SLICES) {
-                        each(self, io, &pieces)?;
-                        pieces.clear();
-                        (clusters, slices) = (0, 0);
-                    }
-                    slices += usize::from(new_slice || clusters == 0);
-                    clusters += 1;
-                    last = Some(cluster);
-                }
-                let start = size.offset_in(at);
-                let length = (size.bytes() - start).min(end - at);
-                let part = extent.clip(at..at + length).ok_or_else(|| overflow("an extent"))?;
-                pieces.push(ClusterExtent { cluster, start, length, content: part.content });
-                at += length;
+                self.slices += usize::from(new_slice || self.clusters == 0);
+                self.clusters += 1;
+                self.last = Some(piece.cluster);
             }
+            self.window.push(piece);
         }
-        if pieces.is_empty() {
-            return Ok(());
-        }
-        each(self, io, &pieces)
+        Ok((!self.window.is_empty()).then_some(&self.window))
     }
 
-    /// Where, from guest offset `at` on, the first byte before `end` is that zeroes may have to be written to (`end` if
-    /// there is none), and where the range of its L2 table ends. Without a table, an image with nothing below it reads as
-    /// zeroes; a bitmap records them all the same.
-    fn next_mapped(&mut self, io: &mut dyn BlockIo, mut at: u64, end: u64) -> DriverResult<(u64, u64)> {
-        if self.has_backing || !self.bitmaps.recorded.is_empty() {
-            return Ok((at, end));
+    /// Cut off the next piece.
+    fn cut(&mut self, io: &mut dyn BlockIo, backing: &mut Backing) -> DriverResult<Option<ClusterExtent>> {
+        let size = backing.image.cluster_size();
+        loop {
+            if self.now.is_none_or(|cut| cut.at >= cut.end) {
+                let Some(extent) = self.extents.next() else { return Ok(None) };
+                self.now = Some(begin(extent, backing)?);
+            }
+            let Some(cut) = self.now.as_mut().filter(|cut| cut.at < cut.end) else { continue };
+            if cut.extent.is_zero() && cut.at >= cut.mapped {
+                (cut.at, cut.mapped) =
+                    if self.every_zero { (cut.at, cut.end) } else { next_mapped(io, backing, cut.at, cut.end)? };
+                if cut.at >= cut.end {
+                    continue;
+                }
+            }
+            let cluster = GuestCluster(cut.at >> size.bits());
+            let start = size.offset_in(cut.at);
+            let length = (size.bytes() - start).min(cut.end - cut.at);
+            let part = cut.extent.clip(cut.at..cut.at + length).ok_or_else(|| overflow("an extent"))?;
+            cut.at += length;
+            return Ok(Some(ClusterExtent { cluster, start, length, content: part.content }));
         }
-        let coverage = self.image.header.l2_coverage();
-        while at < end {
-            let next = (at / coverage + 1).saturating_mul(coverage);
-            let cluster = GuestCluster(at >> self.image.cluster_size().bits());
-            let (entry_at, index) = self.l1_position(cluster);
-            if index >= u64::from(self.image.header.l1_entries) {
-                return Ok((end, end));
-            }
-            if self.l1.slice_of(entry_at) == entry_at {
-                self.l1.shrink(WINDOW_SLICES / 4);
-            }
-            self.l1.load(io, [entry_at])?;
-            if self.l2_table(cluster)?.is_some() {
-                return Ok((at, next));
-            }
-            at = next.min(end);
-        }
-        Ok((end, end))
     }
+}
+
+fn begin(extent: &Extent, backing: &Backing) -> DriverResult<Cut> {
+    let end = extent.end_within(backing.image.header.virtual_size)?;
+    Ok(Cut { extent: *extent, at: extent.guest_offset, end, mapped: extent.guest_offset })
+}
+
+/// Where, from guest offset `at` on, the first byte before `end` is that an L2 table maps (`end` if there is none), and
+/// where the range of that table ends.
+fn next_mapped(io: &mut dyn BlockIo, backing: &mut Backing, mut at: u64, end: u64) -> DriverResult<(u64, u64)> {
+    let (image, mapping) = (&backing.image, &mut backing.mapping);
+    let coverage = image.header.l2_coverage();
+    while at < end {
+        let next = (at / coverage + 1).saturating_mul(coverage);
+        let cluster = GuestCluster(at >> image.cluster_size().bits());
+        if l1_position(image, cluster).1 >= u64::from(image.header.l1_entries) {
+            return Ok((end, end));
+        }
+        mapping.load_l1(io, image, cluster)?;
+        if mapping.l2_table(image, cluster)?.is_some() {
+            return Ok((at, next));
+        }
+        at = next.min(end);
+    }
+    Ok((end, end))
 }
