@@ -28,6 +28,8 @@ pub mod refcount;
 mod references;
 mod sink;
 mod source;
+#[cfg(test)]
+mod testing;
 mod write;
 
 use image::{Image, Role};

@@ -151,3 +151,49 @@ fn write_fields(io: &mut dyn BlockIo, device: u32, fields: &[(u64, Vec<u8>)]) ->
     requests.push(Request::flush(device));
     io.run(&mut requests)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use alloc::vec;
+    use instar_guest_sdk::abi::DEVICE_OUTPUT;
+    use instar_qcow2_testkit::bitmaps::{BitmapSpec, Bits, AUTO, IN_USE};
+    use instar_qcow2_testkit::builder::Spec;
+
+    #[test]
+    fn tables_that_are_too_short_become_longer() {
+        // A cluster of 512 bytes has bits for 4,096 granules of 512 bytes: 2 MiB of the disk.
+        let bitmap = |flags, granularity| BitmapSpec::new(flags, granularity, &[Bits::Bytes(0x81)]);
+        let bitmaps = vec![bitmap(AUTO, 9), bitmap(AUTO | IN_USE, 9), bitmap(0, 9), bitmap(AUTO, 12)];
+        let (mut io, image) = open(&Spec { bitmaps, autoclear: 1, ..Spec::new(9, 1 << 20) });
+        let mut backing = Backing::new(image, false);
+        let (mut recorded, _) = EnabledBitmaps::load(&mut io, &backing.image, &mut backing.space.refcounts).unwrap();
+        let tables = BitmapTables::plan(&mut io, &backing.image, &mut recorded, 5 << 20).unwrap();
+        // Not the one that was not saved, nor the coarse one.
+        let planned: Vec<_> = tables.growing.iter().map(|growth| (growth.entries, growth.recorded)).collect();
+        assert_eq!(planned, [(3, Some(0)), (3, None)]);
+        assert_eq!(tables.clusters(backing.image.cluster_size()), 2);
+        let kept: Vec<_> = recorded.recorded.iter().map(|bitmap| (bitmap.entries, bitmap.held)).collect();
+        assert_eq!(kept, [(3, 1), (1, 1)]);
+        assert!(io.log.is_empty());
+        tables.lengthen(&mut io, &mut backing, &mut recorded).unwrap();
+        let directory = BitmapDirectory::read(&mut io, &backing.image, &mut |_| Ok(())).unwrap().entries;
+        let now: Vec<_> = directory.iter().map(|entry| (entry.bitmap.table_entries, entry.bitmap.in_use)).collect();
+        assert_eq!(now, [(3, true), (1, true), (3, true), (1, false)]);
+        // The new table begins as the old one, and its new entries are zero.
+        let word = |at: u64| {
+            let at = usize::try_from(at).unwrap();
+            u64::from_be_bytes(io.files[&DEVICE_OUTPUT][at..at + 8].try_into().unwrap())
+        };
+        let (old, new) = (tables.growing[0].old.table.0, directory[0].bitmap.table.0);
+        assert_ne!(old, new);
+        assert_eq!([word(new), word(new + 8), word(new + 16)], [word(old), 0, 0]);
+        assert_eq!((recorded.recorded[0].table.0, recorded.recorded[0].held), (new, 3));
+        tables.release_old(&mut io, &mut backing).unwrap();
+        let directory = BitmapDirectory::read(&mut io, &backing.image, &mut |_| Ok(())).unwrap().entries;
+        let now: Vec<_> = directory.iter().map(|entry| entry.bitmap.in_use).collect();
+        assert_eq!(now, [false, true, false, false]);
+    }
+}

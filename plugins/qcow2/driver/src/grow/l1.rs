@@ -93,3 +93,54 @@ fn relocate(io: &mut dyn BlockIo, backing: &mut Backing, entries: u32) -> Driver
     backing.mapping.l1.clear();
     backing.release(io, ClusterRun::of(size, old, old_bytes).clusters().collect())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use instar_guest_sdk::abi::DEVICE_OUTPUT;
+    use instar_guest_sdk::memory::{Change, MemoryDevices};
+    use instar_qcow2_testkit::builder::{Spec, State};
+
+    /// 60 entries: a cluster of 512 bytes has room for 4 more.
+    fn parts() -> (MemoryDevices, Backing) {
+        let (io, image) = open(&Spec::new(9, 60 * (64 << 9)).with([(3, State::Data(1))]));
+        (io, Backing::new(image, false))
+    }
+
+    #[test]
+    fn a_table_moves_only_where_it_has_to() {
+        let (mut io, mut backing) = parts();
+        for (entries, expected) in [(60, L1Growth::Stays), (64, L1Growth::InPlace(64)), (65, L1Growth::Moves(65))] {
+            let clusters = if entries == 65 { 2 } else { 0 };
+            let planned = L1Growth::plan(&mut io, &mut backing, entries * (64 << 9)).unwrap();
+            assert_eq!(planned, (expected, clusters));
+        }
+        assert!(io.log.is_empty());
+    }
+
+    #[test]
+    fn the_header_refers_to_a_table_that_is_durable() {
+        for (growth, entries) in [(L1Growth::InPlace(64), 64), (L1Growth::Moves(65), 65)] {
+            let (mut io, mut backing) = parts();
+            let header = &backing.image.header;
+            let (old, old_bytes) = (header.l1_table.0 as usize, header.l1_bytes() as usize);
+            let before = io.files[&DEVICE_OUTPUT].clone();
+            growth.run(&mut io, &mut backing).unwrap();
+            let header = &backing.image.header;
+            let now = &io.files[&DEVICE_OUTPUT];
+            assert_eq!(header.l1_entries, entries);
+            assert_eq!(now[36..40], entries.to_be_bytes());
+            assert_eq!(now[40..48], header.l1_table.0.to_be_bytes());
+            let new = header.l1_table.0 as usize;
+            assert_eq!(now[new..new + old_bytes], before[old..old + old_bytes]);
+            assert!(now[new + old_bytes..new + header.l1_bytes() as usize].iter().all(|&byte| byte == 0));
+            // Nothing is unflushed when the header changes, and it is flushed by itself.
+            let field = |change: &Change| matches!(change, Change::Write { offset: L1_SIZE_FIELD, .. });
+            let at = io.log.iter().position(field).unwrap();
+            let flush = |change: Option<&Change>| matches!(change, None | Some(Change::Flush { .. }));
+            assert!(flush(at.checked_sub(1).and_then(|before| io.log.get(before))) && flush(io.log.get(at + 1)));
+        }
+    }
+}

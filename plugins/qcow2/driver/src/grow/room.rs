@@ -40,3 +40,26 @@ pub(crate) fn find_room(io: &mut dyn BlockIo, backing: &mut Backing, count: u64)
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use instar_qcow2_testkit::builder::{Spec, State};
+
+    #[test]
+    fn what_has_a_refcount_past_the_end_of_the_file_is_lost_or_leaked() {
+        // Blocks stand before the data, clusters 20 to 29, of which the file has the first two.
+        let data = (0..10).map(|cluster| (cluster, State::Data(1)));
+        let (mut io, mut image) = open(&Spec { blocks_first: true, ..Spec::new(9, 100 << 9) }.with(data));
+        image.file_length = 22 << 9;
+        let error = find_room(&mut io, &mut Backing::new(image.clone(), false), 3).unwrap_err();
+        assert!(error.text.starts_with("the file is cut off"), "{}", error.text);
+        // Nothing refers to them: a crash has left them.
+        image.header.l1_entries = 0;
+        let mut backing = Backing::new(image, false);
+        let span = find_room(&mut io, &mut backing, 3).unwrap();
+        assert_eq!((span, backing.space.allocator.next()), (5, HostCluster(30)));
+    }
+}

@@ -114,3 +114,36 @@ impl Mapping {
         Ok(Mapped { guest, at, entry, subclusters })
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use instar_qcow2_testkit::builder::{Spec, State};
+
+    #[test]
+    fn entries_are_those_of_the_file() {
+        let (mut io, image) = open(&Spec::new(9, 300 << 9).with([(3, State::Data(1)), (200, State::Zero)]));
+        let mut mapping = Mapping::new(&image);
+        let clusters = [3, 4, 100, 200].map(GuestCluster);
+        mapping.load(&mut io, &image, clusters.into_iter()).unwrap();
+        let entries = clusters.map(|cluster| mapping.l2_entry(&image, cluster).unwrap());
+        assert!(matches!(entries[0].entry, L2Entry::Data { copied: true, .. }));
+        assert_eq!(entries[1].entry, L2Entry::Unallocated);
+        assert_eq!((entries[2].entry, entries[2].at), (L2Entry::Unallocated, 0));
+        assert_eq!(entries[3].entry, L2Entry::Zero { offset: None, copied: false });
+        let table = mapping.l2_table(&image, clusters[0]).unwrap().unwrap().0;
+        assert_eq!((entries[0].at, entries[1].at), (table.0 + 24, table.0 + 32));
+        assert_eq!(mapping.l2_table(&image, clusters[2]).unwrap(), None);
+    }
+
+    #[test]
+    fn a_table_that_is_about_to_grow_maps_nothing_past_its_end() {
+        let (mut io, mut image) = open(&Spec::new(9, 300 << 9).with([(200, State::Data(1))]));
+        let mut mapping = Mapping::new(&image);
+        image.header.l1_entries = 2;
+        mapping.load(&mut io, &image, core::iter::once(GuestCluster(200))).unwrap();
+        assert_eq!(mapping.l2_entry(&image, GuestCluster(200)).unwrap().entry, L2Entry::Unallocated);
+    }
+}

@@ -190,3 +190,97 @@ impl<'a> Structures<'a> {
         })
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::metadata::l2_tables::L2Tables;
+    use crate::refcount::blocks::Refcounts;
+    use crate::testing::open;
+    use alloc::collections::BTreeMap;
+    use alloc::vec;
+    use instar_guest_sdk::abi::DEVICE_OUTPUT;
+    use instar_qcow2_format::HostCluster;
+    use instar_qcow2_testkit::bitmaps::{BitmapSpec, Bits, AUTO};
+    use instar_qcow2_testkit::builder::{Spec, State};
+
+    /// Snapshots that share everything, bitmaps, and clusters of every kind.
+    fn spec(bits: u32) -> Spec {
+        let bitmaps =
+            vec![BitmapSpec::new(AUTO, 9, &[Bits::Bytes(0x81), Bits::None]), BitmapSpec::new(0, 9, &[Bits::All])];
+        let states = [(0, State::Data(1)), (1, State::Zero), (2, State::ZeroAllocated(3)), (70, State::Data(4))];
+        let compressed = [(7, State::Deflated(5)), (8, State::Deflated(6))];
+        let spec = Spec { snapshots: 2, bitmaps, autoclear: 1, ..Spec::new(bits, 96 << bits) };
+        spec.with(states).with(compressed)
+    }
+
+    #[test]
+    fn every_cluster_is_referred_to_as_often_as_its_refcount_says() {
+        for bits in [9, 12] {
+            let (mut io, image) = open(&spec(bits));
+            let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
+            let mut add = |reference: Reference| {
+                reference.run.clusters().for_each(|c| *counts.entry(c.0).or_default() += u64::from(reference.times));
+                Ok(())
+            };
+            let mut structures = Structures::new(&image);
+            let bitmaps = Kinds::BITMAP_TABLES | Kinds::BITMAP_DATA;
+            let tables = Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2;
+            let all = Kinds::HEADER | Kinds::SNAPSHOTS | Kinds::REFCOUNT_BLOCKS | bitmaps | tables;
+            structures.visit(&mut io, all, &mut add).unwrap();
+            let l2_tables = L2Tables::read(&mut io, &mut structures).unwrap();
+            l2_tables.each_entry(&mut io, &image, &mut add).unwrap();
+            let clusters = 0..image.file_length >> bits;
+            let mut refcounts = Refcounts::new(&image);
+            refcounts.load(&mut io, &image, clusters.clone().map(HostCluster)).unwrap();
+            for cluster in clusters {
+                let refcount = refcounts.get(&image, HostCluster(cluster)).unwrap();
+                assert_eq!(counts.get(&cluster).copied().unwrap_or(0), refcount, "cluster {cluster} of 2^{bits} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn what_refers_to_a_structure_says_where_it_is() {
+        let (mut io, image) = open(&spec(9));
+        let file = io.files[&DEVICE_OUTPUT].clone();
+        let mut structures = Structures::new(&image);
+        let kinds = Kinds::HEADER | Kinds::SNAPSHOTS | Kinds::REFCOUNT_BLOCKS | Kinds::BITMAP_TABLES;
+        let mut seen = 0;
+        structures
+            .visit(&mut io, kinds | Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2, &mut |reference| {
+                let at = usize::try_from(reference.at).unwrap();
+                let raw = u64::from_be_bytes(file[at..at + 8].try_into().unwrap());
+                match reference.structure {
+                    Structure::Header => assert_eq!(reference.offset, HostOffset(0)),
+                    // The extension's data has its number and length in front.
+                    Structure::BitmapDirectory => {
+                        assert!(file[at..at + 40].windows(8).any(|bytes| bytes == reference.offset.0.to_be_bytes()))
+                    }
+                    structure => assert_eq!(raw & !(1 << 63), reference.offset.0, "{structure}"),
+                }
+                seen += 1;
+                Ok(())
+            })
+            .unwrap();
+        // Header, refcount table, L1; snapshot table and two L1; a block; directory and two tables; two L2 of three states.
+        assert_eq!(seen, 3 + 3 + 1 + 3 + 3 * 2);
+    }
+
+    #[test]
+    fn tables_past_the_end_of_the_disk_are_told_from_those_that_map_it() {
+        let (mut io, mut image) = open(&Spec::new(9, 96 << 9).with([(0, State::Data(1)), (70, State::Data(4))]));
+        image.header.virtual_size = 64 << 9;
+        let mut count = |kinds| {
+            let mut found = 0;
+            let each = &mut |_| {
+                found += 1;
+                Ok(())
+            };
+            Structures::new(&image).visit(&mut io, kinds, each).unwrap();
+            found
+        };
+        assert_eq!((count(Kinds::MAPPED_L2), count(Kinds::ACTIVE_L2)), (1, 2));
+    }
+}

@@ -174,3 +174,80 @@ impl Space {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use instar_guest_sdk::abi::DEVICE_OUTPUT;
+    use instar_guest_sdk::memory::{Change, MemoryDevices};
+    use instar_qcow2_testkit::builder::{Spec, State};
+
+    /// Refcounts of 64 bits: a block describes 64 clusters of 512 bytes, so that a hundred new ones need another one.
+    fn parts() -> (MemoryDevices, Image, OrderedWriter, Space) {
+        let (io, image) = open(&Spec { refcount_order: 6, ..Spec::new(9, 300 << 9) }.with([(3, State::Data(1))]));
+        let (out, space) = (OrderedWriter::new(image.device), Space::new(&image));
+        (io, image, out, space)
+    }
+
+    fn refcounts(io: &mut MemoryDevices, image: &Image, clusters: &[HostCluster]) -> Vec<u64> {
+        let mut refcounts = Refcounts::new(image);
+        refcounts.load(io, image, clusters.iter().copied()).unwrap();
+        clusters.iter().map(|&cluster| refcounts.get(image, cluster).unwrap()).collect()
+    }
+
+    #[test]
+    fn new_clusters_count_once_they_are_published() {
+        let (mut io, mut image, mut out, mut space) = parts();
+        let before = image.file_length;
+        let mut reserved = space.reserve(&mut io, &mut image, &mut out, 100).unwrap();
+        assert_eq!(reserved.stale().count(), 0);
+        let clusters: Vec<HostCluster> = (0..100).map(|_| reserved.next().unwrap()).collect();
+        assert!(reserved.next().is_err());
+        assert!(clusters.iter().all(|cluster| cluster.0 >= before >> 9));
+        assert_eq!(refcounts(&mut io, &image, &clusters), [0; 100]);
+        assert_eq!(space.publish(&mut io, &mut image, &mut out).unwrap(), []);
+        assert_eq!(refcounts(&mut io, &image, &clusters), [1; 100]);
+        // Blocks are durable before the table refers to them, and that is durable, too.
+        let table = image.header.refcount_table.0;
+        let kinds = io.log.iter().filter_map(|change| match change {
+            Change::Write { offset, .. } => Some(if (table..table + 512).contains(offset) { 't' } else { 'b' }),
+            Change::Flush { .. } => Some('f'),
+            Change::SetLength { .. } => None,
+        });
+        let mut kinds: Vec<char> = kinds.collect();
+        kinds.dedup();
+        assert_eq!(kinds, ['b', 'f', 't', 'f']);
+    }
+
+    #[test]
+    fn what_nothing_refers_to_is_given_back() {
+        let (mut io, mut image, mut out, mut space) = parts();
+        let before = image.file_length;
+        space.reserve(&mut io, &mut image, &mut out, 5).unwrap();
+        assert!(io.files[&DEVICE_OUTPUT].len() as u64 > before);
+        space.give_back(&mut io, &mut image);
+        assert_eq!((image.file_length, io.files[&DEVICE_OUTPUT].len() as u64), (before, before));
+        // Where the table refers to a new block, the file has to stay as long as it is.
+        let (mut io, mut image, mut out, mut space) = parts();
+        space.reserve(&mut io, &mut image, &mut out, 100).unwrap();
+        space.publish(&mut io, &mut image, &mut out).unwrap();
+        let length = image.file_length;
+        space.give_back(&mut io, &mut image);
+        assert_eq!((image.file_length, io.files[&DEVICE_OUTPUT].len() as u64), (length, length));
+    }
+
+    #[test]
+    fn a_run_follows_the_blocks_that_describe_it() {
+        let (mut io, mut image, mut out, mut space) = parts();
+        let first = space.reserve_run(&mut io, &mut image, &mut out, 70).unwrap();
+        space.publish(&mut io, &mut image, &mut out).unwrap();
+        let run: Vec<HostCluster> = (first.0..first.0 + 70).map(HostCluster).collect();
+        assert_eq!(refcounts(&mut io, &image, &run), [1; 70]);
+        space.release(&mut io, &image, &mut out, run.clone()).unwrap();
+        assert!(out.is_unflushed());
+        assert_eq!(refcounts(&mut io, &image, &run), [0; 70]);
+        assert!(space.release(&mut io, &image, &mut out, run).is_err());
+    }
+}

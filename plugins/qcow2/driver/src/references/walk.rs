@@ -203,3 +203,121 @@ pub(crate) fn check_copied_flags(
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use instar_qcow2_format::get_refcount;
+    use instar_qcow2_testkit::builder::{Spec, State};
+
+    /// What is found: clusters whose refcount is another number than their references, as (cluster, refcount, references).
+    struct Differences {
+        refcounts: Refcounts,
+        found: Vec<(u64, u64, u64)>,
+        /// Clusters that were compared, in their order.
+        compared: Vec<u64>,
+        batches: Vec<(Level, Vec<u64>)>,
+        mapped: usize,
+    }
+
+    impl Comparison for Differences {
+        fn refcounts(&mut self) -> &mut Refcounts {
+            &mut self.refcounts
+        }
+
+        fn slice(&mut self, slice: &BlockSlice, counts: &CalculatedRefcounts) -> DriverResult<()> {
+            for cluster in slice.clusters.clone() {
+                let position = usize::try_from(cluster - slice.first).unwrap();
+                let order = self.refcounts.order();
+                let refcount = get_refcount(self.refcounts.blocks.bytes(slice.at)?, order, position).unwrap();
+                let references = counts.get(HostCluster(cluster)).unwrap();
+                if refcount != references {
+                    self.found.push((cluster, refcount, references));
+                }
+                self.compared.push(cluster);
+            }
+            Ok(())
+        }
+
+        fn undescribed(&mut self, cluster: HostCluster, references: u64) -> DriverResult<()> {
+            self.found.push((cluster.0, 0, references));
+            Ok(())
+        }
+
+        fn bound(&mut self) -> DriverResult<()> {
+            self.refcounts.blocks.shrink(0);
+            Ok(())
+        }
+    }
+
+    impl FlagCheck for Differences {
+        fn mapped(&mut self, _mapped: &Mapped) {
+            self.mapped += 1;
+        }
+
+        fn wants(&mut self, entry: &FlaggedEntry) -> bool {
+            entry.copied
+        }
+
+        fn batch(&mut self, _io: &mut dyn BlockIo, level: Level, entries: &[FlaggedEntry]) -> DriverResult<()> {
+            self.batches.push((level, entries.iter().map(|entry| entry.cluster.0).collect()));
+            Ok(())
+        }
+    }
+
+    fn differences(image: &Image) -> Differences {
+        let refcounts = Refcounts::new(image);
+        Differences { refcounts, found: Vec::new(), compared: Vec::new(), batches: Vec::new(), mapped: 0 }
+    }
+
+    #[test]
+    fn leaks_and_clusters_that_no_block_describes_are_found_in_one_walk() {
+        // Header, refcount table and L1 table, then two leaks. Refcounts of 64 bits: a block describes 64 clusters.
+        let spec = Spec { leaks: 2, refcount_order: 6, ..Spec::new(9, 200 << 9) };
+        let (mut io, image) = open(&spec.with((0..100).map(|cluster| (cluster, State::Data(1)))));
+        let metadata = MetadataMap::build(&mut io, &image, Vec::new()).unwrap();
+        let clusters = image.file_length >> 9;
+        // The second block goes: what it describes has no refcount.
+        let mut table = Refcounts::new(&image);
+        table.table.load(&mut io, [table.table_entry_at(1)]).unwrap();
+        let block = table.table.entry(table.table_entry_at(1)).unwrap() >> 9;
+        table.table.set_entry(table.table_entry_at(1), 0).unwrap();
+        table.table.write_dirty(&mut io).unwrap();
+        let mut differences = differences(&image);
+        let mut structures = Structures::new(&image);
+        each_pass(&mut io, &mut structures, &metadata, &mut |io, counts| {
+            compare_refcounts(io, &image, counts, clusters, &mut differences)
+        })
+        .unwrap();
+        // The block itself stands past what it described, and is a leak now.
+        let mut expected = alloc::vec![(3, 1, 0), (4, 1, 0)];
+        expected.extend((64..128.min(clusters)).filter(|&cluster| cluster != block).map(|cluster| (cluster, 0, 1)));
+        if !(64..128).contains(&block) {
+            expected.push((block, 1, 0));
+        }
+        expected.sort_unstable();
+        differences.found.sort_unstable();
+        assert_eq!(differences.found, expected);
+        assert!(differences.compared.iter().copied().eq((0..64).chain(128..clusters)));
+    }
+
+    #[test]
+    fn every_flag_is_in_one_batch() {
+        let states = (0..100).map(|cluster| (cluster, if cluster == 9 { State::Zero } else { State::Data(1) }));
+        let (mut io, image) = open(&Spec::new(9, 200 << 9).with(states));
+        let mut all = Vec::new();
+        for most in [1, 7, 1000] {
+            let mut differences = differences(&image);
+            check_copied_flags(&mut io, &image, most, &mut differences).unwrap();
+            assert!(differences.batches.iter().all(|(_, batch)| batch.len() <= most));
+            let count = |level| -> usize {
+                differences.batches.iter().filter(|(of, _)| *of == level).map(|(_, batch)| batch.len()).sum()
+            };
+            assert_eq!((count(Level::L1), count(Level::L2), differences.mapped), (2, 99, 100));
+            all.push(differences.batches.into_iter().flat_map(|(_, batch)| batch).collect::<Vec<u64>>());
+        }
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+}

@@ -85,3 +85,57 @@ pub(crate) fn action(image: &Image, has_backing: bool, extents: &[ClusterExtent]
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use instar_guest_sdk::Content;
+    use instar_qcow2_format::GuestCluster;
+    use instar_qcow2_testkit::builder::Spec;
+
+    const DATA: Content = Content::Data { device: 0, offset: 0 };
+    const HOST: HostOffset = HostOffset(1 << 16);
+
+    fn part(start: u64, length: u64, content: Content) -> ClusterExtent {
+        ClusterExtent { cluster: GuestCluster(1), start, length, content }
+    }
+
+    fn decide(version: u32, has_backing: bool, entry: L2Entry, part: ClusterExtent) -> Action {
+        let (_, image) = open(&Spec::new(9, 100 << 9).version(version));
+        action(&image, has_backing, &[part], &Mapped { guest: 512, at: 0, entry, subclusters: None })
+    }
+
+    #[test]
+    fn data_goes_where_it_belongs_to_nobody_else() {
+        let some = part(0, 100, DATA);
+        let data = |copied| L2Entry::Data { offset: HOST, copied };
+        assert_eq!(decide(3, true, data(true), some), Action::InPlace(HOST));
+        let copied = Action::Allocate(Fill::Cluster(HOST), Old::Cluster(HOST));
+        assert_eq!(decide(3, true, data(false), some), copied);
+        assert_eq!(decide(3, true, L2Entry::Unallocated, some), Action::Allocate(Fill::Below, Old::Nothing));
+        assert_eq!(decide(3, false, L2Entry::Unallocated, some), Action::Allocate(Fill::Zero, Old::Nothing));
+        let all = part(0, 512, DATA);
+        assert_eq!(decide(3, true, L2Entry::Unallocated, all), Action::Allocate(Fill::Zero, Old::Nothing));
+        let compressed = L2Entry::Compressed { descriptor: 5 };
+        let decoded = Action::Allocate(Fill::Compressed(5), Old::Compressed(5));
+        assert_eq!((decide(3, true, compressed, some), decoded.decodes()), (decoded, Some(5)));
+        assert_eq!(decide(3, true, compressed, all), Action::Allocate(Fill::Zero, Old::Compressed(5)));
+        let kept = L2Entry::Zero { offset: Some(HOST), copied: true };
+        assert_eq!(decide(3, true, kept, some), Action::Revive(HOST));
+    }
+
+    #[test]
+    fn zeroes_are_written_only_where_nothing_else_will_do() {
+        let (some, all) = (part(0, 100, Content::Zero), part(0, 512, Content::Zero));
+        let data = L2Entry::Data { offset: HOST, copied: true };
+        assert_eq!(decide(3, true, data, all), Action::MakeZero(true, Old::Cluster(HOST)));
+        assert_eq!(decide(3, true, data, some), Action::InPlace(HOST));
+        // Version 2 has no zero flag: nothing below, an unallocated cluster will do.
+        assert_eq!(decide(2, false, data, all), Action::MakeZero(false, Old::Cluster(HOST)));
+        assert_eq!(decide(2, true, data, all), Action::InPlace(HOST));
+        assert_eq!(decide(3, true, L2Entry::Unallocated, all), Action::MakeZero(true, Old::Nothing));
+        assert_eq!(decide(3, false, L2Entry::Unallocated, all), Action::Nothing);
+        assert_eq!(decide(3, true, L2Entry::Zero { offset: None, copied: false }, some), Action::Nothing);
+    }
+}

@@ -209,3 +209,59 @@ fn refcount_disagrees(image: &Image, owned: &Owned, count: u64) -> DriverError {
     image
         .corrupt(owned.at, format!("the cluster at offset {offset} has refcount {count} and its COPIED flag is {flag}"))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use instar_guest_sdk::memory::MemoryDevices;
+    use instar_guest_sdk::Content;
+    use instar_qcow2_testkit::builder::{Spec, State};
+
+    fn parts(spec: &Spec) -> (MemoryDevices, Backing, Plan) {
+        let (mut io, image) = open(spec);
+        let metadata = MetadataMap::build(&mut io, &image, Vec::new()).unwrap();
+        (io, Backing::new(image, false), Plan::new(metadata))
+    }
+
+    fn data(cluster: u64, start: u64, length: u64) -> ClusterExtent {
+        let content = Content::Data { device: 0, offset: 0 };
+        ClusterExtent { cluster: GuestCluster(cluster), start, length, content }
+    }
+
+    #[test]
+    fn new_clusters_and_tables_are_counted_once() {
+        let (mut io, mut backing, mut plan) = parts(&Spec::new(9, 300 << 9).with([(3, State::Data(1))]));
+        // One in place, a new one in the same table in two pieces, and two in a table that is new.
+        let window = [data(3, 0, 512), data(4, 0, 100), data(4, 200, 100), data(200, 0, 512), data(201, 0, 512)];
+        plan.window(&mut io, &mut backing, &window).unwrap();
+        // The next window goes on in the same table.
+        plan.window(&mut io, &mut backing, &[data(202, 0, 512)]).unwrap();
+        assert_eq!(plan.needs, Needs { data: 4, tables: 1, ..Needs::default() });
+        assert_eq!((plan.needs.single(), plan.committed), (5, 5 * 512 - 312));
+        let written = backing.mapping.l2_entry(&backing.image, GuestCluster(202)).unwrap().entry;
+        assert_eq!(written, L2Entry::Unallocated);
+        assert!(!plan.touched.nothing() && io.log.is_empty());
+    }
+
+    #[test]
+    fn what_a_snapshot_shares_is_replaced() {
+        let spec = Spec { snapshots: 1, ..Spec::new(9, 300 << 9) }.with([(3, State::Data(1)), (4, State::Data(2))]);
+        let (mut io, mut backing, mut plan) = parts(&spec);
+        plan.window(&mut io, &mut backing, &[data(3, 0, 100), data(4, 0, 100)]).unwrap();
+        assert_eq!(plan.needs, Needs { data: 2, tables: 1, ..Needs::default() });
+    }
+
+    #[test]
+    fn an_entry_that_points_to_metadata_is_refused() {
+        let (mut io, mut backing, mut plan) = parts(&Spec::new(9, 300 << 9).with([(3, State::Data(1))]));
+        backing.load_mapping(&mut io, &[data(3, 0, 512)]).unwrap();
+        let at = backing.mapping.l2_position(&backing.image, GuestCluster(3)).unwrap().unwrap();
+        // The refcount table.
+        let entry = L2Entry::Data { offset: backing.image.header.refcount_table, copied: true };
+        backing.mapping.l2.set_entry(at, entry.encode()).unwrap();
+        let error = plan.window(&mut io, &mut backing, &[data(3, 0, 512)]).unwrap_err();
+        assert!(error.text.contains("which is metadata") && error.code == backing.image.corrupt_code(), "{error}");
+    }
+}

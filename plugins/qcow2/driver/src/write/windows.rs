@@ -142,3 +142,69 @@ fn next_mapped(io: &mut dyn BlockIo, backing: &mut Backing, mut at: u64, end: u6
     }
     Ok((end, end))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::open;
+    use instar_guest_sdk::abi::ErrorCode;
+    use instar_guest_sdk::memory::MemoryDevices;
+    use instar_guest_sdk::Content;
+    use instar_qcow2_testkit::builder::{Spec, State};
+
+    /// The windows, each as guest offsets and lengths.
+    fn cut(io: &mut MemoryDevices, backing: &mut Backing, extents: &[Extent], bitmaps: bool) -> Vec<Vec<(u64, u64)>> {
+        let mut windows = Windows::new(backing, extents, bitmaps);
+        let mut found = Vec::new();
+        while let Some(window) = windows.next(io, backing).unwrap() {
+            found.push(window.iter().map(|part| ((part.cluster.0 << 9) + part.start, part.length)).collect());
+        }
+        found
+    }
+
+    #[test]
+    fn extents_are_cut_at_clusters() {
+        let (mut io, image) = open(&Spec::new(9, 100 << 9));
+        let mut backing = Backing::new(image, false);
+        let extents = [Extent::data(100, 1000, 0, 1 << 20), Extent::data(1100, 436, 0, 1 << 20)];
+        let found = cut(&mut io, &mut backing, &extents, false);
+        assert_eq!(found, [[(100, 412), (512, 512), (1024, 76), (1100, 436)]]);
+        let mut windows = Windows::new(&backing, &extents, false);
+        let window = windows.next(&mut io, &mut backing).unwrap().unwrap();
+        let places: Vec<Content> = window.iter().map(|part| part.content).collect();
+        let data = |offset: u64| Content::Data { device: 0, offset: (1 << 20) + offset };
+        assert_eq!(places, [data(0), data(412), data(924), data(0)]);
+        let past = [Extent::data((100 << 9) - 1, 2, 0, 1 << 20)];
+        let error = Windows::new(&backing, &past, false).next(&mut io, &mut backing).unwrap_err();
+        assert_eq!(error.code, ErrorCode::BackingTooSmall);
+    }
+
+    #[test]
+    fn zeroes_count_where_a_table_maps_anything() {
+        // The second of five L2 tables is there: clusters 64 to 127.
+        let (mut io, image) = open(&Spec::new(9, 300 << 9).with([(100, State::Data(1))]));
+        let zeroes = [Extent::zero(0, 300 << 9)];
+        for (has_backing, bitmaps, expected) in [(false, false, 64), (true, false, 300), (false, true, 300)] {
+            let mut backing = Backing::new(image.clone(), has_backing);
+            let found = cut(&mut io, &mut backing, &zeroes, bitmaps);
+            assert_eq!(found.iter().map(Vec::len).sum::<usize>(), expected);
+        }
+        let mut backing = Backing::new(image, false);
+        assert_eq!(cut(&mut io, &mut backing, &[Extent::zero(0, 64 << 9)], false), [[]; 0]);
+    }
+
+    #[test]
+    fn a_window_has_no_more_tables_than_memory_holds() {
+        let (mut io, image) = open(&Spec::new(9, 2500 * (64 << 9)));
+        let mut backing = Backing::new(image, false);
+        // Two pieces in one cluster of each table.
+        let extents: Vec<Extent> = (0..2500)
+            .flat_map(|table| [0, 100].map(|start| Extent::data(table * (64 << 9) + start, 100, 0, 1 << 20)))
+            .collect();
+        let found = cut(&mut io, &mut backing, &extents, false);
+        assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [2 * WINDOW_SLICES, 2 * (2500 - WINDOW_SLICES)]);
+        let flat: Vec<(u64, u64)> = found.into_iter().flatten().collect();
+        assert!(flat.iter().zip(&extents).all(|(&(at, length), extent)| (at, length) == (extent.guest_offset, 100)));
+    }
+}
