@@ -10,7 +10,7 @@ use clap::Args;
 use instar::check::{run_check, CheckOutcome, CheckRequest};
 use instar::error::Error;
 use instar::escape::{escape_path, printable};
-use instar_guest_abi::{ErrorCode, Examination, FindingKind};
+use instar_guest_abi::{CheckSummary, ErrorCode, FindingKind};
 use serde_json::{Map, Value};
 use std::fmt::Write as _;
 use std::io::Write;
@@ -93,7 +93,7 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
     Ok(status(&result.found))
 }
 
-fn status(found: &Examination) -> u8 {
+fn status(found: &CheckSummary) -> u8 {
     match (found.corruptions, found.leaks) {
         (0, 0) => 0,
         (0, _) => LEAKY,
@@ -121,7 +121,7 @@ fn findings(result: &CheckOutcome) -> String {
 }
 
 /// The summary for people.
-fn summary(found: &Examination) -> String {
+fn summary(found: &CheckSummary) -> String {
     let mut text = String::new();
     if found.corruptions == 0 && found.leaks == 0 {
         text.push_str("No errors were found on the image.\n");
@@ -194,14 +194,14 @@ mod tests {
 
     #[test]
     fn the_status_is_that_of_the_worst() {
-        let found = |corruptions, leaks| Examination { corruptions, leaks, ..Examination::default() };
+        let found = |corruptions, leaks| CheckSummary { corruptions, leaks, ..CheckSummary::default() };
         assert_eq!([found(0, 0), found(0, 1), found(1, 0), found(1, 1)].map(|found| status(&found)), [0, 3, 2, 2]);
         assert_eq!(crate::FAILED, 1);
     }
 
     #[test]
     fn findings_are_safe_and_counted() {
-        let found = Examination { leaks: 5, corruptions: 2, ..Examination::default() };
+        let found = CheckSummary { leaks: 5, corruptions: 2, ..CheckSummary::default() };
         let findings_of =
             vec![(FindingKind::Leak, "a\x1b[2J\nb".to_owned()), (FindingKind::Corruption, "c".to_owned())];
         let text = findings(&CheckOutcome { format: "x".into(), found, findings: findings_of });

@@ -3,7 +3,7 @@
 use crate::devices::Devices;
 use crate::operation::{decode, Events};
 use crate::sandbox::BadRequest;
-use instar_guest_abi::{Examination, FindingKind};
+use instar_guest_abi::{CheckSummary, FindingKind};
 use instar_guest_protocol::check::{Finding, Outcome};
 
 /// Findings that are kept.
@@ -13,7 +13,7 @@ const MAX_FINDINGS: usize = 200;
 #[derive(Debug, Default)]
 pub struct CheckEvents {
     /// The findings in numbers, once the guest said so.
-    pub found: Examination,
+    pub found: CheckSummary,
     /// The first findings.
     pub findings: Vec<(FindingKind, String)>,
 }
@@ -31,7 +31,7 @@ impl Events for CheckEvents {
 
     fn succeeded(&mut self, _: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         let found: Outcome = decode(result)?;
-        self.found = Examination {
+        self.found = CheckSummary {
             image_end_offset: found.image_end_offset,
             total_clusters: found.total_clusters,
             allocated_clusters: found.allocated_clusters,
@@ -81,7 +81,7 @@ mod tests {
         let result = Outcome { leaks: 3, ..Outcome::default() }.encode_to_vec();
         let end = Kind::End(EndMessage { outcome: Some(End::Result(result)) });
         assert_eq!((handler.message(end.clone()), handler.end.clone()), (Ok(()), Some(Ok(()))));
-        assert_eq!(handler.events.found, Examination { leaks: 3, ..Examination::default() });
+        assert_eq!(handler.events.found, CheckSummary { leaks: 3, ..CheckSummary::default() });
         assert!(handler.message(end).is_err() && handler.message(finding(1)).is_err());
     }
 

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf};
 use crate::operation::{run, DevicePaths, Ended, ImageSet, Named, Opener, Operation, Session, Settings};
 use crate::sandbox::{guest_module, ModuleSpec};
-use instar_guest_abi::{Examination, FindingKind};
+use instar_guest_abi::{CheckSummary, FindingKind};
 use std::path::PathBuf;
 
 /// The guest's half.
@@ -35,7 +35,7 @@ pub struct CheckOutcome {
     /// The image's format.
     pub format: String,
     /// The findings, in numbers.
-    pub found: Examination,
+    pub found: CheckSummary,
     /// The first findings, one line each as the guest wrote it: not safe for a terminal.
     pub findings: Vec<(FindingKind, String)>,
 }

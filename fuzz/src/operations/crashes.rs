@@ -174,7 +174,7 @@ fn examine(device: u32, format: &Format, bytes: &[u8]) -> Vec<String> {
     let mut io = Strict::look(BTreeMap::from([(device, bytes.to_vec())]));
     let mut corruptions = Vec::new();
     let examined = open_source(format, &mut io, &config(device, &facts, false, 0)).and_then(|mut source| {
-        source.examine(&mut io, &mut |kind, text| {
+        source.check(&mut io, &mut |kind, text| {
             if kind == FindingKind::Corruption {
                 corruptions.push(text.to_owned());
             }

@@ -33,7 +33,7 @@ pub fn look(input: &[u8]) {
     let overlay = config(OVERLAY, &facts[&OVERLAY], false, 0);
     let mut findings: Vec<String> = Vec::new();
     let examined = open_source(bed.formats[&OVERLAY], &mut io, &overlay).and_then(|mut source| {
-        source.examine(&mut io, &mut |_, text| {
+        source.check(&mut io, &mut |_, text| {
             assert!(!text.is_empty());
             findings.push(text.into());
         })

@@ -104,7 +104,7 @@ error_codes! {
     KvmPermission = 30, ERROR_KVM_PERMISSION;
     /// KVM is there but cannot run a virtual machine.
     KvmUnusable = 31, ERROR_KVM_UNUSABLE;
-    /// The plugin of the format lacks what is asked for: it cannot examine images.
+    /// The plugin of the format lacks what is asked for: it cannot check images.
     NotImplemented = 32, ERROR_NOT_IMPLEMENTED;
     /// A plugin that is needed is missing or cannot be loaded.
     PluginUnavailable = 33, ERROR_PLUGIN_UNAVAILABLE;

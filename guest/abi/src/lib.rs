@@ -27,7 +27,7 @@ pub use error::*;
 pub use layout::*;
 pub use list::List;
 pub use module::{
-    Examination, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo, ModuleDescriptor,
+    CheckSummary, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo, ModuleDescriptor,
     ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, SinkOps, SourceOps, WireExtent, FAILURE_TEXT_MAX,
     IMAGE_ID_MAX, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
 };

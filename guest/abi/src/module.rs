@@ -175,7 +175,7 @@ impl ParentStage {
 /// What an examination found, in numbers. What a format does not count is 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Examination {
+pub struct CheckSummary {
     /// Where the last cluster that is in use, or has a refcount, ends: bytes.
     pub image_end_offset: u64,
     /// Clusters of the virtual disk.
@@ -242,7 +242,7 @@ pub struct SourceOps {
     pub info: extern "C" fn(source: *mut c_void, out: *mut ImageInfo),
     /// Verify all metadata of an image that is to be committed (and emptied, if `will_empty` is not 0);
     /// changes nothing. `*clusters` is set to the number of clusters that the image holds.
-    pub check: extern "C" fn(source: *mut c_void, will_empty: u32, clusters: *mut u64, failure: *mut Failure) -> u32,
+    pub verify: extern "C" fn(source: *mut c_void, will_empty: u32, clusters: *mut u64, failure: *mut Failure) -> u32,
     /// Enumerate what the layer itself holds of the guest bytes `from..end`, in ascending order, adjacent runs merged, at
     /// most `capacity` extents; the first may begin before `from`, and the last may end after `end`. `*next` is set to the
     /// guest byte at which to continue: greater than `from`, `end` or more once the range is exhausted.
@@ -275,11 +275,11 @@ pub struct SourceOps {
         Option<extern "C" fn(source: *mut c_void, identity: *const ImageId, stage: u32, failure: *mut Failure) -> u32>,
     /// Null: images of the format cannot be examined.
     /// Look at all metadata for a report, and change nothing: what is wrong is a finding and not a failure.
-    pub examine: Option<
+    pub check: Option<
         extern "C" fn(
             source: *mut c_void,
             findings: *const FindingOps,
-            out: *mut Examination,
+            out: *mut CheckSummary,
             failure: *mut Failure,
         ) -> u32,
     >,

@@ -8,7 +8,7 @@ extern crate alloc;
 
 use alloc::string::String;
 use instar_guest_protocol::check::{Finding, Outcome};
-use instar_guest_sdk::abi::{ErrorCode, Examination, FindingKind, MemberRole};
+use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, MemberRole};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Source};
 use instar_guest_view::Reporter;
@@ -47,9 +47,9 @@ pub fn examine(
     source: &mut dyn Source,
     io: &mut dyn BlockIo,
     reporter: &mut Reporter<'_>,
-) -> DriverResult<Examination> {
+) -> DriverResult<CheckSummary> {
     let mut sent = 0;
-    source.examine(io, &mut |kind: FindingKind, text: &str| {
+    source.check(io, &mut |kind: FindingKind, text: &str| {
         if sent < MAX_FINDINGS {
             sent += 1;
             reporter.event(&Finding { kind: kind as u32, text: String::from(text) });

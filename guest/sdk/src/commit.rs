@@ -125,7 +125,7 @@ pub fn commit(
     let at = |step: Step| move |error: DriverError| CommitFailure { step, error };
     let total = images.source.info().virtual_size;
 
-    let clusters = images.source.check(io, !options.keep_overlay).map_err(at(Step::Check))?;
+    let clusters = images.source.verify(io, !options.keep_overlay).map_err(at(Step::Check))?;
 
     let (mut bytes, mut encoded_bytes) = (0, 0);
     let sink = &mut *images.sink;

@@ -6,7 +6,7 @@ use crate::extents::Extents;
 use crate::io::BlockIo;
 use core::ops::Range;
 use instar_guest_abi::{
-    DeviceConfig, ErrorCode, Examination, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary, DEVICE_OUTPUT,
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary, DEVICE_OUTPUT,
 };
 
 /// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
@@ -19,7 +19,7 @@ pub trait Source {
     ///
     /// # Errors
     /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
-    fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64>;
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64>;
 
     /// Push what the layer holds of these guest bytes, ascending, until [`Extents::push`] refuses one: there is no room for
     /// it. The first may begin before the range, and the last may end after it. Returns the guest byte at which to continue:
@@ -64,11 +64,11 @@ pub trait Source {
     ///
     /// # Errors
     /// [`ErrorCode::NotImplemented`] for a format without consistency to speak of, and I/O errors.
-    fn examine(
+    fn check(
         &mut self,
         io: &mut dyn BlockIo,
         finding: &mut dyn FnMut(FindingKind, &str),
-    ) -> DriverResult<Examination> {
+    ) -> DriverResult<CheckSummary> {
         let _ = (io, finding);
         Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be checked"))
     }
@@ -185,7 +185,7 @@ impl Source for NoSource {
     fn info(&self) -> ImageInfo {
         match *self {}
     }
-    fn check(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
+    fn verify(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
         match *self {}
     }
     fn extents(&mut self, _: &mut dyn BlockIo, _: Range<u64>, _: &mut Extents) -> DriverResult<u64> {

@@ -236,12 +236,12 @@ impl Source for Layers<'_> {
     }
 
     /// Returns how many clusters of the overlay's cluster size the layers hold together.
-    fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         if will_empty {
             return Err(DriverError::new(ErrorCode::InternalOverflow, "several layers cannot be emptied"));
         }
         for layer in &mut self.layers {
-            layer.source.check(io, false)?;
+            layer.source.verify(io, false)?;
         }
         let ImageInfo { virtual_size, cluster_size } = self.info();
         let unit = cluster_size.max(1);

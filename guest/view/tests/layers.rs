@@ -30,7 +30,7 @@ impl Source for Layer {
         ImageInfo { virtual_size: self.sectors.len() as u64 * SECTOR, cluster_size: SECTOR }
     }
 
-    fn check(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    fn verify(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         assert!(!will_empty);
         Ok(0)
     }
@@ -160,14 +160,14 @@ proptest! {
         let mut source = open(&layers);
         let mut io = MemoryDevices::default();
         let held = expected.iter().filter(|&&seen| seen != Seen::Nothing).count();
-        prop_assert_eq!(source.check(&mut io, false).unwrap(), held as u64);
+        prop_assert_eq!(source.verify(&mut io, false).unwrap(), held as u64);
         prop_assert_eq!(&enumerate(&mut source, 0, max), &expected);
         // It can begin anywhere, also before where it was.
         let from = again.index(expected.len());
         let found = enumerate(&mut source, from as u64 * SECTOR, 1000);
         prop_assert_eq!(&found[from..], &expected[from..]);
         prop_assert_eq!(&enumerate(&mut source, 0, 1000), &expected);
-        prop_assert!(source.empty(&mut io).is_err() && source.check(&mut io, true).is_err());
+        prop_assert!(source.empty(&mut io).is_err() && source.verify(&mut io, true).is_err());
     }
 }
 

@@ -13,7 +13,7 @@ impl Source for QedSource {
         self.0.info()
     }
 
-    fn check(&mut self, io: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
+    fn verify(&mut self, io: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
         self.0.verify(io)
     }
 

@@ -83,7 +83,7 @@ fn look(drawn: &Drawn) {
     for device in [OVERLAY, DEVICE_OUTPUT] {
         let config = config(device, &facts[&device], false, 0);
         let opened = open_source(drawn.bed.formats[&device], &mut io, &config);
-        let _ = opened.and_then(|mut source| source.examine(&mut io, &mut |_, _| {}));
+        let _ = opened.and_then(|mut source| source.check(&mut io, &mut |_, _| {}));
     }
     let mut open = |device: &u32| {
         let config = config(*device, &facts[device], false, 0);

@@ -4,7 +4,7 @@
 //! does the rest, on [`MemoryDevices`](crate::memory::MemoryDevices), which hold the driver to all of the host's rules:
 //!
 //! - **extents** keep their promises, whatever part of a disk is asked for, and however few at once; what they say, encoded
-//!   ones included, is what the independent reader reads; `extents`, `check` and `examine` change nothing;
+//!   ones included, is what the independent reader reads; `extents`, `verify` and `check` change nothing;
 //! - a **commit** is done, refused or run dry: the backing reads as the overlay did, nobody's file is longer than was planned,
 //!   and a commit that is refused has changed nothing;
 //! - a **power loss**, and any request that **fails**: the overlay reads the same at each instant, both images are sound, and

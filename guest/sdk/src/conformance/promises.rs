@@ -72,7 +72,7 @@ pub(super) fn verify(kit: &dyn ImageKit, image: &[u8], random: &mut Random) {
 
     for will_empty in [false, true] {
         // Not every image can be emptied; whether it can is looked at without a change.
-        let checked = look.open().check(&mut look.io, will_empty);
+        let checked = look.open().verify(&mut look.io, will_empty);
         assert!(will_empty || checked.is_ok(), "a valid image is refused: {checked:?}");
     }
     examine(&mut look);
@@ -130,7 +130,7 @@ fn content(io: &mut dyn BlockIo, source: &mut dyn Source, extents: &[Extent], be
 /// Nothing may be lost in a valid image, to a driver that examines images.
 fn examine(look: &mut Look<'_>) {
     let mut corruptions = Vec::new();
-    let examined = look.open().examine(&mut look.io, &mut |kind, text| {
+    let examined = look.open().check(&mut look.io, &mut |kind, text| {
         if kind == FindingKind::Corruption {
             corruptions.push(alloc::string::String::from(text));
         }

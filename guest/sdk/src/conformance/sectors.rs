@@ -83,7 +83,7 @@ impl Source for Image {
         ImageInfo { virtual_size: self.size, cluster_size: SECTOR }
     }
 
-    fn check(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
+    fn verify(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
         Ok(self.map.iter().filter(|&&state| state != NOTHING).count() as u64)
     }
 
@@ -113,7 +113,7 @@ impl Source for Image {
     }
 
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
-        let held = self.check(io, true)?;
+        let held = self.verify(io, true)?;
         if held > 0 {
             self.map.fill(NOTHING);
             self.out.zero(io, 0, map_bytes(self.size))?;

@@ -66,8 +66,8 @@ impl Source for Wrong<dyn Source> {
     fn info(&self) -> ImageInfo {
         self.0.info()
     }
-    fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
-        self.0.check(io, will_empty)
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        self.0.verify(io, will_empty)
     }
     fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let start = range.start;
@@ -89,7 +89,7 @@ impl Source for Wrong<dyn Source> {
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         match self.1 {
             Fault::EmptiesLoosely => self.0.empty(&mut WithoutFlush(io)),
-            Fault::Keeps => self.0.check(io, true),
+            Fault::Keeps => self.0.verify(io, true),
             _ => self.0.empty(io),
         }
     }

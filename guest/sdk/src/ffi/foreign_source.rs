@@ -10,7 +10,7 @@ use core::ffi::c_void;
 use core::ops::Range;
 use core::ptr::null_mut;
 use instar_guest_abi::{
-    DeviceConfig, ErrorCode, Examination, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps,
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps,
     WireExtent,
 };
 
@@ -51,9 +51,9 @@ impl Source for ForeignSource {
         info
     }
 
-    fn check(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    fn verify(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         let mut clusters = 0;
-        call(|failure| (self.ops.check)(self.handle, u32::from(will_empty), &raw mut clusters, failure))?;
+        call(|failure| (self.ops.verify)(self.handle, u32::from(will_empty), &raw mut clusters, failure))?;
         Ok(clusters)
     }
 
@@ -95,19 +95,15 @@ impl Source for ForeignSource {
         follow.map_or(Ok(()), |follow| call(|failure| follow(self.handle, identity, stage as u32, failure)))
     }
 
-    fn examine(
-        &mut self,
-        _: &mut dyn BlockIo,
-        finding: &mut dyn FnMut(FindingKind, &str),
-    ) -> DriverResult<Examination> {
-        let Some(examine) = self.ops.examine else {
+    fn check(&mut self, _: &mut dyn BlockIo, finding: &mut dyn FnMut(FindingKind, &str)) -> DriverResult<CheckSummary> {
+        let Some(check) = self.ops.check else {
             let text = "images of this format cannot be checked with this version of its plugin";
             return Err(DriverError::new(ErrorCode::NotImplemented, text));
         };
         let mut findings = Findings { sink: finding, wrong: false };
         let ops = FindingOps { context: (&raw mut findings).cast(), add: add_finding };
-        let mut found = Examination::default();
-        call(|failure| examine(self.handle, &raw const ops, &raw mut found, failure))?;
+        let mut found = CheckSummary::default();
+        call(|failure| check(self.handle, &raw const ops, &raw mut found, failure))?;
         if findings.wrong {
             return Err(self.broken("it returned a finding of unknown kind, or one that is no text"));
         }
@@ -122,7 +118,7 @@ struct Findings<'a> {
 }
 
 extern "C" fn add_finding(context: *mut c_void, kind: u32, text: *const u8, length: usize) {
-    // SAFETY: `context` is the one that `examine` passed, which lives until it returns; the module does not keep it.
+    // SAFETY: `context` is the one that `check` passed, which lives until it returns; the module does not keep it.
     let Some(findings) = (unsafe { context.cast::<Findings<'_>>().as_mut() }) else { return };
     if text.is_null() {
         findings.wrong = true;

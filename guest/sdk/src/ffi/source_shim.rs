@@ -7,7 +7,8 @@ use alloc::boxed::Box;
 use core::ffi::c_void;
 use core::slice;
 use instar_guest_abi::{
-    DeviceConfig, Examination, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps, WireExtent,
+    CheckSummary, DeviceConfig, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps,
+    WireExtent,
 };
 
 /// What a handle points to. The byte is there so that a handle is never the address of nothing.
@@ -29,12 +30,12 @@ pub const fn source_ops<D: FormatDriver, Io: BlockIo + Default>() -> SourceOps {
         open: open::<D, Io>,
         close: close::<D::Source>,
         info: info::<D::Source>,
-        check: check::<D::Source, Io>,
+        verify: verify::<D::Source, Io>,
         extents: extents::<D::Source, Io>,
         read: read::<D::Source, Io>,
         empty: empty::<D::Source, Io>,
         follow_parent: Some(follow_parent::<D::Source, Io>),
-        examine: Some(examine::<D::Source, Io>),
+        check: Some(check::<D::Source, Io>),
     }
 }
 
@@ -78,7 +79,7 @@ extern "C" fn info<S: Source>(source: *mut c_void, out: *mut ImageInfo) {
     }
 }
 
-extern "C" fn check<S: Source, Io: BlockIo + Default>(
+extern "C" fn verify<S: Source, Io: BlockIo + Default>(
     source: *mut c_void,
     will_empty: u32,
     clusters: *mut u64,
@@ -89,7 +90,7 @@ extern "C" fn check<S: Source, Io: BlockIo + Default>(
         // SAFETY: the interface passes null or a writable failure.
         return unsafe { store(&protocol("check without source or result"), failure) };
     };
-    let result = open.source.check(&mut Io::default(), will_empty != 0);
+    let result = open.source.verify(&mut Io::default(), will_empty != 0);
     // SAFETY: `clusters` is not null, so the interface makes it writable; `failure` is null or writable.
     unsafe { finish(result, clusters, failure) }
 }
@@ -190,21 +191,21 @@ extern "C" fn follow_parent<S: Source, Io: BlockIo + Default>(
     unsafe { done(result, failure) }
 }
 
-extern "C" fn examine<S: Source, Io: BlockIo + Default>(
+extern "C" fn check<S: Source, Io: BlockIo + Default>(
     source: *mut c_void,
     findings: *const FindingOps,
-    out: *mut Examination,
+    out: *mut CheckSummary,
     failure: *mut Failure,
 ) -> u32 {
     // SAFETY: the interface passes a live handle and readable functions.
     let (open, findings) = unsafe { (handle::<S>(source), findings.as_ref()) };
     let (Some(open), Some(findings), false) = (open, findings, out.is_null()) else {
         // SAFETY: the interface passes null or a writable failure.
-        return unsafe { store(&protocol("examine without source, findings or result"), failure) };
+        return unsafe { store(&protocol("check without source, findings or result"), failure) };
     };
     let mut add =
         |kind: FindingKind, text: &str| (findings.add)(findings.context, kind as u32, text.as_ptr(), text.len());
-    let result = open.source.examine(&mut Io::default(), &mut add);
+    let result = open.source.check(&mut Io::default(), &mut add);
     // SAFETY: `out` is not null, so the interface makes it writable; `failure` is null or writable.
     unsafe { finish(result, out, failure) }
 }

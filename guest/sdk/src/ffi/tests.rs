@@ -44,7 +44,7 @@ impl Source for TestSource {
     fn info(&self) -> ImageInfo {
         ImageInfo { virtual_size: SIZE, cluster_size: 512 }
     }
-    fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         io.flush(3)?;
         if will_empty {
             Ok(42)
@@ -143,8 +143,8 @@ fn a_source_works_across_the_border() {
     let mut source = format().open_source(&DeviceConfig::default()).unwrap();
     let io = &mut TestIo;
     assert_eq!(source.info(), ImageInfo { virtual_size: SIZE, cluster_size: 512 });
-    assert_eq!(source.check(io, true).unwrap(), 42);
-    let error = source.check(io, false).unwrap_err();
+    assert_eq!(source.verify(io, true).unwrap(), 42);
+    let error = source.verify(io, false).unwrap_err();
     assert_eq!(error, DriverError::new(ErrorCode::OverlayCorrupt, "entry 5 is odd").at(3, 512));
     let mut found = Vec::new();
     let mut from = 0;

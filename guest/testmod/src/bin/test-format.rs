@@ -28,7 +28,7 @@ impl Source for Image {
     fn info(&self) -> ImageInfo {
         self.info()
     }
-    fn check(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
+    fn verify(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
         Ok(self.length)
     }
     fn extents(&mut self, _: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {

@@ -9,7 +9,7 @@ use crate::metadata::mapped_clusters::MappedClusters;
 use crate::read::compressed::CompressedReader;
 use crate::read::extents::extents_of;
 use core::ops::Range;
-use instar_guest_sdk::abi::{Examination, FindingKind, ImageInfo};
+use instar_guest_sdk::abi::{CheckSummary, FindingKind, ImageInfo};
 use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
 
 /// An image that data comes from.
@@ -45,7 +45,7 @@ impl Source for Qcow2Source {
         ImageInfo { virtual_size: self.image.header.virtual_size, cluster_size: self.image.cluster_size().bytes() }
     }
 
-    fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         let held = self.verify(io, will_empty)?;
         self.held = Some(held);
         Ok(held)
@@ -90,11 +90,11 @@ impl Source for Qcow2Source {
         Ok(cleared)
     }
 
-    fn examine(
+    fn check(
         &mut self,
         io: &mut dyn BlockIo,
         finding: &mut dyn FnMut(FindingKind, &str),
-    ) -> DriverResult<Examination> {
+    ) -> DriverResult<CheckSummary> {
         examine(io, &self.image, finding)
     }
 }

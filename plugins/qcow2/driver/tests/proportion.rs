@@ -59,7 +59,7 @@ fn check_work(bytes: Vec<u8>) -> (usize, u64) {
     io.holes = true;
     let device = config(&io, OVERLAY);
     let mut source = Qcow2::open_source(&mut io, &device).unwrap();
-    source.check(&mut io, true).unwrap();
+    source.verify(&mut io, true).unwrap();
     (io.executed(), io.bytes_read)
 }
 

@@ -33,7 +33,7 @@ impl Source for RawSource {
         ImageInfo { virtual_size: self.virtual_size, cluster_size: 1 }
     }
 
-    fn check(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    fn verify(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         if will_empty {
             return Err(no_overlay());
         }

@@ -5,7 +5,7 @@ use crate::disk::{Body, Disk, Part};
 use crate::sparse_source::SparseSource;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ErrorCode, Examination, FindingKind, ImageId, ImageInfo, ParentStage};
+use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Source};
 
 /// A vmdk that data comes from.
@@ -29,7 +29,7 @@ impl Source for VmdkSource {
         self.info
     }
 
-    fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         if let Some(id) = &self.descriptor.text.parent_id {
             // Which one it will be is not known here: any of as many digits as it is now.
             self.descriptor.can_replace(id, id.value)?;
@@ -37,7 +37,7 @@ impl Source for VmdkSource {
         let mut held: u64 = 0;
         for part in &mut self.parts {
             let count = match &mut part.body {
-                Body::Sparse(sparse) => sparse.check(io, will_empty)?,
+                Body::Sparse(sparse) => sparse.verify(io, will_empty)?,
                 Body::Flat(flat) if will_empty => {
                     let text = "a flat extent cannot be emptied";
                     return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(flat.device, flat.offset));
@@ -125,15 +125,15 @@ impl Source for VmdkSource {
     }
 
     /// What the check finds, is found. Grains that nothing refers to are not looked for: a vmdk does not say which there are.
-    fn examine(
+    fn check(
         &mut self,
         io: &mut dyn BlockIo,
         finding: &mut dyn FnMut(FindingKind, &str),
-    ) -> DriverResult<Examination> {
-        let mut found = Examination::default();
+    ) -> DriverResult<CheckSummary> {
+        let mut found = CheckSummary::default();
         for part in &mut self.parts {
             let Body::Sparse(sparse) = &mut part.body else { continue };
-            match sparse.check(io, false) {
+            match sparse.verify(io, false) {
                 Err(error) if error.code == ErrorCode::OverlayCorrupt => {
                     found.corruptions += 1;
                     finding(FindingKind::Corruption, &error.text);

@@ -121,7 +121,7 @@ impl SparseSource {
 
 impl SparseSource {
     /// See [`Source::check`](instar_guest_sdk::Source::check).
-    pub fn check(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    pub fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         self.held = self.image.verify(io)?;
         self.decode_all(io)?;
         if will_empty {

@@ -23,7 +23,7 @@ fn tables_in_holes_are_not_read() {
         let spec = Spec::new(tables * COVERAGE, 1, u32::MAX).with([(3, State::Data(5))]);
         let (mut io, device) = io(&build(&spec));
         let mut source = Vmdk::open_source(&mut io, &device).unwrap();
-        assert_eq!(source.check(&mut io, true).unwrap(), 1);
+        assert_eq!(source.verify(&mut io, true).unwrap(), 1);
         let mut extents = Extents::with_room_for(9);
         let end = source.extents(&mut io, 0..device.virtual_size, &mut extents).unwrap();
         assert_eq!((end, extents.len(), extents[0].guest_offset), (device.virtual_size, 1, 3 * GRAIN as u64));
@@ -61,12 +61,12 @@ fn a_long_hole_at_the_end_of_the_file_is_not_gone_through() {
     let mut bytes = build(&Spec::new(2 * COVERAGE, 1, u32::MAX).with([(3, State::Data(5))]));
     let (mut short, config) = io(&bytes);
     let mut source = Vmdk::open_source(&mut short, &config).unwrap();
-    source.check(&mut short, false).unwrap();
+    source.verify(&mut short, false).unwrap();
     // The file is said to be a terabyte long; what lies past its bytes reads as zeroes.
     let (mut long, config) = io(&bytes);
     let config = DeviceConfig { file_length: 1 << 40, ..config };
     let mut source = Vmdk::open_source(&mut long, &config).unwrap();
-    source.check(&mut long, false).unwrap();
+    source.verify(&mut long, false).unwrap();
     assert_eq!((long.executed(), long.bytes_read), (short.executed(), short.bytes_read));
     // A grain that lies far behind is found all the same, and one in the same place, too.
     let directory = instar_vmdk_testkit::le64(&bytes, 56) as usize * 512;
@@ -75,5 +75,5 @@ fn a_long_hole_at_the_end_of_the_file_is_not_gone_through() {
     put32(&mut bytes, table + 9 * 4, (1 << 30) + 1);
     let (mut far, _) = io(&bytes);
     let mut source = Vmdk::open_source(&mut far, &config).unwrap();
-    assert!(source.check(&mut far, false).unwrap_err().text.contains("overlaps"));
+    assert!(source.verify(&mut far, false).unwrap_err().text.contains("overlaps"));
 }

@@ -17,7 +17,7 @@ use crate::references::walk::{
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{Examination, FindingKind};
+use instar_guest_sdk::abi::{CheckSummary, FindingKind};
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::{get_refcount, HostCluster, L2Entry, Version};
 
@@ -28,7 +28,7 @@ pub(crate) type Finding<'a> = &'a mut dyn FnMut(FindingKind, &str);
 struct Examiner<'a> {
     image: &'a Image,
     refcounts: Refcounts,
-    found: Examination,
+    found: CheckSummary,
     finding: Finding<'a>,
     /// Of the last cluster of plain data: which L2 table has it, and the byte offset where it ends.
     last_data: Option<(u64, u64)>,
@@ -38,9 +38,9 @@ struct Examiner<'a> {
 ///
 /// # Errors
 /// I/O errors, and what is no corruption.
-pub(crate) fn examine(io: &mut dyn BlockIo, image: &Image, finding: Finding<'_>) -> DriverResult<Examination> {
+pub(crate) fn examine(io: &mut dyn BlockIo, image: &Image, finding: Finding<'_>) -> DriverResult<CheckSummary> {
     let size = image.cluster_size();
-    let found = Examination { total_clusters: size.count_for(image.header.virtual_size), ..Examination::default() };
+    let found = CheckSummary { total_clusters: size.count_for(image.header.virtual_size), ..CheckSummary::default() };
     let mut examiner = Examiner { image, refcounts: Refcounts::new(image), found, finding, last_data: None };
     match examiner.run(io) {
         Err(error) if error.code == image.corrupt_code() => {
