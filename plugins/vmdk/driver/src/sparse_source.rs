@@ -120,7 +120,7 @@ impl SparseSource {
 }
 
 impl SparseSource {
-    /// See [`Source::check`](instar_guest_sdk::Source::check).
+    /// See [`Source::verify`](instar_guest_sdk::Source::verify).
     pub fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         self.held = self.image.verify(io)?;
         self.decode_all(io)?;

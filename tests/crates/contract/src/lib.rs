@@ -17,7 +17,7 @@ pub struct Public {
     pub has_default: bool,
 }
 
-/// All public items by name: `Verdict`, `Verdict::refused`, `Source::check`, `use Extent`.
+/// All public items by name: `Verdict`, `Verdict::refused`, `Source::verify`, `use Extent`.
 pub type Api = BTreeMap<String, Public>;
 
 /// The top folder of the repository.
