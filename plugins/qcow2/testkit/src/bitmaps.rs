@@ -1,6 +1,6 @@
 //! Persistent bitmaps of images in memory: built and read from the specification, without the driver.
 
-use super::checker::View;
+use super::view::View;
 use super::{be32, be64};
 
 /// `flags` of a directory entry: the bitmap was not saved.

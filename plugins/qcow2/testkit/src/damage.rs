@@ -1,6 +1,6 @@
 //! Damage that the dirty bit stands for, done to the bytes of an image.
 
-use super::checker::View;
+use super::view::View;
 use super::{be32, be64};
 use instar_guest_sdk::random::Random;
 

@@ -15,6 +15,7 @@ mod chains;
 mod kit;
 mod layout;
 mod salvage;
+mod view;
 
 pub use instar_testkit::{ANCESTOR, OVERLAY};
 pub use kit::Kit;
