@@ -1,10 +1,11 @@
 //! Verifying an overlay before it is committed.
 //!
 //! Every structure is where it may be, no host cluster is used twice but by compressed clusters, and no refcount is lower
-//! than the number of references; where snapshots or bitmaps stay when the overlay is emptied, theirs are counted, too.
-//! A refcount that is too high is a leak and harms nobody. (Of an image with the dirty bit, refcounts mean nothing: what
-//! will make them right is worked out in their place, see [`repair`](crate::check::repair).) Compressed clusters may share host clusters with
-//! each other, with nothing else. Memory is bounded: see [`ClusterSet`](crate::references::cluster_set::ClusterSet).
+//! than the number of references; where snapshots or bitmaps stay when the overlay is emptied, theirs are counted, too. A
+//! refcount that is too high is a leak and harms nobody. (Of an image with the dirty bit, refcounts mean nothing: what
+//! will make them right is worked out in their place, see [`repair`](crate::check::repair).) Compressed clusters may share
+//! host clusters with each other, with nothing else. Memory is bounded: see
+//! [`ClusterSet`](crate::references::cluster_set::ClusterSet).
 
 use crate::check::repair::Repair;
 use crate::image::{overflow, Image};
@@ -189,8 +190,8 @@ impl Verifier<'_> {
         })
     }
 
-    /// Emptying takes the references of the active state away, cluster by cluster, and cuts the file behind the last cluster
-    /// that has any left: what snapshots and bitmaps refer to must have been counted.
+    /// Emptying takes the references of the active state away, cluster by cluster, and cuts the file behind the last
+    /// cluster that has any left: what snapshots and bitmaps refer to must have been counted.
     fn references(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let metadata = MetadataMap::build(io, self.image, Vec::new())?;
         let mut refcounts = Refcounts::new(self.image);

@@ -1,8 +1,9 @@
 //! The refcount table of an overlay that is emptied: which blocks go, and what the others say afterwards.
 //!
-//! A table has up to a million entries, of blocks that may stand anywhere: nothing here grows with their number but one bit
-//! for each. What describes what is found by walking the table, more than once if need be; sets of clusters are kept for
-//! as much of the file as fits, and the rest has a pass of its own (see [`ClusterSet`](crate::references::cluster_set::ClusterSet)).
+//! A table has up to a million entries, of blocks that may stand anywhere: nothing here grows with their number but one
+//! bit for each. What describes what is found by walking the table, more than once if need be; sets of clusters are kept
+//! for as much of the file as fits, and the rest has a pass of its own (see
+//! [`ClusterSet`](crate::references::cluster_set::ClusterSet)).
 
 use crate::image::{overflow, Image};
 use crate::refcount::blocks::Refcounts;

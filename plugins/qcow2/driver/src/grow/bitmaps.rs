@@ -4,12 +4,12 @@
 //! and virtual size cannot change at one stroke. So a bitmap whose table changes says meanwhile that it was not saved
 //! (`in_use`), as all do while QEMU has an image open. The order, with the crash that each step survives:
 //!
-//! 1. A longer copy of each table, in new clusters, in the order of [`window`](crate::write::window), *then a flush*. A crash
-//!    leaves leaks.
+//! 1. A longer copy of each table, in new clusters, in the order of [`window`](crate::write::window), *then a flush*. A
+//!    crash leaves leaks.
 //! 2. The directory gets the offsets of the new tables (8 bytes within one sector each), which begin as the old ones, and
-//!    the `in_use` flags, *then a flush*. A crash within it leaves tables that are as good as the old ones, and leaks; from
-//!    here on, bitmaps that say of themselves that they are not to be used: a backup that goes by them has to be a full
-//!    one, as after a crash of QEMU.
+//!    the `in_use` flags, *then a flush*. A crash within it leaves tables that are as good as the old ones, and leaks;
+//!    from here on, bitmaps that say of themselves that they are not to be used: a backup that goes by them has to be a
+//!    full one, as after a crash of QEMU.
 //! 3. The lengths of the tables (4 bytes within one sector each), *then a flush*. The new clusters are there.
 //! 4. The image grows: see [`grow`](crate::grow).
 //! 5. The `in_use` flags go, *then a flush*. Tables and disk agree, durably.

@@ -16,11 +16,11 @@
 //!    that is longer than needed, which is valid.
 //! 3. The tables of persistent bitmaps, see [`bitmaps`], whose bits are not to be used until
 //!    step 6.
-//! 4. What must not come to light becomes zero, in the order of [`window`](crate::write::window), *then a flush*. It lies past
-//!    the end of the virtual disk: no guest sees any of it, and nothing but zero clusters is ever mapped there.
-//! 5. The virtual size (8 bytes within one sector), *then a flush*. A crash before it leaves a backing of the old size, and
-//!    running again, with growth allowed, does all this again; after it, one of the new size that reads zeroes past the
-//!    old one, as the overlay saw it before.
+//! 4. What must not come to light becomes zero, in the order of [`window`](crate::write::window), *then a flush*. It lies
+//!    past the end of the virtual disk: no guest sees any of it, and nothing but zero clusters is ever mapped there.
+//! 5. The virtual size (8 bytes within one sector), *then a flush*. A crash before it leaves a backing of the old size,
+//!    and running again, with growth allowed, does all this again; after it, one of the new size that reads zeroes past
+//!    the old one, as the overlay saw it before.
 //! 6. The bitmaps are good again.
 //!
 //! Only then data is written: so there is never data past the end of a virtual disk, which would come to light when
@@ -182,8 +182,8 @@ fn refuse_mapped_past_end(io: &mut dyn BlockIo, image: &Image, grown: &Image) ->
     })
 }
 
-/// What has to be zero before the size changes: the rest of the last cluster, and clusters through which an ancestor would be
-/// seen. It is planned like an extent of the overlay, without bitmaps.
+/// What has to be zero before the size changes: the rest of the last cluster, and clusters through which an ancestor would
+/// be seen. It is planned like an extent of the overlay, without bitmaps.
 fn plan_zeroes(
     io: &mut dyn BlockIo,
     backing: &mut Backing,

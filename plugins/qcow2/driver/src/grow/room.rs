@@ -7,9 +7,10 @@ use crate::write::summary::over_bound;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow2_format::HostCluster;
 
-/// Let the allocator go on where `count` clusters follow each other that are free, with room for the refcount blocks
-/// that describe them, all within the reach of the refcount table or all past it. Clusters past the end of the file
-/// that have a refcount are leaks. Returns how many clusters that may take, blocks included. What a device has before that is found by [`free_clusters`](crate::refcount::free_clusters).
+/// Let the allocator go on where `count` clusters follow each other that are free, with room for the refcount blocks that
+/// describe them, all within the reach of the refcount table or all past it. Clusters past the end of the file that have a
+/// refcount are leaks. Returns how many clusters that may take, blocks included. What a device has before that is found by
+/// [`free_clusters`](crate::refcount::free_clusters).
 ///
 /// # Errors
 /// Corruption: data was lost, or what is past the end of the file has refcounts; I/O errors.

@@ -1,7 +1,7 @@
 //! The directory of persistent bitmaps: which bitmaps an image has, and where their tables are.
 //!
-//! Bitmaps count only while the autoclear bit says so ("Header", `autoclear_features`): without it, a program that does not
-//! know them has changed the image, and there are none.
+//! Bitmaps count only while the autoclear bit says so ("Header", `autoclear_features`): without it, a program that does
+//! not know them has changed the image, and there are none.
 
 use crate::image::{overflow, Image};
 use alloc::format;
@@ -64,8 +64,8 @@ pub(crate) struct BitmapDirectory {
 }
 
 impl BitmapDirectory {
-    /// Read the directory; each entry is handed to `verify` before the next one is looked at. Nothing is read from an image
-    /// without bitmaps that count.
+    /// Read the directory; each entry is handed to `verify` before the next one is looked at. Nothing is read from an
+    /// image without bitmaps that count.
     ///
     /// # Errors
     /// Corruption; [`ErrorCode::UnsupportedFormat`] for what the specification does not know; I/O errors; what `verify`
@@ -89,8 +89,8 @@ impl BitmapDirectory {
     }
 }
 
-/// The bitmap directory, if the autoclear bit says that it counts, and where the extension stands that refers to it. It lies
-/// in the file.
+/// The bitmap directory, if the autoclear bit says that it counts, and where the extension stands that refers to it. It
+/// lies in the file.
 fn find_directory(image: &Image) -> DriverResult<Option<(u64, Directory)>> {
     // Version 2 has no autoclear bits.
     if image.header.autoclear & autoclear::BITMAPS == 0 {

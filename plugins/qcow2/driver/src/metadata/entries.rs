@@ -69,8 +69,8 @@ pub fn decode_l1(image: &Image, index: u64, at: u64, raw: u64) -> DriverResult<O
     }
 }
 
-/// Call `each` with index, position and offset of every L2 table that an L1 table refers to; all are verified to lie in the
-/// file.
+/// Call `each` with index, position and offset of every L2 table that an L1 table refers to; all are verified to lie in
+/// the file.
 ///
 /// # Errors
 /// Corruption of the L1 table, I/O errors, and what `each` returns.

@@ -55,8 +55,8 @@ impl SnapshotTable {
     }
 }
 
-/// The disk of an internal snapshot as an image: the `number`-th, from 1 on, whose disk has `virtual_size` bytes as the host
-/// half saw it.
+/// The disk of an internal snapshot as an image: the `number`-th, from 1 on, whose disk has `virtual_size` bytes as the
+/// host half saw it.
 ///
 /// # Errors
 /// [`ErrorCode::HeaderMismatch`] if there is no such snapshot, or one of another size; as [`SnapshotTable::read`].

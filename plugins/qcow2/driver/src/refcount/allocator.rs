@@ -1,9 +1,10 @@
 //! Allocating clusters of a backing; refcount blocks and table grow as needed.
 //!
 //! In a file, new clusters follow its end, and read as zeroes. (Those that are free within the file go first: see
-//! [`free_clusters`](crate::refcount::free_clusters).) A device that keeps its length has no such end: there the clusters with
-//! refcount 0 are handed out in their order, also those that no refcount block describes yet, and they hold whatever was
-//! there before. So refcount blocks and tables are written whole there, and everybody else zeroes what he does not write.
+//! [`free_clusters`](crate::refcount::free_clusters).) A device that keeps its length has no such end: there the clusters
+//! with refcount 0 are handed out in their order, also those that no refcount block describes yet, and they hold whatever
+//! was there before. So refcount blocks and tables are written whole there, and everybody else zeroes what he does not
+//! write.
 //!
 //! Everything here happens in memory (in slices of the refcount structures); [`publish`](crate::refcount::publish) makes
 //! it durable in an order that never lets a reference point at a cluster with refcount 0.

@@ -1,4 +1,5 @@
-//! What allocating would come to: planning counts, to the cluster, what [`allocator`](crate::refcount::allocator) will hand out.
+//! What allocating would come to: planning counts, to the cluster, what [`allocator`](crate::refcount::allocator) will
+//! hand out.
 
 use crate::image::{overflow, Image};
 use crate::metadata::cluster_run::ClusterRun;
@@ -30,7 +31,8 @@ impl Allocator {
     /// `taken`, run by run. Nothing is handed out. A table that grows will have room for all of it.
     ///
     /// # Errors
-    /// [`ErrorCode::RefcountExhausted`](instar_guest_sdk::abi::ErrorCode::RefcountExhausted) if the refcount table cannot grow so far; corruption of the table; I/O errors.
+    /// [`ErrorCode::RefcountExhausted`](instar_guest_sdk::abi::ErrorCode::RefcountExhausted) if the refcount table cannot
+    /// grow so far; corruption of the table; I/O errors.
     pub fn forecast(
         &mut self,
         io: &mut dyn BlockIo,

@@ -1,5 +1,5 @@
-//! The clusters of an image that is changed: new ones are reserved, then [published](Space::publish), then referred to; those
-//! that nothing refers to any more are released.
+//! The clusters of an image that is changed: new ones are reserved, then [published](Space::publish), then referred to;
+//! those that nothing refers to any more are released.
 
 use crate::image::{overflow, Image};
 use crate::metadata::cluster_run::ClusterRun;
@@ -139,8 +139,8 @@ impl Space {
         self.unreferenced = None;
     }
 
-    /// One reference less to each of these clusters, which nothing refers to any more. Nothing depends on it: it is durable
-    /// with the next flush, and a crash before that leaves leaks.
+    /// One reference less to each of these clusters, which nothing refers to any more. Nothing depends on it: it is
+    /// durable with the next flush, and a crash before that leaves leaks.
     ///
     /// # Errors
     /// As [`Refcounts::release`].

@@ -18,8 +18,8 @@ use instar_qcow2_format::HostCluster;
 /// Count all references to clusters from `counts`' floor on. The metadata is where `metadata` says.
 ///
 /// # Errors
-/// Corruption: a reference to what lies outside the file, or on metadata, or to the cluster of a bitmap that is not its own;
-/// [`ErrorCode::RefcountExhausted`]; I/O errors.
+/// Corruption: a reference to what lies outside the file, or on metadata, or to the cluster of a bitmap that is not its
+/// own; [`ErrorCode::RefcountExhausted`]; I/O errors.
 pub(crate) fn calculate(
     io: &mut dyn BlockIo,
     structures: &mut Structures<'_>,

@@ -1,7 +1,8 @@
 //! How often host clusters are referred to, in bounded memory.
 //!
-//! A sparse array in chunks, with the same answer to too many clusters as [`ClusterSet`](crate::references::cluster_set::ClusterSet):
-//! the highest chunks are given up, and another pass counts from there on.
+//! A sparse array in chunks, with the same answer to too many clusters as
+//! [`ClusterSet`](crate::references::cluster_set::ClusterSet): the highest chunks are given up, and another pass counts
+//! from there on.
 
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;

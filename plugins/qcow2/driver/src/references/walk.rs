@@ -1,8 +1,9 @@
 //! The counted walk: all references of an image, held against its refcounts and COPIED flags.
 //!
-//! Whoever examines an image and whoever repairs it do the same walk, as in QEMU (`calculate_refcounts`, `compare_refcounts`
-//! and `check_oflag_copied` in `block/qcow2-refcount.c`); what is done with a difference is a [`Comparison`]. Memory is
-//! bounded: as many clusters are counted in a pass as fit, and blocks, tables and flags are looked at in batches.
+//! Whoever examines an image and whoever repairs it do the same walk, as in QEMU (`calculate_refcounts`,
+//! `compare_refcounts` and `check_oflag_copied` in `block/qcow2-refcount.c`); what is done with a difference is a
+//! [`Comparison`]. Memory is bounded: as many clusters are counted in a pass as fit, and blocks, tables and flags are
+//! looked at in batches.
 
 use crate::image::Image;
 use crate::metadata::entries::scan_l1_flags;
@@ -150,9 +151,9 @@ pub(crate) trait FlagCheck {
     fn batch(&mut self, io: &mut dyn BlockIo, level: Level, entries: &[FlaggedEntry]) -> DriverResult<()>;
 }
 
-/// Walk the COPIED flags of the active state, in batches of `most` entries: those of the L1 table ("L1 table entry", bit 63),
-/// then those of L2 entries ("Standard Cluster Descriptor"; of a compressed cluster it is always 0). Entries past the end of
-/// the disk count like any other.
+/// Walk the COPIED flags of the active state, in batches of `most` entries: those of the L1 table ("L1 table entry", bit
+/// 63), then those of L2 entries ("Standard Cluster Descriptor"; of a compressed cluster it is always 0). Entries past the
+/// end of the disk count like any other.
 ///
 /// # Errors
 /// Corruption of a table; I/O errors; what `check` returns.

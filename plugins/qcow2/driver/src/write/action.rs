@@ -49,8 +49,8 @@ impl Action {
     }
 }
 
-/// What is to be done with a cluster, given its entry and the parts of extents that fall into it. `has_backing` tells whether there is
-/// anything below the image.
+/// What is to be done with a cluster, given its entry and the parts of extents that fall into it. `has_backing` tells
+/// whether there is anything below the image.
 pub(crate) fn action(image: &Image, has_backing: bool, extents: &[ClusterExtent], mapped: &Mapped) -> Action {
     let Some(first) = extents.first() else {
         return Action::Nothing;

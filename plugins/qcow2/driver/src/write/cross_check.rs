@@ -2,8 +2,8 @@
 //!
 //! Planning looks at what the commit touches: each cluster that is written in place has refcount 1 and says COPIED. In a
 //! damaged image that may be wrong: another L2 entry, of another part of the disk or of a snapshot, may refer to the same
-//! cluster, or to one that has refcount 0, or to one past the end of the file. Writing there would change what a guest reads
-//! elsewhere, and only a walk over all L2 tables shows it. It is made
+//! cluster, or to one that has refcount 0, or to one past the end of the file. Writing there would change what a guest
+//! reads elsewhere, and only a walk over all L2 tables shows it. It is made
 //!
 //! * where it is cheap: where all tables together are no longer than [`CHEAP`], or than the data that is committed;
 //! * always where the backing has snapshots, which nobody would look at before they are needed, or stands on a device
@@ -102,8 +102,8 @@ struct CrossCheck<'a> {
     free: &'a FreeClusters,
     allocates: bool,
     counts: CalculatedRefcounts,
-    /// Clusters (first, and the one after the last) that are known to be no metadata: entries that follow each other mostly
-    /// refer to clusters that do.
+    /// Clusters (first, and the one after the last) that are known to be no metadata: entries that follow each other
+    /// mostly refer to clusters that do.
     gap: (u64, u64),
     /// The last chunk of clusters that was looked at, if nothing in it is changed.
     chunk: Option<u64>,

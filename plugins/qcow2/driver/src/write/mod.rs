@@ -2,7 +2,8 @@
 //!
 //! * [`backing`]: the open backing, in parts; [`windows`], [`cluster_extent`]: how extents fall onto its clusters;
 //! * [`action`], [`subclusters`], [`contents`]: what is to be done with a cluster;
-//! * [`plan`], [`touched`], [`lost_data`], [`cross_check`], [`summary`]: what is verified and counted before the first change;
+//! * [`plan`], [`touched`], [`lost_data`], [`cross_check`], [`summary`]: what is verified and counted before the first
+//!   change;
 //! * [`window`], [`cluster_data`], [`subcluster_data`], [`remap`]: the changes, in their order;
 //! * [`enabled_bitmaps`], [`record_bits`]: the persistent bitmaps that are kept up.
 

@@ -1,7 +1,7 @@
 //! Planning: verify what a commit will touch in the backing, and count what it must allocate.
 //!
-//! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: the L1 table and the
-//! refcount table are walked whole, because data must not land on any metadata, and the L2 tables where
+//! Nothing is written here. Cost follows from what the overlay holds, not from the size of the backing: the L1 table and
+//! the refcount table are walked whole, because data must not land on any metadata, and the L2 tables where
 //! [`cross_check`](crate::write::cross_check) says so.
 
 use crate::image::Image;

@@ -1,8 +1,8 @@
 //! Extended L2 entries: how the parts of extents fall onto the subclusters of a cluster.
 //!
 //! Nothing is allocated or copied for a subcluster that none of them touches, unless the whole cluster has to move. A
-//! subcluster that reads as zeroes afterwards as a whole is only marked so; one that is written in part gets the rest of its
-//! bytes from where they are now.
+//! subcluster that reads as zeroes afterwards as a whole is only marked so; one that is written in part gets the rest of
+//! its bytes from where they are now.
 
 use crate::image::Image;
 use crate::metadata::l2_entry::Mapped;
@@ -73,8 +73,8 @@ pub(crate) fn subcluster_bytes(image: &Image) -> u64 {
     image.cluster_size().bytes() / u64::from(SUBCLUSTERS)
 }
 
-/// What is to be done with a cluster, given its extended entry and the parts of extents that fall into it; `None` if it reads
-/// as it should already.
+/// What is to be done with a cluster, given its extended entry and the parts of extents that fall into it; `None` if it
+/// reads as it should already.
 pub(crate) fn subcluster_change(
     image: &Image,
     has_backing: bool,

@@ -6,10 +6,11 @@
 //! step survives:
 //!
 //! Before the first window: autoclear features are cleared, and an image with the dirty bit is repaired, which keeps the
-//! bit until everything is right and durable (see [`repair`](crate::check::repair)). From then on it is as good as any other.
-//! A backing that is to grow does so then, see [`grow`](crate::grow).
+//! bit until everything is right and durable (see [`repair`](crate::check::repair)). From then on it is as good as any
+//! other. A backing that is to grow does so then, see [`grow`](crate::grow).
 //!
-//! 0. The bits of enabled bitmaps, *durably* ([`record_bits`](crate::write::record_bits)): they may say too much, never too little.
+//! 0. The bits of enabled bitmaps, *durably* ([`record_bits`](crate::write::record_bits)): they may say too much, never
+//!    too little.
 //! 1. Data (into clusters that one L2 entry owns, or into new ones), and copies of L2 tables that a snapshot shares.
 //!    Nothing refers to new clusters yet: a crash here leaves leaks at most. There is no flush behind it, because the next
 //!    step has one, and none of these writes depends on another.

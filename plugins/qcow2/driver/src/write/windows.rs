@@ -60,7 +60,7 @@ impl<'a> Windows<'a> {
     /// The next window; `None` after the last one.
     ///
     /// # Errors
-    /// [`ErrorCode::BackingTooSmall`](instar_guest_sdk::abi::ErrorCode::BackingTooSmall) for extents past the end of the disk; corruption of the L1 table; I/O errors.
+    /// As [`Extent::end_within`], for extents past the end of the disk; corruption of the L1 table; I/O errors.
     pub(crate) fn next(
         &mut self,
         io: &mut dyn BlockIo,
