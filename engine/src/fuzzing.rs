@@ -4,7 +4,7 @@ use crate::check::CheckEvents;
 use crate::commit::CommitEvents;
 use crate::compare::{CompareEvents, Contents};
 use crate::devices::Devices;
-use crate::map::{Holes, MapEvents, MapRun, Place, Runs};
+use crate::map::{HoleMeaning, MapEvents, MapRun, Place, Runs};
 use crate::operation::{Cancel, Events, Handler};
 use crate::sandbox::fuzzing::MessageBuffer;
 use crate::sandbox::{Host, SandboxError};
@@ -54,7 +54,7 @@ pub fn messages(data: &[u8]) -> (Vec<String>, Option<u64>) {
     };
     let mut results = vec![deliver(&mut handler(CommitEvents::default()))];
     results.push(deliver(&mut handler(CheckEvents::default())));
-    let place = |depth| Place { depth, path: format!("layer{depth}").into(), holes: Holes::Ignored };
+    let place = |depth| Place { depth, path: format!("layer{depth}").into(), holes: HoleMeaning::Ignored };
     let places = BTreeMap::from([(0, place(0)), (1, place(1))]);
     let mut covered = 0;
     let mut each = |run: &MapRun<'_>| {

@@ -93,7 +93,7 @@ fn child() {
     let (step, deed) = order.split_once(' ').unwrap();
     let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
     if step == "sealed" {
-        let _ = confinement.seal(Work::Commit);
+        let _ = confinement.forbid_opening(Work::Commit);
     }
     end(act(deed, &directory, &file, parent));
 }

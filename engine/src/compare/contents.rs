@@ -3,7 +3,7 @@
 use crate::devices::Devices;
 use crate::image::ChainImage;
 use crate::lookup::Identity;
-use crate::map::{cut_at_holes, is_plausible, Holes, Place};
+use crate::map::{cut_at_holes, is_plausible, HoleMeaning, Place};
 use instar_guest_abi::ExtentKind;
 use instar_guest_protocol::compare::Side;
 use std::collections::BTreeMap;
@@ -89,10 +89,10 @@ impl Contents {
             return Box::new(std::iter::once(Part { end: length, allocation: whole, location: None }));
         }
         let Side { device, offset, .. } = *side;
-        let holes = self.places.get(&device).map_or(Holes::Ignored, |place| place.holes);
+        let holes = self.places.get(&device).map_or(HoleMeaning::Ignored, |place| place.holes);
         let part = move |(range, zero): (Range<u64>, bool)| Part {
             end: range.end - offset,
-            allocation: Allocation { zero, data: !zero || holes != Holes::Absent, ..whole },
+            allocation: Allocation { zero, data: !zero || holes != HoleMeaning::Absent, ..whole },
             location: (!zero).then_some(Location { device, offset: range.start }),
         };
         Box::new(cut_at_holes(devices, device, holes, offset..offset.saturating_add(length)).map(part))

@@ -227,7 +227,7 @@ impl Events for CompareEvents {
 mod tests {
     use super::*;
     use crate::devices::Device;
-    use crate::map::{Holes, Place};
+    use crate::map::{HoleMeaning, Place};
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::Host;
     use instar_guest_protocol::compare::Side;
@@ -256,7 +256,7 @@ mod tests {
             file.write_all(&content).unwrap();
             devices.attach(number, Device::new(file, false, SIZE, SIZE, false));
         }
-        let place = |depth| Place { depth, path: format!("file{depth}").into(), holes: Holes::Ignored };
+        let place = |depth| Place { depth, path: format!("file{depth}").into(), holes: HoleMeaning::Ignored };
         let contents = Contents::at(BTreeMap::from([(0, place(0)), (1, place(1))]), [1, 1]);
         Handler::new(devices, CompareEvents::new(contents, sizes, strict, Rc::new(())), Cancel::new())
     }

@@ -42,7 +42,7 @@ pub enum Work {
     /// Look at images that are open.
     Look,
     /// The same in a thread other than the first.
-    LookAside,
+    LookInThread,
     /// Open images and look at them.
     OpenAndLook,
     /// Open images, look at them, and then go on with [`Work::Commit`].
@@ -59,7 +59,7 @@ impl Work {
     /// All of them.
     pub const ALL: [Self; 7] = [
         Self::Look,
-        Self::LookAside,
+        Self::LookInThread,
         Self::OpenAndLook,
         Self::OpenToCommit,
         Self::Commit,
@@ -72,7 +72,7 @@ impl Work {
     pub fn calls(self) -> BTreeMap<i64, Vec<Allowed>> {
         let tables: &[&[Call]] = match self {
             Self::Look => &[LOOK],
-            Self::LookAside => &[LOOK, THREAD],
+            Self::LookInThread => &[LOOK, THREAD],
             Self::OpenAndLook => &[LOOK, OPEN],
             // A filter can only be made stricter: what comes later is allowed before.
             Self::OpenToCommit => &[LOOK, OPEN, CONFINE, CHANGE, MACHINE],

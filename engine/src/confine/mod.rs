@@ -9,7 +9,7 @@
 //! [`descriptors`] sees to it that the process holds nothing of its caller's but standard output and standard error.
 //!
 //! A commit takes two steps. [`Confinement::begin`], before the first byte of an image is read: only the images can be
-//! opened, nothing can be created, renamed, removed or executed, and there is no network. [`Confinement::seal`], once the
+//! opened, nothing can be created, renamed, removed or executed, and there is no network. [`Confinement::forbid_opening`], once the
 //! chain is open: no file at all, only descriptors. What is needed from elsewhere, plugins and `/dev/kvm`, is opened
 //! before. A kernel without one of the layers does not stop the program: [`Confinement`] says what is in force.
 //!
@@ -53,7 +53,7 @@ impl Confinement {
 
     /// Confine it further: no file can be opened any more.
     #[must_use]
-    pub fn seal(self, work: Work) -> Self {
+    pub fn forbid_opening(self, work: Work) -> Self {
         let Self { paths, calls } = Self::apply(&Reach::default(), work);
         Self { paths: self.paths.and(paths), calls: self.calls.and(calls) }
     }
@@ -66,7 +66,7 @@ impl Confinement {
     pub fn trial() -> Self {
         let confined = || Self {
             paths: paths::restrict(&Reach::default()),
-            calls: filter::apply(Work::LookAside, filter::Threads::This),
+            calls: filter::apply(Work::LookInThread, filter::Threads::This),
         };
         let nothing = |why: &std::io::Error| {
             let why = format!("no thread can be started to try it: {why}");
@@ -105,11 +105,11 @@ impl Confinement {
     ///
     /// # Panics
     /// When `look` does.
-    pub fn aside<T: Send>(look: impl Fn() -> T + Send + Sync) -> T {
+    pub fn in_confined_thread<T: Send>(look: impl Fn() -> T + Send + Sync) -> T {
         let confined = || {
             // Best effort, as for a process.
             let _ = paths::restrict(&Reach::default());
-            let _ = filter::apply(Work::LookAside, filter::Threads::This);
+            let _ = filter::apply(Work::LookInThread, filter::Threads::This);
             look()
         };
         std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, confined) {

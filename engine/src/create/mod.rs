@@ -135,7 +135,7 @@ fn resolve(
     }
     let OpenedFile { file: image, path, .. } = OpenedFile::located(&located, &recorder, Access::Shared)?;
     // The new image has to be opened later: only the look at the backing is confined.
-    let found = Confinement::aside(|| registry.identify(&image, Some(format)));
+    let found = Confinement::in_confined_thread(|| registry.identify(&image, Some(format)));
     let found = found.map_err(|error| Error::identify(&path, &error).in_role(Role::Backing))?;
     let size = request.size.unwrap_or(found.facts.virtual_size);
     Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))

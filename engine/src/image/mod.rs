@@ -5,7 +5,6 @@
 
 mod access;
 mod advice;
-mod base;
 mod chain;
 mod chain_image;
 mod failures;
@@ -23,11 +22,11 @@ mod open_files;
 mod parents;
 mod roots;
 mod snapshot;
+mod target;
 mod users;
 
 pub use access::Access;
 pub use advice::{Part, Recorder};
-pub use base::{resolve_backing, BackingChoice, Target};
 pub use chain::Descent;
 pub use chain_image::{ChainImage, Doubt, ExtraFile};
 pub use files::{open_extra_files, FilesOf};
@@ -41,3 +40,4 @@ pub use open_files::allow_many as allow_many_open_files;
 pub use parents::{check_immediate_parent, check_parents, parent_mismatch};
 pub use roots::Roots;
 pub use snapshot::SnapshotName;
+pub use target::{resolve_backing, BackingChoice, Target};

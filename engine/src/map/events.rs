@@ -1,6 +1,6 @@
 //! What a map makes of what its guest says: the runs, the end.
 
-use super::places::{cut_at_holes, is_plausible, Holes};
+use super::places::{cut_at_holes, is_plausible, HoleMeaning};
 use super::runs::{Entry, Runs};
 use crate::devices::Devices;
 use crate::error::Error;
@@ -72,7 +72,9 @@ impl<'e> MapEvents<'e> {
         let reported = match kind {
             Some(ExtentKind::Data) => self.data(devices, run, &entry(kind)),
             // The disk itself is the file: it goes on past the end of it.
-            Some(ExtentKind::Zero) if self.runs.places().get(&run.depth).is_some_and(|p| p.holes == Holes::Absent) => {
+            Some(ExtentKind::Zero)
+                if self.runs.places().get(&run.depth).is_some_and(|p| p.holes == HoleMeaning::Absent) =>
+            {
                 self.runs.add(Entry { place: Some((run.depth, run.start)), ..entry(kind) })
             }
             _ => self.runs.add(entry(kind)),
@@ -85,13 +87,13 @@ impl<'e> MapEvents<'e> {
     }
 
     fn data(&mut self, devices: &Devices, run: &GuestRun, whole: &Entry) -> Result<(), Error> {
-        let holes = self.runs.places().get(&run.device).map_or(Holes::Ignored, |place| place.holes);
+        let holes = self.runs.places().get(&run.device).map_or(HoleMeaning::Ignored, |place| place.holes);
         for (part, zero) in cut_at_holes(devices, run.device, holes, run.offset..run.offset + run.length) {
             self.runs.add(Entry {
                 start: run.start + (part.start - run.offset),
                 length: part.end - part.start,
                 zero,
-                data: !zero || holes != Holes::Absent,
+                data: !zero || holes != HoleMeaning::Absent,
                 place: Some((run.device, part.start)),
                 ..*whole
             })?;
@@ -114,7 +116,7 @@ impl Events for MapEvents<'_> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{Holes, MapRun, Place};
+    use super::super::{HoleMeaning, MapRun, Place};
     use super::*;
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::Host;
@@ -127,7 +129,7 @@ mod tests {
     /// The runs of a map of two layers as JSON, and whether the guest was let through to its end.
     fn mapped(runs: &[GuestRun]) -> (Vec<String>, bool) {
         let place = |depth, holes| Place { depth, path: format!("layer{depth}").into(), holes };
-        let places = BTreeMap::from([(0, place(0, Holes::Ignored)), (1, place(1, Holes::Ignored))]);
+        let places = BTreeMap::from([(0, place(0, HoleMeaning::Ignored)), (1, place(1, HoleMeaning::Ignored))]);
         let mut lines = Vec::new();
         let mut each = |run: &MapRun<'_>| {
             lines.push(serde_json::to_string(run).unwrap());

@@ -8,7 +8,7 @@ mod runs;
 
 pub use events::MapEvents;
 pub(crate) use places::{cut_at_holes, is_plausible, message_limit, most_runs};
-pub use places::{places, Holes, Place};
+pub use places::{places, HoleMeaning, Place};
 pub use runs::{MapRun, Runs};
 
 use crate::error::{Error, Role};

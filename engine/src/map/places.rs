@@ -18,7 +18,7 @@ const ENTRY_BYTES: u64 = 4;
 
 /// What a hole in a file means for plain data in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holes {
+pub enum HoleMeaning {
     /// Nothing: the format does not leave any, so that they are not looked for.
     Ignored,
     /// The data reads as zeroes.
@@ -35,7 +35,7 @@ pub struct Place {
     /// Its path.
     pub path: PathBuf,
     /// What holes in it mean.
-    pub holes: Holes,
+    pub holes: HoleMeaning,
 }
 
 /// The files of these layers by the numbers that they get as devices.
@@ -46,11 +46,11 @@ pub fn places(layers: &[&ChainImage<'_>]) -> BTreeMap<u32, Place> {
     for (depth, image) in (0..).zip(layers) {
         let unit = image.facts.cluster_size;
         let is_disk = unit <= 1;
-        let whole = if is_disk { Holes::Absent } else { holes_of(&image.opened.file, unit) };
+        let whole = if is_disk { HoleMeaning::Absent } else { holes_of(&image.opened.file, unit) };
         places.insert(depth, Place { depth, path: image.opened.path.clone(), holes: whole });
         for file in &image.files {
             // A file that never grows has a fixed place for every byte: like a disk, it may be sparse.
-            let holes = if file.grows { holes_of(&file.opened.file, unit) } else { Holes::Zero };
+            let holes = if file.grows { holes_of(&file.opened.file, unit) } else { HoleMeaning::Zero };
             places.insert(next_file, Place { depth, path: file.opened.path.clone(), holes });
             next_file += 1;
         }
@@ -60,13 +60,13 @@ pub fn places(layers: &[&ChainImage<'_>]) -> BTreeMap<u32, Place> {
 
 /// Whether a file with clusters has holes where it says that it has data: because its metadata was preallocated, or it
 /// was copied by a tool that leaves zeroes out. Then it takes clearly less space than it is long.
-fn holes_of(file: &FileImage, unit: u64) -> Holes {
-    let Ok(metadata) = file.file().metadata() else { return Holes::Ignored };
+fn holes_of(file: &FileImage, unit: u64) -> HoleMeaning {
+    let Ok(metadata) = file.file().metadata() else { return HoleMeaning::Ignored };
     let (real, long) = (metadata.blocks().saturating_mul(512) / unit, metadata.len().div_ceil(unit));
     if metadata.is_file() && long >= (real.saturating_mul(10) / 9).max(real.saturating_add(2)) {
-        Holes::Zero
+        HoleMeaning::Zero
     } else {
-        Holes::Ignored
+        HoleMeaning::Ignored
     }
 }
 
@@ -108,7 +108,7 @@ pub fn message_limit(layers: &[&ChainImage<'_>]) -> u64 {
 pub fn cut_at_holes<'d>(
     devices: &'d Devices,
     number: u32,
-    holes: Holes,
+    holes: HoleMeaning,
     data: Range<u64>,
 ) -> impl Iterator<Item = (Range<u64>, bool)> + 'd {
     let mut at = data.start;
@@ -117,7 +117,7 @@ pub fn cut_at_holes<'d>(
             return None;
         }
         let (begin, end) = match devices.device(number) {
-            Some(device) if holes != Holes::Ignored => device.next_data(at, data.end),
+            Some(device) if holes != HoleMeaning::Ignored => device.next_data(at, data.end),
             _ => (at, data.end),
         };
         let hole = at..begin.clamp(at, data.end);

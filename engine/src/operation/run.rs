@@ -156,7 +156,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     };
     let mut images = operation.open(&opener)?;
     timing.mark("chain opened, locked and probed");
-    let confinement = confinement.map(|confinement| confinement.seal(running));
+    let confinement = confinement.map(|confinement| confinement.forbid_opening(running));
     note_confinement(session, "confinement, now that all images are open", confinement.as_ref());
     timing.mark("process confined further");
 

@@ -55,12 +55,12 @@ fn enter(vcpu: &mut VcpuFd) -> Exit {
 }
 
 /// The buffers that requests may name.
-struct Heap<'a> {
+struct HeapBuffers<'a> {
     ram: &'a GuestRam,
     range: &'a Range<u64>,
 }
 
-impl BufferAccess for Heap<'_> {
+impl BufferAccess for HeapBuffers<'_> {
     fn heap_slice(&self, address: u64, length: u64) -> Option<VolatileSlice<'_>> {
         let end = address.checked_add(length)?;
         if address < self.range.start || end > self.range.end {
@@ -156,7 +156,7 @@ impl Machine {
         for request in &mut requests {
             request.status = instar_guest_abi::request_status::NOT_RUN;
         }
-        let heap = Heap { ram: &self.ram, range: &self.layout.heap };
+        let heap = HeapBuffers { ram: &self.ram, range: &self.layout.heap };
         if let Err(bad) = handler.requests(&heap, &mut requests) {
             // The one that breaks a rule is the first that was not executed.
             let culprit = requests.iter().find(|request| request.status == instar_guest_abi::request_status::NOT_RUN);
@@ -190,7 +190,7 @@ mod tests {
     fn only_the_heap_is_reachable() {
         let ram = GuestRam::new().unwrap();
         let range = 0x20_0000..0x40_0000;
-        let heap = Heap { ram: &ram, range: &range };
+        let heap = HeapBuffers { ram: &ram, range: &range };
         assert!(heap.heap_slice(0x20_0000, 0x20_0000).is_some());
         assert!(heap.heap_slice(0x20_0000, 0x20_0001).is_none());
         assert!(heap.heap_slice(0x1f_ffff, 2).is_none());
