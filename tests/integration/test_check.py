@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -263,7 +262,7 @@ def test_what_is_no_image(tmp_path):
     fails(image, "-f", "vmdk", says=["vmdk"])
     fails(image, "-r", "all", says=["qemu-img check -r"], status=64)
     result = support.run_instar("check", "--output", "json", absent)
-    assert result.rc == 1 and json.loads(result.stderr)["error"]["name"] == "ERROR_IMAGE_NOT_FOUND"
+    assert result.rc == 1 and result.error["name"] == "ERROR_IMAGE_NOT_FOUND"
 
 
 def test_an_image_in_use(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -183,7 +182,7 @@ def test_info_escapes_names(pair):
         result = run_instar("info", "--output", output, pair.top)
         assert result.rc == 0, str(result)
         assert "\x1b" not in result.stdout and "\n\x1b" not in result.stdout
-    assert json.loads(run_instar("info", "--output", "json", pair.top).stdout)["backing-filename"].startswith("a")
+    assert run_instar("info", "--output", "json", pair.top).json["backing-filename"].startswith("a")
 
 
 def test_info_changes_nothing_and_reports_what_is_missing(pair, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
@@ -472,7 +471,7 @@ def test_overlay_created_by_instar(pair):
 def test_json_names_are_absolute(pair):
     pair.make(top=DATA)
     result = support.commit("top.qcow2", "--output=json", cwd=pair.dir)
-    answer = json.loads(result.stdout)
+    answer = result.json
     assert answer["overlay"] == str(pair.top)
     assert answer["backing"] == str(pair.base)
     assert answer["bytes_committed"] == MIB + 512 * KIB

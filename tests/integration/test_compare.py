@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import random
 import shutil
@@ -186,7 +185,7 @@ def test_what_cannot_be_compared(tmp_path):
     content[l2:l2 + 8] = (1 << 63 | 0x50200).to_bytes(8, "big")
     bad.write_bytes(content)
     damaged = support.run_instar("compare", "--output", "json", bad, good)
-    assert damaged.rc == 3 and json.loads(damaged.stderr)["error"]["file"] == str(bad), str(damaged)
+    assert damaged.rc == 3 and damaged.error["file"] == str(bad), str(damaged)
 
 
 def test_the_format_of_each_image_has_its_option(tmp_path):

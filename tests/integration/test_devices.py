@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -49,7 +48,7 @@ def missing(device, top, *options):
     """The bytes that a refusal says are missing; nothing has changed."""
     with support.untouched(top):
         result = support.run_instar("commit", "-b", device, *options, "--output", "json", top)
-    error = json.loads(result.stderr)["error"]
+    error = result.error
     assert error["name"] == "ERROR_NO_SPACE" and "nothing was changed" in error["message"], str(result)
     assert "file system" not in error["message"], str(result)
     return int(re.search(r"(\d+) bytes are missing", error["message"])[1])
@@ -166,7 +165,7 @@ def test_a_vmdk_does_not_fit_on_a_device(tmp_path):
         support.qemu_io(top, "write -P 2 1M 1M")
         with support.untouched(top, tmp_path / "disk"):
             result = support.run_instar("commit", "-b", device, "--output", "json", top)
-        error = json.loads(result.stderr)["error"]
+        error = result.error
         assert result.rc == 1 and error["name"] != "ERROR_INTERNAL_OVERFLOW" and "please report" not in error["message"], str(result)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -198,7 +197,7 @@ def test_what_is_no_image_or_no_chain(tmp_path):
     base.symlink_to("top")
     fails(top, says=["top", "leads back to itself"])
     result = support.run_instar("map", "--output", "json", garbage)
-    assert json.loads(result.stderr)["error"]["name"] == "ERROR_UNSUPPORTED_FORMAT"
+    assert result.error["name"] == "ERROR_UNSUPPORTED_FORMAT"
 
 
 def test_a_backing_elsewhere_is_gated(tmp_path):

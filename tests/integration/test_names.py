@@ -4,7 +4,6 @@ what the target has to read afterwards: a name that is followed otherwise than t
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
 import shutil
@@ -503,7 +502,7 @@ def test_a_kernel_without(tmp_path, call, errno):
         done = run(*args)
         assert done.rc == 0, str(done)
     doctor = run("doctor", "--output", "json")
-    parts = {part["part"]: part["state"] for part in json.loads(doctor.stdout)["parts"]} if doctor.stdout else {}
+    parts = {part["part"]: part["state"] for part in doctor.json["parts"]} if doctor.stdout else {}
     lacking = {"seccomp": "seccomp", "landlock_create_ruleset": "landlock", "landlock_add_rule": None}
     if lacking.get(call):
         assert parts.get(lacking[call]) != "ok", doctor.stdout

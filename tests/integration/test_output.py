@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 
@@ -80,7 +79,7 @@ def test_a_commit_that_cannot_print_its_result_says_that_it_is_done(pair, kind, 
     text = done.stderr.decode()
     assert "the commit is done, but" in text and "ERROR_OUTPUT_FAILED" in text and str(pair.top) in text
     if output:
-        assert json.loads(text)["error"]["code"] == CODES["ERROR_OUTPUT_FAILED"]
+        assert support.error_of(text)["code"] == CODES["ERROR_OUTPUT_FAILED"]
     assert support.content_hash(pair.base) == before and support.holds_no_clusters(pair.top)
 
 
@@ -115,7 +114,7 @@ def test_bad_usage(tmp_path, args, word):
     assert human.rc == status and human.stdout == "" and word in human.stderr, str(human)
     result = run_instar(args[0], "--output=json", *args[1:], cwd=tmp_path)
     assert result.rc == status and result.stdout == "", str(result)
-    error = json.loads(result.stderr)["error"]
+    error = result.error
     assert (error["code"], error["name"]) == (CODES["ERROR_BAD_USAGE"], "ERROR_BAD_USAGE")
     assert word in error["message"] and "\n" not in error["message"]
 
@@ -133,7 +132,7 @@ def test_only_check_says_corrupt_with_2(tmp_path):
 def test_a_missing_file_has_one_code(tmp_path, command):
     human = run_instar(command, "none", cwd=tmp_path)
     assert human.stderr == "instar: 'none': does not exist (ERROR_IMAGE_NOT_FOUND)\n", str(human)
-    error = json.loads(run_instar(command, "--output", "json", "./none", cwd=tmp_path).stderr)["error"]
+    error = run_instar(command, "--output", "json", "./none", cwd=tmp_path).error
     assert error == {
         "code": 24, "name": "ERROR_IMAGE_NOT_FOUND", "message": "'./none': does not exist", "file": str(tmp_path / "none"),
         "role": "overlay" if command == "commit" else "image", "errno": 2,
@@ -145,19 +144,19 @@ def test_a_missing_backing_has_another(tmp_path, command):
     support.create(tmp_path / "base", MIB)
     support.create(tmp_path / "top", backing="base", cwd=tmp_path)
     (tmp_path / "base").unlink()
-    error = json.loads(run_instar(*command, "--output", "json", "top", cwd=tmp_path).stderr)["error"]
+    error = run_instar(*command, "--output", "json", "top", cwd=tmp_path).error
     assert (error["name"], error["errno"]) == ("ERROR_BACKING_NOT_FOUND", 2), error
     assert error["role"] == ("backing" if command == ["commit"] else "ancestor")
     assert error["file"] == str(tmp_path / "base")
     if command == ["commit"]:
-        given = json.loads(run_instar("commit", "--output", "json", "-b", "base", "top", cwd=tmp_path).stderr)["error"]
+        given = run_instar("commit", "--output", "json", "-b", "base", "top", cwd=tmp_path).error
         assert (given["name"], given["role"]) == ("ERROR_BACKING_NOT_FOUND", "backing")
 
 
 def test_a_failed_write_says_where(pair):
     pair.make(4 * MIB, base=["write -P 1 0 4M"], top=["write -P 6 0 1M"])
     limited = support.run("bash", "-c", f"ulimit -f 1; exec {support.instar_binary()} commit --output json {pair.top}")
-    error = json.loads(limited.stderr)["error"]
+    error = limited.error
     assert limited.rc == 1 and error["role"] == "backing" and error["step"] == "write", error
     assert error["errno"] == 27 and error["file"] == str(pair.base) and isinstance(error["offset"], int)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -181,7 +180,7 @@ def test_a_block_device(raw):
         support.create(raw.top, 9 * MIB, backing=device, backing_fmt="raw")
         qemu_io(raw.top, "write -P 9 0 512")
         result = support.run_instar("commit", "-b", device, "--resize-backing", "--output", "json", raw.top)
-        assert json.loads(result.stderr)["error"]["name"] == "ERROR_UNSUPPORTED_FORMAT", str(result)
+        assert result.error["name"] == "ERROR_UNSUPPORTED_FORMAT", str(result)
         assert "cannot grow" in result.stderr and device in result.stderr
     expected = bytearray(b"\x01" * (8 * MIB))
     expected[MIB : MIB + 300 * KIB] = b"\x09" * (300 * KIB)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -376,8 +375,8 @@ def test_an_interrupted_commit_is_finished(tmp_path):
 @pytest.mark.parametrize("kind", ["twoGbMaxExtentSparse", "monolithicFlat"])
 def test_info(tmp_path, kind):
     base, _ = pair(tmp_path, kind, sizes=(MIB,))
-    ours = json.loads(support.run_instar("info", "--output", "json", base).stdout)
-    theirs = json.loads(qemu_img("info", "--output", "json", base).stdout)
+    ours = support.run_instar("info", "--output", "json", base).json
+    theirs = qemu_img("info", "--output", "json", base).json
     assert (ours["format"], ours["virtual-size"]) == (theirs["format"], theirs["virtual-size"])
     for key in ("cid", "parent-cid", "create-type"):
         assert ours["format-specific"]["data"][key] == theirs["format-specific"]["data"][key]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import qcow2_bytes
+import schemas
 
 REPO = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
@@ -58,7 +59,21 @@ class Result:
 
     @property
     def json(self):
-        return json.loads(self.stdout)
+        """What it printed. Of instar, its published schema has to allow that."""
+        value = json.loads(self.stdout)
+        if Path(os.fsdecode(self.args[0])).name == "instar":
+            schemas.insist(self.args[1], value)
+        return value
+
+    @property
+    def error(self) -> dict:
+        """The error that instar printed as JSON; its published schema has to allow it."""
+        return error_of(self.stderr)
+
+
+def error_of(stderr: str) -> dict:
+    """The error that standard error has as one JSON object; its published schema has to allow it."""
+    return schemas.insist("error", json.loads(stderr))["error"]
 
 
 def run(*args, cwd=None, env=None, timeout=TIMEOUT) -> Result:
@@ -228,14 +243,10 @@ def assert_refused(result: Result, name: str, *mentions):
     assert result.stdout == "", str(result)
     assert result.stderr.endswith("\n"), str(result)
     if "--output" in result.args:
-        error = json.loads(result.stderr)
-        assert set(error) == {"error"}, str(result)
-        known = {"file", "role", "errno", "offset", "step"}
-        assert {"code", "name", "message"} <= set(error["error"]) <= {"code", "name", "message"} | known, str(result)
-        assert os.path.isabs(error["error"].get("file", "/")), str(result)
-        assert error["error"]["name"] == name, str(result)
-        assert error["error"]["code"] == CODES[name], str(result)
-        message = error["error"]["message"]
+        error = result.error
+        assert os.path.isabs(error.get("file", "/")), str(result)
+        assert (error["name"], error["code"]) == (name, CODES[name]), str(result)
+        message = error["message"]
     else:
         lines = result.stderr.splitlines()
         assert len(lines) == 1 and lines[0].startswith("instar: "), str(result)
