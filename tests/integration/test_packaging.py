@@ -185,7 +185,7 @@ def test_what_is_installed_works_where_it_is_and_is_removed_again(tmp_path):
     assert run(program, "commit", "-q", tmp_path / "top").rc == 0
     assert (tmp_path / "base").read_bytes() == bytes(65536) + b"\7" * 4096 + bytes((1 << 20) - 65536 - 4096)
     for path in ("share/man/man1/instar-commit.1", "share/man/man7/instar-plugin-vmdk.7", "share/doc/instar/docs/commit.md",
-                 "share/bash-completion/completions/instar", "share/zsh/site-functions/_instar"):
+                 "share/doc/instar/docs/schemas/commit.json", "share/bash-completion/completions/instar", "share/zsh/site-functions/_instar"):
         assert (prefix / path).is_file(), path
     config = tmp_path / "root/etc/instar/config.toml"
     with config.open("a") as file:
