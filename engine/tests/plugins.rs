@@ -95,7 +95,13 @@ fn a_wrong_hint_is_refused() {
         }
         other => panic!("{other:?}"),
     }
-    assert!(matches!(registry.identify(&image, Some("raw")), Err(IdentifyError::UnknownFormat { .. })));
+    match registry.identify(&image, Some("raw")) {
+        Err(error @ IdentifyError::UnknownFormat { .. }) => {
+            let said = "unknown format 'raw': the plugins that are loaded are for panic, qcow2 (see `instar plugins`)";
+            assert_eq!(error.to_string(), said);
+        }
+        other => panic!("{other:?}"),
+    }
     let nothing = Bytes(vec![0; 4096]);
     assert!(matches!(registry.identify(&nothing, None), Err(IdentifyError::Unrecognised { .. })));
     assert!(matches!(

@@ -37,6 +37,15 @@ def test_help_names_every_option():
     assert not missing, text
 
 
+@pytest.mark.parametrize("args", [["map", "-f", "foo", "image"], ["measure", "-O", "foo", "image"], ["create", "-f", "foo", "new", "1M"]],
+                         ids=" ".join)
+def test_a_format_without_a_plugin_names_those_that_have_one(tmp_path, args):
+    support.create(tmp_path / "image", MIB)
+    result = run_instar(*args, cwd=tmp_path)
+    words = "unknown format 'foo': the plugins that are loaded are for qcow2, raw, vmdk (see `instar plugins`)"
+    assert result.rc == 1 and f"{words} (ERROR_PLUGIN_UNAVAILABLE)" in result.stderr, str(result)
+
+
 def test_version():
     result = run_instar("--version")
     assert result.rc == 0 and re.fullmatch(r"instar \d+\.\d+\.\d+\S*\n", result.stdout), str(result)

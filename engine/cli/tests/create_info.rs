@@ -175,7 +175,7 @@ fn mistakes_are_named_and_change_nothing() {
         ("create -f qcow2 -b missing -F qcow2 @precious", "does not exist"),
         ("create -f qcow2 -b precious -F qcow2 @precious", "cannot be backed by itself"),
         ("create -f qcow2 -b nbd:x -F qcow2 @precious 1M", "not the name of a file"),
-        ("create -f zzz @precious 1M", "unknown format 'zzz'"),
+        ("create -f zzz @precious 1M", "unknown format 'zzz': the plugins that are loaded are for qcow2"),
     ] {
         let error = place.error(line);
         assert!(error.message.contains(words), "{line}: {error}");

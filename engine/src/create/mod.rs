@@ -56,8 +56,8 @@ fn usage(message: impl Into<String>) -> Error {
 pub(crate) fn plugin_of<'r>(registry: &'r Registry, format: &str) -> Result<&'r Plugin, Error> {
     Error::if_refused(registry)?;
     registry.by_format(format).ok_or_else(|| {
-        let message = format!("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", escape(format));
-        Error::new(ErrorCode::PluginUnavailable, message)
+        let unknown = registry.unknown_format(format);
+        Error::new(unknown.code(), unknown.to_string())
     })
 }
 

@@ -1,6 +1,7 @@
 //! Which format an image is of.
 
 use super::{Foreign, ImageFiles, ImageRead, Plugin, PluginFailure, Registry};
+use crate::escape::escape;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{ImageFacts, PROBE_ANYTHING, PROBE_LIKELY, PROBE_NO};
 use std::cell::Cell;
@@ -37,10 +38,12 @@ pub struct Mark {
 #[derive(Debug, thiserror::Error)]
 pub enum IdentifyError {
     /// No plugin has the format that was named.
-    #[error("unknown format '{}': no plugin for it is loaded (see `instar plugins`)", .hint.escape_default())]
+    #[error("unknown format '{}': {} (see `instar plugins`)", escape(.hint), loaded(.known))]
     UnknownFormat {
         /// The format that was named.
         hint: String,
+        /// The formats that have a plugin.
+        known: Vec<String>,
     },
     /// Several plugins claim the format, so that none is used.
     #[error("format '{name}' is claimed by {}: keep one of them", list(.libraries))]
@@ -91,6 +94,13 @@ pub enum IdentifyError {
     /// A plugin gave no answer.
     #[error(transparent)]
     Plugin(PluginFailure),
+}
+
+fn loaded(formats: &[String]) -> String {
+    if formats.is_empty() {
+        return "no plugin is loaded".to_owned();
+    }
+    format!("the plugins that are loaded are for {}", formats.join(", "))
 }
 
 fn list(paths: &[PathBuf]) -> String {
@@ -158,14 +168,21 @@ impl Registry {
         Ok(Some(Mark { format: plugin.name().to_owned(), certain: score > PROBE_LIKELY, bytes, cluster_size }))
     }
 
+    /// No plugin has the format that was named.
+    #[must_use]
+    pub fn unknown_format(&self, hint: &str) -> IdentifyError {
+        let mut known: Vec<String> = self.plugins().iter().map(|plugin| plugin.name().to_owned()).collect();
+        known.sort_unstable();
+        IdentifyError::UnknownFormat { hint: hint.to_owned(), known }
+    }
+
     fn by_hint(&self, image: &dyn ImageRead, hint: &str) -> Result<(&Plugin, Option<Mark>), IdentifyError> {
         if let Some(libraries) = self.conflict(hint) {
             return Err(IdentifyError::ClaimedTwice { name: hint.to_owned(), libraries: libraries.to_vec() });
         }
         let Some(plugin) = self.by_format(hint) else {
             // QEMU's name for it.
-            let unknown = || IdentifyError::UnknownFormat { hint: hint.to_owned() };
-            return Err(if hint == "luks" { IdentifyError::Luks } else { unknown() });
+            return Err(if hint == "luks" { IdentifyError::Luks } else { self.unknown_format(hint) });
         };
         match plugin.probe(image).map_err(IdentifyError::Plugin)? {
             PROBE_NO => match self.by_content(image) {
