@@ -11,6 +11,11 @@ pub fn is_of_target(code: ErrorCode) -> bool {
     )
 }
 
+/// Whether a failure is about the machine, whatever the images are: KVM cannot be used.
+pub fn is_of_machine(code: ErrorCode) -> bool {
+    matches!(code, ErrorCode::KvmMissing | ErrorCode::KvmPermission | ErrorCode::KvmUnusable)
+}
+
 /// Whether a guest can know of such a failure. The others are the host's to find: scripts act upon them.
 pub fn guest_may_report(code: ErrorCode) -> bool {
     match code {

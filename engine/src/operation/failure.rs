@@ -1,7 +1,7 @@
 //! What a failure in the guest means for the operator.
 
 use super::attach::DevicePaths;
-use super::codes::{advice, guest_may_report, is_of_target};
+use super::codes::{advice, guest_may_report, is_of_machine, is_of_target};
 use crate::error::{Error, Role};
 use crate::sandbox::SandboxError;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
@@ -90,7 +90,8 @@ impl GuestFailure {
         named.or_else(|| paths.get(usual)).unwrap_or(Path::new(""))
     }
 
-    /// The line for a failure: the file, what is wrong, in which `state` the files are, what to do.
+    /// The line for a failure: the file, what is wrong, in which `state` the files are, what to do. Where KVM cannot be used,
+    /// no file is to blame, and none is named.
     #[must_use]
     pub fn error(&self, paths: &DevicePaths, state: Option<&str>) -> Error {
         let of_target = self.device.is_some_and(|device| paths.role(device) == Some(Role::Backing));
@@ -102,7 +103,11 @@ impl GuestFailure {
         let either = if is_of_target(code) { DEVICE_OUTPUT } else { FIRST };
         let clause = self.clause(paths);
         let clause = state.map_or_else(|| clause.clone(), |state| format!("{clause}; {state}"));
-        let error = self.context(Error::image(self.path(paths, either), code, self.with_advice(clause, code, paths)));
+        let line = self.with_advice(clause, code, paths);
+        if is_of_machine(code) {
+            return self.context(Error::new(code, line));
+        }
+        let error = self.context(Error::image(self.path(paths, either), code, line));
         match paths.role(self.device.unwrap_or(either)) {
             Some(role) => error.in_role(role),
             None => error,
@@ -149,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn every_code_becomes_one_line_that_names_a_file() {
+    fn every_code_becomes_one_line_that_names_a_file_or_the_machine() {
         let paths = paths(&[(0, "over\nlay"), (1, "below"), (DEVICE_OUTPUT, "base")]);
         for &code in ErrorCode::ALL {
             for device in [None, Some(0), Some(1), Some(DEVICE_OUTPUT), Some(77)] {
@@ -161,8 +166,14 @@ mod tests {
                 };
                 assert_eq!(error.code, expected);
                 assert!(!error.message.contains('\n'), "{}", error.message);
-                let named = ["over", "below", "base"].iter().any(|name| error.message.contains(name));
-                assert!(named, "{}", error.message);
+                let named = ["'over\\nlay'", "'below'", "'base'"].iter().any(|name| error.message.starts_with(name));
+                // The machine's fault is no image's.
+                assert_eq!(
+                    (named, error.path().is_some()),
+                    (!is_of_machine(code), !is_of_machine(code)),
+                    "{}",
+                    error.message
+                );
             }
         }
     }
