@@ -37,6 +37,28 @@ def test_help_names_every_option():
     assert not missing, text
 
 
+def test_help_says_what_the_program_does():
+    first = run_instar("--help").stdout.splitlines()[0]
+    assert all(word in first.lower() for word in ("commit", "check", "compare", "measure", "create")), first
+
+
+def test_the_ways_to_call_measure():
+    usage = run_instar("measure", "--help").stdout.split("Usage: ")[1].split("\n\n")[0].split("\n")
+    assert [line.strip() for line in usage] == ["instar measure [OPTIONS] <FILENAME>", "instar measure [OPTIONS] --size <SIZE>"]
+
+
+@pytest.mark.parametrize("command", ["check", "map", "measure", "compare"])
+def test_what_v_prints_of_a_command_that_reads(tmp_path, command):
+    support.create(tmp_path / "image", MIB)
+    result = run_instar(command, "-v", *["image"] * (2 if command == "compare" else 1), cwd=tmp_path)
+    assert result.rc == 0 and "instar: plugin qcow2 " in result.stderr and "instar: confinement: " in result.stderr, str(result)
+    assert ("instar: disks of 1048576 and 1048576 bytes" in result.stderr) == (command == "compare"), str(result)
+    shown = " ".join(run_instar(command, "--help").stdout.split())
+    for words in ("Print what was loaded, how the process is confined,", "what the guest logs"):
+        assert words in shown, shown
+    assert ("how large the disks are" in shown) == (command == "compare"), shown
+
+
 @pytest.mark.parametrize("args", [["map", "-f", "foo", "image"], ["measure", "-O", "foo", "image"], ["create", "-f", "foo", "new", "1M"]],
                          ids=" ".join)
 def test_a_format_without_a_plugin_names_those_that_have_one(tmp_path, args):

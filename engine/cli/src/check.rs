@@ -41,7 +41,7 @@ pub struct CheckArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub opening: OpeningArgs,
-    /// Show what the guest logs
+    /// Print what was loaded, how the process is confined, and what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
     /// An option of `qemu-img check`, for a sentence about it

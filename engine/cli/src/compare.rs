@@ -53,7 +53,7 @@ pub struct CompareArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub opening: OpeningArgs,
-    /// Show what the guest logs
+    /// Print what was loaded, how the process is confined, how large the disks are, and what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
     /// Taken for the sake of scripts: nothing is written

@@ -48,7 +48,7 @@ use told::Told;
 /// Exit status of a command that was refused or failed.
 const FAILED: u8 = 1;
 
-/// Commit disk images, safely: image metadata is handled inside a virtual machine, formats are plugins
+/// The command line. What `--help` begins with is the description in `Cargo.toml`, which packages have as well
 #[derive(Parser, Debug)]
 #[command(name = "instar", version, about, propagate_version = true)]
 pub struct Cli {

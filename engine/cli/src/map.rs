@@ -32,7 +32,7 @@ pub struct MapArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub opening: OpeningArgs,
-    /// Show what the guest logs
+    /// Print what was loaded, how the process is confined, and what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
     /// The image

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 
 /// Say how long the file of a new image would be; with --commit, how long a commit would make the image below an overlay
 #[derive(Args, Debug)]
+#[command(override_usage = "instar measure [OPTIONS] <FILENAME>\n       instar measure [OPTIONS] --size <SIZE>")]
 pub struct MeasureArgs {
     /// Format of the image. Detected if not given; an image of another format is refused, but raw is believed of any file
     #[arg(short, long, value_name = "FMT", conflicts_with = "size")]
@@ -56,7 +57,7 @@ pub struct MeasureArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub opening: OpeningArgs,
-    /// Show what the guest logs
+    /// Print what was loaded, how the process is confined, and what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
     #[command(flatten)]
