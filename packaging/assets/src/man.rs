@@ -66,9 +66,11 @@ fn without_backticks(command: &Command) -> Command {
     })
 }
 
-/// How the command is called: one form of each option, with its value.
+/// How the command is called: one form of each option, with its value. An option that excludes a positional argument is shown as
+/// the other choice.
 fn synopsis(command: &Command) -> String {
     let mut parts = vec![format!("\\fB{}\\fR", roff(command.get_bin_name().unwrap_or(command.get_name())))];
+    let mut instead: Vec<(&str, String)> = Vec::new();
     for option in command.get_opts().chain(command.get_arguments().filter(|argument| is_flag(argument))) {
         if option.is_hide_set() {
             continue;
@@ -76,12 +78,22 @@ fn synopsis(command: &Command) -> String {
         let name = option.get_short().map(|short| format!("-{short}"));
         let name = name.or_else(|| option.get_long().map(|long| format!("--{long}"))).unwrap_or_default();
         let value = if is_flag(option) { String::new() } else { format!(" {}", value(option)) };
+        let called = format!("\\fB{}\\fR{value}", roff(&name));
+        let excluded = command.get_arg_conflicts_with(option).into_iter().find(|other| other.is_positional());
+        if let Some(positional) = excluded {
+            instead.push((positional.get_id().as_str(), called));
+            continue;
+        }
         let more = if matches!(option.get_action(), ArgAction::Append) { " \\&..." } else { "" };
-        parts.push(format!("[\\fB{}\\fR{value}]{more}", roff(&name)));
+        parts.push(format!("[{called}]{more}"));
     }
     for argument in command.get_positionals() {
-        let name = value(argument);
-        parts.push(if argument.is_required_set() { name } else { format!("[{name}]") });
+        let others =
+            instead.iter().filter(|(id, _)| *id == argument.get_id().as_str()).map(|(_, called)| called.clone());
+        let choices: Vec<String> = std::iter::once(value(argument)).chain(others).collect();
+        let needed = argument.is_required_set() || choices.len() > 1;
+        let choices = choices.join(" | ");
+        parts.push(if needed { choices } else { format!("[{choices}]") });
     }
     if command.has_subcommands() {
         parts.push("\\fICOMMAND\\fR".to_owned());
@@ -117,4 +129,20 @@ fn error_codes() -> String {
         let _ = writeln!(text, ".TP\n.B {} {}\n{}", code.number(), code.name(), meaning.trim());
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_option_that_stands_for_an_argument_is_the_other_choice() {
+        let size = Arg::new("size").short('s').value_name("SIZE").conflicts_with("file");
+        let wait = Arg::new("wait").long("wait").value_name("SECONDS");
+        let mut command = Command::new("measure").args([size, wait, Arg::new("file").value_name("FILE")]);
+        command.build();
+        let text = synopsis(&command);
+        assert!(text.contains("[\\fB\\-\\-wait\\fR \\fISECONDS\\fR]"), "{text}");
+        assert!(text.ends_with("\\fIFILE\\fR | \\fB\\-s\\fR \\fISIZE\\fR\n"), "{text}");
+    }
 }
