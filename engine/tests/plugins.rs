@@ -136,10 +136,7 @@ fn a_format_that_is_not_known_is_said_with_those_that_are() {
     let (_dir, registry) = instar_test_lab::boxed_registry();
     let unknown = registry.identify(&Bytes(vec![7; 4096]), None).unwrap_err();
     let text = unknown.to_string();
-    assert!(
-        text.starts_with("begins like no known format (qcow2): if it used to be one, its header is damaged"),
-        "{text}"
-    );
+    assert!(text.starts_with("begins like no known format (qcow2)"), "{text}");
     let damaged = registry.identify(&Bytes(vec![7; 4096]), Some("qcow2")).unwrap_err().to_string();
     assert!(damaged.contains("the qcow2 image that it is said to be: if it used to be one, its header"), "{damaged}");
     for version in [1, 2] {

@@ -175,7 +175,7 @@ mod tests {
         {
             let spec = spec(size, subformat);
             let (made, measured) = (create(&spec).unwrap(), measure(&spec).unwrap());
-            let length = made.length + made.files.iter().map(|file| file.length).sum::<u64>();
+            let length = made.length.next_multiple_of(SECTOR) + made.files.iter().map(|file| file.length).sum::<u64>();
             assert_eq!(measured.required(0), Some(length), "{size} {subformat}");
             assert_eq!(measured.fully_allocated(), Some(length + size.next_multiple_of(65536)), "{size} {subformat}");
         }
@@ -188,7 +188,7 @@ mod tests {
         for subformat in ["monolithicFlat", "twoGbMaxExtentFlat"] {
             let spec = spec((5 << 30) + 1, subformat);
             let (made, measured) = (create(&spec).unwrap(), measure(&spec).unwrap());
-            assert_eq!(measured.required(0), Some(made.length + (5 << 30) + 512));
+            assert_eq!(measured.required(0), Some(made.length.next_multiple_of(SECTOR) + (5 << 30) + SECTOR));
             assert_eq!(measured.required(0), measured.fully_allocated());
         }
     }
