@@ -106,7 +106,7 @@ def test_an_image_that_is_made_and_not_announced(tmp_path):
     ("args", "word"),
     [(["commit"], "<FILENAME>"), (["commit", "--nonesuch", "x"], "--nonesuch"), (["commit", "-r", "abc", "x"], "abc"),
      (["check"], "<FILENAME>"), (["map", "-s", "x", "y"], "start-offset"), (["info", "a", "b"], "'b'"),
-     (["map", "--wait", "x", "y"], "not a whole number of seconds"), (["commit", "--wait", "-1", "y"], "--wait"),
+     (["map", "--wait", "x", "y"], "not a whole number of seconds"), (["commit", "--wait=-1", "y"], "not a whole number of seconds"),
      (["check", "--wait", "99999999999999999999", "y"], "more than 2^64 - 1 seconds"),
      (["commit", "--image-opts", "x"], "--image-opts"), (["check", "-r", "all", "x"], "repair")],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value)

@@ -91,9 +91,11 @@ fn synopsis(command: &Command) -> String {
         let others =
             instead.iter().filter(|(id, _)| *id == argument.get_id().as_str()).map(|(_, called)| called.clone());
         let choices: Vec<String> = std::iter::once(value(argument)).chain(others).collect();
-        let needed = argument.is_required_set() || choices.len() > 1;
-        let choices = choices.join(" | ");
-        parts.push(if needed { choices } else { format!("[{choices}]") });
+        parts.push(match choices.as_slice() {
+            [name] if argument.is_required_set() => name.clone(),
+            [name] => format!("[{name}]"),
+            several => format!("{{{}}}", several.join(" | ")),
+        });
     }
     if command.has_subcommands() {
         parts.push("\\fICOMMAND\\fR".to_owned());
@@ -143,6 +145,6 @@ mod tests {
         command.build();
         let text = synopsis(&command);
         assert!(text.contains("[\\fB\\-\\-wait\\fR \\fISECONDS\\fR]"), "{text}");
-        assert!(text.ends_with("\\fIFILE\\fR | \\fB\\-s\\fR \\fISIZE\\fR\n"), "{text}");
+        assert!(text.ends_with(" {\\fIFILE\\fR | \\fB\\-s\\fR \\fISIZE\\fR}\n"), "{text}");
     }
 }
