@@ -3,7 +3,7 @@
 use crate::{BitmapFacts, FactValue, Feature, SnapshotFacts};
 use abi_stable::std_types::{ROption, RSlice, RString, RVec};
 use abi_stable::StableAbi;
-use instar_guest_abi::{ErrorCode, ERROR_OK, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
+use instar_guest_abi::{ErrorCode, ERROR_OK, MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 
 /// Bit of [`GuestModule::roles`]: the module offers the source role.
 pub const ROLE_SOURCE: u32 = 1;
@@ -282,15 +282,23 @@ pub struct GuestModule {
     pub roles: u32,
     /// `MODULE_ABI_MAJOR` that it was built with.
     pub abi_major: u32,
-    /// `MODULE_ABI_MINOR` that it was built with.
+    /// `MODULE_ABI_MINOR` that it was built with: what it offers beyond what the engine knows is not used.
     pub abi_minor: u32,
+    /// `MODULE_ABI_LEAST_MINOR` that it was built with: an engine whose `MODULE_ABI_MINOR` is lower refuses it.
+    pub least_minor: u32,
 }
 
 impl GuestModule {
     /// A module that offers the roles in `roles`, built with the module interface of this crate's `instar-guest-abi`.
     #[must_use]
     pub const fn new(elf: &'static [u8], roles: u32) -> Self {
-        Self { elf: RSlice::from_slice(elf), roles, abi_major: MODULE_ABI_MAJOR, abi_minor: MODULE_ABI_MINOR }
+        Self {
+            elf: RSlice::from_slice(elf),
+            roles,
+            abi_major: MODULE_ABI_MAJOR,
+            abi_minor: MODULE_ABI_MINOR,
+            least_minor: MODULE_ABI_LEAST_MINOR,
+        }
     }
 
     /// A module that offers both roles.

@@ -18,7 +18,9 @@ from support import MIB, run_instar
 TARGET = support.instar_binary().resolve().parent
 PREFIX = "libinstar_plugin_"
 ABI = (support.REPO / "guest/abi/src/module.rs").read_text()
-MAJOR, MINOR = (re.search(rf"MODULE_ABI_{part}: u32 = (\d+);", ABI)[1] for part in ("MAJOR", "MINOR"))
+MAJOR, MINOR, LEAST = (
+    re.search(rf"MODULE_ABI_{part}: u32 = (\d+);", ABI)[1] for part in ("MAJOR", "MINOR", "LEAST_MINOR")
+)
 
 
 @pytest.fixture
@@ -149,9 +151,9 @@ LOADED = {
     "guest_module:elf": "its guest module is not an ELF file",
     "guest_module:none": "unknown roles 0x0",
     "guest_module:roles": "unknown roles 0x8",
-    "guest_module:major": f"built for module interface 2.{MINOR}, this instar has {MAJOR}.{MINOR}: update instar",
-    "guest_module:minor": f"built for module interface {MAJOR}.99, this instar has {MAJOR}.{MINOR}: update instar",
-    "guest_module:old": f"built for module interface 0.{MINOR}, this instar has {MAJOR}.{MINOR}: rebuild the plugin",
+    "guest_module:major": f"needs module interface 2.{LEAST}, this instar has {MAJOR}.{MINOR}: update instar",
+    "guest_module:minor": f"needs module interface {MAJOR}.99, this instar has {MAJOR}.{MINOR}: update instar",
+    "guest_module:old": f"needs module interface 0.{LEAST}, this instar has {MAJOR}.{MINOR}: rebuild the plugin",
 }
 
 
@@ -160,6 +162,14 @@ def test_a_plugin_that_says_nonsense_of_itself(directory, tmp_path, fault):
     copied(directory, library("instar_test_plugin_faulty"), "faulty")
     assert LOADED[fault] in skipped(directory, fault)
     the_others_work(tmp_path, directory, fault)
+
+
+def test_a_guest_module_may_offer_more_than_is_known(directory, tmp_path):
+    copied(directory, library("instar_test_plugin_faulty"), "faulty")
+    env = {"INSTAR_TEST_FAULT": "guest_module:newer"}
+    listed = run_instar("plugins", "--output", "json", "--plugin-dir", directory, env=env).json
+    assert "faulty" in {plugin["name"] for plugin in listed["plugins"]} and not listed["skipped"]
+    the_others_work(tmp_path, directory, "guest_module:newer")
 
 
 def test_a_plugin_that_claims_the_name_of_another(directory):

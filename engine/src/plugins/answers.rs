@@ -84,11 +84,12 @@ pub fn check_module(module: &GuestModule) -> Result<(), String> {
     if module.roles == 0 || module.roles & !(ROLE_SOURCE | ROLE_SINK) != 0 {
         return Err(format!("its guest module has the unknown roles {:#x}", module.roles));
     }
-    let (major, minor) = (module.abi_major, module.abi_minor);
-    if major != MODULE_ABI_MAJOR || minor > MODULE_ABI_MINOR {
+    // A later minor version only offers more, which nobody asks for here; what it needs of the guest's core is another number.
+    let (major, least) = (module.abi_major, module.least_minor);
+    if major != MODULE_ABI_MAJOR || least > MODULE_ABI_MINOR {
         let advice = if major < MODULE_ABI_MAJOR { "rebuild the plugin" } else { "update instar" };
         return Err(format!(
-            "its guest module was built for module interface {major}.{minor}, this instar has \
+            "its guest module needs module interface {major}.{least}, this instar has \
              {MODULE_ABI_MAJOR}.{MODULE_ABI_MINOR}: {advice}"
         ));
     }

@@ -1,6 +1,7 @@
 //! The services that core offers to every other module of the guest.
 
 use crate::Request;
+use core::mem::offset_of;
 
 /// Function table that core passes to each module's entry. It grows only at the end; `size` tells how much
 /// of it is there.
@@ -28,4 +29,10 @@ pub struct CallTable {
     pub heap_free: extern "C" fn() -> usize,
     /// Report a panic with this UTF-8 text and end the guest.
     pub panic: extern "C" fn(text: *const u8, length: usize) -> !,
+}
+
+impl CallTable {
+    /// Size in bytes of the table of minor version 0, up to its last function: whatever is appended leaves this as it is. An
+    /// older core lacks it, so a module looks at `size` before it calls such a function, and does without if it can.
+    pub const MIN_SIZE: usize = offset_of!(Self, panic) + size_of::<usize>();
 }

@@ -29,7 +29,7 @@ pub use list::List;
 pub use module::{
     CheckSummary, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo, ModuleDescriptor,
     ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, SinkOps, SourceOps, WireExtent, FAILURE_TEXT_MAX,
-    IMAGE_ID_MAX, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
+    IMAGE_ID_MAX, MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
 };
 pub use phase::{Part, Phase, Situation, IDENTITY_RANGE};
 pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};

@@ -8,13 +8,18 @@
 
 use crate::{CallTable, ChainConfig, DeviceConfig, OperationConfig};
 use core::ffi::c_void;
+use core::mem::offset_of;
 
 /// [`ModuleDescriptor::magic`]: `"INSTMODU"`.
 pub const MODULE_MAGIC: u64 = u64::from_le_bytes(*b"INSTMODU");
 /// Changes when a module built before cannot be loaded any more.
 pub const MODULE_ABI_MAJOR: u32 = 1;
-/// Changes when something was appended to a table.
+/// Changes when something was appended to a table. Whoever lacks it does without: modules and hosts of all minor versions go
+/// together, except where [`MODULE_ABI_LEAST_MINOR`] says otherwise.
 pub const MODULE_ABI_MINOR: u32 = 0;
+/// The oldest minor version of a host in which a module of this version works. It rises only if the SDK comes to need something
+/// that was appended to [`CallTable`].
+pub const MODULE_ABI_LEAST_MINOR: u32 = 0;
 
 /// Longest detail text of a [`Failure`] in bytes.
 pub const FAILURE_TEXT_MAX: usize = 208;
@@ -286,9 +291,9 @@ pub struct SourceOps {
 }
 
 impl SourceOps {
-    /// Size in bytes of the table of minor version 0. A function that is appended later is missing from it, and counts as not
-    /// supported.
-    pub const MIN_SIZE: usize = size_of::<Self>();
+    /// Size in bytes of the table of minor version 0, up to its last function: whatever is appended leaves this as it is. A
+    /// function that is appended later is missing from such a table, and counts as not supported.
+    pub const MIN_SIZE: usize = offset_of!(Self, check) + size_of::<usize>();
 }
 
 /// Reads the guest-visible bytes below the output image (its ancestors; zeroes where there are none).
@@ -358,7 +363,7 @@ pub struct SinkOps {
 
 impl SinkOps {
     /// Size in bytes of the table of minor version 0, as [`SourceOps::MIN_SIZE`].
-    pub const MIN_SIZE: usize = size_of::<Self>();
+    pub const MIN_SIZE: usize = offset_of!(Self, next_identity) + size_of::<usize>();
 }
 
 /// What a format module offers; a null role is not offered.

@@ -73,7 +73,7 @@ impl ForeignFormat {
 ///
 /// # Safety
 /// `ops` is readable for `size` bytes, and all that follows in a `T` may be zero.
-unsafe fn copy<T>(ops: *const T, size: usize) -> T {
+pub(super) unsafe fn copy<T>(ops: *const T, size: usize) -> T {
     let mut copy = MaybeUninit::<T>::zeroed();
     // SAFETY: both are long enough. What stays zero may be zero.
     unsafe {

@@ -8,8 +8,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{
-    ChainConfig, DeviceConfig, FormatOps, ImageInfo, OperationConfig, PlanSummary, Request, SinkOps, SourceOps,
-    WireExtent,
+    CallTable, ChainConfig, DeviceConfig, FormatOps, ImageInfo, OperationConfig, PlanSummary, Request, SinkOps,
+    SourceOps, WireExtent,
 };
 use std::cell::RefCell;
 
@@ -309,4 +309,56 @@ fn an_operation_finds_the_format_of_a_device() {
     assert!(operation.format_of(&device(2)).is_ok());
     assert_eq!(operation.format_of(&device(1)).map(|_| ()).unwrap_err().code, ErrorCode::GuestProtocol);
     assert_eq!(operation.format_of(&device(3)).map(|_| ()).unwrap_err().code, ErrorCode::PluginUnavailable);
+}
+
+/// A table as a later minor version has it: with one more function that may be null.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Later<T> {
+    today: T,
+    more: Option<extern "C" fn() -> u32>,
+}
+
+extern "C" fn more() -> u32 {
+    7
+}
+
+#[test]
+fn a_module_that_offers_more_than_is_known_works() {
+    let mut source = Later { today: super::source_ops::<Driver, TestIo>(), more: Some(more) };
+    source.today.size = u32::try_from(size_of_val(&source)).unwrap();
+    let mut sink = Later { today: super::sink_ops::<Driver, TestIo>(), more: Some(more) };
+    sink.today.size = u32::try_from(size_of_val(&sink)).unwrap();
+    let ops = FormatOps { source: (&raw const source).cast(), sink: (&raw const sink).cast() };
+    // SAFETY: the tables live until the end of the test, and are as long as they say.
+    let format = unsafe { ForeignFormat::new(&raw const ops) }.unwrap();
+    let device = DeviceConfig::default();
+    assert_eq!(format.open_source(&device).unwrap().verify(&mut TestIo, true).unwrap(), 42);
+    let mut sink = format.open_sink(&device, false).unwrap();
+    assert_eq!(sink.planned(&mut TestIo).unwrap().final_length, 9);
+    assert_eq!(sink.next_identity(), None);
+}
+
+#[test]
+fn whoever_knows_more_sees_that_a_module_of_today_lacks_it() {
+    let (source, sink) = (super::source_ops::<Driver, TestIo>(), super::sink_ops::<Driver, TestIo>());
+    // SAFETY: the tables are as long as they say, and the function that they lack may be null.
+    let (later_source, later_sink): (Later<SourceOps>, Later<SinkOps>) = unsafe {
+        (
+            foreign_format::copy((&raw const source).cast(), source.size as usize),
+            foreign_format::copy((&raw const sink).cast(), sink.size as usize),
+        )
+    };
+    assert!(later_source.more.is_none() && later_sink.more.is_none());
+    assert!(later_source.today.check.is_some() && later_sink.today.next_identity.is_some());
+    let longer = Later { today: source, more: Some(more) };
+    // SAFETY: as above.
+    let seen: Later<SourceOps> = unsafe { foreign_format::copy(&raw const longer, size_of_val(&longer)) };
+    assert_eq!(seen.more.map(|more| more()), Some(7));
+}
+
+#[test]
+fn what_is_appended_leaves_the_least_sizes_as_they_are() {
+    // Numbers, because older modules and cores have them compiled in.
+    assert_eq!((SourceOps::MIN_SIZE, SinkOps::MIN_SIZE, CallTable::MIN_SIZE), (80, 80, 64));
 }

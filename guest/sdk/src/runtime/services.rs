@@ -19,7 +19,7 @@ pub unsafe fn init(table: *const CallTable) -> bool {
     }
     // SAFETY: not null, so it points to a call table; `size` and `abi_major` stand first in every version.
     let (size, major) = unsafe { ((*table).size, (*table).abi_major) };
-    if (size as usize) < size_of::<CallTable>() || major != MODULE_ABI_MAJOR {
+    if (size as usize) < CallTable::MIN_SIZE || major != MODULE_ABI_MAJOR {
         return false;
     }
     TABLE.store(table.cast_mut(), Ordering::Relaxed);

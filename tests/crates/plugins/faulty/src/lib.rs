@@ -140,7 +140,8 @@ impl FormatPlugin for Faulty {
             "none" => module.roles = 0,
             "roles" => module.roles = 8,
             "major" => module.abi_major = 2,
-            "minor" => module.abi_minor = 99,
+            "minor" => module.least_minor = 99,
+            "newer" => module.abi_minor = 99,
             "old" => module.abi_major = 0,
             _ => {}
         }
