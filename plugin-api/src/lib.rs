@@ -55,10 +55,11 @@
 //!
 //! # Versions
 //!
-//! [`API_VERSION`] is the version of this crate and follows semver. An engine built with `x.y` loads every plugin
-//! built with `x.z` where `z ≤ y` (see [`version::accepts`]). To keep that promise, an
-//! interface never changes once released: [`v1`] (contract 1.0) is frozen with the first release, with every type that it
-//! mentions, and whatever comes later is a `v2` module beside it with a root module, types and a name of its own. The
+//! [`API_VERSION`] is the version of this crate and follows semver. An engine loads every plugin that was built with the same
+//! major version, an older or a newer one (see [`version::accepts`]). To keep that promise, an interface only grows once it is
+//! released: [`v1`] (contract 1.0) is frozen with the first release, with every type that it mentions. A minor version
+//! appends functions to its root module, all of them optional: whoever of the two lacks one does without
+//! (see [`loading`]). What both sides would *need* is a `v2` module beside it with a root module, types and a name of its own. The
 //! engine asks the library header which interface a plugin speaks, and keeps an adapter for each that it ever knew.
 // The derives of abi_stable 0.11 define impls inside functions.
 #![allow(non_local_definitions)]
@@ -68,6 +69,7 @@ mod context;
 mod export;
 mod footprint;
 mod guard;
+pub mod loading;
 mod plugin;
 mod reader;
 mod types;

@@ -1,7 +1,8 @@
 //! Interface version 1: what crosses the border between engine and plugin.
 //!
 //! The first release freezes it: from then on nothing in here, and none of the types mentioned in here, may change: not a
-//! field, not its type, not its order. A later need becomes a module of its own beside this one.
+//! field, not its type, not its order. A later need becomes a function behind the last one of [`PluginModuleV1`], if both sides can
+//! do without it, with `#[sabi(missing_field(option))]`; else a module of its own beside this one.
 //!
 //! Plugin authors do not need it: they implement [`FormatPlugin`](crate::FormatPlugin).
 
@@ -42,6 +43,8 @@ pub struct PluginManifest {
 }
 
 /// The root module of interface version 1. No function panics or unwinds.
+///
+/// `last_prefix_field` stays where it is: abi_stable refuses a prefix of another length.
 #[repr(C)]
 #[derive(StableAbi)]
 #[sabi(kind(Prefix(prefix_ref = PluginModuleV1_Ref, prefix_fields = PluginModuleV1_Prefix)))]

@@ -20,8 +20,8 @@ fn number(text: &str) -> Option<u64> {
     text.parse().ok()
 }
 
-/// Whether an engine with contract version `engine` loads a plugin built with `plugin`: the same major version,
-/// and a minor version not newer than the engine's.
+/// Whether an engine with contract version `engine` loads a plugin built with `plugin`: one with the same major version. A minor
+/// version only adds what both sides can do without, so it does not matter whose is newer.
 ///
 /// A major version of 0 promises nothing, as semver has it: then the minor versions must be equal. The layout check of
 /// `abi_stable` holds the version of this crate to the same rule, which is why the contract begins with 1.0.
@@ -37,18 +37,11 @@ pub fn accepts(engine: &str, plugin: &str) -> Result<(), String> {
     };
     if major != engine_major {
         let advice = if major > engine_major { "update instar" } else { "rebuild the plugin" };
-        return Err(format!(
-            "built for plugin API {plugin}, this instar loads {engine_major}.0 to {engine_major}.{engine_minor}: {advice}"
-        ));
+        return Err(format!("built for plugin API {plugin}, this instar has {engine}: {advice}"));
     }
     if major == 0 && minor != engine_minor {
         return Err(format!(
             "built for the preview {plugin} of the plugin API, this instar has {engine}: rebuild the plugin"
-        ));
-    }
-    if minor > engine_minor {
-        return Err(format!(
-            "built for plugin API {plugin}, which is newer than this instar's {engine}: update instar"
         ));
     }
     Ok(())
@@ -60,15 +53,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn older_minor_versions_load_for_ever() {
-        for (engine, plugin) in [("1.4.2", "1.4.9"), ("1.4.2", "1.0.0"), ("0.3.0", "0.3.7")] {
+    fn all_minor_versions_load_for_ever() {
+        for (engine, plugin) in [("1.4.2", "1.4.9"), ("1.4.2", "1.0.0"), ("1.4.0", "1.5.0"), ("0.3.0", "0.3.7")] {
             assert_eq!(accepts(engine, plugin), Ok(()), "{engine} {plugin}");
         }
     }
 
     #[test]
-    fn newer_minor_and_other_major_versions_do_not() {
-        assert!(accepts("1.4.0", "1.5.0").unwrap_err().contains("update instar"));
+    fn other_major_versions_and_previews_do_not() {
         assert!(accepts("0.2.0", "0.1.0").unwrap_err().contains("preview"));
         assert!(accepts("0.1.0", "0.2.0").unwrap_err().contains("preview"));
         assert!(accepts("1.4.0", "2.0.0").unwrap_err().contains("update instar"));

@@ -1,9 +1,11 @@
 //! The plugin interfaces that this engine speaks.
 //!
-//! An interface is frozen when it is released. A new one is a new variant of [`Interface`], a new entry of [`KNOWN`] (newest
-//! first), and an arm in each method; nothing is taken away.
+//! An interface is frozen when it is released. It may get functions that plugins of before lack: the method here gives the default
+//! of [`FormatPlugin`](instar_plugin_api::FormatPlugin) in their place. A new interface is a new variant of [`Interface`], a new
+//! entry of [`KNOWN`] (newest first), and an arm in each method; nothing is taken away.
 
 use abi_stable::library::LibHeader;
+use instar_plugin_api::loading::root_module;
 use instar_plugin_api::v1::{self, PluginManifest, PluginModuleV1_Ref};
 use instar_plugin_api::{
     version, BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile,
@@ -24,9 +26,8 @@ type Opener = fn(&LibHeader) -> Option<Interface>;
 const KNOWN: &[(&str, Opener)] = &[(v1::INTERFACE_NAME, open_v1)];
 
 fn open_v1(header: &LibHeader) -> Option<Interface> {
-    // Not `init_root_module`: the versions were compared before, by the contract's own rule. The text of a mismatch is up
-    // to 10 KB of type descriptions: it is dropped.
-    header.check_layout::<PluginModuleV1_Ref>().ok().map(Interface::V1)
+    // Not `init_root_module`: the versions were compared before, by the contract's own rule.
+    root_module::<PluginModuleV1_Ref>(header).map(Interface::V1)
 }
 
 impl Interface {
