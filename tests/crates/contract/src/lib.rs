@@ -38,8 +38,13 @@ pub fn api(folder: &Path) -> Result<Api, String> {
 
 fn read_folder(folder: &Path, api: &mut Api) -> Result<(), String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", folder.display());
+    let mut paths = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|error| failed(&error))? {
-        let path = entry.map_err(|error| failed(&error))?.path();
+        paths.push(entry.map_err(|error| failed(&error))?.path());
+    }
+    // Of two items of one name in different modules the last stays: that has to be the same one each time.
+    paths.sort();
+    for path in paths {
         if path.is_dir() {
             read_folder(&path, api)?;
         } else if path.extension().is_some_and(|extension| extension == "rs") && !path.ends_with("tests.rs") {
@@ -57,7 +62,7 @@ fn is_test(attributes: &[Attribute]) -> bool {
 
 /// Only what makes a layout is kept.
 fn layout_only(attributes: &mut Vec<Attribute>) {
-    attributes.retain(|attribute| attribute.path().is_ident("repr"));
+    attributes.retain(|attribute| attribute.path().is_ident("repr") || attribute.path().is_ident("sabi"));
 }
 
 fn text(tokens: &impl ToTokens) -> String {

@@ -1,0 +1,35 @@
+//! Layouts, addresses, ports and error codes that the instar host and its guest share.
+//!
+//! Everything in this crate is `repr(C)` plain data: the host writes it into guest memory (or reads it
+//! from there) byte for byte. Nothing here has behaviour beyond constructors and accessors, and nothing
+//! here trusts its content: the reader of a structure checks it.
+//!
+//! The guest is identity mapped: a guest virtual address is a guest physical address.
+#![no_std]
+
+mod call_table;
+mod config;
+mod error;
+mod layout;
+mod list;
+mod module;
+mod phase;
+mod ring;
+
+pub use call_table::CallTable;
+pub use config::device_flags;
+pub use config::{
+    ChainConfig, DeviceConfig, FileDevice, FileList, Member, MemberRole, ModuleEntry, ModuleTable, OperationConfig,
+    CHAIN_CONFIG_MAGIC, DEVICE_OUTPUT, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES, MAX_FILE_DEVICES, MAX_MEMBERS,
+    MAX_MODULES, MODULE_TABLE_MAGIC, OPERATION_CONFIG_MAGIC,
+};
+pub use error::*;
+pub use layout::*;
+pub use list::List;
+pub use module::{
+    CheckSummary, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo, ModuleDescriptor,
+    ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, SinkOps, SourceOps, WireExtent, FAILURE_TEXT_MAX,
+    IMAGE_ID_MAX, MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
+};
+pub use phase::{Part, Phase, Situation, IDENTITY_RANGE};
+pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};

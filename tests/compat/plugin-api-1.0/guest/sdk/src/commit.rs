@@ -1,0 +1,282 @@
+//! The steps of a commit, in terms of [`Source`] and [`Sink`].
+//!
+//! They stand in the SDK, and not in the operation's crate, so that the tests of any driver run the very steps that the
+//! operation runs (the module `conformance`).
+//!
+//! 1. *check*: the overlay is verified whole;
+//! 2. *plan*: the sink is shown every extent, and says no if it has a reason to. Up to here nothing changes;
+//! 3. *write*: the sink grows first, if it is to, by what reads as zeroes; then the extents go into it. It keeps itself
+//!    consistent at every instant, and at the end makes them durable. A crash up to here leaves the overlay as it was:
+//!    it hides whatever part of the data the backing has already;
+//! 4. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
+//!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
+
+use crate::{check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Sink, Source};
+use alloc::vec;
+use alloc::vec::Vec;
+use instar_guest_abi::{ErrorCode, ParentStage, Phase, PlanSummary};
+
+/// Extents that are handed to the sink at once: it flushes a few times for each such batch.
+const EXTENTS: usize = 1 << 14;
+/// Bytes of decoded data that are handed to the sink at once, at most …
+const ARENA_BYTES: usize = 16 << 20;
+/// … and at least, however little heap is free.
+const MIN_ARENA_BYTES: usize = 64 << 10;
+
+/// A step of the commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Verifying the overlay.
+    Check,
+    /// Verifying what will be touched in the backing.
+    Plan,
+    /// Writing into the backing.
+    Write,
+    /// Emptying the overlay.
+    Empty,
+}
+
+impl Step {
+    /// The name that messages carry.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Check => "check",
+            Self::Plan => "plan",
+            Self::Write => "write",
+            Self::Empty => "empty",
+        }
+    }
+}
+
+/// What happens, for whoever watches.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// `done` of `total` guest bytes of a step are done.
+    Progress(Step, u64, u64),
+    /// Everything that can refuse has been asked.
+    Planned(Plan),
+}
+
+/// What is about to be done.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Clusters that the overlay holds.
+    pub clusters: u64,
+    /// Their guest-visible bytes …
+    pub bytes: u64,
+    /// … and how many of these have to be decoded.
+    pub encoded_bytes: u64,
+    /// What the sink will need.
+    pub sink: PlanSummary,
+}
+
+/// Choices of the operator.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Leave the overlay as it is.
+    pub keep_overlay: bool,
+    /// Stop before the first change.
+    pub dry_run: bool,
+    /// Let a smaller backing grow to the overlay's virtual size.
+    pub resize_backing: bool,
+}
+
+/// How a commit ended well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Clusters that the overlay held.
+    pub clusters_committed: u64,
+    /// Their guest-visible bytes.
+    pub bytes_committed: u64,
+    /// Clusters that were dropped from the overlay.
+    pub overlay_clusters_cleared: u64,
+}
+
+/// A commit that failed, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommitFailure {
+    /// The step that failed.
+    pub step: Step,
+    /// Why.
+    pub error: DriverError,
+}
+
+/// The images of a commit.
+pub struct Commit<'a> {
+    /// The overlay.
+    pub source: &'a mut dyn Source,
+    /// The backing.
+    pub sink: &'a mut dyn Sink,
+    /// What the backing is backed by.
+    pub below: &'a mut dyn ReadBelow,
+}
+
+/// Run a commit; `watch` is told how it goes.
+///
+/// # Errors
+/// [`CommitFailure`]. In the steps check and plan, nothing was changed.
+pub fn commit(
+    io: &mut dyn BlockIo,
+    images: &mut Commit<'_>,
+    options: Options,
+    watch: &mut dyn FnMut(Event),
+) -> Result<Outcome, CommitFailure> {
+    let at = |step: Step| move |error: DriverError| CommitFailure { step, error };
+    let total = images.source.info().virtual_size;
+
+    let clusters = images.source.verify(io, !options.keep_overlay).map_err(at(Step::Check))?;
+
+    let (mut bytes, mut encoded_bytes) = (0, 0);
+    let sink = &mut *images.sink;
+    let growing = options.resize_backing && sink.info().virtual_size < total;
+    if growing {
+        sink.grow(io, total, images.below.length()).map_err(at(Step::Plan))?;
+    }
+    let limit = sink.info().virtual_size;
+    each_batch(io, images.source, &mut |io, _, extents, _| {
+        if let Some(extent) = extents.iter().find(|extent| extent.end() > limit) {
+            return Err(too_small(extent));
+        }
+        bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
+        let encoded = extents.iter().filter(|extent| extent.is_encoded());
+        encoded_bytes += encoded.map(|extent| extent.length).sum::<u64>();
+        sink.plan(io, extents)
+    })
+    .map_err(at(Step::Plan))?;
+    let plan = sink.planned(io).map_err(at(Step::Plan))?;
+    watch(Event::Planned(Plan { clusters, bytes, encoded_bytes, sink: plan }));
+    if options.dry_run {
+        return Ok(Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 });
+    }
+
+    io.enter(Phase::Target);
+    let below = &mut *images.below;
+    let identity = sink.next_identity().filter(|_| bytes > 0);
+    if let Some(identity) = &identity {
+        // Before the backing has its new identity: a crash between the two is recognised by the overlay's having the one
+        // that the backing would have got, and a second run goes on from there.
+        images.source.follow_parent(io, identity, ParentStage::Announced).map_err(at(Step::Write))?;
+    }
+    if growing {
+        // An overlay that holds nothing makes its backing grow, too.
+        sink.write(io, &[], below).map_err(at(Step::Write))?;
+    }
+    let mut arena = Vec::new();
+    each_batch(io, images.source, &mut |io, source, extents, next| {
+        write_batch(io, source, sink, extents, below, &mut arena)?;
+        watch(Event::Progress(Step::Write, next, total));
+        Ok(())
+    })
+    .and_then(|()| sink.finish(io))
+    .map_err(at(Step::Write))?;
+    drop(arena);
+    if let Some(identity) = &identity {
+        // Before the overlay is emptied: from here on a backing of before, restored from a backup, is refused. A crash in
+        // front of it leaves an overlay that still holds everything, and goes with either backing.
+        images.source.follow_parent(io, identity, ParentStage::Reached).map_err(at(Step::Write))?;
+    }
+
+    let mut outcome = Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 };
+    if !options.keep_overlay {
+        watch(Event::Progress(Step::Empty, 0, total));
+        // The sink has made everything durable: the host sees to it that this is true.
+        io.enter(Phase::Overlay);
+        outcome.overlay_clusters_cleared = images.source.empty(io).map_err(at(Step::Empty))?;
+    }
+    Ok(outcome)
+}
+
+fn too_small(extent: &Extent) -> DriverError {
+    DriverError::new(
+        ErrorCode::BackingTooSmall,
+        alloc::format!("the overlay holds data at guest offset {}, past the end of the backing", extent.guest_offset),
+    )
+}
+
+/// What is done with a batch: the last argument is the guest byte at which the next one begins.
+type EachBatch<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Extent], u64) -> DriverResult<()>;
+
+/// Hand all extents of the source to `each`, in batches.
+fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>) -> DriverResult<()> {
+    let end = source.info().virtual_size;
+    let mut from = 0;
+    let mut extents = Extents::with_room_for(EXTENTS);
+    while from < end {
+        extents.clear();
+        let next = source.extents(io, from..end, &mut extents)?;
+        // Sources of other modules were asked this already; here it holds for those of a test, too.
+        check_extents(&extents, from, next, end).map_err(|why| DriverError::new(ErrorCode::GuestProtocol, why))?;
+        if !extents.is_empty() {
+            each(io, source, &extents, next)?;
+        }
+        from = next;
+    }
+    Ok(())
+}
+
+/// Write a batch, in one call of the sink if what has to be decoded for it fits into the arena. Extents that only the
+/// source can decode are decoded into the arena, which is kept from batch to batch.
+fn write_batch(
+    io: &mut dyn BlockIo,
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+    extents: &[Extent],
+    below: &mut dyn ReadBelow,
+    arena: &mut Vec<u8>,
+) -> DriverResult<()> {
+    if !extents.iter().any(Extent::is_encoded) {
+        return sink.write(io, extents, below);
+    }
+    grow_arena(io, arena, extents.iter().filter(|extent| extent.is_encoded()).map(|extent| extent.length).sum());
+    let mut ready: Vec<Extent> = Vec::with_capacity(extents.len());
+    let mut used = 0;
+    for extent in extents {
+        if !extent.is_encoded() {
+            ready.push(*extent);
+            continue;
+        }
+        let end = extent.end();
+        let mut at = extent.guest_offset;
+        while at < end {
+            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+            // An extent is not cut, because it would be decoded twice, unless it is larger than the arena.
+            if used > 0 && left > arena.len() - used {
+                sink.write(io, &ready, below)?;
+                ready.clear();
+                used = 0;
+            }
+            let length = left.min(arena.len() - used);
+            let bytes = arena.get_mut(used..used + length).unwrap_or_default();
+            if bytes.is_empty() {
+                return Err(DriverError::new(ErrorCode::InternalOverflow, "there is no room to decode into"));
+            }
+            source.read(io, extent, at, bytes)?;
+            push_decoded(&mut ready, at, bytes);
+            at += length as u64;
+            used += length;
+        }
+    }
+    sink.write(io, &ready, below)
+}
+
+/// Make the arena large enough for `wanted` bytes, if that is not too much of the heap.
+fn grow_arena(io: &dyn BlockIo, arena: &mut Vec<u8>, wanted: u64) {
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+    if arena.len() < wanted.min(ARENA_BYTES) {
+        // The old one goes first.
+        *arena = Vec::new();
+        let limit = (io.heap_free() / 3).clamp(MIN_ARENA_BYTES, ARENA_BYTES);
+        *arena = vec![0; wanted.min(limit)];
+    }
+}
+
+/// Append decoded bytes of guest byte `at`, or lengthen the extent that they follow in guest and memory.
+fn push_decoded(ready: &mut Vec<Extent>, at: u64, bytes: &[u8]) {
+    let content = Content::Memory { address: bytes.as_ptr() as u64 };
+    let extent = Extent { guest_offset: at, length: bytes.len() as u64, content };
+    match ready.last_mut() {
+        Some(last) if last.is_followed_by(&extent) => last.length += extent.length,
+        _ => ready.push(extent),
+    }
+}

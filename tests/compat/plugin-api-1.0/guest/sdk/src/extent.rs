@@ -1,0 +1,185 @@
+//! A run of guest bytes, as drivers and operations see it.
+//!
+//! Between modules an extent is a record of numbers ([`WireExtent`]). It is checked once, where it enters a module
+//! ([`ffi`](crate::ffi)); behind that border its content is an enum, so that no driver has to think of kinds that do not exist.
+//!
+//! [`WireExtent`]: instar_guest_abi::WireExtent
+
+use crate::error::{overflow, DriverError, DriverResult};
+use alloc::format;
+use core::ops::Range;
+use instar_guest_abi::{ErrorCode, ExtentKind, Request};
+
+/// A run of guest bytes that a layer holds itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// First guest byte.
+    pub guest_offset: u64,
+    /// Length in bytes, at least 1.
+    pub length: u64,
+    /// What the bytes are.
+    pub content: Content,
+}
+
+/// What the guest bytes of an [`Extent`] are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Plain bytes of a device.
+    Data {
+        /// The number of the device.
+        device: u32,
+        /// Byte offset on the device.
+        offset: u64,
+    },
+    /// Zeroes.
+    Zero,
+    /// Bytes that only the source can decode, because they are compressed: ask [`Source::read`](crate::Source::read).
+    Encoded {
+        /// Any number by which the source finds them again.
+        location: u64,
+    },
+    /// Plain bytes in guest memory. Only an operation makes such extents, of what it has decoded, and only sinks see them.
+    Memory {
+        /// The address of the first byte.
+        address: u64,
+    },
+}
+
+impl Content {
+    /// Its kind, as messages to the host name it.
+    #[must_use]
+    pub fn kind(&self) -> ExtentKind {
+        match self {
+            Self::Data { .. } => ExtentKind::Data,
+            Self::Zero => ExtentKind::Zero,
+            Self::Encoded { .. } => ExtentKind::Encoded,
+            Self::Memory { .. } => ExtentKind::Memory,
+        }
+    }
+
+    /// What follows after `length` bytes of it. `None` for encoded bytes, which are known by their beginning only, and where
+    /// the numbers end.
+    #[must_use]
+    pub fn after(self, length: u64) -> Option<Self> {
+        Some(match self {
+            Self::Data { device, offset } => Self::Data { device, offset: offset.checked_add(length)? },
+            Self::Zero => Self::Zero,
+            Self::Encoded { .. } => return None,
+            Self::Memory { address } => Self::Memory { address: address.checked_add(length)? },
+        })
+    }
+
+    /// The request that writes `length` bytes of it to byte `offset` of `device`.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InternalOverflow`] for encoded bytes: the operation decodes them before it writes.
+    pub fn request(self, device: u32, offset: u64, length: u64) -> DriverResult<Request> {
+        match self {
+            Self::Data { device: from, offset: at } => Ok(Request::copy(from, at, device, offset, length)),
+            Self::Zero => Ok(Request::zero(device, offset, length)),
+            Self::Memory { address } => Ok(Request::write(device, offset, address, length)),
+            Self::Encoded { .. } => {
+                let text = "an extent that is not decoded cannot be written";
+                Err(DriverError::new(ErrorCode::InternalOverflow, text).at(device, offset))
+            }
+        }
+    }
+}
+
+impl Extent {
+    /// `length` guest bytes from `guest_offset` on, which stand at byte `offset` of `device`.
+    #[must_use]
+    pub const fn data(guest_offset: u64, length: u64, device: u32, offset: u64) -> Self {
+        Self { guest_offset, length, content: Content::Data { device, offset } }
+    }
+
+    /// `length` guest bytes from `guest_offset` on that are zero.
+    #[must_use]
+    pub const fn zero(guest_offset: u64, length: u64) -> Self {
+        Self { guest_offset, length, content: Content::Zero }
+    }
+
+    /// `length` guest bytes from `guest_offset` on that the source decodes; `location` is the source's own.
+    #[must_use]
+    pub const fn encoded(guest_offset: u64, length: u64, location: u64) -> Self {
+        Self { guest_offset, length, content: Content::Encoded { location } }
+    }
+
+    /// The first guest byte behind it. Of an extent that was checked, this is exact.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.guest_offset.saturating_add(self.length)
+    }
+
+    /// [`Extent::end`] of an extent that arrives in an image of `virtual_size` bytes.
+    ///
+    /// # Errors
+    /// [`ErrorCode::BackingTooSmall`] if it passes the end of the image.
+    pub fn end_within(&self, virtual_size: u64) -> DriverResult<u64> {
+        checked_end(self.guest_offset, self.length, virtual_size).ok_or_else(|| {
+            let text = format!("data at guest offset {} lies past the end of the backing", self.guest_offset);
+            DriverError::new(ErrorCode::BackingTooSmall, text)
+        })
+    }
+
+    /// Whether these are zeroes.
+    #[must_use]
+    pub const fn is_zero(&self) -> bool {
+        matches!(self.content, Content::Zero)
+    }
+
+    /// Whether only the source can decode it.
+    #[must_use]
+    pub const fn is_encoded(&self) -> bool {
+        matches!(self.content, Content::Encoded { .. })
+    }
+
+    /// Whether `next` follows in the guest and in its place: then the two are one. Encoded extents stay on their own.
+    #[must_use]
+    pub fn is_followed_by(&self, next: &Self) -> bool {
+        self.guest_offset.checked_add(self.length) == Some(next.guest_offset)
+            && self.content.after(self.length) == Some(next.content)
+    }
+
+    /// What of it lies in a range of guest bytes; `None` if nothing does. A part of an encoded extent says how much arrives
+    /// and where; the source reads the whole extent only.
+    #[must_use]
+    pub fn clip(&self, range: Range<u64>) -> Option<Self> {
+        let (start, end) = (self.guest_offset.max(range.start), self.end().min(range.end));
+        let length = end.checked_sub(start).filter(|&length| length > 0)?;
+        let content = self.content.after(start - self.guest_offset).unwrap_or(self.content);
+        Some(Self { guest_offset: start, length, content })
+    }
+
+    /// Its parts in blocks of `block` guest bytes that begin at multiples of that: one for each block that it touches,
+    /// ascending.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InternalOverflow`] for blocks of 0 bytes.
+    pub fn blocks(self, block: u64) -> DriverResult<impl Iterator<Item = Self>> {
+        if block == 0 {
+            return Err(overflow("the size of a block"));
+        }
+        let (mut at, end) = (self.guest_offset, self.end());
+        Ok(core::iter::from_fn(move || {
+            let next = (at / block).saturating_add(1).saturating_mul(block).min(end);
+            let part = self.clip(at..next);
+            at = next;
+            part
+        }))
+    }
+
+    /// The request that writes it to byte `offset` of `device`.
+    ///
+    /// # Errors
+    /// As [`Content::request`].
+    pub fn request(&self, device: u32, offset: u64) -> DriverResult<Request> {
+        self.content.request(device, offset, self.length)
+    }
+}
+
+/// The end of `length` bytes from `offset` on, if it is no greater than `limit`: for every range that an image names.
+#[must_use]
+pub fn checked_end(offset: u64, length: u64, limit: u64) -> Option<u64> {
+    offset.checked_add(length).filter(|&end| end <= limit)
+}

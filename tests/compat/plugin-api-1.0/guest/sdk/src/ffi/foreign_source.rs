@@ -1,0 +1,133 @@
+//! A source of another module.
+
+use super::wire::{enumerated, to_wire};
+use super::{call, protocol_of, MAX_EXTENTS};
+use crate::extents::check_extents;
+use crate::{BlockIo, DriverError, DriverResult, Extent, Extents, Source};
+use alloc::format;
+use alloc::vec::Vec;
+use core::ffi::c_void;
+use core::ops::Range;
+use core::ptr::null_mut;
+use instar_guest_abi::{
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps,
+    WireExtent,
+};
+
+/// A source of another module. It does its block I/O itself: the `io` of the calls is not used.
+pub struct ForeignSource {
+    ops: SourceOps,
+    handle: *mut c_void,
+    /// The image's device, by which the host knows the module.
+    device: u32,
+}
+
+impl ForeignSource {
+    /// The module broke a promise of the interface.
+    fn broken(&self, why: &str) -> DriverError {
+        protocol_of(self.device, why)
+    }
+
+    pub(super) fn open(ops: SourceOps, device: &DeviceConfig) -> DriverResult<Self> {
+        let mut handle = null_mut();
+        call(|failure| (ops.open)(device, &raw mut handle, failure))?;
+        if handle.is_null() {
+            return Err(protocol_of(device.device, "it opened a source without a handle"));
+        }
+        Ok(Self { ops, handle, device: device.device })
+    }
+}
+
+impl Drop for ForeignSource {
+    fn drop(&mut self) {
+        (self.ops.close)(self.handle);
+    }
+}
+
+impl Source for ForeignSource {
+    fn info(&self) -> ImageInfo {
+        let mut info = ImageInfo::default();
+        (self.ops.info)(self.handle, &raw mut info);
+        info
+    }
+
+    fn verify(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        let mut clusters = 0;
+        call(|failure| (self.ops.verify)(self.handle, u32::from(will_empty), &raw mut clusters, failure))?;
+        Ok(clusters)
+    }
+
+    fn extents(&mut self, _: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
+        let capacity = out.room().min(MAX_EXTENTS);
+        let mut records: Vec<WireExtent> = Vec::with_capacity(capacity);
+        let (mut count, mut next) = (0, 0);
+        let room = records.spare_capacity_mut().as_mut_ptr().cast::<WireExtent>();
+        let Range { start: from, end } = range;
+        call(|failure| {
+            (self.ops.extents)(self.handle, from, end, room, capacity, &raw mut count, &raw mut next, failure)
+        })?;
+        if count > capacity {
+            return Err(self.broken(&format!("it returned {count} extents, and was asked for {capacity}")));
+        }
+        // SAFETY: the module filled `count` records of the reserved room.
+        unsafe { records.set_len(count) };
+        let found = enumerated(&records, from).map_err(|why| self.broken(&why))?;
+        check_extents(&found, from, next, self.info().virtual_size).map_err(|why| self.broken(&why))?;
+        // There is room for all of them.
+        let taken = found.into_iter().all(|extent| out.push(extent));
+        debug_assert!(taken);
+        Ok(next)
+    }
+
+    fn read(&mut self, _: &mut dyn BlockIo, extent: &Extent, guest_offset: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        let (record, address, length) = (to_wire(extent), buffer.as_mut_ptr(), buffer.len());
+        call(|failure| (self.ops.read)(self.handle, &raw const record, guest_offset, address, length, failure))
+    }
+
+    fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
+        let mut cleared = 0;
+        call(|failure| (self.ops.empty)(self.handle, &raw mut cleared, failure))?;
+        Ok(cleared)
+    }
+
+    fn follow_parent(&mut self, _: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
+        let follow = self.ops.follow_parent;
+        follow.map_or(Ok(()), |follow| call(|failure| follow(self.handle, identity, stage as u32, failure)))
+    }
+
+    fn check(&mut self, _: &mut dyn BlockIo, finding: &mut dyn FnMut(FindingKind, &str)) -> DriverResult<CheckSummary> {
+        let Some(check) = self.ops.check else {
+            let text = "images of this format cannot be checked with this version of its plugin";
+            return Err(DriverError::new(ErrorCode::NotImplemented, text));
+        };
+        let mut findings = Findings { sink: finding, wrong: false };
+        let ops = FindingOps { context: (&raw mut findings).cast(), add: add_finding };
+        let mut found = CheckSummary::default();
+        call(|failure| check(self.handle, &raw const ops, &raw mut found, failure))?;
+        if findings.wrong {
+            return Err(self.broken("it returned a finding of unknown kind, or one that is no text"));
+        }
+        Ok(found)
+    }
+}
+
+/// Where the findings of another module go.
+struct Findings<'a> {
+    sink: &'a mut dyn FnMut(FindingKind, &str),
+    wrong: bool,
+}
+
+extern "C" fn add_finding(context: *mut c_void, kind: u32, text: *const u8, length: usize) {
+    // SAFETY: `context` is the one that `check` passed, which lives until it returns; the module does not keep it.
+    let Some(findings) = (unsafe { context.cast::<Findings<'_>>().as_mut() }) else { return };
+    if text.is_null() {
+        findings.wrong = true;
+        return;
+    }
+    // SAFETY: the interface makes `length` bytes at `text` readable.
+    let text = unsafe { core::slice::from_raw_parts(text, length) };
+    match (FindingKind::from_u32(kind), core::str::from_utf8(text)) {
+        (Some(kind), Ok(text)) => (findings.sink)(kind, text),
+        _ => findings.wrong = true,
+    }
+}

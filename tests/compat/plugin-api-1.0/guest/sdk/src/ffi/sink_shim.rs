@@ -1,0 +1,164 @@
+//! A [`Sink`] as a table of C functions.
+
+use super::below::TableBelow;
+use super::wire::arriving;
+use super::{done, finish, protocol, store};
+use crate::{BlockIo, FormatDriver, Sink};
+use alloc::boxed::Box;
+use core::ffi::c_void;
+use instar_guest_abi::{DeviceConfig, Failure, ImageId, ImageInfo, PlanSummary, ReadBelowOps, SinkOps, WireExtent};
+
+#[allow(clippy::cast_possible_truncation, reason = "a table is some dozens of bytes")]
+const SIZE: u32 = size_of::<SinkOps>() as u32;
+
+/// The sink table of driver `D`, whose functions do block I/O through an `Io` of their own.
+#[must_use]
+pub const fn sink_ops<D: FormatDriver, Io: BlockIo + Default>() -> SinkOps {
+    SinkOps {
+        size: SIZE,
+        reserved: 0,
+        open: open::<D, Io>,
+        close: close::<D::Sink>,
+        info: info::<D::Sink>,
+        plan: plan::<D::Sink, Io>,
+        planned: planned::<D::Sink, Io>,
+        write: write::<D::Sink, Io>,
+        finish: finish_all::<D::Sink, Io>,
+        grow: Some(grow::<D::Sink, Io>),
+        next_identity: Some(next_identity::<D::Sink>),
+    }
+}
+
+/// The open sink that a handle stands for.
+///
+/// # Safety
+/// `sink` is null or a handle from [`open`] for the same `S`, not closed, not in use by another call.
+unsafe fn handle<'a, S>(sink: *mut c_void) -> Option<&'a mut S> {
+    // SAFETY: the caller promises that it is null or a live `S`.
+    unsafe { sink.cast::<S>().as_mut() }
+}
+
+extern "C" fn open<D: FormatDriver, Io: BlockIo + Default>(
+    device: *const DeviceConfig,
+    has_backing: u32,
+    out: *mut *mut c_void,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes null or a readable configuration.
+    let device = unsafe { device.as_ref() };
+    let (Some(device), false) = (device, out.is_null()) else {
+        // SAFETY: the interface passes null or a writable failure.
+        return unsafe { store(&protocol("open of a sink without device or result"), failure) };
+    };
+    let result = D::open_sink(&mut Io::default(), device, has_backing != 0)
+        .map(|sink| Box::into_raw(Box::new(Padded { sink, _byte: 0 })).cast::<c_void>());
+    // SAFETY: `out` is not null, so the interface makes it writable; `failure` is null or writable.
+    unsafe { finish(result, out, failure) }
+}
+
+/// The sink and a byte, so that a handle is never the address of nothing.
+#[repr(C)]
+struct Padded<S> {
+    sink: S,
+    _byte: u8,
+}
+
+extern "C" fn close<S: Sink>(sink: *mut c_void) {
+    if !sink.is_null() {
+        // SAFETY: the interface passes a handle from `open`, once.
+        drop(unsafe { Box::from_raw(sink.cast::<Padded<S>>()) });
+    }
+}
+
+extern "C" fn info<S: Sink>(sink: *mut c_void, out: *mut ImageInfo) {
+    // SAFETY: the interface passes a live handle and a writable result.
+    if let (Some(sink), Some(out)) = unsafe { (handle::<S>(sink), out.as_mut()) } {
+        *out = sink.info();
+    }
+}
+
+extern "C" fn plan<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    extents: *const WireExtent,
+    count: usize,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle and `count` extents.
+    let (sink, extents) = unsafe { (handle::<S>(sink), arriving(extents, count)) };
+    let result = match sink {
+        Some(sink) => extents.and_then(|extents| sink.plan(&mut Io::default(), &extents)),
+        None => Err(protocol("plan without sink")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn planned<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    out: *mut PlanSummary,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let (Some(sink), false) = (unsafe { handle::<S>(sink) }, out.is_null()) else {
+        // SAFETY: the interface passes null or a writable failure.
+        return unsafe { store(&protocol("planned without sink or result"), failure) };
+    };
+    let result = sink.planned(&mut Io::default());
+    // SAFETY: `out` is not null, so the interface makes it writable; `failure` is null or writable.
+    unsafe { finish(result, out, failure) }
+}
+
+extern "C" fn write<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    extents: *const WireExtent,
+    count: usize,
+    below: *const ReadBelowOps,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle, `count` extents and a readable table.
+    let (sink, extents, below) = unsafe { (handle::<S>(sink), arriving(extents, count), below.as_ref()) };
+    let result = match (sink, below) {
+        (Some(sink), Some(below)) => {
+            extents.and_then(|extents| sink.write(&mut Io::default(), &extents, &mut TableBelow::new(*below)))
+        }
+        _ => Err(protocol("write without sink or layers below")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn finish_all<S: Sink, Io: BlockIo + Default>(sink: *mut c_void, failure: *mut Failure) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let result = match unsafe { handle::<S>(sink) } {
+        Some(sink) => sink.finish(&mut Io::default()),
+        None => Err(protocol("finish without sink")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn grow<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    virtual_size: u64,
+    below_length: u64,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let result = match unsafe { handle::<S>(sink) } {
+        Some(sink) => sink.grow(&mut Io::default(), virtual_size, below_length),
+        None => Err(protocol("grow without sink")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn next_identity<S: Sink>(sink: *mut c_void, identity: *mut ImageId) -> u32 {
+    // SAFETY: the interface passes a live handle and a writable result.
+    match unsafe { (handle::<S>(sink).and_then(|sink| sink.next_identity()), identity.as_mut()) } {
+        (Some(next), Some(out)) => {
+            *out = next;
+            1
+        }
+        _ => 0,
+    }
+}

@@ -1,0 +1,72 @@
+//! Extents at the border: records of numbers on the way out, checked on the way in.
+
+use crate::extent::{checked_end, Content, Extent};
+use crate::extents::unknown_kind;
+use crate::DriverResult;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::slice;
+use instar_guest_abi::{ExtentKind, WireExtent};
+
+/// The record of an extent. What a kind does not have is 0.
+pub(super) fn to_wire(extent: &Extent) -> WireExtent {
+    let (location, device) = match extent.content {
+        Content::Data { device, offset } => (offset, device),
+        Content::Zero => (0, 0),
+        Content::Encoded { location } => (location, 0),
+        Content::Memory { address } => (address, 0),
+    };
+    let Extent { guest_offset, length, content } = *extent;
+    WireExtent { guest_offset, length, location, kind: content.kind() as u32, device }
+}
+
+/// The extent that a record is of; `None` for a kind that does not exist.
+pub(super) fn from_wire(record: &WireExtent) -> Option<Extent> {
+    let WireExtent { guest_offset, length, location, kind, device } = *record;
+    let content = match ExtentKind::from_u32(kind)? {
+        ExtentKind::Data => Content::Data { device, offset: location },
+        ExtentKind::Zero => Content::Zero,
+        ExtentKind::Encoded => Content::Encoded { location },
+        ExtentKind::Memory => Content::Memory { address: location },
+    };
+    Some(Extent { guest_offset, length, content })
+}
+
+/// The records that a source enumerated from guest byte `from` on.
+///
+/// # Errors
+/// What is wrong with the first one of a kind that does not exist.
+pub(super) fn enumerated(records: &[WireExtent], from: u64) -> Result<Vec<Extent>, String> {
+    let extent = |(index, record): (usize, &WireExtent)| {
+        from_wire(record).ok_or_else(|| unknown_kind(index, records.len(), from, record.kind))
+    };
+    records.iter().enumerate().map(extent).collect()
+}
+
+/// The extents that arrive at a sink, each with a known kind and a length.
+///
+/// # Errors
+/// A protocol error that names the first one that is wrong.
+///
+/// # Safety
+/// `records` is null or points to `count` records.
+pub(super) unsafe fn arriving(records: *const WireExtent, count: usize) -> DriverResult<Vec<Extent>> {
+    if records.is_null() {
+        return if count == 0 { Ok(Vec::new()) } else { Err(super::protocol("extents at a null address")) };
+    }
+    // SAFETY: the caller promises `count` records.
+    let records = unsafe { slice::from_raw_parts(records, count) };
+    let extent = |(index, record): (usize, &WireExtent)| {
+        let WireExtent { guest_offset, length, kind, .. } = *record;
+        let Some(extent) = from_wire(record) else {
+            return Err(super::protocol(&format!("extent {index} of {count} is of the unknown kind {kind}")));
+        };
+        if length == 0 || checked_end(guest_offset, length, u64::MAX).is_none() {
+            let text = format!("extent {index} of {count} is {length} bytes long at guest byte {guest_offset}");
+            return Err(super::protocol(&text));
+        }
+        Ok(extent)
+    };
+    records.iter().enumerate().map(extent).collect()
+}

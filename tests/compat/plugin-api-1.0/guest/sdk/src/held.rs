@@ -1,0 +1,139 @@
+//! What the host holds a guest to, for the devices in memory: a request that would end the guest fails the test.
+
+use crate::change::Change;
+use alloc::collections::BTreeMap;
+use instar_guest_abi::{
+    device_flags, request_flags, DeviceConfig, Part, Phase, Request, RequestOp, Situation, DEVICE_OUTPUT,
+    GUEST_MEMORY_SIZE, IDENTITY_RANGE,
+};
+
+/// What a device may be used for.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    part: Part,
+    /// The longest that it may become in bytes.
+    longest: u64,
+    /// It is as long as it is, in bytes.
+    fixed: Option<u64>,
+}
+
+/// The rules, and how far the operation is.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    phase: Phase,
+    held: BTreeMap<u32, Held>,
+    /// The device and range in which a parent was recorded.
+    record: Option<(u32, u64)>,
+}
+
+/// The images of an operation, before they are described: device 0 is an overlay that is emptied, the output device what it
+/// is committed into, and the rest is read.
+fn usual(device: u32) -> Held {
+    let part = match device {
+        0 => Part::Overlay { emptied: true, identity: true },
+        DEVICE_OUTPUT => Part::Target,
+        _ => Part::Read,
+    };
+    Held { part, longest: i64::MAX.cast_unsigned(), fixed: None }
+}
+
+impl Rules {
+    /// A new operation on these images and their other files; all others are only read.
+    pub fn of<'a>(images: impl IntoIterator<Item = (Part, &'a DeviceConfig)>) -> Self {
+        let mut held = BTreeMap::new();
+        let mut add = |part, device, flags: u32, length: u64, longest: u64| {
+            let fixed = (flags & device_flags::FIXED_LENGTH != 0).then_some(length);
+            held.insert(device, Held { part, longest: fixed.unwrap_or(longest.max(length)), fixed });
+        };
+        for (part, image) in images {
+            add(part, image.device, image.flags, image.file_length, image.max_length);
+            for file in image.files.as_slice() {
+                add(part, file.device, file.flags, file.file_length, file.max_length);
+            }
+        }
+        Self { held, ..Self::default() }
+    }
+
+    fn of_device(&self, device: u32) -> Held {
+        let none = Held { part: Part::Read, longest: 0, fixed: None };
+        match self.held.get(&device) {
+            Some(held) => *held,
+            None if self.held.is_empty() => usual(device),
+            None => none,
+        }
+    }
+
+    /// Whether the device keeps its length.
+    pub fn is_fixed(&self, device: u32) -> bool {
+        self.of_device(device).fixed.is_some()
+    }
+
+    /// Go on to a phase; `log` is what was done so far.
+    pub fn enter(&mut self, phase: Phase, log: &[Change]) {
+        assert!(phase as u32 == self.phase as u32 + 1, "phase {phase:?} after {:?}", self.phase);
+        if phase == Phase::Overlay {
+            let dirty = self.targets().find(|&device| unflushed(log, device));
+            assert!(dirty.is_none(), "the overlay is to be changed while device {dirty:?} is not flushed");
+        }
+        self.phase = phase;
+    }
+
+    /// The devices of the target.
+    fn targets(&self) -> impl Iterator<Item = u32> + '_ {
+        let usual = self.held.is_empty().then_some(DEVICE_OUTPUT);
+        let known = self.held.iter().filter(|(_, held)| held.part == Part::Target).map(|(device, _)| *device);
+        known.chain(usual)
+    }
+
+    /// Hold a request to the rules; `log` is what was done so far.
+    pub fn check(&mut self, request: &Request, log: &[Change]) {
+        let op = RequestOp::from_u32(request.op);
+        let Some(op) = op else { unreachable!("an operation that does not exist: {request:?}") };
+        let allowed = if op == RequestOp::Zero { request_flags::DISCARD } else { 0 };
+        assert!(request.flags & !allowed == 0, "flags that do not exist: {request:?}");
+        let end_of = |offset: u64| offset.checked_add(request.length).filter(|&end| i64::try_from(end).is_ok());
+        let end = end_of(request.offset);
+        let Some(end) = end else { unreachable!("a range that overflows: {request:?}") };
+        if matches!(op, RequestOp::Read | RequestOp::Write) {
+            let there = request.buffer != 0 && request.buffer.checked_add(request.length).is_some();
+            assert!(there && request.length <= GUEST_MEMORY_SIZE, "a buffer outside the heap: {request:?}");
+        }
+        if op == RequestOp::Copy {
+            let source_end = end_of(request.src_offset);
+            let Some(source_end) = source_end else { unreachable!("a source range that overflows: {request:?}") };
+            let apart = request.src_offset >= end || request.offset >= source_end;
+            assert!(request.src_device != request.device || apart, "ranges that overlap: {request:?}");
+        }
+        if matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData) {
+            return;
+        }
+        let held = self.of_device(request.device);
+        self.check_phase(held.part, op, request, log);
+        let grows = matches!(op, RequestOp::Write | RequestOp::Copy | RequestOp::SetLength);
+        assert!(!grows || end <= held.longest, "more than the {} bytes that it may have: {request:?}", held.longest);
+    }
+
+    fn check_phase(&mut self, part: Part, op: RequestOp, request: &Request, log: &[Change]) {
+        let range = request.offset / IDENTITY_RANGE;
+        let last = request.offset.saturating_add(request.length.saturating_sub(1)) / IDENTITY_RANGE;
+        let place = (request.device, range);
+        let now = Situation {
+            phase: self.phase,
+            target_unflushed: self.targets().any(|device| unflushed(log, device)),
+            record_unflushed: self.record.is_some_and(|(device, _)| unflushed(log, device)),
+            is_record: op == RequestOp::Write && range == last && self.record.unwrap_or(place) == place,
+        };
+        if let Some(why) = part.refusal(now) {
+            unreachable!("{why}: {request:?}");
+        }
+        if self.phase == Phase::Target && part != Part::Target {
+            self.record = Some(place);
+        }
+    }
+}
+
+/// Whether a device has changes that no flush has made durable.
+fn unflushed(log: &[Change], device: u32) -> bool {
+    let last = log.iter().rev().find(|change| change.device() == device);
+    last.is_some_and(|change| !matches!(change, Change::Flush { .. }))
+}

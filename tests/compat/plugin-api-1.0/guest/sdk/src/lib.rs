@@ -1,0 +1,45 @@
+//! What a format driver links to run inside the instar guest.
+//!
+//! A driver implements [`Source`] and [`Sink`] over [`BlockIo`], as an ordinary `no_std` library. The same
+//! code runs in two places: in host tests over in-memory devices, and in the guest, where the feature
+//! `guest` adds entry point, heap, panic handler and memory routines ([`runtime`]) around it.
+#![no_std]
+
+extern crate alloc;
+
+mod batch;
+#[cfg(feature = "memory")]
+mod change;
+pub mod commit;
+#[cfg(feature = "memory")]
+pub mod conformance;
+#[cfg(feature = "memory")]
+pub mod crash;
+mod error;
+mod extent;
+mod extents;
+pub mod ffi;
+#[cfg(feature = "memory")]
+mod held;
+mod holes;
+mod io;
+#[cfg(feature = "memory")]
+pub mod memory;
+mod message;
+mod ordered;
+#[cfg(feature = "memory")]
+pub mod random;
+pub mod runtime;
+mod traits;
+
+pub use batch::Batch;
+pub use error::{overflow, DriverError, DriverResult};
+pub use extent::{checked_end, Content, Extent};
+pub use extents::{check_extents, Extents};
+pub use holes::Holes;
+pub use instar_guest_abi as abi;
+pub use io::{BlockIo, IoFailure};
+#[doc(hidden)]
+pub use message::log_line;
+pub use ordered::OrderedWriter;
+pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};

@@ -1,0 +1,78 @@
+//! The two messages that are sent from below the operation, encoded without a library for it: lines and phases.
+
+use core::fmt;
+
+/// Send a line to whoever runs the command with `-v`: `log!("{} tables were read", count)`. Outside of a guest it does
+/// nothing.
+#[macro_export]
+macro_rules! log {
+    ($($arguments:tt)*) => {
+        $crate::log_line(::core::format_args!($($arguments)*))
+    };
+}
+
+/// What [`log!`](crate::log!) calls.
+#[doc(hidden)]
+pub fn log_line(line: fmt::Arguments<'_>) {
+    #[cfg(feature = "guest")]
+    crate::runtime::send(&log(line));
+    #[cfg(not(feature = "guest"))]
+    let _ = line;
+}
+
+#[cfg(any(feature = "guest", test))]
+pub use encode::{log, phase};
+
+#[cfg(any(feature = "guest", test))]
+mod encode {
+    use alloc::vec::Vec;
+    use core::fmt;
+    use instar_guest_abi::{Phase, MESSAGE_SIZE};
+
+    /// Field `log` of a `GuestMessage`, a message of its own.
+    const LOG: u8 = 3 << 3 | 2;
+    /// Field `phase`, likewise.
+    const PHASE: u8 = 10 << 3 | 2;
+    /// Field `text` of a `LogMessage`.
+    const TEXT: u8 = 1 << 3 | 2;
+    /// Field `phase` of a `PhaseMessage`.
+    const NUMBER: u8 = 1 << 3;
+    /// Bytes of a line at most: tags and lengths have to fit beside it.
+    pub const LONGEST: usize = 1024;
+    const _: () = assert!((LONGEST as u64) < MESSAGE_SIZE / 2);
+
+    fn varint(mut value: usize, out: &mut Vec<u8>) {
+        while value >= 0x80 {
+            out.push((value.to_le_bytes()[0] & 0x7f) | 0x80);
+            value >>= 7;
+        }
+        out.push(value.to_le_bytes()[0]);
+    }
+
+    fn field(tag: u8, body: &[u8]) -> Vec<u8> {
+        let mut out = Vec::with_capacity(body.len() + 4);
+        out.push(tag);
+        varint(body.len(), &mut out);
+        out.extend_from_slice(body);
+        out
+    }
+
+    /// The encoded message for a line of the log. Text that is too long is cut at a character boundary.
+    #[must_use]
+    pub fn log(line: fmt::Arguments<'_>) -> Vec<u8> {
+        let text = alloc::fmt::format(line);
+        let mut end = text.len().min(LONGEST);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        field(LOG, &field(TEXT, &text.as_bytes()[..end]))
+    }
+
+    /// The encoded message for a phase.
+    #[must_use]
+    pub fn phase(phase: Phase) -> Vec<u8> {
+        let mut body = alloc::vec![NUMBER];
+        varint(phase as usize, &mut body);
+        field(PHASE, &body)
+    }
+}

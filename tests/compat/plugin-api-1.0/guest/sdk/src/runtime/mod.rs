@@ -1,0 +1,12 @@
+//! What stands around a driver in the guest: heap, panics, memory routines and block I/O through core's call
+//! table. [`init`] is called by the module's entry, before anything else.
+
+#[cfg(feature = "guest")]
+mod c_heap;
+#[cfg(any(feature = "guest", test))]
+pub mod memory;
+#[cfg(feature = "guest")]
+mod services;
+
+#[cfg(feature = "guest")]
+pub use services::{heap_free, init, send, GuestIo};

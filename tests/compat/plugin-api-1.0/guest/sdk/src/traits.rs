@@ -1,0 +1,221 @@
+//! The two roles of a format: source and sink.
+
+use crate::error::{DriverError, DriverResult};
+use crate::extent::Extent;
+use crate::extents::Extents;
+use crate::io::BlockIo;
+use core::ops::Range;
+use instar_guest_abi::{
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary, DEVICE_OUTPUT,
+};
+
+/// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
+pub trait Source {
+    /// Facts of the open image.
+    fn info(&self) -> ImageInfo;
+
+    /// Verify all metadata before a commit, and, with `will_empty`, everything that
+    /// [`Source::empty`] relies on. Changes nothing. Returns the number of clusters that the layer holds.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64>;
+
+    /// Push what the layer holds of these guest bytes, ascending, until [`Extents::push`] refuses one: there is no room for
+    /// it. The first may begin before the range, and the last may end after it. Returns the guest byte at which to continue:
+    /// greater than `range.start`, never inside an extent; `range.end` or more once the range is exhausted.
+    ///
+    /// Filling a gap below a backing asks for a few bytes of a large disk, so the work must follow from the length of the
+    /// range and not from the size of the disk.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
+    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64>;
+
+    /// Decode `buffer.len()` bytes of an `Encoded` extent of this source, from guest byte `guest_offset` on.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OverlayCorrupt`] when the data does not decode, and I/O errors.
+    fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, guest_offset: u64, buffer: &mut [u8])
+        -> DriverResult<()>;
+
+    /// Drop everything that the layer holds, so that it reads as its backing, and give the space back.
+    /// Durable when it returns; at every instant before, the layer reads as it did. Returns the number of
+    /// clusters that were dropped.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64>;
+
+    /// The image that this one is backed by gets another identity ([`Sink::next_identity`]): a format that records its
+    /// parent's identity records the new one, durably, and which stage it is. [`ParentStage::Announced`] comes before the
+    /// first write to the parent, [`ParentStage::Reached`] with the same identity when the last one is durable; an image
+    /// that was only told the first goes with a parent of either identity, the old and the new.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
+        let _ = (io, identity, stage);
+        Ok(())
+    }
+
+    /// Look at all metadata for a report, and change nothing: what is wrong goes to `finding`, one line each. Called on a
+    /// source that was just opened. Only what makes it impossible to go on at all is an error.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotImplemented`] for a format without consistency to speak of, and I/O errors.
+    fn check(
+        &mut self,
+        io: &mut dyn BlockIo,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<CheckSummary> {
+        let _ = (io, finding);
+        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be checked"))
+    }
+}
+
+/// Reads the guest-visible bytes below the sink's image.
+pub trait ReadBelow {
+    /// Whether there is any ancestor; if not, everything reads as zeroes.
+    fn exists(&self) -> bool;
+
+    /// From this guest byte on everything below reads as zeroes.
+    fn length(&self) -> u64 {
+        if self.exists() {
+            u64::MAX
+        } else {
+            0
+        }
+    }
+
+    /// Fill `buffer` with the guest bytes from `guest_offset` on.
+    ///
+    /// # Errors
+    /// I/O errors, and corruption of an ancestor.
+    fn read(&mut self, io: &mut dyn BlockIo, guest_offset: u64, buffer: &mut [u8]) -> DriverResult<()>;
+}
+
+/// An image that data goes into: allocate, write, make durable.
+///
+/// The calls come in this order: `grow` if the image is to grow, `plan` for all extents of the commit, `planned`, then
+/// `write` for all extents again, `finish`. Nothing is changed before the first `write`, or `finish`, if there is nothing
+/// to write.
+pub trait Sink {
+    /// Facts of the open image, with the new virtual size once [`Sink::grow`] has agreed to it.
+    fn info(&self) -> ImageInfo;
+
+    /// Verify that the image can grow to `virtual_size` bytes, and count what must be allocated for that. Changes
+    /// nothing: it grows with the first `write`, which may be one of no extents. Until then a guest reads zeroes past
+    /// the image's end, and so it must be afterwards; what lies below reads as zeroes from byte `below_length` on.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedFormat`] if it cannot; as [`Sink::plan`].
+    fn grow(&mut self, io: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
+        let _ = (io, virtual_size, below_length);
+        let text = "an image of this format cannot grow: let a larger copy of it take its place";
+        Err(DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::UnsupportedFormat, text) })
+    }
+
+    /// Verify the metadata that these extents (ascending over all calls; any kind) will touch, and count
+    /// what must be allocated for them. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorCode::BackingCorrupt`] and whatever else can refuse the commit.
+    fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()>;
+
+    /// End of planning: when this returns, everything that can refuse has been asked. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Sink::plan`].
+    fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary>;
+
+    /// The identity that the image gets, durably, with the first [`Sink::write`] of any extents and before they are
+    /// written; `None` for a format without one. It follows from the one that the image has: a commit that was
+    /// interrupted between the two images finds the same one when it is run again.
+    fn next_identity(&self) -> Option<ImageId> {
+        None
+    }
+
+    /// Write these extents: `Data`, `Zero` and `Memory`, ascending over all calls. At every instant the
+    /// image's own content outside the extents reads as before.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()>;
+
+    /// Make everything durable.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()>;
+}
+
+/// A format: how to open an image in each role. Use [`NoSource`] or [`NoSink`] for a role that the format
+/// does not offer, and leave that function as it is.
+pub trait FormatDriver {
+    /// The source role.
+    type Source: Source;
+    /// The sink role.
+    type Sink: Sink;
+
+    /// Open an image as source. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorCode::HeaderMismatch`] when the image is not what the host saw, [`ErrorCode::OverlayCorrupt`]
+    /// when it cannot be an image of this format, and I/O errors.
+    fn open_source(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Self::Source> {
+        let _ = (io, device);
+        Err(DriverError::new(ErrorCode::UnsupportedFormat, "the format cannot be read"))
+    }
+
+    /// Open an image as sink; `has_backing` tells whether it has ancestors. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`FormatDriver::open_source`], with [`ErrorCode::BackingCorrupt`].
+    fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self::Sink> {
+        let _ = (io, device, has_backing);
+        Err(DriverError::new(ErrorCode::UnsupportedFormat, "the format cannot be written"))
+    }
+}
+
+/// The source role of a format that has none.
+pub enum NoSource {}
+
+impl Source for NoSource {
+    fn info(&self) -> ImageInfo {
+        match *self {}
+    }
+    fn verify(&mut self, _: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
+        match *self {}
+    }
+    fn extents(&mut self, _: &mut dyn BlockIo, _: Range<u64>, _: &mut Extents) -> DriverResult<u64> {
+        match *self {}
+    }
+    fn read(&mut self, _: &mut dyn BlockIo, _: &Extent, _: u64, _: &mut [u8]) -> DriverResult<()> {
+        match *self {}
+    }
+    fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
+        match *self {}
+    }
+}
+
+/// The sink role of a format that has none.
+pub enum NoSink {}
+
+impl Sink for NoSink {
+    fn info(&self) -> ImageInfo {
+        match *self {}
+    }
+    fn plan(&mut self, _: &mut dyn BlockIo, _: &[Extent]) -> DriverResult<()> {
+        match *self {}
+    }
+    fn planned(&mut self, _: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
+        match *self {}
+    }
+    fn write(&mut self, _: &mut dyn BlockIo, _: &[Extent], _: &mut dyn ReadBelow) -> DriverResult<()> {
+        match *self {}
+    }
+    fn finish(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {
+        match *self {}
+    }
+}

@@ -1,0 +1,160 @@
+//! Typed properties of an image.
+
+use abi_stable::std_types::{RString, RVec};
+use abi_stable::StableAbi;
+
+/// How deep values may be nested: a list of records whose fields are lists of scalars.
+pub const VALUE_DEPTH: usize = 4;
+
+/// How large the values of all features of an image may be together, in bytes: the texts and names, and [`VALUE_BYTES`] for
+/// each value.
+pub const VALUES_MAX: u64 = 8 << 20;
+
+/// What a value counts besides its text and the names of its fields, in bytes.
+pub const VALUE_BYTES: u64 = 16;
+
+/// The value of a [`Feature`].
+#[repr(C, u8)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub enum FactValue {
+    /// On or off.
+    Flag(bool),
+    /// A number. Sizes are in bytes.
+    Number(u64),
+    /// A text as it is, not escaped for anything. What comes from an image may hold control characters: the engine escapes
+    /// for people and for JSON, but a plugin that quotes it in a reason or a note escapes them itself.
+    Text(RString),
+    /// Values in an order that means something.
+    List(RVec<FactValue>),
+    /// Values by their names, each once, in the order in which they are shown.
+    Record(RVec<Field>),
+}
+
+/// A part of a [`FactValue::Record`].
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// Its name.
+    pub name: RString,
+    /// Its value.
+    pub value: FactValue,
+}
+
+impl FactValue {
+    /// A list.
+    pub fn list(values: impl IntoIterator<Item = impl Into<FactValue>>) -> Self {
+        Self::List(values.into_iter().map(Into::into).collect())
+    }
+
+    /// A record of fields with these names.
+    pub fn record<'n>(fields: impl IntoIterator<Item = (&'n str, FactValue)>) -> Self {
+        Self::Record(fields.into_iter().map(|(name, value)| Field { name: name.into(), value }).collect())
+    }
+
+    /// How large it is, as [`VALUES_MAX`] counts: `None` if it is nested deeper than [`VALUE_DEPTH`], or larger than
+    /// `most` bytes.
+    #[must_use]
+    pub fn weight(&self, most: u64) -> Option<u64> {
+        let (mut total, mut left) = (0u64, vec![(self, 1usize)]);
+        while let Some((value, depth)) = left.pop() {
+            let text = match value {
+                Self::Flag(_) | Self::Number(_) => 0,
+                Self::Text(text) => text.len(),
+                Self::List(values) => {
+                    left.extend(values.iter().map(|value| (value, depth + 1)));
+                    0
+                }
+                Self::Record(fields) => {
+                    left.extend(fields.iter().map(|field| (&field.value, depth + 1)));
+                    fields.iter().fold(0, |sum: usize, field| sum.saturating_add(field.name.len()))
+                }
+            };
+            total = total.saturating_add(VALUE_BYTES).saturating_add(text as u64);
+            if depth > VALUE_DEPTH || total > most {
+                return None;
+            }
+        }
+        Some(total)
+    }
+}
+
+/// Text of an image within a reason or a note, which are lines for people: control characters are escaped.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
+}
+
+impl From<bool> for FactValue {
+    fn from(value: bool) -> Self {
+        Self::Flag(value)
+    }
+}
+
+impl From<u64> for FactValue {
+    fn from(value: u64) -> Self {
+        Self::Number(value)
+    }
+}
+
+impl From<u32> for FactValue {
+    fn from(value: u32) -> Self {
+        Self::Number(value.into())
+    }
+}
+
+impl From<&str> for FactValue {
+    fn from(value: &str) -> Self {
+        Self::Text(value.into())
+    }
+}
+
+impl From<String> for FactValue {
+    fn from(value: String) -> Self {
+        Self::Text(value.into())
+    }
+}
+
+/// A property of an image that a verdict, or a person, may care about.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// Name in the terms of the format: `compat`, `refcount-bits`, `snapshots`, `encryption`, …
+    pub name: RString,
+    /// Its value.
+    pub value: FactValue,
+    /// Whether it stands in the `format-specific` section of `instar info` (under the same name).
+    pub in_info: bool,
+}
+
+impl Feature {
+    /// A feature with this value.
+    pub fn new(name: &str, value: impl Into<FactValue>, in_info: bool) -> Self {
+        Self { name: name.into(), value: value.into(), in_info }
+    }
+
+    /// A feature whose value is a text, as it is.
+    #[must_use]
+    pub fn text(name: &str, value: &str, in_info: bool) -> Self {
+        Self::new(name, value, in_info)
+    }
+
+    /// A feature whose value is a number.
+    #[must_use]
+    pub fn number(name: &str, value: u64, in_info: bool) -> Self {
+        Self::new(name, value, in_info)
+    }
+
+    /// A feature that is on or off.
+    #[must_use]
+    pub fn flag(name: &str, value: bool, in_info: bool) -> Self {
+        Self::new(name, value, in_info)
+    }
+}
