@@ -32,7 +32,7 @@ PATHS ?=
 include packaging/packaging.mk
 
 .PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage fuzz fuzz-corpus demo bench bench-quick \
-	clean python fuzzer qemu-img file-systems
+	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -104,6 +104,13 @@ bench: instar python qemu-img file-systems ## measure against qemu-img commit an
 
 bench-quick: instar qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
 	$(PYTHON) tests/bench --instar $(INSTAR) --quick $(BENCH_ARGS)
+
+# Installing the tool takes ten minutes.
+semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)
+	@$(CARGO) semver-checks --version >/dev/null 2>&1 || $(CARGO) install cargo-semver-checks --locked
+	@for crate in plugin-api guest/abi guest/build guest/sdk; do \
+		$(CARGO) semver-checks --manifest-path $$crate/Cargo.toml --baseline-root tests/compat/plugin-api-1.0 \
+			--release-type minor || exit 1; done
 
 clean: ## remove what was built; the tools in .venv, too
 	$(CARGO) clean

@@ -125,6 +125,12 @@ def crates():
     return ", ".join(made)
 
 
+def compatible():
+    """Plugins that were built with contract 1.0 can be built with this one."""
+    run("make", "semver")
+    return "as cargo-semver-checks sees it"
+
+
 def last_line(*args):
     return run(*args).strip().splitlines()[-1]
 
@@ -138,6 +144,7 @@ CHECKS = [
     ("rpm", rpm),
     ("installed", lambda: last_line("make", "test-installed")),
     ("crates", crates),
+    ("contract 1.0 still holds", compatible),
     ("vendored, offline", lambda: last_line("tests/tools/vendored.sh")),
     ("reproducible", lambda: last_line("tests/tools/reproducible.sh")),
 ]

@@ -1,7 +1,8 @@
 //! The interface versions are frozen: names, order, sizes and types of everything that crosses the border.
 //!
-//! If this fails, a type of the contract was changed. Take the change back: whatever is new belongs into an interface
-//! version of its own. Only before its first release may a file follow (run with `INSTAR_BLESS_LAYOUT=1`).
+//! If this fails, a type of the contract was changed. Take the change back: whatever is new is a function behind the last one of
+//! the root module, or belongs into an interface version of its own. For such a function, and before the first release,
+//! a file may follow (run with `INSTAR_BLESS_LAYOUT=1`).
 
 use abi_stable::abi_stability::PrefixStableAbi;
 use abi_stable::type_layout::TypeLayout;
