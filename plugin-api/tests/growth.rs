@@ -124,6 +124,8 @@ fn image() -> Vec<u8> {
 
 #[test]
 fn a_later_engine_finds_that_a_plugin_of_today_lacks_a_function() {
+    // What `loading` is for.
+    assert!(INSTAR_PLUGIN_HEADER.check_layout::<later::PluginModuleV1_Ref>().is_err());
     let module = root_module::<later::PluginModuleV1_Ref>(&INSTAR_PLUGIN_HEADER).unwrap();
     assert!(module.more().is_none());
     assert_eq!(module.manifest()().unwrap().name, "demo");
