@@ -55,7 +55,7 @@ impl GuestFailure {
         let ended = Self::ended(error.code(), error.to_string());
         match error {
             SandboxError::LimitExceeded { device, text } => {
-                let text = format!("{text}; commit a copy of it, made with `qemu-img convert`");
+                let text = format!("{text}; work on a copy of it, made with `qemu-img convert`");
                 Self { device: Some(*device), text, ..ended }
             }
             _ => ended,
