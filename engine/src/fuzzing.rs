@@ -61,7 +61,7 @@ pub fn messages(data: &[u8]) -> (Vec<String>, Option<u64>) {
         covered += run.length;
         Ok(())
     };
-    let mut map = handler(MapEvents::new(MAPPED, Runs::new(0..u64::MAX, places, Some(Box::new(&mut each)))));
+    let mut map = handler(MapEvents::new(MAPPED, u64::MAX, Runs::new(0..u64::MAX, places, Some(Box::new(&mut each)))));
     let result = deliver(&mut map);
     let whole = map.end == Some(Ok(())) && result.is_ok() && map.events.end().is_ok();
     results.push(result);

@@ -265,3 +265,6 @@ def test_a_small_file_that_claims_a_huge_disk_costs_little(tmp_path):
     assert result.rc in (2, 3) and str(tmp_path) in result.stderr and result.stderr.count("\n") == 1, str(result)
     # qemu-img reads on for hours.
     assert time.monotonic() - began < support.TIMEOUT / 2
+    for command in (["map"], ["measure", "-O", "qcow2"]):
+        result = support.run_instar(*command, tmp_path / "one")
+        assert result.rc == 1 and "ERROR_LIMIT_EXCEEDED" in result.stderr and "again and again" in result.stderr, str(result)[-2000:]

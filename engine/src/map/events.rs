@@ -17,17 +17,19 @@ pub struct MapEvents<'e> {
     next: u64,
     /// How many layers the chain has.
     layers: u32,
+    /// How many runs may still come.
+    room: u64,
     runs: Runs<'e>,
     /// Why a run could not be reported; the guest was ended then.
     pub unreported: Option<Error>,
 }
 
 impl<'e> MapEvents<'e> {
-    /// Those of a map of a disk of `size` bytes.
+    /// Those of a map of a disk of `size` bytes, which has `most` runs at most.
     #[must_use]
-    pub fn new(size: u64, runs: Runs<'e>) -> Self {
+    pub fn new(size: u64, most: u64, runs: Runs<'e>) -> Self {
         let layers = runs.places().values().map(|place| place.depth + 1).max().unwrap_or(0);
-        Self { size, next: 0, layers, runs, unreported: None }
+        Self { size, next: 0, layers, room: most, runs, unreported: None }
     }
 
     /// All runs have come.
@@ -58,6 +60,8 @@ impl<'e> MapEvents<'e> {
             return Err(BadRequest(format!("a run that makes no sense: {run:?}")));
         }
         self.next += run.length;
+        let Some(room) = self.room.checked_sub(1) else { return Err(self.out_of_proportion()) };
+        self.room = room;
         let entry = |kind: Option<ExtentKind>| Entry {
             start: run.start,
             length: run.length,
@@ -84,6 +88,16 @@ impl<'e> MapEvents<'e> {
             self.unreported = Some(error);
             BadRequest(text)
         })
+    }
+
+    /// Tables that are used again and again map more than all entries of the files could.
+    fn out_of_proportion(&mut self) -> BadRequest {
+        let clause =
+            "its tables map the same parts of the file again and again, in more runs than a file of its length can \
+                      name: work on a copy of it, made with `qemu-img convert`";
+        let path = self.runs.places().get(&0).map(|place| place.path.clone()).unwrap_or_default();
+        self.unreported = Some(Error::image(&path, ErrorCode::LimitExceeded, clause));
+        BadRequest("more runs than the files can name".to_owned())
     }
 
     fn data(&mut self, devices: &Devices, run: &GuestRun, whole: &Entry) -> Result<(), Error> {
@@ -125,6 +139,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     const SIZE: u64 = 1 << 20;
+    const MOST: u64 = 5;
 
     /// The runs of a map of two layers as JSON, and whether the guest was let through to its end.
     fn mapped(runs: &[GuestRun]) -> (Vec<String>, bool) {
@@ -135,7 +150,7 @@ mod tests {
             lines.push(serde_json::to_string(run).unwrap());
             Ok(())
         };
-        let events = MapEvents::new(SIZE, Runs::new(0..u64::MAX, places, Some(Box::new(&mut each))));
+        let events = MapEvents::new(SIZE, MOST, Runs::new(0..u64::MAX, places, Some(Box::new(&mut each))));
         let mut handler = Handler::new(Devices::new(), events, Cancel::new());
         let message = Kind::Event(GuestRuns { runs: runs.to_vec() }.encode_to_vec());
         let taken = handler.message(message).is_ok() && handler.events.end().is_ok();
@@ -177,5 +192,10 @@ mod tests {
         assert!(!all(&|run| run.kind = 4), "guest memory");
         assert!(!all(&|run| run.kind = 77), "no such kind");
         assert!(!mapped(&[run(0, SIZE, 0, 1), run(0, SIZE, 0, 1)]).1, "twice");
+        let pieces = |count: u64| {
+            let length = |at| if at + 1 == count { SIZE - 512 * at } else { 512 };
+            (0..count).map(|at| run(512 * at, length(at), 0, 3)).collect::<Vec<_>>()
+        };
+        assert!(mapped(&pieces(MOST)).1 && !mapped(&pieces(MOST + 1)).1, "more than the files can name");
     }
 }

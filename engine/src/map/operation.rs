@@ -1,7 +1,7 @@
 //! The map as an [`Operation`].
 
 use super::events::MapEvents;
-use super::places::{message_limit, places, Place};
+use super::places::{message_limit, most_runs, places, Place};
 use super::runs::{Each, Runs};
 use super::MapRequest;
 use crate::devices::Devices;
@@ -18,13 +18,14 @@ pub struct Map<'q, 'e> {
     places: BTreeMap<u32, Place>,
     /// Virtual size of the top-most layer in bytes.
     size: u64,
-    message_limit: u64,
+    /// How many runs there can be.
+    most_runs: u64,
 }
 
 impl<'q, 'e> Map<'q, 'e> {
     /// A map that was not begun.
     pub fn new(request: &'q MapRequest, each: Box<Each<'e>>) -> Self {
-        Self { request, each: Some(each), places: BTreeMap::new(), size: 0, message_limit: 0 }
+        Self { request, each: Some(each), places: BTreeMap::new(), size: 0, most_runs: 0 }
     }
 }
 
@@ -56,17 +57,17 @@ impl<'e> Operation for Map<'_, 'e> {
         let layers = images.chain();
         self.size = layers.first().map_or(0, |top| top.facts.virtual_size);
         self.places = places(&layers);
-        self.message_limit = message_limit(&layers);
+        self.most_runs = most_runs(&layers);
         Ok(Grants::default())
     }
 
     fn message_limit(&self) -> u64 {
-        self.message_limit
+        message_limit(self.most_runs)
     }
 
     fn serve(&mut self, _: &mut Devices, _: &DevicePaths, _: &Session) -> Result<MapEvents<'e>, Error> {
         let runs = Runs::new(self.request.range.clone(), std::mem::take(&mut self.places), self.each.take());
-        Ok(MapEvents::new(self.size, runs))
+        Ok(MapEvents::new(self.size, self.most_runs, runs))
     }
 
     fn finish(self, mut ended: Ended<MapEvents<'e>>) -> Result<(), Error> {

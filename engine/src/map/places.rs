@@ -95,13 +95,14 @@ pub fn is_plausible(
 #[must_use]
 pub fn most_runs(layers: &[&ChainImage<'_>]) -> u64 {
     let length = layers.iter().map(|layer| layer.length()).fold(0, u64::saturating_add);
-    (length / ENTRY_BYTES).saturating_mul(2 * RUNS_PER_ENTRY)
+    // What a small file says, it may say: an overlay without any table has holes of its own.
+    (length / ENTRY_BYTES).saturating_mul(2 * RUNS_PER_ENTRY).saturating_add(1 << 18)
 }
 
-/// Bytes of messages that a map of these layers can take.
+/// Bytes of messages that a map of so many runs can take.
 #[must_use]
-pub fn message_limit(layers: &[&ChainImage<'_>]) -> u64 {
-    most_runs(layers).saturating_mul(RUN_BYTES).saturating_add(16 << 20)
+pub fn message_limit(runs: u64) -> u64 {
+    runs.saturating_mul(RUN_BYTES).saturating_add(16 << 20)
 }
 
 /// Plain data of a device, cut where the file has holes that mean something: the parts in order, and whether each is a hole.

@@ -6,7 +6,7 @@ use crate::create::plugin_of;
 use crate::devices::Devices;
 use crate::error::Error;
 use crate::image::{Access, SnapshotName};
-use crate::map::{message_limit, places, MapEvents, MapRun, Place, Runs};
+use crate::map::{message_limit, most_runs, places, MapEvents, MapRun, Place, Runs};
 use crate::operation::{DevicePaths, Ended, ImageSet, Named, Opener, Operation, Session, Settings};
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::ErrorCode;
@@ -27,7 +27,7 @@ pub struct Measure<'q> {
     units: Rc<RefCell<Units>>,
     places: BTreeMap<u32, Place>,
     size: u64,
-    message_limit: u64,
+    most_runs: u64,
 }
 
 impl<'q> Measure<'q> {
@@ -39,7 +39,7 @@ impl<'q> Measure<'q> {
         force_share: bool,
     ) -> Self {
         let (units, places) = (Rc::default(), BTreeMap::new());
-        Self { request, path, format, snapshot, force_share, footprint: None, units, places, size: 0, message_limit: 0 }
+        Self { request, path, format, snapshot, force_share, footprint: None, units, places, size: 0, most_runs: 0 }
     }
 }
 
@@ -71,7 +71,7 @@ impl Operation for Measure<'_> {
         }
         let all: Vec<_> = layers.iter().collect();
         self.size = all.first().map_or(0, |top| top.facts.virtual_size);
-        (self.places, self.message_limit) = (places(&all), message_limit(&all));
+        (self.places, self.most_runs) = (places(&all), most_runs(&all));
         let bitmaps = all.first().and_then(|top| top.facts.bitmaps.as_ref().into_option());
         let footprint = footprint(plugin, self.request, self.size, bitmaps.map(|bitmaps| bitmaps.as_slice()))?;
         *self.units.borrow_mut() = Units::of(footprint.unit);
@@ -80,7 +80,7 @@ impl Operation for Measure<'_> {
     }
 
     fn message_limit(&self) -> u64 {
-        self.message_limit
+        message_limit(self.most_runs)
     }
 
     fn serve(&mut self, _: &mut Devices, _: &DevicePaths, _: &Session) -> Result<Self::Events, Error> {
@@ -90,10 +90,13 @@ impl Operation for Measure<'_> {
             Ok(())
         };
         let runs = Runs::new(0..u64::MAX, std::mem::take(&mut self.places), Some(Box::new(each)));
-        Ok(MapEvents::new(self.size, runs))
+        Ok(MapEvents::new(self.size, self.most_runs, runs))
     }
 
     fn finish(self, mut ended: Ended<Self::Events>) -> Result<MeasureOutcome, Error> {
+        if let Some(error) = ended.events.unreported.take() {
+            return Err(error);
+        }
         ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
         ended.events.end()?;
         let units = self.units.borrow().count();

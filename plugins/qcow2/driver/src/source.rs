@@ -30,7 +30,7 @@ impl Qcow2Source {
     }
 
     /// Verify the whole image; returns the number of clusters that it holds.
-    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+    fn verify_whole(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         let readers = (&mut self.mapped, &mut self.reader);
         let Verified { clusters, repair } = verify(io, &self.image, readers, will_empty)?;
         if repair.is_some() {
@@ -46,7 +46,7 @@ impl Source for Qcow2Source {
     }
 
     fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
-        let held = self.verify(io, will_empty)?;
+        let held = self.verify_whole(io, will_empty)?;
         self.held = Some(held);
         Ok(held)
     }
@@ -80,7 +80,7 @@ impl Source for Qcow2Source {
         self.image.refuse_unwritable()?;
         let cleared = match self.held {
             Some(clusters) => clusters,
-            None => self.verify(io, true)?,
+            None => self.verify_whole(io, true)?,
         };
         // All tables that were read are about to change.
         self.mapped = MappedClusters::new(&self.image);
