@@ -1,6 +1,6 @@
 //! `instar create`: options, and what is printed.
 
-use super::format_options::{help, split_options};
+use super::format_options::{help, split_options, want_help};
 use super::output::{print, unprinted_but, OutputFormat};
 use super::size::parse_size;
 use super::usage::bad_usage;
@@ -72,7 +72,7 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
     let config = super::configuration(OutputFormat::Human)?;
     let search = SearchPath::for_process(&args.plugin_dir, &config.plugin_paths());
     let pairs = split_options(&args.options)?;
-    if pairs.iter().any(|(name, _)| name == "help" || name == "?") {
+    if want_help(&pairs) {
         let (format, options) = create_options(&args.format, &search)?;
         return print(out, &help(&format, &options, COMMON));
     }

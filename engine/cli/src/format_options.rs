@@ -5,6 +5,12 @@ use instar::error::Error;
 use instar::escape::{escape, printable};
 use std::fmt::Write as _;
 
+/// Whether the options ask for a list of the options that there are.
+#[must_use]
+pub fn want_help(options: &[(String, String)]) -> bool {
+    options.iter().any(|(name, _)| name == "help" || name == "?")
+}
+
 /// The options of a format with their help, and `common` ones.
 #[must_use]
 pub fn help(format: &str, options: &[(String, String)], common: &[(&str, &str)]) -> String {

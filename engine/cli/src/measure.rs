@@ -1,6 +1,6 @@
 //! `instar measure`: options, and what is printed, in the words of `qemu-img measure`.
 
-use super::format_options::{help, split_options};
+use super::format_options::{help, split_options, want_help};
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::reading;
@@ -111,7 +111,7 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
         };
     }
     let options = split_options(&args.options)?;
-    if options.iter().any(|(name, _)| name == "help" || name == "?") {
+    if want_help(&options) {
         let (format, options) = create_options(&args.target_format, &settings.search)?;
         return print(out, &help(&format, &options, &[]));
     }

@@ -84,6 +84,12 @@ pub struct Units {
     pub block: u64,
 }
 
+/// Clusters that a plan allocates, and pieces that it writes: one for each of these, and for each that is committed.
+fn pieces(plan: &Plan) -> (u64, u64) {
+    let allocated = plan.new_data_clusters.saturating_add(plan.new_metadata_clusters);
+    (allocated, plan.clusters.saturating_add(allocated))
+}
+
 impl Units {
     /// How much more than its own length what a plan writes may take: where it does not begin and end with a block, and in
     /// tables of the backing that are holes so far.
@@ -92,8 +98,7 @@ impl Units {
         const TABLES: u64 = 3;
         let (has_tables, block) = (self.backing > 1, self.block.max(1));
         let whole = |cluster: u64| cluster <= 1 || cluster.is_multiple_of(block);
-        let allocated = plan.new_data_clusters.saturating_add(plan.new_metadata_clusters);
-        let pieces = plan.clusters.saturating_add(allocated);
+        let (allocated, pieces) = pieces(plan);
         let cut = if whole(self.overlay) && whole(self.backing) { 0 } else { pieces };
         let tables = if has_tables { plan.clusters.saturating_mul(TABLES) } else { 0 };
         // A format may put its clusters where it likes, not only at multiples of their size.
@@ -105,13 +110,9 @@ impl Units {
     /// of a file in each, for the file's own.
     fn index(&self, plan: &Plan) -> u64 {
         const EXTENTS: u64 = 170;
-        let allocated = plan.new_data_clusters.saturating_add(plan.new_metadata_clusters);
-        let pieces = plan.clusters.saturating_add(allocated);
-        let blocks = if pieces == 0 { 0 } else { pieces / EXTENTS + 2 };
-        if self.block <= 1 {
-            0
-        } else {
-            blocks.saturating_mul(self.block)
+        match (pieces(plan).1, self.block) {
+            (0, _) | (_, 0 | 1) => 0,
+            (pieces, block) => (pieces / EXTENTS + 2).saturating_mul(block),
         }
     }
 }

@@ -4,7 +4,7 @@ use super::places::{cut_at_holes, is_plausible, HoleMeaning};
 use super::runs::{Entry, Runs};
 use crate::devices::Devices;
 use crate::error::Error;
-use crate::operation::{decode, Events};
+use crate::operation::{decode, Ended, Events};
 use crate::sandbox::BadRequest;
 use instar_guest_abi::{ErrorCode, ExtentKind};
 use instar_guest_protocol::map::{Outcome, Run as GuestRun, Runs as GuestRuns};
@@ -21,7 +21,7 @@ pub struct MapEvents<'e> {
     room: u64,
     runs: Runs<'e>,
     /// Why a run could not be reported; the guest was ended then.
-    pub unreported: Option<Error>,
+    unreported: Option<Error>,
 }
 
 impl<'e> MapEvents<'e> {
@@ -30,6 +30,18 @@ impl<'e> MapEvents<'e> {
     pub fn new(size: u64, most: u64, runs: Runs<'e>) -> Self {
         let layers = runs.places().values().map(|place| place.depth + 1).max().unwrap_or(0);
         Self { size, next: 0, layers, room: most, runs, unreported: None }
+    }
+
+    /// What comes of an operation whose guest maps.
+    ///
+    /// # Errors
+    /// Why a run could not be reported, or why the guest was ended; as [`MapEvents::end`].
+    pub fn conclude(mut ended: Ended<Self>) -> Result<(), Error> {
+        if let Some(error) = ended.events.unreported.take() {
+            return Err(error);
+        }
+        ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
+        ended.events.end()
     }
 
     /// All runs have come.

@@ -70,11 +70,7 @@ impl<'e> Operation for Map<'_, 'e> {
         Ok(MapEvents::new(self.size, self.most_runs, runs))
     }
 
-    fn finish(self, mut ended: Ended<MapEvents<'e>>) -> Result<(), Error> {
-        if let Some(error) = ended.events.unreported.take() {
-            return Err(error);
-        }
-        ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
-        ended.events.end()
+    fn finish(self, ended: Ended<MapEvents<'e>>) -> Result<(), Error> {
+        MapEvents::conclude(ended)
     }
 }

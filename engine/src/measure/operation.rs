@@ -93,12 +93,8 @@ impl Operation for Measure<'_> {
         Ok(MapEvents::new(self.size, self.most_runs, runs))
     }
 
-    fn finish(self, mut ended: Ended<Self::Events>) -> Result<MeasureOutcome, Error> {
-        if let Some(error) = ended.events.unreported.take() {
-            return Err(error);
-        }
-        ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
-        ended.events.end()?;
+    fn finish(self, ended: Ended<Self::Events>) -> Result<MeasureOutcome, Error> {
+        MapEvents::conclude(ended)?;
         let units = self.units.borrow().count();
         let measured = self.footprint.map(|footprint| outcome(&footprint, units));
         measured.unwrap_or_else(|| Err(Error::new(ErrorCode::GuestProtocol, "the guest ended before it was asked")))

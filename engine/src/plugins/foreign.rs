@@ -14,8 +14,8 @@ pub enum Foreign {
     Empty,
 }
 
-/// Marks at their offsets.
-const MARKS: &[(u64, &[u8], Foreign)] = &[
+/// Marks at their offsets, within the first [`LOOKED_AT`] bytes.
+const MARKS: &[(usize, &[u8], Foreign)] = &[
     // "VDI Core", VirtualBox's signature word after its text of 64 bytes.
     (64, b"\x7f\x10\xda\xbe", Foreign::Image("VDI")),
     // [MS-VHDX] 2.2.1, File Type Identifier.
@@ -38,8 +38,8 @@ const MARKS: &[(u64, &[u8], Foreign)] = &[
     (0, b"BZh", Foreign::Compressed("bzip2")),
 ];
 
-/// Bytes of the longest mark.
-const LONGEST: usize = 16;
+/// Bytes that are looked at, once: every raw image is asked.
+const LOOKED_AT: usize = 80;
 
 impl Foreign {
     /// What the file is, if it has a mark that is known.
@@ -48,11 +48,10 @@ impl Foreign {
         if image.length() == 0 {
             return Some(Self::Empty);
         }
-        let is_at = |offset: u64, mark: &[u8]| {
-            let mut bytes = [0; LONGEST];
-            let read = image.read_at(offset, &mut bytes).ok().and_then(|length| bytes.get(..length));
-            read.is_some_and(|bytes| bytes.starts_with(mark))
-        };
+        let mut start = [0; LOOKED_AT];
+        let length = image.read_at(0, &mut start).ok()?;
+        let start = start.get(..length)?;
+        let is_at = |offset: usize, mark: &[u8]| start.get(offset..).is_some_and(|bytes| bytes.starts_with(mark));
         MARKS.iter().find(|(offset, mark, _)| is_at(*offset, mark)).map(|(_, _, what)| *what)
     }
 }
@@ -101,6 +100,6 @@ mod tests {
         vdi.resize(64, 0);
         vdi.extend(b"\x7f\x10\xda\xbe");
         assert_eq!(of(vdi), Some(Foreign::Image("VDI")));
-        assert!(MARKS.iter().all(|(_, mark, _)| mark.len() <= LONGEST));
+        assert!(MARKS.iter().all(|(offset, mark, _)| offset + mark.len() <= LOOKED_AT));
     }
 }

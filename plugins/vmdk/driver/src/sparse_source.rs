@@ -211,9 +211,8 @@ impl SparseSource {
     ) -> DriverResult<()> {
         let start = guest_offset.checked_sub(extent.guest_offset).ok_or_else(|| overflow("an offset in a grain"))?;
         let Content::Encoded { location } = extent.content else { return Err(overflow("an encoded extent")) };
-        let grain = self.image.header.grain_bytes();
-        let begin = guest_offset - guest_offset % grain.max(1);
-        let visible = grain.min(self.image.header.virtual_size().saturating_sub(begin));
+        let header = &self.image.header;
+        let visible = header.grain_bytes().min(header.virtual_size().saturating_sub(extent.guest_offset));
         self.reader.read(io, &self.image, location, (start, visible), buffer)
     }
 
