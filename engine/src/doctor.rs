@@ -4,7 +4,9 @@ use crate::config::Config;
 use crate::confine::Confinement;
 use crate::escape::escape_path;
 use crate::plugins::{Registry, SearchPath};
-use crate::sandbox::{self, BadRequest, BufferAccess, Host, Kvm, Program, SandboxError};
+use crate::sandbox::{
+    self, BadRequest, BufferAccess, Host, Kvm, Process, Program, Sandbox, SandboxChoice, SandboxError,
+};
 use instar_guest_abi::Request;
 use instar_guest_protocol::end_message::Outcome;
 use instar_guest_protocol::guest_message::Kind;
@@ -46,12 +48,15 @@ impl Diagnosis {
     }
 }
 
-/// Look at everything that a commit needs. `plugin_dirs` are directories with plugins that the operator names.
+/// Look at everything that a commit needs. `plugin_dirs` are directories with plugins, and `sandbox` is the sandbox, that the
+/// operator names.
 #[must_use]
-pub fn examine(plugin_dirs: &[PathBuf]) -> Vec<Diagnosis> {
-    let mut all = vec![kvm()];
+pub fn examine(plugin_dirs: &[PathBuf], sandbox: Option<SandboxChoice>) -> Vec<Diagnosis> {
+    let loaded = Config::load();
+    let configured = loaded.as_ref().ok().and_then(Config::sandbox);
+    let mut all = Vec::from(sandboxes(sandbox.or(configured).unwrap_or_default()));
     all.extend(confinement(&Confinement::trial()));
-    let (config, directories) = match Config::load() {
+    let (config, directories) = match loaded {
         Ok(config) => {
             let diagnosis = match config.warnings.first() {
                 None => Diagnosis::good("configuration", "can be read"),
@@ -72,8 +77,22 @@ pub fn examine(plugin_dirs: &[PathBuf]) -> Vec<Diagnosis> {
     all
 }
 
-/// Run a guest that has no image: it says so, and that takes a whole virtual machine.
-fn kvm() -> Diagnosis {
+/// Both sandboxes. What is not wanted, and does not work, is no reason to worry.
+fn sandboxes(wanted: SandboxChoice) -> [Diagnosis; 2] {
+    let [mut kvm, mut process] = [try_out(&Kvm), try_out(&Process)];
+    let works = |diagnosis: &Diagnosis| diagnosis.health == Health::Good;
+    let (kvm_works, process_works) = (works(&kvm), works(&process));
+    if !kvm_works && wanted != SandboxChoice::Kvm && process_works {
+        kvm.health = Health::Weak;
+    }
+    if !process_works && wanted != SandboxChoice::Process && (kvm_works || wanted == SandboxChoice::Kvm) {
+        process.health = Health::Weak;
+    }
+    [kvm, process]
+}
+
+/// Run a guest that has no image: it says so, and that takes a whole sandbox.
+fn try_out(sandbox: &dyn Sandbox) -> Diagnosis {
     struct Greeting(bool);
     impl Host for Greeting {
         fn requests(&mut self, _: &dyn BufferAccess, _: &mut [Request]) -> Result<(), BadRequest> {
@@ -86,24 +105,34 @@ fn kvm() -> Diagnosis {
     }
     let program = Program::new(crate::check::MODULE, Vec::new(), Vec::new(), Vec::new());
     let mut greeting = Greeting(false);
-    let ran = sandbox::run(&Kvm, &program, &mut greeting);
+    let (part, ran) = (sandbox.name(), sandbox::run(sandbox, &program, &mut greeting));
     match ran {
         Ok(report) if greeting.0 => {
             let micros = (report.time_create + report.time_load + report.time_run).as_micros();
-            Diagnosis::good(
-                "kvm",
-                format!("a virtual machine started, ran in ring {}, and ended: {micros} µs", report.ring),
-            )
+            Diagnosis::good(part, format!("a guest started, ran in ring {}, and ended: {micros} µs", report.ring))
         }
-        Ok(_) => Diagnosis::bad("kvm", Health::Broken, "the virtual machine exited without sending a result", REPORT),
-        Err(error) => Diagnosis::bad("kvm", Health::Broken, error.to_string(), kvm_remedy(&error)),
+        Ok(_) => Diagnosis::bad(part, Health::Broken, "the guest exited without sending a result", REPORT),
+        Err(error) => Diagnosis::bad(part, Health::Broken, error.to_string(), sandbox_remedy(&error)),
     }
 }
 
 const REPORT: &str = "please report this, with the processor and the kernel's version";
 
-fn kvm_remedy(error: &SandboxError) -> String {
+/// What the process sandbox needs.
+const PROCESS_NEEDS: &str =
+    "it needs Linux 4.17 or newer with CONFIG_SECCOMP_FILTER, and, of a container's list of system calls, those of Docker's \
+                             default profile: memfd_create, execveat, clone, prctl, seccomp";
+
+fn sandbox_remedy(error: &SandboxError) -> String {
     match error {
+        SandboxError::ProcessUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. } => {
+            "raise the limits of this process (see `ulimit -a`), or free memory".into()
+        }
+        SandboxError::ProcessUnusable { errno: libc::EACCES, .. } => {
+            "let programs run from files in memory: `sysctl vm.memfd_noexec=1`, and see the log of the security module"
+                .into()
+        }
+        SandboxError::ProcessUnusable { .. } => PROCESS_NEEDS.into(),
         SandboxError::KvmMissing => missing_remedy(&cpuinfo()),
         SandboxError::KvmPermission { .. } => permission_remedy(),
         SandboxError::KvmUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. } => {
@@ -177,7 +206,7 @@ fn group_name(groups: &str, id: u32) -> Option<&str> {
     name.filter(|name| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c)))
 }
 
-/// Without them a commit works all the same: the metadata is handled in the virtual machine.
+/// Without them a commit works all the same: the metadata is handled in the sandbox.
 fn confinement(trial: &Confinement) -> [Diagnosis; 2] {
     let one = |part, state: Result<String, &str>, remedy: &str| match state {
         Ok(found) => Diagnosis::good(part, found),

@@ -44,6 +44,7 @@ def test_json(pair):
         "clusters_committed": 16,
         "bytes_committed": 1 * MIB,
         "overlay_clusters_cleared": 16,
+        "sandbox": support.SANDBOX,
     }
     assert result.json == expected
     assert list(result.json) == list(expected)

@@ -86,7 +86,7 @@ def test_json_has_the_usual_keys(pair):
     result = support.commit(pair.top, OPTION, "--output", "json")
     assert set(result.json) == {
         "overlay", "overlay_format", "backing", "backing_format", "clusters_committed", "bytes_committed",
-        "overlay_clusters_cleared",
+        "overlay_clusters_cleared", "sandbox",
     }
     assert result.json["clusters_committed"] == 1
 

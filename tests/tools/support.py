@@ -35,6 +35,10 @@ CODES = {
 }
 
 
+# The sandbox that the program under test is told to use; `make test SANDBOX=process` sets it.
+SANDBOX = os.environ.get("INSTAR_TEST_SANDBOX") or "kvm"
+
+
 def instar_binary() -> Path:
     """The program under test: `INSTAR_BIN`, or the release build of this checkout."""
     return Path(os.environ.get("INSTAR_BIN") or REPO / "target/release/instar")

@@ -185,6 +185,7 @@ fn json(result: &CheckOutcome, filename: &str) -> Value {
     }
     object.insert("filename".to_owned(), filename.into());
     object.insert("format".to_owned(), result.format.as_str().into());
+    object.insert("sandbox".to_owned(), result.sandbox.into());
     Value::Object(object)
 }
 
@@ -204,7 +205,7 @@ mod tests {
         let found = CheckSummary { leaks: 5, corruptions: 2, ..CheckSummary::default() };
         let findings_of =
             vec![(FindingKind::Leak, "a\x1b[2J\nb".to_owned()), (FindingKind::Corruption, "c".to_owned())];
-        let text = findings(&CheckOutcome { format: "x".into(), found, findings: findings_of });
+        let text = findings(&CheckOutcome { format: "x".into(), sandbox: "kvm", found, findings: findings_of });
         assert_eq!(text.lines().count(), 3, "{text}");
         assert!(text.contains("ERROR c\n… and 5 more") && !text.contains('\x1b'), "{text}");
     }

@@ -72,7 +72,7 @@ pub fn render_verbose(result: &CommitOutcome) -> String {
     }
     let report = &result.run.report;
     for (part, time) in [
-        ("creating the virtual machine", report.time_create),
+        ("creating the sandbox", report.time_create),
         ("loading the guest modules", report.time_load),
         ("from entering the guest to its first exit", report.time_first_exit),
         ("running it", report.time_run),
@@ -81,8 +81,8 @@ pub fn render_verbose(result: &CommitOutcome) -> String {
         line(format!("time: {:.3} ms {part}", ms(time)));
     }
     line(format!(
-        "guest: ring {}, {} exits, {} doorbells, {} requests, {} messages",
-        report.ring, report.exits, report.doorbells, report.requests, report.messages
+        "guest: sandbox {}, ring {}, {} exits, {} doorbells, {} requests, {} messages",
+        result.sandbox, report.ring, report.exits, report.doorbells, report.requests, report.messages
     ));
     line(format!("moved: {}", result.run.statistics));
     text

@@ -134,13 +134,14 @@ mod tests {
 
     #[test]
     fn the_words_are_those_of_qemu_img() {
-        let said = |virtual_sizes, difference| text(&CompareOutcome { virtual_sizes, difference }, false);
+        let said =
+            |virtual_sizes, difference| text(&CompareOutcome { virtual_sizes, sandbox: "kvm", difference }, false);
         assert_eq!(said([7, 7], None), "Images are identical.\n");
         assert_eq!(said([7, 9], None), "Warning: Image size mismatch!\nImages are identical.\n");
         assert_eq!(said([9, 7], Some(Difference::Content(3))), "Content mismatch at offset 3!\n");
         let beyond = "Warning: Image size mismatch!\nContent mismatch at offset 7!\n";
         assert_eq!(said([9, 7], Some(Difference::Content(7))), beyond);
-        let strict = CompareOutcome { virtual_sizes: [7, 9], difference: Some(Difference::Size) };
+        let strict = CompareOutcome { virtual_sizes: [7, 9], sandbox: "kvm", difference: Some(Difference::Size) };
         assert_eq!(text(&strict, true), "Strict mode: Image size mismatch!\n");
     }
 }

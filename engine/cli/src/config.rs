@@ -1,11 +1,13 @@
 //! `instar config`: what is in force, and where each value comes from.
 
+use super::opening::sandbox_parser;
 use super::output::{print, print_json, OutputFormat};
 use clap::Args;
 use instar::config::{Config, Configured};
 use instar::error::Error;
 use instar::escape::escape_path;
 use instar::plugins::{SearchPath, PATH_VARIABLE};
+use instar::sandbox::{Sandbox, SandboxChoice};
 use serde_json::{json, Value};
 use std::fmt::Write as _;
 use std::io::Write;
@@ -23,6 +25,9 @@ pub struct ConfigArgs {
     /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
+    /// Use this sandbox
+    #[arg(long, value_name = "SANDBOX", value_parser = sandbox_parser())]
+    pub sandbox: Option<SandboxChoice>,
 }
 
 /// Where a value comes from that nobody has set.
@@ -42,10 +47,19 @@ pub fn run(args: &ConfigArgs, out: &mut dyn Write) -> Result<(), Error> {
     let config = super::configuration(args.output)?;
     let backing = backing_directories(args, &config);
     let plugins = plugin_directories(args, &config);
+    let sandbox = sandbox(args, &config);
     match args.output {
-        OutputFormat::Human => print(out, &human(&backing, &plugins, &config)),
-        OutputFormat::Json => print_json(out, &to_json(&backing, &plugins, &config)),
+        OutputFormat::Human => print(out, &human(&backing, &plugins, &sandbox, &config)),
+        OutputFormat::Json => print_json(out, &to_json(&backing, &plugins, &sandbox, &config)),
     }
+}
+
+/// The sandbox's name, and where it comes from.
+fn sandbox(args: &ConfigArgs, config: &Config) -> (&'static str, String) {
+    let given = args.sandbox.map(|sandbox| (sandbox.name(), "--sandbox".to_owned()));
+    let configured =
+        || config.sandbox.as_ref().map(|(sandbox, file)| (sandbox.name(), file.to_string_lossy().into_owned()));
+    given.or_else(configured).unwrap_or((SandboxChoice::default().name(), BUILT_IN.to_owned()))
 }
 
 fn of_file(configured: &Configured) -> Directory {
@@ -76,8 +90,9 @@ fn plugin_directories(args: &ConfigArgs, config: &Config) -> Vec<Directory> {
     search.directories().iter().map(value).collect()
 }
 
-fn human(backing: &[Directory], plugins: &[Directory], config: &Config) -> String {
-    let mut text = String::new();
+fn human(backing: &[Directory], plugins: &[Directory], sandbox: &(&str, String), config: &Config) -> String {
+    let (name, from) = sandbox;
+    let mut text = format!("sandbox:\n    {name} ({})\n", origin(from));
     for (title, values) in [("allow-backing-dirs", backing), ("plugin-dirs", plugins)] {
         let _ = writeln!(text, "{title}:");
         for value in values {
@@ -105,13 +120,18 @@ fn origin(from: &str) -> String {
     }
 }
 
-fn to_json(backing: &[Directory], plugins: &[Directory], config: &Config) -> Value {
+fn to_json(backing: &[Directory], plugins: &[Directory], sandbox: &(&str, String), config: &Config) -> Value {
     let values = |values: &[Directory]| -> Vec<Value> {
         values.iter().map(|value| json!({"path": value.directory.to_string_lossy(), "from": value.from})).collect()
     };
     let files: Vec<Value> =
         config.files.iter().map(|(file, present)| json!({"path": file.to_string_lossy(), "read": present})).collect();
-    let mut object = json!({"allow-backing-dirs": values(backing), "plugin-dirs": values(plugins), "files": files});
+    let mut object = json!({
+        "sandbox": {"name": sandbox.0, "from": sandbox.1},
+        "allow-backing-dirs": values(backing),
+        "plugin-dirs": values(plugins),
+        "files": files,
+    });
     // Only there if there is something to say.
     if !config.warnings.is_empty() {
         object["warnings"] = json!(config.warnings);

@@ -1,10 +1,12 @@
 //! `instar doctor`: what is printed.
 
+use super::opening::sandbox_parser;
 use super::output::{print, print_json, OutputFormat};
 use super::{print_error, FAILED};
 use clap::Args;
 use instar::doctor::{examine, Diagnosis, Health};
 use instar::error::Error;
+use instar::sandbox::SandboxChoice;
 use serde_json::{json, Value};
 use std::fmt::Write as _;
 use std::io::Write;
@@ -19,6 +21,9 @@ pub struct DoctorArgs {
     /// Also load plugins from DIR; may be given several times
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
+    /// The sandbox that is to work; both are tried. Default: as configured, else kvm
+    #[arg(long, value_name = "SANDBOX", value_parser = sandbox_parser())]
+    pub sandbox: Option<SandboxChoice>,
 }
 
 /// Run the command; the exit status: 1 if a commit would not work.
@@ -31,7 +36,7 @@ pub fn run(args: &DoctorArgs, out: &mut dyn Write) -> u8 {
 }
 
 fn doctor(args: &DoctorArgs, out: &mut dyn Write) -> Result<Health, Error> {
-    let all = examine(&args.plugin_dir);
+    let all = examine(&args.plugin_dir, args.sandbox);
     match args.output {
         OutputFormat::Human => print(out, &human(&all))?,
         OutputFormat::Json => print_json(out, &to_json(&all))?,

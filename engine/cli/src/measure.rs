@@ -105,6 +105,7 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
                     "additional-space": space,
                     "target": target,
                     "target-format": format,
+                    "sandbox": outcome.sandbox,
                 });
                 print_json(out, &measured)
             }

@@ -35,6 +35,7 @@ fn reports_json() {
         "clusters_committed",
         "bytes_committed",
         "overlay_clusters_cleared",
+        "sandbox",
     ];
     assert_eq!(keys, expected);
     let root = lab.dir.path().canonicalize().unwrap();

@@ -7,6 +7,7 @@
 
 use instar::confine::{Confinement, Reach, Work};
 use instar::plugins::FileImage;
+use instar::sandbox::{Kvm, Sandbox};
 use instar_test_lab::lab::Lab;
 use instar_test_lab::{built, PluginDir};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
@@ -86,14 +87,16 @@ fn child() {
     let reachable = File::open(&directory).unwrap();
     // As the program does it: a backtrace would open files.
     instar_cli::say_panics();
-    let confinement = Confinement::begin(&Reach::default().add(&reachable, true), Work::OpenToCommit);
+    let sandbox = Kvm.acquire().unwrap();
+    let needs = sandbox.needs();
+    let confinement = Confinement::begin(Reach::default().add(&reachable, true), Work::OpenToCommit, &needs);
     if order == "supported" {
         end(if confinement.to_string().contains("not in force") { 1 } else { 0 });
     }
     let (step, deed) = order.split_once(' ').unwrap();
     let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
     if step == "sealed" {
-        let _ = confinement.forbid_opening(Work::Commit);
+        let _ = confinement.forbid_opening(Work::Commit, &needs);
     }
     end(act(deed, &directory, &file, parent));
 }

@@ -1,4 +1,4 @@
-//! `instar check`: is the metadata of an image consistent? The format's own module looks at it in the virtual machine;
+//! `instar check`: is the metadata of an image consistent? The format's own module looks at it in the sandbox;
 //! nothing is changed.
 
 mod events;
@@ -34,6 +34,8 @@ pub struct CheckRequest {
 pub struct CheckOutcome {
     /// The image's format.
     pub format: String,
+    /// The sandbox that the guest ran in: "kvm" or "process".
+    pub sandbox: &'static str,
     /// The findings, in numbers.
     pub found: CheckSummary,
     /// The first findings, one line each as the guest wrote it: not safe for a terminal.
@@ -91,6 +93,6 @@ impl Operation for Check<'_> {
     fn finish(self, ended: Ended<CheckEvents>) -> Result<CheckOutcome, Error> {
         ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
         let CheckEvents { found, findings } = ended.events;
-        Ok(CheckOutcome { format: self.format, found, findings })
+        Ok(CheckOutcome { format: self.format, sandbox: ended.sandbox, found, findings })
     }
 }

@@ -271,6 +271,7 @@ impl Operation for Commit<'_> {
             warnings: self.warnings,
             preview,
             backing_grows_to: admitted.backing_grows_to,
+            sandbox: ended.sandbox,
             run: GuestRun { report, statistics: ended.devices.stats().clone() },
             timing: ended.timing,
         })

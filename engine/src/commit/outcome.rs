@@ -38,10 +38,12 @@ pub struct CommitOutcome {
     /// What the commit would mean for the backing, if nothing was changed, as asked.
     #[serde(flatten)]
     pub preview: Option<Preview>,
+    /// The sandbox that the guest ran in: "kvm" or "process".
+    pub sandbox: &'static str,
     /// The virtual size in bytes to which the backing grows, if it does.
     #[serde(skip)]
     pub backing_grows_to: Option<u64>,
-    /// What the virtual machine did.
+    /// What the guest did.
     #[serde(skip)]
     pub run: GuestRun,
     /// How long each part took.
@@ -49,7 +51,7 @@ pub struct CommitOutcome {
     pub timing: Timing,
 }
 
-/// What the virtual machine did.
+/// What the guest did.
 #[derive(Clone, Debug, Default)]
 pub struct GuestRun {
     /// The runner's report.

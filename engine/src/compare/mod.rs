@@ -51,6 +51,8 @@ pub enum Difference {
 pub struct CompareOutcome {
     /// Their virtual sizes in bytes.
     pub virtual_sizes: [u64; 2],
+    /// The sandbox that the guest ran in: "kvm" or "process".
+    pub sandbox: &'static str,
     /// The first difference, if there is one.
     pub difference: Option<Difference>,
 }

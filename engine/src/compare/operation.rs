@@ -80,7 +80,7 @@ impl Operation for Compare<'_> {
 
     fn finish(self, ended: Ended<CompareEvents>) -> Result<CompareOutcome, Error> {
         let CompareEvents { difference, failure, .. } = &ended.events;
-        let outcome = |difference| CompareOutcome { virtual_sizes: self.sizes, difference };
+        let outcome = |difference| CompareOutcome { virtual_sizes: self.sizes, sandbox: ended.sandbox, difference };
         if let Some(difference) = difference {
             return Ok(outcome(Some(*difference)));
         }

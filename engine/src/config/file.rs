@@ -2,8 +2,10 @@
 
 use crate::error::{Error, Role};
 use crate::plugins::TrustedDirectory;
+use crate::sandbox::SandboxChoice;
 use instar_guest_abi::ErrorCode;
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
@@ -18,6 +20,16 @@ pub struct Content {
     pub allow_backing_dirs: Vec<PathBuf>,
     /// Directories with plugins.
     pub plugin_dirs: Vec<PathBuf>,
+    /// Which sandbox is used.
+    #[serde(deserialize_with = "sandbox")]
+    pub sandbox: Option<SandboxChoice>,
+}
+
+/// The name of a sandbox.
+fn sandbox<'de, D: Deserializer<'de>>(value: D) -> Result<Option<SandboxChoice>, D::Error> {
+    let name = String::deserialize(value)?;
+    let unknown = || D::Error::custom(format!("sandbox is kvm, process or auto, and not {name:?}"));
+    SandboxChoice::from_name(&name).ok_or_else(unknown).map(Some)
 }
 
 impl Content {
@@ -93,6 +105,7 @@ mod tests {
         for (text, mode, words) in [
             ("\n\nplugin-dir = []\n", 0o644, ["line 3", "plugin-dir"]),
             ("plugin-dirs = \"/a\"\n", 0o644, ["line 1", "sequence"]),
+            ("\nsandbox = \"Kvm\"\n", 0o644, ["line 2", "sandbox is kvm, process or auto"]),
             ("plugin-dirs = [\"a\"]\n", 0o644, ["plugin-dirs", "\"a\" is not an absolute path"]),
             ("allow-backing-dirs = [1]\n", 0o644, ["line 1", "string"]),
             ("\n= 3\n", 0o644, ["line 2", "key"]),

@@ -1,12 +1,13 @@
 //! What the operator has settled for all runs, and where each value comes from.
 //!
-//! Two files, the system's and the user's; what both name adds up. Like plugins, a file counts only if nobody but root and
+//! Two files, the system's and the user's; the directories that both name add up, and the user's sandbox wins. Like plugins, a file counts only if nobody but root and
 //! the caller can change it: it decides which files may be written, and which code is loaded.
 
 mod file;
 
 use crate::error::{Error, Role};
 use crate::plugins::is_elevated;
+use crate::sandbox::SandboxChoice;
 use file::Content;
 use instar_guest_abi::ErrorCode;
 use std::os::unix::fs::MetadataExt;
@@ -35,6 +36,8 @@ pub struct Config {
     pub backing_directories: Vec<Configured>,
     /// `plugin-dirs`: more directories with plugins.
     pub plugin_directories: Vec<Configured>,
+    /// `sandbox`, as the last file that names one has it, and that file.
+    pub sandbox: Option<(SandboxChoice, PathBuf)>,
     /// The files that were looked for, and whether they are there.
     pub files: Vec<(PathBuf, bool)>,
     /// Why a file does not count, each one line that names it.
@@ -94,9 +97,16 @@ impl Config {
             };
             config.backing_directories.extend(named(content.allow_backing_dirs));
             config.plugin_directories.extend(named(content.plugin_dirs));
+            config.sandbox = content.sandbox.map(|sandbox| (sandbox, file.clone())).or(config.sandbox);
             config.files.push((file.clone(), true));
         }
         Ok(config)
+    }
+
+    /// The sandbox, if a file names one.
+    #[must_use]
+    pub fn sandbox(&self) -> Option<SandboxChoice> {
+        self.sandbox.as_ref().map(|(sandbox, _)| *sandbox)
     }
 
     /// Directories with plugins, in their order.
@@ -165,8 +175,9 @@ mod tests {
     fn what_files_name_adds_up() {
         let root = tempfile::tempdir().unwrap();
         let (first, second) = (root.path().join("first"), root.path().join("second"));
-        std::fs::write(&first, "plugin-dirs = [\"/no/a\"]\nallow-backing-dirs = [\"/\"]\n").unwrap();
-        std::fs::write(&second, "plugin-dirs = [\"/no/b\", \"/no/c\"]\n").unwrap();
+        std::fs::write(&first, "plugin-dirs = [\"/no/a\"]\nallow-backing-dirs = [\"/\"]\nsandbox = \"process\"\n")
+            .unwrap();
+        std::fs::write(&second, "plugin-dirs = [\"/no/b\", \"/no/c\"]\nsandbox = \"auto\"\n").unwrap();
         for file in [&first, &second] {
             std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o644)).unwrap();
         }
@@ -176,6 +187,7 @@ mod tests {
         assert_eq!(config.plugin_paths(), ["/no/a", "/no/b", "/no/c"].map(PathBuf::from));
         assert_eq!(config.backing_paths(), [PathBuf::from("/")]);
         assert_eq!(config.plugin_directories.first().unwrap().file, first);
+        assert_eq!(config.sandbox, Some((SandboxChoice::Auto, second.clone())));
         assert_eq!(config.files, [(first, true), (absent, false), (second, true)]);
     }
 }

@@ -4,7 +4,6 @@
 //! instead on another machine (a clock without vDSO, a panic, an abort). Nothing here opens a socket, starts a process
 //! or makes memory executable.
 
-use kvm_bindings::{kvm_cpuid2, kvm_fpu, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_xcrs};
 use std::collections::BTreeMap;
 
 /// When a system call is allowed. Arguments count from 0, and are compared as 32 bits.
@@ -18,6 +17,10 @@ pub enum Allowed {
     Except(u8, u32),
     /// When this argument has none of these bits.
     Without(u8, u32),
+    /// When the first argument has this value.
+    First(u32),
+    /// When the first argument has this value, and this other one has one of these.
+    FirstAndOneOf(u32, u8, &'static [u32]),
     /// When this argument is the number of this process.
     OwnProcess(u8),
     /// When each of these arguments is a descriptor other than the standard ones, which are the caller's.
@@ -34,7 +37,7 @@ use Allowed::{Always, Except, FileOneOf, Files, Mapping, OneOf, OwnProcess, With
 const FILE: Allowed = Files(&[0]);
 
 /// A system call and when it is allowed.
-type Call = (i64, Allowed);
+pub type Call = (i64, Allowed);
 
 /// What the process is going to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +54,7 @@ pub enum Work {
     Commit,
     /// Open images, look at them, and then go on with [`Work::Read`].
     OpenToRead,
-    /// Let the virtual machine read images that are open.
+    /// Let the sandbox read images that are open.
     Read,
 }
 
@@ -67,21 +70,26 @@ impl Work {
         Self::Read,
     ];
 
-    /// The system calls that it needs.
+    /// The system calls that it needs, besides those of the sandbox.
     #[must_use]
     pub fn calls(self) -> BTreeMap<i64, Vec<Allowed>> {
+        self.calls_and(&[])
+    }
+
+    /// The same, and these.
+    pub(super) fn calls_and(self, others: &[Call]) -> BTreeMap<i64, Vec<Allowed>> {
         let tables: &[&[Call]] = match self {
             Self::Look => &[LOOK],
             Self::LookInThread => &[LOOK, THREAD],
             Self::OpenAndLook => &[LOOK, OPEN],
             // A filter can only be made stricter: what comes later is allowed before.
-            Self::OpenToCommit => &[LOOK, OPEN, CONFINE, CHANGE, MACHINE],
-            Self::Commit => &[LOOK, CHANGE, MACHINE],
-            Self::OpenToRead => &[LOOK, OPEN, CONFINE, MACHINE],
-            Self::Read => &[LOOK, MACHINE],
+            Self::OpenToCommit => &[LOOK, OPEN, CONFINE, CHANGE],
+            Self::Commit => &[LOOK, CHANGE],
+            Self::OpenToRead => &[LOOK, OPEN, CONFINE],
+            Self::Read => &[LOOK],
         };
         let mut calls: BTreeMap<i64, Vec<Allowed>> = BTreeMap::new();
-        for (call, allowed) in tables.iter().copied().flatten() {
+        for (call, allowed) in tables.iter().copied().flatten().chain(others) {
             let known = calls.entry(*call).or_default();
             if !known.contains(allowed) {
                 known.push(*allowed);
@@ -205,14 +213,6 @@ const CHANGE: &[Call] = &[
     (libc::SYS_clock_nanosleep, Always),
 ];
 
-/// The virtual machine and its watchdog.
-const MACHINE: &[Call] = &[
-    (libc::SYS_ioctl, OneOf(1, KVM)),
-    (libc::SYS_timer_create, Always),
-    (libc::SYS_timer_settime, Always),
-    (libc::SYS_timer_delete, Always),
-];
-
 /// Asking whether a descriptor is a terminal, and how wide it is: what takes input, `TIOCSTI` above all, is not there.
 const TERMINAL: &[u32] = &[request(libc::TCGETS), request(libc::TCGETS2), request(libc::TIOCGWINSZ)];
 
@@ -222,51 +222,12 @@ const fn request(number: libc::Ioctl) -> u32 {
     number
 }
 
-/// The requests that `vm` makes of `/dev/kvm`, the machine and its processor (`linux/kvm.h`).
-const KVM: &[u32] = &[
-    kvm(NONE, 0x01, 0),                                         // KVM_CREATE_VM
-    kvm(NONE, 0x04, 0),                                         // KVM_GET_VCPU_MMAP_SIZE
-    kvm(READ | WRITE, 0x05, size_of::<kvm_cpuid2>()),           // KVM_GET_SUPPORTED_CPUID
-    kvm(NONE, 0x41, 0),                                         // KVM_CREATE_VCPU
-    kvm(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()), // KVM_SET_USER_MEMORY_REGION
-    kvm(NONE, 0x80, 0),                                         // KVM_RUN
-    kvm(READ, 0x81, size_of::<kvm_regs>()),                     // KVM_GET_REGS
-    kvm(WRITE, 0x82, size_of::<kvm_regs>()),                    // KVM_SET_REGS
-    kvm(READ, 0x83, size_of::<kvm_sregs>()),                    // KVM_GET_SREGS
-    kvm(WRITE, 0x84, size_of::<kvm_sregs>()),                   // KVM_SET_SREGS
-    kvm(WRITE, 0x8d, size_of::<kvm_fpu>()),                     // KVM_SET_FPU
-    kvm(WRITE, 0x90, size_of::<kvm_cpuid2>()),                  // KVM_SET_CPUID2
-    kvm(WRITE, 0xa7, size_of::<kvm_xcrs>()),                    // KVM_SET_XCRS
-];
-
-const NONE: u32 = 0;
-const WRITE: u32 = 1;
-const READ: u32 = 2;
-
-/// A request of KVM as a number (`_IOC` of `asm-generic/ioctl.h`).
-const fn kvm(direction: u32, number: u32, size: usize) -> u32 {
-    #[allow(clippy::cast_possible_truncation, reason = "14 bits by design")]
-    let size = size as u32;
-    direction << 30 | size << 16 | 0xae << 8 | number
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn numbers_are_those_of_the_kernel() {
-        assert_eq!(KVM[0], 0xae01, "KVM_CREATE_VM");
-        assert_eq!(kvm(READ | WRITE, 0x05, size_of::<kvm_cpuid2>()), 0xc008_ae05, "KVM_GET_SUPPORTED_CPUID");
-        assert_eq!(
-            kvm(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()),
-            0x4020_ae46,
-            "KVM_SET_USER_MEMORY_REGION"
-        );
-        assert_eq!(kvm(READ, 0x83, size_of::<kvm_sregs>()), 0x8138_ae83, "KVM_GET_SREGS");
-        // Not every machine comes to these.
-        assert!(KVM.contains(&0x8090_ae81), "KVM_GET_REGS");
-        assert!(KVM.contains(&0x4188_aea7), "KVM_SET_XCRS");
         assert_eq!(TERMINAL[0], 0x5401);
     }
 

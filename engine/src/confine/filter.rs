@@ -1,6 +1,6 @@
 //! seccomp: a list of system calls as a filter of the kernel.
 
-use super::calls::{Allowed, Work};
+use super::calls::{Allowed, Call, Work};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
@@ -18,13 +18,13 @@ pub(super) enum Threads {
     This,
 }
 
-/// From now on, a system call that this work does not need ends the process, [which says so](super::trap). Returns how
-/// many there are.
+/// From now on, a system call that this work does not need, and is none of the others, ends the process, [which says
+/// so](super::trap). Returns how many there are.
 ///
 /// # Errors
 /// Why there is no filter: one clause.
-pub(super) fn apply(work: Work, threads: Threads) -> Result<usize, String> {
-    let calls = work.calls();
+pub(super) fn apply(work: Work, others: &[Call], threads: Threads) -> Result<usize, String> {
+    let calls = work.calls_and(others);
     let program = compile(&calls).map_err(|error| error.to_string())?;
     super::trap::install();
     match threads {
@@ -65,6 +65,14 @@ impl Allowed {
             Self::OneOf(argument, values) => values
                 .iter()
                 .map(|&value| SeccompRule::new(vec![compare(argument, SeccompCmpOp::Eq, value)?]))
+                .collect(),
+            Self::First(value) => one(compare(0, SeccompCmpOp::Eq, value)),
+            Self::FirstAndOneOf(first, argument, values) => values
+                .iter()
+                .map(|&value| {
+                    let both = vec![compare(0, SeccompCmpOp::Eq, first)?, compare(argument, SeccompCmpOp::Eq, value)?];
+                    SeccompRule::new(both)
+                })
                 .collect(),
             Self::Except(argument, value) => one(compare(argument, SeccompCmpOp::Ne, value)),
             Self::Without(argument, bits) => one(compare(argument, SeccompCmpOp::MaskedEq(bits.into()), 0)),

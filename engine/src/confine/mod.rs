@@ -23,10 +23,20 @@ pub mod paths;
 mod signal_mask;
 pub mod trap;
 
-pub use calls::Work;
+pub use call_names::call_name;
+pub use calls::{Allowed, Call, Work};
 pub use paths::Reach;
 
 use std::fmt;
+
+/// What a process has to be allowed besides its work.
+#[derive(Clone, Debug, Default)]
+pub struct Needs {
+    /// System calls.
+    pub calls: Vec<Call>,
+    /// Signals to a process that it has started; which ones, the system calls say.
+    pub signals: bool,
+}
 
 /// What is in force, or why it is not: one clause each.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,25 +46,21 @@ pub struct Confinement {
 }
 
 impl Confinement {
-    /// Confine the process to these files, and to the system calls of this kind of work.
+    /// Confine the process to these files, and to the system calls of this kind of work, and of what else it needs.
     #[must_use]
-    pub fn begin(reach: &Reach<'_>, work: Work) -> Self {
-        Self::apply(reach, work)
-    }
-
-    fn apply(reach: &Reach<'_>, work: Work) -> Self {
+    pub fn begin(reach: Reach<'_>, work: Work, needs: &Needs) -> Self {
         // The library of system calls asks for the auxiliary vector once, with calls that are not allowed later.
         let _ = rustix::param::page_size();
         // In this order: a filter may not know the calls that set up Landlock.
-        let paths = paths::restrict(reach);
-        let calls = filter::apply(work, filter::Threads::All);
+        let paths = paths::restrict(&reach.with_signals(needs.signals));
+        let calls = filter::apply(work, &needs.calls, filter::Threads::All);
         Self { paths, calls }
     }
 
     /// Confine it further: no file can be opened any more.
     #[must_use]
-    pub fn forbid_opening(self, work: Work) -> Self {
-        let Self { paths, calls } = Self::apply(&Reach::default(), work);
+    pub fn forbid_opening(self, work: Work, needs: &Needs) -> Self {
+        let Self { paths, calls } = Self::begin(Reach::default(), work, needs);
         Self { paths: self.paths.and(paths), calls: self.calls.and(calls) }
     }
 
@@ -66,7 +72,7 @@ impl Confinement {
     pub fn trial() -> Self {
         let confined = || Self {
             paths: paths::restrict(&Reach::default()),
-            calls: filter::apply(Work::LookInThread, filter::Threads::This),
+            calls: filter::apply(Work::LookInThread, &[], filter::Threads::This),
         };
         let nothing = |why: &std::io::Error| {
             let why = format!("no thread can be started to try it: {why}");
@@ -109,7 +115,7 @@ impl Confinement {
         let confined = || {
             // Best effort, as for a process.
             let _ = paths::restrict(&Reach::default());
-            let _ = filter::apply(Work::LookInThread, filter::Threads::This);
+            let _ = filter::apply(Work::LookInThread, &[], filter::Threads::This);
             look()
         };
         std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, confined) {

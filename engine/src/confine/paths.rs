@@ -20,6 +20,8 @@ const NEWEST: ABI = ABI::V10;
 #[derive(Clone, Debug, Default)]
 pub struct Reach<'a> {
     rules: Vec<Rule<'a>>,
+    /// Signals to processes outside are not Landlock's to deny.
+    signals: bool,
 }
 
 /// A file or directory, and whether it may be written.
@@ -40,6 +42,13 @@ impl<'a> Reach<'a> {
         self
     }
 
+    /// Signals may be sent to processes outside, as far as the filter of system calls lets them through.
+    #[must_use]
+    pub fn with_signals(mut self, signals: bool) -> Self {
+        self.signals |= signals;
+        self
+    }
+
     /// The same for one file of a directory. If it is a link, the link is not followed, and nothing can be opened by it.
     #[must_use]
     pub fn add_entry(mut self, directory: &'a impl AsFd, name: &'a OsStr, write: bool) -> Self {
@@ -57,16 +66,20 @@ pub fn restrict(reach: &Reach<'_>) -> Result<String, String> {
     match (status.ruleset, status.landlock) {
         (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => Err("it is switched off in this kernel".into()),
         (RulesetStatus::NotEnforced, _) => Err("this kernel or container has none".into()),
-        (_, LandlockStatus::Available { effective_abi, .. }) => Ok(describe(effective_abi)),
+        (_, LandlockStatus::Available { effective_abi, .. }) => Ok(describe(effective_abi, reach.signals)),
         (_, _) => Ok("Landlock: paths".into()),
     }
 }
 
 fn enforce(reach: &Reach<'_>) -> Result<RestrictionStatus, RulesetError> {
+    let mut scopes = Scope::from_all(NEWEST);
+    if reach.signals {
+        scopes.remove(Scope::Signal);
+    }
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
-        .scope(Scope::from_all(NEWEST))?
+        .scope(scopes)?
         .create()?;
     for Rule { at, entry, write } in &reach.rules {
         // A block device is asked whether it is read-only; which requests there are is the filter's to say.
@@ -86,9 +99,10 @@ fn enforce(reach: &Reach<'_>) -> Result<RestrictionStatus, RulesetError> {
 }
 
 /// What a Landlock of this version denies.
-fn describe(abi: ABI) -> String {
-    let parts = [(ABI::V1, "paths"), (ABI::V4, "network"), (ABI::V6, "signals")];
-    let denied: Vec<&str> = parts.into_iter().filter(|(since, _)| abi >= *since).map(|(_, what)| what).collect();
+fn describe(abi: ABI, signals: bool) -> String {
+    let parts = [(ABI::V1, true, "paths"), (ABI::V4, true, "network"), (ABI::V6, !signals, "signals")];
+    let parts = parts.into_iter().filter(|(since, wanted, _)| *wanted && abi >= *since);
+    let denied: Vec<&str> = parts.map(|(_, _, what)| what).collect();
     format!("Landlock ABI {abi}: {}", denied.join(", "))
 }
 
@@ -172,8 +186,9 @@ mod tests {
 
     #[test]
     fn old_kernels_deny_less_and_say_so() {
-        assert_eq!(describe(ABI::V1), "Landlock ABI 1: paths");
-        assert_eq!(describe(ABI::V5), "Landlock ABI 5: paths, network");
-        assert_eq!(describe(ABI::V7), "Landlock ABI 7: paths, network, signals");
+        assert_eq!(describe(ABI::V1, false), "Landlock ABI 1: paths");
+        assert_eq!(describe(ABI::V5, false), "Landlock ABI 5: paths, network");
+        assert_eq!(describe(ABI::V7, false), "Landlock ABI 7: paths, network, signals");
+        assert_eq!(describe(ABI::V7, true), "Landlock ABI 7: paths, network");
     }
 }

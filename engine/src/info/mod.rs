@@ -1,6 +1,6 @@
 //! `instar info`: what an image is, by its plugin's host half alone.
 
-use crate::confine::{Reach, Work};
+use crate::confine::{Needs, Reach, Work};
 use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
 use crate::image::{file_name, parent_mismatch, unknown_format, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
@@ -66,14 +66,14 @@ fn collect(registry: &Registry, request: &InfoRequest, session: &Session) -> Res
     let gate = Gate::everywhere()?;
     if chain {
         // The names that images record are followed wherever they lead, as `qemu-img info` does, but only to read.
-        session.begin(&Reach::default().add(gate.roots().top(), false), Work::OpenAndLook);
+        session.begin(Reach::default().add(gate.roots().top(), false), Work::OpenAndLook, &Needs::default());
     }
     let mut images: Vec<ImageInfo> = Vec::new();
     let mut seen = HashSet::new();
     let mut opened = file.open(Access::Shared, ErrorCode::ImageNotFound).map_err(|error| error.in_role(Role::Image))?;
     let (mut path, mut hint) = (request.image.clone(), request.format.clone());
     if !chain {
-        session.begin(&Reach::default(), Work::Look);
+        session.begin(Reach::default(), Work::Look, &Needs::default());
     }
     let mut unnamed = None;
     loop {

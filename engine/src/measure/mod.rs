@@ -52,6 +52,9 @@ pub struct MeasureRequest {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MeasureOutcome {
+    /// The sandbox that the guest ran in: "kvm" or "process"; `None` where no image had to be looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<&'static str>,
     /// Bytes that its files need, together, for what is allocated.
     pub required: u64,
     /// Bytes that they need for the whole disk.
@@ -71,7 +74,7 @@ pub fn run_measure(request: &MeasureRequest, session: &Session) -> Result<Measur
             let registry = Registry::load(&request.settings.search);
             session.note_plugins(&registry);
             let plugin = plugin_of(&registry, &request.format)?;
-            outcome(&footprint(plugin, request, *size, None)?, 0)
+            outcome(&footprint(plugin, request, *size, None)?, 0, None)
         }
         Content::Image { path, format, snapshot, force_share } => {
             let view = (format.as_deref(), snapshot.as_ref());
@@ -110,9 +113,9 @@ fn footprint(
     Ok(footprint)
 }
 
-fn outcome(footprint: &Footprint, units: u64) -> Result<MeasureOutcome, Error> {
+fn outcome(footprint: &Footprint, units: u64, sandbox: Option<&'static str>) -> Result<MeasureOutcome, Error> {
     let all = footprint.required(units).zip(footprint.fully_allocated());
     let (required, fully_allocated) =
         all.ok_or_else(|| Error::new(ErrorCode::UnsupportedFormat, "the new image would be longer than any file"))?;
-    Ok(MeasureOutcome { required, fully_allocated, bitmaps: footprint.bitmaps.into_option() })
+    Ok(MeasureOutcome { sandbox, required, fully_allocated, bitmaps: footprint.bitmaps.into_option() })
 }

@@ -94,9 +94,10 @@ impl Operation for Measure<'_> {
     }
 
     fn finish(self, ended: Ended<Self::Events>) -> Result<MeasureOutcome, Error> {
+        let sandbox = Some(ended.sandbox);
         MapEvents::conclude(ended)?;
         let units = self.units.borrow().count();
-        let measured = self.footprint.map(|footprint| outcome(&footprint, units));
+        let measured = self.footprint.map(|footprint| outcome(&footprint, units, sandbox));
         measured.unwrap_or_else(|| Err(Error::new(ErrorCode::GuestProtocol, "the guest ended before it was asked")))
     }
 }

@@ -11,9 +11,12 @@ pub fn is_of_target(code: ErrorCode) -> bool {
     )
 }
 
-/// Whether a failure is about the machine, whatever the images are: KVM cannot be used.
+/// Whether a failure is about the machine, whatever the images are: the sandbox cannot be used.
 pub fn is_of_machine(code: ErrorCode) -> bool {
-    matches!(code, ErrorCode::KvmMissing | ErrorCode::KvmPermission | ErrorCode::KvmUnusable)
+    matches!(
+        code,
+        ErrorCode::KvmMissing | ErrorCode::KvmPermission | ErrorCode::KvmUnusable | ErrorCode::SandboxUnusable
+    )
 }
 
 /// Whether a guest can know of such a failure. The others are the host's to find: scripts act upon them.
@@ -60,7 +63,9 @@ pub fn guest_may_report(code: ErrorCode) -> bool {
         | ErrorCode::BadUsage
         | ErrorCode::OutputFailed
         | ErrorCode::PermissionDenied
-        | ErrorCode::ReadOnly => false,
+        | ErrorCode::ReadOnly
+        | ErrorCode::SandboxUnusable
+        | ErrorCode::SandboxLost => false,
     }
 }
 
@@ -78,7 +83,8 @@ pub fn advice(code: ErrorCode) -> Option<&'static str> {
         | ErrorCode::GuestStalled
         | ErrorCode::GuestProtocol
         | ErrorCode::InternalOverflow => Some("please report this with the two images, or their metadata"),
-        ErrorCode::KvmMissing | ErrorCode::KvmPermission | ErrorCode::KvmUnusable => None,
+        ErrorCode::SandboxLost => Some("run the command again"),
+        ErrorCode::KvmMissing | ErrorCode::KvmPermission | ErrorCode::KvmUnusable | ErrorCode::SandboxUnusable => None,
         ErrorCode::BackingTooSmall | ErrorCode::OverlayLargerThanBacking => Some("grow the backing first"),
         ErrorCode::UnsupportedFormat
         | ErrorCode::NoBacking

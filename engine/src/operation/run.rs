@@ -11,7 +11,7 @@ use crate::devices::Devices;
 use crate::error::Error;
 use crate::image::{allow_many_open_files, prepare_to_lock, Access, Gate, NamedFile, Roots};
 use crate::plugins::{Registry, SearchPath};
-use crate::sandbox::{ModuleSpec, Program, Report};
+use crate::sandbox::{ModuleSpec, Program, Report, Sandbox, SandboxChoice};
 use instar_guest_abi::ErrorCode;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -25,6 +25,8 @@ pub struct Settings {
     pub allowed_directories: Vec<PathBuf>,
     /// Seconds to wait for images that are in use, altogether.
     pub wait: u64,
+    /// Where the guest runs.
+    pub sandbox: SandboxChoice,
 }
 
 /// What differs between operations. [`run`] calls the methods in the order in which they stand here, once each.
@@ -106,6 +108,8 @@ pub struct Ended<E> {
     pub devices: Devices,
     /// Which file each device is.
     pub paths: DevicePaths,
+    /// The name of the sandbox that it ran in, or was to.
+    pub sandbox: &'static str,
     /// How long each part took.
     pub timing: Timing,
 }
@@ -120,7 +124,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     allow_many_open_files();
     // From here on, the directories that names may lead into are descriptors: no path leads to them a second time.
     let named = operation.named();
-    let Settings { search, allowed_directories, wait } = operation.settings();
+    let Settings { search, allowed_directories, wait, sandbox } = operation.settings();
     let roots = Roots::of(&named.image, allowed_directories)?;
     // Whoever names a base wants what belongs to it as well, which lies beside it.
     let with_base = named.base.as_ref().map_or_else(|| roots.clone(), |base| roots.and(base));
@@ -129,7 +133,10 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     session.note_plugins(&registry);
     Error::if_refused(&registry)?;
     timing.mark("plugins loaded");
-    let ready = session.sandbox().acquire();
+    let ready = sandbox.acquire();
+    let needs = ready.as_ref().map(|ready| ready.needs()).unwrap_or_default();
+    let sandbox = ready.as_ref().map_or_else(|_| sandbox.name(), |ready| ready.name());
+    session.note(|| format!("sandbox: {sandbox}"));
     prepare_to_lock(session.cancel(), *wait, named.files(), allowed_directories);
     operation.acquire(&named);
     timing.mark("sandbox acquired, threads started");
@@ -140,7 +147,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let reach = of_second.iter().fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
     let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
     let (opening, running) = operation.work();
-    let confinement = session.begin(&reach, opening);
+    let confinement = session.begin(reach, opening, &needs);
     note_confinement(session, "confinement", confinement.as_ref());
     timing.mark("process confined");
 
@@ -156,7 +163,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     };
     let mut images = operation.open(&opener)?;
     timing.mark("chain opened, locked and probed");
-    let confinement = confinement.map(|confinement| confinement.forbid_opening(running));
+    let confinement = confinement.map(|confinement| confinement.forbid_opening(running, &needs));
     note_confinement(session, "confinement, now that all images are open", confinement.as_ref());
     timing.mark("process confined further");
 
@@ -178,7 +185,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
         (Ok(report), Some(told)) => told.map(|()| report),
         (Ok(_), None) => Err(silent()),
     };
-    operation.finish(Ended { end, events, devices, paths, timing })
+    operation.finish(Ended { end, events, devices, paths, sandbox, timing })
 }
 
 fn note_confinement(session: &Session, when: &str, confinement: Option<&Confinement>) {

@@ -2,8 +2,7 @@
 
 use super::observer::Observer;
 use crate::cancel::Cancel;
-use crate::confine::{Confinement, Reach, Work};
-use crate::sandbox::{Kvm, Sandbox};
+use crate::confine::{Confinement, Needs, Reach, Work};
 use std::fmt;
 use std::rc::Rc;
 
@@ -13,7 +12,6 @@ pub struct Session {
     observer: Rc<dyn Observer>,
     cancel: Cancel,
     confined: bool,
-    sandbox: Rc<dyn Sandbox>,
 }
 
 impl fmt::Debug for Session {
@@ -27,26 +25,14 @@ impl Session {
     /// panic hook that opens files, as that of the standard library with `RUST_BACKTRACE`, is stopped there.
     #[must_use]
     pub fn confined(observer: Rc<dyn Observer>, cancel: Cancel) -> Self {
-        Self { observer, cancel, confined: true, sandbox: Rc::new(Kvm) }
+        Self { observer, cancel, confined: true }
     }
 
     /// For a process that goes on afterwards: it stays as it is. What the plugins read of an image's headers, they read in
     /// this process, with all that it may do; a [`Worker`](crate::worker::Worker) keeps that away from it.
     #[must_use]
     pub fn unconfined(observer: Rc<dyn Observer>, cancel: Cancel) -> Self {
-        Self { observer, cancel, confined: false, sandbox: Rc::new(Kvm) }
-    }
-
-    /// The same, in another sandbox than [`Kvm`].
-    #[must_use]
-    pub fn in_sandbox(self, sandbox: Rc<dyn Sandbox>) -> Self {
-        Self { sandbox, ..self }
-    }
-
-    /// Where the guest runs.
-    #[must_use]
-    pub fn sandbox(&self) -> &dyn Sandbox {
-        &*self.sandbox
+        Self { observer, cancel, confined: false }
     }
 
     /// Who is told what happens.
@@ -68,8 +54,8 @@ impl Session {
         }
     }
 
-    /// Confine the process to these files and this kind of work, if that is to be.
-    pub(crate) fn begin(&self, reach: &Reach<'_>, work: Work) -> Option<Confinement> {
-        self.confined.then(|| Confinement::begin(reach, work))
+    /// Confine the process to these files, this kind of work and what else it needs, if that is to be.
+    pub(crate) fn begin(&self, reach: Reach<'_>, work: Work, needs: &Needs) -> Option<Confinement> {
+        self.confined.then(|| Confinement::begin(reach, work, needs))
     }
 }

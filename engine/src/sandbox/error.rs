@@ -2,25 +2,57 @@
 
 use instar_guest_abi::ErrorCode;
 
+/// What works without KVM, and what is weaker in it.
+pub const OTHER_SANDBOX: &str =
+    "or use `--sandbox process`, which needs no KVM and is weaker: the kernel's seccomp keeps an image's code in, not the processor";
+
 /// Why a guest could not run, or was ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SandboxError {
     /// There is no KVM device.
-    #[error("no KVM: /dev/kvm does not exist; start a container with the device, or load kvm_intel or kvm_amd: `instar doctor` says which")]
+    #[error("no KVM: /dev/kvm does not exist; start a container with the device, or load kvm_intel or kvm_amd: `instar doctor` says which; {OTHER_SANDBOX}")]
     KvmMissing,
     /// The KVM device may not be opened.
-    #[error("no permission for KVM: /dev/kvm may not be opened ({}); join the group that owns it", errno_text(*errno))]
+    #[error("no permission for KVM: /dev/kvm may not be opened ({}); join the group that owns it; {OTHER_SANDBOX}", errno_text(*errno))]
     KvmPermission {
         /// errno of the open.
         errno: i32,
     },
     /// KVM is there but cannot run a virtual machine.
-    #[error("KVM cannot run a virtual machine: {what} failed ({}); `instar doctor` says what to do", errno_text(*errno))]
+    #[error("KVM cannot run a virtual machine: {what} failed ({}); `instar doctor` says what to do; {OTHER_SANDBOX}", errno_text(*errno))]
     KvmUnusable {
         /// What failed.
         what: String,
         /// errno, or 0.
         errno: i32,
+    },
+    /// The process sandbox cannot be used.
+    #[error("the process sandbox cannot be used: {what} failed ({}); `instar doctor` says what to do", errno_text(*errno))]
+    ProcessUnusable {
+        /// What failed.
+        what: String,
+        /// errno, or 0.
+        errno: i32,
+    },
+    /// The process that the guest runs in is gone, or stands still, and not because of the guest.
+    #[error("the process of the sandbox {0}")]
+    ProcessLost(String),
+    /// Guest memory cannot be filled: a fault of the engine.
+    #[error("guest memory cannot be filled: {0}")]
+    Layout(&'static str),
+    /// The guest made a system call.
+    #[error("guest fault: the system call {name} (number {number}{}), rip {rip:#x} ({place})", architecture(*x86_64))]
+    SystemCall {
+        /// Its number.
+        number: u32,
+        /// Its name, if it is one of x86-64.
+        name: &'static str,
+        /// Whether it was made as one of x86-64.
+        x86_64: bool,
+        /// The instruction behind it.
+        rip: u64,
+        /// The module and offset that `rip` lies in.
+        place: String,
     },
     /// The guest raised a processor fault.
     #[error("guest fault: {name}{}, rip {rip:#x} ({place}), error code {error_code:#x}", at(*address))]
@@ -88,7 +120,10 @@ impl SandboxError {
             Self::KvmMissing => ErrorCode::KvmMissing,
             Self::KvmPermission { .. } => ErrorCode::KvmPermission,
             Self::KvmUnusable { .. } => ErrorCode::KvmUnusable,
-            Self::GuestFault { .. } => ErrorCode::GuestFault,
+            Self::ProcessUnusable { .. } => ErrorCode::SandboxUnusable,
+            Self::ProcessLost(_) => ErrorCode::SandboxLost,
+            Self::Layout(_) => ErrorCode::InternalOverflow,
+            Self::GuestFault { .. } | Self::SystemCall { .. } => ErrorCode::GuestFault,
             Self::GuestPanic { .. } => ErrorCode::GuestPanic,
             Self::GuestStalled { .. } => ErrorCode::GuestStalled,
             Self::GuestProtocol(_) => ErrorCode::GuestProtocol,
@@ -111,6 +146,14 @@ fn errno_text(errno: i32) -> String {
     match errno {
         0 => "no errno".to_owned(),
         errno => crate::error::reason(&std::io::Error::from_raw_os_error(errno)),
+    }
+}
+
+fn architecture(x86_64: bool) -> &'static str {
+    if x86_64 {
+        ""
+    } else {
+        ", not as of x86-64"
     }
 }
 

@@ -41,7 +41,10 @@ impl MessageBuffer {
     /// # Errors
     /// When there is no memory.
     pub fn new() -> Result<Self, SandboxError> {
-        Ok(Self { ram: GuestRam::new()?, messages: Messages::new(1 << 20) })
+        Ok(Self {
+            ram: GuestRam::new().map_err(|_| SandboxError::Layout("there is no memory"))?,
+            messages: Messages::new(1 << 20),
+        })
     }
 
     /// Deliver one message.

@@ -1,8 +1,10 @@
 //! The memory of the guest.
 
-use super::error::SandboxError;
 use instar_guest_abi::GUEST_MEMORY_SIZE;
-use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
+use std::fs::File;
+use std::io;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// Size of a large page in bytes.
 pub const LARGE_PAGE: u64 = 2 << 20;
@@ -16,23 +18,32 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Map it, zeroed.
+    /// Memory of this process alone, zeroed.
     ///
     /// # Errors
-    /// [`SandboxError::KvmUnusable`] when there is no memory.
-    pub fn new() -> Result<Self, SandboxError> {
+    /// There is none.
+    pub fn new() -> io::Result<Self> {
         let (size, large) = (to_usize(GUEST_MEMORY_SIZE), to_usize(LARGE_PAGE));
-        let region = MmapRegion::<()>::new(size + large)
-            .map_err(|_| SandboxError::unusable("mapping 66 MiB of memory", libc::ENOMEM))?;
+        let region = MmapRegion::<()>::new(size + large).map_err(reason)?;
         let start = region.as_ptr().align_offset(large);
         if start > large {
-            return Err(SandboxError::unusable("aligning the guest's memory", 0));
+            return Err(io::ErrorKind::AddrNotAvailable.into());
         }
         let ram = Self { region, start };
         // SAFETY: the range was mapped above and belongs to this object; the advice changes no content. If large
         // pages are not granted, the guest is only slower.
         unsafe { libc::madvise(ram.host_address() as *mut libc::c_void, size, libc::MADV_HUGEPAGE) };
         Ok(ram)
+    }
+
+    /// Memory that is this file, which has the size of the guest's memory: another process may map it, too.
+    ///
+    /// # Errors
+    /// It cannot be mapped.
+    pub fn of_file(file: File) -> io::Result<Self> {
+        let size = to_usize(GUEST_MEMORY_SIZE);
+        let region = MmapRegion::<()>::from_file(FileOffset::new(file, 0), size).map_err(reason)?;
+        Ok(Self { region, start: 0 })
     }
 
     /// Where address 0 of the guest is in this process.
@@ -77,7 +88,14 @@ impl GuestRam {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "KVM on x86-64 only, and addresses are checked")]
+fn reason(error: MmapRegionError) -> io::Error {
+    match error {
+        MmapRegionError::Mmap(error) => error,
+        other => io::Error::other(other),
+    }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "x86-64 only, and addresses are checked")]
 const fn to_usize(value: u64) -> usize {
     value as usize
 }

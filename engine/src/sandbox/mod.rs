@@ -1,28 +1,38 @@
 //! Where the modules of an operation run: with nothing but the images' bytes, through a host that checks every request.
 //!
-//! A [`Sandbox`] is acquired before the process confines itself, and runs one [`Program`] later. [`kvm`] is the one there is.
+//! A [`Sandbox`] is acquired before the process confines itself, and runs one [`Program`] later. [`kvm`] is a virtual machine;
+//! [`process`] is for machines that have none.
 
+mod choice;
 mod error;
 pub(crate) mod fuzzing;
+mod guest_loop;
 mod host;
 pub mod kvm;
+mod layout;
 mod log;
 mod memory;
 mod messages;
 mod module;
 mod placed;
 mod plain;
+pub mod process;
 mod program;
 mod rights;
+mod x86;
 
+pub use choice::SandboxChoice;
 pub use error::SandboxError;
 pub use host::{BadRequest, BufferAccess, Excess, Host};
 pub use kvm::Kvm;
 pub use log::GuestLog;
+pub use process::Process;
 pub(crate) use program::guest_module;
 pub use program::{ModuleSpec, Program, Report, FIRST_FORMAT};
 #[cfg(test)]
 pub use vm_memory::VolatileSlice;
+
+use crate::confine::Needs;
 
 /// A way to run programs of guest modules.
 pub trait Sandbox {
@@ -38,6 +48,12 @@ pub trait Sandbox {
 
 /// A sandbox that was acquired.
 pub trait Ready {
+    /// The name of the sandbox that it is, as an operator writes it.
+    fn name(&self) -> &'static str;
+
+    /// What the process has to be allowed until the program has run.
+    fn needs(&self) -> Needs;
+
     /// Run a program until it exits.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Structures shared with the guest, as bytes.
 
 use instar_guest_abi::{ChainConfig, FileDevice, Member, ModuleTable, OperationConfig, Request};
+use instar_guest_starter::{FaultRecord, MappedRange, Plan, MAX_RANGES};
 
 /// A type that is its bytes.
 ///
@@ -20,11 +21,17 @@ unsafe impl Plain for FileDevice {}
 unsafe impl Plain for ModuleTable {}
 // SAFETY: as above.
 unsafe impl Plain for Request {}
+// SAFETY: 64-bit integers.
+unsafe impl Plain for Plan {}
+// SAFETY: as above.
+unsafe impl Plain for FaultRecord {}
 
 const _: () = assert!(size_of::<OperationConfig>() == 8 + 2 * 4 + 4 * 8);
 const _: () = assert!(size_of::<ChainConfig>() == 3 * 8);
 const _: () = assert!(size_of::<Member>() == 4 * 4 + 4 * 4 + 7 * 8);
 const _: () = assert!(size_of::<FileDevice>() == 2 * 4 + 2 * 8);
+const _: () = assert!(size_of::<MappedRange>() == 3 * 8 && size_of::<Plan>() == 3 * 8 + MAX_RANGES * 3 * 8);
+const _: () = assert!(size_of::<FaultRecord>() == 5 * 8);
 const _: () = assert!(size_of::<ModuleTable>() == 8 + 2 * 4 + 16 * (3 * 8 + 32));
 
 /// The bytes of `values`.

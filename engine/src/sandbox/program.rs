@@ -15,8 +15,6 @@ macro_rules! guest_module {
 }
 pub(crate) use guest_module;
 
-const CORE: ModuleSpec<'static> = guest_module!("core");
-
 /// A guest module.
 #[derive(Clone, Copy, Debug)]
 pub struct ModuleSpec<'a> {
@@ -46,8 +44,8 @@ pub struct Program<'a> {
     pub stall_limit: Duration,
     /// Bytes of messages that the guest may send, default 16 MiB; a message counts for 256 at least.
     pub message_limit: u64,
-    /// The core.
-    pub core: ModuleSpec<'a>,
+    /// A core instead of the sandbox's own, for tests of hostile guests.
+    pub core: Option<ModuleSpec<'a>>,
     /// The operation.
     pub operation: ModuleSpec<'a>,
 }
@@ -56,7 +54,7 @@ pub struct Program<'a> {
 pub const FIRST_FORMAT: u32 = 2;
 
 impl<'a> Program<'a> {
-    /// An operation with the engine's own core.
+    /// An operation with the sandbox's own core.
     #[must_use]
     pub fn new(
         operation: ModuleSpec<'a>,
@@ -71,7 +69,7 @@ impl<'a> Program<'a> {
             modules,
             stall_limit: Duration::from_secs(30),
             message_limit: 16 << 20,
-            core: CORE,
+            core: None,
             operation,
         }
     }
@@ -79,7 +77,7 @@ impl<'a> Program<'a> {
     /// Another core, for tests of hostile guests.
     #[must_use]
     pub fn with_core(mut self, elf: &'a [u8]) -> Self {
-        self.core.elf = elf;
+        self.core = Some(ModuleSpec { name: "core", version: env!("CARGO_PKG_VERSION"), elf });
         self
     }
 
@@ -108,6 +106,8 @@ impl<'a> Program<'a> {
 /// What a guest did, and how long it took.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Report {
+    /// The sandbox's name.
+    pub sandbox: &'static str,
     /// Times that the guest left for the host.
     pub exits: u64,
     /// Doorbells.
@@ -116,9 +116,9 @@ pub struct Report {
     pub requests: u64,
     /// Messages.
     pub messages: u64,
-    /// Creating the machine, its memory and its vCPU.
+    /// Creating the virtual machine, its memory and its vCPU, or starting the process.
     pub time_create: Duration,
-    /// Loading the modules and building the page tables.
+    /// Loading the modules, and page tables if the sandbox has its own.
     pub time_load: Duration,
     /// From entering the guest to its first exit.
     pub time_first_exit: Duration,
@@ -126,6 +126,6 @@ pub struct Report {
     pub time_run: Duration,
     /// Time spent in the guest.
     pub time_guest: Duration,
-    /// Privilege level of the guest, read back from the vCPU's code segment at the first exit.
+    /// Privilege level of the guest: of a vCPU, read back from its code segment at the first exit; of a process, 3.
     pub ring: u8,
 }

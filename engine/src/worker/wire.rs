@@ -6,6 +6,7 @@ use crate::devices::Cache;
 use crate::error::{Error, Role};
 use crate::operation::{Observer, Progress, Settings, Stage, Timing};
 use crate::plugins::SearchPath;
+use crate::sandbox::{Sandbox, SandboxChoice};
 use instar_guest_abi::ErrorCode;
 use prost::Message;
 use std::ffi::OsStr;
@@ -50,6 +51,8 @@ struct CommitMessage {
     progress: bool,
     #[prost(bool, tag = "16")]
     measure: bool,
+    #[prost(uint32, tag = "17")]
+    sandbox: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -108,6 +111,8 @@ struct OutcomeEvent {
     backing_grows_to: Option<u64>,
     #[prost(bytes = "vec", tag = "12")]
     overlay_given: Vec<u8>,
+    #[prost(uint32, tag = "13")]
+    sandbox: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -181,7 +186,7 @@ fn paths(all: &[Vec<u8>]) -> Vec<PathBuf> {
 
 /// A request as it is sent, and what the observer wants to know.
 pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
-    let Settings { search, allowed_directories, wait } = &request.settings;
+    let Settings { search, allowed_directories, wait, sandbox } = &request.settings;
     let message = CommitMessage {
         overlay: bytes(&request.overlay),
         format: request.format.clone(),
@@ -199,6 +204,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         requested_plugins: all_bytes(search.requested()),
         notes: observer.wants_notes(),
         progress: observer.wants_progress(),
+        sandbox: number(&SandboxChoice::ALL, sandbox),
     };
     message.encode_to_vec()
 }
@@ -206,6 +212,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
 /// A request, and whether notes and progress are wanted.
 pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
     let message = CommitMessage::decode(bytes).ok()?;
+    let sandbox = by_number(&SandboxChoice::ALL, message.sandbox)?;
     let search = SearchPath::with_requested(paths(&message.plugins), paths(&message.requested_plugins));
     let request = CommitRequest {
         overlay: path(&message.overlay),
@@ -218,7 +225,7 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         resize_backing: message.resize_backing,
         rate_limit: message.rate_limit,
         cache: by_number(&CACHES, message.cache)?,
-        settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait },
+        settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait, sandbox },
     };
     (!request.overlay.as_os_str().is_empty()).then_some((request, message.notes, message.progress))
 }
@@ -263,6 +270,8 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
                 length: preview.backing_length_bytes,
             }),
             backing_grows_to: outcome.backing_grows_to,
+            sandbox: SandboxChoice::from_name(outcome.sandbox)
+                .map_or(0, |sandbox| number(&SandboxChoice::ALL, &sandbox)),
         }),
         Err(error) => Kind::Error(ErrorEvent {
             code: error.code.number(),
@@ -312,6 +321,7 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
             free_bytes: preview.free,
         }),
         backing_grows_to: event.backing_grows_to,
+        sandbox: by_number(&SandboxChoice::ALL, event.sandbox).unwrap_or_default().name(),
         run: GuestRun::default(),
         timing: Timing::default(),
     }
@@ -384,6 +394,7 @@ mod tests {
                 search: SearchPath::with_requested(vec![odd(), "/b".into()], vec!["/b".into()]),
                 allowed_directories: vec![odd()],
                 wait: 9,
+                sandbox: SandboxChoice::Process,
             },
         };
         let (arrived, notes, progress) = parse(&request(&sent, &())).unwrap();

@@ -1,11 +1,11 @@
 //! A guest that attacks the images and the host through the ring, against real files: it is ended with a clear error, no file
 //! is touched that it may not write, and what it may write stays within its bound.
 
-use crate::support::spec;
+use crate::support::{on_both, spec};
 use instar::commit::{CommitEvents, PlanBounds};
 use instar::devices::{Device, Devices};
 use instar::operation::{Cancel, Handler};
-use instar::sandbox::{self, BadRequest, BufferAccess, Host, Kvm, Report, SandboxError};
+use instar::sandbox::{self, BadRequest, BufferAccess, Host, Report, Sandbox, SandboxError};
 use instar_guest_abi::{ErrorCode, Part, Phase, Request, DEVICE_OUTPUT};
 use instar_guest_protocol::{guest_message::Kind, Message};
 use instar_guest_testmod::Scenario;
@@ -69,11 +69,11 @@ impl Images {
         File::options().read(true).write(write).open(self.path(name)).unwrap()
     }
 
-    fn run(&self, scenario: Scenario) -> (TestHost, Result<Report, SandboxError>) {
+    fn run(&self, on: &dyn Sandbox, scenario: Scenario) -> (TestHost, Result<Report, SandboxError>) {
         let mut devices = self.devices();
         devices.enter(Phase::Target).unwrap();
         let mut host = TestHost { devices, messages: 0, bytes: 0, statuses: Vec::new() };
-        let result = sandbox::run(&Kvm, &spec(scenario).with_message_limit(2 << 20), &mut host);
+        let result = sandbox::run(on, &spec(on, scenario).with_message_limit(2 << 20), &mut host);
         (host, result)
     }
 
@@ -89,11 +89,16 @@ impl Images {
     }
 
     /// Run a guest as a commit does, which it may go on with up to this phase.
-    fn commit(&self, scenario: Scenario, last_phase: Phase) -> (Handler<CommitEvents>, Result<Report, SandboxError>) {
+    fn commit(
+        &self,
+        on: &dyn Sandbox,
+        scenario: Scenario,
+        last_phase: Phase,
+    ) -> (Handler<CommitEvents>, Result<Report, SandboxError>) {
         let bounds = PlanBounds { virtual_size: LENGTH, longest: BOUND, ..PlanBounds::default() };
         let events = CommitEvents { last_phase, bounds, ..CommitEvents::default() };
         let mut handler = Handler::new(self.devices(), events, Cancel::new());
-        let result = sandbox::run(&Kvm, &spec(scenario), &mut handler);
+        let result = sandbox::run(on, &spec(on, scenario), &mut handler);
         (handler, result)
     }
 
@@ -119,133 +124,143 @@ fn assert_ended(result: Result<Report, SandboxError>, scenario: Scenario, why: &
     assert!(text.starts_with("the guest broke the protocol: ") && text.contains(why), "{scenario:?}: {text}");
 }
 
-#[test]
-fn a_file_grows_to_its_bound_and_no_further() {
-    for scenario in [Scenario::GrowLength, Scenario::GrowWrite, Scenario::GrowCopy] {
-        let images = Images::new();
-        let (_, result) = images.run(scenario);
-        assert_ended(result, scenario, "more than the file may grow in this commit");
-        let output = images.path("output").metadata().unwrap();
-        assert_eq!(output.len(), BOUND, "{scenario:?}");
-        assert!(output.blocks() * 512 <= BOUND + (1 << 20), "{scenario:?} takes {} blocks", output.blocks());
-        images.assert_others_untouched(scenario);
+on_both! {
+    fn a_file_grows_to_its_bound_and_no_further(on) {
+        for scenario in [Scenario::GrowLength, Scenario::GrowWrite, Scenario::GrowCopy] {
+            let images = Images::new();
+            let (_, result) = images.run(on, scenario);
+            assert_ended(result, scenario, "more than the file may grow in this commit");
+            let output = images.path("output").metadata().unwrap();
+            assert_eq!(output.len(), BOUND, "{scenario:?}");
+            assert!(output.blocks() * 512 <= BOUND + (1 << 20), "{scenario:?} takes {} blocks", output.blocks());
+            images.assert_others_untouched(scenario);
+        }
     }
 }
 
-#[test]
-fn requests_that_break_a_rule_change_nothing() {
-    for (scenario, why) in [
-        (Scenario::WriteReadOnly, "a change of a device that is read-only"),
-        (Scenario::ReadAbsent, "a device that is absent"),
-        (Scenario::CopyOverflow, "a source range that overflows"),
-        (Scenario::BufferOutside, "a buffer outside the heap"),
-        (Scenario::DoorbellEmpty, "a doorbell for 0 requests, 1 to 256 are possible"),
-        (Scenario::DoorbellCount, "a doorbell for 257 requests, 1 to 256 are possible"),
-        (Scenario::RingGarbage, "an operation that does not exist"),
-    ] {
-        let images = Images::new();
-        let (_, result) = images.run(scenario);
-        assert_ended(result, scenario, why);
-        assert!(read(images.path("output")).unwrap() == Images::content(2), "{scenario:?}");
-        images.assert_others_untouched(scenario);
+on_both! {
+    fn requests_that_break_a_rule_change_nothing(on) {
+        for (scenario, why) in [
+            (Scenario::WriteReadOnly, "a change of a device that is read-only"),
+            (Scenario::ReadAbsent, "a device that is absent"),
+            (Scenario::CopyOverflow, "a source range that overflows"),
+            (Scenario::BufferOutside, "a buffer outside the heap"),
+            (Scenario::DoorbellEmpty, "a doorbell for 0 requests, 1 to 256 are possible"),
+            (Scenario::DoorbellCount, "a doorbell for 257 requests, 1 to 256 are possible"),
+            (Scenario::RingGarbage, "an operation that does not exist"),
+        ] {
+            let images = Images::new();
+            let (_, result) = images.run(on, scenario);
+            assert_ended(result, scenario, why);
+            assert!(read(images.path("output")).unwrap() == Images::content(2), "{scenario:?}");
+            images.assert_others_untouched(scenario);
+        }
     }
 }
 
-#[test]
-fn garbage_between_good_requests_ends_the_guest_there() {
-    let images = Images::new();
-    let (host, result) = images.run(Scenario::RingMixed);
-    assert_ended(result, Scenario::RingMixed, "an operation that does not exist");
-    // The first was executed, the third was not looked at.
-    assert_eq!(host.statuses, [0, -1, -1]);
-    let mut expected = Images::content(2);
-    expected[..512].fill(0x77);
-    assert!(read(images.path("output")).unwrap() == expected);
-    images.assert_others_untouched(Scenario::RingMixed);
-}
-
-#[test]
-fn floods_of_messages_have_an_end() {
-    /// What a guest may send in all, in bytes.
-    const LIMIT: usize = 2 << 20;
-    for (scenario, fewest) in [(Scenario::LongMessageFlood, 100), (Scenario::EmptyMessageFlood, 8_000)] {
+on_both! {
+    fn garbage_between_good_requests_ends_the_guest_there(on) {
         let images = Images::new();
-        let (host, result) = images.run(scenario);
-        assert_ended(result, scenario, "more messages than it may send");
-        assert!(host.bytes <= LIMIT && host.messages >= fewest, "{scenario:?}: {} {}", host.messages, host.bytes);
-        images.assert_others_untouched(scenario);
+        let (host, result) = images.run(on, Scenario::RingMixed);
+        assert_ended(result, Scenario::RingMixed, "an operation that does not exist");
+        // The first was executed, the third was not looked at.
+        assert_eq!(host.statuses, [0, -1, -1]);
+        let mut expected = Images::content(2);
+        expected[..512].fill(0x77);
+        assert!(read(images.path("output")).unwrap() == expected);
+        images.assert_others_untouched(Scenario::RingMixed);
     }
 }
 
-#[test]
-fn a_loop_after_a_request_is_a_stall_and_a_ring_without_a_bell_is_nothing() {
-    let images = Images::new();
-    let error = images.run(Scenario::StallAfterRequest).1.unwrap_err();
-    assert_eq!(error.code(), ErrorCode::GuestStalled);
-    assert!(read(images.path("output")).unwrap() == Images::content(2));
-    images.assert_others_untouched(Scenario::StallAfterRequest);
-}
-
-#[test]
-fn what_is_changed_too_early_is_not_changed() {
-    for (scenario, last_phase, why) in [
-        (Scenario::EarlyWrite, Phase::Overlay, "before a plan was accepted"),
-        (Scenario::DryRunWrite, Phase::Look, "before a plan was accepted"),
-        (Scenario::LyingPlan, Phase::Overlay, "where its verdict allows"),
-        (Scenario::WholeCommit, Phase::Look, "announced in a dry run"),
-        (Scenario::FailureWithoutCode, Phase::Overlay, "an error without a code: the L1 table"),
-    ] {
-        let images = Images::new();
-        let (handler, result) = images.commit(scenario, last_phase);
-        assert_ended(result, scenario, why);
-        assert!(!images.is_changed("output") && !handler.devices.any_changed(), "{scenario:?}");
-        images.assert_others_untouched(scenario);
+on_both! {
+    fn floods_of_messages_have_an_end(on) {
+        /// What a guest may send in all, in bytes.
+        const LIMIT: usize = 2 << 20;
+        for (scenario, fewest) in [(Scenario::LongMessageFlood, 100), (Scenario::EmptyMessageFlood, 8_000)] {
+            let images = Images::new();
+            let (host, result) = images.run(on, scenario);
+            assert_ended(result, scenario, "more messages than it may send");
+            assert!(host.bytes <= LIMIT && host.messages >= fewest, "{scenario:?}: {} {}", host.messages, host.bytes);
+            images.assert_others_untouched(scenario);
+        }
     }
 }
 
-#[test]
-fn an_overlay_is_changed_after_its_target_or_not_at_all() {
-    for (scenario, last_phase, why) in [
-        (Scenario::EarlyOverlay, Phase::Overlay, "before the target is complete"),
-        (Scenario::DirtyOverlay, Phase::Overlay, "while device 512 of the target is not flushed"),
-        (Scenario::FalseSuccess, Phase::Overlay, "before its work was done"),
-        (Scenario::FalseSuccess, Phase::Target, "while device 512 is not flushed"),
-    ] {
+on_both! {
+    fn a_loop_after_a_request_is_a_stall_and_a_ring_without_a_bell_is_nothing(on) {
         let images = Images::new();
-        let (handler, result) = images.commit(scenario, last_phase);
-        assert_ended(result, scenario, why);
-        assert!(images.is_changed("output") && handler.devices.any_changed(), "{scenario:?}");
-        images.assert_others_untouched(scenario);
+        let error = images.run(on, Scenario::StallAfterRequest).1.unwrap_err();
+        assert_eq!(error.code(), ErrorCode::GuestStalled);
+        assert!(read(images.path("output")).unwrap() == Images::content(2));
+        images.assert_others_untouched(Scenario::StallAfterRequest);
     }
 }
 
-#[test]
-fn of_an_overlay_that_is_kept_only_the_record_of_its_parent_changes() {
-    for (scenario, why) in
-        [(Scenario::WholeCommit, "that is to keep its content"), (Scenario::LargeRecord, "no record of its parent")]
-    {
-        let images = Images::new();
-        let (_, result) = images.commit(scenario, Phase::Target);
-        assert_ended(result, scenario, why);
-        let overlay = read(images.path("overlay")).unwrap();
-        assert!(overlay[..512].iter().all(|&byte| byte == 0x77) && overlay[512..] == Images::content(0)[512..]);
+on_both! {
+    fn what_is_changed_too_early_is_not_changed(on) {
+        for (scenario, last_phase, why) in [
+            (Scenario::EarlyWrite, Phase::Overlay, "before a plan was accepted"),
+            (Scenario::DryRunWrite, Phase::Look, "before a plan was accepted"),
+            (Scenario::LyingPlan, Phase::Overlay, "where its verdict allows"),
+            (Scenario::WholeCommit, Phase::Look, "announced in a dry run"),
+            (Scenario::FailureWithoutCode, Phase::Overlay, "an error without a code: the L1 table"),
+        ] {
+            let images = Images::new();
+            let (handler, result) = images.commit(on, scenario, last_phase);
+            assert_ended(result, scenario, why);
+            assert!(!images.is_changed("output") && !handler.devices.any_changed(), "{scenario:?}");
+            images.assert_others_untouched(scenario);
+        }
     }
 }
 
-#[test]
-fn a_commit_that_keeps_the_order_is_done() {
-    let images = Images::new();
-    let (handler, result) = images.commit(Scenario::WholeCommit, Phase::Overlay);
-    result.unwrap();
-    assert_eq!((handler.end, handler.events.outcome.clusters_committed), (Some(Ok(())), 1));
-    assert_eq!(handler.log.lines(), ["512 bytes are left"]);
-    assert!(images.is_changed("output") && read(images.path("overlay")).unwrap().len() == 512);
+on_both! {
+    fn an_overlay_is_changed_after_its_target_or_not_at_all(on) {
+        for (scenario, last_phase, why) in [
+            (Scenario::EarlyOverlay, Phase::Overlay, "before the target is complete"),
+            (Scenario::DirtyOverlay, Phase::Overlay, "while device 512 of the target is not flushed"),
+            (Scenario::FalseSuccess, Phase::Overlay, "before its work was done"),
+            (Scenario::FalseSuccess, Phase::Target, "while device 512 is not flushed"),
+        ] {
+            let images = Images::new();
+            let (handler, result) = images.commit(on, scenario, last_phase);
+            assert_ended(result, scenario, why);
+            assert!(images.is_changed("output") && handler.devices.any_changed(), "{scenario:?}");
+            images.assert_others_untouched(scenario);
+        }
+    }
 }
 
-#[test]
-fn a_request_that_breaks_a_rule_names_who_asked() {
-    let error = Images::new().commit(Scenario::StackBuffer, Phase::Look).1;
-    // Through core, which knows who calls it.
-    let text = error.unwrap_err().to_string();
-    assert!(text.contains("device 0") && text.contains("(asked for by test 0.9.1+0x"), "{text}");
+on_both! {
+    fn of_an_overlay_that_is_kept_only_the_record_of_its_parent_changes(on) {
+        for (scenario, why) in
+            [(Scenario::WholeCommit, "that is to keep its content"), (Scenario::LargeRecord, "no record of its parent")]
+        {
+            let images = Images::new();
+            let (_, result) = images.commit(on, scenario, Phase::Target);
+            assert_ended(result, scenario, why);
+            let overlay = read(images.path("overlay")).unwrap();
+            assert!(overlay[..512].iter().all(|&byte| byte == 0x77) && overlay[512..] == Images::content(0)[512..]);
+        }
+    }
+}
+
+on_both! {
+    fn a_commit_that_keeps_the_order_is_done(on) {
+        let images = Images::new();
+        let (handler, result) = images.commit(on, Scenario::WholeCommit, Phase::Overlay);
+        result.unwrap();
+        assert_eq!((handler.end, handler.events.outcome.clusters_committed), (Some(Ok(())), 1));
+        assert_eq!(handler.log.lines(), ["512 bytes are left"]);
+        assert!(images.is_changed("output") && read(images.path("overlay")).unwrap().len() == 512);
+    }
+}
+
+on_both! {
+    fn a_request_that_breaks_a_rule_names_who_asked(on) {
+        let error = Images::new().commit(on, Scenario::StackBuffer, Phase::Look).1;
+        // Through core, which knows who calls it.
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("device 0") && text.contains("(asked for by test 0.9.1+0x"), "{text}");
+    }
 }

@@ -1,6 +1,6 @@
-//! Guests and a host for the tests of the KVM runner.
+//! Guests and a host for the tests of the sandboxes.
 
-use instar::sandbox::{self, BadRequest, BufferAccess, Host, Kvm, ModuleSpec, Program, Report, SandboxError};
+use instar::sandbox::{self, BadRequest, BufferAccess, Host, ModuleSpec, Program, Report, Sandbox, SandboxError};
 use instar_guest_abi::{
     device_flags, request_status, DeviceConfig, Member, MemberRole, Request, RequestOp, DEVICE_OUTPUT,
 };
@@ -98,9 +98,9 @@ pub fn members() -> Vec<Member> {
     vec![member(MemberRole::Empty, device), member(MemberRole::Write, DeviceConfig { device: DEVICE_OUTPUT, ..device })]
 }
 
-pub fn spec(scenario: Scenario) -> Program<'static> {
+pub fn spec(on: &dyn Sandbox, scenario: Scenario) -> Program<'static> {
     let modules = vec![module("plain", format())];
-    Program::new(instar::commit::MODULE, scenario.payload().to_vec(), members(), modules)
+    Program::new(instar::commit::MODULE, scenario.payload(on.name() == "process").to_vec(), members(), modules)
         .with_operation(module("test", operation()))
         .with_stall_limit(Duration::from_secs(2))
 }
@@ -109,15 +109,15 @@ pub fn module(name: &'static str, elf: &'static [u8]) -> ModuleSpec<'static> {
     ModuleSpec { name, version: "0.9.1", elf }
 }
 
-pub fn run(scenario: Scenario) -> (TestHost, Result<Report, SandboxError>) {
+pub fn run(on: &dyn Sandbox, scenario: Scenario) -> (TestHost, Result<Report, SandboxError>) {
     let mut host = TestHost::default();
-    let result = sandbox::run(&Kvm, &spec(scenario), &mut host);
+    let result = sandbox::run(on, &spec(on, scenario), &mut host);
     (host, result)
 }
 
 /// The error's text.
-pub fn failure(scenario: Scenario) -> String {
-    run(scenario).1.unwrap_err().to_string()
+pub fn failure(on: &dyn Sandbox, scenario: Scenario) -> String {
+    run(on, scenario).1.unwrap_err().to_string()
 }
 
 /// An ELF whose only segment is `code`, mapped read-execute, with its entry at the first byte.
@@ -139,7 +139,37 @@ pub fn raw_code(code: &[u8]) -> Vec<u8> {
 }
 
 /// Run `code` instead of core, with nothing to help it.
-pub fn run_raw(code: &[u8]) -> Result<Report, SandboxError> {
+pub fn run_raw(on: &dyn Sandbox, code: &[u8]) -> Result<Report, SandboxError> {
     let elf = raw_code(code);
-    sandbox::run(&Kvm, &spec(Scenario::Good).with_core(&elf), &mut TestHost::default())
+    sandbox::run(on, &spec(on, Scenario::Good).with_core(&elf), &mut TestHost::default())
 }
+
+/// `mov edi, ADDRESS` followed by `rest`.
+pub fn with_address(address: u64, rest: &[u8]) -> Vec<u8> {
+    let mut code = vec![0xbf];
+    code.extend(u32::try_from(address).unwrap().to_le_bytes());
+    code.extend(rest);
+    code
+}
+
+/// A test on every sandbox: one body, a test of each name.
+macro_rules! on_both {
+    (fn $name:ident($on:ident) $body:block) => {
+        mod $name {
+            use super::*;
+
+            fn test($on: &dyn instar::sandbox::Sandbox) $body
+
+            #[test]
+            fn kvm() {
+                test(&instar::sandbox::Kvm);
+            }
+
+            #[test]
+            fn process() {
+                test(&instar::sandbox::Process);
+            }
+        }
+    };
+}
+pub(crate) use on_both;

@@ -1,8 +1,12 @@
-//! Core at its place in the guest: ports, fixed addresses, the one heap. Only ever run in the guest.
+//! Core at its place in the guest: fixed addresses, the one heap, the way to the host. Only ever run in the guest.
+//!
+//! How the host is called is the one thing that differs between sandboxes: an [`Exit`]. Each sandbox has a program of its own
+//! that is this module with its exit: `core-module` for a virtual machine, `process-module` for a process.
 
 use crate::{check_configuration, check_descriptor, encode_panic, module_name, submit, Doorbell, Heap, StartError};
-use core::arch::{asm, naked_asm};
+use core::arch::naked_asm;
 use core::cell::UnsafeCell;
+use core::marker::PhantomData;
 use core::ops::Range;
 use core::ptr::null;
 use core::slice;
@@ -12,6 +16,16 @@ use instar_guest_abi::{
     MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_EXIT,
     PORT_MESSAGE, RING_ADDR,
 };
+
+/// The way out of the sandbox.
+pub trait Exit: 'static {
+    /// Tell the host this value on this port, and wait until the host has done what that asks for.
+    ///
+    /// # Safety
+    /// Called in the guest. The host may read and write the ring, the message and the buffers that the ring names: memory
+    /// counts as changed.
+    unsafe fn out(port: u16, value: u32);
+}
 
 /// State of the guest, which has one thread and no interrupts.
 struct Global<T>(UnsafeCell<T>);
@@ -28,19 +42,24 @@ fn with_heap<T>(body: impl FnOnce(&mut Heap) -> T) -> T {
     body(unsafe { &mut *HEAP.0.get() })
 }
 
-static TABLE: CallTable = CallTable {
-    #[allow(clippy::cast_possible_truncation, reason = "some dozens of bytes")]
-    size: size_of::<CallTable>() as u32,
-    abi_major: MODULE_ABI_MAJOR,
-    abi_minor: MODULE_ABI_MINOR,
-    reserved: 0,
-    alloc,
-    dealloc,
-    submit: submit_all,
-    message,
-    heap_free,
-    panic,
-};
+/// What every module is given.
+struct Table<E>(PhantomData<E>);
+
+impl<E: Exit> Table<E> {
+    const TABLE: &'static CallTable = &CallTable {
+        #[allow(clippy::cast_possible_truncation, reason = "some dozens of bytes")]
+        size: size_of::<CallTable>() as u32,
+        abi_major: MODULE_ABI_MAJOR,
+        abi_minor: MODULE_ABI_MINOR,
+        reserved: 0,
+        alloc,
+        dealloc,
+        submit: submit_all::<E>,
+        message: message::<E>,
+        heap_free,
+        panic: panic::<E>,
+    };
+}
 
 /// An address of the guest, which is of 64 bits.
 #[allow(clippy::cast_possible_truncation, reason = "built for 64 bits only")]
@@ -48,10 +67,9 @@ const fn address(value: u64) -> usize {
     value as usize
 }
 
-fn out(port: u16, value: u32) {
-    // SAFETY: the host executes the `out`; it may read and write the ring, the message and the buffers that the
-    // ring names, so memory counts as changed.
-    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack)) };
+fn out<E: Exit>(port: u16, value: u32) {
+    // SAFETY: in the guest; no reference to what the host may change is used across the call.
+    unsafe { E::out(port, value) };
 }
 
 extern "C" fn alloc(size: usize, align: usize) -> *mut u8 {
@@ -67,19 +85,20 @@ extern "C" fn heap_free() -> usize {
     with_heap(|heap| heap.free())
 }
 
-struct Bell {
+struct Bell<E> {
     /// The code that submitted the requests.
     caller: u64,
+    exit: PhantomData<E>,
 }
 
-impl Doorbell for Bell {
+impl<E: Exit> Doorbell for Bell<E> {
     fn ring(&mut self, requests: &mut [Request]) {
         // SAFETY: the ring is mapped there, and no other reference to it exists.
         let entries = unsafe { &mut (*(RING_ADDR as *mut Ring)).entries };
         for (entry, request) in entries.iter_mut().zip(&*requests) {
             *entry = Request { caller: self.caller, ..*request };
         }
-        out(PORT_DOORBELL, u32::try_from(requests.len()).unwrap_or(0));
+        out::<E>(PORT_DOORBELL, u32::try_from(requests.len()).unwrap_or(0));
         for (request, entry) in requests.iter_mut().zip(&*entries) {
             request.status = entry.status;
             if request.op == RequestOp::NextData as u32 {
@@ -111,16 +130,16 @@ impl Doorbell for Bell {
 
 /// Execute requests for the module that calls: its return address is noted in each.
 #[unsafe(naked)]
-extern "C" fn submit_all(requests: *mut Request, count: usize) -> usize {
-    naked_asm!("mov rdx, [rsp]", "jmp {submit_for}", submit_for = sym submit_for)
+extern "C" fn submit_all<E: Exit>(requests: *mut Request, count: usize) -> usize {
+    naked_asm!("mov rdx, [rsp]", "jmp {submit_for}", submit_for = sym submit_for::<E>)
 }
 
-extern "C" fn submit_for(requests: *mut Request, count: usize, caller: u64) -> usize {
+extern "C" fn submit_for<E: Exit>(requests: *mut Request, count: usize, caller: u64) -> usize {
     if requests.is_null() || count == 0 {
         return 0;
     }
     // SAFETY: the interface promises `count` requests whose buffers are accessible to the guest.
-    unsafe { submit(&mut Bell { caller }, slice::from_raw_parts_mut(requests, count)) }
+    unsafe { submit(&mut Bell::<E> { caller, exit: PhantomData }, slice::from_raw_parts_mut(requests, count)) }
 }
 
 /// The message buffer.
@@ -129,7 +148,7 @@ fn buffer() -> &'static mut [u8] {
     unsafe { slice::from_raw_parts_mut(MESSAGE_ADDR as *mut u8, address(MESSAGE_SIZE)) }
 }
 
-extern "C" fn message(bytes: *const u8, length: usize) {
+extern "C" fn message<E: Exit>(bytes: *const u8, length: usize) {
     if bytes.is_null() {
         return;
     }
@@ -138,38 +157,38 @@ extern "C" fn message(bytes: *const u8, length: usize) {
     match buffer().get_mut(..length) {
         Some(buffer) => {
             buffer.copy_from_slice(bytes);
-            out(PORT_MESSAGE, u32::try_from(length).unwrap_or(0));
+            out::<E>(PORT_MESSAGE, u32::try_from(length).unwrap_or(0));
         }
-        None => report("a module sent a message that is too long", 0),
+        None => report::<E>("a module sent a message that is too long", 0),
     }
 }
 
 /// Report a panic of the module that calls.
 #[unsafe(naked)]
-extern "C" fn panic(text: *const u8, length: usize) -> ! {
-    naked_asm!("mov rdx, [rsp]", "jmp {panic_of}", panic_of = sym panic_of)
+extern "C" fn panic<E: Exit>(text: *const u8, length: usize) -> ! {
+    naked_asm!("mov rdx, [rsp]", "jmp {panic_of}", panic_of = sym panic_of::<E>)
 }
 
-extern "C" fn panic_of(text: *const u8, length: usize, caller: u64) -> ! {
+extern "C" fn panic_of<E: Exit>(text: *const u8, length: usize, caller: u64) -> ! {
     let text = if text.is_null() {
         &[]
     } else {
         // SAFETY: the interface promises `length` readable bytes.
         unsafe { slice::from_raw_parts(text, length) }
     };
-    report(core::str::from_utf8(text).unwrap_or("a panic whose message is not text"), caller)
+    report::<E>(core::str::from_utf8(text).unwrap_or("a panic whose message is not text"), caller)
 }
 
 /// Report a panic of the code at an address, 0 if it is not known, and end the guest.
-fn report(text: &str, address: u64) -> ! {
+fn report<E: Exit>(text: &str, address: u64) -> ! {
     let length = encode_panic(if text.is_empty() { "without a message" } else { text }, address, buffer());
-    out(PORT_MESSAGE, u32::try_from(length).unwrap_or(0));
-    exit()
+    out::<E>(PORT_MESSAGE, u32::try_from(length).unwrap_or(0));
+    exit::<E>()
 }
 
-fn exit() -> ! {
+fn exit<E: Exit>() -> ! {
     loop {
-        out(PORT_EXIT, 0);
+        out::<E>(PORT_EXIT, 0);
     }
 }
 
@@ -177,7 +196,7 @@ fn exit() -> ! {
 ///
 /// # Safety
 /// Called once, by the entry of core, in the guest as the host sets it up.
-pub unsafe fn start() -> ! {
+pub unsafe fn start<E: Exit>() -> ! {
     // SAFETY: the host mapped and wrote the three pages.
     let (config, chain, modules) = unsafe {
         (
@@ -187,7 +206,7 @@ pub unsafe fn start() -> ! {
         )
     };
     // SAFETY: a static table; done before anything can allocate or panic.
-    unsafe { instar_guest_sdk::runtime::init(&raw const TABLE) };
+    unsafe { instar_guest_sdk::runtime::init(Table::<E>::TABLE) };
     let count = check_configuration(config, chain, modules).unwrap_or_else(|error| fail("instar", error));
     // SAFETY: one thread; nothing has used the heap yet, and the host reserved the range for it.
     let claimed = unsafe {
@@ -200,15 +219,15 @@ pub unsafe fn start() -> ! {
 
     let mut formats = [null::<FormatOps>(); MAX_MODULES];
     for (entry, ops) in modules.entries.iter().zip(&mut formats).take(count).skip(2) {
-        *ops = open_module(entry, ModuleKind::Format).ops.cast();
+        *ops = open_module(Table::<E>::TABLE, entry, ModuleKind::Format).ops.cast();
     }
     if let Some(operation) = modules.entries.get(1) {
-        let ops = open_module(operation, ModuleKind::Operation).ops.cast::<OperationOps>();
+        let ops = open_module(Table::<E>::TABLE, operation, ModuleKind::Operation).ops.cast::<OperationOps>();
         // SAFETY: the descriptor of an operation points to its table.
         let run = unsafe { (*ops).run };
-        run(&raw const TABLE, config, chain, formats.as_ptr(), count);
+        run(Table::<E>::TABLE, config, chain, formats.as_ptr(), count);
     }
-    exit()
+    exit::<E>()
 }
 
 fn fail(module: &str, error: StartError) -> ! {
@@ -222,13 +241,13 @@ fn panic_with(text: core::fmt::Arguments<'_>) -> ! {
 }
 
 /// Call a module's entry and check what it returns.
-fn open_module(entry: &ModuleEntry, kind: ModuleKind) -> &'static ModuleDescriptor {
+fn open_module(table: &CallTable, entry: &ModuleEntry, kind: ModuleKind) -> &'static ModuleDescriptor {
     // SAFETY: the host checked that the entry lies in the module's text, and made it of this type by contract.
     let function = unsafe {
         core::mem::transmute::<usize, extern "C" fn(*const CallTable) -> *const ModuleDescriptor>(address(entry.entry))
     };
     // SAFETY: null or a descriptor that lives as long as the guest, by contract.
-    let descriptor = unsafe { function(&raw const TABLE).as_ref() };
+    let descriptor = unsafe { function(table).as_ref() };
     match (check_descriptor(descriptor, kind), descriptor) {
         (Ok(()), Some(descriptor)) => descriptor,
         (Err(error), _) => fail(module_name(entry), error),

@@ -1,7 +1,10 @@
-//! Guest modules that behave and misbehave, for the tests of the KVM runner.
+//! Guest modules that behave and misbehave, for the tests of the sandboxes.
 //!
 //! The operation `test-operation` does what the payload of the configuration says: one [`Scenario`].
 #![no_std]
+
+/// The bit of a payload that says that the guest is a process: a test that goes past core has to know.
+const IN_PROCESS: u32 = 1 << 31;
 
 macro_rules! scenarios {
     ($($(#[$doc:meta])* $name:ident = $value:literal;)*) => {
@@ -17,16 +20,17 @@ macro_rules! scenarios {
                 match value { $($value => Some(Self::$name),)* _ => None }
             }
 
-            /// The scenario that an operation's payload asks for.
+            /// The scenario that an operation's payload asks for, and whether in a process.
             #[must_use]
-            pub fn from_payload(payload: &[u8]) -> Option<Self> {
-                payload.try_into().ok().map(u32::from_le_bytes).and_then(Self::from_u32)
+            pub fn from_payload(payload: &[u8]) -> Option<(Self, bool)> {
+                let value = payload.try_into().ok().map(u32::from_le_bytes)?;
+                Some((Self::from_u32(value & !IN_PROCESS)?, value & IN_PROCESS != 0))
             }
 
-            /// The payload that asks for it.
+            /// The payload that asks for it, in a process or in a virtual machine.
             #[must_use]
-            pub fn payload(self) -> [u8; 4] {
-                (self as u32).to_le_bytes()
+            pub fn payload(self, in_process: bool) -> [u8; 4] {
+                (self as u32 | if in_process { IN_PROCESS } else { 0 }).to_le_bytes()
             }
         }
     };
@@ -125,4 +129,8 @@ scenarios! {
     LargeRecord = 44;
     /// Say that it failed, without a code.
     FailureWithoutCode = 45;
+    /// In a process: ring without waiting, and change the ring and what it names while the host is at work.
+    RingWhileServed = 46;
+    /// In a process: ring without taking an answer, for ever.
+    AnswersNotTaken = 47;
 }

@@ -1,24 +1,33 @@
 //! A virtual machine, from the KVM device to the moment before its first instruction.
 
-use super::layout::{self, Layout};
-use super::x86::vcpu;
+use super::x86::pages::PageTables;
+use super::x86::{system, vcpu};
 use crate::sandbox::error::SandboxError;
+use crate::sandbox::guest_loop::Guest;
+use crate::sandbox::layout;
 use crate::sandbox::memory::GuestRam;
-use crate::sandbox::program::{Program, Report};
-use instar_guest_abi::GUEST_MEMORY_SIZE;
+use crate::sandbox::program::{guest_module, ModuleSpec, Program, Report};
+use instar_guest_abi::{GUEST_MEMORY_SIZE, PAGE_TABLES_ADDR, SYSTEM_ADDR};
 use kvm_bindings::{kvm_userspace_memory_region, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::time::{Duration, Instant};
 
-/// The open KVM device. A process that will confine itself opens it before.
-pub struct KvmDevice(Kvm);
+const CORE: ModuleSpec<'static> = guest_module!("core");
+
+/// The open KVM device, and a virtual machine without memory. A process that will confine itself opens it before.
+pub struct KvmDevice {
+    kvm: Kvm,
+    vm: VmFd,
+    time_create: Duration,
+}
 
 impl KvmDevice {
-    /// Open `/dev/kvm`.
+    /// Open `/dev/kvm`, and create a virtual machine: that is what shows that KVM works.
     ///
     /// # Errors
     /// [`SandboxError::KvmMissing`], [`SandboxError::KvmPermission`] or [`SandboxError::KvmUnusable`].
     pub fn open() -> Result<Self, SandboxError> {
+        let started = Instant::now();
         let kvm = Kvm::new().map_err(|error| match error.errno() {
             libc::ENOENT => SandboxError::KvmMissing,
             errno @ (libc::EACCES | libc::EPERM) => SandboxError::KvmPermission { errno },
@@ -27,7 +36,8 @@ impl KvmDevice {
         if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
             return Err(SandboxError::unusable("asking /dev/kvm for its version", 0));
         }
-        Ok(Self(kvm))
+        let vm = create_vm(&kvm)?;
+        Ok(Self { kvm, vm, time_create: started.elapsed() })
     }
 }
 
@@ -36,51 +46,57 @@ pub struct Machine {
     // In the order in which they are to be dropped: the memory last.
     pub(super) vcpu: VcpuFd,
     _vm: VmFd,
-    pub(super) ram: GuestRam,
-    pub(super) layout: Layout,
+    pub(super) guest: Guest,
     pub(super) stall_limit: Duration,
-    pub(super) message_limit: u64,
     pub(super) report: Report,
 }
 
 impl Machine {
-    /// Create the machine that `spec` describes, with everything loaded.
+    /// Make the machine that `program` describes, with everything loaded.
     ///
     /// # Errors
     /// [`SandboxError::KvmUnusable`] naming what KVM refused; [`SandboxError::ModuleInvalid`].
-    pub fn new(kvm: &KvmDevice, spec: &Program<'_>) -> Result<Self, SandboxError> {
+    pub fn new(device: KvmDevice, program: &Program<'_>) -> Result<Self, SandboxError> {
         let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
+        let KvmDevice { kvm, vm, time_create } = device;
         let started = Instant::now();
-        let ram = GuestRam::new()?;
-        let layout = layout::fill(&ram, spec)?;
+        let guest = load(program)?;
         let time_load = started.elapsed();
 
         let started = Instant::now();
-        let vm = create_vm(&kvm.0)?;
         let region = kvm_userspace_memory_region {
             slot: 0,
             flags: 0,
             guest_phys_addr: 0,
             memory_size: GUEST_MEMORY_SIZE,
-            userspace_addr: ram.host_address(),
+            userspace_addr: guest.ram.host_address(),
         };
-        // SAFETY: the range is memory that `ram` owns, which lives in the same object as the machine and is
+        // SAFETY: the range is memory that `guest` owns, which lives in the same object as the machine and is
         // dropped after it.
         unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
-        let cpuid = kvm.0.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-        vcpu::set_up(&vcpu, &cpuid, layout.entry)?;
-        let report = Report { time_create: started.elapsed(), time_load, ..Report::default() };
-        Ok(Self {
-            vcpu,
-            _vm: vm,
-            ram,
-            layout,
-            stall_limit: spec.stall_limit,
-            message_limit: spec.message_limit,
-            report,
-        })
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        vcpu::set_up(&vcpu, &cpuid, guest.layout.entry)?;
+        let time_create = time_create + started.elapsed();
+        let report = Report { sandbox: super::NAME, time_create, time_load, ..Report::default() };
+        Ok(Self { vcpu, _vm: vm, guest, stall_limit: program.stall_limit, report })
     }
+}
+
+/// Guest memory with the program, the supervisor's pages and the page tables.
+fn load(program: &Program<'_>) -> Result<Guest, SandboxError> {
+    let ram = GuestRam::new().map_err(|_| SandboxError::unusable("mapping 66 MiB of memory", libc::ENOMEM))?;
+    let layout = layout::fill(&ram, CORE, program)?;
+    let mut tables = PageTables::new();
+    for (range, rights) in layout.mappings.iter().chain(&system::MAPPINGS) {
+        tables
+            .map(range.start, range.end, *rights)
+            .ok_or_else(|| SandboxError::unusable("building the page tables", 0))?;
+    }
+    if !ram.write(SYSTEM_ADDR, &system::bytes()) || !ram.write(PAGE_TABLES_ADDR, &tables.bytes()) {
+        return Err(SandboxError::unusable("filling guest memory", 0));
+    }
+    Ok(Guest::new(ram, layout, program))
 }
 
 /// `KVM_CREATE_VM` is interrupted by signals, also by those that are ignored later.
@@ -93,4 +109,44 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, SandboxError> {
         }
     }
     Err(SandboxError::unusable("KVM_CREATE_VM", libc::EINTR))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::x86::pages::walk::walk;
+    use super::*;
+    use crate::sandbox::rights::Rights;
+    use instar_guest_abi::{PAGE_SIZE, PAGE_TABLES_SIZE};
+    use std::ops::Range;
+
+    /// Every page of guest memory with its rights, as the processor sees them, as runs.
+    fn runs(ram: &GuestRam) -> Vec<(Range<u64>, Rights)> {
+        let mut tables = vec![0; usize::try_from(PAGE_TABLES_SIZE).unwrap()];
+        assert!(ram.read(PAGE_TABLES_ADDR, &mut tables));
+        let mut runs: Vec<(Range<u64>, Rights)> = Vec::new();
+        for page in (0..GUEST_MEMORY_SIZE + (2 << 20)).step_by(4096) {
+            let Some((target, rights)) = walk(&tables, page) else { continue };
+            assert_eq!(target, page, "identity");
+            match runs.last_mut() {
+                Some((run, last)) if run.end == page && *last == rights => run.end += PAGE_SIZE,
+                _ => runs.push((page..page + PAGE_SIZE, rights)),
+            }
+        }
+        runs
+    }
+
+    #[test]
+    fn the_page_tables_are_the_layout_and_the_supervisors_pages() {
+        let program = Program::new(guest_module!("commit"), vec![], vec![], vec![]);
+        let guest = load(&program).unwrap();
+        let mut expected = guest.layout.mappings.clone();
+        expected.extend([
+            (0x1000..0x2000, Rights::SYSTEM_READ),
+            (0x2000..0x3000, Rights::SYSTEM_CODE),
+            (0x4000..0x5000, Rights::SYSTEM_DATA),
+        ]);
+        expected.sort_by_key(|(range, _)| range.start);
+        assert_eq!(runs(&guest.ram), expected);
+    }
 }

@@ -3,7 +3,7 @@
 //! The machine is stood up, served until it exits, and torn down. The guest can do two things: have a [`Host`] execute block
 //! requests, and send messages; both are bounded and checked, and everything else ends it with a [`SandboxError`].
 
-mod layout;
+mod calls;
 mod machine;
 mod run;
 mod watchdog;
@@ -15,6 +15,10 @@ use super::error::SandboxError;
 use super::host::Host;
 use super::program::{Program, Report};
 use super::{Ready, Sandbox};
+use crate::confine::Needs;
+
+/// Its name, as an operator writes it.
+const NAME: &str = "kvm";
 
 /// Virtual machines of `/dev/kvm`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,7 +26,7 @@ pub struct Kvm;
 
 impl Sandbox for Kvm {
     fn name(&self) -> &'static str {
-        "kvm"
+        NAME
     }
 
     fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
@@ -31,7 +35,15 @@ impl Sandbox for Kvm {
 }
 
 impl Ready for KvmDevice {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn needs(&self) -> Needs {
+        Needs { calls: calls::CALLS.to_vec(), signals: false }
+    }
+
     fn run(self: Box<Self>, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
-        Machine::new(&self, program)?.run(host)
+        Machine::new(*self, program)?.run(host)
     }
 }

@@ -1,8 +1,8 @@
 //! Gets the thread out of a guest that does not come back by itself.
 //!
 //! A periodic timer sends this thread a signal while it is in the guest; `KVM_RUN` then returns with EINTR. What
-//! counts is the processor time that the guest consumed since it last asked for something, so that neither a busy
-//! machine nor a slow disk nor a suspended process looks like a stall.
+//! counts is the processor time that the guest consumed, so that neither a busy machine nor a slow disk nor a suspended
+//! process looks like a stall.
 
 use crate::sandbox::error::SandboxError;
 use std::mem::{zeroed, MaybeUninit};
@@ -12,15 +12,12 @@ use std::time::Duration;
 /// Added to `SIGRTMIN`: away from the first ones, which others take.
 const SIGNAL_OFFSET: i32 = 6;
 
-/// The timer, and the processor time that the guest has used since it was last reset.
+/// The timer, and the processor time that the guest has used.
 #[derive(Debug)]
 pub struct Watchdog {
     timer: libc::timer_t,
     tick: Duration,
-    limit: Duration,
     used: Duration,
-    /// Processor time of the guest altogether.
-    total: Duration,
     entered: Duration,
 }
 
@@ -32,7 +29,7 @@ fn last_error(what: &str) -> SandboxError {
 }
 
 impl Watchdog {
-    /// A watchdog for the calling thread.
+    /// A watchdog for the calling thread, which lets it out several times within this limit.
     ///
     /// # Errors
     /// [`SandboxError::KvmUnusable`] when there is no timer to be had.
@@ -67,7 +64,7 @@ impl Watchdog {
         // SAFETY: `timer_create` succeeded, so it wrote the timer.
         let timer = unsafe { timer.assume_init() };
         let tick = (limit / 8).clamp(Duration::from_millis(10), Duration::from_millis(250));
-        Ok(Self { timer, tick, limit, used: Duration::ZERO, total: Duration::ZERO, entered: Duration::ZERO })
+        Ok(Self { timer, tick, used: Duration::ZERO, entered: Duration::ZERO })
     }
 
     fn set(&self, period: Duration) {
@@ -83,24 +80,16 @@ impl Watchdog {
         self.entered = thread_time();
     }
 
-    /// The thread is out of the guest; `asked` tells whether the guest asked for something, so that a new count
-    /// begins.
-    pub fn leave(&mut self, asked: bool) {
+    /// The thread is out of the guest.
+    pub fn leave(&mut self) {
         // Not armed outside the guest: a signal would interrupt system calls that do not restart.
         self.set(Duration::ZERO);
-        let time = thread_time().saturating_sub(self.entered);
-        self.total += time;
-        self.used = if asked { Duration::ZERO } else { self.used + time };
+        self.used += thread_time().saturating_sub(self.entered);
     }
 
-    /// The processor time that the guest has used altogether.
-    pub fn total(&self) -> Duration {
-        self.total
-    }
-
-    /// The processor time in milliseconds, if the guest has used more than it may.
-    pub fn stalled(&self) -> Option<u64> {
-        (self.used > self.limit).then(|| u64::try_from(self.used.as_millis()).unwrap_or(u64::MAX))
+    /// The processor time that the guest has used.
+    pub fn used(&self) -> Duration {
+        self.used
     }
 }
 
@@ -129,24 +118,20 @@ mod tests {
     }
 
     #[test]
-    fn only_processor_time_without_a_request_counts() {
+    fn only_processor_time_counts() {
         let mut watchdog = Watchdog::new(Duration::from_millis(40)).unwrap();
         watchdog.enter();
         std::thread::sleep(Duration::from_millis(80));
-        watchdog.leave(false);
-        assert_eq!(watchdog.stalled(), None, "sleeping is not running");
+        watchdog.leave();
+        assert!(watchdog.used() < Duration::from_millis(20), "sleeping is not running");
         for _ in 0..3 {
             watchdog.enter();
             spin(Duration::from_millis(20));
-            watchdog.leave(true);
-            assert_eq!(watchdog.stalled(), None);
-        }
-        for _ in 0..3 {
-            watchdog.enter();
+            watchdog.leave();
             spin(Duration::from_millis(20));
-            watchdog.leave(false);
         }
-        assert!(watchdog.stalled().is_some_and(|time| time >= 60));
+        let used = watchdog.used();
+        assert!((Duration::from_millis(60)..Duration::from_millis(100)).contains(&used), "{used:?}");
     }
 
     #[test]
@@ -157,7 +142,7 @@ mod tests {
         let time = libc::timespec { tv_sec: 5, tv_nsec: 0 };
         // SAFETY: a valid time, and no remainder is asked for.
         let result = unsafe { libc::nanosleep(&raw const time, null_mut()) };
-        watchdog.leave(true);
+        watchdog.leave();
         assert_eq!(result, -1);
         assert!(start.elapsed() < Duration::from_secs(4));
     }

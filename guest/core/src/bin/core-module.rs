@@ -1,10 +1,23 @@
-//! The entry of the guest: the host starts the vCPU here, at ring 3.
+//! Core of a virtual machine: the host starts the vCPU here, at ring 3. It is called through I/O ports.
 #![no_std]
 #![no_main]
+
+use core::arch::asm;
+use instar_guest_core::machine::{start, Exit};
+
+/// An `out` to a port, which leaves the virtual machine.
+struct Ports;
+
+impl Exit for Ports {
+    unsafe fn out(port: u16, value: u32) {
+        // SAFETY: the host executes the `out`, and what memory it may change is the caller's promise.
+        unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack)) };
+    }
+}
 
 /// Entry of the guest.
 #[no_mangle]
 pub extern "C" fn instar_module_entry() -> ! {
     // SAFETY: the host starts here once.
-    unsafe { instar_guest_core::machine::start() }
+    unsafe { start::<Ports>() }
 }

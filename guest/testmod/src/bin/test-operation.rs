@@ -12,23 +12,40 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::arch::asm;
 use core::hint::black_box;
+use core::sync::atomic::{AtomicBool, Ordering};
 use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{commit, end_message, EndMessage, FailureMessage, GuestMessage, LogMessage, Message};
 use instar_guest_sdk::abi::{
-    Phase, Request, Ring, DEVICE_OUTPUT, MESSAGE_ADDR, MESSAGE_SIZE, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_FAULT,
-    PORT_MESSAGE, RING_ADDR, RING_CAPACITY, STACK_TOP, SYSTEM_ADDR,
+    Phase, Request, Ring as Requests, DEVICE_OUTPUT, MESSAGE_ADDR, MESSAGE_SIZE, OPERATION_CONFIG_ADDR, PORT_DOORBELL,
+    PORT_FAULT, PORT_MESSAGE, RING_ADDR, RING_CAPACITY, STACK_TOP, SYSTEM_ADDR,
 };
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{export_operation, log, BlockIo, DriverResult, Extents, ReadBelow, Sink, Source};
+use instar_guest_starter::{bell, Ring};
 use instar_guest_testmod::Scenario;
 
 type Send<'a> = &'a mut dyn FnMut(&[u8]);
 
 static CONSTANT: [u8; 64] = [7; 64];
 
+/// Whether this is a process.
+static IN_PROCESS: AtomicBool = AtomicBool::new(false);
+
+/// What core does to reach the host, past core.
 fn out(port: u16, value: u32) {
     // SAFETY: a test of what the host does with it.
-    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value) };
+    unsafe {
+        if IN_PROCESS.load(Ordering::Relaxed) {
+            let _ = bell::ring(Ring { port: port.into(), value }) && bell::wait();
+        } else {
+            asm!("out dx, eax", in("dx") port, in("eax") value);
+        }
+    }
+}
+
+/// The requests in the ring, as memory that the host reads as well.
+fn entries() -> *mut Request {
+    RING_ADDR as *mut Request
 }
 
 fn write_to(address: u64) {
@@ -115,7 +132,7 @@ impl SqrtLike for f64 {
 /// Put requests into the ring and ring for `count`, past core and what it checks.
 fn ring(requests: &[Request], count: u32) {
     // SAFETY: the ring is mapped there.
-    let entries = unsafe { &mut (*(RING_ADDR as *mut Ring)).entries };
+    let entries = unsafe { &mut (*(RING_ADDR as *mut Requests)).entries };
     entries.iter_mut().zip(requests).for_each(|(entry, request)| *entry = *request);
     out(PORT_DOORBELL, count);
 }
@@ -147,7 +164,8 @@ fn grow(request: impl Fn(u64) -> Request) {
 
 #[allow(clippy::panic, reason = "the panic is what is tested")]
 fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
-    let Some(scenario) = Scenario::from_payload(operation.payload()) else { panic!("no such scenario") };
+    let Some((scenario, in_process)) = Scenario::from_payload(operation.payload()) else { panic!("no such scenario") };
+    IN_PROCESS.store(in_process, Ordering::Relaxed);
     match scenario {
         Scenario::Good => good(io, send),
         Scenario::NullWrite => write_to(black_box(0)),
@@ -181,7 +199,7 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
         Scenario::UnknownPort => out(0x80, 1),
         Scenario::BufferOutside => {
             // SAFETY: the ring is mapped there; core is past by.
-            unsafe { (*(RING_ADDR as *mut Ring)).entries[0] = Request::read(0, 0, STACK_TOP - 4096, 16) };
+            unsafe { (*(RING_ADDR as *mut Requests)).entries[0] = Request::read(0, 0, STACK_TOP - 4096, 16) };
             out(PORT_DOORBELL, 1);
         }
         Scenario::BadMessage => send(&[0xff; 20]),
@@ -235,7 +253,7 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
         Scenario::DoorbellEmpty => out(PORT_DOORBELL, 0),
         Scenario::RingGarbage => {
             // SAFETY: the ring is mapped there, and any bytes are requests.
-            unsafe { core::ptr::write_bytes(RING_ADDR as *mut u8, 0xff, size_of::<Ring>()) };
+            unsafe { core::ptr::write_bytes(RING_ADDR as *mut u8, 0xff, size_of::<Requests>()) };
             out(PORT_DOORBELL, u32::try_from(RING_CAPACITY).unwrap_or(0));
         }
         Scenario::RingMixed => {
@@ -296,10 +314,18 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
             let failure = FailureMessage { text: String::from("the L1 table"), ..FailureMessage::default() };
             end(send, end_message::Outcome::Failure(failure));
         }
+        Scenario::RingWhileServed => {
+            ring_while_served();
+            succeed(send, String::new(), 1);
+        }
+        Scenario::AnswersNotTaken => loop {
+            // SAFETY: a test of what the host does with it.
+            let _ = unsafe { bell::ring(Ring { port: PORT_MESSAGE.into(), value: 8 }) };
+        },
         Scenario::StallAfterRequest => {
             let _ = io.flush(0);
             // SAFETY: the ring is mapped there.
-            let entries = unsafe { &mut (*(RING_ADDR as *mut Ring)).entries };
+            let entries = unsafe { &mut (*(RING_ADDR as *mut Requests)).entries };
             entries.fill(Request::set_length(DEVICE_OUTPUT, 0));
             loop {
                 black_box(0);
@@ -307,6 +333,26 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
         }
     }
     black_box(MESSAGE_ADDR);
+}
+
+/// Ring for good requests, and make them bad ones, of another device and of a buffer outside, while they are executed.
+fn ring_while_served() {
+    let data = vec![0x77_u8; 512];
+    let good = Request::write(DEVICE_OUTPUT, 0, data.as_ptr() as u64, 512);
+    let bad = [Request::write(1, 0, good.buffer, 512), Request { buffer: STACK_TOP - 512, ..good }];
+    for round in 0..2000_usize {
+        // SAFETY: the ring is mapped there; the host reads it at the same time, which is what is tested.
+        unsafe {
+            (0..RING_CAPACITY).for_each(|index| entries().add(index).write_volatile(good));
+            let rung = bell::ring(Ring { port: PORT_DOORBELL.into(), value: 2 });
+            for index in 0..RING_CAPACITY {
+                entries().add(index).write_volatile(bad[(round + index) % 2]);
+            }
+            if !rung || !bell::wait() {
+                return;
+            }
+        }
+    }
 }
 
 export_operation!(run);

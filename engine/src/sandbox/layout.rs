@@ -1,20 +1,18 @@
-//! Fills guest memory: the supervisor's pages, configuration, modules, page tables.
+//! Fills guest memory with configuration and modules, and says what the guest may do with which part of it. How that is enforced
+//! is the sandbox's: page tables, or mappings of a process.
 
-use super::x86::pages::PageTables;
-use super::x86::system;
-use crate::sandbox::error::SandboxError;
-use crate::sandbox::memory::{GuestRam, LARGE_PAGE};
-use crate::sandbox::module::{self, Loaded};
-use crate::sandbox::placed::Placed;
-use crate::sandbox::plain::{bytes, Plain};
-use crate::sandbox::program::Program;
-use crate::sandbox::rights::Rights;
+use super::error::SandboxError;
+use super::memory::{GuestRam, LARGE_PAGE};
+use super::module::{self, Loaded};
+use super::placed::Placed;
+use super::plain::{bytes, Plain};
+use super::program::{ModuleSpec, Program};
+use super::rights::Rights;
 use instar_guest_abi::{
     ChainConfig, List, ModuleEntry, ModuleTable, OperationConfig, CHAIN_CONFIG_ADDR, CHAIN_CONFIG_MAGIC, CONFIG_END,
     FILE_TABLE_ADDR, GUEST_MEMORY_SIZE, MAX_FILE_DEVICES, MAX_MEMBERS, MAX_MODULES, MEMBER_TABLE_ADDR, MESSAGE_ADDR,
     MESSAGE_SIZE, MODULES_ADDR, MODULE_ABI_MAJOR, MODULE_TABLE_ADDR, MODULE_TABLE_MAGIC, OPERATION_CONFIG_ADDR,
-    OPERATION_CONFIG_MAGIC, PAGE_SIZE, PAGE_TABLES_ADDR, PAYLOAD_ADDR, PAYLOAD_SIZE, RING_ADDR, RING_SIZE, STACK_SIZE,
-    STACK_TOP, SYSTEM_ADDR,
+    OPERATION_CONFIG_MAGIC, PAGE_SIZE, PAYLOAD_ADDR, PAYLOAD_SIZE, RING_ADDR, RING_SIZE, STACK_SIZE, STACK_TOP,
 };
 use std::ops::Range;
 
@@ -24,29 +22,31 @@ const MIN_HEAP: u64 = 32 << 20;
 /// Memory that is ready to run.
 #[derive(Debug)]
 pub struct Layout {
-    /// Where the vCPU starts.
+    /// Where the guest starts.
     pub entry: u64,
     /// The heap.
     pub heap: Range<u64>,
     /// The modules in the order of the table.
     pub modules: Vec<Placed>,
+    /// All that the guest can reach, page by page, and what it may do there. No two overlap.
+    pub mappings: Vec<(Range<u64>, Rights)>,
 }
 
 fn invalid(name: &str, text: impl Into<String>) -> SandboxError {
     SandboxError::ModuleInvalid { name: crate::sandbox::error::printable(name), text: text.into() }
 }
 
-/// Load everything that `spec` names into `ram`.
+/// Load everything that `spec` names into `ram`, with this core.
 ///
 /// # Errors
 /// [`SandboxError::ModuleInvalid`] for a module that cannot be loaded.
-pub fn fill(ram: &GuestRam, spec: &Program<'_>) -> Result<Layout, SandboxError> {
+pub fn fill(ram: &GuestRam, core: ModuleSpec<'_>, spec: &Program<'_>) -> Result<Layout, SandboxError> {
     let mut table = ModuleTable { magic: MODULE_TABLE_MAGIC, ..ModuleTable::default() };
-    let mut tables = PageTables::new();
+    let mut mappings = Vec::new();
     let mut modules = Vec::new();
     // The page below each module stays unmapped.
     let mut next = MODULES_ADDR + PAGE_SIZE;
-    for module in [spec.core, spec.operation].iter().chain(&spec.modules) {
+    for module in [spec.core.unwrap_or(core), spec.operation].iter().chain(&spec.modules) {
         let index = modules.len();
         let loaded = module::load(module.elf, next).map_err(|text| invalid(module.name, text))?;
         let entry = describe(module.name, &loaded)?;
@@ -56,9 +56,7 @@ pub fn fill(ram: &GuestRam, spec: &Program<'_>) -> Result<Layout, SandboxError> 
         if end > GUEST_MEMORY_SIZE - MIN_HEAP - LARGE_PAGE || !ram.write(loaded.base, &loaded.image) {
             return Err(invalid(module.name, "there is no room for it in guest memory"));
         }
-        for (range, rights) in loaded.mappings {
-            map(&mut tables, &range, rights)?;
-        }
+        mappings.extend(loaded.mappings);
         let (name, version) = (module.name.to_owned(), module.version.to_owned());
         modules.push(Placed { name, version, range: loaded.base..end });
         next = end + PAGE_SIZE;
@@ -66,14 +64,12 @@ pub fn fill(ram: &GuestRam, spec: &Program<'_>) -> Result<Layout, SandboxError> 
     table.count = u32::try_from(modules.len()).unwrap_or(0);
 
     let heap = next.next_multiple_of(LARGE_PAGE)..GUEST_MEMORY_SIZE;
-    for (range, rights) in system::MAPPINGS.into_iter().chain(regions(&heap)) {
-        map(&mut tables, &range, rights)?;
-    }
+    mappings.extend(regions(&heap));
     if spec.payload.len() as u64 > PAYLOAD_SIZE
         || spec.members.len() > MAX_MEMBERS
         || spec.files.len() > MAX_FILE_DEVICES
     {
-        return Err(SandboxError::unusable("filling the guest's configuration", 0));
+        return Err(SandboxError::Layout("the configuration is too long"));
     }
     let config = OperationConfig {
         magic: OPERATION_CONFIG_MAGIC,
@@ -86,9 +82,7 @@ pub fn fill(ram: &GuestRam, spec: &Program<'_>) -> Result<Layout, SandboxError> 
     };
     // SAFETY: as above.
     let members = unsafe { List::at(MEMBER_TABLE_ADDR, spec.members.len() as u64) };
-    let fits = ram.write(SYSTEM_ADDR, &system::bytes())
-        && ram.write(PAGE_TABLES_ADDR, &tables.bytes())
-        && write_plain(ram, OPERATION_CONFIG_ADDR, config)
+    let fits = write_plain(ram, OPERATION_CONFIG_ADDR, config)
         && write_plain(ram, CHAIN_CONFIG_ADDR, ChainConfig { magic: CHAIN_CONFIG_MAGIC, members })
         && ram.write(PAYLOAD_ADDR, &spec.payload)
         && write_plain(ram, MODULE_TABLE_ADDR, table)
@@ -96,13 +90,13 @@ pub fn fill(ram: &GuestRam, spec: &Program<'_>) -> Result<Layout, SandboxError> 
         && ram.write(MEMBER_TABLE_ADDR, bytes(&spec.members));
     let entry = table.entries.first().map_or(0, |core| core.entry);
     if fits {
-        Ok(Layout { entry, heap, modules })
+        Ok(Layout { entry, heap, modules, mappings })
     } else {
-        Err(SandboxError::unusable("filling guest memory", 0))
+        Err(SandboxError::Layout("the configuration does not fit"))
     }
 }
 
-/// The regions of ring 3 besides the modules. Everything else is unmapped.
+/// The regions besides the modules. Everything else is unmapped.
 fn regions(heap: &Range<u64>) -> [(Range<u64>, Rights); 5] {
     [
         (OPERATION_CONFIG_ADDR..CONFIG_END, Rights::READ),
@@ -111,10 +105,6 @@ fn regions(heap: &Range<u64>) -> [(Range<u64>, Rights); 5] {
         (STACK_TOP - STACK_SIZE..STACK_TOP, Rights::DATA),
         (heap.clone(), Rights::DATA),
     ]
-}
-
-fn map(tables: &mut PageTables, range: &Range<u64>, rights: Rights) -> Result<(), SandboxError> {
-    tables.map(range.start, range.end, rights).ok_or_else(|| SandboxError::unusable("building the page tables", 0))
 }
 
 fn write_plain<T: Plain>(ram: &GuestRam, address: u64, value: T) -> bool {
@@ -142,10 +132,10 @@ fn describe(name: &str, loaded: &Loaded) -> Result<ModuleEntry, SandboxError> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::x86::pages::walk::walk;
     use super::*;
-    use crate::sandbox::program::ModuleSpec;
-    use instar_guest_abi::{Member, PAGE_TABLES_SIZE};
+    use instar_guest_abi::Member;
+
+    const CORE: ModuleSpec<'static> = crate::sandbox::guest_module!("core");
 
     fn spec() -> Program<'static> {
         Program::new(
@@ -156,27 +146,13 @@ mod tests {
         )
     }
 
-    /// Every page of guest memory with its rights, as runs.
-    fn runs(ram: &GuestRam) -> Vec<(Range<u64>, Rights)> {
-        let mut tables = vec![0; usize::try_from(PAGE_TABLES_SIZE).unwrap()];
-        assert!(ram.read(PAGE_TABLES_ADDR, &mut tables));
-        let mut runs: Vec<(Range<u64>, Rights)> = Vec::new();
-        for page in (0..GUEST_MEMORY_SIZE + LARGE_PAGE).step_by(4096) {
-            let Some((target, rights)) = walk(&tables, page) else { continue };
-            assert_eq!(target, page, "identity");
-            match runs.last_mut() {
-                Some((run, last)) if run.end == page && *last == rights => run.end += PAGE_SIZE,
-                _ => runs.push((page..page + PAGE_SIZE, rights)),
-            }
-        }
-        runs
-    }
-
     #[test]
     fn every_page_has_the_least_rights() {
         let ram = GuestRam::new().unwrap();
-        let layout = fill(&ram, &spec()).unwrap();
-        let runs = runs(&ram);
+        let layout = fill(&ram, CORE, &spec()).unwrap();
+        let mut runs = layout.mappings.clone();
+        runs.sort_by_key(|(range, _)| range.start);
+        assert!(runs.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start), "no two overlap");
         assert!(runs.iter().all(|(_, rights)| !(rights.write && rights.execute)), "never both");
         let module = |range: &Range<u64>| {
             layout.modules.iter().any(|m| m.range.start <= range.start && range.end <= m.range.end)
@@ -185,9 +161,6 @@ mod tests {
         assert_eq!(
             others,
             [
-                (0x1000..0x2000, Rights::SYSTEM_READ),
-                (0x2000..0x3000, Rights::SYSTEM_CODE),
-                (0x4000..0x5000, Rights::SYSTEM_DATA),
                 (0x4_0000..0x5_3000, Rights::READ),
                 (0x5_7000..0x5_f000, Rights::DATA),
                 (0x6_0000..0x6_4000, Rights::DATA),
@@ -206,7 +179,7 @@ mod tests {
     #[test]
     fn the_guest_finds_its_configuration() {
         let ram = GuestRam::new().unwrap();
-        let layout = fill(&ram, &spec()).unwrap();
+        let layout = fill(&ram, CORE, &spec()).unwrap();
         assert_eq!(ram.read_u64(OPERATION_CONFIG_ADDR), Some(OPERATION_CONFIG_MAGIC));
         assert_eq!(ram.read_u64(CHAIN_CONFIG_ADDR), Some(CHAIN_CONFIG_MAGIC));
         assert_eq!(ram.read_u64(MODULE_TABLE_ADDR), Some(MODULE_TABLE_MAGIC));
@@ -222,10 +195,10 @@ mod tests {
     #[test]
     fn modules_that_do_not_fit_are_refused() {
         let ram = GuestRam::new().unwrap();
-        let core = spec().core.elf;
+        let core = CORE.elf;
         let module = |name, elf| ModuleSpec { name, version: "1.2.3", elf };
         let refuse = |modules: Vec<ModuleSpec<'static>>| {
-            fill(&ram, &Program { modules, ..spec() }).map_or_else(|e| e.to_string(), |_| String::from("loaded"))
+            fill(&ram, CORE, &Program { modules, ..spec() }).map_or_else(|e| e.to_string(), |_| String::from("loaded"))
         };
         assert!(refuse(vec![module("", core)]).contains("name"));
         assert!(refuse(vec![module("a-name-that-is-longer-than-the-field", core)]).contains("name"));
@@ -233,7 +206,7 @@ mod tests {
         assert_eq!(refuse(vec![module("x", core); 14]), "loaded");
         assert!(refuse(vec![module("x", core); 15]).contains("more than 16"));
         let members = Program { members: vec![Member::default(); MAX_MEMBERS + 1], ..spec() };
-        assert!(fill(&ram, &members).is_err());
-        assert!(fill(&ram, &Program { payload: vec![0; 4097], ..spec() }).is_err());
+        assert!(fill(&ram, CORE, &members).is_err());
+        assert!(fill(&ram, CORE, &Program { payload: vec![0; 4097], ..spec() }).is_err());
     }
 }

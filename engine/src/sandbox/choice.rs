@@ -1,0 +1,59 @@
+//! Which sandbox an operator wants.
+
+use super::error::SandboxError;
+use super::{Kvm, Process, Ready, Sandbox};
+
+/// Which sandbox an operator wants. The weaker one is never taken silently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SandboxChoice {
+    /// A virtual machine.
+    #[default]
+    Kvm,
+    /// A process that can do nothing.
+    Process,
+    /// A virtual machine where KVM works, else a process.
+    Auto,
+}
+
+impl SandboxChoice {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Kvm, Self::Process, Self::Auto];
+
+    /// The choice that an operator has this word for.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|choice| choice.name() == name)
+    }
+}
+
+impl Sandbox for SandboxChoice {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Kvm => Kvm.name(),
+            Self::Process => Process.name(),
+            Self::Auto => "auto",
+        }
+    }
+
+    fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
+        match self {
+            Self::Kvm => Kvm.acquire(),
+            Self::Process => Process.acquire(),
+            Self::Auto => Kvm.acquire().or_else(|_| Process.acquire()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_and_choices() {
+        assert_eq!(SandboxChoice::default().name(), "kvm");
+        for choice in SandboxChoice::ALL {
+            assert_eq!(SandboxChoice::from_name(choice.name()), Some(choice));
+        }
+        assert_eq!(SandboxChoice::from_name("KVM"), None);
+    }
+}

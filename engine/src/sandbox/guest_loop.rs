@@ -1,0 +1,202 @@
+//! The run loop of every sandbox: let the guest run, serve what it asks for, until it is done or has to be ended.
+
+use super::error::{printable, SandboxError};
+use super::host::{BufferAccess, Excess, Host};
+use super::layout::Layout;
+use super::memory::GuestRam;
+use super::messages::Messages;
+use super::placed::{place, Placed};
+use super::plain::{bytes, bytes_mut};
+use super::program::{Program, Report};
+use instar_guest_abi::{request_status, Request, PORT_DOORBELL, PORT_EXIT, PORT_MESSAGE, RING_ADDR, RING_CAPACITY};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+use vm_memory::VolatileSlice;
+
+/// Why the guest came out.
+#[derive(Debug)]
+pub enum Exit {
+    /// It did not: it has run for a while, or a signal came.
+    Nothing,
+    /// It told the host this value on this port.
+    Out(u16, u32),
+    /// It cannot go on.
+    Ended(SandboxError),
+}
+
+/// What runs the guest's code.
+pub trait Processor {
+    /// Let the guest run until it wants something, and for a part of a second at most. If it was told something before that is
+    /// done now, it goes on from there.
+    ///
+    /// # Errors
+    /// The sandbox failed.
+    fn enter(&mut self) -> Result<Exit, SandboxError>;
+
+    /// The processor time that the guest has used.
+    fn used(&self) -> Duration;
+
+    /// Where a guest is that is not to go on.
+    ///
+    /// # Errors
+    /// The sandbox failed.
+    fn position(&mut self) -> Result<u64, SandboxError>;
+
+    /// The privilege level of the guest's code.
+    ///
+    /// # Errors
+    /// The sandbox failed.
+    fn ring(&self) -> Result<u8, SandboxError>;
+}
+
+/// A guest's memory, what is in it, and how long the guest may do what.
+#[derive(Debug)]
+pub struct Guest {
+    /// Its memory.
+    pub ram: GuestRam,
+    /// What is where.
+    pub layout: Layout,
+    stall_limit: Duration,
+    message_limit: u64,
+}
+
+impl Guest {
+    /// With the limits of this program.
+    pub fn new(ram: GuestRam, layout: Layout, program: &Program<'_>) -> Self {
+        Self { ram, layout, stall_limit: program.stall_limit, message_limit: program.message_limit }
+    }
+
+    /// Where the modules are.
+    pub fn modules(&self) -> &[Placed] {
+        &self.layout.modules
+    }
+
+    /// Run it until it exits. `report` says what it took to come so far.
+    ///
+    /// # Errors
+    /// Why it was ended.
+    pub fn run(
+        &self,
+        processor: &mut dyn Processor,
+        mut report: Report,
+        host: &mut dyn Host,
+    ) -> Result<Report, SandboxError> {
+        let mut messages = Messages::new(self.message_limit);
+        let started = Instant::now();
+        // The processor time when the guest last wanted something.
+        let mut wanted = processor.used();
+        loop {
+            let entered = Instant::now();
+            let exit = processor.enter()?;
+            let outside = Instant::now();
+            report.time_guest += outside - entered;
+            if report.exits == 0 && !matches!(exit, Exit::Nothing) {
+                report.time_first_exit = outside - started;
+                report.ring = processor.ring()?;
+            }
+            // Not at a message or the end: what the guest has done is then reported.
+            let may_stop = matches!(exit, Exit::Nothing | Exit::Out(PORT_DOORBELL, _));
+            if may_stop && host.interrupted() {
+                return Err(SandboxError::Interrupted);
+            }
+            let used = processor.used();
+            if matches!(exit, Exit::Nothing) && used.saturating_sub(wanted) > self.stall_limit {
+                let time = u64::try_from(used.saturating_sub(wanted).as_millis()).unwrap_or(u64::MAX);
+                let place = place(self.modules(), processor.position()?);
+                return Err(SandboxError::GuestStalled { time, place });
+            }
+            if let Some(Excess { device, text }) = host.excess(used).filter(|_| may_stop) {
+                return Err(SandboxError::LimitExceeded { device, text });
+            }
+            if matches!(exit, Exit::Nothing) {
+                continue;
+            }
+            wanted = used;
+            report.exits += 1;
+            match exit {
+                Exit::Nothing => {}
+                Exit::Out(PORT_DOORBELL, count) => {
+                    self.doorbell(count, &mut report, host)?;
+                    // Now, too: a request that was cut short failed, and the guest would report that failure.
+                    if host.interrupted() {
+                        return Err(SandboxError::Interrupted);
+                    }
+                }
+                Exit::Out(PORT_MESSAGE, length) => messages.take(&self.ram, self.modules(), length, host)?,
+                Exit::Out(PORT_EXIT, _) => {
+                    report.messages = messages.count;
+                    report.time_run = started.elapsed();
+                    return Ok(report);
+                }
+                Exit::Out(port, _) => {
+                    return Err(SandboxError::protocol(format!("`out` to unassigned port {port:#x}")));
+                }
+                Exit::Ended(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Execute the first `count` requests of the ring. The host works on a copy: the guest cannot change a request after it
+    /// was checked, even where it goes on meanwhile.
+    fn doorbell(&self, count: u32, report: &mut Report, host: &mut dyn Host) -> Result<(), SandboxError> {
+        let length = usize::try_from(count).unwrap_or(usize::MAX);
+        if length == 0 || length > RING_CAPACITY {
+            return Err(SandboxError::protocol(format!(
+                "a doorbell for {count} requests, 1 to {RING_CAPACITY} are possible"
+            )));
+        }
+        report.doorbells += 1;
+        report.requests += u64::from(count);
+        let mut requests = vec![Request::default(); length];
+        if !self.ram.read(RING_ADDR, bytes_mut(&mut requests)) {
+            return Err(SandboxError::protocol("a ring outside memory"));
+        }
+        for request in &mut requests {
+            request.status = request_status::NOT_RUN;
+        }
+        let heap = HeapBuffers { ram: &self.ram, range: &self.layout.heap };
+        if let Err(bad) = host.requests(&heap, &mut requests) {
+            // The one that breaks a rule is the first that was not executed.
+            let culprit = requests.iter().find(|request| request.status == request_status::NOT_RUN);
+            let place = place(self.modules(), culprit.map_or(0, |request| request.caller));
+            return Err(SandboxError::protocol(format!("{} (asked for by {place})", printable(&bad.0))));
+        }
+        if !self.ram.write(RING_ADDR, bytes(&requests)) {
+            return Err(SandboxError::protocol("a ring outside memory"));
+        }
+        Ok(())
+    }
+}
+
+/// The buffers that requests may name.
+struct HeapBuffers<'a> {
+    ram: &'a GuestRam,
+    range: &'a Range<u64>,
+}
+
+impl BufferAccess for HeapBuffers<'_> {
+    fn heap_slice(&self, address: u64, length: u64) -> Option<VolatileSlice<'_>> {
+        let end = address.checked_add(length)?;
+        if address < self.range.start || end > self.range.end {
+            return None;
+        }
+        self.ram.slice(address, length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn only_the_heap_is_reachable() {
+        let ram = GuestRam::new().unwrap();
+        let range = 0x20_0000..0x40_0000;
+        let heap = HeapBuffers { ram: &ram, range: &range };
+        assert!(heap.heap_slice(0x20_0000, 0x20_0000).is_some());
+        assert!(heap.heap_slice(0x20_0000, 0x20_0001).is_none());
+        assert!(heap.heap_slice(0x1f_ffff, 2).is_none());
+        assert!(heap.heap_slice(u64::MAX, 2).is_none());
+    }
+}

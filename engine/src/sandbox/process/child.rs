@@ -1,0 +1,220 @@
+//! The process that the guest runs in, as its host sees it.
+
+use super::memory_files::{guest, program, FIRST_FREE};
+use super::spawn::spawn;
+use super::unusable;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::memory::GuestRam;
+use instar_guest_starter::{Ring, ANSWER_SIZE, DOORBELL, MEMORY, RING_SIZE, TEXT};
+use rustix::io::{fcntl_dupfd_cloexec, Errno};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::null_mut;
+use std::time::{Duration, Instant};
+
+/// How long the host waits for a ring before it looks whether the guest is to be ended, in microseconds.
+const TICK: libc::suseconds_t = 100_000;
+/// How long the process may stand still because somebody stopped it: a stop of both is followed by a continuation of both.
+const STOPPED_MAX: Duration = Duration::from_secs(1);
+
+/// A process that waits to become a guest, or is one.
+pub struct Child {
+    /// Its number: it is ours to wait for, so no other process gets that number.
+    pub(super) process: libc::pid_t,
+    /// Whether it is still to be waited for.
+    running: bool,
+    /// Our end of the doorbell.
+    pub(super) bell: OwnedFd,
+    /// What will be the guest's text.
+    pub(super) text: File,
+    /// What will be the guest's memory.
+    pub(super) ram: Option<GuestRam>,
+    /// Its clock of processor time.
+    clock: libc::clockid_t,
+    stopped: Option<Instant>,
+    pub(super) time_create: Duration,
+}
+
+impl Child {
+    /// Start it.
+    ///
+    /// # Errors
+    /// [`SandboxError::ProcessUnusable`].
+    pub fn start(starter: &[u8]) -> Result<Self, SandboxError> {
+        let started = Instant::now();
+        let failed = |what: &'static str| move |error: Errno| unusable(what, error.raw_os_error());
+        let (memory, text) = (guest(c"instar-guest-memory")?, guest(c"instar-guest-text")?);
+        let (bell, theirs) = doorbell().map_err(failed("socketpair"))?;
+        let program = program(c"instar-guest", starter)?;
+        let handed = [(memory.as_fd(), MEMORY), (theirs.as_fd(), DOORBELL), (text.as_fd(), TEXT)];
+        let file = memory.try_clone().and_then(GuestRam::of_file);
+        let ram = file.map_err(|error| unusable("mapping the guest's memory", error.raw_os_error().unwrap_or(0)))?;
+        let process = spawn(&program, c"instar-guest", &handed).map_err(failed("starting a process"))?;
+        let mut clock = 0;
+        // SAFETY: the clock is writable.
+        let no_clock = unsafe { libc::clock_getcpuclockid(process, &raw mut clock) };
+        let (ram, time_create) = (Some(ram), started.elapsed());
+        let child = Self { process, running: true, bell, text, ram, clock, stopped: None, time_create };
+        if no_clock == 0 {
+            Ok(child)
+        } else {
+            Err(unusable("clock_getcpuclockid", no_clock))
+        }
+    }
+
+    /// Wait for a ring, for a tick at most; `None` if there is none.
+    ///
+    /// # Errors
+    /// The process is gone, or what it rang is no ring.
+    pub fn wait(&mut self) -> Result<Option<Ring>, SandboxError> {
+        let mut bytes = [0; RING_SIZE];
+        match rustix::io::read(&self.bell, &mut bytes) {
+            Ok(0) => Err(self.end()),
+            Ok(RING_SIZE) => {
+                self.stopped = None;
+                Ok(Some(Ring::from_bytes(bytes)))
+            }
+            Ok(length) => Err(SandboxError::protocol(format!("a ring of {length} bytes"))),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(None),
+            Err(error) => Err(unusable("reading the doorbell", error.raw_os_error())),
+        }
+    }
+
+    /// Let it go on after a ring.
+    ///
+    /// # Errors
+    /// It takes no answers, or is gone.
+    pub fn answer(&mut self) -> Result<(), SandboxError> {
+        loop {
+            let answer = [0_u8; ANSWER_SIZE];
+            // SAFETY: the buffer is valid for the call. A `write` would raise a signal where the other end is gone.
+            let sent =
+                unsafe { libc::send(self.bell.as_raw_fd(), answer.as_ptr().cast(), ANSWER_SIZE, libc::MSG_NOSIGNAL) };
+            if sent >= 0 {
+                return Ok(());
+            }
+            match last_errno() {
+                Errno::INTR => {}
+                Errno::AGAIN => return Err(SandboxError::protocol("the guest rings, and takes no answers")),
+                Errno::PIPE | Errno::CONNRESET => return Err(self.end()),
+                error => return Err(unusable("answering the doorbell", error.raw_os_error())),
+            }
+        }
+    }
+
+    /// Its processor time, as far as it is known.
+    pub fn used(&self) -> Option<Duration> {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the time is writable.
+        if unsafe { libc::clock_gettime(self.clock, &raw mut time) } != 0 {
+            return None;
+        }
+        Some(Duration::new(u64::try_from(time.tv_sec).ok()?, u32::try_from(time.tv_nsec).ok()?))
+    }
+
+    /// Whether it stands still because somebody stopped it, for longer than a moment.
+    pub fn is_stopped(&mut self) -> bool {
+        let mut status = 0;
+        // SAFETY: the status is writable.
+        let changed =
+            unsafe { libc::waitpid(self.process, &raw mut status, libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED) };
+        if changed == self.process {
+            if libc::WIFSTOPPED(status) {
+                self.stopped = Some(Instant::now());
+            } else if libc::WIFCONTINUED(status) {
+                self.stopped = None;
+            } else {
+                // It has ended meanwhile: the doorbell says so as well.
+                self.running = false;
+            }
+        }
+        self.stopped.is_some_and(|since| since.elapsed() > STOPPED_MAX)
+    }
+
+    /// Ask it where it is: it rings on the fault port, and ends.
+    pub fn ask_for_position(&self) {
+        // SAFETY: it sends a signal to our own process.
+        unsafe { libc::kill(self.process, libc::SIGXCPU) };
+    }
+
+    /// It does not ring any more: why it is gone.
+    fn end(&mut self) -> SandboxError {
+        let mut status = 0;
+        // SAFETY: the status is writable.
+        let known = self.running && unsafe { libc::waitpid(self.process, &raw mut status, 0) } == self.process;
+        self.running = false;
+        if !known {
+            return SandboxError::ProcessLost("has ended".to_owned());
+        }
+        if libc::WIFSIGNALED(status) {
+            let signal = libc::WTERMSIG(status);
+            return match fault_name(signal) {
+                Some(name) => SandboxError::protocol(format!("its process ended by {name} (signal {signal})")),
+                None => SandboxError::ProcessLost(format!("was ended from outside (signal {signal}){}", why(signal))),
+            };
+        }
+        SandboxError::protocol(format!("its process ended with status {}", libc::WEXITSTATUS(status)))
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.running {
+            // SAFETY: our own process, which nobody has waited for.
+            unsafe {
+                libc::kill(self.process, libc::SIGKILL);
+                libc::waitpid(self.process, null_mut(), 0);
+            }
+        }
+    }
+}
+
+/// The signals that a guest can raise itself.
+const fn fault_name(signal: i32) -> Option<&'static str> {
+    Some(match signal {
+        libc::SIGILL => "an invalid instruction",
+        libc::SIGTRAP => "a trap",
+        libc::SIGBUS => "a bus error",
+        libc::SIGFPE => "an arithmetic error",
+        libc::SIGSEGV => "a memory fault",
+        libc::SIGSYS => "a system call",
+        _ => return None,
+    })
+}
+
+/// Who may have sent it.
+const fn why(signal: i32) -> &'static str {
+    if signal == libc::SIGKILL {
+        ", by another program, or by the kernel for lack of memory"
+    } else {
+        ""
+    }
+}
+
+fn last_errno() -> Errno {
+    Errno::from_raw_os_error(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// The two ends of a doorbell: ours, which waits a tick for a ring, and for an answer to be taken, and the guest's.
+fn doorbell() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let mut ends = [0; 2];
+    // SAFETY: there is room for two descriptors, which nobody else owns.
+    let (ours, theirs) = unsafe {
+        if libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr()) != 0 {
+            return Err(last_errno());
+        }
+        (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1]))
+    };
+    let tick = libc::timeval { tv_sec: 0, tv_usec: TICK };
+    for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
+        #[allow(clippy::cast_possible_truncation, reason = "16 bytes")]
+        let size = size_of::<libc::timeval>() as libc::socklen_t;
+        // SAFETY: the value is valid for the call.
+        let set =
+            unsafe { libc::setsockopt(ours.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const tick).cast(), size) };
+        if set != 0 {
+            return Err(last_errno());
+        }
+    }
+    Ok((ours, fcntl_dupfd_cloexec(theirs, FIRST_FREE)?))
+}

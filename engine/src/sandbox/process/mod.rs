@@ -1,0 +1,62 @@
+//! The process sandbox, for machines without KVM: the same modules in a process that can do nothing but ring its host.
+//!
+//! A [static program](instar_guest_starter) without a C library is started in an address space of its own before this process
+//! confines itself. It holds the guest's memory, which both processes map, and a socket, the doorbell; it gives up everything
+//! else and jumps into the guest. From then on its system calls are a `write` of 8 bytes to the doorbell, which is what an `out`
+//! is in a virtual machine, a `read` of one byte from it, and the end. What the guest rings for is checked and executed by the
+//! same loop as a virtual machine's.
+//!
+//! Unlike a vCPU, the guest may go on running while it is served, if it does not wait for the answer. Its memory may change at
+//! any moment: everything that is checked is copied first.
+
+mod calls;
+mod child;
+mod memory_files;
+mod run;
+mod spawn;
+
+use super::error::SandboxError;
+use super::host::Host;
+use super::layout;
+use super::program::{guest_module, ModuleSpec, Program, Report};
+use super::{Ready, Sandbox};
+use crate::confine::Needs;
+use child::Child;
+
+/// Its name, as an operator writes it.
+const NAME: &str = "process";
+
+const CORE: ModuleSpec<'static> = guest_module!("process");
+const STARTER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/starter-module.elf"));
+
+/// Processes that can do nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Process;
+
+impl Sandbox for Process {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
+        Ok(Box::new(Child::start(STARTER)?))
+    }
+}
+
+impl Ready for Child {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn needs(&self) -> Needs {
+        Needs { calls: calls::calls(self), signals: true }
+    }
+
+    fn run(self: Box<Self>, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
+        run::run(*self, program, host)
+    }
+}
+
+fn unusable(what: impl Into<String>, errno: i32) -> SandboxError {
+    SandboxError::ProcessUnusable { what: what.into(), errno }
+}

@@ -1,0 +1,183 @@
+//! Fills the guest's memory, lets the starter jump into it, and turns what it rings for into exits.
+
+use super::child::Child;
+use super::memory_files::seal;
+use super::{layout, unusable, CORE, NAME};
+use crate::confine::call_name;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::guest_loop::{Exit, Guest, Processor};
+use crate::sandbox::host::Host;
+use crate::sandbox::layout::Layout;
+use crate::sandbox::placed::place;
+use crate::sandbox::plain::{bytes, bytes_mut};
+use crate::sandbox::program::{Program, Report};
+use crate::sandbox::rights::Rights;
+use crate::sandbox::x86::fault::Fault;
+use instar_guest_abi::{MESSAGE_ADDR, PORT_FAULT};
+use instar_guest_starter::{FaultRecord, MappedRange, Plan, Ring, Step, CODE, DATA, MAX_RANGES, PLAN_MAGIC, READ};
+use std::time::{Duration, Instant};
+
+/// How long a guest that is asked where it is may take to answer.
+const POSITION_MAX: Duration = Duration::from_secs(1);
+
+/// Run a program in this process.
+///
+/// # Errors
+/// Why it was ended, or never started.
+pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
+    let started = Instant::now();
+    let ram = child.ram.take().ok_or_else(|| unusable("running a process twice", 0))?;
+    let layout = layout::fill(&ram, CORE, program)?;
+    let guest = Guest::new(ram, layout, program);
+    hand_over(&child, &guest)?;
+    let report =
+        Report { sandbox: NAME, time_create: child.time_create, time_load: started.elapsed(), ..Report::default() };
+    let mut running = Running { child: &mut child, guest: &guest, has_begun: false, owes: false, used: Duration::ZERO };
+    running.expect_starter()?;
+    guest.run(&mut running, report, host)
+}
+
+/// Copy the guest's text into its own file, which nobody can change from then on, and write down how everything is mapped.
+fn hand_over(child: &Child, guest: &Guest) -> Result<(), SandboxError> {
+    for (range, _) in guest.layout.mappings.iter().filter(|(_, rights)| rights.execute) {
+        let mut text = vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
+        let written = guest.ram.read(range.start, &mut text)
+            && rustix::io::pwrite(&child.text, &text, range.start) == Ok(text.len());
+        if !written {
+            return Err(unusable("writing the guest's text", libc::ENOSPC));
+        }
+    }
+    seal(&child.text)?;
+    let plan = plan(&guest.layout).ok_or(SandboxError::Layout("there are too many ranges"))?;
+    if guest.ram.write(0, bytes(&[plan])) {
+        Ok(())
+    } else {
+        Err(SandboxError::Layout("the plan does not fit"))
+    }
+}
+
+fn plan(layout: &Layout) -> Option<Plan> {
+    let mut ranges = [MappedRange::default(); MAX_RANGES];
+    for (index, (range, rights)) in layout.mappings.iter().enumerate() {
+        let rights = match rights {
+            Rights { execute: true, .. } => CODE,
+            Rights { write: true, .. } => DATA,
+            Rights { .. } => READ,
+        };
+        *ranges.get_mut(index)? = MappedRange { start: range.start, end: range.end, rights };
+    }
+    Some(Plan { magic: PLAN_MAGIC, entry: layout.entry, count: layout.mappings.len() as u64, ranges })
+}
+
+/// A guest that runs in its process.
+struct Running<'a> {
+    child: &'a mut Child,
+    guest: &'a Guest,
+    /// It has rung, so that it is the guest, and no longer the starter.
+    has_begun: bool,
+    /// It has rung, and waits.
+    owes: bool,
+    /// Its processor time, when that was last known.
+    used: Duration,
+}
+
+impl Running<'_> {
+    /// The starter has done what it could without the guest, and waits.
+    fn expect_starter(&mut self) -> Result<(), SandboxError> {
+        let begin = Instant::now();
+        loop {
+            match self.child.wait()? {
+                Some(ring) if ring.port == Step::Done as u32 => {
+                    self.owes = true;
+                    return Ok(());
+                }
+                Some(ring) => return Err(starter_failed(ring)),
+                None if begin.elapsed() > Duration::from_secs(30) => {
+                    return Err(unusable("starting a process", libc::ETIMEDOUT));
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// What the guest's process said of its own end.
+    fn fault(&self) -> SandboxError {
+        let mut record = [FaultRecord::default()];
+        if !self.guest.ram.read(MESSAGE_ADDR, bytes_mut(&mut record)) {
+            return SandboxError::protocol("a false report of a fault");
+        }
+        let [FaultRecord { signal, vector, error_code, address, rip }] = record;
+        let modules = self.guest.modules();
+        if signal == SIGSYS {
+            const X86_64: u64 = 0xc000_003e;
+            let (number, architecture) = (address & 0xffff_ffff, address >> 32);
+            let number = u32::try_from(number).unwrap_or(u32::MAX);
+            let x86_64 = architecture == X86_64;
+            let name = call_name(number.into()).filter(|_| x86_64).unwrap_or("without a name");
+            return SandboxError::SystemCall { number, name, x86_64, rip, place: place(modules, rip) };
+        }
+        // The kernel raises it itself, too, for a call that is no instruction's fault (`uretprobe`, which no filter sees).
+        let vector = if signal == SIGILL { INVALID_OPCODE } else { vector };
+        match u8::try_from(vector) {
+            Ok(vector) if vector < 32 => Fault { vector, error_code, rip, address }.error(modules),
+            _ => SandboxError::protocol("a false report of a fault"),
+        }
+    }
+}
+
+#[allow(clippy::cast_sign_loss, reason = "a small number")]
+const SIGSYS: u64 = libc::SIGSYS as u64;
+#[allow(clippy::cast_sign_loss, reason = "a small number")]
+const SIGILL: u64 = libc::SIGILL as u64;
+const INVALID_OPCODE: u64 = 6;
+
+fn starter_failed(ring: Ring) -> SandboxError {
+    let what = Step::from_u32(ring.port).map_or("starting the guest", Step::what);
+    unusable(what, i32::try_from(ring.value).unwrap_or(0))
+}
+
+impl Processor for Running<'_> {
+    fn enter(&mut self) -> Result<Exit, SandboxError> {
+        if std::mem::take(&mut self.owes) {
+            self.child.answer()?;
+        }
+        let rung = self.child.wait();
+        self.used = self.child.used().unwrap_or(self.used);
+        let Some(ring) = rung? else {
+            if self.child.is_stopped() {
+                let text = "was stopped from outside, and does not go on".to_owned();
+                return Err(SandboxError::ProcessLost(text));
+            }
+            return Ok(Exit::Nothing);
+        };
+        self.owes = true;
+        let begun = std::mem::replace(&mut self.has_begun, true);
+        match u16::try_from(ring.port) {
+            Ok(PORT_FAULT) => Ok(Exit::Ended(self.fault())),
+            Ok(port) if begun || Step::from_u32(ring.port).is_none() => Ok(Exit::Out(port, ring.value)),
+            Ok(_) => Err(starter_failed(ring)),
+            Err(_) => Ok(Exit::Ended(SandboxError::protocol(format!("`out` to unassigned port {:#x}", ring.port)))),
+        }
+    }
+
+    fn used(&self) -> Duration {
+        self.used
+    }
+
+    fn position(&mut self) -> Result<u64, SandboxError> {
+        self.child.ask_for_position();
+        let asked = Instant::now();
+        while asked.elapsed() < POSITION_MAX {
+            if self.child.wait()?.is_some_and(|ring| ring.port == u32::from(PORT_FAULT)) {
+                let mut record = [FaultRecord::default()];
+                let known = self.guest.ram.read(MESSAGE_ADDR, bytes_mut(&mut record));
+                return Ok(if known { record[0].rip } else { 0 });
+            }
+        }
+        Ok(0)
+    }
+
+    fn ring(&self) -> Result<u8, SandboxError> {
+        Ok(3)
+    }
+}
