@@ -126,4 +126,8 @@ error_codes! {
     ParentMismatch = 41, ERROR_PARENT_MISMATCH;
     /// The metadata would take more requests or processor time than the files' allocated size justifies.
     LimitExceeded = 42, ERROR_LIMIT_EXCEEDED;
+    /// The process sandbox cannot be used: the kernel or a container refuses what it needs.
+    SandboxUnusable = 43, ERROR_SANDBOX_UNUSABLE;
+    /// The process of the sandbox was ended or stopped from outside.
+    SandboxLost = 44, ERROR_SANDBOX_LOST;
 }
