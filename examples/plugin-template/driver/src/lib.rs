@@ -1,4 +1,4 @@
-//! The guest half: what walks and writes the metadata, in the virtual machine.
+//! The guest half: what walks and writes the metadata, in the sandbox.
 //!
 //! Replace [`NoSource`] and [`NoSink`] by types that implement `Source` and `Sink`, and open them here.
 #![no_std]
