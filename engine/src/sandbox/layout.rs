@@ -5,7 +5,7 @@ use super::error::SandboxError;
 use super::memory::{GuestRam, LARGE_PAGE};
 use super::module::{self, Loaded};
 use super::placed::Placed;
-use super::plain::{bytes, Plain};
+use super::plain::bytes;
 use super::program::{ModuleSpec, Program};
 use super::rights::Rights;
 use instar_guest_abi::{
@@ -36,11 +36,24 @@ fn invalid(name: &str, text: impl Into<String>) -> SandboxError {
     SandboxError::ModuleInvalid { name: crate::sandbox::error::printable(name), text: text.into() }
 }
 
-/// Load everything that `spec` names into `ram`, with this core.
+/// Where the bytes of a guest are put, which are zero so far.
+pub trait Place {
+    /// Put these bytes at this address, whose pages have these rights; `false` if they do not fit.
+    #[must_use]
+    fn place(&self, address: u64, bytes: &[u8], rights: Rights) -> bool;
+}
+
+impl Place for GuestRam {
+    fn place(&self, address: u64, bytes: &[u8], _: Rights) -> bool {
+        self.write(address, bytes)
+    }
+}
+
+/// Put everything that `spec` names into `memory`, with this core.
 ///
 /// # Errors
 /// [`SandboxError::ModuleInvalid`] for a module that cannot be loaded.
-pub fn fill(ram: &GuestRam, core: ModuleSpec<'_>, spec: &Program<'_>) -> Result<Layout, SandboxError> {
+pub fn fill(memory: &dyn Place, core: ModuleSpec<'_>, spec: &Program<'_>) -> Result<Layout, SandboxError> {
     let mut table = ModuleTable { magic: MODULE_TABLE_MAGIC, ..ModuleTable::default() };
     let mut mappings = Vec::new();
     let mut modules = Vec::new();
@@ -53,7 +66,7 @@ pub fn fill(ram: &GuestRam, core: ModuleSpec<'_>, spec: &Program<'_>) -> Result<
         let slot = table.entries.get_mut(index);
         *slot.ok_or_else(|| invalid(module.name, format!("more than {MAX_MODULES} modules")))? = entry;
         let end = loaded.base + loaded.image.len() as u64;
-        if end > GUEST_MEMORY_SIZE - MIN_HEAP - LARGE_PAGE || !ram.write(loaded.base, &loaded.image) {
+        if end > GUEST_MEMORY_SIZE - MIN_HEAP - LARGE_PAGE || !loaded.place(memory) {
             return Err(invalid(module.name, "there is no room for it in guest memory"));
         }
         mappings.extend(loaded.mappings);
@@ -82,12 +95,17 @@ pub fn fill(ram: &GuestRam, core: ModuleSpec<'_>, spec: &Program<'_>) -> Result<
     };
     // SAFETY: as above.
     let members = unsafe { List::at(MEMBER_TABLE_ADDR, spec.members.len() as u64) };
-    let fits = write_plain(ram, OPERATION_CONFIG_ADDR, config)
-        && write_plain(ram, CHAIN_CONFIG_ADDR, ChainConfig { magic: CHAIN_CONFIG_MAGIC, members })
-        && ram.write(PAYLOAD_ADDR, &spec.payload)
-        && write_plain(ram, MODULE_TABLE_ADDR, table)
-        && ram.write(FILE_TABLE_ADDR, bytes(&spec.files))
-        && ram.write(MEMBER_TABLE_ADDR, bytes(&spec.members));
+    let chain = ChainConfig { magic: CHAIN_CONFIG_MAGIC, members };
+    let fits = [
+        (OPERATION_CONFIG_ADDR, bytes(&[config])),
+        (CHAIN_CONFIG_ADDR, bytes(&[chain])),
+        (PAYLOAD_ADDR, spec.payload.as_slice()),
+        (MODULE_TABLE_ADDR, bytes(&[table])),
+        (FILE_TABLE_ADDR, bytes(&spec.files)),
+        (MEMBER_TABLE_ADDR, bytes(&spec.members)),
+    ]
+    .into_iter()
+    .all(|(address, bytes)| memory.place(address, bytes, Rights::READ));
     let entry = table.entries.first().map_or(0, |core| core.entry);
     if fits {
         Ok(Layout { entry, heap, modules, mappings })
@@ -107,8 +125,16 @@ fn regions(heap: &Range<u64>) -> [(Range<u64>, Rights); 5] {
     ]
 }
 
-fn write_plain<T: Plain>(ram: &GuestRam, address: u64, value: T) -> bool {
-    ram.write(address, bytes(&[value]))
+impl Loaded {
+    /// Put the image where it belongs, without the zeroes at the ends of its segments.
+    fn place(&self, memory: &dyn Place) -> bool {
+        self.mappings.iter().all(|(range, rights)| {
+            let offset = |address: u64| usize::try_from(address - self.base).unwrap_or(usize::MAX);
+            let segment = self.image.get(offset(range.start)..offset(range.end)).unwrap_or_default();
+            let used = segment.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            memory.place(range.start, &segment[..used], *rights)
+        })
+    }
 }
 
 fn describe(name: &str, loaded: &Loaded) -> Result<ModuleEntry, SandboxError> {

@@ -10,11 +10,13 @@ pub fn calls(child: &Child) -> Vec<Call> {
     const SIGNALS: &[u32] = &[libc::SIGKILL.cast_unsigned(), libc::SIGXCPU.cast_unsigned()];
     const SEAL: &[u32] = &[libc::F_ADD_SEALS.cast_unsigned()];
     let number = RawFd::cast_unsigned;
-    let (bell, text) = (number(child.bell.as_raw_fd()), number(child.text.as_raw_fd()));
+    let (bell, memory) = (number(child.bell.as_raw_fd()), number(child.memory.as_raw_fd()));
+    let text = number(child.text.as_raw_fd());
     let process = child.process.cast_unsigned();
     vec![
         (libc::SYS_read, First(bell)),
         (libc::SYS_sendto, First(bell)),
+        (libc::SYS_pwrite64, First(memory)),
         (libc::SYS_pwrite64, First(text)),
         (libc::SYS_fcntl, FirstAndOneOf(text, 1, SEAL)),
         (libc::SYS_kill, FirstAndOneOf(process, 1, SIGNALS)),

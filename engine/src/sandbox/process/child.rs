@@ -25,9 +25,10 @@ pub struct Child {
     running: bool,
     /// Our end of the doorbell.
     pub(super) bell: OwnedFd,
-    /// What will be the guest's text.
+    /// What will be the guest's memory, and its text.
+    pub(super) memory: File,
     pub(super) text: File,
-    /// What will be the guest's memory.
+    /// The memory, mapped.
     pub(super) ram: Option<GuestRam>,
     /// Its clock of processor time.
     clock: libc::clockid_t,
@@ -54,7 +55,7 @@ impl Child {
         // SAFETY: the clock is writable.
         let no_clock = unsafe { libc::clock_getcpuclockid(process, &raw mut clock) };
         let (ram, time_create) = (Some(ram), started.elapsed());
-        let child = Self { process, running: true, bell, text, ram, clock, stopped: None, time_create };
+        let child = Self { process, running: true, bell, memory, text, ram, clock, stopped: None, time_create };
         if no_clock == 0 {
             Ok(child)
         } else {
@@ -159,9 +160,10 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        if self.running {
-            // SAFETY: our own process, which nobody has waited for.
-            unsafe {
+        // SAFETY: our own process. Where this process ignores its children, nobody has to wait for them, and one that is gone
+        // may have lost its number to another one: it is not there to wait for.
+        unsafe {
+            if self.running && libc::waitpid(self.process, null_mut(), libc::WNOHANG) == 0 {
                 libc::kill(self.process, libc::SIGKILL);
                 libc::waitpid(self.process, null_mut(), 0);
             }

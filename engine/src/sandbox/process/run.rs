@@ -7,7 +7,7 @@ use crate::confine::call_name;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::guest_loop::{Exit, Guest, Processor};
 use crate::sandbox::host::Host;
-use crate::sandbox::layout::Layout;
+use crate::sandbox::layout::{Layout, Place};
 use crate::sandbox::placed::place;
 use crate::sandbox::plain::{bytes, bytes_mut};
 use crate::sandbox::program::{Program, Report};
@@ -15,6 +15,7 @@ use crate::sandbox::rights::Rights;
 use crate::sandbox::x86::fault::Fault;
 use instar_guest_abi::{MESSAGE_ADDR, PORT_FAULT};
 use instar_guest_starter::{FaultRecord, MappedRange, Plan, Ring, Step, CODE, DATA, MAX_RANGES, PLAN_MAGIC, READ};
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 /// How long a guest that is asked where it is may take to answer.
@@ -27,9 +28,14 @@ const POSITION_MAX: Duration = Duration::from_secs(1);
 pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
     let started = Instant::now();
     let ram = child.ram.take().ok_or_else(|| unusable("running a process twice", 0))?;
-    let layout = layout::fill(&ram, CORE, program)?;
+    let files = Files { memory: &child.memory, text: &child.text };
+    let layout = layout::fill(&files, CORE, program)?;
+    seal(files.text)?;
+    let plan = plan(&layout).ok_or(SandboxError::Layout("there are too many ranges"))?;
+    if !files.place(0, bytes(&[plan]), Rights::READ) {
+        return Err(SandboxError::Layout("the plan does not fit"));
+    }
     let guest = Guest::new(ram, layout, program);
-    hand_over(&child, &guest)?;
     let report =
         Report { sandbox: NAME, time_create: child.time_create, time_load: started.elapsed(), ..Report::default() };
     let mut running = Running { child: &mut child, guest: &guest, has_begun: false, owes: false, used: Duration::ZERO };
@@ -37,22 +43,17 @@ pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Resu
     guest.run(&mut running, report, host)
 }
 
-/// Copy the guest's text into its own file, which nobody can change from then on, and write down how everything is mapped.
-fn hand_over(child: &Child, guest: &Guest) -> Result<(), SandboxError> {
-    for (range, _) in guest.layout.mappings.iter().filter(|(_, rights)| rights.execute) {
-        let mut text = vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
-        let written = guest.ram.read(range.start, &mut text)
-            && rustix::io::pwrite(&child.text, &text, range.start) == Ok(text.len());
-        if !written {
-            return Err(unusable("writing the guest's text", libc::ENOSPC));
-        }
-    }
-    seal(&child.text)?;
-    let plan = plan(&guest.layout).ok_or(SandboxError::Layout("there are too many ranges"))?;
-    if guest.ram.write(0, bytes(&[plan])) {
-        Ok(())
-    } else {
-        Err(SandboxError::Layout("the plan does not fit"))
+/// The files that are the guest's memory and its text. A `write` to a file in memory costs less than the first touch of its
+/// pages.
+struct Files<'a> {
+    memory: &'a File,
+    text: &'a File,
+}
+
+impl Place for Files<'_> {
+    fn place(&self, address: u64, bytes: &[u8], rights: Rights) -> bool {
+        let file = if rights.execute { self.text } else { self.memory };
+        rustix::io::pwrite(file, bytes, address) == Ok(bytes.len())
     }
 }
 
