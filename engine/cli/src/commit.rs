@@ -11,7 +11,7 @@ use super::terminal::say;
 use super::told::Told;
 use super::unsupported::UnsupportedArgs;
 use clap::{Args, ValueEnum};
-use instar::commit::{run_commit, CommitRequest};
+use instar::commit::{run_commit, CommitMode, CommitRequest};
 use instar::devices::Cache;
 use instar::error::Error;
 use instar::operation::Session;
@@ -111,8 +111,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         base: args.base.clone(),
         base_format: args.base_format.clone(),
         keep_overlay: args.keep_overlay,
-        dry_run: args.dry_run,
-        measure: false,
+        mode: if args.dry_run { CommitMode::DryRun } else { CommitMode::Whole },
         resize_backing: args.resize_backing,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,

@@ -8,7 +8,7 @@ use super::size::parse_bytes;
 use super::unsupported::UnsupportedArgs;
 use super::usage::bad_usage;
 use clap::Args;
-use instar::commit::{run_commit, CommitRequest};
+use instar::commit::{run_commit, CommitMode, CommitRequest};
 use instar::create::create_options;
 use instar::error::Error;
 use instar::image::SnapshotName;
@@ -84,7 +84,7 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
             format: args.format.clone(),
             base: args.base.clone(),
             base_format: args.base_format.clone(),
-            measure: true,
+            mode: CommitMode::Measure,
             resize_backing: args.resize_backing,
             settings,
             ..CommitRequest::default()

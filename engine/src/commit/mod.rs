@@ -17,7 +17,7 @@ mod verdict;
 pub use events::CommitEvents;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
 pub use plan::PlanBounds;
-pub use request::CommitRequest;
+pub use request::{CommitMode, CommitRequest};
 
 use crate::error::{Error, Role};
 use crate::operation::{run, Session};

@@ -6,7 +6,7 @@ use super::meter::Meter;
 use super::outcome::{CommitOutcome, GuestRun, Preview, Units};
 use super::plan::PlanBounds;
 use super::repeated::Repeated;
-use super::request::CommitRequest;
+use super::request::{CommitMode, CommitRequest};
 use super::space::{block_size, free_space, taken_space, Space};
 use super::verdict::{become_stale, Parts};
 use crate::confine::Work;
@@ -161,10 +161,10 @@ impl Operation for Commit<'_> {
         let parts = Parts::of(images).ok_or_else(nothing_to_commit)?;
         parts.refuse_doubt(self.request.only_plans())?;
         let mut grants = parts.verdict(&mut self.warnings)?;
-        grants.beyond_devices = self.request.measure;
+        grants.beyond_devices = self.request.mode == CommitMode::Measure;
         // A device of plain bytes is the disk: to lengthen the one is to let the other grow.
         let is_disk = parts.backing.opened.block_device && parts.backing.facts.cluster_size <= 1;
-        let may_grow = self.request.resize_backing || (self.request.measure && is_disk);
+        let may_grow = self.request.resize_backing || (self.request.mode == CommitMode::Measure && is_disk);
         let backing_grows_to = parts.growth(may_grow)?;
         if let Some(size) = backing_grows_to {
             session.note(|| format!("the backing's virtual size grows to {size} bytes"));
@@ -224,9 +224,11 @@ impl Operation for Commit<'_> {
                 (false, true) => Phase::Target,
                 (false, false) => Phase::Overlay,
             },
-            bounds: match self.request.measure {
-                true => admitted.bounds,
-                false => PlanBounds { longest: longest.fold(0, u64::saturating_add), ..admitted.bounds },
+            bounds: match self.request.mode {
+                CommitMode::Measure => admitted.bounds,
+                CommitMode::Whole | CommitMode::DryRun => {
+                    PlanBounds { longest: longest.fold(0, u64::saturating_add), ..admitted.bounds }
+                }
             },
             meter,
             space: admitted.space,

@@ -4,6 +4,18 @@ use crate::devices::Cache;
 use crate::operation::Settings;
 use std::path::PathBuf;
 
+/// How far a commit goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CommitMode {
+    /// To its end.
+    #[default]
+    Whole,
+    /// To the moment before the first change.
+    DryRun,
+    /// To the same moment; a block device that is committed into counts as as long as the plan makes it.
+    Measure,
+}
+
 /// What the operator asks for.
 #[derive(Clone, Debug, Default)]
 pub struct CommitRequest {
@@ -17,10 +29,8 @@ pub struct CommitRequest {
     pub base_format: Option<String>,
     /// Leave the overlay's content in place.
     pub keep_overlay: bool,
-    /// Stop before the first change.
-    pub dry_run: bool,
-    /// Stop there, too, and plan as if a block device that is committed into were as long as the plan makes it.
-    pub measure: bool,
+    /// How far it goes.
+    pub mode: CommitMode,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
     /// Bytes per second that are moved at most; 0 for no limit.
@@ -35,6 +45,6 @@ impl CommitRequest {
     /// Whether nothing is to be changed.
     #[must_use]
     pub fn only_plans(&self) -> bool {
-        self.dry_run || self.measure
+        self.mode != CommitMode::Whole
     }
 }

@@ -1,7 +1,7 @@
 //! What a caller and its worker say to each other: messages of `prost`, each with its length in front. Paths are bytes, so that
 //! every name arrives as it is. The worker may have been taken over: its messages are bounded, and mean no more than they say.
 
-use crate::commit::{CommitOutcome, CommitRequest, GuestRun, Preview};
+use crate::commit::{CommitMode, CommitOutcome, CommitRequest, GuestRun, Preview};
 use crate::devices::Cache;
 use crate::error::{Error, Role};
 use crate::operation::{Observer, Progress, Settings, Stage, Timing};
@@ -29,8 +29,8 @@ struct CommitMessage {
     base_format: Option<String>,
     #[prost(bool, tag = "5")]
     keep_overlay: bool,
-    #[prost(bool, tag = "6")]
-    dry_run: bool,
+    #[prost(uint32, tag = "6")]
+    mode: u32,
     #[prost(bool, tag = "7")]
     resize_backing: bool,
     #[prost(uint64, tag = "8")]
@@ -49,9 +49,7 @@ struct CommitMessage {
     notes: bool,
     #[prost(bool, tag = "15")]
     progress: bool,
-    #[prost(bool, tag = "16")]
-    measure: bool,
-    #[prost(uint32, tag = "17")]
+    #[prost(uint32, tag = "16")]
     sandbox: u32,
 }
 
@@ -158,6 +156,7 @@ pub enum Answer {
 
 /// In the order of their numbers.
 const CACHES: [Cache; 5] = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe, Cache::None, Cache::Directsync];
+const MODES: [CommitMode; 3] = [CommitMode::Whole, CommitMode::DryRun, CommitMode::Measure];
 const STAGES: [Stage; 4] = [Stage::Checking, Stage::Writing, Stage::Emptying, Stage::Reading];
 
 fn number<T: PartialEq>(all: &[T], one: &T) -> u32 {
@@ -193,8 +192,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         base: request.base.as_deref().map(bytes),
         base_format: request.base_format.clone(),
         keep_overlay: request.keep_overlay,
-        dry_run: request.dry_run,
-        measure: request.measure,
+        mode: number(&MODES, &request.mode),
         resize_backing: request.resize_backing,
         rate_limit: request.rate_limit,
         cache: number(&CACHES, &request.cache),
@@ -220,8 +218,7 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         base: message.base.as_deref().map(path),
         base_format: message.base_format,
         keep_overlay: message.keep_overlay,
-        dry_run: message.dry_run,
-        measure: message.measure,
+        mode: by_number(&MODES, message.mode)?,
         resize_backing: message.resize_backing,
         rate_limit: message.rate_limit,
         cache: by_number(&CACHES, message.cache)?,
@@ -385,8 +382,7 @@ mod tests {
             base: Some(odd()),
             base_format: Some("raw".into()),
             keep_overlay: true,
-            dry_run: true,
-            measure: true,
+            mode: CommitMode::Measure,
             resize_backing: true,
             rate_limit: 7,
             cache: Cache::Directsync,
