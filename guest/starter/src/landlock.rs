@@ -13,6 +13,7 @@ struct Ruleset {
 
 /// `LANDLOCK_CREATE_RULESET_VERSION`.
 const ASK_VERSION: usize = 1;
+const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
 const EOPNOTSUPP: u32 = 95;
 
@@ -27,7 +28,8 @@ const fn files(version: usize) -> u64 {
     (1 << count) - 1
 }
 
-/// Deny this process everything that Landlock can deny. Returns its version, 0 where the kernel has none.
+/// Deny this process everything that Landlock can deny. Returns its version, 0 where the kernel has none, or the process may not
+/// ask for it: the kernel itself never answers so, but the filter of a container engine that does not know Landlock does.
 ///
 /// # Errors
 /// The kernel has one, which cannot be used.
@@ -35,7 +37,7 @@ pub fn restrict() -> Result<usize, Errno> {
     // SAFETY: it has no pointers.
     let version = match unsafe { call3(number::LANDLOCK_CREATE_RULESET, 0, 0, ASK_VERSION) } {
         Ok(version) => version,
-        Err(Errno(ENOSYS | EOPNOTSUPP)) => return Ok(0),
+        Err(Errno(EPERM | ENOSYS | EOPNOTSUPP)) => return Ok(0),
         Err(error) => return Err(error),
     };
     let (tcp, scopes) = (0b11, 0b11);
