@@ -38,19 +38,30 @@ impl Candidate {
         Ok(Self { path: directory.path().join(name), identity: (stat.st_dev, stat.st_ino), file })
     }
 
+    /// What the dynamic loader opens: the descriptor, so that the file that was checked is the file that is loaded, whatever its
+    /// name leads to by now. In a root without procfs it is the name: the checks say that only root and the caller can have
+    /// changed where it leads, and both are trusted.
+    fn name_to_load(&self) -> PathBuf {
+        let descriptor = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        if descriptor.exists() {
+            descriptor
+        } else {
+            self.path.clone()
+        }
+    }
+
     /// Load the library. Its constructors run.
     ///
     /// # Errors
     /// One clause that says why it cannot be used.
     pub fn load(self) -> Result<LoadedLibrary, String> {
-        // By descriptor: the file that was checked is the file that is loaded, whatever its name leads to by now.
-        let name = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let name = self.name_to_load();
         // The descriptor stays open for ever: the dynamic loader knows libraries by their names, and would take the
         // next file with the same descriptor number for this one.
         std::mem::forget(self.file);
         // SAFETY: running the constructors of a library is what loading a plugin means; where it came from was checked.
         let library = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| {
-            let text = error.to_string().replace(&name, "it");
+            let text = error.to_string().replace(&*name.to_string_lossy(), "it");
             format!("the dynamic loader refuses it: {}", one_line(&text))
         })?;
         // SAFETY: the symbol is the library header of abi_stable, whose first fields are the same for all versions; an
