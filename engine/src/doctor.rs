@@ -125,9 +125,10 @@ const PROCESS_NEEDS: &str =
 
 fn sandbox_remedy(error: &SandboxError) -> String {
     match error {
-        SandboxError::ProcessUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. } => {
-            "raise the limits of this process (see `ulimit -a`), or free memory".into()
-        }
+        SandboxError::ProcessUnusable {
+            errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE | libc::EFBIG,
+            ..
+        } => "raise the limits of this process (see `ulimit -a`), or free memory".into(),
         SandboxError::ProcessUnusable { errno: libc::EACCES, .. } => {
             "let programs run from files in memory: `sysctl vm.memfd_noexec=1`, and see the log of the security module"
                 .into()
