@@ -1,0 +1,207 @@
+"""The process sandbox where it is needed: for ordinary users, in containers, and within tight limits.
+
+What a container engine does is done here without one: `tests/tools/container.py`, under the system calls that Docker's and
+Kubernetes' default profiles allow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import allowed_calls
+import pytest
+import schemas
+import support
+from inside import Inside, ORDINARY
+from support import MIB
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def inside():
+    with Inside.make() as made:
+        yield made
+
+
+def answer(result, command="commit"):
+    """What a command prints as JSON on success; its published schema has to allow it."""
+    assert result.rc == 0, str(result)
+    return schemas.insist(command, json.loads(result.stdout))
+
+
+def doctor(inside, *arguments, options=()):
+    """What the doctor says of the process sandbox."""
+    result = inside.run("doctor", "--output", "json", "--sandbox", "process", *arguments, options=options)
+    [part] = [part for part in json.loads(result.stdout)["parts"] if part["part"] == "process"]
+    return result.rc, part
+
+
+PROCESS = ["--sandbox", "process", "--output", "json", "top.qcow2"]
+
+
+def assert_committed(inside, options=()):
+    assert answer(inside.run("commit", *PROCESS, options=options))["sandbox"] == "process"
+    inside.assert_committed()
+
+
+def assert_unusable(inside, *mentions, options=()):
+    """The sandbox cannot be used, the error says why, and nothing has changed."""
+    with support.untouched(inside.base, inside.top):
+        result = inside.run("commit", *PROCESS, options=options)
+    assert (result.rc, result.stdout) == (1, ""), str(result)
+    error = support.error_of(result.stderr)
+    assert error["name"] == "ERROR_SANDBOX_UNUSABLE", str(result)
+    for mention in [*mentions, "instar doctor", "nothing was changed"]:
+        assert mention in error["message"], str(result)
+
+
+@pytest.mark.parametrize("proc", [[], ["--proc"]], ids=["", "proc"])
+@pytest.mark.parametrize("profile", ["docker", "containerd", "containerd-old"])
+def test_in_a_container(inside, profile, proc):
+    """Number 1, read-only root, no /dev/kvm, nothing executable in /tmp, no capabilities, the system calls of an engine."""
+    options = ["--list", profile, *proc]
+    with support.untouched(inside.base, inside.top):
+        refused = inside.run("commit", "top.qcow2", options=options)
+    assert refused.rc == 1 and "--sandbox process" in refused.stderr, str(refused)
+    assert_committed(inside, options)
+    status, part = doctor(inside, options=options)
+    assert status == 0 and part["state"] == "ok" and "ring 3" in part["found"]
+
+
+def test_auto_takes_the_process_where_there_is_no_kvm(inside):
+    assert answer(inside.run("commit", "--sandbox", "auto", "--output", "json", "top.qcow2"))["sandbox"] == "process"
+    inside.assert_committed()
+
+
+def test_all_commands_that_run_a_guest(inside):
+    size, mapped = 4 * MIB, 0
+    for extent in json.loads(inside.run("map", *PROCESS).stdout):
+        mapped += extent["length"]
+    assert mapped == size
+    assert json.loads(inside.run("check", *PROCESS).stdout)["check-errors"] == 0
+    same = inside.run("compare", "--sandbox", "process", "top.qcow2", "top.qcow2")
+    other = inside.run("compare", "--sandbox", "process", "base.qcow2", "top.qcow2")
+    assert (same.rc, other.rc) == (0, 1) and "mismatch at offset 1048576" in other.stdout, f"{same}{other}"
+    assert answer(inside.run("measure", "--commit", *PROCESS), "measure")["sandbox"] == "process"
+
+
+def test_an_ordinary_user_on_a_machine(inside):
+    """nobody, without groups and without any new privileges, with a home and a configuration of its own."""
+    home = inside.root / "home"
+    (home / ".config/instar").mkdir(parents=True)
+    config = home / ".config/instar/config.toml"
+    config.write_text('sandbox = "process"\n')
+    for path in [home, home / ".config", home / ".config/instar", config]:
+        if not ORDINARY:
+            os.chown(path, NOBODY, NOBODY)
+    inside.own(NOBODY)
+    become = [] if ORDINARY else ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"]
+    result = support.run(
+        *become, "env", "-u", "INSTAR_CONFIG", "-u", "XDG_CONFIG_HOME", f"HOME={home}",
+        inside.root / "usr/bin/instar", "commit", "--output", "json", inside.top,
+    )
+    assert answer(result)["sandbox"] == "process"
+    inside.assert_committed()
+
+
+@pytest.mark.parametrize(
+    ("too_little", "enough", "why"),
+    [("NPROC=1", "NPROC=2", "starting a process"),
+     ("AS=50331648", "AS=100663296", "mapping the guest's memory"),
+     ("FSIZE=66060288", "FSIZE=67108864", "file in memory"),
+     ("NOFILE=14", "NOFILE=20", "Too many open files")])
+def test_limits(inside, too_little, enough, why):
+    """A limit that is too low is named by what failed, and the doctor's advice is to raise it."""
+    # A user of its own: processes of other tests count as well.
+    user = 61_000 + os.getpid() % 4000
+    inside.own(user)
+    options = ["--user", str(user), "--limit", too_little]
+    if not (ORDINARY and too_little.startswith("NPROC")):
+        assert_unusable(inside, why, options=options)
+        if not too_little.startswith("NOFILE"):
+            status, part = doctor(inside, options=options)
+            assert status == 1 and part["state"] == "broken" and "raise the limits" in part["remedy"]
+    assert_committed(inside, ["--user", str(user), "--limit", enough])
+
+
+def memory_cgroups():
+    """Where groups with a limit of memory are made: the folder, and the file with the limit."""
+    for folder, limit in [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]:
+        controllers = Path(folder, "cgroup.subtree_control")
+        if os.access(folder, os.W_OK) and (limit != "memory.max" or "memory" in controllers.read_text().split()):
+            if limit == "memory.max" or Path(folder, limit).exists():
+                return Path(folder), limit
+    return None
+
+
+@pytest.mark.skipif(memory_cgroups() is None, reason="no memory cgroup can be made here")
+def test_eight_mebibytes_of_memory_are_enough(inside):
+    """The guest's 64 MiB are room, of which a page that was never touched takes nothing."""
+    folder, limit = memory_cgroups()
+    group = folder / f"instar-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(8 * MIB))
+        assert_committed(inside, ["--cgroup", str(group)])
+    finally:
+        for _ in range(50):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.1)
+
+
+ROOT_SYSCTL = pytest.mark.skipif(ORDINARY, reason="`vm.memfd_noexec` is root's, also in a pid namespace")
+
+
+@ROOT_SYSCTL
+def test_memfd_noexec_that_asks_for_a_decision(inside):
+    assert_committed(inside, ["--memfd-noexec", "1"])
+
+
+@ROOT_SYSCTL
+def test_memfd_noexec_that_forbids(inside):
+    """Nothing else runs a program that is in no file: the error names the setting, and the doctor what to set."""
+    options = ["--memfd-noexec", "2"]
+    assert_unusable(inside, "vm.memfd_noexec", options=options)
+    status, part = doctor(inside, options=options)
+    assert status == 1 and part["state"] == "broken"
+    [advice] = re.findall(r"`sysctl (vm\.memfd_noexec)=(\d)`", part["remedy"])
+    assert_committed(inside, ["--memfd-noexec", "2", "--memfd-noexec", advice[1]])
+
+
+def test_a_list_without_seccomp_is_not_enough(inside, tmp_path):
+    """It is not optional: without it there is no sandbox."""
+    text = (allowed_calls.LISTS / "docker.txt").read_text()
+    shorter = tmp_path / "list"
+    shorter.write_text(re.sub(r"\bseccomp\b(?! profile)", "", text))
+    options = ["--list", str(shorter)]
+    assert_unusable(inside, "setting up seccomp", options=options)
+    status, part = doctor(inside, options=options)
+    assert status == 1 and "CONFIG_SECCOMP_FILTER" in part["remedy"] and "seccomp" in part["remedy"].rsplit(":")[-1]
+
+
+def test_the_lists_are_in_force():
+    """What the tests above run under stops what it should."""
+    def under(name, *command):
+        return support.run(sys.executable, allowed_calls.__file__, name, *command)
+
+    state = under("docker", "grep", "Seccomp:", "/proc/self/status")
+    assert state.stdout.split() == ["Seccomp:", "2"], str(state)
+    threads = "import threading; thread = threading.Thread(target=print, args=('started',)); thread.start(); thread.join()"
+    for name in ("docker", "containerd"):
+        assert under(name, "unshare", "--user", "true").rc == 1
+        assert under(name, sys.executable, "-c", threads).stdout == "started\n"
+    # The C library's way to start a thread since 2.34, which goes another one after ENOSYS only.
+    assert "can't start new thread" in under("containerd-old", sys.executable, "-c", threads).stderr
+    with pytest.raises(ValueError, match="no system calls"):
+        allowed_calls.List.parse("default errno 1\nread wriet")
+    with pytest.raises(ValueError, match="does not say"):
+        allowed_calls.List.parse("read write")
