@@ -37,7 +37,7 @@ REMAPPED := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --rema
 CARGO_BUILD_RUSTFLAGS := $(strip $(filter-out $(REMAPPED),$(CARGO_BUILD_RUSTFLAGS)) $(REMAPPED))
 export CARGO_BUILD_RUSTFLAGS
 
-.PHONY: install uninstall stage-deb stage-rpm deb rpm crates reproducible test-installed mandoc release-check
+.PHONY: install uninstall stage-deb stage-rpm deb rpm crates reproducible test-installed container-root mandoc release-check
 
 # Only copies, so that `sudo make install` needs no tool chain: what `make` has built, or else builds first. A configuration
 # that is there is the operator's.
@@ -112,6 +112,10 @@ reproducible: ## two builds of the last commit are byte-identical (two full buil
 test-installed: deb qemu-img ## the .deb in a fresh Debian: installed, used by an ordinary user, purged (root, KVM)
 	$(call need,debootstrap,debootstrap)
 	$(PYTHON) tests/tools/installed.py target/debian/instar_$(VERSION)_amd64.deb
+
+container-root: instar qemu-img ## the steps of the Dockerfile in a fresh Debian, without a container engine, and a commit in it (root)
+	$(call need,debootstrap,debootstrap)
+	$(PYTHON) tests/tools/container_root.py
 
 mandoc:
 	$(call need,mandoc,mandoc)
