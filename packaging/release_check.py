@@ -143,6 +143,7 @@ CHECKS = [
     ("lintian", lint),
     ("rpm", rpm),
     ("installed", lambda: last_line("make", "test-installed")),
+    ("container", lambda: last_line("make", "container-root")),
     ("crates", crates),
     ("contract 1.0 still holds", compatible),
     ("vendored, offline", lambda: last_line("tests/tools/vendored.sh")),
