@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import os
 import resource
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ import allowed_calls
 
 USER = 65532
 DEVICES = ("null", "zero", "full", "random", "urandom")
+# linux/prctl.h
 PR_CAPBSET_DROP = 24
+PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
 
 
 def command(root, *arguments, options=()):
@@ -51,7 +54,14 @@ def build(root, writable, proc):
         mount("-t", "proc", "none", root / "proc")
     for folder in writable:
         mount("--bind", root / folder, root / folder)
-    mount("-o", "remount,bind,ro", root)
+
+
+def hand_in_kvm(root, group):
+    """A device of the container's own: the host's may belong to root alone."""
+    node = root / "dev/kvm"
+    os.mknod(node, stat.S_IFCHR | 0o660, os.stat("/dev/kvm").st_rdev)
+    os.chown(node, 0, group)
+    os.chmod(node, 0o660)
 
 
 def main():
@@ -64,6 +74,8 @@ def main():
     parser.add_argument("--limit", action="append", default=[], help="NAME=VALUE, as RLIMIT_NAME of getrlimit(2)")
     parser.add_argument("--memfd-noexec", action="append", default=[], help="set `sysctl vm.memfd_noexec` of this namespace")
     parser.add_argument("--cgroup", type=Path, help="a cgroup to enter last, so that nothing of this program counts there")
+    parser.add_argument("--kvm", type=int, metavar="GROUP", help="with /dev/kvm, which this group may use, as the user's second")
+    parser.add_argument("--deny-write-execute", action="store_true", help="as MemoryDenyWriteExecute= of systemd")
     parser.add_argument("root", type=Path)
     parser.add_argument("program", nargs=argparse.REMAINDER)
     options = parser.parse_args()
@@ -73,6 +85,9 @@ def main():
     # Of an ordinary user, who has no other number in this namespace.
     only_one = Path("/proc/self/uid_map").read_text().split()[2] == "1"
     build(options.root, options.writable, options.proc)
+    if options.kvm is not None:
+        hand_in_kvm(options.root, options.kvm)
+    mount("-o", "remount,bind,ro", options.root)
     libc = ctypes.CDLL(None)
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0)
@@ -84,9 +99,12 @@ def main():
     for limit in options.limit:
         name, _, value = limit.partition("=")
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(value), int(value)))
+    if options.deny_write_execute:
+        # What newer versions of systemd do from Linux 6.3 on; older ones have a filter of the same effect.
+        libc.prctl(PR_SET_MDWE, ctypes.c_ulong(PR_MDWE_REFUSE_EXEC_GAIN), 0, 0, 0)
     allowed_calls.install(program)
     if not only_one:
-        os.setgroups([])
+        os.setgroups([] if options.kvm is None else [options.kvm])
         os.setresgid(options.user, options.user, options.user)
         os.setresuid(options.user, options.user, options.user)
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/", "LC_ALL": "C.UTF-8"}
