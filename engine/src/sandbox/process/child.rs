@@ -161,10 +161,13 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         // SAFETY: our own process. Where this process ignores its children, nobody has to wait for them, and one that is gone
-        // may have lost its number to another one: it is not there to wait for.
+        // may have lost its number to another one: it is not there to wait for. One that may not be killed, by a container's list
+        // of system calls, waits for an answer, and ends when the doorbell is closed.
         unsafe {
-            if self.running && libc::waitpid(self.process, null_mut(), libc::WNOHANG) == 0 {
-                libc::kill(self.process, libc::SIGKILL);
+            if self.running
+                && libc::waitpid(self.process, null_mut(), libc::WNOHANG) == 0
+                && libc::kill(self.process, libc::SIGKILL) == 0
+            {
                 libc::waitpid(self.process, null_mut(), 0);
             }
         }
