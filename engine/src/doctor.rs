@@ -126,7 +126,7 @@ const PROCESS_NEEDS: &str =
 fn sandbox_remedy(error: &SandboxError) -> String {
     match error {
         SandboxError::ProcessUnusable {
-            errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE | libc::EFBIG,
+            errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE | libc::EFBIG | libc::ENOSPC,
             ..
         } => "raise the limits of this process (see `ulimit -a`), or free memory".into(),
         SandboxError::ProcessUnusable { errno: libc::EACCES, .. } => {

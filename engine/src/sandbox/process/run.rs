@@ -15,6 +15,8 @@ use crate::sandbox::rights::Rights;
 use crate::sandbox::x86::fault::Fault;
 use instar_guest_abi::{MESSAGE_ADDR, PORT_FAULT};
 use instar_guest_starter::{FaultRecord, MappedRange, Plan, Ring, Step, CODE, DATA, MAX_RANGES, PLAN_MAGIC, READ};
+use rustix::io::Errno;
+use std::cell::Cell;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
@@ -28,12 +30,12 @@ const POSITION_MAX: Duration = Duration::from_secs(1);
 pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
     let started = Instant::now();
     let ram = child.ram.take().ok_or_else(|| unusable("running a process twice", 0))?;
-    let files = Files { memory: &child.memory, text: &child.text };
-    let layout = layout::fill(&files, CORE, program)?;
+    let files = Files { memory: &child.memory, text: &child.text, failed: Cell::new(None) };
+    let layout = layout::fill(&files, CORE, program).map_err(|error| files.reason(error))?;
     seal(files.text)?;
     let plan = plan(&layout).ok_or(SandboxError::Layout("there are too many ranges"))?;
     if !files.place(0, bytes(&[plan]), Rights::READ) {
-        return Err(SandboxError::Layout("the plan does not fit"));
+        return Err(files.reason(SandboxError::Layout("the plan does not fit")));
     }
     let guest = Guest::new(ram, layout, program);
     let report =
@@ -48,12 +50,30 @@ pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Resu
 struct Files<'a> {
     memory: &'a File,
     text: &'a File,
+    /// Why the kernel did not take what was written.
+    failed: Cell<Option<Errno>>,
+}
+
+impl Files<'_> {
+    /// The reason for an error: the kernel's, where it had one.
+    fn reason(&self, error: SandboxError) -> SandboxError {
+        match self.failed.get() {
+            Some(errno) => unusable("writing the guest into a file in memory", errno.raw_os_error()),
+            None => error,
+        }
+    }
 }
 
 impl Place for Files<'_> {
     fn place(&self, address: u64, bytes: &[u8], rights: Rights) -> bool {
         let file = if rights.execute { self.text } else { self.memory };
-        rustix::io::pwrite(file, bytes, address) == Ok(bytes.len())
+        let written = rustix::io::pwrite(file, bytes, address);
+        let all = written == Ok(bytes.len());
+        if !all {
+            // Where memory ends in the middle, it took a part.
+            self.failed.set(Some(written.err().unwrap_or(Errno::NOSPC)));
+        }
+        all
     }
 }
 
