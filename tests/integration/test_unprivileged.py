@@ -61,8 +61,9 @@ def assert_unusable(inside, *mentions, options=()):
         assert mention in error["message"], str(result)
 
 
-@pytest.mark.parametrize("proc", [[], ["--proc"]], ids=["", "proc"])
-@pytest.mark.parametrize("profile", ["docker", "containerd", "containerd-old"])
+@pytest.mark.parametrize(
+    ("profile", "proc"), [("docker", []), ("docker", ["--proc"]), ("containerd", []), ("containerd-old", ["--proc"])],
+    ids=["docker", "docker-proc", "containerd", "containerd-old-proc"])
 def test_in_a_container(inside, profile, proc):
     """Number 1, read-only root, no /dev/kvm, nothing executable in /tmp, no capabilities, the system calls of an engine."""
     options = ["--list", profile, *proc]
@@ -177,15 +178,37 @@ def test_memfd_noexec_that_forbids(inside):
     assert_committed(inside, ["--memfd-noexec", "2", "--memfd-noexec", advice[1]])
 
 
-def test_a_list_without_seccomp_is_not_enough(inside, tmp_path):
-    """It is not optional: without it there is no sandbox."""
-    text = (allowed_calls.LISTS / "docker.txt").read_text()
-    shorter = tmp_path / "list"
-    shorter.write_text(re.sub(r"\bseccomp\b(?! profile)", "", text))
-    options = ["--list", str(shorter)]
-    assert_unusable(inside, "setting up seccomp", options=options)
-    status, part = doctor(inside, options=options)
-    assert status == 1 and "CONFIG_SECCOMP_FILTER" in part["remedy"] and "seccomp" in part["remedy"].rsplit(":")[-1]
+def without(tmp_path, name):
+    """A list like Docker's, but for one system call: the option that names it."""
+    lines = (allowed_calls.LISTS / "docker.txt").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith((f"{name} where", f"{name} errno", "#"))]
+    path = tmp_path / name
+    path.write_text("\n".join(line if " where " in line else re.sub(rf"\b{name}\b", "", line) for line in kept))
+    assert name not in allowed_calls.read(path).rules
+    return ["--list", str(path)]
+
+
+NEEDED = {
+    "memfd_create": "memfd_create", "execveat": "starting a process", "clone": "starting a process", "socketpair": "socketpair",
+    "seccomp": "setting up seccomp", "setrlimit": "giving up privileges", "personality": "giving up privileges",
+    "setsid": "giving up privileges", "sigaltstack": "signals of faults", "pwrite64": "writing the guest",
+}
+
+
+def test_each_call_that_is_needed_is_missed_by_its_step(inside, tmp_path):
+    for name, step in NEEDED.items():
+        assert_unusable(inside, step, "Operation not permitted", options=without(tmp_path, name))
+    status, part = doctor(inside, options=without(tmp_path, "seccomp"))
+    assert status == 1 and "CONFIG_SECCOMP_FILTER" in part["remedy"] and part["remedy"].endswith("seccomp")
+
+
+OPTIONAL = ["close_range", "landlock_create_ruleset", "kill", "wait4", "statx", "copy_file_range", "fallocate"]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_call_that_is_not_needed_is_not_missed(inside, tmp_path, name):
+    """Neither on a kernel that does not have it, nor under a list that does not know it."""
+    assert_committed(inside, without(tmp_path, name))
 
 
 def test_the_lists_are_in_force():
