@@ -3,11 +3,12 @@
 use super::meter::Meter;
 use super::plan::PlanBounds;
 use super::repeated::Repeated;
+use super::snapshot::Snapshot;
 use super::space::Space;
 use crate::devices::Devices;
 use crate::operation::{decode, Events, Observer};
 use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{request_status, Phase, Request};
+use instar_guest_abi::{request_status, Phase, Request, RequestOp};
 use instar_guest_protocol::commit::{Outcome, Plan};
 use std::rc::Rc;
 
@@ -85,9 +86,12 @@ impl Events for CommitEvents {
     ) -> Result<(), BadRequest> {
         match &mut self.repeated {
             None => devices.execute(memory, requests)?,
-            // One after the other: what is compared must be what is written.
+            // One after the other, and out of the guest's reach: what is compared must be what is written.
             Some(repeated) => {
                 for request in requests.iter_mut() {
+                    let writes = request.op == RequestOp::Write as u32;
+                    let copy = if writes { Snapshot::of(memory, request)? } else { None };
+                    let memory = copy.as_ref().map_or(memory, |copy| copy);
                     if !repeated.allows(devices, memory, request) {
                         return Err(BadRequest("a change of the header of another format".to_owned()));
                     }

@@ -38,7 +38,8 @@ fn call_once(call: Call, file: &File, memory: &dyn BufferAccess, batch: &Batch, 
     let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
     let count = libc::c_int::try_from(vectors.len()).map_err(|_| invalid())?;
     let offset = libc::off_t::try_from(batch.whole.offset + done).map_err(|_| invalid())?;
-    // SAFETY: the vectors name guest memory that the guards keep mapped; the guest does not run meanwhile.
+    // SAFETY: the vectors name guest memory that the guards keep mapped. A guest in a process may change it meanwhile: the kernel
+    // moves whatever bytes are there.
     let moved = unsafe { call(file.as_raw_fd(), vectors.as_ptr(), count, offset) };
     u64::try_from(moved).map_err(|_| io::Error::last_os_error())
 }
@@ -60,7 +61,8 @@ pub fn read(device: &Device, memory: &dyn BufferAccess, batch: &Batch) -> io::Re
             Ok(0) => {
                 for slice in buffers(memory, batch, done)? {
                     let guard = slice.ptr_guard_mut();
-                    // SAFETY: the guard keeps these bytes of guest memory mapped; the guest does not run meanwhile.
+                    // SAFETY: the guard keeps these bytes of guest memory mapped, and no reference to them exists. What a guest
+                    // in a process does with them meanwhile is of its own making.
                     unsafe { std::ptr::write_bytes(guard.as_ptr(), 0, guard.len()) };
                 }
                 return Ok(());
