@@ -4,9 +4,10 @@
 //! The library is what host and starter say to each other; the program, `starter-module`, is made of the modules that the
 //! feature `guest` adds. It is a static program without a C library and without relocations: nobody applies them. The host
 //! starts it with the descriptors below and nothing else, before it looks at an image. It confines itself as far as it can
-//! without knowing the guest, says [`Hello`], and waits. Later the host writes the guest into memory, how it is to be mapped
-//! into a [`Plan`], and answers. From the last system call of the starter on, the [filter] allows three: a
-//! `write` of [`RING_SIZE`] bytes to the doorbell, a `read` of [`ANSWER_SIZE`] bytes from it, and the end.
+//! without knowing the guest, says [`Step::Done`], and waits. Later the host writes the guest into memory, how it is to be mapped
+//! into a [`Plan`], and answers. The starter installs the [filter], says [`Step::Done`] a second time, and jumps: whatever rings
+//! after that is the guest. From then on there are three system calls: a `write` of [`RING_SIZE`] bytes to the doorbell, a `read`
+//! of [`ANSWER_SIZE`] bytes from it, and the end.
 #![no_std]
 
 pub mod bell;
@@ -58,8 +59,8 @@ impl Ring {
     }
 }
 
-/// What the starter did, in the first message: a [`Ring`] whose port is the step that failed, or 0, and whose value is the
-/// errno of that step, or else what of Landlock is in force: its version, 0 if there is none.
+/// What the starter did, in its two messages: a [`Ring`] whose port is the step that failed, or 0, and whose value is the errno
+/// of that step, or else, in the first, what of Landlock is in force: its version, 0 if there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Step {

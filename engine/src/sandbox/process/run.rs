@@ -94,7 +94,7 @@ fn plan(layout: &Layout) -> Option<Plan> {
 struct Running<'a> {
     child: &'a mut Child,
     guest: &'a Guest,
-    /// It has rung, so that it is the guest, and no longer the starter.
+    /// The starter has said its last word: what rings is the guest.
     has_begun: bool,
     /// It has rung, and waits.
     owes: bool,
@@ -157,6 +157,18 @@ fn starter_failed(ring: Ring) -> SandboxError {
     unusable(what, i32::try_from(ring.value).unwrap_or(0))
 }
 
+impl Running<'_> {
+    /// What the guest wants.
+    fn rung(&mut self, ring: Ring) -> Exit {
+        self.owes = true;
+        match u16::try_from(ring.port) {
+            Ok(PORT_FAULT) => Exit::Ended(self.fault()),
+            Ok(port) => Exit::Out(port, ring.value),
+            Err(_) => Exit::Ended(SandboxError::protocol(format!("`out` to unassigned port {:#x}", ring.port))),
+        }
+    }
+}
+
 impl Processor for Running<'_> {
     fn enter(&mut self) -> Result<Exit, SandboxError> {
         if std::mem::take(&mut self.owes) {
@@ -164,20 +176,19 @@ impl Processor for Running<'_> {
         }
         let rung = self.child.wait();
         self.used = self.child.used().unwrap_or(self.used);
-        let Some(ring) = rung? else {
-            if self.child.is_stopped() {
+        match rung? {
+            None if self.child.is_stopped() => {
                 let text = "was stopped from outside, and does not go on".to_owned();
-                return Err(SandboxError::ProcessLost(text));
+                Err(SandboxError::ProcessLost(text))
             }
-            return Ok(Exit::Nothing);
-        };
-        self.owes = true;
-        let begun = std::mem::replace(&mut self.has_begun, true);
-        match u16::try_from(ring.port) {
-            Ok(PORT_FAULT) => Ok(Exit::Ended(self.fault())),
-            Ok(port) if begun || Step::from_u32(ring.port).is_none() => Ok(Exit::Out(port, ring.value)),
-            Ok(_) => Err(starter_failed(ring)),
-            Err(_) => Ok(Exit::Ended(SandboxError::protocol(format!("`out` to unassigned port {:#x}", ring.port)))),
+            None => Ok(Exit::Nothing),
+            Some(ring) if self.has_begun => Ok(self.rung(ring)),
+            // The socket keeps the order: nothing of the guest comes before this.
+            Some(ring) if ring.port == Step::Done as u32 => {
+                self.has_begun = true;
+                Ok(Exit::Nothing)
+            }
+            Some(ring) => Err(starter_failed(ring)),
         }
     }
 
