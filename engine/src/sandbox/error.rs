@@ -88,6 +88,14 @@ pub enum SandboxError {
         /// The module, its version and the offset where it was ended.
         place: String,
     },
+    /// The guest waits, and nobody is to answer.
+    #[error("the guest makes no progress: it slept for {time} ms without a request, and is in {place}")]
+    GuestAsleep {
+        /// Milliseconds.
+        time: u64,
+        /// The module, its version and the offset where it was ended.
+        place: String,
+    },
     /// The guest broke the protocol.
     #[error("the guest broke the protocol: {0}")]
     GuestProtocol(String),
@@ -125,7 +133,7 @@ impl SandboxError {
             Self::Layout(_) => ErrorCode::InternalOverflow,
             Self::GuestFault { .. } | Self::SystemCall { .. } => ErrorCode::GuestFault,
             Self::GuestPanic { .. } => ErrorCode::GuestPanic,
-            Self::GuestStalled { .. } => ErrorCode::GuestStalled,
+            Self::GuestStalled { .. } | Self::GuestAsleep { .. } => ErrorCode::GuestStalled,
             Self::GuestProtocol(_) => ErrorCode::GuestProtocol,
             Self::ModuleInvalid { .. } => ErrorCode::PluginUnavailable,
             Self::LimitExceeded { .. } => ErrorCode::LimitExceeded,

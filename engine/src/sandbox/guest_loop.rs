@@ -66,6 +66,11 @@ impl Guest {
         Self { ram, layout, stall_limit: program.stall_limit, message_limit: program.message_limit }
     }
 
+    /// How long it may do without asking for anything.
+    pub fn stall_limit(&self) -> Duration {
+        self.stall_limit
+    }
+
     /// Where the modules are.
     pub fn modules(&self) -> &[Placed] {
         &self.layout.modules

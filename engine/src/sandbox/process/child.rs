@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
 
-/// How long the host waits for a ring before it looks whether the guest is to be ended, in microseconds.
-const TICK: libc::suseconds_t = 100_000;
+/// How long the host waits for a ring before it looks whether the guest is to be ended.
+pub const TICK: Duration = Duration::from_millis(100);
 /// How long the process may stand still because somebody stopped it: a stop of both is followed by a continuation of both.
 const STOPPED_MAX: Duration = Duration::from_secs(1);
 
@@ -210,7 +210,7 @@ fn doorbell() -> Result<(OwnedFd, OwnedFd), Errno> {
         }
         (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1]))
     };
-    let tick = libc::timeval { tv_sec: 0, tv_usec: TICK };
+    let tick = libc::timeval { tv_sec: 0, tv_usec: libc::suseconds_t::from(TICK.subsec_micros()) };
     for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
         #[allow(clippy::cast_possible_truncation, reason = "16 bytes")]
         let size = size_of::<libc::timeval>() as libc::socklen_t;

@@ -1,6 +1,6 @@
 //! Fills the guest's memory, lets the starter jump into it, and turns what it rings for into exits.
 
-use super::child::Child;
+use super::child::{Child, TICK};
 use super::memory_files::seal;
 use super::{layout, unusable, CORE, NAME};
 use crate::confine::call_name;
@@ -40,7 +40,14 @@ pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Resu
     let guest = Guest::new(ram, layout, program);
     let report =
         Report { sandbox: NAME, time_create: child.time_create, time_load: started.elapsed(), ..Report::default() };
-    let mut running = Running { child: &mut child, guest: &guest, has_begun: false, owes: false, used: Duration::ZERO };
+    let mut running = Running {
+        child: &mut child,
+        guest: &guest,
+        has_begun: false,
+        owes: false,
+        used: Duration::ZERO,
+        asleep: Duration::ZERO,
+    };
     running.expect_starter()?;
     guest.run(&mut running, report, host)
 }
@@ -100,6 +107,8 @@ struct Running<'a> {
     owes: bool,
     /// Its processor time, when that was last known.
     used: Duration,
+    /// How long it has used none since it last rang, and the host was waiting for it.
+    asleep: Duration,
 }
 
 impl Running<'_> {
@@ -119,6 +128,24 @@ impl Running<'_> {
                 None => {}
             }
         }
+    }
+
+    /// It did not ring, though the host has waited for this long. A guest can sleep without end, in a `read` of an answer that
+    /// nobody owes it, and uses no processor time then. One that is ready to run gets some of it in every tick.
+    fn note_silence(&mut self, waited: Duration, used: Duration) -> Result<Exit, SandboxError> {
+        if self.child.is_stopped() {
+            let text = "was stopped from outside, and does not go on".to_owned();
+            return Err(SandboxError::ProcessLost(text));
+        }
+        if used == self.used {
+            // No more than a tick, in case the host itself stood still.
+            self.asleep += waited.min(TICK);
+        }
+        if self.asleep <= self.guest.stall_limit() {
+            return Ok(Exit::Nothing);
+        }
+        let time = u64::try_from(self.asleep.as_millis()).unwrap_or(u64::MAX);
+        Err(SandboxError::GuestAsleep { time, place: place(self.guest.modules(), self.position()?) })
     }
 
     /// What the guest's process said of its own end.
@@ -161,6 +188,7 @@ impl Running<'_> {
     /// What the guest wants.
     fn rung(&mut self, ring: Ring) -> Exit {
         self.owes = true;
+        self.asleep = Duration::ZERO;
         match u16::try_from(ring.port) {
             Ok(PORT_FAULT) => Exit::Ended(self.fault()),
             Ok(port) => Exit::Out(port, ring.value),
@@ -174,14 +202,11 @@ impl Processor for Running<'_> {
         if std::mem::take(&mut self.owes) {
             self.child.answer()?;
         }
+        let begin = Instant::now();
         let rung = self.child.wait();
-        self.used = self.child.used().unwrap_or(self.used);
-        match rung? {
-            None if self.child.is_stopped() => {
-                let text = "was stopped from outside, and does not go on".to_owned();
-                Err(SandboxError::ProcessLost(text))
-            }
-            None => Ok(Exit::Nothing),
+        let used = self.child.used().unwrap_or(self.used);
+        let exit = match rung? {
+            None => self.note_silence(begin.elapsed(), used),
             Some(ring) if self.has_begun => Ok(self.rung(ring)),
             // The socket keeps the order: nothing of the guest comes before this.
             Some(ring) if ring.port == Step::Done as u32 => {
@@ -189,7 +214,9 @@ impl Processor for Running<'_> {
                 Ok(Exit::Nothing)
             }
             Some(ring) => Err(starter_failed(ring)),
-        }
+        };
+        self.used = used;
+        exit
     }
 
     fn used(&self) -> Duration {
