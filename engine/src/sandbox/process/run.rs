@@ -164,6 +164,14 @@ impl Running<'_> {
             let name = call_name(number.into()).filter(|_| x86_64).unwrap_or("without a name");
             return SandboxError::SystemCall { number, name, x86_64, rip, place: place(modules, rip) };
         }
+        if signal == SIGXCPU {
+            // The host did not ask: it would not come here then.
+            let text = "was ended by SIGXCPU, from another program or by a limit of processor time (see `ulimit -t`)";
+            return SandboxError::ProcessLost(text.to_owned());
+        }
+        if !FAULTS.contains(&signal) {
+            return SandboxError::protocol("a false report of a fault");
+        }
         // The kernel raises it itself, too, for a call that is no instruction's fault (`uretprobe`, which no filter sees).
         let vector = if signal == SIGILL { INVALID_OPCODE } else { vector };
         match u8::try_from(vector) {
@@ -173,11 +181,18 @@ impl Running<'_> {
     }
 }
 
-#[allow(clippy::cast_sign_loss, reason = "a small number")]
-const SIGSYS: u64 = libc::SIGSYS as u64;
-#[allow(clippy::cast_sign_loss, reason = "a small number")]
-const SIGILL: u64 = libc::SIGILL as u64;
+const SIGSYS: u64 = number(libc::SIGSYS);
+const SIGXCPU: u64 = number(libc::SIGXCPU);
+const SIGILL: u64 = number(libc::SIGILL);
+/// What an instruction can raise.
+const FAULTS: [u64; 5] =
+    [SIGILL, number(libc::SIGTRAP), number(libc::SIGBUS), number(libc::SIGFPE), number(libc::SIGSEGV)];
 const INVALID_OPCODE: u64 = 6;
+
+#[allow(clippy::cast_sign_loss, reason = "a small number")]
+const fn number(signal: libc::c_int) -> u64 {
+    signal as u64
+}
 
 fn starter_failed(ring: Ring) -> SandboxError {
     let what = Step::from_u32(ring.port).map_or("starting the guest", Step::what);
