@@ -15,6 +15,9 @@ pub mod number {
     pub const RT_SIGACTION: usize = 13;
     pub const RT_SIGPROCMASK: usize = 14;
     pub const SETSID: usize = 112;
+    pub const SETGROUPS: usize = 116;
+    pub const CAPGET: usize = 125;
+    pub const CAPSET: usize = 126;
     pub const SIGALTSTACK: usize = 131;
     pub const PERSONALITY: usize = 135;
     pub const PRCTL: usize = 157;

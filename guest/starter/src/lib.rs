@@ -14,6 +14,8 @@ pub mod bell;
 #[cfg(feature = "guest")]
 pub mod calls;
 #[cfg(feature = "guest")]
+pub mod capabilities;
+#[cfg(feature = "guest")]
 pub mod fault;
 pub mod filter;
 #[cfg(feature = "guest")]

@@ -2,7 +2,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "x86-64 only; addresses are checked")]
 
 use crate::calls::{call, call3, exit, number, Errno};
-use crate::{fault, filter, landlock};
+use crate::{capabilities, fault, filter, landlock};
 use crate::{
     MappedRange, Plan, Ring, Step, ANSWER_SIZE, CODE, DATA, DOORBELL, MAX_RANGES, MEMORY, PLAN_MAGIC, READ, RING_SIZE,
     SYS_READ, SYS_WRITE, TEXT,
@@ -85,6 +85,7 @@ fn confine() -> Result<u32, Failure> {
         // A signal from the terminal is the host's.
         call3(number::SETSID, 0, 0, 0).at(Step::Process)?;
         close_others();
+        capabilities::give_up().at(Step::Process)?;
         call3(number::PRCTL, PR_SET_NAME, name.as_ptr() as usize, 0).at(Step::Process)?;
         call3(number::PRCTL, PR_SET_NO_NEW_PRIVS, 1, 0).at(Step::Process)?;
         call3(number::PRCTL, PR_SET_DUMPABLE, 0, 0).at(Step::Process)?;
