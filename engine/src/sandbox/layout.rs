@@ -203,6 +203,32 @@ mod tests {
     }
 
     #[test]
+    fn with_the_core_of_another_sandbox_all_other_modules_are_the_same_bytes() {
+        let (one, other) = (GuestRam::new().unwrap(), GuestRam::new().unwrap());
+        let process = crate::sandbox::guest_module!("process");
+        assert!(CORE.elf != process.elf);
+        let modules = vec![crate::sandbox::guest_module!("check"), crate::sandbox::guest_module!("map")];
+        let program = Program { modules, ..spec() };
+        let layouts = [fill(&one, CORE, &program).unwrap(), fill(&other, process, &program).unwrap()];
+        // The text, and how large the rest is: what holds addresses is relocated to where the module is.
+        let texts = |ram: &GuestRam, layout: &Layout| -> Vec<(String, u64, Vec<u8>)> {
+            let text = |module: &Placed| {
+                let inside = |range: &Range<u64>| module.range.contains(&range.start);
+                let (range, _) =
+                    layout.mappings.iter().find(|(range, rights)| rights.execute && inside(range)).unwrap();
+                let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap()];
+                assert!(ram.read(range.start, &mut bytes));
+                (module.name.clone(), module.range.end - module.range.start, bytes)
+            };
+            layout.modules.iter().map(text).collect()
+        };
+        let [one, other] = [texts(&one, &layouts[0]), texts(&other, &layouts[1])];
+        assert_eq!(one.len(), 4);
+        assert!(one[1..] == other[1..], "operation and formats");
+        assert!(one[0] != other[0], "core");
+    }
+
+    #[test]
     fn the_guest_finds_its_configuration() {
         let ram = GuestRam::new().unwrap();
         let layout = fill(&ram, CORE, &spec()).unwrap();

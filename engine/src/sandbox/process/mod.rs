@@ -60,3 +60,20 @@ impl Ready for Child {
 fn unusable(what: impl Into<String>, errno: i32) -> SandboxError {
     SandboxError::ProcessUnusable { what: what.into(), errno }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::STARTER;
+    use crate::sandbox::module::load;
+
+    #[test]
+    fn the_starter_needs_no_relocation_and_has_nothing_to_write() {
+        // Nobody relocates it: it is the same wherever it lies.
+        let (here, there) = (load(STARTER, 0x1000).unwrap(), load(STARTER, 0x7fff_0000_0000).unwrap());
+        assert!(here.image == there.image, "a relocation");
+        assert!(here.mappings.iter().all(|(_, rights)| !rights.write), "{:?}", here.mappings);
+        assert!(here.mappings.iter().any(|(_, rights)| rights.execute));
+        assert!(STARTER.len() < 64 << 10, "{} bytes", STARTER.len());
+    }
+}
