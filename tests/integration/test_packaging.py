@@ -208,5 +208,5 @@ def test_documentation_that_is_installed_leads_nowhere_else(tmp_path):
     assert {"README.md", "SECURITY.md", "docs/commit.md"} <= {str(page) for page in pages}
     for page in pages:
         for where in (root, REPO):
-            for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", (where / page).read_text()):
+            for target in re.findall(r"\]\((?!https?:)([^)#:]+)[^)]*\)", (where / page).read_text()):
                 assert (where / page.parent / target).exists(), f"{where / page}: {target}"
