@@ -148,7 +148,7 @@ def test_json(tmp_path):
     for name, size in (("one", MIB), ("two", 2 * MIB)):
         support.create(tmp_path / name, size)
     compare = lambda *options: support.run_instar("compare", "--output", "json", *options, tmp_path / "one", tmp_path / "two")
-    assert (compare().rc, compare().json) == (0, {"virtual-sizes": [MIB, 2 * MIB], "difference": None})
+    assert (compare().rc, compare().json_of_sandbox) == (0, {"virtual-sizes": [MIB, 2 * MIB], "difference": None})
     assert compare("-s").json["difference"] == {"kind": "size"}
     support.qemu_io(tmp_path / "two", "write -P 1 64k 4k")
     assert (compare().rc, compare().json["difference"]) == (1, {"kind": "content", "offset": 65536})

@@ -250,7 +250,7 @@ def test_measure(plugins, tmp_path):
     assert held["fully-allocated"] == empty["fully-allocated"] and held["required"] >= CLUSTER + MIB
     # What an image holds is known from its driver: zeroes take no room in a new one.
     sparse = slate(plugins, tmp_path / "sparse.slate", 1)
-    found = instar(plugins, "measure", "-O", "slate", "--output", "json", sparse).json
+    found = instar(plugins, "measure", "-O", "slate", "--output", "json", sparse).json_of_sandbox
     taking = sum(entry > 1 for entry in slate_bytes.entries(sparse))
     assert found == {**empty, "required": CLUSTER + taking * CLUSTER} and 10 < taking < 30
 

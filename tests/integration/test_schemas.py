@@ -23,7 +23,7 @@ OPTIONAL = {
     "map": {"offset"},
     "info": {"icount", "backing-filename-format", "snapshots", "cluster-size", "encrypted", "format-specific",
              "full-backing-filename", "notes"},
-    "measure": {"bitmaps"},
+    "measure": {"bitmaps", "sandbox"},
     "config": {"warnings"},
     "error": {"file", "role", "errno", "offset", "step"},
 }
@@ -61,7 +61,7 @@ def samples(tmp_path_factory):
     support.create(folder / "long", MIB)
     os.truncate(folder / "long", 64 * MIB)
 
-    (folder / "config.toml").write_text('allow-backing-dirs = ["/srv"]\nplugin-dirs = ["/opt"]\n')
+    (folder / "config.toml").write_text('sandbox = "auto"\nallow-backing-dirs = ["/srv"]\nplugin-dirs = ["/opt"]\n')
 
     def ask(*args, **env):
         result = run_instar(args[0], "--output", "json", *args[1:], cwd=folder, env=env)
@@ -175,7 +175,7 @@ def at(value, keys):
 
 def test_what_the_schema_forbids_fails_the_tests_that_read_json(samples):
     """Without this, a schema that nobody looks at would do."""
-    printed = support.Result(["/x/instar", "compare"], 0, '{"virtual-sizes": [1, 2], "difference": null}', "")
+    printed = support.Result(["/x/instar", "compare"], 0, '{"virtual-sizes": [1, 2], "sandbox": "kvm", "difference": null}', "")
     assert printed.json["difference"] is None
     printed.stdout = printed.stdout.replace("null", '{"kind": "size", "offset": 3}')
     with pytest.raises(AssertionError, match="compare.json does not allow"):
@@ -195,7 +195,7 @@ def test_the_words_of_the_schemas_are_those_of_the_sources():
     part = schemas.published()["doctor"]["properties"]["parts"]["items"]["properties"]["part"]
     source = (REPO / "engine/src/doctor.rs").read_text().split("mod tests")[0]
     words = re.findall(r'Diagnosis::(?:good|bad)\(\s*"(\w+)"|one\(\s*"(\w+)"', source)
-    assert set(part["enum"]) == {word for pair in words for word in pair if word}
+    assert set(part["enum"]) == {word for pair in words for word in pair if word} | set(support.SANDBOXES)
     assert all(re.fullmatch(error["name"]["pattern"], name) for name in support.CODES)
 
 

@@ -35,6 +35,8 @@ CODES = {
 }
 
 
+#: The sandboxes that the program has.
+SANDBOXES = ("kvm", "process")
 # The sandbox that the program under test is told to use; `make test SANDBOX=process` sets it.
 SANDBOX = os.environ.get("INSTAR_TEST_SANDBOX") or "kvm"
 
@@ -67,6 +69,13 @@ class Result:
         value = json.loads(self.stdout)
         if Path(os.fsdecode(self.args[0])).name == "instar":
             schemas.insist(self.args[1], value)
+        return value
+
+    @property
+    def json_of_sandbox(self):
+        """What it printed, without the name of the sandbox, which has to be that of the tests."""
+        value = self.json
+        assert value.pop("sandbox") == SANDBOX, str(self)
         return value
 
     @property
