@@ -17,6 +17,12 @@ FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
 # What `cargo fuzz` passes, of which stable compilers know all.
 FUZZ_RUSTFLAGS := -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
+# The sandbox of all tests, campaigns and the demo, where they are not about one: kvm or process. If it is not named, programs
+# use their default, and the fuzz targets none.
+SANDBOX ?=
+ifneq ($(SANDBOX),)
+export INSTAR_TEST_SANDBOX := $(SANDBOX)
+endif
 # Random states after each write of a commit that `make crash` replays, and as many with torn sectors.
 CRASH_DRAWN ?= 10
 # Which pairs `make damage` draws, and how many.
@@ -34,7 +40,7 @@ include packaging/packaging.mk
 .PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage fuzz fuzz-corpus demo bench bench-quick \
 	clean python fuzzer qemu-img file-systems semver
 
-help: ## this list
+help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
 		awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
 

@@ -262,5 +262,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("INSTAR_CONFIG", "")
+    support.configure()
     sys.exit(main())

@@ -176,5 +176,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("INSTAR_CONFIG", "")
+    support.configure()
     sys.exit(main())

@@ -16,7 +16,7 @@ import support  # noqa: E402
 
 # What a user's environment adds must not reach the tests.
 os.environ.pop("INSTAR_PLUGIN_PATH", None)
-os.environ["INSTAR_CONFIG"] = ""
+support.configure()
 os.environ["LC_ALL"] = "C.UTF-8"
 
 

@@ -125,9 +125,10 @@ def test_a_dry_run_and_a_read_only_layer(chain):
 
 def test_what_becomes_stale_is_said_before_the_change(chain):
     """Also where the commit then fails."""
-    for number in range(3):
-        chain.add(number, 16 * MIB, f"write -P {number + 1} {number}M 8M")
-    command = f"ulimit -f 4096; exec {support.instar_binary()} commit -b {chain[0].name} {chain[2]}"
+    chain.add(0, 80 * MIB, f"write -P 1 0 {support.FILE_LIMIT // MIB}M")
+    for number in (1, 2):
+        chain.add(number, 80 * MIB, f"write -P {number + 1} {66 + number}M 8M")
+    command = f"ulimit -f {support.FILE_LIMIT // KIB}; exec {support.instar_binary()} commit -b {chain[0].name} {chain[2]}"
     result = support.run("bash", "-c", command)
     lines = result.stderr.splitlines()
     assert result.rc == 1 and len(lines) == 2 and f"'{chain[1]}': becomes stale" in lines[0], str(result)

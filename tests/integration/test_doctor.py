@@ -24,7 +24,7 @@ def parts(answer, name):
 def without_kvm(script):
     """The doctor in a mount namespace of its own that a script has prepared."""
     become_root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    command = f'{script} && exec "$0" doctor --output json'
+    command = f'{script} && exec "$0" doctor --sandbox kvm --output json'
     result = support.run("unshare", *become_root, "--mount", "sh", "-c", command, support.instar_binary())
     assert result.rc == 1 and result.stderr == "", str(result)
     assert result.json["state"] == "broken"
@@ -38,13 +38,15 @@ def without_kvm(script):
 def test_a_machine_that_is_well():
     status, answer = doctor()
     assert status == 0 and answer["state"] in ("ok", "weak")
-    assert {part["part"] for part in answer["parts"]} == {"kvm", "landlock", "seccomp", "configuration", "plugin"}
-    [kvm] = parts(answer, "kvm")
-    assert kvm["state"] == "ok" and "ring 3" in kvm["found"] and kvm["remedy"] is None
+    names = {"kvm", "process", "landlock", "seccomp", "configuration", "plugin"}
+    assert {part["part"] for part in answer["parts"]} == names
+    for sandbox in support.SANDBOXES if support.KVM else ["process"]:
+        [part] = parts(answer, sandbox)
+        assert part["state"] == "ok" and "ring 3" in part["found"] and part["remedy"] is None
     assert [part["found"].split()[0] for part in parts(answer, "plugin")] == ["qcow2", "raw", "vmdk"]
     human = support.run_instar("doctor")
     assert human.rc == 0 and human.stdout.endswith(("Commits work here.\n", "with the weaknesses above.\n"))
-    assert "ok      kvm: a virtual machine started" in human.stdout
+    assert f"ok      {support.SANDBOX}: a guest started" in human.stdout
 
 
 def test_no_device():
@@ -70,7 +72,7 @@ def test_no_permission(tmp_path):
     os.mknod(node, 0o020660, os.stat("/dev/kvm").st_rdev)
     os.chown(node, 0, 1)
     script = f"mount --bind {node} /dev/kvm"
-    command = f'{script} && exec setpriv --reuid 65534 --regid 65534 --clear-groups "$0" doctor --output json'
+    command = f'{script} && exec setpriv --reuid 65534 --regid 65534 --clear-groups "$0" doctor --sandbox kvm --output json'
     result = support.run("unshare", "--mount", "sh", "-c", command, support.instar_binary())
     assert result.rc == 1, str(result)
     [kvm] = parts(result.json, "kvm")
@@ -79,7 +81,7 @@ def test_no_permission(tmp_path):
 
 def test_configuration_that_is_wrong(tmp_path):
     config = tmp_path / "config.toml"
-    config.write_text("no = such = thing\n")
+    config.write_text(support.configuration("no = such = thing\n"))
     status, answer = doctor(env={"INSTAR_CONFIG": str(config)})
     [configuration] = parts(answer, "configuration")
     assert status == 1 and configuration["state"] == "broken" and str(config) in configuration["found"]
@@ -89,7 +91,7 @@ def test_configuration_that_is_wrong(tmp_path):
 def test_plugins_that_are_missing_or_skipped(tmp_path):
     alone = tmp_path / "instar"
     shutil.copy(support.instar_binary(), alone)
-    result = support.run(alone, "doctor", env={"INSTAR_PLUGIN_PATH": "", "INSTAR_CONFIG": ""})
+    result = support.run(alone, "doctor", env={"INSTAR_PLUGIN_PATH": ""})
     broken = "none is loaded" in result.stdout
     assert broken == (result.rc == 1), str(result)
     (tmp_path / "plugins").mkdir()

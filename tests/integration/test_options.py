@@ -52,15 +52,17 @@ def percents(lines, what, total, exact=True):
 
 def test_progress_of_a_commit_for_which_there_is_no_room(pair, tmp_path):
     """Nothing is said to be done that a full disk then breaks: what a line counts is in the file."""
-    pair.make(32 * MIB, top=[f"write -P {1 + n} {n}M 1M" for n in range(32)])
-    limit = 8 * 1024  # KiB
-    script = f"ulimit -f {limit}; exec {support.instar_binary()} commit -p -r 16M {pair.top}"
+    fits = 8 * MIB
+    start = support.FILE_LIMIT - fits
+    pair.make(96 * MIB, base_options={"preallocation": "metadata"},
+              top=[f"write -P {1 + n} {start + n * MIB} 1M" for n in range(32)])
+    script = f"ulimit -f {support.FILE_LIMIT // KIB}; exec {support.instar_binary()} commit -p -r 16M {pair.top}"
     result = support.run("bash", "-c", script)
     lines = result.stderr.splitlines()
     assert result.rc == 1 and result.stdout == "", str(result)
     assert "100 %" not in result.stderr and lines[-1].endswith("(ERROR_BACKING_IO)"), str(result)
     stopped, done = map(int, re.fullmatch(r"instar: stopped at (\d+) % \((\d+) of \d+ bytes\)", lines[-2]).groups())
-    assert stopped < 30 and done <= limit * KIB
+    assert stopped < 30 and done <= fits
 
 
 def test_a_dry_run_makes_no_progress(made):

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import support
-from support import CODES, MIB, run_instar
+from support import CODES, KIB, MIB, run_instar
 
 
 def unread(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=None):
@@ -156,8 +156,9 @@ def test_a_missing_backing_has_another(tmp_path, command):
 
 
 def test_a_failed_write_says_where(pair):
-    pair.make(4 * MIB, base=["write -P 1 0 4M"], top=["write -P 6 0 1M"])
-    limited = support.run("bash", "-c", f"ulimit -f 1; exec {support.instar_binary()} commit --output json {pair.top}")
+    pair.make(80 * MIB, base_options={"preallocation": "metadata"}, top=["write -P 6 70M 1M"])
+    command = f"ulimit -f {support.FILE_LIMIT // KIB}; exec {support.instar_binary()} commit --output json {pair.top}"
+    limited = support.run("bash", "-c", command)
     error = limited.error
     assert limited.rc == 1 and error["role"] == "backing" and error["step"] == "write", error
     assert error["errno"] == 27 and error["file"] == str(pair.base) and isinstance(error["offset"], int)

@@ -139,15 +139,15 @@ def test_a_format_that_is_not_recorded(raw):
 
 def test_a_file_without_room(raw):
     """The errors of the host are told with file and offset; the overlay is as it was."""
-    make(raw, 4 * MIB, top=["write -P 9 0 4M"])
+    make(raw, 68 * MIB, top=["write -P 9 64M 4M"])
     before = support.flatten(raw.top, raw.dir.parent / "was")
-    os.truncate(raw.base, 2 * MIB)
-    limit = ["prlimit", f"--fsize={3 * MIB}", str(support.instar_binary())]
+    os.truncate(raw.base, 64 * MIB)
+    limit = ["prlimit", f"--fsize={support.FILE_LIMIT}", str(support.instar_binary())]
     result = support.run(*limit, "commit", "--resize-backing", raw.top)
     assert result.rc == 1 and str(raw.base) in result.stderr, str(result)
     support.commit(raw.top, "--resize-backing")
     support.assert_same_content(raw.top, before)
-    assert raw.base.read_bytes() == b"\x09" * 4 * MIB
+    assert raw.base.read_bytes() == bytes(64 * MIB) + b"\x09" * 4 * MIB
 
 
 class Loop:

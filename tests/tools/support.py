@@ -6,6 +6,7 @@ thinks of both files; it does not compare `qemu-img info` output.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -25,6 +26,9 @@ import schemas
 REPO = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+#: A limit of the length of files (RLIMIT_FSIZE) in bytes, to make writes fail behind it. The process sandbox needs 64 MiB: the
+#: guest's memory is a file, too.
+FILE_LIMIT = 65 * MIB
 
 #: The codes that tests name; `guest/abi/src/error.rs` is where they come from.
 CODES = {
@@ -37,8 +41,33 @@ CODES = {
 
 #: The sandboxes that the program has.
 SANDBOXES = ("kvm", "process")
-# The sandbox that the program under test is told to use; `make test SANDBOX=process` sets it.
+#: The one that the program under test is told to use: `make test SANDBOX=process` sets it.
 SANDBOX = os.environ.get("INSTAR_TEST_SANDBOX") or "kvm"
+if SANDBOX not in SANDBOXES:
+    raise SystemExit(f"INSTAR_TEST_SANDBOX is {' or '.join(SANDBOXES)}, and not {SANDBOX!r}")
+#: Whether tests of KVM run: always, unless the tests were told to do without and the machine has none.
+KVM = SANDBOX == "kvm" or os.path.exists("/dev/kvm")
+
+
+def configure() -> str:
+    """Makes every command of this process and of those that it starts go by no configuration but that of the tests, and
+    returns the file. There is none (an empty name) for the default, so that the tests cover the default itself."""
+    path = ""
+    if SANDBOX != "kvm":
+        # Users that tests become read it, too. The program believes it only if nobody else could have written it.
+        directory = tempfile.mkdtemp(prefix="instar-test-config.")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        path = os.path.join(directory, "config.toml")
+        Path(path).write_text(configuration())
+        os.chmod(path, 0o644)
+        os.chmod(directory, 0o755)
+    os.environ["INSTAR_CONFIG"] = path
+    return path
+
+
+def configuration(text="") -> str:
+    """What a configuration file of a test has to say, besides what the test is about."""
+    return text if SANDBOX == "kvm" else f'sandbox = "{SANDBOX}"\n{text}'
 
 
 def instar_binary() -> Path:
