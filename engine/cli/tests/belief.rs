@@ -291,8 +291,8 @@ fn permission_denied_is_not_read_only_and_not_absent() {
     fs::set_permissions(lab.path("top"), PermissionsExt::from_mode(0o666)).unwrap();
     fs::set_permissions(lab.path("base"), PermissionsExt::from_mode(0o444)).unwrap();
     let run = |name: &str| {
-        let mut instar = Command::new(instar_test_lab::program());
-        instar.env("INSTAR_CONFIG", "").args(["commit", "--output", "json", "--plugin-dir"]).arg(lab.plugins().path());
+        let mut instar = instar_test_lab::instar("commit");
+        instar.args(["--output", "json", "--plugin-dir"]).arg(lab.plugins().path());
         let output = instar.arg(lab.path(name)).uid(65534).gid(65534).output().unwrap();
         String::from_utf8_lossy(&output.stderr).into_owned()
     };

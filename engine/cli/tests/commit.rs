@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use instar::image::{Access, OpenedFile};
+use instar::sandbox::Sandbox;
 use instar_guest_abi::ErrorCode;
 use instar_test_lab::lab::{Lab, LoopDevice, MIB};
 use serde_json::Value;
@@ -41,6 +42,7 @@ fn reports_json() {
     let root = lab.dir.path().canonicalize().unwrap();
     assert_eq!(value["overlay"], root.join("top").to_str().unwrap());
     assert_eq!(value["backing"], root.join("base").to_str().unwrap());
+    assert_eq!(value["sandbox"], instar_test_lab::sandbox().name());
     // 16 of data, 2 of a partial write, 8 zero clusters.
     assert_eq!(value["clusters_committed"], 26);
     assert_eq!(value["bytes_committed"], 26 * 65536);
@@ -260,11 +262,11 @@ impl InUse {
 
 /// A commit that waits for images in use, once it has found one to be.
 fn waiting(lab: &Lab, seconds: &str) -> std::process::Child {
-    let mut instar = Command::new(instar_test_lab::program());
-    instar.env("INSTAR_CONFIG", "").arg("commit").arg("--plugin-dir").arg(lab.plugins().path());
+    let mut instar = instar_test_lab::instar("commit");
+    instar.arg("--plugin-dir").arg(lab.plugins().path());
     instar.args(["--wait", seconds, "top"]).current_dir(lab.dir.path());
     let mut child = instar.stderr(Stdio::piped()).spawn().unwrap();
-    // In a pause between two tries: nothing else sleeps before the virtual machine runs.
+    // In a pause between two tries: nothing else sleeps before the guest runs.
     let wchan = format!("/proc/{}/wchan", child.id());
     while !std::fs::read_to_string(&wchan).unwrap_or_default().contains("nanosleep") {
         assert!(child.try_wait().unwrap().is_none(), "it ended");
@@ -430,8 +432,8 @@ fn a_signal_stops_at_a_safe_point() {
     lab.qemu_img(&["convert", "-O", "raw", "top", "want"]);
     let mut stopped = 0;
     for delay in [15, 20, 25, 30, 40, 60] {
-        let mut command = Command::new(instar_test_lab::program());
-        command.args(["commit", "--output", "json", "--plugin-dir"]).arg(lab.plugins().path()).arg("top");
+        let mut command = instar_test_lab::instar("commit");
+        command.args(["--output", "json", "--plugin-dir"]).arg(lab.plugins().path()).arg("top");
         command.current_dir(lab.dir.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().unwrap();
         std::thread::sleep(Duration::from_millis(delay));

@@ -7,7 +7,7 @@
 
 use instar::confine::{Confinement, Reach, Work};
 use instar::plugins::FileImage;
-use instar::sandbox::{Kvm, Sandbox};
+use instar::sandbox::Sandbox;
 use instar_test_lab::lab::Lab;
 use instar_test_lab::{built, PluginDir};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
@@ -87,7 +87,7 @@ fn child() {
     let reachable = File::open(&directory).unwrap();
     // As the program does it: a backtrace would open files.
     instar_cli::say_panics();
-    let sandbox = Kvm.acquire().unwrap();
+    let sandbox = instar_test_lab::sandbox().acquire().unwrap();
     let needs = sandbox.needs();
     let confinement = Confinement::begin(Reach::default().add(&reachable, true), Work::OpenToCommit, &needs);
     if order == "supported" {
@@ -354,8 +354,9 @@ impl Target {
         let image = self.lab.path("image");
         fs::write(&image, format!("HOSTILE {when} {deed} {}\n", path.display())).unwrap();
         let before = self.lab.files();
-        let mut instar = Command::new(instar_test_lab::program());
-        instar.env("INSTAR_CONFIG", "").args(command).arg("--plugin-dir").arg(self.plugins.path()).arg(&image);
+        let (name, options) = command.split_first().unwrap();
+        let mut instar = instar_test_lab::instar(name);
+        instar.args(options).arg("--plugin-dir").arg(self.plugins.path()).arg(&image);
         let output = instar.output().unwrap();
         assert!(self.lab.files() == before, "{command:?} {when} {deed}: files were changed");
         let outside: Vec<_> = fs::read_dir(self.outside.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -449,8 +450,8 @@ fn descriptors_of_the_caller_are_closed() {
         let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
         let filter = SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64).unwrap();
         let program: BpfProgram = filter.try_into().unwrap();
-        let mut instar = Command::new(instar_test_lab::program());
-        instar.env("INSTAR_CONFIG", "").args(["info", "--plugin-dir"]).arg(target.plugins.path()).arg(image_name);
+        let mut instar = instar_test_lab::instar("info");
+        instar.arg("--plugin-dir").arg(target.plugins.path()).arg(image_name);
         // SAFETY: system calls only, on what was made before.
         unsafe {
             instar.pre_exec(move || {
@@ -515,8 +516,8 @@ fn creating_over_a_hostile_backing() {
     let passwd = "/etc/passwd";
     fs::write(&backing, format!("HOSTILE facts read {passwd}\n")).unwrap();
     let create = |name: &str, backing: &str, format: &str| {
-        let mut instar = Command::new(instar_test_lab::program());
-        instar.env("INSTAR_CONFIG", "").args(["create", "-f", "qcow2", "-b", backing, "-F", format]);
+        let mut instar = instar_test_lab::instar("create");
+        instar.args(["-f", "qcow2", "-b", backing, "-F", format]);
         instar.arg("--plugin-dir").arg(target.plugins.path()).arg(target.lab.path(name)).output().unwrap()
     };
     let output = create("new", "backing", "hostile");
@@ -551,8 +552,8 @@ fn without(calls: &[i64], lab: &Lab) -> Output {
     let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64).unwrap();
     let program: BpfProgram = filter.try_into().unwrap();
-    let mut instar = Command::new(instar_test_lab::program());
-    instar.env("INSTAR_CONFIG", "").args(["commit", "-v", "--plugin-dir"]).arg(lab.plugins().path());
+    let mut instar = instar_test_lab::instar("commit");
+    instar.args(["-v", "--plugin-dir"]).arg(lab.plugins().path());
     let confine = move || seccompiler::apply_filter(&program).map_err(std::io::Error::other);
     // SAFETY: two system calls on memory that was allocated before.
     unsafe { instar.pre_exec(confine) };

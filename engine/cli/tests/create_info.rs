@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use instar_guest_abi::ErrorCode;
-use instar_test_lab::program;
+use instar_test_lab::instar;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -55,7 +55,8 @@ impl Place {
         });
         let mut words: Vec<String> = words.collect();
         words.extend(["--plugin-dir".to_owned(), self.plugins.path().to_str().unwrap().to_owned()]);
-        let output = Command::new(program()).args(&words).env("INSTAR_CONFIG", "").output().unwrap();
+        let (command, options) = words.split_first().unwrap();
+        let output = instar(command).args(options).output().unwrap();
         let (out, said) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
         if output.status.success() {
             return Ok(out);
@@ -252,9 +253,9 @@ fn hostile_names_do_not_reach_the_terminal() {
     let place = Place::new();
     let mut name = String::from("a\x1b]0;pwned\x07\u{202e}b");
     name.push_str("\u{9b}2J");
-    let words = ["create", "-f", "qcow2", "-u", "-b", &name, "-F", "qc\now2", "--plugin-dir"];
-    let mut create = Command::new(program());
-    create.args(words).arg(place.plugins.path()).arg(place.at("x")).arg("1M").env("INSTAR_CONFIG", "");
+    let words = ["-f", "qcow2", "-u", "-b", &name, "-F", "qc\now2", "--plugin-dir"];
+    let mut create = instar("create");
+    create.args(words).arg(place.plugins.path()).arg(place.at("x")).arg("1M");
     let out = create.output().unwrap().stdout;
     for text in
         [String::from_utf8(out).unwrap(), place.run("info @x").unwrap(), place.run("info --output json @x").unwrap()]

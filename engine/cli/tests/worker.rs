@@ -9,7 +9,7 @@ use instar::plugins::SearchPath;
 use instar::worker::Worker;
 use instar_guest_abi::ErrorCode;
 use instar_test_lab::lab::Lab;
-use instar_test_lab::program;
+use instar_test_lab::{program, sandbox};
 use std::cell::RefCell;
 use std::process::Command;
 
@@ -50,7 +50,8 @@ impl Observer for Watches {
 
 fn request(lab: &Lab) -> CommitRequest {
     let plugins = vec![lab.plugins().path().to_owned()];
-    let settings = Settings { search: SearchPath::with_requested(plugins.clone(), plugins), ..Settings::default() };
+    let search = SearchPath::with_requested(plugins.clone(), plugins);
+    let settings = Settings { search, sandbox: sandbox(), ..Settings::default() };
     CommitRequest { overlay: lab.path("top"), settings, ..CommitRequest::default() }
 }
 

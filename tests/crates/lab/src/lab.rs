@@ -1,6 +1,6 @@
 //! A directory of images on which the program is run.
 
-use super::{boxed_registry, program, PluginDir};
+use super::{boxed_registry, instar, PluginDir};
 use instar_guest_abi::ErrorCode;
 use serde_json::Value;
 use std::fs::read;
@@ -72,10 +72,8 @@ impl Lab {
     }
 
     pub fn instar(&self, args: &[&str]) -> Outcome {
-        let mut command = Command::new(program());
-        // What this machine is configured to do says nothing.
-        command.env("INSTAR_CONFIG", "");
-        command.arg("commit").arg("--plugin-dir").arg(self.plugins.path()).args(args);
+        let mut command = instar("commit");
+        command.arg("--plugin-dir").arg(self.plugins.path()).args(args);
         let output = command.current_dir(self.dir.path()).output().unwrap();
         Outcome {
             status: output.status.code().unwrap(),

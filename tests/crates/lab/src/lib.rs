@@ -6,8 +6,10 @@
 pub mod lab;
 
 use instar::plugins::{Registry, SearchPath};
+use instar::sandbox::{Sandbox, SandboxChoice};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use tempfile::TempDir;
 
 /// Where cargo puts what it builds for tests.
@@ -20,6 +22,24 @@ pub fn program() -> PathBuf {
     let path = built_in().parent().unwrap().join("instar");
     assert!(path.is_file(), "{} is not built", path.display());
     path
+}
+
+/// The sandbox that the tests use which are not about one: `make test SANDBOX=process` sets it.
+pub fn sandbox() -> SandboxChoice {
+    let name = std::env::var("INSTAR_TEST_SANDBOX").unwrap_or_default();
+    let choice = SandboxChoice::from_name(&name);
+    assert!(choice.is_some() || name.is_empty(), "INSTAR_TEST_SANDBOX is no sandbox: {name:?}");
+    choice.unwrap_or_default()
+}
+
+/// The program with a command, in the tests' sandbox. What this machine is configured to do says nothing.
+pub fn instar(command: &str) -> Command {
+    let mut instar = Command::new(program());
+    instar.env("INSTAR_CONFIG", "").arg(command);
+    if !["create", "info", "plugins"].contains(&command) {
+        instar.args(["--sandbox", sandbox().name()]);
+    }
+    instar
 }
 
 /// The cdylib that cargo built for a dependency of this crate.
