@@ -1,6 +1,8 @@
 //! The formats: what is fuzzed with one is fuzzed with all of them.
 
-use instar_plugin_api::{Context, FormatPlugin, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict};
+use instar_plugin_api::{
+    Context, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, Role, Verdict,
+};
 use instar_testkit::FormatKit;
 use std::fmt;
 
@@ -27,11 +29,21 @@ pub struct Format {
     pub facts: Ask<ImageFacts>,
     /// [`FormatPlugin::verdict`].
     pub verdict: fn(Role, &ImageFacts, &Context) -> Verdict,
+    /// [`FormatPlugin::guest_module`].
+    pub guest_module: fn() -> GuestModule,
 }
 
 impl Format {
     const fn of<P: FormatPlugin>(kit: &'static dyn FormatKit) -> Self {
-        Self { name: P::NAME, kit, probe: P::probe, files: P::files, facts: P::facts, verdict: P::verdict }
+        Self {
+            name: P::NAME,
+            kit,
+            probe: P::probe,
+            files: P::files,
+            facts: P::facts,
+            verdict: P::verdict,
+            guest_module: P::guest_module,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::beds::Pairs;
 use super::change::apply;
+use super::sandboxed;
 use super::strict::Strict;
 use super::{config, open_sink, open_source, quietly, sound, views, Bed, Files};
 use super::{ANCESTOR, MIDDLE, OVERLAY};
@@ -70,12 +71,15 @@ pub(super) fn hold(bed: &Bed, files: Files, configs: &BTreeMap<u32, DeviceConfig
     Strict::commit(files, &configs[&OVERLAY], middle, &configs[&DEVICE_OUTPUT])
 }
 
-/// The guest's part, as `guest/commit/src/run.rs` does it.
+/// The guest's part, as `guest/commit/src/run.rs` does it, or in the sandbox that was asked for.
 pub(super) fn guest(
     bed: &Bed,
     io: &mut Strict,
     configs: &BTreeMap<u32, DeviceConfig>,
 ) -> Result<Outcome, CommitFailure> {
+    if let Some(choice) = sandboxed::chosen() {
+        return sandboxed::run(choice, bed, io, configs);
+    }
     let at = |error| CommitFailure { step: Step::Check, error };
     let chain = bed.chain();
     let mut open = |devices: &[u32]| -> DriverResult<Vec<Box<dyn Source>>> {

@@ -11,6 +11,7 @@ mod commit;
 mod crashes;
 mod damage;
 mod look;
+mod sandboxed;
 mod strict;
 
 pub use beds::Pairs;
