@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measures `instar commit` against `qemu-img commit`.
+"""Measures `instar commit`, in both sandboxes, against `qemu-img commit`.
 
-Each run commits images of its own, written as a guest writes them and synced before the clock starts; those of both programs
-are written side by side. The two programs take turns, so that whatever else the machine does hits both. The first run of each is
-not counted: it warms the caches, counts the exits of the virtual machine, the bytes by the way they took and the memory, and its
-two results are compared byte by byte. Where data is copied from end to end, a third one takes its turn: what the kernel alone needs
+Each run commits images of its own, written as a guest writes them and synced before the clock starts; those of all programs
+are written side by side. The programs take turns, so that whatever else the machine does hits all of them. The first run of each is
+not counted: it warms the caches, counts the exits of the sandbox, the bytes by the way they took and the memory, and its
+results are compared byte by byte. Where data is copied from end to end, one more takes its turn: what the kernel alone needs
 for it.
 """
 
@@ -54,8 +54,9 @@ def quietly(command):
 
 def command_of(workload, program, instar, verbose=False):
     """The command line that commits the overlay of the working directory."""
-    if program == "instar":
-        return [instar, "commit", "-v" if verbose else "-q", *workload.options, workload.overlay]
+    if program in reports.SANDBOXES:
+        sandbox = ["--sandbox", reports.SANDBOXES[program]]
+        return [instar, "commit", "-v" if verbose else "-q", *sandbox, *workload.options, workload.overlay]
     return ["qemu-img", "commit", "-q", *workload.options, workload.overlay]
 
 
@@ -87,16 +88,17 @@ def verbose_run(command, directory):
 
 
 def first_runs(workload, directory, instar):
-    """The runs that are not counted: what `instar` says of itself, peak memory in KiB, whether both did the same."""
+    """The runs that are not counted: what `instar` says of itself, peak memory in KiB, whether all did the same."""
     facts = {}
     with built(workload, directory, PROGRAMS) as places:
         extents = alone.extents(workload, places["instar"])
         for program in PROGRAMS:
             facts[program] = verbose_run(command_of(workload, program, instar, verbose=True), places[program])
-        bases = [str(places[program] / workload.base) for program in PROGRAMS]
         formats = ["-f", workload.base_format, "-F", workload.base_format]
-        if subprocess.run(["qemu-img", "compare", "-q", *formats, *bases], check=False).returncode:
-            raise SystemExit("bench: the two programs left different bytes in the base: no timing is worth anything")
+        for program in reports.SANDBOXES:
+            bases = [str(places[each] / workload.base) for each in (program, "qemu-img")]
+            if subprocess.run(["qemu-img", "compare", "-q", *formats, *bases], check=False).returncode:
+                raise SystemExit(f"bench: {program} and qemu-img left different bytes in the base: no timing is worth anything")
     return facts, extents
 
 
@@ -109,7 +111,8 @@ def measure(workload, directory, instar, runs):
         names = [*PROGRAMS, "kernel"] if extents else PROGRAMS
         with built(workload, directory, names) as places:
             # Whoever goes first in one round goes last in the next.
-            for program in PROGRAMS if number % 2 == 0 else reversed(PROGRAMS):
+            turn = number % len(PROGRAMS)
+            for program in [*PROGRAMS[turn:], *PROGRAMS[:turn]]:
                 seconds[program].append(timed(command_of(workload, program, instar), places[program]))
             if extents:
                 kernel.append(alone.run(workload, places["kernel"], extents))
@@ -118,9 +121,10 @@ def measure(workload, directory, instar, runs):
         "name": workload.name,
         "title": workload.title,
         "goal": workload.goal,
-        "exits": facts["instar"]["exits"],
         "bytes": facts["instar"]["bytes"],
         "ratio": medians["instar"] / medians["qemu-img"],
+        "process_ratio": medians["process"] / medians["qemu-img"],
+        "process_over_kvm": medians["process"] / medians["instar"],
         "kernel": {part: statistics.median(run[part] for run in kernel) for part in kernel[0]} if kernel else None,
         "programs": {
             program: {
@@ -129,6 +133,7 @@ def measure(workload, directory, instar, runs):
                 "max": max(seconds[program]),
                 "seconds": seconds[program],
                 "peak_rss_kib": facts[program]["peak_rss_kib"],
+                "exits": facts[program]["exits"],
             }
             for program in PROGRAMS
         },

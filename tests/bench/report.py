@@ -2,7 +2,9 @@
 
 import re
 
-PROGRAMS = ("instar", "qemu-img")
+# What takes its turn; of instar, in which sandbox. The default one has the program's name.
+SANDBOXES = {"instar": "kvm", "process": "process"}
+PROGRAMS = (*SANDBOXES, "qemu-img")
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 WAYS = {"shared": "shared", "kernel": "in the kernel", "host": "through the host", "guest": "through the guest"}
 
@@ -47,16 +49,22 @@ def heading(where):
 
 def table(report):
     """The workloads."""
-    lines = [
-        "| workload | instar | qemu-img | instar / qemu-img | goal | exits | bytes, by their way | peak memory, instar / qemu-img |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = (
+        "workload", "instar", "in a process", "qemu-img", "instar / qemu-img", "goal", "process / qemu-img", "process / instar",
+        "exits, instar / process", "bytes, by their way", "peak memory, instar / process / qemu-img",
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for result in report["results"]:
-        ours, theirs = (result["programs"][program] for program in PROGRAMS)
-        exits = "?" if result["exits"] is None else f"{result['exits']:,}"
-        memory = " / ".join(f"{numbers['peak_rss_kib'] / 1024:.0f} MiB" for numbers in (ours, theirs))
+        numbers = [result["programs"][program] for program in PROGRAMS]
+        exits = (result["programs"][program]["exits"] for program in SANDBOXES)
+        ratios = [f"{result[key]:.2f}" for key in ("ratio", "process_ratio", "process_over_kvm")]
         goal = f"≤ {result['goal']}" if result["goal"] else ""
-        cells = (result["title"], span(ours), span(theirs), f"{result['ratio']:.2f}", goal, exits, ways(result["bytes"]), memory)
+        cells = (
+            result["title"], *map(span, numbers), ratios[0], goal, *ratios[1:],
+            " / ".join("?" if count is None else f"{count:,}" for count in exits),
+            ways(result["bytes"]),
+            " / ".join(f"{each['peak_rss_kib'] / 1024:.0f}" for each in numbers) + " MiB",
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -126,10 +134,13 @@ def plot(report, path):
     from matplotlib import pyplot
 
     results = list(reversed(report["results"]))
-    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(results) + 1.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(results) + 1.2), layout="constrained")
     places = range(len(results))
-    bars = axes.barh(places, [result["ratio"] for result in results], color="#4878a8", height=0.6)
-    axes.bar_label(bars, [f"{result['ratio']:.2f}" for result in results], padding=3, fontsize=8)
+    for key, name, color, shift in (("ratio", "virtual machine", "#4878a8", 0.19), ("process_ratio", "process", "#a0b8d0", -0.19)):
+        ratios = [result[key] for result in results]
+        bars = axes.barh([place + shift for place in places], ratios, color=color, height=0.36, label=name)
+        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=7)
+    axes.legend(title="sandbox", fontsize=8, title_fontsize=8, loc="lower right")
     for place, result in zip(places, results):
         if result["goal"]:
             axes.plot([result["goal"]] * 2, [place - 0.42, place + 0.42], color="#c04030", linewidth=2)
