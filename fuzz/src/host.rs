@@ -91,6 +91,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         RW 2048 FLAT \"a-f001.vmdk\" 0\nRW 63 SPARSE \"a-s002.vmdk\"\n\n# The Disk Data Base\nddb.adapterType = \"ide\"\n";
     let whole = |bytes: Vec<u8>| [vec![0, 0], bytes].concat();
     let mut seeds: Vec<Vec<u8>> = crate::parsers::header_seeds().into_iter().map(whole).collect();
+    seeds.extend(crate::vdi::header_seeds().into_iter().map(whole));
     seeds.extend(crate::vmdk::header_seeds().into_iter().map(whole));
     let sparse = &crate::vmdk::header_seeds()[0][..512];
     let length = u16::try_from(descriptor.len()).unwrap_or(0).to_be_bytes();

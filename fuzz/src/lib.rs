@@ -12,6 +12,7 @@ pub mod generator;
 pub mod host;
 pub mod operations;
 pub mod parsers;
+pub mod vdi;
 pub mod vmdk;
 
 use instar_guest_sdk::random::Random;
@@ -69,6 +70,7 @@ pub fn targets() -> Vec<Target> {
         Target::new("qcow2-header", parsers::header, parsers::header_seeds, 4096),
         Target::new("qcow2-tables", parsers::all_tables, parsers::table_seeds, 1024),
         Target::new("decompress", parsers::decompress, parsers::stream_seeds, 4096),
+        Target::new("vdi-format", vdi::header, vdi::header_seeds, 4096),
         Target::new("vmdk-format", vmdk::header, vmdk::header_seeds, 4096),
         Target::new("host", host::host, host::seeds, 4096),
         Target::new("elf", engine::elf, engine::elf_seeds, engine::ELF_BYTES),

@@ -66,19 +66,20 @@ fn cross() -> Vec<Bed> {
                 beds.push(Bed::new([(OVERLAY, top, overlay.clone()), (DEVICE_OUTPUT, base, backing.clone())]));
             }
         }
-        // A record of the parent's identity is what a layer between can get wrong.
-        let recorded = parts.iter().find(|(base, _)| base.kit.records_parent());
-        let Some(((base, backing), overlay)) =
-            recorded.and_then(|(base, parts)| Some((*base, parts.backings.get(1)?))).zip(overlays.first())
-        else {
-            continue;
-        };
-        for (format, middle) in parts.iter().filter_map(|(format, parts)| Some((*format, parts.middle.as_ref()?))) {
-            beds.push(Bed::new([
-                (OVERLAY, top, overlay.clone()),
-                (MIDDLE, format, middle.clone()),
-                (DEVICE_OUTPUT, base, backing.clone()),
-            ]));
+        // A record of the parent's identity is what a layer between can get wrong: one of the base's own format has it, one of
+        // a format that records none has not.
+        let Some(overlay) = overlays.first() else { continue };
+        let recorded = parts.iter().filter(|(base, _)| base.kit.records_parent());
+        for (base, backing) in recorded.filter_map(|(base, parts)| Some((*base, parts.backings.get(1)?))) {
+            let middles = parts.iter().filter_map(|(format, parts)| Some((*format, parts.middle.as_ref()?)));
+            let fits = |format: &Format| format.name == base.name || !format.kit.records_parent();
+            for (format, middle) in middles.filter(|(format, _)| fits(format)) {
+                beds.push(Bed::new([
+                    (OVERLAY, top, overlay.clone()),
+                    (MIDDLE, format, middle.clone()),
+                    (DEVICE_OUTPUT, base, backing.clone()),
+                ]));
+            }
         }
     }
     beds

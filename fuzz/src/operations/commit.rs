@@ -7,12 +7,13 @@ use super::strict::Strict;
 use super::{config, open_sink, open_source, quietly, sound, views, Bed, Files};
 use super::{ANCESTOR, MIDDLE, OVERLAY};
 use crate::host;
-use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT};
+use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT, IMAGE_ID_MAX};
 use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome, Step};
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::{DriverResult, Source};
 use instar_guest_view::{Ancestors, Layers};
 use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
+use instar_testkit::SECTOR;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// No file may become longer than this in bytes, whatever the verdict allows: the disk is full.
@@ -168,11 +169,14 @@ fn explain(bed: &Bed, files: &Files) {
     }
 }
 
-/// Whether two files differ by the recorded identity of the parent, eight bytes at most, and nothing else.
+/// Whether two files differ by the recorded identity of the parent and its mark, and nothing else: no more bytes than an
+/// identity and a number have, in one sector.
 fn only_an_identity(was: &[u8], is: &[u8]) -> bool {
     let differ = |at: &usize| was[*at] != is[*at];
-    let place = || (0..was.len()).find(differ).zip((0..was.len()).rfind(differ));
-    was.len() == is.len() && place().is_none_or(|(first, last)| last - first < 8)
+    let places = || (0..was.len()).filter(differ);
+    was.len() == is.len()
+        && places().count() <= IMAGE_ID_MAX + 4
+        && places().next().zip(places().last()).is_none_or(|(first, last)| first / SECTOR == last / SECTOR)
 }
 
 fn changed_elsewhere(bed: &Bed, before: &Files, now: &Files) -> bool {
