@@ -80,6 +80,8 @@ impl Recorder<'_> {
             (Part::Target | Part::Ancestor, "vmdk") => {
                 format!("write {what} into its descriptor (parentFileNameHint, padded to the old length)")
             }
+            // It records no name: this one is made of the parent's identifier.
+            (Part::Target | Part::Ancestor, "vdi") => "give it that name here with `ln -s`".to_owned(),
             _ => format!("write {what} into the image"),
         }
     }
