@@ -70,7 +70,7 @@ def skipped(directory, fault=""):
     listed = run_instar("plugins", "--output", "json", "--plugin-dir", directory, env=env).json
     human = run_instar("plugins", "--plugin-dir", directory, env=env)
     [bad] = listed["skipped"]
-    assert {"qcow2", "vmdk", "raw"} <= {plugin["name"] for plugin in listed["plugins"]}
+    assert {"qcow2", "vdi", "vmdk", "raw"} <= {plugin["name"] for plugin in listed["plugins"]}
     one_line(bad["reason"])
     assert human.rc == 0 and sum(bad["path"] in line for line in human.stdout.splitlines()) == 1, str(human)
     return bad["reason"]

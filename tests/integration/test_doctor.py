@@ -43,7 +43,7 @@ def test_a_machine_that_is_well():
     for sandbox in support.SANDBOXES if support.KVM else ["process"]:
         [part] = parts(answer, sandbox)
         assert part["state"] == "ok" and "ring 3" in part["found"] and part["remedy"] is None
-    assert [part["found"].split()[0] for part in parts(answer, "plugin")] == ["qcow2", "raw", "vmdk"]
+    assert [part["found"].split()[0] for part in parts(answer, "plugin")] == ["qcow2", "raw", "vdi", "vmdk"]
     human = support.run_instar("doctor")
     assert human.rc == 0 and human.stdout.endswith(("Commits work here.\n", "with the weaknesses above.\n"))
     assert f"ok      {support.SANDBOX}: a guest started" in human.stdout

@@ -1,5 +1,5 @@
-//! Files that no plugin has a format for, and that can be told all the same: what they are is more help than that they are
-//! unknown.
+//! Files that no loaded plugin has a format for, and that can be told all the same: what they are is more help than that they
+//! are unknown. A format stays here when it gets a plugin: that may be missing.
 
 use super::ImageRead;
 

@@ -14,9 +14,11 @@ const SHIPPED: &[&str] = &[
     "instar-cli",
     "instar-plugin-qcow2",
     "instar-plugin-raw",
+    "instar-plugin-vdi",
     "instar-plugin-vmdk",
     "instar-qcow2-driver",
     "instar-raw-driver",
+    "instar-vdi-driver",
     "instar-vmdk-driver",
 ];
 const INTRODUCTION: &str = "\
