@@ -39,6 +39,10 @@ fn main() -> ExitCode {
     for verdict in verdicts.iter().filter(|verdict| verdict.ending == Ending::FailedLater) {
         println!("failed after a change: {}", verdict.failure.as_deref().unwrap_or_default());
     }
+    // Of a pair that somebody looks at alone.
+    if let [Verdict { ending: Ending::Refused, failure: Some(failure), .. }] = verdicts.as_slice() {
+        println!("refused: {failure}");
+    }
     let findings = verdicts.iter().filter(|verdict| verdict.finding.is_some()).count();
     let compared = verdicts.iter().filter(|verdict| verdict.compared).count();
     let most = verdicts.iter().map(|verdict| verdict.requests).max().unwrap_or(0);

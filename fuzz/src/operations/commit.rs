@@ -72,15 +72,24 @@ pub(super) fn hold(bed: &Bed, files: Files, configs: &BTreeMap<u32, DeviceConfig
     Strict::commit(files, &configs[&OVERLAY], middle, &configs[&DEVICE_OUTPUT])
 }
 
-/// The guest's part, as `guest/commit/src/run.rs` does it, or in the sandbox that was asked for.
+/// The guest's part, in the sandbox that was asked for, or as a function.
 pub(super) fn guest(
     bed: &Bed,
     io: &mut Strict,
     configs: &BTreeMap<u32, DeviceConfig>,
 ) -> Result<Outcome, CommitFailure> {
-    if let Some(choice) = sandboxed::chosen() {
-        return sandboxed::run(choice, bed, io, configs);
+    match sandboxed::chosen() {
+        Some(choice) => sandboxed::run(choice, bed, io, configs),
+        None => called(bed, io, configs),
     }
+}
+
+/// The guest's part as a function, as `guest/commit/src/run.rs` does it.
+pub(super) fn called(
+    bed: &Bed,
+    io: &mut Strict,
+    configs: &BTreeMap<u32, DeviceConfig>,
+) -> Result<Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: Step::Check, error };
     let chain = bed.chain();
     let mut open = |devices: &[u32]| -> DriverResult<Vec<Box<dyn Source>>> {

@@ -2,7 +2,7 @@
 
 use super::super::beds::Pairs;
 use super::super::change::{one, CHANGE};
-use super::super::commit::{admitted, guest, hold};
+use super::super::commit::{admitted, called, hold};
 use super::super::{Bed, Files, ANCESTOR};
 use instar_guest_abi::DEVICE_OUTPUT;
 use instar_guest_sdk::random::Random;
@@ -46,7 +46,8 @@ fn device(drawn: &Drawn, random: &mut Random) -> u32 {
     *random.pick(&devices)
 }
 
-/// A commit was interrupted, and the backing comes from a backup.
+/// A commit was interrupted, and the backing comes from a backup. The commit is a function, so that the pairs of a seed are the same
+/// in every sandbox.
 fn restore(drawn: &mut Drawn, random: &mut Random) {
     let bed = drawn.bed;
     let Some(configs) = admitted(bed, &bed.files) else { return };
@@ -54,7 +55,7 @@ fn restore(drawn: &mut Drawn, random: &mut Random) {
         let mut io = hold(bed, bed.files.clone(), &configs);
         io.devices.fail_at = fail_at;
         // What it says does not matter.
-        let _ = guest(bed, &mut io, &configs);
+        let _ = called(bed, &mut io, &configs);
         io.devices
     };
     let all = run(None).executed();
