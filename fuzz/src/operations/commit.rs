@@ -185,7 +185,7 @@ fn only_an_identity(was: &[u8], is: &[u8]) -> bool {
     let places = || (0..was.len()).filter(differ);
     was.len() == is.len()
         && places().count() <= IMAGE_ID_MAX + 4
-        && places().next().zip(places().last()).is_none_or(|(first, last)| first / SECTOR == last / SECTOR)
+        && places().next().zip(places().next_back()).is_none_or(|(first, last)| first / SECTOR == last / SECTOR)
 }
 
 fn changed_elsewhere(bed: &Bed, before: &Files, now: &Files) -> bool {
