@@ -178,7 +178,7 @@ def test_a_plugin_that_claims_the_name_of_another(directory):
     listed = run_instar("plugins", "--output", "json", "--plugin-dir", directory, env=env).json
     reasons = [one_line(skipped["reason"]) for skipped in listed["skipped"]]
     assert len(reasons) == 2 and all("it claims the format raw, as does " in reason for reason in reasons)
-    assert {"qcow2", "vmdk"} == {plugin["name"] for plugin in listed["plugins"]}
+    assert {"qcow2", "vdi", "vmdk"} == {plugin["name"] for plugin in listed["plugins"]}
 
 
 # --- plugins that say nonsense of an image -----------------------------------------------------------------------

@@ -31,7 +31,7 @@ def without_kvm(script):
     [kvm] = parts(result.json, "kvm")
     assert kvm["state"] == "broken"
     # Everything else was looked at all the same.
-    assert [part["state"] for part in parts(result.json, "plugin")] == ["ok"] * 3
+    assert [part["state"] for part in parts(result.json, "plugin")] == ["ok"] * 4
     return kvm
 
 
