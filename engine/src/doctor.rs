@@ -19,10 +19,32 @@ use std::path::{Path, PathBuf};
 pub enum Health {
     /// As it should be.
     Good,
+    /// It does not work, and nothing needs it.
+    Unneeded,
     /// A commit works, with less than there could be.
     Weak,
     /// A commit does not work.
     Broken,
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Examination {
+    /// The sandbox that a commit would use; `None` if the wanted one does not work.
+    pub sandbox: Option<&'static str>,
+    /// The other one, where only that works.
+    pub other: Option<&'static str>,
+    /// All parts.
+    pub parts: Vec<Diagnosis>,
+}
+
+impl Examination {
+    /// How the machine is as a whole: as its worst part that is needed.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        let needed = self.parts.iter().map(|part| part.health).filter(|health| *health != Health::Unneeded);
+        needed.max().unwrap_or(Health::Good)
+    }
 }
 
 /// One thing that was looked at.
@@ -51,10 +73,10 @@ impl Diagnosis {
 /// Look at everything that a commit needs. `plugin_dirs` are directories with plugins, and `sandbox` is the sandbox, that the
 /// operator names.
 #[must_use]
-pub fn examine(plugin_dirs: &[PathBuf], sandbox: Option<SandboxChoice>) -> Vec<Diagnosis> {
+pub fn examine(plugin_dirs: &[PathBuf], sandbox: Option<SandboxChoice>) -> Examination {
     let loaded = Config::load();
     let configured = loaded.as_ref().ok().and_then(Config::sandbox);
-    let mut all = Vec::from(sandboxes(sandbox.or(configured).unwrap_or_default()));
+    let (mut all, sandbox, other) = sandboxes(sandbox.or(configured).unwrap_or_default());
     all.extend(confinement(&Confinement::trial()));
     let (config, directories) = match loaded {
         Ok(config) => {
@@ -74,21 +96,30 @@ pub fn examine(plugin_dirs: &[PathBuf], sandbox: Option<SandboxChoice>) -> Vec<D
     };
     all.push(config);
     all.extend(plugins(&Registry::load(&SearchPath::for_process(plugin_dirs, &directories))));
-    all
+    Examination { sandbox, other, parts: all }
 }
 
-/// Both sandboxes. What is not wanted, and does not work, is no reason to worry.
-fn sandboxes(wanted: SandboxChoice) -> [Diagnosis; 2] {
+/// Both sandboxes, the one that would be used, and the other one if only that works.
+fn sandboxes(wanted: SandboxChoice) -> (Vec<Diagnosis>, Option<&'static str>, Option<&'static str>) {
     let [mut kvm, mut process] = [try_out(&Kvm), try_out(&Process)];
     let works = |diagnosis: &Diagnosis| diagnosis.health == Health::Good;
     let (kvm_works, process_works) = (works(&kvm), works(&process));
-    if !kvm_works && wanted != SandboxChoice::Kvm && process_works {
-        kvm.health = Health::Weak;
+    let (used, other) = match wanted {
+        SandboxChoice::Kvm => (kvm_works.then_some(kvm.part), process_works.then_some(process.part)),
+        SandboxChoice::Process => (process_works.then_some(process.part), kvm_works.then_some(kvm.part)),
+        SandboxChoice::Auto if kvm_works => (Some(kvm.part), None),
+        SandboxChoice::Auto => (process_works.then_some(process.part), None),
+    };
+    let other = other.filter(|_| used.is_none());
+    // What is not wanted, and does not work, is no reason to worry.
+    match wanted {
+        SandboxChoice::Kvm if !process_works => process.health = Health::Unneeded,
+        SandboxChoice::Process if !kvm_works => kvm.health = Health::Unneeded,
+        SandboxChoice::Auto if kvm_works && !process_works => process.health = Health::Unneeded,
+        SandboxChoice::Auto if process_works && !kvm_works => kvm.health = Health::Weak,
+        _ => {}
     }
-    if !process_works && wanted != SandboxChoice::Process && (kvm_works || wanted == SandboxChoice::Kvm) {
-        process.health = Health::Weak;
-    }
-    [kvm, process]
+    (vec![kvm, process], used, other)
 }
 
 /// Run a guest that has no image: it says so, and that takes a whole sandbox.
@@ -139,7 +170,7 @@ fn sandbox_remedy(error: &SandboxError) -> String {
         SandboxError::KvmUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. } => {
             "raise the limits of this process (see `ulimit -a`), or free memory".into()
         }
-        SandboxError::KvmUnusable { .. } => unusable_remedy(&cpuinfo()),
+        SandboxError::KvmUnusable { .. } => unusable_remedy(&cpuinfo(), is_kvm()),
         _ => REPORT.into(),
     }
 }
@@ -175,12 +206,22 @@ fn missing_remedy(cpuinfo: &str) -> String {
     )
 }
 
-/// Why KVM may run nothing. A processor that can is not to blame.
-fn unusable_remedy(cpuinfo: &str) -> String {
+/// Whether `/dev/kvm` is the kernel's device (`KVM_MINOR` of `linux/miscdevice.h`), where it can be looked at.
+fn is_kvm() -> bool {
+    const MISC: (u32, u32) = (10, 232);
+    let is = |device: fs::Metadata| (rustix::fs::major(device.rdev()), rustix::fs::minor(device.rdev())) == MISC;
+    fs::metadata("/dev/kvm").map_or(true, is)
+}
+
+/// Why KVM may run nothing. A processor that can is not to blame, and neither is any if the device is another one.
+fn unusable_remedy(cpuinfo: &str, is_kvm: bool) -> String {
+    if !is_kvm {
+        return "/dev/kvm is not the kernel's device: something else was put in its place, as in a container".into();
+    }
     match module(cpuinfo) {
         Ok(None) => ENABLE.into(),
         Ok(Some(_)) | Err(()) => "see `dmesg | grep -i kvm`: the firmware may have locked virtualization, another \
-                                  hypervisor may hold it, or /dev/kvm is not the kernel's device"
+                                  hypervisor may hold it"
             .into(),
     }
 }
@@ -274,7 +315,8 @@ mod tests {
         assert!(missing_remedy("").contains("kvm_intel` or `modprobe kvm_amd"));
         // A processor that can is not blamed.
         assert!(
-            !unusable_remedy("flags : vmx\n").contains("enable") && unusable_remedy("flags : fpu\n").contains("enable")
+            !unusable_remedy("flags : vmx\n", true).contains("enable")
+                && unusable_remedy("flags : fpu\n", true).contains("enable")
         );
     }
 

@@ -131,6 +131,14 @@ def test_limits(inside, too_little, enough, why):
     assert_committed(inside, ["--user", str(user), "--limit", enough])
 
 
+@pytest.mark.parametrize("command", ["check", "map", "doctor"])
+def test_a_limit_of_file_sizes_kills_no_command(inside, command):
+    """To go beyond it raises a signal, which only a commit ignores."""
+    name = [] if command == "doctor" else ["top.qcow2"]
+    result = inside.run(command, "--sandbox", "process", *name, options=["--limit", "FSIZE=1048576"])
+    assert result.rc == 1 and "File too large" in result.stdout + result.stderr, str(result)
+
+
 def memory_cgroups():
     """Where groups with a limit of memory are made: the folder, and the file with the limit."""
     for folder, limit in [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]:

@@ -4,7 +4,7 @@ use super::opening::sandbox_parser;
 use super::output::{print, print_json, OutputFormat};
 use super::{print_error, FAILED};
 use clap::Args;
-use instar::doctor::{examine, Diagnosis, Health};
+use instar::doctor::{examine, Diagnosis, Examination, Health};
 use instar::error::Error;
 use instar::sandbox::SandboxChoice;
 use serde_json::{json, Value};
@@ -29,51 +29,53 @@ pub struct DoctorArgs {
 /// Run the command; the exit status: 1 if a commit would not work.
 pub fn run(args: &DoctorArgs, out: &mut dyn Write) -> u8 {
     match doctor(args, out) {
-        Ok(Health::Good | Health::Weak) => 0,
+        Ok(Health::Good | Health::Unneeded | Health::Weak) => 0,
         Ok(Health::Broken) => FAILED,
         Err(error) => print_error(&error, args.output),
     }
 }
 
 fn doctor(args: &DoctorArgs, out: &mut dyn Write) -> Result<Health, Error> {
-    let all = examine(&args.plugin_dir, args.sandbox);
+    let found = examine(&args.plugin_dir, args.sandbox);
     match args.output {
-        OutputFormat::Human => print(out, &human(&all))?,
-        OutputFormat::Json => print_json(out, &to_json(&all))?,
+        OutputFormat::Human => print(out, &human(&found))?,
+        OutputFormat::Json => print_json(out, &to_json(&found))?,
     }
-    Ok(worst(&all))
-}
-
-fn worst(all: &[Diagnosis]) -> Health {
-    all.iter().map(|diagnosis| diagnosis.health).max().unwrap_or(Health::Good)
+    Ok(found.health())
 }
 
 const fn word(health: Health) -> &'static str {
     match health {
         Health::Good => "ok",
+        Health::Unneeded => "unneeded",
         Health::Weak => "weak",
         Health::Broken => "broken",
     }
 }
 
-fn human(all: &[Diagnosis]) -> String {
+fn human(found: &Examination) -> String {
     let mut text = String::new();
-    for Diagnosis { part, health, found, remedy } in all {
+    for Diagnosis { part, health, found, remedy } in &found.parts {
         // Writing into a string cannot fail.
-        let _ = writeln!(text, "{:<8}{part}: {found}", word(*health));
+        let _ = writeln!(text, "{:<9}{part}: {found}", word(*health));
         if let Some(remedy) = remedy {
-            let _ = writeln!(text, "        → {remedy}");
+            let _ = writeln!(text, "         → {remedy}");
         }
     }
-    text.push_str(match worst(all) {
-        Health::Good => "Commits work here.\n",
-        Health::Weak => "Commits work here, with the weaknesses above.\n",
-        Health::Broken => "Commits do not work here.\n",
+    let sandbox = found.sandbox.map(|name| format!(", in the sandbox {name}")).unwrap_or_default();
+    text.push_str(&match (found.health(), found.other) {
+        (Health::Good | Health::Unneeded, _) => format!("Commits work here{sandbox}.\n"),
+        (Health::Weak, _) => format!("Commits work here{sandbox}, with the weaknesses above.\n"),
+        (Health::Broken, Some(other)) => format!(
+            "Commits do not work here. The sandbox {other} works: choose it with `--sandbox {other}`, or with \
+             sandbox = \"{other}\" in the configuration.\n"
+        ),
+        (Health::Broken, None) => "Commits do not work here.\n".to_owned(),
     });
     text
 }
 
-fn to_json(all: &[Diagnosis]) -> Value {
+fn to_json(found: &Examination) -> Value {
     let one = |diagnosis: &Diagnosis| {
         json!({
             "part": diagnosis.part,
@@ -82,5 +84,6 @@ fn to_json(all: &[Diagnosis]) -> Value {
             "remedy": diagnosis.remedy,
         })
     };
-    json!({"state": word(worst(all)), "parts": all.iter().map(one).collect::<Vec<_>>()})
+    let parts: Vec<Value> = found.parts.iter().map(one).collect();
+    json!({"state": word(found.health()), "sandbox": found.sandbox, "parts": parts})
 }

@@ -133,10 +133,13 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     session.note_plugins(&registry);
     Error::if_refused(&registry)?;
     timing.mark("plugins loaded");
-    let ready = sandbox.acquire();
+    let ready = sandbox.acquire_telling(&mut |why| session.note(|| why));
     let needs = ready.as_ref().map(|ready| ready.needs()).unwrap_or_default();
     let sandbox = ready.as_ref().map_or_else(|_| sandbox.name(), |ready| ready.name());
-    session.note(|| format!("sandbox: {sandbox}"));
+    session.note(|| match &ready {
+        Ok(_) => format!("sandbox: {sandbox}"),
+        Err(_) => format!("sandbox: {sandbox}, which cannot be used"),
+    });
     prepare_to_lock(session.cancel(), *wait, named.files(), allowed_directories);
     operation.acquire(&named);
     timing.mark("sandbox acquired, threads started");

@@ -19,6 +19,21 @@ impl SandboxChoice {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Kvm, Self::Process, Self::Auto];
 
+    /// As [`Sandbox::acquire`]. `note` is told why the stronger one was not taken, where that was not the operator's choice.
+    ///
+    /// # Errors
+    /// Why programs cannot run here.
+    pub fn acquire_telling(self, note: &mut dyn FnMut(String)) -> Result<Box<dyn Ready>, SandboxError> {
+        match self {
+            Self::Kvm => Kvm.acquire(),
+            Self::Process => Process.acquire(),
+            Self::Auto => Kvm.acquire().or_else(|error| {
+                note(format!("no virtual machine: {error}"));
+                Process.acquire()
+            }),
+        }
+    }
+
     /// The choice that an operator has this word for.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
@@ -36,11 +51,7 @@ impl Sandbox for SandboxChoice {
     }
 
     fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
-        match self {
-            Self::Kvm => Kvm.acquire(),
-            Self::Process => Process.acquire(),
-            Self::Auto => Kvm.acquire().or_else(|_| Process.acquire()),
-        }
+        self.acquire_telling(&mut |_| ())
     }
 }
 

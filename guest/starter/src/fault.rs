@@ -5,7 +5,7 @@
 //! where it is: it sends `SIGXCPU`.
 
 use crate::calls::{call, call3, exit, number, Errno};
-use crate::{FaultRecord, Ring, DOORBELL, RING_SIZE, SYS_WRITE};
+use crate::{FaultRecord, Ring, DOORBELL, RING_SIZE, SENT, SYS_WRITE};
 use core::arch::naked_asm;
 use instar_guest_abi::{MESSAGE_ADDR, PORT_FAULT};
 
@@ -80,8 +80,10 @@ unsafe extern "C" fn report(signal: usize, information: *const Information, cont
     } else {
         context.cr2
     };
+    // What a process sent has a code of 0 or less (sigaction(2)).
+    let sent = if information.code <= 0 { SENT } else { 0 };
     let record = FaultRecord {
-        signal: signal as u64,
+        signal: signal as u64 | sent,
         vector: context.vector,
         error_code: context.error_code,
         address,

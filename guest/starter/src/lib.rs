@@ -158,11 +158,14 @@ pub const PLAN_MAGIC: u64 = u64::from_le_bytes(*b"INSTPLAN");
 
 const _: () = assert!(size_of::<Plan>() <= 4096, "page 0 of the guest's memory is nobody's");
 
+/// [`FaultRecord::signal`]: another process sent it.
+pub const SENT: u64 = 1 << 32;
+
 /// What a fault left in the message buffer, before the ring on the fault port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultRecord {
-    /// The signal.
+    /// The signal, and [`SENT`].
     pub signal: u64,
     /// The processor's vector.
     pub vector: u64,

@@ -76,7 +76,8 @@ impl Entered<'_> {
             }
             Ok(VcpuExit::InternalError) => Err(SandboxError::unusable("KVM_RUN (internal error)", 0)),
             Ok(other) => forbidden(format!("an exit that is not expected: {other:?}")),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(Exit::Nothing),
+            Err(error) if error.errno() == libc::EINTR => Ok(Exit::Nothing),
+            // EAGAIN, too: KVM starts a thread of the kernel's with the first run, which a limit of processes refuses.
             Err(error) => Err(SandboxError::unusable("KVM_RUN", error.errno())),
         }
     }

@@ -1,12 +1,12 @@
 //! The process that the guest runs in, as its host sees it.
 
-use super::memory_files::{guest, program, FIRST_FREE};
+use super::memory_files::{above_the_first, guest, program};
 use super::spawn::spawn;
 use super::unusable;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::memory::GuestRam;
 use instar_guest_starter::{Ring, ANSWER_SIZE, DOORBELL, MEMORY, RING_SIZE, TEXT};
-use rustix::io::{fcntl_dupfd_cloexec, Errno};
+use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::null_mut;
@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 /// How long the host waits for a ring before it looks whether the guest is to be ended.
 pub const TICK: Duration = Duration::from_millis(100);
+/// For how many ticks a process that was killed is waited for.
+const ENDING_TICKS: u32 = 10;
 /// How long the process may stand still because somebody stopped it: a stop of both is followed by a continuation of both.
 const STOPPED_MAX: Duration = Duration::from_secs(1);
 
@@ -85,7 +87,7 @@ impl Child {
     /// Let it go on after a ring.
     ///
     /// # Errors
-    /// It takes no answers, or is gone.
+    /// It takes no answers. Whether it is gone, and why, the next wait says: its last words may not have been read yet.
     pub fn answer(&mut self) -> Result<(), SandboxError> {
         loop {
             let answer = [0_u8; ANSWER_SIZE];
@@ -98,7 +100,7 @@ impl Child {
             match last_errno() {
                 Errno::INTR => {}
                 Errno::AGAIN => return Err(SandboxError::protocol("the guest rings, and takes no answers")),
-                Errno::PIPE | Errno::CONNRESET => return Err(self.end()),
+                Errno::PIPE | Errno::CONNRESET => return Ok(()),
                 error => return Err(unusable("answering the doorbell", error.raw_os_error())),
             }
         }
@@ -135,8 +137,24 @@ impl Child {
 
     /// Ask it where it is: it rings on the fault port, and ends.
     pub fn ask_for_position(&self) {
-        // SAFETY: it sends a signal to our own process.
-        unsafe { libc::kill(self.process, libc::SIGXCPU) };
+        if self.running {
+            // SAFETY: it sends a signal to our own process.
+            unsafe { libc::kill(self.process, libc::SIGXCPU) };
+        }
+    }
+
+    /// Whether a process that was killed ends, which the doorbell says. One that is frozen does not.
+    fn ends(&self) -> bool {
+        let (mut bytes, mut ticks) = ([0; RING_SIZE], 0);
+        while ticks < ENDING_TICKS {
+            match rustix::io::read(&self.bell, &mut bytes) {
+                Ok(0) | Err(Errno::CONNRESET) => return true,
+                // What it rang before.
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => ticks += 1,
+            }
+        }
+        false
     }
 
     /// It does not ring any more: why it is gone.
@@ -168,6 +186,7 @@ impl Drop for Child {
             if self.running
                 && libc::waitpid(self.process, null_mut(), libc::WNOHANG) == 0
                 && libc::kill(self.process, libc::SIGKILL) == 0
+                && self.ends()
             {
                 libc::waitpid(self.process, null_mut(), 0);
             }
@@ -222,5 +241,5 @@ fn doorbell() -> Result<(OwnedFd, OwnedFd), Errno> {
             return Err(last_errno());
         }
     }
-    Ok((ours, fcntl_dupfd_cloexec(theirs, FIRST_FREE)?))
+    Ok((ours, above_the_first(theirs)?))
 }

@@ -5,13 +5,14 @@ use crate::sandbox::error::SandboxError;
 use instar_guest_abi::GUEST_MEMORY_SIZE;
 use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags, SealFlags};
 use rustix::io::{fcntl_dupfd_cloexec, Errno};
+use rustix::process::{getrlimit, Resource};
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 
 /// The lowest number of a descriptor that is handed over: above those that the starter finds its own at.
-pub const FIRST_FREE: i32 = 10;
+const FIRST_FREE: i32 = 10;
 
 /// A file in memory. Linux before 6.3 does not know the flag that says whether it may be executed.
 fn create(name: &CStr, purpose: MemfdFlags) -> Result<OwnedFd, Errno> {
@@ -21,7 +22,15 @@ fn create(name: &CStr, purpose: MemfdFlags) -> Result<OwnedFd, Errno> {
         other => other,
     }?;
     // The first descriptors are those of the new process.
-    fcntl_dupfd_cloexec(file, FIRST_FREE)
+    above_the_first(file)
+}
+
+/// The same file with a descriptor that is none of the new process's.
+///
+/// # Errors
+/// There are no more descriptors: also where the limit lies below these numbers, which the kernel calls an invalid argument.
+pub fn above_the_first(file: OwnedFd) -> Result<OwnedFd, Errno> {
+    fcntl_dupfd_cloexec(file, FIRST_FREE).map_err(|error| if error == Errno::INVAL { Errno::MFILE } else { error })
 }
 
 fn failed(what: &'static str) -> impl Fn(Errno) -> SandboxError {
@@ -33,6 +42,10 @@ fn failed(what: &'static str) -> impl Fn(Errno) -> SandboxError {
 /// # Errors
 /// There is no memory, or no such files.
 pub fn guest(name: &CStr) -> Result<File, SandboxError> {
+    // Asked before: to go beyond the limit raises a signal, which ends a process that does not ignore it.
+    if getrlimit(Resource::Fsize).current.is_some_and(|most| most < GUEST_MEMORY_SIZE) {
+        return Err(unusable("ftruncate of a file in memory", libc::EFBIG));
+    }
     let file = create(name, MemfdFlags::NOEXEC_SEAL).map_err(failed("memfd_create"))?;
     ftruncate(&file, GUEST_MEMORY_SIZE).map_err(failed("ftruncate of a file in memory"))?;
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).map_err(failed("sealing a file in memory"))?;

@@ -14,7 +14,9 @@ use crate::sandbox::program::{Program, Report};
 use crate::sandbox::rights::Rights;
 use crate::sandbox::x86::fault::Fault;
 use instar_guest_abi::{MESSAGE_ADDR, PORT_FAULT};
-use instar_guest_starter::{FaultRecord, MappedRange, Plan, Ring, Step, CODE, DATA, MAX_RANGES, PLAN_MAGIC, READ};
+use instar_guest_starter::{
+    FaultRecord, MappedRange, Plan, Ring, Step, CODE, DATA, MAX_RANGES, PLAN_MAGIC, READ, SENT,
+};
 use rustix::io::Errno;
 use std::cell::Cell;
 use std::fs::File;
@@ -48,7 +50,7 @@ pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Resu
         used: Duration::ZERO,
         asleep: Duration::ZERO,
     };
-    running.expect_starter()?;
+    running.expect_starter(host)?;
     guest.run(&mut running, report, host)
 }
 
@@ -113,7 +115,7 @@ struct Running<'a> {
 
 impl Running<'_> {
     /// The starter has done what it could without the guest, and waits.
-    fn expect_starter(&mut self) -> Result<(), SandboxError> {
+    fn expect_starter(&mut self, host: &dyn Host) -> Result<(), SandboxError> {
         let begin = Instant::now();
         loop {
             match self.child.wait()? {
@@ -122,6 +124,8 @@ impl Running<'_> {
                     return Ok(());
                 }
                 Some(ring) => return Err(starter_failed(ring)),
+                None if host.interrupted() => return Err(SandboxError::Interrupted),
+                None if self.child.is_stopped() => return Err(stopped()),
                 None if begin.elapsed() > Duration::from_secs(30) => {
                     return Err(unusable("starting a process", libc::ETIMEDOUT));
                 }
@@ -134,8 +138,7 @@ impl Running<'_> {
     /// nobody owes it, and uses no processor time then. One that is ready to run gets some of it in every tick.
     fn note_silence(&mut self, waited: Duration, used: Duration) -> Result<Exit, SandboxError> {
         if self.child.is_stopped() {
-            let text = "was stopped from outside, and does not go on".to_owned();
-            return Err(SandboxError::ProcessLost(text));
+            return Err(stopped());
         }
         if used == self.used {
             // No more than a tick, in case the host itself stood still.
@@ -156,6 +159,10 @@ impl Running<'_> {
         }
         let [FaultRecord { signal, vector, error_code, address, rip }] = record;
         let modules = self.guest.modules();
+        let (sent, signal) = (signal & SENT != 0, signal & !SENT);
+        if sent && (FAULTS.contains(&signal) || signal == SIGSYS) {
+            return SandboxError::ProcessLost(format!("was ended from outside (signal {signal})"));
+        }
         if signal == SIGSYS {
             const X86_64: u64 = 0xc000_003e;
             let (number, architecture) = (address & 0xffff_ffff, address >> 32);
@@ -194,6 +201,10 @@ const fn number(signal: libc::c_int) -> u64 {
     signal as u64
 }
 
+fn stopped() -> SandboxError {
+    SandboxError::ProcessLost("was stopped from outside, and does not go on".to_owned())
+}
+
 fn starter_failed(ring: Ring) -> SandboxError {
     let what = Step::from_u32(ring.port).map_or("starting the guest", Step::what);
     unusable(what, i32::try_from(ring.value).unwrap_or(0))
@@ -222,7 +233,8 @@ impl Processor for Running<'_> {
         let used = self.child.used().unwrap_or(self.used);
         let exit = match rung? {
             None => self.note_silence(begin.elapsed(), used),
-            Some(ring) if self.has_begun => Ok(self.rung(ring)),
+            // A signal that came before the guest is reported in the same way.
+            Some(ring) if self.has_begun || ring.port == u32::from(PORT_FAULT) => Ok(self.rung(ring)),
             // The socket keeps the order: nothing of the guest comes before this.
             Some(ring) if ring.port == Step::Done as u32 => {
                 self.has_begun = true;

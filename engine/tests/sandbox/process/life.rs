@@ -25,6 +25,15 @@ fn struck(strike: impl FnMut(i32)) -> (Result<(), SandboxError>, Duration) {
 }
 
 #[test]
+fn the_signal_of_a_fault_that_somebody_sent_is_no_fault() {
+    for number in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS, libc::SIGXCPU]
+    {
+        let error = struck(|child| signal(child, number)).0.unwrap_err();
+        assert_eq!(error.code(), ErrorCode::SandboxLost, "signal {number}: {error}");
+    }
+}
+
+#[test]
 fn a_process_that_is_killed_is_told_as_lost() {
     let error = struck(|child| signal(child, libc::SIGKILL)).0.unwrap_err();
     assert_eq!(error.code(), ErrorCode::SandboxLost, "{error}");
