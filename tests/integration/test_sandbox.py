@@ -187,7 +187,7 @@ def test_a_configured_sandbox(pair, tmp_path):
 
 @pytest.mark.parametrize(
     ("sandbox", "state", "rc"),
-    [(None, "broken", 1), ("kvm", "broken", 1), ("process", "weak", 0), ("auto", "weak", 0)],
+    [(None, "broken", 1), ("kvm", "broken", 1), ("process", "ok", 0), ("auto", "weak", 0)],
 )
 def test_the_doctor_tries_both_and_goes_by_the_one_that_is_wanted(tmp_path, sandbox, state, rc):
     config = tmp_path / "config.toml"
