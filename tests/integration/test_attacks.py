@@ -98,6 +98,14 @@ def test_a_race_never_leads_outside(made, victim, swap):
 # --- a file that is swapped at a chosen moment ------------------------------------------------------
 
 
+def descriptors(process):
+    """Those that it has open: none if it has ended meanwhile."""
+    try:
+        return list(Path(f"/proc/{process}/fd").iterdir())
+    except OSError:
+        return []
+
+
 class Held:
     """instar under strace, which holds some system calls up for a while."""
 
@@ -119,7 +127,7 @@ class Held:
         for _ in range(2000):
             assert self.process.poll() is None, self.process.communicate()
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            for descriptor in [d for child in children for d in Path(f"/proc/{child}/fd").glob("*")]:
+            for descriptor in [d for child in children for d in descriptors(child)]:
                 try:
                     found = os.stat(descriptor)
                     flags = (descriptor.parent.parent / "fdinfo" / descriptor.name).read_text()

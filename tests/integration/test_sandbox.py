@@ -186,10 +186,10 @@ def test_a_configured_sandbox(pair, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sandbox", "state", "rc"),
-    [(None, "broken", 1), ("kvm", "broken", 1), ("process", "ok", 0), ("auto", "weak", 0)],
+    ("sandbox", "kvm", "state", "rc"),
+    [(None, "broken", "broken", 1), ("kvm", "broken", "broken", 1), ("process", "unneeded", "ok", 0), ("auto", "weak", "weak", 0)],
 )
-def test_the_doctor_tries_both_and_goes_by_the_one_that_is_wanted(tmp_path, sandbox, state, rc):
+def test_the_doctor_tries_both_and_goes_by_the_one_that_is_wanted(tmp_path, sandbox, kvm, state, rc):
     config = tmp_path / "config.toml"
     config.write_text("" if sandbox is None else f'sandbox = "{sandbox}"\n')
     config.chmod(0o644)
@@ -198,7 +198,8 @@ def test_the_doctor_tries_both_and_goes_by_the_one_that_is_wanted(tmp_path, sand
         result = hidden(ABSENT, "doctor", "--output", "json", *options, env=env)
         parts = {part["part"]: part for part in result.json["parts"] if part["part"] in SANDBOXES}
         assert (result.rc, result.json["state"]) == (rc, state), str(result)
-        assert (parts["kvm"]["state"], parts["process"]["state"]) == (state, "ok"), str(result)
+        assert (parts["kvm"]["state"], parts["process"]["state"]) == (kvm, "ok"), str(result)
+        assert result.json["sandbox"] == (None if rc else "process"), str(result)
         assert parts["kvm"]["remedy"] and "ring 3" in parts["process"]["found"]
 
 
