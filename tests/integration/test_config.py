@@ -45,7 +45,7 @@ def test_a_directory_for_backings(pair, tmp_path, home):
     elsewhere = outside(pair, tmp_path)
     with support.untouched(pair.top, elsewhere / "base.qcow2"):
         support.assert_refused(instar(home, "commit", pair.top, "--output", "json"), "ERROR_WRITE_TARGET_NOT_ALLOWED")
-    write(home, f'allow-backing-dirs = ["/no/such/directory", "{elsewhere}"]\n')
+    write(home, support.configuration(f'allow-backing-dirs = ["/no/such/directory", "{elsewhere}"]\n'))
     result = instar(home, "commit", pair.top)
     assert result.rc == 0, str(result)
     support.qemu_io(elsewhere / "base.qcow2", "read -P 9 0 64k")

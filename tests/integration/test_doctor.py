@@ -53,11 +53,16 @@ def test_no_device():
     assert "does not exist" in kvm["found"] and ("modprobe" in kvm["remedy"] or "nested" in kvm["remedy"])
 
 
+needs_kvm = pytest.mark.skipif(not support.KVM, reason="this machine has no /dev/kvm")
+
+
+@needs_kvm
 def test_a_device_that_is_none():
     kvm = without_kvm("mount --bind /dev/null /dev/kvm")
     assert "cannot run a virtual machine" in kvm["found"] and "is not the kernel's device" in kvm["remedy"]
 
 
+@needs_kvm
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_no_permission(tmp_path):
     """Of a group that owns the device, the name is said."""

@@ -26,6 +26,10 @@ SAMPLE = 60 if os.environ.get("INSTAR_DEEP") else 8
 needs_kvm = pytest.mark.skipif(not support.KVM, reason="this machine has no /dev/kvm")
 # What hides the device in a mount namespace of its own.
 ABSENT, NO_DEVICE = "mount -t tmpfs none /dev", "mount --bind /dev/null /dev/kvm"
+WITHOUT_KVM = [
+    pytest.param(ABSENT, "ERROR_KVM_MISSING", id="absent"),
+    pytest.param(NO_DEVICE, "ERROR_KVM_UNUSABLE", id="another device", marks=needs_kvm),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -137,15 +141,16 @@ def test_auto_takes_kvm_where_it_works(pair):
     assert support.run_instar("check", "--output", "json", "--sandbox", "auto", pair.top).json["sandbox"] == "kvm"
 
 
-@pytest.mark.parametrize("how", [ABSENT, NO_DEVICE], ids=["absent", "another device"])
-def test_auto_takes_the_process_where_kvm_does_not_work(pair, how):
+@pytest.mark.parametrize(("how", "code"), WITHOUT_KVM)
+def test_auto_takes_the_process_where_kvm_does_not_work(pair, how, code):
     pair.make(top=["write -P 9 0 64k"])
+    assert hidden(how, "commit", pair.top, "--output", "json").error["name"] == code
     assert used(hidden(how, "commit", "-v", "--sandbox", "auto", pair.top)) == "process"
     support.qemu_io(pair.base, "read -P 9 0 64k")
     assert hidden(how, "check", "--output", "json", "--sandbox", "auto", pair.top).json["sandbox"] == "process"
 
 
-@pytest.mark.parametrize(("how", "code"), [(ABSENT, "ERROR_KVM_MISSING"), (NO_DEVICE, "ERROR_KVM_UNUSABLE")])
+@pytest.mark.parametrize(("how", "code"), WITHOUT_KVM)
 def test_without_kvm_the_way_out_is_named(pair, how, code):
     """The weaker sandbox is never taken silently; what the message says of it, and that it works."""
     pair.make(top=["write -P 9 0 64k"])
