@@ -1,7 +1,10 @@
-//! The guest's end of the doorbell.
+//! The guest's end of the doorbell: the starter's until it jumps, then the guest's.
 
-use crate::{Ring, ANSWER_SIZE, DOORBELL, RING_SIZE, SYS_READ, SYS_WRITE};
-use core::arch::asm;
+use crate::calls::{call3, number};
+use crate::{Ring, ANSWER_SIZE, DOORBELL, RING_SIZE};
+
+#[allow(clippy::cast_sign_loss, reason = "a descriptor")]
+const BELL: usize = DOORBELL as usize;
 
 /// Ring.
 ///
@@ -10,7 +13,7 @@ use core::arch::asm;
 #[must_use]
 pub unsafe fn ring(ring: Ring) -> bool {
     // SAFETY: the buffer is valid for the call.
-    unsafe { call(SYS_WRITE, (&raw const ring) as usize, RING_SIZE) == RING_SIZE }
+    unsafe { call3(number::WRITE, BELL, (&raw const ring) as usize, RING_SIZE) == Ok(RING_SIZE) }
 }
 
 /// Wait for the answer.
@@ -21,20 +24,5 @@ pub unsafe fn ring(ring: Ring) -> bool {
 pub unsafe fn wait() -> bool {
     let mut answer = [0_u8; ANSWER_SIZE];
     // SAFETY: the buffer is valid for the call.
-    unsafe { call(SYS_READ, answer.as_mut_ptr() as usize, ANSWER_SIZE) == ANSWER_SIZE }
-}
-
-/// `read` or `write` of this buffer on the doorbell (syscall(2), x86-64): how many bytes, or a large number.
-///
-/// # Safety
-/// The buffer is `length` bytes long, and may be written if the call is a `read`.
-unsafe fn call(number: usize, buffer: usize, length: usize) -> usize {
-    let result;
-    // SAFETY: the kernel changes the buffer, `rcx` and `r11`; that the host may change memory meanwhile is what a clobber of all
-    // memory says.
-    unsafe {
-        asm!("syscall", inlateout("rax") number => result, in("rdi") DOORBELL as usize, in("rsi") buffer,
-            in("rdx") length, lateout("rcx") _, lateout("r11") _, options(nostack));
-    }
-    result
+    unsafe { call3(number::READ, BELL, answer.as_mut_ptr() as usize, ANSWER_SIZE) == Ok(ANSWER_SIZE) }
 }

@@ -9,6 +9,8 @@ pub struct Errno(pub u32);
 /// Numbers of system calls (`arch/x86/entry/syscalls/syscall_64.tbl`).
 pub mod number {
     #![allow(missing_docs, reason = "the names are those of the calls")]
+    pub const READ: usize = 0;
+    pub const WRITE: usize = 1;
     pub const CLOSE: usize = 3;
     pub const MMAP: usize = 9;
     pub const MUNMAP: usize = 11;
@@ -40,7 +42,7 @@ pub unsafe fn call(number: usize, arguments: [usize; 6]) -> Result<usize, Errno>
     const LAST_ERRNO: usize = 4095;
     let [a, b, c, d, e, f] = arguments;
     let result: usize;
-    // SAFETY: what the call does is the caller's promise; the kernel changes `rcx` and `r11` besides.
+    // SAFETY: what the call does is the caller's promise; the kernel changes `rcx` and `r11` besides. Memory counts as changed.
     unsafe {
         asm!("syscall", inlateout("rax") number => result, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d,
             in("r8") e, in("r9") f, lateout("rcx") _, lateout("r11") _, options(nostack));

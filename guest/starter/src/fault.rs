@@ -5,7 +5,7 @@
 //! where it is: it sends `SIGXCPU`.
 
 use crate::calls::{call, call3, exit, number, Errno};
-use crate::{FaultRecord, Ring, DOORBELL, RING_SIZE, SENT, SYS_WRITE};
+use crate::{bell, FaultRecord, Ring, SENT};
 use core::arch::naked_asm;
 use instar_guest_abi::{MESSAGE_ADDR, PORT_FAULT};
 
@@ -90,10 +90,10 @@ unsafe extern "C" fn report(signal: usize, information: *const Information, cont
         rip: context.rip,
     };
     let ring = Ring { port: PORT_FAULT.into(), value: 0 };
-    // SAFETY: the message buffer is mapped there, and the guest that used it does not go on; the write is of a valid buffer.
+    // SAFETY: the message buffer is mapped there, and the guest that used it does not go on; nobody answers.
     unsafe {
         (MESSAGE_ADDR as *mut FaultRecord).write_volatile(record);
-        let _ = call3(SYS_WRITE, DOORBELL as usize, (&raw const ring) as usize, RING_SIZE);
+        let _ = bell::ring(ring);
     }
     exit(128 + signal)
 }

@@ -11,7 +11,6 @@
 #![no_std]
 
 pub mod bell;
-#[cfg(feature = "guest")]
 pub mod calls;
 #[cfg(feature = "guest")]
 pub mod capabilities;
@@ -32,11 +31,6 @@ pub const MEMORY: i32 = 3;
 pub const DOORBELL: i32 = 4;
 /// The descriptor of the guest's text: a memory file, whose offsets are the guest's addresses, and which nobody can write.
 pub const TEXT: i32 = 5;
-
-/// `read` (x86-64).
-pub const SYS_READ: usize = 0;
-/// `write` (x86-64).
-pub const SYS_WRITE: usize = 1;
 
 /// A message of the guest: what an `out` is in a virtual machine.
 #[repr(C)]

@@ -2,11 +2,8 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "x86-64 only; addresses are checked")]
 
 use crate::calls::{call, call3, exit, number, Errno};
-use crate::{capabilities, fault, filter, landlock};
-use crate::{
-    MappedRange, Plan, Ring, Step, ANSWER_SIZE, CODE, DATA, DOORBELL, MAX_RANGES, MEMORY, PLAN_MAGIC, READ, RING_SIZE,
-    SYS_READ, SYS_WRITE, TEXT,
-};
+use crate::{bell, capabilities, fault, filter, landlock};
+use crate::{MappedRange, Plan, Ring, Step, CODE, DATA, MAX_RANGES, MEMORY, PLAN_MAGIC, READ, TEXT};
 use core::arch::{asm, naked_asm};
 use instar_guest_abi::{GUEST_MEMORY_SIZE, PAGE_SIZE, STACK_TOP};
 
@@ -54,8 +51,8 @@ extern "C" fn instar_module_entry() -> ! {
 }
 
 extern "C" fn prepare() -> Prepared {
-    match confine().and_then(|version| say(Ring { port: Step::Done as u32, value: version }).map(|()| version)) {
-        Ok(_) => {}
+    match confine() {
+        Ok(version) => say(Ring { port: Step::Done as u32, value: version }),
         Err(failure) => fail(failure),
     }
     wait();
@@ -138,22 +135,24 @@ fn limit(limits: &[Limit]) -> Result<(), Failure> {
     Ok(())
 }
 
-fn say(ring: Ring) -> Result<(), Failure> {
-    // SAFETY: the buffer is valid for the call.
-    unsafe { call3(SYS_WRITE, DOORBELL as usize, (&raw const ring) as usize, RING_SIZE) }.at(Step::Process).map(|_| ())
+/// Tell the host. Without one there is nothing to do.
+fn say(ring: Ring) {
+    // SAFETY: no reference to memory that the host changes exists.
+    if !unsafe { bell::ring(ring) } {
+        exit(1);
+    }
 }
 
 /// Tell the host why there will be no guest.
 fn fail(Failure(step, errno): Failure) -> ! {
-    let _ = say(Ring { port: step as u32, value: errno.0 });
+    say(Ring { port: step as u32, value: errno.0 });
     exit(1)
 }
 
 /// Wait for the host; without one there is nothing to do.
 fn wait() {
-    let mut answer = [0_u8; ANSWER_SIZE];
-    // SAFETY: the buffer is valid for the call.
-    if unsafe { call3(SYS_READ, DOORBELL as usize, answer.as_mut_ptr() as usize, ANSWER_SIZE) } != Ok(ANSWER_SIZE) {
+    // SAFETY: as above.
+    if !unsafe { bell::wait() } {
         exit(0);
     }
 }
@@ -277,7 +276,8 @@ fn give_up(stack: usize) -> Result<(), Failure> {
     // SAFETY: the filter is valid for the call.
     unsafe { call3(number::SECCOMP, SET_MODE_FILTER, 0, (&raw const filter) as usize) }.at(Step::Seccomp)?;
     // The last word of this program: what follows is the guest's, which may say anything. Nobody waits for an answer.
-    say(Ring { port: Step::Done as u32, value: 0 })
+    say(Ring { port: Step::Done as u32, value: 0 });
+    Ok(())
 }
 
 /// `struct sock_fprog`.
