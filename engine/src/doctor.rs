@@ -100,26 +100,21 @@ pub fn examine(plugin_dirs: &[PathBuf], sandbox: Option<SandboxChoice>) -> Exami
 }
 
 /// Both sandboxes, the one that would be used, and the other one if only that works.
-fn sandboxes(wanted: SandboxChoice) -> (Vec<Diagnosis>, Option<&'static str>, Option<&'static str>) {
-    let [mut kvm, mut process] = [try_out(&Kvm), try_out(&Process)];
-    let works = |diagnosis: &Diagnosis| diagnosis.health == Health::Good;
-    let (kvm_works, process_works) = (works(&kvm), works(&process));
-    let (used, other) = match wanted {
-        SandboxChoice::Kvm => (kvm_works.then_some(kvm.part), process_works.then_some(process.part)),
-        SandboxChoice::Process => (process_works.then_some(process.part), kvm_works.then_some(kvm.part)),
-        SandboxChoice::Auto if kvm_works => (Some(kvm.part), None),
-        SandboxChoice::Auto => (process_works.then_some(process.part), None),
-    };
-    let other = other.filter(|_| used.is_none());
-    // What is not wanted, and does not work, is no reason to worry.
-    match wanted {
-        SandboxChoice::Kvm if !process_works => process.health = Health::Unneeded,
-        SandboxChoice::Process if !kvm_works => kvm.health = Health::Unneeded,
-        SandboxChoice::Auto if kvm_works && !process_works => process.health = Health::Unneeded,
-        SandboxChoice::Auto if process_works && !kvm_works => kvm.health = Health::Weak,
-        _ => {}
+fn sandboxes(choice: SandboxChoice) -> (Vec<Diagnosis>, Option<&'static str>, Option<&'static str>) {
+    let mut both = vec![try_out(&Kvm), try_out(&Process)];
+    let wanted = |part: &str| choice == SandboxChoice::Auto || part == choice.name();
+    let works = |one: &&Diagnosis| one.health == Health::Good;
+    let used = both.iter().filter(works).map(|one| one.part).find(|part| wanted(part));
+    let other = both.iter().find(works).map(|one| one.part).filter(|_| used.is_none());
+    for one in both.iter_mut().filter(|one| one.health != Health::Good) {
+        one.health = match used {
+            None if wanted(one.part) => Health::Broken,
+            // Instead of which the weaker one is used.
+            Some("process") if wanted(one.part) => Health::Weak,
+            _ => Health::Unneeded,
+        };
     }
-    (vec![kvm, process], used, other)
+    (both, used, other)
 }
 
 /// Run a guest that has no image: it says so, and that takes a whole sandbox.
@@ -156,7 +151,8 @@ const PROCESS_NEEDS: &str =
 
 fn sandbox_remedy(error: &SandboxError) -> String {
     match error {
-        SandboxError::ProcessUnusable {
+        SandboxError::KvmUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. }
+        | SandboxError::ProcessUnusable {
             errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE | libc::EFBIG | libc::ENOSPC,
             ..
         } => "raise the limits of this process (see `ulimit -a`), or free memory".into(),
@@ -167,9 +163,6 @@ fn sandbox_remedy(error: &SandboxError) -> String {
         SandboxError::ProcessUnusable { .. } => PROCESS_NEEDS.into(),
         SandboxError::KvmMissing => missing_remedy(&cpuinfo()),
         SandboxError::KvmPermission { .. } => permission_remedy(),
-        SandboxError::KvmUnusable { errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE, .. } => {
-            "raise the limits of this process (see `ulimit -a`), or free memory".into()
-        }
         SandboxError::KvmUnusable { .. } => unusable_remedy(&cpuinfo(), is_kvm()),
         _ => REPORT.into(),
     }

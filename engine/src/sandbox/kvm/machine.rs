@@ -47,7 +47,6 @@ pub struct Machine {
     pub(super) vcpu: VcpuFd,
     _vm: VmFd,
     pub(super) guest: Guest,
-    pub(super) stall_limit: Duration,
     pub(super) report: Report,
 }
 
@@ -79,7 +78,7 @@ impl Machine {
         vcpu::set_up(&vcpu, &cpuid, guest.layout.entry)?;
         let time_create = time_create + started.elapsed();
         let report = Report { sandbox: super::NAME, time_create, time_load, ..Report::default() };
-        Ok(Self { vcpu, _vm: vm, guest, stall_limit: program.stall_limit, report })
+        Ok(Self { vcpu, _vm: vm, guest, report })
     }
 }
 

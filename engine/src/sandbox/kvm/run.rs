@@ -25,7 +25,7 @@ impl Machine {
     /// # Errors
     /// Why it was ended.
     pub fn run(mut self, host: &mut dyn Host) -> Result<Report, SandboxError> {
-        let watchdog = Watchdog::new(self.stall_limit)?;
+        let watchdog = Watchdog::new(self.guest.stall_limit())?;
         let mut entered = Entered { vcpu: &mut self.vcpu, guest: &self.guest, watchdog };
         self.guest.run(&mut entered, self.report, host)
     }

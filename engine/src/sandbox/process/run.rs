@@ -151,13 +151,21 @@ impl Running<'_> {
         Err(SandboxError::GuestAsleep { time, place: place(self.guest.modules(), self.position()?) })
     }
 
+    /// What the guest's process left before it rang for a fault: zeroes if that cannot be read.
+    fn record(&self) -> FaultRecord {
+        let mut record = [FaultRecord::default()];
+        let known = self.guest.ram.read(MESSAGE_ADDR, bytes_mut(&mut record));
+        let [record] = record;
+        if known {
+            record
+        } else {
+            FaultRecord::default()
+        }
+    }
+
     /// What the guest's process said of its own end.
     fn fault(&self) -> SandboxError {
-        let mut record = [FaultRecord::default()];
-        if !self.guest.ram.read(MESSAGE_ADDR, bytes_mut(&mut record)) {
-            return SandboxError::protocol("a false report of a fault");
-        }
-        let [FaultRecord { signal, vector, error_code, address, rip }] = record;
+        let FaultRecord { signal, vector, error_code, address, rip } = self.record();
         let modules = self.guest.modules();
         let (sent, signal) = (signal & SENT != 0, signal & !SENT);
         if sent && (FAULTS.contains(&signal) || signal == SIGSYS) {
@@ -255,9 +263,7 @@ impl Processor for Running<'_> {
         let asked = Instant::now();
         while asked.elapsed() < POSITION_MAX {
             if self.child.wait()?.is_some_and(|ring| ring.port == u32::from(PORT_FAULT)) {
-                let mut record = [FaultRecord::default()];
-                let known = self.guest.ram.read(MESSAGE_ADDR, bytes_mut(&mut record));
-                return Ok(if known { record[0].rip } else { 0 });
+                return Ok(self.record().rip);
             }
         }
         Ok(0)
