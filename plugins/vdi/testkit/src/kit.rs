@@ -77,6 +77,10 @@ impl FormatKit for Kit {
         true
     }
 
+    fn goes_with(&self, bytes: &[u8], parent: &[u8]) -> bool {
+        View::new(bytes).goes_with(&View::new(parent))
+    }
+
     fn chains(&self) -> Vec<Chain> {
         chains::chains()
     }

@@ -5,6 +5,7 @@
 //! nothing else, so that a format joins the fuzz targets with one line (`fuzz/src/formats.rs`).
 
 mod layout;
+pub mod pair;
 mod salvage;
 
 pub use layout::{ByteOrder, Field, Layout};
@@ -61,6 +62,12 @@ pub trait FormatKit: ImageKit {
     /// Whether images record the identity of their parents: committing into a parent may change that record, and nothing else.
     fn records_parent(&self) -> bool {
         false
+    }
+
+    /// Whether an image that records the identity of its parent goes with this one, as the engine decides.
+    fn goes_with(&self, bytes: &[u8], parent: &[u8]) -> bool {
+        let _ = (bytes, parent);
+        true
     }
 
     /// Valid chains of this format alone, of every kind that the driver treats in its own way. Inputs of the fuzz targets name
