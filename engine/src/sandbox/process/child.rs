@@ -71,8 +71,13 @@ impl Child {
     /// The process is gone, or what it rang is no ring.
     pub fn wait(&mut self) -> Result<Option<Ring>, SandboxError> {
         let mut bytes = [0; RING_SIZE];
-        match rustix::io::read(&self.bell, &mut bytes) {
-            // Reset: it left answers behind that it had not read (`unix_release_sock`, `net/unix/af_unix.c`).
+        let mut read = rustix::io::read(&self.bell, &mut bytes);
+        if read == Err(Errno::CONNRESET) {
+            // It left an answer behind that it had not read (`unix_release_sock`, `net/unix/af_unix.c`). The kernel tells that
+            // once, and before what was rung last, such as the report of a fault that came while it was served.
+            read = rustix::io::read(&self.bell, &mut bytes);
+        }
+        match read {
             Ok(0) | Err(Errno::CONNRESET) => Err(self.end()),
             Ok(RING_SIZE) => {
                 self.stopped = None;

@@ -34,6 +34,21 @@ fn the_signal_of_a_fault_that_somebody_sent_is_no_fault() {
 }
 
 #[test]
+fn its_last_words_are_heard_though_it_left_an_answer_behind() {
+    // It stands still until the host has answered, and dies without having read that.
+    let error = struck(|child| {
+        signal(child, libc::SIGSTOP);
+        signal(child, libc::SIGSYS);
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            signal(child, libc::SIGCONT);
+        });
+    });
+    let error = error.0.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::SandboxLost, "{error}");
+}
+
+#[test]
 fn a_process_that_is_killed_is_told_as_lost() {
     let error = struck(|child| signal(child, libc::SIGKILL)).0.unwrap_err();
     assert_eq!(error.code(), ErrorCode::SandboxLost, "{error}");
