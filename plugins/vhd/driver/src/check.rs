@@ -1,0 +1,102 @@
+//! What `check` tells of an image with blocks.
+
+use crate::image::Image;
+use crate::table::Table;
+use crate::verify::Survey;
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+use instar_guest_sdk::abi::{CheckSummary, FindingKind, Request};
+use instar_guest_sdk::{overflow, BlockIo, DriverResult};
+use instar_vhd_format::{Bitmap, SECTOR};
+
+/// Entries of the table that are gone through at once for the batmap.
+const ENTRIES: u64 = 1 << 12;
+/// Sectors of bitmap that are read at once.
+const BITMAPS: usize = 256;
+
+impl Image {
+    /// See [`Source::check`](instar_guest_sdk::Source::check).
+    pub fn check(
+        &self,
+        io: &mut dyn BlockIo,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<CheckSummary> {
+        let mut found = CheckSummary::default();
+        let mut corrupt = |text: &str| {
+            found.corruptions += 1;
+            finding(FindingKind::Corruption, text);
+        };
+        if !self.footers.head {
+            corrupt("the copy of the footer in front of the file is damaged: only the one at the end is left");
+        }
+        match self.footers.tail {
+            Some((_, true)) => {}
+            Some((_, false)) => corrupt("the footer at the end says another size than its copy in front"),
+            None => corrupt("the footer at the end of the file is missing: its copy in front is used"),
+        }
+        let survey = self.survey(io, &mut |_, text| {
+            corrupt(&text);
+            Ok(())
+        })?;
+        if let Some(batmap) = &self.batmap {
+            if !batmap.valid {
+                corrupt("the checksum of the batmap is wrong: the bitmaps of the blocks are used");
+            }
+            self.compare_batmap(io, &mut corrupt)?;
+        }
+        let leaks = self.unused(&survey);
+        if leaks > 0 {
+            finding(FindingKind::Leak, &format!("room for {leaks} blocks is used by none"));
+        }
+        found.leaks = leaks;
+        found.image_end_offset = survey.end.min(self.file_length);
+        found.total_clusters = self.blocks();
+        found.allocated_clusters = survey.held;
+        found.fragmented_clusters = survey.fragmented;
+        let block = self.header.block_size();
+        found.unused_tail = self.data_end().saturating_sub(survey.end) / block * block;
+        Ok(found)
+    }
+
+    /// Whole blocks' worth of the file between metadata and the last block that no entry names.
+    fn unused(&self, survey: &Survey) -> u64 {
+        // Blocks that are aligned have a gap before them.
+        let stride = self.header.stride();
+        let each =
+            self.place_behind(stride).unwrap_or(stride).max(stride).saturating_add(instar_vhd_format::DATA_ALIGNMENT);
+        let metadata: u64 = self.metadata().iter().map(|(range, _)| range.end - range.start).sum();
+        let used = survey.held.saturating_mul(each).saturating_add(metadata);
+        survey.end.saturating_sub(used) / stride
+    }
+
+    /// Compare what the batmap says with the bitmaps of its blocks.
+    fn compare_batmap(&self, io: &mut dyn BlockIo, corrupt: &mut dyn FnMut(&str)) -> DriverResult<()> {
+        let Some(batmap) = &self.batmap else { return Ok(()) };
+        Table::each(io, self, ENTRIES, &mut |io, table| {
+            let mut wanted = Vec::new();
+            for (block, entry) in table.iter().filter(|(block, _)| batmap.is_full(*block)) {
+                // One that is not in the file was told of already.
+                let Ok(Some(place)) = self.block_place(block, entry) else { continue };
+                let visible = self.size.saturating_sub(block.saturating_mul(self.header.block_size()));
+                let sectors = visible.min(self.header.block_size()) / SECTOR;
+                wanted.extend((0..sectors.div_ceil(4096)).map(|at| (block, place + at * SECTOR, sectors - at * 4096)));
+            }
+            for some in wanted.chunks(BITMAPS) {
+                let mut bitmaps = vec![Bitmap::EMPTY; some.len()];
+                let request = |(bitmap, (_, place, _)): (&mut Bitmap, &(u64, u64, u64))| {
+                    Request::read(self.device, *place, bitmap.0.as_mut_ptr() as u64, SECTOR)
+                };
+                let mut requests: Vec<Request> = bitmaps.iter_mut().zip(some).map(request).collect();
+                io.run(&mut requests)?;
+                for (bitmap, (block, _, sectors)) in bitmaps.iter().zip(some) {
+                    let sectors = usize::try_from((*sectors).min(4096)).map_err(|_| overflow("a bitmap"))?;
+                    if bitmap.next_run(0, sectors) != Some(0..sectors) {
+                        corrupt(&format!("the batmap says that block {block} is full, and its bitmap does not"));
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+}

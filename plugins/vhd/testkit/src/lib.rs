@@ -1,0 +1,43 @@
+//! VHD images in memory, for tests: made, read and checked from the bytes, without the code that is tested.
+//!
+//! Tests hand in images that they have built themselves. What makes no sense here panics, and so fails the test.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a panic here is a test that fails")]
+#![allow(clippy::cast_possible_truncation, reason = "images of tests are small: every number in them fits")]
+
+mod bytes;
+mod chains;
+mod kit;
+mod layout;
+mod salvage;
+mod spec;
+mod view;
+
+pub use bytes::{be32, be64, put32, put64, seal};
+pub use kit::Kit;
+pub use spec::{build, fill, Kind, Spec};
+pub use view::View;
+
+use instar_guest_sdk::abi::DeviceConfig;
+use instar_guest_sdk::crash::Crashes;
+
+/// Bytes of a sector.
+pub const SECTOR: usize = 512;
+
+/// What the host would tell the guest of an image.
+pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
+    let view = View::new(bytes);
+    DeviceConfig {
+        device: number,
+        file_length: bytes.len() as u64,
+        max_length,
+        virtual_size: view.size as u64,
+        cluster_size: view.block as u64,
+        ..DeviceConfig::default()
+    }
+}
+
+/// `make crash` draws more random states than the tests do.
+pub fn crashes() -> Crashes {
+    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
+    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
+}
