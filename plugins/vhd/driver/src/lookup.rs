@@ -43,7 +43,7 @@ impl Lookup {
     pub fn piece(&mut self, io: &mut dyn BlockIo, image: &Image, piece: u64, limit: u64) -> DriverResult<&Held> {
         if !(self.first..self.first.saturating_add(self.held.len() as u64)).contains(&piece) {
             self.held.clear();
-            self.held = self.read(io, image, piece..limit.clamp(piece + 1, piece + PIECES))?;
+            self.held = self.read(io, image, piece..limit.clamp(piece + 1, piece + PIECES), limit)?;
             self.first = piece;
         }
         let index = usize::try_from(piece - self.first).map_err(|_| overflow("a piece"))?;
@@ -67,13 +67,13 @@ impl Lookup {
         self.table.get(block).ok_or_else(|| overflow("a block"))
     }
 
-    fn read(&mut self, io: &mut dyn BlockIo, image: &Image, pieces: Range<u64>) -> DriverResult<Vec<Held>> {
+    fn read(&mut self, io: &mut dyn BlockIo, image: &Image, pieces: Range<u64>, limit: u64) -> DriverResult<Vec<Held>> {
         let per_block = image.pieces_per_block();
         let mut held = Vec::new();
         let mut bitmaps = Vec::new();
-        for piece in pieces.clone() {
+        for piece in pieces {
             let (block, within) = (piece / per_block, piece % per_block);
-            let entry = self.entry(io, image, block, pieces.end.div_ceil(per_block))?;
+            let entry = self.entry(io, image, block, limit.div_ceil(per_block))?;
             let Some(place) = image.block_place(block, entry)? else {
                 held.push(Held::Nothing);
                 continue;
