@@ -12,6 +12,8 @@ use instar_vhd_format::{Bitmap, SECTOR};
 
 /// Entries of the table that are gone through at once for the batmap.
 const ENTRIES: u64 = 1 << 12;
+/// Contradictions that are told, at most.
+const MOST: u64 = 10_000;
 /// Sectors of bitmap that are read at once.
 const BITMAPS: usize = 256;
 
@@ -35,10 +37,22 @@ impl Image {
             Some((_, false)) => corrupt("the footer at the end says another size than its copy in front"),
             None => corrupt("the footer at the end of the file is missing: its copy in front is used"),
         }
-        let survey = self.survey(io, &mut |_, text| {
+        let mut told = 0;
+        let surveyed = self.survey(io, &mut |offset, text| {
             corrupt(&text);
-            Ok(())
-        })?;
+            told += 1;
+            // A table in a hole says nonsense of every block.
+            if told < MOST {
+                Ok(())
+            } else {
+                Err(self.corrupt(offset, "too much"))
+            }
+        });
+        if told == MOST {
+            corrupt("there is more that is wrong with the block allocation table: the rest of it is not looked at");
+            return Ok(found);
+        }
+        let survey = surveyed?;
         if let Some(batmap) = &self.batmap {
             if !batmap.valid {
                 corrupt("the checksum of the batmap is wrong: the bitmaps of the blocks are used");

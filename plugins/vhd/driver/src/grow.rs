@@ -143,6 +143,7 @@ impl SparseSink {
         self.out.write(io, self.image.footers.footer.data_offset(), &first)?;
         self.out.barrier(io)?;
         self.image.header = header;
+        self.image.take_metadata();
         Ok(())
     }
 }

@@ -33,6 +33,8 @@ pub struct Image {
     pub size: u64,
     /// XenServer's, if there is one.
     pub batmap: Option<Batmap>,
+    /// Where no block may be: [`metadata`](Self::metadata) but the footer at the end.
+    pub taken: Vec<Metadata>,
     /// The code of what no image may say.
     pub corrupt: ErrorCode,
 }
@@ -77,7 +79,7 @@ impl Image {
     /// Byte offset in the file of a block's bitmap, by the block's entry; `None` for one that is not there.
     ///
     /// # Errors
-    /// Corruption if any of the block that belongs to the disk is not in the file.
+    /// Corruption if any of the block that belongs to the disk is not in the file, or is metadata.
     pub fn block_place(&self, block: u64, entry: u32) -> DriverResult<Option<u64>> {
         if entry == UNUSED {
             return Ok(None);
@@ -89,7 +91,15 @@ impl Image {
             let text = format!("block {block}, at sector {entry}, goes past the end of the file");
             return Err(self.corrupt(self.entry_place(block), text));
         }
-        Ok(Some(place))
+        // The last block of a file may be cut.
+        let end = place.saturating_add(self.header.stride()).min(self.data_end());
+        match self.taken.iter().find(|(range, _)| range.start < end && place < range.end) {
+            None => Ok(Some(place)),
+            Some((range, what)) => {
+                let text = format!("block {block}, at sector {entry}, overlaps the {what} at byte {}", range.start);
+                Err(self.corrupt(self.entry_place(block), text))
+            }
+        }
     }
 
     /// Verify that there is an entry for each block, in the file.
@@ -137,14 +147,19 @@ impl Image {
         parts
     }
 
+    /// Find out anew where no block may be, once the table is where it is.
+    pub fn take_metadata(&mut self) {
+        let tail = self.footers.tail.map(|(offset, _)| offset);
+        self.taken = self.metadata();
+        self.taken.retain(|(range, _)| Some(range.start) != tail);
+    }
+
     /// The end of all metadata but the footer at the end, in bytes, at a sector: that footer may stand there.
     ///
     /// # Errors
     /// An arithmetic guard.
     pub fn metadata_end(&self) -> DriverResult<u64> {
-        let tail = self.footers.tail.map(|(offset, _)| offset);
-        let parts = self.metadata();
-        let ends = parts.iter().filter(|(range, _)| Some(range.start) != tail).map(|(range, _)| range.end);
+        let ends = self.taken.iter().map(|(range, _)| range.end);
         ends.max().unwrap_or(0).checked_next_multiple_of(SECTOR).ok_or_else(|| overflow("the end of the metadata"))
     }
 

@@ -5,6 +5,7 @@ use crate::failures::at;
 use crate::fixed::Fixed;
 use crate::image::Image;
 use alloc::boxed::Box;
+use alloc::vec::Vec;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode};
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 use instar_vhd_format::{Footers, Header, Kind, FOOTER_BYTES, HEADER_BYTES, SECTOR};
@@ -52,10 +53,20 @@ pub fn open(io: &mut dyn BlockIo, device: &DeviceConfig, corrupt: ErrorCode) -> 
         io.read(number, place, &mut bytes)?;
         let header = Header::parse(&bytes).map_err(at(corrupt, number, place))?;
         let fixed_length = device.flags & device_flags::FIXED_LENGTH != 0;
-        let mut image =
-            Image { device: number, file_length, fixed_length, footers, header, size, batmap: None, corrupt };
+        let mut image = Image {
+            device: number,
+            file_length,
+            fixed_length,
+            footers,
+            header,
+            size,
+            batmap: None,
+            taken: Vec::new(),
+            corrupt,
+        };
         image.verify_table_place()?;
         image.batmap = Batmap::read(io, &image, device.cache_bytes)?;
+        image.take_metadata();
         Opened::Sparse(Box::new(image))
     };
     let cluster_size = match &opened {

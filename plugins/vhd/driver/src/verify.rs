@@ -9,8 +9,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::ops::Range;
-use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverResult};
+use instar_guest_sdk::{overflow, BlockIo, DriverResult};
 use instar_vhd_format::SECTOR;
 
 /// Places of blocks that are sorted at once: 4 MiB of memory, and 2 TiB of file in blocks of 2 MiB.
@@ -80,7 +79,6 @@ impl Image {
                     };
                     if index == 0 {
                         self.count(&mut survey, &mut follows, place)?;
-                        self.meets_metadata(&fixed, block, place, complain)?;
                         let at = usize::try_from(place / SECTOR / window).unwrap_or(usize::MAX);
                         reached.get_mut(at).into_iter().for_each(|reached| *reached = true);
                     }
@@ -102,23 +100,6 @@ impl Image {
         *follows = Some(end);
         survey.held += 1;
         survey.end = survey.end.max(end);
-        Ok(())
-    }
-
-    fn meets_metadata(
-        &self,
-        fixed: &[(Range<u64>, &'static str)],
-        block: u64,
-        place: u64,
-        complain: Complain<'_>,
-    ) -> DriverResult<()> {
-        // The last block of a file may be cut.
-        let end = checked_end(place, self.header.stride(), self.data_end()).unwrap_or_else(|| self.data_end());
-        for (range, what) in fixed.iter().filter(|(range, _)| range.start < end && place < range.end) {
-            let text =
-                format!("block {block}, at sector {}, overlaps the {what} at byte {}", place / SECTOR, range.start);
-            complain(self.entry_place(block), text)?;
-        }
         Ok(())
     }
 }
