@@ -2,7 +2,7 @@
 
 use crate::image::Image;
 use crate::table::Table;
-use crate::verify::Survey;
+use crate::verify::{Complain, Survey};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -57,7 +57,10 @@ impl Image {
             if !batmap.valid {
                 corrupt("the checksum of the batmap is wrong: the bitmaps of the blocks are used");
             }
-            self.compare_batmap(io, &mut corrupt)?;
+            self.compare_batmap(io, &mut |_, text| {
+                corrupt(&text);
+                Ok(())
+            })?;
         }
         let leaks = self.unused(&survey);
         if leaks > 0 {
@@ -85,7 +88,10 @@ impl Image {
     }
 
     /// Compare what the batmap says with the bitmaps of its blocks.
-    fn compare_batmap(&self, io: &mut dyn BlockIo, corrupt: &mut dyn FnMut(&str)) -> DriverResult<()> {
+    ///
+    /// # Errors
+    /// Those of `complain`; I/O errors.
+    pub fn compare_batmap(&self, io: &mut dyn BlockIo, complain: Complain<'_>) -> DriverResult<()> {
         let Some(batmap) = &self.batmap else { return Ok(()) };
         Table::each(io, self, ENTRIES, &mut |io, table| {
             let mut wanted = Vec::new();
@@ -103,10 +109,13 @@ impl Image {
                 };
                 let mut requests: Vec<Request> = bitmaps.iter_mut().zip(some).map(request).collect();
                 io.run(&mut requests)?;
-                for (bitmap, (block, _, sectors)) in bitmaps.iter().zip(some) {
+                for (bitmap, (block, place, sectors)) in bitmaps.iter().zip(some) {
                     let sectors = usize::try_from((*sectors).min(4096)).map_err(|_| overflow("a bitmap"))?;
                     if bitmap.next_run(0, sectors) != Some(0..sectors) {
-                        corrupt(&format!("the batmap says that block {block} is full, and its bitmap does not"));
+                        complain(
+                            *place,
+                            format!("the batmap says that block {block} is full, and its bitmap does not"),
+                        )?;
                     }
                 }
             }

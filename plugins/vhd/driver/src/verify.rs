@@ -32,12 +32,14 @@ pub struct Survey {
 pub type Complain<'a> = &'a mut dyn FnMut(u64, String) -> DriverResult<()>;
 
 impl Image {
-    /// Verify all metadata.
+    /// Verify all metadata: of two things that contradict each other, nobody knows which is right.
     ///
     /// # Errors
     /// Corruption and I/O errors.
     pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<Survey> {
-        self.survey(io, &mut |offset, text| Err(self.corrupt(offset, text)))
+        let survey = self.survey(io, &mut |offset, text| Err(self.corrupt(offset, text)))?;
+        self.compare_batmap(io, &mut |offset, text| Err(self.corrupt(offset, text)))?;
+        Ok(survey)
     }
 
     /// Go through all metadata, and tell `complain` what is wrong.

@@ -90,6 +90,9 @@ fn a_batmap_that_is_wrong_is_told_and_not_believed() {
     put32(&mut bytes, at - 512 + 24, !sum as usize);
     let (_, lines) = check(&bytes);
     assert!(lines.len() == 1 && lines[0].contains("says that block 0 is full"), "{lines:?}");
+    let mut io = MemoryDevices::new([(0, bytes.clone())]);
+    let mut source = Vhd::open_source(&mut io, &device(0, &bytes, u64::MAX)).unwrap();
+    assert_eq!(source.verify(&mut io, true).unwrap_err().code, ErrorCode::OverlayCorrupt);
 }
 
 #[test]

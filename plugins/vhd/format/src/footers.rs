@@ -37,11 +37,12 @@ impl Footers {
         end: &[u8; FOOTER_BYTES],
         tail_offset: u64,
     ) -> Result<Option<Self>, FormatError> {
-        // A footer that is not understood is not one of this image's, if there is another one.
+        // Where there should be data, a guest may have written a footer that is not understood. The copy in front of a disk
+        // with blocks is its own, and has to make sense.
         let (front, end) = match (Footer::parse(front), Footer::parse(end)) {
             (Ok(front), Ok(end)) => (front, end),
             (Ok(front @ Some(_)), Err(_)) => (front, None),
-            (Err(_), Ok(end @ Some(_))) => (None, end),
+            (Err(_), Ok(Some(end))) if end.kind() == Kind::Fixed => (None, Some(end)),
             (Err(error), _) | (_, Err(error)) => return Err(error),
         };
         let head = front.filter(|footer| footer.kind() != Kind::Fixed && tail_offset > 0);
@@ -95,6 +96,12 @@ mod tests {
         let between = choose(&grown.encode(), &bytes).unwrap().unwrap();
         assert_eq!((between.footer, between.tail), (grown, Some((4096, false))));
         assert_eq!(choose(&none, &none), Ok(None));
+        // Bytes of a size that are swapped leave the checksum right.
+        let nonsense = footer.with_size(0).encode();
+        assert!(choose(&nonsense, &bytes).unwrap_err().text.contains("0 sectors"));
+        assert_eq!(choose(&bytes, &nonsense).unwrap().unwrap().tail, None);
+        let fixed = Footer::new(Kind::Fixed, 4096, [7; 16], 0).encode();
+        assert!(choose(&nonsense, &fixed).unwrap().unwrap().are_whole());
         let other = Footer::new(Kind::Dynamic, 1 << 20, [8; 16], 0);
         assert!(choose(&bytes, &other.encode()).unwrap_err().text.contains("two different images"));
     }

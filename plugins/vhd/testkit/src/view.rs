@@ -94,6 +94,10 @@ impl<'a> View<'a> {
         if self.bytes.get(at..at + 8) != Some(b"tdbatmap") {
             return None;
         }
+        // One of a version that nobody knows is none.
+        if be32(self.bytes, at + 20) > 0x10002 {
+            return None;
+        }
         let offset = be64(self.bytes, at + 8) as usize;
         let counted = (self.size / self.block / 8).div_ceil(SECTOR).max(1) * SECTOR;
         let map = &self.bytes[offset..offset + counted];
