@@ -93,6 +93,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let mut seeds: Vec<Vec<u8>> = crate::parsers::header_seeds().into_iter().map(whole).collect();
     seeds.extend(crate::vdi::header_seeds().into_iter().map(whole));
     seeds.extend(crate::vmdk::header_seeds().into_iter().map(whole));
+    seeds.extend(crate::vhd::header_seeds().into_iter().map(whole));
     let sparse = &crate::vmdk::header_seeds()[0][..512];
     let length = u16::try_from(descriptor.len()).unwrap_or(0).to_be_bytes();
     seeds.push([&length[..], descriptor.as_bytes(), sparse].concat());

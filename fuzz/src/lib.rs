@@ -13,6 +13,7 @@ pub mod host;
 pub mod operations;
 pub mod parsers;
 pub mod vdi;
+pub mod vhd;
 pub mod vmdk;
 
 use instar_guest_sdk::random::Random;
@@ -72,6 +73,7 @@ pub fn targets() -> Vec<Target> {
         Target::new("decompress", parsers::decompress, parsers::stream_seeds, 4096),
         Target::new("vdi-format", vdi::header, vdi::header_seeds, 4096),
         Target::new("vmdk-format", vmdk::header, vmdk::header_seeds, 4096),
+        Target::new("vhd-format", vhd::header, vhd::header_seeds, 4096),
         Target::new("host", host::host, host::seeds, 4096),
         Target::new("elf", engine::elf, engine::elf_seeds, engine::ELF_BYTES),
         Target::new("messages", engine::messages, engine::message_seeds, 2048),
