@@ -13,11 +13,12 @@ FISHDIR ?= $(PREFIX)/share/fish/vendor_completions.d
 # The program reads its configuration here, whatever the prefix is.
 CONFDIR := /etc/instar
 
-BUNDLED := qcow2 raw vdi vmdk
+BUNDLED := qcow2 raw vdi vmdk vpc
 ASSETS  := target/assets
 STAGE   := target/stage
 DOCS    := $(wildcard docs/*.md docs/*.svg)
 SCHEMAS := $(wildcard docs/schemas/*.json)
+FORMATS := $(wildcard docs/formats/*.md)
 # What the documentation links to and only the sources have: where it is installed, the text of such a link stays.
 SOURCES := LICENSE|CHANGELOG\.md|Dockerfile|examples/|guest/|engine/|plugins/|tests/
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
@@ -43,7 +44,8 @@ export CARGO_BUILD_RUSTFLAGS
 # that is there is the operator's.
 install: $(if $(wildcard $(ASSETS)/changelog),,instar) ## install below PREFIX (/usr/local), with DESTDIR before it
 	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)/instar/plugins $(DESTDIR)$(CONFDIR) \
-		$(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR) $(DESTDIR)$(DOCDIR)/docs/schemas
+		$(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR) $(DESTDIR)$(DOCDIR)/docs/schemas \
+		$(DESTDIR)$(DOCDIR)/docs/formats
 	install -m 755 $(INSTAR) $(DESTDIR)$(BINDIR)/instar
 	install -m 644 $(BUNDLED:%=target/release/libinstar_plugin_%.so) $(DESTDIR)$(LIBDIR)/instar/plugins
 	for page in $(ASSETS)/man/*; do \
@@ -54,6 +56,7 @@ install: $(if $(wildcard $(ASSETS)/changelog),,instar) ## install below PREFIX (
 	install -m 644 README.md SECURITY.md $(ASSETS)/third-party.txt $(DESTDIR)$(DOCDIR)
 	install -m 644 $(DOCS) $(DESTDIR)$(DOCDIR)/docs
 	install -m 644 $(SCHEMAS) $(DESTDIR)$(DOCDIR)/docs/schemas
+	install -m 644 $(FORMATS) $(DESTDIR)$(DOCDIR)/docs/formats
 	sed -E -i 's@\[([^]]*)\]\((\.\./)*($(SOURCES))[^)]*\)@\1@g' $(DESTDIR)$(DOCDIR)/*.md $(DESTDIR)$(DOCDIR)/docs/*.md
 	[ -e $(DESTDIR)$(CONFDIR)/config.toml ] || install -m 644 packaging/config.toml $(DESTDIR)$(CONFDIR)/config.toml
 

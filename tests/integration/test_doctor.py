@@ -8,6 +8,8 @@ import shutil
 import pytest
 import support
 
+BUNDLED = ["qcow2", "raw", "vdi", "vmdk", "vpc"]
+
 
 def doctor(*args, **kwargs):
     result = support.run_instar("doctor", "--output", "json", *args, **kwargs)
@@ -29,7 +31,7 @@ def without_kvm(script):
     [kvm] = parts(result.json, "kvm")
     assert kvm["state"] == "broken"
     # Everything else was looked at all the same.
-    assert [part["state"] for part in parts(result.json, "plugin")] == ["ok"] * 4
+    assert [part["state"] for part in parts(result.json, "plugin")] == ["ok"] * len(BUNDLED)
     return kvm
 
 
@@ -41,7 +43,7 @@ def test_a_machine_that_is_well():
     for sandbox in support.SANDBOXES if support.KVM else ["process"]:
         [part] = parts(answer, sandbox)
         assert part["state"] == "ok" and "ring 3" in part["found"] and part["remedy"] is None
-    assert [part["found"].split()[0] for part in parts(answer, "plugin")] == ["qcow2", "raw", "vdi", "vmdk"]
+    assert [part["found"].split()[0] for part in parts(answer, "plugin")] == BUNDLED
     human = support.run_instar("doctor")
     assert human.rc == 0 and human.stdout.endswith((f"Commits work here, in the sandbox {support.SANDBOX}.\n", "with the weaknesses above.\n"))
     assert f"ok       {support.SANDBOX}: a guest started" in human.stdout

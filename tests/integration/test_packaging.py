@@ -16,7 +16,7 @@ ASSETS = REPO / "target" / "assets"
 MAN = ASSETS / "man"
 COMPLETIONS = {shell: ASSETS / "completions" / path for shell, path in
                {"bash": "bash/instar", "zsh": "zsh/_instar", "fish": "fish/instar.fish"}.items()}
-BUNDLED = ("qcow2", "raw", "vdi", "vmdk")
+BUNDLED = ("qcow2", "raw", "vdi", "vmdk", "vpc")
 
 
 def help_of(*command):
@@ -90,7 +90,7 @@ def test_completions_of_bash_work():
 @pytest.mark.parametrize(
     ("words", "offered"),
     [(["commit", ""], {"image one", "images"}), (["commit", "-q", ""], {"image one", "images"}), (["check", "im"], {"image one", "images"}),
-     (["commit", "-f", ""], {"qcow2", "raw", "vdi", "vmdk"}), (["create", "--backing-format", "v"], {"vdi", "vmdk"}),
+     (["commit", "-f", ""], {"qcow2", "raw", "vdi", "vmdk", "vpc"}), (["create", "--backing-format", "v"], {"vdi", "vmdk", "vpc"}),
      (["commit", "-b", "image "], {"image one"}), (["commit", "-r", "im"], {"im"}), (["doctor", "--o"], {"--output"}),
      (["map", "--output", ""], {"human", "json"})],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "")

@@ -20,8 +20,6 @@ const MARKS: &[(usize, &[u8], Foreign)] = &[
     (64, b"\x7f\x10\xda\xbe", Foreign::Image("VDI")),
     // [MS-VHDX] 2.2.1, File Type Identifier.
     (0, b"vhdxfile", Foreign::Image("VHDX")),
-    // Virtual Hard Disk Image Format Specification, the copy of the footer that dynamic disks begin with.
-    (0, b"conectix", Foreign::Image("VHD")),
     // QEMU, docs/interop/qed_spec.txt, "Header".
     (0, b"QED\0", Foreign::Image("QED")),
     (0, b"QFI\xfb\0\0\0\x01", Foreign::Image("qcow (version 1)")),

@@ -16,9 +16,11 @@ const SHIPPED: &[&str] = &[
     "instar-plugin-raw",
     "instar-plugin-vdi",
     "instar-plugin-vmdk",
+    "instar-plugin-vpc",
     "instar-qcow2-driver",
     "instar-raw-driver",
     "instar-vdi-driver",
+    "instar-vhd-driver",
     "instar-vmdk-driver",
 ];
 const INTRODUCTION: &str = "\
