@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "target" / "mutations"
-DRIVERS = ["qcow2", "vdi", "vmdk", "raw"]
+DRIVERS = ["qcow2", "vdi", "vhd", "vmdk", "raw"]
 # Compiling fast counts, and running not less.
 ENVIRONMENT = {
     "CARGO_TARGET_DIR": str(COPY / "target"), "CARGO_PROFILE_RELEASE_LTO": "off",
@@ -83,6 +83,17 @@ SWAPS = [
         ("        io.run(&mut requests)?;\n        Ok(core::mem::take(&mut self.held))\n",
          "        io.run(&mut requests)?;\n        if held {\n            self.drop_grains(io)?;\n"
          "            self.used.clear();\n        }\n        Ok(core::mem::take(&mut self.held))\n"),
+    ]),
+    Mutation("swap: entries of new blocks before their data", driver("vhd", "sparse_sink.rs"), [
+        ("        group.data.submit_to(io, &mut self.out)?;\n        if allocated && !self.image.fixed_length {\n", "        if allocated && !self.image.fixed_length {\n"),
+        ("        self.out.barrier(io)?;\n        group.publish(io, &self.image, &mut self.out)?;\n",
+         "        let mut data = core::mem::take(&mut group.data);\n        group.publish(io, &self.image, &mut self.out)?;\n"
+         "        self.out.barrier(io)?;\n        data.submit_to(io, &mut self.out)?;\n"),
+    ]),
+    Mutation("swap: the overlay's file cut before its entries", driver("vhd", "empty.rs"), [
+        ("        let dropped = self.drop_entries(io, &mut out)?;\n        out.barrier(io)?;\n", ""),
+        ("        out.barrier(io)?;\n        Ok(dropped)\n",
+         "        out.barrier(io)?;\n        let dropped = self.drop_entries(io, &mut out)?;\n        out.barrier(io)?;\n        Ok(dropped)\n"),
     ]),
     Mutation("swap: the overlay emptied before the backing is durable", Path("guest/sdk/src/commit.rs"), [
         ("    .and_then(|()| sink.finish(io))\n", ""),
