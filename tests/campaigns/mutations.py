@@ -104,6 +104,8 @@ SWAPS = [
 
 # Flushes that no test misses: the file, which of its flushes, and why it is there all the same.
 EXCUSES = {
+    (driver("vhd", "empty.rs"), 3): "a footer at the end that is lost is in front, and the next run writes it again; other programs like "
+    "it better if it is not",
     (driver("qcow2", "grow/mod.rs"), 1): "a window of zeroes is durable by itself; nothing else that is unflushed here matters, but "
     "the new size is worth more than to depend on that",
     (driver("qcow2", "repair.rs"), 4): "a dirty bit that comes back does no harm; what is written after it is flushed, too",

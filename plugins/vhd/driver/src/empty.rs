@@ -1,8 +1,8 @@
 //! Emptying a differencing disk, in an order that every crash survives:
 //!
 //! 1. all entries become unused, and that durable. A crash within leaves some blocks, which read the same from the parent;
-//! 2. the batmap is cleared: no entry names a block that it speaks of, so a crash that leaves map and checksum different does no
-//!    harm. Durable, before anybody allocates a block that it would call full;
+//! 2. the batmap is cleared: no entry names a block that it speaks of, so a crash that leaves map and checksum different, or the
+//!    old map, does no harm: whoever allocates a block takes back what it says of that;
 //! 3. the footer is written behind the metadata, where nothing is used any more, and that made durable;
 //! 4. the file is cut behind it. Until then the footer at the old end is still there; the copy in front never changes.
 
@@ -22,10 +22,8 @@ impl Image {
     pub fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         let mut out = OrderedWriter::new(self.device);
         if !self.footers.head {
-            // The footer at the end is about to be moved.
-            let footer = self.footers.footer.encode();
-            out.write(io, 0, &footer)?;
-            out.barrier(io)?;
+            // The footer at the end is about to be moved: this is durable with the first step.
+            out.write(io, 0, &self.footers.footer.encode())?;
             self.footers.head = true;
         }
         let dropped = self.drop_entries(io, &mut out)?;
@@ -34,7 +32,6 @@ impl Image {
             if !batmap.blank || !batmap.valid {
                 batmap.clear();
                 batmap.write(io, &mut out)?;
-                out.barrier(io)?;
             }
         }
         let end = self.metadata_end()?;

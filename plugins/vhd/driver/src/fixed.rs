@@ -78,7 +78,8 @@ impl FixedSink {
     ///
     /// 1. the footer as it is goes to its new place: the disk is as large as before, and its file longer;
     /// 2. what lies between becomes zero, the old footer above all: it is in no disk yet;
-    /// 3. the footer at the new place, one sector, gets the new size.
+    /// 3. the footer at the new place, one sector, gets the new size. Data that a crash leaves behind a disk of the old size becomes
+    ///    zero when it grows again.
     fn make_grow(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let Some(size) = self.growth.take() else { return Ok(()) };
         let (from, to) = (self.image.tail_offset, size.max(self.image.tail_offset));
@@ -92,7 +93,6 @@ impl FixedSink {
         }
         let footer = self.image.footer.with_size(size);
         self.out.write(io, to, &footer.encode())?;
-        self.out.barrier(io)?;
         self.image = Fixed { footer, size, tail_offset: to, ..self.image };
         self.file_length = to + FOOTER_BYTES as u64;
         Ok(())

@@ -3,8 +3,8 @@
 //! 1. what of the last block lies behind the end of the disk becomes zero, and the table gets entries for the new blocks: behind
 //!    the others if there is room for them, or in a copy of it, behind the last block. Nobody refers to any of that yet;
 //! 2. the first sector of the dynamic header names the copy. It says the same as the table before;
-//! 3. the copy of the footer in front says the new size, then the one at the end. A crash between them leaves two sizes, both of
-//!    which are right; the one in front counts, and the next run makes them the same.
+//! 3. both copies of the footer say the new size. A crash leaves one of them or two different ones, both of which are right; the
+//!    one in front counts, and the next run makes them the same.
 
 use crate::batmap::counted_bytes;
 use crate::fixed::{grown_size, SAVED_STATE, TOO_LARGE};
@@ -93,7 +93,6 @@ impl SparseSink {
         }
         let footer = self.image.footers.footer.with_size(growth.size);
         self.out.write(io, 0, &footer.encode())?;
-        self.out.barrier(io)?;
         self.image.footers.footer = footer;
         if let Some((offset, _)) = self.image.footers.tail {
             self.out.write(io, offset, &footer.encode())?;

@@ -158,8 +158,8 @@ impl SparseSink {
             read => read,
         };
         self.image.batmap = Some(batmap);
-        written?;
-        self.out.barrier(io)
+        // Durable with the data of the first block, before its entry is.
+        written
     }
 
     /// Have the file end at the first byte that nobody uses, in a batch of requests that comes before what is written there:

@@ -57,14 +57,17 @@ fn into_a_fixed_disk() {
 fn with_a_batmap_on_either_side() {
     let full = overlay().with([(32, 16, 0x29)]);
     let backing = backing().with([(64, 16, 0x49)]);
-    conforms(&Spec { batmap: true, ..full }, &Spec { batmap: true, ..backing }, Some(&ancestor()));
+    conforms(&Spec { batmap: true, ..full }, &Spec { batmap: true, ..backing.clone() }, Some(&ancestor()));
+    let dangling = |spec: Spec| Spec { batmap: true, dangling: true, ..spec };
+    conforms(&dangling(overlay()), &dangling(backing), Some(&ancestor()));
 }
 
 #[test]
 fn tables_behind_the_blocks_and_footers_that_are_missing() {
     let overlay = Spec { table_last: true, ..overlay() };
     conforms(&overlay, &Spec { table_last: true, ..backing() }, Some(&ancestor()));
-    conforms(&Spec { tail: false, ..overlay }, &Spec { tail: false, ..backing() }, Some(&ancestor()));
+    conforms(&Spec { tail: false, ..overlay.clone() }, &Spec { tail: false, ..backing() }, Some(&ancestor()));
+    conforms(&Spec { head: false, ..overlay }, &Spec { head: false, ..backing() }, Some(&ancestor()));
 }
 
 #[test]

@@ -33,7 +33,9 @@ pub struct Spec {
     pub hollow: Vec<usize>,
     /// XenServer's batmap.
     pub batmap: bool,
-    /// Entries of the table beyond those that the disk needs.
+    /// The batmap says of blocks that are not there that they are full.
+    pub dangling: bool,
+    /// Entries of the table beyond those that the disk needs, which say nonsense.
     pub spare: usize,
     /// The table stands behind the blocks.
     pub table_last: bool,
@@ -41,6 +43,8 @@ pub struct Spec {
     pub gap: usize,
     /// There is a footer at the end.
     pub tail: bool,
+    /// There is a copy of it in front.
+    pub head: bool,
     /// Bytes that no sector shows, under bits that are 0 and in gaps.
     pub garbage: u8,
 }
@@ -57,10 +61,12 @@ impl Spec {
             runs: Vec::new(),
             hollow: Vec::new(),
             batmap: false,
+            dangling: false,
             spare: 0,
             table_last: false,
             gap: 0,
             tail: true,
+            head: true,
             garbage: 0,
         }
     }
@@ -127,6 +133,7 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         }
     }
     let mut table = vec![usize::MAX; entries];
+    table[blocks..].fill(2);
     let table_bytes = (entries * 4).next_multiple_of(SECTOR);
     let map_bytes = (spec.size / spec.block / 8).div_ceil(SECTOR).max(1) * SECTOR;
     let metadata_bytes = table_bytes + if spec.batmap { SECTOR + map_bytes } else { 0 };
@@ -158,6 +165,9 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         if sectors.len() == per_block {
             map[block / 8] |= 0x80 >> (block % 8);
         }
+    }
+    for block in (0..blocks).filter(|&block| spec.dangling && table[block] == usize::MAX) {
+        map[block / 8] |= 0x80 >> (block % 8);
     }
     if spec.table_last {
         table_at = file.len();
@@ -199,6 +209,9 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     seal(&mut file, 512, 1024, 36);
     if spec.tail {
         file.extend(footer(spec, 512));
+    }
+    if !spec.head {
+        file[..8].fill(0);
     }
     file
 }

@@ -14,6 +14,9 @@ pub struct View<'a> {
     pub size: usize,
     /// Bytes of a block; 0 for a fixed disk.
     pub block: usize,
+    /// Byte offsets of the footer that counts, and of the header.
+    footer: usize,
+    header: usize,
     /// Byte offset of the table, and its entries.
     pub table: (usize, Vec<usize>),
 }
@@ -38,7 +41,7 @@ impl<'a> View<'a> {
         };
         let size = be64(bytes, at + 48) as usize;
         if kind == Kind::Fixed {
-            return Self { bytes, kind, size, block: 0, table: (0, Vec::new()) };
+            return Self { bytes, kind, size, block: 0, footer: at, header: 0, table: (0, Vec::new()) };
         }
         let header = be64(bytes, at + 16) as usize;
         assert_eq!(&bytes[header..header + 8], b"cxsparse");
@@ -46,7 +49,7 @@ impl<'a> View<'a> {
         let (block, table) = (be32(bytes, header + 32), be64(bytes, header + 16) as usize);
         assert!(be32(bytes, header + 28) >= size.div_ceil(block), "too few entries");
         let entries = (0..size.div_ceil(block)).map(|block| be32(bytes, table + block * 4)).collect();
-        Self { bytes, kind, size, block, table: (table, entries) }
+        Self { bytes, kind, size, block, footer: at, header, table: (table, entries) }
     }
 
     /// Bytes of a block's bitmap.
@@ -86,11 +89,10 @@ impl<'a> View<'a> {
 
     /// The byte offset of the batmap's header, the map, and whether its checksum is right; if it has one.
     pub fn batmap(&self) -> Option<(usize, &[u8], bool)> {
-        if self.kind == Kind::Fixed || &self.bytes[28..32] != b"tap\0" {
+        if self.kind == Kind::Fixed || &self.bytes[self.footer + 28..self.footer + 32] != b"tap\0" {
             return None;
         }
-        let header = be64(self.bytes, 16) as usize;
-        let at = self.table.0 + (be32(self.bytes, header + 28) * 4).next_multiple_of(SECTOR);
+        let at = self.table.0 + (be32(self.bytes, self.header + 28) * 4).next_multiple_of(SECTOR);
         if self.bytes.get(at..at + 8) != Some(b"tdbatmap") {
             return None;
         }
@@ -110,7 +112,7 @@ impl<'a> View<'a> {
         if self.kind == Kind::Fixed {
             return None;
         }
-        let header = be64(self.bytes, 16) as usize;
+        let header = self.header;
         let entries = (be32(self.bytes, header + 28) * 4).next_multiple_of(SECTOR);
         let mut used = vec![(0, SECTOR, 0), (header, 1024, 1), (self.table.0, entries, 2)];
         let mut end = self.bytes.len();
