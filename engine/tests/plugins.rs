@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use instar::plugins::{IdentifyError, ImageRead, PluginFailure, Registry, SearchPath};
+use instar_plugin_api::loading::{origin, ORIGIN_SYMBOL};
 use instar_plugin_api::std_types::{ROption, RVec};
 use instar_plugin_api::{Context, CreateSpec, ErrorCode, ImageFacts, Role, API_VERSION, ROLE_SINK, ROLE_SOURCE};
 use instar_test_lab::{built, qcow2_library, qcow2_registry, PluginDir};
@@ -74,6 +75,18 @@ fn the_real_plugin_loads_and_answers() {
     assert_eq!(verdict.code, 0, "{}", verdict.reason);
     assert!(verdict.max_length > found.facts.file_length);
     assert!(registry.identify(&image, Some("qcow2")).is_ok());
+}
+
+/// What is built with this program is not compared with it at each start.
+#[test]
+fn the_bundled_plugins_say_that_their_types_are_the_engines() {
+    for format in ["qcow2", "raw", "vdi", "vmdk", "vpc"] {
+        // SAFETY: a bundled plugin.
+        let library = unsafe { libloading::Library::new(built(&format!("instar_plugin_{format}"))) }.unwrap();
+        // SAFETY: what this symbol is belongs to the contract.
+        let said = unsafe { library.get::<extern "C" fn() -> u64>(ORIGIN_SYMBOL.as_bytes()) }.unwrap();
+        assert_eq!(said(), origin(), "{format}");
+    }
 }
 
 #[test]

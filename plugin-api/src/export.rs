@@ -38,6 +38,12 @@ macro_rules! export_plugin {
                 )
             }
         };
+
+        #[doc(hidden)]
+        #[export_name = "instar_plugin_origin"]
+        pub extern "C" fn instar_plugin_origin() -> u64 {
+            $crate::__private::origin()
+        }
     };
 }
 

@@ -67,9 +67,11 @@
 mod contents;
 mod context;
 mod export;
+mod fnv;
 mod footprint;
 mod guard;
 pub mod loading;
+mod origin;
 mod plugin;
 mod reader;
 mod types;
@@ -97,5 +99,6 @@ pub use abi_stable::std_types;
 #[doc(hidden)]
 pub mod __private {
     pub use crate::export::{constructor, HEADER_SYMBOL};
+    pub use crate::origin::origin;
     pub use abi_stable::library::{CheckTypeLayout, LibHeader, RootModuleResult};
 }

@@ -1,7 +1,10 @@
 //! Taking a root module out of a library, for engines: whichever of the two has more functions.
 
+use crate::v1::PluginModuleV1_Ref;
 use abi_stable::abi_stability::check_layout_compatibility;
 use abi_stable::library::{LibHeader, RootModule};
+
+pub use crate::origin::{origin, ORIGIN_SYMBOL};
 
 /// The root module of a library as `M`; `None` if the functions that both have, or the types that these take, differ.
 ///
@@ -19,4 +22,16 @@ pub fn root_module<M: RootModule>(header: &LibHeader) -> Option<M> {
     // SAFETY: the library's module is the beginning of an `M`, with a prefix as long as that of `M`. What follows the prefix is
     // read by accessors that look first whether this module, which says how many functions it has, has that one.
     unsafe { header.unchecked_layout::<M>() }.ok()
+}
+
+/// The root module of a library that speaks interface 1, as [`root_module`] takes it out. `origin` is what the library says of
+/// [its types' origin](ORIGIN_SYMBOL), if it does: where that is the caller's own, they are the same without a look at them.
+#[must_use]
+pub fn root_module_v1(header: &LibHeader, origin: Option<u64>) -> Option<PluginModuleV1_Ref> {
+    if origin != Some(self::origin()) {
+        return root_module(header);
+    }
+    // SAFETY: a library that exports its origin has the header of `export_plugin`. Its root module comes from the sources of this
+    // crate, by the compiler that this was built with, and so is of the same type.
+    unsafe { header.unchecked_layout::<PluginModuleV1_Ref>() }.ok()
 }

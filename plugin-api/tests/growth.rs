@@ -5,7 +5,7 @@
 use abi_stable::library::{CheckTypeLayout, LibHeader, RootModule, RootModuleResult};
 use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::std_types::RResult;
-use instar_plugin_api::loading::root_module;
+use instar_plugin_api::loading::{origin, root_module, root_module_v1};
 use instar_plugin_api::v1;
 use instar_plugin_api::{
     export_plugin, Context, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role, Verdict,
@@ -144,6 +144,29 @@ fn an_engine_of_today_uses_what_it_knows_of_a_later_plugin() {
     // The plugin does have the function.
     let module = root_module::<later::PluginModuleV1_Ref>(&LATER).unwrap();
     assert_eq!(module.more().map(|more| more(6)), Some(7));
+}
+
+/// A library whose root module is not what its constructor returns, which nobody calls.
+static OTHER: LibHeader = {
+    // SAFETY: the tests only look at the layout.
+    unsafe {
+        LibHeader::from_constructor::<other_signature::PluginModuleV1_Ref>(later_constructor, CheckTypeLayout::Yes)
+    }
+};
+
+#[test]
+fn types_are_compared_unless_they_come_from_the_same_sources() {
+    let own = Some(instar_plugin_origin());
+    assert_eq!(own, Some(origin()));
+    for header in [&INSTAR_PLUGIN_HEADER, &LATER] {
+        for origin in [own, own.map(|own| own ^ 1), None] {
+            let module = root_module_v1(header, origin).unwrap();
+            assert_eq!(module.manifest()().unwrap().name, "demo");
+        }
+    }
+    for origin in [own.map(|own| own ^ 1), Some(0), None] {
+        assert!(root_module_v1(&OTHER, origin).is_none());
+    }
 }
 
 #[test]

@@ -58,7 +58,7 @@ def without_sections(manifest: str, *names: str) -> str:
 
 
 def copy_crate(source: Path, to: Path) -> None:
-    for path in sorted(source.joinpath("src").rglob("*")):
+    for path in sorted([*source.glob("build.rs"), *source.joinpath("src").rglob("*")]):
         if path.is_dir() or path.name == "tests.rs":
             continue
         target = to / path.relative_to(source)

@@ -5,7 +5,7 @@
 //! entry of [`KNOWN`] (newest first), and an arm in each method; nothing is taken away.
 
 use abi_stable::library::LibHeader;
-use instar_plugin_api::loading::root_module;
+use instar_plugin_api::loading::root_module_v1;
 use instar_plugin_api::v1::{self, PluginManifest, PluginModuleV1_Ref};
 use instar_plugin_api::{
     version, BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile,
@@ -20,22 +20,23 @@ pub enum Interface {
 }
 
 /// Makes an [`Interface`] from a library header, or says that the layout is not the expected one.
-type Opener = fn(&LibHeader) -> Option<Interface>;
+type Opener = fn(&LibHeader, Option<u64>) -> Option<Interface>;
 
 /// Every interface by the name that stands in the library header, newest first.
 const KNOWN: &[(&str, Opener)] = &[(v1::INTERFACE_NAME, open_v1)];
 
-fn open_v1(header: &LibHeader) -> Option<Interface> {
+fn open_v1(header: &LibHeader, origin: Option<u64>) -> Option<Interface> {
     // Not `init_root_module`: the versions were compared before, by the contract's own rule.
-    root_module::<PluginModuleV1_Ref>(header).map(Interface::V1)
+    root_module_v1(header, origin).map(Interface::V1)
 }
 
 impl Interface {
-    /// Take the root module out of a library header, version first.
+    /// Take the root module out of a library header, version first. `origin` is what the library says of where its types come
+    /// from, if it does.
     ///
     /// # Errors
     /// One clause that says why not, and what to do.
-    pub fn open(header: &LibHeader) -> Result<Self, String> {
+    pub fn open(header: &LibHeader, origin: Option<u64>) -> Result<Self, String> {
         let version = header.version_strings();
         version::accepts(API_VERSION, version.version.as_str())?;
         let name = header.root_mod_consts().name();
@@ -47,7 +48,7 @@ impl Interface {
                 known.join(", ")
             ));
         };
-        open(header)
+        open(header, origin)
             .ok_or_else(|| format!("its types differ from those of plugin API {}: rebuild the plugin", version.version))
     }
 

@@ -4,6 +4,7 @@ use super::elf;
 use super::interface::Interface;
 use super::trust::{Distrust, TrustedDirectory};
 use abi_stable::library::{AbiHeader, AbiHeaderRef, LibraryError, ROOT_MODULE_LOADER_NAME};
+use instar_plugin_api::loading::ORIGIN_SYMBOL;
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -69,10 +70,13 @@ impl Candidate {
         let header = unsafe { library.get::<AbiHeaderRef>(ROOT_MODULE_LOADER_NAME.as_bytes()) }
             .map(|symbol| *symbol)
             .map_err(|_| "it does not export a plugin header".to_owned());
+        // SAFETY: what this symbol is belongs to the contract.
+        let origin =
+            unsafe { library.get::<extern "C" fn() -> u64>(ORIGIN_SYMBOL.as_bytes()) }.map(|symbol| *symbol).ok();
         // Loaded for ever: values of the plugin and its panic hook may be anywhere.
         std::mem::forget(library);
         let header = header?.upgrade().map_err(|error| header_error(&error))?;
-        let interface = Interface::open(header)?;
+        let interface = Interface::open(header, origin.map(|origin| origin()))?;
         Ok(LoadedLibrary { interface, api_version: header.version_strings().version.to_string() })
     }
 }
