@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import support
-from support import REPO, run, run_instar
+from support import BUNDLED, REPO, run, run_instar
 
 ASSETS = REPO / "target" / "assets"
 MAN = ASSETS / "man"
 COMPLETIONS = {shell: ASSETS / "completions" / path for shell, path in
                {"bash": "bash/instar", "zsh": "zsh/_instar", "fish": "fish/instar.fish"}.items()}
-BUNDLED = ("qcow2", "raw", "vdi", "vmdk", "vpc")
 
 
 def help_of(*command):

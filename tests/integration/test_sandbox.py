@@ -66,9 +66,13 @@ def commit_with_each(images, top, base, formats, args, place):
     assert files_of(copies["kvm"]) == files_of(copies["process"])
     assert files_of(copies["process"])[base] != support.digest(images / base), "nothing was committed"
     top_fmt, base_fmt = formats
-    theirs = ["-b", base] if "-b" in args else []
-    support.qemu_img("commit", "-q", *theirs, "-f", top_fmt, top, cwd=copies["qemu"])
-    support.assert_same_content(copies["process"] / base, copies["qemu"] / base, base_fmt, base_fmt)
+    if base_fmt == "vpc":
+        # QEMU lets none grow. What is larger than its backing shows there whole afterwards.
+        support.assert_same_content(copies["process"] / base, images / top, base_fmt, top_fmt)
+    else:
+        theirs = ["-b", base] if "-b" in args else []
+        support.qemu_img("commit", "-q", *theirs, "-f", top_fmt, top, cwd=copies["qemu"])
+        support.assert_same_content(copies["process"] / base, copies["qemu"] / base, base_fmt, base_fmt)
     support.assert_same_content(copies["process"] / top, images / top, top_fmt, top_fmt)
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import container
 import support
-from support import MIB
+from support import BUNDLED, MIB
 
 #: Whether an ordinary user runs the tests: nobody else can be become then, and in a container the user is called 0.
 ORDINARY = os.geteuid() != 0
-BUNDLED = ("qcow2", "raw", "vdi", "vmdk")
 TOP = ["write -P 9 1M 2M", "write -z 3M 512k", "write -P 7 3968k 64k"]
 
 

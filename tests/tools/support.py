@@ -39,6 +39,8 @@ CODES = {
 }
 
 
+#: The formats of the plugins that come with the program.
+BUNDLED = tuple(re.search(r"(?m)^BUNDLED := (.*)$", (REPO / "packaging" / "packaging.mk").read_text())[1].split())
 #: The sandboxes that the program has.
 SANDBOXES = ("kvm", "process")
 #: The one that the program under test is told to use: `make test SANDBOX=process` sets it.
