@@ -4,7 +4,7 @@ use super::error::SandboxError;
 use super::host::Host;
 use super::memory::GuestRam;
 use super::messages::Messages;
-use super::module;
+use super::module::{self, Segment};
 use instar_guest_abi::MESSAGE_ADDR;
 use std::ops::Range;
 
@@ -25,8 +25,9 @@ pub struct LoadedModule {
 /// One clause that says what is wrong with it.
 pub fn load_module(data: &[u8], base: u64) -> Result<LoadedModule, String> {
     let loaded = module::load(data, base)?;
-    let mappings = loaded.mappings.into_iter().map(|(range, rights)| (range, rights.write, rights.execute));
-    Ok(LoadedModule { length: loaded.image.len() as u64, entry: loaded.entry, mappings: mappings.collect() })
+    let mapping = |segment: Segment<'_>| (segment.range, segment.rights.write, segment.rights.execute);
+    let mappings = loaded.segments.into_iter().map(mapping);
+    Ok(LoadedModule { length: loaded.length, entry: loaded.entry, mappings: mappings.collect() })
 }
 
 /// Guest memory with nothing but messages in it.

@@ -65,11 +65,11 @@ pub fn fill(memory: &dyn Place, core: ModuleSpec<'_>, spec: &Program<'_>) -> Res
         let entry = describe(module.name, &loaded)?;
         let slot = table.entries.get_mut(index);
         *slot.ok_or_else(|| invalid(module.name, format!("more than {MAX_MODULES} modules")))? = entry;
-        let end = loaded.base + loaded.image.len() as u64;
+        let end = loaded.base + loaded.length;
         if end > GUEST_MEMORY_SIZE - MIN_HEAP - LARGE_PAGE || !loaded.place(memory) {
             return Err(invalid(module.name, "there is no room for it in guest memory"));
         }
-        mappings.extend(loaded.mappings);
+        mappings.extend(loaded.segments.into_iter().map(|segment| (segment.range, segment.rights)));
         let (name, version) = (module.name.to_owned(), module.version.to_owned());
         modules.push(Placed { name, version, range: loaded.base..end });
         next = end + PAGE_SIZE;
@@ -125,25 +125,19 @@ fn regions(heap: &Range<u64>) -> [(Range<u64>, Rights); 5] {
     ]
 }
 
-impl Loaded {
-    /// Put the image where it belongs, without the zeroes at the ends of its segments.
+impl Loaded<'_> {
+    /// Put it where it belongs, without the zeroes at the ends of its segments.
     fn place(&self, memory: &dyn Place) -> bool {
-        self.mappings.iter().all(|(range, rights)| {
-            let offset = |address: u64| usize::try_from(address - self.base).unwrap_or(usize::MAX);
-            let segment = self.image.get(offset(range.start)..offset(range.end)).unwrap_or_default();
-            let used = segment.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-            memory.place(range.start, &segment[..used], *rights)
+        self.segments.iter().all(|segment| {
+            let used = segment.bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            memory.place(segment.range.start, &segment.bytes[..used], segment.rights)
         })
     }
 }
 
-fn describe(name: &str, loaded: &Loaded) -> Result<ModuleEntry, SandboxError> {
-    let mut entry = ModuleEntry {
-        entry: loaded.entry,
-        base: loaded.base,
-        length: loaded.image.len() as u64,
-        ..ModuleEntry::default()
-    };
+fn describe(name: &str, loaded: &Loaded<'_>) -> Result<ModuleEntry, SandboxError> {
+    let mut entry =
+        ModuleEntry { entry: loaded.entry, base: loaded.base, length: loaded.length, ..ModuleEntry::default() };
     // One byte is left, so that the name ends.
     let room = entry.name.len() - 1;
     match entry.name.get_mut(..name.len()) {

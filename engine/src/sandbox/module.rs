@@ -6,6 +6,7 @@ use instar_guest_abi::PAGE_SIZE;
 use object::elf::{self, FileHeader64};
 use object::read::elf::{Dyn, FileHeader, ProgramHeader};
 use object::LittleEndian;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Largest module image in bytes.
@@ -13,78 +14,87 @@ const MAX_IMAGE: u64 = 16 << 20;
 const RELA_SIZE: usize = 24;
 
 type Header = FileHeader64<LittleEndian>;
-type Segment = elf::ProgramHeader64<LittleEndian>;
+type ProgramHeader64 = elf::ProgramHeader64<LittleEndian>;
 
 /// A module, placed and relocated.
-#[derive(Debug)]
-pub struct Loaded {
-    /// Address of the first byte of `image`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Loaded<'data> {
+    /// Address of its first byte.
     pub base: u64,
-    /// The bytes, a whole number of pages.
-    pub image: Vec<u8>,
+    /// Bytes from there to its end, a whole number of pages.
+    pub length: u64,
     /// Address of the entry.
     pub entry: u64,
-    /// How its pages are to be mapped.
-    pub mappings: Vec<(Range<u64>, Rights)>,
+    /// What is in its pages, ascending.
+    pub segments: Vec<Segment<'data>>,
+}
+
+/// Pages of a module.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Segment<'data> {
+    /// Their addresses.
+    pub range: Range<u64>,
+    /// How they are to be mapped.
+    pub rights: Rights,
+    /// What they begin with; zeroes follow. Those of the file, unless a relocation changes them.
+    pub bytes: Cow<'data, [u8]>,
 }
 
 /// Load the ELF in `data` at `base`, a page address.
 ///
 /// # Errors
 /// One clause that says what is wrong with it.
-pub fn load(data: &[u8], base: u64) -> Result<Loaded, String> {
+pub fn load(data: &[u8], base: u64) -> Result<Loaded<'_>, String> {
     let header = Header::parse(data).map_err(|e| format!("it is not a 64-bit ELF file: {e}"))?;
     let endian = header.endian().map_err(|_| "it is not a little-endian ELF file".to_owned())?;
     if header.e_machine(endian) != elf::EM_X86_64 || header.e_type(endian) != elf::ET_DYN {
         return Err("it is not a position-independent x86-64 ELF file".to_owned());
     }
-    let segments = header.program_headers(endian, data).map_err(|e| format!("its program headers: {e}"))?;
-    let mut image = Vec::new();
-    let mut parts: Vec<(Range<u64>, Rights)> = Vec::new();
-    for segment in segments {
-        match segment.p_type(endian) {
+    let headers = header.program_headers(endian, data).map_err(|e| format!("its program headers: {e}"))?;
+    let mut segments: Vec<Segment<'_>> = Vec::new();
+    for header in headers {
+        match header.p_type(endian) {
             elf::PT_LOAD => {
-                let after = parts.last().map_or(0, |(range, _)| range.end);
-                parts.push(place(segment, endian, data, after, &mut image)?);
+                let after = segments.last().map_or(0, |segment| segment.range.end);
+                segments.push(segment(header, endian, data, after)?);
             }
             elf::PT_INTERP => return Err("it asks for a dynamic linker".to_owned()),
             elf::PT_TLS => return Err("it has thread-local storage".to_owned()),
             _ => {}
         }
     }
-    if parts.is_empty() {
-        return Err("it has nothing to load".to_owned());
-    }
-    for segment in segments {
-        if let Some(dynamic) = segment.dynamic(endian, data).map_err(|e| format!("its dynamic section: {e}"))? {
-            relocate(&mut image, &parts, base, &relocations(dynamic, endian)?)?;
+    let length = segments.last().ok_or("it has nothing to load")?.range.end;
+    for header in headers {
+        if let Some(dynamic) = header.dynamic(endian, data).map_err(|e| format!("its dynamic section: {e}"))? {
+            relocate(&mut segments, (base, length), &relocations(dynamic, endian)?)?;
         }
     }
     let entry = header.e_entry(endian);
-    if !parts.iter().any(|(range, rights)| rights.execute && range.contains(&entry)) {
+    if !segments.iter().any(|segment| segment.rights.execute && segment.range.contains(&entry)) {
         return Err("its entry is not in executable code".to_owned());
     }
-    let mappings = parts.into_iter().map(|(range, rights)| (range.start + base..range.end + base, rights)).collect();
-    Ok(Loaded { base, image, entry: entry + base, mappings })
+    for segment in &mut segments {
+        segment.range = segment.range.start + base..segment.range.end + base;
+    }
+    Ok(Loaded { base, length, entry: entry + base, segments })
 }
 
-/// Copy one segment into the image; returns its pages and rights. `after` is the end of the segment before.
-fn place(
-    segment: &Segment,
+/// A segment, at its address without a base. `after` is the end of the segment before.
+fn segment<'data>(
+    header: &ProgramHeader64,
     endian: LittleEndian,
-    data: &[u8],
+    data: &'data [u8],
     after: u64,
-    image: &mut Vec<u8>,
-) -> Result<(Range<u64>, Rights), String> {
-    let (start, size) = (segment.p_vaddr(endian), segment.p_memsz(endian));
-    let flags = segment.p_flags(endian);
+) -> Result<Segment<'data>, String> {
+    let (start, size) = (header.p_vaddr(endian), header.p_memsz(endian));
+    let flags = header.p_flags(endian);
     let has = |flag: elf::ProgramFlags| flags.0 & flag.0 != 0;
     let rights = Rights { user: true, write: has(elf::PF_W), execute: has(elf::PF_X) };
     if rights.write && rights.execute {
         return Err("a segment is both writable and executable".to_owned());
     }
-    let file = segment.data(endian, data).map_err(|()| "a segment reaches past the end of the file".to_owned())?;
-    if file.len() as u64 > size {
+    let bytes = header.data(endian, data).map_err(|()| "a segment reaches past the end of the file".to_owned())?;
+    if bytes.len() as u64 > size {
         return Err("a segment is larger in the file than in memory".to_owned());
     }
     let end = start.checked_add(size).filter(|&end| end <= MAX_IMAGE);
@@ -92,11 +102,7 @@ fn place(
     if !start.is_multiple_of(PAGE_SIZE) || start < after {
         return Err("a segment does not begin on a page of its own".to_owned());
     }
-    image.resize(index(end), 0);
-    if let Some(target) = image.get_mut(index(start)..index(start) + file.len()) {
-        target.copy_from_slice(file);
-    }
-    Ok((start..end, rights))
+    Ok(Segment { range: start..end, rights, bytes: Cow::Borrowed(bytes) })
 }
 
 /// Where the relocations are in the image: address and length.
@@ -123,12 +129,16 @@ fn relocations(dynamic: &[elf::Dyn64<LittleEndian>], endian: LittleEndian) -> Re
     Ok(address..end)
 }
 
-fn relocate(image: &mut [u8], parts: &[(Range<u64>, Rights)], base: u64, table: &Range<u64>) -> Result<(), String> {
-    if table.end > image.len() as u64 {
+/// Relocate a module of `length` bytes to `base`.
+fn relocate(segments: &mut [Segment<'_>], (base, length): (u64, u64), table: &Range<u64>) -> Result<(), String> {
+    let holder = segments.iter().find(|segment| segment.range.contains(&table.start));
+    let entries = holder.and_then(|segment| {
+        segment.bytes.get(index(table.start - segment.range.start)..index(table.end - segment.range.start))
+    });
+    if entries.is_none() && !table.is_empty() {
         return Err("its relocations lie outside the image".to_owned());
     }
-    let table = image.get(index(table.start)..index(table.end)).unwrap_or_default().to_vec();
-    for relocation in table.chunks(RELA_SIZE) {
+    for relocation in entries.unwrap_or_default().to_vec().chunks(RELA_SIZE) {
         let number =
             |at: usize| relocation.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
         let (Some(offset), Some(info), Some(addend)) = (number(0), number(8), number(16)) else {
@@ -138,19 +148,24 @@ fn relocate(image: &mut [u8], parts: &[(Range<u64>, Rights)], base: u64, table: 
             return Err(format!("it has a relocation of type {}, which is not relative", info & 0xffff_ffff));
         }
         let end = offset.checked_add(8).ok_or("a relocation lies outside the image")?;
-        let inside =
-            |(range, rights): &&(Range<u64>, Rights)| !rights.execute && range.contains(&offset) && end <= range.end;
-        if parts.iter().find(inside).is_none() || addend > image.len() as u64 {
-            return Err("a relocation lies, or points, outside the image's data".to_owned());
+        let inside = |segment: &&mut Segment<'_>| {
+            !segment.rights.execute && segment.range.contains(&offset) && end <= segment.range.end
+        };
+        let segment = segments.iter_mut().find(inside).filter(|_| addend <= length);
+        let segment = segment.ok_or("a relocation lies, or points, outside the image's data")?;
+        let (from, to) = (index(offset - segment.range.start), index(end - segment.range.start));
+        let bytes = segment.bytes.to_mut();
+        if bytes.len() < to {
+            bytes.resize(to, 0);
         }
-        if let Some(target) = image.get_mut(index(offset)..index(end)) {
+        if let Some(target) = bytes.get_mut(from..to) {
             target.copy_from_slice(&(base + addend).to_le_bytes());
         }
     }
     Ok(())
 }
 
-/// An offset into the image, which is checked to be small.
+/// An offset into a segment, which is checked to be small.
 fn index(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }
@@ -183,10 +198,12 @@ mod tests {
     #[test]
     fn the_core_loads() {
         let loaded = load(CORE, BASE).unwrap();
-        let rights: Vec<Rights> = loaded.mappings.iter().map(|(_, rights)| *rights).collect();
+        let rights: Vec<Rights> = loaded.segments.iter().map(|segment| segment.rights).collect();
         assert_eq!(rights, [Rights::CODE, Rights::READ, Rights::DATA]);
-        assert!(loaded.mappings[0].0.contains(&loaded.entry));
-        assert_eq!(loaded.mappings[2].0.end, BASE + loaded.image.len() as u64);
+        assert!(loaded.segments[0].range.contains(&loaded.entry));
+        assert_eq!(loaded.segments[2].range.end, BASE + loaded.length);
+        // Only what has addresses in it is copied.
+        assert!(matches!(loaded.segments[0].bytes, Cow::Borrowed(_)));
     }
 
     #[test]
@@ -195,8 +212,7 @@ mod tests {
         for shift in 1..8 {
             let mut bytes = vec![0; shift];
             bytes.extend_from_slice(CORE);
-            let loaded = load(&bytes[shift..], BASE).unwrap();
-            assert!(loaded.image == aligned.image && loaded.entry == aligned.entry, "shifted by {shift}");
+            assert!(load(&bytes[shift..], BASE).unwrap() == aligned, "shifted by {shift}");
         }
     }
 
@@ -241,7 +257,7 @@ mod tests {
             .step_by(8)
             .find(|&at| {
                 let offset = u64::from_le_bytes(CORE[at..at + 8].try_into().unwrap());
-                CORE[at + 8..at + 16] == relative && offset > 0 && offset < loaded.image.len() as u64
+                CORE[at + 8..at + 16] == relative && offset > 0 && offset < loaded.length
             })
             .unwrap();
         assert!(error(&patched(at + 8, &6_u64.to_le_bytes())).contains("not relative"));
