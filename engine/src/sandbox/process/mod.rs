@@ -14,6 +14,7 @@ mod child;
 mod memory_files;
 mod run;
 mod spawn;
+mod turns;
 
 use super::error::SandboxError;
 use super::host::Host;

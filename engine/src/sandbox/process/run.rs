@@ -2,6 +2,7 @@
 
 use super::child::{Child, TICK};
 use super::memory_files::seal;
+use super::turns::Turns;
 use super::{layout, unusable, CORE, NAME};
 use crate::confine::call_name;
 use crate::sandbox::error::SandboxError;
@@ -43,6 +44,7 @@ pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Resu
     let report =
         Report { sandbox: NAME, time_create: child.time_create, time_load: started.elapsed(), ..Report::default() };
     let mut running = Running {
+        turns: Turns::begin(child.process),
         child: &mut child,
         guest: &guest,
         has_begun: false,
@@ -101,6 +103,7 @@ fn plan(layout: &Layout) -> Option<Plan> {
 
 /// A guest that runs in its process.
 struct Running<'a> {
+    turns: Turns,
     child: &'a mut Child,
     guest: &'a Guest,
     /// The starter has said its last word: what rings is the guest.
@@ -223,6 +226,7 @@ impl Running<'_> {
     fn rung(&mut self, ring: Ring) -> Exit {
         self.owes = true;
         self.asleep = Duration::ZERO;
+        self.turns.next();
         match u16::try_from(ring.port) {
             Ok(PORT_FAULT) => Exit::Ended(self.fault()),
             Ok(port) => Exit::Out(port, ring.value),
