@@ -1,6 +1,6 @@
 //! The header of a hosted sparse extent ("Hosted sparse extents", structure `SparseExtentHeader`), little-endian.
 
-use crate::{FormatError, SECTOR, TABLE_ENTRIES, TABLE_ENTRIES_FIELD};
+use crate::{FormatError, Layout, SECTOR, TABLE_ENTRIES, TABLE_ENTRIES_FIELD};
 use alloc::format;
 
 /// `"KDMV"`, the first four bytes.
@@ -178,13 +178,35 @@ impl Header {
     /// Guest bytes that one grain table stands for.
     #[must_use]
     pub fn table_coverage(&self) -> u64 {
-        self.grain_bytes() * TABLE_ENTRIES
+        self.layout().table_coverage()
     }
 
     /// Entries of the grain directory, one for each grain table.
     #[must_use]
     pub fn directory_entries(&self) -> u64 {
-        self.virtual_size().div_ceil(self.table_coverage())
+        self.layout().directory_entries()
+    }
+
+    /// Where everything is.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        let layout = Layout {
+            capacity: self.capacity,
+            grain: self.grain,
+            table_entries: TABLE_ENTRIES,
+            header: 1,
+            descriptor_offset: self.descriptor_offset,
+            descriptor_size: self.descriptor_size,
+            directory: self.directory,
+            directory_sectors: 0,
+            redundant_directory: self.has(flags::REDUNDANT).then_some(self.redundant_directory),
+            overhead: self.overhead,
+            zeroed_grains: self.has(flags::ZEROED_GRAINS),
+            compressed: self.has(flags::COMPRESSED),
+            next_free: None,
+        };
+        // The header does not give the directory's length.
+        Layout { directory_sectors: (layout.directory_entries() * 4).div_ceil(SECTOR), ..layout }
     }
 
     /// The bytes of a header.

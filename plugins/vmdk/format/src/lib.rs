@@ -6,18 +6,27 @@
 
 extern crate alloc;
 
+mod cowd;
 mod create;
 mod descriptor;
 mod error;
 mod extent;
 mod header;
+mod layout;
+mod sesparse;
 
+pub use cowd::{CowdHeader, COWD_HEADER_BYTES, COWD_MAGIC};
 pub use create::{create, CreateOptions, NewDisk, NewFile, NewImage, Subformat, NEW_GRAIN_BYTES};
 pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
 pub use error::{FormatError, Trouble};
 pub use extent::{DiskExtent, ExtentLine, Storage};
 pub use header::{
     flags, Header, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY,
+};
+pub use layout::Layout;
+pub use sesparse::{
+    sesparse_table, Region, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES, SESPARSE_HEADER_BYTES,
+    SESPARSE_MAGIC, SESPARSE_TABLE_BYTES, SESPARSE_TABLE_ENTRIES,
 };
 
 /// Bytes of a sector, the unit of all offsets and sizes in a VMDK ("Basic concepts").

@@ -1,0 +1,89 @@
+//! Where a sparse extent keeps what, in the terms that hosted extents ("Hosted sparse extents") and those of ESX ("ESXi Host
+//! Sparse Extents") have in common: a directory of tables, tables of grains, entries of 32 bits that are numbers of sectors.
+
+use crate::{Grain, SECTOR};
+
+/// What the header of a sparse extent comes to. Offsets and sizes are in sectors, unless they say bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Size of the disk.
+    pub capacity: u64,
+    /// Size of a grain, at least 1.
+    pub grain: u64,
+    /// Entries of a grain table.
+    pub table_entries: u64,
+    /// Length of the header.
+    pub header: u64,
+    /// Where the embedded descriptor begins; 0 if there is none.
+    pub descriptor_offset: u64,
+    /// Length of the embedded descriptor.
+    pub descriptor_size: u64,
+    /// Where the grain directory begins.
+    pub directory: u64,
+    /// Length of the directory as the header has it, which may be more than its [entries](Self::directory_entries) take.
+    pub directory_sectors: u64,
+    /// Where the second directory begins, if there is one.
+    pub redundant_directory: Option<u64>,
+    /// Where grains may begin.
+    pub overhead: u64,
+    /// Entry 1 of a grain table means a grain of zeroes.
+    pub zeroed_grains: bool,
+    /// Grains are compressed.
+    pub compressed: bool,
+    /// The first free sector, of an extent of ESX, whose header has such a field.
+    pub next_free: Option<u64>,
+}
+
+impl Layout {
+    /// Size of the disk in bytes. Headers are refused whose capacity would be more than 2^63 bytes.
+    #[must_use]
+    pub const fn virtual_size(&self) -> u64 {
+        self.capacity.saturating_mul(SECTOR)
+    }
+
+    /// Bytes of a grain.
+    #[must_use]
+    pub const fn grain_bytes(&self) -> u64 {
+        self.grain.saturating_mul(SECTOR)
+    }
+
+    /// Bytes of a grain table: whole sectors.
+    #[must_use]
+    pub const fn table_bytes(&self) -> u64 {
+        self.table_entries.saturating_mul(4)
+    }
+
+    /// Guest bytes that one grain table stands for.
+    #[must_use]
+    pub const fn table_coverage(&self) -> u64 {
+        self.grain_bytes().saturating_mul(self.table_entries)
+    }
+
+    /// Entries of the grain directory that stand for a part of the disk, one for each grain table.
+    #[must_use]
+    pub const fn directory_entries(&self) -> u64 {
+        match self.table_coverage() {
+            0 => 0,
+            coverage => self.virtual_size().div_ceil(coverage),
+        }
+    }
+
+    /// The meaning of an entry of a grain table.
+    #[must_use]
+    pub fn grain_of(&self, entry: u32) -> Grain {
+        Grain::decode(entry, self.zeroed_grains)
+    }
+
+    /// The length in bytes that an extent of ESX has when the first free sector is at byte `next_free`: "This needs to be
+    /// less than the length of the delta link" (`freeSector`). Delta files of ESX are whole blocks of 4 KiB.
+    #[must_use]
+    pub const fn length_beyond(next_free: u64) -> Option<u64> {
+        match next_free.checked_add(1) {
+            Some(end) => end.checked_next_multiple_of(FILE_BLOCK),
+            None => None,
+        }
+    }
+}
+
+/// What the length of a delta file of ESX is a multiple of, in bytes.
+const FILE_BLOCK: u64 = 4096;
