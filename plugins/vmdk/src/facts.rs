@@ -1,14 +1,15 @@
 //! What header and descriptor say, as facts and features.
 
-use crate::encoding::names as names_of;
-use instar_plugin_api::std_types::{ROption, RVec};
+use crate::encoding::recorded_parent;
+use crate::extents::{file_of, Survey};
+use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{
     BackingPointer, ErrorCode, Feature, ImageFacts, ImageFile, ImageReader, PluginError, PROBE_CERTAIN, PROBE_LIKELY,
     PROBE_NO,
 };
 use instar_vmdk_format::{
-    next_content_id, Descriptor, DiskExtent, FormatError, Header, Storage, Trouble, FOOTER_BYTES, HEADER_BYTES, MAGIC,
-    MAX_DESCRIPTOR_BYTES, NO_PARENT, SECTOR,
+    next_content_id, Descriptor, FormatError, Header, Trouble, COWD_MAGIC, FOOTER_BYTES, HEADER_BYTES, MAGIC,
+    MAX_DESCRIPTOR_BYTES, NO_PARENT, SECTOR, SESPARSE_MAGIC,
 };
 
 /// Names of the features. Those of the first three are QEMU's, for `instar info`.
@@ -23,27 +24,34 @@ pub mod names {
     pub const COMPRESSED: &str = "compressed";
     /// Extents are plain bytes: true or absent.
     pub const FLAT: &str = "flat";
+    /// An extent is a sparse one of ESX (COWD): true or absent.
+    pub const COWD: &str = "cowd";
+    /// By how much the first free sectors of such extents lie behind the ends of their files, in bytes; absent for 0.
+    pub const COWD_BEYOND: &str = "cowd-beyond";
+    /// An extent is a seSparse one, which is only read: true or absent.
+    pub const SESPARSE: &str = "sesparse";
     /// VMware tracks changed blocks in another file: true or absent.
     pub const CHANGE_TRACKING: &str = "change-tracking";
     /// Why the image cannot be worked with, a sentence; absent if nothing stands in the way.
     pub const UNSUPPORTED: &str = "unsupported";
 }
 
-/// Longest name of a file in bytes (`PATH_MAX` without its end).
-const LONGEST_NAME: usize = 4095;
-/// First bytes of a sparse extent of ESX 2 and 3.
-const COWD: [u8; 4] = *b"COWD";
 /// How much of a text is looked at to see whether it is a descriptor: more than any comment in front of it.
 const TEXT: usize = 4096;
 
 /// See [`FormatPlugin::probe`](instar_plugin_api::FormatPlugin::probe).
 pub fn probe(image: &ImageReader<'_>) -> Result<u32, PluginError> {
     let start = image.read_vec(0, TEXT)?;
-    Ok(match start.get(..4) {
-        Some(magic) if *magic == MAGIC || *magic == COWD => PROBE_CERTAIN,
-        _ if is_descriptor(&start) => PROBE_LIKELY,
-        _ => PROBE_NO,
+    Ok(match () {
+        () if start.starts_with(&MAGIC) || is_delta(&start) => PROBE_CERTAIN,
+        () if is_descriptor(&start) => PROBE_LIKELY,
+        () => PROBE_NO,
     })
+}
+
+/// Whether a file begins as the extent of a delta disk does, which has no descriptor in it.
+fn is_delta(start: &[u8]) -> bool {
+    start.starts_with(&COWD_MAGIC) || start.starts_with(&SESPARSE_MAGIC)
 }
 
 /// A text whose first line that is neither blank nor a comment gives the version, as QEMU looks for it.
@@ -54,7 +62,8 @@ fn is_descriptor(start: &[u8]) -> bool {
         .is_some_and(|line| matches!(line, b"version=1" | b"version=2" | b"version=3"))
 }
 
-fn refused(error: FormatError) -> PluginError {
+/// A [`FormatError`] as the plugin's.
+pub fn refused(error: FormatError) -> PluginError {
     let code = match error.trouble {
         Trouble::Unsupported => ErrorCode::UnsupportedFormat,
         Trouble::Corrupt => ErrorCode::ParseFailed,
@@ -69,8 +78,8 @@ fn unsupported(text: &str) -> PluginError {
 /// See [`FormatPlugin::facts`](instar_plugin_api::FormatPlugin::facts).
 pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let start = image.read_vec(0, HEADER_BYTES)?;
-    if start.starts_with(&COWD) {
-        return Err(unsupported("a sparse extent of ESX (COWD) is not supported: convert it to monolithicSparse"));
+    if is_delta(&start) {
+        return Err(unsupported(NO_DESCRIPTOR));
     }
     if !start.starts_with(&MAGIC) {
         return of_descriptor_file(image);
@@ -139,8 +148,8 @@ fn descriptor_file(image: &ImageReader<'_>) -> Result<Descriptor, PluginError> {
 
 /// See [`FormatPlugin::files`](instar_plugin_api::FormatPlugin::files): those of the extents, in the descriptor's order.
 pub fn files(image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
-    let start = image.read_vec(0, 4)?;
-    if start == MAGIC || start == COWD {
+    let start = image.read_vec(0, SESPARSE_MAGIC.len())?;
+    if start.starts_with(&MAGIC) || is_delta(&start) {
         return Ok(Vec::new());
     }
     let descriptor = descriptor_file(image)?;
@@ -149,27 +158,6 @@ pub fn files(image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
         // That is a fact, for the verdict to refuse.
         Err(error) if error.trouble == Trouble::Unsupported => Ok(Vec::new()),
         Err(error) => Err(refused(error)),
-    }
-}
-
-fn file_of(descriptor: &Descriptor, extent: &DiskExtent) -> Result<ImageFile, PluginError> {
-    let (name, other_names) = recorded(descriptor, &extent.name)?;
-    let sparse = extent.storage == Storage::Sparse;
-    Ok(ImageFile { name, other_names, grows: sparse, format: if sparse { "vmdk" } else { "raw" }.into() })
-}
-
-/// A name in the descriptor, as one for the engine, and the others that it may stand for.
-fn recorded(descriptor: &Descriptor, name: &[u8]) -> Result<(RVec<u8>, RVec<RVec<u8>>), PluginError> {
-    let mut names = names_of(descriptor, name);
-    // Conversion may make a name longer.
-    names.retain(|name| name.len() <= LONGEST_NAME);
-    let mut names = names.into_iter().map(RVec::from);
-    match names.next() {
-        Some(first) => Ok((first, names.collect())),
-        None => {
-            let text = format!("a file name in the descriptor has {} bytes: no path is as long as that", name.len());
-            Err(PluginError::new(ErrorCode::ParseFailed, text))
-        }
     }
 }
 
@@ -186,33 +174,17 @@ fn of_descriptor_file(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError
     let size = size.ok_or_else(|| {
         PluginError::new(ErrorCode::ParseFailed, "the extents of the descriptor are larger than any disk")
     })?;
-    let mut grain = 0;
-    let mut length = image.length();
-    for (index, extent) in extents.iter().enumerate() {
-        let Some(file) = image.file(index) else { continue };
-        length = length.saturating_add(file.length());
-        if extent.storage == Storage::Sparse && grain == 0 {
-            grain = sparse_extent(&file, index)?.grain_bytes();
-        }
-    }
-    let mut facts = ImageFacts::new("vmdk", size, grain, length);
+    let survey = Survey::of(image, &extents)?;
+    let mut facts = ImageFacts::new("vmdk", size, survey.grain, image.length().saturating_add(survey.length));
     describe(&mut facts, &descriptor)?;
-    if extents.iter().any(|extent| extent.storage != Storage::Sparse) {
-        facts.features.push(Feature::flag(names::FLAT, true, false));
+    let flags = [(names::FLAT, survey.flat), (names::COWD, survey.cowd), (names::SESPARSE, survey.sesparse)];
+    facts.features.extend(flags.into_iter().filter(|(_, set)| *set).map(|(name, _)| Feature::flag(name, true, false)));
+    if survey.beyond > 0 {
+        facts.features.push(Feature::number(names::COWD_BEYOND, survey.beyond, false));
     }
+    let unsupported = unsupported.or(survey.unsupported);
     facts.features.extend(unsupported.map(|text| Feature::text(names::UNSUPPORTED, &text, false)));
     Ok(facts)
-}
-
-/// The header of the sparse extent with this index.
-fn sparse_extent(file: &ImageReader<'_>, index: usize) -> Result<Header, PluginError> {
-    let mut bytes = [0; HEADER_BYTES];
-    let named = |error: PluginError| {
-        let code = ErrorCode::from_u32(error.code).unwrap_or(ErrorCode::ParseFailed);
-        PluginError::new(code, format!("extent {} of the descriptor: {}", index + 1, error.message))
-    };
-    file.read_exact_at(0, &mut bytes).map_err(named)?;
-    Header::parse(&bytes).map_err(|error| named(refused(error)))
 }
 
 /// What the descriptor says.
@@ -222,7 +194,7 @@ fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) -> Result<(), Plugi
     if let (Some(_), Some(name)) = (parent, &descriptor.parent_hint) {
         // A parent is a vmdk, too: content IDs are all that is recorded of it.
         let format = ROption::RSome(b"vmdk".to_vec().into());
-        let (name, other_names) = recorded(descriptor, name)?;
+        let (name, other_names) = recorded_parent(descriptor, name)?;
         facts.backing = ROption::RSome(BackingPointer { name, other_names, format });
     }
     let (id, parent_id) = (descriptor.content_id.value, parent.unwrap_or(NO_PARENT));

@@ -2,6 +2,7 @@
 
 mod create;
 mod encoding;
+mod extents;
 mod facts;
 mod verdict;
 

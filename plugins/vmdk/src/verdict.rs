@@ -4,10 +4,24 @@ use crate::facts::names;
 use instar_plugin_api::{printable, Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
 use instar_vmdk_format::{TABLE_BYTES, TABLE_ENTRIES};
 
+/// Entries and bytes of a grain table of ESX.
+const COWD_TABLE: (u64, u64) = (4096, 16384);
+/// An extent of ESX is a little longer than what is in use.
+const COWD_END: u64 = 4096;
+
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
 pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
     if let Some((code, reason)) = refusal(own) {
         return Verdict::refused(code, reason);
+    }
+    if own.flag(names::SESPARSE) && matches!(role, Role::Empty | Role::Write) {
+        let advice = if role == Role::Empty {
+            "it cannot be emptied: commit it with -d, and delete it afterwards"
+        } else {
+            "it cannot be committed into: commit into the image below it, all layers at once, with -b"
+        };
+        let reason = format!("VMware documents neither journal nor back map of a seSparse disk, so {advice}");
+        return Verdict::refused(ErrorCode::UnsupportedFormat, reason);
     }
     match role {
         // Whether an image goes with its parent, the engine sees from their identities.
@@ -36,6 +50,9 @@ fn refusal(own: &ImageFacts) -> Option<(ErrorCode, String)> {
 pub fn notes(own: &ImageFacts) -> Vec<String> {
     let refused = refusal(own).map(|(_, reason)| format!("cannot be committed: {reason}"));
     let stream = own.flag(names::COMPRESSED).then(|| "streamOptimized: nothing can be committed into it".to_owned());
+    let sesparse = own.flag(names::SESPARSE).then(|| {
+        "seSparse, which is only read: it is committed with -d, and nothing can be committed into it".to_owned()
+    });
     let tracked = own.flag(names::CHANGE_TRACKING).then(|| {
         "VMware's list of changed blocks (changeTrackPath) will not know what is committed into the image".to_owned()
     });
@@ -43,7 +60,7 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
         .parent_announced
         .then(|| "a commit from it was interrupted: run it again, so that other programs can read it".to_owned());
     // A reason may quote the image, and be longer than a note may be.
-    refused.into_iter().chain(announced).chain(stream).chain(tracked).map(line).collect()
+    refused.into_iter().chain(announced).chain(stream).chain(sesparse).chain(tracked).map(line).collect()
 }
 
 /// A note as long as notes may be, in bytes.
@@ -79,8 +96,8 @@ fn of_target(own: &ImageFacts, incoming: &Incoming) -> Verdict {
 }
 
 /// An upper bound of how long the file can become, in bytes; `None` beyond 2^63. Flat extents stay as they are. As
-/// many grains as the disk has, or as may arrive if that is known to be less. Tables in two copies, all of them new, each with a
-/// grain to begin at; a grain to begin the file's new part at.
+/// many grains as the disk has, or as may arrive if that is known to be less. Tables in two copies, or longer ones in one copy,
+/// all of them new, each with a grain to begin at; a grain to begin the file's new part at, which is where the header says.
 fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
     if own.cluster_size == 0 {
         return Some(own.file_length);
@@ -91,9 +108,11 @@ fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
     // has the size of.
     let each = incoming.cluster_size.div_ceil(grain).saturating_add(1);
     let grains = incoming.max_clusters.saturating_mul(each).min(disk).checked_add(1)?;
-    let tables =
-        disk.div_ceil(TABLE_ENTRIES).min(grains).checked_mul(TABLE_BYTES.checked_mul(2)?.checked_add(grain)?)?;
-    let new = grains.checked_mul(grain)?.checked_add(tables)?;
+    let (entries, bytes) =
+        if own.flag(names::COWD) { COWD_TABLE } else { (TABLE_ENTRIES, TABLE_BYTES.checked_mul(2)?) };
+    let tables = disk.div_ceil(entries).min(grains).checked_mul(bytes.checked_add(grain)?)?;
+    let beyond = own.number(names::COWD_BEYOND).unwrap_or(0).checked_add(COWD_END)?;
+    let new = grains.checked_mul(grain)?.checked_add(tables)?.checked_add(beyond)?;
     own.file_length.checked_next_multiple_of(grain)?.checked_add(new).filter(|&length| length <= i64::MAX as u64)
 }
 

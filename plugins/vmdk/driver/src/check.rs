@@ -1,81 +1,24 @@
 //! The consistency pass: every table and every grain inside the file, and no two things at one place.
 //!
-//! What is used is marked in a bitmap of sectors. A file that is larger than the bitmap is gone through several times, each
-//! time for another window of it: those that anything lies in, by the tables that hold anything.
+//! What is used is marked in a [bitmap](Used) of sectors. A file that is larger than the bitmap is gone through several times,
+//! each time for another [window](Windows) of it: those that anything lies in, by the tables that hold anything.
 
 use crate::image::Image;
 use crate::tables::{Table, TableSet};
+use crate::used::{Used, Windows};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult};
-use instar_vmdk_format::{Grain, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, SECTOR, TABLE_BYTES, TABLE_ENTRIES};
+use instar_vmdk_format::{Grain, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, SECTOR};
 
-/// Sectors of the file that are looked at in one go: 64 GiB of it, 16 MiB of memory; less where the heap is small …
-const WINDOW: u64 = 1 << 27;
-/// … but not less than this: 1 GiB.
-const MIN_WINDOW: u64 = 1 << 21;
 /// Sectors that an entry can name, and what begins at the last of them.
 const REACH: u64 = (1 << 32) + (1 << 17);
 
 /// A piece of metadata: its sectors, and what it is.
 pub type Metadata = (Range<u64>, &'static str);
-
-/// What the first pass learns for those after it.
-struct Survey {
-    /// Sectors of a window.
-    window: u64,
-    /// By window: a grain lies in it.
-    reached: Vec<bool>,
-    /// The tables that hold anything.
-    tables: TableSet,
-}
-
-impl Survey {
-    fn reach(&mut self, sectors: &Range<u64>) {
-        let last = sectors.end.saturating_sub(1).max(sectors.start) / self.window;
-        for window in sectors.start / self.window..=last {
-            let index = usize::try_from(window).unwrap_or(usize::MAX);
-            self.reached.get_mut(index).into_iter().for_each(|reached| *reached = true);
-        }
-    }
-}
-
-/// The sectors of a window that are used.
-struct Used {
-    window: Range<u64>,
-    words: Vec<u64>,
-}
-
-impl Used {
-    fn new(window: Range<u64>) -> DriverResult<Self> {
-        let words = usize::try_from((window.end - window.start).div_ceil(64)).map_err(|_| overflow("a window"))?;
-        Ok(Self { window, words: vec![0; words] })
-    }
-
-    /// Mark what of `sectors` lies in the window. `false` if any was marked before.
-    fn mark(&mut self, sectors: &Range<u64>) -> bool {
-        let (mut at, end) = (sectors.start.max(self.window.start), sectors.end.min(self.window.end));
-        let mut free = true;
-        while at < end {
-            let bit = (at - self.window.start) % 64;
-            let count = (64 - bit).min(end - at);
-            let mask = (u64::MAX >> (64 - count)) << bit;
-            let index = usize::try_from((at - self.window.start) / 64).unwrap_or(usize::MAX);
-            match self.words.get_mut(index) {
-                Some(word) => {
-                    free &= *word & mask == 0;
-                    *word |= mask;
-                }
-                None => free = false,
-            }
-            at += count;
-        }
-        free
-    }
-}
 
 impl Image {
     /// Verify all metadata. Returns the number of grains that the layer holds.
@@ -84,15 +27,11 @@ impl Image {
     /// Corruption and I/O errors.
     pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         self.verify_fixed()?;
-        // A bit for each sector, and a quarter of the heap.
-        let window = WINDOW.min((io.heap_free() as u64).saturating_mul(2)).max(MIN_WINDOW);
-        let end = self.file_length.div_ceil(SECTOR).min(REACH);
-        let count = usize::try_from(end.div_ceil(window)).map_err(|_| overflow("a window"))?;
-        let mut survey = Survey { window, reached: vec![false; count], tables: TableSet::of(self.directory.len()) };
+        let mut windows = Windows::over(io, self.file_length.div_ceil(SECTOR).min(REACH))?;
+        let mut holding = TableSet::of(self.directory.len());
         let mut grains = 0;
-        for index in 0..count {
-            let start = index as u64 * window;
-            let mut used = Used::new(start..end.min(start + window))?;
+        for index in 0..windows.count() {
+            let mut used = Used::new(windows.range(index))?;
             self.each_metadata(&mut |(sectors, what)| {
                 if used.mark(&sectors) {
                     return Ok(());
@@ -102,11 +41,11 @@ impl Image {
             })?;
             if index == 0 {
                 grains = self.verify_grains(io, None, &mut used, &mut |table, sectors| match sectors {
-                    Some(sectors) => survey.reach(sectors),
-                    None => survey.tables.add(table),
+                    Some(sectors) => windows.reach(sectors),
+                    None => holding.add(table),
                 })?;
-            } else if survey.reached.get(index) == Some(&true) {
-                self.verify_grains(io, Some(&survey.tables), &mut used, &mut |_, _| {})?;
+            } else if windows.is_reached(index) {
+                self.verify_grains(io, Some(&holding), &mut used, &mut |_, _| {})?;
             }
         }
         Ok(grains)
@@ -127,16 +66,16 @@ impl Image {
 
     /// Everything but tables and grains.
     pub fn fixed_metadata(&self) -> Vec<Metadata> {
-        let header = &self.header;
-        let directory = header.directory_entries().saturating_mul(4).div_ceil(SECTOR);
+        let layout = &self.layout;
+        let directory = layout.directory_sectors;
         let at = |sector: u64, length: u64| sector..sector.saturating_add(length);
         let mut parts = vec![
-            (0..1, "header"),
-            (at(header.descriptor_offset, header.descriptor_size), "descriptor"),
-            (at(header.directory, directory), "grain directory"),
+            (0..layout.header, "header"),
+            (at(layout.descriptor_offset, layout.descriptor_size), "descriptor"),
+            (at(layout.directory, directory), "grain directory"),
         ];
-        if self.redundant.is_some() {
-            parts.push((at(header.redundant_directory, directory), "redundant grain directory"));
+        if let Some(redundant) = layout.redundant_directory {
+            parts.push((at(redundant, directory), "redundant grain directory"));
         }
         if self.footer {
             let sectors = FOOTER_BYTES as u64 / SECTOR;
@@ -154,7 +93,7 @@ impl Image {
             for index in 0..directory.len() {
                 if let Some(offset) = self.table_offset(directory, index)? {
                     let sector = offset / SECTOR;
-                    each((sector..sector + TABLE_BYTES / SECTOR, "grain table"))?;
+                    each((sector..sector + self.layout.table_bytes() / SECTOR, "grain table"))?;
                 }
             }
         }
@@ -191,11 +130,12 @@ impl Image {
         let lengths = self.compressed_lengths(io, table)?;
         let mut grains = 0;
         for (entry, &value) in table.entries.iter().enumerate() {
-            let guest = (table.index as u64 * TABLE_ENTRIES + entry as u64).saturating_mul(self.header.grain_bytes());
-            let offset = match Grain::decode(value, self.zeroed_grains()) {
+            let guest = (table.index as u64 * self.layout.table_entries + entry as u64)
+                .saturating_mul(self.layout.grain_bytes());
+            let offset = match self.layout.grain_of(value) {
                 Grain::Absent => continue,
                 Grain::Zero => {
-                    grains += u64::from(guest < self.header.virtual_size());
+                    grains += u64::from(guest < self.layout.virtual_size());
                     continue;
                 }
                 Grain::At(offset) => offset,
@@ -209,15 +149,15 @@ impl Image {
             }
             let length = match lengths.get(entry) {
                 Some(&length) => length,
-                None => self.header.grain_bytes(),
+                None => self.layout.grain_bytes(),
             };
             let end = offset.saturating_add(length);
             // The last grain of a file may have been cut short: the rest reads as zeroes. But what a commit adds begins at the
             // next multiple of a grain, so that no grain may go on behind that.
-            let cut = if self.compressed() {
+            let cut = if self.layout.compressed {
                 self.file_length
             } else {
-                self.file_length.checked_next_multiple_of(self.header.grain_bytes()).unwrap_or(u64::MAX)
+                self.file_length.checked_next_multiple_of(self.layout.grain_bytes()).unwrap_or(u64::MAX)
             };
             if end > cut {
                 return Err(wrong("goes past the end of the file"));
@@ -235,14 +175,14 @@ impl Image {
 
     /// For an image with compressed grains: what each entry's marker and stream take, in bytes.
     fn compressed_lengths(&self, io: &mut dyn BlockIo, table: &Table) -> DriverResult<Vec<u64>> {
-        if !self.compressed() {
+        if !self.layout.compressed {
             return Ok(Vec::new());
         }
         let size = usize::try_from(COMPRESSED_MARKER_BYTES).map_err(|_| overflow("a marker"))?;
         let mut markers = vec![0u8; table.entries.len() * size];
         let mut requests = Vec::new();
         for (&value, marker) in table.entries.iter().zip(markers.chunks_exact_mut(size)) {
-            if let Grain::At(offset) = Grain::decode(value, self.zeroed_grains()) {
+            if let Grain::At(offset) = self.layout.grain_of(value) {
                 requests.push(Request::read(self.device, offset, marker.as_mut_ptr() as u64, COMPRESSED_MARKER_BYTES));
             }
         }
@@ -254,23 +194,5 @@ impl Image {
             COMPRESSED_MARKER_BYTES + u64::from(stream)
         };
         Ok(markers.chunks_exact(size).map(length).collect())
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn marks_what_lies_in_the_window() {
-        let mut used = Used::new(100..300).unwrap();
-        assert!(used.mark(&(0..101)));
-        assert!(!used.mark(&(100..101)));
-        assert!(used.mark(&(101..229)));
-        assert!(!used.mark(&(228..230)));
-        assert!(used.mark(&(230..1000)));
-        assert!(!used.mark(&(299..300)));
-        assert!(used.mark(&(300..400)) && used.mark(&(300..400)), "not in the window");
     }
 }

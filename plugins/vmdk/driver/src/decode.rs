@@ -49,11 +49,11 @@ impl GrainReader {
     }
 
     fn decode(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64, visible: u64) -> DriverResult<()> {
-        let size = usize::try_from(image.header.grain_bytes()).map_err(|_| overflow("the grain size"))?;
+        let size = usize::try_from(image.layout.grain_bytes()).map_err(|_| overflow("the grain size"))?;
         let marker = self.load(io, image, offset, COMPRESSED_MARKER_BYTES)?;
         let length = u64::from(u32::from_le_bytes([marker[8], marker[9], marker[10], marker[11]]));
         // What does not compress becomes a little longer.
-        if length > image.header.grain_bytes().saturating_mul(2).saturating_add(64) {
+        if length > image.layout.grain_bytes().saturating_mul(2).saturating_add(64) {
             return Err(image.corrupt(offset, format!("a compressed grain of {length} bytes is longer than can be")));
         }
         self.load(io, image, offset, COMPRESSED_MARKER_BYTES + length)?;

@@ -3,13 +3,14 @@
 use crate::content_id::DescriptorPlace;
 use crate::failures::at;
 use crate::image::Image;
+use crate::sesparse::SeSparse;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, FileDevice};
 use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
-use instar_vmdk_format::{DiskExtent, Storage, MAGIC, MAX_DESCRIPTOR_BYTES};
+use instar_vmdk_format::{DiskExtent, Storage, MAGIC, MAX_DESCRIPTOR_BYTES, SESPARSE_GRAIN_BYTES};
 
 /// A flat extent: plain bytes of a file.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +24,8 @@ pub struct Flat {
 #[derive(Debug)]
 pub enum Body<S> {
     Sparse(S),
+    /// Which is only read.
+    SeSparse(SeSparse),
     Flat(Flat),
 }
 
@@ -40,6 +43,14 @@ impl<S> Part<S> {
     /// The first guest byte behind it.
     pub fn end(&self) -> u64 {
         self.start + self.length
+    }
+
+    /// The device of an extent that cannot be written to.
+    pub fn read_only(&self) -> Option<u32> {
+        match &self.body {
+            Body::SeSparse(sparse) => Some(sparse.device),
+            Body::Sparse(_) | Body::Flat(_) => None,
+        }
     }
 }
 
@@ -87,13 +98,13 @@ impl Disk {
     fn in_one_file(io: &mut dyn BlockIo, device: &DeviceConfig, corrupt: ErrorCode) -> DriverResult<Self> {
         let DeviceConfig { flags, device: number, file_length, max_length, .. } = *device;
         let file = FileDevice { flags, device: number, file_length, max_length };
-        let image = Image::open(io, &file, corrupt)?;
+        let image = Image::open_hosted(io, &file, corrupt)?;
         let (offset, length) = image.descriptor_range()?;
         let descriptor = DescriptorPlace::read(io, number, offset, length, corrupt)?;
         if !descriptor.text.is_one_file() {
             return Err(mismatch(number, "the descriptor does not describe a disk in one file"));
         }
-        let (size, cluster_size) = (image.header.virtual_size(), image.header.grain_bytes());
+        let (size, cluster_size) = (image.layout.virtual_size(), image.layout.grain_bytes());
         let part = Part { start: 0, length: size, body: Body::Sparse((image, file)) };
         Ok(Self { descriptor, parts: vec![part], size, cluster_size })
     }
@@ -113,7 +124,21 @@ impl Disk {
         let mut disk = Self { descriptor, parts: Vec::new(), size: 0, cluster_size: 1 };
         for (extent, file) in extents.iter().zip(files) {
             let body = match extent.storage {
-                Storage::Sparse => Body::Sparse((disk.open_sparse(io, extent, file, corrupt)?, *file)),
+                Storage::Sparse => {
+                    let image = Image::open_hosted(io, file, corrupt)?;
+                    disk.fits(extent, file, (image.layout.virtual_size(), image.layout.grain_bytes()), corrupt)?;
+                    Body::Sparse((image, *file))
+                }
+                Storage::Cowd => {
+                    let image = Image::open_cowd(io, file, corrupt)?;
+                    disk.fits(extent, file, (image.layout.virtual_size(), image.layout.grain_bytes()), corrupt)?;
+                    Body::Sparse((image, *file))
+                }
+                Storage::SeSparse => {
+                    let image = SeSparse::open(io, file, corrupt)?;
+                    disk.fits(extent, file, (image.header.virtual_size(), SESPARSE_GRAIN_BYTES), corrupt)?;
+                    Body::SeSparse(image)
+                }
                 Storage::Flat(offset) => Body::Flat(open_flat(extent, offset, file, corrupt)?),
             };
             disk.parts.push(Part { start: extent.start, length: extent.length, body });
@@ -122,15 +147,15 @@ impl Disk {
         Ok(disk)
     }
 
-    fn open_sparse(
+    /// Whether a sparse extent whose header gives this size and these grains is what the descriptor says, and goes with the
+    /// extents before.
+    fn fits(
         &mut self,
-        io: &mut dyn BlockIo,
         extent: &DiskExtent,
         file: &FileDevice,
+        (says, grain): (u64, u64),
         corrupt: ErrorCode,
-    ) -> DriverResult<Image> {
-        let image = Image::open(io, file, corrupt)?;
-        let (says, grain) = (image.header.virtual_size(), image.header.grain_bytes());
+    ) -> DriverResult<()> {
         if says != extent.length {
             let text =
                 format!("the header says {says} bytes, the descriptor says {} bytes of this extent", extent.length);
@@ -141,7 +166,7 @@ impl Disk {
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(file.device, 20));
         }
         self.cluster_size = grain;
-        Ok(image)
+        Ok(())
     }
 
     /// The same with other workers on the sparse extents.
@@ -155,6 +180,7 @@ impl Disk {
         let part = |part: Part<(Image, FileDevice)>| {
             let body = match part.body {
                 Body::Sparse((image, file)) => Body::Sparse(make(image, file)?),
+                Body::SeSparse(image) => Body::SeSparse(image),
                 Body::Flat(flat) => Body::Flat(flat),
             };
             Ok(Part { start: part.start, length: part.length, body })

@@ -1,4 +1,4 @@
-//! An open sparse extent: header and grain directories.
+//! An open sparse extent, hosted or of ESX: header and grain directories.
 
 use crate::failures::at;
 use alloc::format;
@@ -7,13 +7,15 @@ use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, FileDevice};
 use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
-use instar_vmdk_format::{flags, Header, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR};
+use instar_vmdk_format::{
+    CowdHeader, Header, Layout, COWD_HEADER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR,
+};
 
-/// An open sparse extent. Its memory: the grain directories, 1 MiB each at most.
+/// An open sparse extent. Its memory: the grain directories, 1 MiB each at most, or the one of an extent of ESX, 4 MiB at most.
 #[derive(Debug)]
 pub struct Image {
     pub device: u32,
-    pub header: Header,
+    pub layout: Layout,
     /// Length of the file in bytes.
     pub file_length: u64,
     /// The grain directory: sectors of the grain tables, 0 for a table that is not there.
@@ -30,11 +32,11 @@ pub struct Image {
 const WORKING_ROOM: u64 = 24 << 20;
 
 impl Image {
-    /// Read header and directories. `corrupt` is the code of what no image may say.
+    /// Read header and directories of a hosted extent. `corrupt` is the code of what no image may say.
     ///
     /// # Errors
     /// Corruption and I/O errors.
-    pub fn open(io: &mut dyn BlockIo, device: &FileDevice, corrupt: ErrorCode) -> DriverResult<Self> {
+    pub fn open_hosted(io: &mut dyn BlockIo, device: &FileDevice, corrupt: ErrorCode) -> DriverResult<Self> {
         let (number, file_length) = (device.device, device.file_length);
         let mut bytes = [0; HEADER_BYTES];
         io.read(number, 0, &mut bytes)?;
@@ -49,24 +51,48 @@ impl Image {
             // The descriptor's place is that of the header in front.
             (header.descriptor_offset, header.descriptor_size) = (text_at, text_length);
         }
-        let mut image =
-            Self { device: number, header, file_length, directory: Vec::new(), redundant: None, footer, corrupt };
+        let mut image = Self::of(device, header.layout(), footer, corrupt);
         if header.descriptor_size != 0 {
             image.descriptor_range()?;
         }
         if header.overhead.checked_mul(SECTOR).is_none_or(|grains| grains > file_length) {
             return Err(image.corrupt(64, "the grains begin past the end of the file (overHead)"));
         }
-        image.directory = image.read_directory(io, header.directory, "grain directory")?;
-        if header.has(flags::REDUNDANT) {
-            image.redundant =
-                Some(image.read_directory(io, header.redundant_directory, "redundant grain directory")?);
-        }
-        if image.compressed() {
+        image.read_directories(io)?;
+        if image.layout.compressed {
             // A grain, its stream of up to twice that, and both once more while one is replaced.
             image.need(io, header.grain_bytes().saturating_mul(6), "decoding of a compressed grain")?;
         }
         Ok(image)
+    }
+
+    /// Read header and directory of an extent of ESX. `corrupt` is the code of what no image may say.
+    ///
+    /// # Errors
+    /// Corruption and I/O errors.
+    pub fn open_cowd(io: &mut dyn BlockIo, device: &FileDevice, corrupt: ErrorCode) -> DriverResult<Self> {
+        let mut bytes = [0; COWD_HEADER_BYTES];
+        io.read(device.device, 0, &mut bytes)?;
+        let header = CowdHeader::parse(&bytes).map_err(at(corrupt, device.device, 0))?;
+        let mut image = Self::of(device, header.layout(), false, corrupt);
+        if image.layout.overhead.checked_mul(SECTOR).is_none_or(|end| end > image.file_length) {
+            return Err(image.corrupt(20, "the grain directory goes past the end of the file"));
+        }
+        image.read_directories(io)?;
+        Ok(image)
+    }
+
+    fn of(device: &FileDevice, layout: Layout, footer: bool, corrupt: ErrorCode) -> Self {
+        let FileDevice { device, file_length, .. } = *device;
+        Self { device, layout, file_length, directory: Vec::new(), redundant: None, footer, corrupt }
+    }
+
+    fn read_directories(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        self.directory = self.read_directory(io, self.layout.directory, "grain directory")?;
+        if let Some(redundant) = self.layout.redundant_directory {
+            self.redundant = Some(self.read_directory(io, redundant, "redundant grain directory")?);
+        }
+        Ok(())
     }
 
     /// Byte offset and length of the embedded descriptor.
@@ -74,7 +100,7 @@ impl Image {
     /// # Errors
     /// When it lies outside the file, or is longer than any.
     pub fn descriptor_range(&self) -> DriverResult<(u64, u64)> {
-        let Header { descriptor_offset, descriptor_size, .. } = self.header;
+        let Layout { descriptor_offset, descriptor_size, .. } = self.layout;
         let place = inside(descriptor_offset, descriptor_size.checked_mul(SECTOR), self.file_length);
         place
             .filter(|&(_, length)| length <= MAX_DESCRIPTOR_BYTES)
@@ -82,7 +108,7 @@ impl Image {
     }
 
     fn read_directory(&self, io: &mut dyn BlockIo, sector: u64, name: &str) -> DriverResult<Vec<u32>> {
-        let entries = self.header.directory_entries();
+        let entries = self.layout.directory_entries();
         let place = inside(sector, entries.checked_mul(4), self.file_length).filter(|_| sector != 0);
         let Some((offset, length)) = place else {
             return Err(self.corrupt(0, format!("the {name} at sector {sector} lies past the end of the file")));
@@ -109,15 +135,6 @@ impl Image {
     /// What no image may say, at byte `offset`.
     pub fn corrupt(&self, offset: u64, text: impl Into<String>) -> DriverError {
         DriverError::new(self.corrupt, text).at(self.device, offset)
-    }
-
-    /// Whether entry 1 means zeroes.
-    pub fn zeroed_grains(&self) -> bool {
-        self.header.has(flags::ZEROED_GRAINS)
-    }
-
-    pub fn compressed(&self) -> bool {
-        self.header.has(flags::COMPRESSED)
     }
 }
 

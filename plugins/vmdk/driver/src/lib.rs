@@ -1,4 +1,5 @@
-//! The guest half of the vmdk plugin: disks of hosted sparse and of flat extents, as source and as sink.
+//! The guest half of the vmdk plugin: disks of hosted sparse extents, of those of ESX, and of
+//! flat ones, as source and as sink; disks of seSparse extents, as source.
 #![no_std]
 
 extern crate alloc;
@@ -10,11 +11,15 @@ mod decode;
 mod disk;
 mod failures;
 mod image;
+mod sesparse;
+mod sesparse_check;
 mod sink;
 mod source;
+mod sparse_plan;
 mod sparse_sink;
 mod sparse_source;
 mod tables;
+mod used;
 mod work;
 
 pub use sink::VmdkSink;

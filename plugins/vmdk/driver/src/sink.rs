@@ -53,6 +53,10 @@ impl ReadBelow for Shifted<'_> {
 impl VmdkSink {
     pub(crate) fn new(disk: Disk, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self> {
         let info = ImageInfo { virtual_size: disk.size, cluster_size: disk.cluster_size };
+        if let Some(device) = disk.parts.iter().find_map(Part::read_only) {
+            let text = "a seSparse extent cannot be written to: VMware documents neither its journal nor its back map";
+            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(device, 0));
+        }
         let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, &file, has_backing))?;
         let id = &descriptor.text.content_id;
         descriptor.can_replace(id, next_content_id(id.value))?;
@@ -130,7 +134,9 @@ impl Sink for VmdkSink {
         for part in &mut self.parts {
             let plan = match &mut part.body {
                 Body::Sparse(sparse) => sparse.planned(io)?,
-                Body::Flat(_) => PlanSummary { final_length: part.length, ..PlanSummary::default() },
+                Body::Flat(_) | Body::SeSparse(_) => {
+                    PlanSummary { final_length: part.length, ..PlanSummary::default() }
+                }
             };
             all.final_length = all.final_length.saturating_add(plan.final_length);
             all.new_data_clusters = all.new_data_clusters.saturating_add(plan.new_data_clusters);
@@ -154,7 +160,7 @@ impl Sink for VmdkSink {
                     let flat = *flat;
                     self.write_flat(io, flat, &run)?;
                 }
-                None => return Err(overflow("a part of the disk")),
+                Some(Part { body: Body::SeSparse(_), .. }) | None => return Err(overflow("a part of the disk")),
             }
         }
         Ok(())

@@ -38,6 +38,12 @@ impl Source for VmdkSource {
         for part in &mut self.parts {
             let count = match &mut part.body {
                 Body::Sparse(sparse) => sparse.verify(io, will_empty)?,
+                Body::SeSparse(sparse) if will_empty => {
+                    let text =
+                        "a seSparse extent cannot be emptied: VMware documents neither its journal nor its back map";
+                    return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(sparse.device, 0));
+                }
+                Body::SeSparse(sparse) => sparse.verify(io)?,
                 Body::Flat(flat) if will_empty => {
                     let text = "a flat extent cannot be emptied";
                     return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(flat.device, flat.offset));
@@ -60,6 +66,7 @@ impl Source for VmdkSource {
             let local = at - part.start;
             let next = match &mut part.body {
                 Body::Sparse(sparse) => sparse.extents(io, local..range.end - part.start, &mut found)?,
+                Body::SeSparse(sparse) => sparse.extents(io, local..range.end - part.start, &mut found)?,
                 Body::Flat(flat) => {
                     let rest = Extent::data(local, part.length - local, flat.device, flat.offset + local);
                     if found.push(rest) {
@@ -79,9 +86,11 @@ impl Source for VmdkSource {
             if next < part.length {
                 return Ok(at);
             }
-            if let Body::Sparse(sparse) = &mut part.body {
-                // A disk may have hundreds of files: only the one at hand keeps its tables.
-                sparse.forget_tables();
+            // A disk may have hundreds of files: only the one at hand keeps its tables.
+            match &mut part.body {
+                Body::Sparse(sparse) => sparse.forget_tables(),
+                Body::SeSparse(sparse) => sparse.forget_tables(),
+                Body::Flat(_) => {}
             }
         }
         Ok(at)
@@ -132,8 +141,12 @@ impl Source for VmdkSource {
     ) -> DriverResult<CheckSummary> {
         let mut found = CheckSummary::default();
         for part in &mut self.parts {
-            let Body::Sparse(sparse) = &mut part.body else { continue };
-            match sparse.verify(io, false) {
+            let verified = match &mut part.body {
+                Body::Sparse(sparse) => sparse.verify(io, false),
+                Body::SeSparse(sparse) => sparse.verify(io),
+                Body::Flat(_) => continue,
+            };
+            match verified {
                 Err(error) if error.code == ErrorCode::OverlayCorrupt => {
                     found.corruptions += 1;
                     finding(FindingKind::Corruption, &error.text);

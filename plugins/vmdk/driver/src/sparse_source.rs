@@ -2,16 +2,16 @@
 
 use crate::decode::GrainReader;
 use crate::image::Image;
-use crate::tables::{place, Table, TableSet, BYTES};
+use crate::tables::{place, Table, TableSet};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{overflow, BlockIo, Content, DriverResult, Extent, Extents};
-use instar_vmdk_format::{Grain, SECTOR, TABLE_BYTES};
+use instar_vmdk_format::{CowdHeader, Grain, Layout, SECTOR};
 
-/// Tables that are read ahead while enumerating.
-const TABLES: usize = 256;
+/// Bytes of tables that are read ahead while enumerating.
+const AHEAD_BYTES: u64 = 512 << 10;
 /// At most this many grains are decoded before anything is changed, and no more bytes than these. Of an image with more of
 /// them, one that does not decode is found while it is committed: the overlay is intact then, the backing has changed.
 const DECODED_GRAINS: usize = 1024;
@@ -38,7 +38,7 @@ impl SparseSource {
 
     /// The extent of a grain, cut at the end of the disk.
     fn extent(&self, guest: u64, grain: Grain) -> DriverResult<Option<Extent>> {
-        let length = self.image.header.grain_bytes().min(self.image.header.virtual_size() - guest);
+        let length = self.image.layout.grain_bytes().min(self.image.layout.virtual_size() - guest);
         let content = match grain {
             Grain::Absent => return Ok(None),
             Grain::Zero => Content::Zero,
@@ -46,7 +46,7 @@ impl SparseSource {
                 let text = alloc::format!("the grain of guest offset {guest} lies past the end of the file");
                 return Err(self.image.corrupt(offset, text));
             }
-            Grain::At(offset) if self.image.compressed() => Content::Encoded { location: offset },
+            Grain::At(offset) if self.image.layout.compressed => Content::Encoded { location: offset },
             Grain::At(offset) => Content::Data { device: self.image.device, offset },
         };
         Ok(Some(Extent { guest_offset: guest, length, content }))
@@ -63,9 +63,10 @@ impl SparseSource {
         tables.sort_unstable();
         let mut others: Vec<Range<u64>> = self.image.fixed_metadata().into_iter().map(|(sectors, _)| sectors).collect();
         others.sort_by_key(|sectors| sectors.start);
-        let table = |sector: u32| u64::from(sector)..u64::from(sector) + TABLE_BYTES / SECTOR;
+        let sectors = self.image.layout.table_bytes() / SECTOR;
+        let table = |sector: u32| u64::from(sector)..u64::from(sector) + sectors;
         let (mut tables, mut others) = (tables.into_iter().map(table).peekable(), others.into_iter().peekable());
-        let mut at = self.image.header.overhead.saturating_mul(SECTOR);
+        let mut at = self.image.layout.overhead.saturating_mul(SECTOR);
         loop {
             let table_first = match (tables.peek(), others.peek()) {
                 (Some(table), Some(other)) => table.start <= other.start,
@@ -100,13 +101,14 @@ impl SparseSource {
 
     /// Make every entry 0, in both copies, and that durable.
     fn drop_grains(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let zeroes = vec![0u8; BYTES];
+        let length = self.image.layout.table_bytes();
+        let zeroes = vec![0u8; usize::try_from(length).map_err(|_| overflow("a grain table"))?];
         let mut requests = Vec::new();
         let directories = core::iter::once(&self.image.directory).chain(&self.image.redundant);
         for (directory, used) in directories.zip(&self.used) {
             for index in used.indices() {
                 if let Some(offset) = self.image.table_offset(directory, index)? {
-                    requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, TABLE_BYTES));
+                    requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, length));
                 }
                 if requests.len() == BATCH {
                     io.run(&mut requests)?;
@@ -124,7 +126,7 @@ impl SparseSource {
     pub fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
         self.held = self.image.verify(io)?;
         self.decode_all(io)?;
-        if will_empty {
+        if will_empty && self.image.layout.next_free.is_none() {
             self.used = Vec::new();
             for directory in core::iter::once(&self.image.directory).chain(&self.image.redundant) {
                 self.used.push(self.image.used_tables(io, directory)?);
@@ -136,13 +138,13 @@ impl SparseSource {
     /// Decode compressed grains, unless they are too many; the bytes are dropped. One that does not decode would be found
     /// while the backing is written.
     fn decode_all(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let grain = self.image.header.grain_bytes();
+        let grain = self.image.layout.grain_bytes();
         let most = usize::try_from(DECODED_BYTES / grain.max(1)).unwrap_or(0).min(DECODED_GRAINS);
-        if !self.image.compressed() || self.held > most as u64 {
+        if !self.image.layout.compressed || self.held > most as u64 {
             return Ok(());
         }
         let mut extents = Extents::with_room_for(most + 1);
-        self.extents(io, 0..self.image.header.virtual_size(), &mut extents)?;
+        self.extents(io, 0..self.image.layout.virtual_size(), &mut extents)?;
         let mut buffer = vec![0; usize::try_from(grain).map_err(|_| overflow("the grain size"))?];
         for extent in extents.iter().filter(|extent| extent.is_encoded()) {
             let length = usize::try_from(extent.length).map_err(|_| overflow("a grain"))?.min(buffer.len());
@@ -153,14 +155,14 @@ impl SparseSource {
 
     /// See [`Source::extents`](instar_guest_sdk::Source::extents).
     pub fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
-        let size = self.image.header.virtual_size();
+        let size = self.image.layout.virtual_size();
         let limit = range.end.min(size);
         let (mut table, mut entry, mut guest) = place(&self.image, range.start)?;
         while guest < limit {
             self.load_tables(io, table, limit)?;
             for loaded in self.ahead.iter().skip_while(|loaded| loaded.index < table) {
                 if !loaded.holds_anything() {
-                    let next = (loaded.index as u64 + 1).checked_mul(self.image.header.table_coverage());
+                    let next = (loaded.index as u64 + 1).checked_mul(self.image.layout.table_coverage());
                     (guest, entry) = (next.ok_or_else(|| overflow("a table"))?, 0);
                     continue;
                 }
@@ -168,17 +170,17 @@ impl SparseSource {
                     if guest >= limit {
                         return Ok(guest.min(size));
                     }
-                    let held = self.extent(guest, Grain::decode(value, self.image.zeroed_grains()))?;
+                    let held = self.extent(guest, self.image.layout.grain_of(value))?;
                     if held.is_some_and(|extent| !out.push(extent)) {
                         return Ok(guest);
                     }
-                    guest += self.image.header.grain_bytes();
+                    guest += self.image.layout.grain_bytes();
                 }
                 entry = 0;
             }
             table = self.ahead.last().map_or(table, |last| last.index) + 1;
             guest =
-                (table as u64).checked_mul(self.image.header.table_coverage()).ok_or_else(|| overflow("a table"))?;
+                (table as u64).checked_mul(self.image.layout.table_coverage()).ok_or_else(|| overflow("a table"))?;
         }
         Ok(guest.min(size))
     }
@@ -194,8 +196,9 @@ impl SparseSource {
         if self.ahead.iter().any(|held| held.index == first) {
             return Ok(());
         }
-        let last = usize::try_from(limit.div_ceil(self.image.header.table_coverage())).unwrap_or(usize::MAX);
-        let end = self.image.directory.len().min(last).min(first.saturating_add(TABLES));
+        let last = usize::try_from(limit.div_ceil(self.image.layout.table_coverage())).unwrap_or(usize::MAX);
+        let tables = usize::try_from(AHEAD_BYTES / self.image.layout.table_bytes()).unwrap_or(1);
+        let end = self.image.directory.len().min(last).min(first.saturating_add(tables));
         let indices: Vec<usize> = (first..end.max(first + 1)).collect();
         self.ahead = self.image.read_tables(io, &indices)?;
         Ok(())
@@ -211,8 +214,8 @@ impl SparseSource {
     ) -> DriverResult<()> {
         let start = guest_offset.checked_sub(extent.guest_offset).ok_or_else(|| overflow("an offset in a grain"))?;
         let Content::Encoded { location } = extent.content else { return Err(overflow("an encoded extent")) };
-        let header = &self.image.header;
-        let visible = header.grain_bytes().min(header.virtual_size().saturating_sub(extent.guest_offset));
+        let layout = &self.image.layout;
+        let visible = layout.grain_bytes().min(layout.virtual_size().saturating_sub(extent.guest_offset));
         self.reader.read(io, &self.image, location, (start, visible), buffer)
     }
 
@@ -222,6 +225,9 @@ impl SparseSource {
     /// Tables stay where they are: QEMU does not write to a disk whose directory has none for a place.
     pub fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         self.forget_tables();
+        if let Some(free) = self.image.layout.next_free {
+            return self.empty_cowd(io, free);
+        }
         let length = self.garbage(&mut |_| Ok(()))?;
         // What an interrupted commit left to do is done, too.
         let held = !self.used.iter().all(TableSet::is_empty);
@@ -241,6 +247,35 @@ impl SparseSource {
         }
         requests.push(Request::flush(device));
         io.run(&mut requests)?;
+        Ok(core::mem::take(&mut self.held))
+    }
+
+    /// An extent of ESX becomes what it is when a snapshot is taken: a directory without tables. First the directory, part of
+    /// which a crash may leave: what it still names reads as the backing does. With that durable, the first free sector, which
+    /// a crash leaves too high, and nothing is lost by that; last the length, because the number has to be less.
+    fn empty_cowd(&mut self, io: &mut dyn BlockIo, free: u64) -> DriverResult<u64> {
+        let Layout { directory, directory_sectors, overhead, .. } = self.image.layout;
+        let device = self.image.device;
+        let shortest = overhead.checked_mul(SECTOR).and_then(Layout::length_beyond);
+        let length = shortest.ok_or_else(|| overflow("the length of the file"))?.min(self.image.file_length);
+        let tables = self.image.directory.iter().any(|&sector| sector != 0);
+        // What an interrupted commit left to do is done, too.
+        if tables {
+            let (offset, bytes) = (directory.saturating_mul(SECTOR), directory_sectors.saturating_mul(SECTOR));
+            io.run(&mut [Request::zero(device, offset, bytes), Request::flush(device)])?;
+            self.image.directory.fill(0);
+        }
+        if free != overhead {
+            let number = u32::try_from(overhead).map_err(|_| overflow("the first free sector"))?;
+            let (place, bytes) = CowdHeader::free_sector(number);
+            io.write(device, place.start as u64, &bytes)?;
+            io.flush(device)?;
+            self.image.layout.next_free = Some(overhead);
+        }
+        if length < self.image.file_length {
+            io.run(&mut [Request::set_length(device, length), Request::flush(device)])?;
+            self.image.file_length = length;
+        }
         Ok(core::mem::take(&mut self.held))
     }
 }

@@ -1,4 +1,4 @@
-//! Grain tables: many read with one submit, each of 512 entries.
+//! Grain tables: many read with one submit.
 
 use crate::image::{entries_of, Image};
 use alloc::format;
@@ -6,15 +6,17 @@ use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, Holes};
-use instar_vmdk_format::{SECTOR, TABLE_BYTES, TABLE_ENTRIES};
+use instar_vmdk_format::{Layout, SECTOR};
 
-/// Tables that are held at once: 2 MiB.
-pub const TABLES_AT_ONCE: usize = 1024;
+/// Bytes of the tables that are held at once.
+const BYTES_AT_ONCE: u64 = 2 << 20;
 /// So many tables are read as quickly as the host is asked whether they lie in a hole.
 const TABLES_UNASKED: usize = 16;
-/// Bytes of a table.
-pub const BYTES: usize = 2048;
-const _: () = assert!(TABLE_BYTES == 2048);
+
+/// How many tables are held at once: 1,024 hosted ones, 128 of ESX.
+pub fn tables_at_once(layout: &Layout) -> usize {
+    usize::try_from(BYTES_AT_ONCE / layout.table_bytes().max(1)).unwrap_or(1)
+}
 
 /// What is done with tables that were read.
 pub type EachTables<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &[Table]) -> DriverResult<()>;
@@ -41,7 +43,7 @@ impl Image {
             return Ok(None);
         }
         let offset = u64::from(sector) * SECTOR;
-        if offset + TABLE_BYTES > self.file_length {
+        if offset + self.layout.table_bytes() > self.file_length {
             let text = format!("grain directory entry {index} points to sector {sector}, past the end of the file");
             return Err(self.corrupt(offset, text));
         }
@@ -77,7 +79,7 @@ impl Image {
     /// Corruption and I/O errors.
     pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &[u32]) -> DriverResult<TableSet> {
         let mut used = TableSet::of(directory.len());
-        each_chunk(present(directory), &mut |indices| {
+        each_chunk(present(directory), tables_at_once(&self.layout), &mut |indices| {
             let tables = self.read_tables_of(io, directory, indices)?;
             tables.iter().filter(|table| table.holds_anything()).for_each(|table| used.add(table.index));
             Ok(())
@@ -86,16 +88,18 @@ impl Image {
     }
 
     fn read_tables_of(&self, io: &mut dyn BlockIo, directory: &[u32], indices: &[usize]) -> DriverResult<Vec<Table>> {
-        let mut bytes = vec![0u8; indices.len().checked_mul(BYTES).ok_or_else(|| overflow("grain tables"))?];
+        let length = self.layout.table_bytes();
+        let size = usize::try_from(length).map_err(|_| overflow("a grain table"))?;
+        let mut bytes = vec![0u8; indices.len().checked_mul(size).ok_or_else(|| overflow("grain tables"))?];
         let mut reads: Vec<Request> = Vec::with_capacity(indices.len());
         let buffer = bytes.as_mut_ptr() as u64;
         for (&index, slot) in indices.iter().zip(0u64..) {
             let Some(offset) = self.table_offset(directory, index)? else { continue };
-            reads.push(Request::read(self.device, offset, buffer + slot * TABLE_BYTES, TABLE_BYTES));
+            reads.push(Request::read(self.device, offset, buffer + slot * length, length));
         }
         if reads.len() > TABLES_UNASKED {
             // Most programs allocate all tables of a new image at once, in a hole.
-            let ranges: Vec<_> = reads.iter().map(|read| read.offset..read.offset + TABLE_BYTES).collect();
+            let ranges: Vec<_> = reads.iter().map(|read| read.offset..read.offset + length).collect();
             let mut data = Holes::default().hold_data(io, self.device, &ranges)?.into_iter();
             reads.retain(|_| data.next().unwrap_or(true));
         }
@@ -103,7 +107,7 @@ impl Image {
         for read in reads {
             // Tables are usually one after the other.
             match requests.last_mut() {
-                Some(last) if follows(last, &read) => last.length += TABLE_BYTES,
+                Some(last) if follows(last, &read) => last.length += length,
                 _ => requests.push(read),
             }
         }
@@ -112,7 +116,7 @@ impl Image {
         }
         let table =
             |(&index, bytes): (&usize, &[u8])| Table { index, entries: entries_of(bytes).collect(), dirty: false };
-        Ok(indices.iter().zip(bytes.chunks_exact(BYTES)).map(table).collect())
+        Ok(indices.iter().zip(bytes.chunks_exact(size)).map(table).collect())
     }
 
     /// Hand all tables that are there, or those of them that are in `only`, to `each`, some at once, in ascending order.
@@ -121,7 +125,7 @@ impl Image {
     /// Those of `each`; corruption and I/O errors.
     pub fn each_tables(&self, io: &mut dyn BlockIo, only: Option<&TableSet>, each: EachTables<'_>) -> DriverResult<()> {
         let wanted = present(&self.directory).filter(|&index| only.is_none_or(|only| only.has(index)));
-        each_chunk(wanted, &mut |indices| {
+        each_chunk(wanted, tables_at_once(&self.layout), &mut |indices| {
             let tables = self.read_tables(io, indices)?;
             each(io, &tables)
         })
@@ -153,6 +157,16 @@ impl TableSet {
         }
     }
 
+    /// Add an index, for which room is made. `false` if it was there.
+    pub fn insert(&mut self, index: usize) -> bool {
+        if self.words.len() <= index / 64 {
+            self.words.resize(index / 64 + 1, 0);
+        }
+        let is_new = !self.has(index);
+        self.add(index);
+        is_new
+    }
+
     pub fn has(&self, index: usize) -> bool {
         self.words.get(index / 64).is_some_and(|word| word & 1 << (index % 64) != 0)
     }
@@ -177,15 +191,16 @@ fn present(directory: &[u32]) -> impl Iterator<Item = usize> + '_ {
     directory.iter().enumerate().filter(|(_, &sector)| sector != 0).map(|(index, _)| index)
 }
 
-/// Hand indices to `each`, as many at once as tables are held.
+/// Hand indices to `each`, `most` at once.
 fn each_chunk(
     mut indices: impl Iterator<Item = usize>,
+    most: usize,
     each: &mut dyn FnMut(&[usize]) -> DriverResult<()>,
 ) -> DriverResult<()> {
-    let mut chunk = Vec::with_capacity(TABLES_AT_ONCE);
+    let mut chunk = Vec::with_capacity(most);
     loop {
         chunk.clear();
-        chunk.extend(indices.by_ref().take(TABLES_AT_ONCE));
+        chunk.extend(indices.by_ref().take(most));
         if chunk.is_empty() {
             return Ok(());
         }
@@ -195,8 +210,8 @@ fn each_chunk(
 
 /// The place of a guest byte: its table, the entry there, and the first guest byte of its grain.
 pub fn place(image: &Image, guest: u64) -> DriverResult<(usize, usize, u64)> {
-    let grain = guest / image.header.grain_bytes();
-    let table = usize::try_from(grain / TABLE_ENTRIES).map_err(|_| overflow("a guest offset"))?;
-    let entry = usize::try_from(grain % TABLE_ENTRIES).map_err(|_| overflow("a guest offset"))?;
-    Ok((table, entry, grain * image.header.grain_bytes()))
+    let grain = guest / image.layout.grain_bytes();
+    let table = usize::try_from(grain / image.layout.table_entries).map_err(|_| overflow("a guest offset"))?;
+    let entry = usize::try_from(grain % image.layout.table_entries).map_err(|_| overflow("a guest offset"))?;
+    Ok((table, entry, grain * image.layout.grain_bytes()))
 }

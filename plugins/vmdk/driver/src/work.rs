@@ -2,7 +2,7 @@
 
 use crate::decide::Arrival;
 use crate::image::Image;
-use crate::tables::{place, TABLES_AT_ONCE};
+use crate::tables::{place, tables_at_once};
 use alloc::vec::Vec;
 use instar_guest_sdk::{overflow, DriverResult, Extent};
 
@@ -58,17 +58,17 @@ impl<'a> Groups<'a> {
     /// `BackingTooSmall` for an extent past the end of the disk.
     pub fn next(&mut self, image: &Image) -> DriverResult<Option<Group>> {
         let mut group = Group::default();
-        let coverage = image.header.table_coverage();
+        let (coverage, most) = (image.layout.table_coverage(), tables_at_once(&image.layout));
         loop {
             let Some(rest) = self.rest else {
                 let Some(extent) = self.extents.next() else { break };
-                extent.end_within(image.header.virtual_size()).map_err(|error| error.at(image.device, 12))?;
+                extent.end_within(image.layout.virtual_size()).map_err(|error| error.at(image.device, 12))?;
                 self.rest = Some(*extent);
                 continue;
             };
             let (table, ..) = place(image, rest.guest_offset)?;
             if group.tables.last() != Some(&table) {
-                if group.tables.len() == TABLES_AT_ONCE {
+                if group.tables.len() == most {
                     break;
                 }
                 group.tables.push(table);
@@ -88,10 +88,10 @@ impl<'a> Groups<'a> {
 /// An arithmetic guard.
 pub fn grains(image: &Image, piece: &Piece) -> DriverResult<Vec<Part>> {
     let mut parts = Vec::new();
-    let size = image.header.grain_bytes();
+    let size = image.layout.grain_bytes();
     for extent in piece.extent.blocks(size)? {
         let (_, entry, grain) = place(image, extent.guest_offset)?;
-        let length = size.min(image.header.virtual_size().checked_sub(grain).ok_or_else(|| overflow("a grain"))?);
+        let length = size.min(image.layout.virtual_size().checked_sub(grain).ok_or_else(|| overflow("a grain"))?);
         let arrival = Arrival { zero: extent.is_zero(), whole: extent.length == length };
         parts.push(Part { entry, grain, extent, arrival });
     }

@@ -1,5 +1,6 @@
 //! The extents of a disk, one line each ("The Descriptor File", section "Extent description"):
-//! `RW 4192256 SPARSE "disk-s001.vmdk"`, `RW 20480 FLAT "disk-flat.vmdk" 0`.
+//! `RW 4192256 SPARSE "disk-s001.vmdk"`, `RW 20480 FLAT "disk-flat.vmdk" 0`, `RW 20480 VMFSSPARSE "disk-000001-delta.vmdk"`.
+//! The types that ESXi writes, and that the document does not list, are those that QEMU knows (`vmdk_parse_extents`).
 
 use crate::{Descriptor, FormatError, SECTOR};
 use alloc::format;
@@ -26,6 +27,10 @@ pub struct ExtentLine {
 pub enum Storage {
     /// A hosted sparse extent, with a header and grains.
     Sparse,
+    /// A sparse extent of ESX (COWD).
+    Cowd,
+    /// A space-efficient sparse extent, which is only read.
+    SeSparse,
     /// Plain bytes, from this byte of the file on.
     Flat(u64),
 }
@@ -110,7 +115,8 @@ impl Descriptor {
     /// # Errors
     /// For a kind of disk or extent that is not known, and sizes that no disk has.
     pub fn disk_extents(&self) -> Result<Vec<DiskExtent>, FormatError> {
-        let known: &[&[u8]] = &[b"monolithicFlat", b"twoGbMaxExtentFlat", b"twoGbMaxExtentSparse", b"vmfs"];
+        let known: &[&[u8]] =
+            &[b"monolithicFlat", b"twoGbMaxExtentFlat", b"twoGbMaxExtentSparse", b"vmfs", b"vmfsSparse", b"seSparse"];
         if !known.contains(&self.create_type.as_slice()) {
             let text = format!(
                 "a vmdk of type {} is not supported in this place: convert it with `qemu-img convert -O vmdk`",
@@ -128,6 +134,8 @@ impl Descriptor {
             }
             let storage = match (line.kind.as_slice(), line.offset) {
                 (b"SPARSE", _) => Storage::Sparse,
+                (b"VMFSSPARSE", _) => Storage::Cowd,
+                (b"SESPARSE", _) => Storage::SeSparse,
                 (b"FLAT" | b"VMFS", offset) => {
                     let offset = offset.unwrap_or(0).checked_mul(SECTOR).filter(|&offset| offset <= i64::MAX as u64);
                     Storage::Flat(
@@ -182,6 +190,13 @@ mod tests {
             vec![extent(0, 2048, Storage::Flat(3584), "f")]
         );
         assert_eq!(disk("vmfs", "RW 4 VMFS \"f\"").unwrap(), vec![extent(0, 2048, Storage::Flat(0), "f")]);
+        let delta = "RW 4 VMFSSPARSE \"x-000001-delta.vmdk\"\r";
+        assert_eq!(disk("vmfsSparse", delta).unwrap(), vec![extent(0, 2048, Storage::Cowd, "x-000001-delta.vmdk")]);
+        let delta = "RW 4 SESPARSE \"x-000001-sesparse.vmdk\"";
+        assert_eq!(
+            disk("seSparse", delta).unwrap(),
+            vec![extent(0, 2048, Storage::SeSparse, "x-000001-sesparse.vmdk")]
+        );
     }
 
     #[test]
@@ -195,7 +210,7 @@ mod tests {
             ("monolithicFlat", "RW 18446744073709551615 FLAT \"f\" 0", "no size"),
             ("monolithicFlat", "RW 4 FLAT \"f\" 36028797018963968", "past any file"),
             ("monolithicFlat", "RW 4 ZERO", "ZERO"),
-            ("monolithicFlat", "RW 4 SESPARSE \"f\"", "SESPARSE"),
+            ("monolithicFlat", "RW 4 VMFSRDM \"f\"", "VMFSRDM"),
             ("monolithicFlat", largest.as_str(), "extent 2"),
             ("fullDevice", "RW 4 FLAT \"/dev/sda\" 0", "fullDevice"),
             ("\u{1b}[2J", "", "\\x1b"),

@@ -175,12 +175,6 @@ impl Header {
         self.grain * SECTOR
     }
 
-    /// Guest bytes that one grain table stands for.
-    #[must_use]
-    pub fn table_coverage(&self) -> u64 {
-        self.layout().table_coverage()
-    }
-
     /// Entries of the grain directory, one for each grain table.
     #[must_use]
     pub fn directory_entries(&self) -> u64 {

@@ -5,13 +5,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a panic here is a test that fails")]
 #![allow(clippy::cast_possible_truncation, reason = "images of tests are small: every number in them fits")]
 
+pub mod delta;
 pub mod pair;
 
 mod chains;
+mod delta_kit;
 mod kit;
 mod layout;
+mod packed;
 mod salvage;
 
+pub use delta_kit::{CowdKit, SeSparseKit};
 pub use kit::Kit;
 
 use instar_guest_sdk::abi::DeviceConfig;

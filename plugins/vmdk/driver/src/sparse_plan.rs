@@ -1,0 +1,162 @@
+//! Planning what is written into a sparse extent: how many grains and tables are new, and how long the file becomes. Nothing is
+//! changed.
+
+use crate::decide::{decide, Action};
+use crate::image::Image;
+use crate::work::{grains, Group, Groups};
+use alloc::format;
+use instar_guest_sdk::abi::{device_flags, ErrorCode, FileDevice, PlanSummary};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent};
+use instar_vmdk_format::{Layout, SECTOR};
+
+/// An entry that stands for a grain which is yet to get its place, while planning.
+const PLANNED: u32 = u32::MAX;
+
+/// What planning counted, and the bounds that hold.
+#[derive(Debug)]
+pub struct Planner {
+    /// Where the first new grain goes, in bytes: a multiple of its size.
+    pub first_free: u64,
+    max_length: u64,
+    /// The device cannot change its length.
+    fixed: bool,
+    has_backing: bool,
+    verified: bool,
+    grains: u64,
+    /// Copies of tables that are missing.
+    copies: u64,
+    /// Tables of which a copy is missing.
+    tables: u64,
+    /// The first guest byte of the last grain that was counted, and the last table.
+    last_grain: Option<u64>,
+    last_table: Option<usize>,
+}
+
+/// How long the file is when everything up to byte `end` is in use.
+///
+/// # Errors
+/// An arithmetic guard.
+pub fn length_for(layout: &Layout, end: u64) -> DriverResult<u64> {
+    let length = if layout.next_free.is_some() { Layout::length_beyond(end) } else { Some(end) };
+    length.ok_or_else(|| overflow("the length of the file"))
+}
+
+impl Planner {
+    /// Nothing was planned yet for this image.
+    ///
+    /// # Errors
+    /// An arithmetic guard.
+    pub fn of(image: &Image, file: &FileDevice, has_backing: bool) -> DriverResult<Self> {
+        // QEMU leaves the number of the first free sector as it is when it writes: what it has added lies behind.
+        let free = image.layout.next_free.unwrap_or(0).saturating_mul(SECTOR);
+        let first_free = image.file_length.max(free).checked_next_multiple_of(image.layout.grain_bytes());
+        Ok(Self {
+            first_free: first_free.ok_or_else(|| overflow("the length of the file"))?,
+            max_length: file.max_length,
+            fixed: file.flags & device_flags::FIXED_LENGTH != 0,
+            has_backing,
+            verified: false,
+            grains: 0,
+            copies: 0,
+            tables: 0,
+            last_grain: None,
+            last_table: None,
+        })
+    }
+
+    fn verify(&mut self, io: &mut dyn BlockIo, image: &Image) -> DriverResult<()> {
+        if !self.verified {
+            image.verify(io)?;
+            self.verified = true;
+        }
+        Ok(())
+    }
+
+    fn plan_group(&mut self, io: &mut dyn BlockIo, image: &Image, group: &Group) -> DriverResult<()> {
+        let mut tables = image.read_both(io, &group.tables)?;
+        for piece in &group.pieces {
+            let table = tables.get_mut(piece.slot).ok_or_else(|| overflow("a table"))?;
+            for part in grains(image, piece)? {
+                let slot = table.entries.get_mut(part.entry).ok_or_else(|| overflow("an entry"))?;
+                // A grain that two calls have a part in is counted once.
+                if self.last_grain == Some(part.grain) {
+                    continue;
+                }
+                let grain = image.layout.grain_of(*slot);
+                match decide(grain, part.arrival, image.layout.zeroed_grains, self.has_backing) {
+                    Action::Nothing | Action::InPlace(_) => continue,
+                    Action::Allocate => {
+                        self.grains += 1;
+                        *slot = PLANNED;
+                    }
+                    Action::MarkZero(_) => *slot = 1,
+                }
+                self.last_grain = Some(part.grain);
+                table.dirty = true;
+            }
+        }
+        for table in tables.iter().filter(|table| table.dirty) {
+            if self.last_table != Some(table.index) {
+                self.last_table = Some(table.index);
+                let directories = core::iter::once(&image.directory).chain(&image.redundant);
+                let missing = directories.filter(|d| d.get(table.index) == Some(&0)).count() as u64;
+                self.copies += missing;
+                self.tables += u64::from(missing > 0);
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`Sink::plan`](instar_guest_sdk::Sink::plan).
+    pub fn plan(&mut self, io: &mut dyn BlockIo, image: &Image, extents: &[Extent]) -> DriverResult<()> {
+        self.verify(io, image)?;
+        let mut groups = Groups::of(extents);
+        while let Some(group) = groups.next(image)? {
+            self.plan_group(io, image, &group)?;
+            // Zeroes over as much as a disk has may be many grains: there is no need to count all of them.
+            self.check_length(image, self.final_length(image)?)?;
+        }
+        Ok(())
+    }
+
+    /// How long the file becomes at most, by what was planned until now.
+    fn final_length(&self, image: &Image) -> DriverResult<u64> {
+        let Self { grains, copies, tables, .. } = *self;
+        if grains == 0 && copies == 0 {
+            return Ok(image.file_length);
+        }
+        // Each new table may make the next grain begin at another multiple of its size.
+        let layout = &image.layout;
+        let new = grains.checked_add(tables).and_then(|count| count.checked_mul(layout.grain_bytes()));
+        let new = new.zip(copies.checked_mul(layout.table_bytes())).and_then(|(a, b)| a.checked_add(b));
+        let end = new.and_then(|new| self.first_free.checked_add(new)).ok_or_else(|| overflow("the file's length"))?;
+        length_for(layout, end)
+    }
+
+    /// Whether the file can become as long as that.
+    fn check_length(&self, image: &Image, length: u64) -> DriverResult<()> {
+        let longest = self.max_length.max(image.file_length).min(u64::from(u32::MAX) * SECTOR);
+        if length > image.file_length && self.fixed {
+            let text =
+                "new grains are added behind the end of the file, and a block device has nothing there: copy the \
+                        image into a file, or convert it to another format";
+            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, 0));
+        }
+        if length > longest {
+            let text = format!("the file would become {length} bytes long, and cannot be longer than {longest}");
+            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, 0));
+        }
+        Ok(())
+    }
+
+    /// See [`Sink::planned`](instar_guest_sdk::Sink::planned).
+    pub fn planned(&mut self, io: &mut dyn BlockIo, image: &Image) -> DriverResult<PlanSummary> {
+        self.verify(io, image)?;
+        let (grains, copies) = (self.grains, self.copies);
+        let final_length = self.final_length(image)?;
+        self.check_length(image, final_length)?;
+        let (table, grain) = (image.layout.table_bytes(), image.layout.grain_bytes());
+        let new_metadata_clusters = copies.saturating_mul(table).div_ceil(grain.max(1));
+        Ok(PlanSummary { final_length, new_data_clusters: grains, new_metadata_clusters, ..PlanSummary::default() })
+    }
+}
