@@ -160,6 +160,35 @@ def test_a_snapshot_in_the_middle_is_committed_and_the_one_above_goes_on(tmp_pat
     assert content(top, middle, base) == wanted == raw(top)
 
 
+@pytest.mark.parametrize("kind", [COWD, SESPARSE])
+def test_what_else_reads_them(tmp_path, kind):
+    """`compare` finds no difference to the plain bytes, and one where there is one; `map` covers the disk."""
+    rng = random.Random(8)
+    size = 3 * MIB + 512
+    base = make(tmp_path, "vm", FLAT, size, data=rng.randbytes(size))
+    top = make(tmp_path, "vm-000001", kind, size, drawn(rng, kind, size), parent=base)
+    plain = tmp_path / "plain.raw"
+    plain.write_bytes(content(top, base))
+    assert run_instar("compare", "-f", "vmdk", "-F", "raw", top, plain).rc == 0
+    runs = run_instar("map", "--output", "json", top).json
+    assert sum(run["length"] for run in runs) == size and {run["depth"] for run in runs} == {0, 1}
+    held = sum(run["length"] for run in runs if run["depth"] == 0)
+    grains = {number for number in range(size // UNIT[kind] + 1) if number in
+              (Cowd(Disk(top).files[1]).grains if kind == COWD else sesparse_grains(top))}
+    assert held == sum(min(UNIT[kind], size - number * UNIT[kind]) for number in grains)
+    data = bytearray(plain.read_bytes())
+    data[size // 2] ^= 1
+    plain.write_bytes(data)
+    assert run_instar("compare", "-f", "vmdk", "-F", "raw", top, plain).rc == 1
+
+
+def sesparse_grains(path):
+    """The grains that a seSparse disk holds: those that hide what is below, whatever that is."""
+    size = Disk(path).lines[0][0] * 512
+    one, other = (delta_bytes.sesparse_content(Disk(path).files[1], byte * size) for byte in (b"\1", b"\2"))
+    return {number for number in range(-(-size // 4096)) if one[number * 4096] == other[number * 4096]}
+
+
 # --- Other formats above, and below ---------------------------------------------------------------------------------
 
 

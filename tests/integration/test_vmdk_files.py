@@ -233,7 +233,9 @@ def test_extents_in_an_allowed_directory(tmp_path):
     [
         ("twoGbMaxExtentSparse", b"RW 2048 ", b"RW 2056 ", "ERROR_BACKING_CORRUPT", "the descriptor says 1052672 bytes"),
         ("twoGbMaxExtentSparse", b"RW 2048 ", b"RDONLY 2048 ", "ERROR_UNSUPPORTED_FORMAT", "only RW"),
-        ("twoGbMaxExtentSparse", b"RW 2048 SPARSE", b"RW 2048 SESPARSE", "ERROR_UNSUPPORTED_FORMAT", "SESPARSE"),
+        ("twoGbMaxExtentSparse", b"RW 2048 SPARSE", b"RW 2048 VMFSRDM", "ERROR_UNSUPPORTED_FORMAT", "VMFSRDM"),
+        ("twoGbMaxExtentSparse", b"RW 2048 SPARSE", b"RW 2048 SESPARSE", "ERROR_PARSE_FAILED", "seSparse"),
+        ("twoGbMaxExtentSparse", b"RW 2048 SPARSE", b"RW 2048 VMFSSPARSE", "ERROR_PARSE_FAILED", "COWD"),
         ("twoGbMaxExtentSparse", b"twoGbMaxExtentSparse", b"fullDevice", "ERROR_UNSUPPORTED_FORMAT", "fullDevice"),
         ("twoGbMaxExtentSparse", b"RW 2048 ", b"RW 0 ", "ERROR_PARSE_FAILED", "extent 1"),
         ("twoGbMaxExtentFlat", b'" 3', b'" 4', "ERROR_BACKING_CORRUPT", "too short"),
