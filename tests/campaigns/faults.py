@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import delta_bytes  # noqa: E402
 import support  # noqa: E402
 from support import KIB, MIB  # noqa: E402
 
@@ -214,6 +215,25 @@ def vmdk(directory) -> Case:
     return Case("vmdk into vmdk", directory, "top", "base", top_fmt="vmdk", base_fmt="vmdk")
 
 
+def delta(directory) -> Case:
+    """A delta disk of ESX into another one, which gets new tables and grains, over a flat disk."""
+    rng, size, parent, others = random.Random(8), 5 * MIB, None, []
+    for name, kind, numbers in (("flat", delta_bytes.FLAT, []), ("base", delta_bytes.COWD, range(90, 200, 3)),
+                                ("top", delta_bytes.COWD, [*range(100, 400, 7), *range(4000, 4200)])):
+        extent = directory / f"{name}.extent"
+        if kind == delta_bytes.FLAT:
+            extent.write_bytes(rng.randbytes(size))
+        else:
+            delta_bytes.cowd(extent, size, {number: rng.randbytes(512) for number in numbers})
+        line = (size // 512, delta_bytes.LINE[kind][0], extent.name.encode())
+        above = {} if parent is None else {"parent": 0x10000000 + len(others), "hint": parent.encode()}
+        text = delta_bytes.descriptor(kind, [line], cid=0x10000001 + len(others), newline=b"\r\n", **above)
+        (directory / name).write_bytes(text)
+        parent, others = name, [*others, extent.name]
+    return Case("a delta disk of ESX into another one", directory, "top", "base", top_fmt="vmdk", base_fmt="vmdk",
+                others=["flat", *others])
+
+
 def into_vpc(directory) -> Case:
     """Blocks that are there and new ones, over the footer at the end, and growth, which moves nothing here."""
     support.create(directory / "base", 4 * MIB, fmt="vpc", force_size="on")
@@ -242,7 +262,7 @@ def much_data(directory) -> Case:
     return Case("much data, by several threads", directory, "top", "base")
 
 
-CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, into_vpc, chain, much_data]
+CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, chain, much_data]
 
 
 def main() -> int:
