@@ -128,7 +128,7 @@ impl CowdHeader {
 mod tests {
     use super::*;
 
-    /// The header of a delta of 8 GiB, as ESX makes it.
+    /// The header of a new delta of 8 GiB.
     fn fresh() -> CowdHeader {
         CowdHeader { capacity: 16_777_216, grain: 1, directory: 4, directory_entries: 4096, next_free: 36 }
     }
@@ -140,7 +140,7 @@ mod tests {
         let layout = header.layout();
         assert_eq!((layout.virtual_size(), layout.grain_bytes(), layout.table_bytes()), (8 << 30, 512, 16384));
         assert_eq!((layout.table_coverage(), layout.directory_entries(), layout.overhead), (2 << 20, 4096, 36));
-        assert_eq!(Layout::length_beyond(36 * SECTOR), Some(20480), "as long as ESX makes it");
+        assert_eq!(Layout::length_beyond(36 * SECTOR), Some(20480), "whole blocks");
         assert_eq!(Layout::length_beyond(40 * SECTOR), Some(24576), "freeSector has to be less than the length");
         assert_eq!(Layout::length_beyond(u64::MAX - 1), None);
     }

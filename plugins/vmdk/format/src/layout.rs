@@ -75,7 +75,8 @@ impl Layout {
     }
 
     /// The length in bytes that an extent of ESX has when the first free sector is at byte `next_free`: "This needs to be
-    /// less than the length of the delta link" (`freeSector`). Delta files of ESX are whole blocks of 4 KiB.
+    /// less than the length of the delta link" (`freeSector`). Such files are whole blocks of 4 KiB, as VMware's are wherever they
+    /// are listed.
     #[must_use]
     pub const fn length_beyond(next_free: u64) -> Option<u64> {
         match next_free.checked_add(1) {
@@ -85,5 +86,5 @@ impl Layout {
     }
 }
 
-/// What the length of a delta file of ESX is a multiple of, in bytes.
+/// What the length of a delta file is a multiple of, in bytes.
 const FILE_BLOCK: u64 = 4096;
