@@ -162,6 +162,30 @@ mod tests {
     }
 
     #[test]
+    fn sesparse_is_read_and_nothing_else() {
+        let (mut top, base) = (image(2, 1), image(1, NO_PARENT));
+        top.features.push(Feature::flag(names::SESPARSE, true, false));
+        assert!(ask(Role::Empty, &top, &base).reason.contains("commit it with -d"));
+        assert!(ask(Role::Write, &top, &image(3, 2)).reason.contains("cannot be committed into"));
+        assert_eq!([Role::Read, Role::Below].map(|role| ask(role, &top, &base).code), [0, 0]);
+        assert!(notes(&top).iter().any(|note| note.contains("only read")));
+    }
+
+    #[test]
+    fn the_bound_of_a_delta_covers_its_longer_tables_and_its_gap() {
+        let mut delta = ImageFacts { cluster_size: 512, file_length: 20480, ..image(2, 1) };
+        delta.features.push(Feature::flag(names::COWD, true, false));
+        // A grain for each cluster, and one more; each may be in a table of its own, but no disk has more tables than this.
+        let small = ImageFacts { cluster_size: 512, ..image(3, 2) }.with_clusters_at_most(10);
+        let bound = ask(Role::Write, &delta, &small).max_length;
+        assert_eq!(bound, 20480 + 21 * 512 + 21 * (16384 + 512) + 4096);
+        delta.features.push(Feature::number(names::COWD_BEYOND, 1 << 20, false));
+        assert_eq!(ask(Role::Write, &delta, &small).max_length, bound + (1 << 20));
+        let all = ask(Role::Write, &delta, &ImageFacts::new("raw", 1 << 30, 0, 1 << 30)).max_length;
+        assert!(all > (1 << 30) + 512 * 16384 && all < (1 << 30) + 520 * 16896 + (3 << 20), "{all}");
+    }
+
+    #[test]
     fn flat_extents_do_not_grow_and_have_no_parent() {
         let mut flat = ImageFacts { cluster_size: 0, ..image(1, NO_PARENT) };
         flat.features.push(Feature::flag(names::FLAT, true, false));
