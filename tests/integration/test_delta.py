@@ -267,7 +267,8 @@ def test_several_extents(tmp_path, kinds):
 # --- What QEMU has written ------------------------------------------------------------------------------------------
 
 
-def test_a_first_free_sector_that_qemu_left_behind(tmp_path):
+@pytest.mark.parametrize("new", [False, True])
+def test_a_first_free_sector_that_qemu_left_behind(tmp_path, new):
     """QEMU never raises it: what it has added is not written over, neither as overlay nor as backing."""
     rng = random.Random(4)
     size = 6 * MIB
@@ -276,12 +277,18 @@ def test_a_first_free_sector_that_qemu_left_behind(tmp_path):
     free = Cowd(Disk(delta).files[1]).free
     qemu_io(delta, "write -P 9 64k 100k", "write -P 8 3M 5k", fmt="vmdk")
     assert Cowd(Disk(delta).files[1]).free == free, "QEMU has learned it"
-    top = create(tmp_path / "top.qcow2", backing=delta.name, backing_fmt="vmdk")
-    qemu_io(top, "write -P 1 100k 200k", "write -P 2 5M 64k")
+    # Into grains that are there, and into new ones: either way the number is right afterwards.
+    top = create(tmp_path / "top.qcow2", backing=delta.name, backing_fmt="vmdk", cluster_size=512)
+    if not new:
+        qemu_io(top, "write -P 1 70k 80k")
+    else:
+        qemu_io(top, "write -P 1 100k 200k", "write -P 2 5M 64k")
     wanted = raw(top, "qcow2")
+    before = len(Cowd(Disk(delta).files[1]).grains)
     support.commit(top)
     assert content(delta, base) == wanted == raw(delta)
     Cowd(Disk(delta).files[1]).assert_tidy()
+    assert (len(Cowd(Disk(delta).files[1]).grains) > before) == new
     support.commit(delta)
     assert content(base) == wanted == raw(delta)
     Cowd(Disk(delta).files[1]).assert_fresh()

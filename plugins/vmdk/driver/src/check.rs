@@ -20,19 +20,29 @@ const REACH: u64 = (1 << 32) + (1 << 17);
 /// A piece of metadata: its sectors, and what it is.
 pub type Metadata = (Range<u64>, &'static str);
 
+/// What the pass found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Verified {
+    /// The number of grains that the layer holds.
+    pub grains: u64,
+    /// The first sector behind all that is in use.
+    pub end: u64,
+}
+
 impl Image {
-    /// Verify all metadata. Returns the number of grains that the layer holds.
+    /// Verify all metadata.
     ///
     /// # Errors
     /// Corruption and I/O errors.
-    pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<u64> {
+    pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<Verified> {
         self.verify_fixed()?;
         let mut windows = Windows::over(io, self.file_length.div_ceil(SECTOR).min(REACH))?;
         let mut holding = TableSet::of(self.directory.len());
-        let mut grains = 0;
+        let mut found = Verified::default();
         for index in 0..windows.count() {
             let mut used = Used::new(windows.range(index))?;
             self.each_metadata(&mut |(sectors, what)| {
+                found.end = found.end.max(sectors.end);
                 if used.mark(&sectors) {
                     return Ok(());
                 }
@@ -40,15 +50,19 @@ impl Image {
                 Err(self.corrupt(sectors.start.saturating_mul(SECTOR), text))
             })?;
             if index == 0 {
-                grains = self.verify_grains(io, None, &mut used, &mut |table, sectors| match sectors {
-                    Some(sectors) => windows.reach(sectors),
+                let end = &mut found.end;
+                found.grains = self.verify_grains(io, None, &mut used, &mut |table, sectors| match sectors {
+                    Some(sectors) => {
+                        *end = sectors.end.max(*end);
+                        windows.reach(sectors);
+                    }
                     None => holding.add(table),
                 })?;
             } else if windows.is_reached(index) {
                 self.verify_grains(io, Some(&holding), &mut used, &mut |_, _| {})?;
             }
         }
-        Ok(grains)
+        Ok(found)
     }
 
     /// Those metadata that are there once, which may lie further behind than entries reach.

@@ -1,6 +1,7 @@
 //! Planning what is written into a sparse extent: how many grains and tables are new, and how long the file becomes. Nothing is
 //! changed.
 
+use crate::check::Verified;
 use crate::decide::{decide, Action};
 use crate::image::Image;
 use crate::work::{grains, Group, Groups};
@@ -21,7 +22,7 @@ pub struct Planner {
     /// The device cannot change its length.
     fixed: bool,
     has_backing: bool,
-    verified: bool,
+    verified: Option<Verified>,
     grains: u64,
     /// Copies of tables that are missing.
     copies: u64,
@@ -55,7 +56,7 @@ impl Planner {
             max_length: file.max_length,
             fixed: file.flags & device_flags::FIXED_LENGTH != 0,
             has_backing,
-            verified: false,
+            verified: None,
             grains: 0,
             copies: 0,
             tables: 0,
@@ -65,11 +66,17 @@ impl Planner {
     }
 
     fn verify(&mut self, io: &mut dyn BlockIo, image: &Image) -> DriverResult<()> {
-        if !self.verified {
-            image.verify(io)?;
-            self.verified = true;
+        if self.verified.is_none() {
+            self.verified = Some(image.verify(io)?);
         }
         Ok(())
+    }
+
+    /// The first byte behind all that is in use, of an extent of ESX whose first free sector lies in front of that, because
+    /// QEMU has written to it: ESX would write over the rest.
+    pub fn stale_end(&self, image: &Image) -> Option<u64> {
+        let (free, end) = image.layout.next_free.zip(self.verified.map(|found| found.end))?;
+        (free < end).then_some(end.saturating_mul(SECTOR))
     }
 
     fn plan_group(&mut self, io: &mut dyn BlockIo, image: &Image, group: &Group) -> DriverResult<()> {
@@ -123,7 +130,8 @@ impl Planner {
     fn final_length(&self, image: &Image) -> DriverResult<u64> {
         let Self { grains, copies, tables, .. } = *self;
         if grains == 0 && copies == 0 {
-            return Ok(image.file_length);
+            let mended = self.stale_end(image).map_or(Ok(0), |end| length_for(&image.layout, end))?;
+            return Ok(image.file_length.max(mended));
         }
         // Each new table may make the next grain begin at another multiple of its size.
         let layout = &image.layout;

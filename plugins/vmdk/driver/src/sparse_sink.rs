@@ -101,15 +101,21 @@ impl SparseSink {
 
     /// Have the file reach to the end of its last grain or table, and the header of an extent of ESX say that.
     fn lengthen(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        if self.next_free == self.planner.first_free {
-            return Ok(());
-        }
-        let length = length_for(&self.image.layout, self.next_free)?;
+        let end = if self.next_free == self.planner.first_free {
+            // Nothing is new. But what QEMU has added may not be in front of the first free sector.
+            match self.planner.stale_end(&self.image) {
+                Some(end) => end,
+                None => return Ok(()),
+            }
+        } else {
+            self.next_free
+        };
+        let length = length_for(&self.image.layout, end)?;
         if length > self.image.file_length {
             self.out.set_length(io, length)?;
             self.image.file_length = length;
         }
-        let sector = self.next_free / SECTOR;
+        let sector = end / SECTOR;
         if self.image.layout.next_free.is_some_and(|free| free < sector) {
             self.out.barrier(io)?;
             let number = u32::try_from(sector).map_err(|_| overflow("the first free sector"))?;

@@ -124,7 +124,7 @@ impl SparseSource {
 impl SparseSource {
     /// See [`Source::verify`](instar_guest_sdk::Source::verify).
     pub fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
-        self.held = self.image.verify(io)?;
+        self.held = self.image.verify(io)?.grains;
         self.decode_all(io)?;
         if will_empty && self.image.layout.next_free.is_none() {
             self.used = Vec::new();
