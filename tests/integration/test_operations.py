@@ -75,6 +75,7 @@ def test_the_job(inside):
 
 
 @pytest.mark.skipif(ORDINARY, reason="only root hands a device to another user")
+@pytest.mark.skipif(not support.KVM, reason="this machine has no /dev/kvm")
 def test_the_pod_with_kvm(inside):
     """Without the device it fails; with it, and the group that owns it, it works."""
     pod = kinds("Pod")
@@ -187,6 +188,7 @@ def test_the_unit_says_why_its_list_is_longer(inside, tmp_path):
 
 
 @pytest.mark.skipif(ORDINARY, reason="only root hands a device to another user")
+@pytest.mark.skipif(not support.KVM, reason="this machine has no /dev/kvm")
 def test_the_unit_with_kvm(inside, tmp_path):
     """What the drop-in sets holds instead."""
     main, drop = UNITS
