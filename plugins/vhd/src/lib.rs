@@ -4,7 +4,6 @@ mod create;
 mod facts;
 mod parent;
 mod verdict;
-mod windows;
 
 use instar_plugin_api::{
     export_plugin, BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, FormatPlugin, GuestModule, ImageFacts,

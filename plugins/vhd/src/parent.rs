@@ -1,9 +1,9 @@
 //! The parent of a differencing disk: the names that may lead to it, and its identity.
 
-use crate::windows;
 use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{BackingPointer, ImageReader, PluginError};
 use instar_vhd_format::{codes, creators, Footer, Header, Locator, MAX_LOCATOR_BYTES};
+use instar_windows_names as windows;
 
 /// Longest name of a file in bytes (`PATH_MAX` without its end).
 const LONGEST_NAME: usize = 4095;

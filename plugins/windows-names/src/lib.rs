@@ -12,6 +12,7 @@ const COMPONENTS: usize = 3;
 /// A relative path (`.\sub\base.vhd`) is taken from the image's own directory. Of an absolute one (`C:\a\b\base.vhd`,
 /// `\\server\share\a\base.vhd`), the whole and its last components are looked for below that directory. One that begins with a
 /// single backslash or a slash is an absolute path of this machine as well: programs that run here record their own so.
+#[must_use]
 pub fn candidates(path: &str) -> Vec<String> {
     let slashes = path.replace('\\', "/");
     let (drive, rest) = match slashes.as_bytes() {
@@ -54,7 +55,8 @@ pub fn candidates(path: &str) -> Vec<String> {
     unique
 }
 
-/// The last component of a path.
+/// The last component of a path; `None` if it has none.
+#[must_use]
 pub fn base_name(path: &str) -> Option<String> {
     candidates(path).pop()
 }
