@@ -1,0 +1,71 @@
+//! Numbers and checksums in bytes.
+
+/// The number of two bytes at `at`.
+pub fn le16(bytes: &[u8], at: usize) -> usize {
+    usize::from(u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap()))
+}
+
+/// The number of four bytes at `at`.
+pub fn le32(bytes: &[u8], at: usize) -> usize {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
+}
+
+/// The number of eight bytes at `at`.
+pub fn le64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// Put a number of two bytes at `at`.
+pub fn put16(bytes: &mut [u8], at: usize, value: usize) {
+    bytes[at..at + 2].copy_from_slice(&(value as u16).to_le_bytes());
+}
+
+/// Put a number of four bytes at `at`.
+pub fn put32(bytes: &mut [u8], at: usize, value: usize) {
+    bytes[at..at + 4].copy_from_slice(&(value as u32).to_le_bytes());
+}
+
+/// Put a number of eight bytes at `at`.
+pub fn put64(bytes: &mut [u8], at: usize, value: u64) {
+    bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+}
+
+/// What the bits of a byte make of a checksum, from the definition.
+const BYTES: [u32; 256] = {
+    let mut table = [0u32; 256];
+    let mut index = 0;
+    while index < 256 {
+        let (mut sum, mut bit) = (index as u32, 0);
+        while bit < 8 {
+            sum = sum >> 1 ^ (sum & 1) * 0x82f6_3b78;
+            bit += 1;
+        }
+        table[index] = sum;
+        index += 1;
+    }
+    table
+};
+
+/// CRC-32C of a structure whose own field, at 4, counts as zero.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    let add = |sum: u32, byte: &u8| sum >> 8 ^ BYTES[(sum as u8 ^ byte) as usize];
+    let sum = bytes[..4].iter().chain(&[0; 4]).fold(u32::MAX, add);
+    !bytes[8..].iter().fold(sum, add)
+}
+
+/// Put the right checksum into the structure of `length` bytes at `at`.
+pub fn seal(bytes: &mut [u8], at: usize, length: usize) {
+    let sum = crc32c(&bytes[at..at + length]);
+    put32(bytes, at + 4, sum as usize);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_check_value_comes_out() {
+        // RFC 3720, B.4: 32 bytes of zero.
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+    }
+}
