@@ -11,10 +11,8 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_vhdx_format::{Entry, ALIGNMENT, BITMAP_BLOCK};
+use instar_vhdx_format::{Entry, ALIGNMENT, BITMAP_BLOCK, LONGEST_FILE};
 
-/// Longest file that is looked at, in bytes: its bits take 16 MiB. A disk of 64 TiB, the largest, needs little more than half.
-const LONGEST: u64 = 128 << 40;
 /// Entries of the table that are read at once.
 const ENTRIES: u64 = 1 << 16;
 
@@ -83,8 +81,8 @@ impl Image {
         let length = self.opened.file_length;
         let units = Self::in_memory(length.div_ceil(ALIGNMENT).div_ceil(64))?;
         let (bytes, heap) = (units.saturating_mul(8), io.heap_free());
-        if length > LONGEST {
-            let text = format!("the file has {length} bytes, and no VHDX needs more than {LONGEST}");
+        if length > LONGEST_FILE {
+            let text = format!("the file has {length} bytes, and no VHDX needs more than {LONGEST_FILE}");
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(self.device, 0));
         }
         if bytes > heap / 2 {

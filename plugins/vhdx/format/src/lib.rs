@@ -43,6 +43,8 @@ pub use replay::Replay;
 pub const ALIGNMENT: u64 = 1 << 20;
 /// Bytes of a sector bitmap block (2.4).
 pub const BITMAP_BLOCK: u64 = 1 << 20;
+/// Longest file that is looked at, in bytes: a disk of 64 TiB, the largest, needs little more than half.
+pub const LONGEST_FILE: u64 = 128 << 40;
 /// Most bytes of a disk (2.6.2.2).
 pub const MAX_SIZE: u64 = 64 << 40;
 

@@ -1,6 +1,6 @@
 //! What the log still has to do to the file, in memory: whoever only reads sees the file through it (2.3.3, note 5).
 
-use crate::{FormatError, LogEntry, Update, LOG_SECTOR, REGION_TABLE_OFFSETS};
+use crate::{FormatError, LogEntry, Update, LOG_SECTOR, LONGEST_FILE, REGION_TABLE_OFFSETS};
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
@@ -47,9 +47,6 @@ impl Replay {
             if range.start < REGION_TABLE_OFFSETS[0] || (range.start < log.end && log.start < range.end) {
                 return corrupt(format!("the log changes byte {} of the file, in a header or in the log", range.start));
             }
-            if range.end > i64::MAX as u64 {
-                return corrupt(format!("the log changes byte {}, where no file ends", range.end));
-            }
             replay.file_length = replay.file_length.max(range.end);
             match update {
                 Update::Page { offset, bytes } => drop(replay.pages.insert(offset, bytes)),
@@ -59,6 +56,12 @@ impl Replay {
                     replay.zeroes.push(range);
                 }
             }
+        }
+        if replay.file_length > LONGEST_FILE {
+            return corrupt(format!(
+                "the log makes the file {} bytes long, and no VHDX needs that",
+                replay.file_length
+            ));
         }
         replay.zeroes.sort_unstable_by_key(|range| range.start);
         replay.zeroes.dedup_by(|next, last| {
@@ -163,7 +166,7 @@ mod tests {
         assert!(refused(vec![page(128 << 10, 1)], 0).contains("header or in the log"));
         assert!(refused(vec![page(1 << 20, 1)], 0).contains("header or in the log"));
         assert!(refused(vec![Update::Zero(256 << 10..3 << 20)], 0).contains("header or in the log"));
-        assert!(refused(vec![Update::Zero(2 << 20..u64::MAX)], 0).contains("where no file ends"));
+        assert!(refused(vec![Update::Zero(2 << 20..u64::MAX)], 0).contains("no VHDX needs that"));
         assert!(refused(vec![], 4 << 20).contains("last written"));
         assert!(replay(vec![page(192 << 10, 1), page(256 << 10, 1)], 3 << 20, 0).is_ok());
         assert_eq!(replay(vec![], 0, 9 << 20).unwrap().file_length(), 9 << 20);

@@ -1,18 +1,23 @@
 //! Numbers and checksums in bytes.
 
+/// A number of `N` bytes at `at`; what is past the end is zero.
+fn number<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
+}
+
 /// The number of two bytes at `at`.
 pub fn le16(bytes: &[u8], at: usize) -> usize {
-    usize::from(u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap()))
+    usize::from(u16::from_le_bytes(number(bytes, at)))
 }
 
 /// The number of four bytes at `at`.
 pub fn le32(bytes: &[u8], at: usize) -> usize {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
+    u32::from_le_bytes(number(bytes, at)) as usize
 }
 
 /// The number of eight bytes at `at`.
 pub fn le64(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    u64::from_le_bytes(number(bytes, at))
 }
 
 /// Put a number of two bytes at `at`.
@@ -37,7 +42,7 @@ const BYTES: [u32; 256] = {
     while index < 256 {
         let (mut sum, mut bit) = (index as u32, 0);
         while bit < 8 {
-            sum = sum >> 1 ^ (sum & 1) * 0x82f6_3b78;
+            sum = (sum >> 1) ^ ((sum & 1) * 0x82f6_3b78);
             bit += 1;
         }
         table[index] = sum;
@@ -48,7 +53,7 @@ const BYTES: [u32; 256] = {
 
 /// CRC-32C of a structure whose own field, at 4, counts as zero.
 pub fn crc32c(bytes: &[u8]) -> u32 {
-    let add = |sum: u32, byte: &u8| sum >> 8 ^ BYTES[(sum as u8 ^ byte) as usize];
+    let add = |sum: u32, byte: &u8| (sum >> 8) ^ BYTES[(sum as u8 ^ byte) as usize];
     let sum = bytes[..4].iter().chain(&[0; 4]).fold(u32::MAX, add);
     !bytes[8..].iter().fold(sum, add)
 }

@@ -51,9 +51,9 @@ impl Builder for Kit {
     }
 
     /// Sectors of either size, logs of all kinds, a table behind the blocks, gaps, and whatever the seed says. A block whose
-    /// clusters are all zero takes no room.
+    /// clusters are all zero takes no room. Without a parent a block is there or it is not, so clusters that are smaller make
+    /// only images with one.
     fn build(&self, layer: &Layer) -> Vec<u8> {
-        let kind = if layer.has_backing { Kind::Differencing } else { Kind::Dynamic };
         let (seed, size) = (layer.seed as usize, layer.size as usize);
         let sector = if size % 4096 == 0 && seed % 2 == 1 { 4096 } else { 512 };
         let mut spec = Spec {
@@ -66,7 +66,7 @@ impl Builder for Kit {
             log: [Log::Empty, Log::Pending, Log::Stale, Log::Empty][seed / 2 % 4],
             linkage: [Linkage::Second, Linkage::Alone, Linkage::Torn][seed % 3],
             garbage: [0, 0x99][seed / 3 % 2],
-            ..Spec::new(kind, size)
+            ..Spec::new(Kind::Differencing, size)
         };
         let cluster = layer.cluster as usize;
         let per_cluster = cluster / sector;

@@ -1,6 +1,6 @@
-//! What images are made of, and which of them can be compared.
+//! What images are made of.
 
-use crate::bytes::{le32, le64};
+use crate::bytes::le64;
 use crate::{View, MIB};
 use instar_testkit::{ByteOrder, Layout};
 
@@ -51,15 +51,4 @@ pub fn layout(bytes: &[u8]) -> Layout {
     ]);
     layout.places.extend(view.blocks().map(|(_, _, at)| at as u64));
     layout
-}
-
-/// Whether the reader understands an image.
-pub fn is_comparable(bytes: &[u8]) -> bool {
-    let read = std::panic::catch_unwind(|| {
-        let view = View::read(bytes).ok()?;
-        let known = [512, 4096].contains(&view.sector) && view.block.is_power_of_two() && view.block >= MIB;
-        let log = le32(&view.bytes, view.header + 68);
-        (known && view.block <= 256 * MIB && view.size <= 16 * MIB && log >= MIB).then_some(())
-    });
-    matches!(read, Ok(Some(())))
 }

@@ -3,6 +3,8 @@
 use crate::bytes::{crc32c, le32, le64, put32, put64, seal};
 
 const SECTOR: usize = 4096;
+/// Longest file in bytes that is read.
+const LONGEST: usize = 1 << 30;
 
 /// What an entry does.
 #[derive(Clone, Debug)]
@@ -117,7 +119,9 @@ impl Found {
 
 /// The file with its log applied; an error says what is wrong with the log. `at` and `length` are the log's.
 pub fn replayed(bytes: &[u8], at: usize, length: usize, guid: &[u8]) -> Result<Vec<u8>, String> {
-    let log = &bytes[at..at + length];
+    let log =
+        bytes.get(at..at.saturating_add(length)).filter(|log| log.len() >= SECTOR && log.len().is_multiple_of(SECTOR));
+    let log = log.ok_or("the log is not in the file")?;
     let mut best: Vec<Found> = Vec::new();
     // Every place is tried: what begins within a sequence is a shorter one.
     for tail in (0..length).step_by(SECTOR) {
@@ -146,8 +150,18 @@ pub fn replayed(bytes: &[u8], at: usize, length: usize, guid: &[u8]) -> Result<V
         return Err(format!("the file of {} bytes was cut off", bytes.len()));
     }
     let last = le64(&head.bytes, 56) as usize;
+    if last > LONGEST {
+        return Err(format!("the file would have {last} bytes"));
+    }
     let mut file = bytes.to_vec();
     for change in best.iter().flat_map(|found| found.changes().unwrap()) {
+        let end = match &change {
+            Change::Page(place, _) => place.saturating_add(SECTOR),
+            Change::Zero(place, length) => place.saturating_add(*length),
+        };
+        if end > LONGEST {
+            return Err(format!("the log changes byte {end}"));
+        }
         let (place, page) = match change {
             Change::Page(place, page) => (place, page),
             Change::Zero(place, length) => (place, vec![0; length]),

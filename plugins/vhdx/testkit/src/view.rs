@@ -41,6 +41,9 @@ fn sequence(bytes: &[u8], at: usize) -> Option<u64> {
 impl<'a> View<'a> {
     /// Read an image; an error says what makes it none.
     pub fn read(bytes: &'a [u8]) -> Result<Self, String> {
+        if bytes.len() < MIB {
+            return Err("no header section".into());
+        }
         let numbers = [64 << 10, 128 << 10].map(|at| sequence(bytes, at));
         let header = match numbers {
             [None, None] => return Err("no header".into()),
@@ -57,25 +60,31 @@ impl<'a> View<'a> {
         });
         let table = table.ok_or("no region table")?;
         let region = |guid: [u8; 16]| {
-            let mut entries = (0..le32(&bytes, table + 8)).map(|index| table + 16 + index * 32);
-            entries.find(|at| bytes[*at..at + 16] == guid).map(|at| le64(&bytes, at + 16) as usize)
+            let mut entries = (0..le32(&bytes, table + 8).min(2047)).map(|index| table + 16 + index * 32);
+            entries.find(|at| bytes.get(*at..at + 16) == Some(&guid)).map(|at| le64(&bytes, at + 16) as usize)
         };
-        let metadata = region(METADATA).ok_or("no metadata")?;
+        let metadata = region(METADATA).filter(|at| *at < bytes.len()).ok_or("no metadata")?;
         let item = |first: u8| {
             let mut entries = (0..le16(&bytes, metadata + 10)).map(|index| metadata + 32 + index * 32);
-            entries.find(|at| bytes[*at] == first).map(|at| (metadata + le32(&bytes, at + 16), le32(&bytes, at + 20)))
+            entries
+                .find(|at| bytes.get(*at) == Some(&first))
+                .map(|at| (metadata + le32(&bytes, at + 16), le32(&bytes, at + 20)))
         };
         let parameters = item(0x37).ok_or("no file parameters")?.0;
         let (block, flags) = (le32(&bytes, parameters), le32(&bytes, parameters + 4));
         let size = le64(&bytes, item(0x24).ok_or("no size")?.0) as usize;
         let sector = le32(&bytes, item(0x1d).ok_or("no sector")?.0);
+        let known = [512, 4096].contains(&sector) && block.is_power_of_two() && (MIB..=256 * MIB).contains(&block);
+        if !known || size == 0 || size > 64 << 30 {
+            return Err(format!("{size} bytes in blocks of {block} and sectors of {sector}"));
+        }
         let kind = match flags {
             0 => Kind::Dynamic,
             1 => Kind::Fixed,
             _ => Kind::Differencing,
         };
         let locator = item(0x2d).filter(|_| kind == Kind::Differencing);
-        let place = region(BAT).ok_or("no table")?;
+        let place = region(BAT).filter(|at| *at < bytes.len()).ok_or("no table")?;
         let (ratio, blocks) = ((1 << 23) * sector / block, size.div_ceil(block));
         let count = match kind {
             Kind::Differencing => blocks.div_ceil(ratio) * (ratio + 1),
@@ -142,6 +151,7 @@ impl<'a> View<'a> {
 
     /// Why the image is not consistent: lost space does not count.
     pub fn fault(&self) -> Option<String> {
+        let end_of = |(at, length, _): (usize, usize, &str)| at.saturating_add(length);
         let header = self.header;
         let mut used =
             vec![(0, MIB, "headers"), (le64(&self.bytes, header + 72) as usize, le32(&self.bytes, header + 68), "log")];
@@ -167,11 +177,11 @@ impl<'a> View<'a> {
             return Some(format!("block {block} has no bitmap"));
         }
         used.sort_unstable();
-        if let Some(pair) = used.windows(2).find(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+        if let Some(pair) = used.windows(2).find(|pair| end_of(pair[0]) > pair[1].0) {
             return Some(format!("{pair:?} overlap"));
         }
         let end = self.bytes.len();
-        used.last().filter(|last| last.0 + last.1 > end).map(|last| format!("{last:?} goes past the end at {end}"))
+        used.last().filter(|last| end_of(**last) > end).map(|last| format!("{last:?} goes past the end at {end}"))
     }
 
     /// Whether the log is to be replayed.
