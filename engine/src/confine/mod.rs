@@ -113,6 +113,7 @@ impl Confinement {
     /// When `look` does.
     pub fn in_confined_thread<T: Send>(look: impl Fn() -> T + Send + Sync) -> T {
         let confined = || {
+            settle_memory();
             // Best effort, as for a process.
             let _ = paths::restrict(&Reach::default());
             let _ = filter::apply(Work::LookInThread, &[], filter::Threads::This);
@@ -123,6 +124,14 @@ impl Confinement {
             Err(_) => look(),
         })
     }
+}
+
+/// Have the C library give memory of this thread back once. The first time, glibc reads a file to find out how
+/// (`/proc/sys/vm/overcommit_memory`, in `check_may_shrink_heap`), which a thread that looks at an image cannot do any more.
+fn settle_memory() {
+    // More than what it keeps (128 KiB), in pieces that it does not map one by one.
+    let pieces: Vec<Vec<u8>> = (0..8).map(|_| vec![1; 64 << 10]).collect();
+    drop(std::hint::black_box(pieces));
 }
 
 impl fmt::Display for Confinement {
