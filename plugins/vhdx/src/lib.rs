@@ -1,0 +1,56 @@
+//! The vhdx plugin: its host half, and the bytes of its guest half.
+
+mod create;
+mod facts;
+mod parent;
+mod verdict;
+
+use instar_plugin_api::{
+    export_plugin, BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, FormatPlugin, GuestModule, ImageFacts,
+    ImageReader, PluginError, Role, Verdict,
+};
+
+static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vhdx-module.elf"));
+
+/// The plugin.
+pub struct Vhdx;
+
+impl FormatPlugin for Vhdx {
+    const NAME: &'static str = "vhdx";
+    const DESCRIPTION: &'static str = "VHDX: disk image of Hyper-V, AVHDX: its checkpoints";
+    const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+    const ALIASES: &'static [&'static str] = &["avhdx"];
+    const EXTENSIONS: &'static [&'static str] = &["vhdx", "avhdx"];
+    const CAN_CREATE: bool = true;
+    const CREATE_OPTIONS: &'static [(&'static str, &'static str)] = create::OPTIONS;
+
+    fn probe(image: &ImageReader<'_>) -> Result<u32, PluginError> {
+        facts::probe(image)
+    }
+
+    fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
+        facts::read(image)
+    }
+
+    fn verdict(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
+        verdict::give(role, own, context)
+    }
+
+    fn notes(_: &ImageReader<'_>, facts: &ImageFacts) -> Result<Vec<String>, PluginError> {
+        Ok(verdict::notes(facts))
+    }
+
+    fn guest_module() -> GuestModule {
+        GuestModule::source_and_sink(GUEST_MODULE)
+    }
+
+    fn create(spec: &CreateSpec) -> Result<CreatedImage, PluginError> {
+        create::create(spec)
+    }
+
+    fn measure(spec: &CreateSpec, _: &[BitmapFacts]) -> Result<Footprint, PluginError> {
+        create::measure(spec)
+    }
+}
+
+export_plugin!(Vhdx);
