@@ -18,8 +18,6 @@ pub enum Foreign {
 const MARKS: &[(usize, &[u8], Foreign)] = &[
     // "VDI Core", VirtualBox's signature word after its text of 64 bytes.
     (64, b"\x7f\x10\xda\xbe", Foreign::Image("VDI")),
-    // [MS-VHDX] 2.2.1, File Type Identifier.
-    (0, b"vhdxfile", Foreign::Image("VHDX")),
     // QEMU, docs/interop/qed_spec.txt, "Header".
     (0, b"QED\0", Foreign::Image("QED")),
     (0, b"QFI\xfb\0\0\0\x01", Foreign::Image("qcow (version 1)")),
@@ -91,8 +89,8 @@ mod tests {
     fn marks_are_told_by_their_place() {
         let of = |bytes: Vec<u8>| Foreign::of(&Bytes(bytes));
         assert_eq!(of(Vec::new()), Some(Foreign::Empty));
-        assert_eq!(of(b"vhdxfile".to_vec()), Some(Foreign::Image("VHDX")));
-        assert_eq!(of(b"vhdxfil".to_vec()), None, "a mark that is cut off is none");
+        assert_eq!(of(b"WithoutFreeSpace".to_vec()), Some(Foreign::Image("Parallels")));
+        assert_eq!(of(b"WithoutFreeSpac".to_vec()), None, "a mark that is cut off is none");
         assert_eq!(of(vec![0; 100]), None);
         let mut vdi = b"<<< Oracle VM VirtualBox Disk Image >>>\n".to_vec();
         vdi.resize(64, 0);

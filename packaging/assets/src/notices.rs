@@ -15,12 +15,14 @@ const SHIPPED: &[&str] = &[
     "instar-plugin-qcow2",
     "instar-plugin-raw",
     "instar-plugin-vdi",
+    "instar-plugin-vhdx",
     "instar-plugin-vmdk",
     "instar-plugin-vpc",
     "instar-qcow2-driver",
     "instar-raw-driver",
     "instar-vdi-driver",
     "instar-vhd-driver",
+    "instar-vhdx-driver",
     "instar-vmdk-driver",
 ];
 const INTRODUCTION: &str = "\
