@@ -14,6 +14,7 @@ pub mod operations;
 pub mod parsers;
 pub mod vdi;
 pub mod vhd;
+pub mod vhdx;
 pub mod vmdk;
 
 use instar_guest_sdk::random::Random;
@@ -74,6 +75,7 @@ pub fn targets() -> Vec<Target> {
         Target::new("vdi-format", vdi::header, vdi::header_seeds, 4096),
         Target::new("vmdk-format", vmdk::header, vmdk::header_seeds, 4096),
         Target::new("vhd-format", vhd::header, vhd::header_seeds, 4096),
+        Target::new("vhdx-format", vhdx::parts, vhdx::part_seeds, 16 << 10),
         Target::new("host", host::host, host::seeds, 4096),
         Target::new("elf", engine::elf, engine::elf_seeds, engine::ELF_BYTES),
         Target::new("messages", engine::messages, engine::message_seeds, 2048),
