@@ -262,7 +262,16 @@ def much_data(directory) -> Case:
     return Case("much data, by several threads", directory, "top", "base")
 
 
-CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, chain, much_data]
+def into_vhdx(directory) -> Case:
+    """Blocks that are there and new ones, by the log, and growth."""
+    support.create(directory / "base", 4 * MIB, fmt="vhdx", block_size="1M")
+    scribble(directory / "base", 8, "vhdx", 2 * MIB, count=2)
+    support.create(directory / "top", 9 * MIB, backing="base", backing_fmt="vhdx", cwd=directory)
+    scribble(directory / "top", 9, "qcow2", 9 * MIB)
+    return Case("qcow2 into vhdx, which grows", directory, "top", "base", args=["--resize-backing"], base_fmt="vhdx")
+
+
+CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, into_vhdx, chain, much_data]
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "target" / "mutations"
-DRIVERS = ["qcow2", "vdi", "vhd", "vmdk", "raw"]
+DRIVERS = ["qcow2", "vdi", "vhd", "vhdx", "vmdk", "raw"]
 # Compiling fast counts, and running not less.
 ENVIRONMENT = {
     "CARGO_TARGET_DIR": str(COPY / "target"), "CARGO_PROFILE_RELEASE_LTO": "off",
@@ -92,6 +92,14 @@ SWAPS = [
         ("        if free != overhead {\n", "        if length < self.image.file_length {\n"
          "            io.run(&mut [Request::set_length(device, length), Request::flush(device)])?;\n        }\n"
          "        if free != overhead {\n"),
+    ]),
+    Mutation("swap: an entry of the log after its updates", driver("vhdx", "journal.rs"), [
+        ("        out.write(io, header.log_offset + u64::from(entry.at), &bytes)?;\n        out.barrier(io)?;\n        if self.sequence == 1 {\n            image.update_header(io, out, |header| header.log_guid = guid)?;\n        }\n", "        let place = header.log_offset + u64::from(entry.at);\n"),
+        ("        batch.submit_to(io, out)\n", "        batch.submit_to(io, out)?;\n        out.write(io, place, &bytes)?;\n        out.barrier(io)?;\n        if self.sequence == 1 {\n            image.update_header(io, out, |header| header.log_guid = guid)?;\n        }\n        Ok(())\n"),
+    ]),
+    Mutation("swap: the file cut while the log counts", driver("vhdx", "empty.rs"), [
+        ("        journal.close(io, self, &mut out, file_write.next_file_write())?;\n        self.give_back(io, &mut out, end)?;\n",
+         "        self.give_back(io, &mut out, end)?;\n        journal.close(io, self, &mut out, file_write.next_file_write())?;\n"),
     ]),
     Mutation("swap: entries of new blocks before their data", driver("vhd", "sparse_sink.rs"), [
         ("        group.data.submit_to(io, &mut self.out)?;\n        if allocated && !self.image.fixed_length {\n", "        if allocated && !self.image.fixed_length {\n"),

@@ -70,7 +70,8 @@ def much_data(directory) -> faults.Case:
     return faults.Case("much data over a snapshot", directory, "top", "base")
 
 
-CASES = [much_data, faults.qcow2_with_snapshot, faults.into_raw, faults.vmdk, faults.delta, faults.into_vpc]
+CASES = [much_data, faults.qcow2_with_snapshot, faults.into_raw, faults.vmdk, faults.delta, faults.into_vpc,
+         faults.into_vhdx]
 
 
 class Lab:
