@@ -6,8 +6,9 @@ use instar_guest_sdk::conformance::{verify, verify_drawn, verify_images, Bed, Re
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_vhdx_testkit::{build, Kind, Kit, Linkage, Log, Spec, MIB};
 
-/// A block that the disk does not fill: files have several MiB all the same, and each state is a copy of them.
-const SIZE: usize = MIB - 8192;
+/// A block that the disk does not fill, by far: the harness's own images have a run for every few sectors. Files have several MiB
+/// all the same, and each state is a copy of them.
+const SIZE: usize = 18 * 4096;
 const CRASHES: Crashes = Crashes { drawn: 1, seed: 1 };
 
 fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
@@ -20,7 +21,7 @@ fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
 fn conforms(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) {
     let report = verify(&Bed { overlay: &Kit, backing: &Kit, files: files(overlay, backing, ancestor) }, CRASHES);
     println!("{report:?}");
-    assert!(report.committed == 1 && report.states > 30, "{report:?}");
+    assert!(report.committed == 1 && report.states > 20, "{report:?}");
 }
 
 /// The same, and either of them with the sectors of the harness.
@@ -32,7 +33,7 @@ fn each_conforms(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Rep
 
 fn overlay() -> Spec {
     let spec = Spec { id: 7, parent: [5; 16], ..Spec::new(Kind::Differencing, SIZE) };
-    spec.with([(0, 3, 0x21), (30, 20, 0x22), (1040, 20, 0x23), (2031, 1, 0x24)])
+    spec.with([(0, 3, 0x21), (30, 20, 0x22), (100, 20, 0x23), (143, 1, 0x24)])
 }
 
 fn backing() -> Spec {
@@ -40,7 +41,7 @@ fn backing() -> Spec {
 }
 
 fn ancestor() -> Spec {
-    Spec { id: 4, ..Spec::new(Kind::Dynamic, SIZE) }.with([(0, 1100, 0x66), (2000, 32, 0x67)])
+    Spec { id: 4, ..Spec::new(Kind::Dynamic, SIZE) }.with([(0, 110, 0x66), (130, 14, 0x67)])
 }
 
 #[test]
@@ -53,7 +54,7 @@ fn sectors_into_a_block_that_is_partially_there() {
 fn sectors_into_a_block_that_is_not_there() {
     conforms(&overlay(), &Spec { runs: vec![], ..backing() }, Some(&ancestor()));
     // Another block has made the bitmap, and nobody has looked after the bits of this one.
-    let size = 2 * MIB - 8192;
+    let size = MIB + SIZE;
     let base = Spec { garbage: 0x99, gap: 1, size, ..Spec { runs: vec![(2050, 9, 0x44)], ..backing() } };
     conforms(&Spec { linkage: Linkage::Alone, size, ..overlay() }, &base, None);
 }
@@ -95,8 +96,8 @@ fn linkages_that_could_be_torn() {
 #[test]
 fn large_logical_sectors() {
     let large = |spec: Spec| Spec { sector: 4096, ..spec };
-    let top = large(Spec { runs: vec![(0, 3, 0x21), (250, 4, 0x22)], ..overlay() });
-    let base = large(Spec { runs: vec![(1, 1, 0x43), (16, 16, 0x44)], ..backing() });
+    let top = large(Spec { runs: vec![(0, 3, 0x21), (10, 4, 0x22)], ..overlay() });
+    let base = large(Spec { runs: vec![(1, 1, 0x43), (5, 6, 0x44)], ..backing() });
     let report = each_conforms(&top, &base, None);
     assert!(report.committed == 3, "{report:?}");
 }
@@ -104,15 +105,14 @@ fn large_logical_sectors() {
 #[test]
 fn disks_that_grow() {
     let top = Spec { size: 2 * MIB, ..overlay() }.with([(2100, 9, 0x31)]);
-    let base = Spec { garbage: 0x99, ..Spec::new(Kind::Dynamic, SIZE) }.with([(1, 1, 0x43), (1000, 4, 0x44)]);
+    let base = Spec { garbage: 0x99, ..Spec::new(Kind::Dynamic, SIZE) }.with([(1, 1, 0x43), (100, 4, 0x44)]);
     conforms(&top, &base, None);
-    let report = each_conforms(&Spec { runs: vec![], ..top }, &Spec { log: Log::Pending, ..base }, None);
-    assert!(report.committed >= 2, "{report:?}");
+    conforms(&Spec { runs: vec![], ..top }, &Spec { log: Log::Pending, ..base }, None);
 }
 
 #[test]
 fn drawn_images() {
-    let report = verify_drawn(&Kit, 0..3, Crashes { drawn: 0, seed: 1 });
+    let report = verify_drawn(&Kit, 0..4, Crashes { drawn: 0, seed: 1 });
     println!("{report:?}");
-    assert!(report.committed > 4 && report.states > 100, "{report:?}");
+    assert!(report.committed > 5 && report.states > 100, "{report:?}");
 }

@@ -47,7 +47,7 @@ impl ImageKit for Kit {
 
 impl Builder for Kit {
     fn cluster(&self) -> u64 {
-        1 << 18
+        8192
     }
 
     /// Sectors of either size, logs of all kinds, a table behind the blocks, gaps, and whatever the seed says. A block whose
