@@ -21,7 +21,7 @@ fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
 fn conforms(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) {
     let report = verify(&Bed { overlay: &Kit, backing: &Kit, files: files(overlay, backing, ancestor) }, CRASHES);
     println!("{report:?}");
-    assert!(report.committed == 1 && report.states > 20, "{report:?}");
+    assert!(report.committed == 1 && report.states >= 15, "{report:?}");
 }
 
 /// The same, and either of them with the sectors of the harness.
