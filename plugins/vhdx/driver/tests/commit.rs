@@ -181,3 +181,19 @@ fn more_than_fits_into_an_entry() {
         assert_linked(&io.files, OVERLAY);
     }
 }
+
+/// The bits of a block of 32 MiB fill two pages. Before the block was there, both held something that meant nothing.
+#[test]
+fn bits_of_pieces_that_nothing_arrives_in_are_set_anew() {
+    let (size, block) = (48 * MIB, 32 * MIB);
+    let base =
+        Spec { size, block, garbage: 0x99, ..Spec::new(Kind::Differencing, size) }.with([(size / 512 - 9, 3, 0x43)]);
+    let top = Spec { size, runs: vec![(5, 3, 0x21)], ..top() };
+    let mut before = files(&top, &base);
+    before
+        .insert(ANCESTOR, build(&Spec { id: 4, size, ..Spec::new(Kind::Dynamic, size) }.with([(0, size / 512, 0x66)])));
+    let want = views(&Kit, &before).1;
+    let mut io = MemoryDevices::new(before);
+    run(&Kit, &mut io, EMPTY, u64::MAX).unwrap();
+    assert!(views(&Kit, &io.files) == (want.clone(), want));
+}
