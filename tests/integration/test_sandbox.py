@@ -52,7 +52,7 @@ def files_of(directory):
 # --- both do the same -------------------------------------------------------------------------------------------------
 
 
-def commit_with_each(images, top, base, formats, args, place):
+def commit_with_each(images, top, base, formats, args, place, by_qemu=True):
     """Commits copies with either sandbox and with qemu-img: equal files, and equal content."""
     copies = {name: shutil.copytree(images, place / name) for name in (*SANDBOXES, "qemu")}
     said = {}
@@ -66,8 +66,8 @@ def commit_with_each(images, top, base, formats, args, place):
     assert files_of(copies["kvm"]) == files_of(copies["process"])
     assert files_of(copies["process"])[base] != support.digest(images / base), "nothing was committed"
     top_fmt, base_fmt = formats
-    if base_fmt in ("vpc", "vhdx"):
-        # QEMU lets none grow. What is larger than its backing shows there whole afterwards.
+    if not by_qemu:
+        # What is as large as its backing, or larger, shows there whole afterwards.
         support.assert_same_content(copies["process"] / base, images / top, base_fmt, top_fmt)
     else:
         theirs = ["-b", base] if "-b" in args else []
@@ -100,7 +100,10 @@ def test_every_kind_of_chain_becomes_the_same_files(tmp_path, make):
     for path in case.directory.iterdir():
         if path not in case.files():
             path.unlink()
-    commit_with_each(case.directory, case.top, case.base, (case.top_fmt, case.base_fmt), case.args, tmp_path)
+    # QEMU lets no VHD and no VHDX grow, and writes the table of a delta disk of ESX over its header.
+    by_qemu = make not in (faults.into_vpc, faults.into_vhdx, faults.delta)
+    formats = (case.top_fmt, case.base_fmt)
+    commit_with_each(case.directory, case.top, case.base, formats, case.args, tmp_path, by_qemu)
 
 
 @needs_kvm
