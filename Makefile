@@ -28,6 +28,9 @@ CRASH_DRAWN ?= 10
 # Which pairs `make damage` draws, and how many.
 DAMAGE_SEED ?= 1
 DAMAGE_COUNT ?= 10000
+# What only Rust tests and campaigns use, which build it with another profile.
+TEST_CRATES := instar-fuzz instar-contract-tests instar-test-lab instar-testkit \
+	$(patsubst plugins/%/testkit,instar-%-testkit,$(wildcard plugins/*/testkit))
 
 # `make test-integration tests/integration/test_commit.py`: everything after the goal goes to pytest.
 ifeq (test-integration,$(firstword $(MAKECMDGOALS)))
@@ -45,7 +48,7 @@ help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /
 		awk -F'|' '{ printf "  %-18s %s\n", $$1, $$2 }'
 
 instar: ## build everything: the program, the plugins, the guest modules, the manual pages
-	$(CARGO) build --release --workspace
+	$(CARGO) build --release --workspace $(TEST_CRATES:%=--exclude %)
 	@rm -rf $(ASSETS)
 	@$(dated) target/release/instar-assets $(ASSETS)
 
