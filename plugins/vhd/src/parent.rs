@@ -1,14 +1,8 @@
 //! The parent of a differencing disk: the names that may lead to it, and its identity.
 
-use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{BackingPointer, ImageReader, PluginError};
 use instar_vhd_format::{codes, creators, Footer, Header, Locator, MAX_LOCATOR_BYTES};
 use instar_windows_names as windows;
-
-/// Longest name of a file in bytes (`PATH_MAX` without its end).
-const LONGEST_NAME: usize = 4095;
-/// Other names of a backing pointer, at most.
-const OTHER_NAMES: usize = 16;
 
 /// What is recorded of the parent.
 pub struct Parent {
@@ -47,26 +41,14 @@ pub fn read(image: &ImageReader<'_>, footer: &Footer, header: &Header) -> Result
     names.extend(name.as_deref().and_then(windows::base_name));
     names.extend(absolute.iter().flat_map(|path| windows::candidates(path)));
     names.extend(name.iter().flat_map(|path| windows::candidates(path)));
-    let mut unique: Vec<Vec<u8>> = Vec::new();
-    for name in names.into_iter().map(String::into_bytes).filter(|name| name.len() <= LONGEST_NAME) {
-        if !unique.contains(&name) && unique.len() <= OTHER_NAMES {
-            unique.push(name);
-        }
-    }
     let id = header.parent_id();
     // XenServer puts a disk on a raw parent so (`vhd_parent_raw`). Other programs that leave the ID out say nothing by it.
     let (identity, format) = match (id == [0; 16], footer.creator() == creators::XEN) {
-        (true, true) => (Vec::new(), Some(b"raw".to_vec())),
-        (true, false) => (Vec::new(), Some(b"vpc".to_vec())),
-        (false, _) => (id.to_vec(), Some(b"vpc".to_vec())),
+        (true, true) => (Vec::new(), "raw"),
+        (true, false) => (Vec::new(), "vpc"),
+        (false, _) => (id.to_vec(), "vpc"),
     };
-    let mut unique = unique.into_iter();
-    let pointer = BackingPointer {
-        name: unique.next().unwrap_or_default().into(),
-        other_names: unique.map(Into::into).collect(),
-        format: format.map_or(ROption::RNone, |format| ROption::RSome(format.into())),
-    };
-    Ok(Parent { pointer, identity, recorded })
+    Ok(Parent { pointer: windows::pointer(names, format), identity, recorded })
 }
 
 /// The text of a locator; `None` if it lies outside the file, is too long, or is no text.

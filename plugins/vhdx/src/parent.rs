@@ -1,14 +1,8 @@
 //! The parent of a differencing disk: the names that may lead to it.
 
-use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::BackingPointer;
 use instar_vhdx_format::{keys, Locator};
 use instar_windows_names as windows;
-
-/// Longest name of a file in bytes (`PATH_MAX` without its end).
-const LONGEST_NAME: usize = 4095;
-/// Other names of a backing pointer, at most.
-const OTHER_NAMES: usize = 16;
 
 /// The keys of paths, in the order in which they are to be tried (\[MS-VHDX\] 2.6.2.6.3).
 const PATHS: [&str; 3] = [keys::RELATIVE, keys::VOLUME, keys::ABSOLUTE];
@@ -19,19 +13,8 @@ const PATHS: [&str; 3] = [keys::RELATIVE, keys::VOLUME, keys::ABSOLUTE];
 /// behind the volume is looked for.
 pub fn pointer(locator: &Locator) -> (BackingPointer, Option<String>) {
     let paths: Vec<String> = PATHS.iter().filter_map(|key| locator.value(key)?.text()).collect();
-    let mut unique: Vec<Vec<u8>> = Vec::new();
     let candidates = paths.iter().flat_map(|path| windows::candidates(&without_volume(path)));
-    for name in candidates.map(String::into_bytes).filter(|name| name.len() <= LONGEST_NAME) {
-        if !unique.contains(&name) && unique.len() <= OTHER_NAMES {
-            unique.push(name);
-        }
-    }
-    let mut unique = unique.into_iter();
-    let pointer = BackingPointer {
-        name: unique.next().unwrap_or_default().into(),
-        other_names: unique.map(Into::into).collect(),
-        format: ROption::RSome(b"vhdx".to_vec().into()),
-    };
+    let pointer = windows::pointer(candidates, "vhdx");
     (pointer, paths.into_iter().next())
 }
 

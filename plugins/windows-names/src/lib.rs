@@ -4,6 +4,13 @@
 //! is looked for below the directory of the image that records it, by as much of the path as there is there. Nothing here
 //! knows a format; whether a name may be followed, the engine decides.
 
+use instar_plugin_api::std_types::ROption;
+use instar_plugin_api::BackingPointer;
+
+/// Longest name of a file in bytes (`PATH_MAX` without its end).
+const LONGEST_NAME: usize = 4095;
+/// Other names of a backing pointer, at most.
+const OTHER_NAMES: usize = 16;
 /// Most components of a recorded path that are looked for.
 const COMPONENTS: usize = 3;
 
@@ -53,6 +60,23 @@ pub fn candidates(path: &str) -> Vec<String> {
         }
     }
     unique
+}
+
+/// The pointer to an image of this format that has one of these names, the likeliest first. Each counts once.
+#[must_use]
+pub fn pointer(names: impl IntoIterator<Item = String>, format: &str) -> BackingPointer {
+    let mut unique: Vec<Vec<u8>> = Vec::new();
+    for name in names.into_iter().map(String::into_bytes).filter(|name| name.len() <= LONGEST_NAME) {
+        if !unique.contains(&name) && unique.len() <= OTHER_NAMES {
+            unique.push(name);
+        }
+    }
+    let mut unique = unique.into_iter();
+    BackingPointer {
+        name: unique.next().unwrap_or_default().into(),
+        other_names: unique.map(Into::into).collect(),
+        format: ROption::RSome(format.as_bytes().to_vec().into()),
+    }
 }
 
 /// The last component of a path; `None` if it has none.
