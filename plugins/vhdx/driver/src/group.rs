@@ -27,6 +27,13 @@ pub struct Fresh {
     pub covered: u64,
 }
 
+impl Fresh {
+    /// Whether all of a new block is in the file.
+    pub fn is_whole(&self, image: &Image, block: u64) -> bool {
+        !self.partial || self.covered.saturating_mul(image.layout.sector) >= image.layout.visible(block)
+    }
+}
+
 /// A piece of a block whose bitmap counts.
 #[derive(Debug)]
 pub struct Marked {

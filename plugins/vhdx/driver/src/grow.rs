@@ -11,9 +11,7 @@ use crate::pages::{Pages, PAGE};
 use crate::sink::VhdxSink;
 use alloc::vec;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult};
-use instar_vhdx_format::{
-    ids, Layout, Region, ALIGNMENT, BITMAP_BLOCK, MAX_SIZE, REGION_TABLE_BYTES, REGION_TABLE_OFFSETS,
-};
+use instar_vhdx_format::{ids, Layout, Region, ALIGNMENT, MAX_SIZE, REGION_TABLE_BYTES, REGION_TABLE_OFFSETS};
 
 /// How a disk will grow.
 #[derive(Clone, Copy, Debug)]
@@ -133,6 +131,3 @@ impl VhdxSink {
         Ok(())
     }
 }
-
-/// Bytes of the largest thing besides a block that is allocated.
-const _: () = assert!(BITMAP_BLOCK == ALIGNMENT);

@@ -9,15 +9,6 @@ use instar_guest_sdk::{Batch, BlockIo, DriverResult, OrderedWriter};
 use instar_vhdx_format::{Guid, Header, HEADER_OFFSETS};
 
 impl Image {
-    /// Write the next header over the one that does not count. Not durable yet.
-    fn write_header(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter) -> DriverResult<()> {
-        let headers = &mut self.opened.headers;
-        // Numbers are bounded when an image is opened.
-        headers.current.sequence += 1;
-        headers.slot ^= 1;
-        out.write(io, HEADER_OFFSETS[headers.slot], &headers.current.encode())
-    }
-
     /// Change what the header says, durably.
     ///
     /// # Errors
@@ -28,11 +19,8 @@ impl Image {
         out: &mut OrderedWriter,
         change: impl FnOnce(&mut Header),
     ) -> DriverResult<()> {
-        change(&mut self.opened.headers.current);
-        for _ in 0..2 {
-            self.write_header(io, out)?;
-            out.barrier(io)?;
-        }
+        self.update_one_header(io, out, change)?;
+        self.update_one_header(io, out, |_| ())?;
         self.opened.headers.both = true;
         Ok(())
     }
@@ -47,8 +35,12 @@ impl Image {
         out: &mut OrderedWriter,
         change: impl FnOnce(&mut Header),
     ) -> DriverResult<()> {
-        change(&mut self.opened.headers.current);
-        self.write_header(io, out)?;
+        let headers = &mut self.opened.headers;
+        change(&mut headers.current);
+        // Numbers are bounded when an image is opened.
+        headers.current.sequence += 1;
+        headers.slot ^= 1;
+        out.write(io, HEADER_OFFSETS[headers.slot], &headers.current.encode())?;
         out.barrier(io)
     }
 

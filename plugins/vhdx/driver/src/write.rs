@@ -8,7 +8,6 @@
 //!    added. All of it holds at once, or nothing.
 
 use crate::group::{Group, Marked};
-use crate::image::Image;
 use crate::journal::updates;
 use crate::lookup::Held;
 use crate::pages::Pages;
@@ -16,7 +15,10 @@ use crate::sink::VhdxSink;
 use alloc::collections::BTreeMap;
 use instar_guest_sdk::abi::{ErrorCode, Request};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow};
-use instar_vhdx_format::{Entry, State, BITMAP_BLOCK};
+use instar_vhdx_format::{Entry, State, ALIGNMENT, BITMAP_BLOCK};
+
+/// All that is allocated is whole MiB, so that what comes next begins at one.
+const _: () = assert!(BITMAP_BLOCK.is_multiple_of(ALIGNMENT));
 
 impl VhdxSink {
     /// Take space in the file.
@@ -206,12 +208,5 @@ impl VhdxSink {
         }
         let entry = self.lookup.entry(io, &self.image, block, limit.div_ceil(layout.pieces_per_block()))?;
         Ok(entry.state() == Some(State::NotPresent))
-    }
-}
-
-impl crate::group::Fresh {
-    /// Whether all of a new block is in the file.
-    fn is_whole(&self, image: &Image, block: u64) -> bool {
-        !self.partial || self.covered.saturating_mul(image.layout.sector) >= image.layout.visible(block)
     }
 }
