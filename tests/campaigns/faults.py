@@ -248,13 +248,23 @@ def delta(directory) -> Case:
                 others=["flat", *others])
 
 
-def into_vpc(directory) -> Case:
-    """Blocks that are there and new ones, over the footer at the end, and growth, which moves nothing here."""
-    support.create(directory / "base", 4 * MIB, fmt="vpc", force_size="on")
-    scribble(directory / "base", 8, "vpc", 2 * MIB, count=2)
-    support.create(directory / "top", 9 * MIB, backing="base", backing_fmt="vpc", cwd=directory)
+def growing(directory, fmt, **options) -> Case:
+    """Into an image of another format, into blocks that are there and new ones, and growth."""
+    support.create(directory / "base", 4 * MIB, fmt=fmt, **options)
+    scribble(directory / "base", 8, fmt, 2 * MIB, count=2)
+    support.create(directory / "top", 9 * MIB, backing="base", backing_fmt=fmt, cwd=directory)
     scribble(directory / "top", 9, "qcow2", 9 * MIB)
-    return Case("qcow2 into vpc, which grows", directory, "top", "base", args=["--resize-backing"], base_fmt="vpc")
+    return Case(f"qcow2 into {fmt}, which grows", directory, "top", "base", args=["--resize-backing"], base_fmt=fmt)
+
+
+def into_vpc(directory) -> Case:
+    """New blocks go over the footer at the end; growth moves nothing here."""
+    return growing(directory, "vpc", force_size="on")
+
+
+def into_vhdx(directory) -> Case:
+    """All that is said of new blocks goes by the log."""
+    return growing(directory, "vhdx", block_size="1M")
 
 
 def chain(directory) -> Case:
@@ -274,15 +284,6 @@ def much_data(directory) -> Case:
     support.create(directory / "top", backing="base", cwd=directory)
     support.qemu_io(directory / "top", "write -P 1 1M 3M", "write -P 2 5M 300k", "write -P 3 8M 2M", "write -z 12M 1M")
     return Case("much data, by several threads", directory, "top", "base")
-
-
-def into_vhdx(directory) -> Case:
-    """Blocks that are there and new ones, by the log, and growth."""
-    support.create(directory / "base", 4 * MIB, fmt="vhdx", block_size="1M")
-    scribble(directory / "base", 8, "vhdx", 2 * MIB, count=2)
-    support.create(directory / "top", 9 * MIB, backing="base", backing_fmt="vhdx", cwd=directory)
-    scribble(directory / "top", 9, "qcow2", 9 * MIB)
-    return Case("qcow2 into vhdx, which grows", directory, "top", "base", args=["--resize-backing"], base_fmt="vhdx")
 
 
 CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, into_vhdx, chain, much_data]

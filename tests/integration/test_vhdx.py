@@ -8,51 +8,25 @@ makes sectors 1, 2 and 4 the child's): it is asked about none of these. qemu can
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import struct
 import uuid
 
+import hyper_v
 import pytest
 import pyvhdi
 import support
 import vhdx_bytes
+from hyper_v import by_libvhdi, check
 from support import GIB, KIB, MIB, commit, qemu_img, qemu_io, refuse, run_instar
 from vhdx_bytes import DIFFERENCING, DYNAMIC, FIXED, Maker, View, braces, content
 
 BASE, MIDDLE, TOP = (bytes([n]) * 16 for n in (4, 5, 6))
 RELATIVE = ("relative_path", ".\\base.vhdx")
 SECOND = ("parent_linkage2", braces(vhdx_bytes.NULL))
-
-
-def make(path, *options, size=None, rc=0):
-    args = [path] if size is None else [path, str(size)]
-    result = run_instar("create", "-q", "-f", "vhdx", *options, *args)
-    assert result.rc == rc, str(result)
-    return result
-
-
-def by_qemu(path) -> bytes:
-    """What qemu reads of an image without a parent."""
-    raw = path.with_suffix(".asraw")
-    qemu_img("convert", "-f", "vhdx", "-O", "raw", path, raw)
-    data = raw.read_bytes()
-    raw.unlink()
-    return data
-
-
-def by_libvhdi(*chain) -> bytes:
-    """What libvhdi reads of a chain, the top-most first."""
-    files = []
-    for path in chain:
-        files.append(pyvhdi.file())
-        files[-1].open(os.fspath(path))
-    for child, parent in zip(files, files[1:], strict=False):
-        child.set_parent(parent)
-    data = files[0].read_buffer(files[0].get_media_size())
-    for file in files:
-        file.close()
-    return data
+make, by_qemu = (functools.partial(function, "vhdx") for function in (hyper_v.make, hyper_v.by_qemu))
 
 
 def random_runs(rng, size, count, sector=512):
@@ -73,12 +47,6 @@ def assert_emptied(path, parent):
     view.assert_sound()
     assert view.held() == 0 and view.linkage() == View(parent).data_write
     assert path.stat().st_size <= 5 * MIB, "header section, log, metadata, table"
-
-
-def check(path, rc=0):
-    result = run_instar("check", "--output", "json", path)
-    assert result.rc == rc, str(result)
-    return result.json
 
 
 @pytest.mark.parametrize("size", [512, MIB, 50 * MIB + 512, 300 * GIB])

@@ -8,50 +8,24 @@ all bits behind a set one of the same byte for set: it is asked about runs of wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import shutil
 
+import hyper_v
 import pytest
 import pyvhdi
 import support
 import vhd_bytes
 from FATtools import vhdutils
+from hyper_v import by_libvhdi, check
 from support import GIB, KIB, MIB, commit, qemu_img, qemu_io, refuse, run_instar
 from vhd_bytes import DIFFERENCING, DYNAMIC, FIXED, SECTOR, Maker, View, content
 
 BASE, MIDDLE, TOP = (bytes([n]) * 16 for n in (4, 5, 6))
 RELATIVE = (b"W2ru", ".\\base.vhd".encode("utf-16-le"))
-
-
-def make(path, *options, size=None, rc=0):
-    args = [path] if size is None else [path, str(size)]
-    result = run_instar("create", "-q", "-f", "vpc", *options, *args)
-    assert result.rc == rc, str(result)
-    return result
-
-
-def by_qemu(path) -> bytes:
-    """What qemu reads of a fixed or dynamic image."""
-    raw = path.with_suffix(".asraw")
-    qemu_img("convert", "-f", "vpc", "-O", "raw", path, raw)
-    data = raw.read_bytes()
-    raw.unlink()
-    return data
-
-
-def by_libvhdi(*chain) -> bytes:
-    """What libvhdi reads of a chain, the top-most first."""
-    files = []
-    for path in chain:
-        files.append(pyvhdi.file())
-        files[-1].open(os.fspath(path))
-    for child, parent in zip(files, files[1:], strict=False):
-        child.set_parent(parent)
-    data = files[0].read_buffer(files[0].get_media_size())
-    for file in files:
-        file.close()
-    return data
+make, by_qemu = (functools.partial(function, "vpc") for function in (hyper_v.make, hyper_v.by_qemu))
 
 
 @contextlib.contextmanager
@@ -97,12 +71,6 @@ def assert_emptied(path):
     assert view.held() == 0
     # Footer, header, names, table, and for XenServer's the batmap: nothing else is left.
     assert path.stat().st_size < 64 * KIB
-
-
-def check(path, rc=0):
-    result = run_instar("check", "--output", "json", path)
-    assert result.rc == rc, str(result)
-    return result.json
 
 
 @pytest.mark.parametrize("size", [SECTOR, MIB, 50 * MIB + SECTOR, 300 * GIB])
