@@ -6,7 +6,11 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
+
+/// The bytes of a file that stand for permissions: nobody locks one for another reason.
+pub const LOCKED: RangeInclusive<u64> = 100..=203;
 
 const USED: i64 = 100;
 const UNSHARED: i64 = 200;
@@ -46,12 +50,18 @@ pub fn lock_read_only(file: &File) -> Result<(), LockError> {
     lock(file, &[CONSISTENT_READ], &[WRITE, RESIZE])
 }
 
+/// Whether somebody else uses a file, in whatever way. A file system without such locks says no.
+#[must_use]
+pub fn is_locked(file: &File) -> bool {
+    fcntl(file, libc::F_OFD_GETLK, libc::F_WRLCK, USED, UNSHARED + RESIZE.0 + 1 - USED).unwrap_or(false)
+}
+
 fn lock(file: &File, used: &[(i64, &'static str)], unshared: &[(i64, &'static str)]) -> Result<(), LockError> {
     let result = try_lock(file, used, unshared);
     if result.is_err() {
         // Who waits and tries again must not be in the way of another one that does the same.
         for byte in bytes(used, unshared) {
-            let _ = fcntl(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte);
+            let _ = fcntl(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte, 1);
         }
     }
     result
@@ -67,14 +77,14 @@ fn bytes<'p>(
 
 fn try_lock(file: &File, used: &[(i64, &'static str)], unshared: &[(i64, &'static str)]) -> Result<(), LockError> {
     for byte in bytes(used, unshared) {
-        match fcntl(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
+        match fcntl(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte, 1) {
             Ok(_) => {}
             Err(error) if is_unsupported(&error) => return Ok(()),
             Err(error) => return Err(LockError::Failed(byte, error)),
         }
     }
     // Only after our own locks stand, as QEMU does it: of two that start at once, at least one sees the other.
-    let taken = |byte| fcntl(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte).map_err(|e| LockError::Failed(byte, e));
+    let taken = |byte| fcntl(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte, 1).map_err(|e| LockError::Failed(byte, e));
     for &(permission, name) in used {
         if taken(UNSHARED + permission)? {
             return Err(LockError::Needed(name));
@@ -93,14 +103,14 @@ fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK))
 }
 
-/// Take a lock on one byte, or ask whether somebody's lock is in the way of it.
-fn fcntl(file: &File, command: libc::c_int, kind: libc::c_int, byte: i64) -> io::Result<bool> {
+/// Take a lock on `length` bytes from `first`, or ask whether somebody's lock is in the way of it.
+fn fcntl(file: &File, command: libc::c_int, kind: libc::c_int, first: i64, length: i64) -> io::Result<bool> {
     // SAFETY: all-zero bytes are a valid `flock`.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
     lock.l_whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default();
-    lock.l_start = byte;
-    lock.l_len = 1;
+    lock.l_start = first;
+    lock.l_len = length;
     // SAFETY: `lock` is a valid `flock` that outlives the call.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
     if result != 0 {

@@ -1,12 +1,17 @@
 //! Which process uses an image, for the message about one that is in use.
 //!
 //! QEMU's locks belong to open file descriptions: the kernel does not say whose they are. A process that is confined cannot
-//! look for their holders, so that the search is made before, and only if the kernel's list of locks has one on a file that
-//! may be an image of the command: what no process has locked costs one read of `/proc/locks`. It is best effort: of another
-//! user's processes, nothing can be seen.
+//! look for their holders, so that the search is made before. It is best effort: of another user's processes, nothing can be
+//! seen.
+//!
+//! The search reads the kernel's list of locks, which makes every processor pass through the scheduler first (`file_rwsem` of
+//! `fs/locks.c`): more than ten milliseconds, several times what a small commit takes. So the files themselves are asked
+//! before, as long as they are few, and nothing is searched if none of them is locked.
 
+use crate::devices::lock::{is_locked, LOCKED};
 use crate::escape::escape_bytes;
 use crate::lookup::Identity;
+use rustix::fs::{FileType, Mode, OFlags, Stat};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -14,10 +19,10 @@ use std::os::unix::fs::DirEntryExt;
 use std::path::Path;
 use std::sync::OnceLock;
 
-/// The bytes of a file that QEMU locks (see [`lock`](crate::devices::lock)): the first, and the last.
-const LOCKED: (u64, u64) = (100, 203);
 /// Most names of a directory that are compared with the list of locks.
 const MOST_NAMES: usize = 10_000;
+/// Most files that are asked whether they are locked. Each takes some microseconds; of more, the list is read.
+const MOST_ASKED: usize = 64;
 
 /// A process that has a file open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,9 +38,12 @@ static USERS: OnceLock<Vec<User>> = OnceLock::new();
 /// Find out who uses these files, and those of these directories, which somebody has locked. Once, before the process is
 /// confined.
 pub(super) fn remember_users<'p>(
-    files: impl IntoIterator<Item = &'p Path>,
-    directories: impl IntoIterator<Item = &'p Path>,
+    files: impl IntoIterator<Item = &'p Path> + Clone,
+    directories: impl IntoIterator<Item = &'p Path> + Clone,
 ) {
+    if !may_be_locked(files.clone(), directories.clone()) {
+        return;
+    }
     let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
     let locked: HashSet<u64> = locks.lines().filter_map(locked_inode).collect();
     if locked.is_empty() {
@@ -48,8 +56,7 @@ pub(super) fn remember_users<'p>(
         wanted.extend(stat.map(|stat| Identity::of(&stat)));
     };
     files.into_iter().for_each(&mut want);
-    let names = directories.into_iter().filter_map(|directory| fs::read_dir(directory).ok());
-    for entry in names.flat_map(|names| names.flatten().take(MOST_NAMES)) {
+    for entry in names_of(directories) {
         if locked.contains(&entry.ino()) || entry.file_type().is_ok_and(|kind| kind.is_symlink()) {
             want(&entry.path());
         }
@@ -57,6 +64,43 @@ pub(super) fn remember_users<'p>(
     if !wanted.is_empty() {
         let _ = USERS.set(users_of(&wanted));
     }
+}
+
+/// Whether one of these files, or of those in these directories, is locked, or cannot be asked.
+fn may_be_locked<'p>(
+    files: impl IntoIterator<Item = &'p Path>,
+    directories: impl IntoIterator<Item = &'p Path>,
+) -> bool {
+    let beside = names_of(directories).map(|entry| entry.path());
+    let mut asked = 0;
+    files.into_iter().map(Path::to_owned).chain(beside).any(|path| match rustix::fs::stat(&path) {
+        Ok(stat) => {
+            asked += 1;
+            asked > MOST_ASKED || ask(&path, &stat)
+        }
+        Err(_) => false,
+    })
+}
+
+/// Whether a file is locked. Only what is regular is opened to be asked: that of a device can have an effect.
+fn ask(path: &Path, stat: &Stat) -> bool {
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => {
+            // Without waiting, for a lease that somebody has on it.
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            // Who may not read a file cannot use it for a command, either.
+            rustix::fs::open(path, flags, Mode::empty()).is_ok_and(|file| is_locked(&File::from(file)))
+        }
+        FileType::BlockDevice => true,
+        _ => false,
+    }
+}
+
+/// The names in these directories.
+fn names_of<'p>(directories: impl IntoIterator<Item = &'p Path>) -> impl Iterator<Item = fs::DirEntry> {
+    let names = directories.into_iter().filter_map(|directory| fs::read_dir(directory).ok());
+    let names: Vec<_> = names.collect();
+    names.into_iter().flat_map(|names| names.flatten().take(MOST_NAMES))
 }
 
 /// The process that has this file open, other than this one, if it was [remembered](remember_users): its name and number.
@@ -76,7 +120,7 @@ fn locked_inode(line: &str) -> Option<u64> {
     }
     let start: u64 = start.parse().ok()?;
     let end: u64 = if end == "EOF" { u64::MAX } else { end.parse().ok()? };
-    if end < LOCKED.0 || start > LOCKED.1 {
+    if end < *LOCKED.start() || start > *LOCKED.end() {
         return None;
     }
     file.rsplit(':').next()?.parse().ok()
@@ -123,6 +167,30 @@ mod tests {
         ] {
             assert_eq!(locked_inode(line), inode, "{line}");
         }
+    }
+
+    #[test]
+    fn only_a_locked_file_is_worth_a_search() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, "x").unwrap();
+            path
+        };
+        let (named, base) = (write("named"), write("base"));
+        std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
+        let worth = || may_be_locked([named.as_path()], [dir.path()]);
+        assert!(!worth());
+        for path in [&named, &base] {
+            let user = File::open(path).unwrap();
+            crate::devices::lock::lock_read_only(&user).unwrap();
+            assert!(worth(), "{path:?}");
+        }
+        assert!(!worth());
+        for number in 0..MOST_ASKED {
+            write(&number.to_string());
+        }
+        assert!(worth());
     }
 
     #[test]
