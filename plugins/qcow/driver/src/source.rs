@@ -1,0 +1,216 @@
+//! The source role: what an image holds, decoding it, emptying it, and a report.
+
+use crate::decode::ClusterReader;
+use crate::image::Image;
+use crate::survey::{survey, verified};
+use crate::window::Window;
+use core::ops::Range;
+use instar_guest_sdk::abi::{CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageInfo, Request};
+use instar_guest_sdk::{overflow, BlockIo, Content, DriverError, DriverResult, Extent, Extents, OrderedWriter, Source};
+use instar_qcow_format::{Entry, ENTRY_BYTES};
+
+/// What a check says at most before it stops: one table that many entries name is wrong with each of them.
+const MOST_FINDINGS: u64 = 100;
+
+/// A qcow that data comes from.
+#[derive(Debug)]
+pub struct QcowSource {
+    image: Image,
+    l1: Window,
+    l2: Window,
+    reader: ClusterReader,
+    held: u64,
+}
+
+impl QcowSource {
+    pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
+        let window = || Window::new(device.cache_bytes / 2);
+        Self { image, l1: window(), l2: window(), reader: ClusterReader::default(), held: 0 }
+    }
+
+    /// The extent of a cluster that the image holds, whose entry stands at byte `at` of the file.
+    fn extent(&self, cluster: u64, entry: Entry) -> Option<Extent> {
+        let start = cluster * self.image.header.cluster_size();
+        let length = self.image.header.cluster_size().min(self.image.header.virtual_size() - start);
+        let content = match entry {
+            Entry::Free => return None,
+            Entry::Data(offset) => Content::Data { device: self.image.device, offset },
+            Entry::Compressed { .. } => Content::Encoded { location: entry.encode(self.image.header.cluster_bits) },
+        };
+        Some(Extent { guest_offset: start, length, content })
+    }
+
+    /// The clusters of one table, from guest byte `at` to `end`. Returns where to go on: before `end` if there is no room.
+    fn table_extents(
+        &mut self,
+        io: &mut dyn BlockIo,
+        table: u64,
+        (mut at, end): (u64, u64),
+        out: &mut Extents,
+    ) -> DriverResult<u64> {
+        let size = self.image.header.cluster_size();
+        let first = self.image.l2_place(table, at / size);
+        let stop = first.saturating_add((end - at).div_ceil(size) * ENTRY_BYTES);
+        let mut before = 0;
+        while at < end {
+            let place = self.image.l2_place(table, at / size);
+            let number = self.l2.get(io, &self.image, place, stop)?;
+            if number == 0 {
+                at = at.saturating_add(self.l2.zeroes(place).saturating_mul(size));
+                continue;
+            }
+            let entry = self.image.entry(number).map_err(|text| self.image.corrupt(place, text))?;
+            if number == before && matches!(entry, Entry::Data(_)) {
+                return Err(self.image.corrupt(place, "an L2 entry points to the same place as the one before it"));
+            }
+            before = number;
+            if self.extent(at / size, entry).is_some_and(|extent| !out.push(extent)) {
+                return Ok(at);
+            }
+            at = at.saturating_add(size);
+        }
+        Ok(at.min(end))
+    }
+
+    /// Make every L1 entry 0, where it is not, and that durable.
+    fn free_all(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter) -> DriverResult<()> {
+        let Range { start: mut at, end } = self.image.header.l1_range();
+        while at < end {
+            let number = self.l1.get(io, &self.image, at, end)?;
+            let next = at + self.l1.zeroes(at).saturating_mul(ENTRY_BYTES);
+            let mut run = at;
+            while number != 0 && run < end && self.l1.get(io, &self.image, run, end)? != 0 {
+                run += ENTRY_BYTES;
+            }
+            if run > at {
+                out.zero(io, at, run - at)?;
+            }
+            at = next.max(run);
+        }
+        out.barrier(io)
+    }
+}
+
+impl Source for QcowSource {
+    fn info(&self) -> ImageInfo {
+        self.image.info()
+    }
+
+    fn verify(&mut self, io: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
+        let found = verified(io, &self.image)?;
+        self.held = found.held;
+        Ok(found.held)
+    }
+
+    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
+        let (size, coverage) = (self.image.header.cluster_size(), self.image.header.coverage());
+        let end = range.end.min(self.image.header.virtual_size());
+        let l1_end = self.image.l1_place(end.div_ceil(coverage));
+        let mut at = range.start - range.start % size;
+        let mut before = 0;
+        while at < end {
+            let index = at / coverage;
+            let place = self.image.l1_place(index);
+            let number = self.l1.get(io, &self.image, place, l1_end)?;
+            if number == 0 {
+                at = index.saturating_add(self.l1.zeroes(place)).saturating_mul(coverage);
+                continue;
+            }
+            if number == before {
+                return Err(self.image.corrupt(place, "an L1 entry points to the same table as the one before it"));
+            }
+            before = number;
+            let table = self.image.table(number).map_err(|text| self.image.corrupt(place, text))?;
+            let stop = end.min((index + 1).saturating_mul(coverage));
+            at = self.table_extents(io, table, (at, stop), out)?;
+            if at < stop {
+                return Ok(at);
+            }
+            // What of the last cluster lies behind the range was pushed with it.
+            at = at.next_multiple_of(size);
+        }
+        Ok(at.min(self.image.header.virtual_size()))
+    }
+
+    fn read(
+        &mut self,
+        io: &mut dyn BlockIo,
+        extent: &Extent,
+        guest_offset: u64,
+        buffer: &mut [u8],
+    ) -> DriverResult<()> {
+        let Content::Encoded { location } = extent.content else { return Err(overflow("an encoded extent")) };
+        let entry = self.image.entry(location).map_err(|text| self.image.corrupt(0, text))?;
+        let Entry::Compressed { offset, length } = entry else { return Err(overflow("an encoded extent")) };
+        let start = guest_offset % self.image.header.cluster_size();
+        let start = usize::try_from(start).map_err(|_| overflow("an offset in a cluster"))?;
+        let cluster = self.reader.cluster(io, &self.image, (offset, length))?;
+        let part = start.checked_add(buffer.len()).and_then(|end| cluster.get(start..end));
+        buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a cluster"))?);
+        Ok(())
+    }
+
+    /// Tables and clusters are dropped with the L1 entries, any of them first: all read the same through the backing by now.
+    /// What nothing refers to any more is cut off once that is durable: the other way round, entries would point past the
+    /// end of the file. A crash between the two leaves lost space, which the next run cuts off.
+    fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
+        let mut out = OrderedWriter::new(self.image.device);
+        self.l1.forget();
+        self.free_all(io, &mut out)?;
+        self.l1.forget();
+        self.l2.forget();
+        self.reader.forget();
+        let end = self.image.header.keep_end();
+        if self.image.file_length > end {
+            let (device, tail) = (self.image.device, self.image.file_length - end);
+            // A block device keeps its length: there the space is given back by that.
+            let mut requests = [Request::discard(device, end, tail), Request::set_length(device, end)];
+            out.run(io, &mut requests)?;
+            out.barrier(io)?;
+            self.image.file_length = end;
+        }
+        Ok(core::mem::take(&mut self.held))
+    }
+
+    fn check(
+        &mut self,
+        io: &mut dyn BlockIo,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<CheckSummary> {
+        let (image, mut corruptions) = (&self.image, 0);
+        let surveyed = survey(io, image, &mut |offset, text| {
+            corruptions += 1;
+            finding(FindingKind::Corruption, &text);
+            let error = DriverError::new(ErrorCode::OverlayCorrupt, text).at(image.device, offset);
+            if corruptions < MOST_FINDINGS {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        });
+        let found = match surveyed {
+            Ok(found) => found,
+            Err(_) if corruptions >= MOST_FINDINGS => {
+                finding(FindingKind::Corruption, "the tables are damaged throughout: the rest was not looked at");
+                return Ok(CheckSummary { corruptions, ..CheckSummary::default() });
+            }
+            Err(error) => return Err(error),
+        };
+        if found.beyond > 0 {
+            let text = alloc::format!("{} L2 entries are for clusters past the end of the disk", found.beyond);
+            finding(FindingKind::Leak, &text);
+        }
+        let size = image.header.cluster_size();
+        let unused = image.file_length.saturating_sub(found.top);
+        Ok(CheckSummary {
+            image_end_offset: found.top.min(image.file_length),
+            total_clusters: image.disk_clusters(),
+            allocated_clusters: found.held,
+            fragmented_clusters: found.fragmented,
+            compressed_clusters: found.compressed,
+            corruptions,
+            leaks: found.beyond,
+            unused_tail: unused - unused % size,
+        })
+    }
+}
