@@ -131,7 +131,8 @@ def test_a_base_grows(tmp_path, was, new, packed):
     last = old.size // 4096 * 4096
     qemu_io(base, "write -P 1 0 300k", f"write -P 2 {old.size - 8192} 8192", fmt="qcow")
     if packed:
-        qemu_io(base, f"write -c -P 3 {last} {old.size - last}" if last < old.size else "write -c -P 3 4096 4096", fmt="qcow")
+        at = last if last < old.size else 4096
+        qemu_io(base, f"write -c -P 3 {at} {min(4096, old.size - at)}", fmt="qcow")
     create(top, new, backing="base", backing_fmt="qcow")
     end = support.virtual_size(top)
     qemu_io(top, "write -P 3 100k 1k", f"write -P 4 {end - 70 * KIB} 64k")

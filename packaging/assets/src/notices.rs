@@ -12,12 +12,14 @@ use std::process::Command;
 /// does not show.
 const SHIPPED: &[&str] = &[
     "instar-cli",
+    "instar-plugin-qcow",
     "instar-plugin-qcow2",
     "instar-plugin-raw",
     "instar-plugin-vdi",
     "instar-plugin-vhdx",
     "instar-plugin-vmdk",
     "instar-plugin-vpc",
+    "instar-qcow-driver",
     "instar-qcow2-driver",
     "instar-raw-driver",
     "instar-vdi-driver",
