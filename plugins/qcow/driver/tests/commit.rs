@@ -1,11 +1,14 @@
 //! The commit over in-memory qcow images: content, consistency, and every crash point.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_commit::{CommitFailure, Options, Outcome};
-use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_qcow_testkit::pair::{files, views, Files, MIDDLE, OVERLAY};
-use instar_qcow_testkit::{build, crashes, put64, Spec, State, View, CLUSTER};
+use instar_guest_sdk::FormatDriver;
+use instar_guest_view::Ancestors;
+use instar_qcow_driver::Qcow;
+use instar_qcow_testkit::pair::{files, views, Files, ANCESTOR, MIDDLE, OVERLAY};
+use instar_qcow_testkit::{build, crashes, device, put64, Spec, State, View, CLUSTER};
 use std::collections::BTreeSet;
 
 const GROW: Options = Options { keep_overlay: false, dry_run: false, resize_backing: true };
@@ -238,6 +241,44 @@ fn too_little_room_is_found_before_anything_changes() {
     io.heap = Some(8 << 20);
     assert_eq!(run(&mut io, Options::default()).unwrap_err().error.code, ErrorCode::ScratchTooSmall);
     assert_eq!(io.files, before);
+}
+
+/// A block device does not end where the image does, and what is there may be anything.
+#[test]
+fn a_device_that_keeps_its_length() {
+    let (top, base) = pair();
+    let root = Spec::new(SIZE, b"").with(data([0, 40, 42], 0x11));
+    let base = Spec { name: b"root".to_vec(), ..base };
+    let grown = commit_and_verify(&files(&top, &base, Some(&root))).files[&DEVICE_OUTPUT].len();
+    for (length, enough) in [(grown, true), (grown - 1, false)] {
+        let mut before = files(&top, &base, Some(&root));
+        let want = expected(&before);
+        before.get_mut(&DEVICE_OUTPUT).unwrap().resize(length, 0x99);
+        before.get_mut(&OVERLAY).unwrap().resize(SIZE, 0x99);
+        let mut io = MemoryDevices::new(before.clone());
+        let fixed = |number: u32| DeviceConfig {
+            flags: device_flags::FIXED_LENGTH,
+            ..device(number, &before[&number], before[&number].len() as u64)
+        };
+        io.hold_commit(&fixed(OVERLAY), false, &fixed(DEVICE_OUTPUT));
+        let mut source = Qcow::open_source(&mut io, &fixed(OVERLAY)).unwrap();
+        let mut sink = Qcow::open_sink(&mut io, &fixed(DEVICE_OUTPUT), true).unwrap();
+        let below = Qcow::open_source(&mut io, &device(ANCESTOR, &before[&ANCESTOR], 0)).unwrap();
+        let mut below = Ancestors::new(vec![Box::new(below)]);
+        let mut images = Commit { source: &mut source, sink: &mut sink, below: &mut below };
+        match commit(&mut io, &mut images, Options::default(), &mut |_| {}) {
+            Ok(_) => {
+                assert!(enough && views(&io.files) == want, "something reads wrong");
+                View::new(&io.files[&DEVICE_OUTPUT]).assert_consistent();
+                assert_eq!(View::new(&io.files[&OVERLAY]).held(), 0);
+                assert_eq!([OVERLAY, DEVICE_OUTPUT].map(|number| io.files[&number].len()), [SIZE, length]);
+            }
+            Err(failure) => {
+                assert!(!enough && failure.error.code == ErrorCode::NoSpace, "{}", failure.error);
+                assert_eq!(io.files, before);
+            }
+        }
+    }
 }
 
 #[test]
