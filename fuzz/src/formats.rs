@@ -7,9 +7,10 @@ use instar_testkit::FormatKit;
 use std::fmt;
 
 /// All formats. A line here is all that a further one needs; if it brings chains of its own, they are a target with a corpus.
-pub static FORMATS: [Format; 5] = [
+pub static FORMATS: [Format; 6] = [
     Format::of::<instar_plugin_vdi::Vdi>(&instar_vdi_testkit::Kit),
     Format::of::<instar_plugin_vpc::Vpc>(&instar_vhd_testkit::Kit),
+    Format::of::<instar_plugin_qcow::Qcow>(&instar_qcow_testkit::Kit),
     Format::of::<instar_plugin_qcow2::Qcow2>(&instar_qcow2_testkit::Kit),
     Format::of::<instar_plugin_vmdk::Vmdk>(&instar_vmdk_testkit::Kit),
     Format::of::<instar_plugin_raw::Raw>(&instar_raw_testkit::Kit),
