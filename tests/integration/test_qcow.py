@@ -121,7 +121,7 @@ def test_clusters_and_tables_of_other_sizes(tmp_path, seed):
         check(root)
 
 
-@pytest.mark.parametrize("was,new", [("1M", "2M"), ("3M", "100M"), ("3583K", "5G"), ("130M", "200G")])
+@pytest.mark.parametrize("was,new", [("1M", "2M"), ("3M", "100M"), ("3583K", "1G"), ("130M", "3G")])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_base_grows(tmp_path, was, new, packed):
     """QEMU cannot resize it. The L1 table becomes longer where it has to, and moves behind the data."""
