@@ -100,7 +100,12 @@ impl<'a> Layer<'a> {
     fn restart(&mut self, from: u64) {
         self.ahead.clear();
         self.first = 0;
-        self.next = from - from % self.source.info().cluster_size.max(1);
+        self.next = self.start_of_cluster(from);
+    }
+
+    /// Where enumerating can begin to find what is held at guest byte `at`.
+    fn start_of_cluster(&self, at: u64) -> u64 {
+        at - at % self.source.info().cluster_size.max(1)
     }
 
     /// The first extent that ends past guest byte `from`, if it begins before `end`; `from` does not go back.
@@ -116,8 +121,9 @@ impl<'a> Layer<'a> {
             if self.next >= end {
                 return Ok(None);
             }
-            if self.next < from {
-                // What the layers above hide is not enumerated.
+            // What the layers above hide is not enumerated. But it goes on within a cluster: that may hold more extents before
+            // `from` than are asked for at once.
+            if self.next < self.start_of_cluster(from) {
                 self.restart(from);
             }
             self.ahead.clear();

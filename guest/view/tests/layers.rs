@@ -23,11 +23,12 @@ enum Held {
 struct Layer {
     device: u32,
     sectors: Vec<Held>,
+    cluster_size: u64,
 }
 
 impl Source for Layer {
     fn info(&self) -> ImageInfo {
-        ImageInfo { virtual_size: self.sectors.len() as u64 * SECTOR, cluster_size: SECTOR }
+        ImageInfo { virtual_size: self.sectors.len() as u64 * SECTOR, cluster_size: self.cluster_size }
     }
 
     fn verify(&mut self, _: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
@@ -102,8 +103,12 @@ fn expected(layers: &[Vec<Held>]) -> Vec<Seen> {
 }
 
 fn open(layers: &[Vec<Held>]) -> Layers<'static> {
+    open_in_clusters(layers, SECTOR)
+}
+
+fn open_in_clusters(layers: &[Vec<Held>], cluster_size: u64) -> Layers<'static> {
     let open = |(device, sectors): (u32, &Vec<Held>)| -> Box<dyn Source> {
-        Box::new(Layer { device, sectors: sectors.clone() })
+        Box::new(Layer { device, sectors: sectors.clone(), cluster_size })
     };
     Layers::new((0..).zip(layers).map(open).collect())
 }
@@ -149,6 +154,15 @@ fn layer() -> impl Strategy<Value = Vec<Held>> {
         .prop_map(|runs| runs.into_iter().flat_map(|(held, count)| vec![held; count]).collect())
 }
 
+/// A VHD holds its blocks by sectors: more extents of one than a layer is asked for at once.
+#[test]
+fn a_cluster_of_very_many_extents_is_passed() {
+    let top = [vec![Held::Data; 3000], vec![Held::Nothing; 1096]].concat();
+    let middle: Vec<Held> = (0..4096).map(|at| if at % 2 == 0 { Held::Data } else { Held::Nothing }).collect();
+    let layers = [top, middle, vec![Held::Data; 4096]];
+    assert_eq!(enumerate(&mut open_in_clusters(&layers, 4096 * SECTOR), 0, 100), expected(&layers));
+}
+
 proptest! {
     #[test]
     fn the_top_most_wins(
@@ -181,7 +195,7 @@ fn an_ancestor_is_opened_only_when_something_is_read_from_it() {
             let mut counts = opened.get();
             counts[index] += 1;
             opened.set(counts);
-            Ok(Box::new(Layer { device: index as u32, sectors: vec![held, Held::Nothing] }))
+            Ok(Box::new(Layer { device: index as u32, sectors: vec![held, Held::Nothing], cluster_size: SECTOR }))
         };
         (2 * SECTOR, Box::new(open))
     };
