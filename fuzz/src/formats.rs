@@ -32,6 +32,8 @@ pub struct Format {
     pub facts: Ask<ImageFacts>,
     /// [`FormatPlugin::verdict`].
     pub verdict: fn(Role, &ImageFacts, &Context) -> Verdict,
+    /// [`FormatPlugin::next_identity`].
+    pub next_identity: fn(&ImageFacts, &ImageFacts) -> Vec<u8>,
     /// [`FormatPlugin::guest_module`].
     pub guest_module: fn() -> GuestModule,
 }
@@ -45,6 +47,7 @@ impl Format {
             files: P::files,
             facts: P::facts,
             verdict: P::verdict,
+            next_identity: P::next_identity,
             guest_module: P::guest_module,
         }
     }

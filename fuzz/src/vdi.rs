@@ -9,7 +9,7 @@ pub fn header(data: &[u8]) {
         assert!(disk > 0 && disk.is_multiple_of(SECTOR) && disk <= u64::from(header.blocks) * header.block_size);
         assert!(header.map_offset + map <= header.data_offset && header.slot_offset(u32::MAX) >= header.data_offset);
         let mut changed = header.clone();
-        let next = changed.modify.next();
+        let next = changed.modify.next(&[7; 32]);
         let range = changed.record_parent(next, true);
         assert!(range.end <= 512 && changed.parent_announced());
         (changed.modify, changed.allocated) = (next, 7);

@@ -21,7 +21,7 @@ pub fn header(data: &[u8]) {
             for id in std::iter::once(&descriptor.content_id).chain(&descriptor.parent_id) {
                 let digits = std::str::from_utf8(&text[id.digits.clone()]).unwrap();
                 assert_eq!(u32::from_str_radix(digits, 16), Ok(id.value));
-                let next = instar_vmdk_format::next_content_id(id.value);
+                let next = instar_vmdk_format::next_content_id(id.value, None);
                 for marked in [false, true] {
                     let Ok(replacement) = id.replacement(next, marked, 512) else { continue };
                     assert_eq!((replacement.len(), u32::from_str_radix(&replacement, 16)), (digits.len(), Ok(next)));

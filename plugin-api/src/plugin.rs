@@ -67,6 +67,22 @@ pub trait FormatPlugin: 'static {
     /// emptied.
     fn verdict(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict;
 
+    /// The identity that the image with the facts `own` gets when something is written into it from what is above it, whose
+    /// lowest image has the facts `child`; empty if it keeps the one that it has. At most
+    /// [`IDENTITY_MAX`](crate::IDENTITY_MAX) bytes.
+    ///
+    /// It follows from both, so that an operation that was interrupted between the two images finds the same one again. From
+    /// the child's [`identity`](ImageFacts::identity), too: two copies of an image that each got another child's content have
+    /// different ones. The guest half comes to the same ([`Sink::next_identity`] in the guest's SDK). `child` may be of
+    /// another format.
+    ///
+    /// None by default.
+    ///
+    /// [`Sink::next_identity`]: https://docs.rs/instar-guest-sdk
+    fn next_identity(_own: &ImageFacts, _child: &ImageFacts) -> Vec<u8> {
+        Vec::new()
+    }
+
     /// What a person should know of the image that the other facts do not say: what an operation would do to it, what keeps it
     /// from being worked with, what is odd about it. One line each, without a final stop; 16 of them at most, of 300 bytes at
     /// most. The engine prints them. `facts` are those that [`facts`](Self::facts) gave for this image.

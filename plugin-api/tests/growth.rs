@@ -66,6 +66,7 @@ macro_rules! root_module_with {
                 pub create: extern "C" fn(spec: &CreateSpec) -> RResult<CreatedImage, PluginError>,
                 pub measure:
                     extern "C" fn(spec: &CreateSpec, bitmaps: RSlice<'_, BitmapFacts>) -> RResult<Footprint, PluginError>,
+                pub next_identity: extern "C" fn(own: &ImageFacts, child: &ImageFacts) -> RResult<RVec<u8>, PluginError>,
                 $($last)*
             }
 
@@ -104,10 +105,31 @@ extern "C" fn more(number: u64) -> u64 {
 }
 
 extern "C" fn later_constructor() -> RootModuleResult {
-    let v1::PluginModuleV1 { manifest, probe, files, facts, verdict, guest_module, create, measure, notes } =
-        v1::PluginModuleV1::of::<Demo>();
-    let module =
-        later::PluginModuleV1 { manifest, probe, files, facts, verdict, guest_module, create, measure, notes, more };
+    let v1::PluginModuleV1 {
+        manifest,
+        probe,
+        files,
+        facts,
+        verdict,
+        guest_module,
+        create,
+        measure,
+        next_identity,
+        notes,
+    } = v1::PluginModuleV1::of::<Demo>();
+    let module = later::PluginModuleV1 {
+        manifest,
+        probe,
+        files,
+        facts,
+        verdict,
+        guest_module,
+        create,
+        measure,
+        next_identity,
+        notes,
+        more,
+    };
     // SAFETY: the header below carries the layout of this root module.
     RResult::ROk(unsafe { module.leak_into_prefix().0.cast() })
 }

@@ -36,6 +36,9 @@ GROWTH = [
       for role in ("source", "sink")),
 ]
 
+#: From a content's number to the next one that a child with the number 1 gives it.
+NEXT = 1 + (1 << 16)
+
 
 def build(source, tmp_path_factory, *options):
     """A directory with the one library that `cargo build` makes of it."""
@@ -153,7 +156,7 @@ def slate_into_slate(plugins, tmp_path):
         assert slate_bytes.content(base, below) == before
         assert slate_bytes.content(top, before) == before and not any(slate_bytes.entries(top))
         # Both say that it is the next content, and nothing is announced any more.
-        assert slate_bytes.ids(top)[1:] == (slate_bytes.ids(base)[0], False) == (seed - 2, False)
+        assert slate_bytes.ids(top)[1:] == (slate_bytes.ids(base)[0], False) == (1 + (seed - 3) * NEXT, False)
     assert slate_bytes.content(lowest) == below
     return lowest, base, top
 
@@ -169,17 +172,17 @@ def test_another_parent_is_refused_unless_it_was_announced(plugins, tmp_path):
     below = slate_bytes.content(lowest)
     before = slate_bytes.content(top, slate_bytes.content(base, below))
     # A commit was interrupted before the parent got the identity that was announced ...
-    slate_bytes.put_ids(top, content, recorded + 1, True)
+    slate_bytes.put_ids(top, content, recorded + NEXT, True)
     instar(plugins, "map", "--output", "json", top)
     # ... and here, nobody announced it.
-    slate_bytes.put_ids(top, content, recorded + 1, False)
+    slate_bytes.put_ids(top, content, recorded + NEXT, False)
     with support.untouched(base, top):
         refused = support.run_instar("commit", "--plugin-dir", plugins, top)
     support.assert_refused(refused, "ERROR_PARENT_MISMATCH")
-    slate_bytes.put_ids(top, content, recorded + 1, True)
+    slate_bytes.put_ids(top, content, recorded + NEXT, True)
     instar(plugins, "commit", top)
     assert slate_bytes.content(base, below) == before
-    assert slate_bytes.ids(top) == (content, recorded + 1, False) and slate_bytes.ids(base)[0] == recorded + 1
+    assert slate_bytes.ids(top) == (content, recorded + NEXT, False) and slate_bytes.ids(base)[0] == recorded + NEXT
 
 
 def test_a_parent_has_several_names(plugins, tmp_path):

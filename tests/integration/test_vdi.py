@@ -346,6 +346,19 @@ def test_the_other_children_of_a_target_are_stale(tmp_path):
     commit(base, one)
 
 
+def test_each_child_gives_its_base_another_state(tmp_path):
+    base, one, two, backup = tmp_path / "base.vdi", tmp_path / "one.vdi", tmp_path / "two.vdi", tmp_path / "backup"
+    make(base, 4 * MIB, {0: b"\1" * MIB})
+    make(one, 4 * MIB, {1: b"\2" * MIB}, parent=base)
+    make(two, 4 * MIB, {2: b"\3" * MIB}, parent=base)
+    shutil.copy(base, backup)
+    commit(base, one)
+    shutil.copy(backup, base)
+    commit(base, two)
+    # It is not what it was with the other child's content in it.
+    refuse("ERROR_NOT_IN_CHAIN", one, "-b", base, mentions=["has not the identity that is recorded there"])
+
+
 def test_a_base_that_was_restored_after_a_commit_is_refused(tmp_path):
     base, top, backup = tmp_path / "base.vdi", tmp_path / "top.vdi", tmp_path / "backup"
     make(base, 4 * MIB, {0: b"\1" * MIB})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import shutil
 import struct
 import uuid
 
@@ -291,6 +292,24 @@ def test_an_identity_proves_the_parent(tmp_path):
     assert run_instar("map", sibling).rc != 0
 
 
+def test_each_child_gives_its_parent_another_identity(tmp_path):
+    """Else the parent, restored from a backup, would be taken for what it was with another child's content in it."""
+    size = 2 * MIB
+    base, backup = tmp_path / "base.vhdx", tmp_path / "backup"
+    one = child(tmp_path / "one.vhdx", size, BASE, TOP, runs=[(0, b"\1" * 512)])
+    other = child(tmp_path / "other.vhdx", size, BASE, MIDDLE, runs=[(1, b"\2" * 512)])
+    Maker(DYNAMIC, size, BASE).write(backup)
+    shutil.copy(backup, base)
+    commit(one)
+    first = View(base).data_write
+    refuse("ERROR_PARENT_MISMATCH", other, files=[base], mentions=["another child was merged"])
+    shutil.copy(backup, base)
+    commit(other)
+    assert View(base).data_write not in (first, BASE)
+    refuse("ERROR_PARENT_MISMATCH", one, files=[base])
+    assert run_instar("map", one).rc != 0
+
+
 def test_an_interrupted_commit_is_finished(tmp_path):
     """Between the two images: the child has recorded what the parent is about to have, and the parent has it, or not yet."""
     size = 3 * MIB
@@ -356,6 +375,17 @@ def test_growth(tmp_path):
         Maker(kind, 2 * MIB, MIDDLE, BASE, pairs=[("relative_path", "root.vhdx")]).write(base)
         support.qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "base.vhdx", "-F", "vhdx", top, str(4 * MIB))
         refuse("ERROR_UNSUPPORTED_FORMAT", top, "--resize-backing", files=[base], mentions=[words])
+
+
+def test_a_target_does_not_outgrow_a_layer_that_stays(tmp_path):
+    """Interrupted, nothing could read the one through the other any more."""
+    base, middle, top = tmp_path / "base.vhdx", tmp_path / "middle.vhdx", tmp_path / "top.qcow2"
+    Maker(DYNAMIC, 2 * MIB, BASE).write(base)
+    child(middle, 2 * MIB, BASE, MIDDLE, runs=[(0, b"\1" * 512)])
+    support.create(top, 4 * MIB)
+    qemu_io(top, "write -P 3 3M 64k")
+    support.qemu_img("rebase", "-u", "-f", "qcow2", "-b", "middle.vhdx", "-F", "vhdx", top)
+    refuse("ERROR_UNSUPPORTED_FORMAT", top, "--resize-backing", "-b", base, files=[base, middle], mentions=["middle.vhdx", "as large"])
 
 
 def test_a_log_is_replayed_in_memory_and_then_for_good(tmp_path):
@@ -446,6 +476,17 @@ def test_what_must_be_known_and_is_not_is_refused(tmp_path):
     for change, words in [({"size": size + MIB}, "as large"), ({"sector": 4096}, "logical sectors")]:
         child(top, **{"size": size, "parent": View(base).data_write, **change})
         refuse("ERROR_UNSUPPORTED_FORMAT", top, "--resize-backing", files=[base], mentions=[words])
+
+
+def test_a_target_does_not_outgrow_a_layer_that_stays(tmp_path):
+    """Interrupted, nothing could read the one through the other any more."""
+    base, middle, top = tmp_path / "base.vhdx", tmp_path / "middle.vhdx", tmp_path / "top.qcow2"
+    Maker(DYNAMIC, 2 * MIB, BASE).write(base)
+    child(middle, 2 * MIB, BASE, MIDDLE, runs=[(0, b"\1" * 512)])
+    support.create(top, 4 * MIB)
+    qemu_io(top, "write -P 3 3M 64k")
+    support.qemu_img("rebase", "-u", "-f", "qcow2", "-b", "middle.vhdx", "-F", "vhdx", top)
+    refuse("ERROR_UNSUPPORTED_FORMAT", top, "--resize-backing", "-b", base, files=[base, middle], mentions=["middle.vhdx", "as large"])
 
 
 def test_hostile_logs_and_tables_cost_nothing(tmp_path):

@@ -337,6 +337,21 @@ def test_an_interrupted_commit_is_finished(lab):
     assert "notes" not in support.run_instar("info", "--output", "json", top).json
 
 
+def test_each_overlay_gives_its_backing_another_identity(lab):
+    """Else the backing, restored from a backup, would be taken for what it was with another overlay's content in it."""
+    base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])
+    one = lab.make("one.vmdk", backing=base, writes=["write -P 9 64k 128k"])
+    other = lab.make("other.vmdk", backing=base, writes=["write -P 7 1M 64k"])
+    old = support.copy(base, lab.dir / "old.vmdk")
+    support.commit(one)
+    first = vmdk_bytes.Image(base).cid
+    refuse("ERROR_PARENT_MISMATCH", other, files=[base])
+    shutil.copyfile(old, base)
+    support.commit(other)
+    assert vmdk_bytes.Image(base).cid not in (first, vmdk_bytes.Image(old).cid)
+    refuse("ERROR_PARENT_MISMATCH", one, files=[base])
+
+
 def test_a_backing_that_was_restored_from_a_backup_is_refused(lab):
     """It has the content ID of before the commit, like one of an interrupted commit; but the overlay is empty."""
     base = lab.make("base.vmdk", size=4 * MIB, writes=["write -P 1 0 1M"])

@@ -48,6 +48,13 @@ pub struct Doubt {
 }
 
 impl ChainImage<'_> {
+    /// The identity that this image gets when something is written into it from `child`, or from what is above that; empty if
+    /// it keeps its own.
+    #[must_use]
+    pub fn next_identity(&self, child: &ImageFacts) -> Vec<u8> {
+        self.plugin.next_identity(&self.facts, child)
+    }
+
     /// All files of the image, its own first.
     pub fn all_files(&self) -> impl Iterator<Item = &OpenedFile> {
         std::iter::once(&self.opened).chain(self.files.iter().map(|file| &file.opened))

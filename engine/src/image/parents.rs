@@ -8,7 +8,7 @@ use super::chain_image::ChainImage;
 use super::gate::Gate;
 use crate::error::Error;
 use crate::escape::escape_path;
-use crate::plugins::Registry;
+use crate::plugins::{Plugin, Registry};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
 use std::fmt::Write;
@@ -22,11 +22,11 @@ fn hexadecimal(identity: &[u8]) -> String {
     })
 }
 
-/// Why the image at `path` with the facts `parent` cannot be below an image with the facts `child`: one clause about that
-/// image; `None` if nothing speaks against it.
+/// Why the image at `path` with the facts `parent`, of the format of `plugin`, cannot be below an image with the facts `child`:
+/// one clause about that image; `None` if nothing speaks against it.
 #[must_use]
-pub fn parent_mismatch(child: &ImageFacts, path: &Path, parent: &ImageFacts) -> Option<String> {
-    if child.goes_with(parent) {
+pub fn parent_mismatch(child: &ImageFacts, path: &Path, plugin: &Plugin, parent: &ImageFacts) -> Option<String> {
+    if child.goes_with(parent, &plugin.next_identity(parent, child)) {
         return None;
     }
     let has = match parent.identity.as_slice() {
@@ -34,8 +34,8 @@ pub fn parent_mismatch(child: &ImageFacts, path: &Path, parent: &ImageFacts) -> 
         identity => format!("has {}", hexadecimal(identity)),
     };
     Some(format!(
-        "was made on an image with the identity {}, but '{}' {has}: that one was changed by something else since, was \
-         restored from a backup, or is another image; put back the one that it was made on",
+        "was made on an image with the identity {}, but '{}' {has}: another child was merged into that one, something else \
+         changed it since, it was restored from a backup, or it is another image; put back the one that it was made on",
         hexadecimal(&child.parent_identity),
         escape_path(path)
     ))
@@ -47,7 +47,7 @@ pub fn parent_mismatch(child: &ImageFacts, path: &Path, parent: &ImageFacts) -> 
 /// [`ErrorCode::ParentMismatch`].
 pub fn check_parents(chain: &[&ChainImage<'_>]) -> Result<(), Error> {
     for (child, parent) in chain.iter().zip(chain.iter().skip(1)) {
-        if let Some(clause) = parent_mismatch(&child.facts, &parent.opened.path, &parent.facts) {
+        if let Some(clause) = parent_mismatch(&child.facts, &parent.opened.path, parent.plugin, &parent.facts) {
             return Err(Error::image(&child.opened.path, ErrorCode::ParentMismatch, clause));
         }
     }

@@ -160,7 +160,7 @@ fn proven<'r>(
 ) -> Result<Option<ChainImage<'r>>, Error> {
     let opened = opened.lock(choice.access)?;
     let Ok(backing) = descent.identify_unnamed(above, opened, choice.format) else { return Ok(None) };
-    if !above.facts.is_proven_child_of(&backing.facts) {
+    if !above.facts.is_proven_child_of(&backing.facts, &backing.next_identity(&above.facts)) {
         return Ok(None);
     }
     descent.step(above, backing.opened.identity)?;
@@ -176,7 +176,9 @@ fn let_follow<'r>(
     located: &Located,
     backing: &ChainImage<'_>,
 ) -> Result<(), Error> {
-    let Some(lowest) = between.pop_if(|lowest| lowest.facts.follows(&backing.facts)) else { return Ok(()) };
+    let Some(lowest) = between.pop_if(|lowest| lowest.facts.follows(&backing.next_identity(&lowest.facts))) else {
+        return Ok(());
+    };
     let ChainImage { opened, facts, .. } = lowest;
     // The lock of the file that is only read goes with it.
     drop(opened);

@@ -106,7 +106,7 @@ fn collect(registry: &Registry, request: &InfoRequest, session: &Session) -> Res
         let backing = facts.backing.as_ref().into_option().cloned();
         let format = facts.format.to_string();
         if let Some(child) = images.last_mut() {
-            let clause = parent_mismatch(&child.facts, &path, &facts);
+            let clause = parent_mismatch(&child.facts, &path, found.plugin, &facts);
             child.notes.extend(clause.map(|clause| format!("it {clause}")));
         }
         let first = backing.as_ref().and_then(|backing| resolve_backing(&path, &backing.name));

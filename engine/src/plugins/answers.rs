@@ -123,7 +123,7 @@ pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(
             return Err(format!("it reports a backing whose name or format is longer than {RECORDED_MAX} bytes"));
         }
     }
-    if [&facts.identity, &facts.next_identity, &facts.parent_identity].iter().any(|id| id.len() > IDENTITY_MAX) {
+    if [&facts.identity, &facts.parent_identity].iter().any(|id| id.len() > IDENTITY_MAX) {
         return Err(format!("it reports an identity of more than {IDENTITY_MAX} bytes"));
     }
     if facts.backing.is_none() && !facts.parent_identity.is_empty() {

@@ -87,6 +87,13 @@ impl Interface {
         }
     }
 
+    /// The identity that an image gets from what is above it.
+    pub fn next_identity(self, own: &ImageFacts, child: &ImageFacts) -> Result<Vec<u8>, PluginError> {
+        match self {
+            Self::V1(module) => module.next_identity()(own, child).into_result().map(Into::into),
+        }
+    }
+
     /// The guest half.
     pub fn guest_module(self) -> Result<GuestModule, PluginError> {
         match self {

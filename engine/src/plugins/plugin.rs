@@ -8,7 +8,7 @@ use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
     BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, GuestModule, ImageFacts, ImageFile, ImageReader,
-    PluginError, Role, Verdict, PROBE_CERTAIN,
+    PluginError, Role, Verdict, IDENTITY_MAX, PROBE_CERTAIN,
 };
 use std::path::{Path, PathBuf};
 
@@ -157,6 +157,19 @@ impl Plugin {
         }
         verdict.reason = answers::cut(verdict.reason.into_string()).into();
         verdict
+    }
+
+    /// The identity that the image with the facts `own` gets when something is written into it from an image with the facts
+    /// `child`, or from those above that one; empty if it keeps its own. What a faulty plugin says counts as that: then the
+    /// guest half, which comes to another answer, must not change what the child records.
+    #[must_use]
+    pub fn next_identity(&self, own: &ImageFacts, child: &ImageFacts) -> Vec<u8> {
+        let _calling = Calling::plugin(self.name());
+        let identity = self.library.interface.next_identity(own, child).unwrap_or_default();
+        if identity.len() > IDENTITY_MAX {
+            return Vec::new();
+        }
+        identity
     }
 
     /// A new, empty image.

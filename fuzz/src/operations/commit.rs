@@ -38,14 +38,19 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
         return None;
     }
     // The engine compares identities, and opens what has to record another one.
-    if !chain.iter().zip(chain.iter().skip(1)).all(|(child, parent)| facts[child].goes_with(&facts[parent])) {
+    let next = |parent: u32, child: u32| (bed.formats[&parent].next_identity)(&facts[&parent], &facts[&child]);
+    let goes = |(&child, &parent): (&u32, &u32)| facts[&child].goes_with(&facts[&parent], &next(parent, child));
+    if !chain.iter().zip(chain.iter().skip(1)).all(goes) {
         return None;
     }
     let merged: Vec<u32> = chain.iter().copied().take_while(|&device| device != DEVICE_OUTPUT).collect();
     let mut longest = BTreeMap::new();
     for (index, &device) in merged.iter().enumerate() {
         let role = if merged.len() == 1 { Role::Empty } else { Role::Read };
-        longest.insert(device, ask(device, role, Context::reading(Some(&facts[&chain[index + 1]]), true))?);
+        let lowest = index + 1 == merged.len();
+        let parent_identity_changes = lowest && facts[&device].follows(&next(DEVICE_OUTPUT, device));
+        let context = Context::reading(Some(&facts[&chain[index + 1]]), true);
+        longest.insert(device, ask(device, role, Context { parent_identity_changes, ..context })?);
     }
     let arriving = Incoming::from_layers(merged.iter().map(|device| &facts[device]))?;
     let parent = facts.get(&ANCESTOR);
@@ -57,7 +62,7 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
     }
     let configs = facts.iter().map(|(&device, facts)| {
         let longest = longest.get(&device).copied().unwrap_or(0).max(facts.file_length);
-        let follows = merged.last() == Some(&device) && facts.follows(backing);
+        let follows = merged.last() == Some(&device) && facts.follows(&next(DEVICE_OUTPUT, device));
         (device, config(device, facts, follows || matches!(device, OVERLAY | DEVICE_OUTPUT), longest))
     });
     let mut configs: BTreeMap<u32, DeviceConfig> = configs.collect();

@@ -122,7 +122,8 @@ fn verify(bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
 fn restored(bed: &Bed, state: &Files, originals: &Files, (old, _): &Reading) {
     let lowest = if bed.files.contains_key(&MIDDLE) { MIDDLE } else { OVERLAY };
     let look = |device: u32| host::look(bed.formats[&device], &originals[&device]).expect("was admitted");
-    if !look(lowest).follows(&look(DEVICE_OUTPUT)) {
+    let (child, parent) = (look(lowest), look(DEVICE_OUTPUT));
+    if !child.follows(&(bed.formats[&DEVICE_OUTPUT].next_identity)(&parent, &child)) {
         return;
     }
     let mut files = state.clone();

@@ -273,6 +273,9 @@ pub struct SourceOps {
     /// Empty the image and give its space back; durable when it returns. `*cleared` is set to the number
     /// of clusters that were dropped.
     pub empty: extern "C" fn(source: *mut c_void, cleared: *mut u64, failure: *mut Failure) -> u32,
+    /// Null: images of the format have no identity. Sets `*identity` to the image's, which is what the host half has as
+    /// `ImageFacts::identity`, and returns 1; or returns 0.
+    pub identity: Option<extern "C" fn(source: *mut c_void, identity: *mut ImageId) -> u32>,
     /// Null: the image does not record its parent's identity.
     /// Record, durably, that the parent's identity becomes `*identity`. `stage` is a [`ParentStage`] as a number: called
     /// before the first write to the parent, and again with the same identity when the last one is durable.
@@ -357,8 +360,9 @@ pub struct SinkOps {
     pub grow:
         Option<extern "C" fn(sink: *mut c_void, virtual_size: u64, below_length: u64, failure: *mut Failure) -> u32>,
     /// Null: the image has no identity that changes. Sets
-    /// `*identity` to the one that the image gets with the first `write` of any extents, and returns 1; or returns 0.
-    pub next_identity: Option<extern "C" fn(sink: *mut c_void, identity: *mut ImageId) -> u32>,
+    /// `*identity` to the one that the image gets with the first `write` of any extents, and returns 1; or returns 0. `child`
+    /// is the identity of the image that data comes from, or null: of several, that of the lowest.
+    pub next_identity: Option<extern "C" fn(sink: *mut c_void, child: *const ImageId, identity: *mut ImageId) -> u32>,
 }
 
 impl SinkOps {

@@ -299,6 +299,11 @@ impl Source for Layers<'_> {
         layer.source.read(io, &whole, from, buffer)
     }
 
+    /// That of the lowest layer: what is below it changes.
+    fn identity(&self) -> Option<ImageId> {
+        self.layers.last().and_then(|lowest| lowest.source.identity())
+    }
+
     /// The lowest layer is the one whose parent is written.
     fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
         self.layers.last_mut().map_or(Ok(()), |lowest| lowest.source.follow_parent(io, identity, stage))

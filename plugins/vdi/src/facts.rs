@@ -4,7 +4,7 @@ use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{
     BackingPointer, ErrorCode, Feature, ImageFacts, ImageReader, PluginError, PROBE_CERTAIN, PROBE_NO,
 };
-use instar_vdi_format::{Header, ImageType, Trouble, Uuid, HEADER_BYTES, SIGNATURE, SIGNATURE_OFFSET};
+use instar_vdi_format::{Header, ImageType, Trouble, Uuid, HEADER_BYTES, SIGNATURE, SIGNATURE_OFFSET, UUID_BYTES};
 
 /// Names of the features.
 pub mod names {
@@ -58,7 +58,6 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let facts = ImageFacts::new("vdi", header.virtual_size(), header.block_size, image.length());
     let mut facts = facts.with_clusters_at_most(header.blocks.into());
     facts.identity = header.identity().to_vec().into();
-    facts.next_identity = header.next_identity().to_vec().into();
     let text = |name, uuid: Uuid| Feature::text(name, &uuid.to_string(), true);
     facts.features.push(Feature::text(names::TYPE, header.image_type.name(), true));
     facts.features.push(Feature::number(names::ALLOCATED, header.allocated.into(), true));
@@ -85,6 +84,13 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     Ok(facts)
 }
 
+/// See [`FormatPlugin::next_identity`](instar_plugin_api::FormatPlugin::next_identity).
+pub fn next_identity(own: &ImageFacts, child: &ImageFacts) -> Vec<u8> {
+    let parts = own.identity.split_at_checked(UUID_BYTES);
+    let parts = parts.and_then(|(create, modify)| Some((create, Uuid(modify.try_into().ok()?))));
+    parts.map_or_else(Vec::new, |(create, modify)| [create, &modify.next(&child.identity).0].concat())
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -105,15 +111,17 @@ mod tests {
         assert!(base.backing.is_none() && base.parent_identity.is_empty());
         assert_eq!(base.text(names::UUID), Some("11111111-1111-1111-1111-111111111111"));
         let child = header(Some((Uuid([0x11; 16]), Uuid([0x12; 16]))), |_| {}).unwrap();
+        let next = next_identity(&base, &child);
+        let modify = Uuid(next[16..].try_into().unwrap());
+        assert!(next[..16] == [0x11; 16] && modify == Uuid([0x12; 16]).next(&child.identity));
         let pointer = child.backing.clone().into_option().unwrap();
         assert_eq!(pointer.name.as_slice(), b"{11111111-1111-1111-1111-111111111111}.vdi");
-        assert!(child.is_proven_child_of(&base) && child.follows(&base));
+        assert!(child.is_proven_child_of(&base, &next) && child.follows(&next));
         let stale = header(Some((Uuid([0x11; 16]), Uuid([0x13; 16]))), |_| {}).unwrap();
-        assert!(!stale.goes_with(&base));
-        let next = Uuid([0x12; 16]).next();
+        assert!(!stale.goes_with(&base, &next));
         for (mark, fits) in [(0, false), (0x80, true)] {
-            let announced = header(Some((Uuid([0x11; 16]), next)), |bytes| bytes[field::UNUSED + 3] = mark).unwrap();
-            assert_eq!((announced.parent_announced, announced.goes_with(&base)), (fits, fits));
+            let announced = header(Some((Uuid([0x11; 16]), modify)), |bytes| bytes[field::UNUSED + 3] = mark).unwrap();
+            assert_eq!((announced.parent_announced, announced.goes_with(&base, &next)), (fits, fits));
         }
     }
 

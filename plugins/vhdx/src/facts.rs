@@ -3,7 +3,7 @@
 use crate::parent;
 use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{ErrorCode, Feature, ImageFacts, ImageReader, PluginError, PROBE_CERTAIN, PROBE_NO};
-use instar_vhdx_format::{LoadError, Opened, Record, Trouble, SIGNATURE};
+use instar_vhdx_format::{Guid, LoadError, Opened, Record, Trouble, SIGNATURE};
 
 /// Names of the features.
 pub mod names {
@@ -63,7 +63,6 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     // The last one may be cut, and each block that is zeroes takes no room: only the disk bounds those.
     let mut facts = facts.with_clusters_at_most(u64::MAX);
     facts.identity = header.data_write.0.to_vec().into();
-    facts.next_identity = opened.next_data_write().0.to_vec().into();
     facts.dirty = header.is_dirty();
     let kind = match (metadata.has_parent, metadata.leave_allocated) {
         (true, _) => "differencing",
@@ -101,6 +100,12 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     features.extend(damaged.map(|which| Feature::text(names::DAMAGED, which, false)));
     facts.features = features.into();
     Ok(facts)
+}
+
+/// See [`FormatPlugin::next_identity`](instar_plugin_api::FormatPlugin::next_identity).
+pub fn next_identity(own: &ImageFacts, child: &ImageFacts) -> Vec<u8> {
+    let own: Option<[u8; 16]> = own.identity.as_slice().try_into().ok();
+    own.map_or_else(Vec::new, |own| Guid(own).next(&child.identity).0.to_vec())
 }
 
 #[cfg(test)]
@@ -146,7 +151,6 @@ mod tests {
             let facts = read(&reader(&bytes)).unwrap();
             assert_eq!((facts.virtual_size, facts.text(names::KIND)), (3 << 20, Some(kind)));
             assert_eq!(facts.identity.as_slice(), [2; 16]);
-            assert_eq!(facts.next_identity.as_slice(), Guid([2; 16]).next().0);
             assert!(!facts.dirty && facts.feature(names::DAMAGED).is_none());
             assert_eq!(facts.backing.is_some(), kind == "differencing");
             if let Some(backing) = facts.backing.as_ref().into_option() {

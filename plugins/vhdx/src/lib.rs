@@ -36,6 +36,10 @@ impl FormatPlugin for Vhdx {
         verdict::give(role, own, context)
     }
 
+    fn next_identity(own: &ImageFacts, child: &ImageFacts) -> Vec<u8> {
+        facts::next_identity(own, child)
+    }
+
     fn notes(_: &ImageReader<'_>, facts: &ImageFacts) -> Result<Vec<String>, PluginError> {
         Ok(verdict::notes(facts))
     }

@@ -8,7 +8,7 @@ use instar_vhdx_format::{ALIGNMENT, BITMAP_BLOCK};
 pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
     let parent = context.parent.into_option();
     let refused = parent.and_then(|parent| misfit(own, parent)).or_else(|| match role {
-        Role::Read if context.below_changes => merge(own).or_else(|| stays(own, parent)),
+        Role::Read if context.below_changes => merge(own).or_else(|| stays(own, context.parent_identity_changes)),
         Role::Write | Role::Empty => merge(own),
         Role::Read | Role::Below => None,
     });
@@ -47,16 +47,17 @@ fn merge(own: &ImageFacts) -> Option<String> {
     Some(format!("its metadata item {} belongs to the disk, and nobody here can merge it", printable(id)))
 }
 
-/// What keeps an image that stays as it is from going with a parent that changes.
-fn stays(own: &ImageFacts, parent: Option<&ImageFacts>) -> Option<String> {
-    let follows = parent.is_some_and(|parent| own.follows(parent));
-    let by_header = own.flag(names::BY_HEADER) && follows;
+/// What keeps an image that stays as it is from going with a parent whose identity changes.
+fn stays(own: &ImageFacts, parent_identity_changes: bool) -> Option<String> {
+    let by_header = own.flag(names::BY_HEADER) && parent_identity_changes;
     by_header.then(|| {
         if own.dirty {
-            "its log is to be replayed before it can go with a parent that has changed: let the commit empty it"
+            "its log is to be replayed before it can go with a parent that has changed: commit this layer by itself, \
+             without -d"
                 .to_owned()
         } else {
-            "its parent locator cannot be changed in its place: let the commit empty it, which rewrites it by the log"
+            "its parent locator cannot be changed in its place: commit this layer by itself, without -d, which rewrites \
+             the locator by the log"
                 .to_owned()
         }
     })
@@ -114,7 +115,6 @@ mod tests {
     fn image(size: u64) -> ImageFacts {
         let mut facts = ImageFacts::new("vhdx", size, 2 << 20, 10 << 20).with_clusters_at_most(5);
         facts.identity = vec![1; 16].into();
-        facts.next_identity = vec![2; 16].into();
         facts.features.push(Feature::number(names::LOGICAL, 512, false));
         facts
     }
@@ -148,7 +148,10 @@ mod tests {
         let parent = image(1 << 30);
         let mut own = image(1 << 30);
         own.parent_identity = vec![1; 16].into();
-        let kept = |own: &ImageFacts, changes| give(Role::Read, own, &Context::reading(Some(&parent), changes));
+        let kept = |own: &ImageFacts, parent_identity_changes| {
+            let context = Context { parent_identity_changes, ..Context::reading(Some(&parent), true) };
+            give(Role::Read, own, &context)
+        };
         assert_eq!(kept(&own, true).code, 0);
         own.features.push(Feature::flag(names::BY_HEADER, true, false));
         assert!(kept(&own, true).reason.contains("cannot be changed in its place"));

@@ -199,7 +199,6 @@ fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) -> Result<(), Plugi
     }
     let (id, parent_id) = (descriptor.content_id.value, parent.unwrap_or(NO_PARENT));
     facts.identity = id.to_be_bytes().to_vec().into();
-    facts.next_identity = next_content_id(id).to_be_bytes().to_vec().into();
     if let Some(parent) = &descriptor.parent_id.as_ref().filter(|_| facts.backing.is_some()) {
         facts.parent_identity = parent.value.to_be_bytes().to_vec().into();
         facts.parent_announced = parent.marked;
@@ -222,6 +221,12 @@ fn describe(facts: &mut ImageFacts, descriptor: &Descriptor) -> Result<(), Plugi
     Ok(())
 }
 
+/// See [`FormatPlugin::next_identity`](instar_plugin_api::FormatPlugin::next_identity).
+pub fn next_identity(own: &ImageFacts, child: &ImageFacts) -> Vec<u8> {
+    let id = |facts: &ImageFacts| facts.identity.as_slice().try_into().ok().map(u32::from_be_bytes);
+    id(own).map_or_else(Vec::new, |own| next_content_id(own, id(child)).to_be_bytes().to_vec())
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -237,17 +242,23 @@ mod tests {
     fn identities_are_those_of_the_descriptor() {
         let base = facts("").unwrap();
         assert_eq!(base.identity.as_slice(), 0x1234_abcd_u32.to_be_bytes());
-        let next = next_content_id(0x1234_abcd);
-        assert_eq!(base.next_identity.as_slice(), next.to_be_bytes());
+        let next = next_content_id(0x1234_abcd, Some(0x1234_abcd));
+        assert_eq!(next_identity(&base, &base), next.to_be_bytes());
         assert!(base.parent_identity.is_empty() && base.backing.is_none());
         for (digits, fits) in [("1234ABCD".to_owned(), true), (format!("{next:08x}"), false), ("5".into(), false)] {
             let child = facts(&format!("parentCID={digits}\nparentFileNameHint=\"b\"\n")).unwrap();
-            assert_eq!((child.goes_with(&base), child.parent_announced), (fits, false), "{digits}");
+            assert_eq!(
+                (child.goes_with(&base, &next.to_be_bytes()), child.parent_announced),
+                (fits, false),
+                "{digits}"
+            );
         }
         let digits = format!("{next:08x}");
         let marked = format!("{}{}", digits[..1].to_uppercase(), &digits[1..]);
         let child = facts(&format!("parentCID={marked}\nparentFileNameHint=\"b\"\n")).unwrap();
-        assert!(child.goes_with(&base) && child.parent_announced && child.follows(&base));
+        assert!(
+            child.goes_with(&base, &next.to_be_bytes()) && child.parent_announced && child.follows(&next.to_be_bytes())
+        );
     }
 
     #[test]

@@ -40,6 +40,10 @@ impl FormatPlugin for Vmdk {
         verdict::give(role, own, context)
     }
 
+    fn next_identity(own: &ImageFacts, child: &ImageFacts) -> Vec<u8> {
+        facts::next_identity(own, child)
+    }
+
     fn notes(_: &ImageReader<'_>, facts: &ImageFacts) -> Result<Vec<String>, PluginError> {
         Ok(verdict::notes(facts))
     }

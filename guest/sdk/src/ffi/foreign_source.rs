@@ -90,6 +90,13 @@ impl Source for ForeignSource {
         Ok(cleared)
     }
 
+    fn identity(&self) -> Option<ImageId> {
+        let mut identity = ImageId::new(&[0])?;
+        self.ops.identity.filter(|own| own(self.handle, &raw mut identity) == 1)?;
+        // Once more, because the module may have written anything as the length.
+        ImageId::new(identity.as_bytes())
+    }
+
     fn follow_parent(&mut self, _: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
         let follow = self.ops.follow_parent;
         follow.map_or(Ok(()), |follow| call(|failure| follow(self.handle, identity, stage as u32, failure)))

@@ -152,9 +152,10 @@ extern "C" fn grow<S: Sink, Io: BlockIo + Default>(
     unsafe { done(result, failure) }
 }
 
-extern "C" fn next_identity<S: Sink>(sink: *mut c_void, identity: *mut ImageId) -> u32 {
-    // SAFETY: the interface passes a live handle and a writable result.
-    match unsafe { (handle::<S>(sink).and_then(|sink| sink.next_identity()), identity.as_mut()) } {
+extern "C" fn next_identity<S: Sink>(sink: *mut c_void, child: *const ImageId, identity: *mut ImageId) -> u32 {
+    // SAFETY: the interface passes a live handle, null or a readable identity, and a writable result.
+    let (sink, child, identity) = unsafe { (handle::<S>(sink), child.as_ref(), identity.as_mut()) };
+    match (sink.and_then(|sink| sink.next_identity(child)), identity) {
         (Some(next), Some(out)) => {
             *out = next;
             1

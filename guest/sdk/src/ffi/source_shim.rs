@@ -34,6 +34,7 @@ pub const fn source_ops<D: FormatDriver, Io: BlockIo + Default>() -> SourceOps {
         extents: extents::<D::Source, Io>,
         read: read::<D::Source, Io>,
         empty: empty::<D::Source, Io>,
+        identity: Some(identity::<D::Source>),
         follow_parent: Some(follow_parent::<D::Source, Io>),
         check: Some(check::<D::Source, Io>),
     }
@@ -173,6 +174,17 @@ extern "C" fn empty<S: Source, Io: BlockIo + Default>(
     let result = open.source.empty(&mut Io::default());
     // SAFETY: `cleared` is not null, so the interface makes it writable; `failure` is null or writable.
     unsafe { finish(result, cleared, failure) }
+}
+
+extern "C" fn identity<S: Source>(source: *mut c_void, identity: *mut ImageId) -> u32 {
+    // SAFETY: the interface passes a live handle and a writable result.
+    match unsafe { (handle::<S>(source).and_then(|open| open.source.identity()), identity.as_mut()) } {
+        (Some(own), Some(out)) => {
+            *out = own;
+            1
+        }
+        _ => 0,
+    }
 }
 
 extern "C" fn follow_parent<S: Source, Io: BlockIo + Default>(

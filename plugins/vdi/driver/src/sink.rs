@@ -10,7 +10,7 @@ use crate::write::{BlockParts, Writer};
 use alloc::format;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
-use instar_vdi_format::{Entry, IDENTITY_BYTES};
+use instar_vdi_format::{Entry, Uuid};
 
 /// Bytes of the heap that writing takes at most: changed pages of the map, also as bytes, and what is read from below.
 const WRITING_ROOM: usize = 14 << 20;
@@ -36,7 +36,8 @@ pub struct VdiSink {
     has_backing: bool,
     planned: Planned,
     growth: Option<Growth>,
-    next_identity: [u8; IDENTITY_BYTES],
+    /// What `uuidModify` becomes.
+    modify: Uuid,
     /// The new `uuidModify` is written.
     identified: bool,
 }
@@ -47,11 +48,11 @@ impl VdiSink {
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, why).at(image.device, 0));
         }
         let fixed = device.flags & device_flags::FIXED_LENGTH != 0;
-        let next_identity = image.header.next_identity();
+        let modify = image.header.modify.next(&[]);
         let writer = Writer::new(image, Map::new(0), Slots::new(&Survey::default()), fixed);
         let planned = Planned::default();
         let max_length = device.max_length;
-        Ok(Self { writer, max_length, has_backing, planned, growth: None, next_identity, identified: false })
+        Ok(Self { writer, max_length, has_backing, planned, growth: None, modify, identified: false })
     }
 
     /// Verify the map, once: what is not refused here is written over.
@@ -88,7 +89,7 @@ impl VdiSink {
     fn take_identity(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if !core::mem::replace(&mut self.identified, true) {
             let header = &mut self.writer.image.header;
-            header.modify = header.modify.next();
+            header.modify = self.modify;
             self.writer.count(io)?;
             self.writer.out.barrier(io)?;
         }
@@ -149,8 +150,10 @@ impl Sink for VdiSink {
         Ok(PlanSummary { final_length, new_data_clusters: more, ..PlanSummary::default() })
     }
 
-    fn next_identity(&self) -> Option<ImageId> {
-        ImageId::new(&self.next_identity)
+    fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
+        let header = &self.writer.image.header;
+        self.modify = header.modify.next(child.map_or(&[], ImageId::as_bytes));
+        ImageId::new(&[header.create.0, self.modify.0].concat())
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {

@@ -124,6 +124,10 @@ impl Source for VdiSource {
         Ok(core::mem::take(&mut self.held))
     }
 
+    fn identity(&self) -> Option<ImageId> {
+        ImageId::new(&self.image.header.identity())
+    }
+
     /// One write within the first sector, durable when it returns. Two fields say it: the state that the parent gets, and,
     /// until it has it and all of the data, a mark in a field that nobody uses. Without the mark a commit that was
     /// interrupted could not be told from a parent that was restored from a backup after one that was not.

@@ -49,7 +49,8 @@ fn commit_and_verify(files: &Files) -> MemoryDevices {
     assert_eq!(io.unflushed(), BTreeSet::new());
     let [before, after] = [&files[&DEVICE_OUTPUT], &io.files[&DEVICE_OUTPUT]].map(|bytes| View::new(bytes).identity());
     assert_eq!(before[0], after[0], "it is another image now");
-    let next = if held > 0 { Uuid(before[1]).next().0 } else { before[1] };
+    let child = View::new(&files[&OVERLAY]).identity().concat();
+    let next = if held > 0 { Uuid(before[1]).next(&child).0 } else { before[1] };
     assert_eq!(after[1], next);
     // Whoever was made on the overlay goes with it as before.
     assert_eq!(View::new(&files[&OVERLAY]).identity(), View::new(&io.files[&OVERLAY]).identity());

@@ -238,12 +238,6 @@ impl Header {
         pair(self.create, self.modify)
     }
 
-    /// [`Header::identity`] after the next change of the content.
-    #[must_use]
-    pub fn next_identity(&self) -> [u8; IDENTITY_BYTES] {
-        pair(self.create, self.modify.next())
-    }
-
     /// The identity that is recorded of the parent.
     #[must_use]
     pub fn parent_identity(&self) -> Option<[u8; IDENTITY_BYTES]> {

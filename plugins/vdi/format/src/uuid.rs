@@ -39,13 +39,15 @@ impl Uuid {
         Self(bytes)
     }
 
-    /// What `uuidModify` becomes with the next change of an image's content. VirtualBox draws one (`vdResetModifiedFlag` in
-    /// `VD.cpp`); here it follows from the one before, so that a commit that was interrupted finds the same one when it is
-    /// run again.
+    /// What `uuidModify` becomes when something is written from an image with the identity `child`, which is empty if it has
+    /// none. VirtualBox draws one (`vdResetModifiedFlag` in `VD.cpp`); here it follows from the one before and the child, so
+    /// that a commit that was interrupted finds the same one when it is run again, and no other child comes to it.
     #[must_use]
-    pub fn next(&self) -> Self {
+    pub fn next(&self, child: &[u8]) -> Self {
+        let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte));
+        let salt = child.chunks(8).fold(0x9e37_79b9_7f4a_7c15, |salt, bytes| mix(salt ^ number(bytes)));
         let half = |at: usize| self.0[at..at + 8].iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte));
-        let low = mix(half(0).wrapping_add(0x9e37_79b9_7f4a_7c15) ^ half(8).rotate_left(17));
+        let low = mix(half(0).wrapping_add(salt) ^ half(8).rotate_left(17));
         let high = mix(half(8).wrapping_add(low));
         Self::of_bits(low, high)
     }
@@ -88,12 +90,18 @@ mod tests {
         let mut uuid = Uuid([0x55; UUID_BYTES]);
         for _ in 0..1000 {
             assert!(seen.insert(uuid.0), "a state comes back");
-            uuid = uuid.next();
+            uuid = uuid.next(&[]);
             let text = uuid.to_string();
             assert_eq!((&text[14..15], text[19..20].contains(['8', '9', 'a', 'b'])), ("4", true), "{text}");
         }
-        assert_eq!(Uuid([0x55; UUID_BYTES]).next(), Uuid([0x55; UUID_BYTES]).next());
+        let one = Uuid([0x55; UUID_BYTES]);
+        // Each bit of the child counts, and what it is after, too.
+        let child = |bit: u32| if bit < 128 { [1u128 << bit, 0] } else { [0, 1 << (bit - 128)] };
+        let children = (0..256).map(child).map(|[low, high]| [low.to_le_bytes(), high.to_le_bytes()].concat());
+        let all: BTreeSet<[u8; UUID_BYTES]> =
+            children.map(|child| one.next(&child).0).chain([one.next(&[]).0]).collect();
+        assert_eq!(all.len(), 257);
         let neighbor = Uuid([[0x54].as_slice(), &[0x55; 15]].concat().try_into().unwrap_or_default());
-        assert_ne!(neighbor.next(), Uuid([0x55; UUID_BYTES]).next());
+        assert_ne!(neighbor.next(&[]), one.next(&[]));
     }
 }

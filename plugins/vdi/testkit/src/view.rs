@@ -57,7 +57,7 @@ impl<'a> View<'a> {
     /// Whether the engine takes the other image for this one's parent.
     pub fn goes_with(&self, parent: &View<'_>) -> bool {
         let [create, modify] = parent.identity();
-        let next = instar_vdi_format::Uuid(modify).next().0;
+        let next = instar_vdi_format::Uuid(modify).next(&self.identity().concat()).0;
         self.parent() == [create, modify] || self.announced() && self.parent() == [create, next]
     }
 

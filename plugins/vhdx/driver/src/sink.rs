@@ -9,7 +9,7 @@ use alloc::format;
 use alloc::string::String;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow, Sink};
-use instar_vhdx_format::{State, ALIGNMENT, BITMAP_BLOCK};
+use instar_vhdx_format::{Guid, State, ALIGNMENT, BITMAP_BLOCK};
 
 /// Bytes of the heap that writing takes at most: what a group collects, windows of the table, an entry of the log.
 const WRITING_ROOM: usize = 6 << 20;
@@ -40,6 +40,8 @@ pub struct VhdxSink {
     pub(crate) free: u64,
     pub(crate) growth: Option<Growth>,
     planned: Planned,
+    /// The DataWriteGuid that the image gets.
+    data_write: Guid,
     started: bool,
 }
 
@@ -51,7 +53,20 @@ impl VhdxSink {
         }
         let (out, max_length) = (OrderedWriter::new(image.device), device.max_length);
         let (journal, lookup, survey, growth, planned) = Default::default();
-        Ok(Self { image, max_length, out, journal, lookup, survey, free: 0, growth, planned, started: false })
+        let data_write = image.opened.headers.current.data_write.next(&[]);
+        Ok(Self {
+            image,
+            max_length,
+            out,
+            journal,
+            lookup,
+            survey,
+            free: 0,
+            growth,
+            planned,
+            data_write,
+            started: false,
+        })
     }
 
     /// Bytes of the disk, once it has grown.
@@ -120,7 +135,7 @@ impl VhdxSink {
             return Ok(());
         }
         let header = self.image.opened.headers.current;
-        let (file_write, data_write) = (header.file_write.next_file_write(), self.image.opened.next_data_write());
+        let (file_write, data_write) = (header.file_write.next_file_write(), self.data_write);
         self.image.begin(io, &mut self.out, file_write, data_write)?;
         if self.new_bytes() != Some(0) && self.image.real_length > self.free {
             self.out.set_length(io, self.free)?;
@@ -186,8 +201,9 @@ impl Sink for VhdxSink {
         })
     }
 
-    fn next_identity(&self) -> Option<ImageId> {
-        ImageId::new(&self.image.opened.next_data_write().0)
+    fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
+        self.data_write = self.image.opened.headers.current.data_write.next(child.map_or(&[], ImageId::as_bytes));
+        ImageId::new(&self.data_write.0)
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {

@@ -48,6 +48,10 @@ impl Source for VhdxSource {
         self.image.empty(io)
     }
 
+    fn identity(&self) -> Option<ImageId> {
+        ImageId::new(&self.image.opened.headers.current.data_write.0)
+    }
+
     fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
         self.image.follow(io, identity, stage)
     }

@@ -53,7 +53,7 @@ fn identities_follow_the_content() {
             let mut io = MemoryDevices::new(before.clone());
             run(&Kit, &mut io, EMPTY, u64::MAX).unwrap();
             assert_linked(&io.files, OVERLAY);
-            assert_eq!(data_write(&io.files, DEVICE_OUTPUT), Guid([5; 16]).next().0);
+            assert_eq!(data_write(&io.files, DEVICE_OUTPUT), Guid([5; 16]).next(&[7; 16]).0);
             // Whoever was made on the overlay goes with it as before; both files are other ones now.
             assert_eq!(data_write(&io.files, OVERLAY), [7; 16]);
             for number in [OVERLAY, DEVICE_OUTPUT] {

@@ -60,11 +60,15 @@ impl Guid {
         Self::of_bits(low, high)
     }
 
-    /// The DataWriteGuid that follows this one. It can be foretold, so that a child records it before its parent has it, and
-    /// a commit that was interrupted between the two finds the same one again.
+    /// The DataWriteGuid that follows this one when something is written from an image with the identity `child`, which is
+    /// empty if it has none. It can be foretold, so that a child records it before its parent has it, and a commit that was
+    /// interrupted between the two finds the same one again. No other child comes to it: two copies of a parent that each
+    /// got what another child held are not taken for each other.
     #[must_use]
-    pub fn next(&self) -> Self {
-        self.derived(0x9e37_79b9_7f4a_7c15)
+    pub fn next(&self, child: &[u8]) -> Self {
+        let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte));
+        let salt = child.chunks(8).fold(0x9e37_79b9_7f4a_7c15, |salt, bytes| mix(salt ^ number(bytes)));
+        self.derived(salt)
     }
 
     /// A FileWriteGuid after this one: a guest has nothing to draw one from.
@@ -166,9 +170,12 @@ mod tests {
         for _ in 0..1000 {
             assert!(seen.insert(guid), "a state comes back");
             assert!(seen.insert(guid.next_file_write()) && seen.insert(guid.log()));
-            guid = guid.next();
+            guid = guid.next(&[]);
             assert_eq!(&guid.to_string()[14..15], "4");
         }
-        assert_eq!(Guid([0x55; 16]).next(), Guid([0x55; 16]).next());
+        // Each bit of the child counts.
+        let children = (0..128).map(|bit| (1u128 << bit).to_le_bytes());
+        let all: BTreeSet<Guid> = children.map(|child| Guid([0x55; 16]).next(&child)).collect();
+        assert_eq!(all.len(), 128);
     }
 }

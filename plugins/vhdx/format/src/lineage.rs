@@ -41,9 +41,10 @@ pub struct Lineage {
     pub record: Record,
 }
 
-/// Whether `later` follows from `earlier`, in a few steps.
-fn follows(earlier: Guid, later: Guid) -> bool {
-    core::iter::successors(Some(earlier.next()), |guid| Some(guid.next())).take(STEPS).any(|guid| guid == later)
+/// Whether `later` follows from `earlier` with the DataWriteGuid of the child, in a few steps.
+fn follows(earlier: Guid, later: Guid, own: &Guid) -> bool {
+    let next = |guid: &Guid| Some(guid.next(&own.0));
+    core::iter::successors(next(&earlier), next).take(STEPS).any(|guid| guid == later)
 }
 
 impl Lineage {
@@ -51,8 +52,9 @@ impl Lineage {
     #[must_use]
     pub fn of(header: &Header, locator: &Locator, region: &Region, item: Item) -> Self {
         let linkage = locator.linkage;
-        let by_locator = locator.linkage2.filter(|guid| *guid == linkage.next());
-        let by_header = Some(header.file_write).filter(|guid| by_locator.is_none() && follows(linkage, *guid));
+        let by_locator = locator.linkage2.filter(|guid| *guid == linkage.next(&header.data_write.0));
+        let is_announced = |guid: &Guid| by_locator.is_none() && follows(linkage, *guid, &header.data_write);
+        let by_header = Some(header.file_write).filter(is_announced);
         let start = region.offset.saturating_add(item.offset.into());
         let place = |key: &str| {
             let text = locator.value(key).filter(|text| usize::from(text.length) == GUID_TEXT_BYTES)?;
@@ -89,6 +91,7 @@ mod tests {
 
     const REGION: Region = Region { id: crate::ids::METADATA, offset: 2 << 20, length: 1 << 20, required: true };
     const OLD: Guid = Guid([0x55; 16]);
+    const OWN: [u8; 16] = [2; 16];
 
     fn text(guid: Guid) -> String {
         alloc::format!("{{{guid}}}")
@@ -97,7 +100,7 @@ mod tests {
     fn of(file_write: Guid, pairs: &[(&str, String)], at: u32, dirty: bool) -> Lineage {
         let item = Locator::encode(pairs).unwrap();
         let log_guid = if dirty { Guid([1; 16]) } else { Guid::NULL };
-        let mut header = Header::new(1, file_write, Guid([2; 16]), 1 << 20, 1 << 20);
+        let mut header = Header::new(1, file_write, Guid(OWN), 1 << 20, 1 << 20);
         header.log_guid = log_guid;
         let place = Item { offset: at, length: u32::try_from(item.len()).unwrap() };
         Lineage::of(&header, &Locator::parse(&item, 0).unwrap(), &REGION, place)
@@ -109,7 +112,7 @@ mod tests {
 
     #[test]
     fn either_place_announces() {
-        let (other, next) = (Guid([9; 16]), OLD.next());
+        let (other, next) = (Guid([9; 16]), OLD.next(&OWN));
         let lineage = of(other, &both(Guid::NULL), 65536, false);
         assert_eq!((lineage.parent(), lineage.announced), (OLD, None));
         assert!(
@@ -124,7 +127,7 @@ mod tests {
             of(other, &without, 65536, false),
             Lineage { linkage: OLD, announced: None, record: Record::Header }
         );
-        for guid in [next, next.next().next()] {
+        for guid in [next, next.next(&OWN).next(&OWN)] {
             let lineage = of(guid, &without, 65536, false);
             assert_eq!((lineage.parent(), lineage.record), (guid, Record::Header));
             // Once announced there, it goes on there.

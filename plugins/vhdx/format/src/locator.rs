@@ -97,6 +97,10 @@ impl Locator {
             guid.map(Some).ok_or_else(|| corrupt(format!("{} of the parent locator is no GUID", KNOWN[index])))
         };
         let linkage = guid(0)?.ok_or_else(|| corrupt(format!("the parent locator has no {}", keys::LINKAGE)))?;
+        if linkage.is_null() {
+            // Zeroes are no image's (2.6.2.6.3 has them for a `parent_linkage2` that says nothing).
+            return Err(corrupt(format!("{} of the parent locator is zero, which no parent has", keys::LINKAGE)));
+        }
         let linkage2 = guid(1)?.filter(|guid| !guid.is_null());
         Ok(Self { values, linkage, linkage2 })
     }
@@ -155,6 +159,12 @@ mod tests {
     }
 
     const ID: &str = "{83ed0ec3-24c8-49a6-a959-5e4bf1288bfb}";
+
+    #[test]
+    fn zeroes_are_the_identity_of_no_parent() {
+        let item = Locator::encode(&pairs(&format!("{{{}}}", Guid::NULL))).unwrap();
+        assert!(Locator::parse(&item, 0).unwrap_err().text.contains("zero, which no parent has"));
+    }
 
     #[test]
     fn what_is_made_is_read() {

@@ -2,8 +2,8 @@
 
 use crate::metadata::Metadata;
 use crate::{
-    active_sequence, ids, FormatError, Guid, Headers, Layout, Lineage, LoadError, Locator, Read, Region, RegionTable,
-    Replay, HEADER_BYTES, HEADER_OFFSETS, REGION_TABLE_BYTES, REGION_TABLE_OFFSETS, SIGNATURE,
+    active_sequence, ids, FormatError, Headers, Layout, Lineage, LoadError, Locator, Read, Region, RegionTable, Replay,
+    HEADER_BYTES, HEADER_OFFSETS, REGION_TABLE_BYTES, REGION_TABLE_OFFSETS, SIGNATURE,
 };
 use alloc::format;
 use alloc::vec;
@@ -116,12 +116,6 @@ impl Opened {
     pub fn lineage(&self) -> Option<Lineage> {
         let (locator, item) = (self.locator.as_ref()?, self.metadata.locator?);
         Some(Lineage::of(&self.headers.current, locator, &self.metadata_region, item))
-    }
-
-    /// The DataWriteGuid that the image gets when its content changes.
-    #[must_use]
-    pub fn next_data_write(&self) -> Guid {
-        self.headers.current.data_write.next()
     }
 
     /// Everything but blocks, ascending: the header section, the log, and regions that are not known as well.

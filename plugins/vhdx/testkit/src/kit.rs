@@ -125,11 +125,11 @@ impl FormatKit for Kit {
         let mut announced = second.filter(|text| *text != linkage);
         let mut known = Guid::parse(linkage.encode_utf16()).unwrap();
         for _ in 0..8 {
-            known = known.next();
+            known = known.next(&child.guid(1));
             announced = announced.or(Some(guid_text(child.guid(0))).filter(|_| known.0 == child.guid(0)));
         }
         let Some(announced) = announced else { return linkage == guid_text(parent) };
-        announced == guid_text(parent) || announced == guid_text(Guid(parent).next().0)
+        announced == guid_text(parent) || announced == guid_text(Guid(parent).next(&child.guid(1)).0)
     }
 
     fn chains(&self) -> Vec<Chain> {

@@ -24,6 +24,8 @@ pub struct VmdkSink {
     descriptor_file: u64,
     parts: Vec<Part<SparseSink>>,
     /// The new content ID is written.
+    /// The content ID that the image gets.
+    next_id: u32,
     identified: bool,
     /// Devices of flat extents that were written to since the last flush.
     flats: Vec<OrderedWriter>,
@@ -59,9 +61,11 @@ impl VmdkSink {
         }
         let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, &file, has_backing))?;
         let id = &descriptor.text.content_id;
-        descriptor.can_replace(id, next_content_id(id.value))?;
+        let next_id = next_content_id(id.value, None);
+        // Any other one has as many digits.
+        descriptor.can_replace(id, next_id)?;
         let descriptor_file = if device.files.count() == 0 { 0 } else { device.file_length };
-        Ok(Self { info, descriptor, descriptor_file, parts, identified: false, flats: Vec::new() })
+        Ok(Self { info, descriptor, descriptor_file, parts, next_id, identified: false, flats: Vec::new() })
     }
 
     /// Extents cut at the borders of the parts, with the index of the part that each run of them falls into, by the part's
@@ -90,7 +94,7 @@ impl VmdkSink {
     fn take_content_id(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if !self.identified {
             let id = &self.descriptor.text.content_id;
-            self.descriptor.text.content_id = self.descriptor.replace(io, id, next_content_id(id.value), false)?;
+            self.descriptor.text.content_id = self.descriptor.replace(io, id, self.next_id, false)?;
             self.identified = true;
         }
         Ok(())
@@ -166,8 +170,10 @@ impl Sink for VmdkSink {
         Ok(())
     }
 
-    fn next_identity(&self) -> Option<ImageId> {
-        ImageId::new(&next_content_id(self.descriptor.text.content_id.value).to_be_bytes())
+    fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
+        let child = child.and_then(|child| child.as_bytes().try_into().ok()).map(u32::from_be_bytes);
+        self.next_id = next_content_id(self.descriptor.text.content_id.value, child);
+        ImageId::new(&self.next_id.to_be_bytes())
     }
 
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {

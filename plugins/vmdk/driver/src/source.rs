@@ -121,6 +121,10 @@ impl Source for VmdkSource {
         Ok(cleared)
     }
 
+    fn identity(&self) -> Option<ImageId> {
+        ImageId::new(&self.descriptor.text.content_id.value.to_be_bytes())
+    }
+
     /// The ID of a parent that is yet to get it is marked: no other way tells a commit that was interrupted from a parent
     /// that was restored from a backup after one that was not. Both have the ID of before.
     fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {

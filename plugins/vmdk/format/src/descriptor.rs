@@ -148,14 +148,17 @@ impl ContentId {
     }
 }
 
-/// The content ID that a backing gets when something is committed into it. It follows from the old one, so that a commit
-/// that was interrupted between the two files is recognised. It has as many digits as the old one, the first of which is
+/// The content ID that a backing gets when something is committed into it from an image with the content ID `child`. It
+/// follows from both, so that a commit that was interrupted between the two files is recognised, and two copies of a backing
+/// that each got what another child held are not taken for each other. It has as many digits as the old one, the first of which is
 /// a letter, so that it can be [marked](ContentId::marked); and is never the old one, nor one with a meaning of its own.
 #[must_use]
-pub fn next_content_id(old: u32) -> u32 {
+pub fn next_content_id(old: u32, child: Option<u32>) -> u32 {
     let digits = old.max(1).ilog2() / 4 + 1;
     let (mask, letters) = (u32::MAX >> (32 - 4 * digits), 0xa << (4 * (digits - 1)));
-    let mut next = (old ^ (old >> 15)).wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15) & mask;
+    let salt = child.map_or(0, |child| (child ^ (child >> 13)).wrapping_mul(0x85eb_ca6b));
+    let salted = old ^ salt ^ (salt >> 16);
+    let mut next = (salted ^ (salted >> 15)).wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15) & mask;
     while next == old || next >= NO_PARENT - 1 || next < letters {
         next = next.wrapping_add(0x1234_5679) & mask;
     }
@@ -243,7 +246,7 @@ mod tests {
         }
         for old in [0u32, 9, 0xabc, 0x7198_cec3, NO_PARENT - 1] {
             let id = ContentId { value: 1, digits: 0..8, marked: false };
-            let next = next_content_id(old);
+            let next = next_content_id(old, Some(0x1234_5678));
             for marked in [false, true] {
                 assert_eq!(read(&id.replacement(next, marked, 0).unwrap()), (next, marked));
             }
@@ -254,12 +257,15 @@ mod tests {
     fn the_next_content_id_is_another_one_of_as_many_digits() {
         let all = (0..40).chain((0..1000).map(|n| n * 4_294_967));
         for old in all.chain([0x7198_cec3, NO_PARENT, NO_PARENT - 1, 0x0fff_ffff, 0x1000_0000]) {
-            let next = next_content_id(old);
+            let next = next_content_id(old, None);
             assert!(next != old && next != 0 && next < NO_PARENT - 1, "{old:x}");
             let digits = format!("{next:x}");
             assert_eq!(digits.len(), format!("{old:x}").len());
             assert!(digits.starts_with(|digit: char| digit.is_ascii_lowercase()), "{digits}");
-            assert_eq!(next, next_content_id(old));
+            assert_eq!(next, next_content_id(old, None));
+            // A short one has few others.
+            let other = next_content_id(old, Some(7));
+            assert!(other != old && (other != next || old < 0x1000), "{old:x}");
         }
     }
 }

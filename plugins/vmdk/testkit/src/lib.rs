@@ -262,7 +262,7 @@ impl<'a> View<'a> {
     /// Whether the engine takes the other image for this one's parent.
     pub fn goes_with(&self, parent: &View<'_>) -> bool {
         let (recorded, has) = (self.parent(), parent.cid());
-        recorded == has || self.announced() && recorded == instar_vmdk_format::next_content_id(has)
+        recorded == has || self.announced() && recorded == instar_vmdk_format::next_content_id(has, Some(self.cid()))
     }
 
     /// How many grains it holds.

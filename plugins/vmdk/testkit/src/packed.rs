@@ -144,6 +144,10 @@ impl Source for PackedSource {
         self.inner.empty(&mut Shift { io, image: self.image })
     }
 
+    fn identity(&self) -> Option<ImageId> {
+        self.inner.identity()
+    }
+
     fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
         self.inner.follow_parent(&mut Shift { io, image: self.image }, identity, stage)
     }
@@ -176,8 +180,8 @@ impl Sink for PackedSink {
         self.inner.planned(&mut Shift { io, image: self.image })
     }
 
-    fn next_identity(&self) -> Option<ImageId> {
-        self.inner.next_identity()
+    fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
+        self.inner.next_identity(child)
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {

@@ -12,6 +12,9 @@ pub struct Context<'a> {
     pub parent: ROption<&'a ImageFacts>,
     /// An image below this one is written to: what this one does not hold itself changes with it.
     pub below_changes: bool,
+    /// It is the parent itself that is written to, and gets [another identity](crate::FormatPlugin::next_identity), which
+    /// this image has to record.
+    pub parent_identity_changes: bool,
     /// What may arrive at an image with [`Role::Write`](crate::Role::Write).
     pub incoming: ROption<Incoming>,
 }
@@ -36,13 +39,13 @@ impl<'a> Context<'a> {
     /// Of an image that is read.
     #[must_use]
     pub fn reading(parent: Option<&'a ImageFacts>, below_changes: bool) -> Self {
-        Self { parent: parent.into(), below_changes, incoming: ROption::RNone }
+        Self { parent: parent.into(), below_changes, parent_identity_changes: false, incoming: ROption::RNone }
     }
 
     /// Of an image that this arrives at.
     #[must_use]
     pub fn writing(parent: Option<&'a ImageFacts>, incoming: Incoming) -> Self {
-        Self { parent: parent.into(), below_changes: false, incoming: ROption::RSome(incoming) }
+        Self { incoming: ROption::RSome(incoming), ..Self::reading(parent, false) }
     }
 
     /// What may arrive at the image with the facts `own`: if nobody says, all of its disk.

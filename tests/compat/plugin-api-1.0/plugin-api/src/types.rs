@@ -111,9 +111,6 @@ pub struct ImageFacts {
     /// [`IDENTITY_MAX`] bytes that the engine compares with other images' [`ImageFacts::parent_identity`], and nothing
     /// else. Empty for a format without one.
     pub identity: RVec<u8>,
-    /// The identity that the next operation that writes into the image gives it, which follows from the one that it has. Empty if that
-    /// stays.
-    pub next_identity: RVec<u8>,
     /// The identity that the image records of what it is backed by: with another one below it, its content makes no sense.
     /// Empty if it records none.
     pub parent_identity: RVec<u8>,
@@ -122,7 +119,8 @@ pub struct ImageFacts {
     /// or that has none: a [`BackingPointer`] with an empty name.
     pub parent_identity_unique: bool,
     /// The image says that its content was being moved into its parent when that was interrupted, and that it still holds all
-    /// of it: `parent_identity` may be one that what is below it was yet to get, its [`ImageFacts::next_identity`].
+    /// of it: `parent_identity` may be one that what is below it was yet to get, its
+    /// [`next_identity`](crate::FormatPlugin::next_identity).
     pub parent_announced: bool,
     /// Its internal snapshots, in an order that the guest half knows, too: it is asked for the disk of one by its place here.
     pub snapshots: RVec<SnapshotFacts>,
@@ -148,7 +146,6 @@ impl ImageFacts {
             corrupt: false,
             encrypted: false,
             identity: RVec::new(),
-            next_identity: RVec::new(),
             parent_identity: RVec::new(),
             parent_identity_unique: false,
             parent_announced: false,
@@ -177,25 +174,24 @@ impl ImageFacts {
     }
 
     /// Whether this image was made on `parent`, as far as both say: it has the identity that this one records, or is about
-    /// to get it, which an operation that was interrupted announced.
+    /// to get it, which an operation that was interrupted announced. `next` is the
+    /// [`next_identity`](crate::FormatPlugin::next_identity) of the parent for this image.
     #[must_use]
-    pub fn goes_with(&self, parent: &Self) -> bool {
+    pub fn goes_with(&self, parent: &Self, next: &[u8]) -> bool {
         let recorded = self.parent_identity.as_slice();
-        recorded.is_empty()
-            || recorded == parent.identity.as_slice()
-            || (self.parent_announced && recorded == parent.next_identity.as_slice())
+        recorded.is_empty() || recorded == parent.identity.as_slice() || (self.parent_announced && recorded == next)
     }
 
-    /// Whether both identities prove that this image was made on `parent`.
+    /// Whether both identities prove that this image was made on `parent`; `next` as for [`goes_with`](Self::goes_with).
     #[must_use]
-    pub fn is_proven_child_of(&self, parent: &Self) -> bool {
-        self.parent_identity_unique && !self.parent_identity.is_empty() && self.goes_with(parent)
+    pub fn is_proven_child_of(&self, parent: &Self, next: &[u8]) -> bool {
+        self.parent_identity_unique && !self.parent_identity.is_empty() && self.goes_with(parent, next)
     }
 
-    /// Whether writing into `parent` changes what this image records of it.
+    /// Whether writing into the parent changes what this image records of it; `next` as for [`goes_with`](Self::goes_with).
     #[must_use]
-    pub fn follows(&self, parent: &Self) -> bool {
-        !self.parent_identity.is_empty() && !parent.next_identity.is_empty()
+    pub fn follows(&self, next: &[u8]) -> bool {
+        !self.parent_identity.is_empty() && !next.is_empty()
     }
 
     /// The value of a feature, if there is one of this name.

@@ -65,6 +65,8 @@ pub struct PluginModuleV1 {
     pub create: extern "C" fn(spec: &CreateSpec) -> RResult<CreatedImage, PluginError>,
     /// [`FormatPlugin::measure`].
     pub measure: extern "C" fn(spec: &CreateSpec, bitmaps: RSlice<'_, BitmapFacts>) -> RResult<Footprint, PluginError>,
+    /// [`FormatPlugin::next_identity`].
+    pub next_identity: extern "C" fn(own: &ImageFacts, child: &ImageFacts) -> RResult<RVec<u8>, PluginError>,
     /// [`FormatPlugin::notes`].
     #[sabi(last_prefix_field)]
     pub notes: extern "C" fn(image: &ImageReader<'_>, facts: &ImageFacts) -> RResult<RVec<RString>, PluginError>,
@@ -90,6 +92,7 @@ impl PluginModuleV1 {
             guest_module: guest_module::<P>,
             create: create::<P>,
             measure: measure::<P>,
+            next_identity: next_identity::<P>,
             notes: notes::<P>,
         }
     }
@@ -131,6 +134,10 @@ extern "C" fn verdict<P: FormatPlugin>(role: Role, own: &ImageFacts, context: &C
         Ok(verdict) => verdict,
         Err(error) => Verdict::refused(ErrorCode::PluginUnavailable, error.message.into_string()),
     }
+}
+
+extern "C" fn next_identity<P: FormatPlugin>(own: &ImageFacts, child: &ImageFacts) -> RResult<RVec<u8>, PluginError> {
+    guarded(|| Ok(P::next_identity(own, child).into())).into()
 }
 
 extern "C" fn guest_module<P: FormatPlugin>() -> RResult<GuestModule, PluginError> {

@@ -6,7 +6,7 @@ use instar_plugin_api::{
     Footprint, FormatPlugin, GuestModule, ImageFacts, ImageReader, ImageRegion, PluginError, ReservedRange, Role,
     Verdict, PROBE_CERTAIN, PROBE_NO,
 };
-use slate_driver::header::{Header, CLUSTER, HEADER_BYTES, MAGIC, NAME_AT};
+use slate_driver::header::{next_content_id, Header, CLUSTER, HEADER_BYTES, MAGIC, NAME_AT};
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/slate-module.elf"));
 
@@ -60,6 +60,11 @@ impl FormatPlugin for Slate {
         Ok(if image.read_vec(0, 8)? == MAGIC { PROBE_CERTAIN } else { PROBE_NO })
     }
 
+    fn next_identity(own: &ImageFacts, child: &ImageFacts) -> Vec<u8> {
+        let id = |facts: &ImageFacts| facts.identity.as_slice().try_into().ok().map(u64::from_le_bytes);
+        id(own).map_or_else(Vec::new, |own| next_content_id(own, id(child)).to_le_bytes().to_vec())
+    }
+
     fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
         let mut bytes = [0; 64];
         image.read_exact_at(0, &mut bytes)?;
@@ -68,7 +73,6 @@ impl FormatPlugin for Slate {
         let facts = ImageFacts::new(Self::NAME, header.virtual_size, CLUSTER, image.length());
         let mut facts = facts.with_clusters_at_most(entries);
         facts.identity = header.content_id.to_le_bytes().to_vec().into();
-        facts.next_identity = header.next_content_id().to_le_bytes().to_vec().into();
         facts.features.push(Feature::number("content-id", header.content_id, true));
         facts.features.push(Feature::number("data-start", header.data_start(), false));
         let (length, format) = (header.backing.0 as usize, header.backing.1 as usize);

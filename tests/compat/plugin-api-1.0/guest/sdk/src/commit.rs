@@ -152,7 +152,7 @@ pub fn commit(
 
     io.enter(Phase::Target);
     let below = &mut *images.below;
-    let identity = sink.next_identity().filter(|_| bytes > 0);
+    let identity = sink.next_identity(images.source.identity().as_ref()).filter(|_| bytes > 0);
     if let Some(identity) = &identity {
         // Before the backing has its new identity: a crash between the two is recognised by the overlay's having the one
         // that the backing would have got, and a second run goes on from there.

@@ -47,6 +47,11 @@ pub trait Source {
     /// I/O errors.
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64>;
 
+    /// The identity of the image, as the host half has it; `None` for a format without one.
+    fn identity(&self) -> Option<ImageId> {
+        None
+    }
+
     /// The image that this one is backed by gets another identity ([`Sink::next_identity`]): a format that records its
     /// parent's identity records the new one, durably, and which stage it is. [`ParentStage::Announced`] comes before the
     /// first write to the parent, [`ParentStage::Reached`] with the same identity when the last one is durable; an image
@@ -130,9 +135,11 @@ pub trait Sink {
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary>;
 
     /// The identity that the image gets, durably, with the first [`Sink::write`] of any extents and before they are
-    /// written; `None` for a format without one. It follows from the one that the image has: a commit that was
-    /// interrupted between the two images finds the same one when it is run again.
-    fn next_identity(&self) -> Option<ImageId> {
+    /// written; `None` for a format without one. It follows from the one that the image has, and from that of the `child`
+    /// that data comes from, if it has one: a commit that was interrupted between the two images finds the same one when it
+    /// is run again, and no other child comes to it. Asked once, after [`Sink::planned`].
+    fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
+        let _ = child;
         None
     }
 

@@ -84,11 +84,6 @@ impl Header {
         bytes
     }
 
-    /// The content ID that the next write gives the image.
-    pub fn next_content_id(&self) -> u64 {
-        self.content_id.wrapping_add(1).max(1)
-    }
-
     /// Clusters of the disk.
     pub fn clusters(&self) -> u64 {
         self.virtual_size.div_ceil(CLUSTER)
@@ -98,4 +93,9 @@ impl Header {
     pub fn data_start(&self) -> u64 {
         (HEADER_BYTES + self.clusters() * 8).next_multiple_of(CLUSTER)
     }
+}
+
+/// The content ID that an image gets from what is above it, whose content ID is `child` if it has one.
+pub fn next_content_id(own: u64, child: Option<u64>) -> u64 {
+    own.wrapping_add(1).wrapping_add(child.unwrap_or(0) << 16).max(1)
 }

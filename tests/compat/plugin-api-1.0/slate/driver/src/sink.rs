@@ -1,6 +1,6 @@
 //! The sink role: new clusters at the end of the file; the table follows when they are durable.
 
-use crate::header::CLUSTER;
+use crate::header::{next_content_id, CLUSTER};
 use crate::image::{Entry, Image};
 use alloc::vec;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary};
@@ -14,6 +14,7 @@ pub struct SlateSink {
     image: Image,
     max_length: u64,
     verified: bool,
+    next_id: u64,
     identified: bool,
     new_clusters: u64,
     last: Option<usize>,
@@ -26,7 +27,8 @@ fn full() -> DriverError {
 impl SlateSink {
     pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
         let max_length = device.max_length;
-        Self { image, max_length, verified: false, identified: false, new_clusters: 0, last: None }
+        let next_id = next_content_id(image.header.content_id, None);
+        Self { image, max_length, next_id, verified: false, identified: false, new_clusters: 0, last: None }
     }
 
     /// Whether a part needs no room in the file: it is a whole cluster of zeroes.
@@ -96,13 +98,15 @@ impl Sink for SlateSink {
         Ok(PlanSummary { final_length, new_data_clusters: self.new_clusters, ..PlanSummary::default() })
     }
 
-    fn next_identity(&self) -> Option<ImageId> {
-        ImageId::new(&self.image.header.next_content_id().to_le_bytes())
+    fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
+        let child = child.and_then(|child| child.as_bytes().try_into().ok()).map(u64::from_le_bytes);
+        self.next_id = next_content_id(self.image.header.content_id, child);
+        ImageId::new(&self.next_id.to_le_bytes())
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
         if !extents.is_empty() && !core::mem::replace(&mut self.identified, true) {
-            self.image.header.content_id = self.image.header.next_content_id();
+            self.image.header.content_id = self.next_id;
             self.image.write_header(io)?;
         }
         let mut batch = Batch::new();

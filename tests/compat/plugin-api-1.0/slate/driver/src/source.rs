@@ -55,6 +55,10 @@ impl Source for SlateSource {
         Ok(held)
     }
 
+    fn identity(&self) -> Option<ImageId> {
+        ImageId::new(&self.0.header.content_id.to_le_bytes())
+    }
+
     fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
         let id = identity.as_bytes().try_into().map(u64::from_le_bytes).map_err(|_| {
             let text = "the parent's identity is not one of slate";

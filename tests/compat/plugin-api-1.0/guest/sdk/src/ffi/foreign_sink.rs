@@ -68,9 +68,10 @@ impl Sink for ForeignSink {
         call(|failure| grow(self.handle, virtual_size, below_length, failure))
     }
 
-    fn next_identity(&self) -> Option<ImageId> {
+    fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
         let mut identity = ImageId::new(&[0])?;
-        self.ops.next_identity.filter(|next| next(self.handle, &raw mut identity) == 1)?;
+        let child = child.map_or(core::ptr::null(), core::ptr::from_ref);
+        self.ops.next_identity.filter(|next| next(self.handle, child, &raw mut identity) == 1)?;
         // Once more, because the module may have written anything as the length.
         ImageId::new(identity.as_bytes())
     }
