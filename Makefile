@@ -63,7 +63,8 @@ lint: ## formatting, clippy, licences and advisories
 
 test-rust: qemu-img ## the Rust tests
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --cargo-profile checked --workspace && $(CARGO) test --profile checked --workspace --doc; \
+		$(CARGO) nextest run --cargo-profile checked --workspace && \
+		$(CARGO) test --profile checked --doc $$(tests/tools/documented.sh); \
 	else $(CARGO) test --profile checked --workspace; fi
 
 test-integration: instar python qemu-img file-systems mandoc ## the Python tests; paths and options after the goal go to pytest
