@@ -9,7 +9,15 @@ use instar_vhdx_testkit::{build, Kind, Kit, Linkage, Log, Spec, MIB};
 /// A block that the disk does not fill, by far: the harness's own images have a run for every few sectors. Files have several MiB
 /// all the same, and each state is a copy of them.
 const SIZE: usize = 18 * 4096;
-const CRASHES: Crashes = Crashes { drawn: 1, seed: 1 };
+
+/// `make crash` looks at more of them: each state is a copy of 10 MiB.
+fn more() -> bool {
+    std::env::var_os("INSTAR_CRASH_DRAWN").is_some()
+}
+
+fn crashes() -> Crashes {
+    Crashes { drawn: usize::from(more()), seed: 1 }
+}
 
 fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
     let mut files = Files::from([(OVERLAY, build(overlay)), (DEVICE_OUTPUT, build(backing))]);
@@ -19,14 +27,14 @@ fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
 
 /// The images as they are.
 fn conforms(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) {
-    let report = verify(&Bed { overlay: &Kit, backing: &Kit, files: files(overlay, backing, ancestor) }, CRASHES);
+    let report = verify(&Bed { overlay: &Kit, backing: &Kit, files: files(overlay, backing, ancestor) }, crashes());
     println!("{report:?}");
     assert!(report.committed == 1 && report.states >= 15, "{report:?}");
 }
 
 /// The same, and either of them with the sectors of the harness.
 fn each_conforms(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Report {
-    let report = verify_images(&Kit, &files(overlay, backing, ancestor), CRASHES);
+    let report = verify_images(&Kit, &files(overlay, backing, ancestor), crashes());
     println!("{report:?}");
     report
 }
@@ -110,10 +118,9 @@ fn disks_that_grow() {
     conforms(&Spec { runs: vec![], ..top }, &Spec { log: Log::Pending, ..base }, None);
 }
 
-/// `make crash` looks at more of them: each state is a copy of 10 MiB.
 #[test]
 fn drawn_images() {
-    let count = if std::env::var_os("INSTAR_CRASH_DRAWN").is_some() { 4 } else { 1 };
+    let count = if more() { 4 } else { 1 };
     let report = verify_drawn(&Kit, 0..count, Crashes { drawn: 0, seed: 1 });
     println!("{report:?}");
     assert!(report.committed as u64 > count && report.states as u64 > 25 * count, "{report:?}");
