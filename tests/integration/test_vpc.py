@@ -378,12 +378,15 @@ def test_growth(tmp_path, xen):
 
 
 def test_a_footer_that_a_guest_wrote_is_data(tmp_path):
-    """The last sector of a raw disk is its guest's: what it makes it look like changes nothing."""
+    """The last sector of a raw disk is its guest's: what it makes it look like keeps nobody from anything. But it is said: a
+    fixed VHD that somebody took for a raw disk looks the same, and loses its footer."""
     raw, top = tmp_path / "base.raw", tmp_path / "top.qcow2"
     raw.write_bytes(bytes(MIB - SECTOR) + vhd_bytes.footer(FIXED, MIB - SECTOR, BASE))
     support.create(top, backing="base.raw", backing_fmt="raw")
     qemu_io(top, "write -P 5 0 4k")
-    commit(top)
+    for options in (["--dry-run"], ["--dry-run", "-F", "raw"], []):
+        result = run_instar("commit", *options, top)
+        assert result.rc == 0 and ("mark of a vpc image" in result.stderr) == ("-F" not in options), str(result)
     assert raw.read_bytes()[:4096] == b"\5" * 4096 and raw.stat().st_size == MIB
     # Nor does the first sector of a fixed disk, but that is said: QEMU would take it for a dynamic one.
     fixed = Maker(FIXED, MIB, BASE, runs=[(0, vhd_bytes.footer(DYNAMIC, MIB, TOP))]).write(tmp_path / "fixed.vhd")

@@ -136,7 +136,8 @@ impl Operation for Commit<'_> {
         session.note_image("backing", &backing);
         let mut ancestors =
             descent.open_below(&backing, Access::ReadOnly).map_err(|error| error.in_role(Role::Ancestor))?;
-        overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.facts.follows(&backing.facts);
+        let next = backing.next_identity(&overlay.facts);
+        overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.facts.follows(&next);
         let mut images = vec![FilesOf { image: &mut overlay, access, changes: true, gate }];
         images.push(FilesOf { image: &mut backing, access, changes: true, gate: below });
         let only_read = between.iter_mut().chain(&mut ancestors);
@@ -160,12 +161,15 @@ impl Operation for Commit<'_> {
         check_parents(&images.chain())?;
         let parts = Parts::of(images).ok_or_else(nothing_to_commit)?;
         parts.refuse_doubt(self.request.only_plans())?;
-        let mut grants = parts.verdict(&mut self.warnings)?;
-        grants.beyond_devices = self.request.mode == CommitMode::Measure;
         // A device of plain bytes is the disk: to lengthen the one is to let the other grow.
         let is_disk = parts.backing.opened.block_device && parts.backing.facts.cluster_size <= 1;
         let may_grow = self.request.resize_backing || (self.request.mode == CommitMode::Measure && is_disk);
-        let backing_grows_to = parts.growth(may_grow)?;
+        // What a plugin refuses comes first.
+        let growth = parts.growth(may_grow);
+        let mut grants = parts.verdict(growth.as_ref().map_or(None, |size| *size), &mut self.warnings)?;
+        let backing_grows_to = growth?;
+        grants.beyond_devices = self.request.mode == CommitMode::Measure;
+        self.warnings.extend(parts.unsure_mark());
         if let Some(size) = backing_grows_to {
             session.note(|| format!("the backing's virtual size grows to {size} bytes"));
         }

@@ -6,7 +6,7 @@ use crate::escape::escape_path;
 use crate::image::ChainImage;
 use crate::operation::{Grants, ImageSet};
 use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK};
-use instar_plugin_api::{Context, Incoming, Role, ROLE_SINK, ROLE_SOURCE};
+use instar_plugin_api::{Context, ImageFacts, Incoming, Role, ROLE_SINK, ROLE_SOURCE};
 use std::path::PathBuf;
 
 /// The images of a commit by their parts in it.
@@ -43,11 +43,11 @@ impl<'s, 'r> Parts<'s, 'r> {
     }
 
     /// Ask each plugin for its verdict. Returns how long the files may become; `warnings` takes what the plugins have to say
-    /// besides.
+    /// besides. The backing's disk grows to `grows_to` bytes, if at all.
     ///
     /// # Errors
     /// The first verdict that refuses.
-    pub fn verdict(&self, warnings: &mut Vec<String>) -> Result<Grants, Error> {
+    pub fn verdict(&self, grows_to: Option<u64>, warnings: &mut Vec<String>) -> Result<Grants, Error> {
         let mut ask = |image: &ChainImage<'_>, role: Role, context: Context<'_>| {
             let (needed, part) = match role {
                 Role::Read | Role::Empty => (ROLE_SOURCE, "committed"),
@@ -73,11 +73,20 @@ impl<'s, 'r> Parts<'s, 'r> {
         // The image that is emptied may have to be repaired first, for which it may need more than it has.
         let mut emptied = 0;
         for (index, layer) in merged.iter().enumerate() {
-            let context = Context::reading(Some(&merged.get(index + 1).unwrap_or(&self.backing).facts), true);
+            let parent = merged.get(index + 1).unwrap_or(&self.backing);
+            let lowest = index + 1 == merged.len();
+            let parent_identity_changes = lowest && layer.facts.follows(&self.backing.next_identity(&layer.facts));
+            let context = Context { parent_identity_changes, ..Context::reading(Some(&parent.facts), true) };
             if index == 0 && self.empties {
                 emptied = ask(layer, Role::Empty, context)?;
             } else {
                 ask(layer, Role::Read, context)?;
+                if let Some(virtual_size) = grows_to.filter(|_| lowest) {
+                    // It stays above the backing as that will be: a format may demand that both have one size. Interrupted
+                    // halfway, nothing could read the one through the other any more.
+                    let grown = ImageFacts { virtual_size, ..parent.facts.clone() };
+                    ask(layer, Role::Read, Context { parent: Some(&grown).into(), ..context })?;
+                }
             }
         }
         let parent = self.ancestors.first().map(|parent| &parent.facts);
@@ -116,6 +125,18 @@ impl<'s, 'r> Parts<'s, 'r> {
         Err(Error::image(&self.overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
     }
 
+    /// The line about a backing that is said to be raw, and has a mark that another format's images have as well: its guest can
+    /// have written that, so that it is no reason to refuse it, but a person may have taken a disk with a footer for a raw one.
+    #[must_use]
+    pub fn unsure_mark(&self) -> Option<String> {
+        let mark = self.backing.mark.as_ref().filter(|mark| !mark.certain && !self.backing.insisted)?;
+        let (path, raw, other) = (escape_path(&self.backing.opened.path), self.backing.plugin.name(), &mark.format);
+        Some(format!(
+            "'{path}' is recorded as {raw}, and has a mark of a {other} image: if its guest wrote that, -F {raw} says so; if it \
+             is a {other} image, the commit may overwrite the mark, and -F {other} keeps it"
+        ))
+    }
+
     /// Refuse a backing that is not believed to be raw, unless the commit may be the repetition of one that made it look so:
     /// of that, only its writes are proof, which a dry run has none of.
     ///
@@ -146,7 +167,7 @@ pub fn become_stale(layers: &[PathBuf], dry_run: bool) -> Option<String> {
         (false, _) => "become",
     };
     Some(format!(
-        "'{first}'{others}: {verb} stale, because the image below changes: delete {it} afterwards, or rebase the images \
-         that depend on {it}"
+        "'{first}'{others}: {verb} stale, because the image below changes: use that from now on, and delete {it} together \
+         with the overlay, once no other image depends on {it}"
     ))
 }

@@ -53,10 +53,14 @@ impl Recorder<'_> {
         self.refuse(name, "leads outside the image's own directory", &advice)
     }
 
+    /// Whether `qemu-img rebase` can change the backing of images of this format.
+    fn can_be_rebased(&self) -> bool {
+        matches!(self.format, "qcow2" | "qed")
+    }
+
     /// How another name gets into the image. `what` is to be recorded.
     pub(super) fn record(&self, what: &str) -> String {
-        // The formats of which `qemu-img rebase` can change the backing.
-        if self.part != Part::File && matches!(self.format, "qcow2" | "qed") {
+        if self.part != Part::File && self.can_be_rebased() {
             format!("record {what} with `qemu-img rebase -u -b NEW -F FMT {}`", shell_path(self.path))
         } else {
             self.edit(what)
@@ -66,7 +70,7 @@ impl Recorder<'_> {
     /// How the image comes to record that the file behind this name is raw.
     #[must_use]
     pub fn record_raw(&self, name: &[u8]) -> String {
-        if matches!(self.format, "qcow2" | "qed") {
+        if self.can_be_rebased() {
             let (name, path) = (shell_word(name), shell_path(self.path));
             format!("record that with `qemu-img rebase -u -b {name} -F raw {path}`")
         } else {
@@ -80,13 +84,18 @@ impl Recorder<'_> {
             (Part::Target | Part::Ancestor, "vmdk") => {
                 format!("write {what} into its descriptor (parentFileNameHint, padded to the old length)")
             }
-            // It records no name: this one is made of the parent's identifier.
-            (Part::Target | Part::Ancestor, "vdi") => "give it that name here with `ln -s`".to_owned(),
+            // A vdi records no name: this one is made of the parent's identifier. The others have it in several places.
+            (Part::Target | Part::Ancestor, "vdi" | "vhdx" | "vpc") => "give it that name here with `ln -s`".to_owned(),
             _ => format!("write {what} into the image"),
         }
     }
 
     pub(super) fn no_file(&self, name: &[u8], why: &NoFile) -> Error {
+        if name.is_empty() && !self.can_be_rebased() {
+            let clause =
+                "records which image is below it, but no name of its file: only a commit can be told that, with -b";
+            return Error::image(self.path, ErrorCode::BackingNotFound, clause);
+        }
         let advice = match why {
             // Another name would make another disk of it.
             NoFile::Option(_) => {

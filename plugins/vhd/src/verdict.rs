@@ -53,7 +53,8 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
     let footers = own.text(names::FOOTERS).map(|which| {
         format!("of the two copies of its footer, {}: a commit into it, or from it, makes it whole", printable(which))
     });
-    refused.into_iter().chain(size).chain(saved).chain(footers).map(line).collect()
+    let child = own.backing.is_some().then(|| "QEMU reads it as if it had no parent, and says nothing".to_owned());
+    refused.into_iter().chain(size).chain(saved).chain(footers).chain(child).map(line).collect()
 }
 
 /// A note as long as notes may be, in bytes.
