@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Source};
+use instar_vmdk_format::NO_PARENT;
 
 /// A vmdk that data comes from.
 #[derive(Debug)]
@@ -128,12 +129,12 @@ impl Source for VmdkSource {
     /// The ID of a parent that is yet to get it is marked: no other way tells a commit that was interrupted from a parent
     /// that was restored from a backup after one that was not. Both have the ID of before.
     fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
+        // A disk without a parent may lie over one of another format, and records nothing of it.
+        let recorded = self.descriptor.text.parent_id.as_ref().filter(|id| id.value != NO_PARENT);
+        let Some(id) = recorded else { return Ok(()) };
         let bytes = identity.as_bytes().try_into().map_err(|_| overflow("the length of the parent's content ID"))?;
-        let value = u32::from_be_bytes(bytes);
-        if let Some(id) = &self.descriptor.text.parent_id {
-            let id = self.descriptor.replace(io, id, value, stage == ParentStage::Announced)?;
-            self.descriptor.text.parent_id = Some(id);
-        }
+        let id = self.descriptor.replace(io, id, u32::from_be_bytes(bytes), stage == ParentStage::Announced)?;
+        self.descriptor.text.parent_id = Some(id);
         Ok(())
     }
 

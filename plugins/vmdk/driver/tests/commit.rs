@@ -317,3 +317,16 @@ fn the_builder_and_the_view_agree() {
     let content = View::new(&bytes).content(&[]);
     assert_eq!(content[9 * GRAIN..10 * GRAIN], fill(9, 0x40));
 }
+
+/// Nothing that it could record says that it has a parent now.
+#[test]
+fn an_overlay_that_records_no_parent_goes_on_recording_none() {
+    let size = 40 * GRAIN;
+    let top = Spec::new(size, 7, u32::MAX).with([(3, State::Data(0x21))]);
+    let before = files(&top, &Spec::new(size, 5, u32::MAX).with([(4, State::Data(0x43))]), None);
+    let want = expected(&before);
+    let mut io = MemoryDevices::new(before);
+    run(&mut io, Options::default()).unwrap();
+    assert!(views(&io.files) == want);
+    assert_eq!(View::new(&io.files[&OVERLAY]).parent(), u32::MAX);
+}
