@@ -7,7 +7,8 @@ use instar_testkit::FormatKit;
 use std::fmt;
 
 /// All formats. A line here is all that a further one needs; if it brings chains of its own, they are a target with a corpus.
-pub static FORMATS: [Format; 6] = [
+pub static FORMATS: [Format; 7] = [
+    Format::of::<instar_plugin_vhdx::Vhdx>(&instar_vhdx_testkit::Kit),
     Format::of::<instar_plugin_vdi::Vdi>(&instar_vdi_testkit::Kit),
     Format::of::<instar_plugin_vpc::Vpc>(&instar_vhd_testkit::Kit),
     Format::of::<instar_plugin_qcow::Qcow>(&instar_qcow_testkit::Kit),
@@ -22,6 +23,10 @@ type Ask<T> = fn(&ImageReader<'_>) -> Result<T, PluginError>;
 pub struct Format {
     /// What the plugin calls it.
     pub name: &'static str,
+    /// What it is called here: the plugin's name, or that of a kind of its images.
+    pub label: &'static str,
+    /// An image of it is a descriptor and the extent behind it, of which the driver is told as of two files.
+    pub packed: bool,
     /// Images, checker and driver.
     pub kit: &'static dyn FormatKit,
     /// [`FormatPlugin::probe`].
@@ -42,6 +47,8 @@ impl Format {
     const fn of<P: FormatPlugin>(kit: &'static dyn FormatKit) -> Self {
         Self {
             name: P::NAME,
+            label: P::NAME,
+            packed: false,
             kit,
             probe: P::probe,
             files: P::files,
@@ -55,6 +62,6 @@ impl Format {
 
 impl fmt::Debug for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name)
+        f.write_str(self.label)
     }
 }

@@ -46,7 +46,7 @@ fn operation_seeds() -> Vec<Vec<u8>> {
         bytes[7] &= 0x7f;
         bytes
     };
-    (0..64).map(|images| [record(images), record(0)].concat()[..16 * (1 + usize::from(images) % 2)].to_vec()).collect()
+    (0..96).map(|images| [record(images), record(0)].concat()[..16 * (1 + usize::from(images) % 2)].to_vec()).collect()
 }
 
 impl Target {

@@ -3,20 +3,21 @@
 
 use instar_fuzz::corpus;
 use instar_fuzz::formats::Format;
-use instar_fuzz::operations::{Complaint, Pairs, PowerLosses};
+use instar_fuzz::operations::{Bed, Complaint, Pairs, PowerLosses};
 use instar_guest_sdk::crash::Crashes;
 use std::path::Path;
 use std::process::Command;
 
-/// More than there are valid pairs of any target.
-const IMAGES: u8 = 24;
+/// Bytes of images that are large.
+const LARGE: usize = 4 << 20;
 
 /// How many random states `make crash` draws after each change; `None` in the tests, which draw one.
 fn drawn() -> Option<usize> {
     std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok())
 }
 
-/// `qemu-img check`, which does not look at what is below an image. Leaks are no complaint: a power loss may leave some.
+/// `qemu-img check`, which does not look at what is below an image. Leaks are no complaint: a power loss may leave some. A log that
+/// is to be replayed keeps it from opening a VHDX only to read it.
 fn qemu_img(directory: &Path, format: &Format, bytes: &[u8]) -> Result<(), Complaint> {
     let path = directory.join("image");
     std::fs::write(&path, bytes).unwrap();
@@ -24,7 +25,8 @@ fn qemu_img(directory: &Path, format: &Format, bytes: &[u8]) -> Result<(), Compl
     let file = path.display();
     let image =
         format!(r#"json:{{"driver":"{driver}","backing":null,"file":{{"driver":"file","filename":"{file}"}}}}"#);
-    let result = Command::new("qemu-img").args(["check", &image]).output();
+    let repair: &[&str] = if driver == "vhdx" { &["-r", "all"] } else { &[] };
+    let result = Command::new("qemu-img").arg("check").args(repair).arg(&image).output();
     let result = result.unwrap_or_else(|error| panic!("qemu-img is needed: apt-get install qemu-utils ({error})"));
     let text = String::from_utf8_lossy(&result.stdout) + String::from_utf8_lossy(&result.stderr);
     match result.status.code() {
@@ -32,6 +34,13 @@ fn qemu_img(directory: &Path, format: &Format, bytes: &[u8]) -> Result<(), Compl
         Some(2) => Err(Complaint::Corrupt(text.into_owned())),
         _ => Err(Complaint::Refused(text.into_owned())),
     }
+}
+
+/// Whether the images that an input names are looked at: those of many MiB, as VHDX, only by `make crash`. Their drivers' own tests
+/// look at their crash states, and drawn chains (`tests/chains.rs`) are stopped, too.
+fn is_looked_at(pairs: &Pairs, input: &[u8]) -> bool {
+    let bytes = |bed: &Bed| bed.files.values().map(Vec::len).sum::<usize>();
+    drawn().is_some() || pairs.choose(input).is_some_and(|bed| bytes(bed) < LARGE)
 }
 
 /// How many of these inputs are commits. One in `every` images that are left is shown to qemu-img.
@@ -50,15 +59,17 @@ fn of(pairs: &Pairs, inputs: &mut dyn Iterator<Item = Vec<u8>>, every: usize) ->
             commits += 1;
         }
     }
-    assert!(all > 2 * commits && losses.seen > every * 5);
+    assert!(all > 2 * commits && losses.seen > every, "{all} states of {commits} commits, {} images", losses.seen);
     commits
 }
 
 #[test]
 fn of_valid_images() {
     for pairs in Pairs::all() {
-        let mut all = (0..IMAGES).map(|images| vec![images]);
-        assert_eq!(of(pairs, &mut all, 20), usize::from(IMAGES));
+        let images = 0..u8::try_from(pairs.beds.len()).unwrap();
+        let all: Vec<Vec<u8>> = images.map(|images| vec![images]).filter(|input| is_looked_at(pairs, input)).collect();
+        let count = all.len();
+        assert_eq!(if count == 0 { 0 } else { of(pairs, &mut all.into_iter(), 20) }, count);
     }
 }
 
@@ -73,8 +84,12 @@ fn of_what_covers_more_code() {
             let files = std::fs::read_dir(since).into_iter().flatten().map(|entry| entry.unwrap().path());
             inputs.extend(files.map(|file| std::fs::read(file).unwrap()));
         }
+        inputs.retain(|input| is_looked_at(pairs, input));
         let count = inputs.len();
+        if count == 0 {
+            continue;
+        }
         let commits = of(pairs, &mut inputs.into_iter(), 100);
-        assert!(commits > 10, "{commits} of {count} are commits");
+        assert!(commits > 5, "{pairs:?}: {commits} of {count} are commits");
     }
 }

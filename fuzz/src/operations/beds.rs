@@ -24,7 +24,7 @@ impl Pairs {
     pub fn all() -> &'static [Self] {
         static ALL: OnceLock<Vec<Pairs>> = OnceLock::new();
         ALL.get_or_init(|| {
-            let within = FORMATS.iter().map(|format| (format.name, within(format)));
+            let within = FORMATS.iter().map(|format| (format.label, within(format)));
             let all = within.chain([("cross", cross())]).filter(|(_, beds)| !beds.is_empty());
             all.map(|(name, beds)| Self { target: format!("{name}-commit"), beds }).collect()
         })
@@ -37,7 +37,8 @@ impl Pairs {
     }
 
     /// The images that an input changes: its first byte says which.
-    pub(super) fn choose(&self, input: &[u8]) -> Option<&Bed> {
+    #[must_use]
+    pub fn choose(&self, input: &[u8]) -> Option<&Bed> {
         self.beds.get(usize::from(*input.first()?) % self.beds.len())
     }
 }
@@ -62,13 +63,13 @@ fn cross() -> Vec<Bed> {
     let mut beds = Vec::new();
     for (top, overlays) in parts.iter().map(|(top, parts)| (*top, &parts.overlays)) {
         for (base, backings) in parts.iter().map(|(base, parts)| (*base, &parts.backings)) {
-            for (overlay, backing) in overlays.iter().zip(backings).filter(|_| top.name != base.name) {
+            for (overlay, backing) in overlays.iter().zip(backings).filter(|_| top.label != base.label) {
                 beds.push(Bed::new([(OVERLAY, top, overlay.clone()), (DEVICE_OUTPUT, base, backing.clone())]));
             }
         }
         // A record of the parent's identity is what a layer between can get wrong: one of the base's own format has it, one of
         // a format that records none has not.
-        let Some(overlay) = overlays.first() else { continue };
+        let Some(overlay) = overlays.first().filter(|_| !top.kit.records_parent()) else { continue };
         let recorded = parts.iter().filter(|(base, _)| base.kit.records_parent());
         for (base, backing) in recorded.filter_map(|(base, parts)| Some((*base, parts.backings.get(1)?))) {
             let middles = parts.iter().filter_map(|(format, parts)| Some((*format, parts.middle.as_ref()?)));

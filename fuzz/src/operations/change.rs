@@ -5,12 +5,14 @@ use instar_testkit::{Field, Layout};
 
 /// Bytes of an input for each change.
 pub const CHANGE: usize = 16;
+/// From this value of byte 6 of a change on, the image's checksums are made right again.
+const SEALED: u8 = 0x80;
 /// Changes that one input can make.
 const MAX_CHANGES: usize = 6;
 
 /// Apply the changes of an input. Byte by byte: 0 is not looked at (in the first change it chooses the images); 1 says which
-/// file; 2 the kind of field, or any place of the file; 3 to 5 which one; 6 what the value is made of; 7 how long the file is
-/// afterwards, mostly as long as it was; 8 to 15 a number.
+/// file; 2 the kind of field, or any place of the file; 3 to 5 which one; 6 what the value is made of, and whether checksums are
+/// made right again; 7 how long the file is afterwards, mostly as long as it was; 8 to 15 a number.
 pub fn apply(bed: &Bed, input: &[u8]) -> Files {
     let mut files = bed.files.clone();
     let devices: Vec<u32> = bed.files.keys().copied().collect();
@@ -19,6 +21,9 @@ pub fn apply(bed: &Bed, input: &[u8]) -> Files {
         let layout = &bed.layouts[&device];
         if let Some(bytes) = files.get_mut(&device) {
             one(bytes, layout, change);
+            if change[6] >= SEALED {
+                bed.formats[&device].kit.seal(bytes);
+            }
         }
     }
     files

@@ -7,13 +7,12 @@ use super::strict::Strict;
 use super::{config, open_sink, open_source, quietly, sound, views, Bed, Files};
 use super::{ANCESTOR, MIDDLE, OVERLAY};
 use crate::host;
-use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT, IMAGE_ID_MAX};
+use instar_guest_abi::{DeviceConfig, ErrorCode, DEVICE_OUTPUT};
 use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome, Step};
 use instar_guest_sdk::memory::Change;
 use instar_guest_sdk::{DriverResult, Source};
 use instar_guest_view::{Ancestors, Layers};
 use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
-use instar_testkit::SECTOR;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// No file may become longer than this in bytes, whatever the verdict allows: the disk is full.
@@ -46,7 +45,7 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
     let merged: Vec<u32> = chain.iter().copied().take_while(|&device| device != DEVICE_OUTPUT).collect();
     let mut longest = BTreeMap::new();
     for (index, &device) in merged.iter().enumerate() {
-        let role = if merged.len() == 1 { Role::Empty } else { Role::Read };
+        let role = if bed.keeps_overlay() { Role::Read } else { Role::Empty };
         let lowest = index + 1 == merged.len();
         let parent_identity_changes = lowest && facts[&device].follows(&next(DEVICE_OUTPUT, device));
         let context = Context::reading(Some(&facts[&chain[index + 1]]), true);
@@ -56,9 +55,12 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
     let parent = facts.get(&ANCESTOR);
     let max_length = ask(DEVICE_OUTPUT, Role::Write, Context::writing(parent, arriving))?.max(backing.file_length);
     longest.insert(DEVICE_OUTPUT, max_length);
-    if let Some(ancestor) = facts.get(&ANCESTOR) {
+    if let Some(ancestor) = parent {
         ask(DEVICE_OUTPUT, Role::Below, Context::reading(Some(ancestor), false))?;
-        ask(ANCESTOR, Role::Below, Context::reading(None, false))?;
+    }
+    for (index, device) in chain.iter().enumerate().skip(merged.len() + 1) {
+        let below = chain.get(index + 1).map(|device| &facts[device]);
+        ask(*device, Role::Below, Context::reading(below, false))?;
     }
     let configs = facts.iter().map(|(&device, facts)| {
         let longest = longest.get(&device).copied().unwrap_or(0).max(facts.file_length);
@@ -70,22 +72,24 @@ pub(super) fn admitted(bed: &Bed, files: &Files) -> Option<BTreeMap<u32, DeviceC
     Some(configs)
 }
 
-/// The devices of a bed's commit, held to what the host would let its guest do. With a layer between, the overlay is kept, and
-/// that layer is the one that may record its parent's identity.
+/// The devices of a bed's commit, held to what the host would let its guest do. If the overlay is kept, the
+/// lowest layer that is merged is the one that may record its parent's identity.
 pub(super) fn hold(bed: &Bed, files: Files, configs: &BTreeMap<u32, DeviceConfig>) -> Strict {
     let middle = configs.get(&MIDDLE).filter(|_| bed.files.contains_key(&MIDDLE));
-    Strict::commit(files, &configs[&OVERLAY], middle, &configs[&DEVICE_OUTPUT])
+    let kept = middle.or(bed.keeps_overlay().then_some(&configs[&OVERLAY]));
+    Strict::commit(files, &configs[&OVERLAY], kept, &configs[&DEVICE_OUTPUT])
 }
 
-/// The guest's part, in the sandbox that was asked for, or as a function.
+/// The guest's part, in the sandbox that was asked for, or as a function. A sandbox knows nothing of images that are two files in
+/// one.
 pub(super) fn guest(
     bed: &Bed,
     io: &mut Strict,
     configs: &BTreeMap<u32, DeviceConfig>,
 ) -> Result<Outcome, CommitFailure> {
     match sandboxed::chosen() {
-        Some(choice) => sandboxed::run(choice, bed, io, configs),
-        None => called(bed, io, configs),
+        Some(choice) if !bed.formats.values().any(|format| format.packed) => sandboxed::run(choice, bed, io, configs),
+        _ => called(bed, io, configs),
     }
 }
 
@@ -111,8 +115,7 @@ pub(super) fn called(
         last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
     };
     let mut images = Commit { source: source.as_mut(), sink: sink.as_mut(), below: &mut below };
-    let keep_overlay = bed.files.contains_key(&MIDDLE);
-    let options = Options { resize_backing: bed.resize, keep_overlay, ..Options::default() };
+    let options = Options { resize_backing: bed.resize, keep_overlay: bed.keeps_overlay(), ..Options::default() };
     commit(io, &mut images, options, &mut |_| {})
 }
 
@@ -122,7 +125,7 @@ pub(super) fn snapshots(bed: &Bed, files: &Files) -> Vec<Vec<u8>> {
     both.flat_map(|device| bed.formats[&device].kit.snapshots(&files[&device])).collect()
 }
 
-fn run(bed: &Bed, files: Files) {
+pub(super) fn run(bed: &Bed, files: Files) {
     if std::env::var_os("FUZZ_EXPLAIN").is_some() {
         explain(bed, &files);
     }
@@ -146,8 +149,12 @@ fn run(bed: &Bed, files: Files) {
             assert!(new[&DEVICE_OUTPUT][length..].starts_with(rest), "the rest of the backing reads something else");
             for (device, bytes) in now {
                 assert!(sound(bed.formats[device], bytes), "device {device} is not consistent any more");
-                let written = *device == DEVICE_OUTPUT || (*device == OVERLAY && !bed.files.contains_key(&MIDDLE));
-                assert!(!written || !bed.formats[device].kit.is_dirty(bytes), "device {device} is still dirty");
+                // With nothing to commit, nothing is written.
+                let written = *device == DEVICE_OUTPUT || (*device == OVERLAY && !bed.keeps_overlay());
+                assert!(
+                    !written || *bytes == files[device] || !bed.formats[device].kit.is_dirty(bytes),
+                    "device {device} is still dirty"
+                );
             }
         }
     }
@@ -159,7 +166,7 @@ fn run(bed: &Bed, files: Files) {
     match failure.step {
         Step::Check | Step::Plan => assert_eq!(io.devices.log, vec![], "{:?} {}", failure.step, failure.error),
         Step::Write if changed(OVERLAY) && bed.formats[&OVERLAY].kit.records_parent() => {
-            assert!(only_an_identity(&files[&OVERLAY], &now[&OVERLAY]), "{}", failure.error);
+            assert!(bed.formats[&OVERLAY].kit.differ_by_parent(&files[&OVERLAY], &now[&OVERLAY]), "{}", failure.error);
         }
         Step::Write => {
             let of_overlay = |c: &Change| {
@@ -183,21 +190,12 @@ fn explain(bed: &Bed, files: &Files) {
     }
 }
 
-/// Whether two files differ by the recorded identity of the parent and its mark, and nothing else: no more bytes than an
-/// identity and a number have, in one sector.
-fn only_an_identity(was: &[u8], is: &[u8]) -> bool {
-    let differ = |at: &usize| was[*at] != is[*at];
-    let places = || (0..was.len()).filter(differ);
-    was.len() == is.len()
-        && places().count() <= IMAGE_ID_MAX + 4
-        && places().next().zip(places().next_back()).is_none_or(|(first, last)| first / SECTOR == last / SECTOR)
-}
-
 fn changed_elsewhere(bed: &Bed, before: &Files, now: &Files) -> bool {
-    let read_only = bed.chain().into_iter().filter(|device| !matches!(*device, OVERLAY | DEVICE_OUTPUT));
+    let read_only = bed.chain().iter().filter(|device| !matches!(**device, OVERLAY | DEVICE_OUTPUT));
     let mut read_only = read_only.map(|device| {
-        let (was, is) = (&before[&device], &now[&device]);
-        was != is && !(device == MIDDLE && bed.formats[&device].kit.records_parent() && only_an_identity(was, is))
+        let (was, is) = (&before[device], &now[device]);
+        let kit = bed.formats[device].kit;
+        was != is && !(*device == MIDDLE && kit.records_parent() && kit.differ_by_parent(was, is))
     });
     read_only.any(|changed| changed) || now.len() != before.len()
 }

@@ -31,6 +31,9 @@ pub struct PowerLosses<'a> {
     pub seen: usize,
 }
 
+/// Bytes of images for which one state more is left out after each that is looked at.
+const STRIDE: usize = 2 << 20;
+
 /// Looks at an image.
 pub type Checker<'a> = dyn Fn(&Format, &[u8]) -> Result<(), Complaint> + 'a;
 
@@ -43,9 +46,9 @@ pub enum Complaint {
 }
 
 /// What the images read as: by device, and the snapshots.
-type Reading = (Files, Vec<Vec<u8>>);
+pub(super) type Reading = (Files, Vec<Vec<u8>>);
 
-fn read(bed: &Bed, files: &Files) -> Reading {
+pub(super) fn read(bed: &Bed, files: &Files) -> Reading {
     (views(bed, files), snapshots(bed, files))
 }
 
@@ -69,7 +72,14 @@ impl PowerLosses<'_> {
         let after = finished.then(|| views(bed, &io.devices.files)[&DEVICE_OUTPUT].clone());
         let arrived = after.as_ref().is_none_or(|after| after.starts_with(&before.0[&OVERLAY]));
         assert!(arrived, "the backing does not read what the overlay did");
+        // All states of images of a MiB, and one in so many of larger ones, such as VHDX: the drivers' own tests look at all.
+        let stride = files.values().map(Vec::len).sum::<usize>() / STRIDE + 1;
+        let mut number = 0;
         Some(self.crashes.each(&files, &io.devices.log, &mut |state| {
+            number += 1;
+            if number % stride != 0 {
+                return;
+            }
             verify(bed, &state, &before);
             restored(bed, &state, &files, &before);
             self.ask(bed, &state, &files);
@@ -108,7 +118,7 @@ impl PowerLosses<'_> {
 }
 
 /// What holds at every instant.
-fn verify(bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
+pub(super) fn verify(bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
     let (now, snapshots) = read(bed, files);
     assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else");
     assert!(snapshots == *old_snapshots, "a snapshot reads something else");
@@ -119,7 +129,7 @@ fn verify(bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
 }
 
 /// The backing of before the commit, as a backup has it, goes with what is above it now only if that still holds everything.
-fn restored(bed: &Bed, state: &Files, originals: &Files, (old, _): &Reading) {
+pub(super) fn restored(bed: &Bed, state: &Files, originals: &Files, (old, _): &Reading) {
     let lowest = if bed.files.contains_key(&MIDDLE) { MIDDLE } else { OVERLAY };
     let look = |device: u32| host::look(bed.formats[&device], &originals[&device]).expect("was admitted");
     let (child, parent) = (look(lowest), look(DEVICE_OUTPUT));
@@ -134,7 +144,7 @@ fn restored(bed: &Bed, state: &Files, originals: &Files, (old, _): &Reading) {
 }
 
 /// A second commit finishes the job; of one that had failed it may fail again, and breaks nothing.
-fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapshots): &Reading, after: Option<&[u8]>) {
+pub(super) fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapshots): &Reading, after: Option<&[u8]>) {
     let configs = admitted(bed, &files).expect("the plugins refuse what a power loss left");
     let mut io = hold(bed, files, &configs);
     let result = guest(bed, &mut io, &configs);
@@ -157,9 +167,11 @@ fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapshots): &Read
         return;
     }
     assert!(now[&DEVICE_OUTPUT] == after, "a second commit makes something else");
-    let emptied = (!bed.files.contains_key(&MIDDLE)).then_some(OVERLAY);
+    let emptied = (!bed.keeps_overlay()).then_some(OVERLAY);
     for device in emptied.into_iter().chain([DEVICE_OUTPUT]) {
-        assert!(!bed.formats[&device].kit.is_dirty(&io.devices.files[&device]), "device {device} is still dirty");
+        let bytes = &io.devices.files[&device];
+        let is_clean = *bytes == originals[&device] || !bed.formats[&device].kit.is_dirty(bytes);
+        assert!(is_clean, "device {device} is still dirty");
     }
 }
 

@@ -52,7 +52,7 @@ pub fn look(input: &[u8]) {
     let chain = bed.chain();
     let mapped: DriverResult<()> = (|| {
         let mut layers: Vec<Box<dyn Source>> = Vec::new();
-        for device in &chain {
+        for device in chain {
             let config = config(*device, &facts[device], false, 0);
             layers.push(open_source(bed.formats[device], &mut io, &config)?);
         }

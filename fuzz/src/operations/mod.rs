@@ -46,13 +46,18 @@ pub struct Bed {
     pub layouts: BTreeMap<u32, Layout>,
     /// The backing may grow.
     pub resize: bool,
+    /// The devices from the overlay down to the lowest ancestor.
+    chain: Vec<u32>,
 }
 
 impl Bed {
-    /// Images of these formats.
+    /// Images of these formats, the overlay first. Of several that are merged, the lowest is [`MIDDLE`]; of several below the
+    /// output device, the highest is [`ANCESTOR`].
     fn new(images: impl IntoIterator<Item = (u32, &'static Format, Vec<u8>)>) -> Self {
-        let mut bed = Self { formats: BTreeMap::new(), files: Files::new(), layouts: BTreeMap::new(), resize: false };
+        let (formats, layouts) = (BTreeMap::new(), BTreeMap::new());
+        let mut bed = Self { formats, files: Files::new(), layouts, resize: false, chain: Vec::new() };
         for (device, format, bytes) in images {
+            bed.chain.push(device);
             bed.formats.insert(device, format);
             bed.layouts.insert(device, format.kit.layout(&bytes));
             bed.files.insert(device, bytes);
@@ -62,9 +67,13 @@ impl Bed {
     }
 
     /// The devices from the overlay down to the lowest ancestor.
-    fn chain(&self) -> Vec<u32> {
-        let order = [OVERLAY, MIDDLE, DEVICE_OUTPUT, ANCESTOR];
-        order.into_iter().filter(|device| self.files.contains_key(device)).collect()
+    fn chain(&self) -> &[u32] {
+        &self.chain
+    }
+
+    /// Whether the commit leaves the overlay as it is: several layers are merged, or its format cannot be emptied.
+    fn keeps_overlay(&self) -> bool {
+        self.files.contains_key(&MIDDLE) || !self.formats[&OVERLAY].kit.can_empty()
     }
 }
 
@@ -99,9 +108,9 @@ fn sound(format: &Format, bytes: &[u8]) -> bool {
 fn views(bed: &Bed, files: &Files) -> Files {
     let mut below: Option<Vec<u8>> = None;
     let mut views = Files::new();
-    for device in bed.chain().into_iter().rev() {
-        let view = bed.formats[&device].kit.content(&files[&device], below.as_deref());
-        views.insert(device, view.clone());
+    for device in bed.chain().iter().rev() {
+        let view = bed.formats[device].kit.content(&files[device], below.as_deref());
+        views.insert(*device, view.clone());
         below = Some(view);
     }
     views

@@ -4,7 +4,7 @@
 //! the ring and the messages that it has there, and the findings are the same: devices in memory judge every request.
 
 use super::strict::Strict;
-use super::{Bed, MIDDLE};
+use super::Bed;
 use instar::sandbox::{
     self, BadRequest, BufferAccess, Host, ModuleSpec, Program, Sandbox, SandboxChoice, FIRST_FORMAT,
 };
@@ -54,7 +54,7 @@ pub fn run(
         let role = match place {
             _ if place > output => MemberRole::Below,
             _ if place == output => MemberRole::Write,
-            _ if bed.files.contains_key(&MIDDLE) => MemberRole::Read,
+            _ if bed.keeps_overlay() => MemberRole::Read,
             _ => MemberRole::Empty,
         };
         let device = DeviceConfig { module: module(device), ..configs[&device] };

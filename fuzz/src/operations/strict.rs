@@ -23,19 +23,19 @@ pub struct Strict {
 }
 
 impl Strict {
-    /// The devices of a commit of `overlay` into `target`; all others are only read. With a layer between them, the overlay is
-    /// kept.
+    /// The devices of a commit of `overlay` into `target`; all others are only read. If the overlay is kept, `kept` is the lowest
+    /// layer that is merged: what it records of its parent may change.
     pub fn commit(
         files: BTreeMap<u32, Vec<u8>>,
         overlay: &DeviceConfig,
-        between: Option<&DeviceConfig>,
+        kept: Option<&DeviceConfig>,
         target: &DeviceConfig,
     ) -> Self {
         let mut devices = MemoryDevices::new(files);
-        match between {
+        match kept {
             None => devices.hold_commit(overlay, false, target),
-            Some(between) => {
-                devices.hold([(Part::Overlay { emptied: false, identity: true }, between), (Part::Target, target)])
+            Some(lowest) => {
+                devices.hold([(Part::Overlay { emptied: false, identity: true }, lowest), (Part::Target, target)])
             }
         }
         Self { devices, moved: 0, most: None }

@@ -37,6 +37,10 @@ pub fn draw(seed: u64, number: u64) -> Drawn {
             _ => word(&mut drawn, &mut random),
         }
     }
+    if random.coin() {
+        drawn.files.iter_mut().for_each(|(device, bytes)| bed.formats[device].kit.seal(bytes));
+        drawn.story += ", checksums made right";
+    }
     drawn
 }
 
@@ -108,7 +112,7 @@ fn hollow(drawn: &mut Drawn, random: &mut Random) {
     if layout.places.is_empty() {
         return;
     }
-    let at = random.pick(&layout.places).saturating_mul(layout.unit);
+    let at = random.pick(&layout.places).saturating_mul(layout.unit).saturating_add(layout.origin);
     let length = *random.pick(&[512, 2048, 4096, 65536]);
     let Some(bytes) = drawn.files.get_mut(&device) else { return };
     let start = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());

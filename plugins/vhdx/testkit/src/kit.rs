@@ -117,6 +117,14 @@ impl FormatKit for Kit {
         true
     }
 
+    fn differ_by_parent(&self, was: &[u8], is: &[u8]) -> bool {
+        layout::differ_by_parent(was, is)
+    }
+
+    fn seal(&self, bytes: &mut [u8]) {
+        layout::seal_all(bytes);
+    }
+
     /// By the recorded GUID, by the one that the locator announces, or by the one that the header does, if that follows from it.
     fn goes_with(&self, bytes: &[u8], parent: &[u8]) -> bool {
         let (child, parent) = (View::new(bytes), View::new(parent).guid(1));

@@ -5,6 +5,7 @@ use crate::log::replayed;
 use crate::spec::{BAT, METADATA};
 use crate::{Kind, MIB};
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// An image that is read.
 #[derive(Debug)]
@@ -194,17 +195,25 @@ impl<'a> View<'a> {
         self.bytes[self.header + 16 + index * 16..][..16].try_into().unwrap()
     }
 
+    /// Where the value of a key of the parent locator lies in the file, in bytes.
+    pub fn place(&self, key: &str) -> Option<Range<usize>> {
+        let (at, _) = self.locator?;
+        (0..le16(&self.bytes, at + 18)).map(|index| at + 20 + index * 12).find_map(|entry| {
+            let range = |place: usize, length: usize| {
+                let start = at + le32(&self.bytes, entry + place);
+                start..start + le16(&self.bytes, entry + length)
+            };
+            (self.text(range(0, 8)) == key).then(|| range(4, 10))
+        })
+    }
+
     /// The value of a key of the parent locator, as text.
     pub fn value(&self, key: &str) -> Option<String> {
-        let (at, _) = self.locator?;
-        let text = |place: usize, length: usize| {
-            let bytes = &self.bytes[at + place..at + place + length];
-            let units: Vec<u16> = bytes.chunks(2).map(|unit| u16::from_le_bytes([unit[0], unit[1]])).collect();
-            String::from_utf16(&units).unwrap()
-        };
-        (0..le16(&self.bytes, at + 18)).map(|index| at + 20 + index * 12).find_map(|entry| {
-            let found = text(le32(&self.bytes, entry), le16(&self.bytes, entry + 8)) == key;
-            found.then(|| text(le32(&self.bytes, entry + 4), le16(&self.bytes, entry + 10)))
-        })
+        self.place(key).map(|range| self.text(range))
+    }
+
+    fn text(&self, range: Range<usize>) -> String {
+        let units: Vec<u16> = self.bytes[range].chunks(2).map(|unit| u16::from_le_bytes([unit[0], unit[1]])).collect();
+        String::from_utf16(&units).unwrap()
     }
 }

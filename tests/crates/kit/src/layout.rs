@@ -52,6 +52,8 @@ pub struct Layout {
     pub kinds: Vec<Vec<Field>>,
     /// Where structures begin, in units.
     pub places: Vec<u64>,
+    /// The byte of the file from which places are counted.
+    pub origin: u64,
     /// Bytes of a unit, in which entries of tables name places.
     pub unit: u64,
     /// Bits that entries may have besides.
@@ -62,7 +64,7 @@ impl Layout {
     /// A layout without any fields.
     #[must_use]
     pub fn new(order: ByteOrder, unit: u64, flags: &'static [u64]) -> Self {
-        Self { order, kinds: Vec::new(), places: Vec::new(), unit, flags }
+        Self { order, kinds: Vec::new(), places: Vec::new(), origin: 0, unit, flags }
     }
 
     /// Add a kind: fields of this width one after the other, from byte `start` to `end`.

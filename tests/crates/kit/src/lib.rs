@@ -13,11 +13,13 @@ pub use salvage::{part, seen, Disk, SectorState, LONGEST, SECTOR};
 
 pub use instar_guest_sdk::conformance::{sink_of, source_of, ImageKit, ANCESTOR, OVERLAY};
 
+use instar_guest_abi::IMAGE_ID_MAX;
+
 /// Device number of a layer between overlay and backing, which is committed with the overlay.
 pub const MIDDLE: u32 = 2;
 
-/// The images of one commit by their devices: [`OVERLAY`], the output device, and whichever of [`MIDDLE`] and [`ANCESTOR`] there
-/// are.
+/// The images of one commit by their devices, the top-most first: [`OVERLAY`], [`MIDDLE`] if it is there, the output device, and
+/// [`ANCESTOR`] if it is there.
 pub type Chain = Vec<(u32, Vec<u8>)>;
 
 /// Images for chains with images of other formats. All disks have the size that was asked for, unless a backing may grow to it.
@@ -62,6 +64,22 @@ pub trait FormatKit: ImageKit {
     /// Whether images record the identity of their parents: committing into a parent may change that record, and nothing else.
     fn records_parent(&self) -> bool {
         false
+    }
+
+    /// Whether two images differ by the recorded identity of the parent and its mark, and nothing else. By default these are no
+    /// more bytes than an identity and a number have, in one sector.
+    fn differ_by_parent(&self, was: &[u8], is: &[u8]) -> bool {
+        let differ = |at: &usize| was[*at] != is[*at];
+        let places = || (0..was.len()).filter(differ);
+        was.len() == is.len()
+            && places().take(IMAGE_ID_MAX + 5).count() <= IMAGE_ID_MAX + 4
+            && places().next().zip(places().next_back()).is_none_or(|(first, last)| first / SECTOR == last / SECTOR)
+    }
+
+    /// Make the checksums right of all structures that have one and can still be told for what they are: without that, damage
+    /// below a checksum never reaches what reads the structure.
+    fn seal(&self, bytes: &mut [u8]) {
+        let _ = bytes;
     }
 
     /// Whether an image that records the identity of its parent goes with this one, as the engine decides.
