@@ -28,6 +28,9 @@ CRASH_DRAWN ?= 10
 # Which pairs `make damage` draws, and how many.
 DAMAGE_SEED ?= 1
 DAMAGE_COUNT ?= 10000
+# Which chains `make chains` draws, and how many.
+CHAINS_SEED ?= 1
+CHAINS_COUNT ?= 2000
 # What only Rust tests and campaigns use, which build it with another profile.
 TEST_CRATES := instar-fuzz instar-contract-tests instar-test-lab instar-testkit \
 	$(patsubst plugins/%/testkit,instar-%-testkit,$(wildcard plugins/*/testkit))
@@ -40,7 +43,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage fuzz fuzz-corpus demo bench bench-quick \
+.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo bench bench-quick \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -104,6 +107,9 @@ faults: instar python qemu-img ## every system call on an image fails once, is c
 
 damage: ## commit, check and map pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
 	$(CARGO) run --profile checked -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)
+
+chains: ## commit drawn chains of all formats, two to nine images deep (CHAINS_SEED, CHAINS_COUNT)
+	$(CARGO) run --profile checked -p instar-fuzz --bin instar-chains -- $(CHAINS_SEED) $(CHAINS_COUNT)
 
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/tools/demo.sh

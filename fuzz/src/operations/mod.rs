@@ -6,6 +6,7 @@
 //! read; after a success the backing reads that, too, snapshots read what they read, and both are consistent.
 
 mod beds;
+mod chains;
 mod change;
 mod commit;
 mod crashes;
@@ -15,6 +16,7 @@ mod sandboxed;
 mod strict;
 
 pub use beds::Pairs;
+pub use chains::{drawn_chain, DrawnChain};
 pub use change::CHANGE;
 pub use commit::run_changed;
 pub use crashes::{Complaint, PowerLosses};

@@ -5,7 +5,9 @@ use crate::builder::{build, Spec, State};
 use crate::damage;
 use crate::pair::data;
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_testkit::{Chain, Parts, ANCESTOR, MIDDLE, OVERLAY};
+use instar_guest_sdk::random::Random;
+use instar_testkit::chain::units;
+use instar_testkit::{Chain, Parts, Place, ANCESTOR, MIDDLE, OVERLAY};
 
 /// qcow2 into qcow2: cluster sizes, refcount widths, versions, snapshots, bitmaps, subclusters, compression, repairs, growth.
 pub fn chains() -> Vec<Chain> {
@@ -84,4 +86,30 @@ pub fn parts(size: usize) -> Parts {
         middle: Some(overlay(10, false)),
         backings: Vec::new(),
     }
+}
+
+/// An image with clusters of 512 bytes to 16 KiB. A quarter of them end before the disk below: these are such as can grow to its
+/// length. Of the others some are of version 2, and some have a snapshot.
+pub fn drawn(random: &mut Random, place: Place) -> Vec<u8> {
+    let bits = 9 + random.below(6) as u32;
+    let (size, version, snapshots) = match random.index(4) {
+        0 => (place.size / 4 * 3, 3, 0),
+        1 => (place.size, 2, random.index(2)),
+        _ => (place.size, 3, random.index(2)),
+    };
+    let zero = random.byte();
+    let state = |seed: u8| match seed.wrapping_sub(zero) % 8 {
+        0 if version == 3 => State::Zero,
+        1 if version == 3 => State::ZeroAllocated(seed),
+        // More noise than this does not shrink.
+        2 => State::Deflated(seed % 160),
+        _ => State::Data(seed),
+    };
+    let clusters = units(random, size >> bits).into_iter().map(|(cluster, seed)| (cluster as u64, state(seed)));
+    let extended = bits == 14 && version == 3;
+    let refcount_order = if version == 3 { 3 + random.below(4) as u32 } else { 4 };
+    let (leaks, free) = (random.below(4), random.below(3));
+    let (table_clusters, spec) = (8, Spec::new(bits, size as u64));
+    let spec = Spec { version, extended, snapshots, refcount_order, leaks, free, table_clusters, ..spec };
+    build(&spec.with(clusters))
 }

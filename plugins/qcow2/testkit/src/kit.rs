@@ -2,9 +2,10 @@
 
 use crate::{be32, be64, chains, checker, layout, pair, salvage};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
+use instar_guest_sdk::random::Random;
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
 use instar_qcow2_driver::Qcow2;
-use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts};
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place};
 
 /// qcow2.
 pub struct Kit;
@@ -62,6 +63,14 @@ impl FormatKit for Kit {
 
     fn chains(&self) -> Vec<Chain> {
         chains::chains()
+    }
+
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        Some(chains::drawn(random, place))
+    }
+
+    fn goes_over_any(&self) -> bool {
+        true
     }
 
     fn parts(&self, size: usize) -> Parts {

@@ -2,9 +2,11 @@
 
 use instar_guest_abi::{DeviceConfig, ImageInfo};
 use instar_guest_sdk::conformance::{Builder, Held, Layer};
+use instar_guest_sdk::random::Random;
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
 use instar_raw_driver::Raw;
-use instar_testkit::{sink_of, source_of, ByteOrder, Disk, FormatKit, ImageKit, Layout, Parts, SECTOR};
+use instar_testkit::chain::units;
+use instar_testkit::{sink_of, source_of, ByteOrder, Disk, FormatKit, ImageKit, Layout, Parts, Place, SECTOR};
 
 /// raw.
 pub struct Kit;
@@ -65,6 +67,14 @@ impl FormatKit for Kit {
 
     fn has_metadata(&self) -> bool {
         false
+    }
+
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; place.size];
+        for (sector, seed) in units(random, place.size / SECTOR) {
+            bytes[sector * SECTOR..(sector + 1) * SECTOR].fill(seed ^ sector.to_le_bytes()[0] | 1);
+        }
+        (!place.has_parent).then_some(bytes)
     }
 
     /// Backings as long as the disk, and shorter ones.

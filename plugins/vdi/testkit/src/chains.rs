@@ -2,7 +2,9 @@
 
 use crate::{build, Spec, State, BLOCK};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_testkit::{Chain, Parts, ANCESTOR, MIDDLE, OVERLAY};
+use instar_guest_sdk::random::Random;
+use instar_testkit::chain::units;
+use instar_testkit::{Chain, Parts, Place, ANCESTOR, MIDDLE, OVERLAY};
 
 /// VDI into VDI.
 pub fn chains() -> Vec<Chain> {
@@ -49,4 +51,18 @@ pub fn parts(size: usize) -> Parts {
         middle: Some(build(&middle)),
         backings: vec![build(&backing), build(&Spec { gaps: vec![0], ..backing.clone() }), build(&fixed)],
     }
+}
+
+/// An image over a parent or without one, then dynamic or static.
+pub fn drawn(random: &mut Random, place: Place) -> Vec<u8> {
+    let zero = random.byte();
+    let state = |seed: u8| if seed % 4 == zero % 4 { State::Zero } else { State::Data(seed) };
+    let blocks = units(random, place.size / BLOCK).into_iter().map(|(block, seed)| (block, state(seed)));
+    let spec = Spec::new(place.size, place.number, place.parent(0)).with(blocks);
+    if !place.has_parent && random.index(4) == 0 {
+        return build(&spec.preallocated());
+    }
+    let more = random.index(200);
+    let gaps = (0..random.index(3)).map(|_| random.index(spec.blocks.len().max(1))).collect();
+    build(&Spec { gaps, room: spec.room + more, entries: spec.entries + more / 2, ..spec })
 }

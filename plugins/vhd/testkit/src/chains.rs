@@ -2,7 +2,9 @@
 
 use crate::{build, Kind, Spec, SECTOR};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_testkit::{Chain, Parts, ANCESTOR, MIDDLE, OVERLAY};
+use instar_guest_sdk::random::Random;
+use instar_testkit::chain::runs;
+use instar_testkit::{Chain, Parts, Place, ANCESTOR, MIDDLE, OVERLAY};
 
 const BLOCK: usize = 8192;
 
@@ -51,4 +53,28 @@ pub fn parts(size: usize) -> Parts {
         middle: None,
         backings: vec![backing(Kind::Dynamic, false), backing(Kind::Dynamic, true), backing(Kind::Fixed, false)],
     }
+}
+
+/// An image with blocks of 4 to 64 KiB, over a parent or without one.
+pub fn drawn(random: &mut Random, place: Place) -> Vec<u8> {
+    let kind = match (place.has_parent, random.index(4)) {
+        (true, _) => Kind::Differencing,
+        (false, 0) => Kind::Fixed,
+        (false, _) => Kind::Dynamic,
+    };
+    let block = 4096 << random.index(5);
+    let blocks = place.size / block;
+    build(&Spec {
+        id: place.number,
+        parent: place.parent(0),
+        batmap: random.coin(),
+        spare: *random.pick(&[0, 100]),
+        table_last: random.coin(),
+        gap: random.index(3),
+        tail: random.index(4) != 0,
+        garbage: *random.pick(&[0, 0x99]),
+        hollow: (0..random.index(3)).map(|_| random.index(blocks)).collect(),
+        runs: runs(random, place.size / SECTOR),
+        ..Spec::new(kind, place.size, block)
+    })
 }

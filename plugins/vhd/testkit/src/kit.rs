@@ -3,8 +3,9 @@
 use crate::{build, chains, layout, salvage, Kind, Spec, View, SECTOR};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
 use instar_guest_sdk::conformance::{Builder, Held, Layer};
+use instar_guest_sdk::random::Random;
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
-use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts};
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place};
 use instar_vhd_driver::Vhd;
 
 /// vpc.
@@ -102,6 +103,10 @@ impl FormatKit for Kit {
 
     fn chains(&self) -> Vec<Chain> {
         chains::chains()
+    }
+
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        Some(chains::drawn(random, place))
     }
 
     fn parts(&self, size: usize) -> Parts {

@@ -3,7 +3,9 @@
 use crate::spec::{build, Kind, Linkage, Log, Spec};
 use crate::MIB;
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_testkit::{Chain, Parts, ANCESTOR, MIDDLE, OVERLAY};
+use instar_guest_sdk::random::Random;
+use instar_testkit::chain::runs;
+use instar_testkit::{Chain, Parts, Place, ANCESTOR, MIDDLE, OVERLAY};
 
 /// VHDX into VHDX.
 pub fn chains() -> Vec<Chain> {
@@ -56,4 +58,37 @@ pub fn parts(size: usize) -> Parts {
             backing(Kind::Fixed, Log::Empty),
         ],
     }
+}
+
+/// An image with blocks of 1 or 2 MiB and sectors of either size, over a parent or without one.
+pub fn drawn(random: &mut Random, place: Place) -> Vec<u8> {
+    let kind = match (place.has_parent, random.index(4)) {
+        (true, _) => Kind::Differencing,
+        (false, 0) => Kind::Fixed,
+        (false, _) => Kind::Dynamic,
+    };
+    let mut spec = Spec {
+        sector: place.sector,
+        block: MIB << random.index(2),
+        id: place.number,
+        parent: [place.parent(0); 16],
+        by_bitmap: random.coin(),
+        log: *random.pick(&[Log::Empty, Log::Empty, Log::Stale, Log::Pending]),
+        linkage: *random.pick(&[Linkage::Second, Linkage::Second, Linkage::Alone, Linkage::Torn]),
+        table_last: random.coin(),
+        gap: random.index(2),
+        tail: random.index(2),
+        both: random.index(4) != 0,
+        garbage: *random.pick(&[0, 0x99]),
+        runs: runs(random, place.size / place.sector),
+        ..Spec::new(kind, place.size)
+    };
+    for block in (0..place.size.div_ceil(spec.block)).filter(|_| kind != Kind::Fixed) {
+        match random.index(8) {
+            0 => spec.states.push((block, random.below(4))),
+            1 => spec.hollow.push(block),
+            _ => {}
+        }
+    }
+    build(&spec)
 }

@@ -2,7 +2,9 @@
 
 use crate::{build, Spec, State, GRAIN};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_testkit::{Chain, Parts, ANCESTOR, MIDDLE, OVERLAY};
+use instar_guest_sdk::random::Random;
+use instar_testkit::chain::units;
+use instar_testkit::{Chain, Parts, Place, ANCESTOR, MIDDLE, OVERLAY};
 
 /// vmdk into vmdk.
 pub fn chains() -> Vec<Chain> {
@@ -47,4 +49,14 @@ pub fn parts(size: usize) -> Parts {
         middle: Some(build(&middle)),
         backings: vec![backing(false, true), backing(true, true), backing(true, false)],
     }
+}
+
+/// An image over a parent or without one, of all kinds that the driver writes.
+pub fn drawn(random: &mut Random, place: Place) -> Vec<u8> {
+    let parent = if place.has_parent { u32::from(place.number - 1) } else { u32::MAX };
+    let zero = random.byte();
+    let state = |seed: u8| if seed % 4 == zero % 4 { State::Zero } else { State::Data(seed) };
+    let grains = units(random, place.size / GRAIN).into_iter().map(|(grain, seed)| (grain, state(seed)));
+    let spec = Spec::new(place.size, u32::from(place.number), parent).with(grains);
+    build(&Spec { redundant: random.coin(), lazy_tables: random.coin(), ..spec })
 }

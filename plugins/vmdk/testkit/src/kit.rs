@@ -2,8 +2,9 @@
 
 use crate::{chains, device, layout, salvage, View};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
+use instar_guest_sdk::random::Random;
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
-use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, OVERLAY};
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place, OVERLAY};
 use instar_vmdk_driver::Vmdk;
 
 /// vmdk.
@@ -51,6 +52,10 @@ impl FormatKit for Kit {
 
     fn chains(&self) -> Vec<Chain> {
         chains::chains()
+    }
+
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        Some(chains::drawn(random, place))
     }
 
     fn parts(&self, size: usize) -> Parts {

@@ -4,16 +4,20 @@
 //! with the driver, and the driver itself (the SDK's [`ImageKit`]). Who commits, damages or reads images of any format needs
 //! nothing else, so that a format joins the fuzz targets with one line (`fuzz/src/formats.rs`).
 
+pub mod chain;
+
 mod layout;
 pub mod pair;
 mod salvage;
 
+pub use chain::Place;
 pub use layout::{ByteOrder, Field, Layout};
 pub use salvage::{part, seen, Disk, SectorState, LONGEST, SECTOR};
 
 pub use instar_guest_sdk::conformance::{sink_of, source_of, ImageKit, ANCESTOR, OVERLAY};
 
 use instar_guest_abi::IMAGE_ID_MAX;
+use instar_guest_sdk::random::Random;
 
 /// Device number of a layer between overlay and backing, which is committed with the overlay.
 pub const MIDDLE: u32 = 2;
@@ -92,6 +96,17 @@ pub trait FormatKit: ImageKit {
     /// them by their place in this list.
     fn chains(&self) -> Vec<Chain> {
         Vec::new()
+    }
+
+    /// A valid image for this place in a chain, of whatever kind the numbers say; `None` if the format has none for it.
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        let _ = (random, place);
+        None
+    }
+
+    /// Whether images go over images of any format, as they record no identity of their parents.
+    fn goes_over_any(&self) -> bool {
+        false
     }
 
     /// Valid images of this format for chains with others; `size` is that of the disk in bytes.
