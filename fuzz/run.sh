@@ -24,7 +24,7 @@ while read -r name longest; do
     if [ "$what" = merge ]; then
         rm -rf target/fuzz/merged && mkdir target/fuzz/merged
         "$fuzzer" -set_cover_merge=1 -use_counters=0 "${limits[@]}" target/fuzz/merged "${inputs[@]}" < /dev/null 2> "$log"
-        FUZZ_PACK=target/fuzz/merged "$fuzzer" "${ends[@]}" < /dev/null 2> /dev/null
+        FUZZ_PACK=target/fuzz/merged "$fuzzer" "${ends[@]}" < /dev/null 2> /dev/null || true
         continue
     fi
     if "$fuzzer" -max_total_time="$what" -print_final_stats=1 "${limits[@]}" "${inputs[@]}" < /dev/null > "$log" 2>&1; then
