@@ -1,11 +1,13 @@
 //! Disks of one delta extent, as the conformance test knows images.
 
-use crate::delta::{cowd, cowd_content, cowd_is_tidy, sesparse, sesparse_content, SeHeld, SE_GRAIN};
-use crate::packed::{pack, sink, source, EXTENT};
-use crate::{le32, le64};
+use crate::delta::{cowd, cowd_content, sesparse, sesparse_content, SeHeld, SE_GRAIN};
+use crate::packed::{pack, sink, source, ANY_IDS, EXTENT};
+use crate::{delta_chains, delta_layout, delta_salvage, le32, le64};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
 use instar_guest_sdk::conformance::{Builder, Held, ImageKit, Layer};
+use instar_guest_sdk::random::Random;
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_testkit::{Chain, Disk, FormatKit, Layout, Parts, Place};
 
 /// vmfsSparse, with grains of so many bytes.
 pub struct CowdKit(pub usize);
@@ -29,7 +31,7 @@ impl ImageKit for CowdKit {
     }
 
     fn is_sound(&self, image: &[u8]) -> bool {
-        cowd_is_tidy(&image[EXTENT..])
+        delta_layout::cowd_is_sound(image)
     }
 }
 
@@ -43,7 +45,7 @@ impl Builder for CowdKit {
         let mut grains: Vec<_> = layer.clusters().map(|(grain, _)| (grain as usize, layer.bytes(grain))).collect();
         grains.reverse();
         let size = layer.size as usize;
-        pack(("vmfsSparse", "VMFSSPARSE"), size, &cowd(size, self.0, &grains))
+        pack(("vmfsSparse", "VMFSSPARSE"), ANY_IDS, size, &cowd(size, self.0, &grains))
     }
 
     fn states(&self) -> &[Held] {
@@ -72,6 +74,10 @@ impl ImageKit for SeSparseKit {
         sesparse_content(&image[EXTENT..], below.unwrap_or_default())
     }
 
+    fn is_sound(&self, image: &[u8]) -> bool {
+        delta_layout::sesparse_is_sound(image)
+    }
+
     fn can_empty(&self) -> bool {
         false
     }
@@ -93,6 +99,55 @@ impl Builder for SeSparseKit {
             _ => (grain as usize, SeHeld::Data(layer.bytes(grain))),
         };
         let size = layer.size as usize;
-        pack(("seSparse", "SESPARSE"), size, &sesparse(size, &layer.clusters().map(held).collect::<Vec<_>>()))
+        let extent = sesparse(size, &layer.clusters().map(held).collect::<Vec<_>>());
+        pack(("seSparse", "SESPARSE"), ANY_IDS, size, &extent)
+    }
+}
+
+impl FormatKit for CowdKit {
+    fn layout(&self, image: &[u8]) -> Layout {
+        delta_layout::cowd(image)
+    }
+
+    fn salvage(&self, image: &[u8]) -> Option<Disk> {
+        delta_salvage::cowd(image)
+    }
+
+    fn records_parent(&self) -> bool {
+        true
+    }
+
+    fn chains(&self) -> Vec<Chain> {
+        delta_chains::cowd_chains()
+    }
+
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        Some(delta_chains::cowd_drawn(random, place))
+    }
+
+    fn parts(&self, size: usize) -> Parts {
+        delta_chains::cowd_parts(size)
+    }
+}
+
+impl FormatKit for SeSparseKit {
+    fn layout(&self, image: &[u8]) -> Layout {
+        delta_layout::sesparse(image)
+    }
+
+    fn salvage(&self, image: &[u8]) -> Option<Disk> {
+        delta_salvage::sesparse(image)
+    }
+
+    fn records_parent(&self) -> bool {
+        true
+    }
+
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        Some(delta_chains::sesparse_drawn(random, place))
+    }
+
+    fn parts(&self, size: usize) -> Parts {
+        delta_chains::sesparse_parts(size)
     }
 }

@@ -9,7 +9,10 @@ pub mod delta;
 pub mod pair;
 
 mod chains;
+mod delta_chains;
 mod delta_kit;
+mod delta_layout;
+mod delta_salvage;
 mod kit;
 mod layout;
 mod packed;
@@ -17,6 +20,7 @@ mod salvage;
 
 pub use delta_kit::{CowdKit, SeSparseKit};
 pub use kit::Kit;
+pub use packed::EXTENT;
 
 use instar_guest_sdk::abi::DeviceConfig;
 use instar_guest_sdk::crash::Crashes;

@@ -14,11 +14,14 @@ pub const EXTENT: usize = 4096;
 /// What the number of an extent's device has on that of its image.
 const EXTENT_DEVICE: u32 = 1 << 20;
 
-/// A descriptor and its extent as one image.
-pub fn pack(kind: (&str, &str), size: usize, extent: &[u8]) -> Vec<u8> {
+/// Content IDs of an image and of its parent, of which nobody asks whether they fit.
+pub const ANY_IDS: (u32, u32) = (0x0bad_cafe, 0x0bad_beef);
+
+/// A descriptor and its extent as one image, with the content IDs of the image and of its parent.
+pub fn pack(kind: (&str, &str), (id, parent): (u32, u32), size: usize, extent: &[u8]) -> Vec<u8> {
     let (create_type, line) = kind;
     let mut image = format!(
-        "# Disk DescriptorFile\r\nversion=1\r\nencoding=\"windows-1252\"\r\nCID=0badcafe\r\nparentCID=0badbeef\r\n\
+        "# Disk DescriptorFile\r\nversion=1\r\nencoding=\"windows-1252\"\r\nCID={id:08x}\r\nparentCID={parent:08x}\r\n\
          createType=\"{create_type}\"\r\nparentFileNameHint=\"b\"\r\nRW {} {line} \"x\"\r\nddb.adapterType = \"lsilogic\"\r\n",
         size / 512
     )
@@ -26,6 +29,21 @@ pub fn pack(kind: (&str, &str), size: usize, extent: &[u8]) -> Vec<u8> {
     image.resize(EXTENT, 0);
     image.extend_from_slice(extent);
     image
+}
+
+/// Whether an image has the descriptor that [`pack`] makes, whatever its content IDs are.
+pub fn is_plain(image: &[u8], kind: (&str, &str), size: usize) -> bool {
+    let without_ids = |image: &[u8]| {
+        let text = String::from_utf8_lossy(&image[..EXTENT]).into_owned();
+        let is_id = |line: &&str| {
+            ["CID=", "parentCID="].iter().any(|key| {
+                line.strip_prefix(key)
+                    .is_some_and(|id| id.len() == 8 && id.bytes().all(|digit| digit.is_ascii_hexdigit()))
+            })
+        };
+        text.split("\r\n").filter(|line| !is_id(line)).map(str::to_owned).collect::<Vec<_>>()
+    };
+    image.len() >= EXTENT && without_ids(image) == without_ids(&pack(kind, ANY_IDS, size, &[]))
 }
 
 /// Block I/O in which the extent of an image is a device of its own.
