@@ -101,6 +101,10 @@ impl FormatKit for Kit {
         salvage::salvage(bytes)
     }
 
+    fn seal(&self, bytes: &mut [u8]) {
+        layout::seal_all(bytes);
+    }
+
     fn chains(&self) -> Vec<Chain> {
         chains::chains()
     }
