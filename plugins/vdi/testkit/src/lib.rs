@@ -14,12 +14,12 @@ mod salvage;
 mod spec;
 mod view;
 
+pub use instar_testkit::crashes;
 pub use kit::Kit;
 pub use spec::{build, fill, identity, Spec, State, BLOCK};
 pub use view::View;
 
 use instar_guest_sdk::abi::DeviceConfig;
-use instar_guest_sdk::crash::Crashes;
 
 /// Where the map of an image that is built here begins.
 const MAP: usize = 512;
@@ -49,10 +49,4 @@ pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
         cluster_size: le32(bytes, 376) as u64,
         ..DeviceConfig::default()
     }
-}
-
-/// `make crash` draws more random states than the tests do.
-pub fn crashes() -> Crashes {
-    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
-    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
 }

@@ -13,12 +13,12 @@ mod spec;
 mod view;
 
 pub use bytes::{be32, be64, put32, put64, seal};
+pub use instar_testkit::crashes;
 pub use kit::Kit;
 pub use spec::{build, fill, Kind, Spec};
 pub use view::View;
 
 use instar_guest_sdk::abi::DeviceConfig;
-use instar_guest_sdk::crash::Crashes;
 
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
@@ -34,10 +34,4 @@ pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
         cluster_size: view.block as u64,
         ..DeviceConfig::default()
     }
-}
-
-/// `make crash` draws more random states than the tests do.
-pub fn crashes() -> Crashes {
-    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
-    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
 }

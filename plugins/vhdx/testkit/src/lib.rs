@@ -14,13 +14,13 @@ mod spec;
 mod view;
 
 pub use bytes::{crc32c, le16, le32, le64, put16, put32, put64, seal};
+pub use instar_testkit::crashes;
 pub use kit::Kit;
 pub use log::{entry, pages, replayed, Change};
 pub use spec::{build, fill, guid_text, Kind, Linkage, Log, Spec, BAT, METADATA};
 pub use view::View;
 
 use instar_guest_sdk::abi::DeviceConfig;
-use instar_guest_sdk::crash::Crashes;
 
 /// Bytes to which everything is aligned.
 pub const MIB: usize = 1 << 20;
@@ -36,10 +36,4 @@ pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
         cluster_size: view.block as u64,
         ..DeviceConfig::default()
     }
-}
-
-/// `make crash` draws more random states than the tests do.
-pub fn crashes() -> Crashes {
-    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
-    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
 }

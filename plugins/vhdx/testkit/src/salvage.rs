@@ -1,14 +1,7 @@
 //! Reads damaged images as far as that is possible, straight from the specification. It shares no code with the driver.
 
 use crate::view::View;
-use instar_testkit::{part, Disk};
-
-/// A little-endian number of some bytes; `None` past the end of the file.
-fn little(bytes: &[u8], at: u64, width: usize) -> Option<u64> {
-    let at = usize::try_from(at).ok()?;
-    let raw = bytes.get(at..at.checked_add(width)?)?;
-    Some(raw.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
-}
+use instar_testkit::{little, part, Disk};
 
 /// What an image holds; `None` if its headers or metadata make no sense, or the disk is too long to be compared.
 pub fn salvage(bytes: &[u8]) -> Option<Disk> {

@@ -2,14 +2,7 @@
 //! code with the driver.
 
 use crate::packed::EXTENT;
-use instar_testkit::{part, Disk, LONGEST};
-
-/// A little-endian number of some bytes; `None` past the end of the file.
-fn little(bytes: &[u8], at: u64, width: usize) -> Option<u64> {
-    let at = usize::try_from(at).ok()?;
-    let raw = bytes.get(at..at.checked_add(width)?)?;
-    Some(raw.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
-}
+use instar_testkit::{little, part, Disk, LONGEST};
 
 /// The extent of an image whose descriptor has one extent of this type with a disk of so many sectors.
 fn extent<'a>(image: &'a [u8], kind: &str, sectors: u64) -> Option<&'a [u8]> {

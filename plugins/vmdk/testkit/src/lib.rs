@@ -19,11 +19,11 @@ mod packed;
 mod salvage;
 
 pub use delta_kit::{CowdKit, SeSparseKit};
+pub use instar_testkit::crashes;
 pub use kit::Kit;
 pub use packed::EXTENT;
 
 use instar_guest_sdk::abi::DeviceConfig;
-use instar_guest_sdk::crash::Crashes;
 
 /// Bytes of a grain.
 pub const GRAIN: usize = 1024;
@@ -323,10 +323,4 @@ pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
         cluster_size: le64(bytes, 20) * 512,
         ..DeviceConfig::default()
     }
-}
-
-/// `make crash` draws more random states than the tests do.
-pub fn crashes() -> Crashes {
-    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
-    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
 }

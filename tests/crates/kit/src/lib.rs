@@ -12,11 +12,12 @@ mod salvage;
 
 pub use chain::Place;
 pub use layout::{ByteOrder, Field, Layout};
-pub use salvage::{part, seen, Disk, SectorState, LONGEST, SECTOR};
+pub use salvage::{little, part, seen, Disk, SectorState, LONGEST, SECTOR};
 
 pub use instar_guest_sdk::conformance::{sink_of, source_of, ImageKit, ANCESTOR, OVERLAY};
 
 use instar_guest_abi::IMAGE_ID_MAX;
+use instar_guest_sdk::crash::Crashes;
 use instar_guest_sdk::random::Random;
 
 /// Device number of a layer between overlay and backing, which is committed with the overlay.
@@ -25,6 +26,13 @@ pub const MIDDLE: u32 = 2;
 /// The images of one commit by their devices, the top-most first: [`OVERLAY`], [`MIDDLE`] if it is there, the output device, and
 /// [`ANCESTOR`] if it is there.
 pub type Chain = Vec<(u32, Vec<u8>)>;
+
+/// The crash states that a test looks at: `make crash` draws more random ones than the tests do.
+#[must_use]
+pub fn crashes() -> Crashes {
+    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
+    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
+}
 
 /// Images for chains with images of other formats. All disks have the size that was asked for, unless a backing may grow to it.
 #[derive(Clone, Debug, Default)]

@@ -100,3 +100,11 @@ pub fn part(bytes: &[u8], at: u64, length: usize) -> &[u8] {
     let at = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
     &bytes[at..at.saturating_add(length).min(bytes.len())]
 }
+
+/// The little-endian number of `width` bytes at `at`; `None` past the end of the file.
+#[must_use]
+pub fn little(bytes: &[u8], at: u64, width: usize) -> Option<u64> {
+    let at = usize::try_from(at).ok()?;
+    let raw = bytes.get(at..at.checked_add(width)?)?;
+    Some(raw.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
+}
