@@ -15,7 +15,9 @@ def seconds(value):
 
 
 def span(numbers):
-    """`median (min–max)` in milliseconds or seconds."""
+    """`median (min–max)` in milliseconds or seconds; nothing for what was not measured."""
+    if not numbers:
+        return "–"
     if numbers["median"] < 0.5:
         return f"{numbers['median'] * 1e3:.1f} ms ({numbers['min'] * 1e3:.1f}–{numbers['max'] * 1e3:.1f})"
     return f"{numbers['median']:.2f} s ({numbers['min']:.2f}–{numbers['max']:.2f})"
@@ -55,15 +57,15 @@ def table(report):
     )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for result in report["results"]:
-        numbers = [result["programs"][program] for program in PROGRAMS]
+        numbers = [result["programs"].get(program) for program in PROGRAMS]
         exits = (result["programs"][program]["exits"] for program in SANDBOXES)
-        ratios = [f"{result[key]:.2f}" for key in ("ratio", "process_ratio", "process_over_kvm")]
+        ratios = [f"{result[key]:.2f}" if result[key] else "" for key in ("ratio", "process_ratio", "process_over_kvm")]
         goal = f"≤ {result['goal']}" if result["goal"] else ""
         cells = (
             result["title"], *map(span, numbers), ratios[0], goal, *ratios[1:],
             " / ".join("?" if count is None else f"{count:,}" for count in exits),
             ways(result["bytes"]),
-            " / ".join(f"{each['peak_rss_kib'] / 1024:.0f}" for each in numbers) + " MiB",
+            " / ".join(f"{each['peak_rss_kib'] / 1024:.0f}" if each else "–" for each in numbers) + " MiB",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -72,14 +74,15 @@ def table(report):
 def kernel_table(report):
     """Against what the kernel alone needs."""
     lines = [
-        "| workload | kernel: copy and flush | kernel: give back and flush | instar | instar / all of the kernel's |",
-        "|---|---|---|---|---|",
+        "| workload | kernel: copy and flush | kernel: give back and flush | instar | instar / all of the kernel's | goal |",
+        "|---|---|---|---|---|---|",
     ]
     for result in report["results"]:
         kernel, ours = result["kernel"], result["programs"]["instar"]["median"]
         if kernel:
             ratio = ours / sum(kernel.values())
-            cells = (result["title"], seconds(kernel["copy"]), seconds(kernel["empty"]), seconds(ours), f"{ratio:.2f}")
+            goal = f"≤ {result['kernel_goal']}" if result["kernel_goal"] else ""
+            cells = (result["title"], seconds(kernel["copy"]), seconds(kernel["empty"]), seconds(ours), f"{ratio:.2f}", goal)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -133,7 +136,7 @@ def plot(report, path):
     matplotlib.rcParams["svg.hashsalt"] = "instar"
     from matplotlib import pyplot
 
-    results = list(reversed(report["results"]))
+    results = [result for result in reversed(report["results"]) if result["ratio"]]
     figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(results) + 1.2), layout="constrained")
     places = range(len(results))
     for key, name, color, shift in (("ratio", "virtual machine", "#4878a8", 0.19), ("process_ratio", "process", "#a0b8d0", -0.19)):

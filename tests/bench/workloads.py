@@ -11,6 +11,8 @@ import pathlib
 import random
 import subprocess
 
+import children
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # Writes of a pair before it is the other's turn, and the bytes of them at most.
 TURN_WRITES, TURN_BYTES = 512, 64 * MIB
@@ -45,6 +47,10 @@ class Workload:
     device: bool = False
     # instar / qemu-img that is aimed at, at most; 0: none.
     goal: float = 0
+    # The overlay becomes a child of the base once it is written: a differencing VHD or VHDX, which qemu-img does not commit.
+    differencing: bool = False
+    # instar / the kernel alone that is aimed at, at most; 0: none.
+    kernel_goal: float = 0
     # The kind of file system that it is measured on; none: that of the directory.
     file_system: str = ""
 
@@ -72,6 +78,9 @@ class Workload:
         """Make the images, empty."""
         options = [f"cluster_size={self.cluster}"] if self.cluster != 64 * KIB else []
         base = ["-o", ",".join(options)] if options and self.base_format == "qcow2" else []
+        # Otherwise the size would be that of a geometry.
+        sized = {"vpc": ["-o", "force_size=on"]}
+        base += sized.get(self.base_format, [])
         call(["qemu-img", "create", "-q", "-f", self.base_format, *base, self.base, str(self.disk)], cwd=directory)
         if self.device:
             device = call(["losetup", "-f", "--show", self.base], cwd=directory).stdout.strip()
@@ -81,6 +90,9 @@ class Workload:
         options += self.overlay_options
         below = (self.base, self.base_format)
         for name, kind in self.chain():
+            if self.differencing:
+                call(["qemu-img", "create", "-q", "-f", kind, *sized.get(kind, []), name, str(self.disk)], cwd=directory)
+                continue
             extra = ["-o", ",".join(options)] if options and kind == "qcow2" else []
             call(["qemu-img", "create", "-q", "-f", kind, *extra, "-b", below[0], "-F", below[1], name], cwd=directory)
             below = (name, kind)
@@ -132,7 +144,13 @@ class Workload:
                     call(["qemu-img", "snapshot", "-c", "before", name], cwd=directory)
                 else:
                     write(directory, name, kind, commands)
+        for directory in directories if self.differencing else ():
+            children.adopt(self.overlay_format, directory / self.overlay, directory / self.base, self.places())
         call(["sync"])
+
+    def twin(self):
+        """The same writes in images that `qemu-img` commits, too."""
+        return dataclasses.replace(self, overlay_format="qcow2", base_format="qcow2", differencing=False)
 
     def remove(self, directory):
         """Detach and delete what `build` made."""
@@ -190,6 +208,19 @@ def workloads(quick):
         Workload("device", f"{small:,} scattered writes of 4 KiB into a block device", 2 * large, scattered=small // 2,
                  unit=4 * KIB, base_format="raw", device=True, goal=1.0),
     ]
+    for kind, name in (("vpc", "VHD"), ("vhdx", "VHDX")):
+        scatter = {"scattered": scattered, "base_format": kind}
+        found += [
+            Workload(f"{kind}-new", f"{text(large)} sequential, qcow2 into {name}", large, sequential=large, base_format=kind,
+                     goal=0.6),
+            Workload(f"{kind}-64k", f"{scattered:,} scattered writes of 64 KiB, qcow2 into {name}", 8 * GIB, **scatter, goal=0.6),
+            Workload(f"{kind}-child-new", f"{text(large)} sequential, {name} into {name}, into new blocks", large,
+                     sequential=large, base_format=kind, overlay_format=kind, differencing=True, kernel_goal=1.2),
+            Workload(f"{kind}-child-over", f"{text(large)} sequential, {name} into {name}, over existing blocks", large,
+                     sequential=large, full_base=True, base_format=kind, overlay_format=kind, differencing=True, kernel_goal=1.2),
+            Workload(f"{kind}-child-64k", f"{scattered:,} scattered writes of 64 KiB, {name} into {name}", 8 * GIB, **scatter,
+                     overlay_format=kind, differencing=True, kernel_goal=1.2),
+        ]
     for kind, name in (("ext4", "ext4 without discard"), ("xfs", "XFS"), ("btrfs", "btrfs"), ("tmpfs", "tmpfs")):
         shares = kind in ("xfs", "btrfs")
         each = {"file_system": kind, "goal": 1.0}
