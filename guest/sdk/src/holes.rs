@@ -112,6 +112,16 @@ mod tests {
         assert!(io.executed() <= 3, "{} requests", io.executed());
     }
 
+    /// A table that was just made may lie behind the end that the file has by then, in the block in which that ends.
+    #[test]
+    fn behind_the_end_of_a_file_there_is_no_data() {
+        let mut io = MemoryDevices::new([(0, vec![7u8; 5000])]);
+        io.holes = true;
+        let ranges = [4096..4608, 5000..5512, 5512..6024, 9000..9001];
+        let data = Holes::default().hold_data(&mut io, 0, &ranges).unwrap();
+        assert_eq!(data, [true, false, false, false]);
+    }
+
     #[test]
     fn without_an_answer_everything_is_data() {
         let mut io = MemoryDevices::new([(0, vec![0u8; 1 << 16])]);
