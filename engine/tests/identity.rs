@@ -51,3 +51,31 @@ fn without_an_option_only_the_name_counts() {
     let (code, text) = resolve("nameless", "parent  ", false).unwrap_err();
     assert!(code == ErrorCode::NoBacking && text.contains("name that with -b"), "{text}");
 }
+
+/// The parent of an image whose format records none is the file that the operator names, whatever it is.
+#[test]
+fn a_parent_that_no_image_records_is_named() {
+    for parent in ["parent  ", "stranger", "unsaid  "] {
+        assert_eq!(resolve("unsaid  ", parent, true), Ok(()), "{parent}");
+    }
+    let (code, text) = resolve("unsaid  ", "parent  ", false).unwrap_err();
+    assert!(code == ErrorCode::NoBacking && text.contains("name its parent with -b"), "{text}");
+}
+
+/// Nobody has named a parent for the image that is committed into: it is the lowest.
+#[test]
+fn below_an_image_that_records_nothing_there_is_nothing() {
+    let plugins = PluginDir::new();
+    plugins.copy("panic", &built("instar_test_plugin_panicking"));
+    let registry = plugins.load();
+    let yard = tempfile::tempdir().unwrap();
+    let top = yard.path().join("top");
+    std::fs::write(&top, "PANIC unsaid  ").unwrap();
+    let image = NamedFile::new(&top);
+    let gate = Gate::within(Roots::of(&image, &[]).unwrap());
+    let opened = image.open(Access::ReadOnly, ErrorCode::ImageNotFound).unwrap();
+    let opened = opened.identify_as(&registry, None, "-f").unwrap();
+    assert!(opened.facts.backing.is_some());
+    let below = Descent::new(&registry, &gate, &top, 4).open_below(&opened, Access::ReadOnly).unwrap();
+    assert!(below.is_empty());
+}

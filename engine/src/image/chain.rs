@@ -30,9 +30,17 @@ pub struct Descent<'r, 'g> {
     most: usize,
 }
 
-/// The backing pointer of an image.
+/// Whether the format of an image records nothing of a parent: neither a name nor an identity says whether it has one. The
+/// operator alone knows, and for all who are not told it has none.
+#[must_use]
+pub fn parent_is_unrecorded(facts: &ImageFacts) -> bool {
+    let nameless = facts.backing.as_ref().into_option().is_some_and(|pointer| pointer.names().all(<[u8]>::is_empty));
+    nameless && facts.parent_identity_unique && facts.parent_identity.is_empty()
+}
+
+/// The backing pointer of an image, if it leads anywhere.
 fn pointer(facts: &ImageFacts) -> Option<&BackingPointer> {
-    facts.backing.as_ref().into_option()
+    facts.backing.as_ref().into_option().filter(|_| !parent_is_unrecorded(facts))
 }
 
 impl<'r, 'g> Descent<'r, 'g> {

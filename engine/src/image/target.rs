@@ -2,7 +2,7 @@
 
 use super::access::Access;
 use super::advice::Part;
-use super::chain::Descent;
+use super::chain::{parent_is_unrecorded, Descent};
 use super::chain_image::ChainImage;
 use super::gate::Located;
 use super::named::NamedFile;
@@ -33,7 +33,7 @@ pub struct Target<'r> {
 }
 
 /// Open the backing of an overlay: the file that `-b` names, which must be in the overlay's backing chain, or the one that the
-/// overlay records. What is below it is left to `descent`, the way down from the overlay.
+/// overlay records. An overlay of a format that records no parent has the one that `-b` names. What is below it is left to `descent`, the way down from the overlay.
 ///
 /// # Errors
 /// [`ErrorCode::NoBacking`], [`ErrorCode::NotInChain`], [`ErrorCode::WriteTargetNotAllowed`], and what opening gives.
@@ -49,6 +49,13 @@ pub fn resolve_backing<'r>(
         return Err(Error::image(path, ErrorCode::NoBacking, clause));
     };
     descent.passed(overlay.opened.identity);
+    if parent_is_unrecorded(&overlay.facts) {
+        let Some(base) = choice.base else {
+            let clause = "records nothing of a parent, as its format has no place for that: name its parent with -b";
+            return Err(Error::image(path, ErrorCode::NoBacking, clause));
+        };
+        return open_unrecorded(descent, overlay, base, choice);
+    }
     if let Some(base) = choice.base {
         return open_base(descent, overlay, base, choice, &pointer.name);
     }
@@ -137,6 +144,20 @@ fn open_base<'r>(
         let_follow(descent, overlay, &mut between, lowest, &backing)?;
     }
     Ok(Target { backing, between })
+}
+
+/// Open the file that `-b` names as the parent of an overlay whose format records none. Nothing can contradict the operator.
+fn open_unrecorded<'r>(
+    descent: &mut Descent<'r, '_>,
+    overlay: &ChainImage<'_>,
+    base: &NamedFile,
+    choice: BackingChoice<'_>,
+) -> Result<Target<'r>, Error> {
+    let opened = base.open(choice.access, ErrorCode::BackingNotFound)?;
+    descent.step(overlay, opened.identity)?;
+    let opened = opened.lock(choice.access)?;
+    let backing = descent.identify_unnamed(overlay, opened, choice.format)?;
+    Ok(Target { backing, between: Vec::new() })
 }
 
 /// Whether the name that `above` records leads nowhere, and an identity can stand for it.

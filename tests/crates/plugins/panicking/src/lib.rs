@@ -52,6 +52,11 @@ impl FormatPlugin for Panicking {
                 facts.parent_identity = vec![7; 16].into();
                 facts.parent_identity_unique = word != b"unproven";
             }
+            // Nothing is recorded of a parent, and the operator may know one.
+            b"unsaid  " => {
+                facts.backing = Some(BackingPointer::new(Vec::new(), None)).into();
+                facts.parent_identity_unique = true;
+            }
             b"longtext" => panic!("{}", "x".repeat(100_000)),
             _ => {}
         }
