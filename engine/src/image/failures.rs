@@ -22,6 +22,12 @@ pub(crate) fn open_error(path: &Path, access: Access, missing: ErrorCode, error:
              --allow-backing-dir"
                 .to_owned(),
         ),
+        Some(libc::EISDIR) if path.extension().is_some_and(|ending| ending == "hdd") => {
+            let clause =
+                "is a directory, not an image: of a Parallels disk, name the .hds file in it with the newest changes, \
+                          and its parent with -b";
+            (ErrorCode::OpenFailed, clause.to_owned())
+        }
         Some(libc::EISDIR) => (ErrorCode::OpenFailed, "is a directory, not an image".to_owned()),
         Some(libc::EROFS) => (ErrorCode::ReadOnly, READ_ONLY_FILE_SYSTEM.to_owned()),
         Some(libc::EPERM) if writing && is_protected(path) => (ErrorCode::ReadOnly, IMMUTABLE.to_owned()),

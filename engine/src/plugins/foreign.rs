@@ -8,6 +8,8 @@ use super::ImageRead;
 pub enum Foreign {
     /// A disk image of a format without a plugin, by the name that people have for it.
     Image(&'static str),
+    /// The description of a Parallels disk, whose images lie beside it.
+    Bundle,
     /// A file that some program has compressed as a whole.
     Compressed(&'static str),
     /// Nothing at all.
@@ -34,8 +36,11 @@ const MARKS: &[(usize, &[u8], Foreign)] = &[
     (0, b"BZh", Foreign::Compressed("bzip2")),
 ];
 
+/// How the element of a Parallels `DiskDescriptor.xml` begins, which stands behind the line that makes it XML.
+const BUNDLE: &[u8] = b"<Parallels_disk_image";
+
 /// Bytes that are looked at, once: every raw image is asked.
-const LOOKED_AT: usize = 80;
+const LOOKED_AT: usize = 128;
 
 impl Foreign {
     /// What the file is, if it has a mark that is known.
@@ -48,6 +53,9 @@ impl Foreign {
         let length = image.read_at(0, &mut start).ok()?;
         let start = start.get(..length)?;
         let is_at = |offset: usize, mark: &[u8]| start.get(offset..).is_some_and(|bytes| bytes.starts_with(mark));
+        if start.starts_with(b"<?xml") && start.windows(BUNDLE.len()).any(|bytes| bytes == BUNDLE) {
+            return Some(Self::Bundle);
+        }
         MARKS.iter().find(|(offset, mark, _)| is_at(*offset, mark)).map(|(_, _, what)| *what)
     }
 }
@@ -58,6 +66,11 @@ impl std::fmt::Display for Foreign {
             Self::Image(name) => write!(
                 f,
                 "looks like a {name} image, for which no plugin is loaded: convert it with `qemu-img convert -O qcow2`"
+            ),
+            Self::Bundle => write!(
+                f,
+                "describes a Parallels disk, whose images lie beside it: name the one with the newest changes, a .hds file, \
+                 and its parent with -b"
             ),
             Self::Compressed(by) => write!(f, "looks like a file compressed with {by}: unpack it"),
             Self::Empty => write!(f, "is empty"),
@@ -92,6 +105,9 @@ mod tests {
         assert_eq!(of(b"WithoutFreeSpace".to_vec()), Some(Foreign::Image("Parallels")));
         assert_eq!(of(b"WithoutFreeSpac".to_vec()), None, "a mark that is cut off is none");
         assert_eq!(of(vec![0; 100]), None);
+        let bundle = b"<?xml version='1.0' encoding='UTF-8'?>\n<Parallels_disk_image Version=\"1.0\">";
+        assert_eq!(of(bundle.to_vec()), Some(Foreign::Bundle));
+        assert_eq!(of(bundle[..50].to_vec()), None);
         let mut vdi = b"<<< Oracle VM VirtualBox Disk Image >>>\n".to_vec();
         vdi.resize(64, 0);
         vdi.extend(b"\x7f\x10\xda\xbe");
