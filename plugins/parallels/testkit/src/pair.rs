@@ -1,0 +1,29 @@
+//! Two Parallels images, or three that are committed at once: [`instar_testkit::pair`] of this format.
+
+use super::{build, Kit, Spec};
+use instar_guest_commit::{CommitFailure, Options, Outcome};
+use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_guest_sdk::memory::MemoryDevices;
+use instar_testkit::pair;
+pub use instar_testkit::pair::Files;
+pub use instar_testkit::{ANCESTOR, MIDDLE, OVERLAY};
+
+/// The images of a commit, built.
+pub fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
+    let mut files: Files = [(OVERLAY, build(overlay)), (DEVICE_OUTPUT, build(backing))].into();
+    files.extend(ancestor.map(|spec| (ANCESTOR, build(spec))));
+    files
+}
+
+/// As [`pair::run`].
+///
+/// # Errors
+/// As there.
+pub fn run(io: &mut MemoryDevices, options: Options, max_length: u64) -> Result<Outcome, CommitFailure> {
+    pair::run(&Kit, io, options, max_length)
+}
+
+/// As [`pair::views`].
+pub fn views(files: &Files) -> (Vec<u8>, Vec<u8>) {
+    pair::views(&Kit, files)
+}
