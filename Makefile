@@ -92,7 +92,7 @@ fuzz-corpus: fuzzer ## take what the fuzz targets found to cover more into fuzz/
 crash: instar python qemu-img file-systems ## power losses: replay what commits wrote, more random states than the tests have; on real file systems
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	export INSTAR_CRASH_DRAWN=$(CRASH_DRAWN); \
-	{ $(CARGO) test --profile checked -p instar-qcow-driver -p instar-qcow2-driver -p instar-vdi-driver -p instar-vhd-driver -p instar-vhdx-driver -p instar-vmdk-driver -- --nocapture && \
+	{ $(CARGO) test --profile checked -p instar-parallels-driver -p instar-qcow-driver -p instar-qcow2-driver -p instar-vdi-driver -p instar-vhd-driver -p instar-vhdx-driver -p instar-vmdk-driver -- --nocapture && \
 		$(CARGO) test --profile checked -p instar-fuzz --test crashes -- --nocapture; } > "$$log" 2>&1 || \
 		{ grep -E 'panicked at|^error|FAILED' -B2 -A3 "$$log"; echo 'crash: a violation, see above' >&2; exit 1; }; \
 	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \

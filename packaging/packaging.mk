@@ -13,7 +13,7 @@ FISHDIR ?= $(PREFIX)/share/fish/vendor_completions.d
 # The program reads its configuration here, whatever the prefix is.
 CONFDIR := /etc/instar
 
-BUNDLED := qcow qcow2 raw vdi vhdx vmdk vpc
+BUNDLED := parallels qcow qcow2 raw vdi vhdx vmdk vpc
 ASSETS  := target/assets
 STAGE   := target/stage
 DOCS    := $(wildcard docs/*.md docs/*.svg)

@@ -80,7 +80,7 @@ fn the_real_plugin_loads_and_answers() {
 /// What is built with this program is not compared with it at each start.
 #[test]
 fn the_bundled_plugins_say_that_their_types_are_the_engines() {
-    for format in ["qcow", "qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc"] {
+    for format in ["parallels", "qcow", "qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc"] {
         // SAFETY: a bundled plugin.
         let library = unsafe { libloading::Library::new(built(&format!("instar_plugin_{format}"))) }.unwrap();
         // SAFETY: what this symbol is belongs to the contract.

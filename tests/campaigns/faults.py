@@ -148,16 +148,17 @@ class Case:
         return tried.rc == 0
 
     def check_images(self, result, finished):
-        if self.base_fmt != "vhdx":
+        if self.base_fmt not in ("vhdx", "parallels"):
             self.check_files(result, finished)
             return
-        # QEMU reads no image whose log is to be replayed. It replays that of a copy: the next commit has to do that itself.
+        # QEMU reads no image whose log is to be replayed, and calls one damaged that was not closed. It repairs a copy, which
+        # reads as before then: the next commit has to do that itself.
         with tempfile.TemporaryDirectory() as directory:
             copies = copy.copy(self)
             copies.directory = Path(directory)
             for path in self.files():
                 shutil.copyfile(path, copies.path(path.name))
-            support.qemu_img("check", "-q", "-r", "all", "-f", "vhdx", copies.path(self.base), rc=None)
+            support.qemu_img("check", "-q", "-r", "all", "-f", self.base_fmt, copies.path(self.base), rc=None)
             copies.check_files(result, finished)
 
     def check_files(self, result, finished):
@@ -267,6 +268,11 @@ def into_vhdx(directory) -> Case:
     return growing(directory, "vhdx", block_size="1M")
 
 
+def into_parallels(directory) -> Case:
+    """It says that it is open until the end; clusters make way for more entries."""
+    return growing(directory, "parallels", cluster_size="4k")
+
+
 def chain(directory) -> Case:
     below = None
     for number in range(3):
@@ -286,7 +292,7 @@ def much_data(directory) -> Case:
     return Case("much data, by several threads", directory, "top", "base")
 
 
-CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, into_vhdx, chain, much_data]
+CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, into_vhdx, into_parallels, chain, much_data]
 
 
 def main() -> int:

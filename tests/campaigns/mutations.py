@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "target" / "mutations"
-DRIVERS = ["qcow", "qcow2", "vdi", "vhd", "vhdx", "vmdk", "raw"]
+DRIVERS = ["parallels", "qcow", "qcow2", "vdi", "vhd", "vhdx", "vmdk", "raw"]
 # Compiling fast counts, and running not less.
 ENVIRONMENT = {
     "CARGO_TARGET_DIR": str(COPY / "target"), "CARGO_PROFILE_RELEASE_LTO": "off",

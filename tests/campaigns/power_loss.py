@@ -71,7 +71,7 @@ def much_data(directory) -> faults.Case:
 
 
 CASES = [much_data, faults.qcow2_with_snapshot, faults.into_raw, faults.vmdk, faults.delta, faults.into_vpc,
-         faults.into_vhdx]
+         faults.into_vhdx, faults.into_parallels]
 
 
 class Lab:

@@ -64,7 +64,7 @@ def test_what_v_prints_of_a_command_that_reads(tmp_path, command):
 def test_a_format_without_a_plugin_names_those_that_have_one(tmp_path, args):
     support.create(tmp_path / "image", MIB)
     result = run_instar(*args, cwd=tmp_path)
-    words = "unknown format 'foo': the plugins that are loaded are for qcow, qcow2, raw, vdi, vhdx, vmdk, vpc (see `instar plugins`)"
+    words = "unknown format 'foo': the plugins that are loaded are for parallels, qcow, qcow2, raw, vdi, vhdx, vmdk, vpc (see `instar plugins`)"
     assert result.rc == 1 and f"{words} (ERROR_PLUGIN_UNAVAILABLE)" in result.stderr, str(result)
 
 

@@ -204,7 +204,7 @@ def test_the_format_of_each_image_has_its_option(tmp_path):
 
 def test_what_is_no_image_is_called_by_its_name(tmp_path):
     image = support.create(tmp_path / "image", MIB)
-    foreign = {"qed": "QED", "parallels": "Parallels"}
+    foreign = {"qed": "QED"}
     for fmt, name in foreign.items():
         other = support.create(tmp_path / fmt, MIB, fmt=fmt)
         done = support.run_instar("compare", image, other)

@@ -89,7 +89,7 @@ def test_completions_of_bash_work():
 @pytest.mark.parametrize(
     ("words", "offered"),
     [(["commit", ""], {"image one", "images"}), (["commit", "-q", ""], {"image one", "images"}), (["check", "im"], {"image one", "images"}),
-     (["commit", "-f", ""], {"qcow", "qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc"}), (["create", "--backing-format", "v"], {"vdi", "vhdx", "vmdk", "vpc"}),
+     (["commit", "-f", ""], {"parallels", "qcow", "qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc"}), (["create", "--backing-format", "v"], {"vdi", "vhdx", "vmdk", "vpc"}),
      (["commit", "-b", "image "], {"image one"}), (["commit", "-r", "im"], {"im"}), (["doctor", "--o"], {"--output"}),
      (["map", "--output", ""], {"human", "json"})],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "")

@@ -80,7 +80,7 @@ def use(root):
     sick = root.user("instar", "doctor", rc=1)
     expect("usermod -aG kvm" in sick.stdout, f"without the group, doctor does not name it: {sick.stdout}")
     listed = root.user("instar", "plugins").stdout
-    for plugin in ("qcow", "qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc"):
+    for plugin in ("parallels", "qcow", "qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc"):
         library = f"/usr/lib/x86_64-linux-gnu/instar/plugins/libinstar_plugin_{plugin}.so"
         expect(library in listed and "Skipped" not in listed, f"instar plugins: {listed}")
 

@@ -21,7 +21,7 @@ build() { # FOLDER CARGO_HOME UMASK
     ) > "$work/log" 2>&1 || { tail -30 "$work/log" >&2; echo "reproducible: the build in $1 failed" >&2; exit 1; }
     (
         cd "$1/target"
-        sha256sum release/instar release/libinstar_plugin_{qcow,qcow2,raw,vdi,vhdx,vmdk,vpc}.so debian/*.deb generate-rpm/*.rpm
+        sha256sum release/instar release/libinstar_plugin_{parallels,qcow,qcow2,raw,vdi,vhdx,vmdk,vpc}.so debian/*.deb generate-rpm/*.rpm
         find stage -type f | LC_ALL=C sort | xargs sha256sum
     ) > "$1.sums"
 }

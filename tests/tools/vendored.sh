@@ -17,7 +17,7 @@ offline = true" >> .cargo/config.toml
 unset CARGO_TARGET_DIR RUSTFLAGS CARGO_ENCODED_RUSTFLAGS
 # A network of its own, in which nothing is up: not even a cached index could be refreshed.
 CARGO_HOME=$work/empty unshare --net cargo build --release --offline --locked -p instar-cli \
-    -p instar-plugin-qcow -p instar-plugin-qcow2 -p instar-plugin-raw -p instar-plugin-vdi -p instar-plugin-vhdx -p instar-plugin-vmdk -p instar-plugin-vpc > "$work/log" 2>&1 || { tail -30 "$work/log" >&2; exit 1; }
+    -p instar-plugin-parallels -p instar-plugin-qcow -p instar-plugin-qcow2 -p instar-plugin-raw -p instar-plugin-vdi -p instar-plugin-vhdx -p instar-plugin-vmdk -p instar-plugin-vpc > "$work/log" 2>&1 || { tail -30 "$work/log" >&2; exit 1; }
 target/release/instar create -q -f qcow2 "$work/base" 1M
 target/release/instar create -q -f qcow2 -b base -F qcow2 "$work/top"
 target/release/instar commit "$work/top" > "$work/log"

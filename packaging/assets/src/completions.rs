@@ -6,7 +6,7 @@ use clap_complete::{generate, Shell};
 use std::path::PathBuf;
 
 /// The formats whose plugins come with the program.
-const FORMATS: [&str; 7] = ["qcow", "qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc"];
+const FORMATS: [&str; 8] = ["parallels", "qcow", "qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc"];
 
 /// The file of each shell, under the name that the shell looks for, and its content.
 pub fn all(command: Command) -> Vec<(PathBuf, Vec<u8>)> {

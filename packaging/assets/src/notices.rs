@@ -12,6 +12,8 @@ use std::process::Command;
 /// does not show.
 const SHIPPED: &[&str] = &[
     "instar-cli",
+    "instar-parallels-driver",
+    "instar-plugin-parallels",
     "instar-plugin-qcow",
     "instar-plugin-qcow2",
     "instar-plugin-raw",
