@@ -9,7 +9,8 @@ use instar_vmdk_testkit::{CowdKit, SeSparseKit, EXTENT};
 use std::fmt;
 
 /// All formats. A line here is all that a further one needs; if it brings chains of its own, they are a target with a corpus.
-pub static FORMATS: [Format; 9] = [
+pub static FORMATS: [Format; 10] = [
+    Format::of::<instar_plugin_parallels::Parallels>(&instar_parallels_testkit::Kit),
     Format::packed("sesparse", &SeSparseKit),
     Format::packed("vmfssparse", &CowdKit(512)),
     Format::of::<instar_plugin_vhdx::Vhdx>(&instar_vhdx_testkit::Kit),

@@ -91,6 +91,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         RW 2048 FLAT \"a-f001.vmdk\" 0\nRW 63 SPARSE \"a-s002.vmdk\"\n\n# The Disk Data Base\nddb.adapterType = \"ide\"\n";
     let whole = |bytes: Vec<u8>| [vec![0, 0], bytes].concat();
     let mut seeds: Vec<Vec<u8>> = crate::parsers::header_seeds().into_iter().map(whole).collect();
+    seeds.extend(crate::parallels::seeds().into_iter().map(whole));
     seeds.extend(crate::vdi::header_seeds().into_iter().map(whole));
     seeds.extend(crate::vmdk::header_seeds().into_iter().map(whole));
     seeds.extend(crate::vhd::header_seeds().into_iter().map(whole));

@@ -11,6 +11,7 @@ pub mod formats;
 pub mod generator;
 pub mod host;
 pub mod operations;
+pub mod parallels;
 pub mod parsers;
 pub mod vdi;
 pub mod vhd;
@@ -72,6 +73,7 @@ pub fn targets() -> Vec<Target> {
         Target::new("qcow2-header", parsers::header, parsers::header_seeds, 4096),
         Target::new("qcow2-tables", parsers::all_tables, parsers::table_seeds, 1024),
         Target::new("decompress", parsers::decompress, parsers::stream_seeds, 4096),
+        Target::new("parallels-format", parallels::parts, parallels::seeds, 4096),
         Target::new("vdi-format", vdi::header, vdi::header_seeds, 4096),
         Target::new("vmdk-format", vmdk::header, vmdk::header_seeds, 4096),
         Target::new("vhd-format", vhd::header, vhd::header_seeds, 4096),

@@ -3,9 +3,10 @@
 use crate::{chains, device, layout, le32, salvage, spec, Spec, Variant, View, CLUSTER, OPEN};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
 use instar_guest_sdk::conformance::{Builder, Held, Layer};
+use instar_guest_sdk::random::Random;
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
 use instar_parallels_driver::Parallels;
-use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, OVERLAY};
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place, OVERLAY};
 
 /// Parallels expandable images.
 pub struct Kit;
@@ -70,6 +71,15 @@ impl FormatKit for Kit {
 
     fn chains(&self) -> Vec<Chain> {
         chains::chains()
+    }
+
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        Some(chains::drawn(random, place))
+    }
+
+    /// They record nothing at all.
+    fn goes_over_any(&self) -> bool {
+        true
     }
 
     fn parts(&self, size: usize) -> Parts {
