@@ -6,7 +6,7 @@ use instar_fuzz::operations::{drawn_chain, DrawnChain};
 
 #[test]
 fn a_sample_of_drawn_chains_has_no_finding() {
-    let chains: Vec<DrawnChain> = (0..150).map(|number| drawn_chain(2026, number)).collect();
+    let chains: Vec<DrawnChain> = (0..200).map(|number| drawn_chain(2026, number)).collect();
     let findings: Vec<_> = chains.iter().filter_map(|chain| chain.finding.as_ref()).collect();
     assert!(findings.is_empty(), "{findings:#?}");
     let committed: Vec<&DrawnChain> = chains.iter().filter(|chain| chain.admitted).collect();

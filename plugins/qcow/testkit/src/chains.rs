@@ -2,7 +2,9 @@
 
 use crate::{build, Spec, State, CLUSTER};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_testkit::{Chain, Parts, ANCESTOR, MIDDLE, OVERLAY};
+use instar_guest_sdk::random::Random;
+use instar_testkit::chain::units;
+use instar_testkit::{Chain, Parts, Place, ANCESTOR, MIDDLE, OVERLAY};
 
 fn data(clusters: &[usize], seed: u8) -> Vec<(usize, State)> {
     clusters.iter().map(|&cluster| (cluster, State::Data(seed))).collect()
@@ -59,4 +61,15 @@ pub fn parts(size: usize) -> Parts {
         middle: Some(build(&middle)),
         backings: vec![build(&backing), build(&Spec { tail: 700, ..backing.clone() })],
     }
+}
+
+/// Plain and compressed clusters of several sizes, in tables of several.
+pub fn drawn(random: &mut Random, place: Place) -> Vec<u8> {
+    let name: &[u8] = if place.has_parent { b"below" } else { b"" };
+    let (cluster_bits, l2_bits) = (*random.pick(&[9, 10, 12]), *random.pick(&[6, 7, 9]));
+    let packed = random.byte();
+    let state = |seed: u8| if seed % 4 == packed % 4 { State::Packed(seed) } else { State::Data(seed) };
+    let held = units(random, place.size >> cluster_bits).into_iter().map(|(cluster, seed)| (cluster, state(seed)));
+    let spec = Spec { cluster_bits, l2_bits, tail: random.index(2) * 700, ..Spec::new(place.size, name) };
+    build(&spec.with(held))
 }

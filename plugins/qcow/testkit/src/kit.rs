@@ -3,9 +3,10 @@
 use crate::{chains, device, layout, salvage, spec, Spec, View, CLUSTER};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
 use instar_guest_sdk::conformance::{Builder, Held, Layer};
+use instar_guest_sdk::random::Random;
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
 use instar_qcow_driver::Qcow;
-use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, OVERLAY};
+use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place, OVERLAY};
 
 /// qcow version 1.
 pub struct Kit;
@@ -65,6 +66,14 @@ impl FormatKit for Kit {
 
     fn chains(&self) -> Vec<Chain> {
         chains::chains()
+    }
+
+    fn drawn(&self, random: &mut Random, place: Place) -> Option<Vec<u8>> {
+        Some(chains::drawn(random, place))
+    }
+
+    fn goes_over_any(&self) -> bool {
+        true
     }
 
     fn parts(&self, size: usize) -> Parts {
