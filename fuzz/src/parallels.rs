@@ -1,7 +1,7 @@
 //! Parallels: the header and the format extension, on any bytes.
 
 use instar_parallels_format::{
-    create, field, md5, CreateOptions, Extension, Header, InUse, Variant, EXTENSION_HEAD, EXTENSION_MAGIC, SECTOR,
+    checksum, create, field, CreateOptions, Extension, Header, InUse, Variant, EXTENSION_HEAD, EXTENSION_MAGIC, SECTOR,
 };
 
 /// Header, what it becomes when it is written, places of clusters; and an extension whose checksum is right.
@@ -26,7 +26,7 @@ pub fn parts(data: &[u8]) {
     }
     let mut extension = data.to_vec();
     if extension.len() >= EXTENSION_HEAD {
-        let sum = md5(&extension[EXTENSION_HEAD..]);
+        let sum = checksum(&extension[EXTENSION_HEAD..]);
         extension[..8].copy_from_slice(&EXTENSION_MAGIC.to_le_bytes());
         extension[8..EXTENSION_HEAD].copy_from_slice(&sum);
     }

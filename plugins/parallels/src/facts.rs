@@ -102,7 +102,9 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use instar_parallels_format::{create, field, md5, CreateOptions, DIRTY_BITMAP, EXTENSION_HEAD, EXTENSION_MAGIC};
+    use instar_parallels_format::{
+        checksum, create, field, CreateOptions, DIRTY_BITMAP, EXTENSION_HEAD, EXTENSION_MAGIC,
+    };
 
     const CLUSTER: usize = 4096;
 
@@ -121,7 +123,7 @@ mod tests {
         let mut cluster = vec![0; CLUSTER];
         let section = [magic, flags, 32].map(u64::to_le_bytes).concat();
         cluster[EXTENSION_HEAD..EXTENSION_HEAD + 24].copy_from_slice(&section);
-        let sum = md5(&cluster[EXTENSION_HEAD..]);
+        let sum = checksum(&cluster[EXTENSION_HEAD..]);
         cluster[..8].copy_from_slice(&EXTENSION_MAGIC.to_le_bytes());
         cluster[8..EXTENSION_HEAD].copy_from_slice(&sum);
         bytes.extend(cluster);

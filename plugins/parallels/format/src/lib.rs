@@ -7,13 +7,11 @@ mod create;
 mod error;
 mod extension;
 mod header;
-mod md5;
 
 pub use create::{create, CreateOptions, NewImage, DEFAULT_CLUSTER, LARGEST_CLUSTER};
 pub use error::{FormatError, Trouble};
-pub use extension::{Extension, Section, DIRTY_BITMAP, EXTENSION_HEAD, EXTENSION_MAGIC};
+pub use extension::{checksum, Extension, Section, DIRTY_BITMAP, EXTENSION_HEAD, EXTENSION_MAGIC};
 pub use header::{field, Header, InUse, Variant, HEADER_BYTES, MOST_ENTRIES, MOST_TRACKS};
-pub use md5::md5;
 
 /// Bytes of a sector, in which the header counts.
 pub const SECTOR: u64 = 512;

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use instar_parallels_format::{
-    create, field, md5, CreateOptions, Extension, FormatError, Header, InUse, Trouble, Variant, DIRTY_BITMAP,
+    checksum, create, field, CreateOptions, Extension, FormatError, Header, InUse, Trouble, Variant, DIRTY_BITMAP,
     EXTENSION_HEAD, EXTENSION_MAGIC, HEADER_BYTES, MOST_ENTRIES, MOST_TRACKS,
 };
 
@@ -111,7 +111,7 @@ fn extension(sections: &[Vec<u8>]) -> Vec<u8> {
     let mut bytes = vec![0; EXTENSION_HEAD];
     bytes.extend(sections.concat());
     bytes.resize(1024, 0);
-    let sum = md5(&bytes[EXTENSION_HEAD..]);
+    let sum = checksum(&bytes[EXTENSION_HEAD..]);
     bytes[..8].copy_from_slice(&EXTENSION_MAGIC.to_le_bytes());
     bytes[8..EXTENSION_HEAD].copy_from_slice(&sum);
     bytes
@@ -155,7 +155,7 @@ fn an_extension_that_is_damaged_says_nothing() {
         let mut bytes = bytes;
         bytes.truncate(1024);
         if bytes.len() == 1024 && !why.contains("magic") {
-            let sum = md5(&bytes[EXTENSION_HEAD..]);
+            let sum = checksum(&bytes[EXTENSION_HEAD..]);
             bytes[8..EXTENSION_HEAD].copy_from_slice(&sum);
         }
         let error = Extension::parse(&bytes).unwrap_err();

@@ -109,7 +109,7 @@ pub fn extension(sections: &[Vec<u8>], cluster: usize) -> Vec<u8> {
     bytes.extend(sections.concat());
     assert!(bytes.len() + 24 <= cluster, "the sections do not fit");
     bytes.resize(cluster, 0);
-    let sum = instar_parallels_format::md5(&bytes[24..]);
+    let sum = instar_parallels_format::checksum(&bytes[24..]);
     bytes[..8].copy_from_slice(&0xab23_4cef_23dc_ea87_u64.to_le_bytes());
     bytes[8..24].copy_from_slice(&sum);
     bytes
