@@ -35,28 +35,35 @@ impl Crashes {
         let mut coin = move || random.coin();
         // The same state is left in many ways: by any subset of changes that were flushed since, for one.
         let mut seen = BTreeSet::new();
-        for end in 0..=log.len() {
-            let done = log.get(..end).unwrap_or_default();
-            let mut durable = before.clone();
-            let mut unflushed: Vec<&Change> = Vec::new();
-            for (index, change) in done.iter().enumerate() {
-                let device = change.device();
-                if done.iter().skip(index).any(|later| *later == Change::Flush { device }) {
-                    change.apply(&mut durable);
-                } else {
-                    unflushed.push(change);
+        let mut durable = Durable::new(before);
+        let mut unflushed: Vec<&Change> = Vec::new();
+        for last in core::iter::once(None).chain(log.iter().map(Some)) {
+            match last {
+                Some(Change::Flush { device }) => {
+                    let (flushed, left) = unflushed.iter().partition(|change| change.device() == *device);
+                    unflushed = left;
+                    durable.flush(*device, flushed);
                 }
+                Some(change) => unflushed.push(change),
+                None => {}
             }
             let mut state = |chosen: &mut dyn FnMut(usize) -> bool, torn: Option<&mut dyn FnMut() -> bool>| {
-                let mut files = durable.clone();
                 let chosen =
                     unflushed.iter().enumerate().filter(|(index, _)| chosen(*index)).map(|(_, change)| *change);
+                let mut changed = Files::new();
+                let mut apply = |change: &Change, apply: &mut dyn FnMut(&mut Files)| {
+                    let device = change.device();
+                    if let (false, Some(bytes)) = (changed.contains_key(&device), durable.files.get(&device)) {
+                        changed.insert(device, bytes.clone());
+                    }
+                    apply(&mut changed);
+                };
                 match torn {
-                    None => chosen.for_each(|change| change.apply(&mut files)),
-                    Some(coin) => chosen.for_each(|change| tear(change, coin, &mut files)),
+                    None => chosen.for_each(|change| apply(change, &mut |files| change.apply(files))),
+                    Some(coin) => chosen.for_each(|change| apply(change, &mut |files| tear(change, coin, files))),
                 }
-                if seen.insert(fingerprint(&files)) {
-                    verify(files);
+                if seen.insert(durable.sum_with(&changed)) {
+                    verify(durable.files_with(changed));
                 }
             };
             state(&mut |_| true, None);
@@ -73,8 +80,52 @@ impl Crashes {
     }
 }
 
-/// What tells one state from another: two sums of 64 bits, so that none is passed over by chance.
-fn fingerprint(files: &Files) -> [u64; 2] {
+/// What is on the disks whatever becomes of the changes since. Images of many MiB are copied, and summed up, no more often than
+/// they change.
+struct Durable {
+    files: Files,
+    /// What tells the content of each device from another.
+    sums: BTreeMap<u32, [u64; 2]>,
+}
+
+impl Durable {
+    fn new(files: &Files) -> Self {
+        Self { files: files.clone(), sums: files.iter().map(|(device, bytes)| (*device, fingerprint(bytes))).collect() }
+    }
+
+    /// All that was changed on a device before it was flushed.
+    fn flush(&mut self, device: u32, changes: Vec<&Change>) {
+        changes.iter().for_each(|change| change.apply(&mut self.files));
+        if let (false, Some(bytes)) = (changes.is_empty(), self.files.get(&device)) {
+            self.sums.insert(device, fingerprint(bytes));
+        }
+    }
+
+    /// What tells the content of all devices from another, if some have changed.
+    fn sum_with(&self, changed: &Files) -> [u64; 2] {
+        let mut all = [0u64; 2];
+        let same = self.sums.iter().filter(|(device, _)| !changed.contains_key(device)).map(|(_, sums)| *sums);
+        for sums in changed.values().map(|bytes| fingerprint(bytes)).chain(same) {
+            for (sum, one) in all.iter_mut().zip(sums) {
+                *sum = (sum.rotate_left(29) ^ one).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            }
+        }
+        all
+    }
+
+    /// All devices, of which some have changed.
+    fn files_with(&self, mut changed: Files) -> Files {
+        for (device, bytes) in &self.files {
+            if !changed.contains_key(device) {
+                changed.insert(*device, bytes.clone());
+            }
+        }
+        changed
+    }
+}
+
+/// What tells one content from another: two sums of 64 bits, so that none is passed over by chance.
+fn fingerprint(bytes: &[u8]) -> [u64; 2] {
     /// Odd constants without a pattern: the digits of the golden ratio and of pi.
     const FACTORS: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0x2436_a885_a308_d313 | 1];
     let mut sums = [0u64; 2];
@@ -83,13 +134,10 @@ fn fingerprint(files: &Files) -> [u64; 2] {
             *sum = (sum.rotate_left(29) ^ word).wrapping_mul(factor);
         }
     };
-    for (device, bytes) in files {
-        add(u64::from(*device));
-        add(bytes.len() as u64);
-        let (words, rest) = bytes.as_chunks::<8>();
-        words.iter().for_each(|word| add(u64::from_le_bytes(*word)));
-        rest.iter().for_each(|byte| add(u64::from(*byte)));
-    }
+    add(bytes.len() as u64);
+    let (words, rest) = bytes.as_chunks::<8>();
+    words.iter().for_each(|word| add(u64::from_le_bytes(*word)));
+    rest.iter().for_each(|byte| add(u64::from(*byte)));
     sums
 }
 

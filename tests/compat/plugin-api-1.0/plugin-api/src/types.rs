@@ -116,7 +116,8 @@ pub struct ImageFacts {
     pub parent_identity: RVec<u8>,
     /// `parent_identity` is no image's but the parent's (a UUID, not a number that other images may have as well): an image
     /// that has it *is* the parent, whatever its name. Then the operator may name a parent whose recorded name leads nowhere,
-    /// or that has none: a [`BackingPointer`] with an empty name.
+    /// or that has none: a [`BackingPointer`] with an empty name. With such a pointer and no `parent_identity` at all, the
+    /// format has no place for a parent: the operator may name any, and without that there is none.
     pub parent_identity_unique: bool,
     /// The image says that its content was being moved into its parent when that was interrupted, and that it still holds all
     /// of it: `parent_identity` may be one that what is below it was yet to get, its

@@ -101,6 +101,10 @@ impl MemoryDevices {
             bytes.iter().any(|&byte| byte != 0)
         };
         let end = range.end.min(file.len() as u64);
+        if range.start >= end {
+            // Its last block may hold data in front of the range.
+            return range.end..range.end;
+        }
         let mut blocks = range.start / BLOCK..end.div_ceil(BLOCK);
         let Some(first) = blocks.find(|&block| data(block)) else { return range.end..range.end };
         let last = blocks.take_while(|&block| data(block)).last().unwrap_or(first);
