@@ -192,6 +192,26 @@ fn mistakes_are_named_and_change_nothing() {
 }
 
 #[test]
+fn an_image_below_the_backing_is_not_overwritten() {
+    let place = Place::new();
+    place.run("create -f qcow2 -q @lowest 1M").unwrap();
+    for (image, base) in [("middle", "lowest"), ("upper", "middle")] {
+        place.run(&format!("create -f qcow2 -q -b {base} -F qcow2 @{image}")).unwrap();
+    }
+    for image in ["lowest", "middle"] {
+        let before = std::fs::read(place.at(image)).unwrap();
+        let error = place.error(&format!("create -f qcow2 -b upper -F qcow2 @{image}"));
+        assert!(error.code == ErrorCode::ChainLoop && error.message.contains("would be overwritten"), "{error}");
+        assert_eq!(std::fs::read(place.at(image)).unwrap(), before);
+    }
+    // Any other file is, also where the chain cannot be followed to its end.
+    std::fs::remove_file(place.at("lowest")).unwrap();
+    std::fs::write(place.at("other"), "other").unwrap();
+    place.run("create -f qcow2 -q -b upper -F qcow2 @other").unwrap();
+    assert_eq!(place.info("other")["virtual-size"], 1 << 20);
+}
+
+#[test]
 fn an_image_in_use_is_not_overwritten() {
     let place = Place::new();
     place.run("create -f qcow2 -q @image 1M").unwrap();

@@ -6,8 +6,8 @@ use crate::confine::Confinement;
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
 use crate::image::{file_name, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
-use crate::plugins::{Plugin, Registry, SearchPath};
-use instar_guest_abi::ErrorCode;
+use crate::plugins::{Identified, IdentifyError, Plugin, Registry, SearchPath};
+use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::std_types::{ROption, RString, RVec, Tuple2};
 use instar_plugin_api::{BackingPointer, CreateSpec, ImageFacts};
 use std::os::unix::ffi::OsStrExt;
@@ -133,10 +133,49 @@ fn resolve(
     if new.identity() == Some(located.identity()) {
         return Err(Error::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
     }
-    let OpenedFile { file: image, path, .. } = OpenedFile::located(&located, &recorder, Access::Shared)?;
-    // The new image has to be opened later: only the look at the backing is confined.
-    let found = Confinement::in_confined_thread(|| registry.identify(&image, Some(format)));
-    let found = found.map_err(|error| Error::identify(&path, &error).in_role(Role::Backing))?;
+    let opened = OpenedFile::located(&located, &recorder, Access::Shared)?;
+    let found = look(registry, &opened, Some(format));
+    let found = found.map_err(|error| Error::identify(&opened.path, &error).in_role(Role::Backing))?;
+    refuse_ancestor(registry, new, opened, found.facts.clone())?;
     let size = request.size.unwrap_or(found.facts.virtual_size);
     Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))
+}
+
+/// Look at an image. The new one has to be opened later: only this is confined.
+fn look<'r>(
+    registry: &'r Registry,
+    opened: &OpenedFile,
+    format: Option<&str>,
+) -> Result<Identified<'r>, IdentifyError> {
+    Confinement::in_confined_thread(|| registry.identify(&opened.file, format))
+}
+
+/// Refuse to write over an image that the backing is backed by in its turn: it would be lost, and the chain a circle. What
+/// cannot be followed is not in the way.
+fn refuse_ancestor(
+    registry: &Registry,
+    new: &NamedFile,
+    mut above: OpenedFile,
+    mut facts: ImageFacts,
+) -> Result<(), Error> {
+    let Some(overwritten) = new.identity() else { return Ok(()) };
+    for _ in 0..MAX_CHAIN_DEVICES {
+        let Some(pointer) = facts.backing.as_ref().into_option() else { break };
+        let (format, part) = (facts.format.to_string(), Part::Ancestor);
+        let recorder = Recorder { path: &above.path, format: &format, directory: &above.directory, part };
+        let Ok(located) = Gate::everywhere()?.find(&recorder, pointer.names(), Access::Shared, None) else { break };
+        if located.identity() == overwritten {
+            let clause = format!(
+                "would be overwritten, and is what '{}' is backed by, on which the new image is to be made: give it another name",
+                escape_path(&above.path)
+            );
+            return Err(Error::image(new.path(), ErrorCode::ChainLoop, clause));
+        }
+        let recorded = pointer.format.as_ref().into_option().map(|format| String::from_utf8_lossy(format).into_owned());
+        let Ok(opened) = OpenedFile::located(&located, &recorder, Access::Shared) else { break };
+        let Ok(found) = look(registry, &opened, recorded.as_deref()) else { break };
+        facts = found.facts;
+        above = opened;
+    }
+    Ok(())
 }
