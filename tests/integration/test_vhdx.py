@@ -267,6 +267,7 @@ def test_parents_are_found_by_what_is_recorded(tmp_path, pairs, place):
     parent.parent.mkdir(exist_ok=True)
     Maker(DYNAMIC, 2 * MIB, BASE, runs=[(8, b"\1" * 512)]).write(parent)
     top = child(tmp_path / "top.vhdx", 2 * MIB, BASE, pairs=pairs, runs=[(16, b"\2" * 512)])
+    assert run_instar("info", "--output", "json", top).json["full-backing-filename"] == os.fspath(parent)
     result = commit(top, "--output", "json").json
     assert result["backing"] == os.fspath(parent)
     assert by_qemu(parent) == bytes(4096) + b"\1" * 512 + bytes(3584) + b"\2" * 512 + bytes(2 * MIB - 8704)

@@ -131,7 +131,15 @@ impl Operation for Commit<'_> {
         let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES);
         let format = self.request.base_format.as_deref();
         let choice = BackingChoice { base: named.base.as_ref(), format, access };
-        let Target { mut backing, mut between } = resolve_backing(&mut descent, &overlay, choice)?;
+        let Target { mut backing, mut between, stands_in } = resolve_backing(&mut descent, &overlay, choice)?;
+        if stands_in {
+            let (child, file) = (between.last().unwrap_or(&overlay), &backing.opened.path);
+            let (child, file) = (escape_path(&child.opened.path), escape_path(file));
+            self.warnings.push(format!(
+                "'{child}' does not lead to '{file}', whose identity alone proves that it is the parent: to read it, give that \
+                 file the name that `instar info` shows as its backing file"
+            ));
+        }
         between.iter().for_each(|layer| session.note_image("merged, too", layer));
         session.note_image("backing", &backing);
         let mut ancestors =

@@ -30,6 +30,8 @@ pub struct Target<'r> {
     pub backing: ChainImage<'r>,
     /// Open for reading, but for the lowest one if that [`follows`](ChainImage::follows) the backing.
     pub between: Vec<ChainImage<'r>>,
+    /// The file stands for a recorded name that leads nowhere, as its identity proves.
+    pub stands_in: bool,
 }
 
 /// Open the backing of an overlay: the file that `-b` names, which must be in the overlay's backing chain, or the one that the
@@ -78,7 +80,7 @@ pub fn resolve_backing<'r>(
     {
         return Err(overlay.recorder(part).uneven(&pointer.name, &backing.opened.path, backing.opened.length()));
     }
-    Ok(Target { backing, between: Vec::new() })
+    Ok(Target { backing, between: Vec::new(), stands_in: false })
 }
 
 /// Open the file that `-b` names, which must be the overlay's parent or an ancestor, and the layers above it. Where it is in
@@ -107,6 +109,7 @@ fn open_base<'r>(
     let part = Part::Ancestor;
     let mut between: Vec<ChainImage<'r>> = Vec::new();
     let mut lowest: Option<Located> = None;
+    let mut stands_in = false;
     let backing = loop {
         let above = between.last().map_or(overlay, |lowest| lowest);
         let located = match descent.next(above, part, Access::ReadOnly, Some(opened.identity)) {
@@ -126,6 +129,7 @@ fn open_base<'r>(
                     );
                     return Err(Error::image(base.path(), ErrorCode::NotInChain, clause));
                 };
+                stands_in = true;
                 break backing;
             }
         };
@@ -143,7 +147,7 @@ fn open_base<'r>(
     if let (Access::ReadWrite, Some(lowest)) = (access, &lowest) {
         let_follow(descent, overlay, &mut between, lowest, &backing)?;
     }
-    Ok(Target { backing, between })
+    Ok(Target { backing, between, stands_in })
 }
 
 /// Open the file that `-b` names as the parent of an overlay whose format records none. Nothing can contradict the operator.
@@ -157,7 +161,7 @@ fn open_unrecorded<'r>(
     descent.step(overlay, opened.identity)?;
     let opened = opened.lock(choice.access)?;
     let backing = descent.identify_unnamed(overlay, opened, choice.format)?;
-    Ok(Target { backing, between: Vec::new() })
+    Ok(Target { backing, between: Vec::new(), stands_in: false })
 }
 
 /// Whether the name that `above` records leads nowhere, and an identity can stand for it.

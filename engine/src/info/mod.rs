@@ -109,7 +109,10 @@ fn collect(registry: &Registry, request: &InfoRequest, session: &Session) -> Res
             let clause = parent_mismatch(&child.facts, &path, found.plugin, &facts);
             child.notes.extend(clause.map(|clause| format!("it {clause}")));
         }
-        let first = backing.as_ref().and_then(|backing| resolve_backing(&path, &backing.name));
+        let first = backing.as_ref().and_then(|backing| {
+            let beside = backing.names().find(|name| is_below(&opened.directory, name));
+            resolve_backing(&path, beside.unwrap_or(&backing.name))
+        });
         // One behind a protocol is never followed.
         let Some(backing) = backing.filter(|backing| chain && backing.names().any(|name| file_name(name).is_ok()))
         else {
@@ -141,6 +144,12 @@ fn allocated(directory: &Directory, name: &[u8]) -> Option<u64> {
     let file = file_name(name).ok()?;
     let stat = rustix::fs::statat(directory, OsStr::from_bytes(&file.path), AtFlags::empty()).ok()?;
     Some(u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
+}
+
+/// Whether there is a file of this relative name: of several that may be meant, the one to be shown. It is not opened.
+fn is_below(directory: &Directory, name: &[u8]) -> bool {
+    let file = file_name(name).ok().filter(|file| !file.from_working_directory && !file.path.starts_with(b"/"));
+    file.is_some_and(|file| rustix::fs::statat(directory, OsStr::from_bytes(&file.path), AtFlags::empty()).is_ok())
 }
 
 /// Where the backing file that `image` records is, for people: a relative name begins at the image's own directory. `None`
