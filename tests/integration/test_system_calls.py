@@ -65,7 +65,8 @@ def test_scattered_clusters_without_a_hole_ask_for_holes_a_few_times(tmp_path, c
         base, top = make(tmp_path / str(number), base_fmt, number, CLUSTER)
         flat = support.flatten(top, tmp_path / "flat")
         calls = count(top)
-        assert calls["lseek"] <= 40 + number // 20, calls
+        # Each plugin's library is looked at before it is loaded, which takes some, too.
+        assert calls["lseek"] <= 30 + 5 * len(support.BUNDLED) + number // 20, calls
         moved = sum(calls[call] for call in ("pread64", "pwrite64", "copy_file_range"))
         assert moved <= 3 * number + 200, calls
         assert calls["fallocate"] + calls["sync_file_range"] + calls["fcntl"] <= 200 + number // 4, calls

@@ -91,7 +91,7 @@ impl Recorder<'_> {
     }
 
     pub(super) fn no_file(&self, name: &[u8], why: &NoFile) -> Error {
-        if name.is_empty() && !self.can_be_rebased() {
+        if name.is_empty() && self.part != Part::File && !self.can_be_rebased() {
             let clause =
                 "records which image is below it, but no name of its file: only a commit can be told that, with -b";
             return Error::image(self.path, ErrorCode::BackingNotFound, clause);

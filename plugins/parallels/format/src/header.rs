@@ -125,7 +125,11 @@ impl Header {
             0 => InUse::ClosedByOld,
             OPEN => InUse::Open,
             CLOSED => InUse::Closed,
-            other => return Err(FormatError::corrupt(format!("in_use is {other:#x}, which means nothing"))),
+            other => {
+                return Err(FormatError::corrupt(format!(
+                    "in_use is {other:#x}, which says neither that the image is open nor that it was closed"
+                )))
+            }
         };
         // The high half of the size counts for the one magic word only.
         let width = if variant == Variant::Sectors { 4 } else { 8 };
