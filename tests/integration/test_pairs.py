@@ -10,7 +10,7 @@ import pytest
 import support
 from support import KIB, MIB
 
-SEEDS = 200
+SEEDS = 140
 CHUNK = 10
 
 
