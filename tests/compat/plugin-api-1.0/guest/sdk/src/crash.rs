@@ -104,8 +104,10 @@ impl Durable {
     /// What tells the content of all devices from another, if some have changed.
     fn sum_with(&self, changed: &Files) -> [u64; 2] {
         let mut all = [0u64; 2];
-        let same = self.sums.iter().filter(|(device, _)| !changed.contains_key(device)).map(|(_, sums)| *sums);
-        for sums in changed.values().map(|bytes| fingerprint(bytes)).chain(same) {
+        let known =
+            self.sums.iter().map(|(device, sums)| changed.get(device).map_or(*sums, |bytes| fingerprint(bytes)));
+        let new = changed.iter().filter(|(device, _)| !self.sums.contains_key(device));
+        for sums in known.chain(new.map(|(_, bytes)| fingerprint(bytes))) {
             for (sum, one) in all.iter_mut().zip(sums) {
                 *sum = (sum.rotate_left(29) ^ one).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             }
