@@ -28,7 +28,7 @@ fn a_sample_has_no_finding() {
             "vhdx-commit" => 300,
             "messages" => 1500,
             // Commits: `make fuzz` and the campaigns make more of them.
-            _ if target.record > 1 => 500,
+            _ if target.record > 1 => 300,
             _ => 10_000,
         };
         for _ in 0..count {
