@@ -28,8 +28,8 @@ fn a_sample_has_no_finding() {
             "vhdx-commit" => 300,
             "messages" => 1500,
             // Commits: `make fuzz` and the campaigns make more of them.
-            _ if target.record > 1 => 300,
-            _ => 10_000,
+            _ if target.record > 1 => 200,
+            _ => 8_000,
         };
         for _ in 0..count {
             let mut bytes = input(&seeds, &mut random);

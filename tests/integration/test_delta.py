@@ -15,7 +15,7 @@ import support
 from delta_bytes import COWD, FLAT, SESPARSE, Cowd, Disk, content
 from support import KIB, MIB, TIB, create, qemu_img, qemu_io, refuse, run_instar
 
-SEEDS = 96 if os.environ.get("INSTAR_DEEP") else 12
+SEEDS = 96 if os.environ.get("INSTAR_DEEP") else 8
 UNIT = {COWD: 512, SESPARSE: 4096}
 ALONE = "whose descriptor has to be named"
 

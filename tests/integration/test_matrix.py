@@ -19,7 +19,7 @@ from support import KIB, MIB
 from test_snapshots import snapshot_hashes
 
 CHUNK = 10
-SEEDS = 500 if os.environ.get("INSTAR_DEEP") else 48
+SEEDS = 500 if os.environ.get("INSTAR_DEEP") else 30
 
 
 class Image:

@@ -19,7 +19,7 @@ import vhd_bytes
 import vhdx_bytes
 from support import KIB, MIB
 
-SEEDS = 300 if os.environ.get("INSTAR_DEEP") else 16
+SEEDS = 300 if os.environ.get("INSTAR_DEEP") else 10
 SIZE = 3 * MIB
 KINDS = ("raw", "vpc", "vhdx", "vdi", "qcow2")
 NULL = ("parent_linkage2", vhdx_bytes.braces(vhdx_bytes.NULL))

@@ -10,7 +10,7 @@ import pytest
 import support
 from support import KIB, MIB
 
-SEEDS = 140
+SEEDS = 80
 CHUNK = 10
 
 

@@ -14,7 +14,7 @@ import support
 from parallels_bytes import CLOSED, DIRTY_BITMAP, NEW, OLD, OPEN, Image, bitmap, content, make, section
 from support import KIB, MIB, assert_clean, create, qemu_img, qemu_io, refuse, run_instar
 
-SEEDS = 64 if os.environ.get("INSTAR_DEEP") else 8
+SEEDS = 64 if os.environ.get("INSTAR_DEEP") else 6
 
 
 def node(path, fmt="parallels", below=None):

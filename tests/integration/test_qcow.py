@@ -13,7 +13,7 @@ import support
 from qcow_bytes import Image, content, make
 from support import KIB, MIB, create, qemu_img, qemu_io, refuse, run_instar
 
-SEEDS = 96 if os.environ.get("INSTAR_DEEP") else 8
+SEEDS = 96 if os.environ.get("INSTAR_DEEP") else 6
 
 
 def raw(path, fmt="qcow"):

@@ -20,7 +20,7 @@ from support import KIB, MIB, create, qemu_img, qemu_io, refuse, run_instar
 from vdi_bytes import Image, content, make
 
 GLOB = vdiutils.glob.glob
-SEEDS = 96 if os.environ.get("INSTAR_DEEP") else 12
+SEEDS = 96 if os.environ.get("INSTAR_DEEP") else 8
 
 
 def raw(path, fmt="vdi"):

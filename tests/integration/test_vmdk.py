@@ -16,7 +16,7 @@ import vmdk_bytes
 from support import GIB, KIB, MIB, assert_clean, create, qemu_img, qemu_io, refuse, run_instar
 from test_raw import Loop
 
-SEEDS = 160 if os.environ.get("INSTAR_DEEP") else 16
+SEEDS = 160 if os.environ.get("INSTAR_DEEP") else 12
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import support
 import vmdk_bytes
 from support import GIB, KIB, MIB, assert_clean, create, qemu_img, qemu_io, refuse
 
-SEEDS = 120 if os.environ.get("INSTAR_DEEP") else 12
+SEEDS = 120 if os.environ.get("INSTAR_DEEP") else 8
 
 
 def text(parts, kind, cid=0x1234ABCD, parent=None):
