@@ -144,8 +144,7 @@ impl Operation for Commit<'_> {
         session.note_image("backing", &backing);
         let mut ancestors =
             descent.open_below(&backing, Access::ReadOnly).map_err(|error| error.in_role(Role::Ancestor))?;
-        let next = backing.next_identity(&overlay.facts);
-        overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.facts.follows(&next);
+        overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.has_to_follow(&backing);
         let mut images = vec![FilesOf { image: &mut overlay, access, changes: true, gate }];
         images.push(FilesOf { image: &mut backing, access, changes: true, gate: below });
         let only_read = between.iter_mut().chain(&mut ancestors);
@@ -174,7 +173,7 @@ impl Operation for Commit<'_> {
         let may_grow = self.request.resize_backing || (self.request.mode == CommitMode::Measure && is_disk);
         // What a plugin refuses comes first.
         let growth = parts.growth(may_grow);
-        let mut grants = parts.verdict(growth.as_ref().map_or(None, |size| *size), &mut self.warnings)?;
+        let mut grants = parts.verdict(growth.as_ref().ok().copied().flatten(), &mut self.warnings)?;
         let backing_grows_to = growth?;
         grants.beyond_devices = self.request.mode == CommitMode::Measure;
         self.warnings.extend(parts.unsure_mark());

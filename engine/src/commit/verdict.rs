@@ -75,7 +75,7 @@ impl<'s, 'r> Parts<'s, 'r> {
         for (index, layer) in merged.iter().enumerate() {
             let parent = merged.get(index + 1).unwrap_or(&self.backing);
             let lowest = index + 1 == merged.len();
-            let parent_identity_changes = lowest && layer.facts.follows(&self.backing.next_identity(&layer.facts));
+            let parent_identity_changes = lowest && layer.has_to_follow(self.backing);
             let context = Context { parent_identity_changes, ..Context::reading(Some(&parent.facts), true) };
             if index == 0 && self.empties {
                 emptied = ask(layer, Role::Empty, context)?;

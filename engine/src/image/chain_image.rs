@@ -55,6 +55,12 @@ impl ChainImage<'_> {
         self.plugin.next_identity(&self.facts, child)
     }
 
+    /// Whether writing into `parent` from this image changes what this one records of it.
+    #[must_use]
+    pub fn has_to_follow(&self, parent: &ChainImage<'_>) -> bool {
+        self.facts.follows(&parent.next_identity(&self.facts))
+    }
+
     /// All files of the image, its own first.
     pub fn all_files(&self) -> impl Iterator<Item = &OpenedFile> {
         std::iter::once(&self.opened).chain(self.files.iter().map(|file| &file.opened))

@@ -201,7 +201,7 @@ fn let_follow<'r>(
     located: &Located,
     backing: &ChainImage<'_>,
 ) -> Result<(), Error> {
-    let Some(lowest) = between.pop_if(|lowest| lowest.facts.follows(&backing.next_identity(&lowest.facts))) else {
+    let Some(lowest) = between.pop_if(|lowest| lowest.has_to_follow(backing)) else {
         return Ok(());
     };
     let ChainImage { opened, facts, .. } = lowest;
