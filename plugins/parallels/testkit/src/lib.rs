@@ -14,12 +14,12 @@ mod salvage;
 mod spec;
 mod view;
 
+pub use instar_testkit::crashes;
 pub use kit::Kit;
 pub use spec::{assemble, build, extension, fill, section, Spec, Variant, CLUSTER};
 pub use view::View;
 
 use instar_guest_sdk::abi::DeviceConfig;
-use instar_guest_sdk::crash::Crashes;
 
 /// `in_use` of an image that is open for writing.
 pub const OPEN: u32 = 0x746f_6e59;
@@ -61,10 +61,4 @@ pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
         cluster_size: 1 << cluster.trailing_zeros().min(63),
         ..DeviceConfig::default()
     }
-}
-
-/// `make crash` draws more random states than the tests do.
-pub fn crashes() -> Crashes {
-    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
-    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
 }

@@ -1,13 +1,6 @@
 //! Reads damaged images as far as that is possible, straight from the specification. It shares no code with the driver.
 
-use instar_testkit::{part, Disk, LONGEST};
-
-/// A little-endian number of some bytes; `None` past the end of the file.
-fn little(bytes: &[u8], at: u64, width: usize) -> Option<u64> {
-    let at = usize::try_from(at).ok()?;
-    let raw = bytes.get(at..at.checked_add(width)?)?;
-    Some(raw.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
-}
+use instar_testkit::{little, part, Disk, LONGEST};
 
 /// What an image holds; `None` if its header makes no sense, or the disk is too long to be compared.
 pub fn salvage(bytes: &[u8]) -> Option<Disk> {

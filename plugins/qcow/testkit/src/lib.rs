@@ -14,12 +14,12 @@ mod salvage;
 mod spec;
 mod view;
 
+pub use instar_testkit::crashes;
 pub use kit::Kit;
 pub use spec::{build, fill, Spec, State, CLUSTER};
 pub use view::View;
 
 use instar_guest_sdk::abi::DeviceConfig;
-use instar_guest_sdk::crash::Crashes;
 
 /// Write a big-endian number of 64 bits at byte `at`.
 pub fn put64(bytes: &mut [u8], at: usize, value: u64) {
@@ -42,10 +42,4 @@ pub fn device(number: u32, bytes: &[u8], max_length: u64) -> DeviceConfig {
         cluster_size: 1 << bytes[32],
         ..DeviceConfig::default()
     }
-}
-
-/// `make crash` draws more random states than the tests do.
-pub fn crashes() -> Crashes {
-    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
-    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
 }

@@ -6,8 +6,9 @@ use super::checker::{check, content, snapshot_contents, Report, View};
 use super::{be32, be64, run_commit_into, ANCESTOR, OVERLAY};
 use instar_guest_commit::{CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_guest_sdk::crash::{Crashes, Files};
+use instar_guest_sdk::crash::Files;
 use instar_guest_sdk::memory::MemoryDevices;
+use instar_testkit::{crash_states_drawn, crashes};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Two images, or three, and how they are committed.
@@ -149,18 +150,9 @@ pub fn verify_crashes(pair: &Pair) {
     println!("crash states: {states}");
 }
 
-/// How many random states `make crash` draws after each change.
-fn drawn() -> Option<usize> {
-    std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok())
-}
-
 /// Whether `make crash` runs the tests.
 pub fn is_campaign() -> bool {
-    drawn().is_some()
-}
-
-fn crashes() -> Crashes {
-    Crashes { drawn: drawn().unwrap_or(1), seed: 1 }
+    crash_states_drawn().is_some()
 }
 
 /// What must hold of files that a power loss left, given what overlay and backing read as in the end: nothing is lost, and

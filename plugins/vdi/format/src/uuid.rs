@@ -95,6 +95,7 @@ mod tests {
             assert_eq!((&text[14..15], text[19..20].contains(['8', '9', 'a', 'b'])), ("4", true), "{text}");
         }
         let one = Uuid([0x55; UUID_BYTES]);
+        assert_eq!(one.next(&[7; 32]), one.next(&[7; 32]));
         // Each bit of the child counts, and what it is after, too.
         let child = |bit: u32| if bit < 128 { [1u128 << bit, 0] } else { [0, 1 << (bit - 128)] };
         let children = (0..256).map(child).map(|[low, high]| [low.to_le_bytes(), high.to_le_bytes()].concat());

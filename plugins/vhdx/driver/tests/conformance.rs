@@ -4,6 +4,7 @@
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::conformance::{verify, verify_drawn, verify_images, Bed, Report, ANCESTOR, OVERLAY};
 use instar_guest_sdk::crash::{Crashes, Files};
+use instar_testkit::crash_states_drawn;
 use instar_vhdx_testkit::{build, Kind, Kit, Linkage, Log, Spec, MIB};
 
 /// A block that the disk does not fill, by far: the harness's own images have a run for every few sectors. Files have several MiB
@@ -12,7 +13,7 @@ const SIZE: usize = 18 * 4096;
 
 /// `make crash` looks at more of them: each state is a copy of 10 MiB.
 fn more() -> bool {
-    std::env::var_os("INSTAR_CRASH_DRAWN").is_some()
+    crash_states_drawn().is_some()
 }
 
 fn crashes() -> Crashes {

@@ -173,6 +173,7 @@ mod tests {
             guid = guid.next(&[]);
             assert_eq!(&guid.to_string()[14..15], "4");
         }
+        assert_eq!(guid.next(&[7; 16]), guid.next(&[7; 16]));
         // Each bit of the child counts.
         let children = (0..128).map(|bit| (1u128 << bit).to_le_bytes());
         let all: BTreeSet<Guid> = children.map(|child| Guid([0x55; 16]).next(&child)).collect();

@@ -27,11 +27,16 @@ pub const MIDDLE: u32 = 2;
 /// [`ANCESTOR`] if it is there.
 pub type Chain = Vec<(u32, Vec<u8>)>;
 
+/// How many random states `make crash` draws after each change; `None` in the tests.
+#[must_use]
+pub fn crash_states_drawn() -> Option<usize> {
+    std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok())
+}
+
 /// The crash states that a test looks at: `make crash` draws more random ones than the tests do.
 #[must_use]
 pub fn crashes() -> Crashes {
-    let drawn = std::env::var("INSTAR_CRASH_DRAWN").ok().and_then(|drawn| drawn.parse().ok());
-    Crashes { drawn: drawn.unwrap_or(1), seed: 1 }
+    Crashes { drawn: crash_states_drawn().unwrap_or(1), seed: 1 }
 }
 
 /// Images for chains with images of other formats. All disks have the size that was asked for, unless a backing may grow to it.
