@@ -2,11 +2,11 @@
 """Measures `instar commit`, in both sandboxes, against `qemu-img commit`.
 
 Each run commits images of its own, written as a guest writes them and synced before the clock starts; those of all programs
-are written side by side. The programs take turns, so that whatever else the machine does hits all of them. The first run of each is
-not counted: it warms the caches, counts the exits of the sandbox, the bytes by the way they took and the memory, and its
-results are compared byte by byte. Where data is copied from end to end, one more takes its turn: what the kernel alone needs
-for it. `qemu-img` commits no child of a VHD or VHDX: there the kernel is what is measured against, and the bytes are those that
-it leaves of the same writes in qcow2 images.
+are written side by side. The programs take turns, each of them every turn equally often, so that whatever else the machine and
+its disk do hits all of them. The first run of each is not counted: it warms the caches, counts the exits of the sandbox, the
+bytes by the way they took and the memory, and its results are compared byte by byte. Where data is copied from end to end, one
+more takes its turn: what the kernel alone needs for it. `qemu-img` commits no child of a VHD or VHDX: there the kernel is what
+is measured against, and the bytes are those that it leaves of the same writes in qcow2 images.
 """
 
 import argparse
@@ -122,15 +122,17 @@ def measure(workload, directory, instar, runs):
     programs = programs_of(workload)
     seconds = {program: [] for program in programs}
     kernel = []
-    for number in range(runs):
-        names = [*programs, "kernel"] if extents else programs
-        with built(workload, directory, names) as places:
-            # Whoever goes first in one round goes last in the next.
-            turn = number % len(programs)
-            for program in [*programs[turn:], *programs[:turn]]:
-                seconds[program].append(timed(command_of(workload, program, instar), places[program]))
-            if extents:
-                kernel.append(alone.run(workload, places["kernel"], extents))
+    turns = [*programs, "kernel"] if extents else programs
+    # A disk may be slower for a while after the images were written, and whoever goes first pays for it: everybody goes first,
+    # second and last equally often.
+    for number in range(-(-runs // len(turns)) * len(turns)):
+        with built(workload, directory, turns) as places:
+            first = number % len(turns)
+            for program in [*turns[first:], *turns[:first]]:
+                if program == "kernel":
+                    kernel.append(alone.run(workload, places[program], extents))
+                else:
+                    seconds[program].append(timed(command_of(workload, program, instar), places[program]))
     medians = {program: statistics.median(seconds[program]) for program in programs}
     theirs = medians.get("qemu-img")
     return {
@@ -201,7 +203,7 @@ def arguments():
     """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instar", default=str(PROJECT / "target/release/instar"), help="the program to measure")
-    parser.add_argument("--runs", type=int, help="runs that count, of each program (default 7; 3 with --quick)")
+    parser.add_argument("--runs", type=int, help="runs that count, of each program, at least: each has every turn equally often (default 7; 3 with --quick)")
     parser.add_argument("--quick", action="store_true", help="small images")
     parser.add_argument("--only", action="append", metavar="NAME", help="only this workload; may be repeated")
     parser.add_argument("--dir", help="where the images go: the file system to measure on (default: $TMPDIR)")

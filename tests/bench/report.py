@@ -44,7 +44,7 @@ def heading(where):
     options = where["mount_options"]
     return (
         f"{where['date'][:10]}, revision {where['revision']}; {where['qemu_img']}; {where['cpu']}, {where['cpus']} "
-        f"processors, {nested}; Linux {where['kernel']}, {where['file_system']} ({options}); {where['runs']} runs of each, "
+        f"processors, {nested}; Linux {where['kernel']}, {where['file_system']} ({options}); at least {where['runs']} runs of each, "
         "median (min–max) of the wall time of the whole process."
     )
 

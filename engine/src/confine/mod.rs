@@ -43,6 +43,8 @@ pub struct Needs {
 pub struct Confinement {
     paths: Result<String, String>,
     calls: Result<usize, String>,
+    /// What the list of calls is for.
+    work: Work,
 }
 
 impl Confinement {
@@ -54,14 +56,15 @@ impl Confinement {
         // In this order: a filter may not know the calls that set up Landlock.
         let paths = paths::restrict(&reach.with_signals(needs.signals));
         let calls = filter::apply(work, &needs.calls, filter::Threads::All);
-        Self { paths, calls }
+        Self { paths, calls, work }
     }
 
     /// Confine it further: no file can be opened any more.
     #[must_use]
     pub fn forbid_opening(self, work: Work, needs: &Needs) -> Self {
-        let Self { paths, calls } = Self::begin(Reach::default(), work, needs);
-        Self { paths: self.paths.and(paths), calls: self.calls.and(calls) }
+        let paths = paths::restrict(&Reach::default().with_signals(needs.signals));
+        let calls = self.calls.and_then(|_| filter::narrow(self.work, work, &needs.calls));
+        Self { paths: self.paths.and(paths), calls, work }
     }
 
     /// What would be in force: tried in a thread of its own.
@@ -73,10 +76,11 @@ impl Confinement {
         let confined = || Self {
             paths: paths::restrict(&Reach::default()),
             calls: filter::apply(Work::LookInThread, &[], filter::Threads::This),
+            work: Work::LookInThread,
         };
         let nothing = |why: &std::io::Error| {
             let why = format!("no thread can be started to try it: {why}");
-            Self { paths: Err(why.clone()), calls: Err(why) }
+            Self { paths: Err(why.clone()), calls: Err(why), work: Work::LookInThread }
         };
         std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, confined) {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
@@ -86,7 +90,7 @@ impl Confinement {
 
     #[cfg(test)]
     pub(crate) fn of(paths: Result<String, String>, calls: Result<usize, String>) -> Self {
-        Self { paths, calls }
+        Self { paths, calls, work: Work::Look }
     }
 
     /// What of Landlock is in force.
@@ -153,9 +157,9 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_said() {
-        let both = Confinement { paths: Ok("Landlock ABI 1: paths".into()), calls: Ok(40) };
+        let both = Confinement::of(Ok("Landlock ABI 1: paths".into()), Ok(40));
         assert_eq!(both.to_string(), "Landlock ABI 1: paths; seccomp: 40 system calls");
-        let none = Confinement { paths: Err("this".into()), calls: Err("that".into()) };
+        let none = Confinement::of(Err("this".into()), Err("that".into()));
         assert_eq!(none.to_string(), "Landlock is not in force (this); seccomp is not in force (that)");
     }
 }
