@@ -114,12 +114,20 @@ chains: ## commit drawn chains of all formats, two to nine images deep (CHAINS_S
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/tools/demo.sh
 
-bench: instar python qemu-img file-systems ## measure against qemu-img commit and refresh docs/performance.md
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements-bench.txt
-	$(VENV)/bin/python tests/bench --instar $(INSTAR) $(or $(BENCH_ARGS),--write-docs)
+# What is measured is what is installed: beside a build lie the plugins of the tests, which would be loaded, too.
+BENCHED := target/stage/bench
 
-bench-quick: instar qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
-	$(PYTHON) tests/bench --instar $(INSTAR) --quick $(BENCH_ARGS)
+.PHONY: benched
+benched: instar
+	@rm -rf $(BENCHED)
+	@$(MAKE) --no-print-directory install DESTDIR=$(CURDIR)/$(BENCHED) PREFIX= > /dev/null
+
+bench: benched python qemu-img file-systems ## measure against qemu-img commit and refresh docs/performance.md
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements-bench.txt
+	$(VENV)/bin/python tests/bench --instar $(BENCHED)/bin/instar $(or $(BENCH_ARGS),--write-docs)
+
+bench-quick: benched qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
+	$(PYTHON) tests/bench --instar $(BENCHED)/bin/instar --quick $(BENCH_ARGS)
 
 # Installing the tool takes ten minutes.
 semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)

@@ -202,7 +202,8 @@ def measure_all(chosen, directory, instar, runs):
 def arguments():
     """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--instar", default=str(PROJECT / "target/release/instar"), help="the program to measure")
+    parser.add_argument("--instar", default=str(PROJECT / "target/stage/bench/bin/instar"),
+                        help="the program to measure, with the plugins that it finds (default: that of `make benched`)")
     parser.add_argument("--runs", type=int, help="runs that count, of each program, at least: each has every turn equally often (default 7; 3 with --quick)")
     parser.add_argument("--quick", action="store_true", help="small images")
     parser.add_argument("--only", action="append", metavar="NAME", help="only this workload; may be repeated")
