@@ -11,6 +11,7 @@ use instar_guest_protocol::{
     PhaseMessage, ProgressMessage,
 };
 use instar_plugin_api::FormatPlugin;
+use instar_testkit::padded;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use vm_memory::VolatileSlice;
@@ -225,9 +226,7 @@ fn execute(files: &mut [Vec<u8>; 3], heap: &mut [u8], request: &Request) {
     let index = |device: u32| if device == DEVICE_OUTPUT { 2 } else { device as usize };
     let (offset, length) = (request.offset as usize, request.length as usize);
     let target = index(request.device);
-    let read = |file: &[u8], at: usize, length: usize| {
-        file.iter().copied().skip(at).chain(std::iter::repeat(0)).take(length).collect::<Vec<u8>>()
-    };
+    let read = |file: &[u8], at: usize, length: usize| padded(file.get(at..).unwrap_or_default(), length);
     let write = |file: &mut Vec<u8>, offset: usize, bytes: &[u8]| {
         if !bytes.is_empty() {
             file.resize(file.len().max(offset + bytes.len()), 0);

@@ -1,6 +1,7 @@
 //! What an image says, from its bytes.
 
 use crate::{le32, le64, sectors, Variant, OPEN};
+use instar_testkit::padded;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// An image, taken apart.
@@ -56,7 +57,7 @@ impl<'a> View<'a> {
 
     /// What a guest reads, over the bytes that are below.
     pub fn content(&self, below: &[u8]) -> Vec<u8> {
-        let mut content: Vec<u8> = below.iter().copied().chain(std::iter::repeat(0)).take(self.size).collect();
+        let mut content = padded(below, self.size);
         for (cluster, place) in &self.places {
             let start = (cluster * self.cluster).min(self.size);
             let part = &mut content[start..(start + self.cluster).min(self.size)];

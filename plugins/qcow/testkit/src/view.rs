@@ -1,6 +1,7 @@
 //! What an image says, from its bytes.
 
 use crate::be64;
+use instar_testkit::padded;
 use miniz_oxide::inflate::decompress_to_vec_with_limit;
 use std::collections::BTreeMap;
 
@@ -58,7 +59,7 @@ impl<'a> View<'a> {
     /// The bytes of a cluster that is held.
     fn cluster_bytes(&self, number: u64) -> Vec<u8> {
         let (range, packed) = self.place(number);
-        let bytes: Vec<u8> = range.map(|at| self.bytes.get(at).copied().unwrap_or(0)).collect();
+        let bytes = padded(self.bytes.get(range.start..).unwrap_or_default(), range.len());
         if packed {
             let bytes = decompress_to_vec_with_limit(&bytes, self.cluster).expect("a stream that decodes");
             assert_eq!(bytes.len(), self.cluster);
@@ -69,7 +70,7 @@ impl<'a> View<'a> {
 
     /// What a guest reads, over the bytes that are below.
     pub fn content(&self, below: &[u8]) -> Vec<u8> {
-        let mut content: Vec<u8> = below.iter().copied().chain(std::iter::repeat(0)).take(self.size).collect();
+        let mut content = padded(below, self.size);
         for (cluster, number) in &self.entries {
             let start = (cluster * self.cluster).min(self.size);
             let place = &mut content[start..(start + self.cluster).min(self.size)];

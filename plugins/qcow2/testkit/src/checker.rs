@@ -4,6 +4,7 @@ use super::bitmaps::{bitmaps, extension};
 pub use super::view::View;
 use super::view::OFFSET;
 use super::{be32, be64};
+use instar_testkit::copy_padded;
 use std::collections::BTreeMap;
 
 /// Where the entries of the snapshot table stand, and where it ends.
@@ -77,12 +78,12 @@ fn content_of(view: &View<'_>, entries: Vec<(u64, u64, u64)>, below: Option<&[u8
             continue;
         }
         let host = (entry & OFFSET) as usize;
-        for i in 0..length {
-            let subcluster = (i * 32) >> view.bits;
+        let subcluster_size = view.size as usize / 32;
+        for (subcluster, part) in disk[start..start + length].chunks_mut(subcluster_size).enumerate() {
             if bitmap >> (32 + subcluster) & 1 != 0 {
-                disk[start + i] = 0;
+                part.fill(0);
             } else if bitmap >> subcluster & 1 != 0 {
-                disk[start + i] = bytes.get(host + i).copied().unwrap_or(0);
+                copy_padded(part, bytes.get(host + subcluster * subcluster_size..).unwrap_or_default());
             }
         }
     }

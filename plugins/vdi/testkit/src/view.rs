@@ -1,6 +1,7 @@
 //! What an image says, from its bytes.
 
 use crate::{le32, le64};
+use instar_testkit::{copy_padded, padded};
 use std::collections::BTreeSet;
 
 /// An image, taken apart.
@@ -77,15 +78,14 @@ impl<'a> View<'a> {
 
     /// What a guest reads, over the bytes that are below.
     pub fn content(&self, below: &[u8]) -> Vec<u8> {
-        let mut content: Vec<u8> = below.iter().copied().chain(std::iter::repeat(0)).take(self.size).collect();
+        let mut content = padded(below, self.size);
         for (place, entry) in content.chunks_mut(self.block).zip(&self.entries) {
             match entry {
                 0xffff_ffff => {}
                 0xffff_fffe => place.fill(0),
                 slot => {
                     let at = self.data + slot * (self.block + self.extra) + self.extra;
-                    let bytes = self.bytes.get(at..).unwrap_or_default().iter().copied();
-                    place.iter_mut().zip(bytes.chain(std::iter::repeat(0))).for_each(|(byte, from)| *byte = from);
+                    copy_padded(place, self.bytes.get(at..).unwrap_or_default());
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use crate::bytes::{be32, be64, checksum};
 use crate::{Kind, SECTOR};
+use instar_testkit::padded;
 
 /// An image that is read.
 #[derive(Debug)]
@@ -73,7 +74,7 @@ impl<'a> View<'a> {
         if self.kind == Kind::Fixed {
             return self.bytes[..self.size].to_vec();
         }
-        let mut content: Vec<u8> = below.iter().copied().chain(std::iter::repeat(0)).take(self.size).collect();
+        let mut content = padded(below, self.size);
         for (block, at) in self.blocks() {
             let start = block * self.block;
             let data = at + self.bitmap_bytes();

@@ -35,27 +35,10 @@ pub fn put64(bytes: &mut [u8], at: usize, value: u64) {
     bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
 }
 
-/// What the bits of a byte make of a checksum, from the definition.
-const BYTES: [u32; 256] = {
-    let mut table = [0u32; 256];
-    let mut index = 0;
-    while index < 256 {
-        let (mut sum, mut bit) = (index as u32, 0);
-        while bit < 8 {
-            sum = (sum >> 1) ^ ((sum & 1) * 0x82f6_3b78);
-            bit += 1;
-        }
-        table[index] = sum;
-        index += 1;
-    }
-    table
-};
-
 /// CRC-32C of a structure whose own field, at 4, counts as zero.
 pub fn crc32c(bytes: &[u8]) -> u32 {
-    let add = |sum: u32, byte: &u8| (sum >> 8) ^ BYTES[(sum as u8 ^ byte) as usize];
-    let sum = bytes[..4].iter().chain(&[0; 4]).fold(u32::MAX, add);
-    !bytes[8..].iter().fold(sum, add)
+    let without = crc32c::crc32c_append(crc32c::crc32c(&bytes[..4]), &[0; 4]);
+    crc32c::crc32c_append(without, &bytes[8..])
 }
 
 /// Put the right checksum into the structure of `length` bytes at `at`.

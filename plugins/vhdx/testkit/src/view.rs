@@ -4,6 +4,7 @@ use crate::bytes::{crc32c, le16, le32, le64};
 use crate::log::replayed;
 use crate::spec::{BAT, METADATA};
 use crate::{Kind, MIB};
+use instar_testkit::padded;
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -127,8 +128,7 @@ impl<'a> View<'a> {
 
     /// What a guest reads, over the bytes that are below: without a parent there are none.
     pub fn content(&self, below: &[u8]) -> Vec<u8> {
-        let mut content = below[..below.len().min(self.size)].to_vec();
-        content.resize(self.size, 0);
+        let mut content = padded(below, self.size);
         for (block, state, at) in self.blocks() {
             let start = block * self.block;
             let end = (start + self.block).min(self.size);

@@ -2,6 +2,7 @@
 //! is tested.
 
 use crate::{le32, le64, put32};
+use instar_testkit::{copy_padded, padded};
 
 const SECTOR: usize = 512;
 /// Bytes of the header of an extent of ESX; its directory follows.
@@ -66,11 +67,10 @@ pub fn cowd_entries(file: &[u8]) -> Vec<(usize, usize)> {
 /// What a guest reads of an extent of ESX over the bytes that are below.
 pub fn cowd_content(file: &[u8], below: &[u8]) -> Vec<u8> {
     let (size, grain) = (le32(file, 12) * SECTOR, le32(file, 16) * SECTOR);
-    let mut content: Vec<u8> = below.iter().copied().chain(std::iter::repeat(0)).take(size).collect();
+    let mut content = padded(below, size);
     for (number, sector) in cowd_entries(file) {
         let (start, end) = (number * grain, ((number + 1) * grain).min(size));
-        let bytes = file[sector * SECTOR..].iter().copied().chain(std::iter::repeat(0));
-        content[start..end].iter_mut().zip(bytes).for_each(|(byte, is)| *byte = is);
+        copy_padded(&mut content[start..end], &file[sector * SECTOR..]);
     }
     content
 }
@@ -170,7 +170,7 @@ pub fn sesparse(size: usize, grains: &[(usize, SeHeld)]) -> Vec<u8> {
 pub fn sesparse_content(file: &[u8], below: &[u8]) -> Vec<u8> {
     let size = le64(file, 16) as usize * SECTOR;
     let [directory, tables, data] = [16, 18, 24].map(|field| le64(file, field * 8) as usize * SECTOR);
-    let mut content: Vec<u8> = below.iter().copied().chain(std::iter::repeat(0)).take(size).collect();
+    let mut content = padded(below, size);
     for number in 0..size.div_ceil(SE_GRAIN) {
         let table = le64(file, directory + number / ENTRIES * 8);
         if table == 0 {

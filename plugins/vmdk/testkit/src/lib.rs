@@ -24,6 +24,7 @@ pub use kit::Kit;
 pub use packed::EXTENT;
 
 use instar_guest_sdk::abi::DeviceConfig;
+use instar_testkit::padded;
 
 /// Bytes of a grain.
 pub const GRAIN: usize = 1024;
@@ -276,7 +277,7 @@ impl<'a> View<'a> {
 
     /// What a guest reads, over the bytes that are below.
     pub fn content(&self, below: &[u8]) -> Vec<u8> {
-        let mut content: Vec<u8> = below.iter().copied().chain(std::iter::repeat(0)).take(self.size).collect();
+        let mut content = padded(below, self.size);
         for (grain, entry) in self.entries[0].iter().enumerate() {
             let start = grain * GRAIN;
             let end = (start + GRAIN).min(self.size);
@@ -288,7 +289,7 @@ impl<'a> View<'a> {
                     let bytes = if self.compressed {
                         miniz_oxide::inflate::decompress_to_vec_zlib_with_limit(&self.bytes[at + 12..], GRAIN).unwrap()
                     } else {
-                        self.bytes[at..].iter().copied().chain(std::iter::repeat(0)).take(GRAIN).collect()
+                        padded(&self.bytes[at..], GRAIN)
                     };
                     content[start..end].copy_from_slice(&bytes[..end - start]);
                 }

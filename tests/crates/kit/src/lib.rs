@@ -7,11 +7,13 @@
 pub mod chain;
 
 mod layout;
+mod padded;
 pub mod pair;
 mod salvage;
 
 pub use chain::Place;
 pub use layout::{ByteOrder, Field, Layout};
+pub use padded::{copy_padded, padded};
 pub use salvage::{little, part, seen, Disk, SectorState, LONGEST, SECTOR};
 
 pub use instar_guest_sdk::conformance::{sink_of, source_of, ImageKit, ANCESTOR, OVERLAY};
