@@ -10,7 +10,9 @@ INSTAR := target/release/instar
 VENV   := .venv
 # A worker that has nothing left takes from the others.
 PYTEST := $(VENV)/bin/python -m pytest --dist worksteal
-# Parallel pytest workers; each may run a virtual machine, and waits for a disk now and then.
+# Temporary files of tests are on an ext4 in memory, unless TMPDIR says where.
+IN_MEMORY := tests/tools/in_memory.sh
+# Parallel pytest workers; each may run a virtual machine, and waits for one now and then.
 WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
@@ -71,12 +73,12 @@ test-rust: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 test-rust: export MALLOC_TOP_PAD_ := 67108864
 test-rust: qemu-img ## the Rust tests
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --cargo-profile checked --workspace && \
+		$(IN_MEMORY) $(CARGO) nextest run --cargo-profile checked --workspace && \
 		$(CARGO) test --profile checked --doc $$(tests/tools/documented.sh); \
-	else $(CARGO) test --profile checked --workspace; fi
+	else $(IN_MEMORY) $(CARGO) test --profile checked --workspace; fi
 
 test-integration: instar python qemu-img file-systems mandoc ## the Python tests; paths and options after the goal go to pytest
-	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests/integration)
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(IN_MEMORY) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests/integration)
 
 # One after the other, whatever -j says: each of them uses all processors by itself.
 test: ## everything that CI runs: lint, test-rust, test-integration
