@@ -6,6 +6,7 @@
 //! [`WireExtent`]: instar_guest_abi::WireExtent
 
 use crate::error::{overflow, DriverError, DriverResult};
+use crate::io::BlockIo;
 use alloc::format;
 use core::ops::Range;
 use instar_guest_abi::{ErrorCode, ExtentKind, Request};
@@ -83,6 +84,24 @@ impl Content {
                 Err(DriverError::new(ErrorCode::InternalOverflow, text).at(device, offset))
             }
         }
+    }
+
+    /// Fill `buffer` with the first bytes of it, for a sink that has to know what arrives.
+    ///
+    /// # Errors
+    /// As [`BlockIo::run`]; [`ErrorCode::InternalOverflow`] for encoded bytes, which only their source can decode.
+    pub fn read(self, io: &mut dyn BlockIo, buffer: &mut [u8]) -> DriverResult<()> {
+        match self {
+            Self::Data { device, offset } => io.read(device, offset, buffer)?,
+            Self::Zero => buffer.fill(0),
+            Self::Memory { address } => {
+                // SAFETY: as for the buffer of a request, the operation that has made the extent keeps its bytes alive and
+                // unchanged until the call of the sink returns; `buffer` is exclusive, so the two do not overlap.
+                unsafe { core::ptr::copy_nonoverlapping(address as *const u8, buffer.as_mut_ptr(), buffer.len()) }
+            }
+            Self::Encoded { .. } => return Err(overflow("an extent that is not decoded")),
+        }
+        Ok(())
     }
 }
 
@@ -231,6 +250,22 @@ mod tests {
             (checked_end(3, 4, 7), checked_end(3, 4, 6), checked_end(u64::MAX, 1, u64::MAX)),
             (Some(7), None, None)
         );
+    }
+
+    #[cfg(feature = "memory")]
+    #[test]
+    fn content_is_read_unless_it_is_encoded() {
+        let mut io = crate::memory::MemoryDevices::new([(3, alloc::vec![1, 2, 3, 4])]);
+        let bytes = [7u8, 8, 9];
+        let mut read = |content: Content| {
+            let mut buffer = [0xff; 2];
+            content.read(&mut io, &mut buffer).map(|()| buffer)
+        };
+        assert_eq!(read(Content::Data { device: 3, offset: 1 }), Ok([2, 3]));
+        assert_eq!(read(Content::Zero), Ok([0, 0]));
+        let memory = Content::Memory { address: bytes.as_ptr() as u64 };
+        assert_eq!(memory.after(1).map(&mut read), Some(Ok([8, 9])));
+        assert_eq!(read(Content::Encoded { location: 1 }).unwrap_err().code, ErrorCode::InternalOverflow);
     }
 
     #[test]

@@ -125,7 +125,8 @@ pub trait Sink {
     /// what must be allocated for them. Changes nothing.
     ///
     /// # Errors
-    /// [`ErrorCode::BackingCorrupt`] and whatever else can refuse the commit.
+    /// [`ErrorCode::BackingCorrupt`] and whatever else can refuse the commit. [`ErrorCode::NotImplemented`], before anything
+    /// was counted, if it depends on the bytes of an `Encoded` extent: the sink is shown the same extents again, decoded.
     fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()>;
 
     /// End of planning: when this returns, everything that can refuse has been asked. Changes nothing.
