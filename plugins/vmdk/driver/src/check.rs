@@ -11,8 +11,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::{overflow, BlockIo, DriverResult};
-use instar_vmdk_format::{Grain, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, SECTOR};
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_vmdk_format::{Grain, GrainMarker, FOOTER_BYTES, SECTOR};
 
 /// Sectors that an entry can name, and what begins at the last of them.
 const REACH: u64 = (1 << 32) + (1 << 17);
@@ -192,21 +192,17 @@ impl Image {
         if !self.layout.compressed {
             return Ok(Vec::new());
         }
-        let size = usize::try_from(COMPRESSED_MARKER_BYTES).map_err(|_| overflow("a marker"))?;
-        let mut markers = vec![0u8; table.entries.len() * size];
+        let mut markers = vec![[0u8; GrainMarker::BYTES]; table.entries.len()];
         let mut requests = Vec::new();
-        for (&value, marker) in table.entries.iter().zip(markers.chunks_exact_mut(size)) {
+        for (&value, marker) in table.entries.iter().zip(&mut markers) {
             if let Grain::At(offset) = self.layout.grain_of(value) {
-                requests.push(Request::read(self.device, offset, marker.as_mut_ptr() as u64, COMPRESSED_MARKER_BYTES));
+                let (buffer, length) = (marker.as_mut_ptr() as u64, marker.len() as u64);
+                requests.push(Request::read(self.device, offset, buffer, length));
             }
         }
         if !requests.is_empty() {
             io.run(&mut requests)?;
         }
-        let length = |marker: &[u8]| {
-            let stream = u32::from_le_bytes([marker[8], marker[9], marker[10], marker[11]]);
-            COMPRESSED_MARKER_BYTES + u64::from(stream)
-        };
-        Ok(markers.chunks_exact(size).map(length).collect())
+        Ok(markers.iter().map(|marker| GrainMarker::parse(marker).stored()).collect())
     }
 }

@@ -5,7 +5,7 @@ use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult};
-use instar_vmdk_format::COMPRESSED_MARKER_BYTES;
+use instar_vmdk_format::GrainMarker;
 use miniz_oxide::inflate::decompress_slice_iter_to_slice;
 
 /// Bytes that are read at once where grains follow each other in the file, if that is no great part of the heap: every image
@@ -50,16 +50,17 @@ impl GrainReader {
 
     fn decode(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64, visible: u64) -> DriverResult<()> {
         let size = usize::try_from(image.layout.grain_bytes()).map_err(|_| overflow("the grain size"))?;
-        let marker = self.load(io, image, offset, COMPRESSED_MARKER_BYTES)?;
-        let length = u64::from(u32::from_le_bytes([marker[8], marker[9], marker[10], marker[11]]));
+        let marker = self.load(io, image, offset, GrainMarker::BYTES as u64)?;
+        let marker = GrainMarker::parse(marker.first_chunk().ok_or_else(|| overflow("a marker"))?);
+        let length = u64::from(marker.length);
         // What does not compress becomes a little longer.
         if length > image.layout.grain_bytes().saturating_mul(2).saturating_add(64) {
             return Err(image.corrupt(offset, format!("a compressed grain of {length} bytes is longer than can be")));
         }
-        self.load(io, image, offset, COMPRESSED_MARKER_BYTES + length)?;
+        self.load(io, image, offset, marker.stored())?;
         let mut grain = core::mem::take(&mut self.grain);
         grain.resize(size, 0);
-        let stream = self.load(io, image, offset + COMPRESSED_MARKER_BYTES, length)?;
+        let stream = self.load(io, image, offset + GrainMarker::BYTES as u64, length)?;
         let decoded = decompress_slice_iter_to_slice(&mut grain, core::iter::once(stream), true, false);
         if let Ok(count) = decoded {
             // QEMU stores of the last grain what the disk has of it.

@@ -7,11 +7,6 @@ use alloc::format;
 pub const MAGIC: [u8; 4] = *b"KDMV";
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 512;
-/// Footer marker, footer and end-of-stream marker: the last bytes of a file whose header says that the directory is at the
-/// end ("Stream-optimized compressed sparse extents").
-pub const FOOTER_BYTES: usize = 3 * 512;
-/// Bytes in front of the stream of a compressed grain: its sector on the disk (64 bits) and the stream's length (32 bits).
-pub const COMPRESSED_MARKER_BYTES: u64 = 12;
 /// Most entries of a grain directory that are worked with, so that what is known of the tables fits into the guest's memory:
 /// enough for 8 TiB with grains of 64 KiB. (The entries of grain tables reach 2 TiB.)
 pub const MAX_DIRECTORY: u64 = 1 << 18;
@@ -20,12 +15,10 @@ pub const MAX_DESCRIPTOR_BYTES: u64 = 1 << 20;
 
 /// Largest grain in sectors: 64 MiB.
 const MAX_GRAIN: u64 = 1 << 17;
-/// `gdOffset` of a header whose directory is at the end: the footer has the real one.
+/// `gdOffset` of a header whose directory is at the end (`GD_AT_END`): the footer has the real one.
 const DIRECTORY_AT_END: u64 = u64::MAX;
 /// The bytes that a transfer as text would change: `singleEndLineChar` and those after it.
 const END_OF_LINE: [u8; 4] = *b"\n \r\n";
-/// Type of the marker in front of the footer.
-const MARKER_FOOTER: u32 = 3;
 
 /// Bits of [`Header::flags`].
 pub mod flags {
@@ -129,25 +122,6 @@ impl Header {
             (false, _, _) | (true, true, 1) => Ok(header),
             (true, false, 1) => Err(FormatError::unsupported("compressed grains without markers are not supported")),
             (true, ..) => Err(FormatError::unsupported(format!("compression algorithm {algorithm} is not known"))),
-        }
-    }
-
-    /// The header that stands in the last [`FOOTER_BYTES`] of a file.
-    ///
-    /// # Errors
-    /// As [`Header::parse`]; when the markers around it are not what they have to be.
-    pub fn parse_footer(bytes: &[u8; FOOTER_BYTES]) -> Result<Self, FormatError> {
-        let field = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        if field(8) != 0 || field(12) != MARKER_FOOTER || field(1024 + 8) != 0 || field(1024 + 12) != 0 {
-            return Err(FormatError::corrupt("the file does not end with a footer between its markers"));
-        }
-        let mut header = [0; HEADER_BYTES];
-        header.copy_from_slice(&bytes[512..1024]);
-        match Self::parse(&header)? {
-            header if header.directory_is_at_the_end() => {
-                Err(FormatError::corrupt("the footer does not say where the grain directory is"))
-            }
-            header => Ok(header),
         }
     }
 

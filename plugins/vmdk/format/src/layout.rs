@@ -1,7 +1,7 @@
 //! Where a sparse extent keeps what, in the terms that hosted extents ("Hosted sparse extents") and those of ESX ("ESXi Host
 //! Sparse Extents") have in common: a directory of tables, tables of grains, entries of 32 bits that are numbers of sectors.
 
-use crate::{Grain, SECTOR};
+use crate::{Grain, GrainMarker, METADATA_MARKER_BYTES, SECTOR};
 
 /// What the header of a sparse extent comes to. Offsets and sizes are in sectors, unless they say bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +72,36 @@ impl Layout {
     #[must_use]
     pub fn grain_of(&self, entry: u32) -> Grain {
         Grain::decode(entry, self.zeroed_grains)
+    }
+
+    /// What new grains begin at a multiple of, in bytes: their size, and compressed ones at any sector.
+    #[must_use]
+    pub const fn alignment(&self) -> u64 {
+        if self.compressed {
+            SECTOR
+        } else {
+            self.grain_bytes()
+        }
+    }
+
+    /// Bytes of the file that a new grain takes at most.
+    #[must_use]
+    pub const fn new_grain_bytes(&self) -> u64 {
+        if self.compressed {
+            GrainMarker::longest(self.grain_bytes())
+        } else {
+            self.grain_bytes()
+        }
+    }
+
+    /// Bytes of the marker in front of a new grain table.
+    #[must_use]
+    pub const fn table_marker_bytes(&self) -> u64 {
+        if self.compressed {
+            METADATA_MARKER_BYTES
+        } else {
+            0
+        }
     }
 
     /// The length in bytes that an extent of ESX has when the first free sector is at byte `next_free`: "This needs to be

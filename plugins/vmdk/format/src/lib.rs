@@ -14,20 +14,20 @@ mod extent;
 mod header;
 mod layout;
 mod sesparse;
+mod stream;
 
 pub use cowd::{CowdHeader, COWD_HEADER_BYTES, COWD_MAGIC};
 pub use create::{create, CreateOptions, NewDisk, NewFile, NewImage, Subformat, NEW_GRAIN_BYTES};
 pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
 pub use error::{FormatError, Trouble};
 pub use extent::{DiskExtent, ExtentLine, Storage};
-pub use header::{
-    flags, Header, COMPRESSED_MARKER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY,
-};
+pub use header::{flags, Header, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY};
 pub use layout::Layout;
 pub use sesparse::{
     sesparse_table, Region, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES, SESPARSE_HEADER_BYTES,
     SESPARSE_MAGIC, SESPARSE_TABLE_BYTES, SESPARSE_TABLE_ENTRIES,
 };
+pub use stream::{table_marker, GrainMarker, FOOTER_BYTES, METADATA_MARKER_BYTES};
 
 /// Bytes of a sector, the unit of all offsets and sizes in a VMDK ("Basic concepts").
 pub const SECTOR: u64 = 512;
