@@ -22,6 +22,8 @@ pub mod names {
     pub const CREATE_TYPE: &str = "create-type";
     /// Grains are compressed: true or absent.
     pub const COMPRESSED: &str = "compressed";
+    /// A footer says where the grain directory is, so that the image can be read as a stream: true or absent.
+    pub const STREAM: &str = "stream";
     /// Extents are plain bytes: true or absent.
     pub const FLAT: &str = "flat";
     /// An extent is a sparse one of ESX (COWD): true or absent.
@@ -88,7 +90,8 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     image.read_exact_at(0, &mut bytes)?;
     let mut header = Header::parse(&bytes).map_err(refused)?;
     let descriptor_at = (header.descriptor_offset, header.descriptor_size);
-    if header.directory_is_at_the_end() {
+    let stream = header.directory_is_at_the_end();
+    if stream {
         let mut bytes = [0; FOOTER_BYTES];
         image.read_exact_at(image.length().saturating_sub(FOOTER_BYTES as u64), &mut bytes)?;
         header = Header::parse_footer(&bytes).map_err(refused)?;
@@ -104,6 +107,9 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     describe(&mut facts, &descriptor)?;
     if header.has(instar_vmdk_format::flags::COMPRESSED) {
         facts.features.push(Feature::flag(names::COMPRESSED, true, false));
+    }
+    if stream {
+        facts.features.push(Feature::flag(names::STREAM, true, false));
     }
     if !descriptor.is_one_file() {
         let reason = match descriptor.disk_extents() {

@@ -2,7 +2,7 @@
 
 use crate::facts::names;
 use instar_plugin_api::{printable, Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
-use instar_vmdk_format::{TABLE_BYTES, TABLE_ENTRIES};
+use instar_vmdk_format::{GrainMarker, METADATA_MARKER_BYTES, TABLE_BYTES, TABLE_ENTRIES};
 
 /// Entries and bytes of a grain table of ESX.
 const COWD_TABLE: (u64, u64) = (4096, 16384);
@@ -49,7 +49,9 @@ fn refusal(own: &ImageFacts) -> Option<(ErrorCode, String)> {
 /// What a person should know of an image before it is committed.
 pub fn notes(own: &ImageFacts) -> Vec<String> {
     let refused = refusal(own).map(|(_, reason)| format!("cannot be committed: {reason}"));
-    let stream = own.flag(names::COMPRESSED).then(|| "streamOptimized: nothing can be committed into it".to_owned());
+    let stream = own
+        .flag(names::COMPRESSED)
+        .then(|| "streamOptimized: a commit into it adds grains, and is refused if it would change one".to_owned());
     let sesparse = own.flag(names::SESPARSE).then(|| {
         "seSparse, which is only read: it is committed with -d, and nothing can be committed into it".to_owned()
     });
@@ -72,20 +74,16 @@ fn line(mut text: String) -> String {
 }
 
 fn of_target(own: &ImageFacts, incoming: &Incoming) -> Verdict {
-    if own.flag(names::COMPRESSED) {
-        // A copy gets an identity of its own: an overlay that records its parent's would not know it.
-        let advice = if incoming.identity_recorded {
-            "make one image of the overlay and what is below it with `qemu-img convert`"
-        } else {
-            "convert it with `qemu-img convert -O vmdk`, and put the copy in its place"
-        };
-        let reason = format!("a streamOptimized vmdk cannot be committed into: {advice}");
-        return Verdict::refused(ErrorCode::UnsupportedFormat, reason);
-    }
     let Some(length) = longest(own, incoming) else {
         return Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes");
     };
     let mut verdict = Verdict::supported(length);
+    if own.flag(names::STREAM) {
+        verdict.reason =
+            "the image cannot be read as a stream afterwards: before it goes into an OVA, make a new one of it \
+                          with `qemu-img convert -O vmdk -o subformat=streamOptimized`"
+                .into();
+    }
     if own.flag(names::CHANGE_TRACKING) {
         verdict.reason =
             "VMware's list of changed blocks (changeTrackPath) does not know what is committed: make it anew \
@@ -96,8 +94,9 @@ fn of_target(own: &ImageFacts, incoming: &Incoming) -> Verdict {
 }
 
 /// An upper bound of how long the file can become, in bytes; `None` beyond 2^63. Flat extents stay as they are. As
-/// many grains as the disk has, or as may arrive if that is known to be less. Tables in two copies, or longer ones in one copy,
-/// all of them new, each with a grain to begin at; a grain to begin the file's new part at, which is where the header says.
+/// many grains as the disk has, or as may arrive if that is known to be less, each as if it were compressed in vain. Tables in
+/// two copies, or longer ones in one copy, all of them new, each with a marker, and a grain to begin at; a grain to begin the
+/// file's new part at, which is where the header says.
 fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
     if own.cluster_size == 0 {
         return Some(own.file_length);
@@ -108,11 +107,15 @@ fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
     // has the size of.
     let each = incoming.cluster_size.div_ceil(grain).saturating_add(1);
     let grains = incoming.max_clusters.saturating_mul(each).min(disk).checked_add(1)?;
-    let (entries, bytes) =
-        if own.flag(names::COWD) { COWD_TABLE } else { (TABLE_ENTRIES, TABLE_BYTES.checked_mul(2)?) };
+    let ((entries, bytes), stored) = if own.flag(names::COWD) {
+        (COWD_TABLE, grain)
+    } else {
+        let table = TABLE_BYTES.checked_add(METADATA_MARKER_BYTES)?;
+        ((TABLE_ENTRIES, table.checked_mul(2)?), GrainMarker::longest(grain))
+    };
     let tables = disk.div_ceil(entries).min(grains).checked_mul(bytes.checked_add(grain)?)?;
     let beyond = own.number(names::COWD_BEYOND).unwrap_or(0).checked_add(COWD_END)?;
-    let new = grains.checked_mul(grain)?.checked_add(tables)?.checked_add(beyond)?;
+    let new = grains.checked_mul(stored)?.checked_add(tables)?.checked_add(beyond)?;
     own.file_length.checked_next_multiple_of(grain)?.checked_add(new).filter(|&length| length <= i64::MAX as u64)
 }
 
@@ -142,14 +145,6 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_named() {
         let mut facts = image(1, NO_PARENT);
-        facts.features.push(Feature::flag(names::COMPRESSED, true, false));
-        assert!(ask(Role::Write, &facts, &facts).reason.contains("streamOptimized"));
-        let mut child = image(2, 1);
-        assert!(ask(Role::Write, &facts, &child).reason.contains("put the copy in its place"));
-        child.parent_identity = facts.identity.clone();
-        assert!(ask(Role::Write, &facts, &child).reason.contains("make one image"));
-        assert_eq!(ask(Role::Below, &facts, &facts).code, 0);
-        let mut facts = image(1, NO_PARENT);
         facts.features.push(Feature::text(names::UNSUPPORTED, "because", false));
         assert_eq!(ask(Role::Write, &facts, &facts).reason.as_str(), "because");
         let mut facts = image(1, NO_PARENT);
@@ -159,6 +154,20 @@ mod tests {
         facts.features.push(Feature::flag(names::CHANGE_TRACKING, true, false));
         let verdict = ask(Role::Write, &facts, &facts);
         assert!(verdict.code == 0 && verdict.reason.contains("changeTrackPath"));
+    }
+
+    /// A grain that does not shrink takes a sector more than its bytes.
+    #[test]
+    fn the_bound_of_compressed_grains_covers_those_that_do_not_shrink() {
+        let mut base = image(1, NO_PARENT);
+        base.features.push(Feature::flag(names::COMPRESSED, true, false));
+        let verdict = ask(Role::Write, &base, &ImageFacts::new("raw", 1 << 30, 0, 1 << 30));
+        let all = (1 << 20) + (1 << 14) * (65536 + 512) + 32 * 2 * (2048 + 512);
+        assert!(verdict.reason.is_empty() && (all..all + (4 << 20)).contains(&verdict.max_length), "{verdict:?}");
+        base.features.push(Feature::flag(names::STREAM, true, false));
+        let verdict = ask(Role::Write, &base, &image(2, 1));
+        assert!(verdict.code == 0 && verdict.reason.contains("-o subformat=streamOptimized"), "{verdict:?}");
+        assert_eq!(ask(Role::Below, &base, &base).reason.as_str(), "");
     }
 
     #[test]

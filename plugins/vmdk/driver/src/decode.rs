@@ -1,12 +1,11 @@
-//! Reading compressed grains: a marker, then a zlib stream ("Stream-optimized compressed sparse extents").
+//! Reading compressed grains.
 
 use crate::image::Image;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult};
-use instar_vmdk_format::GrainMarker;
-use miniz_oxide::inflate::decompress_slice_iter_to_slice;
+use instar_vmdk_format::{decode_grain, GrainMarker};
 
 /// Bytes that are read at once where grains follow each other in the file, if that is no great part of the heap: every image
 /// of a chain may hold so much.
@@ -61,17 +60,9 @@ impl GrainReader {
         let mut grain = core::mem::take(&mut self.grain);
         grain.resize(size, 0);
         let stream = self.load(io, image, offset + GrainMarker::BYTES as u64, length)?;
-        let decoded = decompress_slice_iter_to_slice(&mut grain, core::iter::once(stream), true, false);
-        if let Ok(count) = decoded {
-            // QEMU stores of the last grain what the disk has of it.
-            grain.iter_mut().skip(count).for_each(|byte| *byte = 0);
-        }
+        let decoded = decode_grain(stream, &mut grain, visible);
         self.grain = grain;
-        match decoded {
-            Ok(count) if count == size || count as u64 == visible => Ok(()),
-            Ok(count) => Err(image.corrupt(offset, format!("a compressed grain decodes to {count} bytes, not {size}"))),
-            Err(_) => Err(image.corrupt(offset, "a compressed grain does not decode")),
-        }
+        decoded.map_err(|error| image.corrupt(offset, error.text))
     }
 
     /// `length` bytes at `offset` of the file; past its end are zeroes.

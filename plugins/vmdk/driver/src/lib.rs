@@ -18,6 +18,7 @@ mod source;
 mod sparse_plan;
 mod sparse_sink;
 mod sparse_source;
+mod stream_sink;
 mod tables;
 mod used;
 mod work;

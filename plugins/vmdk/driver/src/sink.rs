@@ -120,6 +120,13 @@ impl Sink for VmdkSink {
     }
 
     fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
+        let compresses =
+            |part: &Part<SparseSink>| matches!(&part.body, Body::Sparse(sparse) if sparse.image.layout.compressed);
+        if extents.iter().any(Extent::is_encoded) && self.parts.iter().any(compresses) {
+            // Whether a grain holds it already.
+            let text = "what is compressed in the overlay has to be decoded for the plan";
+            return Err(DriverError::new(ErrorCode::NotImplemented, text).at(self.descriptor.device, 0));
+        }
         for (index, run) in self.by_part(extents)? {
             if let Some(Part { body: Body::Sparse(sparse), .. }) = self.parts.get_mut(index) {
                 sparse.plan(io, &run)?;

@@ -3,12 +3,14 @@
 
 use crate::check::Verified;
 use crate::decide::{decide, Action};
+use crate::decode::GrainReader;
 use crate::image::Image;
-use crate::work::{grains, Group, Groups};
+use crate::work::{grains, Group, Groups, Part};
 use alloc::format;
+use alloc::vec;
 use instar_guest_sdk::abi::{device_flags, ErrorCode, FileDevice, PlanSummary};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent};
-use instar_vmdk_format::{Layout, SECTOR};
+use instar_vmdk_format::{Layout, FOOTER_BYTES, SECTOR};
 
 /// An entry that stands for a grain which is yet to get its place, while planning.
 const PLANNED: u32 = u32::MAX;
@@ -16,7 +18,7 @@ const PLANNED: u32 = u32::MAX;
 /// What planning counted, and the bounds that hold.
 #[derive(Debug)]
 pub struct Planner {
-    /// Where the first new grain goes, in bytes: a multiple of its size.
+    /// Where the first new grain goes, in bytes, at a multiple of [`Layout::alignment`].
     pub first_free: u64,
     max_length: u64,
     /// The device cannot change its length.
@@ -31,6 +33,8 @@ pub struct Planner {
     /// The first guest byte of the last grain that was counted, and the last table.
     last_grain: Option<u64>,
     last_table: Option<usize>,
+    /// Reads the compressed grains that are there already.
+    reader: GrainReader,
 }
 
 /// How long the file is when everything up to byte `end` is in use.
@@ -50,7 +54,9 @@ impl Planner {
     pub fn of(image: &Image, file: &FileDevice, has_backing: bool) -> DriverResult<Self> {
         // QEMU leaves the number of the first free sector as it is when it writes: what it has added lies behind.
         let free = image.layout.next_free.unwrap_or(0).saturating_mul(SECTOR);
-        let first_free = image.file_length.max(free).checked_next_multiple_of(image.layout.grain_bytes());
+        // The footer is not needed any more once the header says what it does.
+        let end = image.file_length - if image.footer { FOOTER_BYTES as u64 } else { 0 };
+        let first_free = end.max(free).checked_next_multiple_of(image.layout.alignment());
         Ok(Self {
             first_free: first_free.ok_or_else(|| overflow("the length of the file"))?,
             max_length: file.max_length,
@@ -62,6 +68,7 @@ impl Planner {
             tables: 0,
             last_grain: None,
             last_table: None,
+            reader: GrainReader::default(),
         })
     }
 
@@ -91,6 +98,10 @@ impl Planner {
                 }
                 let grain = image.layout.grain_of(*slot);
                 match decide(grain, part.arrival, image.layout.zeroed_grains, self.has_backing) {
+                    Action::InPlace(offset) if image.layout.compressed => {
+                        self.holds(io, image, offset, &part)?;
+                        continue;
+                    }
                     Action::Nothing | Action::InPlace(_) => continue,
                     Action::Allocate => {
                         self.grains += 1;
@@ -114,6 +125,33 @@ impl Planner {
         Ok(())
     }
 
+    /// See to it that the compressed grain at byte `offset` of the file holds what arrives for a part of it already: a commit
+    /// that was interrupted has written it, and is run again.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedFormat`] if it holds something else; corruption and I/O errors.
+    pub fn holds(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64, part: &Part) -> DriverResult<()> {
+        let length = usize::try_from(part.extent.length).map_err(|_| overflow("a part of a grain"))?;
+        let (mut held, mut arriving) = (vec![0; length], vec![0; length]);
+        let start = part.extent.guest_offset - part.grain;
+        self.reader.read(io, image, offset, (start, part.length), &mut held)?;
+        part.extent.content.read(io, &mut arriving)?;
+        if held == arriving {
+            return Ok(());
+        }
+        let text = format!(
+            "a streamOptimized vmdk can only get new grains, and the one of guest offset {} is in use: make one image of the \
+             overlay and what is below it with `qemu-img convert -O vmdk`",
+            part.grain
+        );
+        Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, offset))
+    }
+
+    /// Whether anything is added to the file.
+    pub fn appends(&self) -> bool {
+        self.grains > 0 || self.copies > 0
+    }
+
     /// See [`Sink::plan`](instar_guest_sdk::Sink::plan).
     pub fn plan(&mut self, io: &mut dyn BlockIo, image: &Image, extents: &[Extent]) -> DriverResult<()> {
         self.verify(io, image)?;
@@ -129,16 +167,20 @@ impl Planner {
     /// How long the file becomes at most, by what was planned until now.
     fn final_length(&self, image: &Image) -> DriverResult<u64> {
         let Self { grains, copies, tables, .. } = *self;
-        if grains == 0 && copies == 0 {
+        if !self.appends() {
             let mended = self.stale_end(image).map_or(Ok(0), |end| length_for(&image.layout, end))?;
             return Ok(image.file_length.max(mended));
         }
         // Each new table may make the next grain begin at another multiple of its size.
         let layout = &image.layout;
-        let new = grains.checked_add(tables).and_then(|count| count.checked_mul(layout.grain_bytes()));
-        let new = new.zip(copies.checked_mul(layout.table_bytes())).and_then(|(a, b)| a.checked_add(b));
-        let end = new.and_then(|new| self.first_free.checked_add(new)).ok_or_else(|| overflow("the file's length"))?;
-        length_for(layout, end)
+        let new = [
+            (grains, layout.new_grain_bytes()),
+            (tables, layout.alignment()),
+            (copies, layout.table_marker_bytes() + layout.table_bytes()),
+        ];
+        let add = |end: u64, (count, bytes): &(u64, u64)| end.checked_add(count.checked_mul(*bytes)?);
+        let end = new.iter().try_fold(self.first_free, add).ok_or_else(|| overflow("the length of the file"))?;
+        length_for(layout, end.max(image.file_length))
     }
 
     /// Whether the file can become as long as that.

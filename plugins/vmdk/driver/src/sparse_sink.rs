@@ -16,13 +16,14 @@
 use crate::decide::{decide, Action};
 use crate::image::Image;
 use crate::sparse_plan::{length_for, Planner};
+use crate::stream_sink::OpenGrain;
 use crate::tables::Table;
 use crate::work::{grains, Group, Groups, Part};
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, FileDevice, PlanSummary, Request};
-use instar_guest_sdk::{overflow, Batch, BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow};
-use instar_vmdk_format::{CowdHeader, Grain, SECTOR};
+use instar_guest_sdk::abi::{FileDevice, PlanSummary, Request};
+use instar_guest_sdk::{overflow, Batch, BlockIo, DriverResult, Extent, OrderedWriter, ReadBelow};
+use instar_vmdk_format::{table_marker, Compressor, CowdHeader, Grain, SECTOR};
 
 /// Requests that are collected before they are submitted.
 const BATCH: usize = 4096;
@@ -36,67 +37,84 @@ type Named = Option<(usize, usize)>;
 /// A sparse extent that data goes into.
 #[derive(Debug)]
 pub struct SparseSink {
-    image: Image,
-    planner: Planner,
-    /// Where the next grain goes, a multiple of its size.
-    next_free: u64,
-    out: OrderedWriter,
+    pub(crate) image: Image,
+    pub(crate) planner: Planner,
+    /// Where the next grain goes, at a multiple of [`Layout::alignment`](instar_vmdk_format::Layout::alignment).
+    pub(crate) next_free: u64,
+    pub(crate) out: OrderedWriter,
+    /// The compressed grain that is gathered: more may arrive for it with the next call.
+    pub(crate) open: Option<OpenGrain>,
+    pub(crate) compressor: Compressor,
 }
 
 /// Requests that were not submitted yet, and the bytes that they write.
 #[derive(Default)]
-struct Pending {
+pub struct Pending {
     requests: Batch,
     buffers: Vec<Vec<u8>>,
     bytes: usize,
+    /// Places of grains that are not needed any more once the entries are written.
+    freed: Vec<u64>,
 }
 
 impl Pending {
+    /// Write `bytes` at byte `offset` of the device.
+    pub fn write(&mut self, device: u32, offset: u64, bytes: Vec<u8>) {
+        self.requests.push(Request::write(device, offset, bytes.as_ptr() as u64, bytes.len() as u64));
+        self.bytes += bytes.len();
+        self.buffers.push(bytes);
+    }
+
     fn is_full(&self) -> bool {
         self.requests.len() >= BATCH || self.bytes >= FILL_BYTES
     }
 
     fn submit(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter) -> DriverResult<()> {
         self.requests.submit_to(io, out)?;
-        *self = Self::default();
+        self.buffers.clear();
+        self.bytes = 0;
         Ok(())
     }
 }
 
 impl SparseSink {
     pub(crate) fn new(image: Image, file: &FileDevice, has_backing: bool) -> DriverResult<Self> {
-        if image.layout.compressed {
-            let text = "compressed grains (streamOptimized) cannot be committed into";
-            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, 8));
-        }
         let planner = Planner::of(&image, file, has_backing)?;
         let (next_free, out) = (planner.first_free, OrderedWriter::new(image.device));
-        Ok(Self { image, planner, next_free, out })
+        Ok(Self { image, planner, next_free, out, open: None, compressor: Compressor::default() })
     }
 
     fn write_group(&mut self, io: &mut dyn BlockIo, group: &Group, below: &mut dyn ReadBelow) -> DriverResult<()> {
         let mut tables = self.image.read_both(io, &group.tables)?;
         let mut pending = Pending::default();
-        let mut freed = Vec::new();
         for piece in &group.pieces {
-            let table = tables.get_mut(piece.slot).ok_or_else(|| overflow("a table"))?;
             for part in grains(&self.image, piece)? {
-                self.write_part(io, table, part, below, &mut pending, &mut freed)?;
+                if self.image.layout.compressed {
+                    self.pack(io, &mut tables, piece.slot, &part, below, &mut pending)?;
+                } else {
+                    let table = tables.get_mut(piece.slot).ok_or_else(|| overflow("a table"))?;
+                    self.write_part(io, table, part, below, &mut pending)?;
+                }
                 if pending.is_full() {
                     pending.submit(io, &mut self.out)?;
                 }
             }
         }
+        self.publish(io, &tables, pending)
+    }
+
+    /// Write what is pending, and then, in order, what refers to it.
+    pub(crate) fn publish(&mut self, io: &mut dyn BlockIo, tables: &[Table], mut pending: Pending) -> DriverResult<()> {
+        let named = self.place_tables(tables, &mut pending)?;
         pending.submit(io, &mut self.out)?;
         // Whether or not the group has changed anything.
         self.out.written();
-        let named = self.place_tables(&tables)?;
         self.lengthen(io)?;
-        self.write_tables(io, &tables, named)?;
+        self.write_tables(io, tables, named)?;
         let size = self.image.layout.grain_bytes();
         let discard = |&offset: &u64| Request::discard(self.image.device, offset, size);
         let mut run = |some: &[u64]| self.out.run(io, &mut some.iter().map(discard).collect::<Vec<_>>());
-        freed.chunks(BATCH).try_for_each(&mut run)
+        pending.freed.chunks(BATCH).try_for_each(&mut run)
     }
 
     /// Have the file reach to the end of its last grain or table, and the header of an extent of ESX say that.
@@ -133,7 +151,6 @@ impl SparseSink {
         part: Part,
         below: &mut dyn ReadBelow,
         pending: &mut Pending,
-        freed: &mut Vec<u64>,
     ) -> DriverResult<()> {
         let entry = table.entries.get_mut(part.entry).ok_or_else(|| overflow("an entry"))?;
         let grain = self.image.layout.grain_of(*entry);
@@ -147,7 +164,7 @@ impl SparseSink {
             Action::MarkZero(old) => {
                 *entry = 1;
                 table.dirty = true;
-                freed.extend(old);
+                pending.freed.extend(old);
             }
             Action::Allocate => {
                 let offset = self.next_free;
@@ -155,7 +172,7 @@ impl SparseSink {
                 table.dirty = true;
                 let size = self.image.layout.grain_bytes();
                 self.next_free = offset.checked_add(size).ok_or_else(|| overflow("the length of the file"))?;
-                let end = (part.grain + size).min(self.image.layout.virtual_size());
+                let end = part.grain + part.length;
                 if shows && grain == Grain::Absent {
                     let (from, to) = (part.extent.guest_offset, part.extent.end());
                     for (from, to) in [(part.grain, from), (to, end)] {
@@ -186,10 +203,7 @@ impl SparseSink {
             let mut buffer = vec![0; usize::try_from(length).map_err(|_| overflow("a grain"))?];
             below.read(io, at, &mut buffer)?;
             if buffer.iter().any(|&b| b != 0) {
-                let address = buffer.as_ptr() as u64;
-                pending.requests.push(Request::write(self.image.device, offset + (at - from), address, length));
-                pending.bytes += buffer.len();
-                pending.buffers.push(buffer);
+                pending.write(self.image.device, offset + (at - from), buffer);
             }
             if pending.is_full() {
                 pending.submit(io, &mut self.out)?;
@@ -201,14 +215,18 @@ impl SparseSink {
 
     /// Find places for tables that changed and that are not there, in both copies. Returns the first and the last entry that
     /// each directory gets; only memory has them yet.
-    fn place_tables(&mut self, tables: &[Table]) -> DriverResult<[Named; 2]> {
-        let size = self.image.layout.table_bytes();
+    fn place_tables(&mut self, tables: &[Table], pending: &mut Pending) -> DriverResult<[Named; 2]> {
+        let (size, marker) = (self.image.layout.table_bytes(), self.image.layout.table_marker_bytes());
         let mut all: [Named; 2] = [None, None];
         for table in tables.iter().filter(|table| table.dirty) {
             let directories = core::iter::once(&mut self.image.directory).chain(&mut self.image.redundant);
             for (directory, named) in directories.zip(&mut all) {
                 let sector = directory.get_mut(table.index).ok_or_else(|| overflow("a table"))?;
                 if *sector == 0 {
+                    if marker > 0 {
+                        pending.write(self.image.device, self.next_free, table_marker().to_vec());
+                        self.next_free += marker;
+                    }
                     *sector = u32::try_from(self.next_free / SECTOR).map_err(|_| overflow("the place of a table"))?;
                     let end = self.next_free.checked_add(size);
                     self.next_free = end.ok_or_else(|| overflow("the length of the file"))?;
@@ -216,9 +234,8 @@ impl SparseSink {
                 }
             }
         }
-        let grain = self.image.layout.grain_bytes();
-        self.next_free =
-            self.next_free.checked_next_multiple_of(grain).ok_or_else(|| overflow("the length of the file"))?;
+        let aligned = self.next_free.checked_next_multiple_of(self.image.layout.alignment());
+        self.next_free = aligned.ok_or_else(|| overflow("the length of the file"))?;
         Ok(all)
     }
 
@@ -272,8 +289,12 @@ impl SparseSink {
 
     /// See [`Sink::write`](instar_guest_sdk::Sink::write).
     pub fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
+        if self.image.footer && self.planner.appends() {
+            self.leave_stream(io)?;
+        }
         let mut groups = Groups::of(extents);
         while let Some(group) = groups.next(&self.image)? {
+            self.close_before(io, &group)?;
             self.write_group(io, &group, below)?;
         }
         Ok(())
@@ -281,6 +302,7 @@ impl SparseSink {
 
     /// See [`Sink::finish`](instar_guest_sdk::Sink::finish).
     pub fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        self.close_before(io, &Group::default())?;
         self.out.barrier(io)
     }
 }

@@ -31,6 +31,8 @@ pub struct Part {
     pub entry: usize,
     /// First guest byte of the grain.
     pub grain: u64,
+    /// Bytes of the grain, as far as the disk goes.
+    pub length: u64,
     /// The part.
     pub extent: Extent,
     /// Whether these are zeroes, and the whole grain as far as the disk goes.
@@ -93,7 +95,7 @@ pub fn grains(image: &Image, piece: &Piece) -> DriverResult<Vec<Part>> {
         let (_, entry, grain) = place(image, extent.guest_offset)?;
         let length = size.min(image.layout.virtual_size().checked_sub(grain).ok_or_else(|| overflow("a grain"))?);
         let arrival = Arrival { zero: extent.is_zero(), whole: extent.length == length };
-        parts.push(Part { entry, grain, extent, arrival });
+        parts.push(Part { entry, grain, length, extent, arrival });
     }
     Ok(parts)
 }

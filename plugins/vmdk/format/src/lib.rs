@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+mod compressed;
 mod cowd;
 mod create;
 mod descriptor;
@@ -16,6 +17,7 @@ mod layout;
 mod sesparse;
 mod stream;
 
+pub use compressed::{decode_grain, Compressor};
 pub use cowd::{CowdHeader, COWD_HEADER_BYTES, COWD_MAGIC};
 pub use create::{create, CreateOptions, NewDisk, NewFile, NewImage, Subformat, NEW_GRAIN_BYTES};
 pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
