@@ -16,38 +16,45 @@ pub fn chains() -> Vec<Chain> {
     let streamed = Spec { compressed: true, redundant: false, ..top.clone() };
     let pairs = [
         (top.clone(), base.clone()),
-        (top, Spec { lazy_tables: true, ..base.clone() }),
+        (top.clone(), Spec { lazy_tables: true, ..base.clone() }),
         (streamed.clone(), Spec { redundant: false, zeroed: false, grains: vec![], ..base.clone() }),
         (Spec { footer: true, ..streamed }, base),
     ];
-    let chain = |(top, base): &(Spec, Spec)| {
-        vec![(OVERLAY, build(top)), (DEVICE_OUTPUT, build(base)), (ANCESTOR, build(&root))]
-    };
-    let mut chains: Vec<Chain> = pairs.iter().map(chain).collect();
+    let chain =
+        |top: &Spec, base: &Spec| vec![(OVERLAY, build(top)), (DEVICE_OUTPUT, build(base)), (ANCESTOR, build(&root))];
+    let mut chains: Vec<Chain> = pairs.iter().map(|(top, base)| chain(top, base)).collect();
     // Two layers at once: the lower one's record of its parent follows.
     let (top, base) = &pairs[0];
-    let top = Spec { parent: 6, ..top.clone() };
+    let above = Spec { parent: 6, ..top.clone() };
     let middle = Spec::new(size, 6, 5).with(data(&[1, 2, 6, 599], 0x31));
     chains.push(vec![
-        (OVERLAY, build(&top)),
+        (OVERLAY, build(&above)),
         (MIDDLE, build(&middle)),
         (DEVICE_OUTPUT, build(base)),
         (ANCESTOR, build(&root)),
     ]);
+    // Into compressed grains, which are not those of the overlay: they could not be rewritten.
+    let packed = Spec { compressed: true, ..Spec::new(size, 5, 4) }.with(data(&[3, 40], 0x43)).with([(2, State::Zero)]);
+    chains.push(chain(top, &packed));
+    let packed = Spec { redundant: false, lazy_tables: true, footer: true, ..packed };
+    chains.push(chain(&pairs[2].0, &packed));
     chains
 }
 
-/// Backings with all of their tables and without, and with one copy of them and two; a layer above each of them.
+/// Backings with all of their tables and without, in two copies, and one of compressed grains, with tables in one copy and a
+/// footer; a layer above each of them.
 pub fn parts(size: usize) -> Parts {
-    let backing = |lazy_tables, redundant| {
-        let spec = Spec { lazy_tables, redundant, ..Spec::new(size, 5, u32::MAX) };
+    let backing = |lazy_tables| {
+        let spec = Spec { lazy_tables, ..Spec::new(size, 5, u32::MAX) };
         build(&spec.with([(0, State::Data(0x43)), (21, State::Zero)]))
     };
+    let packed =
+        Spec { compressed: true, redundant: false, lazy_tables: true, footer: true, ..Spec::new(size, 5, u32::MAX) };
     let middle = Spec::new(size, 6, 5).with([(1, State::Data(0x31)), (2, State::Zero)]);
     Parts {
         overlays: Vec::new(),
         middle: Some(build(&middle)),
-        backings: vec![backing(false, true), backing(true, true), backing(true, false)],
+        backings: vec![backing(false), backing(true), build(&packed)],
     }
 }
 
