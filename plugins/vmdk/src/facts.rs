@@ -89,13 +89,13 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let mut bytes = [0; HEADER_BYTES];
     image.read_exact_at(0, &mut bytes)?;
     let mut header = Header::parse(&bytes).map_err(refused)?;
-    let descriptor_at = (header.descriptor_offset, header.descriptor_size);
     let stream = header.directory_is_at_the_end();
     if stream {
         let mut bytes = [0; FOOTER_BYTES];
         image.read_exact_at(image.length().saturating_sub(FOOTER_BYTES as u64), &mut bytes)?;
-        header = Header::parse_footer(&bytes).map_err(refused)?;
+        header = header.with_footer(&bytes).map_err(refused)?;
     }
+    let descriptor_at = (header.descriptor_offset, header.descriptor_size);
     if descriptor_at.0 == 0 || descriptor_at.1 == 0 {
         return Err(unsupported(NO_DESCRIPTOR));
     }

@@ -12,13 +12,10 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_vmdk_format::{Grain, GrainMarker, FOOTER_BYTES, SECTOR};
+use instar_vmdk_format::{Grain, GrainMarker, Metadata, SECTOR};
 
 /// Sectors that an entry can name, and what begins at the last of them.
 const REACH: u64 = (1 << 32) + (1 << 17);
-
-/// A piece of metadata: its sectors, and what it is.
-pub type Metadata = (Range<u64>, &'static str);
 
 /// What the pass found.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,7 +34,7 @@ impl Image {
     pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<Verified> {
         self.verify_fixed()?;
         let mut windows = Windows::over(io, self.file_length.div_ceil(SECTOR).min(REACH))?;
-        let mut holding = TableSet::of(self.directory.len());
+        let mut holding = TableSet::of(self.directory.entries.len());
         let mut found = Verified::default();
         for index in 0..windows.count() {
             let mut used = Used::new(windows.range(index))?;
@@ -78,33 +75,11 @@ impl Image {
         Ok(())
     }
 
-    /// Everything but tables and grains.
-    pub fn fixed_metadata(&self) -> Vec<Metadata> {
-        let layout = &self.layout;
-        let directory = layout.directory_sectors;
-        let at = |sector: u64, length: u64| sector..sector.saturating_add(length);
-        let mut parts = vec![
-            (0..layout.header, "header"),
-            (at(layout.descriptor_offset, layout.descriptor_size), "descriptor"),
-            (at(layout.directory, directory), "grain directory"),
-        ];
-        if let Some(redundant) = layout.redundant_directory {
-            parts.push((at(redundant, directory), "redundant grain directory"));
-        }
-        if self.footer {
-            let sectors = FOOTER_BYTES as u64 / SECTOR;
-            parts.push((at((self.file_length / SECTOR).saturating_sub(sectors), sectors), "footer"));
-        }
-        // An extent of several has no descriptor.
-        parts.retain(|(sectors, _)| sectors.start < sectors.end);
-        parts
-    }
-
     /// Everything but grains.
     fn each_metadata(&self, each: &mut dyn FnMut(Metadata) -> DriverResult<()>) -> DriverResult<()> {
         self.fixed_metadata().into_iter().try_for_each(&mut *each)?;
-        for directory in core::iter::once(&self.directory).chain(&self.redundant) {
-            for index in 0..directory.len() {
+        for directory in self.directories() {
+            for index in directory.present() {
                 if let Some(offset) = self.table_offset(directory, index)? {
                     let sector = offset / SECTOR;
                     each((sector..sector + self.layout.table_bytes() / SECTOR, "grain table"))?;
@@ -144,8 +119,7 @@ impl Image {
         let lengths = self.compressed_lengths(io, table)?;
         let mut grains = 0;
         for (entry, &value) in table.entries.iter().enumerate() {
-            let guest = (table.index as u64 * self.layout.table_entries + entry as u64)
-                .saturating_mul(self.layout.grain_bytes());
+            let guest = self.layout.guest_of(table.index, entry);
             let offset = match self.layout.grain_of(value) {
                 Grain::Absent => continue,
                 Grain::Zero => {

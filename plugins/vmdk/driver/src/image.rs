@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, FileDevice};
 use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{
-    CowdHeader, Header, Layout, COWD_HEADER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR,
+    CowdHeader, Header, Layout, Metadata, COWD_HEADER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR,
 };
 
 /// An open sparse extent. Its memory: the grain directories, 1 MiB each at most, or the one of an extent of ESX, 4 MiB at most.
@@ -18,13 +18,28 @@ pub struct Image {
     pub layout: Layout,
     /// Length of the file in bytes.
     pub file_length: u64,
-    /// The grain directory: sectors of the grain tables, 0 for a table that is not there.
-    pub directory: Vec<u32>,
+    pub directory: Directory,
     /// The second one.
-    pub redundant: Option<Vec<u32>>,
+    pub redundant: Option<Directory>,
     /// There is a footer, at the end of the file.
     pub footer: bool,
     corrupt: ErrorCode,
+}
+
+/// A grain directory.
+#[derive(Debug, Default)]
+pub struct Directory {
+    /// Where it begins in the file, in sectors.
+    pub sector: u64,
+    /// The sectors of the grain tables, 0 for a table that is not there.
+    pub entries: Vec<u32>,
+}
+
+impl Directory {
+    /// The indices of the tables that are there.
+    pub fn present(&self) -> impl Iterator<Item = usize> + '_ {
+        self.entries.iter().enumerate().filter(|(_, &sector)| sector != 0).map(|(index, _)| index)
+    }
 }
 
 /// Bytes of the heap that must be left once an image is open: for the tables that are worked on at once, in both copies, a
@@ -41,15 +56,12 @@ impl Image {
         let mut bytes = [0; HEADER_BYTES];
         io.read(number, 0, &mut bytes)?;
         let mut header = Header::parse(&bytes).map_err(at(corrupt, number, 0))?;
-        let (text_at, text_length) = (header.descriptor_offset, header.descriptor_size);
         let footer = header.directory_is_at_the_end();
         if footer {
             let start = file_length.checked_sub(FOOTER_BYTES as u64).ok_or_else(|| overflow("the footer"))?;
             let mut bytes = [0; FOOTER_BYTES];
             io.read(number, start, &mut bytes)?;
-            header = Header::parse_footer(&bytes).map_err(at(corrupt, number, start))?;
-            // The descriptor's place is that of the header in front.
-            (header.descriptor_offset, header.descriptor_size) = (text_at, text_length);
+            header = header.with_footer(&bytes).map_err(at(corrupt, number, start))?;
         }
         let mut image = Self::of(device, header.layout(), footer, corrupt);
         if header.descriptor_size != 0 {
@@ -84,7 +96,7 @@ impl Image {
 
     fn of(device: &FileDevice, layout: Layout, footer: bool, corrupt: ErrorCode) -> Self {
         let FileDevice { device, file_length, .. } = *device;
-        Self { device, layout, file_length, directory: Vec::new(), redundant: None, footer, corrupt }
+        Self { device, layout, file_length, directory: Directory::default(), redundant: None, footer, corrupt }
     }
 
     fn read_directories(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
@@ -93,6 +105,26 @@ impl Image {
             self.redundant = Some(self.read_directory(io, redundant, "redundant grain directory")?);
         }
         Ok(())
+    }
+
+    /// The directories, of which the first one counts.
+    pub fn directories(&self) -> impl Iterator<Item = &Directory> + Clone {
+        core::iter::once(&self.directory).chain(&self.redundant)
+    }
+
+    /// The same, to be changed in memory.
+    pub fn directories_mut(&mut self) -> impl Iterator<Item = &mut Directory> {
+        core::iter::once(&mut self.directory).chain(&mut self.redundant)
+    }
+
+    /// Everything but tables and grains.
+    pub fn fixed_metadata(&self) -> Vec<Metadata> {
+        let mut parts = self.layout.fixed_metadata();
+        if self.footer {
+            let (end, sectors) = (self.file_length / SECTOR, FOOTER_BYTES as u64 / SECTOR);
+            parts.push((end.saturating_sub(sectors)..end, "footer"));
+        }
+        parts
     }
 
     /// Byte offset and length of the embedded descriptor.
@@ -107,7 +139,7 @@ impl Image {
             .ok_or_else(|| self.corrupt(28, "the descriptor lies past the end of the file, or is too long"))
     }
 
-    fn read_directory(&self, io: &mut dyn BlockIo, sector: u64, name: &str) -> DriverResult<Vec<u32>> {
+    fn read_directory(&self, io: &mut dyn BlockIo, sector: u64, name: &str) -> DriverResult<Directory> {
         let entries = self.layout.directory_entries();
         let place = inside(sector, entries.checked_mul(4), self.file_length).filter(|_| sector != 0);
         let Some((offset, length)) = place else {
@@ -117,8 +149,7 @@ impl Image {
         self.need(io, length.saturating_mul(2), name)?;
         let mut bytes = vec![0; usize::try_from(length).map_err(|_| overflow(name))?];
         io.read(self.device, offset, &mut bytes)?;
-        let directory: Vec<u32> = entries_of(&bytes).collect();
-        Ok(directory)
+        Ok(Directory { sector, entries: entries_of(&bytes).collect() })
     }
 
     /// Make sure that `bytes` can be taken from the heap for something, beside what work needs afterwards: an allocation

@@ -11,7 +11,7 @@ use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, FileDevice, Request};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Holes};
 use instar_vmdk_format::{
-    sesparse_table, SeGrain, SeSparseHeader, SECTOR, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES, SESPARSE_HEADER_BYTES,
+    sesparse_table, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES, SESPARSE_HEADER_BYTES,
     SESPARSE_TABLE_BYTES,
 };
 
@@ -19,8 +19,6 @@ use instar_vmdk_format::{
 const CHUNK: u64 = 8192;
 /// Tables that are held: 512 KiB, which stand for 256 MiB of a disk.
 const TABLES: usize = 16;
-/// A table's number is less: no disk needs more tables.
-const MAX_TABLES: u64 = 1 << 22;
 
 /// A grain table that holds anything.
 #[derive(Debug)]
@@ -81,9 +79,7 @@ impl SeSparse {
     /// # Errors
     /// Corruption if that is not in the file.
     pub fn grain_offset(&self, guest: u64, number: u64) -> DriverResult<u64> {
-        let start = self.header.grains.offset.checked_mul(SECTOR);
-        let place = start.zip(number.checked_mul(SESPARSE_GRAIN_BYTES)).and_then(|(start, at)| start.checked_add(at));
-        place.filter(|&offset| offset < self.file_length).ok_or_else(|| {
+        self.header.grain_at(number, self.file_length).ok_or_else(|| {
             let text = format!("the grain of guest offset {guest}, number {number}, lies past the end of the file");
             self.corrupt(0, text)
         })
@@ -152,12 +148,7 @@ impl SeSparse {
 
     /// First byte of the table with this number.
     fn table_offset(&self, index: u64, number: u64) -> DriverResult<u64> {
-        let start = self.header.tables.offset.checked_mul(SECTOR);
-        let place = start.and_then(|start| start.checked_add(number.saturating_mul(SESPARSE_TABLE_BYTES)));
-        let inside = |&offset: &u64| {
-            number < MAX_TABLES && offset.checked_add(SESPARSE_TABLE_BYTES).is_some_and(|end| end <= self.file_length)
-        };
-        place.filter(inside).ok_or_else(|| {
+        self.header.table_at(number, self.file_length).ok_or_else(|| {
             let text =
                 format!("grain directory entry {index} names table {number}, which lies past the end of the file");
             self.corrupt(self.directory + index * 8, text)

@@ -4,7 +4,7 @@
 use crate::check::Verified;
 use crate::decide::{decide, Action};
 use crate::decode::GrainReader;
-use crate::image::Image;
+use crate::image::{Directory, Image};
 use crate::work::{grains, Group, Groups, Part};
 use alloc::format;
 use alloc::vec;
@@ -116,8 +116,8 @@ impl Planner {
         for table in tables.iter().filter(|table| table.dirty) {
             if self.last_table != Some(table.index) {
                 self.last_table = Some(table.index);
-                let directories = core::iter::once(&image.directory).chain(&image.redundant);
-                let missing = directories.filter(|d| d.get(table.index) == Some(&0)).count() as u64;
+                let missing = |directory: &&Directory| directory.entries.get(table.index) == Some(&0);
+                let missing = image.directories().filter(missing).count() as u64;
                 self.copies += missing;
                 self.tables += u64::from(missing > 0);
             }

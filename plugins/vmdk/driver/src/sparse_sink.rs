@@ -217,14 +217,14 @@ impl SparseSink {
     /// each directory gets; only memory has them yet.
     fn place_tables(&mut self, tables: &[Table], pending: &mut Pending) -> DriverResult<[Named; 2]> {
         let (size, marker) = (self.image.layout.table_bytes(), self.image.layout.table_marker_bytes());
+        let device = self.image.device;
         let mut all: [Named; 2] = [None, None];
         for table in tables.iter().filter(|table| table.dirty) {
-            let directories = core::iter::once(&mut self.image.directory).chain(&mut self.image.redundant);
-            for (directory, named) in directories.zip(&mut all) {
-                let sector = directory.get_mut(table.index).ok_or_else(|| overflow("a table"))?;
+            for (directory, named) in self.image.directories_mut().zip(&mut all) {
+                let sector = directory.entries.get_mut(table.index).ok_or_else(|| overflow("a table"))?;
                 if *sector == 0 {
                     if marker > 0 {
-                        pending.write(self.image.device, self.next_free, table_marker().to_vec());
+                        pending.write(device, self.next_free, table_marker().to_vec());
                         self.next_free += marker;
                     }
                     *sector = u32::try_from(self.next_free / SECTOR).map_err(|_| overflow("the place of a table"))?;
@@ -249,8 +249,8 @@ impl SparseSink {
         let mut buffers: Vec<Vec<u8>> = Vec::new();
         for table in tables.iter().filter(|table| table.dirty) {
             let bytes: Vec<u8> = table.entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-            for directory in core::iter::once(&self.image.directory).chain(&self.image.redundant) {
-                let sector = *directory.get(table.index).ok_or_else(|| overflow("a table"))?;
+            for directory in self.image.directories() {
+                let sector = *directory.entries.get(table.index).ok_or_else(|| overflow("a table"))?;
                 requests.push(Request::write(device, u64::from(sector) * SECTOR, bytes.as_ptr() as u64, size));
             }
             buffers.push(bytes);
@@ -261,16 +261,11 @@ impl SparseSink {
             return Ok(());
         }
         self.out.barrier(io)?;
-        let layout = &self.image.layout;
-        let places = [
-            (layout.directory, Some(&self.image.directory)),
-            (layout.redundant_directory.unwrap_or(0), self.image.redundant.as_ref()),
-        ];
-        for (named, (sector, directory)) in named.into_iter().zip(places) {
-            let (Some((first, last)), Some(directory)) = (named, directory) else { continue };
-            let entries = directory.get(first..=last).unwrap_or_default();
+        for (named, directory) in named.into_iter().zip(self.image.directories()) {
+            let Some((first, last)) = named else { continue };
+            let entries = directory.entries.get(first..=last).unwrap_or_default();
             let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-            self.out.write(io, sector * SECTOR + first as u64 * 4, &bytes)?;
+            self.out.write(io, directory.sector * SECTOR + first as u64 * 4, &bytes)?;
         }
         Ok(())
     }

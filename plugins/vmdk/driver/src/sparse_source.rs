@@ -2,13 +2,13 @@
 
 use crate::decode::GrainReader;
 use crate::image::Image;
-use crate::tables::{place, Table, TableSet};
+use crate::tables::{Table, TableSet};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::{overflow, BlockIo, Content, DriverResult, Extent, Extents};
-use instar_vmdk_format::{CowdHeader, Grain, Layout, SECTOR};
+use instar_guest_sdk::{overflow, Batch, BlockIo, Content, DriverResult, Extent, Extents};
+use instar_vmdk_format::{CowdHeader, Grain, Layout, Place, SECTOR};
 
 /// Bytes of tables that are read ahead while enumerating.
 const AHEAD_BYTES: u64 = 512 << 10;
@@ -16,6 +16,8 @@ const AHEAD_BYTES: u64 = 512 << 10;
 /// them, one that does not decode is found while it is committed: the overlay is intact then, the backing has changed.
 const DECODED_GRAINS: usize = 1024;
 const DECODED_BYTES: u64 = 256 << 20;
+/// Pieces of metadata besides tables.
+const FIXED: usize = 5;
 /// Requests that are submitted at once while emptying.
 const BATCH: usize = 4096;
 
@@ -55,24 +57,15 @@ impl SparseSource {
     /// Where the file may be cut or punched once it holds no grains: `gap` is called for each gap between metadata, from
     /// `overHead` on, ascending. Returns the length that is left.
     fn garbage(&self, gap: &mut dyn FnMut(Range<u64>) -> DriverResult<()>) -> DriverResult<u64> {
-        // Half a million tables are possible: four bytes for each.
-        let directories = || core::iter::once(&self.image.directory).chain(&self.image.redundant);
-        let count = directories().map(|directory| directory.iter().filter(|&&sector| sector != 0).count()).sum();
-        let mut tables: Vec<u32> = Vec::with_capacity(count);
-        tables.extend(directories().flatten().filter(|&&sector| sector != 0));
-        tables.sort_unstable();
-        let mut others: Vec<Range<u64>> = self.image.fixed_metadata().into_iter().map(|(sectors, _)| sectors).collect();
-        others.sort_by_key(|sectors| sectors.start);
+        // Half a million tables are possible: 8 MiB.
         let sectors = self.image.layout.table_bytes() / SECTOR;
-        let table = |sector: u32| u64::from(sector)..u64::from(sector) + sectors;
-        let (mut tables, mut others) = (tables.into_iter().map(table).peekable(), others.into_iter().peekable());
+        let tables = self.image.directories().flat_map(|directory| &directory.entries).filter(|&&sector| sector != 0);
+        let tables = tables.map(|&sector| u64::from(sector)..u64::from(sector) + sectors);
+        let mut used: Vec<Range<u64>> = Vec::with_capacity(tables.clone().count() + FIXED);
+        used.extend(tables.chain(self.image.fixed_metadata().into_iter().map(|(sectors, _)| sectors)));
+        used.sort_unstable_by_key(|sectors| sectors.start);
         let mut at = self.image.layout.overhead.saturating_mul(SECTOR);
-        loop {
-            let table_first = match (tables.peek(), others.peek()) {
-                (Some(table), Some(other)) => table.start <= other.start,
-                (table, _) => table.is_some(),
-            };
-            let Some(sectors) = (if table_first { tables.next() } else { others.next() }) else { break };
+        for sectors in used {
             let range = sectors.start.saturating_mul(SECTOR)..sectors.end.saturating_mul(SECTOR);
             if range.start > at {
                 gap(at..range.start)?;
@@ -84,40 +77,34 @@ impl SparseSource {
 
     /// Give the space in the gaps back.
     fn punch(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let mut requests = Vec::new();
+        let mut requests = Batch::new();
         self.garbage(&mut |gap| {
             requests.push(Request::discard(self.image.device, gap.start, gap.end - gap.start));
-            if requests.len() == BATCH {
-                io.run(&mut requests)?;
-                requests.clear();
+            if requests.len() >= BATCH {
+                requests.submit(io)?;
             }
             Ok(())
         })?;
-        if requests.is_empty() {
-            return Ok(());
-        }
-        io.run(&mut requests)
+        requests.submit(io)
     }
 
     /// Make every entry 0, in both copies, and that durable.
     fn drop_grains(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let length = self.image.layout.table_bytes();
         let zeroes = vec![0u8; usize::try_from(length).map_err(|_| overflow("a grain table"))?];
-        let mut requests = Vec::new();
-        let directories = core::iter::once(&self.image.directory).chain(&self.image.redundant);
-        for (directory, used) in directories.zip(&self.used) {
+        let mut requests = Batch::new();
+        for (directory, used) in self.image.directories().zip(&self.used) {
             for index in used.indices() {
                 if let Some(offset) = self.image.table_offset(directory, index)? {
                     requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, length));
                 }
-                if requests.len() == BATCH {
-                    io.run(&mut requests)?;
-                    requests.clear();
+                if requests.len() >= BATCH {
+                    requests.submit(io)?;
                 }
             }
         }
         requests.push(Request::flush(self.image.device));
-        io.run(&mut requests)
+        requests.submit(io)
     }
 }
 
@@ -127,10 +114,8 @@ impl SparseSource {
         self.held = self.image.verify(io)?.grains;
         self.decode_all(io)?;
         if will_empty && self.image.layout.next_free.is_none() {
-            self.used = Vec::new();
-            for directory in core::iter::once(&self.image.directory).chain(&self.image.redundant) {
-                self.used.push(self.image.used_tables(io, directory)?);
-            }
+            let used = self.image.directories().map(|directory| self.image.used_tables(io, directory));
+            self.used = used.collect::<DriverResult<_>>()?;
         }
         Ok(self.held)
     }
@@ -157,13 +142,12 @@ impl SparseSource {
     pub fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let size = self.image.layout.virtual_size();
         let limit = range.end.min(size);
-        let (mut table, mut entry, mut guest) = place(&self.image, range.start)?;
+        let Place { mut table, mut entry, grain: mut guest } = self.image.layout.place(range.start);
         while guest < limit {
             self.load_tables(io, table, limit)?;
             for loaded in self.ahead.iter().skip_while(|loaded| loaded.index < table) {
                 if !loaded.holds_anything() {
-                    let next = (loaded.index as u64 + 1).checked_mul(self.image.layout.table_coverage());
-                    (guest, entry) = (next.ok_or_else(|| overflow("a table"))?, 0);
+                    (guest, entry) = (self.image.layout.guest_of(loaded.index + 1, 0), 0);
                     continue;
                 }
                 for &value in loaded.entries.get(entry..).unwrap_or_default() {
@@ -179,8 +163,7 @@ impl SparseSource {
                 entry = 0;
             }
             table = self.ahead.last().map_or(table, |last| last.index) + 1;
-            guest =
-                (table as u64).checked_mul(self.image.layout.table_coverage()).ok_or_else(|| overflow("a table"))?;
+            guest = self.image.layout.guest_of(table, 0);
         }
         Ok(guest.min(size))
     }
@@ -198,7 +181,7 @@ impl SparseSource {
         }
         let last = usize::try_from(limit.div_ceil(self.image.layout.table_coverage())).unwrap_or(usize::MAX);
         let tables = usize::try_from(AHEAD_BYTES / self.image.layout.table_bytes()).unwrap_or(1);
-        let end = self.image.directory.len().min(last).min(first.saturating_add(tables));
+        let end = self.image.directory.entries.len().min(last).min(first.saturating_add(tables));
         let indices: Vec<usize> = (first..end.max(first + 1)).collect();
         self.ahead = self.image.read_tables(io, &indices)?;
         Ok(())
@@ -258,12 +241,12 @@ impl SparseSource {
         let device = self.image.device;
         let shortest = overhead.checked_mul(SECTOR).and_then(Layout::length_beyond);
         let length = shortest.ok_or_else(|| overflow("the length of the file"))?.min(self.image.file_length);
-        let tables = self.image.directory.iter().any(|&sector| sector != 0);
+        let tables = self.image.directory.present().next().is_some();
         // What an interrupted commit left to do is done, too.
         if tables {
             let (offset, bytes) = (directory.saturating_mul(SECTOR), directory_sectors.saturating_mul(SECTOR));
             io.run(&mut [Request::zero(device, offset, bytes), Request::flush(device)])?;
-            self.image.directory.fill(0);
+            self.image.directory.entries.fill(0);
         }
         if free != overhead {
             let number = u32::try_from(overhead).map_err(|_| overflow("the first free sector"))?;

@@ -8,12 +8,12 @@
 
 use crate::decide::{decide, Action};
 use crate::sparse_sink::{Pending, SparseSink};
-use crate::tables::{place, Table};
+use crate::tables::Table;
 use crate::work::{Group, Part};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, Extent, ReadBelow};
-use instar_vmdk_format::{Grain, Header, FOOTER_BYTES, HEADER_BYTES, SECTOR};
+use instar_vmdk_format::{Grain, Header, Place, FOOTER_BYTES, HEADER_BYTES, SECTOR};
 
 /// A grain that is gathered until it is whole: its first guest byte, and its bytes.
 #[derive(Debug)]
@@ -96,8 +96,8 @@ impl SparseSink {
     /// Compress the grain that was gathered, and give it its place and its entry.
     fn close(&mut self, tables: &mut [Table], pending: &mut Pending) -> DriverResult<()> {
         let Some(open) = self.open.take() else { return Ok(()) };
-        let (index, entry, _) = place(&self.image, open.guest)?;
-        let slot = tables.binary_search_by_key(&index, |table| table.index).ok();
+        let Place { table, entry, .. } = self.image.layout.place(open.guest);
+        let slot = tables.binary_search_by_key(&table, |table| table.index).ok();
         let table = slot.and_then(|slot| tables.get_mut(slot)).ok_or_else(|| overflow("a table"))?;
         let sector = u32::try_from(self.next_free / SECTOR).map_err(|_| overflow("the place of a grain"))?;
         *table.entries.get_mut(entry).ok_or_else(|| overflow("an entry"))? = sector;
@@ -113,11 +113,11 @@ impl SparseSink {
     /// Write the grain that the last call has left open, unless its table is one of the group's: then the group does.
     pub(crate) fn close_before(&mut self, io: &mut dyn BlockIo, group: &Group) -> DriverResult<()> {
         let Some(open) = &self.open else { return Ok(()) };
-        let (index, ..) = place(&self.image, open.guest)?;
-        if group.tables.contains(&index) {
+        let table = self.image.layout.place(open.guest).table;
+        if group.tables.contains(&table) {
             return Ok(());
         }
-        let (mut tables, mut pending) = (self.image.read_both(io, &[index])?, Pending::default());
+        let (mut tables, mut pending) = (self.image.read_both(io, &[table])?, Pending::default());
         self.close(&mut tables, &mut pending)?;
         self.publish(io, &tables, pending)
     }

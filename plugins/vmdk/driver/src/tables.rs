@@ -1,11 +1,11 @@
 //! Grain tables: many read with one submit.
 
-use crate::image::{entries_of, Image};
+use crate::image::{entries_of, Directory, Image};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::{overflow, BlockIo, DriverResult, Holes};
+use instar_guest_sdk::{overflow, Batch, BlockIo, DriverResult, Holes};
 use instar_vmdk_format::{Layout, SECTOR};
 
 /// Bytes of the tables that are held at once.
@@ -37,8 +37,8 @@ impl Image {
     ///
     /// # Errors
     /// Corruption if it lies outside the file, or in the header.
-    pub fn table_offset(&self, directory: &[u32], index: usize) -> DriverResult<Option<u64>> {
-        let sector = *directory.get(index).ok_or_else(|| overflow("the index of a grain table"))?;
+    pub fn table_offset(&self, directory: &Directory, index: usize) -> DriverResult<Option<u64>> {
+        let sector = *directory.entries.get(index).ok_or_else(|| overflow("the index of a grain table"))?;
         if sector == 0 {
             return Ok(None);
         }
@@ -77,9 +77,9 @@ impl Image {
     ///
     /// # Errors
     /// Corruption and I/O errors.
-    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &[u32]) -> DriverResult<TableSet> {
-        let mut used = TableSet::of(directory.len());
-        each_chunk(present(directory), tables_at_once(&self.layout), &mut |indices| {
+    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &Directory) -> DriverResult<TableSet> {
+        let mut used = TableSet::of(directory.entries.len());
+        each_chunk(directory.present(), tables_at_once(&self.layout), &mut |indices| {
             let tables = self.read_tables_of(io, directory, indices)?;
             tables.iter().filter(|table| table.holds_anything()).for_each(|table| used.add(table.index));
             Ok(())
@@ -87,7 +87,12 @@ impl Image {
         Ok(used)
     }
 
-    fn read_tables_of(&self, io: &mut dyn BlockIo, directory: &[u32], indices: &[usize]) -> DriverResult<Vec<Table>> {
+    fn read_tables_of(
+        &self,
+        io: &mut dyn BlockIo,
+        directory: &Directory,
+        indices: &[usize],
+    ) -> DriverResult<Vec<Table>> {
         let length = self.layout.table_bytes();
         let size = usize::try_from(length).map_err(|_| overflow("a grain table"))?;
         let mut bytes = vec![0u8; indices.len().checked_mul(size).ok_or_else(|| overflow("grain tables"))?];
@@ -103,17 +108,10 @@ impl Image {
             let mut data = Holes::default().hold_data(io, self.device, &ranges)?.into_iter();
             reads.retain(|_| data.next().unwrap_or(true));
         }
-        let mut requests: Vec<Request> = Vec::new();
-        for read in reads {
-            // Tables are usually one after the other.
-            match requests.last_mut() {
-                Some(last) if follows(last, &read) => last.length += length,
-                _ => requests.push(read),
-            }
-        }
-        if !requests.is_empty() {
-            io.run(&mut requests)?;
-        }
+        // Tables are usually one after the other.
+        let mut requests = Batch::new();
+        reads.into_iter().for_each(|read| requests.push(read));
+        requests.submit(io)?;
         let table =
             |(&index, bytes): (&usize, &[u8])| Table { index, entries: entries_of(bytes).collect(), dirty: false };
         Ok(indices.iter().zip(bytes.chunks_exact(size)).map(table).collect())
@@ -124,7 +122,7 @@ impl Image {
     /// # Errors
     /// Those of `each`; corruption and I/O errors.
     pub fn each_tables(&self, io: &mut dyn BlockIo, only: Option<&TableSet>, each: EachTables<'_>) -> DriverResult<()> {
-        let wanted = present(&self.directory).filter(|&index| only.is_none_or(|only| only.has(index)));
+        let wanted = self.directory.present().filter(|&index| only.is_none_or(|only| only.has(index)));
         each_chunk(wanted, tables_at_once(&self.layout), &mut |indices| {
             let tables = self.read_tables(io, indices)?;
             each(io, &tables)
@@ -181,16 +179,6 @@ impl TableSet {
     }
 }
 
-/// Whether one read goes on where the other one ends, in the file and in memory.
-fn follows(last: &Request, next: &Request) -> bool {
-    last.offset.saturating_add(last.length) == next.offset && last.buffer.saturating_add(last.length) == next.buffer
-}
-
-/// The indices of the tables that are there.
-fn present(directory: &[u32]) -> impl Iterator<Item = usize> + '_ {
-    directory.iter().enumerate().filter(|(_, &sector)| sector != 0).map(|(index, _)| index)
-}
-
 /// Hand indices to `each`, `most` at once.
 fn each_chunk(
     mut indices: impl Iterator<Item = usize>,
@@ -206,12 +194,4 @@ fn each_chunk(
         }
         each(&chunk)?;
     }
-}
-
-/// The place of a guest byte: its table, the entry there, and the first guest byte of its grain.
-pub fn place(image: &Image, guest: u64) -> DriverResult<(usize, usize, u64)> {
-    let grain = guest / image.layout.grain_bytes();
-    let table = usize::try_from(grain / image.layout.table_entries).map_err(|_| overflow("a guest offset"))?;
-    let entry = usize::try_from(grain % image.layout.table_entries).map_err(|_| overflow("a guest offset"))?;
-    Ok((table, entry, grain * image.layout.grain_bytes()))
 }

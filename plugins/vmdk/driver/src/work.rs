@@ -2,9 +2,10 @@
 
 use crate::decide::Arrival;
 use crate::image::Image;
-use crate::tables::{place, tables_at_once};
+use crate::tables::tables_at_once;
 use alloc::vec::Vec;
 use instar_guest_sdk::{overflow, DriverResult, Extent};
+use instar_vmdk_format::Place;
 
 /// A part of an extent within one grain table.
 #[derive(Clone, Copy, Debug)]
@@ -68,7 +69,7 @@ impl<'a> Groups<'a> {
                 self.rest = Some(*extent);
                 continue;
             };
-            let (table, ..) = place(image, rest.guest_offset)?;
+            let table = image.layout.place(rest.guest_offset).table;
             if group.tables.last() != Some(&table) {
                 if group.tables.len() == most {
                     break;
@@ -92,7 +93,7 @@ pub fn grains(image: &Image, piece: &Piece) -> DriverResult<Vec<Part>> {
     let mut parts = Vec::new();
     let size = image.layout.grain_bytes();
     for extent in piece.extent.blocks(size)? {
-        let (_, entry, grain) = place(image, extent.guest_offset)?;
+        let Place { entry, grain, .. } = image.layout.place(extent.guest_offset);
         let length = size.min(image.layout.virtual_size().checked_sub(grain).ok_or_else(|| overflow("a grain"))?);
         let arrival = Arrival { zero: extent.is_zero(), whole: extent.length == length };
         parts.push(Part { entry, grain, length, extent, arrival });

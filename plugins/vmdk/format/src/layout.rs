@@ -2,6 +2,23 @@
 //! Sparse Extents") have in common: a directory of tables, tables of grains, entries of 32 bits that are numbers of sectors.
 
 use crate::{Grain, GrainMarker, METADATA_MARKER_BYTES, SECTOR};
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+/// A piece of metadata: its sectors, and what it is.
+pub type Metadata = (Range<u64>, &'static str);
+
+/// Where a guest byte is looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The index of its grain table in the directory.
+    pub table: usize,
+    /// The index of its entry in the table.
+    pub entry: usize,
+    /// The first guest byte of its grain.
+    pub grain: u64,
+}
 
 /// What the header of a sparse extent comes to. Offsets and sizes are in sectors, unless they say bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +83,39 @@ impl Layout {
             0 => 0,
             coverage => self.virtual_size().div_ceil(coverage),
         }
+    }
+
+    /// Where a guest byte is looked up. One past the end of the disk has a table that no directory has.
+    #[must_use]
+    pub fn place(&self, guest: u64) -> Place {
+        let grain = guest / self.grain_bytes().max(1);
+        let index = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+        let entries = self.table_entries.max(1);
+        let (table, entry) = (index(grain / entries), index(grain % entries));
+        Place { table, entry, grain: grain.saturating_mul(self.grain_bytes()) }
+    }
+
+    /// The first guest byte of an entry, which may lie past the end of the disk.
+    #[must_use]
+    pub const fn guest_of(&self, table: usize, entry: usize) -> u64 {
+        let grain = (table as u64).saturating_mul(self.table_entries).saturating_add(entry as u64);
+        grain.saturating_mul(self.grain_bytes())
+    }
+
+    /// Everything but grains, their tables and the footer.
+    #[must_use]
+    pub fn fixed_metadata(&self) -> Vec<Metadata> {
+        let at = |sector: u64, length: u64| sector..sector.saturating_add(length);
+        let mut parts = vec![
+            (0..self.header, "header"),
+            (at(self.descriptor_offset, self.descriptor_size), "descriptor"),
+            (at(self.directory, self.directory_sectors), "grain directory"),
+        ];
+        let redundant = self.redundant_directory.map(|sector| at(sector, self.directory_sectors));
+        parts.extend(redundant.map(|sectors| (sectors, "redundant grain directory")));
+        // An extent of several has no descriptor.
+        parts.retain(|(sectors, _)| !sectors.is_empty());
+        parts
     }
 
     /// The meaning of an entry of a grain table.

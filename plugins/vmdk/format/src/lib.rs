@@ -24,7 +24,7 @@ pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
 pub use error::{FormatError, Trouble};
 pub use extent::{DiskExtent, ExtentLine, Storage};
 pub use header::{flags, Header, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY};
-pub use layout::Layout;
+pub use layout::{Layout, Metadata, Place};
 pub use sesparse::{
     sesparse_table, Region, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES, SESPARSE_HEADER_BYTES,
     SESPARSE_MAGIC, SESPARSE_TABLE_BYTES, SESPARSE_TABLE_ENTRIES,

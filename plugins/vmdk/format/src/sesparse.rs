@@ -20,6 +20,8 @@ pub const SESPARSE_TABLE_BYTES: u64 = 64 * SECTOR;
 pub const SESPARSE_TABLE_ENTRIES: u64 = SESPARSE_TABLE_BYTES / 8;
 /// Guest bytes that one grain table stands for: 16 MiB.
 pub const SESPARSE_COVERAGE: u64 = SESPARSE_TABLE_ENTRIES * SESPARSE_GRAIN_BYTES;
+/// A table's number is less: no disk needs more tables.
+const MAX_TABLES: u64 = 1 << 22;
 /// Size of the largest disk in sectors: 64 TiB, the most that ESXi has.
 const MAX_CAPACITY: u64 = 1 << 37;
 /// The only version that is known, 2.1.
@@ -150,16 +152,19 @@ impl SeSparseHeader {
         self.virtual_size().div_ceil(SESPARSE_COVERAGE)
     }
 
-    /// How many tables there is room for: the directory's numbers are less.
+    /// Where the table with this number begins in a file of `length` bytes; `None` if it does not lie in that.
     #[must_use]
-    pub const fn table_count(&self) -> u64 {
-        self.tables.size / (SESPARSE_TABLE_BYTES / SECTOR)
+    pub fn table_at(&self, number: u64, length: u64) -> Option<u64> {
+        let start = self.tables.offset.checked_mul(SECTOR)?.checked_add(number.checked_mul(SESPARSE_TABLE_BYTES)?)?;
+        let inside = start.checked_add(SESPARSE_TABLE_BYTES)? <= length;
+        Some(start).filter(|_| inside && number < MAX_TABLES)
     }
 
-    /// How many grains there is room for: the tables' numbers are less.
+    /// Where the grain with this number begins in a file of `length` bytes, if it does. It may have been cut short.
     #[must_use]
-    pub const fn grain_count(&self) -> u64 {
-        self.grains.size / (SESPARSE_GRAIN_BYTES / SECTOR)
+    pub fn grain_at(&self, number: u64, length: u64) -> Option<u64> {
+        let start = self.grains.offset.checked_mul(SECTOR)?.checked_add(number.checked_mul(SESPARSE_GRAIN_BYTES)?)?;
+        Some(start).filter(|&start| start < length)
     }
 }
 
@@ -253,7 +258,13 @@ mod tests {
     fn what_esxi_writes() {
         let header = SeSparseHeader::parse(&bytes(&header())).unwrap();
         assert_eq!((header.virtual_size(), header.directory_entries()), (40_000 * 512, 2));
-        assert_eq!((header.table_count(), header.grain_count()), (2, 100));
+        let tables = header.tables.offset * SECTOR;
+        assert_eq!(header.table_at(1, tables + 2 * SESPARSE_TABLE_BYTES), Some(tables + SESPARSE_TABLE_BYTES));
+        assert_eq!(header.table_at(1, tables + 2 * SESPARSE_TABLE_BYTES - 1), None);
+        assert_eq!([MAX_TABLES, u64::MAX].map(|number| header.table_at(number, u64::MAX)), [None, None]);
+        let grains = header.grains.offset * SECTOR;
+        assert_eq!(header.grain_at(3, grains + 12289), Some(grains + 12288));
+        assert_eq!((header.grain_at(3, grains + 12288), header.grain_at(u64::MAX, u64::MAX)), (None, None));
         assert_eq!(header.grains, Region { offset: 256, size: 800 });
         assert_eq!(header.volatile.within(1024), Some((512, 512)));
         assert_eq!(header.volatile.within(1023), None);

@@ -91,8 +91,17 @@ impl Header {
         }
     }
 
-    /// The header of the same image without its footer: "the footer takes precedence on the header", so it is that, with the
-    /// place of the descriptor, which only the header in `front` has.
+    /// What holds of a file whose header says that the directory is at the end: what the footer says, and the place of the
+    /// descriptor, which only the header in front has.
+    ///
+    /// # Errors
+    /// As [`Header::parse_footer`].
+    pub fn with_footer(&self, bytes: &[u8; FOOTER_BYTES]) -> Result<Self, FormatError> {
+        let Self { descriptor_offset, descriptor_size, .. } = *self;
+        Ok(Self { descriptor_offset, descriptor_size, ..Self::parse_footer(bytes)? })
+    }
+
+    /// The bytes of the header of the same image without its footer: [`Header::with_footer`] in front.
     #[must_use]
     pub fn in_front(front: &[u8; HEADER_BYTES], footer: &[u8; FOOTER_BYTES]) -> [u8; HEADER_BYTES] {
         let mut header = [0; HEADER_BYTES];
@@ -139,6 +148,7 @@ mod tests {
         (footer[0], footer[12]) = (1, 3);
         footer[512..1024].copy_from_slice(&made(77, (0, 0)).encode());
         assert_eq!(Header::parse_footer(&footer), Ok(made(77, (0, 0))));
+        assert_eq!(front.with_footer(&footer), Ok(made(77, (1, 20))));
         assert_eq!(Header::parse(&Header::in_front(&front.encode(), &footer)), Ok(made(77, (1, 20))));
         footer[512..1024].copy_from_slice(&front.encode());
         assert!(Header::parse_footer(&footer).unwrap_err().text.contains("grain directory"));
