@@ -44,14 +44,6 @@ impl<S> Part<S> {
     pub fn end(&self) -> u64 {
         self.start + self.length
     }
-
-    /// The device of an extent that cannot be written to.
-    pub fn read_only(&self) -> Option<u32> {
-        match &self.body {
-            Body::SeSparse(sparse) => Some(sparse.device),
-            Body::Sparse(_) | Body::Flat(_) => None,
-        }
-    }
 }
 
 /// An open disk.
@@ -124,23 +116,20 @@ impl Disk {
         let mut disk = Self { descriptor, parts: Vec::new(), size: 0, cluster_size: 1 };
         for (extent, file) in extents.iter().zip(files) {
             let body = match extent.storage {
-                Storage::Sparse => {
-                    let image = Image::open_hosted(io, file, corrupt)?;
-                    disk.fits(extent, file, (image.layout.virtual_size(), image.layout.grain_bytes()), corrupt)?;
-                    Body::Sparse((image, *file))
-                }
-                Storage::Cowd => {
-                    let image = Image::open_cowd(io, file, corrupt)?;
-                    disk.fits(extent, file, (image.layout.virtual_size(), image.layout.grain_bytes()), corrupt)?;
-                    Body::Sparse((image, *file))
-                }
-                Storage::SeSparse => {
-                    let image = SeSparse::open(io, file, corrupt)?;
-                    disk.fits(extent, file, (image.header.virtual_size(), SESPARSE_GRAIN_BYTES), corrupt)?;
-                    Body::SeSparse(image)
-                }
+                Storage::Sparse => Body::Sparse((Image::open_hosted(io, file, corrupt)?, *file)),
+                Storage::Cowd => Body::Sparse((Image::open_cowd(io, file, corrupt)?, *file)),
+                Storage::SeSparse => Body::SeSparse(SeSparse::open(io, file, corrupt)?),
                 Storage::Flat(offset) => Body::Flat(open_flat(extent, offset, file, corrupt)?),
             };
+            match &body {
+                Body::Sparse((Image { layout, .. }, _)) => {
+                    disk.fits(extent, file, (layout.virtual_size(), layout.grain_bytes()), corrupt)?;
+                }
+                Body::SeSparse(SeSparse { header, .. }) => {
+                    disk.fits(extent, file, (header.virtual_size(), SESPARSE_GRAIN_BYTES), corrupt)?;
+                }
+                Body::Flat(_) => {}
+            }
             disk.parts.push(Part { start: extent.start, length: extent.length, body });
             disk.size = extent.start.checked_add(extent.length).ok_or_else(|| overflow("the size of the disk"))?;
         }

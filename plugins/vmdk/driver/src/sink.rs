@@ -5,7 +5,9 @@
 
 use crate::content_id::DescriptorPlace;
 use crate::disk::{Body, Disk, Flat, Part};
+use crate::sesparse::SeSparse;
 use crate::sparse_sink::SparseSink;
+use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary, Request};
@@ -23,12 +25,12 @@ pub struct VmdkSink {
     /// Bytes of the file that holds the descriptor and nothing else, which keeps its length; 0 if there is none.
     descriptor_file: u64,
     parts: Vec<Part<SparseSink>>,
-    /// The new content ID is written.
     /// The content ID that the image gets.
     next_id: u32,
+    /// It is written.
     identified: bool,
-    /// Devices of flat extents that were written to since the last flush.
-    flats: Vec<OrderedWriter>,
+    /// The devices of flat extents that were written to.
+    flats: BTreeMap<u32, OrderedWriter>,
 }
 
 /// What shows from below an extent that begins at guest byte `start`, by its own offsets.
@@ -55,9 +57,12 @@ impl ReadBelow for Shifted<'_> {
 impl VmdkSink {
     pub(crate) fn new(disk: Disk, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self> {
         let info = ImageInfo { virtual_size: disk.size, cluster_size: disk.cluster_size };
-        if let Some(device) = disk.parts.iter().find_map(Part::read_only) {
-            let text = "a seSparse extent cannot be written to: VMware documents neither its journal nor its back map";
-            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(device, 0));
+        for part in &disk.parts {
+            if let Body::SeSparse(SeSparse { device, .. }) = part.body {
+                let text =
+                    "a seSparse extent cannot be written to: VMware documents neither its journal nor its back map";
+                return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(device, 0));
+            }
         }
         let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, &file, has_backing))?;
         let id = &descriptor.text.content_id;
@@ -65,7 +70,7 @@ impl VmdkSink {
         // Any other one has as many digits.
         descriptor.can_replace(id, next_id)?;
         let descriptor_file = if device.files.count() == 0 { 0 } else { device.file_length };
-        Ok(Self { info, descriptor, descriptor_file, parts, next_id, identified: false, flats: Vec::new() })
+        Ok(Self { info, descriptor, descriptor_file, parts, next_id, identified: false, flats: BTreeMap::new() })
     }
 
     /// Extents cut at the borders of the parts, with the index of the part that each run of them falls into, by the part's
@@ -104,13 +109,7 @@ impl VmdkSink {
     fn write_flat(&mut self, io: &mut dyn BlockIo, flat: Flat, extents: &[Extent]) -> DriverResult<()> {
         let request = |extent: &Extent| extent.request(flat.device, flat.offset + extent.guest_offset);
         let mut requests = extents.iter().map(request).collect::<DriverResult<Vec<Request>>>()?;
-        if let Some(out) = self.flats.iter_mut().find(|out| out.device() == flat.device) {
-            return out.run(io, &mut requests);
-        }
-        let mut out = OrderedWriter::new(flat.device);
-        let result = out.run(io, &mut requests);
-        self.flats.push(out);
-        result
+        self.flats.entry(flat.device).or_insert(OrderedWriter::new(flat.device)).run(io, &mut requests)
     }
 }
 
@@ -189,6 +188,6 @@ impl Sink for VmdkSink {
                 sparse.finish(io)?;
             }
         }
-        self.flats.drain(..).try_for_each(|mut out| out.barrier(io))
+        self.flats.values_mut().try_for_each(|out| out.barrier(io))
     }
 }

@@ -16,7 +16,7 @@ use instar_vmdk_format::{Layout, FOOTER_BYTES, SECTOR};
 const PLANNED: u32 = u32::MAX;
 
 /// What planning counted, and the bounds that hold.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Planner {
     /// Where the first new grain goes, in bytes, at a multiple of [`Layout::alignment`].
     pub first_free: u64,
@@ -57,19 +57,9 @@ impl Planner {
         // The footer is not needed any more once the header says what it does.
         let end = image.file_length - if image.footer { FOOTER_BYTES as u64 } else { 0 };
         let first_free = end.max(free).checked_next_multiple_of(image.layout.alignment());
-        Ok(Self {
-            first_free: first_free.ok_or_else(|| overflow("the length of the file"))?,
-            max_length: file.max_length,
-            fixed: file.flags & device_flags::FIXED_LENGTH != 0,
-            has_backing,
-            verified: None,
-            grains: 0,
-            copies: 0,
-            tables: 0,
-            last_grain: None,
-            last_table: None,
-            reader: GrainReader::default(),
-        })
+        let first_free = first_free.ok_or_else(|| overflow("the length of the file"))?;
+        let fixed = file.flags & device_flags::FIXED_LENGTH != 0;
+        Ok(Self { first_free, max_length: file.max_length, fixed, has_backing, ..Self::default() })
     }
 
     fn verify(&mut self, io: &mut dyn BlockIo, image: &Image) -> DriverResult<()> {

@@ -40,11 +40,33 @@ pub struct SparseSink {
     pub(crate) image: Image,
     pub(crate) planner: Planner,
     /// Where the next grain goes, at a multiple of [`Layout::alignment`](instar_vmdk_format::Layout::alignment).
-    pub(crate) next_free: u64,
+    pub(crate) space: Space,
     pub(crate) out: OrderedWriter,
     /// The compressed grain that is gathered: more may arrive for it with the next call.
     pub(crate) open: Option<OpenGrain>,
     pub(crate) compressor: Compressor,
+}
+
+/// The space behind all that is in use: its first byte.
+#[derive(Debug)]
+pub struct Space(u64);
+
+impl Space {
+    /// Take so many bytes, from the sector on that is returned.
+    ///
+    /// # Errors
+    /// Behind the last sector that an entry can name. The plan has seen to it that there is none.
+    pub fn take(&mut self, bytes: u64) -> DriverResult<u32> {
+        let sector = u32::try_from(self.0 / SECTOR).map_err(|_| overflow("a place in the file"))?;
+        self.0 = self.0.checked_add(bytes).ok_or_else(|| overflow("the length of the file"))?;
+        Ok(sector)
+    }
+
+    /// Leave out what is in front of the next multiple of so many bytes.
+    fn align(&mut self, bytes: u64) -> DriverResult<()> {
+        self.0 = self.0.checked_next_multiple_of(bytes).ok_or_else(|| overflow("the length of the file"))?;
+        Ok(())
+    }
 }
 
 /// Requests that were not submitted yet, and the bytes that they write.
@@ -80,8 +102,8 @@ impl Pending {
 impl SparseSink {
     pub(crate) fn new(image: Image, file: &FileDevice, has_backing: bool) -> DriverResult<Self> {
         let planner = Planner::of(&image, file, has_backing)?;
-        let (next_free, out) = (planner.first_free, OrderedWriter::new(image.device));
-        Ok(Self { image, planner, next_free, out, open: None, compressor: Compressor::default() })
+        let (space, out) = (Space(planner.first_free), OrderedWriter::new(image.device));
+        Ok(Self { image, planner, space, out, open: None, compressor: Compressor::default() })
     }
 
     fn write_group(&mut self, io: &mut dyn BlockIo, group: &Group, below: &mut dyn ReadBelow) -> DriverResult<()> {
@@ -89,12 +111,7 @@ impl SparseSink {
         let mut pending = Pending::default();
         for piece in &group.pieces {
             for part in grains(&self.image, piece)? {
-                if self.image.layout.compressed {
-                    self.pack(io, &mut tables, piece.slot, &part, below, &mut pending)?;
-                } else {
-                    let table = tables.get_mut(piece.slot).ok_or_else(|| overflow("a table"))?;
-                    self.write_part(io, table, part, below, &mut pending)?;
-                }
+                self.write_part(io, (&mut tables, piece.slot), &part, below, &mut pending)?;
                 if pending.is_full() {
                     pending.submit(io, &mut self.out)?;
                 }
@@ -119,14 +136,14 @@ impl SparseSink {
 
     /// Have the file reach to the end of its last grain or table, and the header of an extent of ESX say that.
     fn lengthen(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let end = if self.next_free == self.planner.first_free {
+        let end = if self.space.0 == self.planner.first_free {
             // Nothing is new. But what QEMU has added may not be in front of the first free sector.
             match self.planner.stale_end(&self.image) {
                 Some(end) => end,
                 None => return Ok(()),
             }
         } else {
-            self.next_free
+            self.space.0
         };
         let length = length_for(&self.image.layout, end)?;
         if length > self.image.file_length {
@@ -144,44 +161,52 @@ impl SparseSink {
         Ok(())
     }
 
+    /// Take what arrives for a part of a grain.
     fn write_part(
         &mut self,
         io: &mut dyn BlockIo,
-        table: &mut Table,
-        part: Part,
+        (tables, slot): (&mut [Table], usize),
+        part: &Part,
         below: &mut dyn ReadBelow,
         pending: &mut Pending,
     ) -> DriverResult<()> {
+        if self.goes_on(io, tables, part, pending)? {
+            return Ok(());
+        }
+        let table = tables.get_mut(slot).ok_or_else(|| overflow("a table"))?;
         let entry = table.entries.get_mut(part.entry).ok_or_else(|| overflow("an entry"))?;
-        let grain = self.image.layout.grain_of(*entry);
+        let (device, layout) = (self.image.device, self.image.layout);
+        let grain = layout.grain_of(*entry);
         let shows = below.exists() && part.grain < below.length();
         let start = part.extent.guest_offset - part.grain;
-        match decide(grain, part.arrival, self.image.layout.zeroed_grains, shows) {
+        match decide(grain, part.arrival, layout.zeroed_grains, shows) {
             Action::Nothing => {}
-            Action::InPlace(offset) => {
-                pending.requests.push(part.extent.request(self.image.device, offset + start)?);
-            }
+            // The plan has seen that, too: nothing may be lost if something else has changed the file since.
+            Action::InPlace(offset) if layout.compressed => self.planner.holds(io, &self.image, offset, part)?,
+            Action::InPlace(offset) => pending.requests.push(part.extent.request(device, offset + start)?),
             Action::MarkZero(old) => {
                 *entry = 1;
                 table.dirty = true;
-                pending.freed.extend(old);
+                // How much room a compressed grain has is not known here.
+                pending.freed.extend(old.filter(|_| !layout.compressed));
+            }
+            Action::Allocate if layout.compressed => {
+                let below = Some(below).filter(|_| shows && grain == Grain::Absent);
+                self.gather(io, tables, part, below, pending)?;
             }
             Action::Allocate => {
-                let offset = self.next_free;
-                *entry = u32::try_from(offset / SECTOR).map_err(|_| overflow("the place of a grain"))?;
+                *entry = self.space.take(layout.grain_bytes())?;
                 table.dirty = true;
-                let size = self.image.layout.grain_bytes();
-                self.next_free = offset.checked_add(size).ok_or_else(|| overflow("the length of the file"))?;
-                let end = part.grain + part.length;
+                let offset = u64::from(*entry) * SECTOR;
                 if shows && grain == Grain::Absent {
                     let (from, to) = (part.extent.guest_offset, part.extent.end());
-                    for (from, to) in [(part.grain, from), (to, end)] {
+                    for (from, to) in [(part.grain, from), (to, part.grain + part.length)] {
                         self.fill(io, (from, to), offset + (from - part.grain), below, pending)?;
                     }
                 }
                 // Behind the end of the file everything is zero already.
                 if !part.arrival.zero {
-                    pending.requests.push(part.extent.request(self.image.device, offset + start)?);
+                    pending.requests.push(part.extent.request(device, offset + start)?);
                 }
             }
         }
@@ -216,26 +241,23 @@ impl SparseSink {
     /// Find places for tables that changed and that are not there, in both copies. Returns the first and the last entry that
     /// each directory gets; only memory has them yet.
     fn place_tables(&mut self, tables: &[Table], pending: &mut Pending) -> DriverResult<[Named; 2]> {
-        let (size, marker) = (self.image.layout.table_bytes(), self.image.layout.table_marker_bytes());
-        let device = self.image.device;
+        let (device, layout) = (self.image.device, self.image.layout);
         let mut all: [Named; 2] = [None, None];
         for table in tables.iter().filter(|table| table.dirty) {
             for (directory, named) in self.image.directories_mut().zip(&mut all) {
                 let sector = directory.entries.get_mut(table.index).ok_or_else(|| overflow("a table"))?;
-                if *sector == 0 {
-                    if marker > 0 {
-                        pending.write(device, self.next_free, table_marker().to_vec());
-                        self.next_free += marker;
-                    }
-                    *sector = u32::try_from(self.next_free / SECTOR).map_err(|_| overflow("the place of a table"))?;
-                    let end = self.next_free.checked_add(size);
-                    self.next_free = end.ok_or_else(|| overflow("the length of the file"))?;
-                    *named = Some((named.map_or(table.index, |(first, _)| first), table.index));
+                if *sector != 0 {
+                    continue;
                 }
+                if layout.table_marker_bytes() > 0 {
+                    let marker = self.space.take(layout.table_marker_bytes())?;
+                    pending.write(device, u64::from(marker) * SECTOR, table_marker().to_vec());
+                }
+                *sector = self.space.take(layout.table_bytes())?;
+                *named = Some((named.map_or(table.index, |(first, _)| first), table.index));
             }
         }
-        let aligned = self.next_free.checked_next_multiple_of(self.image.layout.alignment());
-        self.next_free = aligned.ok_or_else(|| overflow("the length of the file"))?;
+        self.space.align(layout.alignment())?;
         Ok(all)
     }
 

@@ -6,30 +6,19 @@
 //! front may say itself where the directory is. So its sector takes over what the footer says, in one write: before it the
 //! footer holds, after it the header, and both say the same. With that durable, the footer is free space.
 
-use crate::decide::{decide, Action};
 use crate::sparse_sink::{Pending, SparseSink};
 use crate::tables::Table;
 use crate::work::{Group, Part};
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{overflow, BlockIo, DriverResult, Extent, ReadBelow};
-use instar_vmdk_format::{Grain, Header, Place, FOOTER_BYTES, HEADER_BYTES, SECTOR};
+use instar_guest_sdk::{overflow, BlockIo, DriverResult, ReadBelow};
+use instar_vmdk_format::{Header, Place, FOOTER_BYTES, HEADER_BYTES, SECTOR};
 
 /// A grain that is gathered until it is whole: its first guest byte, and its bytes.
 #[derive(Debug)]
 pub struct OpenGrain {
     guest: u64,
     bytes: Vec<u8>,
-}
-
-impl OpenGrain {
-    /// Put what arrives for a part of the grain into its place.
-    fn put(&mut self, io: &mut dyn BlockIo, extent: &Extent) -> DriverResult<()> {
-        let size = |bytes: u64| usize::try_from(bytes).map_err(|_| overflow("a part of a grain"));
-        let (start, length) = (size(extent.guest_offset.saturating_sub(self.guest))?, size(extent.length)?);
-        let part = self.bytes.get_mut(start..).and_then(|rest| rest.get_mut(..length));
-        extent.content.read(io, part.ok_or_else(|| overflow("a part of a grain"))?)
-    }
 }
 
 impl SparseSink {
@@ -44,69 +33,73 @@ impl SparseSink {
         Ok(())
     }
 
-    /// Take what arrives for a part of a grain: gather a new one, and write it once it is whole.
-    pub(crate) fn pack(
+    /// Take what arrives for a part of the grain that is gathered. For one of another grain, `false`: the gathered one is
+    /// written then.
+    pub(crate) fn goes_on(
         &mut self,
         io: &mut dyn BlockIo,
         tables: &mut [Table],
-        slot: usize,
         part: &Part,
-        below: &mut dyn ReadBelow,
         pending: &mut Pending,
-    ) -> DriverResult<()> {
-        if self.open.as_ref().is_some_and(|open| open.guest != part.grain) {
+    ) -> DriverResult<bool> {
+        let same = self.open.as_ref().is_some_and(|open| open.guest == part.grain);
+        if same {
+            self.put(io, tables, part, pending)?;
+        } else {
             self.close(tables, pending)?;
         }
-        let mut open = match self.open.take() {
-            Some(open) => open,
-            None => {
-                let table = tables.get_mut(slot).ok_or_else(|| overflow("a table"))?;
-                let entry = table.entries.get_mut(part.entry).ok_or_else(|| overflow("an entry"))?;
-                let grain = self.image.layout.grain_of(*entry);
-                let shows = below.exists() && part.grain < below.length();
-                match decide(grain, part.arrival, self.image.layout.zeroed_grains, shows) {
-                    Action::Nothing => return Ok(()),
-                    // The plan has seen that already: nothing may be lost if something else has changed the file.
-                    Action::InPlace(offset) => return self.planner.holds(io, &self.image, offset, part),
-                    Action::MarkZero(_) => {
-                        *entry = 1;
-                        table.dirty = true;
-                        return Ok(());
-                    }
-                    Action::Allocate => {
-                        let size = self.image.layout.grain_bytes();
-                        let mut bytes = vec![0; usize::try_from(size).map_err(|_| overflow("a grain"))?];
-                        if shows && grain == Grain::Absent && !part.arrival.whole {
-                            let length = usize::try_from(part.length).map_err(|_| overflow("a grain"))?;
-                            below.read(io, part.grain, bytes.get_mut(..length).unwrap_or_default())?;
-                        }
-                        OpenGrain { guest: part.grain, bytes }
-                    }
-                }
-            }
-        };
-        open.put(io, &part.extent)?;
-        self.open = Some(open);
+        Ok(same)
+    }
+
+    /// Gather a new grain, over what shows from below.
+    pub(crate) fn gather(
+        &mut self,
+        io: &mut dyn BlockIo,
+        tables: &mut [Table],
+        part: &Part,
+        below: Option<&mut dyn ReadBelow>,
+        pending: &mut Pending,
+    ) -> DriverResult<()> {
+        let size = |bytes: u64| usize::try_from(bytes).map_err(|_| overflow("a grain"));
+        let mut bytes = vec![0; size(self.image.layout.grain_bytes())?];
+        if let Some(below) = below.filter(|_| !part.arrival.whole) {
+            below.read(io, part.grain, bytes.get_mut(..size(part.length)?).unwrap_or_default())?;
+        }
+        self.open = Some(OpenGrain { guest: part.grain, bytes });
+        self.put(io, tables, part, pending)
+    }
+
+    /// Put what arrives for a part of the open grain into its place, and write the grain if that was the last one.
+    fn put(
+        &mut self,
+        io: &mut dyn BlockIo,
+        tables: &mut [Table],
+        part: &Part,
+        pending: &mut Pending,
+    ) -> DriverResult<()> {
+        let size = |bytes: u64| usize::try_from(bytes).map_err(|_| overflow("a part of a grain"));
+        let (start, length) = (size(part.extent.guest_offset - part.grain)?, size(part.extent.length)?);
+        let rest = self.open.as_mut().and_then(|open| open.bytes.get_mut(start..));
+        let place = rest.and_then(|rest| rest.get_mut(..length)).ok_or_else(|| overflow("a part of a grain"))?;
+        part.extent.content.read(io, place)?;
         if part.extent.end() < part.grain + part.length {
             return Ok(());
         }
         self.close(tables, pending)
     }
 
-    /// Compress the grain that was gathered, and give it its place and its entry.
+    /// Compress the grain that was gathered, if there is one, and give it its place and its entry.
     fn close(&mut self, tables: &mut [Table], pending: &mut Pending) -> DriverResult<()> {
         let Some(open) = self.open.take() else { return Ok(()) };
         let Place { table, entry, .. } = self.image.layout.place(open.guest);
         let slot = tables.binary_search_by_key(&table, |table| table.index).ok();
         let table = slot.and_then(|slot| tables.get_mut(slot)).ok_or_else(|| overflow("a table"))?;
-        let sector = u32::try_from(self.next_free / SECTOR).map_err(|_| overflow("the place of a grain"))?;
-        *table.entries.get_mut(entry).ok_or_else(|| overflow("an entry"))? = sector;
-        table.dirty = true;
         let stored = self.compressor.stored(open.guest / SECTOR, &open.bytes);
         let stored = stored.ok_or_else(|| overflow("a compressed grain"))?;
-        let end = self.next_free.checked_add(stored.len() as u64);
-        pending.write(self.image.device, self.next_free, stored);
-        self.next_free = end.ok_or_else(|| overflow("the length of the file"))?;
+        let sector = self.space.take(stored.len() as u64)?;
+        *table.entries.get_mut(entry).ok_or_else(|| overflow("an entry"))? = sector;
+        table.dirty = true;
+        pending.write(self.image.device, u64::from(sector) * SECTOR, stored);
         Ok(())
     }
 
