@@ -37,6 +37,16 @@ fn zeroed_grains_over_an_ancestor() {
     conforms(&overlay, &backing, Some(&ancestor));
 }
 
+/// A new table takes the place of the footer: nothing names it before it is written.
+#[test]
+fn zeroes_into_a_table_in_the_place_of_the_footer() {
+    let overlay = Spec::new(SIZE, 7, 5).with([(2, State::Zero)]);
+    let ancestor = Spec::new(SIZE, 4, u32::MAX).with((0..12).map(|grain| (grain, State::Data(0x66))));
+    let backing = Spec::new(SIZE, 5, 4);
+    let backing = Spec { compressed: true, redundant: false, lazy_tables: true, footer: true, zeroed: true, ..backing };
+    assert_eq!(looked_at(&overlay, &backing, Some(&ancestor)).0, 3);
+}
+
 #[test]
 fn compressed_grains_into_one_without_tables() {
     let overlay = Spec { compressed: true, redundant: false, ..overlay() };
