@@ -99,7 +99,7 @@ impl Image {
         saw: &mut dyn FnMut(usize, Option<&Range<u64>>),
     ) -> DriverResult<u64> {
         let mut grains = 0;
-        self.each_tables(io, only, &mut |io, tables| {
+        self.each_tables(io, &self.directory, only, &mut |io, tables| {
             for table in tables.iter().filter(|table| table.holds_anything()) {
                 saw(table.index, None);
                 grains += self.verify_table(io, table, used, &mut |sectors| saw(table.index, Some(sectors)))?;

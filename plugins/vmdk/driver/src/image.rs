@@ -8,7 +8,8 @@ use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, FileDevice};
 use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{
-    CowdHeader, Header, Layout, Metadata, COWD_HEADER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES, SECTOR,
+    entries, CowdHeader, Header, Layout, Metadata, COWD_HEADER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES,
+    SECTOR,
 };
 
 /// An open sparse extent. Its memory: the grain directories, 1 MiB each at most, or the one of an extent of ESX, 4 MiB at most.
@@ -140,8 +141,8 @@ impl Image {
     }
 
     fn read_directory(&self, io: &mut dyn BlockIo, sector: u64, name: &str) -> DriverResult<Directory> {
-        let entries = self.layout.directory_entries();
-        let place = inside(sector, entries.checked_mul(4), self.file_length).filter(|_| sector != 0);
+        let count = self.layout.directory_entries();
+        let place = inside(sector, count.checked_mul(4), self.file_length).filter(|_| sector != 0);
         let Some((offset, length)) = place else {
             return Err(self.corrupt(0, format!("the {name} at sector {sector} lies past the end of the file")));
         };
@@ -149,7 +150,7 @@ impl Image {
         self.need(io, length.saturating_mul(2), name)?;
         let mut bytes = vec![0; usize::try_from(length).map_err(|_| overflow(name))?];
         io.read(self.device, offset, &mut bytes)?;
-        Ok(Directory { sector, entries: entries_of(&bytes).collect() })
+        Ok(Directory { sector, entries: entries(&bytes).collect() })
     }
 
     /// Make sure that `bytes` can be taken from the heap for something, beside what work needs afterwards: an allocation
@@ -167,11 +168,6 @@ impl Image {
     pub fn corrupt(&self, offset: u64, text: impl Into<String>) -> DriverError {
         DriverError::new(self.corrupt, text).at(self.device, offset)
     }
-}
-
-/// The entries of a directory or table.
-pub fn entries_of(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
-    bytes.chunks_exact(4).map(|entry| u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]))
 }
 
 /// Byte offset and length of something at a sector, if it lies inside the file.

@@ -11,8 +11,8 @@ use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, FileDevice, Request};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Holes};
 use instar_vmdk_format::{
-    sesparse_table, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES, SESPARSE_HEADER_BYTES,
-    SESPARSE_TABLE_BYTES,
+    sesparse_entries, sesparse_table, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES,
+    SESPARSE_HEADER_BYTES, SESPARSE_TABLE_BYTES,
 };
 
 /// Entries of the directory that are held: 64 KiB, which stand for 128 GiB of a disk.
@@ -108,7 +108,7 @@ impl SeSparse {
         if self.holes.hold_data(io, self.device, core::slice::from_ref(&range))? == [true] {
             io.read(self.device, offset, &mut bytes)?;
         }
-        self.chunk = (first, numbers(&bytes).collect());
+        self.chunk = (first, sesparse_entries(&bytes).collect());
         Ok(())
     }
 
@@ -170,7 +170,7 @@ impl SeSparse {
             io.run(&mut requests)?;
         }
         let table = |(&&(index, number, _), bytes): (&&(u64, u64, u64), &[u8])| {
-            let entries: Vec<u64> = numbers(bytes).collect();
+            let entries: Vec<u64> = sesparse_entries(bytes).collect();
             entries.iter().any(|&entry| entry != 0).then_some(SeTable { index, number, entries })
         };
         Ok(wanted.iter().zip(bytes.chunks_exact(size)).filter_map(table).collect())
@@ -217,13 +217,4 @@ impl SeSparse {
             }
         })
     }
-}
-
-/// The numbers of 64 bits in `bytes`.
-fn numbers(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|raw| {
-        let mut number = [0; 8];
-        number.copy_from_slice(raw);
-        u64::from_le_bytes(number)
-    })
 }

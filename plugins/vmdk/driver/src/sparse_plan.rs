@@ -10,7 +10,7 @@ use alloc::format;
 use alloc::vec;
 use instar_guest_sdk::abi::{device_flags, ErrorCode, FileDevice, PlanSummary};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent};
-use instar_vmdk_format::{Layout, FOOTER_BYTES, SECTOR};
+use instar_vmdk_format::{FOOTER_BYTES, SECTOR};
 
 /// An entry that stands for a grain which is yet to get its place, while planning.
 const PLANNED: u32 = u32::MAX;
@@ -18,7 +18,7 @@ const PLANNED: u32 = u32::MAX;
 /// What planning counted, and the bounds that hold.
 #[derive(Debug, Default)]
 pub struct Planner {
-    /// Where the first new grain goes, in bytes, at a multiple of [`Layout::alignment`].
+    /// Where the first new grain goes, in bytes, at a multiple of [`Layout::alignment`](instar_vmdk_format::Layout::alignment).
     pub first_free: u64,
     max_length: u64,
     /// The device cannot change its length.
@@ -35,15 +35,6 @@ pub struct Planner {
     last_table: Option<usize>,
     /// Reads the compressed grains that are there already.
     reader: GrainReader,
-}
-
-/// How long the file is when everything up to byte `end` is in use.
-///
-/// # Errors
-/// An arithmetic guard.
-pub fn length_for(layout: &Layout, end: u64) -> DriverResult<u64> {
-    let length = if layout.next_free.is_some() { Layout::length_beyond(end) } else { Some(end) };
-    length.ok_or_else(|| overflow("the length of the file"))
 }
 
 impl Planner {
@@ -158,8 +149,8 @@ impl Planner {
     fn final_length(&self, image: &Image) -> DriverResult<u64> {
         let Self { grains, copies, tables, .. } = *self;
         if !self.appends() {
-            let mended = self.stale_end(image).map_or(Ok(0), |end| length_for(&image.layout, end))?;
-            return Ok(image.file_length.max(mended));
+            let mended = self.stale_end(image).map_or(Some(0), |end| image.layout.file_length(end));
+            return Ok(image.file_length.max(mended.ok_or_else(|| overflow("the length of the file"))?));
         }
         // Each new table may make the next grain begin at another multiple of its size.
         let layout = &image.layout;
@@ -169,8 +160,8 @@ impl Planner {
             (copies, layout.table_marker_bytes() + layout.table_bytes()),
         ];
         let add = |end: u64, (count, bytes): &(u64, u64)| end.checked_add(count.checked_mul(*bytes)?);
-        let end = new.iter().try_fold(self.first_free, add).ok_or_else(|| overflow("the length of the file"))?;
-        length_for(layout, end.max(image.file_length))
+        let end = new.iter().try_fold(self.first_free, add).map(|end| end.max(image.file_length));
+        end.and_then(|end| layout.file_length(end)).ok_or_else(|| overflow("the length of the file"))
     }
 
     /// Whether the file can become as long as that.

@@ -15,7 +15,7 @@
 
 use crate::decide::{decide, Action};
 use crate::image::Image;
-use crate::sparse_plan::{length_for, Planner};
+use crate::sparse_plan::Planner;
 use crate::stream_sink::OpenGrain;
 use crate::tables::Table;
 use crate::work::{grains, Group, Groups, Part};
@@ -145,7 +145,7 @@ impl SparseSink {
         } else {
             self.space.0
         };
-        let length = length_for(&self.image.layout, end)?;
+        let length = self.image.layout.file_length(end).ok_or_else(|| overflow("the length of the file"))?;
         if length > self.image.file_length {
             self.out.set_length(io, length)?;
             self.image.file_length = length;

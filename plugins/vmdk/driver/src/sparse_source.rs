@@ -183,7 +183,7 @@ impl SparseSource {
         let tables = usize::try_from(AHEAD_BYTES / self.image.layout.table_bytes()).unwrap_or(1);
         let end = self.image.directory.entries.len().min(last).min(first.saturating_add(tables));
         let indices: Vec<usize> = (first..end.max(first + 1)).collect();
-        self.ahead = self.image.read_tables(io, &indices)?;
+        self.ahead = self.image.read_tables(io, &self.image.directory, &indices)?;
         Ok(())
     }
 

@@ -1,12 +1,12 @@
 //! Grain tables: many read with one submit.
 
-use crate::image::{entries_of, Directory, Image};
+use crate::image::{Directory, Image};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{overflow, Batch, BlockIo, DriverResult, Holes};
-use instar_vmdk_format::{Layout, SECTOR};
+use instar_vmdk_format::{entries, Layout, SECTOR};
 
 /// Bytes of the tables that are held at once.
 const BYTES_AT_ONCE: u64 = 2 << 20;
@@ -50,44 +50,26 @@ impl Image {
         Ok(Some(offset))
     }
 
-    /// The tables with these indices, from the grain directory. A table that is not there is all zero.
-    ///
-    /// # Errors
-    /// Corruption and I/O errors.
-    pub fn read_tables(&self, io: &mut dyn BlockIo, indices: &[usize]) -> DriverResult<Vec<Table>> {
-        self.read_tables_of(io, &self.directory, indices)
-    }
-
-    /// The tables with these indices, as [`Image::read_tables`] reads them; those whose second copy differs, as a crash may
-    /// leave it, are dirty: the first one counts, for QEMU reads that, too.
+    /// The tables with these indices, from both directories: those of which the second copy differs, as a crash may leave it,
+    /// are dirty. The first one counts, for QEMU reads that, too.
     ///
     /// # Errors
     /// Corruption and I/O errors.
     pub fn read_both(&self, io: &mut dyn BlockIo, indices: &[usize]) -> DriverResult<Vec<Table>> {
-        let mut tables = self.read_tables(io, indices)?;
+        let mut tables = self.read_tables(io, &self.directory, indices)?;
         if let Some(redundant) = &self.redundant {
-            for (table, copy) in tables.iter_mut().zip(self.read_tables_of(io, redundant, indices)?) {
+            for (table, copy) in tables.iter_mut().zip(self.read_tables(io, redundant, indices)?) {
                 table.dirty = table.entries != copy.entries;
             }
         }
         Ok(tables)
     }
 
-    /// The tables of a directory that hold anything.
+    /// The tables with these indices, from one of the directories. A table that is not there is all zero.
     ///
     /// # Errors
     /// Corruption and I/O errors.
-    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &Directory) -> DriverResult<TableSet> {
-        let mut used = TableSet::of(directory.entries.len());
-        each_chunk(directory.present(), tables_at_once(&self.layout), &mut |indices| {
-            let tables = self.read_tables_of(io, directory, indices)?;
-            tables.iter().filter(|table| table.holds_anything()).for_each(|table| used.add(table.index));
-            Ok(())
-        })?;
-        Ok(used)
-    }
-
-    fn read_tables_of(
+    pub fn read_tables(
         &self,
         io: &mut dyn BlockIo,
         directory: &Directory,
@@ -112,21 +94,47 @@ impl Image {
         let mut requests = Batch::new();
         reads.into_iter().for_each(|read| requests.push(read));
         requests.submit(io)?;
-        let table =
-            |(&index, bytes): (&usize, &[u8])| Table { index, entries: entries_of(bytes).collect(), dirty: false };
+        let table = |(&index, bytes): (&usize, &[u8])| Table { index, entries: entries(bytes).collect(), dirty: false };
         Ok(indices.iter().zip(bytes.chunks_exact(size)).map(table).collect())
     }
 
-    /// Hand all tables that are there, or those of them that are in `only`, to `each`, some at once, in ascending order.
+    /// Hand all tables of a directory that are there, or those of them that are in `only`, to `each`, some at once, in
+    /// ascending order.
     ///
     /// # Errors
     /// Those of `each`; corruption and I/O errors.
-    pub fn each_tables(&self, io: &mut dyn BlockIo, only: Option<&TableSet>, each: EachTables<'_>) -> DriverResult<()> {
-        let wanted = self.directory.present().filter(|&index| only.is_none_or(|only| only.has(index)));
-        each_chunk(wanted, tables_at_once(&self.layout), &mut |indices| {
-            let tables = self.read_tables(io, indices)?;
-            each(io, &tables)
-        })
+    pub fn each_tables(
+        &self,
+        io: &mut dyn BlockIo,
+        directory: &Directory,
+        only: Option<&TableSet>,
+        each: EachTables<'_>,
+    ) -> DriverResult<()> {
+        let most = tables_at_once(&self.layout);
+        let mut wanted = directory.present().filter(|&index| only.is_none_or(|only| only.has(index)));
+        let mut chunk = Vec::with_capacity(most);
+        loop {
+            chunk.clear();
+            chunk.extend(wanted.by_ref().take(most));
+            if chunk.is_empty() {
+                return Ok(());
+            }
+            let tables = self.read_tables(io, directory, &chunk)?;
+            each(io, &tables)?;
+        }
+    }
+
+    /// The tables of a directory that hold anything.
+    ///
+    /// # Errors
+    /// Corruption and I/O errors.
+    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &Directory) -> DriverResult<TableSet> {
+        let mut used = TableSet::of(directory.entries.len());
+        self.each_tables(io, directory, None, &mut |_, tables| {
+            tables.iter().filter(|table| table.holds_anything()).for_each(|table| used.add(table.index));
+            Ok(())
+        })?;
+        Ok(used)
     }
 }
 
@@ -176,22 +184,5 @@ impl TableSet {
     /// The indices, ascending.
     pub fn indices(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.words.len() * 64).filter(|&index| self.has(index))
-    }
-}
-
-/// Hand indices to `each`, `most` at once.
-fn each_chunk(
-    mut indices: impl Iterator<Item = usize>,
-    most: usize,
-    each: &mut dyn FnMut(&[usize]) -> DriverResult<()>,
-) -> DriverResult<()> {
-    let mut chunk = Vec::with_capacity(most);
-    loop {
-        chunk.clear();
-        chunk.extend(indices.by_ref().take(most));
-        if chunk.is_empty() {
-            return Ok(());
-        }
-        each(&chunk)?;
     }
 }

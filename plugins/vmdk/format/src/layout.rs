@@ -154,6 +154,16 @@ impl Layout {
         }
     }
 
+    /// The length in bytes of a file in which everything up to byte `end` is in use; `None` past the longest.
+    #[must_use]
+    pub const fn file_length(&self, end: u64) -> Option<u64> {
+        if self.next_free.is_some() {
+            Self::length_beyond(end)
+        } else {
+            Some(end)
+        }
+    }
+
     /// The length in bytes that an extent of ESX has when the first free sector is at byte `next_free`: "This needs to be
     /// less than the length of the delta link" (`freeSector`). Such files are whole blocks of 4 KiB, as VMware's are wherever they
     /// are listed.

@@ -26,8 +26,8 @@ pub use extent::{DiskExtent, ExtentLine, Storage};
 pub use header::{flags, Header, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY};
 pub use layout::{Layout, Metadata, Place};
 pub use sesparse::{
-    sesparse_table, Region, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES, SESPARSE_HEADER_BYTES,
-    SESPARSE_MAGIC, SESPARSE_TABLE_BYTES, SESPARSE_TABLE_ENTRIES,
+    sesparse_entries, sesparse_table, Region, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES,
+    SESPARSE_HEADER_BYTES, SESPARSE_MAGIC, SESPARSE_TABLE_BYTES, SESPARSE_TABLE_ENTRIES,
 };
 pub use stream::{table_marker, GrainMarker, FOOTER_BYTES, METADATA_MARKER_BYTES};
 
@@ -39,6 +39,11 @@ pub const TABLE_ENTRIES_FIELD: u32 = 512;
 pub const TABLE_ENTRIES: u64 = TABLE_ENTRIES_FIELD as u64;
 /// Bytes of a grain table.
 pub const TABLE_BYTES: u64 = TABLE_ENTRIES * 4;
+
+/// The entries of a grain directory or table, of 32 bits each.
+pub fn entries(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
+    bytes.chunks_exact(4).map(|entry| u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]))
+}
 
 /// What an entry of a grain table says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

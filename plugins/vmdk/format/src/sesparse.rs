@@ -67,12 +67,17 @@ pub struct SeSparseHeader {
 /// The fields of a header of 64-bit numbers.
 fn fields(bytes: &[u8; SESPARSE_HEADER_BYTES]) -> [u64; SESPARSE_HEADER_BYTES / 8] {
     let mut fields = [0; SESPARSE_HEADER_BYTES / 8];
-    for (field, raw) in fields.iter_mut().zip(bytes.chunks_exact(8)) {
+    fields.iter_mut().zip(sesparse_entries(bytes)).for_each(|(field, number)| *field = number);
+    fields
+}
+
+/// The entries of a grain directory or table, of 64 bits each.
+pub fn sesparse_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|raw| {
         let mut number = [0; 8];
         number.copy_from_slice(raw);
-        *field = u64::from_le_bytes(number);
-    }
-    fields
+        u64::from_le_bytes(number)
+    })
 }
 
 impl SeSparseHeader {
