@@ -45,8 +45,10 @@ impl Planner {
     pub fn of(image: &Image, file: &FileDevice, has_backing: bool) -> DriverResult<Self> {
         // QEMU leaves the number of the first free sector as it is when it writes: what it has added lies behind.
         let free = image.layout.next_free.unwrap_or(0).saturating_mul(SECTOR);
-        // The footer is not needed any more once the header says what it does.
-        let end = image.file_length - if image.footer { FOOTER_BYTES as u64 } else { 0 };
+        // The footer is not needed any more once the header says what it does. What is stored of a compressed grain covers it;
+        // of a plain one, what is zero is not written.
+        let footer = if image.footer && image.layout.compressed { FOOTER_BYTES as u64 } else { 0 };
+        let end = image.file_length.saturating_sub(footer);
         let first_free = end.max(free).checked_next_multiple_of(image.layout.alignment());
         let first_free = first_free.ok_or_else(|| overflow("the length of the file"))?;
         let fixed = file.flags & device_flags::FIXED_LENGTH != 0;

@@ -37,6 +37,14 @@ fn zeroed_grains_over_an_ancestor() {
     conforms(&overlay, &backing, Some(&ancestor));
 }
 
+/// A footer names the directory of plain grains, too: what is appended would tear it.
+#[test]
+fn plain_grains_in_front_of_a_footer() {
+    let backing = Spec { redundant: false, lazy_tables: true, footer: true, ..Spec::new(SIZE, 5, u32::MAX) };
+    conforms(&overlay(), &backing, None);
+    conforms(&overlay(), &backing.with([(0, State::Data(0x43)), (4, State::Data(0x44))]), None);
+}
+
 /// A new table takes the place of the footer: nothing names it before it is written.
 #[test]
 fn zeroes_into_a_table_in_the_place_of_the_footer() {
