@@ -30,6 +30,7 @@ mod ordered;
 #[cfg(feature = "memory")]
 pub mod random;
 pub mod runtime;
+pub mod table;
 mod traits;
 
 pub use batch::Batch;
