@@ -1,5 +1,6 @@
 //! What is done about a cluster that data or zeroes arrive for.
 
+use instar_guest_sdk::table::Arrival;
 use instar_qcow_format::Entry;
 
 /// What is done about a cluster.
@@ -19,15 +20,6 @@ pub enum Action {
         /// Its bytes.
         length: u64,
     },
-}
-
-/// What arrives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arrival {
-    /// Zeroes, and no data.
-    pub zero: bool,
-    /// All of the cluster, as far as the disk goes.
-    pub whole: bool,
 }
 
 /// Decide. `below`: something may show through where the image has nothing.

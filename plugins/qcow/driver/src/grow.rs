@@ -9,11 +9,11 @@
 //!    flushed before the first entry of either table points to them.
 
 use crate::image::Image;
-use crate::parts::{ClusterParts, Shape};
 use crate::write::{l1_bytes, Writer};
 use alloc::format;
 use alloc::vec;
 use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::table::ClusterParts;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Extent, ReadBelow};
 use instar_qcow_format::{field, Entry, Header, MOST_L1_ENTRIES};
 
@@ -100,7 +100,7 @@ impl Growth {
         let held = end > size && writer.lookup(io, last)? != Entry::Free;
         if held {
             // All of the cluster, although the disk may end within it again.
-            let disk = Shape::of(&writer.image, end);
+            let disk = writer.image.disk(end);
             let parts = vec![Extent::zero(size, end - size)];
             writer.write_cluster(io, disk, &ClusterParts { cluster: last, parts }, below)?;
         }

@@ -4,6 +4,7 @@ use alloc::format;
 use alloc::string::String;
 use core::ops::Range;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageInfo};
+use instar_guest_sdk::table::Disk;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 use instar_qcow_format::{Entry, Header, Trouble, ENTRY_BYTES, HEADER_BYTES};
 
@@ -65,6 +66,16 @@ impl Image {
     /// What no image may say, at byte `offset`.
     pub fn corrupt(&self, offset: u64, text: impl Into<String>) -> DriverError {
         DriverError::new(self.corrupt, text).at(self.device, offset)
+    }
+
+    /// The disk with this size in bytes: what the image has, or will have.
+    pub fn disk(&self, size: u64) -> Disk {
+        Disk { size, cluster: self.header.cluster_size() }
+    }
+
+    /// Clusters that an L2 table maps.
+    pub fn span(&self) -> u64 {
+        1 << self.header.l2_bits
     }
 
     /// Clusters of the disk.

@@ -3,17 +3,14 @@
 
 extern crate alloc;
 
-mod changes;
 mod decide;
 mod decode;
 mod grow;
 mod image;
-mod parts;
 mod sink;
 mod source;
 mod survey;
 mod walk;
-mod window;
 mod write;
 
 pub use sink::QcowSink;

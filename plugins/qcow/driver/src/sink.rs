@@ -3,11 +3,11 @@
 use crate::decide::{decide, Action};
 use crate::grow::Growth;
 use crate::image::Image;
-use crate::parts::{Arriving, ClusterParts, Shape};
 use crate::survey::{verified, Survey};
 use crate::write::Writer;
 use alloc::format;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageInfo, PlanSummary};
+use instar_guest_sdk::table::{Arriving, Disk};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
 use instar_qcow_format::Entry;
 
@@ -55,8 +55,8 @@ impl QcowSink {
     }
 
     /// The disk as it will be.
-    fn disk(&self) -> Shape {
-        Shape::of(&self.writer.image, self.info().virtual_size)
+    fn disk(&self) -> Disk {
+        self.writer.image.disk(self.info().virtual_size)
     }
 
     /// The L2 table with this index, if there is one by now: the L1 table may be about to grow.
@@ -67,12 +67,15 @@ impl QcowSink {
         self.writer.table(io, index)
     }
 
-    fn plan_next(&mut self, io: &mut dyn BlockIo, disk: Shape, arriving: &Arriving<'_>) -> DriverResult<bool> {
+    fn plan_next(&mut self, io: &mut dyn BlockIo, disk: Disk, arriving: &Arriving<'_>) -> DriverResult<bool> {
         let parts = match arriving {
-            Arriving::Zeroes(index) => return Ok(!self.has_backing && self.table(io, *index)?.is_none()),
+            Arriving::Zeroes(clusters) => {
+                let index = clusters.start >> self.writer.image.header.l2_bits;
+                return Ok(!self.has_backing && self.table(io, index)?.is_none());
+            }
             Arriving::Cluster(parts) => parts,
         };
-        let index = disk.range(parts.cluster).start / disk.coverage;
+        let index = parts.cluster >> self.writer.image.header.l2_bits;
         let table = self.table(io, index)?;
         let entry = match table {
             Some(table) => self.writer.entry(io, table, parts.cluster)?,
@@ -111,8 +114,8 @@ impl Sink for QcowSink {
 
     fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
         self.survey(io)?;
-        let disk = self.disk();
-        ClusterParts::each(disk, extents, &mut |arriving| self.plan_next(io, disk, &arriving))
+        let (disk, span) = (self.disk(), self.writer.image.span());
+        disk.each_cluster(span, extents, &mut |arriving| self.plan_next(io, disk, &arriving))
     }
 
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
@@ -152,10 +155,10 @@ impl Sink for QcowSink {
         }
         let disk = self.disk();
         let writer = &mut self.writer;
-        ClusterParts::each(disk, extents, &mut |arriving| match arriving {
-            Arriving::Zeroes(index) => {
-                let shows = below.exists() && index.saturating_mul(disk.coverage) < below.length();
-                Ok(!shows && writer.table(io, index)?.is_none())
+        disk.each_cluster(writer.image.span(), extents, &mut |arriving| match arriving {
+            Arriving::Zeroes(clusters) => {
+                let shows = below.exists() && disk.range(clusters.start).start < below.length();
+                Ok(!shows && writer.table(io, clusters.start >> writer.image.header.l2_bits)?.is_none())
             }
             Arriving::Cluster(parts) => writer.write_cluster(io, disk, parts, below).map(|()| true),
         })?;

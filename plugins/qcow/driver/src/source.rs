@@ -3,9 +3,9 @@
 use crate::decode::ClusterReader;
 use crate::image::Image;
 use crate::survey::{survey, verified};
-use crate::window::Window;
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageInfo, Request};
+use instar_guest_sdk::table::{Big64, Table};
 use instar_guest_sdk::{overflow, BlockIo, Content, DriverError, DriverResult, Extent, Extents, OrderedWriter, Source};
 use instar_qcow_format::{Entry, ENTRY_BYTES};
 
@@ -16,16 +16,16 @@ const MOST_FINDINGS: u64 = 100;
 #[derive(Debug)]
 pub struct QcowSource {
     image: Image,
-    l1: Window,
-    l2: Window,
+    l1: Table<Big64>,
+    l2: Table<Big64>,
     reader: ClusterReader,
     held: u64,
 }
 
 impl QcowSource {
     pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
-        let window = || Window::new(device.cache_bytes / 2);
-        Self { image, l1: window(), l2: window(), reader: ClusterReader::default(), held: 0 }
+        let table = || Table::sparse(device.device, device.cache_bytes / 2);
+        Self { image, l1: table(), l2: table(), reader: ClusterReader::default(), held: 0 }
     }
 
     /// The extent of a cluster that the image holds, whose entry stands at byte `at` of the file.
@@ -54,7 +54,7 @@ impl QcowSource {
         let mut before = 0;
         while at < end {
             let place = self.image.l2_place(table, at / size);
-            let number = self.l2.get(io, &self.image, place, stop)?;
+            let number = self.l2.get(io, place, stop)?;
             if number == 0 {
                 at = at.saturating_add(self.l2.zeroes(place).saturating_mul(size));
                 continue;
@@ -70,24 +70,6 @@ impl QcowSource {
             at = at.saturating_add(size);
         }
         Ok(at.min(end))
-    }
-
-    /// Make every L1 entry 0, where it is not, and that durable.
-    fn free_all(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter) -> DriverResult<()> {
-        let Range { start: mut at, end } = self.image.header.l1_range();
-        while at < end {
-            let number = self.l1.get(io, &self.image, at, end)?;
-            let next = at + self.l1.zeroes(at).saturating_mul(ENTRY_BYTES);
-            let mut run = at;
-            while number != 0 && run < end && self.l1.get(io, &self.image, run, end)? != 0 {
-                run += ENTRY_BYTES;
-            }
-            if run > at {
-                out.zero(io, at, run - at)?;
-            }
-            at = next.max(run);
-        }
-        out.barrier(io)
     }
 }
 
@@ -111,7 +93,7 @@ impl Source for QcowSource {
         while at < end {
             let index = at / coverage;
             let place = self.image.l1_place(index);
-            let number = self.l1.get(io, &self.image, place, l1_end)?;
+            let number = self.l1.get(io, place, l1_end)?;
             if number == 0 {
                 at = index.saturating_add(self.l1.zeroes(place)).saturating_mul(coverage);
                 continue;
@@ -155,9 +137,7 @@ impl Source for QcowSource {
     /// end of the file. A crash between the two leaves lost space, which the next run cuts off.
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         let mut out = OrderedWriter::new(self.image.device);
-        self.l1.forget();
-        self.free_all(io, &mut out)?;
-        self.l1.forget();
+        self.l1.clear(io, &mut out, &self.image.header.l1_range())?;
         self.l2.forget();
         self.reader.forget();
         let end = self.image.header.keep_end();

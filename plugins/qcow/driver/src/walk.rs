@@ -1,10 +1,10 @@
 //! Going through all entries of all tables, in the order of the disk. What lies in a hole of the file is not read.
 
 use crate::image::Image;
-use crate::window::{big_endian, Window};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::table::{Big64, EntryKind, Table};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, Holes};
 use instar_qcow_format::ENTRY_BYTES;
 
@@ -33,28 +33,20 @@ pub trait Visitor {
 /// # Errors
 /// Those of the visitor; I/O errors.
 pub fn walk(io: &mut dyn BlockIo, image: &Image, visitor: &mut dyn Visitor) -> DriverResult<()> {
-    let mut l1 = Window::new(0);
+    let mut l1 = Table::<Big64>::sparse(image.device, 0);
     let mut holes = Holes::default();
-    let (end, count) = (image.header.l1_range().end, image.header.l1_entries());
     let room = (CHUNK.min(io.heap_free() as u64 / 16) / image.header.table_bytes()).max(1);
     let room = usize::try_from(room).unwrap_or(1).min(TABLES);
     let mut tables = Vec::with_capacity(room);
-    let mut index = 0;
-    while index < count {
-        let at = image.l1_place(index);
-        let number = l1.get(io, image, at, end)?;
-        if number == 0 {
-            index += l1.zeroes(at);
-            continue;
-        }
-        if let Some(table) = visitor.table(number, at)? {
+    l1.each(io, image.header.l1_offset, image.header.l1_entries(), &mut |io, index, number| {
+        if let Some(table) = visitor.table(number, image.l1_place(index))? {
             tables.push((index, table));
         }
         if tables.len() >= room {
             walk_tables(io, image, &mut holes, &mut tables, visitor)?;
         }
-        index += 1;
-    }
+        Ok(())
+    })?;
     walk_tables(io, image, &mut holes, &mut tables, visitor)
 }
 
@@ -83,7 +75,7 @@ fn walk_tables(
     for ((index, table), buffer) in tables.drain(..).zip(&buffers) {
         let first = index << image.header.l2_bits;
         for (within, entry) in (0..).zip(buffer.chunks_exact(8)) {
-            let number = big_endian(entry);
+            let number = Big64::decode(entry);
             if number != 0 {
                 visitor.entry(first + within, number, table + within * ENTRY_BYTES)?;
             }

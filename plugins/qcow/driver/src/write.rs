@@ -12,30 +12,13 @@
 //! A compressed cluster is never changed in its place: its neighbors may begin in the same sector. Its entry gets a new
 //! cluster, and its stream is lost space from then on, as in QEMU.
 
-use crate::changes::Changes;
 use crate::decide::{decide, Action};
 use crate::decode::ClusterReader;
 use crate::image::Image;
-use crate::parts::{ClusterParts, Shape};
-use crate::window::Window;
-use alloc::vec;
-use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Request};
-use instar_guest_sdk::{overflow, Batch, BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow};
+use instar_guest_sdk::table::{Big64, ClusterData, ClusterParts, ClusterPlace, Disk, Table};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow};
 use instar_qcow_format::{Entry, ENTRY_BYTES};
-
-/// Requests that are collected before they are submitted.
-const BATCH: usize = 4096;
-/// Bytes from below, or decoded, that are collected before they are written.
-const FILL_BYTES: usize = 4 << 20;
-
-/// Requests that were not submitted yet, and the bytes that they write.
-#[derive(Debug, Default)]
-struct Pending {
-    requests: Batch,
-    buffers: Vec<Vec<u8>>,
-    bytes: usize,
-}
 
 /// An image that is written to.
 #[derive(Debug)]
@@ -46,20 +29,18 @@ pub struct Writer {
     pub end: u64,
     /// The device cannot change its length.
     pub fixed: bool,
-    l1: Window,
-    l2: Window,
-    l1_changes: Changes,
-    l2_changes: Changes,
+    l1: Table<Big64>,
+    l2: Table<Big64>,
     reader: ClusterReader,
-    pending: Pending,
+    data: ClusterData,
 }
 
 impl Writer {
     pub fn new(image: Image, fixed: bool) -> Self {
         let out = OrderedWriter::new(image.device);
-        let (l1, l2) = (Window::new(0), Window::new(0));
-        let (l1_changes, l2_changes, reader, pending) = Default::default();
-        Self { image, out, end: 0, fixed, l1, l2, l1_changes, l2_changes, reader, pending }
+        let (l1, l2) = (Table::sparse(image.device, 0), Table::sparse(image.device, 0));
+        let (reader, data) = Default::default();
+        Self { image, out, end: 0, fixed, l1, l2, reader, data }
     }
 
     /// The L2 table with this index, if there is one.
@@ -68,11 +49,11 @@ impl Writer {
     /// Corruption and I/O errors.
     pub fn table(&mut self, io: &mut dyn BlockIo, index: u64) -> DriverResult<Option<u64>> {
         let at = self.image.l1_place(index);
-        if let Some(number) = self.l1_changes.get(at) {
+        if let Some(number) = self.l1.changed(at) {
             // Our own may lie behind the end that the file has by now.
             return Ok((number != 0).then_some(number));
         }
-        let number = self.l1.get(io, &self.image, at, self.image.header.l1_range().end)?;
+        let number = self.l1.get(io, at, self.image.header.l1_range().end)?;
         if number == 0 {
             return Ok(None);
         }
@@ -85,10 +66,10 @@ impl Writer {
     /// Corruption and I/O errors.
     pub fn entry(&mut self, io: &mut dyn BlockIo, table: u64, cluster: u64) -> DriverResult<Entry> {
         let at = self.image.l2_place(table, cluster);
-        if let Some(number) = self.l2_changes.get(at) {
+        if let Some(number) = self.l2.changed(at) {
             return Ok(Entry::decode(number, self.image.header.cluster_bits));
         }
-        let number = self.l2.get(io, &self.image, at, table.saturating_add(self.image.header.table_bytes()))?;
+        let number = self.l2.get(io, at, table.saturating_add(self.image.header.table_bytes()))?;
         self.image.entry(number).map_err(|text| self.image.corrupt(at, text))
     }
 
@@ -120,7 +101,7 @@ impl Writer {
     /// Have bytes that were taken read as zeroes: past the end of the file they do already.
     pub fn clear(&mut self, offset: u64, length: u64) {
         if offset < self.image.file_length {
-            self.pending.requests.push(Request::zero(self.image.device, offset, length));
+            self.data.push(Request::zero(self.image.device, offset, length));
         }
     }
 
@@ -137,7 +118,7 @@ impl Writer {
             self.submit(io)?;
             self.l2.forget();
         }
-        self.l1_changes.set(&self.l1, self.image.l1_place(index), table)?;
+        self.l1.set(io, self.image.l1_place(index), self.image.header.l1_range().end, table)?;
         Ok(table)
     }
 
@@ -148,12 +129,12 @@ impl Writer {
     pub fn write_cluster(
         &mut self,
         io: &mut dyn BlockIo,
-        disk: Shape,
+        disk: Disk,
         arriving: &ClusterParts,
         below: &mut dyn ReadBelow,
     ) -> DriverResult<()> {
         let (cluster, range) = (arriving.cluster, disk.range(arriving.cluster));
-        let index = range.start / disk.coverage;
+        let index = cluster >> self.image.header.l2_bits;
         let entry = self.lookup(io, cluster)?;
         let shows = below.exists() && range.start < below.length();
         let action = decide(entry, arriving.arrival(disk), shows);
@@ -162,31 +143,20 @@ impl Writer {
             Action::InPlace(offset) => offset,
             Action::Allocate | Action::Unpack { .. } => self.new_cluster(io, index, cluster)?,
         };
+        let is_new = !matches!(action, Action::InPlace(_) | Action::Unpack { .. });
+        let place = ClusterPlace { guest: range, offset, is_new };
         match action {
             Action::Allocate if shows && entry == Entry::Free => {
-                let mut at = range.start;
-                let end = Extent::zero(range.end, 0);
-                for part in arriving.parts.iter().chain([&end]) {
-                    self.fill(io, (at, part.guest_offset), offset + (at - range.start), below)?;
-                    at = part.end();
-                }
+                self.data.fill_around(io, &mut self.out, &place, &arriving.parts, below)?;
             }
             Action::Unpack { offset: stream, length } => {
                 let bytes = self.reader.cluster(io, &self.image, (stream, length))?.to_vec();
-                self.push_bytes(offset, bytes);
+                self.data.push_bytes(self.image.device, offset, bytes);
             }
             _ => {}
         }
-        let is_new = !matches!(action, Action::InPlace(_) | Action::Unpack { .. });
-        for part in &arriving.parts {
-            // A new cluster reads as zeroes.
-            if !(is_new && part.is_zero()) {
-                let to = offset + (part.guest_offset - range.start);
-                self.pending.requests.push(part.request(self.image.device, to)?);
-            }
-        }
-        self.submit_if_full(io)?;
-        if self.l1_changes.is_full() || self.l2_changes.is_full() {
+        self.data.write_parts(io, &mut self.out, &place, &arriving.parts)?;
+        if self.l1.is_full() || self.l2.is_full() {
             self.step(io)?;
         }
         Ok(())
@@ -195,49 +165,11 @@ impl Writer {
     /// A cluster at the end of what is used, which reads as zeroes, and the entry for it.
     fn new_cluster(&mut self, io: &mut dyn BlockIo, index: u64, cluster: u64) -> DriverResult<u64> {
         let table = self.make_table(io, index)?;
-        let place = self.image.l2_place(table, cluster);
-        if self.l2_changes.get(place).is_none() {
-            // The window is to hold the sector around it.
-            self.l2.get(io, &self.image, place, table.saturating_add(self.image.header.table_bytes()))?;
-        }
-        let size = self.image.header.cluster_size();
+        let (size, place) = (self.image.header.cluster_size(), self.image.l2_place(table, cluster));
         let offset = self.take(size)?;
         self.clear(offset, size);
-        self.l2_changes.set(&self.l2, place, offset)?;
+        self.l2.set(io, place, table.saturating_add(self.image.header.table_bytes()), offset)?;
         Ok(offset)
-    }
-
-    fn push_bytes(&mut self, offset: u64, bytes: Vec<u8>) {
-        let (address, length) = (bytes.as_ptr() as u64, bytes.len());
-        self.pending.requests.push(Request::write(self.image.device, offset, address, length as u64));
-        self.pending.bytes += length;
-        self.pending.buffers.push(bytes);
-    }
-
-    /// Write what shows from below at guest bytes `from..to` to byte `offset` of the file, which reads as zeroes.
-    fn fill(
-        &mut self,
-        io: &mut dyn BlockIo,
-        (from, to): (u64, u64),
-        offset: u64,
-        below: &mut dyn ReadBelow,
-    ) -> DriverResult<()> {
-        let length = to.min(below.length()).saturating_sub(from);
-        if length > 0 {
-            let mut buffer = vec![0; usize::try_from(length).map_err(|_| overflow("a cluster"))?];
-            below.read(io, from, &mut buffer)?;
-            if buffer.iter().any(|&byte| byte != 0) {
-                self.push_bytes(offset, buffer);
-            }
-        }
-        Ok(())
-    }
-
-    fn submit_if_full(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        if self.pending.requests.len() >= BATCH || self.pending.bytes >= FILL_BYTES {
-            self.submit(io)?;
-        }
-        Ok(())
     }
 
     /// Submit the data of the clusters so far: what it is read from need not stay where it is any more.
@@ -245,9 +177,7 @@ impl Writer {
     /// # Errors
     /// I/O errors.
     pub fn submit(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        self.pending.requests.submit_to(io, &mut self.out)?;
-        self.pending = Pending::default();
-        Ok(())
+        self.data.submit(io, &mut self.out)
     }
 
     /// Have the file reach to the end of its last cluster: another program puts the next one behind the file's end.
@@ -269,17 +199,13 @@ impl Writer {
     /// I/O errors.
     pub fn step(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         self.submit(io)?;
-        if self.l2_changes.is_empty() && self.l1_changes.is_empty() {
-            return Ok(());
+        if self.l2.is_changed() || self.l1.is_changed() {
+            self.lengthen(io)?;
+            // Each flushes first what its entries name: the data, and then the L2 tables.
+            self.l2.write(io, &mut self.out)?;
+            self.l1.write(io, &mut self.out)?;
+            self.forget();
         }
-        self.lengthen(io)?;
-        for changes in [&mut self.l2_changes, &mut self.l1_changes] {
-            if !changes.is_empty() {
-                self.out.barrier(io)?;
-                changes.write(io, &mut self.out)?;
-            }
-        }
-        self.forget();
         Ok(())
     }
 
