@@ -1,5 +1,7 @@
 //! What is done about a cluster that data or zeroes arrive for.
 
+use instar_guest_sdk::table::Arrival;
+
 /// What is done about a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -9,13 +11,6 @@ pub enum Action {
     InPlace(u64),
     /// A new cluster; what is around the new data comes from below.
     Allocate,
-}
-
-/// What arrives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arrival {
-    /// Zeroes, and no data.
-    pub zero: bool,
 }
 
 /// Decide about a cluster that lies at byte `place` of the file, if the image holds it. `below`: something may show through
@@ -34,10 +29,10 @@ mod tests {
 
     #[test]
     fn every_case() {
-        for (zero, below) in [(false, false), (false, true), (true, false), (true, true)] {
-            assert_eq!(decide(Some(512), Arrival { zero }, below), Action::InPlace(512));
+        for (zero, whole, below) in (0..8).map(|bits| (bits & 1 != 0, bits & 2 != 0, bits & 4 != 0)) {
+            assert_eq!(decide(Some(512), Arrival { zero, whole }, below), Action::InPlace(512));
             let free = if zero && !below { Action::Nothing } else { Action::Allocate };
-            assert_eq!(decide(None, Arrival { zero }, below), free);
+            assert_eq!(decide(None, Arrival { zero, whole }, below), free);
         }
     }
 }

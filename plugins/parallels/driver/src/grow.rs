@@ -13,13 +13,13 @@
 
 use crate::image::Image;
 use crate::mark::write_header;
-use crate::parts::{ClusterParts, Shape};
 use crate::survey::{each_entry, Survey};
 use crate::write::Writer;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::table::ClusterParts;
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow};
 use instar_parallels_format::{Header, Variant, MOST_ENTRIES, SECTOR};
 
@@ -159,7 +159,7 @@ impl Growth {
         let last = size / cluster;
         if end > size && writer.place(io, last)?.is_some() {
             // All of the cluster, although the disk may end within it again.
-            let disk = Shape::of(&writer.image, end);
+            let disk = writer.image.disk(end);
             let parts = vec![Extent::zero(size, end - size)];
             writer.write_cluster(io, disk, &ClusterParts { cluster: last, parts }, below)?;
         }

@@ -2,7 +2,9 @@
 
 use alloc::format;
 use alloc::string::String;
+use core::ops::Range;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageInfo};
+use instar_guest_sdk::table::Disk;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 use instar_parallels_format::{Header, Trouble, HEADER_BYTES, SECTOR};
 
@@ -60,6 +62,16 @@ impl Image {
 
     pub fn info(&self) -> ImageInfo {
         ImageInfo { virtual_size: self.header.virtual_size(), cluster_size: self.header.unit() }
+    }
+
+    /// The disk with this size in bytes: what the image has, or will have.
+    pub fn disk(&self, size: u64) -> Disk {
+        Disk { size, cluster: self.header.cluster_bytes() }
+    }
+
+    /// The BAT as bytes of the file.
+    pub fn bat(&self) -> Range<u64> {
+        Header::entry_place(0)..self.header.bat_end()
     }
 
     /// How many of the clusters that the image is said to have make up one that it has.

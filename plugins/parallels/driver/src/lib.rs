@@ -3,18 +3,15 @@
 
 extern crate alloc;
 
-mod changes;
 mod check;
 mod decide;
 mod grow;
 mod image;
 mod mark;
-mod parts;
 mod sink;
 mod slots;
 mod source;
 mod survey;
-mod window;
 mod write;
 
 pub use sink::ParallelsSink;

@@ -4,17 +4,20 @@ use crate::decide::{decide, Action};
 use crate::grow::Growth;
 use crate::image::Image;
 use crate::mark::Mark;
-use crate::parts::{Arriving, ClusterParts, Shape};
 use crate::slots::Slots;
 use crate::survey::{verified, Survey};
 use crate::write::Writer;
 use alloc::format;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageInfo, PlanSummary};
+use instar_guest_sdk::table::{Arriving, Disk};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
 
 /// Bytes of the heap that writing takes at most: changed sectors of the BAT, also as runs, what is read from below, and the
 /// clusters that are moved for a longer BAT.
 const WRITING_ROOM: usize = 16 << 20;
+
+/// Entries of the BAT that are looked at at once where nothing but zeroes arrives.
+const SPAN: u64 = 8192;
 
 /// What planning counted.
 #[derive(Debug, Default)]
@@ -63,17 +66,17 @@ impl ParallelsSink {
     }
 
     /// The disk as it will be.
-    fn disk(&self) -> Shape {
-        Shape::of(&self.writer.image, self.info().virtual_size)
+    fn disk(&self) -> Disk {
+        self.writer.image.disk(self.info().virtual_size)
     }
 
-    fn plan_next(&mut self, io: &mut dyn BlockIo, arriving: &Arriving<'_>) -> DriverResult<bool> {
+    fn plan_next(&mut self, io: &mut dyn BlockIo, disk: Disk, arriving: &Arriving<'_>) -> DriverResult<bool> {
         let parts = match arriving {
             Arriving::Zeroes(clusters) => return Ok(!self.has_backing && self.writer.in_hole(io, clusters)?),
             Arriving::Cluster(parts) => parts,
         };
         let place = self.writer.place(io, parts.cluster)?;
-        let is_new = decide(place, parts.arrival(), self.has_backing) == Action::Allocate;
+        let is_new = decide(place, parts.arrival(disk), self.has_backing) == Action::Allocate;
         if is_new && self.planned.last.replace(parts.cluster) != Some(parts.cluster) {
             self.planned.clusters += 1;
         }
@@ -100,7 +103,8 @@ impl Sink for ParallelsSink {
 
     fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
         self.survey(io)?;
-        ClusterParts::each(self.disk(), extents, &mut |arriving| self.plan_next(io, &arriving))
+        let disk = self.disk();
+        disk.each_cluster(SPAN, extents, &mut |arriving| self.plan_next(io, disk, &arriving))
     }
 
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
@@ -143,7 +147,7 @@ impl Sink for ParallelsSink {
         }
         let disk = self.disk();
         let writer = &mut self.writer;
-        ClusterParts::each(disk, extents, &mut |arriving| match arriving {
+        disk.each_cluster(SPAN, extents, &mut |arriving| match arriving {
             Arriving::Zeroes(clusters) => {
                 let shows = below.exists() && disk.range(clusters.start).start < below.length();
                 Ok(!shows && writer.in_hole(io, &clusters)?)

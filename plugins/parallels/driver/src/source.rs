@@ -4,41 +4,23 @@ use crate::check::check;
 use crate::image::Image;
 use crate::mark::Mark;
 use crate::survey::{verified, Survey};
-use crate::window::Window;
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, DeviceConfig, FindingKind, ImageInfo, Request};
+use instar_guest_sdk::table::{Little32, Table};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, Extent, Extents, OrderedWriter, Source};
-use instar_parallels_format::{Header, InUse, ENTRY_BYTES};
+use instar_parallels_format::{Header, InUse};
 
 /// A Parallels image that data comes from.
 #[derive(Debug)]
 pub struct ParallelsSource {
     image: Image,
-    bat: Window,
+    bat: Table<Little32>,
     survey: Option<Survey>,
 }
 
 impl ParallelsSource {
     pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
-        Self { image, bat: Window::new(device.cache_bytes), survey: None }
-    }
-
-    /// Make every entry 0, where it is not, and that durable.
-    fn free_all(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter) -> DriverResult<()> {
-        let (mut cluster, end) = (0, u64::from(self.image.header.entries));
-        while cluster < end {
-            let mut run = cluster;
-            while run < end && self.bat.get(io, &self.image, run, end)? != 0 {
-                run += 1;
-            }
-            if run > cluster {
-                out.zero(io, Header::entry_place(cluster), (run - cluster) * ENTRY_BYTES)?;
-                cluster = run;
-            } else {
-                cluster += self.bat.zeroes(cluster);
-            }
-        }
-        out.barrier(io)
+        Self { image, bat: Table::sparse(device.device, device.cache_bytes), survey: None }
     }
 
     /// How long the file stays that holds nothing: up to the data, and at least one cluster. In a shorter one, `qemu-img check`
@@ -72,12 +54,12 @@ impl Source for ParallelsSource {
         let (mut cluster, end) = (range.start / size, range.end.div_ceil(size).min(clusters));
         let mut before = 0;
         while cluster < end {
-            let entry = self.bat.get(io, &self.image, cluster, end)?;
+            let at = Header::entry_place(cluster);
+            let entry = self.bat.get(io, at, Header::entry_place(end))?;
             if entry == 0 {
-                cluster += self.bat.zeroes(cluster);
+                cluster += self.bat.zeroes(at);
                 continue;
             }
-            let at = Header::entry_place(cluster);
             if entry == before {
                 return Err(self.image.corrupt(at, "an entry of the BAT is the same as the one before it"));
             }
@@ -107,9 +89,7 @@ impl Source for ParallelsSource {
         }
         let mut out = OrderedWriter::new(self.image.device);
         let mark = Mark::open(io, &mut self.image, &mut out)?;
-        self.bat.forget();
-        self.free_all(io, &mut out)?;
-        self.bat.forget();
+        self.bat.clear(io, &mut out, &self.image.bat())?;
         let (start, end) = (self.image.header.data_start(), self.empty_length());
         if self.image.file_length > end {
             let (device, tail) = (self.image.device, self.image.file_length - start);
