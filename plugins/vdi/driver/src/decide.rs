@@ -1,5 +1,6 @@
 //! What is done about a block that data or zeroes arrive for.
 
+use instar_guest_sdk::table::Arrival;
 use instar_vdi_format::Entry;
 
 /// What is done about a block.
@@ -14,15 +15,6 @@ pub enum Action {
     Allocate,
     /// Its entry says zeroes.
     MarkZero,
-}
-
-/// What arrives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arrival {
-    /// Zeroes, and no data.
-    pub zero: bool,
-    /// All of the block, as far as the disk goes.
-    pub whole: bool,
 }
 
 /// Decide. `below`: something may show through where the image has nothing.

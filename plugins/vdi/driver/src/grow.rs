@@ -11,11 +11,12 @@
 use crate::image::Image;
 use crate::map::{bytes_of, each_entry};
 use crate::relocate::{relocate, Relocation};
-use crate::write::{BlockParts, Writer};
+use crate::write::Writer;
 use alloc::format;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::table::ClusterParts;
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow};
 use instar_vdi_format::{Entry, ImageType, ENTRY_BYTES, SECTOR};
 
@@ -110,7 +111,8 @@ impl Growth {
             }
             // What is below shows up to the old end, and may go on behind it.
             Entry::Free if below.exists() && self.below_length > size => {
-                writer.write_block(io, &BlockParts { block, parts: Vec::new() }, below)
+                let parts = ClusterParts { cluster: block.into(), parts: Vec::new() };
+                writer.write_block(io, &parts, below)
             }
             Entry::Free | Entry::Zero => Ok(()),
         }

@@ -2,27 +2,10 @@
 
 use alloc::format;
 use alloc::string::String;
-use core::ops::Range;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageInfo};
-use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult, OrderedWriter};
+use instar_guest_sdk::table::Disk;
+use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult, OrderedWriter};
 use instar_vdi_format::{Header, Trouble, HEADER_BYTES};
-
-/// The disk, as extents are cut.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    /// Bytes of the disk.
-    pub size: u64,
-    /// Bytes of a block.
-    pub block: u64,
-}
-
-impl Shape {
-    /// The guest bytes of a block: fewer than a block's at the end of the disk, none behind it.
-    pub fn block_range(self, block: u32) -> Range<u64> {
-        let start = u64::from(block).saturating_mul(self.block);
-        start.min(self.size)..start.saturating_add(self.block).min(self.size)
-    }
-}
 
 /// An open image.
 #[derive(Debug)]
@@ -33,6 +16,14 @@ pub struct Image {
     pub file_length: u64,
     /// The code of what no image may say.
     corrupt: ErrorCode,
+}
+
+/// The number of a block, as the map counts them.
+///
+/// # Errors
+/// An arithmetic guard.
+pub fn block_number(cluster: u64) -> DriverResult<u32> {
+    u32::try_from(cluster).map_err(|_| overflow("a block"))
 }
 
 impl Image {
@@ -82,8 +73,8 @@ impl Image {
     }
 
     /// The disk and its blocks.
-    pub fn disk(&self) -> Shape {
-        Shape { size: self.header.virtual_size(), block: self.header.block_size }
+    pub fn disk(&self) -> Disk {
+        Disk { size: self.header.virtual_size(), cluster: self.header.block_size }
     }
 
     /// Whether any of a slot's data lies in the file. The last block may be cut short: the rest reads as zeroes.

@@ -2,13 +2,13 @@
 
 use crate::decide::{decide, Action};
 use crate::grow::Growth;
-use crate::image::{Image, Shape};
-use crate::map::Map;
+use crate::image::{block_number, Image};
 use crate::slots::Slots;
 use crate::survey::{verified, Survey};
-use crate::write::{BlockParts, Writer};
+use crate::write::Writer;
 use alloc::format;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary};
+use instar_guest_sdk::table::{Arriving, ClusterParts, Disk};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
 use instar_vdi_format::{Entry, Uuid};
 
@@ -49,7 +49,7 @@ impl VdiSink {
         }
         let fixed = device.flags & device_flags::FIXED_LENGTH != 0;
         let modify = image.header.modify.next(&[]);
-        let writer = Writer::new(image, Map::new(0), Slots::new(&Survey::default()), fixed);
+        let writer = Writer::new(image, fixed);
         let planned = Planned::default();
         let max_length = device.max_length;
         Ok(Self { writer, max_length, has_backing, planned, growth: None, modify, identified: false })
@@ -66,18 +66,15 @@ impl VdiSink {
         Ok(survey)
     }
 
-    fn plan_block(&mut self, io: &mut dyn BlockIo, disk: Shape, arriving: &BlockParts) -> DriverResult<()> {
+    fn plan_block(&mut self, io: &mut dyn BlockIo, disk: Disk, arriving: &ClusterParts) -> DriverResult<()> {
+        let block = block_number(arriving.cluster)?;
         let Self { writer, planned, has_backing, .. } = self;
         let Writer { image, map, .. } = writer;
         // Behind what the map has by now, everything is to read as zeroes, and nothing has a place.
-        let entry = if arriving.block < image.header.blocks {
-            map.get(io, image, arriving.block, image.header.blocks)?
-        } else {
-            Entry::Free
-        };
+        let entry =
+            if block < image.header.blocks { map.get(io, image, block, image.header.blocks)? } else { Entry::Free };
         let action = decide(entry, arriving.arrival(disk), *has_backing);
-        if action == Action::Allocate && planned.last != Some(arriving.block) {
-            planned.last = Some(arriving.block);
+        if action == Action::Allocate && planned.last.replace(block) != Some(block) {
             planned.slots += 1;
         }
         Ok(())
@@ -113,9 +110,12 @@ impl Sink for VdiSink {
     fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
         self.survey(io)?;
         // The disk as it will be.
-        let ImageInfo { virtual_size: size, cluster_size: block } = self.info();
-        let disk = Shape { size, block };
-        BlockParts::each(disk, extents, &mut |arriving| self.plan_block(io, disk, arriving))
+        let ImageInfo { virtual_size: size, cluster_size: cluster } = self.info();
+        let disk = Disk { size, cluster };
+        disk.each_cluster(1, extents, &mut |arriving| match arriving {
+            Arriving::Zeroes(_) => Ok(false),
+            Arriving::Cluster(parts) => self.plan_block(io, disk, parts).map(|()| true),
+        })
     }
 
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
@@ -131,7 +131,7 @@ impl Sink for VdiSink {
             Some(growth) => {
                 let more = growth.slots(survey.used).saturating_add(self.planned.slots);
                 let begin = growth.relocation.map_or(0, |relocation| u64::from(relocation.slots));
-                (slots.top().max(begin).saturating_add(more), more)
+                (slots.top_from(begin, more), more)
             }
         };
         if top > MOST_SLOTS {
@@ -165,7 +165,10 @@ impl Sink for VdiSink {
         }
         self.take_identity(io)?;
         let disk = self.writer.image.disk();
-        BlockParts::each(disk, extents, &mut |arriving| self.writer.write_block(io, arriving, below))?;
+        disk.each_cluster(1, extents, &mut |arriving| match arriving {
+            Arriving::Zeroes(_) => Ok(false),
+            Arriving::Cluster(parts) => self.writer.write_block(io, parts, below).map(|()| true),
+        })?;
         self.writer.step(io)
     }
 

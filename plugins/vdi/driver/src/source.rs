@@ -24,12 +24,13 @@ pub struct VdiSource {
 
 impl VdiSource {
     pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
-        Self { image, map: Map::new(device.cache_bytes), held: 0 }
+        let map = Map::new(&image, device.cache_bytes);
+        Self { image, map, held: 0 }
     }
 
     /// The extent of a block that the image holds.
     fn extent(&self, block: u32, entry: Entry) -> DriverResult<Option<Extent>> {
-        let range = self.image.disk().block_range(block);
+        let range = self.image.disk().range(block.into());
         let content = match entry {
             Entry::Free => return Ok(None),
             Entry::Zero => Content::Zero,
@@ -86,7 +87,7 @@ impl Source for VdiSource {
             }
             before = entry.slot();
             if self.extent(block, entry)?.is_some_and(|extent| !out.push(extent)) {
-                return Ok(self.image.disk().block_range(block).start);
+                return Ok(self.image.disk().range(block.into()).start);
             }
             block += 1;
         }
