@@ -4,13 +4,13 @@
 //! each time for another [window](Windows) of it: those that anything lies in, by the tables that hold anything.
 
 use crate::image::Image;
-use crate::tables::{Table, TableSet};
-use crate::used::{Used, Windows};
+use crate::tables::Table;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::table::{Used, Windows};
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_vmdk_format::{Grain, GrainMarker, Metadata, SECTOR};
 
@@ -33,29 +33,30 @@ impl Image {
     /// Corruption and I/O errors.
     pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<Verified> {
         self.verify_fixed()?;
-        let mut windows = Windows::over(io, self.file_length.div_ceil(SECTOR).min(REACH))?;
-        let mut holding = TableSet::of(self.directory.entries.len());
+        let mut windows = Windows::over(io, self.file_length.div_ceil(SECTOR).min(REACH), 1);
+        let mut holding = Used::of(0..self.directory.entries.len() as u64)?;
         let mut found = Verified::default();
-        for index in 0..windows.count() {
-            let mut used = Used::new(windows.range(index))?;
+        while let Some(window) = windows.next_window() {
+            let mut used = Used::of(window)?;
             self.each_metadata(&mut |(sectors, what)| {
                 found.end = found.end.max(sectors.end);
-                if used.mark(&sectors) {
+                windows.reach(&sectors);
+                if used.add_all(&sectors) {
                     return Ok(());
                 }
                 let text = format!("the {what} at sector {} overlaps other metadata", sectors.start);
                 Err(self.corrupt(sectors.start.saturating_mul(SECTOR), text))
             })?;
-            if index == 0 {
+            if windows.is_first() {
                 let end = &mut found.end;
                 found.grains = self.verify_grains(io, None, &mut used, &mut |table, sectors| match sectors {
                     Some(sectors) => {
                         *end = sectors.end.max(*end);
                         windows.reach(sectors);
                     }
-                    None => holding.add(table),
+                    None => drop(holding.add(table as u64)),
                 })?;
-            } else if windows.is_reached(index) {
+            } else {
                 self.verify_grains(io, Some(&holding), &mut used, &mut |_, _| {})?;
             }
         }
@@ -94,7 +95,7 @@ impl Image {
     fn verify_grains(
         &self,
         io: &mut dyn BlockIo,
-        only: Option<&TableSet>,
+        only: Option<&Used>,
         used: &mut Used,
         saw: &mut dyn FnMut(usize, Option<&Range<u64>>),
     ) -> DriverResult<u64> {
@@ -153,7 +154,7 @@ impl Image {
             let end = end.min(self.file_length);
             let sectors = offset / SECTOR..end.div_ceil(SECTOR);
             saw(&sectors);
-            if !used.mark(&sectors) {
+            if !used.add_all(&sectors) {
                 return Err(wrong("overlaps metadata or another grain"));
             }
             grains += 1;

@@ -20,7 +20,6 @@ mod sparse_sink;
 mod sparse_source;
 mod stream_sink;
 mod tables;
-mod used;
 mod work;
 
 pub use sink::VmdkSink;

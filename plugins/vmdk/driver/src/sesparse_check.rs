@@ -4,8 +4,8 @@
 use crate::failures::at;
 use crate::sesparse::{SeSparse, SeTable};
 use crate::tables::TableSet;
-use crate::used::{Used, Windows};
 use alloc::format;
+use instar_guest_sdk::table::{Used, Windows};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult};
 use instar_vmdk_format::{SeGrain, SECTOR, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES};
 
@@ -16,13 +16,13 @@ impl SeSparse {
     /// Corruption and I/O errors.
     pub fn verify(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         let room = self.file_length.saturating_sub(self.header.grains.offset.saturating_mul(SECTOR));
-        let mut windows = Windows::over(io, room.div_ceil(SESPARSE_GRAIN_BYTES))?;
+        let mut windows = Windows::over(io, room.div_ceil(SESPARSE_GRAIN_BYTES), 1);
         let all = usize::try_from(self.header.directory_entries()).map_err(|_| overflow("the directory"))?;
         let (mut holding, mut numbers) = (TableSet::of(all), TableSet::of(0));
         let mut held = 0;
-        for index in 0..windows.count().max(1) {
-            let mut used = Used::new(windows.range(index))?;
-            if index == 0 {
+        while let Some(window) = windows.next_window() {
+            let mut used = Used::of(window)?;
+            if windows.is_first() {
                 held = self.verify_tables(io, None, &mut used, &mut |table, number| match number {
                     Some(number) => {
                         windows.reach(&(number..number + 1));
@@ -33,7 +33,7 @@ impl SeSparse {
                         numbers.insert(usize::try_from(table.number).unwrap_or(usize::MAX))
                     }
                 })?;
-            } else if windows.is_reached(index) {
+            } else {
                 self.verify_tables(io, Some(&holding), &mut used, &mut |_, _| true)?;
             }
         }
@@ -89,7 +89,7 @@ impl SeSparse {
             };
             let offset = self.grain_offset(guest, number)?;
             saw(table, Some(number));
-            if !used.mark(&(number..number + 1)) {
+            if !used.add(number) {
                 let text = format!("the grain of guest offset {guest}, number {number}, is used twice");
                 return Err(self.corrupt(offset, text));
             }
