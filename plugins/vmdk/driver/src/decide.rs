@@ -1,5 +1,6 @@
 //! What is done about a grain that data or zeroes arrive for.
 
+use instar_guest_sdk::table::Arrival;
 use instar_vmdk_format::Grain;
 
 /// What is done about a grain.
@@ -13,15 +14,6 @@ pub enum Action {
     Allocate,
     /// Its entry says zeroes; the grain that it had is given back.
     MarkZero(Option<u64>),
-}
-
-/// What arrives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arrival {
-    /// Zeroes, not data.
-    pub zero: bool,
-    /// All of the grain, as far as the disk goes.
-    pub whole: bool,
 }
 
 /// Decide. `zeroed_grains`: entries may say zeroes; `below`: something may show through where the image has nothing.

@@ -22,15 +22,12 @@ use crate::work::{grains, Group, Groups, Part};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{FileDevice, PlanSummary, Request};
-use instar_guest_sdk::{overflow, Batch, BlockIo, DriverResult, Extent, OrderedWriter, ReadBelow};
+use instar_guest_sdk::table::{ClusterData, ClusterPlace};
+use instar_guest_sdk::{overflow, BlockIo, DriverResult, Extent, OrderedWriter, ReadBelow};
 use instar_vmdk_format::{table_marker, Compressor, CowdHeader, Grain, SECTOR};
 
-/// Requests that are collected before they are submitted.
+/// Grains whose space is given back in one batch.
 const BATCH: usize = 4096;
-/// Bytes from below that are collected before they are written.
-const FILL_BYTES: usize = 4 << 20;
-/// Bytes that are read from below at once.
-const FILL_CHUNK: u64 = 1 << 20;
 /// The first and the last entry that a directory gets, if it gets any.
 type Named = Option<(usize, usize)>;
 
@@ -69,34 +66,12 @@ impl Space {
     }
 }
 
-/// Requests that were not submitted yet, and the bytes that they write.
+/// What is on its way into the file.
 #[derive(Default)]
 pub struct Pending {
-    requests: Batch,
-    buffers: Vec<Vec<u8>>,
-    bytes: usize,
+    pub data: ClusterData,
     /// Places of grains that are not needed any more once the entries are written.
     freed: Vec<u64>,
-}
-
-impl Pending {
-    /// Write `bytes` at byte `offset` of the device.
-    pub fn write(&mut self, device: u32, offset: u64, bytes: Vec<u8>) {
-        self.requests.push(Request::write(device, offset, bytes.as_ptr() as u64, bytes.len() as u64));
-        self.bytes += bytes.len();
-        self.buffers.push(bytes);
-    }
-
-    fn is_full(&self) -> bool {
-        self.requests.len() >= BATCH || self.bytes >= FILL_BYTES
-    }
-
-    fn submit(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter) -> DriverResult<()> {
-        self.requests.submit_to(io, out)?;
-        self.buffers.clear();
-        self.bytes = 0;
-        Ok(())
-    }
 }
 
 impl SparseSink {
@@ -112,9 +87,6 @@ impl SparseSink {
         for piece in &group.pieces {
             for part in grains(&self.image, piece)? {
                 self.write_part(io, (&mut tables, piece.slot), &part, below, &mut pending)?;
-                if pending.is_full() {
-                    pending.submit(io, &mut self.out)?;
-                }
             }
         }
         self.publish(io, &tables, pending)
@@ -123,7 +95,7 @@ impl SparseSink {
     /// Write what is pending, and then, in order, what refers to it.
     pub(crate) fn publish(&mut self, io: &mut dyn BlockIo, tables: &[Table], mut pending: Pending) -> DriverResult<()> {
         let named = self.place_tables(tables, &mut pending)?;
-        pending.submit(io, &mut self.out)?;
+        pending.data.submit(io, &mut self.out)?;
         // Whether or not the group has changed anything.
         self.out.written();
         self.lengthen(io)?;
@@ -175,67 +147,38 @@ impl SparseSink {
         }
         let table = tables.get_mut(slot).ok_or_else(|| overflow("a table"))?;
         let entry = table.entries.get_mut(part.entry).ok_or_else(|| overflow("an entry"))?;
-        let (device, layout) = (self.image.device, self.image.layout);
+        let layout = self.image.layout;
         let grain = layout.grain_of(*entry);
         let shows = below.exists() && part.grain < below.length();
-        let start = part.extent.guest_offset - part.grain;
-        match decide(grain, part.arrival, layout.zeroed_grains, shows) {
-            Action::Nothing => {}
+        let (offset, is_new) = match decide(grain, part.arrival, layout.zeroed_grains, shows) {
+            Action::Nothing => return Ok(()),
             // The plan has seen that, too: nothing may be lost if something else has changed the file since.
-            Action::InPlace(offset) if layout.compressed => self.planner.holds(io, &self.image, offset, part)?,
-            Action::InPlace(offset) => pending.requests.push(part.extent.request(device, offset + start)?),
+            Action::InPlace(offset) if layout.compressed => return self.planner.holds(io, &self.image, offset, part),
+            Action::InPlace(offset) => (offset, false),
             Action::MarkZero(old) => {
                 *entry = 1;
                 table.dirty = true;
                 // How much room a compressed grain has is not known here.
                 pending.freed.extend(old.filter(|_| !layout.compressed));
+                return Ok(());
             }
             Action::Allocate if layout.compressed => {
                 let below = Some(below).filter(|_| shows && grain == Grain::Absent);
-                self.gather(io, tables, part, below, pending)?;
+                return self.gather(io, tables, part, below, pending);
             }
             Action::Allocate => {
                 *entry = self.space.take(layout.grain_bytes())?;
                 table.dirty = true;
-                let offset = u64::from(*entry) * SECTOR;
-                if shows && grain == Grain::Absent {
-                    let (from, to) = (part.extent.guest_offset, part.extent.end());
-                    for (from, to) in [(part.grain, from), (to, part.grain + part.length)] {
-                        self.fill(io, (from, to), offset + (from - part.grain), below, pending)?;
-                    }
-                }
-                // Behind the end of the file everything is zero already.
-                if !part.arrival.zero {
-                    pending.requests.push(part.extent.request(device, offset + start)?);
-                }
+                (u64::from(*entry) * SECTOR, true)
             }
+        };
+        // A new grain lies behind the end of the file, where everything is zero already.
+        let place = ClusterPlace { guest: part.grain..part.grain + part.length, offset, is_new };
+        let parts = core::slice::from_ref(&part.extent);
+        if is_new && shows && grain == Grain::Absent {
+            pending.data.fill_around(io, &mut self.out, &place, parts, below)?;
         }
-        Ok(())
-    }
-
-    /// Write what shows from below at guest bytes `from..to` to byte `offset` of the file, which reads as zeroes.
-    fn fill(
-        &mut self,
-        io: &mut dyn BlockIo,
-        (from, to): (u64, u64),
-        offset: u64,
-        below: &mut dyn ReadBelow,
-        pending: &mut Pending,
-    ) -> DriverResult<()> {
-        let mut at = from;
-        while at < to {
-            let length = FILL_CHUNK.min(to - at);
-            let mut buffer = vec![0; usize::try_from(length).map_err(|_| overflow("a grain"))?];
-            below.read(io, at, &mut buffer)?;
-            if buffer.iter().any(|&b| b != 0) {
-                pending.write(self.image.device, offset + (at - from), buffer);
-            }
-            if pending.is_full() {
-                pending.submit(io, &mut self.out)?;
-            }
-            at += length;
-        }
-        Ok(())
+        pending.data.write_parts(io, &mut self.out, &place, parts)
     }
 
     /// Find places for tables that changed and that are not there, in both copies. Returns the first and the last entry that
@@ -251,7 +194,7 @@ impl SparseSink {
                 }
                 if layout.table_marker_bytes() > 0 {
                     let marker = self.space.take(layout.table_marker_bytes())?;
-                    pending.write(device, u64::from(marker) * SECTOR, table_marker().to_vec());
+                    pending.data.push_bytes(device, u64::from(marker) * SECTOR, table_marker().to_vec());
                 }
                 *sector = self.space.take(layout.table_bytes())?;
                 *named = Some((named.map_or(table.index, |(first, _)| first), table.index));

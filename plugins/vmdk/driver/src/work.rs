@@ -1,9 +1,9 @@
 //! Extents cut at the borders of grain tables and of grains, and gathered so that the tables fit into memory.
 
-use crate::decide::Arrival;
 use crate::image::Image;
 use crate::tables::tables_at_once;
 use alloc::vec::Vec;
+use instar_guest_sdk::table::Arrival;
 use instar_guest_sdk::{overflow, DriverResult, Extent};
 use instar_vmdk_format::Place;
 
