@@ -2,7 +2,8 @@
 //!
 //! Everything in this crate is `repr(C)` plain data: the host writes it into guest memory (or reads it
 //! from there) byte for byte. Nothing here has behaviour beyond constructors and accessors, and nothing
-//! here trusts its content: the reader of a structure checks it.
+//! here trusts its content: the reader of a structure checks it. What both halves of a plugin have to
+//! compute alike stands here, too: the [UUID that follows](next_uuid) from another one.
 //!
 //! The guest is identity mapped: a guest virtual address is a guest physical address.
 #![no_std]
@@ -15,6 +16,7 @@ mod list;
 mod module;
 mod phase;
 mod ring;
+mod uuid;
 
 pub use call_table::CallTable;
 pub use config::device_flags;
@@ -33,3 +35,4 @@ pub use module::{
 };
 pub use phase::{Part, Phase, Situation, IDENTITY_RANGE};
 pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};
+pub use uuid::{derived_uuid, next_uuid, uuid_of_bits};
