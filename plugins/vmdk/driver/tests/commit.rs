@@ -1,67 +1,53 @@
 //! The commit over in-memory vmdk images: content, consistency, both copies of the tables, and every crash point.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_commit::{CommitFailure, Options, Outcome};
+use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
+use instar_testkit::pair::expected;
+use instar_testkit::trial::{Done, Trial};
+use instar_testkit::FormatKit;
 use instar_vmdk_format::next_content_id;
-use instar_vmdk_testkit::crashes;
 use instar_vmdk_testkit::pair::{assert_goes_with_none_but, files, views, Files, OVERLAY};
-use instar_vmdk_testkit::{build, fill, le32, put32, Spec, State, View, GRAIN};
-use std::collections::BTreeSet;
+use instar_vmdk_testkit::{build, fill, le32, put32, Kit, Spec, State, View, GRAIN};
 
-/// As the product does it, with room to grow.
-fn run(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
-    instar_vmdk_testkit::pair::run(io, options, u64::MAX)
-}
+struct Vmdk;
 
-fn expected(files: &Files) -> (Vec<u8>, Vec<u8>) {
-    let (mut backing, overlay) = views(files);
-    backing[..overlay.len()].copy_from_slice(&overlay);
-    (backing, overlay)
-}
-
-fn assert_finished(files: &Files, (backing, overlay): &(Vec<u8>, Vec<u8>)) {
-    let now = views(files);
-    assert!(now.0 == *backing, "the backing reads wrong");
-    assert!(now.1 == *overlay, "the overlay reads wrong");
-    let (top, base) = (View::new(&files[&OVERLAY]), View::new(&files[&DEVICE_OUTPUT]));
-    for view in [&top, &base] {
-        view.assert_consistent();
-        assert!(view.entries.iter().all(|copy| *copy == view.entries[0]), "the copies of the tables differ");
+impl Trial for Vmdk {
+    fn kit(&self) -> &dyn FormatKit {
+        &Kit
     }
-    assert_eq!(top.held(), 0);
-    assert_eq!((top.parent(), top.announced()), (base.cid(), false));
-}
 
-fn commit_and_verify(files: &Files) -> MemoryDevices {
-    let want = expected(files);
-    let held = View::new(&files[&OVERLAY]).held() as u64;
-    let mut io = MemoryDevices::new(files.clone());
-    let outcome = run(&mut io, Options::default()).unwrap();
-    assert_eq!((outcome.clusters_committed, outcome.overlay_clusters_cleared), (held, held));
-    assert_finished(&io.files, &want);
-    assert_eq!(io.unflushed(), BTreeSet::new());
-    assert!(io.files[&OVERLAY].len() <= files[&OVERLAY].len(), "the overlay grew");
-    assert_eq!(View::new(&io.files[&DEVICE_OUTPUT]).cid() != View::new(&files[&DEVICE_OUTPUT]).cid(), held > 0);
-    io
-}
+    fn options(&self) -> Options {
+        Options::default()
+    }
 
-fn verify_crashes(before: &Files) {
-    let want = expected(before);
-    let log = commit_and_verify(before).log;
-    let states = crashes().each(before, &log, &mut |files| {
-        assert!(views(&files).1 == want.1, "the overlay changed its content");
+    fn held(&self, overlay: &[u8]) -> u64 {
+        View::new(overlay).held() as u64
+    }
+
+    fn assert_finished(&self, files: &Files) {
         let (top, base) = (View::new(&files[&OVERLAY]), View::new(&files[&DEVICE_OUTPUT]));
-        top.assert_consistent();
-        base.assert_consistent();
-        assert_goes_with_none_but(&files, before, &want.1);
-        let mut io = MemoryDevices::new(files);
-        run(&mut io, Options::default()).unwrap();
-        assert_finished(&io.files, &want);
-    });
-    assert!(states > 1);
-    println!("crash states: {states}");
+        for view in [&top, &base] {
+            view.assert_consistent();
+            assert!(view.entries.iter().all(|copy| *copy == view.entries[0]), "the copies of the tables differ");
+        }
+        assert_eq!(top.held(), 0);
+        assert_eq!((top.parent(), top.announced()), (base.cid(), false));
+    }
+
+    fn assert_done(&self, Done { before, after }: Done<'_>) {
+        assert!(after[&OVERLAY].len() <= before[&OVERLAY].len(), "the overlay grew");
+        let [was, is] = [before, after].map(|files| View::new(&files[&DEVICE_OUTPUT]).cid());
+        assert_eq!(is != was, View::new(&before[&OVERLAY]).held() > 0);
+    }
+
+    fn assert_instant(&self, Done { before, .. }: Done<'_>, now: &Files) {
+        for number in [OVERLAY, DEVICE_OUTPUT] {
+            View::new(&now[&number]).assert_consistent();
+        }
+        assert_goes_with_none_but(now, before, &views(before).1);
+    }
 }
 
 fn data(grains: impl IntoIterator<Item = usize>, seed: u8) -> Vec<(usize, State)> {
@@ -84,8 +70,8 @@ fn data_over_everything() {
         for lazy_tables in [false, true] {
             let top = Spec { redundant, ..top.clone() };
             let base = Spec { redundant, lazy_tables, ..base.clone() };
-            verify_crashes(&files(&top, &base, None));
-            commit_and_verify(&files(&Spec { lazy_tables, ..top }, &base, None));
+            Vmdk.verify_crashes(&files(&top, &base, None));
+            Vmdk.commit_and_verify(&files(&Spec { lazy_tables, ..top }, &base, None));
         }
     }
 }
@@ -102,12 +88,12 @@ fn zeroed_grains_on_either_side() {
     let root = Spec::new(SIZE, 4, u32::MAX).with(data([0, 1, 2, 3, 1199], 0x11));
     for (zeroed, lazy_tables) in [(false, true), (true, false), (true, true)] {
         let base = Spec { zeroed, lazy_tables, parent: 4, ..base.clone() };
-        verify_crashes(&files(&top, &base, Some(&root)));
-        verify_crashes(&files(&top, &base, None));
+        Vmdk.verify_crashes(&files(&top, &base, Some(&root)));
+        Vmdk.verify_crashes(&files(&top, &base, None));
     }
     for zeroed in [false, true] {
         let base = Spec { zeroed, parent: 4, ..base.clone() }.with([(0, State::Zero), (2, State::Zero)]);
-        verify_crashes(&files(&top, &base, Some(&root)));
+        Vmdk.verify_crashes(&files(&top, &base, Some(&root)));
     }
 }
 
@@ -116,7 +102,7 @@ fn compressed_grains_also_with_a_directory_at_the_end() {
     let (top, base) = pair();
     for footer in [false, true] {
         let top = Spec { compressed: true, redundant: !footer, footer, ..top.clone() };
-        verify_crashes(&files(&top, &base, None));
+        Vmdk.verify_crashes(&files(&top, &base, None));
     }
 }
 
@@ -125,8 +111,8 @@ fn a_smaller_overlay_leaves_the_rest() {
     let top = Spec::new(10 * GRAIN + 512, 7, 5).with(data([3, 10], 0x40));
     let base = Spec::new(SIZE, 5, 4).with(data([11], 0x80));
     let root = Spec::new(11 * GRAIN, 4, u32::MAX).with(data([10], 0x11));
-    verify_crashes(&files(&top, &base, Some(&root)));
-    commit_and_verify(&files(&top, &base.with(data([10], 0x81)), None));
+    Vmdk.verify_crashes(&files(&top, &base, Some(&root)));
+    Vmdk.commit_and_verify(&files(&top, &base.with(data([10], 0x81)), None));
 }
 
 #[test]
@@ -135,14 +121,17 @@ fn content_ids_of_any_length() {
         let (top, base) = pair();
         let before = files(&Spec { parent: cid, ..top }, &Spec { cid, ..base }, None);
         let child = Some(View::new(&before[&OVERLAY]).cid());
-        assert_eq!(View::new(&commit_and_verify(&before).files[&DEVICE_OUTPUT]).cid(), next_content_id(cid, child));
+        assert_eq!(
+            View::new(&Vmdk.commit_and_verify(&before).files[&DEVICE_OUTPUT]).cid(),
+            next_content_id(cid, child)
+        );
     }
 }
 
 #[test]
 fn an_empty_overlay_changes_nothing() {
     let before = files(&Spec::new(SIZE, 7, 5), &pair().1, None);
-    assert_eq!(commit_and_verify(&before).files, before);
+    assert_eq!(Vmdk.commit_and_verify(&before).files, before);
 }
 
 #[test]
@@ -157,58 +146,54 @@ fn what_an_interrupted_run_left_is_taken_back() {
         overlay[at..at + 2048].fill(0);
     }
     let length = overlay.len();
-    let want = expected(&before);
-    let mut io = MemoryDevices::new(before);
-    run(&mut io, Options::default()).unwrap();
-    assert_finished(&io.files, &want);
+    let want = expected(&Kit, &before);
+    let io = Vmdk.committed(before, Options::default());
+    Vmdk.verify_finished(&io.files, &want);
     assert!(io.files[&OVERLAY].len() + 6 * GRAIN <= length);
 }
 
 #[test]
 fn damage_is_found_before_anything_changes() {
     let (top, base) = pair();
-    let good = files(&top, &base, None);
-    let table = |bytes: &[u8]| le32(bytes, instar_vmdk_testkit::le64(bytes, 56) as usize * 512) * 512;
-    type Damage = (&'static str, fn(&mut Vec<u8>, usize));
-    let damages: [Damage; 7] = [
-        ("past the end", |bytes, table| put32(bytes, table + 4, 1 << 30)),
-        ("the header", |bytes, table| put32(bytes, table + 4, 1)),
-        ("the table itself", |bytes, table| put32(bytes, table + 4, table / 512)),
-        ("another grain", |bytes, table| {
-            let first = le32(bytes, table + 4);
-            put32(bytes, table + 8, first + 1);
-        }),
-        ("a table past the end", |bytes, _| {
-            let directory = instar_vmdk_testkit::le64(bytes, 56) as usize * 512;
-            put32(bytes, directory, 1 << 30);
-        }),
-        ("a table twice", |bytes, table| {
-            let directory = instar_vmdk_testkit::le64(bytes, 56) as usize * 512;
-            put32(bytes, directory + 4, table / 512);
-        }),
-        ("a directory past the end", |bytes, _| put32(bytes, 56, 1 << 30)),
-    ];
-    for number in [OVERLAY, DEVICE_OUTPUT] {
-        for (name, damage) in &damages {
-            let mut damaged = good.clone();
-            let bytes = damaged.get_mut(&number).unwrap();
-            let at = table(bytes);
-            damage(bytes, at);
-            let mut io = MemoryDevices::new(damaged.clone());
-            let failure = run(&mut io, Options::default()).unwrap_err();
-            let code = if number == OVERLAY { ErrorCode::OverlayCorrupt } else { ErrorCode::BackingCorrupt };
-            assert_eq!(failure.error.code, code, "{name}: {}", failure.error);
-            assert_eq!(io.files, damaged, "{name}");
-        }
+    fn directory(bytes: &[u8]) -> usize {
+        instar_vmdk_testkit::le64(bytes, 56) as usize * 512
     }
+    fn table(bytes: &[u8]) -> usize {
+        le32(bytes, directory(bytes)) * 512
+    }
+    /// Replace the entry at this byte of the first table by one that follows from the table's sector.
+    fn put(bytes: &mut [u8], at: usize, entry: fn(usize) -> usize) {
+        let table = table(bytes);
+        put32(bytes, table + at, entry(table / 512));
+    }
+    Vmdk.verify_damages(
+        &files(&top, &base, None),
+        &[
+            ("past the end of the file", &|bytes| put(bytes, 4, |_| 1 << 30)),
+            // The header, the table itself, and another grain.
+            ("overlaps metadata or another grain", &|bytes| put(bytes, 4, |_| 1)),
+            ("overlaps metadata or another grain", &|bytes| put(bytes, 4, |table| table)),
+            ("overlaps metadata or another grain", &|bytes| {
+                let (table, first) = (table(bytes), le32(bytes, table(bytes) + 4));
+                put32(bytes, table + 8, first + 1);
+            }),
+            ("past the end of the file", &|bytes| {
+                let directory = directory(bytes);
+                put32(bytes, directory, 1 << 30);
+            }),
+            ("overlaps other metadata", &|bytes| {
+                let (directory, table) = (directory(bytes), table(bytes));
+                put32(bytes, directory + 4, table / 512);
+            }),
+            ("past the end of the file", &|bytes| put32(bytes, 56, 1 << 30)),
+        ],
+    );
     // So is a stream that does not decode, of an image with no more grains than are decoded first.
     let mut damaged = files(&Spec { compressed: true, ..top }, &base, None);
     let bytes = damaged.get_mut(&OVERLAY).unwrap();
     let at = le32(bytes, table(bytes) + 8) * 512;
     bytes[at + 20] ^= 0xff;
-    let mut io = MemoryDevices::new(damaged.clone());
-    assert_eq!(run(&mut io, Options::default()).unwrap_err().error.code, ErrorCode::OverlayCorrupt);
-    assert!(io.files == damaged, "something was changed");
+    Vmdk.verify_refused(&damaged, Options::default(), ErrorCode::OverlayCorrupt, "");
 }
 
 /// Of an image with more grains than are decoded first, one that does not decode is found while writing: the overlay is as
@@ -226,7 +211,7 @@ fn a_stream_of_a_large_image_that_does_not_decode_is_found_later() {
     bytes[at + 20] ^= 0xff;
     let overlay = bytes.clone();
     let mut io = MemoryDevices::new(damaged);
-    assert_eq!(run(&mut io, Options::default()).unwrap_err().error.code, ErrorCode::OverlayCorrupt);
+    assert_eq!(Vmdk.run(&mut io, Options::default()).unwrap_err().error.code, ErrorCode::OverlayCorrupt);
     assert_eq!(View::new(&io.files[&OVERLAY]).entries, View::new(&overlay).entries);
     assert!(View::new(&io.files[&DEVICE_OUTPUT]).content(&[]) == want, "the backing reads something else");
 }
@@ -245,9 +230,9 @@ fn a_last_grain_that_goes_on_behind_the_end_is_not_written_over() {
         base.resize((sector * 512 + GRAIN - cut).max(sector * 512 + 1), 0x99);
         let before = files.clone();
         let mut io = MemoryDevices::new(files);
-        match run(&mut io, Options::default()) {
+        match Vmdk.run(&mut io, Options::default()) {
             Ok(_) => {
-                let (wanted, now) = (expected(&before), views(&io.files));
+                let (wanted, now) = (expected(&Kit, &before), views(&io.files));
                 assert!(allowed && now.0 == wanted.0 && now.1 == wanted.1, "{shift} {cut}: something reads wrong");
             }
             Err(failure) => {
@@ -272,43 +257,23 @@ fn too_little_memory_is_found_before_anything_changes() {
         }
         let mut io = MemoryDevices::new(before.clone());
         io.heap = Some(heap);
-        let failure = run(&mut io, Options::default()).unwrap_err();
-        assert_eq!(failure.error.code, ErrorCode::ScratchTooSmall, "{}", failure.error);
-        assert_eq!(io.files, before);
+        let result = Vmdk.run(&mut io, Options::default());
+        Vmdk.verify_refusal(result, &io, &before, ErrorCode::ScratchTooSmall, "");
     }
 }
 
 #[test]
 fn io_errors_leave_a_pair_that_can_be_committed() {
     let (top, base) = pair();
-    let before = files(&top, &Spec { lazy_tables: true, ..base }, None);
-    let want = expected(&before);
-    let total = commit_and_verify(&before).executed();
-    for fail_at in 0..total {
-        let mut io = MemoryDevices::new(before.clone());
-        io.fail_at = Some(fail_at);
-        let failure = run(&mut io, Options::default()).unwrap_err();
-        assert_eq!(failure.error.errno, 5);
-        assert!(views(&io.files).1 == want.1, "request {fail_at}");
-        let mut again = MemoryDevices::new(io.files);
-        run(&mut again, Options::default()).unwrap();
-        assert_finished(&again.files, &want);
-    }
+    Vmdk.verify_failing_requests(&files(&top, &Spec { lazy_tables: true, ..base }, None));
 }
 
 #[test]
 fn dry_runs_and_kept_overlays() {
     let (top, base) = pair();
-    let before = files(&top, &base, None);
-    let mut io = MemoryDevices::new(before.clone());
-    run(&mut io, Options { dry_run: true, ..Options::default() }).unwrap();
-    assert_eq!(io.files, before);
-    let want = expected(&before);
-    let mut io = MemoryDevices::new(before);
-    run(&mut io, Options { keep_overlay: true, ..Options::default() }).unwrap();
-    assert!(views(&io.files) == want);
-    assert_eq!(View::new(&io.files[&OVERLAY]).held(), 6);
-    assert_eq!(View::new(&io.files[&OVERLAY]).parent(), View::new(&io.files[&DEVICE_OUTPUT]).cid());
+    let kept = Vmdk.verify_dry_and_kept(&files(&top, &base, None));
+    let top = View::new(&kept[&OVERLAY]);
+    assert_eq!((top.held(), top.parent()), (6, View::new(&kept[&DEVICE_OUTPUT]).cid()));
 }
 
 #[test]
@@ -324,9 +289,8 @@ fn an_overlay_that_records_no_parent_goes_on_recording_none() {
     let size = 40 * GRAIN;
     let top = Spec::new(size, 7, u32::MAX).with([(3, State::Data(0x21))]);
     let before = files(&top, &Spec::new(size, 5, u32::MAX).with([(4, State::Data(0x43))]), None);
-    let want = expected(&before);
-    let mut io = MemoryDevices::new(before);
-    run(&mut io, Options::default()).unwrap();
+    let want = expected(&Kit, &before);
+    let io = Vmdk.committed(before, Options::default());
     assert!(views(&io.files) == want);
     assert_eq!(View::new(&io.files[&OVERLAY]).parent(), u32::MAX);
 }

@@ -10,6 +10,7 @@ mod layout;
 mod padded;
 pub mod pair;
 mod salvage;
+pub mod trial;
 
 pub use chain::Place;
 pub use layout::{ByteOrder, Field, Layout};

@@ -2,7 +2,7 @@
 //! what they read as.
 
 use crate::{FormatKit, ANCESTOR, MIDDLE, OVERLAY};
-use instar_guest_abi::{DeviceConfig, Part, DEVICE_OUTPUT};
+use instar_guest_abi::{device_flags, DeviceConfig, Part, DEVICE_OUTPUT};
 use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome, Step};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, Source};
@@ -22,9 +22,31 @@ pub fn run(
     options: Options,
     max_length: u64,
 ) -> Result<Outcome, CommitFailure> {
-    let at = |error| CommitFailure { step: Step::Check, error };
     let config = |(&number, bytes): (&u32, &Vec<u8>)| (number, device(kit, number, bytes, max_length));
-    let configs: BTreeMap<u32, _> = io.files.iter().map(config).collect();
+    let configs = io.files.iter().map(config).collect();
+    run_on(kit, io, options, &configs)
+}
+
+/// [`run`], with overlay and backing on devices that keep their length.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_fixed(kit: &dyn FormatKit, io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
+    let config = |(&number, bytes): (&u32, &Vec<u8>)| {
+        let flags = if [OVERLAY, DEVICE_OUTPUT].contains(&number) { device_flags::FIXED_LENGTH } else { 0 };
+        (number, DeviceConfig { flags, ..device(kit, number, bytes, bytes.len() as u64) })
+    };
+    let configs = io.files.iter().map(config).collect();
+    run_on(kit, io, options, &configs)
+}
+
+fn run_on(
+    kit: &dyn FormatKit,
+    io: &mut MemoryDevices,
+    options: Options,
+    configs: &BTreeMap<u32, DeviceConfig>,
+) -> Result<Outcome, CommitFailure> {
+    let at = |error| CommitFailure { step: Step::Check, error };
     match configs.get(&MIDDLE) {
         None => io.hold_commit(&configs[&OVERLAY], options.keep_overlay, &configs[&DEVICE_OUTPUT]),
         // Only the lowest of the merged layers records its parent.
@@ -65,6 +87,16 @@ pub fn views(kit: &dyn FormatKit, files: &Files) -> (Vec<u8>, Vec<u8>) {
     let backing = kit.content(&files[&DEVICE_OUTPUT], below.as_deref());
     let middle = files.get(&MIDDLE).map_or_else(|| backing.clone(), |bytes| kit.content(bytes, Some(&backing)));
     (backing, kit.content(&files[&OVERLAY], Some(&middle)))
+}
+
+/// What [`views`] are after a commit, which may let the backing grow.
+pub fn expected(kit: &dyn FormatKit, files: &Files) -> (Vec<u8>, Vec<u8>) {
+    let (mut backing, overlay) = views(kit, files);
+    if backing.len() < overlay.len() {
+        backing.resize(overlay.len(), 0);
+    }
+    backing[..overlay.len()].copy_from_slice(&overlay);
+    (backing, overlay)
 }
 
 /// The image whose parent is the backing.
