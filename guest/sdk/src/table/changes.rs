@@ -85,7 +85,8 @@ impl Changes {
         for (start, sector) in core::mem::take(&mut self.sectors) {
             let (from, to) = sector.changed;
             let at = start.saturating_add(from as u64);
-            let goes_on = |(last, before): &(u64, Sector)| last + SECTOR == start && before.table_end >= at;
+            let goes_on =
+                |(last, before): &(u64, Sector)| last.saturating_add(SECTOR) == start && before.table_end >= at;
             match (before.take().filter(goes_on), runs.last_mut()) {
                 (Some((_, before)), Some((_, run))) => {
                     run.extend(before.bytes.get(before.changed.1..).unwrap_or_default());

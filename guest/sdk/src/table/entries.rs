@@ -18,7 +18,7 @@ use instar_guest_abi::Request;
 const BATCH: usize = 4096;
 
 /// What is done with an entry: its index and its number.
-pub(super) type EachEntry<'a, N> = &'a mut dyn FnMut(&mut dyn BlockIo, u64, N) -> DriverResult<()>;
+pub type EachEntry<'a, N> = &'a mut dyn FnMut(&mut dyn BlockIo, u64, N) -> DriverResult<()>;
 
 /// Entries of a table, or of several of one kind, on a device.
 ///
@@ -67,11 +67,11 @@ impl<K: EntryKind> Table<K> {
     /// I/O errors; [`ErrorCode::InternalOverflow`](instar_guest_abi::ErrorCode::InternalOverflow) for a place that is no
     /// multiple of the width of an entry.
     pub fn get(&mut self, io: &mut dyn BlockIo, at: u64, end: u64) -> DriverResult<K::Number> {
-        if let Some(number) = self.changed(at) {
-            return Ok(number);
-        }
         if !at.is_multiple_of(K::BYTES) {
             return Err(overflow("the place of an entry"));
+        }
+        if let Some(number) = self.changed(at) {
+            return Ok(number);
         }
         self.window.hold(io, at, end)?;
         Ok(K::decode(self.window.bytes(at, K::BYTES)))
@@ -89,9 +89,8 @@ impl<K: EntryKind> Table<K> {
     /// # Errors
     /// As [`Table::get`].
     pub fn set(&mut self, io: &mut dyn BlockIo, at: u64, end: u64, number: K::Number) -> DriverResult<()> {
-        if self.changed(at).is_none() {
-            self.get(io, at, end)?;
-        }
+        // The window holds the sector then, unless the changes do.
+        self.get(io, at, end)?;
         self.changes.set((at, end), K::encode(number).as_ref(), || self.window.sector(at))
     }
 

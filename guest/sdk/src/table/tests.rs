@@ -154,6 +154,9 @@ fn entries_that_cannot_be_are_errors() {
     io.fail_at = Some(io.executed());
     assert_eq!(table.get(&mut io, 512, 600).unwrap_err().errno, 5);
     assert_eq!(table.get(&mut io, 512, 600).unwrap(), 129, "what was not read is not held");
+    // Neither are they where their sector is held.
+    table.set(&mut io, 508, 600, 1).unwrap();
+    assert_eq!(table.set(&mut io, 506, 600, 1).unwrap_err().code, ErrorCode::InternalOverflow);
 }
 
 /// A cluster that an entry names holds its data, whatever a power loss leaves: the flush in front of the entries.
