@@ -11,6 +11,7 @@
 //! | [`ClusterData`], [`ClusterPlace`] | collects the data of clusters, and fills up new ones from below |
 //! | [`Slots`] | gives out the lowest place in the file that no entry names |
 //! | [`Used`], [`Windows`] | mark what of a file is used, within a bounded memory, to find two entries that name one place |
+//! | [`tell_findings`] | tells what such a pass has found, as far as anybody reads it |
 //!
 //! A sink is made of them like this:
 //!
@@ -47,6 +48,7 @@
 mod changes;
 mod data;
 mod entries;
+mod findings;
 mod kind;
 mod parts;
 mod slots;
@@ -56,7 +58,8 @@ mod used;
 mod window;
 
 pub use data::{ClusterData, ClusterPlace};
-pub use entries::Table;
+pub use entries::{EachEntry, Table};
+pub use findings::{tell_findings, Wrong};
 pub use kind::{Big32, Big64, EntryKind, Little32, Little64};
 pub use parts::{Arrival, Arriving, ClusterParts, Disk, EachCluster};
 pub use slots::Slots;

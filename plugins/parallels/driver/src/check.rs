@@ -6,12 +6,11 @@ use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
-use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind};
-use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::abi::{CheckSummary, FindingKind};
+use instar_guest_sdk::table::tell_findings;
+use instar_guest_sdk::{checked_end, BlockIo, DriverResult};
 use instar_parallels_format::{Extension, InUse, SECTOR};
 
-/// What a check says at most before it stops: a BAT may name one cluster over and over.
-const MOST_FINDINGS: u64 = 100;
 /// Bytes of a cluster with a format extension that are read: it is summed up as a whole.
 const MOST_EXTENSION: u64 = 8 << 20;
 
@@ -56,24 +55,10 @@ pub fn check(
     image: &Image,
     finding: &mut dyn FnMut(FindingKind, &str),
 ) -> DriverResult<CheckSummary> {
-    let mut corruptions = 0;
-    let surveyed = survey(io, image, &mut |offset, text| {
-        corruptions += 1;
-        finding(FindingKind::Corruption, &text);
-        let error = DriverError::new(ErrorCode::OverlayCorrupt, text).at(image.device, offset);
-        if corruptions < MOST_FINDINGS {
-            Ok(())
-        } else {
-            Err(error)
-        }
-    });
-    let mut found = match surveyed {
-        Ok(found) => found,
-        Err(_) if corruptions >= MOST_FINDINGS => {
-            finding(FindingKind::Corruption, "the BAT is damaged throughout: the rest of it was not looked at");
-            return Ok(CheckSummary { corruptions, ..CheckSummary::default() });
-        }
-        Err(error) => return Err(error),
+    let rest = "the BAT is damaged throughout: the rest of it was not looked at";
+    let (found, mut corruptions) = tell_findings(finding, rest, |wrong| survey(io, image, wrong))?;
+    let Some(mut found) = found else {
+        return Ok(CheckSummary { corruptions, ..CheckSummary::default() });
     };
     let mut wrong = |text: &str| {
         corruptions += 1;

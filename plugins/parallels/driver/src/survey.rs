@@ -5,7 +5,7 @@
 use crate::image::{Image, Place};
 use alloc::format;
 use alloc::string::String;
-use instar_guest_sdk::table::{Little32, Table, Used, Windows};
+use instar_guest_sdk::table::{Little32, Table, Used, Windows, Wrong};
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_parallels_format::Header;
 
@@ -24,9 +24,6 @@ pub struct Survey {
     /// Where the last cluster ends in the file; where the data begins if there is none.
     pub end: u64,
 }
-
-/// What is wrong with an image: a clause, and the byte of the file that it is about.
-pub type Wrong<'a> = &'a mut dyn FnMut(u64, String) -> DriverResult<()>;
 
 /// Hand each entry that is not 0 to `each`, with the cluster of the disk that it is for. What lies in a hole is not read.
 ///

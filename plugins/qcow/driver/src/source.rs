@@ -4,13 +4,10 @@ use crate::decode::ClusterReader;
 use crate::image::Image;
 use crate::survey::{survey, verified};
 use core::ops::Range;
-use instar_guest_sdk::abi::{CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageInfo, Request};
-use instar_guest_sdk::table::{Big64, Table};
-use instar_guest_sdk::{overflow, BlockIo, Content, DriverError, DriverResult, Extent, Extents, OrderedWriter, Source};
+use instar_guest_sdk::abi::{CheckSummary, DeviceConfig, FindingKind, ImageInfo, Request};
+use instar_guest_sdk::table::{tell_findings, Big64, Table};
+use instar_guest_sdk::{overflow, BlockIo, Content, DriverResult, Extent, Extents, OrderedWriter, Source};
 use instar_qcow_format::{Entry, ENTRY_BYTES};
-
-/// What a check says at most before it stops: one table that many entries name is wrong with each of them.
-const MOST_FINDINGS: u64 = 100;
 
 /// A qcow that data comes from.
 #[derive(Debug)]
@@ -157,24 +154,11 @@ impl Source for QcowSource {
         io: &mut dyn BlockIo,
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
-        let (image, mut corruptions) = (&self.image, 0);
-        let surveyed = survey(io, image, &mut |offset, text| {
-            corruptions += 1;
-            finding(FindingKind::Corruption, &text);
-            let error = DriverError::new(ErrorCode::OverlayCorrupt, text).at(image.device, offset);
-            if corruptions < MOST_FINDINGS {
-                Ok(())
-            } else {
-                Err(error)
-            }
-        });
-        let found = match surveyed {
-            Ok(found) => found,
-            Err(_) if corruptions >= MOST_FINDINGS => {
-                finding(FindingKind::Corruption, "the tables are damaged throughout: the rest was not looked at");
-                return Ok(CheckSummary { corruptions, ..CheckSummary::default() });
-            }
-            Err(error) => return Err(error),
+        let image = &self.image;
+        let rest = "the tables are damaged throughout: the rest was not looked at";
+        let (found, corruptions) = tell_findings(finding, rest, |wrong| survey(io, image, wrong))?;
+        let Some(found) = found else {
+            return Ok(CheckSummary { corruptions, ..CheckSummary::default() });
         };
         if found.beyond > 0 {
             let text = alloc::format!("{} L2 entries are for clusters past the end of the disk", found.beyond);

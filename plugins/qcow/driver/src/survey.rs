@@ -5,9 +5,9 @@
 
 use crate::image::Image;
 use crate::walk::{walk, Visitor};
-use alloc::string::{String, ToString};
+use alloc::string::ToString;
 use core::ops::Range;
-use instar_guest_sdk::table::{Used, Windows};
+use instar_guest_sdk::table::{Used, Windows, Wrong};
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_qcow_format::{Entry, SECTOR};
 
@@ -25,9 +25,6 @@ pub struct Survey {
     /// Entries behind those of the disk's clusters that say anything.
     pub beyond: u64,
 }
-
-/// What is wrong with an image: a clause, and the byte of the file that it is about.
-pub type Wrong<'a> = &'a mut dyn FnMut(u64, String) -> DriverResult<()>;
 
 /// Go through the tables. What is wrong goes to `wrong`, which may end the pass.
 ///

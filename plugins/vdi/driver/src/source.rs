@@ -8,11 +8,9 @@ use core::ops::Range;
 use instar_guest_sdk::abi::{
     CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Request,
 };
+use instar_guest_sdk::table::tell_findings;
 use instar_guest_sdk::{overflow, BlockIo, Content, DriverError, DriverResult, Extent, Extents, OrderedWriter, Source};
 use instar_vdi_format::{Entry, ImageType, Uuid, UUID_BYTES};
-
-/// What a check says at most before it stops: a map in a hole of the file names one slot over and over.
-const MOST_FINDINGS: u64 = 100;
 
 /// A VDI that data comes from.
 #[derive(Debug)]
@@ -156,23 +154,11 @@ impl Source for VdiSource {
         io: &mut dyn BlockIo,
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
-        let (image, mut corruptions) = (&self.image, 0);
-        let surveyed = survey(io, image, &mut |offset, text| {
-            corruptions += 1;
-            finding(FindingKind::Corruption, &text);
-            if corruptions < MOST_FINDINGS {
-                Ok(())
-            } else {
-                Err(image.corrupt(offset, text))
-            }
-        });
-        let found = match surveyed {
-            Ok(found) => found,
-            Err(_) if corruptions >= MOST_FINDINGS => {
-                finding(FindingKind::Corruption, "the map is damaged throughout: the rest of it was not looked at");
-                return Ok(CheckSummary { corruptions, ..CheckSummary::default() });
-            }
-            Err(error) => return Err(error),
+        let image = &self.image;
+        let rest = "the map is damaged throughout: the rest of it was not looked at";
+        let (found, mut corruptions) = tell_findings(finding, rest, |wrong| survey(io, image, wrong))?;
+        let Some(found) = found else {
+            return Ok(CheckSummary { corruptions, ..CheckSummary::default() });
         };
         let (allocated, blocks) = (u64::from(image.header.allocated), u64::from(image.header.blocks));
         if allocated < found.top {

@@ -5,8 +5,7 @@
 use crate::image::Image;
 use crate::map::each_entry;
 use alloc::format;
-use alloc::string::String;
-use instar_guest_sdk::table::{Used, Windows};
+use instar_guest_sdk::table::{Used, Windows, Wrong};
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_vdi_format::Entry;
 
@@ -27,9 +26,6 @@ pub struct Survey {
     /// Entries behind those of the disk's blocks that say anything.
     pub beyond: u64,
 }
-
-/// What is wrong with an image: a clause, and the byte of the file that it is about.
-pub type Wrong<'a> = &'a mut dyn FnMut(u64, String) -> DriverResult<()>;
 
 /// Go through the map. What is wrong goes to `wrong`, which may end the pass.
 ///
