@@ -14,7 +14,7 @@
 use crate::grow::Growth;
 use crate::image::Image;
 use crate::map::{bytes_of, each_chunk, each_entry};
-use crate::slots::Slots;
+use crate::slots;
 use crate::survey::verified;
 use crate::write::Writer;
 use alloc::format;
@@ -83,7 +83,7 @@ pub fn relocate(
     header.allocated = u32::try_from(allocated).map_err(|_| overflow("cBlocksAllocated"))?;
     writer.image.write_header(io, &mut writer.out)?;
     writer.map.forget();
-    writer.slots = Slots::new(&verified(io, &writer.image)?);
+    writer.slots = slots::left_by(&verified(io, &writer.image)?);
     Ok(())
 }
 
@@ -99,7 +99,7 @@ fn move_blocks(io: &mut dyn BlockIo, writer: &mut Writer, slots: u32) -> DriverR
     }
     writer.slots.skip_to(slots.into());
     for (block, from) in moved {
-        let to = writer.slots.append(&writer.image)?;
+        let to = slots::append(&mut writer.slots, &writer.image)?;
         writer.copy_slot(from, to);
         writer.map.set(io, &writer.image, block, Entry::Slot(to))?;
         if writer.map.is_full() {

@@ -3,7 +3,7 @@
 use crate::decide::{decide, Action};
 use crate::grow::Growth;
 use crate::image::{block_number, Image};
-use crate::slots::Slots;
+use crate::slots;
 use crate::survey::{verified, Survey};
 use crate::write::Writer;
 use alloc::format;
@@ -61,7 +61,7 @@ impl VdiSink {
             return Ok(survey);
         }
         let survey = verified(io, &self.writer.image)?;
-        self.writer.slots = Slots::new(&survey);
+        self.writer.slots = slots::left_by(&survey);
         self.planned.survey = Some(survey);
         Ok(survey)
     }

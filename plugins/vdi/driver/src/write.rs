@@ -12,9 +12,9 @@
 use crate::decide::{decide, Action};
 use crate::image::{block_number, Image};
 use crate::map::Map;
-use crate::slots::Slots;
+use crate::slots;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::table::{ClusterData, ClusterParts, ClusterPlace};
+use instar_guest_sdk::table::{ClusterData, ClusterParts, ClusterPlace, Slots};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, OrderedWriter, ReadBelow};
 use instar_vdi_format::Entry;
 
@@ -72,7 +72,7 @@ impl Writer {
 
     /// A slot that nothing uses, whose block reads as zeroes.
     fn new_slot(&mut self, io: &mut dyn BlockIo) -> DriverResult<u32> {
-        let slot = self.slots.take(io, &self.image)?;
+        let slot = slots::take(&mut self.slots, io, &self.image)?;
         if self.image.holds_slot(slot) {
             // A gap, or a block device: what was there before may be anything.
             self.zero_part(slot, 0, self.image.header.block_size);
