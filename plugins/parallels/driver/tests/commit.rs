@@ -4,10 +4,10 @@
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::Change;
-use instar_parallels_testkit::pair::{files, views, Files, MIDDLE, OVERLAY};
 use instar_parallels_testkit::{build, le32, put32, section, Kit, Spec, View, CLOSED, CLUSTER, OPEN};
+use instar_testkit::pair::{built, views, Files};
 use instar_testkit::trial::{Done, Trial};
-use instar_testkit::FormatKit;
+use instar_testkit::{FormatKit, MIDDLE, OVERLAY};
 
 const SIZE: usize = 300 * CLUSTER;
 
@@ -59,6 +59,10 @@ impl Trial for Parallels {
         let [again, done] = [again, done.after].map(|files| files[&DEVICE_OUTPUT].len());
         assert!(again <= done, "the second run has lost space");
     }
+}
+
+fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
+    built(build, overlay, backing, ancestor)
 }
 
 fn data(clusters: impl IntoIterator<Item = usize>, seed: u8) -> Vec<(usize, u8)> {
@@ -213,9 +217,11 @@ fn data_that_begins_within_a_cluster_is_only_read() {
     let bytes = before.get_mut(&OVERLAY).unwrap();
     let start = le32(bytes, 48);
     put32(bytes, 48, start + 1);
-    let want = views(&files(&odd, &base, None));
+    let want = views(&Kit, &files(&odd, &base, None));
     let kept = Parallels.committed(before.clone(), Options { keep_overlay: true, ..Options::default() });
-    assert!(views(&[(OVERLAY, build(&odd)), (DEVICE_OUTPUT, kept.files[&DEVICE_OUTPUT].clone())].into()).0 == want.1);
+    assert!(
+        views(&Kit, &[(OVERLAY, build(&odd)), (DEVICE_OUTPUT, kept.files[&DEVICE_OUTPUT].clone())].into()).0 == want.1
+    );
     let backing = before.remove(&OVERLAY).unwrap();
     let (options, code) = (Options::default(), ErrorCode::UnsupportedFormat);
     let before = [(OVERLAY, build(&top)), (DEVICE_OUTPUT, backing)].into();

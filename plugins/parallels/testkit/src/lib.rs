@@ -1,11 +1,8 @@
-//! Parallels images in memory, for tests: made, read and checked from the bytes, without the code that is tested, and the
-//! commits of pairs of such images.
+//! Parallels images in memory, for tests: made, read and checked from the bytes, without the code that is tested.
 //!
 //! Tests hand in images that they have built themselves. What makes no sense here panics, and so fails the test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a panic here is a test that fails")]
 #![allow(clippy::cast_possible_truncation, reason = "images of tests are small: every number in them fits")]
-
-pub mod pair;
 
 mod chains;
 mod kit;

@@ -4,10 +4,10 @@
 use instar_guest_commit::Options;
 use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
-use instar_qcow_testkit::pair::{files, views, Files, MIDDLE, OVERLAY};
 use instar_qcow_testkit::{build, crashes, put64, Kit, Spec, State, View, CLUSTER};
+use instar_testkit::pair::{built, views, Files};
 use instar_testkit::trial::{Done, Trial};
-use instar_testkit::FormatKit;
+use instar_testkit::{FormatKit, MIDDLE, OVERLAY};
 
 const SIZE: usize = 300 * CLUSTER;
 
@@ -39,6 +39,10 @@ impl Trial for Qcow {
         let [first, again, done] = [done.before, again, done.after].map(|files| files[&DEVICE_OUTPUT].len());
         assert!(again <= done + (done - first), "{again} bytes, {done} without the crash");
     }
+}
+
+fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
+    built(build, overlay, backing, ancestor)
 }
 
 fn data(clusters: impl IntoIterator<Item = usize>, seed: u8) -> Vec<(usize, State)> {
@@ -123,14 +127,14 @@ fn several_layers_at_once() {
     let (top, base) = pair();
     let mut before = files(&top, &base, None);
     before.insert(MIDDLE, build(&Spec::new(SIZE, b"base").with(data([1, 5], 0x61)).with(packed([6, 200], 0x62))));
-    let overlay = views(&before).1;
+    let overlay = views(&Kit, &before).1;
     let keep = Options { keep_overlay: true, ..Options::default() };
     let io = Qcow.committed(before.clone(), keep);
-    assert!(views(&io.files) == (overlay.clone(), overlay.clone()));
+    assert!(views(&Kit, &io.files) == (overlay.clone(), overlay.clone()));
     let states = crashes().each(&before, &io.log, &mut |files| {
-        assert!(views(&files).1 == overlay);
+        assert!(views(&Kit, &files).1 == overlay);
         let io = Qcow.committed(files, keep);
-        assert!(views(&io.files) == (overlay.clone(), overlay.clone()));
+        assert!(views(&Kit, &io.files) == (overlay.clone(), overlay.clone()));
     });
     println!("crash states: {states}");
 }

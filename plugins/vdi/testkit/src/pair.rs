@@ -2,7 +2,6 @@
 
 use super::{build, Kit, Spec, View};
 use instar_guest_commit::{CommitFailure, Options, Outcome};
-use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_testkit::pair;
 pub use instar_testkit::pair::Files;
@@ -10,9 +9,7 @@ pub use instar_testkit::{ANCESTOR, MIDDLE, OVERLAY};
 
 /// The images of a commit, built.
 pub fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
-    let mut files: Files = [(OVERLAY, build(overlay)), (DEVICE_OUTPUT, build(backing))].into();
-    files.extend(ancestor.map(|spec| (ANCESTOR, build(spec))));
-    files
+    pair::built(build, overlay, backing, ancestor)
 }
 
 /// As [`pair::run`].

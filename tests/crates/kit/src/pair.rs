@@ -12,6 +12,13 @@ use std::collections::BTreeMap;
 /// Content by device.
 pub type Files = BTreeMap<u32, Vec<u8>>;
 
+/// The images of a commit, each made by `build`.
+pub fn built<S>(build: impl Fn(&S) -> Vec<u8>, overlay: &S, backing: &S, ancestor: Option<&S>) -> Files {
+    let mut files: Files = [(OVERLAY, build(overlay)), (DEVICE_OUTPUT, build(backing))].into();
+    files.extend(ancestor.map(|image| (ANCESTOR, build(image))));
+    files
+}
+
 /// Commit the overlay, and [`MIDDLE`] if it is there, into the backing. No file may become longer than `max_length` bytes.
 ///
 /// # Errors
