@@ -3,11 +3,10 @@
 
 use crate::failures::at;
 use crate::sesparse::{SeSparse, SeTable};
-use crate::tables::TableSet;
 use alloc::format;
 use instar_guest_sdk::table::{Used, Windows};
-use instar_guest_sdk::{overflow, BlockIo, DriverResult};
-use instar_vmdk_format::{SeGrain, SECTOR, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES};
+use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_vmdk_format::{SeGrain, SECTOR, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES, SESPARSE_MAX_TABLES};
 
 impl SeSparse {
     /// Verify all metadata. Returns the number of grains that the layer holds.
@@ -17,8 +16,8 @@ impl SeSparse {
     pub fn verify(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
         let room = self.file_length.saturating_sub(self.header.grains.offset.saturating_mul(SECTOR));
         let mut windows = Windows::over(io, room.div_ceil(SESPARSE_GRAIN_BYTES), 1);
-        let all = usize::try_from(self.header.directory_entries()).map_err(|_| overflow("the directory"))?;
-        let (mut holding, mut numbers) = (TableSet::of(all), TableSet::of(0));
+        let mut holding = Used::of(0..self.header.directory_entries())?;
+        let mut numbers = Used::of(0..SESPARSE_MAX_TABLES)?;
         let mut held = 0;
         while let Some(window) = windows.next_window() {
             let mut used = Used::of(window)?;
@@ -29,8 +28,8 @@ impl SeSparse {
                         true
                     }
                     None => {
-                        holding.add(usize::try_from(table.index).unwrap_or(usize::MAX));
-                        numbers.insert(usize::try_from(table.number).unwrap_or(usize::MAX))
+                        holding.add(table.index);
+                        numbers.add(table.number)
                     }
                 })?;
             } else {
@@ -45,13 +44,13 @@ impl SeSparse {
     fn verify_tables(
         &mut self,
         io: &mut dyn BlockIo,
-        only: Option<&TableSet>,
+        only: Option<&Used>,
         used: &mut Used,
         saw: &mut dyn FnMut(&SeTable, Option<u64>) -> bool,
     ) -> DriverResult<u64> {
         let (mut held, mut index, end) = (0, 0, self.header.directory_entries());
         while index < end {
-            if only.is_some_and(|only| !only.has(usize::try_from(index).unwrap_or(usize::MAX))) {
+            if only.is_some_and(|only| !only.has_any(&(index..index + 1))) {
                 index += 1;
                 continue;
             }

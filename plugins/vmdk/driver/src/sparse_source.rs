@@ -1,12 +1,13 @@
 //! What a sparse extent holds, and how it is emptied. Guest offsets are those of the extent.
 
 use crate::decode::GrainReader;
-use crate::image::Image;
-use crate::tables::{Table, TableSet};
+use crate::image::{Directory, Image};
+use crate::tables::{has_table, Table};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::table::Used;
 use instar_guest_sdk::{overflow, Batch, BlockIo, Content, DriverResult, Extent, Extents};
 use instar_vmdk_format::{CowdHeader, Grain, Layout, Place, SECTOR};
 
@@ -30,7 +31,7 @@ pub struct SparseSource {
     /// Tables that were read last, with indices that follow each other.
     ahead: Vec<Table>,
     /// For each directory: the tables that hold anything.
-    used: Vec<TableSet>,
+    used: Vec<Used>,
 }
 
 impl SparseSource {
@@ -88,19 +89,24 @@ impl SparseSource {
         requests.submit(io)
     }
 
+    /// The tables that hold anything, each with its directory.
+    fn holding(&self) -> impl Iterator<Item = (&Directory, usize)> {
+        self.image.directories().zip(&self.used).flat_map(|(directory, used)| {
+            directory.present().filter(|&index| has_table(used, index)).map(move |index| (directory, index))
+        })
+    }
+
     /// Make every entry 0, in both copies, and that durable.
     fn drop_grains(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let length = self.image.layout.table_bytes();
         let zeroes = vec![0u8; usize::try_from(length).map_err(|_| overflow("a grain table"))?];
         let mut requests = Batch::new();
-        for (directory, used) in self.image.directories().zip(&self.used) {
-            for index in used.indices() {
-                if let Some(offset) = self.image.table_offset(directory, index)? {
-                    requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, length));
-                }
-                if requests.len() >= BATCH {
-                    requests.submit(io)?;
-                }
+        for (directory, index) in self.holding() {
+            if let Some(offset) = self.image.table_offset(directory, index)? {
+                requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, length));
+            }
+            if requests.len() >= BATCH {
+                requests.submit(io)?;
             }
         }
         requests.push(Request::flush(self.image.device));
@@ -213,7 +219,7 @@ impl SparseSource {
         }
         let length = self.garbage(&mut |_| Ok(()))?;
         // What an interrupted commit left to do is done, too.
-        let held = !self.used.iter().all(TableSet::is_empty);
+        let held = self.holding().next().is_some();
         if !held && length >= self.image.file_length {
             return Ok(0);
         }

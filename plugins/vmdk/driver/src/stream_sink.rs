@@ -46,7 +46,7 @@ impl SparseSink {
         if same {
             self.put(io, tables, part, pending)?;
         } else {
-            self.close(tables, pending)?;
+            self.close(io, tables, pending)?;
         }
         Ok(same)
     }
@@ -85,11 +85,11 @@ impl SparseSink {
         if part.extent.end() < part.grain + part.length {
             return Ok(());
         }
-        self.close(tables, pending)
+        self.close(io, tables, pending)
     }
 
     /// Compress the grain that was gathered, if there is one, and give it its place and its entry.
-    fn close(&mut self, tables: &mut [Table], pending: &mut Pending) -> DriverResult<()> {
+    fn close(&mut self, io: &mut dyn BlockIo, tables: &mut [Table], pending: &mut Pending) -> DriverResult<()> {
         let Some(open) = self.open.take() else { return Ok(()) };
         let Place { table, entry, .. } = self.image.layout.place(open.guest);
         let slot = tables.binary_search_by_key(&table, |table| table.index).ok();
@@ -99,8 +99,8 @@ impl SparseSink {
         let sector = self.space.take(stored.len() as u64)?;
         *table.entries.get_mut(entry).ok_or_else(|| overflow("an entry"))? = sector;
         table.dirty = true;
-        pending.write(self.image.device, u64::from(sector) * SECTOR, stored);
-        Ok(())
+        pending.data.push_bytes(self.image.device, u64::from(sector) * SECTOR, stored);
+        pending.data.submit_if_full(io, &mut self.out)
     }
 
     /// Write the grain that the last call has left open, unless its table is one of the group's: then the group does.
@@ -111,7 +111,7 @@ impl SparseSink {
             return Ok(());
         }
         let (mut tables, mut pending) = (self.image.read_both(io, &[table])?, Pending::default());
-        self.close(&mut tables, &mut pending)?;
+        self.close(io, &mut tables, &mut pending)?;
         self.publish(io, &tables, pending)
     }
 }

@@ -5,6 +5,7 @@ use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::table::Used;
 use instar_guest_sdk::{overflow, Batch, BlockIo, DriverResult, Holes};
 use instar_vmdk_format::{entries, Layout, SECTOR};
 
@@ -107,11 +108,11 @@ impl Image {
         &self,
         io: &mut dyn BlockIo,
         directory: &Directory,
-        only: Option<&TableSet>,
+        only: Option<&Used>,
         each: EachTables<'_>,
     ) -> DriverResult<()> {
         let most = tables_at_once(&self.layout);
-        let mut wanted = directory.present().filter(|&index| only.is_none_or(|only| only.has(index)));
+        let mut wanted = directory.present().filter(|&index| only.is_none_or(|only| has_table(only, index)));
         let mut chunk = Vec::with_capacity(most);
         loop {
             chunk.clear();
@@ -128,10 +129,12 @@ impl Image {
     ///
     /// # Errors
     /// Corruption and I/O errors.
-    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &Directory) -> DriverResult<TableSet> {
-        let mut used = TableSet::of(directory.entries.len());
+    pub fn used_tables(&self, io: &mut dyn BlockIo, directory: &Directory) -> DriverResult<Used> {
+        let mut used = Used::of(0..directory.entries.len() as u64)?;
         self.each_tables(io, directory, None, &mut |_, tables| {
-            tables.iter().filter(|table| table.holds_anything()).for_each(|table| used.add(table.index));
+            for table in tables.iter().filter(|table| table.holds_anything()) {
+                used.add(table.index as u64);
+            }
             Ok(())
         })?;
         Ok(used)
@@ -145,44 +148,8 @@ impl Table {
     }
 }
 
-/// Some of the tables of a directory: a bit for each of them.
-#[derive(Debug)]
-pub struct TableSet {
-    words: Vec<u64>,
-}
-
-impl TableSet {
-    /// None of `count` tables.
-    pub fn of(count: usize) -> Self {
-        Self { words: vec![0; count.div_ceil(64)] }
-    }
-
-    pub fn add(&mut self, index: usize) {
-        if let Some(word) = self.words.get_mut(index / 64) {
-            *word |= 1 << (index % 64);
-        }
-    }
-
-    /// Add an index, for which room is made. `false` if it was there.
-    pub fn insert(&mut self, index: usize) -> bool {
-        if self.words.len() <= index / 64 {
-            self.words.resize(index / 64 + 1, 0);
-        }
-        let is_new = !self.has(index);
-        self.add(index);
-        is_new
-    }
-
-    pub fn has(&self, index: usize) -> bool {
-        self.words.get(index / 64).is_some_and(|word| word & 1 << (index % 64) != 0)
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.words.iter().all(|&word| word == 0)
-    }
-
-    /// The indices, ascending.
-    pub fn indices(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.words.len() * 64).filter(|&index| self.has(index))
-    }
+/// Whether the table with this index is one of these.
+pub fn has_table(tables: &Used, index: usize) -> bool {
+    let index = index as u64;
+    tables.has_any(&(index..index + 1))
 }

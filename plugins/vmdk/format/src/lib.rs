@@ -27,7 +27,7 @@ pub use header::{flags, Header, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_D
 pub use layout::{Layout, Metadata, Place};
 pub use sesparse::{
     sesparse_entries, sesparse_table, Region, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES,
-    SESPARSE_HEADER_BYTES, SESPARSE_MAGIC, SESPARSE_TABLE_BYTES, SESPARSE_TABLE_ENTRIES,
+    SESPARSE_HEADER_BYTES, SESPARSE_MAGIC, SESPARSE_MAX_TABLES, SESPARSE_TABLE_BYTES, SESPARSE_TABLE_ENTRIES,
 };
 pub use stream::{table_marker, GrainMarker, FOOTER_BYTES, METADATA_MARKER_BYTES};
 

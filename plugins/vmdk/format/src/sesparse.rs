@@ -21,7 +21,7 @@ pub const SESPARSE_TABLE_ENTRIES: u64 = SESPARSE_TABLE_BYTES / 8;
 /// Guest bytes that one grain table stands for: 16 MiB.
 pub const SESPARSE_COVERAGE: u64 = SESPARSE_TABLE_ENTRIES * SESPARSE_GRAIN_BYTES;
 /// A table's number is less: no disk needs more tables.
-const MAX_TABLES: u64 = 1 << 22;
+pub const SESPARSE_MAX_TABLES: u64 = 1 << 22;
 /// Size of the largest disk in sectors: 64 TiB, the most that ESXi has.
 const MAX_CAPACITY: u64 = 1 << 37;
 /// The only version that is known, 2.1.
@@ -162,7 +162,7 @@ impl SeSparseHeader {
     pub fn table_at(&self, number: u64, length: u64) -> Option<u64> {
         let start = self.tables.offset.checked_mul(SECTOR)?.checked_add(number.checked_mul(SESPARSE_TABLE_BYTES)?)?;
         let inside = start.checked_add(SESPARSE_TABLE_BYTES)? <= length;
-        Some(start).filter(|_| inside && number < MAX_TABLES)
+        Some(start).filter(|_| inside && number < SESPARSE_MAX_TABLES)
     }
 
     /// Where the grain with this number begins in a file of `length` bytes, if it does. It may have been cut short.
@@ -266,7 +266,7 @@ mod tests {
         let tables = header.tables.offset * SECTOR;
         assert_eq!(header.table_at(1, tables + 2 * SESPARSE_TABLE_BYTES), Some(tables + SESPARSE_TABLE_BYTES));
         assert_eq!(header.table_at(1, tables + 2 * SESPARSE_TABLE_BYTES - 1), None);
-        assert_eq!([MAX_TABLES, u64::MAX].map(|number| header.table_at(number, u64::MAX)), [None, None]);
+        assert_eq!([SESPARSE_MAX_TABLES, u64::MAX].map(|number| header.table_at(number, u64::MAX)), [None, None]);
         let grains = header.grains.offset * SECTOR;
         assert_eq!(header.grain_at(3, grains + 12289), Some(grains + 12288));
         assert_eq!((header.grain_at(3, grains + 12288), header.grain_at(u64::MAX, u64::MAX)), (None, None));
