@@ -228,7 +228,7 @@ def test_what_is_refused_by_name(tmp_path):
 
     for path in (base, top):
         fresh(path, (">I", 36, 1))
-        refuse("ERROR_UNSUPPORTED_FORMAT", top, files=[base], mentions=["encrypted"])
+        refuse("ERROR_LUKS_UNSUPPORTED", top, files=[base], mentions=["encryption (AES)"])
         corrupt = "ERROR_OVERLAY_CORRUPT" if path == top else "ERROR_BACKING_CORRUPT"
         fresh(path)
         image = Image(path)
@@ -250,3 +250,38 @@ def test_what_is_refused_by_name(tmp_path):
     wanted = content(top)
     support.commit(top, "-F", "raw")
     assert base.read_bytes() == wanted and b"\3" * 512 in wanted
+
+
+def test_an_image_that_is_said_to_be_raw(tmp_path):
+    """Nothing records the format of the base. Its mark and its length say that `-F raw` is wrong; its mark alone may be the
+    guest's."""
+    base, top = tmp_path / "base.qcow", tmp_path / "top.qcow"
+    create(base, 4 * MIB, fmt="qcow")
+    qemu_io(base, "write -P 1 0 2M", fmt="qcow")
+    create(top, None, fmt="qcow", backing=base.name, backing_fmt="qcow")
+    qemu_io(top, "write -P 2 1M 64k", fmt="qcow")
+    for options in (["-F", "raw"], ["-F", "raw", "--resize-backing"], ["-F", "raw", "-b", base]):
+        refuse("ERROR_FORMAT_MISMATCH", top, *options, files=[base], mentions=["base.qcow", "leave out -F raw"])
+    support.commit(top)
+    assert raw(base) == b"\1" * MIB + b"\2" * 64 * KIB + b"\1" * (960 * KIB) + bytes(2 * MIB)
+
+
+def test_a_raw_disk_that_holds_an_image(tmp_path):
+    """A guest may have written that; what the refusal advises works, and a warning stays."""
+    base, top = tmp_path / "base.raw", tmp_path / "top.qcow"
+    create(base, 4 * MIB, fmt="qcow")
+    held = base.read_bytes()
+    create(top, 4 * MIB, fmt="qcow")
+    qemu_io(top, "write -P 2 1M 64k", fmt="qcow")
+    image = bytearray(top.read_bytes())
+    name = base.name.encode()
+    # Behind everything else: the header has no room for a name.
+    struct.pack_into(">QI", image, 8, len(image), len(name))
+    top.write_bytes(image + name)
+    result = run_instar("commit", "-F", "raw", top)
+    assert result.rc == 1 and f"`truncate -s {4 * MIB} '{base}'`" in result.stderr, str(result)
+    os.truncate(base, 4 * MIB)
+    result = support.commit(top, "-F", "raw")
+    assert "has the mark of a qcow image" in result.stderr, str(result)
+    expected = held.ljust(4 * MIB, b"\0")
+    assert base.read_bytes() == expected[:MIB] + b"\2" * 64 * KIB + expected[MIB + 64 * KIB:]

@@ -117,7 +117,7 @@ impl<'s, 'r> Parts<'s, 'r> {
         let advice = if self.backing.opened.block_device && self.backing.facts.cluster_size <= 1 {
             "enlarge the device first"
         } else {
-            "give --resize-backing, if images of its format can grow, or grow the backing first"
+            "give --resize-backing"
         };
         let clause = format!(
             "the overlay's virtual size of {needed} bytes exceeds backing virtual size of {size} bytes: {advice}"
@@ -125,12 +125,18 @@ impl<'s, 'r> Parts<'s, 'r> {
         Err(Error::image(&self.overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
     }
 
-    /// The line about a backing that is said to be raw, and has a mark that another format's images have as well: its guest can
-    /// have written that, so that it is no reason to refuse it, but a person may have taken a disk with a footer for a raw one.
+    /// The line about a backing that is said to be raw, and has a mark of another format: its guest can have written that, so
+    /// that it is no reason to refuse it, but a person may have taken a disk with a footer for a raw one, or another file.
     #[must_use]
     pub fn unsure_mark(&self) -> Option<String> {
-        let mark = self.backing.mark.as_ref().filter(|mark| !mark.certain && !self.backing.insisted)?;
+        let mark = self.backing.mark.as_ref().filter(|mark| mark.certain == self.backing.insisted)?;
         let (path, raw, other) = (escape_path(&self.backing.opened.path), self.backing.plugin.name(), &mark.format);
+        if mark.certain {
+            return Some(format!(
+                "'{path}' has the mark of a {other} image, and nothing but -F {raw} says that it is none: if it is one, the \
+                 commit destroys it"
+            ));
+        }
         Some(format!(
             "'{path}' is recorded as {raw}, and has a mark of a {other} image: if its guest wrote that, -F {raw} says so; if it \
              is a {other} image, the commit may overwrite the mark, and -F {other} keeps it"
@@ -167,7 +173,7 @@ pub fn become_stale(layers: &[PathBuf], dry_run: bool) -> Option<String> {
         (false, _) => "become",
     };
     Some(format!(
-        "'{first}'{others}: {verb} stale, because the image below changes: use that from now on, and delete {it} together \
-         with the overlay, once no other image depends on {it}"
+        "'{first}'{others}: {verb} stale, because the image below changes: use that image from now on, never commit {it} into \
+         it, and delete {it} together with the overlay, once no other image depends on {it}"
     ))
 }

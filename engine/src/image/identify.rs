@@ -16,7 +16,7 @@ use super::chain_image::{ChainImage, Doubt};
 use super::gate::Located;
 use super::open::OpenedFile;
 use crate::error::Error;
-use crate::escape::{escape_bytes, escape_path};
+use crate::escape::{escape_bytes, escape_path, shell_path};
 use crate::plugins::{Foreign, IdentifyError, ImageRead, Mark, Registry, DAMAGED};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
@@ -34,6 +34,8 @@ pub struct Recorded<'i> {
     name: &'i [u8],
     /// The name of the format, if there is one.
     format: Option<&'i [u8]>,
+    /// Bytes of the disk that the image above it has.
+    disk: u64,
 }
 
 impl<'i> Recorded<'i> {
@@ -53,17 +55,30 @@ impl<'i> Recorded<'i> {
         let format = pointer.and_then(|pointer| pointer.format.as_ref().into_option());
         let format = format.map(|format| format.as_slice()).filter(|format| !format.is_empty());
         let name = pointer.map_or(&[][..], |pointer| pointer.name.as_slice());
-        Self { recorder: image.recorder(Part::Ancestor), name, format }
+        Self { recorder: image.recorder(Part::Ancestor), name, format, disk: image.facts.virtual_size }
     }
 }
 
 impl Recorded<'_> {
     /// Refuse a file that the operator calls raw, if both its own mark and the image above it say that it is something else:
-    /// nothing speaks for the operator's word, and a header would be overwritten.
+    /// nothing speaks for the operator's word, and a header would be overwritten. Where the image above records no format, the
+    /// size of its disk speaks: an image is shorter than that, and what a guest writes makes no disk shorter.
     fn contradicts(&self, image: &ChainImage<'_>) -> Result<(), Error> {
-        let mark = image.mark.as_ref().filter(|mark| image.insisted && mark.certain);
-        let Some(mark) = mark.filter(|mark| self.format == Some(mark.format.as_bytes())) else { return Ok(()) };
+        let Some(mark) = image.mark.as_ref().filter(|mark| image.insisted && mark.certain) else { return Ok(()) };
         let (raw, other, by) = (image.plugin.name(), &mark.format, escape_path(self.recorder.path));
+        if self.format.is_none() && image.facts.virtual_size < self.disk {
+            let clause = format!(
+                "has the mark of a {other} image, and is shorter than the disk of '{by}', which records no format: committing \
+                 into it as {raw} would destroy it; leave out -F {raw}, or, if it really is a plain disk, lengthen it first with \
+                 `truncate -s {} {}`",
+                self.disk,
+                shell_path(&image.opened.path)
+            );
+            return Err(Error::image(&image.opened.path, ErrorCode::FormatMismatch, clause));
+        }
+        if self.format != Some(mark.format.as_bytes()) {
+            return Ok(());
+        }
         let clause = format!(
             "is a {other} image, and '{by}' records it as one, so that committing into it as {raw} would destroy it: leave \
              out -F {raw}; if it really is a plain disk, {}",
@@ -159,6 +174,10 @@ impl OpenedFile {
             _ => recorded_error(&path, &error, recorded, "add -F raw"),
         })?;
         recorded.contradicts(&image)?;
+        if image.insisted && recorded.format == Some(image.plugin.name().as_bytes()) {
+            // Both say so: whatever the file looks like, its guest has written it.
+            image.mark = None;
+        }
         if let Some(mark) = image.mark.as_ref().filter(|mark| !image.insisted && forbids_writing(mark, &image.facts)) {
             let (raw, other) = (image.plugin.name(), &mark.format);
             let clause = format!(
