@@ -185,7 +185,7 @@ def test_a_parent_has_to_be_named(tmp_path):
     for path in (base, top):
         create(path, "3M", fmt="parallels")
     write_on(top, "write -P 3 1M 512")
-    refuse("ERROR_NO_BACKING", top, files=[base], mentions=["name its parent with -b"])
+    refuse("ERROR_NO_BACKING", top, files=[base], mentions=["name the parent with `instar commit -b`"])
     refuse("ERROR_BACKING_NOT_FOUND", top, "-b", tmp_path / "gone", files=[base])
     refuse("ERROR_CHAIN_LOOP", top, "-b", top, files=[base])
     notes = run_instar("info", "--output", "json", top).json["notes"]
@@ -205,6 +205,7 @@ def test_an_image_that_was_not_closed(tmp_path):
         assert run_instar("check", base).rc == (2 if in_use == OPEN else 0)
         result = support.commit(top, "-b", base)
         assert ("was not closed" in result.stderr) == (in_use == OPEN), str(result)
+        assert f"only -b says that it is '{base}'" in result.stderr, str(result)
         assert raw(base) == wanted
         for path in (base, top):
             assert Image(path).in_use == after
@@ -403,4 +404,4 @@ def test_a_bundle_is_told(tmp_path):
         for path, code in [(bundle, "ERROR_OPEN_FAILED"), (description, "ERROR_UNSUPPORTED_FORMAT")]:
             result = run_instar(command, path)
             assert result.rc == 1 and code in result.stderr, str(result)
-            assert ".hds" in result.stderr and "its parent with -b" in result.stderr, str(result)
+            assert ".hds" in result.stderr and "its parent with `instar commit -b`" in result.stderr, str(result)

@@ -26,7 +26,8 @@ pub struct CommitArgs {
     /// Format of the overlay. Detected if not given; an image of another format is refused
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
-    /// Commit into this image of the overlay's backing chain, not into its parent. A relative name starts at the overlay's directory.
+    /// Commit into this image of the overlay's backing chain instead of its parent; where the overlay's format records no parent,
+    /// this names it. A relative name starts at the overlay's directory.
     /// Without it, the overlay chooses: a file in its directory tree, neither hidden nor executable
     #[arg(short, long, value_name = "BASE")]
     pub base: Option<PathBuf>,

@@ -14,7 +14,8 @@ use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
 use crate::image::{
-    check_parents, open_extra_files, resolve_backing, Access, BackingChoice, Descent, Doubt, FilesOf, NamedFile, Target,
+    check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, Access, BackingChoice, Descent, Doubt,
+    FilesOf, NamedFile, Target,
 };
 use crate::operation::{
     DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
@@ -138,6 +139,13 @@ impl Operation for Commit<'_> {
             self.warnings.push(format!(
                 "'{child}' does not lead to '{file}', whose identity alone proves that it is the parent: to read it, give that \
                  file the name that `instar info` shows as its backing file"
+            ));
+        }
+        if parent_is_unrecorded(&overlay.facts) {
+            let [child, file] = [&overlay, &backing].map(|image| escape_path(&image.opened.path));
+            self.warnings.push(format!(
+                "'{child}' records nothing of its parent: only -b says that it is '{file}', and a commit into another image \
+                 destroys both"
             ));
         }
         between.iter().for_each(|layer| session.note_image("merged, too", layer));

@@ -25,7 +25,7 @@ pub(crate) fn open_error(path: &Path, access: Access, missing: ErrorCode, error:
         Some(libc::EISDIR) if path.extension().is_some_and(|ending| ending == "hdd") => {
             let clause =
                 "is a directory, not an image: of a Parallels disk, name the .hds file in it with the newest changes, \
-                          and its parent with -b";
+                          and its parent with `instar commit -b`";
             (ErrorCode::OpenFailed, clause.to_owned())
         }
         Some(libc::EISDIR) => (ErrorCode::OpenFailed, "is a directory, not an image".to_owned()),

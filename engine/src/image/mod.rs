@@ -27,7 +27,7 @@ mod users;
 
 pub use access::Access;
 pub use advice::{Part, Recorder};
-pub use chain::Descent;
+pub use chain::{parent_is_unrecorded, Descent};
 pub use chain_image::{ChainImage, Doubt, ExtraFile};
 pub use files::{open_extra_files, FilesOf};
 pub use gate::{Gate, Located};

@@ -53,7 +53,7 @@ pub fn resolve_backing<'r>(
     descent.passed(overlay.opened.identity);
     if parent_is_unrecorded(&overlay.facts) {
         let Some(base) = choice.base else {
-            let clause = "records nothing of a parent, as its format has no place for that: name its parent with -b";
+            let clause = "records nothing of a parent, as its format has no place for that: name the parent with `instar commit -b`";
             return Err(Error::image(path, ErrorCode::NoBacking, clause));
         };
         return open_unrecorded(descent, overlay, base, choice);
@@ -62,7 +62,7 @@ pub fn resolve_backing<'r>(
         return open_base(descent, overlay, base, choice, &pointer.name);
     }
     if pointer.name.is_empty() && overlay.facts.parent_identity_unique {
-        let clause = "records which image it was made on, but not where that is: name that with -b";
+        let clause = "records which image it was made on, but not where that is: name that with `instar commit -b`";
         return Err(Error::image(path, ErrorCode::NoBacking, clause));
     }
     let part = Part::Target;

@@ -12,6 +12,8 @@ pub enum Foreign {
     Bundle,
     /// A file that some program has compressed as a whole.
     Compressed(&'static str),
+    /// Several files in one.
+    Archive(&'static str),
     /// Nothing at all.
     Empty,
 }
@@ -34,13 +36,15 @@ const MARKS: &[(usize, &[u8], Foreign)] = &[
     (0, b"\x28\xb5\x2f\xfd", Foreign::Compressed("zstd")),
     (0, b"\xfd7zXZ\0", Foreign::Compressed("xz")),
     (0, b"BZh", Foreign::Compressed("bzip2")),
+    // POSIX.1-1988, "ustar Interchange Format": an OVA file is one.
+    (257, b"ustar", Foreign::Archive("tar")),
 ];
 
 /// How the element of a Parallels `DiskDescriptor.xml` begins, which stands behind the line that makes it XML.
 const BUNDLE: &[u8] = b"<Parallels_disk_image";
 
 /// Bytes that are looked at, once: every raw image is asked.
-const LOOKED_AT: usize = 128;
+const LOOKED_AT: usize = 512;
 
 impl Foreign {
     /// What the file is, if it has a mark that is known.
@@ -70,9 +74,10 @@ impl std::fmt::Display for Foreign {
             Self::Bundle => write!(
                 f,
                 "describes a Parallels disk, whose images lie beside it: name the one with the newest changes, a .hds file, \
-                 and its parent with -b"
+                 and its parent with `instar commit -b`"
             ),
             Self::Compressed(by) => write!(f, "looks like a file compressed with {by}: unpack it"),
+            Self::Archive(by) => write!(f, "looks like an archive of {by} (an OVA file is one): unpack it"),
             Self::Empty => write!(f, "is empty"),
         }
     }

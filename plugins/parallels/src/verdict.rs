@@ -5,7 +5,8 @@ use instar_parallels_format::{Header, MOST_ENTRIES};
 use instar_plugin_api::{printable, Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
 
 /// What is said of an image that was not closed.
-const OPEN: &str = "was not closed: make sure that nothing has it open for writing";
+const OPEN: &str =
+    "was not closed: run a commit that was interrupted again; otherwise make sure that nothing has it open for writing";
 /// What is said of an image whose format extension goes.
 const EXTENSION: &str =
     "loses its format extension, with the dirty bitmaps in it: the next backup has to be a full one";
@@ -66,7 +67,7 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
     let extension = own.flag(names::EXTENSION) && unchangeable.is_none();
     let extension = extension.then(|| format!("in a commit it {EXTENSION}"));
     let parent =
-        "records no parent: if it is a snapshot, name its parent with -b (DiskDescriptor.xml beside it says which)"
+        "records no parent: if it is a snapshot, `instar commit -b` names that (DiskDescriptor.xml beside it says which)"
             .to_owned();
     kept.into_iter().chain(read_only).chain(open).chain(extension).chain([parent]).collect()
 }

@@ -5,12 +5,14 @@ use instar_plugin_api::{Context, ErrorCode, ImageFacts, Incoming, Role, Verdict}
 use instar_qcow_format::ENTRY_BYTES;
 
 /// Why an encrypted image takes part in nothing.
-const ENCRYPTED: &str = "the image is encrypted: decrypt it with `qemu-img convert`";
+const ENCRYPTED: &str =
+    "encryption (AES) is not supported: convert it to an image without (`qemu-img convert --image-opts`, with \
+                         the passphrase as --object secret)";
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
 pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
     if own.encrypted {
-        return Verdict::refused(ErrorCode::UnsupportedFormat, ENCRYPTED);
+        return Verdict::refused(ErrorCode::LuksUnsupported, ENCRYPTED);
     }
     match role {
         Role::Read | Role::Below | Role::Empty => Verdict::supported(0),
@@ -73,7 +75,11 @@ mod tests {
     fn encrypted_images_are_refused() {
         let facts = ImageFacts { encrypted: true, ..image() };
         for role in [Role::Read, Role::Write, Role::Empty, Role::Below] {
-            assert!(ask(role, &facts, &image()).reason.contains("encrypted"));
+            let verdict = ask(role, &facts, &image());
+            assert!(
+                verdict.code == ErrorCode::LuksUnsupported.number() && verdict.reason.contains("encryption"),
+                "{role:?}"
+            );
             assert_eq!(ask(role, &image(), &image()).code, 0);
         }
         assert_eq!(notes(&facts).len(), 1);
