@@ -285,3 +285,20 @@ def test_a_raw_disk_that_holds_an_image(tmp_path):
     assert "has the mark of a qcow image" in result.stderr, str(result)
     expected = held.ljust(4 * MIB, b"\0")
     assert base.read_bytes() == expected[:MIB] + b"\2" * 64 * KIB + expected[MIB + 64 * KIB:]
+
+
+def test_an_image_that_was_cut_off(tmp_path):
+    """A part of the last cluster is missing: what it held would arrive as zeroes, and a backing would grow over the place."""
+    base, top, plain = tmp_path / "base.qcow", tmp_path / "top.qcow", tmp_path / "plain"
+    for path, data, backing in [(base, b"\1" * MIB, ()), (top, b"\1" * 900 * KIB + b"\2" * 124 * KIB, ("-B", base, "-F", "qcow"))]:
+        plain.write_bytes(data)
+        qemu_img("convert", "-f", "raw", "-O", "qcow", *backing, plain, path)
+    for path, code in [(top, "ERROR_OVERLAY_CORRUPT"), (base, "ERROR_BACKING_CORRUPT")]:
+        whole = path.read_bytes()
+        for missing in (1, 511):
+            os.truncate(path, len(whole) - missing)
+            refuse(code, top, files=[base], mentions=[path.name, "may have been cut off"])
+            assert run_instar("check", path).rc == 2
+        path.write_bytes(whole)
+    support.commit(top)
+    assert raw(base) == plain.read_bytes()

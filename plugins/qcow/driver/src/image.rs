@@ -101,7 +101,7 @@ impl Image {
         if of_image.iter().any(|used| overlap(used, range)) {
             Some("where the header or the L1 table lie")
         } else if range.end > limit {
-            Some("past the end of the file")
+            Some("past the end of the file, which may have been cut off")
         } else if range.end > REACH {
             Some("further than 64 TiB into the file")
         } else {
@@ -123,9 +123,9 @@ impl Image {
         }
     }
 
-    /// An L2 entry: a cluster that begins in the file (what it lacks of the last one reads as zeroes), or a stream that lies
-    /// in it as a whole. QEMU takes any sector for a cluster's start, and every program begins them at multiples of
-    /// their size.
+    /// An L2 entry: a cluster or a stream that lies in the file as a whole. QEMU lengthens the file to the end of a cluster
+    /// before it names it (`get_cluster_offset`), so that a file which ends within one was cut off. It takes any sector for a
+    /// cluster's start, and every program begins them at multiples of their size.
     ///
     /// # Errors
     /// A clause that says what is wrong.
@@ -135,8 +135,7 @@ impl Image {
         let why = match entry {
             Entry::Free => None,
             Entry::Data(offset) if !offset.is_multiple_of(size) => Some("which is not the start of a cluster"),
-            Entry::Data(offset) if offset >= self.file_length => Some("past the end of the file"),
-            Entry::Data(offset) => self.wrong(&(offset..offset.saturating_add(size)), u64::MAX),
+            Entry::Data(offset) => self.wrong(&(offset..offset.saturating_add(size)), self.file_length),
             Entry::Compressed { length: 0, .. } => Some("to a stream of 0 bytes"),
             Entry::Compressed { offset, length } => self.wrong(&(offset..offset + length), self.file_length),
         };

@@ -133,7 +133,6 @@ impl Sink for QcowSink {
         let bytes = clusters.and_then(|clusters| clusters.checked_mul(size));
         let growth = self.growth.map_or(0, |growth| growth.bytes(image));
         let bytes = bytes.and_then(|bytes| bytes.checked_add(growth)).ok_or_else(|| overflow("the file's length"))?;
-        // What is cut off of the last cluster may be written, too.
         let used = if bytes > 0 { end.checked_add(bytes) } else { Some(survey.top) };
         let final_length = used.ok_or_else(|| overflow("the file's length"))?.max(image.file_length);
         let longest = if *fixed { image.file_length } else { self.max_length.max(image.file_length) };

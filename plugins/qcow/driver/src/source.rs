@@ -167,7 +167,7 @@ impl Source for QcowSource {
         let size = image.header.cluster_size();
         let unused = image.file_length.saturating_sub(found.top);
         Ok(CheckSummary {
-            image_end_offset: found.top.min(image.file_length),
+            image_end_offset: found.top,
             total_clusters: image.disk_clusters(),
             allocated_clusters: found.held,
             fragmented_clusters: found.fragmented,

@@ -20,7 +20,7 @@ pub struct Survey {
     pub compressed: u64,
     /// Of these, those that do not follow the cluster before in the file.
     pub fragmented: u64,
-    /// Where the last thing that is used ends in the file; the last cluster may end behind the file's end.
+    /// Where the last thing that is used ends in the file.
     pub top: u64,
     /// Entries behind those of the disk's clusters that say anything.
     pub beyond: u64,
