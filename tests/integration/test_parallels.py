@@ -195,6 +195,34 @@ def test_a_parent_has_to_be_named(tmp_path):
     refuse("ERROR_UNSUPPORTED_FORMAT", top, "-b", base, files=[base], mentions=["clusters of 32256 bytes", "1048576"])
 
 
+def test_layers_of_different_sizes(tmp_path):
+    """The parent may be a snapshot: where the disks differ, what lies below it would show, or be hidden."""
+    base, top = tmp_path / "base.hds", tmp_path / "top.hds"
+    for own, parents in [(4 * KIB + 512, 64 * KIB), (64 * KIB, 32 * KIB)]:
+        make(base, parents, {}, tracks=8)
+        make(top, own, {1: b"t" * 512}, tracks=8)
+        for options in ([], ["--resize-backing"]):
+            refuse("ERROR_UNSUPPORTED_FORMAT", top, "-b", base, *options, files=[base], mentions=["the same size"])
+    make(base, 64 * KIB, {3: b"b" * 4096}, tracks=8)
+    make(top, 8 * KIB, {1: b"t" * 4096}, tracks=8)
+    support.commit(top, "-b", base)
+    assert raw(base) == bytes(4096) + b"t" * 4096 + bytes(4096) + b"b" * 4096 + bytes(48 * KIB)
+
+
+def test_nothing_to_commit_closes_what_was_left_open(tmp_path):
+    """A commit was killed when only the mark was left to be taken away: running it again does that."""
+    base, top = tmp_path / "base.hds", tmp_path / "top.qcow2"
+    make(base, MIB, {0: b"b" * 4096}, tracks=8, in_use=OPEN)
+    create(top, MIB, backing=base.name, backing_fmt="parallels")
+    before = base.read_bytes()
+    assert run_instar("commit", "--dry-run", top).rc == 0 and base.read_bytes() == before
+    support.commit(top)
+    assert Image(base).in_use == CLOSED and len(before) == base.stat().st_size
+    check(base)
+    wrong = [at for at, byte in enumerate(base.read_bytes()) if byte != before[at]]
+    assert 44 <= min(wrong) and max(wrong) < 48, wrong
+
+
 def test_an_image_that_was_not_closed(tmp_path):
     base, top = tmp_path / "base.hds", tmp_path / "top.hds"
     size = MIB

@@ -45,12 +45,19 @@ pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
 
 /// Why an image does not go with the parent that the operator named, if that is one that records no parent of its own. It may
 /// be a snapshot, too, and what it lies over is not known here. That does no harm as long as it gets whole clusters: of
-/// anything less, the rest would have to be filled up from there.
+/// anything less, the rest would have to be filled up from there; and what lies below would show where the parent has grown.
 fn child(own: &ImageFacts, context: &Context<'_>) -> Option<Verdict> {
     let parent = context.parent.into_option()?;
     let (cluster, parents) = (own.number(names::CLUSTER)?, parent.number(names::CLUSTER)?);
     if parents != 0 && cluster.is_multiple_of(parents) {
-        return None;
+        let (size, parents_size) = (own.virtual_size, parent.virtual_size);
+        if size == parents_size || size < parents_size && size.is_multiple_of(parents) {
+            return None;
+        }
+        return Some(refused(&format!(
+            "has a disk of {size} bytes, and its parent one of {parents_size}, but all layers of a Parallels disk have the same \
+             size: the parent may be a snapshot itself, and what lies below would be needed where they differ"
+        )));
     }
     Some(refused(&format!(
         "has clusters of {cluster} bytes, and its parent of {parents}: the parent may be a snapshot itself, and what lies \
@@ -161,7 +168,12 @@ mod tests {
                 let verdict = ask(role, &of_clusters(own), &of_clusters(parent));
                 assert_eq!(verdict.code == 0, good, "{own} {parent}: {}", verdict.reason);
             }
-            assert_eq!(ask(role, &image(), &ImageFacts::new("qcow2", 1 << 30, 512, 0)).code, 0);
+            // Where the sizes differ, whole clusters are at stake.
+            for (own, parent, good) in [(MIB, 2 * MIB, true), (MIB + 512, 2 * MIB, false), (2 * MIB, MIB, false)] {
+                let [own, parent] = [own, parent].map(|virtual_size| ImageFacts { virtual_size, ..image() });
+                assert_eq!(ask(role, &own, &parent).code == 0, good, "{} {}", own.virtual_size, parent.virtual_size);
+            }
+            assert_eq!(ask(role, &image(), &ImageFacts::new("qcow2", 1 << 31, 512, 0)).code, 0);
         }
     }
 

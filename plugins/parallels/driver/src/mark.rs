@@ -37,6 +37,11 @@ impl Mark {
         Ok(Self { closed })
     }
 
+    /// The mark that an interrupted run has left in this image, if there is one.
+    pub fn left(image: &Image) -> Option<Self> {
+        (image.header.in_use == InUse::Open).then_some(Self { closed: InUse::Closed })
+    }
+
     /// Make everything durable, and then have the image say that it is closed.
     ///
     /// # Errors

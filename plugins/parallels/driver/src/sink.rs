@@ -122,7 +122,7 @@ impl Sink for ParallelsSink {
         if clusters > 0 && last >= slots.end() && image.header.entry(last).is_none() {
             let text =
                 format!("a cluster at offset {last} of the file would be further than an entry of the BAT can say");
-            return Err(self.no_space(text));
+            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, 0));
         }
         let changes = clusters > 0 || self.growth.is_some();
         let final_length = if changes { end.max(image.file_length) } else { image.file_length };
@@ -159,9 +159,9 @@ impl Sink for ParallelsSink {
 
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         self.writer.step(io)?;
-        match self.mark.take() {
+        // Though nothing was written, an interrupted run may have left its mark: the BAT was verified, as for any change.
+        match self.mark.take().or_else(|| Mark::left(&self.writer.image)) {
             Some(mark) => mark.close(io, &mut self.writer.image, &mut self.writer.out),
-            // Nothing was written.
             None => Ok(()),
         }
     }

@@ -20,15 +20,16 @@ pub fn chains() -> Vec<Chain> {
     let odd = Spec::new(size).of_tracks(3).with(data(&[0, 2, 7, 131], 0x23));
     let double = Spec::new(size).of_tracks(6).newer().with(data(&[0, 2, 7, 65], 0x24));
     let bitmap = Spec { sections: Some(vec![section(0x2038_5fae_252c_b34a, 0, &[0; 32])]), ..top.clone() };
-    let longer = Spec::new(size + 300 * CLUSTER).newer().with(data(&[3, 200, 499], 0x25));
+    // A longer one does not go with a parent that may be a snapshot.
+    let shorter = Spec::new(150 * CLUSTER).newer().with(data(&[3, 40, 149], 0x25));
     let pairs = [
         (&top, &base, Some(&root)),
         (&top, &newer, Some(&root)),
         (&double, &base, Some(&root)),
         (&double, &odd, None),
         (&bitmap, &newer, None),
-        (&longer, &base, None),
-        (&longer, &newer, None),
+        (&shorter, &base, None),
+        (&shorter, &newer, None),
     ];
     let chain = |(top, base, root): &(&Spec, &Spec, Option<&Spec>)| {
         let mut chain = vec![(OVERLAY, build(top)), (DEVICE_OUTPUT, build(base))];
