@@ -49,7 +49,7 @@ fn what_is_not_proven_is_not_in_the_chain() {
 fn without_an_option_only_the_name_counts() {
     assert_eq!(resolve("child   ", "parent  ", false).unwrap_err().0, ErrorCode::BackingNotFound);
     let (code, text) = resolve("nameless", "parent  ", false).unwrap_err();
-    assert!(code == ErrorCode::NoBacking && text.contains("name that with -b"), "{text}");
+    assert!(code == ErrorCode::NoBacking && text.contains("name that with `instar commit -b`"), "{text}");
 }
 
 /// The parent of an image whose format records none is the file that the operator names, whatever it is.
@@ -59,7 +59,7 @@ fn a_parent_that_no_image_records_is_named() {
         assert_eq!(resolve("unsaid  ", parent, true), Ok(()), "{parent}");
     }
     let (code, text) = resolve("unsaid  ", "parent  ", false).unwrap_err();
-    assert!(code == ErrorCode::NoBacking && text.contains("name its parent with -b"), "{text}");
+    assert!(code == ErrorCode::NoBacking && text.contains("name the parent with `instar commit -b`"), "{text}");
 }
 
 /// Nobody has named a parent for the image that is committed into: it is the lowest.

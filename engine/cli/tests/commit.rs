@@ -192,7 +192,7 @@ fn a_larger_overlay_needs_a_word() {
     let lab = Lab::new();
     lab.create("base", None, MIB);
     lab.create("top", Some("base"), 2 * MIB);
-    let words = ["exceeds backing virtual size", "grow the backing", "--resize-backing"];
+    let words = ["exceeds backing virtual size", "give --resize-backing"];
     lab.refused(&["top"], ErrorCode::OverlayLargerThanBacking, &words);
     let dry = lab.instar(&["--resize-backing", "--dry-run", "-v", "top"]);
     assert_eq!(dry.status, 0, "{}", dry.stderr);

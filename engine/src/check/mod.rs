@@ -91,7 +91,7 @@ impl Operation for Check<'_> {
     }
 
     fn finish(self, ended: Ended<CheckEvents>) -> Result<CheckOutcome, Error> {
-        ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
+        ended.end.map_err(|failure| failure.error_of_check(&ended.paths))?;
         let CheckEvents { found, findings } = ended.events;
         Ok(CheckOutcome { format: self.format, sandbox: ended.sandbox, found, findings })
     }

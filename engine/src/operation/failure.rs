@@ -94,6 +94,22 @@ impl GuestFailure {
     /// no file is to blame, and none is named.
     #[must_use]
     pub fn error(&self, paths: &DevicePaths, state: Option<&str>) -> Error {
+        self.told(paths, state, advice)
+    }
+
+    /// The same of a check, which is no advice for itself.
+    #[must_use]
+    pub fn error_of_check(&self, paths: &DevicePaths) -> Error {
+        let is_corrupt = |code| matches!(code, ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt);
+        self.told(paths, None, |code| advice(code).filter(|_| !is_corrupt(code)))
+    }
+
+    fn told(
+        &self,
+        paths: &DevicePaths,
+        state: Option<&str>,
+        advice: impl Fn(ErrorCode) -> Option<&'static str>,
+    ) -> Error {
         let of_target = self.device.is_some_and(|device| paths.role(device) == Some(Role::Backing));
         let code = match self.code {
             // A driver does not know which image the files are of.
@@ -103,7 +119,7 @@ impl GuestFailure {
         let either = if is_of_target(code) { DEVICE_OUTPUT } else { FIRST };
         let clause = self.clause(paths);
         let clause = state.map_or_else(|| clause.clone(), |state| format!("{clause}; {state}"));
-        let line = self.with_advice(clause, code, paths);
+        let line = self.with_advice(clause, code, paths, advice(code));
         if is_of_machine(code) {
             return self.context(Error::new(code, line));
         }
@@ -114,10 +130,10 @@ impl GuestFailure {
         }
     }
 
-    fn with_advice(&self, clause: String, code: ErrorCode, paths: &DevicePaths) -> String {
+    fn with_advice(&self, clause: String, code: ErrorCode, paths: &DevicePaths, advice: Option<&str>) -> String {
         // There is no file system that could get more room; a driver says itself what the device lacks.
         let full_device = code == ErrorCode::NoSpace && self.device.is_some_and(|device| paths.is_block_device(device));
-        match (i32::try_from(self.errno), advice(code)) {
+        match (i32::try_from(self.errno), advice) {
             (Ok(libc::EFBIG), _) => format!("{clause}; the file may not become so long: raise the limit (`ulimit -f`)"),
             (_, Some(advice)) if !full_device => format!("{clause}; {advice}"),
             _ => clause,

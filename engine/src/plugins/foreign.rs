@@ -6,8 +6,10 @@ use super::ImageRead;
 /// Something that is known by its mark, and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Foreign {
-    /// A disk image of a format without a plugin, by the name that people have for it.
-    Image(&'static str),
+    /// A disk image of a format without a plugin, by the name that people have for it, and that of the format.
+    Image(&'static str, &'static str),
+    /// A disk image that the plugin of its format does not take for one, by the name that people have for it.
+    Odd(&'static str),
     /// The description of a Parallels disk, whose images lie beside it.
     Bundle,
     /// A file that some program has compressed as a whole.
@@ -21,16 +23,16 @@ pub enum Foreign {
 /// Marks at their offsets, within the first [`LOOKED_AT`] bytes.
 const MARKS: &[(usize, &[u8], Foreign)] = &[
     // "VDI Core", VirtualBox's signature word after its text of 64 bytes.
-    (64, b"\x7f\x10\xda\xbe", Foreign::Image("VDI")),
+    (64, b"\x7f\x10\xda\xbe", Foreign::Image("VDI", "vdi")),
     // QEMU, docs/interop/qed_spec.txt, "Header".
-    (0, b"QED\0", Foreign::Image("QED")),
-    (0, b"QFI\xfb\0\0\0\x01", Foreign::Image("qcow (version 1)")),
+    (0, b"QED\0", Foreign::Image("QED", "qed")),
+    (0, b"QFI\xfb\0\0\0\x01", Foreign::Image("qcow (version 1)", "qcow")),
     // QEMU, docs/interop/parallels.txt, "Header".
-    (0, b"WithoutFreeSpace", Foreign::Image("Parallels")),
-    (0, b"WithouFreSpacExt", Foreign::Image("Parallels")),
+    (0, b"WithoutFreeSpace", Foreign::Image("Parallels", "parallels")),
+    (0, b"WithouFreSpacExt", Foreign::Image("Parallels", "parallels")),
     // VMware Virtual Disk Format: sparse extents of ESX Server.
-    (0, b"COWD", Foreign::Image("VMware COWD")),
-    (0, b"\xbe\xba\xfe\xca\0\0\0\0", Foreign::Image("VMware SESparse")),
+    (0, b"COWD", Foreign::Image("VMware COWD", "vmdk")),
+    (0, b"\xbe\xba\xfe\xca\0\0\0\0", Foreign::Image("VMware SESparse", "vmdk")),
     // RFC 1952, 2.3.1, with the only method that there is; RFC 8878, 3.1.1; the .xz file format, 2.1.1.1.
     (0, b"\x1f\x8b\x08", Foreign::Compressed("gzip")),
     (0, b"\x28\xb5\x2f\xfd", Foreign::Compressed("zstd")),
@@ -67,10 +69,13 @@ impl Foreign {
 impl std::fmt::Display for Foreign {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Image(name) => write!(
+            Self::Image(name, _) => write!(
                 f,
                 "looks like a {name} image, for which no plugin is loaded: convert it with `qemu-img convert -O qcow2`"
             ),
+            Self::Odd(name) => {
+                write!(f, "looks like a {name} image, but is cut off, damaged, or of a version that its plugin does not know")
+            }
             Self::Bundle => write!(
                 f,
                 "describes a Parallels disk, whose images lie beside it: name the one with the newest changes, a .hds file, \
@@ -107,7 +112,7 @@ mod tests {
     fn marks_are_told_by_their_place() {
         let of = |bytes: Vec<u8>| Foreign::of(&Bytes(bytes));
         assert_eq!(of(Vec::new()), Some(Foreign::Empty));
-        assert_eq!(of(b"WithoutFreeSpace".to_vec()), Some(Foreign::Image("Parallels")));
+        assert_eq!(of(b"WithoutFreeSpace".to_vec()), Some(Foreign::Image("Parallels", "parallels")));
         assert_eq!(of(b"WithoutFreeSpac".to_vec()), None, "a mark that is cut off is none");
         assert_eq!(of(vec![0; 100]), None);
         let bundle = b"<?xml version='1.0' encoding='UTF-8'?>\n<Parallels_disk_image Version=\"1.0\">";
@@ -116,7 +121,7 @@ mod tests {
         let mut vdi = b"<<< Oracle VM VirtualBox Disk Image >>>\n".to_vec();
         vdi.resize(64, 0);
         vdi.extend(b"\x7f\x10\xda\xbe");
-        assert_eq!(of(vdi), Some(Foreign::Image("VDI")));
+        assert_eq!(of(vdi), Some(Foreign::Image("VDI", "vdi")));
         assert!(MARKS.iter().all(|(offset, mark, _)| offset + mark.len() <= LOOKED_AT));
     }
 }

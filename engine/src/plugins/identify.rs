@@ -186,7 +186,9 @@ impl Registry {
         };
         match plugin.probe(image).map_err(IdentifyError::Plugin)? {
             PROBE_NO => match self.by_content(image) {
-                Err(error @ (IdentifyError::Luks | IdentifyError::Foreign(Foreign::Image(_)))) => Err(error),
+                Err(error @ (IdentifyError::Luks | IdentifyError::Foreign(Foreign::Image(..) | Foreign::Odd(_)))) => {
+                    Err(error)
+                }
                 other => {
                     let actual = other.ok().map(|(other, _)| other.name().to_owned());
                     Err(IdentifyError::NotThisFormat { hint: plugin.name().to_owned(), actual })
@@ -220,13 +222,17 @@ impl Registry {
             ([], Some(failure)) => Err(IdentifyError::Plugin(failure)),
             ([], None) if is_luks(image) => Err(IdentifyError::Luks),
             ([], None) if known.is_empty() => Err(IdentifyError::NoPlugins { skipped: self.skipped().len() }),
-            ([], None) => Err(Foreign::of(image).map_or_else(
-                || {
+            ([], None) => Err(match Foreign::of(image) {
+                // It was asked.
+                Some(Foreign::Image(people, name)) if self.by_format(name).is_some() => {
+                    IdentifyError::Foreign(Foreign::Odd(people))
+                }
+                Some(foreign) => IdentifyError::Foreign(foreign),
+                None => {
                     known.sort_unstable();
                     IdentifyError::Unrecognised { known }
-                },
-                IdentifyError::Foreign,
-            )),
+                }
+            }),
             (several, _) => Err(IdentifyError::Ambiguous(several.iter().map(|p| p.name().to_owned()).collect())),
         }
     }
