@@ -25,7 +25,7 @@ pub(super) enum Threads {
 /// Why there is no filter: one clause.
 pub(super) fn apply(work: Work, others: &[Call], threads: Threads) -> Result<usize, String> {
     let calls = work.calls_and(others);
-    enforce(&compile(&calls, SeccompAction::Trap, SeccompAction::Allow), threads)?;
+    enforce(&calls, SeccompAction::Trap, SeccompAction::Allow, threads)?;
     Ok(calls.len())
 }
 
@@ -37,7 +37,7 @@ pub(super) fn apply(work: Work, others: &[Call], threads: Threads) -> Result<usi
 /// Why there is no second filter: one clause.
 pub(super) fn narrow(before: Work, work: Work, others: &[Call]) -> Result<usize, String> {
     let calls = work.calls_and(others);
-    enforce(&compile(&taken_away(before, &calls), SeccompAction::Allow, SeccompAction::Trap), Threads::All)?;
+    enforce(&taken_away(before, &calls), SeccompAction::Allow, SeccompAction::Trap, Threads::All)?;
     Ok(calls.len())
 }
 
@@ -52,13 +52,18 @@ fn taken_away(before: Work, calls: &BTreeMap<i64, Vec<Allowed>>) -> BTreeMap<i64
     taken
 }
 
-/// From now on, the kernel asks this program about each system call.
-fn enforce(program: &Result<BpfProgram, seccompiler::BackendError>, threads: Threads) -> Result<(), String> {
-    let program = program.as_ref().map_err(ToString::to_string)?;
+/// From now on, the kernel asks about each system call what this list makes of it: see [`compile`].
+fn enforce(
+    calls: &BTreeMap<i64, Vec<Allowed>>,
+    other: SeccompAction,
+    listed: SeccompAction,
+    threads: Threads,
+) -> Result<(), String> {
+    let program = compile(calls, other, listed).map_err(|error| error.to_string())?;
     super::trap::install();
     match threads {
-        Threads::All => seccompiler::apply_filter_all_threads(program),
-        Threads::This => seccompiler::apply_filter(program),
+        Threads::All => seccompiler::apply_filter_all_threads(&program),
+        Threads::This => seccompiler::apply_filter(&program),
     }
     .map_err(|error| error.to_string())
 }
