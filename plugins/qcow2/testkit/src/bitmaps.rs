@@ -2,6 +2,7 @@
 
 use super::view::View;
 use super::{be32, be64};
+use instar_testkit::padded;
 
 /// `flags` of a directory entry: the bitmap was not saved.
 pub const IN_USE: u32 = 1;
@@ -122,8 +123,7 @@ pub fn verify_bitmaps((before, now): (&[u8], &[u8]), content: (&[u8], &[u8]), co
     assert_eq!(old.len(), new.len(), "a bitmap is gone");
     let mut exact = true;
     // What a guest of the overlay read past the end.
-    let mut was_content = content.0.to_vec();
-    was_content.resize(content.1.len(), 0);
+    let was_content = padded(content.0, content.1.len());
     for (old, new) in old.iter().zip(&new) {
         let entries = |bytes: &[u8], view: &BitmapView| bytes[view.at..view.at + view.length].to_vec();
         let (entry_before, mut entry_now) = (entries(before, old), entries(now, new));

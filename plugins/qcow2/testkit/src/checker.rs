@@ -4,7 +4,7 @@ use super::bitmaps::{bitmaps, extension};
 pub use super::view::View;
 use super::view::OFFSET;
 use super::{be32, be64};
-use instar_testkit::copy_padded;
+use instar_testkit::{copy_padded, padded};
 use std::collections::BTreeMap;
 
 /// Where the entries of the snapshot table stand, and where it ends.
@@ -59,11 +59,7 @@ pub fn content(bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
 
 fn content_of(view: &View<'_>, entries: Vec<(u64, u64, u64)>, below: Option<&[u8]>) -> Vec<u8> {
     let bytes = view.bytes;
-    let mut disk = vec![0; view.virtual_size as usize];
-    if let Some(below) = below {
-        let length = below.len().min(disk.len());
-        disk[..length].copy_from_slice(&below[..length]);
-    }
+    let mut disk = padded(below.unwrap_or_default(), view.virtual_size as usize);
     for (guest, entry, bitmap) in entries {
         let start = (guest << view.bits) as usize;
         if start >= disk.len() {

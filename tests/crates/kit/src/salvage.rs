@@ -1,5 +1,7 @@
 //! What can still be read of damaged images: sector by sector, and what cannot be read is said to be unreadable.
 
+use crate::padded::copy_padded;
+
 /// Bytes of a sector, the unit in which images are compared.
 pub const SECTOR: usize = 512;
 /// Bytes of the longest disk that is compared.
@@ -39,10 +41,8 @@ impl Disk {
     /// Hold `length` bytes from byte `at` on, as far as the disk goes: `bytes`, then zeroes.
     pub fn hold(&mut self, at: usize, length: usize, bytes: &[u8]) {
         let end = at.saturating_add(length).min(self.bytes.len());
-        let count = bytes.len().min(end.saturating_sub(at));
         if at < end {
-            self.bytes[at..at + count].copy_from_slice(&bytes[..count]);
-            self.bytes[at + count..end].fill(0);
+            copy_padded(&mut self.bytes[at..end], bytes);
             self.states[at / SECTOR..end.div_ceil(SECTOR)].fill(SectorState::Held);
         }
     }
