@@ -117,7 +117,9 @@ impl Events for CommitEvents {
         if phase > self.last_phase {
             let why = match self.last_phase {
                 Phase::Look => "a change was announced in a dry run",
-                Phase::Target | Phase::Overlay => "a change of an overlay that is to keep its content was announced",
+                Phase::Target | Phase::Overlay | Phase::Children => {
+                    "a change of an overlay that is to keep its content was announced"
+                }
             };
             return Err(BadRequest(why.to_owned()));
         }

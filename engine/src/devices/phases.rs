@@ -25,18 +25,16 @@ impl Devices {
     /// # Errors
     /// One clause: it does not come next, or something is not durable that has to be.
     pub fn enter(&mut self, phase: Phase) -> Result<(), String> {
-        let next = match self.phases.now {
-            Phase::Look => Some(Phase::Target),
-            Phase::Target => Some(Phase::Overlay),
-            Phase::Overlay => None,
-        };
-        if Some(phase) != next {
+        if !self.phases.now.leads_to(phase) {
             return Err(format!("phase {} after phase {}", phase as u32, self.phases.now as u32));
         }
-        if phase == Phase::Overlay {
-            if let Some(device) = self.unflushed(|part| part == Part::Target) {
-                return Err(format!("the overlay is to be changed while device {device} of the target is not flushed"));
-            }
+        // What is changed later counts on what was changed before.
+        let (of, later) = match phase {
+            Phase::Overlay => ("target", "the overlay is to be changed"),
+            Phase::Look | Phase::Target | Phase::Children => ("image", "another parent is to be recorded"),
+        };
+        if let Some(device) = self.unflushed(|part| phase == Phase::Children || part == Part::Target) {
+            return Err(format!("{later} while device {device} of the {of} is not flushed"));
         }
         self.phases.now = phase;
         Ok(())

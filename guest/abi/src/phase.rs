@@ -13,9 +13,21 @@ pub enum Phase {
     Target = 2,
     /// The image that is emptied, and nothing else, once everything that was written is durable.
     Overlay = 3,
+    /// The images that get another parent, once that parent holds durably what they are to find there.
+    Children = 4,
 }
 
 impl Phase {
+    /// Whether `next` may follow this phase: they only go forward, and nothing is changed before a plan was accepted. An image
+    /// that is emptied is not part of every operation.
+    #[must_use]
+    pub const fn leads_to(self, next: Self) -> bool {
+        matches!(
+            (self, next),
+            (Self::Look, Self::Target) | (Self::Target, Self::Overlay) | (Self::Target | Self::Overlay, Self::Children)
+        )
+    }
+
     /// The phase with this number, if there is one.
     #[must_use]
     pub const fn from_u32(value: u32) -> Option<Self> {
@@ -23,6 +35,7 @@ impl Phase {
             1 => Self::Look,
             2 => Self::Target,
             3 => Self::Overlay,
+            4 => Self::Children,
             _ => return None,
         })
     }
@@ -30,6 +43,9 @@ impl Phase {
 
 /// The record of a parent lies within one aligned range of so many bytes of one device: what may be changed there.
 pub const IDENTITY_RANGE: u64 = 4096;
+
+/// By how many bytes an image's file may become longer when it gets another parent.
+pub const PARENT_ROOM: u64 = 256 << 10;
 
 /// What a device is to the operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +61,8 @@ pub enum Part {
         /// It may record that the target changes, before it does.
         identity: bool,
     },
+    /// It gets another parent.
+    Child,
 }
 
 /// What is the case when a device is about to be changed.
@@ -68,12 +86,20 @@ impl Part {
             (Self::Read | Self::Overlay { emptied: false, identity: false }, _) => {
                 Some("a change of a device that is read-only")
             }
-            (Self::Target | Self::Overlay { .. }, Phase::Look) => Some("a change before a plan was accepted"),
+            (Self::Target | Self::Overlay { .. } | Self::Child, Phase::Look) => {
+                Some("a change before a plan was accepted")
+            }
             // A crash in between must not leave a target that the image above it does not know.
             (Self::Target, Phase::Target) if now.record_unflushed => {
                 Some("a change of the target before the record of its parent is flushed")
             }
-            (Self::Target, Phase::Overlay) => Some("a change of the target after it was said to be complete"),
+            (Self::Target, Phase::Overlay | Phase::Children) => {
+                Some("a change of the target after it was said to be complete")
+            }
+            (Self::Child, Phase::Target | Phase::Overlay) => {
+                Some("another parent for an image before that parent is complete")
+            }
+            (Self::Overlay { .. }, Phase::Children) => Some("a change of the overlay after it was said to be complete"),
             (Self::Overlay { identity, .. }, Phase::Target) if !identity || now.target_unflushed || !now.is_record => {
                 Some("a change of the overlay before the target is complete, which is no record of its parent")
             }

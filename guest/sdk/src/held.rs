@@ -70,10 +70,11 @@ impl Rules {
 
     /// Go on to a phase; `log` is what was done so far.
     pub fn enter(&mut self, phase: Phase, log: &[Change]) {
-        assert!(phase as u32 == self.phase as u32 + 1, "phase {phase:?} after {:?}", self.phase);
-        if phase == Phase::Overlay {
-            let dirty = self.targets().find(|&device| unflushed(log, device));
-            assert!(dirty.is_none(), "the overlay is to be changed while device {dirty:?} is not flushed");
+        assert!(self.phase.leads_to(phase), "phase {phase:?} after {:?}", self.phase);
+        if matches!(phase, Phase::Overlay | Phase::Children) {
+            let changed = self.held.keys().filter(|_| phase == Phase::Children).copied();
+            let dirty = changed.chain(self.targets()).find(|&device| unflushed(log, device));
+            assert!(dirty.is_none(), "phase {phase:?} while device {dirty:?} is not flushed");
         }
         self.phase = phase;
     }

@@ -6,7 +6,8 @@ use crate::extents::Extents;
 use crate::io::BlockIo;
 use core::ops::Range;
 use instar_guest_abi::{
-    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary, DEVICE_OUTPUT,
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary, Repair,
+    RepairSummary, DEVICE_OUTPUT,
 };
 
 /// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
@@ -77,6 +78,66 @@ pub trait Source {
         let _ = (io, finding);
         Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be checked"))
     }
+
+    /// Find out what of `repair` can be mended, and how. Changes nothing, and is called on a source that was just opened. What
+    /// cannot be mended without losing something goes to `finding`, one line each that says what would be lost.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotImplemented`] for a format that cannot be repaired, and I/O errors.
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        let _ = (io, repair, finding);
+        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be repaired"))
+    }
+
+    /// Mend what [`Source::plan_repair`] counted. Durable when it returns; at every instant before, the image reads as it did
+    /// and has nothing worse than it had. The source is not used afterwards.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let _ = io;
+        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be repaired"))
+    }
+
+    /// Verify that the image can record `parent` in place of the parent that it has; none if it is to have none. Changes
+    /// nothing. What the two parents hold is not this function's matter.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedFormat`] for a parent that the format cannot name, [`ErrorCode::NotImplemented`] for a format
+    /// that records no parent, and I/O errors.
+    fn plan_parent(&mut self, io: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        let _ = (io, parent);
+        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format do not record a parent by name"))
+    }
+
+    /// Record the parent that [`Source::plan_parent`] accepted last: its name, format and identity, as far as the format has
+    /// them. Durable when it returns; at every instant before, the image names the one parent or the other, whole. The file
+    /// becomes longer by at most [`PARENT_ROOM`](instar_guest_abi::PARENT_ROOM).
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let _ = io;
+        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format do not record a parent by name"))
+    }
+}
+
+/// What an image is to record of its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parent<'a> {
+    /// The parent's name, as it is to be recorded: not empty, without a zero byte. Usually UTF-8.
+    pub name: &'a [u8],
+    /// Name of the parent's format.
+    pub format: &'a str,
+    /// The parent's identity, if it has one.
+    pub identity: Option<ImageId>,
+    /// Virtual size of the parent in bytes.
+    pub virtual_size: u64,
 }
 
 /// Reads the guest-visible bytes below the sink's image.

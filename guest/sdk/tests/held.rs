@@ -2,13 +2,14 @@
 #![cfg(feature = "memory")]
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use instar_guest_sdk::abi::{device_flags, DeviceConfig, FileDevice, FileList, Phase, Request, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, FileDevice, FileList, Part, Phase, Request, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::BlockIo;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 const OVERLAY: u32 = 0;
 const BELOW: u32 = 1;
+const CHILD: u32 = 2;
 const OTHER: u32 = DEVICE_OUTPUT + 1;
 static DATA: [u8; 512] = [7; 512];
 
@@ -83,6 +84,27 @@ fn the_overlay_comes_after_the_target() {
     let mut kept = in_target(true);
     kept.enter(Phase::Overlay);
     assert_refused(&mut kept, &[write(OVERLAY, 0)], "stay as it is");
+}
+
+#[test]
+fn another_parent_comes_last() {
+    let child =
+        DeviceConfig { device: CHILD, flags: 3, file_length: 8192, max_length: 9000, ..DeviceConfig::default() };
+    let target =
+        DeviceConfig { device: OTHER, flags: 3, file_length: 8192, max_length: 9000, ..DeviceConfig::default() };
+    let mut io = MemoryDevices::default();
+    io.hold([(Part::Child, &child), (Part::Target, &target)]);
+    io.files.extend([CHILD, OTHER].map(|device| (device, vec![0; 8192])));
+    assert_refused(&mut io, &[write(CHILD, 0)], "before a plan");
+    io.enter(Phase::Target);
+    assert_refused(&mut io, &[write(CHILD, 0)], "before that parent is complete");
+    io.submit(&mut [write(OTHER, 0)]).unwrap();
+    assert!(catch_unwind(AssertUnwindSafe(|| io.clone().enter(Phase::Children))).is_err(), "not flushed");
+    io.submit(&mut [Request::flush(OTHER)]).unwrap();
+    io.enter(Phase::Children);
+    io.submit(&mut [write(CHILD, 4096), write(CHILD, 0)]).unwrap();
+    assert_refused(&mut io, &[write(OTHER, 0)], "said to be complete");
+    assert_refused(&mut io, &[write(CHILD, 8800)], "9000 bytes");
 }
 
 #[test]

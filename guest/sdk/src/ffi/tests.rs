@@ -3,13 +3,16 @@
 extern crate std;
 
 use super::*;
-use crate::{BlockIo, Content, Extent, Extents, FormatDriver, IoFailure, NoSink, NoSource, ReadBelow, Sink, Source};
+use crate::{
+    BlockIo, Content, Extent, Extents, FormatDriver, IoFailure, NoSink, NoSource, Parent, ReadBelow, Sink, Source,
+};
+use alloc::borrow::ToOwned;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{
-    CallTable, ChainConfig, DeviceConfig, FormatOps, ImageInfo, OperationConfig, PlanSummary, Request, SinkOps,
-    SourceOps, WireExtent,
+    CallTable, ChainConfig, DeviceConfig, FindingKind, FormatOps, ImageId, ImageInfo, OperationConfig, PlanSummary,
+    Repair, RepairSummary, Request, SinkOps, SourceOps, WireExtent, WireParent,
 };
 use std::cell::RefCell;
 
@@ -66,6 +69,25 @@ impl Source for TestSource {
     }
     fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
         Ok(41)
+    }
+    fn plan_parent(&mut self, _: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        log(std::format!("parent {parent:?}"));
+        Ok(())
+    }
+    fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        io.flush(3)
+    }
+    fn plan_repair(
+        &mut self,
+        _: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        finding(FindingKind::Corruption, "cluster 9 would be lost");
+        Ok(RepairSummary { corruptions: repair as u64, leaks: 5, final_length: 6 })
+    }
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        io.flush(4)
     }
 }
 
@@ -166,6 +188,49 @@ fn a_source_works_across_the_border() {
     assert_eq!(source.empty(io).unwrap(), 41);
     drop(source);
     assert_eq!(LOG.take().last().unwrap(), "source closed");
+}
+
+#[test]
+fn an_image_is_repaired_and_gets_another_parent_across_the_border() {
+    let mut source = format().open_source(&DeviceConfig::default()).unwrap();
+    let (io, mut found) = (&mut TestIo, Vec::new());
+    let planned = source.plan_repair(io, Repair::All, &mut |kind, text| found.push((kind, text.to_owned()))).unwrap();
+    assert_eq!(planned, RepairSummary { corruptions: 2, leaks: 5, final_length: 6 });
+    assert_eq!(found, [(FindingKind::Corruption, "cluster 9 would be lost".to_owned())]);
+    LOG.take();
+    source.repair(io).unwrap();
+    let parent = Parent { name: b"b\xff", format: "vmdk", identity: ImageId::new(&[7]), virtual_size: 3 };
+    source.plan_parent(io, Some(&parent)).unwrap();
+    source.plan_parent(io, None).unwrap();
+    source.set_parent(io).unwrap();
+    assert_eq!(LOG.take(), ["submit 1", &std::format!("parent {:?}", Some(parent)), "parent None", "submit 1"]);
+
+    let none = WireParent { name: core::ptr::null(), ..super::wire::parent_to_wire(&parent) };
+    let table = super::source_ops::<Driver, TestIo>();
+    let (device, mut handle) = (DeviceConfig::default(), core::ptr::null_mut());
+    call(|failure| (table.open)(&raw const device, &raw mut handle, failure)).unwrap();
+    let plan = table.plan_parent.unwrap();
+    let error = call(|failure| plan(handle, &raw const none, failure)).unwrap_err();
+    assert_eq!(error.code, ErrorCode::GuestProtocol);
+    (table.close)(handle);
+}
+
+#[test]
+fn what_a_table_has_no_function_for_is_not_implemented() {
+    let good = super::source_ops::<Driver, TestIo>();
+    let table = SourceOps { check: None, plan_parent: None, set_parent: None, plan_repair: None, repair: None, ..good };
+    let ops = FormatOps { source: &raw const table, sink: core::ptr::null() };
+    // SAFETY: the tables live until the end of the test.
+    let format = unsafe { ForeignFormat::new(&raw const ops) }.unwrap();
+    let (mut source, io) = (format.open_source(&DeviceConfig::default()).unwrap(), &mut TestIo);
+    let refusals = [
+        source.check(io, &mut |_, _| ()).unwrap_err(),
+        source.plan_repair(io, Repair::Leaks, &mut |_, _| ()).unwrap_err(),
+        source.repair(io).unwrap_err(),
+        source.plan_parent(io, None).unwrap_err(),
+        source.set_parent(io).unwrap_err(),
+    ];
+    assert!(refusals.iter().all(|error| error.code == ErrorCode::NotImplemented));
 }
 
 #[test]
@@ -350,7 +415,7 @@ fn whoever_knows_more_sees_that_a_module_of_today_lacks_it() {
         )
     };
     assert!(later_source.more.is_none() && later_sink.more.is_none());
-    assert!(later_source.today.check.is_some() && later_sink.today.next_identity.is_some());
+    assert!(later_source.today.repair.is_some() && later_sink.today.next_identity.is_some());
     let longer = Later { today: source, more: Some(more) };
     // SAFETY: as above.
     let seen: Later<SourceOps> = unsafe { foreign_format::copy(&raw const longer, size_of_val(&longer)) };
@@ -360,5 +425,5 @@ fn whoever_knows_more_sees_that_a_module_of_today_lacks_it() {
 #[test]
 fn what_is_appended_leaves_the_least_sizes_as_they_are() {
     // Numbers, because older modules and cores have them compiled in.
-    assert_eq!((SourceOps::MIN_SIZE, SinkOps::MIN_SIZE, CallTable::MIN_SIZE), (88, 80, 64));
+    assert_eq!((SourceOps::MIN_SIZE, SinkOps::MIN_SIZE, CallTable::MIN_SIZE), (120, 80, 64));
 }

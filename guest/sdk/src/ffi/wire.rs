@@ -1,13 +1,14 @@
-//! Extents at the border: records of numbers on the way out, checked on the way in.
+//! Extents and parents at the border: records of numbers on the way out, checked on the way in.
 
 use crate::extent::{checked_end, Content, Extent};
 use crate::extents::unknown_kind;
-use crate::DriverResult;
+use crate::{DriverResult, Parent};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::ptr::null;
 use core::slice;
-use instar_guest_abi::{ExtentKind, WireExtent};
+use instar_guest_abi::{ExtentKind, WireExtent, WireParent};
 
 /// The record of an extent. What a kind does not have is 0.
 pub(super) fn to_wire(extent: &Extent) -> WireExtent {
@@ -71,9 +72,39 @@ pub(super) unsafe fn arriving(records: *const WireExtent, count: usize) -> Drive
     records.iter().enumerate().map(extent).collect()
 }
 
+/// The record of a parent, which points to what the parent borrows.
+pub(super) fn parent_to_wire(parent: &Parent<'_>) -> WireParent {
+    WireParent {
+        name: parent.name.as_ptr(),
+        name_length: parent.name.len(),
+        format: parent.format.as_ptr(),
+        format_length: parent.format.len(),
+        identity: parent.identity.as_ref().map_or(null(), core::ptr::from_ref),
+        virtual_size: parent.virtual_size,
+    }
+}
+
+/// The parent that a record is of; `None` if its name or format is empty, or is not what it should be.
+///
+/// # Safety
+/// Name, format and identity of `record` are each null or readable, for as long as it is borrowed.
+pub(super) unsafe fn parent_from_wire(record: &WireParent) -> Option<Parent<'_>> {
+    let WireParent { name, name_length, format, format_length, identity, virtual_size } = *record;
+    if name.is_null() || format.is_null() || name_length == 0 || format_length == 0 {
+        return None;
+    }
+    // SAFETY: the caller promises it.
+    let (name, format, identity) = unsafe {
+        (slice::from_raw_parts(name, name_length), slice::from_raw_parts(format, format_length), identity.as_ref())
+    };
+    let format = core::str::from_utf8(format).ok()?;
+    (!name.contains(&0)).then_some(Parent { name, format, identity: identity.copied(), virtual_size })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use instar_guest_abi::ImageId;
 
     #[test]
     fn an_extent_comes_back_as_it_was() {
@@ -83,6 +114,23 @@ mod tests {
         }
         for kind in [0, 5, u32::MAX] {
             assert_eq!(from_wire(&WireExtent { length: 1, kind, ..WireExtent::default() }), None);
+        }
+    }
+
+    #[test]
+    fn a_parent_comes_back_as_it_was() {
+        let back = |parent: &Parent<'_>| {
+            let record = parent_to_wire(parent);
+            // SAFETY: the record points to what `parent` borrows.
+            unsafe { parent_from_wire(&record) == Some(*parent) }
+        };
+        let parent = Parent { name: b"base", format: "raw", identity: None, virtual_size: 7 };
+        assert!(back(&parent));
+        assert!(back(&Parent { identity: ImageId::new(&[1, 2]), ..parent }));
+        for wrong in
+            [Parent { name: b"", ..parent }, Parent { name: b"a\0b", ..parent }, Parent { format: "", ..parent }]
+        {
+            assert!(!back(&wrong), "{wrong:?}");
         }
     }
 }

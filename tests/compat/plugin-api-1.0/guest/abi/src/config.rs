@@ -69,6 +69,8 @@ pub enum MemberRole {
     Empty = 3,
     /// It is below a member that is written: looked at only where that one holds nothing.
     Below = 4,
+    /// It gets another parent: the one that is written.
+    Relinked = 5,
 }
 
 impl MemberRole {
@@ -80,6 +82,7 @@ impl MemberRole {
             2 => Self::Write,
             3 => Self::Empty,
             4 => Self::Below,
+            5 => Self::Relinked,
             _ => return None,
         })
     }

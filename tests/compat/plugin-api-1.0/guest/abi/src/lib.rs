@@ -2,7 +2,8 @@
 //!
 //! Everything in this crate is `repr(C)` plain data: the host writes it into guest memory (or reads it
 //! from there) byte for byte. Nothing here has behaviour beyond constructors and accessors, and nothing
-//! here trusts its content: the reader of a structure checks it.
+//! here trusts its content: the reader of a structure checks it. What both halves of a plugin have to
+//! compute alike stands here, too: the [UUID that follows](next_uuid) from another one.
 //!
 //! The guest is identity mapped: a guest virtual address is a guest physical address.
 #![no_std]
@@ -15,6 +16,7 @@ mod list;
 mod module;
 mod phase;
 mod ring;
+mod uuid;
 
 pub use call_table::CallTable;
 pub use config::device_flags;
@@ -28,8 +30,10 @@ pub use layout::*;
 pub use list::List;
 pub use module::{
     CheckSummary, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo, ModuleDescriptor,
-    ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, SinkOps, SourceOps, WireExtent, FAILURE_TEXT_MAX,
-    IMAGE_ID_MAX, MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
+    ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, Repair, RepairSummary, SinkOps, SourceOps,
+    WireExtent, WireParent, FAILURE_TEXT_MAX, IMAGE_ID_MAX, MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR,
+    MODULE_MAGIC,
 };
-pub use phase::{Part, Phase, Situation, IDENTITY_RANGE};
+pub use phase::{Part, Phase, Situation, IDENTITY_RANGE, PARENT_ROOM};
 pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};
+pub use uuid::{derived_uuid, next_uuid, uuid_of_bits};

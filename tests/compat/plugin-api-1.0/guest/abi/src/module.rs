@@ -221,6 +221,58 @@ impl FindingKind {
     }
 }
 
+/// What a repair mends. Passed as `u32`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repair {
+    /// Leaks alone.
+    Leaks = 1,
+    /// Leaks, and corruptions as far as nothing is lost by it.
+    All = 2,
+}
+
+impl Repair {
+    /// The repair with this number, if there is one.
+    #[must_use]
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Some(match value {
+            1 => Self::Leaks,
+            2 => Self::All,
+            _ => return None,
+        })
+    }
+}
+
+/// What a repair mends, counted as [`CheckSummary`] counts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RepairSummary {
+    /// Corruptions that are mended.
+    pub corruptions: u64,
+    /// Leaks that are mended.
+    pub leaks: u64,
+    /// Upper bound of the file's length in bytes while it is mended and afterwards; 0 for no longer than it is.
+    pub final_length: u64,
+}
+
+/// What an image is to record of its parent.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct WireParent {
+    /// The parent's name: `name_length` bytes, without a zero byte.
+    pub name: *const u8,
+    /// At least 1.
+    pub name_length: usize,
+    /// Name of the parent's format, UTF-8: `format_length` bytes.
+    pub format: *const u8,
+    /// At least 1.
+    pub format_length: usize,
+    /// The parent's identity, or null if it has none.
+    pub identity: *const ImageId,
+    /// Virtual size of the parent in bytes.
+    pub virtual_size: u64,
+}
+
 /// Takes the findings of an examination, one at a time.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -291,12 +343,34 @@ pub struct SourceOps {
             failure: *mut Failure,
         ) -> u32,
     >,
+    /// Null: images of the format record no parent that could be another one.
+    /// Verify that the image can record `*parent` in place of the parent that it has, or none if `parent` is null. Changes nothing.
+    pub plan_parent:
+        Option<extern "C" fn(source: *mut c_void, parent: *const WireParent, failure: *mut Failure) -> u32>,
+    /// Null exactly if `plan_parent` is. Record what `plan_parent` accepted last; durable when it returns, and at every instant
+    /// before the image names the one parent or the other, whole.
+    pub set_parent: Option<extern "C" fn(source: *mut c_void, failure: *mut Failure) -> u32>,
+    /// Null: images of the format cannot be repaired.
+    /// Find out what of a [`Repair`] can be mended, and how. Changes nothing. What cannot be mended without losing something is
+    /// a finding that says what would be lost.
+    pub plan_repair: Option<
+        extern "C" fn(
+            source: *mut c_void,
+            repair: u32,
+            findings: *const FindingOps,
+            out: *mut RepairSummary,
+            failure: *mut Failure,
+        ) -> u32,
+    >,
+    /// Null exactly if `plan_repair` is. Mend what `plan_repair` counted last; durable when it returns, and at every instant
+    /// before the image reads as it did and has nothing worse than it had.
+    pub repair: Option<extern "C" fn(source: *mut c_void, failure: *mut Failure) -> u32>,
 }
 
 impl SourceOps {
     /// Size in bytes of the table of minor version 0, up to its last function: whatever is appended leaves this as it is. A
     /// function that is appended later is missing from such a table, and counts as not supported.
-    pub const MIN_SIZE: usize = offset_of!(Self, check) + size_of::<usize>();
+    pub const MIN_SIZE: usize = offset_of!(Self, repair) + size_of::<usize>();
 }
 
 /// Reads the guest-visible bytes below the output image (its ancestors; zeroes where there are none).

@@ -134,16 +134,18 @@ pub fn commit(
         sink.grow(io, total, images.below.length()).map_err(at(Step::Plan))?;
     }
     let limit = sink.info().virtual_size;
-    each_batch(io, images.source, &mut |io, _, extents, _| {
+    let mut arena = Vec::new();
+    each_batch(io, images.source, &mut |io, source, extents, _| {
         if let Some(extent) = extents.iter().find(|extent| extent.end() > limit) {
             return Err(too_small(extent));
         }
         bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
         let encoded = extents.iter().filter(|extent| extent.is_encoded());
         encoded_bytes += encoded.map(|extent| extent.length).sum::<u64>();
-        sink.plan(io, extents)
+        plan_batch(io, source, sink, extents, &mut arena)
     })
     .map_err(at(Step::Plan))?;
+    drop(arena);
     let plan = sink.planned(io).map_err(at(Step::Plan))?;
     watch(Event::Planned(Plan { clusters, bytes, encoded_bytes, sink: plan }));
     if options.dry_run {
@@ -215,8 +217,23 @@ fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>
     Ok(())
 }
 
-/// Write a batch, in one call of the sink if what has to be decoded for it fits into the arena. Extents that only the
-/// source can decode are decoded into the arena, which is kept from batch to batch.
+/// Show a batch to the sink. If that has to know what is encoded, it says so, and is shown the bytes.
+fn plan_batch(
+    io: &mut dyn BlockIo,
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+    extents: &[Extent],
+    arena: &mut Vec<u8>,
+) -> DriverResult<()> {
+    match sink.plan(io, extents) {
+        Err(error) if error.code == ErrorCode::NotImplemented && extents.iter().any(Extent::is_encoded) => {
+            decoded(io, source, extents, arena, &mut |io, ready| sink.plan(io, ready))
+        }
+        planned => planned,
+    }
+}
+
+/// Write a batch, in one call of the sink if what has to be decoded for it fits into the arena.
 fn write_batch(
     io: &mut dyn BlockIo,
     source: &mut dyn Source,
@@ -228,6 +245,21 @@ fn write_batch(
     if !extents.iter().any(Extent::is_encoded) {
         return sink.write(io, extents, below);
     }
+    decoded(io, source, extents, arena, &mut |io, ready| sink.write(io, ready, below))
+}
+
+/// What a sink does with extents of which none is encoded.
+type EachDecoded<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &[Extent]) -> DriverResult<()>;
+
+/// Hand extents to `each`, in several calls if need be. Those that only the source can decode are decoded into the arena,
+/// which is kept from batch to batch.
+fn decoded(
+    io: &mut dyn BlockIo,
+    source: &mut dyn Source,
+    extents: &[Extent],
+    arena: &mut Vec<u8>,
+    each: EachDecoded<'_>,
+) -> DriverResult<()> {
     grow_arena(io, arena, extents.iter().filter(|extent| extent.is_encoded()).map(|extent| extent.length).sum());
     let mut ready: Vec<Extent> = Vec::with_capacity(extents.len());
     let mut used = 0;
@@ -242,7 +274,7 @@ fn write_batch(
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
             // An extent is not cut, because it would be decoded twice, unless it is larger than the arena.
             if used > 0 && left > arena.len() - used {
-                sink.write(io, &ready, below)?;
+                each(io, &ready)?;
                 ready.clear();
                 used = 0;
             }
@@ -257,7 +289,7 @@ fn write_batch(
             used += length;
         }
     }
-    sink.write(io, &ready, below)
+    each(io, &ready)
 }
 
 /// Make the arena large enough for `wanted` bytes, if that is not too much of the heap.

@@ -6,6 +6,7 @@
 //! [`WireExtent`]: instar_guest_abi::WireExtent
 
 use crate::error::{overflow, DriverError, DriverResult};
+use crate::io::BlockIo;
 use alloc::format;
 use core::ops::Range;
 use instar_guest_abi::{ErrorCode, ExtentKind, Request};
@@ -83,6 +84,24 @@ impl Content {
                 Err(DriverError::new(ErrorCode::InternalOverflow, text).at(device, offset))
             }
         }
+    }
+
+    /// Fill `buffer` with the first bytes of it, for a sink that has to know what arrives.
+    ///
+    /// # Errors
+    /// As [`BlockIo::run`]; [`ErrorCode::InternalOverflow`] for encoded bytes, which only their source can decode.
+    pub fn read(self, io: &mut dyn BlockIo, buffer: &mut [u8]) -> DriverResult<()> {
+        match self {
+            Self::Data { device, offset } => io.read(device, offset, buffer)?,
+            Self::Zero => buffer.fill(0),
+            Self::Memory { address } => {
+                // SAFETY: as for the buffer of a request, the operation that has made the extent keeps its bytes alive and
+                // unchanged until the call of the sink returns; `buffer` is exclusive, so the two do not overlap.
+                unsafe { core::ptr::copy_nonoverlapping(address as *const u8, buffer.as_mut_ptr(), buffer.len()) }
+            }
+            Self::Encoded { .. } => return Err(overflow("an extent that is not decoded")),
+        }
+        Ok(())
     }
 }
 

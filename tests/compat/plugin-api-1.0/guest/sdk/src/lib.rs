@@ -30,6 +30,7 @@ mod ordered;
 #[cfg(feature = "memory")]
 pub mod random;
 pub mod runtime;
+pub mod table;
 mod traits;
 
 pub use batch::Batch;
@@ -42,4 +43,4 @@ pub use io::{BlockIo, IoFailure};
 #[doc(hidden)]
 pub use message::log_line;
 pub use ordered::OrderedWriter;
-pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};
+pub use traits::{FormatDriver, NoSink, NoSource, Parent, ReadBelow, Sink, Source};

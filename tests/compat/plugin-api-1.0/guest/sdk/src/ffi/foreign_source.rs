@@ -1,17 +1,17 @@
 //! A source of another module.
 
-use super::wire::{enumerated, to_wire};
+use super::wire::{enumerated, parent_to_wire, to_wire};
 use super::{call, protocol_of, MAX_EXTENTS};
 use crate::extents::check_extents;
-use crate::{BlockIo, DriverError, DriverResult, Extent, Extents, Source};
+use crate::{BlockIo, DriverError, DriverResult, Extent, Extents, Parent, Source};
 use alloc::format;
 use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::ops::Range;
-use core::ptr::null_mut;
+use core::ptr::{null, null_mut};
 use instar_guest_abi::{
-    CheckSummary, DeviceConfig, ErrorCode, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps,
-    WireExtent,
+    CheckSummary, DeviceConfig, ErrorCode, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, Repair,
+    RepairSummary, SourceOps, WireExtent,
 };
 
 /// A source of another module. It does its block I/O itself: the `io` of the calls is not used.
@@ -35,6 +35,23 @@ impl ForeignSource {
             return Err(protocol_of(device.device, "it opened a source without a handle"));
         }
         Ok(Self { ops, handle, device: device.device })
+    }
+}
+
+impl ForeignSource {
+    /// Call a function of the module that tells findings.
+    fn with_findings(
+        &self,
+        finding: &mut dyn FnMut(FindingKind, &str),
+        function: impl FnOnce(*const FindingOps, *mut Failure) -> u32,
+    ) -> DriverResult<()> {
+        let mut findings = Findings { sink: finding, wrong: false };
+        let ops = FindingOps { context: (&raw mut findings).cast(), add: add_finding };
+        call(|failure| function(&raw const ops, failure))?;
+        if findings.wrong {
+            return Err(self.broken("it returned a finding of unknown kind, or one that is no text"));
+        }
+        Ok(())
     }
 }
 
@@ -103,19 +120,48 @@ impl Source for ForeignSource {
     }
 
     fn check(&mut self, _: &mut dyn BlockIo, finding: &mut dyn FnMut(FindingKind, &str)) -> DriverResult<CheckSummary> {
-        let Some(check) = self.ops.check else {
-            let text = "images of this format cannot be checked with this version of its plugin";
-            return Err(DriverError::new(ErrorCode::NotImplemented, text));
-        };
-        let mut findings = Findings { sink: finding, wrong: false };
-        let ops = FindingOps { context: (&raw mut findings).cast(), add: add_finding };
+        let check = self.ops.check.ok_or_else(|| lacking("checked"))?;
         let mut found = CheckSummary::default();
-        call(|failure| check(self.handle, &raw const ops, &raw mut found, failure))?;
-        if findings.wrong {
-            return Err(self.broken("it returned a finding of unknown kind, or one that is no text"));
-        }
+        self.with_findings(finding, |findings, failure| check(self.handle, findings, &raw mut found, failure))?;
         Ok(found)
     }
+
+    fn plan_repair(
+        &mut self,
+        _: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        let plan = self.ops.plan_repair.ok_or_else(|| lacking("repaired"))?;
+        let mut mended = RepairSummary::default();
+        self.with_findings(finding, |findings, failure| {
+            plan(self.handle, repair as u32, findings, &raw mut mended, failure)
+        })?;
+        Ok(mended)
+    }
+
+    fn repair(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {
+        let repair = self.ops.repair.ok_or_else(|| lacking("repaired"))?;
+        call(|failure| repair(self.handle, failure))
+    }
+
+    fn plan_parent(&mut self, _: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        let plan = self.ops.plan_parent.ok_or_else(|| lacking("given another parent"))?;
+        let record = parent.map(parent_to_wire);
+        let record = record.as_ref().map_or(null(), core::ptr::from_ref);
+        call(|failure| plan(self.handle, record, failure))
+    }
+
+    fn set_parent(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {
+        let set = self.ops.set_parent.ok_or_else(|| lacking("given another parent"))?;
+        call(|failure| set(self.handle, failure))
+    }
+}
+
+/// The plugin is older than what is wanted of it.
+fn lacking(what: &str) -> DriverError {
+    let text = format!("images of this format cannot be {what} with this version of its plugin");
+    DriverError::new(ErrorCode::NotImplemented, text)
 }
 
 /// Where the findings of another module go.

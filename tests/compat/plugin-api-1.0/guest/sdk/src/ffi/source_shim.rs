@@ -1,14 +1,14 @@
 //! A [`Source`] as a table of C functions.
 
-use super::wire::{from_wire, to_wire};
+use super::wire::{from_wire, parent_from_wire, to_wire};
 use super::{done, finish, protocol, store, MAX_EXTENTS};
 use crate::{checked_end, BlockIo, Extent, Extents, FormatDriver, Source};
 use alloc::boxed::Box;
 use core::ffi::c_void;
 use core::slice;
 use instar_guest_abi::{
-    CheckSummary, DeviceConfig, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, SourceOps,
-    WireExtent,
+    CheckSummary, DeviceConfig, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, Repair,
+    RepairSummary, SourceOps, WireExtent, WireParent,
 };
 
 /// What a handle points to. The byte is there so that a handle is never the address of nothing.
@@ -37,6 +37,10 @@ pub const fn source_ops<D: FormatDriver, Io: BlockIo + Default>() -> SourceOps {
         identity: Some(identity::<D::Source>),
         follow_parent: Some(follow_parent::<D::Source, Io>),
         check: Some(check::<D::Source, Io>),
+        plan_parent: Some(plan_parent::<D::Source, Io>),
+        set_parent: Some(set_parent::<D::Source, Io>),
+        plan_repair: Some(plan_repair::<D::Source, Io>),
+        repair: Some(repair::<D::Source, Io>),
     }
 }
 
@@ -215,9 +219,74 @@ extern "C" fn check<S: Source, Io: BlockIo + Default>(
         // SAFETY: the interface passes null or a writable failure.
         return unsafe { store(&protocol("check without source, findings or result"), failure) };
     };
-    let mut add =
-        |kind: FindingKind, text: &str| (findings.add)(findings.context, kind as u32, text.as_ptr(), text.len());
-    let result = open.source.check(&mut Io::default(), &mut add);
+    let result = open.source.check(&mut Io::default(), &mut adder(findings));
     // SAFETY: `out` is not null, so the interface makes it writable; `failure` is null or writable.
     unsafe { finish(result, out, failure) }
+}
+
+/// What hands a driver's findings to the caller.
+fn adder(findings: &FindingOps) -> impl FnMut(FindingKind, &str) + '_ {
+    |kind, text| (findings.add)(findings.context, kind as u32, text.as_ptr(), text.len())
+}
+
+extern "C" fn plan_parent<S: Source, Io: BlockIo + Default>(
+    source: *mut c_void,
+    parent: *const WireParent,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle, and null or a readable record.
+    let (open, record) = unsafe { (handle::<S>(source), parent.as_ref()) };
+    let Some(open) = open else {
+        // SAFETY: the interface passes null or a writable failure.
+        return unsafe { store(&protocol("plan_parent without source"), failure) };
+    };
+    let result = match record.map(|record| {
+        // SAFETY: the interface makes what a record points to readable.
+        unsafe { parent_from_wire(record) }
+    }) {
+        Some(None) => Err(protocol("plan_parent with a record that is no parent")),
+        Some(Some(parent)) => open.source.plan_parent(&mut Io::default(), Some(&parent)),
+        None => open.source.plan_parent(&mut Io::default(), None),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn set_parent<S: Source, Io: BlockIo + Default>(source: *mut c_void, failure: *mut Failure) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let result = match unsafe { handle::<S>(source) } {
+        Some(open) => open.source.set_parent(&mut Io::default()),
+        None => Err(protocol("set_parent without source")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn plan_repair<S: Source, Io: BlockIo + Default>(
+    source: *mut c_void,
+    repair: u32,
+    findings: *const FindingOps,
+    out: *mut RepairSummary,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle and readable functions.
+    let (open, findings) = unsafe { (handle::<S>(source), findings.as_ref()) };
+    let (Some(open), Some(findings), Some(repair), false) = (open, findings, Repair::from_u32(repair), out.is_null())
+    else {
+        // SAFETY: the interface passes null or a writable failure.
+        return unsafe { store(&protocol("plan_repair without source, kind, findings or result"), failure) };
+    };
+    let result = open.source.plan_repair(&mut Io::default(), repair, &mut adder(findings));
+    // SAFETY: `out` is not null, so the interface makes it writable; `failure` is null or writable.
+    unsafe { finish(result, out, failure) }
+}
+
+extern "C" fn repair<S: Source, Io: BlockIo + Default>(source: *mut c_void, failure: *mut Failure) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let result = match unsafe { handle::<S>(source) } {
+        Some(open) => open.source.repair(&mut Io::default()),
+        None => Err(protocol("repair without source")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
 }

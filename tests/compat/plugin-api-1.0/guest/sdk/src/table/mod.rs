@@ -1,0 +1,54 @@
+//! The pieces of a driver whose format cuts the disk into clusters and keeps a flat table that says where each of them lies:
+//! a BAT, a block map, an L2 table, and the table of tables above it.
+//!
+//! Such formats differ in how an entry is written and in what it means, and hardly in anything else. What they share is
+//! subtle where it is about power losses, so it stands here once:
+//!
+//! | piece | what it does |
+//! |---|---|
+//! | [`Table`] | reads entries, a part of the table at a time and none that lies in a hole; holds changed entries back, and writes them once what they name is durable |
+//! | [`Disk`], [`Arriving`], [`ClusterParts`] | cut what arrives at a sink into clusters, each with all that the extents have of it |
+//! | [`ClusterData`], [`ClusterPlace`] | collects the data of clusters, and fills up new ones from below |
+//! | [`Slots`] | gives out the lowest place in the file that no entry names |
+//! | [`Used`], [`Windows`] | mark what of a file is used, within a bounded memory, to find two entries that name one place |
+//! | [`tell_findings`] | tells what such a pass has found, as far as anybody reads it |
+//!
+//! A sink is made of them like this:
+//!
+//! 1. [`Disk::each_cluster`] hands it each cluster that something arrives for; it looks the entry up with [`Table::get`].
+//! 2. Data goes into the cluster where it lies, or into a new one, through [`ClusterData`]. A new cluster is named by
+//!    [`Table::set`], in memory only.
+//! 3. Once [`Table::is_full`], and at the end of each [`Sink::write`](crate::Sink::write), [`ClusterData::submit`] writes the
+//!    data, and [`Table::write`] flushes it before the first entry that names it is written.
+//!
+//! Whatever subset of the unflushed writes a power loss leaves, every entry is the old one or the new one, and names what is
+//! durable: an entry never straddles two sectors of 512 bytes, the unit that a disk writes as a whole.
+//!
+//! ```
+//! use instar_guest_sdk::table::{ClusterData, ClusterPlace, Little32, Table};
+//! use instar_guest_sdk::{BlockIo, DriverResult, Extent, OrderedWriter};
+//!
+//! /// Put data into a new cluster at byte `place` of the file, and name it by entry 0 of a BAT of 64 bytes behind the header.
+//! fn put(io: &mut dyn BlockIo, data: Extent, place: u32) -> DriverResult<()> {
+//!     let (device, bat) = (7, 512..576);
+//!     let mut out = OrderedWriter::new(device);
+//!     let (mut table, mut clusters) = (Table::<Little32>::sparse(device, 0), ClusterData::default());
+//!     if table.get(io, bat.start, bat.end)? == 0 {
+//!         let guest = data.guest_offset..data.end();
+//!         let cluster = ClusterPlace { guest, offset: place.into(), is_new: true };
+//!         clusters.write_parts(io, &mut out, &cluster, &[data])?;
+//!         table.set(io, bat.start, bat.end, place)?;
+//!     }
+//!     clusters.submit(io, &mut out)?;
+//!     table.write(io, &mut out)?;
+//!     out.barrier(io)
+//! }
+//! ```
+
+mod changes;
+mod data;
+mod entries;
+mod findings;
+mod kind;
+mod parts;
+mod slots;
