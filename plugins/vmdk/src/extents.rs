@@ -1,7 +1,7 @@
 //! The extents of a disk in several files: what their headers say.
 
 use crate::encoding::recorded;
-use crate::facts::refused;
+use crate::refusal::refused;
 use instar_plugin_api::{ErrorCode, ImageFile, ImageReader, PluginError};
 use instar_vmdk_format::{
     CowdHeader, Descriptor, DiskExtent, Header, SeSparseHeader, Storage, Trouble, COWD_HEADER_BYTES, HEADER_BYTES,

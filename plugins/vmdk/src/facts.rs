@@ -2,14 +2,15 @@
 
 use crate::encoding::recorded_parent;
 use crate::extents::{file_of, Survey};
+use crate::refusal::refused;
 use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{
     BackingPointer, ErrorCode, Feature, ImageFacts, ImageFile, ImageReader, PluginError, PROBE_CERTAIN, PROBE_LIKELY,
     PROBE_NO,
 };
 use instar_vmdk_format::{
-    next_content_id, Descriptor, FormatError, Header, Trouble, COWD_MAGIC, FOOTER_BYTES, HEADER_BYTES, MAGIC,
-    MAX_DESCRIPTOR_BYTES, NO_PARENT, SECTOR, SESPARSE_MAGIC,
+    next_content_id, Descriptor, Header, Trouble, COWD_MAGIC, FOOTER_BYTES, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES,
+    NO_PARENT, SECTOR, SESPARSE_MAGIC,
 };
 
 /// Names of the features. Those of the first three are QEMU's, for `instar info`.
@@ -62,15 +63,6 @@ fn is_descriptor(start: &[u8]) -> bool {
     lines
         .find(|line| !line.is_empty() && !line.starts_with(b"#"))
         .is_some_and(|line| matches!(line, b"version=1" | b"version=2" | b"version=3"))
-}
-
-/// A [`FormatError`] as the plugin's.
-pub fn refused(error: FormatError) -> PluginError {
-    let code = match error.trouble {
-        Trouble::Unsupported => ErrorCode::UnsupportedFormat,
-        Trouble::Corrupt => ErrorCode::ParseFailed,
-    };
-    PluginError::new(code, error.text)
 }
 
 fn unsupported(text: &str) -> PluginError {

@@ -4,6 +4,7 @@ mod create;
 mod encoding;
 mod extents;
 mod facts;
+mod refusal;
 mod verdict;
 
 use instar_plugin_api::{

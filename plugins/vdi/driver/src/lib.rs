@@ -5,6 +5,7 @@ extern crate alloc;
 
 mod decide;
 mod grow;
+mod growth;
 mod image;
 mod map;
 mod relocate;

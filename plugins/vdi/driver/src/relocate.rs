@@ -11,48 +11,14 @@
 //! 3. *flush*; then the new map, over the first blocks, which nothing names any more;
 //! 4. *flush*; then the header: where map and data begin, how many entries and slots there are, and the size of the disk.
 
-use crate::grow::Growth;
-use crate::image::Image;
+use crate::growth::{Growth, Relocation};
 use crate::map::{bytes_of, each_chunk, each_entry};
 use crate::slots;
 use crate::survey::verified;
 use crate::write::Writer;
-use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::ErrorCode;
-use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::{overflow, BlockIo, DriverResult};
 use instar_vdi_format::{Entry, ENTRY_BYTES};
-
-/// Most slots that are moved: what is known of them is held in memory. With blocks of 1 MiB that is a map of 1 TiB.
-const MOST: u64 = 1 << 20;
-
-/// How far the data area begins later.
-#[derive(Clone, Copy, Debug)]
-pub struct Relocation {
-    /// Slots that the new map takes the place of.
-    pub slots: u32,
-    /// Where the data area begins then, in bytes.
-    data_offset: u64,
-}
-
-impl Relocation {
-    /// For a map of so many entries.
-    ///
-    /// # Errors
-    /// [`ErrorCode::UnsupportedFormat`] if the header cannot say where the data begins then.
-    pub fn plan(image: &Image, blocks: u32) -> DriverResult<Self> {
-        let size = image.header.stride();
-        let slots = (u64::from(blocks) * ENTRY_BYTES).div_ceil(size);
-        let data_offset = image.data_end(slots).filter(|&offset| offset <= u32::MAX.into() && slots <= MOST);
-        match (u32::try_from(slots), data_offset) {
-            (Ok(slots), Some(data_offset)) => Ok(Self { slots, data_offset }),
-            _ => {
-                let text = format!("a map of {blocks} entries has no place in front of the data");
-                Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, 0))
-            }
-        }
-    }
-}
 
 /// Make room, and give the image its new size. Everything before is durable.
 ///

@@ -1,7 +1,7 @@
 //! The sink role: planning, the new identity, and writing block by block.
 
 use crate::decide::{decide, Action};
-use crate::grow::Growth;
+use crate::growth::Growth;
 use crate::image::{block_number, Image};
 use crate::slots;
 use crate::survey::{verified, Survey};

@@ -3,16 +3,11 @@
 //! A map whose checksum is wrong is not believed: the bitmaps say the same. So a crash between the two writes that change map
 //! and checksum does no harm.
 
-use crate::image::Image;
-use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, Request};
-use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult, OrderedWriter};
+use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::{overflow, BlockIo, DriverResult, OrderedWriter};
 use instar_vhd_format::{BatmapHeader, MapSum, BATMAP_HEADER_BYTES, SECTOR};
-
-/// Longest map that is worked with, in bytes: 2 TiB in blocks of 2 MiB, the only size that XenServer knows.
-const LONGEST: u64 = 128 << 10;
 
 /// A batmap.
 #[derive(Debug)]
@@ -34,45 +29,14 @@ pub fn counted_bytes(size: u64, block_size: u64) -> u64 {
 }
 
 impl Batmap {
-    /// Read the batmap, if there is one. With a bound of `cache_bytes` (0: none) that it would exceed, it is not kept: then the
-    /// bitmaps are read.
-    ///
-    /// # Errors
-    /// [`ErrorCode::UnsupportedFormat`] for an encrypted image; I/O errors.
-    pub fn read(io: &mut dyn BlockIo, image: &Image, cache_bytes: u64) -> DriverResult<Option<Self>> {
-        if !BatmapHeader::is_expected(&image.footers.footer) {
-            return Ok(None);
-        }
-        let place = image.header.table_offset().saturating_add(image.header.table_bytes());
-        if checked_end(place, BATMAP_HEADER_BYTES as u64, image.file_length).is_none() {
-            return Ok(None);
-        }
-        let mut bytes = [0; BATMAP_HEADER_BYTES];
-        io.read(image.device, place, &mut bytes)?;
-        let Some(header) = BatmapHeader::parse(&bytes) else { return Ok(None) };
-        if header.is_encrypted() {
-            let text = "encryption is not supported: convert it to an image without encryption";
-            return Err(DriverError::new(ErrorCode::LuksUnsupported, text).at(image.device, place));
-        }
-        let counted = counted_bytes(image.size, image.header.block_size());
-        if counted > LONGEST {
-            let text = format!("a batmap of {counted} bytes is longer than the {LONGEST} that are supported");
-            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, place));
-        }
-        let in_file = checked_end(header.offset(), header.map_bytes(), image.file_length).is_some();
-        if !in_file || header.map_bytes() < counted || !header.offset().is_multiple_of(SECTOR) {
-            let text = format!("the batmap at byte {} goes past the end of the file, or is too short", header.offset());
-            return Err(image.corrupt(place, text));
-        }
-        let mut map = vec![0; usize::try_from(counted).map_err(|_| overflow("the batmap"))?];
-        io.read(image.device, header.offset(), &mut map)?;
+    /// The batmap whose header stands at byte `header_place`, and whose map begins with these bytes. If they are not to be
+    /// `kept` in memory, the bitmaps are read.
+    pub fn new(header: BatmapHeader, header_place: u64, map: Vec<u8>, kept: bool) -> Self {
         let mut sum = MapSum::default();
         sum.add(&map);
         let (valid, blank) = (header.goes_with(sum), map.iter().all(|&byte| byte == 0));
-        if !valid || (cache_bytes != 0 && counted > cache_bytes / 2) {
-            map = Vec::new();
-        }
-        Ok(Some(Self { header, header_place: place, map, valid, blank }))
+        let map = if valid && kept { map } else { Vec::new() };
+        Self { header, header_place, map, valid, blank }
     }
 
     /// Whether every sector of a block that is there is in it, without a look at its bitmap.

@@ -8,35 +8,16 @@
 
 use crate::batmap::counted_bytes;
 use crate::fixed::{grown_size, SAVED_STATE, TOO_LARGE};
-use crate::image::Image;
+use crate::growth::Growth;
 use crate::sparse_sink::SparseSink;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{checked_end, overflow, Batch, BlockIo, DriverResult};
-use instar_vhd_format::{BATMAP_HEADER_BYTES, FOOTER_BYTES, SECTOR, UNUSED};
+use instar_vhd_format::{BATMAP_HEADER_BYTES, FOOTER_BYTES, UNUSED};
 
 /// Bytes of entries that are written at once.
 const ENTRY_BYTES: usize = 64 << 10;
-
-/// How a disk will grow.
-#[derive(Clone, Copy, Debug)]
-pub struct Growth {
-    /// Its new size in bytes, whole sectors.
-    pub size: u64,
-    /// Entries of the table that has to be moved to have room for them.
-    moved: Option<u32>,
-}
-
-impl Growth {
-    /// Bytes that a table that is moved takes, with the batmap that stands behind it.
-    pub fn new_bytes(&self, image: &Image) -> u64 {
-        let Some(entries) = self.moved else { return 0 };
-        let table = (u64::from(entries) * 4).next_multiple_of(SECTOR);
-        let map = counted_bytes(self.size, image.header.block_size());
-        table + image.batmap.as_ref().map_or(0, |_| BATMAP_HEADER_BYTES as u64 + map)
-    }
-}
 
 impl SparseSink {
     /// See [`Sink::grow`](instar_guest_sdk::Sink::grow).

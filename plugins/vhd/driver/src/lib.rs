@@ -10,6 +10,7 @@ mod failures;
 mod fixed;
 mod group;
 mod grow;
+mod growth;
 mod image;
 mod lookup;
 mod open;

@@ -9,7 +9,7 @@
 //!    crash leaves it as it was or as it will be, and either is true.
 
 use crate::group::{Group, Marked, Target};
-use crate::grow::Growth;
+use crate::growth::Growth;
 use crate::image::Image;
 use crate::lookup::{Held, Lookup};
 use crate::table::Table;

@@ -5,6 +5,7 @@
 //! 2. one entry of the log sets the size, makes new entries 0 where the table had room for them, or has both region tables name
 //!    the copy. A crash leaves the disk as it was, or as it will be.
 
+use crate::growth::Growth;
 use crate::image::Image;
 use crate::journal::updates;
 use crate::pages::{Pages, PAGE};
@@ -12,22 +13,6 @@ use crate::sink::VhdxSink;
 use alloc::vec;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult};
 use instar_vhdx_format::{ids, Layout, Region, ALIGNMENT, MAX_SIZE, REGION_TABLE_BYTES, REGION_TABLE_OFFSETS};
-
-/// How a disk will grow.
-#[derive(Clone, Copy, Debug)]
-pub struct Growth {
-    /// Its new size in bytes, whole logical sectors.
-    pub size: u64,
-    /// Bytes of a region for a table that has to be moved to have room.
-    moved: Option<u32>,
-}
-
-impl Growth {
-    /// Bytes that the file gets for the table.
-    pub fn new_bytes(&self) -> u64 {
-        self.moved.map_or(0, u64::from)
-    }
-}
 
 impl VhdxSink {
     /// See [`Sink::grow`](instar_guest_sdk::Sink::grow).

@@ -9,6 +9,7 @@ mod extents;
 mod follow;
 mod group;
 mod grow;
+mod growth;
 mod image;
 mod journal;
 mod lookup;

@@ -1,6 +1,6 @@
 //! The sink role: planning, and what comes before and after all writing.
 
-use crate::grow::Growth;
+use crate::growth::Growth;
 use crate::image::Image;
 use crate::journal::Journal;
 use crate::lookup::Lookup;

@@ -16,9 +16,8 @@
 use crate::decide::{decide, Action};
 use crate::image::Image;
 use crate::sparse_plan::Planner;
-use crate::stream_sink::OpenGrain;
 use crate::tables::Table;
-use crate::work::{grains, Group, Groups, Part};
+use crate::work::{grains, Group, Groups, OpenGrain, Part};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{FileDevice, PlanSummary, Request};

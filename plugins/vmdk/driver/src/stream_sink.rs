@@ -8,18 +8,10 @@
 
 use crate::sparse_sink::{Pending, SparseSink};
 use crate::tables::Table;
-use crate::work::{Group, Part};
+use crate::work::{Group, OpenGrain, Part};
 use alloc::vec;
-use alloc::vec::Vec;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, ReadBelow};
 use instar_vmdk_format::{Header, Place, FOOTER_BYTES, HEADER_BYTES, SECTOR};
-
-/// A grain that is gathered until it is whole: its first guest byte, and its bytes.
-#[derive(Debug)]
-pub struct OpenGrain {
-    guest: u64,
-    bytes: Vec<u8>,
-}
 
 impl SparseSink {
     /// Have the header say where the grain directory is, durably.

@@ -100,3 +100,10 @@ pub fn grains(image: &Image, piece: &Piece) -> DriverResult<Vec<Part>> {
     }
     Ok(parts)
 }
+
+/// A grain that is gathered until it is whole: its first guest byte, and its bytes.
+#[derive(Debug)]
+pub struct OpenGrain {
+    pub guest: u64,
+    pub bytes: Vec<u8>,
+}
