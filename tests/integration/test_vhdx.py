@@ -20,6 +20,7 @@ import pytest
 import pyvhdi
 import support
 import vhdx_bytes
+from FATtools import vhdxutils
 from hyper_v import by_libvhdi, check
 from support import GIB, KIB, MIB, commit, qemu_img, qemu_io, refuse, run_instar
 from vhdx_bytes import DIFFERENCING, DYNAMIC, FIXED, Maker, View, braces, content
@@ -48,6 +49,67 @@ def assert_emptied(path, parent):
     view.assert_sound()
     assert view.held() == 0 and view.linkage() == View(parent).data_write
     assert path.stat().st_size <= 5 * MIB, "header section, log, metadata, table"
+
+
+def fattools(path, mode="rb"):
+    """FATtools takes names from the working directory."""
+    return vhdxutils.Image(path.name, mode)
+
+
+def by_fattools(path) -> bytes:
+    image, data = fattools(path), bytearray()
+    while len(data) < image.size:
+        image.seek(len(data))
+        data += image.read(min(image.block, image.size - len(data)))
+    image.close()
+    return bytes(data)
+
+
+def fattools_write(path, runs):
+    image = fattools(path, "rb+")
+    for at, data in runs:
+        image.seek(at)
+        image.write(data)
+    image.close()
+
+
+def test_a_chain_of_fattools(tmp_path, monkeypatch):
+    """Base and child made, written, read and written again by another program."""
+    base, top = tmp_path / "base.vhdx", tmp_path / "top.vhdx"
+    monkeypatch.chdir(tmp_path)
+    pack = vhdxutils.ParentLocator.pack
+
+    def with_all_names(locator):
+        # It gives a child one name of its parent, and opens children alone that have three, without directories.
+        locator.entries |= dict.fromkeys(("relative_path", "volume_path", "absolute_win32_path"), "base.vhdx")
+        locator.wKeyValueCount = len(locator.entries)
+        return pack(locator)
+
+    monkeypatch.setattr(vhdxutils.ParentLocator, "pack", with_all_names)
+    rng = random.Random(2)
+
+    def runs(count):
+        lengths = [rng.choice([512, 5120, 70144, 3 * MIB]) for _ in range(count)]
+        return [(rng.randrange(20 * MIB // 512) * 512, rng.randbytes(length)) for length in lengths]
+
+    vhdxutils.mk_dynamic("base.vhdx", 24 * MIB, 2 * MIB)
+    # A block that the base does not have, it does not read at all.
+    fattools_write(base, [(0, rng.randbytes(24 * MIB))])
+    vhdxutils.mk_diff("top.vhdx", "base.vhdx")
+    expected = bytearray(by_fattools(base))
+    for turn in range(3):
+        written = runs(5)
+        for at, data in written:
+            expected[at : at + len(data)] = data
+        fattools_write(top, written)
+        assert content(top, base) == expected == by_fattools(top), turn
+        result = commit(top, "--output", "json").json
+        assert (result["backing"], result["backing_format"]) == (os.fspath(base), "vhdx")
+        assert by_fattools(base) == expected == content(base) == by_libvhdi(base) == by_qemu(base), turn
+        assert by_fattools(top) == expected == content(top, base)
+        assert_emptied(top, base)
+    for image in (top, base):
+        check(image)
 
 
 @pytest.mark.parametrize("size", [512, MIB, 50 * MIB + 512, 300 * GIB])
