@@ -12,6 +12,7 @@ import subprocess
 import pytest
 import support
 import vmdk_bytes
+from FATtools import vmdkutils
 from support import GIB, KIB, MIB, assert_clean, create, qemu_img, qemu_io, refuse
 
 SEEDS = 120 if os.environ.get("INSTAR_DEEP") else 8
@@ -166,6 +167,49 @@ def test_random_disks(tmp_path, seed):
         create(top, backing=base.name, backing_fmt="vmdk", cluster_size=rng.choice([512, 4096, 65536]))
     write_randomly(rng, top, over, size)
     check_commit(top, base, top_fmt=over)
+
+
+def fattools_write(path, runs):
+    image = vmdkutils.Image(path.name, "rb+")
+    for at, data in runs:
+        image.seek(at)
+        image.write(data)
+    image.close()
+
+
+def by_fattools(path) -> bytes:
+    image = vmdkutils.Image(path.name)
+    data = image.read(image.size)
+    image.close()
+    return bytes(data)
+
+
+def test_a_chain_of_fattools(tmp_path, monkeypatch):
+    """Base and child made, written, read and written again by another program, which checks the content IDs."""
+    base, top = tmp_path / "base.vmdk", tmp_path / "top.vmdk"
+    # It takes relative names from the working directory.
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(3)
+
+    def runs(count):
+        lengths = [rng.choice([512, 5120, 70000, 3 * MIB]) for _ in range(count)]
+        return [(rng.randrange(20 * MIB), rng.randbytes(length)) for length in lengths]
+
+    # Of another size, its last grain table reaches into the grain directory behind it.
+    vmdkutils.mk_dynamic("base.vmdk", 32 * MIB)
+    fattools_write(base, runs(6))
+    vmdkutils.mk_diff("top.vmdk", "base.vmdk")
+    expected = bytearray(by_fattools(base))
+    for turn in range(3):
+        written = runs(5)
+        for at, data in written:
+            expected[at : at + len(data)] = data
+        fattools_write(top, written)
+        assert raw(top) == expected == by_fattools(top), turn
+        support.commit(top)
+        assert raw(base) == expected == by_fattools(base), turn
+        assert by_fattools(top) == expected == raw(top)
+        assert_clean(base, "vmdk")
 
 
 def pair(tmp_path, kind="twoGbMaxExtentSparse", sizes=(MIB, 2 * MIB)):
