@@ -2,7 +2,7 @@
 
 use super::format_options::{help, split_options, want_help};
 use super::output::{print, unprinted_but, OutputFormat};
-use super::size::parse_size;
+use super::size::parse_bytes;
 use super::usage::bad_usage;
 use clap::Args;
 use instar::create::{create_options, run_create, CreateRequest, Created};
@@ -123,9 +123,7 @@ fn wanted(args: &CreateArgs, pairs: Vec<(String, String)>) -> Result<Wanted, Err
         *slot = Some(value);
     }
     if let Some(text) = size {
-        let bytes = parse_size(&text).ok_or_else(|| {
-            bad_usage(format!("'{}' is not a size: use digits and a suffix k, M, G, T, P or E", escape(&text)))
-        })?;
+        let bytes = parse_bytes(&text).map_err(|why| bad_usage(format!("the size '{}' is {why}", escape(&text))))?;
         wanted.size = Some(bytes);
     }
     Ok(wanted)

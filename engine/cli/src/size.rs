@@ -101,6 +101,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_size_is_said() {
+        for text in ["8E", "99999999999999999999", "16384P"] {
+            assert_eq!(parse_bytes(text).unwrap_err(), "more than 2^63 - 1 bytes", "{text}");
+        }
+        for text in ["", "1kb", "x", "-1", "1.5"] {
+            assert!(parse_bytes(text).unwrap_err().starts_with("not a number of bytes"), "{text}");
+        }
+    }
+
+    #[test]
     fn sizes_are_printed_as_qemu_img_prints_them() {
         for (bytes, text) in [
             (0, "0 B"),

@@ -134,7 +134,10 @@ impl GuestFailure {
         // There is no file system that could get more room; a driver says itself what the device lacks.
         let full_device = code == ErrorCode::NoSpace && self.device.is_some_and(|device| paths.is_block_device(device));
         match (i32::try_from(self.errno), advice) {
-            (Ok(libc::EFBIG), _) => format!("{clause}; the file may not become so long: raise the limit (`ulimit -f`)"),
+            (Ok(libc::EFBIG), _) => format!(
+                "{clause}; the file may not become so long: raise the limit (`ulimit -f`), or move it to a file system \
+                 that holds longer files"
+            ),
             (_, Some(advice)) if !full_device => format!("{clause}; {advice}"),
             _ => clause,
         }
