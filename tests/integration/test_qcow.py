@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shlex
 import shutil
 import struct
+import subprocess
 
 import pytest
 import support
@@ -250,6 +253,22 @@ def test_what_is_refused_by_name(tmp_path):
     wanted = content(top)
     support.commit(top, "-F", "raw")
     assert base.read_bytes() == wanted and b"\3" * 512 in wanted
+
+
+def test_a_raw_base_can_be_recorded_in_another_format(tmp_path):
+    """A QCOW records no format, so that its chain cannot be read without -F: what is advised makes one that can be."""
+    base, top = tmp_path / "base.raw", tmp_path / "top.qcow"
+    base.write_bytes(b"\1" * 3 * MIB)
+    create(top, None, fmt="qcow", backing=base.name, backing_fmt="raw")
+    qemu_io(top, "write -P 2 1M 64k", fmt="qcow")
+    result = run_instar("map", top)
+    advised = re.search(r"`(qemu-img .*) NEW`", result.stderr)
+    assert result.rc == 1 and advised, str(result)
+    new = tmp_path / "new.qcow2"
+    subprocess.run([*shlex.split(advised[1]), new], check=True, cwd=tmp_path)
+    assert run_instar("map", new).rc == 0
+    support.commit(new)
+    assert base.read_bytes() == b"\1" * MIB + b"\2" * 64 * KIB + b"\1" * (2 * MIB - 64 * KIB)
 
 
 def test_an_image_that_is_said_to_be_raw(tmp_path):

@@ -77,6 +77,10 @@ impl Recorder<'_> {
         if self.can_be_rebased() {
             let (name, path) = (shell_word(name), shell_path(self.path));
             format!("record that with `qemu-img rebase -u -b {name} -F raw {path}`")
+        } else if self.format == "qcow" {
+            // It has no place for it.
+            let (name, path) = (shell_word(name), shell_path(self.path));
+            format!("let a qcow2 take its place, which records that: `qemu-img convert -O qcow2 -B {name} -F raw {path} NEW`")
         } else {
             format!("record that in '{}'", escape_path(self.path))
         }
