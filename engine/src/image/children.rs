@@ -99,9 +99,11 @@ impl ChildSearch<'_> {
     /// [`ErrorCode::Interrupted`].
     pub fn find<'d>(&self, directories: impl IntoIterator<Item = &'d Directory>) -> Result<Children, Error> {
         let mut found = Children::default();
-        // Children with several names are found once, and the images that are known not at all.
+        // Children with several names are found once, and the images that are known not at all: a loop device and the file
+        // below it are one.
+        let known = self.known.iter().flat_map(|image| image.all_files());
         let mut seen: HashSet<Identity> =
-            self.known.iter().flat_map(|image| image.all_files()).map(|file| file.identity).collect();
+            known.flat_map(|file| std::iter::once(file.identity).chain(file.below)).collect();
         let mut listed: HashSet<Identity> = HashSet::new();
         for directory in directories {
             if !listed.insert(directory.identity()) {
@@ -189,7 +191,6 @@ impl ChildSearch<'_> {
             let reached = self.walk(directory, name, &mut steps)?;
             self.parents.iter().find(|parent| {
                 let opened = &parent.opened;
-                // A loop device and the file below it are one image.
                 opened.identity == reached || opened.below == Some(reached)
             })
         });
