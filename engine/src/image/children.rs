@@ -129,6 +129,7 @@ impl ChildSearch<'_> {
         found: &mut Children,
     ) -> Result<(), Error> {
         let mut files = 0;
+        let device = directory.stat().map(|stat| stat.st_dev);
         for entry in entries {
             let Ok(entry) = entry else {
                 found.unlisted.push(directory.path().to_owned());
@@ -138,7 +139,9 @@ impl ChildSearch<'_> {
                 let clause = "interrupted while looking for other images";
                 return Err(Error::image(directory.path(), ErrorCode::Interrupted, clause));
             }
-            if !is_regular(directory, &entry) {
+            // Most of those that were seen need not be opened again; some file systems have other numbers here.
+            let listed = device.map(|device| Identity::of_file(device, entry.ino()));
+            if !is_regular(directory, &entry) || listed.is_ok_and(|listed| seen.contains(&listed)) {
                 continue;
             }
             files += 1;
