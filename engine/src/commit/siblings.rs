@@ -101,14 +101,11 @@ fn name(child: &Child, above: &[&ChainImage<'_>]) -> String {
 /// What of the search failed.
 fn note(session: &Session, found: &Children) {
     if found.passed_over > 0 {
-        session.note(|| {
-            format!(
-                "{} files beside the images could not be looked at, to see whether they are on the backing",
-                found.passed_over
-            )
-        });
+        let count = found.passed_over;
+        session.note(|| format!("other images on the backing: files that could not be looked at: {count}"));
     }
     for directory in &found.unlisted {
-        session.note(|| format!("'{}' cannot be listed, to find other images on the backing", escape_path(directory)));
+        let path = escape_path(directory);
+        session.note(|| format!("other images on the backing: '{path}' cannot be listed"));
     }
 }
