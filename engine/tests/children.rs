@@ -338,7 +338,7 @@ fn a_name_is_not_followed_for_ever() {
 fn what_may_not_be_read_is_said() {
     let yard = Yard::new();
     if rustix::process::geteuid().is_root() {
-        // Whom nothing is denied. `tests/integration/test_unprivileged.py` has another user.
+        // Whom nothing is denied: `tests/integration/test_siblings.py` becomes another user.
         return;
     }
     yard.child("closed", "base");
