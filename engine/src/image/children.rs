@@ -1,9 +1,9 @@
 //! The children of an image: other images whose recorded backing it is.
 //!
-//! No image records its children, so that they are looked for where they usually lie: in directories that the operator names or
-//! uses. What lies there may be anybody's. Only regular files are opened, for reading, and a file that cannot be opened, read or
-//! understood is passed over and counted. What a file can cost is bounded: by what plugins may read, and by how far its names
-//! are walked.
+//! No image records its children, so that they are looked for where they usually lie: in directories that the operator names
+//! or uses. What lies there may be anybody's. Only regular files are opened, for reading, and a file that cannot be opened,
+//! read or understood is passed over and counted. What a file can cost is bounded: by what plugins may read, and by how far
+//! its names are walked.
 //!
 //! Whether a name leads to an image is decided as everywhere: it is walked as the kernel walks it, and what it leads to is
 //! compared by identity. Nothing that it leads to is opened.
