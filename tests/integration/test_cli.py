@@ -312,6 +312,7 @@ def test_create_preallocated_overlay(pair, preallocation):
     support.qemu_io(pair.top, "write -P 9 1M 6k", "write -P 8 3M 512")
     flat = pair.dir / "flat.qcow2"
     support.qemu_img("convert", "-O", "qcow2", pair.top, flat)
+    theirs.unlink()
     support.commit(pair.top)
     support.assert_same_content(flat, pair.base)
     support.assert_same_content(flat, pair.top)

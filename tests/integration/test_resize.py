@@ -135,7 +135,9 @@ def test_a_longer_ancestor_stays_hidden(pair, size, ancestor_size, cluster_size)
 def test_a_longer_ancestor_below_version_2(pair):
     """There are no zero clusters to hide it with; qemu-img refuses as well."""
     with_ancestor(pair, MIB, 3 * MIB, 12 * MIB, compat="0.10")
-    qemu_img("commit", "-q", support.copy(pair.top, pair.dir / "copy.qcow2"), rc=1)
+    copy = support.copy(pair.top, pair.dir / "copy.qcow2")
+    qemu_img("commit", "-q", copy, rc=1)
+    copy.unlink()
     refuse("ERROR_UNSUPPORTED_FORMAT", pair.top, OPTION, files=[pair.base], mentions=[pair.base, "version 2"])
 
 
@@ -159,7 +161,9 @@ def test_snapshots_of_version_2(pair):
     """They do not record their size; qemu-img refuses as well."""
     pair.make(MIB, top_size=2 * MIB, base_options={"compat": "0.10"}, top=["write -P 1 0 64k"])
     qemu_img("snapshot", "-c", "one", pair.base)
-    qemu_img("commit", "-q", support.copy(pair.top, pair.dir / "copy.qcow2"), rc=1)
+    copy = support.copy(pair.top, pair.dir / "copy.qcow2")
+    qemu_img("commit", "-q", copy, rc=1)
+    copy.unlink()
     refuse("ERROR_UNSUPPORTED_FORMAT", pair.top, OPTION, files=[pair.base], mentions=[pair.base, "snapshots"])
 
 

@@ -55,6 +55,9 @@ pub struct CommitArgs {
     /// Let a smaller backing grow to the overlay's virtual size
     #[arg(long)]
     pub resize_backing: bool,
+    /// Commit although other images have the same backing, which damages them
+    #[arg(long)]
+    pub ignore_siblings: bool,
     /// Say what would be committed, and change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -114,6 +117,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         keep_overlay: args.keep_overlay,
         mode: if args.dry_run { CommitMode::DryRun } else { CommitMode::Whole },
         resize_backing: args.resize_backing,
+        ignore_siblings: args.ignore_siblings,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,
         settings: args.opening.settings(&config),

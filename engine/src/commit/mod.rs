@@ -11,6 +11,7 @@ mod outcome;
 mod plan;
 mod repeated;
 mod request;
+mod siblings;
 mod snapshot;
 mod space;
 mod verdict;

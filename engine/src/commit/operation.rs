@@ -7,6 +7,7 @@ use super::outcome::{CommitOutcome, GuestRun, Preview, Units};
 use super::plan::PlanBounds;
 use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
+use super::siblings::Siblings;
 use super::space::{block_size, free_space, taken_space, Space};
 use super::verdict::{become_stale, Parts};
 use crate::confine::Work;
@@ -14,8 +15,8 @@ use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
 use crate::image::{
-    check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, Access, BackingChoice, Descent, Doubt,
-    FilesOf, NamedFile, Target,
+    check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, Access, BackingChoice, ChainImage, Descent,
+    Doubt, FilesOf, NamedFile, Target,
 };
 use crate::operation::{
     DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
@@ -36,6 +37,8 @@ pub struct Commit<'q> {
     workers: Option<Workers>,
     /// The lines of a dry run about files that a commit could not write.
     warnings: Vec<String>,
+    /// The other images that the commit would damage.
+    siblings: Option<Siblings>,
     /// Absolute paths of the overlay and the backing.
     paths: (PathBuf, PathBuf),
     admitted: Option<Admitted>,
@@ -72,7 +75,8 @@ impl<'q> Commit<'q> {
     /// A commit that was not begun.
     #[must_use]
     pub fn new(request: &'q CommitRequest) -> Self {
-        Self { request, workers: None, warnings: Vec::new(), paths: Default::default(), admitted: None }
+        let (workers, warnings, siblings, admitted) = (None, Vec::new(), None, None);
+        Self { request, workers, warnings, siblings, paths: Default::default(), admitted }
     }
 
     /// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
@@ -159,6 +163,11 @@ impl Operation for Commit<'_> {
         images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, changes: false, gate: below }));
         open_extra_files(registry, &mut images)?;
         ancestors.iter().for_each(|ancestor| session.note_image("below it", ancestor));
+        // Whoever only asks how much space it takes damages nothing.
+        if self.request.mode != CommitMode::Measure {
+            let above: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
+            self.siblings = Siblings::find(opener, &above, &backing, &ancestors)?;
+        }
         self.paths = (overlay.opened.settled_path(), backing.opened.settled_path());
         if self.request.only_plans() {
             [&overlay, &backing].into_iter().try_for_each(|image| image.opened.check_writable())?;
@@ -183,6 +192,12 @@ impl Operation for Commit<'_> {
         let growth = parts.growth(may_grow);
         let mut grants = parts.verdict(growth.as_ref().ok().copied().flatten(), &mut self.warnings)?;
         let backing_grows_to = growth?;
+        if let Some(siblings) = &self.siblings {
+            if !self.request.ignore_siblings {
+                return Err(siblings.refusal());
+            }
+            self.warnings.push(siblings.warning(self.request.only_plans()));
+        }
         grants.beyond_devices = self.request.mode == CommitMode::Measure;
         self.warnings.extend(parts.unsure_mark());
         if let Some(size) = backing_grows_to {

@@ -33,6 +33,8 @@ pub struct CommitRequest {
     pub mode: CommitMode,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
+    /// Commit although other images are on what is changed, which damages them.
+    pub ignore_siblings: bool,
     /// Bytes per second that are moved at most; 0 for no limit.
     pub rate_limit: u64,
     /// What flushes and writes promise.

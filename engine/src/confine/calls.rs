@@ -76,6 +76,12 @@ impl Work {
         self.calls_and(&[])
     }
 
+    /// Whether it looks for images in directories.
+    #[must_use]
+    pub fn lists_directories(self) -> bool {
+        self == Self::OpenToCommit
+    }
+
     /// The same, and these.
     pub(super) fn calls_and(self, others: &[Call]) -> BTreeMap<i64, Vec<Allowed>> {
         let tables: &[&[Call]] = match self {
@@ -83,7 +89,7 @@ impl Work {
             Self::LookInThread => &[LOOK, THREAD],
             Self::OpenAndLook => &[LOOK, OPEN],
             // A filter can only be made stricter: what comes later is allowed before.
-            Self::OpenToCommit => &[LOOK, OPEN, CONFINE, CHANGE],
+            Self::OpenToCommit => &[LOOK, OPEN, LIST, CONFINE, CHANGE],
             Self::Commit => &[LOOK, CHANGE],
             Self::OpenToRead => &[LOOK, OPEN, CONFINE],
             Self::Read => &[LOOK],
@@ -179,6 +185,9 @@ const OPEN: &[Call] = &[
     (libc::SYS_clock_nanosleep, Always),
 ];
 
+/// Listing directories; Landlock decides which.
+const LIST: &[Call] = &[(libc::SYS_getdents64, FILE)];
+
 /// `_IO(0x12, 94)` of `linux/fs.h`: whether a block device is read-only.
 pub const BLKROGET: u32 = 0x125e;
 /// A request of `linux/loop.h`: what a loop device stands on.
@@ -264,6 +273,7 @@ mod tests {
             for call in [libc::SYS_open, libc::SYS_openat] {
                 assert_eq!(calls.contains_key(&call), opens, "{work:?} {call}");
             }
+            assert_eq!(calls.contains_key(&libc::SYS_getdents64), work.lists_directories(), "{work:?}");
             // No rules is "always" for a filter: the two cannot be mixed.
             for (call, allowed) in &calls {
                 assert!(allowed.len() == 1 || !allowed.contains(&Always), "{work:?} {call}");

@@ -1,15 +1,15 @@
 //! Landlock: which files can be opened from now on, by where they are.
 //!
 //! A rule names a file, or a directory with everything beneath it, by an open descriptor: what a rule was made for is what
-//! it allows, wherever its name leads later. Rules allow reading and writing of existing files and nothing else; what
-//! the kernel's Landlock can deny besides is denied: executing, listing directories, creating, removing, renaming,
-//! network, signals to other processes. Files that are open already stay as they are.
+//! it allows, wherever its name leads later. Rules allow reading and writing of existing files, to an operation that looks for
+//! images listing of directories, and nothing else; what the kernel's Landlock can deny besides is denied: executing,
+//! creating, removing, renaming, network, signals to other processes. Files that are open already stay as they are.
 
 use landlock::{
     Access, AccessFs, AccessNet, LandlockStatus, PathBeneath, RestrictionStatus, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, ABI,
 };
-use rustix::fs::{openat, Mode, OFlags};
+use rustix::fs::{fstat, openat, FileType, Mode, OFlags};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -22,6 +22,8 @@ pub struct Reach<'a> {
     rules: Vec<Rule<'a>>,
     /// Signals to processes outside are not Landlock's to deny.
     signals: bool,
+    /// Which names there are in its directories can be found out.
+    lists: bool,
 }
 
 /// A file or directory, and whether it may be written.
@@ -46,6 +48,13 @@ impl<'a> Reach<'a> {
     #[must_use]
     pub fn with_signals(mut self, signals: bool) -> Self {
         self.signals |= signals;
+        self
+    }
+
+    /// The directories that were added, and those beneath them, can be listed.
+    #[must_use]
+    pub fn with_listing(mut self, lists: bool) -> Self {
+        self.lists |= lists;
         self
     }
 
@@ -87,6 +96,8 @@ fn enforce(reach: &Reach<'_>) -> Result<RestrictionStatus, RulesetError> {
         // Changing the length counts for a descriptor as it was when that was opened.
         let access = if *write { read | AccessFs::WriteFile | AccessFs::Truncate } else { read };
         let Some(name) = entry else {
+            let lists = reach.lists && is_directory(*at);
+            let access = if lists { access | AccessFs::ReadDir } else { access };
             ruleset = ruleset.add_rule(PathBeneath::new(at, access))?;
             continue;
         };
@@ -96,6 +107,11 @@ fn enforce(reach: &Reach<'_>) -> Result<RestrictionStatus, RulesetError> {
         ruleset = ruleset.add_rule(PathBeneath::new(entry, access))?;
     }
     ruleset.restrict_self()
+}
+
+/// Whether this is a directory. The right to list is none of a file's.
+fn is_directory(place: BorrowedFd<'_>) -> bool {
+    fstat(place).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
 /// What a Landlock of this version denies.
@@ -156,6 +172,28 @@ mod tests {
             assert_eq!(File::open(path("other/absent")).unwrap_err().kind(), std::io::ErrorKind::NotFound);
         });
         assert_eq!(fs::read(path("write/file")).unwrap(), b"w");
+    }
+
+    #[test]
+    fn what_may_be_listed_is_listed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::create_dir_all(path("in/deep")).unwrap();
+        fs::create_dir(path("out")).unwrap();
+        fs::write(path("in/file"), "").unwrap();
+        let (within, file) = (File::open(path("in")).unwrap(), File::open(path("in/file")).unwrap());
+        let reach = Reach::default().add(&within, false).add(&file, true);
+        restricted(&reach.clone().with_listing(false), || {
+            assert_eq!(fs::read_dir(path("in")).unwrap_err().kind(), PermissionDenied);
+        });
+        restricted(&reach.with_listing(true), || {
+            assert_eq!(fs::read_dir(path("in")).unwrap().count(), 2);
+            assert_eq!(fs::read_dir(path("in/deep")).unwrap().count(), 0);
+            assert_eq!(fs::read_dir(path("out")).unwrap_err().kind(), PermissionDenied);
+            OpenOptions::new().write(true).open(path("in/file")).unwrap();
+            restrict(&Reach::default()).unwrap();
+            assert_eq!(fs::read_dir(path("in")).unwrap_err().kind(), PermissionDenied);
+        });
     }
 
     #[test]

@@ -150,7 +150,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let reach = of_second.iter().fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
     let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
     let (opening, running) = operation.work();
-    let confinement = session.begin(reach, opening, &needs);
+    let confinement = session.begin(reach.with_listing(opening.lists_directories()), opening, &needs);
     note_confinement(session, "confinement", confinement.as_ref());
     timing.mark("process confined");
 

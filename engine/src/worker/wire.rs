@@ -51,6 +51,8 @@ struct CommitMessage {
     progress: bool,
     #[prost(uint32, tag = "16")]
     sandbox: u32,
+    #[prost(bool, tag = "17")]
+    ignore_siblings: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -194,6 +196,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         keep_overlay: request.keep_overlay,
         mode: number(&MODES, &request.mode),
         resize_backing: request.resize_backing,
+        ignore_siblings: request.ignore_siblings,
         rate_limit: request.rate_limit,
         cache: number(&CACHES, &request.cache),
         wait: *wait,
@@ -220,6 +223,7 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         keep_overlay: message.keep_overlay,
         mode: by_number(&MODES, message.mode)?,
         resize_backing: message.resize_backing,
+        ignore_siblings: message.ignore_siblings,
         rate_limit: message.rate_limit,
         cache: by_number(&CACHES, message.cache)?,
         settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait, sandbox },
@@ -384,6 +388,7 @@ mod tests {
             keep_overlay: true,
             mode: CommitMode::Measure,
             resize_backing: true,
+            ignore_siblings: true,
             rate_limit: 7,
             cache: Cache::Directsync,
             settings: Settings {
