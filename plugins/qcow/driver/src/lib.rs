@@ -7,6 +7,7 @@ mod decide;
 mod decode;
 mod grow;
 mod image;
+mod parent;
 mod sink;
 mod source;
 mod survey;
