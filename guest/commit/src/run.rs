@@ -1,13 +1,14 @@
 //! The operation as the guest runs it: open the images of the chain, commit, report.
 
+use crate::relinks;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::commit::{Config, Outcome, Plan};
 use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
-use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Step};
+use instar_guest_sdk::commit::{commit_and_relink, Commit, CommitFailure, Event, Options, Step};
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Source};
+use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Relinks, Source};
 use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
 
 /// Run the commit that the host asked for, and report it.
@@ -55,10 +56,14 @@ impl<'a> Members<'a> {
 }
 
 /// What the operator wants.
-fn options(operation: &Operation<'_>, emptied: bool) -> DriverResult<Options> {
-    let config = Config::decode(operation.payload())
-        .map_err(|_| DriverError::new(ErrorCode::GuestProtocol, "the configuration of a commit cannot be decoded"))?;
-    Ok(Options { keep_overlay: !emptied, dry_run: config.dry_run, resize_backing: config.resize_backing })
+fn config(operation: &Operation<'_>) -> DriverResult<Config> {
+    Config::decode(operation.payload())
+        .map_err(|_| DriverError::new(ErrorCode::GuestProtocol, "the configuration of a commit cannot be decoded"))
+}
+
+/// Open an image as a source.
+pub fn open(operation: &Operation<'_>, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
+    Ok(Box::new(operation.format_of(device)?.open_source(device)?))
 }
 
 fn run_chain(
@@ -68,10 +73,12 @@ fn run_chain(
 ) -> Result<crate::Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: Step::Check, error };
     let members = Members::of(operation).map_err(at)?;
-    let options = options(operation, members.emptied).map_err(at)?;
-    let open = |device: &DeviceConfig| -> DriverResult<Box<dyn Source>> {
-        Ok(Box::new(operation.format_of(device)?.open_source(device)?))
-    };
+    let Config { dry_run, resize_backing, relinked } = config(operation).map_err(at)?;
+    let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing };
+    let wanted = relinked.unwrap_or_default();
+    let children = relinks::children(operation, &wanted).map_err(at)?;
+    let identity = relinks::identity(&wanted).map_err(at)?;
+    let open = |device: &DeviceConfig| open(operation, device);
     let mut sources: Vec<Box<dyn Source>> =
         members.merged.iter().map(|device| open(device)).collect::<DriverResult<_>>().map_err(at)?;
     let has_backing = !members.below.is_empty();
@@ -90,7 +97,8 @@ fn run_chain(
         last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
     };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
-    commit(io, &mut images, options, &mut |event| report(event, reporter))
+    let relinks = Relinks { children: &children, format: &wanted.format, identity };
+    commit_and_relink(io, &mut images, &relinks, options, &mut |event| report(event, reporter))
 }
 
 fn report(event: Event, reporter: &mut Reporter<'_>) {

@@ -9,9 +9,13 @@
 //!    consistent at every instant, and at the end makes them durable. A crash up to here leaves the overlay as it was:
 //!    it hides whatever part of the data the backing has already;
 //! 4. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
-//!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
+//!    leaves an overlay that reads the same, because what it lost reads the same from the backing;
+//! 5. *relink*, if that is wanted: the overlay's children name the backing. Each names the one or the other at every instant,
+//!    and reads the same through both.
 
-use crate::{check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Sink, Source};
+use crate::{
+    check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Relinks, Sink, Source,
+};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_abi::{ErrorCode, ParentStage, Phase, PlanSummary};
@@ -34,6 +38,8 @@ pub enum Step {
     Write,
     /// Emptying the overlay.
     Empty,
+    /// Having the overlay's children name the backing.
+    Relink,
 }
 
 impl Step {
@@ -45,6 +51,7 @@ impl Step {
             Self::Plan => "plan",
             Self::Write => "write",
             Self::Empty => "empty",
+            Self::Relink => "relink",
         }
     }
 }
@@ -52,7 +59,7 @@ impl Step {
 /// What happens, for whoever watches.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
-    /// `done` of `total` guest bytes of a step are done.
+    /// `done` of `total` guest bytes of a step are done; of the step *relink*, images.
     Progress(Step, u64, u64),
     /// Everything that can refuse has been asked.
     Planned(Plan),
@@ -122,6 +129,20 @@ pub fn commit(
     options: Options,
     watch: &mut dyn FnMut(Event),
 ) -> Result<Outcome, CommitFailure> {
+    commit_and_relink(io, images, &Relinks::NONE, options, watch)
+}
+
+/// Run a commit, and have the overlay's children name the backing.
+///
+/// # Errors
+/// As [`commit`]. In the step *relink*, the commit is done, and some of the children may name the backing already.
+pub fn commit_and_relink(
+    io: &mut dyn BlockIo,
+    images: &mut Commit<'_>,
+    relinks: &Relinks<'_, '_>,
+    options: Options,
+    watch: &mut dyn FnMut(Event),
+) -> Result<Outcome, CommitFailure> {
     let at = |step: Step| move |error: DriverError| CommitFailure { step, error };
     let total = images.source.info().virtual_size;
 
@@ -147,6 +168,9 @@ pub fn commit(
     .map_err(at(Step::Plan))?;
     drop(arena);
     let plan = sink.planned(io).map_err(at(Step::Plan))?;
+    let identity = sink.next_identity(images.source.identity().as_ref()).filter(|_| bytes > 0);
+    let size = sink.info().virtual_size;
+    relinks.plan(io, identity, size).map_err(at(Step::Plan))?;
     watch(Event::Planned(Plan { clusters, bytes, encoded_bytes, sink: plan }));
     if options.dry_run {
         return Ok(Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 });
@@ -154,7 +178,6 @@ pub fn commit(
 
     io.enter(Phase::Target);
     let below = &mut *images.below;
-    let identity = sink.next_identity(images.source.identity().as_ref()).filter(|_| bytes > 0);
     if let Some(identity) = &identity {
         // Before the backing has its new identity: a crash between the two is recognised by the overlay's having the one
         // that the backing would have got, and a second run goes on from there.
@@ -185,6 +208,13 @@ pub fn commit(
         // The sink has made everything durable: the host sees to it that this is true.
         io.enter(Phase::Overlay);
         outcome.overlay_clusters_cleared = images.source.empty(io).map_err(at(Step::Empty))?;
+    }
+    if !relinks.children.is_empty() {
+        // The backing holds, durably, what they read through the overlay.
+        io.enter(Phase::Children);
+        let total = relinks.children.len() as u64;
+        let mut done = |done: usize| watch(Event::Progress(Step::Relink, done as u64, total));
+        relinks.set(io, identity, size, &mut done).map_err(at(Step::Relink))?;
     }
     Ok(outcome)
 }

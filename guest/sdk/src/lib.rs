@@ -29,6 +29,7 @@ mod message;
 mod ordered;
 #[cfg(feature = "memory")]
 pub mod random;
+mod relink;
 pub mod runtime;
 pub mod table;
 mod traits;
@@ -43,4 +44,5 @@ pub use io::{BlockIo, IoFailure};
 #[doc(hidden)]
 pub use message::log_line;
 pub use ordered::OrderedWriter;
+pub use relink::{Relinked, Relinks};
 pub use traits::{FormatDriver, NoSink, NoSource, Parent, ReadBelow, Sink, Source};
