@@ -10,6 +10,7 @@ use crate::operation::{decode, Events, Observer};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, RequestOp};
 use instar_guest_protocol::commit::{Outcome, Plan};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 /// What the guest of a commit said, and what it may do.
@@ -30,8 +31,16 @@ pub struct CommitEvents {
     pub repeated: Option<Repeated>,
     /// The bytes that the plan needs and that there are, if that is why the guest was ended.
     pub lacking: Option<(u64, u64)>,
-    /// How far the guest may go: [`Phase::Look`] in a dry run, [`Phase::Target`] where the overlay is kept.
+    /// How far the guest may go: [`Phase::Look`] in a dry run, [`Phase::Target`] where the overlay is kept,
+    /// [`Phase::Children`] where children of the overlay are to name the target.
     pub last_phase: Phase,
+    /// The overlay keeps its content.
+    pub keep_overlay: bool,
+    /// An image that names the target already. If there is anything to commit, no earlier run had it do so: it is another
+    /// image above the target, and would read something else.
+    pub sibling: Option<PathBuf>,
+    /// That image is why the guest was ended.
+    pub has_sibling: bool,
     /// What its plan may say.
     pub bounds: PlanBounds,
 }
@@ -49,6 +58,9 @@ impl Default for CommitEvents {
             repeated: None,
             lacking: None,
             last_phase: Phase::Look,
+            keep_overlay: false,
+            sibling: None,
+            has_sibling: false,
             bounds: PlanBounds::default(),
         }
     }
@@ -66,6 +78,11 @@ impl CommitEvents {
         self.bounds.check(&plan).map_err(BadRequest)?;
         self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
         self.plan = Some(plan);
+        // An overlay that is emptied has nothing left once its children were begun with.
+        self.has_sibling = self.sibling.is_some() && !self.keep_overlay && plan.bytes > 0;
+        if self.has_sibling {
+            return Err(BadRequest("a child of the target that would read something else".to_owned()));
+        }
         self.lacking = self.space.and_then(|space| space.lacking(&plan));
         if self.lacking.is_some() {
             return Err(BadRequest("more space than there is".to_owned()));
@@ -114,16 +131,18 @@ impl Events for CommitEvents {
         if self.plan.is_none() {
             return Err(BadRequest("a change was announced before a plan".to_owned()));
         }
-        if phase > self.last_phase {
-            let why = match self.last_phase {
-                Phase::Look => "a change was announced in a dry run",
-                Phase::Target | Phase::Overlay | Phase::Children => {
-                    "a change of an overlay that is to keep its content was announced"
-                }
-            };
-            return Err(BadRequest(why.to_owned()));
-        }
-        devices.enter(phase).map_err(BadRequest)
+        let why = match (phase, self.last_phase) {
+            (Phase::Target | Phase::Overlay | Phase::Children, Phase::Look) => "a change was announced in a dry run",
+            (Phase::Overlay, _) if self.keep_overlay || self.last_phase < phase => {
+                "a change of an overlay that is to keep its content was announced"
+            }
+            (Phase::Children, Phase::Target | Phase::Overlay) => "a change of children was announced that are to stay",
+            (Phase::Children, _) if !self.keep_overlay && devices.phase() != Phase::Overlay => {
+                "a change of children was announced before the overlay was emptied"
+            }
+            _ => return devices.enter(phase).map_err(BadRequest),
+        };
+        Err(BadRequest(why.to_owned()))
     }
 
     fn step(&mut self, step: &str) {

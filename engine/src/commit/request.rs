@@ -33,6 +33,10 @@ pub struct CommitRequest {
     pub mode: CommitMode,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
+    /// Children of the overlay that are to name the image that is committed into.
+    pub relink: Vec<PathBuf>,
+    /// Directories in which every child of the overlay is to name it.
+    pub relink_in: Vec<PathBuf>,
     /// Bytes per second that are moved at most; 0 for no limit.
     pub rate_limit: u64,
     /// What flushes and writes promise.
@@ -46,5 +50,11 @@ impl CommitRequest {
     #[must_use]
     pub fn only_plans(&self) -> bool {
         self.mode != CommitMode::Whole
+    }
+
+    /// Whether children of the overlay are to name the image that is committed into.
+    #[must_use]
+    pub fn relinks(&self) -> bool {
+        !self.relink.is_empty() || !self.relink_in.is_empty()
     }
 }
