@@ -6,7 +6,6 @@ extern crate alloc;
 
 mod check;
 mod content_id;
-mod decide;
 mod decode;
 mod disk;
 mod failures;
