@@ -10,6 +10,7 @@ mod decode;
 mod disk;
 mod failures;
 mod image;
+mod parent;
 mod sesparse;
 mod sesparse_check;
 mod sink;

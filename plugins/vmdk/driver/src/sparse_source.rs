@@ -25,7 +25,7 @@ const BATCH: usize = 4096;
 /// A sparse extent that data comes from.
 #[derive(Debug)]
 pub struct SparseSource {
-    image: Image,
+    pub(crate) image: Image,
     reader: GrainReader,
     held: u64,
     /// Tables that were read last, with indices that follow each other.
