@@ -6,10 +6,13 @@ use alloc::vec::Vec;
 use instar_guest_protocol::commit::{Config, Outcome, Plan};
 use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
-use instar_guest_sdk::commit::{commit_and_relink, Commit, CommitFailure, Event, Options, Step};
+use instar_guest_sdk::commit::{commit_before_relinking, Commit, CommitFailure, Event, Options, Step};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Relinks, Source};
 use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
+
+/// The step in which the overlay's children name the target.
+const RELINK: &str = "relink";
 
 /// Run the commit that the host asked for, and report it.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
@@ -20,7 +23,7 @@ pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut
         bytes_committed: outcome.bytes_committed,
         overlay_clusters_cleared: outcome.overlay_clusters_cleared,
     });
-    reporter.end(outcome.map_err(|failure| Failed { step: failure.step.name(), error: failure.error }));
+    reporter.end(outcome);
 }
 
 /// The members of a commit, checked.
@@ -70,8 +73,8 @@ fn run_chain(
     operation: &Operation<'_>,
     io: &mut dyn BlockIo,
     reporter: &mut Reporter<'_>,
-) -> Result<crate::Outcome, CommitFailure> {
-    let at = |error| CommitFailure { step: Step::Check, error };
+) -> Result<crate::Outcome, Failed> {
+    let at = |error| Failed { step: Step::Check.name(), error };
     let members = Members::of(operation).map_err(at)?;
     let Config { dry_run, resize_backing, relinked } = config(operation).map_err(at)?;
     let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing };
@@ -97,8 +100,16 @@ fn run_chain(
         last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
     };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
-    let relinks = Relinks { children: &children, format: &wanted.format, identity };
-    commit_and_relink(io, &mut images, &relinks, options, &mut |event| report(event, reporter))
+    let mut relinks = Relinks::new(&children, &wanted.format, identity);
+    let committed =
+        commit_before_relinking(io, &mut images, &mut relinks, options, &mut |event| report(event, reporter));
+    let outcome = committed.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })?;
+    if !dry_run {
+        let total = children.len() as u64;
+        let relinked = relinks.set(io, &mut |done| reporter.progress(RELINK, done, total));
+        relinked.map_err(|error| Failed { step: RELINK, error })?;
+    }
+    Ok(outcome)
 }
 
 fn report(event: Event, reporter: &mut Reporter<'_>) {

@@ -9,9 +9,9 @@
 //!    consistent at every instant, and at the end makes them durable. A crash up to here leaves the overlay as it was:
 //!    it hides whatever part of the data the backing has already;
 //! 4. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
-//!    leaves an overlay that reads the same, because what it lost reads the same from the backing;
-//! 5. *relink*, if that is wanted: the overlay's children name the backing. Each names the one or the other at every instant,
-//!    and reads the same through both.
+//!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
+//!
+//! After that the overlay's children may name the backing ([`Relinks`]), which is planned with everything else.
 
 use crate::{
     check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Relinks, Sink, Source,
@@ -38,8 +38,6 @@ pub enum Step {
     Write,
     /// Emptying the overlay.
     Empty,
-    /// Having the overlay's children name the backing.
-    Relink,
 }
 
 impl Step {
@@ -51,7 +49,6 @@ impl Step {
             Self::Plan => "plan",
             Self::Write => "write",
             Self::Empty => "empty",
-            Self::Relink => "relink",
         }
     }
 }
@@ -59,7 +56,7 @@ impl Step {
 /// What happens, for whoever watches.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
-    /// `done` of `total` guest bytes of a step are done; of the step *relink*, images.
+    /// `done` of `total` guest bytes of a step are done.
     Progress(Step, u64, u64),
     /// Everything that can refuse has been asked.
     Planned(Plan),
@@ -129,17 +126,17 @@ pub fn commit(
     options: Options,
     watch: &mut dyn FnMut(Event),
 ) -> Result<Outcome, CommitFailure> {
-    commit_and_relink(io, images, &Relinks::NONE, options, watch)
+    commit_before_relinking(io, images, &mut Relinks::none(), options, watch)
 }
 
-/// Run a commit, and have the overlay's children name the backing.
+/// Run a commit after which the overlay's children are to [name the backing](Relinks::set), and plan that.
 ///
 /// # Errors
-/// As [`commit`]. In the step *relink*, the commit is done, and some of the children may name the backing already.
-pub fn commit_and_relink(
+/// As [`commit`].
+pub fn commit_before_relinking(
     io: &mut dyn BlockIo,
     images: &mut Commit<'_>,
-    relinks: &Relinks<'_, '_>,
+    relinks: &mut Relinks<'_, '_>,
     options: Options,
     watch: &mut dyn FnMut(Event),
 ) -> Result<Outcome, CommitFailure> {
@@ -169,8 +166,7 @@ pub fn commit_and_relink(
     drop(arena);
     let plan = sink.planned(io).map_err(at(Step::Plan))?;
     let identity = sink.next_identity(images.source.identity().as_ref()).filter(|_| bytes > 0);
-    let size = sink.info().virtual_size;
-    relinks.plan(io, identity, size).map_err(at(Step::Plan))?;
+    relinks.plan(io, identity, sink.info().virtual_size).map_err(at(Step::Plan))?;
     watch(Event::Planned(Plan { clusters, bytes, encoded_bytes, sink: plan }));
     if options.dry_run {
         return Ok(Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 });
@@ -208,13 +204,6 @@ pub fn commit_and_relink(
         // The sink has made everything durable: the host sees to it that this is true.
         io.enter(Phase::Overlay);
         outcome.overlay_clusters_cleared = images.source.empty(io).map_err(at(Step::Empty))?;
-    }
-    if !relinks.children.is_empty() {
-        // The backing holds, durably, what they read through the overlay.
-        io.enter(Phase::Children);
-        let total = relinks.children.len() as u64;
-        let mut done = |done: usize| watch(Event::Progress(Step::Relink, done as u64, total));
-        relinks.set(io, identity, size, &mut done).map_err(at(Step::Relink))?;
     }
     Ok(outcome)
 }

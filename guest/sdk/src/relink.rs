@@ -2,7 +2,7 @@
 
 use crate::{BlockIo, DriverError, DriverResult, Parent, Source};
 use alloc::boxed::Box;
-use instar_guest_abi::ImageId;
+use instar_guest_abi::{ImageId, Phase};
 
 /// Opens an image as a source.
 pub type OpenSource<'a> = dyn Fn(&mut dyn BlockIo) -> DriverResult<Box<dyn Source + 'a>> + 'a;
@@ -32,44 +32,53 @@ impl Relinked<'_> {
 
 /// The images that are to name the backing, and what they record of it besides its name.
 pub struct Relinks<'a, 'c> {
-    /// The images, each by itself a child of the overlay.
-    pub children: &'a [Relinked<'c>],
-    /// Name of the backing's format.
-    pub format: &'a str,
-    /// The backing's identity before the commit, if it has one.
-    pub identity: Option<ImageId>,
+    children: &'a [Relinked<'c>],
+    format: &'a str,
+    identity: Option<ImageId>,
+    virtual_size: u64,
 }
 
-impl Relinks<'_, '_> {
-    /// No image.
-    pub const NONE: Relinks<'static, 'static> = Relinks { children: &[], format: "", identity: None };
+impl<'a, 'c> Relinks<'a, 'c> {
+    /// Each of the `children` is above the overlay; `format` is the name of the backing's format, and `identity` what it has
+    /// before the commit, if anything.
+    #[must_use]
+    pub const fn new(children: &'a [Relinked<'c>], format: &'a str, identity: Option<ImageId>) -> Self {
+        Self { children, format, identity, virtual_size: 0 }
+    }
 
-    fn parent<'p>(&'p self, name: &'p [u8], identity: Option<ImageId>, virtual_size: u64) -> Parent<'p> {
-        Parent { name, format: self.format, identity, virtual_size }
+    /// No image.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self::new(&[], "", None)
+    }
+
+    fn parent<'p>(&'p self, child: &'p Relinked<'c>) -> Parent<'p> {
+        let Self { format, identity, virtual_size, .. } = *self;
+        Parent { name: child.name, format, identity, virtual_size }
     }
 
     /// Verify that all of them can name the backing: one that gets the identity `next`, or keeps its own, and is
     /// `virtual_size` bytes long then. Changes nothing.
-    pub(crate) fn plan(&self, io: &mut dyn BlockIo, next: Option<ImageId>, virtual_size: u64) -> DriverResult<()> {
-        self.children.iter().try_for_each(|child| {
-            let parent = self.parent(child.name, next.or(self.identity), virtual_size);
-            child.planned(io, &parent).map(drop)
-        })
+    pub(crate) fn plan(&mut self, io: &mut dyn BlockIo, next: Option<ImageId>, virtual_size: u64) -> DriverResult<()> {
+        (self.identity, self.virtual_size) = (next.or(self.identity), virtual_size);
+        self.children.iter().try_for_each(|child| child.planned(io, &self.parent(child)).map(drop))
     }
 
-    /// Have them name it, one after the other. A crash leaves some that name the overlay and some that name the backing, which
-    /// read the same through either; running it again does the rest.
-    pub(crate) fn set(
-        &self,
-        io: &mut dyn BlockIo,
-        next: Option<ImageId>,
-        virtual_size: u64,
-        done: &mut dyn FnMut(usize),
-    ) -> DriverResult<()> {
-        for (number, child) in self.children.iter().enumerate() {
-            done(number);
-            let parent = self.parent(child.name, next.or(self.identity), virtual_size);
-            child.planned(io, &parent)?.set_parent(io).map_err(|error| child.is_about(error))?;
+    /// Have them name it, one after the other, when a [commit](crate::commit::commit_before_relinking) that was no dry run is
+    /// done; `done` is told how many do so. A crash leaves some that name the overlay and some that name the backing, which read
+    /// the same through either; running it again does the rest.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn set(&self, io: &mut dyn BlockIo, done: &mut dyn FnMut(u64)) -> DriverResult<()> {
+        if self.children.is_empty() {
+            return Ok(());
+        }
+        // The backing holds, durably, what they read through the overlay: the host sees to it that this is true.
+        io.enter(Phase::Children);
+        for (count, child) in (1..).zip(self.children) {
+            child.planned(io, &self.parent(child))?.set_parent(io).map_err(|error| child.is_about(error))?;
+            done(count);
         }
         Ok(())
     }
