@@ -19,13 +19,15 @@ pub enum Role {
     Backing,
     /// An image below the target of a commit, or below the one that is looked at.
     Ancestor,
+    /// An image above the overlay of a commit, which is to name the target.
+    Child,
     /// A configuration file.
     Configuration,
 }
 
 impl Role {
-    const ALL: [Self; 6] =
-        [Self::Image, Self::Overlay, Self::Between, Self::Backing, Self::Ancestor, Self::Configuration];
+    const ALL: [Self; 7] =
+        [Self::Image, Self::Overlay, Self::Between, Self::Backing, Self::Ancestor, Self::Child, Self::Configuration];
 
     /// The role that JSON has this word for.
     #[must_use]
@@ -42,6 +44,7 @@ impl Role {
             Self::Between => "between",
             Self::Backing => "backing",
             Self::Ancestor => "ancestor",
+            Self::Child => "child",
             Self::Configuration => "configuration",
         }
     }

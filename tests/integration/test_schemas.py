@@ -17,7 +17,7 @@ from support import KIB, MIB, REPO, run_instar
 
 #: Keys that are only there where there is something to say: besides these, each that is missing has to be noticed.
 OPTIONAL = {
-    "commit": {"stale", "warnings"},
+    "commit": {"stale", "relinked", "warnings"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail"},
     "map": {"offset"},
@@ -71,7 +71,7 @@ def samples(tmp_path_factory):
     (folder / "other/libinstar_plugin_other.so").write_bytes(b"no library")
     return {
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
-                   ask("commit", "-d", "-b", "base", "top")],
+                   ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top")],
         "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long")],
         "map": [ask("map", "top"), ask("map", "base"), ask("map", "-l", "0", "top")],
         "info": [ask("info", "top"), ask("info", "mid"), ask("info", "--backing-chain", "top"),

@@ -55,6 +55,14 @@ pub struct CommitArgs {
     /// Let a smaller backing grow to the overlay's virtual size
     #[arg(long)]
     pub resize_backing: bool,
+    /// Have CHILD, an image above the overlay, name the image that is committed into instead, so that the overlay can be removed;
+    /// may be given several times
+    #[arg(long, value_name = "CHILD")]
+    pub relink: Vec<PathBuf>,
+    /// The same for every image in DIR that the overlay is the backing file of, but not in the directories below it; may be given
+    /// several times
+    #[arg(long, value_name = "DIR")]
+    pub relink_in: Vec<PathBuf>,
     /// Commit although other images have the same backing, which damages them
     #[arg(long)]
     pub ignore_siblings: bool,
@@ -117,6 +125,8 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         keep_overlay: args.keep_overlay,
         mode: if args.dry_run { CommitMode::DryRun } else { CommitMode::Whole },
         resize_backing: args.resize_backing,
+        relink: args.relink.clone(),
+        relink_in: args.relink_in.clone(),
         ignore_siblings: args.ignore_siblings,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,

@@ -23,9 +23,22 @@ pub fn render_commit_success(
     let printed = match output {
         OutputFormat::Json => print_json_indented(out, result, INDENT),
         OutputFormat::Human if quiet => Ok(()),
-        OutputFormat::Human => print(out, "Image committed.\n"),
+        OutputFormat::Human => print(out, &format!("Image committed.\n{}", relinked(result))),
     };
     printed.map_err(|error| unprinted_but("the commit is done", &result.overlay_given, &error))
+}
+
+/// The lines about the overlay's children. That nothing names the overlay any more is not known: an image may lie anywhere.
+fn relinked(result: &CommitOutcome) -> String {
+    let Some(children) = &result.relinked else { return String::new() };
+    let (overlay, backing) = (escape_path(&result.overlay_given), escape_path(&result.backing));
+    let count = children.len();
+    let named = match count {
+        0 => format!("No image was found that names '{overlay}'"),
+        1 => format!("One image that named '{overlay}' names '{backing}' now"),
+        _ => format!("{count} images that named '{overlay}' name '{backing}' now"),
+    };
+    format!("{named}. Once no other image names '{overlay}', it can be removed.\n")
 }
 
 /// Print what a commit would do: the same keys, and `dry_run`.
@@ -40,11 +53,16 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
             let preview = result.preview.unwrap_or_default();
             let free = preview.free_bytes.map(|free| format!(", of which its file system has {free} free"));
             let plural = if result.clusters_committed == 1 { "" } else { "s" };
+            let children = result.relinked.iter().flatten().filter(|child| !child.already).count();
+            let relinked = result.relinked.as_ref().map(|_| match children {
+                1 => "1 image would name the target instead of the overlay. ".to_owned(),
+                _ => format!("{children} images would name the target instead of the overlay. "),
+            });
             print(
                 out,
                 &format!(
                     "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
-                     at most, and take {} more bytes of the disk{}. Nothing was changed.\n",
+                     at most, and take {} more bytes of the disk{}. {}Nothing was changed.\n",
                     result.clusters_committed,
                     result.bytes_committed,
                     escape_path(&result.overlay_given),
@@ -53,6 +71,7 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                     preview.backing_growth_bytes,
                     preview.backing_space_bytes,
                     free.unwrap_or_default(),
+                    relinked.unwrap_or_default(),
                 ),
             )
         }

@@ -6,6 +6,8 @@ use instar_guest_abi::Phase;
 /// Which files the guest changed, by what the devices did, and not by what the guest says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changed {
+    /// The commit is done: what was changed last is a child of the overlay.
+    pub children: bool,
     /// The backing is complete: what was changed last is the overlay.
     pub overlay: bool,
     /// The backing was changed, or what records of it that it will be.
@@ -17,12 +19,17 @@ impl Changed {
     #[must_use]
     pub fn of(devices: &Devices) -> Self {
         let changed = devices.any_changed();
-        Self { overlay: changed && devices.phase() == Phase::Overlay, backing: changed }
+        let in_phase = |phase| changed && devices.phase() == phase;
+        Self { children: in_phase(Phase::Children), overlay: in_phase(Phase::Overlay), backing: changed }
     }
 
     /// The state of the files in one clause.
     pub const fn clause(self) -> &'static str {
         match (self.overlay, self.backing) {
+            _ if self.children => {
+                "the commit is done, and every child names the overlay or the target and reads as before; running the same \
+                 command again relinks the rest"
+            }
             (true, _) => "the backing is complete and the overlay reads as before; running the commit again empties it",
             (false, true) => "the overlay is intact, and running the commit again finishes it",
             (false, false) => "nothing was changed",
@@ -36,9 +43,11 @@ mod tests {
 
     #[test]
     fn the_state_says_what_to_do() {
-        let clause = |overlay, backing| Changed { overlay, backing }.clause();
+        let clause = |overlay, backing| Changed { children: false, overlay, backing }.clause();
         assert!(clause(false, false).contains("nothing was changed"));
         assert!(clause(false, true).contains("overlay is intact") && clause(false, true).contains("again finishes"));
         assert!(clause(true, true).contains("backing is complete"));
+        let children = Changed { children: true, overlay: false, backing: true };
+        assert!(children.clause().contains("commit is done") && children.clause().contains("again relinks"));
     }
 }

@@ -30,8 +30,15 @@ pub struct CommitEvents {
     pub repeated: Option<Repeated>,
     /// The bytes that the plan needs and that there are, if that is why the guest was ended.
     pub lacking: Option<(u64, u64)>,
-    /// How far the guest may go: [`Phase::Look`] in a dry run, [`Phase::Target`] where the overlay is kept.
+    /// How far the guest may go: [`Phase::Look`] in a dry run, [`Phase::Target`] where the overlay is kept,
+    /// [`Phase::Children`] where children of the overlay are to name the target.
     pub last_phase: Phase,
+    /// The overlay keeps its content.
+    pub keep_overlay: bool,
+    /// Other images are on the target, or on a layer between.
+    pub has_siblings: bool,
+    /// The plan would change what they read, which is why the guest was ended.
+    pub damages_siblings: bool,
     /// What its plan may say.
     pub bounds: PlanBounds,
 }
@@ -49,6 +56,9 @@ impl Default for CommitEvents {
             repeated: None,
             lacking: None,
             last_phase: Phase::Look,
+            keep_overlay: false,
+            has_siblings: false,
+            damages_siblings: false,
             bounds: PlanBounds::default(),
         }
     }
@@ -66,6 +76,12 @@ impl CommitEvents {
         self.bounds.check(&plan).map_err(BadRequest)?;
         self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
         self.plan = Some(plan);
+        // Nothing is changed for them by an overlay that holds nothing: that of a run which is finished by this one, and that
+        // had some of them name the target, for one.
+        self.damages_siblings = self.has_siblings && plan.bytes > 0;
+        if self.damages_siblings {
+            return Err(BadRequest("a commit that damages other images on the target".to_owned()));
+        }
         self.lacking = self.space.and_then(|space| space.lacking(&plan));
         if self.lacking.is_some() {
             return Err(BadRequest("more space than there is".to_owned()));
@@ -114,16 +130,18 @@ impl Events for CommitEvents {
         if self.plan.is_none() {
             return Err(BadRequest("a change was announced before a plan".to_owned()));
         }
-        if phase > self.last_phase {
-            let why = match self.last_phase {
-                Phase::Look => "a change was announced in a dry run",
-                Phase::Target | Phase::Overlay | Phase::Children => {
-                    "a change of an overlay that is to keep its content was announced"
-                }
-            };
-            return Err(BadRequest(why.to_owned()));
-        }
-        devices.enter(phase).map_err(BadRequest)
+        let why = match (phase, self.last_phase) {
+            (Phase::Target | Phase::Overlay | Phase::Children, Phase::Look) => "a change was announced in a dry run",
+            (Phase::Overlay, _) if self.keep_overlay || self.last_phase < phase => {
+                "a change of an overlay that is to keep its content was announced"
+            }
+            (Phase::Children, Phase::Target | Phase::Overlay) => "a change of children was announced that are to stay",
+            (Phase::Children, _) if !self.keep_overlay && devices.phase() != Phase::Overlay => {
+                "a change of children was announced before the overlay was emptied"
+            }
+            _ => return devices.enter(phase).map_err(BadRequest),
+        };
+        Err(BadRequest(why.to_owned()))
     }
 
     fn step(&mut self, step: &str) {
@@ -259,6 +277,49 @@ mod tests {
         assert_eq!(late.ask(Request::flush(DEVICE_OUTPUT)) + &late.tell(phase(Phase::Overlay)), "");
         assert!(late.ask(write(DEVICE_OUTPUT)).contains("said to be complete"));
         assert!(late.tell(phase(Phase::Target)).contains("phase 2 after phase 3"));
+    }
+
+    #[test]
+    fn children_are_changed_last_if_at_all() {
+        const CHILD: u32 = 1;
+        let with_child = |last_phase, keep_overlay| {
+            let mut handler = handler(last_phase);
+            let file = tempfile::tempfile().unwrap_or_else(|error| unreachable!("{error}"));
+            let _ = file.set_len(8192);
+            handler.devices.attach(CHILD, Device::new(file, true, 8192, 9000, false).with_part(Part::Child));
+            handler.events.keep_overlay = keep_overlay;
+            assert_eq!(handler.tell(plan()) + &handler.tell(phase(Phase::Target)), "");
+            handler
+        };
+        let mut none = with_child(Phase::Overlay, false);
+        assert_eq!(none.tell(phase(Phase::Overlay)), "");
+        assert!(none.tell(phase(Phase::Children)).contains("that are to stay"));
+        let mut early = with_child(Phase::Children, false);
+        assert!(early.ask(write(CHILD)).contains("before that parent is complete"));
+        assert!(early.tell(phase(Phase::Children)).contains("before the overlay was emptied"));
+        assert_eq!(early.tell(phase(Phase::Overlay)) + &early.ask(write(OVERLAY)), "");
+        assert!(early.tell(phase(Phase::Children)).contains("not flushed"));
+        assert_eq!(early.ask(Request::flush(OVERLAY)), "");
+        assert!(early.tell(done()).contains("before its work"), "no child was changed");
+        assert_eq!(early.tell(phase(Phase::Children)) + &early.ask(write(CHILD)), "");
+        assert!(early.ask(write(OVERLAY)).contains("said to be complete"));
+        assert!(early.tell(done()).contains("device 1 is not flushed"));
+        assert_eq!(early.ask(Request::flush(CHILD)) + &early.tell(done()), "");
+        let mut kept = with_child(Phase::Children, true);
+        assert!(kept.tell(phase(Phase::Overlay)).contains("keep its content"));
+        assert_eq!(kept.tell(phase(Phase::Children)) + &kept.tell(done()), "");
+    }
+
+    #[test]
+    fn siblings_are_damaged_by_data_alone() {
+        let planned = |bytes| {
+            let mut handler = handler(Phase::Overlay);
+            handler.events.has_siblings = true;
+            (handler.tell(told(Plan { bytes, ..Plan::default() })), handler.events.damages_siblings)
+        };
+        assert_eq!(planned(0), (String::new(), false));
+        let (why, damages) = planned(512);
+        assert!(damages && why.contains("other images"), "{why}");
     }
 
     #[test]

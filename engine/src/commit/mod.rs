@@ -9,6 +9,7 @@ mod meter;
 mod operation;
 mod outcome;
 mod plan;
+mod relinks;
 mod repeated;
 mod request;
 mod siblings;
@@ -19,6 +20,7 @@ mod verdict;
 pub use events::CommitEvents;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
 pub use plan::PlanBounds;
+pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
 
 use crate::error::{Error, Role};

@@ -5,6 +5,7 @@ use super::events::CommitEvents;
 use super::meter::Meter;
 use super::outcome::{CommitOutcome, GuestRun, Preview, Units};
 use super::plan::PlanBounds;
+use super::relinks::{self, Relinked, Relinks};
 use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
 use super::siblings::Siblings;
@@ -13,17 +14,18 @@ use super::verdict::{become_stale, Parts};
 use crate::confine::Work;
 use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::{Error, Role};
-use crate::escape::escape_path;
+use crate::escape::{escape_bytes, escape_path};
 use crate::image::{
     check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, Access, BackingChoice, ChainImage, Descent,
-    Doubt, FilesOf, NamedFile, Target,
+    Doubt, FilesOf, Gate, NamedFile, Target,
 };
 use crate::operation::{
-    DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+    DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, NamedDirectory, Opener, Operation, Session, Settings,
+    Slot,
 };
 use crate::sandbox::ModuleSpec;
-use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES};
-use instar_guest_protocol::commit::Config;
+use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES, PAYLOAD_SIZE};
+use instar_guest_protocol::commit::{Config, Relinked as Wanted};
 use instar_guest_protocol::Message;
 use std::path::{Path, PathBuf};
 
@@ -41,6 +43,8 @@ pub struct Commit<'q> {
     siblings: Option<Siblings>,
     /// Absolute paths of the overlay and the backing.
     paths: (PathBuf, PathBuf),
+    /// The overlay's children that are to name the backing, or do so already.
+    relinked: Vec<Relinked>,
     admitted: Option<Admitted>,
 }
 
@@ -54,6 +58,8 @@ struct Admitted {
     bounds: PlanBounds,
     space: Option<Space>,
     doubt: Option<Doubt>,
+    /// What the children are to record.
+    wanted: Option<Wanted>,
     /// Bytes of the overlay's files.
     overlay_length: u64,
     /// Bytes of the backing's files, those that they take of the disk, and those that their file system has free.
@@ -76,7 +82,14 @@ impl<'q> Commit<'q> {
     #[must_use]
     pub fn new(request: &'q CommitRequest) -> Self {
         let (workers, warnings, siblings, admitted) = (None, Vec::new(), None, None);
-        Self { request, workers, warnings, siblings, paths: Default::default(), admitted }
+        Self { request, workers, warnings, siblings, paths: Default::default(), relinked: Vec::new(), admitted }
+    }
+
+    /// A child that names the target already, though nothing of the overlay was committed into that.
+    fn settled(&self) -> Option<&Path> {
+        let emptied = self.admitted.as_ref().is_some_and(|admitted| !admitted.keep_overlay);
+        let settled = self.relinked.iter().find(|child| child.already && emptied);
+        settled.map(|child| child.image.as_path())
     }
 
     /// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
@@ -111,7 +124,9 @@ impl Operation for Commit<'_> {
     fn named(&self) -> Named {
         let image = NamedFile::new(&self.request.overlay);
         let base = self.request.base.as_deref().map(|base| NamedFile::beside(&image, base));
-        Named { image, base, second: None }
+        let children = self.request.relink.iter().map(|child| NamedFile::new(child)).collect();
+        let nurseries = self.request.relink_in.iter().map(|directory| NamedDirectory::new(directory)).collect();
+        Named { image, base, second: None, children, nurseries }
     }
 
     fn access(&self) -> Access {
@@ -156,28 +171,56 @@ impl Operation for Commit<'_> {
         session.note_image("backing", &backing);
         let mut ancestors =
             descent.open_below(&backing, Access::ReadOnly).map_err(|error| error.in_role(Role::Ancestor))?;
+        let chain: Vec<&ChainImage<'_>> =
+            std::iter::once(&overlay).chain(&between).chain(std::iter::once(&backing)).chain(&ancestors).collect();
+        let relinks = Relinks::open(opener, &chain, between.len() + 1).map_err(|error| error.in_role(Role::Child))?;
+        let Relinks { images: mut children, all, settled, warnings } = relinks;
+        self.warnings.extend(warnings);
+        self.relinked = all;
         overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.has_to_follow(&backing);
         let mut images = vec![FilesOf { image: &mut overlay, access, changes: true, gate }];
         images.push(FilesOf { image: &mut backing, access, changes: true, gate: below });
         let only_read = between.iter_mut().chain(&mut ancestors);
         images.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, changes: false, gate: below }));
+        let beside =
+            children.iter().map(|child| Gate::beside(&child.opened.directory)).collect::<Result<Vec<_>, _>>()?;
+        let of_children = children.iter_mut().zip(&beside);
+        images.extend(of_children.map(|(image, gate)| FilesOf {
+            image,
+            access: Access::ReadOnly,
+            changes: false,
+            gate,
+        }));
         open_extra_files(registry, &mut images)?;
         ancestors.iter().for_each(|ancestor| session.note_image("below it", ancestor));
         // Whoever only asks how much space it takes damages nothing.
         if self.request.mode != CommitMode::Measure {
             let above: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
-            self.siblings = Siblings::find(opener, &above, &backing, &ancestors)?;
+            // Where the overlay keeps its content, nothing shows that it was committed before: who is named is believed.
+            let believed = if self.request.keep_overlay || !between.is_empty() { &settled[..] } else { &[] };
+            self.siblings = Siblings::find(opener, &above, &backing, &ancestors, believed)?;
         }
         self.paths = (overlay.opened.settled_path(), backing.opened.settled_path());
         if self.request.only_plans() {
             [&overlay, &backing].into_iter().try_for_each(|image| image.opened.check_writable())?;
-            self.warnings.extend([&overlay, &backing].into_iter().filter_map(|image| not_writable(&image.opened.path)));
+            let of_child = |error: Error| error.in_role(Role::Child);
+            children.iter().try_for_each(|child| child.opened.check_writable().map_err(of_child))?;
+            let written = [&overlay, &backing].into_iter().chain(&children);
+            self.warnings.extend(written.filter_map(|image| not_writable(&image.opened.path)));
+        }
+        for (child, Relinked { backing, .. }) in
+            children.iter().zip(self.relinked.iter().filter(|child| !child.already))
+        {
+            session.note_image("child", child);
+            session
+                .note(|| format!("child {} will record '{}'", escape_path(&child.opened.path), escape_bytes(backing)));
         }
         let kept = self.request.keep_overlay || !between.is_empty();
         let top = if kept { MemberRole::Read } else { MemberRole::Empty };
         let between = between.into_iter().map(|layer| Slot::new(MemberRole::Read, layer));
         let ancestors = ancestors.into_iter().map(|layer| Slot::new(MemberRole::Below, layer));
-        let slots = std::iter::once(Slot::new(top, overlay)).chain(between).chain(ancestors).collect();
+        let children = children.into_iter().map(|child| Slot::new(MemberRole::Relinked, child));
+        let slots = std::iter::once(Slot::new(top, overlay)).chain(between).chain(ancestors).chain(children).collect();
         Ok(ImageSet { slots, target: Some(backing) })
     }
 
@@ -192,11 +235,21 @@ impl Operation for Commit<'_> {
         let growth = parts.growth(may_grow);
         let mut grants = parts.verdict(growth.as_ref().ok().copied().flatten(), &mut self.warnings)?;
         let backing_grows_to = growth?;
+        if !parts.empties && !self.request.relink_in.is_empty() {
+            let clause = "keeps its content, so that after an interrupted commit nothing would tell its children from other images \
+                          on the target: name them with --relink, and not with --relink-in";
+            return Err(Error::image(&parts.overlay.opened.path, ErrorCode::BackingShared, clause));
+        }
+        let children = images.of_role(|role| role == MemberRole::Relinked);
+        relinks::admit(children, &parts, backing_grows_to, &mut self.warnings)?;
+        let wanted = Relinks::wanted(&self.relinked, parts.backing);
         if let Some(siblings) = &self.siblings {
-            if !self.request.ignore_siblings {
-                return Err(siblings.refusal());
+            match (self.request.ignore_siblings, self.request.relinks()) {
+                (true, _) => self.warnings.push(siblings.warning(self.request.only_plans())),
+                (false, false) => return Err(siblings.refusal()),
+                // They may be children that an earlier run has relinked: only the plan says whether they are damaged.
+                (false, true) => {}
             }
-            self.warnings.push(siblings.warning(self.request.only_plans()));
         }
         grants.beyond_devices = self.request.mode == CommitMode::Measure;
         self.warnings.extend(parts.unsure_mark());
@@ -215,12 +268,18 @@ impl Operation for Commit<'_> {
             bounds: PlanBounds { longest: grants.target, ..PlanBounds::of(overlay, backing) },
             space: Space::of(backing, &parts.merged().collect::<Vec<_>>()),
             doubt: None,
+            wanted,
             overlay_length: overlay.length(),
             length: backing.facts.file_length,
             taken: taken_space(backing),
             free: free_space(backing),
             block: block_size(backing),
         });
+        if self.payload().len() as u64 > PAYLOAD_SIZE {
+            let clause = "has too many children in too many directories to relink at a time: name some of them with --relink, and \
+                          the others in a second run";
+            return Err(Error::image(&self.paths.0, ErrorCode::ChainTooDeep, clause));
+        }
         if let (Some(admitted), Some(backing)) = (&mut self.admitted, &mut images.target) {
             admitted.doubt = backing.doubt.take();
         }
@@ -229,10 +288,13 @@ impl Operation for Commit<'_> {
 
     fn payload(&self) -> Vec<u8> {
         let resize_backing = self.admitted.as_ref().is_some_and(|admitted| admitted.backing_grows_to.is_some());
-        Config { dry_run: self.request.only_plans(), resize_backing }.encode_to_vec()
+        let relinked = self.admitted.as_ref().and_then(|admitted| admitted.wanted.clone());
+        Config { dry_run: self.request.only_plans(), resize_backing, relinked }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
+        let others = self.siblings.is_some() || self.settled().is_some();
+        let has_siblings = others && !self.request.ignore_siblings;
         let admitted = self.admitted.as_mut().ok_or_else(nothing_to_commit)?;
         let CommitRequest { cache, rate_limit, .. } = *self.request;
         devices.set_workers(self.workers.take());
@@ -255,9 +317,12 @@ impl Operation for Commit<'_> {
         Ok(CommitEvents {
             last_phase: match (self.request.only_plans(), admitted.keep_overlay) {
                 (true, _) => Phase::Look,
+                (false, _) if admitted.wanted.is_some() => Phase::Children,
                 (false, true) => Phase::Target,
                 (false, false) => Phase::Overlay,
             },
+            keep_overlay: admitted.keep_overlay,
+            has_siblings,
             bounds: match self.request.mode {
                 CommitMode::Measure => admitted.bounds,
                 CommitMode::Whole | CommitMode::DryRun => {
@@ -274,8 +339,14 @@ impl Operation for Commit<'_> {
     }
 
     fn finish(self, ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
-        let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
         let events = &ended.events;
+        if events.damages_siblings {
+            return Err(match (&self.siblings, self.settled()) {
+                (None, Some(sibling)) => is_sibling(sibling, &self.paths.1),
+                (siblings, _) => siblings.as_ref().map_or_else(nothing_to_commit, Siblings::refusal),
+            });
+        }
+        let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
         let end = match events.lacking {
             Some(lacking) => Err(no_space(lacking)),
             None if events.repeated.as_ref().is_some_and(Repeated::is_refused) => {
@@ -304,6 +375,7 @@ impl Operation for Commit<'_> {
             bytes_committed: events.outcome.bytes_committed,
             overlay_clusters_cleared: events.outcome.overlay_clusters_cleared,
             stale: admitted.stale,
+            relinked: self.request.relinks().then_some(self.relinked),
             warnings: self.warnings,
             preview,
             backing_grows_to: admitted.backing_grows_to,
@@ -325,6 +397,16 @@ fn not_writable(path: &Path) -> Option<String> {
     let error = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).err()?;
     let (path, why) = (escape_path(path), crate::error::reason(&error.into()));
     Some(format!("'{path}': you may not write to it, which the commit itself needs: {why}"))
+}
+
+/// An image that was named as a child, and is another child of the backing.
+fn is_sibling(path: &Path, backing: &Path) -> Error {
+    let clause = format!(
+        "is backed by '{}', and not by the overlay, and would read something else after the commit: leave it out of --relink, \
+         and copy it first if it is needed",
+        escape_path(backing)
+    );
+    Error::image(path, ErrorCode::NotInChain, clause).in_role(Role::Child)
 }
 
 /// The file system of the backing has less space than the commit needs.

@@ -1,5 +1,6 @@
 //! What comes of a commit.
 
+use super::relinks::Relinked;
 use crate::devices::Statistics;
 use crate::operation::Timing;
 use crate::sandbox::Report;
@@ -32,6 +33,9 @@ pub struct CommitOutcome {
     /// The layers between overlay and backing: they read differently afterwards, because the image below them changes.
     #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "all_as_text")]
     pub stale: Vec<PathBuf>,
+    /// The overlay's children that name the backing now, or would after a commit; `None` if that was not wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relinked: Option<Vec<Relinked>>,
     /// What the operator should know, each one line that names a file. The observer had them before the first change.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
@@ -144,7 +148,7 @@ impl Preview {
 }
 
 /// A path as text: bytes that are no UTF-8 are shown as replacement characters.
-fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
 }
 

@@ -33,6 +33,10 @@ pub struct CommitRequest {
     pub mode: CommitMode,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
+    /// Children of the overlay that are to name the image that is committed into.
+    pub relink: Vec<PathBuf>,
+    /// Directories in which every child of the overlay is to name it.
+    pub relink_in: Vec<PathBuf>,
     /// Commit although other images are on what is changed, which damages them.
     pub ignore_siblings: bool,
     /// Bytes per second that are moved at most; 0 for no limit.
@@ -48,5 +52,11 @@ impl CommitRequest {
     #[must_use]
     pub fn only_plans(&self) -> bool {
         self.mode != CommitMode::Whole
+    }
+
+    /// Whether children of the overlay are to name the image that is committed into.
+    #[must_use]
+    pub fn relinks(&self) -> bool {
+        !self.relink.is_empty() || !self.relink_in.is_empty()
     }
 }

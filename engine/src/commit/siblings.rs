@@ -8,6 +8,7 @@
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
 use crate::image::{ChainImage, Child, ChildSearch, Children};
+use crate::lookup::Identity;
 use crate::operation::{Opener, Session};
 use instar_guest_abi::ErrorCode;
 use std::path::{Path, PathBuf};
@@ -25,8 +26,8 @@ pub struct Siblings {
 }
 
 impl Siblings {
-    /// Look for them; `above` are the overlay and the layers between it and the `target`, the top-most first. `None` if there
-    /// are none.
+    /// Look for them; `above` are the overlay and the layers between it and the `target`, the top-most first. Those that are
+    /// `believed` to be above the overlay are none. `None` if there are none.
     ///
     /// # Errors
     /// [`ErrorCode::Interrupted`].
@@ -35,6 +36,7 @@ impl Siblings {
         above: &[&ChainImage<'_>],
         target: &ChainImage<'_>,
         ancestors: &[ChainImage<'_>],
+        believed: &[Identity],
     ) -> Result<Option<Self>, Error> {
         let Opener { registry, session, below, .. } = *opener;
         // The images on the overlay itself read afterwards what they read before.
@@ -45,7 +47,8 @@ impl Siblings {
         let beside = changed.iter().map(|image| &image.opened.directory);
         let found = search.find(roots.directories().iter().chain(beside))?;
         note(session, &found);
-        let names: Vec<String> = found.children.iter().map(|child| name(child, above)).collect();
+        let others = found.children.iter().filter(|child| !believed.contains(&child.identity));
+        let names: Vec<String> = others.map(|child| name(child, above)).collect();
         Ok((!names.is_empty()).then(|| Self { target: target.opened.path.clone(), names }))
     }
 

@@ -27,7 +27,7 @@ impl<'s, 'r> Parts<'s, 'r> {
     /// Those of a set that has an overlay and a target; `None` for others.
     #[must_use]
     pub fn of(images: &'s ImageSet<'r>) -> Option<Self> {
-        let mut merged = images.of_role(|role| role != MemberRole::Below);
+        let mut merged = images.of_role(|role| matches!(role, MemberRole::Read | MemberRole::Empty));
         Some(Self {
             overlay: merged.next()?,
             between: merged.collect(),

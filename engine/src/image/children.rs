@@ -187,7 +187,8 @@ impl ChildSearch<'_> {
     }
 
     /// Which of the parents an image in this directory has: by a name that it records, or because it could have no other.
-    fn parent(&self, directory: &Directory, facts: &ImageFacts) -> Option<Identity> {
+    #[must_use]
+    pub fn parent(&self, directory: &Directory, facts: &ImageFacts) -> Option<Identity> {
         let pointer = facts.backing.as_ref().into_option()?;
         let mut steps = MOST_STEPS;
         let named = pointer.names().find_map(|name| {
@@ -200,6 +201,12 @@ impl ChildSearch<'_> {
         let proven =
             || self.parents.iter().find(|parent| facts.is_proven_child_of(&parent.facts, &parent.next_identity(facts)));
         named.or_else(proven).map(|parent| parent.opened.identity)
+    }
+
+    /// The file that a name leads to which an image in this directory records.
+    #[must_use]
+    pub fn leads_to(&self, directory: &Directory, name: &[u8]) -> Option<Identity> {
+        self.walk(directory, name, &mut { MOST_STEPS })
     }
 
     /// The file that a name leads to, if it takes no more than `steps` to get there.

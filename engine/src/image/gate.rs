@@ -92,6 +92,14 @@ impl Gate {
         Self { roots, everywhere: false }
     }
 
+    /// A gate that lets names into the directory of an image.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OpenFailed`] without a root directory.
+    pub fn beside(directory: &Directory) -> Result<Self, Error> {
+        Ok(Self::within(Roots::at(directory)?))
+    }
+
     /// A gate that lets everything through, for a command that only shows what images say of themselves.
     ///
     /// # Errors

@@ -74,6 +74,16 @@ impl Roots {
         Ok(roots)
     }
 
+    /// One directory.
+    ///
+    /// # Errors
+    /// As [`Roots::none`].
+    pub fn at(directory: &Directory) -> Result<Self, Error> {
+        let mut roots = Self::none()?;
+        roots.add(directory.clone(), false);
+        Ok(roots)
+    }
+
     /// The same, and the directory of another file that the operator names.
     #[must_use]
     pub fn and(&self, image: &NamedFile) -> Self {

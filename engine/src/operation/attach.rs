@@ -8,7 +8,7 @@ use crate::plugins::{ImageRead, Plugin};
 use crate::sandbox::{ModuleSpec, FIRST_FORMAT};
 use instar_guest_abi::{
     device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, Member, MemberRole, Part, DEVICE_OUTPUT,
-    FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES,
+    FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES, PARENT_ROOM,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -28,6 +28,8 @@ pub struct DevicePaths {
     pub(crate) second: Option<(u32, Range<u32>)>,
     /// How many of the first slots are above the image that is written; 0 if none is.
     pub(crate) merged: u32,
+    /// The images that get another parent.
+    pub(crate) children: Range<u32>,
 }
 
 impl DevicePaths {
@@ -53,6 +55,7 @@ impl DevicePaths {
             _ if self.is_second(device) => Some(Role::Image),
             _ if writes && self.target().any(|number| number == device) => Some(Role::Backing),
             _ if device < self.merged => Some(Role::Between),
+            _ if self.children.contains(&device) => Some(Role::Child),
             _ if device < DEVICE_OUTPUT => Some(Role::Ancestor),
             _ => None,
         }
@@ -101,7 +104,7 @@ const READ_CACHES: u64 = 16 << 20;
 
 /// Attach the images as devices, opened before: the slots from 0 on, and the target as the output device; other files of the
 /// images follow. Only the target and the slot of [`MemberRole::Empty`] may be written, with their files, and the own file of
-/// an image that [`follows`](ChainImage::follows) its parent.
+/// an image that [`follows`](ChainImage::follows) its parent or gets another one.
 ///
 /// # Errors
 /// [`ErrorCode::ChainTooDeep`].
@@ -109,8 +112,12 @@ pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_
     let ImageSet { slots, target } = images;
     let first = target.as_ref().or_else(|| slots.first().map(|slot| &slot.image));
     let path = first.map(|image| image.opened.path.clone()).unwrap_or_default();
-    let mut all = Attached::for_slots(slots.len(), &path)?;
-    let above = slots.iter().filter(|slot| slot.role != MemberRole::Below).count();
+    // Of those that get another parent, one is open at a time.
+    let children = slots.iter().filter(|slot| slot.role == MemberRole::Relinked).count();
+    let mut all = Attached::for_slots(slots.len(), children, &path)?;
+    let is_above = |slot: &&Slot<'_>| !matches!(slot.role, MemberRole::Below | MemberRole::Relinked);
+    let above = slots.iter().filter(is_above).count();
+    all.paths.children = number(slots.len() - children)..number(slots.len());
     all.paths.merged = if target.is_some() { number(above) } else { 0 };
     let mut begins = (0, 0);
     for (index, Slot { role, group, image }) in slots.into_iter().enumerate() {
@@ -120,11 +127,16 @@ pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_
         }
         // Only a layer that is alone is emptied; the one next to the target may record which image that is.
         let (emptied, identity) = (role == MemberRole::Empty, image.follows);
-        let part = if emptied || identity { Part::Overlay { emptied, identity } } else { Part::Read };
+        let part = match role {
+            MemberRole::Relinked => Part::Child,
+            _ if emptied || identity => Part::Overlay { emptied, identity },
+            _ => Part::Read,
+        };
         let longest = if emptied { grants.emptied } else { 0 };
         let (device, files) = all.attach(slot, image, part, longest);
         // The target is in the middle of the chain.
-        let depth = if role == MemberRole::Below { slot + 1 } else { slot - begins.1 };
+        let is_after = matches!(role, MemberRole::Below | MemberRole::Relinked);
+        let depth = if is_after { slot + 1 } else { slot - begins.1 };
         all.members.push(Member { role: role as u32, group, depth, device, ..Member::default() });
         if slot == 0 {
             all.paths.first_files = files;
@@ -151,13 +163,14 @@ fn number(index: usize) -> u32 {
 }
 
 impl<'r> Attached<'r> {
-    /// Room for so many images that are read.
-    fn for_slots(count: usize, path: &Path) -> Result<Self, Error> {
+    /// Room for so many images that are read, of which so many are `children`.
+    fn for_slots(count: usize, children: usize, path: &Path) -> Result<Self, Error> {
         if count > MAX_CHAIN_DEVICES {
             let clause = format!("the chain has {count} layers; {MAX_CHAIN_DEVICES} are supported");
             return Err(Error::image(path, ErrorCode::ChainTooDeep, clause));
         }
-        Ok(Self { cache_bytes: READ_CACHES / count.max(1) as u64, ..Self::default() })
+        let at_once = (count - children).max(1) as u64;
+        Ok(Self { cache_bytes: READ_CACHES / at_once, ..Self::default() })
     }
 
     /// The guest modules of the formats in play.
@@ -178,6 +191,7 @@ impl<'r> Attached<'r> {
         let changes = matches!(part, Part::Target | Part::Overlay { emptied: true, .. });
         let growth = if changes { longest.saturating_sub(facts.file_length) } else { 0 };
         let unit = facts.cluster_size;
+        let room = if part == Part::Child { Some((PARENT_ROOM, 1)) } else { changes.then_some((growth, unit)) };
         let first = self.files.len();
         for file in files {
             let number = FIRST_FILE_DEVICE + u32::try_from(self.files.len()).unwrap_or(u32::MAX - FIRST_FILE_DEVICE);
@@ -186,7 +200,7 @@ impl<'r> Attached<'r> {
             self.files.push(device);
         }
         self.paths.drivers.insert(number, format!("{} {}", plugin.name(), plugin.version()));
-        let main = self.attach_file(number, opened, part, changes.then_some((growth, unit)));
+        let main = self.attach_file(number, opened, part, room);
         let count = self.files.len() - first;
         let address = FILE_TABLE_ADDR + (first * size_of::<FileDevice>()) as u64;
         let config = DeviceConfig {

@@ -1,11 +1,31 @@
 //! Opening the images of an operation, and what they are to it once they are open.
 
 use super::session::Session;
+use crate::confine::Reach;
 use crate::error::Error;
 use crate::image::{check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf, Gate, NamedFile};
+use crate::lookup::Directory;
 use crate::plugins::Registry;
 use instar_guest_abi::{ErrorCode, MemberRole, MAX_CHAIN_DEVICES};
-use std::path::Path;
+use rustix::io::Errno;
+use std::path::{Path, PathBuf};
+
+/// A directory that the operator names, and what was found there.
+#[derive(Debug)]
+pub struct NamedDirectory {
+    /// Its path as the operator gave it.
+    pub path: PathBuf,
+    /// The directory, open, or the kernel's answer.
+    pub found: Result<Directory, Errno>,
+}
+
+impl NamedDirectory {
+    /// Look at the directory that this path names.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), found: Directory::open(path) }
+    }
+}
 
 /// The files that the operator names.
 #[derive(Debug)]
@@ -17,13 +37,18 @@ pub struct Named {
     /// An image of another chain, which is looked at together with the first: the names that it records may lead into its
     /// own directory.
     pub second: Option<NamedFile>,
+    /// Images above the first one, which record it as what they are backed by.
+    pub children: Vec<NamedFile>,
+    /// Directories in which such images are looked for.
+    pub nurseries: Vec<NamedDirectory>,
 }
 
 impl Named {
     /// Nothing but the image that the operation works on.
     #[must_use]
     pub fn image(path: &Path) -> Self {
-        Self { image: NamedFile::new(path), base: None, second: None }
+        let image = NamedFile::new(path);
+        Self { image, base: None, second: None, children: Vec::new(), nurseries: Vec::new() }
     }
 
     /// Two images of which each is looked at with what is below it.
@@ -32,9 +57,18 @@ impl Named {
         Self { second: Some(NamedFile::new(second)), ..Self::image(first) }
     }
 
-    /// All of them.
+    /// All files.
     pub fn files(&self) -> impl Iterator<Item = &NamedFile> {
-        std::iter::once(&self.image).chain(&self.base).chain(&self.second)
+        std::iter::once(&self.image).chain(&self.base).chain(&self.second).chain(&self.children)
+    }
+
+    /// What can be opened of the children and in the directories in which they are looked for: their other files lie beside
+    /// them.
+    pub(super) fn reach_of_children<'n>(&'n self, reach: Reach<'n>, access: Access) -> Reach<'n> {
+        let beside = self.children.iter().filter_map(NamedFile::directory);
+        let reach = beside.fold(reach, |reach, directory| reach.add(directory, false));
+        let nurseries = self.nurseries.iter().filter_map(|nursery| nursery.found.as_ref().ok());
+        nurseries.fold(reach, |reach, directory| reach.add(directory, access == Access::ReadWrite))
     }
 }
 
@@ -137,7 +171,8 @@ impl<'r> Slot<'r> {
 /// The images of an operation, open.
 #[derive(Debug, Default)]
 pub struct ImageSet<'r> {
-    /// Those that are read, by group, the top-most first. Those with [`MemberRole::Below`] are below the target.
+    /// Those that are read, by group, the top-most first. Those with [`MemberRole::Below`] are below the target; those with
+    /// [`MemberRole::Relinked`] follow them.
     pub slots: Vec<Slot<'r>>,
     /// The image that is written.
     pub target: Option<ChainImage<'r>>,
@@ -164,10 +199,10 @@ impl<'r> ImageSet<'r> {
         self.slots.iter().filter(move |slot| wanted(slot.role)).map(|slot| &slot.image)
     }
 
-    /// All images in the order of the chain.
+    /// All images in the order of the chain; not the overlay's children.
     #[must_use]
     pub fn chain(&self) -> Vec<&ChainImage<'r>> {
-        let above = self.of_role(|role| role != MemberRole::Below);
+        let above = self.of_role(|role| !matches!(role, MemberRole::Below | MemberRole::Relinked));
         above.chain(&self.target).chain(self.of_role(|role| role == MemberRole::Below)).collect()
     }
 }

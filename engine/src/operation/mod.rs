@@ -17,7 +17,7 @@ pub use attach::{Attached, DevicePaths};
 pub use failure::GuestFailure;
 pub(crate) use handler::decode;
 pub use handler::{Events, Handler};
-pub use images::{Grants, ImageSet, Named, Opener, Slot};
+pub use images::{Grants, ImageSet, Named, NamedDirectory, Opener, Slot};
 pub use observer::{Observer, Progress, Stage};
 pub use run::{run, Ended, Operation, Settings};
 pub use session::Session;

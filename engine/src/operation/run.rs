@@ -149,6 +149,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let descriptors: Vec<BorrowedFd<'_>> = named.files().filter_map(NamedFile::descriptor).collect();
     let reach = of_second.iter().fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
     let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
+    let reach = named.reach_of_children(reach, access);
     let (opening, running) = operation.work();
     let confinement = session.begin(reach.with_listing(opening.lists_directories()), opening, &needs);
     note_confinement(session, "confinement", confinement.as_ref());

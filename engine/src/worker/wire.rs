@@ -1,7 +1,7 @@
 //! What a caller and its worker say to each other: messages of `prost`, each with its length in front. Paths are bytes, so that
 //! every name arrives as it is. The worker may have been taken over: its messages are bounded, and mean no more than they say.
 
-use crate::commit::{CommitMode, CommitOutcome, CommitRequest, GuestRun, Preview};
+use crate::commit::{CommitMode, CommitOutcome, CommitRequest, GuestRun, Preview, Relinked};
 use crate::devices::Cache;
 use crate::error::{Error, Role};
 use crate::operation::{Observer, Progress, Settings, Stage, Timing};
@@ -53,6 +53,10 @@ struct CommitMessage {
     sandbox: u32,
     #[prost(bool, tag = "17")]
     ignore_siblings: bool,
+    #[prost(bytes = "vec", repeated, tag = "18")]
+    relink: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "19")]
+    relink_in: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -113,6 +117,24 @@ struct OutcomeEvent {
     overlay_given: Vec<u8>,
     #[prost(uint32, tag = "13")]
     sandbox: u32,
+    #[prost(message, optional, tag = "14")]
+    relinked: Option<RelinkedEvent>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct RelinkedEvent {
+    #[prost(message, repeated, tag = "1")]
+    children: Vec<ChildEvent>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ChildEvent {
+    #[prost(bytes = "vec", tag = "1")]
+    image: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    backing: Vec<u8>,
+    #[prost(bool, tag = "3")]
+    already: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -206,6 +228,8 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         notes: observer.wants_notes(),
         progress: observer.wants_progress(),
         sandbox: number(&SandboxChoice::ALL, sandbox),
+        relink: all_bytes(&request.relink),
+        relink_in: all_bytes(&request.relink_in),
     };
     message.encode_to_vec()
 }
@@ -226,6 +250,8 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         ignore_siblings: message.ignore_siblings,
         rate_limit: message.rate_limit,
         cache: by_number(&CACHES, message.cache)?,
+        relink: paths(&message.relink),
+        relink_in: paths(&message.relink_in),
         settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait, sandbox },
     };
     (!request.overlay.as_os_str().is_empty()).then_some((request, message.notes, message.progress))
@@ -273,6 +299,10 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
             backing_grows_to: outcome.backing_grows_to,
             sandbox: SandboxChoice::from_name(outcome.sandbox)
                 .map_or(0, |sandbox| number(&SandboxChoice::ALL, &sandbox)),
+            relinked: outcome
+                .relinked
+                .as_ref()
+                .map(|children| RelinkedEvent { children: children.iter().map(child_event).collect() }),
         }),
         Err(error) => Kind::Error(ErrorEvent {
             code: error.code.number(),
@@ -285,6 +315,14 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
             step: error.step().unwrap_or_default().to_owned(),
         }),
     })
+}
+
+fn child_event(Relinked { image, backing, already }: &Relinked) -> ChildEvent {
+    ChildEvent { image: bytes(image), backing: backing.clone(), already: *already }
+}
+
+fn child_of(ChildEvent { image, backing, already }: ChildEvent) -> Relinked {
+    Relinked { image: path(&image), backing, already }
 }
 
 /// Tell an observer what a worker says; its answer, if that was one.
@@ -322,6 +360,7 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
             free_bytes: preview.free,
         }),
         backing_grows_to: event.backing_grows_to,
+        relinked: event.relinked.map(|event| event.children.into_iter().map(child_of).collect()),
         sandbox: by_number(&SandboxChoice::ALL, event.sandbox).unwrap_or_default().name(),
         run: GuestRun::default(),
         timing: Timing::default(),
@@ -391,6 +430,8 @@ mod tests {
             ignore_siblings: true,
             rate_limit: 7,
             cache: Cache::Directsync,
+            relink: vec![odd(), "/c".into()],
+            relink_in: vec!["/d".into(), odd()],
             settings: Settings {
                 search: SearchPath::with_requested(vec![odd(), "/b".into()], vec!["/b".into()]),
                 allowed_directories: vec![odd()],

@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+mod relinks;
 mod run;
 
 pub use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Plan, Step};

@@ -1,14 +1,18 @@
 //! The operation as the guest runs it: open the images of the chain, commit, report.
 
+use crate::relinks;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::commit::{Config, Outcome, Plan};
 use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
-use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Step};
+use instar_guest_sdk::commit::{commit_before_relinking, Commit, CommitFailure, Event, Options, Step};
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Source};
+use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Relinks, Source};
 use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
+
+/// The step in which the overlay's children name the target.
+const RELINK: &str = "relink";
 
 /// Run the commit that the host asked for, and report it.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
@@ -19,7 +23,7 @@ pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut
         bytes_committed: outcome.bytes_committed,
         overlay_clusters_cleared: outcome.overlay_clusters_cleared,
     });
-    reporter.end(outcome.map_err(|failure| Failed { step: failure.step.name(), error: failure.error }));
+    reporter.end(outcome);
 }
 
 /// The members of a commit, checked.
@@ -55,23 +59,29 @@ impl<'a> Members<'a> {
 }
 
 /// What the operator wants.
-fn options(operation: &Operation<'_>, emptied: bool) -> DriverResult<Options> {
-    let config = Config::decode(operation.payload())
-        .map_err(|_| DriverError::new(ErrorCode::GuestProtocol, "the configuration of a commit cannot be decoded"))?;
-    Ok(Options { keep_overlay: !emptied, dry_run: config.dry_run, resize_backing: config.resize_backing })
+fn config(operation: &Operation<'_>) -> DriverResult<Config> {
+    Config::decode(operation.payload())
+        .map_err(|_| DriverError::new(ErrorCode::GuestProtocol, "the configuration of a commit cannot be decoded"))
+}
+
+/// Open an image as a source.
+pub fn open(operation: &Operation<'_>, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
+    Ok(Box::new(operation.format_of(device)?.open_source(device)?))
 }
 
 fn run_chain(
     operation: &Operation<'_>,
     io: &mut dyn BlockIo,
     reporter: &mut Reporter<'_>,
-) -> Result<crate::Outcome, CommitFailure> {
-    let at = |error| CommitFailure { step: Step::Check, error };
+) -> Result<crate::Outcome, Failed> {
+    let at = |error| Failed { step: Step::Check.name(), error };
     let members = Members::of(operation).map_err(at)?;
-    let options = options(operation, members.emptied).map_err(at)?;
-    let open = |device: &DeviceConfig| -> DriverResult<Box<dyn Source>> {
-        Ok(Box::new(operation.format_of(device)?.open_source(device)?))
-    };
+    let Config { dry_run, resize_backing, relinked } = config(operation).map_err(at)?;
+    let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing };
+    let wanted = relinked.unwrap_or_default();
+    let children = relinks::children(operation, &wanted).map_err(at)?;
+    let identity = relinks::identity(&wanted).map_err(at)?;
+    let open = |device: &DeviceConfig| open(operation, device);
     let mut sources: Vec<Box<dyn Source>> =
         members.merged.iter().map(|device| open(device)).collect::<DriverResult<_>>().map_err(at)?;
     let has_backing = !members.below.is_empty();
@@ -90,7 +100,16 @@ fn run_chain(
         last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
     };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
-    commit(io, &mut images, options, &mut |event| report(event, reporter))
+    let mut relinks = Relinks::new(&children, &wanted.format, identity);
+    let committed =
+        commit_before_relinking(io, &mut images, &mut relinks, options, &mut |event| report(event, reporter));
+    let outcome = committed.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })?;
+    if !dry_run {
+        let total = children.len() as u64;
+        let relinked = relinks.set(io, &mut |done| reporter.progress(RELINK, done, total));
+        relinked.map_err(|error| Failed { step: RELINK, error })?;
+    }
+    Ok(outcome)
 }
 
 fn report(event: Event, reporter: &mut Reporter<'_>) {

@@ -8,7 +8,9 @@
 //! - a **commit** is done, refused or run dry: the backing reads as the overlay did, nobody's file is longer than was planned,
 //!   and a commit that is refused has changed nothing;
 //! - a **power loss**, and any request that **fails**: the overlay reads the same at each instant, both images are sound, and
-//!   running the commit again finishes it.
+//!   running the commit again finishes it;
+//! - another **parent** ([`verify_parents`]): at each instant the image names the one or the other, whole, and reads the same; a
+//!   refusal has changed nothing, and a second run finishes what was interrupted.
 //!
 //! ```
 //! use instar_guest_sdk::conformance::{self, Builder};
@@ -23,12 +25,16 @@ mod bed;
 mod commits;
 mod kit;
 mod layer;
+mod parents;
+#[cfg(test)]
+mod parents_tests;
 mod promises;
 mod sectors;
 
 pub use bed::{Bed, ANCESTOR, OVERLAY};
-pub use kit::{sink_of, source_of, Builder, ImageKit};
+pub use kit::{sink_of, source_of, Builder, ImageKit, ParentKit, Recorded};
 pub use layer::{Held, Layer, SECTOR};
+pub use parents::{verify_odd_parents, verify_parent, verify_parents, Relinks};
 
 use crate::crash::{Crashes, Files};
 use crate::random::Random;

@@ -3,7 +3,7 @@
 use alloc::format;
 use alloc::string::String;
 use core::ops::Range;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageInfo};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageInfo};
 use instar_guest_sdk::table::Disk;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 use instar_qcow_format::{Entry, Header, Trouble, ENTRY_BYTES, HEADER_BYTES};
@@ -18,6 +18,10 @@ pub struct Image {
     pub header: Header,
     /// Bytes of the file.
     pub file_length: u64,
+    /// The longest that the host lets the file become, in bytes.
+    pub max_length: u64,
+    /// It stands on a device that keeps its length.
+    pub fixed_length: bool,
     /// The code of what no image may say.
     corrupt: ErrorCode,
 }
@@ -40,7 +44,8 @@ impl Image {
             let code = if error.trouble == Trouble::Corrupt { corrupt } else { ErrorCode::UnsupportedFormat };
             DriverError::new(code, error.text).at(number, 0)
         })?;
-        let image = Self { device: number, header, file_length, corrupt };
+        let fixed_length = device.flags & device_flags::FIXED_LENGTH != 0;
+        let image = Self { device: number, header, file_length, max_length: device.max_length, fixed_length, corrupt };
         let ImageInfo { virtual_size, cluster_size } = image.info();
         if (virtual_size, cluster_size) != (device.virtual_size, device.cluster_size) {
             let text = format!(

@@ -3,10 +3,10 @@
 
 extern crate alloc;
 
-mod decide;
 mod decode;
 mod grow;
 mod image;
+mod parent;
 mod sink;
 mod source;
 mod survey;

@@ -2,11 +2,12 @@
 
 use crate::decode::ClusterReader;
 use crate::image::Image;
+use crate::parent::ParentChange;
 use crate::survey::{survey, verified};
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, DeviceConfig, FindingKind, ImageInfo, Request};
 use instar_guest_sdk::table::{tell_findings, Big64, Table};
-use instar_guest_sdk::{overflow, BlockIo, Content, DriverResult, Extent, Extents, OrderedWriter, Source};
+use instar_guest_sdk::{overflow, BlockIo, Content, DriverResult, Extent, Extents, OrderedWriter, Parent, Source};
 use instar_qcow_format::{Entry, ENTRY_BYTES};
 
 /// A qcow that data comes from.
@@ -17,12 +18,14 @@ pub struct QcowSource {
     l2: Table<Big64>,
     reader: ClusterReader,
     held: u64,
+    /// How the image gets another backing file, once that was planned.
+    parent: Option<ParentChange>,
 }
 
 impl QcowSource {
     pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
         let table = || Table::sparse(device.device, device.cache_bytes / 2);
-        Self { image, l1: table(), l2: table(), reader: ClusterReader::default(), held: 0 }
+        Self { image, l1: table(), l2: table(), reader: ClusterReader::default(), held: 0, parent: None }
     }
 
     /// The extent of a cluster that the image holds, whose entry stands at byte `at` of the file.
@@ -176,5 +179,15 @@ impl Source for QcowSource {
             leaks: found.beyond,
             unused_tail: unused - unused % size,
         })
+    }
+    fn plan_parent(&mut self, io: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        self.parent = None;
+        self.parent = Some(ParentChange::plan(io, &self.image, parent)?);
+        Ok(())
+    }
+
+    fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let planned = self.parent.take().ok_or_else(|| overflow("a backing file that was not planned"))?;
+        planned.execute(io, &self.image)
     }
 }

@@ -1,10 +1,10 @@
 //! The format, as tests know it that know no format.
 
-use crate::{chains, device, layout, salvage, spec, Spec, View, CLUSTER};
+use crate::{be64, chains, device, layout, salvage, spec, Spec, View, CLUSTER};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
-use instar_guest_sdk::conformance::{Builder, Held, Layer};
+use instar_guest_sdk::conformance::{Builder, Held, Layer, ParentKit, Recorded};
 use instar_guest_sdk::random::Random;
-use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_guest_sdk::{BlockIo, DriverResult, Parent, Sink, Source};
 use instar_qcow_driver::Qcow;
 use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place, OVERLAY};
 
@@ -52,6 +52,18 @@ impl Builder for Kit {
         let spec = Spec::new(layer.size as usize, name);
         let content = |(number, held)| (number as usize, layer.bytes(number), held == Held::Encoded);
         spec::assemble(&spec, layer.clusters().map(content))
+    }
+}
+
+impl ParentKit for Kit {
+    fn recorded(&self, bytes: &[u8]) -> Option<Recorded> {
+        let (at, length) = (be64(bytes, 8) as usize, (be64(bytes, 16) >> 32) as usize);
+        (at != 0 && length != 0)
+            .then(|| Recorded { names: vec![bytes[at..at + length].to_vec()], ..Recorded::default() })
+    }
+
+    fn expected(&self, parent: &Parent<'_>) -> Recorded {
+        Recorded { names: vec![parent.name.to_vec()], ..Recorded::default() }
     }
 }
 

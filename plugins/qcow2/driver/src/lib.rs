@@ -11,6 +11,7 @@
 //! * `read`: what a layer holds;
 //! * `check`: verifying before a commit, examining for a report, repairing;
 //! * `empty`: emptying an overlay that was committed;
+//! * `parent`: another backing file in the header;
 //! * `source`: the source role;
 //! * `write`, `grow`: planning and writing a commit, and growing for it;
 //! * `sink`: the sink role.
@@ -23,6 +24,7 @@ mod empty;
 mod grow;
 pub mod image;
 mod metadata;
+mod parent;
 mod read;
 pub mod refcount;
 mod references;

@@ -6,11 +6,12 @@ use crate::check::verify::{verify, Verified};
 use crate::empty::empty;
 use crate::image::{overflow, Image};
 use crate::metadata::mapped_clusters::MappedClusters;
+use crate::parent::ParentChange;
 use crate::read::compressed::CompressedReader;
 use crate::read::extents::extents_of;
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, FindingKind, ImageInfo};
-use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
+use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Parent, Source};
 
 /// An image that data comes from.
 pub struct Qcow2Source {
@@ -21,12 +22,14 @@ pub struct Qcow2Source {
     reader: CompressedReader,
     /// What has to be repaired before the image is emptied.
     repair: Option<Repair>,
+    /// How the image gets another backing file, once that was planned.
+    parent: Option<ParentChange>,
 }
 
 impl Qcow2Source {
     pub(crate) fn new(image: Image) -> Self {
         let (mapped, reader) = (MappedClusters::new(&image), CompressedReader::default());
-        Self { image, mapped, held: None, reader, repair: None }
+        Self { image, mapped, held: None, reader, repair: None, parent: None }
     }
 
     /// Verify the whole image; returns the number of clusters that it holds.
@@ -96,5 +99,15 @@ impl Source for Qcow2Source {
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
         examine(io, &self.image, finding)
+    }
+    fn plan_parent(&mut self, io: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        self.parent = None;
+        self.parent = Some(ParentChange::plan(io, &self.image, parent)?);
+        Ok(())
+    }
+
+    fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let planned = self.parent.take().ok_or_else(|| overflow("a backing file that was not planned"))?;
+        planned.execute(io, &self.image)
     }
 }

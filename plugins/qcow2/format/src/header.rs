@@ -26,7 +26,7 @@ pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// Longest refcount table that QEMU opens, in bytes (`QCOW_MAX_REFTABLE_SIZE`).
 pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// Longest backing file name in bytes ("Header", `backing_file_size`).
-const MAX_BACKING_NAME: u32 = 1023;
+pub const MAX_BACKING_NAME: u32 = 1023;
 const V2_LENGTH: u32 = 72;
 const V3_LENGTH: u32 = 104;
 

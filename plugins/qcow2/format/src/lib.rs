@@ -13,6 +13,7 @@ mod error;
 mod extension;
 mod header;
 mod measure;
+mod parent;
 mod refcount;
 mod snapshot;
 mod snapshot_details;
@@ -33,6 +34,7 @@ pub use header::{
     VIRTUAL_SIZE_FIELD,
 };
 pub use measure::{measure, measure_bitmaps, Measure};
+pub use parent::{parent_steps, Steps, SECTOR};
 pub use refcount::{get_refcount, set_refcount, RefcountOrder};
 pub use snapshot::Snapshot;
 pub use snapshot_details::SnapshotDetails;

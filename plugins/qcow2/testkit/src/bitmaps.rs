@@ -1,5 +1,6 @@
 //! Persistent bitmaps of images in memory: built and read from the specification, without the driver.
 
+use super::header::extensions;
 use super::view::View;
 use super::{be32, be64};
 use instar_testkit::padded;
@@ -66,14 +67,7 @@ pub fn extension(bytes: &[u8]) -> Option<usize> {
     if be32(bytes, 4) < 3 {
         return None;
     }
-    let mut at = be32(bytes, 100) as usize;
-    while be32(bytes, at) != 0 {
-        if be32(bytes, at) == 0x2385_2875 {
-            return Some(at + 8);
-        }
-        at += 8 + (be32(bytes, at + 4) as usize).next_multiple_of(8);
-    }
-    None
+    extensions(bytes).into_iter().find(|(kind, ..)| *kind == 0x2385_2875).map(|(_, at, _)| at)
 }
 
 /// All bitmaps, if the autoclear bit says that they count.

@@ -1,9 +1,10 @@
 //! The format, as tests know it that know no format.
 
-use crate::{be32, be64, chains, checker, layout, pair, salvage};
+use crate::{be32, be64, chains, checker, header, layout, pair, salvage};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
+use instar_guest_sdk::conformance::{ParentKit, Recorded};
 use instar_guest_sdk::random::Random;
-use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_guest_sdk::{BlockIo, DriverResult, Parent, Sink, Source};
 use instar_qcow2_driver::Qcow2;
 use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place};
 
@@ -41,6 +42,23 @@ impl ImageKit for Kit {
 
     fn can_grow(&self) -> bool {
         true
+    }
+}
+
+impl ParentKit for Kit {
+    fn recorded(&self, bytes: &[u8]) -> Option<Recorded> {
+        let format = header::extensions(bytes).into_iter().find(|(kind, ..)| *kind == header::BACKING_FORMAT);
+        let name = header::backing_name(bytes);
+        // One without the other is half a record.
+        (name.is_some() || format.is_some()).then(|| Recorded {
+            names: name.into_iter().collect(),
+            format: format.map(|(_, _, name)| name),
+            identity: None,
+        })
+    }
+
+    fn expected(&self, parent: &Parent<'_>) -> Recorded {
+        Recorded { names: vec![parent.name.to_vec()], format: Some(parent.format.as_bytes().to_vec()), identity: None }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod bitmaps;
 pub mod builder;
 pub mod checker;
 pub mod damage;
+pub mod header;
 pub mod pair;
 
 mod chains;

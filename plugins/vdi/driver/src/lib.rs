@@ -3,11 +3,11 @@
 
 extern crate alloc;
 
-mod decide;
 mod grow;
 mod growth;
 mod image;
 mod map;
+mod parent;
 mod relocate;
 mod sink;
 mod slots;

@@ -2,6 +2,7 @@
 
 use crate::image::Image;
 use crate::map::{each_chunk, offset_of, Map};
+use crate::parent::{record, with_parent};
 use crate::survey::{survey, verified};
 use alloc::format;
 use core::ops::Range;
@@ -9,8 +10,10 @@ use instar_guest_sdk::abi::{
     CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Request,
 };
 use instar_guest_sdk::table::tell_findings;
-use instar_guest_sdk::{overflow, BlockIo, Content, DriverError, DriverResult, Extent, Extents, OrderedWriter, Source};
-use instar_vdi_format::{Entry, ImageType, Uuid, UUID_BYTES};
+use instar_guest_sdk::{
+    overflow, BlockIo, Content, DriverError, DriverResult, Extent, Extents, OrderedWriter, Parent, Source,
+};
+use instar_vdi_format::{Entry, ImageType, Uuid, HEADER_BYTES, UUID_BYTES};
 
 /// A VDI that data comes from.
 #[derive(Debug)]
@@ -18,12 +21,14 @@ pub struct VdiSource {
     image: Image,
     map: Map,
     held: u64,
+    /// The header with another parent, once that was planned.
+    parent: Option<[u8; HEADER_BYTES]>,
 }
 
 impl VdiSource {
     pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
         let map = Map::new(&image, device.cache_bytes);
-        Self { image, map, held: 0 }
+        Self { image, map, held: 0, parent: None }
     }
 
     /// The extent of a block that the image holds.
@@ -198,5 +203,15 @@ impl Source for VdiSource {
             leaks: leaks + found.beyond,
             unused_tail: unused - unused % image.header.stride(),
         })
+    }
+    fn plan_parent(&mut self, _: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        self.parent = None;
+        self.parent = Some(with_parent(&self.image, parent)?);
+        Ok(())
+    }
+
+    fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let header = self.parent.take().ok_or_else(|| overflow("a parent that was not planned"))?;
+        record(io, &mut self.image, &header)
     }
 }

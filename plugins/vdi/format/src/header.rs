@@ -294,6 +294,21 @@ impl Header {
         field::UNUSED..field::GEOMETRY
     }
 
+    /// Put another parent, or the null UUIDs for none, into [`Header::bytes`], with the type that goes with that
+    /// (`VDI_IMAGE_TYPE_DIFF`, `VDI_IMAGE_TYPE_NORMAL`).
+    pub fn set_parent(&mut self, link: Uuid, modify: Uuid) {
+        self.record_parent(modify, false);
+        self.link = link;
+        self.bytes[field::LINK..field::PARENT_MODIFY].copy_from_slice(&link.0);
+        let image_type = match (self.image_type, link.is_null()) {
+            (ImageType::Dynamic, false) => ImageType::Differencing,
+            (ImageType::Differencing | ImageType::Undo, true) => ImageType::Dynamic,
+            (image_type, _) => image_type,
+        };
+        self.image_type = image_type;
+        self.bytes[field::TYPE..field::FLAGS].copy_from_slice(&image_type.number().to_le_bytes());
+    }
+
     /// Put the fields that this plugin changes of an image that is written to into [`Header::bytes`]: places, sizes and
     /// numbers of blocks, `uuidModify`. A geometry for a disk of another size would be wrong: it becomes "not calculated"
     /// (`vdiInitHeader`). Returns the bytes that have to be written for that.
@@ -335,6 +350,16 @@ impl ImageType {
             4 => Self::Differencing,
             _ => return Err(FormatError::unsupported(format!("image type {number} is not known"))),
         })
+    }
+
+    /// Its number, `u32Type`.
+    const fn number(self) -> u32 {
+        match self {
+            Self::Dynamic => 1,
+            Self::Static => 2,
+            Self::Undo => 3,
+            Self::Differencing => 4,
+        }
     }
 
     /// What people call it.

@@ -1,10 +1,10 @@
 //! The format, as tests know it that know no format.
 
 use crate::{build, chains, device, layout, salvage, Spec, View, BLOCK, MAP};
-use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
-use instar_guest_sdk::conformance::{Builder, Held, Layer};
+use instar_guest_sdk::abi::{DeviceConfig, ImageId, ImageInfo};
+use instar_guest_sdk::conformance::{Builder, Held, Layer, ParentKit, Recorded};
 use instar_guest_sdk::random::Random;
-use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_guest_sdk::{BlockIo, DriverResult, Parent, Sink, Source};
 use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place, OVERLAY};
 use instar_vdi_driver::Vdi;
 
@@ -62,6 +62,20 @@ impl Builder for Kit {
         }
         crate::put32(&mut bytes, 388, slot);
         bytes
+    }
+}
+
+impl ParentKit for Kit {
+    fn recorded(&self, bytes: &[u8]) -> Option<Recorded> {
+        let view = View::new(bytes);
+        let [create, modify] = view.parent();
+        assert_eq!(create == [0; 16], crate::le32(bytes, 76) != 4, "type and link");
+        (create != [0; 16] || modify != [0; 16] || view.announced())
+            .then(|| Recorded { identity: ImageId::new(&[create, modify].concat()), ..Recorded::default() })
+    }
+
+    fn expected(&self, parent: &Parent<'_>) -> Recorded {
+        Recorded { identity: parent.identity, ..Recorded::default() }
     }
 }
 

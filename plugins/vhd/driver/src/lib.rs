@@ -14,6 +14,7 @@ mod growth;
 mod image;
 mod lookup;
 mod open;
+mod parent;
 mod sink;
 mod source;
 mod sparse_sink;

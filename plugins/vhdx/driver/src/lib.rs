@@ -14,6 +14,7 @@ mod image;
 mod journal;
 mod lookup;
 mod pages;
+mod parent;
 mod session;
 mod sink;
 mod source;
