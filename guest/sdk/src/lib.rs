@@ -27,6 +27,7 @@ mod io;
 pub mod memory;
 mod message;
 mod ordered;
+mod parent;
 #[cfg(feature = "memory")]
 pub mod random;
 mod relink;
@@ -44,5 +45,6 @@ pub use io::{BlockIo, IoFailure};
 #[doc(hidden)]
 pub use message::log_line;
 pub use ordered::OrderedWriter;
+pub use parent::Parent;
 pub use relink::{Relinked, Relinks};
-pub use traits::{FormatDriver, NoSink, NoSource, Parent, ReadBelow, Sink, Source};
+pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};

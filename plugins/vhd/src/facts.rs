@@ -109,7 +109,7 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     if !footers.are_whole() {
         let which = match footers.tail {
             Some(_) if !footers.head => "the copy in front is damaged",
-            Some(_) => "the one at the end says another size than its copy in front",
+            Some(_) => "the one at the end says another size, or another header, than its copy in front",
             None => "the one at the end is missing",
         };
         features.push(Feature::text(names::FOOTERS, which, false));

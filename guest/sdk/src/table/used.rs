@@ -121,6 +121,12 @@ impl Used {
         self.words_of(range).any(|(index, bits)| self.words.get(index).is_some_and(|word| word & bits != 0))
     }
 
+    /// Whether a unit was added. One outside of the window was not.
+    #[must_use]
+    pub fn contains(&self, unit: u64) -> bool {
+        self.has_any(&(unit..unit.saturating_add(1)))
+    }
+
     /// The first unit of the window, from `from` on, that was not added.
     #[must_use]
     pub fn first_free(&self, from: u64) -> Option<u64> {
@@ -147,6 +153,7 @@ mod tests {
         assert!(!used.add_all(&(228..230)) && used.add_all(&(230..299)));
         assert_eq!((used.first_free(0), used.first_free(299), used.first_free(300)), (Some(299), Some(299), None));
         assert!(used.has_any(&(229..230)) && !used.has_any(&(299..1000)));
+        assert!(used.contains(229) && ![299, 300, 99, u64::MAX].into_iter().any(|unit| used.contains(unit)));
         assert!(used.add_all(&(299..1000)) && !used.add(299) && used.first_free(0).is_none());
     }
 

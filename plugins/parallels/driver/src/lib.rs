@@ -4,7 +4,6 @@
 extern crate alloc;
 
 mod check;
-mod decide;
 mod grow;
 mod image;
 mod mark;

@@ -1,6 +1,5 @@
 //! The sink role: planning, and writing cluster by cluster.
 
-use crate::decide::{decide, Action};
 use crate::grow::Growth;
 use crate::image::Image;
 use crate::mark::Mark;
@@ -9,7 +8,7 @@ use crate::survey::{verified, Survey};
 use crate::write::Writer;
 use alloc::format;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageInfo, PlanSummary};
-use instar_guest_sdk::table::{Arriving, Disk};
+use instar_guest_sdk::table::{Action, Arriving, Disk, Held, ZeroEntries};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
 
 /// Bytes of the heap that writing takes at most: changed sectors of the BAT, also as runs, what is read from below, and the
@@ -75,9 +74,9 @@ impl ParallelsSink {
             Arriving::Zeroes(clusters) => return Ok(!self.has_backing && self.writer.in_hole(io, clusters)?),
             Arriving::Cluster(parts) => parts,
         };
-        let place = self.writer.place(io, parts.cluster)?;
-        let is_new = decide(place, parts.arrival(disk), self.has_backing) == Action::Allocate;
-        if is_new && self.planned.last.replace(parts.cluster) != Some(parts.cluster) {
+        let held = Held::from(self.writer.place(io, parts.cluster)?);
+        let action = held.decide(parts.arrival(disk), ZeroEntries::Never, self.has_backing);
+        if action == Action::Allocate && self.planned.last.replace(parts.cluster) != Some(parts.cluster) {
             self.planned.clusters += 1;
         }
         Ok(true)

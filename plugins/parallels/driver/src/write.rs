@@ -9,13 +9,14 @@
 //! Whatever subset of the writes since the last flush is on the disk, every entry names what it should. At worst clusters are
 //! lost, which the next run [finds free](crate::slots). [`crate::mark`] says what comes before and after.
 
-use crate::decide::{decide, Action};
 use crate::image::Image;
 use crate::slots::Slots;
 use crate::survey::Survey;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::table::{ClusterData, ClusterParts, ClusterPlace, Disk, Little32, Table};
+use instar_guest_sdk::table::{
+    Action, ClusterData, ClusterParts, ClusterPlace, Disk, Held, Little32, Table, ZeroEntries,
+};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, OrderedWriter, ReadBelow};
 use instar_parallels_format::Header;
 
@@ -110,10 +111,11 @@ impl Writer {
     ) -> DriverResult<()> {
         let (cluster, range) = (arriving.cluster, disk.range(arriving.cluster));
         let shows = below.exists() && range.start < below.length();
-        let (offset, is_new) = match decide(self.place(io, cluster)?, arriving.arrival(disk), shows) {
+        let held = Held::from(self.place(io, cluster)?);
+        let (offset, is_new) = match held.decide(arriving.arrival(disk), ZeroEntries::Never, shows) {
             Action::Nothing => return Ok(()),
             Action::InPlace(offset) => (offset, false),
-            Action::Allocate => (self.new_cluster(io)?, true),
+            Action::Allocate | Action::MarkZero(_) => (self.new_cluster(io)?, true),
         };
         let place = ClusterPlace { guest: range, offset, is_new };
         if is_new && shows {

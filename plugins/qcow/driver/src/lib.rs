@@ -3,7 +3,6 @@
 
 extern crate alloc;
 
-mod decide;
 mod decode;
 mod grow;
 mod image;

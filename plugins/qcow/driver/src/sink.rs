@@ -1,13 +1,12 @@
 //! The sink role: planning, and writing cluster by cluster.
 
-use crate::decide::{decide, Action};
 use crate::grow::Growth;
 use crate::image::Image;
 use crate::survey::{verified, Survey};
-use crate::write::Writer;
+use crate::write::{decide, Writer};
 use alloc::format;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageInfo, PlanSummary};
-use instar_guest_sdk::table::{Arriving, Disk};
+use instar_guest_sdk::table::{Action, Arriving, Disk};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
 use instar_qcow_format::Entry;
 
@@ -82,14 +81,11 @@ impl QcowSink {
             None => Entry::Free,
         };
         let planned = &mut self.planned;
-        match decide(entry, parts.arrival(disk), self.has_backing) {
-            Action::Nothing | Action::InPlace(_) => {}
-            Action::Allocate | Action::Unpack { .. } => {
-                let new_table = table.is_none() && planned.last_table.replace(index) != Some(index);
-                planned.tables += u64::from(new_table);
-                let is_new = planned.last_cluster.replace(parts.cluster) != Some(parts.cluster);
-                planned.clusters += u64::from(is_new);
-            }
+        if decide(entry, parts.arrival(disk), self.has_backing) == Action::Allocate {
+            let new_table = table.is_none() && planned.last_table.replace(index) != Some(index);
+            planned.tables += u64::from(new_table);
+            let is_new = planned.last_cluster.replace(parts.cluster) != Some(parts.cluster);
+            planned.clusters += u64::from(is_new);
         }
         Ok(true)
     }

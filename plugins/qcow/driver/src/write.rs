@@ -12,13 +12,25 @@
 //! A compressed cluster is never changed in its place: its neighbors may begin in the same sector. Its entry gets a new
 //! cluster, and its stream is lost space from then on, as in QEMU.
 
-use crate::decide::{decide, Action};
 use crate::decode::ClusterReader;
 use crate::image::Image;
 use instar_guest_sdk::abi::{ErrorCode, Request};
-use instar_guest_sdk::table::{Big64, ClusterData, ClusterParts, ClusterPlace, Disk, Table};
+use instar_guest_sdk::table::{
+    Action, Arrival, Big64, ClusterData, ClusterParts, ClusterPlace, Disk, Held, Table, ZeroEntries,
+};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow};
 use instar_qcow_format::{Entry, ENTRY_BYTES};
+
+/// What is done about a cluster with this entry: a compressed one always gets a new place. `below`: something may show through
+/// where the image has nothing.
+pub fn decide(entry: Entry, arrival: Arrival, below: bool) -> Action<u64> {
+    let held = match entry {
+        Entry::Free => Held::Nothing,
+        Entry::Data(offset) => Held::At(offset),
+        Entry::Compressed { .. } => return Action::Allocate,
+    };
+    held.decide(arrival, ZeroEntries::Never, below)
+}
 
 /// An image that is written to.
 #[derive(Debug)]
@@ -137,23 +149,24 @@ impl Writer {
         let index = cluster >> self.image.header.l2_bits;
         let entry = self.lookup(io, cluster)?;
         let shows = below.exists() && range.start < below.length();
-        let action = decide(entry, arriving.arrival(disk), shows);
-        let offset = match action {
+        let arrival = arriving.arrival(disk);
+        let (offset, is_allocated) = match decide(entry, arrival, shows) {
             Action::Nothing => return Ok(()),
-            Action::InPlace(offset) => offset,
-            Action::Allocate | Action::Unpack { .. } => self.new_cluster(io, index, cluster)?,
+            Action::InPlace(offset) => (offset, false),
+            Action::Allocate | Action::MarkZero(_) => (self.new_cluster(io, index, cluster)?, true),
         };
-        let is_new = !matches!(action, Action::InPlace(_) | Action::Unpack { .. });
-        let place = ClusterPlace { guest: range, offset, is_new };
-        match action {
-            Action::Allocate if shows && entry == Entry::Free => {
-                self.data.fill_around(io, &mut self.out, &place, &arriving.parts, below)?;
-            }
-            Action::Unpack { offset: stream, length } => {
-                let bytes = self.reader.cluster(io, &self.image, (stream, length))?.to_vec();
-                self.data.push_bytes(self.image.device, offset, bytes);
-            }
-            _ => {}
+        // What is around the new data of a compressed cluster is decoded from it.
+        let packed = match entry {
+            Entry::Compressed { offset, length } if !arrival.whole => Some((offset, length)),
+            _ => None,
+        };
+        let place = ClusterPlace { guest: range, offset, is_new: is_allocated && packed.is_none() };
+        if is_allocated && shows && entry == Entry::Free {
+            self.data.fill_around(io, &mut self.out, &place, &arriving.parts, below)?;
+        }
+        if let Some(stream) = packed {
+            let bytes = self.reader.cluster(io, &self.image, stream)?.to_vec();
+            self.data.push_bytes(self.image.device, offset, bytes);
         }
         self.data.write_parts(io, &mut self.out, &place, &arriving.parts)?;
         if self.l1.is_full() || self.l2.is_full() {

@@ -3,7 +3,6 @@
 
 extern crate alloc;
 
-mod decide;
 mod grow;
 mod image;
 mod map;

@@ -1,14 +1,13 @@
 //! The sink role: planning, the new identity, and writing block by block.
 
-use crate::decide::{decide, Action};
 use crate::grow::Growth;
 use crate::image::{block_number, Image};
 use crate::slots;
 use crate::survey::{verified, Survey};
-use crate::write::Writer;
+use crate::write::{decide, Writer};
 use alloc::format;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary};
-use instar_guest_sdk::table::{Arriving, ClusterParts, Disk};
+use instar_guest_sdk::table::{Action, Arriving, ClusterParts, Disk};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
 use instar_vdi_format::{Entry, Uuid};
 

@@ -9,14 +9,24 @@
 //! Whatever subset of the writes since the last flush is on the disk, every entry names a block that is durable, and
 //! `cBlocksAllocated` is higher than all of them.
 
-use crate::decide::{decide, Action};
 use crate::image::{block_number, Image};
 use crate::map::Map;
 use crate::slots;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::table::{ClusterData, ClusterParts, ClusterPlace, Slots};
+use instar_guest_sdk::table::{Action, Arrival, ClusterData, ClusterParts, ClusterPlace, Held, Slots, ZeroEntries};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, OrderedWriter, ReadBelow};
 use instar_vdi_format::Entry;
+
+/// What is done about a block with this entry. One that gave its slot up would leave a gap in the data area, where other
+/// programs go by the number of blocks. `below`: something may show through where the image has nothing.
+pub fn decide(entry: Entry, arrival: Arrival, below: bool) -> Action<u32> {
+    let held = match entry {
+        Entry::Free => Held::Nothing,
+        Entry::Zero => Held::Zero,
+        Entry::Slot(slot) => Held::At(slot),
+    };
+    held.decide(arrival, ZeroEntries::WhereNothingIs, below)
+}
 
 /// An image that is written to.
 #[derive(Debug)]
@@ -54,7 +64,7 @@ impl Writer {
             Action::Nothing => return Ok(()),
             Action::InPlace(slot) => (slot, false),
             Action::Allocate => (self.new_slot(io)?, true),
-            Action::MarkZero => {
+            Action::MarkZero(_) => {
                 self.map.set(io, &self.image, block, Entry::Zero)?;
                 return self.step_if_full(io);
             }

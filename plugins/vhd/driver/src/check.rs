@@ -34,7 +34,9 @@ impl Image {
         }
         match self.footers.tail {
             Some((_, true)) => {}
-            Some((_, false)) => corrupt("the footer at the end says another size than its copy in front"),
+            Some((_, false)) => {
+                corrupt("the footer at the end says another size, or another header, than its copy in front")
+            }
             None => corrupt("the footer at the end of the file is missing: its copy in front is used"),
         }
         let mut told = 0;

@@ -59,7 +59,7 @@ impl Image {
     }
 
     /// Steps 3 and 4: the file ends with a footer at byte `end`.
-    fn cut(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter, end: u64) -> DriverResult<()> {
+    pub fn cut(&mut self, io: &mut dyn BlockIo, out: &mut OrderedWriter, end: u64) -> DriverResult<()> {
         let length = end.checked_add(FOOTER_BYTES as u64).ok_or_else(|| overflow("the length of the file"))?;
         if self.footers.tail == Some((end, true)) && self.file_length == length {
             return Ok(());

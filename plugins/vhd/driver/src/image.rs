@@ -19,6 +19,9 @@ const PIECE: u64 = 4096 * SECTOR;
 /// A piece of metadata: its bytes, and what it is.
 pub type Metadata = (Range<u64>, &'static str);
 
+/// What the name of a parent is, among metadata.
+pub const LOCATOR: &str = "parent locator";
+
 /// An open image with blocks.
 #[derive(Debug)]
 pub struct Image {
@@ -138,7 +141,7 @@ impl Image {
         // Names that make no sense are not read, and are in nobody's way.
         let named = self.header.locators().filter(|locator| u64::from(locator.length) <= MAX_LOCATOR_BYTES);
         let named = named.filter(|locator| checked_end(locator.offset, locator.taken(), self.file_length).is_some());
-        parts.extend(named.map(|locator| (at(locator.offset, locator.taken()), "parent locator")));
+        parts.extend(named.map(|locator| (at(locator.offset, locator.taken()), LOCATOR)));
         if let Some((offset, _)) = self.footers.tail {
             parts.push((at(offset, FOOTER_BYTES as u64), "footer"));
         }

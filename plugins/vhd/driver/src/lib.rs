@@ -13,6 +13,7 @@ mod grow;
 mod image;
 mod lookup;
 mod open;
+mod parent;
 mod sink;
 mod source;
 mod sparse_sink;

@@ -3,9 +3,10 @@
 use crate::image::Image;
 use crate::lookup::{Held, Lookup};
 use crate::open::Opened;
+use crate::parent::NewParent;
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageInfo};
-use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Source};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Parent, Source};
 use instar_vhd_format::SECTOR;
 
 /// A VHD that data comes from.
@@ -13,11 +14,13 @@ use instar_vhd_format::SECTOR;
 pub struct VhdSource {
     body: Opened,
     lookup: Lookup,
+    /// What was planned last.
+    parent: Option<NewParent>,
 }
 
 impl VhdSource {
     pub(crate) fn new(body: Opened) -> Self {
-        Self { body, lookup: Lookup::default() }
+        Self { body, lookup: Lookup::default(), parent: None }
     }
 }
 
@@ -112,6 +115,24 @@ impl Source for VhdSource {
             // Opening it has looked at all that there is.
             Opened::Fixed(_) => Ok(CheckSummary::default()),
             Opened::Sparse(image) => image.check(io, finding),
+        }
+    }
+
+    fn plan_parent(&mut self, io: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        self.parent = match &self.body {
+            Opened::Fixed(fixed) => {
+                let text = "a fixed disk has no parent that could be another one";
+                return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(fixed.device, fixed.tail_offset));
+            }
+            Opened::Sparse(image) => Some(image.plan_parent(io, parent)?),
+        };
+        Ok(())
+    }
+
+    fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        match (&mut self.body, self.parent.take()) {
+            (Opened::Sparse(image), Some(parent)) => image.set_parent(io, &parent),
+            _ => Err(overflow("a parent that was not planned")),
         }
     }
 }

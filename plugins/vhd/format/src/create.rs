@@ -2,10 +2,8 @@
 
 use crate::footer::{Footer, Kind, MAX_SECTORS};
 use crate::header::{Header, HEADER_BYTES, UNUSED};
-use crate::locator::{codes, Locator, MAX_LOCATOR_BYTES};
-use crate::{FormatError, SECTOR};
+use crate::{FormatError, Parent, SECTOR};
 use alloc::format;
-use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -32,15 +30,6 @@ pub struct CreateOptions {
     pub block_size: u32,
     /// The parent of a differencing image.
     pub parent: Option<Parent>,
-}
-
-/// The parent of a new image.
-#[derive(Clone, Debug)]
-pub struct Parent {
-    /// Its unique ID.
-    pub id: [u8; 16],
-    /// Its path, relative to the new image or absolute, with slashes.
-    pub path: String,
 }
 
 /// The bytes of a new file.
@@ -73,20 +62,16 @@ pub fn create(options: &CreateOptions) -> Result<NewImage, FormatError> {
     let kind = if options.parent.is_some() { Kind::Differencing } else { Kind::Dynamic };
     let entries = u32::try_from(size.div_ceil(u64::from(options.block_size.max(1)))).unwrap_or(u32::MAX);
     // Names stand in front of the table: programs that know nothing of them allocate behind it.
-    let names = options.parent.as_ref().map_or(Ok(Vec::new()), names)?;
+    let names = options.parent.as_ref().map_or(Ok(Vec::new()), |parent| parent.names(true))?;
     let (mut at, mut locators, mut regions) = (BAT_OFFSET, Vec::new(), Vec::new());
-    for (code, bytes) in names {
-        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        // In bytes, as Hyper-V and XenServer have it.
-        let space = length.next_multiple_of(512);
-        locators.push(Locator { code, space, length, offset: at });
-        regions.push((at, bytes));
-        at += u64::from(space);
+    for name in names {
+        locators.push(name.at(at));
+        at += name.room();
+        regions.push((locators[locators.len() - 1].offset, name.bytes));
     }
     let mut header = Header::new(at, entries, options.block_size);
     if let Some(parent) = &options.parent {
-        let base: Vec<u16> = base_name(&parent.path).encode_utf16().collect();
-        header = header.with_parent(parent.id, &base, &locators);
+        header = header.with_parent(parent, &locators);
     }
     let header = Header::parse(&header.encode())?;
     let end = at + header.table_bytes();
@@ -97,56 +82,12 @@ pub fn create(options: &CreateOptions) -> Result<NewImage, FormatError> {
     Ok(NewImage { length: end + SECTOR, regions })
 }
 
-/// The last component of a path.
-fn base_name(path: &str) -> &str {
-    path.rsplit('/').next().unwrap_or(path)
-}
-
-/// The code of a locator, and the name.
-type Name = ([u8; 4], Vec<u8>);
-
-/// The names of a parent, by the codes of their locators: for Windows, and, relative to the image, for XenServer.
-fn names(parent: &Parent) -> Result<Vec<Name>, FormatError> {
-    let path = parent.path.as_str();
-    let base = base_name(path);
-    if base.is_empty() || path.contains(['\\', '\0']) || base.encode_utf16().count() > 255 {
-        let text = format!("the name '{}' cannot stand in a VHD", path.escape_default());
-        return Err(FormatError::unsupported(text));
-    }
-    let utf16 = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
-    let windows = path.replace('/', "\\");
-    let names = if path.starts_with('/') {
-        vec![(codes::W2KU, utf16(&windows))]
-    } else {
-        let plain = path.strip_prefix("./").unwrap_or(path);
-        // "MICROSOFT_COMPAT: relative paths must start with .\" (blktap).
-        let relative = format!(".\\{}", plain.replace('/', "\\"));
-        vec![(codes::W2RU, utf16(&relative)), (codes::MACX, format!("file://./{}", percent(plain)).into_bytes())]
-    };
-    if names.iter().any(|(_, bytes)| bytes.len() as u64 > MAX_LOCATOR_BYTES) {
-        return Err(FormatError::unsupported("the name of the backing file is too long for a VHD"));
-    }
-    Ok(names)
-}
-
-/// A path as a part of a URL (RFC 3986, 2.1).
-fn percent(path: &str) -> String {
-    let mut url = String::new();
-    for byte in path.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
-            url.push(char::from(byte));
-        } else {
-            url.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    url
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::Footers;
+    use crate::{codes, Footers, Locator};
+    use alloc::string::String;
 
     fn options() -> CreateOptions {
         CreateOptions {

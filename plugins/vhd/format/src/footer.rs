@@ -137,6 +137,17 @@ impl Footer {
             // No geometry has that size: from now on the current size has to count.
             put(&mut self.bytes, CREATOR, &creators::QEMU_EXACT);
         }
+        self.summed()
+    }
+
+    /// The same footer with the dynamic header at byte `offset`.
+    #[must_use]
+    pub fn with_data_offset(mut self, offset: u64) -> Self {
+        put(&mut self.bytes, DATA_OFFSET, &offset.to_be_bytes());
+        self.summed()
+    }
+
+    fn summed(mut self) -> Self {
         let sum = checksum(&self.bytes, CHECKSUM);
         put(&mut self.bytes, CHECKSUM, &sum.to_be_bytes());
         self
@@ -216,11 +227,11 @@ impl Footer {
         self.bytes[SAVED_STATE] == 1
     }
 
-    /// Whether the other footer is the same but for what changes when a disk grows, is suspended or hidden: times and sizes. A
-    /// crash between the two copies leaves such a pair.
+    /// Whether the other footer is the same but for what changes when a disk grows, is suspended, hidden or gets another parent:
+    /// times, sizes, and where the header is. A crash between the two copies leaves such a pair.
     #[must_use]
     pub fn is_version_of(&self, other: &Self) -> bool {
-        let changing = |at: usize| matches!(at, TIME..CREATOR_VERSION | CURRENT_SIZE..TYPE | CHECKSUM..UNIQUE_ID | SAVED_STATE | HIDDEN);
+        let changing = |at: usize| matches!(at, DATA_OFFSET..CREATOR_VERSION | CURRENT_SIZE..TYPE | CHECKSUM..UNIQUE_ID | SAVED_STATE | HIDDEN);
         (0..FOOTER_BYTES).all(|at| changing(at) || self.bytes[at] == other.bytes[at])
     }
 }
@@ -312,6 +323,8 @@ mod tests {
     fn versions_of_one_footer() {
         let footer = Footer::new(Kind::Dynamic, 1 << 20, [7; 16], 0);
         assert!(footer.is_version_of(&footer.with_size(2 << 20)));
+        let moved = parsed(&footer.with_data_offset(4096).encode());
+        assert!(moved.data_offset() == 4096 && footer.is_version_of(&moved) && moved.with_data_offset(512) == footer);
         assert!(!footer.is_version_of(&Footer::new(Kind::Dynamic, 1 << 20, [8; 16], 0)));
         assert!(!footer.is_version_of(&Footer::new(Kind::Differencing, 1 << 20, [7; 16], 0)));
     }

@@ -2,7 +2,7 @@
 
 use crate::checksum::checksum;
 use crate::locator::{Locator, LOCATOR_BYTES};
-use crate::{put, u32_at, u64_at, FormatError, SECTOR};
+use crate::{put, u32_at, u64_at, FormatError, Parent, SECTOR};
 use alloc::format;
 
 /// Bytes of a dynamic header.
@@ -78,11 +78,14 @@ impl Header {
         self.summed()
     }
 
-    /// The same header of a child: its parent's unique ID, and its name (UTF-16, 256 units at most; more are cut).
+    /// The same header of a child of this parent, whose names stand where the locators say. The time of the parent's last
+    /// change, which changes with every merge into it, is left out as Hyper-V does.
     #[must_use]
-    pub fn with_parent(mut self, id: [u8; 16], name: &[u16], locators: &[Locator]) -> Self {
-        put(&mut self.bytes, PARENT_ID, &id);
-        for (unit, at) in name.iter().take(PARENT_NAME_BYTES / 2).zip((PARENT_NAME..).step_by(2)) {
+    pub fn with_parent(mut self, parent: &Parent, locators: &[Locator]) -> Self {
+        self.bytes[PARENT_ID..LOCATOR_TABLE + LOCATORS * LOCATOR_BYTES].fill(0);
+        put(&mut self.bytes, PARENT_ID, &parent.id);
+        let name = parent.base_name().encode_utf16();
+        for (unit, at) in name.take(PARENT_NAME_BYTES / 2).zip((PARENT_NAME..).step_by(2)) {
             put(&mut self.bytes, at, &unit.to_be_bytes());
         }
         for (locator, at) in locators.iter().take(LOCATORS).zip((LOCATOR_TABLE..).step_by(LOCATOR_BYTES)) {
@@ -170,7 +173,9 @@ mod tests {
     fn what_is_made_can_be_read() {
         let name: alloc::vec::Vec<u16> = "größe.vhd".encode_utf16().collect();
         let locator = Locator { code: codes::W2RU, space: 512, length: 20, offset: 2048 };
-        let header = Header::new(1536, 100, 2 << 20).with_parent([9; 16], &name, &[locator]);
+        let parent = |id, path: &str| Parent { id: [id; 16], path: path.into() };
+        let other = Header::new(1536, 100, 2 << 20).with_parent(&parent(8, "another one"), &[locator, locator]);
+        let header = other.with_parent(&parent(9, "../sub/größe.vhd"), &[locator]);
         assert_eq!(Header::parse(&header.encode()), Ok(header));
         assert_eq!((header.table_offset(), header.entries(), header.table_bytes()), (1536, 100, 512));
         assert_eq!((header.block_size(), header.bitmap_bytes(), header.stride()), (2 << 20, 512, (2 << 20) + 512));

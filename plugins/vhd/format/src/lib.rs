@@ -17,16 +17,18 @@ mod footers;
 mod geometry;
 mod header;
 mod locator;
+mod parent;
 
 pub use batmap::{BatmapHeader, MapSum, BATMAP_HEADER_BYTES};
 pub use bitmap::Bitmap;
-pub use create::{create, CreateOptions, NewImage, Parent, BAT_OFFSET, DATA_ALIGNMENT, DEFAULT_BLOCK};
+pub use create::{create, CreateOptions, NewImage, BAT_OFFSET, DATA_ALIGNMENT, DEFAULT_BLOCK};
 pub use error::{FormatError, Trouble};
 pub use footer::{creators, Footer, Kind, COOKIE, FOOTER_BYTES, MAX_SECTORS};
 pub use footers::Footers;
 pub use geometry::Geometry;
 pub use header::{Header, HEADER_BYTES, LOCATORS, UNUSED};
 pub use locator::{codes, Locator, MAX_LOCATOR_BYTES};
+pub use parent::{Name, Parent};
 
 /// Bytes of a sector, the unit of block places and of sector bitmaps ("Sector length is always 512 bytes").
 pub const SECTOR: u64 = 512;

@@ -1,10 +1,10 @@
 //! The format, as tests know it that know no format.
 
 use crate::{build, chains, layout, salvage, Kind, Spec, View, SECTOR};
-use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
-use instar_guest_sdk::conformance::{Builder, Held, Layer};
+use instar_guest_sdk::abi::{DeviceConfig, ImageId, ImageInfo};
+use instar_guest_sdk::conformance::{Builder, Held, Layer, ParentKit, Recorded};
 use instar_guest_sdk::random::Random;
-use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_guest_sdk::{BlockIo, DriverResult, Parent, Sink, Source};
 use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place};
 use instar_vhd_driver::Vhd;
 
@@ -41,6 +41,20 @@ impl ImageKit for Kit {
 
     fn can_grow(&self) -> bool {
         true
+    }
+}
+
+impl ParentKit for Kit {
+    fn recorded(&self, bytes: &[u8]) -> Option<Recorded> {
+        let (id, names) = View::new(bytes).parent()?;
+        let names = names.into_iter().map(String::into_bytes).collect();
+        Some(Recorded { names, format: None, identity: ImageId::new(&id) })
+    }
+
+    fn expected(&self, parent: &Parent<'_>) -> Recorded {
+        let path = parent.name.strip_prefix(b"./").unwrap_or(parent.name);
+        let base = path.rsplit(|&byte| byte == b'/').next().unwrap();
+        Recorded { names: vec![base.to_vec(), path.to_vec()], format: None, identity: parent.identity }
     }
 }
 

@@ -32,7 +32,16 @@ impl<'a> View<'a> {
     /// Read footer, header and table: the copy in front counts. Panics if the bytes are no image.
     pub fn new(bytes: &'a [u8]) -> Self {
         let end = bytes.len() - SECTOR;
-        let at = if has_footer(bytes, 0) && be32(bytes, 60) != 2 { 0 } else { end };
+        Self::of_footer(bytes, if has_footer(bytes, 0) && be32(bytes, 60) != 2 { 0 } else { end })
+    }
+
+    /// What blktap reads: the footer at the end counts, if there is one.
+    pub fn by_tail(bytes: &'a [u8]) -> Self {
+        let end = bytes.len() - SECTOR;
+        Self::of_footer(bytes, if has_footer(bytes, end) { end } else { 0 })
+    }
+
+    fn of_footer(bytes: &'a [u8], at: usize) -> Self {
         assert!(has_footer(bytes, at), "no footer");
         let kind = match be32(bytes, at + 60) {
             2 => Kind::Fixed,
@@ -86,6 +95,32 @@ impl<'a> View<'a> {
             }
         }
         content
+    }
+
+    /// The parent's unique ID, and its names: that in the header, and what all locators together say, with slashes.
+    pub fn parent(&self) -> Option<([u8; 16], Vec<String>)> {
+        if self.kind != Kind::Differencing {
+            return None;
+        }
+        let (bytes, at) = (self.bytes, self.header);
+        let utf16 = |bytes: &[u8], unit: fn([u8; 2]) -> u16| {
+            let units = bytes.chunks(2).map(|pair| unit([pair[0], pair[1]])).take_while(|&unit| unit != 0);
+            String::from_utf16_lossy(&units.collect::<Vec<_>>())
+        };
+        let mut names = vec![utf16(&bytes[at + 64..at + 576], u16::from_be_bytes)];
+        for locator in (0..8).map(|index| at + 576 + index * 24).filter(|at| be32(bytes, *at) != 0) {
+            let place = be64(bytes, locator + 16) as usize;
+            let text = &bytes[place..place + be32(bytes, locator + 8)];
+            let name = match &bytes[locator..locator + 4] {
+                b"MacX" => String::from_utf8(text.to_vec()).unwrap().replace("file://", "").replace("%20", " "),
+                _ => utf16(text, u16::from_le_bytes).replace('\\', "/"),
+            };
+            let name = name.strip_prefix("./").map_or(name.clone(), str::to_owned);
+            if !names[1..].contains(&name) {
+                names.push(name);
+            }
+        }
+        Some((bytes[at + 40..at + 56].try_into().unwrap(), names))
     }
 
     /// The byte offset of the batmap's header, the map, and whether its checksum is right; if it has one.

@@ -13,6 +13,7 @@ mod image;
 mod journal;
 mod lookup;
 mod pages;
+mod parent;
 mod session;
 mod sink;
 mod source;

@@ -3,20 +3,23 @@
 use crate::extents::extents;
 use crate::image::Image;
 use crate::lookup::Lookup;
+use crate::parent::NewParent;
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage};
-use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Source};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Parent, Source};
 
 /// A VHDX that data comes from.
 #[derive(Debug)]
 pub struct VhdxSource {
     image: Image,
     lookup: Lookup,
+    /// What was planned last.
+    parent: Option<NewParent>,
 }
 
 impl VhdxSource {
     pub(crate) fn new(image: Image) -> Self {
-        Self { image, lookup: Lookup::default() }
+        Self { image, lookup: Lookup::default(), parent: None }
     }
 }
 
@@ -62,5 +65,15 @@ impl Source for VhdxSource {
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
         self.image.check(io, finding)
+    }
+
+    fn plan_parent(&mut self, io: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        self.parent = Some(self.image.plan_parent(io, parent)?);
+        Ok(())
+    }
+
+    fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let parent = self.parent.take().ok_or_else(|| overflow("a parent that was not planned"))?;
+        self.image.set_parent(io, &parent)
     }
 }

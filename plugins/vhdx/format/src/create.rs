@@ -2,7 +2,7 @@
 
 use crate::metadata::{encode, items, OF_DISK, OF_FILE};
 use crate::{
-    ids, keys, Entry, FormatError, Guid, Header, Layout, Locator, Region, RegionTable, ALIGNMENT, HEADER_OFFSETS,
+    ids, Entry, FormatError, Guid, Header, Layout, Locator, Parent, Region, RegionTable, ALIGNMENT, HEADER_OFFSETS,
     MAX_SIZE, REGION_TABLE_OFFSETS, SIGNATURE,
 };
 use alloc::format;
@@ -18,9 +18,6 @@ pub const DEFAULT_CHILD_BLOCK: u32 = 2 << 20;
 const LOG_LENGTH: u32 = 1 << 20;
 const METADATA_LENGTH: u32 = 1 << 20;
 const CREATOR: &str = "instar";
-/// Most bytes of a path: it has to stand in one metadata item with the others.
-const LONGEST_PATH: usize = 32_000;
-
 /// What a new image is to be.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
@@ -42,15 +39,6 @@ pub struct CreateOptions {
     pub disk_id: Guid,
     /// The parent of a differencing image.
     pub parent: Option<Parent>,
-}
-
-/// The parent of a new image.
-#[derive(Clone, Debug)]
-pub struct Parent {
-    /// Its DataWriteGuid.
-    pub data_write: Guid,
-    /// Its path, relative to the new image or absolute, with slashes.
-    pub path: String,
 }
 
 /// The bytes of a new file.
@@ -134,35 +122,16 @@ fn metadata(options: &CreateOptions, size: u64) -> Result<Vec<u8>, FormatError> 
     ];
     if let Some(parent) = &options.parent {
         // At a page, so that both linkages lie in it.
-        new.push((items::PARENT_LOCATOR, OF_FILE, 0x11000, locator(parent)?));
+        new.push((items::PARENT_LOCATOR, OF_FILE, 0x11000, Locator::of_parent(parent)?));
     }
     Ok(encode(&new))
-}
-
-/// The parent locator. Both linkages come first, so that they lie in one page whatever the path.
-fn locator(parent: &Parent) -> Result<Vec<u8>, FormatError> {
-    let path = parent.path.as_str();
-    let base = path.rsplit('/').next().unwrap_or(path);
-    if base.is_empty() || path.contains(['\\', '\0']) || path.len() > LONGEST_PATH {
-        let text = format!("the name '{}' cannot stand in a VHDX", path.escape_default());
-        return Err(FormatError::unsupported(0, text));
-    }
-    let windows = path.replace('/', "\\");
-    let (key, path) = if path.starts_with('/') {
-        (keys::ABSOLUTE, windows)
-    } else {
-        (keys::RELATIVE, format!(".\\{}", windows.strip_prefix(".\\").unwrap_or(&windows)))
-    };
-    let linkage = |guid: Guid| format!("{{{guid}}}");
-    let pairs = [(keys::LINKAGE, linkage(parent.data_write)), (keys::LINKAGE2, linkage(Guid::NULL)), (key, path)];
-    Locator::encode(&pairs)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::{Opened, Record};
+    use crate::{keys, Opened, Record};
 
     fn options() -> CreateOptions {
         CreateOptions {
@@ -221,7 +190,7 @@ mod tests {
         assert!(refused(CreateOptions { block_size: 3 << 20, ..options() }).contains("power of two"));
         assert!(refused(CreateOptions { block_size: 1 << 29, ..options() }).contains("power of two"));
         assert!(refused(CreateOptions { logical_sector: 1024, ..options() }).contains("512 or 4096"));
-        for path in ["", "a/", "a\\b", "a\0b", &"x".repeat(LONGEST_PATH + 1)] {
+        for path in ["", "a/", "a\\b", "a\0b", &"x".repeat(32_001)] {
             let parent = Some(Parent { data_write: Guid([9; 16]), path: path.into() });
             assert!(refused(CreateOptions { parent, ..options() }).contains("cannot stand"), "{path:?}");
         }

@@ -25,6 +25,18 @@ const HEADER_BYTES: usize = 20;
 const ENTRY_BYTES: usize = 12;
 const KNOWN: [&str; 5] = [keys::LINKAGE, keys::LINKAGE2, keys::RELATIVE, keys::VOLUME, keys::ABSOLUTE];
 
+/// Most bytes of a path: it has to stand in one metadata item with the linkages.
+const LONGEST_PATH: usize = 32_000;
+
+/// What an image records of its parent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parent {
+    /// Its DataWriteGuid.
+    pub data_write: Guid,
+    /// Its path, relative to the image or absolute, with slashes.
+    pub path: String,
+}
+
 /// A value: its text, and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Text {
@@ -110,6 +122,31 @@ impl Locator {
     pub fn value(&self, key: &str) -> Option<&Text> {
         let index = KNOWN.iter().position(|known| *known == key)?;
         self.values[index].as_ref()
+    }
+
+    /// The bytes of a locator that names this parent. Both linkages come first, so that they lie in one page whatever the path.
+    ///
+    /// # Errors
+    /// For a name that cannot stand in a VHDX.
+    pub fn of_parent(parent: &Parent) -> Result<Vec<u8>, FormatError> {
+        let path = parent.path.as_str();
+        let base = path.rsplit('/').next().unwrap_or(path);
+        if base.is_empty() || path.contains(['\\', '\0']) || path.len() > LONGEST_PATH {
+            let text = format!("the name '{}' cannot stand in a VHDX", path.escape_default());
+            return Err(FormatError::unsupported(0, text));
+        }
+        if parent.data_write.is_null() {
+            let text = "the DataWriteGuid of the parent is zero, which is no image's: write to the parent once";
+            return Err(FormatError::unsupported(0, text));
+        }
+        let windows = path.replace('/', "\\");
+        let (key, path) = if path.starts_with('/') {
+            (keys::ABSOLUTE, windows)
+        } else {
+            (keys::RELATIVE, format!(".\\{}", windows.strip_prefix(".\\").unwrap_or(&windows)))
+        };
+        let linkage = |guid: Guid| format!("{{{guid}}}");
+        Self::encode(&[(keys::LINKAGE, linkage(parent.data_write)), (keys::LINKAGE2, linkage(Guid::NULL)), (key, path)])
     }
 
     /// The bytes of a locator with these keys and values.

@@ -34,6 +34,8 @@ pub const TABLE_BYTES: usize = 64 << 10;
 const SIGNATURE: [u8; 8] = *b"metadata";
 const MOST: u16 = 2047;
 const ENTRY_BYTES: usize = 32;
+const ITEM_IN_ENTRY: usize = 16;
+const PAGE: u64 = 4096;
 const MOST_BYTES: u32 = 1 << 20;
 const IS_USER: u32 = 1;
 const IS_VIRTUAL_DISK: u32 = 2;
@@ -46,6 +48,17 @@ pub struct Item {
     pub offset: u32,
     /// Bytes.
     pub length: u32,
+}
+
+impl Item {
+    /// The bytes of the table that give its place.
+    #[must_use]
+    pub fn encode(&self) -> [u8; 8] {
+        let mut bytes = [0; 8];
+        crate::put(&mut bytes, 0, &self.offset.to_le_bytes());
+        crate::put(&mut bytes, 4, &self.length.to_le_bytes());
+        bytes
+    }
 }
 
 /// What the metadata of a disk says.
@@ -92,7 +105,8 @@ fn table(bytes: &[u8], region: &Region) -> Result<Vec<TableEntry>, FormatError> 
     }
     let entry = |index: u16| {
         let at = ENTRY_BYTES + usize::from(index) * ENTRY_BYTES;
-        let item = Item { offset: u32_at(bytes, at + 16), length: u32_at(bytes, at + 20) };
+        let place = at + ITEM_IN_ENTRY;
+        let item = Item { offset: u32_at(bytes, place), length: u32_at(bytes, place + 4) };
         TableEntry { id: Guid::at(bytes, at), item, flags: u32_at(bytes, at + 24) }
     };
     let entries: Vec<TableEntry> = (0..count).map(entry).collect();
@@ -179,6 +193,30 @@ impl Metadata {
         Ok(metadata)
     }
 
+    /// Where the parent locator can stand with `length` bytes, by the table of the region: at the first page that has room for
+    /// it, so that its linkages are not torn. With it comes the byte of the region at which the table says so, as
+    /// [`Item::encode`] has it. `None` if there is no room, or no locator.
+    ///
+    /// # Errors
+    /// For a table that makes no sense.
+    pub fn place_locator(bytes: &[u8], region: &Region, length: u32) -> Result<Option<(Item, u32)>, FormatError> {
+        let entries = table(bytes, region)?;
+        let is_locator = |entry: &TableEntry| entry.flags & IS_USER == 0 && entry.id == items::PARENT_LOCATOR;
+        let Some(index) = entries.iter().position(is_locator) else { return Ok(None) };
+        let others = entries.iter().filter(|entry| !is_locator(entry)).map(|entry| entry.item);
+        let mut others: Vec<Item> = others.filter(|item| item.length > 0).collect();
+        others.sort_unstable_by_key(|item| item.offset);
+        let mut at = TABLE_BYTES as u64;
+        for other in others {
+            if at + u64::from(length) > u64::from(other.offset) {
+                at = at.max(u64::from(other.offset) + u64::from(other.length)).next_multiple_of(PAGE);
+            }
+        }
+        let offset = u32::try_from(at).ok().filter(|_| at + u64::from(length) <= region.length.into());
+        let entry = u32::try_from(ENTRY_BYTES * (1 + index) + ITEM_IN_ENTRY).unwrap_or(0);
+        Ok(offset.filter(|_| length <= MOST_BYTES).map(|offset| (Item { offset, length }, entry)))
+    }
+
     fn verify(&self, kind: u32, offset: u64) -> Result<(), FormatError> {
         let corrupt = |text: String| Err(FormatError::corrupt(offset, text));
         let sector = |bytes| bytes == 512 || bytes == 4096;
@@ -219,8 +257,8 @@ pub(crate) fn encode(new: &[(Guid, u32, u32, Vec<u8>)]) -> Vec<u8> {
     for (index, (id, flags, offset, item)) in new.iter().enumerate() {
         let at = ENTRY_BYTES + index * ENTRY_BYTES;
         crate::put(&mut bytes, at, &id.0);
-        crate::put(&mut bytes, at + 16, &offset.to_le_bytes());
-        crate::put(&mut bytes, at + 20, &u32::try_from(item.len()).unwrap_or(0).to_le_bytes());
+        let place = Item { offset: *offset, length: u32::try_from(item.len()).unwrap_or(0) };
+        crate::put(&mut bytes, at + ITEM_IN_ENTRY, &place.encode());
         crate::put(&mut bytes, at + 24, &flags.to_le_bytes());
         let place = *offset as usize;
         bytes.resize(bytes.len().max(place.saturating_add(item.len())), 0);
@@ -285,6 +323,32 @@ mod tests {
         // The user's items may have any GUID.
         more.push((items::SIZE, IS_USER, 70001, vec![1]));
         assert_eq!(load(&more).unwrap(), Metadata { foreign: Some(Guid([9; 16])), ..metadata });
+    }
+
+    #[test]
+    fn a_locator_goes_to_the_first_page_with_room() {
+        let with = |place: u32, length: usize, others: &[(u32, usize)]| {
+            let mut items = new();
+            items.push((items::PARENT_LOCATOR, OF_FILE, place, vec![1; length]));
+            for (number, (place, length)) in (9..).zip(others) {
+                items.push((Guid([number; 16]), IS_USER, *place, vec![1; *length]));
+            }
+            encode(&items)
+        };
+        let place = |bytes: &[u8], length| Metadata::place_locator(bytes, &REGION, length).unwrap();
+        let item = |offset, length| Some((Item { offset, length }, 32 + 5 * 32 + 16));
+        assert_eq!(place(&with(0x11000, 300, &[]), 5000), item(0x11000, 5000), "longer, in its place");
+        assert_eq!(place(&with(0x10100, 300, &[]), 200), item(0x11000, 200), "not at a page before");
+        let between = with(0x11000, 300, &[(0x12000, 8), (0x13001, 10)]);
+        assert_eq!(place(&between, 4096), item(0x11000, 4096));
+        assert_eq!(place(&between, 4097), item(0x14000, 4097));
+        assert_eq!(place(&between, (1 << 20) - 0x14000), item(0x14000, (1 << 20) - 0x14000));
+        assert_eq!(place(&between, (1 << 20) - 0x14000 + 1), None);
+        assert_eq!(place(&encode(&new()), 10), None, "no locator");
+        let (moved, entry) = place(&between, 4097).unwrap();
+        let mut bytes = between.clone();
+        crate::put(&mut bytes, entry as usize, &moved.encode());
+        assert_eq!(table(&bytes, &REGION).unwrap()[5].item, moved);
     }
 
     #[test]

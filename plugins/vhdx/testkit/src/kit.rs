@@ -3,9 +3,9 @@
 use crate::spec::{build, guid_text, Kind, Linkage, Log, Spec};
 use crate::{chains, layout, salvage, View, MIB};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
-use instar_guest_sdk::conformance::{Builder, Held, Layer};
+use instar_guest_sdk::conformance::{Builder, Held, Layer, ParentKit, Recorded};
 use instar_guest_sdk::random::Random;
-use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_guest_sdk::{BlockIo, DriverResult, Parent, Sink, Source};
 use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place};
 use instar_vhdx_driver::Vhdx;
 use instar_vhdx_format::Guid;
@@ -43,6 +43,24 @@ impl ImageKit for Kit {
 
     fn can_grow(&self) -> bool {
         true
+    }
+}
+
+impl ParentKit for Kit {
+    fn recorded(&self, bytes: &[u8]) -> Option<Recorded> {
+        let view = View::new(bytes);
+        let paths = ["relative_path", "volume_path", "absolute_win32_path"].map(|key| view.value(key));
+        let linkages = ["parent_linkage", "parent_linkage2"].map(|key| view.value(key));
+        let names = paths.into_iter().chain(linkages).flatten().map(String::into_bytes).collect();
+        view.locator.map(|_| Recorded { names, ..Recorded::default() })
+    }
+
+    fn expected(&self, parent: &Parent<'_>) -> Recorded {
+        let path = String::from_utf8_lossy(parent.name).replace('/', "\\");
+        let path = if path.starts_with('\\') { path } else { format!(".\\{path}") };
+        let id = parent.identity.map_or([0; 16], |id| id.as_bytes().try_into().unwrap());
+        let names = [path, guid_text(id), guid_text([0; 16])].map(String::into_bytes).to_vec();
+        Recorded { names, ..Recorded::default() }
     }
 }
 

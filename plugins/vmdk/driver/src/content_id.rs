@@ -3,7 +3,7 @@
 use crate::failures::at;
 use alloc::string::String;
 use alloc::vec;
-use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::abi::{ErrorCode, FileDevice};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{ContentId, Descriptor};
 
@@ -13,6 +13,10 @@ pub struct DescriptorPlace {
     pub device: u32,
     /// Its first byte.
     pub offset: u64,
+    /// Bytes of its place.
+    pub length: u64,
+    /// How long its file may become, in bytes.
+    pub longest: u64,
     pub text: Descriptor,
 }
 
@@ -21,11 +25,17 @@ impl DescriptorPlace {
     ///
     /// # Errors
     /// Corruption and I/O errors.
-    pub fn read(io: &mut dyn BlockIo, device: u32, offset: u64, length: u64, corrupt: ErrorCode) -> DriverResult<Self> {
+    pub fn read(
+        io: &mut dyn BlockIo,
+        file: &FileDevice,
+        (offset, length): (u64, u64),
+        corrupt: ErrorCode,
+    ) -> DriverResult<Self> {
+        let FileDevice { device, max_length: longest, .. } = *file;
         let mut text = vec![0; usize::try_from(length).map_err(|_| overflow("the descriptor"))?];
         io.read(device, offset, &mut text)?;
         let text = Descriptor::parse(&text).map_err(at(corrupt, device, offset))?;
-        Ok(Self { device, offset, text })
+        Ok(Self { device, offset, length, longest, text })
     }
 
     fn replacement(&self, id: &ContentId, value: u32, marked: bool) -> DriverResult<String> {

@@ -63,6 +63,12 @@ fn mismatch(device: u32, text: impl Into<String>) -> DriverError {
     DriverError::new(ErrorCode::HeaderMismatch, text).at(device, 0)
 }
 
+/// The file with the descriptor.
+fn file_of(device: &DeviceConfig) -> FileDevice {
+    let DeviceConfig { flags, device, file_length, max_length, .. } = *device;
+    FileDevice { flags, device, file_length, max_length }
+}
+
 impl Disk {
     /// Read descriptor, headers and directories. `corrupt` is the code of what no image may say.
     ///
@@ -88,13 +94,11 @@ impl Disk {
     }
 
     fn in_one_file(io: &mut dyn BlockIo, device: &DeviceConfig, corrupt: ErrorCode) -> DriverResult<Self> {
-        let DeviceConfig { flags, device: number, file_length, max_length, .. } = *device;
-        let file = FileDevice { flags, device: number, file_length, max_length };
+        let file = file_of(device);
         let image = Image::open_hosted(io, &file, corrupt)?;
-        let (offset, length) = image.descriptor_range()?;
-        let descriptor = DescriptorPlace::read(io, number, offset, length, corrupt)?;
+        let descriptor = DescriptorPlace::read(io, &file, image.descriptor_range()?, corrupt)?;
         if !descriptor.text.is_one_file() {
-            return Err(mismatch(number, "the descriptor does not describe a disk in one file"));
+            return Err(mismatch(device.device, "the descriptor does not describe a disk in one file"));
         }
         let (size, cluster_size) = (image.layout.virtual_size(), image.layout.grain_bytes());
         let part = Part { start: 0, length: size, body: Body::Sparse((image, file)) };
@@ -106,7 +110,7 @@ impl Disk {
         if device.file_length > MAX_DESCRIPTOR_BYTES {
             return Err(mismatch(number, "the descriptor is longer than any"));
         }
-        let descriptor = DescriptorPlace::read(io, number, 0, device.file_length, corrupt)?;
+        let descriptor = DescriptorPlace::read(io, &file_of(device), (0, device.file_length), corrupt)?;
         let extents = descriptor.text.disk_extents().map_err(at(corrupt, number, 0))?;
         let files = device.files.as_slice();
         if files.len() != extents.len() {

@@ -6,10 +6,11 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, FileDevice};
+use instar_guest_sdk::table::{Action, Arrival, Held, ZeroEntries};
 use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{
-    entries, CowdHeader, Header, Layout, Metadata, COWD_HEADER_BYTES, FOOTER_BYTES, HEADER_BYTES, MAX_DESCRIPTOR_BYTES,
-    SECTOR,
+    entries, CowdHeader, Grain, Header, Layout, Metadata, COWD_HEADER_BYTES, FOOTER_BYTES, HEADER_BYTES,
+    MAX_DESCRIPTOR_BYTES, SECTOR,
 };
 
 /// An open sparse extent. Its memory: the grain directories, 1 MiB each at most, or the one of an extent of ESX, 4 MiB at most.
@@ -116,6 +117,17 @@ impl Image {
     /// The same, to be changed in memory.
     pub fn directories_mut(&mut self) -> impl Iterator<Item = &mut Directory> {
         core::iter::once(&mut self.directory).chain(&mut self.redundant)
+    }
+
+    /// What is done about a grain. `below`: something may show through where the image has nothing.
+    pub fn decide(&self, grain: Grain, arrival: Arrival, below: bool) -> Action<u64> {
+        let zeroes = if self.layout.zeroed_grains { ZeroEntries::Anywhere } else { ZeroEntries::Never };
+        let held = match grain {
+            Grain::Absent => Held::Nothing,
+            Grain::Zero => Held::Zero,
+            Grain::At(offset) => Held::At(offset),
+        };
+        held.decide(arrival, zeroes, below)
     }
 
     /// Everything but tables and grains.

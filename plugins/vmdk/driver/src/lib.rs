@@ -6,11 +6,11 @@ extern crate alloc;
 
 mod check;
 mod content_id;
-mod decide;
 mod decode;
 mod disk;
 mod failures;
 mod image;
+mod parent;
 mod sesparse;
 mod sesparse_check;
 mod sink;

@@ -50,7 +50,7 @@ impl SeSparse {
     ) -> DriverResult<u64> {
         let (mut held, mut index, end) = (0, 0, self.header.directory_entries());
         while index < end {
-            if only.is_some_and(|only| !only.has_any(&(index..index + 1))) {
+            if only.is_some_and(|only| !only.contains(index)) {
                 index += 1;
                 continue;
             }

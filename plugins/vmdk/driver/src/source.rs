@@ -6,22 +6,24 @@ use crate::sparse_source::SparseSource;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage};
-use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Source};
-use instar_vmdk_format::NO_PARENT;
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Parent, Source};
+use instar_vmdk_format::{Step, NO_PARENT};
 
 /// A vmdk that data comes from.
 #[derive(Debug)]
 pub struct VmdkSource {
     info: ImageInfo,
-    descriptor: DescriptorPlace,
-    parts: Vec<Part<SparseSource>>,
+    pub(crate) descriptor: DescriptorPlace,
+    pub(crate) parts: Vec<Part<SparseSource>>,
+    /// What was planned last.
+    steps: Option<Vec<Step>>,
 }
 
 impl VmdkSource {
     pub(crate) fn new(disk: Disk) -> DriverResult<Self> {
         let info = ImageInfo { virtual_size: disk.size, cluster_size: disk.cluster_size };
         let (descriptor, parts) = disk.map(|image, _| Ok(SparseSource::new(image)))?;
-        Ok(Self { info, descriptor, parts })
+        Ok(Self { info, descriptor, parts, steps: None })
     }
 }
 
@@ -136,6 +138,16 @@ impl Source for VmdkSource {
         let id = self.descriptor.replace(io, id, u32::from_be_bytes(bytes), stage == ParentStage::Announced)?;
         self.descriptor.text.parent_id = Some(id);
         Ok(())
+    }
+
+    fn plan_parent(&mut self, io: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
+        self.steps = Some(self.parent_steps(io, parent)?);
+        Ok(())
+    }
+
+    fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let steps = self.steps.take().ok_or_else(|| overflow("a parent that was not planned"))?;
+        self.take_steps(io, &steps)
     }
 
     /// What the check finds, is found. Grains that nothing refers to are not looked for: a vmdk does not say which there are.

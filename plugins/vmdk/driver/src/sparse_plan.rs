@@ -2,13 +2,13 @@
 //! changed.
 
 use crate::check::Verified;
-use crate::decide::{decide, Action};
 use crate::decode::GrainReader;
 use crate::image::{Directory, Image};
 use crate::work::{grains, Group, Groups, Part};
 use alloc::format;
 use alloc::vec;
 use instar_guest_sdk::abi::{device_flags, ErrorCode, FileDevice, PlanSummary};
+use instar_guest_sdk::table::Action;
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent};
 use instar_vmdk_format::{FOOTER_BYTES, SECTOR};
 
@@ -79,8 +79,7 @@ impl Planner {
                 if self.last_grain == Some(part.grain) {
                     continue;
                 }
-                let grain = image.layout.grain_of(*slot);
-                match decide(grain, part.arrival, image.layout.zeroed_grains, self.has_backing) {
+                match image.decide(image.layout.grain_of(*slot), part.arrival, self.has_backing) {
                     Action::InPlace(offset) if image.layout.compressed => {
                         self.holds(io, image, offset, &part)?;
                         continue;

@@ -13,7 +13,6 @@
 //!
 //! Whatever subset of the writes since the last flush is on the disk, every entry names a whole grain or table.
 
-use crate::decide::{decide, Action};
 use crate::image::Image;
 use crate::sparse_plan::Planner;
 use crate::stream_sink::OpenGrain;
@@ -22,7 +21,7 @@ use crate::work::{grains, Group, Groups, Part};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{FileDevice, PlanSummary, Request};
-use instar_guest_sdk::table::{ClusterData, ClusterPlace};
+use instar_guest_sdk::table::{Action, ClusterData, ClusterPlace};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, Extent, OrderedWriter, ReadBelow};
 use instar_vmdk_format::{table_marker, Compressor, CowdHeader, Grain, SECTOR};
 
@@ -150,7 +149,7 @@ impl SparseSink {
         let layout = self.image.layout;
         let grain = layout.grain_of(*entry);
         let shows = below.exists() && part.grain < below.length();
-        let (offset, is_new) = match decide(grain, part.arrival, layout.zeroed_grains, shows) {
+        let (offset, is_new) = match self.image.decide(grain, part.arrival, shows) {
             Action::Nothing => return Ok(()),
             // The plan has seen that, too: nothing may be lost if something else has changed the file since.
             Action::InPlace(offset) if layout.compressed => return self.planner.holds(io, &self.image, offset, part),

@@ -2,7 +2,7 @@
 
 use crate::decode::GrainReader;
 use crate::image::{Directory, Image};
-use crate::tables::{has_table, Table};
+use crate::tables::Table;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -25,7 +25,7 @@ const BATCH: usize = 4096;
 /// A sparse extent that data comes from.
 #[derive(Debug)]
 pub struct SparseSource {
-    image: Image,
+    pub(crate) image: Image,
     reader: GrainReader,
     held: u64,
     /// Tables that were read last, with indices that follow each other.
@@ -92,7 +92,7 @@ impl SparseSource {
     /// The tables that hold anything, each with its directory.
     fn holding(&self) -> impl Iterator<Item = (&Directory, usize)> {
         self.image.directories().zip(&self.used).flat_map(|(directory, used)| {
-            directory.present().filter(|&index| has_table(used, index)).map(move |index| (directory, index))
+            directory.present().filter(|&index| used.contains(index as u64)).map(move |index| (directory, index))
         })
     }
 

@@ -112,7 +112,7 @@ impl Image {
         each: EachTables<'_>,
     ) -> DriverResult<()> {
         let most = tables_at_once(&self.layout);
-        let mut wanted = directory.present().filter(|&index| only.is_none_or(|only| has_table(only, index)));
+        let mut wanted = directory.present().filter(|&index| only.is_none_or(|only| only.contains(index as u64)));
         let mut chunk = Vec::with_capacity(most);
         loop {
             chunk.clear();
@@ -146,10 +146,4 @@ impl Table {
     pub fn holds_anything(&self) -> bool {
         self.entries.iter().any(|&entry| entry != 0)
     }
-}
-
-/// Whether the table with this index is one of these.
-pub fn has_table(tables: &Used, index: usize) -> bool {
-    let index = index as u64;
-    tables.has_any(&(index..index + 1))
 }

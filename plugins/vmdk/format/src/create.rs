@@ -213,7 +213,7 @@ fn directory(first: u64, tables: u64) -> Vec<u8> {
 }
 
 /// Whether a name can stand between quotes in a line.
-fn quotable(name: &[u8]) -> bool {
+pub(crate) fn quotable(name: &[u8]) -> bool {
     !name.is_empty() && !name.iter().any(|&b| b == b'"' || b < b' ')
 }
 

@@ -14,6 +14,7 @@ mod error;
 mod extent;
 mod header;
 mod layout;
+mod parent;
 mod sesparse;
 mod stream;
 
@@ -25,6 +26,7 @@ pub use error::{FormatError, Trouble};
 pub use extent::{DiskExtent, ExtentLine, Storage};
 pub use header::{flags, Header, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY};
 pub use layout::{Layout, Metadata, Place};
+pub use parent::{change_parent, Embedded, Step};
 pub use sesparse::{
     sesparse_entries, sesparse_table, Region, SeGrain, SeSparseHeader, SESPARSE_COVERAGE, SESPARSE_GRAIN_BYTES,
     SESPARSE_HEADER_BYTES, SESPARSE_MAGIC, SESPARSE_MAX_TABLES, SESPARSE_TABLE_BYTES, SESPARSE_TABLE_ENTRIES,

@@ -1,9 +1,11 @@
 //! The format, as tests know it that know no format.
 
+use crate::descriptor::{expected, recorded};
 use crate::{chains, device, layout, salvage, View};
 use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
+use instar_guest_sdk::conformance::{ParentKit, Recorded};
 use instar_guest_sdk::random::Random;
-use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
+use instar_guest_sdk::{BlockIo, DriverResult, Parent, Sink, Source};
 use instar_testkit::{sink_of, source_of, Chain, Disk, FormatKit, ImageKit, Layout, Parts, Place, OVERLAY};
 use instar_vmdk_driver::Vmdk;
 
@@ -30,6 +32,16 @@ impl ImageKit for Kit {
 
     fn content(&self, bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
         View::new(bytes).content(below.unwrap_or_default())
+    }
+}
+
+impl ParentKit for Kit {
+    fn recorded(&self, bytes: &[u8]) -> Option<Recorded> {
+        recorded(&View::new(bytes).text())
+    }
+
+    fn expected(&self, parent: &Parent<'_>) -> Recorded {
+        expected(parent)
     }
 }
 

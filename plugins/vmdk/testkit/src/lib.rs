@@ -13,12 +13,14 @@ mod delta_chains;
 mod delta_kit;
 mod delta_layout;
 mod delta_salvage;
+mod descriptor;
 mod kit;
 mod layout;
 mod packed;
 mod salvage;
 
 pub use delta_kit::{CowdKit, SeSparseKit};
+pub use descriptor::{recorded, DescriptorKit};
 pub use instar_testkit::crashes;
 pub use kit::Kit;
 pub use packed::EXTENT;
@@ -60,6 +62,8 @@ pub struct Spec {
     pub lazy_tables: bool,
     /// The directory is at the end, named by a footer.
     pub footer: bool,
+    /// Sectors of the descriptor. If there are several, its text is longer than one.
+    pub descriptor: usize,
 }
 
 impl Spec {
@@ -75,6 +79,7 @@ impl Spec {
             compressed: false,
             lazy_tables: false,
             footer: false,
+            descriptor: 1,
         }
     }
 
@@ -118,7 +123,7 @@ fn header(spec: &Spec, redundant: usize, directory: Option<usize>, overhead: usi
     put32(&mut bytes, 12, spec.size / 512);
     put32(&mut bytes, 20, GRAIN / 512);
     put32(&mut bytes, 28, 1);
-    put32(&mut bytes, 36, 1);
+    put32(&mut bytes, 36, spec.descriptor);
     put32(&mut bytes, 44, 512);
     put32(&mut bytes, 48, redundant / 512);
     bytes[56..64].copy_from_slice(&directory.map_or(u64::MAX, |at| (at / 512) as u64).to_le_bytes());
@@ -133,9 +138,11 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     let grains = spec.size.div_ceil(GRAIN);
     let tables = grains.div_ceil(512);
     let copies = if spec.redundant { 2 } else { 1 };
-    let mut file = vec![0; 1024];
+    let mut file = vec![0; 512 + spec.descriptor * 512];
+    // Behind that, the parent's name begins in the first sector and ends in the second.
+    let comment = if spec.descriptor > 1 { format!("# {}\n", "comment ".repeat(50)) } else { String::new() };
     let text = format!(
-        "version=1\nCID={:x}\nparentCID={:08x}\ncreateType=\"{}\"\nparentFileNameHint=\"b\"\nRW 1 SPARSE \"x\"\n",
+        "{comment}version=1\nCID={:x}\nparentCID={:08x}\ncreateType=\"{}\"\nparentFileNameHint=\"b\"\nRW 1 SPARSE \"x\"\n",
         spec.cid,
         spec.parent,
         if spec.compressed { "streamOptimized" } else { "monolithicSparse" }
@@ -238,9 +245,15 @@ impl<'a> View<'a> {
         Self { bytes, size, zeroed: flags & 4 != 0, compressed: flags & (1 << 16) != 0, entries }
     }
 
+    /// The text of the descriptor that the header names.
+    pub fn text(&self) -> String {
+        let (at, length) = (le64(self.bytes, 28) as usize * 512, le64(self.bytes, 36) as usize * 512);
+        let text = String::from_utf8_lossy(&self.bytes[at..at + length]).into_owned();
+        text.split('\0').next().unwrap_or_default().to_owned()
+    }
+
     fn digits(&self, key: &str) -> String {
-        let text = String::from_utf8_lossy(&self.bytes[512..1024]).into_owned();
-        text.lines().find_map(|line| line.strip_prefix(key)).unwrap().to_owned()
+        self.text().lines().find_map(|line| line.strip_prefix(key)).unwrap().to_owned()
     }
 
     fn id(&self, key: &str) -> u32 {
