@@ -17,7 +17,7 @@ from support import KIB, MIB, REPO, run_instar
 
 #: Keys that are only there where there is something to say: besides these, each that is missing has to be noticed.
 OPTIONAL = {
-    "commit": {"stale", "warnings"},
+    "commit": {"stale", "relinked", "warnings"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail"},
     "map": {"offset"},
