@@ -243,6 +243,9 @@ fn descriptors_and_raw_parents() {
     let Some(device) = LoopDevice::new(&yard.lab.path("disk.raw")) else { return };
     yard.child("of device", &device.0);
     assert_eq!(search(&device.0), ["of device", "of raw"], "a loop device is what it stands on");
+    // The file below the device, whatever it holds, is not looked at.
+    fs::copy(yard.lab.path("of raw"), yard.lab.path("disk.raw")).unwrap();
+    assert_eq!(search(&device.0), ["of device", "of raw"]);
 }
 
 #[test]

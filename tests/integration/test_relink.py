@@ -77,12 +77,12 @@ def test_the_overlay_can_be_removed(tmp_path, kinds):
             support.assert_clean(path, child)
         checked = run_instar("check", path)
         assert checked.rc == 0, str(checked)
-    again = run_instar("commit", tmp_path / "first")
+    again = run_instar("commit", "--ignore-siblings", tmp_path / "first")
     assert again.rc == 0, str(again)
 
 
 def test_every_child_in_a_directory_and_no_other_image(family):
-    add(family / "alone", family / "base")
+    add(family / "alone", None, None, size=SIZE)
     (family / "none.txt").write_text("base mid")
     third, alone = support.digest(family / "sub" / "third"), support.digest(family / "alone")
     before = contents(children(family))
@@ -154,7 +154,14 @@ def test_layers_that_are_merged_and_overlays_that_are_kept(tmp_path):
             (directory / "mid").rename(directory / "between")
             add(directory / "mid", directory / "between", "qcow2", "qcow2", "write -P 9 2M 64k")
         before = contents(children(directory))
-        result = run_instar("commit", *options, "--relink-in", directory, "--relink-in", directory / "sub", directory / "mid")
+        files = [path for path in directory.rglob("*") if path.is_file()]
+        refuse("ERROR_BACKING_SHARED", directory / "mid", *options, "--relink-in", directory, files=files, mentions=["keeps its content"])
+        relink = [option for path in children(directory) for option in ("--relink", path)]
+        result = run_instar("commit", *options, *relink, directory / "mid")
+        assert result.rc == 0, str(result)
+        # A run that was interrupted is finished by the same command.
+        qemu_img("rebase", "-u", "-b", "mid", "-F", "qcow2", directory / "second")
+        result = run_instar("commit", *options, *relink, directory / "mid")
         assert result.rc == 0, str(result)
         assert [named(path)[0] for path in children(directory)] == ["base", "base", "../base"]
         for name in ("mid", "between"):
@@ -192,7 +199,7 @@ def test_what_is_no_child_or_cannot_be_one_is_refused(family):
     top = add(family / "grandchild", first)
     alone = add(family / "alone", None, None, size=SIZE)
     sibling = add(family / "sibling", family / "base")
-    files += [top, alone, sibling]
+    files += [top, alone, family / "sub" / "sibling"]
 
     def refused(code, *mentions, relink):
         options = [option for path in relink for option in ("--relink", path)]
@@ -200,7 +207,10 @@ def test_what_is_no_child_or_cannot_be_one_is_refused(family):
 
     refused("ERROR_NOT_IN_CHAIN", "grandchild", "is backed by 'first'", relink=[first, top])
     refused("ERROR_NOT_IN_CHAIN", "alone", "no backing file", relink=[first, alone])
-    refused("ERROR_NOT_IN_CHAIN", "sibling", "leave it out", relink=[first, sibling])
+    refused("ERROR_BACKING_SHARED", "sibling", relink=[first, sibling])
+    sibling.rename(family / "sub" / "sibling")
+    qemu_img("rebase", "-u", "-b", "../base", "-F", "qcow2", family / "sub" / "sibling")
+    refused("ERROR_NOT_IN_CHAIN", "sibling", "leave it out", relink=[first, family / "sub" / "sibling"])
     refused("ERROR_CHAIN_LOOP", "named twice", relink=[first, first])
     refused("ERROR_CHAIN_LOOP", "the overlay itself", relink=[family / "mid"])
     refused("ERROR_CHAIN_LOOP", "below the overlay", relink=[family / "base"])
@@ -214,6 +224,18 @@ def test_what_is_no_child_or_cannot_be_one_is_refused(family):
         file.seek(79)
         file.write(b"\2")
     refused("ERROR_OVERLAY_CORRUPT", "second", relink=[first, family / "second"])
+
+
+def test_a_second_run_is_not_stopped_by_what_the_first_one_has_relinked(family):
+    """They are on the target now, as siblings are, and read what they read before: nothing is committed into it."""
+    before = contents(children(family))
+    for option in (["--relink", family / "first"], ["--relink-in", family], ["--relink-in", family / "sub"]):
+        result = run_instar("commit", *option, family / "mid")
+        assert result.rc == 0, str(result)
+    assert contents(children(family)) == before and {named(path)[1] for path in children(family)} == {"qcow2"}
+    # With something to commit they are siblings.
+    qemu_io(family / "mid", "write -P 8 3M 64k")
+    refuse("ERROR_BACKING_SHARED", family / "mid", files=children(family), mentions=["first", "second"])
 
 
 def test_a_child_that_would_read_something_else_is_refused(tmp_path):

@@ -71,7 +71,7 @@ def samples(tmp_path_factory):
     (folder / "other/libinstar_plugin_other.so").write_bytes(b"no library")
     return {
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
-                   ask("commit", "-d", "-b", "base", "top")],
+                   ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top")],
         "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long")],
         "map": [ask("map", "top"), ask("map", "base"), ask("map", "-l", "0", "top")],
         "info": [ask("info", "top"), ask("info", "mid"), ask("info", "--backing-chain", "top"),

@@ -63,6 +63,9 @@ pub struct CommitArgs {
     /// several times
     #[arg(long, value_name = "DIR")]
     pub relink_in: Vec<PathBuf>,
+    /// Commit although other images have the same backing, which damages them
+    #[arg(long)]
+    pub ignore_siblings: bool,
     /// Say what would be committed, and change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -124,6 +127,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         resize_backing: args.resize_backing,
         relink: args.relink.clone(),
         relink_in: args.relink_in.clone(),
+        ignore_siblings: args.ignore_siblings,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache,
         settings: args.opening.settings(&config),

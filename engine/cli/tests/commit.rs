@@ -150,6 +150,7 @@ fn recorded_names_that_lead_elsewhere_are_refused() {
     lab.create("top", Some(absolute), MIB);
     lab.io("top", &["write -P 9 0 64k"]);
     let allowed = outside.path().to_str().unwrap();
+    std::fs::remove_file(lab.path("plain")).unwrap();
     lab.committed(&["--allow-backing-dir", allowed, "top"], "top", absolute);
     lab.io("top", &["write -P 8 64k 64k"]);
     lab.committed(&["-b", absolute, "top"], "top", absolute);
@@ -238,7 +239,7 @@ fn an_image_in_use_is_refused() {
         );
         user.end();
     }
-    lab.committed(&["top"], "top", "base");
+    lab.committed(&["--ignore-siblings", "top"], "top", "base");
 }
 
 /// Something that has an image open and locked, until it is told to end.
@@ -264,7 +265,7 @@ impl InUse {
 fn waiting(lab: &Lab, seconds: &str) -> std::process::Child {
     let mut instar = instar_test_lab::instar("commit");
     instar.arg("--plugin-dir").arg(lab.plugins().path());
-    instar.args(["--wait", seconds, "top"]).current_dir(lab.dir.path());
+    instar.args(["--ignore-siblings", "--wait", seconds, "top"]).current_dir(lab.dir.path());
     let mut child = instar.stderr(Stdio::piped()).spawn().unwrap();
     // In a pause between two tries: nothing else sleeps before the guest runs.
     let wchan = format!("/proc/{}/wchan", child.id());
@@ -313,7 +314,7 @@ fn two_that_wait_do_not_block_each_other() {
     let commit = waiting(&lab, "600");
     // It holds no lock on what it waits for, so that one of the two is first.
     user.end();
-    let other = lab.instar(&["--wait", "600", "other"]);
+    let other = lab.instar(&["--ignore-siblings", "--wait", "600", "other"]);
     assert_eq!(other.status, 0, "{}", other.stderr);
     let commit = commit.wait_with_output().unwrap();
     assert!(commit.status.success(), "{}", String::from_utf8_lossy(&commit.stderr));
@@ -349,6 +350,8 @@ fn block_devices() {
     lab.create(&device.0, Some(base.to_str().unwrap()), 64 * MIB);
     lab.io(&device.0, &["write -P 7 2M 1M", "write -P 8 40M 64k"]);
     lab.refused(&[&device.0], ErrorCode::WriteTargetNotAllowed, &["--allow-backing-dir"]);
+    // The file below the device is the overlay itself.
+    std::fs::remove_file(lab.path("top")).unwrap();
     lab.committed(&["-b", base.to_str().unwrap(), &device.0], &device.0, "base");
 }
 

@@ -10,7 +10,6 @@ use crate::operation::{decode, Events, Observer};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, RequestOp};
 use instar_guest_protocol::commit::{Outcome, Plan};
-use std::path::PathBuf;
 use std::rc::Rc;
 
 /// What the guest of a commit said, and what it may do.
@@ -36,11 +35,10 @@ pub struct CommitEvents {
     pub last_phase: Phase,
     /// The overlay keeps its content.
     pub keep_overlay: bool,
-    /// An image that names the target already. If there is anything to commit, no earlier run had it do so: it is another
-    /// image above the target, and would read something else.
-    pub sibling: Option<PathBuf>,
-    /// That image is why the guest was ended.
-    pub has_sibling: bool,
+    /// Other images are on the target, or on a layer between.
+    pub has_siblings: bool,
+    /// The plan would change what they read, which is why the guest was ended.
+    pub damages_siblings: bool,
     /// What its plan may say.
     pub bounds: PlanBounds,
 }
@@ -59,8 +57,8 @@ impl Default for CommitEvents {
             lacking: None,
             last_phase: Phase::Look,
             keep_overlay: false,
-            sibling: None,
-            has_sibling: false,
+            has_siblings: false,
+            damages_siblings: false,
             bounds: PlanBounds::default(),
         }
     }
@@ -78,10 +76,11 @@ impl CommitEvents {
         self.bounds.check(&plan).map_err(BadRequest)?;
         self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
         self.plan = Some(plan);
-        // An overlay that is emptied has nothing left once its children were begun with.
-        self.has_sibling = self.sibling.is_some() && !self.keep_overlay && plan.bytes > 0;
-        if self.has_sibling {
-            return Err(BadRequest("a child of the target that would read something else".to_owned()));
+        // Nothing is changed for them by an overlay that holds nothing: that of a run which is finished by this one, and that
+        // had some of them name the target, for one.
+        self.damages_siblings = self.has_siblings && plan.bytes > 0;
+        if self.damages_siblings {
+            return Err(BadRequest("a commit that damages other images on the target".to_owned()));
         }
         self.lacking = self.space.and_then(|space| space.lacking(&plan));
         if self.lacking.is_some() {
@@ -278,6 +277,49 @@ mod tests {
         assert_eq!(late.ask(Request::flush(DEVICE_OUTPUT)) + &late.tell(phase(Phase::Overlay)), "");
         assert!(late.ask(write(DEVICE_OUTPUT)).contains("said to be complete"));
         assert!(late.tell(phase(Phase::Target)).contains("phase 2 after phase 3"));
+    }
+
+    #[test]
+    fn children_are_changed_last_if_at_all() {
+        const CHILD: u32 = 1;
+        let with_child = |last_phase, keep_overlay| {
+            let mut handler = handler(last_phase);
+            let file = tempfile::tempfile().unwrap_or_else(|error| unreachable!("{error}"));
+            let _ = file.set_len(8192);
+            handler.devices.attach(CHILD, Device::new(file, true, 8192, 9000, false).with_part(Part::Child));
+            handler.events.keep_overlay = keep_overlay;
+            assert_eq!(handler.tell(plan()) + &handler.tell(phase(Phase::Target)), "");
+            handler
+        };
+        let mut none = with_child(Phase::Overlay, false);
+        assert_eq!(none.tell(phase(Phase::Overlay)), "");
+        assert!(none.tell(phase(Phase::Children)).contains("that are to stay"));
+        let mut early = with_child(Phase::Children, false);
+        assert!(early.ask(write(CHILD)).contains("before that parent is complete"));
+        assert!(early.tell(phase(Phase::Children)).contains("before the overlay was emptied"));
+        assert_eq!(early.tell(phase(Phase::Overlay)) + &early.ask(write(OVERLAY)), "");
+        assert!(early.tell(phase(Phase::Children)).contains("not flushed"));
+        assert_eq!(early.ask(Request::flush(OVERLAY)), "");
+        assert!(early.tell(done()).contains("before its work"), "no child was changed");
+        assert_eq!(early.tell(phase(Phase::Children)) + &early.ask(write(CHILD)), "");
+        assert!(early.ask(write(OVERLAY)).contains("said to be complete"));
+        assert!(early.tell(done()).contains("device 1 is not flushed"));
+        assert_eq!(early.ask(Request::flush(CHILD)) + &early.tell(done()), "");
+        let mut kept = with_child(Phase::Children, true);
+        assert!(kept.tell(phase(Phase::Overlay)).contains("keep its content"));
+        assert_eq!(kept.tell(phase(Phase::Children)) + &kept.tell(done()), "");
+    }
+
+    #[test]
+    fn siblings_are_damaged_by_data_alone() {
+        let planned = |bytes| {
+            let mut handler = handler(Phase::Overlay);
+            handler.events.has_siblings = true;
+            (handler.tell(told(Plan { bytes, ..Plan::default() })), handler.events.damages_siblings)
+        };
+        assert_eq!(planned(0), (String::new(), false));
+        let (why, damages) = planned(512);
+        assert!(damages && why.contains("other images"), "{why}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod plan;
 mod relinks;
 mod repeated;
 mod request;
+mod siblings;
 mod snapshot;
 mod space;
 mod verdict;

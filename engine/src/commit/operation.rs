@@ -8,6 +8,7 @@ use super::plan::PlanBounds;
 use super::relinks::{self, Relinked, Relinks};
 use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
+use super::siblings::Siblings;
 use super::space::{block_size, free_space, taken_space, Space};
 use super::verdict::{become_stale, Parts};
 use crate::confine::Work;
@@ -38,6 +39,8 @@ pub struct Commit<'q> {
     workers: Option<Workers>,
     /// The lines of a dry run about files that a commit could not write.
     warnings: Vec<String>,
+    /// The other images that the commit would damage.
+    siblings: Option<Siblings>,
     /// Absolute paths of the overlay and the backing.
     paths: (PathBuf, PathBuf),
     /// The overlay's children that are to name the backing, or do so already.
@@ -78,8 +81,15 @@ impl<'q> Commit<'q> {
     /// A commit that was not begun.
     #[must_use]
     pub fn new(request: &'q CommitRequest) -> Self {
-        let (warnings, relinked) = (Vec::new(), Vec::new());
-        Self { request, workers: None, warnings, paths: Default::default(), relinked, admitted: None }
+        let (workers, warnings, siblings, admitted) = (None, Vec::new(), None, None);
+        Self { request, workers, warnings, siblings, paths: Default::default(), relinked: Vec::new(), admitted }
+    }
+
+    /// A child that names the target already, though nothing of the overlay was committed into that.
+    fn settled(&self) -> Option<&Path> {
+        let emptied = self.admitted.as_ref().is_some_and(|admitted| !admitted.keep_overlay);
+        let settled = self.relinked.iter().find(|child| child.already && emptied);
+        settled.map(|child| child.image.as_path())
     }
 
     /// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
@@ -164,7 +174,7 @@ impl Operation for Commit<'_> {
         let chain: Vec<&ChainImage<'_>> =
             std::iter::once(&overlay).chain(&between).chain(std::iter::once(&backing)).chain(&ancestors).collect();
         let relinks = Relinks::open(opener, &chain, between.len() + 1).map_err(|error| error.in_role(Role::Child))?;
-        let Relinks { images: mut children, all, warnings } = relinks;
+        let Relinks { images: mut children, all, settled, warnings } = relinks;
         self.warnings.extend(warnings);
         self.relinked = all;
         overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.has_to_follow(&backing);
@@ -183,12 +193,20 @@ impl Operation for Commit<'_> {
         }));
         open_extra_files(registry, &mut images)?;
         ancestors.iter().for_each(|ancestor| session.note_image("below it", ancestor));
+        // Whoever only asks how much space it takes damages nothing.
+        if self.request.mode != CommitMode::Measure {
+            let above: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
+            // Where the overlay keeps its content, nothing shows that it was committed before: who is named is believed.
+            let believed = if self.request.keep_overlay || !between.is_empty() { &settled[..] } else { &[] };
+            self.siblings = Siblings::find(opener, &above, &backing, &ancestors, believed)?;
+        }
         self.paths = (overlay.opened.settled_path(), backing.opened.settled_path());
         if self.request.only_plans() {
             [&overlay, &backing].into_iter().try_for_each(|image| image.opened.check_writable())?;
+            let of_child = |error: Error| error.in_role(Role::Child);
+            children.iter().try_for_each(|child| child.opened.check_writable().map_err(of_child))?;
             let written = [&overlay, &backing].into_iter().chain(&children);
             self.warnings.extend(written.filter_map(|image| not_writable(&image.opened.path)));
-            relinks::check_writable(&children, access)?;
         }
         for (child, Relinked { backing, .. }) in
             children.iter().zip(self.relinked.iter().filter(|child| !child.already))
@@ -217,9 +235,22 @@ impl Operation for Commit<'_> {
         let growth = parts.growth(may_grow);
         let mut grants = parts.verdict(growth.as_ref().ok().copied().flatten(), &mut self.warnings)?;
         let backing_grows_to = growth?;
+        if !parts.empties && !self.request.relink_in.is_empty() {
+            let clause = "keeps its content, so that after an interrupted commit nothing would tell its children from other images \
+                          on the target: name them with --relink, and not with --relink-in";
+            return Err(Error::image(&parts.overlay.opened.path, ErrorCode::BackingShared, clause));
+        }
         let children = images.of_role(|role| role == MemberRole::Relinked);
         relinks::admit(children, &parts, backing_grows_to, &mut self.warnings)?;
         let wanted = Relinks::wanted(&self.relinked, parts.backing);
+        if let Some(siblings) = &self.siblings {
+            match (self.request.ignore_siblings, self.request.relinks()) {
+                (true, _) => self.warnings.push(siblings.warning(self.request.only_plans())),
+                (false, false) => return Err(siblings.refusal()),
+                // They may be children that an earlier run has relinked: only the plan says whether they are damaged.
+                (false, true) => {}
+            }
+        }
         grants.beyond_devices = self.request.mode == CommitMode::Measure;
         self.warnings.extend(parts.unsure_mark());
         if let Some(size) = backing_grows_to {
@@ -262,6 +293,8 @@ impl Operation for Commit<'_> {
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
+        let others = self.siblings.is_some() || self.settled().is_some();
+        let has_siblings = others && !self.request.ignore_siblings;
         let admitted = self.admitted.as_mut().ok_or_else(nothing_to_commit)?;
         let CommitRequest { cache, rate_limit, .. } = *self.request;
         devices.set_workers(self.workers.take());
@@ -289,7 +322,7 @@ impl Operation for Commit<'_> {
                 (false, false) => Phase::Overlay,
             },
             keep_overlay: admitted.keep_overlay,
-            sibling: self.relinked.iter().find(|child| child.already).map(|child| child.image.clone()),
+            has_siblings,
             bounds: match self.request.mode {
                 CommitMode::Measure => admitted.bounds,
                 CommitMode::Whole | CommitMode::DryRun => {
@@ -306,11 +339,14 @@ impl Operation for Commit<'_> {
     }
 
     fn finish(self, ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
-        let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
         let events = &ended.events;
-        if let Some(sibling) = events.sibling.as_ref().filter(|_| events.has_sibling) {
-            return Err(is_sibling(sibling, &self.paths.1));
+        if events.damages_siblings {
+            return Err(match (&self.siblings, self.settled()) {
+                (None, Some(sibling)) => is_sibling(sibling, &self.paths.1),
+                (siblings, _) => siblings.as_ref().map_or_else(nothing_to_commit, Siblings::refusal),
+            });
         }
+        let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
         let end = match events.lacking {
             Some(lacking) => Err(no_space(lacking)),
             None if events.repeated.as_ref().is_some_and(Repeated::is_refused) => {

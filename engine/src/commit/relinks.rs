@@ -8,7 +8,7 @@ use super::outcome::as_text;
 use super::verdict::Parts;
 use crate::error::{Error, Role};
 use crate::escape::{escape_bytes, escape_path};
-use crate::image::{file_name, parent_mismatch, Access, ChainImage, ChildSearch, NamedFile};
+use crate::image::{file_name, parent_mismatch, ChainImage, ChildSearch, NamedFile};
 use crate::lookup::Identity;
 use crate::operation::{Named, NamedDirectory, Opener};
 use instar_guest_abi::{ErrorCode, ERROR_OK, MAX_CHAIN_DEVICES};
@@ -39,6 +39,8 @@ pub struct Relinks<'r> {
     pub images: Vec<ChainImage<'r>>,
     /// These and those that name the target already, in the order in which they were named and found.
     pub all: Vec<Relinked>,
+    /// Those that name the target already.
+    pub settled: Vec<Identity>,
     /// Lines about files that could not be looked at.
     pub warnings: Vec<String>,
 }
@@ -162,6 +164,7 @@ impl<'r> Relinks<'r> {
         let path = image.opened.settled_path();
         if already {
             self.all.push(Relinked { image: path, backing: recorded(&image.facts).to_vec(), already });
+            self.settled.push(image.opened.identity);
             return Ok(());
         }
         let backing = family.name_for(&image, is_link)?;
@@ -302,15 +305,6 @@ pub fn admit<'s, 'r: 's>(
         }
     }
     Ok(())
-}
-
-/// Whether a dry run could write to all of them.
-///
-/// # Errors
-/// What [`check_writable`](crate::image::OpenedFile::check_writable) gives.
-pub fn check_writable(images: &[ChainImage<'_>], access: Access) -> Result<(), Error> {
-    let only_read = images.iter().filter(|_| access != Access::ReadWrite);
-    only_read.map(|image| image.opened.check_writable().map_err(|error| error.in_role(Role::Child))).collect()
 }
 
 #[cfg(test)]

@@ -37,6 +37,8 @@ pub struct CommitRequest {
     pub relink: Vec<PathBuf>,
     /// Directories in which every child of the overlay is to name it.
     pub relink_in: Vec<PathBuf>,
+    /// Commit although other images are on what is changed, which damages them.
+    pub ignore_siblings: bool,
     /// Bytes per second that are moved at most; 0 for no limit.
     pub rate_limit: u64,
     /// What flushes and writes promise.

@@ -99,9 +99,11 @@ impl ChildSearch<'_> {
     /// [`ErrorCode::Interrupted`].
     pub fn find<'d>(&self, directories: impl IntoIterator<Item = &'d Directory>) -> Result<Children, Error> {
         let mut found = Children::default();
-        // Children with several names are found once, and the images that are known not at all.
+        // Children with several names are found once, and the images that are known not at all: a loop device and the file
+        // below it are one.
+        let known = self.known.iter().flat_map(|image| image.all_files());
         let mut seen: HashSet<Identity> =
-            self.known.iter().flat_map(|image| image.all_files()).map(|file| file.identity).collect();
+            known.flat_map(|file| std::iter::once(file.identity).chain(file.below)).collect();
         let mut listed: HashSet<Identity> = HashSet::new();
         for directory in directories {
             if !listed.insert(directory.identity()) {
@@ -127,6 +129,7 @@ impl ChildSearch<'_> {
         found: &mut Children,
     ) -> Result<(), Error> {
         let mut files = 0;
+        let device = directory.stat().map(|stat| stat.st_dev);
         for entry in entries {
             let Ok(entry) = entry else {
                 found.unlisted.push(directory.path().to_owned());
@@ -136,7 +139,9 @@ impl ChildSearch<'_> {
                 let clause = "interrupted while looking for other images";
                 return Err(Error::image(directory.path(), ErrorCode::Interrupted, clause));
             }
-            if !is_regular(directory, &entry) {
+            // Most of those that were seen need not be opened again; some file systems have other numbers here.
+            let listed = device.map(|device| Identity::of_file(device, entry.ino()));
+            if !is_regular(directory, &entry) || listed.is_ok_and(|listed| seen.contains(&listed)) {
                 continue;
             }
             files += 1;
@@ -190,7 +195,6 @@ impl ChildSearch<'_> {
             let reached = self.walk(directory, name, &mut steps)?;
             self.parents.iter().find(|parent| {
                 let opened = &parent.opened;
-                // A loop device and the file below it are one image.
                 opened.identity == reached || opened.below == Some(reached)
             })
         });

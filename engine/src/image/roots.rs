@@ -125,6 +125,12 @@ impl Roots {
         self.working.as_ref()
     }
 
+    /// The directories.
+    #[must_use]
+    pub fn directories(&self) -> &[Directory] {
+        &self.directories
+    }
+
     /// Whether this is one of the directories.
     #[must_use]
     pub fn contains(&self, directory: Identity) -> bool {

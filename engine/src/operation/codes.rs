@@ -65,7 +65,8 @@ pub fn guest_may_report(code: ErrorCode) -> bool {
         | ErrorCode::PermissionDenied
         | ErrorCode::ReadOnly
         | ErrorCode::SandboxUnusable
-        | ErrorCode::SandboxLost => false,
+        | ErrorCode::SandboxLost
+        | ErrorCode::BackingShared => false,
     }
 }
 
@@ -109,6 +110,7 @@ pub fn advice(code: ErrorCode) -> Option<&'static str> {
         | ErrorCode::PermissionDenied
         | ErrorCode::ReadOnly
         | ErrorCode::ParentMismatch
-        | ErrorCode::LimitExceeded => None,
+        | ErrorCode::LimitExceeded
+        | ErrorCode::BackingShared => None,
     }
 }

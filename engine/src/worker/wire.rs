@@ -51,9 +51,11 @@ struct CommitMessage {
     progress: bool,
     #[prost(uint32, tag = "16")]
     sandbox: u32,
-    #[prost(bytes = "vec", repeated, tag = "17")]
-    relink: Vec<Vec<u8>>,
+    #[prost(bool, tag = "17")]
+    ignore_siblings: bool,
     #[prost(bytes = "vec", repeated, tag = "18")]
+    relink: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "19")]
     relink_in: Vec<Vec<u8>>,
 }
 
@@ -216,6 +218,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         keep_overlay: request.keep_overlay,
         mode: number(&MODES, &request.mode),
         resize_backing: request.resize_backing,
+        ignore_siblings: request.ignore_siblings,
         rate_limit: request.rate_limit,
         cache: number(&CACHES, &request.cache),
         wait: *wait,
@@ -244,6 +247,7 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         keep_overlay: message.keep_overlay,
         mode: by_number(&MODES, message.mode)?,
         resize_backing: message.resize_backing,
+        ignore_siblings: message.ignore_siblings,
         rate_limit: message.rate_limit,
         cache: by_number(&CACHES, message.cache)?,
         relink: paths(&message.relink),
@@ -423,6 +427,7 @@ mod tests {
             keep_overlay: true,
             mode: CommitMode::Measure,
             resize_backing: true,
+            ignore_siblings: true,
             rate_limit: 7,
             cache: Cache::Directsync,
             relink: vec![odd(), "/c".into()],

@@ -46,5 +46,5 @@ pub use io::{BlockIo, IoFailure};
 pub use message::log_line;
 pub use ordered::OrderedWriter;
 pub use parent::Parent;
-pub use relink::{Relinked, Relinks};
+pub use relink::{OpenSource, Relinked, Relinks};
 pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};

@@ -4,10 +4,13 @@ use crate::{BlockIo, DriverError, DriverResult, Parent, Source};
 use alloc::boxed::Box;
 use instar_guest_abi::ImageId;
 
+/// Opens an image as a source.
+pub type OpenSource<'a> = dyn Fn(&mut dyn BlockIo) -> DriverResult<Box<dyn Source + 'a>> + 'a;
+
 /// An image that is to name the backing.
 pub struct Relinked<'a> {
     /// Open it. Of many images, no more than one is open at a time.
-    pub open: Box<dyn Fn(&mut dyn BlockIo) -> DriverResult<Box<dyn Source + 'a>> + 'a>,
+    pub open: Box<OpenSource<'a>>,
     /// Its device: errors that name none are about it.
     pub device: u32,
     /// The backing's name, as the image is to record it.

@@ -48,7 +48,7 @@ fn seen(files: &Files) -> Vec<Vec<u8>> {
         let below = match recorded.names[0].as_slice() {
             b"overlay.qcow2" => &overlay,
             b"base.qcow2" => &target,
-            other => panic!("it names {}", String::from_utf8_lossy(other)),
+            other => unreachable!("it names {}", String::from_utf8_lossy(other)),
         };
         Kit.content(&files[number], Some(below))
     };

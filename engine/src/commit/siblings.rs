@@ -1,0 +1,117 @@
+//! The siblings of an overlay: other images on what a commit changes.
+//!
+//! What is committed into an image is read by all images on it, and a guest that finds other data below its own is a damaged
+//! guest. With layers between, the images on those read the target as well. Nothing but the siblings records that they are
+//! there, so that they are looked for beside the images and in the directories that the operator allows; those elsewhere are
+//! not found.
+
+use crate::error::{Error, Role};
+use crate::escape::escape_path;
+use crate::image::{ChainImage, Child, ChildSearch, Children};
+use crate::lookup::Identity;
+use crate::operation::{Opener, Session};
+use instar_guest_abi::ErrorCode;
+use std::path::{Path, PathBuf};
+
+/// Most names of siblings in a message.
+const SHOWN: usize = 5;
+
+/// The siblings of an overlay.
+#[derive(Debug)]
+pub struct Siblings {
+    /// The target.
+    target: PathBuf,
+    /// Their names, each with the layer that it is on, if that is another one than the target.
+    names: Vec<String>,
+}
+
+impl Siblings {
+    /// Look for them; `above` are the overlay and the layers between it and the `target`, the top-most first. Those that are
+    /// `believed` to be above the overlay are none. `None` if there are none.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Interrupted`].
+    pub fn find(
+        opener: &Opener<'_, '_>,
+        above: &[&ChainImage<'_>],
+        target: &ChainImage<'_>,
+        ancestors: &[ChainImage<'_>],
+        believed: &[Identity],
+    ) -> Result<Option<Self>, Error> {
+        let Opener { registry, session, below, .. } = *opener;
+        // The images on the overlay itself read afterwards what they read before.
+        let changed: Vec<&ChainImage<'_>> = above.iter().skip(1).copied().chain([target]).collect();
+        let known: Vec<&ChainImage<'_>> = above.iter().copied().chain([target]).chain(ancestors).collect();
+        let roots = below.roots();
+        let search = ChildSearch { registry, roots, parents: &changed, known: &known, cancel: session.cancel() };
+        let beside = changed.iter().map(|image| &image.opened.directory);
+        let found = search.find(roots.directories().iter().chain(beside))?;
+        note(session, &found);
+        let others = found.children.iter().filter(|child| !believed.contains(&child.identity));
+        let names: Vec<String> = others.map(|child| name(child, above)).collect();
+        Ok((!names.is_empty()).then(|| Self { target: target.opened.path.clone(), names }))
+    }
+
+    /// How many there are, and which.
+    fn list(&self) -> (String, String) {
+        let count = match self.names.len() {
+            1 => "1 other image".to_owned(),
+            many => format!("{many} other images"),
+        };
+        let mut names = self.names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+        if let Some(more) = self.names.len().checked_sub(SHOWN).filter(|&more| more > 0) {
+            names += &format!(" and {more} more");
+        }
+        (count, names)
+    }
+
+    /// The refusal of a commit that would damage them.
+    #[must_use]
+    pub fn refusal(&self) -> Error {
+        let (count, names) = self.list();
+        let clause = format!(
+            "is the backing of {count}, which a commit into it would damage: {names}; give them another backing first (a copy \
+             of this one), or, if they are not needed any more, use --ignore-siblings"
+        );
+        Error::image(&self.target, ErrorCode::BackingShared, clause).in_role(Role::Backing)
+    }
+
+    /// The warning of a commit that the operator wants all the same.
+    #[must_use]
+    pub fn warning(&self, dry_run: bool) -> String {
+        let ((count, names), target) = (self.list(), escape_path(&self.target));
+        let damages = if dry_run { "would damage" } else { "damages" };
+        format!("'{target}': is the backing of {count}, which a commit into it {damages}: {names}")
+    }
+}
+
+/// A sibling for a person.
+fn name(child: &Child, above: &[&ChainImage<'_>]) -> String {
+    let quoted = |path: &Path| format!("'{}'", escape_path(path));
+    let mut name = quoted(&child.path);
+    let place = above.iter().position(|image| image.opened.identity == child.parent);
+    if let Some(layer) = place.and_then(|place| above.get(place)) {
+        name += &format!(" (through {})", quoted(&layer.opened.path));
+    }
+    // A copy that was made as a backup, most probably, of the image of the chain that is on the same one.
+    let twin = place.unwrap_or(above.len()).checked_sub(1).and_then(|place| above.get(place));
+    if let Some(twin) = twin.filter(|twin| twin.facts == child.facts) {
+        name += &format!(" (with the header of {})", quoted(&twin.opened.path));
+    }
+    name
+}
+
+/// What of the search failed.
+fn note(session: &Session, found: &Children) {
+    if found.passed_over > 0 {
+        session.note(|| {
+            format!(
+                "{} files beside the images could not be looked at, to see whether they are on the backing",
+                found.passed_over
+            )
+        });
+    }
+    for directory in &found.unlisted {
+        session.note(|| format!("'{}' cannot be listed, to find other images on the backing", escape_path(directory)));
+    }
+}
