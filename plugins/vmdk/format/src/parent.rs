@@ -132,8 +132,7 @@ pub fn change_parent(
         let steps = steps.and_then(|embedded| in_place(bytes, &new, embedded.offset, false));
         return steps.map_or_else(|| by_another_place(text, &new, &embedded, longest), Ok);
     }
-    let padded = format!("{quoted:width$}", width = quoted.len() + text.len().saturating_sub(new.len()));
-    let padded = edit.with(id, &padded);
+    let padded = edit.with(id, &(quoted + &" ".repeat(text.len().saturating_sub(new.len()))));
     let mut fitting = [&new, &padded].into_iter().filter(|text| text.len() as u64 <= longest);
     let steps = fitting.find_map(|text| in_place(bytes, text, 0, true));
     steps.ok_or_else(|| edit.too_long(id))
