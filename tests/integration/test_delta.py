@@ -160,6 +160,51 @@ def test_a_snapshot_in_the_middle_is_committed_and_the_one_above_goes_on(tmp_pat
     assert content(top, middle, base) == wanted == raw(top)
 
 
+def of_parent(line):
+    return line.startswith((b"parentCID", b"parentFileNameHint"))
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("kind", [COWD, SESPARSE])
+def test_a_snapshot_gets_the_disk_below_the_one_that_is_committed(tmp_path, kind, newline):
+    """Its descriptor is longer than a sector, of which only the first changes."""
+    rng = random.Random(7)
+    size = 5 * MIB
+    base = make(tmp_path, "vm", FLAT, size, data=rng.randbytes(size))
+    middle = make(tmp_path, "vm-000001", COWD, size, drawn(rng, COWD, size), parent=base)
+    top = make(tmp_path, "vm-000002", kind, size, drawn(rng, kind, size), parent=middle, newline=newline, track="vm-000002-ctk.vmdk")
+    wanted, before = content(top, middle, base), [path.read_bytes() for path in Disk(top).files]
+    support.commit(middle, "--relink", top)
+    for path in Disk(middle).files:
+        path.unlink()
+    text, *extents = (path.read_bytes() for path in Disk(top).files)
+    assert len(text) == len(before[0]) > 512 and text[512:] == before[0][512:] and extents == before[1:]
+    lines, were = text.split(b"\n"), before[0].split(b"\n")
+    assert [line for line in lines if not of_parent(line)] == [line for line in were if not of_parent(line)]
+    end = newline.rstrip(b"\n")
+    assert b'parentFileNameHint="vm.vmdk"       ' + end in lines
+    assert Disk(top).id("parentCID") == Disk(base).id("CID")
+    assert content(top, base) == wanted == raw(top)
+
+
+def test_a_name_that_a_descriptor_has_no_room_for_is_set_by_hand(tmp_path):
+    rng = random.Random(8)
+    size = 5 * MIB
+    base = make(tmp_path, "a-disk-with-a-long-name", FLAT, size, data=rng.randbytes(size))
+    middle = make(tmp_path, "vm-000001", COWD, size, drawn(rng, COWD, size), parent=base)
+    top = make(tmp_path, "vm-000002", COWD, size, drawn(rng, COWD, size), parent=middle, track="vm-000002-ctk.vmdk")
+    wanted, files = content(top, middle, base), [path for disk in (top, base) for path in Disk(disk).files]
+    mentions = ("at most 14 bytes", "with a text editor")
+    refuse("ERROR_UNSUPPORTED_FORMAT", middle, "--relink", top, files=files, mentions=mentions)
+    said = run_instar("commit", "--relink", top, middle).stderr
+    support.commit(middle)
+    text = re.sub(rb"^parentCID=.*$", re.search(r"parentCID=\w+", said)[0].encode(), top.read_bytes(), flags=re.M)
+    top.write_bytes(text.replace(b'"vm-000001.vmdk"', b'"a-disk-with-a-long-name.vmdk"'))
+    assert Disk(top).id("parentCID") == Disk(base).id("CID")
+    assert content(top, base) == wanted == raw(top)
+    commit(top, base)
+
+
 @pytest.mark.parametrize("kind", [COWD, SESPARSE])
 def test_what_else_reads_them(tmp_path, kind):
     """`compare` finds no difference to the plain bytes, and one where there is one; `map` covers the disk."""

@@ -249,6 +249,33 @@ def test_chains_of_any_sectors(tmp_path, seed):
         check(image, **options)
 
 
+@pytest.mark.parametrize("pending", [False, True])
+def test_other_children_get_the_parent_of_the_overlay(tmp_path, pending):
+    """With a log that is to be replayed, and a locator of FATtools', which lacks the second key."""
+    rng = random.Random(int(pending))
+    size = 5 * MIB
+    (tmp_path / "sub").mkdir()
+    base, middle, beside, below = (tmp_path / name for name in ("base.vhdx", "middle.vhdx", "top.vhdx", "sub/other.vhdx"))
+    Maker(DYNAMIC, size, BASE, runs=random_runs(rng, size, 5)).write(base)
+    child(middle, size, BASE, MIDDLE, runs=random_runs(rng, size, 8))
+    child(beside, size, MIDDLE, b"\7" * 16, pairs=[("relative_path", "middle.vhdx")], pending=pending,
+          runs=random_runs(rng, size, 8))
+    child(below, size, MIDDLE, b"\x08" * 16, pairs=[SECOND, ("relative_path", "..\\middle.vhdx")],
+          runs=random_runs(rng, size, 8))
+    wanted = [content(top, middle, base) for top in (beside, below)]
+    commit(middle, "--relink", beside, "--relink-in", below.parent)
+    middle.unlink()
+    for top, read, path in zip((beside, below), wanted, (".\\base.vhdx", ".\\..\\base.vhdx"), strict=True):
+        view = View(top)
+        view.assert_sound()
+        assert view.linkage() == View(base).data_write and view.value("relative_path") == path
+        assert content(top, base) == read == by_libvhdi(top, base)
+        check(top)
+    assert View(beside).data_write == b"\7" * 16, "its own children go with it as before"
+    commit(beside)
+    assert content(base) == wanted[0] == by_qemu(base)
+
+
 def test_our_children_are_read_by_others(tmp_path):
     base, top = tmp_path / "base.vhdx", tmp_path / "top.vhdx"
     make(base, "-o", "block_size=1M", size=5 * MIB)

@@ -90,6 +90,51 @@ class Lab:
         return support.holds_no_clusters(path)
 
 
+@pytest.mark.parametrize(
+    ("subformat", "size", "directory"),
+    [
+        ("monolithicSparse", 8 * MIB, ""),
+        # A descriptor of two sectors and more: in an extent, in a file.
+        ("monolithicSparse", 8 * MIB, "a directory with a long name/" * 7),
+        ("streamOptimized", 8 * MIB, "a directory with a long name/" * 7),
+        ("twoGbMaxExtentSparse", 8 * MIB, ""),
+        ("twoGbMaxExtentSparse", 30 * GIB, ""),
+    ],
+)
+def test_other_children_get_the_parent_of_the_overlay(tmp_path, subformat, size, directory):
+    lab = Lab(tmp_path)
+    (tmp_path / directory).mkdir(parents=True, exist_ok=True)
+    base = lab.make("base.vmdk", size=size, writes=["write -P 1 0 3M"])
+    lab.make("middle.vmdk", backing=base, writes=["write -P 2 1M 1M", "write -P 3 7M 64k"])
+    if directory:
+        # The overlay's own name is a short one: its parent's is what makes the descriptor longer.
+        for name in ("base.vmdk", "middle.vmdk"):
+            shutil.move(tmp_path / name, tmp_path / directory / name)
+    base, middle = (tmp_path / directory / name for name in ("base.vmdk", "middle.vmdk"))
+    top = tmp_path / "top.vmdk"
+    create(top, backing=os.path.relpath(middle, tmp_path), backing_fmt="vmdk", fmt="vmdk", subformat=subformat)
+    qemu_io(top, "write -P 4 2M 512k", "write -P 5 7M 64k", fmt="vmdk")
+    others = [line for line in descriptor_of(top) if not line.startswith(("parentCID", "parentFileNameHint"))]
+    wanted, length = support.content_hash(top, "vmdk"), top.stat().st_size
+    support.commit(middle, "--relink", top)
+    middle.unlink()
+    found = descriptor_of(top)
+    hint = os.path.relpath(base, tmp_path)
+    assert f'parentFileNameHint="{hint}"' in [line.rstrip(" ") for line in found], found
+    assert [line for line in found if not line.startswith(("parentCID", "parentFileNameHint"))] == others
+    assert top.stat().st_size <= length
+    assert support.content_hash(top, "vmdk") == wanted
+    assert support.info(top, "-f", "vmdk")["backing-filename"] == hint
+    assert_clean(top, "vmdk")
+
+
+def descriptor_of(path):
+    """The lines of a descriptor, where qemu looks for it."""
+    data = path.read_bytes()[:65536] if path.stat().st_size > 65536 else path.read_bytes()
+    text = data[512 : 21 * 512] if data[:4] == b"KDMV" else data
+    return text.split(b"\0")[0].decode().split("\n")
+
+
 WRITES = ["write -P 9 1M 300k", "write -P 7 512 1k", "write -P 5 8388096 512", "write -P 6 5M 64k"]
 
 

@@ -182,6 +182,39 @@ def test_chains_of_any_sectors(tmp_path, seed):
         check(image)
 
 
+@pytest.mark.parametrize("xen", [False, True])
+def test_other_children_get_the_parent_of_the_overlay(tmp_path, xen):
+    """By names that FATtools follows, in the same places as before. It takes a Windows path for the name of a file."""
+    rng = random.Random(int(xen))
+    size = 9 * MIB
+    (tmp_path / "sub").mkdir()
+    base, middle, beside, below = (tmp_path / name for name in ("base.vhd", "middle.vhd", "top.vhd", "sub/other.vhd"))
+    Maker(DYNAMIC, size, BASE, runs=random_runs(rng, size, 5, 8)).write(base)
+    child(middle, size, BASE, MIDDLE, runs=random_runs(rng, size, 8, 8))
+    for top, name in ((beside, ".\\middle.vhd"), (below, "..\\middle.vhd")):
+        locators = [(b"W2ru", name.encode("utf-16-le")), (b"W2ku", "C:\\disks\\middle.vhd".encode("utf-16-le"))]
+        Maker(DIFFERENCING, size, rng.randbytes(16), MIDDLE, name="middle.vhd", locators=locators, batmap=xen,
+              runs=random_runs(rng, size, 8, 8)).write(top)
+    wanted = [content(top, middle, base) for top in (beside, below)]
+    before = [top.read_bytes() for top in (beside, below)]
+    commit(middle, "--relink", beside, "--relink-in", below.parent)
+    middle.unlink()
+    for top, read, was, name in zip((beside, below), wanted, before, (".\\base.vhd", ".\\..\\base.vhd"), strict=True):
+        assert content(top, base) == read == by_libvhdi(top, base)
+        (top.parent / name).symlink_to(base)
+        with inside(top.parent):
+            assert by_fattools(top.name) == read
+        # Footers, table and blocks are where they were: what is read of the header is its parent alone.
+        now = top.read_bytes()
+        assert len(now) == len(was) and now[:SECTOR] == was[:SECTOR] and now[1536 + 2 * SECTOR :] == was[1536 + 2 * SECTOR :]
+        codes = [now[at : at + 4] for at in range(SECTOR + 576, SECTOR + 768, 24)]
+        assert [code for code in codes if code != bytes(4)] == ([b"W2ru", b"MacX"] if xen else [b"W2ru"])
+        check(top)
+        View(top).assert_sound()
+    commit(beside)
+    assert content(base) == wanted[0] == by_qemu(base)
+
+
 def test_a_child_of_fattools(tmp_path):
     """Made, written, read and written again by another program, which looks for parents by absolute path."""
     base, top = tmp_path / "base.vhd", tmp_path / "top.vhd"

@@ -5,8 +5,9 @@
 //!
 //! 1. the new names and a new header are written behind the end of the file, with the footer behind them, and made durable. The
 //!    copy of the footer in front counts while the one at the end is not there;
-//! 2. both copies of the footer name the new header. Either of them is one sector, and each names a header that is whole,
-//!    whichever copy a program believes: from here on the image has the new parent;
+//! 2. both copies of the footer name the new header, first the one at the end, durably, then the one in front. Either of them is
+//!    one sector, and each names a header that is whole, whichever copy a program believes. Once the one in front, which counts
+//!    here, has the new parent, nobody finds the old one: a second run may take it for done;
 //! 3. the new names and the header are written over the old ones, which nobody refers to any more, and made durable;
 //! 4. both copies of the footer name the header at its old place again;
 //! 5. the file is cut to the length that it had.
@@ -147,7 +148,8 @@ impl Image {
         Ok(header)
     }
 
-    /// Have both copies of the footer name the header at byte `at`, durably. A crash leaves two that differ in that.
+    /// Have both copies of the footer name the header at byte `at`, durably, the one in front last. A crash leaves two that
+    /// differ in that.
     fn name_header(
         &mut self,
         io: &mut dyn BlockIo,
@@ -156,11 +158,12 @@ impl Image {
         at: u64,
     ) -> DriverResult<()> {
         let footer = self.footers.footer.with_data_offset(at);
-        out.write(io, 0, &footer.encode())?;
         if let Some((offset, _)) = self.footers.tail {
             out.write(io, offset, &footer.encode())?;
+            out.barrier(io)?;
             self.footers.tail = Some((offset, true));
         }
+        out.write(io, 0, &footer.encode())?;
         out.barrier(io)?;
         (self.footers.footer, self.header) = (footer, header);
         self.take_metadata();

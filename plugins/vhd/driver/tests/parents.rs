@@ -29,7 +29,7 @@ fn spec() -> Spec {
 fn all_is_done(image: &[u8]) -> Vec<u8> {
     let (report, changed) = verify_parents(&Kit, image, &[base(), absolute()], CRASHES);
     // A differencing disk cannot be without a parent.
-    assert!(report.changed == 3 && report.refused == 1 && report.states > 60, "{report:?}");
+    assert!(report.changed == 3 && report.refused == 1 && report.states > 30, "{report:?}");
     assert_eq!(Kit.recorded(&changed), Some(Kit.expected(&base())));
     changed
 }
@@ -61,7 +61,7 @@ fn longer_names_take_new_places() {
     let long = format!("{}base.vhd", "directory/".repeat(40));
     let parent = Parent { name: long.as_bytes(), ..base() };
     let (states, changed) = verify_parent(&Kit, &image, Some(&parent), CRASHES).unwrap();
-    assert!(states > 10 && changed.len() > image.len() && changed.len() < image.len() + PARENT_ROOM as usize);
+    assert!(states > 7 && changed.len() > image.len() && changed.len() < image.len() + PARENT_ROOM as usize);
     let changed = all_is_done(&changed);
     let (_, again) = verify_parent(&Kit, &changed, Some(&absolute()), CRASHES).unwrap();
     assert_eq!(again.len(), changed.len());
@@ -95,6 +95,7 @@ fn whichever_footer_counts_names_one_parent_whole() {
                 seen[which.unwrap_or_else(|| panic!("{parent:?}"))] += 1;
             }
             apart += usize::from(by_head != by_tail);
+            assert!(by_head == old || by_tail == new, "what a second run takes for done, is done for all");
             assert!(View::by_tail(&files[&0]).content(&below) == View::new(&image).content(&below));
         });
         assert!(states > 10 && seen.iter().all(|&count| count > 1) && apart > 0, "{states} {seen:?} {apart}");

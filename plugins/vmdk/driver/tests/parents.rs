@@ -117,6 +117,8 @@ fn a_longer_file_keeps_its_other_sectors() {
     assert_eq!((shorter.len(), &shorter[512..]), (image.len(), &image[512..]));
     let text = String::from_utf8(shorter.clone()).unwrap();
     assert!(text.contains("parentFileNameHint=\"middle.vmdk\"       \r\n"), "{text}");
+    let (_, umlaut) = verify_parent(&kit, &image, Some(&name("gr\u{fc}n.vmdk".as_bytes())), CRASHES).unwrap();
+    assert_eq!((umlaut.len(), &umlaut[512..]), (image.len(), &image[512..]));
     // The spaces make room again.
     let (_, again) = verify_parent(&kit, &shorter, Some(&name(b"middle-000001.vmdk")), CRASHES).unwrap();
     assert_eq!(kit.recorded(&again), Some(kit.expected(&name(b"middle-000001.vmdk"))));

@@ -7,9 +7,10 @@
 //! - **in its place**, if both texts are the same but for one sector, and behind the end of either. A text ends at its first zero
 //!   byte, so what follows that can be written before it counts, and be cleared when it no longer does;
 //! - **in its place, as long as before**, with spaces behind a shorter name, so that nothing moves that stands in other sectors;
-//! - **by way of another place**, of a descriptor that the header of a sparse extent names: the text goes behind the end of the
-//!   file, the header names it there, then it replaces the old one, and the header names that again. Programs that do not
-//!   ask the header find it there, too: QEMU reads sector 1 (`vmdk_open`).
+//! - **by way of another place**, of a descriptor that the header of a sparse extent names: a copy of the old text goes behind
+//!   the end of the file, the header names that, the new text takes the old one's place, and the header names it. So what a
+//!   crash leaves names the old parent until all is done, and is done again. Programs that do not ask the header find the text
+//!   in its place: QEMU reads sector 1 (`vmdk_open`).
 
 use crate::create::quotable;
 use crate::{Descriptor, FormatError, SECTOR};
@@ -129,10 +130,9 @@ pub fn change_parent(
     if let Some(embedded) = embedded {
         let steps = Some(embedded).filter(|embedded| embedded.offset == embedded.home.0);
         let steps = steps.and_then(|embedded| in_place(bytes, &new, embedded.offset, false));
-        return steps.map_or_else(|| by_another_place(&new, &embedded, longest), Ok);
+        return steps.map_or_else(|| by_another_place(text, &new, &embedded, longest), Ok);
     }
-    let padded = format!("{quoted:width$}", width = quoted.len() + text.len().saturating_sub(new.len()));
-    let padded = edit.with(id, &padded);
+    let padded = edit.with(id, &(quoted + &" ".repeat(text.len().saturating_sub(new.len()))));
     let mut fitting = [&new, &padded].into_iter().filter(|text| text.len() as u64 <= longest);
     let steps = fitting.find_map(|text| in_place(bytes, text, 0, true));
     steps.ok_or_else(|| edit.too_long(id))
@@ -181,14 +181,26 @@ fn in_place(bytes: &[u8], new: &[u8], offset: u64, is_file: bool) -> Option<Vec<
     Some(steps.into_iter().filter(|step| *step != Step::default()).collect())
 }
 
-/// The steps that replace the text in its home by way of the end of the file.
-fn by_another_place(new: &[u8], embedded: &Embedded, longest: u64) -> Result<Vec<Step>, FormatError> {
-    let Embedded { home, file_length, .. } = *embedded;
+/// The steps that put a text into its home, while a copy of the old one, which may be there already, stands behind the end of
+/// the file.
+fn by_another_place(old: &[u8], new: &[u8], embedded: &Embedded, longest: u64) -> Result<Vec<Step>, FormatError> {
+    let Embedded { offset, home, file_length } = *embedded;
     if new.len() as u64 >= home.1 {
         let text = format!("the descriptor has room for {} bytes only: give the parent a shorter name", home.1);
         return Err(FormatError::unsupported(text));
     }
-    let length = (new.len() as u64).next_multiple_of(SECTOR);
+    let write = |offset, bytes| Step { writes: vec![(offset, bytes)], length: None };
+    let named =
+        |offset, length| write(DESCRIPTOR_FIELDS, [offset / SECTOR, length / SECTOR].map(u64::to_le_bytes).concat());
+    let mut text = new.to_vec();
+    text.resize(usize::try_from(home.1).unwrap_or(new.len()), 0);
+    let at_home = [write(home.0, text), named(home.0, home.1)];
+    if offset != home.0 {
+        return Ok(at_home.into());
+    }
+    let mut copy = old.to_vec();
+    copy.resize(old.len().next_multiple_of(usize::try_from(SECTOR).unwrap_or(1)), 0);
+    let length = copy.len() as u64;
     let place = file_length.and_then(|end| end.checked_next_multiple_of(SECTOR));
     let place = place.filter(|place| place.checked_add(length).is_some_and(|end| end <= longest));
     let (Some(place), Some(file_length)) = (place, file_length) else {
@@ -197,19 +209,8 @@ fn by_another_place(new: &[u8], embedded: &Embedded, longest: u64) -> Result<Vec
                     commit it into its present parent first";
         return Err(FormatError::unsupported(text));
     };
-    let write = |offset, bytes| Step { writes: vec![(offset, bytes)], length: None };
-    let text = |length: u64| {
-        let mut bytes = new.to_vec();
-        bytes.resize(usize::try_from(length).unwrap_or(new.len()), 0);
-        bytes
-    };
-    let named =
-        |offset, length| write(DESCRIPTOR_FIELDS, [offset / SECTOR, length / SECTOR].map(u64::to_le_bytes).concat());
-    Ok(vec![
-        write(place, text(length)),
-        named(place, length),
-        write(home.0, text(home.1)),
-        named(home.0, home.1),
-        Step { writes: Vec::new(), length: Some(file_length) },
-    ])
+    let mut steps = vec![write(place, copy), named(place, length)];
+    steps.extend(at_home);
+    steps.push(Step { writes: Vec::new(), length: Some(file_length) });
+    Ok(steps)
 }
