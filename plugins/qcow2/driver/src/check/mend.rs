@@ -15,7 +15,8 @@
 //!    on no cluster that is in use counts as free.
 //! 4. COPIED flags follow the references, *then a flush*. Where a flag goes, the cluster has several, which are durable; where
 //!    one is set, the cluster has a single one, although its refcount may still be too high.
-//! 5. Refcounts that are too high are lowered to the number of references, *then a flush*: leaks go.
+//! 5. Refcounts that are too high are lowered to the number of references, *then a flush*: leaks go, and what would be leaks
+//!    once the file is longer.
 //! 6. The marks go (dirty, corrupt) if nothing is left that is wrong, *then a flush*. Until then the image has them.
 
 use crate::check::report::Finding;
@@ -108,6 +109,8 @@ pub(crate) struct Mend {
     /// Refcounts that are too low and will be raised, and too high and will be lowered.
     raised: u64,
     lowered: u64,
+    /// Refcounts of clusters behind the end of the file that are not 0: no leaks yet, but as soon as the file grows.
+    behind: u64,
     /// COPIED flags that contradict the refcount and will not, and all that change.
     wrong_flags: u64,
     flags: u64,
@@ -177,6 +180,7 @@ impl Mend {
             missing: BTreeSet::new(),
             raised: 0,
             lowered: 0,
+            behind: 0,
             wrong_flags: 0,
             flags: 0,
             kept: 0,
@@ -202,7 +206,7 @@ impl Mend {
         each_count(io, image, &mut |io, counts| {
             let survey =
                 &mut Survey { image, refcounts: &mut refcounts, counts, plan: &mut *self, finding: &mut *finding };
-            compare_refcounts(io, image, counts, clusters_of(image), survey)?;
+            compare_refcounts(io, image, counts, u64::MAX, survey)?;
             check_copied_flags(io, image, FLAGS_AT_ONCE, survey)
         })
     }
@@ -240,7 +244,7 @@ impl Mend {
             io.flush(image.device)?;
         }
         // Step 5. A table that was replaced in step 2 was no leak before.
-        if self.lowered != 0 || !self.missing.is_empty() {
+        if self.lowered + self.behind != 0 || !self.missing.is_empty() {
             let rules = self.rules;
             self.set_refcounts(io, image, &move |refcount, references| rules.ended(refcount, references))?;
         }
@@ -275,16 +279,11 @@ impl Mend {
         let mut refcounts = Refcounts::new(image);
         each_count(io, image, &mut |io, counts| {
             let setting = &mut Setting { refcounts: &mut refcounts, becomes };
-            compare_refcounts(io, image, counts, clusters_of(image), setting)?;
+            compare_refcounts(io, image, counts, u64::MAX, setting)?;
             setting.bound(io)
         })?;
         io.flush(image.device)
     }
-}
-
-/// Clusters of the file: what lies behind them is nobody's.
-fn clusters_of(image: &Image) -> u64 {
-    image.cluster_size().count_for(image.file_length)
 }
 
 /// Call `each` with all references, pass by pass, as the tables say them now.
@@ -320,10 +319,11 @@ impl Survey<'_> {
     fn one(&mut self, cluster: HostCluster, refcount: u64, references: u64) {
         let (rules, plan) = (self.plan.rules, &mut *self.plan);
         let (raised, ended) = (rules.raised(refcount, references), rules.ended(refcount, references));
+        let in_file = cluster.0 < self.image.cluster_size().count_for(self.image.file_length);
         plan.raised += u64::from(raised > refcount);
-        plan.lowered += u64::from(ended < refcount);
+        *(if in_file { &mut plan.lowered } else { &mut plan.behind }) += u64::from(ended < refcount);
         plan.left += u64::from(ended < references);
-        plan.kept += u64::from(ended > references);
+        plan.kept += u64::from(in_file && ended > references);
         if rules.all && ended < references {
             let text = format!(
                 "cluster {} has {references} references, too many for refcounts of {} bits: one that is dropped takes the \
