@@ -12,6 +12,7 @@ mod group;
 mod grow;
 mod image;
 mod lookup;
+mod mend;
 mod open;
 mod sink;
 mod source;

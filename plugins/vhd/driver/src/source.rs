@@ -2,9 +2,10 @@
 
 use crate::image::Image;
 use crate::lookup::{Held, Lookup};
+use crate::mend::Mend;
 use crate::open::Opened;
 use core::ops::Range;
-use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageInfo};
+use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageInfo, Repair, RepairSummary};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Source};
 use instar_vhd_format::SECTOR;
 
@@ -13,11 +14,13 @@ use instar_vhd_format::SECTOR;
 pub struct VhdSource {
     body: Opened,
     lookup: Lookup,
+    /// What is to be mended, once it was planned.
+    mend: Mend,
 }
 
 impl VhdSource {
     pub(crate) fn new(body: Opened) -> Self {
-        Self { body, lookup: Lookup::default() }
+        Self { body, lookup: Lookup::default(), mend: Mend::default() }
     }
 }
 
@@ -112,6 +115,25 @@ impl Source for VhdSource {
             // Opening it has looked at all that there is.
             Opened::Fixed(_) => Ok(CheckSummary::default()),
             Opened::Sparse(image) => image.check(io, finding),
+        }
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        let Opened::Sparse(image) = &self.body else { return Ok(RepairSummary::default()) };
+        let (mend, summary) = image.plan_repair(io, repair, finding)?;
+        self.mend = mend;
+        Ok(summary)
+    }
+
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        match &mut self.body {
+            Opened::Fixed(_) => Err(overflow("a fixed disk that is repaired")),
+            Opened::Sparse(image) => image.repair(io, core::mem::take(&mut self.mend)),
         }
     }
 }
