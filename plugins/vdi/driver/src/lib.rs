@@ -7,6 +7,7 @@ mod decide;
 mod grow;
 mod image;
 mod map;
+mod mend;
 mod relocate;
 mod sink;
 mod slots;

@@ -2,11 +2,12 @@
 
 use crate::image::Image;
 use crate::map::{each_chunk, offset_of, Map};
+use crate::mend;
 use crate::survey::{survey, verified};
 use alloc::format;
 use core::ops::Range;
 use instar_guest_sdk::abi::{
-    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Request,
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Repair, RepairSummary, Request,
 };
 use instar_guest_sdk::table::tell_findings;
 use instar_guest_sdk::{overflow, BlockIo, Content, DriverError, DriverResult, Extent, Extents, OrderedWriter, Source};
@@ -18,12 +19,14 @@ pub struct VdiSource {
     image: Image,
     map: Map,
     held: u64,
+    /// What `cBlocksAllocated` is to be, once a repair was planned.
+    slots: Option<u32>,
 }
 
 impl VdiSource {
     pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
         let map = Map::new(&image, device.cache_bytes);
-        Self { image, map, held: 0 }
+        Self { image, map, held: 0, slots: None }
     }
 
     /// The extent of a block that the image holds.
@@ -198,5 +201,23 @@ impl Source for VdiSource {
             leaks: leaks + found.beyond,
             unused_tail: unused - unused % image.header.stride(),
         })
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        let (slots, summary) = mend::plan(io, &self.image, repair, finding)?;
+        self.slots = slots;
+        Ok(summary)
+    }
+
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        match self.slots.take() {
+            Some(slots) => mend::apply(io, &mut self.image, slots),
+            None => Ok(()),
+        }
     }
 }
