@@ -8,6 +8,7 @@ mod decide;
 mod grow;
 mod image;
 mod mark;
+mod mend;
 mod sink;
 mod slots;
 mod source;
