@@ -12,6 +12,7 @@ mod grow;
 mod image;
 mod journal;
 mod lookup;
+mod mend;
 mod pages;
 mod session;
 mod sink;
@@ -35,7 +36,7 @@ impl FormatDriver for Vhdx {
     type Sink = VhdxSink;
 
     fn open_source(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<VhdxSource> {
-        Ok(VhdxSource::new(Image::open(io, device, ErrorCode::OverlayCorrupt)?))
+        Ok(VhdxSource::new(Image::open(io, device, ErrorCode::OverlayCorrupt)?, device))
     }
 
     fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, _: bool) -> DriverResult<VhdxSink> {

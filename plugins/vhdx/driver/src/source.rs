@@ -4,7 +4,9 @@ use crate::extents::extents;
 use crate::image::Image;
 use crate::lookup::Lookup;
 use core::ops::Range;
-use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage};
+use instar_guest_sdk::abi::{
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Repair, RepairSummary,
+};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Source};
 
 /// A VHDX that data comes from.
@@ -12,11 +14,13 @@ use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Ext
 pub struct VhdxSource {
     image: Image,
     lookup: Lookup,
+    /// What the host lets the file become, in bytes.
+    max_length: u64,
 }
 
 impl VhdxSource {
-    pub(crate) fn new(image: Image) -> Self {
-        Self { image, lookup: Lookup::default() }
+    pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
+        Self { image, lookup: Lookup::default(), max_length: device.max_length }
     }
 }
 
@@ -62,5 +66,18 @@ impl Source for VhdxSource {
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
         self.image.check(io, finding)
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        self.image.plan_repair(io, repair, self.max_length, finding)
+    }
+
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        self.image.repair(io)
     }
 }
