@@ -300,8 +300,8 @@ fn each_count(
 fn unreadable(error: &DriverError) -> String {
     let at = error.offset.map_or_else(String::new, |offset| format!(" (offset {offset})"));
     format!(
-        "{}{at}: this cannot be repaired without losing what it leads to, and nothing else was, because clusters that only \
-         it refers to would be given away",
+        "{}{at}: this cannot be repaired without losing what it leads to. Nothing else was repaired either, because \
+         clusters that only it refers to would be given away",
         error.text
     )
 }

@@ -239,7 +239,7 @@ impl Outstanding {
 
 fn too_much(image: &Image) -> DriverError {
     let text =
-        "the image was not closed cleanly, and too many refcounts are wrong: run `qemu-img check -r all` on it first";
+        "the image was not closed cleanly, and too many refcounts are wrong: run `instar check -r all` on it first";
     DriverError::new(ErrorCode::ScratchTooSmall, text).at(image.device, image.header.refcount_table.0)
 }
 
