@@ -1,4 +1,4 @@
-//! Mending an image because somebody asked for it: the field `in_use` of one that was not closed, and in which nothing is wrong.
+//! Mending an image because somebody asked for it: the field `in_use` of one that was not closed and is right otherwise.
 //!
 //! One write within the first sector, *then a flush*: a crash leaves the image open or closed.
 

@@ -22,7 +22,7 @@ fn an_image_that_was_not_closed_is_closed() {
     let bytes = open();
     let mended = verify_mended(&Kit, &bytes, Repair::All);
     assert_eq!((mended.planned.corruptions, mended.after.corruptions), (1, 0));
-    assert_ne!(le32(mended.bytes(), IN_USE) as u32, OPEN as u32);
+    assert_ne!(le32(mended.bytes(), IN_USE), OPEN);
     verify_crashes(&Kit, &bytes, (Repair::All, crashes()), &|was, is| Kit.is_sound(was) && !Kit.is_sound(is));
     verify_failing_requests(&Kit, &bytes, Repair::All);
     assert!(mend(&Kit, &bytes, Repair::Leaks).unwrap().io.log.is_empty());

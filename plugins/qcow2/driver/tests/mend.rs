@@ -178,6 +178,21 @@ fn bitmaps_and_snapshots_are_kept() {
 }
 
 #[test]
+fn a_device_keeps_its_length() {
+    for (bits, seed) in [(9, 1), (12, 2), (16, 3)] {
+        let mut bytes = spoiled(&spec(bits, 4, 1), seed);
+        // Stale bytes behind the image.
+        bytes.resize(bytes.len() + (20 << bits), 0x99);
+        let mut io = MemoryDevices::new([(DEVICE_OUTPUT, bytes.clone())]);
+        let (planned, told) = repair_on(&Kit, &mut io, Repair::All, device_flags::FIXED_LENGTH).unwrap();
+        assert!(planned.corruptions > 0 && planned.final_length == 0 && told.is_empty(), "{planned:?} {told:?}");
+        let after = &io.files[&DEVICE_OUTPUT];
+        assert!(after.len() == bytes.len() && keeps_content(&Kit, &bytes, after));
+        sound(after);
+    }
+}
+
+#[test]
 fn what_an_unknown_header_extension_may_own_is_kept() {
     let mut bytes = build(&Spec { leaks: 3, ..spec(12, 4, 0) });
     bytes[104..112].copy_from_slice(&[0x12, 0x34, 0x56, 0x78, 0, 0, 0, 0]);

@@ -38,17 +38,11 @@ impl Image {
         repair: Repair,
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<(Mend, RepairSummary)> {
-        if repair == Repair::Leaks {
-            finding(
-                FindingKind::Leak,
-                "room that no block uses goes when the image is copied, with `qemu-img convert`",
-            );
-            return Ok(Default::default());
-        }
+        let all = repair == Repair::All;
         let mut told = 0;
         let mut tell = |text: String| {
             told += 1;
-            if told <= MOST {
+            if all && told <= MOST {
                 finding(FindingKind::Corruption, &text);
             }
         };
@@ -60,6 +54,15 @@ impl Image {
             tell(format!("{text}: nothing says which is right, and the sectors that differ would be lost"));
             Ok(())
         })?;
+        if self.unused(&survey) > 0 {
+            finding(
+                FindingKind::Leak,
+                "room that no block uses goes when the image is copied, with `qemu-img convert`",
+            );
+        }
+        if !all {
+            return Ok(Default::default());
+        }
         let mut mend = Mend { head: !self.footers.head, ..Mend::default() };
         mend.batmap = self.batmap.as_ref().is_some_and(|batmap| !batmap.valid);
         if self.footers.tail.is_none_or(|(_, same)| !same) {

@@ -28,28 +28,31 @@ impl Image {
         max_length: u64,
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<RepairSummary> {
-        if repair == Repair::Leaks {
-            finding(
-                FindingKind::Leak,
-                "room that no block uses goes when the image is copied, with `qemu-img convert`",
-            );
-            return Ok(RepairSummary::default());
-        }
+        let all = repair == Repair::All;
         let mut told = 0;
-        self.survey(io, &mut |_, text| {
+        let survey = self.survey(io, &mut |_, text| {
             told += 1;
-            if told <= MOST {
+            if all && told <= MOST {
                 let text = format!("{text}: nothing says which is right, and the data of one would be lost");
                 finding(FindingKind::Corruption, &text);
             }
             Ok(())
         })?;
+        if survey.unused >= self.layout.block_size {
+            finding(
+                FindingKind::Leak,
+                "room that no block uses goes when the image is copied, with `qemu-img convert`",
+            );
+        }
+        if !all {
+            return Ok(RepairSummary::default());
+        }
         let replays = self.opened.headers.current.is_dirty();
         let length = self.opened.file_length.max(self.real_length);
         let why = match replays {
             true if told != 0 => "what is wrong shows in it",
-            true if length > max_length => "the file may not become as long as the log says",
             true if length > self.real_length && self.fixed_length => "a block device cannot become as long as it says",
+            true if length > max_length => "the file may not become as long as the log says",
             _ => "",
         };
         if !why.is_empty() {
