@@ -175,6 +175,19 @@ def test_snapshots_and_bitmaps_are_kept(tmp_path):
     is_clean(image)
 
 
+def test_stale_bitmaps_are_kept(tmp_path):
+    """Nothing refers to them, and they may be all that is left of an incremental backup. qemu-img gives them back."""
+    image = filled(tmp_path / "image")
+    dirty_bitmaps.add(image, "stale")
+    support.qemu_io(image, "write 5M 1M")
+    qcow2_bytes.Image(image).set("autoclear", 0)
+    with support.untouched(image):
+        result = support.run_instar("check", "-r", "leaks", "--output", "json", image)
+    assert result.rc == 3 and result.json["leaks"] == 3 and "stale" in result.json["not-repaired"][0], str(result)
+    support.qemu_img("check", "-r", "leaks", image)
+    assert support.run_instar("check", image).rc == 0
+
+
 def test_a_parent_need_not_be_there(tmp_path):
     support.create(tmp_path / "base", "4M")
     support.create(tmp_path / "top", backing="base", cwd=tmp_path)
@@ -211,6 +224,24 @@ def test_the_footers_of_a_vpc(tmp_path, which):
     result = support.run_instar("check", "-r", "all", "--output", "json", image)
     assert result.rc == 0 and result.json["corruptions-fixed"] == 1, str(result)
     assert image.read_bytes() == whole and support.content_hash(image, "vpc") == before
+
+
+@pytest.mark.parametrize("place", [64 << 10, 128 << 10, 192 << 10, 256 << 10])
+def test_a_header_or_region_table_of_a_vhdx(tmp_path, place):
+    image = tmp_path / "image.vhdx"
+    support.create(image, "20M", fmt="vhdx", block_size="1M")
+    support.qemu_io(image, "write -P 1 3M 2M", fmt="vhdx")
+    before, found = support.content_hash(image, "vhdx"), support.run_instar("check", image).rc
+    with image.open("r+b") as file:
+        file.seek(place + 20)
+        file.write(b"damage")
+    assert support.run_instar("check", image).rc == 2
+    result = support.run_instar("check", "-r", "all", "--output", "json", image)
+    # QEMU leaves room between blocks, which stays.
+    assert result.rc == found == 3 and result.json["corruptions-fixed"] == 1, str(result)
+    assert "room that no block uses" in result.json["not-repaired"][0]
+    support.qemu_img("check", "-f", "vhdx", image)
+    assert support.content_hash(image, "vhdx") == before
 
 
 def test_a_vdi_that_counts_wrong(tmp_path):
