@@ -14,6 +14,7 @@ import qcow2_bytes
 import support
 from qcow2_bytes import COPIED
 from test_check import OFFSET, SPOILED, STRUCTURES, broken, filled
+from test_devices import Loop
 
 
 def repaired(image, what="all", *options, rc=0):
@@ -271,6 +272,27 @@ def test_a_parallels_image_that_was_not_closed(tmp_path):
     assert support.run_instar("check", "-r", "all", image).rc == 0
     support.qemu_img("check", "-f", "parallels", image)
     assert support.content_hash(image, "parallels") == before
+
+
+# --- block devices ----------------------------------------------------------------------------------
+
+
+def test_a_block_device(tmp_path):
+    """What lies behind the image is not the image's; refcount blocks that are missing have no end to go to."""
+    with Loop(tmp_path / "disk", 8 * support.MIB) as device:
+        support.create(device, "6M", cluster_size="4k", refcount_bits=64)
+        support.qemu_io(device, "write -P 1 1M 1M", "write -P 2 3M 300k")
+        before = support.content_hash(device)
+        qcow2_bytes.Image(device).spoil_refcounts(random.Random(1))
+        result = support.run_instar("check", "-r", "all", "--output", "json", device)
+        assert result.rc == 0 and result.json["corruptions-fixed"] > 0, str(result)
+        assert support.qemu_img("check", device, rc=None).rc == 0 and support.content_hash(device) == before
+        inner = qcow2_bytes.Image(device)
+        inner.poke64(inner.get("refcount_table_offset"), 0)
+        kept = support.digest(tmp_path / "disk")
+        result = support.run_instar("check", "-r", "all", "--output", "json", device)
+        assert result.rc == 2 and "a block device has no end" in result.json["not-repaired"][0], str(result)
+        assert support.digest(tmp_path / "disk") == kept and support.content_hash(device) == before
 
 
 # --- what is refused --------------------------------------------------------------------------------
