@@ -259,15 +259,16 @@ fn what_cannot_be_mended_without_loss_is_told_and_every_byte_stays() {
     let l2 = |bytes: &[u8]| be64(bytes, be64(bytes, 40) as usize) & OFFSET;
     // Where the number goes, and the number.
     type Edit = fn(&[u8], u64) -> (u64, u64);
-    let edits: [(Edit, &str); 6] = [
-        (|_, l2| (l2 + 70 * 8, 1 << 40), "past the end"),
-        (|_, l2| (l2 + 70 * 8, l2), "is metadata"),
-        (|_, l2| (l2 + 70 * 8, 5 << 13 | 1 << 57), "reserved"),
-        (|b, _| (be64(b, 48) + 8, 512), "not the start of a cluster"),
-        (|b, l2| (be64(b, 40), l2 | 1 << 40), "past the end"),
-        (|b, l2| (be64(b, 48) + 8, l2), "overlap"),
+    let disk = "the cluster of the disk at guest offset 286720";
+    let edits: [(Edit, &str, &str); 6] = [
+        (|_, l2| (l2 + 70 * 8, 1 << 40), "past the end", disk),
+        (|_, l2| (l2 + 70 * 8, l2), "is metadata", disk),
+        (|_, l2| (l2 + 70 * 8, 5 << 13 | 1 << 57), "reserved", disk),
+        (|b, _| (be64(b, 48) + 8, 512), "not the start of a cluster", "no cluster of the disk"),
+        (|b, l2| (be64(b, 40), l2 | 1 << 40), "past the end", "512 clusters of the disk, the first at guest offset 0"),
+        (|b, l2| (be64(b, 48) + 8, l2), "overlap", "no cluster of the disk"),
     ];
-    for (edit, word) in edits {
+    for (edit, word, lost) in edits {
         let mut bytes = spoiled(&spec(12, 4, 1), 3);
         let (at, value) = edit(&bytes, l2(&bytes));
         put64(&mut bytes, at, value);
@@ -275,8 +276,17 @@ fn what_cannot_be_mended_without_loss_is_told_and_every_byte_stays() {
             let mended = mend(&Kit, &bytes, what).unwrap();
             assert!(mended.io.log.is_empty() && mended.bytes() == bytes, "{word}");
             let told = mended.told.first().unwrap_or_else(|| unreachable!("{word}"));
-            assert!(told.contains(word) && told.contains("losing"), "{told}");
+            assert!(told.contains(word) && told.contains("losing") && told.contains(lost), "{told}");
         }
+    }
+    // An extended entry has two halves.
+    let extended = Spec { extended: true, ..Spec::new(14, 40 << 14) }.with([(5, State::Mixed(7, 0xff, 0xff00))]);
+    for (half, value) in [(0, 1 << 40), (8, 1 << 32 | 1)] {
+        let mut bytes = build(&extended);
+        let at = l2(&bytes) + 5 * 16 + half;
+        put64(&mut bytes, at, value);
+        let told = mend(&Kit, &bytes, Repair::All).unwrap().told;
+        assert!(told[0].contains("the cluster of the disk at guest offset 81920"), "{told:?}");
     }
 }
 

@@ -19,6 +19,7 @@
 //!    once the file is longer.
 //! 6. The marks go (dirty, corrupt) if nothing is left that is wrong, *then a flush*. Until then the image has them.
 
+use crate::check::lost::{lost, Lost};
 use crate::check::report::Finding;
 use crate::image::{overflow, Image};
 use crate::metadata::map::MetadataMap;
@@ -135,7 +136,7 @@ impl Mend {
         let mut plan = Self::nothing(Rules::of(image, what));
         match plan.survey(io, image, finding) {
             Err(error) if error.code == image.corrupt_code() => {
-                finding(FindingKind::Corruption, &unreadable(&error));
+                finding(FindingKind::Corruption, &unreadable(&error, lost(io, image)?));
                 return Ok((Self::nothing(plan.rules), RepairSummary::default()));
             }
             surveyed => surveyed?,
@@ -297,12 +298,13 @@ fn each_count(
 }
 
 /// Why nothing is mended.
-fn unreadable(error: &DriverError) -> String {
+fn unreadable(error: &DriverError, lost: Lost) -> String {
     let at = error.offset.map_or_else(String::new, |offset| format!(" (offset {offset})"));
     format!(
-        "{}{at}: this cannot be repaired without losing what it leads to. Nothing else was repaired either, because \
+        "{}{at}: this cannot be repaired without losing what it leads to ({}). Nothing else was repaired either, because \
          clusters that only it refers to would be given away",
-        error.text
+        error.text,
+        lost.clause()
     )
 }
 
