@@ -105,6 +105,8 @@ pub fn message_seeds() -> Vec<Vec<u8>> {
     let pair = compare::Pair { start: 0, length: 1 << 20, first: Some(side), second: Some(side), equal: 0 };
     let runs = map::Runs { runs: vec![half, map::Run { start: 1 << 19, kind: 3, ..half }] };
     let plan = commit::Plan { clusters: 1, bytes: 2, ..Default::default() };
+    let finding = check::Finding { kind: 1, text: "finding".into(), kept: false };
+    let mends = check::Plan { corruptions: 1, leaks: 2, ..Default::default() };
     let failure = FailureMessage { error: 7, text: "x".into(), step: "plan".into(), ..Default::default() };
     let end = |outcome| Kind::End(EndMessage { outcome: Some(outcome) });
     let kinds = [
@@ -113,7 +115,8 @@ pub fn message_seeds() -> Vec<Vec<u8>> {
         Kind::Log(LogMessage { text: "line".into() }),
         Kind::Panic(PanicMessage { text: "panic".into(), address: 0 }),
         Kind::Event(plan.encode_to_vec()),
-        Kind::Event(check::Finding { kind: 1, text: "finding".into() }.encode_to_vec()),
+        Kind::Event(check::Event { kind: Some(check::event::Kind::Finding(finding)) }.encode_to_vec()),
+        Kind::Event(check::Event { kind: Some(check::event::Kind::Plan(mends)) }.encode_to_vec()),
         end(Outcome::Result(check::Outcome { leaks: 1, ..Default::default() }.encode_to_vec())),
         Kind::Event(runs.encode_to_vec()),
         end(Outcome::Result(map::Outcome {}.encode_to_vec())),
@@ -125,7 +128,7 @@ pub fn message_seeds() -> Vec<Vec<u8>> {
         [&u16::try_from(bytes.len()).unwrap_or(0).to_be_bytes()[..], &bytes].concat()
     };
     let mut seeds: Vec<Vec<u8>> = kinds.into_iter().map(framed).collect();
-    seeds.push([seeds[7].clone(), seeds[8].clone()].concat());
+    seeds.push([seeds[8].clone(), seeds[9].clone()].concat());
     seeds.push([seeds[4].clone(), seeds[1].clone(), seeds[0].clone()].concat());
     seeds
 }

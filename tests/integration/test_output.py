@@ -108,7 +108,7 @@ def test_an_image_that_is_made_and_not_announced(tmp_path):
      (["check"], "<FILENAME>"), (["map", "-s", "x", "y"], "start-offset"), (["info", "a", "b"], "'b'"),
      (["map", "--wait", "x", "y"], "not a whole number of seconds"), (["commit", "--wait=-1", "y"], "not a whole number of seconds"),
      (["check", "--wait", "99999999999999999999", "y"], "more than 2^64 - 1 seconds"),
-     (["commit", "--image-opts", "x"], "--image-opts"), (["check", "-r", "all", "x"], "repair")],
+     (["commit", "--image-opts", "x"], "--image-opts"), (["check", "-r", "all", "-U", "x"], "-U")],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value)
 def test_bad_usage(tmp_path, args, word):
     status = 64 if args[0] == "check" else 2

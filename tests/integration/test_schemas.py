@@ -11,6 +11,7 @@ import re
 
 import jsonschema
 import pytest
+import qcow2_bytes
 import schemas
 import support
 from support import KIB, MIB, REPO, run_instar
@@ -19,7 +20,8 @@ from support import KIB, MIB, REPO, run_instar
 OPTIONAL = {
     "commit": {"stale", "relinked", "warnings"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
-              "allocated-clusters", "unused-tail"},
+              "allocated-clusters", "unused-tail", "leaks-fixed", "corruptions-fixed", "leaks-fixable", "corruptions-fixable",
+              "not-repaired"},
     "map": {"offset"},
     "info": {"icount", "backing-filename-format", "snapshots", "cluster-size", "encrypted", "format-specific",
              "full-backing-filename", "notes"},
@@ -58,6 +60,11 @@ def samples(tmp_path_factory):
         file.seek(2 * 64 * KIB)  # the refcount block: corrupt where it is too low, leaking where it is too high
         file.write(b"\0\0" * 3 + b"\0\1" * 100)
         file.truncate(64 * 64 * KIB)
+    support.copy(folder / "damaged", folder / "mended")
+    support.create(folder / "torn", MIB)
+    support.qemu_io(folder / "torn", "write 0 64k")
+    torn = qcow2_bytes.Image(folder / "torn")
+    torn.poke64(torn.l2_at(), torn.end)
     support.create(folder / "long", MIB)
     os.truncate(folder / "long", 64 * MIB)
 
@@ -72,7 +79,9 @@ def samples(tmp_path_factory):
     return {
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
                    ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top")],
-        "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long")],
+        "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long"),
+                  ask("check", "-r", "all", "--dry-run", "mended"), ask("check", "-r", "all", "mended"),
+                  ask("check", "-r", "all", "torn")],
         "map": [ask("map", "top"), ask("map", "base"), ask("map", "-l", "0", "top")],
         "info": [ask("info", "top"), ask("info", "mid"), ask("info", "--backing-chain", "top"),
                  ask("info", "-f", "raw", "base")],

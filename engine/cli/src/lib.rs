@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod check;
+mod check_text;
 pub mod commit;
 mod commit_text;
 pub mod compare;
@@ -62,7 +63,7 @@ pub struct Cli {
 pub enum Command {
     /// Merge a copy-on-write overlay into the image below it, and empty the overlay
     Commit(commit::CommitArgs),
-    /// Check the consistency of an image
+    /// Check the consistency of an image, and repair it
     Check(check::CheckArgs),
     /// Show what an image is
     Info(info::InfoArgs),

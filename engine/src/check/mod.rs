@@ -1,17 +1,25 @@
-//! `instar check`: is the metadata of an image consistent? The format's own module looks at it in the sandbox;
-//! nothing is changed.
+//! `instar check`: is the metadata of an image consistent? The format's own module looks at it in the sandbox. Nothing is
+//! changed, unless a repair is asked for: then the module says what can be mended without losing anything, mends it, and looks
+//! again.
 
 mod events;
 
-pub use events::CheckEvents;
+pub use events::{CheckEvents, Findings, Grant};
 
-use crate::devices::Devices;
+use crate::confine::Work;
+use crate::devices::{Device, Devices};
 use crate::error::Error;
 use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf};
-use crate::operation::{run, DevicePaths, Ended, ImageSet, Named, Opener, Operation, Session, Settings};
+use crate::operation::{run, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings};
 use crate::sandbox::{guest_module, ModuleSpec};
-use instar_guest_abi::{CheckSummary, FindingKind};
+use instar_guest_abi::{CheckSummary, Phase, Repair};
+use instar_guest_protocol::check::Config;
+use instar_guest_protocol::Message;
 use std::path::PathBuf;
+
+/// Bytes by which the files of any image may become longer when it is repaired; a sixteenth of their length comes on top. What
+/// is made new are tables, of which the largest say two bytes of each 64 KiB.
+const ROOM: u64 = 16 << 20;
 
 /// The guest's half.
 pub const MODULE: ModuleSpec<'static> = guest_module!("check");
@@ -23,8 +31,12 @@ pub struct CheckRequest {
     pub image: PathBuf,
     /// Its format, if the operator names it.
     pub format: Option<String>,
-    /// Look at it even if something else is writing to it.
+    /// Look at it even if something else is writing to it; an image that is repaired has to be in use by nobody.
     pub force_share: bool,
+    /// Repair what is found, as far as nothing is lost by it.
+    pub repair: Option<Repair>,
+    /// Say what would be repaired, and change nothing.
+    pub dry_run: bool,
     /// Plugins, directories, waiting.
     pub settings: Settings,
 }
@@ -36,17 +48,44 @@ pub struct CheckOutcome {
     pub format: String,
     /// The sandbox that the guest ran in: "kvm" or "process".
     pub sandbox: &'static str,
-    /// The findings, in numbers.
+    /// The findings, in numbers: what is left of them, after a repair.
     pub found: CheckSummary,
     /// The first findings, one line each as the guest wrote it: not safe for a terminal.
-    pub findings: Vec<(FindingKind, String)>,
+    pub findings: Findings,
+    /// What became of the repair, if one was asked for.
+    pub repair: Option<Repaired>,
 }
 
-/// Check an image.
+/// What a repair has done, or, in a dry run, would do.
+#[derive(Clone, Debug)]
+pub struct Repaired {
+    /// Corruptions that were mended, as the check counts them, and a mark in the header that was cleared.
+    pub corruptions: u64,
+    /// Leaked clusters that were given back.
+    pub leaks: u64,
+    /// Nothing was changed: it was a dry run.
+    pub dry_run: bool,
+    /// What the check before it found, in numbers.
+    pub before: CheckSummary,
+    /// The first findings of that check; empty if nothing was changed, as they are those of the outcome.
+    pub findings: Findings,
+    /// Why something was left as it is, one line each that says what would be lost: not safe for a terminal.
+    pub kept: Findings,
+}
+
+impl Repaired {
+    /// Whether anything was changed.
+    #[must_use]
+    pub fn changed(&self) -> bool {
+        !self.dry_run && (self.corruptions, self.leaks) != (0, 0)
+    }
+}
+
+/// Check an image, and repair it if that is asked for.
 ///
 /// # Errors
-/// One line that names the file and what to do: when the image could not be checked to the end.
-/// [`ErrorCode::NotImplemented`](instar_guest_abi::ErrorCode) for a format that has nothing to check.
+/// One line that names the file and what to do: when the image could not be checked, or repaired, to the end.
+/// [`ErrorCode::NotImplemented`](instar_guest_abi::ErrorCode) for a format that has nothing to check, or cannot be repaired.
 pub fn run_check(request: &CheckRequest, session: &Session) -> Result<CheckOutcome, Error> {
     let check = Check { request, format: String::new() };
     run(check, session).map_err(|error| error.of_image(&request.image, None))
@@ -57,12 +96,27 @@ struct Check<'q> {
     format: String,
 }
 
+impl Check<'_> {
+    /// Whether the image may be changed.
+    fn changes(&self) -> bool {
+        self.request.repair.is_some() && !self.request.dry_run
+    }
+}
+
 impl Operation for Check<'_> {
     type Events = CheckEvents;
     type Outcome = CheckOutcome;
 
     fn module(&self) -> ModuleSpec<'static> {
         MODULE
+    }
+
+    fn work(&self) -> (Work, Work) {
+        if self.changes() {
+            (Work::OpenToCommit, Work::Commit)
+        } else {
+            (Work::OpenToRead, Work::Read)
+        }
     }
 
     fn settings(&self) -> &Settings {
@@ -74,25 +128,67 @@ impl Operation for Check<'_> {
     }
 
     fn access(&self) -> Access {
-        Access::to_read(self.request.force_share)
+        if self.changes() {
+            Access::ReadWrite
+        } else {
+            Access::to_read(self.request.force_share)
+        }
     }
 
     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
         let Opener { registry, gate, access, .. } = *opener;
         let mut image = opener.open_named(self.request.format.as_deref())?;
         check_immediate_parent(registry, &image, gate)?;
-        open_extra_files(registry, &mut [FilesOf { image: &mut image, access, changes: false, gate }])?;
+        let changes = self.request.repair.is_some();
+        open_extra_files(registry, &mut [FilesOf { image: &mut image, access, changes, gate }])?;
         self.format = image.facts.format.to_string();
-        Ok(ImageSet::read([image]))
+        // What is repaired is the operation's target, although it is read first.
+        Ok(if changes { ImageSet { slots: Vec::new(), target: Some(image) } } else { ImageSet::read([image]) })
     }
 
-    fn serve(&mut self, _: &mut Devices, _: &DevicePaths, _: &Session) -> Result<CheckEvents, Error> {
-        Ok(CheckEvents::default())
+    fn admit(&mut self, images: &mut ImageSet<'_>, _: &Session) -> Result<Grants, Error> {
+        let length = images.target.as_ref().map_or(0, |image| image.facts.file_length);
+        Ok(Grants { target: length.saturating_add(length / 16).saturating_add(ROOM), ..Grants::default() })
+    }
+
+    fn payload(&self) -> Vec<u8> {
+        let repair = self.request.repair.map_or(0, |repair| repair as u32);
+        Config { repair, dry_run: self.request.dry_run }.encode_to_vec()
+    }
+
+    fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CheckEvents, Error> {
+        if self.request.repair.is_none() {
+            return Ok(CheckEvents::default());
+        }
+        devices.pace_mut().stop_when(session.cancel().clone());
+        let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
+        Ok(CheckEvents::repairing(Grant {
+            last_phase: if self.changes() { Phase::Target } else { Phase::Look },
+            longest: longest.fold(0, u64::saturating_add),
+        }))
     }
 
     fn finish(self, ended: Ended<CheckEvents>) -> Result<CheckOutcome, Error> {
-        ended.end.map_err(|failure| failure.error_of_check(&ended.paths))?;
-        let CheckEvents { found, findings } = ended.events;
-        Ok(CheckOutcome { format: self.format, sandbox: ended.sandbox, found, findings })
+        let state = self.changes().then(|| state(&ended.devices));
+        ended.end.map_err(|failure| failure.error_of_check(&ended.paths, state))?;
+        let CheckEvents { found, findings, plan, kept, before, .. } = ended.events;
+        let repair = plan.map(|plan| Repaired {
+            corruptions: plan.corruptions,
+            leaks: plan.leaks,
+            dry_run: self.request.dry_run,
+            before: plan.found.as_ref().map(events::summary).unwrap_or_default(),
+            findings: before,
+            kept,
+        });
+        Ok(CheckOutcome { format: self.format, sandbox: ended.sandbox, found, findings, repair })
+    }
+}
+
+/// What became of the image of a repair that failed, by what the devices did.
+fn state(devices: &Devices) -> &'static str {
+    if devices.any_changed() {
+        "the image reads as before, and running the repair again finishes it"
+    } else {
+        "nothing was changed"
     }
 }

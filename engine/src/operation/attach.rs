@@ -71,9 +71,24 @@ impl DevicePaths {
         self.drivers.get(&device).map(String::as_str)
     }
 
-    /// The devices of the top-most image.
+    /// The device of the image that the operation works on: the top-most one, or the one that is written if it is alone.
+    #[must_use]
+    pub fn own(&self) -> u32 {
+        if self.is_alone() {
+            DEVICE_OUTPUT
+        } else {
+            0
+        }
+    }
+
+    fn is_alone(&self) -> bool {
+        self.by_device.contains_key(&DEVICE_OUTPUT) && !self.by_device.contains_key(&0)
+    }
+
+    /// The devices of the image that the operation works on.
     pub fn first(&self) -> impl Iterator<Item = u32> {
-        std::iter::once(0).chain(self.first_files.clone())
+        let files = if self.is_alone() { &self.target_files } else { &self.first_files };
+        std::iter::once(self.own()).chain(files.clone())
     }
 
     /// The devices of the image that is written.

@@ -9,9 +9,6 @@ use instar_guest_protocol::FailureMessage;
 use std::io;
 use std::path::Path;
 
-/// The slot of the top-most image.
-const FIRST: u32 = 0;
-
 /// A guest that failed, or was ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestFailure {
@@ -99,9 +96,9 @@ impl GuestFailure {
 
     /// The same of a check, which is no advice for itself.
     #[must_use]
-    pub fn error_of_check(&self, paths: &DevicePaths) -> Error {
+    pub fn error_of_check(&self, paths: &DevicePaths, state: Option<&str>) -> Error {
         let is_corrupt = |code| matches!(code, ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt);
-        self.told(paths, None, |code| advice(code).filter(|_| !is_corrupt(code)))
+        self.told(paths, state, |code| advice(code).filter(|_| !is_corrupt(code)))
     }
 
     fn told(
@@ -116,7 +113,7 @@ impl GuestFailure {
             ErrorCode::OverlayIo if of_target => ErrorCode::BackingIo,
             code => code,
         };
-        let either = if is_of_target(code) { DEVICE_OUTPUT } else { FIRST };
+        let either = if is_of_target(code) { DEVICE_OUTPUT } else { paths.own() };
         let clause = self.clause(paths);
         let clause = state.map_or_else(|| clause.clone(), |state| format!("{clause}; {state}"));
         let line = self.with_advice(clause, code, paths, advice(code));

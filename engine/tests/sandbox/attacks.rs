@@ -2,6 +2,7 @@
 //! is touched that it may not write, and what it may write stays within its bound.
 
 use crate::support::{on_both, spec};
+use instar::check::{CheckEvents, Grant};
 use instar::commit::{CommitEvents, PlanBounds};
 use instar::devices::{Device, Devices};
 use instar::operation::{Cancel, Handler};
@@ -98,6 +99,18 @@ impl Images {
         let bounds = PlanBounds { virtual_size: LENGTH, longest: BOUND, ..PlanBounds::default() };
         let events = CommitEvents { last_phase, bounds, ..CommitEvents::default() };
         let mut handler = Handler::new(self.devices(), events, Cancel::new());
+        let result = sandbox::run(on, &spec(on, scenario), &mut handler);
+        (handler, result)
+    }
+
+    /// Run a guest as a repair of the output does.
+    fn repair(&self, on: &dyn Sandbox, scenario: Scenario) -> (Handler<CheckEvents>, Result<Report, SandboxError>) {
+        let mut devices = Devices::new();
+        let device = |name, length| Device::new(self.open(name, true), true, LENGTH, length, false);
+        devices.attach(0, device("overlay", LENGTH).with_part(Part::Read));
+        devices.attach(DEVICE_OUTPUT, device("output", BOUND).with_part(Part::Target));
+        let events = CheckEvents::repairing(Grant { last_phase: Phase::Target, longest: BOUND });
+        let mut handler = Handler::new(devices, events, Cancel::new());
         let result = sandbox::run(on, &spec(on, scenario), &mut handler);
         (handler, result)
     }
@@ -253,6 +266,26 @@ on_both! {
         assert_eq!((handler.end, handler.events.outcome.clusters_committed), (Some(Ok(())), 1));
         assert_eq!(handler.log.lines(), ["512 bytes are left"]);
         assert!(images.is_changed("output") && read(images.path("overlay")).unwrap().len() == 512);
+    }
+}
+
+on_both! {
+    fn a_repair_stays_within_its_plan(on) {
+        for (scenario, changes, why) in [
+            (Scenario::EarlyWrite, false, "before a plan was accepted"),
+            (Scenario::RepairEarly, false, "before a plan was accepted"),
+            (Scenario::RepairLyingPlan, false, "bytes long, where 3145728 are allowed"),
+            (Scenario::RepairOfNothing, false, "where nothing may be changed"),
+            (Scenario::RepairGrow, true, "more than the file may grow"),
+            (Scenario::RepairUnflushed, true, "while device 512 is not flushed"),
+        ] {
+            let images = Images::new();
+            let (handler, result) = images.repair(on, scenario);
+            assert_ended(result, scenario, why);
+            assert_eq!((images.is_changed("output"), handler.devices.any_changed()), (changes, changes), "{scenario:?}");
+            assert!(images.path("output").metadata().unwrap().len() <= BOUND, "{scenario:?}");
+            images.assert_others_untouched(scenario);
+        }
     }
 }
 

@@ -7,9 +7,6 @@ use instar_guest_abi::{ImageId, Phase};
 /// Opens an image as a source.
 pub type OpenSource<'a> = dyn Fn(&mut dyn BlockIo) -> DriverResult<Box<dyn Source + 'a>> + 'a;
 
-/// Opens an image as a source.
-pub type OpenSource<'a> = dyn Fn(&mut dyn BlockIo) -> DriverResult<Box<dyn Source + 'a>> + 'a;
-
 /// An image that is to name the backing.
 pub struct Relinked<'a> {
     /// Open it. Of many images, no more than one is open at a time.

@@ -133,4 +133,14 @@ scenarios! {
     RingWhileServed = 46;
     /// In a process: ring without taking an answer, for ever.
     AnswersNotTaken = 47;
+    /// Of a repair: plan, and change the image without the phase for it.
+    RepairEarly = 48;
+    /// Of a repair: plan a file that is longer than it may become, and go on.
+    RepairLyingPlan = 49;
+    /// Of a repair: plan, and make the image longer and longer.
+    RepairGrow = 50;
+    /// Of a repair: say that it is done while the image is not flushed.
+    RepairUnflushed = 51;
+    /// Of a repair: plan to mend nothing, and change the image all the same.
+    RepairOfNothing = 52;
 }

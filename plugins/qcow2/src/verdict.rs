@@ -5,7 +5,7 @@ use crate::facts::{names, NAME_CHARS};
 use instar_plugin_api::{printable, Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
 use instar_qcow2_format::{ClusterSize, RefcountOrder};
 
-const CHECK: &str = "run `qemu-img check -r all` on it first";
+const CHECK: &str = "run `instar check -r all` on it first";
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
 pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {

@@ -14,7 +14,9 @@ use core::arch::asm;
 use core::hint::black_box;
 use core::sync::atomic::{AtomicBool, Ordering};
 use instar_guest_protocol::guest_message::Kind;
-use instar_guest_protocol::{commit, end_message, EndMessage, FailureMessage, GuestMessage, LogMessage, Message};
+use instar_guest_protocol::{
+    check, commit, end_message, EndMessage, FailureMessage, GuestMessage, LogMessage, Message,
+};
 use instar_guest_sdk::abi::{
     Phase, Request, Ring as Requests, DEVICE_OUTPUT, MESSAGE_ADDR, MESSAGE_SIZE, OPERATION_CONFIG_ADDR, PORT_DOORBELL,
     PORT_FAULT, PORT_MESSAGE, RING_ADDR, RING_CAPACITY, STACK_TOP, SYSTEM_ADDR,
@@ -68,6 +70,12 @@ fn succeed(send: Send<'_>, text: String, clusters_committed: u64) {
     }
     let outcome = commit::Outcome { clusters_committed, ..commit::Outcome::default() };
     end(send, end_message::Outcome::Result(outcome.encode_to_vec()));
+}
+
+/// Plan a repair of so many leaks.
+fn plan_repair(send: Send<'_>, leaks: u64, final_length: u64) {
+    let plan = check::Plan { leaks, final_length, ..check::Plan::default() };
+    send(&message(Kind::Event(check::Event { kind: Some(check::event::Kind::Plan(plan)) }.encode_to_vec())));
 }
 
 fn recurse(depth: u64) -> u64 {
@@ -309,6 +317,28 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
             ring(&[Request::set_length(0, 512), Request::flush(0)], 2);
             log!("{} bytes are left", 512);
             succeed(send, String::new(), 1);
+        }
+        Scenario::RepairEarly => {
+            plan_repair(send, 1, 0);
+            change(DEVICE_OUTPUT, 0);
+        }
+        Scenario::RepairLyingPlan => {
+            plan_repair(send, 1, u64::MAX);
+            enter(io, DEVICE_OUTPUT, Phase::Target);
+        }
+        Scenario::RepairGrow => {
+            plan_repair(send, 1, 0);
+            io.enter(Phase::Target);
+            grow(|at| Request::set_length(DEVICE_OUTPUT, at));
+        }
+        Scenario::RepairUnflushed => {
+            plan_repair(send, 1, 0);
+            enter(io, DEVICE_OUTPUT, Phase::Target);
+            end(send, end_message::Outcome::Result(check::Outcome::default().encode_to_vec()));
+        }
+        Scenario::RepairOfNothing => {
+            plan_repair(send, 0, 0);
+            enter(io, DEVICE_OUTPUT, Phase::Target);
         }
         Scenario::FailureWithoutCode => {
             let failure = FailureMessage { text: String::from("the L1 table"), ..FailureMessage::default() };

@@ -7,6 +7,7 @@ mod check;
 mod grow;
 mod image;
 mod mark;
+mod mend;
 mod sink;
 mod slots;
 mod source;

@@ -3,9 +3,10 @@
 use crate::check::check;
 use crate::image::Image;
 use crate::mark::Mark;
+use crate::mend;
 use crate::survey::{verified, Survey};
 use core::ops::Range;
-use instar_guest_sdk::abi::{CheckSummary, DeviceConfig, FindingKind, ImageInfo, Request};
+use instar_guest_sdk::abi::{CheckSummary, DeviceConfig, FindingKind, ImageInfo, Repair, RepairSummary, Request};
 use instar_guest_sdk::table::{Little32, Table};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, Extent, Extents, OrderedWriter, Source};
 use instar_parallels_format::{Header, InUse};
@@ -109,5 +110,18 @@ impl Source for ParallelsSource {
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
         check(io, &self.image, finding)
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        mend::plan(io, &self.image, repair, finding)
+    }
+
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        mend::apply(io, &mut self.image)
     }
 }

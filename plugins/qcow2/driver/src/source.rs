@@ -1,6 +1,7 @@
 //! The source role: enumerating what a layer holds.
 
-use crate::check::repair::Repair;
+use crate::check::mend::Mend;
+use crate::check::repair::Repair as Unclean;
 use crate::check::report::examine;
 use crate::check::verify::{verify, Verified};
 use crate::empty::empty;
@@ -10,7 +11,7 @@ use crate::parent::ParentChange;
 use crate::read::compressed::CompressedReader;
 use crate::read::extents::extents_of;
 use core::ops::Range;
-use instar_guest_sdk::abi::{CheckSummary, FindingKind, ImageInfo};
+use instar_guest_sdk::abi::{CheckSummary, FindingKind, ImageInfo, Repair, RepairSummary};
 use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Parent, Source};
 
 /// An image that data comes from.
@@ -21,15 +22,17 @@ pub struct Qcow2Source {
     held: Option<u64>,
     reader: CompressedReader,
     /// What has to be repaired before the image is emptied.
-    repair: Option<Repair>,
+    repair: Option<Unclean>,
     /// How the image gets another backing file, once that was planned.
     parent: Option<ParentChange>,
+    /// What is to be mended on request, once it was planned.
+    mend: Option<Mend>,
 }
 
 impl Qcow2Source {
     pub(crate) fn new(image: Image) -> Self {
         let (mapped, reader) = (MappedClusters::new(&image), CompressedReader::default());
-        Self { image, mapped, held: None, reader, repair: None, parent: None }
+        Self { image, mapped, held: None, reader, repair: None, parent: None, mend: None }
     }
 
     /// Verify the whole image; returns the number of clusters that it holds.
@@ -109,5 +112,21 @@ impl Source for Qcow2Source {
     fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let planned = self.parent.take().ok_or_else(|| overflow("a backing file that was not planned"))?;
         planned.execute(io, &self.image)
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        let (mend, summary) = Mend::plan(io, &self.image, repair, finding)?;
+        self.mend = Some(mend);
+        Ok(summary)
+    }
+
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let mend = self.mend.take().ok_or_else(|| overflow("a repair that was not planned"))?;
+        mend.apply(io, &mut self.image)
     }
 }

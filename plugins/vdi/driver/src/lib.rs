@@ -7,6 +7,7 @@ mod grow;
 mod growth;
 mod image;
 mod map;
+mod mend;
 mod parent;
 mod relocate;
 mod sink;

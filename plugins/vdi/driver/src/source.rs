@@ -2,12 +2,13 @@
 
 use crate::image::Image;
 use crate::map::{each_chunk, offset_of, Map};
+use crate::mend;
 use crate::parent::{record, with_parent};
 use crate::survey::{survey, verified};
 use alloc::format;
 use core::ops::Range;
 use instar_guest_sdk::abi::{
-    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Request,
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Repair, RepairSummary, Request,
 };
 use instar_guest_sdk::table::tell_findings;
 use instar_guest_sdk::{
@@ -23,12 +24,14 @@ pub struct VdiSource {
     held: u64,
     /// The header with another parent, once that was planned.
     parent: Option<[u8; HEADER_BYTES]>,
+    /// What `cBlocksAllocated` is to be, once a repair was planned.
+    slots: Option<u32>,
 }
 
 impl VdiSource {
     pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
         let map = Map::new(&image, device.cache_bytes);
-        Self { image, map, held: 0, parent: None }
+        Self { image, map, held: 0, parent: None, slots: None }
     }
 
     /// The extent of a block that the image holds.
@@ -213,5 +216,23 @@ impl Source for VdiSource {
     fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let header = self.parent.take().ok_or_else(|| overflow("a parent that was not planned"))?;
         record(io, &mut self.image, &header)
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        let (slots, summary) = mend::plan(io, &self.image, repair, finding)?;
+        self.slots = slots;
+        Ok(summary)
+    }
+
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        match self.slots.take() {
+            Some(slots) => mend::apply(io, &mut self.image, slots),
+            None => Ok(()),
+        }
     }
 }

@@ -79,7 +79,7 @@ impl Image {
     }
 
     /// Whole blocks' worth of the file between metadata and the last block that no entry names.
-    fn unused(&self, survey: &Survey) -> u64 {
+    pub fn unused(&self, survey: &Survey) -> u64 {
         // Blocks that are aligned have a gap before them.
         let stride = self.header.stride();
         let each =

@@ -13,6 +13,7 @@ mod grow;
 mod growth;
 mod image;
 mod lookup;
+mod mend;
 mod open;
 mod parent;
 mod sink;

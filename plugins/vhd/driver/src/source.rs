@@ -2,10 +2,11 @@
 
 use crate::image::Image;
 use crate::lookup::{Held, Lookup};
+use crate::mend::Mend;
 use crate::open::Opened;
 use crate::parent::NewParent;
 use core::ops::Range;
-use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageInfo};
+use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageInfo, Repair, RepairSummary};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Parent, Source};
 use instar_vhd_format::SECTOR;
 
@@ -16,11 +17,13 @@ pub struct VhdSource {
     lookup: Lookup,
     /// What was planned last.
     parent: Option<NewParent>,
+    /// What is to be mended, once it was planned.
+    mend: Mend,
 }
 
 impl VhdSource {
     pub(crate) fn new(body: Opened) -> Self {
-        Self { body, lookup: Lookup::default(), parent: None }
+        Self { body, lookup: Lookup::default(), parent: None, mend: Mend::default() }
     }
 }
 
@@ -133,6 +136,25 @@ impl Source for VhdSource {
         match (&mut self.body, self.parent.take()) {
             (Opened::Sparse(image), Some(parent)) => image.set_parent(io, &parent),
             _ => Err(overflow("a parent that was not planned")),
+        }
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        let Opened::Sparse(image) = &self.body else { return Ok(RepairSummary::default()) };
+        let (mend, summary) = image.plan_repair(io, repair, finding)?;
+        self.mend = mend;
+        Ok(summary)
+    }
+
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        match &mut self.body {
+            Opened::Fixed(_) => Err(overflow("a fixed disk that is repaired")),
+            Opened::Sparse(image) => image.repair(io, core::mem::take(&mut self.mend)),
         }
     }
 }

@@ -13,6 +13,7 @@ mod growth;
 mod image;
 mod journal;
 mod lookup;
+mod mend;
 mod pages;
 mod parent;
 mod session;
@@ -37,7 +38,7 @@ impl FormatDriver for Vhdx {
     type Sink = VhdxSink;
 
     fn open_source(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<VhdxSource> {
-        Ok(VhdxSource::new(Image::open(io, device, ErrorCode::OverlayCorrupt)?))
+        Ok(VhdxSource::new(Image::open(io, device, ErrorCode::OverlayCorrupt)?, device))
     }
 
     fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, _: bool) -> DriverResult<VhdxSink> {

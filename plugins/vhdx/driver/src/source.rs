@@ -5,7 +5,9 @@ use crate::image::Image;
 use crate::lookup::Lookup;
 use crate::parent::NewParent;
 use core::ops::Range;
-use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage};
+use instar_guest_sdk::abi::{
+    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Repair, RepairSummary,
+};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Parent, Source};
 
 /// A VHDX that data comes from.
@@ -15,11 +17,13 @@ pub struct VhdxSource {
     lookup: Lookup,
     /// What was planned last.
     parent: Option<NewParent>,
+    /// What the host lets the file become, in bytes.
+    max_length: u64,
 }
 
 impl VhdxSource {
-    pub(crate) fn new(image: Image) -> Self {
-        Self { image, lookup: Lookup::default(), parent: None }
+    pub(crate) fn new(image: Image, device: &DeviceConfig) -> Self {
+        Self { image, lookup: Lookup::default(), parent: None, max_length: device.max_length }
     }
 }
 
@@ -75,5 +79,18 @@ impl Source for VhdxSource {
     fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let parent = self.parent.take().ok_or_else(|| overflow("a parent that was not planned"))?;
         self.image.set_parent(io, &parent)
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        self.image.plan_repair(io, repair, self.max_length, finding)
+    }
+
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        self.image.repair(io)
     }
 }

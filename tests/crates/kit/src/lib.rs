@@ -7,6 +7,7 @@
 pub mod chain;
 
 mod layout;
+pub mod mended;
 mod padded;
 pub mod pair;
 mod salvage;

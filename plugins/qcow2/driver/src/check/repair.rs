@@ -83,7 +83,7 @@ impl Repair {
         each_pass(io, &mut structures, metadata, &mut |io, counts| {
             let mut correction = Correction { image, repair: &mut repair, counts, undescribed: &mut undescribed };
             compare_refcounts(io, image, counts, u64::MAX, &mut correction)?;
-            correction.bound()?;
+            correction.repair.bound()?;
             check_copied_flags(io, image, FLAGS, &mut correction)
         })?;
         // On a device, a new block could only stand in the midst of what no block describes.
@@ -181,7 +181,7 @@ impl Comparison for Correction<'_> {
         Ok(())
     }
 
-    fn bound(&mut self) -> DriverResult<()> {
+    fn bound(&mut self, _io: &mut dyn BlockIo) -> DriverResult<()> {
         self.repair.bound()
     }
 }
@@ -239,7 +239,7 @@ impl Outstanding {
 
 fn too_much(image: &Image) -> DriverError {
     let text =
-        "the image was not closed cleanly, and too many refcounts are wrong: run `qemu-img check -r all` on it first";
+        "the image was not closed cleanly, and too many refcounts are wrong: run `instar check -r all` on it first";
     DriverError::new(ErrorCode::ScratchTooSmall, text).at(image.device, image.header.refcount_table.0)
 }
 

@@ -125,7 +125,7 @@ impl Comparison for Examiner<'_> {
         Ok(())
     }
 
-    fn bound(&mut self) -> DriverResult<()> {
+    fn bound(&mut self, _io: &mut dyn BlockIo) -> DriverResult<()> {
         self.refcounts.table.shrink(CLUSTERS_PER_LOAD);
         self.refcounts.blocks.shrink(0);
         Ok(())

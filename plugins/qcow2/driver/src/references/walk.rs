@@ -34,8 +34,8 @@ pub(crate) trait Comparison {
     /// compared.
     fn undescribed(&mut self, cluster: HostCluster, references: u64) -> DriverResult<()>;
 
-    /// Forget slices that are of no more use, before another block is read.
-    fn bound(&mut self) -> DriverResult<()>;
+    /// Forget slices that are of no more use, or write them, before another block is read.
+    fn bound(&mut self, io: &mut dyn BlockIo) -> DriverResult<()>;
 }
 
 /// A slice of a refcount block.
@@ -90,7 +90,7 @@ pub(crate) fn compare_refcounts(
     let (floor, ceiling) = counts.range();
     let end = ceiling.min(end);
     for index in floor / per_block..table_entries.min(end.div_ceil(per_block)) {
-        comparison.bound()?;
+        comparison.bound(io)?;
         let refcounts = comparison.refcounts();
         if !refcounts.describes(io, image, index)? {
             continue;
@@ -247,7 +247,7 @@ mod tests {
             Ok(())
         }
 
-        fn bound(&mut self) -> DriverResult<()> {
+        fn bound(&mut self, _io: &mut dyn BlockIo) -> DriverResult<()> {
             self.refcounts.blocks.shrink(0);
             Ok(())
         }

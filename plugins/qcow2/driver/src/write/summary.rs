@@ -39,7 +39,7 @@ pub(crate) fn summarize(
         let forecast = forecast(io, backing, plan, demand)?;
         backing.space.free = cross_check(io, backing, plan, (free, allocates, repaired))?;
         if backing.space.free.count() + demand.count < single {
-            let text = "a cluster with refcount 0 is in use: run `qemu-img check -r all` on it first";
+            let text = "a cluster with refcount 0 is in use: run `instar check -r all` on it first";
             return Err(backing.image.corrupt(backing.image.header.refcount_table.0, text));
         }
         forecast
@@ -84,7 +84,7 @@ fn forecast(io: &mut dyn BlockIo, backing: &mut Backing, plan: &mut Plan, demand
     if let Some(first) = overlap {
         let offset = backing.image.cluster_size().host_offset(first).unwrap_or_default();
         let text =
-            format!("metadata at or after offset {offset} has refcount 0: run `qemu-img check -r all` on it first");
+            format!("metadata at or after offset {offset} has refcount 0: run `instar check -r all` on it first");
         return Err(backing.image.corrupt(offset.0, text));
     }
     Ok(forecast)
