@@ -202,6 +202,8 @@ def test_a_name_that_a_descriptor_has_no_room_for_is_set_by_hand(tmp_path):
     top.write_bytes(text.replace(b'"vm-000001.vmdk"', b'"a-disk-with-a-long-name.vmdk"'))
     assert Disk(top).id("parentCID") == Disk(base).id("CID")
     assert content(top, base) == wanted == raw(top)
+    for path in Disk(middle).files:
+        path.unlink()
     commit(top, base)
 
 
