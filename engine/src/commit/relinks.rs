@@ -289,8 +289,8 @@ pub fn admit<'s, 'r: 's>(
         let shorter = overlay.facts.virtual_size;
         if child.facts.virtual_size > shorter && virtual_size > shorter {
             let clause = format!(
-                "reads zeroes past the {shorter} bytes of the overlay, where '{}' has data: leave it out of --relink, and let \
-                 `qemu-img rebase`, without -u, copy what differs",
+                "reads zeroes past the {shorter} bytes of the overlay, where '{}' has data: leave it out of --relink, and rebase \
+                 it afterwards in the way that copies what differs",
                 escape_path(&backing.opened.path)
             );
             return refused(ErrorCode::UnsupportedFormat, &clause);
