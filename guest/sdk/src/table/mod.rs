@@ -54,8 +54,6 @@ mod findings;
 mod kind;
 mod parts;
 mod slots;
-#[cfg(all(test, feature = "memory"))]
-mod tests;
 mod used;
 mod window;
 
@@ -70,3 +68,6 @@ pub use used::{Used, Windows};
 
 /// Bytes that a disk writes as a whole: after a power loss, a sector is the old one or the new one.
 const SECTOR: u64 = 512;
+
+#[cfg(all(test, feature = "memory"))]
+mod tests;
