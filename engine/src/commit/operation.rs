@@ -125,8 +125,8 @@ impl Operation for Commit<'_> {
         let image = NamedFile::new(&self.request.overlay);
         let base = self.request.base.as_deref().map(|base| NamedFile::beside(&image, base));
         let children = self.request.relink.iter().map(|child| NamedFile::new(child)).collect();
-        let nurseries = self.request.relink_in.iter().map(|directory| NamedDirectory::new(directory)).collect();
-        Named { image, base, second: None, children, nurseries }
+        let child_directories = self.request.relink_in.iter().map(|directory| NamedDirectory::new(directory)).collect();
+        Named { image, base, second: None, children, child_directories }
     }
 
     fn access(&self) -> Access {

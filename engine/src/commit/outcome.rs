@@ -1,18 +1,19 @@
 //! What comes of a commit.
 
+use super::as_text::{path_as_text, paths_as_text};
 use super::relinks::Relinked;
 use crate::devices::Statistics;
 use crate::operation::Timing;
 use crate::sandbox::Report;
 use instar_guest_protocol::commit::Plan;
-use serde::{Serialize, Serializer};
-use std::path::{Path, PathBuf};
+use serde::Serialize;
+use std::path::PathBuf;
 
 /// How a commit went. What is serialized is the JSON of `docs/commit.md`.
 #[derive(Clone, Debug, Serialize)]
 pub struct CommitOutcome {
     /// Absolute path of the overlay.
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "path_as_text")]
     pub overlay: PathBuf,
     /// The same as the operator gave it.
     #[serde(skip)]
@@ -20,7 +21,7 @@ pub struct CommitOutcome {
     /// Its format.
     pub overlay_format: String,
     /// Absolute path of the backing.
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "path_as_text")]
     pub backing: PathBuf,
     /// Its format.
     pub backing_format: String,
@@ -31,7 +32,7 @@ pub struct CommitOutcome {
     /// Overlay clusters that were dropped by emptying it.
     pub overlay_clusters_cleared: u64,
     /// The layers between overlay and backing: they read differently afterwards, because the image below them changes.
-    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "all_as_text")]
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "paths_as_text")]
     pub stale: Vec<PathBuf>,
     /// The overlay's children that name the backing now, or would after a commit; `None` if that was not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -145,15 +146,6 @@ impl Preview {
             free_bytes: None,
         }
     }
-}
-
-/// A path as text: bytes that are no UTF-8 are shown as replacement characters.
-pub(super) fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&path.to_string_lossy())
-}
-
-fn all_as_text<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }
 
 #[cfg(test)]

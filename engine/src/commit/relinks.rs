@@ -4,7 +4,7 @@
 //! and however many layers were merged: so a child reads the same through either, and the overlay is not needed any more.
 //! What would not be so is refused here, before anything is changed.
 
-use super::outcome::as_text;
+use super::as_text::{bytes_as_text, path_as_text};
 use super::verdict::Parts;
 use crate::error::{Error, Role};
 use crate::escape::{escape_bytes, escape_path};
@@ -14,7 +14,7 @@ use crate::operation::{Named, NamedDirectory, Opener};
 use instar_guest_abi::{ErrorCode, ERROR_OK, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::commit::Relinked as Wanted;
 use instar_plugin_api::{Context, ImageFacts, Role as PluginRole, ROLE_SOURCE};
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -23,7 +23,7 @@ use std::path::{Component, Path, PathBuf};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Relinked {
     /// Absolute path of the child.
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "path_as_text")]
     pub image: PathBuf,
     /// The target's name, as the child records it.
     #[serde(serialize_with = "bytes_as_text")]
@@ -63,9 +63,9 @@ impl<'r> Relinks<'r> {
     /// [`ErrorCode::ChainLoop`] for one that is in the chain or is named twice, [`ErrorCode::ParentMismatch`].
     pub fn open(opener: &Opener<'r, '_>, chain: &[&ChainImage<'r>], target: usize) -> Result<Self, Error> {
         let mut relinks = Self::default();
-        let Named { children, nurseries, base, .. } = opener.named;
+        let Named { children, child_directories, base, .. } = opener.named;
         let (Some(&overlay), Some(&target)) = (chain.first(), chain.get(target)) else { return Ok(relinks) };
-        if children.is_empty() && nurseries.is_empty() {
+        if children.is_empty() && child_directories.is_empty() {
             return Ok(relinks);
         }
         let search = ChildSearch {
@@ -96,8 +96,8 @@ impl<'r> Relinks<'r> {
             let image = opened.lock(opener.access)?.identify_overlay(opener.registry, None)?;
             relinks.take(&family, image, is_link(file))?;
         }
-        for nursery in nurseries {
-            relinks.search(opener, &family, nursery, &mut seen)?;
+        for directory in child_directories {
+            relinks.search(opener, &family, directory, &mut seen)?;
         }
         let most = MAX_CHAIN_DEVICES.saturating_sub(chain.len());
         if relinks.images.len() > most {
@@ -116,10 +116,10 @@ impl<'r> Relinks<'r> {
         &mut self,
         opener: &Opener<'r, '_>,
         family: &Family<'_, 'r>,
-        nursery: &NamedDirectory,
+        directory: &NamedDirectory,
         seen: &mut Vec<Identity>,
     ) -> Result<(), Error> {
-        let NamedDirectory { path, found } = nursery;
+        let NamedDirectory { path, found } = directory;
         let directory = found.as_ref().map_err(|errno| {
             let clause = format!("cannot be searched for children: {}", std::io::Error::from(*errno));
             Error::image(path, ErrorCode::OpenFailed, clause)
@@ -250,10 +250,6 @@ fn relative_name(from: &Path, to: &Path) -> Vec<u8> {
     let parts: Vec<&[u8]> = parts.map(OsStr::as_bytes).collect();
     let here: &[u8] = if parts.first().is_some_and(|first| first.contains(&b':')) { b"./" } else { b"" };
     [here, &parts.join(&b'/')].concat()
-}
-
-fn bytes_as_text<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&String::from_utf8_lossy(bytes))
 }
 
 /// What can refuse the children without a guest. The backing grows to `grows_to` bytes, if at all.

@@ -40,7 +40,7 @@ pub struct Named {
     /// Images above the first one, which record it as what they are backed by.
     pub children: Vec<NamedFile>,
     /// Directories in which such images are looked for.
-    pub nurseries: Vec<NamedDirectory>,
+    pub child_directories: Vec<NamedDirectory>,
 }
 
 impl Named {
@@ -48,7 +48,7 @@ impl Named {
     #[must_use]
     pub fn image(path: &Path) -> Self {
         let image = NamedFile::new(path);
-        Self { image, base: None, second: None, children: Vec::new(), nurseries: Vec::new() }
+        Self { image, base: None, second: None, children: Vec::new(), child_directories: Vec::new() }
     }
 
     /// Two images of which each is looked at with what is below it.
@@ -67,8 +67,8 @@ impl Named {
     pub(super) fn reach_of_children<'n>(&'n self, reach: Reach<'n>, access: Access) -> Reach<'n> {
         let beside = self.children.iter().filter_map(NamedFile::directory);
         let reach = beside.fold(reach, |reach, directory| reach.add(directory, false));
-        let nurseries = self.nurseries.iter().filter_map(|nursery| nursery.found.as_ref().ok());
-        nurseries.fold(reach, |reach, directory| reach.add(directory, access == Access::ReadWrite))
+        let child_directories = self.child_directories.iter().filter_map(|directory| directory.found.as_ref().ok());
+        child_directories.fold(reach, |reach, directory| reach.add(directory, access == Access::ReadWrite))
     }
 }
 

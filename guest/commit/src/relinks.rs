@@ -1,6 +1,6 @@
 //! The images that are to name the target: the members that are relinked, with what the host says that they record.
 
-use crate::run::open;
+use crate::open::open;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::commit::Relinked as Wanted;

@@ -1,5 +1,6 @@
 //! The operation as the guest runs it: open the images of the chain, commit, report.
 
+use crate::open::open;
 use crate::relinks;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -62,11 +63,6 @@ impl<'a> Members<'a> {
 fn config(operation: &Operation<'_>) -> DriverResult<Config> {
     Config::decode(operation.payload())
         .map_err(|_| DriverError::new(ErrorCode::GuestProtocol, "the configuration of a commit cannot be decoded"))
-}
-
-/// Open an image as a source.
-pub fn open(operation: &Operation<'_>, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
-    Ok(Box::new(operation.format_of(device)?.open_source(device)?))
 }
 
 fn run_chain(
