@@ -59,7 +59,7 @@ def without_sections(manifest: str, *names: str) -> str:
 
 def copy_crate(source: Path, to: Path) -> None:
     for path in sorted([*source.glob("build.rs"), *source.joinpath("src").rglob("*")]):
-        if path.is_dir() or path.name == "tests.rs":
+        if path.is_dir() or path.stem == "tests" or path.stem.endswith("_tests"):
             continue
         target = to / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -130,4 +130,6 @@ error_codes! {
     SandboxUnusable = 43, ERROR_SANDBOX_UNUSABLE;
     /// The process of the sandbox was ended or stopped from outside.
     SandboxLost = 44, ERROR_SANDBOX_LOST;
+    /// Other images have the same backing, which a commit into it would damage.
+    BackingShared = 45, ERROR_BACKING_SHARED;
 }

@@ -10,8 +10,12 @@
 //!    it hides whatever part of the data the backing has already;
 //! 4. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
 //!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
+//!
+//! After that the overlay's children may name the backing ([`Relinks`]), which is planned with everything else.
 
-use crate::{check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Sink, Source};
+use crate::{
+    check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Relinks, Sink, Source,
+};
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_abi::{ErrorCode, ParentStage, Phase, PlanSummary};
@@ -122,6 +126,20 @@ pub fn commit(
     options: Options,
     watch: &mut dyn FnMut(Event),
 ) -> Result<Outcome, CommitFailure> {
+    commit_before_relinking(io, images, &mut Relinks::none(), options, watch)
+}
+
+/// Run a commit after which the overlay's children are to [name the backing](Relinks::set), and plan that.
+///
+/// # Errors
+/// As [`commit`].
+pub fn commit_before_relinking(
+    io: &mut dyn BlockIo,
+    images: &mut Commit<'_>,
+    relinks: &mut Relinks<'_, '_>,
+    options: Options,
+    watch: &mut dyn FnMut(Event),
+) -> Result<Outcome, CommitFailure> {
     let at = |step: Step| move |error: DriverError| CommitFailure { step, error };
     let total = images.source.info().virtual_size;
 
@@ -147,6 +165,8 @@ pub fn commit(
     .map_err(at(Step::Plan))?;
     drop(arena);
     let plan = sink.planned(io).map_err(at(Step::Plan))?;
+    let identity = sink.next_identity(images.source.identity().as_ref()).filter(|_| bytes > 0);
+    relinks.plan(io, identity, sink.info().virtual_size).map_err(at(Step::Plan))?;
     watch(Event::Planned(Plan { clusters, bytes, encoded_bytes, sink: plan }));
     if options.dry_run {
         return Ok(Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 });
@@ -154,7 +174,6 @@ pub fn commit(
 
     io.enter(Phase::Target);
     let below = &mut *images.below;
-    let identity = sink.next_identity(images.source.identity().as_ref()).filter(|_| bytes > 0);
     if let Some(identity) = &identity {
         // Before the backing has its new identity: a crash between the two is recognised by the overlay's having the one
         // that the backing would have got, and a second run goes on from there.

@@ -27,8 +27,10 @@ mod io;
 pub mod memory;
 mod message;
 mod ordered;
+mod parent;
 #[cfg(feature = "memory")]
 pub mod random;
+mod relink;
 pub mod runtime;
 pub mod table;
 mod traits;
@@ -43,4 +45,6 @@ pub use io::{BlockIo, IoFailure};
 #[doc(hidden)]
 pub use message::log_line;
 pub use ordered::OrderedWriter;
-pub use traits::{FormatDriver, NoSink, NoSource, Parent, ReadBelow, Sink, Source};
+pub use parent::Parent;
+pub use relink::{OpenSource, Relinked, Relinks};
+pub use traits::{FormatDriver, NoSink, NoSource, ReadBelow, Sink, Source};

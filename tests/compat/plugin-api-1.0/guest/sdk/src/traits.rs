@@ -4,6 +4,7 @@ use crate::error::{DriverError, DriverResult};
 use crate::extent::Extent;
 use crate::extents::Extents;
 use crate::io::BlockIo;
+use crate::parent::Parent;
 use core::ops::Range;
 use instar_guest_abi::{
     CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary, Repair,
@@ -125,19 +126,6 @@ pub trait Source {
         let _ = io;
         Err(DriverError::new(ErrorCode::NotImplemented, "images of this format do not record a parent by name"))
     }
-}
-
-/// What an image is to record of its parent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parent<'a> {
-    /// The parent's name, as it is to be recorded: not empty, without a zero byte. Usually UTF-8.
-    pub name: &'a [u8],
-    /// Name of the parent's format.
-    pub format: &'a str,
-    /// The parent's identity, if it has one.
-    pub identity: Option<ImageId>,
-    /// Virtual size of the parent in bytes.
-    pub virtual_size: u64,
 }
 
 /// Reads the guest-visible bytes below the sink's image.

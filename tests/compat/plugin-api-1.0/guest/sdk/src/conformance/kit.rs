@@ -1,10 +1,10 @@
 //! A format, as its tests know it.
 
 use super::layer::{Held, Layer};
-use crate::{BlockIo, DriverResult, FormatDriver, Sink, Source};
+use crate::{BlockIo, DriverResult, FormatDriver, Parent, Sink, Source};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use instar_guest_abi::{DeviceConfig, ImageInfo};
+use instar_guest_abi::{DeviceConfig, ImageId, ImageInfo};
 
 /// A driver, and a reader of its images that shares no code with it: what one gets wrong, the other does not.
 ///
@@ -80,6 +80,26 @@ pub trait Builder: ImageKit {
     fn states(&self) -> &[Held] {
         &[Held::Nothing, Held::Data, Held::Zero]
     }
+}
+
+/// What an image records of its parent. What its format has no place for is empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recorded {
+    /// Its names, in the order in which they are tried.
+    pub names: Vec<Vec<u8>>,
+    /// Name of its format.
+    pub format: Option<Vec<u8>>,
+    /// Its identity.
+    pub identity: Option<ImageId>,
+}
+
+/// A format whose images can get another parent.
+pub trait ParentKit: ImageKit {
+    /// What an image records of its parent, as the host half reads it; `None` if it has none.
+    fn recorded(&self, image: &[u8]) -> Option<Recorded>;
+
+    /// What an image is to record of this parent.
+    fn expected(&self, parent: &Parent<'_>) -> Recorded;
 }
 
 /// [`ImageKit::open_source`] by a driver.

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`Table`] | reads entries, a part of the table at a time and none that lies in a hole; holds changed entries back, and writes them once what they name is durable |
 //! | [`Disk`], [`Arriving`], [`ClusterParts`] | cut what arrives at a sink into clusters, each with all that the extents have of it |
+//! | [`Held`], [`Action`] | decide what is done about a cluster: in place, a new one, an entry that says zeroes, or nothing |
 //! | [`ClusterData`], [`ClusterPlace`] | collects the data of clusters, and fills up new ones from below |
 //! | [`Slots`] | gives out the lowest place in the file that no entry names |
 //! | [`Used`], [`Windows`] | mark what of a file is used, within a bounded memory, to find two entries that name one place |
@@ -47,8 +48,23 @@
 
 mod changes;
 mod data;
+mod decide;
 mod entries;
 mod findings;
 mod kind;
 mod parts;
 mod slots;
+mod used;
+mod window;
+
+pub use data::{ClusterData, ClusterPlace};
+pub use decide::{Action, Held, ZeroEntries};
+pub use entries::{EachEntry, Table};
+pub use findings::{tell_findings, Wrong};
+pub use kind::{Big32, Big64, EntryKind, Little32, Little64};
+pub use parts::{Arrival, Arriving, ClusterParts, Disk, EachCluster};
+pub use slots::Slots;
+pub use used::{Used, Windows};
+
+/// Bytes that a disk writes as a whole: after a power loss, a sector is the old one or the new one.
+const SECTOR: u64 = 512;

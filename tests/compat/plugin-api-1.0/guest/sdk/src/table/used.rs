@@ -121,6 +121,12 @@ impl Used {
         self.words_of(range).any(|(index, bits)| self.words.get(index).is_some_and(|word| word & bits != 0))
     }
 
+    /// Whether a unit was added. One outside of the window was not.
+    #[must_use]
+    pub fn contains(&self, unit: u64) -> bool {
+        self.has_any(&(unit..unit.saturating_add(1)))
+    }
+
     /// The first unit of the window, from `from` on, that was not added.
     #[must_use]
     pub fn first_free(&self, from: u64) -> Option<u64> {

@@ -1,0 +1,49 @@
+//! What an image is to record of its parent.
+
+use crate::error::{DriverError, DriverResult};
+use alloc::format;
+use alloc::string::String;
+use instar_guest_abi::{ErrorCode, ImageId};
+
+/// What an image is to record of its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parent<'a> {
+    /// The parent's name, as it is to be recorded: not empty, without a zero byte. Usually UTF-8.
+    pub name: &'a [u8],
+    /// Name of the parent's format.
+    pub format: &'a str,
+    /// The parent's identity, if it has one.
+    pub identity: Option<ImageId>,
+    /// Virtual size of the parent in bytes.
+    pub virtual_size: u64,
+}
+
+impl<'a> Parent<'a> {
+    /// Name and identity of a parent for an image of `virtual_size` bytes in a format that records parents of its own kind
+    /// only, by a name in Unicode and an identity of `N` bytes.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedFormat`] for a parent of another format or size, and for a name that is not UTF-8.
+    pub fn of_format<const N: usize>(&self, format: &str, virtual_size: u64) -> DriverResult<(&'a str, [u8; N])> {
+        let refuse = |text: String| Err(DriverError::new(ErrorCode::UnsupportedFormat, text));
+        let identity = self.identity.as_ref().and_then(|id| id.as_bytes().try_into().ok());
+        let Some(identity) = identity.filter(|_| self.format == format) else {
+            return refuse(format!(
+                "its parent has to be a {format} with an identity, and the new one is a {}: commit it into its present \
+                 parent first",
+                self.format
+            ));
+        };
+        if self.virtual_size != virtual_size {
+            return refuse(format!(
+                "its disk has {virtual_size} bytes and that of the new parent {}, and both have to be equal: commit it \
+                 into its present parent first",
+                self.virtual_size
+            ));
+        }
+        match core::str::from_utf8(self.name) {
+            Ok(name) => Ok((name, identity)),
+            Err(_) => refuse("the name of the parent is not UTF-8: give the parent another name".into()),
+        }
+    }
+}
