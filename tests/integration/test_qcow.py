@@ -267,6 +267,8 @@ def test_a_raw_base_can_be_recorded_in_another_format(tmp_path):
     new = tmp_path / "new.qcow2"
     subprocess.run([*shlex.split(advised[1]), new], check=True, cwd=tmp_path)
     assert run_instar("map", new).rc == 0
+    # It takes the place of the other one.
+    top.unlink()
     support.commit(new)
     assert base.read_bytes() == b"\1" * MIB + b"\2" * 64 * KIB + b"\1" * (2 * MIB - 64 * KIB)
 

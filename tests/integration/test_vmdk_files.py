@@ -190,6 +190,8 @@ def test_a_chain_of_fattools(tmp_path, monkeypatch):
     # It takes relative names from the working directory.
     monkeypatch.chdir(tmp_path)
     rng = random.Random(3)
+    # It takes a content ID for eight digits wherever it replaces one, and writes no leading zeroes.
+    monkeypatch.setattr(vmdkutils.random, "randint", lambda _, last: rng.randrange(1 << 28, last))
 
     def runs(count):
         lengths = [rng.choice([512, 5120, 70000, 3 * MIB]) for _ in range(count)]
