@@ -3,7 +3,7 @@
 
 use instar_fuzz::corpus;
 use instar_fuzz::formats::Format;
-use instar_fuzz::operations::{Bed, Complaint, Pairs, PowerLosses};
+use instar_fuzz::operations::{Complaint, Fixture, Pairs, PowerLosses};
 use instar_guest_sdk::crash::Crashes;
 use instar_testkit::crash_states_drawn as drawn;
 use std::path::Path;
@@ -36,8 +36,8 @@ fn qemu_img(directory: &Path, format: &Format, bytes: &[u8]) -> Result<(), Compl
 /// images, and draws one of them after each change. Their drivers' own tests look at all, and drawn chains (`tests/chains.rs`)
 /// are stopped, too.
 fn is_large(pairs: &Pairs, input: &[u8]) -> bool {
-    let bytes = |bed: &Bed| bed.files.values().map(Vec::len).sum::<usize>();
-    pairs.choose(input).is_some_and(|bed| bytes(bed) >= LARGE)
+    let bytes = |fixture: &Fixture| fixture.files.values().map(Vec::len).sum::<usize>();
+    pairs.choose(input).is_some_and(|fixture| bytes(fixture) >= LARGE)
 }
 
 /// How many of these inputs are commits, of which so many states are drawn. One in `every` images that are left is shown to
@@ -65,7 +65,7 @@ fn of(pairs: &Pairs, inputs: Vec<Vec<u8>>, drawn: usize, every: usize) -> usize 
 fn of_valid_images() {
     for pairs in Pairs::all() {
         let step = if drawn().is_none() { 2 } else { 1 };
-        let images = (0..u8::try_from(pairs.beds.len()).unwrap()).step_by(step).map(|images| vec![images]);
+        let images = (0..u8::try_from(pairs.fixtures.len()).unwrap()).step_by(step).map(|images| vec![images]);
         let (large, small): (Vec<_>, Vec<_>) = images.partition(|input| is_large(pairs, input));
         for (inputs, drawn) in [(small, drawn().or(Some(1))), (large, drawn().and(Some(1)))] {
             let (count, Some(drawn)) = (inputs.len(), drawn.filter(|_| !inputs.is_empty())) else { continue };

@@ -6,7 +6,7 @@
 
 use super::commit::{admitted, guest, hold, run};
 use super::crashes::{again, read, restored, verify};
-use super::{quietly, sound, views, Bed, ANCESTOR, MIDDLE, OVERLAY};
+use super::{quietly, sound, views, Fixture, ANCESTOR, MIDDLE, OVERLAY};
 use crate::formats::{Format, FORMATS};
 use instar_guest_abi::DEVICE_OUTPUT;
 use instar_guest_sdk::random::Random;
@@ -35,10 +35,10 @@ pub struct DrawnChain {
 pub fn drawn_chain(seed: u64, number: u64) -> DrawnChain {
     let mut random =
         Random::seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd134_2543_de82_ef95));
-    let (bed, target) = draw(&mut random);
-    let formats = bed.chain().iter().map(|device| bed.formats[device].label).collect();
+    let (fixture, target) = draw(&mut random);
+    let formats = fixture.chain().iter().map(|device| fixture.formats[device].label).collect();
     let mut chain = DrawnChain { formats, target, admitted: false, finding: None };
-    match quietly(|| whole(&bed, &mut random)) {
+    match quietly(|| whole(&fixture, &mut random)) {
         Ok(admitted) => chain.admitted = admitted,
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -50,7 +50,7 @@ pub fn drawn_chain(seed: u64, number: u64) -> DrawnChain {
 }
 
 /// The images, and which of them is committed into, counted from the overlay.
-fn draw(random: &mut Random) -> (Bed, usize) {
+fn draw(random: &mut Random) -> (Fixture, usize) {
     let depth = 1 + random.index(DEEPEST);
     let place = Place {
         size: *random.pick(&SIZES),
@@ -87,31 +87,34 @@ fn draw(random: &mut Random) -> (Bed, usize) {
         _ if index == target + 1 => ANCESTOR,
         _ => u32::try_from(16 + index).expect("there are few"),
     };
-    (Bed::new(images.into_iter().enumerate().map(|(index, (format, bytes))| (device(index), format, bytes))), target)
+    (
+        Fixture::new(images.into_iter().enumerate().map(|(index, (format, bytes))| (device(index), format, bytes))),
+        target,
+    )
 }
 
 /// Whether the commit is admitted. Panics on a finding.
-fn whole(bed: &Bed, random: &mut Random) -> bool {
-    for (device, bytes) in &bed.files {
-        assert!(sound(bed.formats[device], bytes), "the checker of the tests does not understand device {device}");
+fn whole(fixture: &Fixture, random: &mut Random) -> bool {
+    for (device, bytes) in &fixture.files {
+        assert!(sound(fixture.formats[device], bytes), "the checker of the tests does not understand device {device}");
     }
-    let Some(configs) = admitted(bed, &bed.files) else { return false };
-    run(bed, bed.files.clone());
+    let Some(configs) = admitted(fixture, &fixture.files) else { return false };
+    run(fixture, fixture.files.clone());
     let commit = |fail_at| {
-        let mut io = hold(bed, bed.files.clone(), &configs);
+        let mut io = hold(fixture, fixture.files.clone(), &configs);
         io.devices.fail_at = fail_at;
-        let result = guest(bed, &mut io, &configs);
+        let result = guest(fixture, &mut io, &configs);
         (io.devices, result)
     };
     let (done, result) = commit(None);
     if let Err(failure) = result {
         panic!("a chain of valid images is not committed: {}", failure.error);
     }
-    let before = read(bed, &bed.files);
-    let after = views(bed, &done.files)[&DEVICE_OUTPUT].clone();
+    let before = read(fixture, &fixture.files);
+    let after = views(fixture, &done.files)[&DEVICE_OUTPUT].clone();
     let (stopped, _) = commit(Some(random.index(done.executed().max(1))));
-    verify(bed, &stopped.files, &before);
-    restored(bed, &stopped.files, &bed.files, &before);
-    again(bed, stopped.files, &bed.files, &before, Some(&after));
+    verify(fixture, &stopped.files, &before);
+    restored(fixture, &stopped.files, &fixture.files, &before);
+    again(fixture, stopped.files, &fixture.files, &before, Some(&after));
     true
 }

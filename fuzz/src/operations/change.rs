@@ -1,6 +1,6 @@
 //! Changes to valid images, as an input describes them: which field, and what to put there.
 
-use super::{Bed, Files};
+use super::{Files, Fixture};
 use instar_testkit::{Field, Layout};
 
 /// Bytes of an input for each change.
@@ -13,16 +13,16 @@ const MAX_CHANGES: usize = 6;
 /// Apply the changes of an input. Byte by byte: 0 is not looked at (in the first change it chooses the images); 1 says which
 /// file; 2 the kind of field, or any place of the file; 3 to 5 which one; 6 what the value is made of, and whether checksums are
 /// made right again; 7 how long the file is afterwards, mostly as long as it was; 8 to 15 a number.
-pub fn apply(bed: &Bed, input: &[u8]) -> Files {
-    let mut files = bed.files.clone();
-    let devices: Vec<u32> = bed.files.keys().copied().collect();
+pub fn apply(fixture: &Fixture, input: &[u8]) -> Files {
+    let mut files = fixture.files.clone();
+    let devices: Vec<u32> = fixture.files.keys().copied().collect();
     for change in input.chunks_exact(CHANGE).take(MAX_CHANGES) {
         let device = devices[usize::from(change[1]) % devices.len()];
-        let layout = &bed.layouts[&device];
+        let layout = &fixture.layouts[&device];
         if let Some(bytes) = files.get_mut(&device) {
             one(bytes, layout, change);
             if change[6] >= SEALED {
-                bed.formats[&device].kit.seal(bytes);
+                fixture.formats[&device].kit.seal(bytes);
             }
         }
     }

@@ -5,11 +5,11 @@
 //! does not carry the dirty bit is consistent, to the tests' checker and to the driver's own; the plugins admit the images
 //! again, and a second commit leaves what the first would have.
 
-use super::beds::Pairs;
+use super::bounded_devices::BoundedDevices;
 use super::change::apply;
 use super::commit::{admitted, guest, hold, snapshots};
-use super::strict::Strict;
-use super::{config, open_source, quietly, sound, views, Bed, Files, MIDDLE, OVERLAY};
+use super::fixtures::Pairs;
+use super::{config, open_source, quietly, sound, views, Files, Fixture, MIDDLE, OVERLAY};
 use crate::formats::Format;
 use crate::host;
 use instar_guest_abi::{ErrorCode, FindingKind, DEVICE_OUTPUT};
@@ -48,8 +48,8 @@ pub enum Complaint {
 /// What the images read as: by device, and the snapshots.
 pub(super) type Reading = (Files, Vec<Vec<u8>>);
 
-pub(super) fn read(bed: &Bed, files: &Files) -> Reading {
-    (views(bed, files), snapshots(bed, files))
+pub(super) fn read(fixture: &Fixture, files: &Files) -> Reading {
+    (views(fixture, files), snapshots(fixture, files))
 }
 
 impl PowerLosses<'_> {
@@ -59,17 +59,17 @@ impl PowerLosses<'_> {
     /// # Panics
     /// If a state is not what it must be.
     pub fn of(&mut self, input: &[u8]) -> Option<usize> {
-        let bed = self.pairs.choose(input)?;
-        let files = apply(bed, input);
-        let configs = admitted(bed, &files)?;
-        let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
-        let before = all_sound.then(|| quietly(|| read(bed, &files)).ok()).flatten()?;
-        let mut io = hold(bed, files.clone(), &configs);
-        let finished = guest(bed, &mut io, &configs).is_ok();
+        let fixture = self.pairs.choose(input)?;
+        let files = apply(fixture, input);
+        let configs = admitted(fixture, &files)?;
+        let all_sound = files.iter().all(|(device, bytes)| sound(fixture.formats[device], bytes));
+        let before = all_sound.then(|| quietly(|| read(fixture, &files)).ok()).flatten()?;
+        let mut io = hold(fixture, files.clone(), &configs);
+        let finished = guest(fixture, &mut io, &configs).is_ok();
         if io.devices.log.is_empty() {
             return None;
         }
-        let after = finished.then(|| views(bed, &io.devices.files)[&DEVICE_OUTPUT].clone());
+        let after = finished.then(|| views(fixture, &io.devices.files)[&DEVICE_OUTPUT].clone());
         let arrived = after.as_ref().is_none_or(|after| after.starts_with(&before.0[&OVERLAY]));
         assert!(arrived, "the backing does not read what the overlay did");
         // All states of images of a MiB, and one in so many of larger ones, such as VHDX: the drivers' own tests look at all.
@@ -80,17 +80,17 @@ impl PowerLosses<'_> {
             if number % stride != 0 {
                 return;
             }
-            verify(bed, &state, &before);
-            restored(bed, &state, &files, &before);
-            self.ask(bed, &state, &files);
-            again(bed, state, &files, &before, after.as_deref());
+            verify(fixture, &state, &before);
+            restored(fixture, &state, &files, &before);
+            self.ask(fixture, &state, &files);
+            again(fixture, state, &files, &before, after.as_deref());
         }))
     }
 
     /// Neither `instar check` nor the other checker has a complaint, unless it had one about the image that the fuzzer made.
-    fn ask(&mut self, bed: &Bed, files: &Files, originals: &Files) {
+    fn ask(&mut self, fixture: &Fixture, files: &Files, originals: &Files) {
         for device in [OVERLAY, DEVICE_OUTPUT] {
-            let (format, bytes, original) = (bed.formats[&device], &files[&device], &originals[&device]);
+            let (format, bytes, original) = (fixture.formats[&device], &files[&device], &originals[&device]);
             if !format.kit.has_metadata() || format.kit.is_dirty(bytes) {
                 continue;
             }
@@ -118,42 +118,48 @@ impl PowerLosses<'_> {
 }
 
 /// What holds at every instant.
-pub(super) fn verify(bed: &Bed, files: &Files, (old, old_snapshots): &Reading) {
-    let (now, snapshots) = read(bed, files);
+pub(super) fn verify(fixture: &Fixture, files: &Files, (old, old_snapshots): &Reading) {
+    let (now, snapshots) = read(fixture, files);
     assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else");
     assert!(snapshots == *old_snapshots, "a snapshot reads something else");
     for device in [OVERLAY, DEVICE_OUTPUT] {
-        let (format, bytes) = (bed.formats[&device], &files[&device]);
+        let (format, bytes) = (fixture.formats[&device], &files[&device]);
         assert!(sound(format, bytes), "device {device} is not consistent");
     }
 }
 
 /// The backing of before the commit, as a backup has it, goes with what is above it now only if that still holds everything.
-pub(super) fn restored(bed: &Bed, state: &Files, originals: &Files, (old, _): &Reading) {
-    let lowest = if bed.files.contains_key(&MIDDLE) { MIDDLE } else { OVERLAY };
-    let look = |device: u32| host::look(bed.formats[&device], &originals[&device]).expect("was admitted");
+pub(super) fn restored(fixture: &Fixture, state: &Files, originals: &Files, (old, _): &Reading) {
+    let lowest = if fixture.files.contains_key(&MIDDLE) { MIDDLE } else { OVERLAY };
+    let look = |device: u32| host::look(fixture.formats[&device], &originals[&device]).expect("was admitted");
     let (child, parent) = (look(lowest), look(DEVICE_OUTPUT));
-    if !child.follows(&(bed.formats[&DEVICE_OUTPUT].next_identity)(&parent, &child)) {
+    if !child.follows(&(fixture.formats[&DEVICE_OUTPUT].next_identity)(&parent, &child)) {
         return;
     }
     let mut files = state.clone();
     files.insert(DEVICE_OUTPUT, originals[&DEVICE_OUTPUT].clone());
-    if admitted(bed, &files).is_some() {
-        assert!(views(bed, &files)[&OVERLAY] == old[&OVERLAY], "a restored backing is taken for the right one");
+    if admitted(fixture, &files).is_some() {
+        assert!(views(fixture, &files)[&OVERLAY] == old[&OVERLAY], "a restored backing is taken for the right one");
     }
 }
 
 /// A second commit finishes the job; of one that had failed it may fail again, and breaks nothing.
-pub(super) fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapshots): &Reading, after: Option<&[u8]>) {
-    let configs = admitted(bed, &files).expect("the plugins refuse what a power loss left");
-    let mut io = hold(bed, files, &configs);
-    let result = guest(bed, &mut io, &configs);
-    let (now, snapshots) = read(bed, &io.devices.files);
+pub(super) fn again(
+    fixture: &Fixture,
+    files: Files,
+    originals: &Files,
+    (old, old_snapshots): &Reading,
+    after: Option<&[u8]>,
+) {
+    let configs = admitted(fixture, &files).expect("the plugins refuse what a power loss left");
+    let mut io = hold(fixture, files, &configs);
+    let result = guest(fixture, &mut io, &configs);
+    let (now, snapshots) = read(fixture, &io.devices.files);
     assert!(now[&OVERLAY] == old[&OVERLAY], "the overlay reads something else after a second commit");
     assert!(snapshots == *old_snapshots, "a snapshot reads something else after a second commit");
     for device in [OVERLAY, DEVICE_OUTPUT] {
         assert!(
-            sound(bed.formats[&device], &io.devices.files[&device]),
+            sound(fixture.formats[&device], &io.devices.files[&device]),
             "device {device} is broken by a second commit"
         );
     }
@@ -161,16 +167,16 @@ pub(super) fn again(bed: &Bed, files: Files, originals: &Files, (old, old_snapsh
     if let Err(CommitFailure { step, error }) = result {
         // Leaks are told from lost data by a walk over all tables, which stops at an entry that was corrupt before, and
         // that the first commit did not need.
-        let corrupt = was_corrupt(DEVICE_OUTPUT, bed.formats[&DEVICE_OUTPUT], &originals[&DEVICE_OUTPUT]);
+        let corrupt = was_corrupt(DEVICE_OUTPUT, fixture.formats[&DEVICE_OUTPUT], &originals[&DEVICE_OUTPUT]);
         let refused = matches!(step, Step::Check | Step::Plan) && error.code == ErrorCode::BackingCorrupt;
         assert!(refused && corrupt, "a second commit fails: {error}");
         return;
     }
     assert!(now[&DEVICE_OUTPUT] == after, "a second commit makes something else");
-    let emptied = (!bed.keeps_overlay()).then_some(OVERLAY);
+    let emptied = (!fixture.keeps_overlay()).then_some(OVERLAY);
     for device in emptied.into_iter().chain([DEVICE_OUTPUT]) {
         let bytes = &io.devices.files[&device];
-        let is_clean = *bytes == originals[&device] || !bed.formats[&device].kit.is_dirty(bytes);
+        let is_clean = *bytes == originals[&device] || !fixture.formats[&device].kit.is_dirty(bytes);
         assert!(is_clean, "device {device} is still dirty");
     }
 }
@@ -184,7 +190,7 @@ fn was_corrupt(device: u32, format: &Format, bytes: &[u8]) -> bool {
 /// What `instar check` finds corrupt in an image.
 fn examine(device: u32, format: &Format, bytes: &[u8]) -> Vec<String> {
     let facts = host::look(format, bytes).expect("the plugin does not know its image any more");
-    let mut io = Strict::look(BTreeMap::from([(device, bytes.to_vec())]));
+    let mut io = BoundedDevices::look(BTreeMap::from([(device, bytes.to_vec())]));
     let mut corruptions = Vec::new();
     let examined = open_source(format, &mut io, &config(device, &facts, false, 0)).and_then(|mut source| {
         source.check(&mut io, &mut |kind, text| {

@@ -1,9 +1,9 @@
 //! `instar check` and `instar map`: they change nothing, whatever the images say.
 
-use super::beds::Pairs;
+use super::bounded_devices::BoundedDevices;
 use super::change::apply;
-use super::strict::Strict;
-use super::{config, open_source, quietly, sound, views, Bed, OVERLAY};
+use super::fixtures::Pairs;
+use super::{config, open_source, quietly, sound, views, Fixture, OVERLAY};
 use crate::host;
 use instar_guest_abi::ExtentKind;
 use instar_guest_protocol::map::Run;
@@ -16,31 +16,31 @@ use std::collections::BTreeMap;
 const COMPARED: u64 = 4 << 20;
 
 /// The images that an input is about, of those of all targets.
-fn choose(input: &[u8]) -> Option<&'static Bed> {
-    let beds = || Pairs::all().iter().flat_map(|pairs| &pairs.beds);
-    beds().nth(usize::from(*input.first()?) % beds().count())
+fn choose(input: &[u8]) -> Option<&'static Fixture> {
+    let fixtures = || Pairs::all().iter().flat_map(|pairs| &pairs.fixtures);
+    fixtures().nth(usize::from(*input.first()?) % fixtures().count())
 }
 
 /// Check the overlay and map the chain, after the changes that the input describes.
 pub fn look(input: &[u8]) {
-    let Some(bed) = choose(input) else { return };
-    let files = apply(bed, input);
-    let facts = files.iter().map(|(device, bytes)| Some((*device, host::look(bed.formats[device], bytes)?)));
+    let Some(fixture) = choose(input) else { return };
+    let files = apply(fixture, input);
+    let facts = files.iter().map(|(device, bytes)| Some((*device, host::look(fixture.formats[device], bytes)?)));
     let Some(facts) = facts.collect::<Option<BTreeMap<u32, ImageFacts>>>() else { return };
-    let all_sound = files.iter().all(|(device, bytes)| sound(bed.formats[device], bytes));
-    let mut io = Strict::look(files);
+    let all_sound = files.iter().all(|(device, bytes)| sound(fixture.formats[device], bytes));
+    let mut io = BoundedDevices::look(files);
 
     let overlay = config(OVERLAY, &facts[&OVERLAY], false, 0);
     let mut findings: Vec<String> = Vec::new();
-    let examined = open_source(bed.formats[&OVERLAY], &mut io, &overlay).and_then(|mut source| {
+    let examined = open_source(fixture.formats[&OVERLAY], &mut io, &overlay).and_then(|mut source| {
         source.check(&mut io, &mut |_, text| {
             assert!(!text.is_empty());
             findings.push(text.into());
         })
     });
     // The checker of the testkit does not look at bits that are reserved, nor at flags of entries that point nowhere.
-    let undecoded =
-        !bed.formats[&OVERLAY].kit.checks_everything() || findings.iter().any(|text| text.contains("not looked at"));
+    let undecoded = !fixture.formats[&OVERLAY].kit.checks_everything()
+        || findings.iter().any(|text| text.contains("not looked at"));
     if let (true, false, Ok(found)) = (all_sound && !facts[&OVERLAY].dirty, undecoded, &examined) {
         assert_eq!(found.corruptions, 0, "the image makes sense: {findings:?}");
     }
@@ -49,12 +49,12 @@ pub fn look(input: &[u8]) {
     }
 
     let mut runs: Vec<Run> = Vec::new();
-    let chain = bed.chain();
+    let chain = fixture.chain();
     let mapped: DriverResult<()> = (|| {
         let mut layers: Vec<Box<dyn Source>> = Vec::new();
         for device in chain {
             let config = config(*device, &facts[device], false, 0);
-            layers.push(open_source(bed.formats[device], &mut io, &config)?);
+            layers.push(open_source(fixture.formats[device], &mut io, &config)?);
         }
         instar_guest_map::map(&mut Layers::new(layers), &mut io, &mut |run| runs.push(run))
     })();
@@ -69,7 +69,7 @@ pub fn look(input: &[u8]) {
     if mapped.is_err() || !all_sound || size > COMPARED {
         return;
     }
-    let Ok(views) = quietly(|| views(bed, &io.devices.files)) else { return };
+    let Ok(views) = quietly(|| views(fixture, &io.devices.files)) else { return };
     for run in runs {
         let seen = &views[&OVERLAY][run.start as usize..(run.start + run.length) as usize];
         match ExtentKind::from_u32(run.kind) {

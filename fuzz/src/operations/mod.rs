@@ -5,22 +5,22 @@
 //! refused before its first change has changed nothing. Of images that made sense, whatever happens: the overlay reads what it
 //! read; after a success the backing reads that, too, snapshots read what they read, and both are consistent.
 
-mod beds;
+mod bounded_devices;
 mod chains;
 mod change;
 mod commit;
 mod crashes;
 mod damage;
+mod fixtures;
 mod look;
 mod sandboxed;
-mod strict;
 
-pub use beds::Pairs;
 pub use chains::{drawn_chain, DrawnChain};
 pub use change::CHANGE;
 pub use commit::run_changed;
 pub use crashes::{Complaint, PowerLosses};
 pub use damage::{damaged_pair, Ending, Verdict};
+pub use fixtures::Pairs;
 pub use look::look;
 
 use crate::formats::Format;
@@ -39,7 +39,7 @@ use std::thread::Result as Caught;
 pub type Files = BTreeMap<u32, Vec<u8>>;
 
 /// Images that make sense.
-pub struct Bed {
+pub struct Fixture {
     /// Formats by device.
     pub formats: BTreeMap<u32, &'static Format>,
     /// Content by device.
@@ -52,20 +52,20 @@ pub struct Bed {
     chain: Vec<u32>,
 }
 
-impl Bed {
+impl Fixture {
     /// Images of these formats, the overlay first. Of several that are merged, the lowest is [`MIDDLE`]; of several below the
     /// output device, the highest is [`ANCESTOR`].
     fn new(images: impl IntoIterator<Item = (u32, &'static Format, Vec<u8>)>) -> Self {
         let (formats, layouts) = (BTreeMap::new(), BTreeMap::new());
-        let mut bed = Self { formats, files: Files::new(), layouts, resize: false, chain: Vec::new() };
+        let mut fixture = Self { formats, files: Files::new(), layouts, resize: false, chain: Vec::new() };
         for (device, format, bytes) in images {
-            bed.chain.push(device);
-            bed.formats.insert(device, format);
-            bed.layouts.insert(device, format.kit.layout(&bytes));
-            bed.files.insert(device, bytes);
+            fixture.chain.push(device);
+            fixture.formats.insert(device, format);
+            fixture.layouts.insert(device, format.kit.layout(&bytes));
+            fixture.files.insert(device, bytes);
         }
-        bed.resize = bed.formats.get(&DEVICE_OUTPUT).is_some_and(|format| format.kit.can_grow());
-        bed
+        fixture.resize = fixture.formats.get(&DEVICE_OUTPUT).is_some_and(|format| format.kit.can_grow());
+        fixture
     }
 
     /// The devices from the overlay down to the lowest ancestor.
@@ -107,11 +107,11 @@ fn sound(format: &Format, bytes: &[u8]) -> bool {
 }
 
 /// What each image of the chain reads as, by device.
-fn views(bed: &Bed, files: &Files) -> Files {
+fn views(fixture: &Fixture, files: &Files) -> Files {
     let mut below: Option<Vec<u8>> = None;
     let mut views = Files::new();
-    for device in bed.chain().iter().rev() {
-        let view = bed.formats[device].kit.content(&files[device], below.as_deref());
+    for device in fixture.chain().iter().rev() {
+        let view = fixture.formats[device].kit.content(&files[device], below.as_deref());
         views.insert(*device, view.clone());
         below = Some(view);
     }

@@ -3,8 +3,8 @@
 //! Called as a function, a driver is fast and its code is covered. In a sandbox it is the module that is shipped, with the heap,
 //! the ring and the messages that it has there, and the findings are the same: devices in memory judge every request.
 
-use super::strict::Strict;
-use super::Bed;
+use super::bounded_devices::BoundedDevices;
+use super::Fixture;
 use instar::sandbox::{
     self, BadRequest, BufferAccess, Host, ModuleSpec, Program, Sandbox, SandboxChoice, FIRST_FORMAT,
 };
@@ -30,17 +30,17 @@ pub fn chosen() -> Option<SandboxChoice> {
     })
 }
 
-/// Commit a bed's images, as [`guest`](super::commit::guest) does. Panics if the guest does what would end it.
+/// Commit a fixture's images, as [`guest`](super::commit::guest) does. Panics if the guest does what would end it.
 pub fn run(
     choice: SandboxChoice,
-    bed: &Bed,
-    io: &mut Strict,
+    fixture: &Fixture,
+    io: &mut BoundedDevices,
     configs: &BTreeMap<u32, DeviceConfig>,
 ) -> Result<Outcome, CommitFailure> {
     let mut names: Vec<&str> = Vec::new();
     let mut modules: Vec<GuestModule> = Vec::new();
     let mut module = |device: u32| {
-        let format = bed.formats[&device];
+        let format = fixture.formats[&device];
         let index = names.iter().position(|name| *name == format.name).unwrap_or_else(|| {
             names.push(format.name);
             modules.push((format.guest_module)());
@@ -48,13 +48,13 @@ pub fn run(
         });
         FIRST_FORMAT + index as u32
     };
-    let chain = bed.chain();
+    let chain = fixture.chain();
     let output = chain.iter().position(|&device| device == DEVICE_OUTPUT).unwrap_or(0);
     let members = chain.iter().enumerate().map(|(place, &device)| {
         let role = match place {
             _ if place > output => MemberRole::Below,
             _ if place == output => MemberRole::Write,
-            _ if bed.keeps_overlay() => MemberRole::Read,
+            _ if fixture.keeps_overlay() => MemberRole::Read,
             _ => MemberRole::Empty,
         };
         let device = DeviceConfig { module: module(device), ..configs[&device] };
@@ -63,7 +63,7 @@ pub fn run(
     let members: Vec<Member> = members.collect();
     let modules = names.iter().zip(&modules);
     let modules = modules.map(|(&name, module)| ModuleSpec { name, version: "fuzz", elf: module.elf.as_slice() });
-    let payload = commit::Config { dry_run: false, resize_backing: bed.resize, relinked: None }.encode_to_vec();
+    let payload = commit::Config { dry_run: false, resize_backing: fixture.resize, relinked: None }.encode_to_vec();
     let program = Program::new(instar::commit::MODULE, payload, members, modules.collect());
     let mut devices = InMemory { io, end: None };
     match sandbox::run(&choice, &program, &mut devices) {
@@ -74,7 +74,7 @@ pub fn run(
 
 /// Serves a guest from devices in memory.
 struct InMemory<'a> {
-    io: &'a mut Strict,
+    io: &'a mut BoundedDevices,
     end: Option<Result<Outcome, CommitFailure>>,
 }
 

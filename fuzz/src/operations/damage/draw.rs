@@ -1,9 +1,9 @@
 //! Draws damaged pairs: valid images, and one to three words of metadata of either side.
 
-use super::super::beds::Pairs;
 use super::super::change::{one, CHANGE};
 use super::super::commit::{admitted, called, hold};
-use super::super::{Bed, Files, ANCESTOR};
+use super::super::fixtures::Pairs;
+use super::super::{Files, Fixture, ANCESTOR};
 use instar_guest_abi::DEVICE_OUTPUT;
 use instar_guest_sdk::random::Random;
 use instar_testkit::Field;
@@ -11,7 +11,7 @@ use instar_testkit::Field;
 /// A pair, and what was done to it.
 pub struct Drawn {
     /// The images, as they were before.
-    pub bed: &'static Bed,
+    pub fixture: &'static Fixture,
     /// The images as they are.
     pub files: Files,
     /// Whether blocks of zeroes are holes.
@@ -25,8 +25,8 @@ pub fn draw(seed: u64, number: u64) -> Drawn {
     let mut random =
         Random::seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd134_2543_de82_ef95));
     let pairs = random.pick(Pairs::all());
-    let bed = pairs.choose(&[random.byte()]).expect("there are images");
-    let mut drawn = Drawn { bed, files: bed.files.clone(), holes: random.coin(), story: format!("{pairs:?}") };
+    let fixture = pairs.choose(&[random.byte()]).expect("there are images");
+    let mut drawn = Drawn { fixture, files: fixture.files.clone(), holes: random.coin(), story: format!("{pairs:?}") };
     if random.index(8) == 0 {
         restore(&mut drawn, &mut random);
     }
@@ -38,7 +38,7 @@ pub fn draw(seed: u64, number: u64) -> Drawn {
         }
     }
     if random.coin() {
-        drawn.files.iter_mut().for_each(|(device, bytes)| bed.formats[device].kit.seal(bytes));
+        drawn.files.iter_mut().for_each(|(device, bytes)| fixture.formats[device].kit.seal(bytes));
         drawn.story += ", checksums made right";
     }
     drawn
@@ -53,20 +53,20 @@ fn device(drawn: &Drawn, random: &mut Random) -> u32 {
 /// A commit was interrupted, and the backing comes from a backup. The commit is a function, so that the pairs of a seed are the same
 /// in every sandbox.
 fn restore(drawn: &mut Drawn, random: &mut Random) {
-    let bed = drawn.bed;
-    let Some(configs) = admitted(bed, &bed.files) else { return };
+    let fixture = drawn.fixture;
+    let Some(configs) = admitted(fixture, &fixture.files) else { return };
     let run = |fail_at| {
-        let mut io = hold(bed, bed.files.clone(), &configs);
+        let mut io = hold(fixture, fixture.files.clone(), &configs);
         io.devices.fail_at = fail_at;
         // What it says does not matter.
-        let _ = called(bed, &mut io, &configs);
+        let _ = called(fixture, &mut io, &configs);
         io.devices
     };
     let all = run(None).executed();
     let at = random.index(all.max(1));
     let stopped = run(Some(at));
     drawn.files = stopped.files;
-    drawn.files.insert(DEVICE_OUTPUT, bed.files[&DEVICE_OUTPUT].clone());
+    drawn.files.insert(DEVICE_OUTPUT, fixture.files[&DEVICE_OUTPUT].clone());
     drawn.story += &format!(", stopped at request {at} of {all} and the backing restored");
 }
 
@@ -76,7 +76,7 @@ fn word(drawn: &mut Drawn, random: &mut Random) {
     let mut change: Vec<u8> = (0..CHANGE).map(|_| random.byte()).collect();
     // The files keep their lengths.
     change[7] = 0;
-    let layout = &drawn.bed.layouts[&device];
+    let layout = &drawn.fixture.layouts[&device];
     let Some(bytes) = drawn.files.get_mut(&device) else { return };
     let before = bytes.clone();
     one(bytes, layout, &change);
@@ -87,7 +87,7 @@ fn word(drawn: &mut Drawn, random: &mut Random) {
 /// Two entries name the same: a table, a cluster, a grain.
 fn contradict(drawn: &mut Drawn, random: &mut Random) {
     let device = device(drawn, random);
-    let kinds = &drawn.bed.layouts[&device].kinds;
+    let kinds = &drawn.fixture.layouts[&device].kinds;
     let Some(bytes) = drawn.files.get_mut(&device) else { return };
     let value = |bytes: &[u8], field: &Field| bytes.get(field.at..field.at + field.width).map(<[u8]>::to_vec);
     for _ in 0..16 {
@@ -108,7 +108,7 @@ fn contradict(drawn: &mut Drawn, random: &mut Random) {
 /// A structure becomes zeroes, as if a hole had been punched there.
 fn hollow(drawn: &mut Drawn, random: &mut Random) {
     let device = device(drawn, random);
-    let layout = &drawn.bed.layouts[&device];
+    let layout = &drawn.fixture.layouts[&device];
     if layout.places.is_empty() {
         return;
     }

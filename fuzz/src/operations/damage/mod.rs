@@ -7,9 +7,9 @@
 
 mod draw;
 
+use super::bounded_devices::BoundedDevices;
 use super::commit::{admitted, guest, hold};
-use super::strict::Strict;
-use super::{config, open_source, quietly, Bed, Files, OVERLAY};
+use super::{config, open_source, quietly, Files, Fixture, OVERLAY};
 use crate::host;
 use draw::{draw, Drawn};
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
@@ -76,20 +76,20 @@ pub fn damaged_pair(seed: u64, number: u64) -> Verdict {
 /// Check overlay and backing, and map the chain. Panics on a finding.
 fn look(drawn: &Drawn) {
     let facts =
-        drawn.files.iter().map(|(device, bytes)| Some((*device, host::look(drawn.bed.formats[device], bytes)?)));
+        drawn.files.iter().map(|(device, bytes)| Some((*device, host::look(drawn.fixture.formats[device], bytes)?)));
     let Some(facts) = facts.collect::<Option<BTreeMap<u32, _>>>() else { return };
-    let mut io = Strict::look(drawn.files.clone()).bounded();
+    let mut io = BoundedDevices::look(drawn.files.clone()).bounded();
     io.devices.holes = drawn.holes;
     for device in [OVERLAY, DEVICE_OUTPUT] {
         let config = config(device, &facts[&device], false, 0);
-        let opened = open_source(drawn.bed.formats[&device], &mut io, &config);
+        let opened = open_source(drawn.fixture.formats[&device], &mut io, &config);
         let _ = opened.and_then(|mut source| source.check(&mut io, &mut |_, _| {}));
     }
     let mut open = |device: &u32| {
         let config = config(*device, &facts[device], false, 0);
-        open_source(drawn.bed.formats[device], &mut io, &config)
+        open_source(drawn.fixture.formats[device], &mut io, &config)
     };
-    if let Ok(layers) = drawn.bed.chain().iter().map(&mut open).collect::<Result<Vec<Box<dyn Source>>, _>>() {
+    if let Ok(layers) = drawn.fixture.chain().iter().map(&mut open).collect::<Result<Vec<Box<dyn Source>>, _>>() {
         let _ = instar_guest_map::map(&mut Layers::new(layers), &mut io, &mut |_| {});
     }
     assert!(io.devices.log.is_empty(), "a check or a map changed something");
@@ -102,17 +102,18 @@ struct Reading {
     snapshots: Vec<Option<Disk>>,
 }
 
-fn reading(bed: &Bed, files: &Files) -> Reading {
-    let chain = bed.chain();
+fn reading(fixture: &Fixture, files: &Files) -> Reading {
+    let chain = fixture.chain();
     let layers: Vec<Option<Disk>> =
-        chain.iter().map(|device| bed.formats[device].kit.salvage(&files[device])).collect();
+        chain.iter().map(|device| fixture.formats[device].kit.salvage(&files[device])).collect();
     let view = |from: usize| {
         let layers: Option<Vec<&Disk>> = layers[from..].iter().map(Option::as_ref).collect();
         layers.and_then(|layers| seen(&layers))
     };
     let output = chain.iter().position(|&device| device == DEVICE_OUTPUT).unwrap_or(0);
     let snapshots = [OVERLAY, DEVICE_OUTPUT].into_iter();
-    let snapshots = snapshots.flat_map(|device| bed.formats[&device].kit.salvage_snapshots(&files[&device])).collect();
+    let snapshots =
+        snapshots.flat_map(|device| fixture.formats[&device].kit.salvage_snapshots(&files[&device])).collect();
     Reading { overlay: view(0), backing: view(output), snapshots }
 }
 
@@ -125,21 +126,25 @@ fn differs(before: &Disk, now: &Disk, range: std::ops::Range<usize>) -> Option<u
 
 /// Commit the pair. An error is a finding; so is a panic.
 fn commit(drawn: &Drawn) -> Result<Verdict, String> {
-    let (bed, files) = (drawn.bed, &drawn.files);
+    let (fixture, files) = (drawn.fixture, &drawn.files);
     let not_admitted =
         Verdict { ending: Ending::NotAdmitted, compared: false, failure: None, finding: None, requests: 0 };
-    let Some(configs) = admitted(bed, files) else { return Ok(not_admitted) };
-    let before = reading(bed, files);
-    let mut io = hold(bed, files.clone(), &configs).bounded();
+    let Some(configs) = admitted(fixture, files) else { return Ok(not_admitted) };
+    let before = reading(fixture, files);
+    let mut io = hold(fixture, files.clone(), &configs).bounded();
     io.devices.holes = drawn.holes;
-    let result = guest(bed, &mut io, &configs);
+    let result = guest(fixture, &mut io, &configs);
     let ending = judge_ending(&io, files, &result)?;
-    let compared = compare(&before, &reading(bed, &io.devices.files), &result)?;
+    let compared = compare(&before, &reading(fixture, &io.devices.files), &result)?;
     let failure = result.err().map(|failure| format!("{}: {}", failure.step.name(), failure.error));
     Ok(Verdict { ending, compared, failure, finding: None, requests: io.devices.executed() })
 }
 
-fn judge_ending(io: &Strict, before: &Files, result: &Result<Outcome, CommitFailure>) -> Result<Ending, String> {
+fn judge_ending(
+    io: &BoundedDevices,
+    before: &Files,
+    result: &Result<Outcome, CommitFailure>,
+) -> Result<Ending, String> {
     let changed = |change: &Change| !matches!(change, Change::Flush { .. });
     let Err(failure) = result else {
         let unflushed = io.devices.unflushed();
@@ -198,19 +203,19 @@ fn compare(before: &Reading, now: &Reading, result: &Result<Outcome, CommitFailu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::operations::beds::Pairs;
+    use crate::operations::fixtures::Pairs;
     use crate::operations::views;
 
     /// Otherwise the campaign would compare nothing.
     #[test]
     fn the_reader_agrees_with_that_of_the_other_tests() {
         for pairs in Pairs::all() {
-            for bed in &pairs.beds {
-                let (read, views) = (reading(bed, &bed.files), views(bed, &bed.files));
+            for fixture in &pairs.fixtures {
+                let (read, views) = (reading(fixture, &fixture.files), views(fixture, &fixture.files));
                 for (disk, device) in [(read.overlay, OVERLAY), (read.backing, DEVICE_OUTPUT)] {
                     let disk = disk.expect("a valid image can be read");
                     let unknown = (0..disk.states.len()).find(|&sector| disk.sector(sector).is_none());
-                    assert!(unknown.is_none(), "{pairs:?} {:?} {device}: sector {unknown:?}", bed.formats);
+                    assert!(unknown.is_none(), "{pairs:?} {:?} {device}: sector {unknown:?}", fixture.formats);
                     assert!(disk.bytes[..disk.length] == views[&device][..disk.length], "{pairs:?} {device}");
                 }
             }

@@ -1,6 +1,6 @@
 //! What holds of a commit: when it is done, when it is refused, when a request fails, and at every instant of a power loss.
 
-use super::bed::{Bed, Reading, ANY_LENGTH};
+use super::fixture::{Fixture, Reading, ANY_LENGTH};
 use super::promises;
 use super::Report;
 use crate::commit::{CommitFailure, Options, Plan, Step};
@@ -12,30 +12,30 @@ use instar_guest_abi::DEVICE_OUTPUT;
 /// Requests that fail, one in each commit: so many of all that a commit makes.
 const FAILURES: usize = 150;
 
-/// A bed, and what its images read as before the commit and after it.
+/// A fixture, and what its images read as before the commit and after it.
 struct Verified<'a> {
-    bed: &'a Bed<'a>,
+    fixture: &'a Fixture<'a>,
     before: Reading,
     after: Reading,
 }
 
-/// Run the commits of a bed.
+/// Run the commits of a fixture.
 ///
 /// # Panics
 /// If something does not hold.
-pub(super) fn verify(bed: &Bed<'_>, crashes: Crashes) -> Report {
-    let before = bed.read(&bed.files);
-    for (kit, image) in bed.images(&bed.files) {
+pub(super) fn verify(fixture: &Fixture<'_>, crashes: Crashes) -> Report {
+    let before = fixture.read(&fixture.files);
+    for (kit, image) in fixture.images(&fixture.files) {
         assert!(kit.is_dirty(image) || kit.is_sound(image), "an image to begin with is not sound");
     }
     let mut after = before.clone();
     let (seen, size) = (before.overlay.len(), before.backing.len());
-    if bed.grows() {
+    if fixture.grows() {
         after.backing.resize(seen, 0);
     }
     let shared = seen.min(after.backing.len());
     after.backing[..shared].copy_from_slice(&before.overlay[..shared]);
-    let verified = Verified { bed, before, after };
+    let verified = Verified { fixture, before, after };
     let Some(plan) = verified.dry_run() else {
         return Report { refused: 1, ..Report::default() };
     };
@@ -43,7 +43,7 @@ pub(super) fn verify(bed: &Bed<'_>, crashes: Crashes) -> Report {
     assert!(verified.after.backing.len() >= size);
     verified.kept();
     verified.failing_requests(whole.executed());
-    let states = crashes.each(&bed.files, &whole.log, &mut |files| {
+    let states = crashes.each(&fixture.files, &whole.log, &mut |files| {
         verified.instant(&files);
         verified.again(files);
     });
@@ -63,8 +63,8 @@ impl Verified<'_> {
     /// Neither a dry run nor a refusal changes anything; `None` for a refusal.
     fn dry_run(&self) -> Option<Plan> {
         for dry_run in [true, false] {
-            let (mut io, mut plan) = (self.devices(&self.bed.files), None);
-            match self.bed.commit(&mut io, Options { dry_run, ..Options::default() }, ANY_LENGTH, &mut plan) {
+            let (mut io, mut plan) = (self.devices(&self.fixture.files), None);
+            match self.fixture.commit(&mut io, Options { dry_run, ..Options::default() }, ANY_LENGTH, &mut plan) {
                 Ok(_) if dry_run => {
                     assert!(io.log.is_empty(), "a dry run has changed something: {:?}", io.log);
                     return plan;
@@ -81,8 +81,8 @@ impl Verified<'_> {
 
     /// A commit from start to end, into a file that may become as long as the plan says.
     fn whole(&self, longest: u64) -> MemoryDevices {
-        let mut io = self.devices(&self.bed.files);
-        let result = self.bed.commit(&mut io, Options::default(), longest, &mut None);
+        let mut io = self.devices(&self.fixture.files);
+        let result = self.fixture.commit(&mut io, Options::default(), longest, &mut None);
         let Ok(outcome) = result else { unreachable!("what was planned fails: {result:?}") };
         assert!(
             outcome.overlay_clusters_cleared == outcome.clusters_committed,
@@ -91,16 +91,16 @@ impl Verified<'_> {
         self.finished(&io.files);
         let unflushed = io.unflushed();
         assert!(unflushed.is_empty(), "at the end, devices {unflushed:?} are not flushed");
-        let [_, (_, backing)] = self.bed.images(&io.files);
-        assert!(backing.len() as u64 <= longest.max(self.bed.files[&DEVICE_OUTPUT].len() as u64));
+        let [_, (_, backing)] = self.fixture.images(&io.files);
+        assert!(backing.len() as u64 <= longest.max(self.fixture.files[&DEVICE_OUTPUT].len() as u64));
         io
     }
 
     /// With the overlay kept, both read as after a commit.
     fn kept(&self) {
-        let mut io = self.devices(&self.bed.files);
+        let mut io = self.devices(&self.fixture.files);
         let options = Options { keep_overlay: true, ..Options::default() };
-        let result = self.bed.commit(&mut io, options, ANY_LENGTH, &mut None);
+        let result = self.fixture.commit(&mut io, options, ANY_LENGTH, &mut None);
         assert!(result.is_ok(), "an overlay that is kept: {result:?}");
         self.reads(&io.files);
     }
@@ -108,9 +108,9 @@ impl Verified<'_> {
     /// Let one request after the other fail.
     fn failing_requests(&self, requests: usize) {
         for request in (0..requests).step_by((requests / FAILURES).max(1)) {
-            let mut io = self.devices(&self.bed.files);
+            let mut io = self.devices(&self.fixture.files);
             io.fail_at = Some(request);
-            match self.bed.commit(&mut io, Options::default(), ANY_LENGTH, &mut None) {
+            match self.fixture.commit(&mut io, Options::default(), ANY_LENGTH, &mut None) {
                 Err(failure) if is_refusal(&failure) => {
                     assert!(io.log.is_empty(), "changed before request {request} failed, in {:?}", failure.step);
                 }
@@ -124,10 +124,10 @@ impl Verified<'_> {
 
     /// What holds of the images at every instant.
     fn instant(&self, files: &Files) {
-        let now = self.bed.read(files);
+        let now = self.fixture.read(files);
         assert!(now.overlay == self.before.overlay, "the overlay reads something else");
         assert!(now.snapshots == self.before.snapshots, "a snapshot reads something else");
-        for (kit, image) in self.bed.images(files) {
+        for (kit, image) in self.fixture.images(files) {
             assert!(kit.is_dirty(image) || kit.is_sound(image), "an image is not sound");
         }
     }
@@ -135,13 +135,13 @@ impl Verified<'_> {
     /// Both images read as after the commit.
     fn reads(&self, files: &Files) {
         self.instant(files);
-        assert!(self.bed.read(files).backing == self.after.backing, "the backing reads something else");
+        assert!(self.fixture.read(files).backing == self.after.backing, "the backing reads something else");
     }
 
     /// The same, and the overlay holds nothing any more.
     fn finished(&self, files: &Files) {
         self.reads(files);
-        let [(kit, overlay), _] = self.bed.images(files);
+        let [(kit, overlay), _] = self.fixture.images(files);
         let nothing = kit.content(overlay, None);
         assert!(nothing.iter().all(|&byte| byte == 0), "the overlay holds data after it was emptied");
         let all = alloc::vec![0xa5; nothing.len()];
@@ -151,15 +151,15 @@ impl Verified<'_> {
     /// A second commit finishes the job, whatever it finds; the images keep their promises then.
     fn again(&self, files: Files) {
         let mut io = self.devices(&files);
-        let result = self.bed.commit(&mut io, Options::default(), ANY_LENGTH, &mut None);
+        let result = self.fixture.commit(&mut io, Options::default(), ANY_LENGTH, &mut None);
         assert!(result.is_ok(), "a second commit fails: {result:?}");
         self.finished(&io.files);
     }
 }
 
-/// Verify what the sources of a bed promise, where images can be opened as sources.
-pub(super) fn sources(bed: &Bed<'_>, random: &mut Random) {
-    for (kit, image) in bed.images(&bed.files) {
+/// Verify what the sources of a fixture promise, where images can be opened as sources.
+pub(super) fn sources(fixture: &Fixture<'_>, random: &mut Random) {
+    for (kit, image) in fixture.images(&fixture.files) {
         if kit.has_source() {
             promises::verify(kit, image, random);
         }

@@ -21,8 +21,8 @@
 //! }
 //! ```
 
-mod bed;
 mod commits;
+mod fixture;
 mod kit;
 mod layer;
 mod parents;
@@ -31,7 +31,7 @@ mod parents_tests;
 mod promises;
 mod sectors;
 
-pub use bed::{Bed, ANCESTOR, OVERLAY};
+pub use fixture::{Fixture, ANCESTOR, OVERLAY};
 pub use kit::{sink_of, source_of, Builder, ImageKit, ParentKit, Recorded};
 pub use layer::{Held, Layer, SECTOR};
 pub use parents::{verify_odd_parents, verify_parent, verify_parents, Relinks};
@@ -62,13 +62,13 @@ impl core::ops::AddAssign for Report {
     }
 }
 
-/// Verify the sources of a bed, and its commit.
+/// Verify the sources of a fixture, and its commit.
 ///
 /// # Panics
 /// If a promise is broken.
-pub fn verify(bed: &Bed<'_>, crashes: Crashes) -> Report {
-    commits::sources(bed, &mut Random::seeded(crashes.seed));
-    commits::verify(bed, crashes)
+pub fn verify(fixture: &Fixture<'_>, crashes: Crashes) -> Report {
+    commits::sources(fixture, &mut Random::seeded(crashes.seed));
+    commits::verify(fixture, crashes)
 }
 
 /// [`verify`] with these images of a format, all of them valid: as they are, and each role by itself, with images of the
@@ -79,9 +79,9 @@ pub fn verify(bed: &Bed<'_>, crashes: Crashes) -> Report {
 pub fn verify_images(kit: &dyn ImageKit, files: &Files, crashes: Crashes) -> Report {
     let random = &mut Random::seeded(crashes.seed);
     let mut report = Report::default();
-    let mut bed = |overlay, backing, files: Files| report += verify(&Bed { overlay, backing, files }, crashes);
+    let mut fixture = |overlay, backing, files: Files| report += verify(&Fixture { overlay, backing, files }, crashes);
     if kit.can_empty() && kit.has_sink() {
-        bed(kit, kit, files.clone());
+        fixture(kit, kit, files.clone());
     }
     let size = |number: u32| kit.info(files.get(&number).map(Vec::as_slice).unwrap_or_default()).virtual_size;
     let mut own = |size: u64| Sectors.build(&Layer::drawn(random, (size, SECTOR), Sectors.states(), true));
@@ -93,12 +93,12 @@ pub fn verify_images(kit: &dyn ImageKit, files: &Files, crashes: Crashes) -> Rep
         files
     };
     if kit.has_sink() {
-        bed(&Sectors, kit, with(OVERLAY, overlay));
+        fixture(&Sectors, kit, with(OVERLAY, overlay));
     }
     if kit.can_empty() {
         let mut files = with(DEVICE_OUTPUT, backing);
         files.remove(&ANCESTOR);
-        bed(kit, &Sectors, files);
+        fixture(kit, &Sectors, files);
     }
     report
 }

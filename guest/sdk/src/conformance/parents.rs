@@ -1,7 +1,7 @@
 //! What a driver promises of an image that gets another parent: when that is done, when it is refused, when a request fails,
 //! and at every instant of a power loss.
 
-use super::bed::{device, OVERLAY};
+use super::fixture::{device, OVERLAY};
 use super::kit::{ParentKit, Recorded};
 use crate::crash::{Crashes, Files};
 use crate::memory::MemoryDevices;

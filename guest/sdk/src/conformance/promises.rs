@@ -1,6 +1,6 @@
 //! What a source promises of an image that it only looks at.
 
-use super::bed::{device, ANY_LENGTH, OVERLAY};
+use super::fixture::{device, ANY_LENGTH, OVERLAY};
 use super::kit::ImageKit;
 use crate::extents::check_extents;
 use crate::memory::MemoryDevices;

@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_guest_sdk::conformance::{verify, verify_drawn, verify_images, Bed, Report, ANCESTOR, OVERLAY};
+use instar_guest_sdk::conformance::{verify, verify_drawn, verify_images, Fixture, Report, ANCESTOR, OVERLAY};
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_testkit::crash_states_drawn;
 use instar_vhdx_testkit::{build, Kind, Kit, Linkage, Log, Spec, MIB};
@@ -28,7 +28,7 @@ fn files(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) -> Files {
 
 /// The images as they are.
 fn conforms(overlay: &Spec, backing: &Spec, ancestor: Option<&Spec>) {
-    let report = verify(&Bed { overlay: &Kit, backing: &Kit, files: files(overlay, backing, ancestor) }, crashes());
+    let report = verify(&Fixture { overlay: &Kit, backing: &Kit, files: files(overlay, backing, ancestor) }, crashes());
     println!("{report:?}");
     assert!(report.committed == 1 && report.states >= 15, "{report:?}");
 }

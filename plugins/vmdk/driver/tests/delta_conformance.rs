@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, missing_docs)]
 
 use instar_guest_sdk::abi::{DeviceConfig, DEVICE_OUTPUT};
-use instar_guest_sdk::conformance::{verify, verify_drawn, Bed, Builder, Held, ImageKit, Layer, ANCESTOR, OVERLAY};
+use instar_guest_sdk::conformance::{verify, verify_drawn, Builder, Fixture, Held, ImageKit, Layer, ANCESTOR, OVERLAY};
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::random::Random;
@@ -33,7 +33,7 @@ fn new_tables_and_those_that_are_there() {
         let ancestor = layer(3, &[0, 1, 2, 3, 4, 4095, 4096, 4097]);
         let images = [(OVERLAY, &overlay), (DEVICE_OUTPUT, &backing), (ANCESTOR, &ancestor)];
         let files: Files = images.into_iter().map(|(number, layer)| (number, kit.build(layer))).collect();
-        let report = verify(&Bed { overlay: &kit, backing: &kit, files }, Crashes { drawn: 0, seed: 1 });
+        let report = verify(&Fixture { overlay: &kit, backing: &kit, files }, Crashes { drawn: 0, seed: 1 });
         println!("{report:?}");
         assert!(report.committed == 1 && report.states > 20, "{report:?}");
     }

@@ -21,8 +21,8 @@
 //! }
 //! ```
 
-mod bed;
 mod commits;
+mod fixture;
 mod kit;
 mod layer;
 mod parents;

@@ -1,6 +1,6 @@
 //! Valid images of every pair of formats.
 
-use super::{Bed, MIDDLE, OVERLAY};
+use super::{Fixture, MIDDLE, OVERLAY};
 use crate::formats::{Format, FORMATS};
 use instar_guest_abi::DEVICE_OUTPUT;
 use instar_testkit::Parts;
@@ -15,7 +15,7 @@ pub struct Pairs {
     /// Name of the target.
     pub target: String,
     /// The images: an input says which.
-    pub beds: Vec<Bed>,
+    pub fixtures: Vec<Fixture>,
 }
 
 impl Pairs {
@@ -25,8 +25,8 @@ impl Pairs {
         static ALL: OnceLock<Vec<Pairs>> = OnceLock::new();
         ALL.get_or_init(|| {
             let within = FORMATS.iter().map(|format| (format.label, within(format)));
-            let all = within.chain([("cross", cross())]).filter(|(_, beds)| !beds.is_empty());
-            all.map(|(name, beds)| Self { target: format!("{name}-commit"), beds }).collect()
+            let all = within.chain([("cross", cross())]).filter(|(_, fixtures)| !fixtures.is_empty());
+            all.map(|(name, fixtures)| Self { target: format!("{name}-commit"), fixtures }).collect()
         })
     }
 
@@ -38,8 +38,8 @@ impl Pairs {
 
     /// The images that an input changes: its first byte says which.
     #[must_use]
-    pub fn choose(&self, input: &[u8]) -> Option<&Bed> {
-        self.beds.get(usize::from(*input.first()?) % self.beds.len())
+    pub fn choose(&self, input: &[u8]) -> Option<&Fixture> {
+        self.fixtures.get(usize::from(*input.first()?) % self.fixtures.len())
     }
 }
 
@@ -50,21 +50,22 @@ impl fmt::Debug for Pairs {
 }
 
 /// The chains of a format alone.
-fn within(format: &'static Format) -> Vec<Bed> {
-    let bed = |chain: Vec<(u32, Vec<u8>)>| Bed::new(chain.into_iter().map(|(device, bytes)| (device, format, bytes)));
-    format.kit.chains().into_iter().map(bed).collect()
+fn within(format: &'static Format) -> Vec<Fixture> {
+    let fixture =
+        |chain: Vec<(u32, Vec<u8>)>| Fixture::new(chain.into_iter().map(|(device, bytes)| (device, format, bytes)));
+    format.kit.chains().into_iter().map(fixture).collect()
 }
 
 /// Overlays of each format into backings of every other, and with a layer of each format between them. Inputs name them by their
 /// place: it depends on the order of the formats.
-fn cross() -> Vec<Bed> {
+fn cross() -> Vec<Fixture> {
     let parts: Vec<(&'static Format, Parts)> =
         FORMATS.iter().rev().map(|format| (format, format.kit.parts(CROSS_SIZE))).collect();
-    let mut beds = Vec::new();
+    let mut fixtures = Vec::new();
     for (top, overlays) in parts.iter().map(|(top, parts)| (*top, &parts.overlays)) {
         for (base, backings) in parts.iter().map(|(base, parts)| (*base, &parts.backings)) {
             for (overlay, backing) in overlays.iter().zip(backings).filter(|_| top.label != base.label) {
-                beds.push(Bed::new([(OVERLAY, top, overlay.clone()), (DEVICE_OUTPUT, base, backing.clone())]));
+                fixtures.push(Fixture::new([(OVERLAY, top, overlay.clone()), (DEVICE_OUTPUT, base, backing.clone())]));
             }
         }
         // A record of the parent's identity is what a layer between can get wrong: one of the base's own format has it, one of
@@ -75,7 +76,7 @@ fn cross() -> Vec<Bed> {
             let middles = parts.iter().filter_map(|(format, parts)| Some((*format, parts.middle.as_ref()?)));
             let fits = |format: &Format| format.name == base.name || !format.kit.records_parent();
             for (format, middle) in middles.filter(|(format, _)| fits(format)) {
-                beds.push(Bed::new([
+                fixtures.push(Fixture::new([
                     (OVERLAY, top, overlay.clone()),
                     (MIDDLE, format, middle.clone()),
                     (DEVICE_OUTPUT, base, backing.clone()),
@@ -83,5 +84,5 @@ fn cross() -> Vec<Bed> {
             }
         }
     }
-    beds
+    fixtures
 }

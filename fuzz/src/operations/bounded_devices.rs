@@ -14,7 +14,7 @@ const MAX_REQUESTS: usize = 200_000;
 const MAX_READ: u64 = 256 << 20;
 
 /// The devices of an operation.
-pub struct Strict {
+pub struct BoundedDevices {
     /// The devices.
     pub devices: MemoryDevices,
     moved: u64,
@@ -22,7 +22,7 @@ pub struct Strict {
     most: Option<usize>,
 }
 
-impl Strict {
+impl BoundedDevices {
     /// The devices of a commit of `overlay` into `target`; all others are only read. If the overlay is kept, `kept` is the lowest
     /// layer that is merged: what it records of its parent may change.
     pub fn commit(
@@ -63,7 +63,7 @@ impl Strict {
     }
 }
 
-impl BlockIo for Strict {
+impl BlockIo for BoundedDevices {
     fn submit(&mut self, requests: &mut [Request]) -> Result<(), IoFailure> {
         requests.iter().for_each(|request| self.count(request));
         if self.most.is_some_and(|most| self.devices.executed() > most || self.devices.bytes_read > MAX_READ) {

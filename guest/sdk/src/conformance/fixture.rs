@@ -17,7 +17,7 @@ pub const ANCESTOR: u32 = 1;
 pub(super) const ANY_LENGTH: u64 = i64::MAX.cast_unsigned();
 
 /// An overlay, the backing that it is committed into, and what is below that.
-pub struct Bed<'a> {
+pub struct Fixture<'a> {
     /// The format of the overlay.
     pub overlay: &'a dyn ImageKit,
     /// The format of the backing and of its ancestor.
@@ -74,7 +74,7 @@ fn file(files: &Files, device: u32) -> &[u8] {
     files.get(&device).map(Vec::as_slice).unwrap_or_default()
 }
 
-impl Bed<'_> {
+impl Fixture<'_> {
     fn below(&self, files: &Files) -> Option<Vec<u8>> {
         files.get(&ANCESTOR).map(|bytes| self.backing.content(bytes, None))
     }
