@@ -11,6 +11,7 @@ use crate::metadata::snapshot_table::SnapshotTable;
 use crate::metadata::structures::Structures;
 use crate::refcount::blocks::{Refcounts, CLUSTERS_PER_LOAD};
 use crate::references::calculated::CalculatedRefcounts;
+use crate::references::cluster_set::ClusterSet;
 use crate::references::walk::{
     check_copied_flags, compare_refcounts, each_pass, BlockSlice, Comparison, FlagCheck, FlaggedEntry, Level,
 };
@@ -24,6 +25,10 @@ use instar_qcow2_format::{get_refcount, HostCluster, L2Entry, Version};
 /// Takes what is found.
 pub(crate) type Finding<'a> = &'a mut dyn FnMut(FindingKind, &str);
 
+/// Memory in bytes for the clusters that entries of the active state name: all of a file of 3 TiB in clusters of 64 KiB. Those
+/// behind are not compared with each other.
+const ACTIVE_BYTES: usize = 8 << 20;
+
 /// What is being examined, and what was found so far.
 struct Examiner<'a> {
     image: &'a Image,
@@ -32,6 +37,8 @@ struct Examiner<'a> {
     finding: Finding<'a>,
     /// Of the last cluster of plain data: which L2 table has it, and the byte offset where it ends.
     last_data: Option<(u64, u64)>,
+    /// What entries of the active state name.
+    active: ClusterSet,
 }
 
 /// Compare all references with refcounts and flags, and count clusters. What is found is handed to `finding`, too.
@@ -41,7 +48,8 @@ struct Examiner<'a> {
 pub(crate) fn examine(io: &mut dyn BlockIo, image: &Image, finding: Finding<'_>) -> DriverResult<CheckSummary> {
     let size = image.cluster_size();
     let found = CheckSummary { total_clusters: size.count_for(image.header.virtual_size), ..CheckSummary::default() };
-    let mut examiner = Examiner { image, refcounts: Refcounts::new(image), found, finding, last_data: None };
+    let active = ClusterSet::new(HostCluster(0), ACTIVE_BYTES);
+    let mut examiner = Examiner { image, refcounts: Refcounts::new(image), found, finding, last_data: None, active };
     match examiner.run(io) {
         Err(error) if error.code == image.corrupt_code() => {
             examiner.corruption(format!("{}; the rest was not looked at", error.text));
@@ -162,6 +170,12 @@ impl FlagCheck for Examiner<'_> {
         self.refcounts.load(io, self.image, entries.iter().map(|entry| entry.cluster))?;
         for FlaggedEntry { cluster, copied, at } in entries {
             let refcount = self.refcounts.get(self.image, *cluster)?;
+            if level == Level::L2 && !self.active.insert(*cluster) {
+                let offset = self.image.cluster_size().host_offset(*cluster).unwrap_or_default();
+                self.corruption(format!(
+                    "the entry at offset {at} and another one name the data cluster at offset {offset}"
+                ));
+            }
             if *copied != (refcount == 1) {
                 let state = if *copied { "set" } else { "not set" };
                 let offset = self.image.cluster_size().host_offset(*cluster).unwrap_or_default();

@@ -4,6 +4,10 @@
 //! table can be read. Where one cannot, nothing is mended: a cluster that only the damaged table names would count as free,
 //! and somebody would write over it. (QEMU drops what it cannot read, `block/qcow2-refcount.c`.)
 //!
+//! A cluster that two entries of the active state name belongs to one of them; the other is damaged. It is shared from then on,
+//! so that no write to the one part of the disk changes the other. What the damaged one named before counts as a leak, and is
+//! the only copy of that part: in such an image no leak is given back.
+//!
 //! [`Mend::plan`] counts and changes nothing. [`Mend::apply`] walks again for each step, and writes as it goes, so that
 //! memory does not depend on how much is wrong. The order, and the crash that each step survives; all of them leave an image
 //! that reads as before, and that running it again finishes:
@@ -34,13 +38,14 @@ use crate::metadata::structures::Structures;
 use crate::refcount::blocks::Refcounts;
 use crate::refcount::space::Space;
 use crate::references::calculated::CalculatedRefcounts;
+use crate::references::cluster_set::ClusterSet;
 use crate::references::walk::{check_copied_flags, compare_refcounts, each_pass, Comparison};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{FindingKind, Repair, RepairSummary};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter};
-use instar_qcow2_format::{incompatible, Version, INCOMPATIBLE_OFFSET};
+use instar_qcow2_format::{incompatible, HostCluster, Version, INCOMPATIBLE_OFFSET};
 use passes::{Flags, Setting, Survey, FLAGS_AT_ONCE};
 use rules::Rules;
 
@@ -66,6 +71,19 @@ impl Mend {
             }
             surveyed => surveyed?,
         }
+        if plan.doubtful != 0 {
+            let text = format!(
+                "{} L2 entries name a cluster that another one names: nothing says which of the two is right, and both parts of \
+                 the disk read the same",
+                plan.doubtful
+            );
+            finding(FindingKind::Corruption, &text);
+        }
+        if plan.doubtful != 0 && plan.lowered != 0 {
+            // Counted once more, by rules under which what no entry names is not given away.
+            plan = Self::nothing(plan.rules.keeping());
+            plan.survey(io, image, &mut |_, _| ())?;
+        }
         let mut final_length = 0;
         if !plan.missing.is_empty() {
             let mut longer = image.clone();
@@ -88,9 +106,13 @@ impl Mend {
         }
         if plan.kept != 0 {
             let text = format!(
-                "{} clusters that no table refers to keep their refcounts: they may belong to a header extension that is \
-                 unknown, or to bitmaps that are stale",
-                plan.kept
+                "{} clusters that no table refers to keep their refcounts: they may belong to {}",
+                plan.kept,
+                if plan.doubtful == 0 {
+                    "a header extension that is unknown, or to bitmaps that are stale"
+                } else {
+                    "entries that name clusters of others now"
+                }
             );
             finding(FindingKind::Leak, &text);
         }
@@ -116,8 +138,10 @@ impl Mend {
         }
         let mut refcounts = Refcounts::new(image);
         each_count(io, image, &mut |io, counts| {
-            let survey =
-                &mut Survey { image, refcounts: &mut refcounts, counts, plan: &mut *self, finding: &mut *finding };
+            // As many as there are counts of.
+            let active = ClusterSet::new(HostCluster(counts.range().0), usize::MAX);
+            let (refcounts, plan) = (&mut refcounts, &mut *self);
+            let survey = &mut Survey { image, refcounts, counts, active, plan, finding: &mut *finding };
             compare_refcounts(io, image, counts, u64::MAX, survey)?;
             check_copied_flags(io, image, FLAGS_AT_ONCE, survey)
         })

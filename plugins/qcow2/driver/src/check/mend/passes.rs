@@ -7,6 +7,7 @@ use crate::image::{overflow, Image};
 use crate::metadata::slice_cache::SliceCache;
 use crate::refcount::blocks::{Refcounts, CLUSTERS_PER_LOAD};
 use crate::references::calculated::CalculatedRefcounts;
+use crate::references::cluster_set::ClusterSet;
 use crate::references::walk::{BlockSlice, Comparison, FlagCheck, FlaggedEntry, Level};
 use alloc::format;
 use alloc::vec::Vec;
@@ -24,6 +25,8 @@ pub(super) struct Survey<'a> {
     pub(super) image: &'a Image,
     pub(super) refcounts: &'a mut Refcounts,
     pub(super) counts: &'a CalculatedRefcounts,
+    /// What entries of the active state name, of the clusters of this pass.
+    pub(super) active: ClusterSet,
     pub(super) plan: &'a mut Mend,
     pub(super) finding: Finding<'a>,
 }
@@ -88,11 +91,14 @@ impl FlagCheck for Survey<'_> {
         self.counts.covers(entry.cluster)
     }
 
-    fn batch(&mut self, io: &mut dyn BlockIo, _level: Level, entries: &[FlaggedEntry]) -> DriverResult<()> {
+    fn batch(&mut self, io: &mut dyn BlockIo, level: Level, entries: &[FlaggedEntry]) -> DriverResult<()> {
         load_refcounts(self.refcounts, io, self.image, entries)?;
         for entry in entries {
             let refcount = self.refcounts.get(self.image, entry.cluster)?;
             let references = self.counts.get(entry.cluster).unwrap_or(0);
+            let twice = level == Level::L2 && !self.active.insert(entry.cluster);
+            self.plan.doubtful += u64::from(twice);
+            self.plan.left += u64::from(twice);
             let rules = self.plan.rules;
             let copied = rules.copied(entry.copied, refcount, references);
             let (was_wrong, is_wrong) =

@@ -22,6 +22,9 @@ pub(crate) struct Mend {
     /// Corruption that stays.
     pub(super) left: u64,
     pub(super) clears_marks: bool,
+    /// Entries of the active state for a cluster that another one names: one of the two is damaged, and has named a cluster that
+    /// nothing names now.
+    pub(super) doubtful: u64,
 }
 
 impl Mend {
@@ -38,6 +41,7 @@ impl Mend {
             kept: 0,
             left: 0,
             clears_marks: false,
+            doubtful: 0,
         }
     }
 }

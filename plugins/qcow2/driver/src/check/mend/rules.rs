@@ -27,6 +27,11 @@ impl Rules {
         Self { all: what == Repair::All, max: image.header.refcount_order.max(), keeps }
     }
 
+    /// The same, and clusters that no table names keep their refcount.
+    pub(super) const fn keeping(self) -> Self {
+        Self { keeps: true, ..self }
+    }
+
     /// A refcount before those that are too high are lowered.
     pub(super) fn raised(self, refcount: u64, references: u64) -> u64 {
         let can = self.all && references <= self.max;
