@@ -160,14 +160,38 @@ def test_layers_that_are_merged_and_overlays_that_are_kept(tmp_path):
         relink = [option for path in children(directory) for option in ("--relink", path)]
         result = run_instar("commit", *options, *relink, directory / "mid")
         assert result.rc == 0, str(result)
-        # A run that was interrupted is finished by the same command.
+        # Nothing shows that it was a run that was interrupted which had the others name the target: whoever knows says so.
         qemu_img("rebase", "-u", "-b", "mid", "-F", "qcow2", directory / "second")
-        result = run_instar("commit", *options, *relink, directory / "mid")
+        refuse("ERROR_BACKING_SHARED", directory / "mid", *options, *relink, files=files, mentions=["--ignore-siblings"])
+        result = run_instar("commit", *options, *relink, "--ignore-siblings", directory / "mid")
         assert result.rc == 0, str(result)
         assert [named(path)[0] for path in children(directory)] == ["base", "base", "../base"]
         for name in ("mid", "between"):
             (directory / name).unlink(missing_ok=True)
         assert contents(children(directory)) == before and low.exists()
+
+
+@pytest.mark.parametrize("options", [["-d"], ["-b", "base"]])
+def test_a_sibling_that_is_named_as_a_child_stays_one(tmp_path, options):
+    """It was never on the overlay: an overlay that keeps its content does not show whether it was committed before."""
+    make(tmp_path)
+    if "-b" in options:
+        (tmp_path / "mid").rename(tmp_path / "between")
+        add(tmp_path / "mid", tmp_path / "between", "qcow2", "qcow2", "write -P 9 2M 64k")
+    sibling = add(tmp_path / "sibling", tmp_path / "base", "qcow2", "qcow2", "write -P 7 3M 64k")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    refuse("ERROR_BACKING_SHARED", tmp_path / "mid", *options, "--relink", sibling, files=files, mentions=["sibling"])
+
+
+def test_a_snapshot_in_a_child_reads_what_it_read(tmp_path):
+    """It is longer than the overlay, and the target has data there."""
+    add(tmp_path / "base", None, None, "qcow2", "write -P 1 0 4M", size=SIZE)
+    add(tmp_path / "mid", tmp_path / "base", "qcow2", "qcow2", "write -P 2 0 64k", size=MIB)
+    child = add(tmp_path / "child", tmp_path / "mid", size=SIZE)
+    qemu_img("snapshot", "-c", "long", child)
+    qemu_img("resize", "--shrink", child, "1M")
+    files = [path for path in tmp_path.iterdir() if path.is_file()]
+    refuse("ERROR_UNSUPPORTED_FORMAT", tmp_path / "mid", "--relink", child, files=files, mentions=["child", "reads zeroes past"])
 
 
 def test_a_backing_that_grows(tmp_path):

@@ -117,7 +117,7 @@ def test_a_template_with_two_hundred_clones(pair):
 def test_a_backup_copy_of_the_overlay_is_a_sibling(pair):
     pair.make(base=["write -P 9 0 4M"], top=TOP)
     backup = support.copy(pair.top, pair.dir / "top.qcow2.bak")
-    refuse(pair.top, names=[f"'{backup}' (with the header of '{pair.top}')"])
+    refuse(pair.top, names=[backup])
     os.remove(backup)
     # The same file under another name is not.
     os.link(pair.top, pair.dir / "again.qcow2")

@@ -85,11 +85,10 @@ impl<'q> Commit<'q> {
         Self { request, workers, warnings, siblings, paths: Default::default(), relinked: Vec::new(), admitted }
     }
 
-    /// A child that names the target already, though nothing of the overlay was committed into that.
+    /// A child that names the target already. As long as the overlay holds anything, nothing shows that an earlier run has
+    /// relinked it: it may have been on the target all along.
     fn settled(&self) -> Option<&Path> {
-        let emptied = self.admitted.as_ref().is_some_and(|admitted| !admitted.keep_overlay);
-        let settled = self.relinked.iter().find(|child| child.already && emptied);
-        settled.map(|child| child.image.as_path())
+        self.relinked.iter().find(|child| child.already).map(|child| child.image.as_path())
     }
 
     /// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
@@ -174,7 +173,7 @@ impl Operation for Commit<'_> {
         let chain: Vec<&ChainImage<'_>> =
             std::iter::once(&overlay).chain(&between).chain(std::iter::once(&backing)).chain(&ancestors).collect();
         let relinks = Relinks::open(opener, &chain, between.len() + 1).map_err(|error| error.in_role(Role::Child))?;
-        let Relinks { images: mut children, all, settled, warnings } = relinks;
+        let Relinks { images: mut children, all, warnings } = relinks;
         self.warnings.extend(warnings);
         self.relinked = all;
         overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.has_to_follow(&backing);
@@ -196,9 +195,7 @@ impl Operation for Commit<'_> {
         // Whoever only asks how much space it takes damages nothing.
         if self.request.mode != CommitMode::Measure {
             let above: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
-            // Where the overlay keeps its content, nothing shows that it was committed before: who is named is believed.
-            let believed = if self.request.keep_overlay || !between.is_empty() { &settled[..] } else { &[] };
-            self.siblings = Siblings::find(opener, &above, &backing, &ancestors, believed)?;
+            self.siblings = Siblings::find(opener, &above, &backing, &ancestors)?;
         }
         self.paths = (overlay.opened.settled_path(), backing.opened.settled_path());
         if self.request.only_plans() {
@@ -403,7 +400,7 @@ fn not_writable(path: &Path) -> Option<String> {
 fn is_sibling(path: &Path, backing: &Path) -> Error {
     let clause = format!(
         "is backed by '{}', and not by the overlay, and would read something else after the commit: leave it out of --relink, \
-         and copy it first if it is needed",
+         and copy it first if it is needed; if an interrupted run of this very command had it name that, use --ignore-siblings",
         escape_path(backing)
     );
     Error::image(path, ErrorCode::NotInChain, clause).in_role(Role::Child)

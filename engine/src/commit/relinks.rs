@@ -39,8 +39,6 @@ pub struct Relinks<'r> {
     pub images: Vec<ChainImage<'r>>,
     /// These and those that name the target already, in the order in which they were named and found.
     pub all: Vec<Relinked>,
-    /// Those that name the target already.
-    pub settled: Vec<Identity>,
     /// Lines about files that could not be looked at.
     pub warnings: Vec<String>,
 }
@@ -164,7 +162,6 @@ impl<'r> Relinks<'r> {
         let path = image.opened.settled_path();
         if already {
             self.all.push(Relinked { image: path, backing: recorded(&image.facts).to_vec(), already });
-            self.settled.push(image.opened.identity);
             return Ok(());
         }
         let backing = family.name_for(&image, is_link)?;
@@ -199,7 +196,10 @@ impl<'r> Family<'_, 'r> {
     fn name_for(&self, child: &ChainImage<'r>, is_link: bool) -> Result<Vec<u8>, Error> {
         let old = file_name(recorded(&child.facts));
         // A relative name would begin beside the link for one program, and beside the file for another.
-        let relative = !is_link && old.is_ok_and(|old| !old.from_working_directory && !old.path.starts_with(b"/"));
+        let was_relative = old.is_ok_and(|old| !old.from_working_directory && !old.path.starts_with(b"/"));
+        // A path of another machine leads nowhere here, and the image was found beside this one.
+        let leads_nowhere = self.search.leads_to(&child.opened.directory, recorded(&child.facts)).is_none();
+        let relative = !is_link && (was_relative || leads_nowhere);
         let from = child.opened.directory.clone().really();
         let names = self.paths.iter().filter(|_| relative).map(|path| relative_name(from.path(), path));
         let absolute = self.paths.iter().map(|path| path.as_os_str().as_bytes().to_vec());
@@ -281,9 +281,11 @@ pub fn admit<'s, 'r: 's>(
         if !verdict.reason.is_empty() {
             warnings.push(format!("'{}': {}", escape_path(path), verdict.reason));
         }
-        // Past the overlay's end a child reads zeroes, and past that of the same disk in the target what the target has.
+        // Past the overlay's end a child, or a snapshot in it, reads zeroes, and over the target what that has there.
         let shorter = overlay.facts.virtual_size;
-        if child.facts.virtual_size > shorter && virtual_size > shorter {
+        let snapshots = child.facts.snapshots.iter().map(|snapshot| snapshot.virtual_size);
+        let longest = snapshots.fold(child.facts.virtual_size, u64::max);
+        if longest > shorter && virtual_size > shorter {
             let clause = format!(
                 "reads zeroes past the {shorter} bytes of the overlay, where '{}' has data: leave it out of --relink, and rebase \
                  it afterwards in the way that copies what differs",

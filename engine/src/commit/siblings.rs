@@ -8,7 +8,6 @@
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
 use crate::image::{ChainImage, Child, ChildSearch, Children};
-use crate::lookup::Identity;
 use crate::operation::{Opener, Session};
 use instar_guest_abi::ErrorCode;
 use std::path::{Path, PathBuf};
@@ -26,8 +25,8 @@ pub struct Siblings {
 }
 
 impl Siblings {
-    /// Look for them; `above` are the overlay and the layers between it and the `target`, the top-most first. Those that are
-    /// `believed` to be above the overlay are none. `None` if there are none.
+    /// Look for them; `above` are the overlay and the layers between it and the `target`, the top-most first. `None` if there
+    /// are none.
     ///
     /// # Errors
     /// [`ErrorCode::Interrupted`].
@@ -36,7 +35,6 @@ impl Siblings {
         above: &[&ChainImage<'_>],
         target: &ChainImage<'_>,
         ancestors: &[ChainImage<'_>],
-        believed: &[Identity],
     ) -> Result<Option<Self>, Error> {
         let Opener { registry, session, below, .. } = *opener;
         // The images on the overlay itself read afterwards what they read before.
@@ -47,8 +45,7 @@ impl Siblings {
         let beside = changed.iter().map(|image| &image.opened.directory);
         let found = search.find(roots.directories().iter().chain(beside))?;
         note(session, &found);
-        let others = found.children.iter().filter(|child| !believed.contains(&child.identity));
-        let names: Vec<String> = others.map(|child| name(child, above)).collect();
+        let names: Vec<String> = found.children.iter().map(|child| name(child, above)).collect();
         Ok((!names.is_empty()).then(|| Self { target: target.opened.path.clone(), names }))
     }
 
@@ -70,8 +67,9 @@ impl Siblings {
     pub fn refusal(&self) -> Error {
         let (count, names) = self.list();
         let clause = format!(
-            "is the backing of {count}, which a commit into it would damage: {names}; give them another backing first (a copy \
-             of this one), or, if they are not needed any more, use --ignore-siblings"
+            "is the backing of {count}, which a commit into it would damage: {names}; if they are needed, give them a copy of \
+             this one as their backing first (`qemu-img rebase -u -b COPY`; what that cannot do, move to a directory of its own \
+             with the copy), else use --ignore-siblings"
         );
         Error::image(&self.target, ErrorCode::BackingShared, clause).in_role(Role::Backing)
     }
@@ -92,11 +90,6 @@ fn name(child: &Child, above: &[&ChainImage<'_>]) -> String {
     let place = above.iter().position(|image| image.opened.identity == child.parent);
     if let Some(layer) = place.and_then(|place| above.get(place)) {
         name += &format!(" (through {})", quoted(&layer.opened.path));
-    }
-    // A copy that was made as a backup, most probably, of the image of the chain that is on the same one.
-    let twin = place.unwrap_or(above.len()).checked_sub(1).and_then(|place| above.get(place));
-    if let Some(twin) = twin.filter(|twin| twin.facts == child.facts) {
-        name += &format!(" (with the header of {})", quoted(&twin.opened.path));
     }
     name
 }

@@ -49,7 +49,11 @@ impl Recorder<'_> {
         } else {
             format!("allow its directory with --allow-backing-dir {}", shell_path(directory))
         };
-        let mut advice = if self.part == Part::Target { format!("{named}, or {allow}") } else { allow };
+        let mut advice = if self.part == Part::Target {
+            format!("if no image in another directory is on it, {named}, or {allow}")
+        } else {
+            allow
+        };
         // Whole paths come from other machines as well, where nobody may look whether this one has such a file: `/vmfs/volumes/…`.
         if name.starts_with(b"/") {
             advice += &format!("; if the file was moved, {}", self.record("its new name"));

@@ -191,16 +191,19 @@ impl ChildSearch<'_> {
     pub fn parent(&self, directory: &Directory, facts: &ImageFacts) -> Option<Identity> {
         let pointer = facts.backing.as_ref().into_option()?;
         let mut steps = MOST_STEPS;
-        let named = pointer.names().find_map(|name| {
-            let reached = self.walk(directory, name, &mut steps)?;
-            self.parents.iter().find(|parent| {
+        // The first name that leads to a file is the one; an identity counts for images whose names lead nowhere.
+        let parent = match pointer.names().find_map(|name| self.walk(directory, name, &mut steps)) {
+            Some(reached) => self.parents.iter().find(|parent| {
                 let opened = &parent.opened;
                 opened.identity == reached || opened.below == Some(reached)
-            })
-        });
-        let proven =
-            || self.parents.iter().find(|parent| facts.is_proven_child_of(&parent.facts, &parent.next_identity(facts)));
-        named.or_else(proven).map(|parent| parent.opened.identity)
+            }),
+            None => {
+                let proves =
+                    |parent: &&&ChainImage<'_>| facts.is_proven_child_of(&parent.facts, &parent.next_identity(facts));
+                self.parents.iter().find(proves)
+            }
+        };
+        parent.map(|parent| parent.opened.identity)
     }
 
     /// The file that a name leads to which an image in this directory records.

@@ -277,7 +277,7 @@ fn what_cannot_be_mended_without_loss_is_told_and_every_byte_stays() {
         (|_, l2| (l2 + 70 * 8, l2), "is metadata", disk),
         (|_, l2| (l2 + 70 * 8, 5 << 13 | 1 << 57), "reserved", disk),
         (|b, _| (be64(b, 48) + 8, 512), "not the start of a cluster", "no cluster of the disk"),
-        (|b, l2| (be64(b, 40), l2 | 1 << 40), "past the end", "512 clusters of the disk, the first at guest offset 0"),
+        (|b, l2| (be64(b, 40), l2 | 1 << 40), "past the end", "300 clusters of the disk, the first at guest offset 0"),
         (|b, l2| (be64(b, 48) + 8, l2), "overlap", "no cluster of the disk"),
     ];
     for (edit, word, lost) in edits {

@@ -12,7 +12,7 @@ use instar_qcow2_format::{CompressedRange, HostOffset, L2Entry};
 /// Clusters of the disk that no entry leads to, although one says that it does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Lost {
-    /// How many; those that the disk does not have count as well.
+    /// How many.
     clusters: u64,
     /// Guest offset in bytes of the first one.
     first: Option<u64>,
@@ -20,6 +20,9 @@ pub(crate) struct Lost {
 
 impl Lost {
     fn add(&mut self, guest: u64, clusters: u64) {
+        if clusters == 0 {
+            return;
+        }
         self.clusters = self.clusters.saturating_add(clusters);
         self.first = self.first.or(Some(guest));
     }
@@ -56,7 +59,7 @@ pub(crate) fn lost(io: &mut dyn BlockIo, image: &Image) -> DriverResult<Lost> {
                 tables.push((guest, table));
             }
             Ok(_) => {}
-            Err(_) => found.add(guest, coverage / cluster),
+            Err(_) => found.add(guest, coverage.min(header.virtual_size.saturating_sub(guest)).div_ceil(cluster)),
         }
         Ok(())
     })?;
