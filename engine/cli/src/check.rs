@@ -29,7 +29,7 @@ const NOT_SUPPORTED: u8 = 63;
 /// What is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RepairMode {
-    /// Give leaked clusters back
+    /// Give leaked clusters back, and clear marks of an image in which nothing else is wrong
     Leaks,
     /// Mend corruptions as well, as far as nothing is lost by it
     All,
