@@ -57,10 +57,11 @@ instar: ## build everything: the program, the plugins, the guest modules, the ma
 	@rm -rf $(ASSETS)
 	@$(dated) target/release/instar-assets $(ASSETS)
 
-lint: ## formatting, clippy, circles of files, licences and advisories
+lint: ## formatting, clippy, circles of files, widths, licences and advisories
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --profile checked --workspace --all-targets -- -D warnings
 	@$(PYTHON) tests/tools/circles.py
+	@$(PYTHON) tests/tools/markdown_width.py
 	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
 		echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; \
 	elif $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny check; \
