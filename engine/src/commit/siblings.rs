@@ -68,8 +68,8 @@ impl Siblings {
         let (count, names) = self.list();
         let clause = format!(
             "is the backing of {count}, which a commit into it would damage: {names}; if they are needed, give them a copy of \
-             this one as their backing first (`qemu-img rebase -u -b COPY`; what that cannot do, move to a directory of its own \
-             with the copy), else use --ignore-siblings"
+             this one as their backing first, or move them, with a copy of it, to a directory of their own; if not, use \
+             --ignore-siblings"
         );
         Error::image(&self.target, ErrorCode::BackingShared, clause).in_role(Role::Backing)
     }
