@@ -87,8 +87,7 @@ impl Siblings {
 fn name(child: &Child, above: &[&ChainImage<'_>]) -> String {
     let quoted = |path: &Path| format!("'{}'", escape_path(path));
     let mut name = quoted(&child.path);
-    let place = above.iter().position(|image| image.opened.identity == child.parent);
-    if let Some(layer) = place.and_then(|place| above.get(place)) {
+    if let Some(layer) = above.iter().find(|image| image.opened.identity == child.parent) {
         name += &format!(" (through {})", quoted(&layer.opened.path));
     }
     name

@@ -40,6 +40,21 @@ impl Devices {
         Ok(())
     }
 
+    /// Whether an operation is done that ends in phase `last`, if it has got as far as to know that: the phase is reached, and
+    /// everything is durable.
+    ///
+    /// # Errors
+    /// What a success that is told now leaves out, in one clause.
+    pub fn finished(&self, last: Option<Phase>) -> Result<(), String> {
+        if last != Some(self.phases.now) {
+            return Err("it reported success before its work was done".to_owned());
+        }
+        match self.unflushed(|_| true) {
+            Some(device) => Err(format!("it reported success while device {device} is not flushed")),
+            None => Ok(()),
+        }
+    }
+
     /// The first device of these parts that has changes which no flush has made durable.
     pub fn unflushed(&self, of: impl Fn(Part) -> bool) -> Option<u32> {
         let mut devices = (0..).zip(&self.slots);
