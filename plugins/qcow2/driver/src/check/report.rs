@@ -4,7 +4,7 @@
 //! structure that makes no sense (a table outside the file, an entry that points to metadata) ends the examination with
 //! that finding: what it should refer to is not known, so that counts would be wrong from there on.
 
-use crate::image::{overflow, Image};
+use crate::image::Image;
 use crate::metadata::l2_entry::Mapped;
 use crate::metadata::map::MetadataMap;
 use crate::metadata::snapshot_table::SnapshotTable;
@@ -20,7 +20,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{CheckSummary, FindingKind};
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{get_refcount, HostCluster, L2Entry, Version};
+use instar_qcow2_format::{HostCluster, L2Entry, Version};
 
 /// Takes what is found.
 pub(crate) type Finding<'a> = &'a mut dyn FnMut(FindingKind, &str);
@@ -118,12 +118,8 @@ impl Comparison for Examiner<'_> {
     }
 
     fn slice(&mut self, slice: &BlockSlice, counts: &CalculatedRefcounts) -> DriverResult<()> {
-        let order = self.refcounts.order();
-        let bytes = self.refcounts.blocks.bytes(slice.at)?.to_vec();
-        for cluster in slice.clusters.clone() {
-            let position = usize::try_from(cluster - slice.first).map_err(|_| overflow("the index of a refcount"))?;
-            let refcount = get_refcount(&bytes, order, position).unwrap_or(0);
-            self.one(HostCluster(cluster), refcount, counts.get(HostCluster(cluster)).unwrap_or(0));
+        for (cluster, refcount) in slice.refcounts(&self.refcounts)? {
+            self.one(cluster, refcount, counts.get(cluster).unwrap_or(0));
         }
         Ok(())
     }

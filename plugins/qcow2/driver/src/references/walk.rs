@@ -5,7 +5,7 @@
 //! [`Comparison`]. Memory is bounded: as many clusters are counted in a pass as fit, and blocks, tables and flags are
 //! looked at in batches.
 
-use crate::image::Image;
+use crate::image::{overflow, Image};
 use crate::metadata::entries::scan_l1_flags;
 use crate::metadata::l2_entry::Mapped;
 use crate::metadata::map::MetadataMap;
@@ -17,7 +17,7 @@ use crate::references::calculated::CalculatedRefcounts;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::HostCluster;
+use instar_qcow2_format::{get_refcount, HostCluster};
 
 /// Memory for the counts of one pass, in bytes: dense, about four million clusters.
 const COUNT_BUDGET: usize = 16 << 20;
@@ -47,6 +47,21 @@ pub(crate) struct BlockSlice {
     pub(crate) first: u64,
     /// The clusters that are compared; all are in it.
     pub(crate) clusters: Range<u64>,
+}
+
+impl BlockSlice {
+    /// The clusters that are compared, each with its refcount, of a slice that is held.
+    ///
+    /// # Errors
+    /// An arithmetic guard.
+    pub(crate) fn refcounts(&self, held: &Refcounts) -> DriverResult<impl Iterator<Item = (HostCluster, u64)>> {
+        let (order, bytes) = (held.order(), held.blocks.bytes(self.at)?.to_vec());
+        let start = self.clusters.start.checked_sub(self.first).and_then(|start| usize::try_from(start).ok());
+        let start = start.ok_or_else(|| overflow("the index of a refcount"))?;
+        let refcount =
+            move |(cluster, position)| (HostCluster(cluster), get_refcount(&bytes, order, position).unwrap_or(0));
+        Ok(self.clusters.clone().zip(start..).map(refcount))
+    }
 }
 
 /// Call `each` with the counts of one pass after the other, until all references were counted. The metadata is where

@@ -58,12 +58,8 @@ impl Comparison for Survey<'_> {
     }
 
     fn slice(&mut self, slice: &BlockSlice, counts: &CalculatedRefcounts) -> DriverResult<()> {
-        let order = self.refcounts.order();
-        let bytes = self.refcounts.blocks.bytes(slice.at)?.to_vec();
-        for cluster in slice.clusters.clone() {
-            let position = usize::try_from(cluster - slice.first).map_err(|_| overflow("the index of a refcount"))?;
-            let refcount = get_refcount(&bytes, order, position).unwrap_or(0);
-            self.one(HostCluster(cluster), refcount, counts.get(HostCluster(cluster)).unwrap_or(0));
+        for (cluster, refcount) in slice.refcounts(self.refcounts)? {
+            self.one(cluster, refcount, counts.get(cluster).unwrap_or(0));
         }
         Ok(())
     }
