@@ -46,13 +46,14 @@ fn extension(io: &mut dyn BlockIo, image: &Image) -> DriverResult<Result<BTreeSe
     Ok(Ok(places))
 }
 
-/// Look at all of an image.
+/// Look at all of an image; whether it was closed counts only if the `mark` is to be looked at.
 ///
 /// # Errors
 /// I/O errors.
 pub fn check(
     io: &mut dyn BlockIo,
     image: &Image,
+    mark: bool,
     finding: &mut dyn FnMut(FindingKind, &str),
 ) -> DriverResult<CheckSummary> {
     let rest = "the BAT is damaged throughout: the rest of it was not looked at";
@@ -71,7 +72,7 @@ pub fn check(
         let text = format!("data_off is sector {}, which is not the start of a cluster", image.header.data_off);
         wrong(&text);
     }
-    if image.header.in_use == InUse::Open {
+    if mark && image.header.in_use == InUse::Open {
         // QEMU counts that as a corruption, too (`parallels_check_unclean`).
         wrong("the image was not closed, or is open for writing");
     }

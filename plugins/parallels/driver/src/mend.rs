@@ -19,18 +19,10 @@ pub fn plan(
     repair: Repair,
     finding: &mut dyn FnMut(FindingKind, &str),
 ) -> DriverResult<RepairSummary> {
-    let open = u64::from(Mark::left(image).is_some());
-    let mut wrong = 0;
-    let found = check(io, image, &mut |kind, text| {
-        // The mark is told first of what comes behind the BAT.
-        let is_mark = text.starts_with("the image was not closed");
-        wrong += u64::from(kind == FindingKind::Corruption && !is_mark);
-        if !is_mark {
-            finding(kind, &format!("{text}: nothing says where its data is, and it would be lost"));
-        }
+    let found = check(io, image, false, &mut |kind, text| {
+        finding(kind, &format!("{text}: nothing says where its data is, and it would be lost"));
     })?;
-    let others = found.corruptions.saturating_sub(open).max(wrong);
-    if open == 0 || others != 0 || repair == Repair::Leaks {
+    if Mark::left(image).is_none() || found.corruptions != 0 || repair == Repair::Leaks {
         return Ok(RepairSummary::default());
     }
     if image.header.ext_off != 0 {

@@ -109,7 +109,7 @@ impl Source for ParallelsSource {
         io: &mut dyn BlockIo,
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
-        check(io, &self.image, finding)
+        check(io, &self.image, true, finding)
     }
 
     fn plan_repair(
