@@ -7,6 +7,7 @@ use instar_guest_sdk::crash::Crashes;
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, DriverResult};
 use std::collections::BTreeSet;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 
 /// Bytes by which every file may become longer, besides a sixteenth: as the engine grants it.
 const ROOM: u64 = 16 << 20;
@@ -143,6 +144,26 @@ pub fn verify(kit: &dyn FormatKit, bytes: &[u8], what: Repair, mended: &Mended) 
     }
     let Ok(again) = mend(kit, mended.bytes(), what) else { unreachable!("a repaired image cannot be opened") };
     assert!(again.io.log.is_empty(), "a second repair finds more: {:?}", again.planned);
+}
+
+/// Repair damaged images, as far as the host half and the check take them, and [`verify`] each. Returns how many were changed,
+/// and in how many something is wrong afterwards.
+///
+/// # Panics
+/// If a promise is broken.
+pub fn verify_damaged(kit: &dyn FormatKit, images: impl Iterator<Item = Vec<u8>>) -> (usize, usize) {
+    let (mut changed, mut left) = (0, 0);
+    for bytes in images {
+        if catch_unwind(AssertUnwindSafe(|| kit.info(&bytes))).is_err() {
+            continue;
+        }
+        if let Ok(mended) = mend(kit, &bytes, Repair::All) {
+            verify(kit, &bytes, Repair::All, &mended);
+            changed += usize::from(!mended.io.log.is_empty());
+            left += usize::from(mended.after.corruptions != 0);
+        }
+    }
+    (changed, left)
 }
 
 /// Repair an image, and stop at every state that a power loss can leave: everything reads as before, `is_worse` holds of none
