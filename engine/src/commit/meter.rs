@@ -21,7 +21,7 @@ const SPARING: u32 = 9;
 struct Target {
     /// The numbers of its devices.
     devices: Vec<u32>,
-    /// Their files; none where flushing means nothing.
+    /// Their files; none where they are not flushed from here.
     files: Vec<Arc<File>>,
     /// When the next flush from here may be.
     next: Option<Instant>,
@@ -30,9 +30,12 @@ struct Target {
 impl Target {
     /// Flush it, unless that was done a moment ago. Returns whether it was done.
     fn flush(&mut self) -> io::Result<bool> {
+        if self.files.is_empty() {
+            return Ok(false);
+        }
         let now = Instant::now();
         let next = *self.next.get_or_insert_with(|| now + PAUSE);
-        if self.files.is_empty() || now < next {
+        if now < next {
             return Ok(false);
         }
         for file in &self.files {
@@ -60,18 +63,19 @@ struct State {
 pub struct Meter(Rc<RefCell<State>>);
 
 impl Meter {
-    /// Of a commit from an overlay of so many bytes into the `target` devices. `durable`: flushing means something.
+    /// Of a commit from an overlay of so many bytes into the `target` devices. `flushes`: so that the observer hears of what is
+    /// durable, the target is flushed now and then.
     #[must_use]
     pub fn new(
         observer: Rc<dyn Observer>,
         overlay: u64,
         devices: &Devices,
         target: impl Iterator<Item = u32>,
-        durable: bool,
+        flushes: bool,
     ) -> Self {
         let numbers: Vec<u32> = target.collect();
         let file = |number: &u32| devices.device(*number).map(|device| Arc::clone(device.file()));
-        let files = if durable { numbers.iter().filter_map(file).collect() } else { Vec::new() };
+        let files = if flushes { numbers.iter().filter_map(file).collect() } else { Vec::new() };
         Self::begin(observer, overlay, Target { devices: numbers, files, next: None })
     }
 
@@ -94,6 +98,7 @@ impl Meter {
         if state.progress.stage == Stage::Writing && !state.target.devices.iter().any(dirty) {
             state.durable();
         }
+        state.answer();
     }
 
     /// The data is durable in the target: the overlay is emptied.
@@ -124,9 +129,22 @@ impl State {
         self.tell(self.progress.total);
     }
 
-    /// What moved so far is durable. Metadata moved, too: the whole is reached only when the stage is over.
+    /// What moved so far. Metadata moved, too: the whole is reached only when the stage is over.
+    fn so_far(&self) -> u64 {
+        self.moved.min(self.progress.total.saturating_sub(1))
+    }
+
+    /// What moved so far is durable.
     fn durable(&mut self) {
-        self.tell(self.moved.min(self.progress.total.saturating_sub(1)));
+        self.tell(self.so_far());
+    }
+
+    /// Say how far it is, if somebody asks: what moved, which need not be durable.
+    fn answer(&self) {
+        if self.observer.asks_for_progress() {
+            let done = self.so_far().max(self.progress.done);
+            self.observer.progress(Progress { done, ..self.progress });
+        }
     }
 
     fn tell(&mut self, done: u64) {
@@ -151,6 +169,7 @@ impl Watch for Meter {
         if state.progress.stage == Stage::Writing && state.target.flush()? {
             state.durable();
         }
+        state.answer();
         Ok(())
     }
 }
@@ -161,9 +180,13 @@ mod tests {
     use std::cell::Cell;
 
     #[derive(Default)]
-    struct Kept(Cell<Vec<(Stage, u64, u64)>>);
+    struct Kept(Cell<Vec<(Stage, u64, u64)>>, Cell<bool>);
 
     impl Observer for Kept {
+        fn asks_for_progress(&self) -> bool {
+            self.1.take()
+        }
+
         fn progress(&self, progress: Progress) {
             let told = (progress.stage, progress.done, progress.total);
             self.0.set(self.0.take().into_iter().chain([told]).collect());
@@ -192,6 +215,22 @@ mod tests {
             (Stage::Emptying, 1000, 1000),
         ];
         assert_eq!(kept.0.take(), rest);
+    }
+
+    #[test]
+    fn who_asks_is_told_what_moved() {
+        let kept = Rc::new(Kept::default());
+        let mut meter = Meter::begin(kept.clone(), 1000, Target::default());
+        kept.1.set(true);
+        Meter::settle(&meter, &Devices::new());
+        meter.planned(1600);
+        kept.0.take();
+        meter.moved(300);
+        kept.1.set(true);
+        assert!(Watch::settle(&mut meter).is_ok() && Watch::settle(&mut meter).is_ok());
+        assert_eq!(kept.0.take(), [(Stage::Writing, 300, 1600)], "once for each question");
+        Meter::settle(&meter, &Devices::new());
+        assert_eq!(kept.0.take(), [(Stage::Writing, 300, 1600)], "it is durable now");
     }
 
     #[test]

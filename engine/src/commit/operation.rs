@@ -302,14 +302,12 @@ impl Operation for Commit<'_> {
             Error::image(path, ErrorCode::OpenFailed, clause)
         })?;
         let observer = session.observer();
-        let meter = observer.wants_progress().then(|| {
-            let durable = cache != Cache::Unsafe;
-            Meter::new(observer.clone(), admitted.overlay_length, devices, paths.target(), durable)
-        });
+        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
+        let meter = Meter::new(observer.clone(), admitted.overlay_length, devices, paths.target(), flushes);
         let pace = devices.pace_mut();
         pace.stop_when(session.cancel().clone());
         pace.limit(rate_limit);
-        meter.iter().for_each(|meter| pace.watched_by(Box::new(meter.clone())));
+        pace.watched_by(Box::new(meter.clone()));
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
         Ok(CommitEvents {
             last_phase: match (self.request.only_plans(), admitted.keep_overlay) {
@@ -326,7 +324,7 @@ impl Operation for Commit<'_> {
                     PlanBounds { longest: longest.fold(0, u64::saturating_add), ..admitted.bounds }
                 }
             },
-            meter,
+            meter: Some(meter),
             space: admitted.space,
             repeated: admitted.doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark)),
             warnings: self.warnings.clone(),

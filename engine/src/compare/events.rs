@@ -77,7 +77,7 @@ impl CompareEvents {
     }
 
     fn show(&self, done: u64) {
-        if self.observer.wants_progress() {
+        if self.observer.wants_progress() || self.observer.asks_for_progress() {
             self.observer.progress(Progress { stage: Stage::Reading, done, total: self.total() });
         }
     }

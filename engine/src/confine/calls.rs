@@ -5,6 +5,7 @@
 //! or makes memory executable.
 
 use std::collections::BTreeMap;
+use std::os::fd::RawFd;
 
 /// When a system call is allowed. Arguments count from 0, and are compared as 32 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +32,7 @@ pub enum Allowed {
     Mapping,
 }
 
-use Allowed::{Always, Except, FileOneOf, Files, Mapping, OneOf, OwnProcess, Without};
+use Allowed::{Always, Except, FileOneOf, Files, First, Mapping, OneOf, OwnProcess, Without};
 
 /// When the first argument is a descriptor other than the standard ones.
 const FILE: Allowed = Files(&[0]);
@@ -221,6 +222,11 @@ const CHANGE: &[Call] = &[
     (libc::SYS_nanosleep, Always),
     (libc::SYS_clock_nanosleep, Always),
 ];
+
+/// Printing on a descriptor that the caller hands over for it, and waiting for its reader.
+pub(crate) fn printing_on(descriptor: RawFd) -> Vec<Call> {
+    vec![(libc::SYS_write, First(bits(descriptor))), (libc::SYS_poll, Always)]
+}
 
 /// Asking whether a descriptor is a terminal, and how wide it is: what takes input, `TIOCSTI` above all, is not there.
 const TERMINAL: &[u32] = &[request(libc::TCGETS), request(libc::TCGETS2), request(libc::TIOCGWINSZ)];

@@ -12,10 +12,10 @@ const FIRST: RawFd = 3;
 /// Without `close_range` and `/proc`: descriptors up to this one are closed.
 const MANY: RawFd = 1 << 16;
 /// Names of descriptors, in front of the number.
-const PREFIXES: [&[u8]; 2] = [b"/proc/self/fd/", b"/dev/fd/"];
+const PREFIXES: [&[u8]; 3] = [b"/proc/self/fd/", b"/dev/fd/", b"--progress=fd:"];
 
 /// Close every descriptor that the process inherited, except the standard ones and those that an argument names
-/// (`/dev/fd/N`, `/proc/self/fd/N`): these are handed over on purpose. Standard input is replaced by `/dev/null`, unless
+/// (`/dev/fd/N`, `/proc/self/fd/N`, `--progress=fd:N`): these are handed over on purpose. Standard input is replaced by `/dev/null`, unless
 /// an argument names it.
 ///
 /// # Safety
@@ -90,6 +90,8 @@ mod tests {
             ("/proc/self/fd/12", Some(12)),
             ("--base=/dev/fd/7", Some(7)),
             ("-b/proc/self/fd/7", Some(7)),
+            ("--progress=fd:4", Some(4)),
+            ("--progress=fd:x", None),
             ("/dev/stdin", Some(0)),
             ("/dev/fd/", None),
             ("/dev/fd/x", None),

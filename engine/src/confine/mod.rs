@@ -24,6 +24,7 @@ mod signal_mask;
 pub mod trap;
 
 pub use call_names::call_name;
+pub(crate) use calls::printing_on;
 pub use calls::{Allowed, Call, Work};
 pub use paths::Reach;
 

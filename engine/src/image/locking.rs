@@ -8,7 +8,6 @@ use crate::devices::lock::{lock_read_only, lock_read_write, LockError};
 use crate::error::Error;
 use crate::lookup::Directory;
 use instar_guest_abi::ErrorCode;
-use rustix::thread::NanosleepRelativeResult;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -63,7 +62,8 @@ pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), Error
         }
         match &patience {
             Some((_, until, cancel)) if Instant::now() < *until => {
-                if pause() == Pause::Interrupted || cancel.is_cancelled() {
+                pause();
+                if cancel.is_cancelled() {
                     let clause = "interrupted while waiting for the process that uses it";
                     return Err(Error::image(path, ErrorCode::Interrupted, clause));
                 }
@@ -79,19 +79,10 @@ pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), Error
     }
 }
 
-#[derive(PartialEq, Eq)]
-enum Pause {
-    Over,
-    Interrupted,
-}
-
-/// Wait a little. The sleep of the standard library goes on after a signal.
-fn pause() -> Pause {
+/// Wait a little, or until a signal comes: the sleep of the standard library goes on after one.
+fn pause() {
     let pause = rustix::thread::Timespec { tv_sec: 0, tv_nsec: PAUSE.subsec_nanos().into() };
-    match rustix::thread::nanosleep(&pause) {
-        NanosleepRelativeResult::Interrupted(_) => Pause::Interrupted,
-        NanosleepRelativeResult::Ok | NanosleepRelativeResult::Err(_) => Pause::Over,
-    }
+    let _ = rustix::thread::nanosleep(&pause);
 }
 
 /// Who uses a file, and what to do: one clause.

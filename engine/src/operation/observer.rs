@@ -25,6 +25,12 @@ pub trait Observer {
         false
     }
 
+    /// Whether somebody asks at this moment how far the operation is. It is asked often, and answered by
+    /// [`Observer::progress`], for which nothing is flushed: what moved counts, durable or not.
+    fn asks_for_progress(&self) -> bool {
+        false
+    }
+
     /// How far the operation is.
     fn progress(&self, progress: Progress) {
         let _ = progress;

@@ -134,7 +134,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     Error::if_refused(&registry)?;
     timing.mark("plugins loaded");
     let ready = sandbox.acquire_telling(&mut |why| session.note(|| why));
-    let needs = ready.as_ref().map(|ready| ready.needs()).unwrap_or_default();
+    let needs = session.needs(ready.as_ref().map(|ready| ready.needs()).unwrap_or_default());
     let sandbox = ready.as_ref().map_or_else(|_| sandbox.name(), |ready| ready.name());
     session.note(|| match &ready {
         Ok(_) => format!("sandbox: {sandbox}"),

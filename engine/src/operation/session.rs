@@ -2,8 +2,9 @@
 
 use super::observer::Observer;
 use crate::cancel::Cancel;
-use crate::confine::{Confinement, Needs, Reach, Work};
+use crate::confine::{printing_on, Confinement, Needs, Reach, Work};
 use std::fmt;
+use std::os::fd::RawFd;
 use std::rc::Rc;
 
 /// What surrounds an operation.
@@ -12,6 +13,7 @@ pub struct Session {
     observer: Rc<dyn Observer>,
     cancel: Cancel,
     confined: bool,
+    prints_on: Option<RawFd>,
 }
 
 impl fmt::Debug for Session {
@@ -25,14 +27,28 @@ impl Session {
     /// panic hook that opens files, as that of the standard library with `RUST_BACKTRACE`, is stopped there.
     #[must_use]
     pub fn confined(observer: Rc<dyn Observer>, cancel: Cancel) -> Self {
-        Self { observer, cancel, confined: true }
+        Self { observer, cancel, confined: true, prints_on: None }
     }
 
     /// For a process that goes on afterwards: it stays as it is. What the plugins read of an image's headers, they read in
     /// this process, with all that it may do; a [`Worker`](crate::worker::Worker) keeps that away from it.
     #[must_use]
     pub fn unconfined(observer: Rc<dyn Observer>, cancel: Cancel) -> Self {
-        Self { observer, cancel, confined: false }
+        Self { observer, cancel, confined: false, prints_on: None }
+    }
+
+    /// Let the process, once it is confined, also write to this descriptor, and wait for its reader: the observer does.
+    #[must_use]
+    pub fn printing_on(self, descriptor: RawFd) -> Self {
+        Self { prints_on: Some(descriptor), ..self }
+    }
+
+    /// What the process has to be allowed besides its work and these needs of its sandbox.
+    pub(crate) fn needs(&self, sandbox: Needs) -> Needs {
+        match self.prints_on {
+            Some(descriptor) => Needs { calls: [sandbox.calls, printing_on(descriptor)].concat(), ..sandbox },
+            None => sandbox,
+        }
     }
 
     /// Who is told what happens.

@@ -46,7 +46,9 @@ impl<W: Write> Observer for Tells<W> {
     }
 
     fn progress(&self, progress: Progress) {
-        self.tell(&wire::progress(progress));
+        if self.progress {
+            self.tell(&wire::progress(progress));
+        }
     }
 }
 
