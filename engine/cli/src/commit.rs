@@ -4,18 +4,17 @@ use super::commit_text::{render_commit_success, render_dry_run, render_verbose};
 use super::opening::OpeningArgs;
 use super::output::OutputFormat;
 use super::print_error;
-use super::progress::{Ending, Shown};
+use super::progress::Ending;
+use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
 use super::size::parse_bytes;
 use super::terminal::say;
 use super::told::Told;
 use super::unsupported::UnsupportedArgs;
 use clap::{Args, ValueEnum};
-use instar::commit::{run_commit, CommitMode, CommitRequest};
+use instar::commit::{run_commit, CommitMode, CommitOutcome, CommitRequest};
 use instar::devices::Cache;
 use instar::error::Error;
-use instar::operation::Session;
-use std::cell::RefCell;
 use std::io::Write;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -37,9 +36,9 @@ pub struct CommitArgs {
     /// Keep the overlay's content. (No file is removed; the long name is qemu-img's)
     #[arg(short = 'd', long = "drop")]
     pub keep_overlay: bool,
-    /// Show progress on stderr
-    #[arg(short, long)]
-    pub progress: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub progress: ProgressArgs,
     /// Print nothing on success
     #[arg(short, long)]
     pub quiet: bool,
@@ -109,6 +108,27 @@ pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
 
 fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
     args.unsupported.refuse()?;
+    let warns = !args.quiet && args.output == OutputFormat::Human;
+    let told = Told { verbose: args.verbose, warns, ..Told::of("commit", &args.progress, args.quiet)? };
+    let told = Rc::new(told);
+    let result = committed(args, &told);
+    let ending = match &result {
+        Ok(_) if args.dry_run => Ending::DryRun,
+        Ok(_) => Ending::Done,
+        Err(_) => Ending::Failed,
+    };
+    told.end(ending, result.as_ref());
+    let result = result?;
+    if args.verbose {
+        say(&render_verbose(&result));
+    }
+    if args.dry_run {
+        return render_dry_run(&result, args.output, out);
+    }
+    render_commit_success(&result, args.output, args.quiet, out)
+}
+
+fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error> {
     let cache = match args.cache {
         CacheMode::Writeback => Cache::Writeback,
         CacheMode::Writethrough => Cache::Writethrough,
@@ -132,24 +152,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         cache,
         settings: args.opening.settings(&config),
     };
-    let told = Rc::new(Told {
-        verbose: args.verbose,
-        warns: !args.quiet && args.output == OutputFormat::Human,
-        shown: (args.progress && !args.quiet).then(|| RefCell::new(Shown::new())),
-    });
-    let result = run_commit(&request, &Session::confined(told.clone(), cancel_on_signals()));
-    told.end(match &result {
-        Ok(_) if args.dry_run => Ending::DryRun,
-        Ok(_) => Ending::Done,
-        Err(_) => Ending::Failed,
-    });
-    let mut result = result?;
+    let mut result = run_commit(&request, &told.session(cancel_on_signals()))?;
     result.warnings.splice(0..0, config.warnings);
-    if args.verbose {
-        say(&render_verbose(&result));
-    }
-    if args.dry_run {
-        return render_dry_run(&result, args.output, out);
-    }
-    render_commit_success(&result, args.output, args.quiet, out)
+    Ok(result)
 }

@@ -4,15 +4,15 @@ use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::print_error;
-use super::progress::{Ending, Shown};
+use super::progress::Ending;
+use super::progress_args::ProgressArgs;
 use super::told::Told;
 use super::unsupported::UnsupportedArgs;
 use clap::Args;
 use instar::compare::{run_compare, CompareOutcome, CompareRequest, Difference};
 use instar::error::Error;
-use instar::operation::{Cancel, Session};
+use instar::operation::Cancel;
 use instar_guest_abi::ErrorCode;
-use std::cell::RefCell;
 use std::io::Write;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -35,9 +35,9 @@ pub struct CompareArgs {
     /// Format of the second image, likewise
     #[arg(short = 'F', long = "other-format", alias = "b-format", value_name = "FMT")]
     pub other_format: Option<String>,
-    /// Show progress on stderr
-    #[arg(short, long)]
-    pub progress: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub progress: ProgressArgs,
     /// Print nothing; the exit status tells
     #[arg(short, long)]
     pub quiet: bool,
@@ -87,6 +87,19 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> u8 {
 
 fn compare(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, Error> {
     args.unsupported.refuse()?;
+    let told = Rc::new(Told { verbose: args.verbose, ..Told::of("compare", &args.progress, args.quiet)? });
+    let result = compared(args, &told);
+    told.end(if result.is_ok() { Ending::Done } else { Ending::Failed }, result.as_ref());
+    let outcome = result?;
+    match args.output {
+        _ if args.quiet => {}
+        OutputFormat::Human => print(out, &text(&outcome, args.strict))?,
+        OutputFormat::Json => print_json(out, &outcome)?,
+    }
+    Ok(if outcome.difference.is_some() { DIFFERENT } else { 0 })
+}
+
+fn compared(args: &CompareArgs, told: &Rc<Told>) -> Result<CompareOutcome, Error> {
     let config = super::configuration(args.output)?;
     let request = CompareRequest {
         images: [args.first.clone(), args.second.clone()],
@@ -95,18 +108,7 @@ fn compare(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, Error> {
         force_share: args.force_share,
         settings: args.opening.settings(&config),
     };
-    let shown = (args.progress && !args.quiet).then(|| RefCell::new(Shown::new()));
-    let told = Rc::new(Told { verbose: args.verbose, warns: false, shown });
-    let result = run_compare(&request, &Session::confined(told.clone(), Cancel::new()));
-    let ending = if result.is_ok() { Ending::Done } else { Ending::Failed };
-    told.end(ending);
-    let outcome = result?;
-    match args.output {
-        _ if args.quiet => {}
-        OutputFormat::Human => print(out, &text(&outcome, args.strict))?,
-        OutputFormat::Json => print_json(out, &outcome)?,
-    }
-    Ok(if outcome.difference.is_some() { DIFFERENT } else { 0 })
+    run_compare(&request, &told.session(Cancel::new()))
 }
 
 /// What is said to people.

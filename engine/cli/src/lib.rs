@@ -21,6 +21,8 @@ mod opening;
 pub mod output;
 pub mod plugins;
 mod progress;
+mod progress_args;
+mod progress_lines;
 mod signals;
 pub mod size;
 mod snapshot_text;

@@ -73,12 +73,15 @@ fn pretty(value: &(impl Serialize + ?Sized), indent: &[u8]) -> io::Result<String
 pub fn render_error(error: &Error, output: OutputFormat) -> String {
     match output {
         OutputFormat::Human => format!("instar: {} ({})\n", printable(&error.message), error.code.name()),
-        OutputFormat::Json => {
-            let object: Map<String, Value> = fields(error).map(|(key, value)| (key.to_owned(), value)).collect();
-            let value = serde_json::json!({ "error": object });
-            format!("{}\n", escape_json(&value.to_string()))
-        }
+        OutputFormat::Json => format!("{}\n", escape_json(&error_value(error).to_string())),
     }
+}
+
+/// An error as JSON.
+#[must_use]
+pub fn error_value(error: &Error) -> Value {
+    let object: Map<String, Value> = fields(error).map(|(key, value)| (key.to_owned(), value)).collect();
+    serde_json::json!({ "error": object })
 }
 
 /// The line for a warning.

@@ -1,12 +1,13 @@
 //! `-p`: how far a commit is, on stderr: a bar on a terminal, lines elsewhere.
 
 use super::terminal::say;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{BinaryBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use instar::operation::{Progress, Stage};
 use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
-/// What is done, bar, percentage, bytes, time left: within the 80 columns of a terminal.
-const TEMPLATE: &str = "{msg} [{bar:20}] {percent:>3}% {bytes}/{total_bytes} {eta} left";
+/// What is done, bar, percentage, bytes, rate, time left: within the 80 columns of a terminal.
+const TEMPLATE: &str = "{msg} [{bar:10}] {percent:>3}% {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
 /// As long as it is not known how much there is to do.
 const CHECKING: &str = "{msg}";
 
@@ -27,6 +28,8 @@ pub struct Shown {
     bar: Option<ProgressBar>,
     print: fn(&str),
     last: Progress,
+    /// When the stage began.
+    began: Instant,
     /// The percent that the last line had.
     percent: u64,
 }
@@ -45,7 +48,8 @@ impl Shown {
     }
 
     fn with(bar: Option<ProgressBar>, print: fn(&str)) -> Self {
-        Self { bar, print, last: Progress { stage: Stage::Checking, done: 0, total: 0 }, percent: 0 }
+        let last = Progress { stage: Stage::Checking, done: 0, total: 0 };
+        Self { bar, print, last, began: Instant::now(), percent: 0 }
     }
 
     /// So far it is.
@@ -62,13 +66,20 @@ impl Shown {
         let percent = percent(progress);
         if percent > self.percent {
             self.percent = percent;
-            let what = if progress.stage == Stage::Emptying { "emptying the overlay: " } else { "" };
-            (self.print)(&format!("instar: {what}{percent} % ({} of {} bytes)\n", progress.done, progress.total));
+            (self.print)(&line(progress, &pace(progress, self.began.elapsed())));
+        }
+    }
+
+    /// Say a line; a bar goes on below it.
+    pub fn aside(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| (self.print)(line)),
+            None => (self.print)(line),
         }
     }
 
     fn begin(&mut self, progress: Progress) {
-        self.percent = 0;
+        (self.percent, self.began) = (0, Instant::now());
         let message = match progress.stage {
             Stage::Checking => "checking",
             Stage::Writing => "committing",
@@ -109,6 +120,31 @@ impl Shown {
         };
         (self.print)(&line);
     }
+}
+
+/// The line for whoever asks by a signal.
+#[must_use]
+pub fn one_line(progress: Progress) -> String {
+    match progress.stage {
+        Stage::Checking => "instar: checking: nothing is changed yet\n".to_owned(),
+        Stage::Writing | Stage::Emptying | Stage::Reading => line(progress, ""),
+    }
+}
+
+fn line(progress: Progress, pace: &str) -> String {
+    let what = if progress.stage == Stage::Emptying { "emptying the overlay: " } else { "" };
+    let Progress { done, total, .. } = progress;
+    format!("instar: {what}{} % ({done} of {total} bytes{pace})\n", percent(progress))
+}
+
+/// How fast a stage is, and how long it takes from now on: once there is something to go by.
+fn pace(Progress { done, total, .. }: Progress, elapsed: Duration) -> String {
+    let milliseconds = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+    let rate = done.saturating_mul(1000) / milliseconds.max(1);
+    if milliseconds < 1000 || rate == 0 {
+        return String::new();
+    }
+    format!(", {}/s, {} s left", BinaryBytes(rate), total.saturating_sub(done).div_ceil(rate))
 }
 
 /// Rounded down.
@@ -159,6 +195,19 @@ mod tests {
             "done\n",
         ];
         assert_eq!(shown(&all, Ending::Done), lines);
+    }
+
+    #[test]
+    fn a_stage_that_takes_long_has_a_rate() {
+        let progress = Progress { stage: Stage::Writing, done: 3 << 20, total: 10 << 20 };
+        assert_eq!(pace(progress, Duration::from_millis(999)), "");
+        assert_eq!(pace(progress, Duration::from_secs(2)), ", 1.50 MiB/s, 5 s left");
+        assert_eq!(pace(Progress { done: 0, ..progress }, Duration::from_secs(2)), "");
+        assert_eq!(one_line(progress), "instar: 30 % (3145728 of 10485760 bytes)\n");
+        assert_eq!(
+            one_line(Progress { stage: Stage::Checking, ..progress }),
+            "instar: checking: nothing is changed yet\n"
+        );
     }
 
     #[test]

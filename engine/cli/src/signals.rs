@@ -1,6 +1,8 @@
-//! Signals. SIGINT, SIGTERM and SIGHUP: the guest is ended between two requests, where the files are consistent.
+//! Signals. SIGINT, SIGTERM and SIGHUP: the guest is ended between two requests, where the files are consistent. SIGUSR1: somebody
+//! wants to know how far the command is.
 
 use instar::operation::Cancel;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
 
 static CANCEL: OnceLock<Cancel> = OnceLock::new();
@@ -9,6 +11,39 @@ extern "C" fn cancel(_: libc::c_int) {
     // It was set before the handler was installed: this only loads it, and stores to an atomic.
     if let Some(operation) = CANCEL.get() {
         operation.cancel();
+    }
+}
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn ask(_: libc::c_int) {
+    ASKED.store(true, Ordering::Relaxed);
+}
+
+/// Whether a SIGUSR1 has come that nobody has answered.
+pub fn asked() -> bool {
+    ASKED.load(Ordering::Relaxed)
+}
+
+/// The same, and from now on it counts as answered.
+pub fn answers() -> bool {
+    asked() && ASKED.swap(false, Ordering::Relaxed)
+}
+
+/// From now on, SIGUSR1 is a question ([`asked`]) instead of the end of the process, unless the process was started to ignore it.
+pub fn answer_sigusr1() {
+    // SAFETY: `action` and `old` are valid sigactions; the handler only stores to an atomic.
+    unsafe {
+        let mut old: libc::sigaction = std::mem::zeroed();
+        if libc::sigaction(libc::SIGUSR1, std::ptr::null(), &raw mut old) != 0 || old.sa_sigaction == libc::SIG_IGN {
+            return;
+        }
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = ask as extern "C" fn(libc::c_int) as usize;
+        // A question interrupts nothing.
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigemptyset(&raw mut action.sa_mask);
+        libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut());
     }
 }
 

@@ -1,11 +1,17 @@
 //! Who is told on stderr what an operation does.
 
 use super::output::render_warning;
-use super::progress::{Ending, Shown};
+use super::progress::{one_line, Ending, Shown};
+use super::progress_args::ProgressArgs;
+use super::progress_lines::Lines;
 use super::say_note;
+use super::signals::{answer_sigusr1, answers, asked};
 use super::terminal::say;
-use instar::operation::{Observer, Progress};
+use instar::error::Error;
+use instar::operation::{Cancel, Observer, Progress, Session};
+use serde::Serialize;
 use std::cell::RefCell;
+use std::rc::Rc;
 
 /// Prints what is wanted of it. By default, nothing is.
 #[derive(Debug, Default)]
@@ -14,14 +20,36 @@ pub struct Told {
     pub verbose: bool,
     /// Print warnings.
     pub warns: bool,
-    /// Shows progress.
+    /// Shows people how far the operation is.
     pub shown: Option<RefCell<Shown>>,
+    /// Tells programs.
+    pub lines: Option<RefCell<Lines>>,
 }
 
 impl Told {
-    /// The operation is over.
-    pub fn end(&self, ending: Ending) {
+    /// Who is told how far the command `job` is, besides whoever asks by a signal.
+    ///
+    /// # Errors
+    /// A descriptor that nothing can be written to.
+    pub fn of(job: &'static str, progress: &ProgressArgs, quiet: bool) -> Result<Self, Error> {
+        answer_sigusr1();
+        let (shown, lines) = (progress.shown(quiet), progress.lines(job)?);
+        Ok(Self { shown: shown.map(RefCell::new), lines: lines.map(RefCell::new), ..Self::default() })
+    }
+
+    /// The session of a command that is confined, and that `cancel` ends.
+    pub fn session(self: &Rc<Self>, cancel: Cancel) -> Session {
+        let session = Session::confined(self.clone(), cancel);
+        match &self.lines {
+            Some(lines) => session.printing_on(lines.borrow().descriptor()),
+            None => session,
+        }
+    }
+
+    /// The operation is over, with this result: what `--output json` prints of it.
+    pub fn end(&self, ending: Ending, result: Result<&impl Serialize, &Error>) {
         self.shown.iter().for_each(|shown| shown.borrow_mut().end(ending));
+        self.lines.iter().for_each(|lines| lines.borrow().conclude(result));
     }
 }
 
@@ -41,10 +69,30 @@ impl Observer for Told {
     }
 
     fn wants_progress(&self) -> bool {
-        self.shown.is_some()
+        self.shown.is_some() || self.lines.is_some()
+    }
+
+    fn asks_for_progress(&self) -> bool {
+        asked()
     }
 
     fn progress(&self, progress: Progress) {
+        let asked = answers();
+        match &self.lines {
+            Some(lines) => lines.borrow_mut().show(progress, asked),
+            None if asked => self.aside(&one_line(progress)),
+            None => {}
+        }
         self.shown.iter().for_each(|shown| shown.borrow_mut().show(progress));
+    }
+}
+
+impl Told {
+    /// Say a line, above the bar if there is one.
+    fn aside(&self, line: &str) {
+        match &self.shown {
+            Some(shown) => shown.borrow().aside(line),
+            None => say(line),
+        }
     }
 }
