@@ -19,7 +19,7 @@ from support import KIB, MIB, REPO, run_instar
 
 #: Keys that are only there where there is something to say: besides these, each that is missing has to be noticed.
 OPTIONAL = {
-    "commit": {"stale", "relinked", "warnings"},
+    "commit": {"stale", "relinked", "warnings", "overlay_bytes_wiped"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail", "leaks-fixed", "corruptions-fixed", "leaks-fixable", "corruptions-fixable",
               "not-repaired"},
@@ -54,6 +54,8 @@ def samples(tmp_path_factory):
     support.qemu_img("snapshot", "-c", "before", folder / "mid")
     support.create(folder / "top", backing="mid", cwd=folder)
     support.qemu_io(folder / "top", "write -P 5 64k 192k", "write -z 1M 64k", "write -P 6 2M 64k")
+    support.create(folder / "other-base", MIB)
+    support.create(folder / "other-top", backing="other-base", cwd=folder)
     support.create(folder / "bitmaps", MIB)
     support.qemu_img("bitmap", "--add", folder / "bitmaps", "b")
     support.create(folder / "damaged", MIB)
@@ -83,7 +85,7 @@ def samples(tmp_path_factory):
     (folder / "other/libinstar_plugin_other.so").write_bytes(b"no library")
     return {
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
-                   ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top")],
+                   ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top"), ask("commit", "--wipe", "other-top")],
         "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long"),
                   ask("check", "-r", "all", "--dry-run", "mended"), ask("check", "-r", "all", "mended"),
                   ask("check", "-r", "all", "torn")],

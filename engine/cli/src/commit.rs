@@ -65,6 +65,9 @@ pub struct CommitArgs {
     /// Commit although other images have the same backing, which damages them
     #[arg(long)]
     pub ignore_siblings: bool,
+    /// Overwrite with zeroes, durably, what the overlay gives back, before it is given back
+    #[arg(long, conflicts_with = "keep_overlay")]
+    pub wipe: bool,
     /// Say what would be committed, and change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -143,6 +146,7 @@ fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error>
         base: args.base.clone(),
         base_format: args.base_format.clone(),
         keep_overlay: args.keep_overlay,
+        wipe: args.wipe,
         mode: if args.dry_run { CommitMode::DryRun } else { CommitMode::Whole },
         resize_backing: args.resize_backing,
         relink: args.relink.clone(),

@@ -17,6 +17,7 @@ mod siblings;
 mod snapshot;
 mod space;
 mod verdict;
+mod wipe;
 
 pub use events::CommitEvents;
 pub use outcome::{CommitOutcome, GuestRun, Preview};

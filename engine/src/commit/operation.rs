@@ -11,6 +11,7 @@ use super::request::{CommitMode, CommitRequest};
 use super::siblings::Siblings;
 use super::space::{block_size, free_space, taken_space, Space};
 use super::verdict::{become_stale, Parts};
+use super::wipe;
 use crate::confine::Work;
 use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::{Error, Role};
@@ -237,6 +238,10 @@ impl Operation for Commit<'_> {
                           on the target: name them with --relink, and not with --relink-in";
             return Err(Error::image(&parts.overlay.opened.path, ErrorCode::BackingShared, clause));
         }
+        if self.request.wipe {
+            wipe::admit(self.request, &parts)?;
+            self.warnings.extend(wipe::warning(&parts));
+        }
         let children = images.of_role(|role| role == MemberRole::Relinked);
         relinks::admit(children, &parts, backing_grows_to, &mut self.warnings)?;
         let wanted = Relinks::wanted(&self.relinked, parts.backing);
@@ -295,6 +300,9 @@ impl Operation for Commit<'_> {
         let admitted = self.admitted.as_mut().ok_or_else(nothing_to_commit)?;
         let CommitRequest { cache, rate_limit, .. } = *self.request;
         devices.set_workers(self.workers.take());
+        if self.request.wipe {
+            devices.wipe();
+        }
         devices.set_cache(cache).map_err(|(number, error)| {
             let path = paths.get(number).unwrap_or(Path::new(""));
             let clause =
@@ -369,6 +377,8 @@ impl Operation for Commit<'_> {
             clusters_committed: events.outcome.clusters_committed,
             bytes_committed: events.outcome.bytes_committed,
             overlay_clusters_cleared: events.outcome.overlay_clusters_cleared,
+            overlay_bytes_wiped: (self.request.wipe && !self.request.only_plans())
+                .then_some(ended.devices.stats().overwritten),
             stale: admitted.stale,
             relinked: self.request.relinks().then_some(self.relinked),
             warnings: self.warnings,

@@ -31,6 +31,9 @@ pub struct CommitOutcome {
     pub bytes_committed: u64,
     /// Overlay clusters that were dropped by emptying it.
     pub overlay_clusters_cleared: u64,
+    /// Bytes of the overlay that were overwritten before they were given back; `None` if that was not wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlay_bytes_wiped: Option<u64>,
     /// The layers between overlay and backing: they read differently afterwards, because the image below them changes.
     #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "paths_as_text")]
     pub stale: Vec<PathBuf>,

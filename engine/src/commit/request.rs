@@ -29,6 +29,8 @@ pub struct CommitRequest {
     pub base_format: Option<String>,
     /// Leave the overlay's content in place.
     pub keep_overlay: bool,
+    /// Overwrite what the overlay gives back, durably, before it is given back.
+    pub wipe: bool,
     /// How far it goes.
     pub mode: CommitMode,
     /// Let a smaller backing grow to the overlay's virtual size.

@@ -19,6 +19,7 @@ mod piece;
 mod side_by_side;
 mod statistics;
 mod transfer;
+mod wipe;
 mod workers;
 mod writeback;
 mod zero;
@@ -43,6 +44,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::time::Duration;
+use wipe::Wiped;
 use zeroes::{Seek, Zeroes};
 
 /// One image.
@@ -59,6 +61,8 @@ pub struct Device {
     possible: OnceCell<Option<Direct>>,
     /// A flush will come, and will wait: writing begins before.
     eager: bool,
+    /// What is given back of it is overwritten before.
+    wiped: bool,
     /// Something was written since the last flush.
     dirty: bool,
     /// Something was written at all.
@@ -81,6 +85,7 @@ impl Device {
             direct: None,
             possible: OnceCell::new(),
             eager: false,
+            wiped: false,
             dirty: false,
             changed: false,
             zeroes: RefCell::default(),
@@ -182,7 +187,7 @@ impl Device {
             Some(direct) => direct.buffered(&self.file, |file| zero::zero(file, offset, length, discard))?,
             None => zero::zero(&self.file, offset, length, discard)?,
         }
-        if !discard {
+        if !discard || self.wiped {
             self.zeroes.borrow_mut().note(offset, offset.saturating_add(length), true);
         }
         Ok(())
@@ -331,8 +336,13 @@ impl Devices {
     /// A request that breaks a rule; the requests before it were executed.
     pub fn execute(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
         let mut at = 0;
+        let mut wiped = Wiped::default();
         requests.iter().for_each(|request| self.allowance.count(request));
         while let Some(rest) = requests.get_mut(at..).filter(|rest| !rest.is_empty()) {
+            if let Err(error) = self.wipe_before(&mut wiped, at, memory, rest)? {
+                fail(rest.first_mut(), &error);
+                return Ok(());
+            }
             // Neighbours that go on from each other are one operation; each is checked by itself first.
             let batch = Batch::take(rest, |request| check(self, memory, request))?;
             let batches = if self.copies_side_by_side(&batch) {
@@ -358,9 +368,7 @@ impl Devices {
             }
             if let Err(error) = result {
                 // The merged requests were a single operation: it failed as a whole.
-                if let Some(request) = requests.get_mut(at) {
-                    request.status = error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO);
-                }
+                fail(requests.get_mut(at), &error);
                 return Ok(());
             }
         }
@@ -477,6 +485,13 @@ impl Devices {
             }
         }
         Ok(())
+    }
+}
+
+/// Give a request the status of its error.
+fn fail(request: Option<&mut Request>, error: &io::Error) {
+    if let Some(request) = request {
+        request.status = error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO);
     }
 }
 

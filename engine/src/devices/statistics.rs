@@ -17,6 +17,8 @@ pub struct Statistics {
     pub copied_through_host: u64,
     /// Bytes made zero, or given back.
     pub zeroed: u64,
+    /// Bytes overwritten with zeroes before they were given back.
+    pub overwritten: u64,
     /// Flushes that had something to flush.
     pub flushes: u64,
 }
@@ -28,6 +30,10 @@ impl fmt::Display for Statistics {
             "{} bytes read and {} written by the guest, {} shared, {} copied in the kernel, {} through the host, {} zeroed or \
              given back, {} flushes",
             self.read, self.written, self.shared, self.copied_in_kernel, self.copied_through_host, self.zeroed, self.flushes
-        )
+        )?;
+        if self.overwritten > 0 {
+            write!(f, ", {} overwritten", self.overwritten)?;
+        }
+        Ok(())
     }
 }

@@ -57,6 +57,8 @@ struct CommitMessage {
     relink: Vec<Vec<u8>>,
     #[prost(bytes = "vec", repeated, tag = "19")]
     relink_in: Vec<Vec<u8>>,
+    #[prost(bool, tag = "20")]
+    wipe: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -119,6 +121,8 @@ struct OutcomeEvent {
     sandbox: u32,
     #[prost(message, optional, tag = "14")]
     relinked: Option<RelinkedEvent>,
+    #[prost(uint64, optional, tag = "15")]
+    overlay_bytes_wiped: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -230,6 +234,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         sandbox: number(&SandboxChoice::ALL, sandbox),
         relink: all_bytes(&request.relink),
         relink_in: all_bytes(&request.relink_in),
+        wipe: request.wipe,
     };
     message.encode_to_vec()
 }
@@ -252,6 +257,7 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         cache: by_number(&CACHES, message.cache)?,
         relink: paths(&message.relink),
         relink_in: paths(&message.relink_in),
+        wipe: message.wipe,
         settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait, sandbox },
     };
     (!request.overlay.as_os_str().is_empty()).then_some((request, message.notes, message.progress))
@@ -288,6 +294,7 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
             clusters_committed: outcome.clusters_committed,
             bytes_committed: outcome.bytes_committed,
             overlay_clusters_cleared: outcome.overlay_clusters_cleared,
+            overlay_bytes_wiped: outcome.overlay_bytes_wiped,
             stale: all_bytes(&outcome.stale),
             warnings: outcome.warnings.clone(),
             preview: outcome.preview.map(|preview| PreviewEvent {
@@ -350,6 +357,7 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
         clusters_committed: event.clusters_committed,
         bytes_committed: event.bytes_committed,
         overlay_clusters_cleared: event.overlay_clusters_cleared,
+        overlay_bytes_wiped: event.overlay_bytes_wiped,
         stale: paths(&event.stale),
         warnings: event.warnings,
         preview: event.preview.map(|preview| Preview {
@@ -432,6 +440,7 @@ mod tests {
             cache: Cache::Directsync,
             relink: vec![odd(), "/c".into()],
             relink_in: vec!["/d".into(), odd()],
+            wipe: true,
             settings: Settings {
                 search: SearchPath::with_requested(vec![odd(), "/b".into()], vec!["/b".into()]),
                 allowed_directories: vec![odd()],
