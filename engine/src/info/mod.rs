@@ -3,23 +3,19 @@
 use crate::confine::{Needs, Reach, Work};
 use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
-use crate::image::{file_name, parent_mismatch, unknown_format, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
+use crate::image::{file_name, parent_mismatch, Access, ChainImage, Descent, Gate, NamedFile, Part};
 use crate::lookup::Directory;
 use crate::operation::Session;
-use crate::plugins::{IdentifyError, ImageFiles, Registry, SearchPath, DAMAGED};
+use crate::plugins::{ImageFiles, Registry, SearchPath};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::{FactValue, ImageFacts, SnapshotFacts};
 use rustix::fs::AtFlags;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
-use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-
-/// Most images in a chain that is shown: as many as a commit takes.
-const MAX_DEPTH: usize = MAX_CHAIN_DEVICES + 1;
 
 /// What the operator asks for.
 #[derive(Clone, Debug, Default)]
@@ -61,81 +57,72 @@ pub fn run_info(request: &InfoRequest, session: &Session) -> Result<Vec<ImageInf
 
 /// The image and, if wanted, those below it. The process is confined before an image is read.
 fn collect(registry: &Registry, request: &InfoRequest, session: &Session) -> Result<Vec<ImageInfo>, Error> {
-    let chain = request.backing_chain;
     let file = NamedFile::new(&request.image);
     let gate = Gate::everywhere()?;
-    if chain {
+    if request.backing_chain {
         // The names that images record are followed wherever they lead, as `qemu-img info` does, but only to read.
         session.begin(Reach::default().add(gate.roots().top(), false), Work::OpenAndLook, &Needs::default());
     }
-    let mut images: Vec<ImageInfo> = Vec::new();
-    let mut seen = HashSet::new();
-    let mut opened = file.open(Access::Shared, ErrorCode::ImageNotFound).map_err(|error| error.in_role(Role::Image))?;
-    let (mut path, mut hint) = (request.image.clone(), request.format.clone());
-    if !chain {
+    let opened = file.open(Access::Shared, ErrorCode::ImageNotFound).map_err(|error| error.in_role(Role::Image))?;
+    if !request.backing_chain {
         session.begin(Reach::default(), Work::Look, &Needs::default());
     }
-    let mut unnamed = None;
+    let first = opened.identify_as(registry, request.format.as_deref(), "-f");
+    let mut image = first.map_err(|error| error.in_role(Role::Image))?;
+    let mut descent = Descent::new(registry, &gate, file.path(), MAX_CHAIN_DEVICES);
+    descent.passed(image.opened.identity);
+    let mut images: Vec<ImageInfo> = Vec::new();
+    let mut path = request.image.clone();
     loop {
         let role = if images.is_empty() { Role::Image } else { Role::Ancestor };
-        if !seen.insert(opened.identity) {
-            let clause = "the backing chain leads back to this image";
-            return Err(Error::image(&path, ErrorCode::ChainLoop, clause));
-        }
-        let image = &opened.file;
-        let found = registry.identify(image, hint.as_deref()).map_err(|error| {
-            let known = match (&unnamed, &error) {
-                (None, _) => unknown_format(&path, &error, "-f"),
-                (Some(advice), IdentifyError::Unrecognised { .. }) => {
-                    Error::image(&path, error.code(), format!("{error}; {advice}; {DAMAGED}"))
-                }
-                (Some(_), _) => Error::identify(&path, &error),
-            };
-            known.in_role(role)
-        })?;
-        let facts = found.facts;
-        let mut notes = found.plugin.notes(ImageFiles::one(image), &facts);
-        let mut actual_size = image.file().metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
-        let others = found.plugin.files(image).map_err(|failure| Error::plugin(&path, &failure).in_role(role))?;
-        for other in &others {
-            match allocated(&opened.directory, &other.name) {
-                Some(size) => actual_size = actual_size.saturating_add(size),
-                None => notes.push(format!("its extent '{}' is not there", escape_bytes(&other.name))),
-            }
-        }
-        let backing = facts.backing.as_ref().into_option().cloned();
-        let format = facts.format.to_string();
-        if let Some(child) = images.last_mut() {
-            let clause = parent_mismatch(&child.facts, &path, found.plugin, &facts);
-            child.notes.extend(clause.map(|clause| format!("it {clause}")));
-        }
-        let first = backing.as_ref().and_then(|backing| {
-            let beside = backing.names().find(|name| is_below(&opened.directory, name));
-            resolve_backing(&path, beside.unwrap_or(&backing.name))
-        });
-        // One behind a protocol is never followed.
-        let Some(backing) = backing.filter(|backing| chain && backing.names().any(|name| file_name(name).is_ok()))
-        else {
-            images.push(ImageInfo { filename: path, actual_size, facts, notes, backing_path: first });
+        let info = look(&image, path).map_err(|error| error.in_role(role))?;
+        let next = if request.backing_chain { below(&mut descent, &image) } else { Ok(None) };
+        let next = next.map_err(|error| error.in_role(Role::Ancestor))?;
+        let Some((name, parent)) = next else {
+            images.push(info);
             return Ok(images);
         };
-        if images.len() + 1 == MAX_DEPTH {
-            let clause = format!("the backing chain has more than {MAX_DEPTH} images");
-            return Err(Error::image(file.path(), ErrorCode::ChainTooDeep, clause));
-        }
-        let (above, part) = (&opened.path, Part::Ancestor);
-        let recorder = Recorder { path: above, format: &format, directory: &opened.directory, part };
-        let located = gate.find(&recorder, backing.names(), Access::Shared, None);
-        let located = located.map_err(|error| error.in_role(Role::Ancestor))?;
-        let recorded = backing.format.into_option().map(|format| String::from_utf8_lossy(&format).into_owned());
-        hint = recorded.or_else(|| located.format().map(str::to_owned));
-        unnamed = Some(format!("if it is a plain disk, {}", recorder.record_raw(located.name())));
-        let below = resolve_backing(&path, located.name());
-        let filename = std::mem::replace(&mut path, below.clone().unwrap_or_default());
-        images.push(ImageInfo { filename, actual_size, facts, notes, backing_path: below });
-        opened =
-            OpenedFile::located(&located, &recorder, Access::Shared).map_err(|error| error.in_role(Role::Ancestor))?;
+        let backing_path = resolve_backing(&info.filename, &name);
+        path = backing_path.clone().unwrap_or_default();
+        let clause = parent_mismatch(&image.facts, &path, parent.plugin, &parent.facts);
+        let mut info = ImageInfo { backing_path, ..info };
+        info.notes.extend(clause.map(|clause| format!("it {clause}")));
+        images.push(info);
+        image = parent;
     }
+}
+
+/// The image below this one, and the name that led to it. One behind a protocol is never followed.
+fn below<'r>(
+    descent: &mut Descent<'r, '_>,
+    image: &ChainImage<'_>,
+) -> Result<Option<(Vec<u8>, ChainImage<'r>)>, Error> {
+    let pointer = image.facts.backing.as_ref().into_option();
+    if !pointer.is_some_and(|pointer| pointer.names().any(|name| file_name(name).is_ok())) {
+        return Ok(None);
+    }
+    let (part, access) = (Part::Ancestor, Access::Shared);
+    let Some(located) = descent.next(image, part, access, None)? else { return Ok(None) };
+    let parent = descent.open(image, &located, part, access)?;
+    Ok(Some((located.name().to_vec(), parent)))
+}
+
+/// What is said of an image at `path` by itself.
+fn look(image: &ChainImage<'_>, path: PathBuf) -> Result<ImageInfo, Error> {
+    let ChainImage { opened, plugin, facts, .. } = image;
+    let mut notes = plugin.notes(ImageFiles::one(&opened.file), facts);
+    let mut actual_size = opened.file.file().metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
+    for other in &plugin.files(&opened.file).map_err(|failure| Error::plugin(&path, &failure))? {
+        match allocated(&opened.directory, &other.name) {
+            Some(size) => actual_size = actual_size.saturating_add(size),
+            None => notes.push(format!("its extent '{}' is not there", escape_bytes(&other.name))),
+        }
+    }
+    let backing_path = facts.backing.as_ref().into_option().and_then(|backing| {
+        let beside = backing.names().find(|name| is_below(&opened.directory, name));
+        resolve_backing(&path, beside.unwrap_or(&backing.name))
+    });
+    Ok(ImageInfo { filename: path, actual_size, facts: facts.clone(), notes, backing_path })
 }
 
 /// Bytes of the disk that a file takes which an image in this directory names. It is not opened, and no more than that is
