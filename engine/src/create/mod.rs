@@ -2,11 +2,10 @@
 
 mod file;
 
-use crate::confine::Confinement;
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
-use crate::image::{file_name, Access, Gate, NamedFile, OpenedFile, Part, Recorder};
-use crate::plugins::{Identified, IdentifyError, Plugin, Registry, SearchPath};
+use crate::image::{file_name, Access, ChainImage, Descent, Gate, NamedFile, OpenedFile, Part, Recorder};
+use crate::plugins::{Plugin, Registry, SearchPath};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::std_types::{ROption, RString, RVec, Tuple2};
 use instar_plugin_api::{BackingPointer, CreateSpec, ImageFacts};
@@ -83,7 +82,7 @@ pub fn create_options(format: &str, search: &SearchPath) -> Result<(String, Vec<
 /// When the format, an option or the backing image is refused, or the file cannot be written. Nothing is changed unless
 /// everything but the writing has succeeded.
 pub fn run_create(request: &CreateRequest) -> Result<Created, Error> {
-    let registry = Registry::load(&request.search);
+    let registry = Registry::load(&request.search).looking_aside();
     let plugin = plugin_of(&registry, &request.format)?;
     let file = NamedFile::new(&request.image);
     let (virtual_size, backing, backing_facts) = resolve(request, &file, &registry)?;
@@ -134,48 +133,30 @@ fn resolve(
         return Err(Error::image(filename, ErrorCode::ChainLoop, "an image cannot be backed by itself"));
     }
     let opened = OpenedFile::located(&located, &recorder, Access::Shared)?;
-    let found = look(registry, &opened, Some(format));
-    let found = found.map_err(|error| Error::identify(&opened.path, &error).in_role(Role::Backing))?;
-    refuse_ancestor(registry, new, opened, found.facts.clone())?;
-    let size = request.size.unwrap_or(found.facts.virtual_size);
-    Ok((size, ROption::RSome(pointer), ROption::RSome(found.facts)))
-}
-
-/// Look at an image. The new one has to be opened later: only this is confined.
-fn look<'r>(
-    registry: &'r Registry,
-    opened: &OpenedFile,
-    format: Option<&str>,
-) -> Result<Identified<'r>, IdentifyError> {
-    Confinement::in_confined_thread(|| registry.identify(&opened.file, format))
+    let backing = opened.identify_as(registry, Some(format), "-F").map_err(|error| error.in_role(Role::Backing))?;
+    refuse_ancestor(registry, new, &backing)?;
+    let size = request.size.unwrap_or(backing.facts.virtual_size);
+    Ok((size, ROption::RSome(pointer), ROption::RSome(backing.facts)))
 }
 
 /// Refuse to write over an image that the backing is backed by in its turn: it would be lost, and the chain a circle. What
 /// cannot be followed is not in the way.
-fn refuse_ancestor(
-    registry: &Registry,
-    new: &NamedFile,
-    mut above: OpenedFile,
-    mut facts: ImageFacts,
-) -> Result<(), Error> {
+fn refuse_ancestor(registry: &Registry, new: &NamedFile, backing: &ChainImage<'_>) -> Result<(), Error> {
     let Some(overwritten) = new.identity() else { return Ok(()) };
-    for _ in 0..MAX_CHAIN_DEVICES {
-        let Some(pointer) = facts.backing.as_ref().into_option() else { break };
-        let (format, part) = (facts.format.to_string(), Part::Ancestor);
-        let recorder = Recorder { path: &above.path, format: &format, directory: &above.directory, part };
-        let Ok(located) = Gate::everywhere()?.find(&recorder, pointer.names(), Access::Shared, None) else { break };
+    let (gate, part, access) = (Gate::everywhere()?, Part::Ancestor, Access::Shared);
+    let mut descent = Descent::new(registry, &gate, &backing.opened.path, MAX_CHAIN_DEVICES);
+    let mut lowest: Option<ChainImage<'_>> = None;
+    loop {
+        let above = lowest.as_ref().unwrap_or(backing);
+        let Ok(Some(located)) = descent.next(above, part, access, None) else { return Ok(()) };
         if located.identity() == overwritten {
             let clause = format!(
                 "would be overwritten, and is what '{}' is backed by, on which the new image is to be made: give it another name",
-                escape_path(&above.path)
+                escape_path(&above.opened.path)
             );
             return Err(Error::image(new.path(), ErrorCode::ChainLoop, clause));
         }
-        let recorded = pointer.format.as_ref().into_option().map(|format| String::from_utf8_lossy(format).into_owned());
-        let Ok(opened) = OpenedFile::located(&located, &recorder, Access::Shared) else { break };
-        let Ok(found) = look(registry, &opened, recorded.as_deref()) else { break };
-        facts = found.facts;
-        above = opened;
+        let Ok(below) = descent.open(above, &located, part, access) else { return Ok(()) };
+        lowest = Some(below);
     }
-    Ok(())
 }

@@ -15,6 +15,7 @@ use super::advice::{Part, Recorder};
 use super::chain_image::{ChainImage, Doubt};
 use super::gate::Located;
 use super::open::OpenedFile;
+use crate::confine::Confinement;
 use crate::error::Error;
 use crate::escape::{escape_bytes, escape_path, shell_path};
 use crate::plugins::{Foreign, IdentifyError, ImageRead, Mark, Registry, DAMAGED};
@@ -196,7 +197,9 @@ impl OpenedFile {
         hint: Option<&str>,
         insisted: bool,
     ) -> Result<ChainImage<'r>, (std::path::PathBuf, IdentifyError)> {
-        match registry.identify(&self.file, hint) {
+        let look = || registry.identify(&self.file, hint);
+        let found = if registry.looks_aside() { Confinement::in_confined_thread(look) } else { look() };
+        match found {
             Ok(found) => Ok(ChainImage {
                 snapshot: 0,
                 opened: self,

@@ -24,6 +24,8 @@ pub struct Registry {
     conflicts: HashMap<String, Vec<PathBuf>>,
     /// The first directory that the operator named and that cannot be used.
     refused: Option<Skipped>,
+    /// Images are looked at in a thread that is confined.
+    aside: bool,
 }
 
 impl Registry {
@@ -43,6 +45,19 @@ impl Registry {
         }
         registry.remove_conflicts();
         registry
+    }
+
+    /// Have images looked at in a confined thread of their own: for a process that has to write a new file afterwards, and so
+    /// is not [confined](crate::confine) itself.
+    #[must_use]
+    pub fn looking_aside(self) -> Self {
+        Self { aside: true, ..self }
+    }
+
+    /// Whether that is so.
+    #[must_use]
+    pub fn looks_aside(&self) -> bool {
+        self.aside
     }
 
     fn load_directory(
