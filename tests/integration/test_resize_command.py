@@ -214,6 +214,26 @@ def test_bitmaps_of_an_image_that_grows_can_be_used(tmp_path):
     assert [bitmap["flags"] for bitmap in bitmaps] == [["auto"]]
 
 
+def test_images_with_marks(tmp_path):
+    image = tmp_path / "disk"
+    for mark, status in ((1, 0), (2, 1)):
+        image.unlink(missing_ok=True)
+        support.create(image, 4 * MIB)
+        scribble(random.Random(mark), image, 4 * MIB)
+        before = content(image)
+        with open(image, "r+b") as file:
+            file.seek(79)
+            file.write(bytes([mark]))
+        if status:
+            refused(image, "8M", words=["marked corrupt", "instar check -r all"], status=1)
+            refused(image, "--shrink", "1M", words=["marked corrupt"], status=1)
+        else:
+            # One that was not closed cleanly is repaired first.
+            assert resize(image, "--shrink", str(MIB + 512)).rc == 0
+            support.assert_clean(image)
+            assert content(image) == before[:MIB + 512]
+
+
 def test_an_image_in_use_is_refused(tmp_path):
     image = tmp_path / "disk"
     support.create(image, MIB)
@@ -237,6 +257,10 @@ def test_a_base_does_not_shrink_below_an_overlay_that_reads_there(tmp_path):
     support.create(top, 8 * MIB, backing=base.name)
     seen = content(top)
     refused(base, "--shrink", "2M", words=["is the backing of 1 other image", "top"], status=1, also=[top])
+    # The advice works: a copy in a directory of its own has no overlays.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    resized(support.copy(base, alone / "base"), 2 * MIB, "--shrink")
     # A base that grows reads zeroes where its overlays did.
     resized(base, 6 * MIB)
     assert (content(top), content(small)) == (seen, before)
