@@ -95,6 +95,7 @@ def samples(tmp_path_factory):
         "measure": [ask("measure", "-O", "qcow2", "bitmaps"), ask("measure", "--size", "1M"), ask("measure", "--commit", "top")],
         "compare": [ask("compare", "base", "mid"), ask("compare", "base", "top"),
                     ask("compare", "-s", "base", "bitmaps"), ask("compare", "-s", "bitmaps", "damaged")],
+        "resize": [ask("resize", "--dry-run", "base", "+1M"), ask("resize", "base", "+0")],
         "doctor": [ask("doctor"), ask("doctor", "--plugin-dir", "other")],
         "plugins": [ask("plugins"), ask("plugins", "--plugin-dir", "other")],
         "config": [ask("config"), ask("config", INSTAR_CONFIG=str(folder / "config.toml"))],

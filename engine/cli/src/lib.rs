@@ -23,6 +23,7 @@ pub mod plugins;
 mod progress;
 mod progress_args;
 mod progress_lines;
+pub mod resize;
 mod signals;
 pub mod size;
 mod snapshot_text;
@@ -75,6 +76,8 @@ pub enum Command {
     Compare(compare::CompareArgs),
     /// Say how long the file of a new image would be, or how long a commit would make one
     Measure(measure::MeasureArgs),
+    /// Give an image another virtual size
+    Resize(resize::ResizeArgs),
     /// Make a new, empty image
     Create(create::CreateArgs),
     /// List the format plugins
@@ -98,6 +101,7 @@ impl Command {
             Self::Map(args) => args.output,
             Self::Measure(args) => args.output,
             Self::Compare(args) => args.output,
+            Self::Resize(args) => args.output,
             Self::Plugins(args) => args.output,
             Self::Config(args) => args.output,
             Self::Create(_) | Self::Worker(_) => OutputFormat::Human,
@@ -115,6 +119,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Commit(args) => return commit::run(args, out),
         Command::Check(args) => return check::run(args, out),
         Command::Compare(args) => return compare::run(args, out),
+        Command::Resize(args) => return resize::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
         Command::Worker(args) => return worker::run(args),
         Command::Info(args) => (info::run(args, &reading(false), out), args.output),

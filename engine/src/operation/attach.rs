@@ -82,7 +82,7 @@ impl DevicePaths {
     }
 
     fn is_alone(&self) -> bool {
-        self.by_device.contains_key(&DEVICE_OUTPUT) && !self.by_device.contains_key(&0)
+        self.by_device.contains_key(&DEVICE_OUTPUT) && self.merged == 0
     }
 
     /// The devices of the image that the operation works on.

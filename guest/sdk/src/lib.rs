@@ -31,6 +31,7 @@ mod parent;
 #[cfg(feature = "memory")]
 pub mod random;
 mod relink;
+pub mod resize;
 pub mod runtime;
 pub mod table;
 mod traits;

@@ -151,7 +151,7 @@ pub trait ReadBelow {
 
 /// An image that data goes into: allocate, write, make durable.
 ///
-/// The calls come in this order: `grow` if the image is to grow, `plan` for all extents of the commit, `planned`, then
+/// The calls come in this order: `grow` or `shrink` if the image is to get another size, `plan` for all extents of the commit, `planned`, then
 /// `write` for all extents again, `finish`. Nothing is changed before the first `write`, or `finish`, if there is nothing
 /// to write.
 pub trait Sink {
@@ -167,6 +167,22 @@ pub trait Sink {
     fn grow(&mut self, io: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
         let _ = (io, virtual_size, below_length);
         let text = "an image of this format cannot grow: let a larger copy of it take its place";
+        Err(DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::UnsupportedFormat, text) })
+    }
+
+    /// Verify that the image can be cut to `virtual_size` bytes, a multiple of 512 and fewer than it has, and count what must
+    /// be allocated for that. Changes nothing: it shrinks with the first `write`, which may be one of no extents, and no
+    /// extents follow. It is not called together with [`Sink::grow`].
+    ///
+    /// At every instant the image has the old size and reads as before, or has the new one and reads as before up to
+    /// there: the size is switched at one stroke, and only what is past the new end then is given back, so that a crash leaves
+    /// lost space at most. A later [`Sink::grow`] reads zeroes there, whatever the shrinking left.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedFormat`] if it cannot; as [`Sink::plan`].
+    fn shrink(&mut self, io: &mut dyn BlockIo, virtual_size: u64) -> DriverResult<()> {
+        let _ = (io, virtual_size);
+        let text = "an image of this format cannot shrink: let a smaller copy of it take its place";
         Err(DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::UnsupportedFormat, text) })
     }
 

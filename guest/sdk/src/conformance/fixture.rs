@@ -35,7 +35,7 @@ pub(super) struct Reading {
 }
 
 /// What is below the backing, as bytes.
-struct Below(Option<Vec<u8>>);
+pub(super) struct Below(pub(super) Option<Vec<u8>>);
 
 impl ReadBelow for Below {
     fn exists(&self) -> bool {

@@ -10,7 +10,9 @@
 //! - a **power loss**, and any request that **fails**: the overlay reads the same at each instant, both images are sound, and
 //!   running the commit again finishes it;
 //! - another **parent** ([`verify_parents`]): at each instant the image names the one or the other, whole, and reads the same; a
-//!   refusal has changed nothing, and a second run finishes what was interrupted.
+//!   refusal has changed nothing, and a second run finishes what was interrupted;
+//! - another **size** ([`verify_resizes`]): at each instant the image has the one or the other and reads as before up to there;
+//!   what an image has grown by reads as zeroes, also where it was shrunk before; a second run finishes what was interrupted.
 //!
 //! ```
 //! use instar_guest_sdk::conformance::{self, Builder};
@@ -29,12 +31,14 @@ mod parents;
 #[cfg(test)]
 mod parents_tests;
 mod promises;
+mod resizes;
 mod sectors;
 
 pub use fixture::{Fixture, ANCESTOR, OVERLAY};
 pub use kit::{sink_of, source_of, Builder, ImageKit, ParentKit, Recorded};
 pub use layer::{Held, Layer, SECTOR};
 pub use parents::{verify_odd_parents, verify_parent, verify_parents, Relinks};
+pub use resizes::{verify_resize, verify_resizes};
 
 use crate::crash::{Crashes, Files};
 use crate::random::Random;

@@ -68,6 +68,16 @@ impl Sink for ForeignSink {
         call(|failure| grow(self.handle, virtual_size, below_length, failure))
     }
 
+    fn shrink(&mut self, _: &mut dyn BlockIo, virtual_size: u64) -> DriverResult<()> {
+        let Some(shrink) = self.ops.shrink else {
+            return Err(DriverError::new(
+                ErrorCode::UnsupportedFormat,
+                "this version of the format's plugin shrinks no images",
+            ));
+        };
+        call(|failure| shrink(self.handle, virtual_size, failure))
+    }
+
     fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
         let mut identity = ImageId::new(&[0])?;
         let child = child.map_or(core::ptr::null(), core::ptr::from_ref);

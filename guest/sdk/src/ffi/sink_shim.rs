@@ -26,6 +26,7 @@ pub const fn sink_ops<D: FormatDriver, Io: BlockIo + Default>() -> SinkOps {
         finish: finish_all::<D::Sink, Io>,
         grow: Some(grow::<D::Sink, Io>),
         next_identity: Some(next_identity::<D::Sink>),
+        shrink: Some(shrink::<D::Sink, Io>),
     }
 }
 
@@ -147,6 +148,20 @@ extern "C" fn grow<S: Sink, Io: BlockIo + Default>(
     let result = match unsafe { handle::<S>(sink) } {
         Some(sink) => sink.grow(&mut Io::default(), virtual_size, below_length),
         None => Err(protocol("grow without sink")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn shrink<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    virtual_size: u64,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let result = match unsafe { handle::<S>(sink) } {
+        Some(sink) => sink.shrink(&mut Io::default(), virtual_size),
+        None => Err(protocol("shrink without sink")),
     };
     // SAFETY: the interface passes null or a writable failure.
     unsafe { done(result, failure) }

@@ -121,6 +121,10 @@ impl Sink for TestSink {
         log(std::format!("grow to {virtual_size} over {below_length}"));
         Ok(())
     }
+    fn shrink(&mut self, _: &mut dyn BlockIo, virtual_size: u64) -> DriverResult<()> {
+        log(std::format!("shrink to {virtual_size}"));
+        Ok(())
+    }
 }
 
 impl FormatDriver for Driver {
@@ -328,7 +332,8 @@ fn a_sink_grows_across_the_border_unless_its_table_has_no_function_for_it() {
     let mut sink = format().open_sink(&DeviceConfig::default(), false).unwrap();
     LOG.take();
     sink.grow(io, 3 << 20, 5).unwrap();
-    assert_eq!(LOG.take(), ["grow to 3145728 over 5"]);
+    sink.shrink(io, 1 << 20).unwrap();
+    assert_eq!(LOG.take(), ["grow to 3145728 over 5", "shrink to 1048576"]);
 
     let table = |size: usize| {
         let mut ops = super::sink_ops::<Driver, TestIo>();
@@ -341,6 +346,8 @@ fn a_sink_grows_across_the_border_unless_its_table_has_no_function_for_it() {
         unsafe { ForeignFormat::new(&raw const fixed) }.unwrap().open_sink(&DeviceConfig::default(), false).unwrap();
     LOG.take();
     assert_eq!(sink.grow(io, 3 << 20, 5).unwrap_err().code, ErrorCode::UnsupportedFormat);
+    // A table of the least size ends before this one.
+    assert_eq!(sink.shrink(io, 1 << 20).unwrap_err().code, ErrorCode::UnsupportedFormat);
     assert_eq!(LOG.take(), <[&str; 0]>::default());
     sink.plan(io, &[]).unwrap();
     let too_short = table(SinkOps::MIN_SIZE - 1);

@@ -3,7 +3,7 @@
 #![allow(missing_docs)]
 
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_guest_sdk::conformance::{verify_drawn, verify_images, ANCESTOR, OVERLAY};
+use instar_guest_sdk::conformance::{verify_drawn, verify_images, verify_resizes, ANCESTOR, OVERLAY};
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_qcow_testkit::{build, Kit, Spec, State, CLUSTER};
 
@@ -49,4 +49,11 @@ fn drawn_images() {
     let report = verify_drawn(&Kit, 0..10, Crashes { drawn: 1, seed: 1 });
     println!("{report:?}");
     assert!(report.committed > 20 && report.states > 200, "{report:?}");
+}
+
+#[test]
+fn images_grow() {
+    let report = verify_resizes(&Kit, 0..24, Crashes { drawn: 0, seed: 1 });
+    println!("{report:?}");
+    assert!(report.committed >= 24 && report.refused > 0 && report.states > 50, "{report:?}");
 }

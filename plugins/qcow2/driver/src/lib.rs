@@ -14,6 +14,7 @@
 //! * `parent`: another backing file in the header;
 //! * `source`: the source role;
 //! * `write`, `grow`: planning and writing a commit, and growing for it;
+//! * `shrink`: cutting the disk;
 //! * `sink`: the sink role.
 #![no_std]
 
@@ -28,6 +29,7 @@ mod parent;
 mod read;
 pub mod refcount;
 mod references;
+mod shrink;
 mod sink;
 mod source;
 #[cfg(test)]

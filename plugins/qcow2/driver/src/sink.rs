@@ -6,6 +6,7 @@ use crate::grow::Growth;
 use crate::image::{overflow, Image};
 use crate::metadata::map::MetadataMap;
 use crate::metadata::mapped_clusters::MappedClusters;
+use crate::shrink::Shrink;
 use crate::write::backing::Backing;
 use crate::write::cluster_extent::ClusterExtent;
 use crate::write::enabled_bitmaps::EnabledBitmaps;
@@ -25,6 +26,8 @@ pub struct Qcow2Sink {
     plan: Option<Plan>,
     /// Growth that was planned and is still to be done.
     growth: Option<Growth>,
+    /// The same, if the disk is to be cut.
+    shrink: Option<Shrink>,
     /// What planning has found wrong, to be written before everything else. The backing has it already.
     repair: Option<Outstanding>,
     /// Whether the first change was made.
@@ -38,6 +41,7 @@ impl Qcow2Sink {
             backing: Backing::new(image, has_backing),
             plan: None,
             growth: None,
+            shrink: None,
             repair: None,
             started: false,
         }
@@ -123,6 +127,10 @@ impl Qcow2Sink {
             self.start(io)?;
             growth.run(io, &mut self.backing, &mut self.bitmaps, below)?;
         }
+        if let Some(shrink) = self.shrink.take() {
+            self.start(io)?;
+            shrink.run(io, &mut self.backing)?;
+        }
         let mut windows = Windows::new(&self.backing, extents, !self.bitmaps.is_empty());
         while let Some(window) = windows.next(io, &mut self.backing)? {
             self.write_window(io, window, below)?;
@@ -167,6 +175,16 @@ impl Sink for Qcow2Sink {
         self.prepare(io)?;
         let plan = self.plan.as_mut().ok_or_else(|| overflow("the plan"))?;
         self.growth = Some(Growth::plan(io, &mut self.backing, &mut self.bitmaps, plan, (virtual_size, below_length))?);
+        Ok(())
+    }
+
+    fn shrink(&mut self, io: &mut dyn BlockIo, virtual_size: u64) -> DriverResult<()> {
+        if virtual_size >= self.backing.image.header.virtual_size {
+            return Ok(());
+        }
+        self.prepare(io)?;
+        let plan = self.plan.as_mut().ok_or_else(|| overflow("the plan"))?;
+        self.shrink = Some(Shrink::plan(io, &mut self.backing, plan, virtual_size)?);
         Ok(())
     }
 

@@ -82,6 +82,21 @@ impl Sink for RawSink {
         Ok(())
     }
 
+    /// The end of the file is the size: it moves at one stroke, and what is past it is gone for good.
+    fn shrink(&mut self, _: &mut dyn BlockIo, virtual_size: u64) -> DriverResult<()> {
+        if self.fixed_length {
+            return Err(self.refused(format!(
+                "a block device of {} bytes cannot shrink by itself: make the device smaller",
+                self.file_length
+            )));
+        }
+        if virtual_size >= self.virtual_size || !virtual_size.is_multiple_of(SECTOR) {
+            return Err(self.refused(format!("the file cannot shrink to {virtual_size} bytes")));
+        }
+        (self.virtual_size, self.set_length) = (virtual_size, Some(virtual_size));
+        Ok(())
+    }
+
     fn plan(&mut self, _: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
         for extent in extents {
             // The rest of a last sector that the file does not have: it is about to.

@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_guest_sdk::conformance::{verify_drawn, verify_images, Report, ANCESTOR, OVERLAY};
+use instar_guest_sdk::conformance::{verify_drawn, verify_images, verify_resizes, Report, ANCESTOR, OVERLAY};
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_vhd_testkit::{build, Kind, Kit, Spec};
 
@@ -91,4 +91,11 @@ fn drawn_images() {
     let report = verify_drawn(&Kit, 0..24, Crashes { drawn: 1, seed: 1 });
     println!("{report:?}");
     assert!(report.committed > 40 && report.states > 2000, "{report:?}");
+}
+
+#[test]
+fn images_grow() {
+    let report = verify_resizes(&Kit, 0..24, Crashes { drawn: 0, seed: 1 });
+    println!("{report:?}");
+    assert!(report.committed >= 12 && report.refused > 0 && report.states > 200, "{report:?}");
 }

@@ -2,7 +2,9 @@
 #![allow(missing_docs)]
 
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
-use instar_guest_sdk::conformance::{verify, verify_drawn, verify_images, Fixture, Report, ANCESTOR, OVERLAY};
+use instar_guest_sdk::conformance::{
+    verify, verify_drawn, verify_images, verify_resize, Fixture, Report, ANCESTOR, OVERLAY,
+};
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_testkit::crash_states_drawn;
 use instar_vhdx_testkit::{build, Kind, Kit, Linkage, Log, Spec, MIB};
@@ -125,4 +127,15 @@ fn drawn_images() {
     let report = verify_drawn(&Kit, 0..count, Crashes { drawn: 0, seed: 1 });
     println!("{report:?}");
     assert!(report.committed as u64 > count && report.states as u64 > 25 * count, "{report:?}");
+}
+
+#[test]
+fn images_grow() {
+    let spec = Spec::new(Kind::Dynamic, SIZE).with([(1, 1, 0x43), (100, 4, 0x44)]);
+    for spec in [Spec { garbage: 0x99, ..spec.clone() }, Spec { log: Log::Pending, ..spec }] {
+        let files = Files::from([(DEVICE_OUTPUT, build(&spec))]);
+        let (report, grown) = verify_resize(&Kit, &files, 2 * MIB as u64 + 512, crashes());
+        println!("{report:?}");
+        assert!(grown.is_some() && report.states >= 4, "{report:?}");
+    }
 }

@@ -437,6 +437,9 @@ pub struct SinkOps {
     /// `*identity` to the one that the image gets with the first `write` of any extents, and returns 1; or returns 0. `child`
     /// is the identity of the image that data comes from, or null: of several, that of the lowest.
     pub next_identity: Option<extern "C" fn(sink: *mut c_void, child: *const ImageId, identity: *mut ImageId) -> u32>,
+    /// Null: this sink cannot shrink. Called in the place of `grow`, changes nothing: from here on the image counts as
+    /// `virtual_size` bytes long, fewer than it has, and the first `write`, one of no extents, makes it so.
+    pub shrink: Option<extern "C" fn(sink: *mut c_void, virtual_size: u64, failure: *mut Failure) -> u32>,
 }
 
 impl SinkOps {

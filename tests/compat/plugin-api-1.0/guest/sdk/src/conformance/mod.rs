@@ -10,7 +10,9 @@
 //! - a **power loss**, and any request that **fails**: the overlay reads the same at each instant, both images are sound, and
 //!   running the commit again finishes it;
 //! - another **parent** ([`verify_parents`]): at each instant the image names the one or the other, whole, and reads the same; a
-//!   refusal has changed nothing, and a second run finishes what was interrupted.
+//!   refusal has changed nothing, and a second run finishes what was interrupted;
+//! - another **size** ([`verify_resizes`]): at each instant the image has the one or the other and reads as before up to there;
+//!   what an image has grown by reads as zeroes, also where it was shrunk before; a second run finishes what was interrupted.
 //!
 //! ```
 //! use instar_guest_sdk::conformance::{self, Builder};

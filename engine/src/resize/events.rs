@@ -1,0 +1,182 @@
+//! What a resize makes of what its guest says: the plan, the phases, the end.
+
+use crate::devices::Devices;
+use crate::operation::{decode, Events};
+use crate::sandbox::BadRequest;
+use instar_guest_abi::Phase;
+use instar_guest_protocol::resize::{Outcome, Plan};
+
+/// What the guest of a resize said, and what it may do.
+#[derive(Debug, Default)]
+pub struct ResizeEvents {
+    /// What the guest planned, once it said so.
+    pub plan: Option<Plan>,
+    /// The virtual size in bytes at the end, once the guest said so.
+    pub virtual_size: u64,
+    /// The virtual size in bytes that the image has, and the one that it is to have.
+    pub sizes: (u64, u64),
+    /// What the files of the image may become together, in bytes.
+    pub longest: u64,
+    /// Nothing may be changed.
+    pub dry_run: bool,
+}
+
+impl ResizeEvents {
+    /// Everything that can refuse has been asked, the guest says: the first change comes next.
+    fn planned(&mut self, plan: Plan) -> Result<(), BadRequest> {
+        if self.plan.is_some() {
+            return Err(BadRequest("a second plan".to_owned()));
+        }
+        let (old, wanted) = self.sizes;
+        // A format may round up, but not so far that the disk would not change.
+        let right = if wanted < old { plan.new_size < old } else { (plan.new_size == old) == (wanted == old) };
+        if plan.old_size != old || plan.new_size < wanted || !right {
+            let Plan { old_size, new_size, .. } = plan;
+            return Err(BadRequest(format!("a plan from {old_size} to {new_size} bytes, not from {old} to {wanted}")));
+        }
+        if plan.final_length > self.longest {
+            return Err(BadRequest(format!(
+                "a plan that makes the image {} bytes long, where {} are allowed",
+                plan.final_length, self.longest
+            )));
+        }
+        self.plan = Some(plan);
+        Ok(())
+    }
+
+    /// The phase in which the guest has to end.
+    fn last_phase(&self) -> Phase {
+        if self.dry_run || self.sizes.0 == self.sizes.1 {
+            Phase::Look
+        } else {
+            Phase::Target
+        }
+    }
+}
+
+impl Events for ResizeEvents {
+    fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
+        self.planned(decode(event)?)
+    }
+
+    fn enter(&mut self, devices: &mut Devices, phase: Phase) -> Result<(), BadRequest> {
+        if self.plan.is_none() {
+            return Err(BadRequest("a change was announced before a plan".to_owned()));
+        }
+        if phase > self.last_phase() {
+            return Err(BadRequest("a change was announced where nothing may be changed".to_owned()));
+        }
+        devices.enter(phase).map_err(BadRequest)
+    }
+
+    /// What the guest says of a success has to be what it planned, and what the devices saw.
+    fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
+        let Outcome { virtual_size } = decode(result)?;
+        let planned = self.plan.as_ref().map(|plan| plan.new_size);
+        if planned != Some(virtual_size) {
+            return Err(BadRequest(format!("an image of {virtual_size} bytes, which was not planned")));
+        }
+        self.virtual_size = virtual_size;
+        devices.finished(Some(self.last_phase())).map_err(BadRequest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::Device;
+    use crate::operation::{Cancel, Handler};
+    use crate::sandbox::{BufferAccess, Host, VolatileSlice};
+    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
+    use instar_guest_protocol::end_message::Outcome as End;
+    use instar_guest_protocol::guest_message::Kind;
+    use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
+
+    /// Buffers are of no interest: what is written is zeroes.
+    struct Zeroes;
+
+    impl BufferAccess for Zeroes {
+        fn heap_slice(&self, _: u64, length: u64) -> Option<VolatileSlice<'_>> {
+            let memory = vec![0_u8; usize::try_from(length).ok()?].leak();
+            Some(VolatileSlice::from(memory))
+        }
+    }
+
+    /// An image of `sizes.0` bytes that is to have `sizes.1`; its file has 4096, and may have twice as many.
+    fn handler(sizes: (u64, u64), dry_run: bool) -> Handler<ResizeEvents> {
+        let mut devices = Devices::new();
+        let file = tempfile::tempfile().unwrap_or_else(|error| unreachable!("{error}"));
+        let _ = file.set_len(4096);
+        devices.attach(DEVICE_OUTPUT, Device::new(file, true, 4096, 8192, false).with_part(Part::Target));
+        let events = ResizeEvents { sizes, longest: 8192, dry_run, ..ResizeEvents::default() };
+        Handler::new(devices, events, Cancel::new())
+    }
+
+    fn plan(old_size: u64, new_size: u64, final_length: u64) -> Kind {
+        Kind::Event(Plan { old_size, new_size, final_length }.encode_to_vec())
+    }
+
+    fn target() -> Kind {
+        Kind::Phase(PhaseMessage { phase: Phase::Target as u32 })
+    }
+
+    fn done(virtual_size: u64) -> Kind {
+        let result = Outcome { virtual_size }.encode_to_vec();
+        Kind::End(EndMessage { outcome: Some(End::Result(result)) })
+    }
+
+    fn write() -> Request {
+        Request::write(DEVICE_OUTPUT, 0, 0, 512)
+    }
+
+    impl Handler<ResizeEvents> {
+        fn tell(&mut self, message: Kind) -> String {
+            self.message(message).map_or_else(|bad| bad.0, |()| String::new())
+        }
+
+        fn ask(&mut self, request: Request) -> String {
+            self.requests(&Zeroes, &mut [request]).map_or_else(|bad| bad.0, |()| String::new())
+        }
+    }
+
+    #[test]
+    fn a_resize_goes_from_its_plan_to_what_is_durable() {
+        let mut handler = handler((1024, 2048), false);
+        assert!(handler.ask(write()).contains("before a plan was accepted"));
+        let mut handler = super::tests::handler((1024, 2048), false);
+        assert!(handler.tell(target()).contains("before a plan"));
+        assert_eq!(handler.tell(plan(1024, 2048, 8192)) + &handler.tell(target()) + &handler.ask(write()), "");
+        assert!(handler.tell(done(2048)).contains("not flushed"));
+        assert_eq!(handler.ask(Request::flush(DEVICE_OUTPUT)) + &handler.tell(done(2048)), "");
+        assert_eq!(handler.events.virtual_size, 2048);
+    }
+
+    #[test]
+    fn a_plan_is_what_was_asked_for() {
+        let told = |sizes, plan| handler(sizes, false).tell(plan);
+        assert_eq!(told((1024, 2048), plan(1024, 4096, 0)), "", "a format may round up");
+        assert!(told((1024, 2048), plan(1024, 1536, 0)).contains("a plan from"), "too small");
+        assert!(told((1024, 2048), plan(512, 2048, 0)).contains("a plan from"), "of another image");
+        assert!(told((2048, 1024), plan(2048, 2048, 0)).contains("a plan from"), "it does not shrink");
+        assert!(told((1024, 1024), plan(1024, 2048, 0)).contains("a plan from"), "it was not to grow");
+        assert!(told((1024, 2048), plan(1024, 2048, 8193)).contains("are allowed"));
+        let mut twice = handler((1024, 2048), false);
+        assert_eq!(twice.tell(plan(1024, 2048, 0)), "");
+        assert!(twice.tell(plan(1024, 2048, 0)).contains("second plan"));
+        assert!(twice.tell(done(2048)).contains("before its work was done"));
+        let mut other = handler((1024, 2048), true);
+        assert_eq!(other.tell(plan(1024, 2048, 0)), "");
+        assert!(other.tell(done(1024)).contains("not planned"));
+    }
+
+    #[test]
+    fn nothing_is_changed_in_a_dry_run_or_for_the_same_size() {
+        for (sizes, dry_run) in [((1024, 2048), true), ((1024, 1024), false)] {
+            let mut handler = handler(sizes, dry_run);
+            assert_eq!(handler.tell(plan(1024, sizes.1, 0)), "");
+            assert!(handler.tell(target()).contains("nothing may be changed"));
+            assert!(handler.ask(write()).contains("before a plan was accepted"));
+            assert_eq!(handler.tell(done(sizes.1)), "");
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The resize as an [`Operation`].
+
+use super::events::ResizeEvents;
+use super::overlays::Overlays;
+use super::{ResizeOutcome, ResizeRequest};
+use crate::confine::Work;
+use crate::devices::{Device, Devices};
+use crate::error::{Error, Role as ErrorRole};
+use crate::escape::escape_path;
+use crate::image::{check_immediate_parent, check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
+use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::sandbox::ModuleSpec;
+use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK, MAX_CHAIN_DEVICES};
+use instar_guest_protocol::resize::Config;
+use instar_guest_protocol::Message;
+use instar_plugin_api::{Context, ImageFacts, Incoming, Role, ROLE_SINK};
+
+/// A resize on its way.
+pub(super) struct Resize<'q> {
+    request: &'q ResizeRequest,
+    format: String,
+    /// The virtual size in bytes that the image has, and the one that it is to have.
+    sizes: (u64, u64),
+    has_backing: bool,
+    warnings: Vec<String>,
+}
+
+impl<'q> Resize<'q> {
+    /// A resize that was not begun.
+    pub(super) fn new(request: &'q ResizeRequest) -> Self {
+        Self { request, format: String::new(), sizes: (0, 0), has_backing: false, warnings: Vec::new() }
+    }
+
+    /// Whether the image gets another size.
+    fn changes(&self) -> bool {
+        self.sizes.0 != self.sizes.1
+    }
+
+    /// What refuses the size that the operator wants, before anything else is opened.
+    fn settle_size(&mut self, image: &ChainImage<'_>) -> Result<(), Error> {
+        let (path, old) = (&image.opened.path, image.facts.virtual_size);
+        let refused = |(code, clause)| Error::image(path, code, clause);
+        let size = self.request.size.of(old, self.request.shrink).map_err(refused)?;
+        if self.request.preallocate && size < old {
+            let clause = format!("shrinks from {old} to {size} bytes, which takes no space: leave --preallocation out");
+            return Err(Error::image(path, ErrorCode::BadUsage, clause));
+        }
+        self.sizes = (old, size);
+        Ok(())
+    }
+}
+
+impl Operation for Resize<'_> {
+    type Events = ResizeEvents;
+    type Outcome = ResizeOutcome;
+
+    fn module(&self) -> ModuleSpec<'static> {
+        super::MODULE
+    }
+
+    fn work(&self) -> (Work, Work) {
+        (Work::OpenToCommit, Work::Commit)
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.request.settings
+    }
+
+    fn named(&self) -> Named {
+        Named::image(&self.request.image)
+    }
+
+    fn access(&self) -> Access {
+        // A dry run asks for no more than it needs.
+        if self.request.dry_run {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        }
+    }
+
+    fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
+        let Opener { registry, session, named, gate, access, .. } = *opener;
+        let mut image = opener.open_named(self.request.format.as_deref())?;
+        session.note_image("image", &image);
+        self.format = image.facts.format.to_string();
+        self.has_backing = image.facts.backing.is_some();
+        self.settle_size(&image)?;
+        let mut below = Vec::new();
+        if self.sizes.1 > self.sizes.0 {
+            // What a longer backing holds past the old end must not come to light.
+            let mut descent = Descent::new(registry, gate, named.image.path(), MAX_CHAIN_DEVICES);
+            below = descent
+                .open_below(&image, Access::ReadOnly)
+                .map_err(|error| error.of_image(named.image.path(), Some(ErrorRole::Ancestor)))?;
+            let chain: Vec<&ChainImage<'_>> = std::iter::once(&image).chain(&below).collect();
+            check_parents(&chain)?;
+        } else {
+            check_immediate_parent(registry, &image, gate)?;
+        }
+        let mut files = vec![FilesOf { image: &mut image, access, changes: true, gate }];
+        let only_read = |image| FilesOf { image, access: Access::ReadOnly, changes: false, gate };
+        files.extend(below.iter_mut().map(only_read));
+        open_extra_files(registry, &mut files)?;
+        below.iter().for_each(|layer| session.note_image("below it", layer));
+        if self.changes() {
+            if let Some(overlays) = Overlays::find(opener, &image, &below, self.sizes.1)? {
+                if !self.request.ignore_overlays {
+                    return Err(overlays.refusal(&image.opened.path));
+                }
+                self.warnings.push(overlays.warning(&image.opened.path, self.request.dry_run));
+            }
+        }
+        if self.request.dry_run {
+            image.opened.check_writable()?;
+        }
+        let slots = below.into_iter().map(|layer| Slot::new(MemberRole::Below, layer)).collect();
+        Ok(ImageSet { slots, target: Some(image) })
+    }
+
+    fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {
+        let Some(image) = &images.target else { return Ok(Grants::default()) };
+        let parent = images.of_role(|role| role == MemberRole::Below).next().map(|parent| &parent.facts);
+        let grants = admit(image, parent, self.sizes, self.request.preallocate, &mut self.warnings)?;
+        let below: Vec<&ChainImage<'_>> = images.of_role(|role| role == MemberRole::Below).collect();
+        for (index, layer) in below.iter().enumerate() {
+            let parent = below.get(index + 1).map(|parent| &parent.facts);
+            ask(layer, Role::Below, &Context::reading(parent, false), &mut self.warnings)?;
+        }
+        for warning in &self.warnings {
+            session.observer().warning(warning);
+        }
+        Ok(grants)
+    }
+
+    fn payload(&self) -> Vec<u8> {
+        let ResizeRequest { preallocate, dry_run, .. } = *self.request;
+        Config { virtual_size: self.sizes.1, preallocate, dry_run, has_backing: self.has_backing }.encode_to_vec()
+    }
+
+    fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<ResizeEvents, Error> {
+        devices.pace_mut().stop_when(session.cancel().clone());
+        let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
+        let longest = longest.fold(0, u64::saturating_add);
+        Ok(ResizeEvents { sizes: self.sizes, longest, dry_run: self.request.dry_run, ..ResizeEvents::default() })
+    }
+
+    fn finish(self, ended: Ended<ResizeEvents>) -> Result<ResizeOutcome, Error> {
+        let (old, new) = self.sizes;
+        let state = if ended.devices.any_changed() {
+            format!(
+                "the image has {old} bytes or {new}, as `instar info` says, and reads as before; to finish, run the command with \
+                 the size {new}"
+            )
+        } else {
+            "nothing was changed".to_owned()
+        };
+        ended.end.map_err(|failure| failure.error(&ended.paths, Some(&state)))?;
+        Ok(ResizeOutcome {
+            format: self.format,
+            old_virtual_size: old,
+            virtual_size: ended.events.virtual_size,
+            dry_run: self.request.dry_run,
+            sandbox: ended.sandbox,
+            warnings: self.warnings,
+        })
+    }
+}
+
+/// Ask the image's plugin whether it can get another size, and how long its files may become for that.
+fn admit(
+    image: &ChainImage<'_>,
+    parent: Option<&ImageFacts>,
+    (old, new): (u64, u64),
+    preallocate: bool,
+    warnings: &mut Vec<String>,
+) -> Result<Grants, Error> {
+    let path = &image.opened.path;
+    if image.plugin.roles() & ROLE_SINK == 0 {
+        let clause =
+            format!("an image cannot get another size with this version of the {} plugin", image.plugin.name());
+        return Err(Error::image(path, ErrorCode::UnsupportedFormat, clause));
+    }
+    let unit = image.facts.unit();
+    // What a longer parent shows past the old end is hidden by zeroes, and what is preallocated arrives.
+    let shown = parent.map_or(0, |parent| parent.virtual_size.min(new).saturating_sub(old));
+    let bytes = if preallocate { new.saturating_sub(old) } else { shown };
+    let max_clusters = if bytes == 0 { 0 } else { bytes.div_ceil(unit).saturating_add(1) };
+    let incoming = Incoming { virtual_size: new.max(old), cluster_size: unit, max_clusters, identity_recorded: false };
+    let longest = ask(image, Role::Write, &Context::writing(parent, incoming), warnings)?;
+    // A format may demand that parent and child have one size: nothing could read the one through the other any more.
+    if let Some(parent) = parent {
+        let facts = ImageFacts { virtual_size: new, ..image.facts.clone() };
+        let verdict = image.plugin.verdict(Role::Read, &facts, &Context::reading(Some(parent), false));
+        if verdict.code != ERROR_OK {
+            let code = ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused);
+            let clause = format!("could not be read above its parent with {new} bytes: {}", verdict.reason);
+            return Err(Error::image(path, code, clause));
+        }
+    }
+    Ok(Grants { target: longest.max(image.facts.file_length), ..Grants::default() })
+}
+
+/// Ask a plugin for its verdict. Returns how long the image may become; `warnings` takes what it has to say besides.
+fn ask(image: &ChainImage<'_>, role: Role, context: &Context<'_>, warnings: &mut Vec<String>) -> Result<u64, Error> {
+    let path = &image.opened.path;
+    let verdict = image.plugin.verdict(role, &image.facts, context);
+    if verdict.code != ERROR_OK {
+        let code = ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused);
+        return Err(Error::image(path, code, verdict.reason.as_str()));
+    }
+    if !verdict.reason.is_empty() {
+        warnings.push(format!("'{}': {}", escape_path(path), verdict.reason));
+    }
+    Ok(verdict.max_length)
+}

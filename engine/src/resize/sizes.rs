@@ -1,0 +1,88 @@
+//! Which size an image is to have, and whether it may.
+
+use super::SECTOR;
+use instar_guest_abi::ErrorCode;
+
+/// A virtual size as the operator names it, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewSize {
+    /// This one.
+    Exactly(u64),
+    /// So much more than now.
+    More(u64),
+    /// So much less than now.
+    Less(u64),
+}
+
+impl Default for NewSize {
+    fn default() -> Self {
+        Self::More(0)
+    }
+}
+
+/// A reason to refuse a size: the code, and one clause.
+pub(super) type Refusal = (ErrorCode, String);
+
+impl NewSize {
+    /// The size in bytes that an image of `old` bytes is to have, which may `shrink`.
+    ///
+    /// # Errors
+    /// A size that no disk has, or that is smaller where the operator has not said that it may be.
+    pub(super) fn of(self, old: u64, shrink: bool) -> Result<u64, Refusal> {
+        let refused = |clause: String| Err((ErrorCode::BadUsage, clause));
+        let size = match self {
+            Self::Exactly(size) => Some(size),
+            Self::More(bytes) => old.checked_add(bytes),
+            Self::Less(bytes) => Some(old.saturating_sub(bytes)),
+        };
+        let Some(size) = size.filter(|&size| i64::try_from(size).is_ok()) else {
+            return refused("cannot have a size of more than 2^63 - 1 bytes".to_owned());
+        };
+        if size == 0 {
+            return refused(format!("has {old} bytes: its new size must be positive"));
+        }
+        if size % SECTOR != 0 {
+            let (lesser, greater) = (size - size % SECTOR, (size - size % SECTOR).saturating_add(SECTOR));
+            let or = if lesser == 0 { String::new() } else { format!("{lesser} or ") };
+            return refused(format!(
+                "cannot have {size} bytes: the new size must be a multiple of {SECTOR}, such as {or}{greater}"
+            ));
+        }
+        if size < old && !shrink {
+            return refused(format!(
+                "has {old} bytes, and a shrunken image of {size} bytes loses all data past its end: give --shrink if \
+                 nothing important is there, after its guest has made its file systems and partitions smaller"
+            ));
+        }
+        Ok(size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_follow_from_what_is_named_and_what_there_is() {
+        assert_eq!(NewSize::Exactly(1024).of(512, false), Ok(1024));
+        assert_eq!(NewSize::More(512).of(1024, false), Ok(1536));
+        assert_eq!(NewSize::Less(512).of(1024, true), Ok(512));
+        assert_eq!(NewSize::Exactly(1024).of(1024, false), Ok(1024), "the same size needs no --shrink");
+    }
+
+    #[test]
+    fn what_no_disk_has_is_refused() {
+        let refused = |size: NewSize, old, shrink, word: &str| {
+            let (code, clause) = size.of(old, shrink).err().unwrap_or((ErrorCode::NoSpace, String::new()));
+            assert!(code == ErrorCode::BadUsage && clause.contains(word), "{clause} lacks {word}");
+        };
+        refused(NewSize::Exactly(0), 1024, true, "positive");
+        refused(NewSize::Less(1024), 1024, true, "positive");
+        refused(NewSize::Less(u64::MAX), 1024, true, "positive");
+        refused(NewSize::More(u64::MAX), 1024, true, "2^63");
+        refused(NewSize::Exactly(1 << 63), 1024, true, "2^63");
+        refused(NewSize::Exactly(1000), 512, true, "such as 512 or 1024");
+        refused(NewSize::Exactly(1), 512, true, "such as 512");
+        refused(NewSize::Exactly(512), 1024, false, "--shrink");
+    }
+}

@@ -1,0 +1,5 @@
+//! The resize operation as a guest module.
+#![no_std]
+#![no_main]
+
+instar_guest_sdk::export_operation!(instar_guest_resize::run);

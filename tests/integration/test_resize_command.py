@@ -1,0 +1,289 @@
+"""`instar resize`: what images read as afterwards, by `qemu-img` and `qemu-io`, and what is refused."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+
+import pytest
+import support
+from support import MIB
+
+GROWING = ["raw", "qcow2", "qcow", "vdi", "vpc", "vhdx", "parallels"]
+SHRINKING = ["raw", "qcow2"]
+
+
+def content(image, fmt="qcow2", snapshot=None):
+    """All bytes of a disk, as qemu-img reads them."""
+    raw = image.with_name(f"{image.name}.as-raw")
+    options = ["-l", snapshot] if snapshot else []
+    support.qemu_img("convert", "-f", fmt, *options, "-O", "raw", image, raw)
+    data = raw.read_bytes()
+    raw.unlink()
+    return data
+
+
+def resize(image, *size, fmt="qcow2"):
+    return support.run_instar("resize", "-f", fmt, image, *size)
+
+
+def resized(image, size, *options, fmt="qcow2"):
+    """Resize; the disk then reads as before up to the lesser size, and zeroes from there on."""
+    before = content(image, fmt)
+    done = resize(image, *options, str(size), fmt=fmt)
+    assert (done.rc, done.stderr) == (0, ""), done
+    after = content(image, fmt)
+    assert len(after) == size
+    assert after == before[:size].ljust(size, b"\0")
+    if fmt in ("qcow2", "vdi", "vhdx", "parallels"):
+        support.assert_clean(image, fmt)
+    return done
+
+
+def scribble(rng, image, size, fmt="qcow2", count=12):
+    writes = []
+    for number in range(count):
+        at = rng.randrange(size // 512) * 512
+        writes.append(f"write -P {number + 1} {at} {min(rng.choice([512, 4096, 70000 // 512 * 512, 300 * 1024]), size - at)}")
+    support.qemu_io(image, *writes, fmt=fmt)
+
+
+def refused(image, *options, words=(), status=None, fmt="qcow2", also=()):
+    with support.untouched(image, *also):
+        done = resize(image, *options, fmt=fmt)
+    assert done.rc in ((1, 2) if status is None else (status,)), done
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done
+    for word in words:
+        assert word in done.stderr, done
+    return done
+
+
+@pytest.mark.parametrize("fmt", GROWING)
+def test_every_format_grows(tmp_path, fmt):
+    rng = random.Random(fmt)
+    image = tmp_path / "disk"
+    support.create(image, 3 * MIB, fmt=fmt)
+    size = support.virtual_size(image, fmt)
+    scribble(rng, image, size, fmt)
+    support.qemu_io(image, f"write -P 99 {size - 512} 512", fmt=fmt)
+    for more in (512, 5 * MIB + 1024, 37 * 512):
+        size += more
+        assert resized(image, size, fmt=fmt).stdout == "Image resized.\n"
+    with support.untouched(image):
+        assert resize(image, str(size), fmt=fmt).stdout == f"The image has {size} bytes already.\n"
+
+
+@pytest.mark.parametrize("fmt", SHRINKING)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_cut_off_never_comes_back(tmp_path, fmt, seed):
+    rng = random.Random(f"{fmt}{seed}")
+    image = tmp_path / "disk"
+    options = {"cluster_size": rng.choice([512, 4096, 65536]), "compat": rng.choice(["0.10", "1.1"])} if fmt == "qcow2" else {}
+    size = 4 * MIB
+    support.create(image, size, fmt=fmt, **options)
+    for _ in range(5):
+        scribble(rng, image, size, fmt)
+        size = rng.randrange(1, 6 * MIB // 512) * 512
+        resized(image, size, "--shrink", fmt=fmt)
+        more = size + rng.randrange(1, 2 * MIB // 512) * 512
+        resized(image, more, fmt=fmt)
+        size = more
+
+
+def test_qemu_img_that_grows_it_afterwards_reads_zeroes(tmp_path):
+    """The rest of the last cluster is wiped, which `qemu-img resize` does not do itself."""
+    image = tmp_path / "disk"
+    support.create(image, 4 * MIB)
+    support.qemu_io(image, f"write -P 7 0 {4 * MIB}")
+    resized(image, MIB + 512, "--shrink")
+    support.qemu_img("resize", "-f", "qcow2", image, str(4 * MIB))
+    assert content(image) == (b"\7" * (MIB + 512)).ljust(4 * MIB, b"\0")
+
+
+@pytest.mark.parametrize("extended", ["off", "on"])
+def test_snapshots_keep_their_size_and_their_data(tmp_path, extended):
+    rng = random.Random(extended)
+    image = tmp_path / "disk"
+    support.create(image, 5 * MIB, extended_l2=extended)
+    kept = {}
+    for name, size in [("a", 5 * MIB), ("b", 3 * MIB + 512), ("c", 9 * MIB - 1024)]:
+        resized(image, size, "--shrink")
+        scribble(rng, image, size)
+        support.qemu_img("snapshot", "-c", name, image)
+        kept[name] = content(image)
+    for size in (MIB, 7 * MIB, 2 * MIB + 3 * 512):
+        resized(image, size, "--shrink")
+        for name, was in kept.items():
+            # The disk of a snapshot is as large as the snapshot says; qemu-img shows so much of it as the image has.
+            shown = content(image, snapshot=name)
+            shared = min(len(shown), len(was))
+            assert shown[:shared] == was[:shared], name
+    # A snapshot that is gone back to has its own size, and all of its data.
+    for name, was in kept.items():
+        support.qemu_img("snapshot", "-a", name, image)
+        assert content(image) == was, name
+        support.assert_clean(image)
+
+
+@pytest.mark.parametrize("below", [MIB, 3 * MIB + 512, 9 * MIB])
+def test_an_overlay_over_a_longer_and_a_shorter_backing(tmp_path, below):
+    rng = random.Random(below)
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    support.create(base, below)
+    support.qemu_io(base, f"write -P 66 0 {below}")
+    support.create(top, 2 * MIB + 1024, backing=base.name)
+    scribble(rng, top, 2 * MIB + 1024, count=4)
+    with support.untouched(base):
+        resized(top, 5 * MIB)
+        resized(top, MIB - 512, "--shrink")
+        resized(top, 4 * MIB + 512)
+
+
+def test_bytes_are_written_where_they_are_preallocated(tmp_path):
+    for fmt in ("raw", "qcow2"):
+        image = tmp_path / fmt
+        support.create(image, MIB, fmt=fmt)
+        support.qemu_io(image, f"write -P 5 0 {MIB}", fmt=fmt)
+        resized(image, 6 * MIB + 512, "--preallocation=full", fmt=fmt)
+        assert image.stat().st_blocks * 512 >= 6 * MIB
+    # "resize --preallocation makes freed clusters readable": the clusters of what was cut off are used again.
+    image = tmp_path / "again"
+    support.create(image, 4 * MIB)
+    support.qemu_io(image, f"write -P 7 0 {4 * MIB}")
+    resized(image, MIB + 512, "--shrink")
+    resized(image, 4 * MIB, "--preallocation=full")
+
+
+def test_sizes_as_they_are_named(tmp_path):
+    image = tmp_path / "disk"
+    support.create(image, MIB)
+    for size, bytes_ in [("2M", 2 * MIB), ("+1.5k", 2 * MIB + 1536), ("+1M", 3 * MIB + 1536)]:
+        assert resize(image, size).rc == 0
+        assert support.virtual_size(image) == bytes_
+    assert resize(image, "--shrink", "-1536").rc == 0
+    assert support.virtual_size(image) == 3 * MIB
+    refused(image, "1000001", words=["multiple of 512", "1000448"], status=2)
+    refused(image, "--shrink", "0", words=["must be positive"], status=2)
+    refused(image, "--shrink", "-1T", words=["must be positive"], status=2)
+
+
+def test_a_dry_run_changes_nothing(tmp_path):
+    image = tmp_path / "disk"
+    support.create(image, MIB)
+    with support.untouched(image):
+        done = resize(image, "--dry-run", "+1M", "--output", "json")
+        assert done.json == {"format": "qcow2", "old-virtual-size": MIB, "virtual-size": 2 * MIB, "dry-run": True,
+                             "sandbox": done.json["sandbox"], "warnings": []}
+        assert "would be resized" in resize(image, "--dry-run", "--shrink", "512k").stdout
+
+
+def test_what_is_refused_leaves_every_file_as_it_is(tmp_path):
+    image = tmp_path / "disk"
+    support.create(image, MIB)
+    refused(image, "512k", words=["--shrink"], status=2)
+    refused(image, "--shrink", "--preallocation=full", "512k", words=["leave --preallocation out"], status=2)
+    refused(image, "--preallocation=falloc", "2M", words=["take full"], status=2)
+    refused(image, "--preallocation=metadata", "2M", words=["not supported"], status=2)
+    refused(image, "--image-opts", "2M", words=["--image-opts"], status=2)
+    refused(image, "--object", "secret,id=a", "2M", words=["--object"], status=2)
+    for fmt in ("vdi", "vpc", "vhdx", "qcow", "parallels", "vmdk"):
+        other = tmp_path / f"disk.{fmt}"
+        support.create(other, 4 * MIB, fmt=fmt)
+        refused(other, "--shrink", "1M", words=["cannot shrink", "nothing was changed"], status=1, fmt=fmt)
+    refused(tmp_path / "disk.vmdk", "8M", words=["cannot grow"], status=1, fmt="vmdk")
+    support.qemu_img("bitmap", "--add", image, "b")
+    refused(image, "--shrink", "512k", words=["persistent bitmaps", "qemu-img bitmap --remove"], status=1)
+    # The advice works.
+    support.qemu_img("bitmap", "--remove", image, "b")
+    resized(image, 512 * 1024, "--shrink")
+    # A snapshot of version 2 has the size of the image.
+    old = tmp_path / "old"
+    support.create(old, MIB, compat="0.10")
+    support.qemu_img("snapshot", "-c", "a", old)
+    for options in (["2M"], ["--shrink", "512k"]):
+        refused(old, *options, words=["internal snapshots"], status=1)
+
+
+def test_bitmaps_of_an_image_that_grows_can_be_used(tmp_path):
+    image = tmp_path / "disk"
+    support.create(image, MIB)
+    support.qemu_img("bitmap", "--add", "-g", "512", image, "b")
+    support.qemu_io(image, "write -P 3 4096 512")
+    resized(image, 2000 * MIB)
+    bitmaps = support.info(image)["format-specific"]["data"]["bitmaps"]
+    assert [bitmap["flags"] for bitmap in bitmaps] == [["auto"]]
+
+
+def test_images_with_marks(tmp_path):
+    image = tmp_path / "disk"
+    for mark, status in ((1, 0), (2, 1)):
+        image.unlink(missing_ok=True)
+        support.create(image, 4 * MIB)
+        scribble(random.Random(mark), image, 4 * MIB)
+        before = content(image)
+        with open(image, "r+b") as file:
+            file.seek(79)
+            file.write(bytes([mark]))
+        if status:
+            refused(image, "8M", words=["marked corrupt", "instar check -r all"], status=1)
+            refused(image, "--shrink", "1M", words=["marked corrupt"], status=1)
+        else:
+            # One that was not closed cleanly is repaired first.
+            assert resize(image, "--shrink", str(MIB + 512)).rc == 0
+            support.assert_clean(image)
+            assert content(image) == before[:MIB + 512]
+
+
+def test_an_image_in_use_is_refused(tmp_path):
+    image = tmp_path / "disk"
+    support.create(image, MIB)
+    with subprocess.Popen(["qemu-io", "-f", "qcow2", str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        user.stdin.write(b"read 0 512\n")
+        user.stdin.flush()
+        user.stdout.readline()
+        refused(image, "2M", words=["in use"], status=1)
+        user.communicate(b"quit\n")
+    resized(image, 2 * MIB)
+
+
+def test_a_base_does_not_shrink_below_an_overlay_that_reads_there(tmp_path):
+    base, top, small = tmp_path / "base", tmp_path / "top", tmp_path / "small"
+    support.create(base, 4 * MIB)
+    support.qemu_io(base, f"write -P 9 0 {4 * MIB}")
+    support.create(small, MIB, backing=base.name)
+    before = content(small)
+    resized(base, 3 * MIB, "--shrink")
+    assert content(small) == before, "one that ends before the new end reads as before"
+    support.create(top, 8 * MIB, backing=base.name)
+    seen = content(top)
+    refused(base, "--shrink", "2M", words=["is the backing of 1 other image", "top"], status=1, also=[top])
+    # The advice works: a copy in a directory of its own has no overlays.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    resized(support.copy(base, alone / "base"), 2 * MIB, "--shrink")
+    # A base that grows reads zeroes where its overlays did.
+    resized(base, 6 * MIB)
+    assert (content(top), content(small)) == (seen, before)
+    done = resize(base, "--shrink", "--ignore-overlays", "2M")
+    assert done.rc == 0 and "its new size damages" in done.stderr
+
+
+@pytest.mark.parametrize("fmt", ["vpc", "vhdx"])
+def test_a_base_of_any_format_grows_only_if_its_overlay_can_still_be_read(tmp_path, fmt):
+    base, top, expected = tmp_path / f"base.{fmt}", tmp_path / f"top.{fmt}", tmp_path / "expected"
+    support.create(base, 4 * MIB, fmt=fmt)
+    size = support.virtual_size(base, fmt)
+    support.qemu_io(base, f"write -P 9 0 {size}", fmt=fmt)
+    made = support.run_instar("create", "-f", fmt, "-b", base.name, "-F", fmt, top.name, cwd=tmp_path)
+    assert made.rc == 0, made
+    expected.write_bytes(content(base, fmt))
+    # These demand that both have one size.
+    refused(top, str(size + MIB), status=1, fmt=fmt, also=[base])
+    before = base.read_bytes()
+    done = resize(base, str(size + MIB), fmt=fmt)
+    if done.rc == 0:
+        assert support.virtual_size(base, fmt) == size + MIB
+    else:
+        assert "is the backing of 1 other image" in done.stderr and base.read_bytes() == before, done
+    same = support.run_instar("compare", "-F", "raw", top, expected)
+    assert same.rc == 0, same
