@@ -99,6 +99,18 @@ pub enum CacheMode {
     Unsafe,
 }
 
+impl From<CacheMode> for Cache {
+    fn from(mode: CacheMode) -> Self {
+        match mode {
+            CacheMode::Writeback => Self::Writeback,
+            CacheMode::Writethrough => Self::Writethrough,
+            CacheMode::Unsafe => Self::Unsafe,
+            CacheMode::None => Self::None,
+            CacheMode::Directsync => Self::Directsync,
+        }
+    }
+}
+
 /// Run the command; the exit status.
 pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
     match commit(args, out) {
@@ -109,13 +121,6 @@ pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
 
 fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
     args.unsupported.refuse()?;
-    let cache = match args.cache {
-        CacheMode::Writeback => Cache::Writeback,
-        CacheMode::Writethrough => Cache::Writethrough,
-        CacheMode::Unsafe => Cache::Unsafe,
-        CacheMode::None => Cache::None,
-        CacheMode::Directsync => Cache::Directsync,
-    };
     let config = super::configuration(args.output)?;
     let request = CommitRequest {
         overlay: args.filename.clone(),
@@ -129,7 +134,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
         relink_in: args.relink_in.clone(),
         ignore_siblings: args.ignore_siblings,
         rate_limit: args.rate_limit.unwrap_or(0),
-        cache,
+        cache: args.cache.into(),
         settings: args.opening.settings(&config),
     };
     let told = Rc::new(Told {

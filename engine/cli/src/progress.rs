@@ -71,7 +71,7 @@ impl Shown {
         self.percent = 0;
         let message = match progress.stage {
             Stage::Checking => "checking",
-            Stage::Writing => "committing",
+            Stage::Writing => "writing",
             Stage::Emptying => "emptying",
             Stage::Reading => "reading",
         };

@@ -19,10 +19,12 @@ mod space;
 mod verdict;
 
 pub use events::CommitEvents;
+pub(crate) use meter::Meter;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
 pub use plan::PlanBounds;
 pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
+pub(crate) use space::Space;
 
 use crate::error::{Error, Role};
 use crate::operation::{run, Session};

@@ -2,6 +2,8 @@
 
 mod file;
 
+pub(crate) use file::write_to;
+
 use crate::confine::Confinement;
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
