@@ -51,6 +51,9 @@ def refused(name, source, target, *options, mentions=(), files=()):
         with support.untouched(source, target, *files):
             result = support.run_instar("convert", *options, *output, source, target)
         support.assert_refused(result, name, *mentions)
+        if output:
+            role = {str(source): "image", str(target): None}.get(result.error.get("file"))
+            assert result.error.get("role") == role, str(result)
         assert sorted(os.listdir(os.path.dirname(target))) == before
 
 

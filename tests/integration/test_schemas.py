@@ -30,7 +30,7 @@ OPTIONAL = {
     "error": {"file", "role", "errno", "offset", "step"},
 }
 #: Keys that the few images here do not have: other tests have such.
-RARE = {"info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
+RARE = {"convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
 #: The keys of a format: its plugin's, not the program's.
 OPEN = "format-specific"
 
@@ -88,6 +88,7 @@ def samples(tmp_path_factory):
         "measure": [ask("measure", "-O", "qcow2", "bitmaps"), ask("measure", "--size", "1M"), ask("measure", "--commit", "top")],
         "compare": [ask("compare", "base", "mid"), ask("compare", "base", "top"),
                     ask("compare", "-s", "base", "bitmaps"), ask("compare", "-s", "bitmaps", "damaged")],
+        "convert": [ask("convert", "-O", "vhdx", "top", "converted")],
         "doctor": [ask("doctor"), ask("doctor", "--plugin-dir", "other")],
         "plugins": [ask("plugins"), ask("plugins", "--plugin-dir", "other")],
         "config": [ask("config"), ask("config", INSTAR_CONFIG=str(folder / "config.toml"))],

@@ -70,8 +70,9 @@ pub struct ConvertOutcome {
 /// One line that names the file and what to do. At the target's name stands what stood there before.
 pub fn run_convert(request: &ConvertRequest, session: &Session) -> Result<ConvertOutcome, Error> {
     let result = run(Convert::new(request), session);
+    // The guest's steps are those of a commit: what is read is no overlay here, and the target is nobody's backing.
     result.map_err(|error| match error.path() {
-        Some(path) if path == request.target => error,
-        _ => error.of_image(&request.source, Some(Role::Ancestor)),
+        Some(path) if path == request.target => error.with_role(None),
+        _ => error.with_role(None).of_image(&request.source, Some(Role::Ancestor)),
     })
 }
