@@ -129,6 +129,13 @@ impl Error {
         self
     }
 
+    /// The same error, of a file whose role is this one after all, or that has none.
+    #[must_use]
+    pub fn with_role(mut self, role: Option<Role>) -> Self {
+        self.context.role = role;
+        self
+    }
+
     /// The same error, of a command that works on the image `given`: what is wrong with another file is wrong with one that
     /// is `below`.
     #[must_use]

@@ -10,6 +10,7 @@ pub mod commit;
 pub mod compare;
 pub mod config;
 pub mod confine;
+pub mod convert;
 pub mod create;
 pub mod devices;
 pub mod doctor;

@@ -32,7 +32,7 @@ OPTIONAL = {
     "progress": {"error"},
 }
 #: Keys that the few images here do not have: other tests have such.
-RARE = {"info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
+RARE = {"convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
 #: The keys of a format, which are its plugin's and not the program's; and a result that has a schema of its own.
 OPEN = {"format-specific", "result"}
 
@@ -96,6 +96,7 @@ def samples(tmp_path_factory):
         "compare": [ask("compare", "base", "mid"), ask("compare", "base", "top"),
                     ask("compare", "-s", "base", "bitmaps"), ask("compare", "-s", "bitmaps", "damaged")],
         "resize": [ask("resize", "--dry-run", "base", "+1M"), ask("resize", "base", "+0")],
+        "convert": [ask("convert", "-O", "vhdx", "top", "converted")],
         "doctor": [ask("doctor"), ask("doctor", "--plugin-dir", "other")],
         "plugins": [ask("plugins"), ask("plugins", "--plugin-dir", "other")],
         "config": [ask("config"), ask("config", INSTAR_CONFIG=str(folder / "config.toml"))],

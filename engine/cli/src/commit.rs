@@ -101,6 +101,18 @@ pub enum CacheMode {
     Unsafe,
 }
 
+impl From<CacheMode> for Cache {
+    fn from(mode: CacheMode) -> Self {
+        match mode {
+            CacheMode::Writeback => Self::Writeback,
+            CacheMode::Writethrough => Self::Writethrough,
+            CacheMode::Unsafe => Self::Unsafe,
+            CacheMode::None => Self::None,
+            CacheMode::Directsync => Self::Directsync,
+        }
+    }
+}
+
 /// Run the command; the exit status.
 pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
     match commit(args, out) {
@@ -132,13 +144,6 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
 }
 
 fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error> {
-    let cache = match args.cache {
-        CacheMode::Writeback => Cache::Writeback,
-        CacheMode::Writethrough => Cache::Writethrough,
-        CacheMode::Unsafe => Cache::Unsafe,
-        CacheMode::None => Cache::None,
-        CacheMode::Directsync => Cache::Directsync,
-    };
     let config = super::configuration(args.output)?;
     let request = CommitRequest {
         overlay: args.filename.clone(),
@@ -153,7 +158,7 @@ fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error>
         relink_in: args.relink_in.clone(),
         ignore_siblings: args.ignore_siblings,
         rate_limit: args.rate_limit.unwrap_or(0),
-        cache,
+        cache: args.cache.into(),
         settings: args.opening.settings(&config),
     };
     let mut result = run_commit(&request, &told.session(cancel_on_signals()))?;

@@ -9,6 +9,7 @@ pub mod commit;
 mod commit_text;
 pub mod compare;
 pub mod config;
+pub mod convert;
 pub mod create;
 pub mod doctor;
 mod format_options;
@@ -74,6 +75,8 @@ pub enum Command {
     Map(map::MapArgs),
     /// Compare two images, each with what is below it, as the disks that they are
     Compare(compare::CompareArgs),
+    /// Make a new image of the disk that an image shows, with everything below it
+    Convert(convert::ConvertArgs),
     /// Say how long the file of a new image would be, or how long a commit would make one
     Measure(measure::MeasureArgs),
     /// Give an image another virtual size
@@ -102,6 +105,7 @@ impl Command {
             Self::Measure(args) => args.output,
             Self::Compare(args) => args.output,
             Self::Resize(args) => args.output,
+            Self::Convert(args) => args.output,
             Self::Plugins(args) => args.output,
             Self::Config(args) => args.output,
             Self::Create(_) | Self::Worker(_) => OutputFormat::Human,
@@ -125,6 +129,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Info(args) => (info::run(args, &reading(false), out), args.output),
         Command::Map(args) => (map::run(args, out), args.output),
         Command::Measure(args) => (measure::run(args, out), args.output),
+        Command::Convert(args) => (convert::run(args, out), args.output),
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),
         Command::Config(args) => (config::run(args, out), args.output),

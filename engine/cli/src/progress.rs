@@ -82,7 +82,7 @@ impl Shown {
         (self.percent, self.began) = (0, Instant::now());
         let message = match progress.stage {
             Stage::Checking => "checking",
-            Stage::Writing => "committing",
+            Stage::Writing => "writing",
             Stage::Emptying => "emptying",
             Stage::Reading => "reading",
         };

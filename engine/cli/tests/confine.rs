@@ -97,7 +97,7 @@ fn child() {
     let (step, deed) = order.split_once(' ').unwrap();
     let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
     if step == "sealed" {
-        let _ = confinement.forbid_opening(Work::Commit, &needs);
+        let _ = confinement.forbid_opening(Reach::default(), Work::Commit, &needs);
     }
     end(act(deed, &directory, &file, parent));
 }

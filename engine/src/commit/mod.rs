@@ -20,10 +20,12 @@ mod verdict;
 mod wipe;
 
 pub use events::CommitEvents;
+pub(crate) use meter::Meter;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
 pub use plan::PlanBounds;
 pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
+pub(crate) use space::Space;
 
 use crate::error::{Error, Role};
 use crate::operation::{run, Session};

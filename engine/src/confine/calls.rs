@@ -57,11 +57,15 @@ pub enum Work {
     OpenToRead,
     /// Let the sandbox read images that are open.
     Read,
+    /// Open images, look at them, and then go on with [`Work::Convert`].
+    OpenToConvert,
+    /// Fill an image that is open, and has no name yet, and give it one.
+    Convert,
 }
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Look,
         Self::LookInThread,
         Self::OpenAndLook,
@@ -69,6 +73,8 @@ impl Work {
         Self::Commit,
         Self::OpenToRead,
         Self::Read,
+        Self::OpenToConvert,
+        Self::Convert,
     ];
 
     /// The system calls that it needs, besides those of the sandbox.
@@ -94,6 +100,8 @@ impl Work {
             Self::Commit => &[LOOK, CHANGE],
             Self::OpenToRead => &[LOOK, OPEN, CONFINE],
             Self::Read => &[LOOK],
+            Self::OpenToConvert => &[LOOK, OPEN, CONFINE, CONFINE_BUT, CHANGE, NAME],
+            Self::Convert => &[LOOK, CHANGE, NAME],
         };
         let mut calls: BTreeMap<i64, Vec<Allowed>> = BTreeMap::new();
         for (call, allowed) in tables.iter().copied().flatten().chain(others) {
@@ -202,6 +210,9 @@ const CONFINE: &[Call] = &[
     (libc::SYS_landlock_restrict_self, Always),
 ];
 
+/// Confining it further, but for a directory.
+const CONFINE_BUT: &[Call] = &[(libc::SYS_landlock_add_rule, Always)];
+
 /// Changing what is open.
 const CHANGE: &[Call] = &[
     (libc::SYS_pwrite64, FILE),
@@ -221,6 +232,15 @@ const CHANGE: &[Call] = &[
     // The pauses of a rate limit
     (libc::SYS_nanosleep, Always),
     (libc::SYS_clock_nanosleep, Always),
+];
+
+/// Giving a file that is complete its name, durably; Landlock decides in which directory.
+const NAME: &[Call] = &[
+    (libc::SYS_linkat, Always),
+    (libc::SYS_renameat, Always),
+    (libc::SYS_renameat2, Always),
+    (libc::SYS_unlinkat, Always),
+    (libc::SYS_fsync, FILE),
 ];
 
 /// Printing on a descriptor that the caller hands over for it, and waiting for its reader.
@@ -265,7 +285,8 @@ mod tests {
             libc::SYS_bpf,
             libc::SYS_unlink,
             libc::SYS_rename,
-            libc::SYS_renameat2,
+            libc::SYS_mkdirat,
+            libc::SYS_symlinkat,
             libc::SYS_memfd_create,
             libc::SYS_dup2,
             libc::SYS_openat2,
@@ -275,7 +296,11 @@ mod tests {
             for call in never {
                 assert!(!calls.contains_key(&call), "{work:?} {call}");
             }
-            let opens = matches!(work, Work::OpenAndLook | Work::OpenToCommit | Work::OpenToRead);
+            let names = matches!(work, Work::OpenToConvert | Work::Convert);
+            for call in [libc::SYS_linkat, libc::SYS_renameat, libc::SYS_renameat2, libc::SYS_unlinkat] {
+                assert_eq!(calls.contains_key(&call), names, "{work:?} {call}");
+            }
+            let opens = matches!(work, Work::OpenAndLook | Work::OpenToCommit | Work::OpenToRead | Work::OpenToConvert);
             for call in [libc::SYS_open, libc::SYS_openat] {
                 assert_eq!(calls.contains_key(&call), opens, "{work:?} {call}");
             }
@@ -289,7 +314,9 @@ mod tests {
 
     #[test]
     fn what_comes_later_is_allowed_before() {
-        for (before, after) in [(Work::OpenToCommit, Work::Commit), (Work::OpenToRead, Work::Read)] {
+        let both =
+            [(Work::OpenToCommit, Work::Commit), (Work::OpenToRead, Work::Read), (Work::OpenToConvert, Work::Convert)];
+        for (before, after) in both {
             let before = before.calls();
             for (call, allowed) in after.calls() {
                 let known = before.get(&call).is_some_and(|known| allowed.iter().all(|one| known.contains(one)));

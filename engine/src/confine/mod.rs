@@ -9,7 +9,8 @@
 //! [`descriptors`] sees to it that the process holds nothing of its caller's but standard output and standard error.
 //!
 //! A commit takes two steps. [`Confinement::begin`], before the first byte of an image is read: only the images can be
-//! opened, nothing can be created, renamed, removed or executed, and there is no network. [`Confinement::forbid_opening`], once the
+//! opened, nothing can be created, renamed, removed (but for the [name](Reach::add_names) of a new image) or executed, and there
+//! is no network. [`Confinement::forbid_opening`], once the
 //! chain is open: no file at all, only descriptors. What is needed from elsewhere, plugins and `/dev/kvm`, is opened
 //! before. A kernel without one of the layers does not stop the program: [`Confinement`] says what is in force.
 //!
@@ -60,10 +61,10 @@ impl Confinement {
         Self { paths, calls, work }
     }
 
-    /// Confine it further: no file can be opened any more.
+    /// Confine it further: no file can be opened any more. `reach` is what stays allowed besides.
     #[must_use]
-    pub fn forbid_opening(self, work: Work, needs: &Needs) -> Self {
-        let paths = paths::restrict(&Reach::default().with_signals(needs.signals));
+    pub fn forbid_opening(self, reach: Reach<'_>, work: Work, needs: &Needs) -> Self {
+        let paths = paths::restrict(&reach.with_signals(needs.signals));
         let calls = self.calls.and_then(|_| filter::narrow(self.work, work, &needs.calls));
         Self { paths: self.paths.and(paths), calls, work }
     }

@@ -2,8 +2,9 @@
 //!
 //! A rule names a file, or a directory with everything beneath it, by an open descriptor: what a rule was made for is what
 //! it allows, wherever its name leads later. Rules allow reading and writing of existing files, to an operation that looks for
-//! images listing of directories, and nothing else; what the kernel's Landlock can deny besides is denied: executing,
-//! creating, removing, renaming, network, signals to other processes. Files that are open already stay as they are.
+//! images listing of directories, to one that makes an image giving it its name, and nothing else; what the kernel's Landlock
+//! can deny besides is denied: executing, creating, removing, renaming, network, signals to other processes. Files that are
+//! open already stay as they are.
 
 use landlock::{
     Access, AccessFs, AccessNet, LandlockStatus, PathBeneath, RestrictionStatus, Ruleset, RulesetAttr,
@@ -33,6 +34,8 @@ struct Rule<'a> {
     /// An entry of the directory instead of all of it.
     entry: Option<&'a OsStr>,
     write: bool,
+    /// Names may be made and removed in the directory, and nothing else is allowed by this rule.
+    names: bool,
 }
 
 impl<'a> Reach<'a> {
@@ -40,7 +43,14 @@ impl<'a> Reach<'a> {
     /// needs to do no more than name it.
     #[must_use]
     pub fn add(mut self, place: &'a impl AsFd, write: bool) -> Self {
-        self.rules.push(Rule { at: place.as_fd(), entry: None, write });
+        self.rules.push(Rule { at: place.as_fd(), entry: None, write, names: false });
+        self
+    }
+
+    /// Files may get names in this directory and those beneath it, and lose them; what can be opened there, other rules say.
+    #[must_use]
+    pub fn add_names(mut self, directory: &'a impl AsFd) -> Self {
+        self.rules.push(Rule { at: directory.as_fd(), entry: None, write: false, names: true });
         self
     }
 
@@ -61,7 +71,7 @@ impl<'a> Reach<'a> {
     /// The same for one file of a directory. If it is a link, the link is not followed, and nothing can be opened by it.
     #[must_use]
     pub fn add_entry(mut self, directory: &'a impl AsFd, name: &'a OsStr, write: bool) -> Self {
-        self.rules.push(Rule { at: directory.as_fd(), entry: Some(name), write });
+        self.rules.push(Rule { at: directory.as_fd(), entry: Some(name), write, names: false });
         self
     }
 }
@@ -90,7 +100,11 @@ fn enforce(reach: &Reach<'_>) -> Result<RestrictionStatus, RulesetError> {
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(scopes)?
         .create()?;
-    for Rule { at, entry, write } in &reach.rules {
+    for Rule { at, entry, write, names } in &reach.rules {
+        if *names {
+            ruleset = ruleset.add_rule(PathBeneath::new(at, AccessFs::MakeReg | AccessFs::RemoveFile))?;
+            continue;
+        }
         // A block device is asked whether it is read-only; which requests there are is the filter's to say.
         let read = AccessFs::ReadFile | AccessFs::IoctlDev;
         // Changing the length counts for a descriptor as it was when that was opened.
@@ -172,6 +186,37 @@ mod tests {
             assert_eq!(File::open(path("other/absent")).unwrap_err().kind(), std::io::ErrorKind::NotFound);
         });
         assert_eq!(fs::read(path("write/file")).unwrap(), b"w");
+    }
+
+    #[test]
+    fn a_name_can_be_given_in_one_directory() {
+        use rustix::fs::{linkat, renameat, AtFlags, CWD};
+        use std::os::fd::AsRawFd;
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["in", "out"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        fs::write(path("out/file"), "").unwrap();
+        let open = |name: &str| File::open(path(name)).unwrap();
+        let (within, outside) = (open("in"), open("out"));
+        let flags = OFlags::TMPFILE | OFlags::RDWR;
+        let Ok(unnamed) = openat(&within, ".", flags, Mode::from_raw_mode(0o644)) else { return };
+        let link = format!("/proc/self/fd/{}", unnamed.as_raw_fd());
+        let give = |directory: &File, name: &str| linkat(CWD, &link, directory, name, AtFlags::SYMLINK_FOLLOW);
+        let reach = Reach::default().add_names(&within);
+        restricted(&reach.clone(), || {
+            give(&within, "one").unwrap();
+            // A second step does not take it away, if it says so, too.
+            restrict(&reach).unwrap();
+            give(&within, "two").unwrap();
+            renameat(&within, "two", &within, "one").unwrap();
+            fs::remove_file(path("in/one")).unwrap();
+            assert!(give(&outside, "one").is_err());
+            assert_eq!(fs::remove_file(path("out/file")).unwrap_err().kind(), PermissionDenied);
+            assert_eq!(File::open(path("in/one")).unwrap_err().kind(), std::io::ErrorKind::NotFound);
+            assert_eq!(fs::create_dir(path("in/new")).unwrap_err().kind(), PermissionDenied);
+        });
     }
 
     #[test]

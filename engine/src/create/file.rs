@@ -97,7 +97,11 @@ fn write_image(
     write_to(&file, path, image.length, &image.regions, &image.reserved)
 }
 
-fn write_to(
+/// Lay an image out in a file that is open: what is there is dropped. `wanted` is its length in bytes.
+///
+/// # Errors
+/// [`ErrorCode::ImageInUse`], and what the system says of a write that fails.
+pub(crate) fn write_to(
     mut file: &File,
     path: &Path,
     wanted: u64,

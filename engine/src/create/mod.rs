@@ -2,6 +2,8 @@
 
 mod file;
 
+pub(crate) use file::write_to;
+
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
 use crate::image::{file_name, Access, ChainImage, Descent, Gate, NamedFile, OpenedFile, Part, Recorder};

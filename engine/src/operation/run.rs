@@ -6,10 +6,11 @@ use super::handler::{Events, Handler};
 use super::images::{Grants, ImageSet, Named, Opener};
 use super::session::Session;
 use super::timing::Timing;
-use crate::confine::{Confinement, Work};
+use crate::confine::{Confinement, Reach, Work};
 use crate::devices::Devices;
 use crate::error::Error;
 use crate::image::{allow_many_open_files, prepare_to_lock, Access, Gate, NamedFile, Roots};
+use crate::lookup::Directory;
 use crate::plugins::{Registry, SearchPath};
 use crate::sandbox::{ModuleSpec, Program, Report, Sandbox, SandboxChoice};
 use instar_guest_abi::ErrorCode;
@@ -56,6 +57,11 @@ pub trait Operation {
     /// Get what the process cannot get any more once it is confined.
     fn acquire(&mut self, named: &Named) {
         let _ = named;
+    }
+
+    /// The directory in which a new image gets its name, if the operation makes one.
+    fn names_in(&self) -> Option<&Directory> {
+        None
     }
 
     /// Open all images, lock them, and find out what they are.
@@ -150,6 +156,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let reach = of_second.iter().fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
     let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
     let reach = named.reach_of_children(reach, access);
+    let reach = operation.names_in().into_iter().fold(reach, Reach::add_names);
     let (opening, running) = operation.work();
     let confinement = session.begin(reach.with_listing(opening.lists_directories()), opening, &needs);
     note_confinement(session, "confinement", confinement.as_ref());
@@ -167,7 +174,8 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     };
     let mut images = operation.open(&opener)?;
     timing.mark("chain opened, locked and probed");
-    let confinement = confinement.map(|confinement| confinement.forbid_opening(running, &needs));
+    let reach = operation.names_in().into_iter().fold(Reach::default(), Reach::add_names);
+    let confinement = confinement.map(|confinement| confinement.forbid_opening(reach, running, &needs));
     note_confinement(session, "confinement, now that all images are open", confinement.as_ref());
     timing.mark("process confined further");
 
