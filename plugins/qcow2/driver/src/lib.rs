@@ -19,6 +19,7 @@
 
 extern crate alloc;
 
+mod bitmaps;
 mod check;
 mod empty;
 mod grow;
