@@ -4,6 +4,7 @@
 //! one that the guest refuses in its steps "check" and "plan".
 
 mod as_text;
+mod bitmaps;
 mod changed;
 mod events;
 mod meter;
@@ -18,6 +19,7 @@ mod snapshot;
 mod space;
 mod verdict;
 
+pub use bitmaps::{MergedBitmap, RESULTS as BITMAP_RESULTS};
 pub use events::CommitEvents;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
 pub use plan::PlanBounds;
