@@ -7,14 +7,15 @@
 //! way, a copy of it behind comes before that, *then a flush*, then the field that refers to it, *then a flush*. At every instant
 //! there are the bitmaps of before, or all.
 
-use crate::bitmaps::merge::{unsupported, Made};
 use crate::image::{overflow, Image};
 use crate::metadata::bitmap_directory::BitmapDirectory;
 use crate::write::backing::Backing;
 use alloc::format;
+use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{autoclear, Extension, ExtensionKind, HostOffset, Version, AUTOCLEAR_OFFSET, SECTOR};
 
 /// Most bitmaps that QEMU takes (`QCOW2_MAX_BITMAPS`).
@@ -27,6 +28,17 @@ const DATA: u64 = 24;
 const BACKING_OFFSET_FIELD: u64 = 8;
 /// `flags` of an enabled bitmap.
 const AUTO: u32 = 2;
+
+/// A bitmap that is made.
+#[derive(Debug)]
+pub(crate) struct Made {
+    pub(crate) name: Vec<u8>,
+    pub(crate) granularity_bits: u32,
+    /// Entries of its table.
+    pub(crate) entries: u32,
+    /// Where its table is, once there is room for it.
+    pub(crate) table: HostOffset,
+}
 
 /// How the extension comes into the header.
 #[derive(Debug)]
@@ -230,4 +242,10 @@ impl Switch {
         backing.image.header.autoclear = autoclear::BITMAPS;
         backing.write_field(io, AUTOCLEAR_OFFSET, &autoclear::BITMAPS.to_be_bytes())
     }
+}
+
+/// The backing cannot have what is asked for.
+pub(crate) fn unsupported(image: &Image, at: u64, text: String) -> DriverError {
+    let error = DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, at);
+    DriverError { device: error.device.or(Some(DEVICE_OUTPUT)), ..error }
 }

@@ -13,17 +13,16 @@
 //! Merging sets bits alone, so that a commit that is run again finds the bits of before and sets the others.
 
 use crate::bitmaps::list::{list, verified};
-use crate::bitmaps::made::{NewDirectory, Switch};
+use crate::bitmaps::made::{unsupported, Made, NewDirectory, Switch};
 use crate::image::{overflow, Image};
 use crate::metadata::cluster_run::ClusterRun;
 use crate::write::backing::Backing;
 use crate::write::enabled_bitmaps::{EnabledBitmaps, Recorded};
 use alloc::format;
-use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{DirtyRange, ErrorCode, DEVICE_OUTPUT};
-use instar_guest_sdk::{Bitmap, BlockIo, DriverError, DriverResult};
+use instar_guest_sdk::abi::DirtyRange;
+use instar_guest_sdk::{Bitmap, BlockIo, DriverResult};
 use instar_qcow2_format::{Bitmap as Entry, HostCluster, HostOffset, AUTOCLEAR_OFFSET};
 
 /// Where the bits of a bitmap go.
@@ -35,23 +34,11 @@ enum Place {
     Made(usize),
 }
 
-/// A bitmap that is made.
-#[derive(Debug)]
-pub(crate) struct Made {
-    pub(crate) name: Vec<u8>,
-    pub(crate) granularity_bits: u32,
-    /// Entries of its table.
-    pub(crate) entries: u32,
-    /// Where its table is, once there is room for it.
-    pub(crate) table: HostOffset,
-}
-
-impl Made {
-    fn recorded(&self) -> Recorded {
-        let entries = u64::from(self.entries);
-        let held = if self.table.0 == 0 { 0 } else { entries };
-        Recorded { table: self.table, entries, held, granularity_bits: self.granularity_bits }
-    }
+/// A bitmap that is made, as one whose bits are set.
+fn recorded(made: &Made) -> Recorded {
+    let entries = u64::from(made.entries);
+    let held = if made.table.0 == 0 { 0 } else { entries };
+    Recorded { table: made.table, entries, held, granularity_bits: made.granularity_bits }
 }
 
 /// The bitmaps that are merged.
@@ -221,7 +208,7 @@ impl Merging {
             _ => {
                 let recorded = match place {
                     Place::Kept(number) => kept.recorded.get(number).copied(),
-                    Place::Made(number) => self.made.get(number).map(Made::recorded),
+                    Place::Made(number) => self.made.get(number).map(recorded),
                 };
                 let recorded = vec![recorded.ok_or_else(|| overflow("the number of a bitmap"))?];
                 (place, EnabledBitmaps { recorded, last_planned: vec![None], ..EnabledBitmaps::new(image) })
@@ -243,10 +230,4 @@ impl Merging {
 
 fn ranges(dirty: &[DirtyRange]) -> Vec<(u64, u64)> {
     dirty.iter().map(|range| (range.start, range.end)).collect()
-}
-
-/// The backing cannot have what is asked for.
-pub(crate) fn unsupported(image: &Image, at: u64, text: String) -> DriverError {
-    let error = DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, at);
-    DriverError { device: error.device.or(Some(DEVICE_OUTPUT)), ..error }
 }
