@@ -19,7 +19,7 @@ from support import KIB, MIB, REPO, run_instar
 
 #: Keys that are only there where there is something to say: besides these, each that is missing has to be noticed.
 OPTIONAL = {
-    "commit": {"stale", "relinked", "warnings", "overlay_bytes_wiped"},
+    "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail", "leaks-fixed", "corruptions-fixed", "leaks-fixable", "corruptions-fixable",
               "not-repaired"},
@@ -78,6 +78,9 @@ def samples(tmp_path_factory):
         result = run_instar(args[0], "--output", "json", *args[1:], cwd=folder, env=env)
         return result.json if result.stdout else {"error": result.error}
 
+    support.qemu_img("create", "-q", "-f", "qcow2", folder / "unmarked.qcow2", "1M")
+    support.qemu_img("create", "-q", "-f", "qcow2", "-b", "unmarked.qcow2", "-F", "qcow2", folder / "marked.qcow2")
+    support.qemu_img("bitmap", "--add", folder / "marked.qcow2", "one")
     def progress(*args):
         return [json.loads(line) for line in run_instar(*args, cwd=folder).stderr.splitlines() if line.startswith('{"type"')]
 
@@ -85,7 +88,8 @@ def samples(tmp_path_factory):
     (folder / "other/libinstar_plugin_other.so").write_bytes(b"no library")
     return {
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
-                   ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top"), ask("commit", "--wipe", "other-top")],
+                   ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top"),
+                   ask("commit", "--dry-run", "--bitmaps", "marked.qcow2"), ask("commit", "--wipe", "other-top")],
         "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long"),
                   ask("check", "-r", "all", "--dry-run", "mended"), ask("check", "-r", "all", "mended"),
                   ask("check", "-r", "all", "torn")],

@@ -54,6 +54,10 @@ pub struct CommitArgs {
     /// Let a smaller backing grow to the overlay's virtual size
     #[arg(long)]
     pub resize_backing: bool,
+    /// Merge the persistent bitmaps of what is committed into those of the image that it is committed into; one that is missing
+    /// there is made. What is not merged is named
+    #[arg(long)]
+    pub bitmaps: bool,
     /// Have CHILD, an image above the overlay, name the image that is committed into instead, so that the overlay can be removed;
     /// may be given several times
     #[arg(long, value_name = "CHILD")]
@@ -154,6 +158,7 @@ fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error>
         wipe: args.wipe,
         mode: if args.dry_run { CommitMode::DryRun } else { CommitMode::Whole },
         resize_backing: args.resize_backing,
+        bitmaps: args.bitmaps,
         relink: args.relink.clone(),
         relink_in: args.relink_in.clone(),
         ignore_siblings: args.ignore_siblings,

@@ -23,9 +23,21 @@ pub fn render_commit_success(
     let printed = match output {
         OutputFormat::Json => print_json_indented(out, result, INDENT),
         OutputFormat::Human if quiet => Ok(()),
-        OutputFormat::Human => print(out, &format!("Image committed.\n{}", relinked(result))),
+        OutputFormat::Human => print(out, &format!("Image committed.\n{}{}", bitmaps(result, false), relinked(result))),
     };
     printed.map_err(|error| unprinted_but("the commit is done", &result.overlay_given, &error))
+}
+
+/// The line about bitmaps; those that are skipped had a line each before the first change.
+fn bitmaps(result: &CommitOutcome, would: bool) -> String {
+    let Some(bitmaps) = &result.bitmaps else { return String::new() };
+    let count = |result: &str| bitmaps.iter().filter(|bitmap| bitmap.result == result).count();
+    let (merged, made) = (count("merged"), count("made"));
+    let skipped = bitmaps.len() - merged - made;
+    match would {
+        true => format!("{merged} bitmaps would be merged, {made} made, and {skipped} skipped.\n"),
+        false => format!("{merged} bitmaps were merged, {made} made, and {skipped} skipped.\n"),
+    }
 }
 
 /// The lines about the overlay's children. That nothing names the overlay any more is not known: an image may lie anywhere.
@@ -62,7 +74,7 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                 out,
                 &format!(
                     "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
-                     at most, and take {} more bytes of the disk{}. {}Nothing was changed.\n",
+                     at most, and take {} more bytes of the disk{}. {}{}Nothing was changed.\n",
                     result.clusters_committed,
                     result.bytes_committed,
                     escape_path(&result.overlay_given),
@@ -71,6 +83,7 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                     preview.backing_growth_bytes,
                     preview.backing_space_bytes,
                     free.unwrap_or_default(),
+                    bitmaps(result, true).replace('\n', " "),
                     relinked.unwrap_or_default(),
                 ),
             )

@@ -1,5 +1,6 @@
 //! What a commit makes of what its guest says: the plan, the phases, the end.
 
+use super::bitmaps::MergedBitmap;
 use super::meter::Meter;
 use super::plan::PlanBounds;
 use super::repeated::Repeated;
@@ -9,7 +10,8 @@ use crate::devices::Devices;
 use crate::operation::{decode, Events, Observer};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, RequestOp};
-use instar_guest_protocol::commit::{Outcome, Plan};
+use instar_guest_protocol::commit::{Bitmap, Outcome, Plan};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 /// What the guest of a commit said, and what it may do.
@@ -20,6 +22,10 @@ pub struct CommitEvents {
     pub plan: Option<Plan>,
     /// Counts how far it is, if anybody wants to know.
     pub meter: Option<Meter>,
+    /// The bitmaps of what is committed, as the guest tells of them, if they are to be merged.
+    pub bitmaps: Option<Vec<MergedBitmap>>,
+    /// Names of the overlay and the target, for what is said of bitmaps.
+    pub names: (PathBuf, PathBuf),
     /// What somebody is told once nothing can refuse the commit any more.
     pub warnings: Vec<String>,
     /// Who is told that.
@@ -50,6 +56,8 @@ impl Default for CommitEvents {
             outcome: Outcome::default(),
             plan: None,
             meter: None,
+            bitmaps: None,
+            names: Default::default(),
             warnings: Vec::new(),
             observer: None,
             space: None,
@@ -68,6 +76,17 @@ impl Default for CommitEvents {
 const EMPTYING: &str = "empty";
 
 impl CommitEvents {
+    /// What becomes of a bitmap: told before the plan, so that whoever waits for that hears it before the first change.
+    fn bitmap(&mut self, told: Bitmap) -> Result<(), BadRequest> {
+        let bitmap = MergedBitmap::of(told).filter(|_| self.plan.is_none());
+        let (Some(bitmap), Some(bitmaps)) = (bitmap, &mut self.bitmaps) else {
+            return Err(BadRequest("a word about a bitmap that nobody asked for, or after the plan".to_owned()));
+        };
+        self.warnings.extend(bitmap.warning(&self.names.0, &self.names.1));
+        bitmaps.push(bitmap);
+        Ok(())
+    }
+
     /// Everything that can refuse has been asked, the guest says: the first change comes next.
     fn planned(&mut self, plan: Plan) -> Result<(), BadRequest> {
         if self.plan.is_some() {
@@ -75,7 +94,7 @@ impl CommitEvents {
         }
         self.bounds.check(&plan).map_err(BadRequest)?;
         self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
-        self.plan = Some(plan);
+        self.plan = Some(plan.clone());
         // Nothing is changed for them by an overlay that holds nothing: that of a run which is finished by this one, and that
         // had some of them name the target, for one.
         self.damages_siblings = self.has_siblings && plan.bytes > 0;
@@ -123,7 +142,10 @@ impl Events for CommitEvents {
     }
 
     fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
-        self.planned(decode(event)?)
+        match decode::<Plan>(event)? {
+            Plan { bitmap: Some(bitmap), .. } => self.bitmap(bitmap),
+            plan => self.planned(plan),
+        }
     }
 
     fn enter(&mut self, devices: &mut Devices, phase: Phase) -> Result<(), BadRequest> {

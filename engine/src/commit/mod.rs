@@ -4,6 +4,7 @@
 //! one that the guest refuses in its steps "check" and "plan".
 
 mod as_text;
+mod bitmaps;
 mod changed;
 mod events;
 mod meter;
@@ -19,6 +20,7 @@ mod space;
 mod verdict;
 mod wipe;
 
+pub use bitmaps::{MergedBitmap, RESULTS as BITMAP_RESULTS};
 pub use events::CommitEvents;
 pub(crate) use meter::Meter;
 pub use outcome::{CommitOutcome, GuestRun, Preview};

@@ -1,5 +1,6 @@
 //! The commit as an [`Operation`]: which images it opens, who is asked before it begins, and what comes of it.
 
+use super::bitmaps::{allowance, left_out};
 use super::changed::Changed;
 use super::events::CommitEvents;
 use super::meter::Meter;
@@ -233,6 +234,12 @@ impl Operation for Commit<'_> {
         let growth = parts.growth(may_grow);
         let mut grants = parts.verdict(growth.as_ref().ok().copied().flatten(), &mut self.warnings)?;
         let backing_grows_to = growth?;
+        if self.request.bitmaps {
+            let size = backing_grows_to.unwrap_or(0).max(parts.backing.facts.virtual_size);
+            grants.target = grants.target.saturating_add(allowance(&parts, size));
+        } else if self.request.mode != CommitMode::Measure {
+            self.warnings.extend(left_out(&parts));
+        }
         if !parts.empties && !self.request.relink_in.is_empty() {
             let clause = "keeps its content, so that after an interrupted commit nothing would tell its children from other images \
                           on the target: name them with --relink, and not with --relink-in";
@@ -291,7 +298,8 @@ impl Operation for Commit<'_> {
     fn payload(&self) -> Vec<u8> {
         let resize_backing = self.admitted.as_ref().is_some_and(|admitted| admitted.backing_grows_to.is_some());
         let relinked = self.admitted.as_ref().and_then(|admitted| admitted.wanted.clone());
-        Config { dry_run: self.request.only_plans(), resize_backing, relinked }.encode_to_vec()
+        let bitmaps = self.request.bitmaps;
+        Config { dry_run: self.request.only_plans(), resize_backing, relinked, bitmaps }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
@@ -326,6 +334,8 @@ impl Operation for Commit<'_> {
             },
             keep_overlay: admitted.keep_overlay,
             has_siblings,
+            bitmaps: self.request.bitmaps.then(Vec::new),
+            names: (self.request.overlay.clone(), self.paths.1.clone()),
             bounds: match self.request.mode {
                 CommitMode::Measure => admitted.bounds,
                 CommitMode::Whole | CommitMode::DryRun => {
@@ -364,9 +374,9 @@ impl Operation for Commit<'_> {
             failure.error(&ended.paths, Some(changed.clause()))
         })?;
         events.meter.iter().for_each(Meter::done);
-        let preview = events.plan.filter(|_| self.request.only_plans()).map(|plan| Preview {
+        let preview = events.plan.as_ref().filter(|_| self.request.only_plans()).map(|plan| Preview {
             free_bytes: admitted.free,
-            ..Preview::of(&plan, admitted.length, admitted.taken, &admitted.units())
+            ..Preview::of(plan, admitted.length, admitted.taken, &admitted.units())
         });
         Ok(CommitOutcome {
             overlay: self.paths.0,
@@ -381,7 +391,8 @@ impl Operation for Commit<'_> {
                 .then_some(ended.devices.stats().overwritten),
             stale: admitted.stale,
             relinked: self.request.relinks().then_some(self.relinked),
-            warnings: self.warnings,
+            bitmaps: events.bitmaps.clone(),
+            warnings: events.warnings.clone(),
             preview,
             backing_grows_to: admitted.backing_grows_to,
             sandbox: ended.sandbox,

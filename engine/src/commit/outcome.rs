@@ -1,6 +1,7 @@
 //! What comes of a commit.
 
 use super::as_text::{path_as_text, paths_as_text};
+use super::bitmaps::MergedBitmap;
 use super::relinks::Relinked;
 use crate::devices::Statistics;
 use crate::operation::Timing;
@@ -40,6 +41,9 @@ pub struct CommitOutcome {
     /// The overlay's children that name the backing now, or would after a commit; `None` if that was not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub relinked: Option<Vec<Relinked>>,
+    /// The bitmaps of what was committed, and what became of them, or would; `None` if they were not to be merged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bitmaps: Option<Vec<MergedBitmap>>,
     /// What the operator should know, each one line that names a file. The observer had them before the first change.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,

@@ -35,6 +35,8 @@ pub struct CommitRequest {
     pub mode: CommitMode,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
+    /// Merge the bitmaps of what is committed into those of the target.
+    pub bitmaps: bool,
     /// Children of the overlay that are to name the image that is committed into.
     pub relink: Vec<PathBuf>,
     /// Directories in which every child of the overlay is to name it.

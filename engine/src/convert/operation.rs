@@ -223,20 +223,18 @@ impl Operation for Convert<'_> {
             Error::image(path, ErrorCode::OpenFailed, clause)
         })?;
         let observer = session.observer();
-        let meter = observer.wants_progress().then(|| {
-            let durable = cache != Cache::Unsafe;
-            Meter::new(observer.clone(), self.length, devices, paths.target(), durable)
-        });
+        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
+        let meter = Meter::new(observer.clone(), self.length, devices, paths.target(), flushes);
         let pace = devices.pace_mut();
         pace.stop_when(session.cancel().clone());
         pace.limit(rate_limit);
-        meter.iter().for_each(|meter| pace.watched_by(Box::new(meter.clone())));
+        pace.watched_by(Box::new(meter.clone()));
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
         Ok(CommitEvents {
             last_phase: Phase::Target,
             keep_overlay: true,
             bounds: PlanBounds { longest: longest.fold(0, u64::saturating_add), ..self.bounds },
-            meter,
+            meter: Some(meter),
             space: self.space,
             warnings: self.warnings.clone(),
             observer: Some(observer.clone()),

@@ -1,7 +1,9 @@
 //! What a caller and its worker say to each other: messages of `prost`, each with its length in front. Paths are bytes, so that
 //! every name arrives as it is. The worker may have been taken over: its messages are bounded, and mean no more than they say.
 
-use crate::commit::{CommitMode, CommitOutcome, CommitRequest, GuestRun, Preview, Relinked};
+use crate::commit::{
+    CommitMode, CommitOutcome, CommitRequest, GuestRun, MergedBitmap, Preview, Relinked, BITMAP_RESULTS,
+};
 use crate::devices::Cache;
 use crate::error::{Error, Role};
 use crate::operation::{Observer, Progress, Settings, Stage, Timing};
@@ -59,6 +61,8 @@ struct CommitMessage {
     relink_in: Vec<Vec<u8>>,
     #[prost(bool, tag = "20")]
     wipe: bool,
+    #[prost(bool, tag = "21")]
+    bitmaps: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -123,6 +127,24 @@ struct OutcomeEvent {
     relinked: Option<RelinkedEvent>,
     #[prost(uint64, optional, tag = "15")]
     overlay_bytes_wiped: Option<u64>,
+    #[prost(message, optional, tag = "16")]
+    bitmaps: Option<BitmapsEvent>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct BitmapsEvent {
+    #[prost(message, repeated, tag = "1")]
+    bitmaps: Vec<BitmapEvent>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct BitmapEvent {
+    #[prost(bytes = "vec", tag = "1")]
+    name: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    granularity: u64,
+    #[prost(string, tag = "3")]
+    result: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -222,6 +244,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         keep_overlay: request.keep_overlay,
         mode: number(&MODES, &request.mode),
         resize_backing: request.resize_backing,
+        bitmaps: request.bitmaps,
         ignore_siblings: request.ignore_siblings,
         rate_limit: request.rate_limit,
         cache: number(&CACHES, &request.cache),
@@ -252,6 +275,7 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         keep_overlay: message.keep_overlay,
         mode: by_number(&MODES, message.mode)?,
         resize_backing: message.resize_backing,
+        bitmaps: message.bitmaps,
         ignore_siblings: message.ignore_siblings,
         rate_limit: message.rate_limit,
         cache: by_number(&CACHES, message.cache)?,
@@ -310,6 +334,10 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
                 .relinked
                 .as_ref()
                 .map(|children| RelinkedEvent { children: children.iter().map(child_event).collect() }),
+            bitmaps: outcome
+                .bitmaps
+                .as_ref()
+                .map(|bitmaps| BitmapsEvent { bitmaps: bitmaps.iter().map(bitmap_event).collect() }),
         }),
         Err(error) => Kind::Error(ErrorEvent {
             code: error.code.number(),
@@ -326,6 +354,15 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
 
 fn child_event(Relinked { image, backing, already }: &Relinked) -> ChildEvent {
     ChildEvent { image: bytes(image), backing: backing.clone(), already: *already }
+}
+
+fn bitmap_event(MergedBitmap { name, granularity, result }: &MergedBitmap) -> BitmapEvent {
+    BitmapEvent { name: name.clone(), granularity: *granularity, result: (*result).to_owned() }
+}
+
+fn bitmap_of(BitmapEvent { name, granularity, result }: BitmapEvent) -> Option<MergedBitmap> {
+    let (_, result) = BITMAP_RESULTS.iter().find(|(_, known)| *known == result)?;
+    Some(MergedBitmap { name, granularity, result })
 }
 
 fn child_of(ChildEvent { image, backing, already }: ChildEvent) -> Relinked {
@@ -368,6 +405,7 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
             free_bytes: preview.free,
         }),
         backing_grows_to: event.backing_grows_to,
+        bitmaps: event.bitmaps.map(|event| event.bitmaps.into_iter().filter_map(bitmap_of).collect()),
         relinked: event.relinked.map(|event| event.children.into_iter().map(child_of).collect()),
         sandbox: by_number(&SandboxChoice::ALL, event.sandbox).unwrap_or_default().name(),
         run: GuestRun::default(),
@@ -435,6 +473,7 @@ mod tests {
             keep_overlay: true,
             mode: CommitMode::Measure,
             resize_backing: true,
+            bitmaps: true,
             ignore_siblings: true,
             rate_limit: 7,
             cache: Cache::Directsync,

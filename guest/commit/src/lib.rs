@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+mod bitmaps;
 mod open;
 mod relinks;
 mod run;

@@ -1,5 +1,6 @@
 //! The operation as the guest runs it: open the images of the chain, commit, report.
 
+use crate::bitmaps::told;
 use crate::open::open;
 use crate::relinks;
 use alloc::boxed::Box;
@@ -72,8 +73,8 @@ fn run_chain(
 ) -> Result<crate::Outcome, Failed> {
     let at = |error| Failed { step: Step::Check.name(), error };
     let members = Members::of(operation).map_err(at)?;
-    let Config { dry_run, resize_backing, relinked } = config(operation).map_err(at)?;
-    let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing };
+    let Config { dry_run, resize_backing, relinked, bitmaps } = config(operation).map_err(at)?;
+    let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing, bitmaps };
     let wanted = relinked.unwrap_or_default();
     let children = relinks::children(operation, &wanted).map_err(at)?;
     let identity = relinks::identity(&wanted).map_err(at)?;
@@ -108,9 +109,10 @@ fn run_chain(
     Ok(outcome)
 }
 
-fn report(event: Event, reporter: &mut Reporter<'_>) {
+fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
     let plan = match event {
         Event::Progress(step, done, total) => return reporter.progress(step.name(), done, total),
+        Event::Bitmap(merged) => return reporter.event(&Plan { bitmap: Some(told(merged)), ..Plan::default() }),
         Event::Planned(plan) => plan,
     };
     let tables = plan.sink.unread_tables;
@@ -127,5 +129,6 @@ fn report(event: Event, reporter: &mut Reporter<'_>) {
         new_data_clusters: plan.sink.new_data_clusters,
         new_metadata_clusters: plan.sink.new_metadata_clusters,
         encoded_bytes: plan.encoded_bytes,
+        bitmap: None,
     });
 }

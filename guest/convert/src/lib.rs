@@ -21,7 +21,7 @@ use instar_guest_view::{Ancestors, Failed, Layers, Reporter};
 use nonzero::NonZero;
 
 /// Nothing above or below the target changes, and nothing makes it larger: it was created with the size that it needs.
-const OPTIONS: Options = Options { keep_overlay: true, dry_run: false, resize_backing: false };
+const OPTIONS: Options = Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps: false };
 
 /// Convert the view of the images that are read, and report it.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
@@ -66,9 +66,11 @@ fn wrong(text: &str) -> DriverError {
     DriverError::new(ErrorCode::GuestProtocol, text)
 }
 
-fn report(event: Event, reporter: &mut Reporter<'_>) {
+fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
     match event {
         Event::Progress(step, done, total) => reporter.progress(step.name(), done, total),
+        // None are merged.
+        Event::Bitmap(_) => {}
         Event::Planned(plan) => reporter.event(&Plan {
             clusters: plan.clusters,
             bytes: plan.bytes,
@@ -76,6 +78,7 @@ fn report(event: Event, reporter: &mut Reporter<'_>) {
             new_data_clusters: plan.sink.new_data_clusters,
             new_metadata_clusters: plan.sink.new_metadata_clusters,
             encoded_bytes: plan.encoded_bytes,
+            bitmap: None,
         }),
     }
 }

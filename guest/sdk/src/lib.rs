@@ -8,6 +8,8 @@
 extern crate alloc;
 
 mod batch;
+mod bitmap;
+mod bitmaps;
 #[cfg(feature = "memory")]
 mod change;
 pub mod commit;
@@ -37,6 +39,8 @@ pub mod table;
 mod traits;
 
 pub use batch::Batch;
+pub use bitmap::{check_dirty, Bitmap, DirtyRanges};
+pub use bitmaps::{Fate, MergedBitmap, Skipped};
 pub use error::{overflow, DriverError, DriverResult};
 pub use extent::{checked_end, Content, Extent};
 pub use extents::{check_extents, Extents};

@@ -4,12 +4,13 @@
 //! hidden by zeroes, as a guest of the overlay sees it; and what lies past the end of the overlay is not committed.
 
 use crate::below::read_extent;
+use crate::layered_bitmaps::LayeredBitmaps;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, ImageId, ImageInfo, MemberRole, ParentStage};
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Extent, Extents, Source};
+use instar_guest_sdk::{Bitmap, BlockIo, Content, DirtyRanges, DriverError, DriverResult, Extent, Extents, Source};
 
 /// Extents that are asked of a layer at once, at most …
 const LOOK_AHEAD: usize = 1024;
@@ -87,6 +88,8 @@ pub struct Layers<'a> {
     position: u64,
     /// The extents behind the `Encoded` ones that were handed out last, each with the index of its layer.
     encoded: Vec<(usize, Extent)>,
+    /// Which bitmaps of the layers are seen as one.
+    bitmaps: LayeredBitmaps,
 }
 
 impl<'a> Layer<'a> {
@@ -143,7 +146,7 @@ impl<'a> Layers<'a> {
     pub fn new(layers: Vec<Box<dyn Source + 'a>>) -> Self {
         let look_ahead = (ALL_AHEAD / layers.len().max(1)).clamp(LEAST_LOOK_AHEAD, LOOK_AHEAD);
         let layers = layers.into_iter().map(|source| Layer::new(source, look_ahead)).collect();
-        Self { layers, position: 0, encoded: Vec::new() }
+        Self { layers, position: 0, encoded: Vec::new(), bitmaps: LayeredBitmaps::default() }
     }
 
     /// How many there are.
@@ -311,5 +314,30 @@ impl Source for Layers<'_> {
 
     fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
         Err(DriverError::new(ErrorCode::InternalOverflow, "several layers cannot be emptied"))
+    }
+
+    /// Each name that any layer has, in the order of the layers, as one bitmap.
+    fn bitmaps(&mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        let lists = self.layers.iter_mut().map(|layer| layer.source.bitmaps(io)).collect::<DriverResult<Vec<_>>>()?;
+        self.bitmaps = LayeredBitmaps::new(&lists);
+        Ok(self.bitmaps.seen(&lists))
+    }
+
+    fn dirty(&mut self, io: &mut dyn BlockIo, index: u32, from: u64, out: &mut DirtyRanges) -> DriverResult<u64> {
+        let size = self.info().virtual_size;
+        let Self { layers, bitmaps, .. } = self;
+        bitmaps.dirty(
+            &mut |layer, own, out| {
+                let layer = layers.get_mut(layer).filter(|layer| from < layer.size);
+                // What lies past the end of a layer is in none of its bitmaps.
+                layer.map_or(Ok(size), |layer| match layer.source.dirty(io, own, from, out)? {
+                    next if next >= layer.size => Ok(size.max(next)),
+                    next => Ok(next),
+                })
+            },
+            index,
+            size,
+            out,
+        )
     }
 }

@@ -5,6 +5,7 @@
 extern crate alloc;
 
 mod below;
+mod layered_bitmaps;
 mod layers;
 mod report;
 

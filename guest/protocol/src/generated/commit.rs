@@ -11,6 +11,9 @@ pub struct Config {
     /// What the overlay's children are to record; absent if none is to record anything.
     #[prost(message, optional, tag = "3")]
     pub relinked: ::core::option::Option<Relinked>,
+    /// The bitmaps of what is committed are merged into those of the target.
+    #[prost(bool, tag = "4")]
+    pub bitmaps: bool,
 }
 /// What the members that are relinked record of the image that is written.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -30,7 +33,7 @@ pub struct Relinked {
 }
 /// The event of a commit: what will be done, sent once, when everything that can refuse has been asked. Nothing can be
 /// changed before it was accepted.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Plan {
     #[prost(uint64, tag = "1")]
     pub clusters: u64,
@@ -46,6 +49,72 @@ pub struct Plan {
     /// Guest bytes that are decoded on the way: they take more space in the backing than in the layers.
     #[prost(uint64, tag = "6")]
     pub encoded_bytes: u64,
+    /// If it is there, the event is not the plan yet, and says what becomes of one bitmap; all else is 0.
+    #[prost(message, optional, tag = "7")]
+    pub bitmap: ::core::option::Option<Bitmap>,
+}
+/// What becomes of a bitmap of the layers that are committed.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Bitmap {
+    /// The bytes of its name.
+    #[prost(bytes = "vec", tag = "1")]
+    pub name: ::prost::alloc::vec::Vec<u8>,
+    /// Bytes of the disk that a bit stands for, in the top-most layer that has it.
+    #[prost(uint64, tag = "2")]
+    pub granularity: u64,
+    #[prost(enumeration = "bitmap::Fate", tag = "3")]
+    pub fate: i32,
+}
+/// Nested message and enum types in `Bitmap`.
+pub mod bitmap {
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+    #[repr(i32)]
+    pub enum Fate {
+        /// The target has it: what is dirty above becomes dirty there, too.
+        Merged = 0,
+        /// The target lacks it, and gets it.
+        Made = 1,
+        /// Not merged: of a layer that is committed, it was not saved;
+        Inconsistent = 2,
+        /// in a layer that is committed, it is disabled;
+        Disabled = 3,
+        /// a layer lacks it, above one that has it;
+        Interrupted = 4,
+        /// the target's was not saved;
+        TargetInconsistent = 5,
+        /// the target's is disabled.
+        TargetDisabled = 6,
+    }
+    impl Fate {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Merged => "MERGED",
+                Self::Made => "MADE",
+                Self::Inconsistent => "INCONSISTENT",
+                Self::Disabled => "DISABLED",
+                Self::Interrupted => "INTERRUPTED",
+                Self::TargetInconsistent => "TARGET_INCONSISTENT",
+                Self::TargetDisabled => "TARGET_DISABLED",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "MERGED" => Some(Self::Merged),
+                "MADE" => Some(Self::Made),
+                "INCONSISTENT" => Some(Self::Inconsistent),
+                "DISABLED" => Some(Self::Disabled),
+                "INTERRUPTED" => Some(Self::Interrupted),
+                "TARGET_INCONSISTENT" => Some(Self::TargetInconsistent),
+                "TARGET_DISABLED" => Some(Self::TargetDisabled),
+                _ => None,
+            }
+        }
+    }
 }
 /// What came of a commit.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

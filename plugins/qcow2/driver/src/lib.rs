@@ -20,6 +20,7 @@
 
 extern crate alloc;
 
+mod bitmaps;
 mod check;
 mod empty;
 mod grow;

@@ -1,7 +1,10 @@
 //! The sink role: a backing, in parts, and the order in which they are planned and written.
 
+use crate::bitmaps::list::{list, verified};
+use crate::bitmaps::merge::Merging;
 use crate::check::repair::{Outstanding, Repair};
 use crate::check::verify::Verifier;
+use crate::grow::room::find_room;
 use crate::grow::Growth;
 use crate::image::{overflow, Image};
 use crate::metadata::map::MetadataMap;
@@ -15,13 +18,15 @@ use crate::write::summary::summarize;
 use crate::write::window::write_window;
 use crate::write::windows::Windows;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{ErrorCode, ImageInfo, PlanSummary};
-use instar_guest_sdk::{BlockIo, DriverResult, Extent, ReadBelow, Sink};
+use instar_guest_sdk::abi::{DirtyRange, ErrorCode, ImageInfo, PlanSummary};
+use instar_guest_sdk::{Bitmap, BlockIo, DriverResult, Extent, ReadBelow, Sink};
 
 /// An image that data goes into.
 pub struct Qcow2Sink {
     backing: Backing,
     bitmaps: EnabledBitmaps,
+    /// The bitmaps of what is committed that are merged into these, or made.
+    merging: Merging,
     /// What planning has found out, once it has begun.
     plan: Option<Plan>,
     /// Growth that was planned and is still to be done.
@@ -39,6 +44,7 @@ impl Qcow2Sink {
         Self {
             bitmaps: EnabledBitmaps::new(&image),
             backing: Backing::new(image, has_backing),
+            merging: Merging::default(),
             plan: None,
             growth: None,
             shrink: None,
@@ -122,11 +128,20 @@ impl Qcow2Sink {
         Ok(())
     }
 
+    /// Room for the bitmaps that are made, which goes before all single clusters.
+    fn make_room(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        if self.merging.makes() {
+            self.start(io)?;
+        }
+        self.merging.reserve(io, &mut self.backing)
+    }
+
     fn write_all(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
         if let Some(growth) = self.growth.take() {
             self.start(io)?;
             growth.run(io, &mut self.backing, &mut self.bitmaps, below)?;
         }
+        self.make_room(io)?;
         if let Some(shrink) = self.shrink.take() {
             self.start(io)?;
             shrink.run(io, &mut self.backing)?;
@@ -156,6 +171,13 @@ impl Sink for Qcow2Sink {
 
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
         self.prepare(io)?;
+        self.merging.planned();
+        let made = self.merging.clusters(&self.backing.image);
+        if made > 0 {
+            let plan = self.plan.as_mut().ok_or_else(|| overflow("the plan"))?;
+            plan.needs.runs += made;
+            plan.needs.run_span = find_room(io, &mut self.backing, plan.needs.runs)?;
+        }
         let repaired = self.repair.is_some();
         let plan = self.plan.as_mut().ok_or_else(|| overflow("the plan"))?;
         summarize(io, &mut self.backing, plan, repaired)
@@ -188,10 +210,36 @@ impl Sink for Qcow2Sink {
         Ok(())
     }
 
+    fn bitmaps(&mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        self.prepare(io)?;
+        list(io, &self.backing.image, verified).map(|(bitmaps, _)| bitmaps)
+    }
+
+    fn plan_bitmap(&mut self, io: &mut dyn BlockIo, bitmap: &Bitmap, dirty: &[DirtyRange]) -> DriverResult<()> {
+        self.prepare(io)?;
+        let needed = self.merging.plan(io, &self.backing.image, &self.bitmaps, (bitmap, dirty))?;
+        let plan = self.plan.as_mut().ok_or_else(|| overflow("the plan"))?;
+        plan.needs.tables += needed;
+        Ok(())
+    }
+
+    fn merge_bitmap(&mut self, io: &mut dyn BlockIo, bitmap: &Bitmap, dirty: &[DirtyRange]) -> DriverResult<()> {
+        self.start(io)?;
+        self.make_room(io)?;
+        self.make_room_for_bitmaps();
+        self.merging.merge(io, &mut self.backing, &self.bitmaps, (bitmap, dirty)).map_err(|error| match error.code {
+            ErrorCode::NoSpace => self.backing.disk_is_full(io, error),
+            _ => error,
+        })
+    }
+
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if self.repair.is_some() {
             self.start(io)?;
         }
+        // Data and bits are durable before a bitmap is there that says so.
+        self.backing.flush(io)?;
+        self.merging.finish(io, &mut self.backing)?;
         self.backing.flush(io)
     }
 }

@@ -1,18 +1,22 @@
 //! The source role: enumerating what a layer holds.
 
+use crate::bitmaps::dirty::dirty;
+use crate::bitmaps::list::{list, usable};
 use crate::check::mend::Mend;
 use crate::check::repair::Repair as Unclean;
 use crate::check::report::examine;
 use crate::check::verify::{verify, Verified};
 use crate::empty::empty;
 use crate::image::{overflow, Image};
+use crate::metadata::bitmap_directory::DirectoryEntry;
 use crate::metadata::mapped_clusters::MappedClusters;
 use crate::parent::ParentChange;
 use crate::read::compressed::CompressedReader;
 use crate::read::extents::extents_of;
+use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::{CheckSummary, FindingKind, ImageInfo, Repair, RepairSummary};
-use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Parent, Source};
+use instar_guest_sdk::{Bitmap, BlockIo, Content, DirtyRanges, DriverResult, Extent, Extents, Parent, Source};
 
 /// An image that data comes from.
 pub struct Qcow2Source {
@@ -27,12 +31,14 @@ pub struct Qcow2Source {
     parent: Option<ParentChange>,
     /// What is to be mended on request, once it was planned.
     mend: Option<Mend>,
+    /// The bitmaps, once they were listed.
+    bitmaps: Vec<DirectoryEntry>,
 }
 
 impl Qcow2Source {
     pub(crate) fn new(image: Image) -> Self {
         let (mapped, reader) = (MappedClusters::new(&image), CompressedReader::default());
-        Self { image, mapped, held: None, reader, repair: None, parent: None, mend: None }
+        Self { image, mapped, held: None, reader, repair: None, parent: None, mend: None, bitmaps: Vec::new() }
     }
 
     /// Verify the whole image; returns the number of clusters that it holds.
@@ -128,5 +134,17 @@ impl Source for Qcow2Source {
     fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let mend = self.mend.take().ok_or_else(|| overflow("a repair that was not planned"))?;
         mend.apply(io, &mut self.image)
+    }
+
+    fn bitmaps(&mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        let (bitmaps, entries) = list(io, &self.image, usable)?;
+        self.bitmaps = entries;
+        Ok(bitmaps)
+    }
+
+    fn dirty(&mut self, io: &mut dyn BlockIo, index: u32, from: u64, out: &mut DirtyRanges) -> DriverResult<u64> {
+        let entry = usize::try_from(index).ok().and_then(|index| self.bitmaps.get(index));
+        let entry = entry.ok_or_else(|| overflow("the number of a bitmap"))?;
+        dirty(io, &self.image, &entry.bitmap, from, out)
     }
 }

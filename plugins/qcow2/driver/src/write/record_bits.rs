@@ -89,20 +89,19 @@ fn bit_ranges<'a>(
 type OnBatch<'a> = &'a mut dyn FnMut(&mut EnabledBitmaps, &mut dyn BlockIo, &[BitRange]) -> DriverResult<()>;
 
 impl EnabledBitmaps {
-    /// Call `each` with the bits of all bitmaps that the extents touch, in batches across bitmaps, so that many small ones
+    /// Call `each` with the bits of all bitmaps that guest byte ranges touch, in batches across bitmaps, so that many small ones
     /// share their flushes. The table entries are loaded.
     fn each_batch(
         &mut self,
         io: &mut dyn BlockIo,
         size: ClusterSize,
-        extents: &[ClusterExtent],
+        ranges: &[(u64, u64)],
         each: OnBatch<'_>,
     ) -> DriverResult<()> {
-        let ranges = guest_ranges(extents, size.bits());
         let slice_bytes = self.tables.slice_size() as u64;
         let bitmaps = core::mem::take(&mut self.recorded);
         let numbered = bitmaps.iter().enumerate();
-        let mut all = numbered.flat_map(|bitmap| bit_ranges(bitmap, &ranges, slice_bytes, size.bytes()));
+        let mut all = numbered.flat_map(|bitmap| bit_ranges(bitmap, ranges, slice_bytes, size.bytes()));
         let result = loop {
             let batch: Vec<BitRange> = all.by_ref().take(BATCH).collect();
             if batch.is_empty() {
@@ -136,11 +135,24 @@ impl EnabledBitmaps {
     /// # Errors
     /// Corruption of a bitmap table; I/O errors.
     pub(crate) fn plan(&mut self, io: &mut dyn BlockIo, image: &Image, extents: &[ClusterExtent]) -> DriverResult<u64> {
-        let mut needed = 0;
         if self.is_empty() {
-            return Ok(needed);
+            return Ok(0);
         }
-        self.each_batch(io, image.cluster_size(), extents, &mut |bitmaps, _, batch| {
+        self.plan_ranges(io, image, &guest_ranges(extents, image.cluster_size().bits()))
+    }
+
+    /// Count the clusters that the bitmaps will need for these guest byte ranges, ascending over all calls.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub(crate) fn plan_ranges(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &Image,
+        ranges: &[(u64, u64)],
+    ) -> DriverResult<u64> {
+        let mut needed = 0;
+        self.each_batch(io, image.cluster_size(), ranges, &mut |bitmaps, _, batch| {
             for bits in batch {
                 let last = bitmaps.last_planned.get_mut(bits.bitmap);
                 if last.ok_or_else(|| overflow("the index of a bitmap"))?.replace(bits.entry) != Some(bits.entry) {
@@ -165,8 +177,22 @@ impl EnabledBitmaps {
         if self.is_empty() {
             return Ok(());
         }
+        let ranges = guest_ranges(extents, backing.image.cluster_size().bits());
+        self.record_ranges(io, backing, &ranges)
+    }
+
+    /// Set the bits of these guest byte ranges, durably.
+    ///
+    /// # Errors
+    /// As [`record`](Self::record).
+    pub(crate) fn record_ranges(
+        &mut self,
+        io: &mut dyn BlockIo,
+        backing: &mut Backing,
+        ranges: &[(u64, u64)],
+    ) -> DriverResult<()> {
         let size = backing.image.cluster_size();
-        self.each_batch(io, size, extents, &mut |bitmaps, io, batch| bitmaps.record_batch(io, backing, batch))?;
+        self.each_batch(io, size, ranges, &mut |bitmaps, io, batch| bitmaps.record_batch(io, backing, batch))?;
         backing.flush(io)
     }
 
