@@ -30,6 +30,7 @@ mod ordered;
 mod parent;
 #[cfg(feature = "memory")]
 pub mod random;
+pub mod rebase;
 mod relink;
 pub mod runtime;
 pub mod table;
