@@ -17,6 +17,8 @@ pub mod compare;
 mod guest;
 #[path = "generated/map.rs"]
 pub mod map;
+#[path = "generated/rebase.rs"]
+pub mod rebase;
 
 pub use guest::{
     end_message, guest_message, EndMessage, FailureMessage, GuestMessage, LogMessage, PanicMessage, PhaseMessage,
