@@ -24,5 +24,6 @@ pub mod map;
 pub mod measure;
 pub mod operation;
 pub mod plugins;
+pub mod rebase;
 pub mod sandbox;
 pub mod worker;

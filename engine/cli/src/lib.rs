@@ -21,6 +21,7 @@ mod opening;
 pub mod output;
 pub mod plugins;
 mod progress;
+pub mod rebase;
 mod signals;
 pub mod size;
 mod snapshot_text;
@@ -71,6 +72,8 @@ pub enum Command {
     Map(map::MapArgs),
     /// Compare two images, each with what is below it, as the disks that they are
     Compare(compare::CompareArgs),
+    /// Put another image below an overlay, or none, and keep what it reads
+    Rebase(rebase::RebaseArgs),
     /// Say how long the file of a new image would be, or how long a commit would make one
     Measure(measure::MeasureArgs),
     /// Make a new, empty image
@@ -96,6 +99,7 @@ impl Command {
             Self::Map(args) => args.output,
             Self::Measure(args) => args.output,
             Self::Compare(args) => args.output,
+            Self::Rebase(args) => args.output,
             Self::Plugins(args) => args.output,
             Self::Config(args) => args.output,
             Self::Create(_) | Self::Worker(_) => OutputFormat::Human,
@@ -113,6 +117,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Commit(args) => return commit::run(args, out),
         Command::Check(args) => return check::run(args, out),
         Command::Compare(args) => return compare::run(args, out),
+        Command::Rebase(args) => return rebase::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
         Command::Worker(args) => return worker::run(args),
         Command::Info(args) => (info::run(args, &reading(false), out), args.output),

@@ -3,7 +3,7 @@
 //! Everything up to the first change only looks: a commit that is refused on the way leaves all files byte-identical. So does
 //! one that the guest refuses in its steps "check" and "plan".
 
-mod as_text;
+pub(crate) mod as_text;
 mod changed;
 mod events;
 mod meter;
@@ -19,6 +19,7 @@ mod space;
 mod verdict;
 
 pub use events::CommitEvents;
+pub(crate) use meter::Meter;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
 pub use plan::PlanBounds;
 pub use relinks::Relinked;
