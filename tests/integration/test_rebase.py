@@ -11,6 +11,7 @@ import time
 
 import pytest
 import support
+import test_mixed_chains
 from support import KIB, MIB, Holder, assert_clean, content_hash, create, qemu_img, qemu_io, run_instar
 
 SIZE = 6 * MIB
@@ -269,3 +270,31 @@ def test_names_begin_at_the_directory_of_the_image(chain):
     result = run_instar("rebase", "-b", os.fspath(chain / "far/other"), "-F", "qcow2", "../top", cwd=chain / "far")
     assert result.rc == 0 and named(chain / "top")[0] == os.fspath(chain / "far/other"), str(result)
     assert content_hash(chain / "top") == before
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["vpc", "vhdx", "vdi"])
+def test_images_that_record_identities(kind, seed, tmp_path, monkeypatch):
+    """Where both backing files read the same, another one is recorded; where they do not, nothing is changed."""
+    monkeypatch.setattr(test_mixed_chains, "KINDS", (kind,))
+    rng = random.Random(seed)
+    chain = test_mixed_chains.Chain(tmp_path, rng, 3)
+    kinds = set(chain.kinds)
+    if kinds != {kind}:
+        pytest.skip(f"drawn as {kinds}")
+    paths = [chain.path(number) for number in range(4)]
+    held = chain.read_over(3, chain.disks[0])
+    with support.untouched(*paths[:3]):
+        if held == chain.disks[3]:
+            rebase(chain.path(3), chain.names[0], kind)
+        else:
+            with support.untouched(paths[3]):
+                result = run_instar("rebase", "-b", chain.names[0], "-F", kind, chain.path(3))
+            assert result.rc == 1 and "nothing was changed" in result.stderr and "-u" in result.stderr, str(result)
+            rebase(chain.path(3), chain.names[0], kind, "-u")
+    for path in paths[1:3]:
+        path.unlink()
+    flat = tmp_path / "flat.raw"
+    flat.write_bytes(held)
+    assert run_instar("compare", "-F", "raw", chain.path(3), flat).rc == 0
+    assert run_instar("check", "-q", chain.path(3)).rc in (0, 3)

@@ -19,23 +19,16 @@ pub struct RebaseEvents {
     pub(super) meter: Option<Meter>,
     /// What somebody is told once nothing can refuse the rebase any more.
     pub(super) warnings: Vec<String>,
-    /// What he is told besides if anything is written.
-    pub(super) if_written: Option<String>,
+    /// The image records an identity: nothing can be written into it before it gets another parent.
+    pub(super) only_record: bool,
+    /// Something would have to be, which is why the guest was ended.
+    pub(super) needs_data: bool,
     /// Who is told that.
     pub(super) observer: Option<Rc<dyn Observer>>,
     /// Nothing may be changed.
     pub(super) dry_run: bool,
     /// Virtual size of the image in bytes: no more can be written.
     pub(super) virtual_size: u64,
-}
-
-impl RebaseEvents {
-    /// The lines that the operator is told.
-    #[must_use]
-    pub fn told(&self) -> Vec<String> {
-        let writes = self.plan.is_some_and(|plan| plan.bytes > 0);
-        self.warnings.iter().chain(self.if_written.iter().filter(|_| writes)).cloned().collect()
-    }
 }
 
 impl Events for RebaseEvents {
@@ -62,8 +55,12 @@ impl Events for RebaseEvents {
         }
         self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
         self.plan = Some(plan);
-        for line in self.told() {
-            self.observer.iter().for_each(|observer| observer.warning(&line));
+        self.needs_data = self.only_record && plan.bytes > 0;
+        if self.needs_data {
+            return Err(BadRequest("data for an image that only gets another parent".to_owned()));
+        }
+        for line in &self.warnings {
+            self.observer.iter().for_each(|observer| observer.warning(line));
         }
         Ok(())
     }
@@ -171,6 +168,16 @@ mod tests {
         assert!(handler.tell(phase(Phase::Target)).contains("dry run"));
         assert!(handler.ask(WRITE).contains("before a plan was accepted"));
         assert_eq!(handler.tell(done()), "");
+    }
+
+    #[test]
+    fn an_image_that_only_gets_another_parent_gets_no_data() {
+        let planned = |bytes| {
+            let mut handler = handler(false);
+            handler.events.only_record = true;
+            (handler.tell(plan(bytes)).is_empty(), handler.events.needs_data)
+        };
+        assert_eq!((planned(0), planned(512)), ((true, false), (false, true)));
     }
 
     #[test]

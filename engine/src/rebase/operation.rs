@@ -27,8 +27,8 @@ pub struct Rebase<'q> {
     /// Threads that copy side by side, if the system has them.
     workers: Option<Workers>,
     warnings: Vec<String>,
-    /// The line for the case that something is written.
-    if_written: Option<String>,
+    /// Nothing can be written into the image: see [`RebaseEvents::only_record`].
+    only_record: bool,
     /// What the image is to record, once that is known.
     parent: Option<Parent>,
     /// What is known of the new parent.
@@ -48,8 +48,8 @@ struct Opened {
 impl<'q> Rebase<'q> {
     /// A rebase that was not begun.
     pub fn new(request: &'q RebaseRequest) -> Self {
-        let (workers, if_written, parent, parent_facts, opened) = (None, None, None, None, None);
-        Self { request, workers, warnings: Vec::new(), if_written, parent, parent_facts, opened }
+        let (workers, only_record, parent, parent_facts, opened) = (None, false, None, None, None);
+        Self { request, workers, warnings: Vec::new(), only_record, parent, parent_facts, opened }
     }
 
     /// Have the image record this parent.
@@ -222,13 +222,9 @@ impl Operation for Rebase<'_> {
         if !self.request.unsafe_mode {
             let parent = old.first().map(|parent| &parent.facts);
             longest = longest.max(ask(image, PluginRole::Write, &Context::reading(parent, false))?);
-            if !image.next_identity(&image.facts).is_empty() {
-                self.if_written = Some(format!(
-                    "'{}': gets another identity, because data is written into it: images above it that record the present one \
-                     have to be rebased onto it with -u",
-                    escape_path(&image.opened.path)
-                ));
-            }
+            // Its driver would have to be opened again over a file of another length, which it has no way to learn.
+            let identified = !image.facts.parent_identity.is_empty() || !image.next_identity(&image.facts).is_empty();
+            self.only_record = identified;
         }
         let shared = images.again.len();
         session
@@ -261,7 +257,7 @@ impl Operation for Rebase<'_> {
         Ok(RebaseEvents {
             meter,
             warnings: self.warnings.clone(),
-            if_written: self.if_written.clone(),
+            only_record: self.only_record,
             observer: Some(observer.clone()),
             dry_run,
             virtual_size: opened.virtual_size,
@@ -271,6 +267,15 @@ impl Operation for Rebase<'_> {
 
     fn finish(self, ended: Ended<RebaseEvents>) -> Result<RebaseOutcome, Error> {
         let Opened { path, format, .. } = self.opened.ok_or_else(out_of_order)?;
+        if let (true, Some(plan)) = (ended.events.needs_data, ended.events.plan) {
+            let clause = format!(
+                "differs over the two backing files in {} bytes, and nothing can be written into an image that records identities \
+                 while it gets another parent; nothing was changed: commit it into its present parent, or, if the new backing \
+                 file is known to hold the same, use -u",
+                plan.bytes
+            );
+            return Err(Error::image(&self.request.image, ErrorCode::UnsupportedFormat, clause));
+        }
         let state = if ended.devices.any_changed() {
             "the image reads what it read, and running the same command again finishes the rebase"
         } else {
@@ -290,7 +295,7 @@ impl Operation for Rebase<'_> {
             bytes_written: events.outcome.bytes_written,
             unsafe_mode: self.request.unsafe_mode,
             dry_run: self.request.dry_run,
-            warnings: events.told(),
+            warnings: events.warnings,
             sandbox: ended.sandbox,
         })
     }

@@ -79,8 +79,9 @@ pub struct Differences<'a> {
     old: View<'a>,
     new: View<'a>,
     info: ImageInfo,
-    /// Guest bytes that differ, ascending, once they are known.
-    places: Vec<Range<u64>>,
+    /// Guest bytes that differ, ascending, once they are known, and whether the old view reads zeroes there, however it holds
+    /// them: those take no space.
+    places: Vec<(Range<u64>, bool)>,
     /// The guest byte up to which extents were handed out.
     position: u64,
     /// What is behind the `Encoded` extents that were handed out last.
@@ -99,7 +100,7 @@ impl<'a> Differences<'a> {
     /// Find all places where the overlay holds nothing and the two views differ.
     fn find(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let size = self.info.virtual_size;
-        let most = io.heap_free() / SHARE / size_of::<Range<u64>>();
+        let most = io.heap_free() / SHARE / size_of::<(Range<u64>, bool)>();
         let mut buffers = [Vec::new(), Vec::new()];
         let mut at = 0;
         while at < size {
@@ -157,8 +158,9 @@ impl<'a> Differences<'a> {
                 let from = at.saturating_add(done as u64);
                 let next = (from - from % unit).saturating_add(unit).min(end);
                 let after = usize::try_from(next - at).unwrap_or(length);
-                if first.get(done..after) != second.get(done..after) {
-                    self.differs(from..next);
+                let kept = first.get(done..after).unwrap_or_default();
+                if second.get(done..after) != Some(kept) {
+                    self.differs(from..next, kept.iter().all(|&byte| byte == 0));
                 }
                 done = after;
             }
@@ -167,10 +169,10 @@ impl<'a> Differences<'a> {
         Ok(())
     }
 
-    fn differs(&mut self, range: Range<u64>) {
+    fn differs(&mut self, range: Range<u64>, zeroes: bool) {
         match self.places.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => self.places.push(range),
+            Some((last, same)) if last.end == range.start && *same == zeroes => last.end = range.end,
+            _ => self.places.push((range, zeroes)),
         }
     }
 
@@ -202,7 +204,7 @@ impl Source for Differences<'_> {
         self.find(io)?;
         let unit = self.info.cluster_size.max(1);
         let (mut clusters, mut counted) = (0, 0);
-        for place in &self.places {
+        for (place, _) in &self.places {
             let first = (place.start / unit).max(counted);
             counted = place.end.div_ceil(unit);
             clusters += counted.saturating_sub(first);
@@ -215,11 +217,11 @@ impl Source for Differences<'_> {
             self.old.layers.rewind(range.start);
         }
         self.encoded.clear();
-        let mut index = self.places.partition_point(|place| place.end <= range.start);
-        while let Some(place) = self.places.get(index).cloned().filter(|place| place.start < range.end) {
+        let mut index = self.places.partition_point(|(place, _)| place.end <= range.start);
+        while let Some((place, zeroes)) = self.places.get(index).cloned().filter(|(place, _)| place.start < range.end) {
             let (mut at, limit) = (place.start.max(range.start), place.end.min(range.end));
             while at < limit {
-                let (seen, end) = self.old.seen(io, at, limit)?;
+                let (seen, end) = if zeroes { (Seen::Nothing, limit) } else { self.old.seen(io, at, limit)? };
                 let extent = self.part(seen, at, end);
                 if !out.push(extent) {
                     self.position = at;
