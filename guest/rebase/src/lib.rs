@@ -64,7 +64,9 @@ fn run_rebase(operation: &Operation<'_>, io: &mut dyn BlockIo, reporter: &mut Re
     let mut written = operation.devices(&[MemberRole::Write]);
     let overlay = written.next().filter(|overlay| overlay.device == DEVICE_OUTPUT && written.next().is_none());
     let overlay = overlay.ok_or_else(|| at(wrong("a rebase is of one image, on the output device")))?;
-    let opener = |_: &mut dyn BlockIo| open(operation, overlay);
+    // Once it was written to, the file is no longer than was planned: its driver is not to take new clusters for cut off.
+    let length = core::cell::Cell::new(overlay.file_length);
+    let opener = |_: &mut dyn BlockIo| open(operation, &DeviceConfig { file_length: length.get(), ..*overlay });
     let total = overlay.virtual_size;
 
     let old = || operation.devices_of_group(OLD, &[MemberRole::Below]);
@@ -92,6 +94,7 @@ fn run_rebase(operation: &Operation<'_>, io: &mut dyn BlockIo, reporter: &mut Re
         &mut images,
         config.dry_run,
         &mut |plan| {
+            length.set(length.get().max(plan.sink.final_length));
             let message = Plan { clusters: plan.clusters, bytes: plan.bytes, final_length: plan.sink.final_length };
             reporter.borrow_mut().event(&message);
         },
