@@ -25,6 +25,7 @@ pub mod map;
 pub mod measure;
 pub mod operation;
 pub mod plugins;
+pub mod rebase;
 pub mod resize;
 pub mod sandbox;
 pub mod worker;

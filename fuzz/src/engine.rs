@@ -114,7 +114,7 @@ pub fn message_seeds() -> Vec<Vec<u8>> {
         Kind::Progress(ProgressMessage { step: "empty".into(), done: 1, total: 2 }),
         Kind::Log(LogMessage { text: "line".into() }),
         Kind::Panic(PanicMessage { text: "panic".into(), address: 0 }),
-        Kind::Event(plan.encode_to_vec()),
+        Kind::Event(commit::Event { kind: Some(commit::event::Kind::Plan(plan)) }.encode_to_vec()),
         Kind::Event(check::Event { kind: Some(check::event::Kind::Finding(finding)) }.encode_to_vec()),
         Kind::Event(check::Event { kind: Some(check::event::Kind::Plan(mends)) }.encode_to_vec()),
         end(Outcome::Result(check::Outcome { leaks: 1, ..Default::default() }.encode_to_vec())),

@@ -100,6 +100,8 @@ def samples(tmp_path_factory):
         "compare": [ask("compare", "base", "mid"), ask("compare", "base", "top"),
                     ask("compare", "-s", "base", "bitmaps"), ask("compare", "-s", "bitmaps", "damaged")],
         "resize": [ask("resize", "--dry-run", "base", "+1M"), ask("resize", "base", "+0")],
+        "rebase": [ask("rebase", "--dry-run", "-b", "base", "-F", "qcow2", "top"),
+                   ask("rebase", "--dry-run", "-u", "-b", "none", "-F", "qcow2", "top"), ask("rebase", "--dry-run", "-b", "", "top")],
         "convert": [ask("convert", "-O", "vhdx", "top", "converted")],
         "doctor": [ask("doctor"), ask("doctor", "--plugin-dir", "other")],
         "plugins": [ask("plugins"), ask("plugins", "--plugin-dir", "other")],

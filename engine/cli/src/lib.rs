@@ -24,6 +24,7 @@ pub mod plugins;
 mod progress;
 mod progress_args;
 mod progress_lines;
+pub mod rebase;
 pub mod resize;
 mod signals;
 pub mod size;
@@ -77,6 +78,8 @@ pub enum Command {
     Compare(compare::CompareArgs),
     /// Make a new image of the disk that an image shows, with everything below it
     Convert(convert::ConvertArgs),
+    /// Put another image below an overlay, or none, and keep what it reads
+    Rebase(rebase::RebaseArgs),
     /// Say how long the file of a new image would be, or how long a commit would make one
     Measure(measure::MeasureArgs),
     /// Give an image another virtual size
@@ -106,6 +109,7 @@ impl Command {
             Self::Compare(args) => args.output,
             Self::Resize(args) => args.output,
             Self::Convert(args) => args.output,
+            Self::Rebase(args) => args.output,
             Self::Plugins(args) => args.output,
             Self::Config(args) => args.output,
             Self::Create(_) | Self::Worker(_) => OutputFormat::Human,
@@ -124,6 +128,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Check(args) => return check::run(args, out),
         Command::Compare(args) => return compare::run(args, out),
         Command::Resize(args) => return resize::run(args, out),
+        Command::Rebase(args) => return rebase::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
         Command::Worker(args) => return worker::run(args),
         Command::Info(args) => (info::run(args, &reading(false), out), args.output),

@@ -143,7 +143,7 @@ impl Operation for Check<'_> {
         open_extra_files(registry, &mut [FilesOf { image: &mut image, access, changes, gate }])?;
         self.format = image.facts.format.to_string();
         // What is repaired is the operation's target, although it is read first.
-        Ok(if changes { ImageSet { slots: Vec::new(), target: Some(image) } } else { ImageSet::read([image]) })
+        Ok(if changes { ImageSet { target: Some(image), ..ImageSet::default() } } else { ImageSet::read([image]) })
     }
 
     fn admit(&mut self, images: &mut ImageSet<'_>, _: &Session) -> Result<Grants, Error> {

@@ -10,7 +10,8 @@ use crate::devices::Devices;
 use crate::operation::{decode, Events, Observer};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, RequestOp};
-use instar_guest_protocol::commit::{Bitmap, Outcome, Plan};
+use instar_guest_protocol::commit::event::Kind as Told;
+use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -94,7 +95,7 @@ impl CommitEvents {
         }
         self.bounds.check(&plan).map_err(BadRequest)?;
         self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
-        self.plan = Some(plan.clone());
+        self.plan = Some(plan);
         // Nothing is changed for them by an overlay that holds nothing: that of a run which is finished by this one, and that
         // had some of them name the target, for one.
         self.damages_siblings = self.has_siblings && plan.bytes > 0;
@@ -142,9 +143,10 @@ impl Events for CommitEvents {
     }
 
     fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
-        match decode::<Plan>(event)? {
-            Plan { bitmap: Some(bitmap), .. } => self.bitmap(bitmap),
-            plan => self.planned(plan),
+        match decode::<Event>(event)?.kind {
+            Some(Told::Plan(plan)) => self.planned(plan),
+            Some(Told::Bitmap(bitmap)) => self.bitmap(bitmap),
+            None => Err(BadRequest("an event that says nothing".to_owned())),
         }
     }
 
@@ -223,7 +225,7 @@ mod tests {
     }
 
     fn told(plan: Plan) -> Kind {
-        Kind::Event(plan.encode_to_vec())
+        Kind::Event(Event { kind: Some(Told::Plan(plan)) }.encode_to_vec())
     }
 
     fn plan() -> Kind {

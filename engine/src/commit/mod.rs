@@ -3,7 +3,7 @@
 //! Everything up to the first change only looks: a commit that is refused on the way leaves all files byte-identical. So does
 //! one that the guest refuses in its steps "check" and "plan".
 
-mod as_text;
+pub(crate) mod as_text;
 mod bitmaps;
 mod changed;
 mod events;

@@ -220,7 +220,7 @@ impl Operation for Commit<'_> {
         let ancestors = ancestors.into_iter().map(|layer| Slot::new(MemberRole::Below, layer));
         let children = children.into_iter().map(|child| Slot::new(MemberRole::Relinked, child));
         let slots = std::iter::once(Slot::new(top, overlay)).chain(between).chain(ancestors).chain(children).collect();
-        Ok(ImageSet { slots, target: Some(backing) })
+        Ok(ImageSet { slots, target: Some(backing), ..ImageSet::default() })
     }
 
     fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {

@@ -67,7 +67,7 @@ impl Devices {
     /// # Errors
     /// What is wrong with it, in one clause.
     pub(super) fn check_phase(&self, part: Part, op: RequestOp, request: &Request) -> Result<(), &'static str> {
-        let above = part != Part::Target && self.phases.now == Phase::Target;
+        let above = !matches!(part, Part::Target | Part::Rebased) && self.phases.now == Phase::Target;
         let record = self.phases.record.get().and_then(|(device, _)| self.device(device));
         let now = Situation {
             phase: self.phases.now,

@@ -81,6 +81,7 @@ impl DevicePaths {
         }
     }
 
+    /// Whether nothing is above the image that is written.
     fn is_alone(&self) -> bool {
         self.by_device.contains_key(&DEVICE_OUTPUT) && self.merged == 0
     }
@@ -124,7 +125,7 @@ const READ_CACHES: u64 = 16 << 20;
 /// # Errors
 /// [`ErrorCode::ChainTooDeep`].
 pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_>, Error> {
-    let ImageSet { slots, target } = images;
+    let ImageSet { slots, target, rebases, again } = images;
     let first = target.as_ref().or_else(|| slots.first().map(|slot| &slot.image));
     let path = first.map(|image| image.opened.path.clone()).unwrap_or_default();
     // Of those that get another parent, one is open at a time.
@@ -155,12 +156,19 @@ pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_
         all.members.push(Member { role: role as u32, group, depth, device, ..Member::default() });
         if slot == 0 {
             all.paths.first_files = files;
-        } else if slot == begins.1 {
+        } else if slot == begins.1 && target.is_none() {
             all.paths.second = Some((slot, files));
         }
     }
+    for (group, slot) in again {
+        // One device, whichever view it is seen in.
+        if let Some(member) = all.members.get(slot).copied() {
+            all.members.push(Member { group, ..member });
+        }
+    }
     if let Some(target) = target {
-        let (mut device, files) = all.attach(DEVICE_OUTPUT, target, Part::Target, grants.target);
+        let part = if rebases { Part::Rebased } else { Part::Target };
+        let (mut device, files) = all.attach(DEVICE_OUTPUT, target, part, grants.target);
         device.cache_bytes = 0;
         if grants.beyond_devices && device.flags & device_flags::FIXED_LENGTH != 0 {
             device.max_length = device.max_length.max(grants.target);
@@ -203,7 +211,7 @@ impl<'r> Attached<'r> {
     fn attach(&mut self, number: u32, image: ChainImage<'r>, part: Part, longest: u64) -> (DeviceConfig, Range<u32>) {
         let ChainImage { opened, plugin, facts, files, snapshot, .. } = image;
         // A layer that only records its parent's identity keeps its length, and its other files stay as they are.
-        let changes = matches!(part, Part::Target | Part::Overlay { emptied: true, .. });
+        let changes = matches!(part, Part::Target | Part::Rebased | Part::Overlay { emptied: true, .. });
         let growth = if changes { longest.saturating_sub(facts.file_length) } else { 0 };
         let unit = facts.cluster_size;
         let room = if part == Part::Child { Some((PARENT_ROOM, 1)) } else { changes.then_some((growth, unit)) };

@@ -176,6 +176,10 @@ pub struct ImageSet<'r> {
     pub slots: Vec<Slot<'r>>,
     /// The image that is written.
     pub target: Option<ChainImage<'r>>,
+    /// That image gets another parent afterwards.
+    pub rebases: bool,
+    /// Slots that are seen in another group as well, below its own: that group, and the index of the slot.
+    pub again: Vec<(u32, usize)>,
 }
 
 impl<'r> ImageSet<'r> {
@@ -191,7 +195,7 @@ impl<'r> ImageSet<'r> {
         let slots = (0..).zip(views).flat_map(|(group, images)| {
             images.into_iter().map(move |image| Slot { role: MemberRole::Read, group, image })
         });
-        Self { slots: slots.collect(), target: None }
+        Self { slots: slots.collect(), ..Self::default() }
     }
 
     /// The images with a role that `wanted` holds of, the top-most first.

@@ -115,7 +115,7 @@ impl Operation for Resize<'_> {
             image.opened.check_writable()?;
         }
         let slots = below.into_iter().map(|layer| Slot::new(MemberRole::Below, layer)).collect();
-        Ok(ImageSet { slots, target: Some(image) })
+        Ok(ImageSet { slots, target: Some(image), ..ImageSet::default() })
     }
 
     fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {

@@ -105,7 +105,7 @@ impl Host for InMemory<'_> {
                     End::Failure(failure) => Err(self::failure(failure)),
                 });
             }
-            Kind::Event(event) => drop(commit::Plan::decode(event.as_slice()).expect("a plan")),
+            Kind::Event(event) => drop(commit::Event::decode(event.as_slice()).expect("an event")),
             Kind::Progress(_) | Kind::Log(_) => {}
             Kind::Panic(panic) => panic!("a panic that the sandbox did not take: {}", panic.text),
         }

@@ -54,6 +54,8 @@ pub enum Part {
     Read,
     /// Data goes into it.
     Target,
+    /// Data goes into it, as into a target, and afterwards, once that is durable, it gets another parent.
+    Rebased,
     /// It is above the target.
     Overlay {
         /// It is emptied at the end.
@@ -86,7 +88,7 @@ impl Part {
             (Self::Read | Self::Overlay { emptied: false, identity: false }, _) => {
                 Some("a change of a device that is read-only")
             }
-            (Self::Target | Self::Overlay { .. } | Self::Child, Phase::Look) => {
+            (Self::Target | Self::Rebased | Self::Overlay { .. } | Self::Child, Phase::Look) => {
                 Some("a change before a plan was accepted")
             }
             // A crash in between must not leave a target that the image above it does not know.

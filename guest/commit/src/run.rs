@@ -5,7 +5,8 @@ use crate::open::open;
 use crate::relinks;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use instar_guest_protocol::commit::{Config, Outcome, Plan};
+use instar_guest_protocol::commit::event::Kind;
+use instar_guest_protocol::commit::{self, Config, Outcome, Plan};
 use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit_before_relinking, Commit, CommitFailure, Event, Options, Step};
@@ -112,7 +113,7 @@ fn run_chain(
 fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
     let plan = match event {
         Event::Progress(step, done, total) => return reporter.progress(step.name(), done, total),
-        Event::Bitmap(merged) => return reporter.event(&Plan { bitmap: Some(told(merged)), ..Plan::default() }),
+        Event::Bitmap(merged) => return reporter.event(&message(Kind::Bitmap(told(merged)))),
         Event::Planned(plan) => plan,
     };
     let tables = plan.sink.unread_tables;
@@ -122,13 +123,16 @@ fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
              commit; `instar check` does it"
         );
     }
-    reporter.event(&Plan {
+    reporter.event(&message(Kind::Plan(Plan {
         clusters: plan.clusters,
         bytes: plan.bytes,
         backing_final_length: plan.sink.final_length,
         new_data_clusters: plan.sink.new_data_clusters,
         new_metadata_clusters: plan.sink.new_metadata_clusters,
         encoded_bytes: plan.encoded_bytes,
-        bitmap: None,
-    });
+    })));
+}
+
+fn message(kind: Kind) -> commit::Event {
+    commit::Event { kind: Some(kind) }
 }

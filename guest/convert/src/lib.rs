@@ -12,7 +12,8 @@ extern crate alloc;
 mod nonzero;
 
 use alloc::boxed::Box;
-use instar_guest_protocol::commit::{Outcome, Plan};
+use instar_guest_protocol::commit::event::Kind;
+use instar_guest_protocol::commit::{self, Outcome, Plan};
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Step};
 use instar_guest_sdk::ffi::Operation;
@@ -71,14 +72,16 @@ fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
         Event::Progress(step, done, total) => reporter.progress(step.name(), done, total),
         // None are merged.
         Event::Bitmap(_) => {}
-        Event::Planned(plan) => reporter.event(&Plan {
-            clusters: plan.clusters,
-            bytes: plan.bytes,
-            backing_final_length: plan.sink.final_length,
-            new_data_clusters: plan.sink.new_data_clusters,
-            new_metadata_clusters: plan.sink.new_metadata_clusters,
-            encoded_bytes: plan.encoded_bytes,
-            bitmap: None,
-        }),
+        Event::Planned(plan) => {
+            let plan = Plan {
+                clusters: plan.clusters,
+                bytes: plan.bytes,
+                backing_final_length: plan.sink.final_length,
+                new_data_clusters: plan.sink.new_data_clusters,
+                new_metadata_clusters: plan.sink.new_metadata_clusters,
+                encoded_bytes: plan.encoded_bytes,
+            };
+            reporter.event(&commit::Event { kind: Some(Kind::Plan(plan)) });
+        }
     }
 }

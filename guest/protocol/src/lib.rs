@@ -17,6 +17,8 @@ pub mod compare;
 mod guest;
 #[path = "generated/map.rs"]
 pub mod map;
+#[path = "generated/rebase.rs"]
+pub mod rebase;
 #[path = "generated/resize.rs"]
 pub mod resize;
 

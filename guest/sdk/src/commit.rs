@@ -228,10 +228,11 @@ fn too_small(extent: &Extent) -> DriverError {
 }
 
 /// What is done with a batch: the last argument is the guest byte at which the next one begins.
-type EachBatch<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Extent], u64) -> DriverResult<()>;
+pub(crate) type EachBatch<'a> =
+    &'a mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Extent], u64) -> DriverResult<()>;
 
 /// Hand all extents of the source to `each`, in batches.
-fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>) -> DriverResult<()> {
+pub(crate) fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>) -> DriverResult<()> {
     let end = source.info().virtual_size;
     let mut from = 0;
     let mut extents = Extents::with_room_for(EXTENTS);
@@ -249,7 +250,7 @@ fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>
 }
 
 /// Show a batch to the sink. If that has to know what is encoded, it says so, and is shown the bytes.
-fn plan_batch(
+pub(crate) fn plan_batch(
     io: &mut dyn BlockIo,
     source: &mut dyn Source,
     sink: &mut dyn Sink,
@@ -265,7 +266,7 @@ fn plan_batch(
 }
 
 /// Write a batch, in one call of the sink if what has to be decoded for it fits into the arena.
-fn write_batch(
+pub(crate) fn write_batch(
     io: &mut dyn BlockIo,
     source: &mut dyn Source,
     sink: &mut dyn Sink,

@@ -82,7 +82,11 @@ impl Rules {
     /// The devices of the target.
     fn targets(&self) -> impl Iterator<Item = u32> + '_ {
         let usual = self.held.is_empty().then_some(DEVICE_OUTPUT);
-        let known = self.held.iter().filter(|(_, held)| held.part == Part::Target).map(|(device, _)| *device);
+        let known = self
+            .held
+            .iter()
+            .filter(|(_, held)| matches!(held.part, Part::Target | Part::Rebased))
+            .map(|(device, _)| *device);
         known.chain(usual)
     }
 
@@ -127,7 +131,7 @@ impl Rules {
         if let Some(why) = part.refusal(now) {
             unreachable!("{why}: {request:?}");
         }
-        if self.phase == Phase::Target && part != Part::Target {
+        if self.phase == Phase::Target && !matches!(part, Part::Target | Part::Rebased) {
             self.record = Some(place);
         }
     }

@@ -32,6 +32,7 @@ mod ordered;
 mod parent;
 #[cfg(feature = "memory")]
 pub mod random;
+pub mod rebase;
 mod relink;
 pub mod resize;
 pub mod runtime;

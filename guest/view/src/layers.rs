@@ -149,6 +149,11 @@ impl<'a> Layers<'a> {
         Self { layers, position: 0, encoded: Vec::new(), bitmaps: LayeredBitmaps::default() }
     }
 
+    /// Begin again, so that what is seen from guest byte `from` on can be asked for.
+    pub fn rewind(&mut self, from: u64) {
+        self.layers.iter_mut().for_each(|layer| layer.restart(from));
+    }
+
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> usize {

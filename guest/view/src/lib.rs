@@ -1,14 +1,16 @@
-//! What the guest's operations share: several layers seen as one disk, what lies below an image, and how an operation
-//! reports to its host.
+//! What the guest's operations share: several layers seen as one disk, what lies below an image, what tells two
+//! such disks apart, and how an operation reports to its host.
 #![no_std]
 
 extern crate alloc;
 
 mod below;
+mod differences;
 mod layered_bitmaps;
 mod layers;
 mod report;
 
 pub use below::{Ancestors, Opener};
+pub use differences::{Differences, View};
 pub use layers::{Layers, Place, Seen};
 pub use report::{Failed, Reporter};

@@ -31,9 +31,26 @@ pub struct Relinked {
     #[prost(bytes = "vec", tag = "4")]
     pub identity: ::prost::alloc::vec::Vec<u8>,
 }
-/// The event of a commit: what will be done, sent once, when everything that can refuse has been asked. Nothing can be
-/// changed before it was accepted.
+/// What a commit tells.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Event {
+    #[prost(oneof = "event::Kind", tags = "1, 2")]
+    pub kind: ::core::option::Option<event::Kind>,
+}
+/// Nested message and enum types in `Event`.
+pub mod event {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "1")]
+        Plan(super::Plan),
+        /// Any number of them come before the plan.
+        #[prost(message, tag = "2")]
+        Bitmap(super::Bitmap),
+    }
+}
+/// What will be done, sent once, when everything that can refuse has been asked. Nothing can be
+/// changed before it was accepted.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Plan {
     #[prost(uint64, tag = "1")]
     pub clusters: u64,
@@ -49,9 +66,6 @@ pub struct Plan {
     /// Guest bytes that are decoded on the way: they take more space in the backing than in the layers.
     #[prost(uint64, tag = "6")]
     pub encoded_bytes: u64,
-    /// If it is there, the event is not the plan yet, and says what becomes of one bitmap; all else is 0.
-    #[prost(message, optional, tag = "7")]
-    pub bitmap: ::core::option::Option<Bitmap>,
 }
 /// What becomes of a bitmap of the layers that are committed.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

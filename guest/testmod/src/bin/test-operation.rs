@@ -160,7 +160,7 @@ fn enter(io: &mut dyn BlockIo, device: u32, phase: Phase) {
 /// Send a plan.
 fn plan(send: Send<'_>, backing_final_length: u64) {
     let plan = commit::Plan { backing_final_length, ..commit::Plan::default() };
-    send(&message(Kind::Event(plan.encode_to_vec())));
+    send(&message(Kind::Event(commit::Event { kind: Some(commit::event::Kind::Plan(plan)) }.encode_to_vec())));
 }
 
 /// Ask for more and more of the output, 64 KiB at a time; whatever is refused, go on.

@@ -29,10 +29,10 @@ pub use error::*;
 pub use layout::*;
 pub use list::List;
 pub use module::{
-    CheckSummary, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo, ModuleDescriptor,
-    ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, Repair, RepairSummary, SinkOps, SourceOps,
-    WireExtent, WireParent, FAILURE_TEXT_MAX, IMAGE_ID_MAX, MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR,
-    MODULE_MAGIC,
+    BitmapOps, CheckSummary, DirtyRange, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo,
+    ModuleDescriptor, ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, Repair, RepairSummary, SinkOps,
+    SourceOps, WireBitmap, WireExtent, WireParent, BITMAP_NAME_MAX, FAILURE_TEXT_MAX, IMAGE_ID_MAX,
+    MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
 };
 pub use phase::{Part, Phase, Situation, IDENTITY_RANGE, PARENT_ROOM};
 pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};

@@ -283,6 +283,45 @@ pub struct FindingOps {
     pub add: extern "C" fn(context: *mut c_void, kind: u32, text: *const u8, length: usize),
 }
 
+/// A persistent bitmap of an image: which granules of the disk were written to.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct WireBitmap {
+    /// Its name: `name_length` bytes, which may be any.
+    pub name: *const u8,
+    /// 1 to [`BITMAP_NAME_MAX`].
+    pub name_length: usize,
+    /// Bytes of the disk that a bit stands for: a power of two.
+    pub granularity: u64,
+    /// 1: writes to the disk are recorded in it.
+    pub enabled: u32,
+    /// 1: it was not saved when the image was closed, and says nothing.
+    pub inconsistent: u32,
+}
+
+/// Longest name of a bitmap in bytes.
+pub const BITMAP_NAME_MAX: usize = 1023;
+
+/// Takes the bitmaps of an image, one at a time.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct BitmapOps {
+    /// Passed back to `add`.
+    pub context: *mut c_void,
+    /// A bitmap, which is read before `add` returns.
+    pub add: extern "C" fn(context: *mut c_void, bitmap: *const WireBitmap),
+}
+
+/// Guest bytes that a bitmap calls dirty.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DirtyRange {
+    /// The first byte.
+    pub start: u64,
+    /// The byte after the last; greater than `start`.
+    pub end: u64,
+}
+
 /// The source role: enumerate what an image holds, read it, empty it.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -365,12 +404,30 @@ pub struct SourceOps {
     /// Null exactly if `plan_repair` is. Mend what `plan_repair` counted last; durable when it returns, and at every instant
     /// before the image reads as it did and has nothing worse than it had.
     pub repair: Option<extern "C" fn(source: *mut c_void, failure: *mut Failure) -> u32>,
+    /// Null: images of the format have no persistent bitmaps.
+    /// Hand all bitmaps to `bitmaps`, in an order that stays the same. Changes nothing.
+    pub bitmaps: Option<extern "C" fn(source: *mut c_void, bitmaps: *const BitmapOps, failure: *mut Failure) -> u32>,
+    /// Null exactly if `bitmaps` is. Enumerate what the bitmap with this index calls dirty from guest byte `from` on, ascending
+    /// and apart from each other, at most `capacity` ranges, none of which begins before `from`. `*next` is set to the guest byte
+    /// at which to continue: greater than `from`, the virtual size once the bitmap is exhausted.
+    pub dirty: Option<
+        extern "C" fn(
+            source: *mut c_void,
+            bitmap: u32,
+            from: u64,
+            out: *mut DirtyRange,
+            capacity: usize,
+            count: *mut usize,
+            next: *mut u64,
+            failure: *mut Failure,
+        ) -> u32,
+    >,
 }
 
 impl SourceOps {
     /// Size in bytes of the table of minor version 0, up to its last function: whatever is appended leaves this as it is. A
     /// function that is appended later is missing from such a table, and counts as not supported.
-    pub const MIN_SIZE: usize = offset_of!(Self, repair) + size_of::<usize>();
+    pub const MIN_SIZE: usize = offset_of!(Self, dirty) + size_of::<usize>();
 }
 
 /// Reads the guest-visible bytes below the output image (its ancestors; zeroes where there are none).
@@ -440,11 +497,38 @@ pub struct SinkOps {
     /// Null: this sink cannot shrink. Called in the place of `grow`, changes nothing: from here on the image counts as
     /// `virtual_size` bytes long, fewer than it has, and the first `write`, one of no extents, makes it so.
     pub shrink: Option<extern "C" fn(sink: *mut c_void, virtual_size: u64, failure: *mut Failure) -> u32>,
+    /// Null: images of the format can have no persistent bitmaps.
+    /// Hand all bitmaps to `bitmaps`, as [`SourceOps::bitmaps`]. Changes nothing.
+    pub bitmaps: Option<extern "C" fn(sink: *mut c_void, bitmaps: *const BitmapOps, failure: *mut Failure) -> u32>,
+    /// Null exactly if `bitmaps` is. Verify that these granules can be called dirty by the bitmap of this name, which is made
+    /// with this granularity if there is none, and count what must be allocated for that. Changes nothing. Called after `grow`
+    /// and before the first `plan`, for one bitmap after the other, each with ascending ranges over all calls, the first of which
+    /// may have none.
+    pub plan_bitmap: Option<
+        extern "C" fn(
+            sink: *mut c_void,
+            bitmap: *const WireBitmap,
+            dirty: *const DirtyRange,
+            count: usize,
+            failure: *mut Failure,
+        ) -> u32,
+    >,
+    /// Null exactly if `bitmaps` is. Do what `plan_bitmap` was asked for, called in the same way after the last `write`: durable,
+    /// bitmaps that are made included, once `finish` returns; a bitmap that is made is not there before it has all its bits.
+    pub merge_bitmap: Option<
+        extern "C" fn(
+            sink: *mut c_void,
+            bitmap: *const WireBitmap,
+            dirty: *const DirtyRange,
+            count: usize,
+            failure: *mut Failure,
+        ) -> u32,
+    >,
 }
 
 impl SinkOps {
     /// Size in bytes of the table of minor version 0, as [`SourceOps::MIN_SIZE`].
-    pub const MIN_SIZE: usize = offset_of!(Self, next_identity) + size_of::<usize>();
+    pub const MIN_SIZE: usize = offset_of!(Self, merge_bitmap) + size_of::<usize>();
 }
 
 /// What a format module offers; a null role is not offered.

@@ -6,13 +6,14 @@
 //! 1. *check*: the overlay is verified whole;
 //! 2. *plan*: the sink is shown every extent, and says no if it has a reason to. Up to here nothing changes;
 //! 3. *write*: the sink grows first, if it is to, by what reads as zeroes; then the extents go into it. It keeps itself
-//!    consistent at every instant, and at the end makes them durable. A crash up to here leaves the overlay as it was:
-//!    it hides whatever part of the data the backing has already;
+//!    consistent at every instant; bitmaps are merged, if they are to be, and at the end all of it is durable. A crash up to
+//!    here leaves the overlay as it was: it hides whatever part of the data the backing has already;
 //! 4. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
 //!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
 //!
 //! After that the overlay's children may name the backing ([`Relinks`]), which is planned with everything else.
 
+use crate::bitmaps::{self, MergedBitmap};
 use crate::{
     check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Relinks, Sink, Source,
 };
@@ -55,9 +56,11 @@ impl Step {
 
 /// What happens, for whoever watches.
 #[derive(Clone, Copy, Debug)]
-pub enum Event {
+pub enum Event<'a> {
     /// `done` of `total` guest bytes of a step are done.
     Progress(Step, u64, u64),
+    /// What becomes of a bitmap; told before the plan.
+    Bitmap(&'a MergedBitmap),
     /// Everything that can refuse has been asked.
     Planned(Plan),
 }
@@ -84,6 +87,8 @@ pub struct Options {
     pub dry_run: bool,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
+    /// Merge the bitmaps of what is committed into those of the target.
+    pub bitmaps: bool,
 }
 
 /// How a commit ended well.
@@ -124,7 +129,7 @@ pub fn commit(
     io: &mut dyn BlockIo,
     images: &mut Commit<'_>,
     options: Options,
-    watch: &mut dyn FnMut(Event),
+    watch: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome, CommitFailure> {
     commit_before_relinking(io, images, &mut Relinks::none(), options, watch)
 }
@@ -138,7 +143,7 @@ pub fn commit_before_relinking(
     images: &mut Commit<'_>,
     relinks: &mut Relinks<'_, '_>,
     options: Options,
-    watch: &mut dyn FnMut(Event),
+    watch: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome, CommitFailure> {
     let at = |step: Step| move |error: DriverError| CommitFailure { step, error };
     let total = images.source.info().virtual_size;
@@ -151,6 +156,11 @@ pub fn commit_before_relinking(
     if growing {
         sink.grow(io, total, images.below.length()).map_err(at(Step::Plan))?;
     }
+    let merged = match options.bitmaps {
+        true => bitmaps::plan(io, images.source, sink).map_err(at(Step::Plan))?,
+        false => Vec::new(),
+    };
+    merged.iter().for_each(|bitmap| watch(Event::Bitmap(bitmap)));
     let limit = sink.info().virtual_size;
     let mut arena = Vec::new();
     each_batch(io, images.source, &mut |io, source, extents, _| {
@@ -189,6 +199,8 @@ pub fn commit_before_relinking(
         watch(Event::Progress(Step::Write, next, total));
         Ok(())
     })
+    // After the data, so that a bitmap that is made says what the overlay's says, and not all that arrives.
+    .and_then(|()| bitmaps::merge(io, images.source, sink, &merged))
     .and_then(|()| sink.finish(io))
     .map_err(at(Step::Write))?;
     drop(arena);
@@ -216,10 +228,11 @@ fn too_small(extent: &Extent) -> DriverError {
 }
 
 /// What is done with a batch: the last argument is the guest byte at which the next one begins.
-type EachBatch<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Extent], u64) -> DriverResult<()>;
+pub(crate) type EachBatch<'a> =
+    &'a mut dyn FnMut(&mut dyn BlockIo, &mut dyn Source, &[Extent], u64) -> DriverResult<()>;
 
 /// Hand all extents of the source to `each`, in batches.
-fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>) -> DriverResult<()> {
+pub(crate) fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>) -> DriverResult<()> {
     let end = source.info().virtual_size;
     let mut from = 0;
     let mut extents = Extents::with_room_for(EXTENTS);
@@ -237,7 +250,7 @@ fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: EachBatch<'_>
 }
 
 /// Show a batch to the sink. If that has to know what is encoded, it says so, and is shown the bytes.
-fn plan_batch(
+pub(crate) fn plan_batch(
     io: &mut dyn BlockIo,
     source: &mut dyn Source,
     sink: &mut dyn Sink,
@@ -253,7 +266,7 @@ fn plan_batch(
 }
 
 /// Write a batch, in one call of the sink if what has to be decoded for it fits into the arena.
-fn write_batch(
+pub(crate) fn write_batch(
     io: &mut dyn BlockIo,
     source: &mut dyn Source,
     sink: &mut dyn Sink,

@@ -8,6 +8,8 @@
 extern crate alloc;
 
 mod batch;
+mod bitmap;
+mod bitmaps;
 #[cfg(feature = "memory")]
 mod change;
 pub mod commit;
@@ -30,6 +32,7 @@ mod ordered;
 mod parent;
 #[cfg(feature = "memory")]
 pub mod random;
+pub mod rebase;
 mod relink;
 pub mod resize;
 pub mod runtime;
@@ -37,6 +40,8 @@ pub mod table;
 mod traits;
 
 pub use batch::Batch;
+pub use bitmap::{check_dirty, Bitmap, DirtyRanges};
+pub use bitmaps::{Fate, MergedBitmap, Skipped};
 pub use error::{overflow, DriverError, DriverResult};
 pub use extent::{checked_end, Content, Extent};
 pub use extents::{check_extents, Extents};

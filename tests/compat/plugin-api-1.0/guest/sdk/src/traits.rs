@@ -1,14 +1,16 @@
 //! The two roles of a format: source and sink.
 
+use crate::bitmap::{Bitmap, DirtyRanges};
 use crate::error::{DriverError, DriverResult};
 use crate::extent::Extent;
 use crate::extents::Extents;
 use crate::io::BlockIo;
 use crate::parent::Parent;
+use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{
-    CheckSummary, DeviceConfig, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary, Repair,
-    RepairSummary, DEVICE_OUTPUT,
+    CheckSummary, DeviceConfig, DirtyRange, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, PlanSummary,
+    Repair, RepairSummary, DEVICE_OUTPUT,
 };
 
 /// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
@@ -126,6 +128,26 @@ pub trait Source {
         let _ = io;
         Err(DriverError::new(ErrorCode::NotImplemented, "images of this format do not record a parent by name"))
     }
+
+    /// The persistent bitmaps of the image, in an order that stays the same; none for a format without them.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
+    fn bitmaps(&mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        let _ = io;
+        Ok(Vec::new())
+    }
+
+    /// Push what bitmap `index` of [`Source::bitmaps`] calls dirty from guest byte `from` on, ascending, until
+    /// [`DirtyRanges::push`] refuses a range. Returns the guest byte at which to continue: greater than `from`; the virtual size
+    /// once the bitmap is exhausted. A bitmap may be longer than memory, so no more than a window of it is held.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
+    fn dirty(&mut self, io: &mut dyn BlockIo, index: u32, from: u64, out: &mut DirtyRanges) -> DriverResult<u64> {
+        let _ = (io, index, from, out);
+        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format have no bitmaps"))
+    }
 }
 
 /// Reads the guest-visible bytes below the sink's image.
@@ -151,8 +173,9 @@ pub trait ReadBelow {
 
 /// An image that data goes into: allocate, write, make durable.
 ///
-/// The calls come in this order: `grow` or `shrink` if the image is to get another size, `plan` for all extents of the commit, `planned`, then
-/// `write` for all extents again, `finish`. Nothing is changed before the first `write`, or `finish`, if there is nothing
+/// The calls come in this order: `grow` or `shrink` if the image is to get another size, `plan` for all extents of the commit,
+/// `planned`, then `write` for all extents again, `finish`. Where bitmaps are merged, `plan_bitmap` comes before the first `plan`,
+/// and `merge_bitmap` after the last `write`. Nothing is changed before the first `write`, or `finish`, if there is nothing
 /// to write.
 pub trait Sink {
     /// Facts of the open image, with the new virtual size once [`Sink::grow`] has agreed to it.
@@ -209,6 +232,39 @@ pub trait Sink {
         None
     }
 
+    /// The persistent bitmaps of the image.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotImplemented`] for a format that has none, corruption, I/O errors.
+    fn bitmaps(&mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        let _ = io;
+        Err(no_bitmaps())
+    }
+
+    /// Verify that the bitmap of this name can call these granules dirty, rounded outward to its own, and count what must be
+    /// allocated; a bitmap that is missing is to be made, with this granularity. Changes nothing. Called after [`Sink::grow`] and
+    /// before the first [`Sink::plan`], for one bitmap after the other: any number of times for each, with ascending ranges over
+    /// all calls, which may be none.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotImplemented`] for a format that has no bitmaps; [`ErrorCode::UnsupportedFormat`] for a bitmap that the
+    /// image cannot have; as [`Sink::plan`].
+    fn plan_bitmap(&mut self, io: &mut dyn BlockIo, bitmap: &Bitmap, dirty: &[DirtyRange]) -> DriverResult<()> {
+        let _ = (io, bitmap, dirty);
+        Err(no_bitmaps())
+    }
+
+    /// Call these granules dirty, as [`Sink::plan_bitmap`] was asked to: called in the same way after the last [`Sink::write`].
+    /// At every instant a bitmap that is there calls dirty whatever it did before; one that is made is not there before it has
+    /// all its bits. Durable, together with the bitmaps that are made, when [`Sink::finish`] returns.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn merge_bitmap(&mut self, io: &mut dyn BlockIo, bitmap: &Bitmap, dirty: &[DirtyRange]) -> DriverResult<()> {
+        let _ = (io, bitmap, dirty);
+        Err(no_bitmaps())
+    }
+
     /// Write these extents: `Data`, `Zero` and `Memory`, ascending over all calls. At every instant the
     /// image's own content outside the extents reads as before.
     ///
@@ -221,6 +277,11 @@ pub trait Sink {
     /// # Errors
     /// I/O errors.
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()>;
+}
+
+fn no_bitmaps() -> DriverError {
+    let text = "images of this format cannot have bitmaps: commit without --bitmaps";
+    DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::NotImplemented, text) }
 }
 
 /// A format: how to open an image in each role. Use [`NoSource`] or [`NoSink`] for a role that the format

@@ -1,19 +1,21 @@
 //! A sink of another module.
 
 use super::below::LentBelow;
-use super::wire::to_wire;
+use super::wire::{bitmap_to_wire, collected, to_wire};
 use super::{call, protocol_of};
-use crate::{BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
+use crate::{Bitmap, BlockIo, DriverError, DriverResult, Extent, ReadBelow, Sink};
 use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::ptr::null_mut;
-use instar_guest_abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary, SinkOps, WireExtent};
+use instar_guest_abi::{DeviceConfig, DirtyRange, ErrorCode, ImageId, ImageInfo, PlanSummary, SinkOps, WireExtent};
 
 /// A sink of another module. It does its block I/O itself: the `io` of the calls serves only to read the layers
 /// below.
 pub struct ForeignSink {
     ops: SinkOps,
     handle: *mut c_void,
+    /// The image's device, by which the host knows the module.
+    device: u32,
 }
 
 impl ForeignSink {
@@ -23,7 +25,7 @@ impl ForeignSink {
         if handle.is_null() {
             return Err(protocol_of(device.device, "it opened a sink without a handle"));
         }
-        Ok(Self { ops, handle })
+        Ok(Self { ops, handle, device: device.device })
     }
 }
 
@@ -86,7 +88,29 @@ impl Sink for ForeignSink {
         ImageId::new(identity.as_bytes())
     }
 
+    fn bitmaps(&mut self, _: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        let bitmaps = self.ops.bitmaps.ok_or_else(|| lacks_bitmaps(self.device))?;
+        collected(self.device, |ops, failure| bitmaps(self.handle, ops, failure))
+    }
+
+    fn plan_bitmap(&mut self, _: &mut dyn BlockIo, bitmap: &Bitmap, dirty: &[DirtyRange]) -> DriverResult<()> {
+        let (plan, record) = (self.ops.plan_bitmap.ok_or_else(|| lacks_bitmaps(self.device))?, bitmap_to_wire(bitmap));
+        call(|failure| plan(self.handle, &raw const record, dirty.as_ptr(), dirty.len(), failure))
+    }
+
+    fn merge_bitmap(&mut self, _: &mut dyn BlockIo, bitmap: &Bitmap, dirty: &[DirtyRange]) -> DriverResult<()> {
+        let (merge, record) =
+            (self.ops.merge_bitmap.ok_or_else(|| lacks_bitmaps(self.device))?, bitmap_to_wire(bitmap));
+        call(|failure| merge(self.handle, &raw const record, dirty.as_ptr(), dirty.len(), failure))
+    }
+
     fn finish(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {
         call(|failure| (self.ops.finish)(self.handle, failure))
     }
+}
+
+/// The plugin is older than what is wanted of it.
+fn lacks_bitmaps(device: u32) -> DriverError {
+    let text = "this version of the format's plugin merges no bitmaps: commit without --bitmaps";
+    DriverError { device: Some(device), ..DriverError::new(ErrorCode::NotImplemented, text) }
 }

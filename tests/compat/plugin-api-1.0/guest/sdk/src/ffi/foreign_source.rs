@@ -1,17 +1,17 @@
 //! A source of another module.
 
-use super::wire::{enumerated, parent_to_wire, to_wire};
+use super::wire::{collected, enumerated, parent_to_wire, to_wire};
 use super::{call, protocol_of, MAX_EXTENTS};
 use crate::extents::check_extents;
-use crate::{BlockIo, DriverError, DriverResult, Extent, Extents, Parent, Source};
+use crate::{check_dirty, Bitmap, BlockIo, DirtyRanges, DriverError, DriverResult, Extent, Extents, Parent, Source};
 use alloc::format;
 use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::ops::Range;
 use core::ptr::{null, null_mut};
 use instar_guest_abi::{
-    CheckSummary, DeviceConfig, ErrorCode, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, Repair,
-    RepairSummary, SourceOps, WireExtent,
+    CheckSummary, DeviceConfig, DirtyRange, ErrorCode, Failure, FindingKind, FindingOps, ImageId, ImageInfo,
+    ParentStage, Repair, RepairSummary, SourceOps, WireExtent,
 };
 
 /// A source of another module. It does its block I/O itself: the `io` of the calls is not used.
@@ -155,6 +155,27 @@ impl Source for ForeignSource {
     fn set_parent(&mut self, _: &mut dyn BlockIo) -> DriverResult<()> {
         let set = self.ops.set_parent.ok_or_else(|| lacking("given another parent"))?;
         call(|failure| set(self.handle, failure))
+    }
+
+    fn bitmaps(&mut self, _: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        let Some(bitmaps) = self.ops.bitmaps else { return Ok(Vec::new()) };
+        collected(self.device, |ops, failure| bitmaps(self.handle, ops, failure))
+    }
+
+    fn dirty(&mut self, _: &mut dyn BlockIo, index: u32, from: u64, out: &mut DirtyRanges) -> DriverResult<u64> {
+        let dirty = self.ops.dirty.ok_or_else(|| lacking("asked for bitmaps"))?;
+        let capacity = out.most().min(MAX_EXTENTS);
+        let mut records = alloc::vec![DirtyRange::default(); capacity];
+        let (mut count, mut next) = (0, 0);
+        let room = records.as_mut_ptr();
+        call(|failure| dirty(self.handle, index, from, room, capacity, &raw mut count, &raw mut next, failure))?;
+        let found = records.get(..count);
+        let found =
+            found.ok_or_else(|| self.broken(&format!("it returned {count} ranges, and was asked for {capacity}")))?;
+        check_dirty(found, from, next, self.info().virtual_size).map_err(|why| self.broken(&why))?;
+        let taken = found.iter().all(|range| out.push(range.start, range.end));
+        debug_assert!(taken);
+        Ok(next)
     }
 }
 

@@ -1,12 +1,15 @@
 //! A [`Sink`] as a table of C functions.
 
 use super::below::TableBelow;
-use super::wire::arriving;
+use super::wire::{arriving, bitmap_from_wire, dirty_from_wire, each_bitmap};
 use super::{done, finish, protocol, store};
-use crate::{BlockIo, FormatDriver, Sink};
+use crate::{Bitmap, BlockIo, DriverResult, FormatDriver, Sink};
 use alloc::boxed::Box;
 use core::ffi::c_void;
-use instar_guest_abi::{DeviceConfig, Failure, ImageId, ImageInfo, PlanSummary, ReadBelowOps, SinkOps, WireExtent};
+use instar_guest_abi::{
+    BitmapOps, DeviceConfig, DirtyRange, Failure, ImageId, ImageInfo, PlanSummary, ReadBelowOps, SinkOps, WireBitmap,
+    WireExtent,
+};
 
 #[allow(clippy::cast_possible_truncation, reason = "a table is some dozens of bytes")]
 const SIZE: u32 = size_of::<SinkOps>() as u32;
@@ -27,6 +30,9 @@ pub const fn sink_ops<D: FormatDriver, Io: BlockIo + Default>() -> SinkOps {
         grow: Some(grow::<D::Sink, Io>),
         next_identity: Some(next_identity::<D::Sink>),
         shrink: Some(shrink::<D::Sink, Io>),
+        bitmaps: Some(bitmaps::<D::Sink, Io>),
+        plan_bitmap: Some(plan_bitmap::<D::Sink, Io>),
+        merge_bitmap: Some(merge_bitmap::<D::Sink, Io>),
     }
 }
 
@@ -177,4 +183,65 @@ extern "C" fn next_identity<S: Sink>(sink: *mut c_void, child: *const ImageId, i
         }
         _ => 0,
     }
+}
+
+extern "C" fn bitmaps<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    bitmaps: *const BitmapOps,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle and readable functions.
+    let result = match unsafe { (handle::<S>(sink), bitmaps.as_ref()) } {
+        (Some(sink), Some(ops)) => sink.bitmaps(&mut Io::default()).map(|found| each_bitmap(&found, ops)),
+        _ => Err(protocol("bitmaps without sink or receiver")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+/// What arrives with a bitmap: the sink, the bitmap, and what it calls dirty.
+///
+/// # Safety
+/// `sink` is as for [`handle`]; `bitmap` is null or readable, with what it points to; `dirty` has `count` records.
+unsafe fn with_bitmap<'a, S: Sink>(
+    sink: *mut c_void,
+    bitmap: *const WireBitmap,
+    dirty: *const DirtyRange,
+    count: usize,
+) -> DriverResult<(&'a mut S, Bitmap, &'a [DirtyRange])> {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let sink = handle::<S>(sink).ok_or_else(|| protocol("a bitmap without sink"))?;
+        let bitmap = bitmap.as_ref().and_then(|record| bitmap_from_wire(record));
+        let bitmap = bitmap.ok_or_else(|| protocol("a record that is no bitmap"))?;
+        Ok((sink, bitmap, dirty_from_wire(dirty, count)?))
+    }
+}
+
+extern "C" fn plan_bitmap<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    bitmap: *const WireBitmap,
+    dirty: *const DirtyRange,
+    count: usize,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle, a readable bitmap and `count` ranges.
+    let arrived = unsafe { with_bitmap::<S>(sink, bitmap, dirty, count) };
+    let result = arrived.and_then(|(sink, bitmap, dirty)| sink.plan_bitmap(&mut Io::default(), &bitmap, dirty));
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn merge_bitmap<S: Sink, Io: BlockIo + Default>(
+    sink: *mut c_void,
+    bitmap: *const WireBitmap,
+    dirty: *const DirtyRange,
+    count: usize,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle, a readable bitmap and `count` ranges.
+    let arrived = unsafe { with_bitmap::<S>(sink, bitmap, dirty, count) };
+    let result = arrived.and_then(|(sink, bitmap, dirty)| sink.merge_bitmap(&mut Io::default(), &bitmap, dirty));
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
 }

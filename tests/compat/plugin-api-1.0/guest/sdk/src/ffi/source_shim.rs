@@ -1,14 +1,14 @@
 //! A [`Source`] as a table of C functions.
 
-use super::wire::{from_wire, parent_from_wire, to_wire};
+use super::wire::{each_bitmap, from_wire, parent_from_wire, to_wire};
 use super::{done, finish, protocol, store, MAX_EXTENTS};
-use crate::{checked_end, BlockIo, Extent, Extents, FormatDriver, Source};
+use crate::{checked_end, BlockIo, DirtyRanges, Extent, Extents, FormatDriver, Source};
 use alloc::boxed::Box;
 use core::ffi::c_void;
 use core::slice;
 use instar_guest_abi::{
-    CheckSummary, DeviceConfig, Failure, FindingKind, FindingOps, ImageId, ImageInfo, ParentStage, Repair,
-    RepairSummary, SourceOps, WireExtent, WireParent,
+    BitmapOps, CheckSummary, DeviceConfig, DirtyRange, Failure, FindingKind, FindingOps, ImageId, ImageInfo,
+    ParentStage, Repair, RepairSummary, SourceOps, WireExtent, WireParent,
 };
 
 /// What a handle points to. The byte is there so that a handle is never the address of nothing.
@@ -41,6 +41,8 @@ pub const fn source_ops<D: FormatDriver, Io: BlockIo + Default>() -> SourceOps {
         set_parent: Some(set_parent::<D::Source, Io>),
         plan_repair: Some(plan_repair::<D::Source, Io>),
         repair: Some(repair::<D::Source, Io>),
+        bitmaps: Some(bitmaps::<D::Source, Io>),
+        dirty: Some(dirty::<D::Source, Io>),
     }
 }
 
@@ -289,4 +291,54 @@ extern "C" fn repair<S: Source, Io: BlockIo + Default>(source: *mut c_void, fail
     };
     // SAFETY: the interface passes null or a writable failure.
     unsafe { done(result, failure) }
+}
+
+extern "C" fn bitmaps<S: Source, Io: BlockIo + Default>(
+    source: *mut c_void,
+    bitmaps: *const BitmapOps,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle and readable functions.
+    let result = match unsafe { (handle::<S>(source), bitmaps.as_ref()) } {
+        (Some(open), Some(ops)) => open.source.bitmaps(&mut Io::default()).map(|found| each_bitmap(&found, ops)),
+        _ => Err(protocol("bitmaps without source or receiver")),
+    };
+    // SAFETY: the interface passes null or a writable failure.
+    unsafe { done(result, failure) }
+}
+
+extern "C" fn dirty<S: Source, Io: BlockIo + Default>(
+    source: *mut c_void,
+    bitmap: u32,
+    from: u64,
+    out: *mut DirtyRange,
+    capacity: usize,
+    count: *mut usize,
+    next: *mut u64,
+    failure: *mut Failure,
+) -> u32 {
+    // SAFETY: the interface passes a live handle.
+    let open = unsafe { handle::<S>(source) };
+    let complete = !out.is_null() && !count.is_null() && !next.is_null() && capacity > 0;
+    let (Some(open), true) = (open, complete) else {
+        // SAFETY: the interface passes null or a writable failure.
+        return unsafe { store(&protocol("dirty without source, results or room"), failure) };
+    };
+    let mut ranges = DirtyRanges::with_room_for(capacity.min(MAX_EXTENTS));
+    match open.source.dirty(&mut Io::default(), bitmap, from, &mut ranges) {
+        Ok(after) => {
+            for (index, range) in ranges.iter().enumerate() {
+                // SAFETY: there are at most `capacity`, and the interface makes so many records at `out` writable.
+                unsafe { out.add(index).write(*range) };
+            }
+            // SAFETY: the interface makes `count` and `next` writable.
+            unsafe {
+                count.write(ranges.len());
+                next.write(after);
+            }
+            0
+        }
+        // SAFETY: the interface passes null or a writable failure.
+        Err(error) => unsafe { store(&error, failure) },
+    }
 }

@@ -1,14 +1,18 @@
 //! Extents and parents at the border: records of numbers on the way out, checked on the way in.
 
+use super::{call, protocol, protocol_of};
 use crate::extent::{checked_end, Content, Extent};
 use crate::extents::unknown_kind;
-use crate::{DriverResult, Parent};
+use crate::{Bitmap, DriverError, DriverResult, Parent};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::ffi::c_void;
 use core::ptr::null;
 use core::slice;
-use instar_guest_abi::{ExtentKind, WireExtent, WireParent};
+use instar_guest_abi::{
+    BitmapOps, DirtyRange, ErrorCode, ExtentKind, Failure, WireBitmap, WireExtent, WireParent, BITMAP_NAME_MAX,
+};
 
 /// The record of an extent. What a kind does not have is 0.
 pub(super) fn to_wire(extent: &Extent) -> WireExtent {
@@ -99,4 +103,112 @@ pub(super) unsafe fn parent_from_wire(record: &WireParent) -> Option<Parent<'_>>
     };
     let format = core::str::from_utf8(format).ok()?;
     (!name.contains(&0)).then_some(Parent { name, format, identity: identity.copied(), virtual_size })
+}
+
+/// The record of a bitmap, which points to what the bitmap owns.
+pub(super) fn bitmap_to_wire(bitmap: &Bitmap) -> WireBitmap {
+    WireBitmap {
+        name: bitmap.name.as_ptr(),
+        name_length: bitmap.name.len(),
+        granularity: bitmap.granularity,
+        enabled: u32::from(bitmap.enabled),
+        inconsistent: u32::from(bitmap.inconsistent),
+    }
+}
+
+/// The bitmap that a record is of; `None` for a name or a granularity that no bitmap has.
+///
+/// # Safety
+/// The name is null or readable.
+pub(super) unsafe fn bitmap_from_wire(record: &WireBitmap) -> Option<Bitmap> {
+    let named = !record.name.is_null() && (1..=BITMAP_NAME_MAX).contains(&record.name_length);
+    if !named || !record.granularity.is_power_of_two() {
+        return None;
+    }
+    // SAFETY: the caller promises that it is readable.
+    let name = unsafe { slice::from_raw_parts(record.name, record.name_length) };
+    Some(Bitmap::new(name.to_vec(), record.granularity, record.enabled != 0, record.inconsistent != 0))
+}
+
+/// The dirty ranges that arrive at a sink.
+///
+/// # Errors
+/// A protocol error if they are not ascending.
+///
+/// # Safety
+/// `ranges` is null or points to `count` records, which live for `'a`.
+pub(super) unsafe fn dirty_from_wire<'a>(ranges: *const DirtyRange, count: usize) -> DriverResult<&'a [DirtyRange]> {
+    if count == 0 {
+        return Ok(&[]);
+    }
+    if ranges.is_null() {
+        return Err(protocol("dirty ranges at a null address"));
+    }
+    // SAFETY: the caller promises `count` records.
+    let ranges = unsafe { slice::from_raw_parts(ranges, count) };
+    let mut after = 0;
+    for range in ranges {
+        if range.start < after || range.end <= range.start {
+            return Err(protocol("dirty ranges that are not ascending"));
+        }
+        after = range.end;
+    }
+    Ok(ranges)
+}
+
+/// Hand bitmaps to another module.
+pub(super) fn each_bitmap(bitmaps: &[Bitmap], ops: &BitmapOps) {
+    for bitmap in bitmaps {
+        let record = bitmap_to_wire(bitmap);
+        (ops.add)(ops.context, &raw const record);
+    }
+}
+
+/// Bytes of names of the bitmaps of an image, at most.
+const ALL_NAMES: usize = 4 << 20;
+
+/// Where the bitmaps of another module go.
+#[derive(Default)]
+struct Collected {
+    bitmaps: Vec<Bitmap>,
+    bytes: usize,
+    wrong: bool,
+    too_many: bool,
+}
+
+extern "C" fn add_bitmap(context: *mut c_void, bitmap: *const WireBitmap) {
+    // SAFETY: `context` is the one that `collected` passed, which lives until it returns; the record is readable.
+    let (collected, record) = unsafe { (context.cast::<Collected>().as_mut(), bitmap.as_ref()) };
+    let Some(collected) = collected else { return };
+    // SAFETY: the interface makes what a record points to readable.
+    let Some(bitmap) = record.and_then(|record| unsafe { bitmap_from_wire(record) }) else {
+        collected.wrong = true;
+        return;
+    };
+    collected.bytes = collected.bytes.saturating_add(bitmap.name.len() + size_of::<Bitmap>());
+    collected.too_many |= collected.bytes > ALL_NAMES;
+    if !collected.too_many {
+        collected.bitmaps.push(bitmap);
+    }
+}
+
+/// The bitmaps that a function of the module of `device` hands over.
+///
+/// # Errors
+/// Those of the function; [`ErrorCode::ScratchTooSmall`] for too many; a protocol error.
+pub(super) fn collected(
+    device: u32,
+    function: impl FnOnce(*const BitmapOps, *mut Failure) -> u32,
+) -> DriverResult<Vec<Bitmap>> {
+    let mut collected = Collected::default();
+    let ops = BitmapOps { context: (&raw mut collected).cast(), add: add_bitmap };
+    call(|failure| function(&raw const ops, failure))?;
+    if collected.wrong {
+        return Err(protocol_of(device, "it returned a bitmap without a name, or with a granularity that is none"));
+    }
+    if collected.too_many {
+        let text = "it has too many bitmaps, or too long names of them, to merge them: commit without --bitmaps";
+        return Err(DriverError { device: Some(device), ..DriverError::new(ErrorCode::ScratchTooSmall, text) });
+    }
+    Ok(collected.bitmaps)
 }

@@ -1,0 +1,190 @@
+//! What a rebase makes of what its guest says: the plan, the phases, the end.
+
+use crate::commit::Meter;
+use crate::devices::Devices;
+use crate::operation::{decode, Events, Observer};
+use crate::sandbox::{BadRequest, BufferAccess};
+use instar_guest_abi::{Phase, Request};
+use instar_guest_protocol::rebase::{Outcome, Plan};
+use std::rc::Rc;
+
+/// What the guest of a rebase said, and what it may do.
+#[derive(Default)]
+pub struct RebaseEvents {
+    /// What came of it, once the guest said so.
+    pub outcome: Outcome,
+    /// What the guest planned, once it said so.
+    pub plan: Option<Plan>,
+    /// Counts how far it is, if anybody wants to know.
+    pub(super) meter: Option<Meter>,
+    /// What somebody is told once nothing can refuse the rebase any more.
+    pub(super) warnings: Vec<String>,
+    /// The image records an identity: nothing can be written into it before it gets another parent.
+    pub(super) only_record: bool,
+    /// Something would have to be, which is why the guest was ended.
+    pub(super) needs_data: bool,
+    /// Who is told that.
+    pub(super) observer: Option<Rc<dyn Observer>>,
+    /// Nothing may be changed.
+    pub(super) dry_run: bool,
+    /// Virtual size of the image in bytes: no more can be written.
+    pub(super) virtual_size: u64,
+}
+
+impl Events for RebaseEvents {
+    fn requests(
+        &mut self,
+        devices: &mut Devices,
+        memory: &dyn BufferAccess,
+        requests: &mut [Request],
+    ) -> Result<(), BadRequest> {
+        devices.execute(memory, requests)?;
+        self.meter.iter().for_each(|meter| meter.settle(devices));
+        Ok(())
+    }
+
+    /// Everything that can refuse has been asked, the guest says: the first change comes next.
+    fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
+        let plan: Plan = decode(event)?;
+        if self.plan.is_some() {
+            return Err(BadRequest("a second plan".to_owned()));
+        }
+        if plan.bytes > self.virtual_size {
+            let (bytes, size) = (plan.bytes, self.virtual_size);
+            return Err(BadRequest(format!("a plan to write {bytes} bytes into an image of {size}")));
+        }
+        self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
+        self.plan = Some(plan);
+        self.needs_data = self.only_record && plan.bytes > 0;
+        if self.needs_data {
+            return Err(BadRequest("data for an image that only gets another parent".to_owned()));
+        }
+        for line in &self.warnings {
+            self.observer.iter().for_each(|observer| observer.warning(line));
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, devices: &mut Devices, phase: Phase) -> Result<(), BadRequest> {
+        match phase {
+            _ if self.plan.is_none() => Err(BadRequest("a change was announced before a plan".to_owned())),
+            _ if self.dry_run => Err(BadRequest("a change was announced in a dry run".to_owned())),
+            Phase::Target | Phase::Children => devices.enter(phase).map_err(BadRequest),
+            Phase::Look | Phase::Overlay => Err(BadRequest("a change that no rebase makes was announced".to_owned())),
+        }
+    }
+
+    /// What the guest says of a success has to be what the devices saw.
+    fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
+        self.outcome = decode(result)?;
+        let last = if self.dry_run { Phase::Look } else { Phase::Children };
+        devices.finished(self.plan.is_some().then_some(last)).map_err(BadRequest)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::devices::Device;
+    use crate::operation::{Cancel, Handler};
+    use crate::sandbox::{Host, VolatileSlice};
+    use instar_guest_abi::{Part, DEVICE_OUTPUT};
+    use instar_guest_protocol::end_message::Outcome as End;
+    use instar_guest_protocol::guest_message::Kind;
+    use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
+
+    /// Buffers are of no interest: what is written is zeroes.
+    struct Zeroes;
+
+    impl BufferAccess for Zeroes {
+        fn heap_slice(&self, _: u64, length: u64) -> Option<VolatileSlice<'_>> {
+            let memory = vec![0_u8; usize::try_from(length).ok()?].leak();
+            Some(VolatileSlice::from(memory))
+        }
+    }
+
+    fn handler(dry_run: bool) -> Handler<RebaseEvents> {
+        let mut devices = Devices::new();
+        for (number, part) in [(0, Part::Read), (DEVICE_OUTPUT, Part::Rebased)] {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(8192).unwrap();
+            devices.attach(number, Device::new(file, part != Part::Read, 8192, 8192, false).with_part(part));
+        }
+        let events = RebaseEvents { dry_run, virtual_size: 1000, ..RebaseEvents::default() };
+        Handler::new(devices, events, Cancel::new())
+    }
+
+    fn phase(phase: Phase) -> Kind {
+        Kind::Phase(PhaseMessage { phase: phase as u32 })
+    }
+
+    fn plan(bytes: u64) -> Kind {
+        Kind::Event(Plan { bytes, ..Plan::default() }.encode_to_vec())
+    }
+
+    fn done() -> Kind {
+        Kind::End(EndMessage { outcome: Some(End::Result(Outcome::default().encode_to_vec())) })
+    }
+
+    impl Handler<RebaseEvents> {
+        fn ask(&mut self, request: Request) -> String {
+            self.requests(&Zeroes, &mut [request]).map_or_else(|bad| bad.0, |()| String::new())
+        }
+
+        fn tell(&mut self, message: Kind) -> String {
+            self.message(message).map_or_else(|bad| bad.0, |()| String::new())
+        }
+    }
+
+    const WRITE: Request = Request::write(DEVICE_OUTPUT, 0, 0, 512);
+
+    #[test]
+    fn a_parent_is_named_once_the_data_are_durable() {
+        let mut handler = handler(false);
+        assert!(handler.ask(WRITE).contains("before a plan was accepted"));
+        assert!(handler.tell(phase(Phase::Target)).contains("before a plan"));
+        assert_eq!(handler.tell(plan(1000)) + &handler.tell(phase(Phase::Target)) + &handler.ask(WRITE), "");
+        assert!(handler.tell(phase(Phase::Children)).contains("not flushed"));
+        assert!(handler.tell(phase(Phase::Overlay)).contains("no rebase makes"));
+        assert_eq!(handler.ask(Request::flush(DEVICE_OUTPUT)), "");
+        assert!(handler.tell(done()).contains("before its work"));
+        assert_eq!(handler.tell(phase(Phase::Children)) + &handler.ask(WRITE), "");
+        assert!(handler.tell(done()).contains("not flushed"));
+        assert_eq!(handler.ask(Request::flush(DEVICE_OUTPUT)) + &handler.tell(done()), "");
+    }
+
+    #[test]
+    fn what_is_below_is_only_read() {
+        let mut handler = handler(false);
+        assert_eq!(handler.tell(plan(0)) + &handler.tell(phase(Phase::Target)), "");
+        assert!(handler.ask(Request::write(0, 0, 0, 512)).contains("read-only"));
+    }
+
+    #[test]
+    fn a_dry_run_changes_nothing() {
+        let mut handler = handler(true);
+        assert_eq!(handler.tell(plan(1)), "");
+        assert!(handler.tell(phase(Phase::Target)).contains("dry run"));
+        assert!(handler.ask(WRITE).contains("before a plan was accepted"));
+        assert_eq!(handler.tell(done()), "");
+    }
+
+    #[test]
+    fn an_image_that_only_gets_another_parent_gets_no_data() {
+        let planned = |bytes| {
+            let mut handler = handler(false);
+            handler.events.only_record = true;
+            (handler.tell(plan(bytes)).is_empty(), handler.events.needs_data)
+        };
+        assert_eq!((planned(0), planned(512)), ((true, false), (false, true)));
+    }
+
+    #[test]
+    fn a_plan_comes_once_and_is_no_larger_than_the_disk() {
+        assert!(handler(false).tell(plan(1001)).contains("1001 bytes"));
+        let mut twice = handler(false);
+        assert_eq!(twice.tell(plan(1)), "");
+        assert!(twice.tell(plan(1)).contains("second"));
+    }
+}

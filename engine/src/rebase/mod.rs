@@ -1,0 +1,60 @@
+//! `instar rebase`: an image gets another one below it, or none, and reads what it read. What it would read differently is
+//! written into it first; then one step makes it name the new parent.
+
+mod events;
+mod open;
+mod operation;
+mod outcome;
+
+pub use events::RebaseEvents;
+pub use outcome::RebaseOutcome;
+
+use crate::devices::Cache;
+use crate::error::{Error, Role};
+use crate::operation::{run, Session, Settings};
+use crate::sandbox::{guest_module, ModuleSpec};
+use instar_guest_abi::ErrorCode;
+use operation::Rebase;
+use std::path::PathBuf;
+
+/// The guest's half.
+pub const MODULE: ModuleSpec<'static> = guest_module!("rebase");
+
+/// What the operator asks for.
+#[derive(Clone, Debug, Default)]
+pub struct RebaseRequest {
+    /// The image that gets another parent.
+    pub image: PathBuf,
+    /// Its format, if the operator names it.
+    pub format: Option<String>,
+    /// The new parent, as it is to be recorded, and its format; `None` if the image is to have none.
+    pub backing: Option<(String, String)>,
+    /// Change only what the image records: the operator answers for the content.
+    pub unsafe_mode: bool,
+    /// Stop before the first change.
+    pub dry_run: bool,
+    /// What flushes and writes promise.
+    pub cache: Cache,
+    /// Plugins, directories, waiting.
+    pub settings: Settings,
+}
+
+/// Give an image another parent.
+///
+/// # Errors
+/// One line that names the file and what to do.
+pub fn run_rebase(request: &RebaseRequest, session: &Session) -> Result<RebaseOutcome, Error> {
+    if let Some((name, _)) = &request.backing {
+        open::check_name(name, request.unsafe_mode)?;
+    }
+    run(Rebase::new(request), session).map_err(|error| match error.path() {
+        Some(path) if path == request.image => error.in_role(Role::Image),
+        Some(_) if error.role().is_none() => error.in_role(Role::Backing),
+        _ => error,
+    })
+}
+
+/// The order of an operation was not kept: a mistake of this program.
+fn out_of_order() -> Error {
+    Error::new(ErrorCode::InternalOverflow, "a rebase without an image: please report this")
+}

@@ -1,0 +1,301 @@
+//! The rebase as an [`Operation`]: which images it opens, who is asked before it begins, and what comes of it.
+
+use super::events::RebaseEvents;
+use super::open::{named_parent, open_unchecked, refuse_unrecorded, Below};
+use super::{out_of_order, RebaseOutcome, RebaseRequest};
+use crate::commit::Meter;
+use crate::confine::Work;
+use crate::devices::{Cache, Devices, Workers};
+use crate::error::Error;
+use crate::escape::{escape, escape_path};
+use crate::image::{open_extra_files, Access, ChainImage, FilesOf};
+use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::plugins::Plugin;
+use crate::sandbox::ModuleSpec;
+use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK, PARENT_ROOM};
+use instar_guest_protocol::rebase::{Config, Parent};
+use instar_guest_protocol::Message;
+use instar_plugin_api::{Context, ImageFacts, Role as PluginRole, ROLE_SINK, ROLE_SOURCE};
+use std::path::{Path, PathBuf};
+
+/// The group of the images that will be below the image.
+const NEW: u32 = 1;
+
+/// A rebase on its way.
+pub struct Rebase<'q> {
+    request: &'q RebaseRequest,
+    /// Threads that copy side by side, if the system has them.
+    workers: Option<Workers>,
+    warnings: Vec<String>,
+    /// Nothing can be written into the image: see [`RebaseEvents::only_record`].
+    only_record: bool,
+    /// What the image is to record, once that is known.
+    parent: Option<Parent>,
+    /// What is known of the new parent.
+    parent_facts: Option<ImageFacts>,
+    opened: Option<Opened>,
+}
+
+/// What is known of the image once it is open.
+struct Opened {
+    path: PathBuf,
+    format: String,
+    virtual_size: u64,
+    /// Bytes of its files.
+    length: u64,
+}
+
+impl<'q> Rebase<'q> {
+    /// A rebase that was not begun.
+    pub fn new(request: &'q RebaseRequest) -> Self {
+        let (workers, only_record, parent, parent_facts, opened) = (None, false, None, None, None);
+        Self { request, workers, warnings: Vec::new(), only_record, parent, parent_facts, opened }
+    }
+
+    /// Have the image record this parent.
+    fn record(&mut self, new: Option<&ChainImage<'_>>) {
+        let Some((name, format)) = &self.request.backing else { return };
+        let facts = new.map(|new| &new.facts);
+        self.parent = Some(Parent {
+            name: name.as_bytes().to_vec(),
+            format: facts.map_or_else(|| format.clone(), |facts| facts.format.to_string()),
+            identity: facts.map(|facts| facts.identity.to_vec()).unwrap_or_default(),
+            virtual_size: facts.map_or(0, |facts| facts.virtual_size),
+        });
+        self.parent_facts = facts.cloned();
+    }
+
+    /// What a rebase that compares nothing says before it begins.
+    fn say_unsafe(&mut self, image: &ChainImage<'_>, new: Option<&ChainImage<'_>>) -> Result<(), Error> {
+        let path = escape_path(&image.opened.path);
+        match (&self.request.backing, new) {
+            (None, _) => self.warnings.push(format!("'{path}': what it holds nothing of reads as zeroes from now on")),
+            (Some((name, _)), None) if !image.facts.parent_identity.is_empty() => {
+                let clause = format!(
+                    "records the identity of its parent, which only the parent can tell, and '{}' cannot be read: put it there \
+                     first",
+                    escape(name)
+                );
+                return Err(Error::image(&image.opened.path, ErrorCode::BackingNotFound, clause));
+            }
+            (Some((name, _)), None) => self.warnings.push(format!(
+                "'{path}': nothing was compared, and '{}' could not be looked at: until it is there, the image cannot be read",
+                escape(name)
+            )),
+            (Some((name, _)), Some(_)) => self.warnings.push(format!(
+                "'{path}': nothing was compared: where it holds nothing, it reads what '{}' holds from now on",
+                escape(name)
+            )),
+        }
+        if !image.facts.snapshots.is_empty() {
+            self.warnings.push(format!("'{path}': so do its internal snapshots"));
+        }
+        Ok(())
+    }
+}
+
+/// Ask a plugin for its verdict; returns how long the image's files may become.
+fn ask(image: &ChainImage<'_>, role: PluginRole, context: &Context<'_>) -> Result<u64, Error> {
+    let (needed, what) = match role {
+        PluginRole::Write => (ROLE_SINK, "written"),
+        PluginRole::Read | PluginRole::Empty | PluginRole::Below => (ROLE_SOURCE, "read"),
+    };
+    let refused = |code, clause: &str| Err(Error::image(&image.opened.path, code, clause));
+    if image.plugin.roles() & needed == 0 {
+        let clause =
+            format!("an image cannot be {what} with this version of the {} plugin", Plugin::name(image.plugin));
+        return refused(ErrorCode::UnsupportedFormat, &clause);
+    }
+    let verdict = image.plugin.verdict(role, &image.facts, context);
+    if verdict.code != ERROR_OK {
+        return refused(ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused), &verdict.reason);
+    }
+    Ok(verdict.max_length)
+}
+
+/// Internal snapshots read through the same backing file, and nothing is written into them.
+fn refuse_snapshots(image: &ChainImage<'_>) -> Result<(), Error> {
+    let count = image.facts.snapshots.len();
+    if count == 0 {
+        return Ok(());
+    }
+    let clause = format!(
+        "has internal snapshots ({count}), which read the backing file wherever they hold nothing, and would read something else \
+         over another one: delete them first, or, if the new backing file is known to hold the same, use -u"
+    );
+    Err(Error::image(&image.opened.path, ErrorCode::UnsupportedFormat, clause))
+}
+
+impl Operation for Rebase<'_> {
+    type Events = RebaseEvents;
+    type Outcome = RebaseOutcome;
+
+    fn module(&self) -> ModuleSpec<'static> {
+        super::MODULE
+    }
+
+    fn work(&self) -> (Work, Work) {
+        (Work::OpenToCommit, Work::Commit)
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.request.settings
+    }
+
+    fn named(&self) -> Named {
+        let named = Named::image(&self.request.image);
+        let base = self.request.backing.as_ref().and_then(|(name, _)| named_parent(&named.image, name));
+        Named { base, ..named }
+    }
+
+    fn access(&self) -> Access {
+        if self.request.dry_run {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        }
+    }
+
+    fn acquire(&mut self, _: &Named) {
+        // Without them, one thread does it all.
+        let copies = !self.request.dry_run && !self.request.unsafe_mode;
+        self.workers = if copies { Workers::start().ok() } else { None };
+    }
+
+    fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
+        let Opener { registry, session, named, gate, access, .. } = *opener;
+        let opened = named.image.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
+        let mut image = opened.identify_overlay(registry, self.request.format.as_deref())?;
+        session.note_image("image", &image);
+        refuse_unrecorded(&image)?;
+        if self.request.dry_run {
+            image.opened.check_writable()?;
+        }
+        let format = self.request.backing.as_ref().map(|(_, format)| format.as_str());
+        let mut below = Below::default();
+        if self.request.unsafe_mode {
+            let new = format.map(|format| open_unchecked(opener, &image, format)).transpose()?.flatten();
+            self.record(new.as_ref());
+            self.say_unsafe(&image, new.as_ref())?;
+        } else {
+            refuse_snapshots(&image)?;
+            below = Below::open(opener, &image, format)?;
+            let first = below.after().next();
+            self.record(first);
+        }
+        let mut files = vec![FilesOf { image: &mut image, access, changes: true, gate }];
+        let only_read = below.old.iter_mut().chain(&mut below.new);
+        let read = |image| FilesOf { image, access: Access::ReadOnly, changes: false, gate: opener.below };
+        files.extend(only_read.map(read));
+        open_extra_files(registry, &mut files)?;
+        below.old.iter().for_each(|layer| session.note_image("below it now", layer));
+        below.after().for_each(|layer| session.note_image("below it afterwards", layer));
+        self.opened = Some(Opened {
+            path: image.opened.settled_path(),
+            format: image.facts.format.to_string(),
+            virtual_size: image.facts.virtual_size,
+            length: image.length(),
+        });
+        let again = below.shared.map(|from| (from..below.old.len()).map(|slot| (NEW, slot)).collect());
+        let slot = |group| move |image| Slot { role: MemberRole::Below, group, image };
+        let slots = below.old.into_iter().map(slot(0)).chain(below.new.into_iter().map(slot(NEW)));
+        let slots = slots.collect();
+        Ok(ImageSet { slots, target: Some(image), rebases: true, again: again.unwrap_or_default() })
+    }
+
+    fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {
+        let image = images.target.as_ref().ok_or_else(out_of_order)?;
+        let of_group =
+            |group| images.slots.iter().filter(move |slot| slot.group == group).map(|slot| &slot.image).collect();
+        let old: Vec<&ChainImage<'_>> = of_group(0);
+        let mut new: Vec<&ChainImage<'_>> = of_group(NEW);
+        new.extend(images.again.iter().filter_map(|(_, slot)| images.slots.get(*slot)).map(|slot| &slot.image));
+        for chain in [&old, &new] {
+            for (layer, parent) in chain.iter().zip(chain.iter().skip(1).map(Some).chain([None])) {
+                ask(layer, PluginRole::Below, &Context::reading(parent.map(|parent| &parent.facts), false))?;
+            }
+        }
+        if let Some(facts) = &self.parent_facts {
+            ask(image, PluginRole::Read, &Context::reading(Some(facts), false))?;
+        }
+        let mut longest = image.facts.file_length;
+        if !self.request.unsafe_mode {
+            let parent = old.first().map(|parent| &parent.facts);
+            longest = longest.max(ask(image, PluginRole::Write, &Context::reading(parent, false))?);
+            // Its driver would have to be opened again over a file of another length, which it has no way to learn.
+            let identified = !image.facts.parent_identity.is_empty() || !image.next_identity(&image.facts).is_empty();
+            self.only_record = identified;
+        }
+        let shared = images.again.len();
+        session
+            .note(|| format!("{} layers below it now, {} afterwards, {shared} of them the same", old.len(), new.len()));
+        Ok(Grants { target: longest.saturating_add(PARENT_ROOM), ..Grants::default() })
+    }
+
+    fn payload(&self) -> Vec<u8> {
+        let RebaseRequest { dry_run, unsafe_mode, .. } = *self.request;
+        Config { dry_run, unsafe_mode, parent: self.parent.clone() }.encode_to_vec()
+    }
+
+    fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<RebaseEvents, Error> {
+        let opened = self.opened.as_ref().ok_or_else(out_of_order)?;
+        let RebaseRequest { cache, dry_run, .. } = *self.request;
+        devices.set_workers(self.workers.take());
+        devices.set_cache(cache).map_err(|(number, error)| {
+            let path = paths.get(number).unwrap_or(Path::new(""));
+            let clause =
+                format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
+            Error::image(path, ErrorCode::OpenFailed, clause)
+        })?;
+        let observer = session.observer();
+        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
+        let meter = Meter::new(observer.clone(), opened.length, devices, paths.target(), flushes);
+        let pace = devices.pace_mut();
+        pace.stop_when(session.cancel().clone());
+        pace.watched_by(Box::new(meter.clone()));
+        Ok(RebaseEvents {
+            meter: Some(meter),
+            warnings: self.warnings.clone(),
+            only_record: self.only_record,
+            observer: Some(observer.clone()),
+            dry_run,
+            virtual_size: opened.virtual_size,
+            ..RebaseEvents::default()
+        })
+    }
+
+    fn finish(self, ended: Ended<RebaseEvents>) -> Result<RebaseOutcome, Error> {
+        let Opened { path, format, .. } = self.opened.ok_or_else(out_of_order)?;
+        if let (true, Some(plan)) = (ended.events.needs_data, ended.events.plan) {
+            let clause = format!(
+                "differs over the two backing files in {} bytes, and nothing can be written into an image that records identities \
+                 while it gets another parent; nothing was changed: commit it into its present parent, or, if the new backing \
+                 file is known to hold the same, use -u",
+                plan.bytes
+            );
+            return Err(Error::image(&self.request.image, ErrorCode::UnsupportedFormat, clause));
+        }
+        let state = if ended.devices.any_changed() {
+            "the image reads what it read, and running the same command again finishes the rebase"
+        } else {
+            "nothing was changed"
+        };
+        ended.end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
+        let events = ended.events;
+        events.meter.iter().for_each(Meter::done);
+        let recorded = self.parent.as_ref();
+        Ok(RebaseOutcome {
+            image: path,
+            image_given: self.request.image.clone(),
+            format,
+            backing: recorded.map(|parent| String::from_utf8_lossy(&parent.name).into_owned()),
+            backing_format: recorded.map(|parent| parent.format.clone()),
+            clusters_written: events.outcome.clusters_written,
+            bytes_written: events.outcome.bytes_written,
+            unsafe_mode: self.request.unsafe_mode,
+            dry_run: self.request.dry_run,
+            warnings: events.warnings,
+            sandbox: ended.sandbox,
+        })
+    }
+}

@@ -1,0 +1,251 @@
+//! What an overlay has to hold itself before another image may be below it: where it holds nothing, and the two images that
+//! may be below it do not read the same, what the present one reads.
+//!
+//! It is a [`Source`], so that whatever writes extents can write these.
+
+use crate::layers::{Layers, Seen};
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
+use instar_guest_sdk::abi::{ErrorCode, ImageInfo};
+use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Extent, Extents, Source};
+
+/// Bytes that are read of each side at once.
+const CHUNK: u64 = 512 << 10;
+/// The least that is compared as one piece, in bytes.
+const SECTOR: u64 = 512;
+/// Of the heap that is free, the places that differ may take this part.
+const SHARE: usize = 4;
+
+/// What may be below the overlay: layers as one disk, which reads as zeroes past its end.
+pub struct View<'a> {
+    layers: Layers<'a>,
+    /// The device of each layer, by which a layer of the other view is known to be the same one.
+    devices: Vec<u32>,
+    /// Virtual size in bytes.
+    size: u64,
+}
+
+impl<'a> View<'a> {
+    /// These layers, each with its device, the top-most first; none for a disk of zeroes.
+    #[must_use]
+    pub fn new(layers: Vec<(u32, Box<dyn Source + 'a>)>) -> Self {
+        let size = layers.first().map_or(0, |(_, top)| top.info().virtual_size);
+        let (devices, layers) = layers.into_iter().unzip();
+        Self { layers: Layers::new(layers), devices, size }
+    }
+
+    /// What is at `at`, and up to which byte (`limit` at most) that goes.
+    fn seen(&mut self, io: &mut dyn BlockIo, at: u64, limit: u64) -> DriverResult<(Seen, u64)> {
+        if at >= self.size {
+            return Ok((Seen::Nothing, limit));
+        }
+        let (seen, end) = self.layers.seen(io, at, limit.min(self.size))?;
+        if end <= at {
+            return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
+        }
+        Ok((seen, end))
+    }
+
+    /// The device of the layer that is seen; `None` for zeroes.
+    fn holder(&self, seen: Seen) -> Option<u32> {
+        match seen {
+            Seen::Held(_, Extent { content: Content::Zero, .. }) | Seen::Nothing | Seen::Zeroes(_) => None,
+            Seen::Held(index, _) => self.devices.get(index).copied(),
+        }
+    }
+}
+
+/// Up to which byte, `end` at most, what is seen at `at` is known to be zeroes without a look at it.
+fn zeroes_until(io: &mut dyn BlockIo, seen: Seen, at: u64, end: u64) -> DriverResult<u64> {
+    let Seen::Held(_, extent) = seen else { return Ok(end) };
+    match extent.clip(at..end).map(|part| part.content) {
+        Some(Content::Zero) => Ok(end),
+        Some(Content::Data { device, offset }) => {
+            let data = io.next_data(device, offset..offset.saturating_add(end - at))?;
+            let hole = if data.is_empty() { end - at } else { data.start.saturating_sub(offset) };
+            Ok(at.saturating_add(hole).min(end))
+        }
+        _ => Ok(at),
+    }
+}
+
+/// The differences between two views, where the overlay holds nothing.
+pub struct Differences<'a> {
+    /// The overlay as it was before the first change: it is looked at only while nothing is changed.
+    overlay: Layers<'a>,
+    old: View<'a>,
+    new: View<'a>,
+    info: ImageInfo,
+    /// Guest bytes that differ, ascending, once they are known, and whether the old view reads zeroes there, however it holds
+    /// them: those take no space.
+    places: Vec<(Range<u64>, bool)>,
+    /// The guest byte up to which extents were handed out.
+    position: u64,
+    /// What is behind the `Encoded` extents that were handed out last.
+    encoded: Vec<Seen>,
+}
+
+impl<'a> Differences<'a> {
+    /// Those of an overlay that gets `new` below it, in place of `old`.
+    #[must_use]
+    pub fn new(overlay: Box<dyn Source + 'a>, old: View<'a>, new: View<'a>) -> Self {
+        let info = overlay.info();
+        let overlay = Layers::new(vec![overlay]);
+        Self { overlay, old, new, info, places: Vec::new(), position: 0, encoded: Vec::new() }
+    }
+
+    /// Find all places where the overlay holds nothing and the two views differ.
+    fn find(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let size = self.info.virtual_size;
+        let most = io.heap_free() / SHARE / size_of::<(Range<u64>, bool)>();
+        let mut buffers = [Vec::new(), Vec::new()];
+        let mut at = 0;
+        while at < size {
+            let (held, end) = self.overlay.seen(io, at, size)?;
+            if end <= at {
+                return Err(DriverError::new(ErrorCode::InternalOverflow, "the overlay does not advance"));
+            }
+            if !matches!(held, Seen::Nothing) {
+                at = end;
+                continue;
+            }
+            let (one, end) = self.old.seen(io, at, end)?;
+            let (two, end) = self.new.seen(io, at, end)?;
+            // The same layer has the same bytes at the same place: that is how a layer is dropped from a chain at little cost.
+            if self.old.holder(one) != self.new.holder(two) {
+                self.compare(io, [one, two], at..end, &mut buffers)?;
+            }
+            if self.places.len() > most {
+                let text = format!(
+                    "the two backing files differ in more than {most} places that the overlay does not hold: copy the image \
+                     as a whole instead"
+                );
+                return Err(DriverError::new(ErrorCode::UnsupportedFormat, text));
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Compare what both views have in a range, in pieces as the overlay allocates them.
+    fn compare(
+        &mut self,
+        io: &mut dyn BlockIo,
+        seen: [Seen; 2],
+        range: Range<u64>,
+        buffers: &mut [Vec<u8>; 2],
+    ) -> DriverResult<()> {
+        let unit = self.info.cluster_size.max(SECTOR);
+        let mut at = range.start;
+        while at < range.end {
+            let [one, two] = seen;
+            let zeroes = zeroes_until(io, one, at, range.end)?.min(zeroes_until(io, two, at, range.end)?);
+            if zeroes > at {
+                at = zeroes;
+                continue;
+            }
+            let end = (at - at % CHUNK).saturating_add(CHUNK).min(range.end);
+            let length = usize::try_from(end - at).unwrap_or(0);
+            buffers.iter_mut().for_each(|buffer| buffer.resize(length, 0));
+            let [first, second] = buffers;
+            self.old.layers.read_seen(io, one, at, first)?;
+            self.new.layers.read_seen(io, two, at, second)?;
+            let mut done = 0;
+            while done < length {
+                let from = at.saturating_add(done as u64);
+                let next = (from - from % unit).saturating_add(unit).min(end);
+                let after = usize::try_from(next - at).unwrap_or(length);
+                let kept = first.get(done..after).unwrap_or_default();
+                if second.get(done..after) != Some(kept) {
+                    self.differs(from..next, kept.iter().all(|&byte| byte == 0));
+                }
+                done = after;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn differs(&mut self, range: Range<u64>, zeroes: bool) {
+        match self.places.last_mut() {
+            Some((last, same)) if last.end == range.start && *same == zeroes => last.end = range.end,
+            _ => self.places.push((range, zeroes)),
+        }
+    }
+
+    /// A part of what the old view reads, as an extent.
+    fn part(&mut self, seen: Seen, at: u64, end: u64) -> Extent {
+        let zero = Extent::zero(at, end - at);
+        let Seen::Held(_, whole) = seen else { return zero };
+        let Some(part) = whole.clip(at..end) else { return zero };
+        if !part.is_encoded() {
+            return part;
+        }
+        self.encoded.push(seen);
+        Extent::encoded(at, end - at, self.encoded.len() as u64 - 1)
+    }
+}
+
+impl Source for Differences<'_> {
+    fn info(&self) -> ImageInfo {
+        self.info
+    }
+
+    /// Finds the differences. Returns how many clusters of the overlay they touch.
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        if will_empty {
+            return Err(DriverError::new(ErrorCode::InternalOverflow, "differences cannot be emptied"));
+        }
+        self.overlay.verify(io, false)?;
+        self.overlay.rewind(0);
+        self.find(io)?;
+        let unit = self.info.cluster_size.max(1);
+        let (mut clusters, mut counted) = (0, 0);
+        for (place, _) in &self.places {
+            let first = (place.start / unit).max(counted);
+            counted = place.end.div_ceil(unit);
+            clusters += counted.saturating_sub(first);
+        }
+        Ok(clusters)
+    }
+
+    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
+        if range.start < self.position || self.position == 0 {
+            self.old.layers.rewind(range.start);
+        }
+        self.encoded.clear();
+        let mut index = self.places.partition_point(|(place, _)| place.end <= range.start);
+        while let Some((place, zeroes)) = self.places.get(index).cloned().filter(|(place, _)| place.start < range.end) {
+            let (mut at, limit) = (place.start.max(range.start), place.end.min(range.end));
+            while at < limit {
+                let (seen, end) = if zeroes { (Seen::Nothing, limit) } else { self.old.seen(io, at, limit)? };
+                let extent = self.part(seen, at, end);
+                if !out.push(extent) {
+                    self.position = at;
+                    return Ok(at);
+                }
+                at = end;
+            }
+            index += 1;
+        }
+        self.position = range.end;
+        Ok(range.end)
+    }
+
+    fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
+        let index = match extent.content {
+            Content::Encoded { location } => usize::try_from(location).ok(),
+            _ => None,
+        };
+        let seen = index.and_then(|index| self.encoded.get(index).copied());
+        let seen = seen.ok_or_else(|| DriverError::new(ErrorCode::InternalOverflow, "an extent of before"))?;
+        self.old.layers.read_seen(io, seen, from, buffer)
+    }
+
+    fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
+        Err(DriverError::new(ErrorCode::InternalOverflow, "differences cannot be emptied"))
+    }
+}

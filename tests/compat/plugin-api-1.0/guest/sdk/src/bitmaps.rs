@@ -1,0 +1,144 @@
+//! Merging the bitmaps of what is committed into those of the target (`docs/commit.md`, "Bitmaps").
+//!
+//! A bitmap says what has changed since a checkpoint. It may claim more than that, never less: an incremental backup that goes by
+//! it would lack what it does not claim. So a bitmap is merged only where every layer can tell, from the overlay down to where it
+//! begins.
+
+use crate::bitmap::{check_dirty, Bitmap, DirtyRanges};
+use crate::{BlockIo, DriverError, DriverResult, Sink, Source};
+use alloc::vec::Vec;
+use instar_guest_abi::{DirtyRange, ErrorCode, DEVICE_OUTPUT};
+
+/// Ranges that are handed over at once.
+const RANGES: usize = 4096;
+/// Most bitmaps that are merged at a time.
+const MOST: usize = 8192;
+
+/// Why a bitmap is not merged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skipped {
+    /// Of a layer that is committed, it was not saved.
+    Inconsistent,
+    /// In a layer that is committed, it is disabled.
+    Disabled,
+    /// A layer lacks it, above one that has it.
+    Interrupted,
+    /// The target's was not saved.
+    TargetInconsistent,
+    /// The target's is disabled.
+    TargetDisabled,
+}
+
+/// What becomes of a bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The target has it: what is dirty above becomes dirty there, too.
+    Merged,
+    /// The target lacks it, and gets it.
+    Made,
+    /// Nothing.
+    Skipped(Skipped),
+}
+
+/// A bitmap of what is committed, and what becomes of it.
+#[derive(Clone, Debug)]
+pub struct MergedBitmap {
+    /// Its index in the source.
+    index: u32,
+    /// The bitmap as the target is to have it.
+    pub bitmap: Bitmap,
+    /// What becomes of it.
+    pub fate: Fate,
+}
+
+/// Decide about each bitmap of the source, and plan what becomes of it. Changes nothing.
+pub(crate) fn plan(
+    io: &mut dyn BlockIo,
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+) -> DriverResult<Vec<MergedBitmap>> {
+    let mut own = source.bitmaps(io)?;
+    if own.len() > MOST {
+        let text = alloc::format!("there are {} bitmaps, and {MOST} can be merged at a time", own.len());
+        return Err(DriverError::new(ErrorCode::ScratchTooSmall, text));
+    }
+    let theirs = if own.is_empty() { Vec::new() } else { sink.bitmaps(io)? };
+    let mut merged = Vec::with_capacity(own.len());
+    for (index, bitmap) in (0..).zip(own.drain(..)) {
+        let fate = fate(&bitmap, theirs.iter().find(|other| other.name == bitmap.name));
+        merged.push(MergedBitmap { index, bitmap, fate });
+    }
+    let limit = source.info().virtual_size.min(sink.info().virtual_size);
+    each_range(io, source, &merged, limit, &mut |io, bitmap, ranges| {
+        sink.plan_bitmap(io, bitmap, ranges).map_err(about_the_target)
+    })?;
+    Ok(merged)
+}
+
+/// Do what was planned.
+pub(crate) fn merge(
+    io: &mut dyn BlockIo,
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+    planned: &[MergedBitmap],
+) -> DriverResult<()> {
+    let limit = source.info().virtual_size.min(sink.info().virtual_size);
+    each_range(io, source, planned, limit, &mut |io, bitmap, ranges| {
+        sink.merge_bitmap(io, bitmap, ranges).map_err(about_the_target)
+    })
+}
+
+fn about_the_target(error: DriverError) -> DriverError {
+    DriverError { device: error.device.or(Some(DEVICE_OUTPUT)), ..error }
+}
+
+/// What becomes of a bitmap, given the target's of that name.
+fn fate(own: &Bitmap, target: Option<&Bitmap>) -> Fate {
+    match target {
+        _ if own.interrupted => Fate::Skipped(Skipped::Interrupted),
+        _ if own.inconsistent => Fate::Skipped(Skipped::Inconsistent),
+        _ if !own.enabled => Fate::Skipped(Skipped::Disabled),
+        None => Fate::Made,
+        Some(_) if own.ends => Fate::Skipped(Skipped::Interrupted),
+        Some(target) if target.inconsistent => Fate::Skipped(Skipped::TargetInconsistent),
+        Some(target) if !target.enabled => Fate::Skipped(Skipped::TargetDisabled),
+        Some(_) => Fate::Merged,
+    }
+}
+
+/// What is done with the ranges of a bitmap.
+type EachRange<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &Bitmap, &[DirtyRange]) -> DriverResult<()>;
+
+/// Hand what the bitmaps call dirty to `each`, in windows, up to guest byte `limit`; of an empty one, no range.
+fn each_range(
+    io: &mut dyn BlockIo,
+    source: &mut dyn Source,
+    merged: &[MergedBitmap],
+    limit: u64,
+    each: EachRange<'_>,
+) -> DriverResult<()> {
+    let size = source.info().virtual_size;
+    let mut ranges = DirtyRanges::with_room_for(RANGES);
+    for MergedBitmap { index, bitmap, fate } in merged {
+        if matches!(fate, Fate::Skipped(_)) {
+            continue;
+        }
+        each(io, bitmap, &[])?;
+        let mut from = 0;
+        while from < limit {
+            ranges.clear();
+            let next = source.dirty(io, *index, from, &mut ranges)?;
+            check_dirty(&ranges, from, next, size).map_err(|why| DriverError::new(ErrorCode::GuestProtocol, why))?;
+            let inside: Vec<DirtyRange> = ranges
+                .iter()
+                .map(|range| DirtyRange { start: range.start, end: range.end.min(limit) })
+                .filter(|range| range.start < range.end)
+                .collect();
+            if !inside.is_empty() {
+                each(io, bitmap, &inside)?;
+            }
+            from = next;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,308 @@
+"""`instar rebase`: an image reads what it read over another backing file, or over none; beside `qemu-img rebase` where that can."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import support
+import test_mixed_chains
+from support import KIB, MIB, Holder, assert_clean, content_hash, create, qemu_img, qemu_io, run_instar
+
+SIZE = 6 * MIB
+
+
+def writes(rng, size, fmt, count):
+    """Commands of qemu-io; images of some formats know neither zero clusters nor discarded ones."""
+    kinds = ["write -P 5", "write -P 5", "write -P 6"] + (["write -z", "write -zu", "write -c -P 7"] if fmt == "qcow2" else [])
+    for _ in range(count):
+        kind = rng.choice(kinds)
+        unit = 64 * KIB if "-c" in kind else 4 * KIB
+        at = rng.randrange(max(size // unit, 1)) * unit
+        length = unit if "-c" in kind else min(rng.choice([4, 64, 300]) * KIB, size - at)
+        if length > 0 and at + length <= size:
+            yield f"{kind} {at} {length}"
+
+
+def drawn(path, rng, size, below=None, below_fmt="qcow2", fmt="qcow2", **options):
+    """A drawn image, over another one if it is given."""
+    backing = {"backing": below.name, "backing_fmt": below_fmt} if below else {}
+    create(path, size, fmt=fmt, **backing, **options)
+    commands = list(writes(rng, size, fmt, rng.randrange(1, 14)))
+    for command in commands:
+        try:
+            qemu_io(path, command, fmt=fmt)
+        except AssertionError:
+            # A compressed cluster is not written over another one in every version.
+            continue
+    return path
+
+
+def rebase(image, backing, fmt="qcow2", *options, rc=0):
+    named = ["-b", backing] if backing == "" else ["-b", backing, "-F", fmt]
+    result = run_instar("rebase", "--output", "json", *named, *options, image)
+    assert result.rc == rc, str(result)
+    return result.json if rc == 0 else result
+
+
+def named(path):
+    said = support.info(path)
+    return said.get("backing-filename"), said.get("backing-filename-format")
+
+
+OVERLAYS = [{}, {"cluster_size": 4096}, {"cluster_size": 2 * MIB}, {"extended_l2": "on"}, {"compat": "0.10"},
+            {"lazy_refcounts": "on"}, {"refcount_bits": 1}]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_drawn_chains_read_the_same_over_another_backing(seed, tmp_path):
+    rng = random.Random(seed)
+    sizes = [rng.choice([SIZE, SIZE, SIZE // 2, SIZE + 700 * KIB, 64 * KIB]) for _ in range(3)]
+    fmts = [rng.choice(["qcow2", "raw", "qcow2", "qcow", "vmdk"]) for _ in range(2)]
+    root = drawn(tmp_path / "root", rng, sizes[0], fmt=fmts[0])
+    old = drawn(tmp_path / "old", rng, sizes[1], root, fmts[0])
+    other = drawn(tmp_path / "other", rng, sizes[2], fmt=fmts[1])
+    top = drawn(tmp_path / "top", rng, SIZE, old, **OVERLAYS[seed % len(OVERLAYS)])
+    for backing, fmt in [("other", fmts[1]), ("root", fmts[0]), ("", None)]:
+        image, theirs = tmp_path / f"image-{fmt}-{backing}", tmp_path / f"theirs-{fmt}-{backing}"
+        shutil.copy(top, image), shutil.copy(top, theirs)
+        before = content_hash(image)
+        with support.untouched(root, old, other):
+            dry = rebase(image, backing, fmt, "--dry-run")
+            assert dry["dry-run"] and content_hash(image) == before and named(image) == named(top)
+            said = rebase(image, backing, fmt)
+        assert (dry["clusters-written"], dry["bytes-written"]) == (said["clusters-written"], said["bytes-written"])
+        assert content_hash(image) == before
+        assert named(image) == ((backing, fmt) if backing else (None, None))
+        assert_clean(image)
+        qemu_img("rebase", "-b", backing, *(["-F", fmt] if fmt else []), theirs)
+        room = 8 * max(OVERLAYS[seed % len(OVERLAYS)].get("cluster_size", 65536), 65536)
+        assert image.stat().st_size <= theirs.stat().st_size + room
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """base <- mid <- top, and `other`, which holds something else."""
+    create(tmp_path / "base", SIZE)
+    qemu_io(tmp_path / "base", "write -P 1 0 3M")
+    create(tmp_path / "mid", SIZE, backing="base")
+    qemu_io(tmp_path / "mid", "write -P 2 1M 640k", "write -z 2M 64k")
+    create(tmp_path / "top", SIZE, backing="mid")
+    qemu_io(tmp_path / "top", "write -P 3 512k 64k", "write -z 0 64k")
+    create(tmp_path / "other", SIZE * 2)
+    qemu_io(tmp_path / "other", "write -P 9 0 12M")
+    return tmp_path
+
+
+def test_dropping_a_layer_reads_and_writes_only_what_it_held(chain):
+    before = content_hash(chain / "top")
+    said = rebase(chain / "top", "base")
+    assert said["bytes-written"] == 704 * KIB and said["clusters-written"] == 11
+    assert content_hash(chain / "top") == before
+    (chain / "mid").unlink()
+    assert content_hash(chain / "top") == before
+    assert_clean(chain / "top")
+
+
+def test_a_layer_is_put_in_between(chain):
+    """What both views have of the same file is not read, so that nothing is written."""
+    create(chain / "empty", SIZE, backing="mid")
+    before = content_hash(chain / "top")
+    assert rebase(chain / "top", "empty")["bytes-written"] == 0
+    assert content_hash(chain / "top") == before and named(chain / "top") == ("empty", "qcow2")
+
+
+def test_zeroes_hide_a_longer_and_a_fuller_backing(chain):
+    before = content_hash(chain / "top")
+    rebase(chain / "top", "other")
+    assert content_hash(chain / "top") == before
+    assert_clean(chain / "top")
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_an_image_without_a_backing_does_not_show_the_new_one(compat, chain):
+    create(chain / "alone", SIZE, compat=compat)
+    qemu_io(chain / "alone", "write -P 4 1M 64k")
+    before = content_hash(chain / "alone")
+    rebase(chain / "alone", "other")
+    assert content_hash(chain / "alone") == before and named(chain / "alone") == ("other", "qcow2")
+    assert_clean(chain / "alone")
+
+
+def test_an_image_that_gets_no_backing_stands_alone(chain):
+    before = content_hash(chain / "top")
+    said = rebase(chain / "top", "")
+    assert said["backing"] is None and said["backing-format"] is None
+    for name in ("base", "mid"):
+        (chain / name).unlink()
+    assert content_hash(chain / "top") == before and named(chain / "top") == (None, None)
+    assert_clean(chain / "top")
+
+
+def test_only_the_record_is_changed_without_a_look(chain):
+    result = run_instar("rebase", "-u", "-b", "later", "-F", "raw", chain / "top")
+    assert result.rc == 0 and "could not be looked at" in result.stderr, str(result)
+    said = support.run("qemu-img", "info", "-U", "--output", "json", chain / "top").json
+    assert (said["backing-filename"], said["backing-filename-format"]) == ("later", "raw")
+    result = run_instar("rebase", "-u", "-b", "other", "-F", "qcow2", chain / "top")
+    assert "nothing was compared" in result.stderr and named(chain / "top") == ("other", "qcow2")
+    shutil.copy(chain / "top", chain / "theirs")
+    qemu_img("rebase", "-u", "-b", "other", "-F", "qcow2", chain / "theirs")
+    support.assert_same_content(chain / "top", chain / "theirs")
+    assert rebase(chain / "top", "", None, "-u")["unsafe"] and named(chain / "top") == (None, None)
+
+
+def test_a_moved_backing_is_named_where_it_is(chain):
+    before = content_hash(chain / "top")
+    (chain / "sub").mkdir()
+    (chain / "mid").rename(chain / "sub/mid")
+    qemu_img("rebase", "-u", "-b", "../base", "-F", "qcow2", chain / "sub/mid")
+    refused(chain, "-b", "base", "-F", "qcow2", mentions=["mid", "-u"])
+    rebase(chain / "top", "sub/mid", "qcow2", "-u")
+    assert content_hash(chain / "top") == before
+
+
+def refused(chain, *options, mentions, image="top"):
+    files = [path for path in chain.iterdir() if path.is_file()]
+    with support.untouched(*files):
+        result = run_instar("rebase", *options, chain / image)
+    assert result.rc != 0 and result.stdout == "", str(result)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and all(mention in lines[0] for mention in mentions), str(result)
+    return result
+
+
+def test_a_refusal_changes_nothing(chain):
+    refused(chain, "-b", "top", "-F", "qcow2", mentions=["top", "itself"])
+    refused(chain, "-u", "-b", "top", "-F", "qcow2", mentions=["top", "itself"])
+    refused(chain, "-b", "top", "-F", "qcow2", image="mid", mentions=["mid", "back to itself"])
+    refused(chain, "-u", "-b", "top", "-F", "qcow2", image="base", mentions=["base", "back to itself"])
+    refused(chain, "-b", "other", mentions=["-F"])
+    refused(chain, "-b", "", "-F", "qcow2", mentions=["-F"])
+    refused(chain, "-b", "nowhere", "-F", "qcow2", mentions=["nowhere", "-u"])
+    refused(chain, "-b", "other", "-F", "vmdk", mentions=["other"])
+    refused(chain, "-b", "other", "-F", "nonsense", mentions=["nonsense"])
+    refused(chain, "-u", "-b", "other", "-F", "nonsense", mentions=["nonsense"])
+    refused(chain, "-b", "nbd:localhost:1", "-F", "raw", mentions=["nbd:", "-u"])
+    refused(chain, "-b", "n" * 1024, "-F", "qcow2", "-u", mentions=["top"])
+    refused(chain, "-c", "-b", "other", "-F", "qcow2", mentions=["-c"])
+    refused(chain, "-U", "-b", "other", "-F", "qcow2", mentions=["-U"])
+    (chain / "mid").rename(chain / "gone")
+    refused(chain, "-b", "base", "-F", "qcow2", mentions=["mid", "-u"])
+
+
+def test_a_raw_image_has_no_backing(chain):
+    (chain / "raw").write_bytes(bytes(MIB))
+    refused(chain, "-b", "base", "-F", "qcow2", image="raw", mentions=["raw"])
+    refused(chain, "-f", "raw", "-b", "base", "-F", "qcow2", image="raw", mentions=["raw"])
+
+
+def test_internal_snapshots_keep_what_they_read(chain):
+    qemu_img("snapshot", "-c", "one", chain / "top")
+    refused(chain, "-b", "other", "-F", "qcow2", mentions=["internal snapshots", "-u"])
+    qemu_img("snapshot", "-d", "one", chain / "top")
+    rebase(chain / "top", "other")
+
+
+@pytest.mark.parametrize("name", ["top", "mid", "base", "other"])
+def test_an_image_in_use_is_left_alone(name, chain):
+    with Holder(chain / name):
+        refused(chain, "-b", "other", "-F", "qcow2", mentions=[name, "process"])
+
+
+def test_a_corrupt_or_encrypted_image_is_named(chain):
+    qemu_img("create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o",
+             "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", chain / "secret", "1M")
+    refused(chain, "-b", "other", "-F", "qcow2", image="secret", mentions=["secret", "encrypt"])
+
+
+def test_bitmaps_stay(chain):
+    qemu_img("bitmap", "--add", chain / "top", "one")
+    before = content_hash(chain / "top")
+    rebase(chain / "top", "other")
+    assert content_hash(chain / "top") == before
+    bitmaps = support.info(chain / "top")["format-specific"]["data"]["bitmaps"]
+    assert [(bitmap["name"], bitmap["flags"]) for bitmap in bitmaps] == [("one", ["auto"])]
+    assert_clean(chain / "top")
+
+
+@pytest.mark.parametrize("mode", ["none", "writeback", "writethrough", "directsync", "unsafe"])
+def test_cache_modes(mode, chain):
+    before = content_hash(chain / "top")
+    result = run_instar("rebase", "-t", mode, "-T", mode, "-q", "-p", "-b", "other", "-F", "qcow2", chain / "top")
+    if mode in ("none", "directsync") and result.rc:
+        assert "O_DIRECT" in result.stderr
+        return
+    assert result.rc == 0 and result.stdout == "" and result.stderr == "", str(result)
+    assert content_hash(chain / "top") == before
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_at_any_time_it_reads_the_same_and_a_second_run_finishes(seed, tmp_path):
+    rng = random.Random(seed)
+    create(tmp_path / "old", 64 * MIB, fmt="raw")
+    qemu_io(tmp_path / "old", "write -P 1 0 64M", fmt="raw")
+    create(tmp_path / "new", 64 * MIB, fmt="raw")
+    create(tmp_path / "top", 64 * MIB, backing="old", backing_fmt="raw")
+    qemu_io(tmp_path / "top", *(f"write -P 2 {at}M 64k" for at in range(0, 64, 3)))
+    before = content_hash(tmp_path / "top")
+    command = [support.instar_binary(), "rebase", "-q", "-b", "new", "-F", "raw", tmp_path / "top"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    time.sleep(rng.random() * 0.15)
+    process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+    process.wait()
+    assert content_hash(tmp_path / "top") == before
+    rebase(tmp_path / "top", "new", "raw")
+    assert content_hash(tmp_path / "top") == before and named(tmp_path / "top") == ("new", "raw")
+
+
+def test_names_begin_at_the_directory_of_the_image(chain):
+    (chain / "far").mkdir()
+    shutil.copy(chain / "other", chain / "far/other")
+    before = content_hash(chain / "top")
+    result = run_instar("rebase", "-b", "far/other", "-F", "qcow2", "top", cwd=chain)
+    assert result.rc == 0, str(result)
+    result = run_instar("rebase", "-b", os.fspath(chain / "far/other"), "-F", "qcow2", "../top", cwd=chain / "far")
+    assert result.rc == 0 and named(chain / "top")[0] == os.fspath(chain / "far/other"), str(result)
+    assert content_hash(chain / "top") == before
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["vpc", "vhdx", "vdi"])
+def test_images_that_record_identities(kind, seed, tmp_path, monkeypatch):
+    """Where both backing files read the same, another one is recorded; where they do not, nothing is changed."""
+    monkeypatch.setattr(test_mixed_chains, "KINDS", (kind,))
+    rng = random.Random(seed)
+    chain = test_mixed_chains.Chain(tmp_path, rng, 3)
+    kinds = set(chain.kinds)
+    if kinds != {kind}:
+        pytest.skip(f"drawn as {kinds}")
+    paths = [chain.path(number) for number in range(4)]
+    held = chain.read_over(3, chain.disks[0])
+    with support.untouched(*paths[:3]):
+        if held == chain.disks[3]:
+            rebase(chain.path(3), chain.names[0], kind)
+        else:
+            with support.untouched(paths[3]):
+                result = run_instar("rebase", "-b", chain.names[0], "-F", kind, chain.path(3))
+            assert result.rc == 1 and "nothing was changed" in result.stderr and "-u" in result.stderr, str(result)
+            rebase(chain.path(3), chain.names[0], kind, "-u")
+    for path in paths[1:3]:
+        path.unlink()
+    flat = tmp_path / "flat.raw"
+    flat.write_bytes(held)
+    assert run_instar("compare", "-F", "raw", chain.path(3), flat).rc == 0
+    assert run_instar("check", "-q", chain.path(3)).rc in (0, 3)
+
+
+def test_a_qcow_of_version_1_grows_and_names_the_new_backing(chain):
+    create(chain / "first", None, fmt="qcow", backing="mid")
+    before = content_hash(chain / "first", "qcow")
+    assert rebase(chain / "first", "base")["bytes-written"] > 0
+    assert content_hash(chain / "first", "qcow") == before
+    assert support.info(chain / "first")["backing-filename"] == "base"
