@@ -9,6 +9,8 @@ extern crate alloc;
 
 #[path = "generated/check.rs"]
 pub mod check;
+// The generator breaks the derives of an enumeration, and rustfmt would join them.
+#[rustfmt::skip]
 #[path = "generated/commit.rs"]
 pub mod commit;
 #[path = "generated/compare.rs"]

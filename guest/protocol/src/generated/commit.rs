@@ -81,7 +81,17 @@ pub struct Bitmap {
 }
 /// Nested message and enum types in `Bitmap`.
 pub mod bitmap {
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
     #[repr(i32)]
     pub enum Fate {
         /// The target has it: what is dirty above becomes dirty there, too.
