@@ -311,12 +311,7 @@ impl Operation for Commit<'_> {
         if self.request.wipe {
             devices.wipe();
         }
-        devices.set_cache(cache).map_err(|(number, error)| {
-            let path = paths.get(number).unwrap_or(Path::new(""));
-            let clause =
-                format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
-            Error::image(path, ErrorCode::OpenFailed, clause)
-        })?;
+        paths.set_cache(devices, cache)?;
         let observer = session.observer();
         let flushes = observer.wants_progress() && cache != Cache::Unsafe;
         let meter = Meter::new(observer.clone(), admitted.overlay_length, devices, paths.target(), flushes);

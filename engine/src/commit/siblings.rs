@@ -7,13 +7,10 @@
 
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
-use crate::image::{ChainImage, Child, ChildSearch, Children};
+use crate::image::{counted, ChainImage, Child, ChildSearch, Children};
 use crate::operation::{Opener, Session};
 use instar_guest_abi::ErrorCode;
 use std::path::{Path, PathBuf};
-
-/// Most names of siblings in a message.
-const SHOWN: usize = 5;
 
 /// The siblings of an overlay.
 #[derive(Debug)]
@@ -49,23 +46,10 @@ impl Siblings {
         Ok((!names.is_empty()).then(|| Self { target: target.opened.path.clone(), names }))
     }
 
-    /// How many there are, and which.
-    fn list(&self) -> (String, String) {
-        let count = match self.names.len() {
-            1 => "1 other image".to_owned(),
-            many => format!("{many} other images"),
-        };
-        let mut names = self.names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
-        if let Some(more) = self.names.len().checked_sub(SHOWN).filter(|&more| more > 0) {
-            names += &format!(" and {more} more");
-        }
-        (count, names)
-    }
-
     /// The refusal of a commit that would damage them.
     #[must_use]
     pub fn refusal(&self) -> Error {
-        let (count, names) = self.list();
+        let (count, names) = counted(&self.names);
         let clause = format!(
             "is the backing of {count}, which a commit into it would damage: {names}; if they are needed, give them a copy of \
              this one as their backing first, or move them, with a copy of it, to a directory of their own; if not, use \
@@ -77,7 +61,7 @@ impl Siblings {
     /// The warning of a commit that the operator wants all the same.
     #[must_use]
     pub fn warning(&self, dry_run: bool) -> String {
-        let ((count, names), target) = (self.list(), escape_path(&self.target));
+        let ((count, names), target) = (counted(&self.names), escape_path(&self.target));
         let damages = if dry_run { "would damage" } else { "damages" };
         format!("'{target}': is the backing of {count}, which a commit into it {damages}: {names}")
     }

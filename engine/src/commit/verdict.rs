@@ -4,9 +4,9 @@ use super::repeated::Repeated;
 use crate::error::Error;
 use crate::escape::escape_path;
 use crate::image::ChainImage;
-use crate::operation::{Grants, ImageSet};
-use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK};
-use instar_plugin_api::{Context, ImageFacts, Incoming, Role, ROLE_SINK, ROLE_SOURCE};
+use crate::operation::{ask, Grants, ImageSet};
+use instar_guest_abi::{ErrorCode, MemberRole};
+use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
 use std::path::PathBuf;
 
 /// The images of a commit by their parts in it.
@@ -49,25 +49,12 @@ impl<'s, 'r> Parts<'s, 'r> {
     /// The first verdict that refuses.
     pub fn verdict(&self, grows_to: Option<u64>, warnings: &mut Vec<String>) -> Result<Grants, Error> {
         let mut ask = |image: &ChainImage<'_>, role: Role, context: Context<'_>| {
-            let (needed, part) = match role {
-                Role::Read | Role::Empty => (ROLE_SOURCE, "committed"),
-                Role::Write => (ROLE_SINK, "committed into"),
-                Role::Below => (ROLE_SOURCE, "read below a backing"),
+            let what = match role {
+                Role::Read | Role::Empty => "be committed",
+                Role::Write => "be committed into",
+                Role::Below => "be read below a backing",
             };
-            if image.plugin.roles() & needed == 0 {
-                let clause =
-                    format!("an image cannot be {part} with this version of the {} plugin", image.plugin.name());
-                return Err(Error::image(&image.opened.path, ErrorCode::UnsupportedFormat, clause));
-            }
-            let verdict = image.plugin.verdict(role, &image.facts, &context);
-            if verdict.code != ERROR_OK {
-                let code = ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused);
-                return Err(Error::image(&image.opened.path, code, verdict.reason.as_str()));
-            }
-            if !verdict.reason.is_empty() {
-                warnings.push(format!("'{}': {}", escape_path(&image.opened.path), verdict.reason));
-            }
-            Ok(verdict.max_length)
+            ask(image, role, what, &context, warnings)
         };
         let merged: Vec<&ChainImage<'_>> = self.merged().collect();
         // The image that is emptied may have to be repaired first, for which it may need more than it has.

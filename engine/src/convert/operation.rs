@@ -11,15 +11,14 @@ use crate::escape::escape_path;
 use crate::image::{Access, ChainImage, OpenedFile};
 use crate::lookup::Directory;
 use crate::operation::{
-    DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings,
+    ask, DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings,
 };
 use crate::plugins::{Plugin, Registry};
 use crate::sandbox::ModuleSpec;
-use instar_guest_abi::{ErrorCode, Phase, DEVICE_OUTPUT, ERROR_OK};
+use instar_guest_abi::{ErrorCode, Phase, DEVICE_OUTPUT};
 use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{Context, CreateSpec, Incoming, Role, ROLE_SINK};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 /// What the files are like after a failure.
 const NOTHING: &str = "no image was made";
@@ -111,24 +110,6 @@ impl<'q> Convert<'q> {
     }
 }
 
-/// Ask the plugin of a layer, or of the target, whether it takes part; how long its file may become.
-fn verdict(
-    image: &ChainImage<'_>,
-    role: Role,
-    context: &Context<'_>,
-    warnings: &mut Vec<String>,
-) -> Result<u64, Error> {
-    let verdict = image.plugin.verdict(role, &image.facts, context);
-    if verdict.code != ERROR_OK {
-        let code = ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused);
-        return Err(Error::image(&image.opened.path, code, verdict.reason.as_str()));
-    }
-    if !verdict.reason.is_empty() {
-        warnings.push(format!("'{}': {}", escape_path(&image.opened.path), verdict.reason));
-    }
-    Ok(verdict.max_length)
-}
-
 impl Operation for Convert<'_> {
     type Events = CommitEvents;
     type Outcome = ConvertOutcome;
@@ -198,7 +179,7 @@ impl Operation for Convert<'_> {
         let layers: Vec<&ChainImage<'_>> = images.of_role(|_| true).collect();
         for (index, layer) in layers.iter().enumerate() {
             let parent = layers.get(index + 1).map(|parent| &parent.facts);
-            verdict(layer, Role::Below, &Context::reading(parent, false), &mut self.warnings)?;
+            ask(layer, Role::Below, "be read", &Context::reading(parent, false), &mut self.warnings)?;
         }
         let (Some(top), Some(target)) = (layers.first(), &images.target) else { return Err(begun_twice()) };
         let mut incoming = Incoming::from_layers(layers.iter().map(|layer| &layer.facts)).ok_or_else(begun_twice)?;
@@ -206,7 +187,7 @@ impl Operation for Convert<'_> {
             // What the header counts is of the image's own disk.
             incoming.max_clusters = incoming.virtual_size.div_ceil(incoming.cluster_size.max(1));
         }
-        let longest = verdict(target, Role::Write, &Context::writing(None, incoming), &mut self.warnings)?;
+        let longest = ask(target, Role::Write, "be written", &Context::writing(None, incoming), &mut self.warnings)?;
         let target_length = longest.max(target.facts.file_length);
         self.bounds = PlanBounds::of(top, target);
         self.space = Space::of(target, &layers);
@@ -216,12 +197,7 @@ impl Operation for Convert<'_> {
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
         let ConvertRequest { cache, rate_limit, .. } = *self.request;
         devices.set_workers(self.workers.take());
-        devices.set_cache(cache).map_err(|(number, error)| {
-            let path = paths.get(number).unwrap_or(Path::new(""));
-            let clause =
-                format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
-            Error::image(path, ErrorCode::OpenFailed, clause)
-        })?;
+        paths.set_cache(devices, cache)?;
         let observer = session.observer();
         let flushes = observer.wants_progress() && cache != Cache::Unsafe;
         let meter = Meter::new(observer.clone(), self.length, devices, paths.target(), flushes);

@@ -278,3 +278,19 @@ impl ImageRead for Glance {
         }
     }
 }
+/// Most names in a message.
+const SHOWN: usize = 5;
+
+/// For a message: how many other images these names are of, and the first of them.
+#[must_use]
+pub fn counted(names: &[String]) -> (String, String) {
+    let count = match names.len() {
+        1 => "1 other image".to_owned(),
+        many => format!("{many} other images"),
+    };
+    let mut shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    if let Some(more) = names.len().checked_sub(SHOWN).filter(|&more| more > 0) {
+        shown += &format!(" and {more} more");
+    }
+    (count, shown)
+}

@@ -30,7 +30,7 @@ pub use access::Access;
 pub use advice::{Part, Recorder};
 pub use chain::{parent_is_unrecorded, Descent};
 pub use chain_image::{ChainImage, Doubt, ExtraFile};
-pub use children::{Child, ChildSearch, Children};
+pub use children::{counted, Child, ChildSearch, Children};
 pub use files::{open_extra_files, FilesOf};
 pub use gate::{Gate, Located};
 pub use identify::{unknown_format, Recorded};

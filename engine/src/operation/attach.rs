@@ -1,7 +1,7 @@
 //! The images of an operation as devices: which number each of their files has, how long it may become, and its path.
 
 use super::images::{Grants, ImageSet, Slot};
-use crate::devices::{Device, Devices};
+use crate::devices::{Cache, Device, Devices};
 use crate::error::{Error, Role};
 use crate::image::{ChainImage, OpenedFile};
 use crate::plugins::{ImageRead, Plugin};
@@ -59,6 +59,19 @@ impl DevicePaths {
             _ if device < DEVICE_OUTPUT => Some(Role::Ancestor),
             _ => None,
         }
+    }
+
+    /// What a flush, and a write, of these devices promises.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OpenFailed`] for a file system that knows no direct I/O.
+    pub(crate) fn set_cache(&self, devices: &mut Devices, cache: Cache) -> Result<(), Error> {
+        devices.set_cache(cache).map_err(|(number, error)| {
+            let path = self.get(number).unwrap_or(Path::new(""));
+            let clause =
+                format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
+            Error::image(path, ErrorCode::OpenFailed, clause)
+        })
     }
 
     fn is_second(&self, device: u32) -> bool {

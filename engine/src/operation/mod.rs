@@ -11,6 +11,7 @@ mod observer;
 mod run;
 mod session;
 mod timing;
+mod verdict;
 
 pub use crate::cancel::Cancel;
 pub use attach::{Attached, DevicePaths};
@@ -22,3 +23,4 @@ pub use observer::{Observer, Progress, Stage};
 pub use run::{run, Ended, Operation, Settings};
 pub use session::Session;
 pub use timing::Timing;
+pub use verdict::ask;

@@ -9,14 +9,13 @@ use crate::devices::{Cache, Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_path};
 use crate::image::{open_extra_files, Access, ChainImage, FilesOf};
-use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
-use crate::plugins::Plugin;
+use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
 use crate::sandbox::ModuleSpec;
-use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK, PARENT_ROOM};
+use instar_guest_abi::{ErrorCode, MemberRole, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Config, Parent};
 use instar_guest_protocol::Message;
-use instar_plugin_api::{Context, ImageFacts, Role as PluginRole, ROLE_SINK, ROLE_SOURCE};
-use std::path::{Path, PathBuf};
+use instar_plugin_api::{Context, ImageFacts, Role};
+use std::path::PathBuf;
 
 /// The group of the images that will be below the image.
 const NEW: u32 = 1;
@@ -92,25 +91,6 @@ impl<'q> Rebase<'q> {
         }
         Ok(())
     }
-}
-
-/// Ask a plugin for its verdict; returns how long the image's files may become.
-fn ask(image: &ChainImage<'_>, role: PluginRole, context: &Context<'_>) -> Result<u64, Error> {
-    let (needed, what) = match role {
-        PluginRole::Write => (ROLE_SINK, "written"),
-        PluginRole::Read | PluginRole::Empty | PluginRole::Below => (ROLE_SOURCE, "read"),
-    };
-    let refused = |code, clause: &str| Err(Error::image(&image.opened.path, code, clause));
-    if image.plugin.roles() & needed == 0 {
-        let clause =
-            format!("an image cannot be {what} with this version of the {} plugin", Plugin::name(image.plugin));
-        return refused(ErrorCode::UnsupportedFormat, &clause);
-    }
-    let verdict = image.plugin.verdict(role, &image.facts, context);
-    if verdict.code != ERROR_OK {
-        return refused(ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused), &verdict.reason);
-    }
-    Ok(verdict.max_length)
 }
 
 /// Internal snapshots read through the same backing file, and nothing is written into them.
@@ -212,16 +192,18 @@ impl Operation for Rebase<'_> {
         new.extend(images.again.iter().filter_map(|(_, slot)| images.slots.get(*slot)).map(|slot| &slot.image));
         for chain in [&old, &new] {
             for (layer, parent) in chain.iter().zip(chain.iter().skip(1).map(Some).chain([None])) {
-                ask(layer, PluginRole::Below, &Context::reading(parent.map(|parent| &parent.facts), false))?;
+                let context = Context::reading(parent.map(|parent| &parent.facts), false);
+                ask(layer, Role::Below, "be read", &context, &mut self.warnings)?;
             }
         }
         if let Some(facts) = &self.parent_facts {
-            ask(image, PluginRole::Read, &Context::reading(Some(facts), false))?;
+            ask(image, Role::Read, "be read", &Context::reading(Some(facts), false), &mut self.warnings)?;
         }
         let mut longest = image.facts.file_length;
         if !self.request.unsafe_mode {
             let parent = old.first().map(|parent| &parent.facts);
-            longest = longest.max(ask(image, PluginRole::Write, &Context::reading(parent, false))?);
+            let context = Context::reading(parent, false);
+            longest = longest.max(ask(image, Role::Write, "be written", &context, &mut self.warnings)?);
             // Its driver would have to be opened again over a file of another length, which it has no way to learn.
             let identified = !image.facts.parent_identity.is_empty() || !image.next_identity(&image.facts).is_empty();
             self.only_record = identified;
@@ -241,12 +223,7 @@ impl Operation for Rebase<'_> {
         let opened = self.opened.as_ref().ok_or_else(out_of_order)?;
         let RebaseRequest { cache, dry_run, .. } = *self.request;
         devices.set_workers(self.workers.take());
-        devices.set_cache(cache).map_err(|(number, error)| {
-            let path = paths.get(number).unwrap_or(Path::new(""));
-            let clause =
-                format!("cannot be used with O_DIRECT ({error}): its file system may not support it, use -t writeback");
-            Error::image(path, ErrorCode::OpenFailed, clause)
-        })?;
+        paths.set_cache(devices, cache)?;
         let observer = session.observer();
         let flushes = observer.wants_progress() && cache != Cache::Unsafe;
         let meter = Meter::new(observer.clone(), opened.length, devices, paths.target(), flushes);

@@ -6,14 +6,13 @@ use super::{ResizeOutcome, ResizeRequest};
 use crate::confine::Work;
 use crate::devices::{Device, Devices};
 use crate::error::{Error, Role as ErrorRole};
-use crate::escape::escape_path;
 use crate::image::{check_immediate_parent, check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
-use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::resize::Config;
 use instar_guest_protocol::Message;
-use instar_plugin_api::{Context, ImageFacts, Incoming, Role, ROLE_SINK};
+use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
 
 /// A resize on its way.
 pub(super) struct Resize<'q> {
@@ -125,7 +124,7 @@ impl Operation for Resize<'_> {
         let below: Vec<&ChainImage<'_>> = images.of_role(|role| role == MemberRole::Below).collect();
         for (index, layer) in below.iter().enumerate() {
             let parent = below.get(index + 1).map(|parent| &parent.facts);
-            ask(layer, Role::Below, &Context::reading(parent, false), &mut self.warnings)?;
+            ask(layer, Role::Below, "be read", &Context::reading(parent, false), &mut self.warnings)?;
         }
         for warning in &self.warnings {
             session.observer().warning(warning);
@@ -176,18 +175,13 @@ fn admit(
     warnings: &mut Vec<String>,
 ) -> Result<Grants, Error> {
     let path = &image.opened.path;
-    if image.plugin.roles() & ROLE_SINK == 0 {
-        let clause =
-            format!("an image cannot get another size with this version of the {} plugin", image.plugin.name());
-        return Err(Error::image(path, ErrorCode::UnsupportedFormat, clause));
-    }
     let unit = image.facts.unit();
     // What a longer parent shows past the old end is hidden by zeroes, and what is preallocated arrives.
     let shown = parent.map_or(0, |parent| parent.virtual_size.min(new).saturating_sub(old));
     let bytes = if preallocate { new.saturating_sub(old) } else { shown };
     let max_clusters = if bytes == 0 { 0 } else { bytes.div_ceil(unit).saturating_add(1) };
     let incoming = Incoming { virtual_size: new.max(old), cluster_size: unit, max_clusters, identity_recorded: false };
-    let longest = ask(image, Role::Write, &Context::writing(parent, incoming), warnings)?;
+    let longest = ask(image, Role::Write, "get another size", &Context::writing(parent, incoming), warnings)?;
     // A format may demand that parent and child have one size: nothing could read the one through the other any more.
     if let Some(parent) = parent {
         let facts = ImageFacts { virtual_size: new, ..image.facts.clone() };
@@ -199,18 +193,4 @@ fn admit(
         }
     }
     Ok(Grants { target: longest.max(image.facts.file_length), ..Grants::default() })
-}
-
-/// Ask a plugin for its verdict. Returns how long the image may become; `warnings` takes what it has to say besides.
-fn ask(image: &ChainImage<'_>, role: Role, context: &Context<'_>, warnings: &mut Vec<String>) -> Result<u64, Error> {
-    let path = &image.opened.path;
-    let verdict = image.plugin.verdict(role, &image.facts, context);
-    if verdict.code != ERROR_OK {
-        let code = ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused);
-        return Err(Error::image(path, code, verdict.reason.as_str()));
-    }
-    if !verdict.reason.is_empty() {
-        warnings.push(format!("'{}': {}", escape_path(path), verdict.reason));
-    }
-    Ok(verdict.max_length)
 }

@@ -8,15 +8,12 @@
 
 use crate::error::Error;
 use crate::escape::escape_path;
-use crate::image::{ChainImage, ChildSearch};
+use crate::image::{counted, ChainImage, ChildSearch};
 use crate::operation::Opener;
 use crate::plugins::Registry;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{Context, ImageFacts, Role};
 use std::path::Path;
-
-/// Most names in a message.
-const SHOWN: usize = 5;
 
 /// Overlays that would read something else, or could not be read any more.
 #[derive(Debug)]
@@ -53,22 +50,9 @@ impl Overlays {
         Ok((!names.is_empty()).then_some(Self { names }))
     }
 
-    /// How many there are, and which.
-    fn list(&self) -> (String, String) {
-        let count = match self.names.len() {
-            1 => "1 other image".to_owned(),
-            many => format!("{many} other images"),
-        };
-        let mut names = self.names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
-        if let Some(more) = self.names.len().checked_sub(SHOWN).filter(|&more| more > 0) {
-            names += &format!(" and {more} more");
-        }
-        (count, names)
-    }
-
     /// The refusal of a resize that would damage them.
     pub(super) fn refusal(&self, image: &Path) -> Error {
-        let (count, names) = self.list();
+        let (count, names) = counted(&self.names);
         let clause = format!(
             "is the backing of {count}, which its new size would damage: {names}; if they are needed, resize a copy of this \
              image instead, in a directory of its own; if not, use --ignore-overlays"
@@ -78,7 +62,7 @@ impl Overlays {
 
     /// The warning of a resize that the operator wants all the same.
     pub(super) fn warning(&self, image: &Path, dry_run: bool) -> String {
-        let ((count, names), image) = (self.list(), escape_path(image));
+        let ((count, names), image) = (counted(&self.names), escape_path(image));
         let damages = if dry_run { "would damage" } else { "damages" };
         format!("'{image}': is the backing of {count}, which its new size {damages}: {names}")
     }

@@ -1,0 +1,38 @@
+//! What the plugin of an image says to the part that the image is to take in an operation.
+
+use crate::error::Error;
+use crate::escape::escape_path;
+use crate::image::ChainImage;
+use instar_guest_abi::{ErrorCode, ERROR_OK};
+use instar_plugin_api::{Context, Role, ROLE_SINK, ROLE_SOURCE};
+
+/// Ask the plugin of an image for its verdict, which `what` is for, as in "cannot be read". Returns how long the image's files may
+/// become, in bytes; `warnings` takes what the plugin has to say besides.
+///
+/// # Errors
+/// A verdict that refuses, and a plugin that lacks the role.
+pub fn ask(
+    image: &ChainImage<'_>,
+    role: Role,
+    what: &str,
+    context: &Context<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<u64, Error> {
+    let refused = |code, clause: &str| Err(Error::image(&image.opened.path, code, clause));
+    let needed = match role {
+        Role::Read | Role::Empty | Role::Below => ROLE_SOURCE,
+        Role::Write => ROLE_SINK,
+    };
+    if image.plugin.roles() & needed == 0 {
+        let clause = format!("an image cannot {what} with this version of the {} plugin", image.plugin.name());
+        return refused(ErrorCode::UnsupportedFormat, &clause);
+    }
+    let verdict = image.plugin.verdict(role, &image.facts, context);
+    if verdict.code != ERROR_OK {
+        return refused(ErrorCode::from_u32(verdict.code).unwrap_or(ErrorCode::PluginRefused), &verdict.reason);
+    }
+    if !verdict.reason.is_empty() {
+        warnings.push(format!("'{}': {}", escape_path(&image.opened.path), verdict.reason));
+    }
+    Ok(verdict.max_length)
+}
