@@ -272,16 +272,18 @@ def test_names_begin_at_the_directory_of_the_image(chain):
     assert content_hash(chain / "top") == before
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["vpc", "vhdx", "vdi"])
 def test_images_that_record_identities(kind, seed, tmp_path, monkeypatch):
     """Where both backing files read the same, another one is recorded; where they do not, nothing is changed."""
     monkeypatch.setattr(test_mixed_chains, "KINDS", (kind,))
-    rng = random.Random(seed)
-    chain = test_mixed_chains.Chain(tmp_path, rng, 3)
-    kinds = set(chain.kinds)
-    if kinds != {kind}:
-        pytest.skip(f"drawn as {kinds}")
+    for drawn in range(100 * seed, 100 * seed + 100):
+        folder = tmp_path / str(drawn)
+        folder.mkdir()
+        chain = test_mixed_chains.Chain(folder, random.Random(drawn), 3)
+        if set(chain.kinds) == {kind}:
+            break
+    assert set(chain.kinds) == {kind}, "of a hundred chains, one is of this format alone"
     paths = [chain.path(number) for number in range(4)]
     held = chain.read_over(3, chain.disks[0])
     with support.untouched(*paths[:3]):

@@ -30,6 +30,7 @@ OPTIONAL = {
     "config": {"warnings"},
     "error": {"file", "role", "errno", "offset", "step"},
     "progress": {"error"},
+    "rebase": {"warnings"},
 }
 #: Keys that the few images here do not have: other tests have such.
 RARE = {"convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
