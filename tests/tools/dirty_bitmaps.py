@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import qcow2_bytes
@@ -24,10 +26,15 @@ def dirty(path, name) -> list[tuple[int, int]]:
     with tempfile.TemporaryDirectory(prefix="nbd") as directory:
         socket = Path(directory) / "s"
         # It ends with its first client.
-        export = support.run("qemu-nbd", "--fork", "-r", "-f", "qcow2", "-k", socket, "-B", name, path)
+        export = support.run("qemu-nbd", "--fork", "-r", "-f", "qcow2", "-k", socket, "-B", name, "--pid-file", f"{socket}.pid", path)
         assert export.rc == 0, str(export)
         options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
         found = json.loads(support.qemu_img("map", "--output=json", "--image-opts", options).stdout)
+        # It holds its lock on the image until it has ended; then it has no command line, though nobody may reap it.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            process = Path("/proc") / Path(f"{socket}.pid").read_text().strip()
+            while (process / "cmdline").read_bytes():
+                time.sleep(0.001)
     # The export calls dirty what is "no data".
     return merge((e["start"], e["start"] + e["length"]) for e in found if not e["data"])
 

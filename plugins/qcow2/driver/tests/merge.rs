@@ -8,9 +8,11 @@ use instar_guest_sdk::memory::MemoryDevices;
 use instar_qcow2_testkit::bitmaps::{bitmaps, BitmapSpec, Bits, AUTO};
 use instar_qcow2_testkit::builder::{build, Spec};
 use instar_qcow2_testkit::checker::check;
+use instar_qcow2_testkit::header::{backing_name, extensions, with_header, BACKING_FORMAT, FEATURE_NAMES};
 use instar_qcow2_testkit::pair::{data, is_dirty, views};
-use instar_qcow2_testkit::{run_commit, OVERLAY};
+use instar_qcow2_testkit::{be64, run_commit, ANCESTOR, OVERLAY};
 use instar_testkit::crashes;
+use std::slice::from_ref;
 
 const MERGE: Options = Options { keep_overlay: false, dry_run: false, resize_backing: false, bitmaps: true };
 
@@ -70,5 +72,100 @@ fn every_crash_point() {
             assert!(views(&again.files).1 == overlay, "running again gives something else");
         });
         assert!(states > 10, "only {states} states");
+    }
+}
+
+const BITMAPS: u32 = 0x2385_2875;
+
+/// The type of a header extension, and its data.
+type Extension = (u32, Vec<u8>);
+
+/// A backing over an ancestor of its own: its header has these extensions, and then the ancestor's name.
+fn over(bits: u32, all: &[Extension], name: &[u8]) -> Files {
+    let mut files = files(bits, 0);
+    let backing = with_header(files[&DEVICE_OUTPUT].clone(), all, 8, name);
+    files.insert(DEVICE_OUTPUT, backing);
+    files.insert(ANCESTOR, build(&Spec::new(bits, 200 << bits).with(data([1, 2, 100], 0x55))));
+    files
+}
+
+/// The extensions that are not about bitmaps.
+fn others(bytes: &[u8]) -> Vec<Extension> {
+    extensions(bytes).into_iter().filter(|e| e.0 != BITMAPS).map(|(kind, _, data)| (kind, data)).collect()
+}
+
+/// What the header says besides bitmaps stays at every instant, wherever the name is moved to.
+fn every_crash_point_over(before: &Files) {
+    let header = |files: &Files| (backing_name(&files[&DEVICE_OUTPUT]), others(&files[&DEVICE_OUTPUT]));
+    let ((_, overlay), said) = (views(before), header(before));
+    let (mut bare, mut whole) = (0, 0);
+    let io = merged(before, before);
+    crashes().each(before, &io.log, &mut |state: Files| {
+        assert_eq!(header(&state), said);
+        assert!(views(&state).1 == overlay, "the overlay reads something else");
+        for file in state.values().filter(|file| !is_dirty(file)) {
+            assert_eq!(check(file).errors, Vec::<String>::new());
+        }
+        match bitmaps(&state[&DEVICE_OUTPUT]).as_slice() {
+            [] => bare += 1,
+            // It has all its bits as soon as it is there.
+            [one] => {
+                let own = &bitmaps(&before[&OVERLAY])[0];
+                assert!(granules(&own.bits).iter().all(|&number| one.bits[number]), "the bitmap lacks bits");
+                whole += 1;
+            }
+            more => panic!("{} bitmaps", more.len()),
+        }
+        let again = merged(before, &state);
+        assert_eq!(header(&again.files), said);
+        assert!(views(&again.files).1 == overlay, "running again gives something else");
+    });
+    assert!(bare > 5 && whole > 1, "{bare} states without the bitmap, {whole} with it");
+}
+
+#[test]
+fn every_crash_point_of_a_name_that_is_moved() {
+    let format = (BACKING_FORMAT, b"qcow2".to_vec());
+    let all = [format.clone(), (FEATURE_NAMES, vec![7; 384]), (0x1234_5678, b"unknown".to_vec())];
+    let cases: [(u32, &[Extension], usize); 6] = [
+        (9, &[], 9),
+        (9, from_ref(&format), 9),
+        (9, from_ref(&format), 100),
+        (12, &all, 9),
+        (12, &all, 1023),
+        (12, &[], 24),
+    ];
+    for (bits, extensions, length) in cases {
+        let before = over(bits, extensions, &b"x".repeat(length));
+        let io = merged(&before, &before);
+        let (old, new) = (be64(&before[&DEVICE_OUTPUT], 8), be64(&io.files[&DEVICE_OUTPUT], 8));
+        assert!(new >= old + 32, "the name was not in the way");
+        every_crash_point_over(&before);
+    }
+}
+
+#[test]
+fn every_crash_point_of_an_extension_that_does_not_count() {
+    // The bit was cleared by a program that does not know bitmaps: the directory is nobody's.
+    let mut stale = vec![0, 0, 0, 3, 0, 0, 0, 0];
+    stale.extend([0xee; 16]);
+    every_crash_point_over(&over(12, &[(BACKING_FORMAT, b"qcow2".to_vec()), (BITMAPS, stale)], b"base.qcow2"));
+}
+
+#[test]
+fn no_room_in_the_header() {
+    let format = || (BACKING_FORMAT, b"qcow2".to_vec());
+    let cases = [
+        // The name and its copy do not fit, or not even the extension does.
+        (9, vec![format()], 200),
+        (9, vec![(FEATURE_NAMES, vec![7; 368])], 9),
+        (12, vec![(FEATURE_NAMES, vec![7; 2200])], 1023),
+    ];
+    for (bits, extensions, length) in cases {
+        let mut io = MemoryDevices::new(over(bits, &extensions, &b"x".repeat(length)));
+        let before = io.files.clone();
+        let failed = run_commit(&mut io, MERGE).unwrap_err();
+        assert!(failed.error.text.contains("the header has no room to refer to bitmaps"), "{:?}", failed.error);
+        assert!(io.files == before, "a refused commit changed a file");
     }
 }
