@@ -10,6 +10,7 @@ mod layout;
 pub mod mended;
 mod padded;
 pub mod pair;
+pub mod rebase;
 mod salvage;
 pub mod trial;
 
