@@ -311,3 +311,30 @@ def test_without_a_file_that_has_no_name(tmp_path):
     slow.communicate(timeout=support.TIMEOUT)
     assert slow.returncode == 1 and target.read_bytes() == old
     assert sorted(os.listdir(tmp_path)) == ["source.qcow2", "target.qcow2"]
+
+
+@pytest.mark.parametrize("fmt", ["qcow2", "vmdk", "vdi", "vpc", "vhdx", "qcow", "parallels"])
+def test_holes_take_nothing(tmp_path, fmt):
+    """A disk that is almost all hole makes a short image, and takes no time."""
+    source, target = tmp_path / "thin.raw", tmp_path / "target"
+    with open(source, "wb") as file:
+        file.truncate(64 * 1024 * MIB)
+        file.seek(7 * 1024 * MIB + 4096)
+        file.write(b"x" * 70_000)
+    begin = time.monotonic()
+    convert(source, target, fmt, "-f", "raw")
+    assert time.monotonic() - begin < 20
+    assert target.stat().st_size < 48 * MIB, "tables, and one or two clusters or blocks"
+    assert_same(source, "raw", target, fmt)
+
+
+def test_the_base_of_a_running_machine_is_not_replaced(tmp_path):
+    base, overlay, source = (tmp_path / name for name in ("base", "overlay", "source"))
+    support.create(base, MIB)
+    support.create(overlay, backing=base)
+    support.create(source, MIB)
+    support.qemu_io(source, "write -P 7 0 64k")
+    with support.Holder(overlay), support.untouched(base):
+        result = support.run_instar("convert", "-O", "qcow2", source, base)
+    assert result.rc == 1 and "ERROR_IMAGE_IN_USE" in result.stderr, str(result)
+    convert(source, base, "qcow2")

@@ -5,6 +5,7 @@
 //! without a name. One with a temporary name is removed when the operation fails or is interrupted; a power loss, or a
 //! `SIGKILL`, leaves it.
 
+use crate::create::lock;
 use crate::error::{reason, Error};
 use crate::image::{Access, NamedFile, OpenedFile};
 use crate::lookup::{Directory, Identity};
@@ -142,7 +143,10 @@ impl NewFile {
             }
             _ => error,
         });
-        locked.map(Some)
+        let locked = locked?;
+        // Who only reads it, as a virtual machine the base of its disk, is locked out as well: it would go on with what is gone.
+        lock(locked.file.file(), &self.path)?;
+        Ok(Some(locked))
     }
 
     /// The file, open, to be filled. `None` the second time.

@@ -161,7 +161,10 @@ fn zero(file: &File, offset: u64, length: u64) -> io::Result<()> {
 }
 
 /// Lock out every process that uses the image, until the file is closed. Fails if there is one.
-fn lock(file: &File, path: &Path) -> Result<(), Error> {
+///
+/// # Errors
+/// [`ErrorCode::ImageInUse`].
+pub(crate) fn lock(file: &File, path: &Path) -> Result<(), Error> {
     // SAFETY: `flock` is a C structure of integers, for which zero is a value.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
     // The constants are small; the field is 16 bits wide.

@@ -2,7 +2,7 @@
 
 mod file;
 
-pub(crate) use file::write_to;
+pub(crate) use file::{lock, write_to};
 
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};

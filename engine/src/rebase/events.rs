@@ -4,7 +4,7 @@ use crate::commit::Meter;
 use crate::devices::Devices;
 use crate::operation::{decode, Events, Observer};
 use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{Phase, Request};
+use instar_guest_abi::{Phase, Request, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Outcome, Plan};
 use std::rc::Rc;
 
@@ -23,6 +23,10 @@ pub struct RebaseEvents {
     pub(super) only_record: bool,
     /// Something would have to be, which is why the guest was ended.
     pub(super) needs_data: bool,
+    /// Length in bytes of an image on a device, which nothing makes longer.
+    pub(super) fixed: Option<u64>,
+    /// It would have no room for what is written and for the new name, which is why the guest was ended.
+    pub(super) lacks_room: bool,
     /// Who is told that.
     pub(super) observer: Option<Rc<dyn Observer>>,
     /// Nothing may be changed.
@@ -58,6 +62,12 @@ impl Events for RebaseEvents {
         self.needs_data = self.only_record && plan.bytes > 0;
         if self.needs_data {
             return Err(BadRequest("data for an image that only gets another parent".to_owned()));
+        }
+        // Where the data has taken the room of the name, nothing could finish it any more.
+        let end = plan.final_length.saturating_add(PARENT_ROOM);
+        self.lacks_room = plan.bytes > 0 && self.fixed.is_some_and(|length| end > length);
+        if self.lacks_room {
+            return Err(BadRequest("data that leaves no room for a name".to_owned()));
         }
         for line in &self.warnings {
             self.observer.iter().for_each(|observer| observer.warning(line));

@@ -11,7 +11,7 @@ use crate::escape::{escape, escape_path};
 use crate::image::{open_extra_files, Access, ChainImage, FilesOf};
 use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
 use crate::sandbox::ModuleSpec;
-use instar_guest_abi::{ErrorCode, MemberRole, PARENT_ROOM};
+use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Config, Parent};
 use instar_guest_protocol::Message;
 use instar_plugin_api::{Context, ImageFacts, Role};
@@ -234,6 +234,7 @@ impl Operation for Rebase<'_> {
             meter: Some(meter),
             warnings: self.warnings.clone(),
             only_record: self.only_record,
+            fixed: paths.is_block_device(DEVICE_OUTPUT).then_some(opened.length),
             observer: Some(observer.clone()),
             dry_run,
             virtual_size: opened.virtual_size,
@@ -242,7 +243,7 @@ impl Operation for Rebase<'_> {
     }
 
     fn finish(self, ended: Ended<RebaseEvents>) -> Result<RebaseOutcome, Error> {
-        let Opened { path, format, .. } = self.opened.ok_or_else(out_of_order)?;
+        let Opened { path, format, length, .. } = self.opened.ok_or_else(out_of_order)?;
         if let (true, Some(plan)) = (ended.events.needs_data, ended.events.plan) {
             let clause = format!(
                 "differs over the two backing files in {} bytes, and nothing can be written into an image that records identities \
@@ -251,6 +252,13 @@ impl Operation for Rebase<'_> {
                 plan.bytes
             );
             return Err(Error::image(&self.request.image, ErrorCode::UnsupportedFormat, clause));
+        }
+        if ended.events.lacks_room {
+            let clause = format!(
+                "is on a device of {length} bytes, which has no room for what differs over the two backing files and for the new \
+                 name; nothing was changed: enlarge the device"
+            );
+            return Err(Error::image(&self.request.image, ErrorCode::NoSpace, clause));
         }
         let state = if ended.devices.any_changed() {
             "the image reads what it read, and running the same command again finishes the rebase"

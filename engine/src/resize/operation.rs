@@ -146,7 +146,12 @@ impl Operation for Resize<'_> {
 
     fn finish(self, ended: Ended<ResizeEvents>) -> Result<ResizeOutcome, Error> {
         let (old, new) = self.sizes;
-        let state = if ended.devices.any_changed() {
+        let state = if ended.devices.any_changed() && self.request.preallocate {
+            format!(
+                "the image has {old} bytes or {new}, as `instar info` says, and reads as before; what has no space yet takes it when \
+                 something is written there"
+            )
+        } else if ended.devices.any_changed() {
             format!(
                 "the image has {old} bytes or {new}, as `instar info` says, and reads as before; to finish, run the command with \
                  the size {new}"

@@ -193,8 +193,8 @@ fn no_way(header: &Header, behind: usize, length: usize) -> String {
              to a shorter path"
         );
     }
-    "the header's extensions cannot be changed in one write: `qemu-img rebase -u` names another backing file, and must not be \
-     interrupted"
+    "the header's extensions cannot be changed in one write: `qemu-img rebase`, without -u, names another backing file, and must \
+     not be interrupted"
         .into()
 }
 
