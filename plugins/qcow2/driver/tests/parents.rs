@@ -72,7 +72,7 @@ fn names_in_places_of_every_kind() {
     // The second sector begins with the name, and there is no end marker before it.
     let tight = with_header(image(), &[features(8), (UNKNOWN, vec![5; 8])], 0, b"original");
     let error = verify_parent(&Kit, &tight, Some(&BASE), CRASHES).unwrap_err();
-    assert!(error.text.contains("qemu-img rebase -u"), "{error}");
+    assert!(error.text.contains("`qemu-img rebase`, without -u"), "{error}");
     all_is_done(&with_header(
         image(),
         &[(UNKNOWN, vec![9; 13]), format("qcow2"), (UNKNOWN + 1, vec![8; 3])],
@@ -126,11 +126,11 @@ fn what_a_header_cannot_name_is_refused() {
     assert!(refused(&small, Some(&Parent { name: &[b'n'; 512 - 104 - 23], ..BASE })).contains("has no room"));
     // Extensions behind the first sector would have to be moved.
     let many = with_header(plain.clone(), &[features(20)], 8, b"original");
-    assert!(refused(&many, Some(&BASE)).contains("qemu-img rebase -u"));
+    assert!(refused(&many, Some(&BASE)).contains("`qemu-img rebase`, without -u"));
     let long = with_header(plain, &[format("raw"), features(20)], 8, b"original");
     assert!(verify_parent(&Kit, &long, Some(&BASE), CRASHES).is_ok());
-    assert!(refused(&long, None).contains("qemu-img rebase -u"));
-    assert!(refused(&long, Some(&Parent { format: "parallels", ..BASE })).contains("qemu-img rebase -u"));
+    assert!(refused(&long, None).contains("`qemu-img rebase`, without -u"));
+    assert!(refused(&long, Some(&Parent { format: "parallels", ..BASE })).contains("`qemu-img rebase`, without -u"));
 }
 
 #[test]
