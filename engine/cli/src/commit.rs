@@ -4,7 +4,6 @@ use super::commit_text::{render_commit_success, render_dry_run, render_verbose};
 use super::opening::OpeningArgs;
 use super::output::OutputFormat;
 use super::print_error;
-use super::progress::Ending;
 use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
 use super::size::parse_bytes;
@@ -131,12 +130,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
     let told = Told { verbose: args.verbose, warns, ..Told::of("commit", &args.progress, args.quiet)? };
     let told = Rc::new(told);
     let result = committed(args, &told);
-    let ending = match &result {
-        Ok(_) if args.dry_run => Ending::DryRun,
-        Ok(_) => Ending::Done,
-        Err(_) => Ending::Failed,
-    };
-    told.end(ending, result.as_ref());
+    told.end(args.dry_run, result.as_ref());
     let result = result?;
     if args.verbose {
         say(&render_verbose(&result));

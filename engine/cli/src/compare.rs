@@ -4,7 +4,6 @@ use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::print_error;
-use super::progress::Ending;
 use super::progress_args::ProgressArgs;
 use super::told::Told;
 use super::unsupported::UnsupportedArgs;
@@ -89,7 +88,7 @@ fn compare(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, Error> {
     args.unsupported.refuse()?;
     let told = Rc::new(Told { verbose: args.verbose, ..Told::of("compare", &args.progress, args.quiet)? });
     let result = compared(args, &told);
-    told.end(if result.is_ok() { Ending::Done } else { Ending::Failed }, result.as_ref());
+    told.end(false, result.as_ref());
     let outcome = result?;
     match args.output {
         _ if args.quiet => {}

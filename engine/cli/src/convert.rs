@@ -4,7 +4,6 @@ use super::commit::CacheMode;
 use super::format_options::{help, split_options, want_help};
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
-use super::progress::Ending;
 use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
 use super::size::parse_bytes;
@@ -184,7 +183,7 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
     let warns = !args.quiet && args.output == OutputFormat::Human;
     let told = Rc::new(Told { verbose: args.verbose, warns, ..Told::of("convert", &args.progress, args.quiet)? });
     let result = run_convert(&request, &told.session(cancel_on_signals()));
-    told.end(if result.is_ok() { Ending::Done } else { Ending::Failed }, result.as_ref());
+    told.end(false, result.as_ref());
     let outcome = result?;
     match args.output {
         OutputFormat::Human => Ok(()),

@@ -4,7 +4,6 @@ use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, unprinted_but, OutputFormat};
 use super::print_error;
-use super::progress::Ending;
 use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
 use super::told::Told;
@@ -107,12 +106,7 @@ fn rebase(args: &RebaseArgs, out: &mut dyn Write) -> Result<(), Error> {
     let warns = !args.quiet && args.output == OutputFormat::Human;
     let told = Rc::new(Told { verbose: args.verbose, warns, ..Told::of("rebase", &args.progress, args.quiet)? });
     let result = rebased(args, &told);
-    let ending = match &result {
-        Ok(_) if args.dry_run => Ending::DryRun,
-        Ok(_) => Ending::Done,
-        Err(_) => Ending::Failed,
-    };
-    told.end(ending, result.as_ref());
+    told.end(args.dry_run, result.as_ref());
     let outcome = result?;
     let printed = match args.output {
         OutputFormat::Json => print_json(out, &outcome),

@@ -3,7 +3,6 @@
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, unprinted_but, OutputFormat};
 use super::print_error;
-use super::progress::Ending;
 use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
 use super::size::parse_bytes;
@@ -116,12 +115,7 @@ fn resize(args: &ResizeArgs, out: &mut dyn Write) -> Result<(), Error> {
     let warns = !args.quiet && args.output == OutputFormat::Human;
     let told = Rc::new(Told { verbose: args.verbose, warns, ..Told::of("resize", &args.progress, args.quiet)? });
     let result = resized(args, preallocate, &told);
-    let ending = match &result {
-        Ok(_) if args.dry_run => Ending::DryRun,
-        Ok(_) => Ending::Done,
-        Err(_) => Ending::Failed,
-    };
-    told.end(ending, result.as_ref());
+    told.end(args.dry_run, result.as_ref());
     let outcome = result?;
     let printed = match args.output {
         _ if args.quiet => Ok(()),

@@ -46,8 +46,13 @@ impl Told {
         }
     }
 
-    /// The operation is over, with this result: what `--output json` prints of it.
-    pub fn end(&self, ending: Ending, result: Result<&impl Serialize, &Error>) {
+    /// The operation, which in a `dry_run` was to change nothing, is over with this result: what `--output json` prints of it.
+    pub fn end(&self, dry_run: bool, result: Result<&impl Serialize, &Error>) {
+        let ending = match result {
+            Ok(_) if dry_run => Ending::DryRun,
+            Ok(_) => Ending::Done,
+            Err(_) => Ending::Failed,
+        };
         self.shown.iter().for_each(|shown| shown.borrow_mut().end(ending));
         self.lines.iter().for_each(|lines| lines.borrow().conclude(result));
     }
