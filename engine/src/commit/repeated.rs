@@ -6,7 +6,7 @@
 //! already, the whole mark among them, and as long as nothing changes where formats have their headers. So the header of
 //! somebody else's image is never overwritten. The host itself compares: it need not believe the guest.
 
-use crate::devices::{Device, Devices};
+use crate::devices::Devices;
 use crate::plugins::Mark;
 use crate::sandbox::BufferAccess;
 use instar_guest_abi::{Request, RequestOp, DEVICE_OUTPUT};
@@ -80,7 +80,7 @@ fn is_there(devices: &Devices, memory: &dyn BufferAccess, request: &Request, hea
     while done < head {
         let length = usize::try_from(head - done).unwrap_or(PIECE).min(PIECE);
         let (wanted, found) = (&mut wanted[..length], &mut found[..length]);
-        read(target, request.offset.saturating_add(done), found)?;
+        target.read_padded(request.offset.saturating_add(done), found)?;
         match RequestOp::from_u32(request.op) {
             Some(RequestOp::Write) => {
                 let address = request.buffer.saturating_add(done);
@@ -90,7 +90,7 @@ fn is_there(devices: &Devices, memory: &dyn BufferAccess, request: &Request, hea
             }
             Some(RequestOp::Copy) => {
                 let Some(source) = devices.device(request.src_device) else { return Ok(false) };
-                read(source, request.src_offset.saturating_add(done), wanted)?;
+                source.read_padded(request.src_offset.saturating_add(done), wanted)?;
             }
             _ => wanted.fill(0),
         }
@@ -100,21 +100,4 @@ fn is_there(devices: &Devices, memory: &dyn BufferAccess, request: &Request, hea
         done += length as u64;
     }
     Ok(true)
-}
-
-/// Read all of `out`; past the end of the file there are zeroes.
-fn read(device: &Device, offset: u64, out: &mut [u8]) -> io::Result<()> {
-    let mut done = 0;
-    while done < out.len() {
-        match device.read_at(offset.saturating_add(done as u64), &mut out[done..]) {
-            Ok(0) => {
-                out[done..].fill(0);
-                return Ok(());
-            }
-            Ok(length) => done += length,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

@@ -9,7 +9,6 @@ use instar_guest_protocol::compare::Side;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
 /// Where plain bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,17 +104,5 @@ impl Contents {
 /// The kernel's.
 pub fn read(devices: &Devices, Location { device, offset }: Location, buffer: &mut [u8]) -> io::Result<()> {
     let Some(device) = devices.device(device) else { return Err(io::ErrorKind::NotFound.into()) };
-    let mut done = 0;
-    while done < buffer.len() {
-        match device.file().read_at(&mut buffer[done..], offset.saturating_add(done as u64)) {
-            Ok(0) => {
-                buffer[done..].fill(0);
-                break;
-            }
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
+    device.read_padded(offset, buffer)
 }

@@ -145,6 +145,23 @@ impl Device {
         }
     }
 
+    /// Read all of `out` at `offset`; past the end of the file there are zeroes.
+    pub(crate) fn read_padded(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < out.len() {
+            match self.read_at(offset.saturating_add(done as u64), &mut out[done..]) {
+                Ok(0) => {
+                    out[done..].fill(0);
+                    break;
+                }
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     /// Write all of `bytes` at `offset`.
     fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.note_data(offset, bytes.len() as u64);

@@ -102,25 +102,8 @@ impl Device {
     /// Whether a range reads as zeroes: of a block device, nobody knows without reading it.
     fn holds_zeroes(&self, offset: u64, length: u64) -> io::Result<bool> {
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-        let mut done = 0;
-        while done < bytes.len() {
-            let rest = bytes.get_mut(done..).unwrap_or_default();
-            match retry_read(|| self.read_at(offset.saturating_add(done as u64), rest))? {
-                0 => break,
-                count => done += count,
-            }
-        }
+        self.read_padded(offset, &mut bytes)?;
         Ok(bytes.iter().all(|&byte| byte == 0))
-    }
-}
-
-/// A read, again as long as a signal interrupts it.
-fn retry_read(mut read: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
-    loop {
-        match read() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => return other,
-        }
     }
 }
 
