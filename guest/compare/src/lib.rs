@@ -39,36 +39,15 @@ pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut
     reporter.end(compared.map(|()| Outcome {}));
 }
 
-fn open<'a>(operation: &Operation<'a>) -> DriverResult<[View<'a>; 2]> {
+fn open<'a>(operation: &Operation<'a>) -> DriverResult<[Layers<'a>; 2]> {
     let open_group = |group| {
         let layers = Layers::of_group(operation, group)?;
         if layers.count() == 0 {
             return Err(DriverError::new(ErrorCode::GuestProtocol, "a comparison is of two images"));
         }
-        Ok(View { size: layers.info().virtual_size, layers })
+        Ok(layers)
     };
     Ok([open_group(0)?, open_group(1)?])
-}
-
-/// A disk.
-struct View<'a> {
-    layers: Layers<'a>,
-    /// Virtual size in bytes.
-    size: u64,
-}
-
-impl View<'_> {
-    /// What is at `at`, and up to which byte (`limit` at most) that goes. Past its end a disk has nothing.
-    fn seen(&mut self, io: &mut dyn BlockIo, at: u64, limit: u64) -> DriverResult<(Seen, u64)> {
-        if at >= self.size {
-            return Ok((Seen::Nothing, limit));
-        }
-        let (seen, end) = self.layers.seen(io, at, limit.min(self.size))?;
-        if end <= at {
-            return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
-        }
-        Ok((seen, end))
-    }
 }
 
 /// What both disks have in a range.
@@ -108,17 +87,16 @@ impl Both {
 ///
 /// # Errors
 /// Those of the sources.
-fn compare(views: &mut [View<'_>; 2], io: &mut dyn BlockIo, each: &mut dyn FnMut(Pair)) -> DriverResult<()> {
-    let size = views[0].size.max(views[1].size);
+fn compare(views: &mut [Layers<'_>; 2], io: &mut dyn BlockIo, each: &mut dyn FnMut(Pair)) -> DriverResult<()> {
+    let size = views.iter().map(|view| view.info().virtual_size).max().unwrap_or(0);
     let mut buffers = [Vec::new(), Vec::new()];
     let mut last: Option<Both> = None;
     let mut at = 0;
     while at < size {
         let [first, second] = views;
-        let (one, end) = first.seen(io, at, size)?;
-        let (two, end) = second.seen(io, at, end)?;
-        let mut next =
-            Both { range: at..end, places: [first.layers.place(one, at), second.layers.place(two, at)], equal: 0 };
+        let (one, end) = first.seen_on_disk(io, at, size)?;
+        let (two, end) = second.seen_on_disk(io, at, end)?;
+        let mut next = Both { range: at..end, places: [first.place(one, at), second.place(two, at)], equal: 0 };
         let mut differs = false;
         if next.is_encoded() {
             next.equal = equal_bytes(views, [one, two], io, at..end, &mut buffers)?;
@@ -139,7 +117,7 @@ fn compare(views: &mut [View<'_>; 2], io: &mut dyn BlockIo, each: &mut dyn FnMut
 
 /// How many bytes are equal of what is seen in a range that begins with these.
 fn equal_bytes(
-    views: &mut [View<'_>; 2],
+    views: &mut [Layers<'_>; 2],
     seen: [Seen; 2],
     io: &mut dyn BlockIo,
     range: Range<u64>,
@@ -150,7 +128,7 @@ fn equal_bytes(
         let length = usize::try_from(CHUNK.min(range.end - at)).unwrap_or(0);
         for ((view, seen), buffer) in views.iter_mut().zip(seen).zip(&mut *buffers) {
             buffer.resize(length, 0);
-            view.layers.read_seen(io, seen, at, buffer)?;
+            view.read_seen(io, seen, at, buffer)?;
         }
         let [one, two] = buffers;
         if let Some(differs) = one.iter().zip(two.iter()).position(|(one, two)| one != two) {

@@ -24,29 +24,14 @@ pub struct View<'a> {
     layers: Layers<'a>,
     /// The device of each layer, by which a layer of the other view is known to be the same one.
     devices: Vec<u32>,
-    /// Virtual size in bytes.
-    size: u64,
 }
 
 impl<'a> View<'a> {
     /// These layers, each with its device, the top-most first; none for a disk of zeroes.
     #[must_use]
     pub fn new(layers: Vec<(u32, Box<dyn Source + 'a>)>) -> Self {
-        let size = layers.first().map_or(0, |(_, top)| top.info().virtual_size);
         let (devices, layers) = layers.into_iter().unzip();
-        Self { layers: Layers::new(layers), devices, size }
-    }
-
-    /// What is at `at`, and up to which byte (`limit` at most) that goes.
-    fn seen(&mut self, io: &mut dyn BlockIo, at: u64, limit: u64) -> DriverResult<(Seen, u64)> {
-        if at >= self.size {
-            return Ok((Seen::Nothing, limit));
-        }
-        let (seen, end) = self.layers.seen(io, at, limit.min(self.size))?;
-        if end <= at {
-            return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
-        }
-        Ok((seen, end))
+        Self { layers: Layers::new(layers), devices }
     }
 
     /// The device of the layer that is seen; `None` for zeroes.
@@ -112,8 +97,8 @@ impl<'a> Differences<'a> {
                 at = end;
                 continue;
             }
-            let (one, end) = self.old.seen(io, at, end)?;
-            let (two, end) = self.new.seen(io, at, end)?;
+            let (one, end) = self.old.layers.seen_on_disk(io, at, end)?;
+            let (two, end) = self.new.layers.seen_on_disk(io, at, end)?;
             // The same layer has the same bytes at the same place: that is how a layer is dropped from a chain at little cost.
             if self.old.holder(one) != self.new.holder(two) {
                 self.compare(io, [one, two], at..end, &mut buffers)?;
@@ -221,7 +206,8 @@ impl Source for Differences<'_> {
         while let Some((place, zeroes)) = self.places.get(index).cloned().filter(|(place, _)| place.start < range.end) {
             let (mut at, limit) = (place.start.max(range.start), place.end.min(range.end));
             while at < limit {
-                let (seen, end) = if zeroes { (Seen::Nothing, limit) } else { self.old.seen(io, at, limit)? };
+                let (seen, end) =
+                    if zeroes { (Seen::Nothing, limit) } else { self.old.layers.seen_on_disk(io, at, limit)? };
                 let extent = self.part(seen, at, end);
                 if !out.push(extent) {
                     self.position = at;

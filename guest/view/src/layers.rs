@@ -183,6 +183,22 @@ impl<'a> Layers<'a> {
         Ok((Seen::Nothing, end))
     }
 
+    /// The same of the disk that they are, which has nothing past its end: up to a byte behind `at`.
+    ///
+    /// # Errors
+    /// As [`seen`](Self::seen); [`ErrorCode::InternalOverflow`] for layers that do not advance.
+    pub fn seen_on_disk(&mut self, io: &mut dyn BlockIo, at: u64, limit: u64) -> DriverResult<(Seen, u64)> {
+        let size = self.layers.first().map_or(0, |top| top.size);
+        if at >= size {
+            return Ok((Seen::Nothing, limit));
+        }
+        let (seen, end) = self.seen(io, at, limit.min(size))?;
+        if end <= at {
+            return Err(DriverError::new(ErrorCode::InternalOverflow, "the layers do not advance"));
+        }
+        Ok((seen, end))
+    }
+
     /// The images of a group that are read, the top-most first.
     ///
     /// # Errors
