@@ -146,6 +146,9 @@ impl Events for CommitEvents {
         match decode::<Event>(event)?.kind {
             Some(Told::Plan(plan)) => self.planned(plan),
             Some(Told::Bitmap(bitmap)) => self.bitmap(bitmap),
+            Some(Told::Complete(_)) => {
+                Err(BadRequest("a complete target was announced that nobody asked for".to_owned()))
+            }
             None => Err(BadRequest("an event that says nothing".to_owned())),
         }
     }

@@ -299,7 +299,8 @@ impl Operation for Commit<'_> {
         let resize_backing = self.admitted.as_ref().is_some_and(|admitted| admitted.backing_grows_to.is_some());
         let relinked = self.admitted.as_ref().and_then(|admitted| admitted.wanted.clone());
         let bitmaps = self.request.bitmaps;
-        Config { dry_run: self.request.only_plans(), resize_backing, relinked, bitmaps }.encode_to_vec()
+        let dry_run = self.request.only_plans();
+        Config { dry_run, resize_backing, relinked, bitmaps, announce_complete: false }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {

@@ -63,8 +63,14 @@ pub fn run(
     let members: Vec<Member> = members.collect();
     let modules = names.iter().zip(&modules);
     let modules = modules.map(|(&name, module)| ModuleSpec { name, version: "fuzz", elf: module.elf.as_slice() });
-    let payload = commit::Config { dry_run: false, resize_backing: fixture.resize, relinked: None, bitmaps: false }
-        .encode_to_vec();
+    let payload = commit::Config {
+        dry_run: false,
+        resize_backing: fixture.resize,
+        relinked: None,
+        bitmaps: false,
+        announce_complete: false,
+    }
+    .encode_to_vec();
     let program = Program::new(instar::commit::MODULE, payload, members, modules.collect());
     let mut devices = InMemory { io, end: None };
     match sandbox::run(&choice, &program, &mut devices) {

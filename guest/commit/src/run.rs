@@ -6,7 +6,7 @@ use crate::relinks;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::commit::event::Kind;
-use instar_guest_protocol::commit::{self, Config, Outcome, Plan};
+use instar_guest_protocol::commit::{self, Complete, Config, Outcome, Plan};
 use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit_before_relinking, Commit, CommitFailure, Event, Options, Step};
@@ -74,7 +74,7 @@ fn run_chain(
 ) -> Result<crate::Outcome, Failed> {
     let at = |error| Failed { step: Step::Check.name(), error };
     let members = Members::of(operation).map_err(at)?;
-    let Config { dry_run, resize_backing, relinked, bitmaps } = config(operation).map_err(at)?;
+    let Config { dry_run, resize_backing, relinked, bitmaps, announce_complete } = config(operation).map_err(at)?;
     let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing, bitmaps };
     let wanted = relinked.unwrap_or_default();
     let children = relinks::children(operation, &wanted).map_err(at)?;
@@ -99,8 +99,11 @@ fn run_chain(
     };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let mut relinks = Relinks::new(&children, &wanted.format, identity);
-    let committed =
-        commit_before_relinking(io, &mut images, &mut relinks, options, &mut |event| report(event, reporter));
+    let mut watch = |event: Event<'_>| match event {
+        Event::Complete if !announce_complete => {}
+        event => report(event, reporter),
+    };
+    let committed = commit_before_relinking(io, &mut images, &mut relinks, options, &mut watch);
     let outcome = committed.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })?;
     if !dry_run {
         let total = children.len() as u64;
@@ -114,6 +117,7 @@ fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
     let plan = match event {
         Event::Progress(step, done, total) => return reporter.progress(step.name(), done, total),
         Event::Bitmap(merged) => return reporter.event(&message(Kind::Bitmap(told(merged)))),
+        Event::Complete => return reporter.event(&message(Kind::Complete(Complete {}))),
         Event::Planned(plan) => plan,
     };
     let tables = plan.sink.unread_tables;

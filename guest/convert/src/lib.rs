@@ -70,8 +70,8 @@ fn wrong(text: &str) -> DriverError {
 fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
     match event {
         Event::Progress(step, done, total) => reporter.progress(step.name(), done, total),
-        // None are merged.
-        Event::Bitmap(_) => {}
+        // No bitmap is merged, and nothing depends on the target.
+        Event::Bitmap(_) | Event::Complete => {}
         Event::Planned(plan) => {
             let plan = Plan {
                 clusters: plan.clusters,

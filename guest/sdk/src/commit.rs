@@ -63,6 +63,8 @@ pub enum Event<'a> {
     Bitmap(&'a MergedBitmap),
     /// Everything that can refuse has been asked.
     Planned(Plan),
+    /// The target is complete and durable: what depends on that comes next.
+    Complete,
 }
 
 /// What is about to be done.
@@ -204,6 +206,7 @@ pub fn commit_before_relinking(
     .and_then(|()| sink.finish(io))
     .map_err(at(Step::Write))?;
     drop(arena);
+    watch(Event::Complete);
     if let Some(identity) = &identity {
         // Before the overlay is emptied: from here on a backing of before, restored from a backup, is refused. A crash in
         // front of it leaves an overlay that still holds everything, and goes with either backing.

@@ -14,6 +14,9 @@ pub struct Config {
     /// The bitmaps of what is committed are merged into those of the target.
     #[prost(bool, tag = "4")]
     pub bitmaps: bool,
+    /// The host wants to hear when the target is complete.
+    #[prost(bool, tag = "5")]
+    pub announce_complete: bool,
 }
 /// What the members that are relinked record of the image that is written.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -34,7 +37,7 @@ pub struct Relinked {
 /// What a commit tells.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Event {
-    #[prost(oneof = "event::Kind", tags = "1, 2")]
+    #[prost(oneof = "event::Kind", tags = "1, 2, 3")]
     pub kind: ::core::option::Option<event::Kind>,
 }
 /// Nested message and enum types in `Event`.
@@ -46,6 +49,9 @@ pub mod event {
         /// Any number of them come before the plan.
         #[prost(message, tag = "2")]
         Bitmap(super::Bitmap),
+        /// Once, and only if the host asked for it.
+        #[prost(message, tag = "3")]
+        Complete(super::Complete),
     }
 }
 /// What will be done, sent once, when everything that can refuse has been asked. Nothing can be
@@ -67,6 +73,10 @@ pub struct Plan {
     #[prost(uint64, tag = "6")]
     pub encoded_bytes: u64,
 }
+/// The target holds everything, and all of it is durable; what depends on that comes next: the overlay's word about its
+/// parent, the emptying of the overlay, the children.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Complete {}
 /// What becomes of a bitmap of the layers that are committed.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Bitmap {
