@@ -48,6 +48,9 @@ pub struct MeasureArgs {
     /// With --commit: let a smaller backing grow to the overlay's virtual size
     #[arg(long, requires = "commit")]
     pub resize_backing: bool,
+    /// With --commit: merge the overlay's persistent bitmaps into those of the target, as `instar commit --bitmaps` does
+    #[arg(long, requires = "commit")]
+    pub bitmaps: bool,
     /// Read the images even if they are in use; a change meanwhile may look like damage
     #[arg(short = 'U', long, conflicts_with = "commit")]
     pub force_share: bool,
@@ -86,6 +89,7 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
             base_format: args.base_format.clone(),
             mode: CommitMode::Measure,
             resize_backing: args.resize_backing,
+            bitmaps: args.bitmaps,
             settings,
             ..CommitRequest::default()
         };
