@@ -237,3 +237,29 @@ def test_a_reader_that_goes_away(tmp_path):
     support.create(image, "2M")
     result = support.run("sh", "-c", '"$0" map --output json "$1" > /dev/full', support.instar_binary(), image)
     assert result.rc == 1 and "No space left" in result.stderr and len(result.stderr.splitlines()) == 1, str(result)
+
+
+def test_a_picture_shows_what_is_read(tmp_path):
+    """A column for each MiB, drawn here from what qemu-img says of the chain."""
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    support.create(base, 72 * MIB)
+    support.qemu_io(base, "write -P 1 0 20M", "write -P 1 40M 3M")
+    support.create(top, backing="base.qcow2", backing_fmt="qcow2")
+    support.qemu_io(top, "write -P 2 2M 8M", "write -z 24M 4M", "write -P 3 41M 64k")
+    strips = [[" "] * 72 for _ in range(2)]
+    for run in support.qemu_img("map", "--output=json", top).json:
+        for mib in range(run["start"] // MIB, -(-(run["start"] + run["length"]) // MIB)):
+            if run["present"]:
+                whole = run["start"] <= mib * MIB and (mib + 1) * MIB <= run["start"] + run["length"]
+                kind = "." if run["zero"] else "#" if whole or run["length"] > 900 * 1024 else "+"
+                strips[run["depth"]][mib] = kind
+    done = support.run_instar("map", "--picture", top)
+    assert done.rc == 0, str(done)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("72 MiB of the disk, 1 MiB a column")
+    assert [lines[2], lines[4]] == ["|" + "".join(strip) + "|" for strip in strips], done.stdout
+    assert lines[1] == f"0 {top}: 8.06 MiB of data, 4 MiB of zeroes" and lines[3].startswith(f"1 {base}: 14.9 MiB")
+    part = support.run_instar("map", "--picture=svg", "-s", "2M", "-l", "8M", top)
+    assert part.rc == 0 and part.stdout.startswith("<svg ") and "from byte 2097152 on" in part.stdout
+    assert part.stdout.count("<rect") == 1 + 72, "the strip of the base has nothing to show"
+    assert support.run_instar("map", "--picture", "--output", "json", top).rc == 2

@@ -16,6 +16,7 @@ mod format_options;
 pub mod info;
 mod info_text;
 pub mod map;
+mod map_picture;
 mod map_text;
 pub mod measure;
 mod opening;

@@ -1,5 +1,6 @@
 //! `instar map`: options, in the words of `qemu-img map`.
 
+use super::map_picture::{Drawing, MapPicture};
 use super::map_text::MapText;
 use super::opening::OpeningArgs;
 use super::output::OutputFormat;
@@ -20,6 +21,10 @@ pub struct MapArgs {
     /// How to print the result; for people, only data is listed
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
+    /// Draw a strip of the disk for each layer, which shows where what is read comes from; `--picture=svg` for a page
+    #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "text",
+          conflicts_with = "output")]
+    pub picture: Option<Drawing>,
     /// Begin at this byte of the virtual disk
     #[arg(short, long, value_name = "OFFSET", value_parser = parse_bytes, default_value = "0", hide_default_value = true)]
     pub start_offset: u64,
@@ -53,6 +58,14 @@ pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
         range: args.start_offset..args.max_length.map_or(u64::MAX, |length| args.start_offset.saturating_add(length)),
         settings: args.opening.settings(&config),
     };
+    if let Some(drawing) = args.picture {
+        let mut picture = MapPicture::new(drawing, args.start_offset);
+        run_map(&request, &reading(args.verbose), &mut |run| {
+            picture.add(run);
+            Ok(())
+        })?;
+        return picture.end(out);
+    }
     let mut text = MapText::new(out, args.output);
     run_map(&request, &reading(args.verbose), &mut |run| text.print(run))?;
     text.end()
