@@ -45,7 +45,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo bench bench-quick \
+.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers bench bench-quick \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -123,6 +123,12 @@ chains: ## commit drawn chains of all formats, two to nine images deep (CHAINS_S
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/tools/demo.sh
 
+picture: instar ## draw docs/demo.svg, the terminal in the README, from a real run of the demo
+	@INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTHON) tests/tools/demo_picture.py
+
+readme-numbers: ## copy the measurements that the README shows from docs/performance.md
+	@$(PYTHON) tests/tools/readme_numbers.py
+
 # What is measured is what is installed: beside a build lie the plugins of the tests, which would be loaded, too.
 BENCHED := target/stage/bench
 
@@ -134,6 +140,7 @@ benched: instar
 bench: benched python qemu-img file-systems ## measure against qemu-img commit and refresh docs/performance.md
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements-bench.txt
 	$(VENV)/bin/python tests/bench --instar $(BENCHED)/bin/instar $(or $(BENCH_ARGS),--write-docs)
+	@$(PYTHON) tests/tools/readme_numbers.py
 
 bench-quick: benched qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
 	$(PYTHON) tests/bench --instar $(BENCHED)/bin/instar --quick $(BENCH_ARGS)
