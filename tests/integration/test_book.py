@@ -95,7 +95,30 @@ def test_the_page_of_error_codes_has_those_of_the_code():
     assert len(codes) == len(support.CODES)
     listed = re.findall(r"(?m)^\| (\d+) \| `(\w+)` \| (.*?) \| (.*?) \|$", (DOCS / "errors.md").read_text())
     assert [row[:3] for row in listed] == codes, "docs/errors.md is not guest/abi/src/error.rs"
-    assert all(row[3] for row in listed), "each code has something to do about it"
+    explained = support.run_instar("explain", "--output", "json").json["codes"]
+    assert [(row[2], row[3]) for row in listed] == [(code["meaning"].rstrip("."), code["remedy"].rstrip(".")) for code in explained]
+
+
+@pytest.mark.parametrize("word", ["16", "ERROR_NO_SPACE", "no-space"])
+def test_a_code_is_explained(word):
+    shown = (DOCS / "explain.md").read_text(encoding="utf-8").split("\n```\n\n```\n")[1].split("```")[0]
+    result = support.run_instar("explain", word)
+    assert (result.rc, result.stdout) == (0, shown)
+
+
+def test_a_code_that_does_not_exist_is_bad_usage():
+    result = support.run_instar("explain", "ERROR_NO_SPCAE")
+    assert result.rc == 2 and "the nearest one is ERROR_NO_SPACE" in result.stderr and result.stderr.count("\n") == 1, str(result)
+
+
+@pytest.mark.parametrize("command", [["commit"], ["info"], ["check"], ["map"], ["rebase", "-b", ""], ["convert"], ["resize"], ["compare"]])
+def test_a_name_that_does_not_exist_is_answered_with_the_nearest(tmp_path, command):
+    support.create(tmp_path / "overlay.qcow2", "1M")
+    support.create(tmp_path / "base.qcow2", "1M")
+    more = {"convert": ["copy.raw"], "resize": ["2M"], "compare": ["base.qcow2"]}.get(command[0], [])
+    result = support.run_instar(*command, "overlya.qcow2", *more, cwd=tmp_path)
+    assert "'overlya.qcow2': does not exist; 'overlay.qcow2' does (ERROR_IMAGE_NOT_FOUND)" in result.stderr, str(result)
+    assert "does not exist (" in support.run_instar(*command, "elsewhere.raw", *more, cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize("command", ["commit", "rebase", "resize", "convert", "check", "info", "map", "compare", "measure", "create"])
