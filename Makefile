@@ -45,7 +45,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo bench bench-quick \
+.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -57,11 +57,13 @@ instar: ## build everything: the program, the plugins, the guest modules, the ma
 	@rm -rf $(ASSETS)
 	@$(dated) target/release/instar-assets $(ASSETS)
 
-lint: ## formatting, clippy, circles of files, widths, licences and advisories
+lint: ## formatting, clippy, circles of files, widths, links, wording, licences and advisories
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --profile checked --workspace --all-targets -- -D warnings
 	@$(PYTHON) tests/tools/circles.py
 	@$(PYTHON) tests/tools/markdown_width.py
+	@$(PYTHON) tests/tools/links.py
+	@$(PYTHON) tests/tools/wording.py
 	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
 		echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; \
 	elif $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny check; \
@@ -123,6 +125,15 @@ chains: ## commit drawn chains of all formats, two to nine images deep (CHAINS_S
 demo: instar ## commit a small overlay and show before and after (needs no qemu)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) PYTHON=$(PYTHON) tests/tools/demo.sh
 
+rustdoc: ## the documentation of all crates, without a warning: links inside it lead somewhere
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
+
+picture: instar ## draw docs/demo.svg, the terminal in the README, from a real run of the demo
+	@INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTHON) tests/tools/demo_picture.py
+
+readme-numbers: ## copy the measurements that the README shows from docs/performance.md
+	@$(PYTHON) tests/tools/readme_numbers.py
+
 # What is measured is what is installed: beside a build lie the plugins of the tests, which would be loaded, too.
 BENCHED := target/stage/bench
 
@@ -134,6 +145,7 @@ benched: instar
 bench: benched python qemu-img file-systems ## measure against qemu-img commit and refresh docs/performance.md
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements-bench.txt
 	$(VENV)/bin/python tests/bench --instar $(BENCHED)/bin/instar $(or $(BENCH_ARGS),--write-docs)
+	@$(PYTHON) tests/tools/readme_numbers.py
 
 bench-quick: benched qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
 	$(PYTHON) tests/bench --instar $(BENCHED)/bin/instar --quick $(BENCH_ARGS)

@@ -23,6 +23,7 @@ pub mod info;
 pub mod lookup;
 pub mod map;
 pub mod measure;
+pub mod nearest;
 pub mod operation;
 pub mod plugins;
 pub mod rebase;

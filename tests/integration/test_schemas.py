@@ -105,6 +105,7 @@ def samples(tmp_path_factory):
                    ask("rebase", "--dry-run", "-u", "-b", "none", "-F", "qcow2", "top"), ask("rebase", "--dry-run", "-b", "", "top")],
         "convert": [ask("convert", "-O", "vhdx", "top", "converted")],
         "doctor": [ask("doctor"), ask("doctor", "--plugin-dir", "other")],
+        "explain": [ask("explain"), ask("explain", "16")],
         "plugins": [ask("plugins"), ask("plugins", "--plugin-dir", "other")],
         "config": [ask("config"), ask("config", INSTAR_CONFIG=str(folder / "config.toml"))],
         "progress": [*progress("commit", "--progress=json", "-d", "-b", "base", "top"),

@@ -12,6 +12,8 @@ pub mod config;
 pub mod convert;
 pub mod create;
 pub mod doctor;
+pub mod explain;
+mod explain_text;
 mod format_options;
 pub mod info;
 mod info_text;
@@ -93,6 +95,8 @@ pub enum Command {
     Config(config::ConfigArgs),
     /// Find out whether commits work on this machine, and what to do if they do not
     Doctor(doctor::DoctorArgs),
+    /// Say what an error code means, and what to do about it
+    Explain(explain::ExplainArgs),
     /// Do what another program asks for, in a process of its own
     #[command(hide = true)]
     Worker(worker::WorkerArgs),
@@ -115,6 +119,7 @@ impl Command {
             Self::Config(args) => args.output,
             Self::Create(_) | Self::Worker(_) => OutputFormat::Human,
             Self::Doctor(args) => args.output,
+            Self::Explain(args) => args.output,
         }
     }
 }
@@ -139,6 +144,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),
         Command::Config(args) => (config::run(args, out), args.output),
+        Command::Explain(args) => (explain::run(args, out), args.output),
     };
     match done {
         Ok(()) => 0,

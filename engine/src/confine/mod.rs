@@ -3,7 +3,7 @@
 //! Two layers, each of which can only become stricter:
 //!
 //! * [`paths`]: Landlock decides which files can be opened, by where they are;
-//! * [`calls`] and [`filter`]: seccomp decides which system calls there are. Any other one ends the process, which [names
+//! * [`calls`] and `filter`: seccomp decides which system calls there are. Any other one ends the process, which [names
 //!   it](trap).
 //!
 //! [`descriptors`] sees to it that the process holds nothing of its caller's but standard output and standard error.

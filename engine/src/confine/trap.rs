@@ -2,7 +2,7 @@
 //!
 //! The kernel raises `SIGSYS` instead of doing the call. The handler names the call, and the plugin that made it if one
 //! is being called, in one line on standard error, and ends the process with status 1. The filter lets nobody replace
-//! the handler or [block](super::signal_mask) the signal.
+//! the handler or block the signal.
 
 use super::call_names::call_name;
 use super::signal_mask;

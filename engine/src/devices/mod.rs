@@ -1,7 +1,7 @@
 //! The images as the guest sees them: dumb block devices.
 //!
 //! Each is a descriptor that was opened once, with a mode and a bound on its length. The guest asks for reads, writes,
-//! copies, zeroing, flushes and changes of length in batches; every request is [checked](check) before it is
+//! copies, zeroing, flushes and changes of length in batches; every request is checked before it is
 //! executed, and one that breaks a rule ends the guest.
 
 mod aligned;
@@ -175,7 +175,7 @@ impl Device {
     }
 
     /// The next data within `from..end`: where it begins and ends; `(end, end)` if all of it is a hole. Without an answer of
-    /// the file system, and on a block device, all is data. What was [found out](zeroes) is not asked for again.
+    /// the file system, and on a block device, all is data. What was found out is not asked for again.
     #[must_use]
     pub fn next_data(&self, from: u64, end: u64) -> (u64, u64) {
         if self.fixed_length || from >= end {

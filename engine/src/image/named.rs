@@ -1,10 +1,13 @@
 //! A file that the operator names: it is looked at once, before anything of an image is read, and what is opened later is
 //! that file or none.
 
+use crate::escape::printable;
 use crate::lookup::{Directory, Identity};
+use crate::nearest::nearest;
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -16,7 +19,11 @@ pub struct NamedFile {
     directory: Option<Directory>,
     name: OsString,
     found: Result<(OwnedFd, Stat), Errno>,
+    near: Option<String>,
 }
+
+/// Names of a directory that are compared with one that does not exist.
+const COMPARED: usize = 4096;
 
 /// A path as the directory and the name in it; of a path that ends in a slash, the name does, too: it is a directory's.
 fn split(path: &Path) -> (&Path, OsString) {
@@ -25,6 +32,14 @@ fn split(path: &Path) -> (&Path, OsString) {
     let begin = bytes[..end].iter().rposition(|&byte| byte == b'/').map_or(0, |slash| slash + 1);
     let part = |range: std::ops::Range<usize>| OsStr::from_bytes(&bytes[range]);
     (Path::new(part(0..begin)), part(begin..bytes.len()).to_owned())
+}
+
+/// The name in a directory that is nearest to this one.
+fn near(directory: &Directory, name: &OsStr) -> Option<String> {
+    let entries = fs::read_dir(directory.path()).ok()?.take(COMPARED).flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort_unstable();
+    nearest(name.to_str()?, names.iter().map(String::as_str)).map(|name| printable(name).into_owned())
 }
 
 impl NamedFile {
@@ -57,7 +72,15 @@ impl NamedFile {
                 (Some(directory), found)
             }
         };
-        Self { path, directory, name, found }
+        let missing = matches!(found, Err(Errno::NOENT));
+        let near = directory.as_ref().filter(|_| missing).and_then(|directory| near(directory, &name));
+        Self { path, directory, name, found, near }
+    }
+
+    /// The name in its directory that may have been meant, if it does not exist itself. Fit to be printed.
+    #[must_use]
+    pub fn near(&self) -> Option<&str> {
+        self.near.as_deref()
     }
 
     /// Its path as the operator gave it; one that begins at the directory of another image begins with that.

@@ -109,7 +109,14 @@ impl NamedFile {
     pub fn open(&self, access: Access, missing: ErrorCode) -> Result<OpenedFile, Error> {
         let (directory, stat) = match (self.directory(), self.found()) {
             (Some(directory), Ok(stat)) => (directory, stat),
-            (_, Err(errno)) => return Err(failed(access, self.path(), errno, missing)),
+            (_, Err(errno)) => {
+                let error = failed(access, self.path(), errno, missing);
+                return Err(match self.near() {
+                    Some(near) => Error::image(self.path(), error.code, format!("does not exist; '{near}' does"))
+                        .with_errno(errno.raw_os_error()),
+                    None => error,
+                });
+            }
             (None, Ok(_)) => return Err(failed(access, self.path(), Errno::NOENT, missing)),
         };
         let looked = Looked { holder: directory, name: self.name(), stat, follow: true, exclusive: None };

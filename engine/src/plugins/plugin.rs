@@ -86,7 +86,7 @@ impl Plugin {
         &self.path
     }
 
-    /// What its guest half can do: [`ROLE_SOURCE`] and [`ROLE_SINK`].
+    /// What its guest half can do: [`ROLE_SOURCE`](instar_plugin_api::ROLE_SOURCE) and [`ROLE_SINK`](instar_plugin_api::ROLE_SINK).
     #[must_use]
     pub fn roles(&self) -> u32 {
         self.module.roles

@@ -136,7 +136,7 @@ fn assert_length_kept(pair: &Pair, files: &BTreeMap<u32, Vec<u8>>) {
     }
 }
 
-/// Every crash point: see [`Crashes`].
+/// Every crash point: see [`Crashes`](instar_guest_sdk::crash::Crashes).
 pub fn verify_crashes(pair: &Pair) {
     let (backing, overlay) = expected(pair);
     let mut io = pair.io();

@@ -6,7 +6,7 @@
 //! was there before. So refcount blocks and tables are written whole there, and everybody else zeroes what he does not
 //! write.
 //!
-//! Everything here happens in memory (in slices of the refcount structures); [`publish`](crate::refcount::publish) makes
+//! Everything here happens in memory (in slices of the refcount structures); `publish` makes
 //! it durable in an order that never lets a reference point at a cluster with refcount 0.
 
 use crate::image::{overflow, Image};

@@ -2,7 +2,7 @@
 //!
 //! A refcount of 0 says that a cluster is free; an image that somebody damaged may say so of data. Appending never
 //! overwrites anything, using a cluster again does. So clusters are only taken if no table of the image refers to any of
-//! them, which costs a walk over all L2 tables (see [`cross_check`](crate::write::cross_check)). At the least doubt the
+//! them, which costs a walk over all L2 tables (see `cross_check`). At the least doubt the
 //! file grows instead.
 
 use crate::image::Image;
@@ -31,7 +31,7 @@ pub struct FreeClusters {
 impl FreeClusters {
     /// Look for `wanted` clusters below cluster `limit` that have refcount 0 and are no metadata. There may be fewer, or
     /// none. Whether they are free, a walk over all L2 tables has to say: see
-    /// [`cross_check`](crate::write::cross_check).
+    /// `cross_check`.
     ///
     /// # Errors
     /// I/O errors.

@@ -3,7 +3,7 @@
 //! * [`blocks`]: the refcount table and its blocks; [`in_use`]: which clusters of a range have a refcount;
 //! * [`allocator`]: new clusters; [`free_clusters`]: those within the file that can be used again;
 //! * [`forecast`]: what allocating would come to;
-//! * [`space`], [`publish`]: clusters of an image that is changed, and the order in which new ones become durable.
+//! * `space`, `publish`: clusters of an image that is changed, and the order in which new ones become durable.
 
 pub mod allocator;
 pub mod blocks;
