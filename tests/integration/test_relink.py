@@ -8,6 +8,7 @@ import os
 import subprocess
 
 import commands
+import jobs
 import pytest
 import support
 import vdi_bytes
@@ -339,6 +340,18 @@ def test_calls_that_fail(case):
     for call in ("pwritev", "fdatasync", "preadv"):
         for nth in range(1, calls[call] + 1):
             case.inject("EIO", nth, call)
+
+
+def test_a_child_whose_name_cannot_be_followed_is_told(case):
+    """A name on a disk that cannot be read leads nobody knows where: the file may be a child, and is not left out silently."""
+    told = 0
+    for nth in range(12, case.calls()["fstat"] + 1):
+        case.reset()
+        result = case.run("EIO", nth, "fstat")
+        relinked = all(os.path.basename(jobs.named(case.path(name))[0]) == "base" for name in case.others)
+        assert result.rc != 0 or relinked or "could not be looked at" in result.stderr, str(result)
+        told += "could not be looked at" in result.stderr
+    assert told > 0
 
 
 def test_the_library_and_a_worker_say_the_same(family):
