@@ -88,7 +88,7 @@ test: ## everything that CI runs: lint, test-rust, test-integration
 	$(MAKE) test-rust
 	$(MAKE) test-integration
 
-test-deep: instar python qemu-img file-systems mandoc ## the long tests: more random images, more crash points (hours)
+test-deep: instar python qemu-img file-systems mandoc ## the long tests: more random images, more crash points, 500 sequences of commands beside qemu-img (hours)
 	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --profile checked --workspace
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests/integration
 
@@ -114,7 +114,7 @@ mutations: python qemu-img ## would the crash tests notice? takes out every flus
 faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed: all commands
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/campaigns/every_fault.py
 
-damage: ## commit, check and map pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
+damage: ## commit, check, map, resize, rebase, convert and repair pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
 	$(CARGO) run --profile checked -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)
 
 chains: ## commit drawn chains of all formats, two to nine images deep (CHAINS_SEED, CHAINS_COUNT)
