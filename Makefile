@@ -90,7 +90,7 @@ test: ## everything that CI runs: lint, test-rust, test-integration
 	$(MAKE) test-rust
 	$(MAKE) test-integration
 
-test-deep: instar python qemu-img file-systems mandoc ## the long tests: more random images, more crash points (hours)
+test-deep: instar python qemu-img file-systems mandoc ## the long tests: more random images, more crash points, 500 sequences of commands beside qemu-img (hours)
 	PROPTEST_CASES=20000 INSTAR_DEEP=1 $(CARGO) test --profile checked --workspace
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) INSTAR_DEEP=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) tests/integration
 
@@ -100,7 +100,7 @@ fuzz: fuzzer ## run every fuzz target (or FUZZ_TARGETS) for FUZZ_SECONDS seconds
 fuzz-corpus: fuzzer ## take what the fuzz targets found to cover more into fuzz/corpus, as little of it as does
 	@fuzz/run.sh merge $(FUZZ_TARGETS)
 
-crash: instar python qemu-img file-systems ## power losses: replay what commits wrote, more random states than the tests have; on real file systems
+crash: instar python qemu-img file-systems ## power losses: replay what commands wrote, more random states than the tests have; on real file systems, also twice in a row
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	export INSTAR_CRASH_DRAWN=$(CRASH_DRAWN); \
 	{ $(CARGO) test --profile checked -p instar-parallels-driver -p instar-qcow-driver -p instar-qcow2-driver -p instar-vdi-driver -p instar-vhd-driver -p instar-vhdx-driver -p instar-vmdk-driver -- --nocapture && \
@@ -113,10 +113,10 @@ crash: instar python qemu-img file-systems ## power losses: replay what commits 
 mutations: python qemu-img ## would the crash tests notice? takes out every flush of the drivers, swaps steps (an hour or two)
 	$(VENV)/bin/python tests/campaigns/mutations.py $(MUTATIONS)
 
-faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed
-	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/campaigns/faults.py
+faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed: all commands
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/campaigns/every_fault.py
 
-damage: ## commit, check and map pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
+damage: ## commit, check, map, resize, rebase, convert and repair pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
 	$(CARGO) run --profile checked -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)
 
 chains: ## commit drawn chains of all formats, two to nine images deep (CHAINS_SEED, CHAINS_COUNT)

@@ -17,7 +17,7 @@ while read -r name longest; do
     mkdir -p "target/fuzz/seeds/$name" "target/fuzz/corpus/$name"
     export FUZZ_TARGET=$name
     log=target/fuzz/$name.log
-    limits=(-timeout=20 -rss_limit_mb=1536 "-max_len=$longest" "-artifact_prefix=target/fuzz/finding-$name-")
+    limits=(-timeout=20 -rss_limit_mb=2560 "-max_len=$longest" "-artifact_prefix=target/fuzz/finding-$name-")
     FUZZ_SEEDS=target/fuzz/seeds/$name "$fuzzer" "${ends[@]}" < /dev/null 2> /dev/null || true
     [ -n "$(ls "target/fuzz/seeds/$name")" ] || { echo "$name: the fuzzer does not run" >&2; exit 1; }
     inputs=("target/fuzz/corpus/$name" "target/fuzz/seeds/$name")

@@ -1,7 +1,8 @@
 //! The formats: what is fuzzed with one is fuzzed with all of them.
 
 use instar_plugin_api::{
-    Context, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError, ReadImage, Role, Verdict,
+    Context, CreateSpec, CreatedImage, FormatPlugin, GuestModule, ImageFacts, ImageFile, ImageReader, PluginError,
+    ReadImage, Role, Verdict,
 };
 use instar_plugin_vmdk::Vmdk;
 use instar_testkit::FormatKit;
@@ -44,6 +45,8 @@ pub struct Format {
     pub verdict: fn(Role, &ImageFacts, &Context) -> Verdict,
     /// [`FormatPlugin::next_identity`].
     pub next_identity: fn(&ImageFacts, &ImageFacts) -> Vec<u8>,
+    /// [`FormatPlugin::create`].
+    pub create: fn(&CreateSpec) -> Result<CreatedImage, PluginError>,
     /// [`FormatPlugin::guest_module`].
     pub guest_module: fn() -> GuestModule,
 }
@@ -60,6 +63,7 @@ impl Format {
             facts: P::facts,
             verdict: P::verdict,
             next_identity: P::next_identity,
+            create: P::create,
             guest_module: P::guest_module,
         }
     }

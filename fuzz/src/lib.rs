@@ -66,7 +66,8 @@ impl Target {
     }
 }
 
-/// All targets: those of parsers and engine, a commit for each kind of [`Pairs`](operations::Pairs), and a look at all images.
+/// All targets: those of parsers and engine, a commit for each kind of [`Pairs`](operations::Pairs), a look at all images, and what
+/// else is done with them.
 #[must_use]
 pub fn targets() -> Vec<Target> {
     let mut targets = vec![
@@ -86,5 +87,7 @@ pub fn targets() -> Vec<Target> {
     let commit = |pairs| move |input: &[u8]| operations::run_changed(pairs, input);
     targets.extend(operations::Pairs::all().iter().map(|pairs| Target::operation(&pairs.target, commit(pairs))));
     targets.push(Target::operation("look", operations::look));
+    let job = |job| move |input: &[u8]| operations::run_job(job, input);
+    targets.extend(operations::Job::ALL.map(|which| Target::operation(which.name(), job(which))));
     targets
 }

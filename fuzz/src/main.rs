@@ -13,10 +13,12 @@ use std::sync::LazyLock;
 
 /// An allocation of more bytes than this is a finding: the guest's memory is half as large, and so is every file.
 const MAX_ALLOCATION: usize = 128 << 20;
-/// So are this many bytes at once: the files, what was written to them, what the tests' own checker takes, and the guest.
+/// So are this many bytes at once, besides the images of all targets: the files, what was written to them, what the tests' own checker takes, and the guest.
 const MAX_TOTAL: usize = 512 << 20;
 
 static TOTAL: AtomicUsize = AtomicUsize::new(0);
+/// Bytes that the images of all targets take, before the first input: no input has anything to do with them.
+static BEFORE: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 /// The system's allocator, with an end.
 struct Bounded;
@@ -26,7 +28,8 @@ static REPORTING: AtomicBool = AtomicBool::new(false);
 /// Count bytes that are asked for; with too many, say who asked, and end. (An allocator must not panic.)
 fn take(bytes: usize) {
     let total = TOTAL.fetch_add(bytes, Relaxed) + bytes;
-    if (bytes > MAX_ALLOCATION || total > MAX_TOTAL) && !REPORTING.swap(true, Relaxed) {
+    let much = total.saturating_sub(BEFORE.load(Relaxed)) > MAX_TOTAL;
+    if (bytes > MAX_ALLOCATION || much) && !REPORTING.swap(true, Relaxed) {
         eprintln!("panicked at an allocation of {bytes} bytes, {total} in all\n{}", Backtrace::force_capture());
         std::process::abort();
     }
@@ -86,6 +89,7 @@ static TARGET: LazyLock<Target> = LazyLock::new(|| {
         println!("{}: {count} inputs", target.name);
         std::process::exit(0);
     }
+    BEFORE.store(TOTAL.load(Relaxed), Relaxed);
     target
 });
 

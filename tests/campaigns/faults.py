@@ -1,28 +1,24 @@
-#!/usr/bin/env python3
 """Faults in the real program: every system call that touches an image fails, is interrupted, moves less than asked, or is
 where the program is killed, one at a time, for whole commits. What must hold afterwards is checked with qemu-img.
 
-`make faults` runs all of them; tests/integration/test_faults.py a sample.
+`make faults` (every_fault.py) runs all of them; tests/integration/test_faults.py a sample.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import random
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import delta_bytes  # noqa: E402
-import support  # noqa: E402
-from support import KIB, MIB  # noqa: E402
+import delta_bytes
+import support
+from support import KIB, MIB
 
 FAULTS = ["KILL", "EIO", "ENOSPC", "EINTR", "SHORT"]
 ERRNO = {"EIO": "Input/output error", "ENOSPC": "No space left on device"}
@@ -59,6 +55,9 @@ class Case:
     args: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     emptied: bool = True
+    # Other commands, one of which an operator may run after one that was interrupted. `IMAGE` stands for the path of the image,
+    # `BASE` for that of the base.
+    sequels: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self):
         self.pristine = self.directory.with_name(self.directory.name + ".pristine")
@@ -84,14 +83,32 @@ class Case:
         support.qemu_img("convert", "-l", "one", "-O", "raw", self.path(self.base), flat)
         return support.digest(flat)
 
-    def commit(self, fault="COUNT", nth=0, call="none"):
-        command = [support.instar_binary(), "commit", *self.args, self.path(self.top)]
-        return support.run(injector(), fault, str(nth), call, *self.files(), "--", *command)
+    def command(self) -> list:
+        """What is run again and again: the arguments of the program."""
+        return ["commit", *self.args, self.path(self.top)]
+
+    def of_sequel(self, words) -> list:
+        return [{"IMAGE": self.path(self.top), "BASE": self.path(self.base)}.get(word, word) for word in words]
+
+    def goes_on(self, sequel) -> bool:
+        """Whether the case's own command can be run to its end after this one."""
+        return sequel[0] in ("check", "map")
+
+    def traced(self) -> list:
+        """The files whose calls are counted, and fail."""
+        return self.files()
+
+    def run(self, fault="COUNT", nth=0, call="none", *options):
+        command = [support.instar_binary(), *self.command(), *options]
+        return support.run(injector(), fault, str(nth), call, *self.traced(), "--", *command)
+
+    def again(self):
+        return support.run_instar(*self.command())
 
     def calls(self) -> Counter:
         """How often each call is made by a commit that nothing happens to."""
         self.reset()
-        result = self.commit()
+        result = self.run()
         assert result.rc == 0, str(result)
         found = re.search(r"inject: not done \((.*)\)", result.stderr)
         return Counter({name: int(count) for count, name in re.findall(r"(\d+) of (\w+)", found[1])})
@@ -113,12 +130,12 @@ class Case:
     def inject(self, fault, nth, call) -> bool:
         """One fault; whether it could be injected. Raises a Violation."""
         self.reset()
-        result = self.commit(fault, nth, call)
+        result = self.run(fault, nth, call)
         done = "inject: done" in result.stderr
         self.check_status(fault, call, result, done)
         self.check_images(result, finished=result.rc == 0)
-        again = support.run_instar("commit", *self.args, self.path(self.top))
-        self.hold(again.rc == 0, f"after {fault} at {call} {nth} a second commit fails", f"{result}\n{again}")
+        again = self.again()
+        self.hold(again.rc == 0, f"after {fault} at {call} {nth} a second run fails", f"{result}\n{again}")
         self.check_images(f"{result}\n{again}", finished=True)
         return done
 
@@ -201,7 +218,8 @@ def qcow2_with_snapshot(directory) -> Case:
     support.qemu_img("snapshot", "-c", "one", directory / "base")
     support.create(directory / "top", backing="base", cwd=directory)
     scribble(directory / "top", 2, "qcow2", 4 * MIB)
-    return Case("qcow2 with a snapshot", directory, "top", "base")
+    sequels = [["rebase", "-q", "-b", "", "IMAGE"], ["check", "-q", "-r", "all", "BASE"], ["check", "-q", "-r", "all", "IMAGE"]]
+    return Case("qcow2 with a snapshot", directory, "top", "base", sequels=sequels)
 
 
 def compressed_and_growing(directory) -> Case:
@@ -294,34 +312,3 @@ def much_data(directory) -> Case:
 
 
 CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, into_vhdx, into_parallels, chain, much_data]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, help="this many faults of each case, and not all")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    tried, violations = Counter(), Counter()
-    with tempfile.TemporaryDirectory() as place:
-        for make in CASES:
-            directory = Path(place) / make.__name__
-            directory.mkdir()
-            case = make(directory)
-            faults = list(case.faults())
-            if options.sample is not None:
-                faults = random.Random(options.seed).sample(faults, min(options.sample, len(faults)))
-            for fault in faults:
-                try:
-                    tried[fault[0]] += case.inject(*fault)
-                except Violation as violation:
-                    violations[fault[0]] += 1
-                    print(f"VIOLATION {fault}: {violation}", file=sys.stderr)
-            print(f"{case.name}: {len(faults)} faults", flush=True)
-    for fault in FAULTS:
-        print(f"{fault:7} {tried[fault]:5} injected, {violations[fault]} violations")
-    return 1 if sum(violations.values()) else 0
-
-
-if __name__ == "__main__":
-    support.configure()
-    sys.exit(main())

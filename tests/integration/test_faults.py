@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 
+import commands
 import faults
 import pytest
-import support
 
 SAMPLE = 12
+CHANGES = {"pwritev", "copy_file_range", "ftruncate", "linkat", "renameat", "fsync"}
+#: Faults of each of the other commands.
+FEW = 3
 # Calls that each case makes, whatever else it does.
 ALWAYS = {"openat", "fcntl", "pread64", "preadv", "pwritev", "fdatasync"}
 # And one of those that copy: by one thread, or by several.
@@ -43,3 +46,23 @@ def test_what_is_wrong_would_be_seen(case):
         case.inject("COUNT", 0, "none")
     case.expected = before
     assert case.inject("COUNT", 0, "none") is False
+
+
+# test_relink.py has all faults of its own.
+@pytest.fixture(params=[job for job in commands.ALL if job is not commands.relink], ids=lambda job: job.__name__)
+def job(request, tmp_path):
+    directory = tmp_path / "images"
+    directory.mkdir()
+    return request.param(directory)
+
+
+def test_a_sample_of_the_other_commands(job):
+    """And the checks can fail: of each, one that expects something else is a violation."""
+    everything = list(job.faults())
+    changing = [fault for fault in everything if fault[0] == "KILL" and fault[2] in CHANGES]
+    rng = random.Random(len(everything))
+    for fault in [*rng.sample(everything, FEW), rng.choice(changing)]:
+        job.inject(*fault)
+    job.expected = job.wanted = "another content"
+    with pytest.raises(faults.Violation):
+        job.inject("COUNT", 0, "none")

@@ -192,14 +192,14 @@ def content_hash(path, fmt="qcow2") -> str:
                     digest.update(block)
                 return digest.hexdigest()
             # `convert` leaves holes wherever a whole 4 KiB is zero, so this depends on content only.
-            for offset in _data_blocks(file, size):
+            for offset in data_blocks(file, size):
                 block = os.pread(file.fileno(), 4096, offset)
                 if block.strip(b"\0"):
                     digest.update(offset.to_bytes(8, "big") + block)
     return digest.hexdigest()
 
 
-def _data_blocks(file, size):
+def data_blocks(file, size):
     """The 4 KiB blocks of a sparse file that are not in holes."""
     position = 0
     while position < size:

@@ -152,8 +152,8 @@ impl<'r> Relinks<'r> {
     fn take(&mut self, family: &Family<'_, 'r>, image: ChainImage<'r>, is_link: bool) -> Result<(), Error> {
         let parent = family.search.parent(&image.opened.directory, &image.facts);
         let (parent, already) = match parent {
-            Some(parent) if parent == family.overlay.opened.identity => (family.overlay, false),
-            Some(parent) if parent == family.target.opened.identity => (family.target, true),
+            Ok(Some(parent)) if parent == family.overlay.opened.identity => (family.overlay, false),
+            Ok(Some(parent)) if parent == family.target.opened.identity => (family.target, true),
             _ => return Err(family.stranger(&image)),
         };
         if let Some(clause) = parent_mismatch(&image.facts, &parent.opened.path, parent.plugin, &parent.facts) {

@@ -15,7 +15,7 @@ use super::open::{Looked, OpenedFile};
 use super::roots::Roots;
 use crate::cancel::Cancel;
 use crate::error::Error;
-use crate::lookup::{Directory, Identity, Step, Walk};
+use crate::lookup::{Directory, Identity, Step, Walk, Why};
 use crate::plugins::{FileImage, IdentifyError, ImageRead, Registry};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
@@ -181,18 +181,27 @@ impl ChildSearch<'_> {
             // Nothing that records a backing, as far as anybody here knows.
             Err(_) => return Ok(None),
         };
-        let Some(parent) = self.parent(directory, &facts) else { return Ok(None) };
+        let Some(parent) = self.parent(directory, &facts)? else { return Ok(None) };
         let (path, directory, name) = (directory.path().join(name), directory.clone(), name.to_owned());
         Ok(Some(Child { path, identity, parent, facts, directory, name, stat }))
     }
 
     /// Which of the parents an image in this directory has: by a name that it records, or because it could have no other.
-    #[must_use]
-    pub fn parent(&self, directory: &Directory, facts: &ImageFacts) -> Option<Identity> {
-        let pointer = facts.backing.as_ref().into_option()?;
-        let mut steps = MOST_STEPS;
+    ///
+    /// # Errors
+    /// [`Unseen`] if a name that may lead to one of them cannot be followed.
+    pub fn parent(&self, directory: &Directory, facts: &ImageFacts) -> Result<Option<Identity>, Unseen> {
+        let Some(pointer) = facts.backing.as_ref().into_option() else { return Ok(None) };
+        let (mut steps, mut followed) = (MOST_STEPS, Ok(()));
         // The first name that leads to a file is the one; an identity counts for images whose names lead nowhere.
-        let parent = match pointer.names().find_map(|name| self.walk(directory, name, &mut steps)) {
+        let reached = pointer.names().find_map(|name| match self.walk(directory, name, &mut steps) {
+            Ok(reached) => reached,
+            Err(unseen) => {
+                followed = Err(unseen);
+                None
+            }
+        });
+        let parent = match reached {
             Some(reached) => self.parents.iter().find(|parent| {
                 let opened = &parent.opened;
                 opened.identity == reached || opened.below == Some(reached)
@@ -203,35 +212,43 @@ impl ChildSearch<'_> {
                 self.parents.iter().find(proves)
             }
         };
-        parent.map(|parent| parent.opened.identity)
+        match parent {
+            Some(parent) => Ok(Some(parent.opened.identity)),
+            // A name before the one that was followed may lead to one of them.
+            None => followed.map(|()| None),
+        }
     }
 
     /// The file that a name leads to which an image in this directory records.
     #[must_use]
     pub fn leads_to(&self, directory: &Directory, name: &[u8]) -> Option<Identity> {
-        self.walk(directory, name, &mut { MOST_STEPS })
+        self.walk(directory, name, &mut { MOST_STEPS }).ok().flatten()
     }
 
-    /// The file that a name leads to, if it takes no more than `steps` to get there.
-    fn walk(&self, directory: &Directory, name: &[u8], steps: &mut usize) -> Option<Identity> {
-        let file = file_name(name).ok()?;
-        let start = if file.from_working_directory { self.roots.working_directory()? } else { directory };
+    /// The file that a name leads to, if it takes no more than `steps` to get there. What is not there, or is no file, leads
+    /// nowhere; of a name that may not be followed, or cannot be read on the disk, nobody knows where it leads.
+    fn walk(&self, directory: &Directory, name: &[u8], steps: &mut usize) -> Result<Option<Identity>, Unseen> {
+        let Ok(file) = file_name(name) else { return Ok(None) };
+        let from = if file.from_working_directory { self.roots.working_directory() } else { Some(directory) };
+        let Some(start) = from else { return Ok(None) };
         let mut walk = Walk::new(start, self.roots.top(), &file.path);
         while *steps > 0 {
             *steps -= 1;
             match walk.step() {
                 Ok(Step::More) => {}
-                Ok(Step::Reached(reached)) => return Some(Identity::of(&reached.stat)),
-                Err(_) => return None,
+                Ok(Step::Reached(reached)) => return Ok(Some(Identity::of(&reached.stat))),
+                Err(Why::Directory | Why::Magic) => return Ok(None),
+                Err(Why::Errno(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG)) => return Ok(None),
+                Err(Why::Errno(_)) => return Err(Unseen),
             }
         }
-        None
+        Ok(None)
     }
 }
 
 /// A file that could not be looked at.
-#[derive(Debug)]
-struct Unseen;
+#[derive(Clone, Copy, Debug)]
+pub struct Unseen;
 
 /// Whether an entry is a regular file. It is not opened: that of a device or a FIFO can have an effect.
 fn is_regular(directory: &Directory, entry: &DirEntry) -> bool {

@@ -8,7 +8,7 @@ use crate::confine::Work;
 use crate::devices::{Cache, Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_path};
-use crate::image::{open_extra_files, Access, ChainImage, FilesOf};
+use crate::image::{file_name, open_extra_files, Access, ChainImage, FilesOf};
 use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT, PARENT_ROOM};
@@ -77,6 +77,15 @@ impl<'q> Rebase<'q> {
                 );
                 return Err(Error::image(&image.opened.path, ErrorCode::BackingNotFound, clause));
             }
+            // A network address, or a file whose name looks like one.
+            (Some((name, _)), None) if file_name(name.as_bytes()).is_err() => {
+                let clause = if file_beside(image, name) {
+                    format!("leads to no file: to name the file that is there, write './{}'", escape(name))
+                } else {
+                    "is no file, and could not be looked at".to_owned()
+                };
+                self.warnings.push(format!("'{path}': nothing was compared, and '{}' {clause}", escape(name)));
+            }
             (Some((name, _)), None) => self.warnings.push(format!(
                 "'{path}': nothing was compared, and '{}' could not be looked at: until it is there, the image cannot be read",
                 escape(name)
@@ -91,6 +100,12 @@ impl<'q> Rebase<'q> {
         }
         Ok(())
     }
+}
+
+/// Whether a file of this name lies beside an image, although the name, as it is, leads to none.
+fn file_beside(image: &ChainImage<'_>, name: &str) -> bool {
+    let plain = !name.contains('/');
+    plain && image.opened.directory.look(std::ffi::OsStr::new(name)).is_ok()
 }
 
 /// Internal snapshots read through the same backing file, and nothing is written into them.

@@ -1,5 +1,6 @@
 //! Whole operations over images in memory: valid images of many kinds, with a few fields changed, then what the product does:
-//! the plugins' host halves look at them and give their verdicts, and the guest's code commits, checks or maps.
+//! the plugins' host halves look at them and give their verdicts, and the guest's code commits, checks, maps, resizes, rebases, converts or
+//! repairs.
 //!
 //! What is asked: nothing panics or takes memory without bound, and no request breaks a rule of the host. A commit that is
 //! refused before its first change has changed nothing. Of images that made sense, whatever happens: the overlay reads what it
@@ -12,16 +13,20 @@ mod commit;
 mod crashes;
 mod damage;
 mod fixtures;
+mod jobs;
 mod look;
 mod sandboxed;
+mod verdict;
 
 pub use chains::{drawn_chain, DrawnChain};
 pub use change::CHANGE;
 pub use commit::run_changed;
 pub use crashes::{Complaint, PowerLosses};
-pub use damage::{damaged_pair, Ending, Verdict};
+pub use damage::{damaged_job, damaged_pair};
 pub use fixtures::Pairs;
+pub use jobs::{run_job, Job};
 pub use look::look;
+pub use verdict::{Ending, Verdict};
 
 use crate::formats::Format;
 use instar_guest_abi::{device_flags, DeviceConfig, DEVICE_OUTPUT};

@@ -19,7 +19,7 @@ use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, St
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_guest_view::{Ancestors, Failed, Layers, Reporter};
-use nonzero::NonZero;
+pub use nonzero::NonZero;
 
 /// Nothing above or below the target changes, and nothing makes it larger: it was created with the size that it needs.
 const OPTIONS: Options = Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps: false };

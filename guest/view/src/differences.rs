@@ -67,6 +67,8 @@ pub struct Differences<'a> {
     /// Guest bytes that differ, ascending, once they are known, and whether the old view reads zeroes there, however it holds
     /// them: those take no space.
     places: Vec<(Range<u64>, bool)>,
+    /// Guest bytes that do not differ, where the old view reads zeroes: those that were found last.
+    blank: Range<u64>,
     /// The guest byte up to which extents were handed out.
     position: u64,
     /// What is behind the `Encoded` extents that were handed out last.
@@ -79,7 +81,7 @@ impl<'a> Differences<'a> {
     pub fn new(overlay: Box<dyn Source + 'a>, old: View<'a>, new: View<'a>) -> Self {
         let info = overlay.info();
         let overlay = Layers::new(vec![overlay]);
-        Self { overlay, old, new, info, places: Vec::new(), position: 0, encoded: Vec::new() }
+        Self { overlay, old, new, info, places: Vec::new(), blank: 0..0, position: 0, encoded: Vec::new() }
     }
 
     /// Find all places where the overlay holds nothing and the two views differ.
@@ -100,8 +102,10 @@ impl<'a> Differences<'a> {
             let (one, end) = self.old.layers.seen_on_disk(io, at, end)?;
             let (two, end) = self.new.layers.seen_on_disk(io, at, end)?;
             // The same layer has the same bytes at the same place: that is how a layer is dropped from a chain at little cost.
-            if self.old.holder(one) != self.new.holder(two) {
-                self.compare(io, [one, two], at..end, &mut buffers)?;
+            match (self.old.holder(one), self.new.holder(two)) {
+                (None, None) => self.is_blank(at..end),
+                (old, new) if old == new => {}
+                _ => self.compare(io, [one, two], at..end, &mut buffers)?,
             }
             if self.places.len() > most {
                 let text = format!(
@@ -129,6 +133,7 @@ impl<'a> Differences<'a> {
             let [one, two] = seen;
             let zeroes = zeroes_until(io, one, at, range.end)?.min(zeroes_until(io, two, at, range.end)?);
             if zeroes > at {
+                self.is_blank(at..zeroes);
                 at = zeroes;
                 continue;
             }
@@ -144,8 +149,11 @@ impl<'a> Differences<'a> {
                 let next = (from - from % unit).saturating_add(unit).min(end);
                 let after = usize::try_from(next - at).unwrap_or(length);
                 let kept = first.get(done..after).unwrap_or_default();
+                let zeroes = kept.iter().all(|&byte| byte == 0);
                 if second.get(done..after) != Some(kept) {
-                    self.differs(from..next, kept.iter().all(|&byte| byte == 0));
+                    self.differs(from..next, zeroes);
+                } else if zeroes {
+                    self.is_blank(from..next);
                 }
                 done = after;
             }
@@ -154,11 +162,29 @@ impl<'a> Differences<'a> {
         Ok(())
     }
 
+    /// What differs is written. Zeroes take no space where they are a whole cluster, so that those around them join them.
     fn differs(&mut self, range: Range<u64>, zeroes: bool) {
-        match self.places.last_mut() {
-            Some((last, same)) if last.end == range.start && *same == zeroes => last.end = range.end,
-            _ => self.places.push((range, zeroes)),
+        let unit = self.info.cluster_size.max(SECTOR);
+        let mut start = range.start;
+        if zeroes && self.blank.end == start {
+            start = self.blank.start.max(start - start % unit);
         }
+        match self.places.last_mut() {
+            Some((last, same)) if last.end >= start && *same == zeroes => last.end = range.end,
+            _ => self.places.push((start..range.end, zeroes)),
+        }
+    }
+
+    /// A range does not differ, and the old view reads zeroes there.
+    fn is_blank(&mut self, range: Range<u64>) {
+        let unit = self.info.cluster_size.max(SECTOR);
+        if let Some((last, true)) = self.places.last_mut() {
+            if last.end == range.start && last.end % unit != 0 {
+                last.end = last.end.next_multiple_of(unit).min(range.end);
+            }
+        }
+        let start = if self.blank.end == range.start { self.blank.start } else { range.start };
+        self.blank = start..range.end;
     }
 
     /// A part of what the old view reads, as an extent.

@@ -9,6 +9,8 @@ mod draw;
 
 use super::bounded_devices::BoundedDevices;
 use super::commit::{admitted, guest, hold};
+use super::jobs::{judged, Job};
+use super::verdict::{differs, Ending, Verdict};
 use super::{config, open_source, quietly, Files, Fixture, OVERLAY};
 use crate::host;
 use draw::{draw, Drawn};
@@ -20,40 +22,23 @@ use instar_guest_view::Layers;
 use instar_testkit::{seen, Disk, SECTOR};
 use std::collections::BTreeMap;
 
-/// How a pair ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Ending {
-    /// The host halves did not admit it.
-    NotAdmitted,
-    /// The guest refused it before the first change.
-    Refused,
-    /// It was committed.
-    Committed,
-    /// The commit failed after the first change: damage in what a commit verifies as it goes.
-    FailedLater,
-}
-
-/// What became of a pair, or why it is a finding.
-#[derive(Debug)]
-pub struct Verdict {
-    /// How it ended.
-    pub ending: Ending,
-    /// Whether the independent reader could compare what the images read as.
-    pub compared: bool,
-    /// Why it was refused or failed.
-    pub failure: Option<String>,
-    /// What must not be, with what was done to the images.
-    pub finding: Option<String>,
-    /// Requests that the commit made.
-    pub requests: usize,
+/// Draw the pair with this number, and do something else with it than to commit it: what, and what became of it.
+#[must_use]
+pub fn damaged_job(seed: u64, number: u64) -> (Job, Verdict) {
+    let drawn = draw(seed, number);
+    let job = Job::ALL[usize::try_from(number % 4).unwrap_or(0)];
+    let mut verdict = judged(job, drawn.fixture, &drawn.files, seed ^ number, drawn.holes);
+    if let Some(text) = &mut verdict.finding {
+        *text = format!("pair {number}, {}: {text} [{}]", job.name(), drawn.story);
+    }
+    (job, verdict)
 }
 
 /// Draw the pair with this number, and look at everything that is done with it.
 #[must_use]
 pub fn damaged_pair(seed: u64, number: u64) -> Verdict {
     let drawn = draw(seed, number);
-    let mut verdict =
-        Verdict { ending: Ending::NotAdmitted, compared: false, failure: None, finding: None, requests: 0 };
+    let mut verdict = Verdict::not_admitted();
     let result = quietly(|| {
         look(&drawn);
         commit(&drawn)
@@ -117,19 +102,10 @@ fn reading(fixture: &Fixture, files: &Files) -> Reading {
     Reading { overlay: view(0), backing: view(output), snapshots }
 }
 
-/// The first sector of `range` that could be read before and reads differently now.
-fn differs(before: &Disk, now: &Disk, range: std::ops::Range<usize>) -> Option<usize> {
-    range.into_iter().find(|&sector| {
-        before.sector(sector).is_some_and(|bytes| now.sector(sector).is_none_or(|now| !now.starts_with(bytes)))
-    })
-}
-
 /// Commit the pair. An error is a finding; so is a panic.
 fn commit(drawn: &Drawn) -> Result<Verdict, String> {
     let (fixture, files) = (drawn.fixture, &drawn.files);
-    let not_admitted =
-        Verdict { ending: Ending::NotAdmitted, compared: false, failure: None, finding: None, requests: 0 };
-    let Some(configs) = admitted(fixture, files) else { return Ok(not_admitted) };
+    let Some(configs) = admitted(fixture, files) else { return Ok(Verdict::not_admitted()) };
     let before = reading(fixture, files);
     let mut io = hold(fixture, files.clone(), &configs).bounded();
     io.devices.holes = drawn.holes;
@@ -148,7 +124,7 @@ fn judge_ending(
     let changed = |change: &Change| !matches!(change, Change::Flush { .. });
     let Err(failure) = result else {
         let unflushed = io.devices.unflushed();
-        return if unflushed.is_empty() { Ok(Ending::Committed) } else { Err(format!("unflushed: {unflushed:?}")) };
+        return if unflushed.is_empty() { Ok(Ending::Done) } else { Err(format!("unflushed: {unflushed:?}")) };
     };
     if failure.error.code == ErrorCode::InternalOverflow {
         return Err(format!("a guard of the driver: {}", failure.error));

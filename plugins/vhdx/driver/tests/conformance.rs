@@ -1,12 +1,13 @@
 //! What is promised of every driver. The images are small, because every state that a power loss can leave is looked at.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::conformance::{
     verify, verify_drawn, verify_images, verify_resize, Fixture, Report, ANCESTOR, OVERLAY,
 };
 use instar_guest_sdk::crash::{Crashes, Files};
-use instar_testkit::crash_states_drawn;
+use instar_guest_sdk::random::Random;
+use instar_testkit::{crash_states_drawn, FormatKit, Place};
 use instar_vhdx_testkit::{build, Kind, Kit, Linkage, Log, Spec, MIB};
 
 /// A block that the disk does not fill, by far: the harness's own images have a run for every few sectors. Files have several MiB
@@ -138,4 +139,27 @@ fn images_grow() {
         println!("{report:?}");
         assert!(grown.is_some() && report.states >= 4, "{report:?}");
     }
+}
+
+/// The builder of the conformance tests makes only differencing images, and those do not grow: an image is as large as its
+/// parent. So `verify_resizes` would see nothing but refusals, and these images are drawn as the chains of the fuzz targets are.
+#[test]
+fn drawn_images_grow() {
+    let (mut grown, mut refused) = (0, 0);
+    for number in 0..if more() { 24 } else { 6 } {
+        let random = &mut Random::seeded(number);
+        let (size, sector) = (*random.pick(&[64 << 10, MIB - 4096]), *random.pick(&[512, 4096]));
+        let bytes = Kit.drawn(random, Place { size, number: 1, sector, has_parent: false }).unwrap();
+        // To within the last block, to its end, and into others.
+        let far = *random.pick(&[8, 2048, 4096]);
+        // What is no multiple of the disk's sectors is rounded up: a second run would find a larger disk than it wants.
+        let wanted = ((size as u64 / 512 + 1 + random.below(far)) * 512).next_multiple_of(sector as u64);
+        let files = Files::from([(DEVICE_OUTPUT, bytes)]);
+        let (report, after) = verify_resize(&Kit, &files, wanted, Crashes { drawn: 0, seed: number });
+        println!("{size} to {wanted}: {report:?}");
+        grown += usize::from(after.is_some());
+        refused += report.refused;
+    }
+    // Fixed disks are refused.
+    assert!(grown > refused && grown > 2, "{grown} grow, {refused} are refused");
 }

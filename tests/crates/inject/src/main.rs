@@ -1,6 +1,6 @@
 //! `instar-test-inject FAULT NTH CALL FILE… -- PROGRAM ARGUMENT…`: run a program, and do something to the NTH call (from 1 on)
-//! of a system call that names one of the files, by descriptor or by name. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with
-//! which it fails without being done; `SHORT`, by which it is asked to move half as much; `KILL`, which ends the
+//! of a system call that names one of the files, by descriptor or by name. A directory among the files stands for itself and for
+//! whatever is open in it, with a name or without. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with which it fails without being done; `SHORT`, by which it is asked to move half as much; `KILL`, which ends the
 //! program before it; `KILL-UNFLUSHED`, the same, and until then flushes of the second file are skipped and said to be done; or
 //! `COUNT`, which does nothing. The exit status is the program's, 137 after `KILL`; the last line on
 //! standard error tells what came of it: `inject: COUNT of CALL` for every call that was seen, and whether the fault was
@@ -55,6 +55,11 @@ const KNOWN: &[Known] = &[
     // Of an image: sharing extents
     by_descriptor(libc::SYS_ioctl, "ioctl", None),
     by_descriptor(libc::SYS_sync_file_range, "sync_file_range", None),
+    // Of a file that gets its name once it is complete: by the directory.
+    Known { number: libc::SYS_linkat, name: "linkat", descriptors: &[2], path: None, length: None },
+    by_descriptor(libc::SYS_renameat, "renameat", None),
+    by_descriptor(libc::SYS_renameat2, "renameat2", None),
+    by_descriptor(libc::SYS_unlinkat, "unlinkat", None),
     Known {
         number: libc::SYS_copy_file_range,
         name: "copy_file_range",
@@ -167,7 +172,15 @@ fn run(
 /// Whether a call is about one of the files.
 fn touches(tracee: &Tracee, call: &Call, known: &Known, files: &[String]) -> bool {
     let named = |path: &str| files.iter().any(|file| file == path || file.ends_with(&format!("/{path}")));
+    let within = |path: &str| {
+        files.iter().any(|file| path.strip_prefix(file).is_some_and(|rest| rest.starts_with('/')) && is_directory(file))
+    };
     let by_path = known.path.and_then(|argument| tracee.text(call.argument(argument)));
-    let by_descriptor = |&argument: &usize| tracee.path_of(call.argument(argument)).is_some_and(|path| named(&path));
+    let by_descriptor =
+        |&argument: &usize| tracee.path_of(call.argument(argument)).is_some_and(|path| named(&path) || within(&path));
     by_path.is_some_and(|path| named(&path)) || known.descriptors.iter().any(by_descriptor)
+}
+
+fn is_directory(path: &str) -> bool {
+    std::path::Path::new(path).is_dir()
 }

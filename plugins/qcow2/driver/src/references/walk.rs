@@ -17,10 +17,13 @@ use crate::references::calculated::CalculatedRefcounts;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{get_refcount, HostCluster};
+use instar_qcow2_format::{get_refcount, HostCluster, HostOffset};
 
 /// Memory for the counts of one pass, in bytes: dense, about four million clusters.
 const COUNT_BUDGET: usize = 16 << 20;
+
+/// Entries of the L1 table whose COPIED flags are held at once.
+const L1_ENTRIES: u64 = 1 << 14;
 
 /// What is done with each count that may differ from the refcount.
 pub(crate) trait Comparison {
@@ -179,22 +182,20 @@ pub(crate) fn check_copied_flags(
     check: &mut dyn FlagCheck,
 ) -> DriverResult<()> {
     let (l1, entries) = (image.header.l1_table, u64::from(image.header.l1_entries));
-    let mut from = Some(0);
-    while let Some(first) = from.take() {
-        let mut batch = Vec::new();
-        scan_l1_flags(io, image, l1, entries, &mut |index, at, table, copied| {
+    // Each part begins where the last one ended, and is read once: an L1 table may have millions of entries.
+    let mut first = 0;
+    while first < entries {
+        let part = entries.saturating_sub(first).min(L1_ENTRIES);
+        let (mut wanted, place) = (Vec::new(), HostOffset(l1.0.saturating_add(first.saturating_mul(8))));
+        scan_l1_flags(io, image, place, part, &mut |_, at, table, copied| {
             let entry = FlaggedEntry { cluster: image.host_cluster(table), copied, at };
-            if index < first || from.is_some() {
-                return Ok(());
-            }
-            if batch.len() == most {
-                from = Some(index);
-            } else if check.wants(&entry) {
-                batch.push(entry);
+            if check.wants(&entry) {
+                wanted.push(entry);
             }
             Ok(())
         })?;
-        check.batch(io, Level::L1, &batch)?;
+        wanted.chunks(most.max(1)).try_for_each(|batch| check.batch(io, Level::L1, batch))?;
+        first += part;
     }
     let view = &image.mapped_by(l1, image.header.l1_entries);
     let mut clusters = MappedClusters::new(view);
@@ -317,6 +318,21 @@ mod tests {
         differences.found.sort_unstable();
         assert_eq!(differences.found, expected);
         assert!(differences.compared.iter().copied().eq((0..64).chain(128..clusters)));
+    }
+
+    /// The work follows from the length of the table, however few entries are looked at at once.
+    #[test]
+    fn an_l1_table_is_read_once() {
+        // 1500 tables, each of which maps 64 clusters of 512 bytes.
+        let spec = Spec::new(9, (1500 * 64) << 9);
+        let (mut io, image) = open(&spec.with((0..1500).map(|table| (table * 64, State::Data(1)))));
+        let mut read = |most| {
+            let before = io.bytes_read;
+            check_copied_flags(&mut io, &image, most, &mut differences(&image)).unwrap();
+            io.bytes_read - before
+        };
+        let (at_once, one_by_one) = (read(1 << 12), read(8));
+        assert!(one_by_one <= 2 * at_once, "{one_by_one} bytes, and {at_once} in one batch");
     }
 
     #[test]

@@ -96,7 +96,7 @@ impl Backing {
         let grown = self.image.file_length.saturating_sub(self.opened_length);
         if grown > 0 {
             error.text = format!(
-                "{}; the file is {grown} bytes longer than before, which running the commit again will use",
+                "{}; the file is {grown} bytes longer than before, which running the command again will use",
                 error.text
             );
         }

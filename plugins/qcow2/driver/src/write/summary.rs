@@ -57,7 +57,8 @@ pub(crate) fn summarize(
         return Err(over_bound(&backing.image, forecast.passed_over, end));
     }
     Ok(PlanSummary {
-        final_length: end.max(if backing.image.fixed_length { backing.image.file_length } else { 0 }),
+        // On a device, how much of it the image takes: somebody may need what is behind that.
+        final_length: end,
         new_data_clusters: plan.needs.data,
         new_metadata_clusters: plan.needs.tables + plan.needs.runs,
         unread_tables: plan.unread_tables,
