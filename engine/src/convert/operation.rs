@@ -20,6 +20,8 @@ use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{Context, CreateSpec, Incoming, Role, ROLE_SINK};
 use std::os::unix::ffi::OsStrExt;
 
+/// A file that is shorter than this, in bytes, holds too little to be copied by several threads.
+const MUCH: u64 = 4 << 20;
 /// What the files are like after a failure.
 const NOTHING: &str = "no image was made";
 
@@ -140,7 +142,9 @@ impl Operation for Convert<'_> {
             return;
         }
         self.new = Some(NewFile::begin(&self.request.target));
-        if self.request.rate_limit == 0 {
+        // What is below an image may be long, however short that is; of a raw one there is nothing below.
+        let short = named.image.length().is_some_and(|length| length < MUCH);
+        if self.request.rate_limit == 0 && !(short && self.request.format.as_deref() == Some("raw")) {
             // Without them, one thread does it all.
             self.workers = Workers::start().ok();
         }

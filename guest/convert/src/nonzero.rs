@@ -1,7 +1,8 @@
 //! What a target that reads as zeroes is to get of a disk: everything but zeroes.
 
+use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ImageId, ImageInfo, ParentStage};
+use instar_guest_sdk::abi::{ImageId, ImageInfo, ParentStage, Request};
 use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
 use instar_guest_view::Layers;
 
@@ -9,6 +10,8 @@ use instar_guest_view::Layers;
 const LOOK_AHEAD: usize = 1024;
 /// The host is asked about holes in plain data of so many bytes at least: a question takes as long as to copy a little less.
 const LEAST: u64 = 1 << 20;
+/// Questions that are asked at once, at most.
+const QUESTIONS: usize = 256;
 
 /// The layers, without what they, or their file systems, say is zero.
 pub struct NonZero<'a> {
@@ -28,23 +31,19 @@ impl Source for NonZero<'_> {
         self.layers.info()
     }
 
-    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
-        self.layers.verify(io, will_empty)
+    /// Returns 0: nobody asks for the number of clusters, and counting them takes a pass over all tables.
+    fn verify(&mut self, io: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
+        self.layers.verify_each(io)?;
+        Ok(0)
     }
 
     fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
         let Self { layers, held } = self;
         held.clear();
         let next = layers.extents(io, range, held)?;
-        for extent in held.iter() {
-            let left = match extent.content {
-                Content::Zero => None,
-                Content::Data { device, offset } if extent.length >= LEAST => {
-                    push_data(io, extent, (device, offset), out)?
-                }
-                _ => (!out.push(*extent)).then_some(extent.guest_offset),
-            };
-            if let Some(left) = left {
+        let held: Vec<Extent> = held.iter().copied().collect();
+        for some in held.chunks(QUESTIONS) {
+            if let Some(left) = push_some(io, some, out)? {
                 return Ok(left);
             }
         }
@@ -70,27 +69,69 @@ impl Source for NonZero<'_> {
     }
 }
 
-/// Push what of plain data is no hole. Returns the guest byte from which on there was no room, if there was not.
+/// Push what of a few extents is no hole. Returns the guest byte from which on there was no room, if there was not.
+fn push_some(io: &mut dyn BlockIo, extents: &[Extent], out: &mut Extents) -> DriverResult<Option<u64>> {
+    // The first question about each is asked together with the others: in most of them there is no hole.
+    let mut questions: Vec<Request> = extents.iter().filter_map(|extent| question(extent, extent.guest_offset)).collect();
+    if !questions.is_empty() {
+        io.run(&mut questions)?;
+    }
+    let mut answers = questions.iter();
+    for extent in extents {
+        let left = match extent.content {
+            Content::Zero => None,
+            Content::Data { .. } if extent.length >= LEAST => {
+                let first = answers.next().and_then(|answer| piece(extent, extent.guest_offset, answer));
+                push_data(io, extent, first, out)?
+            }
+            _ => (!out.push(*extent)).then_some(extent.guest_offset),
+        };
+        if left.is_some() {
+            return Ok(left);
+        }
+    }
+    Ok(None)
+}
+
+/// The question for the next data of an extent at or after guest byte `at`; none of what is short, or no plain data.
+fn question(extent: &Extent, at: u64) -> Option<Request> {
+    match extent.clip(at..extent.end())?.content {
+        Content::Data { device, offset } if extent.length >= LEAST => {
+            Some(Request::next_data(device, offset, extent.end() - at))
+        }
+        _ => None,
+    }
+}
+
+/// The part of an extent that an answer calls data; none if the rest of it, from guest byte `at` on, is a hole.
+fn piece(extent: &Extent, at: u64, answer: &Request) -> Option<Extent> {
+    let Content::Data { offset, .. } = extent.clip(at..extent.end())?.content else { return None };
+    let start = at.saturating_add(answer.offset.saturating_sub(offset));
+    extent.clip(start..start.saturating_add(answer.length)).filter(|piece| piece.length > 0)
+}
+
+/// Push what of plain data is no hole, of which the first piece is known. Returns the guest byte from which on there was no room,
+/// if there was not.
 fn push_data(
     io: &mut dyn BlockIo,
     extent: &Extent,
-    (device, offset): (u32, u64),
+    first: Option<Extent>,
     out: &mut Extents,
 ) -> DriverResult<Option<u64>> {
-    let mut at = extent.guest_offset;
-    while at < extent.end() {
-        let from = offset.saturating_add(at - extent.guest_offset);
-        let data = io.next_data(device, from..from.saturating_add(extent.end() - at))?;
-        if data.is_empty() {
-            break;
+    let mut next = first;
+    while let Some(found) = next {
+        if !out.push(found) {
+            return Ok(Some(found.guest_offset));
         }
-        let start = at.saturating_add(data.start.saturating_sub(from));
-        let end = start.saturating_add(data.end.saturating_sub(data.start));
-        let Some(piece) = extent.clip(start..end) else { break };
-        if !out.push(piece) {
-            return Ok(Some(piece.guest_offset));
-        }
-        at = piece.end();
+        let at = found.end();
+        next = match question(extent, at) {
+            Some(asked) => {
+                let mut questions = [asked];
+                io.run(&mut questions)?;
+                piece(extent, at, &questions[0])
+            }
+            None => None,
+        };
     }
     Ok(None)
 }
