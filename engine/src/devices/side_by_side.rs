@@ -57,7 +57,8 @@ impl Way {
     }
 
     fn cached(target: &Device) -> Self {
-        let local = rustix::fs::fstatfs(&target.file).is_ok_and(|system| LOCAL.contains(&system.f_type.cast_unsigned()));
+        let local =
+            rustix::fs::fstatfs(&target.file).is_ok_and(|system| LOCAL.contains(&system.f_type.cast_unsigned()));
         if local {
             Self::Buffered
         } else {

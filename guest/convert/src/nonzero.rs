@@ -3,44 +3,41 @@
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::{ImageId, ImageInfo, ParentStage, Request};
-use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
-use instar_guest_view::Layers;
+use instar_guest_sdk::{Bitmap, BlockIo, Content, DirtyRanges, DriverResult, Extent, Extents, Source};
 
-/// Extents that are asked of the layers at once.
+/// Extents that are asked of the disk at once.
 const LOOK_AHEAD: usize = 1024;
 /// The host is asked about holes in plain data of so many bytes at least: a question takes as long as to copy a little less.
 const LEAST: u64 = 1 << 20;
 /// Questions that are asked at once, at most.
 const QUESTIONS: usize = 256;
 
-/// The layers, without what they, or their file systems, say is zero.
+/// A disk, without what its images, or their file systems, say is zero.
 pub struct NonZero<'a> {
-    layers: Layers<'a>,
+    disk: &'a mut dyn Source,
     held: Extents,
 }
 
 impl<'a> NonZero<'a> {
-    /// What these layers show.
-    pub fn new(layers: Layers<'a>) -> Self {
-        Self { layers, held: Extents::with_room_for(LOOK_AHEAD) }
+    /// What this disk shows.
+    pub fn new(disk: &'a mut dyn Source) -> Self {
+        Self { disk, held: Extents::with_room_for(LOOK_AHEAD) }
     }
 }
 
 impl Source for NonZero<'_> {
     fn info(&self) -> ImageInfo {
-        self.layers.info()
+        self.disk.info()
     }
 
-    /// Returns 0: nobody asks for the number of clusters, and counting them takes a pass over all tables.
-    fn verify(&mut self, io: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
-        self.layers.verify_each(io)?;
-        Ok(0)
+    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
+        self.disk.verify(io, will_empty)
     }
 
     fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
-        let Self { layers, held } = self;
+        let Self { disk, held } = self;
         held.clear();
-        let next = layers.extents(io, range, held)?;
+        let next = disk.extents(io, range, held)?;
         let held: Vec<Extent> = held.iter().copied().collect();
         for some in held.chunks(QUESTIONS) {
             if let Some(left) = push_some(io, some, out)? {
@@ -51,28 +48,35 @@ impl Source for NonZero<'_> {
     }
 
     fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
-        self.layers.read(io, extent, from, buffer)
+        self.disk.read(io, extent, from, buffer)
     }
 
-    /// None: the target is nobody's parent.
     fn identity(&self) -> Option<ImageId> {
-        None
+        self.disk.identity()
     }
 
-    /// Nothing is recorded of the target in what is read.
-    fn follow_parent(&mut self, _: &mut dyn BlockIo, _: &ImageId, _: ParentStage) -> DriverResult<()> {
-        Ok(())
+    fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
+        self.disk.follow_parent(io, identity, stage)
     }
 
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
-        self.layers.empty(io)
+        self.disk.empty(io)
+    }
+
+    fn bitmaps(&mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        self.disk.bitmaps(io)
+    }
+
+    fn dirty(&mut self, io: &mut dyn BlockIo, index: u32, from: u64, out: &mut DirtyRanges) -> DriverResult<u64> {
+        self.disk.dirty(io, index, from, out)
     }
 }
 
 /// Push what of a few extents is no hole. Returns the guest byte from which on there was no room, if there was not.
 fn push_some(io: &mut dyn BlockIo, extents: &[Extent], out: &mut Extents) -> DriverResult<Option<u64>> {
     // The first question about each is asked together with the others: in most of them there is no hole.
-    let mut questions: Vec<Request> = extents.iter().filter_map(|extent| question(extent, extent.guest_offset)).collect();
+    let mut questions: Vec<Request> =
+        extents.iter().filter_map(|extent| question(extent, extent.guest_offset)).collect();
     if !questions.is_empty() {
         io.run(&mut questions)?;
     }

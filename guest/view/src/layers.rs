@@ -162,6 +162,11 @@ impl<'a> Layers<'a> {
         self.layers.iter_mut().try_for_each(|layer| layer.source.verify(io, false).map(drop))
     }
 
+    /// The top-most of them.
+    pub fn top(&mut self) -> Option<&mut (dyn Source + 'a)> {
+        self.layers.first_mut().map(|layer| layer.source.as_mut())
+    }
+
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> usize {
