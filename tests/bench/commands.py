@@ -198,5 +198,6 @@ def table(results):
     for result in results:
         cells = [result["title"], *(span(result["programs"][program]) for program in PROGRAMS)]
         cells += [f"{result['ratios'][program]:.2f}" for program in SANDBOXES]
-        lines.append(f"| {' | '.join([*cells, f'≤ {result["goal"]}'])} |")
+        cells.append(f"≤ {result['goal']}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

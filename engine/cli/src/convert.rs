@@ -23,13 +23,13 @@ use std::rc::Rc;
 #[derive(Args, Debug)]
 pub struct ConvertArgs {
     /// Format of the image that is read. Detected if not given; raw is believed of any file
-    #[arg(short, long, value_name = "FMT")]
+    #[arg(short, long, alias = "source-format", value_name = "FMT")]
     pub format: Option<String>,
     /// Format of the new image
     #[arg(short = 'O', long = "target-format", value_name = "FMT", default_value = "raw")]
     pub target_format: String,
     /// Options of that format, as NAME=VALUE, separated by commas; may be given several times. `-o help` lists them
-    #[arg(short, long, value_name = "OPTIONS")]
+    #[arg(short, long, alias = "target-options", value_name = "OPTIONS")]
     pub options: Vec<String>,
     /// Have the new image be backed by this file: it holds only what the layers above that hold
     #[arg(short = 'B', long = "backing", value_name = "BACKING")]
@@ -52,8 +52,11 @@ pub struct ConvertArgs {
     /// With --bitmaps: leave out those that were not saved when the image was closed
     #[arg(long)]
     pub skip_broken_bitmaps: bool,
+    /// Copy zeroes for data that cannot be read, with a warning for each range, instead of failing
+    #[arg(long)]
+    pub salvage: bool,
     /// Read this internal snapshot: its ID or name, or snapshot.id=ID,snapshot.name=NAME
-    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    #[arg(short = 'l', long, alias = "source-snapshot", value_name = "SNAPSHOT")]
     pub snapshot: Option<SnapshotName>,
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
@@ -65,7 +68,7 @@ pub struct ConvertArgs {
     #[arg(short, long, alias = "rate", value_name = "BYTES/S", value_parser = parse_bytes)]
     pub rate_limit: Option<u64>,
     /// Choose what writes to the new image promise; unsafe flushes nothing
-    #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
+    #[arg(short = 't', long = "cache", alias = "target-cache", value_enum, default_value_t, value_name = "MODE")]
     pub cache: CacheMode,
     /// Read the image even if it is in use; the copy may be of no moment that ever was
     #[arg(short = 'U', long)]
@@ -98,23 +101,23 @@ pub struct OtherArgs {
     #[arg(short = 'm', long, hide = true, value_name = "N")]
     pub parallel: Option<u32>,
     /// Taken for the sake of scripts
-    #[arg(short = 'W', hide = true)]
+    #[arg(short = 'W', long = "oob-writes", hide = true)]
     pub out_of_order: bool,
     /// Taken for the sake of scripts: the host copies as fast as it can
-    #[arg(short = 'C', hide = true)]
+    #[arg(short = 'C', long = "copy-range-offloading", hide = true)]
     pub copy_offloading: bool,
     /// Taken for the sake of scripts: how the source is read
-    #[arg(short = 'T', hide = true, value_enum, value_name = "MODE")]
+    #[arg(short = 'T', long = "source-cache", hide = true, value_enum, value_name = "MODE")]
     pub source_cache: Option<CacheMode>,
     /// An option of `qemu-img`, for a sentence about it
-    #[arg(short = 'c', hide = true)]
+    #[arg(short = 'c', long, hide = true)]
     pub compress: bool,
     /// An option of `qemu-img`, for a sentence about it
     #[arg(long, hide = true)]
-    pub salvage: bool,
+    pub target_image_opts: bool,
     /// An option of `qemu-img`, for a sentence about it
     #[arg(long, hide = true)]
-    pub target_image_opts: bool,
+    pub source_image_opts: bool,
 }
 
 impl OtherArgs {
@@ -122,7 +125,10 @@ impl OtherArgs {
     fn refuse(&self) -> Result<(), Error> {
         let sentences = [
             (self.compress, "-c is not supported: the new image is not compressed; leave it out"),
-            (self.salvage, "--salvage is not supported: a source that cannot be read makes no image"),
+            (
+                self.source_image_opts,
+                "--source-image-opts is not supported: name the image by its file name, and its format with -f",
+            ),
             (self.target_image_opts, "--target-image-opts is not supported: name the target by its file name"),
         ];
         match sentences.into_iter().find(|(given, _)| *given) {
@@ -206,6 +212,7 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
         allocate: args.sparse == Some(0),
         bitmaps: args.bitmaps,
         skip_broken_bitmaps: args.skip_broken_bitmaps,
+        salvage: args.salvage,
         format: args.format.clone(),
         snapshot: args.snapshot.clone(),
         force_share: args.force_share,

@@ -230,7 +230,10 @@ impl Operation for Convert<'_> {
         }
         // What is below an image may be long, however short that is; of a raw one there is nothing below.
         let short = named.image.length().is_some_and(|length| length < MUCH);
-        if self.request.rate_limit == 0 && !(short && self.request.format.as_deref() == Some("raw")) {
+        if self.request.rate_limit == 0
+            && !self.request.salvage
+            && !(short && self.request.format.as_deref() == Some("raw"))
+        {
             // Without them, one thread does it all.
             self.workers = Workers::start().ok();
         }
@@ -336,6 +339,9 @@ impl Operation for Convert<'_> {
         let ConvertRequest { cache, rate_limit, .. } = *self.request;
         devices.set_workers(self.workers.take());
         paths.set_cache(devices, cache)?;
+        if self.request.salvage {
+            paths.sources().for_each(|number| devices.salvage(number));
+        }
         let observer = session.observer();
         let flushes = observer.wants_progress() && cache != Cache::Unsafe;
         let meter = Meter::new(observer.clone(), self.length, devices, paths.target(), flushes);
@@ -377,6 +383,12 @@ impl Operation for Convert<'_> {
             None => ended.end,
         };
         end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
+        let mut warnings = events.warnings;
+        let (devices, observer) = (&ended.devices, events.observer);
+        for line in ended.paths.sources().flat_map(|number| salvaged(devices, &ended.paths, number)) {
+            observer.iter().for_each(|observer| observer.warning(&line));
+            warnings.push(line);
+        }
         match self.new {
             Some(new) => new?.publish(self.request.cache != Cache::Unsafe)?,
             // In place, the guest has flushed it.
@@ -391,9 +403,29 @@ impl Operation for Convert<'_> {
             target_virtual_size: self.sizes.1,
             bytes_converted: events.outcome.bytes_committed,
             sandbox: ended.sandbox,
-            warnings: events.warnings,
+            warnings,
         })
     }
+}
+
+/// What could not be read of a device: a line for each range.
+fn salvaged(devices: &Devices, paths: &DevicePaths, number: u32) -> Vec<String> {
+    let (ranges, bytes) = devices.device(number).map(Device::salvaged).unwrap_or_default();
+    let path = escape_path(paths.get(number).unwrap_or(Path::new("")));
+    let mut told = 0;
+    let line = |range: &std::ops::Range<u64>| {
+        told += range.end - range.start;
+        format!(
+            "'{path}': {} bytes from offset {} on cannot be read, and are zero in the copy",
+            range.end - range.start,
+            range.start
+        )
+    };
+    let mut lines: Vec<String> = ranges.iter().map(line).collect();
+    if bytes > told {
+        lines.push(format!("'{path}': {} more bytes cannot be read, and are zero in the copy", bytes - told));
+    }
+    lines
 }
 
 /// The order of an operation was not kept: a mistake of this program.

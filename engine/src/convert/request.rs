@@ -37,6 +37,8 @@ pub struct ConvertRequest {
     pub bitmaps: bool,
     /// … but for those that were not saved, which are an error otherwise.
     pub skip_broken_bitmaps: bool,
+    /// What cannot be read of the data is zero in the target.
+    pub salvage: bool,
     /// Bytes that may move per second; 0 is no limit.
     pub rate_limit: u64,
     /// What writes to the target promise.

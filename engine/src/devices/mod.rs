@@ -16,6 +16,7 @@ mod merge;
 mod pace;
 mod phases;
 mod piece;
+mod salvage;
 mod side_by_side;
 mod statistics;
 mod transfer;
@@ -38,9 +39,11 @@ use copy::Copier;
 use direct::Direct;
 use instar_guest_abi::{request_flags, request_status, Part, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES};
 use merge::Batch;
+use salvage::Salvaged;
 use std::cell::{OnceCell, RefCell};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,6 +70,8 @@ pub struct Device {
     dirty: bool,
     /// Something was written at all.
     changed: bool,
+    /// What cannot be read of it is zero in copies, and noted here.
+    salvage: Option<RefCell<Salvaged>>,
     /// Which parts of it read as zeroes, as far as anybody has asked.
     zeroes: RefCell<Zeroes>,
 }
@@ -88,6 +93,7 @@ impl Device {
             wiped: false,
             dirty: false,
             changed: false,
+            salvage: None,
             zeroes: RefCell::default(),
         }
     }
@@ -143,6 +149,13 @@ impl Device {
             Some(direct) => direct.read_at(&self.file, offset, out),
             None => self.file.read_at(out, offset),
         }
+    }
+
+    /// The byte ranges that could not be read, and were copied as zeroes, and how many bytes there are in all: more than those of the
+    /// ranges if those are too many to be kept.
+    #[must_use]
+    pub fn salvaged(&self) -> (Vec<Range<u64>>, u64) {
+        self.salvage.as_ref().map_or_else(Default::default, |salvaged| salvaged.borrow().found())
     }
 
     /// Read all of `out` at `offset`; past the end of the file there are zeroes.
@@ -333,6 +346,13 @@ impl Devices {
     #[must_use]
     pub fn excess(&self, used: Duration) -> Option<Excess> {
         self.allowance.excess(used).filter(|_| !self.any_changed())
+    }
+
+    /// From here on, what cannot be read of this device is zero in copies of it.
+    pub fn salvage(&mut self, number: u32) {
+        if let Ok(device) = self.device_mut(number) {
+            device.salvage = Some(RefCell::default());
+        }
     }
 
     /// The device of this number.
