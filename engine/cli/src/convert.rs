@@ -171,7 +171,7 @@ impl ConvertArgs {
                 "-S 0 takes space for the whole disk, and -B leaves most of it to the backing file: choose one of them",
             ),
             (
-                sparse > SPARSE_MOST || sparse % SPARSE_UNIT != 0,
+                sparse > SPARSE_MOST || !sparse.is_multiple_of(SPARSE_UNIT),
                 "-S takes a multiple of 512 bytes up to 16777216, or 0 to take space for the whole disk",
             ),
         ];

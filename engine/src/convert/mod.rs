@@ -4,6 +4,7 @@
 //! same steps as a commit's; and it gets its name when it is complete and durable. With `-n`, the image is there already, and is
 //! filled in place.
 
+mod end;
 mod existing;
 mod new_file;
 mod operation;

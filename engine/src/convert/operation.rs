@@ -1,5 +1,6 @@
 //! The conversion as an [`Operation`].
 
+use super::end::{allocate, salvaged};
 use super::existing::Existing;
 use super::new_file::NewFile;
 use super::parent::{divide, Layers};
@@ -22,9 +23,6 @@ use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT};
 use instar_guest_protocol::convert::Config;
 use instar_guest_protocol::Message;
 use instar_plugin_api::{BackingPointer, Context, CreateSpec, ImageFacts, Incoming, Role, ROLE_SINK};
-use rustix::fs::{fallocate, FallocateFlags};
-use rustix::io::{retry_on_intr, Errno};
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -153,23 +151,6 @@ impl<'q> Convert<'q> {
                 );
                 Err(Error::image(&top.opened.path, ErrorCode::UnsupportedFormat, clause))
             }
-        }
-    }
-
-    /// Have the file system keep space for all of the target's file.
-    fn allocate(&self, ended: &Ended<CommitEvents>) -> Result<(), Error> {
-        let device = ended.devices.device(DEVICE_OUTPUT).filter(|_| !ended.paths.is_block_device(DEVICE_OUTPUT));
-        let Some(file) = device.map(Device::file).filter(|_| self.request.allocate) else { return Ok(()) };
-        let failed = |code, error: &io::Error| Error::io(&self.request.target, code, "cannot be allocated", error);
-        let length = file.metadata().map_err(|error| failed(ErrorCode::BackingIo, &error))?.len();
-        if length == 0 {
-            return Ok(());
-        }
-        match retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, length)) {
-            // The disk reads the same without it.
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-            Err(errno @ (Errno::NOSPC | Errno::DQUOT)) => Err(failed(ErrorCode::NoSpace, &errno.into())),
-            Err(errno) => Err(failed(ErrorCode::BackingIo, &errno.into())),
         }
     }
 }
@@ -371,7 +352,7 @@ impl Operation for Convert<'_> {
             (true, true) => PART,
         };
         if ended.end.is_ok() {
-            self.allocate(&ended)?;
+            allocate(self.request, &ended)?;
         }
         let events = ended.events;
         let end = match events.lacking {
@@ -406,26 +387,6 @@ impl Operation for Convert<'_> {
             warnings,
         })
     }
-}
-
-/// What could not be read of a device: a line for each range.
-fn salvaged(devices: &Devices, paths: &DevicePaths, number: u32) -> Vec<String> {
-    let (ranges, bytes) = devices.device(number).map(Device::salvaged).unwrap_or_default();
-    let path = escape_path(paths.get(number).unwrap_or(Path::new("")));
-    let mut told = 0;
-    let line = |range: &std::ops::Range<u64>| {
-        told += range.end - range.start;
-        format!(
-            "'{path}': {} bytes from offset {} on cannot be read, and are zero in the copy",
-            range.end - range.start,
-            range.start
-        )
-    };
-    let mut lines: Vec<String> = ranges.iter().map(line).collect();
-    if bytes > told {
-        lines.push(format!("'{path}': {} more bytes cannot be read, and are zero in the copy", bytes - told));
-    }
-    lines
 }
 
 /// The order of an operation was not kept: a mistake of this program.

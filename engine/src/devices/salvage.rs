@@ -54,7 +54,7 @@ pub fn read(device: &Device, offset: u64, bytes: &mut [u8], error: io::Error) ->
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
 mod tests {
     use super::*;
     use std::fs::File;
