@@ -320,6 +320,9 @@ impl Operation for Convert<'_> {
         let ConvertRequest { cache, rate_limit, .. } = *self.request;
         devices.set_workers(self.workers.take());
         paths.set_cache(devices, cache)?;
+        if !self.request.in_place {
+            devices.leave_flushes_to_the_end();
+        }
         if self.request.salvage {
             paths.sources().for_each(|number| devices.salvage(number));
         }

@@ -266,6 +266,8 @@ pub struct Devices {
     phases: Phases,
     pace: Pace,
     cache: Cache,
+    /// Flushes are left to whoever gives the target its name.
+    unnamed: bool,
     statistics: Statistics,
     allowance: Allowance,
 }
@@ -322,6 +324,12 @@ impl Devices {
             }
         }
         Ok(())
+    }
+
+    /// The target is a new file that nobody knows before it is complete, and that is flushed then: a crash before leaves nothing of
+    /// it, in whatever order its parts came to the disk, so that the guest's flushes need not wait for that.
+    pub fn leave_flushes_to_the_end(&mut self) {
+        self.unnamed = true;
     }
 
     /// What was moved so far, and how.
@@ -461,10 +469,10 @@ impl Devices {
 
     /// Make everything that was written to a device durable, as far as the cache mode promises it.
     fn flush(&mut self, number: u32) -> io::Result<()> {
-        let cache = self.cache;
+        let (cache, unnamed) = (self.cache, self.unnamed);
         let device = self.device_mut(number)?;
         if device.dirty {
-            if cache != Cache::Unsafe {
+            if cache != Cache::Unsafe && !unnamed {
                 retry(|| rustix::fs::fdatasync(&device.file))?;
                 self.statistics.flushes += 1;
             }
