@@ -265,7 +265,7 @@ def test_ended_in_the_middle(sent, old, tmp_path):
     assert_same(source, "raw", target, "qcow2")
 
 
-@pytest.mark.parametrize("options", [["-c"], ["--salvage"], ["--target-is-zero"], ["--target-image-opts"],
+@pytest.mark.parametrize("options", [["-c"], ["--target-is-zero"], ["--target-image-opts"],
                                      ["-o", "backing_file=base"]])
 def test_options_that_are_not_supported(options, tmp_path):
     source, target = tmp_path / "source.qcow2", tmp_path / "target"
