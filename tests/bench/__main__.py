@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures `instar commit`, in both sandboxes, against `qemu-img commit`.
+"""Measures `instar commit`, in both sandboxes, against `qemu-img commit`, and convert and rebase against theirs.
 
 Each run commits images of its own, written as a guest writes them and synced before the clock starts; those of all programs
 are written side by side. The programs take turns, each of them every turn equally often, so that whatever else the machine and
@@ -25,6 +25,7 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import commands as others  # noqa: E402
 import growth  # noqa: E402
 import kernel as alone  # noqa: E402
 import report as reports  # noqa: E402
@@ -209,6 +210,7 @@ def arguments():
     parser.add_argument("--only", action="append", metavar="NAME", help="only this workload; may be repeated")
     parser.add_argument("--dir", help="where the images go: the file system to measure on (default: $TMPDIR)")
     parser.add_argument("--no-growth", action="store_true", help="leave out how cost grows with data and size")
+    parser.add_argument("--commands", action="store_true", help="only the commands besides commit: convert and rebase")
     parser.add_argument("--write-docs", action="store_true", help="refresh the tables and the plot of docs/performance.md")
     options = parser.parse_args()
     options.runs = options.runs or (3 if options.quick else 7)
@@ -219,13 +221,16 @@ def arguments():
     for program in (options.instar, "qemu-img"):
         if shutil.which(program) is None:
             parser.error(f"{program} is not there")
-    options.workloads = workloads(options.quick)
-    unknown = set(options.only or ()) - {workload.name for workload in options.workloads}
+    options.workloads = [] if options.commands else workloads(options.quick)
+    options.others = others.commands(options.quick)
+    known = [workload.name for workload in [*options.workloads, *options.others]]
+    unknown = set(options.only or ()) - set(known)
     if unknown:
-        names = ", ".join(workload.name for workload in options.workloads)
+        names = ", ".join(known)
         parser.error(f"no such workload: {', '.join(sorted(unknown))}; there are {names}")
     if options.only:
         options.workloads = [workload for workload in options.workloads if workload.name in options.only]
+        options.others = [command for command in options.others if command.name in options.only]
     return options
 
 
@@ -237,7 +242,8 @@ def main():
         directory = pathlib.Path(name)
         report = {"machine": describe(instar, directory, options.runs, options.quick)}
         report["results"] = measure_all(options.workloads, directory, instar, options.runs)
-        if not (options.only or options.no_growth):
+        report["commands"] = others.measure_all(options.others, directory, instar, options.runs)
+        if not (options.only or options.no_growth or options.commands):
             # Where giving space back costs the disk nothing: with the option `discard`, ext4 waits for it.
             with mounted("xfs", directory) as place:
                 report["growth"] = growth.measure(place or directory, instar, options.quick, verbose_run, timed)
@@ -248,9 +254,14 @@ def main():
     path = results / f"{stamp}{'-quick' if options.quick else ''}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(reports.markdown(report))
+    if report["commands"]:
+        print(f"\n{others.table(report['commands'])}")
     print(f"\nAll numbers: {path.relative_to(PROJECT)}", file=sys.stderr)
     if options.write_docs:
-        reports.write_docs(report, PROJECT / "docs")
+        if not options.commands:
+            reports.write_docs(report, PROJECT / "docs")
+        body = f"{reports.heading(report['machine'])}\n\n{others.table(report['commands'])}"
+        reports.write_part(PROJECT / "docs/performance.md", others.MARKS, body)
 
 
 if __name__ == "__main__":

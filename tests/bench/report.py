@@ -107,7 +107,9 @@ def growth_tables(growth):
 
 def markdown(report):
     """All tables."""
-    parts = [heading(report["machine"]), table(report)]
+    parts = [heading(report["machine"])]
+    if report["results"]:
+        parts.append(table(report))
     if any(result["kernel"] for result in report["results"]):
         parts.append(kernel_table(report))
     if "growth" in report:
@@ -117,14 +119,18 @@ def markdown(report):
 
 def write_docs(report, docs):
     """The tables between the marks in performance.md, and the plot beside it."""
-    page = docs / "performance.md"
-    begin, end = MARKS
-    body = f"{begin}\n\n{markdown(report)}\n\n{end}"
+    write_part(docs / "performance.md", MARKS, markdown(report))
+    plot(report, docs / "performance.svg")
+
+
+def write_part(page, marks, body):
+    """Replace what stands between two marks of a page."""
+    begin, end = marks
+    body = f"{begin}\n\n{body}\n\n{end}"
     found, count = re.subn(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: body, page.read_text("utf-8"), flags=re.DOTALL)
     if count != 1:
         raise SystemExit(f"bench: {page} has no {begin} … {end}")
     page.write_text(found, encoding="utf-8")
-    plot(report, docs / "performance.svg")
 
 
 def plot(report, path):

@@ -23,16 +23,40 @@ use std::rc::Rc;
 #[derive(Args, Debug)]
 pub struct ConvertArgs {
     /// Format of the image that is read. Detected if not given; raw is believed of any file
-    #[arg(short, long, value_name = "FMT")]
+    #[arg(short, long, alias = "source-format", value_name = "FMT")]
     pub format: Option<String>,
     /// Format of the new image
     #[arg(short = 'O', long = "target-format", value_name = "FMT", default_value = "raw")]
     pub target_format: String,
     /// Options of that format, as NAME=VALUE, separated by commas; may be given several times. `-o help` lists them
-    #[arg(short, long, value_name = "OPTIONS")]
+    #[arg(short, long, alias = "target-options", value_name = "OPTIONS")]
     pub options: Vec<String>,
+    /// Have the new image be backed by this file: it holds only what the layers above that hold
+    #[arg(short = 'B', long = "backing", value_name = "BACKING")]
+    pub backing: Option<String>,
+    /// Format of that backing file
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub backing_format: Option<String>,
+    /// Write into an image or a block device that is there, in place; a failure leaves a part of the disk in it
+    #[arg(short = 'n', long)]
+    pub no_create: bool,
+    /// With -n: all of that reads as zeroes already, and zeroes are not written
+    #[arg(long)]
+    pub target_is_zero: bool,
+    /// 0 has the new image take space for all of its disk; other sizes change nothing, as data is copied as it is
+    #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = parse_bytes)]
+    pub sparse: Option<u64>,
+    /// Make the persistent bitmaps of the image that is read in the new one
+    #[arg(long)]
+    pub bitmaps: bool,
+    /// With --bitmaps: leave out those that were not saved when the image was closed
+    #[arg(long)]
+    pub skip_broken_bitmaps: bool,
+    /// Copy zeroes for data that cannot be read, with a warning for each range, instead of failing
+    #[arg(long)]
+    pub salvage: bool,
     /// Read this internal snapshot: its ID or name, or snapshot.id=ID,snapshot.name=NAME
-    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    #[arg(short = 'l', long, alias = "source-snapshot", value_name = "SNAPSHOT")]
     pub snapshot: Option<SnapshotName>,
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
@@ -44,7 +68,7 @@ pub struct ConvertArgs {
     #[arg(short, long, alias = "rate", value_name = "BYTES/S", value_parser = parse_bytes)]
     pub rate_limit: Option<u64>,
     /// Choose what writes to the new image promise; unsafe flushes nothing
-    #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
+    #[arg(short = 't', long = "cache", alias = "target-cache", value_enum, default_value_t, value_name = "MODE")]
     pub cache: CacheMode,
     /// Read the image even if it is in use; the copy may be of no moment that ever was
     #[arg(short = 'U', long)]
@@ -64,7 +88,7 @@ pub struct ConvertArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub unsupported: UnsupportedArgs,
-    /// The image that is read, and the new one, which replaces a file of that name once it is complete
+    /// The images that are read, one disk behind the other, and the new one, which replaces a file of that name once it is complete
     #[arg(value_name = "FILENAME", required_unless_present = "options")]
     pub files: Vec<PathBuf>,
 }
@@ -77,44 +101,23 @@ pub struct OtherArgs {
     #[arg(short = 'm', long, hide = true, value_name = "N")]
     pub parallel: Option<u32>,
     /// Taken for the sake of scripts
-    #[arg(short = 'W', hide = true)]
+    #[arg(short = 'W', long = "oob-writes", hide = true)]
     pub out_of_order: bool,
     /// Taken for the sake of scripts: the host copies as fast as it can
-    #[arg(short = 'C', hide = true)]
+    #[arg(short = 'C', long = "copy-range-offloading", hide = true)]
     pub copy_offloading: bool,
     /// Taken for the sake of scripts: how the source is read
-    #[arg(short = 'T', hide = true, value_enum, value_name = "MODE")]
+    #[arg(short = 'T', long = "source-cache", hide = true, value_enum, value_name = "MODE")]
     pub source_cache: Option<CacheMode>,
     /// An option of `qemu-img`, for a sentence about it
-    #[arg(short = 'c', hide = true)]
+    #[arg(short = 'c', long, hide = true)]
     pub compress: bool,
-    /// An option of `qemu-img`, for a sentence about it
-    #[arg(short = 'n', hide = true)]
-    pub no_create: bool,
-    /// An option of `qemu-img`, for a sentence about it
-    #[arg(short = 'B', hide = true, value_name = "BACKING")]
-    pub backing: Option<String>,
-    /// An option of `qemu-img`, for a sentence about it
-    #[arg(short = 'F', hide = true, value_name = "FMT")]
-    pub backing_format: Option<String>,
-    /// An option of `qemu-img`, for a sentence about it
-    #[arg(short = 'S', hide = true, value_name = "SIZE")]
-    pub sparse: Option<String>,
-    /// An option of `qemu-img`, for a sentence about it
-    #[arg(long, hide = true)]
-    pub target_is_zero: bool,
-    /// An option of `qemu-img`, for a sentence about it
-    #[arg(long, hide = true)]
-    pub salvage: bool,
-    /// An option of `qemu-img`, for a sentence about it
-    #[arg(long, hide = true)]
-    pub bitmaps: bool,
-    /// An option of `qemu-img`, for a sentence about it
-    #[arg(long, hide = true)]
-    pub skip_broken_bitmaps: bool,
     /// An option of `qemu-img`, for a sentence about it
     #[arg(long, hide = true)]
     pub target_image_opts: bool,
+    /// An option of `qemu-img`, for a sentence about it
+    #[arg(long, hide = true)]
+    pub source_image_opts: bool,
 }
 
 impl OtherArgs {
@@ -122,22 +125,55 @@ impl OtherArgs {
     fn refuse(&self) -> Result<(), Error> {
         let sentences = [
             (self.compress, "-c is not supported: the new image is not compressed; leave it out"),
-            (self.no_create || self.target_is_zero, "-n is not supported: the target is always a new image; leave it out"),
             (
-                self.backing.is_some() || self.backing_format.is_some(),
-                "-B is not supported: the new image holds the whole disk, and has no backing file; leave it out",
-            ),
-            (
-                self.sparse.is_some(),
-                "-S is not supported: what the source says is zero stays out of the new image, and its data is copied as it is; \
-                 leave it out",
-            ),
-            (self.salvage, "--salvage is not supported: a source that cannot be read makes no image"),
-            (
-                self.bitmaps || self.skip_broken_bitmaps,
-                "--bitmaps is not supported: the new image has no bitmaps; leave it out",
+                self.source_image_opts,
+                "--source-image-opts is not supported: name the image by its file name, and its format with -f",
             ),
             (self.target_image_opts, "--target-image-opts is not supported: name the target by its file name"),
+        ];
+        match sentences.into_iter().find(|(given, _)| *given) {
+            Some((_, sentence)) => Err(bad_usage(sentence)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Sizes that `-S` takes, as `qemu-img` does: multiples of this many bytes …
+const SPARSE_UNIT: u64 = 512;
+/// … up to this one.
+const SPARSE_MOST: u64 = 16 << 20;
+
+impl ConvertArgs {
+    /// Refuse what makes no sense together.
+    fn check(&self, sources: usize) -> Result<(), Error> {
+        let sparse = self.sparse.unwrap_or(SPARSE_UNIT);
+        let sentences = [
+            (
+                self.backing.is_some() && self.backing_format.is_none(),
+                "the format of the backing file is needed: add -F FMT",
+            ),
+            (
+                self.backing.is_none() && self.backing_format.is_some(),
+                "-F is the format of a backing file: add -B BACKING",
+            ),
+            (
+                self.backing.is_some() && sources > 1,
+                "several images have no backing file in common: leave out -B, or convert one image",
+            ),
+            (self.snapshot.is_some() && sources > 1, "-l reads a snapshot of one image: convert one image"),
+            (self.bitmaps && sources > 1, "--bitmaps takes those of one image: convert one image"),
+            (self.no_create && self.backing.is_some(), "-n leaves the target's backing file as it is: leave out -B"),
+            (self.no_create && !self.options.is_empty(), "-n creates no image, and -o changes nothing: leave it out"),
+            (self.target_is_zero && !self.no_create, "--target-is-zero is about a target that is there: add -n"),
+            (self.skip_broken_bitmaps && !self.bitmaps, "--skip-broken-bitmaps is about bitmaps: add --bitmaps"),
+            (
+                self.sparse == Some(0) && self.backing.is_some(),
+                "-S 0 takes space for the whole disk, and -B leaves most of it to the backing file: choose one of them",
+            ),
+            (
+                sparse > SPARSE_MOST || !sparse.is_multiple_of(SPARSE_UNIT),
+                "-S takes a multiple of 512 bytes up to 16777216, or 0 to take space for the whole disk",
+            ),
         ];
         match sentences.into_iter().find(|(given, _)| *given) {
             Some((_, sentence)) => Err(bad_usage(sentence)),
@@ -161,15 +197,22 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
         return print(out, &help(&format, &options, &[]));
     }
     if options.iter().any(|(name, _)| ["backing_file", "backing_fmt", "size"].contains(&name.as_str())) {
-        return Err(bad_usage(
-            "the size is that of the source, and the new image has no backing file: leave it out of -o",
-        ));
+        return Err(bad_usage("the size is that of the source, and -B names the backing file: leave it out of -o"));
     }
-    let [source, target] = args.files.as_slice() else {
-        return Err(bad_usage("convert takes one image to read, and the new one: FILENAME OUTPUT"));
+    let [source, others @ .., target] = args.files.as_slice() else {
+        return Err(bad_usage("convert takes an image to read, and the new one: FILENAME OUTPUT"));
     };
+    args.check(1 + others.len())?;
     let request = ConvertRequest {
         source: source.clone(),
+        others: others.to_vec(),
+        backing: args.backing.clone().zip(args.backing_format.clone()),
+        in_place: args.no_create,
+        target_is_zero: args.target_is_zero,
+        allocate: args.sparse == Some(0),
+        bitmaps: args.bitmaps,
+        skip_broken_bitmaps: args.skip_broken_bitmaps,
+        salvage: args.salvage,
         format: args.format.clone(),
         snapshot: args.snapshot.clone(),
         force_share: args.force_share,

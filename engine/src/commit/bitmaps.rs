@@ -4,6 +4,7 @@ use super::as_text::bytes_as_text;
 use super::verdict::Parts;
 use crate::escape::{escape_bytes, escape_path};
 use instar_guest_protocol::commit::{bitmap::Fate, Bitmap};
+use instar_plugin_api::ImageFacts;
 use serde::Serialize;
 use std::path::Path;
 
@@ -60,15 +61,16 @@ impl MergedBitmap {
     }
 }
 
-/// Bytes by which the bitmaps that may be made in the target lengthen its file at most, beyond what a plugin allows for its own.
-pub fn allowance(parts: &Parts<'_, '_>, virtual_size: u64) -> u64 {
-    let cluster = parts.backing.facts.cluster_size.max(512);
+/// Bytes by which the bitmaps of these layers, which may be made in the target, lengthen its file at most, beyond what a plugin
+/// allows for its own. `virtual_size` is that of the target, in bytes.
+pub fn allowance<'f>(target: &ImageFacts, layers: impl IntoIterator<Item = &'f ImageFacts>, virtual_size: u64) -> u64 {
+    let cluster = target.cluster_size.max(512);
     let clusters = |bytes: u64| bytes.div_ceil(cluster);
-    let own = parts.backing.facts.bitmaps.as_ref().map_or(&[][..], |own| own.as_slice());
+    let own = target.bitmaps.as_ref().map_or(&[][..], |own| own.as_slice());
     let names: u64 = own.iter().map(|bitmap| bitmap.name.len() as u64 + 64).sum();
     let mut all = clusters(names.saturating_add(4096)).saturating_add(8);
-    for layer in parts.merged() {
-        for bitmap in layer.facts.bitmaps.as_ref().map_or(&[][..], |own| own.as_slice()) {
+    for layer in layers {
+        for bitmap in layer.bitmaps.as_ref().map_or(&[][..], |own| own.as_slice()) {
             // Bits, the table that names their clusters, and the entry of the directory with its extra data.
             let data = clusters(virtual_size.div_ceil(bitmap.granularity.max(1)).div_ceil(8));
             let table = clusters(data.saturating_mul(8));

@@ -20,6 +20,7 @@ mod space;
 mod verdict;
 mod wipe;
 
+pub(crate) use bitmaps::allowance as room_for_bitmaps;
 pub use bitmaps::{MergedBitmap, RESULTS as BITMAP_RESULTS};
 pub use events::CommitEvents;
 pub(crate) use meter::Meter;

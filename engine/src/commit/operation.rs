@@ -127,7 +127,7 @@ impl Operation for Commit<'_> {
         let base = self.request.base.as_deref().map(|base| NamedFile::beside(&image, base));
         let children = self.request.relink.iter().map(|child| NamedFile::new(child)).collect();
         let child_directories = self.request.relink_in.iter().map(|directory| NamedDirectory::new(directory)).collect();
-        Named { image, base, second: None, children, child_directories }
+        Named { image, base, second: None, others: Vec::new(), children, child_directories }
     }
 
     fn access(&self) -> Access {
@@ -236,7 +236,8 @@ impl Operation for Commit<'_> {
         let backing_grows_to = growth?;
         if self.request.bitmaps {
             let size = backing_grows_to.unwrap_or(0).max(parts.backing.facts.virtual_size);
-            grants.target = grants.target.saturating_add(allowance(&parts, size));
+            let merged = parts.merged().map(|layer| &layer.facts);
+            grants.target = grants.target.saturating_add(allowance(&parts.backing.facts, merged, size));
         } else if self.request.mode != CommitMode::Measure {
             self.warnings.extend(left_out(&parts));
         }

@@ -73,7 +73,7 @@ impl NewFile {
             return refused("cannot be created: its directory does not exist");
         };
         if named.is_block_device() {
-            return refused("is a block device: let a new file be the target, and copy that onto the device");
+            return refused("is a block device, and no new image: -n writes into it, in place");
         }
         if named.identity().is_some() && named.length().is_none() || named.name().is_empty() {
             return refused("is not a regular file");

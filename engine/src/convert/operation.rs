@@ -1,27 +1,40 @@
 //! The conversion as an [`Operation`].
 
+use super::end::{allocate, salvaged};
+use super::existing::Existing;
 use super::new_file::NewFile;
-use super::{ConvertOutcome, ConvertRequest};
-use crate::commit::{CommitEvents, Meter, PlanBounds, Space};
+use super::parent::{divide, Layers};
+use super::request::{ConvertOutcome, ConvertRequest};
+use crate::commit::{room_for_bitmaps, CommitEvents, Meter, PlanBounds, Space};
 use crate::confine::Work;
 use crate::create::{options_of, plugin_of, write_to};
 use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::Error;
-use crate::escape::escape_path;
-use crate::image::{Access, ChainImage, OpenedFile};
-use crate::lookup::Directory;
+use crate::escape::{escape, escape_bytes, escape_path};
+use crate::image::{Access, ChainImage, NamedFile, OpenedFile};
+use crate::lookup::{Directory, Identity};
 use crate::operation::{
-    ask, DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings,
+    ask, DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
 };
 use crate::plugins::{Plugin, Registry};
+use crate::rebase::named_parent;
 use crate::sandbox::ModuleSpec;
-use instar_guest_abi::{ErrorCode, Phase, DEVICE_OUTPUT};
-use instar_plugin_api::std_types::ROption;
-use instar_plugin_api::{Context, CreateSpec, Incoming, Role, ROLE_SINK};
+use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT};
+use instar_guest_protocol::convert::Config;
+use instar_guest_protocol::Message;
+use instar_plugin_api::{BackingPointer, Context, CreateSpec, ImageFacts, Incoming, Role, ROLE_SINK};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
+/// A file that is shorter than this, in bytes, holds too little to be copied by several threads.
+const MUCH: u64 = 4 << 20;
 /// What the files are like after a failure.
 const NOTHING: &str = "no image was made";
+const UNCHANGED: &str = "nothing was changed";
+const PART: &str = "a part of the disk was written into it, in place: run the command again";
+/// Disks but a single one begin and end at a multiple of this many bytes.
+const SECTOR: u64 = 512;
 
 /// A conversion on its way.
 pub struct Convert<'q> {
@@ -30,8 +43,14 @@ pub struct Convert<'q> {
     workers: Option<Workers>,
     /// The new image, which has no name yet, or why there can be none.
     new: Option<Result<NewFile, Error>>,
+    /// The image that is written in place, or why it cannot be.
+    existing: Option<Result<Existing, Error>>,
+    /// The block device that is written in place, kept from being mounted to the end.
+    claim: Option<OwnedFd>,
     /// The image that is replaced, locked to the end.
     replaced: Option<OpenedFile>,
+    /// The target does not read as zeroes by itself.
+    writes_zeroes: bool,
     formats: (String, String),
     /// Virtual sizes in bytes.
     sizes: (u64, u64),
@@ -49,7 +68,10 @@ impl<'q> Convert<'q> {
             request,
             workers: None,
             new: None,
+            existing: None,
+            claim: None,
             replaced: None,
+            writes_zeroes: false,
             formats: Default::default(),
             sizes: (0, 0),
             length: 0,
@@ -59,21 +81,21 @@ impl<'q> Convert<'q> {
         }
     }
 
-    /// Refuse to replace what is read, and whatever somebody uses.
-    fn lock_replaced(&mut self, layers: &[ChainImage<'_>], new: &mut NewFile) -> Result<(), Error> {
-        let Some(replaced) = new.replaces() else { return Ok(()) };
-        let read = layers
-            .iter()
-            .find(|layer| layer.all_files().any(|file| file.identity == replaced || file.below == Some(replaced)));
-        if let Some(layer) = read {
-            let clause = format!(
-                "would be replaced, and is a part of what is read ('{}'): choose another name",
-                escape_path(&layer.opened.path)
-            );
-            return Err(Error::image(&self.request.target, ErrorCode::ChainLoop, clause));
-        }
-        self.replaced = new.lock_replaced()?;
-        Ok(())
+    /// Refuse to write over what is read: a file with this identity, or one that this device stands on.
+    fn refuse_what_is_read<'i, 'r: 'i>(
+        &self,
+        layers: impl IntoIterator<Item = &'i ChainImage<'r>>,
+        (identity, below): (Identity, Option<Identity>),
+    ) -> Result<(), Error> {
+        let same = |file: &OpenedFile| {
+            file.identity == identity || file.below == Some(identity) || below == Some(file.identity)
+        };
+        let Some(layer) = layers.into_iter().find(|layer| layer.all_files().any(same)) else { return Ok(()) };
+        let clause = format!(
+            "would be written over, and is a part of what is read ('{}'): choose another name",
+            escape_path(&layer.opened.path)
+        );
+        Err(Error::image(&self.request.target, ErrorCode::ChainLoop, clause))
     }
 
     /// Create the image, for a disk of so many bytes, in the file that has no name yet.
@@ -82,6 +104,7 @@ impl<'q> Convert<'q> {
         registry: &'r Registry,
         plugin: &Plugin,
         size: u64,
+        parent: Option<&ImageFacts>,
         new: &mut NewFile,
     ) -> Result<ChainImage<'r>, Error> {
         let path = &self.request.target;
@@ -89,8 +112,8 @@ impl<'q> Convert<'q> {
         let spec = CreateSpec {
             virtual_size: size,
             file_name: path.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into(),
-            backing: ROption::RNone,
-            backing_facts: ROption::RNone,
+            backing: self.pointer().into(),
+            backing_facts: parent.cloned().into(),
             options: options_of(&self.request.options),
         };
         let image = plugin.create(&spec).map_err(|failure| Error::plugin(path, &failure))?;
@@ -108,6 +131,44 @@ impl<'q> Convert<'q> {
         }
         Ok(target)
     }
+
+    /// What the new image records of its backing file.
+    fn pointer(&self) -> Option<BackingPointer> {
+        let (name, format) = self.request.backing.as_ref()?;
+        Some(BackingPointer::new(name.as_bytes().to_vec(), Some(format.as_bytes().to_vec())))
+    }
+
+    /// Refuse bitmaps that were not saved, unless the operator wants to do without.
+    fn refuse_broken_bitmaps(&self, top: &ChainImage<'_>) -> Result<(), Error> {
+        let bitmaps = top.facts.bitmaps.as_ref().map_or(&[][..], |bitmaps| bitmaps.as_slice());
+        let broken = bitmaps.iter().find(|bitmap| bitmap.in_use && !self.request.skip_broken_bitmaps);
+        match broken.filter(|_| self.request.bitmaps) {
+            None => Ok(()),
+            Some(bitmap) => {
+                let clause = format!(
+                    "has a bitmap that was not saved when it was closed, '{}': add --skip-broken-bitmaps to do without it",
+                    escape_bytes(&bitmap.name)
+                );
+                Err(Error::image(&top.opened.path, ErrorCode::UnsupportedFormat, clause))
+            }
+        }
+    }
+}
+
+/// Bytes of disks that follow each other.
+fn size_of(path: &Path, disks: &[&ChainImage<'_>]) -> Result<u64, Error> {
+    if let [only] = disks {
+        return Ok(only.facts.virtual_size);
+    }
+    let whole = |disk: &&ChainImage<'_>| disk.facts.virtual_size.checked_next_multiple_of(SECTOR);
+    let sum = disks.iter().map(whole).try_fold(0u64, |sum, size| sum.checked_add(size?));
+    sum.filter(|size| i64::try_from(*size).is_ok()).ok_or_else(|| {
+        Error::image(
+            path,
+            ErrorCode::UnsupportedFormat,
+            "would have a disk of more than 2^63 bytes: convert fewer images at once",
+        )
+    })
 }
 
 impl Operation for Convert<'_> {
@@ -127,7 +188,11 @@ impl Operation for Convert<'_> {
     }
 
     fn named(&self) -> Named {
-        Named::image(&self.request.source)
+        let others = self.request.others.iter().map(|other| NamedFile::new(other)).collect();
+        // As the new image will find it.
+        let target = NamedFile::new(&self.request.target);
+        let base = self.request.backing.as_ref().and_then(|(name, _)| named_parent(&target, name));
+        Named { base, others, ..Named::image(&self.request.source) }
     }
 
     fn access(&self) -> Access {
@@ -139,8 +204,17 @@ impl Operation for Convert<'_> {
         if named.image.identity().is_none() {
             return;
         }
-        self.new = Some(NewFile::begin(&self.request.target));
-        if self.request.rate_limit == 0 {
+        if self.request.in_place {
+            self.existing = Some(Existing::open(&self.request.target));
+        } else {
+            self.new = Some(NewFile::begin(&self.request.target));
+        }
+        // What is below an image may be long, however short that is; of a raw one there is nothing below.
+        let short = named.image.length().is_some_and(|length| length < MUCH);
+        if self.request.rate_limit == 0
+            && !self.request.salvage
+            && !(short && self.request.format.as_deref() == Some("raw"))
+        {
             // Without them, one thread does it all.
             self.workers = Workers::start().ok();
         }
@@ -161,43 +235,97 @@ impl Operation for Convert<'_> {
         if let (Some(top), Some(snapshot)) = (layers.first_mut(), &self.request.snapshot) {
             top.select_snapshot(snapshot)?;
         }
-        layers.iter().for_each(|layer| session.note_image("read", layer));
-        let mut new = self.new.take().ok_or_else(begun_twice)??;
-        self.lock_replaced(&layers, &mut new)?;
-        let top = layers.first().ok_or_else(begun_twice)?;
-        let size = top.facts.virtual_size;
-        let target = self.create(registry, plugin, size, &mut new)?;
-        session.note_image("new", &target);
-        self.formats = (top.facts.format.to_string(), target.facts.format.to_string());
+        let others = opener.open_others(self.request.format.as_deref(), layers.len())?;
+        let Layers { copied, below, hides } = match (&self.request.backing, &opener.named.base) {
+            (Some(_), Some(base)) => divide(self.request, opener, base, layers, &mut self.warnings)?,
+            (Some((name, _)), None) => {
+                let text = format!("'{}' is not the name of a file, which a backing file has to be", escape(name));
+                return Err(Error::new(ErrorCode::OpenFailed, text));
+            }
+            (None, _) => Layers { copied: layers, ..Layers::default() },
+        };
+        self.writes_zeroes = hides || (self.request.in_place && !self.request.target_is_zero);
+        let disks: Vec<Vec<ChainImage<'_>>> = std::iter::once(copied).chain(others).collect();
+        disks.iter().flatten().for_each(|layer| session.note_image("read", layer));
+        below.iter().for_each(|layer| session.note_image("below the new image", layer));
+        let tops: Vec<&ChainImage<'_>> = disks.iter().filter_map(|layers| layers.first()).collect();
+        let size = size_of(&self.request.target, &tops)?;
+        let top = tops.first().ok_or_else(begun_twice)?;
+        self.refuse_broken_bitmaps(top)?;
+        let source_format = top.facts.format.to_string();
+        let read = || disks.iter().flatten().chain(&below);
+        let target = match self.existing.take() {
+            Some(existing) => {
+                let existing = existing?;
+                self.refuse_what_is_read(read(), existing.identity())?;
+                let (target, claim) = existing.identify(registry, &self.request.target_format, size)?;
+                self.claim = claim;
+                target
+            }
+            None => {
+                let mut new = self.new.take().ok_or_else(begun_twice)??;
+                if let Some(replaced) = new.replaces() {
+                    self.refuse_what_is_read(read(), (replaced, None))?;
+                }
+                self.replaced = new.lock_replaced()?;
+                let parent = below.first().map(|parent| &parent.facts);
+                let target = self.create(registry, plugin, size, parent, &mut new)?;
+                self.new = Some(Ok(new));
+                target
+            }
+        };
+        session.note_image(if self.request.in_place { "written" } else { "new" }, &target);
+        self.formats = (source_format, target.facts.format.to_string());
         self.sizes = (size, target.facts.virtual_size);
-        self.length = layers.iter().map(ChainImage::length).fold(0, u64::saturating_add);
-        self.new = Some(Ok(new));
-        Ok(ImageSet { target: Some(target), ..ImageSet::read(layers) })
+        self.length = read().map(ChainImage::length).fold(0, u64::saturating_add);
+        let read = ImageSet::views(disks);
+        let below = below.into_iter().map(|layer| Slot::new(MemberRole::Below, layer));
+        Ok(ImageSet {
+            target: Some(target),
+            slots: read.slots.into_iter().chain(below).collect(),
+            ..ImageSet::default()
+        })
     }
 
     fn admit(&mut self, images: &mut ImageSet<'_>, _: &Session) -> Result<Grants, Error> {
-        let layers: Vec<&ChainImage<'_>> = images.of_role(|_| true).collect();
-        for (index, layer) in layers.iter().enumerate() {
-            let parent = layers.get(index + 1).map(|parent| &parent.facts);
-            ask(layer, Role::Below, "be read", &Context::reading(parent, false), &mut self.warnings)?;
+        let slots = &images.slots;
+        for (slot, next) in slots.iter().zip(slots.iter().skip(1).map(Some).chain([None])) {
+            let parent = next.filter(|next| next.group == slot.group).map(|next| &next.image.facts);
+            ask(&slot.image, Role::Below, "be read", &Context::reading(parent, false), &mut self.warnings)?;
         }
+        let layers: Vec<&ChainImage<'_>> = images.of_role(|role| role == MemberRole::Read).collect();
+        let parent = images.of_role(|role| role == MemberRole::Below).next().map(|parent| &parent.facts);
         let (Some(top), Some(target)) = (layers.first(), &images.target) else { return Err(begun_twice()) };
         let mut incoming = Incoming::from_layers(layers.iter().map(|layer| &layer.facts)).ok_or_else(begun_twice)?;
-        if self.request.snapshot.is_some() {
-            // What the header counts is of the image's own disk.
+        let ConvertRequest { in_place, allocate, bitmaps, .. } = *self.request;
+        if self.request.snapshot.is_some() || !self.request.others.is_empty() || self.writes_zeroes || allocate {
+            // What the header counts is of the image's own disk, and not of what is written besides.
+            incoming.virtual_size = self.sizes.0;
             incoming.max_clusters = incoming.virtual_size.div_ceil(incoming.cluster_size.max(1));
         }
-        let longest = ask(target, Role::Write, "be written", &Context::writing(None, incoming), &mut self.warnings)?;
-        let target_length = longest.max(target.facts.file_length);
-        self.bounds = PlanBounds::of(top, target);
-        self.space = Space::of(target, &layers);
+        let longest = ask(target, Role::Write, "be written", &Context::writing(parent, incoming), &mut self.warnings)?;
+        let room = if bitmaps { room_for_bitmaps(&target.facts, [&top.facts], target.facts.virtual_size) } else { 0 };
+        let target_length = longest.max(target.facts.file_length).saturating_add(room);
+        self.bounds = PlanBounds { virtual_size: target.facts.virtual_size, ..PlanBounds::of(top, target) };
+        self.space = Space::of(target, &layers).filter(|_| !in_place);
         Ok(Grants { target: target_length, ..Grants::default() })
+    }
+
+    fn payload(&self) -> Vec<u8> {
+        let ConvertRequest { allocate, bitmaps, .. } = *self.request;
+        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
         let ConvertRequest { cache, rate_limit, .. } = *self.request;
         devices.set_workers(self.workers.take());
         paths.set_cache(devices, cache)?;
+        if !self.request.in_place {
+            devices.leave_flushes_to_the_end();
+        }
+        if self.request.salvage {
+            paths.sources().for_each(|number| devices.salvage(number));
+        }
         let observer = session.observer();
         let flushes = observer.wants_progress() && cache != Cache::Unsafe;
         let meter = Meter::new(observer.clone(), self.length, devices, paths.target(), flushes);
@@ -213,13 +341,23 @@ impl Operation for Convert<'_> {
             meter: Some(meter),
             space: self.space,
             warnings: self.warnings.clone(),
+            bitmaps: self.request.bitmaps.then(Vec::new),
+            names: (self.request.source.clone(), self.request.target.clone()),
             observer: Some(observer.clone()),
             ..CommitEvents::default()
         })
     }
 
     fn finish(self, ended: Ended<CommitEvents>) -> Result<ConvertOutcome, Error> {
-        let events = &ended.events;
+        let state = match (self.request.in_place, ended.devices.any_changed()) {
+            (false, _) => NOTHING,
+            (true, false) => UNCHANGED,
+            (true, true) => PART,
+        };
+        if ended.end.is_ok() {
+            allocate(self.request, &ended)?;
+        }
+        let events = ended.events;
         let end = match events.lacking {
             Some((needed, free)) => {
                 let text = format!("the image needs {needed} bytes of the file system, which has {free} free");
@@ -228,9 +366,19 @@ impl Operation for Convert<'_> {
             }
             None => ended.end,
         };
-        end.map_err(|failure| failure.error(&ended.paths, Some(NOTHING)))?;
-        let new = self.new.ok_or_else(begun_twice)??;
-        new.publish(self.request.cache != Cache::Unsafe)?;
+        end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
+        let mut warnings = events.warnings;
+        let (devices, observer) = (&ended.devices, events.observer);
+        for line in ended.paths.sources().flat_map(|number| salvaged(devices, &ended.paths, number)) {
+            observer.iter().for_each(|observer| observer.warning(&line));
+            warnings.push(line);
+        }
+        match self.new {
+            Some(new) => new?.publish(self.request.cache != Cache::Unsafe)?,
+            // In place, the guest has flushed it.
+            None if self.request.in_place => {}
+            None => return Err(begun_twice()),
+        }
         events.meter.iter().for_each(Meter::done);
         Ok(ConvertOutcome {
             source_format: self.formats.0,
@@ -239,7 +387,7 @@ impl Operation for Convert<'_> {
             target_virtual_size: self.sizes.1,
             bytes_converted: events.outcome.bytes_committed,
             sandbox: ended.sandbox,
-            warnings: self.warnings,
+            warnings,
         })
     }
 }

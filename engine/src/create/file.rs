@@ -63,7 +63,8 @@ fn write_beside(directory: &Directory, file: &CreatedFile, made: &mut Vec<OsStri
         _ => Error::io(path, ErrorCode::OpenFailed, "cannot be created", &error),
     })?;
     made.push(name.to_owned());
-    write_to(&opened, path, file.length, &file.regions, &[])
+    write_to(&opened, path, file.length, &file.regions, &[])?;
+    flushed(&opened, path)
 }
 
 /// The refusal of `--no-clobber`.
@@ -94,10 +95,15 @@ fn write_image(
         Err(error) => Err(error),
     };
     let file = opened.map_err(|error| Error::io(path, ErrorCode::OpenFailed, "cannot be created", &error))?;
-    write_to(&file, path, image.length, &image.regions, &image.reserved)
+    write_to(&file, path, image.length, &image.regions, &image.reserved)?;
+    flushed(&file, path)
 }
 
-/// Lay an image out in a file that is open: what is there is dropped. `wanted` is its length in bytes.
+fn flushed(file: &File, path: &Path) -> Result<(), Error> {
+    file.sync_data().map_err(|error| Error::io(path, ErrorCode::OverlayIo, "cannot be written", &error))
+}
+
+/// Lay an image out in a file that is open: what is there is dropped. `wanted` is its length in bytes. Nothing is flushed.
 ///
 /// # Errors
 /// [`ErrorCode::ImageInUse`], and what the system says of a write that fails.
@@ -109,13 +115,17 @@ pub(crate) fn write_to(
     reserved: &[ReservedRange],
 ) -> Result<(), Error> {
     let failed = |error: io::Error| Error::io(path, ErrorCode::OverlayIo, "cannot be written", &error);
-    let kind = file.metadata().map_err(failed)?.file_type();
+    let found = file.metadata().map_err(failed)?;
+    let kind = found.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(Error::image(path, ErrorCode::OpenFailed, "is not a file or block device"));
     }
     lock(file, path)?;
     if kind.is_file() {
-        file.set_len(0).and_then(|()| file.set_len(wanted)).map_err(failed)?;
+        // ext4 writes a file that was cut to nothing to the disk when it is closed (auto_da_alloc), as much as that may be by then:
+        // one that is empty is not cut.
+        let emptied = if found.len() == 0 { Ok(()) } else { file.set_len(0) };
+        emptied.and_then(|()| file.set_len(wanted)).map_err(failed)?;
     } else {
         let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if length < wanted {
@@ -130,7 +140,7 @@ pub(crate) fn write_to(
     for region in regions {
         file.write_all_at(&region.bytes, region.offset).map_err(failed)?;
     }
-    file.sync_data().map_err(failed)
+    Ok(())
 }
 
 /// Have the file system keep the space of a range, which reads as zeroes; one that cannot is made to by writing them.

@@ -2,7 +2,7 @@
 
 use super::pace::Pace;
 use super::statistics::Statistics;
-use super::{retry, Device};
+use super::{retry, salvage, Device};
 use instar_guest_abi::Request;
 use std::collections::HashSet;
 use std::io;
@@ -96,7 +96,9 @@ impl Copier {
     /// Copy data; returns how far it came: to `end`, unless the source ended before.
     fn copy_data(&mut self, job: &mut Job<'_>, mut done: u64, end: u64) -> io::Result<u64> {
         let key = (job.request.src_device, job.request.device);
-        while done < end && !self.not_in_kernel.contains(&key) {
+        // What fails is to be told sector by sector.
+        let salvages = job.source.salvage.is_some();
+        while done < end && !salvages && !self.not_in_kernel.contains(&key) {
             job.pace.go_on()?;
             let (mut from, mut to) = (job.request.src_offset + done, job.request.offset + done);
             let length = usize::try_from((end - done).min(job.pace.piece(CHUNK))).unwrap_or(BUFFER);
@@ -137,7 +139,12 @@ impl Copier {
                     job.pace.moved(length as u64)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => {
+                    salvage::read(job.source, job.request.src_offset + done, bytes, error)?;
+                    job.target.write_all_at(job.request.offset + done, bytes)?;
+                    done += want as u64;
+                    job.pace.moved(want as u64)?;
+                }
             }
         }
         Ok(done)

@@ -16,6 +16,7 @@ mod merge;
 mod pace;
 mod phases;
 mod piece;
+mod salvage;
 mod side_by_side;
 mod statistics;
 mod transfer;
@@ -38,9 +39,11 @@ use copy::Copier;
 use direct::Direct;
 use instar_guest_abi::{request_flags, request_status, Part, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES};
 use merge::Batch;
+use salvage::Salvaged;
 use std::cell::{OnceCell, RefCell};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,6 +70,8 @@ pub struct Device {
     dirty: bool,
     /// Something was written at all.
     changed: bool,
+    /// What cannot be read of it is zero in copies, and noted here.
+    salvage: Option<RefCell<Salvaged>>,
     /// Which parts of it read as zeroes, as far as anybody has asked.
     zeroes: RefCell<Zeroes>,
 }
@@ -88,6 +93,7 @@ impl Device {
             wiped: false,
             dirty: false,
             changed: false,
+            salvage: None,
             zeroes: RefCell::default(),
         }
     }
@@ -143,6 +149,13 @@ impl Device {
             Some(direct) => direct.read_at(&self.file, offset, out),
             None => self.file.read_at(out, offset),
         }
+    }
+
+    /// The byte ranges that could not be read, and were copied as zeroes, and how many bytes there are in all: more than those of the
+    /// ranges if those are too many to be kept.
+    #[must_use]
+    pub fn salvaged(&self) -> (Vec<Range<u64>>, u64) {
+        self.salvage.as_ref().map_or_else(Default::default, |salvaged| salvaged.borrow().found())
     }
 
     /// Read all of `out` at `offset`; past the end of the file there are zeroes.
@@ -253,6 +266,8 @@ pub struct Devices {
     phases: Phases,
     pace: Pace,
     cache: Cache,
+    /// Flushes are left to whoever gives the target its name.
+    unnamed: bool,
     statistics: Statistics,
     allowance: Allowance,
 }
@@ -311,6 +326,12 @@ impl Devices {
         Ok(())
     }
 
+    /// The target is a new file that nobody knows before it is complete, and that is flushed then: a crash before leaves nothing of
+    /// it, in whatever order its parts came to the disk, so that the guest's flushes need not wait for that.
+    pub fn leave_flushes_to_the_end(&mut self) {
+        self.unnamed = true;
+    }
+
     /// What was moved so far, and how.
     #[must_use]
     pub fn stats(&self) -> &Statistics {
@@ -333,6 +354,13 @@ impl Devices {
     #[must_use]
     pub fn excess(&self, used: Duration) -> Option<Excess> {
         self.allowance.excess(used).filter(|_| !self.any_changed())
+    }
+
+    /// From here on, what cannot be read of this device is zero in copies of it.
+    pub fn salvage(&mut self, number: u32) {
+        if let Ok(device) = self.device_mut(number) {
+            device.salvage = Some(RefCell::default());
+        }
     }
 
     /// The device of this number.
@@ -441,10 +469,10 @@ impl Devices {
 
     /// Make everything that was written to a device durable, as far as the cache mode promises it.
     fn flush(&mut self, number: u32) -> io::Result<()> {
-        let cache = self.cache;
+        let (cache, unnamed) = (self.cache, self.unnamed);
         let device = self.device_mut(number)?;
         if device.dirty {
-            if cache != Cache::Unsafe {
+            if cache != Cache::Unsafe && !unnamed {
                 retry(|| rustix::fs::fdatasync(&device.file))?;
                 self.statistics.flushes += 1;
             }

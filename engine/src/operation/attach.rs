@@ -74,6 +74,12 @@ impl DevicePaths {
         })
     }
 
+    /// All devices but those of the image that is written.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = u32> + '_ {
+        let written = |number: &u32| *number == DEVICE_OUTPUT || self.target_files.contains(number);
+        self.by_device.keys().copied().filter(move |number| !written(number))
+    }
+
     fn is_second(&self, device: u32) -> bool {
         self.second.as_ref().is_some_and(|(own, files)| device == *own || files.contains(&device))
     }

@@ -37,6 +37,8 @@ pub struct Named {
     /// An image of another chain, which is looked at together with the first: the names that it records may lead into its
     /// own directory.
     pub second: Option<NamedFile>,
+    /// More images, each of a chain of its own, which are looked at together with the first.
+    pub others: Vec<NamedFile>,
     /// Images above the first one, which record it as what they are backed by.
     pub children: Vec<NamedFile>,
     /// Directories in which such images are looked for.
@@ -48,7 +50,8 @@ impl Named {
     #[must_use]
     pub fn image(path: &Path) -> Self {
         let image = NamedFile::new(path);
-        Self { image, base: None, second: None, children: Vec::new(), child_directories: Vec::new() }
+        let (others, children, child_directories) = (Vec::new(), Vec::new(), Vec::new());
+        Self { image, base: None, second: None, others, children, child_directories }
     }
 
     /// Two images of which each is looked at with what is below it.
@@ -59,7 +62,7 @@ impl Named {
 
     /// All files.
     pub fn files(&self) -> impl Iterator<Item = &NamedFile> {
-        std::iter::once(&self.image).chain(&self.base).chain(&self.second).chain(&self.children)
+        std::iter::once(&self.image).chain(&self.base).chain(&self.second).chain(&self.others).chain(&self.children)
     }
 
     /// What can be opened of the children and in the directories in which they are looked for: their other files lie beside
@@ -87,6 +90,8 @@ pub struct Opener<'r, 'o> {
     pub below: &'o Gate,
     /// Where the names that the [second](Named::second) image and those below it record may lead.
     pub beside_second: Option<&'o Gate>,
+    /// Where the names that each of the [other](Named::others) images and those below it record may lead.
+    pub beside_others: &'o [Gate],
     /// How what is to be changed is opened.
     pub access: Access,
 }
@@ -113,6 +118,23 @@ impl<'r> Opener<'r, '_> {
     /// What opening, locking and probing give; [`ErrorCode::ParentMismatch`], [`ErrorCode::ChainTooDeep`].
     pub fn open_chain(&self, format: Option<&str>) -> Result<Vec<ChainImage<'r>>, Error> {
         self.chain_of(&self.named.image, self.gate, (format, "-f"), MAX_CHAIN_DEVICES)
+    }
+
+    /// The same of the images that are looked at together with the first, which has taken room for `taken` layers.
+    ///
+    /// # Errors
+    /// As [`Opener::open_chain`].
+    pub fn open_others(&self, format: Option<&str>, mut taken: usize) -> Result<Vec<Vec<ChainImage<'r>>>, Error> {
+        let each = self.named.others.iter().zip(self.beside_others).map(|(file, gate)| {
+            let room = MAX_CHAIN_DEVICES.checked_sub(taken).filter(|room| *room > 0).ok_or_else(|| {
+                let clause = format!("is one layer more than the {MAX_CHAIN_DEVICES} that are supported");
+                Error::image(file.path(), ErrorCode::ChainTooDeep, clause)
+            })?;
+            let layers = self.chain_of(file, gate, (format, "-f"), room)?;
+            taken += layers.len();
+            Ok(layers)
+        });
+        each.collect()
     }
 
     /// The same of both images, which share the room that there is.

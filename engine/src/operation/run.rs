@@ -135,6 +135,8 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     // Whoever names a base wants what belongs to it as well, which lies beside it.
     let with_base = named.base.as_ref().map_or_else(|| roots.clone(), |base| roots.and(base));
     let of_second = named.second.as_ref().map(|second| Roots::of(second, allowed_directories)).transpose()?;
+    let of_others = named.others.iter().map(|other| Roots::of(other, allowed_directories));
+    let of_others = of_others.collect::<Result<Vec<_>, _>>()?;
     let registry = Registry::load(search);
     session.note_plugins(&registry);
     Error::if_refused(&registry)?;
@@ -153,7 +155,8 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     // Which of the files in these directories are images, and which are to be written, only the images say.
     let access = operation.access();
     let descriptors: Vec<BorrowedFd<'_>> = named.files().filter_map(NamedFile::descriptor).collect();
-    let reach = of_second.iter().fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
+    let reach =
+        of_second.iter().chain(&of_others).fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
     let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
     let reach = named.reach_of_children(reach, access);
     let reach = operation.names_in().into_iter().fold(reach, Reach::add_names);
@@ -162,6 +165,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     note_confinement(session, "confinement", confinement.as_ref());
     timing.mark("process confined");
 
+    let beside_others: Vec<Gate> = of_others.into_iter().map(Gate::within).collect();
     let (gate, below, beside_second) = (Gate::within(roots), Gate::within(with_base), of_second.map(Gate::within));
     let opener = Opener {
         registry: &registry,
@@ -170,6 +174,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
         gate: &gate,
         below: &below,
         beside_second: beside_second.as_ref(),
+        beside_others: &beside_others,
         access,
     };
     let mut images = operation.open(&opener)?;

@@ -6,6 +6,8 @@ mod open;
 mod operation;
 mod outcome;
 
+pub(crate) use open::named_parent;
+
 pub use events::RebaseEvents;
 pub use outcome::RebaseOutcome;
 

@@ -9,20 +9,25 @@
 
 extern crate alloc;
 
+mod disks;
+mod filled;
 mod nonzero;
 
 use alloc::boxed::Box;
+use alloc::vec::Vec;
+use disks::Disks;
+use filled::Filled;
+use instar_guest_protocol::commit::bitmap::Fate as ToldFate;
 use instar_guest_protocol::commit::event::Kind;
 use instar_guest_protocol::commit::{self, Outcome, Plan};
+use instar_guest_protocol::convert::Config;
+use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Step};
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_guest_view::{Ancestors, Failed, Layers, Reporter};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Fate, MergedBitmap, Sink, Skipped, Source};
+use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
 pub use nonzero::NonZero;
-
-/// Nothing above or below the target changes, and nothing makes it larger: it was created with the size that it needs.
-const OPTIONS: Options = Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps: false };
 
 /// Convert the view of the images that are read, and report it.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
@@ -42,18 +47,50 @@ fn convert(
     reporter: &mut Reporter<'_>,
 ) -> Result<instar_guest_sdk::commit::Outcome, Failed> {
     let at = |error| Failed { step: Step::Check.name(), error };
-    let layers = Layers::of_group(operation, 0).map_err(at)?;
-    if layers.count() == 0 {
-        return Err(at(wrong("a conversion needs an image to read")));
-    }
+    let config = Config::decode(operation.payload());
+    let config = config.map_err(|_| at(wrong("the configuration of a conversion cannot be decoded")))?;
+    let Config { write_zeroes, allocate, bitmaps } = config;
+    let mut disks = disks(operation).and_then(Disks::new).map_err(at)?;
     let output = target(operation).map_err(at)?;
-    let sink = operation.format_of(output).and_then(|format| format.open_sink(output, false));
+    let parents: Vec<&DeviceConfig> = operation.devices(&[MemberRole::Below]).collect();
+    let has_backing = !parents.is_empty();
+    let sink = operation.format_of(output).and_then(|format| format.open_sink(output, has_backing));
     let mut sink = sink.map_err(at)?;
-    let mut source: Box<NonZero<'_>> = Box::new(NonZero::new(layers));
-    let mut below = Ancestors::new(alloc::vec::Vec::new());
+    let open = |device: &DeviceConfig| -> DriverResult<Box<dyn Source>> {
+        Ok(Box::new(operation.format_of(device)?.open_source(device)?))
+    };
+    // Each can be opened: that is asked now, before the first change. It stays open only once it is needed.
+    parents.iter().try_for_each(|device| open(device).map(drop)).map_err(at)?;
+    let parents =
+        parents.iter().map(|&device| -> (u64, Opener<'_>) { (device.virtual_size, Box::new(move || open(device))) });
+    let mut below = Ancestors::when_needed(parents);
+    let size = disks.info().virtual_size;
+    let whole = size.checked_next_multiple_of(512).unwrap_or(size).min(sink.info().virtual_size).max(size);
+    let mut source: Box<dyn Source + '_> = if write_zeroes || allocate {
+        Box::new(Filled::new(&mut disks, whole, allocate))
+    } else if has_backing {
+        // Zeroes hide what the backing file holds, and holes of a plain file are zeroes.
+        Box::new(disks)
+    } else {
+        Box::new(NonZero::new(&mut disks))
+    };
+    // Nothing above or below the target changes, and nothing makes it larger.
+    let options = Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
-    let converted = commit(io, &mut images, OPTIONS, &mut |event| report(event, reporter));
+    let converted = commit(io, &mut images, options, &mut |event| report(event, reporter));
     converted.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })
+}
+
+/// The disks that are read, each a group of layers.
+fn disks<'a>(operation: &Operation<'a>) -> DriverResult<Vec<Layers<'a>>> {
+    let mut disks = Vec::new();
+    loop {
+        let layers = Layers::of_group(operation, u32::try_from(disks.len()).unwrap_or(u32::MAX))?;
+        if layers.count() == 0 {
+            return Ok(disks);
+        }
+        disks.push(layers);
+    }
 }
 
 /// The image that is written: one, on the output device.
@@ -70,8 +107,11 @@ fn wrong(text: &str) -> DriverError {
 fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
     match event {
         Event::Progress(step, done, total) => reporter.progress(step.name(), done, total),
-        // No bitmap is merged, and nothing depends on the target.
-        Event::Bitmap(_) | Event::Complete => {}
+        Event::Bitmap(made) => {
+            reporter.event(&commit::Event { kind: Some(Kind::Bitmap(told(made))) });
+        }
+        // Nothing depends on the target.
+        Event::Complete => {}
         Event::Planned(plan) => {
             let plan = Plan {
                 clusters: plan.clusters,
@@ -84,4 +124,19 @@ fn report(event: Event<'_>, reporter: &mut Reporter<'_>) {
             reporter.event(&commit::Event { kind: Some(Kind::Plan(plan)) });
         }
     }
+}
+
+/// A bitmap as the host is told of it.
+fn told(made: &MergedBitmap) -> commit::Bitmap {
+    let fate = match made.fate {
+        Fate::Merged => ToldFate::Merged,
+        Fate::Made => ToldFate::Made,
+        Fate::Skipped(Skipped::Inconsistent) => ToldFate::Inconsistent,
+        Fate::Skipped(Skipped::Disabled) => ToldFate::Disabled,
+        Fate::Skipped(Skipped::Interrupted) => ToldFate::Interrupted,
+        Fate::Skipped(Skipped::TargetInconsistent) => ToldFate::TargetInconsistent,
+        Fate::Skipped(Skipped::TargetDisabled) => ToldFate::TargetDisabled,
+    };
+    let (name, granularity) = (made.bitmap.name.clone(), made.bitmap.granularity);
+    commit::Bitmap { name, granularity, fate: fate.into() }
 }

@@ -1,50 +1,46 @@
 //! What a target that reads as zeroes is to get of a disk: everything but zeroes.
 
+use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ImageId, ImageInfo, ParentStage};
-use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
-use instar_guest_view::Layers;
+use instar_guest_sdk::abi::{ImageId, ImageInfo, ParentStage, Request};
+use instar_guest_sdk::{Bitmap, BlockIo, Content, DirtyRanges, DriverResult, Extent, Extents, Source};
 
-/// Extents that are asked of the layers at once.
+/// Extents that are asked of the disk at once.
 const LOOK_AHEAD: usize = 1024;
 /// The host is asked about holes in plain data of so many bytes at least: a question takes as long as to copy a little less.
 const LEAST: u64 = 1 << 20;
+/// Questions that are asked at once, at most.
+const QUESTIONS: usize = 256;
 
-/// The layers, without what they, or their file systems, say is zero.
+/// A disk, without what its images, or their file systems, say is zero.
 pub struct NonZero<'a> {
-    layers: Layers<'a>,
+    disk: &'a mut dyn Source,
     held: Extents,
 }
 
 impl<'a> NonZero<'a> {
-    /// What these layers show.
-    pub fn new(layers: Layers<'a>) -> Self {
-        Self { layers, held: Extents::with_room_for(LOOK_AHEAD) }
+    /// What this disk shows.
+    pub fn new(disk: &'a mut dyn Source) -> Self {
+        Self { disk, held: Extents::with_room_for(LOOK_AHEAD) }
     }
 }
 
 impl Source for NonZero<'_> {
     fn info(&self) -> ImageInfo {
-        self.layers.info()
+        self.disk.info()
     }
 
     fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
-        self.layers.verify(io, will_empty)
+        self.disk.verify(io, will_empty)
     }
 
     fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
-        let Self { layers, held } = self;
+        let Self { disk, held } = self;
         held.clear();
-        let next = layers.extents(io, range, held)?;
-        for extent in held.iter() {
-            let left = match extent.content {
-                Content::Zero => None,
-                Content::Data { device, offset } if extent.length >= LEAST => {
-                    push_data(io, extent, (device, offset), out)?
-                }
-                _ => (!out.push(*extent)).then_some(extent.guest_offset),
-            };
-            if let Some(left) = left {
+        let next = disk.extents(io, range, held)?;
+        let held: Vec<Extent> = held.iter().copied().collect();
+        for some in held.chunks(QUESTIONS) {
+            if let Some(left) = push_some(io, some, out)? {
                 return Ok(left);
             }
         }
@@ -52,45 +48,94 @@ impl Source for NonZero<'_> {
     }
 
     fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
-        self.layers.read(io, extent, from, buffer)
+        self.disk.read(io, extent, from, buffer)
     }
 
-    /// None: the target is nobody's parent.
     fn identity(&self) -> Option<ImageId> {
-        None
+        self.disk.identity()
     }
 
-    /// Nothing is recorded of the target in what is read.
-    fn follow_parent(&mut self, _: &mut dyn BlockIo, _: &ImageId, _: ParentStage) -> DriverResult<()> {
-        Ok(())
+    fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
+        self.disk.follow_parent(io, identity, stage)
     }
 
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
-        self.layers.empty(io)
+        self.disk.empty(io)
+    }
+
+    fn bitmaps(&mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
+        self.disk.bitmaps(io)
+    }
+
+    fn dirty(&mut self, io: &mut dyn BlockIo, index: u32, from: u64, out: &mut DirtyRanges) -> DriverResult<u64> {
+        self.disk.dirty(io, index, from, out)
     }
 }
 
-/// Push what of plain data is no hole. Returns the guest byte from which on there was no room, if there was not.
+/// Push what of a few extents is no hole. Returns the guest byte from which on there was no room, if there was not.
+fn push_some(io: &mut dyn BlockIo, extents: &[Extent], out: &mut Extents) -> DriverResult<Option<u64>> {
+    // The first question about each is asked together with the others: in most of them there is no hole.
+    let mut questions: Vec<Request> =
+        extents.iter().filter_map(|extent| question(extent, extent.guest_offset)).collect();
+    if !questions.is_empty() {
+        io.run(&mut questions)?;
+    }
+    let mut answers = questions.iter();
+    for extent in extents {
+        let left = match extent.content {
+            Content::Zero => None,
+            Content::Data { .. } if extent.length >= LEAST => {
+                let first = answers.next().and_then(|answer| piece(extent, extent.guest_offset, answer));
+                push_data(io, extent, first, out)?
+            }
+            _ => (!out.push(*extent)).then_some(extent.guest_offset),
+        };
+        if left.is_some() {
+            return Ok(left);
+        }
+    }
+    Ok(None)
+}
+
+/// The question for the next data of an extent at or after guest byte `at`; none of what is short, or no plain data.
+fn question(extent: &Extent, at: u64) -> Option<Request> {
+    match extent.clip(at..extent.end())?.content {
+        Content::Data { device, offset } if extent.length >= LEAST => {
+            Some(Request::next_data(device, offset, extent.end() - at))
+        }
+        _ => None,
+    }
+}
+
+/// The part of an extent that an answer calls data; none if the rest of it, from guest byte `at` on, is a hole.
+fn piece(extent: &Extent, at: u64, answer: &Request) -> Option<Extent> {
+    let Content::Data { offset, .. } = extent.clip(at..extent.end())?.content else { return None };
+    let start = at.saturating_add(answer.offset.saturating_sub(offset));
+    extent.clip(start..start.saturating_add(answer.length)).filter(|piece| piece.length > 0)
+}
+
+/// Push what of plain data is no hole, of which the first piece is known. Returns the guest byte from which on there was no room,
+/// if there was not.
 fn push_data(
     io: &mut dyn BlockIo,
     extent: &Extent,
-    (device, offset): (u32, u64),
+    first: Option<Extent>,
     out: &mut Extents,
 ) -> DriverResult<Option<u64>> {
-    let mut at = extent.guest_offset;
-    while at < extent.end() {
-        let from = offset.saturating_add(at - extent.guest_offset);
-        let data = io.next_data(device, from..from.saturating_add(extent.end() - at))?;
-        if data.is_empty() {
-            break;
+    let mut next = first;
+    while let Some(found) = next {
+        if !out.push(found) {
+            return Ok(Some(found.guest_offset));
         }
-        let start = at.saturating_add(data.start.saturating_sub(from));
-        let end = start.saturating_add(data.end.saturating_sub(data.start));
-        let Some(piece) = extent.clip(start..end) else { break };
-        if !out.push(piece) {
-            return Ok(Some(piece.guest_offset));
-        }
-        at = piece.end();
+        let at = found.end();
+        next = match question(extent, at) {
+            Some(asked) => {
+                let mut questions = [asked];
+                io.run(&mut questions)?;
+                piece(extent, at, &questions[0])
+            }
+            None => None,
+        };
     }
     Ok(None)
 }

@@ -15,6 +15,8 @@ pub mod check;
 pub mod commit;
 #[path = "generated/compare.rs"]
 pub mod compare;
+#[path = "generated/convert.rs"]
+pub mod convert;
 #[path = "generated/guest.rs"]
 mod guest;
 #[path = "generated/map.rs"]

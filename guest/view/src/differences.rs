@@ -9,11 +9,11 @@ use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ErrorCode, ImageInfo};
+use instar_guest_sdk::abi::{ErrorCode, ImageInfo, Request};
 use instar_guest_sdk::{BlockIo, Content, DriverError, DriverResult, Extent, Extents, Source};
 
 /// Bytes that are read of each side at once.
-const CHUNK: u64 = 512 << 10;
+const CHUNK: u64 = 1 << 20;
 /// The least that is compared as one piece, in bytes.
 const SECTOR: u64 = 512;
 /// Of the heap that is free, the places that differ may take this part.
@@ -43,17 +43,47 @@ impl<'a> View<'a> {
     }
 }
 
-/// Up to which byte, `end` at most, what is seen at `at` is known to be zeroes without a look at it.
-fn zeroes_until(io: &mut dyn BlockIo, seen: Seen, at: u64, end: u64) -> DriverResult<u64> {
-    let Seen::Held(_, extent) = seen else { return Ok(end) };
-    match extent.clip(at..end).map(|part| part.content) {
-        Some(Content::Zero) => Ok(end),
-        Some(Content::Data { device, offset }) => {
-            let data = io.next_data(device, offset..offset.saturating_add(end - at))?;
-            let hole = if data.is_empty() { end - at } else { data.start.saturating_sub(offset) };
-            Ok(at.saturating_add(hole).min(end))
+/// What is known of zeroes in a range of one view: up to which byte it is zeroes, and from there up to which it is data.
+#[derive(Clone, Copy, Debug, Default)]
+struct Known {
+    zeroes: u64,
+    data: u64,
+}
+
+impl Known {
+    /// What the host knows of what is seen at `at`, up to `end` at most.
+    fn ask(io: &mut dyn BlockIo, seen: Seen, at: u64, end: u64) -> DriverResult<Self> {
+        let all_zeroes = Self { zeroes: end, data: end };
+        let Seen::Held(_, extent) = seen else { return Ok(all_zeroes) };
+        match extent.clip(at..end).map(|part| part.content) {
+            Some(Content::Zero) => Ok(all_zeroes),
+            Some(Content::Data { device, offset }) => {
+                let found = io.next_data(device, offset..offset.saturating_add(end - at))?;
+                if found.is_empty() {
+                    return Ok(all_zeroes);
+                }
+                let place = |byte: u64| at.saturating_add(byte.saturating_sub(offset)).min(end);
+                Ok(Self { zeroes: place(found.start), data: place(found.end) })
+            }
+            _ => Ok(Self { zeroes: at, data: end }),
         }
-        _ => Ok(at),
+    }
+
+    /// The same, asked only past what is known.
+    fn renew(&mut self, io: &mut dyn BlockIo, seen: Seen, at: u64, end: u64) -> DriverResult<u64> {
+        if at >= self.data {
+            *self = Self::ask(io, seen, at, end)?;
+        }
+        Ok(self.zeroes.max(at))
+    }
+}
+
+/// Where plain data that is seen at `at` stands.
+fn plain(seen: Seen, at: u64) -> Option<(u32, u64)> {
+    let Seen::Held(_, extent) = seen else { return None };
+    match extent.clip(at..extent.end())?.content {
+        Content::Data { device, offset } => Some((device, offset)),
+        _ => None,
     }
 }
 
@@ -129,9 +159,10 @@ impl<'a> Differences<'a> {
     ) -> DriverResult<()> {
         let unit = self.info.cluster_size.max(SECTOR);
         let mut at = range.start;
+        let mut known = [Known::default(); 2];
         while at < range.end {
             let [one, two] = seen;
-            let zeroes = zeroes_until(io, one, at, range.end)?.min(zeroes_until(io, two, at, range.end)?);
+            let zeroes = known[0].renew(io, one, at, range.end)?.min(known[1].renew(io, two, at, range.end)?);
             if zeroes > at {
                 self.is_blank(at..zeroes);
                 at = zeroes;
@@ -141,8 +172,19 @@ impl<'a> Differences<'a> {
             let length = usize::try_from(end - at).unwrap_or(0);
             buffers.iter_mut().for_each(|buffer| buffer.resize(length, 0));
             let [first, second] = buffers;
-            self.old.layers.read_seen(io, one, at, first)?;
-            self.new.layers.read_seen(io, two, at, second)?;
+            match (plain(one, at), plain(two, at)) {
+                (Some(of_first), Some(of_second)) => {
+                    // Both with one doorbell, which takes as long as to read and compare some hundred KiB.
+                    let read = |(device, offset), buffer: &mut Vec<u8>| {
+                        Request::read(device, offset, buffer.as_mut_ptr() as u64, buffer.len() as u64)
+                    };
+                    io.run(&mut [read(of_first, first), read(of_second, second)])?;
+                }
+                _ => {
+                    self.old.layers.read_seen(io, one, at, first)?;
+                    self.new.layers.read_seen(io, two, at, second)?;
+                }
+            }
             let mut done = 0;
             while done < length {
                 let from = at.saturating_add(done as u64);

@@ -154,6 +154,19 @@ impl<'a> Layers<'a> {
         self.layers.iter_mut().for_each(|layer| layer.restart(from));
     }
 
+    /// Verify each of them.
+    ///
+    /// # Errors
+    /// Those of the sources.
+    pub fn verify_each(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.source.verify(io, false).map(drop))
+    }
+
+    /// The top-most of them.
+    pub fn top(&mut self) -> Option<&mut (dyn Source + 'a)> {
+        self.layers.first_mut().map(|layer| layer.source.as_mut())
+    }
+
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -270,9 +283,7 @@ impl Source for Layers<'_> {
         if will_empty {
             return Err(DriverError::new(ErrorCode::InternalOverflow, "several layers cannot be emptied"));
         }
-        for layer in &mut self.layers {
-            layer.source.verify(io, false)?;
-        }
+        self.verify_each(io)?;
         let ImageInfo { virtual_size, cluster_size } = self.info();
         let unit = cluster_size.max(1);
         let (mut clusters, mut counted) = (0, 0);

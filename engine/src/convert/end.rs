@@ -1,0 +1,53 @@
+//! What is left to do once the guest has filled the target, and to say.
+
+use super::request::ConvertRequest;
+use crate::commit::CommitEvents;
+use crate::devices::{Device, Devices};
+use crate::error::Error;
+use crate::escape::escape_path;
+use crate::operation::{DevicePaths, Ended};
+use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use rustix::fs::{fallocate, FallocateFlags};
+use rustix::io::{retry_on_intr, Errno};
+use std::io;
+use std::path::Path;
+
+/// Have the file system keep space for all of the target's file, if that is asked for.
+///
+/// # Errors
+/// [`ErrorCode::NoSpace`], and what else the system says.
+pub fn allocate(request: &ConvertRequest, ended: &Ended<CommitEvents>) -> Result<(), Error> {
+    let device = ended.devices.device(DEVICE_OUTPUT).filter(|_| !ended.paths.is_block_device(DEVICE_OUTPUT));
+    let Some(file) = device.map(Device::file).filter(|_| request.allocate) else { return Ok(()) };
+    let failed = |code, error: &io::Error| Error::io(&request.target, code, "cannot be allocated", error);
+    let length = file.metadata().map_err(|error| failed(ErrorCode::BackingIo, &error))?.len();
+    if length == 0 {
+        return Ok(());
+    }
+    match retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, length)) {
+        // The disk reads the same without it.
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        Err(errno @ (Errno::NOSPC | Errno::DQUOT)) => Err(failed(ErrorCode::NoSpace, &errno.into())),
+        Err(errno) => Err(failed(ErrorCode::BackingIo, &errno.into())),
+    }
+}
+
+/// What could not be read of a device: a line for each range.
+pub fn salvaged(devices: &Devices, paths: &DevicePaths, number: u32) -> Vec<String> {
+    let (ranges, bytes) = devices.device(number).map(Device::salvaged).unwrap_or_default();
+    let path = escape_path(paths.get(number).unwrap_or(Path::new("")));
+    let mut told = 0;
+    let line = |range: &std::ops::Range<u64>| {
+        told += range.end - range.start;
+        format!(
+            "'{path}': {} bytes from offset {} on cannot be read, and are zero in the copy",
+            range.end - range.start,
+            range.start
+        )
+    };
+    let mut lines: Vec<String> = ranges.iter().map(line).collect();
+    if bytes > told {
+        lines.push(format!("'{path}': {} more bytes cannot be read, and are zero in the copy", bytes - told));
+    }
+    lines
+}
