@@ -223,6 +223,8 @@ const CHANGE: &[Call] = &[
     (libc::SYS_fdatasync, FILE),
     // Sharing extents
     (libc::SYS_ioctl, FileOneOf(1, &[request(libc::FICLONERANGE)])),
+    // What is read back is read from the disk
+    (libc::SYS_fadvise64, FILE),
     // To begin writing, without waiting
     (libc::SYS_sync_file_range, FILE),
     // Direct I/O is switched on and off on the descriptor.

@@ -6,6 +6,7 @@
 
 mod aligned;
 mod allowance;
+mod anew;
 mod cache;
 mod check;
 mod clone;
