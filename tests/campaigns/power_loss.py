@@ -32,7 +32,7 @@ FILE_SYSTEMS = {
     "btrfs": (["mkfs.btrfs", "-q", "-f"], []),
 }
 # Calls before which the order of things on the disk matters.
-CHANGES = {"pwritev", "pwrite64", "copy_file_range", "ioctl", "fallocate", "ftruncate", "fdatasync"}
+CHANGES = {"pwritev", "pwrite64", "copy_file_range", "ioctl", "fallocate", "ftruncate", "fdatasync", "unlinkat", "fsync"}
 # Those that a file system with reflinks shares extents by.
 SHARES = {"xfs", "btrfs"}
 
@@ -71,7 +71,7 @@ def much_data(directory) -> faults.Case:
 
 
 CASES = [much_data, faults.qcow2_with_snapshot, faults.into_raw, faults.vmdk, faults.delta, faults.into_vpc,
-         faults.into_vhdx, faults.into_parallels]
+         faults.into_vhdx, faults.into_parallels, faults.removed, faults.wiped_and_removed]
 
 
 class Lab:
@@ -112,6 +112,8 @@ class Lab:
         with self.disk("crashed"):
             what = f"power lost before {call_name} {nth}"
             case.check_images(f"{what}\n{killed}", finished=False)
+            if case.is_removed():
+                return
             again = support.run_instar("commit", *case.args, case.path(case.top))
             case.hold(again.rc == 0, "a second commit fails", f"{what}\n{again}")
             case.check_images(f"{what}\n{again}", finished=True)
