@@ -30,8 +30,8 @@ SHORTENED = {"pread64", "preadv", "pwrite64", "pwritev", "copy_file_range"}
 OF_THE_GUEST = {"preadv", "pwritev", "pwrite64", "copy_file_range", "fdatasync", "ftruncate"}
 # Without an answer the program goes on: where the data lies, and that the disk may begin to write, are hints; a file that
 # Landlock cannot be told of lies in a directory that it was told of; whether somebody has locked an image (`open`) is asked for
-# the sake of a message, and once more when it is locked.
-HINTS = {"lseek", "sync_file_range", "fallocate", "openat", "open"}
+# the sake of a message, and once more when it is locked; what is not dropped from the page cache is read from there.
+HINTS = {"lseek", "sync_file_range", "fallocate", "fadvise64", "openat", "open"}
 
 
 class Violation(AssertionError):
@@ -58,6 +58,8 @@ class Case:
     # Other commands, one of which an operator may run after one that was interrupted. `IMAGE` stands for the path of the image,
     # `BASE` for that of the base.
     sequels: list[list[str]] = field(default_factory=list)
+    # The overlay is removed at the end.
+    deleted: bool = False
 
     def __post_init__(self):
         self.pristine = self.directory.with_name(self.directory.name + ".pristine")
@@ -134,6 +136,8 @@ class Case:
         done = "inject: done" in result.stderr
         self.check_status(fault, call, result, done)
         self.check_images(result, finished=result.rc == 0)
+        if self.is_removed():
+            return done
         again = self.again()
         self.hold(again.rc == 0, f"after {fault} at {call} {nth} a second run fails", f"{result}\n{again}")
         self.check_images(f"{result}\n{again}", finished=True)
@@ -165,7 +169,12 @@ class Case:
         self.hold(tried.rc == 0 or "Invalid argument" in tried.stderr, "the overlay cannot be read", f"{result}\n{tried}")
         return tried.rc == 0
 
+    def is_removed(self) -> bool:
+        return self.deleted and not self.path(self.top).exists()
+
     def check_images(self, result, finished):
+        if self.deleted:
+            self.hold(self.is_removed() or not finished, "the overlay is not removed", result)
         if self.base_fmt not in ("vhdx", "parallels"):
             self.check_files(result, finished)
             return
@@ -174,27 +183,36 @@ class Case:
         with tempfile.TemporaryDirectory() as directory:
             copies = copy.copy(self)
             copies.directory = Path(directory)
-            for path in self.files():
+            for path in filter(Path.exists, self.files()):
                 shutil.copyfile(path, copies.path(path.name))
             support.qemu_img("check", "-q", "-r", "all", "-f", self.base_fmt, copies.path(self.base), rc=None)
             copies.check_files(result, finished)
 
     def check_files(self, result, finished):
         top, base = self.path(self.top), self.path(self.base)
+        if self.is_removed():
+            # It is only once the base holds everything.
+            self.hold(support.content_hash(base, self.base_fmt) == self.expected, "it is removed, and the base lacks it", result)
+            self.check_metadata(base, self.base_fmt, result)
+            return
         if self.readable(result, finished):
             self.hold(support.content_hash(top, self.top_fmt) == self.expected, "the overlay reads differently", result)
         for path, fmt in ((top, self.top_fmt), (base, self.base_fmt)):
-            # qemu-img has no check for a vpc.
-            if fmt not in ("raw", "vpc"):
-                check = support.qemu_img("check", "-f", fmt, path, rc=None)
-                # Leaks are allowed.
-                self.hold(check.rc in (0, 3), f"{path.name} is damaged", f"{result}\n{check}")
+            self.check_metadata(path, fmt, result)
         self.hold(self.snapshot_hash() == self.snapshot, "the snapshot reads differently", result)
         if finished:
             content = support.content_hash(base, self.base_fmt)
             self.hold(content == self.expected, "the base reads differently", result)
             if self.emptied and self.top_fmt == "qcow2":
                 self.hold(support.holds_no_clusters(top), "the overlay is not empty", result)
+
+
+    def check_metadata(self, path, fmt, result):
+        # qemu-img has no check for a vpc.
+        if fmt not in ("raw", "vpc"):
+            check = support.qemu_img("check", "-f", fmt, path, rc=None)
+            # Leaks are allowed.
+            self.hold(check.rc in (0, 3), f"{path.name} is damaged", f"{result}\n{check}")
 
 
 # --- the cases ------------------------------------------------------------------------------------
@@ -311,4 +329,26 @@ def much_data(directory) -> Case:
     return Case("much data, by several threads", directory, "top", "base")
 
 
-CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, into_vhdx, into_parallels, chain, much_data]
+def read_back(directory) -> Case:
+    """What was written is read back before the overlay is emptied."""
+    case = compressed_and_growing(directory)
+    case.name, case.args = "read back", [*case.args, "--verify"]
+    return case
+
+
+def removed(directory) -> Case:
+    """The overlay is read back, and removed instead of emptied."""
+    case = qcow2_with_snapshot(directory)
+    case.name, case.args, case.emptied, case.deleted = "read back and removed", ["--verify", "--delete-overlay"], False, True
+    return case
+
+
+def wiped_and_removed(directory) -> Case:
+    """The overlay is overwritten, and then removed."""
+    case = into_raw(directory)
+    case.name, case.args, case.deleted = "overwritten and removed", ["--wipe", "--delete-overlay"], True
+    return case
+
+
+CASES = [qcow2_with_snapshot, compressed_and_growing, into_raw, vmdk, delta, into_vpc, into_vhdx, into_parallels, chain, much_data,
+         read_back, removed, wiped_and_removed]

@@ -34,7 +34,7 @@ FILE_SYSTEMS = {
 }
 # Calls before which the order of things on the disk matters.
 CHANGES = {"pwritev", "pwrite64", "copy_file_range", "ioctl", "fallocate", "ftruncate", "fdatasync", "fsync", "linkat",
-           "renameat"}
+           "renameat", "unlinkat"}
 # Those that a file system with reflinks shares extents by.
 SHARES = {"xfs", "btrfs"}
 
@@ -73,7 +73,7 @@ def much_data(directory) -> faults.Case:
 
 
 CASES = [much_data, faults.qcow2_with_snapshot, faults.into_raw, faults.vmdk, faults.delta, faults.into_vpc,
-         faults.into_vhdx, faults.into_parallels]
+         faults.into_vhdx, faults.into_parallels, faults.removed, faults.wiped_and_removed]
 
 
 class Lab:
@@ -116,6 +116,8 @@ class Lab:
         if again is not None:
             with self.disk("crashed"):
                 case.check_images(what, finished=False)
+                if case.is_removed():
+                    return
                 # It may have less to do, and end before that call.
                 killed = case.run(fault, again[1], again[0])
                 self.copy("crashed", "again")
@@ -124,6 +126,8 @@ class Lab:
             self.copy("again", "crashed")
         with self.disk("crashed"):
             case.check_images(what, finished=False)
+            if case.is_removed():
+                return
             if sequel is not None:
                 done = support.run_instar(*case.of_sequel(sequel))
                 what = f"{what}\n{done}"

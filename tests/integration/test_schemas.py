@@ -19,7 +19,7 @@ from support import KIB, MIB, REPO, run_instar
 
 #: Keys that are only there where there is something to say: besides these, each that is missing has to be noticed.
 OPTIONAL = {
-    "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped"},
+    "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped", "verified_bytes", "overlay_deleted"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail", "leaks-fixed", "corruptions-fixed", "leaks-fixable", "corruptions-fixable",
               "not-repaired"},
@@ -90,7 +90,7 @@ def samples(tmp_path_factory):
     return {
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
                    ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top"),
-                   ask("commit", "--dry-run", "--bitmaps", "marked.qcow2"), ask("commit", "--wipe", "other-top")],
+                   ask("commit", "--dry-run", "--bitmaps", "marked.qcow2"), ask("commit", "--wipe", "--verify", "--delete-overlay", "other-top")],
         "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long"),
                   ask("check", "-r", "all", "--dry-run", "mended"), ask("check", "-r", "all", "mended"),
                   ask("check", "-r", "all", "torn")],

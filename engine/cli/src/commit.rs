@@ -71,6 +71,12 @@ pub struct CommitArgs {
     /// Overwrite with zeroes, durably, what the overlay gives back, before it is given back
     #[arg(long, conflicts_with = "keep_overlay")]
     pub wipe: bool,
+    /// Read back what was written, past the page cache, and compare it with the overlay before that is changed
+    #[arg(long)]
+    pub verify: bool,
+    /// Remove the overlay's file once everything is durable in the image that it was committed into, instead of emptying it
+    #[arg(long, conflicts_with = "keep_overlay")]
+    pub delete_overlay: bool,
     /// Say what would be committed, and change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -150,6 +156,8 @@ fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error>
         base_format: args.base_format.clone(),
         keep_overlay: args.keep_overlay,
         wipe: args.wipe,
+        verify: args.verify,
+        delete_overlay: args.delete_overlay,
         mode: if args.dry_run { CommitMode::DryRun } else { CommitMode::Whole },
         resize_backing: args.resize_backing,
         bitmaps: args.bitmaps,

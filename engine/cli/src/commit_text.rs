@@ -23,7 +23,16 @@ pub fn render_commit_success(
     let printed = match output {
         OutputFormat::Json => print_json_indented(out, result, INDENT),
         OutputFormat::Human if quiet => Ok(()),
-        OutputFormat::Human => print(out, &format!("Image committed.\n{}{}", bitmaps(result, false), relinked(result))),
+        OutputFormat::Human => print(
+            out,
+            &format!(
+                "Image committed.\n{}{}{}{}",
+                bitmaps(result, false),
+                verified(result),
+                relinked(result),
+                deleted(result)
+            ),
+        ),
     };
     printed.map_err(|error| unprinted_but("the commit is done", &result.overlay_given, &error))
 }
@@ -40,6 +49,21 @@ fn bitmaps(result: &CommitOutcome, would: bool) -> String {
     }
 }
 
+/// The line about what was read back.
+fn verified(result: &CommitOutcome) -> String {
+    let line =
+        |bytes| format!("{bytes} bytes were read back from '{}', and are right.\n", escape_path(&result.backing));
+    result.verified_bytes.map(line).unwrap_or_default()
+}
+
+/// The line about the overlay's file.
+fn deleted(result: &CommitOutcome) -> String {
+    match result.overlay_deleted {
+        Some(true) => format!("'{}' was removed.\n", escape_path(&result.overlay_given)),
+        _ => String::new(),
+    }
+}
+
 /// The lines about the overlay's children. That nothing names the overlay any more is not known: an image may lie anywhere.
 fn relinked(result: &CommitOutcome) -> String {
     let Some(children) = &result.relinked else { return String::new() };
@@ -50,7 +74,10 @@ fn relinked(result: &CommitOutcome) -> String {
         1 => format!("One image that named '{overlay}' names '{backing}' now"),
         _ => format!("{count} images that named '{overlay}' name '{backing}' now"),
     };
-    format!("{named}. Once no other image names '{overlay}', it can be removed.\n")
+    match result.overlay_deleted {
+        Some(true) => format!("{named}.\n"),
+        _ => format!("{named}. Once no other image names '{overlay}', it can be removed.\n"),
+    }
 }
 
 /// Print what a commit would do: the same keys, and `dry_run`.
@@ -70,11 +97,13 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                 1 => "1 image would name the target instead of the overlay. ".to_owned(),
                 _ => format!("{children} images would name the target instead of the overlay. "),
             });
+            let verified = result.verified_bytes.map(|_| "What is written would be read back. ");
+            let deleted = result.overlay_deleted.map(|_| "The overlay's file would be removed. ");
             print(
                 out,
                 &format!(
                     "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
-                     at most, and take {} more bytes of the disk{}. {}{}Nothing was changed.\n",
+                     at most, and take {} more bytes of the disk{}. {}{}{}{}Nothing was changed.\n",
                     result.clusters_committed,
                     result.bytes_committed,
                     escape_path(&result.overlay_given),
@@ -85,6 +114,8 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                     free.unwrap_or_default(),
                     bitmaps(result, true).replace('\n', " "),
                     relinked.unwrap_or_default(),
+                    verified.unwrap_or_default(),
+                    deleted.unwrap_or_default(),
                 ),
             )
         }
@@ -117,5 +148,8 @@ pub fn render_verbose(result: &CommitOutcome) -> String {
         result.sandbox, report.ring, report.exits, report.doorbells, report.requests, report.messages
     ));
     line(format!("moved: {}", result.run.statistics));
+    if let Some(bytes) = result.verified_bytes {
+        line(format!("read back: {bytes} bytes of the disk"));
+    }
     text
 }

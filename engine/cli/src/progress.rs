@@ -83,6 +83,7 @@ impl Shown {
         let message = match progress.stage {
             Stage::Checking => "checking",
             Stage::Writing => "writing",
+            Stage::Verifying => "verifying",
             Stage::Emptying => "emptying",
             Stage::Reading => "reading",
         };
@@ -97,6 +98,7 @@ impl Shown {
                 bar.set_position(0);
                 bar.reset_eta();
             }
+            None if progress.stage == Stage::Verifying => (self.print)("instar: reading back what was written\n"),
             None if progress.stage == Stage::Emptying => (self.print)("instar: emptying the overlay\n"),
             None => {}
         }
@@ -116,6 +118,7 @@ impl Shown {
                 let Progress { done, total, .. } = self.last;
                 format!("instar: stopped at {} % ({done} of {total} bytes)\n", percent(self.last))
             }
+            (Ending::Failed, Stage::Verifying) => "instar: stopped while reading back what was written\n".to_owned(),
             (Ending::Failed, Stage::Emptying) => "instar: stopped while emptying the overlay\n".to_owned(),
         };
         (self.print)(&line);
@@ -127,12 +130,16 @@ impl Shown {
 pub fn one_line(progress: Progress) -> String {
     match progress.stage {
         Stage::Checking => "instar: checking: nothing is changed yet\n".to_owned(),
-        Stage::Writing | Stage::Emptying | Stage::Reading => line(progress, ""),
+        Stage::Writing | Stage::Verifying | Stage::Emptying | Stage::Reading => line(progress, ""),
     }
 }
 
 fn line(progress: Progress, pace: &str) -> String {
-    let what = if progress.stage == Stage::Emptying { "emptying the overlay: " } else { "" };
+    let what = match progress.stage {
+        Stage::Verifying => "reading back: ",
+        Stage::Emptying => "emptying the overlay: ",
+        Stage::Checking | Stage::Writing | Stage::Reading => "",
+    };
     let Progress { done, total, .. } = progress;
     format!("instar: {what}{} % ({done} of {total} bytes{pace})\n", percent(progress))
 }

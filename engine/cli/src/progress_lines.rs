@@ -156,6 +156,7 @@ fn name(stage: Stage) -> &'static str {
     match stage {
         Stage::Checking => "checking",
         Stage::Writing => "writing",
+        Stage::Verifying => "verifying",
         Stage::Emptying => "emptying",
         Stage::Reading => "reading",
     }

@@ -6,12 +6,13 @@ use super::plan::PlanBounds;
 use super::repeated::Repeated;
 use super::snapshot::Snapshot;
 use super::space::Space;
+use super::verify::Verification;
 use crate::devices::Devices;
 use crate::operation::{decode, Events, Observer};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, RequestOp};
 use instar_guest_protocol::commit::event::Kind as Told;
-use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan};
+use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan, Verify};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -48,6 +49,8 @@ pub struct CommitEvents {
     pub damages_siblings: bool,
     /// What its plan may say.
     pub bounds: PlanBounds,
+    /// How far reading back is, if what was written is to be read back.
+    pub verification: Option<Verification>,
 }
 
 impl Default for CommitEvents {
@@ -69,6 +72,7 @@ impl Default for CommitEvents {
             has_siblings: false,
             damages_siblings: false,
             bounds: PlanBounds::default(),
+            verification: None,
         }
     }
 }
@@ -113,6 +117,25 @@ impl CommitEvents {
     }
 }
 
+impl CommitEvents {
+    /// What was written is read back, the guest says.
+    fn read_back(&mut self, devices: &mut Devices, found: &Verify) -> Result<(), BadRequest> {
+        let (Some(verification), Some(plan)) = (&mut self.verification, &self.plan) else {
+            return Err(BadRequest("a target was read back that nobody asked for".to_owned()));
+        };
+        if verification.take(devices, found, plan.bytes)? {
+            self.meter.iter().for_each(|meter| meter.reading_back(plan.bytes));
+        }
+        Ok(())
+    }
+
+    /// Whether everything was read back that is to be.
+    fn check_read_back(&self) -> Result<(), BadRequest> {
+        let planned = self.plan.as_ref().map_or(0, |plan| plan.bytes);
+        self.verification.as_ref().map_or(Ok(()), |verification| verification.check_complete(planned))
+    }
+}
+
 impl Events for CommitEvents {
     fn requests(
         &mut self,
@@ -142,13 +165,14 @@ impl Events for CommitEvents {
         Ok(())
     }
 
-    fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
+    fn event(&mut self, devices: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
         match decode::<Event>(event)?.kind {
             Some(Told::Plan(plan)) => self.planned(plan),
             Some(Told::Bitmap(bitmap)) => self.bitmap(bitmap),
             Some(Told::Complete(_)) => {
                 Err(BadRequest("a complete target was announced that nobody asked for".to_owned()))
             }
+            Some(Told::Verify(found)) => self.read_back(devices, &found),
             None => Err(BadRequest("an event that says nothing".to_owned())),
         }
     }
@@ -166,6 +190,10 @@ impl Events for CommitEvents {
             (Phase::Children, _) if !self.keep_overlay && devices.phase() != Phase::Overlay => {
                 "a change of children was announced before the overlay was emptied"
             }
+            (Phase::Overlay | Phase::Children, _) => {
+                self.check_read_back()?;
+                return devices.enter(phase).map_err(BadRequest);
+            }
             _ => return devices.enter(phase).map_err(BadRequest),
         };
         Err(BadRequest(why.to_owned()))
@@ -180,6 +208,7 @@ impl Events for CommitEvents {
     /// What the guest says of a success has to be what the devices saw.
     fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         self.outcome = decode(result)?;
+        self.check_read_back()?;
         devices.finished(self.plan.is_some().then_some(self.last_phase)).map_err(BadRequest)
     }
 }
@@ -298,6 +327,30 @@ mod tests {
         assert_eq!(late.ask(Request::flush(DEVICE_OUTPUT)) + &late.tell(phase(Phase::Overlay)), "");
         assert!(late.ask(write(DEVICE_OUTPUT)).contains("said to be complete"));
         assert!(late.tell(phase(Phase::Target)).contains("phase 2 after phase 3"));
+    }
+
+    #[test]
+    fn nothing_follows_before_what_was_written_is_read_back() {
+        let verify = || Kind::Event(Event { kind: Some(Told::Verify(Verify::default())) }.encode_to_vec());
+        let asked = |last_phase| {
+            let mut handler = handler(last_phase);
+            handler.events.verification = Some(Verification::default());
+            assert_eq!(handler.tell(plan()) + &handler.tell(phase(Phase::Target)), "");
+            handler
+        };
+        let mut skipped = asked(Phase::Overlay);
+        assert!(skipped.tell(phase(Phase::Overlay)).contains("0 bytes of 0 were read back"));
+        let mut kept = asked(Phase::Target);
+        assert!(kept.tell(done()).contains("were read back"));
+        let mut early = asked(Phase::Overlay);
+        assert_eq!(early.ask(write(DEVICE_OUTPUT)), "");
+        assert!(early.tell(verify()).contains("not complete and flushed"));
+        assert_eq!(early.ask(Request::flush(DEVICE_OUTPUT)) + &early.tell(verify()), "");
+        assert_eq!(early.tell(phase(Phase::Overlay)), "");
+        assert!(early.tell(verify()).contains("not complete and flushed"), "too late");
+        let mut unasked = handler(Phase::Overlay);
+        assert_eq!(unasked.tell(plan()) + &unasked.tell(phase(Phase::Target)), "");
+        assert!(unasked.tell(verify()).contains("nobody asked for"));
     }
 
     #[test]

@@ -101,6 +101,13 @@ impl Meter {
         state.answer();
     }
 
+    /// The data is durable in the target, and so many guest bytes are read back.
+    pub fn reading_back(&self, total: u64) {
+        let mut state = self.0.borrow_mut();
+        state.complete();
+        state.enter(Stage::Verifying, total);
+    }
+
     /// The data is durable in the target: the overlay is emptied.
     pub fn emptying(&self) {
         let mut state = self.0.borrow_mut();
@@ -112,7 +119,7 @@ impl Meter {
     /// The commit is done. In a dry run, nothing was.
     pub fn done(&self) {
         let mut state = self.0.borrow_mut();
-        if state.moved > 0 || state.progress.stage == Stage::Emptying {
+        if state.moved > 0 || matches!(state.progress.stage, Stage::Verifying | Stage::Emptying) {
             state.complete();
         }
     }
@@ -159,7 +166,7 @@ impl Watch for Meter {
     fn moved(&mut self, bytes: u64) {
         let mut state = self.0.borrow_mut();
         state.moved = state.moved.saturating_add(bytes);
-        if state.progress.stage == Stage::Emptying {
+        if matches!(state.progress.stage, Stage::Verifying | Stage::Emptying) {
             state.durable();
         }
     }

@@ -6,6 +6,7 @@
 pub(crate) mod as_text;
 mod bitmaps;
 mod changed;
+mod delete;
 mod events;
 mod meter;
 mod operation;
@@ -18,6 +19,7 @@ mod siblings;
 mod snapshot;
 mod space;
 mod verdict;
+mod verify;
 mod wipe;
 
 pub(crate) use bitmaps::allowance as room_for_bitmaps;

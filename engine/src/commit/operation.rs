@@ -2,6 +2,7 @@
 
 use super::bitmaps::{allowance, left_out};
 use super::changed::Changed;
+use super::delete::{self, Deletion};
 use super::events::CommitEvents;
 use super::meter::Meter;
 use super::outcome::{CommitOutcome, GuestRun, Preview, Units};
@@ -12,6 +13,7 @@ use super::request::{CommitMode, CommitRequest};
 use super::siblings::Siblings;
 use super::space::{block_size, free_space, taken_space, Space};
 use super::verdict::{become_stale, Parts};
+use super::verify::{self, Verification};
 use super::wipe;
 use crate::confine::Work;
 use crate::devices::{Cache, Device, Devices, Workers};
@@ -29,10 +31,13 @@ use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES, PAYLOAD_SIZE};
 use instar_guest_protocol::commit::{Config, Relinked as Wanted};
 use instar_guest_protocol::Message;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 /// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
 const MUCH: u64 = 4 << 20;
+/// Bytes of messages that a commit takes which reads nothing back.
+const MESSAGES: u64 = 16 << 20;
 
 /// A commit on its way.
 pub struct Commit<'q> {
@@ -47,6 +52,10 @@ pub struct Commit<'q> {
     paths: (PathBuf, PathBuf),
     /// The overlay's children that are to name the backing, or do so already.
     relinked: Vec<Relinked>,
+    /// The overlay's name, if that is to be removed.
+    deletion: Option<Result<Deletion, Error>>,
+    /// Bytes of messages that reading back takes.
+    message_limit: u64,
     admitted: Option<Admitted>,
 }
 
@@ -83,8 +92,17 @@ impl<'q> Commit<'q> {
     /// A commit that was not begun.
     #[must_use]
     pub fn new(request: &'q CommitRequest) -> Self {
-        let (workers, warnings, siblings, admitted) = (None, Vec::new(), None, None);
-        Self { request, workers, warnings, siblings, paths: Default::default(), relinked: Vec::new(), admitted }
+        Self {
+            request,
+            workers: None,
+            warnings: Vec::new(),
+            siblings: None,
+            paths: Default::default(),
+            relinked: Vec::new(),
+            deletion: None,
+            message_limit: MESSAGES,
+            admitted: None,
+        }
     }
 
     /// A child that names the target already. As long as the overlay holds anything, nothing shows that an earlier run has
@@ -141,6 +159,12 @@ impl Operation for Commit<'_> {
 
     fn acquire(&mut self, named: &Named) {
         self.workers = self.workers(&named.image);
+        self.deletion = self.request.delete_overlay.then(|| Deletion::begin(&named.image)).flatten();
+    }
+
+    fn removes_in(&self) -> Option<BorrowedFd<'_>> {
+        let deletion = self.deletion.as_ref().filter(|_| !self.request.only_plans())?;
+        deletion.as_ref().ok().map(Deletion::directory)
     }
 
     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
@@ -176,6 +200,9 @@ impl Operation for Commit<'_> {
             std::iter::once(&overlay).chain(&between).chain(std::iter::once(&backing)).chain(&ancestors).collect();
         let relinks = Relinks::open(opener, &chain, between.len() + 1).map_err(|error| error.in_role(Role::Child))?;
         let Relinks { images: mut children, all, warnings } = relinks;
+        if self.request.delete_overlay {
+            delete::refuse_children(opener, &chain, &children)?;
+        }
         self.warnings.extend(warnings);
         self.relinked = all;
         overlay.follows = !self.request.only_plans() && between.is_empty() && overlay.has_to_follow(&backing);
@@ -214,7 +241,7 @@ impl Operation for Commit<'_> {
             session
                 .note(|| format!("child {} will record '{}'", escape_path(&child.opened.path), escape_bytes(backing)));
         }
-        let kept = self.request.keep_overlay || !between.is_empty();
+        let kept = self.request.keeps_content() || !between.is_empty();
         let top = if kept { MemberRole::Read } else { MemberRole::Empty };
         let between = between.into_iter().map(|layer| Slot::new(MemberRole::Read, layer));
         let ancestors = ancestors.into_iter().map(|layer| Slot::new(MemberRole::Below, layer));
@@ -250,6 +277,14 @@ impl Operation for Commit<'_> {
             wipe::admit(self.request, &parts)?;
             self.warnings.extend(wipe::warning(&parts));
         }
+        if self.request.verify {
+            verify::admit(self.request)?;
+            self.message_limit = self.message_limit.saturating_add(verify::message_limit(&parts));
+        }
+        if let Some(deletion) = self.deletion.take().transpose()? {
+            deletion.admit(self.request, &parts, &mut self.warnings)?;
+            self.deletion = Some(Ok(deletion));
+        }
         let children = images.of_role(|role| role == MemberRole::Relinked);
         relinks::admit(children, &parts, backing_grows_to, &mut self.warnings)?;
         let wanted = Relinks::wanted(&self.relinked, parts.backing);
@@ -272,7 +307,7 @@ impl Operation for Commit<'_> {
         let formats = (overlay.facts.format.to_string(), backing.facts.format.to_string());
         self.admitted = Some(Admitted {
             formats,
-            keep_overlay: self.request.keep_overlay || !stale.is_empty(),
+            keep_overlay: self.request.keeps_content() || !stale.is_empty(),
             stale,
             backing_grows_to,
             bounds: PlanBounds { longest: grants.target, ..PlanBounds::of(overlay, backing) },
@@ -301,7 +336,12 @@ impl Operation for Commit<'_> {
         let relinked = self.admitted.as_ref().and_then(|admitted| admitted.wanted.clone());
         let bitmaps = self.request.bitmaps;
         let dry_run = self.request.only_plans();
-        Config { dry_run, resize_backing, relinked, bitmaps, announce_complete: false }.encode_to_vec()
+        let verify = self.request.verify && !dry_run;
+        Config { dry_run, resize_backing, relinked, bitmaps, announce_complete: false, verify }.encode_to_vec()
+    }
+
+    fn message_limit(&self) -> u64 {
+        self.message_limit
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
@@ -344,6 +384,7 @@ impl Operation for Commit<'_> {
             repeated: admitted.doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark)),
             warnings: self.warnings.clone(),
             observer: Some(observer.clone()),
+            verification: (self.request.verify && !self.request.only_plans()).then(|| Verification::new(paths)),
             ..CommitEvents::default()
         })
     }
@@ -355,6 +396,10 @@ impl Operation for Commit<'_> {
                 (None, Some(sibling)) => is_sibling(sibling, &self.paths.1),
                 (siblings, _) => siblings.as_ref().map_or_else(nothing_to_commit, Siblings::refusal),
             });
+        }
+        let found = events.verification.as_ref().and_then(|found| found.error(&ended.paths));
+        if let Some(error) = found {
+            return Err(error);
         }
         let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
         let end = match events.lacking {
@@ -370,6 +415,11 @@ impl Operation for Commit<'_> {
             let changed = Changed::of(&ended.devices);
             failure.error(&ended.paths, Some(changed.clause()))
         })?;
+        let overlay = ended.devices.device(ended.paths.own()).filter(|_| !self.request.only_plans());
+        let deletion = self.deletion.and_then(Result::ok);
+        if let (Some(deletion), Some(overlay)) = (&deletion, overlay) {
+            deletion.remove(overlay.file())?;
+        }
         events.meter.iter().for_each(Meter::done);
         let preview = events.plan.as_ref().filter(|_| self.request.only_plans()).map(|plan| Preview {
             free_bytes: admitted.free,
@@ -386,6 +436,8 @@ impl Operation for Commit<'_> {
             overlay_clusters_cleared: events.outcome.overlay_clusters_cleared,
             overlay_bytes_wiped: (self.request.wipe && !self.request.only_plans())
                 .then_some(ended.devices.stats().overwritten),
+            verified_bytes: self.request.verify.then(|| events.verification.as_ref().map_or(0, Verification::bytes)),
+            overlay_deleted: deletion.map(|_| overlay.is_some()),
             stale: admitted.stale,
             relinked: self.request.relinks().then_some(self.relinked),
             bitmaps: events.bitmaps.clone(),

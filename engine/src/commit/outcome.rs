@@ -35,6 +35,12 @@ pub struct CommitOutcome {
     /// Bytes of the overlay that were overwritten before they were given back; `None` if that was not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay_bytes_wiped: Option<u64>,
+    /// Guest-visible bytes that were read back and are right, 0 in a dry run; `None` if that was not wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verified_bytes: Option<u64>,
+    /// Whether the overlay's file was removed; `None` if that was not wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlay_deleted: Option<bool>,
     /// The layers between overlay and backing: they read differently afterwards, because the image below them changes.
     #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "paths_as_text")]
     pub stale: Vec<PathBuf>,

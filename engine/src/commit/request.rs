@@ -31,6 +31,10 @@ pub struct CommitRequest {
     pub keep_overlay: bool,
     /// Overwrite what the overlay gives back, durably, before it is given back.
     pub wipe: bool,
+    /// Read back what was written, before anything depends on it.
+    pub verify: bool,
+    /// Remove the overlay's file at the end.
+    pub delete_overlay: bool,
     /// How far it goes.
     pub mode: CommitMode,
     /// Let a smaller backing grow to the overlay's virtual size.
@@ -56,6 +60,14 @@ impl CommitRequest {
     #[must_use]
     pub fn only_plans(&self) -> bool {
         self.mode != CommitMode::Whole
+    }
+
+    /// Whether the overlay keeps its content. One that is deleted need not be emptied before, unless that is to be overwritten.
+    /// With children that are relinked it is emptied all the same: that alone tells a second run, after one that was cut short,
+    /// that an image on the target was a child of the overlay.
+    #[must_use]
+    pub fn keeps_content(&self) -> bool {
+        self.keep_overlay || (self.delete_overlay && !self.wipe && !self.relinks())
     }
 
     /// Whether children of the overlay are to name the image that is committed into.

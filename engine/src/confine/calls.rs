@@ -32,7 +32,7 @@ pub enum Allowed {
     Mapping,
 }
 
-use Allowed::{Always, Except, FileOneOf, Files, First, Mapping, OneOf, OwnProcess, Without};
+use Allowed::{Always, Except, FileOneOf, Files, First, FirstAndOneOf, Mapping, OneOf, OwnProcess, Without};
 
 /// When the first argument is a descriptor other than the standard ones.
 const FILE: Allowed = Files(&[0]);
@@ -223,6 +223,8 @@ const CHANGE: &[Call] = &[
     (libc::SYS_fdatasync, FILE),
     // Sharing extents
     (libc::SYS_ioctl, FileOneOf(1, &[request(libc::FICLONERANGE)])),
+    // What is read back is read from the disk
+    (libc::SYS_fadvise64, FILE),
     // To begin writing, without waiting
     (libc::SYS_sync_file_range, FILE),
     // Direct I/O is switched on and off on the descriptor.
@@ -242,6 +244,17 @@ const NAME: &[Call] = &[
     (libc::SYS_unlinkat, Always),
     (libc::SYS_fsync, FILE),
 ];
+
+/// Removing the names of files from the directory behind this descriptor, durably; Landlock says that it is this one, and those
+/// beneath it.
+pub(crate) fn removing_in(directory: RawFd) -> Vec<Call> {
+    vec![
+        (libc::SYS_unlinkat, FirstAndOneOf(bits(directory), 2, &[0])),
+        (libc::SYS_fsync, First(bits(directory))),
+        // Confining it further, but for the directory
+        (libc::SYS_landlock_add_rule, Always),
+    ]
+}
 
 /// Printing on a descriptor that the caller hands over for it, and waiting for its reader.
 pub(crate) fn printing_on(descriptor: RawFd) -> Vec<Call> {

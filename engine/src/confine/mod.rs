@@ -9,9 +9,9 @@
 //! [`descriptors`] sees to it that the process holds nothing of its caller's but standard output and standard error.
 //!
 //! A commit takes two steps. [`Confinement::begin`], before the first byte of an image is read: only the images can be
-//! opened, nothing can be created, renamed, removed (but for the [name](Reach::add_names) of a new image) or executed, and there
-//! is no network. [`Confinement::forbid_opening`], once the
-//! chain is open: no file at all, only descriptors. What is needed from elsewhere, plugins and `/dev/kvm`, is opened
+//! opened, nothing can be created, renamed, removed (but for the [name](Reach::add_names) of a new image, and that of one that
+//! is [removed](Reach::add_removal)) or executed, and there is no network. [`Confinement::forbid_opening`], once the chain is
+//! open: no file at all, only descriptors. What is needed from elsewhere, plugins and `/dev/kvm`, is opened
 //! before. A kernel without one of the layers does not stop the program: [`Confinement`] says what is in force.
 //!
 //! Landlock holds for the calling thread and those that it starts, seccomp for all: nothing starts a thread before.
@@ -30,6 +30,7 @@ pub use calls::{Allowed, Call, Work};
 pub use paths::Reach;
 
 use std::fmt;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// What a process has to be allowed besides its work.
 #[derive(Clone, Debug, Default)]
@@ -38,6 +39,14 @@ pub struct Needs {
     pub calls: Vec<Call>,
     /// Signals to a process that it has started; which ones, the system calls say.
     pub signals: bool,
+}
+
+impl Needs {
+    /// These needs, and removing names of files from this directory, durably; below it, Landlock lets names be removed as well.
+    pub(crate) fn and_removing_in(mut self, directory: &impl AsFd) -> Self {
+        self.calls.extend(calls::removing_in(directory.as_fd().as_raw_fd()));
+        self
+    }
 }
 
 /// What is in force, or why it is not: one clause each.

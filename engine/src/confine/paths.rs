@@ -2,9 +2,9 @@
 //!
 //! A rule names a file, or a directory with everything beneath it, by an open descriptor: what a rule was made for is what
 //! it allows, wherever its name leads later. Rules allow reading and writing of existing files, to an operation that looks for
-//! images listing of directories, to one that makes an image giving it its name, and nothing else; what the kernel's Landlock
-//! can deny besides is denied: executing, creating, removing, renaming, network, signals to other processes. Files that are
-//! open already stay as they are.
+//! images listing of directories, to one that makes an image giving it its name, to one that deletes an image removing its name,
+//! and nothing else; what the kernel's Landlock can deny besides is denied: executing, creating, removing, renaming, network,
+//! signals to other processes. Files that are open already stay as they are.
 
 use landlock::{
     Access, AccessFs, AccessNet, LandlockStatus, PathBeneath, RestrictionStatus, Ruleset, RulesetAttr,
@@ -34,8 +34,15 @@ struct Rule<'a> {
     /// An entry of the directory instead of all of it.
     entry: Option<&'a OsStr>,
     write: bool,
-    /// Names may be made and removed in the directory, and nothing else is allowed by this rule.
-    names: bool,
+    /// What may be done to names in the directory; then nothing else is allowed by this rule.
+    names: Option<Names>,
+}
+
+/// What may be done to names.
+#[derive(Clone, Copy, Debug)]
+enum Names {
+    MadeAndRemoved,
+    Removed,
 }
 
 impl<'a> Reach<'a> {
@@ -43,14 +50,21 @@ impl<'a> Reach<'a> {
     /// needs to do no more than name it.
     #[must_use]
     pub fn add(mut self, place: &'a impl AsFd, write: bool) -> Self {
-        self.rules.push(Rule { at: place.as_fd(), entry: None, write, names: false });
+        self.rules.push(Rule { at: place.as_fd(), entry: None, write, names: None });
         self
     }
 
     /// Files may get names in this directory and those beneath it, and lose them; what can be opened there, other rules say.
     #[must_use]
     pub fn add_names(mut self, directory: &'a impl AsFd) -> Self {
-        self.rules.push(Rule { at: directory.as_fd(), entry: None, write: false, names: true });
+        self.rules.push(Rule { at: directory.as_fd(), entry: None, write: false, names: Some(Names::MadeAndRemoved) });
+        self
+    }
+
+    /// Files may lose their names in this directory and those beneath it.
+    #[must_use]
+    pub fn add_removal(mut self, directory: &'a impl AsFd) -> Self {
+        self.rules.push(Rule { at: directory.as_fd(), entry: None, write: false, names: Some(Names::Removed) });
         self
     }
 
@@ -71,7 +85,7 @@ impl<'a> Reach<'a> {
     /// The same for one file of a directory. If it is a link, the link is not followed, and nothing can be opened by it.
     #[must_use]
     pub fn add_entry(mut self, directory: &'a impl AsFd, name: &'a OsStr, write: bool) -> Self {
-        self.rules.push(Rule { at: directory.as_fd(), entry: Some(name), write, names: false });
+        self.rules.push(Rule { at: directory.as_fd(), entry: Some(name), write, names: None });
         self
     }
 }
@@ -101,8 +115,12 @@ fn enforce(reach: &Reach<'_>) -> Result<RestrictionStatus, RulesetError> {
         .scope(scopes)?
         .create()?;
     for Rule { at, entry, write, names } in &reach.rules {
-        if *names {
-            ruleset = ruleset.add_rule(PathBeneath::new(at, AccessFs::MakeReg | AccessFs::RemoveFile))?;
+        if let Some(names) = names {
+            let access = match names {
+                Names::MadeAndRemoved => AccessFs::MakeReg | AccessFs::RemoveFile,
+                Names::Removed => AccessFs::RemoveFile.into(),
+            };
+            ruleset = ruleset.add_rule(PathBeneath::new(at, access))?;
             continue;
         }
         // A block device is asked whether it is read-only; which requests there are is the filter's to say.
@@ -216,6 +234,27 @@ mod tests {
             assert_eq!(fs::remove_file(path("out/file")).unwrap_err().kind(), PermissionDenied);
             assert_eq!(File::open(path("in/one")).unwrap_err().kind(), std::io::ErrorKind::NotFound);
             assert_eq!(fs::create_dir(path("in/new")).unwrap_err().kind(), PermissionDenied);
+        });
+    }
+
+    #[test]
+    fn a_name_can_be_removed_in_one_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["in", "out"] {
+            fs::create_dir(path(name)).unwrap();
+            fs::write(path(name).join("file"), "").unwrap();
+        }
+        let within = File::open(path("in")).unwrap();
+        let reach = Reach::default().add_removal(&within);
+        restricted(&reach.clone(), || {
+            restrict(&reach).unwrap();
+            assert_eq!(File::create(path("in/new")).unwrap_err().kind(), PermissionDenied);
+            assert_eq!(fs::remove_file(path("out/file")).unwrap_err().kind(), PermissionDenied);
+            assert_eq!(fs::remove_dir(path("out")).unwrap_err().kind(), PermissionDenied);
+            assert_eq!(File::open(path("in/file")).unwrap_err().kind(), PermissionDenied);
+            assert!(fs::rename(path("in/file"), path("in/other")).is_err());
+            fs::remove_file(path("in/file")).unwrap();
         });
     }
 

@@ -30,7 +30,7 @@ pub fn check(devices: &Devices, memory: &dyn BufferAccess, request: &Request) ->
     let Some(end) = end else {
         return bad(request, "a range that overflows");
     };
-    if !matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData) {
+    if !matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData | RequestOp::Length) {
         devices.check_phase(device.part, op, request).or_else(|why| bad(request, why))?;
     }
     match op {
@@ -47,7 +47,7 @@ pub fn check(devices: &Devices, memory: &dyn BufferAccess, request: &Request) ->
             check_growth(device, request, end)?;
             // A block device stays as long as it is; giving up what is behind the new end does no harm.
         }
-        RequestOp::Zero | RequestOp::Flush | RequestOp::NextData => {}
+        RequestOp::Zero | RequestOp::Flush | RequestOp::NextData | RequestOp::Length => {}
     }
     Ok(op)
 }

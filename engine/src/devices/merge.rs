@@ -86,7 +86,7 @@ impl Batch {
             RequestOp::Read | RequestOp::Write | RequestOp::Zero => same && follows,
             // Within one device, ranges that do not overlap one by one may overlap together.
             RequestOp::Copy => same && follows && whole.device != whole.src_device && source_follows(),
-            RequestOp::Flush | RequestOp::SetLength | RequestOp::NextData => false,
+            RequestOp::Flush | RequestOp::SetLength | RequestOp::NextData | RequestOp::Length => false,
         }
     }
 }

@@ -6,6 +6,7 @@
 
 mod aligned;
 mod allowance;
+mod anew;
 mod cache;
 mod check;
 mod clone;
@@ -397,7 +398,7 @@ impl Devices {
             };
             let (mut complete, mut result) = self.execute_batches(memory, &batches);
             if let (Some(first), true, Ok(())) = (batches.first(), self.cache.flushes_writes(), &result) {
-                if !matches!(first.op, RequestOp::Read | RequestOp::NextData) {
+                if !matches!(first.op, RequestOp::Read | RequestOp::NextData | RequestOp::Length) {
                     result = self.flush(first.whole.device);
                     complete = if result.is_ok() { complete } else { 0 };
                 }
@@ -405,8 +406,12 @@ impl Devices {
             for batch in batches.get(..complete).unwrap_or_default() {
                 for request in requests.iter_mut().skip(at).take(batch.count()) {
                     request.status = request_status::OK;
-                    if batch.op == RequestOp::NextData {
-                        self.answer(request);
+                    match batch.op {
+                        RequestOp::NextData => self.answer(request),
+                        RequestOp::Length => {
+                            request.length = self.device(request.device).map_or(0, |device| device.length)
+                        }
+                        _ => {}
                     }
                 }
                 at += batch.count();
@@ -520,7 +525,7 @@ impl Devices {
                 self.flush(device)?;
             }
             // It is answered where its status is set.
-            RequestOp::NextData => {}
+            RequestOp::NextData | RequestOp::Length => {}
             RequestOp::SetLength => {
                 let target = self.device_mut(device)?;
                 if !target.fixed_length {

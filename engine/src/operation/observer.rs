@@ -47,6 +47,8 @@ pub enum Stage {
     Checking,
     /// It writes what is to be committed.
     Writing,
+    /// It reads back what was written.
+    Verifying,
     /// It gives the space of the overlay back.
     Emptying,
     /// It reads what images hold, and changes nothing.

@@ -6,7 +6,7 @@ use super::handler::{Events, Handler};
 use super::images::{Grants, ImageSet, Named, Opener};
 use super::session::Session;
 use super::timing::Timing;
-use crate::confine::{Confinement, Reach, Work};
+use crate::confine::{Confinement, Needs, Reach, Work};
 use crate::devices::Devices;
 use crate::error::Error;
 use crate::image::{allow_many_open_files, prepare_to_lock, Access, Gate, NamedFile, Roots};
@@ -61,6 +61,11 @@ pub trait Operation {
 
     /// The directory in which a new image gets its name, if the operation makes one.
     fn names_in(&self) -> Option<&Directory> {
+        None
+    }
+
+    /// The directory that a name is removed from at the end, if the operation does that.
+    fn removes_in(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
@@ -160,6 +165,9 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
     let reach = named.reach_of_children(reach, access);
     let reach = operation.names_in().into_iter().fold(reach, Reach::add_names);
+    let removes = operation.removes_in();
+    let reach = removes.iter().fold(reach, Reach::add_removal);
+    let needs = removes.iter().fold(needs, Needs::and_removing_in);
     let (opening, running) = operation.work();
     let confinement = session.begin(reach.with_listing(opening.lists_directories()), opening, &needs);
     note_confinement(session, "confinement", confinement.as_ref());
@@ -180,6 +188,8 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let mut images = operation.open(&opener)?;
     timing.mark("chain opened, locked and probed");
     let reach = operation.names_in().into_iter().fold(Reach::default(), Reach::add_names);
+    let removes = operation.removes_in();
+    let reach = removes.iter().fold(reach, Reach::add_removal);
     let confinement = confinement.map(|confinement| confinement.forbid_opening(reach, running, &needs));
     note_confinement(session, "confinement, now that all images are open", confinement.as_ref());
     timing.mark("process confined further");

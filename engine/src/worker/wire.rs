@@ -63,6 +63,10 @@ struct CommitMessage {
     wipe: bool,
     #[prost(bool, tag = "21")]
     bitmaps: bool,
+    #[prost(bool, tag = "22")]
+    verify: bool,
+    #[prost(bool, tag = "23")]
+    delete_overlay: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -79,8 +83,8 @@ enum Kind {
     Warning(String),
     #[prost(message, tag = "3")]
     Progress(ProgressEvent),
-    #[prost(message, tag = "4")]
-    Outcome(OutcomeEvent),
+    #[prost(message, boxed, tag = "4")]
+    Outcome(Box<OutcomeEvent>),
     #[prost(message, tag = "5")]
     Error(ErrorEvent),
 }
@@ -129,6 +133,10 @@ struct OutcomeEvent {
     overlay_bytes_wiped: Option<u64>,
     #[prost(message, optional, tag = "16")]
     bitmaps: Option<BitmapsEvent>,
+    #[prost(uint64, optional, tag = "17")]
+    verified_bytes: Option<u64>,
+    #[prost(bool, optional, tag = "18")]
+    overlay_deleted: Option<bool>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -207,7 +215,7 @@ pub enum Answer {
 /// In the order of their numbers.
 const CACHES: [Cache; 5] = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe, Cache::None, Cache::Directsync];
 const MODES: [CommitMode; 3] = [CommitMode::Whole, CommitMode::DryRun, CommitMode::Measure];
-const STAGES: [Stage; 4] = [Stage::Checking, Stage::Writing, Stage::Emptying, Stage::Reading];
+const STAGES: [Stage; 5] = [Stage::Checking, Stage::Writing, Stage::Emptying, Stage::Reading, Stage::Verifying];
 
 fn number<T: PartialEq>(all: &[T], one: &T) -> u32 {
     all.iter().position(|other| other == one).and_then(|at| u32::try_from(at).ok()).unwrap_or(0)
@@ -258,6 +266,8 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         relink: all_bytes(&request.relink),
         relink_in: all_bytes(&request.relink_in),
         wipe: request.wipe,
+        verify: request.verify,
+        delete_overlay: request.delete_overlay,
     };
     message.encode_to_vec()
 }
@@ -282,6 +292,8 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         relink: paths(&message.relink),
         relink_in: paths(&message.relink_in),
         wipe: message.wipe,
+        verify: message.verify,
+        delete_overlay: message.delete_overlay,
         settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait, sandbox },
     };
     (!request.overlay.as_os_str().is_empty()).then_some((request, message.notes, message.progress))
@@ -309,7 +321,7 @@ pub fn progress(Progress { stage, done, total }: Progress) -> Vec<u8> {
 /// How it ended, as it is sent.
 pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
     framed(match result {
-        Ok(outcome) => Kind::Outcome(OutcomeEvent {
+        Ok(outcome) => Kind::Outcome(Box::new(OutcomeEvent {
             overlay: bytes(&outcome.overlay),
             overlay_given: bytes(&outcome.overlay_given),
             overlay_format: outcome.overlay_format.clone(),
@@ -319,6 +331,8 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
             bytes_committed: outcome.bytes_committed,
             overlay_clusters_cleared: outcome.overlay_clusters_cleared,
             overlay_bytes_wiped: outcome.overlay_bytes_wiped,
+            verified_bytes: outcome.verified_bytes,
+            overlay_deleted: outcome.overlay_deleted,
             stale: all_bytes(&outcome.stale),
             warnings: outcome.warnings.clone(),
             preview: outcome.preview.map(|preview| PreviewEvent {
@@ -338,7 +352,7 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
                 .bitmaps
                 .as_ref()
                 .map(|bitmaps| BitmapsEvent { bitmaps: bitmaps.iter().map(bitmap_event).collect() }),
-        }),
+        })),
         Err(error) => Kind::Error(ErrorEvent {
             code: error.code.number(),
             message: error.message.clone(),
@@ -378,7 +392,7 @@ pub fn tell(event: Event, observer: &dyn Observer) -> Option<Answer> {
             let stage = by_number(&STAGES, stage)?;
             observer.progress(Progress { stage, done, total });
         }
-        Kind::Outcome(outcome) => return Some(Answer::Outcome(Box::new(outcome_of(outcome)))),
+        Kind::Outcome(outcome) => return Some(Answer::Outcome(Box::new(outcome_of(*outcome)))),
         Kind::Error(error) => return Some(Answer::Error(error_of(error))),
     }
     None
@@ -395,6 +409,8 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
         bytes_committed: event.bytes_committed,
         overlay_clusters_cleared: event.overlay_clusters_cleared,
         overlay_bytes_wiped: event.overlay_bytes_wiped,
+        verified_bytes: event.verified_bytes,
+        overlay_deleted: event.overlay_deleted,
         stale: paths(&event.stale),
         warnings: event.warnings,
         preview: event.preview.map(|preview| Preview {
@@ -480,6 +496,8 @@ mod tests {
             relink: vec![odd(), "/c".into()],
             relink_in: vec!["/d".into(), odd()],
             wipe: true,
+            verify: true,
+            delete_overlay: true,
             settings: Settings {
                 search: SearchPath::with_requested(vec![odd(), "/b".into()], vec!["/b".into()]),
                 allowed_directories: vec![odd()],

@@ -69,6 +69,7 @@ pub fn run(
         relinked: None,
         bitmaps: false,
         announce_complete: false,
+        verify: false,
     }
     .encode_to_vec();
     let program = Program::new(instar::commit::MODULE, payload, members, modules.collect());
@@ -126,7 +127,7 @@ fn outcome(bytes: &[u8]) -> Outcome {
 }
 
 fn failure(failure: FailureMessage) -> CommitFailure {
-    let steps = [Step::Check, Step::Plan, Step::Write, Step::Empty];
+    let steps = [Step::Check, Step::Plan, Step::Write, Step::Verify, Step::Empty];
     let step = steps.into_iter().find(|step| step.name() == failure.step).expect("a step of a commit");
     let code = ErrorCode::from_u32(failure.error).expect("a code");
     let device = (failure.device != u32::MAX).then_some(failure.device);

@@ -31,6 +31,8 @@ pub enum RequestOp {
     /// the range that the data takes, of length 0 if there is none. What the range leaves out before it is a hole, which
     /// reads as zeroes. A host that does not know leaves both as they are.
     NextData = 7,
+    /// How long `device` is: the host replaces `length` with its length in bytes, as it is by now.
+    Length = 8,
 }
 
 impl RequestOp {
@@ -45,6 +47,7 @@ impl RequestOp {
             5 => Self::Flush,
             6 => Self::SetLength,
             7 => Self::NextData,
+            8 => Self::Length,
             _ => return None,
         })
     }
@@ -80,7 +83,7 @@ pub struct Request {
     pub src_device: u32,
     /// Byte offset on `device`; for SET_LENGTH the new length in bytes. NEXT_DATA answers here.
     pub offset: u64,
-    /// Length in bytes. NEXT_DATA answers here.
+    /// Length in bytes. NEXT_DATA and LENGTH answer here.
     pub length: u64,
     /// COPY only: byte offset on `src_device`.
     pub src_offset: u64,
@@ -164,6 +167,12 @@ impl Request {
     #[must_use]
     pub const fn next_data(device: u32, offset: u64, length: u64) -> Self {
         Self::base(RequestOp::NextData, device, offset, length)
+    }
+
+    /// A LENGTH.
+    #[must_use]
+    pub const fn length_of(device: u32) -> Self {
+        Self::base(RequestOp::Length, device, 0, 0)
     }
 
     /// A SET_LENGTH to `length` bytes.

@@ -10,6 +10,7 @@ mod bitmaps;
 mod open;
 mod relinks;
 mod run;
+mod verify;
 
 pub use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Plan, Step};
 pub use run::run;

@@ -3,13 +3,15 @@
 use crate::bitmaps::told;
 use crate::open::open;
 use crate::relinks;
+use crate::verify::Target;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 use instar_guest_protocol::commit::event::Kind;
 use instar_guest_protocol::commit::{self, Complete, Config, Outcome, Plan};
 use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
-use instar_guest_sdk::commit::{commit_before_relinking, Commit, CommitFailure, Event, Options, Step};
+use instar_guest_sdk::commit::{commit_and_read_back, Commit, CommitFailure, Event, Options, ReadBack, Step};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Relinks, Source};
 use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
@@ -19,14 +21,14 @@ const RELINK: &str = "relink";
 
 /// Run the commit that the host asked for, and report it.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
-    let mut reporter = Reporter::new(send);
-    let committed = run_chain(operation, io, &mut reporter);
+    let reporter = RefCell::new(Reporter::new(send));
+    let committed = run_chain(operation, io, &reporter);
     let outcome = committed.map(|outcome| Outcome {
         clusters_committed: outcome.clusters_committed,
         bytes_committed: outcome.bytes_committed,
         overlay_clusters_cleared: outcome.overlay_clusters_cleared,
     });
-    reporter.end(outcome);
+    reporter.into_inner().end(outcome);
 }
 
 /// The members of a commit, checked.
@@ -70,11 +72,12 @@ fn config(operation: &Operation<'_>) -> DriverResult<Config> {
 fn run_chain(
     operation: &Operation<'_>,
     io: &mut dyn BlockIo,
-    reporter: &mut Reporter<'_>,
+    reporter: &RefCell<Reporter<'_>>,
 ) -> Result<crate::Outcome, Failed> {
     let at = |error| Failed { step: Step::Check.name(), error };
     let members = Members::of(operation).map_err(at)?;
-    let Config { dry_run, resize_backing, relinked, bitmaps, announce_complete } = config(operation).map_err(at)?;
+    let Config { dry_run, resize_backing, relinked, bitmaps, announce_complete, verify } =
+        config(operation).map_err(at)?;
     let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing, bitmaps };
     let wanted = relinked.unwrap_or_default();
     let children = relinks::children(operation, &wanted).map_err(at)?;
@@ -101,13 +104,15 @@ fn run_chain(
     let mut relinks = Relinks::new(&children, &wanted.format, identity);
     let mut watch = |event: Event<'_>| match event {
         Event::Complete if !announce_complete => {}
-        event => report(event, reporter),
+        event => report(event, &mut reporter.borrow_mut()),
     };
-    let committed = commit_before_relinking(io, &mut images, &mut relinks, options, &mut watch);
+    let mut target = Target { operation, output: members.output, below: &members.below, reporter };
+    let read_back = verify.then_some(&mut target as &mut dyn ReadBack);
+    let committed = commit_and_read_back(io, &mut images, &mut relinks, read_back, options, &mut watch);
     let outcome = committed.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })?;
     if !dry_run {
         let total = children.len() as u64;
-        let relinked = relinks.set(io, &mut |done| reporter.progress(RELINK, done, total));
+        let relinked = relinks.set(io, &mut |done| reporter.borrow_mut().progress(RELINK, done, total));
         relinked.map_err(|error| Failed { step: RELINK, error })?;
     }
     Ok(outcome)

@@ -101,7 +101,7 @@ impl<E: Exit> Doorbell for Bell<E> {
         out::<E>(PORT_DOORBELL, u32::try_from(requests.len()).unwrap_or(0));
         for (request, entry) in requests.iter_mut().zip(&*entries) {
             request.status = entry.status;
-            if request.op == RequestOp::NextData as u32 {
+            if request.op == RequestOp::NextData as u32 || request.op == RequestOp::Length as u32 {
                 (request.offset, request.length) = (entry.offset, entry.length);
             }
         }

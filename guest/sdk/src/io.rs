@@ -74,6 +74,7 @@ pub trait BlockIo {
                 Some(RequestOp::Flush) => "flush",
                 Some(RequestOp::SetLength) => "change of length",
                 Some(RequestOp::NextData) => "search for data",
+                Some(RequestOp::Length) => "question for the length",
                 None => "request",
             };
             let text = match RequestOp::from_u32(request.op) {
@@ -120,6 +121,16 @@ pub trait BlockIo {
         let mut requests = [Request::next_data(device, range.start, range.end.saturating_sub(range.start))];
         self.run(&mut requests)?;
         Ok(requests[0].offset..requests[0].offset.saturating_add(requests[0].length))
+    }
+
+    /// How many bytes `device` has by now: a file that was written to may be longer than it was when it was opened.
+    ///
+    /// # Errors
+    /// As [`BlockIo::run`].
+    fn length(&mut self, device: u32) -> DriverResult<u64> {
+        let mut requests = [Request::length_of(device)];
+        self.run(&mut requests)?;
+        Ok(requests[0].length)
     }
 
     /// Make everything written to `device` durable.

@@ -98,8 +98,11 @@ fn part(buffer: &mut [u8], start: u64, first: u64, last: u64) -> &mut [u8] {
     buffer.get_mut(index(first)..index(last)).unwrap_or_default()
 }
 
-/// Read the bytes of an extent from guest byte `at` on.
-pub(crate) fn read_extent(
+/// Read the bytes of an extent of a layer, from guest byte `at` on.
+///
+/// # Errors
+/// Those of the layer.
+pub fn read_extent(
     io: &mut dyn BlockIo,
     layer: &mut dyn Source,
     extent: &Extent,

@@ -10,7 +10,7 @@ mod layered_bitmaps;
 mod layers;
 mod report;
 
-pub use below::{Ancestors, Opener};
+pub use below::{read_extent, Ancestors, Opener};
 pub use differences::{Differences, View};
 pub use layers::{Layers, Place, Seen};
 pub use report::{Failed, Reporter};

@@ -134,7 +134,7 @@ fn judge_ending(
     }
     match failure.step {
         Step::Check | Step::Plan => Err(format!("a refusal changed something: {}", failure.error)),
-        Step::Write | Step::Empty => Ok(Ending::FailedLater),
+        Step::Write | Step::Verify | Step::Empty => Ok(Ending::FailedLater),
     }
 }
 

@@ -17,6 +17,9 @@ pub struct Config {
     /// The host wants to hear when the target is complete.
     #[prost(bool, tag = "5")]
     pub announce_complete: bool,
+    /// What was written is read back and compared with what the layers hold, before anything depends on it.
+    #[prost(bool, tag = "6")]
+    pub verify: bool,
 }
 /// What the members that are relinked record of the image that is written.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -35,14 +38,14 @@ pub struct Relinked {
     pub identity: ::prost::alloc::vec::Vec<u8>,
 }
 /// What a commit tells.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Event {
-    #[prost(oneof = "event::Kind", tags = "1, 2, 3")]
+    #[prost(oneof = "event::Kind", tags = "1, 2, 3, 4")]
     pub kind: ::core::option::Option<event::Kind>,
 }
 /// Nested message and enum types in `Event`.
 pub mod event {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Kind {
         #[prost(message, tag = "1")]
         Plan(super::Plan),
@@ -52,6 +55,9 @@ pub mod event {
         /// Once, and only if the host asked for it.
         #[prost(message, tag = "3")]
         Complete(super::Complete),
+        /// Any number of them come before that, and only if the host asked for it: first one without pairs.
+        #[prost(message, tag = "4")]
+        Verify(super::Verify),
     }
 }
 /// What will be done, sent once, when everything that can refuse has been asked. Nothing can be
@@ -77,6 +83,41 @@ pub struct Plan {
 /// parent, the emptying of the overlay, the children.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Complete {}
+/// What stands where it was written, and what was written there. The first one comes before the target is read: what the host
+/// keeps of it in memory is not what is on the disk. The pairs ascend over all messages.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Verify {
+    #[prost(message, repeated, tag = "1")]
+    pub pairs: ::prost::alloc::vec::Vec<Pair>,
+}
+/// A range that is committed: what the layers hold there, and what is seen on the target.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pair {
+    /// Guest offset and length in bytes.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    #[prost(uint64, tag = "2")]
+    pub length: u64,
+    #[prost(message, optional, tag = "3")]
+    pub layers: ::core::option::Option<Side>,
+    #[prost(message, optional, tag = "4")]
+    pub target: ::core::option::Option<Side>,
+    /// Where a side is encoded: how many bytes from the start on are equal. Elsewhere, the host compares.
+    #[prost(uint64, tag = "5")]
+    pub equal: u64,
+}
+/// What one of the two has in a range.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Side {
+    /// As the module interface's extents: 1 plain data, 2 zeroes, 3 encoded; 0 where no image holds it.
+    #[prost(uint32, tag = "1")]
+    pub kind: u32,
+    /// Of plain data: the device, and the byte offset on it.
+    #[prost(uint32, tag = "2")]
+    pub device: u32,
+    #[prost(uint64, tag = "3")]
+    pub offset: u64,
+}
 /// What becomes of a bitmap of the layers that are committed.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Bitmap {

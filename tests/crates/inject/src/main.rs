@@ -1,7 +1,9 @@
 //! `instar-test-inject FAULT NTH CALL FILE… -- PROGRAM ARGUMENT…`: run a program, and do something to the NTH call (from 1 on)
 //! of a system call that names one of the files, by descriptor or by name. A directory among the files stands for itself and for
-//! whatever is open in it, with a name or without. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with which it fails without being done; `SHORT`, by which it is asked to move half as much; `KILL`, which ends the
-//! program before it; `KILL-UNFLUSHED`, the same, and until then flushes of the second file are skipped and said to be done; or
+//! whatever is open in it, with a name or without. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with which it fails without being
+//! done; `SHORT`, by which it is asked to move half as much; `KILL`, which ends the program before it; `FLIP@OFFSET`, by which
+//! all bits of a byte of the second file are changed on its disk before it; `REPLACE`, before which the second file takes the name
+//! of the first; `KILL-UNFLUSHED`, as `KILL`, and until then flushes of the second file are skipped and said to be done; or
 //! `COUNT`, which does nothing. The exit status is the program's, 137 after `KILL`; the last line on
 //! standard error tells what came of it: `inject: COUNT of CALL` for every call that was seen, and whether the fault was
 //! injected.
@@ -12,6 +14,7 @@
 mod trace;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use trace::{Call, Tracee};
 
@@ -52,6 +55,8 @@ const KNOWN: &[Known] = &[
     by_descriptor(libc::SYS_ftruncate, "ftruncate", None),
     by_descriptor(libc::SYS_fdatasync, "fdatasync", None),
     by_descriptor(libc::SYS_fsync, "fsync", None),
+    by_descriptor(libc::SYS_fadvise64, "fadvise64", None),
+    Known { number: libc::SYS_unlinkat, name: "unlinkat", descriptors: &[], path: Some(1), length: None },
     // Of an image: sharing extents
     by_descriptor(libc::SYS_ioctl, "ioctl", None),
     by_descriptor(libc::SYS_sync_file_range, "sync_file_range", None),
@@ -77,6 +82,8 @@ enum Fault {
     Short,
     Kill,
     KillUnflushed,
+    Flip(u64),
+    Replace,
 }
 
 fn fault(name: &str) -> Option<Fault> {
@@ -87,8 +94,9 @@ fn fault(name: &str) -> Option<Fault> {
         "EINTR" => Fault::Fail(libc::EINTR),
         "SHORT" => Fault::Short,
         "KILL" => Fault::Kill,
+        "REPLACE" => Fault::Replace,
         "KILL-UNFLUSHED" => Fault::KillUnflushed,
-        _ => return None,
+        _ => Fault::Flip(name.strip_prefix("FLIP@")?.parse().ok()?),
     })
 }
 
@@ -146,6 +154,16 @@ fn run(
         injected = true;
         match (fault, known.length) {
             (Fault::Nothing, _) => tracee.go_on(None)?,
+            (Fault::Flip(offset), _) => {
+                flip(files.get(1).map_or("", String::as_str), offset)?;
+                tracee.go_on(None)?;
+            }
+            (Fault::Replace, _) => {
+                if let [first, second, ..] = files {
+                    std::fs::rename(second, first)?;
+                }
+                tracee.go_on(None)?;
+            }
             (Fault::Fail(errno), _) => tracee.go_on(Some(errno))?,
             (Fault::Kill | Fault::KillUnflushed, _) => {
                 tracee.kill()?;
@@ -167,6 +185,15 @@ fn run(
     let all: Vec<String> = counts.iter().map(|(name, count)| format!("{count} of {name}")).collect();
     eprintln!("inject: {} ({})", if injected { "done" } else { "not done" }, all.join(", "));
     Ok(status)
+}
+
+/// Change all bits of a byte of a file, on its disk.
+fn flip(path: &str, offset: u64) -> std::io::Result<()> {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset)?;
+    file.write_all_at(&[!byte[0]], offset)?;
+    file.sync_data()
 }
 
 /// Whether a call is about one of the files.

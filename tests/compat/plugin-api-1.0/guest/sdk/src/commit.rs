@@ -8,7 +8,8 @@
 //! 3. *write*: the sink grows first, if it is to, by what reads as zeroes; then the extents go into it. It keeps itself
 //!    consistent at every instant; bitmaps are merged, if they are to be, and at the end all of it is durable. A crash up to
 //!    here leaves the overlay as it was: it hides whatever part of the data the backing has already;
-//! 4. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
+//! 4. *verify*, where it is wanted: what was written is [read back](ReadBack), while the overlay still holds all of it;
+//! 5. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
 //!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
 //!
 //! After that the overlay's children may name the backing ([`Relinks`]), which is planned with everything else.
@@ -37,6 +38,8 @@ pub enum Step {
     Plan,
     /// Writing into the backing.
     Write,
+    /// Reading back what was written.
+    Verify,
     /// Emptying the overlay.
     Empty,
 }
@@ -49,6 +52,7 @@ impl Step {
             Self::Check => "check",
             Self::Plan => "plan",
             Self::Write => "write",
+            Self::Verify => "verify",
             Self::Empty => "empty",
         }
     }
@@ -123,6 +127,22 @@ pub struct Commit<'a> {
     pub below: &'a mut dyn ReadBelow,
 }
 
+/// Reads back what was written, and compares it with what the overlay holds.
+pub trait ReadBack {
+    /// The target is complete and durable, and has a disk of `virtual_size` bytes. Nothing that depends on it was changed yet.
+    /// `done` is told up to which guest byte the two were compared.
+    ///
+    /// # Errors
+    /// What the images cannot be read for.
+    fn read_back(
+        &mut self,
+        io: &mut dyn BlockIo,
+        source: &mut dyn Source,
+        virtual_size: u64,
+        done: &mut dyn FnMut(u64),
+    ) -> DriverResult<()>;
+}
+
 /// Run a commit; `watch` is told how it goes.
 ///
 /// # Errors
@@ -144,6 +164,21 @@ pub fn commit_before_relinking(
     io: &mut dyn BlockIo,
     images: &mut Commit<'_>,
     relinks: &mut Relinks<'_, '_>,
+    options: Options,
+    watch: &mut dyn FnMut(Event<'_>),
+) -> Result<Outcome, CommitFailure> {
+    commit_and_read_back(io, images, relinks, None, options, watch)
+}
+
+/// The same, and have `read_back` compare what was written with the overlay before anything depends on it.
+///
+/// # Errors
+/// As [`commit`].
+pub fn commit_and_read_back(
+    io: &mut dyn BlockIo,
+    images: &mut Commit<'_>,
+    relinks: &mut Relinks<'_, '_>,
+    read_back: Option<&mut dyn ReadBack>,
     options: Options,
     watch: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome, CommitFailure> {
@@ -206,6 +241,11 @@ pub fn commit_before_relinking(
     .and_then(|()| sink.finish(io))
     .map_err(at(Step::Write))?;
     drop(arena);
+    if let Some(read_back) = read_back {
+        let size = images.sink.info().virtual_size;
+        let mut done = |next| watch(Event::Progress(Step::Verify, next, total));
+        read_back.read_back(io, images.source, size, &mut done).map_err(at(Step::Verify))?;
+    }
     watch(Event::Complete);
     if let Some(identity) = &identity {
         // Before the overlay is emptied: from here on a backing of before, restored from a backup, is refused. A crash in

@@ -109,7 +109,7 @@ impl Rules {
             let apart = request.src_offset >= end || request.offset >= source_end;
             assert!(request.src_device != request.device || apart, "ranges that overlap: {request:?}");
         }
-        if matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData) {
+        if matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData | RequestOp::Length) {
             return;
         }
         let held = self.of_device(request.device);

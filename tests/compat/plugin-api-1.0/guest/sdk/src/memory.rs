@@ -146,6 +146,7 @@ impl MemoryDevices {
                 let found = self.find_data(device, offset..offset.saturating_add(request.length));
                 (request.offset, request.length) = (found.start, found.end - found.start);
             }
+            RequestOp::Length => request.length = self.files.get(&device).map_or(0, |file| file.len() as u64),
             RequestOp::SetLength if self.rules.is_fixed(device) => {}
             RequestOp::SetLength => self.change(Change::SetLength { device, length: offset }),
         }

@@ -1,0 +1,361 @@
+//! `--verify`: what was written is read back from the disk and compared with what the layers hold, before anything depends on
+//! it.
+//!
+//! The guest says what is where, on both sides; the bytes are read and compared here. It can lie: a guest in an attacker's hands
+//! could have written anything before. What this finds is a disk, a cable, a file system or a driver that did not keep what it
+//! was given.
+
+use super::request::CommitRequest;
+use super::verdict::Parts;
+use crate::devices::{Cache, Devices};
+use crate::error::{Error, Role};
+use crate::operation::{DevicePaths, GuestFailure};
+use crate::sandbox::{BadRequest, SandboxError};
+use instar_guest_abi::{ErrorCode, ExtentKind, Part, Phase, DEVICE_OUTPUT};
+use instar_guest_protocol::commit::{Pair, Side, Verify};
+use std::io;
+use std::path::Path;
+
+/// Bytes that are read of each side at once.
+const CHUNK: u64 = 1 << 20;
+/// Bytes of a message that a pair takes at most.
+pub const PAIR_BYTES: u64 = 80;
+/// The step in which the target is read back, as the guest names it.
+const STEP: &str = "verify";
+
+/// Refuse to read back what nothing makes durable.
+///
+/// # Errors
+/// [`ErrorCode::BadUsage`].
+pub fn admit(request: &CommitRequest) -> Result<(), Error> {
+    if request.cache == Cache::Unsafe {
+        let message = "--verify reads what is durable, and -t unsafe flushes nothing: use another mode";
+        return Err(Error::new(ErrorCode::BadUsage, message));
+    }
+    Ok(())
+}
+
+/// Bytes of messages that the pairs of these images take at most.
+pub fn message_limit(parts: &Parts<'_, '_>) -> u64 {
+    let below = std::iter::once(parts.backing).chain(parts.ancestors.iter().copied());
+    let images: Vec<_> = parts.merged().chain(below).collect();
+    // What is committed is in pieces of the layers, which may become pieces of the target.
+    crate::map::most_runs(&images).saturating_mul(2 * PAIR_BYTES)
+}
+
+/// How far reading back is.
+#[derive(Debug, Default)]
+pub struct Verification {
+    /// The devices of the target's own files.
+    target: Vec<u32>,
+    begun: bool,
+    /// Up to this guest byte the two were compared.
+    next: u64,
+    /// Guest bytes that were compared, and are equal.
+    bytes: u64,
+    buffers: [Vec<u8>; 2],
+    /// The guest byte at which the two differ first; the guest was ended then.
+    differs: Option<u64>,
+    /// Why a file could not be read; the guest was ended then.
+    failure: Option<GuestFailure>,
+}
+
+/// Why the guest is ended before it has said everything.
+enum Stop {
+    Differs(u64),
+    Unreadable(u32, u64, io::Error),
+    /// The operator wants to stop.
+    Interrupted,
+    /// The guest cannot be believed.
+    Senseless,
+}
+
+impl Verification {
+    /// One that was not begun.
+    #[must_use]
+    pub fn new(paths: &DevicePaths) -> Self {
+        Self { target: paths.target().collect(), ..Self::default() }
+    }
+
+    /// Guest bytes that were compared, and are equal.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether this much was compared. Nothing that depends on the target may be changed before.
+    ///
+    /// # Errors
+    /// If it was not.
+    pub fn check_complete(&self, planned: u64) -> Result<(), BadRequest> {
+        if self.begun && self.bytes == planned && self.differs.is_none() && self.failure.is_none() {
+            return Ok(());
+        }
+        let text = format!("{} bytes of {planned} were read back before the next change", self.bytes);
+        Err(BadRequest(text))
+    }
+
+    /// Take what the guest found. Returns whether this is the beginning.
+    ///
+    /// # Errors
+    /// What makes no sense, and what ends the guest: a difference, or a file that cannot be read.
+    pub fn take(&mut self, devices: &mut Devices, told: &Verify, planned: u64) -> Result<bool, BadRequest> {
+        if devices.phase() != Phase::Target || devices.unflushed(|part| part == Part::Target).is_some() {
+            return Err(BadRequest("a target is read back that is not complete and flushed".to_owned()));
+        }
+        if !self.begun {
+            self.begun = true;
+            devices.read_anew(self.target.iter().copied());
+            return if told.pairs.is_empty() {
+                Ok(true)
+            } else {
+                Err(BadRequest("pairs without a beginning".to_owned()))
+            };
+        }
+        for pair in &told.pairs {
+            let end = pair.start.checked_add(pair.length);
+            let (Some(end), Some(layers), Some(target)) = (end, &pair.layers, &pair.target) else {
+                return Err(senseless(pair));
+            };
+            let fits = pair.start >= self.next && pair.length != 0 && pair.equal <= pair.length;
+            if !fits || self.bytes.saturating_add(pair.length) > planned {
+                return Err(senseless(pair));
+            }
+            match self.compare(devices, pair, layers, target) {
+                Ok(()) => {}
+                Err(Stop::Differs(at)) => {
+                    self.differs = Some(at);
+                    return Err(BadRequest("what was read back differs".to_owned()));
+                }
+                Err(Stop::Unreadable(device, offset, error)) => {
+                    self.failure = Some(unreadable(device, offset, &error));
+                    return Err(BadRequest("what was written cannot be read back".to_owned()));
+                }
+                Err(Stop::Interrupted) => {
+                    self.failure = Some(GuestFailure::of_machine(&SandboxError::Interrupted));
+                    return Err(BadRequest("reading back was interrupted".to_owned()));
+                }
+                Err(Stop::Senseless) => return Err(senseless(pair)),
+            }
+            (self.next, self.bytes) = (end, self.bytes + pair.length);
+        }
+        Ok(false)
+    }
+
+    /// Compare both sides of a pair.
+    fn compare(&mut self, devices: &mut Devices, pair: &Pair, layers: &Side, target: &Side) -> Result<(), Stop> {
+        let sides = [layers, target];
+        if sides.into_iter().any(|side| side.kind == ExtentKind::Encoded as u32) {
+            return match pair.equal < pair.length {
+                true => Err(Stop::Differs(pair.start + pair.equal)),
+                false => devices.pace_mut().moved(pair.length).map_err(|_| Stop::Interrupted),
+            };
+        }
+        let places = [place(devices, layers), place(devices, target)];
+        let [Ok(layers), Ok(target)] = places else { return Err(Stop::Senseless) };
+        // What the target holds is compared with the layers, and not with itself.
+        if layers.is_some_and(|(device, _)| self.target.contains(&device)) {
+            return Err(Stop::Senseless);
+        }
+        let places = [layers, target];
+        let mut done = 0;
+        while done < pair.length {
+            let holes = places.map(|place| hole(devices, place, done, pair.length));
+            let hole = holes.into_iter().min().unwrap_or(done);
+            if hole > done {
+                devices.pace_mut().passed(hole - done);
+                done = hole;
+                continue;
+            }
+            devices.pace_mut().go_on().map_err(|_| Stop::Interrupted)?;
+            let length = devices.pace_mut().piece(CHUNK).min(pair.length - done);
+            for (place, buffer) in places.into_iter().zip(&mut self.buffers) {
+                buffer.resize(usize::try_from(length).unwrap_or(0), 0);
+                let Some((number, offset)) = place else {
+                    buffer.fill(0);
+                    continue;
+                };
+                let at = offset.saturating_add(done);
+                let Some(device) = devices.device(number) else { continue };
+                device.read_padded(at, buffer).map_err(|error| Stop::Unreadable(number, at, error))?;
+            }
+            let [one, two] = &self.buffers;
+            // Comparing slices is much faster than comparing bytes.
+            if one != two {
+                let equal = one.iter().zip(two).take_while(|(one, two)| one == two).count();
+                return Err(Stop::Differs(pair.start.saturating_add(done).saturating_add(equal as u64)));
+            }
+            devices.pace_mut().moved(length).map_err(|_| Stop::Interrupted)?;
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// Why the commit ended here, if it did: the line that names the target.
+    #[must_use]
+    pub fn error(&self, paths: &DevicePaths) -> Option<Error> {
+        if let Some(failure) = &self.failure {
+            let state = "nothing but the target was changed: the overlay still holds everything";
+            return Some(failure.error(paths, Some(state)));
+        }
+        let at = self.differs?;
+        let clause = format!(
+            "does not hold what was written to it: reading it back, it differs at guest offset {at}; the overlay still holds \
+             everything, and the target must not be used: find out what is wrong with its disk (the kernel's log may say), and \
+             run the commit again"
+        );
+        let target = paths.get(DEVICE_OUTPUT).unwrap_or(Path::new(""));
+        Some(Error::image(target, ErrorCode::BackingIo, clause).in_role(Role::Backing).in_step(STEP))
+    }
+}
+
+fn senseless(pair: &Pair) -> BadRequest {
+    BadRequest(format!("a pair that makes no sense: {pair:?}"))
+}
+
+fn unreadable(device: u32, offset: u64, error: &io::Error) -> GuestFailure {
+    let errno = error.raw_os_error().and_then(|errno| u32::try_from(errno).ok()).unwrap_or(0);
+    let failure = GuestFailure::ended(ErrorCode::OverlayIo, "read failed");
+    GuestFailure { device: Some(device), offset: Some(offset), errno, step: STEP.to_owned(), ..failure }
+}
+
+/// Device and offset of plain bytes; nothing of zeroes. `Err` for what does not exist.
+fn place(devices: &Devices, side: &Side) -> Result<Option<(u32, u64)>, ()> {
+    match ExtentKind::from_u32(side.kind) {
+        None if side.kind == 0 => Ok(None),
+        Some(ExtentKind::Zero) => Ok(None),
+        Some(ExtentKind::Data) if devices.device(side.device).is_some() => Ok(Some((side.device, side.offset))),
+        _ => Err(()),
+    }
+}
+
+/// Up to which byte of a pair, `end` at most, a side is known to be zeroes from `done` on.
+fn hole(devices: &Devices, place: Option<(u32, u64)>, done: u64, end: u64) -> u64 {
+    let Some((device, offset)) = place else { return end };
+    let Some(device) = devices.device(device) else { return done };
+    let (data, _) = device.next_data(offset.saturating_add(done), offset.saturating_add(end));
+    data.saturating_sub(offset).clamp(done, end)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::devices::Device;
+    use crate::sandbox::{BufferAccess, VolatileSlice};
+    use instar_guest_abi::Request;
+    use std::os::unix::fs::FileExt;
+
+    const OVERLAY: u32 = 0;
+    const SIZE: u64 = 1 << 20;
+
+    struct NoMemory;
+
+    impl BufferAccess for NoMemory {
+        fn heap_slice(&self, _: u64, _: u64) -> Option<VolatileSlice<'_>> {
+            None
+        }
+    }
+
+    /// An overlay and a target that hold the same, in the phase in which that is compared.
+    fn devices() -> Devices {
+        let mut devices = Devices::new();
+        for (number, part) in [(OVERLAY, Part::Read), (DEVICE_OUTPUT, Part::Target)] {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
+            devices.attach(number, Device::new(file, true, SIZE, SIZE, false).with_part(part));
+        }
+        devices.enter(Phase::Target).unwrap();
+        devices
+    }
+
+    fn verification() -> Verification {
+        Verification { target: vec![DEVICE_OUTPUT], ..Verification::default() }
+    }
+
+    fn data(device: u32, offset: u64) -> Option<Side> {
+        Some(Side { kind: ExtentKind::Data as u32, device, offset })
+    }
+
+    fn pair(start: u64, length: u64) -> Pair {
+        Pair { start, length, layers: data(OVERLAY, start), target: data(DEVICE_OUTPUT, start), equal: 0 }
+    }
+
+    fn told(pairs: Vec<Pair>) -> Verify {
+        Verify { pairs }
+    }
+
+    /// What becomes of these pairs.
+    fn of(pairs: Vec<Pair>) -> (Verification, Result<bool, String>) {
+        let (mut found, mut devices) = (verification(), devices());
+        assert!(found.take(&mut devices, &told(vec![]), SIZE).unwrap());
+        let taken = found.take(&mut devices, &told(pairs), SIZE).map_err(|bad| bad.0);
+        (found, taken)
+    }
+
+    #[test]
+    fn all_that_was_planned_has_to_be_read_back() {
+        let (whole, taken) = of(vec![pair(0, 4096), pair(8192, SIZE - 8192)]);
+        assert_eq!((taken, whole.bytes()), (Ok(false), SIZE - 4096));
+        assert!(whole.check_complete(SIZE - 4096).is_ok());
+        assert!(whole.check_complete(SIZE).is_err() && verification().check_complete(0).is_err());
+        assert!(whole.error(&DevicePaths::default()).is_none());
+    }
+
+    #[test]
+    fn one_byte_that_differs_is_found() {
+        for at in [0, 4096, SIZE - 1] {
+            let (mut found, mut devices) = (verification(), devices());
+            devices.device(DEVICE_OUTPUT).unwrap().file().write_all_at(&[8], at).unwrap();
+            found.take(&mut devices, &told(vec![]), SIZE).unwrap();
+            assert!(found.take(&mut devices, &told(vec![pair(0, SIZE)]), SIZE).is_err());
+            assert!(found.check_complete(SIZE).is_err() && found.check_complete(0).is_err());
+            let error = found.error(&DevicePaths::default()).unwrap();
+            assert!(error.to_string().contains(&format!("guest offset {at};")), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_was_zeroed_is_read_and_not_remembered() {
+        let mut devices = devices();
+        devices
+            .execute(&NoMemory, &mut [Request::zero(DEVICE_OUTPUT, 0, SIZE), Request::flush(DEVICE_OUTPUT)])
+            .unwrap();
+        let device = devices.device(DEVICE_OUTPUT).unwrap();
+        assert_eq!(device.next_data(0, SIZE), (SIZE, SIZE));
+        device.file().write_all_at(&[1], 5000).unwrap();
+        let mut found = verification();
+        found.take(&mut devices, &told(vec![]), SIZE).unwrap();
+        let zeroes = Pair { layers: Some(Side { kind: ExtentKind::Zero as u32, ..Side::default() }), ..pair(0, SIZE) };
+        assert!(found.take(&mut devices, &told(vec![zeroes]), SIZE).is_err());
+        assert_eq!(found.differs, Some(5000));
+    }
+
+    #[test]
+    fn what_a_guest_may_not_say() {
+        let lies = [
+            // Twice the same, nothing, past the end of what there is to be.
+            vec![pair(0, 4096), pair(0, 4096)],
+            vec![pair(0, 0)],
+            vec![pair(0, SIZE), pair(SIZE, 1)],
+            vec![pair(u64::MAX, 2)],
+            // The target with itself, with nothing, with what does not exist.
+            vec![Pair { layers: data(DEVICE_OUTPUT, 0), ..pair(0, 4096) }],
+            vec![Pair { layers: None, ..pair(0, 4096) }],
+            vec![Pair { layers: data(77, 0), ..pair(0, 4096) }],
+            vec![Pair { target: Some(Side { kind: 9, ..Side::default() }), ..pair(0, 4096) }],
+            vec![Pair { equal: 4097, ..pair(0, 4096) }],
+        ];
+        for lie in lies {
+            let (found, taken) = of(lie.clone());
+            assert!(taken.is_err() && found.bytes() <= SIZE, "{lie:?}");
+        }
+        let encoded = Some(Side { kind: ExtentKind::Encoded as u32, ..Side::default() });
+        let (found, taken) = of(vec![Pair { layers: encoded, equal: 4095, ..pair(0, 4096) }]);
+        assert!(taken.is_err());
+        assert_eq!(found.differs, Some(4095));
+        let mut early = verification();
+        assert!(early.take(&mut Devices::new(), &told(vec![]), SIZE).is_err(), "before the target was written");
+        assert!(verification().take(&mut devices(), &told(vec![pair(0, 1)]), SIZE).is_err(), "without a beginning");
+    }
+}

@@ -1,0 +1,186 @@
+//! Reading back what was written: the target is opened anew, as whoever opens it next finds it, and each range that the layers
+//! hold is paired with what is seen there on the target. Where both are plain, the host compares their bytes, which never enter
+//! the guest; what only a driver can decode is compared here.
+
+use crate::open::open;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::cell::RefCell;
+use core::ops::Range;
+use instar_guest_protocol::commit::event::Kind;
+use instar_guest_protocol::commit::{Event, Pair, Side, Verify};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, FileDevice, FileList};
+use instar_guest_sdk::commit::ReadBack;
+use instar_guest_sdk::ffi::Operation;
+use instar_guest_sdk::{check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, Source};
+use instar_guest_view::{read_extent, Layers, Reporter};
+
+/// Extents of the layers that are asked for at once.
+const EXTENTS: usize = 1 << 12;
+/// Pairs in a message: together less than a message may have.
+const PAIRS: usize = 128;
+/// Bytes that are decoded at once.
+const CHUNK: u64 = 64 << 10;
+/// Bytes of tables that the drivers of what is seen on the target hold together: the sink still has its own.
+const CACHES: u64 = 8 << 20;
+
+/// The target and what is below it, to be opened once everything is written.
+pub struct Target<'a, 'r, 's> {
+    /// The operation that they belong to.
+    pub operation: &'a Operation<'a>,
+    /// The image that was written.
+    pub output: &'a DeviceConfig,
+    /// What is below it, nearest first.
+    pub below: &'a [&'a DeviceConfig],
+    /// Who tells the host.
+    pub reporter: &'r RefCell<Reporter<'s>>,
+}
+
+/// What is compared, and what was found and not told yet.
+struct Comparison<'a, 't, 'r, 's> {
+    target: &'t Target<'a, 'r, 's>,
+    /// The target as a source, and what is below it.
+    seen: Layers<'a>,
+    pairs: Vec<Pair>,
+    buffers: [Vec<u8>; 2],
+}
+
+impl Target<'_, '_, '_> {
+    fn tell(&self, pairs: Vec<Pair>) {
+        self.reporter.borrow_mut().event(&Event { kind: Some(Kind::Verify(Verify { pairs })) });
+    }
+}
+
+impl<'a> Target<'a, '_, '_> {
+    /// Open the target, whose files may be longer by now and whose disk has `virtual_size` bytes, and what is below it.
+    fn open(&self, io: &mut dyn BlockIo, virtual_size: u64) -> DriverResult<Layers<'a>> {
+        let cache_bytes = CACHES / (self.below.len() as u64 + 1);
+        let mut files = Vec::new();
+        for file in self.output.files.as_slice() {
+            files.push(FileDevice { file_length: io.length(file.device)?, ..*file });
+        }
+        let written = DeviceConfig {
+            file_length: io.length(self.output.device)?,
+            virtual_size,
+            cache_bytes,
+            // They live as long as the guest, which ends after this.
+            files: FileList::of(files.leak()),
+            ..*self.output
+        };
+        let own = open(self.operation, &written).map_err(|error| match error.code {
+            // A driver takes what it reads for an overlay.
+            ErrorCode::OverlayCorrupt => DriverError { code: ErrorCode::BackingCorrupt, ..error },
+            _ => error,
+        })?;
+        let mut layers = vec![own];
+        for device in self.below {
+            layers.push(open(self.operation, &DeviceConfig { cache_bytes, ..**device })?);
+        }
+        Ok(Layers::new(layers))
+    }
+}
+
+impl ReadBack for Target<'_, '_, '_> {
+    fn read_back(
+        &mut self,
+        io: &mut dyn BlockIo,
+        source: &mut dyn Source,
+        virtual_size: u64,
+        done: &mut dyn FnMut(u64),
+    ) -> DriverResult<()> {
+        self.tell(Vec::new());
+        let seen = self.open(io, virtual_size)?;
+        let mut comparison = Comparison { target: self, seen, pairs: Vec::new(), buffers: Default::default() };
+        let end = source.info().virtual_size;
+        let mut from = 0;
+        let mut extents = Extents::with_room_for(EXTENTS);
+        while from < end {
+            extents.clear();
+            let next = source.extents(io, from..end, &mut extents)?;
+            check_extents(&extents, from, next, end).map_err(|why| DriverError::new(ErrorCode::GuestProtocol, why))?;
+            for extent in extents.iter() {
+                comparison.add(io, source, extent)?;
+            }
+            from = next;
+            done(next);
+        }
+        comparison.tell();
+        Ok(())
+    }
+}
+
+impl Comparison<'_, '_, '_, '_> {
+    /// Pair an extent of the layers with what is seen there.
+    fn add(&mut self, io: &mut dyn BlockIo, source: &mut dyn Source, extent: &Extent) -> DriverResult<()> {
+        let mut at = extent.guest_offset;
+        while at < extent.end() {
+            let (found, end) = self.seen.seen_on_disk(io, at, extent.end())?;
+            let Some(held) = extent.clip(at..end) else { return Err(stuck()) };
+            let place = self.seen.place(found, at);
+            let target = place.on_device();
+            let encoded = extent.is_encoded() || matches!(place.content, Some(Content::Encoded { .. }));
+            let equal = if encoded {
+                let [one, two] = &mut self.buffers;
+                let mut layers =
+                    |io: &mut dyn BlockIo, at, buffer: &mut [u8]| read_extent(io, source, extent, at, buffer);
+                let seen = &mut self.seen;
+                let mut target = |io: &mut dyn BlockIo, at, buffer: &mut [u8]| seen.read_seen(io, found, at, buffer);
+                equal_bytes(io, at..end, (&mut layers, one), (&mut target, two))?
+            } else {
+                0
+            };
+            let (device, offset) = match held.content {
+                Content::Data { device, offset } => (device, offset),
+                _ => (0, 0),
+            };
+            self.pairs.push(Pair {
+                start: at,
+                length: end - at,
+                layers: Some(Side { kind: held.content.kind() as u32, device, offset }),
+                target: Some(Side { kind: place.kind(), device: target.0, offset: target.1 }),
+                equal,
+            });
+            // The host ends a guest whose images differ: nothing behind that needs to be read.
+            if self.pairs.len() == PAIRS || (encoded && equal < end - at) {
+                self.tell();
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self) {
+        if !self.pairs.is_empty() {
+            self.target.tell(core::mem::take(&mut self.pairs));
+        }
+    }
+}
+
+fn stuck() -> DriverError {
+    DriverError::new(ErrorCode::InternalOverflow, "what is read back does not advance")
+}
+
+/// Reads the bytes of a disk from a guest byte on.
+type Read<'r> = &'r mut dyn FnMut(&mut dyn BlockIo, u64, &mut [u8]) -> DriverResult<()>;
+
+/// How many bytes of a range are equal that both sides begin with.
+fn equal_bytes(
+    io: &mut dyn BlockIo,
+    range: Range<u64>,
+    (first, one): (Read<'_>, &mut Vec<u8>),
+    (second, two): (Read<'_>, &mut Vec<u8>),
+) -> DriverResult<u64> {
+    let mut at = range.start;
+    while at < range.end {
+        let length = usize::try_from(CHUNK.min(range.end - at)).unwrap_or(0);
+        one.resize(length, 0);
+        two.resize(length, 0);
+        first(io, at, one)?;
+        second(io, at, two)?;
+        if let Some(differs) = one.iter().zip(two.iter()).position(|(one, two)| one != two) {
+            return Ok(at - range.start + differs as u64);
+        }
+        at += length as u64;
+    }
+    Ok(range.end - range.start)
+}
