@@ -26,6 +26,8 @@ pub mod measure;
 pub mod operation;
 pub mod plugins;
 pub mod rebase;
+pub mod recover;
 pub mod resize;
 pub mod sandbox;
+pub mod undo;
 pub mod worker;

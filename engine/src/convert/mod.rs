@@ -3,7 +3,6 @@
 //! The new image is created as by [`create`](crate::create), in a file that has no name; it is filled in the sandbox by the
 //! same steps as a commit's; and it gets its name when it is complete and durable.
 
-mod new_file;
 mod operation;
 
 use crate::devices::Cache;

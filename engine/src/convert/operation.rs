@@ -1,10 +1,9 @@
 //! The conversion as an [`Operation`].
 
-use super::new_file::NewFile;
 use super::{ConvertOutcome, ConvertRequest};
 use crate::commit::{CommitEvents, Meter, PlanBounds, Space};
 use crate::confine::Work;
-use crate::create::{options_of, plugin_of, write_to};
+use crate::create::{options_of, plugin_of, write_to, NewFile};
 use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::Error;
 use crate::escape::escape_path;
@@ -229,7 +228,7 @@ impl Operation for Convert<'_> {
             None => ended.end,
         };
         end.map_err(|failure| failure.error(&ended.paths, Some(NOTHING)))?;
-        let new = self.new.ok_or_else(begun_twice)??;
+        let mut new = self.new.ok_or_else(begun_twice)??;
         new.publish(self.request.cache != Cache::Unsafe)?;
         events.meter.iter().for_each(Meter::done);
         Ok(ConvertOutcome {

@@ -1,7 +1,7 @@
 //! A file that the operator names: it is looked at once, before anything of an image is read, and what is opened later is
 //! that file or none.
 
-use crate::lookup::{Directory, Identity};
+use crate::lookup::{walk, Directory, Identity};
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::{OsStr, OsString};
@@ -96,6 +96,14 @@ impl NamedFile {
     /// The kernel's.
     pub(super) fn found(&self) -> Result<&Stat, Errno> {
         self.found.as_ref().map(|(_, stat)| stat).map_err(|errno| *errno)
+    }
+
+    /// The directory that holds the file itself, also where its name is a link.
+    #[must_use]
+    pub fn real_directory(&self) -> Option<Directory> {
+        let top = Directory::open(Path::new("/")).ok()?;
+        let reached = walk(self.directory.as_ref()?, &top, self.name.as_bytes()).ok()?;
+        Some(reached.holder.directory().clone())
     }
 
     /// Whether it is a block device.
