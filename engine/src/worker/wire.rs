@@ -2,7 +2,7 @@
 //! every name arrives as it is. The worker may have been taken over: its messages are bounded, and mean no more than they say.
 
 use crate::commit::{
-    CommitMode, CommitOutcome, CommitRequest, GuestRun, MergedBitmap, Preview, Relinked, BITMAP_RESULTS,
+    AtomicWay, CommitMode, CommitOutcome, CommitRequest, GuestRun, MergedBitmap, Preview, Relinked, BITMAP_RESULTS,
 };
 use crate::devices::Cache;
 use crate::error::{Error, Role};
@@ -63,6 +63,10 @@ struct CommitMessage {
     wipe: bool,
     #[prost(bool, tag = "21")]
     bitmaps: bool,
+    #[prost(bool, tag = "30")]
+    atomic: bool,
+    #[prost(bytes = "vec", optional, tag = "31")]
+    keep_backup: Option<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -79,8 +83,8 @@ enum Kind {
     Warning(String),
     #[prost(message, tag = "3")]
     Progress(ProgressEvent),
-    #[prost(message, tag = "4")]
-    Outcome(OutcomeEvent),
+    #[prost(message, boxed, tag = "4")]
+    Outcome(Box<OutcomeEvent>),
     #[prost(message, tag = "5")]
     Error(ErrorEvent),
 }
@@ -129,6 +133,10 @@ struct OutcomeEvent {
     overlay_bytes_wiped: Option<u64>,
     #[prost(message, optional, tag = "16")]
     bitmaps: Option<BitmapsEvent>,
+    #[prost(uint32, optional, tag = "30")]
+    atomic: Option<u32>,
+    #[prost(bytes = "vec", optional, tag = "31")]
+    backup: Option<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -207,6 +215,7 @@ pub enum Answer {
 /// In the order of their numbers.
 const CACHES: [Cache; 5] = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe, Cache::None, Cache::Directsync];
 const MODES: [CommitMode; 3] = [CommitMode::Whole, CommitMode::DryRun, CommitMode::Measure];
+const WAYS: [AtomicWay; 2] = [AtomicWay::Clone, AtomicWay::UndoLog];
 const STAGES: [Stage; 4] = [Stage::Checking, Stage::Writing, Stage::Emptying, Stage::Reading];
 
 fn number<T: PartialEq>(all: &[T], one: &T) -> u32 {
@@ -258,6 +267,8 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         relink: all_bytes(&request.relink),
         relink_in: all_bytes(&request.relink_in),
         wipe: request.wipe,
+        atomic: request.atomic,
+        keep_backup: request.keep_backup.as_deref().map(bytes),
     };
     message.encode_to_vec()
 }
@@ -282,6 +293,8 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         relink: paths(&message.relink),
         relink_in: paths(&message.relink_in),
         wipe: message.wipe,
+        atomic: message.atomic,
+        keep_backup: message.keep_backup.as_deref().map(path),
         settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait, sandbox },
     };
     (!request.overlay.as_os_str().is_empty()).then_some((request, message.notes, message.progress))
@@ -309,7 +322,7 @@ pub fn progress(Progress { stage, done, total }: Progress) -> Vec<u8> {
 /// How it ended, as it is sent.
 pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
     framed(match result {
-        Ok(outcome) => Kind::Outcome(OutcomeEvent {
+        Ok(outcome) => Kind::Outcome(Box::new(OutcomeEvent {
             overlay: bytes(&outcome.overlay),
             overlay_given: bytes(&outcome.overlay_given),
             overlay_format: outcome.overlay_format.clone(),
@@ -338,7 +351,9 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
                 .bitmaps
                 .as_ref()
                 .map(|bitmaps| BitmapsEvent { bitmaps: bitmaps.iter().map(bitmap_event).collect() }),
-        }),
+            atomic: outcome.atomic.map(|way| number(&WAYS, &way)),
+            backup: outcome.backup.as_deref().map(bytes),
+        })),
         Err(error) => Kind::Error(ErrorEvent {
             code: error.code.number(),
             message: error.message.clone(),
@@ -378,7 +393,7 @@ pub fn tell(event: Event, observer: &dyn Observer) -> Option<Answer> {
             let stage = by_number(&STAGES, stage)?;
             observer.progress(Progress { stage, done, total });
         }
-        Kind::Outcome(outcome) => return Some(Answer::Outcome(Box::new(outcome_of(outcome)))),
+        Kind::Outcome(outcome) => return Some(Answer::Outcome(Box::new(outcome_of(*outcome)))),
         Kind::Error(error) => return Some(Answer::Error(error_of(error))),
     }
     None
@@ -395,6 +410,8 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
         bytes_committed: event.bytes_committed,
         overlay_clusters_cleared: event.overlay_clusters_cleared,
         overlay_bytes_wiped: event.overlay_bytes_wiped,
+        atomic: event.atomic.and_then(|way| by_number(&WAYS, way)),
+        backup: event.backup.as_deref().map(path),
         stale: paths(&event.stale),
         warnings: event.warnings,
         preview: event.preview.map(|preview| Preview {
@@ -480,6 +497,8 @@ mod tests {
             relink: vec![odd(), "/c".into()],
             relink_in: vec!["/d".into(), odd()],
             wipe: true,
+            atomic: true,
+            keep_backup: Some(odd()),
             settings: Settings {
                 search: SearchPath::with_requested(vec![odd(), "/b".into()], vec!["/b".into()]),
                 allowed_directories: vec![odd()],
