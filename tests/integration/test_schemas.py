@@ -87,10 +87,13 @@ def samples(tmp_path_factory):
 
     (folder / "other").mkdir()
     (folder / "other/libinstar_plugin_other.so").write_bytes(b"no library")
+    (folder / "recovered").write_bytes(bytes(512))
+    (folder / ".recovered.instar-undo").touch(0o600)
     return {
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
                    ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top"),
-                   ask("commit", "--dry-run", "--bitmaps", "marked.qcow2"), ask("commit", "--wipe", "other-top")],
+                   ask("commit", "--dry-run", "--bitmaps", "marked.qcow2"), ask("commit", "--wipe", "other-top"), ask("commit", "--atomic", "--dry-run", "top")],
+        "recover": [ask("recover", "recovered")],
         "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long"),
                   ask("check", "-r", "all", "--dry-run", "mended"), ask("check", "-r", "all", "mended"),
                   ask("check", "-r", "all", "torn")],

@@ -1,7 +1,8 @@
 //! `instar-test-inject FAULT NTH CALL FILE… -- PROGRAM ARGUMENT…`: run a program, and do something to the NTH call (from 1 on)
-//! of a system call that names one of the files, by descriptor or by name. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with
+//! of a system call that names one of the files, by descriptor or by name; of a directory, everything in it. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with
 //! which it fails without being done; `SHORT`, by which it is asked to move half as much; `KILL`, which ends the
-//! program before it; `KILL-UNFLUSHED`, the same, and until then flushes of the second file are skipped and said to be done; or
+//! program before it; `KILL-UNFLUSHED`, the same, and until then flushes of the second file are skipped and said to be done;
+//! `KILL-UNNAMED`, the same of files without a name; or
 //! `COUNT`, which does nothing. The exit status is the program's, 137 after `KILL`; the last line on
 //! standard error tells what came of it: `inject: COUNT of CALL` for every call that was seen, and whether the fault was
 //! injected.
@@ -52,6 +53,11 @@ const KNOWN: &[Known] = &[
     by_descriptor(libc::SYS_ftruncate, "ftruncate", None),
     by_descriptor(libc::SYS_fdatasync, "fdatasync", None),
     by_descriptor(libc::SYS_fsync, "fsync", None),
+    // Names, by the directory that they are made or removed in
+    Known { number: libc::SYS_linkat, name: "linkat", descriptors: &[2], path: None, length: None },
+    by_descriptor(libc::SYS_renameat, "renameat", None),
+    by_descriptor(libc::SYS_renameat2, "renameat2", None),
+    by_descriptor(libc::SYS_unlinkat, "unlinkat", None),
     // Of an image: sharing extents
     by_descriptor(libc::SYS_ioctl, "ioctl", None),
     by_descriptor(libc::SYS_sync_file_range, "sync_file_range", None),
@@ -72,6 +78,7 @@ enum Fault {
     Short,
     Kill,
     KillUnflushed,
+    KillUnnamed,
 }
 
 fn fault(name: &str) -> Option<Fault> {
@@ -83,6 +90,7 @@ fn fault(name: &str) -> Option<Fault> {
         "SHORT" => Fault::Short,
         "KILL" => Fault::Kill,
         "KILL-UNFLUSHED" => Fault::KillUnflushed,
+        "KILL-UNNAMED" => Fault::KillUnnamed,
         _ => return None,
     })
 }
@@ -133,8 +141,13 @@ fn run(
         let count = counts.entry(known.name).or_default();
         *count += 1;
         if known.name != name || *count != nth {
-            let lies = matches!(fault, Fault::KillUnflushed) && known.name == "fdatasync";
-            let skipped = lies && files.get(1..2).is_some_and(|second| touches(&tracee, &call, known, second));
+            let flushes = matches!(known.name, "fdatasync" | "fsync");
+            let skipped = match fault {
+                Fault::KillUnflushed => files.get(1..2).is_some_and(|second| touches(&tracee, &call, known, second)),
+                // They have a number in place of a name (`#123`), also once they have got one.
+                Fault::KillUnnamed => tracee.path_of(call.argument(0)).is_some_and(|path| path.contains("/#")),
+                _ => false,
+            } && flushes;
             tracee.go_on(skipped.then_some(0))?;
             continue;
         }
@@ -142,7 +155,7 @@ fn run(
         match (fault, known.length) {
             (Fault::Nothing, _) => tracee.go_on(None)?,
             (Fault::Fail(errno), _) => tracee.go_on(Some(errno))?,
-            (Fault::Kill | Fault::KillUnflushed, _) => {
+            (Fault::Kill | Fault::KillUnflushed | Fault::KillUnnamed, _) => {
                 tracee.kill()?;
                 break 137;
             }
@@ -166,7 +179,12 @@ fn run(
 
 /// Whether a call is about one of the files.
 fn touches(tracee: &Tracee, call: &Call, known: &Known, files: &[String]) -> bool {
-    let named = |path: &str| files.iter().any(|file| file == path || file.ends_with(&format!("/{path}")));
+    let named = |path: &str| {
+        let is = |file: &String| file == path || file.ends_with(&format!("/{path}"));
+        // A file without a name is shown in its directory.
+        let within = |file: &String| path.strip_prefix(file.as_str()).is_some_and(|rest| rest.starts_with('/'));
+        files.iter().any(|file| is(file) || within(file))
+    };
     let by_path = known.path.and_then(|argument| tracee.text(call.argument(argument)));
     let by_descriptor = |&argument: &usize| tracee.path_of(call.argument(argument)).is_some_and(|path| named(&path));
     by_path.is_some_and(|path| named(&path)) || known.descriptors.iter().any(by_descriptor)
