@@ -19,7 +19,7 @@ from support import KIB, MIB, REPO, run_instar
 
 #: Keys that are only there where there is something to say: besides these, each that is missing has to be noticed.
 OPTIONAL = {
-    "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped"},
+    "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped", "atomic", "backup"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail", "leaks-fixed", "corruptions-fixed", "leaks-fixable", "corruptions-fixable",
               "not-repaired"},
@@ -33,7 +33,7 @@ OPTIONAL = {
     "rebase": {"warnings"},
 }
 #: Keys that the few images here do not have: other tests have such.
-RARE = {"convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
+RARE = {"commit": {"backup"}, "convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
 #: The keys of a format, which are its plugin's and not the program's; and a result that has a schema of its own.
 OPEN = {"format-specific", "result"}
 
