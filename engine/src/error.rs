@@ -175,6 +175,13 @@ impl Error {
         self
     }
 
+    /// The same error, whose line also says what the files are like.
+    #[must_use]
+    pub fn in_state(mut self, state: &str) -> Self {
+        self.message = crate::escape::printable(&format!("{}; {state}", self.message)).into_owned();
+        self
+    }
+
     /// The file concerned.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {

@@ -27,6 +27,8 @@ pub mod nearest;
 pub mod operation;
 pub mod plugins;
 pub mod rebase;
+pub mod recover;
 pub mod resize;
 pub mod sandbox;
+pub mod undo;
 pub mod worker;

@@ -19,7 +19,7 @@ from support import KIB, MIB, REPO, run_instar
 
 #: Keys that are only there where there is something to say: besides these, each that is missing has to be noticed.
 OPTIONAL = {
-    "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped", "verified_bytes", "overlay_deleted"},
+    "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped", "verified_bytes", "overlay_deleted", "atomic", "backup"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail", "leaks-fixed", "corruptions-fixed", "leaks-fixable", "corruptions-fixable",
               "not-repaired"},
@@ -33,7 +33,7 @@ OPTIONAL = {
     "rebase": {"warnings"},
 }
 #: Keys that the few images here do not have: other tests have such.
-RARE = {"convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
+RARE = {"commit": {"backup"}, "convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
 #: The keys of a format, which are its plugin's and not the program's; and a result that has a schema of its own.
 OPEN = {"format-specific", "result"}
 
@@ -87,10 +87,14 @@ def samples(tmp_path_factory):
 
     (folder / "other").mkdir()
     (folder / "other/libinstar_plugin_other.so").write_bytes(b"no library")
+    (folder / "recovered").write_bytes(bytes(512))
+    (folder / ".recovered.instar-undo").touch(0o600)
     return {
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
                    ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top"),
-                   ask("commit", "--dry-run", "--bitmaps", "marked.qcow2"), ask("commit", "--wipe", "--verify", "--delete-overlay", "other-top")],
+                   ask("commit", "--dry-run", "--bitmaps", "marked.qcow2"), ask("commit", "--wipe", "--verify", "--delete-overlay", "other-top"),
+                   ask("commit", "--atomic", "--dry-run", "top")],
+        "recover": [ask("recover", "recovered")],
         "check": [ask("check", "top"), ask("check", "damaged"), ask("check", "long"),
                   ask("check", "-r", "all", "--dry-run", "mended"), ask("check", "-r", "all", "mended"),
                   ask("check", "-r", "all", "torn")],

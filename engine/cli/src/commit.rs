@@ -50,6 +50,14 @@ pub struct CommitArgs {
     /// How to print the result
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
+    /// Change the image that is committed into whole or not at all: after a crash at any instant it is what it was, or what it
+    /// should be. A clone takes its place where the file system shares extents; elsewhere an undo log is kept beside it, which
+    /// `instar recover` applies after a crash
+    #[arg(long)]
+    pub atomic: bool,
+    /// Keep what that image was under NAME in its directory
+    #[arg(long, value_name = "NAME", requires = "atomic")]
+    pub keep_backup: Option<PathBuf>,
     /// Let a smaller backing grow to the overlay's virtual size
     #[arg(long)]
     pub resize_backing: bool,
@@ -159,6 +167,8 @@ fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error>
         verify: args.verify,
         delete_overlay: args.delete_overlay,
         mode: if args.dry_run { CommitMode::DryRun } else { CommitMode::Whole },
+        atomic: args.atomic,
+        keep_backup: args.keep_backup.clone(),
         resize_backing: args.resize_backing,
         bitmaps: args.bitmaps,
         relink: args.relink.clone(),

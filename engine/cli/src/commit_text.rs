@@ -1,7 +1,7 @@
 //! What a commit prints.
 
 use super::output::{print, print_json_indented, unprinted_but, OutputFormat};
-use instar::commit::CommitOutcome;
+use instar::commit::{AtomicWay, CommitOutcome};
 use instar::error::Error;
 use instar::escape::{escape_path, printable};
 use std::fmt::Write as _;
@@ -80,6 +80,14 @@ fn relinked(result: &CommitOutcome) -> String {
     }
 }
 
+/// How a target changes whole or not at all.
+fn whole(way: AtomicWay) -> &'static str {
+    match way {
+        AtomicWay::Clone => "A clone of it would take its place when it is complete. ",
+        AtomicWay::UndoLog => "An undo log beside it would keep what it was until it is complete. ",
+    }
+}
+
 /// Print what a commit would do: the same keys, and `dry_run`.
 ///
 /// # Errors
@@ -103,7 +111,7 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                 out,
                 &format!(
                     "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
-                     at most, and take {} more bytes of the disk{}. {}{}{}{}Nothing was changed.\n",
+                     at most, and take {} more bytes of the disk{}. {}{}{}{}{}Nothing was changed.\n",
                     result.clusters_committed,
                     result.bytes_committed,
                     escape_path(&result.overlay_given),
@@ -112,6 +120,7 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                     preview.backing_growth_bytes,
                     preview.backing_space_bytes,
                     free.unwrap_or_default(),
+                    result.atomic.map_or("", whole),
                     bitmaps(result, true).replace('\n', " "),
                     relinked.unwrap_or_default(),
                     verified.unwrap_or_default(),

@@ -51,5 +51,6 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::SandboxUnusable => { "`instar doctor` says what the kernel or the container refuses, and what to do." }
         ErrorCode::SandboxLost => { "Raise the memory limit, and run the command again, which goes on where it stopped." }
         ErrorCode::BackingShared => { "Give the other images a base of their own, or add `--ignore-siblings` if nobody needs them any more." }
+        ErrorCode::RecoveryNeeded => { "`instar recover IMAGE` gives the image back what it was; then run the commit again." }
     }
 }

@@ -28,6 +28,7 @@ mod progress;
 mod progress_args;
 mod progress_lines;
 pub mod rebase;
+pub mod recover;
 pub mod resize;
 mod signals;
 pub mod size;
@@ -83,6 +84,8 @@ pub enum Command {
     Convert(convert::ConvertArgs),
     /// Put another image below an overlay, or none, and keep what it reads
     Rebase(rebase::RebaseArgs),
+    /// Give an image back what it was before an atomic commit into it that did not end
+    Recover(recover::RecoverArgs),
     /// Say how long the file of a new image would be, or how long a commit would make one
     Measure(measure::MeasureArgs),
     /// Give an image another virtual size
@@ -115,6 +118,7 @@ impl Command {
             Self::Resize(args) => args.output,
             Self::Convert(args) => args.output,
             Self::Rebase(args) => args.output,
+            Self::Recover(args) => args.output,
             Self::Plugins(args) => args.output,
             Self::Config(args) => args.output,
             Self::Create(_) | Self::Worker(_) => OutputFormat::Human,
@@ -141,6 +145,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Map(args) => (map::run(args, out), args.output),
         Command::Measure(args) => (measure::run(args, out), args.output),
         Command::Convert(args) => (convert::run(args, out), args.output),
+        Command::Recover(args) => (recover::run(args, &reading(false), out), args.output),
         Command::Create(args) => (create::run(args, out), OutputFormat::Human),
         Command::Plugins(args) => (plugins::run(args, out), args.output),
         Command::Config(args) => (config::run(args, out), args.output),

@@ -37,7 +37,7 @@ pub fn sandbox_parser() -> impl TypedValueParser<Value = SandboxChoice> {
 ///
 /// # Errors
 /// What is wrong, in one clause.
-fn parse_seconds(text: &str) -> Result<u64, String> {
+pub(super) fn parse_seconds(text: &str) -> Result<u64, String> {
     text.parse().map_err(|error: ParseIntError| match error.kind() {
         IntErrorKind::PosOverflow => "more than 2^64 - 1 seconds".to_owned(),
         _ => "not a whole number of seconds".to_owned(),

@@ -1,5 +1,6 @@
 //! What a commit makes of what its guest says: the plan, the phases, the end.
 
+use super::atomic::Atomic;
 use super::bitmaps::MergedBitmap;
 use super::meter::Meter;
 use super::plan::PlanBounds;
@@ -51,6 +52,8 @@ pub struct CommitEvents {
     pub bounds: PlanBounds,
     /// How far reading back is, if what was written is to be read back.
     pub verification: Option<Verification>,
+    /// The target changes whole or not at all.
+    pub atomic: Option<Atomic>,
 }
 
 impl Default for CommitEvents {
@@ -73,6 +76,7 @@ impl Default for CommitEvents {
             damages_siblings: false,
             bounds: PlanBounds::default(),
             verification: None,
+            atomic: None,
         }
     }
 }
@@ -169,9 +173,10 @@ impl Events for CommitEvents {
         match decode::<Event>(event)?.kind {
             Some(Told::Plan(plan)) => self.planned(plan),
             Some(Told::Bitmap(bitmap)) => self.bitmap(bitmap),
-            Some(Told::Complete(_)) => {
-                Err(BadRequest("a complete target was announced that nobody asked for".to_owned()))
-            }
+            Some(Told::Complete(_)) => match &mut self.atomic {
+                Some(atomic) => atomic.complete(devices),
+                None => Err(BadRequest("a complete target was announced that nobody asked for".to_owned())),
+            },
             Some(Told::Verify(found)) => self.read_back(devices, &found),
             None => Err(BadRequest("an event that says nothing".to_owned())),
         }
@@ -209,6 +214,10 @@ impl Events for CommitEvents {
     fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         self.outcome = decode(result)?;
         self.check_read_back()?;
+        let whole = self.last_phase == Phase::Look || self.atomic.as_ref().is_none_or(Atomic::is_complete);
+        if !whole {
+            return Err(BadRequest("it reported success and never said that the target is complete".to_owned()));
+        }
         devices.finished(self.plan.is_some().then_some(self.last_phase)).map_err(BadRequest)
     }
 }
@@ -220,6 +229,7 @@ mod tests {
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::{Host, VolatileSlice};
     use instar_guest_abi::{Part, DEVICE_OUTPUT};
+    use instar_guest_protocol::commit::Complete;
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, FailureMessage, LogMessage, Message, PhaseMessage};
@@ -351,6 +361,24 @@ mod tests {
         let mut unasked = handler(Phase::Overlay);
         assert_eq!(unasked.tell(plan()) + &unasked.tell(phase(Phase::Target)), "");
         assert!(unasked.tell(verify()).contains("nobody asked for"));
+    }
+
+    #[test]
+    fn what_depends_on_an_atomic_target_waits_for_its_end() {
+        let mut handler = handler(Phase::Overlay);
+        handler.devices.await_complete();
+        assert_eq!(handler.tell(plan()) + &handler.tell(phase(Phase::Target)), "");
+        for request in [write(OVERLAY), Request::flush(OVERLAY), write(DEVICE_OUTPUT), Request::flush(DEVICE_OUTPUT)] {
+            assert_eq!(handler.ask(request), "", "a record of the parent comes first");
+        }
+        assert!(handler.ask(write(OVERLAY)).contains("before the target is said to be complete"));
+        assert!(handler.tell(phase(Phase::Overlay)).contains("before the target is said to be complete"));
+        let complete = || Kind::Event(Event { kind: Some(Told::Complete(Complete {})) }.encode_to_vec());
+        assert!(handler.tell(complete()).contains("nobody asked for"));
+        handler.devices.complete_target();
+        assert!(handler.ask(write(DEVICE_OUTPUT)).contains("after it was said to be complete"));
+        assert_eq!(handler.ask(write(OVERLAY)) + &handler.ask(Request::flush(OVERLAY)), "");
+        assert_eq!(handler.tell(phase(Phase::Overlay)) + &handler.ask(write(OVERLAY)), "");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! one that the guest refuses in its steps "check" and "plan".
 
 pub(crate) mod as_text;
+mod atomic;
 mod bitmaps;
 mod changed;
 mod delete;
@@ -22,6 +23,7 @@ mod verdict;
 mod verify;
 mod wipe;
 
+pub use atomic::AtomicWay;
 pub(crate) use bitmaps::allowance as room_for_bitmaps;
 pub use bitmaps::{MergedBitmap, RESULTS as BITMAP_RESULTS};
 pub use events::CommitEvents;
@@ -32,9 +34,11 @@ pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
 pub(crate) use space::Space;
 
+use crate::devices::Cache;
 use crate::error::{Error, Role};
 use crate::operation::{run, Session};
 use crate::sandbox::{guest_module, ModuleSpec};
+use instar_guest_abi::ErrorCode;
 use operation::Commit;
 use std::path::Path;
 
@@ -46,6 +50,10 @@ pub const MODULE: ModuleSpec<'static> = guest_module!("commit");
 /// # Errors
 /// One line that names the file and what to do.
 pub fn run_commit(request: &CommitRequest, session: &Session) -> Result<CommitOutcome, Error> {
+    if request.atomic && request.cache == Cache::Unsafe {
+        let message = "--atomic promises what a crash leaves, and -t unsafe promises nothing: leave out one of them";
+        return Err(Error::new(ErrorCode::BadUsage, message));
+    }
     let role_of = |path: &Path| if path == request.overlay { Role::Overlay } else { Role::Backing };
     run(Commit::new(request), session).map_err(|error| match error.path().map(role_of) {
         Some(role) => error.in_role(role),

@@ -1,5 +1,6 @@
 //! The commit as an [`Operation`]: which images it opens, who is asked before it begins, and what comes of it.
 
+use super::atomic::{Atomic, AtomicWay};
 use super::bitmaps::{allowance, left_out};
 use super::changed::Changed;
 use super::delete::{self, Deletion};
@@ -15,7 +16,7 @@ use super::space::{block_size, free_space, taken_space, Space};
 use super::verdict::{become_stale, Parts};
 use super::verify::{self, Verification};
 use super::wipe;
-use crate::confine::Work;
+use crate::confine::{Reach, Work};
 use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::{Error, Role};
 use crate::escape::{escape_bytes, escape_path};
@@ -23,6 +24,7 @@ use crate::image::{
     check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, Access, BackingChoice, ChainImage, Descent,
     Doubt, FilesOf, Gate, NamedFile, Target,
 };
+use crate::lookup::Directory;
 use crate::operation::{
     DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, NamedDirectory, Opener, Operation, Session, Settings,
     Slot,
@@ -57,6 +59,14 @@ pub struct Commit<'q> {
     /// Bytes of messages that reading back takes.
     message_limit: u64,
     admitted: Option<Admitted>,
+    /// The target changes whole or not at all.
+    atomic: Option<Atomic>,
+    /// In which way.
+    way: Option<AtomicWay>,
+    /// What the old target is called afterwards.
+    backup: Option<PathBuf>,
+    /// Directories besides those of the images in which the target may lie.
+    target_directories: Vec<Directory>,
 }
 
 /// What is known once everybody has admitted the commit.
@@ -102,6 +112,10 @@ impl<'q> Commit<'q> {
             deletion: None,
             message_limit: MESSAGES,
             admitted: None,
+            atomic: None,
+            way: None,
+            backup: None,
+            target_directories: Vec::new(),
         }
     }
 
@@ -133,7 +147,10 @@ impl Operation for Commit<'_> {
     }
 
     fn work(&self) -> (Work, Work) {
-        (Work::OpenToCommit, Work::Commit)
+        match self.request.atomic {
+            true => (Work::OpenToCommitAtomically, Work::CommitAtomically),
+            false => (Work::OpenToCommit, Work::Commit),
+        }
     }
 
     fn settings(&self) -> &Settings {
@@ -160,6 +177,21 @@ impl Operation for Commit<'_> {
     fn acquire(&mut self, named: &Named) {
         self.workers = self.workers(&named.image);
         self.deletion = self.request.delete_overlay.then(|| Deletion::begin(&named.image)).flatten();
+        if self.request.atomic {
+            self.target_directories.extend(named.base.as_ref().and_then(NamedFile::real_directory));
+        }
+    }
+
+    fn reach_of_names<'n>(&'n self, roots: &'n [Directory], reach: Reach<'n>) -> Reach<'n> {
+        match (&self.atomic, self.request.atomic) {
+            (Some(atomic), _) => reach.add_names(atomic.directory()),
+            (None, false) => reach,
+            // Which of them it is, only the images say. In a dry run as well: that the target can be cloned is tried.
+            (None, true) => {
+                let all = roots.iter().chain(&self.target_directories);
+                all.fold(reach, |reach, directory| reach.add(directory, true).add_names(directory))
+            }
+        }
     }
 
     fn removes_in(&self) -> Option<BorrowedFd<'_>> {
@@ -241,6 +273,13 @@ impl Operation for Commit<'_> {
             session
                 .note(|| format!("child {} will record '{}'", escape_path(&child.opened.path), escape_bytes(backing)));
         }
+        if self.request.atomic && self.request.mode != CommitMode::Measure {
+            let backup = self.request.keep_backup.as_deref();
+            let atomic = Atomic::begin(&mut backing, backup).map_err(|error| error.in_role(Role::Backing))?;
+            session.note(|| format!("the target changes whole or not at all: {atomic}"));
+            self.backup = backup.map(|backup| atomic.directory().path().join(backup));
+            self.atomic = Some(atomic);
+        }
         let kept = self.request.keeps_content() || !between.is_empty();
         let top = if kept { MemberRole::Read } else { MemberRole::Empty };
         let between = between.into_iter().map(|layer| Slot::new(MemberRole::Read, layer));
@@ -316,7 +355,8 @@ impl Operation for Commit<'_> {
             wanted,
             overlay_length: overlay.length(),
             length: backing.facts.file_length,
-            taken: taken_space(backing),
+            // Nothing that a clone changes is its own.
+            taken: if self.atomic.as_ref().is_some_and(Atomic::is_clone) { Some(0) } else { taken_space(backing) },
             free: free_space(backing),
             block: block_size(backing),
         });
@@ -337,7 +377,8 @@ impl Operation for Commit<'_> {
         let bitmaps = self.request.bitmaps;
         let dry_run = self.request.only_plans();
         let verify = self.request.verify && !dry_run;
-        Config { dry_run, resize_backing, relinked, bitmaps, announce_complete: false, verify }.encode_to_vec()
+        Config { dry_run, resize_backing, relinked, bitmaps, announce_complete: self.request.atomic, verify }
+            .encode_to_vec()
     }
 
     fn message_limit(&self) -> u64 {
@@ -354,6 +395,9 @@ impl Operation for Commit<'_> {
             devices.wipe();
         }
         paths.set_cache(devices, cache)?;
+        let atomic = self.atomic.take();
+        self.way = atomic.as_ref().map(Atomic::way);
+        atomic.iter().for_each(|atomic| atomic.attend(devices));
         let observer = session.observer();
         let flushes = observer.wants_progress() && cache != Cache::Unsafe;
         let meter = Meter::new(observer.clone(), admitted.overlay_length, devices, paths.target(), flushes);
@@ -385,11 +429,13 @@ impl Operation for Commit<'_> {
             warnings: self.warnings.clone(),
             observer: Some(observer.clone()),
             verification: (self.request.verify && !self.request.only_plans()).then(|| Verification::new(paths)),
+            atomic,
             ..CommitEvents::default()
         })
     }
 
-    fn finish(self, ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
+    fn finish(self, mut ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
+        let (atomic, only_plans) = (ended.events.atomic.take(), self.request.only_plans());
         let events = &ended.events;
         if events.damages_siblings {
             return Err(match (&self.siblings, self.settled()) {
@@ -413,7 +459,11 @@ impl Operation for Commit<'_> {
         };
         let report = end.map_err(|failure| {
             let changed = Changed::of(&ended.devices);
-            failure.error(&ended.paths, Some(changed.clause()))
+            let usual = |state: &str| failure.error(&ended.paths, Some(state));
+            match atomic {
+                Some(atomic) => atomic.error(changed, usual),
+                None => usual(changed.clause()),
+            }
         })?;
         let overlay = ended.devices.device(ended.paths.own()).filter(|_| !self.request.only_plans());
         let deletion = self.deletion.and_then(Result::ok);
@@ -438,6 +488,8 @@ impl Operation for Commit<'_> {
                 .then_some(ended.devices.stats().overwritten),
             verified_bytes: self.request.verify.then(|| events.verification.as_ref().map_or(0, Verification::bytes)),
             overlay_deleted: deletion.map(|_| overlay.is_some()),
+            atomic: self.way,
+            backup: self.backup.filter(|_| !only_plans),
             stale: admitted.stale,
             relinked: self.request.relinks().then_some(self.relinked),
             bitmaps: events.bitmaps.clone(),

@@ -1,6 +1,7 @@
 //! What comes of a commit.
 
-use super::as_text::{path_as_text, paths_as_text};
+use super::as_text::{optional_path_as_text, path_as_text, paths_as_text};
+use super::atomic::AtomicWay;
 use super::bitmaps::MergedBitmap;
 use super::relinks::Relinked;
 use crate::devices::Statistics;
@@ -41,6 +42,12 @@ pub struct CommitOutcome {
     /// Whether the overlay's file was removed; `None` if that was not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay_deleted: Option<bool>,
+    /// How the target was kept until it was complete, or would be; `None` if that was not wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub atomic: Option<AtomicWay>,
+    /// Absolute path of what the backing was, if that was to be kept; not in a dry run.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "optional_path_as_text")]
+    pub backup: Option<PathBuf>,
     /// The layers between overlay and backing: they read differently afterwards, because the image below them changes.
     #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "paths_as_text")]
     pub stale: Vec<PathBuf>,

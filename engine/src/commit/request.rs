@@ -37,6 +37,10 @@ pub struct CommitRequest {
     pub delete_overlay: bool,
     /// How far it goes.
     pub mode: CommitMode,
+    /// Change the target whole or not at all.
+    pub atomic: bool,
+    /// The name, in the directory of the target, that the old target keeps; only with `atomic`.
+    pub keep_backup: Option<PathBuf>,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
     /// Merge the bitmaps of what is committed into those of the target.

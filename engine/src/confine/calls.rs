@@ -53,6 +53,10 @@ pub enum Work {
     OpenToCommit,
     /// Commit images that are open.
     Commit,
+    /// Open images, look at them, clone the target, and then go on with [`Work::CommitAtomically`].
+    OpenToCommitAtomically,
+    /// Commit images that are open, and give the target, or what undoes its change, a name, or take that away.
+    CommitAtomically,
     /// Open images, look at them, and then go on with [`Work::Read`].
     OpenToRead,
     /// Let the sandbox read images that are open.
@@ -61,16 +65,21 @@ pub enum Work {
     OpenToConvert,
     /// Fill an image that is open, and has no name yet, and give it one.
     Convert,
+    /// Give an image that is open back what its undo log says, and remove that.
+    Recover,
 }
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Look,
         Self::LookInThread,
         Self::OpenAndLook,
         Self::OpenToCommit,
         Self::Commit,
+        Self::OpenToCommitAtomically,
+        Self::CommitAtomically,
+        Self::Recover,
         Self::OpenToRead,
         Self::Read,
         Self::OpenToConvert,
@@ -86,7 +95,7 @@ impl Work {
     /// Whether it looks for images in directories.
     #[must_use]
     pub fn lists_directories(self) -> bool {
-        self == Self::OpenToCommit
+        matches!(self, Self::OpenToCommit | Self::OpenToCommitAtomically)
     }
 
     /// The same, and these.
@@ -98,6 +107,9 @@ impl Work {
             // A filter can only be made stricter: what comes later is allowed before.
             Self::OpenToCommit => &[LOOK, OPEN, LIST, CONFINE, CHANGE],
             Self::Commit => &[LOOK, CHANGE],
+            Self::OpenToCommitAtomically => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME, CLONE],
+            Self::CommitAtomically => &[LOOK, CHANGE, NAME],
+            Self::Recover => &[LOOK, CHANGE, NAME],
             Self::OpenToRead => &[LOOK, OPEN, CONFINE],
             Self::Read => &[LOOK],
             Self::OpenToConvert => &[LOOK, OPEN, CONFINE, CONFINE_BUT, CHANGE, NAME],
@@ -256,6 +268,19 @@ pub(crate) fn removing_in(directory: RawFd) -> Vec<Call> {
     ]
 }
 
+/// Making a clone of a file that looks like it: extents, owner, mode and extended attributes.
+const CLONE: &[Call] = &[
+    (libc::SYS_ioctl, FileOneOf(1, &[request(libc::FICLONE)])),
+    // It is held for the image, and for its name.
+    (libc::SYS_fcntl, FileOneOf(1, &[bits(libc::F_DUPFD_CLOEXEC)])),
+    (libc::SYS_fchown, FILE),
+    (libc::SYS_fchmod, FILE),
+    (libc::SYS_flistxattr, FILE),
+    (libc::SYS_fgetxattr, FILE),
+    (libc::SYS_fsetxattr, FILE),
+    (libc::SYS_fremovexattr, FILE),
+];
+
 /// Printing on a descriptor that the caller hands over for it, and waiting for its reader.
 pub(crate) fn printing_on(descriptor: RawFd) -> Vec<Call> {
     vec![(libc::SYS_write, First(bits(descriptor))), (libc::SYS_poll, Always)]
@@ -309,11 +334,25 @@ mod tests {
             for call in never {
                 assert!(!calls.contains_key(&call), "{work:?} {call}");
             }
-            let names = matches!(work, Work::OpenToConvert | Work::Convert);
+            let names = matches!(
+                work,
+                Work::OpenToConvert
+                    | Work::Convert
+                    | Work::OpenToCommitAtomically
+                    | Work::CommitAtomically
+                    | Work::Recover
+            );
             for call in [libc::SYS_linkat, libc::SYS_renameat, libc::SYS_renameat2, libc::SYS_unlinkat] {
                 assert_eq!(calls.contains_key(&call), names, "{work:?} {call}");
             }
-            let opens = matches!(work, Work::OpenAndLook | Work::OpenToCommit | Work::OpenToRead | Work::OpenToConvert);
+            let opens = matches!(
+                work,
+                Work::OpenAndLook
+                    | Work::OpenToCommit
+                    | Work::OpenToCommitAtomically
+                    | Work::OpenToRead
+                    | Work::OpenToConvert
+            );
             for call in [libc::SYS_open, libc::SYS_openat] {
                 assert_eq!(calls.contains_key(&call), opens, "{work:?} {call}");
             }
@@ -327,8 +366,12 @@ mod tests {
 
     #[test]
     fn what_comes_later_is_allowed_before() {
-        let both =
-            [(Work::OpenToCommit, Work::Commit), (Work::OpenToRead, Work::Read), (Work::OpenToConvert, Work::Convert)];
+        let both = [
+            (Work::OpenToCommit, Work::Commit),
+            (Work::OpenToCommitAtomically, Work::CommitAtomically),
+            (Work::OpenToRead, Work::Read),
+            (Work::OpenToConvert, Work::Convert),
+        ];
         for (before, after) in both {
             let before = before.calls();
             for (call, allowed) in after.calls() {

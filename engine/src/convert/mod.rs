@@ -6,7 +6,6 @@
 
 mod end;
 mod existing;
-mod new_file;
 mod operation;
 mod parent;
 mod request;

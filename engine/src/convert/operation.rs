@@ -2,12 +2,11 @@
 
 use super::end::{allocate, salvaged};
 use super::existing::Existing;
-use super::new_file::NewFile;
 use super::parent::{divide, Layers};
 use super::request::{ConvertOutcome, ConvertRequest};
 use crate::commit::{room_for_bitmaps, CommitEvents, Meter, PlanBounds, Space};
 use crate::confine::Work;
-use crate::create::{options_of, plugin_of, write_to};
+use crate::create::{options_of, plugin_of, write_to, NewFile};
 use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_bytes, escape_path};
@@ -374,7 +373,10 @@ impl Operation for Convert<'_> {
             warnings.push(line);
         }
         match self.new {
-            Some(new) => new?.publish(self.request.cache != Cache::Unsafe)?,
+            Some(new) => {
+                let mut new = new?;
+                new.publish(self.request.cache != Cache::Unsafe)?;
+            }
             // In place, the guest has flushed it.
             None if self.request.in_place => {}
             None => return Err(begun_twice()),

@@ -1,8 +1,10 @@
 //! `instar create`: a new, empty image, whose bytes its format's plugin lays out.
 
 mod file;
+mod new_file;
 
-pub(crate) use file::{lock, write_to};
+pub(crate) use file::write_to;
+pub(crate) use new_file::NewFile;
 
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};

@@ -7,6 +7,7 @@
 mod aligned;
 mod allowance;
 mod anew;
+mod before;
 mod cache;
 mod check;
 mod clone;
@@ -27,11 +28,13 @@ mod writeback;
 mod zero;
 mod zeroes;
 
+pub use before::{Before, BeforeChange};
 pub use cache::Cache;
 pub use pace::{Pace, Watch};
 pub use phases::Phases;
 pub use statistics::Statistics;
 pub use workers::Workers;
+pub(crate) use zero::zero_within as make_zero;
 
 use crate::sandbox::{BadRequest, BufferAccess, Excess};
 use allowance::Allowance;
@@ -46,6 +49,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use wipe::Wiped;
@@ -271,6 +275,8 @@ pub struct Devices {
     unnamed: bool,
     statistics: Statistics,
     allowance: Allowance,
+    /// Who is asked before bytes of the target change.
+    keeper: Option<Rc<RefCell<dyn BeforeChange>>>,
 }
 
 /// The index of a device number.
@@ -384,6 +390,10 @@ impl Devices {
         let mut at = 0;
         let mut wiped = Wiped::default();
         requests.iter().for_each(|request| self.allowance.count(request));
+        if let Err(error) = self.ask_before(requests) {
+            fail(requests.first_mut(), &error);
+            return Ok(());
+        }
         while let Some(rest) = requests.get_mut(at..).filter(|rest| !rest.is_empty()) {
             if let Err(error) = self.wipe_before(&mut wiped, at, memory, rest)? {
                 fail(rest.first_mut(), &error);

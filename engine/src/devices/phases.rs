@@ -11,6 +11,16 @@ pub struct Phases {
     now: Phase,
     /// The device and the range of it in which a parent is recorded, once anything was.
     record: Cell<Option<(u32, u64)>>,
+    /// Whether somebody waits for the word that the target is complete, and has got it.
+    awaits_complete: bool,
+    complete: bool,
+}
+
+impl Phases {
+    /// The phase.
+    pub(super) fn now(&self) -> Phase {
+        self.now
+    }
 }
 
 impl Devices {
@@ -28,6 +38,9 @@ impl Devices {
         if !self.phases.now.leads_to(phase) {
             return Err(format!("phase {} after phase {}", phase as u32, self.phases.now as u32));
         }
+        if phase != Phase::Target && self.phases.awaits_complete && !self.phases.complete {
+            return Err("another image is to be changed before the target is said to be complete".to_owned());
+        }
         // What is changed later counts on what was changed before.
         let (of, later) = match phase {
             Phase::Overlay => ("target", "the overlay is to be changed"),
@@ -38,6 +51,16 @@ impl Devices {
         }
         self.phases.now = phase;
         Ok(())
+    }
+
+    /// What depends on the target waits for the word that it is [complete](Self::complete_target).
+    pub fn await_complete(&mut self) {
+        self.phases.awaits_complete = true;
+    }
+
+    /// The target is complete: nothing changes it from here on.
+    pub fn complete_target(&mut self) {
+        self.phases.complete = true;
     }
 
     /// Whether an operation is done that ends in phase `last`, if it has got as far as to know that: the phase is reached, and
@@ -75,6 +98,13 @@ impl Devices {
             record_unflushed: record.is_some_and(|device| device.dirty),
             is_record: above && op == RequestOp::Write && self.records(request),
         };
+        if part == Part::Target && self.phases.complete {
+            return Err("a change of the target after it was said to be complete");
+        }
+        let begun = || self.slots.iter().flatten().any(|device| device.part == Part::Target && device.changed);
+        if part != Part::Target && self.phases.awaits_complete && !self.phases.complete && begun() {
+            return Err("a change of another image before the target is said to be complete");
+        }
         part.refusal(now).map_or(Ok(()), Err)
     }
 

@@ -24,6 +24,7 @@ mod parents;
 mod roots;
 mod snapshot;
 mod target;
+mod unfinished;
 mod users;
 
 pub use access::Access;

@@ -2,7 +2,7 @@
 //! that file or none.
 
 use crate::escape::printable;
-use crate::lookup::{Directory, Identity};
+use crate::lookup::{walk, Directory, Identity};
 use crate::nearest::nearest;
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
@@ -119,6 +119,14 @@ impl NamedFile {
     /// The kernel's.
     pub(super) fn found(&self) -> Result<&Stat, Errno> {
         self.found.as_ref().map(|(_, stat)| stat).map_err(|errno| *errno)
+    }
+
+    /// The directory that holds the file itself, also where its name is a link.
+    #[must_use]
+    pub fn real_directory(&self) -> Option<Directory> {
+        let top = Directory::open(Path::new("/")).ok()?;
+        let reached = walk(self.directory.as_ref()?, &top, self.name.as_bytes()).ok()?;
+        Some(reached.holder.directory().clone())
     }
 
     /// Whether it is a block device.

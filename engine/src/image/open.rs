@@ -13,7 +13,7 @@ use crate::plugins::{FileImage, ImageRead as _};
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,10 @@ pub struct OpenedFile {
     pub path: PathBuf,
     /// Where the names that it records begin.
     pub directory: Directory,
+    /// The directory that it was opened in.
+    pub holder: Directory,
+    /// Its name there, which may be a link if the operator gave it.
+    pub name: OsString,
     /// What it is.
     pub identity: Identity,
     /// A block device: its length is fixed.
@@ -92,10 +96,14 @@ impl Looked<'_> {
         }
         let below = if block_device { loop_device::below(&descriptor, self.stat) } else { None };
         let file = FileImage::new(File::from(descriptor)).map_err(|error| length_error(path, &error))?;
-        let opened =
-            OpenedFile { file, path: path.to_owned(), directory: beside.clone(), identity, block_device, below };
+        let (directory, holder, name) = (beside.clone(), self.holder.clone(), self.name.to_owned());
+        let path = path.to_owned();
+        let opened = OpenedFile { file, path, directory, holder, name, identity, block_device, below };
         if access == Access::ReadWrite {
             opened.check_writable()?;
+        }
+        if access == Access::Shared {
+            opened.refuse_unfinished()?;
         }
         Ok(opened)
     }
@@ -121,6 +129,18 @@ impl NamedFile {
         };
         let looked = Looked { holder: directory, name: self.name(), stat, follow: true, exclusive: None };
         looked.open(self.path(), directory, access, missing)
+    }
+}
+
+impl NamedFile {
+    /// Open it to be given back what it was, and lock it: with an undo log beside it.
+    ///
+    /// # Errors
+    /// As [`NamedFile::open`] and [`OpenedFile::lock`].
+    pub fn open_unfinished(&self) -> Result<OpenedFile, Error> {
+        let opened = self.open(Access::ReadWrite, ErrorCode::ImageNotFound)?;
+        locking::lock(opened.file.file(), &opened.path, Access::ReadWrite)?;
+        Ok(opened)
     }
 }
 
@@ -184,9 +204,13 @@ impl OpenedFile {
     /// Lock the file as QEMU does, so that no virtual machine and no other tool uses it in a way that conflicts.
     ///
     /// # Errors
-    /// [`ErrorCode::ImageInUse`], and what else [waiting](super::prepare_to_lock) gives.
+    /// [`ErrorCode::ImageInUse`], and what else [waiting](super::prepare_to_lock) gives; [`ErrorCode::RecoveryNeeded`].
     pub fn lock(self, access: Access) -> Result<Self, Error> {
         locking::lock(self.file.file(), &self.path, access)?;
+        // Only now: a commit that runs has one as well.
+        if access != Access::Shared {
+            self.refuse_unfinished()?;
+        }
         // Whoever used it until now may have made it longer.
         let file = FileImage::new(self.file.into_file()).map_err(|error| length_error(&self.path, &error))?;
         Ok(Self { file, ..self })

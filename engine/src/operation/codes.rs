@@ -66,7 +66,8 @@ pub fn guest_may_report(code: ErrorCode) -> bool {
         | ErrorCode::ReadOnly
         | ErrorCode::SandboxUnusable
         | ErrorCode::SandboxLost
-        | ErrorCode::BackingShared => false,
+        | ErrorCode::BackingShared
+        | ErrorCode::RecoveryNeeded => false,
     }
 }
 
@@ -111,6 +112,7 @@ pub fn advice(code: ErrorCode) -> Option<&'static str> {
         | ErrorCode::ReadOnly
         | ErrorCode::ParentMismatch
         | ErrorCode::LimitExceeded
-        | ErrorCode::BackingShared => None,
+        | ErrorCode::BackingShared
+        | ErrorCode::RecoveryNeeded => None,
     }
 }

@@ -69,6 +69,13 @@ pub trait Operation {
         None
     }
 
+    /// What has to be reached for the names of new files: while images are opened, in whichever of these `roots`, where
+    /// recorded names may lead; afterwards, with no roots, only where it is.
+    fn reach_of_names<'n>(&'n self, roots: &'n [Directory], reach: Reach<'n>) -> Reach<'n> {
+        let _ = roots;
+        self.names_in().into_iter().fold(reach, Reach::add_names)
+    }
+
     /// Open all images, lock them, and find out what they are.
     ///
     /// # Errors
@@ -164,7 +171,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
         of_second.iter().chain(&of_others).fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
     let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
     let reach = named.reach_of_children(reach, access);
-    let reach = operation.names_in().into_iter().fold(reach, Reach::add_names);
+    let reach = operation.reach_of_names(with_base.directories(), reach);
     let removes = operation.removes_in();
     let reach = removes.iter().fold(reach, Reach::add_removal);
     let needs = removes.iter().fold(needs, Needs::and_removing_in);
@@ -187,7 +194,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     };
     let mut images = operation.open(&opener)?;
     timing.mark("chain opened, locked and probed");
-    let reach = operation.names_in().into_iter().fold(Reach::default(), Reach::add_names);
+    let reach = operation.reach_of_names(&[], Reach::default());
     let removes = operation.removes_in();
     let reach = removes.iter().fold(reach, Reach::add_removal);
     let confinement = confinement.map(|confinement| confinement.forbid_opening(reach, running, &needs));

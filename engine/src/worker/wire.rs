@@ -2,7 +2,7 @@
 //! every name arrives as it is. The worker may have been taken over: its messages are bounded, and mean no more than they say.
 
 use crate::commit::{
-    CommitMode, CommitOutcome, CommitRequest, GuestRun, MergedBitmap, Preview, Relinked, BITMAP_RESULTS,
+    AtomicWay, CommitMode, CommitOutcome, CommitRequest, GuestRun, MergedBitmap, Preview, Relinked, BITMAP_RESULTS,
 };
 use crate::devices::Cache;
 use crate::error::{Error, Role};
@@ -67,6 +67,10 @@ struct CommitMessage {
     verify: bool,
     #[prost(bool, tag = "23")]
     delete_overlay: bool,
+    #[prost(bool, tag = "30")]
+    atomic: bool,
+    #[prost(bytes = "vec", optional, tag = "31")]
+    keep_backup: Option<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -137,6 +141,10 @@ struct OutcomeEvent {
     verified_bytes: Option<u64>,
     #[prost(bool, optional, tag = "18")]
     overlay_deleted: Option<bool>,
+    #[prost(uint32, optional, tag = "30")]
+    atomic: Option<u32>,
+    #[prost(bytes = "vec", optional, tag = "31")]
+    backup: Option<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -215,6 +223,7 @@ pub enum Answer {
 /// In the order of their numbers.
 const CACHES: [Cache; 5] = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe, Cache::None, Cache::Directsync];
 const MODES: [CommitMode; 3] = [CommitMode::Whole, CommitMode::DryRun, CommitMode::Measure];
+const WAYS: [AtomicWay; 2] = [AtomicWay::Clone, AtomicWay::UndoLog];
 const STAGES: [Stage; 5] = [Stage::Checking, Stage::Writing, Stage::Emptying, Stage::Reading, Stage::Verifying];
 
 fn number<T: PartialEq>(all: &[T], one: &T) -> u32 {
@@ -268,6 +277,8 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         wipe: request.wipe,
         verify: request.verify,
         delete_overlay: request.delete_overlay,
+        atomic: request.atomic,
+        keep_backup: request.keep_backup.as_deref().map(bytes),
     };
     message.encode_to_vec()
 }
@@ -294,6 +305,8 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         wipe: message.wipe,
         verify: message.verify,
         delete_overlay: message.delete_overlay,
+        atomic: message.atomic,
+        keep_backup: message.keep_backup.as_deref().map(path),
         settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait, sandbox },
     };
     (!request.overlay.as_os_str().is_empty()).then_some((request, message.notes, message.progress))
@@ -352,6 +365,8 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
                 .bitmaps
                 .as_ref()
                 .map(|bitmaps| BitmapsEvent { bitmaps: bitmaps.iter().map(bitmap_event).collect() }),
+            atomic: outcome.atomic.map(|way| number(&WAYS, &way)),
+            backup: outcome.backup.as_deref().map(bytes),
         })),
         Err(error) => Kind::Error(ErrorEvent {
             code: error.code.number(),
@@ -411,6 +426,8 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
         overlay_bytes_wiped: event.overlay_bytes_wiped,
         verified_bytes: event.verified_bytes,
         overlay_deleted: event.overlay_deleted,
+        atomic: event.atomic.and_then(|way| by_number(&WAYS, way)),
+        backup: event.backup.as_deref().map(path),
         stale: paths(&event.stale),
         warnings: event.warnings,
         preview: event.preview.map(|preview| Preview {
@@ -498,6 +515,8 @@ mod tests {
             wipe: true,
             verify: true,
             delete_overlay: true,
+            atomic: true,
+            keep_backup: Some(odd()),
             settings: Settings {
                 search: SearchPath::with_requested(vec![odd(), "/b".into()], vec!["/b".into()]),
                 allowed_directories: vec![odd()],

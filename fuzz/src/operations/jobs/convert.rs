@@ -55,7 +55,8 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
     let options = Options { keep_overlay: true, ..Options::default() };
     let result = trial.open_all(&mut io, chain).map_err(planning).and_then(|layers| {
         let mut sink = open_sink(format, &mut io, &target, false).map_err(planning)?;
-        let (mut source, mut below) = (NonZero::new(Layers::new(layers)), Ancestors::new(Vec::new()));
+        let (mut disk, mut below) = (Layers::new(layers), Ancestors::new(Vec::new()));
+        let mut source = NonZero::new(&mut disk);
         let mut images = Commit { source: &mut source, sink: sink.as_mut(), below: &mut below };
         let done = commit(&mut io, &mut images, options, &mut |_| {});
         let plans = |step| matches!(step, Step::Check | Step::Plan);

@@ -3,7 +3,8 @@
 //! whatever is open in it, with a name or without. FAULT is an errno (`EIO`, `ENOSPC`, `EINTR`), with which it fails without being
 //! done; `SHORT`, by which it is asked to move half as much; `KILL`, which ends the program before it; `FLIP@OFFSET`, by which
 //! all bits of a byte of the second file are changed on its disk before it; `REPLACE`, before which the second file takes the name
-//! of the first; `KILL-UNFLUSHED`, as `KILL`, and until then flushes of the second file are skipped and said to be done; or
+//! of the first; `KILL-UNFLUSHED`, as `KILL`, and until then flushes of the second file are skipped and said to be
+//! done; `KILL-UNNAMED`, the same of files without a name; or
 //! `COUNT`, which does nothing. The exit status is the program's, 137 after `KILL`; the last line on
 //! standard error tells what came of it: `inject: COUNT of CALL` for every call that was seen, and whether the fault was
 //! injected.
@@ -56,15 +57,14 @@ const KNOWN: &[Known] = &[
     by_descriptor(libc::SYS_fdatasync, "fdatasync", None),
     by_descriptor(libc::SYS_fsync, "fsync", None),
     by_descriptor(libc::SYS_fadvise64, "fadvise64", None),
-    Known { number: libc::SYS_unlinkat, name: "unlinkat", descriptors: &[], path: Some(1), length: None },
-    // Of an image: sharing extents
-    by_descriptor(libc::SYS_ioctl, "ioctl", None),
-    by_descriptor(libc::SYS_sync_file_range, "sync_file_range", None),
-    // Of a file that gets its name once it is complete: by the directory.
+    // Names, by the directory that they are made or removed in
     Known { number: libc::SYS_linkat, name: "linkat", descriptors: &[2], path: None, length: None },
     by_descriptor(libc::SYS_renameat, "renameat", None),
     by_descriptor(libc::SYS_renameat2, "renameat2", None),
-    by_descriptor(libc::SYS_unlinkat, "unlinkat", None),
+    Known { number: libc::SYS_unlinkat, name: "unlinkat", descriptors: &[0], path: Some(1), length: None },
+    // Of an image: sharing extents
+    by_descriptor(libc::SYS_ioctl, "ioctl", None),
+    by_descriptor(libc::SYS_sync_file_range, "sync_file_range", None),
     Known {
         number: libc::SYS_copy_file_range,
         name: "copy_file_range",
@@ -84,6 +84,7 @@ enum Fault {
     KillUnflushed,
     Flip(u64),
     Replace,
+    KillUnnamed,
 }
 
 fn fault(name: &str) -> Option<Fault> {
@@ -96,6 +97,7 @@ fn fault(name: &str) -> Option<Fault> {
         "KILL" => Fault::Kill,
         "REPLACE" => Fault::Replace,
         "KILL-UNFLUSHED" => Fault::KillUnflushed,
+        "KILL-UNNAMED" => Fault::KillUnnamed,
         _ => Fault::Flip(name.strip_prefix("FLIP@")?.parse().ok()?),
     })
 }
@@ -146,8 +148,13 @@ fn run(
         let count = counts.entry(known.name).or_default();
         *count += 1;
         if known.name != name || *count != nth {
-            let lies = matches!(fault, Fault::KillUnflushed) && known.name == "fdatasync";
-            let skipped = lies && files.get(1..2).is_some_and(|second| touches(&tracee, &call, known, second));
+            let flushes = matches!(known.name, "fdatasync" | "fsync");
+            let skipped = match fault {
+                Fault::KillUnflushed => files.get(1..2).is_some_and(|second| touches(&tracee, &call, known, second)),
+                // They have a number in place of a name (`#123`), also once they have got one.
+                Fault::KillUnnamed => tracee.path_of(call.argument(0)).is_some_and(|path| path.contains("/#")),
+                _ => false,
+            } && flushes;
             tracee.go_on(skipped.then_some(0))?;
             continue;
         }
@@ -165,7 +172,7 @@ fn run(
                 tracee.go_on(None)?;
             }
             (Fault::Fail(errno), _) => tracee.go_on(Some(errno))?,
-            (Fault::Kill | Fault::KillUnflushed, _) => {
+            (Fault::Kill | Fault::KillUnflushed | Fault::KillUnnamed, _) => {
                 tracee.kill()?;
                 break 137;
             }

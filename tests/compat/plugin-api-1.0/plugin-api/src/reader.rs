@@ -11,6 +11,26 @@ use std::marker::PhantomData;
 pub const READ_BUDGET: u64 = 8 << 20;
 
 /// Where an [`ImageReader`] gets its bytes from. The engine implements it; a plugin's tests may.
+///
+/// # Example
+///
+/// An image of many terabytes, for a test of a plugin, of which only the first bytes are there:
+///
+/// ```
+/// use instar_plugin_api::{ImageReader, PluginError, ReadImage};
+///
+/// struct Huge;
+///
+/// impl ReadImage for Huge {
+///     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
+///         buffer.fill(if offset == 0 { b'D' } else { 0 });
+///         Ok(buffer.len())
+///     }
+/// }
+///
+/// let image = ImageReader::new(1 << 44, &Huge);
+/// assert_eq!(image.read_vec(0, 4).ok(), Some(b"DDDD".to_vec()));
+/// ```
 pub trait ReadImage {
     /// Read up to `buffer.len()` bytes at `offset`; fewer only at the end of the image.
     ///

@@ -4,7 +4,7 @@
 //! field, not its type, not its order. A later need becomes a function behind the last one of [`PluginModuleV1`], if both sides can
 //! do without it, with `#[sabi(missing_field(option))]`; else a module of its own beside this one.
 //!
-//! Plugin authors do not need it: they implement [`FormatPlugin`](crate::FormatPlugin).
+//! Plugin authors do not need it: they implement [`FormatPlugin`].
 
 // The accessors that the derive makes for the `_Ref` type carry no documentation, and abi_stable wants that name.
 #![allow(missing_docs, non_camel_case_types)]

@@ -18,6 +18,22 @@ pub struct IoFailure {
 /// Executes block requests.
 ///
 /// In the guest this is the ring; in host tests it is a set of in-memory devices.
+///
+/// # Example
+///
+/// A record that becomes durable before what refers to it is written:
+///
+/// ```
+/// use instar_guest_sdk::{BlockIo, DriverResult};
+///
+/// fn append(io: &mut dyn BlockIo, device: u32, end: u64, record: &[u8]) -> DriverResult<()> {
+///     io.write(device, end, record)?;
+///     // A crash before the second write leaves a record that nothing refers to.
+///     io.flush(device)?;
+///     io.write(device, 16, &end.to_le_bytes())?;
+///     io.flush(device)
+/// }
+/// ```
 pub trait BlockIo {
     /// Execute `requests` strictly in order; stop at the first failure. Buffers are named by address: the
     /// caller keeps them alive, and exclusive for READ, until this returns.

@@ -14,6 +14,45 @@ use instar_guest_abi::{
 };
 
 /// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
+///
+/// # Example
+///
+/// The file is the disk, and holds all of it. Nothing has to be decoded, and nothing can be dropped.
+///
+/// ```
+/// use core::ops::Range;
+/// use instar_guest_sdk::abi::{ErrorCode, ImageInfo};
+/// use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Extent, Extents, Source};
+///
+/// struct Plain {
+///     device: u32,
+///     virtual_size: u64,
+/// }
+///
+/// impl Source for Plain {
+///     fn info(&self) -> ImageInfo {
+///         ImageInfo { virtual_size: self.virtual_size, cluster_size: 1 }
+///     }
+///
+///     fn verify(&mut self, _: &mut dyn BlockIo, _will_empty: bool) -> DriverResult<u64> {
+///         Ok(self.virtual_size)
+///     }
+///
+///     fn extents(&mut self, _: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
+///         let length = self.virtual_size.saturating_sub(range.start);
+///         let all = Extent::data(range.start, length, self.device, range.start);
+///         Ok(if length == 0 || out.push(all) { self.virtual_size.max(range.end) } else { range.start })
+///     }
+///
+///     fn read(&mut self, _: &mut dyn BlockIo, _: &Extent, _: u64, _: &mut [u8]) -> DriverResult<()> {
+///         Err(DriverError::new(ErrorCode::InternalOverflow, "nothing is encoded"))
+///     }
+///
+///     fn empty(&mut self, _: &mut dyn BlockIo) -> DriverResult<u64> {
+///         Err(DriverError::new(ErrorCode::UnsupportedFormat, "there is no backing to read from afterwards"))
+///     }
+/// }
+/// ```
 pub trait Source {
     /// Facts of the open image.
     fn info(&self) -> ImageInfo;
@@ -151,6 +190,22 @@ pub trait Source {
 }
 
 /// Reads the guest-visible bytes below the sink's image.
+///
+/// # Example
+///
+/// What surrounds data that fills a part of a new cluster:
+///
+/// ```
+/// use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
+///
+/// fn around(io: &mut dyn BlockIo, below: &mut dyn ReadBelow, cluster: u64, size: usize) -> DriverResult<Vec<u8>> {
+///     let mut bytes = vec![0; size];
+///     if below.exists() {
+///         below.read(io, cluster, &mut bytes)?;
+///     }
+///     Ok(bytes)
+/// }
+/// ```
 pub trait ReadBelow {
     /// Whether there is any ancestor; if not, everything reads as zeroes.
     fn exists(&self) -> bool;
@@ -177,6 +232,43 @@ pub trait ReadBelow {
 /// `planned`, then `write` for all extents again, `finish`. Where bitmaps are merged, `plan_bitmap` comes before the first `plan`,
 /// and `merge_bitmap` after the last `write`. Nothing is changed before the first `write`, or `finish`, if there is nothing
 /// to write.
+///
+/// # Example
+///
+/// The file is the disk: nothing has to be allocated, so that planning only looks at the bounds.
+///
+/// ```
+/// use instar_guest_sdk::abi::{ImageInfo, PlanSummary};
+/// use instar_guest_sdk::{BlockIo, DriverResult, Extent, ReadBelow, Sink};
+///
+/// struct Plain {
+///     device: u32,
+///     virtual_size: u64,
+/// }
+///
+/// impl Sink for Plain {
+///     fn info(&self) -> ImageInfo {
+///         ImageInfo { virtual_size: self.virtual_size, cluster_size: 1 }
+///     }
+///
+///     fn plan(&mut self, _: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
+///         extents.iter().try_for_each(|extent| extent.end_within(self.virtual_size).map(|_| ()))
+///     }
+///
+///     fn planned(&mut self, _: &mut dyn BlockIo) -> DriverResult<PlanSummary> {
+///         Ok(PlanSummary { final_length: self.virtual_size, ..PlanSummary::default() })
+///     }
+///
+///     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], _: &mut dyn ReadBelow) -> DriverResult<()> {
+///         let place = |extent: &Extent| extent.request(self.device, extent.guest_offset);
+///         io.run(&mut extents.iter().map(place).collect::<DriverResult<Vec<_>>>()?)
+///     }
+///
+///     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+///         io.flush(self.device)
+///     }
+/// }
+/// ```
 pub trait Sink {
     /// Facts of the open image, with the new virtual size once [`Sink::grow`] has agreed to it.
     fn info(&self) -> ImageInfo;
@@ -286,6 +378,29 @@ fn no_bitmaps() -> DriverError {
 
 /// A format: how to open an image in each role. Use [`NoSource`] or [`NoSink`] for a role that the format
 /// does not offer, and leave that function as it is.
+///
+/// # Example
+///
+/// A format that can only be written: [`open_source`](Self::open_source) keeps its default, which refuses.
+///
+/// ```
+/// use instar_guest_sdk::abi::{DeviceConfig, ErrorCode};
+/// use instar_guest_sdk::{BlockIo, DriverError, DriverResult, FormatDriver, NoSink, NoSource};
+///
+/// struct Format;
+///
+/// impl FormatDriver for Format {
+///     type Source = NoSource;
+///     type Sink = NoSink;
+///
+///     fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, _has_backing: bool) -> DriverResult<NoSink> {
+///         let mut magic = [0; 4];
+///         io.read(device.device, 0, &mut magic)?;
+///         let text = if magic == *b"DEMO" { "images cannot be written yet" } else { "the magic number is not DEMO" };
+///         Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(device.device, 0))
+///     }
+/// }
+/// ```
 pub trait FormatDriver {
     /// The source role.
     type Source: Source;

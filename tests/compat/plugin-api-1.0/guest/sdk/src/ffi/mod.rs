@@ -1,7 +1,7 @@
 //! The border between modules: drivers as C tables, and C tables as drivers.
 //!
 //! A format module turns its [`FormatDriver`](crate::FormatDriver) into tables with
-//! [`export_format!`](crate::export_format); the operation module turns tables back into
+//! `export_format!`; the operation module turns tables back into
 //! [`Source`](crate::Source) and [`Sink`](crate::Sink) with [`ForeignFormat`]. Block I/O does not cross the
 //! border: each module makes its own, from core's call table.
 

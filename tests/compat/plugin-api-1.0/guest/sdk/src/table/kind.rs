@@ -3,6 +3,33 @@
 use core::fmt::Debug;
 
 /// A kind of entry. Formats with other entries than these four implement it for a type of their own.
+///
+/// # Example
+///
+/// Entries of 32 bits in little-endian order that count sectors, as bytes:
+///
+/// ```
+/// use instar_guest_sdk::table::EntryKind;
+///
+/// enum Sectors {}
+///
+/// impl EntryKind for Sectors {
+///     type Number = u64;
+///     type Bytes = [u8; 4];
+///     const BYTES: u64 = 4;
+///
+///     fn decode(bytes: &[u8]) -> u64 {
+///         bytes.first_chunk().map_or(0, |bytes| u64::from(u32::from_le_bytes(*bytes)) * 512)
+///     }
+///
+///     fn encode(offset: u64) -> [u8; 4] {
+///         u32::try_from(offset / 512).unwrap_or(u32::MAX).to_le_bytes()
+///     }
+/// }
+///
+/// assert_eq!(Sectors::decode(&Sectors::encode(1 << 20)), 1 << 20);
+/// assert_eq!(Sectors::decode(&[]), 0);
+/// ```
 pub trait EntryKind {
     /// The entry as a number. Its default, 0, is what stands in a hole of the file.
     type Number: Copy + Debug + Default + PartialEq;

@@ -5,7 +5,7 @@
 //! without a name. One with a temporary name is removed when the operation fails or is interrupted; a power loss, or a
 //! `SIGKILL`, leaves it.
 
-use crate::create::lock;
+use super::file::lock;
 use crate::error::{reason, Error};
 use crate::image::{Access, NamedFile, OpenedFile};
 use crate::lookup::{Directory, Identity};
@@ -79,26 +79,60 @@ impl NewFile {
             return refused("is not a regular file");
         }
         let cannot = |errno| failed(path, "cannot be created", errno);
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let flushed = openat(directory, ".", flags, Mode::empty()).map_err(cannot)?;
         let replaced = named.identity().map(|identity| open_replaced(path, &named, identity)).transpose()?;
-        let (descriptor, temporary) = create(directory, named.name()).map_err(cannot)?;
-        let file = File::from(descriptor);
-        let clone =
-            file.try_clone().map_err(|error| Error::io(path, ErrorCode::OpenFailed, "cannot be opened", &error));
+        let new =
+            Self::begin_in(path, directory, named.name(), Mode::from_raw_mode(0o644), replaced).map_err(cannot)?;
+        new.look_like_replaced();
+        Ok(new)
+    }
+
+    /// Make a file that is to get this name in a directory, in which no file has it. `path` is for messages.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn begin_beside(path: &Path, directory: &Directory, name: &OsStr, mode: Mode) -> Result<Self, Error> {
+        let cannot = |errno| failed(path, "cannot be created", errno);
+        Self::begin_in(path, directory, name, mode, None).map_err(cannot)
+    }
+
+    /// Make a file that is to take the place of the one with this name, which the caller holds, and has locked. Nobody but
+    /// the caller may use the new one until it is given an owner and a mode.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn begin_replacing(
+        path: &Path,
+        directory: &Directory,
+        name: &OsStr,
+        identity: Identity,
+    ) -> Result<Self, Errno> {
+        let replaced = Some(Replaced { identity, file: None });
+        Self::begin_in(path, directory, name, Mode::from_raw_mode(0o600), replaced)
+    }
+
+    fn begin_in(
+        path: &Path,
+        directory: &Directory,
+        name: &OsStr,
+        mode: Mode,
+        replaced: Option<Replaced>,
+    ) -> Result<Self, Errno> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let flushed = openat(directory, ".", flags, Mode::empty())?;
+        let (descriptor, temporary) = create(directory, name, mode)?;
         let mut new = Self {
             path: path.to_owned(),
             directory: directory.clone(),
             flushed,
-            name: named.name().to_owned(),
+            name: name.to_owned(),
             image: None,
-            file,
+            file: File::from(descriptor),
             temporary,
             replaced,
         };
         // From here on, what has a temporary name loses it.
-        new.image = Some(clone?);
-        new.look_like_replaced();
+        let clone = new.file.try_clone();
+        new.image = Some(clone.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?);
         Ok(new)
     }
 
@@ -133,7 +167,7 @@ impl NewFile {
     pub fn lock_replaced(&mut self) -> Result<Option<OpenedFile>, Error> {
         let Some(Replaced { identity, file }) = &mut self.replaced else { return Ok(None) };
         let Some(file) = file.take() else { return Ok(None) };
-        let opened = opened(file, &self.path, &self.directory, *identity)?;
+        let opened = opened(file, &self.path, &self.directory, &self.name, *identity)?;
         let locked = opened.lock(Access::ReadWrite).map_err(|error| match error.code {
             ErrorCode::ImageInUse => {
                 let clause =
@@ -156,7 +190,7 @@ impl NewFile {
     pub fn open(&mut self) -> Result<Option<OpenedFile>, Error> {
         let Some(file) = self.image.take() else { return Ok(None) };
         let stat = fstat(&file).map_err(|errno| failed(&self.path, "cannot be created", errno))?;
-        opened(file, &self.path, &self.directory, Identity::of(&stat)).map(Some)
+        opened(file, &self.path, &self.directory, &self.name, Identity::of(&stat)).map(Some)
     }
 
     /// The file, to be laid out.
@@ -171,7 +205,7 @@ impl NewFile {
     ///
     /// # Errors
     /// What the system says, and that somebody else made a file of that name meanwhile.
-    pub fn publish(mut self, durable: bool) -> Result<(), Error> {
+    pub fn publish(&mut self, durable: bool) -> Result<(), Error> {
         let path = self.path.clone();
         let at = |what: &'static str| {
             let path = path.clone();
@@ -190,15 +224,23 @@ impl NewFile {
         self.give_name().map_err(at("cannot be given its name"))?;
         self.temporary = None;
         if durable {
-            retry_on_intr(|| fsync(&self.flushed)).map_err(|errno| {
+            self.flush_directory().map_err(|errno| {
                 let why = reason(&io::Error::from(errno));
                 let clause = format!(
                     "is complete, but its directory cannot be flushed, so that a power loss may lose it: {why}"
                 );
-                Error::image(&path, ErrorCode::BackingIo, clause)
+                Error::image(&path, ErrorCode::BackingIo, clause).caused_by(&io::Error::from(errno))
             })?;
         }
         Ok(())
+    }
+
+    /// Make what happened to names in its directory durable.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn flush_directory(&self) -> Result<(), Errno> {
+        retry_on_intr(|| fsync(&self.flushed))
     }
 
     fn give_name(&mut self) -> Result<(), Errno> {
@@ -237,11 +279,17 @@ impl Drop for NewFile {
     }
 }
 
-fn opened(file: File, path: &Path, directory: &Directory, identity: Identity) -> Result<OpenedFile, Error> {
+fn opened(
+    file: File,
+    path: &Path,
+    directory: &Directory,
+    name: &OsStr,
+    identity: Identity,
+) -> Result<OpenedFile, Error> {
     let file =
         FileImage::new(file).map_err(|error| Error::io(path, ErrorCode::OpenFailed, "cannot be read", &error))?;
-    let directory = directory.clone();
-    Ok(OpenedFile { file, path: path.to_owned(), directory, identity, block_device: false, below: None })
+    let (directory, holder, name) = (directory.clone(), directory.clone(), name.to_owned());
+    Ok(OpenedFile { file, path: path.to_owned(), directory, holder, name, identity, block_device: false, below: None })
 }
 
 /// Open the file that is replaced. Who may not write to it may not replace it, either.
@@ -251,8 +299,7 @@ fn open_replaced(path: &Path, named: &NamedFile, identity: Identity) -> Result<R
 }
 
 /// Make a file in a directory: without a name, or else with the one that is returned.
-fn create(directory: &Directory, name: &OsStr) -> Result<(OwnedFd, Option<OsString>), Errno> {
-    let mode = Mode::from_raw_mode(0o644);
+fn create(directory: &Directory, name: &OsStr, mode: Mode) -> Result<(OwnedFd, Option<OsString>), Errno> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     // Without procfs, a file that has no name cannot be given one.
     if std::fs::symlink_metadata("/proc/self/fd").is_ok() {
@@ -330,7 +377,7 @@ mod tests {
             let path = dir.path().join("image");
             drop(begun(&path, named));
             assert_eq!(names(dir.path()), [""; 0]);
-            let new = begun(&path, named);
+            let mut new = begun(&path, named);
             assert!(!path.exists());
             new.publish(true).unwrap();
             assert_eq!((names(dir.path()), fs::read(&path).unwrap()), (vec!["image".to_owned()], b"new".to_vec()));
@@ -346,7 +393,7 @@ mod tests {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
             std::os::unix::fs::symlink("image", dir.path().join("link")).unwrap();
             drop(begun(&path, named));
-            let new = begun(&dir.path().join("link"), named);
+            let mut new = begun(&dir.path().join("link"), named);
             assert_eq!(fs::read(&path).unwrap(), b"old");
             new.publish(true).unwrap();
             assert_eq!((names(dir.path()).len(), fs::read(&path).unwrap()), (2, b"new".to_vec()));
@@ -360,13 +407,15 @@ mod tests {
         for named in [false, true] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("image");
-            let new = begun(&path, named);
+            let mut new = begun(&path, named);
             fs::write(&path, "another").unwrap();
             assert!(new.publish(true).unwrap_err().to_string().contains("meanwhile"));
+            drop(new);
             assert_eq!((names(dir.path()).len(), fs::read(&path).unwrap()), (1, b"another".to_vec()));
-            let new = begun(&path, named);
+            let mut new = begun(&path, named);
             fs::remove_file(&path).unwrap();
             new.publish(true).unwrap_err();
+            drop(new);
             assert_eq!(names(dir.path()), [""; 0]);
         }
     }

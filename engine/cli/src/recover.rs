@@ -1,0 +1,56 @@
+//! `instar recover`: options, and what is printed.
+
+use super::opening::parse_seconds;
+use super::output::{print, print_json_indented, unprinted_but, OutputFormat};
+use clap::Args;
+use instar::error::Error;
+use instar::escape::escape_path;
+use instar::operation::Session;
+use instar::recover::{run_recover, RecoverOutcome, RecoverRequest};
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Indentation of JSON.
+const INDENT: &[u8] = b"  ";
+
+/// Give an image back what it was before an atomic commit into it that did not end
+#[derive(Args, Debug)]
+pub struct RecoverArgs {
+    /// Print nothing on success
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Wait so many seconds for an image that is in use
+    #[arg(long, value_name = "SECONDS", default_value_t, value_parser = parse_seconds)]
+    pub wait: u64,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+    /// The image
+    #[arg(value_name = "FILENAME")]
+    pub filename: PathBuf,
+}
+
+/// Run the command.
+///
+/// # Errors
+/// When the image has no undo log, or one that does not count, or when it cannot be written.
+pub fn run(args: &RecoverArgs, session: &Session, out: &mut dyn Write) -> Result<(), Error> {
+    let request = RecoverRequest { image: args.filename.clone(), wait: args.wait };
+    let outcome = run_recover(&request, session)?;
+    let printed = match args.output {
+        OutputFormat::Json => print_json_indented(out, &outcome, INDENT),
+        OutputFormat::Human if args.quiet => Ok(()),
+        OutputFormat::Human => print(out, &text(args, &outcome)),
+    };
+    printed.map_err(|error| unprinted_but("the image is recovered", &args.filename, &error))
+}
+
+fn text(args: &RecoverArgs, outcome: &RecoverOutcome) -> String {
+    let image = escape_path(&args.filename);
+    match outcome.restored {
+        true => {
+            format!("'{image}' is what it was before the commit: {} bytes were written back.\n", outcome.bytes_restored)
+        }
+        false => format!("The commit into '{image}' was complete; what was left of its undo log is removed.\n"),
+    }
+}

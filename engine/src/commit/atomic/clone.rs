@@ -1,0 +1,220 @@
+//! A target that is changed as a clone without a name, which shares its extents, and takes its place when it is complete.
+//!
+//! The order, and the crash that each step survives:
+//!
+//! 1. the clone is filled, and flushed. It has no name: a crash leaves nothing of it, and the target as it was;
+//! 2. the old target gets the name of the backup, if there is to be one, and the directory is flushed. A crash leaves the target
+//!    with two names;
+//! 3. the clone gets a temporary name and then, in one step, the target's; the directory is flushed. A crash leaves the old
+//!    target or the new one, and before the rename perhaps a file with a temporary name;
+//! 4. only then does anything change that counts on the new one: the overlay, its record of its parent, its children.
+
+use crate::create::NewFile;
+use crate::error::Error;
+use crate::escape::escape_bytes;
+use crate::image::{Access, OpenedFile};
+use crate::lookup::{Directory, Identity};
+use instar_guest_abi::ErrorCode;
+use rustix::fs::{
+    fchmod, fchown, fgetxattr, flistxattr, fremovexattr, fsetxattr, fstat, ioctl_ficlone, linkat, statat, unlinkat,
+    AtFlags, Gid, Mode, Uid, XattrFlags, CWD,
+};
+use rustix::io::{retry_on_intr, Errno};
+use std::ffi::{CStr, CString, OsStr, OsString};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+
+/// Bytes of an extended attribute, and of the list of their names, at most (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+const MOST: usize = 64 << 10;
+
+/// Why a target cannot be cloned.
+#[derive(Debug)]
+pub enum NoClone {
+    /// It has to be kept in another way: one clause.
+    Unable(String),
+    /// The commit is refused.
+    Refused(Error),
+}
+
+/// A clone on its way to the target's name.
+#[derive(Debug)]
+pub struct Clone {
+    new: NewFile,
+    /// The name that the old target keeps.
+    backup: Option<OsString>,
+    name: OsString,
+    directory: Directory,
+    identity: Identity,
+}
+
+/// Names of a file, besides that of a backup that an interrupted run has left.
+fn other_names(file: &File, left_over: bool) -> u64 {
+    fstat(file).map_or(1, |stat| stat.st_nlink).saturating_sub(u64::from(left_over))
+}
+
+impl Clone {
+    /// Clone a target, and hand over an open file of the clone, locked as the target is. Nothing of it can be seen.
+    ///
+    /// # Errors
+    /// [`NoClone`].
+    pub fn begin(
+        target: &OpenedFile,
+        directory: &Directory,
+        name: &OsStr,
+        backup: Option<&OsStr>,
+    ) -> Result<(Self, OpenedFile), NoClone> {
+        let path = &target.path;
+        let old = target.file.file();
+        let unable =
+            |what: &str, errno: Errno| NoClone::Unable(format!("{what}: {}", crate::error::reason(&errno.into())));
+        let mut new = match NewFile::begin_replacing(path, directory, name, target.identity) {
+            Ok(new) => new,
+            Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::ROFS)) => {
+                let error = std::io::Error::from(errno);
+                let what = "cannot be replaced, which --atomic needs: no file can be made in its directory";
+                return Err(NoClone::Refused(Error::io(path, ErrorCode::OpenFailed, what, &error)));
+            }
+            Err(errno) => return Err(unable("no file without a name can be made", errno)),
+        };
+        // ioctl_ficlone(2): all of it or nothing.
+        retry_on_intr(|| ioctl_ficlone(new.file(), old))
+            .map_err(|errno| unable("its file system shares no extents", errno))?;
+        dress(old, new.file()).map_err(NoClone::Unable)?;
+        let opened = new.open().and_then(|opened| {
+            let begun_twice =
+                || Error::new(ErrorCode::InternalOverflow, "a clone that was opened twice: please report this");
+            opened.ok_or_else(begun_twice)?.lock(Access::ReadWrite)
+        });
+        let opened = opened.map_err(NoClone::Refused)?;
+        let clone = Self {
+            new,
+            backup: backup.map(OsStr::to_owned),
+            name: name.to_owned(),
+            directory: directory.clone(),
+            identity: target.identity,
+        };
+        Ok((clone, opened))
+    }
+
+    /// It is complete: make it durable with all that belongs to it, and have it take the place of `old`.
+    ///
+    /// # Errors
+    /// What is in the way, the target is as it was; or its directory cannot be flushed, the new one is complete.
+    pub fn publish(&mut self, old: &OpenedFile) -> Result<(), Error> {
+        let path = &old.path;
+        let left_over = self.backup.as_deref().is_some_and(|backup| leads_to(&self.directory, backup, self.identity));
+        let count = other_names(old.file.file(), left_over);
+        if count > 1 {
+            return Err(has_names(old, count));
+        }
+        if let Some(backup) = self.backup.as_deref().filter(|_| !left_over) {
+            self.keep(old, backup)?;
+        }
+        let published = self.new.publish(true);
+        if published.is_err() && !left_over {
+            // Only as long as the target still has its own name.
+            if let Some(backup) =
+                self.backup.as_deref().filter(|_| leads_to(&self.directory, &self.name, self.identity))
+            {
+                if leads_to(&self.directory, backup, self.identity) {
+                    let _ = unlinkat(&self.directory, backup, AtFlags::empty());
+                }
+            }
+        }
+        published.map_err(|error| error.at_path(path))
+    }
+
+    /// Whether the old target keeps a name.
+    pub fn leaves_backup(&self) -> bool {
+        self.backup.is_some()
+    }
+
+    /// Whether it has taken the place of `old`.
+    pub fn has_replaced(&self, old: &OpenedFile) -> bool {
+        fstat(self.new.file()).is_ok_and(|stat| stat.st_nlink > 0)
+            && !leads_to(&self.directory, &self.name, old.identity)
+    }
+
+    /// Give the old target the name of the backup, too, durably.
+    fn keep(&self, old: &OpenedFile, backup: &OsStr) -> Result<(), Error> {
+        let failed = |errno: Errno| {
+            let what = format!("cannot keep the name '{}' for what it was", escape_bytes(backup.as_bytes()));
+            Error::io(&old.path, ErrorCode::OpenFailed, what, &errno.into())
+        };
+        let descriptor = format!("/proc/self/fd/{}", old.file.file().as_raw_fd());
+        linkat(CWD, descriptor, &self.directory, backup, AtFlags::SYMLINK_FOLLOW).map_err(failed)?;
+        self.new.flush_directory().map_err(|errno| {
+            let _ = unlinkat(&self.directory, backup, AtFlags::empty());
+            failed(errno)
+        })
+    }
+}
+
+/// Whether a name leads to a file.
+fn leads_to(directory: &Directory, name: &OsStr, identity: Identity) -> bool {
+    statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| Identity::of(&stat) == identity)
+}
+
+/// The refusal of a file with several names.
+pub(super) fn has_names(file: &OpenedFile, count: u64) -> Error {
+    let clause = format!(
+        "has {count} names (hard links), of which --atomic could replace one only: remove the others, which \
+         `find -samefile` lists, or commit without --atomic"
+    );
+    Error::image(&file.path, ErrorCode::UnsupportedFormat, clause)
+}
+
+/// Give a clone owner, mode, and extended attributes of its original: access lists and labels are some of them.
+fn dress(old: &File, new: &File) -> Result<(), String> {
+    let lost = |what: &str| {
+        let what = what.to_owned();
+        move |errno: Errno| format!("a clone cannot have its {what}: {}", crate::error::reason(&errno.into()))
+    };
+    let (stat, own) = (fstat(old).map_err(lost("mode"))?, fstat(new).map_err(lost("mode"))?);
+    if (stat.st_uid, stat.st_gid) != (own.st_uid, own.st_gid) {
+        let owner = (Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)));
+        fchown(new, owner.0, owner.1).map_err(lost("owner"))?;
+    }
+    fchmod(new, Mode::from_raw_mode(stat.st_mode & 0o7777)).map_err(lost("mode"))?;
+    let wanted = attributes(old).map_err(lost("extended attributes"))?;
+    // What the directory gives to every new file.
+    for name in attributes(new).map_err(lost("extended attributes"))? {
+        if !wanted.contains(&name) {
+            fremovexattr(new, name.as_c_str()).map_err(lost("extended attributes"))?;
+        }
+    }
+    for name in wanted {
+        let shown = escape_bytes(name.to_bytes()).to_string();
+        let value = attribute(old, &name).map_err(lost(&shown))?;
+        if attribute(new, &name).is_ok_and(|has| has == value) {
+            continue;
+        }
+        fsetxattr(new, name.as_c_str(), &value, XattrFlags::empty()).map_err(lost(&shown))?;
+    }
+    // An access list changes the mode, and the other way round.
+    let now = fstat(new).map_err(lost("mode"))?;
+    if now.st_mode & 0o7777 != stat.st_mode & 0o7777 {
+        return Err("a clone cannot have its mode".to_owned());
+    }
+    Ok(())
+}
+
+/// The names of a file's extended attributes.
+fn attributes(file: &File) -> Result<Vec<CString>, Errno> {
+    let mut list = vec![0_u8; MOST];
+    let length = match flistxattr(file, &mut list[..]) {
+        // A file system without them.
+        Err(Errno::OPNOTSUPP) => 0,
+        other => other?,
+    };
+    let names = list.get(..length).unwrap_or_default().split_inclusive(|&byte| byte == 0);
+    Ok(names.filter_map(|name| CStr::from_bytes_with_nul(name).ok()).map(CStr::to_owned).collect())
+}
+
+fn attribute(file: &File, name: &CStr) -> Result<Vec<u8>, Errno> {
+    let mut value = vec![0_u8; MOST];
+    let length = fgetxattr(file, name, &mut value[..])?;
+    value.truncate(length);
+    Ok(value)
+}

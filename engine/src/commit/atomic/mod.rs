@@ -1,0 +1,265 @@
+//! `--atomic`: the target is what it was, or what it should be, whatever happens in between.
+//!
+//! Where the file system shares extents, a [clone](clone) is filled, and takes the place of the target when it is complete.
+//! Elsewhere the target is changed in place, with an [undo log](undo_log) beside it.
+
+mod clone;
+mod undo_log;
+
+use super::changed::Changed;
+use crate::devices::{Device, Devices};
+use crate::error::Error;
+use crate::escape::escape_bytes;
+use crate::image::{ChainImage, OpenedFile};
+use crate::lookup::{Directory, Identity};
+use crate::sandbox::BadRequest;
+use clone::{has_names, Clone, NoClone};
+use instar_guest_abi::{ErrorCode, Part, Phase, DEVICE_OUTPUT};
+use rustix::fs::{fstat, statat, AtFlags};
+use rustix::io::Errno;
+use serde::Serialize;
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::fmt;
+use std::mem;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::rc::Rc;
+use undo_log::UndoLog;
+
+/// What the files are like after a commit that did not reach its end.
+const AS_IT_WAS: &str = "the target is as it was, and the overlay reads as before";
+/// The same, if it failed after the target was complete.
+const COMPLETE: &str = "the target is complete and the overlay reads as before; running the commit again finishes it";
+
+/// How the target is kept until it is complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AtomicWay {
+    /// As a clone, which takes its place.
+    Clone,
+    /// By a log beside it.
+    UndoLog,
+}
+
+#[derive(Debug)]
+enum Kept {
+    /// The clone, and the target, locked to the end.
+    Clone(Box<Clone>, Box<OpenedFile>),
+    UndoLog(Rc<RefCell<UndoLog>>),
+}
+
+/// A commit that changes its target whole or not at all.
+#[derive(Debug)]
+pub struct Atomic {
+    kept: Kept,
+    /// The directory of the target.
+    directory: Directory,
+    /// Why the target is not cloned.
+    why: Option<String>,
+    /// The guest said that the target is complete, and it is what it should be from then on.
+    complete: bool,
+    /// Why it could not be made so.
+    failure: Option<Error>,
+}
+
+/// The name of a backup, if it is one.
+///
+/// # Errors
+/// [`ErrorCode::BadUsage`].
+fn backup_name(backup: &Path) -> Result<&OsStr, Error> {
+    let name = backup.as_os_str();
+    if name.is_empty() || name.as_bytes().contains(&b'/') || matches!(name.as_bytes(), b"." | b"..") {
+        let clause = "--keep-backup takes a name in the directory of the target, without a slash";
+        return Err(Error::new(ErrorCode::BadUsage, format!("'{}': {clause}", escape_bytes(name.as_bytes()))));
+    }
+    Ok(name)
+}
+
+/// Refuse a backup of a name that exists, unless it is the target's, as an interrupted run leaves it. Returns whether it is.
+fn look_at_backup(target: &OpenedFile, (directory, name): (&Directory, &OsStr), backup: &OsStr) -> Result<bool, Error> {
+    match statat(directory, backup, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => Ok(false),
+        Ok(stat) if Identity::of(&stat) == target.identity && backup != name => Ok(true),
+        _ => {
+            let path = directory.path().join(backup);
+            let clause = "exists, or cannot be looked at: give --keep-backup another name";
+            Err(Error::image(&path, ErrorCode::OpenFailed, clause))
+        }
+    }
+}
+
+impl Atomic {
+    /// Keep a target. Where that is done by a clone, the clone is the image's file from here on.
+    ///
+    /// # Errors
+    /// One line that names the target and what to do.
+    pub fn begin(target: &mut ChainImage<'_>, backup: Option<&Path>) -> Result<Self, Error> {
+        let path = target.opened.path.clone();
+        let refused = |clause: &str| Err(Error::image(&path, ErrorCode::UnsupportedFormat, clause));
+        if target.opened.block_device {
+            return refused("is a block device, which --atomic can neither replace nor keep: commit without it");
+        }
+        if !target.files.is_empty() {
+            return refused(
+                "is an image in several files, which cannot change all at once: commit without --atomic, or convert it to an \
+                 image in one file first",
+            );
+        }
+        let (directory, name) = target.opened.place()?;
+        let backup = backup.map(backup_name).transpose()?;
+        let left_over = match backup {
+            Some(backup) => look_at_backup(&target.opened, (&directory, &name), backup)?,
+            None => false,
+        };
+        let names = fstat(target.opened.file.file()).map_or(1, |stat| stat.st_nlink);
+        if names.saturating_sub(u64::from(left_over)) > 1 {
+            return Err(has_names(&target.opened, names));
+        }
+        let why = match Clone::begin(&target.opened, &directory, &name, backup) {
+            Ok((clone, opened)) => {
+                // All else that is known of the target stays true.
+                let file = mem::replace(&mut target.opened.file, opened.file);
+                let OpenedFile { identity, block_device, below, .. } = target.opened;
+                let (path, beside) = (target.opened.path.clone(), target.opened.directory.clone());
+                let old = OpenedFile {
+                    file,
+                    path,
+                    directory: beside,
+                    holder: directory.clone(),
+                    name,
+                    identity,
+                    block_device,
+                    below,
+                };
+                return Ok(Self::kept(directory, Kept::Clone(Box::new(clone), Box::new(old)), None));
+            }
+            Err(NoClone::Refused(error)) => return Err(error),
+            Err(NoClone::Unable(why)) => why,
+        };
+        if backup.is_some() {
+            let clause = format!("cannot be cloned, and only a clone leaves a backup ({why}): leave out --keep-backup");
+            return refused(&clause);
+        }
+        let log = UndoLog::begin(&target.opened, &directory, &name)?;
+        Ok(Self::kept(directory, Kept::UndoLog(Rc::new(RefCell::new(log))), Some(why)))
+    }
+
+    fn kept(directory: Directory, kept: Kept, why: Option<String>) -> Self {
+        Self { kept, directory, why, complete: false, failure: None }
+    }
+
+    /// Whether the target is a clone.
+    #[must_use]
+    pub fn is_clone(&self) -> bool {
+        self.way() == AtomicWay::Clone
+    }
+
+    /// Which way it is.
+    #[must_use]
+    pub fn way(&self) -> AtomicWay {
+        match self.kept {
+            Kept::Clone(..) => AtomicWay::Clone,
+            Kept::UndoLog(_) => AtomicWay::UndoLog,
+        }
+    }
+
+    /// The directory in which names are made and removed.
+    #[must_use]
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// Have what depends on the target wait for it, and what is changed in place kept before.
+    pub fn attend(&self, devices: &mut Devices) {
+        devices.await_complete();
+        if let Kept::UndoLog(log) = &self.kept {
+            devices.ask_before_change(log.clone());
+        }
+    }
+
+    /// The guest says that the target is complete, and that what depends on it comes next.
+    ///
+    /// # Errors
+    /// Why it is not, or cannot be made so. The guest is ended then.
+    pub fn complete(&mut self, devices: &mut Devices) -> Result<(), BadRequest> {
+        if self.complete || self.failure.is_some() {
+            return Err(BadRequest("a target was said to be complete twice".to_owned()));
+        }
+        if devices.phase() != Phase::Target {
+            return Err(BadRequest("a target was said to be complete when it could not be".to_owned()));
+        }
+        if let Some(device) = devices.unflushed(|part| part == Part::Target) {
+            return Err(BadRequest(format!(
+                "the target was said to be complete while device {device} of it is not flushed"
+            )));
+        }
+        devices.complete_target();
+        let same = !devices.device(DEVICE_OUTPUT).is_some_and(Device::is_changed);
+        let done = match &mut self.kept {
+            // The old one is what it should be.
+            Kept::Clone(clone, _) if same && !clone.leaves_backup() => Ok(()),
+            Kept::Clone(clone, old) => clone.publish(old),
+            Kept::UndoLog(log) => log.borrow_mut().complete(),
+        };
+        match done {
+            Ok(()) => self.complete = true,
+            Err(error) => {
+                self.failure = Some(error);
+                return Err(BadRequest("a target that cannot be made complete".to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the target is what it should be.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// The error of a commit that did not reach its end, after the target was given back what it was, unless it is complete.
+    /// `usual` makes it for a state of the files, where the guest is to blame.
+    pub fn error(mut self, changed: Changed, usual: impl Fn(&str) -> Error) -> Error {
+        let (failure, state) = self.undo();
+        let state = match changed {
+            // What comes after the target is as without --atomic.
+            Changed { overlay: true, .. } | Changed { children: true, .. } | Changed { backing: false, .. } => {
+                changed.clause()
+            }
+            _ => &state,
+        };
+        match failure {
+            Some(error) => error.in_state(state),
+            None => usual(state),
+        }
+    }
+
+    /// Give the target back what it was, unless it is complete. Returns why the host ended the guest, if it was that, and what
+    /// the files are like.
+    fn undo(&mut self) -> (Option<Error>, String) {
+        let failure = self.failure.take();
+        let state = match &self.kept {
+            _ if self.complete => COMPLETE.to_owned(),
+            // Only its directory could not be flushed.
+            Kept::Clone(clone, old) if failure.is_some() && clone.has_replaced(old) => COMPLETE.to_owned(),
+            Kept::Clone(..) => AS_IT_WAS.to_owned(),
+            Kept::UndoLog(log) => log.borrow_mut().undo(),
+        };
+        let failure = failure.or_else(|| match &self.kept {
+            Kept::UndoLog(log) => log.borrow().failure(),
+            Kept::Clone(..) => None,
+        });
+        (failure, state)
+    }
+}
+
+impl fmt::Display for Atomic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.way(), &self.why) {
+            (AtomicWay::Clone, _) => f.write_str("a clone takes its place"),
+            (AtomicWay::UndoLog, Some(why)) => write!(f, "an undo log keeps what it was ({why})"),
+            (AtomicWay::UndoLog, None) => f.write_str("an undo log keeps what it was"),
+        }
+    }
+}

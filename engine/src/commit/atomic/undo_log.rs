@@ -1,0 +1,511 @@
+//! A target that is changed in place, with what it was kept beside it.
+//!
+//! The order, and the crash that each step survives:
+//!
+//! 1. what is about to change is appended to the log, and flushed. The target is as it was, whatever of that arrives;
+//! 2. before the first change, the log gets its name, and its directory is flushed: from here on every command finds it;
+//! 3. only then does the target change. A crash leaves a log that says all that is needed to undo it;
+//! 4. once the target is complete and durable, the log is cut to nothing, durably, and then removed. From the cut on it undoes
+//!    nothing, also under another name.
+
+use crate::create::NewFile;
+use crate::devices::{Before, BeforeChange};
+use crate::error::{reason, Error};
+use crate::escape::{escape_bytes, shell_path};
+use crate::image::OpenedFile;
+use crate::lookup::{Directory, Identity};
+use crate::undo::{crc32c, log_name, Header, Kind, Log, Record, HEADER, MOST_DATA};
+use instar_guest_abi::ErrorCode;
+use rustix::fs::{
+    fchown, fcntl_getfl, fcntl_setfl, fstat, fsync, ftruncate, openat, statat, statx, unlinkat, AtFlags, Gid, Mode,
+    OFlags, StatxFlags, Uid,
+};
+use rustix::io::retry_on_intr;
+use std::collections::hash_map::RandomState;
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::hash::BuildHasher;
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// What is kept is kept by whole blocks of this many bytes, each once.
+const BLOCK: u64 = 4096;
+
+/// The log of a target, and what it has of it.
+#[derive(Debug)]
+pub struct UndoLog {
+    /// The target, for messages and to give it back what it was.
+    path: PathBuf,
+    target: File,
+    identity: Identity,
+    name: OsString,
+    directory: Directory,
+    flushed: OwnedFd,
+    /// The log under way to its name.
+    new: Option<NewFile>,
+    log: File,
+    header: Header,
+    /// Where the next record goes.
+    end: u64,
+    sequence: u64,
+    /// The ranges that it has: where each begins and ends.
+    kept: BTreeMap<u64, u64>,
+    /// Something could not be kept: from then on, nothing is changed.
+    failed: Option<i32>,
+}
+
+impl UndoLog {
+    /// Make the log of a target. It has no name before something is about to change.
+    ///
+    /// # Errors
+    /// What the system says, and a target of somebody else, whose log nobody could tell from a forged one.
+    pub fn begin(target: &OpenedFile, directory: &Directory, name: &OsStr) -> Result<Self, Error> {
+        let path = &target.path;
+        let log_path = directory.path().join(log_name(name));
+        let cannot = |what: &str, error: &io::Error| Error::io(&log_path, ErrorCode::OpenFailed, what, error);
+        let stat = fstat(target.file.file()).map_err(|errno| cannot("cannot be created", &errno.into()))?;
+        let caller = rustix::process::geteuid();
+        if !caller.is_root() && caller.as_raw() != stat.st_uid {
+            let clause =
+                "belongs to somebody else: an undo log counts only if the image's owner or root wrote it, so run this \
+                          as one of them, or commit without --atomic";
+            return Err(Error::image(path, ErrorCode::PermissionDenied, clause));
+        }
+        let new = NewFile::begin_beside(&log_path, directory, &log_name(name), Mode::from_raw_mode(0o600))?;
+        let log = new.file().try_clone().map_err(|error| cannot("cannot be created", &error))?;
+        // So that the owner can use it, too. Root's counts as well.
+        if caller.is_root() && stat.st_uid != 0 {
+            let _ = fchown(&log, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)));
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let flushed = openat(directory, ".", flags, Mode::empty());
+        let flushed = flushed.map_err(|errno| cannot("is in a directory that cannot be opened", &errno.into()))?;
+        let file = target.file.file().try_clone().map_err(|error| cannot("cannot be created", &error))?;
+        let born = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
+        let born = born.filter(|found| found.stx_mask & StatxFlags::BTIME.bits() != 0);
+        let header = Header {
+            nonce: nonce(),
+            length: target.length(),
+            inode: stat.st_ino,
+            device: stat.st_dev,
+            born: born.map_or((0, 0), |found| (found.stx_btime.tv_sec.cast_unsigned(), found.stx_btime.tv_nsec)),
+            durable: 0,
+            name: name.as_bytes().to_vec(),
+        };
+        if header.encode().is_none() {
+            return Err(Error::image(path, ErrorCode::OpenFailed, "has a name that is too long for an undo log"));
+        }
+        Ok(Self {
+            path: path.clone(),
+            target: file,
+            identity: target.identity,
+            name: name.to_owned(),
+            directory: directory.clone(),
+            flushed,
+            new: Some(new),
+            log,
+            header,
+            end: HEADER as u64,
+            sequence: 0,
+            kept: BTreeMap::new(),
+            failed: None,
+        })
+    }
+
+    /// Its path, for messages.
+    fn log_path(&self) -> PathBuf {
+        self.directory.path().join(log_name(&self.name))
+    }
+
+    /// Whether it has its name, so that the target may be changed.
+    fn is_named(&self) -> bool {
+        self.new.is_none()
+    }
+
+    /// Why nothing could be kept, if that is why the operation was ended.
+    pub fn failure(&self) -> Option<Error> {
+        let error = io::Error::from_raw_os_error(self.failed.filter(|&errno| errno != libc::EINTR)?);
+        Some(Error::io(&self.log_path(), ErrorCode::BackingIo, "what the target holds cannot be kept", &error))
+    }
+
+    /// The parts of these ranges, by whole blocks, that are within the file and not kept yet; ascending.
+    fn missing(&self, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+        let length = self.header.length;
+        let block = |range: &Range<u64>| {
+            let start = range.start / BLOCK * BLOCK;
+            let end = range.end.checked_next_multiple_of(BLOCK).unwrap_or(u64::MAX);
+            start..end.min(length)
+        };
+        let mut wanted: Vec<Range<u64>> = ranges
+            .iter()
+            .filter(|range| range.start < range.end)
+            .map(block)
+            .filter(|range| range.start < range.end)
+            .collect();
+        wanted.sort_by_key(|range| range.start);
+        let mut missing = Vec::new();
+        let mut from = 0;
+        for Range { start, end } in wanted {
+            let mut at = start.max(from);
+            from = from.max(end);
+            while at < end {
+                let before = self.kept.range(..=at).next_back().map_or(0, |(_, end)| *end);
+                if before > at {
+                    at = before;
+                    continue;
+                }
+                let next = self.kept.range(at..).next().map_or(end, |(start, _)| (*start).min(end));
+                missing.push(at..next);
+                at = next;
+            }
+        }
+        missing
+    }
+
+    /// This range is kept.
+    fn note(&mut self, range: &Range<u64>) {
+        let Range { mut start, mut end } = *range;
+        if let Some((&before, &until)) = self.kept.range(..=start).next_back().filter(|(_, &until)| until >= start) {
+            start = before;
+            end = end.max(until);
+        }
+        if let Some((&after, &until)) = self.kept.range(end..).next().filter(|(&after, _)| after == end) {
+            self.kept.remove(&after);
+            end = until;
+        }
+        self.kept.insert(start, end);
+    }
+
+    /// Append what a range holds.
+    fn append(
+        &mut self,
+        device: &dyn Before,
+        range: &Range<u64>,
+        batch: u64,
+        go_on: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            go_on()?;
+            let (data, hole) = device.next_data(at, range.end);
+            if data > at {
+                self.record(
+                    Record { sequence: self.sequence, batch, offset: at, length: data - at, kind: Kind::Hole },
+                    &[],
+                )?;
+            }
+            let mut from = data;
+            while from < hole {
+                go_on()?;
+                let length = (hole - from).min(MOST_DATA);
+                let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+                device.read(from, &mut bytes)?;
+                let kind = Kind::Data(crc32c(&bytes));
+                self.record(Record { sequence: self.sequence, batch, offset: from, length, kind }, &bytes)?;
+                from += length;
+            }
+            at = hole.max(data);
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, record: Record, data: &[u8]) -> io::Result<()> {
+        let mut block = record.encode(&self.header.nonce);
+        block.extend_from_slice(data);
+        let room = usize::try_from(record.room()).unwrap_or(0);
+        block.resize(block.len() - data.len() + room, 0);
+        self.log.write_all_at(&block, self.end)?;
+        self.end += block.len() as u64;
+        self.sequence += 1;
+        Ok(())
+    }
+
+    /// Keep ranges durably.
+    fn keep(
+        &mut self,
+        device: &dyn Before,
+        ranges: &[Range<u64>],
+        go_on: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let missing = self.missing(ranges);
+        let batch = self.sequence;
+        missing.iter().try_for_each(|range| self.append(device, range, batch, go_on))?;
+        if self.is_named() && missing.is_empty() {
+            return Ok(());
+        }
+        if !self.is_named() {
+            self.header.durable = self.sequence;
+            self.log.write_all_at(&self.header.encode().unwrap_or_default(), 0)?;
+        }
+        flush(&self.log)?;
+        if let Some(new) = &mut self.new {
+            // A crash before its directory is flushed may lose the name: the target is as it was.
+            if let Err(error) = new.publish(true) {
+                // It may have the name, and not durably: nothing was changed that it would undo.
+                let _ = self.remove(&self.log_path());
+                return Err(io::Error::from_raw_os_error(error.errno().unwrap_or(libc::EEXIST)));
+            }
+            self.new = None;
+        }
+        missing.iter().for_each(|range| self.note(range));
+        Ok(())
+    }
+
+    /// The target is complete and durable: the log undoes nothing any more.
+    ///
+    /// # Errors
+    /// What the system says: then the target can be given back what it was, or is complete, whatever a crash leaves.
+    pub fn complete(&mut self) -> Result<(), Error> {
+        if !self.is_named() {
+            return Ok(());
+        }
+        let found = statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat));
+        if found != Ok(self.identity) {
+            let clause = "was moved or replaced by another process meanwhile, and is given back what it was";
+            return Err(Error::image(&self.path, ErrorCode::OpenFailed, clause));
+        }
+        let log = self.log_path();
+        let cannot = |what: &'static str| {
+            let log = log.clone();
+            move |errno: rustix::io::Errno| Error::io(&log, ErrorCode::BackingIo, what, &errno.into())
+        };
+        // This is the moment of the commit: what was cut is no log, whatever it is called.
+        retry_on_intr(|| ftruncate(&self.log, 0)).map_err(cannot("cannot be cut"))?;
+        self.end = 0;
+        retry_on_intr(|| fsync(&self.log)).map_err(cannot("cannot be flushed"))?;
+        self.remove(&log)
+    }
+
+    /// Remove the log, which says nothing any more.
+    fn remove(&self, log: &Path) -> Result<(), Error> {
+        let name = log_name(&self.name);
+        // Only if it is this one.
+        let own = fstat(&self.log).map(|stat| Identity::of(&stat));
+        let found = statat(&self.directory, &name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat));
+        if own.is_ok() && own == found {
+            let cannot =
+                |errno: rustix::io::Errno| Error::io(log, ErrorCode::BackingIo, "cannot be removed", &errno.into());
+            unlinkat(&self.directory, &name, AtFlags::empty()).map_err(cannot)?;
+            // A crash that brings it back brings back an empty one.
+            let _ = retry_on_intr(|| fsync(&self.flushed));
+        }
+        Ok(())
+    }
+
+    /// Give the target back what it was, and remove the log. Says what the files are like.
+    pub fn undo(&mut self) -> String {
+        if !self.is_named() {
+            return super::AS_IT_WAS.to_owned();
+        }
+        if self.end == 0 {
+            return format!(
+                "the target is complete and the overlay reads as before; `instar recover {}` removes what is left of the undo \
+                 log, and running the commit again finishes it",
+                shell_path(&self.path)
+            );
+        }
+        match self.give_back() {
+            Ok(()) => super::AS_IT_WAS.to_owned(),
+            Err(why) => format!(
+                "the target could not be given back what it was ({why}): `instar recover {}` does that",
+                shell_path(&self.path)
+            ),
+        }
+    }
+
+    fn give_back(&mut self) -> Result<(), String> {
+        let why = |error: &io::Error| reason(error).to_string();
+        // Blocks of the log need not be those of direct I/O.
+        if let Ok(flags) = fcntl_getfl(&self.target) {
+            let _ = fcntl_setfl(&self.target, flags - OFlags::DIRECT);
+        }
+        let log = Log::read(&self.log).map_err(|unusable| escape_bytes(unusable.to_string().as_bytes()).to_string())?;
+        log.apply(&self.target).map_err(|error| why(&error))?;
+        retry_on_intr(|| ftruncate(&self.log, 0)).map_err(|errno| why(&errno.into()))?;
+        let _ = retry_on_intr(|| fsync(&self.log));
+        self.remove(&self.log_path()).map_err(|error| error.message)
+    }
+}
+
+impl BeforeChange for UndoLog {
+    fn before(
+        &mut self,
+        device: &dyn Before,
+        ranges: &[Range<u64>],
+        go_on: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        if let Some(errno) = self.failed {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        self.keep(device, ranges, go_on).inspect_err(|error| {
+            // What was appended in vain is in the way of what would follow.
+            self.failed = Some(error.raw_os_error().unwrap_or(libc::EIO));
+        })
+    }
+}
+
+fn flush(file: &File) -> io::Result<()> {
+    Ok(retry_on_intr(|| rustix::fs::fdatasync(file))?)
+}
+
+/// A number that no other log has.
+fn nonce() -> [u8; 16] {
+    let draw = || RandomState::new().hash_one(std::process::id()).to_le_bytes();
+    let mut nonce = [0; 16];
+    nonce[..8].copy_from_slice(&draw());
+    nonce[8..].copy_from_slice(&draw());
+    nonce
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::devices::{Device, Devices};
+    use crate::image::Access;
+    use crate::sandbox::{BufferAccess, VolatileSlice};
+    use instar_guest_abi::{request_status, Part, Phase, Request, DEVICE_OUTPUT};
+    use std::cell::RefCell;
+    use std::fs;
+    use std::rc::Rc;
+
+    const SOURCE: u32 = 0;
+
+    struct NoMemory;
+
+    impl BufferAccess for NoMemory {
+        fn heap_slice(&self, _: u64, _: u64) -> Option<VolatileSlice<'_>> {
+            None
+        }
+    }
+
+    struct Lab {
+        directory: tempfile::TempDir,
+        before: Vec<u8>,
+        log: Rc<RefCell<UndoLog>>,
+        devices: Devices,
+    }
+
+    impl Lab {
+        /// A target with a hole in the middle, whose length is no whole block.
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("base");
+            let mut before: Vec<u8> = (0..70_000_u32).map(|at| (at % 251) as u8 + 1).collect();
+            before[20_480..40_960].fill(0);
+            fs::write(&path, &before).unwrap();
+            let opened = OpenedFile::named(&path, Access::ReadWrite, ErrorCode::ImageNotFound).unwrap();
+            rustix::fs::fallocate(
+                opened.file.file(),
+                rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE,
+                20_480,
+                20_480,
+            )
+            .unwrap();
+            let (holder, name) = opened.place().unwrap();
+            let log = Rc::new(RefCell::new(UndoLog::begin(&opened, &holder, &name).unwrap()));
+            let source = tempfile::tempfile().unwrap();
+            source.write_all_at(&[0xee; 100_000], 0).unwrap();
+            let mut devices = Devices::new();
+            devices.attach(SOURCE, Device::new(source, false, 100_000, 100_000, false).with_part(Part::Read));
+            let target = opened.file.into_file();
+            devices.attach(DEVICE_OUTPUT, Device::new(target, true, 70_000, 200_000, false).with_part(Part::Target));
+            devices.ask_before_change(log.clone());
+            devices.enter(Phase::Target).unwrap();
+            Self { directory, before, log, devices }
+        }
+
+        fn run(&mut self, mut requests: Vec<Request>) {
+            self.devices.execute(&NoMemory, &mut requests).unwrap();
+            assert!(requests.iter().all(|request| request.status == request_status::OK), "{requests:?}");
+        }
+
+        fn now(&self) -> Vec<u8> {
+            fs::read(self.directory.path().join("base")).unwrap()
+        }
+
+        fn names(&self) -> usize {
+            fs::read_dir(self.directory.path()).unwrap().count()
+        }
+    }
+
+    fn copy(from: u64, to: u64, length: u64) -> Request {
+        Request::copy(SOURCE, from, DEVICE_OUTPUT, to, length)
+    }
+
+    #[test]
+    fn whatever_changes_is_undone() {
+        let mut lab = Lab::new();
+        assert_eq!(lab.names(), 1, "nothing is there before the first change");
+        lab.run(vec![copy(0, 100, 10), Request::zero(DEVICE_OUTPUT, 8192, 5000), copy(7, 30_000, 9000)]);
+        assert_eq!(lab.names(), 2);
+        // Again, over what is kept, and beyond it.
+        lab.run(vec![copy(3, 0, 16_000), Request::flush(DEVICE_OUTPUT)]);
+        lab.run(vec![Request::set_length(DEVICE_OUTPUT, 50_000)]);
+        lab.run(vec![Request::set_length(DEVICE_OUTPUT, 90_000), copy(1, 60_000, 30_000)]);
+        assert_ne!(lab.now(), lab.before);
+        let log = lab.directory.path().join(".base.instar-undo");
+        // What another process finds after a crash.
+        let crashed = fs::File::open(&log).unwrap();
+        assert_eq!(Log::read(&crashed).unwrap().header().length, 70_000);
+        assert_eq!(lab.log.borrow_mut().undo(), super::super::AS_IT_WAS);
+        assert_eq!((lab.now() == lab.before, lab.names()), (true, 1));
+    }
+
+    #[test]
+    fn a_block_is_kept_once() {
+        let mut lab = Lab::new();
+        lab.run(vec![copy(0, 4096, 4096)]);
+        let length = || fs::metadata(lab.directory.path().join(".base.instar-undo")).unwrap().len();
+        let one = length();
+        assert_eq!(one, (HEADER + crate::undo::RECORD) as u64 + 4096);
+        let mut lab = Lab { ..lab };
+        lab.run(vec![copy(0, 5000, 100), copy(50, 4096, 4096), Request::zero(DEVICE_OUTPUT, 4096, 4096)]);
+        assert_eq!(fs::metadata(lab.directory.path().join(".base.instar-undo")).unwrap().len(), one);
+        // What is new in the file is not kept.
+        lab.run(vec![copy(0, 80_000, 10_000)]);
+        assert_eq!(fs::metadata(lab.directory.path().join(".base.instar-undo")).unwrap().len(), one);
+    }
+
+    #[test]
+    fn a_complete_target_stays() {
+        let mut lab = Lab::new();
+        lab.run(vec![copy(0, 0, 70_000), Request::flush(DEVICE_OUTPUT)]);
+        let held = fs::File::open(lab.directory.path().join(".base.instar-undo")).unwrap();
+        lab.log.borrow_mut().complete().unwrap();
+        assert_eq!((lab.now(), lab.names()), (vec![0xee; 70_000], 1));
+        assert_eq!(held.metadata().unwrap().len(), 0, "also under another name, it undoes nothing");
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_not_changed() {
+        let mut lab = Lab::new();
+        // Somebody has put something there.
+        fs::write(lab.directory.path().join(".base.instar-undo"), "mine").unwrap();
+        let mut requests = [copy(0, 0, 10)];
+        lab.devices.execute(&NoMemory, &mut requests).unwrap();
+        assert_eq!(requests[0].status, libc::EEXIST);
+        assert!(lab.log.borrow().failure().unwrap().to_string().contains("cannot be kept"));
+        assert_eq!(lab.now(), lab.before);
+        assert_eq!(fs::read(lab.directory.path().join(".base.instar-undo")).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn ranges_that_are_missing() {
+        let lab = Lab::new();
+        let mut log = lab.log.borrow_mut();
+        let wanted = [5000..5001, 0..10, 65_536..u64::MAX, 80_000..90_000, 7..7];
+        assert_eq!(log.missing(&wanted), [0..4096, 4096..8192, 65_536..70_000]);
+        for range in [4096..8192, 0..4096, 12_288..16_384] {
+            log.note(&range);
+        }
+        assert_eq!(log.missing(&[0..20_000, 1..1]), [8192..12_288, 16_384..20_480]);
+        log.note(&(8192..12_288));
+        assert_eq!(log.kept.iter().collect::<Vec<_>>(), [(&0, &16_384)]);
+    }
+}

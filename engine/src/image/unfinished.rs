@@ -1,0 +1,65 @@
+//! The undo log that an interrupted `instar commit --atomic` leaves beside its target: until the target has back what it was,
+//! it is a mixture of two images, which nobody may read or change.
+
+use super::open::OpenedFile;
+use crate::error::Error;
+use crate::escape::shell_path;
+use crate::lookup::{walk, Directory, Identity};
+use crate::undo::log_name;
+use instar_guest_abi::ErrorCode;
+use rustix::fs::{statat, AtFlags};
+use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+impl OpenedFile {
+    /// The directory that holds the file itself, and its name there: not those of a link that leads to it.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OpenFailed`] if its name leads to another file meanwhile.
+    pub fn place(&self) -> Result<(Directory, OsString), Error> {
+        let is_it = |directory: &Directory, name: &OsStr| {
+            statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| Identity::of(&stat) == self.identity)
+        };
+        if is_it(&self.holder, &self.name) {
+            return Ok((self.holder.clone(), self.name.clone()));
+        }
+        let moved = || {
+            let clause = "was moved or replaced by another process meanwhile: run the command again";
+            Error::image(&self.path, ErrorCode::OpenFailed, clause)
+        };
+        let top = Directory::open(Path::new("/")).map_err(|_| moved())?;
+        let reached = walk(&self.holder, &top, self.name.as_bytes()).map_err(|_| moved())?;
+        let (directory, name) = (reached.holder.directory().clone(), reached.name);
+        if is_it(&directory, &name) {
+            Ok((directory, name))
+        } else {
+            Err(moved())
+        }
+    }
+
+    /// Refuse a file with an undo log beside it.
+    ///
+    /// # Errors
+    /// [`ErrorCode::RecoveryNeeded`].
+    pub(super) fn refuse_unfinished(&self) -> Result<(), Error> {
+        if self.block_device {
+            return Ok(());
+        }
+        // Of a file that has no name any more, nobody can find a log.
+        let Ok((directory, name)) = self.place() else { return Ok(()) };
+        match statat(&directory, log_name(&name), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT | Errno::NAMETOOLONG) => Ok(()),
+            // A log that cannot be looked at is one.
+            Ok(_) | Err(_) => {
+                let clause = format!(
+                    "has an undo log beside it: an atomic commit into it did not end, and if none is running, \
+                     `instar recover {}` gives it back what it was",
+                    shell_path(&self.path)
+                );
+                Err(Error::image(&self.path, ErrorCode::RecoveryNeeded, clause))
+            }
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Reading an undo log, and giving a file back what it says.
+//!
+//! The log is read whole, and every sum of it compared, before the file is touched. It ends at the first record that is none:
+//! a power loss can tear the last batch, under which nothing was changed. A record that is missing before a batch that was
+//! made durable later is damage, and the log is refused.
+//!
+//! Writing back is done in any order and as often as need be: a range stands in the log once, and the log is left alone until
+//! the file is durable again.
+
+use super::crc::crc32c;
+use super::format::{Header, Kind, Record, HEADER, RECORD};
+use crate::devices::make_zero;
+use rustix::io::retry_on_intr;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Bytes of the log that are searched at once for records behind its end.
+const SEARCHED: usize = 1 << 20;
+
+/// Why a log cannot be applied.
+#[derive(Debug, thiserror::Error)]
+pub enum Unusable {
+    /// It is damaged, or none.
+    #[error("{0}")]
+    Malformed(&'static str),
+    /// It cannot be read.
+    #[error("it cannot be read: {0}")]
+    Unreadable(#[from] io::Error),
+}
+
+/// A log that is sound.
+#[derive(Debug)]
+pub struct Log<'f> {
+    file: &'f File,
+    header: Header,
+    /// Where each record stands.
+    records: Vec<(u64, Record)>,
+}
+
+/// What was given back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Bytes that were written back, or are holes again.
+    pub bytes: u64,
+    /// Length of the file in bytes.
+    pub length: u64,
+}
+
+fn read_block(file: &File, at: u64, bytes: &mut [u8]) -> io::Result<bool> {
+    match file.read_exact_at(bytes, at) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+impl<'f> Log<'f> {
+    /// Read a log.
+    ///
+    /// # Errors
+    /// [`Unusable`].
+    pub fn read(file: &'f File) -> Result<Self, Unusable> {
+        let mut block = vec![0; HEADER];
+        if !read_block(file, 0, &mut block)? {
+            return Err(Unusable::Malformed("it is too short"));
+        }
+        let header = Header::decode(&block).map_err(Unusable::Malformed)?;
+        let mut log = Self { file, header, records: Vec::new() };
+        let mut at = HEADER as u64;
+        while let Some(record) = log.next(at)? {
+            log.records.push((at, record));
+            at = at.saturating_add(RECORD as u64).saturating_add(record.room());
+        }
+        let count = log.records.len() as u64;
+        if count < log.header.durable || log.is_damaged(at, count)? {
+            return Err(Unusable::Malformed("a part of it is damaged that was written before other parts"));
+        }
+        Ok(log)
+    }
+
+    /// The record that stands here, if the next one does, with its data.
+    fn next(&self, at: u64) -> io::Result<Option<Record>> {
+        let mut block = [0; RECORD];
+        if !read_block(self.file, at, &mut block)? {
+            return Ok(None);
+        }
+        let record = Record::decode(&block, &self.header.nonce, self.header.length);
+        let Some(record) = record.filter(|record| record.sequence == self.records.len() as u64) else {
+            return Ok(None);
+        };
+        Ok(self.data(at, &record)?.map(|_| record))
+    }
+
+    /// The data of a record that stands here: empty for a hole, and `None` if it is not what it was.
+    fn data(&self, at: u64, record: &Record) -> io::Result<Option<Vec<u8>>> {
+        let Kind::Data(sum) = record.kind else { return Ok(Some(Vec::new())) };
+        let mut data = vec![0; usize::try_from(record.length).unwrap_or(0)];
+        let whole = read_block(self.file, at.saturating_add(RECORD as u64), &mut data)?;
+        Ok(Some(data).filter(|data| whole && crc32c(data) == sum))
+    }
+
+    /// Whether behind its end, where the record of this number is missing, one stands that was made durable after that.
+    fn is_damaged(&self, end: u64, missing: u64) -> io::Result<bool> {
+        let length = self.file.metadata()?.len();
+        let mut at = end;
+        let mut bytes = vec![0; SEARCHED];
+        while at < length {
+            let part = usize::try_from(length - at).unwrap_or(SEARCHED).min(SEARCHED);
+            let part = &mut bytes[..part];
+            if !read_block(self.file, at, part)? {
+                break;
+            }
+            let mut found = part
+                .chunks_exact(RECORD)
+                .filter_map(|block| Record::decode(block, &self.header.nonce, self.header.length));
+            if found.any(|record| record.batch > missing) {
+                return Ok(true);
+            }
+            at = at.saturating_add(part.len() as u64);
+        }
+        Ok(false)
+    }
+
+    /// What it says of its file.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Give the file back what it was, durably.
+    ///
+    /// # Errors
+    /// The kernel's. The log is as it was, and can be applied again.
+    pub fn apply(&self, file: &File) -> io::Result<Restored> {
+        let length = self.header.length;
+        // What was cut off stands in the log.
+        retry_on_intr(|| rustix::fs::ftruncate(file, length))?;
+        let mut bytes: u64 = 0;
+        for (at, record) in &self.records {
+            match record.kind {
+                Kind::Hole => make_zero(file, record.offset, record.length)?,
+                Kind::Data(_) => {
+                    let changed = || io::Error::other("the undo log changed while it was read");
+                    let data = self.data(*at, record)?.ok_or_else(changed)?;
+                    file.write_all_at(&data, record.offset)?;
+                }
+            }
+            bytes = bytes.saturating_add(record.length);
+        }
+        retry_on_intr(|| rustix::fs::fdatasync(file))?;
+        Ok(Restored { bytes, length })
+    }
+}

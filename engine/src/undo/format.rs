@@ -1,0 +1,279 @@
+//! The undo log of a file: what its bytes were before they were changed in place.
+//!
+//! All numbers are little-endian. A header of [`HEADER`] bytes:
+//!
+//! | at | bytes | what |
+//! |---|---|---|
+//! | 0 | 16 | [`MAGIC`] |
+//! | 16 | 4 | version: 1 |
+//! | 20 | 4 | bytes of the name |
+//! | 24 | 16 | a number that no other log has, which every record repeats: what an older log left in the same blocks is no record |
+//! | 40 | 8 | length of the file before the first change, in bytes |
+//! | 48 | 8 | its inode |
+//! | 56 | 8 | its device, for people: it is another one after a restart |
+//! | 64 | 8, 4 | when the file was made: seconds and nanoseconds; 0 where the file system does not say |
+//! | 76 | 8 | records that were durable when the log got its name |
+//! | 84 | 255 | its name, without directory |
+//! | 4092 | 4 | CRC-32C of the bytes before |
+//!
+//! Then records, each of [`RECORD`] bytes and, if it is of data, the data, filled up to a multiple of as many:
+//!
+//! | at | bytes | what |
+//! |---|---|---|
+//! | 0 | 8 | [`RECORD_MAGIC`] |
+//! | 8 | 16 | the log's number |
+//! | 24 | 8 | its sequence number, from 0 |
+//! | 32 | 8 | that of the first record that was made durable together with it |
+//! | 40 | 8, 8 | the range of the file: offset and length in bytes |
+//! | 56 | 4 | 1: data follows; 2: the range was a hole |
+//! | 60 | 4 | CRC-32C of the data |
+//! | 508 | 4 | CRC-32C of the bytes before |
+
+use super::crc::crc32c;
+use std::ops::Range;
+
+/// Bytes of the header.
+pub const HEADER: usize = 4096;
+/// Bytes of a record without its data.
+pub const RECORD: usize = 512;
+/// Bytes of data of one record, at most.
+pub const MOST_DATA: u64 = 1 << 20;
+/// What a log begins with.
+pub const MAGIC: &[u8; 16] = b"instar undo log\n";
+/// What a record begins with.
+pub const RECORD_MAGIC: &[u8; 8] = b"undo rec";
+
+const VERSION: u32 = 1;
+const MOST_NAME: usize = 255;
+const DATA: u32 = 1;
+const HOLE: u32 = 2;
+
+/// Which file a log is of, and what it was.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// A number that no other log has.
+    pub nonce: [u8; 16],
+    /// Length of the file before the first change, in bytes.
+    pub length: u64,
+    /// Its inode.
+    pub inode: u64,
+    /// The device that it was on.
+    pub device: u64,
+    /// When it was made: seconds and nanoseconds.
+    pub born: (u64, u32),
+    /// Records that were durable when the log got its name.
+    pub durable: u64,
+    /// Its name, without directory.
+    pub name: Vec<u8>,
+}
+
+/// What a range of the file was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// These bytes, of this checksum, which follow the record.
+    Data(u32),
+    /// A hole.
+    Hole,
+}
+
+/// What a range of the file was before it was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Its number in the log, from 0.
+    pub sequence: u64,
+    /// That of the first record that was made durable together with it.
+    pub batch: u64,
+    /// The range in bytes.
+    pub offset: u64,
+    /// At least one.
+    pub length: u64,
+    /// What it was.
+    pub kind: Kind,
+}
+
+fn put(block: &mut [u8], at: usize, bytes: &[u8]) {
+    if let Some(place) = block.get_mut(at..at + bytes.len()) {
+        place.copy_from_slice(bytes);
+    }
+}
+
+fn number(block: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(block.get(at..at + 8)?.try_into().ok()?))
+}
+
+fn word(block: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(block.get(at..at + 4)?.try_into().ok()?))
+}
+
+/// Give a block the checksum of what is before its last four bytes.
+fn seal(block: &mut [u8]) {
+    let end = block.len() - 4;
+    let sum = crc32c(&block[..end]).to_le_bytes();
+    put(block, end, &sum);
+}
+
+fn is_sealed(block: &[u8]) -> bool {
+    let end = block.len().saturating_sub(4);
+    word(block, end) == Some(crc32c(&block[..end]))
+}
+
+impl Header {
+    /// As it stands in the log; `None` for a name that no file has.
+    #[must_use]
+    pub fn encode(&self) -> Option<Vec<u8>> {
+        let named = u32::try_from(self.name.len()).ok().filter(|_| (1..=MOST_NAME).contains(&self.name.len()))?;
+        let mut block = vec![0; HEADER];
+        put(&mut block, 0, MAGIC);
+        put(&mut block, 16, &VERSION.to_le_bytes());
+        put(&mut block, 20, &named.to_le_bytes());
+        put(&mut block, 24, &self.nonce);
+        put(&mut block, 40, &self.length.to_le_bytes());
+        put(&mut block, 48, &self.inode.to_le_bytes());
+        put(&mut block, 56, &self.device.to_le_bytes());
+        put(&mut block, 64, &self.born.0.to_le_bytes());
+        put(&mut block, 72, &self.born.1.to_le_bytes());
+        put(&mut block, 76, &self.durable.to_le_bytes());
+        put(&mut block, 84, &self.name);
+        seal(&mut block);
+        Some(block)
+    }
+
+    /// What these [`HEADER`] bytes say.
+    ///
+    /// # Errors
+    /// Why they are no header, in one clause.
+    pub fn decode(block: &[u8]) -> Result<Self, &'static str> {
+        if block.len() != HEADER || block.get(..16) != Some(MAGIC) {
+            return Err("it does not begin as an undo log does");
+        }
+        if !is_sealed(block) {
+            return Err("the checksum of its header is wrong");
+        }
+        if word(block, 16) != Some(VERSION) {
+            return Err("a newer version of this program wrote it");
+        }
+        Self::fields(block).filter(|header| i64::try_from(header.length).is_ok()).ok_or("its header makes no sense")
+    }
+
+    fn fields(block: &[u8]) -> Option<Self> {
+        let named = usize::try_from(word(block, 20)?).ok().filter(|named| (1..=MOST_NAME).contains(named))?;
+        Some(Self {
+            nonce: block.get(24..40)?.try_into().ok()?,
+            length: number(block, 40)?,
+            inode: number(block, 48)?,
+            device: number(block, 56)?,
+            born: (number(block, 64)?, word(block, 72)?),
+            durable: number(block, 76)?,
+            name: block.get(84..84 + named)?.to_vec(),
+        })
+    }
+}
+
+impl Record {
+    /// As it stands in the log with this number.
+    #[must_use]
+    pub fn encode(&self, nonce: &[u8; 16]) -> Vec<u8> {
+        let (kind, sum) = match self.kind {
+            Kind::Data(sum) => (DATA, sum),
+            Kind::Hole => (HOLE, 0),
+        };
+        let mut block = vec![0; RECORD];
+        put(&mut block, 0, RECORD_MAGIC);
+        put(&mut block, 8, nonce);
+        put(&mut block, 24, &self.sequence.to_le_bytes());
+        put(&mut block, 32, &self.batch.to_le_bytes());
+        put(&mut block, 40, &self.offset.to_le_bytes());
+        put(&mut block, 48, &self.length.to_le_bytes());
+        put(&mut block, 56, &kind.to_le_bytes());
+        put(&mut block, 60, &sum.to_le_bytes());
+        seal(&mut block);
+        block
+    }
+
+    /// What these [`RECORD`] bytes say, if they are a record of the log with this number, of a range within a file of so many
+    /// bytes.
+    #[must_use]
+    pub fn decode(block: &[u8], nonce: &[u8; 16], within: u64) -> Option<Self> {
+        let ours = block.len() == RECORD && block.get(..8)? == RECORD_MAGIC && block.get(8..24)? == nonce;
+        if !ours || !is_sealed(block) {
+            return None;
+        }
+        let kind = match (word(block, 56)?, word(block, 60)?) {
+            (DATA, sum) => Kind::Data(sum),
+            (HOLE, _) => Kind::Hole,
+            _ => return None,
+        };
+        let (offset, length) = (number(block, 40)?, number(block, 48)?);
+        let fits = length > 0 && offset.checked_add(length)? <= within;
+        let record = Self { sequence: number(block, 24)?, batch: number(block, 32)?, offset, length, kind };
+        (fits && record.batch <= record.sequence && (kind == Kind::Hole || length <= MOST_DATA)).then_some(record)
+    }
+
+    /// The range of the file.
+    #[must_use]
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.length)
+    }
+
+    /// Bytes of the log that its data takes.
+    #[must_use]
+    pub fn room(&self) -> u64 {
+        match self.kind {
+            Kind::Data(_) => self.length.next_multiple_of(RECORD as u64),
+            Kind::Hole => 0,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn header() -> Header {
+        let (nonce, name) = ([7; 16], b"base.qcow2".to_vec());
+        Header { nonce, length: 5000, inode: 12, device: 34, born: (56, 78), durable: 2, name }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let block = header().encode().unwrap();
+        assert_eq!(Header::decode(&block).unwrap(), header());
+        for kind in [Kind::Data(9), Kind::Hole] {
+            let record = Record { sequence: 3, batch: 2, offset: 4096, length: 904, kind };
+            let block = record.encode(&[7; 16]);
+            assert_eq!(Record::decode(&block, &[7; 16], 5000), Some(record));
+            assert_eq!(Record::decode(&block, &[8; 16], 5000), None, "of another log");
+            assert_eq!(Record::decode(&block, &[7; 16], 4999), None, "past the end");
+        }
+    }
+
+    #[test]
+    fn every_bit_counts() {
+        let good = header().encode().unwrap();
+        let record = Record { sequence: 0, batch: 0, offset: 0, length: 1, kind: Kind::Hole }.encode(&[7; 16]);
+        for bit in (0..good.len() * 8).step_by(3) {
+            let mut block = good.clone();
+            block[bit / 8] ^= 1 << (bit % 8);
+            assert!(Header::decode(&block).is_err(), "{bit}");
+        }
+        for bit in 0..record.len() * 8 {
+            let mut block = record.clone();
+            block[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(Record::decode(&block, &[7; 16], 5000), None, "{bit}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_make_no_sense_are_no_record() {
+        let good = Record { sequence: 3, batch: 3, offset: 0, length: 1, kind: Kind::Hole };
+        let read = |record: Record| Record::decode(&record.encode(&[0; 16]), &[0; 16], u64::MAX >> 1);
+        assert_eq!(read(good), Some(good));
+        assert_eq!(read(Record { offset: u64::MAX, ..good }), None);
+        assert_eq!(read(Record { length: 0, ..good }), None);
+        assert_eq!(read(Record { batch: 4, ..good }), None);
+        assert_eq!(read(Record { length: MOST_DATA + 1, kind: Kind::Data(0), ..good }), None);
+        assert!(Header { name: Vec::new(), ..header() }.encode().is_none());
+        assert!(Header::decode(&Header { length: u64::MAX, ..header() }.encode().unwrap()).is_err());
+    }
+}
