@@ -71,7 +71,7 @@ mod tests {
         for word in ["16", "ERROR_NO_SPACE", "error_no_space", "no-space", "(ERROR_NO_SPACE)"] {
             assert_eq!(code(word).ok(), Some(ErrorCode::NoSpace), "{word}");
         }
-        for word in ["0", "46", "-1", "", "nothing of the kind"] {
+        for word in ["0", "4600", "-1", "", "nothing of the kind"] {
             assert_eq!(code(word).err().map(|error| error.code), Some(ErrorCode::BadUsage), "{word}");
         }
         let message = code("NO_SPCAE").err().map(|error| error.message).unwrap_or_default();

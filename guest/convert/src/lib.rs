@@ -15,7 +15,7 @@ mod nonzero;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use disks::Disks;
+pub use disks::Disks;
 use filled::Filled;
 use instar_guest_protocol::commit::bitmap::Fate as ToldFate;
 use instar_guest_protocol::commit::event::Kind;

@@ -7,7 +7,7 @@ use crate::operations::bounded_devices::BoundedDevices;
 use crate::operations::{config, open_sink, open_source};
 use instar_guest_abi::Part;
 use instar_guest_commit::{commit, Commit, CommitFailure, Options, Step};
-use instar_guest_convert::NonZero;
+use instar_guest_convert::{Disks, NonZero};
 use instar_guest_view::{Ancestors, Layers};
 use instar_plugin_api::{Context, CreateSpec, Incoming, Role};
 use instar_testkit::{seen, LONGEST, SECTOR};
@@ -55,8 +55,8 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
     let options = Options { keep_overlay: true, ..Options::default() };
     let result = trial.open_all(&mut io, chain).map_err(planning).and_then(|layers| {
         let mut sink = open_sink(format, &mut io, &target, false).map_err(planning)?;
-        let (mut disk, mut below) = (Layers::new(layers), Ancestors::new(Vec::new()));
-        let mut source = NonZero::new(&mut disk);
+        let mut disks = Disks::new(vec![Layers::new(layers)]).map_err(planning)?;
+        let (mut source, mut below) = (NonZero::new(&mut disks), Ancestors::new(Vec::new()));
         let mut images = Commit { source: &mut source, sink: sink.as_mut(), below: &mut below };
         let done = commit(&mut io, &mut images, options, &mut |_| {});
         let plans = |step| matches!(step, Step::Check | Step::Plan);
