@@ -3,6 +3,7 @@
 //! Everything up to the first change only looks: a commit that is refused on the way leaves all files byte-identical. So does
 //! one that the guest refuses in its steps "check" and "plan".
 
+mod admitted;
 pub(crate) mod as_text;
 mod atomic;
 mod bitmaps;
@@ -13,6 +14,7 @@ mod meter;
 mod operation;
 mod outcome;
 mod plan;
+mod refusals;
 mod relinks;
 mod repeated;
 mod request;

@@ -1,13 +1,15 @@
 //! The commit as an [`Operation`]: which images it opens, who is asked before it begins, and what comes of it.
 
+use super::admitted::Admitted;
 use super::atomic::{Atomic, AtomicWay};
 use super::bitmaps::{allowance, left_out};
 use super::changed::Changed;
 use super::delete::{self, Deletion};
 use super::events::CommitEvents;
 use super::meter::Meter;
-use super::outcome::{CommitOutcome, GuestRun, Preview, Units};
+use super::outcome::{CommitOutcome, GuestRun, Preview};
 use super::plan::PlanBounds;
+use super::refusals::{is_sibling, no_space, not_writable, nothing_to_commit};
 use super::relinks::{self, Relinked, Relinks};
 use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
@@ -22,7 +24,7 @@ use crate::error::{Error, Role};
 use crate::escape::{escape_bytes, escape_path};
 use crate::image::{
     check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, Access, BackingChoice, ChainImage, Descent,
-    Doubt, FilesOf, Gate, NamedFile, Target,
+    FilesOf, Gate, NamedFile, Target,
 };
 use crate::lookup::Directory;
 use crate::operation::{
@@ -31,7 +33,7 @@ use crate::operation::{
 };
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES, PAYLOAD_SIZE};
-use instar_guest_protocol::commit::{Config, Relinked as Wanted};
+use instar_guest_protocol::commit::Config;
 use instar_guest_protocol::Message;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -67,35 +69,6 @@ pub struct Commit<'q> {
     backup: Option<PathBuf>,
     /// Directories besides those of the images in which the target may lie.
     target_directories: Vec<Directory>,
-}
-
-/// What is known once everybody has admitted the commit.
-struct Admitted {
-    formats: (String, String),
-    stale: Vec<PathBuf>,
-    backing_grows_to: Option<u64>,
-    /// Leave the overlay as it is.
-    keep_overlay: bool,
-    bounds: PlanBounds,
-    space: Option<Space>,
-    doubt: Option<Doubt>,
-    /// What the children are to record.
-    wanted: Option<Wanted>,
-    /// Bytes of the overlay's files.
-    overlay_length: u64,
-    /// Bytes of the backing's files, those that they take of the disk, and those that their file system has free.
-    length: u64,
-    taken: Option<u64>,
-    free: Option<u64>,
-    /// Bytes that their file system allocates at once.
-    block: u64,
-}
-
-impl Admitted {
-    fn units(&self) -> Units {
-        let PlanBounds { overlay_cluster, backing_cluster, .. } = self.bounds;
-        Units { overlay: overlay_cluster, backing: backing_cluster, block: self.block }
-    }
 }
 
 impl<'q> Commit<'q> {
@@ -501,33 +474,4 @@ impl Operation for Commit<'_> {
             timing: ended.timing,
         })
     }
-}
-
-/// The order of an operation was not kept: a mistake of this program.
-fn nothing_to_commit() -> Error {
-    Error::new(ErrorCode::InternalOverflow, "a commit without an overlay and a target: please report this")
-}
-
-/// The line of a dry run about a file that it can read, and a commit could not write.
-fn not_writable(path: &Path) -> Option<String> {
-    use rustix::fs::{accessat, Access, AtFlags, CWD};
-    let error = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).err()?;
-    let (path, why) = (escape_path(path), crate::error::reason(&error.into()));
-    Some(format!("'{path}': you may not write to it, which the commit itself needs: {why}"))
-}
-
-/// An image that was named as a child, and is another child of the backing.
-fn is_sibling(path: &Path, backing: &Path) -> Error {
-    let clause = format!(
-        "is backed by '{}', and not by the overlay, and would read something else after the commit: leave it out of --relink, \
-         and copy it first if it is needed; if an interrupted run of this very command had it name that, use --ignore-siblings",
-        escape_path(backing)
-    );
-    Error::image(path, ErrorCode::NotInChain, clause).in_role(Role::Child)
-}
-
-/// The file system of the backing has less space than the commit needs.
-fn no_space((needed, free): (u64, u64)) -> GuestFailure {
-    let text = format!("the commit needs {needed} bytes more of the file system, which has {free} free");
-    GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
 }

@@ -7,9 +7,9 @@
 //! Writing back is done in any order and as often as need be: a range stands in the log once, and the log is left alone until
 //! the file is durable again.
 
-use super::crc::crc32c;
 use super::format::{Header, Kind, Record, HEADER, RECORD};
 use crate::devices::make_zero;
+use crc32c::crc32c;
 use rustix::io::retry_on_intr;
 use std::fs::File;
 use std::io;

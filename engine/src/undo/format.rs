@@ -29,7 +29,7 @@
 //! | 60 | 4 | CRC-32C of the data |
 //! | 508 | 4 | CRC-32C of the bytes before |
 
-use super::crc::crc32c;
+use crc32c::crc32c;
 use std::ops::Range;
 
 /// Bytes of the header.

@@ -1,11 +1,9 @@
 //! The undo log beside a file that is changed in place: its [format](format), and how the file [gets back](apply) what it was.
 
 mod apply;
-mod crc;
 mod format;
 
 pub use apply::{Log, Restored, Unusable};
-pub use crc::crc32c;
 pub use format::{Header, Kind, Record, HEADER, MOST_DATA, RECORD};
 
 use std::ffi::{OsStr, OsString};

@@ -1,0 +1,36 @@
+//! What a commit says when it does not begin.
+
+use crate::error::{Error, Role};
+use crate::escape::escape_path;
+use crate::operation::GuestFailure;
+use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use std::path::Path;
+
+/// The order of an operation was not kept: a mistake of this program.
+pub fn nothing_to_commit() -> Error {
+    Error::new(ErrorCode::InternalOverflow, "a commit without an overlay and a target: please report this")
+}
+
+/// The line of a dry run about a file that it can read, and a commit could not write.
+pub fn not_writable(path: &Path) -> Option<String> {
+    use rustix::fs::{accessat, Access, AtFlags, CWD};
+    let error = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).err()?;
+    let (path, why) = (escape_path(path), crate::error::reason(&error.into()));
+    Some(format!("'{path}': you may not write to it, which the commit itself needs: {why}"))
+}
+
+/// An image that was named as a child, and is another child of the backing.
+pub fn is_sibling(path: &Path, backing: &Path) -> Error {
+    let clause = format!(
+        "is backed by '{}', and not by the overlay, and would read something else after the commit: leave it out of --relink, \
+         and copy it first if it is needed; if an interrupted run of this very command had it name that, use --ignore-siblings",
+        escape_path(backing)
+    );
+    Error::image(path, ErrorCode::NotInChain, clause).in_role(Role::Child)
+}
+
+/// The file system of the backing has less space than the commit needs.
+pub fn no_space((needed, free): (u64, u64)) -> GuestFailure {
+    let text = format!("the commit needs {needed} bytes more of the file system, which has {free} free");
+    GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
+}
