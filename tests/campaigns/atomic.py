@@ -82,7 +82,9 @@ class Lab(power_loss.Lab):
         with self.disk("running"):
             killed = self.commit(case, fault, nth, call)
             self.copy("running", "crashed")
-            case.hold(killed.rc == 137, f"it was not killed before {call} {nth}", killed)
+            # Threads that copy side by side share the work out anew each time: this one took fewer calls, and came to its end.
+            ended = killed.rc == 0 and call == "copy_file_range"
+            case.hold(killed.rc == 137 or ended, f"it was not killed before {call} {nth}", killed)
             after_kill = self.check(case, f"killed before {call} {nth}\n{killed}") if fault == "KILL" else None
         with self.disk("crashed"):
             return after_kill, self.check(case, f"power lost before {call} {nth}\n{killed}")

@@ -325,7 +325,7 @@ def test_no_command_takes_a_target_that_was_left(undo):
     assert result.rc == 0 and result.json["restored"] and result.json["length"] == undo.before[0], str(result)
     assert undo.is_old() and not undo.log.exists()
     nothing = support.run_instar("recover", undo.base)
-    assert nothing.rc == 1 and "nothing to recover" in nothing.stderr
+    assert nothing.rc == 0 and "nothing to recover" in nothing.stdout
     assert undo.commit().rc == 0
     undo.check_new()
 
@@ -560,3 +560,46 @@ def test_a_flush_that_is_missing_would_be_seen(name):
     """The flushes of the clone, and of the log, are skipped and said to be done: what was tried above has to fail now."""
     result = campaign("--file-system", name, "--unflushed", "--sample", "3", "--cases", "2")
     assert result.rc == 1 and int(re.search(r"(\d+) violations", result.stdout)[1]) > 0, str(result)
+
+
+def test_the_overlay_is_deleted_afterwards(place):
+    """Names are made and removed in two directories, each for a reason of its own."""
+    place.make()
+    done = place.commit("--delete-overlay", "--verify", "--output", "json")
+    assert done.rc == 0 and done.json["overlay_deleted"] and done.json["atomic"] == place.way, str(done)
+    assert place.names() == ["base"]
+    assert support.content_hash(place.base) == place.expected
+
+
+@pytest.mark.parametrize("command", [["resize", "base", "128M"], ["commit", "--ignore-siblings", "other"], ["check", "-r", "all", "base"]])
+def test_what_is_replaced_while_somebody_waits_for_it_is_not_changed(clone, command):
+    """The lock comes when the clone has the target's name: what was opened is the old target, which nobody has any more."""
+    clone.make()
+    other = clone.dir / "other"
+    support.create(other, backing="base", backing_fmt="qcow2")
+    support.qemu_io(other, "write -P 9 3M 64k")
+    held = support.digest(other)
+    slow = subprocess.Popen([support.instar_binary(), "commit", "--atomic", "--ignore-siblings", "-r", "1M", clone.top])
+    try:
+        time.sleep(0.3)
+        waiting = support.run_instar(command[0], "--wait", "30", *command[1:], cwd=clone.dir)
+    finally:
+        assert slow.wait() == 0
+    assert waiting.rc == 1 and "was moved or replaced by another process meanwhile" in waiting.stderr, str(waiting)
+    assert support.digest(other) == held
+    clone.check_new()
+
+
+def test_nothing_new_is_made_over_what_is_to_be_recovered(undo):
+    undo.make()
+    undo.crash()
+    assert undo.log.exists()
+    made = support.run_instar("create", "-f", "raw", undo.base, "1M")
+    assert made.rc == 1 and "(ERROR_RECOVERY_NEEDED)" in made.stderr and f"rm {undo.log}" in made.stderr, str(made)
+
+
+def test_no_backup_is_called_like_a_log(clone):
+    clone.make()
+    refused = clone.commit("--keep-backup", ".base.instar-undo")
+    assert refused.rc == 2 and "name of an undo log" in refused.stderr, str(refused)
+    assert clone.names() == ["base", "top"]

@@ -33,7 +33,7 @@ pub struct RecoverArgs {
 /// Run the command.
 ///
 /// # Errors
-/// When the image has no undo log, or one that does not count, or when it cannot be written.
+/// When the image has an undo log that does not count, or cannot be written.
 pub fn run(args: &RecoverArgs, session: &Session, out: &mut dyn Write) -> Result<(), Error> {
     let request = RecoverRequest { image: args.filename.clone(), wait: args.wait };
     let outcome = run_recover(&request, session)?;
@@ -47,10 +47,11 @@ pub fn run(args: &RecoverArgs, session: &Session, out: &mut dyn Write) -> Result
 
 fn text(args: &RecoverArgs, outcome: &RecoverOutcome) -> String {
     let image = escape_path(&args.filename);
-    match outcome.restored {
-        true => {
+    match (outcome.log, outcome.restored) {
+        (false, _) => format!("'{image}' has no undo log beside it: there is nothing to recover.\n"),
+        (true, true) => {
             format!("'{image}' is what it was before the commit: {} bytes were written back.\n", outcome.bytes_restored)
         }
-        false => format!("The commit into '{image}' was complete; what was left of its undo log is removed.\n"),
+        (true, false) => format!("The commit into '{image}' was complete; what was left of its undo log is removed.\n"),
     }
 }

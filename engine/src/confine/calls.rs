@@ -118,7 +118,10 @@ impl Work {
         let mut calls: BTreeMap<i64, Vec<Allowed>> = BTreeMap::new();
         for (call, allowed) in tables.iter().copied().flatten().chain(others) {
             let known = calls.entry(*call).or_default();
-            if !known.contains(allowed) {
+            // For a filter, no rules is "always": beside others, it would not be seen.
+            if *allowed == Always {
+                *known = vec![Always];
+            } else if !known.contains(&Always) && !known.contains(allowed) {
                 known.push(*allowed);
             }
         }
@@ -298,6 +301,14 @@ const fn request(number: libc::Ioctl) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_call_that_is_always_allowed_stays_so() {
+        let calls = Work::CommitAtomically.calls_and(&removing_in(7));
+        assert_eq!(calls.get(&libc::SYS_unlinkat), Work::CommitAtomically.calls().get(&libc::SYS_unlinkat));
+        let calls = Work::Commit.calls_and(&[(libc::SYS_unlinkat, First(7)), (libc::SYS_unlinkat, Always)]);
+        assert_eq!(calls.get(&libc::SYS_unlinkat), Some(&vec![Always]));
+    }
 
     #[test]
     fn numbers_are_those_of_the_kernel() {

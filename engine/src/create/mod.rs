@@ -89,6 +89,7 @@ pub fn run_create(request: &CreateRequest) -> Result<Created, Error> {
     let registry = Registry::load(&request.search).looking_aside();
     let plugin = plugin_of(&registry, &request.format)?;
     let file = NamedFile::new(&request.image);
+    file.refuse_unfinished()?;
     let (virtual_size, backing, backing_facts) = resolve(request, &file, &registry)?;
     let options = options_of(&request.options);
     let file_name = request.image.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into();

@@ -1,6 +1,8 @@
 //! The undo log that an interrupted `instar commit --atomic` leaves beside its target: until the target has back what it was,
 //! it is a mixture of two images, which nobody may read or change.
 
+use super::access::Access;
+use super::named::NamedFile;
 use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::shell_path;
@@ -42,24 +44,42 @@ impl OpenedFile {
     /// Refuse a file with an undo log beside it.
     ///
     /// # Errors
-    /// [`ErrorCode::RecoveryNeeded`].
+    /// [`ErrorCode::RecoveryNeeded`], and [`ErrorCode::OpenFailed`] if its name leads to another file meanwhile.
     pub(super) fn refuse_unfinished(&self) -> Result<(), Error> {
         if self.block_device {
             return Ok(());
         }
-        // Of a file that has no name any more, nobody can find a log.
-        let Ok((directory, name)) = self.place() else { return Ok(()) };
+        // What an atomic commit has replaced, or somebody has moved, while this process waited for its lock is not the image any
+        // more: whatever is written into it would be lost.
+        let (directory, name) = self.place()?;
         match statat(&directory, log_name(&name), AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT | Errno::NAMETOOLONG) => Ok(()),
             // A log that cannot be looked at is one.
             Ok(_) | Err(_) => {
+                let log = directory.path().join(log_name(&name));
                 let clause = format!(
                     "has an undo log beside it: an atomic commit into it did not end, and if none is running, \
-                     `instar recover {}` gives it back what it was",
-                    shell_path(&self.path)
+                     `instar recover {}` gives it back what it was; if it was restored or made anew since, remove the log instead: \
+                     `rm {}`",
+                    shell_path(&self.path),
+                    shell_path(&log)
                 );
                 Err(Error::image(&self.path, ErrorCode::RecoveryNeeded, clause))
             }
+        }
+    }
+}
+
+impl NamedFile {
+    /// Refuse to write over a file with an undo log beside it, which would be applied to what is written. What cannot be looked
+    /// at is for whoever writes to say.
+    ///
+    /// # Errors
+    /// [`ErrorCode::RecoveryNeeded`].
+    pub fn refuse_unfinished(&self) -> Result<(), Error> {
+        match self.identity().map(|_| self.open(Access::Shared, ErrorCode::ImageNotFound)) {
+            Some(Err(error)) if error.code == ErrorCode::RecoveryNeeded => Err(error),
+            _ => Ok(()),
         }
     }
 }

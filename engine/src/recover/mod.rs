@@ -43,7 +43,9 @@ pub struct RecoverRequest {
 pub struct RecoverOutcome {
     /// Absolute path of the file.
     pub image: String,
-    /// Whether it was given back what it was; otherwise the commit into it had reached its end.
+    /// Whether it had an undo log: without one, there was nothing to do.
+    pub log: bool,
+    /// Whether it was given back what it was; otherwise a commit into it had reached its end.
     pub restored: bool,
     /// Bytes that were written back, or are holes again.
     pub bytes_restored: u64,
@@ -73,10 +75,12 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
     prepare_to_lock(session.cancel(), request.wait, [&named], &[]);
     let opened = named.open_unfinished()?;
     let (directory, name) = opened.place()?;
-    let found = find(&opened, directory.clone(), &directory.path().join(log_name(&name)))?;
     let image = opened.settled_path().to_string_lossy().into_owned();
+    let Some(found) = find(&opened, directory.clone(), &directory.path().join(log_name(&name)))? else {
+        return Ok(RecoverOutcome { image, log: false, restored: false, bytes_restored: 0, length: opened.length() });
+    };
     session.begin(Reach::default().add_names(&found.directory), Work::Recover, &Needs::default());
-    let refused = |clause: String| Error::image(&found.path, ErrorCode::OpenFailed, clause);
+    let refused = |clause: String| Error::image(&found.path, ErrorCode::RecoveryNeeded, clause);
     let restored = if found.length()? == 0 {
         None
     } else {
@@ -92,13 +96,13 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
             return Err(refused(clause.to_owned()));
         }
         Some(log.apply(opened.file.file()).map_err(|error| {
-            let what = "cannot be given back all that it was: run the command again";
+            let what = "cannot be given back all that it was: see to it that it can be written, and has room, and run the command again";
             Error::io(&opened.path, ErrorCode::OpenFailed, what, &error)
         })?)
     };
     found.remove()?;
     let Restored { bytes, length } = restored.unwrap_or(Restored { bytes: 0, length: opened.length() });
-    Ok(RecoverOutcome { image, restored: restored.is_some(), bytes_restored: bytes, length })
+    Ok(RecoverOutcome { image, log: true, restored: restored.is_some(), bytes_restored: bytes, length })
 }
 
 /// Whether a log is of this file. The number of its device says nothing: it changes when the machine starts again.
@@ -112,9 +116,9 @@ fn is_of(opened: &OpenedFile, log: &Log<'_>, name: &OsStr) -> bool {
     header.name == name.as_bytes() && inode == Ok(header.inode) && (header.born == born || header.born == (0, 0))
 }
 
-/// Open the log of a file, and refuse one that somebody else may have made.
-fn find(opened: &OpenedFile, directory: Directory, path: &Path) -> Result<Found, Error> {
-    let refused = |clause: &str| Err(Error::image(path, ErrorCode::OpenFailed, clause));
+/// Open the log of a file, if it has one, and refuse one that somebody else may have made.
+fn find(opened: &OpenedFile, directory: Directory, path: &Path) -> Result<Option<Found>, Error> {
+    let refused = |clause: &str| Err(Error::image(path, ErrorCode::RecoveryNeeded, clause));
     let failed = |what: &str, errno: Errno| Error::io(path, ErrorCode::OpenFailed, what, &io::Error::from(errno));
     let name = path.file_name().unwrap_or_default();
     let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -122,10 +126,7 @@ fn find(opened: &OpenedFile, directory: Directory, path: &Path) -> Result<Found,
     match statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {}
         Ok(_) => return refused("is no regular file, and so no undo log: remove it"),
-        Err(Errno::NOENT | Errno::NAMETOOLONG) => {
-            let clause = "has no undo log beside it: there is nothing to recover";
-            return Err(Error::image(&opened.path, ErrorCode::OpenFailed, clause));
-        }
+        Err(Errno::NOENT | Errno::NAMETOOLONG) => return Ok(None),
         Err(errno) => return Err(failed("cannot be looked at", errno)),
     }
     let file = retry_on_intr(|| openat(&directory, name, flags, Mode::empty()));
@@ -149,7 +150,7 @@ fn find(opened: &OpenedFile, directory: Directory, path: &Path) -> Result<Found,
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let flushed = openat(&directory, ".", flags, Mode::empty()).map_err(|errno| failed("cannot be removed", errno))?;
-    Ok(Found { path: path.to_owned(), file, directory, flushed })
+    Ok(Some(Found { path: path.to_owned(), file, directory, flushed }))
 }
 
 impl Found {

@@ -10,7 +10,8 @@
 use super::format::{Header, Kind, Record, HEADER, RECORD};
 use crate::devices::make_zero;
 use crc32c::crc32c;
-use rustix::io::retry_on_intr;
+use rustix::fs::SeekFrom;
+use rustix::io::{retry_on_intr, Errno};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -106,6 +107,13 @@ impl<'f> Log<'f> {
         let mut at = end;
         let mut bytes = vec![0; SEARCHED];
         while at < length {
+            // A log may be longer than anything that was written into it.
+            match rustix::fs::seek(self.file, SeekFrom::Data(at)) {
+                Ok(data) => at = data,
+                Err(Errno::NXIO) => break,
+                // A file system that knows no holes.
+                Err(_) => {}
+            }
             let part = usize::try_from(length - at).unwrap_or(SEARCHED).min(SEARCHED);
             let part = &mut bytes[..part];
             if !read_block(self.file, at, part)? {
@@ -137,7 +145,11 @@ impl<'f> Log<'f> {
         // What was cut off stands in the log.
         retry_on_intr(|| rustix::fs::ftruncate(file, length))?;
         let mut bytes: u64 = 0;
-        for (at, record) in &self.records {
+        // Holes first: on a full disk, they make the room that data has to have which was punched since. No two records are about
+        // the same bytes.
+        let (holes, data): (Vec<&(u64, Record)>, Vec<_>) =
+            self.records.iter().partition(|(_, record)| record.kind == Kind::Hole);
+        for (at, record) in holes.into_iter().chain(data) {
             match record.kind {
                 Kind::Hole => make_zero(file, record.offset, record.length)?,
                 Kind::Data(_) => {

@@ -7,12 +7,23 @@ pub use apply::{Log, Restored, Unusable};
 pub use format::{Header, Kind, Record, HEADER, MOST_DATA, RECORD};
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
+/// What the name of a log ends with.
+const SUFFIX: &str = ".instar-undo";
 
 /// The name of the log of a file with this name, in the same directory.
 #[must_use]
 pub fn log_name(name: &OsStr) -> OsString {
     let mut log = OsString::from(".");
     log.push(name);
-    log.push(".instar-undo");
+    log.push(SUFFIX);
     log
+}
+
+/// Whether a file of this name would be taken for the log of another.
+#[must_use]
+pub fn is_log_name(name: &OsStr) -> bool {
+    let name = name.as_bytes();
+    name.starts_with(b".") && name.ends_with(SUFFIX.as_bytes())
 }

@@ -13,6 +13,7 @@ use crate::escape::escape_bytes;
 use crate::image::{ChainImage, OpenedFile};
 use crate::lookup::{Directory, Identity};
 use crate::sandbox::BadRequest;
+use crate::undo::is_log_name;
 use clone::{has_names, Clone, NoClone};
 use instar_guest_abi::{ErrorCode, Part, Phase, DEVICE_OUTPUT};
 use rustix::fs::{fstat, statat, AtFlags};
@@ -72,6 +73,11 @@ fn backup_name(backup: &Path) -> Result<&OsStr, Error> {
     if name.is_empty() || name.as_bytes().contains(&b'/') || matches!(name.as_bytes(), b"." | b"..") {
         let clause = "--keep-backup takes a name in the directory of the target, without a slash";
         return Err(Error::new(ErrorCode::BadUsage, format!("'{}': {clause}", escape_bytes(name.as_bytes()))));
+    }
+    if is_log_name(name) {
+        let clause =
+            "is the name of an undo log, which makes every command refuse the image: give --keep-backup another name";
+        return Err(Error::new(ErrorCode::BadUsage, format!("'{}' {clause}", escape_bytes(name.as_bytes()))));
     }
     Ok(name)
 }

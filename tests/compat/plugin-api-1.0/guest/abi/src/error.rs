@@ -132,6 +132,6 @@ error_codes! {
     SandboxLost = 44, ERROR_SANDBOX_LOST;
     /// Other images have the same backing, which a commit into it would damage.
     BackingShared = 45, ERROR_BACKING_SHARED;
-    /// A commit that was to change the image whole or not at all was interrupted: `instar recover` has to finish that first.
+    /// An atomic commit into this image did not end.
     RecoveryNeeded = 46, ERROR_RECOVERY_NEEDED;
 }
