@@ -211,7 +211,20 @@ impl OpenedFile {
         if access != Access::Shared {
             self.refuse_unfinished()?;
         }
-        // Whoever used it until now may have made it longer.
+        self.measured_anew()
+    }
+
+    /// The same for a file that has no name yet.
+    ///
+    /// # Errors
+    /// As [`OpenedFile::lock`].
+    pub fn lock_unnamed(self, access: Access) -> Result<Self, Error> {
+        locking::lock(self.file.file(), &self.path, access)?;
+        self.measured_anew()
+    }
+
+    /// Whoever used it until now may have made it longer.
+    fn measured_anew(self) -> Result<Self, Error> {
         let file = FileImage::new(self.file.into_file()).map_err(|error| length_error(&self.path, &error))?;
         Ok(Self { file, ..self })
     }

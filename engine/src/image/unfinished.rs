@@ -6,7 +6,7 @@ use super::named::NamedFile;
 use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::shell_path;
-use crate::lookup::{walk, Directory, Identity};
+use crate::lookup::{walk, Directory, Identity, Why};
 use crate::undo::log_name;
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{statat, AtFlags};
@@ -15,29 +15,47 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+/// Where a file is that was opened by a name.
+enum Whereabouts {
+    /// In this directory, under this name.
+    Here(Directory, OsString),
+    /// Somewhere else: the name leads to another file, or to none.
+    Elsewhere,
+    /// The name is one that the kernel makes up, such as `/dev/fd/3`.
+    Nowhere,
+}
+
 impl OpenedFile {
+    fn whereabouts(&self) -> Whereabouts {
+        let is_it = |directory: &Directory, name: &OsStr| {
+            statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| Identity::of(&stat) == self.identity)
+        };
+        if is_it(&self.holder, &self.name) {
+            return Whereabouts::Here(self.holder.clone(), self.name.clone());
+        }
+        let Ok(top) = Directory::open(Path::new("/")) else { return Whereabouts::Elsewhere };
+        match walk(&self.holder, &top, self.name.as_bytes()) {
+            Ok(reached) if is_it(reached.holder.directory(), &reached.name) => {
+                Whereabouts::Here(reached.holder.directory().clone(), reached.name)
+            }
+            Err(lost) if matches!(lost.why, Why::Magic) => Whereabouts::Nowhere,
+            Ok(_) | Err(_) => Whereabouts::Elsewhere,
+        }
+    }
+
+    fn moved(&self) -> Error {
+        let clause = "was moved or replaced by another process meanwhile: run the command again";
+        Error::image(&self.path, ErrorCode::OpenFailed, clause)
+    }
+
     /// The directory that holds the file itself, and its name there: not those of a link that leads to it.
     ///
     /// # Errors
     /// [`ErrorCode::OpenFailed`] if its name leads to another file meanwhile.
     pub fn place(&self) -> Result<(Directory, OsString), Error> {
-        let is_it = |directory: &Directory, name: &OsStr| {
-            statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| Identity::of(&stat) == self.identity)
-        };
-        if is_it(&self.holder, &self.name) {
-            return Ok((self.holder.clone(), self.name.clone()));
-        }
-        let moved = || {
-            let clause = "was moved or replaced by another process meanwhile: run the command again";
-            Error::image(&self.path, ErrorCode::OpenFailed, clause)
-        };
-        let top = Directory::open(Path::new("/")).map_err(|_| moved())?;
-        let reached = walk(&self.holder, &top, self.name.as_bytes()).map_err(|_| moved())?;
-        let (directory, name) = (reached.holder.directory().clone(), reached.name);
-        if is_it(&directory, &name) {
-            Ok((directory, name))
-        } else {
-            Err(moved())
+        match self.whereabouts() {
+            Whereabouts::Here(directory, name) => Ok((directory, name)),
+            Whereabouts::Elsewhere | Whereabouts::Nowhere => Err(self.moved()),
         }
     }
 
@@ -51,7 +69,12 @@ impl OpenedFile {
         }
         // What an atomic commit has replaced, or somebody has moved, while this process waited for its lock is not the image any
         // more: whatever is written into it would be lost.
-        let (directory, name) = self.place()?;
+        let (directory, name) = match self.whereabouts() {
+            Whereabouts::Here(directory, name) => (directory, name),
+            Whereabouts::Elsewhere => return Err(self.moved()),
+            // Nobody can find a log of it.
+            Whereabouts::Nowhere => return Ok(()),
+        };
         match statat(&directory, log_name(&name), AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT | Errno::NAMETOOLONG) => Ok(()),
             // A log that cannot be looked at is one.

@@ -84,7 +84,7 @@ impl Clone {
         let opened = new.open().and_then(|opened| {
             let begun_twice =
                 || Error::new(ErrorCode::InternalOverflow, "a clone that was opened twice: please report this");
-            opened.ok_or_else(begun_twice)?.lock(Access::ReadWrite)
+            opened.ok_or_else(begun_twice)?.lock_unnamed(Access::ReadWrite)
         });
         let opened = opened.map_err(NoClone::Refused)?;
         let clone = Self {
