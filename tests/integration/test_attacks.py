@@ -138,6 +138,8 @@ class Held:
                 if int(re.search(r"flags:\s*(\d+)", flags)[1], 8) & os.O_PATH:
                     continue
                 if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    # Whether it is the file that was looked at, and its lock, come before the call that is held up.
+                    time.sleep(0.2)
                     return
             time.sleep(0.005)
         raise AssertionError(f"{path} was not opened")
