@@ -38,8 +38,6 @@ use instar_guest_protocol::Message;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-/// An overlay's file that is shorter than this, in bytes, holds too little to be copied by several threads.
-const MUCH: u64 = 4 << 20;
 /// Bytes of messages that a commit takes which reads nothing back.
 const MESSAGES: u64 = 16 << 20;
 
@@ -101,7 +99,7 @@ impl<'q> Commit<'q> {
     /// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
     /// has looked at yet.
     fn workers(&self, overlay: &NamedFile) -> Option<Workers> {
-        let long = || overlay.is_block_device() || overlay.length().is_some_and(|length| length >= MUCH);
+        let long = || overlay.is_block_device() || overlay.length().is_some_and(|length| length >= Workers::MUCH);
         let CommitRequest { rate_limit, base, .. } = self.request;
         if self.request.only_plans() || *rate_limit > 0 || !(base.is_some() || long()) {
             return None;

@@ -26,8 +26,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// A file that is shorter than this, in bytes, holds too little to be copied by several threads.
-const MUCH: u64 = 4 << 20;
 /// What the files are like after a failure.
 const NOTHING: &str = "no image was made";
 const UNCHANGED: &str = "nothing was changed";
@@ -209,7 +207,7 @@ impl Operation for Convert<'_> {
             self.new = Some(NewFile::begin(&self.request.target));
         }
         // What is below an image may be long, however short that is; of a raw one there is nothing below.
-        let short = named.image.length().is_some_and(|length| length < MUCH);
+        let short = named.image.length().is_some_and(|length| length < Workers::MUCH);
         if self.request.rate_limit == 0
             && !self.request.salvage
             && !(short && self.request.format.as_deref() == Some("raw"))

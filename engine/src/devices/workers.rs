@@ -109,6 +109,9 @@ pub struct Workers {
 }
 
 impl Workers {
+    /// A file that is shorter than this, in bytes, holds too little to be copied by several threads.
+    pub const MUCH: u64 = 4 << 20;
+
     /// Start them, and wait until they have given up what they do not need.
     ///
     /// # Errors
