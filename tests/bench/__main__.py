@@ -29,7 +29,7 @@ import commands as others  # noqa: E402
 import growth  # noqa: E402
 import kernel as alone  # noqa: E402
 import report as reports  # noqa: E402
-from disk import mounted  # noqa: E402
+from disk import measure_each  # noqa: E402
 from workloads import built, call, workloads  # noqa: E402
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -187,19 +187,6 @@ def describe(instar, directory, runs, quick):
     }
 
 
-def measure_all(chosen, directory, instar, runs):
-    """The results of these workloads; what cannot be measured here is said."""
-    results = []
-    for workload in chosen:
-        print(f"{workload.title} …", file=sys.stderr, flush=True)
-        with mounted(workload.file_system, directory) as place:
-            if place is None:
-                print(f"  not measured: {workload.file_system} has to be mounted, which takes root", file=sys.stderr)
-                continue
-            results.append(measure(workload, place, instar, runs))
-    return results
-
-
 def arguments():
     """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,8 +228,8 @@ def main():
     with tempfile.TemporaryDirectory(prefix="instar-bench.", dir=options.dir) as name:
         directory = pathlib.Path(name)
         report = {"machine": describe(instar, directory, options.runs, options.quick)}
-        report["results"] = measure_all(options.workloads, directory, instar, options.runs)
-        report["commands"] = others.measure_all(options.others, directory, instar, options.runs)
+        for key, chosen, measured in (("results", options.workloads, measure), ("commands", options.others, others.measure)):
+            report[key] = measure_each(chosen, directory, lambda one, place: measured(one, place, instar, options.runs))
         if not (options.only or options.no_growth or options.commands):
             # Where giving space back costs the disk nothing: with the option `discard`, ext4 waits for it.
             with mounted("xfs", directory) as place:

@@ -6,15 +6,12 @@ conversion is measured twice: both without a flush, and both with one.
 """
 
 import dataclasses
-import pathlib
 import random
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 
-from disk import mounted
 from report import SANDBOXES, span
 from workloads import KIB, MIB, call, text
 
@@ -176,19 +173,6 @@ def measure(command, place, instar, runs):
     theirs = numbers["qemu-img"]["median"]
     ratios = {program: numbers[program]["median"] / theirs for program in SANDBOXES}
     return {"name": command.name, "title": command.title, "goal": 1.0, "programs": numbers, "ratios": ratios}
-
-
-def measure_all(chosen, directory, instar, runs):
-    """The results of these commands; what cannot be measured here is said."""
-    results = []
-    for command in chosen:
-        print(f"{command.title} …", file=sys.stderr, flush=True)
-        with mounted(command.file_system, directory) as place:
-            if place is None:
-                print(f"  not measured: {command.file_system} has to be mounted, which takes root", file=sys.stderr)
-                continue
-            results.append(measure(command, pathlib.Path(place), instar, runs))
-    return results
 
 
 def table(results):

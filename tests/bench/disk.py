@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import sys
 
 from workloads import GIB, call
 
@@ -39,3 +40,16 @@ def mounted(kind, directory):
     finally:
         image.unlink(missing_ok=True)
         place.rmdir()
+
+
+def measure_each(chosen, directory, measure):
+    """What `measure` makes of each of these on its file system; what cannot be measured here is said."""
+    results = []
+    for one in chosen:
+        print(f"{one.title} …", file=sys.stderr, flush=True)
+        with mounted(one.file_system, directory) as place:
+            if place is None:
+                print(f"  not measured: {one.file_system} has to be mounted, which takes root", file=sys.stderr)
+                continue
+            results.append(measure(one, pathlib.Path(place)))
+    return results
