@@ -196,22 +196,22 @@ def repair_leaks(directory):
     return case("check -r leaks", directory, ["check", "-r", "leaks", "IMAGE"])
 
 
-def repair_parallels(directory):
-    create(directory / "top", 4 * MIB, fmt="parallels")
-    scribble(directory / "top", 54, "parallels", 4 * MIB)
+def repair_mark(directory, fmt, seed, at, value):
+    """A number of its header, at this byte, says what is not so."""
+    create(directory / "top", 4 * MIB, fmt=fmt)
+    scribble(directory / "top", seed, fmt, 4 * MIB)
     with (directory / "top").open("r+b") as file:
-        file.seek(44)
-        file.write((0x746F6E59).to_bytes(4, "little"))
-    return case("check -r all of a parallels", directory, ["check", "-r", "all", "IMAGE"], fmt="parallels")
+        file.seek(at)
+        file.write(value.to_bytes(4, "little"))
+    return case(f"check -r all of a {fmt}", directory, ["check", "-r", "all", "IMAGE"], fmt=fmt)
+
+
+def repair_parallels(directory):
+    return repair_mark(directory, "parallels", 54, 44, 0x746F6E59)
 
 
 def repair_vdi(directory):
-    create(directory / "top", 4 * MIB, fmt="vdi")
-    scribble(directory / "top", 55, "vdi", 4 * MIB)
-    with (directory / "top").open("r+b") as file:
-        file.seek(388)
-        file.write((7).to_bytes(4, "little"))
-    return case("check -r all of a vdi", directory, ["check", "-r", "all", "IMAGE"], fmt="vdi")
+    return repair_mark(directory, "vdi", 55, 388, 7)
 
 
 # --- commits with more than that ------------------------------------------------------------------
