@@ -15,7 +15,6 @@ pub const CALLS: &[Call] = &[
 /// The requests of the machine and its processor (`linux/kvm.h`).
 const KVM: &[u32] = &[
     kvm(NONE, 0x04, 0),                                         // KVM_GET_VCPU_MMAP_SIZE
-    kvm(READ | WRITE, 0x05, size_of::<kvm_cpuid2>()),           // KVM_GET_SUPPORTED_CPUID
     kvm(NONE, 0x41, 0),                                         // KVM_CREATE_VCPU
     kvm(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()), // KVM_SET_USER_MEMORY_REGION
     kvm(NONE, 0x80, 0),                                         // KVM_RUN
@@ -45,7 +44,7 @@ mod tests {
 
     #[test]
     fn numbers_are_those_of_the_kernel() {
-        assert_eq!(kvm(READ | WRITE, 0x05, size_of::<kvm_cpuid2>()), 0xc008_ae05, "KVM_GET_SUPPORTED_CPUID");
+        assert_eq!(kvm(WRITE, 0x90, size_of::<kvm_cpuid2>()), 0x4008_ae90, "KVM_SET_CPUID2");
         assert_eq!(
             kvm(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()),
             0x4020_ae46,

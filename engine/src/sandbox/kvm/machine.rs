@@ -8,15 +8,14 @@ use crate::sandbox::layout;
 use crate::sandbox::memory::GuestRam;
 use crate::sandbox::program::{guest_module, ModuleSpec, Program, Report};
 use instar_guest_abi::{GUEST_MEMORY_SIZE, PAGE_TABLES_ADDR, SYSTEM_ADDR};
-use kvm_bindings::{kvm_userspace_memory_region, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{kvm_userspace_memory_region, KVM_API_VERSION};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::time::{Duration, Instant};
 
 const CORE: ModuleSpec<'static> = guest_module!("core");
 
-/// The open KVM device, and a virtual machine without memory. A process that will confine itself opens it before.
+/// A virtual machine without memory. A process that will confine itself makes it before.
 pub struct KvmDevice {
-    kvm: Kvm,
     vm: VmFd,
     time_create: Duration,
 }
@@ -37,7 +36,7 @@ impl KvmDevice {
             return Err(SandboxError::unusable("asking /dev/kvm for its version", 0));
         }
         let vm = create_vm(&kvm)?;
-        Ok(Self { kvm, vm, time_create: started.elapsed() })
+        Ok(Self { vm, time_create: started.elapsed() })
     }
 }
 
@@ -57,7 +56,7 @@ impl Machine {
     /// [`SandboxError::KvmUnusable`] naming what KVM refused; [`SandboxError::ModuleInvalid`].
     pub fn new(device: KvmDevice, program: &Program<'_>) -> Result<Self, SandboxError> {
         let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
-        let KvmDevice { kvm, vm, time_create } = device;
+        let KvmDevice { vm, time_create } = device;
         let started = Instant::now();
         let guest = load(program)?;
         let time_load = started.elapsed();
@@ -74,8 +73,7 @@ impl Machine {
         // dropped after it.
         unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
-        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-        vcpu::set_up(&vcpu, &cpuid, guest.layout.entry)?;
+        vcpu::set_up(&vcpu, guest.layout.entry)?;
         let time_create = time_create + started.elapsed();
         let report = Report { sandbox: super::NAME, time_create, time_load, ..Report::default() };
         Ok(Self { vcpu, _vm: vm, guest, report })

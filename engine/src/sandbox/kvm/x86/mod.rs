@@ -2,5 +2,6 @@
 
 pub mod fault;
 pub mod pages;
+pub mod processor;
 pub mod system;
 pub mod vcpu;

@@ -1,9 +1,10 @@
 //! The vCPU's registers: 64-bit mode at ring 3. IOPL is 0: which ports ring 3 may use is in the I/O bitmap.
 
+use super::processor::Processor;
 use super::system;
 use crate::sandbox::error::SandboxError;
 use instar_guest_abi::{PAGE_TABLES_ADDR, STACK_TOP};
-use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_xcr, kvm_xcrs, CpuId};
+use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 
 mod cr0 {
@@ -33,44 +34,13 @@ mod efer {
 
 /// Bit 1 is always set.
 const RFLAGS: u64 = 1 << 1;
-/// x87, SSE and AVX state.
-const XCR0: u64 = 0b111;
-
-/// What the processor can do, from its CPUID.
-#[derive(Clone, Copy, Debug, Default)]
-struct Features {
-    xsave: bool,
-    smep: bool,
-    smap: bool,
-    umip: bool,
-    /// State components that XCR0 may enable.
-    xcr0: u64,
-}
-
-impl Features {
-    fn of(cpuid: &CpuId) -> Self {
-        let mut features = Self::default();
-        for entry in cpuid.as_slice() {
-            match (entry.function, entry.index) {
-                (1, _) => features.xsave = entry.ecx >> 26 & 1 != 0,
-                (7, 0) => {
-                    features.smep = entry.ebx >> 7 & 1 != 0;
-                    features.smap = entry.ebx >> 20 & 1 != 0;
-                    features.umip = entry.ecx >> 2 & 1 != 0;
-                }
-                (0xd, 0) => features.xcr0 = u64::from(entry.eax) | u64::from(entry.edx) << 32,
-                _ => {}
-            }
-        }
-        features
-    }
-
+impl Processor {
     fn cr4(self) -> u64 {
         let flag = |on: bool, bit: u64| if on { bit } else { 0 };
         cr4::PAE
             | cr4::OSFXSR
             | cr4::OSXMMEXCPT
-            | flag(self.xsave, cr4::OSXSAVE)
+            | flag(self.state != 0, cr4::OSXSAVE)
             | flag(self.smep, cr4::SMEP)
             | flag(self.smap, cr4::SMAP)
             | flag(self.umip, cr4::UMIP)
@@ -97,12 +67,40 @@ fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
 ///
 /// # Errors
 /// [`SandboxError::KvmUnusable`] naming what KVM refused.
-pub fn set_up(vcpu: &VcpuFd, cpuid: &CpuId, entry: u64) -> Result<(), SandboxError> {
+pub fn set_up(vcpu: &VcpuFd, entry: u64) -> Result<(), SandboxError> {
     let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
-    vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-    let features = Features::of(cpuid);
+    let processor = choose(vcpu)?;
+    // As after a call: the return address, which is 0 and so faults, lies on the stack.
+    let regs = kvm_regs { rip: entry, rsp: STACK_TOP - 8, rflags: RFLAGS, ..kvm_regs::default() };
+    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() };
+    vcpu.set_fpu(&fpu).map_err(failed("KVM_SET_FPU"))?;
+    if processor.state != 0 {
+        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
+        xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value: u64::from(processor.state) };
+        vcpu.set_xcrs(&xcrs).map_err(failed("KVM_SET_XCRS"))?;
+    }
+    Ok(())
+}
 
-    let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+/// Give `vcpu` as much of this machine's processor as KVM can, and put it into 64-bit mode.
+fn choose(vcpu: &VcpuFd) -> Result<Processor, SandboxError> {
+    let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
+    let sregs = system_registers(vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?);
+    let mut refused = SandboxError::unusable("KVM_SET_SREGS", libc::EINVAL);
+    for processor in Processor::of_this_machine().with_less_and_less() {
+        let cpuid = processor.cpuid().ok_or_else(|| SandboxError::unusable("building a CPUID", 0))?;
+        vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        match vcpu.set_sregs(&kvm_sregs { cr4: processor.cr4(), ..sregs }) {
+            Ok(()) => return Ok(processor),
+            Err(error) => refused = failed("KVM_SET_SREGS")(error),
+        }
+    }
+    Err(refused)
+}
+
+/// The system registers of 64-bit mode at ring 3, but for CR4.
+fn system_registers(mut sregs: kvm_sregs) -> kvm_sregs {
     sregs.cr0 = cr0::PROTECTED
         | cr0::MONITOR_COPROCESSOR
         | cr0::EXTENSION_TYPE
@@ -110,7 +108,6 @@ pub fn set_up(vcpu: &VcpuFd, cpuid: &CpuId, entry: u64) -> Result<(), SandboxErr
         | cr0::WRITE_PROTECT
         | cr0::PAGING;
     sregs.cr3 = PAGE_TABLES_ADDR;
-    sregs.cr4 = features.cr4();
     sregs.efer = efer::LONG_MODE_ENABLE | efer::LONG_MODE_ACTIVE | efer::NO_EXECUTE;
     // Types: code, execute and read, accessed; data, read and write, accessed; 64-bit task, busy.
     sregs.cs = segment(system::USER_CODE, 0b1011, true);
@@ -127,17 +124,5 @@ pub fn set_up(vcpu: &VcpuFd, cpuid: &CpuId, entry: u64) -> Result<(), SandboxErr
     sregs.ldt = kvm_segment { unusable: 1, ..kvm_segment::default() };
     sregs.gdt = kvm_dtable { base: system::GDT, limit: system::GDT_LIMIT, ..kvm_dtable::default() };
     sregs.idt = kvm_dtable { base: system::IDT, limit: system::IDT_LIMIT, ..kvm_dtable::default() };
-    vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-
-    // As after a call: the return address, which is 0 and so faults, lies on the stack.
-    let regs = kvm_regs { rip: entry, rsp: STACK_TOP - 8, rflags: RFLAGS, ..kvm_regs::default() };
-    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
-    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() };
-    vcpu.set_fpu(&fpu).map_err(failed("KVM_SET_FPU"))?;
-    if features.xsave {
-        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
-        xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value: features.xcr0 & XCR0 };
-        vcpu.set_xcrs(&xcrs).map_err(failed("KVM_SET_XCRS"))?;
-    }
-    Ok(())
+    sregs
 }
