@@ -57,6 +57,10 @@ pub enum Work {
     OpenToCommitAtomically,
     /// Commit images that are open, and give the target, or what undoes its change, a name, or take that away.
     CommitAtomically,
+    /// Open images, look at them, and then go on with [`Work::Adopt`].
+    OpenToAdopt,
+    /// Write into an image that is open, and give it the place of another.
+    Adopt,
     /// Open images, look at them, and then go on with [`Work::Read`].
     OpenToRead,
     /// Let the sandbox read images that are open.
@@ -71,7 +75,7 @@ pub enum Work {
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Look,
         Self::LookInThread,
         Self::OpenAndLook,
@@ -80,6 +84,8 @@ impl Work {
         Self::OpenToCommitAtomically,
         Self::CommitAtomically,
         Self::Recover,
+        Self::OpenToAdopt,
+        Self::Adopt,
         Self::OpenToRead,
         Self::Read,
         Self::OpenToConvert,
@@ -95,7 +101,7 @@ impl Work {
     /// Whether it looks for images in directories.
     #[must_use]
     pub fn lists_directories(self) -> bool {
-        matches!(self, Self::OpenToCommit | Self::OpenToCommitAtomically)
+        matches!(self, Self::OpenToCommit | Self::OpenToCommitAtomically | Self::OpenToAdopt)
     }
 
     /// The same, and these.
@@ -107,9 +113,11 @@ impl Work {
             // A filter can only be made stricter: what comes later is allowed before.
             Self::OpenToCommit => &[LOOK, OPEN, LIST, CONFINE, CHANGE],
             Self::Commit => &[LOOK, CHANGE],
-            Self::OpenToCommitAtomically => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME, CLONE],
+            Self::OpenToCommitAtomically => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME, CLONE, LIKENESS],
             Self::CommitAtomically => &[LOOK, CHANGE, NAME],
             Self::Recover => &[LOOK, CHANGE, NAME],
+            Self::OpenToAdopt => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME, LIKENESS],
+            Self::Adopt => &[LOOK, CHANGE, NAME, LIKENESS],
             Self::OpenToRead => &[LOOK, OPEN, CONFINE],
             Self::Read => &[LOOK],
             Self::OpenToConvert => &[LOOK, OPEN, CONFINE, CONFINE_BUT, CHANGE, NAME],
@@ -271,11 +279,15 @@ pub(crate) fn removing_in(directory: RawFd) -> Vec<Call> {
     ]
 }
 
-/// Making a clone of a file that looks like it: extents, owner, mode and extended attributes.
+/// Making a clone of a file.
 const CLONE: &[Call] = &[
     (libc::SYS_ioctl, FileOneOf(1, &[request(libc::FICLONE)])),
     // It is held for the image, and for its name.
     (libc::SYS_fcntl, FileOneOf(1, &[bits(libc::F_DUPFD_CLOEXEC)])),
+];
+
+/// Giving a file owner, mode and extended attributes of the one whose place it takes.
+const LIKENESS: &[Call] = &[
     (libc::SYS_fchown, FILE),
     (libc::SYS_fchmod, FILE),
     (libc::SYS_flistxattr, FILE),
@@ -351,6 +363,8 @@ mod tests {
                     | Work::Convert
                     | Work::OpenToCommitAtomically
                     | Work::CommitAtomically
+                    | Work::OpenToAdopt
+                    | Work::Adopt
                     | Work::Recover
             );
             for call in [libc::SYS_linkat, libc::SYS_renameat, libc::SYS_renameat2, libc::SYS_unlinkat] {
@@ -361,6 +375,7 @@ mod tests {
                 Work::OpenAndLook
                     | Work::OpenToCommit
                     | Work::OpenToCommitAtomically
+                    | Work::OpenToAdopt
                     | Work::OpenToRead
                     | Work::OpenToConvert
             );
@@ -380,6 +395,7 @@ mod tests {
         let both = [
             (Work::OpenToCommit, Work::Commit),
             (Work::OpenToCommitAtomically, Work::CommitAtomically),
+            (Work::OpenToAdopt, Work::Adopt),
             (Work::OpenToRead, Work::Read),
             (Work::OpenToConvert, Work::Convert),
         ];

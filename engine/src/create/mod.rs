@@ -1,9 +1,11 @@
 //! `instar create`: a new, empty image, whose bytes its format's plugin lays out.
 
 mod file;
+mod likeness;
 mod new_file;
 
 pub(crate) use file::write_to;
+pub(crate) use likeness::look_like;
 pub(crate) use new_file::NewFile;
 
 use crate::error::{Error, Role};
