@@ -4,6 +4,7 @@
 //! happens, a [`Cancel`](operation::Cancel) ends an operation, an [`Error`](error::Error) says why it failed. Only a
 //! [`Session`](operation::Session) that is made for it confines the process.
 
+pub mod adopt;
 pub mod cancel;
 pub mod check;
 pub mod commit;

@@ -8,7 +8,7 @@ import shutil
 import dirty_bitmaps
 import qcow2_bytes
 from faults import Case, scribble
-from jobs import Converting, Job, Merging, Relinking
+from jobs import Adopting, Converting, Job, Merging, Relinking
 from support import MIB, create, qemu_img, qemu_io
 
 
@@ -251,6 +251,18 @@ def wipe(directory):
     return Case("a commit that wipes", directory, "top", "base", args=["--wipe"])
 
 
+def adopt(directory):
+    """A layer between them, and one below; other clusters than the base's."""
+    family(directory)
+    return Adopting("a commit by adoption", directory, "top", "mid", others=["base"])
+
+
+def adopt_flattens(directory):
+    """Over two layers, to stand alone."""
+    family(directory, cluster_size="4k")
+    return Adopting("a commit by adoption of all layers", directory, "top", "base", others=["mid"])
+
+
 # --- convert --------------------------------------------------------------------------------------
 
 
@@ -273,6 +285,6 @@ REBASES = [rebase_onto_another, rebase_drops_a_layer, rebase_flattens, rebase_na
 RESIZES = [resize_grows, resize_grows_backwards, resize_shrinks, resize_shrinks_alone, resize_fills, resize_raw, resize_qcow,
            resize_vdi, resize_vpc, resize_vhdx, resize_parallels]
 REPAIRS = [repair_all, repair_leaks, repair_parallels, repair_vdi]
-COMMITS = [relink, merge_bitmaps, wipe]
+COMMITS = [relink, merge_bitmaps, wipe, adopt, adopt_flattens]
 CONVERSIONS = [convert, convert_replaces]
 ALL = [*REBASES, *RESIZES, *REPAIRS, *COMMITS, *CONVERSIONS]

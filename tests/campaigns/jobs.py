@@ -6,6 +6,7 @@ What must hold whatever happens: the image reads what it read before, or what it
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -177,6 +178,50 @@ class Merging(Case):
         for name, ranges in wanted:
             covered = name in found and dirty_bitmaps.within(ranges, found[name])
             self.hold(covered, f"the bitmap {name} says {found.get(name)}, and not {ranges}", result)
+
+
+@dataclass
+class Adopting(Case):
+    """A commit in which the overlay takes the base's place: the base is what it was, or all that it is to be."""
+
+    deleted: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.args = ["-q", "--by-adoption", "-b", self.base]
+        self.before = support.digest(self.path(self.base))
+        self.kept = {name: support.digest(self.path(name)) for name in self.others}
+
+    def traced(self):
+        return [self.directory]
+
+    def run(self, fault="COUNT", nth=0, call="none", *options):
+        """A run after one that was cut short just before its end has nothing left to do, and says so."""
+        result = super().run(fault, nth, call, *options)
+        return dataclasses.replace(result, rc=0) if self.is_told_to_rename(result) else result
+
+    def again(self):
+        """An overlay that no longer leads to the base is renamed, as the message says."""
+        again = super().again()
+        if self.is_told_to_rename(again):
+            self.path(self.top).rename(self.path(self.base))
+            return dataclasses.replace(again, rc=0)
+        return again
+
+    def is_told_to_rename(self, result):
+        return result.rc == 1 and "an earlier run with --by-adoption was interrupted" in result.stderr
+
+    def check_files(self, result, finished):
+        for name, digest in self.kept.items():
+            self.hold(support.digest(self.path(name)) == digest, f"{name} has changed", result)
+        if not self.is_removed():
+            self.hold(support.digest(self.path(self.base)) == self.before, "the base has changed", result)
+            self.hold(support.content_hash(self.path(self.top)) == self.expected, "the overlay reads differently", result)
+            check = qemu_img("check", self.path(self.top), rc=None)
+            self.hold(check.rc in (0, 3), "the overlay is damaged", f"{result}\n{check}")
+            return
+        self.hold(support.content_hash(self.path(self.base)) == self.expected, "the base is not whole", result)
+        self.check_metadata(self.path(self.base), "qcow2", result)
 
 
 @dataclass

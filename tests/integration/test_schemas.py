@@ -19,6 +19,7 @@ from support import KIB, MIB, REPO, run_instar
 
 #: Keys that are only there where there is something to say: besides these, each that is missing has to be noticed.
 OPTIONAL = {
+    "adoption": {"dry_run", "stale", "warnings"},
     "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped", "verified_bytes", "overlay_deleted", "atomic", "backup"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail", "leaks-fixed", "corruptions-fixed", "leaks-fixable", "corruptions-fixable",
@@ -57,6 +58,8 @@ def samples(tmp_path_factory):
     support.qemu_io(folder / "top", "write -P 5 64k 192k", "write -z 1M 64k", "write -P 6 2M 64k")
     support.create(folder / "other-base", MIB)
     support.create(folder / "other-top", backing="other-base", cwd=folder)
+    support.create(folder / "adopted", MIB)
+    support.create(folder / "adopter", backing="adopted", cwd=folder)
     support.create(folder / "bitmaps", MIB)
     support.qemu_img("bitmap", "--add", folder / "bitmaps", "b")
     support.create(folder / "damaged", MIB)
@@ -90,6 +93,7 @@ def samples(tmp_path_factory):
     (folder / "recovered").write_bytes(bytes(512))
     (folder / ".recovered.instar-undo").touch(0o600)
     return {
+        "adoption": [ask("commit", "--by-adoption", "--dry-run", "-b", "base", "top"), ask("commit", "--by-adoption", "-b", "adopted", "adopter")],
         "commit": [ask("commit", "--dry-run", "top"), ask("commit", "--dry-run", "-b", "base", "top"),
                    ask("commit", "--dry-run", "--relink", "top", "mid"), ask("commit", "-d", "-b", "base", "top"),
                    ask("commit", "--dry-run", "--bitmaps", "marked.qcow2"), ask("commit", "--wipe", "--verify", "--delete-overlay", "other-top"),
@@ -119,7 +123,7 @@ def samples(tmp_path_factory):
 
 
 def test_every_command_that_prints_json_has_one_and_only_these():
-    assert set(schemas.published()) == {*commands(), "error", "progress"}
+    assert set(schemas.published()) == {*commands(), "adoption", "error", "progress"}
 
 
 @pytest.mark.parametrize("name", schemas.published())

@@ -99,7 +99,7 @@ class Result:
         """What it printed. Of instar, its published schema has to allow that."""
         value = json.loads(self.stdout)
         if Path(os.fsdecode(self.args[0])).name == "instar":
-            schemas.insist(self.args[1], value)
+            schemas.insist("adoption" if "--by-adoption" in self.args else self.args[1], value)
         return value
 
     @property

@@ -85,6 +85,16 @@ pub struct CommitArgs {
     /// Remove the overlay's file once everything is durable in the image that it was committed into, instead of emptying it
     #[arg(long, conflicts_with = "keep_overlay")]
     pub delete_overlay: bool,
+    /// Write what only the image named with -b, or a layer above it, holds into the overlay, and give the overlay's file that
+    /// image's name: less work where the overlay holds most of what is read. The overlay's own name is gone afterwards
+    #[arg(
+        long,
+        requires = "base",
+        conflicts_with_all = [
+            "keep_overlay", "rate_limit", "atomic", "bitmaps", "relink", "relink_in", "wipe", "verify", "delete_overlay"
+        ]
+    )]
+    pub by_adoption: bool,
     /// Say what would be committed, and change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -140,6 +150,9 @@ pub fn run(args: &CommitArgs, out: &mut dyn Write) -> u8 {
 
 fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
     args.unsupported.refuse()?;
+    if let (true, Some(base)) = (args.by_adoption, &args.base) {
+        return super::commit_by_adoption::commit(args, base, out);
+    }
     let warns = !args.quiet && args.output == OutputFormat::Human;
     let told = Told { verbose: args.verbose, warns, ..Told::of("commit", &args.progress, args.quiet)? };
     let told = Rc::new(told);

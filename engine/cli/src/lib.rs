@@ -6,6 +6,7 @@
 pub mod check;
 mod check_text;
 pub mod commit;
+mod commit_by_adoption;
 mod commit_text;
 pub mod compare;
 pub mod config;

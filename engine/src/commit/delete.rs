@@ -172,7 +172,7 @@ impl Deletion {
     }
 }
 
-/// Refuse an overlay that other images name, but for those that are relinked. They are looked for where [siblings] are.
+/// Refuse an overlay that other images name, but for those that are relinked; `remedy` says what to do about them. They are looked for where [siblings] are.
 ///
 /// [siblings]: super::siblings
 ///
@@ -182,6 +182,7 @@ pub fn refuse_children(
     opener: &Opener<'_, '_>,
     chain: &[&ChainImage<'_>],
     relinked: &[ChainImage<'_>],
+    remedy: &str,
 ) -> Result<(), Error> {
     let Opener { registry, session, below, named, .. } = *opener;
     let Some(&overlay) = chain.first() else { return Ok(()) };
@@ -199,10 +200,7 @@ pub fn refuse_children(
         return Ok(());
     }
     let (count, names) = counted(&names);
-    let clause = format!(
-        "is the backing of {count}, which could not be read without it: {names}; have them name the target with --relink, or \
-         leave out --delete-overlay"
-    );
+    let clause = format!("is the backing of {count}, which could not be read without it: {names}; {remedy}");
     Err(Error::image(&overlay.opened.path, ErrorCode::BackingShared, clause).in_role(Role::Overlay))
 }
 

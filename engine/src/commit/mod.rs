@@ -28,12 +28,14 @@ mod wipe;
 pub use atomic::AtomicWay;
 pub(crate) use bitmaps::allowance as room_for_bitmaps;
 pub use bitmaps::{MergedBitmap, RESULTS as BITMAP_RESULTS};
+pub(crate) use delete::refuse_children;
 pub use events::CommitEvents;
 pub(crate) use meter::Meter;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
 pub use plan::PlanBounds;
 pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
+pub(crate) use siblings::Siblings;
 pub(crate) use space::Space;
 
 use crate::devices::Cache;

@@ -204,7 +204,8 @@ impl Operation for Commit<'_> {
         let relinks = Relinks::open(opener, &chain, between.len() + 1).map_err(|error| error.in_role(Role::Child))?;
         let Relinks { images: mut children, all, warnings } = relinks;
         if self.request.delete_overlay {
-            delete::refuse_children(opener, &chain, &children)?;
+            let remedy = "have them name the target with --relink, or leave out --delete-overlay";
+            delete::refuse_children(opener, &chain, &children, remedy)?;
         }
         self.warnings.extend(warnings);
         self.relinked = all;

@@ -1,8 +1,9 @@
 //! What a rebase makes of what its guest says: the plan, the phases, the end.
 
 use crate::commit::Meter;
-use crate::devices::Devices;
-use crate::operation::{decode, Events, Observer};
+use crate::devices::{Cache, Devices};
+use crate::error::Error;
+use crate::operation::{decode, DevicePaths, Events, Observer, Session};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{Phase, Request, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Outcome, Plan};
@@ -16,23 +17,46 @@ pub struct RebaseEvents {
     /// What the guest planned, once it said so.
     pub plan: Option<Plan>,
     /// Counts how far it is, if anybody wants to know.
-    pub(super) meter: Option<Meter>,
+    pub(crate) meter: Option<Meter>,
     /// What somebody is told once nothing can refuse the rebase any more.
-    pub(super) warnings: Vec<String>,
+    pub(crate) warnings: Vec<String>,
     /// The image records an identity: nothing can be written into it before it gets another parent.
-    pub(super) only_record: bool,
+    pub(crate) only_record: bool,
     /// Something would have to be, which is why the guest was ended.
-    pub(super) needs_data: bool,
+    pub(crate) needs_data: bool,
     /// Length in bytes of an image on a device, which nothing makes longer.
-    pub(super) fixed: Option<u64>,
+    pub(crate) fixed: Option<u64>,
     /// It would have no room for what is written and for the new name, which is why the guest was ended.
-    pub(super) lacks_room: bool,
+    pub(crate) lacks_room: bool,
     /// Who is told that.
-    pub(super) observer: Option<Rc<dyn Observer>>,
+    pub(crate) observer: Option<Rc<dyn Observer>>,
     /// Nothing may be changed.
-    pub(super) dry_run: bool,
+    pub(crate) dry_run: bool,
     /// Virtual size of the image in bytes: no more can be written.
-    pub(super) virtual_size: u64,
+    pub(crate) virtual_size: u64,
+}
+
+impl RebaseEvents {
+    /// Attend devices whose image has files of `length` bytes together.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OpenFailed`](instar_guest_abi::ErrorCode::OpenFailed) for a file system that knows no direct I/O.
+    pub(crate) fn serve(
+        self,
+        devices: &mut Devices,
+        paths: &DevicePaths,
+        session: &Session,
+        (cache, length): (Cache, u64),
+    ) -> Result<Self, Error> {
+        paths.set_cache(devices, cache)?;
+        let observer = session.observer();
+        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
+        let meter = Meter::new(observer.clone(), length, devices, paths.target(), flushes);
+        let pace = devices.pace_mut();
+        pace.stop_when(session.cancel().clone());
+        pace.watched_by(Box::new(meter.clone()));
+        Ok(Self { meter: Some(meter), observer: Some(observer.clone()), ..self })
+    }
 }
 
 impl Events for RebaseEvents {

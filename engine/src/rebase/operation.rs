@@ -5,7 +5,7 @@ use super::open::{named_parent, open_unchecked, refuse_unrecorded, Below};
 use super::{out_of_order, RebaseOutcome, RebaseRequest};
 use crate::commit::Meter;
 use crate::confine::Work;
-use crate::devices::{Cache, Devices, Workers};
+use crate::devices::{Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_path};
 use crate::image::{file_name, open_extra_files, Access, ChainImage, FilesOf};
@@ -238,23 +238,15 @@ impl Operation for Rebase<'_> {
         let opened = self.opened.as_ref().ok_or_else(out_of_order)?;
         let RebaseRequest { cache, dry_run, .. } = *self.request;
         devices.set_workers(self.workers.take());
-        paths.set_cache(devices, cache)?;
-        let observer = session.observer();
-        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
-        let meter = Meter::new(observer.clone(), opened.length, devices, paths.target(), flushes);
-        let pace = devices.pace_mut();
-        pace.stop_when(session.cancel().clone());
-        pace.watched_by(Box::new(meter.clone()));
-        Ok(RebaseEvents {
-            meter: Some(meter),
+        let events = RebaseEvents {
             warnings: self.warnings.clone(),
             only_record: self.only_record,
             fixed: paths.is_block_device(DEVICE_OUTPUT).then_some(opened.length),
-            observer: Some(observer.clone()),
             dry_run,
             virtual_size: opened.virtual_size,
             ..RebaseEvents::default()
-        })
+        };
+        events.serve(devices, paths, session, (cache, opened.length))
     }
 
     fn finish(self, ended: Ended<RebaseEvents>) -> Result<RebaseOutcome, Error> {
