@@ -176,6 +176,49 @@ def test_what_would_be_lost_or_is_impossible_is_refused(tmp_path, which):
         assert support.run_instar("commit", "-q", "-b", base, tmp_path / "top").rc == 0
 
 
+def test_a_link_to_the_overlay_is_refused(chain):
+    (chain / "link").symlink_to("top")
+    before = state(chain)
+    result = adopt(chain, top="link")
+    assert result.rc == 1 and "is a symbolic link" in result.stderr and state(chain) == before, str(result)
+
+
+def test_a_link_to_the_target_goes_on_leading_to_it(chain):
+    expected = support.content_hash(chain / "top")
+    (chain / "base").rename(chain / "real")
+    (chain / "base").symlink_to("real")
+    assert adopt(chain).rc == 0
+    assert (chain / "base").is_symlink() and support.content_hash(chain / "real") == expected
+
+
+def test_what_may_not_be_renamed_is_refused_before_the_first_change(chain):
+    """A directory that may not be written to; another owner of one image, or of both."""
+    if os.geteuid() != 0:
+        pytest.skip("other users take root")
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", support.instar_binary(), "commit", "--sandbox",
+              "process", "--by-adoption", "-b", "base", chain / "top"]
+    for path in (chain / "base", chain / "top", chain / "root"):
+        os.chown(path, 65534, 65534)
+    for directory in chain.parents:
+        if directory.stat().st_uid == 0 and directory.stat().st_mode & 0o1 == 0:
+            directory.chmod(directory.stat().st_mode | 0o11)
+    before, expected = state(chain), support.content_hash(chain / "top")
+    for mode, owners, said in ((0o755, (65534, 65534), "may not be renamed or replaced"), (0o777, (65534, 0), "has to belong to you"),
+                               (0o777, (1000, 1000), "has to belong to you")):
+        chain.chmod(mode)
+        for name, owner in zip(("top", "base"), owners):
+            os.chown(chain / name, owner, owner)
+            (chain / name).chmod(0o666)
+        before = state(chain)
+        result = support.run(*nobody)
+        assert result.rc == 1 and said in result.stderr and state(chain) == before, f"{oct(mode)} {result}"
+    os.chown(chain / "top", 65534, 65534)
+    os.chown(chain / "base", 65534, 65534)
+    result = support.run(*nobody)
+    assert result.rc == 0, str(result)
+    assert support.content_hash(chain / "base") == expected
+
+
 def test_siblings_that_are_not_needed(tmp_path):
     create(tmp_path / "base", 8 * MIB)
     create(tmp_path / "top", backing="base", cwd=tmp_path)

@@ -1,5 +1,6 @@
 //! The step in which the overlay's file gets the target's name.
 
+use crate::commit::removal_denied;
 use crate::create::look_like;
 use crate::error::{reason, Error, Role};
 use crate::image::OpenedFile;
@@ -44,6 +45,10 @@ impl TakeOver {
                 "lies in another directory than the overlay, which could not take its name in one step".to_owned(),
             );
         }
+        if overlay.name != name || overlay.holder.identity() != directory.identity() {
+            let clause = "is a symbolic link, which would lead to nothing: name the file that it leads to";
+            return Err(Error::image(&overlay.path, ErrorCode::OpenFailed, clause));
+        }
         let (own, others) = (stat_of(overlay)?, stat_of(target)?);
         for (file, stat) in [(overlay, &own), (target, &others)] {
             if stat.st_nlink > 1 {
@@ -52,17 +57,24 @@ impl TakeOver {
             }
         }
         let user = rustix::process::geteuid().as_raw();
-        if user != 0 && (own.st_uid, own.st_gid) != (others.st_uid, others.st_gid) {
-            return refused(
-                &overlay.path,
-                "belongs to another user or group than the target, and only root can change that".to_owned(),
-            );
+        // Its mode is its owner's to change, and its owner root's.
+        if user != 0 && (own.st_uid != user || (own.st_uid, own.st_gid) != (others.st_uid, others.st_gid)) {
+            let clause =
+                "has to belong to you, and to the same user and group as the target, as only root can change that";
+            return refused(&overlay.path, clause.to_owned());
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let flushed = retry_on_intr(|| openat(&directory, ".", flags, Mode::empty())).map_err(|errno| {
             let what = "cannot be replaced durably: its directory cannot be opened";
             Error::io(&target.path, ErrorCode::OpenFailed, what, &io::Error::from(errno))
         })?;
+        for (file, stat) in [(overlay, &own), (target, &others)] {
+            if let Some(why) = removal_denied(&flushed, stat) {
+                let clause =
+                    format!("may not be renamed or replaced in its directory by you, which --by-adoption needs: {why}");
+                return Err(Error::image(&file.path, ErrorCode::PermissionDenied, clause));
+            }
+        }
         let target_path = target.path.clone();
         let (overlay, target) = ((name, overlay.identity), (target_name, target.identity));
         Ok(Self { directory, flushed, overlay, target, target_path })

@@ -212,9 +212,9 @@ fn why(errno: Errno) -> String {
     reason(&io::Error::from(errno))
 }
 
-/// Why this user may not remove a name from a directory: it may not be written to, or it is sticky and somebody else's, as is the
+/// Why this user may not remove the name of a file, which was `found` like this, from a directory: it may not be written to, or it is sticky and somebody else's, as is the
 /// file. What else may be in the way, as an attribute of the file, only the removal shows.
-fn denied(directory: &OwnedFd, found: &Stat) -> Option<String> {
+pub fn denied(directory: &OwnedFd, found: &Stat) -> Option<String> {
     if let Err(errno) = accessat(directory, ".", Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
         return Some(why(errno));
     }

@@ -28,7 +28,7 @@ mod wipe;
 pub use atomic::AtomicWay;
 pub(crate) use bitmaps::allowance as room_for_bitmaps;
 pub use bitmaps::{MergedBitmap, RESULTS as BITMAP_RESULTS};
-pub(crate) use delete::refuse_children;
+pub(crate) use delete::{denied as removal_denied, refuse_children};
 pub use events::CommitEvents;
 pub(crate) use meter::Meter;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
