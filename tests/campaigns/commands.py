@@ -167,6 +167,11 @@ def resize_parallels(directory):
     return resize_of(directory, "parallels", 4 * MIB, 12 * MIB, cluster_size="4k")
 
 
+def resize_vmdk(directory):
+    """The directory has room for the tables; the last grain ends past the disk."""
+    return resize_of(directory, "vmdk", 4 * MIB + 512, 70 * MIB)
+
+
 # --- check -r -------------------------------------------------------------------------------------
 
 
@@ -271,7 +276,7 @@ def convert_replaces(directory):
 
 REBASES = [rebase_onto_another, rebase_drops_a_layer, rebase_flattens, rebase_names_only, rebase_qcow, rebase_vmdk]
 RESIZES = [resize_grows, resize_grows_backwards, resize_shrinks, resize_shrinks_alone, resize_fills, resize_raw, resize_qcow,
-           resize_vdi, resize_vpc, resize_vhdx, resize_parallels]
+           resize_vdi, resize_vpc, resize_vhdx, resize_parallels, resize_vmdk]
 REPAIRS = [repair_all, repair_leaks, repair_parallels, repair_vdi]
 COMMITS = [relink, merge_bitmaps, wipe]
 CONVERSIONS = [convert, convert_replaces]
