@@ -12,7 +12,7 @@ use crate::sparse_sink::SparseSink;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary, Request};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary, Request};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow, Sink};
 use instar_vmdk_format::next_content_id;
 
@@ -29,7 +29,7 @@ pub struct VmdkSink {
     pub(crate) parts: Vec<Part<SparseSink>>,
     /// The content ID that the image gets.
     next_id: u32,
-    /// It is written.
+    /// It is written, or the disk keeps the one that it has.
     identified: bool,
     /// The devices of flat extents that were written to.
     flats: BTreeMap<u32, OrderedWriter>,
@@ -71,11 +71,14 @@ impl VmdkSink {
         let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, &file, has_backing))?;
         let id = &descriptor.text.content_id;
         let next_id = next_content_id(id.value, None);
-        // Any other one has as many digits.
-        descriptor.can_replace(id, next_id)?;
+        let identified = device.flags & device_flags::KEEPS_IDENTITY != 0;
+        if !identified {
+            // Any other one has as many digits.
+            descriptor.can_replace(id, next_id)?;
+        }
         let descriptor_file = if device.files.count() == 0 { 0 } else { device.file_length };
         let (flats, growth) = (BTreeMap::new(), None);
-        Ok(Self { info, descriptor, descriptor_file, parts, next_id, identified: false, flats, growth })
+        Ok(Self { info, descriptor, descriptor_file, parts, next_id, identified, flats, growth })
     }
 
     /// Extents cut at the borders of the parts, with the index of the part that each run of them falls into, by the part's
