@@ -144,6 +144,23 @@ def test_every_kind_of_vmdk_grows(tmp_path, subformat):
         resized(image, 2 * GIB, fmt="vmdk")
 
 
+def test_a_vmdk_in_several_files_has_the_lesser_of_two_sizes(tmp_path):
+    """A power loss between descriptor and header leaves that: QEMU and instar read the old disk, and a second run finishes."""
+    image = tmp_path / "disk.vmdk"
+    support.create(image, 4 * MIB, fmt="vmdk", subformat="twoGbMaxExtentSparse")
+    scribble(random.Random(1), image, 4 * MIB, "vmdk")
+    before = content(image, "vmdk")
+    text = image.read_bytes()
+    image.write_bytes(text.replace(b"RW 8192 SPARSE", b"RW 14336 SPARSE"))
+    assert support.virtual_size(image, "vmdk") == 4 * MIB and content(image, "vmdk") == before
+    assert support.run_instar("info", "--output", "json", image).json["virtual-size"] == 4 * MIB
+    assert support.run_instar("check", image).rc == 0
+    resized(image, 7 * MIB, fmt="vmdk")
+    # An extent that is larger than the descriptor says is still one of another disk.
+    image.write_bytes(text)
+    assert "the descriptor says" in support.run_instar("check", image).stderr
+
+
 def test_a_directory_of_a_vmdk_moves_when_it_is_full(tmp_path):
     """128 entries, each of 32 MiB, are a sector."""
     image = tmp_path / "disk.vmdk"
