@@ -77,12 +77,12 @@ def rebase_qcow(directory):
 
 
 def rebase_vmdk(directory):
-    """What is recorded of the new parent is its content ID."""
-    create(directory / "base", 4 * MIB, fmt="vmdk")
-    scribble(directory / "base", 28, "vmdk", 4 * MIB, count=2)
+    """New grains; then what is recorded of the new parent is its content ID."""
+    for name, seed in (("base", 28), ("other", 30)):
+        create(directory / name, 4 * MIB, fmt="vmdk")
+        scribble(directory / name, seed, "vmdk", 4 * MIB, count=2)
     create(directory / "top", backing="base", backing_fmt="vmdk", fmt="vmdk", cwd=directory)
     scribble(directory / "top", 29, "vmdk", 4 * MIB)
-    shutil.copy(directory / "base", directory / "other")
     return case("a rebase of a vmdk", directory, ["rebase", "-b", "other", "-F", "vmdk", "IMAGE"], "base", "other", fmt="vmdk",
                 record="other")
 
@@ -134,6 +134,13 @@ def resize_fills(directory):
     return case("an image that grows and takes its space", directory, ["resize", "--preallocation=full", "IMAGE", "3M"])
 
 
+def resize_reserves(directory):
+    """The file system keeps the space of the new clusters."""
+    create(directory / "top", MIB)
+    scribble(directory / "top", 41, "qcow2", MIB)
+    return case("an image that grows and has space reserved", directory, ["resize", "--preallocation=falloc", "IMAGE", "3M"])
+
+
 def resize_of(directory, fmt, *sizes, **options):
     create(directory / "top", sizes[0], fmt=fmt, **options)
     scribble(directory / "top", 42, fmt, min(sizes[0], 2 * MIB), count=3)
@@ -165,6 +172,11 @@ def resize_vhdx(directory):
 
 def resize_parallels(directory):
     return resize_of(directory, "parallels", 4 * MIB, 12 * MIB, cluster_size="4k")
+
+
+def resize_vmdk(directory):
+    """The directory has room for the tables; the last grain ends past the disk."""
+    return resize_of(directory, "vmdk", 4 * MIB + 512, 70 * MIB)
 
 
 # --- check -r -------------------------------------------------------------------------------------
@@ -282,8 +294,8 @@ def convert_replaces(directory):
 
 
 REBASES = [rebase_onto_another, rebase_drops_a_layer, rebase_flattens, rebase_names_only, rebase_qcow, rebase_vmdk]
-RESIZES = [resize_grows, resize_grows_backwards, resize_shrinks, resize_shrinks_alone, resize_fills, resize_raw, resize_qcow,
-           resize_vdi, resize_vpc, resize_vhdx, resize_parallels]
+RESIZES = [resize_grows, resize_grows_backwards, resize_shrinks, resize_shrinks_alone, resize_fills, resize_reserves, resize_raw,
+           resize_qcow, resize_vdi, resize_vpc, resize_vhdx, resize_parallels, resize_vmdk]
 REPAIRS = [repair_all, repair_leaks, repair_parallels, repair_vdi]
 COMMITS = [relink, merge_bitmaps, wipe, adopt, adopt_flattens]
 CONVERSIONS = [convert, convert_replaces]

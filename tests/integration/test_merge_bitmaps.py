@@ -202,6 +202,26 @@ def test_an_extension_that_does_not_count(tmp_path):
     assert dirty(mid, "one") == [(3 * MIB, 3 * MIB + 64 * KIB)]
 
 
+def test_a_table_that_crosses_a_sector(pair):
+    """No write of a sector could change it. The advice is taken: no bitmap is lost, and the table is elsewhere."""
+    pair.make(top=["write -P 1 0 64k"])
+    add(pair.base, "kept")
+    add(pair.top, "new")
+    header = bytearray(pair.base.read_bytes()[:4096])
+    length = int.from_bytes(header[100:104], "big")
+    extension = header.index(0x23852875.to_bytes(4, "big"), length)
+    # Something unknown in front of it has it begin 16 bytes before a sector's end.
+    moved = 0x12345678.to_bytes(4, "big") + (512 - 16 - 8 - length).to_bytes(4, "big") + bytes(512 - 16 - 8 - length)
+    header[length:] = (moved + header[extension:extension + 32]).ljust(4096 - length, b"\0")
+    with pair.base.open("r+b") as file:
+        file.write(header)
+    refuse("ERROR_UNSUPPORTED_FORMAT", pair.top, "--bitmaps", files=[pair.base], mentions=["crosses a sector", "bitmap --add"])
+    for change in ("--add", "--remove"):
+        support.qemu_img("bitmap", change, pair.base, "again")
+    commit(pair)
+    assert {"kept", "new"} <= {each["name"] for each in support.info(pair.base)["format-specific"]["data"]["bitmaps"]}
+
+
 def test_in_use(pair):
     pair.make(base=["write -P 1 0 1M"], top=["write -P 2 512k 64k"])
     for name in ("own", "theirs", "good"):

@@ -207,6 +207,13 @@ def test_local_files_behind_a_protocol(tmp_path, form):
     assert info.rc == 0 and len(info.json) == 2, str(info)
 
 
+def advised(command, new):
+    """Run a command that a message advises."""
+    words = command.replace("NEW", new).replace("FMT", "qcow2")
+    assert words.startswith("instar ")
+    return support.run("sh", "-c", f"{support.instar_binary()} {words.removeprefix('instar ')}")
+
+
 @pytest.mark.parametrize(
     "name",
     ["nbd://localhost:10809/x", "nbd:localhost:10809", "C:\\VMs\\base", "rbd:pool/image", "http://localhost/x", "fat:rw:.",
@@ -220,8 +227,8 @@ def test_what_is_no_local_file(tmp_path, name):
     error = refused("ERROR_WRITE_TARGET_NOT_ALLOWED", top, files=[base], mentions=["rebase -u", top])
     assert "-b '" not in error and "--allow" not in error, error
     assert ("Windows" in error) == name.startswith("C:")
-    command = re.search(r"`(qemu-img rebase -u -b NEW -F FMT '.*')`", error)[1]
-    assert support.run("sh", "-c", command.replace("NEW", "base").replace("FMT", "qcow2")).rc == 0
+    command = re.search(r"`(instar rebase -u -b NEW -F FMT '.*')`", error)[1]
+    assert advised(command, "base").rc == 0
     commits(top, base)
 
 
@@ -268,8 +275,8 @@ def test_the_advice_for_a_name_through_proc_leads_on(tmp_path):
     qcow2_bytes.Image(top).set_backing(b"/proc/self/cwd/base")
     for options in ([], ["-b", base], ["--allow-backing-dir", tmp_path]):
         error = refused("ERROR_WRITE_TARGET_NOT_ALLOWED", top, *options, files=[base], mentions=["/proc"])
-    command = re.search(r"`(qemu-img rebase -u -b NEW -F FMT '.*')`", error)[1]
-    assert support.run("sh", "-c", command.replace("NEW", "base").replace("FMT", "qcow2")).rc == 0
+    command = re.search(r"`(instar rebase -u -b NEW -F FMT '.*')`", error)[1]
+    assert advised(command, "base").rc == 0
     commits(top, base)
 
 
@@ -284,10 +291,25 @@ def test_a_backing_that_is_gone(tmp_path):
     error = refused("ERROR_BACKING_NOT_FOUND", top, files=[moved], mentions=["does not exist", base, f"'{top}' records it"])
     # Also for one that is named with -b: a message that names the place that is gone says how to record the other one.
     named = refused("ERROR_NOT_IN_CHAIN", top, "-b", moved, files=[moved], mentions=["immediate parent is base", "rebase -u"])
-    command, also = (re.search(r"`(qemu-img rebase -u -b NEW -F FMT '.*?')`", text)[1] for text in (error, named))
+    command, also = (re.search(r"`(instar rebase -u -b NEW -F FMT '.*?')`", text)[1] for text in (error, named))
     assert command == also
-    assert support.run("sh", "-c", command.replace("NEW", "moved").replace("FMT", "qcow2")).rc == 0
+    assert advised(command, "moved").rc == 0
     commits(top, moved)
+
+
+@pytest.mark.parametrize("fmt", ["vmdk", "qcow"])
+def test_a_backing_of_another_format_that_was_moved(tmp_path, fmt):
+    base, top = tmp_path / f"base.{fmt}", tmp_path / f"top.{fmt}"
+    support.create(base, 4 * MIB, fmt=fmt)
+    support.qemu_io(base, "write -P 1 0 4M", fmt=fmt)
+    support.create(top, None, fmt=fmt, backing=base.name, backing_fmt=fmt, cwd=tmp_path)
+    support.qemu_io(top, "write -P 2 1M 64k", fmt=fmt)
+    base.rename(tmp_path / f"moved.{fmt}")
+    error = support.run_instar("commit", top).stderr
+    command = re.search(r"`(instar rebase -u -b NEW -F [a-zA-Z]+ '.*')`", error)[1].replace("FMT", fmt)
+    assert advised(command, f"moved.{fmt}").rc == 0
+    assert support.run_instar("commit", "-f", fmt, top).rc == 0
+    support.qemu_io(tmp_path / f"moved.{fmt}", "read -P 2 1M 64k", "read -P 1 0 1M", fmt=fmt)
 
 
 def test_a_layer_below_that_is_gone_is_said_to_be_recorded_by_its_own_overlay(tmp_path):

@@ -314,7 +314,7 @@ def test_names_begin_at_the_directory_of_the_image(chain):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["vpc", "vhdx", "vdi"])
 def test_images_that_record_identities(kind, seed, tmp_path, monkeypatch):
-    """Where both backing files read the same, another one is recorded; where they do not, nothing is changed."""
+    """What reads something else over another one is written; and what is above the image still knows it."""
     monkeypatch.setattr(test_mixed_chains, "KINDS", (kind,))
     for drawn in range(100 * seed, 100 * seed + 100):
         folder = tmp_path / str(drawn)
@@ -324,21 +324,54 @@ def test_images_that_record_identities(kind, seed, tmp_path, monkeypatch):
             break
     assert set(chain.kinds) == {kind}, "of a hundred chains, one is of this format alone"
     paths = [chain.path(number) for number in range(4)]
-    held = chain.read_over(3, chain.disks[0])
+    held = chain.disks[3]
+    wanted = chain.read_over(3, chain.disks[0])
     with support.untouched(*paths[:3]):
-        if held == chain.disks[3]:
-            rebase(chain.path(3), chain.names[0], kind)
-        else:
-            with support.untouched(paths[3]):
-                result = run_instar("rebase", "-b", chain.names[0], "-F", kind, chain.path(3))
-            assert result.rc == 1 and "nothing was changed" in result.stderr and "-u" in result.stderr, str(result)
-            rebase(chain.path(3), chain.names[0], kind, "-u")
+        outcome = rebase(chain.path(3), chain.names[0], kind)
+        assert (outcome["bytes-written"] > 0) == (held != wanted)
     for path in paths[1:3]:
         path.unlink()
     flat = tmp_path / "flat.raw"
     flat.write_bytes(held)
     assert run_instar("compare", "-F", "raw", chain.path(3), flat).rc == 0
     assert run_instar("check", "-q", chain.path(3)).rc in (0, 3)
+
+
+@pytest.mark.parametrize("zeroed", ["on", "off"])
+def test_a_vmdk_gets_what_differs_and_its_child_still_knows_it(tmp_path, zeroed):
+    rng = random.Random(zeroed)
+    size = 40 * MIB + 512
+    for name, below in (("base", None), ("other", None), ("mid", "base"), ("top", "mid"), ("child", "top")):
+        backing = {} if below is None else {"backing": f"{below}.vmdk", "backing_fmt": "vmdk"}
+        create(tmp_path / f"{name}.vmdk", size, fmt="vmdk", cwd=tmp_path, zeroed_grain=zeroed, **backing)
+        writes = [f"write -P {rng.randrange(1, 200)} {rng.randrange(size // 512 - 700) * 512} {rng.randrange(1, 700) * 512}"
+                  for _ in range(6)]
+        qemu_io(tmp_path / f"{name}.vmdk", *writes, fmt="vmdk")
+    before = [content_hash(tmp_path / f"{name}.vmdk", "vmdk") for name in ("top", "child")]
+    for new in ("other.vmdk", "base.vmdk", "other.vmdk"):
+        with support.untouched(*(tmp_path / f"{name}.vmdk" for name in ("base", "mid", "other", "child"))):
+            rebase(tmp_path / "top.vmdk", new, "vmdk")
+        # QEMU compares content IDs, too.
+        assert [content_hash(tmp_path / f"{name}.vmdk", "vmdk") for name in ("top", "child")] == before
+        support.assert_clean(tmp_path / "top.vmdk", "vmdk")
+    (tmp_path / "mid.vmdk").unlink()
+    assert run_instar("commit", "-f", "vmdk", tmp_path / "child.vmdk").rc == 0
+    assert content_hash(tmp_path / "top.vmdk", "vmdk") == before[1]
+
+
+def test_persistent_bitmaps_stay(chain):
+    """What they call dirty stays dirty; the image that they are in gets data, another backing file, and loses it."""
+    qemu_img("bitmap", "--add", chain / "top", "one")
+    qemu_img("bitmap", "--add", "--disable", chain / "top", "two")
+    qemu_io(chain / "top", "write -P 9 1M 64k")
+    names = lambda: {(each["name"], tuple(each["flags"])) for each in support.info(chain / "top")["format-specific"]["data"]["bitmaps"]}
+    had = names()
+    before = content_hash(chain / "top")
+    assert rebase(chain / "top", "other")["bytes-written"] > 0
+    assert names() == had and content_hash(chain / "top") == before
+    assert rebase(chain / "top", "base")["bytes-written"] >= 0
+    assert names() == had and content_hash(chain / "top") == before
+    support.assert_clean(chain / "top")
 
 
 def test_a_qcow_of_version_1_grows_and_names_the_new_backing(chain):

@@ -3,6 +3,7 @@ in them any more. `qemu-img check -r` on a copy is the peer where it is right.""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
@@ -50,6 +51,17 @@ def is_clean(image):
     with support.untouched(image):
         again = support.run_instar("check", "-r", "all", "--output", "json", image)
     assert again.rc == 0 and not {"leaks-fixed", "corruptions-fixed", "not-repaired"} & again.json.keys(), str(again)
+
+
+def test_how_far_it_is(tmp_path):
+    """First nothing is changed, then something is; how much that is, nobody knows beforehand."""
+    image = spoiled(tmp_path / "disk", 1, {})
+    for options, stages in ((["--dry-run"], ["checking"]), ([], ["checking", "writing"])):
+        done = support.run_instar("check", "-r", "all", "--progress=json", *options, image)
+        lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+        assert {line["type"] for line in lines} == {"check"} and lines[-1]["status"] == "concluded", done
+        assert [line["stage"] for line in lines if "stage" in line and line["status"] == "running"] == stages, lines
+    assert support.run_instar("check", "-p", image).stderr == "instar: done\n"
 
 
 def spoiled(path, seed, options, snapshot=True):

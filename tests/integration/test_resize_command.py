@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import subprocess
 
 import pytest
 import support
-from support import MIB
+from support import GIB, KIB, MIB
 
-GROWING = ["raw", "qcow2", "qcow", "vdi", "vpc", "vhdx", "parallels"]
+GROWING = ["raw", "qcow2", "qcow", "vdi", "vpc", "vhdx", "parallels", "vmdk"]
 SHRINKING = ["raw", "qcow2"]
 
 
@@ -35,7 +37,7 @@ def resized(image, size, *options, fmt="qcow2"):
     after = content(image, fmt)
     assert len(after) == size
     assert after == before[:size].ljust(size, b"\0")
-    if fmt in ("qcow2", "vdi", "vhdx", "parallels"):
+    if fmt in ("qcow2", "vdi", "vhdx", "parallels", "vmdk"):
         support.assert_clean(image, fmt)
     return done
 
@@ -71,6 +73,121 @@ def test_every_format_grows(tmp_path, fmt):
         assert resized(image, size, fmt=fmt).stdout == "Image resized.\n"
     with support.untouched(image):
         assert resize(image, str(size), fmt=fmt).stdout == f"The image has {size} bytes already.\n"
+
+
+@pytest.mark.parametrize(("fmt", "mode"), [("raw", "falloc"), ("raw", "full"), *itertools.product(
+    ["qcow2", "vmdk", "vdi"], ["metadata", "falloc", "full"])])
+def test_what_is_new_has_its_place_at_once(tmp_path, fmt, mode):
+    """As with `qemu-img`: so much space, and a write into it takes no new clusters."""
+    image, other = tmp_path / "disk", tmp_path / "other"
+    for path in (image, other):
+        support.create(path, MIB, fmt=fmt)
+        support.qemu_io(path, "write -P 5 0 1M", fmt=fmt)
+    space = image.stat().st_blocks * 512
+    resized(image, 17 * MIB, f"--preallocation={mode}", fmt=fmt)
+    took, length = image.stat().st_blocks * 512 - space, image.stat().st_size
+    assert (took >= 16 * MIB) == (mode != "metadata"), took
+    if fmt in ("raw", "qcow2"):
+        support.qemu_img("resize", "-q", "-f", fmt, f"--preallocation={mode}", other, "17M")
+        theirs = other.stat().st_blocks * 512 - space
+        assert abs(theirs - took) <= MIB, (theirs, took)
+    support.qemu_io(image, "write -P 6 3M 1M", fmt=fmt)
+    assert image.stat().st_size == length, "a write into what is preallocated took new clusters"
+    assert content(image, fmt) == (b"\5" * MIB + bytes(2 * MIB) + b"\6" * MIB).ljust(17 * MIB, b"\0")
+
+
+def test_a_size_that_is_rounded_up_is_the_same_a_second_time(tmp_path):
+    image = tmp_path / "disk"
+    made = support.run_instar("create", "-f", "vhdx", "-o", "logical_sector_size=4096", image, "5M")
+    assert made.rc == 0, made
+    size = 6 * MIB + 512
+    done = support.run_instar("resize", "--output", "json", image, str(size))
+    assert done.json["virtual-size"] == 6 * MIB + 4096, done
+    with support.untouched(image):
+        again = support.run_instar("resize", image, str(size))
+        assert (again.rc, again.stdout) == (0, f"The image has {6 * MIB + 4096} bytes already.\n"), again
+        less = support.run_instar("resize", image, str(6 * MIB))
+        assert less.rc == 2 and "--shrink" in less.stderr, less
+
+
+def test_how_far_it_is(tmp_path):
+    image = tmp_path / "disk"
+    support.create(image, MIB)
+    done = resize(image, "--progress=json", "--preallocation=full", "200M")
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.rc == 0 and {line["type"] for line in lines} == {"resize"}, done
+    stages = [line["stage"] for line in lines if "stage" in line]
+    assert stages[0] == "checking" and stages[-1] == "writing" and lines[-1]["current-progress"] == 199 * MIB, lines
+    assert "100 % (209715200 of 209715200 bytes" in resize(image, "-p", "--preallocation=full", "400M").stderr
+
+
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
+def test_every_kind_of_vmdk_grows(tmp_path, subformat):
+    rng = random.Random(subformat)
+    image = tmp_path / "disk.vmdk"
+    size = 3 * MIB + 512
+    support.create(image, size, fmt="vmdk", subformat=subformat)
+    scribble(rng, image, size, "vmdk")
+    # Within the last grain, within the last table, and more tables.
+    for more in (512, 5 * MIB + 1024, 200 * MIB):
+        size += more
+        resized(image, size, fmt="vmdk")
+        support.qemu_io(image, f"write -P 88 {size - 70 * KIB} {70 * KIB}", fmt="vmdk")
+    # The header or the descriptor says it, and so does the line that VMware reads.
+    text = image.read_bytes()[:20 * 512]
+    assert f"RW {size // 512} ".encode() in text and f'cylinders = "{size // 512 // 1008}"'.encode() in text, text
+    with support.untouched(*tmp_path.iterdir()):
+        assert resize(image, str(size), fmt="vmdk").stdout == f"The image has {size} bytes already.\n"
+    if subformat.startswith("twoGb"):
+        also = [path for path in tmp_path.iterdir() if path != image]
+        refused(image, "3G", words=["2 GiB at most", "more than 2147483648 bytes"], status=1, fmt="vmdk", also=also)
+        resized(image, 2 * GIB, fmt="vmdk")
+
+
+def test_a_vmdk_in_several_files_has_the_lesser_of_two_sizes(tmp_path):
+    """A power loss between descriptor and header leaves that: QEMU and instar read the old disk, and a second run finishes."""
+    image = tmp_path / "disk.vmdk"
+    support.create(image, 4 * MIB, fmt="vmdk", subformat="twoGbMaxExtentSparse")
+    scribble(random.Random(1), image, 4 * MIB, "vmdk")
+    before = content(image, "vmdk")
+    text = image.read_bytes()
+    image.write_bytes(text.replace(b"RW 8192 SPARSE", b"RW 14336 SPARSE"))
+    assert support.virtual_size(image, "vmdk") == 4 * MIB and content(image, "vmdk") == before
+    assert support.run_instar("info", "--output", "json", image).json["virtual-size"] == 4 * MIB
+    assert support.run_instar("check", image).rc == 0
+    resized(image, 7 * MIB, fmt="vmdk")
+    # An extent that is larger than the descriptor says is still one of another disk.
+    image.write_bytes(text)
+    assert "the descriptor says" in support.run_instar("check", image).stderr
+
+
+def test_a_directory_of_a_vmdk_moves_when_it_is_full(tmp_path):
+    """128 entries, each of 32 MiB, are a sector."""
+    image = tmp_path / "disk.vmdk"
+    support.create(image, 4 * GIB - MIB, fmt="vmdk")
+    support.qemu_io(image, "write -P 1 0 1M", f"write -P 2 {4 * GIB - 2 * MIB} 1M", fmt="vmdk")
+    for size in (4 * GIB, 5 * GIB, 40 * GIB):
+        done = resize(image, str(size), fmt="vmdk")
+        assert (done.rc, done.stderr) == (0, ""), done
+        support.assert_clean(image, "vmdk")
+        support.qemu_io(image, f"read -P 2 {4 * GIB - 2 * MIB} 1M", f"read -P 0 {size - MIB} 1M", "read -P 1 0 1M",
+                        f"write -P 3 {size - MIB} 1M", f"read -P 3 {size - MIB} 1M", fmt="vmdk")
+        support.qemu_io(image, f"write -P 0 {size - MIB} 1M", fmt="vmdk")
+
+
+@pytest.mark.parametrize("zeroed", ["on", "off"])
+def test_a_vmdk_over_a_longer_one_reads_zeroes_past_its_old_end(tmp_path, zeroed):
+    base, top = tmp_path / "base.vmdk", tmp_path / "top.vmdk"
+    support.create(base, 8 * MIB, fmt="vmdk")
+    support.qemu_io(base, f"write -P 7 0 {8 * MIB}", fmt="vmdk")
+    support.create(top, 3 * MIB + 512, fmt="vmdk", backing=base, backing_fmt="vmdk", zeroed_grain=zeroed)
+    support.qemu_io(top, "write -P 8 1M 1M", fmt="vmdk")
+    before = content(top, "vmdk")
+    for size in (6 * MIB, 40 * MIB):
+        done = resize(top, str(size), fmt="vmdk")
+        assert done.rc == 0 and "VMware opens a disk with a parent only if both have one size" in done.stderr, done
+        assert content(top, "vmdk") == before.ljust(size, b"\0")
+        support.assert_clean(top, "vmdk")
 
 
 @pytest.mark.parametrize("fmt", SHRINKING)
@@ -182,15 +299,18 @@ def test_what_is_refused_leaves_every_file_as_it_is(tmp_path):
     support.create(image, MIB)
     refused(image, "512k", words=["--shrink"], status=2)
     refused(image, "--shrink", "--preallocation=full", "512k", words=["leave --preallocation out"], status=2)
-    refused(image, "--preallocation=falloc", "2M", words=["take full"], status=2)
-    refused(image, "--preallocation=metadata", "2M", words=["not supported"], status=2)
+    raw = tmp_path / "raw"
+    support.create(raw, MIB, fmt="raw")
+    refused(raw, "--preallocation=metadata", "2M", words=["no metadata", "take falloc"], status=2, fmt="raw")
     refused(image, "--image-opts", "2M", words=["--image-opts"], status=2)
     refused(image, "--object", "secret,id=a", "2M", words=["--object"], status=2)
     for fmt in ("vdi", "vpc", "vhdx", "qcow", "parallels", "vmdk"):
         other = tmp_path / f"disk.{fmt}"
         support.create(other, 4 * MIB, fmt=fmt)
         refused(other, "--shrink", "1M", words=["cannot shrink", "nothing was changed"], status=1, fmt=fmt)
-    refused(tmp_path / "disk.vmdk", "8M", words=["cannot grow"], status=1, fmt="vmdk")
+    stream = tmp_path / "stream.vmdk"
+    support.create(stream, 4 * MIB, fmt="vmdk", subformat="streamOptimized")
+    refused(stream, "8M", words=["a streamOptimized vmdk does not grow", "nothing was changed"], status=1, fmt="vmdk")
     support.qemu_img("bitmap", "--add", image, "b")
     refused(image, "--shrink", "512k", words=["persistent bitmaps", "qemu-img bitmap --remove"], status=1)
     # The advice works.

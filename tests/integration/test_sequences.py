@@ -80,7 +80,9 @@ class Chain:
 
     def draw_resize(self, name):
         size = self.rng.choice([MIB, 2 * MIB + 512, 3 * MIB, 5 * MIB + 3 * 512, 100 * KIB])
-        args = ["resize", "-q", "-f", self.format(name), "--shrink", name, str(size)]
+        # Both refuse it for an image that shrinks, and for a raw one some of it.
+        mode = self.rng.choice(["off", "off", "off", "metadata", "falloc", "full"])
+        args = ["resize", "-q", "-f", self.format(name), "--shrink", f"--preallocation={mode}", name, str(size)]
         return [*args, "--ignore-overlays"], args
 
     def draw_convert(self, name):

@@ -203,11 +203,17 @@ def test_a_smaller_overlay_leaves_the_rest(lab):
     lab.check_commit(top, base)
 
 
-def test_a_larger_overlay_is_refused(lab):
+def test_a_larger_overlay_makes_the_backing_grow(lab):
     base = lab.make("base.vmdk", size=4 * MIB)
     top = lab.make("top.vmdk", size=8 * MIB, backing=base, writes=["write -P 9 6M 64k"])
     refuse("ERROR_OVERLAY_LARGER_THAN_BACKING", top, files=[base], mentions=["exceeds backing virtual size"])
-    refuse("ERROR_UNSUPPORTED_FORMAT", top, "--resize-backing", files=[base], mentions=["cannot grow"])
+    before = lab.raw(top)
+    support.commit(top, "--resize-backing")
+    assert lab.raw(top) == lab.raw(base) == before and support.virtual_size(base, "vmdk") == 8 * MIB
+    support.assert_clean(base, "vmdk")
+    stream = lab.make("stream.vmdk", size=4 * MIB, subformat="streamOptimized")
+    larger = lab.make("larger.vmdk", size=8 * MIB, backing=stream, writes=["write -P 9 6M 64k"])
+    refuse("ERROR_UNSUPPORTED_FORMAT", larger, "--resize-backing", files=[stream], mentions=["does not grow"])
 
 
 @pytest.mark.parametrize("zeroed", ["on", "off"])

@@ -4,16 +4,17 @@ use super::check_text::{findings, json, kept, repaired, summary};
 use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
+use super::print_error;
+use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
 use super::terminal::say;
 use super::told::Told;
 use super::usage::{bad_usage, CHECK_USAGE};
-use super::{print_error, reading};
 use clap::{Args, ValueEnum};
 use instar::check::{run_check, CheckRequest, Repaired};
 use instar::error::Error;
 use instar::escape::escape_path;
-use instar::operation::Session;
+use instar::operation::Cancel;
 use instar_guest_abi::{CheckSummary, ErrorCode, Repair};
 use std::io::Write;
 use std::path::PathBuf;
@@ -50,6 +51,9 @@ pub struct CheckArgs {
     /// Read the image even if it is in use; a change meanwhile may look like damage
     #[arg(short = 'U', long)]
     pub force_share: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub progress: ProgressArgs,
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub opening: OpeningArgs,
@@ -101,7 +105,14 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
         dry_run: args.dry_run,
         settings: args.opening.settings(&config),
     };
-    let result = run_check(&request, &session(args))?;
+    let told = Rc::new(Told { verbose: args.verbose, ..Told::of("check", &args.progress, args.quiet)? });
+    // A repair that is cancelled ends between two requests.
+    let changes = args.repair.is_some() && !args.dry_run;
+    let cancel = if changes { cancel_on_signals() } else { Cancel::new() };
+    let result = run_check(&request, &told.session(cancel));
+    let file = escape_path(&args.filename).to_string();
+    told.end(args.dry_run, result.as_ref().map(|result| json(result, &file)).as_ref().map_err(|error| *error));
+    let result = result?;
     if let Some(repair) = &result.repair {
         let shown =
             if repair.changed() { (&repair.before, &repair.findings) } else { (&result.found, &result.findings) };
@@ -116,18 +127,9 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
     match args.output {
         _ if args.quiet => {}
         OutputFormat::Human => print(out, &summary(&result))?,
-        OutputFormat::Json => print_json(out, &json(&result, &escape_path(&args.filename).to_string()))?,
+        OutputFormat::Json => print_json(out, &json(&result, &file))?,
     }
     Ok(status(&result.found))
-}
-
-/// A repair that is cancelled ends between two requests.
-fn session(args: &CheckArgs) -> Session {
-    if args.repair.is_some() && !args.dry_run {
-        let told = Told { verbose: args.verbose, ..Told::default() };
-        return Session::confined(Rc::new(told), cancel_on_signals());
-    }
-    reading(args.verbose)
 }
 
 fn status(found: &CheckSummary) -> u8 {

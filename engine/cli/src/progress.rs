@@ -89,7 +89,7 @@ impl Shown {
         };
         match &self.bar {
             Some(bar) => {
-                let template = if progress.stage == Stage::Checking { CHECKING } else { TEMPLATE };
+                let template = if progress.total == 0 { CHECKING } else { TEMPLATE };
                 if let Ok(style) = ProgressStyle::with_template(template) {
                     bar.set_style(style.progress_chars("=> "));
                 }
@@ -114,6 +114,7 @@ impl Shown {
             (Ending::DryRun, _) => "instar: done: a dry run writes nothing\n".to_owned(),
             // Nothing was begun: the error says all there is to say.
             (Ending::Failed, Stage::Checking) => return,
+            (Ending::Failed, Stage::Writing) if self.last.total == 0 => return,
             (Ending::Failed, Stage::Writing | Stage::Reading) => {
                 let Progress { done, total, .. } = self.last;
                 format!("instar: stopped at {} % ({done} of {total} bytes)\n", percent(self.last))
@@ -130,6 +131,7 @@ impl Shown {
 pub fn one_line(progress: Progress) -> String {
     match progress.stage {
         Stage::Checking => "instar: checking: nothing is changed yet\n".to_owned(),
+        Stage::Writing if progress.total == 0 => "instar: writing: how much it is, is not known\n".to_owned(),
         Stage::Writing | Stage::Verifying | Stage::Emptying | Stage::Reading => line(progress, ""),
     }
 }

@@ -8,7 +8,6 @@ use super::signals::cancel_on_signals;
 use super::size::parse_bytes;
 use super::told::Told;
 use super::unsupported::UnsupportedArgs;
-use super::usage::bad_usage;
 use clap::{Args, ValueEnum};
 use instar::error::Error;
 use instar::resize::{run_resize, NewSize, ResizeOutcome, ResizeRequest};
@@ -67,14 +66,23 @@ pub enum Preallocation {
     /// It takes no space before something is written (default)
     #[default]
     Off,
-    /// Refused: metadata alone saves no space later
-    #[value(hide = true)]
+    /// It has its place in the image, and takes no space in the file: not for raw images
     Metadata,
-    /// Refused: see full
-    #[value(hide = true)]
+    /// The file system reserves it, as fallocate(1) does
     Falloc,
     /// Zeroes are written, which takes their time
     Full,
+}
+
+impl From<Preallocation> for instar::resize::Preallocation {
+    fn from(mode: Preallocation) -> Self {
+        match mode {
+            Preallocation::Off => Self::Off,
+            Preallocation::Metadata => Self::Metadata,
+            Preallocation::Falloc => Self::Falloc,
+            Preallocation::Full => Self::Full,
+        }
+    }
 }
 
 /// A size, or a difference to it.
@@ -99,22 +107,9 @@ pub fn run(args: &ResizeArgs, out: &mut dyn Write) -> u8 {
 
 fn resize(args: &ResizeArgs, out: &mut dyn Write) -> Result<(), Error> {
     args.unsupported.refuse()?;
-    let preallocate =
-        match args.preallocation {
-            Preallocation::Off => false,
-            Preallocation::Full => true,
-            Preallocation::Metadata => {
-                return Err(bad_usage(
-                    "--preallocation=metadata is not supported: leave it out, or take full, which allocates everything",
-                ))
-            }
-            Preallocation::Falloc => return Err(bad_usage(
-                "--preallocation=falloc is not supported: take full, which writes the zeroes that falloc only reserves",
-            )),
-        };
     let warns = !args.quiet && args.output == OutputFormat::Human;
     let told = Rc::new(Told { verbose: args.verbose, warns, ..Told::of("resize", &args.progress, args.quiet)? });
-    let result = resized(args, preallocate, &told);
+    let result = resized(args, &told);
     told.end(args.dry_run, result.as_ref());
     let outcome = result?;
     let printed = match args.output {
@@ -126,14 +121,14 @@ fn resize(args: &ResizeArgs, out: &mut dyn Write) -> Result<(), Error> {
     printed.map_err(|error| unprinted_but(done, &args.filename, &error))
 }
 
-fn resized(args: &ResizeArgs, preallocate: bool, told: &Rc<Told>) -> Result<ResizeOutcome, Error> {
+fn resized(args: &ResizeArgs, told: &Rc<Told>) -> Result<ResizeOutcome, Error> {
     let config = super::configuration(args.output)?;
     let request = ResizeRequest {
         image: args.filename.clone(),
         format: args.format.clone(),
         size: args.size,
         shrink: args.shrink,
-        preallocate,
+        preallocation: args.preallocation.into(),
         ignore_overlays: args.ignore_overlays,
         dry_run: args.dry_run,
         settings: args.opening.settings(&config),

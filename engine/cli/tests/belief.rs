@@ -131,7 +131,7 @@ fn a_format_that_everything_else_contradicts_is_refused() {
     lab.create("top", Some("base"), MIB);
     lab.io("top", &["write -P 5 0 1M"]);
     let words =
-        ["/base': is a qcow2 image", "records it as one", "leave out -F raw", "qemu-img rebase -u -b 'base' -F raw"];
+        ["/base': is a qcow2 image", "records it as one", "leave out -F raw", "instar rebase -u -b 'base' -F raw"];
     lab.refused(&["-F", "raw", "top"], ErrorCode::FormatMismatch, &words);
     lab.refused(&["-F", "raw", "--resize-backing", "--dry-run", "top"], ErrorCode::FormatMismatch, &words);
     // What it advises is taken.
@@ -186,7 +186,7 @@ fn what_begins_like_nothing_is_said_to_be_damaged_and_where_it_is_in_the_chain()
     lab.refused(
         &["over"],
         ErrorCode::UnsupportedFormat,
-        &["/base': ", "top', which", "record that with `qemu-img rebase -u -b 'base' -F raw"],
+        &["/base': ", "top', which", "record that with `instar rebase -u -b 'base' -F raw"],
     );
     lab.create("recorded", Some("base"), 64 * MIB);
     let recorded = ["/base': does not begin like", "recorded' records it as qcow2", "header is damaged: restore it"];

@@ -1,9 +1,10 @@
 //! What a check makes of what its guest says: the findings, the numbers, the plan of a repair, the phases.
 
+use crate::commit::Meter;
 use crate::devices::Devices;
 use crate::operation::{decode, Events};
-use crate::sandbox::BadRequest;
-use instar_guest_abi::{CheckSummary, FindingKind, Phase};
+use crate::sandbox::{BadRequest, BufferAccess};
+use instar_guest_abi::{CheckSummary, FindingKind, Phase, Request};
 use instar_guest_protocol::check::{event, Event, Finding, Outcome, Plan};
 
 /// Findings that are kept, of each kind.
@@ -13,8 +14,10 @@ const MAX_FINDINGS: usize = 200;
 pub type Findings = Vec<(FindingKind, String)>;
 
 /// What the guest of a check said, and what it may do.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct CheckEvents {
+    /// Says how far it is, if anybody wants to know.
+    pub(super) meter: Option<Meter>,
     /// The findings in numbers, once the guest said so.
     pub found: CheckSummary,
     /// The first findings of the last check.
@@ -103,6 +106,17 @@ pub(super) fn summary(found: &Outcome) -> CheckSummary {
 }
 
 impl Events for CheckEvents {
+    fn requests(
+        &mut self,
+        devices: &mut Devices,
+        memory: &dyn BufferAccess,
+        requests: &mut [Request],
+    ) -> Result<(), BadRequest> {
+        devices.execute(memory, requests)?;
+        self.meter.iter().for_each(|meter| meter.settle(devices));
+        Ok(())
+    }
+
     fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
         let event: Event = decode(event)?;
         match event.kind {
@@ -124,6 +138,8 @@ impl Events for CheckEvents {
         }
         devices.enter(phase).map_err(BadRequest)?;
         self.before = std::mem::take(&mut self.findings);
+        // What it takes is not known beforehand.
+        self.meter.iter().for_each(|meter| meter.planned(0));
         Ok(())
     }
 
@@ -141,8 +157,8 @@ mod tests {
     use super::*;
     use crate::devices::Device;
     use crate::operation::{Cancel, Handler};
-    use crate::sandbox::{BufferAccess, Host, VolatileSlice};
-    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
+    use crate::sandbox::{Host, VolatileSlice};
+    use instar_guest_abi::{Part, DEVICE_OUTPUT};
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};

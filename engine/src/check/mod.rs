@@ -6,6 +6,7 @@ mod events;
 
 pub use events::{CheckEvents, Findings, Grant};
 
+use crate::commit::Meter;
 use crate::confine::Work;
 use crate::devices::{Device, Devices};
 use crate::error::Error;
@@ -157,15 +158,17 @@ impl Operation for Check<'_> {
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CheckEvents, Error> {
+        let meter = Some(Meter::new(session.observer().clone(), 0, devices, paths.target(), false));
         if self.request.repair.is_none() {
-            return Ok(CheckEvents::default());
+            return Ok(CheckEvents { meter, ..CheckEvents::default() });
         }
         devices.pace_mut().stop_when(session.cancel().clone());
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
-        Ok(CheckEvents::repairing(Grant {
+        let grant = Grant {
             last_phase: if self.changes() { Phase::Target } else { Phase::Look },
             longest: longest.fold(0, u64::saturating_add),
-        }))
+        };
+        Ok(CheckEvents { meter, ..CheckEvents::repairing(grant) })
     }
 
     fn finish(self, ended: Ended<CheckEvents>) -> Result<CheckOutcome, Error> {

@@ -18,6 +18,7 @@ mod merge;
 mod pace;
 mod phases;
 mod piece;
+mod reserve;
 mod salvage;
 mod side_by_side;
 mod statistics;
@@ -32,6 +33,7 @@ pub use before::{Before, BeforeChange};
 pub use cache::Cache;
 pub use pace::{Pace, Watch};
 pub use phases::Phases;
+pub use reserve::ZeroWrites;
 pub use statistics::Statistics;
 pub use workers::Workers;
 pub(crate) use zero::zero_within as make_zero;
@@ -273,6 +275,8 @@ pub struct Devices {
     cache: Cache,
     /// Flushes are left to whoever gives the target its name.
     unnamed: bool,
+    /// What becomes of zeroes that are written.
+    zero_writes: ZeroWrites,
     statistics: Statistics,
     allowance: Allowance,
     /// Who is asked before bytes of the target change.
@@ -337,6 +341,11 @@ impl Devices {
     /// it, in whatever order its parts came to the disk, so that the guest's flushes need not wait for that.
     pub fn leave_flushes_to_the_end(&mut self) {
         self.unnamed = true;
+    }
+
+    /// What becomes of zeroes that are written, instead of writing them.
+    pub fn set_zero_writes(&mut self, way: ZeroWrites) {
+        self.zero_writes = way;
     }
 
     /// What was moved so far, and how.
@@ -505,9 +514,14 @@ impl Devices {
                 self.statistics.read += length;
             }
             RequestOp::Write => {
+                let way = self.zero_writes;
+                let zeroes =
+                    way != ZeroWrites::Written && length >= reserve::WORTH && transfer::is_zero(memory, batch)?;
                 let target = self.device_mut(device)?;
                 target.touch();
-                transfer::write(target, memory, batch)?;
+                if !zeroes || !target.take_zeroes(way, offset, length)? {
+                    transfer::write(target, memory, batch)?;
+                }
                 target.begin_writeback(offset, length);
                 target.written(offset, length);
                 self.statistics.written += length;

@@ -95,6 +95,20 @@ fn through_host(
     Ok(())
 }
 
+/// Whether all bytes of a batch are zero.
+pub fn is_zero(memory: &dyn BufferAccess, batch: &Batch) -> io::Result<bool> {
+    let (mut zero, mut bytes) = (true, Vec::new());
+    through_host(memory, batch, &mut |slice, _| {
+        if zero {
+            bytes.resize(slice.len(), 0);
+            slice.copy_to(&mut bytes);
+            zero = bytes.iter().all(|&byte| byte == 0);
+        }
+        Ok(())
+    })?;
+    Ok(zero)
+}
+
 /// Write a batch, all of it.
 pub fn write(device: &Device, memory: &dyn BufferAccess, batch: &Batch) -> io::Result<()> {
     if device.direct.is_some() {

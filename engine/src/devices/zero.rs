@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 const BUFFER: u64 = 1 << 20;
 
 /// Errors of `fallocate` that mean "not on this file system" (fallocate(2)).
-fn is_refusal(error: &io::Error) -> bool {
+pub fn is_refusal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
 }
 

@@ -61,26 +61,32 @@ impl Recorder<'_> {
         self.refuse(name, "leads outside the image's own directory", &advice)
     }
 
-    /// Whether `qemu-img rebase` can change the backing of images of this format.
-    fn can_be_rebased(&self) -> bool {
-        matches!(self.format, "qcow2" | "qed")
+    /// How `instar rebase -u` names the format of another backing file for images of this format, where those record a name at
+    /// all: one of their own, or any.
+    fn rebases_onto(&self) -> Option<&str> {
+        match self.format {
+            "qcow2" | "qcow" => Some("FMT"),
+            "vmdk" | "vhdx" | "vpc" | "parallels" => Some(self.format),
+            _ => None,
+        }
     }
 
     /// How another name gets into the image. `what` is to be recorded.
     pub(super) fn record(&self, what: &str) -> String {
-        if self.part != Part::File && self.can_be_rebased() {
-            format!("record {what} with `qemu-img rebase -u -b NEW -F FMT {}`", shell_path(self.path))
-        } else {
-            self.edit(what)
+        match self.rebases_onto().filter(|_| self.part != Part::File) {
+            Some(format) => {
+                format!("record {what} with `instar rebase -u -b NEW -F {format} {}`", shell_path(self.path))
+            }
+            None => self.edit(what),
         }
     }
 
     /// How the image comes to record that the file behind this name is raw.
     #[must_use]
     pub fn record_raw(&self, name: &[u8]) -> String {
-        if self.can_be_rebased() {
+        if self.format == "qcow2" {
             let (name, path) = (shell_word(name), shell_path(self.path));
-            format!("record that with `qemu-img rebase -u -b {name} -F raw {path}`")
+            format!("record that with `instar rebase -u -b {name} -F raw {path}`")
         } else if self.format == "qcow" {
             // It has no place for it.
             let (name, path) = (shell_word(name), shell_path(self.path));
@@ -90,20 +96,17 @@ impl Recorder<'_> {
         }
     }
 
-    /// How another name gets into an image whose format no tool changes the name in.
+    /// How another name gets into an image where no command changes it.
     fn edit(&self, what: &str) -> String {
         match (self.part, self.format) {
-            (Part::Target | Part::Ancestor, "vmdk") => {
-                format!("write {what} into its descriptor (parentFileNameHint, padded to the old length)")
-            }
-            // A vdi records no name: this one is made of the parent's identifier. The others have it in several places.
-            (Part::Target | Part::Ancestor, "vdi" | "vhdx" | "vpc") => "give it that name here with `ln -s`".to_owned(),
+            // A vdi records no name: this one is made of the parent's identifier.
+            (Part::Target | Part::Ancestor, "vdi") => "give it that name here with `ln -s`".to_owned(),
             _ => format!("write {what} into the image"),
         }
     }
 
     pub(super) fn no_file(&self, name: &[u8], why: &NoFile) -> Error {
-        if name.is_empty() && self.part != Part::File && !self.can_be_rebased() {
+        if name.is_empty() && self.part != Part::File && self.format != "qcow2" {
             let clause =
                 "records which image is below it, but no name of its file: only a commit can be told that, with -b";
             return Error::image(self.path, ErrorCode::BackingNotFound, clause);

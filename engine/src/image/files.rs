@@ -52,8 +52,8 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
             if *changes {
                 check_part(registry, image, &opened, &file.format)?;
             }
-            // One that does not grow is a piece of the disk as it is.
-            if *access == Access::ReadWrite && !file.grows && opened.ends_within_a_sector() {
+            // Plain bytes are a piece of the disk as it is.
+            if *access == Access::ReadWrite && file.format == "raw" && opened.ends_within_a_sector() {
                 return Err(recorder.uneven(&file.name, &opened.path, opened.length()));
             }
             if seen.contains(&opened.identity) {

@@ -189,6 +189,7 @@ pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_
         let part = if rebases { Part::Rebased } else { Part::Target };
         let (mut device, files) = all.attach(DEVICE_OUTPUT, target, part, grants.target);
         device.cache_bytes = 0;
+        device.flags |= if rebases { device_flags::KEEPS_IDENTITY } else { 0 };
         if grants.beyond_devices && device.flags & device_flags::FIXED_LENGTH != 0 {
             device.max_length = device.max_length.max(grants.target);
         }

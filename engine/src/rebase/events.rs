@@ -20,7 +20,7 @@ pub struct RebaseEvents {
     pub(crate) meter: Option<Meter>,
     /// What somebody is told once nothing can refuse the rebase any more.
     pub(crate) warnings: Vec<String>,
-    /// The image records an identity: nothing can be written into it before it gets another parent.
+    /// A commit from the image was interrupted: nothing can be written into it before it gets another parent.
     pub(crate) only_record: bool,
     /// Something would have to be, which is why the guest was ended.
     pub(crate) needs_data: bool,

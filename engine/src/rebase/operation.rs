@@ -219,9 +219,8 @@ impl Operation for Rebase<'_> {
             let parent = old.first().map(|parent| &parent.facts);
             let context = Context::reading(parent, false);
             longest = longest.max(ask(image, Role::Write, "be written", &context, &mut self.warnings)?);
-            // Its driver would have to be opened again over a file of another length, which it has no way to learn.
-            let identified = !image.facts.parent_identity.is_empty() || !image.next_identity(&image.facts).is_empty();
-            self.only_record = identified;
+            // It records the identity that its parent is to get: what is written would take that for its own.
+            self.only_record = image.facts.parent_announced;
         }
         let shared = images.again.len();
         session
@@ -253,9 +252,8 @@ impl Operation for Rebase<'_> {
         let Opened { path, format, length, .. } = self.opened.ok_or_else(out_of_order)?;
         if let (true, Some(plan)) = (ended.events.needs_data, ended.events.plan) {
             let clause = format!(
-                "differs over the two backing files in {} bytes, and nothing can be written into an image that records identities \
-                 while it gets another parent; nothing was changed: commit it into its present parent, or, if the new backing \
-                 file is known to hold the same, use -u",
+                "differs over the two backing files in {} bytes, and a commit from it was interrupted; nothing was changed: run the \
+                 commit again first",
                 plan.bytes
             );
             return Err(Error::image(&self.request.image, ErrorCode::UnsupportedFormat, clause));

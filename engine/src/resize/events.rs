@@ -1,14 +1,19 @@
 //! What a resize makes of what its guest says: the plan, the phases, the end.
 
+use crate::commit::Meter;
 use crate::devices::Devices;
 use crate::operation::{decode, Events};
-use crate::sandbox::BadRequest;
-use instar_guest_abi::Phase;
+use crate::sandbox::{BadRequest, BufferAccess};
+use instar_guest_abi::{Phase, Request};
 use instar_guest_protocol::resize::{Outcome, Plan};
 
 /// What the guest of a resize said, and what it may do.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct ResizeEvents {
+    /// Counts how far it is, if anybody wants to know.
+    pub(super) meter: Option<Meter>,
+    /// Bytes of the disk that get their place at once.
+    pub(super) filled: u64,
     /// What the guest planned, once it said so.
     pub plan: Option<Plan>,
     /// The virtual size in bytes at the end, once the guest said so.
@@ -40,6 +45,7 @@ impl ResizeEvents {
                 plan.final_length, self.longest
             )));
         }
+        self.meter.iter().for_each(|meter| meter.planned(self.filled));
         self.plan = Some(plan);
         Ok(())
     }
@@ -55,6 +61,17 @@ impl ResizeEvents {
 }
 
 impl Events for ResizeEvents {
+    fn requests(
+        &mut self,
+        devices: &mut Devices,
+        memory: &dyn BufferAccess,
+        requests: &mut [Request],
+    ) -> Result<(), BadRequest> {
+        devices.execute(memory, requests)?;
+        self.meter.iter().for_each(|meter| meter.settle(devices));
+        Ok(())
+    }
+
     fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
         self.planned(decode(event)?)
     }
@@ -86,8 +103,8 @@ mod tests {
     use super::*;
     use crate::devices::Device;
     use crate::operation::{Cancel, Handler};
-    use crate::sandbox::{BufferAccess, Host, VolatileSlice};
-    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
+    use crate::sandbox::{Host, VolatileSlice};
+    use instar_guest_abi::{Part, DEVICE_OUTPUT};
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};

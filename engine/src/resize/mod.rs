@@ -9,6 +9,7 @@ mod sizes;
 pub use events::ResizeEvents;
 pub use sizes::NewSize;
 
+use crate::devices::ZeroWrites;
 use crate::error::Error;
 use crate::operation::{run, Session, Settings};
 use crate::sandbox::{guest_module, ModuleSpec};
@@ -22,6 +23,31 @@ pub const MODULE: ModuleSpec<'static> = guest_module!("resize");
 /// Bytes of a sector: virtual sizes are multiples of it.
 pub const SECTOR: u64 = 512;
 
+/// What becomes of the space of what is new of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// It takes none before something is written.
+    #[default]
+    Off,
+    /// It has its place in the image, and takes no space there.
+    Metadata,
+    /// The file system reserves it.
+    Falloc,
+    /// Zeroes are written.
+    Full,
+}
+
+impl Preallocation {
+    /// What becomes of the zeroes that are to have their place in the image.
+    fn zero_writes(self) -> ZeroWrites {
+        match self {
+            Self::Off | Self::Full => ZeroWrites::Written,
+            Self::Metadata => ZeroWrites::Holes,
+            Self::Falloc => ZeroWrites::Reserved,
+        }
+    }
+}
+
 /// What the operator asks for.
 #[derive(Clone, Debug, Default)]
 pub struct ResizeRequest {
@@ -33,8 +59,8 @@ pub struct ResizeRequest {
     pub size: NewSize,
     /// It may become smaller, which deletes what is past the new end.
     pub shrink: bool,
-    /// Fill what is new of the disk with zeroes that take their space.
-    pub preallocate: bool,
+    /// What becomes of the space of what is new of the disk.
+    pub preallocation: Preallocation,
     /// Resize although other images have this one as their backing and would read something else.
     pub ignore_overlays: bool,
     /// Say what would be done, and change nothing.

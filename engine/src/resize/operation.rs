@@ -2,7 +2,8 @@
 
 use super::events::ResizeEvents;
 use super::overlays::Overlays;
-use super::{ResizeOutcome, ResizeRequest};
+use super::{Preallocation, ResizeOutcome, ResizeRequest, SECTOR};
+use crate::commit::Meter;
 use crate::confine::Work;
 use crate::devices::{Device, Devices};
 use crate::error::{Error, Role as ErrorRole};
@@ -13,6 +14,9 @@ use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::resize::Config;
 use instar_guest_protocol::Message;
 use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
+
+/// The feature of an image whose disk is whole sectors of another size, in bytes.
+const LOGICAL_SECTOR: &str = "logical-sector-size";
 
 /// A resize on its way.
 pub(super) struct Resize<'q> {
@@ -35,13 +39,23 @@ impl<'q> Resize<'q> {
         self.sizes.0 != self.sizes.1
     }
 
+    /// Whether what is new of the disk gets its place at once.
+    fn preallocates(&self) -> bool {
+        self.request.preallocation != Preallocation::Off
+    }
+
     /// What refuses the size that the operator wants, before anything else is opened.
     fn settle_size(&mut self, image: &ChainImage<'_>) -> Result<(), Error> {
         let (path, old) = (&image.opened.path, image.facts.virtual_size);
         let refused = |(code, clause)| Error::image(path, code, clause);
-        let size = self.request.size.of(old, self.request.shrink).map_err(refused)?;
-        if self.request.preallocate && size < old {
+        let unit = image.facts.number(LOGICAL_SECTOR).unwrap_or(SECTOR);
+        let size = self.request.size.of(old, unit, self.request.shrink).map_err(refused)?;
+        if self.preallocates() && size < old {
             let clause = format!("shrinks from {old} to {size} bytes, which takes no space: leave --preallocation out");
+            return Err(Error::image(path, ErrorCode::BadUsage, clause));
+        }
+        if self.request.preallocation == Preallocation::Metadata && image.facts.cluster_size <= 1 {
+            let clause = "has no metadata that could be preallocated: take falloc, which reserves the space, or full";
             return Err(Error::image(path, ErrorCode::BadUsage, clause));
         }
         self.sizes = (old, size);
@@ -120,7 +134,7 @@ impl Operation for Resize<'_> {
     fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {
         let Some(image) = &images.target else { return Ok(Grants::default()) };
         let parent = images.of_role(|role| role == MemberRole::Below).next().map(|parent| &parent.facts);
-        let grants = admit(image, parent, self.sizes, self.request.preallocate, &mut self.warnings)?;
+        let grants = admit(image, parent, self.sizes, self.preallocates(), &mut self.warnings)?;
         let below: Vec<&ChainImage<'_>> = images.of_role(|role| role == MemberRole::Below).collect();
         for (index, layer) in below.iter().enumerate() {
             let parent = below.get(index + 1).map(|parent| &parent.facts);
@@ -133,20 +147,26 @@ impl Operation for Resize<'_> {
     }
 
     fn payload(&self) -> Vec<u8> {
-        let ResizeRequest { preallocate, dry_run, .. } = *self.request;
+        let (preallocate, dry_run) = (self.preallocates(), self.request.dry_run);
         Config { virtual_size: self.sizes.1, preallocate, dry_run, has_backing: self.has_backing }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<ResizeEvents, Error> {
+        devices.set_zero_writes(self.request.preallocation.zero_writes());
         devices.pace_mut().stop_when(session.cancel().clone());
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
         let longest = longest.fold(0, u64::saturating_add);
-        Ok(ResizeEvents { sizes: self.sizes, longest, dry_run: self.request.dry_run, ..ResizeEvents::default() })
+        let observer = session.observer();
+        let meter = Meter::new(observer.clone(), longest, devices, paths.target(), observer.wants_progress());
+        devices.pace_mut().watched_by(Box::new(meter.clone()));
+        let filled = if self.preallocates() { self.sizes.1.saturating_sub(self.sizes.0) } else { 0 };
+        let (meter, dry_run) = (Some(meter), self.request.dry_run);
+        Ok(ResizeEvents { sizes: self.sizes, longest, dry_run, meter, filled, ..ResizeEvents::default() })
     }
 
     fn finish(self, ended: Ended<ResizeEvents>) -> Result<ResizeOutcome, Error> {
         let (old, new) = self.sizes;
-        let state = if ended.devices.any_changed() && self.request.preallocate {
+        let state = if ended.devices.any_changed() && self.preallocates() {
             format!(
                 "the image has {old} bytes or {new}, as `instar info` says, and reads as before; what has no space yet takes it when \
                  something is written there"
@@ -160,6 +180,7 @@ impl Operation for Resize<'_> {
             "nothing was changed".to_owned()
         };
         ended.end.map_err(|failure| failure.error(&ended.paths, Some(&state)))?;
+        ended.events.meter.iter().for_each(Meter::done);
         Ok(ResizeOutcome {
             format: self.format,
             old_virtual_size: old,

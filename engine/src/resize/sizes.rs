@@ -24,11 +24,12 @@ impl Default for NewSize {
 pub(super) type Refusal = (ErrorCode, String);
 
 impl NewSize {
-    /// The size in bytes that an image of `old` bytes is to have, which may `shrink`.
+    /// The size in bytes that an image of `old` bytes is to have, which may `shrink`. Its format counts in units of so many
+    /// bytes, and a size that is no multiple of that is rounded up: what is named a second time is the size that it has.
     ///
     /// # Errors
     /// A size that no disk has, or that is smaller where the operator has not said that it may be.
-    pub(super) fn of(self, old: u64, shrink: bool) -> Result<u64, Refusal> {
+    pub(super) fn of(self, old: u64, unit: u64, shrink: bool) -> Result<u64, Refusal> {
         let refused = |clause: String| Err((ErrorCode::BadUsage, clause));
         let size = match self {
             Self::Exactly(size) => Some(size),
@@ -48,6 +49,8 @@ impl NewSize {
                 "cannot have {size} bytes: the new size must be a multiple of {SECTOR}, such as {or}{greater}"
             ));
         }
+        let whole = size.checked_next_multiple_of(unit.max(SECTOR)).filter(|&whole| i64::try_from(whole).is_ok());
+        let size = whole.unwrap_or(size);
         if size < old && !shrink {
             return refused(format!(
                 "has {old} bytes, and a shrunken image of {size} bytes loses all data past its end: give --shrink if \
@@ -64,16 +67,25 @@ mod tests {
 
     #[test]
     fn sizes_follow_from_what_is_named_and_what_there_is() {
-        assert_eq!(NewSize::Exactly(1024).of(512, false), Ok(1024));
-        assert_eq!(NewSize::More(512).of(1024, false), Ok(1536));
-        assert_eq!(NewSize::Less(512).of(1024, true), Ok(512));
-        assert_eq!(NewSize::Exactly(1024).of(1024, false), Ok(1024), "the same size needs no --shrink");
+        assert_eq!(NewSize::Exactly(1024).of(512, 512, false), Ok(1024));
+        assert_eq!(NewSize::More(512).of(1024, 512, false), Ok(1536));
+        assert_eq!(NewSize::Less(512).of(1024, 512, true), Ok(512));
+        assert_eq!(NewSize::Exactly(1024).of(1024, 512, false), Ok(1024), "the same size needs no --shrink");
+    }
+
+    #[test]
+    fn what_is_named_again_is_the_size_that_it_was_rounded_to() {
+        assert_eq!(NewSize::Exactly(5120).of(4096, 4096, false), Ok(8192));
+        assert_eq!(NewSize::Exactly(5120).of(8192, 4096, false), Ok(8192));
+        assert_eq!(NewSize::More(512).of(8192, 4096, false), Ok(12288));
+        assert!(NewSize::Exactly(4096).of(8192, 4096, false).is_err());
+        assert_eq!(NewSize::Exactly(i64::MAX as u64 - 511).of(512, 4096, false), Ok(i64::MAX as u64 - 511));
     }
 
     #[test]
     fn what_no_disk_has_is_refused() {
         let refused = |size: NewSize, old, shrink, word: &str| {
-            let (code, clause) = size.of(old, shrink).err().unwrap_or((ErrorCode::NoSpace, String::new()));
+            let (code, clause) = size.of(old, 512, shrink).err().unwrap_or((ErrorCode::NoSpace, String::new()));
             assert!(code == ErrorCode::BadUsage && clause.contains(word), "{clause} lacks {word}");
         };
         refused(NewSize::Exactly(0), 1024, true, "positive");

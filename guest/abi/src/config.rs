@@ -37,6 +37,9 @@ pub mod device_flags {
     pub const WRITABLE: u32 = 2;
     /// The device cannot change its length (a block device).
     pub const FIXED_LENGTH: u32 = 4;
+    /// The image gets data, and reads as before at every instant: it keeps its identity, too, so that whatever is above it still
+    /// knows it.
+    pub const KEEPS_IDENTITY: u32 = 8;
 }
 
 /// Written by the host at [`OPERATION_CONFIG_ADDR`](crate::OPERATION_CONFIG_ADDR): the same for every operation.

@@ -11,7 +11,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::rebase::{Config, Outcome, Parent as Wanted, Plan};
 use instar_guest_protocol::Message;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageId, MemberRole, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, FileDevice, FileList, ImageId, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::rebase::{rebase, Content, Rebase, RebaseFailure, Step};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Parent, Source};
@@ -49,6 +49,17 @@ fn open<'a>(operation: &Operation<'a>, device: &DeviceConfig) -> DriverResult<Bo
     Ok(Box::new(operation.format_of(device)?.open_source(device)?))
 }
 
+/// An image whose files may be longer than they were, because it was written to.
+fn as_it_is(io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<DeviceConfig> {
+    let mut files = Vec::new();
+    for file in device.files.as_slice() {
+        files.push(FileDevice { file_length: io.length(file.device)?, ..*file });
+    }
+    // They live as long as the guest: it is asked for twice at most.
+    let files = FileList::of(files.leak());
+    Ok(DeviceConfig { file_length: io.length(device.device)?, files, ..*device })
+}
+
 /// The images of a group, the top-most first.
 fn view<'a>(operation: &Operation<'a>, group: u32) -> DriverResult<View<'a>> {
     let devices = operation.devices_of_group(group, &[MemberRole::Below]);
@@ -64,9 +75,7 @@ fn run_rebase(operation: &Operation<'_>, io: &mut dyn BlockIo, reporter: &mut Re
     let mut written = operation.devices(&[MemberRole::Write]);
     let overlay = written.next().filter(|overlay| overlay.device == DEVICE_OUTPUT && written.next().is_none());
     let overlay = overlay.ok_or_else(|| at(wrong("a rebase is of one image, on the output device")))?;
-    // Once it was written to, the file is no longer than was planned: its driver is not to take new clusters for cut off.
-    let length = core::cell::Cell::new(overlay.file_length);
-    let opener = |_: &mut dyn BlockIo| open(operation, &DeviceConfig { file_length: length.get(), ..*overlay });
+    let opener = |io: &mut dyn BlockIo| open(operation, &as_it_is(io, overlay)?);
     let total = overlay.virtual_size;
 
     let old = || operation.devices_of_group(OLD, &[MemberRole::Below]);
@@ -94,7 +103,6 @@ fn run_rebase(operation: &Operation<'_>, io: &mut dyn BlockIo, reporter: &mut Re
         &mut images,
         config.dry_run,
         &mut |plan| {
-            length.set(length.get().max(plan.sink.final_length));
             let message = Plan { clusters: plan.clusters, bytes: plan.bytes, final_length: plan.sink.final_length };
             reporter.borrow_mut().event(&message);
         },

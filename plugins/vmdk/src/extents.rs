@@ -23,6 +23,8 @@ pub struct Survey {
     pub beyond: u64,
     /// An extent is a seSparse one.
     pub sesparse: bool,
+    /// By how much the last extent, by its own header, is smaller than the descriptor says, in bytes: the disk was about to grow.
+    pub missing: u64,
     /// Why an extent cannot be read, a sentence.
     pub unsupported: Option<String>,
 }
@@ -37,7 +39,14 @@ impl Survey {
             all.sesparse |= extent.storage == Storage::SeSparse;
             let Some(file) = image.file(index) else { continue };
             all.length = all.length.saturating_add(file.length());
-            all.look(extent, &file).map_err(|error| {
+            let is_last = index + 1 == extents.len();
+            let look = match extent.storage {
+                // Of the others, only the guest looks at every header.
+                Storage::Sparse if all.grain == 0 || is_last => all.look_at_hosted(extent, &file, is_last),
+                Storage::Sparse => Ok(()),
+                _ => all.look(extent, &file),
+            };
+            look.map_err(|error| {
                 let code = ErrorCode::from_u32(error.code).unwrap_or(ErrorCode::ParseFailed);
                 PluginError::new(code, format!("extent {} of the descriptor: {}", index + 1, error.message))
             })?;
@@ -47,14 +56,7 @@ impl Survey {
 
     fn look(&mut self, extent: &DiskExtent, file: &ImageReader<'_>) -> Result<(), PluginError> {
         let grain = match extent.storage {
-            Storage::Flat(_) => return Ok(()),
-            // Only the guest looks at every header.
-            Storage::Sparse if self.grain != 0 => return Ok(()),
-            Storage::Sparse => {
-                let mut bytes = [0; HEADER_BYTES];
-                file.read_exact_at(0, &mut bytes)?;
-                Header::parse(&bytes).map_err(refused)?.grain_bytes()
-            }
+            Storage::Flat(_) | Storage::Sparse => return Ok(()),
             Storage::Cowd => {
                 let mut bytes = [0; COWD_HEADER_BYTES];
                 file.read_exact_at(0, &mut bytes)?;
@@ -70,6 +72,23 @@ impl Survey {
         };
         if self.grain == 0 {
             self.grain = grain;
+        }
+        Ok(())
+    }
+
+    fn look_at_hosted(
+        &mut self,
+        extent: &DiskExtent,
+        file: &ImageReader<'_>,
+        is_last: bool,
+    ) -> Result<(), PluginError> {
+        let mut bytes = [0; HEADER_BYTES];
+        file.read_exact_at(0, &mut bytes)?;
+        let header = Header::parse(&bytes).map_err(refused)?;
+        // What is missing of another one is damage, which the guest reports.
+        self.missing = if is_last { extent.length.saturating_sub(header.virtual_size()) } else { 0 };
+        if self.grain == 0 {
+            self.grain = header.grain_bytes();
         }
         Ok(())
     }
@@ -96,6 +115,6 @@ impl Survey {
 pub fn file_of(descriptor: &Descriptor, extent: &DiskExtent) -> Result<ImageFile, PluginError> {
     let (name, other_names) = recorded(descriptor, &extent.name)?;
     let format = if matches!(extent.storage, Storage::Flat(_)) { "raw" } else { "vmdk" };
-    let grows = matches!(extent.storage, Storage::Sparse | Storage::Cowd);
+    let grows = extent.storage != Storage::SeSparse;
     Ok(ImageFile { name, other_names, grows, format: format.into() })
 }

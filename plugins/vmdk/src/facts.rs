@@ -173,6 +173,8 @@ fn of_descriptor_file(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError
         PluginError::new(ErrorCode::ParseFailed, "the extents of the descriptor are larger than any disk")
     })?;
     let survey = Survey::of(image, &extents)?;
+    // A crash while the disk was about to grow has left that: it has not, yet.
+    let size = size.saturating_sub(survey.missing);
     let mut facts = ImageFacts::new("vmdk", size, survey.grain, image.length().saturating_add(survey.length));
     describe(&mut facts, &descriptor)?;
     let flags = [(names::FLAT, survey.flat), (names::COWD, survey.cowd), (names::SESPARSE, survey.sesparse)];

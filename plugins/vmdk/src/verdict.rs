@@ -6,6 +6,8 @@ use instar_vmdk_format::{GrainMarker, METADATA_MARKER_BYTES, TABLE_BYTES, TABLE_
 
 /// Entries and bytes of a grain table of ESX.
 const COWD_TABLE: (u64, u64) = (4096, 16384);
+/// Bytes of a copy of the descriptor, which is 20 sectors long but is told only to the guest, and of what pads it all.
+const GROWTH: u64 = 2 << 20;
 /// An extent of ESX is a little longer than what is in use.
 const COWD_END: u64 = 4096;
 
@@ -26,7 +28,10 @@ pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
     match role {
         // Whether an image goes with its parent, the engine sees from their identities.
         Role::Read | Role::Empty | Role::Below => Verdict::supported(0),
-        Role::Write => of_target(own, &context.arriving(own)),
+        Role::Write => {
+            let below = context.parent.as_ref().map_or(0, |parent| parent.virtual_size);
+            of_target(own, &context.arriving(own), below)
+        }
     }
 }
 
@@ -73,8 +78,9 @@ fn line(mut text: String) -> String {
     text
 }
 
-fn of_target(own: &ImageFacts, incoming: &Incoming) -> Verdict {
-    let Some(length) = longest(own, incoming) else {
+/// `below`: bytes of the disk below it, 0 without one.
+fn of_target(own: &ImageFacts, incoming: &Incoming, below: u64) -> Verdict {
+    let Some(length) = longest(own, incoming, below) else {
         return Verdict::refused(ErrorCode::UnsupportedFormat, "the image would become longer than 2^63 bytes");
     };
     let mut verdict = Verdict::supported(length);
@@ -83,6 +89,10 @@ fn of_target(own: &ImageFacts, incoming: &Incoming) -> Verdict {
             "the image cannot be read as a stream afterwards: before it goes into an OVA, make a new one of it \
                           with `qemu-img convert -O vmdk -o subformat=streamOptimized`"
                 .into();
+    }
+    if incoming.virtual_size > own.virtual_size && own.backing.is_some() {
+        verdict.reason =
+            "VMware opens a disk with a parent only if both have one size: let its parent get the same one".into();
     }
     if own.flag(names::CHANGE_TRACKING) {
         verdict.reason =
@@ -97,23 +107,36 @@ fn of_target(own: &ImageFacts, incoming: &Incoming) -> Verdict {
 /// many grains as the disk has, or as may arrive if that is known to be less, each as if it were compressed in vain. Tables in
 /// two copies, or longer ones in one copy, all of them new, each with a marker, and a grain to begin at; a grain to begin the
 /// file's new part at, which is where the header says.
-fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
+fn longest(own: &ImageFacts, incoming: &Incoming, below: u64) -> Option<u64> {
+    let grown = incoming.virtual_size.saturating_sub(own.virtual_size);
+    // What a disk gets by growing: bytes of a flat extent, and, behind the end of a file, new tables and a copy of the
+    // descriptor.
+    let flat = if own.flag(names::FLAT) { grown } else { 0 };
+    let growth = if grown == 0 { 0 } else { flat.checked_add(GROWTH)? };
     if own.cluster_size == 0 {
-        return Some(own.file_length);
+        return own.file_length.checked_add(growth);
     }
     let grain = own.cluster_size;
-    let disk = own.virtual_size.div_ceil(grain);
+    let size = own.virtual_size.checked_add(grown)?;
+    let disk = size.div_ceil(grain);
     // Grains of an extent begin where it does, which need not be a multiple of them: a cluster reaches into one more than it
     // has the size of.
     let each = incoming.cluster_size.div_ceil(grain).saturating_add(1);
-    let grains = incoming.max_clusters.saturating_mul(each).min(disk).checked_add(1)?;
+    // Where a disk that grows would show what is below, zeroes arrive.
+    let hidden = below.min(size).saturating_sub(own.virtual_size).div_ceil(grain).checked_add(1)?;
+    let hidden = if grown == 0 { 0 } else { hidden };
+    let grains = incoming.max_clusters.saturating_mul(each).saturating_add(hidden).min(disk).checked_add(1)?;
     let ((entries, bytes), stored) = if own.flag(names::COWD) {
         (COWD_TABLE, grain)
     } else {
         let table = TABLE_BYTES.checked_add(METADATA_MARKER_BYTES)?;
         ((TABLE_ENTRIES, table.checked_mul(2)?), GrainMarker::longest(grain))
     };
+    // A disk that grows has all of its new tables, and directories for them.
+    let new_tables = if grown == 0 { 0 } else { grown.div_ceil(grain).div_ceil(entries).checked_add(1)? };
+    let directories = if grown == 0 { 0 } else { disk.div_ceil(entries).checked_mul(8)? };
     let tables = disk.div_ceil(entries).min(grains).checked_mul(bytes.checked_add(grain)?)?;
+    let tables = tables.checked_add(new_tables.checked_mul(bytes)?)?.checked_add(directories)?.checked_add(growth)?;
     let beyond = own.number(names::COWD_BEYOND).unwrap_or(0).checked_add(COWD_END)?;
     let new = grains.checked_mul(stored)?.checked_add(tables)?.checked_add(beyond)?;
     own.file_length.checked_next_multiple_of(grain)?.checked_add(new).filter(|&length| length <= i64::MAX as u64)

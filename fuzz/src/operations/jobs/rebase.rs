@@ -3,12 +3,11 @@
 use super::{is_kept, Ended, Failure, Outcome, Trial};
 use crate::operations::bounded_devices::BoundedDevices;
 use crate::operations::{open_sink, open_source, OVERLAY};
-use instar_guest_abi::{DeviceConfig, Part, PARENT_ROOM};
+use instar_guest_abi::{device_flags, DeviceConfig, Part, PARENT_ROOM};
 use instar_guest_sdk::rebase::{rebase, Content, Rebase, RebaseFailure, Step};
 use instar_guest_sdk::{BlockIo, DriverResult, Parent, Source};
 use instar_guest_view::{Ancestors, Differences, View};
 use instar_plugin_api::{Context, Role};
-use std::cell::Cell;
 
 pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
     let (chain, facts) = (trial.fixture.chain(), &trial.facts[&OVERLAY]);
@@ -24,10 +23,11 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
     let Some(longest) = trial.ask(OVERLAY, Role::Write, &Context::reading(parent, false)) else { return Ok(None) };
     let config = trial.config(OVERLAY, true, longest.max(facts.file_length).saturating_add(PARENT_ROOM));
     let before = trial.view(trial.files, chain);
-    // Where an identity is recorded, only the record may change.
-    let identified = !facts.parent_identity.is_empty() || !(format.next_identity)(facts, facts).is_empty();
+    // What an interrupted commit has announced would be lost: only the record may change.
+    let announced = facts.parent_announced;
+    let config = DeviceConfig { flags: config.flags | device_flags::KEEPS_IDENTITY, ..config };
     let result = match go(trial, &mut io, &config, (old, new), true) {
-        Ok(bytes) if identified && bytes > 0 => return Ok(None),
+        Ok(bytes) if announced && bytes > 0 => return Ok(None),
         Ok(_) if !io.devices.log.is_empty() => return Err("a dry run changes something".into()),
         Ok(_) => go(trial, &mut io, &config, (old, new), false),
         failed => failed,
@@ -74,12 +74,13 @@ fn go(
     let mut sink = open_sink(format, io, config, has_backing).map_err(planning)?;
     let mut below = Ancestors::new(trial.open_all(io, old).map_err(planning)?);
     let mut differences = Differences::new(source, before, after);
-    let length = Cell::new(config.file_length);
-    let opener = |io: &mut dyn BlockIo| open_source(format, io, &DeviceConfig { file_length: length.get(), ..*config });
+    let opener = |io: &mut dyn BlockIo| {
+        let file_length = io.length(config.device)?;
+        open_source(format, io, &DeviceConfig { file_length, ..*config })
+    };
     let content = Content { differences: &mut differences, sink: sink.as_mut(), below: &mut below };
     let mut images = Rebase { overlay: &opener, content: Some(content), parent };
-    let mut planned = |plan: instar_guest_sdk::rebase::Plan| length.set(length.get().max(plan.sink.final_length));
-    let done = rebase(io, &mut images, dry_run, &mut planned, &mut |_| {});
+    let done = rebase(io, &mut images, dry_run, &mut |_| {}, &mut |_| {});
     done.map(|plan| plan.bytes)
         .map_err(|RebaseFailure { step, error }| (matches!(step, Step::Check | Step::Plan), error))
 }

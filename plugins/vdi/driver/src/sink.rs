@@ -47,7 +47,8 @@ impl VdiSink {
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, why).at(image.device, 0));
         }
         let fixed = device.flags & device_flags::FIXED_LENGTH != 0;
-        let modify = image.header.modify.next(&[]);
+        let keeps = device.flags & device_flags::KEEPS_IDENTITY != 0;
+        let modify = if keeps { image.header.modify } else { image.header.modify.next(&[]) };
         let writer = Writer::new(image, fixed);
         let planned = Planned::default();
         let max_length = device.max_length;

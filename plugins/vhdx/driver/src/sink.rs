@@ -7,7 +7,7 @@ use crate::lookup::Lookup;
 use crate::verify::Survey;
 use alloc::format;
 use alloc::string::String;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow, Sink};
 use instar_vhdx_format::{Guid, State, ALIGNMENT, BITMAP_BLOCK};
 
@@ -53,7 +53,9 @@ impl VhdxSink {
         }
         let (out, max_length) = (OrderedWriter::new(image.device), device.max_length);
         let (journal, lookup, survey, growth, planned) = Default::default();
-        let data_write = image.opened.headers.current.data_write.next(&[]);
+        let current = image.opened.headers.current.data_write;
+        let keeps = device.flags & device_flags::KEEPS_IDENTITY != 0;
+        let data_write = if keeps { current } else { current.next(&[]) };
         Ok(Self {
             image,
             max_length,

@@ -4,8 +4,8 @@ use crate::failures::at;
 use alloc::string::String;
 use alloc::vec;
 use instar_guest_sdk::abi::{ErrorCode, FileDevice};
-use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult};
-use instar_vmdk_format::{ContentId, Descriptor};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, OrderedWriter};
+use instar_vmdk_format::{ContentId, Descriptor, Step};
 
 /// A descriptor, and where it stands.
 #[derive(Debug)]
@@ -62,5 +62,21 @@ impl DescriptorPlace {
             io.flush(self.device)?;
         }
         Ok(ContentId { value, digits: id.digits.clone(), marked })
+    }
+
+    /// Do these steps on the descriptor's device, each durably before the next one.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn take(&self, io: &mut dyn BlockIo, steps: &[Step]) -> DriverResult<()> {
+        let mut out = OrderedWriter::new(self.device);
+        for step in steps {
+            if let Some(length) = step.length {
+                out.set_length(io, length)?;
+            }
+            step.writes.iter().try_for_each(|(offset, bytes)| out.write(io, *offset, bytes))?;
+            out.barrier(io)?;
+        }
+        Ok(())
     }
 }

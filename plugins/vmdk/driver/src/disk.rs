@@ -8,7 +8,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, FileDevice};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, FileDevice};
 use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{DiskExtent, Storage, MAGIC, MAX_DESCRIPTOR_BYTES, SESPARSE_GRAIN_BYTES};
 
@@ -18,6 +18,11 @@ pub struct Flat {
     pub device: u32,
     /// Where it begins in the file, in bytes.
     pub offset: u64,
+    /// Bytes of the file, and how many it may become.
+    pub file_length: u64,
+    pub longest: u64,
+    /// It is a block device.
+    pub is_device: bool,
 }
 
 /// How an extent is stored: `S` is what works on a sparse one.
@@ -118,7 +123,8 @@ impl Disk {
             return Err(mismatch(number, text));
         }
         let mut disk = Self { descriptor, parts: Vec::new(), size: 0, cluster_size: 1 };
-        for (extent, file) in extents.iter().zip(files) {
+        for (index, (extent, file)) in extents.iter().zip(files).enumerate() {
+            let mut length = extent.length;
             let body = match extent.storage {
                 Storage::Sparse => Body::Sparse((Image::open_hosted(io, file, corrupt)?, *file)),
                 Storage::Cowd => Body::Sparse((Image::open_cowd(io, file, corrupt)?, *file)),
@@ -127,6 +133,11 @@ impl Disk {
             };
             match &body {
                 Body::Sparse((Image { layout, .. }, _)) => {
+                    // The disk was about to grow: see `grow`. The header counts, for QEMU reads that.
+                    if extent.storage == Storage::Sparse && index + 1 == extents.len() {
+                        length = length.min(layout.virtual_size());
+                    }
+                    let extent = &DiskExtent { length, ..extent.clone() };
                     disk.fits(extent, file, (layout.virtual_size(), layout.grain_bytes()), corrupt)?;
                 }
                 Body::SeSparse(SeSparse { header, .. }) => {
@@ -134,8 +145,8 @@ impl Disk {
                 }
                 Body::Flat(_) => {}
             }
-            disk.parts.push(Part { start: extent.start, length: extent.length, body });
-            disk.size = extent.start.checked_add(extent.length).ok_or_else(|| overflow("the size of the disk"))?;
+            disk.parts.push(Part { start: extent.start, length, body });
+            disk.size = extent.start.checked_add(length).ok_or_else(|| overflow("the size of the disk"))?;
         }
         Ok(disk)
     }
@@ -190,5 +201,6 @@ fn open_flat(extent: &DiskExtent, offset: u64, file: &FileDevice, corrupt: Error
         );
         return Err(DriverError::new(corrupt, text).at(file.device, file.file_length));
     }
-    Ok(Flat { device: file.device, offset })
+    let FileDevice { flags, device, file_length, max_length: longest } = *file;
+    Ok(Flat { device, offset, file_length, longest, is_device: flags & device_flags::FIXED_LENGTH != 0 })
 }

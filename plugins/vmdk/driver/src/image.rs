@@ -25,6 +25,8 @@ pub struct Image {
     pub redundant: Option<Directory>,
     /// There is a footer, at the end of the file.
     pub footer: bool,
+    /// The first table that the file is yet to get, while the disk is about to grow: it is empty.
+    pub unwritten: usize,
     corrupt: ErrorCode,
 }
 
@@ -98,7 +100,8 @@ impl Image {
 
     fn of(device: &FileDevice, layout: Layout, footer: bool, corrupt: ErrorCode) -> Self {
         let FileDevice { device, file_length, .. } = *device;
-        Self { device, layout, file_length, directory: Directory::default(), redundant: None, footer, corrupt }
+        let directory = Directory::default();
+        Self { device, layout, file_length, directory, redundant: None, footer, unwritten: usize::MAX, corrupt }
     }
 
     fn read_directories(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
@@ -152,6 +155,19 @@ impl Image {
             .ok_or_else(|| self.corrupt(28, "the descriptor lies past the end of the file, or is too long"))
     }
 
+    /// Where the embedded descriptor belongs, which a crash may have left elsewhere: behind the header, in front of whatever
+    /// comes next; byte offset and bytes.
+    pub fn descriptor_home(&self) -> (u64, u64) {
+        let Layout { descriptor_offset, descriptor_size, header, overhead, .. } = self.layout;
+        let tables = self.directories().flat_map(|directory| directory.entries.iter().map(|&sector| sector.into()));
+        let others =
+            self.fixed_metadata().into_iter().filter(|(_, what)| *what != "descriptor").map(|(at, _)| at.start);
+        let end = tables.chain(others).chain([overhead]).filter(|&sector| sector >= header).min().unwrap_or(header);
+        let home =
+            if descriptor_offset < overhead { (descriptor_offset, descriptor_size) } else { (header, end - header) };
+        (home.0 * SECTOR, home.1 * SECTOR)
+    }
+
     fn read_directory(&self, io: &mut dyn BlockIo, sector: u64, name: &str) -> DriverResult<Directory> {
         let count = self.layout.directory_entries();
         let place = inside(sector, count.checked_mul(4), self.file_length).filter(|_| sector != 0);
@@ -167,7 +183,7 @@ impl Image {
 
     /// Make sure that `bytes` can be taken from the heap for something, beside what work needs afterwards: an allocation
     /// that fails ends the guest, perhaps when the backing is written already.
-    fn need(&self, io: &dyn BlockIo, bytes: u64, what: &str) -> DriverResult<()> {
+    pub fn need(&self, io: &dyn BlockIo, bytes: u64, what: &str) -> DriverResult<()> {
         let free = io.heap_free() as u64;
         if bytes.saturating_add(WORKING_ROOM) <= free {
             return Ok(());

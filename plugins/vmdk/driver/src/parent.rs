@@ -7,8 +7,8 @@ use crate::sparse_source::SparseSource;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
-use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, OrderedWriter, Parent, Source};
-use instar_vmdk_format::{change_parent, Embedded, Layout, Step, SECTOR};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Parent, Source};
+use instar_vmdk_format::{change_parent, Embedded, Step, SECTOR};
 
 impl VmdkSource {
     /// The steps that have the image record `parent`.
@@ -37,22 +37,6 @@ impl VmdkSource {
             offset,
         ))
     }
-
-    /// Do these steps, each durably before the next one.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub(crate) fn take_steps(&self, io: &mut dyn BlockIo, steps: &[Step]) -> DriverResult<()> {
-        let mut out = OrderedWriter::new(self.descriptor.device);
-        for step in steps {
-            if let Some(length) = step.length {
-                out.set_length(io, length)?;
-            }
-            step.writes.iter().try_for_each(|(offset, bytes)| out.write(io, *offset, bytes))?;
-            out.barrier(io)?;
-        }
-        Ok(())
-    }
 }
 
 /// The descriptor that stands in a sparse extent on this device. A crash while it got another parent may have left it behind
@@ -62,14 +46,9 @@ fn embedded(part: &Part<SparseSource>, device: u32) -> Option<Embedded> {
     if image.device != device {
         return None;
     }
-    let Layout { descriptor_offset, descriptor_size, header, overhead, .. } = image.layout;
-    let tables = image.directories().flat_map(|directory| directory.entries.iter().map(|&sector| sector.into()));
-    let others = image.fixed_metadata().into_iter().filter(|(_, what)| *what != "descriptor").map(|(at, _)| at.start);
-    let end = tables.chain(others).chain([overhead]).filter(|&sector| sector >= header).min().unwrap_or(header);
-    let home = if descriptor_offset < overhead { (descriptor_offset, descriptor_size) } else { (header, end - header) };
     Some(Embedded {
-        offset: descriptor_offset * SECTOR,
-        home: (home.0 * SECTOR, home.1 * SECTOR),
+        offset: image.layout.descriptor_offset * SECTOR,
+        home: image.descriptor_home(),
         file_length: (!image.footer).then_some(image.file_length),
     })
 }

@@ -1,16 +1,18 @@
 //! The sink role of a disk: data goes into the extents that it falls into.
 //!
-//! Before the first write the disk gets its new content ID, durably: the overlay has recorded it already. After that each
+//! A disk that grows does so first: what it holds stays the same, and so does its content ID. Before the first data the disk
+//! gets its new content ID, durably: the overlay has recorded it already. After that each
 //! extent keeps its own order: no file holds anything that points into another one.
 
 use crate::content_id::DescriptorPlace;
 use crate::disk::{Body, Disk, Flat, Part};
+use crate::growth::Growth;
 use crate::sesparse::SeSparse;
 use crate::sparse_sink::SparseSink;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary, Request};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageId, ImageInfo, PlanSummary, Request};
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, OrderedWriter, ReadBelow, Sink};
 use instar_vmdk_format::next_content_id;
 
@@ -20,23 +22,25 @@ const WRITING_ROOM: usize = 14 << 20;
 /// A vmdk that data goes into.
 #[derive(Debug)]
 pub struct VmdkSink {
-    info: ImageInfo,
-    descriptor: DescriptorPlace,
+    pub(crate) info: ImageInfo,
+    pub(crate) descriptor: DescriptorPlace,
     /// Bytes of the file that holds the descriptor and nothing else, which keeps its length; 0 if there is none.
     descriptor_file: u64,
-    parts: Vec<Part<SparseSink>>,
+    pub(crate) parts: Vec<Part<SparseSink>>,
     /// The content ID that the image gets.
     next_id: u32,
-    /// It is written.
+    /// It is written, or the disk keeps the one that it has.
     identified: bool,
     /// The devices of flat extents that were written to.
     flats: BTreeMap<u32, OrderedWriter>,
+    /// How it will grow, if it does.
+    pub(crate) growth: Option<Growth>,
 }
 
 /// What shows from below an extent that begins at guest byte `start`, by its own offsets.
-struct Shifted<'a> {
-    below: &'a mut dyn ReadBelow,
-    start: u64,
+pub struct Shifted<'a> {
+    pub below: &'a mut dyn ReadBelow,
+    pub start: u64,
 }
 
 impl ReadBelow for Shifted<'_> {
@@ -67,10 +71,14 @@ impl VmdkSink {
         let (descriptor, parts) = disk.map(|image, file| SparseSink::new(image, &file, has_backing))?;
         let id = &descriptor.text.content_id;
         let next_id = next_content_id(id.value, None);
-        // Any other one has as many digits.
-        descriptor.can_replace(id, next_id)?;
+        let identified = device.flags & device_flags::KEEPS_IDENTITY != 0;
+        if !identified {
+            // Any other one has as many digits.
+            descriptor.can_replace(id, next_id)?;
+        }
         let descriptor_file = if device.files.count() == 0 { 0 } else { device.file_length };
-        Ok(Self { info, descriptor, descriptor_file, parts, next_id, identified: false, flats: BTreeMap::new() })
+        let (flats, growth) = (BTreeMap::new(), None);
+        Ok(Self { info, descriptor, descriptor_file, parts, next_id, identified, flats, growth })
     }
 
     /// Extents cut at the borders of the parts, with the index of the part that each run of them falls into, by the part's
@@ -118,6 +126,10 @@ impl Sink for VmdkSink {
         self.info
     }
 
+    fn grow(&mut self, io: &mut dyn BlockIo, virtual_size: u64, below_length: u64) -> DriverResult<()> {
+        self.plan_growth(io, virtual_size, below_length)
+    }
+
     fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()> {
         let compresses =
             |part: &Part<SparseSink>| matches!(&part.body, Body::Sparse(sparse) if sparse.image.layout.compressed);
@@ -144,18 +156,24 @@ impl Sink for VmdkSink {
         for part in &mut self.parts {
             let plan = match &mut part.body {
                 Body::Sparse(sparse) => sparse.planned(io)?,
-                Body::Flat(_) | Body::SeSparse(_) => {
-                    PlanSummary { final_length: part.length, ..PlanSummary::default() }
+                Body::Flat(Flat { offset, file_length, .. }) => {
+                    let final_length = offset.saturating_add(part.length).max(*file_length);
+                    PlanSummary { final_length, ..PlanSummary::default() }
                 }
+                Body::SeSparse(_) => PlanSummary { final_length: part.length, ..PlanSummary::default() },
             };
             all.final_length = all.final_length.saturating_add(plan.final_length);
             all.new_data_clusters = all.new_data_clusters.saturating_add(plan.new_data_clusters);
             all.new_metadata_clusters = all.new_metadata_clusters.saturating_add(plan.new_metadata_clusters);
         }
+        let end = if self.descriptor_file == 0 { all.final_length } else { self.descriptor_file };
+        let text = self.plan_text(io, end)?;
+        all.final_length = all.final_length.saturating_add(text);
         Ok(all)
     }
 
     fn write(&mut self, io: &mut dyn BlockIo, extents: &[Extent], below: &mut dyn ReadBelow) -> DriverResult<()> {
+        self.make_grow(io, below)?;
         if extents.is_empty() {
             return Ok(());
         }

@@ -147,7 +147,7 @@ impl Source for VmdkSource {
 
     fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let steps = self.steps.take().ok_or_else(|| overflow("a parent that was not planned"))?;
-        self.take_steps(io, &steps)
+        self.descriptor.take(io, &steps)
     }
 
     /// What the check finds, is found. Grains that nothing refers to are not looked for: a vmdk does not say which there are.

@@ -24,6 +24,10 @@ pub struct Planner {
     /// The device cannot change its length.
     fixed: bool,
     has_backing: bool,
+    /// From this guest byte on, nothing shows from below: of a disk that grows.
+    pub below_end: u64,
+    /// The first byte behind all that growth adds to the file; 0 if the disk does not grow.
+    grown_end: u64,
     verified: Option<Verified>,
     grains: u64,
     /// Copies of tables that are missing.
@@ -52,10 +56,20 @@ impl Planner {
         let first_free = end.max(free).checked_next_multiple_of(image.layout.alignment());
         let first_free = first_free.ok_or_else(|| overflow("the length of the file"))?;
         let fixed = file.flags & device_flags::FIXED_LENGTH != 0;
-        Ok(Self { first_free, max_length: file.max_length, fixed, has_backing, ..Self::default() })
+        let (max_length, below_end) = (file.max_length, u64::MAX);
+        Ok(Self { first_free, max_length, fixed, has_backing, below_end, ..Self::default() })
     }
 
-    fn verify(&mut self, io: &mut dyn BlockIo, image: &Image) -> DriverResult<()> {
+    /// The disk grows: new grains begin at `end`, and nothing shows from below from guest byte `below_end` on.
+    pub fn grow(&mut self, end: u64, below_end: u64) {
+        (self.first_free, self.grown_end, self.below_end) = (end, end, below_end);
+    }
+
+    /// Verify the metadata, once.
+    ///
+    /// # Errors
+    /// Corruption and I/O errors.
+    pub fn verify(&mut self, io: &mut dyn BlockIo, image: &Image) -> DriverResult<()> {
         if self.verified.is_none() {
             self.verified = Some(image.verify(io)?);
         }
@@ -79,7 +93,8 @@ impl Planner {
                 if self.last_grain == Some(part.grain) {
                     continue;
                 }
-                match image.decide(image.layout.grain_of(*slot), part.arrival, self.has_backing) {
+                let below = self.has_backing && part.grain < self.below_end;
+                match image.decide(image.layout.grain_of(*slot), part.arrival, below) {
                     Action::InPlace(offset) if image.layout.compressed => {
                         self.holds(io, image, offset, &part)?;
                         continue;
@@ -151,7 +166,10 @@ impl Planner {
         let Self { grains, copies, tables, .. } = *self;
         if !self.appends() {
             let mended = self.stale_end(image).map_or(Some(0), |end| image.layout.file_length(end));
-            return Ok(image.file_length.max(mended.ok_or_else(|| overflow("the length of the file"))?));
+            return Ok(image
+                .file_length
+                .max(self.grown_end)
+                .max(mended.ok_or_else(|| overflow("the length of the file"))?));
         }
         // Each new table may make the next grain begin at another multiple of its size.
         let layout = &image.layout;
@@ -169,9 +187,13 @@ impl Planner {
     fn check_length(&self, image: &Image, length: u64) -> DriverResult<()> {
         let longest = self.max_length.max(image.file_length).min(u64::from(u32::MAX) * SECTOR);
         if length > image.file_length && self.fixed {
-            let text =
+            let text = if self.grown_end > 0 {
+                "a larger disk has its tables behind the end of the file, and a block device has nothing there: copy the \
+                 image into a file, or convert it to another format"
+            } else {
                 "new grains are added behind the end of the file, and a block device has nothing there: copy the \
-                        image into a file, or convert it to another format";
+                 image into a file, or convert it to another format"
+            };
             return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, 0));
         }
         if length > longest {

@@ -13,6 +13,7 @@
 //!
 //! Whatever subset of the writes since the last flush is on the disk, every entry names a whole grain or table.
 
+use crate::growth::SparseGrowth;
 use crate::image::Image;
 use crate::sparse_plan::Planner;
 use crate::tables::Table;
@@ -40,11 +41,13 @@ pub struct SparseSink {
     /// The compressed grain that is gathered: more may arrive for it with the next call.
     pub(crate) open: Option<OpenGrain>,
     pub(crate) compressor: Compressor,
+    /// How it will grow, if it does.
+    pub(crate) growth: Option<SparseGrowth>,
 }
 
 /// The space behind all that is in use: its first byte.
 #[derive(Debug)]
-pub struct Space(u64);
+pub struct Space(pub(crate) u64);
 
 impl Space {
     /// Take so many bytes, from the sector on that is returned.
@@ -58,7 +61,7 @@ impl Space {
     }
 
     /// Leave out what is in front of the next multiple of so many bytes.
-    fn align(&mut self, bytes: u64) -> DriverResult<()> {
+    pub fn align(&mut self, bytes: u64) -> DriverResult<()> {
         self.0 = self.0.checked_next_multiple_of(bytes).ok_or_else(|| overflow("the length of the file"))?;
         Ok(())
     }
@@ -76,10 +79,15 @@ impl SparseSink {
     pub(crate) fn new(image: Image, file: &FileDevice, has_backing: bool) -> DriverResult<Self> {
         let planner = Planner::of(&image, file, has_backing)?;
         let (space, out) = (Space(planner.first_free), OrderedWriter::new(image.device));
-        Ok(Self { image, planner, space, out, open: None, compressor: Compressor::default() })
+        Ok(Self { image, planner, space, out, open: None, compressor: Compressor::default(), growth: None })
     }
 
-    fn write_group(&mut self, io: &mut dyn BlockIo, group: &Group, below: &mut dyn ReadBelow) -> DriverResult<()> {
+    pub(crate) fn write_group(
+        &mut self,
+        io: &mut dyn BlockIo,
+        group: &Group,
+        below: &mut dyn ReadBelow,
+    ) -> DriverResult<()> {
         let mut tables = self.image.read_both(io, &group.tables)?;
         let mut pending = Pending::default();
         for piece in &group.pieces {
@@ -147,7 +155,8 @@ impl SparseSink {
         let entry = table.entries.get_mut(part.entry).ok_or_else(|| overflow("an entry"))?;
         let layout = self.image.layout;
         let grain = layout.grain_of(*entry);
-        let shows = below.exists() && part.grain < below.length();
+        // Over the interface of modules, nobody but a growth says where that ends.
+        let shows = below.exists() && part.grain < below.length().min(self.planner.below_end);
         let (offset, is_new) = match self.image.decide(grain, part.arrival, shows) {
             Action::Nothing => return Ok(()),
             // The plan has seen that, too: nothing may be lost if something else has changed the file since.

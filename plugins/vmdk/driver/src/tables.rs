@@ -34,13 +34,13 @@ pub struct Table {
 }
 
 impl Image {
-    /// Byte offset of a table that a directory's entry names; `None` for one that is not there.
+    /// Byte offset of a table that a directory's entry names; `None` for one that is not there, or not yet.
     ///
     /// # Errors
     /// Corruption if it lies outside the file, or in the header.
     pub fn table_offset(&self, directory: &Directory, index: usize) -> DriverResult<Option<u64>> {
         let sector = *directory.entries.get(index).ok_or_else(|| overflow("the index of a grain table"))?;
-        if sector == 0 {
+        if sector == 0 || index >= self.unwritten {
             return Ok(None);
         }
         let offset = u64::from(sector) * SECTOR;

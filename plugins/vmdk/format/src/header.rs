@@ -57,6 +57,30 @@ pub struct Header {
     pub overhead: u64,
 }
 
+/// What the header of a hosted extent says of a disk that has grown. All in sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeaderGrowth {
+    /// Size of the extent.
+    pub capacity: u64,
+    /// Where the grain directory begins.
+    pub directory: u64,
+    /// Where the second one begins, if there is one.
+    pub redundant_directory: Option<u64>,
+}
+
+impl HeaderGrowth {
+    /// The bytes of a header, which says that, and everything else as before.
+    #[must_use]
+    pub fn apply(&self, header: &[u8; HEADER_BYTES]) -> [u8; HEADER_BYTES] {
+        let mut bytes = *header;
+        let fields = [(12, Some(self.capacity)), (48, self.redundant_directory), (56, Some(self.directory))];
+        for (at, value) in fields {
+            value.into_iter().for_each(|value| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes()));
+        }
+        bytes
+    }
+}
+
 fn u32_at(bytes: &[u8; HEADER_BYTES], at: usize) -> u32 {
     let mut field = [0; 4];
     field.copy_from_slice(&bytes[at..at + 4]);

@@ -12,6 +12,7 @@ mod create;
 mod descriptor;
 mod error;
 mod extent;
+mod grow;
 mod header;
 mod layout;
 mod parent;
@@ -24,7 +25,8 @@ pub use create::{create, CreateOptions, NewDisk, NewFile, NewImage, Subformat, N
 pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
 pub use error::{FormatError, Trouble};
 pub use extent::{DiskExtent, ExtentLine, Storage};
-pub use header::{flags, Header, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY};
+pub use grow::{change_size, grow_header, NewSize};
+pub use header::{flags, Header, HeaderGrowth, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY};
 pub use layout::{Layout, Metadata, Place};
 pub use parent::{change_parent, Embedded, Step};
 pub use sesparse::{

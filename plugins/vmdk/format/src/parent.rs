@@ -139,14 +139,14 @@ pub fn change_parent(
 }
 
 /// Bytes of the text: up to the first zero byte.
-fn text_length(bytes: &[u8]) -> usize {
+pub(crate) fn text_length(bytes: &[u8]) -> usize {
     bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len())
 }
 
 /// The steps that replace the text in its place, which begins at byte `offset` of the file, if a single sector decides which of
 /// the two is there. A descriptor that is a file is cut behind its text if it was; another one keeps its place, and a zero
 /// byte behind the text.
-fn in_place(bytes: &[u8], new: &[u8], offset: u64, is_file: bool) -> Option<Vec<Step>> {
+pub(crate) fn in_place(bytes: &[u8], new: &[u8], offset: u64, is_file: bool) -> Option<Vec<Step>> {
     let sector = usize::try_from(SECTOR).ok()?;
     let (old_length, size) = (text_length(bytes), bytes.len().max(new.len()));
     if !is_file && new.len() >= bytes.len() {
@@ -181,20 +181,32 @@ fn in_place(bytes: &[u8], new: &[u8], offset: u64, is_file: bool) -> Option<Vec<
     Some(steps.into_iter().filter(|step| *step != Step::default()).collect())
 }
 
+/// The fields of a header that name a descriptor at this byte, of so many bytes: where they stand, and their bytes.
+pub(crate) fn named_at((offset, length): (u64, u64)) -> (u64, Vec<u8>) {
+    (DESCRIPTOR_FIELDS, [offset / SECTOR, length / SECTOR].map(u64::to_le_bytes).concat())
+}
+
 /// The steps that put a text into its home, while a copy of the old one, which may be there already, stands behind the end of
 /// the file.
-fn by_another_place(old: &[u8], new: &[u8], embedded: &Embedded, longest: u64) -> Result<Vec<Step>, FormatError> {
+pub(crate) fn by_another_place(
+    old: &[u8],
+    new: &[u8],
+    embedded: &Embedded,
+    longest: u64,
+) -> Result<Vec<Step>, FormatError> {
     let Embedded { offset, home, file_length } = *embedded;
     if new.len() as u64 >= home.1 {
         let text = format!("the descriptor has room for {} bytes only: give the parent a shorter name", home.1);
         return Err(FormatError::unsupported(text));
     }
     let write = |offset, bytes| Step { writes: vec![(offset, bytes)], length: None };
-    let named =
-        |offset, length| write(DESCRIPTOR_FIELDS, [offset / SECTOR, length / SECTOR].map(u64::to_le_bytes).concat());
+    let named = |place| {
+        let (offset, bytes) = named_at(place);
+        write(offset, bytes)
+    };
     let mut text = new.to_vec();
     text.resize(usize::try_from(home.1).unwrap_or(new.len()), 0);
-    let at_home = [write(home.0, text), named(home.0, home.1)];
+    let at_home = [write(home.0, text), named(home)];
     if offset != home.0 {
         return Ok(at_home.into());
     }
@@ -209,7 +221,7 @@ fn by_another_place(old: &[u8], new: &[u8], embedded: &Embedded, longest: u64) -
                     commit it into its present parent first";
         return Err(FormatError::unsupported(text));
     };
-    let mut steps = vec![write(place, copy), named(place, length)];
+    let mut steps = vec![write(place, copy), named((place, length))];
     steps.extend(at_home);
     steps.push(Step { writes: Vec::new(), length: Some(file_length) });
     Ok(steps)

@@ -33,6 +33,10 @@ impl ImageKit for Kit {
     fn content(&self, bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
         View::new(bytes).content(below.unwrap_or_default())
     }
+
+    fn can_grow(&self) -> bool {
+        true
+    }
 }
 
 impl ParentKit for Kit {

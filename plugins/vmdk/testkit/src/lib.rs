@@ -291,7 +291,7 @@ impl<'a> View<'a> {
     /// What a guest reads, over the bytes that are below.
     pub fn content(&self, below: &[u8]) -> Vec<u8> {
         let mut content = padded(below, self.size);
-        for (grain, entry) in self.entries[0].iter().enumerate() {
+        for (grain, entry) in self.entries[0].iter().enumerate().take(self.size.div_ceil(GRAIN)) {
             let start = grain * GRAIN;
             let end = (start + GRAIN).min(self.size);
             match entry {

@@ -1,8 +1,8 @@
 //! An image that gets another parent, and reads what it read: when that is done, when a request fails, and at every instant of
 //! a power loss.
 
-use instar_guest_abi::{device_flags, DeviceConfig, Part, DEVICE_OUTPUT, PARENT_ROOM};
-use instar_guest_sdk::conformance::ParentKit;
+use instar_guest_abi::{device_flags, DeviceConfig, ImageId, Part, DEVICE_OUTPUT, PARENT_ROOM};
+use instar_guest_sdk::conformance::{ParentKit, Recorded};
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::rebase::{rebase, Content, Rebase, RebaseFailure, Step};
@@ -25,7 +25,7 @@ pub struct Rebased<'a> {
     pub format: &'a str,
     /// The images.
     pub files: Files,
-    /// What is below it before. The image records this name.
+    /// What is below it before. The image records that.
     pub old: Below<'a>,
     /// What is to be below it.
     pub new: Below<'a>,
@@ -73,25 +73,45 @@ impl Rebased<'_> {
         }
         seen.states = crashes.each(&self.files, &io.log, &mut |files| {
             self.instant(&files, &expected);
-            let is_old = self.named(&files) == self.old.0;
+            let is_old = self.named(&files) == self.named(&self.files);
             seen.between += usize::from(is_old && image(&files) != image(&self.files));
             self.again(files, &expected);
         });
         (seen, io.files)
     }
 
-    /// The name that the image records; empty for none.
-    fn named(&self, files: &Files) -> Vec<u8> {
-        let recorded = self.kit.recorded(image(files));
-        recorded.map(|recorded| recorded.names.concat()).unwrap_or_default()
+    /// What the image records of its parent, if it has one.
+    fn named(&self, files: &Files) -> Option<Recorded> {
+        self.kit.recorded(image(files))
+    }
+
+    /// The new parent.
+    fn parent(&self) -> Option<Parent<'_>> {
+        let (name, layers) = self.new;
+        let top = self.files.get(layers.first()?)?;
+        let number = *layers.first()?;
+        let mut io = MemoryDevices::new([(number, top.clone())]);
+        let opened = self.kit.open_source(&mut io, &self.device(&self.files, number));
+        // That of a VHD is known to its host half only.
+        let identity = opened.ok().and_then(|source| source.identity());
+        let identity = identity.or_else(|| ImageId::new(&[7; 16]).filter(|_| self.format == "vpc"));
+        let virtual_size = self.kit.info(top).virtual_size;
+        Some(Parent { name, format: self.format, identity, virtual_size })
+    }
+
+    /// What the image is to record.
+    fn expected(&self) -> Option<Recorded> {
+        self.parent().map(|parent| self.kit.expected(&parent))
     }
 
     /// The layers that the image names.
     fn below(&self, files: &Files) -> &[u32] {
         let name = self.named(files);
-        let all = [self.old, self.new];
-        let named = all.iter().find(|(known, _)| *known == name);
-        named.map(|(_, layers)| *layers).unwrap_or_else(|| unreachable!("it names {name:?}"))
+        if name == self.expected() {
+            return self.new.1;
+        }
+        assert_eq!(name, self.named(&self.files), "it names neither the new parent nor the old one");
+        self.old.1
     }
 
     /// What the image reads, through the layers that it names.
@@ -107,7 +127,7 @@ impl Rebased<'_> {
         let bytes = &files[&number];
         let info = self.kit.info(bytes);
         DeviceConfig {
-            flags: device_flags::PRESENT | device_flags::WRITABLE,
+            flags: device_flags::PRESENT | device_flags::WRITABLE | device_flags::KEEPS_IDENTITY,
             device: number,
             file_length: bytes.len() as u64,
             max_length: 1 << 40,
@@ -132,10 +152,7 @@ impl Rebased<'_> {
         let at = |error| RebaseFailure { step: Step::Check, error };
         let overlay = self.device(&io.files, DEVICE_OUTPUT);
         let old = self.below(&io.files);
-        let size = self.new.1.first().map_or(0, |top| self.kit.info(&io.files[top]).virtual_size);
-        let name = self.new.0;
-        let new = Parent { name, format: self.format, identity: None, virtual_size: size };
-        let parent = (!name.is_empty()).then_some(new);
+        let parent = self.parent();
         io.hold([(Part::Rebased, &overlay)]);
         let views = [View::new(self.layers(io, old)?), View::new(self.layers(io, self.new.1)?)];
         let [before, after] = views;
@@ -145,8 +162,10 @@ impl Rebased<'_> {
         let mut below = Ancestors::new(self.layers(io, old)?.into_iter().map(|(_, layer)| layer).collect());
         let mut differences = Differences::new(source, before, after);
         let length = Cell::new(overlay.file_length);
-        let opener =
-            |io: &mut dyn BlockIo| self.kit.open_source(io, &DeviceConfig { file_length: length.get(), ..overlay });
+        let opener = |io: &mut dyn BlockIo| {
+            let file_length = io.length(DEVICE_OUTPUT)?;
+            self.kit.open_source(io, &DeviceConfig { file_length, ..overlay })
+        };
         let content = Content { differences: &mut differences, sink: sink.as_mut(), below: &mut below };
         let mut images = Rebase { overlay: &opener, content: Some(content), parent };
         let done = rebase(
@@ -174,7 +193,13 @@ impl Rebased<'_> {
 
     fn finished(&self, files: &Files, expected: &[u8]) {
         self.instant(files, expected);
-        assert_eq!(self.named(files), self.new.0, "the name at the end");
+        assert_eq!(self.named(files), self.expected(), "what is recorded at the end");
+        let identity = |files: &Files| {
+            let mut io = MemoryDevices::new(files.clone());
+            let opened = self.kit.open_source(&mut io, &self.device(files, DEVICE_OUTPUT));
+            opened.ok().and_then(|source| source.identity())
+        };
+        assert_eq!(identity(files), identity(&self.files), "whoever is above the image does not know it any more");
     }
 
     /// A second run finishes it, whatever it finds.

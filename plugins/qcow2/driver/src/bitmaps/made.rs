@@ -110,8 +110,8 @@ impl Switch {
         let directory = BitmapDirectory::read(io, image, &mut |_| Ok(()))?;
         let place = directory.place.ok_or_else(|| overflow("the bitmap directory"))?;
         if !in_one_sector(extension + 8, DATA) {
-            let text = "the header's table of bitmaps crosses a sector, so that no bitmap can be made safely: remove one with \
-                        `qemu-img bitmap --remove`, which moves it, or commit without --bitmaps";
+            let text = "the header's table of bitmaps crosses a sector, so that no bitmap can be made safely: make one with \
+                        `qemu-img bitmap --add`, which moves the table, and remove it again, or commit without --bitmaps";
             return Err(unsupported(image, extension, text.into()));
         }
         let count = u32::try_from(directory.entries.len()).map_err(|_| overflow("the number of bitmaps"))?;

@@ -1,0 +1,37 @@
+//! An image that gets another parent, which does not read the same: what differs is written into it first. At every instant it
+//! reads what it read, through whichever parent it names, and whoever is above it still knows it.
+#![allow(clippy::cast_possible_truncation, missing_docs)]
+
+use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_guest_sdk::crash::{Crashes, Files};
+use instar_testkit::rebase::{Below, Rebased, Seen};
+use instar_vhd_testkit::{build, Kind, Kit, Spec};
+
+const OLD: u32 = 3;
+const NEW: u32 = 4;
+const CRASHES: Crashes = Crashes { drawn: 3, seed: 3 };
+const UNDER_OLD: Below<'_> = (b"old", &[OLD]);
+const UNDER_NEW: Below<'_> = (b"new", &[NEW]);
+
+fn rebased(top: Vec<u8>, old: Vec<u8>, new: Vec<u8>) -> Seen {
+    let files = Files::from([(DEVICE_OUTPUT, top), (OLD, old), (NEW, new)]);
+    let rebase = Rebased { kit: &Kit, format: "vpc", files, old: UNDER_OLD, new: UNDER_NEW };
+    let (seen, _) = rebase.verify(CRASHES);
+    println!("{seen:?}");
+    assert!(seen.bytes > 0 && seen.states > 5 && seen.between > 0, "{seen:?}");
+    seen
+}
+
+const SIZE: usize = 9 * 8192 - 1024;
+
+#[test]
+fn blocks_that_are_new_and_sectors_of_those_that_are_there() {
+    let base = |runs: &[(usize, usize, u8)]| build(&Spec::new(Kind::Dynamic, SIZE, 8192).with(runs.iter().copied()));
+    let old = base(&[(0, 2, 0x41), (18, 10, 0x42), (64, 5, 0x43), (130, 12, 0x44)]);
+    let new = base(&[(0, 2, 0x41), (20, 3, 0x51), (80, 9, 0x52)]);
+    for (batmap, tail) in [(false, true), (true, true), (false, false)] {
+        let own = Spec { batmap, tail, ..Spec::new(Kind::Differencing, SIZE, 8192) };
+        rebased(build(&own), old.clone(), new.clone());
+        rebased(build(&own.with([(1, 3, 0x21), (17, 4, 0x22), (140, 2, 0x23)])), old.clone(), new.clone());
+    }
+}

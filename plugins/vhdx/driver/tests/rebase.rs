@@ -1,0 +1,36 @@
+//! An image that gets another parent, which does not read the same: what differs is written into it first. At every instant it
+//! reads what it read, through whichever parent it names, and whoever is above it still knows it.
+#![allow(clippy::cast_possible_truncation, missing_docs)]
+
+use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_guest_sdk::crash::{Crashes, Files};
+use instar_testkit::rebase::{Below, Rebased, Seen};
+use instar_vhdx_testkit::{build, Kind, Kit, Log, Spec};
+
+const OLD: u32 = 3;
+const NEW: u32 = 4;
+const CRASHES: Crashes = Crashes { drawn: 0, seed: 3 };
+const UNDER_OLD: Below<'_> = (b"old", &[OLD]);
+const UNDER_NEW: Below<'_> = (b"new", &[NEW]);
+
+fn rebased(top: Vec<u8>, old: Vec<u8>, new: Vec<u8>) -> Seen {
+    let files = Files::from([(DEVICE_OUTPUT, top), (OLD, old), (NEW, new)]);
+    let rebase = Rebased { kit: &Kit, format: "vhdx", files, old: UNDER_OLD, new: UNDER_NEW };
+    let (seen, _) = rebase.verify(CRASHES);
+    println!("{seen:?}");
+    assert!(seen.bytes > 0 && seen.states > 5 && seen.between > 0, "{seen:?}");
+    seen
+}
+
+const SIZE: usize = 18 * 4096;
+
+#[test]
+fn blocks_and_sectors_with_a_log() {
+    let base = |id, runs: &[(usize, usize, u8)]| {
+        build(&Spec { id, ..Spec::new(Kind::Dynamic, SIZE) }.with(runs.iter().copied()))
+    };
+    let old = base(3, &[(0, 2, 0x41), (18, 10, 0x42), (64, 5, 0x43), (130, 12, 0x44)]);
+    let new = base(4, &[(0, 2, 0x41), (20, 3, 0x51), (80, 9, 0x52)]);
+    let own = Spec { log: Log::Pending, id: 7, ..Spec::new(Kind::Differencing, SIZE) };
+    rebased(build(&own.with([(1, 3, 0x21), (30, 20, 0x22), (143, 1, 0x24)])), old, new);
+}
