@@ -37,6 +37,9 @@ pub mod device_flags {
     pub const WRITABLE: u32 = 2;
     /// The device cannot change its length (a block device).
     pub const FIXED_LENGTH: u32 = 4;
+    /// What is written to the image is to be compressed, wherever it shrinks. That is asked only of an image whose host half says
+    /// `compresses` in its facts.
+    pub const COMPRESS: u32 = 8;
 }
 
 /// Written by the host at [`OPERATION_CONFIG_ADDR`](crate::OPERATION_CONFIG_ADDR): the same for every operation.
