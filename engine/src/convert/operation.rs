@@ -30,6 +30,10 @@ use std::path::Path;
 const NOTHING: &str = "no image was made";
 const UNCHANGED: &str = "nothing was changed";
 const PART: &str = "a part of the disk was written into it, in place: run the command again";
+/// Why `-c` is refused.
+const NOT_COMPRESSED: &str =
+    "would not be compressed, as images of its kind cannot be: leave out -c, or choose -O qcow2, or -O vmdk \
+                              with -o subformat=streamOptimized";
 /// Disks but a single one begin and end at a multiple of this many bytes.
 const SECTOR: u64 = 512;
 
@@ -294,18 +298,22 @@ impl Operation for Convert<'_> {
         let parent = images.of_role(|role| role == MemberRole::Below).next().map(|parent| &parent.facts);
         let (Some(top), Some(target)) = (layers.first(), &images.target) else { return Err(begun_twice()) };
         let mut incoming = Incoming::from_layers(layers.iter().map(|layer| &layer.facts)).ok_or_else(begun_twice)?;
-        let ConvertRequest { in_place, allocate, bitmaps, .. } = *self.request;
+        let ConvertRequest { in_place, allocate, bitmaps, compress, .. } = *self.request;
         if self.request.snapshot.is_some() || !self.request.others.is_empty() || self.writes_zeroes || allocate {
             // What the header counts is of the image's own disk, and not of what is written besides.
             incoming.virtual_size = self.sizes.0;
             incoming.max_clusters = incoming.virtual_size.div_ceil(incoming.cluster_size.max(1));
         }
+        if self.request.compress && !target.facts.compresses {
+            return Err(Error::image(&self.request.target, ErrorCode::UnsupportedFormat, NOT_COMPRESSED));
+        }
         let longest = ask(target, Role::Write, "be written", &Context::writing(parent, incoming), &mut self.warnings)?;
         let room = if bitmaps { room_for_bitmaps(&target.facts, [&top.facts], target.facts.virtual_size) } else { 0 };
         let target_length = longest.max(target.facts.file_length).saturating_add(room);
         self.bounds = PlanBounds { virtual_size: target.facts.virtual_size, ..PlanBounds::of(top, target) };
-        self.space = Space::of(target, &layers).filter(|_| !in_place);
-        Ok(Grants { target: target_length, ..Grants::default() })
+        // How much a compressed image takes shows only when it is written: a full file system ends it, and nothing is left.
+        self.space = Space::of(target, &layers).filter(|_| !in_place && !compress);
+        Ok(Grants { target: target_length, compress, ..Grants::default() })
     }
 
     fn payload(&self) -> Vec<u8> {

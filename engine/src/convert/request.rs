@@ -31,6 +31,8 @@ pub struct ConvertRequest {
     pub in_place: bool,
     /// All of its disk reads as zeroes already.
     pub target_is_zero: bool,
+    /// What is written into the target is compressed where it shrinks.
+    pub compress: bool,
     /// The target allocates all of its disk.
     pub allocate: bool,
     /// Make the bitmaps of the source in the target …
