@@ -46,7 +46,7 @@ pub struct ConvertArgs {
     /// Compress what is written into the new image: qcow2 (also -o compression_type=zstd), or vmdk with -o subformat=streamOptimized
     #[arg(short = 'c', long)]
     pub compress: bool,
-    /// 0 has the new image take space for all of its disk; other sizes change nothing, as data is copied as it is
+    /// Look for zeroes in data, and leave out so many of them at least that follow each other; 0 has the new image take space for all of its disk
     #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = parse_bytes)]
     pub sparse: Option<u64>,
     /// Make the persistent bitmaps of the image that is read in the new one
@@ -214,6 +214,7 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
         in_place: args.no_create,
         target_is_zero: args.target_is_zero,
         compress: args.compress,
+        sparse: args.sparse.unwrap_or(0),
         allocate: args.sparse == Some(0),
         bitmaps: args.bitmaps,
         skip_broken_bitmaps: args.skip_broken_bitmaps,

@@ -317,8 +317,10 @@ impl Operation for Convert<'_> {
     }
 
     fn payload(&self) -> Vec<u8> {
-        let ConvertRequest { allocate, bitmaps, .. } = *self.request;
-        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps }.encode_to_vec()
+        let ConvertRequest { allocate, bitmaps, sparse, compress, .. } = *self.request;
+        // Where clusters are compressed, whoever does that sees which of them are zero.
+        let sparse = if compress { 0 } else { sparse };
+        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {

@@ -35,6 +35,8 @@ pub struct ConvertRequest {
     pub compress: bool,
     /// The target allocates all of its disk.
     pub allocate: bool,
+    /// Zeroes of so many bytes at least, a multiple of 512, are looked for in data, and left out; 0 does not look.
+    pub sparse: u64,
     /// Make the bitmaps of the source in the target …
     pub bitmaps: bool,
     /// … but for those that were not saved, which are an error otherwise.
