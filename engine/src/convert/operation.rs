@@ -2,15 +2,16 @@
 
 use super::end::{allocate, salvaged};
 use super::existing::Existing;
+use super::in_parts::parts_of;
 use super::parent::{divide, Layers};
 use super::request::{ConvertOutcome, ConvertRequest};
 use crate::commit::{room_for_bitmaps, CommitEvents, Meter, PlanBounds, Space};
 use crate::confine::Work;
-use crate::create::{options_of, plugin_of, write_to, NewFile};
+use crate::create::{options_of, plugin_of, write_to, NewFile, Parts};
 use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_bytes, escape_path};
-use crate::image::{Access, ChainImage, NamedFile, OpenedFile};
+use crate::image::{add_new_files, Access, ChainImage, NamedFile, OpenedFile};
 use crate::lookup::{Directory, Identity};
 use crate::operation::{
     ask, DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
@@ -44,6 +45,8 @@ pub struct Convert<'q> {
     workers: Option<Workers>,
     /// The new image, which has no name yet, or why there can be none.
     new: Option<Result<NewFile, Error>>,
+    /// Its other files, if it has any.
+    parts: Option<Parts>,
     /// The image that is written in place, or why it cannot be.
     existing: Option<Result<Existing, Error>>,
     /// The block device that is written in place, kept from being mounted to the end.
@@ -69,6 +72,7 @@ impl<'q> Convert<'q> {
             request,
             workers: None,
             new: None,
+            parts: None,
             existing: None,
             claim: None,
             replaced: None,
@@ -99,9 +103,9 @@ impl<'q> Convert<'q> {
         Err(Error::image(&self.request.target, ErrorCode::ChainLoop, clause))
     }
 
-    /// Create the image, for a disk of so many bytes, in the file that has no name yet.
+    /// Create the image, for a disk of so many bytes, in the files that have no names yet.
     fn create<'r>(
-        &self,
+        &mut self,
         registry: &'r Registry,
         plugin: &Plugin,
         size: u64,
@@ -118,14 +122,18 @@ impl<'q> Convert<'q> {
             options: options_of(&self.request.options),
         };
         let image = plugin.create(&spec).map_err(|failure| Error::plugin(path, &failure))?;
-        if !image.files.is_empty() {
-            return Err(refused(
-                "would be an image in several files, which cannot appear all at once: choose a kind in one file with -o".into(),
-            ));
-        }
         write_to(new.file(), path, image.length, &image.regions, &image.reserved)?;
         let opened = new.open()?.ok_or_else(begun_twice)?;
-        let target = opened.identify_as(registry, Some(plugin.name()), "-O")?;
+        let mut target = opened.identify_as(registry, Some(plugin.name()), "-O")?;
+        match self.parts.as_mut().filter(|_| !image.files.is_empty()) {
+            Some(parts) => add_new_files(&mut target, parts.lay_out(new, &image.files)?)?,
+            None if image.files.is_empty() => self.parts = None,
+            None => {
+                return Err(refused(
+                    "would be an image in several files, and only a kind that -o chooses can be".into(),
+                ))
+            }
+        }
         let has = target.facts.virtual_size;
         if has < size {
             return Err(refused(format!("would have a disk of {has} bytes, and one of {size} bytes is converted")));
@@ -200,7 +208,7 @@ impl Operation for Convert<'_> {
         Access::to_read(self.request.force_share)
     }
 
-    fn acquire(&mut self, named: &Named) {
+    fn acquire(&mut self, named: &Named, registry: &Registry) {
         // A source that is not there is told by opening it; nothing has to be made for that.
         if named.image.identity().is_none() {
             return;
@@ -208,7 +216,11 @@ impl Operation for Convert<'_> {
         if self.request.in_place {
             self.existing = Some(Existing::open(&self.request.target));
         } else {
-            self.new = Some(NewFile::begin(&self.request.target));
+            let begun = NewFile::begin(&self.request.target);
+            self.new = Some(begun.and_then(|new| {
+                self.parts = parts_of(self.request, registry, &new)?;
+                Ok(new)
+            }));
         }
         // What is below an image may be long, however short that is; of a raw one there is nothing below.
         let short = named.image.length().is_some_and(|length| length < Workers::MUCH);
@@ -383,7 +395,11 @@ impl Operation for Convert<'_> {
         match self.new {
             Some(new) => {
                 let mut new = new?;
-                new.publish(self.request.cache != Cache::Unsafe)?;
+                let durable = self.request.cache != Cache::Unsafe;
+                match self.parts {
+                    Some(parts) => parts.publish(&mut new, durable)?,
+                    None => new.publish(durable)?,
+                }
             }
             // In place, the guest has flushed it.
             None if self.request.in_place => {}

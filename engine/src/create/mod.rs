@@ -2,9 +2,11 @@
 
 mod file;
 mod new_file;
+mod parts;
 
 pub(crate) use file::write_to;
 pub(crate) use new_file::NewFile;
+pub(crate) use parts::Parts;
 
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
