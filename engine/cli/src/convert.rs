@@ -43,7 +43,10 @@ pub struct ConvertArgs {
     /// With -n: all of that reads as zeroes already, and zeroes are not written
     #[arg(long)]
     pub target_is_zero: bool,
-    /// 0 has the new image take space for all of its disk; other sizes change nothing, as data is copied as it is
+    /// Compress what is written into the new image: qcow2 (also -o compression_type=zstd), or vmdk with -o subformat=streamOptimized
+    #[arg(short = 'c', long)]
+    pub compress: bool,
+    /// Look for zeroes in data, and leave out so many of them at least that follow each other; 0 has the new image take space for all of its disk
     #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = parse_bytes)]
     pub sparse: Option<u64>,
     /// Make the persistent bitmaps of the image that is read in the new one
@@ -110,9 +113,6 @@ pub struct OtherArgs {
     #[arg(short = 'T', long = "source-cache", hide = true, value_enum, value_name = "MODE")]
     pub source_cache: Option<CacheMode>,
     /// An option of `qemu-img`, for a sentence about it
-    #[arg(short = 'c', long, hide = true)]
-    pub compress: bool,
-    /// An option of `qemu-img`, for a sentence about it
     #[arg(long, hide = true)]
     pub target_image_opts: bool,
     /// An option of `qemu-img`, for a sentence about it
@@ -124,7 +124,6 @@ impl OtherArgs {
     /// Refuse those that would mean something.
     fn refuse(&self) -> Result<(), Error> {
         let sentences = [
-            (self.compress, "-c is not supported: the new image is not compressed; leave it out"),
             (
                 self.source_image_opts,
                 "--source-image-opts is not supported: name the image by its file name, and its format with -f",
@@ -145,7 +144,8 @@ const SPARSE_MOST: u64 = 16 << 20;
 
 impl ConvertArgs {
     /// Refuse what makes no sense together.
-    fn check(&self, sources: usize) -> Result<(), Error> {
+    fn check(&self, sources: usize, options: &[(String, String)]) -> Result<(), Error> {
+        let preallocates = options.iter().any(|(name, value)| name == "preallocation" && value != "off");
         let sparse = self.sparse.unwrap_or(SPARSE_UNIT);
         let sentences = [
             (
@@ -169,6 +169,10 @@ impl ConvertArgs {
             (
                 self.sparse == Some(0) && self.backing.is_some(),
                 "-S 0 takes space for the whole disk, and -B leaves most of it to the backing file: choose one of them",
+            ),
+            (
+                self.compress && preallocates,
+                "-c makes clusters small, and -o preallocation=... makes room for large ones: choose one of them",
             ),
             (
                 sparse > SPARSE_MOST || !sparse.is_multiple_of(SPARSE_UNIT),
@@ -202,13 +206,15 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
     let [source, others @ .., target] = args.files.as_slice() else {
         return Err(bad_usage("convert takes an image to read, and the new one: FILENAME OUTPUT"));
     };
-    args.check(1 + others.len())?;
+    args.check(1 + others.len(), &options)?;
     let request = ConvertRequest {
         source: source.clone(),
         others: others.to_vec(),
         backing: args.backing.clone().zip(args.backing_format.clone()),
         in_place: args.no_create,
         target_is_zero: args.target_is_zero,
+        compress: args.compress,
+        sparse: args.sparse.unwrap_or(0),
         allocate: args.sparse == Some(0),
         bitmaps: args.bitmaps,
         skip_broken_bitmaps: args.skip_broken_bitmaps,

@@ -31,6 +31,7 @@ use crate::operation::{
     DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, NamedDirectory, Opener, Operation, Session, Settings,
     Slot,
 };
+use crate::plugins::Registry;
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES, PAYLOAD_SIZE};
 use instar_guest_protocol::commit::Config;
@@ -145,7 +146,7 @@ impl Operation for Commit<'_> {
         }
     }
 
-    fn acquire(&mut self, named: &Named) {
+    fn acquire(&mut self, named: &Named, _: &Registry) {
         self.workers = self.workers(&named.image);
         self.deletion = self.request.delete_overlay.then(|| Deletion::begin(&named.image)).flatten();
         if self.request.atomic {

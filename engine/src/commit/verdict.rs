@@ -89,7 +89,7 @@ impl<'s, 'r> Parts<'s, 'r> {
                 ask(image, Role::Below, Context::reading(parent.map(|parent| &parent.facts), false))?;
             }
         }
-        Ok(Grants { target: target.max(self.backing.facts.file_length), emptied, beyond_devices: false })
+        Ok(Grants { target: target.max(self.backing.facts.file_length), emptied, ..Grants::default() })
     }
 
     /// The virtual size in bytes to which the backing has to grow, if it has to and may.

@@ -6,19 +6,23 @@ use crate::devices::{Device, Devices};
 use crate::error::Error;
 use crate::escape::escape_path;
 use crate::operation::{DevicePaths, Ended};
-use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_abi::ErrorCode;
 use rustix::fs::{fallocate, FallocateFlags};
 use rustix::io::{retry_on_intr, Errno};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 
-/// Have the file system keep space for all of the target's file, if that is asked for.
+/// Have the file system keep space for all of the target's files, if that is asked for.
 ///
 /// # Errors
 /// [`ErrorCode::NoSpace`], and what else the system says.
 pub fn allocate(request: &ConvertRequest, ended: &Ended<CommitEvents>) -> Result<(), Error> {
-    let device = ended.devices.device(DEVICE_OUTPUT).filter(|_| !ended.paths.is_block_device(DEVICE_OUTPUT));
-    let Some(file) = device.map(Device::file).filter(|_| request.allocate) else { return Ok(()) };
+    let files = ended.paths.target().filter(|number| request.allocate && !ended.paths.is_block_device(*number));
+    files.filter_map(|number| ended.devices.device(number)).try_for_each(|device| keep_space(request, device.file()))
+}
+
+fn keep_space(request: &ConvertRequest, file: &File) -> Result<(), Error> {
     let failed = |code, error: &io::Error| Error::io(&request.target, code, "cannot be allocated", error);
     let length = file.metadata().map_err(|error| failed(ErrorCode::BackingIo, &error))?.len();
     if length == 0 {

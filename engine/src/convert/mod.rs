@@ -6,6 +6,7 @@
 
 mod end;
 mod existing;
+mod in_parts;
 mod operation;
 mod parent;
 mod request;

@@ -2,15 +2,16 @@
 
 use super::end::{allocate, salvaged};
 use super::existing::Existing;
+use super::in_parts::parts_of;
 use super::parent::{divide, Layers};
 use super::request::{ConvertOutcome, ConvertRequest};
 use crate::commit::{room_for_bitmaps, CommitEvents, Meter, PlanBounds, Space};
 use crate::confine::Work;
-use crate::create::{options_of, plugin_of, write_to, NewFile};
+use crate::create::{options_of, plugin_of, write_to, NewFile, Parts};
 use crate::devices::{Cache, Device, Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_bytes, escape_path};
-use crate::image::{Access, ChainImage, NamedFile, OpenedFile};
+use crate::image::{add_new_files, Access, ChainImage, NamedFile, OpenedFile};
 use crate::lookup::{Directory, Identity};
 use crate::operation::{
     ask, DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
@@ -30,6 +31,10 @@ use std::path::Path;
 const NOTHING: &str = "no image was made";
 const UNCHANGED: &str = "nothing was changed";
 const PART: &str = "a part of the disk was written into it, in place: run the command again";
+/// Why `-c` is refused.
+const NOT_COMPRESSED: &str =
+    "would not be compressed, as images of its kind cannot be: leave out -c, or choose -O qcow2, or -O vmdk \
+                              with -o subformat=streamOptimized";
 /// Disks but a single one begin and end at a multiple of this many bytes.
 const SECTOR: u64 = 512;
 
@@ -40,6 +45,8 @@ pub struct Convert<'q> {
     workers: Option<Workers>,
     /// The new image, which has no name yet, or why there can be none.
     new: Option<Result<NewFile, Error>>,
+    /// Its other files, if it has any.
+    parts: Option<Parts>,
     /// The image that is written in place, or why it cannot be.
     existing: Option<Result<Existing, Error>>,
     /// The block device that is written in place, kept from being mounted to the end.
@@ -65,6 +72,7 @@ impl<'q> Convert<'q> {
             request,
             workers: None,
             new: None,
+            parts: None,
             existing: None,
             claim: None,
             replaced: None,
@@ -95,9 +103,9 @@ impl<'q> Convert<'q> {
         Err(Error::image(&self.request.target, ErrorCode::ChainLoop, clause))
     }
 
-    /// Create the image, for a disk of so many bytes, in the file that has no name yet.
+    /// Create the image, for a disk of so many bytes, in the files that have no names yet.
     fn create<'r>(
-        &self,
+        &mut self,
         registry: &'r Registry,
         plugin: &Plugin,
         size: u64,
@@ -114,14 +122,18 @@ impl<'q> Convert<'q> {
             options: options_of(&self.request.options),
         };
         let image = plugin.create(&spec).map_err(|failure| Error::plugin(path, &failure))?;
-        if !image.files.is_empty() {
-            return Err(refused(
-                "would be an image in several files, which cannot appear all at once: choose a kind in one file with -o".into(),
-            ));
-        }
         write_to(new.file(), path, image.length, &image.regions, &image.reserved)?;
         let opened = new.open()?.ok_or_else(begun_twice)?;
-        let target = opened.identify_as(registry, Some(plugin.name()), "-O")?;
+        let mut target = opened.identify_as(registry, Some(plugin.name()), "-O")?;
+        match self.parts.as_mut().filter(|_| !image.files.is_empty()) {
+            Some(parts) => add_new_files(&mut target, parts.lay_out(new, &image.files)?)?,
+            None if image.files.is_empty() => self.parts = None,
+            None => {
+                return Err(refused(
+                    "would be an image in several files, and only a kind that -o chooses can be".into(),
+                ))
+            }
+        }
         let has = target.facts.virtual_size;
         if has < size {
             return Err(refused(format!("would have a disk of {has} bytes, and one of {size} bytes is converted")));
@@ -196,7 +208,7 @@ impl Operation for Convert<'_> {
         Access::to_read(self.request.force_share)
     }
 
-    fn acquire(&mut self, named: &Named) {
+    fn acquire(&mut self, named: &Named, registry: &Registry) {
         // A source that is not there is told by opening it; nothing has to be made for that.
         if named.image.identity().is_none() {
             return;
@@ -204,7 +216,11 @@ impl Operation for Convert<'_> {
         if self.request.in_place {
             self.existing = Some(Existing::open(&self.request.target));
         } else {
-            self.new = Some(NewFile::begin(&self.request.target));
+            let begun = NewFile::begin(&self.request.target);
+            self.new = Some(begun.and_then(|new| {
+                self.parts = parts_of(self.request, registry, &new)?;
+                Ok(new)
+            }));
         }
         // What is below an image may be long, however short that is; of a raw one there is nothing below.
         let short = named.image.length().is_some_and(|length| length < Workers::MUCH);
@@ -294,23 +310,29 @@ impl Operation for Convert<'_> {
         let parent = images.of_role(|role| role == MemberRole::Below).next().map(|parent| &parent.facts);
         let (Some(top), Some(target)) = (layers.first(), &images.target) else { return Err(begun_twice()) };
         let mut incoming = Incoming::from_layers(layers.iter().map(|layer| &layer.facts)).ok_or_else(begun_twice)?;
-        let ConvertRequest { in_place, allocate, bitmaps, .. } = *self.request;
+        let ConvertRequest { in_place, allocate, bitmaps, compress, .. } = *self.request;
         if self.request.snapshot.is_some() || !self.request.others.is_empty() || self.writes_zeroes || allocate {
             // What the header counts is of the image's own disk, and not of what is written besides.
             incoming.virtual_size = self.sizes.0;
             incoming.max_clusters = incoming.virtual_size.div_ceil(incoming.cluster_size.max(1));
         }
+        if self.request.compress && !target.facts.compresses {
+            return Err(Error::image(&self.request.target, ErrorCode::UnsupportedFormat, NOT_COMPRESSED));
+        }
         let longest = ask(target, Role::Write, "be written", &Context::writing(parent, incoming), &mut self.warnings)?;
         let room = if bitmaps { room_for_bitmaps(&target.facts, [&top.facts], target.facts.virtual_size) } else { 0 };
         let target_length = longest.max(target.facts.file_length).saturating_add(room);
         self.bounds = PlanBounds { virtual_size: target.facts.virtual_size, ..PlanBounds::of(top, target) };
-        self.space = Space::of(target, &layers).filter(|_| !in_place);
-        Ok(Grants { target: target_length, ..Grants::default() })
+        // How much a compressed image takes shows only when it is written: a full file system ends it, and nothing is left.
+        self.space = Space::of(target, &layers).filter(|_| !in_place && !compress);
+        Ok(Grants { target: target_length, compress, ..Grants::default() })
     }
 
     fn payload(&self) -> Vec<u8> {
-        let ConvertRequest { allocate, bitmaps, .. } = *self.request;
-        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps }.encode_to_vec()
+        let ConvertRequest { allocate, bitmaps, sparse, compress, .. } = *self.request;
+        // Where clusters are compressed, whoever does that sees which of them are zero.
+        let sparse = if compress { 0 } else { sparse };
+        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
@@ -373,7 +395,11 @@ impl Operation for Convert<'_> {
         match self.new {
             Some(new) => {
                 let mut new = new?;
-                new.publish(self.request.cache != Cache::Unsafe)?;
+                let durable = self.request.cache != Cache::Unsafe;
+                match self.parts {
+                    Some(parts) => parts.publish(&mut new, durable)?,
+                    None => new.publish(durable)?,
+                }
             }
             // In place, the guest has flushed it.
             None if self.request.in_place => {}

@@ -31,8 +31,12 @@ pub struct ConvertRequest {
     pub in_place: bool,
     /// All of its disk reads as zeroes already.
     pub target_is_zero: bool,
+    /// What is written into the target is compressed where it shrinks.
+    pub compress: bool,
     /// The target allocates all of its disk.
     pub allocate: bool,
+    /// Zeroes of so many bytes at least, a multiple of 512, are looked for in data, and left out; 0 does not look.
+    pub sparse: u64,
     /// Make the bitmaps of the source in the target …
     pub bitmaps: bool,
     /// … but for those that were not saved, which are an error otherwise.

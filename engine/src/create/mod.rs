@@ -3,10 +3,12 @@
 mod file;
 mod likeness;
 mod new_file;
+mod parts;
 
 pub(crate) use file::write_to;
 pub(crate) use likeness::look_like;
 pub(crate) use new_file::NewFile;
+pub(crate) use parts::Parts;
 
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};

@@ -48,6 +48,7 @@ pub struct NewFile {
     /// The name that it has meanwhile, if it has one.
     temporary: Option<OsString>,
     replaced: Option<Replaced>,
+    published: bool,
 }
 
 fn failed(path: &Path, what: &str, errno: Errno) -> Error {
@@ -129,6 +130,7 @@ impl NewFile {
             file: File::from(descriptor),
             temporary,
             replaced,
+            published: false,
         };
         // From here on, what has a temporary name loses it.
         let clone = new.file.try_clone();
@@ -153,6 +155,21 @@ impl NewFile {
     /// The directory that its name lies in.
     pub fn directory(&self) -> &Directory {
         &self.directory
+    }
+
+    /// As the operator gave it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The name that it is to get.
+    pub fn name(&self) -> &OsStr {
+        &self.name
+    }
+
+    /// Whether it has got its name.
+    pub fn has_name(&self) -> bool {
+        self.published
     }
 
     /// The file that it replaces, if there is one.
@@ -222,7 +239,7 @@ impl NewFile {
             return Err(Error::image(&path, ErrorCode::OpenFailed, clause));
         }
         self.give_name().map_err(at("cannot be given its name"))?;
-        self.temporary = None;
+        (self.temporary, self.published) = (None, true);
         if durable {
             self.flush_directory().map_err(|errno| {
                 let why = reason(&io::Error::from(errno));
@@ -279,7 +296,7 @@ impl Drop for NewFile {
     }
 }
 
-fn opened(
+pub(super) fn opened(
     file: File,
     path: &Path,
     directory: &Directory,
@@ -299,7 +316,7 @@ fn open_replaced(path: &Path, named: &NamedFile, identity: Identity) -> Result<R
 }
 
 /// Make a file in a directory: without a name, or else with the one that is returned.
-fn create(directory: &Directory, name: &OsStr, mode: Mode) -> Result<(OwnedFd, Option<OsString>), Errno> {
+pub(super) fn create(directory: &Directory, name: &OsStr, mode: Mode) -> Result<(OwnedFd, Option<OsString>), Errno> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     // Without procfs, a file that has no name cannot be given one.
     if std::fs::symlink_metadata("/proc/self/fd").is_ok() {
@@ -316,7 +333,7 @@ fn create(directory: &Directory, name: &OsStr, mode: Mode) -> Result<(OwnedFd, O
 }
 
 /// Link a file that has no name (`open(2)`, `O_TMPFILE`).
-fn link(file: &File, directory: &Directory, name: &OsStr) -> Result<(), Errno> {
+pub(super) fn link(file: &File, directory: &Directory, name: &OsStr) -> Result<(), Errno> {
     linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), directory, name, AtFlags::SYMLINK_FOLLOW)
 }
 

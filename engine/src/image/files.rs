@@ -11,6 +11,7 @@ use crate::lookup::Identity;
 use crate::plugins::{IdentifyError, ImageFiles, ImageRead, Registry};
 use instar_guest_abi::{ErrorCode, MAX_FILE_DEVICES};
 use std::collections::HashSet;
+use std::os::unix::ffi::OsStrExt;
 
 /// An image of the chain, how it is used, and where the names of its files may lead.
 pub struct FilesOf<'i, 'r, 'g> {
@@ -63,17 +64,43 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
             seen.push(opened.identity);
             others.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
         }
-        image.files.append(&mut others);
-        let others: Vec<&dyn ImageRead> = image.files.iter().map(|file| &file.opened.file as &dyn ImageRead).collect();
-        let files = ImageFiles { first: &image.opened.file, others: &others };
-        let facts = image.plugin.facts(files).map_err(failed)?;
-        if facts.backing != image.facts.backing {
-            let clause = "was changed while it was looked at: make sure that nothing else writes to it";
-            return Err(Error::image(path, ErrorCode::HeaderMismatch, clause));
-        }
-        image.facts = facts;
+        add_files(image, others)?;
     }
     refuse_same_bytes(images)
+}
+
+/// Let these be the other files of an image, and ask for its facts again.
+fn add_files(image: &mut ChainImage<'_>, mut others: Vec<ExtraFile>) -> Result<(), Error> {
+    image.files.append(&mut others);
+    let others: Vec<&dyn ImageRead> = image.files.iter().map(|file| &file.opened.file as &dyn ImageRead).collect();
+    let files = ImageFiles { first: &image.opened.file, others: &others };
+    let path = &image.opened.path;
+    let failed = |error| Error::identify(path, &IdentifyError::Plugin(error));
+    let facts = image.plugin.facts(files).map_err(failed)?;
+    if facts.backing != image.facts.backing {
+        let clause = "was changed while it was looked at: make sure that nothing else writes to it";
+        return Err(Error::image(path, ErrorCode::HeaderMismatch, clause));
+    }
+    image.facts = facts;
+    Ok(())
+}
+
+/// The other files of an image that was just created, which are open already and have no names yet, are these.
+///
+/// # Errors
+/// [`ErrorCode::PluginRefused`] if the image names other files than its plugin has laid out.
+pub fn add_new_files(image: &mut ChainImage<'_>, made: Vec<OpenedFile>) -> Result<(), Error> {
+    let path = &image.opened.path;
+    let failed = |error| Error::identify(path, &IdentifyError::Plugin(error));
+    let named = image.plugin.files(&image.opened.file).map_err(failed)?;
+    let same = named.len() == made.len()
+        && named.iter().zip(&made).all(|(named, made)| made.name.as_bytes() == named.name.as_slice());
+    if !same {
+        let clause = format!("names other files than the {} plugin has made", image.plugin.name());
+        return Err(Error::image(path, ErrorCode::PluginRefused, clause));
+    }
+    let files = named.iter().zip(made).map(|(named, opened)| ExtraFile { opened, grows: named.grows }).collect();
+    add_files(image, files)
 }
 
 /// Refuse a loop device on another file of the chain: what is written through the one changes the other.

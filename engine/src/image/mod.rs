@@ -32,7 +32,7 @@ pub use advice::{Part, Recorder};
 pub use chain::{parent_is_unrecorded, Descent};
 pub use chain_image::{ChainImage, Doubt, ExtraFile};
 pub use children::{counted, Child, ChildSearch, Children};
-pub use files::{open_extra_files, FilesOf};
+pub use files::{add_new_files, open_extra_files, FilesOf};
 pub use gate::{Gate, Located};
 pub use identify::{unknown_format, Recorded};
 pub use locking::prepare_to_lock;

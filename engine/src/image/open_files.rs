@@ -6,10 +6,15 @@ use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
 /// Files besides those of a chain: plugins, KVM, the standard streams, directories on the way.
 const OTHERS: u64 = 256;
 
+/// As many as the longest chain needs, and a new image in as many files as there can be, each of which is open twice.
+const fn needed() -> u64 {
+    (MAX_CHAIN_DEVICES + 2 * MAX_FILE_DEVICES) as u64 + OTHERS
+}
+
 /// Let the process have as many files open as the longest chain needs, if its hard limit allows it. The usual soft limit
 /// is 1024. Where it cannot be raised, an open that is one too many says so.
 pub fn allow_many() {
-    let needed = (MAX_CHAIN_DEVICES + MAX_FILE_DEVICES) as u64 + OTHERS;
+    let needed = needed();
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current.is_some_and(|current| current < needed) {
         let raised = maximum.map_or(needed, |maximum| needed.min(maximum));
@@ -26,7 +31,7 @@ mod tests {
     fn the_soft_limit_goes_up_to_the_hard_one_at_most() {
         allow_many();
         let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-        let needed = (MAX_CHAIN_DEVICES + MAX_FILE_DEVICES) as u64 + OTHERS;
+        let needed = needed();
         assert!(current.is_none_or(|current| current >= needed || Some(current) == maximum));
     }
 }

@@ -193,6 +193,7 @@ pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_
         if grants.beyond_devices && device.flags & device_flags::FIXED_LENGTH != 0 {
             device.max_length = device.max_length.max(grants.target);
         }
+        device.flags |= if grants.compress { device_flags::COMPRESS } else { 0 };
         all.paths.target_files = files;
         let member = Member { role: MemberRole::Write as u32, depth: number(above), device, ..Member::default() };
         all.members.insert(above, member);

@@ -242,4 +242,6 @@ pub struct Grants {
     pub emptied: u64,
     /// Nothing will be written: a target on a block device may plan beyond its end.
     pub beyond_devices: bool,
+    /// What arrives in the target is compressed.
+    pub compress: bool,
 }

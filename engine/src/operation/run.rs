@@ -54,9 +54,9 @@ pub trait Operation {
     /// How the images that are to be changed are opened.
     fn access(&self) -> Access;
 
-    /// Get what the process cannot get any more once it is confined.
-    fn acquire(&mut self, named: &Named) {
-        let _ = named;
+    /// Get what the process cannot get any more once it is confined. Nothing was read of an image.
+    fn acquire(&mut self, named: &Named, registry: &Registry) {
+        let _ = (named, registry);
     }
 
     /// The directory in which a new image gets its name, if the operation makes one.
@@ -161,7 +161,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
         Err(_) => format!("sandbox: {sandbox}, which cannot be used"),
     });
     prepare_to_lock(session.cancel(), *wait, named.files(), allowed_directories);
-    operation.acquire(&named);
+    operation.acquire(&named, &registry);
     timing.mark("sandbox acquired, threads started");
 
     // Which of the files in these directories are images, and which are to be written, only the images say.

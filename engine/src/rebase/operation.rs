@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::escape::{escape, escape_path};
 use crate::image::{file_name, open_extra_files, Access, ChainImage, FilesOf};
 use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::plugins::Registry;
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Config, Parent};
@@ -151,7 +152,7 @@ impl Operation for Rebase<'_> {
         }
     }
 
-    fn acquire(&mut self, _: &Named) {
+    fn acquire(&mut self, _: &Named, _: &Registry) {
         // Without them, one thread does it all.
         let copies = !self.request.dry_run && !self.request.unsafe_mode;
         self.workers = if copies { Workers::start().ok() } else { None };

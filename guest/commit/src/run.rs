@@ -78,7 +78,7 @@ fn run_chain(
     let members = Members::of(operation).map_err(at)?;
     let Config { dry_run, resize_backing, relinked, bitmaps, announce_complete, verify } =
         config(operation).map_err(at)?;
-    let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing, bitmaps };
+    let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing, bitmaps, ..Options::default() };
     let wanted = relinked.unwrap_or_default();
     let children = relinks::children(operation, &wanted).map_err(at)?;
     let identity = relinks::identity(&wanted).map_err(at)?;

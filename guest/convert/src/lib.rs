@@ -12,6 +12,7 @@ extern crate alloc;
 mod disks;
 mod filled;
 mod nonzero;
+mod sparse;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -28,6 +29,7 @@ use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Fate, MergedBitmap, Sink, Skipped, Source};
 use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
 pub use nonzero::NonZero;
+pub use sparse::Sparse;
 
 /// Convert the view of the images that are read, and report it.
 pub fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: &mut dyn FnMut(&[u8])) {
@@ -49,7 +51,7 @@ fn convert(
     let at = |error| Failed { step: Step::Check.name(), error };
     let config = Config::decode(operation.payload());
     let config = config.map_err(|_| at(wrong("the configuration of a conversion cannot be decoded")))?;
-    let Config { write_zeroes, allocate, bitmaps } = config;
+    let Config { write_zeroes, allocate, bitmaps, sparse } = config;
     let mut disks = disks(operation).and_then(Disks::new).map_err(at)?;
     let output = target(operation).map_err(at)?;
     let parents: Vec<&DeviceConfig> = operation.devices(&[MemberRole::Below]).collect();
@@ -74,9 +76,17 @@ fn convert(
     } else {
         Box::new(NonZero::new(&mut disks))
     };
+    let mut sparse_source;
+    let source: &mut dyn Source = if sparse == 0 {
+        source.as_mut()
+    } else {
+        sparse_source = Sparse::new(source.as_mut(), sparse, !write_zeroes && !has_backing);
+        &mut sparse_source
+    };
     // Nothing above or below the target changes, and nothing makes it larger.
-    let options = Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps };
-    let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
+    let options =
+        Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps, disabled_bitmaps: true };
+    let mut images = Commit { source, sink: &mut sink, below: &mut below };
     let converted = commit(io, &mut images, options, &mut |event| report(event, reporter));
     converted.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })
 }

@@ -77,6 +77,7 @@ fn facts(header: &Header, file_length: u64) -> ImageFacts {
             ROption::RSome(BackingPointer::new(name.clone(), format.map(<[u8]>::to_vec)))
         }
     };
+    facts.compresses = true;
     facts.features = features(header).into();
     facts
 }

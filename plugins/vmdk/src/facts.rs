@@ -98,6 +98,7 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
     let mut facts = facts.with_clusters_at_most(image.length() / 4);
     describe(&mut facts, &descriptor)?;
     if header.has(instar_vmdk_format::flags::COMPRESSED) {
+        facts.compresses = true;
         facts.features.push(Feature::flag(names::COMPRESSED, true, false));
     }
     if stream {

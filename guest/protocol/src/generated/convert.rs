@@ -11,4 +11,7 @@ pub struct Config {
     /// The bitmaps of the image that is read are made in the target.
     #[prost(bool, tag = "3")]
     pub bitmaps: bool,
+    /// Zeroes of so many bytes at least are looked for in data, and not written as data; 0 does not look.
+    #[prost(uint64, tag = "4")]
+    pub sparse: u64,
 }

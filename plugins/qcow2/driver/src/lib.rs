@@ -38,7 +38,7 @@ mod testing;
 mod write;
 
 use image::{Image, Role};
-use instar_guest_sdk::abi::DeviceConfig;
+use instar_guest_sdk::abi::{device_flags, DeviceConfig};
 use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver};
 use metadata::snapshot_table::snapshot_view;
 
@@ -62,6 +62,7 @@ impl FormatDriver for Qcow2 {
     }
 
     fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self::Sink> {
-        Ok(Qcow2Sink::new(Image::open(io, device, Role::Sink)?, has_backing))
+        let compresses = device.flags & device_flags::COMPRESS != 0;
+        Ok(Qcow2Sink::new(Image::open(io, device, Role::Sink)?, has_backing, compresses))
     }
 }

@@ -12,6 +12,7 @@ use crate::metadata::mapped_clusters::MappedClusters;
 use crate::shrink::Shrink;
 use crate::write::backing::Backing;
 use crate::write::cluster_extent::ClusterExtent;
+use crate::write::compressing::Compressing;
 use crate::write::enabled_bitmaps::EnabledBitmaps;
 use crate::write::plan::Plan;
 use crate::write::summary::summarize;
@@ -27,6 +28,8 @@ pub struct Qcow2Sink {
     bitmaps: EnabledBitmaps,
     /// The bitmaps of what is committed that are merged into these, or made.
     merging: Merging,
+    /// What arrives is compressed, if it is to be.
+    compressing: Option<Compressing>,
     /// What planning has found out, once it has begun.
     plan: Option<Plan>,
     /// Growth that was planned and is still to be done.
@@ -40,11 +43,15 @@ pub struct Qcow2Sink {
 }
 
 impl Qcow2Sink {
-    pub(crate) fn new(image: Image, has_backing: bool) -> Self {
+    pub(crate) fn new(image: Image, has_backing: bool, compresses: bool) -> Self {
+        let mut backing = Backing::new(image, has_backing);
+        backing.compresses = compresses;
+        let compressing = compresses.then(|| Compressing::new(&backing.image));
         Self {
-            bitmaps: EnabledBitmaps::new(&image),
-            backing: Backing::new(image, has_backing),
+            bitmaps: EnabledBitmaps::new(&backing.image),
+            backing,
             merging: Merging::default(),
+            compressing,
             plan: None,
             growth: None,
             shrink: None,
@@ -104,7 +111,19 @@ impl Qcow2Sink {
         self.start(io)?;
         self.make_room_for_bitmaps();
         self.bitmaps.record(io, &mut self.backing, extents)?;
-        write_window(io, &mut self.backing, extents, below)
+        match &mut self.compressing {
+            Some(compressing) => compressing.window(io, &mut self.backing, extents, below),
+            None => write_window(io, &mut self.backing, extents, below),
+        }
+    }
+
+    /// Nothing more is written: what was kept so far goes into the image.
+    fn write_rest(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let Self { compressing: Some(compressing), backing, .. } = self else { return Ok(()) };
+        compressing.finish(io, backing).map_err(|error| match error.code {
+            ErrorCode::NoSpace => backing.disk_is_full(io, error),
+            _ => error,
+        })
     }
 
     /// The mapping of the last window makes room: that of the next one is loaded after the bitmaps were looked at.
@@ -147,6 +166,9 @@ impl Qcow2Sink {
             shrink.run(io, &mut self.backing)?;
         }
         let mut windows = Windows::new(&self.backing, extents, !self.bitmaps.is_empty());
+        if self.compressing.is_some() {
+            windows = windows.of_at_most(Compressing::window_clusters(&self.backing.image));
+        }
         while let Some(window) = windows.next(io, &mut self.backing)? {
             self.write_window(io, window, below)?;
         }
@@ -177,6 +199,9 @@ impl Sink for Qcow2Sink {
             let plan = self.plan.as_mut().ok_or_else(|| overflow("the plan"))?;
             plan.needs.runs += made;
             plan.needs.run_span = find_room(io, &mut self.backing, plan.needs.runs)?;
+        }
+        if self.compressing.is_some() {
+            Compressing::refuse_without_room(io, &self.backing.image)?;
         }
         let repaired = self.repair.is_some();
         let plan = self.plan.as_mut().ok_or_else(|| overflow("the plan"))?;
@@ -224,6 +249,7 @@ impl Sink for Qcow2Sink {
     }
 
     fn merge_bitmap(&mut self, io: &mut dyn BlockIo, bitmap: &Bitmap, dirty: &[DirtyRange]) -> DriverResult<()> {
+        self.write_rest(io)?;
         self.start(io)?;
         self.make_room(io)?;
         self.make_room_for_bitmaps();
@@ -234,6 +260,7 @@ impl Sink for Qcow2Sink {
     }
 
     fn finish(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        self.write_rest(io)?;
         if self.repair.is_some() {
             self.start(io)?;
         }

@@ -31,7 +31,7 @@ fn spec(clusters: impl IntoIterator<Item = u64>) -> Spec {
 
 /// Commit, and expect an overlay that is empty, without errors and leaks.
 fn emptied(overlay: Vec<u8>, committed: u64) {
-    let pair = Pair { overlay, backing: backing(), ancestor: None, resize: false, fixed: false };
+    let pair = Pair::of(overlay, backing());
     let mut io = pair.io();
     let outcome = run_commit(&mut io, Options::default()).unwrap();
     assert_eq!(outcome.clusters_committed, committed);
@@ -81,7 +81,7 @@ fn with_an_internal_snapshot_they_are_verified_first() {
         let mut bytes = overlay(good.clone(), 10);
         let (first, second) = (at(&bytes, 0), at(&bytes, 1));
         spoil(&mut bytes, first, second);
-        let pair = Pair { overlay: bytes, backing: backing(), ancestor: None, resize: false, fixed: false };
+        let pair = Pair::of(bytes, backing());
         let mut io = pair.io();
         let failure = run_commit(&mut io, Options::default()).unwrap_err();
         assert_eq!((failure.step, failure.error.code), (Step::Check, ErrorCode::OverlayCorrupt), "{}", failure.error);

@@ -239,7 +239,7 @@ fn whatever_the_metadata_says_it_is_repaired_or_refused() {
     let (mut done, mut refused) = (0, 0);
     for _ in 0..10_000 {
         let (overlay, backing) = (whole.overlay.clone(), whole.backing.clone());
-        let mut pair = Pair { overlay, backing, ancestor: None, resize: false, fixed: false };
+        let mut pair = Pair::of(overlay, backing);
         let bytes = if random.below(2) == 0 { &mut pair.overlay } else { &mut pair.backing };
         for _ in 0..=random.below(2) {
             // Any 8 bytes of header, tables, or the rest.

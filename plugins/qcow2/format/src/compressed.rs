@@ -36,6 +36,22 @@ impl CompressedRange {
         Self { offset: HostOffset(offset), length: (additional + 1) * SECTOR - offset % SECTOR }
     }
 
+    /// The descriptor of a stream of `length` bytes, 1 at least, from `offset` on; `None` where it has no room for the offset
+    /// (from 512 TiB on with clusters of 2 MiB) or the length.
+    #[must_use]
+    pub const fn encode(offset: HostOffset, length: u64, size: ClusterSize) -> Option<u64> {
+        let x = 62 - (size.bits() - 8);
+        let Some(end) = offset.0.checked_add(length) else { return None };
+        if length == 0 || offset.0 >> x != 0 {
+            return None;
+        }
+        let additional = (end - 1) / SECTOR - offset.0 / SECTOR;
+        if additional >> (size.bits() - 8) != 0 {
+            return None;
+        }
+        Some(additional << x | offset.0)
+    }
+
     /// The first byte after the range; at most 2^61 and 4 MiB.
     #[must_use]
     pub const fn end(self) -> u64 {

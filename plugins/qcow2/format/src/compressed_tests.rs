@@ -166,3 +166,31 @@ proptest! {
         let _ = decompress(BOTH[usize::from(zstd)], &stream, &mut [0; 4096]);
     }
 }
+
+#[test]
+fn a_descriptor_says_where_a_stream_is() {
+    for bits in 9..=21 {
+        let (size, bytes) = (size(bits), 1u64 << bits);
+        let last = (1u64 << (62 - (bits - 8))) - 1;
+        for offset in [0, 1, 511, 512, 65_537, last] {
+            for length in [1, 2, 511, 512, 513, bytes - 1] {
+                let Some(descriptor) = CompressedRange::encode(HostOffset(offset), length, size) else {
+                    // Of clusters of 512 bytes, a stream may be in two sectors, and no more.
+                    assert!(length >= 513, "{bits}: {offset}, {length}");
+                    continue;
+                };
+                let range = CompressedRange::decode(descriptor, size);
+                assert_eq!(range.offset, HostOffset(offset));
+                // To the end of its last sector.
+                assert_eq!(range.end(), (offset + length).next_multiple_of(512), "{bits}: {offset}, {length}");
+                assert_eq!(
+                    L2Entry::decode(L2Entry::Compressed { descriptor }.encode(), size, Version::V3).ok(),
+                    Some(L2Entry::Compressed { descriptor })
+                );
+            }
+        }
+        for (offset, length) in [(last + 1, 1), (0, 0), (u64::MAX, 1), (0, 1 << 40)] {
+            assert_eq!(CompressedRange::encode(HostOffset(offset), length, size), None);
+        }
+    }
+}

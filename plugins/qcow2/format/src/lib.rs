@@ -8,6 +8,7 @@ extern crate alloc;
 
 mod bitmap;
 mod compressed;
+mod compressor;
 mod create;
 mod error;
 mod extension;
@@ -25,6 +26,7 @@ pub use bitmap::{
     Bitmap, BitmapError, BitmapTableEntry, BITMAP_ENTRY_BYTES, BITMAP_FLAGS_FIELD, BITMAP_TABLE_SIZE_FIELD,
 };
 pub use compressed::{decompress, CompressedRange, DecodeError, Decompressor};
+pub use compressor::Compressor;
 pub use create::{create, CreateError, CreateOptions, NewImage, Preallocation};
 pub use error::{HeaderError, HeaderErrorKind};
 pub use extension::{Bitmaps, Extension, ExtensionKind, FeatureName};

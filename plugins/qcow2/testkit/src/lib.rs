@@ -58,18 +58,18 @@ pub fn config(io: &MemoryDevices, device: u32) -> DeviceConfig {
 /// # Errors
 /// What the drivers or the commit refuse, or fail at.
 pub fn run_commit(io: &mut MemoryDevices, options: Options) -> Result<Outcome, CommitFailure> {
-    run_commit_into(io, options, false)
+    run_commit_into(io, options, 0)
 }
 
-/// [`run_commit`]; if `fixed`, the backing stands on a device that keeps its length.
+/// [`run_commit`]; the device of the backing has these [`device_flags`] besides.
 ///
 /// # Errors
 /// As [`run_commit`].
-pub fn run_commit_into(io: &mut MemoryDevices, options: Options, fixed: bool) -> Result<Outcome, CommitFailure> {
+pub fn run_commit_into(io: &mut MemoryDevices, options: Options, flags: u32) -> Result<Outcome, CommitFailure> {
     let at = |error| CommitFailure { step: instar_guest_commit::Step::Check, error };
     let (overlay, mut backing) = (config(io, OVERLAY), config(io, DEVICE_OUTPUT));
-    if fixed {
-        backing.flags |= device_flags::FIXED_LENGTH;
+    backing.flags |= flags;
+    if flags & device_flags::FIXED_LENGTH != 0 {
         backing.max_length = backing.file_length;
     }
     let has_ancestor = io.files.contains_key(&ANCESTOR);

@@ -5,7 +5,7 @@ use super::builder::{build, Spec, State};
 use super::checker::{check, content, snapshot_contents, Report, View};
 use super::{be32, be64, run_commit_into, ANCESTOR, OVERLAY};
 use instar_guest_commit::{CommitFailure, Options, Outcome};
-use instar_guest_sdk::abi::DEVICE_OUTPUT;
+use instar_guest_sdk::abi::{device_flags, DEVICE_OUTPUT};
 use instar_guest_sdk::crash::Files;
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_testkit::{crash_states_drawn, crashes};
@@ -23,12 +23,19 @@ pub struct Pair {
     pub resize: bool,
     /// The backing stands on a device that keeps its length.
     pub fixed: bool,
+    /// What arrives in the backing is compressed.
+    pub compress: bool,
 }
 
 impl Pair {
     /// A pair without an ancestor, whose backing may not grow.
     pub fn new(overlay: &Spec, backing: &Spec) -> Self {
-        Self { overlay: build(overlay), backing: build(backing), ancestor: None, resize: false, fixed: false }
+        Self::of(build(overlay), build(backing))
+    }
+
+    /// The same of images that are built already.
+    pub fn of(overlay: Vec<u8>, backing: Vec<u8>) -> Self {
+        Self { overlay, backing, ancestor: None, resize: false, fixed: false, compress: false }
     }
 
     /// The images on devices that have recorded nothing yet.
@@ -51,7 +58,9 @@ impl Pair {
     /// # Errors
     /// As [`run_commit`](crate::run_commit).
     pub fn commit(&self, io: &mut MemoryDevices) -> Result<Outcome, CommitFailure> {
-        run_commit_into(io, self.options(), self.fixed)
+        let fixed = if self.fixed { device_flags::FIXED_LENGTH } else { 0 };
+        let compress = if self.compress { device_flags::COMPRESS } else { 0 };
+        run_commit_into(io, self.options(), fixed | compress)
     }
 
     /// What the commit is asked for.

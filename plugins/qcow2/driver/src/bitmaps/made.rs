@@ -34,6 +34,8 @@ const AUTO: u32 = 2;
 pub(crate) struct Made {
     pub(crate) name: Vec<u8>,
     pub(crate) granularity_bits: u32,
+    /// It goes on recording.
+    pub(crate) enabled: bool,
     /// Entries of its table.
     pub(crate) entries: u32,
     /// Where its table is, once there is room for it.
@@ -67,7 +69,7 @@ pub(crate) struct NewDirectory<'a> {
 fn entry(made: &Made) -> Vec<u8> {
     let mut bytes = Vec::from(made.table.0.to_be_bytes());
     bytes.extend(made.entries.to_be_bytes());
-    bytes.extend(AUTO.to_be_bytes());
+    bytes.extend((if made.enabled { AUTO } else { 0 }).to_be_bytes());
     // The type, a dirty tracking bitmap, and the granularity.
     bytes.extend([1, u8::try_from(made.granularity_bits).unwrap_or(u8::MAX)]);
     bytes.extend(u16::try_from(made.name.len()).unwrap_or(u16::MAX).to_be_bytes());

@@ -170,7 +170,7 @@ impl Merging {
             table,
             table_entries: 1,
             in_use: false,
-            auto: true,
+            auto: bitmap.enabled,
             extra_data_compatible: false,
             granularity_bits,
             extra_data_bytes: 0,
@@ -188,6 +188,7 @@ impl Merging {
         let made = Made {
             name: bitmap.name.clone(),
             granularity_bits,
+            enabled: bitmap.enabled,
             entries: entry.table_entries.max(1),
             table: HostOffset(0),
         };

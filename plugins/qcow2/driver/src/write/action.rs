@@ -39,6 +39,15 @@ impl Action {
         }
     }
 
+    /// Whether the cluster gets bytes. Where clusters are compressed, it becomes another one then, with another entry.
+    pub(crate) fn brings_data(&self) -> bool {
+        match self {
+            Self::Nothing | Self::MakeZero(..) => false,
+            Self::InPlace(_) | Self::Revive(_) | Self::Allocate(..) => true,
+            Self::Subclusters(change) => change.written != 0,
+        }
+    }
+
     /// The compressed cluster that has to be decoded for it.
     pub(crate) fn decodes(&self) -> Option<u64> {
         match *self {

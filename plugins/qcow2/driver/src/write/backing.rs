@@ -16,6 +16,8 @@ pub(crate) struct Backing {
     pub(crate) image: Image,
     /// Whether there is anything below it.
     pub(crate) has_backing: bool,
+    /// Whether what arrives is compressed.
+    pub(crate) compresses: bool,
     /// What writes to its device, and knows whether a flush is due.
     pub(crate) out: OrderedWriter,
     pub(crate) mapping: Mapping,
@@ -34,6 +36,7 @@ impl Backing {
             out: OrderedWriter::new(image.device),
             opened_length: image.file_length,
             has_backing,
+            compresses: false,
             image,
         }
     }

@@ -125,13 +125,15 @@ impl Plan {
                 let Backing { compressed, image, .. } = &mut *backing;
                 compressed.read_whole(io, image, first.cluster, descriptor)?;
             }
-            self.needs.data += u64::from(action.allocates());
+            // A compressed cluster takes a part of a cluster, if it shrinks: how much of it, only writing finds out.
+            let packed = backing.compresses && action.brings_data();
+            self.needs.data += u64::from(packed || action.allocates());
             let shared = table.is_some_and(|(_, copied)| !copied);
             if shared && entry.host().is_some_and(|(_, copied)| copied) {
                 let text = "an L2 table that a snapshot shares claims a cluster for itself alone (COPIED)";
                 return Err(backing.image.corrupt(at, text));
             }
-            if action.remaps() && (table.is_none() || shared) && self.last_new_table != Some(table_index) {
+            if (packed || action.remaps()) && (table.is_none() || shared) && self.last_new_table != Some(table_index) {
                 self.needs.tables += 1;
                 self.last_new_table = Some(table_index);
             }

@@ -8,7 +8,7 @@ use crate::image::Image;
 use crate::metadata::l2_entry::Mapped;
 use crate::write::cluster_extent::ClusterExtent;
 use crate::write::contents::{Fill, Old};
-use instar_qcow2_format::{HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
+use instar_qcow2_format::{GuestCluster, HostOffset, L2Entry, Subclusters, SUBCLUSTERS};
 
 /// Where the data of a cluster stands afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +73,11 @@ pub(crate) fn subcluster_bytes(image: &Image) -> u64 {
     image.cluster_size().bytes() / u64::from(SUBCLUSTERS)
 }
 
+/// The subclusters of a cluster that the disk has.
+pub(crate) fn visible_subclusters(image: &Image, cluster: GuestCluster) -> u32 {
+    touched(0, image.visible_bytes(cluster), subcluster_bytes(image))
+}
+
 /// What is to be done with a cluster, given its extended entry and the parts of extents that fall into it; `None` if it
 /// reads as it should already.
 pub(crate) fn subcluster_change(
@@ -82,8 +87,9 @@ pub(crate) fn subcluster_change(
     mapped: &Mapped,
 ) -> Option<SubclusterChange> {
     let (entry, mixed) = (mapped.entry, mapped.subclusters);
-    let (each, visible) = (subcluster_bytes(image), image.visible_bytes(extents.first()?.cluster));
-    let all = touched(0, visible, each);
+    let cluster = extents.first()?.cluster;
+    let (each, visible) = (subcluster_bytes(image), image.visible_bytes(cluster));
+    let all = visible_subclusters(image, cluster);
     let before = states(entry, mixed);
     let (mut data, mut partly_zero, mut zero) = (0, 0, 0);
     // Zeroes that follow each other, in whatever extents, cover subclusters together.

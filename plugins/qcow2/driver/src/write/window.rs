@@ -21,8 +21,8 @@
 //! 5. Refcounts of clusters that nothing refers to any more go down, and their space is given back. Nothing
 //!    depends on it: a crash leaves leaks. It is flushed with the next window, or by `finish`.
 
-use crate::image::overflow;
-use crate::metadata::mapping::l1_position;
+use crate::image::{overflow, Image};
+use crate::metadata::mapping::{l1_position, Mapping};
 use crate::refcount::space::Reserved;
 use crate::write::action::{action, Action};
 use crate::write::backing::Backing;
@@ -32,16 +32,60 @@ use crate::write::remap::Remap;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
-use instar_qcow2_format::{GuestCluster, HostOffset, L1Entry};
+use instar_qcow2_format::{GuestCluster, HostCluster, HostOffset, L1Entry};
 
 /// An L2 table that is made.
-struct NewTable {
+pub(crate) struct NewTable {
     /// Index of its L1 entry.
     index: u64,
     /// Where it is made.
     offset: HostOffset,
     /// The table that it takes the place of: a snapshot keeps that.
     old: Option<HostOffset>,
+}
+
+/// The L2 tables that have to be made, because the entries of some clusters change.
+#[derive(Default)]
+pub(crate) struct MissingTables {
+    /// Indices of their L1 entries, ascending, each with the table that it takes the place of, if a snapshot shares that.
+    tables: Vec<(u64, Option<HostOffset>)>,
+}
+
+impl MissingTables {
+    /// The entry of this cluster changes; they come in ascending order.
+    ///
+    /// # Errors
+    /// Corruption of the L1 entry.
+    pub(crate) fn entry_changes(
+        &mut self,
+        image: &Image,
+        mapping: &Mapping,
+        cluster: GuestCluster,
+    ) -> DriverResult<()> {
+        let (_, index) = l1_position(image, cluster);
+        if self.tables.last().is_none_or(|&(last, _)| last != index) {
+            match mapping.l2_table(image, cluster)? {
+                None => self.tables.push((index, None)),
+                Some((table, false)) => self.tables.push((index, Some(table))),
+                Some((_, true)) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.tables.len()
+    }
+
+    /// Give each a cluster.
+    ///
+    /// # Errors
+    /// A bug of the driver, if there are too few.
+    pub(crate) fn place(self, image: &Image, reserved: &mut Reserved) -> DriverResult<Vec<NewTable>> {
+        let place = |(index, old)| Ok(NewTable { index, offset: image.host_offset(reserved.next()?)?, old });
+        self.tables.into_iter().map(place).collect()
+    }
 }
 
 /// Write one window: steps 1 to 5.
@@ -57,39 +101,45 @@ pub(crate) fn write_window(
     backing.load_mapping(io, extents)?;
     let groups: Vec<&[ClusterExtent]> = extents.chunk_by(|a, b| a.cluster == b.cluster).collect();
     let mut actions = Vec::with_capacity(groups.len());
-    // Tables to be made, each with the one that it takes the place of, if a snapshot shares that.
-    let mut tables: Vec<(u64, Option<HostOffset>)> = Vec::new();
+    let mut missing = MissingTables::default();
     let mut new_data = 0;
     let (image, mapping) = (&backing.image, &backing.mapping);
     for group in &groups {
         let cluster = group.first().map_or(GuestCluster(0), |part| part.cluster);
         let action = action(image, backing.has_backing, group, &mapping.l2_entry(image, cluster)?);
         new_data += u64::from(action.allocates());
-        let (_, index) = l1_position(image, cluster);
-        if action.remaps() && tables.last().is_none_or(|&(last, _)| last != index) {
-            match mapping.l2_table(image, cluster)? {
-                None => tables.push((index, None)),
-                Some((table, false)) => tables.push((index, Some(table))),
-                Some((_, true)) => {}
-            }
+        if action.remaps() {
+            missing.entry_changes(image, mapping, cluster)?;
         }
         actions.push(action);
     }
 
-    let mut reserved = backing.reserve(io, tables.len() as u64 + new_data)?;
-    zero_what_stays(io, backing, &reserved, tables.len(), &groups, &actions)?;
-    let mut new_tables = Vec::with_capacity(tables.len());
-    for (index, old) in tables {
-        new_tables.push(NewTable { index, offset: backing.image.host_offset(reserved.next()?)?, old });
-    }
+    let tables = missing.count();
+    let mut reserved = backing.reserve(io, tables as u64 + new_data)?;
+    zero_what_stays(io, backing, &reserved, tables, &groups, &actions)?;
+    let new_tables = missing.place(&backing.image, &mut reserved)?;
 
     // Step 1.
-    let (remaps, mut freed) = DataWriter::new(backing).write(io, &groups, &actions, &mut reserved, below)?;
+    let (remaps, freed) = DataWriter::new(backing).write(io, &groups, &actions, &mut reserved, below)?;
+    refer(io, backing, new_tables, &remaps, freed)
+}
+
+/// The data of a window is written: the rest of step 1, and steps 2 to 5.
+///
+/// # Errors
+/// I/O errors.
+pub(crate) fn refer(
+    io: &mut dyn BlockIo,
+    backing: &mut Backing,
+    new_tables: Vec<NewTable>,
+    remaps: &[Remap],
+    mut freed: Vec<HostCluster>,
+) -> DriverResult<()> {
     copy_shared_tables(io, backing, &new_tables)?;
     // Step 2.
     backing.publish(io)?;
     // Step 3.
-    remap(io, backing, &new_tables, &remaps)?;
+    remap(io, backing, &new_tables, remaps)?;
     // Step 4.
     if !new_tables.is_empty() {
         let l1 = &mut backing.mapping.l1;

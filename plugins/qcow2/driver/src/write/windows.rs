@@ -26,6 +26,8 @@ pub(crate) struct Windows<'a> {
     pending: Option<ClusterExtent>,
     window: Vec<ClusterExtent>,
     clusters: usize,
+    /// How many clusters a window has at most.
+    most: usize,
     slices: usize,
     last: Option<GuestCluster>,
 }
@@ -52,9 +54,16 @@ impl<'a> Windows<'a> {
             pending: None,
             window: Vec::new(),
             clusters: 0,
+            most: WINDOW_CLUSTERS,
             slices: 0,
             last: None,
         }
+    }
+
+    /// The same, of no more than so many clusters each, one at least.
+    pub(crate) fn of_at_most(self, clusters: u64) -> Self {
+        let most = usize::try_from(clusters).unwrap_or(WINDOW_CLUSTERS).clamp(1, WINDOW_CLUSTERS);
+        Self { most, ..self }
     }
 
     /// The next window; `None` after the last one.
@@ -79,7 +88,7 @@ impl<'a> Windows<'a> {
             };
             if self.last != Some(piece.cluster) {
                 let new_slice = self.last.is_none_or(|last| last.0 / per_slice != piece.cluster.0 / per_slice);
-                if self.clusters == WINDOW_CLUSTERS || (new_slice && self.slices == WINDOW_SLICES) {
+                if self.clusters == self.most || (new_slice && self.slices == WINDOW_SLICES) {
                     self.pending = Some(piece);
                     break;
                 }

@@ -123,6 +123,9 @@ pub struct ImageFacts {
     /// of it: `parent_identity` may be one that what is below it was yet to get, its
     /// [`next_identity`](crate::FormatPlugin::next_identity).
     pub parent_announced: bool,
+    /// What is written into the image is compressed, always or where its driver is asked for it
+    /// ([`device_flags::COMPRESS`](instar_guest_abi::device_flags::COMPRESS)). A format without compression leaves it `false`.
+    pub compresses: bool,
     /// Its internal snapshots, in an order that the guest half knows, too: it is asked for the disk of one by its place here.
     pub snapshots: RVec<SnapshotFacts>,
     /// Its persistent bitmaps; `RNone` if the image can have none.
@@ -150,6 +153,7 @@ impl ImageFacts {
             parent_identity: RVec::new(),
             parent_identity_unique: false,
             parent_announced: false,
+            compresses: false,
             snapshots: RVec::new(),
             bitmaps: ROption::RNone,
             features: RVec::new(),

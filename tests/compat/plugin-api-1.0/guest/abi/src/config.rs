@@ -40,6 +40,9 @@ pub mod device_flags {
     /// The image gets data, and reads as before at every instant: it keeps its identity, too, so that whatever is above it still
     /// knows it.
     pub const KEEPS_IDENTITY: u32 = 8;
+    /// What is written to the image is to be compressed, wherever it shrinks. That is asked only of an image whose host half says
+    /// `compresses` in its facts.
+    pub const COMPRESS: u32 = 16;
 }
 
 /// Written by the host at [`OPERATION_CONFIG_ADDR`](crate::OPERATION_CONFIG_ADDR): the same for every operation.

@@ -51,11 +51,13 @@ pub struct MergedBitmap {
     pub fate: Fate,
 }
 
-/// Decide about each bitmap of the source, and plan what becomes of it. Changes nothing.
+/// Decide about each bitmap of the source, and plan what becomes of it; with `disabled`, those that are disabled are made as
+/// well. Changes nothing.
 pub(crate) fn plan(
     io: &mut dyn BlockIo,
     source: &mut dyn Source,
     sink: &mut dyn Sink,
+    disabled: bool,
 ) -> DriverResult<Vec<MergedBitmap>> {
     let mut own = source.bitmaps(io)?;
     if own.len() > MOST {
@@ -65,7 +67,7 @@ pub(crate) fn plan(
     let theirs = if own.is_empty() { Vec::new() } else { sink.bitmaps(io)? };
     let mut merged = Vec::with_capacity(own.len());
     for (index, bitmap) in (0..).zip(own.drain(..)) {
-        let fate = fate(&bitmap, theirs.iter().find(|other| other.name == bitmap.name));
+        let fate = fate(&bitmap, theirs.iter().find(|other| other.name == bitmap.name), disabled);
         merged.push(MergedBitmap { index, bitmap, fate });
     }
     let limit = source.info().virtual_size.min(sink.info().virtual_size);
@@ -92,12 +94,13 @@ fn about_the_target(error: DriverError) -> DriverError {
     DriverError { device: error.device.or(Some(DEVICE_OUTPUT)), ..error }
 }
 
-/// What becomes of a bitmap, given the target's of that name.
-fn fate(own: &Bitmap, target: Option<&Bitmap>) -> Fate {
+/// What becomes of a bitmap, given the target's of that name, and whether `disabled` ones are made.
+fn fate(own: &Bitmap, target: Option<&Bitmap>, disabled: bool) -> Fate {
     match target {
         _ if own.interrupted => Fate::Skipped(Skipped::Interrupted),
         _ if own.inconsistent => Fate::Skipped(Skipped::Inconsistent),
-        _ if !own.enabled => Fate::Skipped(Skipped::Disabled),
+        Some(_) if !own.enabled => Fate::Skipped(Skipped::Disabled),
+        None if !own.enabled && !disabled => Fate::Skipped(Skipped::Disabled),
         None => Fate::Made,
         Some(_) if own.ends => Fate::Skipped(Skipped::Interrupted),
         Some(target) if target.inconsistent => Fate::Skipped(Skipped::TargetInconsistent),

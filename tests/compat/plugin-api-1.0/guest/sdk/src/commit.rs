@@ -95,6 +95,9 @@ pub struct Options {
     pub resize_backing: bool,
     /// Merge the bitmaps of what is committed into those of the target.
     pub bitmaps: bool,
+    /// Also make those that are disabled in the target, disabled as they are: nothing has been recorded in them since they
+    /// were, and what is made says what they say.
+    pub disabled_bitmaps: bool,
 }
 
 /// How a commit ended well.
@@ -194,7 +197,7 @@ pub fn commit_and_read_back(
         sink.grow(io, total, images.below.length()).map_err(at(Step::Plan))?;
     }
     let merged = match options.bitmaps {
-        true => bitmaps::plan(io, images.source, sink).map_err(at(Step::Plan))?,
+        true => bitmaps::plan(io, images.source, sink, options.disabled_bitmaps).map_err(at(Step::Plan))?,
         false => Vec::new(),
     };
     merged.iter().for_each(|bitmap| watch(Event::Bitmap(bitmap)));
