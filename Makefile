@@ -45,7 +45,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick \
+.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick bench-guard \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -149,6 +149,9 @@ bench: benched python qemu-img file-systems ## measure against qemu-img commit a
 
 bench-quick: benched qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
 	$(PYTHON) tests/bench --instar $(BENCHED)/bin/instar --quick $(BENCH_ARGS)
+
+bench-guard: instar python qemu-img ## count what fixed workloads ask for and move, against tests/bench/guard.json (BLESS='why' writes it)
+	@INSTAR_BIN=$(CURDIR)/$(INSTAR) $(IN_MEMORY) $(VENV)/bin/python tests/bench/guard.py $(if $(BLESS),--bless '$(BLESS)')
 
 # Installing the tool takes ten minutes.
 semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)
