@@ -45,7 +45,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick bench-guard \
+.PHONY: help instar lint test-rust test-integration test test-deep crash every-state mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick bench-guard \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -109,6 +109,9 @@ crash: instar python qemu-img file-systems ## power losses: replay what commands
 	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/campaigns/power_loss.py
+
+every-state: qemu-img ## all states that a power loss can leave of small images, at least a million of all commands and formats (a quarter of an hour)
+	$(PYTHON) tests/campaigns/every_state.py $(EVERY_STATE_ARGS)
 
 mutations: python qemu-img ## would the crash tests notice? takes out every flush of the drivers, swaps steps (an hour or two)
 	$(VENV)/bin/python tests/campaigns/mutations.py $(MUTATIONS)
