@@ -1,10 +1,16 @@
-"""The campaigns that take too long for a test: they count what they tried, and fail when they should."""
+"""The campaigns that take too long for a test: they count what they tried, look where code is, and fail when they should."""
 
 from __future__ import annotations
 
+import re
+import tomllib
+
 import every_state
+import mutants
 import pytest
 from support import REPO
+
+CONFIG = tomllib.loads((REPO / ".cargo/mutants.toml").read_text())
 
 
 def states(*numbers):
@@ -38,3 +44,35 @@ def test_few_states_and_failed_tests_are_failures(tmp_path, monkeypatch, capsys)
 def test_every_driver_is_in_the_campaign():
     drivers = {path.parent.name for path in (REPO / "plugins").glob("*/driver")}
     assert drivers == set(every_state.FORMATS)
+
+
+def test_each_glob_of_the_mutants_finds_code():
+    for glob in CONFIG["examine_globs"] + [glob for glob in CONFIG["exclude_globs"] if not glob.startswith("**")]:
+        assert any(REPO.glob(glob)), glob
+    for part in ("plugins/qcow2/driver", "plugins/vdi/format", "engine/src/devices", "engine/src/confine", "engine/src/image"):
+        assert any(path.is_relative_to(REPO / part) for glob in CONFIG["examine_globs"] for path in REPO.glob(glob)), part
+    assert all(name in CONFIG for name in mutants.HOW) and CONFIG["test_tool"] == "nextest" and CONFIG["profile"] == "checked"
+
+
+def test_each_mutant_that_is_left_out_has_a_reason():
+    text = (REPO / ".cargo/mutants.toml").read_text()
+    listed = text[text.index("exclude_re = ["):]
+    lines = [line.strip() for line in listed.splitlines()[1:] if line.strip() not in ("", "]")]
+    reason = False
+    for line in lines:
+        # A comment is the reason of what follows up to the next one.
+        reason = reason or line.startswith("#")
+        assert reason, f"no reason: {line}"
+    assert lines and all(re.compile(pattern) for pattern in CONFIG["exclude_re"])
+
+
+def test_the_sdk_is_mutated_with_its_tests():
+    names = ["guest/sdk/src/extent.rs:1:1: replace + with - in f", "plugins/vdi/format/src/header.rs:2:3: replace < with > in g"]
+    rest, sdk = mutants.runs(names, False, True)
+    assert mutants.SDK_FEATURE in sdk and mutants.SDK_FEATURE not in rest
+    assert [option for option in sdk if option.startswith("--file=")] == ["--file=guest/sdk/src/extent.rs"]
+    assert f"--re=^{re.escape(names[1])}$" in rest and "--no-config" in rest
+    whole, sdk = mutants.runs(names, True, False)
+    assert whole == [f"--exclude={mutants.SDK}**"] and not any(option.startswith("--re") for option in sdk)
+    manifest = tomllib.loads((REPO / "guest/sdk/Cargo.toml").read_text())
+    assert mutants.SDK_FEATURE.rsplit("/", 1)[1] in manifest["features"]
