@@ -40,6 +40,7 @@ MUTANTS_ARGS ?=
 # Tools that cargo installs, and their versions: into the target directory, so that nothing of the machine changes.
 TOOLS := target/tools
 CARGO_MUTANTS := 27.1.0
+INFERNO := 0.12.8
 # What only Rust tests and campaigns use, which build it with another profile.
 TEST_CRATES := instar-fuzz instar-contract-tests instar-test-lab instar-testkit \
 	$(patsubst plugins/%/testkit,instar-%-testkit,$(wildcard plugins/*/testkit))
@@ -52,7 +53,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash every-state mutations mutants mutants-sample faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick bench-guard \
+.PHONY: help instar lint test-rust test-integration test test-deep crash every-state mutations mutants mutants-sample faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick bench-guard profile \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -169,6 +170,9 @@ bench-quick: benched qemu-img file-systems ## the same with small images, under 
 bench-guard: instar python qemu-img ## count what fixed workloads ask for and move, against tests/bench/guard.json (BLESS='why' writes it)
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) $(IN_MEMORY) $(VENV)/bin/python tests/bench/guard.py $(if $(BLESS),--bless '$(BLESS)')
 
+profile: instar inferno qemu-img ## flame graphs of a workload of the benchmark in both sandboxes, with perf (WORKLOAD, PROFILE_ARGS)
+	$(PYTHON) tests/bench/flamegraph.py --instar $(INSTAR) --tools $(TOOLS)/bin $(WORKLOAD) $(PROFILE_ARGS)
+
 # Installing the tool takes ten minutes.
 semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)
 	@$(CARGO) semver-checks --version >/dev/null 2>&1 || $(CARGO) install cargo-semver-checks --locked
@@ -220,10 +224,14 @@ file-systems:
 		apt-get update -q && apt-get install -y -q --no-install-recommends xfsprogs btrfs-progs; \
 	else echo 'mkfs.xfs and mkfs.btrfs are needed: apt-get install xfsprogs btrfs-progs' >&2; exit 1; fi
 
-.PHONY: cargo-mutants
+.PHONY: cargo-mutants inferno
 cargo-mutants:
 	@grep -qsF 'cargo-mutants $(CARGO_MUTANTS) ' $(TOOLS)/.crates.toml || \
 		$(CARGO) install cargo-mutants --version '=$(CARGO_MUTANTS)' --locked --root $(TOOLS)
+
+inferno:
+	@grep -qsF 'inferno $(INFERNO) ' $(TOOLS)/.crates.toml || \
+		$(CARGO) install inferno --version '=$(INFERNO)' --locked --root $(TOOLS)
 
 # Goals after test-integration are arguments of pytest, not goals.
 ifneq ($(PATHS),)
