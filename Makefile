@@ -33,6 +33,14 @@ DAMAGE_COUNT ?= 10000
 # Which chains `make chains` draws, and how many.
 CHAINS_SEED ?= 1
 CHAINS_COUNT ?= 2000
+# Which mutants `make mutants-sample` draws, and how many; `make mutants` tries all, or those of MUTANTS_ARGS.
+MUTANTS_SEED ?= 1
+MUTANTS_COUNT ?= 50
+MUTANTS_ARGS ?=
+# Tools that cargo installs, and their versions: into the target directory, so that nothing of the machine changes.
+TOOLS := target/tools
+CARGO_MUTANTS := 27.1.0
+INFERNO := 0.12.8
 # What only Rust tests and campaigns use, which build it with another profile.
 TEST_CRATES := instar-fuzz instar-contract-tests instar-test-lab instar-testkit \
 	$(patsubst plugins/%/testkit,instar-%-testkit,$(wildcard plugins/*/testkit))
@@ -45,7 +53,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick \
+.PHONY: help instar lint test-rust test-integration test test-deep crash every-state mutations mutants mutants-sample faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick bench-guard profile \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -110,8 +118,17 @@ crash: instar python qemu-img file-systems ## power losses: replay what commands
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/campaigns/power_loss.py
 
+every-state: qemu-img ## all states that a power loss can leave of small images, at least a million of all commands and formats (a quarter of an hour)
+	$(PYTHON) tests/campaigns/every_state.py $(EVERY_STATE_ARGS)
+
 mutations: python qemu-img ## would the crash tests notice? takes out every flush of the drivers, swaps steps (an hour or two)
 	$(VENV)/bin/python tests/campaigns/mutations.py $(MUTATIONS)
+
+mutants: cargo-mutants qemu-img ## cargo-mutants over drivers, format libraries, devices, confinement and images (a day; MUTANTS_ARGS)
+	$(PYTHON) tests/campaigns/mutants.py --tools $(TOOLS)/bin $(MUTANTS_ARGS)
+
+mutants-sample: cargo-mutants qemu-img ## as many of them as MUTANTS_COUNT says (50), drawn with MUTANTS_SEED (hours)
+	$(PYTHON) tests/campaigns/mutants.py --tools $(TOOLS)/bin --draw $(MUTANTS_COUNT) --seed $(MUTANTS_SEED) $(MUTANTS_ARGS)
 
 faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed: all commands
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/campaigns/every_fault.py
@@ -149,6 +166,12 @@ bench: benched python qemu-img file-systems ## measure against qemu-img commit a
 
 bench-quick: benched qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
 	$(PYTHON) tests/bench --instar $(BENCHED)/bin/instar --quick $(BENCH_ARGS)
+
+bench-guard: instar python qemu-img ## count what fixed workloads ask for and move, against tests/bench/guard.json (BLESS='why' writes it)
+	@INSTAR_BIN=$(CURDIR)/$(INSTAR) $(IN_MEMORY) $(VENV)/bin/python tests/bench/guard.py $(if $(BLESS),--bless '$(BLESS)')
+
+profile: instar inferno qemu-img ## flame graphs of a workload of the benchmark in both sandboxes, with perf (WORKLOAD, PROFILE_ARGS)
+	$(PYTHON) tests/bench/flamegraph.py --instar $(INSTAR) --tools $(TOOLS)/bin $(WORKLOAD) $(PROFILE_ARGS)
 
 # Installing the tool takes ten minutes.
 semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)
@@ -200,6 +223,15 @@ file-systems:
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -y -q --no-install-recommends xfsprogs btrfs-progs; \
 	else echo 'mkfs.xfs and mkfs.btrfs are needed: apt-get install xfsprogs btrfs-progs' >&2; exit 1; fi
+
+.PHONY: cargo-mutants inferno
+cargo-mutants:
+	@grep -qsF 'cargo-mutants $(CARGO_MUTANTS) ' $(TOOLS)/.crates.toml || \
+		$(CARGO) install cargo-mutants --version '=$(CARGO_MUTANTS)' --locked --root $(TOOLS)
+
+inferno:
+	@grep -qsF 'inferno $(INFERNO) ' $(TOOLS)/.crates.toml || \
+		$(CARGO) install inferno --version '=$(INFERNO)' --locked --root $(TOOLS)
 
 # Goals after test-integration are arguments of pytest, not goals.
 ifneq ($(PATHS),)

@@ -152,11 +152,6 @@ pub fn render_verbose(result: &CommitOutcome) -> String {
     ] {
         line(format!("time: {:.3} ms {part}", ms(time)));
     }
-    line(format!(
-        "guest: sandbox {}, ring {}, {} exits, {} doorbells, {} requests, {} messages",
-        result.sandbox, report.ring, report.exits, report.doorbells, report.requests, report.messages
-    ));
-    line(format!("moved: {}", result.run.statistics));
     if let Some(bytes) = result.verified_bytes {
         line(format!("read back: {bytes} bytes of the disk"));
     }

@@ -213,6 +213,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     timing.mark("program in the sandbox");
     handler.log.lines().iter().for_each(|line| session.note(|| format!("guest says: {line}")));
     let Handler { devices, events, end, .. } = handler;
+    note_work(session, machine.as_ref().ok(), &devices);
     let silent = || GuestFailure::ended(ErrorCode::GuestProtocol, "the guest ended without a result");
     let end = match (machine, end) {
         (Err(error), _) => Err(GuestFailure::of_machine(&error)),
@@ -220,6 +221,18 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
         (Ok(_), None) => Err(silent()),
     };
     operation.finish(Ended { end, events, devices, paths, sandbox, timing })
+}
+
+/// Say what the guest asked for and what was moved for it: `tests/tools/bench_guard.py` reads these lines.
+fn note_work(session: &Session, report: Option<&Report>, devices: &Devices) {
+    let Some(report) = report else { return };
+    session.note(|| {
+        format!(
+            "guest: sandbox {}, ring {}, {} exits, {} doorbells, {} requests, {} messages",
+            report.sandbox, report.ring, report.exits, report.doorbells, report.requests, report.messages
+        )
+    });
+    session.note(|| format!("moved: {}", devices.stats()));
 }
 
 fn note_confinement(session: &Session, when: &str, confinement: Option<&Confinement>) {

@@ -117,6 +117,24 @@ impl PowerLosses<'_> {
     }
 }
 
+/// What commits of these images leave that fail at so many of their requests, spread over all: each another state.
+#[must_use]
+pub fn interrupted_commits(fixture: &Fixture, count: usize) -> Vec<Files> {
+    let Some(configs) = admitted(fixture, &fixture.files) else { return Vec::new() };
+    let interrupted = |request: Option<usize>| {
+        let mut io = hold(fixture, fixture.files.clone(), &configs);
+        io.devices.fail_at = request;
+        // Whether it fails is no matter: giving space back may, for one.
+        let _ = guest(fixture, &mut io, &configs);
+        io.devices
+    };
+    let requests = interrupted(None).executed();
+    let mut left: Vec<Files> = (1..=count).map(|part| interrupted(Some(requests * part / (count + 1))).files).collect();
+    left.retain(|files| *files != fixture.files);
+    left.dedup();
+    left
+}
+
 /// What holds at every instant.
 pub(super) fn verify(fixture: &Fixture, files: &Files, (old, old_snapshots): &Reading) {
     let (now, snapshots) = read(fixture, files);
@@ -188,7 +206,7 @@ fn was_corrupt(device: u32, format: &Format, bytes: &[u8]) -> bool {
 }
 
 /// What `instar check` finds corrupt in an image.
-fn examine(device: u32, format: &Format, bytes: &[u8]) -> Vec<String> {
+pub(super) fn examine(device: u32, format: &Format, bytes: &[u8]) -> Vec<String> {
     let facts = host::look(format, bytes).expect("the plugin does not know its image any more");
     let mut io = BoundedDevices::look(BTreeMap::from([(device, bytes.to_vec())]));
     let mut corruptions = Vec::new();

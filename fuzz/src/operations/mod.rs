@@ -21,10 +21,10 @@ mod verdict;
 pub use chains::{drawn_chain, DrawnChain};
 pub use change::CHANGE;
 pub use commit::run_changed;
-pub use crashes::{Complaint, PowerLosses};
+pub use crashes::{interrupted_commits, Complaint, PowerLosses};
 pub use damage::{damaged_job, damaged_pair};
 pub use fixtures::Pairs;
-pub use jobs::{run_job, Job};
+pub use jobs::{interrupted_job, run_job, Job};
 pub use look::look;
 pub use verdict::{Ending, Verdict};
 

@@ -17,7 +17,7 @@ mod sparse;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 pub use disks::Disks;
-use filled::Filled;
+pub use filled::Filled;
 use instar_guest_protocol::commit::bitmap::Fate as ToldFate;
 use instar_guest_protocol::commit::event::Kind;
 use instar_guest_protocol::commit::{self, Outcome, Plan};

@@ -5,6 +5,7 @@
 //! as it must afterwards, whatever happens; so do all snapshots.
 
 mod convert;
+mod interrupted;
 mod rebase;
 mod repair;
 mod resize;
@@ -22,6 +23,8 @@ use instar_guest_sdk::{DriverError, DriverResult, Source};
 use instar_plugin_api::{Context, ImageFacts, Role};
 use instar_testkit::{seen, Disk};
 use std::collections::BTreeMap;
+
+pub use interrupted::interrupted_job;
 
 /// No file may become longer than this in bytes, whatever the verdict allows: the disk is full.
 const DISK: u64 = 48 << 20;
@@ -76,6 +79,10 @@ struct Trial<'a> {
     facts: BTreeMap<u32, ImageFacts>,
     random: Random,
     holes: bool,
+    /// The size in bytes that an image gets, if it is not drawn.
+    size: Option<u64>,
+    /// An image that is converted into, as `convert -n` does, and not a new one.
+    target: Option<Vec<u8>>,
 }
 
 /// A fuzz target: change the images that an input names, of those of all targets, and do this with them.
@@ -103,20 +110,11 @@ pub(super) fn judged(job: Job, fixture: &Fixture, files: &Files, number: u64, ho
 }
 
 fn tried(job: Job, fixture: &Fixture, files: &Files, number: u64, holes: bool, bounded: bool) -> Verdict {
-    let look = |(device, bytes): (&u32, &Vec<u8>)| Some((*device, host::look(fixture.formats[device], bytes)?));
-    let Some(facts) = files.iter().map(look).collect::<Option<BTreeMap<u32, ImageFacts>>>() else {
-        return Verdict::not_admitted();
-    };
-    let mut trial = Trial { fixture, files, facts, random: Random::seeded(number), holes };
+    let Some(trial) = Trial::of(fixture, files, number) else { return Verdict::not_admitted() };
+    let mut trial = Trial { holes, ..trial };
     let io = trial.devices(files.clone());
     let io = if bounded { io.bounded() } else { io };
-    let outcome = match job {
-        Job::Resize => resize::run(&mut trial, io),
-        Job::Rebase => rebase::run(&mut trial, io),
-        Job::Convert => convert::run(&mut trial, io),
-        Job::Repair => repair::run(&mut trial, io),
-    };
-    let ended = match outcome {
+    let ended = match trial.run(job, io) {
         Ok(Some(ended)) => ended,
         Ok(None) => return Verdict::not_admitted(),
         Err(finding) => return Verdict { finding: Some(finding), ..Verdict::not_admitted() },
@@ -146,6 +144,24 @@ fn ending(Ended { io, result, .. }: &Ended, before: &Files) -> Result<Ending, St
         return Err(format!("a refusal changed something: {error}"));
     }
     Ok(Ending::FailedLater)
+}
+
+impl<'a> Trial<'a> {
+    /// `None` if a plugin does not know its image.
+    fn of(fixture: &'a Fixture, files: &'a Files, number: u64) -> Option<Self> {
+        let look = |(device, bytes): (&u32, &Vec<u8>)| Some((*device, host::look(fixture.formats[device], bytes)?));
+        let facts = files.iter().map(look).collect::<Option<BTreeMap<u32, ImageFacts>>>()?;
+        Some(Self { fixture, files, facts, random: Random::seeded(number), holes: false, size: None, target: None })
+    }
+
+    fn run(&mut self, job: Job, io: BoundedDevices) -> Outcome {
+        match job {
+            Job::Resize => resize::run(self, io),
+            Job::Rebase => rebase::run(self, io),
+            Job::Convert => convert::run(self, io),
+            Job::Repair => repair::run(self, io),
+        }
+    }
 }
 
 impl Trial<'_> {

@@ -19,7 +19,7 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
     let (device, below) = (chain[index], &chain[index + 1..]);
     let format = trial.fixture.formats[&device];
     let old = trial.facts[&device].virtual_size;
-    let new = size(trial, old);
+    let new = trial.size.unwrap_or_else(|| size(trial, old));
     let preallocate = new > old && new - old <= FILLED && trial.random.index(4) == 0;
     if !format.kit.has_sink() || !trial.admits(&chain[index..]) {
         return Ok(None);

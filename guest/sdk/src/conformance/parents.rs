@@ -4,7 +4,7 @@
 use super::fixture::{device, OVERLAY};
 use super::kit::{ParentKit, Recorded};
 use crate::crash::{Crashes, Files};
-use crate::memory::MemoryDevices;
+use crate::memory::{self, MemoryDevices};
 use crate::{BlockIo, DriverError, DriverResult, Parent, Source};
 use alloc::boxed::Box;
 use alloc::vec;
@@ -101,9 +101,9 @@ pub fn verify_parent(
         change.again(&failing.files);
     }
     let files = Files::from([(OVERLAY, image.to_vec())]);
-    let states = crashes.each(&files, &io.log, &mut |files| {
+    let states = crashes.each_again(&files, &io.log, &mut |files| {
         change.instant(&files);
-        change.again(&files);
+        change.again(&files)
     });
     Ok((states, own(&io.files).to_vec()))
 }
@@ -238,10 +238,11 @@ impl Change<'_> {
     }
 
     /// A second run finishes it, whatever it finds.
-    fn again(&self, files: &Files) {
+    fn again(&self, files: &Files) -> Vec<memory::Change> {
         let mut io = self.devices(own(files));
         let result = self.run(&mut io);
         assert!(result.is_ok(), "a second run fails: {result:?}");
         self.finished(&io.files);
+        io.log
     }
 }

@@ -6,7 +6,7 @@ use super::kit::{Builder, ImageKit};
 use super::layer::{Layer, SECTOR};
 use super::Report;
 use crate::crash::{Crashes, Files};
-use crate::memory::MemoryDevices;
+use crate::memory::{Change, MemoryDevices};
 use crate::random::Random;
 use crate::resize::{resize, Event, Options, ResizeFailure, Step};
 use crate::ReadBelow;
@@ -65,9 +65,9 @@ pub fn verify_resize(kit: &dyn ImageKit, files: &Files, size: u64, crashes: Cras
     assert!(image(&io.files).len() as u64 <= bound, "the file is longer than the {bound} bytes that were planned");
     resized.finished(&io.files);
     resized.failing_requests(io.executed());
-    let states = crashes.each(files, &io.log, &mut |files| {
+    let states = crashes.each_again(files, &io.log, &mut |files| {
         resized.instant(&files);
-        resized.again(files);
+        resized.again(files)
     });
     (Report { committed: 1, states, ..Report::default() }, Some(io.files))
 }
@@ -170,12 +170,13 @@ impl Resized<'_> {
     }
 
     /// A second run finishes what was interrupted; and whatever the first one left past the end, an image that grows reads
-    /// zeroes there.
-    fn again(&self, files: Files) {
+    /// zeroes there. Returns what the second run changed.
+    fn again(&self, files: Files) -> Vec<Change> {
         let mut io = MemoryDevices::new(files);
         let done = self.run(&mut io, false, ANY_LENGTH, &mut 0);
         assert!(done.is_ok(), "a second resize fails: {done:?}");
         self.finished(&io.files);
+        let changes = io.log.clone();
         if self.after.len() < self.before.len() && self.kit.can_grow() {
             let old = Self {
                 size: self.before.len() as u64,
@@ -191,5 +192,6 @@ impl Resized<'_> {
             let now = content(self.kit, &io.files);
             assert!(now.get(..grown.len()) == Some(&grown), "what was cut off comes back");
         }
+        changes
     }
 }

@@ -7,7 +7,7 @@ use instar_guest_sdk::memory::Change;
 use instar_parallels_testkit::{build, le32, put32, section, Kit, Spec, View, CLOSED, CLUSTER, OPEN};
 use instar_testkit::pair::{built, views, Files};
 use instar_testkit::trial::{Done, Trial};
-use instar_testkit::{FormatKit, MIDDLE, OVERLAY};
+use instar_testkit::{FormatKit, ImageKit, MIDDLE, OVERLAY};
 
 const SIZE: usize = 300 * CLUSTER;
 
@@ -48,7 +48,8 @@ impl Trial for Parallels {
             view.assert_consistent();
             // Whoever opens it knows that something was under way, and no bitmap says that nothing was.
             let touched = is[..view.bat_end] != was[..View::new(was).bat_end] || is.len() != was.len();
-            let settled = *is == after[&number];
+            // A second run that lost power as well may have taken other clusters than the first.
+            let settled = *is == after[&number] || Kit.content(is, None) == Kit.content(&after[&number], None);
             assert!(!touched || settled || view.is_open(), "{number} changes, and does not say so");
             assert!(!view.has_extension() || is[..64] == was[..64], "{number} has an extension that is out of date");
         }

@@ -7,7 +7,7 @@ use super::{be32, be64, run_commit_into, ANCESTOR, OVERLAY};
 use instar_guest_commit::{CommitFailure, Options, Outcome};
 use instar_guest_sdk::abi::{device_flags, DEVICE_OUTPUT};
 use instar_guest_sdk::crash::Files;
-use instar_guest_sdk::memory::MemoryDevices;
+use instar_guest_sdk::memory::{Change, MemoryDevices};
 use instar_testkit::{crash_states_drawn, crashes};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -153,7 +153,7 @@ pub fn verify_crashes(pair: &Pair) {
     let before = pair.io().files;
     let snapshots = all_snapshots(&before);
     let mut verify = |files: Files| verify_reading(pair, &files, (&overlay, &backing, &snapshots));
-    let states = crashes().each(&before, &io.log, &mut verify);
+    let states = crashes().each_again(&before, &io.log, &mut verify);
     // Before everything, and after it.
     assert!(states > 1, "only {states} states");
     println!("crash states: {states}");
@@ -167,11 +167,15 @@ pub fn is_campaign() -> bool {
 /// What must hold of files that a power loss left, given what overlay and backing read as in the end: nothing is lost, and
 /// running again finishes the job. Panics otherwise.
 pub fn verify_state(pair: &Pair, files: &Files, overlay: &[u8], backing: &[u8]) {
-    verify_reading(pair, files, (overlay, backing, &all_snapshots(&pair.io().files)));
+    drop(verify_reading(pair, files, (overlay, backing, &all_snapshots(&pair.io().files))));
 }
 
-/// The same, if the snapshots were read before.
-fn verify_reading(pair: &Pair, files: &Files, (overlay, backing, snapshots): (&[u8], &[u8], &[Vec<u8>])) {
+/// The same, if the snapshots were read before. Returns what running again has changed.
+fn verify_reading(
+    pair: &Pair,
+    files: &Files,
+    (overlay, backing, snapshots): (&[u8], &[u8], &[Vec<u8>]),
+) -> Vec<Change> {
     assert_length_kept(pair, files);
     assert!(all_snapshots(files) == *snapshots, "a snapshot changed its content");
     let (_, overlay_now) = views(files);
@@ -196,6 +200,7 @@ fn verify_reading(pair: &Pair, files: &Files, (overlay, backing, snapshots): (&[
     assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
     assert_eq!(check(&io.files[&OVERLAY]).errors, Vec::<String>::new());
     assert!(!is_dirty(&io.files[&DEVICE_OUTPUT]) && !is_dirty(&io.files[&OVERLAY]), "running again leaves it dirty");
+    io.log
 }
 
 /// Autoclear features other than that of bitmaps.

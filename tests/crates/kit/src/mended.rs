@@ -176,7 +176,7 @@ pub fn verify_crashes(
 ) -> usize {
     let mended = verify_mended(kit, bytes, what);
     let before = [(DEVICE_OUTPUT, bytes.to_vec())].into();
-    crashes.each(&before, &mended.io.log, &mut |files| {
+    crashes.each_again(&before, &mended.io.log, &mut |files| {
         let now = &files[&DEVICE_OUTPUT];
         assert!(keeps_content(kit, bytes, now), "the content is another one at an instant");
         assert!(!is_worse(bytes, now), "worse than before");
@@ -186,6 +186,7 @@ pub fn verify_crashes(
             (mended.after.corruptions, mended.after.leaks),
             "{again:?}"
         );
+        again.io.log
     })
 }
 

@@ -4,7 +4,7 @@
 use instar_guest_abi::{device_flags, DeviceConfig, ImageId, Part, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_sdk::conformance::{ParentKit, Recorded};
 use instar_guest_sdk::crash::{Crashes, Files};
-use instar_guest_sdk::memory::MemoryDevices;
+use instar_guest_sdk::memory::{Change, MemoryDevices};
 use instar_guest_sdk::rebase::{rebase, Content, Rebase, RebaseFailure, Step};
 use instar_guest_sdk::{BlockIo, Parent, Source};
 use instar_guest_view::{Ancestors, Differences, View};
@@ -71,11 +71,11 @@ impl Rebased<'_> {
             }
             self.again(failing.files, &expected);
         }
-        seen.states = crashes.each(&self.files, &io.log, &mut |files| {
+        seen.states = crashes.each_again(&self.files, &io.log, &mut |files| {
             self.instant(&files, &expected);
             let is_old = self.named(&files) == self.named(&self.files);
             seen.between += usize::from(is_old && image(&files) != image(&self.files));
-            self.again(files, &expected);
+            self.again(files, &expected)
         });
         (seen, io.files)
     }
@@ -202,13 +202,14 @@ impl Rebased<'_> {
         assert_eq!(identity(files), identity(&self.files), "whoever is above the image does not know it any more");
     }
 
-    /// A second run finishes it, whatever it finds.
-    fn again(&self, files: Files, expected: &[u8]) {
+    /// A second run finishes it, whatever it finds. Returns what it changed.
+    fn again(&self, files: Files, expected: &[u8]) -> Vec<Change> {
         let mut io = MemoryDevices::new(files);
         let done = self.run(&mut io, false);
         assert!(done.is_ok(), "a second rebase fails: {done:?}");
         self.finished(&io.files, expected);
         assert!(io.unflushed().is_empty(), "at the end, something is not flushed");
+        io.log
     }
 }
 

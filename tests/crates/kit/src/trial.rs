@@ -98,17 +98,18 @@ pub trait Trial {
     }
 
     /// A commit, and every state that a power loss can leave: the overlay reads the same, and running the commit again
-    /// finishes it. Returns how many states there were.
+    /// finishes it, also if that loses power, too. Returns how many states there were.
     fn verify_crashes(&self, before: &Files) -> usize {
         let want = pair::expected(self.kit(), before);
         let io = self.commit_and_verify(before);
         let done = Done { before, after: &io.files };
-        let states = crashes().each(before, &io.log, &mut |files| {
+        let states = crashes().each_again(before, &io.log, &mut |files| {
             assert!(pair::views(self.kit(), &files).1 == want.1, "the overlay changed its content");
             self.assert_instant(done, &files);
             let again = self.committed(files, self.options());
             self.verify_finished(&again.files, &want);
             self.assert_done_again(done, &again.files);
+            again.log
         });
         assert!(states > 1);
         println!("crash states: {states}");

@@ -5,8 +5,9 @@ use super::promises;
 use super::Report;
 use crate::commit::{CommitFailure, Options, Plan, Step};
 use crate::crash::{Crashes, Files};
-use crate::memory::MemoryDevices;
+use crate::memory::{Change, MemoryDevices};
 use crate::random::Random;
+use alloc::vec::Vec;
 use instar_guest_abi::DEVICE_OUTPUT;
 
 /// Requests that fail, one in each commit: so many of all that a commit makes.
@@ -43,9 +44,9 @@ pub(super) fn verify(fixture: &Fixture<'_>, crashes: Crashes) -> Report {
     assert!(verified.after.backing.len() >= size);
     verified.kept();
     verified.failing_requests(whole.executed());
-    let states = crashes.each(&fixture.files, &whole.log, &mut |files| {
+    let states = crashes.each_again(&fixture.files, &whole.log, &mut |files| {
         verified.instant(&files);
-        verified.again(files);
+        verified.again(files)
     });
     Report { committed: 1, states, ..Report::default() }
 }
@@ -148,12 +149,13 @@ impl Verified<'_> {
         assert!(kit.content(overlay, Some(&all)) == all, "the overlay holds something after it was emptied");
     }
 
-    /// A second commit finishes the job, whatever it finds; the images keep their promises then.
-    fn again(&self, files: Files) {
+    /// A second commit finishes the job, whatever it finds; the images keep their promises then. Returns what it changed.
+    fn again(&self, files: Files) -> Vec<Change> {
         let mut io = self.devices(&files);
         let result = self.fixture.commit(&mut io, Options::default(), ANY_LENGTH, &mut None);
         assert!(result.is_ok(), "a second commit fails: {result:?}");
         self.finished(&io.files);
+        io.log
     }
 }
 

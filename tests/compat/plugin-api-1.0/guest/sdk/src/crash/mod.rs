@@ -1,0 +1,146 @@
+//! The states that a power loss can leave, for tests of drivers: what was recorded by [`MemoryDevices`] is replayed.
+//!
+//! What was written before the last flush of its device is on the disk. Of what was written after it, anything may be: all
+//! of it, one change alone, all but one, any subset, and of each write any of its sectors.
+//!
+//! Between two flushes that change little, all subsets are looked at; of the others, random ones. How little is said by the
+//! environment: `INSTAR_EVERY_STATE=14` looks at all subsets of up to 14 sectors or writes. Without it, these are 8.
+//!
+//! [`MemoryDevices`]: crate::memory::MemoryDevices
+
+mod campaign;
+mod disks;
+mod pieces;
+
+use crate::memory::Change;
+use crate::random::Random;
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::vec::Vec;
+use campaign::Campaign;
+use disks::{Disks, Sum};
+use pieces::{torn, Piece, Pieces};
+
+/// Content of the devices by number.
+pub type Files = BTreeMap<u32, Vec<u8>>;
+
+/// Unflushed changes, the latest, each of which is tried alone, and left out.
+const SINGLE: usize = 24;
+/// One in so many states is where a second power loss is tried, in the run that follows, until these are as many as are tried.
+const SECOND: usize = 4;
+
+/// Which states are looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Crashes {
+    /// Random subsets of the unflushed changes, and as many of their sectors, after each change.
+    pub drawn: usize,
+    /// What the random ones follow from.
+    pub seed: u64,
+}
+
+/// What was looked at so far.
+#[derive(Default)]
+struct Seen {
+    states: BTreeSet<Sum>,
+    campaign: Campaign,
+}
+
+impl Crashes {
+    /// Hand every state to `verify`, once; returns how many different ones there were. `before` is what the devices held
+    /// before the first change of `log`.
+    pub fn each(self, before: &Files, log: &[Change], verify: &mut dyn FnMut(Files)) -> usize {
+        self.each_again(before, log, &mut |files| {
+            verify(files);
+            Vec::new()
+        })
+    }
+
+    /// [`Crashes::each`] for a `verify` that runs the operation again, and returns what that run has changed: some of these
+    /// runs lose power, too, and what that leaves is handed to `verify` as well. No state is handed over twice, whichever run
+    /// left it.
+    pub fn each_again(self, before: &Files, log: &[Change], verify: &mut dyn FnMut(Files) -> Vec<Change>) -> usize {
+        let mut seen = Seen { campaign: Campaign::from_environment(), ..Seen::default() };
+        let most = seen.campaign.second_runs();
+        let mut seconds: Vec<(Files, Vec<Change>)> = Vec::new();
+        let (mut number, mut step) = (0, SECOND);
+        self.replay(before, log, &mut seen, &mut |files| {
+            number += 1;
+            // The first state is that of before, which no power loss leaves.
+            let kept = (number % step == 0 && most > 0).then(|| files.clone());
+            let second = verify(files);
+            seconds.extend(kept.filter(|_| !second.is_empty()).map(|files| (files, second)));
+            if seconds.len() > most {
+                // How many states there are is not known before: these are spread over all of them.
+                let mut is_odd = false;
+                seconds.retain(|_| {
+                    is_odd = !is_odd;
+                    !is_odd
+                });
+                step *= 2;
+            }
+        });
+        seen.campaign.begin_second();
+        for (files, second) in seconds {
+            self.replay(&files, &second, &mut seen, &mut |files| drop(verify(files)));
+        }
+        seen.campaign.record(&seen.states);
+        seen.states.len()
+    }
+
+    /// The states of one run.
+    fn replay(self, before: &Files, log: &[Change], seen: &mut Seen, verify: &mut dyn FnMut(Files)) {
+        let mut random = Random::seeded(self.seed);
+        let mut disks = Disks::new(before);
+        let mut unflushed: Vec<&Change> = Vec::new();
+        for last in core::iter::once(None).chain(log.iter().map(Some)) {
+            match last {
+                Some(Change::Flush { device }) => {
+                    // What it makes durable can be lost until here, and nothing of it from here on.
+                    self.every_subset(&mut disks, &unflushed, seen, verify);
+                    let (flushed, left) = unflushed.iter().partition(|change| change.device() == *device);
+                    unflushed = left;
+                    disks.flush(&flushed);
+                }
+                Some(change) => unflushed.push(change),
+                None => {}
+            }
+            self.after_a_change(&mut disks, &unflushed, &mut random, &mut seen.states, verify);
+        }
+        self.every_subset(&mut disks, &unflushed, seen, verify);
+    }
+
+    /// All of the unflushed changes, each alone, all but each, and random ones.
+    fn after_a_change(
+        self,
+        disks: &mut Disks,
+        unflushed: &[&Change],
+        random: &mut Random,
+        seen: &mut BTreeSet<Sum>,
+        verify: &mut dyn FnMut(Files),
+    ) {
+        let mut state = |pieces: &mut dyn Iterator<Item = Piece<'_>>| disks.state(pieces, seen, verify);
+        let all = || unflushed.iter().enumerate().filter_map(|(index, change)| Some((index, Piece::of(change)?)));
+        state(&mut all().map(|(_, piece)| piece));
+        for one in (0..unflushed.len()).rev().take(SINGLE) {
+            state(&mut all().filter(|(index, _)| *index == one).map(|(_, piece)| piece));
+            state(&mut all().filter(|(index, _)| *index != one).map(|(_, piece)| piece));
+        }
+        for _ in 0..if unflushed.is_empty() { 0 } else { self.drawn } {
+            state(&mut all().filter(|_| random.coin()).map(|(_, piece)| piece));
+            state(&mut all().flat_map(|(_, piece)| torn(piece)).filter(|_| random.coin()));
+        }
+    }
+
+    /// All subsets of the unflushed changes, if they are few.
+    fn every_subset(self, disks: &mut Disks, unflushed: &[&Change], seen: &mut Seen, verify: &mut dyn FnMut(Files)) {
+        if unflushed.is_empty() {
+            return;
+        }
+        let pieces = Pieces::of(unflushed, disks.durable(), seen.campaign.most(disks.bytes()));
+        seen.campaign.count(pieces.as_ref());
+        let Some(Pieces { pieces, .. }) = pieces else { return };
+        for subset in 0..1_u64 << pieces.len() {
+            let chosen = pieces.iter().enumerate().filter(|(index, _)| subset >> index & 1 == 1);
+            disks.state(&mut chosen.map(|(_, piece)| *piece), &mut seen.states, verify);
+        }
+    }
+}
