@@ -2,7 +2,8 @@
 
 use super::chain_image::ChainImage;
 use crate::error::Error;
-use crate::escape::escape_bytes;
+use crate::escape::{escape, escape_bytes};
+use crate::nearest::nearest;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::SnapshotFacts;
 use std::convert::Infallible;
@@ -56,6 +57,12 @@ impl SnapshotName {
             }),
         }
     }
+
+    /// The name of a snapshot that is nearest to the one that was given.
+    fn near<'a>(&self, all: &'a [SnapshotFacts]) -> Option<&'a str> {
+        let (Self::IdOrName(wanted) | Self::Exactly { name: Some(wanted), .. }) = self else { return None };
+        nearest(wanted, all.iter().filter_map(|snapshot| std::str::from_utf8(&snapshot.name).ok()))
+    }
 }
 
 impl ChainImage<'_> {
@@ -72,7 +79,9 @@ impl ChainImage<'_> {
             let clause = if names.is_empty() {
                 "it has no internal snapshots: leave out -l".to_owned()
             } else {
-                format!("it has no such internal snapshot; it has {}{others}", names.join(", "))
+                let near =
+                    name.near(all).map(|near| format!("; the nearest one is {}", escape(near))).unwrap_or_default();
+                format!("it has no such internal snapshot; it has {}{others}{near}", names.join(", "))
             };
             return Err(Error::image(&self.opened.path, ErrorCode::UnsupportedFormat, clause));
         };

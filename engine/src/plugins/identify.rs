@@ -2,6 +2,7 @@
 
 use super::{Foreign, ImageFiles, ImageRead, Plugin, PluginFailure, Registry};
 use crate::escape::escape;
+use crate::nearest::nearest;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{ImageFacts, PROBE_ANYTHING, PROBE_LIKELY, PROBE_NO};
 use std::cell::Cell;
@@ -38,7 +39,7 @@ pub struct Mark {
 #[derive(Debug, thiserror::Error)]
 pub enum IdentifyError {
     /// No plugin has the format that was named.
-    #[error("unknown format '{}': {} (see `instar plugins`)", escape(.hint), loaded(.known))]
+    #[error("unknown format '{}': {}{} (see `instar plugins`)", escape(.hint), nearby(.hint, .known), loaded(.known))]
     UnknownFormat {
         /// The format that was named.
         hint: String,
@@ -101,6 +102,12 @@ fn loaded(formats: &[String]) -> String {
         return "no plugin is loaded".to_owned();
     }
     format!("the plugins that are loaded are for {}", formats.join(", "))
+}
+
+/// The format that was probably meant.
+fn nearby(hint: &str, known: &[String]) -> String {
+    let near = nearest(hint, known.iter().map(String::as_str));
+    near.map(|near| format!("the nearest one is {near}; ")).unwrap_or_default()
 }
 
 fn list(paths: &[PathBuf]) -> String {
