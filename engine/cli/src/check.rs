@@ -1,6 +1,7 @@
 //! `instar check`: options, and its exit status.
 
 use super::check_text::{findings, json, kept, repaired, summary};
+use super::color::ColorArgs;
 use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
@@ -44,6 +45,9 @@ pub struct CheckArgs {
     /// How to print the result
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub color: ColorArgs,
     /// Print no summary
     #[arg(short, long)]
     pub quiet: bool,
@@ -101,21 +105,23 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
         dry_run: args.dry_run,
         settings: args.opening.settings(&config),
     };
+    // A confined process can ask the terminal nothing.
+    let (paint, aside) = (args.color.stdout(), args.color.stderr());
     let result = run_check(&request, &session(args))?;
     if let Some(repair) = &result.repair {
         let shown =
             if repair.changed() { (&repair.before, &repair.findings) } else { (&result.found, &result.findings) };
-        say(&(findings(shown.0, shown.1) + &kept(repair)));
+        say(&(findings(shown.0, shown.1, aside) + &kept(repair)));
         if !args.quiet && args.output == OutputFormat::Human {
             print(out, &repaired(repair))?;
         }
     }
     if result.repair.as_ref().is_none_or(Repaired::changed) {
-        say(&findings(&result.found, &result.findings));
+        say(&findings(&result.found, &result.findings, aside));
     }
     match args.output {
         _ if args.quiet => {}
-        OutputFormat::Human => print(out, &summary(&result))?,
+        OutputFormat::Human => print(out, &summary(&result, paint))?,
         OutputFormat::Json => print_json(out, &json(&result, &escape_path(&args.filename).to_string()))?,
     }
     Ok(status(&result.found))
