@@ -45,7 +45,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick \
+.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc book bench bench-quick \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -127,6 +127,19 @@ demo: instar ## commit a small overlay and show before and after (needs no qemu)
 
 rustdoc: ## the documentation of all crates, without a warning: links inside it lead somewhere
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
+
+# Installed into target/, once for each version.
+MDBOOK_VERSION := 0.5.4
+MDBOOK := target/tools/mdbook-$(MDBOOK_VERSION)/bin/mdbook
+
+$(MDBOOK):
+	$(CARGO) install mdbook --version $(MDBOOK_VERSION) --locked --no-default-features --features search \
+		--root target/tools/mdbook-$(MDBOOK_VERSION) --target-dir target/tools/build
+
+book: $(MDBOOK) ## the documents as a book, in target/book/book; the table of contents is made from docs/README.md
+	@$(PYTHON) tests/tools/book.py sources target/book
+	@$(MDBOOK) build target/book
+	@$(PYTHON) tests/tools/book.py links target/book/book
 
 picture: instar ## draw docs/demo.svg, the terminal in the README, from a real run of the demo
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTHON) tests/tools/demo_picture.py
