@@ -45,7 +45,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc book bench bench-quick \
+.PHONY: help instar lint test-rust test-integration test test-deep crash mutations faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc book aarch64-check bench bench-quick \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -162,6 +162,18 @@ bench: benched python qemu-img file-systems ## measure against qemu-img commit a
 
 bench-quick: benched qemu-img file-systems ## the same with small images, under two minutes, changes no file of the project
 	$(PYTHON) tests/bench --instar $(BENCHED)/bin/instar --quick $(BENCH_ARGS)
+
+# Everything but what is made for x86-64 by its nature, and what is built on that:
+# - instar (engine/): the registers of a virtual machine and its page tables (sandbox/kvm), the system calls of the filter and their
+#   names (confine/calls.rs, call_names.rs), the registers of a signal's context (confine/signal_mask.rs);
+# - instar-cli and instar-assets, which are built on it;
+# - what only tests use: it is built on the engine, or reads the registers of a traced process (instar-test-inject).
+X86_64 := instar instar-cli instar-assets instar-test-inject $(TEST_CRATES)
+
+aarch64-check: ## does what is not made for x86-64 compile for aarch64? The contract, the SDK, all formats, their plugins and guests
+	$(call need,aarch64-linux-gnu-gcc,gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+	@if command -v rustup >/dev/null; then rustup target add aarch64-unknown-linux-gnu 2>/dev/null; fi
+	$(CARGO) check --profile checked --target aarch64-unknown-linux-gnu --workspace $(X86_64:%=--exclude %)
 
 # Installing the tool takes ten minutes.
 semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)
