@@ -38,7 +38,7 @@ REMAPPED := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --rema
 CARGO_BUILD_RUSTFLAGS := $(strip $(filter-out $(REMAPPED),$(CARGO_BUILD_RUSTFLAGS)) $(REMAPPED))
 export CARGO_BUILD_RUSTFLAGS
 
-.PHONY: install uninstall stage-deb stage-rpm deb rpm checksums crates reproducible test-installed container-root mandoc release-check
+.PHONY: install uninstall stage-deb stage-rpm deb rpm sbom checksums crates reproducible test-installed container-root mandoc release-check
 
 # Only copies, so that `sudo make install` needs no tool chain: what `make` has built, or else builds first. A configuration
 # that is there is the operator's.
@@ -95,8 +95,19 @@ rpm: instar ## an RPM package, in target/generate-rpm
 	@install -D -m 644 LICENSE $(STAGE)/rpm/usr/share/licenses/instar/LICENSE
 	$(dated) $(CARGO) generate-rpm --package engine/cli --auto-req builtin
 
-checksums: ## SHA-256 of the packages that were made, in target/SHA256SUMS
-	@cd target && sha256sum debian/*.deb generate-rpm/*.rpm | sed 's| [^ ]*/| |' > SHA256SUMS && cat SHA256SUMS
+# Installed into target/, once for each version.
+CYCLONEDX_VERSION := 0.5.9
+CYCLONEDX := target/tools/cargo-cyclonedx-$(CYCLONEDX_VERSION)/bin/cargo-cyclonedx
+
+$(CYCLONEDX):
+	$(CARGO) install cargo-cyclonedx --version $(CYCLONEDX_VERSION) --locked \
+		--root target/tools/cargo-cyclonedx-$(CYCLONEDX_VERSION) --target-dir target/tools/build
+
+sbom: $(CYCLONEDX) ## what the program and the bundled plugins are made of, as one CycloneDX file: target/instar.cdx.json
+	@$(dated) $(PYTHON) packaging/sbom.py $(CYCLONEDX) target/instar.cdx.json $(BUNDLED)
+
+checksums: ## SHA-256 of the packages and the bill of materials that were made, in target/SHA256SUMS
+	@cd target && sha256sum debian/*.deb generate-rpm/*.rpm instar.cdx.json | sed 's| [^ ]*/| |' > SHA256SUMS && cat SHA256SUMS
 
 # --- what a release has to pass -----------------------------------------------------------------------------------
 
