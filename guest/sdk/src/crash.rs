@@ -1,7 +1,7 @@
-//! The states that a power loss can leave, for tests of drivers: what was recorded by [`MemoryDevices`] is replayed.
+//! The states that a power loss can leave, for tests of drivers, which replay the log of [`MemoryDevices`].
 //!
-//! What was written before the last flush of its device is on the disk. Of what was written after it, anything may be: all
-//! of it, one change alone, all but one, any subset, and of each write any of its sectors.
+//! Every change before the last flush of its device is on the disk. Of the later ones, any subset may be, and of each write any
+//! of its sectors.
 //!
 //! [`MemoryDevices`]: crate::memory::MemoryDevices
 
@@ -13,23 +13,23 @@ use alloc::vec::Vec;
 /// Content of the devices by number.
 pub type Files = BTreeMap<u32, Vec<u8>>;
 
-/// Unflushed changes, the latest, each of which is tried alone, and left out.
+/// Number of the latest unflushed changes of which each is applied alone, and left out alone.
 const SINGLE: usize = 24;
-/// What a disk writes at once, in bytes.
+/// Size in bytes of an atomic write of a disk.
 const SECTOR: u64 = 512;
 
-/// Which states are looked at.
+/// The selection of states to examine.
 #[derive(Clone, Copy, Debug)]
 pub struct Crashes {
-    /// Random subsets of the unflushed changes, and as many of their sectors, after each change.
+    /// Number of random subsets of the unflushed changes after each change, and of random subsets of their sectors.
     pub drawn: usize,
-    /// What the random ones follow from.
+    /// Seed of the random subsets.
     pub seed: u64,
 }
 
 impl Crashes {
-    /// Hand every state to `verify`, once; returns how many different ones there were. `before` is what the devices held
-    /// before the first change of `log`.
+    /// Pass every distinct state to `verify`, once, and return their number. `before` is the content of the devices before the
+    /// first change of `log`.
     pub fn each(self, before: &Files, log: &[Change], verify: &mut dyn FnMut(Files)) -> usize {
         let mut random = Random::seeded(self.seed);
         let mut coin = move || random.coin();
