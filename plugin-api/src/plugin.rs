@@ -17,6 +17,51 @@ pub const PROBE_LIKELY: u32 = 50;
 pub const PROBE_CERTAIN: u32 = 100;
 
 /// The host half of a plugin. See the crate's documentation for what an implementation may do.
+///
+/// # Example
+///
+/// A format that can only be looked at: a header of 16 bytes holds the signature and the size of the disk.
+///
+/// ```
+/// use instar_plugin_api::{
+///     Context, ErrorCode, FormatPlugin, GuestModule, ImageFacts, ImageReader, PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_NO,
+/// };
+///
+/// struct Slate;
+///
+/// impl FormatPlugin for Slate {
+///     const NAME: &'static str = "slate";
+///     const DESCRIPTION: &'static str = "slate disk image";
+///     const VERSION: &'static str = "0.1.0";
+///
+///     fn probe(image: &ImageReader<'_>) -> Result<u32, PluginError> {
+///         Ok(if image.read_vec(0, 8)? == b"SLATE\0\0\x01" { PROBE_CERTAIN } else { PROBE_NO })
+///     }
+///
+///     fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
+///         let mut size = [0; 8];
+///         image.read_exact_at(8, &mut size)?;
+///         match u64::from_le_bytes(size) {
+///             0 => Err(PluginError::new(ErrorCode::ParseFailed, "the size of the disk is 0")),
+///             size => Ok(ImageFacts::new(Self::NAME, size, 65536, image.length())),
+///         }
+///     }
+///
+///     fn verdict(_: Role, _: &ImageFacts, _: &Context<'_>) -> Verdict {
+///         Verdict::refused(ErrorCode::UnsupportedFormat, "slate images can only be looked at")
+///     }
+///
+///     fn guest_module() -> GuestModule {
+///         // A real plugin embeds the ELF that its build script linked.
+///         GuestModule::source_only(b"\x7fELF")
+///     }
+/// }
+///
+/// let header = [b"SLATE\0\0\x01".as_slice(), &(1u64 << 30).to_le_bytes()].concat();
+/// let image = ImageReader::new(16, &header);
+/// assert_eq!(Slate::probe(&image).ok(), Some(PROBE_CERTAIN));
+/// assert_eq!(Slate::facts(&image).ok().map(|facts| facts.virtual_size), Some(1 << 30));
+/// ```
 pub trait FormatPlugin: 'static {
     /// Name of the format, as in `-f NAME` and in the backing format that images record: lower-case ASCII letters,
     /// digits, `-` and `_`, beginning with a letter, at most 31 bytes.
@@ -27,7 +72,7 @@ pub trait FormatPlugin: 'static {
     const VERSION: &'static str;
     /// Other names that the format is known by; the same rules as for [`NAME`](Self::NAME).
     const ALIASES: &'static [&'static str] = &[];
-    /// Usual file name extensions, without the dot. For people only: nothing is recognised by its name.
+    /// Usual file name extensions, without the dot. For people only: nothing is recognized by its name.
     const EXTENSIONS: &'static [&'static str] = &[];
     /// Options of [`create`](Self::create) as name and one line of help. Empty for a plugin that cannot create.
     const CREATE_OPTIONS: &'static [(&'static str, &'static str)] = &[];

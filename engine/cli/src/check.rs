@@ -66,7 +66,7 @@ pub struct CheckArgs {
     /// Say what -r would repair, and change nothing
     #[arg(long, requires = "repair")]
     pub dry_run: bool,
-    /// Taken for the sake of scripts: a repair always flushes between its steps
+    /// Accepted for scripts: a repair always flushes between its steps
     #[arg(short = 'T', long = "cache", hide = true, value_enum, value_name = "MODE")]
     pub cache: Option<CacheMode>,
     /// The image

@@ -27,7 +27,7 @@ pub struct InfoArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub color: ColorArgs,
-    /// Taken for the sake of scripts: an image in use can always be shown
+    /// Accepted for scripts: an image in use can always be shown
     #[arg(short = 'U', long, hide = true)]
     pub force_share: bool,
     /// Also load plugins from DIR; may be given several times

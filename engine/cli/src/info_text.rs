@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 
-/// The lines of `qemu-img info`. Whatever came from the image is escaped. On a terminal of so many columns, sentences are
+/// The lines of `qemu-img info`. Whatever came from the image is escaped. On a terminal with `width` columns, sentences are
 /// broken between words; names stay whole, so that they can be copied.
 pub(super) fn human(image: &ImageInfo, paint: Paint, width: Option<usize>) -> String {
     let facts = &image.facts;

@@ -220,7 +220,7 @@ impl Cell {
         }
     }
 
-    /// The colour of a column, and how much of it: a little can be seen, too.
+    /// The color of a column, and how much of it: a little can be seen, too.
     fn paint(self, column: u64) -> (&'static str, f64) {
         #[allow(clippy::cast_precision_loss, reason = "a shade")]
         let share = |bytes: u64| 0.15 + 0.85 * (bytes as f64 / column.max(1) as f64).min(1.0);

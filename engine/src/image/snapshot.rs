@@ -1,4 +1,4 @@
-//! Which of an image's disks an operation reads: its own, or that of one of its internal snapshots.
+//! Selecting the disk of an image that an operation reads: its own, or that of an internal snapshot.
 
 use super::chain_image::ChainImage;
 use crate::error::Error;
@@ -12,12 +12,12 @@ use std::str::FromStr;
 /// Most names of snapshots in a message.
 const SHOWN: usize = 8;
 
-/// How the operator names an internal snapshot: as for `-l` of `qemu-img`.
+/// The operator's name for an internal snapshot: as for `-l` of `qemu-img`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SnapshotName {
     /// The identifier of one, or else a name.
     IdOrName(String),
-    /// What is given of both has to fit.
+    /// Identifier and name, of which each that is given has to match.
     Exactly {
         /// `snapshot.id=`
         id: Option<String>,

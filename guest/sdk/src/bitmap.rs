@@ -58,7 +58,7 @@ impl DirtyRanges {
         true
     }
 
-    /// Return the number of ranges that there is room for in total.
+    /// Return the total number of ranges that the list has room for.
     #[must_use]
     pub const fn most(&self) -> usize {
         self.most

@@ -128,6 +128,30 @@ pub struct Commit<'a> {
 }
 
 /// Reads the target back and compares it with the overlay.
+///
+/// # Example
+///
+/// Trust the disk, and only report that everything was compared:
+///
+/// ```
+/// use instar_guest_sdk::commit::ReadBack;
+/// use instar_guest_sdk::{BlockIo, DriverResult, Source};
+///
+/// struct Trusting;
+///
+/// impl ReadBack for Trusting {
+///     fn read_back(
+///         &mut self,
+///         _: &mut dyn BlockIo,
+///         _: &mut dyn Source,
+///         virtual_size: u64,
+///         done: &mut dyn FnMut(u64),
+///     ) -> DriverResult<()> {
+///         done(virtual_size);
+///         Ok(())
+///     }
+/// }
+/// ```
 pub trait ReadBack {
     /// Compare the target, whose disk has `virtual_size` bytes, with the overlay. The target is complete and durable, and
     /// nothing that depends on it has changed yet. Calls `done` with the guest byte up to which both were compared.
@@ -222,7 +246,7 @@ pub fn commit_and_read_back(
     io.enter(Phase::Target);
     let below = &mut *images.below;
     if let Some(identity) = &identity {
-        // Before the backing has its new identity: a crash between the two is recognised by the overlay's having the one
+        // Before the backing has its new identity: a crash between the two is recognized by the overlay's having the one
         // that the backing would have got, and a second run goes on from there.
         images.source.follow_parent(io, identity, ParentStage::Announced).map_err(at(Step::Write))?;
     }

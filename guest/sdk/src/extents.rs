@@ -32,7 +32,7 @@ impl Extents {
         true
     }
 
-    /// Return the number of further extents that there is room for.
+    /// Return the number of further extents that the list has room for.
     #[must_use]
     pub fn room(&self) -> usize {
         self.most.saturating_sub(self.list.len())

@@ -34,7 +34,7 @@ impl OrderedWriter {
         self.unflushed
     }
 
-    /// Note that something else, such as a cache of tables, wrote to the device, so that the next barrier flushes.
+    /// Record that something else, such as a cache of tables, wrote to the device, so that the next barrier flushes.
     pub fn written(&mut self) {
         self.unflushed = true;
     }
