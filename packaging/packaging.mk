@@ -20,7 +20,7 @@ DOCS    := $(wildcard docs/*.md docs/*.svg)
 SCHEMAS := $(wildcard docs/schemas/*.json)
 FORMATS := $(wildcard docs/formats/*.md)
 # What the documentation links to and only the sources have: where it is installed, the text of such a link stays.
-SOURCES := LICENSE|CHANGELOG\.md|CODE_OF_CONDUCT\.md|GOVERNANCE\.md|MAINTAINERS|CONTRIBUTING\.md|SPECIFICATION\.md|Makefile|Dockerfile|packaging/|examples/|guest/|engine/|plugins/|tests/
+SOURCES := LICENSE|CHANGELOG\.md|CODE_OF_CONDUCT\.md|GOVERNANCE\.md|MAINTAINERS|CONTRIBUTING\.md|SPECIFICATION\.md|Makefile|Dockerfile|\.github/|packaging/|examples/|guest/|engine/|plugins/|tests/
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 # What plugin writers need, in the order of their dependencies.
 CRATES  := instar-guest-abi instar-guest-build instar-guest-sdk instar-plugin-api
