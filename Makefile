@@ -53,7 +53,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash every-state mutations mutants mutants-sample faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc bench bench-quick bench-guard profile \
+.PHONY: help instar lint test-rust test-integration test test-deep crash every-state mutations mutants mutants-sample faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc book aarch64-check bench bench-quick bench-guard profile \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -145,6 +145,19 @@ demo: instar ## commit a small overlay and show before and after (needs no qemu)
 rustdoc: ## the documentation of all crates, without a warning: links inside it lead somewhere
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
 
+# Installed into target/, once for each version.
+MDBOOK_VERSION := 0.5.4
+MDBOOK := target/tools/mdbook-$(MDBOOK_VERSION)/bin/mdbook
+
+$(MDBOOK):
+	$(CARGO) install mdbook --version $(MDBOOK_VERSION) --locked --no-default-features --features search \
+		--root target/tools/mdbook-$(MDBOOK_VERSION) --target-dir target/tools/build
+
+book: $(MDBOOK) ## the documents as a book, in target/book/book; the table of contents is made from docs/README.md
+	@$(PYTHON) tests/tools/book.py sources target/book
+	@$(MDBOOK) build target/book
+	@$(PYTHON) tests/tools/book.py links target/book/book
+
 picture: instar ## draw docs/demo.svg, the terminal in the README, from a real run of the demo
 	@INSTAR_BIN=$(CURDIR)/$(INSTAR) $(PYTHON) tests/tools/demo_picture.py
 
@@ -172,6 +185,18 @@ bench-guard: instar python qemu-img ## count what fixed workloads ask for and mo
 
 profile: instar inferno qemu-img ## flame graphs of a workload of the benchmark in both sandboxes, with perf (WORKLOAD, PROFILE_ARGS)
 	$(PYTHON) tests/bench/flamegraph.py --instar $(INSTAR) --tools $(TOOLS)/bin $(WORKLOAD) $(PROFILE_ARGS)
+
+# Everything but what is made for x86-64 by its nature, and what is built on that:
+# - instar (engine/): the registers of a virtual machine and its page tables (sandbox/kvm), the system calls of the filter and their
+#   names (confine/calls.rs, call_names.rs), the registers of a signal's context (confine/signal_mask.rs);
+# - instar-cli and instar-assets, which are built on it;
+# - what only tests use: it is built on the engine, or reads the registers of a traced process (instar-test-inject).
+X86_64 := instar instar-cli instar-assets instar-test-inject $(TEST_CRATES)
+
+aarch64-check: ## does what is not made for x86-64 compile for aarch64? The contract, the SDK, all formats, their plugins and guests
+	$(call need,aarch64-linux-gnu-gcc,gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+	@if command -v rustup >/dev/null; then rustup target add aarch64-unknown-linux-gnu 2>/dev/null; fi
+	$(CARGO) check --profile checked --target aarch64-unknown-linux-gnu --workspace $(X86_64:%=--exclude %)
 
 # Installing the tool takes ten minutes.
 semver: ## are the plugin crates still compatible with those of contract 1.0? (cargo-semver-checks)

@@ -20,7 +20,7 @@ DOCS    := $(wildcard docs/*.md docs/*.svg)
 SCHEMAS := $(wildcard docs/schemas/*.json)
 FORMATS := $(wildcard docs/formats/*.md)
 # What the documentation links to and only the sources have: where it is installed, the text of such a link stays.
-SOURCES := LICENSE|CHANGELOG\.md|CODE_OF_CONDUCT\.md|GOVERNANCE\.md|MAINTAINERS|CONTRIBUTING\.md|SPECIFICATION\.md|Makefile|Dockerfile|packaging/|examples/|guest/|engine/|plugins/|tests/
+SOURCES := LICENSE|CHANGELOG\.md|CODE_OF_CONDUCT\.md|GOVERNANCE\.md|MAINTAINERS|CONTRIBUTING\.md|SPECIFICATION\.md|Makefile|Dockerfile|\.github/|packaging/|examples/|guest/|engine/|plugins/|tests/
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 # What plugin writers need, in the order of their dependencies.
 CRATES  := instar-guest-abi instar-guest-build instar-guest-sdk instar-plugin-api
@@ -38,7 +38,7 @@ REMAPPED := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --rema
 CARGO_BUILD_RUSTFLAGS := $(strip $(filter-out $(REMAPPED),$(CARGO_BUILD_RUSTFLAGS)) $(REMAPPED))
 export CARGO_BUILD_RUSTFLAGS
 
-.PHONY: install uninstall stage-deb stage-rpm deb rpm checksums crates reproducible test-installed container-root mandoc release-check
+.PHONY: install uninstall stage-deb stage-rpm deb rpm sbom checksums crates reproducible test-installed container-root mandoc release-check
 
 # Only copies, so that `sudo make install` needs no tool chain: what `make` has built, or else builds first. A configuration
 # that is there is the operator's.
@@ -95,8 +95,19 @@ rpm: instar ## an RPM package, in target/generate-rpm
 	@install -D -m 644 LICENSE $(STAGE)/rpm/usr/share/licenses/instar/LICENSE
 	$(dated) $(CARGO) generate-rpm --package engine/cli --auto-req builtin
 
-checksums: ## SHA-256 of the packages that were made, in target/SHA256SUMS
-	@cd target && sha256sum debian/*.deb generate-rpm/*.rpm | sed 's| [^ ]*/| |' > SHA256SUMS && cat SHA256SUMS
+# Installed into target/, once for each version.
+CYCLONEDX_VERSION := 0.5.9
+CYCLONEDX := target/tools/cargo-cyclonedx-$(CYCLONEDX_VERSION)/bin/cargo-cyclonedx
+
+$(CYCLONEDX):
+	$(CARGO) install cargo-cyclonedx --version $(CYCLONEDX_VERSION) --locked \
+		--root target/tools/cargo-cyclonedx-$(CYCLONEDX_VERSION) --target-dir target/tools/build
+
+sbom: $(CYCLONEDX) ## what the program and the bundled plugins are made of, as one CycloneDX file: target/instar.cdx.json
+	@$(dated) $(PYTHON) packaging/sbom.py $(CYCLONEDX) target/instar.cdx.json $(BUNDLED)
+
+checksums: ## SHA-256 of the packages and the bill of materials that were made, in target/SHA256SUMS
+	@cd target && sha256sum debian/*.deb generate-rpm/*.rpm instar.cdx.json | sed 's| [^ ]*/| |' > SHA256SUMS && cat SHA256SUMS
 
 # --- what a release has to pass -----------------------------------------------------------------------------------
 

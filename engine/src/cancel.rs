@@ -1,15 +1,15 @@
-//! How an operation is ended from outside.
+//! Ending an operation from outside.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
-/// Ends an operation from another thread, or from a signal handler: between two requests, where the files are consistent.
-/// Clones end the same operation.
+/// A handle that ends an operation from another thread or a signal handler, between two requests, where the files are
+/// consistent. Clones end the same operation.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// One that was not asked for yet.
+    /// Make a handle that has not been used yet.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -20,7 +20,7 @@ impl Cancel {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the operation is to end.
+    /// Whether somebody has ended the operation.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)

@@ -14,32 +14,32 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// How a part of the machine is.
+/// The state of a part of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Health {
-    /// As it should be.
+    /// It works.
     Good,
     /// It does not work, and nothing needs it.
     Unneeded,
-    /// A commit works, with less than there could be.
+    /// A commit works, with weaker protection or speed than possible.
     Weak,
     /// A commit does not work.
     Broken,
 }
 
-/// What was found.
+/// The result of an examination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Examination {
     /// The sandbox that a commit would use; `None` if the wanted one does not work.
     pub sandbox: Option<&'static str>,
-    /// The other one, where only that works.
+    /// The other sandbox, if only that one works.
     pub other: Option<&'static str>,
     /// All parts.
     pub parts: Vec<Diagnosis>,
 }
 
 impl Examination {
-    /// How the machine is as a whole: as its worst part that is needed.
+    /// Return the state of the machine as a whole: that of its worst part that is needed.
     #[must_use]
     pub fn health(&self) -> Health {
         let needed = self.parts.iter().map(|part| part.health).filter(|health| *health != Health::Unneeded);
@@ -47,16 +47,16 @@ impl Examination {
     }
 }
 
-/// One thing that was looked at.
+/// The diagnosis of one part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnosis {
-    /// What it is about: one word.
+    /// The part, in one word.
     pub part: &'static str,
-    /// How it is.
+    /// Its state.
     pub health: Health,
-    /// What was found: one line, safe for a terminal.
+    /// The finding in one line, safe for a terminal.
     pub found: String,
-    /// What to do about it.
+    /// The remedy.
     pub remedy: Option<String>,
 }
 
@@ -70,8 +70,7 @@ impl Diagnosis {
     }
 }
 
-/// Look at everything that a commit needs. `plugin_dirs` are directories with plugins, and `sandbox` is the sandbox, that the
-/// operator names.
+/// Examine everything that a commit needs. The operator may name directories with plugins (`plugin_dirs`) and a `sandbox`.
 #[must_use]
 pub fn examine(plugin_dirs: &[PathBuf], sandbox: Option<SandboxChoice>) -> Examination {
     let loaded = Config::load();
@@ -241,7 +240,7 @@ fn group_name(groups: &str, id: u32) -> Option<&str> {
     name.filter(|name| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c)))
 }
 
-/// Without them a commit works all the same: the metadata is handled in the sandbox.
+/// A commit works without them as well: the sandbox handles the metadata.
 fn confinement(trial: &Confinement) -> [Diagnosis; 2] {
     let one = |part, state: Result<String, &str>, remedy: &str| match state {
         Ok(found) => Diagnosis::good(part, found),

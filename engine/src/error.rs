@@ -1,4 +1,4 @@
-//! How a command fails.
+//! The errors of commands.
 
 use crate::plugins::{IdentifyError, PluginFailure, Registry};
 use instar_guest_abi::ErrorCode;
@@ -6,7 +6,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Which part a file has in a command.
+/// The part of a file in a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
     /// The image that a command works on, where it has only one.
@@ -19,7 +19,7 @@ pub enum Role {
     Backing,
     /// An image below the target of a commit, or below the one that is looked at.
     Ancestor,
-    /// An image above the overlay of a commit, which is to name the target.
+    /// An image above the overlay of a commit that will name the target.
     Child,
     /// A configuration file.
     Configuration,
@@ -29,13 +29,13 @@ impl Role {
     const ALL: [Self; 7] =
         [Self::Image, Self::Overlay, Self::Between, Self::Backing, Self::Ancestor, Self::Child, Self::Configuration];
 
-    /// The role that JSON has this word for.
+    /// Return the role for a word of the JSON.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|role| role.name() == name)
     }
 
-    /// The word that JSON has for it.
+    /// Return its word in the JSON.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -61,8 +61,8 @@ struct Context {
     step: Option<String>,
 }
 
-/// Why a command failed: a code, and one line for people that names the file and what to do. The context is for programs:
-/// the line says it already.
+/// The reason why a command failed: a code, and one line for people that names the file and the remedy. The other fields repeat
+/// the content of the line for programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     /// An `ERROR_*` code.
@@ -73,38 +73,38 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error with a code and a line. The line is made safe for a terminal; escape file names in it with
-    /// [`escape_path`](crate::escape::escape_path) all the same, so that they are unambiguous.
+    /// Make an error from a code and a line. The line is made safe for a terminal; file names in it should still be escaped
+    /// with [`escape_path`](crate::escape::escape_path), so that they are unambiguous.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let message = crate::escape::printable(&message.into()).into_owned();
         Self { code, message, context: Box::default() }
     }
 
-    /// What went wrong with an image, or another file.
+    /// Make the error of an image or another file.
     pub fn image(path: &Path, code: ErrorCode, clause: impl fmt::Display) -> Self {
         Self::new(code, format!("'{}': {clause}", crate::escape::escape_path(path))).at_path(path)
     }
 
-    /// A system call on a file failed: `cannot be opened: Permission denied`. The code tells what every command tells apart
-    /// (a permission that is lacking, what is read-only, a full disk), and is `otherwise` for the rest.
+    /// Make the error of a failed system call on a file: `cannot be opened: Permission denied`. The code tells lacking
+    /// permissions, read-only files and full disks apart, and is `otherwise` for every other reason.
     pub fn io(path: &Path, otherwise: ErrorCode, what: impl fmt::Display, error: &io::Error) -> Self {
         let code = code_of(error).unwrap_or(otherwise);
         Self::image(path, code, format!("{what}: {}", reason(error))).caused_by(error)
     }
 
-    /// Why the format of an image is not known.
+    /// Make the error of an image with an unknown format.
     #[must_use]
     pub fn identify(path: &Path, error: &IdentifyError) -> Self {
         Self::image(path, error.code(), error)
     }
 
-    /// Why a plugin gave no answer about an image.
+    /// Make the error of a plugin that could not answer about an image.
     #[must_use]
     pub fn plugin(path: &Path, failure: &PluginFailure) -> Self {
         Self::image(path, failure.code(), failure)
     }
 
-    /// Refuse plugins of which a directory that the operator named is missing.
+    /// Refuse to continue if a plugin directory that the operator named is missing.
     ///
     /// # Errors
     /// [`ErrorCode::PluginUnavailable`].
@@ -115,29 +115,28 @@ impl Error {
         })
     }
 
-    /// The same error, of this file.
+    /// Set the file of the error.
     #[must_use]
     pub fn at_path(mut self, path: &Path) -> Self {
         self.context.path = Some(path.to_owned());
         self
     }
 
-    /// The same error, of a file with this role, unless it has one already.
+    /// Set the role of the file, unless the error has one.
     #[must_use]
     pub fn in_role(mut self, role: Role) -> Self {
         self.context.role.get_or_insert(role);
         self
     }
 
-    /// The same error, of a file whose role is this one after all, or that has none.
+    /// Replace the role of the file.
     #[must_use]
     pub fn with_role(mut self, role: Option<Role>) -> Self {
         self.context.role = role;
         self
     }
 
-    /// The same error, of a command that works on the image `given`: what is wrong with another file is wrong with one that
-    /// is `below`.
+    /// Set the role of the file in a command on the image `given`: any other file has the role `below`.
     #[must_use]
     pub fn of_image(self, given: &Path, below: Option<Role>) -> Self {
         match self.path().map(|path| path == given) {
@@ -147,72 +146,72 @@ impl Error {
         }
     }
 
-    /// The same error, on this device of a guest, at this byte offset of it.
+    /// Set the guest's device, and the byte offset on it.
     #[must_use]
     pub fn on_device(mut self, device: Option<u32>, offset: Option<u64>) -> Self {
         (self.context.device, self.context.offset) = (device, offset);
         self
     }
 
-    /// The same error, with the errno of the system call that failed.
+    /// Set the errno of the system call that failed.
     #[must_use]
     pub fn with_errno(mut self, errno: i32) -> Self {
         self.context.errno = (errno > 0).then_some(errno);
         self
     }
 
-    /// The same error, with the errno of its cause, if that has one.
+    /// Take over the errno of the cause, if it has one.
     #[must_use]
     pub fn caused_by(self, error: &io::Error) -> Self {
         let errno = error.raw_os_error().unwrap_or(0);
         self.with_errno(errno)
     }
 
-    /// The same error, in this step of an operation.
+    /// Set the step of the operation.
     #[must_use]
     pub fn in_step(mut self, step: &str) -> Self {
         self.context.step = (!step.is_empty()).then(|| step.to_owned());
         self
     }
 
-    /// The same error, whose line also says what the files are like.
+    /// Append the state of the files to the line.
     #[must_use]
     pub fn in_state(mut self, state: &str) -> Self {
         self.message = crate::escape::printable(&format!("{}; {state}", self.message)).into_owned();
         self
     }
 
-    /// The file concerned.
+    /// Return the file concerned.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.context.path.as_deref()
     }
 
-    /// The role of that file.
+    /// Return the role of that file.
     #[must_use]
     pub fn role(&self) -> Option<Role> {
         self.context.role
     }
 
-    /// The device of a guest that the file was.
+    /// Return the number of the guest's device that the file was.
     #[must_use]
     pub fn device(&self) -> Option<u32> {
         self.context.device
     }
 
-    /// The byte offset in that file.
+    /// Return the byte offset in that file.
     #[must_use]
     pub fn offset(&self) -> Option<u64> {
         self.context.offset
     }
 
-    /// The errno of the system call that failed.
+    /// Return the errno of the system call that failed.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         self.context.errno
     }
 
-    /// The step of the operation: of a commit "check", "plan", "write" or "empty".
+    /// Return the step of the operation: for a commit "check", "plan", "write" or "empty".
     #[must_use]
     pub fn step(&self) -> Option<&str> {
         self.context.step.as_deref()
@@ -227,7 +226,7 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// What the system says of an error, without the number that Rust appends.
+/// Return the system's text for an error, without the number that Rust appends.
 #[must_use]
 pub fn reason(error: &io::Error) -> String {
     let text = error.to_string();

@@ -1,4 +1,4 @@
-//! Text that came from an image, on its way to a terminal.
+//! Making text from images safe for a terminal.
 //!
 //! A name can hold escape sequences that rewrite the screen, line feeds that forge a second line, and characters
 //! that reverse the direction of writing. They are shown as `\x1b`, `\n`, `\u{202e}`.
@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// Whether a character must not reach a terminal as it is: control characters, and characters without a shape of their
-/// own that change how others are shown.
+/// Whether a character must not reach a terminal unescaped: control characters, and invisible characters that change how others
+/// are shown.
 #[must_use]
 pub fn is_hidden(c: char) -> bool {
     c.is_control()
@@ -18,7 +18,7 @@ pub fn is_hidden(c: char) -> bool {
             | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// Text of the program itself that may hold parts of images: hidden characters are escaped, the rest stays.
+/// Escape the hidden characters in a text of the program that may hold parts of images.
 #[must_use]
 pub fn printable(text: &str) -> Cow<'_, str> {
     if text.chars().any(is_hidden) {
@@ -30,7 +30,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Text from an image, unambiguously: hidden characters and backslashes are escaped.
+/// Escape text from an image unambiguously: hidden characters and backslashes.
 #[must_use]
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -43,7 +43,7 @@ pub fn escape(text: &str) -> String {
     out
 }
 
-/// Bytes from an image: as [`escape`], and bytes that are not UTF-8 as `\xNN`.
+/// Escape bytes from an image as [`escape`] does, and bytes that are not UTF-8 as `\xNN`.
 #[must_use]
 pub fn escape_bytes(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
@@ -56,8 +56,8 @@ pub fn escape_bytes(bytes: &[u8]) -> String {
     out
 }
 
-/// Bytes as one word that a shell takes for them: what advice has a person paste, an image may have chosen. Bytes that must
-/// not reach a terminal are written as `$'\\xNN'`, which POSIX has since 2024.
+/// Quote bytes as one word of a shell, because a person may paste advice whose words an image has chosen. Bytes that must not
+/// reach a terminal become `$'\\xNN'`, which POSIX has since 2024.
 #[must_use]
 pub fn shell_word(bytes: &[u8]) -> String {
     if let Some(text) = std::str::from_utf8(bytes).ok().filter(|text| !text.chars().any(is_hidden)) {
@@ -82,13 +82,13 @@ pub fn shell_path(path: &Path) -> String {
     shell_word(path.as_os_str().as_bytes())
 }
 
-/// A path, wherever it came from.
+/// Escape a path of any origin.
 #[must_use]
 pub fn escape_path(path: &Path) -> String {
     escape_bytes(path.as_os_str().as_bytes())
 }
 
-/// JSON text with hidden characters as `\uNNNN`. In JSON they can only stand within strings.
+/// Replace hidden characters in JSON by `\uNNNN`. JSON allows them only within strings.
 #[must_use]
 pub fn escape_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());

@@ -1,8 +1,8 @@
 //! The instar library: operations on disk images whose metadata is handled in a sandbox. It knows no format: those are plugins.
 //!
-//! It prints nothing, installs no handler of signals, and ends no process: an [`Observer`](operation::Observer) is told what
-//! happens, a [`Cancel`](operation::Cancel) ends an operation, an [`Error`](error::Error) says why it failed. Only a
-//! [`Session`](operation::Session) that is made for it confines the process.
+//! It prints nothing, installs no signal handler, and ends no process: it reports to an [`Observer`](operation::Observer), a
+//! [`Cancel`](operation::Cancel) ends an operation, and an [`Error`](error::Error) explains a failure. Only a
+//! [`Session`](operation::Session) made for that purpose confines the process.
 
 pub mod adopt;
 pub mod cancel;

@@ -1,7 +1,7 @@
 //! The name that somebody may have meant: of those that exist, the one with the fewest typing errors.
 
 /// The name that is nearest to the wanted one, if it is near enough to have been meant: a third of its characters may differ.
-/// Of several that are equally near, the first one.
+/// Of several that are equally near, the first that is as long, or else the first.
 ///
 /// ```
 /// assert_eq!(instar::nearest::nearest("overlya.qcow2", ["base.qcow2", "overlay.qcow2"]), Some("overlay.qcow2"));
@@ -14,9 +14,10 @@ pub fn nearest<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Op
         // A name that differs by its length alone need not be compared.
         let longer = name.chars().count().abs_diff(wanted.len());
         let errors = if longer > bound { usize::MAX } else { errors(&wanted, name) };
-        (errors <= bound).then_some((errors, name))
+        (errors <= bound).then_some((errors, longer, name))
     };
-    names.into_iter().filter_map(near).min_by_key(|(errors, _)| *errors).map(|(_, name)| name)
+    let found = names.into_iter().filter_map(near).min_by_key(|&(errors, longer, _)| (errors, longer));
+    found.map(|(_, _, name)| name)
 }
 
 /// Characters that were left out, put in, replaced, or swapped with their neighbor (the optimal string alignment distance).
@@ -62,5 +63,6 @@ mod tests {
         assert_eq!(nearest("none", ["top", "base"]), None);
         assert_eq!(nearest("bsae.qcow2", ["top.qcow2", "base.qcow2", "base.raw"]), Some("base.qcow2"));
         assert_eq!(nearest("", [""]), Some(""));
+        assert_eq!(nearest("qcow3", ["qcow", "qcow2"]), Some("qcow2"));
     }
 }

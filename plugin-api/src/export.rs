@@ -10,7 +10,7 @@ use abi_stable::std_types::RResult;
 /// `abi_stable` 0.11.
 pub const HEADER_SYMBOL: &str = "_1as_0lib_1header_0root_bmodule_bloader";
 
-/// Makes the root module of `P`. The engine's loader calls it once through the library header.
+/// Build the root module of `P`. The engine's loader calls this once, through the library header.
 #[doc(hidden)]
 pub extern "C" fn constructor<P: FormatPlugin>() -> RootModuleResult {
     crate::guard::install_hook();

@@ -1,9 +1,9 @@
 //! A hash that is the same on every machine and with every compiler. The build script uses it, too.
 
-/// What a hash begins with (FNV-1a, 64 bits: `draft-eastlake-fnv`, "Offset Basis").
+/// Initial value of a hash (FNV-1a, 64 bits: `draft-eastlake-fnv`, "Offset Basis").
 pub const START: u64 = 0xcbf2_9ce4_8422_2325;
 
-/// `hash` with these bytes taken in.
+/// Update `hash` with these bytes.
 #[must_use]
 pub fn take_in(hash: u64, bytes: &[u8]) -> u64 {
     const PRIME: u64 = 0x0100_0000_01b3;

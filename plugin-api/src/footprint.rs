@@ -1,34 +1,34 @@
-//! How much room a new image takes.
+//! The space that a new image takes.
 
 use abi_stable::std_types::ROption;
 use abi_stable::StableAbi;
 
-/// How long the files of a new image become, together, depending on how much of its disk is allocated.
+/// The combined length of a new image's files, as a function of how much of its disk is allocated.
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
-    /// Virtual size in bytes, as the image would have it: what was asked for, rounded up to what the format can say.
+    /// Virtual size of the image in bytes: the size that was asked for, rounded up to one that the format can express.
     pub virtual_size: u64,
-    /// Bytes that are allocated at once; 1 for plain bytes.
+    /// Allocation unit in bytes; 1 for plain bytes.
     pub unit: u64,
-    /// Bytes of metadata of an image whose whole disk is allocated. One that holds less needs hardly less: it is counted
+    /// Bytes of metadata for a fully allocated disk. An image that holds less needs hardly less, so this is counted in full
     /// whatever is allocated.
     pub overhead: u64,
-    /// Only what is allocated takes room. If not, the files are as long as for a full disk from the beginning.
+    /// Whether only allocated units take space. If not, the files have the length of a full disk from the start.
     pub thin: bool,
-    /// Bytes that the bitmaps would take besides; `RNone` if the image could have none.
+    /// Additional bytes for the bitmaps; `RNone` if the image cannot have any.
     pub bitmaps: ROption<u64>,
 }
 
 impl Footprint {
-    /// Bytes of an image whose whole disk is allocated; `None` if that is more than 2^64.
+    /// Compute the length of a fully allocated image in bytes; `None` if it exceeds 2^64.
     #[must_use]
     pub fn fully_allocated(&self) -> Option<u64> {
         self.virtual_size.checked_next_multiple_of(self.unit.max(1))?.checked_add(self.overhead)
     }
 
-    /// Bytes of an image of which so many units are allocated, which is no more than the disk has; `None` if that is more than
-    /// 2^64.
+    /// Compute the length in bytes of an image with `units` allocated units, which must not exceed those of the disk; `None` if
+    /// it exceeds 2^64.
     #[must_use]
     pub fn required(&self, units: u64) -> Option<u64> {
         let all = self.virtual_size.div_ceil(self.unit.max(1));

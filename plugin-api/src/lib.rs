@@ -1,8 +1,8 @@
 //! The stable contract between the instar engine and its format plugins.
 //!
-//! A plugin is one shared library with two halves. This crate is about the *host half*: it answers three
-//! questions before anything is launched (what is this image, what is it backed by, may this image take its
-//! part in an operation) and hands over the bytes of the *guest half*, which does the work in the virtual machine.
+//! A plugin is one shared library with two halves. This crate defines the *host half*: before anything is launched, it answers
+//! three questions (which format is this image, what backs it, may it take its part in an operation) and hands over the bytes
+//! of the *guest half*, which does the work in the sandbox.
 //!
 //! # Writing a plugin
 //!
@@ -48,19 +48,19 @@
 //!
 //! # What a plugin may do
 //!
-//! It opens no file: the engine opened the image and passes an [`ImageReader`]. It keeps no state between calls,
-//! and it prints nothing. All sizes and offsets are in bytes. The engine calls from one thread at a time, but
-//! a plugin must not rely on it being the same one. What comes out of an image is hostile: check it, and answer with a
-//! [`PluginError`]. A panic is turned into an error by a guard around every call; it is still a bug.
+//! A plugin opens no file: the engine opens the image and passes an [`ImageReader`]. It keeps no state between calls and prints
+//! nothing. All sizes and offsets are in bytes. The engine makes one call at a time, but not always from the same thread.
+//! Everything that comes from an image is hostile: check it, and answer with a [`PluginError`]. A guard around every call turns
+//! a panic into an error; the panic is still a bug.
 //!
 //! # Versions
 //!
-//! [`API_VERSION`] is the version of this crate and follows semver. An engine loads every plugin that was built with the same
-//! major version, an older or a newer one (see [`version::accepts`]). To keep that promise, an interface only grows once it is
-//! released: [`v1`] (contract 1.0) is frozen with the first release, with every type that it mentions. A minor version
-//! appends functions to its root module, all of them optional: whoever of the two lacks one does without
-//! (see [`loading`]). What both sides would *need* is a `v2` module beside it with a root module, types and a name of its own. The
-//! engine asks the library header which interface a plugin speaks, and keeps an adapter for each that it ever knew.
+//! [`API_VERSION`] is the version of this crate and follows semver. An engine loads every plugin with the same major version,
+//! older or newer (see [`version::accepts`]). To keep that promise, a released interface only grows: the first release freezes
+//! [`v1`] (contract 1.0) and every type that it mentions. A minor version appends optional functions to the root module; a side
+//! that lacks one does without (see [`loading`]). A change that both sides *need* becomes a `v2` module beside it, with its own
+//! root module, types and name. The library header tells the engine which interface a plugin speaks, and the engine keeps an
+//! adapter for every interface it has ever known.
 // The derives of abi_stable 0.11 define impls inside functions.
 #![allow(non_local_definitions)]
 
@@ -92,7 +92,7 @@ pub use types::{
 pub use value::{printable, FactValue, Feature, Field, VALUES_MAX, VALUE_BYTES, VALUE_DEPTH};
 pub use version::API_VERSION;
 
-/// The `abi_stable` types that stand in the values of this crate.
+/// The `abi_stable` types that the values of this crate consist of.
 pub use abi_stable::std_types;
 
 /// What the expansion of [`export_plugin!`] uses. Not part of the contract.

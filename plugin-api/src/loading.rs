@@ -1,4 +1,4 @@
-//! Taking a root module out of a library, for engines: whichever of the two has more functions.
+//! Extracting a root module from a library, for engines, whichever side has more functions.
 
 use crate::v1::PluginModuleV1_Ref;
 use abi_stable::abi_stability::check_layout_compatibility;
@@ -6,13 +6,14 @@ use abi_stable::library::{LibHeader, RootModule};
 
 pub use crate::origin::{origin, ORIGIN_SYMBOL};
 
-/// The root module of a library as `M`; `None` if the functions that both have, or the types that these take, differ.
+/// Return the root module of a library as `M`, or `None` if the functions that both sides have, or the types of their
+/// arguments, differ.
 ///
 /// A minor version of the contract appends functions behind the prefix of a root module, and reads each as an `Option`.
-/// `abi_stable` lets a library have more of them than the engine, and refuses one that has fewer: then this compares the layouts
-/// the other way round. The text of a mismatch is up to 10 KB of type descriptions: it is dropped.
+/// `abi_stable` accepts a library with more functions than the engine and refuses one with fewer: in that case this compares
+/// the layouts the other way round. The text of a mismatch, up to 10 KB of type descriptions, is dropped.
 ///
-/// The version strings are not compared: [`version::accepts`](crate::version::accepts) does that, before.
+/// The caller compares the versions first, with [`version::accepts`](crate::version::accepts).
 #[must_use]
 pub fn root_module<M: RootModule>(header: &LibHeader) -> Option<M> {
     if let Ok(module) = header.check_layout::<M>() {
@@ -24,8 +25,8 @@ pub fn root_module<M: RootModule>(header: &LibHeader) -> Option<M> {
     unsafe { header.unchecked_layout::<M>() }.ok()
 }
 
-/// The root module of a library that speaks interface 1, as [`root_module`] takes it out. `origin` is what the library says of
-/// [its types' origin](ORIGIN_SYMBOL), if it does: where that is the caller's own, they are the same without a look at them.
+/// Return the root module of a library that speaks interface 1, as [`root_module`] does. `origin` is the [origin of its
+/// types](ORIGIN_SYMBOL), if the library exports one: equal origins prove equal types, and save comparing them.
 #[must_use]
 pub fn root_module_v1(header: &LibHeader, origin: Option<u64>) -> Option<PluginModuleV1_Ref> {
     if origin != Some(self::origin()) {

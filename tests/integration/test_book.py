@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 
+import book
 import links
 import pytest
 import support
@@ -154,3 +155,26 @@ def test_the_checker_of_links(tmp_path, text, found):
     page = tmp_path / "page.md"
     page.write_text(text)
     assert len(links.broken(page, tmp_path)) == found
+
+
+def test_the_book_is_made_from_the_index(tmp_path):
+    """`make book` has no table of contents of its own: each page that the index names is in it once, and so is every page of docs/."""
+    listed = book.pages()
+    assert len(listed) == len(set(listed)), "a page is there twice"
+    assert {path.relative_to(REPO).as_posix() for path in DOCS.rglob("*.md")} <= set(listed)
+    assert [name for name, pages in book.sections() if pages] == ["Tutorials", "How-to", "Reference", "Explanation"]
+    book.sources(tmp_path)
+    named = re.findall(r"\]\(([^)]+)\)", (tmp_path / "src/SUMMARY.md").read_text())
+    assert len(named) == len(listed) and all((tmp_path / "src" / name).is_file() for name in named)
+    wrong = [line for page in (tmp_path / "src").rglob("*.md") for line in links.broken(page, tmp_path)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("page", "found"), [
+    ('<a href="other.html">x</a>', 0), ('<a href="other.html#place">x</a>', 0), ('<a href="https://example.org/nowhere">x</a>', 0),
+    ('<a href="nowhere.html">x</a>', 1), ('<a href="other.html#nowhere">x</a>', 1), ('<a href="#nowhere">x</a>', 1), ('<img src="none.svg">', 1),
+])
+def test_the_checker_of_the_book(tmp_path, page, found):
+    (tmp_path / "page.html").write_text(page)
+    (tmp_path / "other.html").write_text('<h1 id="place">x</h1>')
+    assert len(book.broken(tmp_path)) == found

@@ -22,9 +22,22 @@ SET_UP = re.compile(r"^(?:sudo )?(?:apt-get (?:update|install)|dnf install|chmod
     ("```\nbehaviour\n```", 0),
     ("The parser reads the header and refuses what it cannot hold.", 0),
     ("Please note that this is simply so.", 2),
+    ("Whoever lacks one does without.", 1),
+    ("A disk of so many bytes.", 1),
+    ("It has so many files that a list is slow.", 0),
+    ("All names that there are.", 1),
+    ("It commits all the same, and says so.", 1),
+    ("Two images of all the same size.", 0),
 ])
 def test_phrases(text, found):
     assert len(wording.faults(text)) == found
+
+
+def test_comments_are_held_to_the_same_phrases():
+    source = "//! Whoever asks.\nlet whoever = 1; // A trailing one is short.\n    /// Made anew.\n"
+    assert wording.comments(source) == "Whoever asks.\n\nMade anew."
+    assert [line for line, _ in wording.faults(wording.comments(source))] == [1, 3]
+    assert len(wording.sources()) > 100 and not [name for name in wording.NOT_YET if not (REPO / name).exists()]
 
 
 @pytest.mark.parametrize(("message", "found"), [

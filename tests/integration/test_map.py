@@ -7,7 +7,7 @@ import random
 import pytest
 import qcow2_bytes
 import support
-from support import MIB
+from support import MIB, run_instar
 
 CHUNK = 4096
 
@@ -263,3 +263,12 @@ def test_a_picture_shows_what_is_read(tmp_path):
     assert part.rc == 0 and part.stdout.startswith("<svg ") and "from byte 2097152 on" in part.stdout
     assert part.stdout.count("<rect") == 1 + 72, "the strip of the base has nothing to show"
     assert support.run_instar("map", "--picture", "--output", "json", top).rc == 2
+
+
+def test_a_chain_that_is_named_from_here_on_is_shown_from_here_on(tmp_path):
+    support.create(tmp_path / "base", MIB)
+    support.create(tmp_path / "top", backing="base")
+    support.qemu_io(tmp_path / "base", "write 0 64k")
+    for name in ("top", tmp_path / "top"):
+        ours, theirs = run_instar("map", name, cwd=tmp_path), support.qemu_img("map", name, cwd=tmp_path)
+        assert ours.stdout == theirs.stdout and ("/base" in ours.stdout) == (name != "top"), str(ours)

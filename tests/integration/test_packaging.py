@@ -103,6 +103,28 @@ def test_completions_of_bash_offer_what_is_meant(tmp_path, words, offered):
     assert (set(result.stdout.splitlines()), result.stderr) == (offered, ""), str(result)
 
 
+@pytest.mark.parametrize(
+    ("words", "at", "offered"),
+    [(["info", ""], -1, {"base.qcow2", "sub"}), (["info", "note"], -1, {"notes.txt"}), (["compare", "b"], -1, {"base.qcow2"}),
+     (["rebase", "-b", ""], -1, {"base.qcow2", "sub"}), (["commit", "--relink", "s"], -1, {"sub"}), (["convert", "-O", "vh"], -1, {"vhd", "vhdx"}),
+     (["commit", "-b", ""], -1, {"base.qcow2", "sub"}), (["commit", "sub/top\\ one.qcow2", "-b", ""], -1, {"mid.qcow2", "../base.qcow2"}),
+     (["commit", "-b", "", "sub/top\\ one.qcow2"], 3, {"mid.qcow2", "../base.qcow2"}), (["commit", "sub/mid.qcow2", "-b", ".."], -1, {"../base.qcow2"}),
+     (["measure", "--commit", "sub/mid.qcow2", "--base", ""], -1, {"../base.qcow2"})],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_completions_of_bash_ask_the_program(tmp_path, words, at, offered):
+    """Images before other files, the formats that are installed under all their names, and for -b what is below the overlay."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "notes.txt").touch()
+    support.create(tmp_path / "base.qcow2", support.MIB)
+    support.create(tmp_path / "sub/mid.qcow2", backing="../base.qcow2")
+    support.create(tmp_path / "sub/top one.qcow2", backing="mid.qcow2")
+    (tmp_path / "instar").symlink_to(support.instar_binary())
+    script = f'compopt() {{ :; }}; source {COMPLETIONS["bash"]}; program=$1; at=$2; shift 2; COMP_WORDS=("$program" "$@"); ' \
+        '((COMP_CWORD = at < 0 ? $# : at)); _instar "$program" "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"; printf "%s\\n" "${COMPREPLY[@]}"'
+    result = run("bash", "-c", script, "bash", tmp_path / "instar", str(at), *words, cwd=tmp_path)
+    assert (set(result.stdout.splitlines()), result.stderr) == (offered, ""), str(result)
+
+
 def test_completions_of_other_shells_offer_formats():
     for shell in ("zsh", "fish"):
         text = COMPLETIONS[shell].read_text()

@@ -98,6 +98,22 @@ def test_the_json_is_what_a_commit_prints(tmp_path):
     assert sandbox.sub("", places.sub('"/', printed)).split() == sandbox.sub("", places.sub('"/', shown)).split()
 
 
+def test_what_is_to_be_pasted_works_in_an_empty_directory(tmp_path):
+    block = section("Use").split("```sh\n", 1)[1].split("```", 1)[0]
+    commands = [line.split("#")[0].split() for line in block.splitlines() if line.startswith("instar ")]
+    assert [command[1] for command in commands] == ["create", "create", "info", "commit", "commit"]
+    for command in commands:
+        result = support.run_instar(*command[1:], cwd=tmp_path)
+        assert result.rc == 0, str(result)
+
+
+def test_every_command_is_shown():
+    shown = set(re.findall(r"(?m)^instar (\w+)", section("Use")))
+    listed = support.run_instar("--help").stdout.split("Commands:\n")[1].split("\n\n")[0]
+    known = set(re.findall(r"^  (\w+)  ", listed, re.MULTILINE)) - {"help", "plugins", "config", "doctor"}
+    assert shown == known and all(f"`instar {name}" in README for name in ("plugins", "config", "doctor"))
+
+
 def test_the_recipe_takes_a_layer_out_of_a_chain(tmp_path):
     recipe = section("Merge a layer, repoint its children, delete it").split("```sh\n", 1)[1].split("```", 1)[0]
     support.create(tmp_path / "base.qcow2", "4M")

@@ -2,8 +2,8 @@
 """What a program can hold of the rules of language in CONTRIBUTING.md. Run by `make lint`, and with `--subject FILE` by the hook
 `commit-msg`.
 
-Phrases that were written again and again and say nothing, misspellings, and British spelling, in Markdown and in manual pages.
-A rule that finds something in a text that is right is wrong: make it narrower.
+Phrases that were written again and again and say nothing, misspellings, and British spelling, in Markdown, in manual pages and in
+the comments of crates. A rule that finds something in a text that is right is wrong: make it narrower.
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ PHRASES = {
     r"\bin case of\b": "if, or on",
     r"\bresp\.": "or",
     r"\binformations\b|\badvices\b|\bsoftwares\b": "has no plural",
+    r"\b(?:what|those) there (?:is|are)\b|\bthat there (?:is|are)(?=[.,;:)]|$)": "name the thing",
+    r"\bso many (?!(?:\w+ ){0,4}that\b|as\b)": "this many, or `count`",
+    r"\bwhoever\b": "name the one who acts",
+    r"\ball the same(?=[.,;:)])": "nevertheless",
+    r"\banew\b": "again",
+    r"\bin the box\b": "bundled",
+    r"\bis (?:not )?to matter\b": "must not depend on",
+    r"\bfor the sake of\b": "for",
     r"\ballows to\b|\bpermits to\b": "lets you …",
 }
 SPELLINGS = {
@@ -42,6 +50,12 @@ SPELLINGS = {
 }
 #: Texts that quote what is to be avoided, and frozen ones.
 SKIPPED = ("CONTRIBUTING.md", "CHANGELOG.md")
+#: Crates whose comments are held to the same phrases.
+COMMENTED = ("plugin-api/src/", "guest/abi/src/", "guest/build/src/", "guest/sdk/src/", "engine/src/", "engine/cli/src/")
+#: Of these, modules that are not yet.
+NOT_YET = ("engine/src/commit/", "engine/src/convert/", "engine/src/rebase/", "engine/src/resize/", "engine/cli/src/convert.rs",
+           "engine/cli/src/rebase.rs")
+COMMENT = re.compile(r"^\s*//[/!]? ?(.*)$")
 SUBJECT_WIDTH = 72
 #: First words of a change that are no imperative.
 NO_IMPERATIVE = re.compile(r"^(?:\w+ed|\w+ing|the|a|an|it|this|that|what|which|who|now|there)\b", re.IGNORECASE)
@@ -62,6 +76,12 @@ def faults(text: str) -> list[tuple[int, str]]:
             if re.search(rf"(?i)\b(?:un|re|de)?{wrong}", line):
                 found.append((number, f'"{wrong}": {right}'))
     return found
+
+
+def comments(source: str) -> str:
+    """The comments of a source that have lines of their own; its other lines are empty, so that numbers of lines stay right."""
+    found = (COMMENT.match(line) for line in source.splitlines())
+    return "\n".join(match[1] if match else "" for match in found)
 
 
 def subject_faults(message: str) -> list[str]:
@@ -99,12 +119,20 @@ def documents() -> list[Path]:
     return pages + [ROOT / name for name in listed.stdout.split()]
 
 
+def sources() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", *(f"{folder}*.rs" for folder in COMMENTED)], cwd=ROOT, capture_output=True, text=True,
+                            check=False)
+    return [ROOT / name for name in listed.stdout.split() if not name.startswith(NOT_YET)]
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--subject"]:
         wrong = [f"commit message: {fault}" for fault in subject_faults(Path(sys.argv[2]).read_text(encoding="utf-8"))]
     else:
         wrong = [f"{page.relative_to(ROOT)}:{number}: {fault}" for page in documents()
                  for number, fault in faults(page.read_text(encoding="utf-8"))]
+        wrong += [f"{source.relative_to(ROOT)}:{number}: {fault}" for source in sources()
+                  for number, fault in faults(comments(source.read_text(encoding="utf-8")))]
     print("\n".join(wrong) or "tests/tools/wording: nothing found", file=sys.stderr if wrong else sys.stdout)
     return 1 if wrong else 0
 

@@ -1,6 +1,7 @@
 //! `instar check`: options, and its exit status.
 
 use super::check_text::{findings, json, kept, repaired, summary};
+use super::color::ColorArgs;
 use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
@@ -45,6 +46,9 @@ pub struct CheckArgs {
     /// How to print the result
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub color: ColorArgs,
     /// Print no summary
     #[arg(short, long)]
     pub quiet: bool,
@@ -66,7 +70,7 @@ pub struct CheckArgs {
     /// Say what -r would repair, and change nothing
     #[arg(long, requires = "repair")]
     pub dry_run: bool,
-    /// Taken for the sake of scripts: a repair always flushes between its steps
+    /// Accepted for scripts: a repair always flushes between its steps
     #[arg(short = 'T', long = "cache", hide = true, value_enum, value_name = "MODE")]
     pub cache: Option<CacheMode>,
     /// The image
@@ -105,6 +109,8 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
         dry_run: args.dry_run,
         settings: args.opening.settings(&config),
     };
+    // A confined process can ask the terminal nothing.
+    let (paint, aside) = (args.color.stdout(), args.color.stderr());
     let told = Rc::new(Told { verbose: args.verbose, ..Told::of("check", &args.progress, args.quiet)? });
     // A repair that is cancelled ends between two requests.
     let changes = args.repair.is_some() && !args.dry_run;
@@ -116,17 +122,17 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
     if let Some(repair) = &result.repair {
         let shown =
             if repair.changed() { (&repair.before, &repair.findings) } else { (&result.found, &result.findings) };
-        say(&(findings(shown.0, shown.1) + &kept(repair)));
+        say(&(findings(shown.0, shown.1, aside) + &kept(repair)));
         if !args.quiet && args.output == OutputFormat::Human {
             print(out, &repaired(repair))?;
         }
     }
     if result.repair.as_ref().is_none_or(Repaired::changed) {
-        say(&findings(&result.found, &result.findings));
+        say(&findings(&result.found, &result.findings, aside));
     }
     match args.output {
         _ if args.quiet => {}
-        OutputFormat::Human => print(out, &summary(&result))?,
+        OutputFormat::Human => print(out, &summary(&result, paint))?,
         OutputFormat::Json => print_json(out, &json(&result, &file))?,
     }
     Ok(status(&result.found))

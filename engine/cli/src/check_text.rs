@@ -1,5 +1,6 @@
 //! What `instar check` prints, in the words of `qemu-img check`.
 
+use super::color::Paint;
 use instar::check::{CheckOutcome, Repaired};
 use instar::escape::printable;
 use instar_guest_abi::{CheckSummary, FindingKind};
@@ -7,12 +8,12 @@ use serde_json::{Map, Value};
 use std::fmt::Write as _;
 
 /// The findings of a check, one line each.
-pub(super) fn findings(found: &CheckSummary, findings: &[(FindingKind, String)]) -> String {
+pub(super) fn findings(found: &CheckSummary, findings: &[(FindingKind, String)], paint: Paint) -> String {
     let mut text = String::new();
     for (kind, finding) in findings {
         let word = match kind {
-            FindingKind::Corruption => "ERROR",
-            FindingKind::Leak => "Leaked",
+            FindingKind::Corruption => paint.bad("ERROR"),
+            FindingKind::Leak => paint.warning("Leaked"),
         };
         // Writing into a string cannot fail.
         let _ = writeln!(text, "{word} {}", printable(finding));
@@ -45,26 +46,25 @@ pub(super) fn repaired(repair: &Repaired) -> String {
 }
 
 /// The summary for people.
-pub(super) fn summary(result: &CheckOutcome) -> String {
+pub(super) fn summary(result: &CheckOutcome, paint: Paint) -> String {
     let found = &result.found;
     let mut text = String::new();
     if found.corruptions == 0 && found.leaks == 0 {
-        text.push_str("No errors were found on the image.\n");
+        let _ = writeln!(text, "{}", paint.good("No errors were found on the image."));
     }
     // Writing into a string cannot fail.
     if found.corruptions != 0 {
         let _ = writeln!(
             text,
-            "\n{} errors were found on the image.\n\
-             Data may be corrupted, or further writes to the image may corrupt it.",
-            found.corruptions
+            "\n{}\nData may be corrupted, or further writes to the image may corrupt it.",
+            paint.bad(&format!("{} errors were found on the image.", found.corruptions))
         );
     }
     if found.leaks != 0 {
         let _ = writeln!(
             text,
-            "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.",
-            found.leaks
+            "\n{}\nThis means waste of disk space, but no harm to data.",
+            paint.warning(&format!("{} leaked clusters were found on the image.", found.leaks))
         );
     }
     let (allocated, total) = (found.allocated_clusters, found.total_clusters);
@@ -140,7 +140,7 @@ mod tests {
         let found = CheckSummary { leaks: 5, corruptions: 2, ..CheckSummary::default() };
         let findings_of =
             vec![(FindingKind::Leak, "a\x1b[2J\nb".to_owned()), (FindingKind::Corruption, "c".to_owned())];
-        let text = findings(&found, &findings_of);
+        let text = findings(&found, &findings_of, Paint::PLAIN);
         assert_eq!(text.lines().count(), 3, "{text}");
         assert!(text.contains("ERROR c\n… and 5 more") && !text.contains('\x1b'), "{text}");
     }

@@ -55,7 +55,7 @@ pub struct CompareArgs {
     /// Print what was loaded, how the process is confined, how large the disks are, and what the guest logs
     #[arg(short, long)]
     pub verbose: bool,
-    /// Taken for the sake of scripts: nothing is written
+    /// Accepted for scripts: nothing is written
     #[arg(short = 'T', long = "cache", hide = true, value_enum, value_name = "MODE")]
     pub cache: Option<CacheMode>,
     #[command(flatten)]

@@ -5,7 +5,7 @@ use instar::error::Error;
 use instar::escape::{escape, printable};
 use std::fmt::Write as _;
 
-/// Whether the options ask for a list of the options that there are.
+/// Whether the options ask for the list of options.
 #[must_use]
 pub fn want_help(options: &[(String, String)]) -> bool {
     options.iter().any(|(name, _)| name == "help" || name == "?")

@@ -1,6 +1,8 @@
 //! `instar info`: options, and what is printed, in the words of `qemu-img info`.
 
+use super::color::ColorArgs;
 use super::output::{print, print_json, OutputFormat};
+use super::terminal::width;
 use super::{info_text, snapshot_text};
 use clap::Args;
 use instar::error::Error;
@@ -22,7 +24,10 @@ pub struct InfoArgs {
     /// How to print the result
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
-    /// Taken for the sake of scripts: an image in use can always be shown
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "clap would take it for help")]
+    pub color: ColorArgs,
+    /// Accepted for scripts: an image in use can always be shown
     #[arg(short = 'U', long, hide = true)]
     pub force_share: bool,
     /// Also load plugins from DIR; may be given several times
@@ -45,10 +50,12 @@ pub fn run(args: &InfoArgs, session: &Session, out: &mut dyn Write) -> Result<()
         backing_chain: args.backing_chain,
         search: SearchPath::for_process(&args.plugin_dir, &super::configuration(args.output)?.plugin_paths()),
     };
+    // A confined process can ask the terminal nothing.
+    let (paint, width) = (args.color.stdout(), width());
     let images = run_info(&request, session)?;
     match (args.output, images.as_slice()) {
         (OutputFormat::Human, images) => {
-            let texts: Vec<String> = images.iter().map(info_text::human).collect();
+            let texts: Vec<String> = images.iter().map(|image| info_text::human(image, paint, width)).collect();
             print(out, &texts.join("\n"))
         }
         (OutputFormat::Json, [image]) if !args.backing_chain => print_json(out, image),

@@ -1,5 +1,6 @@
 //! `instar info` for people.
 
+use super::color::Paint;
 use super::size::format_size;
 use super::snapshot_text;
 use instar::escape::{escape, escape_bytes, escape_path, printable};
@@ -8,30 +9,31 @@ use serde_json::Value;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 
-/// The lines of `qemu-img info`. Whatever came from the image is escaped.
-pub(super) fn human(image: &ImageInfo) -> String {
+/// The lines of `qemu-img info`. Whatever came from the image is escaped. On a terminal with `width` columns, sentences are
+/// broken between words; names stay whole, so that they can be copied.
+pub(super) fn human(image: &ImageInfo, paint: Paint, width: Option<usize>) -> String {
     let facts = &image.facts;
     let mut text = String::new();
     let mut line = |label: &str, value: &str| {
-        let _ = writeln!(text, "{label}: {value}");
+        let _ = writeln!(text, "{}: {value}", paint.label(label));
     };
-    line("image", &escape_path(&image.filename));
+    line("image", &paint.heading(&escape_path(&image.filename)));
     line("file format", &facts.format);
     line("virtual size", &format!("{} ({} bytes)", format_size(facts.virtual_size), facts.virtual_size));
     line("disk size", &format_size(image.actual_size));
     if facts.encrypted {
-        line("encrypted", "yes");
+        line("encrypted", &paint.warning("yes"));
     }
     if facts.cluster_size != 0 {
         line("cluster_size", &facts.cluster_size.to_string());
     }
     if facts.dirty {
-        line("cleanly shut down", "no");
+        line("cleanly shut down", &paint.warning("no"));
     }
     if let Some((recorded, format)) = image.backing() {
         let name = escape_bytes(recorded);
         match &image.backing_path {
-            None => line("backing file", &format!("{name} (not a plain file name: not followed)")),
+            None => line("backing file", &paint.warning(&format!("{name} (not a plain file name: not followed)"))),
             Some(path) if path.as_os_str().as_bytes() == recorded => line("backing file", &name),
             Some(path) => line("backing file", &format!("{name} (actual path: {})", escape_path(path))),
         }
@@ -44,29 +46,47 @@ pub(super) fn human(image: &ImageInfo) -> String {
     }
     let mut features = image.specific().peekable();
     if features.peek().is_some() {
-        text.push_str("Format specific information:\n");
+        let _ = writeln!(text, "{}", paint.heading("Format specific information:"));
     }
     for (name, value) in features {
-        feature(&mut text, 1, &name, &value);
+        feature(&mut text, paint, 1, &name, &value);
     }
     if !image.notes.is_empty() {
-        text.push_str("Notes:\n");
+        let _ = writeln!(text, "{}", paint.warning("Notes:"));
     }
     for note in &image.notes {
-        let _ = writeln!(text, "    {}", printable(note));
+        let _ = writeln!(text, "{}", filled(&printable(note), width));
     }
     text
 }
 
+/// A sentence below a heading.
+fn filled(sentence: &str, width: Option<usize>) -> String {
+    const INDENT: &str = "    ";
+    let Some(width) = width else { return format!("{INDENT}{sentence}") };
+    let options = textwrap::Options::new(width)
+        .initial_indent(INDENT)
+        .subsequent_indent("      ")
+        .word_separator(textwrap::WordSeparator::AsciiSpace)
+        .word_splitter(textwrap::WordSplitter::NoHyphenation)
+        .break_words(false);
+    textwrap::fill(sentence, options)
+}
+
 /// A feature, lists and objects indented below their name.
-fn feature(text: &mut String, depth: usize, name: &str, value: &Value) {
+fn feature(text: &mut String, paint: Paint, depth: usize, name: &str, value: &Value) {
     let indent = "    ".repeat(depth);
-    let name = escape(&name.replace('-', " "));
+    let damaged = name == "corrupt" && *value == Value::Bool(true);
+    let name = paint.label(&escape(&name.replace('-', " ")));
     let children: Vec<(String, &Value)> = match value {
         Value::Array(list) => list.iter().enumerate().map(|(i, value)| (format!("[{i}]"), value)).collect(),
         Value::Object(map) => map.iter().map(|(key, value)| (key.clone(), value)).collect(),
         Value::String(string) => {
             let _ = writeln!(text, "{indent}{name}: {}", escape(string));
+            return;
+        }
+        _ if damaged => {
+            let _ = writeln!(text, "{indent}{name}: {}", paint.bad("true"));
             return;
         }
         other => {
@@ -76,6 +96,6 @@ fn feature(text: &mut String, depth: usize, name: &str, value: &Value) {
     };
     let _ = writeln!(text, "{indent}{name}:");
     for (key, value) in children {
-        feature(text, depth + 1, &key, value);
+        feature(text, paint, depth + 1, &key, value);
     }
 }

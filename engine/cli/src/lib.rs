@@ -5,6 +5,7 @@
 
 pub mod check;
 mod check_text;
+pub mod color;
 pub mod commit;
 mod commit_by_adoption;
 mod commit_text;

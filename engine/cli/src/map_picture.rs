@@ -1,5 +1,6 @@
 //! A map as a picture: a strip of the disk for each layer, which shows where the bytes come from that a guest reads.
 
+use super::color::Paint;
 use super::output::{print, unprinted};
 use super::size::format_size;
 use instar::error::Error;
@@ -49,6 +50,7 @@ struct Strip {
 #[derive(Debug)]
 pub struct MapPicture {
     drawing: Drawing,
+    paint: Paint,
     /// Where the picture begins, and where the last run ended, in guest bytes.
     start: u64,
     end: u64,
@@ -60,8 +62,8 @@ pub struct MapPicture {
 
 impl MapPicture {
     /// A picture of what comes from this byte of the disk on.
-    pub fn new(drawing: Drawing, start: u64) -> Self {
-        Self { drawing, start, end: start, unit: SECTOR, strips: BTreeMap::new() }
+    pub fn new(drawing: Drawing, start: u64, paint: Paint) -> Self {
+        Self { drawing, paint, start, end: start, unit: SECTOR, strips: BTreeMap::new() }
     }
 
     /// Count the next run.
@@ -135,9 +137,21 @@ impl MapPicture {
         for (depth, strip) in &self.strips {
             let column = self.column();
             let line: String = self.columns(strip).iter().map(|cell| cell.character(column)).collect();
-            let _ = writeln!(text, "{}\n|{line}|", strip.label(*depth));
+            let _ = writeln!(text, "{}\n|{}|", self.paint.heading(&strip.label(*depth)), self.colored(&line));
         }
         text
+    }
+
+    /// A strip of characters, in which runs of the same one have its color.
+    fn colored(&self, line: &str) -> String {
+        let runs = line.as_bytes().chunk_by(|left, right| left == right).map(String::from_utf8_lossy);
+        runs.map(|run| match run.as_bytes().first() {
+            Some(b'#') => self.paint.data(&run),
+            Some(b'+') => self.paint.label(&run),
+            Some(b'.') => self.paint.faint(&run),
+            _ => run.into_owned(),
+        })
+        .collect()
     }
 
     fn svg(&self) -> String {
@@ -206,7 +220,7 @@ impl Cell {
         }
     }
 
-    /// The colour of a column, and how much of it: a little can be seen, too.
+    /// The color of a column, and how much of it: a little can be seen, too.
     fn paint(self, column: u64) -> (&'static str, f64) {
         #[allow(clippy::cast_precision_loss, reason = "a shade")]
         let share = |bytes: u64| 0.15 + 0.85 * (bytes as f64 / column.max(1) as f64).min(1.0);
@@ -236,7 +250,7 @@ mod tests {
     }
 
     fn picture(drawing: Drawing, runs: &[MapRun<'_>]) -> String {
-        let mut picture = MapPicture::new(drawing, runs.first().map_or(0, |run| run.start));
+        let mut picture = MapPicture::new(drawing, runs.first().map_or(0, |run| run.start), Paint::PLAIN);
         runs.iter().for_each(|run| picture.add(run));
         let mut out = Vec::new();
         assert!(picture.end(&mut out).is_ok());

@@ -1,5 +1,6 @@
 //! A map as it is printed: in the words of `qemu-img map`, run by run.
 
+use super::color::Paint;
 use super::output::{unprinted, OutputFormat};
 use instar::error::Error;
 use instar::escape::escape_path;
@@ -11,13 +12,14 @@ use std::io::{self, Write};
 pub struct MapText<'w> {
     out: io::BufWriter<&'w mut dyn Write>,
     format: OutputFormat,
+    paint: Paint,
     printed: u64,
 }
 
 impl<'w> MapText<'w> {
     /// One that prints on `out`.
-    pub fn new(out: &'w mut dyn Write, format: OutputFormat) -> Self {
-        Self { out: io::BufWriter::with_capacity(1 << 16, out), format, printed: 0 }
+    pub fn new(out: &'w mut dyn Write, format: OutputFormat, paint: Paint) -> Self {
+        Self { out: io::BufWriter::with_capacity(1 << 16, out), format, paint, printed: 0 }
     }
 
     /// Print the next run.
@@ -29,7 +31,7 @@ impl<'w> MapText<'w> {
             (OutputFormat::Json, ..) => json(run, self.printed == 0),
             (OutputFormat::Human, ..) if !run.data || run.zero => return Ok(()),
             (OutputFormat::Human, Some(file), Some(offset)) => {
-                let heading = if self.printed == 0 { HEADING } else { "" };
+                let heading = if self.printed == 0 { self.heading() } else { String::new() };
                 let (start, length, offset) = (hex(run.start), hex(run.length), hex(offset));
                 format!("{heading}{start:<16}{length:<16}{offset:<16}{}\n", escape_path(file))
             }
@@ -53,14 +55,18 @@ impl<'w> MapText<'w> {
         let written = match (self.format, self.printed) {
             (OutputFormat::Json, 0) => self.out.write_all(b"[]\n"),
             (OutputFormat::Json, _) => self.out.write_all(b"]\n"),
-            (OutputFormat::Human, 0) => self.out.write_all(HEADING.as_bytes()),
+            (OutputFormat::Human, 0) => self.out.write_all(self.heading().as_bytes()),
             (OutputFormat::Human, _) => Ok(()),
         };
         written.and_then(|()| self.out.flush()).map_err(|error| unprinted(&error))
     }
+
+    fn heading(&self) -> String {
+        format!("{}\n", self.paint.heading(HEADING))
+    }
 }
 
-const HEADING: &str = "Offset          Length          Mapped to       File\n";
+const HEADING: &str = "Offset          Length          Mapped to       File";
 
 /// As C's `%#x` has it.
 fn hex(value: u64) -> String {

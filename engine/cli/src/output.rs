@@ -115,6 +115,11 @@ pub(super) fn note_directory() {
     let _ = STARTED_IN.set(std::env::current_dir().unwrap_or_default());
 }
 
+/// Where relative names begin.
+pub(super) fn started_in() -> Option<&'static Path> {
+    STARTED_IN.get().map(PathBuf::as_path).filter(|directory| directory.is_absolute())
+}
+
 /// A path as an absolute one, without asking the file system: `..` stays, for only the kernel knows where it leads.
 #[must_use]
 pub fn absolute(path: &Path) -> PathBuf {

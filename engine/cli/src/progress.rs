@@ -126,7 +126,7 @@ impl Shown {
     }
 }
 
-/// The line for whoever asks by a signal.
+/// The answer to a signal.
 #[must_use]
 pub fn one_line(progress: Progress) -> String {
     match progress.stage {

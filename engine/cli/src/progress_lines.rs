@@ -162,7 +162,7 @@ fn name(stage: Stage) -> &'static str {
     }
 }
 
-/// Whether something can be written within so many milliseconds, or never; -1 waits for it.
+/// Wait at most this many milliseconds until something can be written, or never will be; -1 waits without limit.
 fn is_ready(out: RawFd, milliseconds: libc::c_int) -> bool {
     let mut wanted = libc::pollfd { fd: out, events: libc::POLLOUT, revents: 0 };
     // SAFETY: `wanted` is one valid structure.

@@ -19,7 +19,7 @@ pub struct RecoverArgs {
     /// Print nothing on success
     #[arg(short, long)]
     pub quiet: bool,
-    /// Wait so many seconds for an image that is in use
+    /// Wait up to SECONDS for an image that is in use
     #[arg(long, value_name = "SECONDS", default_value_t, value_parser = parse_seconds)]
     pub wait: u64,
     /// How to print the result

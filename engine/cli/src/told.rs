@@ -27,7 +27,7 @@ pub struct Told {
 }
 
 impl Told {
-    /// Who is told how far the command `job` is, besides whoever asks by a signal.
+    /// Make the observers of the command `job`'s progress. Signals are answered in any case.
     ///
     /// # Errors
     /// A descriptor that nothing can be written to.

@@ -52,9 +52,8 @@ fn explain(error: &clap::Error, arguments: &[OsString]) -> u8 {
         };
     }
     match output {
-        // Lost where it cannot be written, as every line on standard error.
-        OutputFormat::Human => drop(error.print()),
-        OutputFormat::Json => say(&render_error(&Error::new(ErrorCode::BadUsage, clause(error)), output)),
+        OutputFormat::Human => say(&for_people(error)),
+        OutputFormat::Json => say(&render_error(&bad_usage(clause(error)), output)),
     }
     if arguments.get(1).is_some_and(|command| command == "check") {
         CHECK_USAGE
@@ -75,6 +74,20 @@ fn wants_json(arguments: &[OsString]) -> bool {
         }
     }
     last
+}
+
+/// What is wrong, as the line of any other error, and below it what clap advises: the names that were probably meant, and the
+/// synopsis. Where even the command is missing, the help is the advice, and the line ends it.
+fn for_people(error: &clap::Error) -> String {
+    let line = render_error(&bad_usage(clause(error)), OutputFormat::Human);
+    let text = error.render().to_string();
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return format!("{text}\n{line}");
+    }
+    match text.split_once("\n\n") {
+        Some((_, advice)) => format!("{line}\n{advice}"),
+        None => line,
+    }
 }
 
 /// What is wrong, as one line: the first paragraph of what clap says.
@@ -108,6 +121,19 @@ mod tests {
         ] {
             assert_eq!(wants_json(&arguments(line)), json, "{line}");
         }
+    }
+
+    #[test]
+    fn people_get_the_line_of_any_error_and_then_advice() {
+        let said =
+            |line| Cli::try_parse_from(arguments(line)).map_err(|error| for_people(&error)).err().unwrap_or_default();
+        let text = said("instar commit --ouptut json x");
+        assert!(text.starts_with("instar: unexpected argument '--ouptut' found (ERROR_BAD_USAGE)\n\n"), "{text}");
+        assert!(text.contains("'--output'") && text.contains("Usage: instar commit"), "{text}");
+        let text = said("instar check");
+        assert!(text.starts_with("instar: ") && text.contains("<FILENAME> (ERROR_BAD_USAGE)\n\nUsage: "), "{text}");
+        let text = said("instar");
+        assert!(text.contains("\nCommands:\n") && text.ends_with("`instar --help` (ERROR_BAD_USAGE)\n"), "{text}");
     }
 
     #[test]

@@ -1,5 +1,4 @@
-//! Which overlays can take the place of which targets: whoever opens the target's name afterwards has to find what a commit would
-//! have left there.
+//! Which overlays can take the place of which targets: the target's name has to lead to what a commit would have left there.
 
 use super::AdoptRequest;
 use crate::error::{Error, Role};

@@ -15,6 +15,7 @@ use crate::image::{
 };
 use crate::lookup::Directory;
 use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::plugins::Registry;
 use crate::rebase::{self, RebaseEvents};
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT, MAX_CHAIN_DEVICES, PARENT_ROOM};
@@ -109,7 +110,7 @@ impl Operation for Adopt<'_> {
         }
     }
 
-    fn acquire(&mut self, named: &Named) {
+    fn acquire(&mut self, named: &Named, _: &Registry) {
         self.directory = named.image.real_directory();
         // Without them, one thread does it all.
         self.workers = if self.request.dry_run { None } else { Workers::start().ok() };

@@ -1,4 +1,4 @@
-//! What a check makes of what its guest says: the findings, the numbers, the plan of a repair, the phases.
+//! The messages of a check's guest: findings, counts, the plan of a repair, and phases.
 
 use crate::commit::Meter;
 use crate::devices::Devices;
@@ -13,7 +13,7 @@ const MAX_FINDINGS: usize = 200;
 /// Findings, one line each as the guest wrote it.
 pub type Findings = Vec<(FindingKind, String)>;
 
-/// What the guest of a check said, and what it may do.
+/// The messages that a check's guest has sent, and its permissions.
 #[derive(Default)]
 pub struct CheckEvents {
     /// Says how far it is, if anybody wants to know.
@@ -24,25 +24,25 @@ pub struct CheckEvents {
     pub findings: Findings,
     /// The plan of a repair, once the guest said so.
     pub plan: Option<Plan>,
-    /// Why the plan leaves something as it is.
+    /// Reasons why the plan leaves faults unrepaired.
     pub kept: Findings,
     /// The first findings of the check before the repair.
     pub before: Findings,
-    /// How far the guest may go, and what its files may become together in bytes; `None` if nothing is to be repaired.
+    /// The permission to repair; `None` if nothing may be repaired.
     pub grant: Option<Grant>,
 }
 
-/// What the guest of a repair may do.
+/// The permission of a repair's guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Grant {
-    /// [`Phase::Look`] in a dry run, [`Phase::Target`] else.
+    /// [`Phase::Look`] in a dry run, [`Phase::Target`] otherwise.
     pub last_phase: Phase,
-    /// What the files of the image may become together, in bytes.
+    /// Maximum combined length of the image's files in bytes.
     pub longest: u64,
 }
 
 impl CheckEvents {
-    /// Those of a guest that may repair the image.
+    /// Expect the messages of a guest that may repair the image.
     #[must_use]
     pub fn repairing(grant: Grant) -> Self {
         Self { grant: Some(grant), ..Self::default() }

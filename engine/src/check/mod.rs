@@ -1,5 +1,5 @@
-//! `instar check`: is the metadata of an image consistent? The format's own module looks at it in the sandbox. Nothing is
-//! changed, unless a repair is asked for: then the module says what can be mended without losing anything, mends it, and looks
+//! `instar check`: is the metadata of an image consistent? The format's own module examines it in the sandbox. Nothing changes
+//! unless the operator asks for a repair: then the module plans what it can mend without loss, mends it, and examines the image
 //! again.
 
 mod events;
@@ -25,52 +25,52 @@ const ROOM: u64 = 16 << 20;
 /// The guest's half.
 pub const MODULE: ModuleSpec<'static> = guest_module!("check");
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct CheckRequest {
     /// The image.
     pub image: PathBuf,
     /// Its format, if the operator names it.
     pub format: Option<String>,
-    /// Look at it even if something else is writing to it; an image that is repaired has to be in use by nobody.
+    /// Examine the image even while another process writes to it. A repair needs an image that nobody uses.
     pub force_share: bool,
-    /// Repair what is found, as far as nothing is lost by it.
+    /// Repair the findings, as far as that loses nothing.
     pub repair: Option<Repair>,
-    /// Say what would be repaired, and change nothing.
+    /// Report what a repair would do, and change nothing.
     pub dry_run: bool,
     /// Plugins, directories, waiting.
     pub settings: Settings,
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, Debug)]
 pub struct CheckOutcome {
     /// The image's format.
     pub format: String,
     /// The sandbox that the guest ran in: "kvm" or "process".
     pub sandbox: &'static str,
-    /// The findings, in numbers: what is left of them, after a repair.
+    /// The number of findings; after a repair, of those that are left.
     pub found: CheckSummary,
     /// The first findings, one line each as the guest wrote it: not safe for a terminal.
     pub findings: Findings,
-    /// What became of the repair, if one was asked for.
+    /// The result of the repair, if one was requested.
     pub repair: Option<Repaired>,
 }
 
-/// What a repair has done, or, in a dry run, would do.
+/// The result of a repair or, in a dry run, its plan.
 #[derive(Clone, Debug)]
 pub struct Repaired {
     /// Corruptions that were mended, as the check counts them, and a mark in the header that was cleared.
     pub corruptions: u64,
     /// Leaked clusters that were given back.
     pub leaks: u64,
-    /// Nothing was changed: it was a dry run.
+    /// Whether this was a dry run, which changes nothing.
     pub dry_run: bool,
-    /// What the check before it found, in numbers.
+    /// The number of findings of the check before the repair.
     pub before: CheckSummary,
     /// The first findings of that check; empty if nothing was changed, as they are those of the outcome.
     pub findings: Findings,
-    /// Why something was left as it is, one line each that says what would be lost: not safe for a terminal.
+    /// Faults that were left alone, in one line each that says what a repair would lose: not safe for a terminal.
     pub kept: Findings,
 }
 
@@ -82,7 +82,7 @@ impl Repaired {
     }
 }
 
-/// Check an image, and repair it if that is asked for.
+/// Check an image, and repair it if the request says so.
 ///
 /// # Errors
 /// One line that names the file and what to do: when the image could not be checked, or repaired, to the end.

@@ -1,4 +1,4 @@
-//! What the two sides of a comparison have: which bytes are where, whether they are allocated, and what they are.
+//! The two sides of a comparison: the location, allocation and content of their bytes.
 
 use crate::devices::Devices;
 use crate::image::ChainImage;
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 
-/// Where plain bytes are.
+/// The location of plain bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Location {
     /// The device.
@@ -19,7 +19,7 @@ pub struct Location {
     pub offset: u64,
 }
 
-/// What is said of allocation: what `qemu-img map` has in its keys.
+/// The allocation state of bytes, in the terms of `qemu-img map`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allocation {
     present: bool,
@@ -33,9 +33,9 @@ pub struct Allocation {
 pub struct Part {
     /// Where it ends, in bytes from the beginning of the side.
     pub end: u64,
-    /// What is said of it.
+    /// Its allocation state.
     pub allocation: Allocation,
-    /// Where its bytes are; `None` if they are zeroes, or encoded.
+    /// The location of its bytes; `None` if they are zeroes, or encoded.
     pub location: Option<Location>,
 }
 
@@ -50,7 +50,7 @@ pub struct Contents {
 }
 
 impl Contents {
-    /// Those of these images, of which each view has so many; `places` are their files.
+    /// Describe the images of both views; `counts` has the number of images in each, and `places` their files.
     pub fn new(places: BTreeMap<u32, Place>, images: &[&ChainImage<'_>], counts: [usize; 2]) -> Self {
         let own = images.iter().map(|image| image.opened.identity);
         let others = images.iter().flat_map(|image| image.files.iter().map(|file| file.opened.identity));
@@ -65,20 +65,20 @@ impl Contents {
         Self { places, identities: BTreeMap::new(), views: [(0, first), (first, second)] }
     }
 
-    /// Whether a guest may say this of a run of so many bytes of the view with this index.
+    /// Whether a run of this length in the view with this index is a valid answer of the guest.
     pub fn is_plausible(&self, view: usize, side: &Side, length: u64) -> bool {
         let (first, count) = self.views[view];
         let slot = first.saturating_add(side.depth);
         side.depth < count && is_plausible(&self.places, slot, side.kind, (side.device, side.offset), length)
     }
 
-    /// Whether two places are the same one of the same file.
+    /// Whether two locations are the same place of the same file.
     pub fn are_same(&self, one: Location, two: Location) -> bool {
         let identity = |location: Location| self.identities.get(&location.device);
         one.offset == two.offset && identity(one).is_some() && identity(one) == identity(two)
     }
 
-    /// The parts of a side of so many bytes, in order.
+    /// Iterate over the parts of a side, in order.
     pub fn parts<'d>(&self, devices: &'d Devices, side: &Side, length: u64) -> Box<dyn Iterator<Item = Part> + 'd> {
         let kind = ExtentKind::from_u32(side.kind);
         let (present, compressed) = (kind.is_some(), kind == Some(ExtentKind::Encoded));
@@ -98,7 +98,7 @@ impl Contents {
     }
 }
 
-/// Read bytes of a device; those past its end are zeroes.
+/// Read bytes of a device; bytes past its end are zeroes.
 ///
 /// # Errors
 /// The kernel's.

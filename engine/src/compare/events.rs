@@ -1,4 +1,4 @@
-//! What a comparison makes of what its guest says: the bytes are compared pair by pair, and the first difference is the end.
+//! The messages of a comparison's guest: the host compares the bytes pair by pair and stops at the first difference.
 
 use super::contents::{read, Contents, Location, Part};
 use super::Difference;
@@ -18,7 +18,7 @@ const CHUNK: u64 = 1 << 20;
 /// A difference is told by the sector that it is in, as `qemu-img compare` does.
 const SECTOR: u64 = 512;
 
-/// What the guest of a comparison said, and what came of it.
+/// The state of a comparison.
 pub struct CompareEvents {
     contents: Contents,
     sizes: [u64; 2],
@@ -180,7 +180,7 @@ fn first_difference(one: &[u8], two: &[u8]) -> Option<usize> {
     (one != two).then(|| one.iter().zip(two).position(|(one, two)| one != two)).flatten()
 }
 
-/// The content differs so many bytes behind `start`, in a run that begins there.
+/// Make the difference after `equal` equal bytes of a run that begins at guest byte `start`.
 fn content(start: u64, equal: u64) -> Difference {
     let at = start + equal;
     Difference::Content((at - at % SECTOR).max(start))

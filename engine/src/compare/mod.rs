@@ -1,5 +1,5 @@
-//! `instar compare`: do two images, each with what is below it, hold the same disk? The formats' own modules look their
-//! tables up in the sandbox; the host compares the bytes where they lie plain in a file, and skips holes.
+//! `instar compare`: do two images, each with the layers below it, hold the same disk? The formats' own modules look up their
+//! tables in the sandbox; the host compares the bytes that are stored plainly in a file, and skips holes.
 
 mod contents;
 mod events;
@@ -18,7 +18,7 @@ use std::path::PathBuf;
 /// The guest's half.
 pub const MODULE: ModuleSpec<'static> = guest_module!("compare");
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct CompareRequest {
     /// The two images.
@@ -27,25 +27,25 @@ pub struct CompareRequest {
     pub formats: [Option<String>; 2],
     /// The sizes, and what is allocated, have to be the same as well.
     pub strict: bool,
-    /// Look at the images even if something else is writing to them.
+    /// Read the images even while another process writes to them.
     pub force_share: bool,
     /// Plugins, directories, waiting.
     pub settings: Settings,
 }
 
-/// What differs.
+/// A difference between two images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "kind", content = "offset")]
 pub enum Difference {
-    /// The virtual sizes. Only a strict comparison minds.
+    /// The virtual sizes. Counts only in a strict comparison.
     Size,
     /// The content of the sector at this guest offset, in bytes.
     Content(u64),
-    /// Whether the bytes from this guest offset on are allocated, zero, or compressed. Only a strict comparison minds.
+    /// Whether the bytes from this guest offset on are allocated, zero, or compressed. Counts only in a strict comparison.
     Allocation(u64),
 }
 
-/// How two images compare. What is serialized is the JSON of `docs/compare.md`.
+/// The result of a comparison. Serializes to the JSON of `docs/compare.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct CompareOutcome {
@@ -57,7 +57,7 @@ pub struct CompareOutcome {
     pub difference: Option<Difference>,
 }
 
-/// Compare two images. The part of the longer disk that the other one does not have counts as equal if it is zeroes.
+/// Compare two images. The part of the longer disk past the end of the other one counts as equal if it is zeroes.
 ///
 /// # Errors
 /// One line that names the file and what to do: when the images could not be compared to the end.

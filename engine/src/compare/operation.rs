@@ -13,7 +13,7 @@ use crate::sandbox::ModuleSpec;
 /// Bytes of messages that a pair can take, at most.
 const PAIR_BYTES: u64 = 128;
 
-/// A comparison on its way.
+/// A comparison in progress.
 pub struct Compare<'q> {
     request: &'q CompareRequest,
     contents: Contents,
@@ -23,7 +23,7 @@ pub struct Compare<'q> {
 }
 
 impl<'q> Compare<'q> {
-    /// A comparison that was not begun.
+    /// Prepare a comparison.
     pub fn new(request: &'q CompareRequest) -> Self {
         Self { request, contents: Contents::default(), sizes: [0; 2], message_limit: 0 }
     }

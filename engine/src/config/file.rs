@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// Longest file that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// What a file may say.
+/// The content of a configuration file.
 #[derive(Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Content {
@@ -33,7 +33,7 @@ fn sandbox<'de, D: Deserializer<'de>>(value: D) -> Result<Option<SandboxChoice>,
 }
 
 impl Content {
-    /// Read a file; `None` if there is none.
+    /// Read a file; `None` if it does not exist.
     pub fn read(path: &Path) -> Result<Option<Self>, Error> {
         let refused = |why: String| {
             Error::image(path, ErrorCode::OpenFailed, format!("configuration: {why}")).in_role(Role::Configuration)

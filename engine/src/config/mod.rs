@@ -1,4 +1,4 @@
-//! What the operator has settled for all runs, and where each value comes from.
+//! The settings of the operator for all runs, and the origin of each value.
 //!
 //! Two files, the system's and the user's; the directories that both name add up, and the user's sandbox wins. Like plugins, a file counts only if nobody but root and
 //! the caller can change it: it decides which files may be written, and which code is loaded.
@@ -29,7 +29,7 @@ pub struct Configured {
     pub file: PathBuf,
 }
 
-/// What the files say.
+/// The combined content of the configuration files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Config {
     /// `allow-backing-dirs`: where recorded backings may lie, besides the overlay's own directory.
@@ -38,9 +38,9 @@ pub struct Config {
     pub plugin_directories: Vec<Configured>,
     /// `sandbox`, as the last file that names one has it, and that file.
     pub sandbox: Option<(SandboxChoice, PathBuf)>,
-    /// The files that were looked for, and whether they are there.
+    /// The files that were looked for, and whether each exists.
     pub files: Vec<(PathBuf, bool)>,
-    /// Why a file does not count, each one line that names it.
+    /// Reasons why files were ignored, in one line each that names the file.
     pub warnings: Vec<String>,
 }
 
@@ -58,13 +58,13 @@ enum Origin {
     System,
     /// The environment names it: it has to be there.
     Named,
-    /// Nobody named it: it is found through the environment of whoever logged in, who may be somebody else.
+    /// Found through the environment of the user who logged in, who may not be the caller.
     Found,
 }
 
 impl Config {
-    /// Read the files. One that is absent says nothing; a user's file that is another user's (`HOME` under `sudo -u`)
-    /// does not count, with a warning.
+    /// Read the files. A missing file is no error; a user's file that belongs to another user (`HOME` under `sudo -u`) is
+    /// ignored with a warning.
     ///
     /// # Errors
     /// A file that others can change, that cannot be read, or that says something else than it may: one line that names
@@ -103,19 +103,19 @@ impl Config {
         Ok(config)
     }
 
-    /// The sandbox, if a file names one.
+    /// Return the sandbox, if a file names one.
     #[must_use]
     pub fn sandbox(&self) -> Option<SandboxChoice> {
         self.sandbox.as_ref().map(|(sandbox, _)| *sandbox)
     }
 
-    /// Directories with plugins, in their order.
+    /// Return the directories with plugins, in their order.
     #[must_use]
     pub fn plugin_paths(&self) -> Vec<PathBuf> {
         self.plugin_directories.iter().map(|configured| configured.directory.clone()).collect()
     }
 
-    /// Directories that recorded backings may lie in: those that are there.
+    /// Return the existing directories in which recorded backings may lie.
     #[must_use]
     pub fn backing_paths(&self) -> Vec<PathBuf> {
         let directories = self.backing_directories.iter().map(|configured| configured.directory.clone());

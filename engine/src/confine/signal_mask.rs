@@ -1,17 +1,17 @@
 //! A confined process cannot block `SIGSYS`, so that [what it must not call](super::trap) is always named.
 //!
-//! The C library blocks all signals while it starts a thread or a process, and the kernel kills a process that a filter
-//! stops while it blocks the signal, without a word. A filter cannot look at a mask in memory: it stops `rt_sigprocmask`
-//! instead where signals are added to the mask, and the handler adds all of them but this one. A mask that is set as a whole
-//! is let through: that is how a thread that was started before the filter gets its own.
+//! The C library blocks all signals while it starts a thread or a process, and the kernel silently kills a process that a
+//! filter stops while it blocks `SIGSYS`. A filter cannot read a mask in memory, so it stops every `rt_sigprocmask` that adds
+//! signals to the mask, and the handler adds all of them except this one. A call that sets the whole mask passes: a thread that
+//! was started before the filter gets its mask that way.
 
 /// Bit of `SIGSYS` in the kernel's mask of signals.
 const NAMED: u64 = 1 << (libc::SIGSYS - 1);
 /// Bytes of that mask.
 const MASK_BYTES: i64 = 8;
 
-/// Do the `rt_sigprocmask` with `SIG_BLOCK` that a filter stopped: what it asks for stands in the registers of `context`; the mask that is in
-/// force once the handler returns stands there, too.
+/// Do the `rt_sigprocmask` with `SIG_BLOCK` that a filter stopped. `context` has its arguments in its registers, and the mask
+/// that takes effect when the handler returns.
 ///
 /// # Safety
 /// `context` is the third argument of a signal handler. The pointers in its registers are those of the call that was

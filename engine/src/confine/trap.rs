@@ -1,4 +1,4 @@
-//! What a process says that makes a system call which its filter does not allow.
+//! The last message of a process that makes a system call which its filter does not allow.
 //!
 //! The kernel raises `SIGSYS` instead of doing the call. The handler names the call, and the plugin that made it if one
 //! is being called, in one line on standard error, and ends the process with status 1. The filter lets nobody replace
@@ -20,18 +20,18 @@ static PLUGIN: [AtomicU8; MAX_NAME] = [const { AtomicU8::new(0) }; MAX_NAME];
 /// Errors are JSON objects.
 static AS_JSON: AtomicBool = AtomicBool::new(false);
 
-/// From now on, what is said on standard error is a JSON object.
+/// Report as a JSON object on standard error from now on.
 pub fn report_as_json() {
     AS_JSON.store(true, Ordering::Relaxed);
 }
 
-/// A call into a plugin, for as long as this exists.
+/// A guard that marks a call into a plugin for its lifetime.
 #[derive(Debug)]
 #[must_use]
 pub struct Calling(());
 
 impl Calling {
-    /// The plugin with this name is called.
+    /// Mark the plugin with this name as called.
     pub fn plugin(name: &str) -> Self {
         name_plugin(name.as_bytes());
         Self(())
@@ -62,8 +62,8 @@ struct Stopped {
     architecture: libc::c_uint,
 }
 
-/// Install the handler, once in the life of a process: a filter does not allow it later. The calling thread takes the
-/// signal, even if whoever started the process blocked it.
+/// Install the handler, once in the life of a process: a filter does not allow it later. The calling thread takes the signal,
+/// even if the parent process blocked it.
 pub(super) fn install() {
     static ONCE: Once = Once::new();
     // SAFETY: all-zero is a valid value of the C structure, which lives as long as the calls.
@@ -107,7 +107,8 @@ extern "C" fn report(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
     }
 }
 
-/// Say that there is no memory, and end the process with status 1: what the runtime would do asks for more, and for files.
+/// Report that memory is exhausted, and end the process with status 1. The runtime's own handler would need more memory, and
+/// files.
 pub fn end_without_memory(bytes: usize) -> ! {
     let line = line_without_memory(bytes);
     // SAFETY: the line is valid for the call.

@@ -20,8 +20,9 @@ use std::path::Path;
 const LOCK_START: i64 = 100;
 const LOCK_LENGTH: i64 = 104;
 
-/// Write `image` to `new`, over what is there unless it is `kept`, and its other files beside it, none of which may exist. What
-/// did not exist is removed again if that fails. All of it happens in the directory that was opened when `new` was looked at.
+/// Write `image` to `new`, replacing the content of an existing file unless it is `kept`, and the image's other files beside
+/// it, none of which may exist. On failure, remove the files that did not exist before. Everything happens in the directory
+/// that was opened when `new` was looked at.
 pub fn write(new: &NamedFile, image: &CreatedImage, kept: bool) -> Result<(), Error> {
     let Some(directory) = new.directory() else {
         return Err(Error::image(new.path(), ErrorCode::OpenFailed, "cannot be created: its directory does not exist"));
@@ -103,7 +104,8 @@ fn flushed(file: &File, path: &Path) -> Result<(), Error> {
     file.sync_data().map_err(|error| Error::io(path, ErrorCode::OverlayIo, "cannot be written", &error))
 }
 
-/// Lay an image out in a file that is open: what is there is dropped. `wanted` is its length in bytes. Nothing is flushed.
+/// Lay out an image in an open file and drop its previous content. `wanted` is the length of the image in bytes. Does not
+/// flush.
 ///
 /// # Errors
 /// [`ErrorCode::ImageInUse`], and what the system says of a write that fails.

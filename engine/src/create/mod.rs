@@ -20,7 +20,7 @@ use instar_plugin_api::{BackingPointer, CreateSpec, ImageFacts};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct CreateRequest {
     /// The new image.
@@ -37,13 +37,13 @@ pub struct CreateRequest {
     pub backing_unsafe: bool,
     /// Options of the format.
     pub options: Vec<(String, String)>,
-    /// Refuse to overwrite what is there.
+    /// Refuse to overwrite an existing file.
     pub no_clobber: bool,
-    /// Where plugins are looked for.
+    /// The search path for plugins.
     pub search: SearchPath,
 }
 
-/// What was made.
+/// The image that was created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Created {
     /// The name of its format.
@@ -73,7 +73,7 @@ pub(crate) fn options_of(pairs: &[(String, String)]) -> RVec<Tuple2<RString, RSt
     pairs.iter().map(|(name, value)| Tuple2(RString::from(name.as_str()), RString::from(value.as_str()))).collect()
 }
 
-/// The name of a format, and the options for a new image of it: each with one line about it.
+/// Return the name of a format and its options for new images, each with one line of help.
 ///
 /// # Errors
 /// [`ErrorCode::PluginUnavailable`].
@@ -84,7 +84,8 @@ pub fn create_options(format: &str, search: &SearchPath) -> Result<(String, Vec<
     Ok((plugin.name().to_owned(), options.collect()))
 }
 
-/// Make an image. The process is not confined, for it has to write a new file afterwards: only the look at the backing is.
+/// Create an image. Only the thread that looks at the backing is confined, because the process has to write a new file
+/// afterwards.
 ///
 /// # Errors
 /// When the format, an option or the backing image is refused, or the file cannot be written. Nothing is changed unless

@@ -1,9 +1,9 @@
-//! A file that appears under its name only when it is complete: until then it has none, or, where the file system cannot do
-//! that, a temporary one beside the name that it is to get.
+//! A file that appears under its name only when it is complete. Until then it has no name or, on file systems that do not
+//! support that, a temporary one beside the final name.
 //!
-//! Whatever happens before [`NewFile::publish`], a file of that name stays what it was. A crash leaves nothing of a file
-//! without a name. One with a temporary name is removed when the operation fails or is interrupted; a power loss, or a
-//! `SIGKILL`, leaves it.
+//! Before [`NewFile::publish`], an existing file of that name does not change, whatever happens. A crash leaves nothing of a
+//! file without a name. A file with a temporary name is removed when the operation fails or is interrupted; a power loss or a
+//! `SIGKILL` leaves it behind.
 
 use super::file::lock;
 use crate::error::{reason, Error};
@@ -33,7 +33,7 @@ struct Replaced {
     file: Option<File>,
 }
 
-/// A file on its way to its name.
+/// A file that has not got its name yet.
 #[derive(Debug)]
 pub struct NewFile {
     /// As the operator gave it, for messages.
@@ -56,8 +56,8 @@ fn failed(path: &Path, what: &str, errno: Errno) -> Error {
 }
 
 impl NewFile {
-    /// Make a file for the image that `path` is to name. What is there stays, and is opened, so that it can be
-    /// [locked](Self::lock_replaced); the new file gets its mode, and its owner where that is possible.
+    /// Make a file for the image that `path` will name. An existing file is not changed, but opened so that it can be
+    /// [locked](Self::lock_replaced); the new file gets its mode, and its owner where possible.
     ///
     /// # Errors
     /// [`ErrorCode::OpenFailed`] for what is no regular file, and what the system says.
@@ -152,7 +152,7 @@ impl NewFile {
         }
     }
 
-    /// The directory that its name lies in.
+    /// Return the directory of its name.
     pub fn directory(&self) -> &Directory {
         &self.directory
     }
@@ -172,12 +172,12 @@ impl NewFile {
         self.published
     }
 
-    /// The file that it replaces, if there is one.
+    /// Return the file that it replaces, if any.
     pub fn replaces(&self) -> Option<Identity> {
         self.replaced.as_ref().map(|replaced| replaced.identity)
     }
 
-    /// Lock out whoever uses the file that is replaced.
+    /// Lock the file that is replaced, so that nobody can use it.
     ///
     /// # Errors
     /// [`ErrorCode::ImageInUse`].
@@ -200,7 +200,7 @@ impl NewFile {
         Ok(Some(locked))
     }
 
-    /// The file, open, to be filled. `None` the second time.
+    /// Return the open file, to be filled; `None` on a second call.
     ///
     /// # Errors
     /// What the system says.
@@ -210,12 +210,12 @@ impl NewFile {
         opened(file, &self.path, &self.directory, &self.name, Identity::of(&stat)).map(Some)
     }
 
-    /// The file, to be laid out.
+    /// Return the file, to be laid out.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// The file is complete: give it its name. With `durable`, it and its name are on the disk afterwards.
+    /// Give the complete file its name. With `durable`, both are on the disk afterwards.
     ///
     /// The order: the file is flushed with its mode and length; only then does it get its name, in one step that replaces what
     /// is there; then the directory is flushed. A power loss before the last leaves either what was there, or the new file.
@@ -252,7 +252,7 @@ impl NewFile {
         Ok(())
     }
 
-    /// Make what happened to names in its directory durable.
+    /// Make the changes of names in its directory durable.
     ///
     /// # Errors
     /// The kernel's.

@@ -1,10 +1,10 @@
-//! How much work a guest may ask for before it changes anything: in proportion to what the files hold.
+//! The amount of work that a guest may request before it changes anything, in proportion to the allocated size of the files.
 //!
-//! A few kilobytes of hostile metadata can claim terabytes of tables. Drivers pass over holes and refuse what overlaps; this
-//! is the bound for whatever they miss, and for drivers of other authors. It is generous: honest metadata is read some ten
-//! times at most, in pieces of 4 KiB or more.
+//! A few kilobytes of hostile metadata can claim terabytes of tables. Drivers skip holes and refuse overlaps; this bound covers
+//! whatever they miss, and drivers of other authors. It is generous: drivers read valid metadata about ten times at most, in
+//! pieces of 4 KiB or more.
 //!
-//! Once a file was changed there is no bound any more: a commit that stops in the middle helps nobody.
+//! The bound ends with the first change of a file: a commit that stops in the middle helps nobody.
 
 use crate::sandbox::Excess;
 use instar_guest_abi::{Request, RequestOp};
@@ -17,14 +17,14 @@ const READ_BYTES: u64 = 1 << 30;
 const READ_FOR_EACH: u64 = 256;
 /// Requests that are granted in any case.
 const REQUESTS: u64 = 1 << 20;
-/// One more request for each so many bytes that the files take on the disk.
+/// Bytes on the disk that allow one more request.
 const BYTES_FOR_A_REQUEST: u64 = 16;
 /// Processor time of the guest that is granted in any case.
 const TIME: Duration = Duration::from_secs(60);
-/// One second more for each so many bytes that the files take on the disk.
+/// Bytes on the disk that allow one more second.
 const BYTES_FOR_A_SECOND: u64 = 1 << 20;
 
-/// What the files hold, and what was asked for so far.
+/// The allocated size of the files, and the work that was requested so far.
 #[derive(Clone, Debug, Default)]
 pub struct Allowance {
     /// Bytes that the files take on the disk.
@@ -37,12 +37,12 @@ pub struct Allowance {
 }
 
 impl Allowance {
-    /// A file takes so many bytes on the disk.
+    /// Add a file that takes `allocated` bytes on the disk.
     pub fn add(&mut self, allocated: u64) {
         self.allocated = self.allocated.saturating_add(allocated);
     }
 
-    /// A request is about to be executed.
+    /// Count a request before its execution.
     pub fn count(&mut self, request: &Request) {
         self.requests += 1;
         if request.op == RequestOp::Read as u32 {
@@ -51,7 +51,7 @@ impl Allowance {
         *self.by_device.entry(request.device).or_default() += 1;
     }
 
-    /// What is too much, if anything is. `used` is the processor time of the guest.
+    /// Return the exceeded bound, if any. `used` is the processor time of the guest.
     #[must_use]
     pub fn excess(&self, used: Duration) -> Option<Excess> {
         let read = self.allocated.saturating_mul(READ_FOR_EACH).saturating_add(READ_BYTES);

@@ -1,13 +1,12 @@
-//! Reading what is on the disk, and not what the host keeps of it in memory.
+//! Reading from the disk instead of from the host's page cache.
 
 use super::Devices;
 use rustix::fs::{fadvise, Advice};
 
 impl Devices {
-    /// Have the next read of these devices come from the disk, as far as the host can tell: what the page cache has of their
-    /// files is dropped, and what was found out of their holes is forgotten. What is not flushed stays in the page cache
-    /// (`posix_fadvise(2)`, `POSIX_FADV_DONTNEED`): flush first. File systems in memory have nothing else, and network file
-    /// systems and disks have caches of their own.
+    /// Make the next read of these devices come from the disk, as far as the host can: drop the page cache of their files, and
+    /// forget the known holes. Unflushed data stays in the page cache (`posix_fadvise(2)`, `POSIX_FADV_DONTNEED`), so flush
+    /// first. File systems in memory keep everything there, and network file systems and disks have their own caches.
     pub fn read_anew(&self, numbers: impl IntoIterator<Item = u32>) {
         for device in numbers.into_iter().filter_map(|number| self.device(number)) {
             device.zeroes.borrow_mut().forget(0, u64::MAX);

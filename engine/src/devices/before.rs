@@ -1,5 +1,5 @@
-//! Somebody who is asked before bytes of the target change, so that what they were can be kept: for all requests of a doorbell
-//! at once, because whatever is kept has to be durable before the first of them is executed.
+//! A hook that runs before bytes of the target change, so that their old content can be kept. It runs once for all requests of
+//! a doorbell, because the kept content has to be durable before the first of them is executed.
 
 use super::Devices;
 use instar_guest_abi::{Part, Phase, Request, RequestOp};
@@ -9,7 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// Reads of the device that is about to change.
+/// Reads the device that is about to change.
 pub trait Before: Debug {
     /// Fill `out` with the bytes at `offset`, with zeroes past the end.
     ///
@@ -17,17 +17,43 @@ pub trait Before: Debug {
     /// The kernel's.
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()>;
 
-    /// The next data within `from..end`: where it begins and ends; `(end, end)` if all of it is a hole.
+    /// Find the next data within `from..end` and return its bounds; `(end, end)` if the whole range is a hole.
     fn next_data(&self, from: u64, end: u64) -> (u64, u64);
 }
 
-/// Who is asked before bytes change.
+/// The hook that runs before bytes change.
+///
+/// # Example
+///
+/// Refuse every change of the first sector:
+///
+/// ```
+/// use instar::devices::{Before, BeforeChange};
+/// use std::{io, ops::Range};
+///
+/// #[derive(Debug)]
+/// struct Protected;
+///
+/// impl BeforeChange for Protected {
+///     fn before(
+///         &mut self,
+///         _: &dyn Before,
+///         ranges: &[Range<u64>],
+///         _: &mut dyn FnMut() -> io::Result<()>,
+///     ) -> io::Result<()> {
+///         match ranges.iter().find(|range| !range.is_empty() && range.start < 512) {
+///             Some(_) => Err(io::ErrorKind::PermissionDenied.into()),
+///             None => Ok(()),
+///         }
+///     }
+/// }
+/// ```
 pub trait BeforeChange: Debug {
-    /// These ranges are about to change, or what lies behind the end of the file; the first may be empty. `go_on` fails when
-    /// the operator has had enough.
+    /// Act before these ranges change, which may lie past the end of the file; the first may be empty. `go_on` fails if the
+    /// operator has ended the operation.
     ///
     /// # Errors
-    /// Why they may not. Then nothing of them is changed.
+    /// The reason why they must not change. Then none of them does.
     fn before(
         &mut self,
         device: &dyn Before,
@@ -58,7 +84,7 @@ fn changed(request: &Request) -> Option<Range<u64>> {
 }
 
 impl Devices {
-    /// Ask `keeper` before bytes of the target change.
+    /// Call `keeper` before bytes of the target change.
     pub fn ask_before_change(&mut self, keeper: Rc<RefCell<dyn BeforeChange>>) {
         self.keeper = Some(keeper);
     }

@@ -1,18 +1,18 @@
 //! The cache modes of `-t`.
 
-/// What a flush, and a write, promise.
+/// The durability that a flush and a write promise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cache {
     /// After a flush, everything before it is durable.
     #[default]
     Writeback,
-    /// Everything is durable before the guest is told that it is done.
+    /// Every change is durable before the guest learns that it is done.
     Writethrough,
-    /// Nothing is promised: for images that can be thrown away.
+    /// No promise, for images that can be thrown away.
     Unsafe,
-    /// As writeback, past the page cache.
+    /// As writeback, bypassing the page cache.
     None,
-    /// As writethrough, past the page cache.
+    /// As writethrough, bypassing the page cache.
     Directsync,
 }
 

@@ -15,7 +15,7 @@ const CHUNK: u64 = 32 << 20;
 /// Holes of at least this many bytes stay holes in any target; shorter ones only where it has nothing else.
 const SPARSE_MINIMUM: u64 = 64 << 10;
 
-/// Copies, and remembers between which devices the kernel does not.
+/// Copies data, and remembers the pairs of devices between which the kernel cannot.
 #[derive(Debug, Default)]
 pub struct Copier {
     not_in_kernel: HashSet<(u32, u32)>,
@@ -31,29 +31,29 @@ fn is_refusal(error: &io::Error) -> bool {
     )
 }
 
-/// One copy. Positions within it count from its beginning.
+/// One copy. Positions are relative to its beginning.
 pub struct Job<'a> {
-    /// From where,
+    /// The source.
     pub source: &'a Device,
-    /// where to,
+    /// The target.
     pub target: &'a Device,
-    /// and which bytes.
+    /// The bytes to copy.
     pub request: &'a Request,
-    /// Who attends it.
+    /// The pace of the copy.
     pub pace: &'a mut Pace,
-    /// Where it is counted.
+    /// The counters.
     pub statistics: &'a mut Statistics,
 }
 
 impl Copier {
-    /// Do not try the kernel between these devices.
+    /// Stop trying the kernel between these devices.
     #[cfg(test)]
     pub fn refuse_kernel(&mut self, source: u32, target: u32) {
         self.not_in_kernel.insert((source, target));
     }
 
-    /// Copy what the request says from one device to the other. What lies past the end of the source reads as zero.
-    /// `pace` attends it, and may fail it with EINTR.
+    /// Copy the bytes of a request from one device to the other. Bytes past the end of the source read as zero. `pace` slows
+    /// the copy down, and may fail it with EINTR.
     pub fn copy(
         &mut self,
         (source, target): (&Device, &Device),
@@ -84,7 +84,7 @@ impl Copier {
         self.not_shared.insert(devices);
     }
 
-    /// Copy the bytes `from..to`. Those that the source lacks, because it is shorter than it was, are made zero.
+    /// Copy the bytes `from..to`. If the source has become shorter, zero the missing ones.
     pub fn copy_or_zero(&mut self, job: &mut Job<'_>, from: u64, to: u64) -> io::Result<()> {
         let done = self.copy_data(job, from, to)?;
         if done < to {
@@ -152,14 +152,14 @@ impl Copier {
 }
 
 impl Job<'_> {
-    /// How many bytes of it the source has.
+    /// Return the number of its bytes that the source has.
     pub fn available(&self) -> u64 {
         self.source.length.saturating_sub(self.request.src_offset).min(self.request.length)
     }
 
-    /// The next data at or after `done`, up to `end`: where it begins and ends. What lies before is a hole to be kept: a large one,
-    /// or one that the target has, too. Short ones count as data: to write their zeroes over data costs less than to cut them
-    /// out, and leaves the target whole.
+    /// Find the next data at or after `done`, up to `end`, and return its bounds. The range before it is a hole to keep: a
+    /// large one, or one that the target has as well. A short hole over data counts as data, because writing zeroes costs less
+    /// than punching a hole, and keeps the target in one piece.
     pub fn next_data(&self, done: u64, end: u64) -> (u64, u64) {
         if end - done < SPARSE_MINIMUM && !self.target.reads_as_zero(self.request.offset + done, end - done) {
             return (done, end);
@@ -186,8 +186,8 @@ impl Job<'_> {
         (data, hole)
     }
 
-    /// The bytes `from..to` of the copy read as zero. Past the end of the target they do already, whatever has been
-    /// written behind them by this copy.
+    /// Make the bytes `from..to` of the copy read as zero. Past the old end of the target they already do, even if this copy
+    /// has written bytes after them.
     pub fn zero(&mut self, from: u64, to: u64) -> io::Result<()> {
         self.pace.passed(to.saturating_sub(from));
         let start = self.request.offset + from;
@@ -200,7 +200,7 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// The target is as long as if every byte had been written.
+    /// Give the target the length that it would have with every byte written.
     pub fn extend(&self) -> io::Result<()> {
         let end = self.request.offset + self.request.length;
         if self.target.fixed_length || self.request.length == 0 || end <= self.target.length {

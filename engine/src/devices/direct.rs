@@ -1,4 +1,4 @@
-//! Reads and writes past the page cache (`O_DIRECT`): of whole blocks, through a buffer that is aligned in memory.
+//! Reads and writes that bypass the page cache (`O_DIRECT`): whole blocks, through an aligned buffer.
 //!
 //! Where a write covers a part of a block, the rest is read before and written again. The last block of a file that does
 //! not fill it is written through the page cache, so that the file does not become longer: the kernel keeps both ways
@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 /// Block size in bytes where the kernel does not tell (before Linux 6.1).
 const USUAL_BLOCK: u32 = 4096;
 
-/// How a file is read and written past the page cache.
+/// The way in which a file is read and written without the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Direct {
     /// Offsets and lengths are multiples of this many bytes, a power of two.
@@ -22,7 +22,7 @@ pub struct Direct {
 }
 
 impl Direct {
-    /// Open a file's descriptor for direct I/O from now on.
+    /// Switch a file's descriptor to direct I/O.
     ///
     /// # Errors
     /// When the file system does not support it.
@@ -33,7 +33,7 @@ impl Direct {
         Ok(Self { block: block.into() })
     }
 
-    /// What direct I/O on this file would be like, if the kernel says that it is possible. Changes nothing.
+    /// Return the parameters of direct I/O on this file, if the kernel supports it. Changes nothing.
     pub fn possible(file: &File) -> Option<Self> {
         told(file).flatten().map(|block| Self { block: block.into() })
     }
@@ -43,7 +43,7 @@ impl Direct {
         self.block
     }
 
-    /// Do something past the page cache with a file that is otherwise read and written through it.
+    /// Run `call` with direct I/O on a file that otherwise uses the page cache.
     pub fn directly<T>(file: &File, call: impl FnOnce() -> T) -> io::Result<T> {
         set(file, true)?;
         let result = call();
@@ -121,7 +121,7 @@ impl Direct {
         Ok(())
     }
 
-    /// Do something through the page cache.
+    /// Run `call` through the page cache.
     pub fn buffered<T>(self, file: &File, call: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
         set(file, false)?;
         let result = call(file);

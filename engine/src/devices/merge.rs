@@ -1,4 +1,4 @@
-//! Neighbouring requests that are one operation.
+//! Neighboring requests that are one operation.
 
 use crate::sandbox::BadRequest;
 use instar_guest_abi::{Request, RequestOp};
@@ -6,19 +6,19 @@ use instar_guest_abi::{Request, RequestOp};
 /// Buffers that one system call takes at most.
 const MAX_BUFFERS: usize = 64;
 
-/// One operation: one request, or several that go on from each other on the same device.
+/// One operation: a request, or several that continue each other on the same device.
 #[derive(Debug)]
 pub struct Batch {
-    /// What is done.
+    /// The operation.
     pub op: RequestOp,
-    /// The first request with the length of all.
+    /// The first request, with the combined length.
     pub whole: Request,
     /// Address and length of each request's buffer.
     pub buffers: Vec<(u64, u64)>,
 }
 
 impl Batch {
-    /// The batch at the beginning of `requests`, which are not empty. Each of its requests was checked.
+    /// Take the batch at the beginning of `requests`, which must not be empty. Each of its requests is checked.
     ///
     /// # Errors
     /// What `check` says of the first request. A later one that breaks a rule ends the batch: it is met again.
@@ -41,8 +41,8 @@ impl Batch {
         Ok(batch)
     }
 
-    /// The copies at the beginning of `requests` that can be under way at the same time: `first`, a copy between two devices
-    /// that was taken from there, and those after it into the same device, further and further behind. Each is checked.
+    /// Take the copies at the beginning of `requests` that can run at the same time: `first`, a copy between two devices, and
+    /// the following ones into the same device at ascending offsets. Each is checked.
     pub fn side_by_side(
         first: Self,
         requests: &[Request],

@@ -1,8 +1,8 @@
 //! The images as the guest sees them: dumb block devices.
 //!
-//! Each is a descriptor that was opened once, with a mode and a bound on its length. The guest asks for reads, writes,
-//! copies, zeroing, flushes and changes of length in batches; every request is checked before it is
-//! executed, and one that breaks a rule ends the guest.
+//! Each is a descriptor that was opened once, with a mode and a bound on its length. The guest requests reads, writes, copies,
+//! zeroing, flushes and changes of length in batches; the host checks every request before it executes it, and ends a guest
+//! that breaks a rule.
 
 mod aligned;
 mod allowance;
@@ -84,7 +84,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// A device over an open file. `length` and `max_length` are bytes: what it has, and what it may become.
+    /// Make a device from an open file. `length` is its present and `max_length` its maximum length in bytes.
     #[must_use]
     pub fn new(file: File, writable: bool, length: u64, max_length: u64, fixed_length: bool) -> Self {
         let max_length = if fixed_length { length } else { max_length.max(length) };
@@ -105,13 +105,13 @@ impl Device {
         }
     }
 
-    /// What it is to the operation, if not what [`Device::new`] makes of it: a target, or only read.
+    /// Give it another part in the operation than [`Device::new`] does, which makes it a target or read-only.
     #[must_use]
     pub fn with_part(self, part: Part) -> Self {
         Self { part, ..self }
     }
 
-    /// What it may become at most, in bytes: a block device stays as long as it is.
+    /// Return its maximum length in bytes; the length of a block device is fixed.
     #[must_use]
     pub fn max_length(&self) -> u64 {
         self.max_length
@@ -134,7 +134,7 @@ impl Device {
         self.dirty
     }
 
-    /// Its file.
+    /// Return its file.
     #[must_use]
     pub fn file(&self) -> &Arc<File> {
         &self.file
@@ -158,8 +158,8 @@ impl Device {
         }
     }
 
-    /// The byte ranges that could not be read, and were copied as zeroes, and how many bytes there are in all: more than those of the
-    /// ranges if those are too many to be kept.
+    /// Return the unreadable byte ranges, which were copied as zeroes, and their total length, which is larger than that of the
+    /// ranges if there were too many to keep.
     #[must_use]
     pub fn salvaged(&self) -> (Vec<Range<u64>>, u64) {
         self.salvage.as_ref().map_or_else(Default::default, |salvaged| salvaged.borrow().found())
@@ -194,8 +194,8 @@ impl Device {
         }
     }
 
-    /// The next data within `from..end`: where it begins and ends; `(end, end)` if all of it is a hole. Without an answer of
-    /// the file system, and on a block device, all is data. What was found out is not asked for again.
+    /// Find the next data within `from..end` and return its bounds; `(end, end)` if the whole range is a hole. Everything is
+    /// data on a block device, and where the file system does not answer. Answers are remembered.
     #[must_use]
     pub fn next_data(&self, from: u64, end: u64) -> (u64, u64) {
         if self.fixed_length || from >= end {
@@ -273,7 +273,7 @@ pub struct Devices {
     phases: Phases,
     pace: Pace,
     cache: Cache,
-    /// Flushes are left to whoever gives the target its name.
+    /// Whether flushes are left to the code that gives the target its name.
     unnamed: bool,
     /// What becomes of zeroes that are written.
     zero_writes: ZeroWrites,
@@ -289,7 +289,7 @@ fn index(device: u32) -> usize {
 }
 
 impl Devices {
-    /// No devices.
+    /// Make an empty set of devices.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -311,12 +311,12 @@ impl Devices {
         }
     }
 
-    /// How fast data moves, who watches, and who may stop it.
+    /// Return the pace of data, its observer, and its brake.
     pub fn pace_mut(&mut self) -> &mut Pace {
         &mut self.pace
     }
 
-    /// Who may copy side by side what there is much of.
+    /// Set the threads that copy large amounts of data in parallel.
     pub fn set_workers(&mut self, workers: Option<Workers>) {
         self.workers = workers;
     }
@@ -337,8 +337,8 @@ impl Devices {
         Ok(())
     }
 
-    /// The target is a new file that nobody knows before it is complete, and that is flushed then: a crash before leaves nothing of
-    /// it, in whatever order its parts came to the disk, so that the guest's flushes need not wait for that.
+    /// Ignore the guest's flushes of the target: it is a new file that nobody can see before it is complete and flushed. A
+    /// crash before that leaves nothing of it, so the order in which its parts reach the disk does not matter.
     pub fn leave_flushes_to_the_end(&mut self) {
         self.unnamed = true;
     }
@@ -348,7 +348,7 @@ impl Devices {
         self.zero_writes = way;
     }
 
-    /// What was moved so far, and how.
+    /// Return the counters of the data that was moved so far.
     #[must_use]
     pub fn stats(&self) -> &Statistics {
         &self.statistics
@@ -360,26 +360,26 @@ impl Devices {
         self.slots.iter().flatten().any(Device::is_changed)
     }
 
-    /// The host has read so many bytes of a device because the guest said that something is there.
+    /// Count bytes of a device that the host read because the guest claimed data there.
     pub fn count_read(&mut self, device: u32, bytes: u64) {
         self.allowance.count(&Request::read(device, 0, 0, bytes));
     }
 
-    /// What the guest did out of proportion to what the files hold, if nothing was changed yet. `used` is the processor time
-    /// that it has used.
+    /// Return the work of the guest that is out of proportion to the allocated size of the files, if nothing has changed yet.
+    /// `used` is the guest's processor time.
     #[must_use]
     pub fn excess(&self, used: Duration) -> Option<Excess> {
         self.allowance.excess(used).filter(|_| !self.any_changed())
     }
 
-    /// From here on, what cannot be read of this device is zero in copies of it.
+    /// Copy unreadable sectors of this device as zeroes from now on.
     pub fn salvage(&mut self, number: u32) {
         if let Ok(device) = self.device_mut(number) {
             device.salvage = Some(RefCell::default());
         }
     }
 
-    /// The device of this number.
+    /// Return the device with this number.
     #[must_use]
     pub fn device(&self, number: u32) -> Option<&Device> {
         self.slots.get(index(number))?.as_ref()
@@ -390,8 +390,8 @@ impl Devices {
         device.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
-    /// Execute requests as if strictly in order. The first that fails gets its errno as status, and those after it are left
-    /// as they are.
+    /// Execute requests with the effect of strict order. The first that fails gets its errno as status; those after it keep
+    /// theirs.
     ///
     /// # Errors
     /// A request that breaks a rule; the requests before it were executed.
@@ -408,7 +408,7 @@ impl Devices {
                 fail(rest.first_mut(), &error);
                 return Ok(());
             }
-            // Neighbours that go on from each other are one operation; each is checked by itself first.
+            // Neighbors that go on from each other are one operation; each is checked by itself first.
             let batch = Batch::take(rest, |request| check(self, memory, request))?;
             let batches = if self.copies_side_by_side(&batch) {
                 Batch::side_by_side(batch, rest, |request| check(self, memory, request))

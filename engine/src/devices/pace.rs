@@ -1,4 +1,4 @@
-//! How fast data moves, who watches it, and who may stop it.
+//! The speed at which data moves, its observer, and its brake.
 
 use crate::cancel::Cancel;
 use std::fmt;
@@ -10,9 +10,30 @@ const NAP: Duration = Duration::from_millis(50);
 /// Bytes that are moved between two pauses, at least.
 const MIN_PIECE: u64 = 4 << 10;
 
-/// Is told what has moved.
+/// An observer of moved data.
+///
+/// # Example
+///
+/// Count the bytes:
+///
+/// ```
+/// use instar::devices::Watch;
+///
+/// #[derive(Default)]
+/// struct Total(u64);
+///
+/// impl Watch for Total {
+///     fn moved(&mut self, bytes: u64) {
+///         self.0 = self.0.saturating_add(bytes);
+///     }
+/// }
+///
+/// let mut total = Total::default();
+/// total.moved(512);
+/// assert_eq!(total.0, 512);
+/// ```
 pub trait Watch {
-    /// So many bytes more have moved.
+    /// Report that `bytes` more have moved.
     fn moved(&mut self, bytes: u64);
 
     /// Data has moved, and nothing is half done: a moment for what takes longer.
@@ -32,7 +53,7 @@ struct Limit {
     due: Instant,
 }
 
-/// Attends every movement of data.
+/// A companion of every movement of data, which limits its speed, reports it, and may stop it.
 #[derive(Default)]
 pub struct Pace {
     cancel: Option<Cancel>,
@@ -47,12 +68,12 @@ impl fmt::Debug for Pace {
 }
 
 impl Pace {
-    /// Who may end the operation: a long movement then fails with EINTR.
+    /// Let `cancel` end the operation: a long movement then fails with EINTR.
     pub fn stop_when(&mut self, cancel: Cancel) {
         self.cancel = Some(cancel);
     }
 
-    /// Move no more than `rate` bytes per second; 0 for no limit. Time in which nothing moved is not made up for.
+    /// Move at most `rate` bytes per second; 0 for no limit. Idle time is not credited.
     pub fn limit(&mut self, rate: u64) {
         self.limit = (rate > 0).then(|| Limit { rate, due: Instant::now() });
     }
@@ -63,18 +84,18 @@ impl Pace {
         self.limit.is_some()
     }
 
-    /// Who is told what has moved.
+    /// Report moved data to `watch`.
     pub fn watched_by(&mut self, watch: Box<dyn Watch>) {
         self.watch = Some(watch);
     }
 
-    /// How many bytes may move at once, `most` at most: those of a tenth of a second.
+    /// Return the number of bytes that may move at once: those of a tenth of a second, but at most `most`.
     #[must_use]
     pub fn piece(&self, most: u64) -> u64 {
         self.limit.map_or(most, |limit| (limit.rate / 10).max(MIN_PIECE).min(most))
     }
 
-    /// Fails if the operator wants to stop.
+    /// Fail if the operator wants to stop.
     ///
     /// # Errors
     /// EINTR.
@@ -85,7 +106,7 @@ impl Pace {
         Ok(())
     }
 
-    /// Data has moved: pause for as long as the limit asks for.
+    /// Record moved data, and pause as long as the limit requires.
     ///
     /// # Errors
     /// EINTR, if the operator wants to stop meanwhile.
@@ -110,7 +131,7 @@ impl Pace {
         }
     }
 
-    /// What takes no room has moved, zeroes: it is seen, and not limited.
+    /// Record zeroes, which take no space: they are reported but not limited.
     pub fn passed(&mut self, bytes: u64) {
         if let Some(watch) = &mut self.watch {
             watch.moved(bytes);

@@ -1,11 +1,11 @@
-//! Which device may be changed when. The guest asks for each phase; that it gets no further than the operation allows is for
-//! whoever serves it to see to, and that nothing is changed in the wrong one is for these rules.
+//! The phases of an operation, and the devices that may change in each. The guest requests each phase. The code that serves
+//! the guest decides how far it gets; these rules ensure that no device changes in the wrong phase.
 
 use super::Devices;
 use instar_guest_abi::{Part, Phase, Request, RequestOp, Situation, IDENTITY_RANGE};
 use std::cell::Cell;
 
-/// Where the operation is, and what was used of the grant to record a parent.
+/// The present phase, and the used part of the grant to record a parent.
 #[derive(Debug, Default)]
 pub struct Phases {
     now: Phase,
@@ -30,7 +30,7 @@ impl Devices {
         self.phases.now
     }
 
-    /// Go on to a phase.
+    /// Enter a phase.
     ///
     /// # Errors
     /// One clause: it does not come next, or something is not durable that has to be.
@@ -53,18 +53,17 @@ impl Devices {
         Ok(())
     }
 
-    /// What depends on the target waits for the word that it is [complete](Self::complete_target).
+    /// Block changes that depend on the target until it is [complete](Self::complete_target).
     pub fn await_complete(&mut self) {
         self.phases.awaits_complete = true;
     }
 
-    /// The target is complete: nothing changes it from here on.
+    /// Record that the target is complete: nothing changes it any more.
     pub fn complete_target(&mut self) {
         self.phases.complete = true;
     }
 
-    /// Whether an operation is done that ends in phase `last`, if it has got as far as to know that: the phase is reached, and
-    /// everything is durable.
+    /// Whether an operation that ends in phase `last` is done: the phase is reached, and everything is durable.
     ///
     /// # Errors
     /// What a success that is told now leaves out, in one clause.
@@ -78,7 +77,7 @@ impl Devices {
         }
     }
 
-    /// The first device of these parts that has changes which no flush has made durable.
+    /// Return the first device of these parts with changes that no flush has made durable.
     pub fn unflushed(&self, of: impl Fn(Part) -> bool) -> Option<u32> {
         let mut devices = (0..).zip(&self.slots);
         let found = devices.find(|(_, slot)| slot.as_ref().is_some_and(|device| device.dirty && of(device.part)));

@@ -1,8 +1,7 @@
-//! What a thread copies at once: parts of copies, read into one buffer and written from it.
+//! The unit of work of a copying thread: parts of copies, read into one buffer and written from it.
 //!
-//! An overlay that a guest has written holds its disk in the order of the writes, so that a copy into new clusters
-//! collects what stands all over the source, and a copy into a raw image scatters what stands together. Parts that go on from each other
-//! on either side are one system call there.
+//! An overlay holds its disk in the order of the guest's writes, so a copy into new clusters gathers bytes from all over the
+//! source, and a copy into a raw image scatters adjacent ones. Parts that are adjacent on one side take one system call there.
 
 use super::aligned::AlignedBuffer;
 use std::collections::VecDeque;
@@ -14,7 +13,7 @@ use std::sync::Arc;
 
 /// Bytes of the longest piece, and of each thread's buffer.
 pub const PIECE: u64 = 1 << 20;
-/// Parts of a piece at most: whoever attends the copy is told after each.
+/// Maximum number of parts in a piece: progress is reported after each piece.
 const PARTS: usize = 64;
 
 /// A part of a copy, of at most [`PIECE`] bytes. All of it lies in the target, whole blocks of it if that is open for direct I/O.
@@ -49,7 +48,7 @@ pub struct Piece {
     length: u64,
 }
 
-/// Put parts, which ascend in the target, together to pieces.
+/// Combine parts, which ascend in the target, into pieces.
 pub fn pieces(target: &Arc<File>, parts: impl IntoIterator<Item = Part>) -> VecDeque<Piece> {
     let mut pieces: VecDeque<Piece> = VecDeque::new();
     for part in parts {
@@ -116,7 +115,7 @@ fn length_of(parts: &[Part]) -> u64 {
     parts.iter().map(|part| part.length).sum()
 }
 
-/// The longest runs of neighbours of which each `goes_on` to the next.
+/// The longest runs of neighbors of which each `goes_on` to the next.
 fn runs<T>(items: &[T], goes_on: impl Fn(&T, &T) -> bool) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (index, item) in items.iter().enumerate() {

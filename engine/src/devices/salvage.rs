@@ -9,7 +9,7 @@ const SECTOR: usize = 512;
 /// Ranges that are kept, for messages; of those that follow, only the bytes are counted.
 const MOST: usize = 1000;
 
-/// What could not be read.
+/// The ranges that could not be read.
 #[derive(Debug, Default)]
 pub struct Salvaged {
     ranges: Vec<Range<u64>>,
@@ -33,8 +33,8 @@ impl Salvaged {
     }
 }
 
-/// Read `bytes` at `offset` of a device, of which a larger read has failed with `error`: sector by sector, with zeroes for each
-/// that fails. Past the end of the file there are zeroes.
+/// Read `bytes` at `offset` of a device sector by sector, after a larger read failed with `error`, and substitute zeroes for
+/// each sector that fails. Bytes past the end of the file are zeroes.
 ///
 /// # Errors
 /// `error`, if the device is not to be salvaged.

@@ -1,4 +1,4 @@
-//! Much data: shared where the file system can, otherwise copied by several threads.
+//! Copies of much data: shared where the file system can, otherwise copied by several threads.
 //!
 //! Long runs go past the page cache of the target: a copy within the kernel fills it with data that nobody will read, one page
 //! after the other, and the next flush must write it all back. Whole blocks that are written directly are on the disk already,
@@ -18,7 +18,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Copies of fewer bytes than this in all are done one after the other.
+/// Total bytes below which copies run in order.
 pub const LEAST: u64 = 1 << 20;
 /// Runs of fewer bytes than this go through the page cache.
 const DIRECT_LEAST: u64 = 256 << 10;
@@ -153,8 +153,8 @@ fn allocate(target: &Device, parts: &[Part]) -> io::Result<()> {
 }
 
 impl Copier {
-    /// Do these copies, which go into one device further and further behind and come from others. `slot` finds a device.
-    /// Returns how many are complete: all, or those before the one that failed.
+    /// Run these copies from other devices into one, at ascending offsets. `slot` finds a device. Returns the number of
+    /// complete copies: all, or those before the one that failed.
     pub fn copy_side_by_side<'a>(
         &mut self,
         slot: impl Fn(u32) -> Option<&'a Device>,

@@ -1,9 +1,9 @@
-//! Overwriting what is given back, for storage on which "emptied" has to mean gone: a hole, and the end of a file that is cut,
-//! leave its blocks on the disk as they were.
+//! Overwriting freed space, for storage on which "emptied" has to mean gone: punching a hole or cutting a file leaves the old
+//! content of its blocks on the disk.
 //!
-//! A guest gives back what nothing refers to any more, durably, so that zeroes may stand there: a crash leaves the image as it
-//! would without them, and a second run gives back, and overwrites, what is left. The zeroes are durable before the space is
-//! given back. How many requests that give back follow each other, one flush is for them all.
+//! A guest gives back only space to which nothing refers any more, durably, so zeroes in it do no harm: after a crash, the
+//! image is the same as without them, and a second run overwrites and gives back the rest. The zeroes are durable before the
+//! space is given back. Adjacent requests that give space back share one flush.
 
 use super::{index, Device, Devices};
 use crate::sandbox::{BadRequest, BufferAccess};
@@ -22,7 +22,7 @@ pub(super) struct Wiped {
 }
 
 impl Devices {
-    /// From now on, overwrite what is given back of the image that is emptied.
+    /// Overwrite freed space of the image that is emptied from now on.
     pub fn wipe(&mut self) {
         for device in self.slots.iter_mut().flatten() {
             device.wiped = matches!(device.part, Part::Overlay { emptied: true, .. });

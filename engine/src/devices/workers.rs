@@ -112,7 +112,7 @@ impl Workers {
     /// A file that is shorter than this, in bytes, holds too little to be copied by several threads.
     pub const MUCH: u64 = 4 << 20;
 
-    /// Start them, and wait until they have given up what they do not need.
+    /// Start the threads, and wait until each has given up the rights that it does not need.
     ///
     /// # Errors
     /// When the system starts no thread.
@@ -135,8 +135,8 @@ impl Workers {
         Ok(workers)
     }
 
-    /// Copy these pieces, whose copies are in ascending order. `each` is told how many bytes have moved, from time to time,
-    /// and ends it by an error. When this returns, nothing is under way any more.
+    /// Copy these pieces, whose copies are in ascending order. Calls `each` now and then with the number of moved bytes, and
+    /// stops on its error. No copy is in progress when this returns.
     ///
     /// # Errors
     /// Which copy failed, and why: all before it are complete, and of those after it some may be.
@@ -201,7 +201,7 @@ impl SignalsBlocked {
         unsafe {
             let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = (std::mem::zeroed(), std::mem::zeroed());
             libc::sigfillset(&raw mut all);
-            // Blocked, it would kill the process without a word.
+            // If it were blocked, the kernel would kill the process silently.
             libc::sigdelset(&raw mut all, libc::SIGSYS);
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
             Self(before)

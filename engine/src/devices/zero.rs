@@ -14,12 +14,12 @@ pub fn is_refusal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
 }
 
-/// Make `length` bytes at `offset`, within the file, a hole, or at least read as zero.
+/// Turn `length` bytes at `offset`, within the file, into a hole, or at least into zeroes.
 pub fn zero_within(file: &File, offset: u64, length: u64) -> io::Result<()> {
     zero(file, offset, length, false)
 }
 
-/// Make `length` bytes at `offset`, within the file, read as zero. With `discard`, only their space is of interest.
+/// Make `length` bytes at `offset`, within the file, read as zero. With `discard`, only give back their space.
 pub fn zero(file: &File, offset: u64, length: u64, discard: bool) -> io::Result<()> {
     if length == 0 {
         return Ok(());

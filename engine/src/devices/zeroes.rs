@@ -1,9 +1,9 @@
-//! What is known of where a file holds data and where it reads as zeroes.
+//! The known ranges of a file that hold data or read as zeroes.
 //!
-//! `lseek(SEEK_HOLE)` runs over the extents of the file until the data ends, however little of it is of interest: asked for each
-//! of many requests, it makes a commit take quadratic time. So no part of a file is looked at twice. What the file system said
-//! is remembered, what this process writes is noted, and a question begins before the place of interest once answers have
-//! run into what was known.
+//! `lseek(SEEK_HOLE)` walks the extents of the file until the data ends, however little of it matters: one call for each of
+//! many requests makes a commit take quadratic time. So no part of a file is examined twice. Answers of the file system are
+//! remembered, writes of this process are noted, and a question begins before the place of interest once answers overlap known
+//! ranges.
 
 use rustix::fs::SeekFrom;
 use std::collections::BTreeMap;
@@ -22,18 +22,18 @@ struct Known {
     zero: bool,
 }
 
-/// What is known of a file. Ranges do not overlap, and those that touch differ.
+/// The known ranges of a file. They do not overlap, and adjacent ones differ.
 #[derive(Debug, Default)]
 pub struct Zeroes {
     ranges: BTreeMap<u64, Known>,
-    /// Bytes before the place of interest at which a question begins. It doubles with every answer that runs into known
-    /// ranges, so that there are few of those, in whatever order the file is walked.
+    /// Bytes before the place of interest at which a question begins. It doubles with every answer that overlaps known ranges,
+    /// so that few do, in whatever order the file is walked.
     step: u64,
-    /// Data is known to begin here: where the last hole ended.
+    /// Known beginning of data: the end of the last hole.
     data_at: Option<u64>,
 }
 
-/// Where data begins, and where it ends, as the file system sees it; `None` without an answer.
+/// The file system's view of where data begins and ends; `None` without an answer.
 pub trait Seek {
     /// The first data at or after `from`; `u64::MAX` if there is none.
     fn data(&self, from: u64) -> Option<u64>;
@@ -56,8 +56,8 @@ impl Seek for File {
 }
 
 impl Zeroes {
-    /// The next data within `from..end`: where it begins and ends; `(end, end)` if all of it reads as zeroes. Without an answer
-    /// of the file system, all is data.
+    /// Find the next data within `from..end` and return its bounds; `(end, end)` if the whole range reads as zeroes. Without an
+    /// answer of the file system, everything is data.
     pub fn next_data(&mut self, file: &impl Seek, from: u64, end: u64) -> (u64, u64) {
         let mut data = from;
         while let Some(known) = self.look(file, data, end).filter(|known| known.zero) {
@@ -74,18 +74,18 @@ impl Zeroes {
         (data, hole)
     }
 
-    /// Whether all of `from..end` is known to read as zeroes. Asks nobody.
+    /// Whether all of `from..end` is known to read as zeroes. Does not ask the file system.
     pub fn all_zero(&self, from: u64, end: u64) -> bool {
         from >= end || self.at(from).is_some_and(|known| known.zero && known.end >= end)
     }
 
-    /// `from..end` was, or is about to be, written: it may hold anything, or reads as zeroes.
+    /// Record that `from..end` was written, or is about to be: it may hold anything, or reads as zeroes.
     pub fn note(&mut self, from: u64, end: u64, zero: bool) {
         self.forget(from, end);
         self.insert(from, end, zero);
     }
 
-    /// Nothing is known of `from..end` any more.
+    /// Forget everything about `from..end`.
     pub fn forget(&mut self, from: u64, end: u64) {
         self.data_at = None;
         if from >= end {

@@ -1,15 +1,15 @@
-//! How an image is opened.
+//! The ways to open an image.
 
 use rustix::fs::OFlags;
 
-/// How an image is opened.
+/// The ways to open an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// To be changed.
     ReadWrite,
     /// Only to be read.
     ReadOnly,
-    /// Only to be read, whoever writes to it: it is not locked.
+    /// For reading without a lock, even while another process writes to it.
     Shared,
 }
 

@@ -1,4 +1,4 @@
-//! What is said of a recorded name that is not followed: who records it, and what helps.
+//! The message about a recorded name that is not followed: the image that records it, and the remedy.
 
 use super::names::NoFile;
 use crate::error::Error;
@@ -7,7 +7,7 @@ use crate::lookup::Directory;
 use instar_guest_abi::ErrorCode;
 use std::path::Path;
 
-/// What a recorded name is to be.
+/// The part of the file that a recorded name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// The file that is committed into.
@@ -25,9 +25,9 @@ pub struct Recorder<'a> {
     pub path: &'a Path,
     /// The name of its format.
     pub format: &'a str,
-    /// Where the names in it begin.
+    /// The directory at which relative names in it begin.
     pub directory: &'a Directory,
-    /// What the name is to be.
+    /// The part of the file behind the name.
     pub part: Part,
 }
 
@@ -81,7 +81,7 @@ impl Recorder<'_> {
         }
     }
 
-    /// How the image comes to record that the file behind this name is raw.
+    /// Advise how to make the image record that the file behind this name is raw.
     #[must_use]
     pub fn record_raw(&self, name: &[u8]) -> String {
         if self.format == "qcow2" {

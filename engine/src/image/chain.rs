@@ -1,8 +1,7 @@
-//! Going down a backing chain: from the image that records a name to the file that the name leads to, for every command in
-//! the same way.
+//! Going down a backing chain, from the image that records a name to the file behind it, in the same way for every command.
 //!
-//! The chain is what the images record. A path of the operator's only says which of its files is meant, and never where the
-//! next one is looked for.
+//! The records of the images define the chain. A path of the operator only selects one of its files, and never determines where
+//! the next one is looked for.
 
 use super::access::Access;
 use super::advice::Part;
@@ -30,8 +29,8 @@ pub struct Descent<'r, 'g> {
     most: usize,
 }
 
-/// Whether the format of an image records nothing of a parent: neither a name nor an identity says whether it has one. The
-/// operator alone knows, and for all who are not told it has none.
+/// Whether the format of an image cannot record a parent, neither by name nor by identity. Only the operator knows the parent
+/// then, and without their word the image has none.
 #[must_use]
 pub fn parent_is_unrecorded(facts: &ImageFacts) -> bool {
     let nameless = facts.backing.as_ref().into_option().is_some_and(|pointer| pointer.names().all(<[u8]>::is_empty));
@@ -44,18 +43,18 @@ fn pointer(facts: &ImageFacts) -> Option<&BackingPointer> {
 }
 
 impl<'r, 'g> Descent<'r, 'g> {
-    /// A way down from the image that the operator named at `first`: `room` images may be below it.
+    /// Begin at the image `first` that the operator named, with at most `room` images below it.
     #[must_use]
     pub fn new(registry: &'r Registry, gate: &'g Gate, first: &'g Path, room: usize) -> Self {
         Self { registry, gate, first, seen: Vec::new(), room, most: room }
     }
 
-    /// The way has come by this image.
+    /// Record that this image is part of the chain.
     pub fn passed(&mut self, image: Identity) {
         self.seen.push(image);
     }
 
-    /// Where the backing of an image is, if it records one; `wanted` is the file that the operator named. Nothing is opened.
+    /// Locate the backing of an image, if it records one; `wanted` is the file that the operator named. Opens nothing.
     ///
     /// # Errors
     /// [`ErrorCode::ChainTooDeep`], [`ErrorCode::ChainLoop`], and what [`Gate::find`] gives.
@@ -72,7 +71,7 @@ impl<'r, 'g> Descent<'r, 'g> {
         Ok(Some(located))
     }
 
-    /// Go on to the image below `image` that the operator named, because its recorded name leads nowhere.
+    /// Continue with the image that the operator named below `image`, because the recorded name does not resolve.
     ///
     /// # Errors
     /// [`ErrorCode::ChainTooDeep`], [`ErrorCode::ChainLoop`].
@@ -87,7 +86,7 @@ impl<'r, 'g> Descent<'r, 'g> {
         Ok(())
     }
 
-    /// Open what [`next`](Self::next) found, and find out what it is: an image that is read.
+    /// Open the file that [`next`](Self::next) found, for reading, and identify it.
     ///
     /// # Errors
     /// What opening, locking and probing give.
@@ -102,7 +101,7 @@ impl<'r, 'g> Descent<'r, 'g> {
         opened.identify_recorded(self.registry, Recorded::by(above, located))
     }
 
-    /// Find out what an open file is that is written: of the format that the operator `named`, or of the recorded one.
+    /// Identify an open file that will be written, as the format that the operator `named` or the recorded one.
     ///
     /// # Errors
     /// What probing gives.
@@ -116,7 +115,7 @@ impl<'r, 'g> Descent<'r, 'g> {
         opened.identify_target(self.registry, named, Recorded::by(above, located))
     }
 
-    /// The same for a file of the operator's that no recorded name led to.
+    /// Do the same for a file of the operator's to which no recorded name leads.
     ///
     /// # Errors
     /// What probing gives.

@@ -12,20 +12,20 @@ pub struct ChainImage<'r> {
     pub opened: OpenedFile,
     /// The plugin of its format.
     pub plugin: &'r Plugin,
-    /// What its header says.
+    /// The facts from its header.
     pub facts: ImageFacts,
-    /// Which of its disks is read, as in [`DeviceConfig::snapshot`](instar_guest_abi::DeviceConfig::snapshot).
+    /// The disk to read, as in [`DeviceConfig::snapshot`](instar_guest_abi::DeviceConfig::snapshot).
     pub snapshot: u32,
     /// Its other files, once they are open.
     pub files: Vec<ExtraFile>,
-    /// What it records of its parent is changed, and nothing else of it: a few bytes of its own file, which is open for
-    /// writing. It is not emptied, and not a target.
+    /// Whether only its record of the parent changes: a few bytes of its own file, which is open for writing. Such an image is
+    /// neither emptied nor a target.
     pub follows: bool,
-    /// The operator named its format, and is believed.
+    /// Whether the operator named its format and is believed.
     pub insisted: bool,
-    /// The mark of another format in a file that is said to be raw.
+    /// The signature of another format in a file that is called raw.
     pub mark: Option<Mark>,
-    /// Why it may be written to only where nothing changes that may be a header.
+    /// A reason to write to it only where that cannot change a header.
     pub doubt: Option<Doubt>,
 }
 
@@ -34,7 +34,7 @@ pub struct ChainImage<'r> {
 pub struct ExtraFile {
     /// The open file.
     pub opened: OpenedFile,
-    /// It may become longer in a commit.
+    /// Whether a commit may make it longer.
     pub grows: bool,
 }
 
@@ -43,13 +43,13 @@ pub struct ExtraFile {
 pub struct Doubt {
     /// The mark of another format.
     pub mark: Mark,
-    /// What is wrong, and how to insist: one clause.
+    /// The problem, and how to insist, in one clause.
     pub clause: String,
 }
 
 impl ChainImage<'_> {
-    /// The identity that this image gets when something is written into it from `child`, or from what is above that; empty if
-    /// it keeps its own.
+    /// Return the identity that this image gets when data is written into it from `child` or the layers above that; empty if it
+    /// keeps its own.
     #[must_use]
     pub fn next_identity(&self, child: &ImageFacts) -> Vec<u8> {
         self.plugin.next_identity(&self.facts, child)
@@ -61,12 +61,12 @@ impl ChainImage<'_> {
         self.facts.follows(&parent.next_identity(&self.facts))
     }
 
-    /// All files of the image, its own first.
+    /// Iterate over all files of the image, its own first.
     pub fn all_files(&self) -> impl Iterator<Item = &OpenedFile> {
         std::iter::once(&self.opened).chain(self.files.iter().map(|file| &file.opened))
     }
 
-    /// How long they are together, in bytes.
+    /// Return their combined length in bytes.
     #[must_use]
     pub fn length(&self) -> u64 {
         self.all_files().map(|opened| opened.file.length()).fold(0, u64::saturating_add)

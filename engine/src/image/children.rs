@@ -1,12 +1,12 @@
 //! The children of an image: other images whose recorded backing it is.
 //!
-//! No image records its children, so that they are looked for where they usually lie: in directories that the operator names
-//! or uses. What lies there may be anybody's. Only regular files are opened, for reading, and a file that cannot be opened,
-//! read or understood is passed over and counted. What a file can cost is bounded: by what plugins may read, and by how far
-//! its names are walked.
+//! No image records its children, so the search covers the places where they usually lie: directories that the operator names
+//! or uses, which may hold files of anybody. It opens only regular files, for reading, and skips and counts each file that
+//! cannot be opened, read or understood. The cost of a file is bounded by the read budget of plugins and by the number of steps
+//! of a walk.
 //!
-//! Whether a name leads to an image is decided as everywhere: it is walked as the kernel walks it, and what it leads to is
-//! compared by identity. Nothing that it leads to is opened.
+//! A name is walked as the kernel walks it, as everywhere, and the file at its end is compared by identity, without being
+//! opened.
 
 use super::access::Access;
 use super::chain_image::ChainImage;
@@ -43,9 +43,9 @@ pub struct Child {
     pub path: PathBuf,
     /// What it is.
     pub identity: Identity,
-    /// Which image its backing is.
+    /// The identity of its backing.
     pub parent: Identity,
-    /// What its header says.
+    /// The facts from its header.
     pub facts: ImageFacts,
     directory: Directory,
     name: OsString,
@@ -53,7 +53,7 @@ pub struct Child {
 }
 
 impl Child {
-    /// Open it, if it still is the file that was found. It is not locked.
+    /// Open it, if it still is the same file. Does not lock it.
     ///
     /// # Errors
     /// [`ErrorCode::ImageNotFound`] if it is gone; [`ErrorCode::PermissionDenied`], [`ErrorCode::ReadOnly`],
@@ -65,12 +65,12 @@ impl Child {
     }
 }
 
-/// What was found in directories.
+/// The result of a search.
 #[derive(Debug, Default)]
 pub struct Children {
     /// The children, by their paths.
     pub children: Vec<Child>,
-    /// How many files could not be looked at: they may not be opened or read, or are no sound images.
+    /// Number of files that could not be examined, because they cannot be opened or read, or are not sound images.
     pub passed_over: usize,
     /// The directories that could not be listed.
     pub unlisted: Vec<PathBuf>,
@@ -81,19 +81,19 @@ pub struct Children {
 pub struct ChildSearch<'s> {
     /// The plugins.
     pub registry: &'s Registry,
-    /// Where names begin that do not begin at the image which records them.
+    /// The beginnings of names that do not begin at the image which records them.
     pub roots: &'s Roots,
     /// The images whose children are looked for.
     pub parents: &'s [&'s ChainImage<'s>],
-    /// The images that are known. No file of theirs is a child.
+    /// Known images. None of their files is a child.
     pub known: &'s [&'s ChainImage<'s>],
-    /// Who may end the search.
+    /// The handle that ends the search.
     pub cancel: &'s Cancel,
 }
 
 impl ChildSearch<'_> {
-    /// Look for children in these directories, and not in those below them. A file with several names is found once, and links
-    /// are not followed: what they lead to is found where it lies.
+    /// Look for children in these directories, but not in their subdirectories. A file with several names is found once. Links
+    /// are not followed: their targets are found in their own directories.
     ///
     /// # Errors
     /// [`ErrorCode::Interrupted`].

@@ -80,7 +80,7 @@ pub(super) fn check_writable(path: &Path, file: &File, block_device: bool) -> Re
 /// Attributes of a file that nobody may change in place.
 const PROTECTED: StatxAttributes = StatxAttributes::IMMUTABLE.union(StatxAttributes::APPEND);
 
-/// Whether a file has such an attribute. Only asked for the sake of a message.
+/// Whether a file has such an attribute, for a message.
 fn is_protected(path: &Path) -> bool {
     let attributes = rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::empty());
     attributes.is_ok_and(|found| found.stx_attributes.intersects(PROTECTED))

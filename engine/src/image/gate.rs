@@ -1,9 +1,9 @@
-//! Which files an image may make this program open.
+//! The gate that decides which files an image may make this program open.
 //!
-//! A name that an image records is [walked](crate::lookup) as the kernel walks it, from the directory of the image. The walk
-//! may pass anywhere, but it opens only a file whose own directory lies at or below a [root](Roots): directories are
-//! compared by what they are, and not by their text. A file that `-b` names is compared in the same way, and is let through
-//! wherever it lies. Of everything else the answer does not tell whether it exists.
+//! A recorded name is [walked](crate::lookup) as the kernel walks it, from the directory of the image. The walk may pass
+//! anywhere, but the gate opens only a file whose own directory is a [root](Roots) or lies below one; it compares directories
+//! by identity and not by text. A file that `-b` names is compared in the same way, and passes wherever it lies. For any other
+//! file, the answer does not reveal whether it exists.
 
 use super::access::Access;
 use super::advice::{Part, Recorder};
@@ -18,7 +18,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// A file that a recorded name leads to, and that may be opened.
+/// The file at the end of a recorded name, if it may be opened.
 #[derive(Debug)]
 pub struct Located {
     pub(super) reached: Reached,
@@ -33,13 +33,13 @@ pub struct Located {
 }
 
 impl Located {
-    /// Which file it is.
+    /// Return its identity.
     #[must_use]
     pub fn identity(&self) -> Identity {
         Identity::of(&self.reached.stat)
     }
 
-    /// Whether the operator named it, too.
+    /// Whether the operator named it as well.
     #[must_use]
     pub fn is_named_by_operator(&self) -> bool {
         self.by_operator
@@ -57,7 +57,7 @@ impl Located {
         self.format.as_deref()
     }
 
-    /// Where the names that it records begin.
+    /// Return the directory at which names that it records begin.
     #[must_use]
     pub fn beside(&self) -> &Directory {
         &self.reached.beside
@@ -86,13 +86,13 @@ fn is_hidden(name: &OsStr) -> bool {
 }
 
 impl Gate {
-    /// A gate that lets names into these directories.
+    /// Make a gate that admits files in these directories.
     #[must_use]
     pub fn within(roots: Roots) -> Self {
         Self { roots, everywhere: false }
     }
 
-    /// A gate that lets names into the directory of an image.
+    /// Make a gate that admits files in the directory of an image.
     ///
     /// # Errors
     /// [`ErrorCode::OpenFailed`] without a root directory.
@@ -100,7 +100,7 @@ impl Gate {
         Ok(Self::within(Roots::at(directory)?))
     }
 
-    /// A gate that lets everything through, for a command that only shows what images say of themselves.
+    /// Make a gate that admits every file, for a command that only shows facts about images.
     ///
     /// # Errors
     /// [`ErrorCode::OpenFailed`] without a root directory.
@@ -108,14 +108,14 @@ impl Gate {
         Ok(Self { roots: Roots::none()?, everywhere: true })
     }
 
-    /// The directories behind it.
+    /// Return its directories.
     #[must_use]
     pub fn roots(&self) -> &Roots {
         &self.roots
     }
 
-    /// Find the file that `recorder` records under the first of `names` that leads to one; `wanted` is one that the operator
-    /// named. Nothing is opened.
+    /// Find the file that `recorder` records under the first of `names` that leads to one; `wanted` is a file that the operator
+    /// named. Opens nothing.
     ///
     /// # Errors
     /// Those of the first name: [`ErrorCode::WriteTargetNotAllowed`] where it may not lead, [`ErrorCode::BackingNotFound`] or
@@ -150,7 +150,7 @@ impl Gate {
             None if file.from_working_directory => return Err(recorder.missing(&PathBuf::from("."))),
             _ => recorder.directory,
         };
-        // By its text, which everybody knows: what there is in it is not told.
+        // Decided by its text, which is public: the answer reveals nothing about its content.
         if file.path.starts_with(b"/proc/") {
             return Err(recorder.through_proc(name));
         }
@@ -217,7 +217,7 @@ impl Gate {
             match place.leave() {
                 Ok(Left::Named(name)) => hidden |= is_hidden(&name),
                 Ok(Left::Unnamed) => {}
-                // Whoever cannot go up cannot show that it is below a root.
+                // Without a way up, nothing shows that it is below a root.
                 Ok(Left::Top) | Err(_) => return Lies::Outside,
             }
         }

@@ -1,15 +1,15 @@
-//! Which format an open file is of, and who is believed about it.
+//! Identifying the format of an open file, and whom to believe about it.
 //!
-//! A raw image has no mark. What its first and last sectors look like is its guest's to choose, so that a mark of another
-//! format in it proves nothing; but an overlay that calls a qcow2 image raw must not have its header overwritten. So raw is
-//! believed
+//! A raw image has no signature, and its guest chooses the content of its first and last sectors, so the signature of another
+//! format in it proves nothing. On the other hand, an overlay that calls a qcow2 image raw must not cause its header to be
+//! overwritten. So raw is believed
 //!
-//! * of whoever reads: nothing is at stake;
-//! * of the operator, who names it with `-f` or `-F`;
+//! * for reading, where nothing is at stake;
+//! * if the operator names it with `-f` or `-F`;
 //! * of an image that records it for a file to be written, unless that has the certain mark of another format, or a likely
 //!   one and a length of which no disk is. Even then, a commit that is repeated [may go on](crate::commit).
 //!
-//! The same holds for the other files of an image, of which its plugin says what they look like.
+//! The same holds for the other files of an image, whose signatures its plugin knows.
 
 use super::advice::{Part, Recorder};
 use super::chain_image::{ChainImage, Doubt};
@@ -102,11 +102,11 @@ pub fn unknown_format(path: &Path, error: &IdentifyError, option: &str) -> Error
 }
 
 impl OpenedFile {
-    /// Find out the format. A `hint` of the operator's, given with `option`, that the file does not match is refused; raw is
-    /// believed.
+    /// Identify the format. Refuses a `hint` of the operator's, given with `option`, that the file does not match; believes
+    /// raw.
     ///
     /// # Errors
-    /// When no plugin, or not the one that `hint` names, recognises it.
+    /// When no plugin, or not the one that `hint` names, recognizes it.
     pub fn identify_as<'r>(
         self,
         registry: &'r Registry,
@@ -117,7 +117,7 @@ impl OpenedFile {
         identified.map_err(|(path, error)| unknown_format(&path, &error, option))
     }
 
-    /// The same for an image that has another one below it: it is no raw disk.
+    /// Do the same for an image above another one, which cannot be a raw disk.
     ///
     /// # Errors
     /// As [`OpenedFile::identify_as`].
@@ -136,7 +136,7 @@ impl OpenedFile {
         Err(Error::image(&image.opened.path, ErrorCode::FormatMismatch, clause))
     }
 
-    /// Find out the format of a file that is read below an image, which may record it.
+    /// Identify the format of a file that is read below an image, which may record it.
     ///
     /// # Errors
     /// As [`OpenedFile::identify_as`].
@@ -151,8 +151,8 @@ impl OpenedFile {
         })
     }
 
-    /// Find out the format of a file that is written below an image: the one that the operator `named`, or the recorded one.
-    /// When raw is recorded and cannot be believed, the image has a [`Doubt`].
+    /// Identify the format of a file that is written below an image: the one that the operator `named`, or the recorded one. If
+    /// a recorded raw cannot be believed, the image gets a [`Doubt`].
     ///
     /// # Errors
     /// As [`OpenedFile::identify_as`].

@@ -1,4 +1,4 @@
-//! Locking the images: how long to wait for somebody who uses one, and what to say when that was in vain.
+//! Locking the images: waiting for other users, and the message if they do not finish in time.
 
 use super::access::Access;
 use super::named::NamedFile;
@@ -19,9 +19,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How long to wait for all locks together: in seconds, until when, and who may end that.
 static PATIENCE: Mutex<Option<(u64, Instant, Cancel)>> = Mutex::new(None);
 
-/// What has to be done about locks before the process is confined: from now on, images that are in use are waited for, for
-/// `wait` seconds altogether; and who uses these files, or those beside them and in the directories that are `allowed`, is
-/// found out while the process may still look around.
+/// Prepare locking before the process is confined: wait for images in use from now on, for `wait` seconds altogether, and find
+/// out who uses these files, those beside them, and those in the `allowed` directories, while the process may still look
+/// around.
 pub fn prepare_to_lock<'p>(
     cancel: &Cancel,
     wait: u64,

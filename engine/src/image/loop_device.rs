@@ -1,4 +1,4 @@
-//! What a loop device stands on: the same bytes have two names then.
+//! The file below a loop device, which is a second name for the same bytes.
 
 use crate::confine::calls::LOOP_GET_STATUS64;
 use crate::lookup::Identity;
@@ -11,7 +11,7 @@ const LOOP_MAJOR: u32 = 7;
 /// the file below, and the number of the device, if one is below.
 const WORDS: usize = 29;
 
-/// What is below an open block device, if that is a loop device.
+/// Return the file below an open block device, if it is a loop device.
 pub fn below(device: impl AsFd, stat: &Stat) -> Option<Identity> {
     if major(stat.st_rdev) != LOOP_MAJOR {
         return None;

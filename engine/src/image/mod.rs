@@ -1,4 +1,4 @@
-//! The images of a chain: which files they are, in which order, and which of them may be written.
+//! The images of a chain: their files, their order, and the permission to write them.
 //!
 //! An overlay is hostile, and it names other files. Every file that an image names passes one [gate](Gate) before it is
 //! opened, and the gate judges the file that the name really leads to: neither its text, nor a link, nor a race decides.

@@ -1,5 +1,5 @@
-//! A file that the operator names: it is looked at once, before anything of an image is read, and what is opened later is
-//! that file or none.
+//! A file that the operator names. It is looked at once, before any image is read, and later either that very file is opened or
+//! none.
 
 use crate::escape::printable;
 use crate::lookup::{walk, Directory, Identity};
@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// A file that the operator names, and what was found there.
+/// A file that the operator names, and the result of looking at it.
 #[derive(Debug)]
 pub struct NamedFile {
     path: PathBuf,
@@ -50,7 +50,7 @@ impl NamedFile {
         Self::look(path.to_owned(), Directory::open(parent), name)
     }
 
-    /// The same for a path that begins at the directory of another image.
+    /// Do the same for a path that begins at the directory of another image.
     #[must_use]
     pub fn beside(image: &Self, path: &Path) -> Self {
         let Some(directory) = image.directory.as_ref().filter(|_| path.is_relative()) else {
@@ -77,37 +77,37 @@ impl NamedFile {
         Self { path, directory, name, found, near }
     }
 
-    /// The name in its directory that may have been meant, if it does not exist itself. Fit to be printed.
+    /// Return the printable name in its directory that was probably meant, if the file does not exist.
     #[must_use]
     pub fn near(&self) -> Option<&str> {
         self.near.as_deref()
     }
 
-    /// Its path as the operator gave it; one that begins at the directory of another image begins with that.
+    /// Return its path as the operator gave it, after the directory of another image if it begins there.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its name in its directory.
+    /// Return its name in its directory.
     #[must_use]
     pub fn name(&self) -> &OsStr {
         &self.name
     }
 
-    /// The directory that its name lies in, if that exists.
+    /// Return the directory of its name, if that exists.
     #[must_use]
     pub fn directory(&self) -> Option<&Directory> {
         self.directory.as_ref()
     }
 
-    /// What it is, if it exists.
+    /// Return its identity, if it exists.
     #[must_use]
     pub fn identity(&self) -> Option<Identity> {
         self.found.as_ref().ok().map(|(_, stat)| Identity::of(stat))
     }
 
-    /// A descriptor that only names it, if it exists.
+    /// Return a descriptor that only names it, if it exists.
     #[must_use]
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.found.as_ref().ok().map(|(object, _)| object.as_fd())
@@ -121,7 +121,7 @@ impl NamedFile {
         self.found.as_ref().map(|(_, stat)| stat).map_err(|errno| *errno)
     }
 
-    /// The directory that holds the file itself, also where its name is a link.
+    /// Return the directory that holds the file itself, even if its name is a link.
     #[must_use]
     pub fn real_directory(&self) -> Option<Directory> {
         let top = Directory::open(Path::new("/")).ok()?;

@@ -1,4 +1,4 @@
-//! What a name that an image records means: a file on this machine, or something that is none.
+//! The meaning of a recorded name: a file on this machine, or something else.
 //!
 //! QEMU takes everything with a colon before the first slash for a protocol (`path_has_protocol` in QEMU's `block.c`).
 //! Two of them, in their plainest form, are names of local files, and management tools record them: `file:PATH`, and a
@@ -24,7 +24,7 @@ pub struct FileName<'n> {
     pub format: Option<String>,
 }
 
-/// Why a recorded name means no file.
+/// The reason why a recorded name does not mean a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoFile {
     /// Nothing is recorded.
@@ -64,7 +64,7 @@ fn is_protocol(name: &[u8]) -> bool {
     name[..end].contains(&b':')
 }
 
-/// What a recorded name means.
+/// Interpret a recorded name.
 ///
 /// # Errors
 /// Why it means no file.

@@ -1,5 +1,4 @@
-//! Opening an image of a chain: once, with the right mode, after a look at what it is; then it is locked, and its format
-//! found out.
+//! Opening an image of a chain: once, with the right mode, after a check of its kind; then it is locked and identified.
 
 use super::access::Access;
 use super::advice::{Part, Recorder};
@@ -173,7 +172,7 @@ impl OpenedFile {
         looked.open(path, &reached.beside, access, ErrorCode::BackingNotFound)
     }
 
-    /// Refuse a file that is read-only, whoever asks. It need not be open for writing.
+    /// Refuse a file that is read-only for every user. It need not be open for writing.
     ///
     /// # Errors
     /// [`ErrorCode::ReadOnly`].
@@ -214,7 +213,7 @@ impl OpenedFile {
         self.measured_anew()
     }
 
-    /// The same for a file that has no name yet.
+    /// Do the same for a file that has no name yet.
     ///
     /// # Errors
     /// As [`OpenedFile::lock`].
@@ -223,7 +222,7 @@ impl OpenedFile {
         self.measured_anew()
     }
 
-    /// Whoever used it until now may have made it longer.
+    /// The previous user may have made it longer.
     fn measured_anew(self) -> Result<Self, Error> {
         let file = FileImage::new(self.file.into_file()).map_err(|error| length_error(&self.path, &error))?;
         Ok(Self { file, ..self })

@@ -1,4 +1,4 @@
-//! How many files the process may have open.
+//! The limit of open files of the process.
 
 use instar_guest_abi::{MAX_CHAIN_DEVICES, MAX_FILE_DEVICES};
 use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
@@ -11,8 +11,8 @@ const fn needed() -> u64 {
     (MAX_CHAIN_DEVICES + 2 * MAX_FILE_DEVICES) as u64 + OTHERS
 }
 
-/// Let the process have as many files open as the longest chain needs, if its hard limit allows it. The usual soft limit
-/// is 1024. Where it cannot be raised, an open that is one too many says so.
+/// Raise the limit of open files to the needs of the longest chain, as far as the hard limit allows. The usual soft limit is
+/// 1024. If it cannot be raised, the first open beyond it reports so.
 pub fn allow_many() {
     let needed = needed();
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);

@@ -1,5 +1,5 @@
-//! Is what is below an image what the image was made on? Some formats record that: both sides give an identity, which is
-//! only compared here. No format has to know another one.
+//! Checking that an image lies above the one that it was made on. Some formats record identities, which this module only
+//! compares, so that no format has to know another one.
 
 use super::access::Access;
 use super::advice::Part;
@@ -22,8 +22,8 @@ fn hexadecimal(identity: &[u8]) -> String {
     })
 }
 
-/// Why the image at `path` with the facts `parent`, of the format of `plugin`, cannot be below an image with the facts `child`:
-/// one clause about that image; `None` if nothing speaks against it.
+/// Return the reason why the image at `path` with the facts `parent`, of the format of `plugin`, cannot be below an image with
+/// the facts `child`, as one clause about that image; `None` if it can.
 #[must_use]
 pub fn parent_mismatch(child: &ImageFacts, path: &Path, plugin: &Plugin, parent: &ImageFacts) -> Option<String> {
     if child.goes_with(parent, &plugin.next_identity(parent, child)) {
@@ -41,7 +41,7 @@ pub fn parent_mismatch(child: &ImageFacts, path: &Path, plugin: &Plugin, parent:
     ))
 }
 
-/// Refuse a chain, the top-most image first, in which an image is not above the one that it was made on.
+/// Refuse a chain, top-most image first, in which an image does not lie above the one that it was made on.
 ///
 /// # Errors
 /// [`ErrorCode::ParentMismatch`].
@@ -54,8 +54,8 @@ pub fn check_parents(chain: &[&ChainImage<'_>]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuse an image by itself whose parent is not the one that it was made on. A parent that is not there, or must not be
-/// looked at, says nothing.
+/// Refuse a single image whose parent is not the one that it was made on. A missing or inaccessible parent is no reason to
+/// refuse.
 ///
 /// # Errors
 /// [`ErrorCode::ParentMismatch`].

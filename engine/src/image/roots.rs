@@ -1,4 +1,4 @@
-//! The directories that recorded names may lead into: opened once, before anything of an image is read, and known by their
+//! The directories that recorded names may lead into. They are opened once, before any image is read, and known by their
 //! descriptors from then on.
 //!
 //! Volume managers name block devices by links that leave their directory (`/dev/VG/LV -> ../dm-7`, and oVirt's links to
@@ -40,7 +40,7 @@ pub struct Roots {
 }
 
 impl Roots {
-    /// No directory.
+    /// Make an empty set.
     ///
     /// # Errors
     /// [`ErrorCode::OpenFailed`] without a root directory.
@@ -49,12 +49,12 @@ impl Roots {
             let clause = format!("cannot be opened: {}", std::io::Error::from(errno));
             Error::image(Path::new("/"), ErrorCode::OpenFailed, clause)
         })?;
-        // Whoever works in a directory that is gone has no names that begin there.
+        // If the working directory is gone, no name can begin there.
         let working = Directory::open(Path::new(".")).ok();
         Ok(Self { top, working, directories: Vec::new(), above: HashSet::new(), devices: Vec::new() })
     }
 
-    /// The directory of the image that the operator names, and the directories that the operator allows.
+    /// Open the directory of the image that the operator names, and the directories that the operator allows.
     ///
     /// # Errors
     /// [`ErrorCode::WriteTargetNotAllowed`] for a directory that does not exist.
@@ -74,7 +74,7 @@ impl Roots {
         Ok(roots)
     }
 
-    /// One directory.
+    /// Make a set of one directory.
     ///
     /// # Errors
     /// As [`Roots::none`].
@@ -84,7 +84,7 @@ impl Roots {
         Ok(roots)
     }
 
-    /// The same, and the directory of another file that the operator names.
+    /// Add the directory of another file that the operator names.
     #[must_use]
     pub fn and(&self, image: &NamedFile) -> Self {
         let mut roots = self.clone();
@@ -113,19 +113,19 @@ impl Roots {
         self.directories.push(directory);
     }
 
-    /// The root directory of this process.
+    /// Return the root directory of this process.
     #[must_use]
     pub fn top(&self) -> &Directory {
         &self.top
     }
 
-    /// The working directory, if there is one.
+    /// Return the working directory, if it exists.
     #[must_use]
     pub fn working_directory(&self) -> Option<&Directory> {
         self.working.as_ref()
     }
 
-    /// The directories.
+    /// Return the directories.
     #[must_use]
     pub fn directories(&self) -> &[Directory] {
         &self.directories
@@ -149,13 +149,13 @@ impl Roots {
         self.devices.iter().any(|known| known.identity == device)
     }
 
-    /// What can be opened in them, for the kernel to hold this process to.
+    /// Return the files in them that may be opened, for the kernel to enforce.
     #[must_use]
     pub fn reach(&self, access: Access) -> Reach<'_> {
         self.add_to(Reach::default(), access)
     }
 
-    /// The same besides something else.
+    /// Add the same to an existing reach.
     #[must_use]
     pub fn add_to<'r>(&'r self, reach: Reach<'r>, access: Access) -> Reach<'r> {
         let write = access == Access::ReadWrite;

@@ -1,8 +1,9 @@
-//! Which of an image's disks an operation reads: its own, or that of one of its internal snapshots.
+//! Selecting the disk of an image that an operation reads: its own, or that of an internal snapshot.
 
 use super::chain_image::ChainImage;
 use crate::error::Error;
-use crate::escape::escape_bytes;
+use crate::escape::{escape, escape_bytes};
+use crate::nearest::nearest;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::SnapshotFacts;
 use std::convert::Infallible;
@@ -11,12 +12,12 @@ use std::str::FromStr;
 /// Most names of snapshots in a message.
 const SHOWN: usize = 8;
 
-/// How the operator names an internal snapshot: as for `-l` of `qemu-img`.
+/// The operator's name for an internal snapshot: as for `-l` of `qemu-img`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SnapshotName {
     /// The identifier of one, or else a name.
     IdOrName(String),
-    /// What is given of both has to fit.
+    /// Identifier and name, of which each that is given has to match.
     Exactly {
         /// `snapshot.id=`
         id: Option<String>,
@@ -56,6 +57,12 @@ impl SnapshotName {
             }),
         }
     }
+
+    /// The name of a snapshot that is nearest to the one that was given.
+    fn near<'a>(&self, all: &'a [SnapshotFacts]) -> Option<&'a str> {
+        let (Self::IdOrName(wanted) | Self::Exactly { name: Some(wanted), .. }) = self else { return None };
+        nearest(wanted, all.iter().filter_map(|snapshot| std::str::from_utf8(&snapshot.name).ok()))
+    }
 }
 
 impl ChainImage<'_> {
@@ -72,7 +79,9 @@ impl ChainImage<'_> {
             let clause = if names.is_empty() {
                 "it has no internal snapshots: leave out -l".to_owned()
             } else {
-                format!("it has no such internal snapshot; it has {}{others}", names.join(", "))
+                let near =
+                    name.near(all).map(|near| format!("; the nearest one is {}", escape(near))).unwrap_or_default();
+                format!("it has no such internal snapshot; it has {}{others}{near}", names.join(", "))
             };
             return Err(Error::image(&self.opened.path, ErrorCode::UnsupportedFormat, clause));
         };

@@ -1,4 +1,4 @@
-//! Which file is committed into.
+//! Finding the target of a commit.
 
 use super::access::Access;
 use super::advice::Part;
@@ -12,25 +12,25 @@ use crate::escape::escape_bytes;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::PROBE_ANYTHING;
 
-/// What the operator says about the backing.
+/// The operator's choice of the backing.
 #[derive(Clone, Copy, Debug)]
 pub struct BackingChoice<'a> {
     /// `-b`: the file that the operator named.
     pub base: Option<&'a NamedFile>,
     /// `-F`: the format that it is of.
     pub format: Option<&'a str>,
-    /// How it is opened: a dry run only reads.
+    /// The way to open it: a dry run only reads.
     pub access: Access,
 }
 
-/// What is committed into, and the layers between it and the overlay, which are committed as well, the top-most first.
+/// The target, and the layers between it and the overlay, which are committed as well, top-most first.
 #[derive(Debug)]
 pub struct Target<'r> {
     /// The image that is written.
     pub backing: ChainImage<'r>,
     /// Open for reading, but for the lowest one if that [`follows`](ChainImage::follows) the backing.
     pub between: Vec<ChainImage<'r>>,
-    /// The file stands for a recorded name that leads nowhere, as its identity proves.
+    /// Whether the file replaces a recorded name that does not resolve, as its identity proves.
     pub stands_in: bool,
 }
 

@@ -1,5 +1,5 @@
-//! The undo log that an interrupted `instar commit --atomic` leaves beside its target: until the target has back what it was,
-//! it is a mixture of two images, which nobody may read or change.
+//! The undo log that an interrupted `instar commit --atomic` leaves beside its target. Until the target is restored, it is a
+//! mixture of two images, which nobody may read or change.
 
 use super::access::Access;
 use super::named::NamedFile;
@@ -48,7 +48,7 @@ impl OpenedFile {
         Error::image(&self.path, ErrorCode::OpenFailed, clause)
     }
 
-    /// The directory that holds the file itself, and its name there: not those of a link that leads to it.
+    /// Return the directory that holds the file itself, and its name there, not those of a link to it.
     ///
     /// # Errors
     /// [`ErrorCode::OpenFailed`] if its name leads to another file meanwhile.
@@ -94,8 +94,8 @@ impl OpenedFile {
 }
 
 impl NamedFile {
-    /// Refuse to write over a file with an undo log beside it, which would be applied to what is written. What cannot be looked
-    /// at is for whoever writes to say.
+    /// Refuse to overwrite a file with an undo log beside it, which would be applied to the new content. A file that cannot be
+    /// examined is left to the writer to report.
     ///
     /// # Errors
     /// [`ErrorCode::RecoveryNeeded`].

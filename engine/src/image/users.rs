@@ -1,12 +1,11 @@
-//! Which process uses an image, for the message about one that is in use.
+//! Finding the process that uses an image, for the message about it.
 //!
-//! QEMU's locks belong to open file descriptions: the kernel does not say whose they are. A process that is confined cannot
-//! look for their holders, so that the search is made before. It is best effort: of another user's processes, nothing can be
-//! seen.
+//! QEMU's locks belong to open file descriptions, and the kernel does not report their owners. A confined process cannot look
+//! for the owners, so the search comes before. It is best effort: processes of other users are invisible.
 //!
-//! The search reads the kernel's list of locks, which makes every processor pass through the scheduler first (`file_rwsem` of
-//! `fs/locks.c`): more than ten milliseconds, several times what a small commit takes. So the files themselves are asked
-//! before, as long as they are few, and nothing is searched if none of them is locked.
+//! The search reads the kernel's list of locks, for which every processor has to pass through the scheduler (`file_rwsem` of
+//! `fs/locks.c`): that takes more than ten milliseconds, several times as long as a small commit. So as long as the files are
+//! few, they are tested first, and the search is skipped if none is locked.
 
 use crate::devices::lock::{is_locked, LOCKED};
 use crate::escape::escape_bytes;

@@ -1,4 +1,4 @@
-//! `instar info`: what an image is, by its plugin's host half alone.
+//! `instar info`: the facts about an image, from its plugin's host half alone.
 
 use crate::confine::{Needs, Reach, Work};
 use crate::error::{Error, Role};
@@ -17,35 +17,35 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct InfoRequest {
     /// The image.
     pub image: PathBuf,
     /// Its format, if the operator names it.
     pub format: Option<String>,
-    /// Also look at the images that it is backed by.
+    /// Show the images of its backing chain as well.
     pub backing_chain: bool,
-    /// Where plugins are looked for.
+    /// The search path for plugins.
     pub search: SearchPath,
 }
 
-/// One image of a chain. What is serialized has the keys of `qemu-img info --output=json`, and `notes`.
+/// One image of a chain. Serializes to the keys of `qemu-img info --output=json`, and `notes`.
 #[derive(Clone, Debug)]
 pub struct ImageInfo {
     /// Its path, as the operator or the image above has it.
     pub filename: PathBuf,
     /// Bytes of the disk that its files take.
     pub actual_size: u64,
-    /// What its header says.
+    /// The facts from its header.
     pub facts: ImageFacts,
-    /// What its plugin has to say besides, one line each.
+    /// Notes of its plugin, one line each.
     pub notes: Vec<String>,
     /// Where the backing file is; `None` for one behind a protocol.
     pub backing_path: Option<PathBuf>,
 }
 
-/// Look at an image, and at those that it is backed by if that is wanted: the top-most first, one at least.
+/// Examine an image and, if requested, its backing chain. Returns at least one image, top-most first.
 ///
 /// # Errors
 /// When an image cannot be opened, or its format is not known or not the one that was named.
@@ -151,20 +151,20 @@ fn resolve_backing(image: &Path, name: &[u8]) -> Option<PathBuf> {
 }
 
 impl ImageInfo {
-    /// The internal snapshots, each an object with the keys of `qemu-img info`; `None` if there are none.
+    /// Return the internal snapshots, each as an object with the keys of `qemu-img info`; `None` if there are none.
     #[must_use]
     pub fn snapshots(&self) -> Option<Vec<Value>> {
         let snapshots = &self.facts.snapshots;
         (!snapshots.is_empty()).then(|| snapshots.iter().map(snapshot_json).collect())
     }
 
-    /// The features of the `format-specific` section.
+    /// Return the features of the `format-specific` section.
     pub fn specific(&self) -> impl Iterator<Item = (String, Value)> + '_ {
         let shown = self.facts.features.iter().filter(|feature| feature.in_info);
         shown.map(|feature| (feature.name.to_string(), json(&feature.value)))
     }
 
-    /// The name of the backing file, as it is recorded, and that of its format.
+    /// Return the recorded names of the backing file and its format.
     #[must_use]
     pub fn backing(&self) -> Option<(&[u8], Option<&[u8]>)> {
         let backing = self.facts.backing.as_ref().into_option().filter(|backing| !backing.name.is_empty())?;

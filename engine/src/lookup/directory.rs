@@ -1,4 +1,4 @@
-//! A directory as an open descriptor: what it is stays the same, whatever its name leads to later.
+//! A directory as an open descriptor, which stays the same directory whatever happens to its name.
 
 use rustix::fs::{fstat, openat, readlinkat, FileType, Mode, OFlags, Stat, CWD};
 use rustix::io::{retry_on_intr, Errno};
@@ -8,24 +8,24 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-/// What a file is, whatever its names: device and inode; for a block device the device that it is.
+/// The identity of a file, independent of its names: device and inode; for a block device, its device number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Identity(bool, u64, u64);
 
 impl Identity {
-    /// The file with this inode on the file system with this device number.
+    /// Identify a file by its inode and the device number of its file system.
     #[must_use]
     pub fn of_file(device: u64, inode: u64) -> Self {
         Self(false, device, inode)
     }
 
-    /// The block device with this number.
+    /// Identify the block device with this number.
     #[must_use]
     pub fn of_device(number: u64) -> Self {
         Self(true, number, 0)
     }
 
-    /// The identity of a file of which `fstat` says this.
+    /// Identify a file by the result of `fstat`.
     #[must_use]
     pub fn of(stat: &Stat) -> Self {
         if FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice {
@@ -54,7 +54,7 @@ impl AsFd for Directory {
 const PLACE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 
 impl Directory {
-    /// Open the directory that the operator names; links on the way are followed.
+    /// Open the directory that the operator names, following links on the way.
     ///
     /// # Errors
     /// The kernel's.
@@ -63,7 +63,7 @@ impl Directory {
         Self::open_from(CWD, path, std::path::absolute(path).unwrap_or_else(|_| path.to_owned()))
     }
 
-    /// The same for a path that begins at this directory.
+    /// Do the same for a path that begins at this directory.
     ///
     /// # Errors
     /// The kernel's.
@@ -95,19 +95,19 @@ impl Directory {
         Ok(Self { descriptor: Arc::new(descriptor), identity: Identity::of(&stat), path })
     }
 
-    /// Which directory it is.
+    /// Return its identity.
     #[must_use]
     pub fn identity(&self) -> Identity {
         self.identity
     }
 
-    /// An absolute path for people. Nothing is opened by it.
+    /// Return an absolute path for messages, by which nothing is opened.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Owner, mode and file system.
+    /// Return owner, mode and file system.
     ///
     /// # Errors
     /// The kernel's.
@@ -125,7 +125,7 @@ impl Directory {
         Ok((entry, stat))
     }
 
-    /// The directory of this name in this one; no link is followed.
+    /// Open the subdirectory with this name, without following a link.
     ///
     /// # Errors
     /// The kernel's; `ENOTDIR` also for a link.
@@ -140,7 +140,7 @@ impl Directory {
         }
     }
 
-    /// The directory above it, as the kernel knows it now. That of the top-most is the top-most itself.
+    /// Return the present parent directory. The root directory is its own parent.
     ///
     /// # Errors
     /// The kernel's.
@@ -159,7 +159,7 @@ impl Directory {
         self
     }
 
-    /// The same directory under the path that it has without links, if that can be found out.
+    /// Replace its path by one without links, if that can be determined.
     #[must_use]
     pub fn really(mut self) -> Self {
         self.path = self.real_path().unwrap_or(self.path);

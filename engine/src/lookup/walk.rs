@@ -16,7 +16,7 @@ const MAX_STEPS: usize = 1 << 13;
 /// `f_type` of procfs (statfs(2)). What its links say is not where they lead.
 const PROC: u64 = 0x9fa0;
 
-/// A directory, and by which names a walk came to it.
+/// A directory, and the names by which a walk reached it.
 #[derive(Clone, Debug)]
 pub struct Place {
     directory: Directory,
@@ -24,7 +24,7 @@ pub struct Place {
     trail: Vec<(Identity, OsString)>,
 }
 
-/// How a place was left for the directory above it.
+/// The relation of a place to the directory above it, when a walk leaves it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Left {
     /// By this name it was entered.
@@ -36,13 +36,13 @@ pub enum Left {
 }
 
 impl Place {
-    /// The beginning of a walk.
+    /// Begin a walk.
     #[must_use]
     pub fn start(directory: Directory) -> Self {
         Self { directory, trail: Vec::new() }
     }
 
-    /// The directory.
+    /// Return the directory.
     #[must_use]
     pub fn directory(&self) -> &Directory {
         &self.directory
@@ -55,7 +55,7 @@ impl Place {
         Ok(())
     }
 
-    /// Go to the directory above it, as the kernel knows it now.
+    /// Go to its present parent directory.
     ///
     /// # Errors
     /// The kernel's.
@@ -81,11 +81,11 @@ impl Place {
     }
 }
 
-/// What a name leads to.
+/// The file at the end of a name.
 #[derive(Debug)]
 pub struct Reached {
-    /// The directory that the last component of the name lies in, as it is written: names that the file records begin there,
-    /// also where that component is a link (as QEMU has it).
+    /// The directory of the last component of the name as written. Names that the file records begin there, even if that
+    /// component is a link (as in QEMU).
     pub beside: Directory,
     /// The directory that holds the file itself.
     pub holder: Place,
@@ -95,11 +95,11 @@ pub struct Reached {
     pub object: OwnedFd,
     /// What it is.
     pub stat: Stat,
-    /// Every link on the way stands in a directory that only root and the caller can change.
+    /// Whether every link on the way lies in a directory that only root and the caller can change.
     pub trusted: bool,
 }
 
-/// Why a walk ends before a file.
+/// The reason why a walk ends before a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
     /// The kernel's answer.
@@ -121,7 +121,7 @@ impl From<Errno> for Why {
 pub struct Lost {
     /// Where it ended.
     pub at: Place,
-    /// What it was to enter there, and what was to follow.
+    /// The part of the name that was left.
     pub rest: PathBuf,
     /// Why.
     pub why: Why,
@@ -166,7 +166,7 @@ pub struct Walk {
     trusted: bool,
 }
 
-/// What a step came to.
+/// The result of a step.
 #[derive(Debug)]
 pub enum Step {
     /// There is more to walk.
@@ -176,7 +176,7 @@ pub enum Step {
 }
 
 impl Walk {
-    /// A walk from `start`; names that begin with a slash, and such links, begin at `top`, the root directory.
+    /// Prepare a walk from `start`; names and links that begin with a slash begin at `top`, the root directory.
     #[must_use]
     pub fn new(start: &Directory, top: &Directory, name: &[u8]) -> Self {
         Self {
@@ -190,13 +190,13 @@ impl Walk {
         }
     }
 
-    /// Where it is.
+    /// Return the place that it has reached.
     #[must_use]
     pub fn place(&self) -> &Place {
         &self.place
     }
 
-    /// Whether the next step enters a name, and does not only go up or begin anew.
+    /// Return the name that the next step enters, unless it only goes up or begins again at the top.
     #[must_use]
     pub fn enters(&self) -> Option<&OsStr> {
         match self.rest.last() {
@@ -211,7 +211,7 @@ impl Walk {
         self.rest.last() == Some(&Component::Above)
     }
 
-    /// What is left of the name, as text.
+    /// Return the part of the name that is left.
     #[must_use]
     pub fn rest(&self) -> PathBuf {
         let text = |component: &Component| match component {
@@ -299,7 +299,7 @@ impl Walk {
     }
 }
 
-/// Whether only root and the caller can change what stands in a directory.
+/// Whether only root and the caller can change the entries of a directory.
 #[must_use]
 pub fn is_trusted(directory: &Directory) -> bool {
     let caller = rustix::process::geteuid().as_raw();

@@ -1,4 +1,4 @@
-//! What a map makes of what its guest says: the runs, the end.
+//! The messages of a map's guest: runs, and the end.
 
 use super::places::{cut_at_holes, is_plausible, HoleMeaning};
 use super::runs::{Entry, Runs};
@@ -9,7 +9,7 @@ use crate::sandbox::BadRequest;
 use instar_guest_abi::{ErrorCode, ExtentKind};
 use instar_guest_protocol::map::{Outcome, Run as GuestRun, Runs as GuestRuns};
 
-/// What the guest of a map said.
+/// The state of a map.
 pub struct MapEvents<'e> {
     /// Virtual size of the top-most layer in bytes.
     size: u64,
@@ -32,7 +32,7 @@ impl<'e> MapEvents<'e> {
         Self { size, next: 0, layers, room: most, runs, unreported: None }
     }
 
-    /// What comes of an operation whose guest maps.
+    /// Turn the end of a mapping guest into the operation's result.
     ///
     /// # Errors
     /// Why a run could not be reported, or why the guest was ended; as [`MapEvents::end`].

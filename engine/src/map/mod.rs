@@ -1,5 +1,5 @@
-//! `instar map`: which layer of a chain holds which bytes of the virtual disk, and where in its file. The formats' own
-//! modules look their tables up in the virtual machine; the host adds what the file systems know of holes.
+//! `instar map`: which layer of a chain holds which bytes of the virtual disk, and where in its file. The formats' own modules
+//! look up their tables in the sandbox; the host adds the holes that the file systems know.
 
 mod events;
 mod operation;
@@ -21,14 +21,14 @@ use std::path::PathBuf;
 /// The guest's half.
 pub const MODULE: ModuleSpec<'static> = guest_module!("map");
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct MapRequest {
     /// The image.
     pub image: PathBuf,
     /// Its format, if the operator names it.
     pub format: Option<String>,
-    /// Look at the images even if something else is writing to them.
+    /// Read the images even while another process writes to them.
     pub force_share: bool,
     /// The guest bytes of interest.
     pub range: Range<u64>,
@@ -36,7 +36,7 @@ pub struct MapRequest {
     pub settings: Settings,
 }
 
-/// Map an image and what is below it; `each` takes the runs as they come, in order.
+/// Map an image and the layers below it, and pass the runs to `each`, in order.
 ///
 /// # Errors
 /// One line that names the file and what to do; the error that `each` returns ends the map. What was reported until then

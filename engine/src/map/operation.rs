@@ -11,7 +11,7 @@ use crate::operation::{DevicePaths, Ended, Grants, ImageSet, Named, Opener, Oper
 use crate::sandbox::ModuleSpec;
 use std::collections::BTreeMap;
 
-/// A map on its way.
+/// A map in progress.
 pub struct Map<'q, 'e> {
     request: &'q MapRequest,
     each: Option<Box<Each<'e>>>,
@@ -23,7 +23,7 @@ pub struct Map<'q, 'e> {
 }
 
 impl<'q, 'e> Map<'q, 'e> {
-    /// A map that was not begun.
+    /// Prepare a map.
     pub fn new(request: &'q MapRequest, each: Box<Each<'e>>) -> Self {
         Self { request, each: Some(each), places: BTreeMap::new(), size: 0, most_runs: 0 }
     }

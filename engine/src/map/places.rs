@@ -1,4 +1,4 @@
-//! The files of a chain, as the runs of a map are placed in them.
+//! The files of a chain in which the runs of a map are stored.
 
 use crate::devices::Devices;
 use crate::image::ChainImage;
@@ -16,7 +16,7 @@ const RUN_BYTES: u64 = 64;
 /// An entry takes four bytes of a file at least.
 const ENTRY_BYTES: u64 = 4;
 
-/// What a hole in a file means for plain data in it.
+/// The meaning of a hole in a file for plain data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HoleMeaning {
     /// Nothing: the format does not leave any, so that they are not looked for.
@@ -34,11 +34,11 @@ pub struct Place {
     pub depth: u32,
     /// Its path.
     pub path: PathBuf,
-    /// What holes in it mean.
+    /// The meaning of holes in it.
     pub holes: HoleMeaning,
 }
 
-/// The files of these layers by the numbers that they get as devices.
+/// Collect the files of these layers by their device numbers.
 #[must_use]
 pub fn places(layers: &[&ChainImage<'_>]) -> BTreeMap<u32, Place> {
     let mut places = BTreeMap::new();
@@ -99,7 +99,7 @@ pub fn most_runs(layers: &[&ChainImage<'_>]) -> u64 {
     (length / ENTRY_BYTES).saturating_mul(2 * RUNS_PER_ENTRY).saturating_add(1 << 18)
 }
 
-/// Bytes of messages that a map of so many runs can take.
+/// Return the bytes of messages that a map of `runs` runs can take.
 #[must_use]
 pub fn message_limit(runs: u64) -> u64 {
     runs.saturating_mul(RUN_BYTES).saturating_add(16 << 20)

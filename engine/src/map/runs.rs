@@ -109,7 +109,7 @@ impl<'e> Runs<'e> {
     /// Take the next entry.
     ///
     /// # Errors
-    /// Of whoever takes the runs.
+    /// Those of the receiver of the runs.
     pub fn add(&mut self, entry: Entry) -> Result<(), Error> {
         let Some(entry) = entry.within(&self.range) else { return Ok(()) };
         match &mut self.last {
@@ -127,7 +127,7 @@ impl<'e> Runs<'e> {
     /// The last entry has come.
     ///
     /// # Errors
-    /// Of whoever takes the runs.
+    /// Those of the receiver of the runs.
     pub fn end(&mut self) -> Result<(), Error> {
         self.last.take().map_or(Ok(()), |last| self.report(&last))
     }

@@ -1,5 +1,5 @@
-//! `instar measure`: how long the file of an image would be that does not exist yet. The plugin of its format says what its
-//! metadata take; what an existing image holds is counted by its map.
+//! `instar measure`: the length of the file of an image that does not exist yet. The plugin of its format computes the
+//! metadata; a map counts the content of an existing image.
 
 mod operation;
 mod units;
@@ -20,9 +20,9 @@ use std::path::PathBuf;
 /// What would be in the new image.
 #[derive(Clone, Debug)]
 pub enum Content {
-    /// A disk of so many bytes, of which nothing is allocated.
+    /// A disk of this many bytes, of which nothing is allocated.
     Empty(u64),
-    /// The disk of this image and of what is below it.
+    /// The disk of this image and the layers below it.
     Image {
         /// The image.
         path: PathBuf,
@@ -30,12 +30,12 @@ pub enum Content {
         format: Option<String>,
         /// The internal snapshot whose disk it is, if it is not that of the image itself.
         snapshot: Option<SnapshotName>,
-        /// Look at the images even if something else is writing to them.
+        /// Read the images even while another process writes to them.
         force_share: bool,
     },
 }
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug)]
 pub struct MeasureRequest {
     /// What would be in the new image.
@@ -48,18 +48,18 @@ pub struct MeasureRequest {
     pub settings: Settings,
 }
 
-/// How long a new image would be. What is serialized has the keys of `qemu-img measure --output=json`.
+/// The length of a new image. Serializes to the keys of `qemu-img measure --output=json`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MeasureOutcome {
     /// The sandbox that the guest ran in: "kvm" or "process"; `None` where no image had to be looked at.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<&'static str>,
-    /// Bytes that its files need, together, for what is allocated.
+    /// Combined length of its files in bytes for the allocated part of the disk.
     pub required: u64,
-    /// Bytes that they need for the whole disk.
+    /// Combined length of its files in bytes for the whole disk.
     pub fully_allocated: u64,
-    /// Bytes that copies of the image's persistent bitmaps need besides; `None` if either of both can have none.
+    /// Additional bytes for copies of the image's persistent bitmaps; `None` if either image cannot have any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bitmaps: Option<u64>,
 }
@@ -84,8 +84,8 @@ pub fn run_measure(request: &MeasureRequest, session: &Session) -> Result<Measur
     }
 }
 
-/// What the plugin says of a new image with a disk of so many bytes, and copies of these bitmaps, if it is a copy of an image
-/// that can have some.
+/// Ask the plugin for the space of a new image with a disk of this size, and with copies of these bitmaps, if it is a copy of
+/// an image that can have some.
 fn footprint(
     plugin: &Plugin,
     request: &MeasureRequest,

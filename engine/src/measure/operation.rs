@@ -1,4 +1,4 @@
-//! Measuring what an image holds as an [`Operation`]: a map whose runs are counted.
+//! Measuring the content of an image as an [`Operation`]: a map whose runs are counted.
 
 use super::units::Units;
 use super::{footprint, outcome, MeasureOutcome, MeasureRequest, MODULE};
@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 
-/// A measurement on its way.
+/// A measurement in progress.
 pub struct Measure<'q> {
     request: &'q MeasureRequest,
     path: &'q Path,
@@ -31,7 +31,7 @@ pub struct Measure<'q> {
 }
 
 impl<'q> Measure<'q> {
-    /// One that was not begun, of this image: its format, and the snapshot of it, if the operator names them.
+    /// Prepare a measurement of this image, with its format and snapshot, if the operator names them.
     pub fn new(
         request: &'q MeasureRequest,
         path: &'q Path,

@@ -2,7 +2,7 @@
 
 use crate::map::MapRun;
 
-/// How many units hold data, as the runs come.
+/// The number of units that hold data.
 #[derive(Debug, Default)]
 pub struct Units {
     /// Bytes of a unit; 0 before that is known.
@@ -13,13 +13,13 @@ pub struct Units {
 }
 
 impl Units {
-    /// None so far, of so many bytes each.
+    /// Begin to count units of `unit` bytes.
     #[must_use]
     pub fn of(unit: u64) -> Self {
         Self { unit: unit.max(1), ..Self::default() }
     }
 
-    /// Take the next run of a map. Zeroes need no room.
+    /// Count the next run of a map. Zeroes need no space.
     pub fn take(&mut self, run: &MapRun<'_>) {
         if run.zero || !run.data || run.length == 0 {
             return;
@@ -30,7 +30,7 @@ impl Units {
         self.count += self.next.saturating_sub(first);
     }
 
-    /// How many there are.
+    /// Return the number of units.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.count

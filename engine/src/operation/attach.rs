@@ -1,4 +1,4 @@
-//! The images of an operation as devices: which number each of their files has, how long it may become, and its path.
+//! The images of an operation as devices: the number of each file, its maximum length, and its path.
 
 use super::images::{Grants, ImageSet, Slot};
 use crate::devices::{Cache, Device, Devices};
@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// Which file a device is, and of which image.
+/// The file and the image behind each device.
 #[derive(Debug, Default)]
 pub struct DevicePaths {
     pub(crate) by_device: BTreeMap<u32, PathBuf>,
@@ -33,7 +33,7 @@ pub struct DevicePaths {
 }
 
 impl DevicePaths {
-    /// The path of a device's file.
+    /// Return the path of a device's file.
     #[must_use]
     pub fn get(&self, device: u32) -> Option<&Path> {
         self.by_device.get(&device).map(PathBuf::as_path)
@@ -45,8 +45,8 @@ impl DevicePaths {
         self.block_devices.contains(&device)
     }
 
-    /// The role of a device; `None` for other files of what is only read. Without a target, the first image is what the
-    /// operation works on.
+    /// Return the role of a device; `None` for the other files of an image that is only read. Without a target, the operation
+    /// works on the first image.
     #[must_use]
     pub fn role(&self, device: u32) -> Option<Role> {
         let writes = self.merged != 0;
@@ -84,13 +84,13 @@ impl DevicePaths {
         self.second.as_ref().is_some_and(|(own, files)| device == *own || files.contains(&device))
     }
 
-    /// Name and version of the plugin whose driver reads a device.
+    /// Return name and version of the plugin whose driver reads a device.
     #[must_use]
     pub fn driver(&self, device: u32) -> Option<&str> {
         self.drivers.get(&device).map(String::as_str)
     }
 
-    /// The device of the image that the operation works on: the top-most one, or the one that is written if it is alone.
+    /// Return the device of the image that the operation works on: the top-most one, or the target if it is alone.
     #[must_use]
     pub fn own(&self) -> u32 {
         if self.is_alone() {
@@ -105,32 +105,32 @@ impl DevicePaths {
         self.by_device.contains_key(&DEVICE_OUTPUT) && self.merged == 0
     }
 
-    /// The devices of the image that the operation works on.
+    /// Iterate over the devices of the image that the operation works on.
     pub fn first(&self) -> impl Iterator<Item = u32> {
         let files = if self.is_alone() { &self.target_files } else { &self.first_files };
         std::iter::once(self.own()).chain(files.clone())
     }
 
-    /// The devices of the image that is written.
+    /// Iterate over the devices of the target.
     pub fn target(&self) -> impl Iterator<Item = u32> {
         std::iter::once(DEVICE_OUTPUT).chain(self.target_files.clone())
     }
 }
 
-/// The images of an operation as the guest gets them.
+/// The images of an operation as the guest sees them.
 #[derive(Default)]
 pub struct Attached<'r> {
     /// The devices.
     pub devices: Devices,
-    /// What the guest is told of them.
+    /// The images as members in the guest's configuration.
     pub members: Vec<Member>,
-    /// What it is told of the other files of the images.
+    /// The other files of the images in the guest's configuration.
     pub files: Vec<FileDevice>,
     /// The plugins in play, in the order of their modules.
     pub plugins: Vec<&'r Plugin>,
-    /// Which file each device is.
+    /// The file behind each device.
     pub paths: DevicePaths,
-    /// How many bytes of tables a driver should hold for an image that is read.
+    /// Bytes of tables that a driver should hold for an image that is read.
     cache_bytes: u64,
 }
 
@@ -207,7 +207,7 @@ fn number(index: usize) -> u32 {
 }
 
 impl<'r> Attached<'r> {
-    /// Room for so many images that are read, of which so many are `children`.
+    /// Make room for `count` images that are read, `children` of which are children of the overlay.
     fn for_slots(count: usize, children: usize, path: &Path) -> Result<Self, Error> {
         if count > MAX_CHAIN_DEVICES {
             let clause = format!("the chain has {count} layers; {MAX_CHAIN_DEVICES} are supported");
@@ -217,7 +217,7 @@ impl<'r> Attached<'r> {
         Ok(Self { cache_bytes: READ_CACHES / at_once, ..Self::default() })
     }
 
-    /// The guest modules of the formats in play.
+    /// Return the guest modules of the formats in play.
     #[must_use]
     pub fn modules(&self) -> Vec<ModuleSpec<'r>> {
         let module = |plugin: &&'r Plugin| {

@@ -1,5 +1,5 @@
-//! What the codes of failures mean: who may report them, and what the operator can do. A new code has to be thought about here:
-//! there is no catch-all arm.
+//! The error codes: who may report each, and the remedy of the operator. There is no catch-all arm, so that a new code needs a
+//! decision here.
 
 use instar_guest_abi::ErrorCode;
 
@@ -19,7 +19,7 @@ pub fn is_of_machine(code: ErrorCode) -> bool {
     )
 }
 
-/// Whether a guest can know of such a failure. The others are the host's to find: scripts act upon them.
+/// Whether a guest can detect such a failure. Only the host may report the others, on which scripts act.
 pub fn guest_may_report(code: ErrorCode) -> bool {
     match code {
         ErrorCode::UnsupportedFormat
@@ -71,7 +71,7 @@ pub fn guest_may_report(code: ErrorCode) -> bool {
     }
 }
 
-/// What the operator can do. There is no catch-all arm: a new code has to be thought about here.
+/// Return the remedy of the operator. There is no catch-all arm, so that a new code needs a decision here.
 pub fn advice(code: ErrorCode) -> Option<&'static str> {
     match code {
         ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt => Some("see what is wrong with `instar check`"),

@@ -1,4 +1,4 @@
-//! What a failure in the guest means for the operator.
+//! Turning a failure of the guest into an error for the operator.
 
 use super::attach::DevicePaths;
 use super::codes::{advice, guest_may_report, is_of_machine, is_of_target};
@@ -12,7 +12,7 @@ use std::path::Path;
 /// A guest that failed, or was ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestFailure {
-    /// What kind of failure.
+    /// The kind of failure.
     pub code: ErrorCode,
     /// The device concerned.
     pub device: Option<u32>,
@@ -22,12 +22,12 @@ pub struct GuestFailure {
     pub errno: u32,
     /// One clause.
     pub text: String,
-    /// The step of the operation, or nothing if it is not known.
+    /// The step of the operation; empty if it is unknown.
     pub step: String,
 }
 
 impl GuestFailure {
-    /// What a guest reported. A code that is not known, or that is not for a guest to report, is nonsense.
+    /// Take over the report of a guest. A code that is unknown, or that a guest may not report, breaks the protocol.
     #[must_use]
     pub fn reported(message: &FailureMessage) -> Self {
         let code = ErrorCode::from_u32(message.error).filter(|&code| guest_may_report(code));
@@ -41,12 +41,12 @@ impl GuestFailure {
         }
     }
 
-    /// A guest that was ended.
+    /// Describe a guest that the host ended.
     pub fn ended(code: ErrorCode, text: impl Into<String>) -> Self {
         Self { code, device: None, offset: None, errno: 0, text: text.into(), step: String::new() }
     }
 
-    /// A virtual machine that could not run, or was ended.
+    /// Describe a sandbox that could not run, or ended.
     #[must_use]
     pub fn of_machine(error: &SandboxError) -> Self {
         let ended = Self::ended(error.code(), error.to_string());
@@ -87,14 +87,14 @@ impl GuestFailure {
         named.or_else(|| paths.get(usual)).unwrap_or(Path::new(""))
     }
 
-    /// The line for a failure: the file, what is wrong, in which `state` the files are, what to do. Where KVM cannot be used,
-    /// no file is to blame, and none is named.
+    /// Make the error: the file, the fault, the `state` of the files, and the remedy. If KVM cannot be used, no file is at
+    /// fault, and the error names none.
     #[must_use]
     pub fn error(&self, paths: &DevicePaths, state: Option<&str>) -> Error {
         self.told(paths, state, advice)
     }
 
-    /// The same of a check, which is no advice for itself.
+    /// Do the same for a check, which must not advise to run a check.
     #[must_use]
     pub fn error_of_check(&self, paths: &DevicePaths, state: Option<&str>) -> Error {
         let is_corrupt = |code| matches!(code, ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt);

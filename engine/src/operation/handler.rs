@@ -1,4 +1,4 @@
-//! Serves the guest of any operation: its requests, its messages, its end.
+//! Serving the guest of any operation: its requests, its messages, and its end.
 
 use super::failure::GuestFailure;
 use crate::cancel::Cancel;
@@ -10,7 +10,7 @@ use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{EndMessage, FailureMessage, Message};
 use std::time::Duration;
 
-/// What an operation makes of what its guest asks for and says.
+/// The operation's own handling of requests and messages of its guest.
 pub trait Events {
     /// Execute the requests of one doorbell, as [`Host::requests`].
     ///
@@ -25,16 +25,16 @@ pub trait Events {
         devices.execute(memory, requests)
     }
 
-    /// Take something that the guest tells before its end: an encoded message of the operation.
+    /// Take an event of the guest: an encoded message of the operation.
     ///
     /// # Errors
-    /// What makes no sense.
+    /// An invalid message.
     fn event(&mut self, devices: &mut Devices, event: &[u8]) -> Result<(), BadRequest>;
 
-    /// The guest wants to change something else from here on. An operation that only reads lets it in nowhere.
+    /// Let the guest enter a phase in which it changes other devices. An operation that only reads refuses every phase.
     ///
     /// # Errors
-    /// A change that may not be.
+    /// A phase that is not allowed.
     fn enter(&mut self, devices: &mut Devices, phase: Phase) -> Result<(), BadRequest> {
         let _ = (devices, phase);
         Err(BadRequest("a change was announced in an operation that only reads".to_owned()))
@@ -69,13 +69,13 @@ pub struct Handler<E> {
     pub events: E,
     /// Log lines of the guest.
     pub log: GuestLog,
-    /// How the guest ended by its own word, once it said so.
+    /// The end that the guest has reported, if it has.
     pub end: Option<Result<(), GuestFailure>>,
     cancel: Cancel,
 }
 
 impl<E: Events> Handler<E> {
-    /// One with these devices, which the guest may only look at, for a guest that `cancel` ends.
+    /// Serve these devices, which the guest may only read, to a guest that `cancel` ends.
     pub fn new(devices: Devices, events: E, cancel: Cancel) -> Self {
         Self { devices, events, log: GuestLog::default(), end: None, cancel }
     }

@@ -1,4 +1,4 @@
-//! Opening the images of an operation, and what they are to it once they are open.
+//! Opening the images of an operation, and their parts in it.
 
 use super::session::Session;
 use crate::confine::Reach;
@@ -10,7 +10,7 @@ use instar_guest_abi::{ErrorCode, MemberRole, MAX_CHAIN_DEVICES};
 use rustix::io::Errno;
 use std::path::{Path, PathBuf};
 
-/// A directory that the operator names, and what was found there.
+/// A directory that the operator names, and the result of opening it.
 #[derive(Debug)]
 pub struct NamedDirectory {
     /// Its path as the operator gave it.
@@ -32,21 +32,20 @@ impl NamedDirectory {
 pub struct Named {
     /// The image that the operation works on: recorded names may lead into its directory.
     pub image: NamedFile,
-    /// Another image of its chain, whose directory the names below may lead into as well.
+    /// Another image of its chain, into whose directory the names below it may lead as well.
     pub base: Option<NamedFile>,
-    /// An image of another chain, which is looked at together with the first: the names that it records may lead into its
-    /// own directory.
+    /// An image of another chain that is read together with the first. Names that it records may lead into its own directory.
     pub second: Option<NamedFile>,
-    /// More images, each of a chain of its own, which are looked at together with the first.
+    /// More images, each with its own chain, that are read together with the first.
     pub others: Vec<NamedFile>,
-    /// Images above the first one, which record it as what they are backed by.
+    /// Images above the first one, which record it as their backing.
     pub children: Vec<NamedFile>,
-    /// Directories in which such images are looked for.
+    /// Directories that are searched for such images.
     pub child_directories: Vec<NamedDirectory>,
 }
 
 impl Named {
-    /// Nothing but the image that the operation works on.
+    /// Name only the image that the operation works on.
     #[must_use]
     pub fn image(path: &Path) -> Self {
         let image = NamedFile::new(path);
@@ -54,7 +53,7 @@ impl Named {
         Self { image, base: None, second: None, others, children, child_directories }
     }
 
-    /// Two images of which each is looked at with what is below it.
+    /// Name two images, each of which is read with the layers below it.
     #[must_use]
     pub fn two(first: &Path, second: &Path) -> Self {
         Self { second: Some(NamedFile::new(second)), ..Self::image(first) }
@@ -75,7 +74,7 @@ impl Named {
     }
 }
 
-/// What the images of an operation are opened with.
+/// The context in which the images of an operation are opened.
 #[derive(Debug)]
 pub struct Opener<'r, 'o> {
     /// The plugins.
@@ -84,21 +83,20 @@ pub struct Opener<'r, 'o> {
     pub session: &'o Session,
     /// The files that the operator names.
     pub named: &'o Named,
-    /// Where the names that the first image records may lead.
+    /// The gate for names that the first image records.
     pub gate: &'o Gate,
-    /// Where the names that the images below it record may lead.
+    /// The gate for names that the images below it record.
     pub below: &'o Gate,
-    /// Where the names that the [second](Named::second) image and those below it record may lead.
+    /// The gate for names that the [second](Named::second) image and those below it record.
     pub beside_second: Option<&'o Gate>,
-    /// Where the names that each of the [other](Named::others) images and those below it record may lead.
+    /// The gates for names that each of the [other](Named::others) images and those below it record.
     pub beside_others: &'o [Gate],
-    /// How what is to be changed is opened.
+    /// The way to open the images that will change.
     pub access: Access,
 }
 
 impl<'r> Opener<'r, '_> {
-    /// Open the image that the operator names, to be read: of the `format` that the operator names, or of the one that it
-    /// looks like.
+    /// Open the image that the operator names, for reading, in the `format` that the operator names or the detected one.
     ///
     /// # Errors
     /// What opening, locking and probing give.
@@ -112,7 +110,7 @@ impl<'r> Opener<'r, '_> {
         opened.identify_as(self.registry, format, option)
     }
 
-    /// Open the image that the operator names with everything below it, the top-most first, to be read.
+    /// Open the image that the operator names and everything below it, for reading, top-most first.
     ///
     /// # Errors
     /// What opening, locking and probing give; [`ErrorCode::ParentMismatch`], [`ErrorCode::ChainTooDeep`].
@@ -120,7 +118,7 @@ impl<'r> Opener<'r, '_> {
         self.chain_of(&self.named.image, self.gate, (format, "-f"), MAX_CHAIN_DEVICES)
     }
 
-    /// The same of the images that are looked at together with the first, which has taken room for `taken` layers.
+    /// Do the same for the images that are read together with the first, whose chain takes `taken` layers of the limit.
     ///
     /// # Errors
     /// As [`Opener::open_chain`].
@@ -137,7 +135,7 @@ impl<'r> Opener<'r, '_> {
         each.collect()
     }
 
-    /// The same of both images, which share the room that there is.
+    /// Do the same for both images, which share the limit of layers.
     ///
     /// # Errors
     /// As [`Opener::open_chain`].
@@ -171,7 +169,7 @@ impl<'r> Opener<'r, '_> {
     }
 }
 
-/// An image that is read, and what it is to the operation.
+/// An image that is read, and its part in the operation.
 #[derive(Debug)]
 pub struct Slot<'r> {
     /// What it is to the operation.
@@ -193,12 +191,12 @@ impl<'r> Slot<'r> {
 /// The images of an operation, open.
 #[derive(Debug, Default)]
 pub struct ImageSet<'r> {
-    /// Those that are read, by group, the top-most first. Those with [`MemberRole::Below`] are below the target; those with
+    /// The images that are read, by group, top-most first. Those with [`MemberRole::Below`] are below the target; those with
     /// [`MemberRole::Relinked`] follow them.
     pub slots: Vec<Slot<'r>>,
     /// The image that is written.
     pub target: Option<ChainImage<'r>>,
-    /// That image gets another parent afterwards.
+    /// Whether the target gets another parent afterwards.
     pub rebases: bool,
     /// Slots that are seen in another group as well, below its own: that group, and the index of the slot.
     pub again: Vec<(u32, usize)>,
@@ -233,14 +231,14 @@ impl<'r> ImageSet<'r> {
     }
 }
 
-/// To which lengths files may grow, in bytes, the files of an image together.
+/// The limits of growth in bytes, for all files of an image together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Grants {
     /// Those of the target.
     pub target: u64,
     /// Those of the image that is emptied, which a repair may have to lengthen first.
     pub emptied: u64,
-    /// Nothing will be written: a target on a block device may plan beyond its end.
+    /// Whether nothing will be written, so that a target on a block device may plan beyond its end.
     pub beyond_devices: bool,
     /// What arrives in the target is compressed.
     pub compress: bool,

@@ -1,5 +1,5 @@
-//! An operation on images: what differs between `commit`, `check` and `map`, and [`run`], which owns the order that they have
-//! in common. A new operation is a new instance of [`Operation`], a guest module and a command.
+//! Operations on images: [`Operation`] has what differs between `commit`, `check` and `map`, and [`run`] owns the order that
+//! they share. A new operation is a new instance of [`Operation`], a guest module and a command.
 
 mod attach;
 mod codes;

@@ -1,4 +1,4 @@
-//! What is told of plugins and images to whoever wants to know.
+//! The notes about plugins and images that `-v` shows.
 
 use super::session::Session;
 use crate::escape::escape_path;

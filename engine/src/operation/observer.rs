@@ -1,67 +1,81 @@
-//! Who is told what an operation does while it runs.
+//! Observing an operation while it runs.
 
-/// Is told what an operation does. Text that comes from an image or a guest is not safe for a terminal:
-/// [`printable`](crate::escape::printable) makes it so.
+/// An observer of an operation. Text from an image or a guest is not safe for a terminal until
+/// [`printable`](crate::escape::printable) has escaped it.
+///
+/// # Example
+///
+/// ```
+/// use instar::escape::printable;
+/// use instar::operation::Observer;
+///
+/// struct Warnings;
+///
+/// impl Observer for Warnings {
+///     fn warning(&self, line: &str) {
+///         eprintln!("warning: {}", printable(line));
+///     }
+/// }
+/// ```
 pub trait Observer {
-    /// Whether [`Observer::note`] is wanted: some notes take reads of their own.
+    /// Whether to call [`Observer::note`]: some notes need additional reads.
     fn wants_notes(&self) -> bool {
         false
     }
 
-    /// A line for whoever looks for the reason of something: which plugins were loaded, which images were found, how the
-    /// process is confined, what the guest logs.
+    /// Take a line for troubleshooting: loaded plugins, images that were found, the confinement of the process, and the guest's
+    /// log.
     fn note(&self, line: &str) {
         let _ = line;
     }
 
-    /// A line that names a file, before anything is changed.
+    /// Take a warning that names a file, before anything changes.
     fn warning(&self, line: &str) {
         let _ = line;
     }
 
-    /// Whether [`Observer::progress`] is wanted: only what is durable counts, so that the target is flushed for it now and
-    /// then.
+    /// Whether to call [`Observer::progress`]: only durable bytes count, so this flushes the target now and then.
     fn wants_progress(&self) -> bool {
         false
     }
 
-    /// Whether somebody asks at this moment how far the operation is. It is asked often, and answered by
-    /// [`Observer::progress`], for which nothing is flushed: what moved counts, durable or not.
+    /// Whether somebody asks for the progress at this moment. The operation calls this often, and answers with
+    /// [`Observer::progress`] without a flush: all moved bytes count, durable or not.
     fn asks_for_progress(&self) -> bool {
         false
     }
 
-    /// How far the operation is.
+    /// Take the progress of the operation.
     fn progress(&self, progress: Progress) {
         let _ = progress;
     }
 }
 
-/// Nobody is told anything.
+/// Ignores everything.
 impl Observer for () {}
 
-/// What an operation that changes images is doing.
+/// A stage of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// It looks: nothing is changed before there is a plan.
+    /// Examining the images: nothing changes before the plan is complete.
     Checking,
-    /// It writes what is to be committed.
+    /// Writing into the target.
     Writing,
-    /// It reads back what was written.
+    /// Reading back the written data.
     Verifying,
-    /// It gives the space of the overlay back.
+    /// Giving back the space of the overlay.
     Emptying,
-    /// It reads what images hold, and changes nothing.
+    /// Reading images without changing them.
     Reading,
 }
 
 /// How far an operation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// What it is doing.
+    /// The present stage.
     pub stage: Stage,
-    /// Bytes of this stage that are durable. The whole is reached only when the stage is over.
+    /// Durable bytes of this stage. Equals the total only when the stage is over.
     pub done: u64,
-    /// Bytes of this stage; 0 where that is not known, or where there is nothing to do.
+    /// Total bytes of this stage; 0 if that is unknown, or if there is nothing to do.
     pub total: u64,
 }

@@ -17,20 +17,20 @@ use instar_guest_abi::ErrorCode;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
-/// What every operation is told.
+/// The settings of every operation.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// Where plugins are looked for.
+    /// The search path for plugins.
     pub search: SearchPath,
-    /// Directories that recorded names may lead into, besides those of the files that the operator names.
+    /// Directories that recorded names may lead into, in addition to those of the files that the operator names.
     pub allowed_directories: Vec<PathBuf>,
-    /// Seconds to wait for images that are in use, altogether.
+    /// Total seconds to wait for images in use.
     pub wait: u64,
-    /// Where the guest runs.
+    /// The sandbox of the guest.
     pub sandbox: SandboxChoice,
 }
 
-/// What differs between operations. [`run`] calls the methods in the order in which they stand here, once each.
+/// The steps that differ between operations. [`run`] calls the methods in this order, once each.
 pub trait Operation {
     /// What serves the guest.
     type Events: Events;
@@ -117,23 +117,23 @@ pub trait Operation {
 /// A guest that has ended.
 #[derive(Debug)]
 pub struct Ended<E> {
-    /// What the sandbox did with a guest that succeeded by its own word; else why there was none, why it was stopped, or
-    /// what it reported as a failure.
+    /// The report of the sandbox for a guest that reported success; otherwise the reason why it did not run, why it was
+    /// stopped, or the failure that it reported.
     pub end: Result<Report, GuestFailure>,
-    /// Who served it.
+    /// The operation's own state.
     pub events: E,
-    /// The devices, as it left them.
+    /// The devices in their final state.
     pub devices: Devices,
-    /// Which file each device is.
+    /// The file behind each device.
     pub paths: DevicePaths,
-    /// The name of the sandbox that it ran in, or was to.
+    /// The name of the chosen sandbox.
     pub sandbox: &'static str,
-    /// How long each part took.
+    /// The duration of each part.
     pub timing: Timing,
 }
 
-/// Run an operation: load the plugins, confine the process, open the images, let everybody refuse who may, run the guest, and
-/// make an outcome of what it did. A refusal on the way leaves all files byte-identical.
+/// Run an operation: load the plugins, confine the process, open the images, ask everything that can refuse, run the guest, and
+/// build the outcome. A refusal on the way leaves all files byte-identical.
 ///
 /// # Errors
 /// One line that names the file and what to do.
@@ -144,7 +144,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let named = operation.named();
     let Settings { search, allowed_directories, wait, sandbox } = operation.settings();
     let roots = Roots::of(&named.image, allowed_directories)?;
-    // Whoever names a base wants what belongs to it as well, which lies beside it.
+    // An operator who names a base also allows the files that belong to it, which lie beside it.
     let with_base = named.base.as_ref().map_or_else(|| roots.clone(), |base| roots.and(base));
     let of_second = named.second.as_ref().map(|second| Roots::of(second, allowed_directories)).transpose()?;
     let of_others = named.others.iter().map(|other| Roots::of(other, allowed_directories));

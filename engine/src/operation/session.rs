@@ -1,4 +1,4 @@
-//! What surrounds an operation: who is told of it, who may end it, and whether the process is confined for it.
+//! The surroundings of an operation: its observer, the handle that ends it, and whether it confines the process.
 
 use super::observer::Observer;
 use crate::cancel::Cancel;
@@ -7,7 +7,7 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::rc::Rc;
 
-/// What surrounds an operation.
+/// The surroundings of an operation.
 #[derive(Clone)]
 pub struct Session {
     observer: Rc<dyn Observer>,
@@ -23,21 +23,21 @@ impl fmt::Debug for Session {
 }
 
 impl Session {
-    /// For a process that works for one operation and ends then: the operation [confines](crate::confine) it, for good. A
-    /// panic hook that opens files, as that of the standard library with `RUST_BACKTRACE`, is stopped there.
+    /// Make a session for a process that ends after one operation, which [confines](crate::confine) it for good. A panic hook
+    /// that opens files, such as that of the standard library with `RUST_BACKTRACE`, is stopped there.
     #[must_use]
     pub fn confined(observer: Rc<dyn Observer>, cancel: Cancel) -> Self {
         Self { observer, cancel, confined: true, prints_on: None }
     }
 
-    /// For a process that goes on afterwards: it stays as it is. What the plugins read of an image's headers, they read in
-    /// this process, with all that it may do; a [`Worker`](crate::worker::Worker) keeps that away from it.
+    /// Make a session for a process that continues afterwards and is not confined. The plugins read the headers of images in
+    /// this process, with all its rights; a [`Worker`](crate::worker::Worker) avoids that.
     #[must_use]
     pub fn unconfined(observer: Rc<dyn Observer>, cancel: Cancel) -> Self {
         Self { observer, cancel, confined: false, prints_on: None }
     }
 
-    /// Let the process, once it is confined, also write to this descriptor, and wait for its reader: the observer does.
+    /// Let the confined process write to this descriptor as well, and wait for its reader, on behalf of the observer.
     #[must_use]
     pub fn printing_on(self, descriptor: RawFd) -> Self {
         Self { prints_on: Some(descriptor), ..self }
@@ -51,19 +51,19 @@ impl Session {
         }
     }
 
-    /// Who is told what happens.
+    /// Return the observer.
     #[must_use]
     pub fn observer(&self) -> &Rc<dyn Observer> {
         &self.observer
     }
 
-    /// Who may end the operation.
+    /// Return the handle that ends the operation.
     #[must_use]
     pub fn cancel(&self) -> &Cancel {
         &self.cancel
     }
 
-    /// Make a note, if it is wanted.
+    /// Send a note to the observer, if it wants notes.
     pub fn note(&self, line: impl FnOnce() -> String) {
         if self.observer.wants_notes() {
             self.observer.note(&line());

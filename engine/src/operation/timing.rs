@@ -1,8 +1,8 @@
-//! How long each part took.
+//! The durations of the parts of an operation.
 
 use std::time::{Duration, Instant};
 
-/// Marks along the way, each with the time since the one before it.
+/// Marks along an operation, each with the time since the one before it.
 #[derive(Clone, Debug)]
 pub struct Timing {
     last: Instant,
@@ -17,7 +17,7 @@ impl Default for Timing {
 }
 
 impl Timing {
-    /// Start now. The first part is what the process did before: the time since the kernel started it.
+    /// Start now. The first part is the time since the kernel started the process.
     #[must_use]
     pub fn start() -> Self {
         let mut parts = Vec::new();
@@ -25,14 +25,14 @@ impl Timing {
         Self { last: Instant::now(), parts }
     }
 
-    /// A part ends here.
+    /// End a part.
     pub fn mark(&mut self, part: &'static str) {
         let now = Instant::now();
         self.parts.push((part, now - self.last));
         self.last = now;
     }
 
-    /// The parts so far.
+    /// Return the parts so far.
     #[must_use]
     pub fn parts(&self) -> &[(&'static str, Duration)] {
         &self.parts

@@ -1,4 +1,4 @@
-//! What the plugin of an image says to the part that the image is to take in an operation.
+//! Asking the plugin of an image for its verdict on the image's part in an operation.
 
 use crate::error::Error;
 use crate::escape::escape_path;
@@ -6,8 +6,8 @@ use crate::image::ChainImage;
 use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::{Context, Role, ROLE_SINK, ROLE_SOURCE};
 
-/// Ask the plugin of an image for its verdict, which `what` is for, as in "cannot be read". Returns how long the image's files may
-/// become, in bytes; `warnings` takes what the plugin has to say besides.
+/// Ask the plugin of an image for its verdict; `what` is the refusal, as in "cannot be read". Returns the maximum length of the
+/// image's files in bytes, and adds the plugin's warnings to `warnings`.
 ///
 /// # Errors
 /// A verdict that refuses, and a plugin that lacks the role.

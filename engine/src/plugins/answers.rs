@@ -1,5 +1,5 @@
-//! What a plugin may answer. It is trusted as code, and can be wrong all the same: what it says is used in commands, on
-//! terminals and as bounds, so nonsense is refused here, by name, and never passed on.
+//! Checks of a plugin's answers. A plugin is trusted as code but may still be wrong. Its answers end up in commands, on
+//! terminals and as bounds, so invalid ones are refused here, by name, and never passed on.
 
 use instar_guest_abi::{MAX_FILE_DEVICES, MODULE_ABI_MAJOR, MODULE_ABI_MINOR};
 use instar_plugin_api::v1::PluginManifest;
@@ -29,7 +29,7 @@ const CREATED_MAX: u64 = 1 << 30;
 /// Ranges of a new image that are reserved, at most.
 const RESERVED_MAX: usize = 1024;
 
-/// `text` with what is more than can be shown cut off.
+/// Cut a text that is too long to be shown.
 pub fn cut(mut text: String) -> String {
     if text.len() > MESSAGE_MAX {
         let end = (0..=MESSAGE_MAX).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
@@ -51,7 +51,7 @@ fn is_format_name(name: &str) -> bool {
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_')
 }
 
-/// What a plugin says about itself.
+/// Check a plugin's description of itself.
 pub fn check_manifest(manifest: &PluginManifest) -> Result<(), String> {
     let lists = [manifest.aliases.len(), manifest.extensions.len(), manifest.create_options.len()];
     if lists.iter().any(|&count| count > LIST_MAX) {
@@ -76,7 +76,7 @@ pub fn check_manifest(manifest: &PluginManifest) -> Result<(), String> {
     Ok(())
 }
 
-/// The guest half, as far as it can be judged before it is loaded.
+/// Check the guest half, as far as possible before it is loaded.
 pub fn check_module(module: &GuestModule) -> Result<(), String> {
     if !module.elf.starts_with(b"\x7fELF") {
         return Err("its guest module is not an ELF file".to_owned());
@@ -96,7 +96,7 @@ pub fn check_module(module: &GuestModule) -> Result<(), String> {
     Ok(())
 }
 
-/// The facts of an image of `file_length` bytes, from the plugin of the format `name`.
+/// Check the facts about an image of `file_length` bytes from the plugin of the format `name`.
 pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(), String> {
     if facts.format.as_str() != name {
         let shown: String = facts.format.chars().take(NAME_MAX + 1).collect();
@@ -162,7 +162,7 @@ pub fn check_facts(facts: &ImageFacts, name: &str, file_length: u64) -> Result<(
     Ok(())
 }
 
-/// The other files of an image. How many there may be depends on the rest of the chain.
+/// Check the list of an image's other files. Their permitted number depends on the rest of the chain.
 pub fn check_files(files: &[ImageFile]) -> Result<(), String> {
     if files.iter().any(|file| file.other_names.len() > NAMES_MAX) {
         return Err(format!("it names a file of the image by more than {NAMES_MAX} other names"));
@@ -176,7 +176,7 @@ pub fn check_files(files: &[ImageFile]) -> Result<(), String> {
     Ok(())
 }
 
-/// Notes on an image.
+/// Check the notes on an image.
 pub fn check_notes(notes: &[String]) -> Result<(), String> {
     let fit = notes.iter().all(|note| !note.is_empty() && is_line(note, NOTES_MAX.1));
     if fit && notes.len() <= NOTES_MAX.0 {
@@ -186,7 +186,7 @@ pub fn check_notes(notes: &[String]) -> Result<(), String> {
     }
 }
 
-/// A new image.
+/// Check the layout of a new image.
 pub fn check_created(image: &CreatedImage) -> Result<(), String> {
     let mut total = 0u64;
     let others = image.files.iter().map(|file| (file.length, &file.regions));
@@ -217,7 +217,7 @@ pub fn check_created(image: &CreatedImage) -> Result<(), String> {
     Ok(())
 }
 
-/// The room that a new image of this virtual size takes.
+/// Check the space of a new image of this virtual size.
 pub fn check_footprint(footprint: &Footprint, virtual_size: u64) -> Result<(), String> {
     if footprint.unit == 0 {
         return Err("it measures a new image in units of 0 bytes".to_owned());

@@ -1,4 +1,4 @@
-//! The engine's side of the reader that plugins get: bounded, and with a memory for I/O errors.
+//! The engine's side of the plugins' reader, which bounds the bytes that are read and remembers I/O errors.
 
 use super::{ImageFiles, ImageRead};
 use instar_plugin_api::{ErrorCode, PluginError, ReadImage, READ_BUDGET};
@@ -8,7 +8,7 @@ use std::io;
 /// Every read costs at least this many bytes of the budget, so that their number is bounded as well.
 const LEAST_COST: u64 = 512;
 
-/// One call's view of an image.
+/// The view of an image during one call.
 pub struct BudgetedReader<'a> {
     files: ImageFiles<'a>,
     left: Cell<u64>,
@@ -16,12 +16,12 @@ pub struct BudgetedReader<'a> {
 }
 
 impl<'a> BudgetedReader<'a> {
-    /// A view that lets [`READ_BUDGET`] bytes be read.
+    /// Make a view that allows [`READ_BUDGET`] bytes.
     pub fn new(files: ImageFiles<'a>) -> Self {
         Self { files, left: Cell::new(READ_BUDGET), failure: RefCell::new(None) }
     }
 
-    /// The first I/O error, with its byte offset, if there was one.
+    /// Return the first I/O error, with its byte offset, if any.
     pub fn into_failure(self) -> Option<(u64, io::Error)> {
         self.failure.into_inner()
     }

@@ -1,8 +1,7 @@
-//! What a library must be before the dynamic loader sees it.
+//! Checks of a library before the dynamic loader sees it.
 //!
-//! The dynamic loader maps what the headers say: a truncated library kills the process with SIGBUS on first
-//! touch, and any library runs its constructors. So: a complete shared object for this machine that exports the root
-//! module header, or it is not loaded.
+//! The dynamic loader trusts the headers: a truncated library kills the process with SIGBUS on first touch, and any library
+//! runs its constructors. So only a complete shared object for this machine that exports the root module header is loaded.
 
 use object::elf::{
     FileHeader64, EM_X86_64, ET_DYN, PT_DYNAMIC, PT_LOAD, SHN_UNDEF, SHT_DYNSYM, SHT_NOBITS, SHT_NULL, STT_OBJECT,
@@ -12,7 +11,7 @@ use object::read::{ReadCache, ReadRef};
 use object::Endianness;
 use std::fs::File;
 
-/// A root-module header begins with the 40 bytes by which `abi_stable` recognises itself.
+/// A root-module header begins with the 40 bytes by which `abi_stable` recognizes itself.
 const LEAST_HEADER_SIZE: u64 = 40;
 
 /// Check the library in `file`, `length` bytes long.

@@ -3,11 +3,11 @@
 use instar_guest_abi::ErrorCode;
 use std::io;
 
-/// Why a call into a plugin gave no answer. The text names the plugin or what is wrong, never the image: the
-/// caller adds that.
+/// The reason why a call into a plugin gave no answer. The text names the plugin or the fault, never the image, which the
+/// caller adds.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginFailure {
-    /// The plugin says that something is wrong with the image, or with what was asked for. The text is the plugin's.
+    /// The plugin refused the image or the request. The text is the plugin's.
     #[error("{message}")]
     Refused {
         /// An `ERROR_*` code.
@@ -20,7 +20,7 @@ pub enum PluginFailure {
     Io {
         /// Byte offset of the read.
         offset: u64,
-        /// What the host said.
+        /// The error of the host.
         source: io::Error,
     },
     /// The plugin broke the contract: it panicked, or gave an answer that no plugin may give.
@@ -28,7 +28,7 @@ pub enum PluginFailure {
     Faulty {
         /// Name of the plugin.
         plugin: String,
-        /// What it did.
+        /// Its fault.
         message: String,
     },
 }

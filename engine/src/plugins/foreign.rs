@@ -1,9 +1,9 @@
-//! Files that no loaded plugin has a format for, and that can be told all the same: what they are is more help than that they
-//! are unknown. A format stays here when it gets a plugin: that may be missing.
+//! Files without a loaded plugin that can still be recognized: their kind helps more than "unknown". A format stays here when
+//! it gets a plugin, which may be missing.
 
 use super::ImageRead;
 
-/// Something that is known by its mark, and nothing else.
+/// A kind of file that is known by its signature alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Foreign {
     /// A disk image of a format without a plugin, by the name that people have for it, and that of the format.
@@ -33,7 +33,7 @@ const MARKS: &[(usize, &[u8], Foreign)] = &[
     // VMware Virtual Disk Format: sparse extents of ESX Server.
     (0, b"COWD", Foreign::Image("VMware COWD", "vmdk")),
     (0, b"\xbe\xba\xfe\xca\0\0\0\0", Foreign::Image("VMware SESparse", "vmdk")),
-    // RFC 1952, 2.3.1, with the only method that there is; RFC 8878, 3.1.1; the .xz file format, 2.1.1.1.
+    // RFC 1952, 2.3.1, with the only existing method; RFC 8878, 3.1.1; the .xz file format, 2.1.1.1.
     (0, b"\x1f\x8b\x08", Foreign::Compressed("gzip")),
     (0, b"\x28\xb5\x2f\xfd", Foreign::Compressed("zstd")),
     (0, b"\xfd7zXZ\0", Foreign::Compressed("xz")),
@@ -49,7 +49,7 @@ const BUNDLE: &[u8] = b"<Parallels_disk_image";
 const LOOKED_AT: usize = 512;
 
 impl Foreign {
-    /// What the file is, if it has a mark that is known.
+    /// Recognize a file by its signature.
     #[must_use]
     pub fn of(image: &dyn ImageRead) -> Option<Self> {
         if image.length() == 0 {

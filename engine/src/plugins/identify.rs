@@ -1,7 +1,8 @@
-//! Which format an image is of.
+//! Identifying the format of an image.
 
 use super::{Foreign, ImageFiles, ImageRead, Plugin, PluginFailure, Registry};
 use crate::escape::escape;
+use crate::nearest::nearest;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{ImageFacts, PROBE_ANYTHING, PROBE_LIKELY, PROBE_NO};
 use std::cell::Cell;
@@ -16,29 +17,29 @@ pub struct Identified<'r> {
     pub plugin: &'r Plugin,
     /// What the header says.
     pub facts: ImageFacts,
-    /// For a format that any bytes are an image of (raw): the mark of another format that the file has besides. What has a
-    /// certain one must not be written to on the word of an image.
+    /// For a format without a signature (raw): the signature of another format in the file. A file with a certain one must not
+    /// be written just because an image calls it raw.
     pub mark: Option<Mark>,
 }
 
-/// The mark of a format in a file.
+/// The signature of a format in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The format.
     pub format: String,
-    /// The mark does not stand in other files by chance: [`PROBE_LIKELY`] is not certain.
+    /// Whether the signature cannot occur in other files by chance: [`PROBE_LIKELY`] is not certain.
     pub certain: bool,
-    /// Where it is: the bytes that its plugin read to recognise it.
+    /// Its place: the bytes that its plugin read to recognize it.
     pub bytes: Range<u64>,
     /// Size in bytes of the clusters of such an image, of which the first holds its header; 0 if it is none.
     pub cluster_size: u64,
 }
 
-/// Why the format of an image is not known. The text does not name the image: the caller adds that.
+/// The reason why the format of an image is unknown. The text does not name the image, which the caller adds.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentifyError {
     /// No plugin has the format that was named.
-    #[error("unknown format '{}': {} (see `instar plugins`)", escape(.hint), loaded(.known))]
+    #[error("unknown format '{}': {}{} (see `instar plugins`)", escape(.hint), nearby(.hint, .known), loaded(.known))]
     UnknownFormat {
         /// The format that was named.
         hint: String,
@@ -67,7 +68,7 @@ pub enum IdentifyError {
         /// The format that it looks like instead.
         actual: Option<String>,
     },
-    /// No plugin recognises the image. A raw image is only taken as one when it is named so.
+    /// No plugin recognizes the image. A raw image is only taken as one when it is named so.
     #[error("begins like no known format ({})", .known.join(", "))]
     Unrecognised {
         /// The formats that have a mark.
@@ -82,7 +83,7 @@ pub enum IdentifyError {
         /// How many libraries and directories were passed over.
         skipped: usize,
     },
-    /// No plugin recognises the file, which is something else that is known.
+    /// No plugin recognizes the file, which is something else that is known.
     #[error("{0}")]
     Foreign(Foreign),
     /// The image is a LUKS container.
@@ -103,15 +104,21 @@ fn loaded(formats: &[String]) -> String {
     format!("the plugins that are loaded are for {}", formats.join(", "))
 }
 
+/// The format that was probably meant.
+fn nearby(hint: &str, known: &[String]) -> String {
+    let near = nearest(hint, known.iter().map(String::as_str));
+    near.map(|near| format!("the nearest one is {near}; ")).unwrap_or_default()
+}
+
 fn list(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ")
 }
 
-/// What else may be wrong with a file that no plugin recognises.
+/// Another possible fault of a file that no plugin recognizes.
 pub const DAMAGED: &str = "if it used to be one of them, its header is damaged: restore it, and do not call it raw";
 
 impl IdentifyError {
-    /// The code under which a commit fails for this reason.
+    /// Return the code under which a commit fails for this reason.
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
@@ -127,7 +134,7 @@ impl IdentifyError {
 }
 
 impl Registry {
-    /// Find out which format an image is of. A `hint` that the image does not match is refused, never believed.
+    /// Identify the format of an image. Refuses a `hint` that the image does not match.
     ///
     /// # Errors
     /// [`IdentifyError`] when no plugin, or no single one, can say what the image is.
@@ -140,7 +147,7 @@ impl Registry {
         Ok(Identified { plugin, facts, mark })
     }
 
-    /// The mark of a format that a file has: of several plugins that claim it, that of the surest.
+    /// Return the signature of a format in a file; of several plugins that claim it, that of the surest.
     ///
     /// # Errors
     /// When it is not known: a plugin gave no answer. Not knowing what a file looks like is no reason to believe that it
@@ -199,7 +206,7 @@ impl Registry {
         }
     }
 
-    /// The one plugin that recognises the image best, and its score.
+    /// The one plugin that recognizes the image best, and its score.
     fn by_content(&self, image: &dyn ImageRead) -> Result<(&Plugin, u32), IdentifyError> {
         let mut best: Vec<&Plugin> = Vec::new();
         let mut best_score = PROBE_ANYTHING;

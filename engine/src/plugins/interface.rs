@@ -1,8 +1,8 @@
 //! The plugin interfaces that this engine speaks.
 //!
-//! An interface is frozen when it is released. It may get functions that plugins of before lack: the method here gives the default
-//! of [`FormatPlugin`](instar_plugin_api::FormatPlugin) in their place. A new interface is a new variant of [`Interface`], a new
-//! entry of [`KNOWN`] (newest first), and an arm in each method; nothing is taken away.
+//! An interface is frozen when it is released. If it gets functions that older plugins lack, the method here returns the
+//! default of [`FormatPlugin`](instar_plugin_api::FormatPlugin) for them. A new interface is a new variant of [`Interface`], a
+//! new entry of [`KNOWN`] (newest first), and an arm in each method; nothing is removed.
 
 use abi_stable::library::LibHeader;
 use instar_plugin_api::loading::root_module_v1;

@@ -4,6 +4,7 @@ use super::budget::BudgetedReader;
 use super::library::{Candidate, LoadedLibrary};
 use super::{answers, ImageFiles, ImageRead, PluginFailure};
 use crate::confine::trap::Calling;
+use crate::nearest::nearest;
 use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::v1::PluginManifest;
 use instar_plugin_api::{
@@ -178,7 +179,7 @@ impl Plugin {
     /// When the plugin cannot create what is asked for, or is faulty.
     pub fn create(&self, spec: &CreateSpec) -> Result<CreatedImage, PluginFailure> {
         let _calling = Calling::plugin(self.name());
-        let image = self.library.interface.create(spec).map_err(|error| self.refused(error))?;
+        let image = self.library.interface.create(spec).map_err(|error| self.refused_spec(error, spec))?;
         answers::check_created(&image).map_err(|message| self.faulty(message))?;
         Ok(image)
     }
@@ -189,7 +190,8 @@ impl Plugin {
     /// As [`create`](Self::create).
     pub fn measure(&self, spec: &CreateSpec, bitmaps: &[BitmapFacts]) -> Result<Footprint, PluginFailure> {
         let _calling = Calling::plugin(self.name());
-        let footprint = self.library.interface.measure(spec, bitmaps).map_err(|error| self.refused(error))?;
+        let footprint =
+            self.library.interface.measure(spec, bitmaps).map_err(|error| self.refused_spec(error, spec))?;
         answers::check_footprint(&footprint, spec.virtual_size).map_err(|message| self.faulty(message))?;
         Ok(footprint)
     }
@@ -218,6 +220,40 @@ impl Plugin {
             None => self.faulty(format!("it failed with the unknown code {}", error.code)),
             Some(code) => PluginFailure::Refused { code, message },
         }
+    }
+
+    /// The same for a new image: name the option, or the value of one, that was probably meant.
+    fn refused_spec(&self, error: PluginError, spec: &CreateSpec) -> PluginFailure {
+        match self.refused(error) {
+            PluginFailure::Refused { code, message } => {
+                let wanted = spec.options.iter().map(|option| (option.0.as_str(), option.1.as_str()));
+                let message = match self.meant(wanted, &message) {
+                    Some(near) => format!("{message}; the nearest one is {near}"),
+                    None => message,
+                };
+                PluginFailure::Refused { code, message }
+            }
+            failure => failure,
+        }
+    }
+
+    /// The name or value that is nearest to the one that a refusal complains about. Values are words that both the help of
+    /// their option and the refusal list.
+    fn meant<'a>(&'a self, wanted: impl Iterator<Item = (&'a str, &'a str)>, refusal: &str) -> Option<&'a str> {
+        let words = |text: &'a str| text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| word.len() > 1);
+        for (name, value) in wanted.filter(|(name, _)| refusal.contains(*name)) {
+            let Some((_, help)) = self.create_options().find(|(known, _)| *known == name) else {
+                return nearest(name, self.create_options().map(|(known, _)| known));
+            };
+            if !refusal.contains(value) || words(help).any(|word| word == value) {
+                continue;
+            }
+            let listed = words(help).filter(|word| refusal.contains(*word));
+            if let Some(near) = nearest(value, listed) {
+                return Some(near);
+            }
+        }
+        None
     }
 
     fn faulty(&self, message: String) -> PluginFailure {

@@ -1,8 +1,35 @@
-//! What a plugin's host half may read.
+//! The images that a plugin's host half may read.
 
 use std::io;
 
-/// An image that a plugin looks at. The engine opened it; a plugin opens no file itself.
+/// An image that a plugin reads. The engine opened it; a plugin opens no file itself.
+///
+/// # Example
+///
+/// An image in memory:
+///
+/// ```
+/// use instar::plugins::ImageRead;
+/// use std::io;
+///
+/// struct Memory(Vec<u8>);
+///
+/// impl ImageRead for Memory {
+///     fn length(&self) -> u64 {
+///         self.0.len() as u64
+///     }
+///
+///     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+///         let rest = usize::try_from(offset).ok().and_then(|offset| self.0.get(offset..)).unwrap_or_default();
+///         let length = rest.len().min(buffer.len());
+///         buffer[..length].copy_from_slice(&rest[..length]);
+///         Ok(length)
+///     }
+/// }
+///
+/// let mut buffer = [0; 4];
+/// assert_eq!(Memory(b"QFI\xfb and more".to_vec()).read_at(0, &mut buffer).ok(), Some(4));
+/// ```
 pub trait ImageRead {
     /// Length in bytes.
     fn length(&self) -> u64;
@@ -24,7 +51,7 @@ pub struct ImageFiles<'a> {
 }
 
 impl<'a> ImageFiles<'a> {
-    /// An image of which one file is looked at.
+    /// Make the list of an image of which only one file is open.
     #[must_use]
     pub fn one(first: &'a dyn ImageRead) -> Self {
         Self { first, others: &[] }

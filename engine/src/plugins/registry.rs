@@ -7,7 +7,7 @@ use super::trust::TrustedDirectory;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-/// A library or directory that was looked at and not used.
+/// A library or directory that was examined but not used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Skipped {
     /// The library or directory.
@@ -47,14 +47,14 @@ impl Registry {
         registry
     }
 
-    /// Have images looked at in a confined thread of their own: for a process that has to write a new file afterwards, and so
-    /// is not [confined](crate::confine) itself.
+    /// Examine images in a confined thread, for a process that has to write a new file afterwards and so cannot be
+    /// [confined](crate::confine) itself.
     #[must_use]
     pub fn looking_aside(self) -> Self {
         Self { aside: true, ..self }
     }
 
-    /// Whether that is so.
+    /// Whether images are examined in a confined thread.
     #[must_use]
     pub fn looks_aside(&self) -> bool {
         self.aside
@@ -160,14 +160,14 @@ impl Registry {
         &self.plugins
     }
 
-    /// What was looked at and not used.
+    /// Return the libraries and directories that were examined but not used.
     #[must_use]
     pub fn skipped(&self) -> &[Skipped] {
         &self.skipped
     }
 
-    /// The first directory that the operator named and that cannot be used: to go on without it would be to go on with other
-    /// plugins than those that were asked for.
+    /// Return the first directory that the operator named and that cannot be used: continuing without it would use other
+    /// plugins than requested.
     #[must_use]
     pub fn refused(&self) -> Option<&Skipped> {
         self.refused.as_ref()
@@ -179,7 +179,7 @@ impl Registry {
         self.plugins.iter().find(|plugin| plugin.name() == name || plugin.aliases().any(|alias| alias == name))
     }
 
-    /// The libraries that claim this format, if it is unusable because there are several.
+    /// Return the libraries that claim this format, if it is unusable because there are several.
     #[must_use]
     pub fn conflict(&self, name: &str) -> Option<&[PathBuf]> {
         self.conflicts.get(name).map(Vec::as_slice)

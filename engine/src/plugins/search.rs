@@ -1,4 +1,4 @@
-//! Where plugins are looked for.
+//! The search path for plugins.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ pub struct SearchPath {
     environment: Vec<PathBuf>,
 }
 
-/// Whether the program runs with more rights than its caller has: what the environment says does not count then.
+/// Whether the program runs with more rights than its caller, so that the environment must be ignored.
 #[must_use]
 pub fn is_elevated() -> bool {
     // AT_SECURE is what the dynamic loader goes by for LD_LIBRARY_PATH.
@@ -29,13 +29,13 @@ pub fn is_elevated() -> bool {
 }
 
 impl SearchPath {
-    /// Exactly these directories.
+    /// Make a path of exactly these directories.
     #[must_use]
     pub fn of(directories: Vec<PathBuf>) -> Self {
         Self { requested: directories.clone(), directories, environment: Vec::new() }
     }
 
-    /// Exactly these directories, of which the operator asked for the `requested` ones.
+    /// Make a path of exactly these directories, of which the operator asked for the `requested` ones.
     #[must_use]
     pub fn with_requested(directories: Vec<PathBuf>, requested: Vec<PathBuf>) -> Self {
         Self { directories, requested, environment: Vec::new() }
@@ -48,7 +48,7 @@ impl SearchPath {
     }
 
     /// The directories of this process: those of `--plugin-dir` in their order, those of `INSTAR_PLUGIN_PATH`, those of the
-    /// configuration, then the built-in ones. The environment variable is not honoured in a set-user-ID or set-group-ID
+    /// configuration, then the built-in ones. The environment variable is not honored in a set-user-ID or set-group-ID
     /// program.
     #[must_use]
     pub fn for_process(plugin_dirs: &[PathBuf], configured: &[PathBuf]) -> Self {
@@ -84,7 +84,7 @@ impl SearchPath {
         Self { directories, requested: plugin_dirs.to_vec(), environment }
     }
 
-    /// Whether the operator asked for this directory, so that its absence is worth a word.
+    /// Whether the operator asked for this directory, so that its absence deserves a message.
     #[must_use]
     pub fn is_requested(&self, directory: &Path) -> bool {
         self.requested.iter().any(|requested| requested == directory)

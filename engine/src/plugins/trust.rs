@@ -1,4 +1,4 @@
-//! Who may have put a plugin library where it is.
+//! Checking who can have written a plugin library.
 //!
 //! A plugin is code that runs with the rights of the caller: it is taken only from a file, in a directory, that
 //! nobody but root and the caller can change. The checks are made on opened descriptors, and the descriptor that
@@ -56,7 +56,7 @@ impl TrustedDirectory {
                 break;
             }
             let stat = above.stat().map_err(unknown)?;
-            // Whoever may rename within an ancestor can put another directory here.
+            // A user who may rename within an ancestor can put another directory here.
             if stat.st_mode & 0o002 != 0 && stat.st_mode & STICKY == 0 {
                 return Err(format!("the directory {} above it is writable by others", above.path().display()));
             }

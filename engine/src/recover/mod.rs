@@ -1,9 +1,9 @@
-//! `instar recover`: a file that an interrupted atomic commit left in the middle of a change gets back what it was.
+//! `instar recover`: restoring a file that an interrupted atomic commit left in the middle of a change.
 //!
-//! The undo log lies beside the file, and is as hostile as an image: whoever may write into the directory can put one there. It
-//! counts only if it is a regular file with one name, which the file's owner or root owns and nobody else can write to, on
-//! the same file system, and names the file: name, inode, and when it was made. It is [read](crate::undo) whole before the
-//! file is touched.
+//! The undo log lies beside the file, and is as hostile as an image, because every user with write access to the directory can
+//! make one. It counts only if it is a regular file with one name, on the same file system, owned by the file's owner or root
+//! and writable for nobody else, and if it identifies the file by name, inode and time of creation. It is [read](crate::undo)
+//! completely before the file changes.
 //!
 //! The order, and the crash that each step survives: the file is written back and flushed, the log is cut to nothing and flushed,
 //! and then removed. Before the cut, the log undoes everything once more; after it, nothing.
@@ -28,16 +28,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct RecoverRequest {
     /// The file.
     pub image: PathBuf,
-    /// Seconds to wait for whoever uses it.
+    /// Seconds to wait while it is in use.
     pub wait: u64,
 }
 
-/// What was done. What is serialized is the JSON of `docs/recover.md`.
+/// The result. Serializes to the JSON of `docs/recover.md`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RecoverOutcome {
@@ -45,7 +45,7 @@ pub struct RecoverOutcome {
     pub image: String,
     /// Whether it had an undo log: without one, there was nothing to do.
     pub log: bool,
-    /// Whether it was given back what it was; otherwise a commit into it had reached its end.
+    /// Whether it was restored; otherwise the commit into it was complete.
     pub restored: bool,
     /// Bytes that were written back, or are holes again.
     pub bytes_restored: u64,
@@ -62,7 +62,7 @@ struct Found {
     flushed: OwnedFd,
 }
 
-/// Give a file back what it was.
+/// Restore a file.
 ///
 /// # Errors
 /// One line that names the file, or its log, and what to do. The file is untouched unless the line says otherwise.

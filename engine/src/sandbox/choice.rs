@@ -3,7 +3,7 @@
 use super::error::SandboxError;
 use super::{Kvm, Process, Ready, Sandbox};
 
-/// Which sandbox an operator wants. The weaker one is never taken silently.
+/// The operator's choice of a sandbox. The weaker one is never used silently.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum SandboxChoice {
     /// A virtual machine.
@@ -11,7 +11,7 @@ pub enum SandboxChoice {
     Kvm,
     /// A process that can do nothing.
     Process,
-    /// A virtual machine where KVM works, else a process.
+    /// A virtual machine where KVM works, otherwise a process.
     Auto,
 }
 
@@ -19,7 +19,8 @@ impl SandboxChoice {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Kvm, Self::Process, Self::Auto];
 
-    /// As [`Sandbox::acquire`]. `note` is told why the stronger one was not taken, where that was not the operator's choice.
+    /// Do the same as [`Sandbox::acquire`], and pass the reason to `note` if the stronger one cannot be used and the operator
+    /// did not choose the other.
     ///
     /// # Errors
     /// Why programs cannot run here.
@@ -34,7 +35,7 @@ impl SandboxChoice {
         }
     }
 
-    /// The choice that an operator has this word for.
+    /// Return the choice for an operator's word.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|choice| choice.name() == name)

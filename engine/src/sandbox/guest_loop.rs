@@ -1,4 +1,4 @@
-//! The run loop of every sandbox: let the guest run, serve what it asks for, until it is done or has to be ended.
+//! The run loop of every sandbox: run the guest and serve its requests until it is done or has to be ended.
 
 use super::error::{printable, SandboxError};
 use super::host::{BufferAccess, Excess, Host};
@@ -13,18 +13,18 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
 
-/// Why the guest came out.
+/// The reason why the guest stopped.
 #[derive(Debug)]
 pub enum Exit {
-    /// It did not: it has run for a while, or a signal came.
+    /// None of the guest's: time has passed, or a signal came.
     Nothing,
-    /// It told the host this value on this port.
+    /// The guest sent this value on this port.
     Out(u16, u32),
-    /// It cannot go on.
+    /// The guest cannot continue.
     Ended(SandboxError),
 }
 
-/// What runs the guest's code.
+/// The processor that runs the guest's code.
 pub trait Processor {
     /// Let the guest run until it wants something, and for a part of a second at most. If it was told something before that is
     /// done now, it goes on from there.
@@ -49,7 +49,7 @@ pub trait Processor {
     fn ring(&self) -> Result<u8, SandboxError>;
 }
 
-/// A guest's memory, what is in it, and how long the guest may do what.
+/// A guest: its memory, the layout of that, and its limits.
 #[derive(Debug)]
 pub struct Guest {
     /// Its memory.
@@ -66,7 +66,7 @@ impl Guest {
         Self { ram, layout, stall_limit: program.stall_limit, message_limit: program.message_limit }
     }
 
-    /// How long it may do without asking for anything.
+    /// Return the processor time that it may use without a request.
     pub fn stall_limit(&self) -> Duration {
         self.stall_limit
     }
@@ -76,7 +76,7 @@ impl Guest {
         &self.layout.modules
     }
 
-    /// Run it until it exits. `report` says what it took to come so far.
+    /// Run it until it exits; `report` has the durations so far.
     ///
     /// # Errors
     /// Why it was ended.

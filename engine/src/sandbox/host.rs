@@ -1,4 +1,4 @@
-//! What the KVM runner asks of the rest of the engine while the guest runs.
+//! The services that a sandbox needs from the rest of the engine while a guest runs.
 
 use instar_guest_abi::Request;
 use instar_guest_protocol::guest_message;
@@ -7,7 +7,7 @@ use vm_memory::VolatileSlice;
 
 /// Access to the buffers that requests name.
 pub trait BufferAccess {
-    /// The guest memory `address..address + length`, if it lies wholly within the heap.
+    /// Return the guest memory `address..address + length`, if it lies wholly within the heap.
     fn heap_slice(&self, address: u64, length: u64) -> Option<VolatileSlice<'_>>;
 }
 
@@ -15,16 +15,38 @@ pub trait BufferAccess {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadRequest(pub String);
 
-/// Work out of proportion to what the images hold: the device that most of it was about, and one clause.
+/// Work out of proportion to the allocated size of the images, with the device that caused most of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Excess {
     /// The device number.
     pub device: u32,
-    /// What was too much.
+    /// The exceeded bound, in one clause.
     pub text: String,
 }
 
 /// Serves a running guest.
+///
+/// # Example
+///
+/// A host that answers no request and takes every message, for a guest that needs no device:
+///
+/// ```
+/// use instar::sandbox::{BadRequest, BufferAccess, Host};
+/// use instar_guest_abi::Request;
+/// use instar_guest_protocol::guest_message::Kind;
+///
+/// struct Deaf;
+///
+/// impl Host for Deaf {
+///     fn requests(&mut self, _: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
+///         Err(BadRequest(format!("{} requests, but no device", requests.len())))
+///     }
+///
+///     fn message(&mut self, _: Kind) -> Result<(), BadRequest> {
+///         Ok(())
+///     }
+/// }
+/// ```
 pub trait Host {
     /// Execute the requests of one doorbell, strictly in order, and set each `status`; stop at the first that
     /// fails with an errno and leave the rest `NOT_RUN`.
@@ -36,7 +58,7 @@ pub trait Host {
     /// Take one message of the guest.
     ///
     /// # Errors
-    /// [`BadRequest`] when the message makes no sense: the guest is ended.
+    /// [`BadRequest`] for an invalid message: the guest is ended.
     fn message(&mut self, message: guest_message::Kind) -> Result<(), BadRequest>;
 
     /// Called before each doorbell is served, and several times a second while the guest runs: `true` asks the

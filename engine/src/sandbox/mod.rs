@@ -1,4 +1,5 @@
-//! Where the modules of an operation run: with nothing but the images' bytes, through a host that checks every request.
+//! The sandboxes in which the modules of an operation run. A module reaches only the bytes of the images, through a host that
+//! checks every request.
 //!
 //! A [`Sandbox`] is acquired before the process confines itself, and runs one [`Program`] later. [`kvm`] is a virtual machine;
 //! [`process`] is for machines that have none.
@@ -35,14 +36,37 @@ pub use vm_memory::VolatileSlice;
 use crate::confine::Needs;
 
 /// A way to run programs of guest modules.
+///
+/// # Example
+///
+/// Use the process where there is no KVM, and say so:
+///
+/// ```
+/// use instar::sandbox::{Kvm, Process, Ready, Sandbox, SandboxError};
+///
+/// struct Fallback;
+///
+/// impl Sandbox for Fallback {
+///     fn name(&self) -> &'static str {
+///         "fallback"
+///     }
+///
+///     fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
+///         Kvm.acquire().or_else(|error| {
+///             eprintln!("{error}");
+///             Process.acquire()
+///         })
+///     }
+/// }
+/// ```
 pub trait Sandbox {
     /// Its name, as an operator writes it.
     fn name(&self) -> &'static str;
 
-    /// Get what a confined process cannot get any more.
+    /// Acquire everything that a confined process cannot acquire any more.
     ///
     /// # Errors
-    /// Why programs cannot run here.
+    /// The reason why programs cannot run here.
     fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError>;
 }
 
@@ -51,20 +75,20 @@ pub trait Ready {
     /// The name of the sandbox that it is, as an operator writes it.
     fn name(&self) -> &'static str;
 
-    /// What the process has to be allowed until the program has run.
+    /// Return the rights that the process needs until the program has run.
     fn needs(&self) -> Needs;
 
     /// Run a program until it exits.
     ///
     /// # Errors
-    /// Why it could not run, or was ended.
+    /// The reason why it could not run, or was ended.
     fn run(self: Box<Self>, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError>;
 }
 
 /// Run a program in a sandbox.
 ///
 /// # Errors
-/// Why there is none, or why the program was ended.
+/// The reason why the sandbox cannot be used, or why the program was ended.
 pub fn run(sandbox: &dyn Sandbox, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
     sandbox.acquire()?.run(program, host)
 }

@@ -1,4 +1,4 @@
-//! What to run, and what came of it.
+//! The program of a guest, and the report about its run.
 
 use instar_guest_abi::{FileDevice, Member};
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub struct ModuleSpec<'a> {
     pub elf: &'a [u8],
 }
 
-/// What to run.
+/// A program of guest modules.
 #[derive(Clone, Debug)]
 pub struct Program<'a> {
     /// The operation's own configuration: an encoded message of [`PAYLOAD_SIZE`](instar_guest_abi::PAYLOAD_SIZE) bytes at
@@ -103,7 +103,7 @@ impl<'a> Program<'a> {
     }
 }
 
-/// What a guest did, and how long it took.
+/// The report about a guest's run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Report {
     /// The sandbox's name.

@@ -1,11 +1,11 @@
-//! Reading an undo log, and giving a file back what it says.
+//! Reading an undo log, and restoring a file from it.
 //!
-//! The log is read whole, and every sum of it compared, before the file is touched. It ends at the first record that is none:
-//! a power loss can tear the last batch, under which nothing was changed. A record that is missing before a batch that was
-//! made durable later is damage, and the log is refused.
+//! The whole log is read, and every checksum compared, before the file changes. The log ends at the first invalid record: a
+//! power loss can tear the last batch, before whose completion nothing changed. An invalid record before a batch that was
+//! durable is damage, and the log is refused.
 //!
-//! Writing back is done in any order and as often as need be: a range stands in the log once, and the log is left alone until
-//! the file is durable again.
+//! Records can be written back in any order, any number of times: each range is in the log once, and the log does not change
+//! until the file is durable again.
 
 use super::format::{Header, Kind, Record, HEADER, RECORD};
 use crate::devices::make_zero;
@@ -19,7 +19,7 @@ use std::os::unix::fs::FileExt;
 /// Bytes of the log that are searched at once for records behind its end.
 const SEARCHED: usize = 1 << 20;
 
-/// Why a log cannot be applied.
+/// The reason why a log cannot be applied.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
     /// It is damaged, or none.
@@ -39,7 +39,7 @@ pub struct Log<'f> {
     records: Vec<(u64, Record)>,
 }
 
-/// What was given back.
+/// The result of restoring a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
     /// Bytes that were written back, or are holes again.
@@ -130,19 +130,19 @@ impl<'f> Log<'f> {
         Ok(false)
     }
 
-    /// What it says of its file.
+    /// Return its description of the file.
     #[must_use]
     pub fn header(&self) -> &Header {
         &self.header
     }
 
-    /// Give the file back what it was, durably.
+    /// Restore the file, durably.
     ///
     /// # Errors
     /// The kernel's. The log is as it was, and can be applied again.
     pub fn apply(&self, file: &File) -> io::Result<Restored> {
         let length = self.header.length;
-        // What was cut off stands in the log.
+        // The log has the part that was cut off.
         retry_on_intr(|| rustix::fs::ftruncate(file, length))?;
         let mut bytes: u64 = 0;
         // Holes first: on a full disk, they make the room that data has to have which was punched since. No two records are about

@@ -1,4 +1,4 @@
-//! The undo log of a file: what its bytes were before they were changed in place.
+//! The undo log of a file: its bytes before they were changed in place.
 //!
 //! All numbers are little-endian. A header of [`HEADER`] bytes:
 //!
@@ -7,7 +7,7 @@
 //! | 0 | 16 | [`MAGIC`] |
 //! | 16 | 4 | version: 1 |
 //! | 20 | 4 | bytes of the name |
-//! | 24 | 16 | a number that no other log has, which every record repeats: what an older log left in the same blocks is no record |
+//! | 24 | 16 | a unique number, which every record repeats, so that remains of an older log in the same blocks do not count as records |
 //! | 40 | 8 | length of the file before the first change, in bytes |
 //! | 48 | 8 | its inode |
 //! | 56 | 8 | its device, for people: it is another one after a restart |
@@ -38,9 +38,9 @@ pub const HEADER: usize = 4096;
 pub const RECORD: usize = 512;
 /// Bytes of data of one record, at most.
 pub const MOST_DATA: u64 = 1 << 20;
-/// What a log begins with.
+/// The first bytes of a log.
 pub const MAGIC: &[u8; 16] = b"instar undo log\n";
-/// What a record begins with.
+/// The first bytes of a record.
 pub const RECORD_MAGIC: &[u8; 8] = b"undo rec";
 
 const VERSION: u32 = 1;
@@ -48,10 +48,10 @@ const MOST_NAME: usize = 255;
 const DATA: u32 = 1;
 const HOLE: u32 = 2;
 
-/// Which file a log is of, and what it was.
+/// The file of a log, and its state before the first change.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Header {
-    /// A number that no other log has.
+    /// A unique number.
     pub nonce: [u8; 16],
     /// Length of the file before the first change, in bytes.
     pub length: u64,
@@ -59,7 +59,7 @@ pub struct Header {
     pub inode: u64,
     /// The device that it was on.
     pub device: u64,
-    /// When it was made: seconds and nanoseconds.
+    /// Its time of creation: seconds and nanoseconds.
     pub born: (u64, u32),
     /// Records that were durable when the log got its name.
     pub durable: u64,
@@ -67,7 +67,7 @@ pub struct Header {
     pub name: Vec<u8>,
 }
 
-/// What a range of the file was.
+/// The old content of a range of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// These bytes, of this checksum, which follow the record.
@@ -76,7 +76,7 @@ pub enum Kind {
     Hole,
 }
 
-/// What a range of the file was before it was changed.
+/// A range of the file before its change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     /// Its number in the log, from 0.
@@ -87,7 +87,7 @@ pub struct Record {
     pub offset: u64,
     /// At least one.
     pub length: u64,
-    /// What it was.
+    /// Its old content.
     pub kind: Kind,
 }
 
@@ -118,7 +118,7 @@ fn is_sealed(block: &[u8]) -> bool {
 }
 
 impl Header {
-    /// As it stands in the log; `None` for a name that no file has.
+    /// Encode the header; `None` for a name that no file can have.
     #[must_use]
     pub fn encode(&self) -> Option<Vec<u8>> {
         let named = u32::try_from(self.name.len()).ok().filter(|_| (1..=MOST_NAME).contains(&self.name.len()))?;
@@ -138,7 +138,7 @@ impl Header {
         Some(block)
     }
 
-    /// What these [`HEADER`] bytes say.
+    /// Decode these [`HEADER`] bytes.
     ///
     /// # Errors
     /// Why they are no header, in one clause.
@@ -170,7 +170,7 @@ impl Header {
 }
 
 impl Record {
-    /// As it stands in the log with this number.
+    /// Encode the record for the log with this number.
     #[must_use]
     pub fn encode(&self, nonce: &[u8; 16]) -> Vec<u8> {
         let (kind, sum) = match self.kind {
@@ -190,7 +190,7 @@ impl Record {
         block
     }
 
-    /// What these [`RECORD`] bytes say, if they are a record of the log with this number, of a range within a file of so many
+    /// Decode these [`RECORD`] bytes, if they are a record of the log with this number, for a range within a file of `within`
     /// bytes.
     #[must_use]
     pub fn decode(block: &[u8], nonce: &[u8; 16], within: u64) -> Option<Self> {

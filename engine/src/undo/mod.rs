@@ -1,4 +1,4 @@
-//! The undo log beside a file that is changed in place: its [format](format), and how the file [gets back](apply) what it was.
+//! The undo log beside a file that is changed in place: its [format], and [restoring](apply) the file from it.
 
 mod apply;
 mod format;

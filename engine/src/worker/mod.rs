@@ -1,5 +1,5 @@
-//! Operations in a process of their own, for programs that go on afterwards: that process is confined, and is all that an
-//! image which takes the library over could reach.
+//! Operations in a separate process, for programs that continue afterwards. That process is confined, and an image that takes
+//! over the library reaches nothing else.
 //!
 //! ```no_run
 //! use instar::commit::CommitRequest;
@@ -26,7 +26,7 @@
 //! # fn main() -> Result<(), instar::error::Error> {
 //! let settings = Settings { search: SearchPath::for_process(&[], &[]), ..Settings::default() };
 //! let request = CommitRequest { overlay: "overlay.qcow2".into(), settings, ..CommitRequest::default() };
-//! // Whoever has a clone of it ends the commit, from any thread, where both images are consistent.
+//! // Any thread with a clone of it can end the commit, at a point where both images are consistent.
 //! let cancel = Cancel::new();
 //! let outcome = Worker::new("/usr/bin/instar").commit(&request, &Bar, &cancel)?;
 //! println!("{} bytes are in {}", outcome.bytes_committed, outcome.backing.display());
@@ -59,7 +59,8 @@ const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 /// Bytes of a worker's standard error that are kept for the message about its end.
 const SAID_MAX: usize = 4096;
 
-/// The `instar` program as a worker. It is told what to do and tells what it does; nothing of the caller's is handed to it.
+/// The `instar` program as a worker. It gets its order and sends its reports as messages, and gets nothing else from the
+/// caller.
 #[derive(Clone, Debug)]
 pub struct Worker {
     program: PathBuf,
@@ -87,13 +88,13 @@ impl Running {
 }
 
 impl Worker {
-    /// The program at this path, of the same version as the library.
+    /// Use the program at this path, which must have the version of the library.
     #[must_use]
     pub fn new(program: impl Into<PathBuf>) -> Self {
         Self { program: program.into() }
     }
 
-    /// Commit an overlay. `observer` is told what happens, in this thread; `cancel` ends it.
+    /// Commit an overlay. Calls `observer` in this thread; `cancel` ends the commit.
     ///
     /// # Errors
     /// As [`run_commit`](crate::commit::run_commit); when there is no worker, or it ends without an answer.
@@ -180,7 +181,7 @@ fn listen(
     Ok((answer, said))
 }
 
-/// Read what there is; `None` at the end.
+/// Read the available bytes; `None` at the end.
 fn read<'b>(pipe: &mut Option<impl Read>, buffer: &'b mut [u8]) -> std::io::Result<Option<&'b [u8]>> {
     let Some(pipe) = pipe else { return Ok(None) };
     loop {

@@ -1,4 +1,4 @@
-//! The worker's side: one request from a file, everything that happens to another one.
+//! The worker's side: it reads one request from a file and writes all events to another one.
 
 use super::wire;
 use crate::cancel::Cancel;

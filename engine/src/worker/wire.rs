@@ -1,5 +1,6 @@
-//! What a caller and its worker say to each other: messages of `prost`, each with its length in front. Paths are bytes, so that
-//! every name arrives as it is. The worker may have been taken over: its messages are bounded, and mean no more than they say.
+//! The messages between a caller and its worker: `prost` messages with a length prefix. Paths are bytes, so that every name
+//! arrives unchanged. An image may have taken over the worker, so its messages are bounded and believed no further than their
+//! content.
 
 use crate::commit::{
     AtomicWay, CommitMode, CommitOutcome, CommitRequest, GuestRun, MergedBitmap, Preview, Relinked, BITMAP_RESULTS,
@@ -211,7 +212,7 @@ struct ErrorEvent {
     step: String,
 }
 
-/// How a worker's operation ended.
+/// The end of a worker's operation.
 #[derive(Debug)]
 pub enum Answer {
     /// Well.

@@ -41,7 +41,7 @@ impl Phase {
     }
 }
 
-/// The record of a parent lies within one aligned range of so many bytes of one device: what may be changed there.
+/// Size in bytes of the one aligned range of a device that may be changed to record a parent.
 pub const IDENTITY_RANGE: u64 = 4096;
 
 /// By how many bytes an image's file may become longer when it gets another parent.

@@ -1,4 +1,4 @@
-//! Persistent bitmaps as a format tells of them: which granules of a disk were written to since the bitmap was made.
+//! Persistent bitmaps as formats describe them: the granules of a disk that were written since the bitmap was made.
 
 use alloc::format;
 use alloc::string::String;
@@ -8,30 +8,30 @@ use instar_guest_abi::DirtyRange;
 /// A persistent bitmap of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bitmap {
-    /// Its name, as the bytes in the image: 1 to [`BITMAP_NAME_MAX`](instar_guest_abi::BITMAP_NAME_MAX). No two of an image have
-    /// the same.
+    /// Its name, byte for byte as in the image: 1 to [`BITMAP_NAME_MAX`](instar_guest_abi::BITMAP_NAME_MAX) bytes, unique
+    /// within the image.
     pub name: Vec<u8>,
-    /// Bytes of the disk that a bit stands for: a power of two.
+    /// Bytes of the disk that one bit covers: a power of two.
     pub granularity: u64,
-    /// Writes to the disk are recorded in it.
+    /// Whether new writes to the disk are recorded in it.
     pub enabled: bool,
-    /// It was not saved when the image was closed, and says nothing.
+    /// Whether it was not saved when the image was closed, so that it says nothing.
     pub inconsistent: bool,
-    /// Of several layers that are seen as one: a layer that lies below one with this bitmap lacks it.
+    /// For several layers seen as one: whether a layer below one with this bitmap lacks it.
     pub ends: bool,
-    /// Of several layers that are seen as one: a layer has it, and one above lacks it.
+    /// For several layers seen as one: whether a layer has it that lies below one without it.
     pub interrupted: bool,
 }
 
 impl Bitmap {
-    /// A bitmap of a single image.
+    /// Describe a bitmap of a single image.
     #[must_use]
     pub const fn new(name: Vec<u8>, granularity: u64, enabled: bool, inconsistent: bool) -> Self {
         Self { name, granularity, enabled, inconsistent, ends: false, interrupted: false }
     }
 }
 
-/// Dirty ranges that a source found: ascending, those that follow each other merged, and no more than were asked for.
+/// Dirty ranges that a source found: ascending, adjacent ones merged, and limited to the requested number.
 #[derive(Clone, Debug, Default)]
 pub struct DirtyRanges {
     list: Vec<DirtyRange>,
@@ -39,14 +39,14 @@ pub struct DirtyRanges {
 }
 
 impl DirtyRanges {
-    /// None yet, and room for `most`.
+    /// Make an empty list with room for `most` ranges.
     #[must_use]
     pub const fn with_room_for(most: usize) -> Self {
         Self { list: Vec::new(), most }
     }
 
-    /// Add a range, or lengthen the last one, which takes no room. `false` if there is no room: then the range was not taken, and
-    /// enumerating goes on with it in the next call.
+    /// Add a range, or extend the last one, which takes no room. Returns `false` if there is no room for the range: enumeration
+    /// continues with it in the next call.
     #[must_use]
     pub fn push(&mut self, start: u64, end: u64) -> bool {
         let full = self.list.len() >= self.most;
@@ -58,13 +58,13 @@ impl DirtyRanges {
         true
     }
 
-    /// How many there is room for.
+    /// Return the total number of ranges that the list has room for.
     #[must_use]
     pub const fn most(&self) -> usize {
         self.most
     }
 
-    /// Forget all of them; the room stays as it is.
+    /// Remove all ranges; keep the room.
     pub fn clear(&mut self) {
         self.list.clear();
     }
@@ -78,10 +78,11 @@ impl core::ops::Deref for DirtyRanges {
     }
 }
 
-/// Check dirty ranges that were enumerated from guest byte `from` on of a disk of `size` bytes, with `next` as the place to go on.
+/// Check dirty ranges that a source enumerated from guest byte `from` of a disk of `size` bytes, and the offset `next` at which
+/// it would continue.
 ///
 /// # Errors
-/// The first promise that is broken, in one clause.
+/// The first broken promise, in one clause.
 pub fn check_dirty(found: &[DirtyRange], from: u64, next: u64, size: u64) -> Result<(), String> {
     let mut after = from;
     for &DirtyRange { start, end } in found {

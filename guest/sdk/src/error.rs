@@ -8,10 +8,10 @@ use instar_guest_abi::{ErrorCode, Failure, FAILURE_TEXT_MAX};
 /// Result of a driver call.
 pub type DriverResult<T> = Result<T, DriverError>;
 
-/// Why a driver call failed: code, place, and one clause that names the field and what is wrong with it.
+/// The reason why a driver call failed: code, place, and one clause that names the field and its fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DriverError {
-    /// What kind of failure.
+    /// The kind of failure.
     pub code: ErrorCode,
     /// The device concerned.
     pub device: Option<u32>,
@@ -24,12 +24,12 @@ pub struct DriverError {
 }
 
 impl DriverError {
-    /// A failure that has no place.
+    /// Make a failure without a place.
     pub fn new(code: ErrorCode, text: impl Into<String>) -> Self {
         Self { code, device: None, offset: None, errno: 0, text: text.into() }
     }
 
-    /// The same failure at a place: byte `offset` of `device`.
+    /// Add the place of the failure: byte `offset` of `device`.
     #[must_use]
     pub fn at(mut self, device: u32, offset: u64) -> Self {
         self.device = Some(device);
@@ -37,8 +37,8 @@ impl DriverError {
         self
     }
 
-    /// Write it into the caller's [`Failure`] and return the code. Text that is too long is cut at a
-    /// character boundary.
+    /// Write the error into the caller's [`Failure`] and return its code. A text that is too long is cut at a character
+    /// boundary.
     pub fn store(&self, out: &mut Failure) -> u32 {
         let mut end = self.text.len().min(FAILURE_TEXT_MAX);
         while !self.text.is_char_boundary(end) {
@@ -54,7 +54,7 @@ impl DriverError {
         out.code
     }
 
-    /// Read back what [`DriverError::store`] wrote, in whatever module that was. Nonsense becomes a
+    /// Read the error that [`DriverError::store`] wrote, in any module. An invalid record becomes an
     /// [`ErrorCode::GuestProtocol`] error.
     #[must_use]
     pub fn load(failure: &Failure) -> Self {
@@ -70,7 +70,7 @@ impl DriverError {
     }
 }
 
-/// An arithmetic guard: `what` (the name of a number) left the range that it can have.
+/// Make the error of an arithmetic guard: the number named `what` left its range.
 #[must_use]
 pub fn overflow(what: &str) -> DriverError {
     DriverError::new(ErrorCode::InternalOverflow, format!("{what} is out of range"))

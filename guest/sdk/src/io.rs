@@ -21,7 +21,7 @@ pub struct IoFailure {
 ///
 /// # Example
 ///
-/// A record that becomes durable before what refers to it is written:
+/// Make a record durable before writing the reference to it:
 ///
 /// ```
 /// use instar_guest_sdk::{BlockIo, DriverResult};
@@ -42,16 +42,16 @@ pub trait BlockIo {
     /// The first request that failed.
     fn submit(&mut self, requests: &mut [Request]) -> Result<(), IoFailure>;
 
-    /// Bytes of heap that are free now, a bound for what a driver may take.
+    /// Return the bytes of heap that are free now, which bound what a driver may take.
     fn heap_free(&self) -> usize;
 
-    /// From here on, what belongs to this phase may be changed. Only the operation says so; a host ends a guest that says
-    /// it when it is not true, or changes something before.
+    /// Enter a phase, in which the devices that belong to it may be changed. Only the operation calls this; the host ends a
+    /// guest that enters a phase too early, or changes a device before its phase.
     fn enter(&mut self, phase: Phase) {
         let _ = phase;
     }
 
-    /// [`BlockIo::submit`] with the failure turned into a [`DriverError`] that names device and offset.
+    /// Call [`BlockIo::submit`], and turn a failure into a [`DriverError`] that names device and offset.
     ///
     /// # Errors
     /// [`ErrorCode::NoSpace`] for ENOSPC and EDQUOT, [`ErrorCode::BackingIo`] for the output device,
@@ -112,8 +112,8 @@ pub trait BlockIo {
         self.run(&mut [Request::write(device, offset, address, buffer.len() as u64)])
     }
 
-    /// Find the first data of `device` within `range` (bytes): the part of the range that it takes, empty if all is a hole.
-    /// Where nobody knows about holes, that is the range.
+    /// Find the first data of `device` within `range` (bytes), and return the part of the range that it takes, empty if the
+    /// whole range is a hole. Returns the range itself if nothing is known about holes.
     ///
     /// # Errors
     /// As [`BlockIo::run`].
@@ -123,7 +123,7 @@ pub trait BlockIo {
         Ok(requests[0].offset..requests[0].offset.saturating_add(requests[0].length))
     }
 
-    /// How many bytes `device` has by now: a file that was written to may be longer than it was when it was opened.
+    /// Return the current length of `device` in bytes, which writes may have increased since the file was opened.
     ///
     /// # Errors
     /// As [`BlockIo::run`].

@@ -1,8 +1,8 @@
 //! In-memory devices for tests of drivers and operations.
 //!
-//! They execute requests as the host does, and hold them to the same rules: a request that would end the guest (a change before
-//! the plan, of a device that is only read, beyond a bound; a range that overflows) panics. They record every change and flush, so that a test can replay any
-//! part of it: what is on the disk after a crash.
+//! They execute requests as the host does, under the same rules: a request that would end the guest (a change before the plan,
+//! of a read-only device or beyond a bound, or a range that overflows) panics. They record every change and flush, so that a
+//! test can replay any part of the log as the state of the disk after a crash.
 
 pub use crate::change::Change;
 use crate::held::Rules;
@@ -23,48 +23,47 @@ const BLOCK: u64 = 4096;
 pub struct MemoryDevices {
     /// Content by device number.
     pub files: BTreeMap<u32, Vec<u8>>,
-    /// What was done, in order.
+    /// The changes, in order.
     pub log: Vec<Change>,
     /// Number of `submit` calls: the exits that a guest would make.
     pub submits: usize,
     /// Bytes that were read, of data and of metadata.
     pub bytes_read: u64,
-    /// Whether NEXT_DATA takes aligned blocks of 4 KiB that are all zero for holes; if not, everything is data.
+    /// Whether NEXT_DATA treats aligned 4 KiB blocks of zeroes as holes; if not, everything is data.
     pub holes: bool,
     /// Fail the request with this number (counted from 0 over all submits) with EIO.
     pub fail_at: Option<usize>,
-    /// What [`BlockIo::heap_free`] says, in bytes, if not 48 MiB.
+    /// The answer of [`BlockIo::heap_free`] in bytes, if not 48 MiB.
     pub heap: Option<usize>,
     executed: usize,
     rules: Rules,
 }
 
 impl MemoryDevices {
-    /// Devices with this content.
+    /// Make devices with this content.
     #[must_use]
     pub fn new(files: impl IntoIterator<Item = (u32, Vec<u8>)>) -> Self {
         Self { files: files.into_iter().collect(), ..Self::default() }
     }
 
-    /// A new operation on these images: from here on, each is held to what it is to the operation, to the bound of its
-    /// length, and to its other files. Without this, device 0 is an overlay that is emptied, the output device the target,
-    /// and neither has a bound.
+    /// Begin an operation on these images, and hold each to its role, the bound of its length, and its other files from here
+    /// on. Without this call, device 0 is an overlay that is emptied, the output device is the target, and neither has a bound.
     pub fn hold<'a>(&mut self, images: impl IntoIterator<Item = (Part, &'a DeviceConfig)>) {
         self.rules = Rules::of(images);
     }
 
-    /// [`MemoryDevices::hold`] for a commit: the overlay is emptied, or `kept`.
+    /// [`MemoryDevices::hold`] for a commit, which empties the overlay unless it is `kept`.
     pub fn hold_commit(&mut self, overlay: &DeviceConfig, kept: bool, target: &DeviceConfig) {
         self.hold([(Part::Overlay { emptied: !kept, identity: true }, overlay), (Part::Target, target)]);
     }
 
-    /// Number of requests executed so far.
+    /// Count the requests that were executed so far.
     #[must_use]
     pub fn executed(&self) -> usize {
         self.executed
     }
 
-    /// Devices with changes that no flush has made durable: none, once an operation is over.
+    /// Return the devices with changes that no flush has made durable: none after an operation.
     #[must_use]
     pub fn unflushed(&self) -> BTreeSet<u32> {
         let mut devices = BTreeSet::new();

@@ -2,8 +2,7 @@
 
 use core::fmt;
 
-/// Send a line to whoever runs the command with `-v`: `log!("{} tables were read", count)`. Outside of a guest it does
-/// nothing.
+/// Send a line that `-v` shows: `log!("{} tables were read", count)`. Does nothing outside of a guest.
 #[macro_export]
 macro_rules! log {
     ($($arguments:tt)*) => {

@@ -8,7 +8,7 @@ use instar_guest_abi::{ErrorCode, ImageId};
 /// What an image is to record of its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parent<'a> {
-    /// The parent's name, as it is to be recorded: not empty, without a zero byte. Usually UTF-8.
+    /// The parent's name as the image has to record it: not empty, without a zero byte, usually UTF-8.
     pub name: &'a [u8],
     /// Name of the parent's format.
     pub format: &'a str,
@@ -19,8 +19,8 @@ pub struct Parent<'a> {
 }
 
 impl<'a> Parent<'a> {
-    /// Name and identity of a parent for an image of `virtual_size` bytes in a format that records parents of its own kind
-    /// only, by a name in Unicode and an identity of `N` bytes.
+    /// Return name and identity of the parent for an image of `virtual_size` bytes whose format records only parents of the
+    /// same format, by a Unicode name and an identity of `N` bytes.
     ///
     /// # Errors
     /// [`ErrorCode::UnsupportedFormat`] for a parent of another format or size, and for a name that is not UTF-8.

@@ -1,13 +1,13 @@
-//! The steps of a rebase, in terms of [`Source`] and [`Sink`]: an image gets another parent, and reads what it read.
+//! The steps of a rebase, in terms of [`Source`] and [`Sink`]: an image gets another parent and keeps its content.
 //!
-//! 1. *check*: the overlay is verified whole, and what it has to hold itself is found: see
-//!    `Differences` in `guest/view`;
-//! 2. *plan*: the overlay is asked whether it can name the new parent, and shown every extent. Up to here nothing changes;
-//! 3. *write*: what differs is written into the overlay, over its old parent, and made durable. A crash up to here leaves an
-//!    overlay that names the old parent, and holds some of what it reads there: it reads what it read;
-//! 4. *switch*: the overlay names the new parent, in one step. What it does not hold itself reads the same through either.
+//! 1. *check*: verify the whole overlay, and find the clusters that it has to hold itself: see `Differences` in `guest/view`;
+//! 2. *plan*: ask the overlay whether it can name the new parent, and show it every extent. Nothing has changed yet;
+//! 3. *write*: write the differences into the overlay, while it still names the old parent, and make them durable. A crash up
+//!    to here leaves an overlay that names the old parent and holds copies of some clusters below it: its content is the same;
+//! 4. *switch*: make the overlay name the new parent, in one step. Every cluster that it does not hold itself reads the same
+//!    through both parents.
 //!
-//! Running it again after a crash finishes it, whichever parent the overlay names by then.
+//! Running the rebase again after a crash finishes it, whichever parent the overlay names at that point.
 
 use crate::commit::{each_batch, plan_batch, write_batch};
 use crate::{BlockIo, DriverError, DriverResult, OpenSource, Parent, ReadBelow, Sink, Source};
@@ -40,18 +40,18 @@ impl Step {
     }
 }
 
-/// What is about to be done.
+/// The amount of work that lies ahead.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Clusters of the overlay that are written to …
     pub clusters: u64,
     /// … and their guest-visible bytes that are written.
     pub bytes: u64,
-    /// What the sink will need.
+    /// The needs of the sink.
     pub sink: PlanSummary,
 }
 
-/// A rebase that failed, and where.
+/// The failure of a rebase.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RebaseFailure {
     /// The step that failed.
@@ -60,18 +60,18 @@ pub struct RebaseFailure {
     pub error: DriverError,
 }
 
-/// What is written, if anything may have to be.
+/// The content that the overlay may have to take over.
 pub struct Content<'a> {
-    /// What the overlay has to hold itself.
+    /// The clusters that the overlay has to hold itself.
     pub differences: &'a mut dyn Source,
     /// The overlay.
     pub sink: &'a mut dyn Sink,
-    /// What is below it now.
+    /// The layers that are below it before the rebase.
     pub below: &'a mut dyn ReadBelow,
 }
 
-/// What is below the overlay now, without a word about where that ends: zeroes that are not to show another image have to be
-/// written, although they read as zeroes already.
+/// The layers below the overlay, with their end concealed: zeroes that have to hide another image must be written, although
+/// they read as zeroes already.
 struct Hidden<'a>(&'a mut dyn ReadBelow);
 
 impl ReadBelow for Hidden<'_> {
@@ -88,14 +88,14 @@ impl ReadBelow for Hidden<'_> {
 pub struct Rebase<'a, 'o> {
     /// Opens the overlay as a source.
     pub overlay: &'a OpenSource<'o>,
-    /// `None` if the operator answers for the content: only the parent's record is changed.
+    /// `None` if the operator vouches for the content, so that only the record of the parent changes.
     pub content: Option<Content<'a>>,
-    /// The new parent; none if the overlay is to have none.
+    /// The new parent, if the overlay gets one.
     pub parent: Option<Parent<'a>>,
 }
 
-/// Run a rebase, or with `dry_run` only the part that changes nothing. `planned` is told what will be done, and `written` how
-/// many guest bytes are looked through in step 3.
+/// Run a rebase, or with `dry_run` only the part that changes nothing. Calls `planned` with the work ahead, and `written` with
+/// the number of guest bytes that step 3 has examined.
 ///
 /// # Errors
 /// [`RebaseFailure`]. In the steps check and plan, nothing was changed.

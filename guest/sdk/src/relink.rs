@@ -1,4 +1,4 @@
-//! The children of an overlay get the backing as their parent, once that holds all that they read through the overlay.
+//! Giving the children of an overlay the backing as their parent, once it holds all that they read through the overlay.
 
 use crate::{BlockIo, DriverError, DriverResult, Parent, Source};
 use alloc::boxed::Box;
@@ -7,11 +7,11 @@ use instar_guest_abi::{ImageId, Phase};
 /// Opens an image as a source.
 pub type OpenSource<'a> = dyn Fn(&mut dyn BlockIo) -> DriverResult<Box<dyn Source + 'a>> + 'a;
 
-/// An image that is to name the backing.
+/// An image that will name the backing.
 pub struct Relinked<'a> {
-    /// Open it. Of many images, no more than one is open at a time.
+    /// Opens it. Only one of the images is open at a time.
     pub open: Box<OpenSource<'a>>,
-    /// Its device: errors that name none are about it.
+    /// Its device, to which errors without a device refer.
     pub device: u32,
     /// The backing's name, as the image is to record it.
     pub name: &'a [u8],
@@ -30,7 +30,7 @@ impl Relinked<'_> {
     }
 }
 
-/// The images that are to name the backing, and what they record of it besides its name.
+/// The images that will name the backing, and what they record of it in addition to its name.
 pub struct Relinks<'a, 'c> {
     children: &'a [Relinked<'c>],
     format: &'a str,
@@ -39,14 +39,14 @@ pub struct Relinks<'a, 'c> {
 }
 
 impl<'a, 'c> Relinks<'a, 'c> {
-    /// Each of the `children` is above the overlay; `format` is the name of the backing's format, and `identity` what it has
-    /// before the commit, if anything.
+    /// Relink the `children`, each of which lies above the overlay; `format` is the name of the backing's format, and
+    /// `identity` its identity before the commit, if it has one.
     #[must_use]
     pub const fn new(children: &'a [Relinked<'c>], format: &'a str, identity: Option<ImageId>) -> Self {
         Self { children, format, identity, virtual_size: 0 }
     }
 
-    /// No image.
+    /// Relink no image.
     #[must_use]
     pub const fn none() -> Self {
         Self::new(&[], "", None)
@@ -64,9 +64,9 @@ impl<'a, 'c> Relinks<'a, 'c> {
         self.children.iter().try_for_each(|child| child.planned(io, &self.parent(child)).map(drop))
     }
 
-    /// Have them name it, one after the other, when a [commit](crate::commit::commit_before_relinking) that was no dry run is
-    /// done; `done` is told how many do so. A crash leaves some that name the overlay and some that name the backing, which read
-    /// the same through either; running it again does the rest.
+    /// Make the children name the backing, in order, after a successful [commit](crate::commit::commit_before_relinking) that
+    /// was not a dry run; calls `done` with the number that do. A crash leaves some children that name the overlay and some
+    /// that name the backing, through which they read the same; running it again relinks the rest.
     ///
     /// # Errors
     /// I/O errors.

@@ -1,15 +1,14 @@
 //! The steps of giving an image another size, in terms of [`Sink`].
 //!
-//! They stand in the SDK, as those of a [commit](crate::commit) do, so that the tests of any driver run the very steps that
-//! the operation runs.
+//! They are part of the SDK, as those of a [commit](crate::commit) are, so that the tests of any driver run exactly the steps
+//! that the operation runs.
 //!
-//! 1. *plan*: the sink is asked whether it can grow or shrink, and shown the zeroes that are to take their space. Up to here
-//!    nothing changes;
-//! 2. *write*: the sink switches from the old size to the new one, at one stroke and durably. A crash before that leaves an
-//!    image of the old size that reads as before, a crash after it one of the new size that reads as before up to the lesser
-//!    of the two, and zeroes from there on;
-//! 3. *write*, where space is to be preallocated: zeroes go where zeroes are read. A crash leaves an image that reads the same,
-//!    part of which has no space yet.
+//! 1. *plan*: ask the sink whether it can grow or shrink, and show it the zeroes that will take space. Nothing has changed yet;
+//! 2. *write*: let the sink switch from the old size to the new one, atomically and durably. A crash before that leaves an
+//!    image of the old size and content, a crash after it an image of the new size with the old content up to the smaller of
+//!    the two sizes and zeroes after it;
+//! 3. *write*, if the operator asks for preallocation: write zeroes where the image reads as zeroes. A crash leaves an image
+//!    with the same content, part of which has no space yet.
 
 use crate::{BlockIo, Content, DriverError, DriverResult, Extent, ReadBelow, Sink};
 use alloc::vec;
@@ -17,9 +16,9 @@ use alloc::vec::Vec;
 use core::cmp::Ordering;
 use instar_guest_abi::{Phase, PlanSummary};
 
-/// Bytes of zeroes in memory, which are written again and again.
+/// Bytes of zeroes in memory, which serve for every write.
 const ZEROES: u64 = 1 << 20;
-/// Extents that are handed to the sink at once.
+/// Number of extents that are handed to the sink at once.
 const EXTENTS: usize = 256;
 
 /// A step of a resize.
@@ -42,32 +41,32 @@ impl Step {
     }
 }
 
-/// What happens, for whoever watches.
+/// An event of the resize, for the observer.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
-    /// Everything that can refuse has been asked.
+    /// Everything that can refuse has agreed.
     Planned {
         /// The virtual size in bytes that the image will have.
         new_size: u64,
-        /// What the sink will need.
+        /// The needs of the sink.
         plan: PlanSummary,
     },
     /// `done` of `total` bytes that are preallocated are written.
     Progress(u64, u64),
 }
 
-/// What is wanted.
+/// The order of the operator.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// The new virtual size in bytes, a multiple of 512.
     pub virtual_size: u64,
-    /// Fill what is new of the disk with zeroes that take their space.
+    /// Fill the new part of the disk with zeroes that take space.
     pub preallocate: bool,
     /// Stop before the first change.
     pub dry_run: bool,
 }
 
-/// A resize that failed, and where.
+/// The failure of a resize.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResizeFailure {
     /// The step that failed.
@@ -76,8 +75,8 @@ pub struct ResizeFailure {
     pub error: DriverError,
 }
 
-/// Give an image another size; `watch` is told how it goes. Returns the virtual size in bytes that the image has at the end:
-/// formats that count in larger units than sectors may have rounded it up. An image of the wanted size stays as it is.
+/// Give an image another size, and report the events to `watch`. Returns the final virtual size in bytes, which formats that
+/// count in larger units than sectors may have rounded up. An image of the requested size is not changed.
 ///
 /// # Errors
 /// [`ResizeFailure`]. In the step plan, nothing was changed.

@@ -13,11 +13,11 @@ use instar_guest_abi::{
     Repair, RepairSummary, DEVICE_OUTPUT,
 };
 
-/// An image that data comes from: enumerate what the layer itself holds, read it, empty it.
+/// An image that data comes from: enumerates the content of the layer itself, reads it, and empties it.
 ///
 /// # Example
 ///
-/// The file is the disk, and holds all of it. Nothing has to be decoded, and nothing can be dropped.
+/// A format whose file is the disk itself: nothing has to be decoded, and nothing can be dropped.
 ///
 /// ```
 /// use core::ops::Range;
@@ -54,7 +54,7 @@ use instar_guest_abi::{
 /// }
 /// ```
 pub trait Source {
-    /// Facts of the open image.
+    /// Return the facts of the open image.
     fn info(&self) -> ImageInfo;
 
     /// Verify all metadata before a commit, and, with `will_empty`, everything that
@@ -64,12 +64,12 @@ pub trait Source {
     /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
     fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64>;
 
-    /// Push what the layer holds of these guest bytes, ascending, until [`Extents::push`] refuses one: there is no room for
-    /// it. The first may begin before the range, and the last may end after it. Returns the guest byte at which to continue:
+    /// Push the extents that the layer holds in this range of guest bytes, ascending, until [`Extents::push`] has no room for
+    /// one. The first may begin before the range, and the last may end after it. Returns the guest byte at which to continue:
     /// greater than `range.start`, never inside an extent; `range.end` or more once the range is exhausted.
     ///
-    /// Filling a gap below a backing asks for a few bytes of a large disk, so the work must follow from the length of the
-    /// range and not from the size of the disk.
+    /// Filling a gap from the layers below asks for a few bytes of a large disk, so the work must depend on the length of the
+    /// range and not on the size of the disk.
     ///
     /// # Errors
     /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
@@ -82,23 +82,23 @@ pub trait Source {
     fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, guest_offset: u64, buffer: &mut [u8])
         -> DriverResult<()>;
 
-    /// Drop everything that the layer holds, so that it reads as its backing, and give the space back.
-    /// Durable when it returns; at every instant before, the layer reads as it did. Returns the number of
-    /// clusters that were dropped.
+    /// Drop everything that the layer holds, so that it reads as its backing, and give the space back. The result is durable
+    /// when this returns; at every instant before, the content of the layer is unchanged. Returns the number of clusters that
+    /// were dropped.
     ///
     /// # Errors
     /// I/O errors.
     fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64>;
 
-    /// The identity of the image, as the host half has it; `None` for a format without one.
+    /// Return the identity of the image as the host half reports it; `None` for a format without one.
     fn identity(&self) -> Option<ImageId> {
         None
     }
 
-    /// The image that this one is backed by gets another identity ([`Sink::next_identity`]): a format that records its
-    /// parent's identity records the new one, durably, and which stage it is. [`ParentStage::Announced`] comes before the
-    /// first write to the parent, [`ParentStage::Reached`] with the same identity when the last one is durable; an image
-    /// that was only told the first goes with a parent of either identity, the old and the new.
+    /// Record that the parent gets another identity ([`Sink::next_identity`]): a format that records its parent's identity
+    /// stores the new one and the stage, durably. [`ParentStage::Announced`] comes before the first write to the parent,
+    /// [`ParentStage::Reached`] with the same identity once the last one is durable. An image at the first stage accepts a
+    /// parent with the old identity and one with the new.
     ///
     /// # Errors
     /// I/O errors.
@@ -107,11 +107,11 @@ pub trait Source {
         Ok(())
     }
 
-    /// Look at all metadata for a report, and change nothing: what is wrong goes to `finding`, one line each. Called on a
-    /// source that was just opened. Only what makes it impossible to go on at all is an error.
+    /// Examine all metadata for a report, and change nothing: pass each fault to `finding`, in one line. Called on a source
+    /// that was just opened. Only a fault that prevents any further examination is an error.
     ///
     /// # Errors
-    /// [`ErrorCode::NotImplemented`] for a format without consistency to speak of, and I/O errors.
+    /// [`ErrorCode::NotImplemented`] for a format without metadata that could be inconsistent, and I/O errors.
     fn check(
         &mut self,
         io: &mut dyn BlockIo,
@@ -121,8 +121,8 @@ pub trait Source {
         Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be checked"))
     }
 
-    /// Find out what of `repair` can be mended, and how. Changes nothing, and is called on a source that was just opened. What
-    /// cannot be mended without losing something goes to `finding`, one line each that says what would be lost.
+    /// Plan how to mend what `repair` covers. Changes nothing, and is called on a source that was just opened. Passes each
+    /// fault that cannot be mended without loss to `finding`, in one line that says what would be lost.
     ///
     /// # Errors
     /// [`ErrorCode::NotImplemented`] for a format that cannot be repaired, and I/O errors.
@@ -136,8 +136,8 @@ pub trait Source {
         Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be repaired"))
     }
 
-    /// Mend what [`Source::plan_repair`] counted. Durable when it returns; at every instant before, the image reads as it did
-    /// and has nothing worse than it had. The source is not used afterwards.
+    /// Mend the faults that [`Source::plan_repair`] counted. The result is durable when this returns; at every instant before,
+    /// the content is unchanged and no fault is worse than it was. The source is not used afterwards.
     ///
     /// # Errors
     /// I/O errors.
@@ -146,8 +146,8 @@ pub trait Source {
         Err(DriverError::new(ErrorCode::NotImplemented, "images of this format cannot be repaired"))
     }
 
-    /// Verify that the image can record `parent` in place of the parent that it has; none if it is to have none. Changes
-    /// nothing. What the two parents hold is not this function's matter.
+    /// Verify that the image can record `parent`, or no parent, in place of its present one. Changes nothing, and does not look
+    /// at the content of either parent.
     ///
     /// # Errors
     /// [`ErrorCode::UnsupportedFormat`] for a parent that the format cannot name, [`ErrorCode::NotImplemented`] for a format
@@ -158,8 +158,8 @@ pub trait Source {
     }
 
     /// Record the parent that [`Source::plan_parent`] accepted last: its name, format and identity, as far as the format has
-    /// them. Durable when it returns; at every instant before, the image names the one parent or the other, whole. The file
-    /// becomes longer by at most [`PARENT_ROOM`](instar_guest_abi::PARENT_ROOM).
+    /// them. The record is durable when this returns; at every instant before, the image names either parent completely. The
+    /// file grows by at most [`PARENT_ROOM`](instar_guest_abi::PARENT_ROOM) bytes.
     ///
     /// # Errors
     /// I/O errors.
@@ -168,7 +168,7 @@ pub trait Source {
         Err(DriverError::new(ErrorCode::NotImplemented, "images of this format do not record a parent by name"))
     }
 
-    /// The persistent bitmaps of the image, in an order that stays the same; none for a format without them.
+    /// List the persistent bitmaps of the image, in an order that never changes; empty for a format without bitmaps.
     ///
     /// # Errors
     /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
@@ -177,9 +177,9 @@ pub trait Source {
         Ok(Vec::new())
     }
 
-    /// Push what bitmap `index` of [`Source::bitmaps`] calls dirty from guest byte `from` on, ascending, until
-    /// [`DirtyRanges::push`] refuses a range. Returns the guest byte at which to continue: greater than `from`; the virtual size
-    /// once the bitmap is exhausted. A bitmap may be longer than memory, so no more than a window of it is held.
+    /// Push the dirty ranges of bitmap `index` of [`Source::bitmaps`] from guest byte `from` on, ascending, until
+    /// [`DirtyRanges::push`] has no room for one. Returns the guest byte at which to continue: greater than `from`; the virtual
+    /// size once the bitmap is exhausted. A bitmap may exceed the guest's memory, so hold only a window of it.
     ///
     /// # Errors
     /// [`ErrorCode::OverlayCorrupt`] and I/O errors.
@@ -193,7 +193,7 @@ pub trait Source {
 ///
 /// # Example
 ///
-/// What surrounds data that fills a part of a new cluster:
+/// Read the surroundings of data that fills only a part of a new cluster:
 ///
 /// ```
 /// use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
@@ -210,7 +210,7 @@ pub trait ReadBelow {
     /// Whether there is any ancestor; if not, everything reads as zeroes.
     fn exists(&self) -> bool;
 
-    /// From this guest byte on everything below reads as zeroes.
+    /// Return the guest byte from which on everything below reads as zeroes.
     fn length(&self) -> u64 {
         if self.exists() {
             u64::MAX
@@ -226,16 +226,16 @@ pub trait ReadBelow {
     fn read(&mut self, io: &mut dyn BlockIo, guest_offset: u64, buffer: &mut [u8]) -> DriverResult<()>;
 }
 
-/// An image that data goes into: allocate, write, make durable.
+/// An image that data goes into: allocates space, writes, and makes the result durable.
 ///
-/// The calls come in this order: `grow` or `shrink` if the image is to get another size, `plan` for all extents of the commit,
-/// `planned`, then `write` for all extents again, `finish`. Where bitmaps are merged, `plan_bitmap` comes before the first `plan`,
-/// and `merge_bitmap` after the last `write`. Nothing is changed before the first `write`, or `finish`, if there is nothing
-/// to write.
+/// The calls come in this order: `grow` or `shrink` if the image gets another size, `plan` for all extents of the commit,
+/// `planned`, then `write` for all extents again, `finish`. If bitmaps are merged, `plan_bitmap` comes before the first `plan`,
+/// and `merge_bitmap` after the last `write`. A sink changes nothing before the first `write`, or before `finish` if there is
+/// nothing to write.
 ///
 /// # Example
 ///
-/// The file is the disk: nothing has to be allocated, so that planning only looks at the bounds.
+/// A format whose file is the disk itself: nothing has to be allocated, so planning only checks the bounds.
 ///
 /// ```
 /// use instar_guest_sdk::abi::{ImageInfo, PlanSummary};
@@ -270,12 +270,12 @@ pub trait ReadBelow {
 /// }
 /// ```
 pub trait Sink {
-    /// Facts of the open image, with the new virtual size once [`Sink::grow`] has agreed to it.
+    /// Return the facts of the open image, with the new virtual size once [`Sink::grow`] has accepted it.
     fn info(&self) -> ImageInfo;
 
-    /// Verify that the image can grow to `virtual_size` bytes, and count what must be allocated for that. Changes
-    /// nothing: it grows with the first `write`, which may be one of no extents. Until then a guest reads zeroes past
-    /// the image's end, and so it must be afterwards; what lies below reads as zeroes from byte `below_length` on.
+    /// Verify that the image can grow to `virtual_size` bytes, and count the clusters that this allocates. Changes nothing: the
+    /// image grows with the first `write`, which may have no extents. A guest reads zeroes past the image's end before and must
+    /// do so afterwards; the layers below read as zeroes from byte `below_length` on.
     ///
     /// # Errors
     /// [`ErrorCode::UnsupportedFormat`] if it cannot; as [`Sink::plan`].
@@ -285,13 +285,13 @@ pub trait Sink {
         Err(DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::UnsupportedFormat, text) })
     }
 
-    /// Verify that the image can be cut to `virtual_size` bytes, a multiple of 512 and fewer than it has, and count what must
-    /// be allocated for that. Changes nothing: it shrinks with the first `write`, which may be one of no extents, and no
-    /// extents follow. It is not called together with [`Sink::grow`].
+    /// Verify that the image can shrink to `virtual_size` bytes, a multiple of 512 below its present size, and count the
+    /// clusters that this allocates. Changes nothing: the image shrinks with the first `write`, which has no extents, and none
+    /// follow. Never called together with [`Sink::grow`].
     ///
-    /// At every instant the image has the old size and reads as before, or has the new one and reads as before up to
-    /// there: the size is switched at one stroke, and only what is past the new end then is given back, so that a crash leaves
-    /// lost space at most. A later [`Sink::grow`] reads zeroes there, whatever the shrinking left.
+    /// At every instant the image has the old size and content, or the new size and the old content up to it: switch the size
+    /// atomically, and only then give back the space past the new end, so that a crash leaves leaked space at most. After a
+    /// later [`Sink::grow`] that part reads as zeroes, whatever the shrinking left.
     ///
     /// # Errors
     /// [`ErrorCode::UnsupportedFormat`] if it cannot; as [`Sink::plan`].
@@ -301,30 +301,31 @@ pub trait Sink {
         Err(DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::UnsupportedFormat, text) })
     }
 
-    /// Verify the metadata that these extents (ascending over all calls; any kind) will touch, and count
-    /// what must be allocated for them. Changes nothing.
+    /// Verify the metadata that these extents (ascending over all calls; any kind) will touch, and count the clusters that they
+    /// allocate. Changes nothing.
     ///
     /// # Errors
-    /// [`ErrorCode::BackingCorrupt`] and whatever else can refuse the commit. [`ErrorCode::NotImplemented`], before anything
-    /// was counted, if it depends on the bytes of an `Encoded` extent: the sink is shown the same extents again, decoded.
+    /// [`ErrorCode::BackingCorrupt`] and every other reason to refuse the commit. [`ErrorCode::NotImplemented`], before
+    /// counting anything, if the answer depends on the bytes of an `Encoded` extent: the operation then passes the same extents
+    /// again, decoded.
     fn plan(&mut self, io: &mut dyn BlockIo, extents: &[Extent]) -> DriverResult<()>;
 
-    /// End of planning: when this returns, everything that can refuse has been asked. Changes nothing.
+    /// End the planning: after this, nothing can refuse any more. Changes nothing.
     ///
     /// # Errors
     /// As [`Sink::plan`].
     fn planned(&mut self, io: &mut dyn BlockIo) -> DriverResult<PlanSummary>;
 
-    /// The identity that the image gets, durably, with the first [`Sink::write`] of any extents and before they are
-    /// written; `None` for a format without one. It follows from the one that the image has, and from that of the `child`
-    /// that data comes from, if it has one: a commit that was interrupted between the two images finds the same one when it
-    /// is run again, and no other child comes to it. Asked once, after [`Sink::planned`].
+    /// Derive the identity that the image gets, durably, with the first [`Sink::write`] of any extents and before they are
+    /// written; `None` for a format without one. It depends only on the image's present identity and that of the `child` that
+    /// data comes from, if any: a commit that was interrupted between the two images derives the same identity when it runs
+    /// again, and no other child leads to it. Called once, after [`Sink::planned`].
     fn next_identity(&mut self, child: Option<&ImageId>) -> Option<ImageId> {
         let _ = child;
         None
     }
 
-    /// The persistent bitmaps of the image.
+    /// List the persistent bitmaps of the image.
     ///
     /// # Errors
     /// [`ErrorCode::NotImplemented`] for a format that has none, corruption, I/O errors.
@@ -333,10 +334,10 @@ pub trait Sink {
         Err(no_bitmaps())
     }
 
-    /// Verify that the bitmap of this name can call these granules dirty, rounded outward to its own, and count what must be
-    /// allocated; a bitmap that is missing is to be made, with this granularity. Changes nothing. Called after [`Sink::grow`] and
-    /// before the first [`Sink::plan`], for one bitmap after the other: any number of times for each, with ascending ranges over
-    /// all calls, which may be none.
+    /// Verify that the bitmap with this name can mark these ranges dirty, rounded outward to its granularity, and count the
+    /// clusters that this allocates; a missing bitmap is made with this granularity. Changes nothing. Called after
+    /// [`Sink::grow`] and before the first [`Sink::plan`], for each bitmap in order, any number of times, with ranges that
+    /// ascend over all calls and may be empty.
     ///
     /// # Errors
     /// [`ErrorCode::NotImplemented`] for a format that has no bitmaps; [`ErrorCode::UnsupportedFormat`] for a bitmap that the
@@ -346,9 +347,9 @@ pub trait Sink {
         Err(no_bitmaps())
     }
 
-    /// Call these granules dirty, as [`Sink::plan_bitmap`] was asked to: called in the same way after the last [`Sink::write`].
-    /// At every instant a bitmap that is there calls dirty whatever it did before; one that is made is not there before it has
-    /// all its bits. Durable, together with the bitmaps that are made, when [`Sink::finish`] returns.
+    /// Mark these ranges dirty, as planned with [`Sink::plan_bitmap`]; called in the same way, after the last [`Sink::write`].
+    /// At every instant an existing bitmap keeps all bits that it had, and a new one does not exist before it has all its bits.
+    /// All bitmaps are durable when [`Sink::finish`] returns.
     ///
     /// # Errors
     /// I/O errors.
@@ -357,8 +358,8 @@ pub trait Sink {
         Err(no_bitmaps())
     }
 
-    /// Write these extents: `Data`, `Zero` and `Memory`, ascending over all calls. At every instant the
-    /// image's own content outside the extents reads as before.
+    /// Write these extents: `Data`, `Zero` and `Memory`, ascending over all calls. At every instant the image's content outside
+    /// the extents is unchanged.
     ///
     /// # Errors
     /// I/O errors.
@@ -376,8 +377,8 @@ fn no_bitmaps() -> DriverError {
     DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::NotImplemented, text) }
 }
 
-/// A format: how to open an image in each role. Use [`NoSource`] or [`NoSink`] for a role that the format
-/// does not offer, and leave that function as it is.
+/// A format, which opens an image in each role. Use [`NoSource`] or [`NoSink`] for a role that the format does not offer, and
+/// keep the default of that function.
 ///
 /// # Example
 ///
@@ -427,7 +428,7 @@ pub trait FormatDriver {
     }
 }
 
-/// The source role of a format that has none.
+/// The source role of a format that cannot be read.
 pub enum NoSource {}
 
 impl Source for NoSource {
@@ -448,7 +449,7 @@ impl Source for NoSource {
     }
 }
 
-/// The sink role of a format that has none.
+/// The sink role of a format that cannot be written.
 pub enum NoSink {}
 
 impl Sink for NoSink {

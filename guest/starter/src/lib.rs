@@ -10,7 +10,9 @@
 //! of [`ANSWER_SIZE`] bytes from it, and the end.
 #![no_std]
 
+#[cfg(target_arch = "x86_64")]
 pub mod bell;
+#[cfg(target_arch = "x86_64")]
 pub mod calls;
 #[cfg(feature = "guest")]
 pub mod capabilities;

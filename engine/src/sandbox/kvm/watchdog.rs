@@ -1,4 +1,4 @@
-//! Gets the thread out of a guest that does not come back by itself.
+//! Interrupting a guest that does not return by itself.
 //!
 //! A periodic timer sends this thread a signal while it is in the guest; `KVM_RUN` then returns with EINTR. What
 //! counts is the processor time that the guest consumed, so that neither a busy machine nor a slow disk nor a suspended

@@ -10,7 +10,7 @@ use crate::random::Random;
 use alloc::vec::Vec;
 use instar_guest_abi::DEVICE_OUTPUT;
 
-/// Requests that fail, one in each commit: so many of all that a commit makes.
+/// Number of requests that fail, one in each commit, out of all that a commit makes.
 const FAILURES: usize = 150;
 
 /// A fixture, and what its images read as before the commit and after it.

@@ -17,7 +17,7 @@ const ROOMS: [usize; 4] = [1, 2, 7, 1 << 14];
 /// Ranges that are drawn.
 const RANGES: usize = 24;
 
-/// An image that is only read: whoever changes it ends the test.
+/// An image that is only read: any change of it ends the test.
 struct Look<'a> {
     kit: &'a dyn ImageKit,
     io: MemoryDevices,

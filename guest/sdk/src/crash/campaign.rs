@@ -13,7 +13,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 const FEW: usize = 8;
 /// Second runs that are interrupted, too, of each run: in the tests, and in the campaign.
 const SECOND_RUNS: [usize; 2] = [2, 16];
-/// More subsets than of so many pieces are never looked at.
+/// The most pieces of which all subsets are looked at.
 const MOST: usize = 20;
 /// Bytes of images that are small. Each doubling leaves one piece less, as each state takes twice as long.
 const SMALL: usize = 1 << 20;
@@ -49,7 +49,7 @@ impl Campaign {
         self.most /= 2;
     }
 
-    /// Pieces of which all subsets are looked at, in images of so many bytes.
+    /// Pieces of which all subsets are looked at, in images of `bytes` bytes.
     pub(super) fn most(&self, bytes: usize) -> usize {
         let doublings = (bytes / SMALL).checked_ilog2().map_or(0, |doublings| doublings as usize + 1);
         self.most.saturating_sub(doublings)

@@ -25,7 +25,7 @@ pub type Files = BTreeMap<u32, Vec<u8>>;
 
 /// Unflushed changes, the latest, each of which is tried alone, and left out.
 const SINGLE: usize = 24;
-/// One in so many states is where a second power loss is tried, in the run that follows, until these are as many as are tried.
+/// In one of this many states, a second power loss is tried in the run that follows, until as many as are wanted were tried.
 const SECOND: usize = 4;
 
 /// Which states are looked at.

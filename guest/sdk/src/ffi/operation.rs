@@ -1,4 +1,4 @@
-//! What an operation module gets to work with.
+//! The environment of an operation module.
 
 use super::{protocol, ForeignFormat};
 use crate::{BlockIo, DriverError, DriverResult};
@@ -12,18 +12,18 @@ use instar_guest_abi::{
 /// third, the last of which is its result.
 pub type OperationFn = fn(&Operation<'_>, &mut dyn BlockIo, &mut dyn FnMut(&[u8]));
 
-/// What the host asked for, and the formats to do it with.
+/// The order of the host, and the formats that carry it out.
 #[derive(Clone, Copy)]
 pub struct Operation<'a> {
-    /// What is the same for every operation.
+    /// The configuration that every operation has.
     pub config: &'a OperationConfig,
-    /// Who takes part, by group and, within a group, by depth.
+    /// The participating images, by group and, within a group, by depth.
     pub members: &'a [Member],
     formats: &'a [*const FormatOps],
 }
 
 impl<'a> Operation<'a> {
-    /// From what core passes to [`OperationOps::run`](instar_guest_abi::OperationOps::run).
+    /// Wrap the arguments of [`OperationOps::run`](instar_guest_abi::OperationOps::run).
     ///
     /// # Safety
     /// Each pointer is null or points to what its type says, for `'a`; `formats` to `format_count` pointers,
@@ -47,7 +47,7 @@ impl<'a> Operation<'a> {
         }
     }
 
-    /// The operation's own configuration: an encoded message.
+    /// Return the operation's own configuration, an encoded message.
     #[must_use]
     pub fn payload(&self) -> &'a [u8] {
         self.config.payload.as_slice()
@@ -59,12 +59,12 @@ impl<'a> Operation<'a> {
         self.members.iter().filter(wanted)
     }
 
-    /// The devices of the members that have one of these roles, in their order.
+    /// Iterate over the devices of the members that have one of these roles, in their order.
     pub fn devices<'r>(&self, roles: &'r [MemberRole]) -> impl Iterator<Item = &'a DeviceConfig> + use<'a, 'r> {
         self.members_of(roles).map(|member| &member.device)
     }
 
-    /// The same of one group.
+    /// Do the same for one group.
     pub fn devices_of_group<'r>(
         &self,
         group: u32,
@@ -73,7 +73,7 @@ impl<'a> Operation<'a> {
         self.members_of(roles).filter(move |member| member.group == group).map(|member| &member.device)
     }
 
-    /// The format that implements `device`.
+    /// Return the format that implements `device`.
     ///
     /// # Errors
     /// [`ErrorCode::PluginUnavailable`] if there is no such module; [`ErrorCode::GuestProtocol`] if it is not

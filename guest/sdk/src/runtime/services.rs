@@ -9,7 +9,7 @@ use instar_guest_abi::{CallTable, Phase, Request, MODULE_ABI_MAJOR};
 
 static TABLE: AtomicPtr<CallTable> = AtomicPtr::new(null::<CallTable>().cast_mut());
 
-/// Remember core's call table. `false` if it is not one that this module can work with.
+/// Store core's call table. Returns `false` if this module cannot work with it.
 ///
 /// # Safety
 /// `table` is null or points to a call table that lives as long as the guest.
@@ -38,7 +38,7 @@ pub fn send(message: &[u8]) {
     }
 }
 
-/// Bytes of heap that are free now.
+/// Return the bytes of heap that are free now.
 #[must_use]
 pub fn heap_free() -> usize {
     table().map_or(0, |table| (table.heap_free)())

@@ -3,30 +3,30 @@
 use abi_stable::std_types::{ROption, RVec};
 use abi_stable::StableAbi;
 
-/// A disk as it once was, which the image keeps.
+/// An internal snapshot: an earlier state of the disk that the image keeps.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotFacts {
-    /// Its identifier, as the bytes that stand in the image. Hostile.
+    /// Its identifier, byte for byte as in the image. Hostile.
     pub id: RVec<u8>,
-    /// Its name, as the bytes that stand in the image. Hostile.
+    /// Its name, byte for byte as in the image. Hostile.
     pub name: RVec<u8>,
     /// Virtual size of that disk in bytes.
     pub virtual_size: u64,
-    /// Bytes of the state of the virtual machine that is kept with it; 0 for a disk alone.
+    /// Size in bytes of the virtual machine's state that the snapshot keeps; 0 for a disk alone.
     pub vm_state_size: u64,
-    /// When it was made, in seconds since 1970 …
+    /// Time of the snapshot in seconds since 1970 …
     pub date_seconds: u64,
     /// … and nanoseconds.
     pub date_nanoseconds: u32,
-    /// How long the virtual machine had run, in nanoseconds.
+    /// Run time of the virtual machine at the snapshot, in nanoseconds.
     pub vm_clock_nanoseconds: u64,
-    /// Instructions that it had executed, if that was counted.
+    /// Number of instructions that the machine had executed, if it counted them.
     pub instructions: ROption<u64>,
 }
 
 impl SnapshotFacts {
-    /// A snapshot of a disk of `virtual_size` bytes without the state of a machine, of which no time is known.
+    /// Describe a snapshot of a disk of `virtual_size` bytes, without machine state and without a known date.
     #[must_use]
     pub fn new(id: &[u8], name: &[u8], virtual_size: u64) -> Self {
         Self {
@@ -42,16 +42,16 @@ impl SnapshotFacts {
     }
 }
 
-/// A persistent bitmap, which records what of the disk was written since some time.
+/// A persistent bitmap, which records the parts of the disk that were written since a checkpoint.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct BitmapFacts {
-    /// Its name, as the bytes that stand in the image. Hostile.
+    /// Its name, byte for byte as in the image. Hostile.
     pub name: RVec<u8>,
-    /// Bytes of the disk that a bit stands for: a power of two.
+    /// Bytes of the disk that one bit covers: a power of two.
     pub granularity: u64,
-    /// What is written to the disk is recorded in it.
+    /// Whether new writes to the disk are recorded in the bitmap.
     pub enabled: bool,
-    /// The image was not closed while the bitmap was in memory: what it says is not to be relied on.
+    /// Whether the bitmap was in memory when the image was last open and not closed: its content cannot be trusted.
     pub in_use: bool,
 }

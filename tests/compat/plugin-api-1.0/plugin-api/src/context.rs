@@ -1,54 +1,57 @@
-//! What a verdict may depend on besides the image itself.
+//! The circumstances that a verdict may depend on in addition to the image itself.
 
 use crate::ImageFacts;
 use abi_stable::std_types::ROption;
 use abi_stable::StableAbi;
 
-/// What an operation does around the image that a verdict is asked for.
+/// The surroundings of an image in an operation, passed to [`FormatPlugin::verdict`](crate::FormatPlugin::verdict).
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy, Debug)]
 pub struct Context<'a> {
-    /// What the image is backed by, if it takes part. It may be of another format.
+    /// The image that this one is backed by, if it takes part. It may have another format.
     pub parent: ROption<&'a ImageFacts>,
-    /// An image below this one is written to: what this one does not hold itself changes with it.
+    /// Whether the operation writes to an image below this one: every cluster that this one does not hold itself changes with
+    /// it.
     pub below_changes: bool,
-    /// It is the parent itself that is written to, and gets [another identity](crate::FormatPlugin::next_identity), which
-    /// this image has to record.
+    /// Whether the operation writes to the parent itself, which then gets [another
+    /// identity](crate::FormatPlugin::next_identity) that this image has to record.
     pub parent_identity_changes: bool,
-    /// What may arrive at an image with [`Role::Write`](crate::Role::Write).
+    /// The data that may arrive at an image with [`Role::Write`](crate::Role::Write).
     pub incoming: ROption<Incoming>,
 }
 
-/// What may arrive at an image that is written to, whatever the formats that it comes from. Nothing of it is more than what
-/// headers and lengths of files say.
+/// A bound for the data that may arrive at an image, independent of the formats that it comes from. The engine derives it from
+/// headers and file lengths alone.
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Incoming {
-    /// Size of the disk that arrives, in bytes. It may be larger than the image's: whether that may grow, the engine decides.
+    /// Size of the disk that arrives, in bytes. It may be larger than the image's; the engine decides whether the image may
+    /// grow.
     pub virtual_size: u64,
-    /// Bytes of a cluster of what arrives: a power of two, 512 at least. Divide the disk into such clusters, the first of which
-    /// begins at 0: something arrives, data or zeroes, in no more than [`max_clusters`](Self::max_clusters) of them.
+    /// Cluster size of the arriving data in bytes: a power of two, at least 512. Divide the disk into such clusters, starting
+    /// at 0: data or zeroes arrive in at most [`max_clusters`](Self::max_clusters) of them.
     pub cluster_size: u64,
-    /// In how many of those clusters something arrives at most.
+    /// Upper bound for the number of those clusters in which anything arrives.
     pub max_clusters: u64,
-    /// An image that stays above this one records its identity: a copy that has another one would not do in its place.
+    /// Whether an image that stays above this one records its identity: a copy with another identity cannot replace it.
     pub identity_recorded: bool,
 }
 
 impl<'a> Context<'a> {
-    /// Of an image that is read.
+    /// Describe the surroundings of an image that is only read.
     #[must_use]
     pub fn reading(parent: Option<&'a ImageFacts>, below_changes: bool) -> Self {
         Self { parent: parent.into(), below_changes, parent_identity_changes: false, incoming: ROption::RNone }
     }
 
-    /// Of an image that this arrives at.
+    /// Describe the surroundings of an image that `incoming` arrives at.
     #[must_use]
     pub fn writing(parent: Option<&'a ImageFacts>, incoming: Incoming) -> Self {
         Self { incoming: ROption::RSome(incoming), ..Self::reading(parent, false) }
     }
 
-    /// What may arrive at the image with the facts `own`: if nobody says, all of its disk.
+    /// Return the bound for the data that arrives at the image with the facts `own`: its whole disk, if the engine gave no
+    /// bound.
     #[must_use]
     pub fn arriving(&self, own: &ImageFacts) -> Incoming {
         self.incoming.into_option().unwrap_or_else(|| {
@@ -60,8 +63,8 @@ impl<'a> Context<'a> {
 }
 
 impl Incoming {
-    /// What arrives from these images, which are seen as one disk: the top-most first, which decides how large that is. `None`
-    /// for no image.
+    /// Bound the data that arrives from these layers of one disk, top-most first; the top-most layer determines the size of the
+    /// disk. `None` without layers.
     #[must_use]
     pub fn from_layers<'f>(layers: impl IntoIterator<Item = &'f ImageFacts>) -> Option<Self> {
         let mut layers = layers.into_iter();
@@ -91,7 +94,7 @@ impl Incoming {
         Some(incoming)
     }
 
-    /// In how many units of so many bytes (a power of two), counted from the begin of the disk, something arrives at most.
+    /// Convert the bound to units of `unit` bytes (a power of two), counted from the beginning of the disk.
     #[must_use]
     pub fn units(&self, unit: u64) -> u64 {
         let unit = unit.max(1);

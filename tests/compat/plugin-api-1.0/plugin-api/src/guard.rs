@@ -13,8 +13,8 @@ thread_local! {
 /// Longest text of a panic that is passed on, in bytes.
 const TEXT_MAX: usize = 400;
 
-/// Make panics of this library silent and remembered. A plugin library has a standard library, and so a panic hook, of
-/// its own: the engine's is not touched.
+/// Keep panics of this library silent and remember their text. A plugin library has its own standard library and panic hook, so
+/// the engine's hook is not affected.
 pub fn install_hook() {
     std::panic::set_hook(Box::new(remember));
 }
@@ -24,7 +24,7 @@ fn remember(info: &PanicHookInfo<'_>) {
         Some(place) => format!("{} ({}:{})", payload_text(info.payload()), place.file(), place.line()),
         None => payload_text(info.payload()).to_owned(),
     };
-    // A panic during thread exit finds no thread-local storage: then the text is lost, which is all.
+    // During thread exit there is no thread-local storage left: only the text is lost.
     let _ = LAST_PANIC.try_with(|slot| {
         if let Ok(mut slot) = slot.try_borrow_mut() {
             *slot = Some(text);

@@ -10,11 +10,11 @@ use std::marker::PhantomData;
 /// How many bytes a plugin may read in one call from the engine. A read counts for at least 512 bytes.
 pub const READ_BUDGET: u64 = 8 << 20;
 
-/// Where an [`ImageReader`] gets its bytes from. The engine implements it; a plugin's tests may.
+/// The source of an [`ImageReader`]'s bytes. The engine implements it; the tests of a plugin may.
 ///
 /// # Example
 ///
-/// An image of many terabytes, for a test of a plugin, of which only the first bytes are there:
+/// An image of many terabytes for the test of a plugin, which exists only as its first bytes:
 ///
 /// ```
 /// use instar_plugin_api::{ImageReader, PluginError, ReadImage};
@@ -38,7 +38,7 @@ pub trait ReadImage {
     /// When the image cannot be read, or more was read than a plugin may.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError>;
 
-    /// The same of the image's other file with this index.
+    /// Do the same for the image's other file with this index.
     ///
     /// # Errors
     /// As [`read_at`](Self::read_at).
@@ -63,7 +63,7 @@ impl ReadImage for Vec<u8> {
     }
 }
 
-/// An open image. Valid for the call that it was passed to.
+/// An open image, valid for the call that it was passed to.
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct ImageReader<'a> {
@@ -98,12 +98,12 @@ unsafe extern "C" fn read_shim<T: ReadImage>(
 }
 
 impl<'a> ImageReader<'a> {
-    /// A reader over `source`, whose length in bytes is `length`.
+    /// Make a reader over `source`, which has `length` bytes.
     pub fn new<T: ReadImage>(length: u64, source: &'a T) -> Self {
         Self::with_files(length, &[], source)
     }
 
-    /// The same of an image in several files: `others` are the lengths in bytes of the other ones.
+    /// Make a reader for an image in several files; `others` holds the lengths of the other files in bytes.
     pub fn with_files<T: ReadImage>(length: u64, others: &'a [u64], source: &'a T) -> Self {
         Self {
             length,
@@ -115,13 +115,13 @@ impl<'a> ImageReader<'a> {
         }
     }
 
-    /// How many of the image's [other files](crate::FormatPlugin::files) are open: all, or none.
+    /// Count the image's [other files](crate::FormatPlugin::files) that are open: all, or none.
     #[must_use]
     pub fn file_count(&self) -> usize {
         self.others.len()
     }
 
-    /// The image's other file with this index, if it is open.
+    /// Return the image's other file with this index, if it is open.
     #[must_use]
     pub fn file(&self, index: usize) -> Option<ImageReader<'a>> {
         let length = *self.others.as_slice().get(index)?;
@@ -130,7 +130,7 @@ impl<'a> ImageReader<'a> {
         Some(Self { length, context, read, file, others: RSlice::EMPTY, lifetime: PhantomData })
     }
 
-    /// Length of the image file or device in bytes.
+    /// Return the length of the image file or device in bytes.
     #[must_use]
     pub fn length(&self) -> u64 {
         self.length
@@ -139,8 +139,8 @@ impl<'a> ImageReader<'a> {
     /// Read up to `buffer.len()` bytes at byte `offset`; fewer only at the end of the image. Returns how many.
     ///
     /// # Errors
-    /// The engine's: return it as it is. It means that the host could not read the image, or that the plugin read
-    /// more than [`READ_BUDGET`] in this call.
+    /// The error of the engine, to be returned unchanged: the host could not read the image, or the plugin read more than
+    /// [`READ_BUDGET`] in this call.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, PluginError> {
         let capacity = buffer.len();
         // SAFETY: `read` and `context` belong together, see `new`; `self` and `buffer` outlive the call.
@@ -155,7 +155,7 @@ impl<'a> ImageReader<'a> {
     /// Read exactly `buffer.len()` bytes at byte `offset`.
     ///
     /// # Errors
-    /// As [`read_at`](Self::read_at), and [`ErrorCode::ParseFailed`] when the image ends before.
+    /// As [`read_at`](Self::read_at), and [`ErrorCode::ParseFailed`] if the image ends too early.
     pub fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), PluginError> {
         let wanted = buffer.len();
         let length = self.read_at(offset, buffer)?;
@@ -167,10 +167,10 @@ impl<'a> ImageReader<'a> {
         Err(PluginError::new(ErrorCode::ParseFailed, message))
     }
 
-    /// Up to `length` bytes at byte `offset`, fewer only at the end of the image.
+    /// Read up to `length` bytes at byte `offset`; fewer only at the end of the image.
     ///
     /// # Errors
-    /// As [`read_at`](Self::read_at); nothing is allocated for more than [`READ_BUDGET`].
+    /// As [`read_at`](Self::read_at). Never allocates more than [`READ_BUDGET`].
     pub fn read_vec(&self, offset: u64, length: usize) -> Result<Vec<u8>, PluginError> {
         if length as u64 > READ_BUDGET {
             let message = format!("a read of {length} bytes is more than the {READ_BUDGET} of one call");

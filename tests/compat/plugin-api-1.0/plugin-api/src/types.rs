@@ -16,7 +16,7 @@ const SECTOR: u64 = 512;
 /// Longest identity of an image in bytes.
 pub const IDENTITY_MAX: usize = instar_guest_abi::IMAGE_ID_MAX;
 
-/// Why a plugin could not answer.
+/// The reason why a plugin could not answer.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct PluginError {
@@ -27,62 +27,62 @@ pub struct PluginError {
 }
 
 impl PluginError {
-    /// An error with a code and a clause.
+    /// Make an error from a code and a clause.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code: code.number(), message: RString::from(message.into()) }
     }
 }
 
-/// A file that an image has besides the one that it is named by.
+/// Another file of an image, in addition to the one that names it.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct ImageFile {
-    /// The recorded name, as the bytes that stand in the image, or converted to UTF-8 if they are in another encoding.
+    /// The recorded name, byte for byte as in the image, or converted to UTF-8 from another encoding.
     /// Hostile: the engine decides whether it is followed.
     pub name: RVec<u8>,
-    /// Other names that may be meant, to be looked for in this order if there is no such file: usually none.
+    /// Alternative names, tried in this order if no file has that one; usually none.
     pub other_names: RVec<RVec<u8>>,
-    /// Whether the file may become longer when the image is written: by as much as [`Verdict::max_length`] lets the image.
+    /// Whether the file may grow when the image is written, within the [`Verdict::max_length`] of the image.
     pub grows: bool,
-    /// Name of the format whose mark the file has: the plugin's own, or `raw` for plain bytes. A file with the certain mark of
-    /// another format is not written to, unless the operator insists: it may be somebody else's image.
+    /// Name of the format whose signature the file has: the plugin's own, or `raw` for plain bytes. The engine does not write
+    /// to a file with the certain signature of another format unless the operator insists: it may be someone else's image.
     pub format: RString,
 }
 
-/// What an image records about the image it is backed by.
+/// The record that an image keeps of the image that backs it.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct BackingPointer {
-    /// The recorded name, as the bytes that stand in the image, or converted to UTF-8 if they are in another encoding. Empty
+    /// The recorded name, byte for byte as in the image, or converted to UTF-8 from another encoding. Empty
     /// in a format that records nothing but [an identity](ImageFacts::parent_identity_unique). Hostile.
     pub name: RVec<u8>,
-    /// Other names that may be meant, to be looked for in this order if there is no such file: usually none.
+    /// Alternative names, tried in this order if no file has that one; usually none.
     pub other_names: RVec<RVec<u8>>,
-    /// The recorded format, if there is one, as the bytes that stand in the image.
+    /// The recorded format, if any, byte for byte as in the image.
     pub format: ROption<RVec<u8>>,
 }
 
 impl ImageFile {
-    /// All names that may be meant, the first of which is there is the one.
+    /// Iterate over all names, in the order in which the engine looks for an existing file.
     pub fn names(&self) -> impl Iterator<Item = &[u8]> {
         std::iter::once(&self.name).chain(&self.other_names).map(RVec::as_slice)
     }
 }
 
 impl BackingPointer {
-    /// A pointer with this name, and this format if one is recorded.
+    /// Make a pointer with this name, and this format if the image records one.
     #[must_use]
     pub fn new(name: Vec<u8>, format: Option<Vec<u8>>) -> Self {
         Self { name: name.into(), other_names: RVec::new(), format: format.map(RVec::from).into() }
     }
 
-    /// All names that may be meant, the first of which is there is the one.
+    /// Iterate over all names, in the order in which the engine looks for an existing file.
     pub fn names(&self) -> impl Iterator<Item = &[u8]> {
         std::iter::once(&self.name).chain(&self.other_names).map(RVec::as_slice)
     }
 }
 
-/// What a plugin knows of an image from its header.
+/// The facts about an image that its header tells a plugin.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct ImageFacts {
@@ -92,50 +92,50 @@ pub struct ImageFacts {
     pub virtual_size: u64,
     /// Cluster or grain size in bytes, 0 for a format without one.
     pub cluster_size: u64,
-    /// Length of the file in bytes when it was looked at; of an image in several files, that of those that were open,
-    /// together.
+    /// Length of the file in bytes at the time of the call; for an image in several files, the sum over those that were open.
     pub file_length: u64,
-    /// In how many of its clusters ([`unit`](Self::unit)) the image itself can hold something at most, data or zeroes, counted
-    /// from the begin of the disk. Headers do not say how many there are, but the length of the file bounds it: an entry of a
-    /// mapping table stands for each. A format without tables holds all of the disk.
+    /// Upper bound for the number of clusters ([`unit`](Self::unit)), counted from the beginning of the disk, in which the
+    /// image itself can hold data or zeroes. No header states the number, but the length of the file bounds it, because each
+    /// cluster needs an entry in a mapping table. A format without tables holds the whole disk.
     pub max_allocated_clusters: u64,
-    /// The backing pointer, if there is one.
+    /// The backing pointer, if any.
     pub backing: ROption<BackingPointer>,
-    /// The image says of itself that it was not closed cleanly.
+    /// Whether the image says that it was not closed cleanly.
     pub dirty: bool,
-    /// The image says of itself that it is corrupt.
+    /// Whether the image says that it is corrupt.
     pub corrupt: bool,
-    /// The content is encrypted.
+    /// Whether the content is encrypted.
     pub encrypted: bool,
-    /// Which content the image has, as its format tells it (the CID of a vmdk, the unique ID of a VHD): up to
-    /// [`IDENTITY_MAX`] bytes that the engine compares with other images' [`ImageFacts::parent_identity`], and nothing
-    /// else. Empty for a format without one.
+    /// Identity of the image's content in the terms of its format (the CID of a vmdk, the unique ID of a VHD): up to
+    /// [`IDENTITY_MAX`] bytes, which the engine only compares with the [`ImageFacts::parent_identity`] of other images. Empty
+    /// for a format without one.
     pub identity: RVec<u8>,
-    /// The identity that the image records of what it is backed by: with another one below it, its content makes no sense.
-    /// Empty if it records none.
+    /// Identity that the image records of the image that backs it: above an image with another identity, its content is
+    /// invalid. Empty if it records none.
     pub parent_identity: RVec<u8>,
-    /// `parent_identity` is no image's but the parent's (a UUID, not a number that other images may have as well): an image
-    /// that has it *is* the parent, whatever its name. Then the operator may name a parent whose recorded name leads nowhere,
-    /// or that has none: a [`BackingPointer`] with an empty name. With such a pointer and no `parent_identity` at all, the
-    /// format has no place for a parent: the operator may name any, and without that there is none.
+    /// Whether no image but the parent can have `parent_identity` (a UUID, not a number that other images may share): an image
+    /// that has it *is* the parent, whatever its name. The operator may then name a parent whose recorded name does not
+    /// resolve, or that has none: a [`BackingPointer`] with an empty name. Such a pointer without a `parent_identity` means
+    /// that the format cannot record a parent: the operator may name any image, and if they name none, the image has no parent.
     pub parent_identity_unique: bool,
-    /// The image says that its content was being moved into its parent when that was interrupted, and that it still holds all
-    /// of it: `parent_identity` may be one that what is below it was yet to get, its
+    /// Whether the image says that a move of its content into its parent was interrupted, and that it still holds all of it.
+    /// `parent_identity` may then be an identity that the parent had yet to get, its
     /// [`next_identity`](crate::FormatPlugin::next_identity).
     pub parent_announced: bool,
     /// What is written into the image is compressed, always or where its driver is asked for it
     /// ([`device_flags::COMPRESS`](instar_guest_abi::device_flags::COMPRESS)). A format without compression leaves it `false`.
     pub compresses: bool,
-    /// Its internal snapshots, in an order that the guest half knows, too: it is asked for the disk of one by its place here.
+    /// The internal snapshots, in an order that the guest half shares: the engine asks it for the disk of a snapshot by its
+    /// index here.
     pub snapshots: RVec<SnapshotFacts>,
-    /// Its persistent bitmaps; `RNone` if the image can have none.
+    /// The persistent bitmaps; `RNone` if the image cannot have any.
     pub bitmaps: ROption<RVec<BitmapFacts>>,
     /// Other features, in the order in which they are shown.
     pub features: RVec<Feature>,
 }
 
 impl ImageFacts {
-    /// Facts of a clean image without a backing and without features, which may hold all of its disk. Sizes in bytes.
+    /// Describe a clean image without a backing and without features, which may hold its whole disk. Sizes are in bytes.
     #[must_use]
     pub fn new(format: &str, virtual_size: u64, cluster_size: u64, file_length: u64) -> Self {
         let unit = if cluster_size == 0 { SECTOR } else { cluster_size };
@@ -160,15 +160,15 @@ impl ImageFacts {
         }
     }
 
-    /// The same with [`max_allocated_clusters`](Self::max_allocated_clusters) for a file that has room for so many entries of
-    /// mapping tables: no more than the disk has clusters.
+    /// Limit [`max_allocated_clusters`](Self::max_allocated_clusters) to the number of mapping table entries that the file has
+    /// room for, and to the clusters of the disk.
     #[must_use]
     pub fn with_clusters_at_most(mut self, entries: u64) -> Self {
         self.max_allocated_clusters = entries.min(self.virtual_size.div_ceil(self.unit()));
         self
     }
 
-    /// Size in bytes of what is allocated at once: a cluster, or a sector of 512 bytes in a format without clusters.
+    /// Return the allocation unit in bytes: a cluster, or a sector of 512 bytes in a format without clusters.
     #[must_use]
     pub fn unit(&self) -> u64 {
         if self.cluster_size == 0 {
@@ -178,8 +178,8 @@ impl ImageFacts {
         }
     }
 
-    /// Whether this image was made on `parent`, as far as both say: it has the identity that this one records, or is about
-    /// to get it, which an operation that was interrupted announced. `next` is the
+    /// Whether this image was made on `parent`, as far as both tell: the parent has the identity that this image records, or an
+    /// interrupted operation announced that it would get it. `next` is the
     /// [`next_identity`](crate::FormatPlugin::next_identity) of the parent for this image.
     #[must_use]
     pub fn goes_with(&self, parent: &Self, next: &[u8]) -> bool {
@@ -199,13 +199,13 @@ impl ImageFacts {
         !self.parent_identity.is_empty() && !next.is_empty()
     }
 
-    /// The value of a feature, if there is one of this name.
+    /// Return the value of the feature with this name, if any.
     #[must_use]
     pub fn feature(&self, name: &str) -> Option<&FactValue> {
         self.features.iter().find(|feature| feature.name == name).map(|feature| &feature.value)
     }
 
-    /// The value of a feature that is a number.
+    /// Return the value of a feature that is a number.
     #[must_use]
     pub fn number(&self, name: &str) -> Option<u64> {
         match self.feature(name)? {
@@ -214,7 +214,7 @@ impl ImageFacts {
         }
     }
 
-    /// The value of a feature that is a text, as it is: what comes from an image may hold control characters.
+    /// Return the value of a feature that is a text, unescaped: text from an image may hold control characters.
     #[must_use]
     pub fn text(&self, name: &str) -> Option<&str> {
         match self.feature(name)? {
@@ -223,51 +223,51 @@ impl ImageFacts {
         }
     }
 
-    /// Whether a feature is on. One that is not there is off.
+    /// Whether a feature is on. A missing feature is off.
     #[must_use]
     pub fn flag(&self, name: &str) -> bool {
         matches!(self.feature(name), Some(FactValue::Flag(true)))
     }
 }
 
-/// What an image is to an operation, whichever that is. The guest half knows the same four.
+/// The part of an image in an operation. The guest half has the same four.
 #[repr(u8)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Its content is what the operation works on.
+    /// The operation works on its content.
     Read,
     /// Data goes into it.
     Write,
-    /// As [`Role::Read`], and it is emptied once its content is elsewhere.
+    /// As [`Role::Read`]; the operation empties it once its content is stored elsewhere.
     Empty,
-    /// It is below a member that is written: read only where that one holds nothing. The written image itself is asked in
-    /// this role, too, if it has a parent.
+    /// It lies below an image that is written, and is read only where that one holds nothing. If the written image has a
+    /// parent, its plugin is asked for this role as well.
     Below,
 }
 
-/// Whether an image may take its part in an operation.
+/// The decision whether an image may take its part in an operation.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// `ERROR_OK` if it may, else the code of the refusal.
+    /// `ERROR_OK` if it may, otherwise the code of the refusal.
     pub code: u32,
-    /// Why not: one clause that names the feature and what to do. With `ERROR_OK`, a warning for the operator, if it is
-    /// not empty.
+    /// The reason of a refusal: one clause that names the feature and what to do. With `ERROR_OK`, a warning for the operator,
+    /// unless it is empty.
     pub reason: RString,
-    /// For [`Role::Write`]: the longest that the file may become, in bytes; of an image in several files, all together. The
-    /// engine ends a guest that asks for more. For [`Role::Empty`]: the same; 0 for no longer than it is. Of no meaning in the
-    /// other roles.
+    /// For [`Role::Write`]: upper bound for the length of the file in bytes; for an image in several files, of all together.
+    /// The engine ends a guest that asks for more. For [`Role::Empty`]: the same, where 0 means the present length. Without
+    /// meaning in the other roles.
     pub max_length: u64,
 }
 
 impl Verdict {
-    /// The image may take its part; `max_length` as in [`Verdict::max_length`].
+    /// Let the image take its part; `max_length` as in [`Verdict::max_length`].
     #[must_use]
     pub fn supported(max_length: u64) -> Self {
         Self { code: ERROR_OK, reason: RString::new(), max_length }
     }
 
-    /// The image may not take its part.
+    /// Refuse the image its part.
     pub fn refused(code: ErrorCode, reason: impl Into<String>) -> Self {
         Self { code: code.number(), reason: RString::from(reason.into()), max_length: 0 }
     }
@@ -277,20 +277,20 @@ impl Verdict {
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy, Debug)]
 pub struct GuestModule {
-    /// A relocatable ELF as the guest build helper makes it.
+    /// The relocatable ELF that the guest build helper makes.
     pub elf: RSlice<'static, u8>,
-    /// [`ROLE_SOURCE`] and [`ROLE_SINK`].
+    /// Bits [`ROLE_SOURCE`] and [`ROLE_SINK`].
     pub roles: u32,
-    /// `MODULE_ABI_MAJOR` that it was built with.
+    /// `MODULE_ABI_MAJOR` at build time.
     pub abi_major: u32,
-    /// `MODULE_ABI_MINOR` that it was built with: what it offers beyond what the engine knows is not used.
+    /// `MODULE_ABI_MINOR` at build time: the engine does not use functions that it does not know.
     pub abi_minor: u32,
-    /// `MODULE_ABI_LEAST_MINOR` that it was built with: an engine whose `MODULE_ABI_MINOR` is lower refuses it.
+    /// `MODULE_ABI_LEAST_MINOR` at build time: an engine whose `MODULE_ABI_MINOR` is lower refuses the module.
     pub least_minor: u32,
 }
 
 impl GuestModule {
-    /// A module that offers the roles in `roles`, built with the module interface of this crate's `instar-guest-abi`.
+    /// Describe a module that offers `roles`, built with the module interface of this crate's `instar-guest-abi`.
     #[must_use]
     pub const fn new(elf: &'static [u8], roles: u32) -> Self {
         Self {
@@ -302,36 +302,36 @@ impl GuestModule {
         }
     }
 
-    /// A module that offers both roles.
+    /// Describe a module that offers both roles.
     #[must_use]
     pub const fn source_and_sink(elf: &'static [u8]) -> Self {
         Self::new(elf, ROLE_SOURCE | ROLE_SINK)
     }
 
-    /// A module that can only be read from.
+    /// Describe a module whose images can only be read.
     #[must_use]
     pub const fn source_only(elf: &'static [u8]) -> Self {
         Self::new(elf, ROLE_SOURCE)
     }
 
-    /// A module that can only be written to.
+    /// Describe a module whose images can only be written.
     #[must_use]
     pub const fn sink_only(elf: &'static [u8]) -> Self {
         Self::new(elf, ROLE_SINK)
     }
 }
 
-/// A new, empty image that is wanted.
+/// The specification of a new, empty image.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug)]
 pub struct CreateSpec {
     /// Virtual size in bytes.
     pub virtual_size: u64,
-    /// Name of the new file without its directory, for a format that records it.
+    /// Name of the new file without its directory, for formats that record it.
     pub file_name: RVec<u8>,
     /// Backing pointer to record.
     pub backing: ROption<BackingPointer>,
-    /// Facts of the backing image, if it was looked at.
+    /// Facts about the backing image, if the engine looked at it.
     pub backing_facts: ROption<ImageFacts>,
     /// `-o` options as name and value, in the order given.
     pub options: RVec<abi_stable::std_types::Tuple2<RString, RString>>,
@@ -351,7 +351,7 @@ pub struct ImageRegion {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct CreatedFile {
-    /// Its name, without a directory: it is made beside the image's own file, and must not exist.
+    /// Its name, without a directory: the engine makes it beside the image's own file, where it must not exist.
     pub name: RVec<u8>,
     /// Length of the file in bytes.
     pub length: u64,
@@ -359,7 +359,7 @@ pub struct CreatedFile {
     pub regions: RVec<ImageRegion>,
 }
 
-/// Space of a new image that its file system reserves, so that a write to it cannot fail for want of it.
+/// A range of a new image for which the file system reserves space, so that a later write to it cannot fail for lack of space.
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReservedRange {
@@ -371,7 +371,7 @@ pub struct ReservedRange {
     pub written: bool,
 }
 
-/// What to write for a new image: a file of `length` zero bytes with `regions` written over them.
+/// The content of a new image: a file of `length` zero bytes with `regions` written over them.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct CreatedImage {
@@ -379,7 +379,7 @@ pub struct CreatedImage {
     pub length: u64,
     /// What is not zero.
     pub regions: RVec<ImageRegion>,
-    /// What is to take space although it is zero.
+    /// The ranges that take space although they are zero.
     pub reserved: RVec<ReservedRange>,
     /// The other files of an image in several files.
     pub files: RVec<CreatedFile>,

@@ -1,10 +1,10 @@
-//! Interface version 1: what crosses the border between engine and plugin.
+//! Interface version 1: the functions and values that cross the border between engine and plugin.
 //!
-//! The first release freezes it: from then on nothing in here, and none of the types mentioned in here, may change: not a
-//! field, not its type, not its order. A later need becomes a function behind the last one of [`PluginModuleV1`], if both sides can
-//! do without it, with `#[sabi(missing_field(option))]`; else a module of its own beside this one.
+//! The first release freezes this module and every type that it mentions: no field, type or order of fields may change from
+//! then on. If both sides can do without a later addition, it becomes a function after the last one of [`PluginModuleV1`], with
+//! `#[sabi(missing_field(option))]`; otherwise it becomes a module beside this one.
 //!
-//! Plugin authors do not need it: they implement [`FormatPlugin`].
+//! Plugin authors implement [`FormatPlugin`] and need nothing from here.
 
 // The accessors that the derive makes for the `_Ref` type carry no documentation, and abi_stable wants that name.
 #![allow(missing_docs, non_camel_case_types)]
@@ -44,7 +44,7 @@ pub struct PluginManifest {
 
 /// The root module of interface version 1. No function panics or unwinds.
 ///
-/// `last_prefix_field` stays where it is: abi_stable refuses a prefix of another length.
+/// `last_prefix_field` must not move: abi_stable refuses a prefix of another length.
 #[repr(C)]
 #[derive(StableAbi)]
 #[sabi(kind(Prefix(prefix_ref = PluginModuleV1_Ref, prefix_fields = PluginModuleV1_Prefix)))]
@@ -80,7 +80,7 @@ impl RootModule for PluginModuleV1_Ref {
 }
 
 impl PluginModuleV1 {
-    /// The root module of `P`, each call behind the guard.
+    /// Build the root module of `P`, with the guard around each call.
     #[must_use]
     pub fn of<P: FormatPlugin>() -> Self {
         Self {

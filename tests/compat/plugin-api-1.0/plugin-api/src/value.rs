@@ -3,14 +3,13 @@
 use abi_stable::std_types::{RString, RVec};
 use abi_stable::StableAbi;
 
-/// How deep values may be nested: a list of records whose fields are lists of scalars.
+/// Maximum nesting depth of values: a list of records whose fields are lists of scalars.
 pub const VALUE_DEPTH: usize = 4;
 
-/// How large the values of all features of an image may be together, in bytes: the texts and names, and [`VALUE_BYTES`] for
-/// each value.
+/// Maximum size in bytes of the values of all features of an image together: texts, names, and [`VALUE_BYTES`] for each value.
 pub const VALUES_MAX: u64 = 8 << 20;
 
-/// What a value counts besides its text and the names of its fields, in bytes.
+/// Size in bytes that each value counts in addition to its text and the names of its fields.
 pub const VALUE_BYTES: u64 = 16;
 
 /// The value of a [`Feature`].
@@ -21,12 +20,12 @@ pub enum FactValue {
     Flag(bool),
     /// A number. Sizes are in bytes.
     Number(u64),
-    /// A text as it is, not escaped for anything. What comes from an image may hold control characters: the engine escapes
-    /// for people and for JSON, but a plugin that quotes it in a reason or a note escapes them itself.
+    /// An unescaped text. Text from an image may hold control characters: the engine escapes it for people and for JSON, but a
+    /// plugin that quotes it in a reason or a note has to escape it itself.
     Text(RString),
-    /// Values in an order that means something.
+    /// Values in a significant order.
     List(RVec<FactValue>),
-    /// Values by their names, each once, in the order in which they are shown.
+    /// Values by unique names, in display order.
     Record(RVec<Field>),
 }
 
@@ -41,18 +40,18 @@ pub struct Field {
 }
 
 impl FactValue {
-    /// A list.
+    /// Make a list.
     pub fn list(values: impl IntoIterator<Item = impl Into<FactValue>>) -> Self {
         Self::List(values.into_iter().map(Into::into).collect())
     }
 
-    /// A record of fields with these names.
+    /// Make a record from fields with these names.
     pub fn record<'n>(fields: impl IntoIterator<Item = (&'n str, FactValue)>) -> Self {
         Self::Record(fields.into_iter().map(|(name, value)| Field { name: name.into(), value }).collect())
     }
 
-    /// How large it is, as [`VALUES_MAX`] counts: `None` if it is nested deeper than [`VALUE_DEPTH`], or larger than
-    /// `most` bytes.
+    /// Compute the size in bytes as [`VALUES_MAX`] counts it; `None` if the value is nested deeper than [`VALUE_DEPTH`] or
+    /// larger than `most` bytes.
     #[must_use]
     pub fn weight(&self, most: u64) -> Option<u64> {
         let (mut total, mut left) = (0u64, vec![(self, 1usize)]);
@@ -78,7 +77,7 @@ impl FactValue {
     }
 }
 
-/// Text of an image within a reason or a note, which are lines for people: control characters are escaped.
+/// Escape the control characters of a text from an image, for a reason or a note.
 #[must_use]
 pub fn printable(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
@@ -122,7 +121,7 @@ impl From<String> for FactValue {
     }
 }
 
-/// A property of an image that a verdict, or a person, may care about.
+/// A property of an image that a verdict or a person may care about.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct Feature {
@@ -130,29 +129,29 @@ pub struct Feature {
     pub name: RString,
     /// Its value.
     pub value: FactValue,
-    /// Whether it stands in the `format-specific` section of `instar info` (under the same name).
+    /// Whether `instar info` shows it in the `format-specific` section, under the same name.
     pub in_info: bool,
 }
 
 impl Feature {
-    /// A feature with this value.
+    /// Make a feature with this value.
     pub fn new(name: &str, value: impl Into<FactValue>, in_info: bool) -> Self {
         Self { name: name.into(), value: value.into(), in_info }
     }
 
-    /// A feature whose value is a text, as it is.
+    /// Make a feature whose value is an unescaped text.
     #[must_use]
     pub fn text(name: &str, value: &str, in_info: bool) -> Self {
         Self::new(name, value, in_info)
     }
 
-    /// A feature whose value is a number.
+    /// Make a feature whose value is a number.
     #[must_use]
     pub fn number(name: &str, value: u64, in_info: bool) -> Self {
         Self::new(name, value, in_info)
     }
 
-    /// A feature that is on or off.
+    /// Make a feature that is on or off.
     #[must_use]
     pub fn flag(name: &str, value: bool, in_info: bool) -> Self {
         Self::new(name, value, in_info)

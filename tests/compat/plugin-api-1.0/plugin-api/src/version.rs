@@ -1,9 +1,9 @@
-//! Which plugins an engine loads.
+//! The rule that decides which plugins an engine loads.
 
 /// Version of the plugin contract: that of this crate.
 pub const API_VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// `major` and `minor` of a version string like `1.4.0`, `1.4` or `1.4.0-rc.1`.
+/// Parse `major` and `minor` from a version string like `1.4.0`, `1.4` or `1.4.0-rc.1`.
 #[must_use]
 pub fn major_minor(version: &str) -> Option<(u64, u64)> {
     let mut parts = version.split('.');
@@ -20,14 +20,14 @@ fn number(text: &str) -> Option<u64> {
     text.parse().ok()
 }
 
-/// Whether an engine with contract version `engine` loads a plugin built with `plugin`: one with the same major version. A minor
-/// version only adds what both sides can do without, so it does not matter whose is newer.
+/// Decide whether an engine with contract version `engine` loads a plugin built with `plugin`: the major versions have to be
+/// equal. A minor version only adds optional functions, so it does not matter which side is newer.
 ///
-/// A major version of 0 promises nothing, as semver has it: then the minor versions must be equal. The layout check of
-/// `abi_stable` holds the version of this crate to the same rule, which is why the contract begins with 1.0.
+/// Under major version 0, which promises nothing in semver, the minor versions must be equal. The layout check of `abi_stable`
+/// applies the same rule to the version of this crate, which is why the contract begins with 1.0.
 ///
 /// # Errors
-/// One clause that says why not, and what to do.
+/// One clause with the reason and a remedy.
 pub fn accepts(engine: &str, plugin: &str) -> Result<(), String> {
     let Some((engine_major, engine_minor)) = major_minor(engine) else {
         return Err(format!("the engine's plugin API version {engine:?} is not a version"));

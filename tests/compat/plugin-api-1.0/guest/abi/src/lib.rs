@@ -1,7 +1,7 @@
 //! Layouts, addresses, ports and error codes that the instar host and its guest share.
 //!
 //! Everything in this crate is `repr(C)` plain data: the host writes it into guest memory (or reads it
-//! from there) byte for byte. Nothing here has behaviour beyond constructors and accessors, and nothing
+//! from there) byte for byte. Nothing here has behavior beyond constructors and accessors, and nothing
 //! here trusts its content: the reader of a structure checks it. What both halves of a plugin have to
 //! compute alike stands here, too: the [UUID that follows](next_uuid) from another one.
 //!

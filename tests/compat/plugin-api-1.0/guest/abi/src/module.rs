@@ -14,7 +14,7 @@ use core::mem::offset_of;
 pub const MODULE_MAGIC: u64 = u64::from_le_bytes(*b"INSTMODU");
 /// Changes when a module built before cannot be loaded any more.
 pub const MODULE_ABI_MAJOR: u32 = 1;
-/// Changes when something was appended to a table. Whoever lacks it does without: modules and hosts of all minor versions go
+/// Rises when a table gets a new entry. A side that lacks it does without: modules and hosts of all minor versions work
 /// together, except where [`MODULE_ABI_LEAST_MINOR`] says otherwise.
 pub const MODULE_ABI_MINOR: u32 = 0;
 /// The oldest minor version of a host in which a module of this version works. It rises only if the SDK comes to need something

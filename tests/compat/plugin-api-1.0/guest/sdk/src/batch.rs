@@ -1,4 +1,5 @@
-//! Requests that are collected before they are submitted: an exit of the guest costs far more than a request.
+//! Batches of requests: an exit of the guest costs far more than a request, so a driver collects requests before it submits
+//! them.
 
 use crate::error::DriverResult;
 use crate::io::BlockIo;
@@ -6,13 +7,13 @@ use crate::ordered::OrderedWriter;
 use alloc::vec::Vec;
 use instar_guest_abi::{Request, RequestOp};
 
-/// Requests in order, each one merged with the one before it where it goes on from that.
+/// A sequence of requests, in which a request that continues the one before it is merged into it.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     requests: Vec<Request>,
 }
 
-/// Whether `next` does what `last` does, behind it: then one longer request does both.
+/// Whether `next` continues `last`, so that one longer request does both.
 fn goes_on(last: &Request, next: &Request) -> bool {
     let follows = |from: u64, to: u64| from.checked_add(last.length) == Some(to);
     let same =
@@ -27,13 +28,13 @@ fn goes_on(last: &Request, next: &Request) -> bool {
 }
 
 impl Batch {
-    /// Nothing to do.
+    /// Make an empty batch.
     #[must_use]
     pub const fn new() -> Self {
         Self { requests: Vec::new() }
     }
 
-    /// Add a request behind the others. The buffer that it names stays alive until the batch was submitted.
+    /// Append a request. The buffer that it names has to stay alive until the batch is submitted.
     pub fn push(&mut self, request: Request) {
         match self.requests.last_mut() {
             Some(last) if goes_on(last, &request) => last.length = last.length.saturating_add(request.length),
@@ -41,22 +42,22 @@ impl Batch {
         }
     }
 
-    /// How many requests there are by now.
+    /// Count the requests.
     #[must_use]
     pub fn len(&self) -> usize {
         self.requests.len()
     }
 
-    /// Whether there is nothing to do.
+    /// Whether the batch is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.requests.is_empty()
     }
 
-    /// Submit everything, in one call; then the batch is empty. Nothing happens if it was before.
+    /// Submit all requests in one call and empty the batch. Does nothing for an empty batch.
     ///
     /// # Errors
-    /// As [`BlockIo::run`]. Some of the requests may have been executed; the batch is empty all the same.
+    /// As [`BlockIo::run`]. Some of the requests may have been executed; the batch is emptied nevertheless.
     pub fn submit(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let mut requests = core::mem::take(&mut self.requests);
         if requests.is_empty() {
@@ -65,7 +66,7 @@ impl Batch {
         io.run(&mut requests)
     }
 
-    /// [`Batch::submit`] of requests that change the device of `out`, which knows then that a flush is due.
+    /// [`Batch::submit`] for requests that change the device of `out`, and tell `out` that a flush is due.
     ///
     /// # Errors
     /// As [`Batch::submit`].

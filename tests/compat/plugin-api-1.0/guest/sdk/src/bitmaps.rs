@@ -1,53 +1,53 @@
-//! Merging the bitmaps of what is committed into those of the target (`docs/commit.md`, "Bitmaps").
+//! Merging the bitmaps of the committed layers into those of the target (`docs/commit.md`, "Bitmaps").
 //!
-//! A bitmap says what has changed since a checkpoint. It may claim more than that, never less: an incremental backup that goes by
-//! it would lack what it does not claim. So a bitmap is merged only where every layer can tell, from the overlay down to where it
-//! begins.
+//! A bitmap records the changes since a checkpoint. It may claim more than has changed, never less: an incremental backup would
+//! miss every change that it does not claim. So a bitmap is merged only if every layer has it, from the overlay down to the one
+//! in which it begins.
 
 use crate::bitmap::{check_dirty, Bitmap, DirtyRanges};
 use crate::{BlockIo, DriverError, DriverResult, Sink, Source};
 use alloc::vec::Vec;
 use instar_guest_abi::{DirtyRange, ErrorCode, DEVICE_OUTPUT};
 
-/// Ranges that are handed over at once.
+/// Number of ranges that are handed over at once.
 const RANGES: usize = 4096;
-/// Most bitmaps that are merged at a time.
+/// Maximum number of bitmaps in one merge.
 const MOST: usize = 8192;
 
-/// Why a bitmap is not merged.
+/// The reason why a bitmap is not merged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Skipped {
-    /// Of a layer that is committed, it was not saved.
+    /// A committed layer did not save it.
     Inconsistent,
-    /// In a layer that is committed, it is disabled.
+    /// A committed layer has it disabled.
     Disabled,
     /// A layer lacks it, above one that has it.
     Interrupted,
-    /// The target's was not saved.
+    /// The target did not save it.
     TargetInconsistent,
-    /// The target's is disabled.
+    /// The target has it disabled.
     TargetDisabled,
 }
 
-/// What becomes of a bitmap.
+/// The outcome for a bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// The target has it: what is dirty above becomes dirty there, too.
+    /// The target has it, and takes over the dirty ranges of the layers above.
     Merged,
     /// The target lacks it, and gets it.
     Made,
-    /// Nothing.
+    /// It is left alone.
     Skipped(Skipped),
 }
 
-/// A bitmap of what is committed, and what becomes of it.
+/// A bitmap of the committed layers, and its outcome.
 #[derive(Clone, Debug)]
 pub struct MergedBitmap {
     /// Its index in the source.
     index: u32,
-    /// The bitmap as the target is to have it.
+    /// The bitmap as the target will have it.
     pub bitmap: Bitmap,
-    /// What becomes of it.
+    /// Its outcome.
     pub fate: Fate,
 }
 

@@ -1,4 +1,4 @@
-//! What is recorded of devices in memory, so that it can be replayed.
+//! The record of changes to devices in memory, which tests replay.
 
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
@@ -30,7 +30,7 @@ pub enum Change {
 }
 
 impl Change {
-    /// The number of the device that it is about.
+    /// Return the number of the device that the change concerns.
     #[must_use]
     pub fn device(&self) -> u32 {
         match self {
@@ -38,7 +38,7 @@ impl Change {
         }
     }
 
-    /// Apply the change to the devices. A flush changes nothing.
+    /// Apply the change to the devices. A flush does nothing.
     pub fn apply(&self, devices: &mut BTreeMap<u32, Vec<u8>>) {
         match self {
             Self::Write { device, offset, bytes } => {

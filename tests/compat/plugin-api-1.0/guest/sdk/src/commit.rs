@@ -1,18 +1,18 @@
 //! The steps of a commit, in terms of [`Source`] and [`Sink`].
 //!
-//! They stand in the SDK, and not in the operation's crate, so that the tests of any driver run the very steps that the
+//! They are part of the SDK, not of the operation's crate, so that the tests of any driver run exactly the steps that the
 //! operation runs (the module `conformance`).
 //!
-//! 1. *check*: the overlay is verified whole;
-//! 2. *plan*: the sink is shown every extent, and says no if it has a reason to. Up to here nothing changes;
-//! 3. *write*: the sink grows first, if it is to, by what reads as zeroes; then the extents go into it. It keeps itself
-//!    consistent at every instant; bitmaps are merged, if they are to be, and at the end all of it is durable. A crash up to
-//!    here leaves the overlay as it was: it hides whatever part of the data the backing has already;
-//! 4. *verify*, where it is wanted: what was written is [read back](ReadBack), while the overlay still holds all of it;
-//! 5. *empty*: only now, with the data durable in the backing, the overlay is emptied. A crash within it
-//!    leaves an overlay that reads the same, because what it lost reads the same from the backing.
+//! 1. *check*: verify the whole overlay;
+//! 2. *plan*: show every extent to the sink, which refuses here if it has a reason to. Nothing has changed yet;
+//! 3. *write*: grow the sink, where the operator asks for that, by zeroes; then write the extents into it. The sink stays
+//!    consistent at every instant. Merge the bitmaps, where the operator asks for that, and make everything durable. A crash up
+//!    to here leaves the overlay unchanged, and it hides the part of the data that the backing already has;
+//! 4. *verify*, where the operator asks for it: [read back](ReadBack) the data while the overlay still holds all of it;
+//! 5. *empty*: empty the overlay, now that the data is durable in the backing. A crash within this step leaves an overlay that
+//!    reads the same, because the clusters that it lost read the same from the backing.
 //!
-//! After that the overlay's children may name the backing ([`Relinks`]), which is planned with everything else.
+//! After that the overlay's children may be made to name the backing ([`Relinks`]), which step 2 plans as well.
 
 use crate::bitmaps::{self, MergedBitmap};
 use crate::{
@@ -22,11 +22,11 @@ use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_abi::{ErrorCode, ParentStage, Phase, PlanSummary};
 
-/// Extents that are handed to the sink at once: it flushes a few times for each such batch.
+/// Number of extents that are handed to the sink at once: it flushes a few times for each such batch.
 const EXTENTS: usize = 1 << 14;
-/// Bytes of decoded data that are handed to the sink at once, at most …
+/// Maximum bytes of decoded data that are handed to the sink at once …
 const ARENA_BYTES: usize = 16 << 20;
-/// … and at least, however little heap is free.
+/// … and the minimum, however little heap is free.
 const MIN_ARENA_BYTES: usize = 64 << 10;
 
 /// A step of the commit.
@@ -58,49 +58,49 @@ impl Step {
     }
 }
 
-/// What happens, for whoever watches.
+/// An event of the commit, for the observer.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
     /// `done` of `total` guest bytes of a step are done.
     Progress(Step, u64, u64),
-    /// What becomes of a bitmap; told before the plan.
+    /// The outcome for a bitmap; reported before the plan.
     Bitmap(&'a MergedBitmap),
-    /// Everything that can refuse has been asked.
+    /// Everything that can refuse has agreed.
     Planned(Plan),
-    /// The target is complete and durable: what depends on that comes next.
+    /// The target is complete and durable: the steps that depend on this follow.
     Complete,
 }
 
-/// What is about to be done.
+/// The amount of work that lies ahead.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     /// Clusters that the overlay holds.
     pub clusters: u64,
     /// Their guest-visible bytes …
     pub bytes: u64,
-    /// … and how many of these have to be decoded.
+    /// … and the number of these that have to be decoded.
     pub encoded_bytes: u64,
-    /// What the sink will need.
+    /// The needs of the sink.
     pub sink: PlanSummary,
 }
 
 /// Choices of the operator.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// Leave the overlay as it is.
+    /// Keep the overlay's content.
     pub keep_overlay: bool,
     /// Stop before the first change.
     pub dry_run: bool,
     /// Let a smaller backing grow to the overlay's virtual size.
     pub resize_backing: bool,
-    /// Merge the bitmaps of what is committed into those of the target.
+    /// Merge the bitmaps of the committed layers into those of the target.
     pub bitmaps: bool,
     /// Also make those that are disabled in the target, disabled as they are: nothing has been recorded in them since they
     /// were, and what is made says what they say.
     pub disabled_bitmaps: bool,
 }
 
-/// How a commit ended well.
+/// The result of a successful commit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Clusters that the overlay held.
@@ -111,7 +111,7 @@ pub struct Outcome {
     pub overlay_clusters_cleared: u64,
 }
 
-/// A commit that failed, and where.
+/// The failure of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommitFailure {
     /// The step that failed.
@@ -126,17 +126,41 @@ pub struct Commit<'a> {
     pub source: &'a mut dyn Source,
     /// The backing.
     pub sink: &'a mut dyn Sink,
-    /// What the backing is backed by.
+    /// The layers below the backing.
     pub below: &'a mut dyn ReadBelow,
 }
 
-/// Reads back what was written, and compares it with what the overlay holds.
+/// Reads the target back and compares it with the overlay.
+///
+/// # Example
+///
+/// Trust the disk, and only report that everything was compared:
+///
+/// ```
+/// use instar_guest_sdk::commit::ReadBack;
+/// use instar_guest_sdk::{BlockIo, DriverResult, Source};
+///
+/// struct Trusting;
+///
+/// impl ReadBack for Trusting {
+///     fn read_back(
+///         &mut self,
+///         _: &mut dyn BlockIo,
+///         _: &mut dyn Source,
+///         virtual_size: u64,
+///         done: &mut dyn FnMut(u64),
+///     ) -> DriverResult<()> {
+///         done(virtual_size);
+///         Ok(())
+///     }
+/// }
+/// ```
 pub trait ReadBack {
-    /// The target is complete and durable, and has a disk of `virtual_size` bytes. Nothing that depends on it was changed yet.
-    /// `done` is told up to which guest byte the two were compared.
+    /// Compare the target, whose disk has `virtual_size` bytes, with the overlay. The target is complete and durable, and
+    /// nothing that depends on it has changed yet. Calls `done` with the guest byte up to which both were compared.
     ///
     /// # Errors
-    /// What the images cannot be read for.
+    /// A difference, or an image that cannot be read.
     fn read_back(
         &mut self,
         io: &mut dyn BlockIo,
@@ -146,7 +170,7 @@ pub trait ReadBack {
     ) -> DriverResult<()>;
 }
 
-/// Run a commit; `watch` is told how it goes.
+/// Run a commit, and report its events to `watch`.
 ///
 /// # Errors
 /// [`CommitFailure`]. In the steps check and plan, nothing was changed.
@@ -159,7 +183,7 @@ pub fn commit(
     commit_before_relinking(io, images, &mut Relinks::none(), options, watch)
 }
 
-/// Run a commit after which the overlay's children are to [name the backing](Relinks::set), and plan that.
+/// Run a commit, and plan in it that the overlay's children will [name the backing](Relinks::set) afterwards.
 ///
 /// # Errors
 /// As [`commit`].
@@ -173,7 +197,7 @@ pub fn commit_before_relinking(
     commit_and_read_back(io, images, relinks, None, options, watch)
 }
 
-/// The same, and have `read_back` compare what was written with the overlay before anything depends on it.
+/// Do the same, and let `read_back` compare the target with the overlay before anything depends on it.
 ///
 /// # Errors
 /// As [`commit`].
@@ -225,7 +249,7 @@ pub fn commit_and_read_back(
     io.enter(Phase::Target);
     let below = &mut *images.below;
     if let Some(identity) = &identity {
-        // Before the backing has its new identity: a crash between the two is recognised by the overlay's having the one
+        // Before the backing has its new identity: a crash between the two is recognized by the overlay's having the one
         // that the backing would have got, and a second run goes on from there.
         images.source.follow_parent(io, identity, ParentStage::Announced).map_err(at(Step::Write))?;
     }

@@ -1,7 +1,7 @@
 //! A run of guest bytes, as drivers and operations see it.
 //!
-//! Between modules an extent is a record of numbers ([`WireExtent`]). It is checked once, where it enters a module
-//! ([`ffi`](crate::ffi)); behind that border its content is an enum, so that no driver has to think of kinds that do not exist.
+//! Between modules an extent is a record of numbers ([`WireExtent`]). [`ffi`](crate::ffi) checks it once, where it enters a
+//! module; inside the module its content is an enum, so that no driver has to handle kinds that do not exist.
 //!
 //! [`WireExtent`]: instar_guest_abi::WireExtent
 
@@ -18,11 +18,11 @@ pub struct Extent {
     pub guest_offset: u64,
     /// Length in bytes, at least 1.
     pub length: u64,
-    /// What the bytes are.
+    /// The content of the bytes.
     pub content: Content,
 }
 
-/// What the guest bytes of an [`Extent`] are.
+/// The content of an [`Extent`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Plain bytes of a device.
@@ -36,10 +36,10 @@ pub enum Content {
     Zero,
     /// Bytes that only the source can decode, because they are compressed: ask [`Source::read`](crate::Source::read).
     Encoded {
-        /// Any number by which the source finds them again.
+        /// A number by which the source finds them again.
         location: u64,
     },
-    /// Plain bytes in guest memory. Only an operation makes such extents, of what it has decoded, and only sinks see them.
+    /// Plain bytes in guest memory. Only operations make such extents, from decoded data, and only sinks see them.
     Memory {
         /// The address of the first byte.
         address: u64,
@@ -47,7 +47,7 @@ pub enum Content {
 }
 
 impl Content {
-    /// Its kind, as messages to the host name it.
+    /// Return the kind under which messages to the host name it.
     #[must_use]
     pub fn kind(&self) -> ExtentKind {
         match self {
@@ -58,8 +58,8 @@ impl Content {
         }
     }
 
-    /// What follows after `length` bytes of it. `None` for encoded bytes, which are known by their beginning only, and where
-    /// the numbers end.
+    /// Return the content after its first `length` bytes. `None` for encoded bytes, of which only the beginning has a location,
+    /// and on overflow.
     #[must_use]
     pub fn after(self, length: u64) -> Option<Self> {
         Some(match self {
@@ -70,7 +70,7 @@ impl Content {
         })
     }
 
-    /// The request that writes `length` bytes of it to byte `offset` of `device`.
+    /// Make the request that writes `length` bytes of it to byte `offset` of `device`.
     ///
     /// # Errors
     /// [`ErrorCode::InternalOverflow`] for encoded bytes: the operation decodes them before it writes.
@@ -86,7 +86,7 @@ impl Content {
         }
     }
 
-    /// Fill `buffer` with the first bytes of it, for a sink that has to know what arrives.
+    /// Read its first bytes into `buffer`, for a sink that has to know the arriving data.
     ///
     /// # Errors
     /// As [`BlockIo::run`]; [`ErrorCode::InternalOverflow`] for encoded bytes, which only their source can decode.
@@ -106,34 +106,35 @@ impl Content {
 }
 
 impl Extent {
-    /// `length` guest bytes from `guest_offset` on, which stand at byte `offset` of `device`.
+    /// Describe `length` guest bytes from `guest_offset` on, stored at byte `offset` of `device`.
     #[must_use]
     pub const fn data(guest_offset: u64, length: u64, device: u32, offset: u64) -> Self {
         Self { guest_offset, length, content: Content::Data { device, offset } }
     }
 
-    /// `length` guest bytes from `guest_offset` on that are zero.
+    /// Describe `length` guest bytes from `guest_offset` on that are zero.
     #[must_use]
     pub const fn zero(guest_offset: u64, length: u64) -> Self {
         Self { guest_offset, length, content: Content::Zero }
     }
 
-    /// `length` guest bytes from `guest_offset` on that the source decodes; `location` is the source's own.
+    /// Describe `length` guest bytes from `guest_offset` on that only the source can decode; `location` is private to the
+    /// source.
     #[must_use]
     pub const fn encoded(guest_offset: u64, length: u64, location: u64) -> Self {
         Self { guest_offset, length, content: Content::Encoded { location } }
     }
 
-    /// The first guest byte behind it. Of an extent that was checked, this is exact.
+    /// Return the first guest byte after it; exact for a checked extent.
     #[must_use]
     pub const fn end(&self) -> u64 {
         self.guest_offset.saturating_add(self.length)
     }
 
-    /// [`Extent::end`] of an extent that arrives in an image of `virtual_size` bytes.
+    /// Return [`Extent::end`] for an extent that arrives in an image of `virtual_size` bytes.
     ///
     /// # Errors
-    /// [`ErrorCode::BackingTooSmall`] if it passes the end of the image.
+    /// [`ErrorCode::BackingTooSmall`] if it exceeds the end of the image.
     pub fn end_within(&self, virtual_size: u64) -> DriverResult<u64> {
         checked_end(self.guest_offset, self.length, virtual_size).ok_or_else(|| {
             let text = format!("data at guest offset {} lies past the end of the backing", self.guest_offset);
@@ -141,7 +142,7 @@ impl Extent {
         })
     }
 
-    /// Whether these are zeroes.
+    /// Whether its content is zeroes.
     #[must_use]
     pub const fn is_zero(&self) -> bool {
         matches!(self.content, Content::Zero)
@@ -153,15 +154,16 @@ impl Extent {
         matches!(self.content, Content::Encoded { .. })
     }
 
-    /// Whether `next` follows in the guest and in its place: then the two are one. Encoded extents stay on their own.
+    /// Whether `next` follows both in the guest and in its storage, so that the two can be merged. Encoded extents are never
+    /// merged.
     #[must_use]
     pub fn is_followed_by(&self, next: &Self) -> bool {
         self.guest_offset.checked_add(self.length) == Some(next.guest_offset)
             && self.content.after(self.length) == Some(next.content)
     }
 
-    /// What of it lies in a range of guest bytes; `None` if nothing does. A part of an encoded extent says how much arrives
-    /// and where; the source reads the whole extent only.
+    /// Return the part of it in a range of guest bytes, or `None` if there is none. The part of an encoded extent tells how
+    /// much arrives and where; the source can only decode the whole.
     #[must_use]
     pub fn clip(&self, range: Range<u64>) -> Option<Self> {
         let (start, end) = (self.guest_offset.max(range.start), self.end().min(range.end));
@@ -170,8 +172,7 @@ impl Extent {
         Some(Self { guest_offset: start, length, content })
     }
 
-    /// Its parts in blocks of `block` guest bytes that begin at multiples of that: one for each block that it touches,
-    /// ascending.
+    /// Split it into its parts in aligned blocks of `block` guest bytes: one for each block that it touches, ascending.
     ///
     /// # Errors
     /// [`ErrorCode::InternalOverflow`] for blocks of 0 bytes.
@@ -188,7 +189,7 @@ impl Extent {
         }))
     }
 
-    /// The request that writes it to byte `offset` of `device`.
+    /// Make the request that writes it to byte `offset` of `device`.
     ///
     /// # Errors
     /// As [`Content::request`].
@@ -197,7 +198,8 @@ impl Extent {
     }
 }
 
-/// The end of `length` bytes from `offset` on, if it is no greater than `limit`: for every range that an image names.
+/// Compute the end of `length` bytes from `offset` on, if it is at most `limit`. Every range that an image names goes through
+/// here.
 #[must_use]
 pub fn checked_end(offset: u64, length: u64, limit: u64) -> Option<u64> {
     offset.checked_add(length).filter(|&end| end <= limit)

@@ -1,11 +1,11 @@
-//! What a source enumerates, and what the interface promises of it.
+//! The list of extents that a source enumerates, and the promises that the interface makes about it.
 
 use crate::extent::{checked_end, Content, Extent};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-/// Extents that a source found: ascending, those that follow each other merged, and no more than were asked for.
+/// Extents that a source found: ascending, adjacent ones merged, and limited to the requested number.
 #[derive(Clone, Debug, Default)]
 pub struct Extents {
     list: Vec<Extent>,
@@ -13,14 +13,14 @@ pub struct Extents {
 }
 
 impl Extents {
-    /// None yet, and room for `most`.
+    /// Make an empty list with room for `most` extents.
     #[must_use]
     pub const fn with_room_for(most: usize) -> Self {
         Self { list: Vec::new(), most }
     }
 
-    /// Add an extent, or lengthen the last one, which takes no room. `false` if there is no room: then the extent was not
-    /// taken, and enumerating goes on with it in the next call.
+    /// Add an extent, or extend the last one, which takes no room. Returns `false` if there is no room for the extent:
+    /// enumeration continues with it in the next call.
     #[must_use]
     pub fn push(&mut self, extent: Extent) -> bool {
         let full = self.is_full();
@@ -32,19 +32,19 @@ impl Extents {
         true
     }
 
-    /// How many more there is room for.
+    /// Return the number of further extents that the list has room for.
     #[must_use]
     pub fn room(&self) -> usize {
         self.most.saturating_sub(self.list.len())
     }
 
-    /// Whether only what goes on from the last one can be added.
+    /// Whether only an extent that continues the last one can be added.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.room() == 0
     }
 
-    /// Forget all of them; the room stays as it is.
+    /// Remove all extents; keep the room.
     pub fn clear(&mut self) {
         self.list.clear();
     }
@@ -58,10 +58,11 @@ impl core::ops::Deref for Extents {
     }
 }
 
-/// Check `found`, enumerated from guest byte `from` on of an image of `size` bytes, with `next` as the place to go on.
+/// Check the extents that a source enumerated from guest byte `from` of an image of `size` bytes, and the offset `next` at
+/// which it would continue.
 ///
 /// # Errors
-/// The first promise that is broken, with its numbers, in one clause.
+/// The first broken promise, with its numbers, in one clause.
 pub fn check_extents(found: &[Extent], from: u64, next: u64, size: u64) -> Result<(), String> {
     let mut after = from;
     for (index, extent) in found.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! What the host holds a guest to, for the devices in memory: a request that would end the guest fails the test.
+//! The host's rules for a guest, applied to devices in memory: a request that would end the guest fails the test.
 
 use crate::change::Change;
 use alloc::collections::BTreeMap;
@@ -7,17 +7,17 @@ use instar_guest_abi::{
     GUEST_MEMORY_SIZE, IDENTITY_RANGE,
 };
 
-/// What a device may be used for.
+/// The limits of a device.
 #[derive(Clone, Copy, Debug)]
 struct Held {
     part: Part,
-    /// The longest that it may become in bytes.
+    /// Maximum length in bytes.
     longest: u64,
-    /// It is as long as it is, in bytes.
+    /// Length in bytes, if it cannot change.
     fixed: Option<u64>,
 }
 
-/// The rules, and how far the operation is.
+/// The rules, and the phase of the operation.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
     phase: Phase,
@@ -38,7 +38,7 @@ fn usual(device: u32) -> Held {
 }
 
 impl Rules {
-    /// A new operation on these images and their other files; all others are only read.
+    /// Begin an operation on these images and their other files; all other devices are read-only.
     pub fn of<'a>(images: impl IntoIterator<Item = (Part, &'a DeviceConfig)>) -> Self {
         let mut held = BTreeMap::new();
         let mut add = |part, device, flags: u32, length: u64, longest: u64| {
@@ -68,7 +68,7 @@ impl Rules {
         self.of_device(device).fixed.is_some()
     }
 
-    /// Go on to a phase; `log` is what was done so far.
+    /// Enter a phase; `log` holds the changes so far.
     pub fn enter(&mut self, phase: Phase, log: &[Change]) {
         assert!(self.phase.leads_to(phase), "phase {phase:?} after {:?}", self.phase);
         if matches!(phase, Phase::Overlay | Phase::Children) {
@@ -90,7 +90,7 @@ impl Rules {
         known.chain(usual)
     }
 
-    /// Hold a request to the rules; `log` is what was done so far.
+    /// Check a request against the rules; `log` holds the changes so far.
     pub fn check(&mut self, request: &Request, log: &[Change]) {
         let op = RequestOp::from_u32(request.op);
         let Some(op) = op else { unreachable!("an operation that does not exist: {request:?}") };

@@ -1,7 +1,7 @@
-//! Holes of a device: tables that lie in them are not read.
+//! The holes of a device: a driver need not read tables that lie in them.
 //!
-//! An entry of eight bytes can name a table of megabytes in a hole, which takes no space and reads as zeroes. Whoever
-//! reads all of them spends time out of proportion to what the file holds.
+//! An entry of eight bytes can name a table of megabytes in a hole, which takes no space and reads as zeroes. Reading all such
+//! tables would take time out of proportion to the data in the file.
 
 use crate::error::DriverResult;
 use crate::io::BlockIo;
@@ -10,9 +10,9 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{Request, RequestOp};
 
-/// Bytes past a range that are looked at with it: neighbors are mostly asked for next.
+/// Bytes after a range that a question covers as well, because the next question is mostly about a neighbor.
 const LOOK_AHEAD: u64 = 1 << 30;
-/// Questions that are asked at once.
+/// Maximum number of questions in a batch.
 const QUESTIONS: usize = 256;
 
 /// An answer: `from..data` is a hole, `data..end` is data.
@@ -31,7 +31,7 @@ impl Span {
     }
 }
 
-/// What the host said last about the holes of one device.
+/// The latest answers of the host about the holes of one device.
 #[derive(Clone, Debug, Default)]
 pub struct Holes {
     /// Sorted by their beginning.
@@ -44,8 +44,8 @@ impl Holes {
         self.spans.get(after.checked_sub(1)?)?.holds_data(range)
     }
 
-    /// Tell for each of these byte ranges of a device whether any of it is data. The questions are asked in batches, and
-    /// one answer covers the neighbors that lie in the same hole.
+    /// Decide for each of these byte ranges of a device whether it holds any data. The questions are batched, and one answer
+    /// covers all neighbors in the same hole.
     ///
     /// # Errors
     /// I/O errors.
@@ -81,7 +81,7 @@ impl Holes {
         io.run(&mut requests)?;
         debug_assert!(requests.iter().all(|request| request.op == RequestOp::NextData as u32));
         let answer = |(question, request): (&Range<u64>, &Request)| {
-            // An answer that makes no sense counts as data: then the range is read.
+            // An invalid answer counts as data, so that the range is read.
             let data = request.offset.max(question.start);
             let end = data.saturating_add(request.length).max(question.start.saturating_add(1));
             Span { from: question.start, data, end }

@@ -1,4 +1,4 @@
-//! What a format driver links to run inside the instar guest.
+//! The library that a format driver links to run inside the instar guest.
 //!
 //! A driver implements [`Source`] and [`Sink`] over [`BlockIo`], as an ordinary `no_std` library. The same
 //! code runs in two places: in host tests over in-memory devices, and in the guest, where the feature

@@ -1,4 +1,4 @@
-//! A device that a driver changes in an order: it knows whether there is anything that a flush would make durable.
+//! A device that a driver changes in order, and that knows whether anything is left to flush.
 
 use crate::error::DriverResult;
 use crate::io::BlockIo;
@@ -6,8 +6,9 @@ use instar_guest_abi::{Request, RequestOp};
 
 /// Writes to one device, and flushes only if something was written since the last flush.
 ///
-/// A driver that orders its changes puts a [barrier](Self::barrier) between two of them. Whether a flush is due there depends
-/// on all that was written on the way: kept by hand, a place that forgets to say so loses the order in a power loss.
+/// A driver that orders its changes puts a [barrier](Self::barrier) between two of them. Whether a flush is due at that point
+/// depends on every write before it. Tracking this by hand, a driver that forgot one write would lose the order in a power
+/// loss.
 #[derive(Clone, Debug)]
 pub struct OrderedWriter {
     device: u32,
@@ -15,13 +16,13 @@ pub struct OrderedWriter {
 }
 
 impl OrderedWriter {
-    /// The device with this number, of which nothing is unflushed.
+    /// Wrap the device with this number, on which nothing is unflushed.
     #[must_use]
     pub const fn new(device: u32) -> Self {
         Self { device, unflushed: false }
     }
 
-    /// The number of the device.
+    /// Return the number of the device.
     #[must_use]
     pub const fn device(&self) -> u32 {
         self.device
@@ -33,16 +34,16 @@ impl OrderedWriter {
         self.unflushed
     }
 
-    /// Somebody else writes to the device, a cache of tables for one: the next barrier flushes.
+    /// Record that something else, such as a cache of tables, wrote to the device, so that the next barrier flushes.
     pub fn written(&mut self) {
         self.unflushed = true;
     }
 
-    /// Execute requests that change the device, in one batch; nothing happens if there are none. A batch that ends with a
-    /// flush of the device leaves nothing unflushed.
+    /// Execute requests that change the device, in one batch; do nothing if there are none. A batch that ends with a flush of
+    /// the device leaves nothing unflushed.
     ///
     /// # Errors
-    /// As [`BlockIo::run`]; some of the requests may have been executed then.
+    /// As [`BlockIo::run`]; some of the requests may have been executed.
     pub fn run(&mut self, io: &mut dyn BlockIo, requests: &mut [Request]) -> DriverResult<()> {
         let Some(last) = requests.last() else { return Ok(()) };
         let flushed = last.op == RequestOp::Flush as u32 && last.device == self.device;
@@ -63,7 +64,7 @@ impl OrderedWriter {
         self.run(io, &mut [Request::write(self.device, offset, bytes.as_ptr() as u64, bytes.len() as u64)])
     }
 
-    /// Have `length` bytes from `offset` on read as zeroes.
+    /// Make `length` bytes from `offset` on read as zeroes.
     ///
     /// # Errors
     /// As [`BlockIo::run`].
@@ -79,7 +80,7 @@ impl OrderedWriter {
         self.run(io, &mut [Request::copy(self.device, from, self.device, to, length)])
     }
 
-    /// Make the file `length` bytes long; what is new reads as zeroes.
+    /// Set the length of the file in bytes; new bytes read as zeroes.
     ///
     /// # Errors
     /// As [`BlockIo::run`].
@@ -87,7 +88,7 @@ impl OrderedWriter {
         self.run(io, &mut [Request::set_length(self.device, length)])
     }
 
-    /// Flush, if anything was written since the last flush: all of it is durable when this returns, before whatever comes next.
+    /// Flush if anything was written since the last flush, so that all of it is durable before any later change.
     ///
     /// # Errors
     /// As [`BlockIo::run`].

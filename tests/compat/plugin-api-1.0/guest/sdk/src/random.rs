@@ -1,9 +1,9 @@
 //! Random numbers for tests, the same for the same seed everywhere.
 
-/// A small generator of random numbers (splitmix64): fast, of good quality in all bits, and of no use for secrets.
+/// A small generator of random numbers (splitmix64): fast, of good quality in all bits, and useless for secrets.
 ///
-/// What a test draws follows from its seed alone, so that a failure can be run again. The sequence of a seed is part of what
-/// is promised: inputs that campaigns number by seed stay what they were.
+/// The numbers depend on the seed alone, so that a failure can be repeated. The sequence of a seed never changes, because
+/// campaigns number their inputs by seed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Random(u64);
 
@@ -11,13 +11,13 @@ pub struct Random(u64);
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Random {
-    /// A generator with this seed; any number will do.
+    /// Make a generator with this seed; any number will do.
     #[must_use]
     pub fn seeded(seed: u64) -> Self {
         Self(seed ^ GOLDEN)
     }
 
-    /// The next number.
+    /// Draw the next number.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(GOLDEN);
         let mut mixed = self.0;
@@ -26,12 +26,12 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// The next byte.
+    /// Draw the next byte.
     pub fn byte(&mut self) -> u8 {
         self.next_u64().to_le_bytes()[0]
     }
 
-    /// A number below `end`; 0 if `end` is 0. Small ones are a little more likely, which tests do not mind.
+    /// Draw a number below `end`; 0 if `end` is 0. Small numbers are slightly more likely, which does not matter to tests.
     pub fn below(&mut self, end: u64) -> u64 {
         self.next_u64().checked_rem(end).unwrap_or(0)
     }
@@ -41,15 +41,15 @@ impl Random {
         usize::try_from(self.below(end as u64)).unwrap_or(0)
     }
 
-    /// True as often as false.
+    /// Draw true or false with equal probability.
     pub fn coin(&mut self) -> bool {
         self.below(2) == 0
     }
 
-    /// One of these.
+    /// Draw one of these.
     ///
     /// # Panics
-    /// If there is none.
+    /// If the slice is empty.
     pub fn pick<'a, T>(&mut self, all: &'a [T]) -> &'a T {
         &all[self.index(all.len())]
     }

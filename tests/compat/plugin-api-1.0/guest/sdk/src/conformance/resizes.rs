@@ -14,7 +14,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{ErrorCode, Part, DEVICE_OUTPUT};
 
-/// Requests that fail, one in each resize: so many of all that one makes.
+/// Number of requests that fail, one in each resize, out of all that a resize makes.
 const FAILURES: usize = 100;
 
 /// An image, [`DEVICE_OUTPUT`], and what is below it, [`ANCESTOR`], if it has a backing.

@@ -24,7 +24,7 @@ const ZERO: u8 = 2;
 /// It stands in its place, with all bits turned over.
 const ENCODED: u8 = 3;
 
-/// Bytes of the map of a disk of so many bytes.
+/// Bytes of the map of a disk of this size.
 fn map_bytes(size: u64) -> u64 {
     (size / SECTOR).next_multiple_of(SECTOR)
 }

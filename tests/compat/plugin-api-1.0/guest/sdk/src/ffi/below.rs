@@ -7,7 +7,7 @@ use core::marker::PhantomData;
 use core::slice;
 use instar_guest_abi::{Failure, ReadBelowOps};
 
-/// In the sink's module: the table as [`ReadBelow`].
+/// The table as a [`ReadBelow`], in the sink's module.
 pub struct TableBelow(ReadBelowOps);
 
 impl TableBelow {
@@ -26,7 +26,7 @@ impl ReadBelow for TableBelow {
     }
 }
 
-/// In the operation's module: a [`ReadBelow`] and the I/O it reads with, as a table.
+/// A [`ReadBelow`] and its I/O as a table, in the operation's module.
 pub struct LentBelow<'a> {
     io: &'a mut dyn BlockIo,
     below: &'a mut dyn ReadBelow,

@@ -9,14 +9,14 @@ use instar_guest_abi::{
     MODULE_MAGIC,
 };
 
-/// The tables of driver `D`, as constants that live as long as the module.
+/// The tables of driver `D` as constants that live as long as the module.
 pub struct FormatTables<D, Io>(PhantomData<(D, Io)>);
 
 impl<D: FormatDriver + 'static, Io: BlockIo + Default + 'static> FormatTables<D, Io> {
     const SOURCE: &'static SourceOps = &source_ops::<D, Io>();
     const SINK: &'static SinkOps = &sink_ops::<D, Io>();
 
-    /// The format's table with the roles that it offers.
+    /// Make the format's table with the roles that it offers.
     #[must_use]
     pub const fn ops(source: bool, sink: bool) -> FormatOps {
         FormatOps { source: if source { Self::SOURCE } else { null() }, sink: if sink { Self::SINK } else { null() } }
@@ -34,13 +34,13 @@ const fn descriptor(kind: ModuleKind, ops: *const core::ffi::c_void) -> ModuleDe
     }
 }
 
-/// The descriptor of a format module.
+/// Make the descriptor of a format module.
 #[must_use]
 pub const fn descriptor_of_format(ops: &'static FormatOps) -> ModuleDescriptor {
     descriptor(ModuleKind::Format, core::ptr::from_ref(ops).cast())
 }
 
-/// The descriptor of an operation module.
+/// Make the descriptor of an operation module.
 #[must_use]
 pub const fn descriptor_of_operation(ops: &'static OperationOps) -> ModuleDescriptor {
     descriptor(ModuleKind::Operation, core::ptr::from_ref(ops).cast())
@@ -49,7 +49,7 @@ pub const fn descriptor_of_operation(ops: &'static OperationOps) -> ModuleDescri
 /// Make the entry of a format module: `export_format!(Driver)` for both roles, `export_format!(Driver, source)` or
 /// `export_format!(Driver, sink)` for one.
 ///
-/// Used once, in the binary of the guest half, which is `#![no_std]` and `#![no_main]`.
+/// Use it once, in the binary of the guest half, which is `#![no_std]` and `#![no_main]`.
 #[cfg(feature = "guest")]
 #[macro_export]
 macro_rules! export_format {

@@ -5,7 +5,7 @@ use crate::{DriverError, DriverResult};
 use core::mem::MaybeUninit;
 use instar_guest_abi::{DeviceConfig, ErrorCode, FormatOps, SinkOps, SourceOps};
 
-/// A format of another module: opens images as [`ForeignSource`] and [`ForeignSink`].
+/// A format of another module, which opens images as [`ForeignSource`] and [`ForeignSink`].
 #[derive(Clone, Copy)]
 pub struct ForeignFormat {
     source: Option<SourceOps>,
@@ -13,7 +13,7 @@ pub struct ForeignFormat {
 }
 
 impl ForeignFormat {
-    /// The format whose tables these are.
+    /// Wrap the tables of a format.
     ///
     /// # Safety
     /// `ops` is null or points to tables that live as long as the guest, each valid for the `size` it names.

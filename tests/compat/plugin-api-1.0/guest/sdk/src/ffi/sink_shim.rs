@@ -14,7 +14,7 @@ use instar_guest_abi::{
 #[allow(clippy::cast_possible_truncation, reason = "a table is some dozens of bytes")]
 const SIZE: u32 = size_of::<SinkOps>() as u32;
 
-/// The sink table of driver `D`, whose functions do block I/O through an `Io` of their own.
+/// Make the sink table of driver `D`, whose functions do block I/O through their own `Io`.
 #[must_use]
 pub const fn sink_ops<D: FormatDriver, Io: BlockIo + Default>() -> SinkOps {
     SinkOps {

@@ -21,7 +21,7 @@ struct Open<S> {
 #[allow(clippy::cast_possible_truncation, reason = "a table is some dozens of bytes")]
 const SIZE: u32 = size_of::<SourceOps>() as u32;
 
-/// The source table of driver `D`, whose functions do block I/O through an `Io` of their own.
+/// Make the source table of driver `D`, whose functions do block I/O through their own `Io`.
 #[must_use]
 pub const fn source_ops<D: FormatDriver, Io: BlockIo + Default>() -> SourceOps {
     SourceOps {
@@ -123,7 +123,7 @@ extern "C" fn extents<S: Source, Io: BlockIo + Default>(
     match open.source.extents(&mut Io::default(), from..end, &mut extents) {
         Ok(after) => {
             for (index, extent) in extents.iter().enumerate() {
-                // SAFETY: there are at most `capacity`, and the interface makes so many records at `out` writable.
+                // SAFETY: there are at most `capacity`, and the interface makes that many records at `out` writable.
                 unsafe { out.add(index).write(to_wire(extent)) };
             }
             // SAFETY: the interface makes `count` and `next` writable.
@@ -328,7 +328,7 @@ extern "C" fn dirty<S: Source, Io: BlockIo + Default>(
     match open.source.dirty(&mut Io::default(), bitmap, from, &mut ranges) {
         Ok(after) => {
             for (index, range) in ranges.iter().enumerate() {
-                // SAFETY: there are at most `capacity`, and the interface makes so many records at `out` writable.
+                // SAFETY: there are at most `capacity`, and the interface makes that many records at `out` writable.
                 unsafe { out.add(index).write(*range) };
             }
             // SAFETY: the interface makes `count` and `next` writable.

@@ -1,6 +1,6 @@
 //! `malloc` and its kin, for drivers that link a decoder that is written in C: from core's heap, like everything else.
 //!
-//! C does not say the size of what it frees: it stands before each block.
+//! C does not tell the size of a block that it frees, so a header before each block holds it.
 
 use alloc::alloc::{alloc, alloc_zeroed, dealloc};
 use core::alloc::Layout;

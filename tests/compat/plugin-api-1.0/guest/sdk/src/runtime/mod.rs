@@ -1,5 +1,5 @@
-//! What stands around a driver in the guest: heap, panics, memory routines and block I/O through core's call
-//! table. `init` is called by the module's entry, before anything else.
+//! The environment of a driver in the guest: heap, panics, memory routines, and block I/O through core's call table. The
+//! module's entry calls `init` before anything else.
 
 #[cfg(feature = "guest")]
 mod c_heap;

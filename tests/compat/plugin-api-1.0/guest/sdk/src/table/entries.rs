@@ -41,9 +41,9 @@ impl<K> fmt::Debug for Table<K> {
 }
 
 impl<K: EntryKind> Table<K> {
-    /// A table on `device` in which an entry of 0 says that there is nothing: what of it lies in a hole of the file is not read,
-    /// however long it is. `cache_bytes` bounds what reading holds, as [`DeviceConfig`](instar_guest_abi::DeviceConfig) has it;
-    /// 0: no bound.
+    /// Make a table on `device` in which an entry of 0 is empty, so that its parts in holes of the file are never read, however
+    /// long they are. `cache_bytes` bounds the memory for reading, as in [`DeviceConfig`](instar_guest_abi::DeviceConfig); 0
+    /// for no bound.
     #[must_use]
     pub fn sparse(device: u32, cache_bytes: u64) -> Self {
         Self::new(Window::new(device, cache_bytes, Some(Holes::default())))

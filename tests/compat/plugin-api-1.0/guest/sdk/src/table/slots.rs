@@ -35,13 +35,13 @@ impl Slots {
         self.top
     }
 
-    /// [`Slots::top`] after so many more slots were given out, gaps first.
+    /// Return [`Slots::top`] after giving out `more` slots, gaps first.
     #[must_use]
     pub fn top_after(&self, more: u64) -> u64 {
         self.top.saturating_add(more.saturating_sub(self.gaps))
     }
 
-    /// [`Slots::top`] after so many more slots were given out, if none below `slot` and no gaps are.
+    /// Return [`Slots::top`] after giving out `more` slots, none of which is below `slot` or a gap.
     #[must_use]
     pub fn top_from(&self, slot: u64, more: u64) -> u64 {
         self.top.max(slot).saturating_add(more)

@@ -28,8 +28,8 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// Windows over `0..end` of which so many sets are held at once: all of them take a quarter of the heap at most, and
-    /// 16 MiB. There is one window at least.
+    /// Divide `0..end` into windows, of which `sets` sets are held at once. Together they take at most a quarter of the heap
+    /// and at most 16 MiB. There is at least one window.
     #[must_use]
     pub fn over(io: &dyn BlockIo, end: u64, sets: u64) -> Self {
         let room = (io.heap_free() as u64).saturating_mul(2);

@@ -1,0 +1,126 @@
+//! Color in texts for people: where a terminal shows it, unless the environment or `--color` says otherwise.
+
+use anstream::{AutoStream, ColorChoice};
+use anstyle::{AnsiColor, Style};
+use clap::{Args, ValueEnum};
+use std::io::{stderr, stdout};
+
+/// When a text has colors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum When {
+    /// On a terminal, unless NO_COLOR is set or TERM is dumb
+    #[default]
+    Auto,
+    /// Always, for a pager
+    Always,
+    /// Never
+    Never,
+}
+
+/// The option of the commands whose text has colors.
+#[derive(Args, Debug, Default)]
+pub struct ColorArgs {
+    /// Color what is printed for people. JSON never has any
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    pub color: When,
+}
+
+impl ColorArgs {
+    /// How text on standard output is painted. To be asked for before the process is confined.
+    #[must_use]
+    pub fn stdout(&self) -> Paint {
+        self.on(AutoStream::choice(&stdout()))
+    }
+
+    /// How text on standard error is painted. To be asked for before the process is confined.
+    #[must_use]
+    pub fn stderr(&self) -> Paint {
+        self.on(AutoStream::choice(&stderr()))
+    }
+
+    fn on(&self, stream: ColorChoice) -> Paint {
+        Paint(match self.color {
+            When::Auto => stream != ColorChoice::Never,
+            When::Always => true,
+            When::Never => false,
+        })
+    }
+}
+
+/// Paints words, or leaves them plain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Paint(bool);
+
+impl Paint {
+    /// Without color.
+    pub const PLAIN: Self = Self(false);
+
+    /// A heading, or the name of an image.
+    #[must_use]
+    pub fn heading(self, text: &str) -> String {
+        self.styled(Style::new().bold(), text)
+    }
+
+    /// The name of a value.
+    #[must_use]
+    pub fn label(self, text: &str) -> String {
+        self.styled(AnsiColor::Cyan.on_default(), text)
+    }
+
+    /// What is as it should be.
+    #[must_use]
+    pub fn good(self, text: &str) -> String {
+        self.styled(AnsiColor::Green.on_default(), text)
+    }
+
+    /// What to look at, without harm to data.
+    #[must_use]
+    pub fn warning(self, text: &str) -> String {
+        self.styled(AnsiColor::Yellow.on_default(), text)
+    }
+
+    /// What is damaged.
+    #[must_use]
+    pub fn bad(self, text: &str) -> String {
+        self.styled(AnsiColor::Red.on_default().bold(), text)
+    }
+
+    /// Data in a picture.
+    #[must_use]
+    pub fn data(self, text: &str) -> String {
+        self.styled(AnsiColor::Blue.on_default().bold(), text)
+    }
+
+    /// What is less important.
+    #[must_use]
+    pub fn faint(self, text: &str) -> String {
+        self.styled(Style::new().dimmed(), text)
+    }
+
+    fn styled(self, style: Style, text: &str) -> String {
+        if self.0 && !text.is_empty() {
+            format!("{style}{text}{style:#}")
+        } else {
+            text.to_owned()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_option_goes_before_the_terminal() {
+        let painted = |color, stream| ColorArgs { color }.on(stream).bad("x");
+        for (color, stream, text) in [
+            (When::Auto, ColorChoice::Never, "x"),
+            (When::Auto, ColorChoice::Always, "\x1b[1m\x1b[31mx\x1b[0m"),
+            (When::Never, ColorChoice::Always, "x"),
+            (When::Always, ColorChoice::Never, "\x1b[1m\x1b[31mx\x1b[0m"),
+        ] {
+            assert_eq!(painted(color, stream), text, "{color:?} {stream:?}");
+        }
+        assert_eq!(ColorArgs { color: When::Always }.on(ColorChoice::Never).good(""), "");
+    }
+}

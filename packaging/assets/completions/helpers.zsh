@@ -1,0 +1,37 @@
+# Formats whose plugins are installed; if the program cannot tell, those that come with it.
+_instar_formats() {
+    local -a listed
+    listed=(${=${(f)"$(_call_program formats instar plugins 2>/dev/null |
+        sed -n 's/^\([[:alnum:]_.-]*\) [0-9].*/\1/p; s/^ *other names: //p' | tr ',' ' ')"}})
+    (( $#listed )) || listed=(@BUNDLED@)
+    compadd -a listed
+}
+
+# Images, devices and directories; where there is no image, every file.
+_instar_images() {
+    _files -g '(#i)@GLOB@(-.,-%b)'
+}
+
+# Images below the overlay that the line names already, as -b takes them: from the overlay's directory on. Without an overlay,
+# images.
+_instar_members() {
+    local word before overlay folder
+    local -a members
+    for word in "${(@Q)words[2,-1]}"; do
+        [[ $word != -* && $before != (-b|--base) && -f ${~word} ]] && overlay=${~word}
+        before=$word
+    done
+    if [[ -n $overlay ]]; then
+        [[ $overlay == */* ]] && folder=${overlay%/*}/
+        members=(${(f)"$(instar info --color never --backing-chain $overlay 2>/dev/null | sed -n 's/^image: //p' | sed 1d)"})
+        # A backslash stands for a character that is not shown as it is.
+        members=(${members:#*\\*})
+        members=(${members#$folder})
+    fi
+    if (( $#members )); then
+        compadd -f -a members
+    else
+        _instar_images
+    fi
+}
+
