@@ -38,7 +38,7 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Make so many files, beside a new one whose mode and owner they get.
+    /// Make `count` files, beside a new one whose mode and owner they get.
     ///
     /// # Errors
     /// What the system says.
