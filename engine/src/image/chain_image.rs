@@ -34,8 +34,10 @@ pub struct ChainImage<'r> {
 pub struct ExtraFile {
     /// The open file.
     pub opened: OpenedFile,
-    /// It may become longer in a commit.
+    /// It may become longer.
     pub grows: bool,
+    /// It holds plain bytes, each at a fixed place.
+    pub plain: bool,
 }
 
 /// A reason to doubt that a file is raw.

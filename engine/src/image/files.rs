@@ -53,7 +53,8 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
                 check_part(registry, image, &opened, &file.format)?;
             }
             // Plain bytes are a piece of the disk as it is.
-            if *access == Access::ReadWrite && file.format == "raw" && opened.ends_within_a_sector() {
+            let plain = file.format == "raw";
+            if *access == Access::ReadWrite && plain && opened.ends_within_a_sector() {
                 return Err(recorder.uneven(&file.name, &opened.path, opened.length()));
             }
             if seen.contains(&opened.identity) {
@@ -61,7 +62,7 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
                 return Err(Error::image(&opened.path, ErrorCode::ChainLoop, clause));
             }
             seen.push(opened.identity);
-            others.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
+            others.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows, plain });
         }
         image.files.append(&mut others);
         let others: Vec<&dyn ImageRead> = image.files.iter().map(|file| &file.opened.file as &dyn ImageRead).collect();
