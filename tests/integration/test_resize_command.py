@@ -153,7 +153,6 @@ def test_a_vmdk_in_several_files_has_the_lesser_of_two_sizes(tmp_path):
     text = image.read_bytes()
     image.write_bytes(text.replace(b"RW 8192 SPARSE", b"RW 14336 SPARSE"))
     assert support.virtual_size(image, "vmdk") == 4 * MIB and content(image, "vmdk") == before
-    assert support.run_instar("info", "--output", "json", image).json["virtual-size"] == 4 * MIB
     assert support.run_instar("check", image).rc == 0
     resized(image, 7 * MIB, fmt="vmdk")
     # An extent that is larger than the descriptor says is still one of another disk.

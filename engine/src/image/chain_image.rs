@@ -34,8 +34,10 @@ pub struct ChainImage<'r> {
 pub struct ExtraFile {
     /// The open file.
     pub opened: OpenedFile,
-    /// Whether a commit may make it longer.
+    /// Whether it may become longer.
     pub grows: bool,
+    /// It holds plain bytes, each at a fixed place.
+    pub plain: bool,
 }
 
 /// A reason to doubt that a file is raw.

@@ -54,7 +54,8 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
                 check_part(registry, image, &opened, &file.format)?;
             }
             // Plain bytes are a piece of the disk as it is.
-            if *access == Access::ReadWrite && file.format == "raw" && opened.ends_within_a_sector() {
+            let plain = file.format == "raw";
+            if *access == Access::ReadWrite && plain && opened.ends_within_a_sector() {
                 return Err(recorder.uneven(&file.name, &opened.path, opened.length()));
             }
             if seen.contains(&opened.identity) {
@@ -62,7 +63,7 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
                 return Err(Error::image(&opened.path, ErrorCode::ChainLoop, clause));
             }
             seen.push(opened.identity);
-            others.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows });
+            others.push(ExtraFile { opened: opened.lock(*access)?, grows: file.grows, plain });
         }
         add_files(image, others)?;
     }

@@ -49,8 +49,8 @@ pub fn places(layers: &[&ChainImage<'_>]) -> BTreeMap<u32, Place> {
         let whole = if is_disk { HoleMeaning::Absent } else { holes_of(&image.opened.file, unit) };
         places.insert(depth, Place { depth, path: image.opened.path.clone(), holes: whole });
         for file in &image.files {
-            // A file that never grows has a fixed place for every byte: like a disk, it may be sparse.
-            let holes = if file.grows { holes_of(&file.opened.file, unit) } else { HoleMeaning::Zero };
+            // One with a fixed place for every byte may be sparse, like a disk.
+            let holes = if file.plain { HoleMeaning::Zero } else { holes_of(&file.opened.file, unit) };
             places.insert(next_file, Place { depth, path: file.opened.path.clone(), holes });
             next_file += 1;
         }

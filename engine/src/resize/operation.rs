@@ -9,6 +9,7 @@ use crate::devices::{Device, Devices};
 use crate::error::{Error, Role as ErrorRole};
 use crate::image::{check_immediate_parent, check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
 use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::plugins::IdentifyError;
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::resize::Config;
@@ -98,9 +99,14 @@ impl Operation for Resize<'_> {
         session.note_image("image", &image);
         self.format = image.facts.format.to_string();
         self.has_backing = image.facts.backing.is_some();
-        self.settle_size(&image)?;
+        // Only the headers of its extents may tell the size of an image in several files: a crash may have left it between two.
+        let failed = |error| Error::identify(&image.opened.path, &IdentifyError::Plugin(error));
+        let several = !image.plugin.files(&image.opened.file).map_err(failed)?.is_empty();
+        if !several {
+            self.settle_size(&image)?;
+        }
         let mut below = Vec::new();
-        if self.sizes.1 > self.sizes.0 {
+        if several || self.sizes.1 > self.sizes.0 {
             // What a longer backing holds past the old end must not come to light.
             let mut descent = Descent::new(registry, gate, named.image.path(), MAX_CHAIN_DEVICES);
             below = descent
@@ -115,6 +121,9 @@ impl Operation for Resize<'_> {
         let only_read = |image| FilesOf { image, access: Access::ReadOnly, changes: false, gate };
         files.extend(below.iter_mut().map(only_read));
         open_extra_files(registry, &mut files)?;
+        if several {
+            self.settle_size(&image)?;
+        }
         below.iter().for_each(|layer| session.note_image("below it", layer));
         if self.changes() {
             if let Some(overlays) = Overlays::find(opener, &image, &below, self.sizes.1)? {
