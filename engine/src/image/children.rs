@@ -189,7 +189,7 @@ impl ChildSearch<'_> {
     /// Which of the parents an image in this directory has: by a name that it records, or because it could have no other.
     ///
     /// # Errors
-    /// [`Unseen`] if a name that may lead to one of them cannot be followed.
+    /// `Unseen` if a name that may lead to one of them cannot be followed.
     pub fn parent(&self, directory: &Directory, facts: &ImageFacts) -> Result<Option<Identity>, Unseen> {
         let Some(pointer) = facts.backing.as_ref().into_option() else { return Ok(None) };
         let (mut steps, mut followed) = (MOST_STEPS, Ok(()));

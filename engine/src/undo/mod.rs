@@ -1,4 +1,4 @@
-//! The undo log beside a file that is changed in place: its [format], and [restoring](apply) the file from it.
+//! The undo log beside a file that is changed in place: its [format](Header), and [restoring](Log::apply) the file from it.
 
 mod apply;
 mod format;
