@@ -129,6 +129,20 @@ fn what_other_programs_write_is_taken() {
 }
 
 #[test]
+fn data_begins_behind_the_map_and_may_touch_it() {
+    let with_blocks = |blocks| {
+        with(|bytes| {
+            put(field::BLOCKS, blocks)(bytes);
+            put(field::MAP_OFFSET, 512)(bytes);
+            put(field::DATA_OFFSET, 1024)(bytes);
+        })
+    };
+    assert_eq!(with_blocks(128).unwrap().map_bytes(), 512);
+    let error = with_blocks(129).unwrap_err();
+    assert!(error.trouble == Trouble::Corrupt && error.text.contains("within the map of 129 entries"), "{error}");
+}
+
+#[test]
 fn what_can_be_read_and_not_written() {
     let extra = with(put(field::BLOCK_EXTRA, 512)).unwrap();
     assert_eq!(extra.slot_offset(2), 2 * MIB + 2 * (MIB + 512) + 512);
@@ -145,6 +159,25 @@ fn what_can_be_read_and_not_written() {
     }
     // VirtualBox judges by the link.
     assert!(with(put(field::TYPE, 1)).unwrap().has_parent());
+}
+
+#[test]
+fn another_parent_changes_the_type_with_it() {
+    let (link, modify, null) = (Uuid([7; 16]), Uuid([8; 16]), Uuid([0; 16]));
+    for (number, with_parent, without) in [
+        (1, ImageType::Differencing, ImageType::Dynamic),
+        (2, ImageType::Static, ImageType::Static),
+        (3, ImageType::Undo, ImageType::Dynamic),
+        (4, ImageType::Differencing, ImageType::Dynamic),
+    ] {
+        for (link, modify, wanted) in [(link, modify, with_parent), (null, null, without)] {
+            let mut header = with(put(field::TYPE, number)).unwrap();
+            header.set_parent(link, modify);
+            let again = Header::parse(&header.bytes).unwrap();
+            assert_eq!((header.image_type, again.image_type), (wanted, wanted), "type {number}");
+            assert_eq!((again.link, again.parent_modify), (link, modify), "type {number}");
+        }
+    }
 }
 
 #[test]

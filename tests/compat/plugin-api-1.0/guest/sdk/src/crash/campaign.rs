@@ -10,10 +10,10 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 /// Pieces of which all subsets are looked at, if the environment does not say how many.
-const FEW: usize = 8;
+const FEW: usize = 6;
 /// Second runs that are interrupted, too, of each run: in the tests, and in the campaign.
 const SECOND_RUNS: [usize; 2] = [2, 16];
-/// More subsets than of so many pieces are never looked at.
+/// The most pieces of which all subsets are looked at.
 const MOST: usize = 20;
 /// Bytes of images that are small. Each doubling leaves one piece less, as each state takes twice as long.
 const SMALL: usize = 1 << 20;
@@ -24,6 +24,8 @@ pub(super) struct Campaign {
     /// Whether the environment says how much.
     is_long: bool,
     most: usize,
+    /// Whether these are second runs.
+    is_second: bool,
     /// Flushes before which all subsets of sectors were looked at, all subsets of writes, and only random ones.
     flushes: [usize; 3],
 }
@@ -33,7 +35,7 @@ impl Campaign {
     pub(super) fn from_environment() -> Self {
         let said = std::env::var("INSTAR_EVERY_STATE").ok().and_then(|most| most.parse().ok());
         let most = said.map_or(FEW, |most: usize| most.min(MOST));
-        Self { is_long: said.is_some(), most, flushes: [0; 3] }
+        Self { is_long: said.is_some(), most, ..Self::default() }
     }
 
     /// Second runs that are interrupted, too: none, if nobody wants subsets.
@@ -47,9 +49,15 @@ impl Campaign {
     /// From here on, second runs are interrupted: half as many pieces, as there are many runs.
     pub(super) fn begin_second(&mut self) {
         self.most /= 2;
+        self.is_second = true;
     }
 
-    /// Pieces of which all subsets are looked at, in images of so many bytes.
+    /// Whether states are looked at after each change, too, and not only before each flush: not of second runs in the tests.
+    pub(super) fn is_thorough(&self) -> bool {
+        self.is_long || !self.is_second
+    }
+
+    /// Pieces of which all subsets are looked at, in images of `bytes` bytes.
     pub(super) fn most(&self, bytes: usize) -> usize {
         let doublings = (bytes / SMALL).checked_ilog2().map_or(0, |doublings| doublings as usize + 1);
         self.most.saturating_sub(doublings)

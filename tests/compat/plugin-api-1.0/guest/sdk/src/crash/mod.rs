@@ -4,7 +4,7 @@
 //! of it, one change alone, all but one, any subset, and of each write any of its sectors.
 //!
 //! Between two flushes that change little, all subsets are looked at; of the others, random ones. How little is said by the
-//! environment: `INSTAR_EVERY_STATE=14` looks at all subsets of up to 14 sectors or writes. Without it, these are 8.
+//! environment: `INSTAR_EVERY_STATE=14` looks at all subsets of up to 14 sectors or writes. Without it, these are 6.
 //!
 //! [`MemoryDevices`]: crate::memory::MemoryDevices
 
@@ -25,7 +25,7 @@ pub type Files = BTreeMap<u32, Vec<u8>>;
 
 /// Unflushed changes, the latest, each of which is tried alone, and left out.
 const SINGLE: usize = 24;
-/// One in so many states is where a second power loss is tried, in the run that follows, until these are as many as are tried.
+/// In one of this many states, a second power loss is tried in the run that follows, until as many as are wanted were tried.
 const SECOND: usize = 4;
 
 /// Which states are looked at.
@@ -103,7 +103,9 @@ impl Crashes {
                 Some(change) => unflushed.push(change),
                 None => {}
             }
-            self.after_a_change(&mut disks, &unflushed, &mut random, &mut seen.states, verify);
+            if seen.campaign.is_thorough() {
+                self.after_a_change(&mut disks, &unflushed, &mut random, &mut seen.states, verify);
+            }
         }
         self.every_subset(&mut disks, &unflushed, seen, verify);
     }
