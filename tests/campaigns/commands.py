@@ -293,10 +293,25 @@ def convert_replaces(directory):
                       target_fmt="vmdk", words=["convert", "-q", "-O", "vmdk", "IMAGE"])
 
 
+def convert_compresses(directory):
+    """Streams that share clusters, and some clusters that do not shrink."""
+    family(directory)
+    return Converting("a conversion that compresses", directory, "top", "top", others=["base", "mid"],
+                      words=["convert", "-q", "-c", "-O", "qcow2", "-o", "cluster_size=4k", "IMAGE"])
+
+
+def convert_into_parts(directory):
+    """The new image is two files, the one that names the other last."""
+    family(directory)
+    return Converting("a conversion into several files", directory, "top", "top", others=["base", "mid"], target="new.vmdk",
+                      parts=("new-flat.vmdk",), target_fmt="vmdk",
+                      words=["convert", "-q", "-O", "vmdk", "-o", "subformat=monolithicFlat", "IMAGE"])
+
+
 REBASES = [rebase_onto_another, rebase_drops_a_layer, rebase_flattens, rebase_names_only, rebase_qcow, rebase_vmdk]
 RESIZES = [resize_grows, resize_grows_backwards, resize_shrinks, resize_shrinks_alone, resize_fills, resize_reserves, resize_raw,
            resize_qcow, resize_vdi, resize_vpc, resize_vhdx, resize_parallels, resize_vmdk]
 REPAIRS = [repair_all, repair_leaks, repair_parallels, repair_vdi]
 COMMITS = [relink, merge_bitmaps, wipe, adopt, adopt_flattens]
-CONVERSIONS = [convert, convert_replaces]
+CONVERSIONS = [convert, convert_replaces, convert_compresses, convert_into_parts]
 ALL = [*REBASES, *RESIZES, *REPAIRS, *COMMITS, *CONVERSIONS]

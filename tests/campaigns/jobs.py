@@ -231,6 +231,20 @@ class Converting(Job):
     old: str = ""
     target: str = "new"
     target_fmt: str = "qcow2"
+    #: The other files of the new image, which are not overwritten: what a kill left of them is removed, as the refusal says.
+    parts: tuple = ()
+
+    def run(self, *args):
+        self.remove_parts()
+        return super().run(*args)
+
+    def again(self):
+        self.remove_parts()
+        return super().again()
+
+    def remove_parts(self):
+        for name in self.parts:
+            self.path(name).unlink(missing_ok=True)
 
     def __post_init__(self):
         self.kept = {name: support.digest(self.path(name)) for name in self.files_of_source()}
@@ -243,7 +257,7 @@ class Converting(Job):
         return [self.top, *self.others]
 
     def files(self):
-        return [self.path(self.target), *(self.path(name) for name in self.files_of_source())]
+        return [self.path(name) for name in (self.target, *self.parts, *self.files_of_source())]
 
     def traced(self):
         return [self.directory]
@@ -271,4 +285,6 @@ class Converting(Job):
         more = {path.name for path in self.directory.iterdir()} - {path.name for path in self.pristine.iterdir()}
         # What is killed leaves the new image under a temporary name.
         left = {name for name in more if name.startswith(f".{self.target}.instar-") and "KILL" in str(result)}
+        # Its parts get their names before it does.
+        left |= set(self.parts) if now != self.before or "KILL" in str(result) else set()
         self.hold(more <= {self.target, *left}, f"there are {more}", result)

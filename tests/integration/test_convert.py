@@ -186,8 +186,6 @@ def test_what_must_not_be_replaced(tmp_path):
     refused("ERROR_OPEN_FAILED", top, tmp_path / "directory", mentions=["not a regular file"])
     refused("ERROR_IMAGE_NOT_FOUND", tmp_path / "absent.qcow2", tmp_path / "target")
     refused("ERROR_PLUGIN_UNAVAILABLE", top, tmp_path / "target", "-O", "nothing")
-    refused("ERROR_UNSUPPORTED_FORMAT", top, tmp_path / "target.vmdk", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse",
-            mentions=["several files"])
 
 
 def test_a_target_that_is_in_use(tmp_path):
@@ -265,7 +263,7 @@ def test_ended_in_the_middle(sent, old, tmp_path):
     assert_same(source, "raw", target, "qcow2")
 
 
-@pytest.mark.parametrize("options", [["-c"], ["--target-is-zero"], ["--target-image-opts"],
+@pytest.mark.parametrize("options", [["--target-is-zero"], ["--target-image-opts"],
                                      ["-o", "backing_file=base"]])
 def test_options_that_are_not_supported(options, tmp_path):
     source, target = tmp_path / "source.qcow2", tmp_path / "target"

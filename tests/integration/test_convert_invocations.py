@@ -38,7 +38,11 @@ INVOCATIONS = [
       for mode in ("none", "writeback", "writethrough", "directsync", "unsafe")],
     *[([option, "4"], TOP, "same") for option in ("-m", "--parallel")],
     *[([option, "1G"], TOP, "same") for option in ("-r", "--rate")],
-    *[([option, *QCOW2], TOP, "refused") for option in ("-c", "--compress")],
+    *[([option, *QCOW2], TOP, "same") for option in ("-c", "--compress")],
+    (["-c", "-O", "vmdk", "-o", "subformat=streamOptimized"], TOP, "same"),
+    *[(["-O", "vmdk", "-o", f"subformat={kind}"], TOP, "same")
+      for kind in ("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized")],
+    (["-S", "4k"], TOP, "same"),
     *[([option], TOP, "refused") for option in ("--image-opts", "--source-image-opts", "--target-image-opts")],
     (["--object", "secret,id=s,data=x"], TOP, "refused"),
 ]
@@ -48,7 +52,7 @@ SHORT = {
     "--source-format": "-f", "--target-format": "-O", "--target-options": "-o", "--source-snapshot": "-l", "--backing": "-B",
     "--backing-format": "-F", "--no-create": "-n", "--sparse-size": "-S", "--force-share": "-U", "--progress": "-p",
     "--quiet": "-q", "--oob-writes": "-W", "--copy-range-offloading": "-C", "--target-cache": "-t", "--source-cache": "-T",
-    "--parallel": "-m", "--rate": "-r",
+    "--parallel": "-m", "--rate": "-r", "--compress": "-c",
 }
 
 
@@ -83,8 +87,7 @@ def test_as_qemu_img(images, options, sources, outcome):
         with support.untouched(*files):
             result = support.run_instar("convert", *options, *sources, "ours", cwd=images)
         option = next(option for option in options if option != "-O" and option.startswith("-"))
-        shown = {"--compress": "-c"}.get(option, option)
-        assert result.rc == 2 and "(ERROR_BAD_USAGE)" in result.stderr and shown in result.stderr, str(result)
+        assert result.rc == 2 and "(ERROR_BAD_USAGE)" in result.stderr and option in result.stderr, str(result)
         assert result.stderr.count("\n") == 1 and not ours.exists()
         return
     # Some versions document long names that they do not take.

@@ -88,8 +88,9 @@ class Chain:
     def draw_convert(self, name):
         new, fmt = f"new{self.made}", self.rng.choice(["qcow2", "raw", "qcow2"])
         self.made += 1
-        args = ["convert", "-f", self.format(name), "-O", fmt, name, new]
-        return args, args
+        theirs = ["convert", "-f", self.format(name), "-O", fmt, name, new]
+        options = self.rng.choice([[], [], ["-S", "4k"], *([["-c"], ["-c", "-o", "compression_type=zstd"]] if fmt == "qcow2" else [])])
+        return ["convert", *options, *theirs[1:]], theirs
 
     def draw_check(self, name):
         args = ["check", "-q", "-r", self.rng.choice(["leaks", "all"]), name]

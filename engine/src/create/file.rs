@@ -140,7 +140,10 @@ pub(crate) fn write_to(
         reserved.iter().try_for_each(|range| reserve(file, range)).map_err(failed)?;
     }
     for region in regions {
-        file.write_all_at(&region.bytes, region.offset).map_err(failed)?;
+        file.write_all_at(&region.bytes, region.offset).map_err(|error| {
+            let what = format!("cannot be written at offset {}", region.offset);
+            Error::io(path, ErrorCode::OverlayIo, what, &error)
+        })?;
     }
     Ok(())
 }

@@ -5,9 +5,9 @@ use crate::formats::{Format, FORMATS};
 use crate::host;
 use crate::operations::bounded_devices::BoundedDevices;
 use crate::operations::{config, open_sink, open_source};
-use instar_guest_abi::Part;
+use instar_guest_abi::{device_flags, Part};
 use instar_guest_commit::{commit, Commit, CommitFailure, Options, Step};
-use instar_guest_convert::{Disks, Filled, NonZero};
+use instar_guest_convert::{Disks, Filled, NonZero, Sparse};
 use instar_guest_sdk::Source;
 use instar_guest_view::{Ancestors, Layers};
 use instar_plugin_api::{Context, CreateSpec, Incoming, Role};
@@ -50,7 +50,11 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
     if verdict.code != 0 {
         return Ok(None);
     }
-    let target = config(TARGET, &facts, true, verdict.max_length.max(facts.file_length));
+    let mut target = config(TARGET, &facts, true, verdict.max_length.max(facts.file_length));
+    if facts.compresses && trial.random.index(2) == 0 {
+        target.flags |= device_flags::COMPRESS;
+    }
+    let least = *trial.random.pick(&[0, 0, 512, 4096, 65536]);
     io.devices.files.insert(TARGET, new);
     io.devices.hold([(Part::Target, &target)]);
     let planning = |error| (true, error);
@@ -59,12 +63,19 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
         let mut sink = open_sink(format, &mut io, &target, false).map_err(planning)?;
         let mut disks = Disks::new(vec![Layers::new(layers)]).map_err(planning)?;
         let mut below = Ancestors::new(Vec::new());
-        let mut source: Box<dyn Source + '_> = if holds_data {
+        let mut whole: Box<dyn Source + '_> = if holds_data {
             Box::new(Filled::new(&mut disks, sink.info().virtual_size.max(size), false))
         } else {
             Box::new(NonZero::new(&mut disks))
         };
-        let mut images = Commit { source: source.as_mut(), sink: sink.as_mut(), below: &mut below };
+        let mut sparse;
+        let source: &mut dyn Source = if least == 0 {
+            whole.as_mut()
+        } else {
+            sparse = Sparse::new(whole.as_mut(), least, !holds_data);
+            &mut sparse
+        };
+        let mut images = Commit { source, sink: sink.as_mut(), below: &mut below };
         let done = commit(&mut io, &mut images, options, &mut |_| {});
         let plans = |step| matches!(step, Step::Check | Step::Plan);
         done.map(drop).map_err(|CommitFailure { step, error }| (plans(step), error))
