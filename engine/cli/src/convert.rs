@@ -43,7 +43,8 @@ pub struct ConvertArgs {
     /// With -n: all of that reads as zeroes already, and zeroes are not written
     #[arg(long)]
     pub target_is_zero: bool,
-    /// 0 has the new image take space for all of its disk; other sizes change nothing, as data is copied as it is
+    /// Look for zeroes in the data, in pieces of SIZE, which takes one more read of it, and leave them out; 0 has the new image
+    /// take space for all of its disk. Without it, data is copied as it is
     #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = parse_bytes)]
     pub sparse: Option<u64>,
     /// Make the persistent bitmaps of the image that is read in the new one
@@ -209,6 +210,7 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
         backing: args.backing.clone().zip(args.backing_format.clone()),
         in_place: args.no_create,
         target_is_zero: args.target_is_zero,
+        sparse: args.sparse.unwrap_or(0),
         allocate: args.sparse == Some(0),
         bitmaps: args.bitmaps,
         skip_broken_bitmaps: args.skip_broken_bitmaps,

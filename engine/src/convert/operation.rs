@@ -309,8 +309,10 @@ impl Operation for Convert<'_> {
     }
 
     fn payload(&self) -> Vec<u8> {
-        let ConvertRequest { allocate, bitmaps, .. } = *self.request;
-        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps }.encode_to_vec()
+        let ConvertRequest { allocate, bitmaps, salvage, sparse, .. } = *self.request;
+        // What cannot be read is zero in copies, and an error where it is looked at.
+        let sparse = if salvage || allocate { 0 } else { sparse };
+        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {

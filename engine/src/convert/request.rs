@@ -31,6 +31,8 @@ pub struct ConvertRequest {
     pub in_place: bool,
     /// All of its disk reads as zeroes already.
     pub target_is_zero: bool,
+    /// Data that is all zeroes, in pieces of so many bytes, is not copied; 0 if nobody looks for it.
+    pub sparse: u64,
     /// The target allocates all of its disk.
     pub allocate: bool,
     /// Make the bitmaps of the source in the target …

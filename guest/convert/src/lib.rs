@@ -26,7 +26,7 @@ use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Step};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Fate, MergedBitmap, Sink, Skipped, Source};
-use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
+use instar_guest_view::{Ancestors, Detected, Failed, Layers, Opener, Reporter};
 pub use nonzero::NonZero;
 
 /// Convert the view of the images that are read, and report it.
@@ -49,8 +49,13 @@ fn convert(
     let at = |error| Failed { step: Step::Check.name(), error };
     let config = Config::decode(operation.payload());
     let config = config.map_err(|_| at(wrong("the configuration of a conversion cannot be decoded")))?;
-    let Config { write_zeroes, allocate, bitmaps } = config;
-    let mut disks = disks(operation).and_then(Disks::new).map_err(at)?;
+    let Config { write_zeroes, allocate, bitmaps, sparse } = config;
+    let disks = disks(operation).and_then(Disks::new).map_err(at)?;
+    let size = disks.info().virtual_size;
+    let mut disks: Box<dyn Source + '_> = match sparse {
+        0 => Box::new(disks),
+        unit => Box::new(Detected::new(Box::new(disks), unit)),
+    };
     let output = target(operation).map_err(at)?;
     let parents: Vec<&DeviceConfig> = operation.devices(&[MemberRole::Below]).collect();
     let has_backing = !parents.is_empty();
@@ -64,15 +69,14 @@ fn convert(
     let parents =
         parents.iter().map(|&device| -> (u64, Opener<'_>) { (device.virtual_size, Box::new(move || open(device))) });
     let mut below = Ancestors::when_needed(parents);
-    let size = disks.info().virtual_size;
     let whole = size.checked_next_multiple_of(512).unwrap_or(size).min(sink.info().virtual_size).max(size);
     let mut source: Box<dyn Source + '_> = if write_zeroes || allocate {
-        Box::new(Filled::new(&mut disks, whole, allocate))
+        Box::new(Filled::new(disks.as_mut(), whole, allocate))
     } else if has_backing {
         // Zeroes hide what the backing file holds, and holes of a plain file are zeroes.
-        Box::new(disks)
+        disks
     } else {
-        Box::new(NonZero::new(&mut disks))
+        Box::new(NonZero::new(disks.as_mut()))
     };
     // Nothing above or below the target changes, and nothing makes it larger.
     let options = Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps };

@@ -11,4 +11,7 @@ pub struct Config {
     /// The bitmaps of the image that is read are made in the target.
     #[prost(bool, tag = "3")]
     pub bitmaps: bool,
+    /// Data that is all zeroes is no data, in units of so many bytes; 0 if nobody looks for it.
+    #[prost(uint64, tag = "4")]
+    pub sparse: u64,
 }
