@@ -49,6 +49,8 @@ pub enum Stage {
     Writing,
     /// It reads back what was written.
     Verifying,
+    /// It hashes the disk.
+    Hashing,
     /// It gives the space of the overlay back.
     Emptying,
     /// It reads what images hold, and changes nothing.
