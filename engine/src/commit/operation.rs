@@ -248,7 +248,8 @@ impl Operation for Commit<'_> {
         }
         if self.request.atomic {
             let backup = self.request.keep_backup.as_deref();
-            let atomic = Atomic::begin(&mut backing, backup).map_err(|error| error.in_role(Role::Backing))?;
+            let atomic =
+                Atomic::begin(&mut backing, &overlay.opened, backup).map_err(|error| error.in_role(Role::Backing))?;
             session.note(|| format!("the target changes whole or not at all: {atomic}"));
             self.backup = backup.map(|backup| atomic.directory().path().join(backup));
             self.atomic = Some(atomic);
@@ -456,6 +457,8 @@ impl Operation for Commit<'_> {
                 None => usual(changed.clause()),
             }
         })?;
+        // Whatever comes now, the overlay is not what it was when the old target said what replaces it, or keeps its content.
+        atomic.iter().filter(|_| !only_plans).for_each(Atomic::finished);
         let overlay = ended.devices.device(ended.paths.own()).filter(|_| !self.request.only_plans());
         let deletion = self.deletion.and_then(Result::ok);
         if let (Some(deletion), Some(overlay)) = (&deletion, overlay) {

@@ -108,7 +108,7 @@ impl Work {
             Self::OpenToCommit => &[LOOK, OPEN, LIST, CONFINE, CHANGE],
             Self::Commit => &[LOOK, CHANGE],
             Self::OpenToCommitAtomically => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME, CLONE],
-            Self::CommitAtomically => &[LOOK, CHANGE, NAME],
+            Self::CommitAtomically => &[LOOK, CHANGE, NAME, MARK],
             Self::Recover => &[LOOK, CHANGE, NAME],
             Self::OpenToRead => &[LOOK, OPEN, CONFINE],
             Self::Read => &[LOOK],
@@ -283,6 +283,9 @@ const CLONE: &[Call] = &[
     (libc::SYS_fsetxattr, FILE),
     (libc::SYS_fremovexattr, FILE),
 ];
+
+/// Having an old target say what has taken its place.
+const MARK: &[Call] = &[(libc::SYS_fgetxattr, FILE), (libc::SYS_fsetxattr, FILE), (libc::SYS_fremovexattr, FILE)];
 
 /// Printing on a descriptor that the caller hands over for it, and waiting for its reader.
 pub(crate) fn printing_on(descriptor: RawFd) -> Vec<Call> {
