@@ -113,8 +113,8 @@ crash: instar python qemu-img file-systems ## power losses: replay what commands
 mutations: python qemu-img ## would the crash tests notice? takes out every flush of the drivers, swaps steps (an hour or two)
 	$(VENV)/bin/python tests/campaigns/mutations.py $(MUTATIONS)
 
-faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed: all commands
-	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/campaigns/every_fault.py
+faults: instar python qemu-img file-systems ## every system call on an image fails once, is cut short, is where the program is killed: all commands
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(if $(filter 0,$(shell id -u)),unshare --mount )$(VENV)/bin/python tests/campaigns/every_fault.py
 
 damage: ## commit, check, map, resize, rebase, convert and repair pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
 	$(CARGO) run --profile checked -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)
