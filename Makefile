@@ -130,8 +130,8 @@ mutants: cargo-mutants qemu-img ## cargo-mutants over drivers, format libraries,
 mutants-sample: cargo-mutants qemu-img ## as many of them as MUTANTS_COUNT says (50), drawn with MUTANTS_SEED (hours)
 	$(PYTHON) tests/campaigns/mutants.py --tools $(TOOLS)/bin --draw $(MUTANTS_COUNT) --seed $(MUTANTS_SEED) $(MUTANTS_ARGS)
 
-faults: instar python qemu-img ## every system call on an image fails once, is cut short, is where the program is killed: all commands
-	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(VENV)/bin/python tests/campaigns/every_fault.py
+faults: instar python qemu-img file-systems ## every system call on an image fails once, is cut short, is where the program is killed: all commands
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(if $(filter 0,$(shell id -u)),unshare --mount )$(VENV)/bin/python tests/campaigns/every_fault.py
 
 damage: ## commit, check, map, resize, rebase, convert and repair pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
 	$(CARGO) run --profile checked -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Measures `instar commit`, in both sandboxes, against `qemu-img commit`, and convert and rebase against theirs.
+"""Measures `instar commit`, in both sandboxes, against `qemu-img commit`, and convert and rebase against theirs; and what
+the promises of a commit cost.
 
 Each run commits images of its own, written as a guest writes them and synced before the clock starts; those of all programs
 are written side by side. The programs take turns, each of them every turn equally often, so that whatever else the machine and
@@ -28,6 +29,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import commands as others  # noqa: E402
 import growth  # noqa: E402
 import kernel as alone  # noqa: E402
+import promises as promised  # noqa: E402
 import report as reports  # noqa: E402
 from disk import measure_each  # noqa: E402
 from workloads import built, call, workloads  # noqa: E402
@@ -198,6 +200,7 @@ def arguments():
     parser.add_argument("--dir", help="where the images go: the file system to measure on (default: $TMPDIR)")
     parser.add_argument("--no-growth", action="store_true", help="leave out how cost grows with data and size")
     parser.add_argument("--commands", action="store_true", help="only the commands besides commit: convert and rebase")
+    parser.add_argument("--promises", action="store_true", help="only what --verify, --digest and --atomic cost")
     parser.add_argument("--write-docs", action="store_true", help="refresh the tables and the plot of docs/performance.md")
     options = parser.parse_args()
     options.runs = options.runs or (3 if options.quick else 7)
@@ -208,9 +211,10 @@ def arguments():
     for program in (options.instar, "qemu-img"):
         if shutil.which(program) is None:
             parser.error(f"{program} is not there")
-    options.workloads = [] if options.commands else workloads(options.quick)
-    options.others = others.commands(options.quick)
-    known = [workload.name for workload in [*options.workloads, *options.others]]
+    options.workloads = [] if options.commands or options.promises else workloads(options.quick)
+    options.others = [] if options.promises else others.commands(options.quick)
+    options.promised = [] if options.commands else promised.promises(options.quick)
+    known = [workload.name for workload in [*options.workloads, *options.others, *options.promised]]
     unknown = set(options.only or ()) - set(known)
     if unknown:
         names = ", ".join(known)
@@ -218,6 +222,7 @@ def arguments():
     if options.only:
         options.workloads = [workload for workload in options.workloads if workload.name in options.only]
         options.others = [command for command in options.others if command.name in options.only]
+        options.promised = [promise for promise in options.promised if promise.name in options.only]
     return options
 
 
@@ -228,9 +233,10 @@ def main():
     with tempfile.TemporaryDirectory(prefix="instar-bench.", dir=options.dir) as name:
         directory = pathlib.Path(name)
         report = {"machine": describe(instar, directory, options.runs, options.quick)}
-        for key, chosen, measured in (("results", options.workloads, measure), ("commands", options.others, others.measure)):
+        for key, chosen, measured in (("results", options.workloads, measure), ("commands", options.others, others.measure),
+                                      ("promises", options.promised, promised.measure)):
             report[key] = measure_each(chosen, directory, lambda one, place: measured(one, place, instar, options.runs))
-        if not (options.only or options.no_growth or options.commands):
+        if not (options.only or options.no_growth or options.commands or options.promises):
             # Where giving space back costs the disk nothing: with the option `discard`, ext4 waits for it.
             with mounted("xfs", directory) as place:
                 report["growth"] = growth.measure(place or directory, instar, options.quick, verbose_run, timed)
@@ -240,15 +246,20 @@ def main():
     stamp = report["machine"]["date"].replace(":", "").replace("+0000", "Z")
     path = results / f"{stamp}{'-quick' if options.quick else ''}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(reports.markdown(report))
+    if report["results"]:
+        print(reports.markdown(report))
     if report["commands"]:
         print(f"\n{others.table(report['commands'])}")
+    if report["promises"]:
+        print(f"\n{promised.table(report['promises'])}")
     print(f"\nAll numbers: {path.relative_to(PROJECT)}", file=sys.stderr)
     if options.write_docs:
-        if not options.commands:
+        if report["results"]:
             reports.write_docs(report, PROJECT / "docs")
-        body = f"{reports.heading(report['machine'])}\n\n{others.table(report['commands'])}"
-        reports.write_part(PROJECT / "docs/performance.md", others.MARKS, body)
+        for key, part in (("commands", others), ("promises", promised)):
+            if report[key]:
+                body = f"{reports.heading(report['machine'])}\n\n{part.table(report[key])}"
+                reports.write_part(PROJECT / "docs/performance.md", part.MARKS, body)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 
+import atomic_faults
 import faults
 import pytest
 import support
-from support import MIB
+import vhdx_bytes
+from support import KIB, MIB
 
 CAMPAIGN = support.REPO / "tests/campaigns/atomic.py"
 WAYS = {"ext4": "undo-log", "xfs": "clone", "btrfs": "clone"}
@@ -225,6 +231,45 @@ def test_a_backup_that_an_interrupted_run_left(clone):
     clone.check_new()
 
 
+@pytest.mark.parametrize("options", [[], ["-d"], ["--delete-overlay"]], ids=" ".join)
+def test_a_backup_of_a_run_that_ended_behind_the_rename(clone, options):
+    """The target is the new one, and the overlay what it was: the file of that name is what the target was before."""
+    clone.make()
+    old = clone.dir / "old"
+    command = [support.instar_binary(), "commit", "--atomic", *options, "--keep-backup", "old", "--output", "json", clone.top]
+    # The flush of the directory that follows on the rename, again and again.
+    for _ in range(3):
+        support.run(faults.injector(), "KILL", "1", "renameat", clone.dir, "--", *command)
+        killed = support.run(faults.injector(), "KILL", "3", "fsync", clone.dir, "--", *command)
+        assert killed.rc == 137 and support.digest(old) == clone.before and not clone.is_old(), str(killed)
+        for path in clone.dir.glob(".base.instar-*"):
+            path.unlink()
+        # Another overlay asks for another name, and so does whoever asks for no name that is known.
+        support.create(clone.dir / "other", backing="base", cwd=clone.dir)
+        other = support.run_instar("commit", "--atomic", "--ignore-siblings", "--keep-backup", "old", clone.dir / "other")
+        assert other.rc == 1 and "exists" in other.stderr, str(other)
+        (clone.dir / "other").unlink()
+    again = support.run(*command)
+    assert again.rc == 0 and json.loads(again.stdout)["backup"] == str(old), str(again)
+    assert support.digest(old) == clone.before and os.listxattr(old) == os.listxattr(clone.base) == []
+    assert support.content_hash(clone.base) == clone.expected
+    if "--delete-overlay" not in options:
+        refused = support.run(*command)
+        assert refused.rc == 1 and "exists" in refused.stderr, str(refused)
+
+
+def test_a_backup_is_not_taken_for_that_of_another_commit(clone):
+    """After the crash the overlay was written to, or the target replaced: what the file says is not true of them."""
+    clone.make()
+    command = [support.instar_binary(), "commit", "--atomic", "--keep-backup", "old", clone.top]
+    killed = support.run(faults.injector(), "KILL", "4", "fsync", clone.dir, "--", *command)
+    assert killed.rc == 137 and not clone.is_old() and os.listxattr(clone.dir / "old"), str(killed)
+    shutil.copyfile(clone.base, clone.dir / "copied")
+    os.rename(clone.dir / "copied", clone.base)
+    refused = support.run(*command)
+    assert refused.rc == 1 and "exists" in refused.stderr, str(refused)
+
+
 def test_no_backup_without_a_clone(undo):
     undo.make()
     refused = undo.commit("--keep-backup", "old")
@@ -310,7 +355,8 @@ def test_a_link_is_followed_and_stays(place):
 def test_no_command_takes_a_target_that_was_left(undo):
     undo.make().crash_within()
     left = support.digest(undo.base)
-    for command in (["info", undo.base], ["info", "--backing-chain", undo.top], ["check", undo.base], ["check", "-r", "all", undo.base],
+    for command in (["info", undo.base], ["info", "--backing-chain", undo.top], ["check", undo.base], ["check", undo.top],
+                    ["rebase", "-u", "-b", "base", "-F", "qcow2", undo.top], ["resize", undo.top, "+1M"], ["check", "-r", "all", undo.base],
                     ["map", undo.top], ["compare", undo.base, undo.top], ["convert", "-O", "raw", undo.top, undo.dir / "new"],
                     ["convert", "-O", "raw", undo.top, undo.base], ["rebase", "-b", "", undo.top], ["resize", undo.base, "+1M"],
                     ["measure", "-O", "qcow2", undo.base], ["measure", "--commit", undo.top], ["commit", undo.top],
@@ -318,6 +364,9 @@ def test_no_command_takes_a_target_that_was_left(undo):
         refused = support.run_instar(*command)
         line = refused.stderr.splitlines()[-1]
         assert refused.rc != 0 and "instar recover" in line and line.endswith("(ERROR_RECOVERY_NEEDED)"), str(refused)
+    # An overlay by itself is what it was, and what is said of it says what its backing file needs.
+    [note] = support.run_instar("info", "--output", "json", undo.top).json["notes"]
+    assert note.startswith("its backing file has an undo log beside it") and f"`instar recover '{undo.base}'`" in note, note
     assert support.digest(undo.base) == left
     os.symlink(undo.base, undo.dir / "link")
     assert "instar recover" in support.run_instar("info", undo.dir / "link").stderr
@@ -472,6 +521,77 @@ def test_a_log_of_another_file(undo):
     assert refused.rc == 1 and "of another file" in refused.stderr and support.digest(undo.base) == left, str(refused)
 
 
+def forged_length(log, length):
+    """The log, with another length of the target, and the right sum."""
+    data = bytearray(log.read_bytes())
+    data[40:48] = struct.pack("<Q", length)
+    data[4092:4096] = struct.pack("<I", vhdx_bytes.crc32c(data[:4092]))
+    log.write_bytes(data)
+
+
+@pytest.mark.parametrize("length", [1 << 43, (1 << 63) - 1, 64 * MIB])
+def test_a_length_that_the_target_never_had_costs_nothing(undo, length):
+    taken = []
+    mention = forge(undo, lambda log: (forged_length(log, length), taken.append(undo.base.stat().st_blocks)))
+    assert f"of a file of {length} bytes that was not cut since" in mention
+    assert undo.base.stat().st_size < 64 * MIB and undo.base.stat().st_blocks == taken[0]
+
+
+def test_a_target_that_was_restored_and_is_shorter(undo):
+    """Over the same file, as `cp` does it: nothing is written into it."""
+    undo.make().crash_within()
+    backup = undo.dir.parent / "backup"
+    support.create(backup, MIB)
+    shutil.copyfile(backup, undo.base)
+    left = support.digest(undo.base)
+    refused = support.run_instar("recover", undo.base)
+    assert refused.rc == 1 and "restored or made anew" in refused.stderr and support.digest(undo.base) == left, str(refused)
+    backup.unlink()
+
+
+# --- how much room the log takes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "parallels", "qcow"])
+def test_the_room_of_the_log_is_counted(undo, fmt):
+    """A log file that is as full as it gets is never larger than what was said before."""
+    undo.make("qcow2", fmt)
+    said = undo.commit("--dry-run", "--output", "json").json
+    measured = support.run_instar("measure", "--commit", "--atomic", "--output", "json", undo.top).json
+    text = support.run_instar("measure", "--commit", "--atomic", undo.top).stdout
+    assert said["undo_log_bytes"] == measured["undo-log"] > 0 and said["atomic"] == measured["atomic"] == "undo-log"
+    assert f"undo log: {measured['undo-log']}\n" in text
+    assert f"and take {said['undo_log_bytes']} bytes more at most." in undo.commit("--dry-run").stdout
+    # It is whole when it is about to be cut, which is the last of these calls.
+    longest = 0
+    for nth in itertools.count(1):
+        killed = support.run(faults.injector(), "KILL", str(nth), "ftruncate", undo.dir, "--", support.instar_binary(), "commit",
+                             "--atomic", undo.top)
+        if killed.rc == 0:
+            break
+        assert killed.rc == 137, str(killed)
+        if undo.log.exists():
+            longest = max(longest, undo.log.stat().st_size, undo.log.stat().st_blocks * 512)
+            assert support.run_instar("recover", undo.base).rc == 0
+    assert 4096 < longest <= said["undo_log_bytes"], (longest, said)
+    undo.check_new()
+
+
+def test_a_clone_has_no_log(clone):
+    clone.make()
+    measured = support.run_instar("measure", "--commit", "--atomic", "--output", "json", clone.top).json
+    assert measured["atomic"] == "clone" and "undo-log" not in measured and measured["additional-space"] >= 1300 * KIB
+    assert "undo_log_bytes" not in clone.commit("--dry-run", "--output", "json").json
+
+
+def test_no_room_is_needed_for_nothing(undo):
+    support.create(undo.base, 8 * MIB)
+    support.create(undo.top, backing="base", cwd=undo.dir)
+    assert support.run_instar("measure", "--commit", "--atomic", "--output", "json", undo.top).json["undo-log"] < MIB
+    refused = support.run_instar("measure", "--atomic", undo.top)
+    assert refused.rc == 2, str(refused)
+
+
 def test_a_log_that_is_put_back_after_the_commit_undoes_nothing(undo):
     undo.make()
     stopped = subprocess.Popen([support.instar_binary(), "commit", "--atomic", "-r", "1M", undo.top], stderr=subprocess.PIPE)
@@ -603,3 +723,38 @@ def test_no_backup_is_called_like_a_log(clone):
     refused = clone.commit("--keep-backup", ".base.instar-undo")
     assert refused.rc == 2 and "name of an undo log" in refused.stderr, str(refused)
     assert clone.names() == ["base", "top"]
+
+
+# --- all faults -----------------------------------------------------------------------------------
+
+FAULTS = [(kind, make) for kind, makes in atomic_faults.ON.items() for make in makes]
+
+
+@pytest.fixture
+def case(request, mounts):
+    kind, make = request.param
+    directory = mounts / kind / "faults"
+    for left in (directory, directory.with_name("faults.pristine")):
+        shutil.rmtree(left, ignore_errors=True)
+    directory.mkdir()
+    made = make(directory)
+    assert atomic_faults.way_of(made) == WAYS[kind]
+    return made
+
+
+@pytest.mark.parametrize("case", FAULTS, ids=lambda pair: f"{pair[1].__name__}-{pair[0]}", indirect=True)
+def test_a_sample_of_all_faults(case):
+    everything = list(case.faults())
+    assert {fault for fault, _, _ in everything} == set(faults.FAULTS)
+    chosen = random.Random(len(everything)).sample(everything, 10)
+    assert sum(case.inject(*fault) for fault in chosen) > 5
+
+
+@pytest.mark.parametrize("case", [("ext4", atomic_faults.atomic_into_raw), ("xfs", atomic_faults.atomic_into_raw)],
+                         ids=lambda pair: pair[0], indirect=True)
+def test_a_commit_that_is_not_atomic_would_be_seen(case, monkeypatch):
+    monkeypatch.setattr(atomic_faults.Atomic, "command", faults.Case.command)
+    with pytest.raises(faults.Violation, match="neither the old one nor the new one"):
+        for nth in range(1, 4):
+            for call in ("copy_file_range", "ioctl"):
+                case.inject("KILL", nth, call)

@@ -82,6 +82,14 @@ pub struct CommitArgs {
     /// Read back what was written, past the page cache, and compare it with the overlay before that is changed
     #[arg(long)]
     pub verify: bool,
+    /// Print the SHA-256 of the disk as the overlay's guest sees it, read all of it again from the image that it was committed into,
+    /// and fail if that is another one
+    #[arg(long)]
+    pub digest: bool,
+    /// Look for zeroes in the data that is committed, which takes one more read of it, and commit them as zeroes, which take no
+    /// space where the image can say so
+    #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub detect_zeroes: Option<DetectZeroes>,
     /// Remove the overlay's file once everything is durable in the image that it was committed into, instead of emptying it
     #[arg(long, conflicts_with = "keep_overlay")]
     pub delete_overlay: bool,
@@ -110,6 +118,18 @@ pub struct CommitArgs {
     /// The overlay
     #[arg(value_name = "FILENAME")]
     pub filename: PathBuf,
+}
+
+/// What becomes of data that is all zeroes, with QEMU's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DetectZeroes {
+    /// It is data (default)
+    #[default]
+    Off,
+    /// It is committed as zeroes
+    On,
+    /// The same: zeroes give their space back in any case
+    Unmap,
 }
 
 /// Cache modes, with qemu-img's names.
@@ -178,6 +198,8 @@ fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error>
         keep_overlay: args.keep_overlay,
         wipe: args.wipe,
         verify: args.verify,
+        digest: args.digest,
+        detect_zeroes: args.detect_zeroes.unwrap_or_default() != DetectZeroes::Off,
         delete_overlay: args.delete_overlay,
         mode: if args.dry_run { CommitMode::DryRun } else { CommitMode::Whole },
         atomic: args.atomic,

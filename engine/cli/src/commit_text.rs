@@ -1,7 +1,7 @@
 //! What a commit prints.
 
 use super::output::{print, print_json_indented, unprinted_but, OutputFormat};
-use instar::commit::{AtomicWay, CommitOutcome};
+use instar::commit::{AtomicWay, CommitOutcome, DiskDigest};
 use instar::error::Error;
 use instar::escape::{escape_path, printable};
 use std::fmt::Write as _;
@@ -26,9 +26,10 @@ pub fn render_commit_success(
         OutputFormat::Human => print(
             out,
             &format!(
-                "Image committed.\n{}{}{}{}",
+                "Image committed.\n{}{}{}{}{}",
                 bitmaps(result, false),
                 verified(result),
+                digest(result),
                 relinked(result),
                 deleted(result)
             ),
@@ -43,6 +44,9 @@ fn bitmaps(result: &CommitOutcome, would: bool) -> String {
     let count = |result: &str| bitmaps.iter().filter(|bitmap| bitmap.result == result).count();
     let (merged, made) = (count("merged"), count("made"));
     let skipped = bitmaps.len() - merged - made;
+    if bitmaps.is_empty() {
+        return String::new();
+    }
     match would {
         true => format!("{merged} bitmaps would be merged, {made} made, and {skipped} skipped.\n"),
         false => format!("{merged} bitmaps were merged, {made} made, and {skipped} skipped.\n"),
@@ -54,6 +58,15 @@ fn verified(result: &CommitOutcome) -> String {
     let line =
         |bytes| format!("{bytes} bytes were read back from '{}', and are right.\n", escape_path(&result.backing));
     result.verified_bytes.map(line).unwrap_or_default()
+}
+
+/// The line about the digest of the disk.
+fn digest(result: &CommitOutcome) -> String {
+    let line = |digest: &DiskDigest| {
+        let same = if digest.after.is_some() { ", before and after" } else { "" };
+        format!("SHA-256 of the disk ({} bytes){same}: {}\n", digest.length, digest.before)
+    };
+    result.digest.as_ref().map(line).unwrap_or_default()
 }
 
 /// The line about the overlay's file.
@@ -81,10 +94,13 @@ fn relinked(result: &CommitOutcome) -> String {
 }
 
 /// How a target changes whole or not at all.
-fn whole(way: AtomicWay) -> &'static str {
+fn whole(way: AtomicWay, log: Option<u64>) -> String {
     match way {
-        AtomicWay::Clone => "A clone of it would take its place when it is complete. ",
-        AtomicWay::UndoLog => "An undo log beside it would keep what it was until it is complete. ",
+        AtomicWay::Clone => "A clone of it would take its place when it is complete. ".to_owned(),
+        AtomicWay::UndoLog => format!(
+            "An undo log beside it would keep what it was until it is complete, and take {} bytes more at most. ",
+            log.unwrap_or(0)
+        ),
     }
 }
 
@@ -111,7 +127,7 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                 out,
                 &format!(
                     "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
-                     at most, and take {} more bytes of the disk{}. {}{}{}{}{}Nothing was changed.\n",
+                     at most, and take {} more bytes of the disk{}. {}{}{}{}{}Nothing was changed.\n{}",
                     result.clusters_committed,
                     result.bytes_committed,
                     escape_path(&result.overlay_given),
@@ -120,11 +136,12 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                     preview.backing_growth_bytes,
                     preview.backing_space_bytes,
                     free.unwrap_or_default(),
-                    result.atomic.map_or("", whole),
+                    result.atomic.map(|way| whole(way, preview.undo_log_bytes)).unwrap_or_default(),
                     bitmaps(result, true).replace('\n', " "),
                     relinked.unwrap_or_default(),
                     verified.unwrap_or_default(),
                     deleted.unwrap_or_default(),
+                    digest(result),
                 ),
             )
         }

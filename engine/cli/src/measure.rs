@@ -51,6 +51,9 @@ pub struct MeasureArgs {
     /// With --commit: merge the overlay's persistent bitmaps into those of the target, as `instar commit --bitmaps` does
     #[arg(long, requires = "commit")]
     pub bitmaps: bool,
+    /// With --commit: count the room that `instar commit --atomic` takes besides, and refuse what it would refuse
+    #[arg(long, requires = "commit")]
+    pub atomic: bool,
     /// Read the images even if they are in use; a change meanwhile may look like damage
     #[arg(short = 'U', long, conflicts_with = "commit")]
     pub force_share: bool,
@@ -90,6 +93,7 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
             mode: CommitMode::Measure,
             resize_backing: args.resize_backing,
             bitmaps: args.bitmaps,
+            atomic: args.atomic,
             settings,
             ..CommitRequest::default()
         };
@@ -99,11 +103,12 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
             (preview.backing_length_bytes, preview.backing_growth_bytes, preview.backing_space_bytes);
         return match args.output {
             OutputFormat::Human => {
-                print(out, &format!("required size: {length}\ngrowth: {growth}\nadditional disk space: {space}\n"))
+                let log = preview.undo_log_bytes.map(|bytes| format!("undo log: {bytes}\n")).unwrap_or_default();
+                print(out, &format!("required size: {length}\ngrowth: {growth}\nadditional disk space: {space}\n{log}"))
             }
             OutputFormat::Json => {
                 let (target, format) = (outcome.backing.to_string_lossy(), outcome.backing_format);
-                let measured = json!({
+                let mut measured = json!({
                     "required": length,
                     "growth": growth,
                     "additional-space": space,
@@ -111,6 +116,10 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
                     "target-format": format,
                     "sandbox": outcome.sandbox,
                 });
+                if let (Some(way), Some(keys)) = (outcome.atomic, measured.as_object_mut()) {
+                    keys.insert("atomic".to_owned(), json!(way));
+                    preview.undo_log_bytes.map(|bytes| keys.insert("undo-log".to_owned(), json!(bytes)));
+                }
                 print_json(out, &measured)
             }
         };

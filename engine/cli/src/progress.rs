@@ -84,6 +84,7 @@ impl Shown {
             Stage::Checking => "checking",
             Stage::Writing => "writing",
             Stage::Verifying => "verifying",
+            Stage::Hashing => "hashing",
             Stage::Emptying => "emptying",
             Stage::Reading => "reading",
         };
@@ -99,6 +100,7 @@ impl Shown {
                 bar.reset_eta();
             }
             None if progress.stage == Stage::Verifying => (self.print)("instar: reading back what was written\n"),
+            None if progress.stage == Stage::Hashing => (self.print)("instar: hashing the disk\n"),
             None if progress.stage == Stage::Emptying => (self.print)("instar: emptying the overlay\n"),
             None => {}
         }
@@ -120,6 +122,7 @@ impl Shown {
                 format!("instar: stopped at {} % ({done} of {total} bytes)\n", percent(self.last))
             }
             (Ending::Failed, Stage::Verifying) => "instar: stopped while reading back what was written\n".to_owned(),
+            (Ending::Failed, Stage::Hashing) => "instar: stopped while hashing the disk\n".to_owned(),
             (Ending::Failed, Stage::Emptying) => "instar: stopped while emptying the overlay\n".to_owned(),
         };
         (self.print)(&line);
@@ -132,13 +135,14 @@ pub fn one_line(progress: Progress) -> String {
     match progress.stage {
         Stage::Checking => "instar: checking: nothing is changed yet\n".to_owned(),
         Stage::Writing if progress.total == 0 => "instar: writing: how much it is, is not known\n".to_owned(),
-        Stage::Writing | Stage::Verifying | Stage::Emptying | Stage::Reading => line(progress, ""),
+        Stage::Writing | Stage::Verifying | Stage::Hashing | Stage::Emptying | Stage::Reading => line(progress, ""),
     }
 }
 
 fn line(progress: Progress, pace: &str) -> String {
     let what = match progress.stage {
         Stage::Verifying => "reading back: ",
+        Stage::Hashing => "hashing the disk: ",
         Stage::Emptying => "emptying the overlay: ",
         Stage::Checking | Stage::Writing | Stage::Reading => "",
     };

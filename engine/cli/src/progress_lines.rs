@@ -157,6 +157,7 @@ fn name(stage: Stage) -> &'static str {
         Stage::Checking => "checking",
         Stage::Writing => "writing",
         Stage::Verifying => "verifying",
+        Stage::Hashing => "hashing",
         Stage::Emptying => "emptying",
         Stage::Reading => "reading",
     }

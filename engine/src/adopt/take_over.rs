@@ -1,6 +1,6 @@
 //! The step in which the overlay's file gets the target's name.
 
-use crate::commit::removal_denied;
+use crate::commit::{removal_denied, REPLACED_MARK};
 use crate::create::look_like;
 use crate::error::{reason, Error, Role};
 use crate::image::OpenedFile;
@@ -94,7 +94,8 @@ impl TakeOver {
             Error::image(&self.target_path, ErrorCode::BackingIo, clause).in_role(Role::Backing).in_state(state)
         };
         let cannot = |what: &str, errno: Errno| failed(format!("{what}: {}", why(errno)), STATE);
-        look_like(target, overlay).map_err(|why| failed(format!("cannot be replaced by the overlay: {why}"), STATE))?;
+        look_like(target, overlay, &[REPLACED_MARK])
+            .map_err(|why| failed(format!("cannot be replaced by the overlay: {why}"), STATE))?;
         retry_on_intr(|| fsync(overlay))
             .map_err(|errno| cannot("cannot be replaced: the overlay cannot be flushed", errno))?;
         for (name, identity) in [&self.overlay, &self.target] {

@@ -27,6 +27,12 @@ pub struct Admitted {
     pub wanted: Option<Wanted>,
     /// Bytes of the overlay's files.
     pub overlay_length: u64,
+    /// Bytes of the overlay's disk.
+    pub virtual_size: u64,
+    /// Bitmaps of the backing, and of what is committed.
+    pub bitmaps: u64,
+    /// The backing was not closed, and is repaired first.
+    pub repairs: bool,
     /// Bytes of the backing's files.
     pub length: u64,
     /// Bytes that they take of the disk.

@@ -20,6 +20,11 @@ pub struct MergedBitmap {
     pub result: &'static str,
 }
 
+/// How many bitmaps an image has.
+pub fn count(facts: &ImageFacts) -> u64 {
+    facts.bitmaps.as_ref().into_option().map_or(0, |bitmaps| bitmaps.len() as u64)
+}
+
 /// What each fate is called in JSON.
 pub const RESULTS: [(Fate, &str); 7] = [
     (Fate::Merged, "merged"),

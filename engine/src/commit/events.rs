@@ -2,6 +2,7 @@
 
 use super::atomic::Atomic;
 use super::bitmaps::MergedBitmap;
+use super::digest::Digests;
 use super::meter::Meter;
 use super::plan::PlanBounds;
 use super::repeated::Repeated;
@@ -52,6 +53,8 @@ pub struct CommitEvents {
     pub bounds: PlanBounds,
     /// How far reading back is, if what was written is to be read back.
     pub verification: Option<Verification>,
+    /// The digests of the disk, if it is to be hashed.
+    pub digests: Option<Digests>,
     /// The target changes whole or not at all.
     pub atomic: Option<Atomic>,
 }
@@ -76,6 +79,7 @@ impl Default for CommitEvents {
             damages_siblings: false,
             bounds: PlanBounds::default(),
             verification: None,
+            digests: None,
             atomic: None,
         }
     }
@@ -102,7 +106,9 @@ impl CommitEvents {
             return Err(BadRequest("a second plan".to_owned()));
         }
         self.bounds.check(&plan).map_err(BadRequest)?;
-        self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
+        if self.digests.is_none() {
+            self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
+        }
         self.plan = Some(plan);
         // Nothing is changed for them by an overlay that holds nothing: that of a run which is finished by this one, and that
         // had some of them name the target, for one.
@@ -133,10 +139,24 @@ impl CommitEvents {
         Ok(())
     }
 
+    /// The disk is hashed, the guest says.
+    fn hash(&mut self, devices: &Devices, after: bool) -> Result<(), BadRequest> {
+        let (Some(digests), Some(_)) = (&mut self.digests, &self.plan) else {
+            return Err(BadRequest("a disk was hashed that nobody asked for".to_owned()));
+        };
+        self.meter.iter().for_each(|meter| meter.hashing(digests.length()));
+        digests.begin(devices, after)
+    }
+
     /// Whether everything was read back that is to be.
     fn check_read_back(&self) -> Result<(), BadRequest> {
         let planned = self.plan.as_ref().map_or(0, |plan| plan.bytes);
-        self.verification.as_ref().map_or(Ok(()), |verification| verification.check_complete(planned))
+        self.verification.as_ref().map_or(Ok(()), |verification| verification.check_complete(planned))?;
+        match (&self.digests, self.last_phase) {
+            (None, _) => Ok(()),
+            (Some(digests), Phase::Look) => digests.check_before(),
+            (Some(digests), _) => digests.check_after(),
+        }
     }
 }
 
@@ -147,6 +167,9 @@ impl Events for CommitEvents {
         memory: &dyn BufferAccess,
         requests: &mut [Request],
     ) -> Result<(), BadRequest> {
+        if let Some(digests) = self.digests.as_mut().filter(|_| requests.iter().any(Digests::concerns)) {
+            return digests.take(devices, memory, requests);
+        }
         match &mut self.repeated {
             None => devices.execute(memory, requests)?,
             // One after the other, and out of the guest's reach: what is compared must be what is written.
@@ -174,10 +197,14 @@ impl Events for CommitEvents {
             Some(Told::Plan(plan)) => self.planned(plan),
             Some(Told::Bitmap(bitmap)) => self.bitmap(bitmap),
             Some(Told::Complete(_)) => match &mut self.atomic {
-                Some(atomic) => atomic.complete(devices),
+                Some(_) => {
+                    self.check_read_back()?;
+                    self.atomic.as_mut().map_or(Ok(()), |atomic| atomic.complete(devices))
+                }
                 None => Err(BadRequest("a complete target was announced that nobody asked for".to_owned())),
             },
             Some(Told::Verify(found)) => self.read_back(devices, &found),
+            Some(Told::Digest(begun)) => self.hash(devices, begun.after),
             None => Err(BadRequest("an event that says nothing".to_owned())),
         }
     }
@@ -197,6 +224,13 @@ impl Events for CommitEvents {
             }
             (Phase::Overlay | Phase::Children, _) => {
                 self.check_read_back()?;
+                return devices.enter(phase).map_err(BadRequest);
+            }
+            (Phase::Target, _) => {
+                if let (Some(digests), Some(plan)) = (&self.digests, &self.plan) {
+                    digests.check_before()?;
+                    self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
+                }
                 return devices.enter(phase).map_err(BadRequest);
             }
             _ => return devices.enter(phase).map_err(BadRequest),

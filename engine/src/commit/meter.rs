@@ -108,6 +108,13 @@ impl Meter {
         state.enter(Stage::Verifying, total);
     }
 
+    /// The disk is hashed, so many guest bytes of it.
+    pub fn hashing(&self, total: u64) {
+        let mut state = self.0.borrow_mut();
+        state.complete();
+        state.enter(Stage::Hashing, total);
+    }
+
     /// The data is durable in the target: the overlay is emptied.
     pub fn emptying(&self) {
         let mut state = self.0.borrow_mut();
@@ -119,7 +126,7 @@ impl Meter {
     /// The commit is done. In a dry run, nothing was.
     pub fn done(&self) {
         let mut state = self.0.borrow_mut();
-        if state.moved > 0 || matches!(state.progress.stage, Stage::Verifying | Stage::Emptying) {
+        if state.moved > 0 || matches!(state.progress.stage, Stage::Verifying | Stage::Hashing | Stage::Emptying) {
             state.complete();
         }
     }
@@ -166,7 +173,7 @@ impl Watch for Meter {
     fn moved(&mut self, bytes: u64) {
         let mut state = self.0.borrow_mut();
         state.moved = state.moved.saturating_add(bytes);
-        if matches!(state.progress.stage, Stage::Verifying | Stage::Emptying) {
+        if matches!(state.progress.stage, Stage::Verifying | Stage::Hashing | Stage::Emptying) {
             state.durable();
         }
     }

@@ -2,9 +2,10 @@
 
 use super::admitted::Admitted;
 use super::atomic::{Atomic, AtomicWay};
-use super::bitmaps::{allowance, left_out};
+use super::bitmaps::{allowance, count as bitmaps_of, left_out};
 use super::changed::Changed;
 use super::delete::{self, Deletion};
+use super::digest::{self, Digests};
 use super::events::CommitEvents;
 use super::meter::Meter;
 use super::outcome::{CommitOutcome, GuestRun, Preview};
@@ -15,6 +16,7 @@ use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
 use super::siblings::Siblings;
 use super::space::{block_size, free_space, taken_space, Space};
+use super::undo_room::log_room;
 use super::verdict::{become_stale, Parts};
 use super::verify::{self, Verification};
 use super::wipe;
@@ -246,9 +248,10 @@ impl Operation for Commit<'_> {
             session
                 .note(|| format!("child {} will record '{}'", escape_path(&child.opened.path), escape_bytes(backing)));
         }
-        if self.request.atomic && self.request.mode != CommitMode::Measure {
+        if self.request.atomic {
             let backup = self.request.keep_backup.as_deref();
-            let atomic = Atomic::begin(&mut backing, backup).map_err(|error| error.in_role(Role::Backing))?;
+            let atomic =
+                Atomic::begin(&mut backing, &overlay.opened, backup).map_err(|error| error.in_role(Role::Backing))?;
             session.note(|| format!("the target changes whole or not at all: {atomic}"));
             self.backup = backup.map(|backup| atomic.directory().path().join(backup));
             self.atomic = Some(atomic);
@@ -293,6 +296,9 @@ impl Operation for Commit<'_> {
             verify::admit(self.request)?;
             self.message_limit = self.message_limit.saturating_add(verify::message_limit(&parts));
         }
+        if self.request.digest {
+            digest::admit(self.request, &parts)?;
+        }
         if let Some(deletion) = self.deletion.take().transpose()? {
             deletion.admit(self.request, &parts, &mut self.warnings)?;
             self.deletion = Some(Ok(deletion));
@@ -327,6 +333,9 @@ impl Operation for Commit<'_> {
             doubt: None,
             wanted,
             overlay_length: overlay.length(),
+            virtual_size: overlay.facts.virtual_size,
+            bitmaps: parts.merged().chain([*backing]).map(|image| bitmaps_of(&image.facts)).sum(),
+            repairs: backing.facts.dirty,
             length: backing.facts.file_length,
             // Nothing that a clone changes is its own.
             taken: if self.atomic.as_ref().is_some_and(Atomic::is_clone) { Some(0) } else { taken_space(backing) },
@@ -350,7 +359,8 @@ impl Operation for Commit<'_> {
         let bitmaps = self.request.bitmaps;
         let dry_run = self.request.only_plans();
         let verify = self.request.verify && !dry_run;
-        Config { dry_run, resize_backing, relinked, bitmaps, announce_complete: self.request.atomic, verify }
+        let CommitRequest { atomic: announce_complete, digest, detect_zeroes, .. } = *self.request;
+        Config { dry_run, resize_backing, relinked, bitmaps, announce_complete, verify, digest, detect_zeroes }
             .encode_to_vec()
     }
 
@@ -402,13 +412,14 @@ impl Operation for Commit<'_> {
             warnings: self.warnings.clone(),
             observer: Some(observer.clone()),
             verification: (self.request.verify && !self.request.only_plans()).then(|| Verification::new(paths)),
+            digests: self.request.digest.then(|| Digests::new(paths, admitted.virtual_size)),
             atomic,
             ..CommitEvents::default()
         })
     }
 
     fn finish(self, mut ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
-        let (atomic, only_plans) = (ended.events.atomic.take(), self.request.only_plans());
+        let (mut atomic, only_plans) = (ended.events.atomic.take(), self.request.only_plans());
         let events = &ended.events;
         if events.damages_siblings {
             return Err(match (&self.siblings, self.settled()) {
@@ -416,9 +427,19 @@ impl Operation for Commit<'_> {
                 (siblings, _) => siblings.as_ref().map_or_else(nothing_to_commit, Siblings::refusal),
             });
         }
-        let found = events.verification.as_ref().and_then(|found| found.error(&ended.paths));
-        if let Some(error) = found {
-            return Err(error);
+        let found = |kept: Option<&str>| {
+            let verified = events.verification.as_ref().and_then(|found| found.error(&ended.paths, kept));
+            verified.or_else(|| events.digests.as_ref()?.error(&ended.paths, kept))
+        };
+        if let Some(error) = found(None) {
+            return Err(match atomic.take() {
+                // It is given back what it was.
+                Some(atomic) => {
+                    let usual = |state: &str| found(Some(state)).unwrap_or_else(nothing_to_commit);
+                    atomic.error(Changed::of(&ended.devices), usual)
+                }
+                None => error,
+            });
         }
         let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
         let end = match events.lacking {
@@ -433,11 +454,13 @@ impl Operation for Commit<'_> {
         let report = end.map_err(|failure| {
             let changed = Changed::of(&ended.devices);
             let usual = |state: &str| failure.error(&ended.paths, Some(state));
-            match atomic {
+            match atomic.take() {
                 Some(atomic) => atomic.error(changed, usual),
                 None => usual(changed.clause()),
             }
         })?;
+        // Whatever comes now, the overlay is not what it was when the old target said what replaces it, or keeps its content.
+        atomic.iter().filter(|_| !only_plans).for_each(Atomic::finished);
         let overlay = ended.devices.device(ended.paths.own()).filter(|_| !self.request.only_plans());
         let deletion = self.deletion.and_then(Result::ok);
         if let (Some(deletion), Some(overlay)) = (&deletion, overlay) {
@@ -446,6 +469,7 @@ impl Operation for Commit<'_> {
         events.meter.iter().for_each(Meter::done);
         let preview = events.plan.as_ref().filter(|_| self.request.only_plans()).map(|plan| Preview {
             free_bytes: admitted.free,
+            undo_log_bytes: (self.way == Some(AtomicWay::UndoLog)).then(|| log_room(plan, &admitted)),
             ..Preview::of(plan, admitted.length, admitted.taken, &admitted.units())
         });
         Ok(CommitOutcome {
@@ -460,6 +484,7 @@ impl Operation for Commit<'_> {
             overlay_bytes_wiped: (self.request.wipe && !self.request.only_plans())
                 .then_some(ended.devices.stats().overwritten),
             verified_bytes: self.request.verify.then(|| events.verification.as_ref().map_or(0, Verification::bytes)),
+            digest: events.digests.as_ref().and_then(Digests::found),
             overlay_deleted: deletion.map(|_| overlay.is_some()),
             atomic: self.way,
             backup: self.backup.filter(|_| !only_plans),

@@ -3,6 +3,7 @@
 use super::as_text::{optional_path_as_text, path_as_text, paths_as_text};
 use super::atomic::AtomicWay;
 use super::bitmaps::MergedBitmap;
+use super::digest::DiskDigest;
 use super::relinks::Relinked;
 use crate::devices::Statistics;
 use crate::operation::Timing;
@@ -39,6 +40,9 @@ pub struct CommitOutcome {
     /// Guest-visible bytes that were read back and are right, 0 in a dry run; `None` if that was not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified_bytes: Option<u64>,
+    /// The digests of the disk; `None` if they were not wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest: Option<DiskDigest>,
     /// Whether the overlay's file was removed; `None` if that was not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay_deleted: Option<bool>,
@@ -98,6 +102,9 @@ pub struct Preview {
     pub backing_space_bytes: u64,
     /// Bytes that are free for this user; `None` for a block device, and where the file system does not say.
     pub free_bytes: Option<u64>,
+    /// Bytes that an undo log takes besides, at most; `None` without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub undo_log_bytes: Option<u64>,
 }
 
 /// In which units space is allocated, in bytes; 0 or 1 where nothing is.
@@ -112,7 +119,7 @@ pub struct Units {
 }
 
 /// Clusters that a plan allocates, and pieces that it writes: one for each of these, and for each that is committed.
-fn pieces(plan: &Plan) -> (u64, u64) {
+pub(super) fn pieces(plan: &Plan) -> (u64, u64) {
     let allocated = plan.new_data_clusters.saturating_add(plan.new_metadata_clusters);
     (allocated, plan.clusters.saturating_add(allocated))
 }
@@ -164,6 +171,7 @@ impl Preview {
             backing_growth_bytes: end - length,
             backing_space_bytes: taken.map_or(0, |taken| holes(taken).min(written).saturating_add(units.index(plan))),
             free_bytes: None,
+            undo_log_bytes: None,
         }
     }
 }

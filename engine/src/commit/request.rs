@@ -33,6 +33,10 @@ pub struct CommitRequest {
     pub wipe: bool,
     /// Read back what was written, before anything depends on it.
     pub verify: bool,
+    /// Hash the disk before the commit, and the target's afterwards, and compare the two.
+    pub digest: bool,
+    /// Commit data that is all zeroes as zeroes.
+    pub detect_zeroes: bool,
     /// Remove the overlay's file at the end.
     pub delete_overlay: bool,
     /// How far it goes.

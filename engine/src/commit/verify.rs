@@ -21,7 +21,7 @@ const CHUNK: u64 = 1 << 20;
 /// Bytes of a message that a pair takes at most.
 pub const PAIR_BYTES: u64 = 80;
 /// The step in which the target is read back, as the guest names it.
-const STEP: &str = "verify";
+pub(super) const STEP: &str = "verify";
 
 /// Refuse to read back what nothing makes durable.
 ///
@@ -191,18 +191,19 @@ impl Verification {
         Ok(())
     }
 
-    /// Why the commit ended here, if it did: the line that names the target.
+    /// Why the commit ended here, if it did: the line that names the target. `kept` says what the files are like where the target
+    /// is not left as it was written.
     #[must_use]
-    pub fn error(&self, paths: &DevicePaths) -> Option<Error> {
+    pub fn error(&self, paths: &DevicePaths, kept: Option<&str>) -> Option<Error> {
         if let Some(failure) = &self.failure {
-            let state = "nothing but the target was changed: the overlay still holds everything";
+            let state = kept.unwrap_or("nothing but the target was changed: the overlay still holds everything");
             return Some(failure.error(paths, Some(state)));
         }
         let at = self.differs?;
+        let state = kept.unwrap_or("the overlay still holds everything, and the target must not be used");
         let clause = format!(
-            "does not hold what was written to it: reading it back, it differs at guest offset {at}; the overlay still holds \
-             everything, and the target must not be used: find out what is wrong with its disk (the kernel's log may say), and \
-             run the commit again"
+            "does not hold what was written to it: reading it back, it differs at guest offset {at}; {state}: find out what is \
+             wrong with its disk (the kernel's log may say), and run the commit again"
         );
         let target = paths.get(DEVICE_OUTPUT).unwrap_or(Path::new(""));
         Some(Error::image(target, ErrorCode::BackingIo, clause).in_role(Role::Backing).in_step(STEP))
@@ -213,7 +214,7 @@ fn senseless(pair: &Pair) -> BadRequest {
     BadRequest(format!("a pair that makes no sense: {pair:?}"))
 }
 
-fn unreadable(device: u32, offset: u64, error: &io::Error) -> GuestFailure {
+pub(super) fn unreadable(device: u32, offset: u64, error: &io::Error) -> GuestFailure {
     let errno = error.raw_os_error().and_then(|errno| u32::try_from(errno).ok()).unwrap_or(0);
     let failure = GuestFailure::ended(ErrorCode::OverlayIo, "read failed");
     GuestFailure { device: Some(device), offset: Some(offset), errno, step: STEP.to_owned(), ..failure }
@@ -299,7 +300,7 @@ mod tests {
         assert_eq!((taken, whole.bytes()), (Ok(false), SIZE - 4096));
         assert!(whole.check_complete(SIZE - 4096).is_ok());
         assert!(whole.check_complete(SIZE).is_err() && verification().check_complete(0).is_err());
-        assert!(whole.error(&DevicePaths::default()).is_none());
+        assert!(whole.error(&DevicePaths::default(), None).is_none());
     }
 
     #[test]
@@ -310,7 +311,7 @@ mod tests {
             found.take(&mut devices, &told(vec![]), SIZE).unwrap();
             assert!(found.take(&mut devices, &told(vec![pair(0, SIZE)]), SIZE).is_err());
             assert!(found.check_complete(SIZE).is_err() && found.check_complete(0).is_err());
-            let error = found.error(&DevicePaths::default()).unwrap();
+            let error = found.error(&DevicePaths::default(), None).unwrap();
             assert!(error.to_string().contains(&format!("guest offset {at};")), "{error}");
         }
     }

@@ -114,7 +114,7 @@ impl Work {
             Self::OpenToCommit => &[LOOK, OPEN, LIST, CONFINE, CHANGE],
             Self::Commit => &[LOOK, CHANGE],
             Self::OpenToCommitAtomically => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME, CLONE, LIKENESS],
-            Self::CommitAtomically => &[LOOK, CHANGE, NAME],
+            Self::CommitAtomically => &[LOOK, CHANGE, NAME, MARK],
             Self::Recover => &[LOOK, CHANGE, NAME],
             Self::OpenToAdopt => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME, LIKENESS],
             Self::Adopt => &[LOOK, CHANGE, NAME, LIKENESS],
@@ -295,6 +295,9 @@ const LIKENESS: &[Call] = &[
     (libc::SYS_fsetxattr, FILE),
     (libc::SYS_fremovexattr, FILE),
 ];
+
+/// Having an old target say what has taken its place.
+const MARK: &[Call] = &[(libc::SYS_fgetxattr, FILE), (libc::SYS_fsetxattr, FILE), (libc::SYS_fremovexattr, FILE)];
 
 /// Printing on a descriptor that the caller hands over for it, and waiting for its reader.
 pub(crate) fn printing_on(descriptor: RawFd) -> Vec<Call> {

@@ -329,9 +329,10 @@ impl Operation for Convert<'_> {
     }
 
     fn payload(&self) -> Vec<u8> {
-        let ConvertRequest { allocate, bitmaps, sparse, compress, .. } = *self.request;
-        // Where clusters are compressed, whoever does that sees which of them are zero.
-        let sparse = if compress { 0 } else { sparse };
+        let ConvertRequest { allocate, bitmaps, salvage, sparse, compress, .. } = *self.request;
+        // Where clusters are compressed, whoever does that sees which of them are zero. What cannot be read is zero in copies, and
+        // an error where it is looked at.
+        let sparse = if compress || salvage || allocate { 0 } else { sparse };
         Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse }.encode_to_vec()
     }
 

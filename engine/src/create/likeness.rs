@@ -9,11 +9,12 @@ use std::fs::File;
 /// Bytes of an extended attribute, and of the list of their names, at most (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const MOST: usize = 64 << 10;
 
-/// Give a file owner, mode, and extended attributes of the one whose place it takes: access lists and labels are some of them.
+/// Give a file owner, mode, and extended attributes of the one whose place it takes: access lists and labels are some of them. The
+/// attributes `but` stay behind.
 ///
 /// # Errors
 /// One clause that says what it cannot have.
-pub fn look_like(old: &File, new: &File) -> Result<(), String> {
+pub fn look_like(old: &File, new: &File, but: &[&CStr]) -> Result<(), String> {
     let lost = |what: &str| {
         let what = what.to_owned();
         move |errno: Errno| format!("cannot have its {what}: {}", crate::error::reason(&errno.into()))
@@ -24,7 +25,8 @@ pub fn look_like(old: &File, new: &File) -> Result<(), String> {
         fchown(new, owner.0, owner.1).map_err(lost("owner"))?;
     }
     fchmod(new, Mode::from_raw_mode(stat.st_mode & 0o7777)).map_err(lost("mode"))?;
-    let wanted = attributes(old).map_err(lost("extended attributes"))?;
+    let mut wanted = attributes(old).map_err(lost("extended attributes"))?;
+    wanted.retain(|name| !but.contains(&name.as_c_str()));
     // What the directory gives to every new file.
     for name in attributes(new).map_err(lost("extended attributes"))? {
         if !wanted.contains(&name) {

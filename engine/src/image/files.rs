@@ -100,7 +100,9 @@ pub fn add_new_files(image: &mut ChainImage<'_>, made: Vec<OpenedFile>) -> Resul
         let clause = format!("names other files than the {} plugin has made", image.plugin.name());
         return Err(Error::image(path, ErrorCode::PluginRefused, clause));
     }
-    let files = named.iter().zip(made).map(|(named, opened)| ExtraFile { opened, grows: named.grows }).collect();
+    let files = named.iter().zip(made);
+    let files =
+        files.map(|(named, opened)| ExtraFile { opened, grows: named.grows, plain: named.format == "raw" }).collect();
     add_files(image, files)
 }
 

@@ -44,3 +44,4 @@ pub use parents::{check_immediate_parent, check_parents, parent_mismatch};
 pub use roots::Roots;
 pub use snapshot::SnapshotName;
 pub use target::{resolve_backing, BackingChoice, Target};
+pub use unfinished::unfinished_below;

@@ -54,18 +54,19 @@ pub fn check_parents(chain: &[&ChainImage<'_>]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuse a single image whose parent is not the one that it was made on. A missing or inaccessible parent is no reason to
-/// refuse.
+/// Refuse a single image whose parent is not the one that it was made on, or is to be given back what it was. A missing or
+/// inaccessible parent is no reason to refuse.
 ///
 /// # Errors
-/// [`ErrorCode::ParentMismatch`].
+/// [`ErrorCode::ParentMismatch`], [`ErrorCode::RecoveryNeeded`].
 pub fn check_immediate_parent(registry: &Registry, image: &ChainImage<'_>, gate: &Gate) -> Result<(), Error> {
-    if image.facts.parent_identity.is_empty() {
-        return Ok(());
-    }
     let mut descent = Descent::new(registry, gate, &image.opened.path, 1);
     let (part, access) = (Part::Ancestor, Access::Shared);
     let Ok(Some(located)) = descent.next(image, part, access, None) else { return Ok(()) };
+    located.refuse_unfinished()?;
+    if image.facts.parent_identity.is_empty() {
+        return Ok(());
+    }
     match descent.open(image, &located, part, access) {
         Ok(parent) => check_parents(&[image, &parent]),
         Err(_) => Ok(()),

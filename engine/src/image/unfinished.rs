@@ -2,14 +2,16 @@
 //! mixture of two images, which nobody may read or change.
 
 use super::access::Access;
+use super::gate::Located;
 use super::named::NamedFile;
+use super::names::file_name;
 use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::shell_path;
 use crate::lookup::{walk, Directory, Identity, Why};
 use crate::undo::log_name;
 use instar_guest_abi::ErrorCode;
-use rustix::fs::{statat, AtFlags};
+use rustix::fs::{statat, AtFlags, FileType};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -75,22 +77,55 @@ impl OpenedFile {
             // Nobody can find a log of it.
             Whereabouts::Nowhere => return Ok(()),
         };
-        match statat(&directory, log_name(&name), AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT | Errno::NAMETOOLONG) => Ok(()),
-            // A log that cannot be looked at is one.
-            Ok(_) | Err(_) => {
-                let log = directory.path().join(log_name(&name));
-                let clause = format!(
-                    "has an undo log beside it: an atomic commit into it did not end, and if none is running, \
-                     `instar recover {}` gives it back what it was; if it was restored or made anew since, remove the log instead: \
-                     `rm {}`",
-                    shell_path(&self.path),
-                    shell_path(&log)
-                );
-                Err(Error::image(&self.path, ErrorCode::RecoveryNeeded, clause))
-            }
+        match unfinished(&directory, &name, &self.path) {
+            Some(clause) => Err(Error::image(&self.path, ErrorCode::RecoveryNeeded, clause)),
+            None => Ok(()),
         }
     }
+}
+
+/// What is said of the file of this name, at `path` for people, if it has an undo log beside it: one clause.
+fn unfinished(directory: &Directory, name: &OsStr, path: &Path) -> Option<String> {
+    match statat(directory, log_name(name), AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT | Errno::NAMETOOLONG) => None,
+        // A log that cannot be looked at is one.
+        Ok(_) | Err(_) => Some(clause(path, &directory.path().join(log_name(name)))),
+    }
+}
+
+/// What is said of a file with a log.
+fn clause(path: &Path, log: &Path) -> String {
+    format!(
+        "has an undo log beside it: an atomic commit into it did not end, and if none is running, `instar recover {}` gives it \
+         back what it was; if it was restored or made anew since, remove the log instead: `rm {}`",
+        shell_path(path),
+        shell_path(log)
+    )
+}
+
+impl Located {
+    /// Refuse a file with an undo log beside it, which is not opened for that.
+    ///
+    /// # Errors
+    /// [`ErrorCode::RecoveryNeeded`].
+    pub(super) fn refuse_unfinished(&self) -> Result<(), Error> {
+        let file = FileType::from_raw_mode(self.reached.stat.st_mode) == FileType::RegularFile;
+        match unfinished(self.reached.holder.directory(), &self.reached.name, &self.path).filter(|_| file) {
+            Some(clause) => Err(Error::image(&self.path, ErrorCode::RecoveryNeeded, clause)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What is said of the file that an image in a directory names, at `path` for people, if that has an undo log beside it: one
+/// clause. Nothing is opened, and a link is not followed.
+#[must_use]
+pub fn unfinished_below(directory: &Directory, name: &[u8], path: &Path) -> Option<String> {
+    let file = file_name(name).ok().filter(|file| !file.from_working_directory)?;
+    let named = Path::new(OsStr::from_bytes(&file.path));
+    let log = named.with_file_name(log_name(named.file_name()?));
+    statat(directory, &log, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+    Some(clause(path, &directory.path().join(log)))
 }
 
 impl NamedFile {

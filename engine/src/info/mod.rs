@@ -3,7 +3,7 @@
 use crate::confine::{Needs, Reach, Work};
 use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
-use crate::image::{file_name, parent_mismatch, Access, ChainImage, Descent, Gate, NamedFile, Part};
+use crate::image::{file_name, parent_mismatch, unfinished_below, Access, ChainImage, Descent, Gate, NamedFile, Part};
 use crate::lookup::Directory;
 use crate::operation::Session;
 use crate::plugins::{ImageFiles, Registry, SearchPath};
@@ -122,6 +122,11 @@ fn look(image: &ChainImage<'_>, path: PathBuf) -> Result<ImageInfo, Error> {
         let beside = backing.names().find(|name| is_below(&opened.directory, name));
         resolve_backing(&path, beside.unwrap_or(&backing.name))
     });
+    let below = facts.backing.as_ref().into_option().zip(backing_path.as_ref());
+    if let Some((backing, path)) = below {
+        let clause = backing.names().find_map(|name| unfinished_below(&opened.directory, name, path));
+        notes.extend(clause.map(|clause| format!("its backing file {clause}")));
+    }
     Ok(ImageInfo { filename: path, actual_size, facts: facts.clone(), notes, backing_path })
 }
 

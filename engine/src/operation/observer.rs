@@ -63,6 +63,8 @@ pub enum Stage {
     Writing,
     /// Reading back the written data.
     Verifying,
+    /// Hashing the disk.
+    Hashing,
     /// Giving back the space of the overlay.
     Emptying,
     /// Reading images without changing them.

@@ -123,7 +123,12 @@ pub fn open_unchecked<'r>(
 ) -> Result<Option<ChainImage<'r>>, Error> {
     plugin_of(opener.registry, format)?;
     let Some(base) = &opener.named.base else { return Ok(None) };
-    let Ok(opened) = base.open(Access::Shared, ErrorCode::BackingNotFound) else { return Ok(None) };
+    let opened = match base.open(Access::Shared, ErrorCode::BackingNotFound) {
+        // What it holds now, nobody is to see.
+        Err(error) if error.code == ErrorCode::RecoveryNeeded => return Err(error.in_role(Role::Backing)),
+        Err(_) => return Ok(None),
+        Ok(opened) => opened,
+    };
     refuse_itself(image, opened.identity)?;
     let Ok(first) = opened.identify_as(opener.registry, Some(format), "-F") else { return Ok(None) };
     let mut descent = Descent::new(opener.registry, opener.below, base.path(), MAX_CHAIN_DEVICES - 1);
@@ -135,8 +140,11 @@ pub fn open_unchecked<'r>(
         if located.identity() == image.opened.identity {
             return Err(is_above(image, &chain));
         }
-        let Ok(next) = descent.open(above, &located, Part::Ancestor, Access::Shared) else { break };
-        chain.push(next);
+        match descent.open(above, &located, Part::Ancestor, Access::Shared) {
+            Err(error) if error.code == ErrorCode::RecoveryNeeded => return Err(error.in_role(Role::Ancestor)),
+            Err(_) => break,
+            Ok(next) => chain.push(next),
+        }
     }
     Ok(chain.into_iter().next())
 }

@@ -92,8 +92,21 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
         })?;
         let clause = "is the undo log of another file, which was moved, copied or replaced: if this one is as it should be, remove \
                       the log";
-        if !is_of(&opened, &log, &name) {
+        let of_it = is_of(&opened, &log, &name)
+            .map_err(|errno| Error::io(&opened.path, ErrorCode::OpenFailed, "cannot be looked at", &errno.into()))?;
+        if !of_it {
             return Err(refused(clause.to_owned()));
+        }
+        // A crash while the file was given back what it was leaves it as long as that.
+        if !log.goes_with(opened.length()) {
+            let clause = format!(
+                "is the undo log of a file of {} bytes that was not cut since, and '{}' has only {}: it was restored or made anew; \
+                 if it is as it should be, remove the log",
+                log.header().length,
+                escape_path(&opened.path),
+                opened.length()
+            );
+            return Err(refused(clause));
         }
         Some(log.apply(opened.file.file()).map_err(|error| {
             let what = "cannot be given back all that it was: see to it that it can be written, and has room, and run the command again";
@@ -106,14 +119,14 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
 }
 
 /// Whether a log is of this file. The number of its device says nothing: it changes when the machine starts again.
-fn is_of(opened: &OpenedFile, log: &Log<'_>, name: &OsStr) -> bool {
+fn is_of(opened: &OpenedFile, log: &Log<'_>, name: &OsStr) -> Result<bool, Errno> {
     let header = log.header();
     let file = opened.file.file();
     let born = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
     let born = born.filter(|found| found.stx_mask & StatxFlags::BTIME.bits() != 0);
     let born = born.map_or((0, 0), |found| (found.stx_btime.tv_sec.cast_unsigned(), found.stx_btime.tv_nsec));
-    let inode = fstat(file).map(|stat| stat.st_ino);
-    header.name == name.as_bytes() && inode == Ok(header.inode) && (header.born == born || header.born == (0, 0))
+    let inode = fstat(file)?.st_ino;
+    Ok(header.name == name.as_bytes() && inode == header.inode && (header.born == born || header.born == (0, 0)))
 }
 
 /// Open the log of a file, if it has one, and refuse one that somebody else may have made.
@@ -172,10 +185,8 @@ impl Found {
         retry_on_intr(|| ftruncate(&self.file, 0)).map_err(done("cannot be cut"))?;
         retry_on_intr(|| fsync(&self.file)).map_err(done("cannot be flushed"))?;
         let name = self.path.file_name().unwrap_or_default();
-        let own = fstat(&self.file).map(|stat| Identity::of(&stat));
-        if own.is_ok()
-            && own == statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat))
-        {
+        let own = fstat(&self.file).map(|stat| Identity::of(&stat)).map_err(done("cannot be looked at"))?;
+        if statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| Identity::of(&stat) == own) {
             unlinkat(&self.directory, name, AtFlags::empty()).map_err(done("cannot be removed"))?;
         }
         // A crash that brings it back brings back an empty one.

@@ -14,6 +14,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::{retry_on_intr, Errno};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 /// Bytes of the log that are searched at once for records behind its end.
@@ -134,6 +135,16 @@ impl<'f> Log<'f> {
     #[must_use]
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// Whether a file of `length` bytes may be what the log's became. Before it is cut, what is cut off is kept: a file that is shorter
+    /// for another reason was restored or made again, and the log says nothing of it.
+    #[must_use]
+    pub fn goes_with(&self, length: u64) -> bool {
+        let mut kept: Vec<Range<u64>> = self.records.iter().map(|(_, record)| record.range()).collect();
+        kept.sort_by_key(|range| range.start);
+        let reached = kept.iter().fold(length, |at, range| if range.start <= at { at.max(range.end) } else { at });
+        reached >= self.header.length
     }
 
     /// Restore the file, durably.

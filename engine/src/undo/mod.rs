@@ -9,6 +9,8 @@ pub use format::{Header, Kind, Record, HEADER, MOST_DATA, RECORD};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
+/// What is kept is kept by whole blocks of this many bytes, each once.
+pub const KEPT_BLOCK: u64 = 4096;
 /// What the name of a log ends with.
 const SUFFIX: &str = ".instar-undo";
 

@@ -3,7 +3,8 @@
 //! content.
 
 use crate::commit::{
-    AtomicWay, CommitMode, CommitOutcome, CommitRequest, GuestRun, MergedBitmap, Preview, Relinked, BITMAP_RESULTS,
+    AtomicWay, CommitMode, CommitOutcome, CommitRequest, DiskDigest, GuestRun, MergedBitmap, Preview, Relinked,
+    BITMAP_RESULTS,
 };
 use crate::devices::Cache;
 use crate::error::{Error, Role};
@@ -68,6 +69,10 @@ struct CommitMessage {
     verify: bool,
     #[prost(bool, tag = "23")]
     delete_overlay: bool,
+    #[prost(bool, tag = "24")]
+    digest: bool,
+    #[prost(bool, tag = "25")]
+    detect_zeroes: bool,
     #[prost(bool, tag = "30")]
     atomic: bool,
     #[prost(bytes = "vec", optional, tag = "31")]
@@ -142,10 +147,22 @@ struct OutcomeEvent {
     verified_bytes: Option<u64>,
     #[prost(bool, optional, tag = "18")]
     overlay_deleted: Option<bool>,
+    #[prost(message, optional, tag = "19")]
+    digest: Option<DigestEvent>,
     #[prost(uint32, optional, tag = "30")]
     atomic: Option<u32>,
     #[prost(bytes = "vec", optional, tag = "31")]
     backup: Option<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct DigestEvent {
+    #[prost(uint64, tag = "1")]
+    length: u64,
+    #[prost(string, tag = "2")]
+    before: String,
+    #[prost(string, optional, tag = "3")]
+    after: Option<String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -190,6 +207,8 @@ struct PreviewEvent {
     free: Option<u64>,
     #[prost(uint64, tag = "4")]
     length: u64,
+    #[prost(uint64, optional, tag = "5")]
+    undo_log: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -225,7 +244,8 @@ pub enum Answer {
 const CACHES: [Cache; 5] = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe, Cache::None, Cache::Directsync];
 const MODES: [CommitMode; 3] = [CommitMode::Whole, CommitMode::DryRun, CommitMode::Measure];
 const WAYS: [AtomicWay; 2] = [AtomicWay::Clone, AtomicWay::UndoLog];
-const STAGES: [Stage; 5] = [Stage::Checking, Stage::Writing, Stage::Emptying, Stage::Reading, Stage::Verifying];
+const STAGES: [Stage; 6] =
+    [Stage::Checking, Stage::Writing, Stage::Emptying, Stage::Reading, Stage::Verifying, Stage::Hashing];
 
 fn number<T: PartialEq>(all: &[T], one: &T) -> u32 {
     all.iter().position(|other| other == one).and_then(|at| u32::try_from(at).ok()).unwrap_or(0)
@@ -277,6 +297,8 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         relink_in: all_bytes(&request.relink_in),
         wipe: request.wipe,
         verify: request.verify,
+        digest: request.digest,
+        detect_zeroes: request.detect_zeroes,
         delete_overlay: request.delete_overlay,
         atomic: request.atomic,
         keep_backup: request.keep_backup.as_deref().map(bytes),
@@ -305,6 +327,8 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         relink_in: paths(&message.relink_in),
         wipe: message.wipe,
         verify: message.verify,
+        digest: message.digest,
+        detect_zeroes: message.detect_zeroes,
         delete_overlay: message.delete_overlay,
         atomic: message.atomic,
         keep_backup: message.keep_backup.as_deref().map(path),
@@ -346,6 +370,11 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
             overlay_clusters_cleared: outcome.overlay_clusters_cleared,
             overlay_bytes_wiped: outcome.overlay_bytes_wiped,
             verified_bytes: outcome.verified_bytes,
+            digest: outcome.digest.as_ref().map(|digest| DigestEvent {
+                length: digest.length,
+                before: digest.before.clone(),
+                after: digest.after.clone(),
+            }),
             overlay_deleted: outcome.overlay_deleted,
             stale: all_bytes(&outcome.stale),
             warnings: outcome.warnings.clone(),
@@ -354,6 +383,7 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
                 space: preview.backing_space_bytes,
                 free: preview.free_bytes,
                 length: preview.backing_length_bytes,
+                undo_log: preview.undo_log_bytes,
             }),
             backing_grows_to: outcome.backing_grows_to,
             sandbox: SandboxChoice::from_name(outcome.sandbox)
@@ -426,6 +456,7 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
         overlay_clusters_cleared: event.overlay_clusters_cleared,
         overlay_bytes_wiped: event.overlay_bytes_wiped,
         verified_bytes: event.verified_bytes,
+        digest: event.digest.map(|event| DiskDigest::sha256(event.length, event.before, event.after)),
         overlay_deleted: event.overlay_deleted,
         atomic: event.atomic.and_then(|way| by_number(&WAYS, way)),
         backup: event.backup.as_deref().map(path),
@@ -437,6 +468,7 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
             backing_growth_bytes: preview.growth,
             backing_space_bytes: preview.space,
             free_bytes: preview.free,
+            undo_log_bytes: preview.undo_log,
         }),
         backing_grows_to: event.backing_grows_to,
         bitmaps: event.bitmaps.map(|event| event.bitmaps.into_iter().filter_map(bitmap_of).collect()),
@@ -515,6 +547,8 @@ mod tests {
             relink_in: vec!["/d".into(), odd()],
             wipe: true,
             verify: true,
+            digest: true,
+            detect_zeroes: true,
             delete_overlay: true,
             atomic: true,
             keep_backup: Some(odd()),

@@ -68,6 +68,8 @@ pub fn run(
         resize_backing: fixture.resize,
         relinked: None,
         bitmaps: false,
+        digest: false,
+        detect_zeroes: false,
         announce_complete: false,
         verify: false,
     }

@@ -7,9 +7,12 @@
 extern crate alloc;
 
 mod bitmaps;
+mod digest;
 mod open;
+mod read_back;
 mod relinks;
 mod run;
+mod target;
 mod verify;
 
 pub use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Outcome, Plan, Step};

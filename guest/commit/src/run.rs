@@ -2,8 +2,9 @@
 
 use crate::bitmaps::told;
 use crate::open::open;
+use crate::read_back::LookBack;
 use crate::relinks;
-use crate::verify::Target;
+use crate::target::Target;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::cell::RefCell;
@@ -13,8 +14,8 @@ use instar_guest_protocol::Message;
 use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit_and_read_back, Commit, CommitFailure, Event, Options, ReadBack, Step};
 use instar_guest_sdk::ffi::Operation;
-use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Relinks, Source};
-use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
+use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Relinks, Sink, Source};
+use instar_guest_view::{Ancestors, Detected, Failed, Layers, Opener, Reporter};
 
 /// The step in which the overlay's children name the target.
 const RELINK: &str = "relink";
@@ -76,7 +77,7 @@ fn run_chain(
 ) -> Result<crate::Outcome, Failed> {
     let at = |error| Failed { step: Step::Check.name(), error };
     let members = Members::of(operation).map_err(at)?;
-    let Config { dry_run, resize_backing, relinked, bitmaps, announce_complete, verify } =
+    let Config { dry_run, resize_backing, relinked, bitmaps, announce_complete, verify, digest, detect_zeroes } =
         config(operation).map_err(at)?;
     let options = Options { keep_overlay: !members.emptied, dry_run, resize_backing, bitmaps, ..Options::default() };
     let wanted = relinked.unwrap_or_default();
@@ -100,14 +101,18 @@ fn run_chain(
         Some(only) if sources.is_empty() => only,
         last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
     };
+    if detect_zeroes {
+        source = Box::new(Detected::new(source, Detected::unit_for(&sink.info())));
+    }
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let mut relinks = Relinks::new(&children, &wanted.format, identity);
     let mut watch = |event: Event<'_>| match event {
         Event::Complete if !announce_complete => {}
         event => report(event, &mut reporter.borrow_mut()),
     };
-    let mut target = Target { operation, output: members.output, below: &members.below, reporter };
-    let read_back = verify.then_some(&mut target as &mut dyn ReadBack);
+    let target = Target { operation, output: members.output, below: &members.below, reporter };
+    let mut back = LookBack { target, merged: members.merged.clone(), verify, digest };
+    let read_back = (verify || digest).then_some(&mut back as &mut dyn ReadBack);
     let committed = commit_and_read_back(io, &mut images, &mut relinks, read_back, options, &mut watch);
     let outcome = committed.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })?;
     if !dry_run {

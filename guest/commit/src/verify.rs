@@ -2,18 +2,14 @@
 //! hold is paired with what is seen there on the target. Where both are plain, the host compares their bytes, which never enter
 //! the guest; what only a driver can decode is compared here.
 
-use crate::open::open;
-use alloc::vec;
+use crate::target::Target;
 use alloc::vec::Vec;
-use core::cell::RefCell;
 use core::ops::Range;
 use instar_guest_protocol::commit::event::Kind;
-use instar_guest_protocol::commit::{Event, Pair, Side, Verify};
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, FileDevice, FileList};
-use instar_guest_sdk::commit::ReadBack;
-use instar_guest_sdk::ffi::Operation;
+use instar_guest_protocol::commit::{Pair, Side, Verify};
+use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, Source};
-use instar_guest_view::{read_extent, Layers, Reporter};
+use instar_guest_view::{read_extent, Layers};
 
 /// Extents of the layers that are asked for at once.
 const EXTENTS: usize = 1 << 12;
@@ -21,21 +17,6 @@ const EXTENTS: usize = 1 << 12;
 const PAIRS: usize = 128;
 /// Bytes that are decoded at once.
 const CHUNK: u64 = 64 << 10;
-/// Bytes of tables that the drivers of what is seen on the target hold together: the sink still has its own.
-const CACHES: u64 = 8 << 20;
-
-/// The target and what is below it, to be opened once everything is written.
-pub struct Target<'a, 'r, 's> {
-    /// The operation that they belong to.
-    pub operation: &'a Operation<'a>,
-    /// The image that was written.
-    pub output: &'a DeviceConfig,
-    /// What is below it, nearest first.
-    pub below: &'a [&'a DeviceConfig],
-    /// Who tells the host.
-    pub reporter: &'r RefCell<Reporter<'s>>,
-}
-
 /// What is compared, and what was found and not told yet.
 struct Comparison<'a, 't, 'r, 's> {
     target: &'t Target<'a, 'r, 's>,
@@ -45,68 +26,36 @@ struct Comparison<'a, 't, 'r, 's> {
     buffers: [Vec<u8>; 2],
 }
 
-impl Target<'_, '_, '_> {
-    fn tell(&self, pairs: Vec<Pair>) {
-        self.reporter.borrow_mut().event(&Event { kind: Some(Kind::Verify(Verify { pairs })) });
-    }
-}
-
-impl<'a> Target<'a, '_, '_> {
-    /// Open the target, whose files may be longer by now and whose disk has `virtual_size` bytes, and what is below it.
-    fn open(&self, io: &mut dyn BlockIo, virtual_size: u64) -> DriverResult<Layers<'a>> {
-        let cache_bytes = CACHES / (self.below.len() as u64 + 1);
-        let mut files = Vec::new();
-        for file in self.output.files.as_slice() {
-            files.push(FileDevice { file_length: io.length(file.device)?, ..*file });
+/// Compare what the layers hold with what is seen on the target, whose disk has `virtual_size` bytes. `done` is told up to which
+/// guest byte.
+///
+/// # Errors
+/// What the images cannot be read for.
+pub fn verify(
+    target: &Target<'_, '_, '_>,
+    io: &mut dyn BlockIo,
+    source: &mut dyn Source,
+    virtual_size: u64,
+    done: &mut dyn FnMut(u64),
+) -> DriverResult<()> {
+    target.tell(Kind::Verify(Verify { pairs: Vec::new() }));
+    let seen = Layers::new(target.open_below(io, &[], virtual_size)?);
+    let mut comparison = Comparison { target, seen, pairs: Vec::new(), buffers: Default::default() };
+    let end = source.info().virtual_size;
+    let mut from = 0;
+    let mut extents = Extents::with_room_for(EXTENTS);
+    while from < end {
+        extents.clear();
+        let next = source.extents(io, from..end, &mut extents)?;
+        check_extents(&extents, from, next, end).map_err(|why| DriverError::new(ErrorCode::GuestProtocol, why))?;
+        for extent in extents.iter() {
+            comparison.add(io, source, extent)?;
         }
-        let written = DeviceConfig {
-            file_length: io.length(self.output.device)?,
-            virtual_size,
-            cache_bytes,
-            // They live as long as the guest, which ends after this.
-            files: FileList::of(files.leak()),
-            ..*self.output
-        };
-        let own = open(self.operation, &written).map_err(|error| match error.code {
-            // A driver takes what it reads for an overlay.
-            ErrorCode::OverlayCorrupt => DriverError { code: ErrorCode::BackingCorrupt, ..error },
-            _ => error,
-        })?;
-        let mut layers = vec![own];
-        for device in self.below {
-            layers.push(open(self.operation, &DeviceConfig { cache_bytes, ..**device })?);
-        }
-        Ok(Layers::new(layers))
+        from = next;
+        done(next);
     }
-}
-
-impl ReadBack for Target<'_, '_, '_> {
-    fn read_back(
-        &mut self,
-        io: &mut dyn BlockIo,
-        source: &mut dyn Source,
-        virtual_size: u64,
-        done: &mut dyn FnMut(u64),
-    ) -> DriverResult<()> {
-        self.tell(Vec::new());
-        let seen = self.open(io, virtual_size)?;
-        let mut comparison = Comparison { target: self, seen, pairs: Vec::new(), buffers: Default::default() };
-        let end = source.info().virtual_size;
-        let mut from = 0;
-        let mut extents = Extents::with_room_for(EXTENTS);
-        while from < end {
-            extents.clear();
-            let next = source.extents(io, from..end, &mut extents)?;
-            check_extents(&extents, from, next, end).map_err(|why| DriverError::new(ErrorCode::GuestProtocol, why))?;
-            for extent in extents.iter() {
-                comparison.add(io, source, extent)?;
-            }
-            from = next;
-            done(next);
-        }
-        comparison.tell();
-        Ok(())
-    }
+    comparison.tell();
+    Ok(())
 }
 
 impl Comparison<'_, '_, '_, '_> {
@@ -151,7 +100,7 @@ impl Comparison<'_, '_, '_, '_> {
 
     fn tell(&mut self) {
         if !self.pairs.is_empty() {
-            self.target.tell(core::mem::take(&mut self.pairs));
+            self.target.tell(Kind::Verify(Verify { pairs: core::mem::take(&mut self.pairs) }));
         }
     }
 }

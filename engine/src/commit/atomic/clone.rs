@@ -4,11 +4,13 @@
 //!
 //! 1. the clone is filled, and flushed. It has no name: a crash leaves nothing of it, and the target as it was;
 //! 2. the old target gets the name of the backup, if there is to be one, and the directory is flushed. A crash leaves the target
-//!    with two names;
+//!    with two names. Then it [says](super::mark) what takes its place, and is flushed: that is believed only of a file that has
+//!    taken it;
 //! 3. the clone gets a temporary name and then, in one step, the target's; the directory is flushed. A crash leaves the old
 //!    target or the new one, and before the rename perhaps a file with a temporary name;
 //! 4. only then does anything change that counts on the new one: the overlay, its record of its parent, its children.
 
+use super::mark;
 use crate::create::{look_like, NewFile};
 use crate::error::Error;
 use crate::escape::escape_bytes;
@@ -37,6 +39,10 @@ pub struct Clone {
     new: NewFile,
     /// The name that the old target keeps.
     backup: Option<OsString>,
+    /// The backup, which an interrupted run has made already: the target is what took its place.
+    made: Option<File>,
+    /// What is committed, if there is to be a backup.
+    overlay: Option<File>,
     name: OsString,
     directory: Directory,
     identity: Identity,
@@ -45,6 +51,17 @@ pub struct Clone {
 /// Names of a file, besides that of a backup that an interrupted run has left.
 fn other_names(file: &File, left_over: bool) -> u64 {
     fstat(file).map_or(1, |stat| stat.st_nlink).saturating_sub(u64::from(left_over))
+}
+
+/// What becomes of the old target.
+#[derive(Debug)]
+pub struct Backup<'b> {
+    /// The name that it keeps.
+    pub name: &'b OsStr,
+    /// It has been replaced already, and this is it.
+    pub made: Option<File>,
+    /// What is committed.
+    pub overlay: &'b File,
 }
 
 impl Clone {
@@ -56,7 +73,7 @@ impl Clone {
         target: &OpenedFile,
         directory: &Directory,
         name: &OsStr,
-        backup: Option<&OsStr>,
+        backup: Option<Backup<'_>>,
     ) -> Result<(Self, OpenedFile), NoClone> {
         let path = &target.path;
         let old = target.file.file();
@@ -74,16 +91,21 @@ impl Clone {
         // ioctl_ficlone(2): all of it or nothing.
         retry_on_intr(|| ioctl_ficlone(new.file(), old))
             .map_err(|errno| unable("its file system shares no extents", errno))?;
-        look_like(old, new.file()).map_err(|why| NoClone::Unable(format!("a clone {why}")))?;
+        look_like(old, new.file(), &[mark::NAME]).map_err(|why| NoClone::Unable(format!("a clone {why}")))?;
         let opened = new.open().and_then(|opened| {
             let begun_twice =
                 || Error::new(ErrorCode::InternalOverflow, "a clone that was opened twice: please report this");
             opened.ok_or_else(begun_twice)?.lock_unnamed(Access::ReadWrite)
         });
         let opened = opened.map_err(NoClone::Refused)?;
+        let duplicated = |file: &File| file.try_clone().map_err(|error| NoClone::Unable(error.to_string()));
+        let overlay = backup.as_ref().map(|backup| duplicated(backup.overlay)).transpose()?;
+        let (backup, made) = backup.map_or((None, None), |backup| (Some(backup.name.to_owned()), backup.made));
         let clone = Self {
             new,
-            backup: backup.map(OsStr::to_owned),
+            backup,
+            made,
+            overlay,
             name: name.to_owned(),
             directory: directory.clone(),
             identity: target.identity,
@@ -102,16 +124,27 @@ impl Clone {
         if count > 1 {
             return Err(has_names(old, count));
         }
-        if let Some(backup) = self.backup.as_deref().filter(|_| !left_over) {
+        let keeps = !left_over && self.made.is_none();
+        if let Some(backup) = self.backup.as_deref().filter(|_| keeps) {
             self.keep(old, backup)?;
         }
-        let published = self.new.publish(true);
-        if published.is_err() && !left_over {
+        let marked = match &self.overlay {
+            Some(overlay) => mark::set(self.marked(old), self.new.file(), overlay).map_err(|errno| {
+                Error::io(path, ErrorCode::OpenFailed, "cannot be flushed, and so not be kept", &errno.into())
+            }),
+            None => Ok(()),
+        };
+        let published = match marked {
+            Ok(()) => self.new.publish(true),
+            Err(error) => Err(error),
+        };
+        if published.is_err() && keeps {
             // Only as long as the target still has its own name.
             if let Some(backup) =
                 self.backup.as_deref().filter(|_| leads_to(&self.directory, &self.name, self.identity))
             {
                 if leads_to(&self.directory, backup, self.identity) {
+                    mark::remove(old.file.file());
                     let _ = unlinkat(&self.directory, backup, AtFlags::empty());
                 }
             }
@@ -122,6 +155,18 @@ impl Clone {
     /// Whether the old target keeps a name.
     pub fn leaves_backup(&self) -> bool {
         self.backup.is_some()
+    }
+
+    /// What the backup is a name of.
+    fn marked<'o>(&'o self, old: &'o OpenedFile) -> &'o File {
+        self.made.as_ref().unwrap_or_else(|| old.file.file())
+    }
+
+    /// The commit has reached its end: what the backup says of it is not needed any more.
+    pub fn finished(&self, old: &OpenedFile) {
+        if self.backup.is_some() {
+            mark::remove(self.marked(old));
+        }
     }
 
     /// Whether it has taken the place of `old`.

@@ -4,6 +4,7 @@
 //! Elsewhere the target is changed in place, with an [undo log](undo_log) beside it.
 
 mod clone;
+mod mark;
 mod undo_log;
 
 use super::changed::Changed;
@@ -14,14 +15,17 @@ use crate::image::{ChainImage, OpenedFile};
 use crate::lookup::{Directory, Identity};
 use crate::sandbox::BadRequest;
 use crate::undo::is_log_name;
-use clone::{has_names, Clone, NoClone};
+pub(crate) use mark::NAME as REPLACED_MARK;
+
+use clone::{has_names, Backup, Clone, NoClone};
 use instar_guest_abi::{ErrorCode, Part, Phase, DEVICE_OUTPUT};
-use rustix::fs::{fstat, statat, AtFlags};
-use rustix::io::Errno;
+use rustix::fs::{fstat, openat, statat, AtFlags, FileType, Mode, OFlags};
+use rustix::io::{retry_on_intr, Errno};
 use serde::Serialize;
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fmt;
+use std::fs::File;
 use std::mem;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -82,17 +86,38 @@ fn backup_name(backup: &Path) -> Result<&OsStr, Error> {
     Ok(name)
 }
 
-/// Refuse a backup of a name that exists, unless it is the target's, as an interrupted run leaves it. Returns whether it is.
-fn look_at_backup(target: &OpenedFile, (directory, name): (&Directory, &OsStr), backup: &OsStr) -> Result<bool, Error> {
+/// What stands at the name of the backup.
+enum AtBackup {
+    Nothing,
+    /// The target, which has both names.
+    Target,
+    /// What the target was before an interrupted run replaced it.
+    Replaced(File),
+}
+
+/// Refuse a backup of a name that exists, unless an interrupted run of the same commit has left it.
+fn look_at_backup(
+    target: &OpenedFile,
+    (directory, name): (&Directory, &OsStr),
+    backup: &OsStr,
+    overlay: &File,
+) -> Result<AtBackup, Error> {
     match statat(directory, backup, AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => Ok(false),
-        Ok(stat) if Identity::of(&stat) == target.identity && backup != name => Ok(true),
-        _ => {
-            let path = directory.path().join(backup);
-            let clause = "exists, or cannot be looked at: give --keep-backup another name";
-            Err(Error::image(&path, ErrorCode::OpenFailed, clause))
+        Err(Errno::NOENT) => return Ok(AtBackup::Nothing),
+        Ok(stat) if Identity::of(&stat) == target.identity && backup != name => return Ok(AtBackup::Target),
+        // It is looked at before it is opened: that of a device or FIFO can have an effect.
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_nlink == 1 => {
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            let opened = retry_on_intr(|| openat(directory, backup, flags, Mode::empty())).map(File::from);
+            match opened {
+                Ok(old) if mark::is_replaced(&old, target.file.file(), overlay) => return Ok(AtBackup::Replaced(old)),
+                _ => {}
+            }
         }
+        _ => {}
     }
+    let clause = "exists, or cannot be looked at: give --keep-backup another name";
+    Err(Error::image(&directory.path().join(backup), ErrorCode::OpenFailed, clause))
 }
 
 impl Atomic {
@@ -100,7 +125,7 @@ impl Atomic {
     ///
     /// # Errors
     /// One line that names the target and what to do.
-    pub fn begin(target: &mut ChainImage<'_>, backup: Option<&Path>) -> Result<Self, Error> {
+    pub fn begin(target: &mut ChainImage<'_>, overlay: &OpenedFile, backup: Option<&Path>) -> Result<Self, Error> {
         let path = target.opened.path.clone();
         let refused = |clause: &str| Err(Error::image(&path, ErrorCode::UnsupportedFormat, clause));
         if target.opened.block_device {
@@ -114,10 +139,15 @@ impl Atomic {
         }
         let (directory, name) = target.opened.place()?;
         let backup = backup.map(backup_name).transpose()?;
-        let left_over = match backup {
-            Some(backup) => look_at_backup(&target.opened, (&directory, &name), backup)?,
-            None => false,
+        let overlay = overlay.file.file();
+        let found = match backup {
+            Some(backup) => look_at_backup(&target.opened, (&directory, &name), backup, overlay)?,
+            None => AtBackup::Nothing,
         };
+        let left_over = matches!(found, AtBackup::Target);
+        let made = if let AtBackup::Replaced(old) = found { Some(old) } else { None };
+        let backup = backup.map(|name| Backup { name, made, overlay });
+        let keeps = backup.is_some();
         let names = fstat(target.opened.file.file()).map_or(1, |stat| stat.st_nlink);
         if names.saturating_sub(u64::from(left_over)) > 1 {
             return Err(has_names(&target.opened, names));
@@ -143,7 +173,7 @@ impl Atomic {
             Err(NoClone::Refused(error)) => return Err(error),
             Err(NoClone::Unable(why)) => why,
         };
-        if backup.is_some() {
+        if keeps {
             let clause = format!("cannot be cloned, and only a clone leaves a backup ({why}): leave out --keep-backup");
             return refused(&clause);
         }
@@ -153,6 +183,13 @@ impl Atomic {
 
     fn kept(directory: Directory, kept: Kept, why: Option<String>) -> Self {
         Self { kept, directory, why, complete: false, failure: None }
+    }
+
+    /// The commit has reached its end.
+    pub fn finished(&self) {
+        if let Kept::Clone(clone, old) = &self.kept {
+            clone.finished(old);
+        }
     }
 
     /// Whether the target is a clone.

@@ -14,7 +14,7 @@ use crate::error::{reason, Error};
 use crate::escape::{escape_bytes, shell_path};
 use crate::image::OpenedFile;
 use crate::lookup::{Directory, Identity};
-use crate::undo::{log_name, Header, Kind, Log, Record, HEADER, MOST_DATA};
+use crate::undo::{log_name, Header, Kind, Log, Record, HEADER, KEPT_BLOCK as BLOCK, MOST_DATA};
 use crc32c::crc32c;
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{
@@ -33,9 +33,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-
-/// What is kept is kept by whole blocks of this many bytes, each once.
-const BLOCK: u64 = 4096;
 
 /// The log of a target, and what it has of it.
 #[derive(Debug)]
@@ -286,11 +283,11 @@ impl UndoLog {
     fn remove(&self, log: &Path) -> Result<(), Error> {
         let name = log_name(&self.name);
         // Only if it is this one.
-        let own = fstat(&self.log).map(|stat| Identity::of(&stat));
+        let cannot =
+            |errno: rustix::io::Errno| Error::io(log, ErrorCode::BackingIo, "cannot be removed", &errno.into());
+        let own = fstat(&self.log).map(|stat| Identity::of(&stat)).map_err(cannot)?;
         let found = statat(&self.directory, &name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat));
-        if own.is_ok() && own == found {
-            let cannot =
-                |errno: rustix::io::Errno| Error::io(log, ErrorCode::BackingIo, "cannot be removed", &errno.into());
+        if found == Ok(own) {
             unlinkat(&self.directory, &name, AtFlags::empty()).map_err(cannot)?;
             // A crash that brings it back brings back an empty one.
             let _ = retry_on_intr(|| fsync(&self.flushed));

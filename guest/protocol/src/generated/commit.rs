@@ -20,6 +20,12 @@ pub struct Config {
     /// What was written is read back and compared with what the layers hold, before anything depends on it.
     #[prost(bool, tag = "6")]
     pub verify: bool,
+    /// The disk is hashed before the first change as the overlay's guest sees it, and afterwards as the target shows it.
+    #[prost(bool, tag = "7")]
+    pub digest: bool,
+    /// Data that is all zeroes is committed as zeroes.
+    #[prost(bool, tag = "8")]
+    pub detect_zeroes: bool,
 }
 /// What the members that are relinked record of the image that is written.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -40,7 +46,7 @@ pub struct Relinked {
 /// What a commit tells.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Event {
-    #[prost(oneof = "event::Kind", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "event::Kind", tags = "1, 2, 3, 4, 5")]
     pub kind: ::core::option::Option<event::Kind>,
 }
 /// Nested message and enum types in `Event`.
@@ -58,6 +64,9 @@ pub mod event {
         /// Any number of them come before that, and only if the host asked for it: first one without pairs.
         #[prost(message, tag = "4")]
         Verify(super::Verify),
+        /// Twice, and only if the host asked for it: between the plan and the first change, and when the target is complete.
+        #[prost(message, tag = "5")]
+        Digest(super::Digest),
     }
 }
 /// What will be done, sent once, when everything that can refuse has been asked. Nothing can be
@@ -117,6 +126,15 @@ pub struct Side {
     pub device: u32,
     #[prost(uint64, tag = "3")]
     pub offset: u64,
+}
+/// The disk is hashed from here on: what follows are requests that write all of it, ascending and without gaps, to a device that
+/// does not exist, number 2^32-1. COPY names what is plain, so that its bytes never enter the guest, WRITE holds what was decoded,
+/// and ZERO is the rest. In a dry run, the first of the two is all.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Digest {
+    /// It is the target that is read now.
+    #[prost(bool, tag = "1")]
+    pub after: bool,
 }
 /// What becomes of a bitmap of the layers that are committed.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

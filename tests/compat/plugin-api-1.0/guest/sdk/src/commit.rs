@@ -156,6 +156,15 @@ pub struct Commit<'a> {
 /// }
 /// ```
 pub trait ReadBack {
+    /// Everything that can refuse has been asked, and nothing was changed yet; in a dry run, nothing will be.
+    ///
+    /// # Errors
+    /// What the images cannot be read for.
+    fn look_before(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        let _ = io;
+        Ok(())
+    }
+
     /// Compare the target, whose disk has `virtual_size` bytes, with the overlay. The target is complete and durable, and
     /// nothing that depends on it has changed yet. Calls `done` with the guest byte up to which both were compared.
     ///
@@ -205,7 +214,7 @@ pub fn commit_and_read_back(
     io: &mut dyn BlockIo,
     images: &mut Commit<'_>,
     relinks: &mut Relinks<'_, '_>,
-    read_back: Option<&mut dyn ReadBack>,
+    mut read_back: Option<&mut dyn ReadBack>,
     options: Options,
     watch: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome, CommitFailure> {
@@ -242,6 +251,9 @@ pub fn commit_and_read_back(
     let identity = sink.next_identity(images.source.identity().as_ref()).filter(|_| bytes > 0);
     relinks.plan(io, identity, sink.info().virtual_size).map_err(at(Step::Plan))?;
     watch(Event::Planned(Plan { clusters, bytes, encoded_bytes, sink: plan }));
+    if let Some(read_back) = &mut read_back {
+        read_back.look_before(io).map_err(at(Step::Plan))?;
+    }
     if options.dry_run {
         return Ok(Outcome { clusters_committed: clusters, bytes_committed: bytes, overlay_clusters_cleared: 0 });
     }
