@@ -122,7 +122,7 @@ crash: instar python qemu-img file-systems ## power losses: replay what commands
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/campaigns/power_loss.py
 
-every-state: qemu-img ## all states that a power loss can leave of small images, at least a million of all commands and formats (a quarter of an hour)
+every-state: qemu-img ## all states that a power loss can leave of small images, at least a million of all commands and formats (an hour)
 	$(PYTHON) tests/campaigns/every_state.py $(EVERY_STATE_ARGS)
 
 mutations: python qemu-img ## would the crash tests notice? takes out every flush of the drivers, swaps steps (an hour or two)
