@@ -18,7 +18,11 @@ PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
 # What `cargo fuzz` passes, of which stable compilers know all.
-FUZZ_RUSTFLAGS := -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
+# With SANITIZE=address, all code of the fuzzer is checked for bad addresses as well; with coverage, it is counted as OSS-Fuzz shows it.
+SANITIZE ?=
+SANITIZE_address := -Zsanitizer=address
+SANITIZE_coverage := -Cinstrument-coverage
+FUZZ_RUSTFLAGS := $(SANITIZE_$(SANITIZE)) -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
 # The sandbox of all tests, campaigns and the demo, where they are not about one: kvm or process. If it is not named, programs
 # use their default, and the fuzz targets none.
 SANDBOX ?=
@@ -53,7 +57,7 @@ PATHS ?=
 
 include packaging/packaging.mk
 
-.PHONY: help instar lint test-rust test-integration test test-deep crash every-state mutations mutants mutants-sample faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc book aarch64-check bench bench-quick bench-guard profile \
+.PHONY: help instar lint test-rust test-integration test test-deep crash every-state mutations mutants mutants-sample asan faults damage chains fuzz fuzz-corpus demo picture readme-numbers rustdoc book aarch64-check bench bench-quick bench-guard profile \
 	clean python fuzzer qemu-img file-systems semver
 
 help: ## this list; SANDBOX=process runs tests, campaigns and the demo without /dev/kvm
@@ -118,7 +122,7 @@ crash: instar python qemu-img file-systems ## power losses: replay what commands
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/campaigns/power_loss.py
 
-every-state: qemu-img ## all states that a power loss can leave of small images, at least a million of all commands and formats (a quarter of an hour)
+every-state: qemu-img ## all states that a power loss can leave of small images, at least a million of all commands and formats (an hour)
 	$(PYTHON) tests/campaigns/every_state.py $(EVERY_STATE_ARGS)
 
 mutations: python qemu-img ## would the crash tests notice? takes out every flush of the drivers, swaps steps (an hour or two)
@@ -132,6 +136,16 @@ mutants-sample: cargo-mutants qemu-img ## as many of them as MUTANTS_COUNT says 
 
 faults: instar python qemu-img file-systems ## every system call on an image fails once, is cut short, is where the program is killed: all commands
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(if $(filter 0,$(shell id -u)),unshare --mount )$(VENV)/bin/python tests/campaigns/every_fault.py
+
+# The switch of the compiler is not stable: RUSTC_BOOTSTRAP lets the stable compiler take it, for tests only. The C code (zstd)
+# is instrumented by the C compiler, and both report to one runtime. A leak is no bad address, and some tests leak what has to live
+# as long as they do.
+ASAN := ASAN_OPTIONS=detect_leaks=0 RUSTC_BOOTSTRAP=1 RUSTFLAGS='-Zsanitizer=address' CFLAGS_x86_64_unknown_linux_gnu='-fsanitize=address -fno-omit-frame-pointer'
+ASAN_CRATES ?= instar-qcow2-format instar-guest-sdk instar-guest-view instar-plugin-api
+
+asan: ## the C code of zstd, and `unsafe` of the SDK and the contract, under AddressSanitizer: their tests (ASAN_CRATES)
+	$(ASAN) $(CARGO) test --profile checked --target x86_64-unknown-linux-gnu --target-dir target/asan --lib --tests \
+		$(ASAN_CRATES:%=-p %) --features $(if $(filter instar-guest-sdk,$(ASAN_CRATES)),instar-guest-sdk/memory)
 
 damage: ## commit, check, map, resize, rebase, convert and repair pairs of which one to three words of metadata are wrong (DAMAGE_SEED, DAMAGE_COUNT)
 	$(CARGO) run --profile checked -p instar-fuzz --bin instar-damage -- $(DAMAGE_SEED) $(DAMAGE_COUNT)
@@ -233,7 +247,7 @@ fuzzer:
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -y -q --no-install-recommends g++; \
 	else echo 'a C++ compiler is needed for libFuzzer: apt-get install g++' >&2; exit 1; fi
-	RUSTFLAGS='$(FUZZ_RUSTFLAGS)' $(CARGO) build --profile checked --target x86_64-unknown-linux-gnu -p instar-fuzz \
+	$(if $(SANITIZE),RUSTC_BOOTSTRAP=1) RUSTFLAGS='$(FUZZ_RUSTFLAGS)' $(CARGO) build --profile checked --target x86_64-unknown-linux-gnu -p instar-fuzz \
 		--features libfuzzer --bin instar-fuzz
 
 qemu-img:

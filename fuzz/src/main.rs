@@ -1,5 +1,5 @@
-//! One target under libFuzzer: the one that `FUZZ_TARGET` names; `list` prints all names, each with the length of its longest
-//! inputs. The arguments are libFuzzer's. With `FUZZ_SEEDS`, a directory, the target's first inputs and its corpus are written
+//! One target under libFuzzer: the one that `FUZZ_TARGET` names, or the program's own name behind `instar-fuzz-`, as OSS-Fuzz
+//! runs it; `list` prints all names, each with the length of its longest inputs. The arguments are libFuzzer's. With `FUZZ_SEEDS`, a directory, the target's first inputs and its corpus are written
 //! there; with `FUZZ_PACK`, the files of a directory become the corpus; nothing else is done then.
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -66,8 +66,15 @@ unsafe impl GlobalAlloc for Bounded {
 #[global_allocator]
 static ALLOCATOR: Bounded = Bounded;
 
+/// What stands behind `instar-fuzz-` in the name of this program, if that is how it is called.
+fn name_of_program() -> Option<String> {
+    let program = std::env::args_os().next()?;
+    let name = std::path::Path::new(&program).file_name()?.to_str()?;
+    name.strip_prefix("instar-fuzz-").map(str::to_owned)
+}
+
 static TARGET: LazyLock<Target> = LazyLock::new(|| {
-    let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
+    let name = std::env::var("FUZZ_TARGET").unwrap_or_else(|_| name_of_program().unwrap_or_default());
     if name == "list" {
         targets().iter().for_each(|target| println!("{} {}", target.name, target.longest));
         std::process::exit(0);

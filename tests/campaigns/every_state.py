@@ -66,8 +66,7 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", help="only tests whose names contain one of these")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, **MALLOC, "INSTAR_CRASH_DRAWN": "1", "INSTAR_EVERY_STATE": str(options.pieces),
-                       "INSTAR_EVERY_STATE_LOG": folder}
+        environment = {**os.environ, **MALLOC, "INSTAR_EVERY_STATE": str(options.pieces), "INSTAR_EVERY_STATE_LOG": folder}
         start = time.monotonic()
         failed = subprocess.run(tests(options.tests), cwd=ROOT, env=environment, check=False).returncode != 0
         states, (sectors, writes, drawn) = add_up(Path(folder))

@@ -7,7 +7,6 @@ use crate::{
     BlockIo, Content, Extent, Extents, FormatDriver, IoFailure, NoSink, NoSource, Parent, ReadBelow, Sink, Source,
 };
 use alloc::borrow::ToOwned;
-use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_abi::{
@@ -335,13 +334,15 @@ fn a_sink_grows_across_the_border_unless_its_table_has_no_function_for_it() {
     sink.shrink(io, 1 << 20).unwrap();
     assert_eq!(LOG.take(), ["grow to 3145728 over 5", "shrink to 1048576"]);
 
-    let table = |size: usize| {
+    let ops = |size: usize| {
         let mut ops = super::sink_ops::<Driver, TestIo>();
         (ops.size, ops.grow, ops.shrink) = (u32::try_from(size).unwrap(), None, None);
-        FormatOps { source: core::ptr::null(), sink: vec::Vec::leak(vec![ops]).as_ptr() }
+        ops
     };
-    let fixed = table(SinkOps::MIN_SIZE);
-    // SAFETY: the tables live for ever.
+    let table = |ops: &SinkOps| FormatOps { source: core::ptr::null(), sink: core::ptr::from_ref(ops) };
+    let old = ops(SinkOps::MIN_SIZE);
+    let fixed = table(&old);
+    // SAFETY: the tables live until the end of this test, and nothing that is made of them longer.
     let mut sink =
         unsafe { ForeignFormat::new(&raw const fixed) }.unwrap().open_sink(&DeviceConfig::default(), false).unwrap();
     LOG.take();
@@ -349,7 +350,8 @@ fn a_sink_grows_across_the_border_unless_its_table_has_no_function_for_it() {
     assert_eq!(sink.shrink(io, 1 << 20).unwrap_err().code, ErrorCode::UnsupportedFormat);
     assert_eq!(LOG.take(), <[&str; 0]>::default());
     sink.plan(io, &[]).unwrap();
-    let too_short = table(SinkOps::MIN_SIZE - 1);
+    let short = ops(SinkOps::MIN_SIZE - 1);
+    let too_short = table(&short);
     // SAFETY: as above.
     assert!(unsafe { ForeignFormat::new(&raw const too_short) }.is_err());
 }
