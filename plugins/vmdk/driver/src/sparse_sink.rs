@@ -20,7 +20,7 @@ use crate::tables::Table;
 use crate::work::{grains, Group, Groups, OpenGrain, Part};
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::abi::{FileDevice, PlanSummary, Request};
+use instar_guest_sdk::abi::{device_flags, FileDevice, PlanSummary, Request};
 use instar_guest_sdk::table::{Action, ClusterData, ClusterPlace};
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, Extent, OrderedWriter, ReadBelow};
 use instar_vmdk_format::{table_marker, Compressor, CowdHeader, Grain, SECTOR};
@@ -79,7 +79,8 @@ impl SparseSink {
     pub(crate) fn new(image: Image, file: &FileDevice, has_backing: bool) -> DriverResult<Self> {
         let planner = Planner::of(&image, file, has_backing)?;
         let (space, out) = (Space(planner.first_free), OrderedWriter::new(image.device));
-        Ok(Self { image, planner, space, out, open: None, compressor: Compressor::default(), growth: None })
+        let compressor = Compressor::new(file.flags & device_flags::COMPRESS != 0);
+        Ok(Self { image, planner, space, out, open: None, compressor, growth: None })
     }
 
     pub(crate) fn write_group(

@@ -13,6 +13,8 @@ use miniz_oxide::DataFormat;
 /// The levels of zlib that are tried, until the stream is no longer than it may be: the fastest, which compresses three times
 /// as fast as zlib's usual one into a sixth more bytes, and the one that only stores.
 const LEVELS: [u8; 2] = [1, 0];
+/// The same, beginning with zlib's usual level.
+const SMALL: [u8; 2] = [6, 0];
 
 /// Decode a stream into a grain, of which the disk has the first `visible` bytes: QEMU stores no more than these of a disk's
 /// last one. What follows is zero.
@@ -32,23 +34,32 @@ pub fn decode_grain(stream: &[u8], grain: &mut [u8], visible: u64) -> Result<(),
 
 /// Compresses grains; its tables of some hundred KiB are made once. The same bytes always give the same stream.
 #[derive(Default)]
-pub struct Compressor(Option<Box<CompressorOxide>>);
+pub struct Compressor {
+    encoder: Option<Box<CompressorOxide>>,
+    small: bool,
+}
 
 impl fmt::Debug for Compressor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Compressor").field(&self.0.is_some()).finish()
+        f.debug_struct("Compressor").field("small", &self.small).finish_non_exhaustive()
     }
 }
 
 impl Compressor {
+    /// One that takes the time of zlib's usual level, or not.
+    #[must_use]
+    pub const fn new(small: bool) -> Self {
+        Self { encoder: None, small }
+    }
+
     /// What is stored of a grain that begins at sector `sector` of the disk: marker and stream, padded to whole sectors,
     /// [`GrainMarker::longest`] at most. What does not shrink is in stored blocks. `None` for more bytes than any grain has.
     pub fn stored(&mut self, sector: u64, grain: &[u8]) -> Option<Vec<u8>> {
         let room = usize::try_from(GrainMarker::longest(grain.len() as u64)).ok()?;
         let mut stored = vec![0; room];
         let stream = stored.get_mut(GrainMarker::BYTES..)?;
-        let compressor = self.0.get_or_insert_with(Box::default);
-        let length = LEVELS.iter().find_map(|&level| {
+        let compressor = self.encoder.get_or_insert_with(Box::default);
+        let length = if self.small { SMALL } else { LEVELS }.iter().find_map(|&level| {
             compressor.reset();
             compressor.set_format_and_level(DataFormat::Zlib, level);
             let (status, _, length) = compress(compressor, grain, stream, TDEFLFlush::Finish);
@@ -91,6 +102,8 @@ mod tests {
                 .collect();
             let longest = stream(&mut compressor, &noise);
             assert!(longest >= size, "{size}: {longest}");
+            let small = stream(&mut Compressor::new(true), &noise);
+            assert!(small >= size, "{size}: {small}");
             // Half of it, which shrinks.
             let half: Vec<u8> = noise.iter().map(|byte| byte & 15).collect();
             let again = stream(&mut Compressor::default(), &half);
