@@ -86,6 +86,11 @@ class Atomic(faults.Case):
     def check_status(self, fault, call, result, done):
         if done and fault not in ("KILL", "EINTR", "SHORT") and result.rc == 0 and call in CLONES | REMOVALS:
             return
+        if fault in faults.ERRNO and result.rc == 1 and f"{self.log.name}'" in result.stderr:
+            # It only grows: where in it the write failed helps nobody.
+            lines = [line for line in result.stderr.splitlines() if not line.startswith("inject: ")]
+            self.hold(len(lines) == 1 and faults.ERRNO[fault] in lines[0], f"{fault} of {call} is not named", result)
+            return
         super().check_status(fault, call, result, done)
 
     def check_images(self, result, finished):
