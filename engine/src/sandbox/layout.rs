@@ -76,7 +76,8 @@ pub fn fill(memory: &dyn Place, core: ModuleSpec<'_>, spec: &Program<'_>) -> Res
     }
     table.count = u32::try_from(modules.len()).unwrap_or(0);
 
-    let heap = next.next_multiple_of(LARGE_PAGE)..GUEST_MEMORY_SIZE;
+    // It begins in the large page that the last module ends in: to touch one more takes as long as to load a module.
+    let heap = next..GUEST_MEMORY_SIZE;
     mappings.extend(regions(&heap));
     if spec.payload.len() as u64 > PAYLOAD_SIZE
         || spec.members.len() > MAX_MEMBERS

@@ -46,22 +46,22 @@ impl PageTables {
         (PAGE_TABLES_ADDR + table as u64 * PAGE_SIZE) | PRESENT | WRITE | USER | ACCESSED
     }
 
-    /// Map the pages of `start..end` to themselves, with large pages where `start` and `end` are multiples of
-    /// one. `None` if the range is not whole pages of guest memory, is mapped already, or the tables are full.
+    /// Map the pages of `start..end` to themselves, with large pages wherever a whole one lies in the range. `None` if the range
+    /// is not whole pages of guest memory, is mapped already, or the tables are full.
     pub fn map(&mut self, start: u64, end: u64, rights: Rights) -> Option<()> {
-        let large = start.is_multiple_of(LARGE_PAGE) && end.is_multiple_of(LARGE_PAGE);
-        let step = if large { LARGE_PAGE } else { PAGE_SIZE };
-        if !start.is_multiple_of(step) || !end.is_multiple_of(step) || start > end || end > GUEST_MEMORY_SIZE {
+        if !start.is_multiple_of(PAGE_SIZE) || !end.is_multiple_of(PAGE_SIZE) || start > end || end > GUEST_MEMORY_SIZE
+        {
             return None;
         }
         let mut address = start;
         while address < end {
+            let large = address.is_multiple_of(LARGE_PAGE) && end - address >= LARGE_PAGE;
             let entry = if large { self.large_entry(address)? } else { self.small_entry(address)? };
             if *entry != 0 {
                 return None;
             }
             *entry = address | bits(rights) | if large { LARGE } else { 0 };
-            address += step;
+            address += if large { LARGE_PAGE } else { PAGE_SIZE };
         }
         Some(())
     }
@@ -168,6 +168,20 @@ mod tests {
         ] {
             assert_eq!(walk(&bytes, address), rights.map(|rights| (address, rights)), "{address:#x}");
         }
+    }
+
+    #[test]
+    fn a_range_that_begins_within_a_large_page_goes_on_with_large_ones() {
+        let mut tables = PageTables::new();
+        let (start, end) = ((4 << 20) - PAGE_SIZE, (8 << 20) + PAGE_SIZE);
+        tables.map(start, end, Rights::DATA).unwrap();
+        // The three that are always there, and one for each end.
+        assert_eq!(tables.tables.len(), 5);
+        let bytes = tables.bytes();
+        for address in [start, 4 << 20, (6 << 20) - 1, 6 << 20, (8 << 20) - 8, 8 << 20, end - 1] {
+            assert_eq!(walk(&bytes, address), Some((address, Rights::DATA)), "{address:#x}");
+        }
+        assert_eq!((walk(&bytes, start - 1), walk(&bytes, end)), (None, None));
     }
 
     #[test]
