@@ -6,7 +6,7 @@ use crate::error::{reason, Error, Role};
 use crate::image::OpenedFile;
 use crate::lookup::{Directory, Identity};
 use instar_guest_abi::ErrorCode;
-use rustix::fs::{fstat, fsync, openat, renameat, statat, AtFlags, Mode, OFlags};
+use rustix::fs::{fstat, fsync, openat, renameat, Mode, OFlags};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::OsString;
 use std::fs::File;
@@ -99,8 +99,7 @@ impl TakeOver {
         retry_on_intr(|| fsync(overlay))
             .map_err(|errno| cannot("cannot be replaced: the overlay cannot be flushed", errno))?;
         for (name, identity) in [&self.overlay, &self.target] {
-            let found = statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat));
-            if found != Ok(*identity) {
+            if self.directory.entry(name) != Ok(*identity) {
                 let clause = "is not replaced: another process has renamed or replaced one of the two images meanwhile";
                 return Err(failed(clause.to_owned(), STATE));
             }

@@ -12,7 +12,7 @@ use crate::lookup::{Directory, Identity};
 use crate::plugins::FileImage;
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{
-    fchmod, fchown, fstat, fsync, linkat, openat, renameat, renameat_with, statat, unlinkat, AtFlags, Mode, OFlags,
+    fchmod, fchown, fstat, fsync, linkat, openat, renameat, renameat_with, unlinkat, AtFlags, Mode, OFlags,
     RenameFlags, CWD,
 };
 use rustix::io::{retry_on_intr, Errno};
@@ -231,9 +231,7 @@ impl NewFile {
         if durable {
             retry_on_intr(|| fsync(&self.file)).map_err(at("cannot be flushed"))?;
         }
-        let is_there =
-            statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat)).ok();
-        if is_there != self.replaces() {
+        if self.directory.entry(&self.name).ok() != self.replaces() {
             let clause =
                 "was made, replaced or removed by another process meanwhile, and is left alone: run the command again";
             return Err(Error::image(&path, ErrorCode::OpenFailed, clause));

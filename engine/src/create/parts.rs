@@ -8,7 +8,7 @@ use crate::image::OpenedFile;
 use crate::lookup::{Directory, Identity};
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::CreatedFile;
-use rustix::fs::{fchmod, fchown, fstat, fsync, renameat_with, statat, unlinkat, AtFlags, Gid, Mode, RenameFlags, Uid};
+use rustix::fs::{fchmod, fchown, fstat, fsync, renameat_with, unlinkat, AtFlags, Gid, Mode, RenameFlags, Uid};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -91,7 +91,7 @@ impl Parts {
         for (part, file) in self.parts.iter_mut().zip(files) {
             let name = OsStr::from_bytes(&file.name);
             let path = self.directory.path().join(name);
-            if statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            if self.directory.entry(name).is_ok() {
                 let clause = "exists, and is not overwritten: it would be part of the new image; remove it, or choose another name";
                 return Err(Error::image(&path, ErrorCode::OpenFailed, clause));
             }
@@ -180,7 +180,7 @@ impl Part {
         if let Some(name) = self.name.as_ref().filter(|_| self.named) {
             // Not if another file has it by now.
             let own = fstat(&self.file).map(|stat| Identity::of(&stat)).ok();
-            let there = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat)).ok();
+            let there = directory.entry(name).ok();
             if own.is_some() && own == there {
                 let _ = unlinkat(directory, name, AtFlags::empty());
             }

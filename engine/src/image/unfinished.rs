@@ -8,7 +8,7 @@ use super::names::file_name;
 use super::open::OpenedFile;
 use crate::error::Error;
 use crate::escape::shell_path;
-use crate::lookup::{walk, Directory, Identity, Why};
+use crate::lookup::{walk, Directory, Why};
 use crate::undo::log_name;
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{statat, AtFlags, FileType};
@@ -29,9 +29,7 @@ enum Whereabouts {
 
 impl OpenedFile {
     fn whereabouts(&self) -> Whereabouts {
-        let is_it = |directory: &Directory, name: &OsStr| {
-            statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| Identity::of(&stat) == self.identity)
-        };
+        let is_it = |directory: &Directory, name: &OsStr| directory.entry(name) == Ok(self.identity);
         if is_it(&self.holder, &self.name) {
             return Whereabouts::Here(self.holder.clone(), self.name.clone());
         }

@@ -1,6 +1,6 @@
 //! A directory as an open descriptor, which stays the same directory whatever happens to its name.
 
-use rustix::fs::{fstat, openat, readlinkat, FileType, Mode, OFlags, Stat, CWD};
+use rustix::fs::{fstat, openat, readlinkat, statat, AtFlags, FileType, Mode, OFlags, Stat, CWD};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -123,6 +123,14 @@ impl Directory {
         let entry = retry_on_intr(|| openat(self, name, PLACE | OFlags::NOFOLLOW, Mode::empty()))?;
         let stat = fstat(&entry)?;
         Ok((entry, stat))
+    }
+
+    /// Return the identity of the file that has this name; of a link itself, if it is one.
+    ///
+    /// # Errors
+    /// The kernel's; `ENOENT` if no file has the name.
+    pub fn entry(&self, name: &OsStr) -> Result<Identity, Errno> {
+        statat(self, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat))
     }
 
     /// Open the subdirectory with this name, without following a link.

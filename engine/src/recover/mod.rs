@@ -186,7 +186,7 @@ impl Found {
         retry_on_intr(|| fsync(&self.file)).map_err(done("cannot be flushed"))?;
         let name = self.path.file_name().unwrap_or_default();
         let own = fstat(&self.file).map(|stat| Identity::of(&stat)).map_err(done("cannot be looked at"))?;
-        if statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| Identity::of(&stat) == own) {
+        if self.directory.entry(name) == Ok(own) {
             unlinkat(&self.directory, name, AtFlags::empty()).map_err(done("cannot be removed"))?;
         }
         // A crash that brings it back brings back an empty one.

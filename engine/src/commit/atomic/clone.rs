@@ -17,7 +17,7 @@ use crate::escape::escape_bytes;
 use crate::image::{Access, OpenedFile};
 use crate::lookup::{Directory, Identity};
 use instar_guest_abi::ErrorCode;
-use rustix::fs::{fstat, ioctl_ficlone, linkat, statat, unlinkat, AtFlags, CWD};
+use rustix::fs::{fstat, ioctl_ficlone, linkat, unlinkat, AtFlags, CWD};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -119,7 +119,7 @@ impl Clone {
     /// What is in the way, the target is as it was; or its directory cannot be flushed, the new one is complete.
     pub fn publish(&mut self, old: &OpenedFile) -> Result<(), Error> {
         let path = &old.path;
-        let left_over = self.backup.as_deref().is_some_and(|backup| leads_to(&self.directory, backup, self.identity));
+        let left_over = self.backup.as_deref().is_some_and(|backup| self.directory.entry(backup) == Ok(self.identity));
         let count = other_names(old.file.file(), left_over);
         if count > 1 {
             return Err(has_names(old, count));
@@ -141,9 +141,9 @@ impl Clone {
         if published.is_err() && keeps {
             // Only as long as the target still has its own name.
             if let Some(backup) =
-                self.backup.as_deref().filter(|_| leads_to(&self.directory, &self.name, self.identity))
+                self.backup.as_deref().filter(|_| self.directory.entry(&self.name) == Ok(self.identity))
             {
-                if leads_to(&self.directory, backup, self.identity) {
+                if self.directory.entry(backup) == Ok(self.identity) {
                     mark::remove(old.file.file());
                     let _ = unlinkat(&self.directory, backup, AtFlags::empty());
                 }
@@ -172,7 +172,7 @@ impl Clone {
     /// Whether it has taken the place of `old`.
     pub fn has_replaced(&self, old: &OpenedFile) -> bool {
         fstat(self.new.file()).is_ok_and(|stat| stat.st_nlink > 0)
-            && !leads_to(&self.directory, &self.name, old.identity)
+            && self.directory.entry(&self.name) != Ok(old.identity)
     }
 
     /// Give the old target the name of the backup, too, durably.
@@ -188,11 +188,6 @@ impl Clone {
             failed(errno)
         })
     }
-}
-
-/// Whether a name leads to a file.
-fn leads_to(directory: &Directory, name: &OsStr, identity: Identity) -> bool {
-    statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| Identity::of(&stat) == identity)
 }
 
 /// The refusal of a file with several names.

@@ -18,8 +18,8 @@ use crate::undo::{log_name, Header, Kind, Log, Record, HEADER, KEPT_BLOCK as BLO
 use crc32c::crc32c;
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{
-    fchown, fcntl_getfl, fcntl_setfl, fstat, fsync, ftruncate, openat, statat, statx, unlinkat, AtFlags, Gid, Mode,
-    OFlags, StatxFlags, Uid,
+    fchown, fcntl_getfl, fcntl_setfl, fstat, fsync, ftruncate, openat, statx, unlinkat, AtFlags, Gid, Mode, OFlags,
+    StatxFlags, Uid,
 };
 use rustix::io::retry_on_intr;
 use std::collections::hash_map::RandomState;
@@ -262,7 +262,7 @@ impl UndoLog {
         if !self.is_named() {
             return Ok(());
         }
-        let found = statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat));
+        let found = self.directory.entry(&self.name);
         if found != Ok(self.identity) {
             let clause = "was moved or replaced by another process meanwhile, and is given back what it was";
             return Err(Error::image(&self.path, ErrorCode::OpenFailed, clause));
@@ -286,7 +286,7 @@ impl UndoLog {
         let cannot =
             |errno: rustix::io::Errno| Error::io(log, ErrorCode::BackingIo, "cannot be removed", &errno.into());
         let own = fstat(&self.log).map(|stat| Identity::of(&stat)).map_err(cannot)?;
-        let found = statat(&self.directory, &name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| Identity::of(&stat));
+        let found = self.directory.entry(&name);
         if found == Ok(own) {
             unlinkat(&self.directory, &name, AtFlags::empty()).map_err(cannot)?;
             // A crash that brings it back brings back an empty one.
