@@ -1,6 +1,7 @@
 //! The name that somebody may have meant: of those that exist, the one with the fewest typing errors.
 
-/// The name that is nearest to the wanted one, if it is near enough to have been meant: a third of its characters may differ.
+/// The name that is nearest to the wanted one, if it is near enough to have been meant: a third of its characters may differ, not
+/// counting an extension, which names of files have in common.
 /// Of several that are equally near, the first that is as long, or else the first.
 ///
 /// ```
@@ -9,7 +10,8 @@
 /// ```
 pub fn nearest<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let wanted: Vec<char> = wanted.chars().collect();
-    let bound = wanted.len() / 3;
+    let stem = wanted.iter().rposition(|&letter| letter == '.').unwrap_or(wanted.len());
+    let bound = stem / 3;
     let near = |name: &'a str| {
         // A name that differs by its length alone need not be compared.
         let longer = name.chars().count().abs_diff(wanted.len());
@@ -62,6 +64,7 @@ mod tests {
     fn what_is_far_away_was_not_meant() {
         assert_eq!(nearest("none", ["top", "base"]), None);
         assert_eq!(nearest("bsae.qcow2", ["top.qcow2", "base.qcow2", "base.raw"]), Some("base.qcow2"));
+        assert_eq!(nearest("top.qcow2", ["mid.qcow2", "base.qcow2"]), None, "only the extension is near");
         assert_eq!(nearest("", [""]), Some(""));
         assert_eq!(nearest("qcow3", ["qcow", "qcow2"]), Some("qcow2"));
     }
