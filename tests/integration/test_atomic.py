@@ -258,6 +258,27 @@ def test_a_backup_of_a_run_that_ended_behind_the_rename(clone, options):
         assert refused.rc == 1 and "exists" in refused.stderr, str(refused)
 
 
+def test_a_backup_of_somebody_else_is_not_believed(clone):
+    """A stranger can say of a file of their own what an old target says; only its owner and mode show whose it is."""
+    clone.make()
+    command = [support.instar_binary(), "commit", "--atomic", "--keep-backup", "old", clone.top]
+    killed = support.run(faults.injector(), "KILL", "4", "fsync", clone.dir, "--", *command)
+    assert killed.rc == 137 and not clone.is_old(), str(killed)
+    old = clone.dir / "old"
+    mark = os.getxattr(old, "user.instar.replaced-by")
+    old.rename(clone.dir / "real")
+    old.write_bytes(b"a stranger's")
+    os.setxattr(old, "user.instar.replaced-by", mark)
+    for owner, mode in ((65534, clone.base.stat().st_mode), (0, 0o666)):
+        os.chown(old, owner, owner)
+        old.chmod(mode & 0o7777)
+        refused = support.run(*command)
+        assert refused.rc == 1 and "exists" in refused.stderr, str(refused)
+    old.unlink()
+    (clone.dir / "real").rename(old)
+    assert support.run(*command).rc == 0 and support.digest(old) == clone.before
+
+
 def test_a_backup_is_not_taken_for_that_of_another_commit(clone):
     """After the crash the overlay was written to, or the target replaced: what the file says is not true of them."""
     clone.make()

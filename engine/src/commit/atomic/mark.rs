@@ -6,7 +6,7 @@
 //! inode and its birth, and the overlay by its inode and the time of its last change: once the overlay is emptied, or
 //! written to, the mark says nothing any more. So a crash in between leaves no backup that a later commit would take for its own.
 
-use rustix::fs::{fgetxattr, fremovexattr, fsetxattr, statx, AtFlags, Statx, StatxFlags, XattrFlags};
+use rustix::fs::{fgetxattr, fremovexattr, fsetxattr, fstat, statx, AtFlags, Stat, Statx, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
@@ -40,6 +40,11 @@ fn read(old: &File) -> Option<String> {
 /// Whether an old target says that `target` has taken its place, in a commit of this overlay as it is now.
 #[must_use]
 pub fn is_replaced(old: &File, target: &File, overlay: &File) -> bool {
+    // Anybody can write such a mark on a file of their own; the old target is its owner's, with the same mode.
+    let same = |old: &Stat, new: &Stat| (old.st_uid, old.st_gid, old.st_mode) == (new.st_uid, new.st_gid, new.st_mode);
+    if !matches!((fstat(old), fstat(target)), (Ok(old), Ok(target)) if same(&old, &target)) {
+        return false;
+    }
     let Some(wanted) = line(target, overlay) else { return false };
     read(old).is_some_and(|value| value.split_inclusive('\n').any(|line| line == wanted))
 }

@@ -116,7 +116,8 @@ fn look_at_backup(
         }
         _ => {}
     }
-    let clause = "exists, or cannot be looked at: give --keep-backup another name";
+    let clause = "exists, or cannot be looked at, and is not overwritten: if it is the backup of this commit, that has ended; if it is \
+                  something else, give --keep-backup another name";
     Err(Error::image(&directory.path().join(backup), ErrorCode::OpenFailed, clause))
 }
 
