@@ -45,6 +45,15 @@ def source(tmp_path_factory):
     return path
 
 
+def test_a_link_to_the_target_gives_no_name_to_the_parts(source, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/real.vmdk").write_bytes(b"old")
+    (tmp_path / "link.vmdk").symlink_to("sub/real.vmdk")
+    convert("-O", "vmdk", "-o", "subformat=monolithicFlat", source, tmp_path / "link.vmdk")
+    assert sorted(os.listdir(tmp_path / "sub")) == ["real-flat.vmdk", "real.vmdk"] and (tmp_path / "link.vmdk").is_symlink()
+    same(source, "qcow2", tmp_path / "sub/real.vmdk", "vmdk")
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind, old, source, tmp_path):

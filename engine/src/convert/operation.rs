@@ -116,7 +116,8 @@ impl<'q> Convert<'q> {
         let refused = |clause: String| Error::image(path, ErrorCode::UnsupportedFormat, clause);
         let spec = CreateSpec {
             virtual_size: size,
-            file_name: path.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default().into(),
+            // Not that of a link to it: the names of other files begin with this one, and lie beside it.
+            file_name: new.name().as_bytes().to_vec().into(),
             backing: self.pointer().into(),
             backing_facts: parent.cloned().into(),
             options: options_of(&self.request.options),
