@@ -85,7 +85,7 @@ def test_compressed_zeroes_and_several_layers(tmp_path):
 
 
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
-@pytest.mark.parametrize("size, least", [(None, 5 * MIB), ("4k", 0), ("64k", 0), ("16M", 0)])
+@pytest.mark.parametrize("size, least", [(None, 5 * MIB), ("4k", 0), ("64k", 0), ("16M", 5 * MIB)])
 def test_convert_leaves_them_out(tmp_path, fmt, size, least):
     source, target = tmp_path / "source", tmp_path / "target"
     create(source, 16 * MIB, fmt="qcow2")
@@ -93,7 +93,8 @@ def test_convert_leaves_them_out(tmp_path, fmt, size, least):
     result = run_instar("convert", "-O", fmt, *(["-S", size] if size else []), source, target)
     assert result.rc == 0, str(result)
     assert support.content_hash(target, fmt) == support.content_hash(source)
-    assert least <= taken(target) - 64 * KIB and (size is None or taken(target) < MIB)
+    # A run of zeroes that is shorter than what is asked for stays data.
+    assert least <= taken(target) - 64 * KIB and (least > 0 or taken(target) < MIB)
 
 
 def test_convert_with_other_options(tmp_path):
@@ -102,9 +103,6 @@ def test_convert_with_other_options(tmp_path):
     for options in (["-B", "base", "-F", "qcow2"], ["-c"], ["--salvage"]):
         target = tmp_path / "target"
         result = run_instar("convert", "-O", "qcow2", "-S", "4k", *options, tmp_path / "top", target)
-        if options == ["-c"]:
-            assert result.rc == 2
-            continue
         assert result.rc == 0 and support.content_hash(target) == expected, str(result)
     create(tmp_path / "old", 16 * MIB, fmt="raw")
     qemu_io(tmp_path / "old", "write -P 9 0 16M", fmt="raw")
