@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 
+import faults
 import pytest
 import support
 from support import MIB, create, qemu_img, qemu_io
@@ -74,7 +75,7 @@ def test_layers_between_are_merged_too(chain):
     expected = support.content_hash(chain / "top")
     result = adopt(chain, base="root")
     assert result.rc == 0 and "'has taken" not in result.stdout, str(result)
-    assert "lies between the overlay and" in result.stderr
+    assert f"'{chain / 'base'}': becomes stale" in result.stderr
     assert sorted(path.name for path in chain.iterdir()) == ["base", "root"]
     assert support.content_hash(chain / "root") == expected
     assert "backing-filename" not in support.info(chain / "root")
@@ -154,15 +155,20 @@ def refusals(directory):
         create(directory / "top", backing="base", cwd=directory)
         create(directory / "child", backing="top", cwd=directory)
 
+    def own_bitmap():
+        create(directory / "base", 8 * MIB)
+        create(directory / "top", backing="base", cwd=directory)
+        qemu_img("bitmap", "--add", directory / "top", "one")
+
     return {
-        smaller: "whose end would be lost", snapshot_below: "would be lost with it", snapshot_above: "has internal snapshots (1)",
+        own_bitmap: "cannot lose the name of its backing file", smaller: "whose end would be lost", snapshot_below: "would be lost with it", snapshot_above: "has internal snapshots (1)",
         bitmap: "has bitmaps (1)", raw: "is a raw image, and the overlay a qcow2 image", identities: "records identities",
         elsewhere: "lies in another directory", two_names: "has 2 names", sibling: "--ignore-siblings",
         child: "which could not be read without it",
     }
 
 
-@pytest.mark.parametrize("which", range(10))
+@pytest.mark.parametrize("which", range(11))
 def test_what_would_be_lost_or_is_impossible_is_refused(tmp_path, which):
     make, said = list(refusals(tmp_path).items())[which]
     make()
@@ -243,12 +249,26 @@ def test_a_run_that_was_cut_short_is_recognised(chain):
     assert result.rc == 1 and INTERRUPTED in result.stderr, str(result)
 
 
+def test_what_is_renamed_by_hand_has_owner_and_mode_of_the_target(chain):
+    """Killed before the last step."""
+    expected = support.content_hash(chain / "top")
+    (chain / "base").chmod(0o600)
+    killed = support.run(faults.injector(), "KILL", "1", "renameat", chain, "--", support.instar_binary(), "commit", "--by-adoption",
+                         "-b", "base", chain / "top")
+    assert killed.rc == 137, str(killed)
+    assert INTERRUPTED in adopt(chain).stderr
+    (chain / "top").rename(chain / "base")
+    assert (chain / "base").stat().st_mode & 0o777 == 0o600 and support.content_hash(chain / "base") == expected
+    again = adopt(chain)
+    assert again.rc == 1 and "if an earlier run with --by-adoption has ended" in again.stderr, str(again)
+
+
 def test_the_target_has_to_be_named(chain):
     result = support.run_instar("commit", "--by-adoption", chain / "top")
     assert result.rc == 2 and "--base <BASE>" in result.stderr, str(result)
 
 
-@pytest.mark.parametrize("option", ["-d", "--atomic", "--bitmaps", "--wipe", "--verify", "--delete-overlay"])
+@pytest.mark.parametrize("option", ["-d", "--atomic", "--bitmaps", "--wipe", "--verify", "--digest", "--detect-zeroes", "--delete-overlay", "--keep-backup=x"])
 def test_options_that_do_not_go_with_it(chain, option):
     result = adopt(chain, option)
     assert result.rc == 2 and "cannot be used with" in result.stderr, str(result)

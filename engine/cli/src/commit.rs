@@ -99,7 +99,8 @@ pub struct CommitArgs {
         long,
         requires = "base",
         conflicts_with_all = [
-            "keep_overlay", "rate_limit", "atomic", "bitmaps", "relink", "relink_in", "wipe", "verify", "delete_overlay"
+            "keep_overlay", "rate_limit", "atomic", "keep_backup", "bitmaps", "relink", "relink_in", "wipe", "verify", "digest",
+            "detect_zeroes", "delete_overlay"
         ]
     )]
     pub by_adoption: bool,

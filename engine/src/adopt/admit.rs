@@ -53,6 +53,14 @@ pub fn admit(request: &AdoptRequest, overlay: &ChainImage<'_>, target: &ChainIma
         let clause = format!("has bitmaps ({bitmaps}), which would be lost with it: commit without --by-adoption");
         return of_target(ErrorCode::UnsupportedFormat, clause);
     }
+    let own = over.bitmaps.as_ref().into_option().map_or(0, |bitmaps| bitmaps.len());
+    if own > 0 && under.backing.is_none() {
+        let clause = format!(
+            "has bitmaps ({own}), and its header cannot lose the name of its backing file in one step: commit without \
+             --by-adoption, with --bitmaps"
+        );
+        return Err(Error::image(&overlay.opened.path, ErrorCode::UnsupportedFormat, clause).in_role(Role::Overlay));
+    }
     if over.virtual_size < under.virtual_size {
         let clause = format!(
             "is a disk of {} bytes, and the overlay one of {}, whose end would be lost: commit without --by-adoption",

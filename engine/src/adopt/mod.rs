@@ -6,14 +6,16 @@
 //!
 //! The order, and the crash that each step survives:
 //!
-//! 1. the guest writes into the overlay what is below it, durably, and then has it name the target's parent, in one step. A crash
-//!    leaves an overlay that reads what it read, and the target as it was;
+//! 1. the guest writes into the overlay what is below it, durably. A crash leaves an overlay that reads what it read, and the
+//!    target as it was;
 //! 2. the overlay gets the target's owner, mode and extended attributes, durably. A crash leaves the same;
-//! 3. one rename gives the overlay's file the target's name; then the directory is flushed. A crash leaves either name leading to
+//! 3. the guest has the overlay name the target's parent, in one step. A crash leaves the same, or an overlay that no longer needs
+//!    the target;
+//! 4. one rename gives the overlay's file the target's name; then the directory is flushed. A crash leaves either name leading to
 //!    what it led to, or the target's to the overlay's file and the overlay's to nothing.
 //!
-//! A crash after the first step and before the last leaves an overlay that no longer leads to the target: a second run refuses
-//! it, and says what to do. That is why the target has to be named: without it, the second run would go one layer deeper.
+//! A crash between the last two leaves an overlay that no longer leads to the target: a second run refuses it, and says what to
+//! do, which is to rename it. That is why the target has to be named: without it, the second run would go one layer deeper.
 
 mod admit;
 mod operation;

@@ -4,11 +4,10 @@
 use super::admit::admit;
 use super::take_over::TakeOver;
 use super::{out_of_order, AdoptOutcome, AdoptRequest};
-use crate::commit::{refuse_children, Meter, Siblings};
+use crate::commit::{become_stale, refuse_children, Meter, Siblings};
 use crate::confine::{Reach, Work};
 use crate::devices::{Devices, Workers};
 use crate::error::Error;
-use crate::escape::escape_path;
 use crate::image::{
     check_parents, open_extra_files, resolve_backing, Access, BackingChoice, ChainImage, Descent, FilesOf, NamedFile,
     Target,
@@ -31,6 +30,9 @@ const NEW: u32 = 1;
 const INTERRUPTED: &str =
     "if an earlier run with --by-adoption was interrupted, the overlay holds everything by now, and only has \
                            to be given the name of the target with `mv`";
+
+/// Where the overlay is, if there is none.
+const ENDED: &str = "if an earlier run with --by-adoption has ended, it is what the target is now";
 
 /// An adoption on its way.
 pub struct Adopt<'q> {
@@ -127,8 +129,11 @@ impl Operation for Adopt<'_> {
 
     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
         let Opener { registry, session, named, gate, below, access, .. } = *opener;
-        let opened = named.image.open(access, ErrorCode::ImageNotFound)?.lock(access)?;
-        let mut overlay = opened.identify_overlay(registry, self.request.format.as_deref())?;
+        let opened = named.image.open(access, ErrorCode::ImageNotFound).map_err(|error| match error.code {
+            ErrorCode::ImageNotFound => error.in_state(ENDED),
+            _ => error,
+        })?;
+        let mut overlay = opened.lock(access)?.identify_overlay(registry, self.request.format.as_deref())?;
         session.note_image("overlay", &overlay);
         let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES);
         let format = self.request.base_format.as_deref();
@@ -191,10 +196,7 @@ impl Operation for Adopt<'_> {
             (Some(siblings), true) => self.warnings.push(siblings.warning(self.request.dry_run)),
             (None, _) => {}
         }
-        self.warnings.extend(opened.stale.iter().map(|layer| {
-            let (layer, target) = (escape_path(layer), escape_path(&opened.paths.1));
-            format!("'{layer}': lies between the overlay and '{target}', and makes no sense afterwards")
-        }));
+        self.warnings.extend(become_stale(&opened.stale, self.request.dry_run));
         session.note(|| format!("{} layers below it now, {} afterwards", chain.len(), images.again.len()));
         let target = longest.max(overlay.facts.file_length).saturating_add(PARENT_ROOM);
         Ok(Grants { target, ..Grants::default() })
@@ -213,23 +215,27 @@ impl Operation for Adopt<'_> {
             warnings: self.warnings.clone(),
             dry_run,
             virtual_size: opened.virtual_size,
+            likeness: Some(opened.target),
             ..RebaseEvents::default()
         };
         events.serve(devices, paths, session, (cache, opened.length))
     }
 
     fn finish(self, ended: Ended<RebaseEvents>) -> Result<AdoptOutcome, Error> {
-        let Opened { names, paths, format, target, stale, .. } = self.opened.ok_or_else(out_of_order)?;
+        let Opened { names, paths, format, stale, .. } = self.opened.ok_or_else(out_of_order)?;
         let state = if ended.devices.any_changed() {
             "the overlay reads what it read, and the target is as it was; running the same command again finishes it, or says what \
              is left to do"
         } else {
             "nothing was changed"
         };
+        if let Some(why) = ended.events.unlike {
+            let clause = format!("cannot be replaced by the overlay: {why}");
+            return Err(Error::image(&paths.1, ErrorCode::BackingIo, clause).in_state(state));
+        }
         ended.end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
         if !self.request.dry_run {
-            let file = |device| ended.devices.device(device).ok_or_else(out_of_order);
-            names.complete(file(DEVICE_OUTPUT)?.file(), file(target)?.file())?;
+            names.complete(ended.devices.device(DEVICE_OUTPUT).ok_or_else(out_of_order)?.file())?;
         }
         let events = ended.events;
         events.meter.iter().for_each(Meter::done);

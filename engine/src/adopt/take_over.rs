@@ -1,7 +1,6 @@
 //! The step in which the overlay's file gets the target's name.
 
-use crate::commit::{removal_denied, REPLACED_MARK};
-use crate::create::look_like;
+use crate::commit::removal_denied;
 use crate::error::{reason, Error, Role};
 use crate::image::OpenedFile;
 use crate::lookup::{Directory, Identity};
@@ -85,17 +84,15 @@ impl TakeOver {
         &self.directory
     }
 
-    /// Give the overlay's file, which is complete and durable, the target's name. Both are open and locked.
+    /// Give the overlay's file, which is complete and durable, the target's name. It is open and locked, as the target is.
     ///
     /// # Errors
     /// What the system says. The overlay holds everything then.
-    pub fn complete(self, overlay: &File, target: &File) -> Result<(), Error> {
+    pub fn complete(self, overlay: &File) -> Result<(), Error> {
         let failed = |clause: String, state: &str| {
             Error::image(&self.target_path, ErrorCode::BackingIo, clause).in_role(Role::Backing).in_state(state)
         };
         let cannot = |what: &str, errno: Errno| failed(format!("{what}: {}", why(errno)), STATE);
-        look_like(target, overlay, &[REPLACED_MARK])
-            .map_err(|why| failed(format!("cannot be replaced by the overlay: {why}"), STATE))?;
         retry_on_intr(|| fsync(overlay))
             .map_err(|errno| cannot("cannot be replaced: the overlay cannot be flushed", errno))?;
         for (name, identity) in [&self.overlay, &self.target] {

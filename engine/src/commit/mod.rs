@@ -42,6 +42,7 @@ pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
 pub(crate) use siblings::Siblings;
 pub(crate) use space::Space;
+pub(crate) use verdict::become_stale;
 
 use crate::devices::Cache;
 use crate::error::{Error, Role};

@@ -160,7 +160,7 @@ pub fn become_stale(layers: &[PathBuf], dry_run: bool) -> Option<String> {
         (false, _) => "become",
     };
     Some(format!(
-        "'{first}'{others}: {verb} stale, because the image below changes: use that image from now on, never commit {it} into \
-         it, and delete {it} together with the overlay, once no other image depends on {it}"
+        "'{first}'{others}: {verb} stale, because the image below changes: from now on use that image, and never commit {it}; \
+         delete {it} together with the overlay, once no other image depends on {it}"
     ))
 }

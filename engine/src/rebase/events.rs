@@ -1,12 +1,15 @@
 //! What a rebase makes of what its guest says: the plan, the phases, the end.
 
-use crate::commit::Meter;
+use crate::commit::{Meter, REPLACED_MARK};
+use crate::create::look_like;
 use crate::devices::{Cache, Devices};
 use crate::error::Error;
 use crate::operation::{decode, DevicePaths, Events, Observer, Session};
 use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{Phase, Request, PARENT_ROOM};
+use instar_guest_abi::{Phase, Request, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Outcome, Plan};
+use rustix::fs::fsync;
+use rustix::io::retry_on_intr;
 use std::rc::Rc;
 
 /// What the guest of a rebase said, and what it may do.
@@ -30,6 +33,10 @@ pub struct RebaseEvents {
     pub(crate) lacks_room: bool,
     /// Who is told that.
     pub(crate) observer: Option<Rc<dyn Observer>>,
+    /// The device whose owner, mode and extended attributes the image gets before it gets another parent.
+    pub(crate) likeness: Option<u32>,
+    /// Why it cannot have them, for which the guest was ended.
+    pub(crate) unlike: Option<String>,
     /// Nothing may be changed.
     pub(crate) dry_run: bool,
     /// Virtual size of the image in bytes: no more can be written.
@@ -56,6 +63,19 @@ impl RebaseEvents {
         pace.stop_when(session.cancel().clone());
         pace.watched_by(Box::new(meter.clone()));
         Ok(Self { meter: Some(meter), observer: Some(observer.clone()), ..self })
+    }
+
+    /// Give the image the [likeness](Self::likeness) of another, durably.
+    fn look_like(&mut self, devices: &Devices) -> Result<(), BadRequest> {
+        let Some(other) = self.likeness.and_then(|number| devices.device(number)) else { return Ok(()) };
+        let Some(image) = devices.device(DEVICE_OUTPUT) else { return Ok(()) };
+        let flush =
+            |()| retry_on_intr(|| fsync(image.file())).map_err(|errno| format!("it cannot be flushed: {errno}"));
+        self.unlike = look_like(other.file(), image.file(), &[REPLACED_MARK]).and_then(flush).err();
+        match self.unlike {
+            Some(_) => Err(BadRequest("an image that cannot look like another".to_owned())),
+            None => Ok(()),
+        }
     }
 }
 
@@ -103,7 +123,11 @@ impl Events for RebaseEvents {
         match phase {
             _ if self.plan.is_none() => Err(BadRequest("a change was announced before a plan".to_owned())),
             _ if self.dry_run => Err(BadRequest("a change was announced in a dry run".to_owned())),
-            Phase::Target | Phase::Children => devices.enter(phase).map_err(BadRequest),
+            Phase::Target => devices.enter(phase).map_err(BadRequest),
+            Phase::Children => {
+                self.look_like(devices)?;
+                devices.enter(phase).map_err(BadRequest)
+            }
             Phase::Look | Phase::Overlay => Err(BadRequest("a change that no rebase makes was announced".to_owned())),
         }
     }
