@@ -373,7 +373,7 @@ pub trait Sink {
 }
 
 fn no_bitmaps() -> DriverError {
-    let text = "images of this format cannot have bitmaps: commit without --bitmaps";
+    let text = "images of this format cannot have bitmaps: leave out --bitmaps";
     DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::NotImplemented, text) }
 }
 

@@ -111,6 +111,6 @@ impl Sink for ForeignSink {
 
 /// The plugin is older than what is wanted of it.
 fn lacks_bitmaps(device: u32) -> DriverError {
-    let text = "this version of the format's plugin merges no bitmaps: commit without --bitmaps";
+    let text = "this version of the format's plugin merges no bitmaps: leave out --bitmaps";
     DriverError { device: Some(device), ..DriverError::new(ErrorCode::NotImplemented, text) }
 }

@@ -207,7 +207,7 @@ pub(super) fn collected(
         return Err(protocol_of(device, "it returned a bitmap without a name, or with a granularity that is none"));
     }
     if collected.too_many {
-        let text = "it has too many bitmaps, or too long names of them, to merge them: commit without --bitmaps";
+        let text = "it has too many bitmaps, or too long names of them, to merge them: leave out --bitmaps";
         return Err(DriverError { device: Some(device), ..DriverError::new(ErrorCode::ScratchTooSmall, text) });
     }
     Ok(collected.bitmaps)

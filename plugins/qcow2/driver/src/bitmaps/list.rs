@@ -34,7 +34,7 @@ pub(crate) fn list(
         let mut name = vec![0; usize::from(bitmap.name_bytes)];
         bytes += name.len();
         if bytes > NAMES {
-            let text = "the names of its bitmaps are too long to merge them: commit without --bitmaps";
+            let text = "the names of its bitmaps are too long to merge them: leave out --bitmaps";
             return Err(DriverError::new(ErrorCode::ScratchTooSmall, text).at(image.device, entry.at));
         }
         io.read(image.device, at, &mut name)?;

@@ -112,8 +112,9 @@ impl Switch {
         let directory = BitmapDirectory::read(io, image, &mut |_| Ok(()))?;
         let place = directory.place.ok_or_else(|| overflow("the bitmap directory"))?;
         if !in_one_sector(extension + 8, DATA) {
-            let text = "the header's table of bitmaps crosses a sector, so that no bitmap can be made safely: make one with \
-                        `qemu-img bitmap --add`, which moves the table, and remove it again, or commit without --bitmaps";
+            let text =
+                "the header's table of bitmaps crosses a sector, so that no bitmap can be made safely: make one with \
+                        `qemu-img bitmap --add`, which moves the table, and remove it again, or leave out --bitmaps";
             return Err(unsupported(image, extension, text.into()));
         }
         let count = u32::try_from(directory.entries.len()).map_err(|_| overflow("the number of bitmaps"))?;
@@ -133,7 +134,8 @@ impl Switch {
         let end = marker + 8 + DATA + 8;
         let limit = if name_at == 0 { cluster } else { name_at };
         let no_room = || {
-            let text = "the header has no room to refer to bitmaps: commit without --bitmaps, or copy the image into one with \
+            let text =
+                "the header has no room to refer to bitmaps: leave out --bitmaps, or copy the image into one with \
                         larger clusters first";
             unsupported(image, marker, text.into())
         };

@@ -180,7 +180,7 @@ impl Merging {
         let entries = entry.entries_for(image.header.virtual_size, image.cluster_size()).filter(|_| fits);
         entry.table_entries = entries.ok_or_else(|| {
             let text = format!(
-                "a bitmap with a granularity of {} bytes cannot be made for a disk of this size: commit without --bitmaps",
+                "a bitmap with a granularity of {} bytes cannot be made for a disk of this size: leave out --bitmaps",
                 bitmap.granularity
             );
             unsupported(image, AUTOCLEAR_OFFSET, text)
