@@ -270,6 +270,17 @@ def test_bytes_are_written_where_they_are_preallocated(tmp_path):
     resized(image, 4 * MIB, "--preallocation=full")
 
 
+def test_a_second_run_says_that_it_preallocates_nothing(tmp_path):
+    """An interrupted one leaves an image of the new size without all of its space."""
+    image = tmp_path / "disk"
+    support.create(image, MIB)
+    assert resize(image, "2M").stderr == ""
+    taken = image.stat().st_blocks
+    again = resize(image, "--preallocation=full", "2M")
+    assert again.rc == 0 and "has the size already, and gets no space" in again.stderr, str(again)
+    assert image.stat().st_blocks == taken and resize(image, "2M").stderr == ""
+
+
 def test_sizes_as_they_are_named(tmp_path):
     image = tmp_path / "disk"
     support.create(image, MIB)

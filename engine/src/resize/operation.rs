@@ -7,6 +7,7 @@ use crate::commit::Meter;
 use crate::confine::Work;
 use crate::devices::{Device, Devices};
 use crate::error::{Error, Role as ErrorRole};
+use crate::escape::escape_path;
 use crate::image::{check_immediate_parent, check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
 use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
 use crate::plugins::IdentifyError;
@@ -132,6 +133,12 @@ impl Operation for Resize<'_> {
                 }
                 self.warnings.push(overlays.warning(&image.opened.path, self.request.dry_run));
             }
+        }
+        if !self.changes() && self.preallocates() {
+            self.warnings.push(format!(
+                "'{}': has the size already, and gets no space: --preallocation gives that to what a resize adds",
+                escape_path(&image.opened.path)
+            ));
         }
         if self.request.dry_run {
             image.opened.check_writable()?;
