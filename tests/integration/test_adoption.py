@@ -249,6 +249,15 @@ def test_a_run_that_was_cut_short_is_recognised(chain):
     assert result.rc == 1 and INTERRUPTED in result.stderr, str(result)
 
 
+def test_a_chain_that_cannot_be_followed_is_no_run_that_was_cut_short(chain):
+    """To rename the overlay would lose what only the target holds."""
+    create(chain / "upper", backing="top", cwd=chain)
+    for name, damage in (("top", lambda: (chain / "top").write_bytes(b"no image" * 100)), ("top", lambda: (chain / "top").unlink())):
+        damage()
+        result = adopt(chain, top="upper")
+        assert result.rc == 1 and name in result.stderr and "--by-adoption was interrupted" not in result.stderr, str(result)
+
+
 def test_what_is_renamed_by_hand_has_owner_and_mode_of_the_target(chain):
     """Killed before the last step."""
     expected = support.content_hash(chain / "top")

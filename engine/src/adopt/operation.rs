@@ -70,6 +70,15 @@ impl<'q> Adopt<'q> {
     }
 }
 
+/// Whether the chain of an overlay can be followed to its end, and the target is not in it. What could not be looked at may be the
+/// target: nobody is told then that the overlay does not need it.
+fn lacks_base(opener: &Opener<'_, '_>, overlay: &ChainImage<'_>) -> bool {
+    let base = opener.named.base.as_ref().and_then(NamedFile::identity);
+    let mut descent = Descent::new(opener.registry, opener.below, opener.named.image.path(), MAX_CHAIN_DEVICES);
+    let chain = descent.open_below(overlay, Access::ReadOnly);
+    chain.is_ok_and(|chain| base.is_some() && chain.iter().all(|layer| Some(layer.opened.identity) != base))
+}
+
 /// What an image in the target's place records of what is below that.
 fn parent_of(target: &ChainImage<'_>, ancestors: &[ChainImage<'_>]) -> Result<Option<Parent>, Error> {
     let Some(pointer) = target.facts.backing.as_ref().into_option() else { return Ok(None) };
@@ -140,7 +149,9 @@ impl Operation for Adopt<'_> {
         let choice = BackingChoice { base: named.base.as_ref(), format, access };
         let Target { mut backing, mut between, .. } =
             resolve_backing(&mut descent, &overlay, choice).map_err(|error| match error.code {
-                ErrorCode::NoBacking | ErrorCode::NotInChain => error.in_state(INTERRUPTED),
+                ErrorCode::NoBacking | ErrorCode::NotInChain if lacks_base(opener, &overlay) => {
+                    error.in_state(INTERRUPTED)
+                }
                 _ => error,
             })?;
         between.iter().for_each(|layer| session.note_image("merged, too", layer));
