@@ -5,6 +5,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, ImageId, ImageInfo, ParentStage};
 use instar_guest_sdk::{Bitmap, BlockIo, Content, DirtyRanges, DriverError, DriverResult, Extent, Extents, Source};
+use instar_guest_view::{is_zero, read_extent};
 
 /// Bytes that are looked at together.
 const SECTOR: usize = 512;
@@ -92,22 +93,17 @@ impl<'a> Sparse<'a> {
     /// The runs of these guest bytes of an extent.
     fn runs(&mut self, io: &mut dyn BlockIo, extent: &Extent, range: Range<u64>) -> DriverResult<Vec<Run>> {
         let missing = || DriverError::new(ErrorCode::InternalOverflow, "a part of an extent");
-        let part = extent.clip(range.clone()).ok_or_else(missing)?;
-        let length = usize::try_from(part.length).map_err(|_| missing())?;
+        let length = usize::try_from(range.end - range.start).map_err(|_| missing())?;
         if self.buffer.len() < length {
             self.buffer = vec![0; length];
         }
         let bytes = self.buffer.get_mut(..length).ok_or_else(missing)?;
-        if part.is_encoded() {
-            self.disk.read(io, extent, range.start, bytes)?;
-        } else {
-            part.content.read(io, bytes)?;
-        }
+        read_extent(io, self.disk, extent, range.start, bytes)?;
         let mut runs: Vec<Run> = Vec::new();
         let mut at = range.start;
         for sector in bytes.chunks(SECTOR) {
             let end = at + sector.len() as u64;
-            let zero = sector.iter().all(|&byte| byte == 0);
+            let zero = is_zero(sector);
             match runs.last_mut() {
                 Some(last) if last.zero == zero => last.end = end,
                 _ => runs.push(Run { start: at, end, zero }),

@@ -107,7 +107,8 @@ impl<'a> Detected<'a> {
 }
 
 /// Whether all bytes are zero: by pieces that the compiler looks at with few instructions.
-fn is_zero(bytes: &[u8]) -> bool {
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(256).all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
 }
 

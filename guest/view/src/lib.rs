@@ -12,7 +12,7 @@ mod layers;
 mod report;
 
 pub use below::{read_extent, Ancestors, Opener};
-pub use detected::Detected;
+pub use detected::{is_zero, Detected};
 pub use differences::{Differences, View};
 pub use layers::{Layers, Place, Seen};
 pub use report::{Failed, Reporter};
