@@ -2,8 +2,8 @@
 //! guest flushes only between two steps of its order, which may be far apart: in between, the target is flushed from here.
 //! One flush more never breaks an order.
 
-use crate::devices::{Device, Devices, Watch};
-use crate::operation::{Observer, Progress, Stage};
+use crate::devices::{Cache, Device, Devices, Watch};
+use crate::operation::{DevicePaths, Observer, Progress, Session, Stage};
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
@@ -77,6 +77,18 @@ impl Meter {
         let file = |number: &u32| devices.device(*number).map(|device| Arc::clone(device.file()));
         let files = if flushes { numbers.iter().filter_map(file).collect() } else { Vec::new() };
         Self::begin(observer, overlay, Target { devices: numbers, files, next: None })
+    }
+
+    /// Have it watch devices that are changed as `cache` says, for an overlay of so many bytes, and have the session's cancel stop
+    /// them.
+    pub fn attend(devices: &mut Devices, paths: &DevicePaths, session: &Session, cache: Cache, overlay: u64) -> Self {
+        let observer = session.observer();
+        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
+        let meter = Self::new(observer.clone(), overlay, devices, paths.target(), flushes);
+        let pace = devices.pace_mut();
+        pace.stop_when(session.cancel().clone());
+        pace.watched_by(Box::new(meter.clone()));
+        meter
     }
 
     fn begin(observer: Rc<dyn Observer>, overlay: u64, target: Target) -> Self {

@@ -21,7 +21,7 @@ use super::verdict::{become_stale, Parts};
 use super::verify::{self, Verification};
 use super::wipe;
 use crate::confine::{Reach, Work};
-use crate::devices::{Cache, Device, Devices, Workers};
+use crate::devices::{Device, Devices, Workers};
 use crate::error::{Error, Role};
 use crate::escape::{escape_bytes, escape_path};
 use crate::image::{
@@ -382,12 +382,8 @@ impl Operation for Commit<'_> {
         self.way = atomic.as_ref().map(Atomic::way);
         atomic.iter().for_each(|atomic| atomic.attend(devices));
         let observer = session.observer();
-        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
-        let meter = Meter::new(observer.clone(), admitted.overlay_length, devices, paths.target(), flushes);
-        let pace = devices.pace_mut();
-        pace.stop_when(session.cancel().clone());
-        pace.limit(rate_limit);
-        pace.watched_by(Box::new(meter.clone()));
+        let meter = Meter::attend(devices, paths, session, cache, admitted.overlay_length);
+        devices.pace_mut().limit(rate_limit);
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
         Ok(CommitEvents {
             last_phase: match (self.request.only_plans(), admitted.keep_overlay) {

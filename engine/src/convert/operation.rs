@@ -348,12 +348,8 @@ impl Operation for Convert<'_> {
             paths.sources().for_each(|number| devices.salvage(number));
         }
         let observer = session.observer();
-        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
-        let meter = Meter::new(observer.clone(), self.length, devices, paths.target(), flushes);
-        let pace = devices.pace_mut();
-        pace.stop_when(session.cancel().clone());
-        pace.limit(rate_limit);
-        pace.watched_by(Box::new(meter.clone()));
+        let meter = Meter::attend(devices, paths, session, cache, self.length);
+        devices.pace_mut().limit(rate_limit);
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
         Ok(CommitEvents {
             last_phase: Phase::Target,

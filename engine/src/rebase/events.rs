@@ -56,13 +56,8 @@ impl RebaseEvents {
         (cache, length): (Cache, u64),
     ) -> Result<Self, Error> {
         paths.set_cache(devices, cache)?;
-        let observer = session.observer();
-        let flushes = observer.wants_progress() && cache != Cache::Unsafe;
-        let meter = Meter::new(observer.clone(), length, devices, paths.target(), flushes);
-        let pace = devices.pace_mut();
-        pace.stop_when(session.cancel().clone());
-        pace.watched_by(Box::new(meter.clone()));
-        Ok(Self { meter: Some(meter), observer: Some(observer.clone()), ..self })
+        let meter = Meter::attend(devices, paths, session, cache, length);
+        Ok(Self { meter: Some(meter), observer: Some(session.observer().clone()), ..self })
     }
 
     /// Give the image the [likeness](Self::likeness) of another, durably.
