@@ -13,7 +13,9 @@ use crate::image::{
     Target,
 };
 use crate::lookup::Directory;
-use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::operation::{
+    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+};
 use crate::plugins::Registry;
 use crate::rebase::{self, RebaseEvents};
 use crate::sandbox::ModuleSpec;
@@ -196,10 +198,7 @@ impl Operation for Adopt<'_> {
         let overlay = images.target.as_ref().ok_or_else(out_of_order)?;
         let opened = self.opened.as_ref().ok_or_else(out_of_order)?;
         let chain: Vec<&ChainImage<'_>> = images.slots.iter().map(|slot| &slot.image).collect();
-        for (layer, parent) in chain.iter().zip(chain.iter().skip(1).map(Some).chain([None])) {
-            let context = Context::reading(parent.map(|parent| &parent.facts), false);
-            ask(layer, Role::Below, "be read", &context, &mut self.warnings)?;
-        }
+        ask_below(&chain, &mut self.warnings)?;
         let context = Context::reading(chain.first().map(|parent| &parent.facts), false);
         let longest = ask(overlay, Role::Write, "be written", &context, &mut self.warnings)?;
         match (&opened.siblings, self.request.ignore_siblings) {

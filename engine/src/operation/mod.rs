@@ -23,4 +23,4 @@ pub use observer::{Observer, Progress, Stage};
 pub use run::{run, Ended, Operation, Settings};
 pub use session::Session;
 pub use timing::Timing;
-pub use verdict::ask;
+pub use verdict::{ask, ask_below};

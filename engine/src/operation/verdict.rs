@@ -6,6 +6,18 @@ use crate::image::ChainImage;
 use instar_guest_abi::{ErrorCode, ERROR_OK};
 use instar_plugin_api::{Context, Role, ROLE_SINK, ROLE_SOURCE};
 
+/// Ask the plugins of a chain, the top-most image first, whether each can be read below another image.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_below(chain: &[&ChainImage<'_>], warnings: &mut Vec<String>) -> Result<(), Error> {
+    for (index, layer) in chain.iter().enumerate() {
+        let parent = chain.get(index + 1).map(|parent| &parent.facts);
+        ask(layer, Role::Below, "be read", &Context::reading(parent, false), warnings)?;
+    }
+    Ok(())
+}
+
 /// Ask the plugin of an image for its verdict; `what` is the refusal, as in "cannot be read". Returns the maximum length of the
 /// image's files in bytes, and adds the plugin's warnings to `warnings`.
 ///

@@ -9,7 +9,9 @@ use crate::devices::{Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_path};
 use crate::image::{file_name, open_extra_files, Access, ChainImage, FilesOf};
-use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::operation::{
+    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+};
 use crate::plugins::Registry;
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT, PARENT_ROOM};
@@ -207,10 +209,7 @@ impl Operation for Rebase<'_> {
         let mut new: Vec<&ChainImage<'_>> = of_group(NEW);
         new.extend(images.again.iter().filter_map(|(_, slot)| images.slots.get(*slot)).map(|slot| &slot.image));
         for chain in [&old, &new] {
-            for (layer, parent) in chain.iter().zip(chain.iter().skip(1).map(Some).chain([None])) {
-                let context = Context::reading(parent.map(|parent| &parent.facts), false);
-                ask(layer, Role::Below, "be read", &context, &mut self.warnings)?;
-            }
+            ask_below(chain, &mut self.warnings)?;
         }
         if let Some(facts) = &self.parent_facts {
             ask(image, Role::Read, "be read", &Context::reading(Some(facts), false), &mut self.warnings)?;

@@ -9,7 +9,9 @@ use crate::devices::{Device, Devices};
 use crate::error::{Error, Role as ErrorRole};
 use crate::escape::escape_path;
 use crate::image::{check_immediate_parent, check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
-use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::operation::{
+    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+};
 use crate::plugins::IdentifyError;
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, ERROR_OK, MAX_CHAIN_DEVICES};
@@ -152,10 +154,7 @@ impl Operation for Resize<'_> {
         let parent = images.of_role(|role| role == MemberRole::Below).next().map(|parent| &parent.facts);
         let grants = admit(image, parent, self.sizes, self.preallocates(), &mut self.warnings)?;
         let below: Vec<&ChainImage<'_>> = images.of_role(|role| role == MemberRole::Below).collect();
-        for (index, layer) in below.iter().enumerate() {
-            let parent = below.get(index + 1).map(|parent| &parent.facts);
-            ask(layer, Role::Below, "be read", &Context::reading(parent, false), &mut self.warnings)?;
-        }
+        ask_below(&below, &mut self.warnings)?;
         for warning in &self.warnings {
             session.observer().warning(warning);
         }
