@@ -25,7 +25,7 @@ def on_a_terminal(*args, cwd, **environment):
     attributes = termios.tcgetattr(slave)
     attributes[1] &= ~termios.OPOST
     termios.tcsetattr(slave, termios.TCSANOW, attributes)
-    inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE")}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "CI")}
     process = subprocess.Popen([support.instar_binary(), *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave,
                                env={**inherited, "TERM": "xterm", **environment})
     os.close(slave)
@@ -66,7 +66,8 @@ def test_a_terminal_gets_colors_and_nothing_else_does(images, command):
     shown = on_a_terminal(*command, cwd=images)
     assert ESCAPE in shown and plain(shown) == piped.stdout, repr(shown)
     assert max(map(len, plain(shown).splitlines())) <= COLUMNS, shown
-    for quiet in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+    # A runner of a CI service says so in CI, which makes nothing a terminal that shows colors.
+    for quiet in ({"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": "dumb", "CI": "true"}):
         assert on_a_terminal(*command, cwd=images, **quiet) == piped.stdout, quiet
     assert on_a_terminal(*command, "--color=never", cwd=images) == piped.stdout
     forced = run_instar(*command, "--color", "always", cwd=images, env={"NO_COLOR": "1"})

@@ -2,6 +2,7 @@
 
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
+use anstyle_query::clicolor_force;
 use clap::{Args, ValueEnum};
 use std::io::{stderr, stdout};
 
@@ -29,22 +30,27 @@ impl ColorArgs {
     /// How text on standard output is painted. To be asked for before the process is confined.
     #[must_use]
     pub fn stdout(&self) -> Paint {
-        self.on(AutoStream::choice(&stdout()))
+        self.on(AutoStream::choice(&stdout()), dumb())
     }
 
     /// How text on standard error is painted. To be asked for before the process is confined.
     #[must_use]
     pub fn stderr(&self) -> Paint {
-        self.on(AutoStream::choice(&stderr()))
+        self.on(AutoStream::choice(&stderr()), dumb())
     }
 
-    fn on(&self, stream: ColorChoice) -> Paint {
+    fn on(&self, stream: ColorChoice, dumb: bool) -> Paint {
         Paint(match self.color {
-            When::Auto => stream != ColorChoice::Never,
+            When::Auto => stream != ColorChoice::Never && !dumb,
             When::Always => true,
             When::Never => false,
         })
     }
+}
+
+/// Whether the terminal says that it shows no colors, and nobody forces them. `anstream` colors such a terminal where the variable CI is set.
+fn dumb() -> bool {
+    !clicolor_force() && std::env::var_os("TERM").is_some_and(|term| term == "dumb")
 }
 
 /// Paints words, or leaves them plain.
@@ -112,15 +118,16 @@ mod tests {
 
     #[test]
     fn the_option_goes_before_the_terminal() {
-        let painted = |color, stream| ColorArgs { color }.on(stream).bad("x");
-        for (color, stream, text) in [
-            (When::Auto, ColorChoice::Never, "x"),
-            (When::Auto, ColorChoice::Always, "\x1b[1m\x1b[31mx\x1b[0m"),
-            (When::Never, ColorChoice::Always, "x"),
-            (When::Always, ColorChoice::Never, "\x1b[1m\x1b[31mx\x1b[0m"),
+        let painted = |color, stream, dumb| ColorArgs { color }.on(stream, dumb).bad("x");
+        for (color, stream, dumb, text) in [
+            (When::Auto, ColorChoice::Never, false, "x"),
+            (When::Auto, ColorChoice::Always, false, "\x1b[1m\x1b[31mx\x1b[0m"),
+            (When::Auto, ColorChoice::Always, true, "x"),
+            (When::Never, ColorChoice::Always, false, "x"),
+            (When::Always, ColorChoice::Never, true, "\x1b[1m\x1b[31mx\x1b[0m"),
         ] {
-            assert_eq!(painted(color, stream), text, "{color:?} {stream:?}");
+            assert_eq!(painted(color, stream, dumb), text, "{color:?} {stream:?} {dumb}");
         }
-        assert_eq!(ColorArgs { color: When::Always }.on(ColorChoice::Never).good(""), "");
+        assert_eq!(ColorArgs { color: When::Always }.on(ColorChoice::Never, false).good(""), "");
     }
 }
