@@ -1,22 +1,26 @@
 //! A virtual machine, from the KVM device to the moment before its first instruction.
 
 use super::x86::pages::PageTables;
-use super::x86::{system, vcpu};
+use super::x86::{interrupts, system, vcpu};
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::guest_loop::Guest;
 use crate::sandbox::layout;
-use crate::sandbox::memory::GuestRam;
+use crate::sandbox::memory::{GuestRam, LARGE_PAGE};
 use crate::sandbox::program::{guest_module, ModuleSpec, Program, Report};
-use instar_guest_abi::{GUEST_MEMORY_SIZE, PAGE_TABLES_ADDR, SYSTEM_ADDR};
+use instar_guest_abi::{GUEST_MEMORY_SIZE, MODULES_ADDR, PAGE_TABLES_ADDR, SYSTEM_ADDR};
 use kvm_bindings::{kvm_userspace_memory_region, KVM_API_VERSION};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::time::{Duration, Instant};
 
 const CORE: ModuleSpec<'static> = guest_module!("core");
 
-/// A virtual machine without memory. A process that will confine itself makes it before.
+/// A virtual machine that runs nothing yet. A process that will confine itself makes it before, so that the confined one needs
+/// no right to make machines, memory or processors.
 pub struct KvmDevice {
-    vm: VmFd,
+    // In the order in which they are to be dropped: the memory last.
+    vcpu: VcpuFd,
+    _vm: VmFd,
+    ram: GuestRam,
     time_create: Duration,
 }
 
@@ -26,6 +30,7 @@ impl KvmDevice {
     /// # Errors
     /// [`SandboxError::KvmMissing`], [`SandboxError::KvmPermission`] or [`SandboxError::KvmUnusable`].
     pub fn open() -> Result<Self, SandboxError> {
+        let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
         let started = Instant::now();
         let kvm = Kvm::new().map_err(|error| match error.errno() {
             libc::ENOENT => SandboxError::KvmMissing,
@@ -36,7 +41,22 @@ impl KvmDevice {
             return Err(SandboxError::unusable("asking /dev/kvm for its version", 0));
         }
         let vm = create_vm(&kvm)?;
-        Ok(Self { vm, time_create: started.elapsed() })
+        interrupts::leave_to_the_kernel(&vm);
+        let ram = GuestRam::new().map_err(|_| SandboxError::unusable("mapping 66 MiB of memory", libc::ENOMEM))?;
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: GUEST_MEMORY_SIZE,
+            userspace_addr: ram.host_address(),
+        };
+        // SAFETY: the range is memory that `ram` owns, which lives in the same object as the machine and is dropped after
+        // it.
+        unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
+        vcpu::set_up(&vcpu)?;
+        touch(&ram)?;
+        Ok(Self { vcpu, _vm: vm, ram, time_create: started.elapsed() })
     }
 }
 
@@ -55,34 +75,23 @@ impl Machine {
     /// # Errors
     /// [`SandboxError::KvmUnusable`] naming what KVM refused; [`SandboxError::ModuleInvalid`].
     pub fn new(device: KvmDevice, program: &Program<'_>) -> Result<Self, SandboxError> {
-        let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
-        let KvmDevice { vm, time_create } = device;
+        let KvmDevice { vcpu, _vm, ram, time_create } = device;
         let started = Instant::now();
-        let guest = load(program)?;
-        let time_load = started.elapsed();
-
-        let started = Instant::now();
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: GUEST_MEMORY_SIZE,
-            userspace_addr: guest.ram.host_address(),
-        };
-        // SAFETY: the range is memory that `guest` owns, which lives in the same object as the machine and is
-        // dropped after it.
-        unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-        let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
-        vcpu::set_up(&vcpu, guest.layout.entry)?;
-        let time_create = time_create + started.elapsed();
-        let report = Report { sandbox: super::NAME, time_create, time_load, ..Report::default() };
-        Ok(Self { vcpu, _vm: vm, guest, report })
+        let guest = load(ram, program)?;
+        vcpu::start_at(&vcpu, guest.layout.entry)?;
+        let report = Report { sandbox: super::NAME, time_create, time_load: started.elapsed(), ..Report::default() };
+        Ok(Self { vcpu, _vm, guest, report })
     }
 }
 
+/// Have the kernel find the large pages that every program is loaded into, which takes it as long as loading the program does.
+fn touch(ram: &GuestRam) -> Result<(), SandboxError> {
+    let all = [SYSTEM_ADDR, MODULES_ADDR.next_multiple_of(LARGE_PAGE)].map(|address| ram.write(address, &[0]));
+    all.iter().all(|written| *written).then_some(()).ok_or_else(|| SandboxError::unusable("filling guest memory", 0))
+}
+
 /// Guest memory with the program, the supervisor's pages and the page tables.
-fn load(program: &Program<'_>) -> Result<Guest, SandboxError> {
-    let ram = GuestRam::new().map_err(|_| SandboxError::unusable("mapping 66 MiB of memory", libc::ENOMEM))?;
+fn load(ram: GuestRam, program: &Program<'_>) -> Result<Guest, SandboxError> {
     let layout = layout::fill(&ram, CORE, program)?;
     let mut tables = PageTables::new();
     for (range, rights) in layout.mappings.iter().chain(&system::MAPPINGS) {
@@ -136,7 +145,7 @@ mod tests {
     #[test]
     fn the_page_tables_are_the_layout_and_the_supervisors_pages() {
         let program = Program::new(guest_module!("commit"), vec![], vec![], vec![]);
-        let guest = load(&program).unwrap();
+        let guest = load(GuestRam::new().unwrap(), &program).unwrap();
         let mut expected = guest.layout.mappings.clone();
         expected.extend([
             (0x1000..0x2000, Rights::SYSTEM_READ),

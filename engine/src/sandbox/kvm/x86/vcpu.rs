@@ -63,16 +63,13 @@ fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// Make `vcpu` start at `entry` with ring 3 and the guest's stack.
+/// Make `vcpu` a processor in 64-bit mode at ring 3.
 ///
 /// # Errors
 /// [`SandboxError::KvmUnusable`] naming what KVM refused.
-pub fn set_up(vcpu: &VcpuFd, entry: u64) -> Result<(), SandboxError> {
+pub fn set_up(vcpu: &VcpuFd) -> Result<(), SandboxError> {
     let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
     let processor = choose(vcpu)?;
-    // As after a call: the return address, which is 0 and so faults, lies on the stack.
-    let regs = kvm_regs { rip: entry, rsp: STACK_TOP - 8, rflags: RFLAGS, ..kvm_regs::default() };
-    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() };
     vcpu.set_fpu(&fpu).map_err(failed("KVM_SET_FPU"))?;
     if processor.state != 0 {
@@ -81,6 +78,16 @@ pub fn set_up(vcpu: &VcpuFd, entry: u64) -> Result<(), SandboxError> {
         vcpu.set_xcrs(&xcrs).map_err(failed("KVM_SET_XCRS"))?;
     }
     Ok(())
+}
+
+/// Make `vcpu` start at `entry` with the guest's stack.
+///
+/// # Errors
+/// [`SandboxError::KvmUnusable`] naming what KVM refused.
+pub fn start_at(vcpu: &VcpuFd, entry: u64) -> Result<(), SandboxError> {
+    // As after a call: the return address, which is 0 and so faults, lies on the stack.
+    let regs = kvm_regs { rip: entry, rsp: STACK_TOP - 8, rflags: RFLAGS, ..kvm_regs::default() };
+    vcpu.set_regs(&regs).map_err(|error| SandboxError::unusable("KVM_SET_REGS", error.errno()))
 }
 
 /// Give `vcpu` as much of this machine's processor as KVM can, and put it into 64-bit mode.
