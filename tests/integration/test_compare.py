@@ -208,7 +208,7 @@ def test_what_is_no_image_is_called_by_its_name(tmp_path):
     for fmt, name in foreign.items():
         other = support.create(tmp_path / fmt, MIB, fmt=fmt)
         done = support.run_instar("compare", image, other)
-        words = [f"looks like a {name} image, for which no plugin is loaded", "qemu-img convert -O qcow2"]
+        words = [f"looks like a {name} image, for which no plugin is loaded", "convert it to qcow2 with the program that made it"]
         assert done.rc == 2 and all(word in done.stderr for word in words), str(done)
         # The advice works.
         converted = tmp_path / f"{fmt}.qcow2"

@@ -289,6 +289,14 @@ def test_a_plugin_directory_that_cannot_be_used(pair, tmp_path):
     assert not (pair.dir / "new").exists()
 
 
+def test_directories_are_refused_in_the_same_words(pair, tmp_path):
+    pair.make(top=["write -P 1 0 64k"])
+    for path, says in ((tmp_path / "absent", "the directory does not exist"), (pair.base, "cannot open the directory: Not a directory")):
+        for option, begins, code in (("--plugin-dir", "no plugin is loaded from it", "ERROR_PLUGIN_UNAVAILABLE"),
+                                     ("--allow-backing-dir", "no backing is allowed in it", "ERROR_WRITE_TARGET_NOT_ALLOWED")):
+            refuse(code, pair.top, option, path, mentions=[f"'{path}': {begins}: {says}"])
+
+
 def test_the_last_line_on_a_terminal_says_how_it_ended(made):
     """A bar that stops looks like one that is done."""
     def said(*options):

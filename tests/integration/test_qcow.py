@@ -323,3 +323,27 @@ def test_an_image_that_was_cut_off(tmp_path):
         path.write_bytes(whole)
     support.commit(top)
     assert raw(base) == plain.read_bytes()
+
+
+def test_the_advice_about_a_raw_disk_below_it_works(tmp_path):
+    """qcow has no place for the format of its backing file: a qcow2 that records it takes its place."""
+    base, top, new = tmp_path / "base.img", tmp_path / "top.qcow", tmp_path / "new.qcow2"
+    support.create(base, MIB, fmt="raw")
+    support.qemu_io(base, "write -P 1 0 64k", fmt="raw")
+    support.create(top, MIB, fmt="qcow", backing="base.img", backing_fmt="raw")
+    support.qemu_io(top, "write -P 2 32k 64k", fmt="qcow")
+    result = run_instar("convert", "-O", "qcow2", top, new)
+    advice = re.search(r"`(instar convert [^`]*)`", result.stderr)[1]
+    assert result.rc == 1 and advice == f"instar convert -O qcow2 -B 'base.img' -F raw '{top}' NEW", str(result)
+    command = [str(new) if word == "NEW" else word for word in shlex.split(advice)[1:]]
+    done = run_instar(*command, cwd=tmp_path)
+    assert done.rc == 0 and support.info(new)["backing-filename-format"] == "raw", str(done)
+    assert raw(new, "qcow2") == bytes([1]) * (32 * KIB) + bytes([2]) * (64 * KIB) + bytes(MIB - 96 * KIB)
+    committed = run_instar("commit", "--ignore-siblings", new)
+    assert committed.rc == 0, str(committed)
+    support.qemu_io(base, "read -P 1 0 32k", "read -P 2 32k 64k", fmt="raw")
+    # What the operator says of a file that looks like something else is not believed.
+    support.create(base, MIB)
+    for fmt, code in (("vmdk", "ERROR_FORMAT_MISMATCH"), ("qcow2", None)):
+        result = run_instar("convert", "-O", "qcow2", "-B", "base.img", "-F", fmt, top, tmp_path / fmt, cwd=tmp_path)
+        assert (result.rc == 0) == (code is None) and (code or "") in result.stderr, str(result)

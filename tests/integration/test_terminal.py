@@ -18,10 +18,10 @@ ESCAPE = "\x1b["
 COLUMNS = 80
 
 
-def on_a_terminal(*args, cwd, **environment):
-    """What a command prints on a terminal of 80 columns, both streams, as it was written."""
+def on_a_terminal(*args, cwd, columns=COLUMNS, **environment):
+    """What a command prints on a terminal of that width, both streams, as it was written."""
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, COLUMNS, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     attributes = termios.tcgetattr(slave)
     attributes[1] &= ~termios.OPOST
     termios.tcsetattr(slave, termios.TCSANOW, attributes)
@@ -100,6 +100,35 @@ def test_sentences_are_broken_between_words_and_only_on_a_terminal(images):
     shown = plain(on_a_terminal("info", "top", cwd=images))
     assert any(len(line) > COLUMNS for line in piped.splitlines()), piped
     assert max(map(len, shown.splitlines())) <= COLUMNS and shown.split() == piped.split(), shown
+
+
+#: What may be longer than a line: a name or a command in quotes, a path, and a code. They are copied whole.
+WHOLE = re.compile(r"^\W*(?:'[^']*'|`[^`]*`|\S*/\S*|ERROR_\w+ \(\d+\))[.,;:)]*$")
+#: Two runs differ in that.
+MEASURED = re.compile(r"\d+ free|\d+\s+µs")
+
+
+@pytest.mark.parametrize("columns", [24, 40, 59])
+@pytest.mark.parametrize("command", [["map", "--picture", "top"], ["explain"], ["doctor"], ["info", "base"], ["commit", "--dry-run", "top"],
+                                     ["commit", "--verify", "top"], ["rebase", "-b", "", "--dry-run", "top"], ["recover", "top"]], ids=" ".join)
+def test_a_narrow_terminal_breaks_no_word(images, command, columns):
+    support.qemu_img("snapshot", "-c", "before", images / "base")
+    shown = plain(on_a_terminal(*command, cwd=images, columns=columns))
+    # Lines of qemu-img are as they are there.
+    ours = shown.split("Notes:\n")[1] if command[0] == "info" else shown
+    assert ours.count("\n") > 1, shown
+    assert [line for line in ours.splitlines() if len(line) > columns and not WHOLE.match(line)] == [], shown
+    if "--picture" not in command and "--verify" not in command:
+        piped = run_instar(*command, cwd=images)
+        assert MEASURED.sub("", piped.stdout).split() == MEASURED.sub("", shown).split(), shown
+
+
+@pytest.mark.parametrize("columns", [24, 40, 59, 80])
+def test_a_bar_fits_into_a_line(images, columns):
+    shown = plain(on_a_terminal("commit", "-p", "top", cwd=images, columns=columns))
+    drawn = [line.rstrip() for line in re.split(r"[\r\n]|\x1b\[\d*[A-Z]", shown)]
+    assert any("writing" in line for line in drawn) and any("%" in line for line in drawn), repr(shown)
+    assert max(len(line) for line in drawn if not line.endswith(".")) <= columns, repr(shown)
 
 
 # --- usage errors -----------------------------------------------------------------------------------------------

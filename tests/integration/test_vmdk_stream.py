@@ -82,7 +82,7 @@ def test_a_grain_in_use_is_refused_before_anything_changes(lab, write, at_end):
     """Whatever comes before it in the disk. `qemu-img` writes that first. The advice works."""
     base = stream(lab, writes=["write -P 1 3M 64k"], at_end=at_end)
     top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -P 9 0 64k", write])
-    mentions = ["base.vmdk", "guest offset 3145728", "qemu-img convert -O vmdk"]
+    mentions = ["base.vmdk", "guest offset 3145728", "instar convert -O vmdk"]
     refuse("ERROR_UNSUPPORTED_FORMAT", top, files=[base], mentions=mentions)
     wanted = lab.raw(top)
     assert qemu_img("convert", "-O", "vmdk", top, lab.dir / "new.vmdk").rc == 0
@@ -149,7 +149,7 @@ def test_it_becomes_a_stream_again(lab):
     base = stream(lab, writes=["write -P 1 3M 64k"], at_end=True)
     top = lab.make("top.qcow2", "qcow2", backing=base, writes=["write -P 9 1M 300k"])
     wanted = lab.raw(top)
-    assert "qemu-img convert -O vmdk -o subformat=streamOptimized" in support.commit(top).stderr
+    assert "instar convert -O vmdk -o subformat=streamOptimized" in support.commit(top).stderr
     again = lab.dir / "again.vmdk"
     qemu_img("convert", "-O", "vmdk", "-o", "subformat=streamOptimized", base, again)
     assert lab.raw(again) == wanted

@@ -1,7 +1,8 @@
 //! `instar commit --by-adoption`: what is printed.
 
 use super::commit::CommitArgs;
-use super::output::{print, print_json_indented, unprinted_but, OutputFormat};
+use super::output::{print_json_indented, unprinted_but, OutputFormat};
+use super::paragraph::print_sentences;
 use super::signals::cancel_on_signals;
 use super::told::Told;
 use instar::adopt::{run_adopt, AdoptOutcome, AdoptRequest};
@@ -24,7 +25,7 @@ pub fn commit(args: &CommitArgs, base: &Path, out: &mut dyn Write) -> Result<(),
     let printed = match args.output {
         OutputFormat::Json => print_json_indented(out, &outcome, b"  "),
         OutputFormat::Human if args.quiet && !args.dry_run => Ok(()),
-        OutputFormat::Human => print(out, &text(&outcome)),
+        OutputFormat::Human => print_sentences(out, &text(&outcome)),
     };
     let done = if args.dry_run { "nothing was changed" } else { "the commit is done" };
     printed.map_err(|error| unprinted_but(done, &outcome.overlay_given, &error))

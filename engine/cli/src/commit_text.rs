@@ -1,6 +1,7 @@
 //! What a commit prints.
 
-use super::output::{print, print_json_indented, unprinted_but, OutputFormat};
+use super::output::{print_json_indented, unprinted_but, OutputFormat};
+use super::paragraph::print_sentences;
 use instar::commit::{AtomicWay, CommitOutcome, DiskDigest};
 use instar::error::Error;
 use instar::escape::{escape_path, printable};
@@ -23,7 +24,7 @@ pub fn render_commit_success(
     let printed = match output {
         OutputFormat::Json => print_json_indented(out, result, INDENT),
         OutputFormat::Human if quiet => Ok(()),
-        OutputFormat::Human => print(
+        OutputFormat::Human => print_sentences(
             out,
             &format!(
                 "Image committed.\n{}{}{}{}{}",
@@ -123,7 +124,7 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
             });
             let verified = result.verified_bytes.map(|_| "What is written would be read back. ");
             let deleted = result.overlay_deleted.map(|_| "The overlay's file would be removed. ");
-            print(
+            print_sentences(
                 out,
                 &format!(
                     "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \

@@ -2,6 +2,8 @@
 
 use super::opening::sandbox_parser;
 use super::output::{print, print_json, OutputFormat};
+use super::paragraph::{filled, Indent};
+use super::terminal::width;
 use super::{print_error, FAILED};
 use clap::Args;
 use instar::doctor::{examine, Diagnosis, Examination, Health};
@@ -54,25 +56,27 @@ const fn word(health: Health) -> &'static str {
 }
 
 fn human(found: &Examination) -> String {
-    let mut text = String::new();
+    const REMEDY: Indent = Indent { first: "         → ", rest: "           " };
+    let (mut text, width) = (String::new(), width());
     for Diagnosis { part, health, found, remedy } in &found.parts {
         // Writing into a string cannot fail.
-        let _ = writeln!(text, "{:<9}{part}: {found}", word(*health));
+        let line = format!("{:<9}{part}: {found}", word(*health));
+        let _ = writeln!(text, "{}", filled(&line, Indent { first: "", rest: "         " }, width));
         if let Some(remedy) = remedy {
-            let _ = writeln!(text, "         → {remedy}");
+            let _ = writeln!(text, "{}", filled(remedy, REMEDY, width));
         }
     }
     let sandbox = found.sandbox.map(|name| format!(", in the sandbox {name}")).unwrap_or_default();
-    text.push_str(&match (found.health(), found.other) {
-        (Health::Good | Health::Unneeded, _) => format!("Commits work here{sandbox}.\n"),
-        (Health::Weak, _) => format!("Commits work here{sandbox}, with the weaknesses above.\n"),
+    let end = match (found.health(), found.other) {
+        (Health::Good | Health::Unneeded, _) => format!("Commits work here{sandbox}."),
+        (Health::Weak, _) => format!("Commits work here{sandbox}, with the weaknesses above."),
         (Health::Broken, Some(other)) => format!(
             "Commits do not work here. The sandbox {other} works: choose it with `--sandbox {other}`, or with \
-             sandbox = \"{other}\" in the configuration.\n"
+             sandbox = \"{other}\" in the configuration."
         ),
-        (Health::Broken, None) => "Commits do not work here.\n".to_owned(),
-    });
-    text
+        (Health::Broken, None) => "Commits do not work here.".to_owned(),
+    };
+    text + &filled(&end, Indent::default(), width) + "\n"
 }
 
 fn to_json(found: &Examination) -> Value {

@@ -2,6 +2,8 @@
 
 use super::explain_text::remedy;
 use super::output::{print, print_json, OutputFormat};
+use super::paragraph::{filled, Indent};
+use super::terminal::width;
 use super::usage::bad_usage;
 use clap::Args;
 use instar::error::Error;
@@ -55,7 +57,9 @@ fn code(word: &str) -> Result<ErrorCode, Error> {
 }
 
 fn human(code: ErrorCode) -> String {
-    format!("{} ({})\n    {}\n    → {}\n", code.name(), code.number(), code.meaning().trim(), remedy(code))
+    let lines = |first, sentence| filled(sentence, Indent { first, rest: "      " }, width());
+    let (meaning, remedy) = (lines("    ", code.meaning().trim()), lines("    → ", remedy(code)));
+    format!("{} ({})\n{meaning}\n{remedy}\n", code.name(), code.number())
 }
 
 fn to_json(code: ErrorCode) -> Value {

@@ -51,11 +51,11 @@ pub fn run(args: &InfoArgs, session: &Session, out: &mut dyn Write) -> Result<()
         search: SearchPath::for_process(&args.plugin_dir, &super::configuration(args.output)?.plugin_paths()),
     };
     // A confined process can ask the terminal nothing.
-    let (paint, width) = (args.color.stdout(), width());
+    let paint = args.color.stdout();
     let images = run_info(&request, session)?;
     match (args.output, images.as_slice()) {
         (OutputFormat::Human, images) => {
-            let texts: Vec<String> = images.iter().map(|image| info_text::human(image, paint, width)).collect();
+            let texts: Vec<String> = images.iter().map(|image| info_text::human(image, paint, width())).collect();
             print(out, &texts.join("\n"))
         }
         (OutputFormat::Json, [image]) if !args.backing_chain => print_json(out, image),

@@ -1,6 +1,7 @@
 //! `instar info` for people.
 
 use super::color::Paint;
+use super::paragraph::{filled, Indent};
 use super::size::format_size;
 use super::snapshot_text;
 use instar::escape::{escape, escape_bytes, escape_path, printable};
@@ -8,6 +9,9 @@ use instar::info::ImageInfo;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
+
+/// A sentence below its heading.
+const NOTE: Indent = Indent { first: "    ", rest: "      " };
 
 /// The lines of `qemu-img info`. Whatever came from the image is escaped. On a terminal with `width` columns, sentences are
 /// broken between words; names stay whole, so that they can be copied.
@@ -55,22 +59,9 @@ pub(super) fn human(image: &ImageInfo, paint: Paint, width: Option<usize>) -> St
         let _ = writeln!(text, "{}", paint.warning("Notes:"));
     }
     for note in &image.notes {
-        let _ = writeln!(text, "{}", filled(&printable(note), width));
+        let _ = writeln!(text, "{}", filled(&printable(note).to_string(), NOTE, width));
     }
     text
-}
-
-/// A sentence below a heading.
-fn filled(sentence: &str, width: Option<usize>) -> String {
-    const INDENT: &str = "    ";
-    let Some(width) = width else { return format!("{INDENT}{sentence}") };
-    let options = textwrap::Options::new(width)
-        .initial_indent(INDENT)
-        .subsequent_indent("      ")
-        .word_separator(textwrap::WordSeparator::AsciiSpace)
-        .word_splitter(textwrap::WordSplitter::NoHyphenation)
-        .break_words(false);
-    textwrap::fill(sentence, options)
 }
 
 /// A feature, lists and objects indented below their name.

@@ -25,6 +25,7 @@ mod map_text;
 pub mod measure;
 mod opening;
 pub mod output;
+mod paragraph;
 pub mod plugins;
 mod progress;
 mod progress_args;

@@ -7,6 +7,7 @@ use super::opening::OpeningArgs;
 use super::output::{started_in, OutputFormat};
 use super::reading;
 use super::size::parse_bytes;
+use super::terminal::width;
 use clap::Args;
 use instar::error::Error;
 use instar::map::{run_map, MapRequest, MapRun};
@@ -66,7 +67,7 @@ pub fn run(args: &MapArgs, out: &mut dyn Write) -> Result<(), Error> {
         settings: args.opening.settings(&config),
     };
     if let Some(drawing) = args.picture {
-        let mut picture = MapPicture::new(drawing, args.start_offset, paint);
+        let mut picture = MapPicture::new(drawing, args.start_offset, paint, width());
         run_map(&request, &reading(args.verbose), &mut |run| {
             picture.add(&shown(run, started_in));
             Ok(())

@@ -2,6 +2,7 @@
 
 use super::color::Paint;
 use super::output::{print, unprinted};
+use super::paragraph::{filled, Indent};
 use super::size::format_size;
 use instar::error::Error;
 use instar::escape::escape_path;
@@ -11,8 +12,10 @@ use std::fmt::Write as _;
 use std::io::Write;
 use std::path::PathBuf;
 
-/// Columns of a strip: with its frame it fits into 80.
+/// Columns of a strip: with its frame it fits into 80 …
 const COLUMNS: usize = 72;
+/// … and at least that many on a narrow terminal.
+const FEWEST: usize = 8;
 /// Cells that are counted. How long the disk is shows only at its end: when it does not fit any more, every cell takes in the
 /// next one.
 const CELLS: usize = 64 * COLUMNS;
@@ -51,6 +54,10 @@ struct Strip {
 pub struct MapPicture {
     drawing: Drawing,
     paint: Paint,
+    /// Columns of the terminal, if there is one.
+    width: Option<usize>,
+    /// Columns of a strip.
+    across: usize,
     /// Where the picture begins, and where the last run ended, in guest bytes.
     start: u64,
     end: u64,
@@ -62,8 +69,12 @@ pub struct MapPicture {
 
 impl MapPicture {
     /// A picture of what comes from this byte of the disk on.
-    pub fn new(drawing: Drawing, start: u64, paint: Paint) -> Self {
-        Self { drawing, paint, start, end: start, unit: SECTOR, strips: BTreeMap::new() }
+    pub fn new(drawing: Drawing, start: u64, paint: Paint, width: Option<usize>) -> Self {
+        let across = match (drawing, width) {
+            (Drawing::Text, Some(width)) => width.saturating_sub(2).clamp(FEWEST, COLUMNS),
+            _ => COLUMNS,
+        };
+        Self { drawing, paint, width, across, start, end: start, unit: SECTOR, strips: BTreeMap::new() }
     }
 
     /// Count the next run.
@@ -112,7 +123,7 @@ impl MapPicture {
     /// How many cells the disk takes, and how many of them a column. A short disk has fewer columns than there may be.
     fn grid(&self) -> (usize, usize) {
         let cells = usize::try_from(self.length().div_ceil(self.unit)).map_or(CELLS, |cells| cells.clamp(1, CELLS));
-        (cells, cells.div_ceil(COLUMNS))
+        (cells, cells.div_ceil(self.across))
     }
 
     /// Bytes of a column.
@@ -133,11 +144,14 @@ impl MapPicture {
     }
 
     fn text(&self) -> String {
-        let mut text = format!("{}: # data, + partly data, . zeroes\n", self.heading());
+        let legend = format!("{}: # data, + partly data, . zeroes", self.heading());
+        let mut text = filled(&legend, Indent::default(), self.width) + "\n";
         for (depth, strip) in &self.strips {
             let column = self.column();
             let line: String = self.columns(strip).iter().map(|cell| cell.character(column)).collect();
-            let _ = writeln!(text, "{}\n|{}|", self.paint.heading(&strip.label(*depth)), self.colored(&line));
+            let label = filled(&strip.label(*depth), Indent { first: "", rest: "  " }, self.width);
+            let label: Vec<String> = label.lines().map(|line| self.paint.heading(line)).collect();
+            let _ = writeln!(text, "{}\n|{}|", label.join("\n"), self.colored(&line));
         }
         text
     }
@@ -249,12 +263,32 @@ mod tests {
         MapRun { start, length, depth, present, zero, data: !zero, compressed: false, offset: None, file: None, layer }
     }
 
-    fn picture(drawing: Drawing, runs: &[MapRun<'_>]) -> String {
-        let mut picture = MapPicture::new(drawing, runs.first().map_or(0, |run| run.start), Paint::PLAIN);
+    fn picture_in(width: Option<usize>, drawing: Drawing, runs: &[MapRun<'_>]) -> String {
+        let mut picture = MapPicture::new(drawing, runs.first().map_or(0, |run| run.start), Paint::PLAIN, width);
         runs.iter().for_each(|run| picture.add(run));
         let mut out = Vec::new();
         assert!(picture.end(&mut out).is_ok());
         String::from_utf8_lossy(&out).into_owned()
+    }
+
+    fn picture(drawing: Drawing, runs: &[MapRun<'_>]) -> String {
+        picture_in(None, drawing, runs)
+    }
+
+    #[test]
+    fn a_narrow_terminal_has_fewer_columns() {
+        let runs = [run(0, 18 * MIB, 1, "data"), run(18 * MIB, 54 * MIB, 1, "zero")];
+        assert_eq!(
+            picture_in(Some(20), Drawing::Text, &runs),
+            "72 MiB of the disk,\n4 MiB a column: #\ndata, + partly data,\n. zeroes\n1 base: 18 MiB of\n  data, 54 MiB of\n  \
+             zeroes\n|####+.............|\n"
+        );
+        for (width, strip) in [(None, 72), (Some(300), 72), (Some(74), 72), (Some(73), 71), (Some(10), 8), (Some(1), 8)]
+        {
+            let longest = |text: String| text.lines().filter(|line| line.starts_with('|')).map(str::len).max();
+            assert!(longest(picture_in(width, Drawing::Text, &runs)) <= Some(strip + 2), "{width:?}");
+        }
+        assert_eq!(picture_in(Some(20), Drawing::Svg, &runs), picture(Drawing::Svg, &runs));
     }
 
     #[test]

@@ -74,6 +74,21 @@ pub struct MeasureArgs {
     pub filename: Option<PathBuf>,
 }
 
+impl MeasureArgs {
+    /// An option that is only about commits, and is given without one. `requires` does not see it where `-O`, which conflicts with
+    /// a commit, is given, too.
+    fn without_commit(&self) -> Option<&'static str> {
+        let given = [
+            (self.base.is_some(), "-b"),
+            (self.base_format.is_some(), "-F"),
+            (self.resize_backing, "--resize-backing"),
+            (self.bitmaps, "--bitmaps"),
+            (self.atomic, "--atomic"),
+        ];
+        given.into_iter().find(|(given, _)| *given && !self.commit).map(|(_, option)| option)
+    }
+}
+
 /// Run the command.
 ///
 /// # Errors
@@ -82,6 +97,9 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
     args.unsupported.refuse()?;
     let config = super::configuration(args.output)?;
     let settings = args.opening.settings(&config);
+    if let Some(option) = args.without_commit() {
+        return Err(bad_usage(format!("{option} is about a commit: add --commit")));
+    }
     let no_image = || bad_usage("measure needs a FILENAME, or --size SIZE for a new, empty image");
     if args.commit {
         let overlay = args.filename.clone().ok_or_else(no_image)?;
@@ -128,6 +146,9 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
     if want_help(&options) {
         let (format, options) = create_options(&args.target_format, &settings.search)?;
         return print(out, &help(&format, &options, &[]));
+    }
+    if options.iter().any(|(name, _)| ["backing_file", "backing_fmt", "size"].contains(&name.as_str())) {
+        return Err(bad_usage("the size is that of the image, or of --size, and nothing is measured of a backing file: leave it out of -o"));
     }
     let content = match (args.size, &args.filename) {
         (Some(size), _) => Content::Empty(size),

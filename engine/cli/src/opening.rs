@@ -19,7 +19,7 @@ pub struct OpeningArgs {
     /// Wait this many seconds for images that are in use, and then give up
     #[arg(long, value_name = "SECONDS", default_value_t, value_parser = parse_seconds)]
     pub wait: u64,
-    /// Also let the names that images record lead into DIR, not only beside the image; may be given several times
+    /// Also allow the files that images name in DIR, not only beside the image; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing_dir: Vec<PathBuf>,
     /// Also load plugins from DIR; may be given several times

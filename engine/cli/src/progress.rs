@@ -1,6 +1,6 @@
 //! `-p`: how far a commit is, on stderr: a bar on a terminal, lines elsewhere.
 
-use super::terminal::say;
+use super::terminal::{say, width_of};
 use indicatif::{BinaryBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use instar::operation::{Progress, Stage};
 use std::io::IsTerminal;
@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 /// What is done, bar, percentage, bytes, rate, time left: within the 80 columns of a terminal.
 const TEMPLATE: &str = "{msg} [{bar:10}] {percent:>3}% {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
+/// What of that a narrower terminal shows.
+const SHORT_TEMPLATE: &str = "{msg} {percent:>3}% {bytes}/{total_bytes}";
+const SHORTEST_TEMPLATE: &str = "{msg} {percent:>3}%";
 /// As long as it is not known how much there is to do.
 const CHECKING: &str = "{msg}";
 
@@ -26,6 +29,7 @@ pub enum Ending {
 #[derive(Debug)]
 pub struct Shown {
     bar: Option<ProgressBar>,
+    template: &'static str,
     print: fn(&str),
     last: Progress,
     /// When the stage began.
@@ -49,7 +53,8 @@ impl Shown {
 
     fn with(bar: Option<ProgressBar>, print: fn(&str)) -> Self {
         let last = Progress { stage: Stage::Checking, done: 0, total: 0 };
-        Self { bar, print, last, began: Instant::now(), percent: 0 }
+        let template = template(width_of(std::io::stderr()));
+        Self { bar, template, print, last, began: Instant::now(), percent: 0 }
     }
 
     /// So far it is.
@@ -90,7 +95,7 @@ impl Shown {
         };
         match &self.bar {
             Some(bar) => {
-                let template = if progress.total == 0 { CHECKING } else { TEMPLATE };
+                let template = if progress.total == 0 { CHECKING } else { self.template };
                 if let Ok(style) = ProgressStyle::with_template(template) {
                     bar.set_style(style.progress_chars("=> "));
                 }
@@ -126,6 +131,15 @@ impl Shown {
             (Ending::Failed, Stage::Emptying) => "instar: stopped while emptying the overlay\n".to_owned(),
         };
         (self.print)(&line);
+    }
+}
+
+/// What fits into a line of a terminal; longer ones would fill the screen.
+fn template(columns: Option<usize>) -> &'static str {
+    match columns {
+        Some(..40) => SHORTEST_TEMPLATE,
+        Some(40..76) => SHORT_TEMPLATE,
+        _ => TEMPLATE,
     }
 }
 

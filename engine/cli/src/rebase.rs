@@ -2,7 +2,8 @@
 
 use super::commit::CacheMode;
 use super::opening::OpeningArgs;
-use super::output::{print, print_json, unprinted_but, OutputFormat};
+use super::output::{print_json, unprinted_but, OutputFormat};
+use super::paragraph::print_sentences;
 use super::print_error;
 use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
@@ -111,7 +112,7 @@ fn rebase(args: &RebaseArgs, out: &mut dyn Write) -> Result<(), Error> {
     let printed = match args.output {
         OutputFormat::Json => print_json(out, &outcome),
         OutputFormat::Human if args.quiet && !args.dry_run => Ok(()),
-        OutputFormat::Human => print(out, &text(&outcome)),
+        OutputFormat::Human => print_sentences(out, &text(&outcome)),
     };
     let done = if args.dry_run { "nothing was changed" } else { "the rebase is done" };
     printed.map_err(|error| unprinted_but(done, &outcome.image_given, &error))

@@ -1,7 +1,8 @@
 //! `instar recover`: options, and what is printed.
 
 use super::opening::parse_seconds;
-use super::output::{print, print_json_indented, unprinted_but, OutputFormat};
+use super::output::{print_json_indented, unprinted_but, OutputFormat};
+use super::paragraph::print_sentences;
 use clap::Args;
 use instar::error::Error;
 use instar::escape::escape_path;
@@ -40,7 +41,7 @@ pub fn run(args: &RecoverArgs, session: &Session, out: &mut dyn Write) -> Result
     let printed = match args.output {
         OutputFormat::Json => print_json_indented(out, &outcome, INDENT),
         OutputFormat::Human if args.quiet => Ok(()),
-        OutputFormat::Human => print(out, &text(args, &outcome)),
+        OutputFormat::Human => print_sentences(out, &text(args, &outcome)),
     };
     printed.map_err(|error| unprinted_but("the image is recovered", &args.filename, &error))
 }

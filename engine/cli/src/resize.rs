@@ -1,7 +1,8 @@
 //! `instar resize`: options, and what is printed.
 
 use super::opening::OpeningArgs;
-use super::output::{print, print_json, unprinted_but, OutputFormat};
+use super::output::{print_json, unprinted_but, OutputFormat};
+use super::paragraph::print_sentences;
 use super::print_error;
 use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
@@ -114,7 +115,7 @@ fn resize(args: &ResizeArgs, out: &mut dyn Write) -> Result<(), Error> {
     let outcome = result?;
     let printed = match args.output {
         _ if args.quiet => Ok(()),
-        OutputFormat::Human => print(out, &text(&outcome)),
+        OutputFormat::Human => print_sentences(out, &text(&outcome)),
         OutputFormat::Json => print_json(out, &outcome),
     };
     let done = if args.dry_run { "nothing was changed" } else { "the image has its new size" };

@@ -2,7 +2,7 @@
 
 use super::output::{note_directory, render_error, unprinted, OutputFormat};
 use super::{run, Cli, FAILED};
-use crate::terminal::say;
+use crate::terminal::{note_width, say};
 use clap::error::ErrorKind;
 use clap::Parser;
 use instar::error::Error;
@@ -19,6 +19,7 @@ pub(super) const CHECK_USAGE: u8 = 64;
 /// Run the program with these arguments, the first of which is its name; the exit status. Results go to `out`.
 pub fn main(arguments: &[OsString], out: &mut dyn Write) -> u8 {
     note_directory();
+    note_width();
     say_panics();
     match Cli::try_parse_from(arguments) {
         Ok(cli) => run(&cli, out),

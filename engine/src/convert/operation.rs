@@ -245,7 +245,8 @@ impl Operation for Convert<'_> {
             let clause = format!("cannot be made with this version of the {} plugin", plugin.name());
             return Err(Error::image(&self.request.target, ErrorCode::UnsupportedFormat, clause));
         }
-        let mut layers = opener.open_chain(self.request.format.as_deref())?;
+        let base = self.request.backing.as_ref().map(|(_, format)| format.as_str());
+        let mut layers = opener.open_chain_onto(self.request.format.as_deref(), base)?;
         if let (Some(top), Some(snapshot)) = (layers.first_mut(), &self.request.snapshot) {
             top.select_snapshot(snapshot)?;
         }

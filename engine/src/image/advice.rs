@@ -90,7 +90,9 @@ impl Recorder<'_> {
         } else if self.format == "qcow" {
             // It has no place for it.
             let (name, path) = (shell_word(name), shell_path(self.path));
-            format!("let a qcow2 take its place, which records that: `qemu-img convert -O qcow2 -B {name} -F raw {path} NEW`")
+            format!(
+                "let a qcow2 take its place, which records that: `instar convert -O qcow2 -B {name} -F raw {path} NEW`"
+            )
         } else {
             format!("record that in '{}'", escape_path(self.path))
         }
@@ -114,7 +116,7 @@ impl Recorder<'_> {
         let advice = match why {
             // Another name would make another disk of it.
             NoFile::Option(_) => {
-                "instar takes a format and a file name; `qemu-img commit` knows the other options".to_owned()
+                "instar takes a format and a file name: use the program that recorded the other options".to_owned()
             }
             _ => self.record("the name of a local file"),
         };

@@ -24,6 +24,8 @@ pub struct Descent<'r, 'g> {
     first: &'g Path,
     /// The images that it has come by.
     seen: Vec<Identity>,
+    /// A file that the operator names, and the format that it has then if the image above records none.
+    believed: Option<(Identity, &'g str)>,
     /// How many more images there may be, and how many in all.
     room: usize,
     most: usize,
@@ -46,7 +48,13 @@ impl<'r, 'g> Descent<'r, 'g> {
     /// Begin at the image `first` that the operator named, with at most `room` images below it.
     #[must_use]
     pub fn new(registry: &'r Registry, gate: &'g Gate, first: &'g Path, room: usize) -> Self {
-        Self { registry, gate, first, seen: Vec::new(), room, most: room }
+        Self { registry, gate, first, seen: Vec::new(), believed: None, room, most: room }
+    }
+
+    /// Believe the operator about the format of a file, if the image above it records none.
+    #[must_use]
+    pub fn believing(self, believed: Option<(Identity, &'g str)>) -> Self {
+        Self { believed, ..self }
     }
 
     /// Record that this image is part of the chain.
@@ -98,7 +106,12 @@ impl<'r, 'g> Descent<'r, 'g> {
         access: Access,
     ) -> Result<ChainImage<'r>, Error> {
         let opened = OpenedFile::located(located, &above.recorder(part), access)?.lock(access)?;
-        opened.identify_recorded(self.registry, Recorded::by(above, located))
+        let recorded = Recorded::by(above, located);
+        let named = self.believed.filter(|(file, _)| recorded.format().is_none() && *file == located.identity());
+        match named {
+            Some((_, format)) => opened.identify_as(self.registry, Some(format), "-F"),
+            None => opened.identify_recorded(self.registry, recorded),
+        }
     }
 
     /// Identify an open file that will be written, as the format that the operator `named` or the recorded one.

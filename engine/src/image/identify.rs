@@ -40,6 +40,12 @@ pub struct Recorded<'i> {
 }
 
 impl<'i> Recorded<'i> {
+    /// The name of the format, if there is one.
+    #[must_use]
+    pub fn format(&self) -> Option<&'i [u8]> {
+        self.format
+    }
+
     /// What this image records of the file that its pointer led to. The format beside the name counts before the one within
     /// it, as in QEMU.
     #[must_use]

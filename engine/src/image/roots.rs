@@ -9,10 +9,11 @@
 use super::access::Access;
 use super::named::NamedFile;
 use crate::confine::Reach;
-use crate::error::Error;
+use crate::error::{reason, Error};
 use crate::lookup::{is_trusted, walk, Directory, Identity};
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{openat, Dir, FileType, Mode, OFlags};
+use rustix::io::Errno;
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -66,8 +67,11 @@ impl Roots {
         }
         for path in allowed {
             let directory = Directory::open(path).map_err(|errno| {
-                let clause = format!("cannot be allowed as a directory: {}", std::io::Error::from(errno));
-                Error::image(path, ErrorCode::WriteTargetNotAllowed, clause)
+                let why = match errno {
+                    Errno::NOENT => "the directory does not exist".to_owned(),
+                    _ => format!("cannot open the directory: {}", reason(&errno.into())),
+                };
+                Error::image(path, ErrorCode::WriteTargetNotAllowed, format!("no backing is allowed in it: {why}"))
             })?;
             roots.add(directory, true);
         }

@@ -106,7 +106,7 @@ impl<'e> MapEvents<'e> {
     fn out_of_proportion(&mut self) -> BadRequest {
         let clause =
             "its tables map the same parts of the file again and again, in more runs than a file of its length can \
-                      name: work on a copy of it, made with `qemu-img convert`";
+                      name: restore a copy, and keep this image away from tools without a sandbox";
         let path = self.runs.places().get(&0).map(|place| place.path.clone()).unwrap_or_default();
         self.unreported = Some(Error::image(&path, ErrorCode::LimitExceeded, clause));
         BadRequest("more runs than the files can name".to_owned())

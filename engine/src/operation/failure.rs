@@ -52,7 +52,7 @@ impl GuestFailure {
         let ended = Self::ended(error.code(), error.to_string());
         match error {
             SandboxError::LimitExceeded { device, text } => {
-                let text = format!("{text}; work on a copy of it, made with `qemu-img convert`");
+                let text = format!("{text}: restore a copy, and keep this image away from tools without a sandbox");
                 Self { device: Some(*device), text, ..ended }
             }
             _ => ended,

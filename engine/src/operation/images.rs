@@ -4,7 +4,7 @@ use super::session::Session;
 use crate::confine::Reach;
 use crate::error::Error;
 use crate::image::{check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf, Gate, NamedFile};
-use crate::lookup::Directory;
+use crate::lookup::{Directory, Identity};
 use crate::plugins::Registry;
 use instar_guest_abi::{ErrorCode, MemberRole, MAX_CHAIN_DEVICES};
 use rustix::io::Errno;
@@ -115,7 +115,16 @@ impl<'r> Opener<'r, '_> {
     /// # Errors
     /// What opening, locking and probing give; [`ErrorCode::ParentMismatch`], [`ErrorCode::ChainTooDeep`].
     pub fn open_chain(&self, format: Option<&str>) -> Result<Vec<ChainImage<'r>>, Error> {
-        self.chain_of(&self.named.image, self.gate, (format, "-f"), MAX_CHAIN_DEVICES)
+        self.open_chain_onto(format, None)
+    }
+
+    /// Do the same; the file that the operator names as a backing file has the format `base`, if no image records another one.
+    ///
+    /// # Errors
+    /// As [`Opener::open_chain`].
+    pub fn open_chain_onto(&self, format: Option<&str>, base: Option<&str>) -> Result<Vec<ChainImage<'r>>, Error> {
+        let believed = self.named.base.as_ref().and_then(NamedFile::identity).zip(base);
+        self.chain_of(&self.named.image, self.gate, (format, "-f"), believed, MAX_CHAIN_DEVICES)
     }
 
     /// Do the same for the images that are read together with the first, whose chain takes `taken` layers of the limit.
@@ -128,7 +137,7 @@ impl<'r> Opener<'r, '_> {
                 let clause = format!("is one layer more than the {MAX_CHAIN_DEVICES} that are supported");
                 Error::image(file.path(), ErrorCode::ChainTooDeep, clause)
             })?;
-            let layers = self.chain_of(file, gate, (format, "-f"), room)?;
+            let layers = self.chain_of(file, gate, (format, "-f"), None, room)?;
             taken += layers.len();
             Ok(layers)
         });
@@ -140,10 +149,10 @@ impl<'r> Opener<'r, '_> {
     /// # Errors
     /// As [`Opener::open_chain`].
     pub fn open_two_chains(&self, formats: [Option<&str>; 2]) -> Result<[Vec<ChainImage<'r>>; 2], Error> {
-        let first = self.chain_of(&self.named.image, self.gate, (formats[0], "-f"), MAX_CHAIN_DEVICES - 1)?;
+        let first = self.chain_of(&self.named.image, self.gate, (formats[0], "-f"), None, MAX_CHAIN_DEVICES - 1)?;
         let room = MAX_CHAIN_DEVICES - first.len();
         let second = match (&self.named.second, self.beside_second) {
-            (Some(second), Some(gate)) => self.chain_of(second, gate, (formats[1], "-F"), room)?,
+            (Some(second), Some(gate)) => self.chain_of(second, gate, (formats[1], "-F"), None, room)?,
             _ => Vec::new(),
         };
         Ok([first, second])
@@ -155,11 +164,13 @@ impl<'r> Opener<'r, '_> {
         file: &NamedFile,
         gate: &Gate,
         (format, option): (Option<&str>, &str),
+        believed: Option<(Identity, &str)>,
         most: usize,
     ) -> Result<Vec<ChainImage<'r>>, Error> {
         let Self { registry, access, .. } = *self;
         let top = self.open_file(file, format, option)?;
-        let below = Descent::new(registry, gate, file.path(), most.saturating_sub(1)).open_below(&top, access)?;
+        let mut descent = Descent::new(registry, gate, file.path(), most.saturating_sub(1)).believing(believed);
+        let below = descent.open_below(&top, access)?;
         let mut layers: Vec<ChainImage<'r>> = std::iter::once(top).chain(below).collect();
         check_parents(&layers.iter().collect::<Vec<_>>())?;
         let mut files: Vec<FilesOf<'_, '_, '_>> =

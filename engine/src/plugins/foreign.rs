@@ -71,7 +71,7 @@ impl std::fmt::Display for Foreign {
         match self {
             Self::Image(name, _) => write!(
                 f,
-                "looks like a {name} image, for which no plugin is loaded: convert it with `qemu-img convert -O qcow2`"
+                "looks like a {name} image, for which no plugin is loaded: convert it to qcow2 with the program that made it"
             ),
             Self::Odd(name) => {
                 write!(f, "looks like a {name} image, but is cut off, damaged, or of a version that its plugin does not know")

@@ -4,6 +4,7 @@
 //! nobody but root and the caller can change. The checks are made on opened descriptors, and the descriptor that
 //! was checked is the one that is loaded: nothing is looked up by name twice.
 
+use crate::error::reason;
 use crate::lookup::{walk, Directory, Why};
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -30,8 +31,8 @@ pub struct TrustedDirectory {
 pub type Distrust = String;
 
 /// What the kernel says, as text.
-fn said(errno: Errno) -> std::io::Error {
-    errno.into()
+fn said(errno: Errno) -> String {
+    reason(&errno.into())
 }
 
 impl TrustedDirectory {

@@ -61,3 +61,44 @@ _instar_members() {
     fi
 }
 
+
+# Codes of `instar explain`, in either case.
+_instar_codes() {
+    COMPREPLY=($(compgen -W "@CODES@" -- "${cur^^}"))
+}
+
+# Options of the new image's format, as the program lists them: the last one of a list with commas.
+_instar_options() {
+    local word before="" format=raw flag=-O long=--target-format listed
+    if [[ "${COMP_WORDS[1]}" == create ]]; then
+        flag=-f long=--format
+    fi
+    for word in "${COMP_WORDS[@]:2}"; do
+        if [[ "${before}" == "${flag}" || "${before}" == "${long}" ]] && [[ "${word}" != "=" ]]; then
+            format="${word}"
+        fi
+        [[ "${word}" == "=" ]] || before="${word}"
+    done
+    listed="$("${COMP_WORDS[0]/#\~/$HOME}" "${COMP_WORDS[1]}" "${flag}" "${format}" -o help 2>/dev/null |
+        sed -n 's/^ *\([[:alnum:]_.-]*=\)<value>.*/\1/p')"
+    COMPREPLY=($(compgen -P "${cur%"${cur##*,}"}" -W "${listed}" -- "${cur##*,}"))
+    compopt -o nospace
+}
+
+# Bash takes a list of options with values for several words. If the current one is a part of it, complete the name that it ends with.
+_instar_within_options() {
+    local at="${COMP_CWORD}"
+    while [[ "${at}" -ge 2 && ("${COMP_WORDS[at - 1]}" == "=" || "${COMP_WORDS[at]}" == "=") ]]; do
+        at=$((at - 1))
+    done
+    if [[ "${at}" -eq "${COMP_CWORD}" || ! "${COMP_WORDS[at - 1]} ${COMP_WORDS[at]}" =~ ^(-o|--options)\ |\ --options$ ]]; then
+        return 1
+    fi
+    if [[ "${cur}" == *,* ]]; then
+        _instar_options
+    elif [[ "${COMP_WORDS[at]}" == --options && "${at}" -ge $((COMP_CWORD - 2)) ]]; then
+        [[ "${cur}" == "=" ]] && cur=""
+        _instar_options
+    fi
+    return 0
+}

@@ -41,3 +41,32 @@ function __fish_instar_members
     end
 end
 
+
+# Codes of `instar explain`.
+function __fish_instar_codes
+    printf '%s\tcode\n' @CODES@
+end
+
+# Options of the new image's format, as the program lists them: the last one of a list with commas.
+function __fish_instar_options
+    set -l words (commandline -opc)
+    set -l flag -O
+    set -l long --target-format
+    if test "$words[2]" = create
+        set flag -f
+        set long --format
+    end
+    set -l format raw
+    set -l before
+    for word in $words[3..-1]
+        if contains -- "$before" $flag $long
+            set format $word
+        else if string match -q -- "$long=*" $word
+            set format (string replace -- "$long=" '' $word)
+        end
+        set before $word
+    end
+    set -l head (string replace -r -- '^--options=' '' (commandline -ct) | string match -r -- '^.*,')
+    command instar $words[2] $flag $format -o help 2>/dev/null |
+        string replace -rf -- '^ *([\w.-]+=)<value> *- (.*)' "$head"'$1'\t'$2'
+end

@@ -35,3 +35,25 @@ _instar_members() {
     fi
 }
 
+
+# Codes of `instar explain`, in either case.
+_instar_codes() {
+    compadd -M 'm:{a-z}={A-Z}' -- @CODES@
+}
+
+# Options of the new image's format, as the program lists them: the last one of a list with commas.
+_instar_options() {
+    local word before format=raw flag=-O long=--target-format
+    local -a listed
+    [[ $words[1] == create ]] && flag=-f long=--format
+    for word in "${(@Q)words[2,-1]}"; do
+        [[ $before == ($flag|$long) ]] && format=$word
+        [[ $word == $long=* ]] && format=${word#*=}
+        before=$word
+    done
+    compset -P '*,'
+    [[ $PREFIX == *=* ]] && return 1
+    listed=(${(f)"$(_call_program options instar $words[1] $flag ${(q)format} -o help 2>/dev/null |
+        sed -n 's/^ *\([[:alnum:]_.-]*\)=<value>.*/\1/p')"})
+    compadd -S '=' -a listed
+}

@@ -1,9 +1,10 @@
 //! Completions for shells: what `clap` generates from the options, and functions of ours for what only this machine knows, which
-//! formats are installed, which files are images, and which images are below another.
+//! formats are installed and which options they have, which files are images, and which images are below another.
 
 use clap::builder::{PossibleValuesParser, Resettable};
 use clap::{Command, ValueHint};
 use clap_complete::{generate, Shell};
+use instar_guest_abi::ErrorCode;
 use std::path::PathBuf;
 
 /// The formats whose plugins come with the program.
@@ -18,10 +19,12 @@ enum Asked {
     Formats,
     Images,
     Members,
+    Options,
+    Codes,
 }
 
 impl Asked {
-    const ALL: [Self; 3] = [Self::Formats, Self::Images, Self::Members];
+    const ALL: [Self; 5] = [Self::Formats, Self::Images, Self::Members, Self::Options, Self::Codes];
 
     /// The end of the names of our functions.
     fn function(self) -> &'static str {
@@ -29,6 +32,8 @@ impl Asked {
             Self::Formats => "formats",
             Self::Images => "images",
             Self::Members => "members",
+            Self::Options => "options",
+            Self::Codes => "codes",
         }
     }
 
@@ -38,6 +43,8 @@ impl Asked {
             Self::Formats => "@formats@",
             Self::Images => "@images@",
             Self::Members => "@members@",
+            Self::Options => "@options@",
+            Self::Codes => "@codes@",
         }
     }
 
@@ -46,6 +53,8 @@ impl Asked {
         match (value, command) {
             ("FMT", _) => Some(Self::Formats),
             ("BASE", "commit" | "measure") => Some(Self::Members),
+            ("OPTIONS", _) => Some(Self::Options),
+            ("CODE", "explain") => Some(Self::Codes),
             ("FILENAME" | "FILENAME1" | "FILENAME2" | "BASE" | "BACKING" | "CHILD", _) => Some(Self::Images),
             _ => None,
         }
@@ -54,7 +63,7 @@ impl Asked {
 
 /// The file of each shell, under the name that the shell looks for, and its content.
 pub fn all(command: Command) -> Vec<(PathBuf, Vec<u8>)> {
-    let mut command = hinted(command);
+    let mut command = hinted(shown(&command));
     [(Shell::Bash, "bash/instar"), (Shell::Zsh, "zsh/_instar"), (Shell::Fish, "fish/instar.fish")]
         .map(|(shell, name)| {
             let mut content = Vec::new();
@@ -68,6 +77,18 @@ pub fn all(command: Command) -> Vec<(PathBuf, Vec<u8>)> {
             (PathBuf::from("completions").join(name), script.into_bytes())
         })
         .into()
+}
+
+/// The commands that `--help` lists: shells are offered the hidden ones, too, otherwise.
+fn shown(command: &Command) -> Command {
+    let shown = command.get_subcommands().filter(|subcommand| !subcommand.is_hide_set());
+    Command::new("instar")
+        .version(env!("CARGO_PKG_VERSION"))
+        .args(command.get_arguments())
+        .disable_help_subcommand(true)
+        .disable_help_flag(true)
+        .disable_version_flag(true)
+        .subcommands(shown)
 }
 
 /// What shells are to offer as values: directories for what is called `DIR`, what they have to ask for, and nothing where only
@@ -98,18 +119,20 @@ fn hinted(command: Command) -> Command {
 /// Our functions for a shell.
 fn helpers(text: &str) -> String {
     let each = |before: &str, between: &str| SUFFIXES.map(|suffix| format!("{before}{suffix}")).join(between);
+    let codes: Vec<&str> = ErrorCode::ALL.iter().map(|code| code.name()).collect();
     text.replace("@BUNDLED@", &FORMATS.join(" "))
+        .replace("@CODES@", &codes.join(" "))
         .replace("@PATTERNS@", &each("*.", " | "))
         .replace("@GLOB@", &format!("*.({})", SUFFIXES.join("|")))
         .replace("@SUFFIXES@", &each(".", " "))
 }
 
-/// The script for bash, in which a word that begins no option is the name of an image wherever a command takes one. As it is
-/// generated, the first word after a command, and all others, are completed to options.
+/// The script for bash, in which a word that begins no option is the name of an image, or a code, wherever a command takes one. As
+/// it is generated, the first word after a command, and all others, are completed to options.
 fn bash(script: &str, command: &Command) -> String {
+    const BEGIN: &str = "    opts=\"\"\n";
     const OPTIONS: &str =
         "            COMPREPLY=( $(compgen -W \"${opts}\" -- \"${cur}\") )\n            return 0\n            ;;\n";
-    const IMAGES: &str = "            _instar_images\n            return 0\n            ;;\n";
     let mut script = script.replace(" || ${COMP_CWORD} -eq 2 ]]", " ]]");
     for asked in Asked::ALL {
         let generated = format!("COMPREPLY=($(compgen -W \"{}\" -- \"${{cur}}\"))", asked.mark());
@@ -117,13 +140,15 @@ fn bash(script: &str, command: &Command) -> String {
         // Images are listed among the options, too.
         script = script.replace(&format!(" {}\"", asked.mark()), "\"").replace(&format!(" {}", asked.mark()), "");
     }
-    for subcommand in command.get_subcommands().filter(|subcommand| takes_image(subcommand)) {
-        let case = format!("        instar__subcmd__{})\n", subcommand.get_name());
+    for (subcommand, asked) in command.get_subcommands().filter_map(positional) {
+        let case = format!("        instar__subcmd__{subcommand})\n");
         let Some(from) = script.find(&case) else { continue };
         if let Some(at) = script[from..].find(OPTIONS) {
-            script.replace_range(from + at..from + at + OPTIONS.len(), IMAGES);
+            let asks = format!("            _instar_{}\n            return 0\n            ;;\n", asked.function());
+            script.replace_range(from + at..from + at + OPTIONS.len(), &asks);
         }
     }
+    let script = script.replacen(BEGIN, &format!("{BEGIN}    _instar_within_options && return 0\n"), 1);
     helpers(include_str!("../completions/helpers.bash")) + &script
 }
 
@@ -144,19 +169,17 @@ fn fish(script: &str, command: &Command) -> String {
         let generated = format!("\"{}\\t''\"", asked.mark());
         script = script.replace(&generated, &format!("\"(__fish_instar_{})\"", asked.function()));
     }
-    for subcommand in command.get_subcommands().filter(|subcommand| takes_image(subcommand)) {
-        let name = subcommand.get_name();
+    for (name, asked) in command.get_subcommands().filter_map(positional) {
+        let function = asked.function();
         script += &format!(
-            "complete -c instar -n \"__fish_instar_using_subcommand {name}\" -k -f -a \"(__fish_instar_images)\"\n"
+            "complete -c instar -n \"__fish_instar_using_subcommand {name}\" -k -f -a \"(__fish_instar_{function})\"\n"
         );
     }
     helpers(include_str!("../completions/helpers.fish")) + &script
 }
 
-/// Whether an argument of a command is the name of an image.
-fn takes_image(command: &Command) -> bool {
-    command.get_positionals().any(|argument| {
-        let names = argument.get_value_names().unwrap_or_default();
-        names.first().is_some_and(|value| matches!(Asked::of(command.get_name(), value), Some(Asked::Images)))
-    })
+/// The name of a command whose arguments are images or codes, and which of the two.
+fn positional(command: &Command) -> Option<(&str, Asked)> {
+    let asked = |argument: &clap::Arg| Asked::of(command.get_name(), argument.get_value_names()?.first()?);
+    Some((command.get_name(), command.get_positionals().find_map(asked)?))
 }

@@ -87,7 +87,7 @@ fn of_target(own: &ImageFacts, incoming: &Incoming, below: u64) -> Verdict {
     if own.flag(names::STREAM) {
         verdict.reason =
             "the image cannot be read as a stream afterwards: before it goes into an OVA, make a new one of it \
-                          with `qemu-img convert -O vmdk -o subformat=streamOptimized`"
+                          with `instar convert -O vmdk -o subformat=streamOptimized`"
                 .into();
     }
     if incoming.virtual_size > own.virtual_size && own.backing.is_some() {

@@ -55,10 +55,7 @@ impl Image {
             Ok(())
         })?;
         if self.unused(&survey) > 0 {
-            finding(
-                FindingKind::Leak,
-                "room that no block uses goes when the image is copied, with `qemu-img convert`",
-            );
+            finding(FindingKind::Leak, "room that no block uses goes when the image is copied, with `instar convert`");
         }
         if !all {
             return Ok(Default::default());

@@ -39,10 +39,7 @@ impl Image {
             Ok(())
         })?;
         if survey.unused >= self.layout.block_size {
-            finding(
-                FindingKind::Leak,
-                "room that no block uses goes when the image is copied, with `qemu-img convert`",
-            );
+            finding(FindingKind::Leak, "room that no block uses goes when the image is copied, with `instar convert`");
         }
         if !all {
             return Ok(RepairSummary::default());

@@ -138,7 +138,7 @@ impl Planner {
         }
         let text = format!(
             "a streamOptimized vmdk can only get new grains, and the one of guest offset {} is in use: make one image of the \
-             overlay and what is below it with `qemu-img convert -O vmdk`",
+             overlay and what is below it with `instar convert -O vmdk`",
             part.grain
         );
         Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(image.device, offset))
