@@ -188,7 +188,7 @@ fn every_parent_has_its_own() {
     assert_eq!(names(yard.lab.dir.path(), &found), ["of base", "of middle"]);
     let parents: Vec<_> = found.children.iter().map(|child| child.parent).collect();
     assert_eq!(parents, ["base", "middle"].map(|name| yard.open(name).opened.identity));
-    // Of an image that is to be opened anew, it has to be the same file.
+    // Of an image that is to be opened again, it has to be the same file.
     assert!(found.children[0].open(Access::ReadWrite).is_ok());
     fs::copy(yard.lab.path("of base"), yard.lab.path("new")).unwrap();
     fs::rename(yard.lab.path("new"), yard.lab.path("of base")).unwrap();

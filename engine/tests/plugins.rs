@@ -396,6 +396,6 @@ fn loading_is_quick() {
     let took = start.elapsed();
     assert_eq!(registry.plugins().len(), 2);
     println!("loading two plugins took {took:?}");
-    // A start-up that takes long is a bug, also on a slow machine and without optimisation.
+    // A start-up that takes long is a bug, also on a slow machine and without optimization.
     assert!(took < std::time::Duration::from_millis(500), "{took:?}");
 }

@@ -40,8 +40,8 @@ fn is_large(pairs: &Pairs, input: &[u8]) -> bool {
     pairs.choose(input).is_some_and(|fixture| bytes(fixture) >= LARGE)
 }
 
-/// How many of these inputs are commits, of which so many states are drawn. One in `every` images that are left is shown to
-/// qemu-img.
+/// How many of these inputs are commits, of each of which `drawn` states are drawn. One in `every` images that are left
+/// is shown to qemu-img.
 fn of(pairs: &Pairs, inputs: Vec<Vec<u8>>, drawn: usize, every: usize) -> usize {
     let directory = tempfile::tempdir().unwrap();
     let checker = |format: &Format, bytes: &[u8]| qemu_img(directory.path(), format, bytes);

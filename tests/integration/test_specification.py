@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import test_unprivileged
 from support import REPO
 
 TEXT = (REPO / "SPECIFICATION.md").read_text(encoding="utf-8")
@@ -55,3 +56,15 @@ def test_the_exits_are_those_that_the_test_asks_for():
     assert f"exits < {exits}" in (REPO / "tests/integration/test_cli.py").read_text()
     states = re.search(r"`make crash` replays at least \| (\d+)", TEXT)[1]
     assert f"exit states < {states}" in (REPO / "Makefile").read_text()
+
+
+def test_the_limits_are_those_that_are_tried():
+    """The second of each pair in `test_limits` is enough; `docs/operations.md` names the same numbers."""
+    tried = dict(pair.split("=") for _, pair, _ in test_unprivileged.LIMITS)
+    mib = 1 << 20
+    for what, number, unit in (("address space with", int(tried["AS"]) // mib, " MiB"), ("length of a file", int(tried["FSIZE"]) // mib, " MiB"),
+                               ("descriptors with", int(tried["NOFILE"]), ""), ("processes of its user", int(tried["NPROC"]), "")):
+        assert re.search(rf"(?m)^\| {what}.*? \| {number}{unit} \|", TEXT), what
+    page = (REPO / "docs/operations.md").read_text(encoding="utf-8")
+    assert f"{tried['NOFILE']} descriptors ({len(test_unprivileged.BUNDLED)} of them" in page
+    assert "96 MiB of address space" in page and "files of 64 MiB" in page

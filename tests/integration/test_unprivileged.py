@@ -111,13 +111,17 @@ def test_an_ordinary_user_on_a_machine(inside):
     inside.assert_committed()
 
 
+LIMITS = [
+    ("NPROC=1", "NPROC=2", "starting a process"),
+    ("AS=50331648", "AS=100663296", "mapping the guest's memory"),
+    ("FSIZE=66060288", "FSIZE=67108864", "file in memory"),
+    # Each plugin keeps the descriptor that it was loaded by.
+    (f"NOFILE={10 + len(BUNDLED)}", f"NOFILE={16 + len(BUNDLED)}", "Too many open files"),
+]
+
+
 @pytest.mark.parametrize(
-    ("too_little", "enough", "why"),
-    [("NPROC=1", "NPROC=2", "starting a process"),
-     ("AS=50331648", "AS=100663296", "mapping the guest's memory"),
-     ("FSIZE=66060288", "FSIZE=67108864", "file in memory"),
-     # Each plugin keeps the descriptor that it was loaded by.
-     (f"NOFILE={10 + len(BUNDLED)}", f"NOFILE={16 + len(BUNDLED)}", "Too many open files")],
+    ("too_little", "enough", "why"), LIMITS,
     ids=["processes", "address space", "file sizes", "descriptors"])
 def test_limits(inside, too_little, enough, why):
     """A limit that is too low is named by what failed, and the doctor's advice is to raise it."""

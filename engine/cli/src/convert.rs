@@ -22,7 +22,7 @@ use std::rc::Rc;
 /// Make a new image of the disk that an image shows, with everything below it
 #[derive(Args, Debug)]
 pub struct ConvertArgs {
-    /// Format of the image that is read. Detected if not given; raw is believed of any file
+    /// Format of the source. Detected if not given; raw is believed of any file
     #[arg(short, long, alias = "source-format", value_name = "FMT")]
     pub format: Option<String>,
     /// Format of the new image
@@ -31,28 +31,30 @@ pub struct ConvertArgs {
     /// Options of that format, as NAME=VALUE, separated by commas; may be given several times. `-o help` lists them
     #[arg(short, long, alias = "target-options", value_name = "OPTIONS")]
     pub options: Vec<String>,
-    /// Have the new image be backed by this file: it holds only what the layers above that hold
+    /// Record this backing file in the new image, which then holds only the data of the layers above it
     #[arg(short = 'B', long = "backing", value_name = "BACKING")]
     pub backing: Option<String>,
     /// Format of that backing file
     #[arg(short = 'F', long, value_name = "FMT")]
     pub backing_format: Option<String>,
-    /// Write into an image or a block device that is there, in place; a failure leaves a part of the disk in it
+    /// Write into an existing image or block device, in place; a failure leaves a part of the disk in it
     #[arg(short = 'n', long)]
     pub no_create: bool,
-    /// With -n: all of that reads as zeroes already, and zeroes are not written
+    /// With -n: the target already reads as zeroes, so write none
     #[arg(long)]
     pub target_is_zero: bool,
-    /// Compress what is written into the new image: qcow2 (also -o compression_type=zstd), or vmdk with -o subformat=streamOptimized
+    /// Compress the data of the new image: qcow2 (also -o compression_type=zstd), or vmdk with -o
+    /// subformat=streamOptimized
     #[arg(short = 'c', long)]
     pub compress: bool,
-    /// Look for zeroes in data, and leave out so many of them at least that follow each other; 0 has the new image take space for all of its disk
+    /// Search data for zeroes, and leave out runs of at least this many bytes; with 0, the new image takes space for
+    /// all of its disk
     #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = parse_bytes)]
     pub sparse: Option<u64>,
-    /// Make the persistent bitmaps of the image that is read in the new one
+    /// Copy the persistent bitmaps of the source
     #[arg(long)]
     pub bitmaps: bool,
-    /// With --bitmaps: leave out those that were not saved when the image was closed
+    /// With --bitmaps: leave out bitmaps that were not saved when the image was closed
     #[arg(long)]
     pub skip_broken_bitmaps: bool,
     /// Copy zeroes for data that cannot be read, with a warning for each range, instead of failing
@@ -73,7 +75,7 @@ pub struct ConvertArgs {
     /// Choose what writes to the new image promise; unsafe flushes nothing
     #[arg(short = 't', long = "cache", alias = "target-cache", value_enum, default_value_t, value_name = "MODE")]
     pub cache: CacheMode,
-    /// Read the image even if it is in use; the copy may be of no moment that ever was
+    /// Read the image even if it is in use; the copy may mix states of different moments
     #[arg(short = 'U', long)]
     pub force_share: bool,
     /// How to print the result
@@ -91,37 +93,38 @@ pub struct ConvertArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub unsupported: UnsupportedArgs,
-    /// The images that are read, one disk behind the other, and the new one, which replaces a file of that name once it is complete
+    /// The sources, whose disks follow each other, and the new image, which replaces a file of that name once it is
+    /// complete
     #[arg(value_name = "FILENAME", required_unless_present = "options")]
     pub files: Vec<PathBuf>,
 }
 
-/// Options of `qemu-img convert` that change nothing here, or that get a sentence.
+/// Options of `qemu-img convert` that have no effect here, or that are refused with an explanation.
 #[derive(Args, Debug, Default)]
 #[allow(clippy::struct_excessive_bools, reason = "options")]
 pub struct OtherArgs {
-    /// Taken for the sake of scripts: how many requests are under way is the host's to choose
+    /// Accepted for scripts: the host itself chooses the number of parallel requests
     #[arg(short = 'm', long, hide = true, value_name = "N")]
     pub parallel: Option<u32>,
-    /// Taken for the sake of scripts
+    /// Accepted for scripts
     #[arg(short = 'W', long = "oob-writes", hide = true)]
     pub out_of_order: bool,
-    /// Taken for the sake of scripts: the host copies as fast as it can
+    /// Accepted for scripts: the host always copies as fast as it can
     #[arg(short = 'C', long = "copy-range-offloading", hide = true)]
     pub copy_offloading: bool,
-    /// Taken for the sake of scripts: how the source is read
+    /// Accepted for scripts: how the source is read
     #[arg(short = 'T', long = "source-cache", hide = true, value_enum, value_name = "MODE")]
     pub source_cache: Option<CacheMode>,
-    /// An option of `qemu-img`, for a sentence about it
+    /// An option of `qemu-img`, refused with an explanation
     #[arg(long, hide = true)]
     pub target_image_opts: bool,
-    /// An option of `qemu-img`, for a sentence about it
+    /// An option of `qemu-img`, refused with an explanation
     #[arg(long, hide = true)]
     pub source_image_opts: bool,
 }
 
 impl OtherArgs {
-    /// Refuse those that would mean something.
+    /// Refuse the options that would change the result.
     fn refuse(&self) -> Result<(), Error> {
         let sentences = [
             (
@@ -137,13 +140,13 @@ impl OtherArgs {
     }
 }
 
-/// Sizes that `-S` takes, as `qemu-img` does: multiples of this many bytes …
+/// The unit of sizes for `-S`, as in `qemu-img`: multiples of this many bytes …
 const SPARSE_UNIT: u64 = 512;
 /// … up to this one.
 const SPARSE_MOST: u64 = 16 << 20;
 
 impl ConvertArgs {
-    /// Refuse what makes no sense together.
+    /// Refuse options that contradict each other.
     fn check(&self, sources: usize, options: &[(String, String)]) -> Result<(), Error> {
         let preallocates = options.iter().any(|(name, value)| name == "preallocation" && value != "off");
         let sparse = self.sparse.unwrap_or(SPARSE_UNIT);
@@ -189,7 +192,7 @@ impl ConvertArgs {
 /// Run the command.
 ///
 /// # Errors
-/// One line that names the file and what to do. At the target's name stands what stood there before.
+/// One line that names the file and what to do. The file at the target's name is unchanged.
 pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
     args.unsupported.refuse()?;
     args.others.refuse()?;

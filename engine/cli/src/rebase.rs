@@ -24,8 +24,8 @@ pub struct RebaseArgs {
     /// Format of the image. Detected if not given; an image of another format is refused
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
-    /// The new backing file, recorded as given: a relative name starts at the image's directory. With '', the image gets none, and
-    /// holds everything itself
+    /// The new backing file, recorded as given: a relative name starts at the image's directory. With '', the image has
+    /// no backing file, and holds everything itself
     #[arg(short, long, value_name = "BACKING")]
     pub backing: String,
     /// Format of the new backing file, which is recorded, and believed (raw above all)
@@ -43,16 +43,16 @@ pub struct RebaseArgs {
     /// Choose what writes promise
     #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]
     pub cache: CacheMode,
-    /// Taken for the sake of scripts: nothing is written to a backing file
+    /// Accepted for scripts: rebase writes to no backing file
     #[arg(short = 'T', long, hide = true, value_enum, value_name = "MODE")]
     pub backing_cache: Option<CacheMode>,
-    /// Taken for a sentence about it
+    /// Refused with an explanation
     #[arg(short = 'U', long, hide = true)]
     pub force_share: bool,
-    /// Taken for a sentence about it
+    /// Refused with an explanation
     #[arg(short, long, hide = true)]
     pub compress: bool,
-    /// Say what would be written, and change nothing
+    /// Report how much would be written, and change nothing
     #[arg(long)]
     pub dry_run: bool,
     /// How to print the result
@@ -72,7 +72,7 @@ pub struct RebaseArgs {
     pub filename: PathBuf,
 }
 
-/// Run the command; the exit status.
+/// Run the command, and return the exit status.
 pub fn run(args: &RebaseArgs, out: &mut dyn Write) -> u8 {
     match rebase(args, out) {
         Ok(()) => 0,
@@ -134,7 +134,7 @@ fn rebased(args: &RebaseArgs, told: &Rc<Told>) -> Result<RebaseOutcome, Error> {
     Ok(outcome)
 }
 
-/// What is said to people.
+/// The result as text.
 fn text(outcome: &RebaseOutcome) -> String {
     let (image, bytes, clusters) = (escape_path(&outcome.image_given), outcome.bytes_written, outcome.clusters_written);
     let onto = match &outcome.backing {

@@ -13,7 +13,7 @@ use instar_test_lab::{program, sandbox};
 use std::cell::RefCell;
 use std::process::Command;
 
-/// Keeps what it is told, and ends the commit once so many bytes are written.
+/// Keeps what it is told, and ends the commit once this many bytes are written.
 struct Watches {
     stages: RefCell<Vec<Progress>>,
     notes: RefCell<Vec<String>>,

@@ -1,4 +1,4 @@
-//! What is known of a commit once everybody has admitted it.
+//! The facts of a commit after the plugins and the engine have admitted it.
 
 use super::outcome::Units;
 use super::plan::PlanBounds;
@@ -7,35 +7,35 @@ use crate::image::Doubt;
 use instar_guest_protocol::commit::Relinked as Wanted;
 use std::path::PathBuf;
 
-/// What is known once everybody has admitted the commit.
+/// The facts after the plugins and the engine have admitted the commit.
 pub struct Admitted {
-    /// Of the overlay and the backing.
+    /// Formats of the overlay and the backing.
     pub formats: (String, String),
     /// The layers between them.
     pub stale: Vec<PathBuf>,
     /// The virtual size in bytes that the backing gets, if it grows.
     pub backing_grows_to: Option<u64>,
-    /// Leave the overlay as it is.
+    /// Whether the overlay stays as it is.
     pub keep_overlay: bool,
-    /// What the guest's plan may say.
+    /// The bounds of the guest's plan.
     pub bounds: PlanBounds,
-    /// What is known of the space for the backing.
+    /// The space that the backing has, as far as it is known.
     pub space: Option<Space>,
-    /// The backing looks like an image of another format, too.
+    /// The mark of another format that the backing also looks like.
     pub doubt: Option<Doubt>,
-    /// What the children are to record.
+    /// The records of the children after the commit.
     pub wanted: Option<Wanted>,
     /// Bytes of the overlay's files.
     pub overlay_length: u64,
     /// Bytes of the overlay's disk.
     pub virtual_size: u64,
-    /// Bitmaps of the backing, and of what is committed.
+    /// Bitmaps of the backing, and of the committed layers.
     pub bitmaps: u64,
-    /// The backing was not closed, and is repaired first.
+    /// Whether the backing was not closed, so that the commit repairs it first.
     pub repairs: bool,
     /// Bytes of the backing's files.
     pub length: u64,
-    /// Bytes that they take of the disk.
+    /// Bytes of the disk that they take.
     pub taken: Option<u64>,
     /// Bytes that their file system has free.
     pub free: Option<u64>,

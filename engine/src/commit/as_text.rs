@@ -1,4 +1,4 @@
-//! Paths and names in JSON: bytes that are no UTF-8 are shown as replacement characters.
+//! Show paths and names in JSON: bytes that are not UTF-8 become replacement characters.
 
 use serde::Serializer;
 use std::path::{Path, PathBuf};

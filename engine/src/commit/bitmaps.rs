@@ -1,4 +1,4 @@
-//! What becomes of the bitmaps of the layers that are committed: how much room they may take, and what the guest says of them.
+//! The bitmaps of the committed layers: the space that they may take, and the guest's report of what happened to each.
 
 use super::as_text::bytes_as_text;
 use super::verdict::Parts;
@@ -8,7 +8,7 @@ use instar_plugin_api::ImageFacts;
 use serde::Serialize;
 use std::path::Path;
 
-/// A bitmap of the layers that are committed.
+/// A bitmap of the committed layers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MergedBitmap {
     /// Its name, as the bytes in the image.
@@ -16,7 +16,7 @@ pub struct MergedBitmap {
     pub name: Vec<u8>,
     /// Bytes of the disk that a bit stands for, in the top-most layer that has it.
     pub granularity: u64,
-    /// What becomes of it: `merged`, `made`, or why it is skipped.
+    /// Its fate: `merged`, `made`, or the reason why it is skipped.
     pub result: &'static str,
 }
 
@@ -25,7 +25,7 @@ pub fn count(facts: &ImageFacts) -> u64 {
     facts.bitmaps.as_ref().into_option().map_or(0, |bitmaps| bitmaps.len() as u64)
 }
 
-/// What each fate is called in JSON.
+/// The name of each fate in JSON.
 pub const RESULTS: [(Fate, &str); 7] = [
     (Fate::Merged, "merged"),
     (Fate::Made, "made"),
@@ -37,7 +37,7 @@ pub const RESULTS: [(Fate, &str); 7] = [
 ];
 
 impl MergedBitmap {
-    /// What the guest said; `None` if that is nothing that there is.
+    /// Take the bitmap that the guest reports; `None` if it reports an impossible fate.
     pub fn of(told: Bitmap) -> Option<Self> {
         let fate = Fate::try_from(told.fate).ok()?;
         let (_, result) = RESULTS.iter().find(|(known, _)| *known == fate)?;
@@ -45,13 +45,13 @@ impl MergedBitmap {
         valid.then_some(Self { name: told.name, granularity: told.granularity, result })
     }
 
-    /// Whether the target has it afterwards with all that it says.
+    /// Whether the target has it afterwards, with all of its bits.
     #[must_use]
     pub fn is_merged(&self) -> bool {
         matches!(self.result, "merged" | "made")
     }
 
-    /// The line about one that is skipped.
+    /// The line about a bitmap that is skipped.
     pub fn warning(&self, overlay: &Path, target: &Path) -> Option<String> {
         let (name, overlay, target) = (escape_bytes(&self.name), escape_path(overlay), escape_path(target));
         let why = match self.result {
@@ -66,8 +66,8 @@ impl MergedBitmap {
     }
 }
 
-/// Bytes by which the bitmaps of these layers, which may be made in the target, lengthen its file at most, beyond what a plugin
-/// allows for its own. `virtual_size` is that of the target, in bytes.
+/// The maximum in bytes by which the bitmaps of these layers, if they are made in the target, lengthen its file, beyond
+/// what a plugin allows for the target's own. `virtual_size` is that of the target, in bytes.
 pub fn allowance<'f>(target: &ImageFacts, layers: impl IntoIterator<Item = &'f ImageFacts>, virtual_size: u64) -> u64 {
     let cluster = target.cluster_size.max(512);
     let clusters = |bytes: u64| bytes.div_ceil(cluster);
@@ -87,7 +87,7 @@ pub fn allowance<'f>(target: &ImageFacts, layers: impl IntoIterator<Item = &'f I
     all.saturating_mul(3).saturating_mul(cluster)
 }
 
-/// The line of a commit that merges no bitmaps about those that the layers have.
+/// The line about the layers' bitmaps in a commit that merges none.
 pub fn left_out(parts: &Parts<'_, '_>) -> Option<String> {
     let count: usize = parts.merged().map(|layer| layer.facts.bitmaps.as_ref().map_or(0, |own| own.len())).sum();
     let overlay = escape_path(&parts.overlay.opened.path);

@@ -3,19 +3,19 @@
 use crate::devices::Devices;
 use instar_guest_abi::Phase;
 
-/// Which files the guest changed, by what the devices did, and not by what the guest says.
+/// The files that the guest changed, according to the devices and not to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changed {
-    /// The commit is done: what was changed last is a child of the overlay.
+    /// Whether a child of the overlay was changed, which means that the commit is done.
     pub children: bool,
-    /// The backing is complete: what was changed last is the overlay.
+    /// Whether the overlay was changed, which means that the backing is complete.
     pub overlay: bool,
-    /// The backing was changed, or what records of it that it will be.
+    /// Whether the backing was changed, or the record of its coming identity.
     pub backing: bool,
 }
 
 impl Changed {
-    /// What became of these devices.
+    /// The state of these devices.
     #[must_use]
     pub fn of(devices: &Devices) -> Self {
         let changed = devices.any_changed();

@@ -1,13 +1,13 @@
-//! `--delete-overlay`: the overlay's file is removed once nothing needs it any more.
+//! `--delete-overlay`: remove the overlay's file once nothing needs it.
 //!
 //! The order: the target is durable with all that was committed, and every child that is relinked with its new parent's name
 //! (the devices see to that before a guest may succeed); then the name is removed; then the directory is flushed. A crash before
 //! the last leaves the overlay under its name, with everything that it held or as a sound empty image, and the same command
 //! removes it.
 //!
-//! What is removed is a name in a directory that is open since before the first look at the image, and only if it still leads to
-//! the file that was committed. Between that look and the removal, whoever may rename files in the directory can put another one
-//! there: one whose name they could have removed themselves.
+//! The directory is open since before the first look at the image, and its entry is removed only if it still leads to
+//! the committed file. Between that check and the removal, a user who may rename files in the directory can move
+//! another file there, but only one whose name they could have removed themselves.
 
 use super::request::CommitRequest;
 use super::verdict::Parts;
@@ -29,25 +29,25 @@ use std::path::{Path, PathBuf};
 /// Set in `st_mode` of a directory in which only the owner of a file, its own, and the superuser may remove it (inode(7)).
 const STICKY: u32 = 0o1000;
 
-/// The name that is to be removed.
+/// The name to remove.
 #[derive(Debug)]
 pub struct Deletion {
     /// As the operator gave it, for messages.
     path: PathBuf,
     directory: OwnedFd,
     name: OsString,
-    /// Why the name may not be removed by this user, as far as that is known.
+    /// The reason why this user may not remove the name, if one is known.
     denied: Option<String>,
-    /// What the name was, links not followed.
+    /// The identity of the file at the name, without following links.
     found: Stat,
 }
 
 impl Deletion {
-    /// Look at the name and its directory, before the process is confined. `None` if there is no such file, which opening it
-    /// says.
+    /// Look at the name and its directory, before the process is confined. `None` if there is no such file, which
+    /// opening it reports.
     ///
     /// # Errors
-    /// What keeps the removal from being durable.
+    /// An obstacle to a durable removal.
     pub fn begin(named: &NamedFile) -> Option<Result<Self, Error>> {
         let directory = named.directory().filter(|_| named.identity().is_some())?;
         let path = named.path();
@@ -73,11 +73,12 @@ impl Deletion {
         self.directory.as_fd()
     }
 
-    /// Refuse an overlay whose removal takes more than the operator sees, or is impossible. In a dry run, a directory that may
-    /// not be written to is a warning, as images are that may not. `warnings` takes what is to be known besides.
+    /// Refuse an overlay that cannot be removed, or whose removal would destroy more than the operator sees. In a dry
+    /// run, a read-only directory is a warning, as a read-only image is. `warnings` takes further lines for the
+    /// operator.
     ///
     /// # Errors
-    /// What is in the way of it, and what to do.
+    /// The obstacle, and what to do about it.
     pub fn admit(
         &self,
         request: &CommitRequest,
@@ -147,7 +148,7 @@ impl Deletion {
     /// Remove the name, durably, if it leads to this file.
     ///
     /// # Errors
-    /// What the system says, and that the name leads to another file by now. The commit is done then.
+    /// The system's error, or a name that leads to another file by now. The commit is done then.
     pub fn remove(&self, overlay: &File) -> Result<(), Error> {
         let failed = |clause: String| {
             Error::image(&self.path, ErrorCode::OverlayIo, clause).in_role(Role::Overlay).in_step("delete")
@@ -172,7 +173,8 @@ impl Deletion {
     }
 }
 
-/// Refuse an overlay that other images name, but for those that are relinked; `remedy` says what to do about them. They are looked for where [siblings] are.
+/// Refuse an overlay that other images name, except for those that are relinked; `remedy` says what to do about them.
+/// The search covers the same directories as that for [siblings].
 ///
 /// [siblings]: super::siblings
 ///
@@ -212,8 +214,9 @@ fn why(errno: Errno) -> String {
     reason(&io::Error::from(errno))
 }
 
-/// Why this user may not remove the name of a file, which was `found` like this, from a directory: it may not be written to, or it is sticky and somebody else's, as is the
-/// file. What else may be in the way, as an attribute of the file, only the removal shows.
+/// The reason why this user may not remove a file, `found` like this, from its directory: the directory is not
+/// writable, or it is sticky, and both it and the file belong to somebody else. Other obstacles, such as an attribute
+/// of the file, show only when the file is removed.
 pub fn denied(directory: &OwnedFd, found: &Stat) -> Option<String> {
     if let Err(errno) = accessat(directory, ".", Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
         return Some(why(errno));

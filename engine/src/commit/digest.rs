@@ -1,11 +1,12 @@
-//! `--digest`: the SHA-256 of the disk as the overlay's guest sees it, before the first change, and as the target shows it
-//! afterwards. The two have to be one: what nobody was to change is read again as well.
+//! `--digest`: the SHA-256 of the disk as the overlay's guest sees it, before the first change, and as the target shows
+//! it afterwards. The two have to be equal, and the second covers the whole disk, including the parts that the commit
+//! did not change.
 //!
-//! The guest says where the bytes are, by requests that write the whole disk to a device that does not exist; they are read
-//! and hashed here. It can lie, as when what was written is [read back](super::verify).
+//! The guest says where the bytes are, by requests that write the whole disk to a device that does not exist; the host
+//! reads and hashes them here. A hostile guest can lie, as it can when the host [reads back](super::verify).
 //!
-//! A digest of zeroes takes as long as one of data, and an image of some kilobytes can claim a disk of many terabytes: so a
-//! disk that is long and holds next to nothing is refused.
+//! Hashing zeroes takes as long as hashing data, and an image of some kilobytes can claim a disk of many terabytes, so
+//! a long disk that holds next to nothing is refused.
 
 use super::request::CommitRequest;
 use super::space::taken_space;
@@ -21,7 +22,7 @@ use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
 use std::path::Path;
 
-/// The number of the device that the disk is written to.
+/// The number of the device to which the disk is "written".
 const HASHED: u32 = u32::MAX;
 /// Bytes that are hashed at once.
 const CHUNK: u64 = 1 << 20;
@@ -51,7 +52,8 @@ impl DiskDigest {
     }
 }
 
-/// Refuse what would have to be hashed for hours although nothing is in it, and what is not durable when it is read again.
+/// Refuse a disk that is almost empty and would take hours to hash, and a commit whose writes are not durable when they
+/// are read again.
 ///
 /// # Errors
 /// [`ErrorCode::BadUsage`], [`ErrorCode::UnsupportedFormat`].
@@ -78,9 +80,9 @@ pub fn admit(request: &CommitRequest, parts: &Parts<'_, '_>) -> Result<(), Error
 /// The disk, as far as it is hashed.
 struct Hashing {
     state: Sha256,
-    /// The guest byte that comes next.
+    /// The next guest byte to hash.
     next: u64,
-    /// It is the target that is read.
+    /// Whether the target is hashed, and not the overlay.
     after: bool,
 }
 
@@ -95,12 +97,12 @@ pub struct Digests {
     before: Option<String>,
     after: Option<String>,
     buffer: Vec<u8>,
-    /// Why a file could not be read; the guest was ended then.
+    /// The reason why a file could not be read, for which the host ended the guest.
     failure: Option<GuestFailure>,
 }
 
 impl Digests {
-    /// Those of a disk of `length` bytes.
+    /// Prepare the digests of a disk of `length` bytes.
     #[must_use]
     pub fn new(paths: &DevicePaths, length: u64) -> Self {
         Self { target: paths.target().collect(), length, ..Self::default() }
@@ -112,16 +114,16 @@ impl Digests {
         self.length
     }
 
-    /// Whether this request is about the disk that is hashed.
+    /// Whether this request belongs to the disk that is hashed.
     #[must_use]
     pub fn concerns(request: &Request) -> bool {
         request.device == HASHED
     }
 
-    /// The disk is hashed from here on.
+    /// Begin to hash a disk.
     ///
     /// # Errors
-    /// What comes when it makes no sense.
+    /// A beginning at an impossible time.
     pub fn begin(&mut self, devices: &Devices, after: bool) -> Result<(), BadRequest> {
         let fits = match after {
             false => self.before.is_none() && devices.phase() == Phase::Look && !devices.any_changed(),
@@ -140,10 +142,10 @@ impl Digests {
         self.end_if_complete()
     }
 
-    /// Hash what these requests write.
+    /// Hash the bytes that these requests write.
     ///
     /// # Errors
-    /// What makes no sense, and what ends the guest: a file that cannot be read, a digest that differs.
+    /// An impossible request, and the events that end the guest: a file that cannot be read, a digest that differs.
     pub fn take(
         &mut self,
         devices: &mut Devices,
@@ -182,7 +184,7 @@ impl Digests {
         Ok(())
     }
 
-    /// Hash plain bytes of a device; what it has no data for is zero, and not read.
+    /// Hash plain bytes of a device; its holes count as zeroes and are not read.
     fn copied(&mut self, devices: &mut Devices, number: u32, from: u64, length: u64) -> Result<(), BadRequest> {
         let end = from.saturating_add(length);
         let mut at = from;
@@ -208,7 +210,7 @@ impl Digests {
         Ok(())
     }
 
-    /// Hash what is in the buffer.
+    /// Hash the content of the buffer.
     fn moved(&mut self, devices: &mut Devices, length: u64) -> Result<(), BadRequest> {
         if let Some(hashing) = &mut self.current {
             hashing.state.update(&self.buffer);
@@ -240,7 +242,7 @@ impl Digests {
         BadRequest("hashing was interrupted".to_owned())
     }
 
-    /// The digest, once all of the disk was seen.
+    /// Finish the digest, once all of the disk is hashed.
     fn end_if_complete(&mut self) -> Result<(), BadRequest> {
         let Some(Hashing { state, after, .. }) = self.current.take_if(|hashing| hashing.next == self.length) else {
             return Ok(());
@@ -272,7 +274,7 @@ impl Digests {
         }
     }
 
-    /// Whether the target was found to show the same disk. Nothing that depends on it may be changed before.
+    /// Whether the target shows the same disk. Nothing that depends on the target may change before.
     ///
     /// # Errors
     /// If it was not.
@@ -283,15 +285,15 @@ impl Digests {
         }
     }
 
-    /// What is known.
+    /// The digests, as far as they are known.
     #[must_use]
     pub fn found(&self) -> Option<DiskDigest> {
         let before = self.before.clone()?;
         Some(DiskDigest::sha256(self.length, before, self.after.clone()))
     }
 
-    /// Why the commit ended here, if it did: the line that names the file. `kept` says what the files are like where the target is
-    /// not left as it was written.
+    /// The line that names the file, if the commit ended here. `kept` describes the state of the files, unless the
+    /// target stays as it was written.
     #[must_use]
     pub fn error(&self, paths: &DevicePaths, kept: Option<&str>) -> Option<Error> {
         if let Some(failure) = &self.failure {

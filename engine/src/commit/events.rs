@@ -1,4 +1,4 @@
-//! What a commit makes of what its guest says: the plan, the phases, the end.
+//! The host's answers to the guest of a commit: it checks the plan, the phases, and the end.
 
 use super::atomic::Atomic;
 use super::bitmaps::MergedBitmap;
@@ -18,49 +18,49 @@ use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan, Verify};
 use std::path::PathBuf;
 use std::rc::Rc;
 
-/// What the guest of a commit said, and what it may do.
+/// The reports of a commit's guest, and its permissions.
 pub struct CommitEvents {
-    /// What came of the commit, once the guest said so.
+    /// The result of the commit, once the guest has reported it.
     pub outcome: Outcome,
-    /// What the guest planned, once it said so.
+    /// The guest's plan, once it has reported it.
     pub plan: Option<Plan>,
-    /// Counts how far it is, if anybody wants to know.
+    /// The progress, if an observer asks for it.
     pub meter: Option<Meter>,
-    /// The bitmaps of what is committed, as the guest tells of them, if they are to be merged.
+    /// The bitmaps of the committed layers, as the guest reports them, if the commit merges bitmaps.
     pub bitmaps: Option<Vec<MergedBitmap>>,
-    /// Names of the overlay and the target, for what is said of bitmaps.
+    /// Names of the overlay and the target, for lines about bitmaps.
     pub names: (PathBuf, PathBuf),
-    /// What somebody is told once nothing can refuse the commit any more.
+    /// Warnings to print once nothing can refuse the commit any more.
     pub warnings: Vec<String>,
-    /// Who is told that.
+    /// The observer that prints them.
     pub observer: Option<Rc<dyn Observer>>,
-    /// What is known of the space for the backing.
+    /// The space that the backing has, as far as it is known.
     pub space: Option<Space>,
-    /// The backing looks like an image of another format: only a commit that is repeated may go on.
+    /// The check for a backing that looks like an image of another format: only a repeated commit may go on.
     pub repeated: Option<Repeated>,
-    /// The bytes that the plan needs and that there are, if that is why the guest was ended.
+    /// The bytes that the plan needs and the bytes that are free, if a lack of space ended the guest.
     pub lacking: Option<(u64, u64)>,
     /// How far the guest may go: [`Phase::Look`] in a dry run, [`Phase::Target`] where the overlay is kept,
     /// [`Phase::Children`] where children of the overlay are to name the target.
     pub last_phase: Phase,
-    /// The overlay keeps its content.
+    /// Whether the overlay keeps its content.
     pub keep_overlay: bool,
-    /// Other images are on the target, or on a layer between.
+    /// Whether other images are on the target, or on a layer between.
     pub has_siblings: bool,
-    /// The plan would change what they read, which is why the guest was ended.
+    /// Whether the plan would change what they read, for which the host ended the guest.
     pub damages_siblings: bool,
-    /// What its plan may say.
+    /// The bounds of its plan.
     pub bounds: PlanBounds,
-    /// How far reading back is, if what was written is to be read back.
+    /// The progress of reading back, with `--verify`.
     pub verification: Option<Verification>,
-    /// The digests of the disk, if it is to be hashed.
+    /// The digests of the disk, with `--digest`.
     pub digests: Option<Digests>,
-    /// The target changes whole or not at all.
+    /// The state of `--atomic`, with which the target changes completely or not at all.
     pub atomic: Option<Atomic>,
 }
 
 impl Default for CommitEvents {
-    /// Those of a guest that may only look.
+    /// Start with a guest that may only read.
     fn default() -> Self {
         Self {
             outcome: Outcome::default(),
@@ -89,7 +89,8 @@ impl Default for CommitEvents {
 const EMPTYING: &str = "empty";
 
 impl CommitEvents {
-    /// What becomes of a bitmap: told before the plan, so that whoever waits for that hears it before the first change.
+    /// Take the report of a bitmap's fate. It comes before the plan, so that the observer learns of it before the first
+    /// change.
     fn bitmap(&mut self, told: Bitmap) -> Result<(), BadRequest> {
         let bitmap = MergedBitmap::of(told).filter(|_| self.plan.is_none());
         let (Some(bitmap), Some(bitmaps)) = (bitmap, &mut self.bitmaps) else {
@@ -100,7 +101,7 @@ impl CommitEvents {
         Ok(())
     }
 
-    /// Everything that can refuse has been asked, the guest says: the first change comes next.
+    /// Take the guest's plan: every check that can refuse has passed, and the first change comes next.
     fn planned(&mut self, plan: Plan) -> Result<(), BadRequest> {
         if self.plan.is_some() {
             return Err(BadRequest("a second plan".to_owned()));
@@ -110,8 +111,8 @@ impl CommitEvents {
             self.meter.iter().for_each(|meter| meter.planned(plan.bytes));
         }
         self.plan = Some(plan);
-        // Nothing is changed for them by an overlay that holds nothing: that of a run which is finished by this one, and that
-        // had some of them name the target, for one.
+        // An overlay that holds nothing changes nothing for them. Such an overlay is left, for example, by an
+        // interrupted run that has already relinked some of them to the target.
         self.damages_siblings = self.has_siblings && plan.bytes > 0;
         if self.damages_siblings {
             return Err(BadRequest("a commit that damages other images on the target".to_owned()));
@@ -128,7 +129,7 @@ impl CommitEvents {
 }
 
 impl CommitEvents {
-    /// What was written is read back, the guest says.
+    /// Read back and compare the places that the guest names.
     fn read_back(&mut self, devices: &mut Devices, found: &Verify) -> Result<(), BadRequest> {
         let (Some(verification), Some(plan)) = (&mut self.verification, &self.plan) else {
             return Err(BadRequest("a target was read back that nobody asked for".to_owned()));
@@ -139,7 +140,7 @@ impl CommitEvents {
         Ok(())
     }
 
-    /// The disk is hashed, the guest says.
+    /// Take the beginning of a disk to hash.
     fn hash(&mut self, devices: &Devices, after: bool) -> Result<(), BadRequest> {
         let (Some(digests), Some(_)) = (&mut self.digests, &self.plan) else {
             return Err(BadRequest("a disk was hashed that nobody asked for".to_owned()));
@@ -148,7 +149,7 @@ impl CommitEvents {
         digests.begin(devices, after)
     }
 
-    /// Whether everything was read back that is to be.
+    /// Whether everything that has to be read back was.
     fn check_read_back(&self) -> Result<(), BadRequest> {
         let planned = self.plan.as_ref().map_or(0, |plan| plan.bytes);
         self.verification.as_ref().map_or(Ok(()), |verification| verification.check_complete(planned))?;
@@ -172,7 +173,7 @@ impl Events for CommitEvents {
         }
         match &mut self.repeated {
             None => devices.execute(memory, requests)?,
-            // One after the other, and out of the guest's reach: what is compared must be what is written.
+            // One after the other, and out of the guest's reach: the compared bytes have to be the written bytes.
             Some(repeated) => {
                 for request in requests.iter_mut() {
                     let writes = request.op == RequestOp::Write as u32;
@@ -244,7 +245,7 @@ impl Events for CommitEvents {
         }
     }
 
-    /// What the guest says of a success has to be what the devices saw.
+    /// Accept a success only if the devices confirm it.
     fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         self.outcome = decode(result)?;
         self.check_read_back()?;
@@ -270,7 +271,7 @@ mod tests {
 
     const OVERLAY: u32 = 0;
 
-    /// Buffers are of no interest: what is written is zeroes.
+    /// Ignores buffers: all written bytes are zeroes.
     struct Zeroes;
 
     impl BufferAccess for Zeroes {

@@ -1,6 +1,6 @@
-//! How far a commit is, in bytes that are durable in the target, so that nobody is told of what a full disk then breaks. A
-//! guest flushes only between two steps of its order, which may be far apart: in between, the target is flushed from here.
-//! One flush more never breaks an order.
+//! The progress of a commit, in bytes that are durable in the target, so that a full disk never takes reported progress
+//! back. A guest flushes only between two steps of its order, which may be far apart, so the meter flushes the target
+//! in between. An additional flush never breaks an order.
 
 use crate::devices::{Cache, Device, Devices, Watch};
 use crate::operation::{DevicePaths, Observer, Progress, Session, Stage};
@@ -11,24 +11,24 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between two flushes from here this much time passes at least …
+/// The minimum time between two flushes by the meter …
 const PAUSE: Duration = Duration::from_secs(1);
-/// … and so many times as long as the one before took: they may take a tenth of the time.
+/// … and the minimum in multiples of the last flush's duration, so that flushes take a tenth of the time at most.
 const SPARING: u32 = 9;
 
-/// The target, as far as it has to be flushed.
+/// The files of the target that the meter flushes.
 #[derive(Debug, Default)]
 struct Target {
     /// The numbers of its devices.
     devices: Vec<u32>,
-    /// Their files; none where they are not flushed from here.
+    /// Their files; none if the meter does not flush them.
     files: Vec<Arc<File>>,
-    /// When the next flush from here may be.
+    /// The earliest time of the next flush.
     next: Option<Instant>,
 }
 
 impl Target {
-    /// Flush it, unless that was done a moment ago. Returns whether it was done.
+    /// Flush the target, unless that happened a moment ago. Returns whether it was flushed.
     fn flush(&mut self) -> io::Result<bool> {
         if self.files.is_empty() {
             return Ok(false);
@@ -47,7 +47,7 @@ impl Target {
     }
 }
 
-/// What was counted.
+/// The counts of a stage.
 struct State {
     progress: Progress,
     /// Bytes that moved in the stage, metadata included.
@@ -58,13 +58,13 @@ struct State {
     observer: Rc<dyn Observer>,
 }
 
-/// Counts; clones count the same.
+/// A counter of progress; its clones share the counts.
 #[derive(Clone)]
 pub struct Meter(Rc<RefCell<State>>);
 
 impl Meter {
-    /// Of a commit from an overlay of so many bytes into the `target` devices. `flushes`: so that the observer hears of what is
-    /// durable, the target is flushed now and then.
+    /// Count a commit from an overlay of `overlay` bytes into the `target` devices. With `flushes`, the meter flushes
+    /// the target now and then, so that the observer hears of durable bytes.
     #[must_use]
     pub fn new(
         observer: Rc<dyn Observer>,
@@ -79,8 +79,8 @@ impl Meter {
         Self::begin(observer, overlay, Target { devices: numbers, files, next: None })
     }
 
-    /// Have it watch devices that are changed as `cache` says, for an overlay of so many bytes, and have the session's cancel stop
-    /// them.
+    /// Attach a meter to devices that are changed as `cache` says, for an overlay of this many bytes, and make the
+    /// session's cancel stop them.
     pub fn attend(devices: &mut Devices, paths: &DevicePaths, session: &Session, cache: Cache, overlay: u64) -> Self {
         let observer = session.observer();
         let flushes = observer.wants_progress() && cache != Cache::Unsafe;
@@ -97,13 +97,13 @@ impl Meter {
         Self(Rc::new(RefCell::new(State { progress, moved: 0, overlay, target, observer })))
     }
 
-    /// So many guest bytes are to be committed.
+    /// Set the number of guest bytes to commit.
     pub fn planned(&self, total: u64) {
         self.0.borrow_mut().enter(Stage::Writing, total);
     }
 
-    /// The guest's requests were executed on these devices: where nothing of the target is left to be flushed, everything
-    /// that moved is durable.
+    /// Count the requests that were executed on these devices. If no target device has unflushed writes, all moved
+    /// bytes are durable.
     pub fn settle(&self, devices: &Devices) {
         let mut state = self.0.borrow_mut();
         let dirty = |number: &u32| devices.device(*number).is_some_and(Device::is_dirty);
@@ -113,21 +113,21 @@ impl Meter {
         state.answer();
     }
 
-    /// The data is durable in the target, and so many guest bytes are read back.
+    /// Begin to count the guest bytes that are read back; the data is durable in the target.
     pub fn reading_back(&self, total: u64) {
         let mut state = self.0.borrow_mut();
         state.complete();
         state.enter(Stage::Verifying, total);
     }
 
-    /// The disk is hashed, so many guest bytes of it.
+    /// Begin to count the guest bytes of the disk that is hashed.
     pub fn hashing(&self, total: u64) {
         let mut state = self.0.borrow_mut();
         state.complete();
         state.enter(Stage::Hashing, total);
     }
 
-    /// The data is durable in the target: the overlay is emptied.
+    /// Begin to count the emptying of the overlay; the data is durable in the target.
     pub fn emptying(&self) {
         let mut state = self.0.borrow_mut();
         state.complete();
@@ -135,7 +135,7 @@ impl Meter {
         state.enter(Stage::Emptying, overlay);
     }
 
-    /// The commit is done. In a dry run, nothing was.
+    /// Report the end of the commit; a dry run reports none.
     pub fn done(&self) {
         let mut state = self.0.borrow_mut();
         if state.moved > 0 || matches!(state.progress.stage, Stage::Verifying | Stage::Hashing | Stage::Emptying) {
@@ -150,22 +150,22 @@ impl State {
         self.observer.progress(self.progress);
     }
 
-    /// The stage is over.
+    /// End the stage.
     fn complete(&mut self) {
         self.tell(self.progress.total);
     }
 
-    /// What moved so far. Metadata moved, too: the whole is reached only when the stage is over.
+    /// The bytes that moved so far. They include metadata, so the total is reached only when the stage is over.
     fn so_far(&self) -> u64 {
         self.moved.min(self.progress.total.saturating_sub(1))
     }
 
-    /// What moved so far is durable.
+    /// Record that all bytes that moved so far are durable.
     fn durable(&mut self) {
         self.tell(self.so_far());
     }
 
-    /// Say how far it is, if somebody asks: what moved, which need not be durable.
+    /// Answer a question for the progress with the moved bytes, which need not be durable.
     fn answer(&self) {
         if self.observer.asks_for_progress() {
             let done = self.so_far().max(self.progress.done);

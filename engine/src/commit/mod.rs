@@ -1,7 +1,7 @@
 //! `instar commit`: merge an overlay, and the layers between it and a target, into the target.
 //!
-//! Everything up to the first change only looks: a commit that is refused on the way leaves all files byte-identical. So does
-//! one that the guest refuses in its steps "check" and "plan".
+//! Up to the first change, all steps only read, so a refused commit leaves all files byte-identical, also if the guest
+//! refuses it in its steps "check" and "plan".
 
 mod admitted;
 pub(crate) mod as_text;
@@ -52,7 +52,7 @@ use instar_guest_abi::ErrorCode;
 use operation::Commit;
 use std::path::Path;
 
-/// The guest's half.
+/// The guest's half of the operation.
 pub const MODULE: ModuleSpec<'static> = guest_module!("commit");
 
 /// Commit an overlay.

@@ -1,4 +1,4 @@
-//! The commit as an [`Operation`]: which images it opens, who is asked before it begins, and what comes of it.
+//! The commit as an [`Operation`]: it opens the images, asks the plugins before it begins, and reports the result.
 
 use super::admitted::Admitted;
 use super::atomic::{Atomic, AtomicWay};
@@ -41,39 +41,39 @@ use instar_guest_protocol::Message;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-/// Bytes of messages that a commit takes which reads nothing back.
+/// The bound on the messages of a commit that reads nothing back, in bytes.
 const MESSAGES: u64 = 16 << 20;
 
-/// A commit on its way.
+/// A commit in progress.
 pub struct Commit<'q> {
     request: &'q CommitRequest,
-    /// Threads that copy side by side, if there is much to copy and the system has them.
+    /// Threads that copy in parallel, if there is much to copy and the system permits them.
     workers: Option<Workers>,
     /// The lines of a dry run about files that a commit could not write.
     warnings: Vec<String>,
-    /// The other images that the commit would damage.
+    /// Other images that the commit would damage.
     siblings: Option<Siblings>,
     /// Absolute paths of the overlay and the backing.
     paths: (PathBuf, PathBuf),
-    /// The overlay's children that are to name the backing, or do so already.
+    /// The overlay's children that the commit relinks to the backing, or that name it already.
     relinked: Vec<Relinked>,
-    /// The overlay's name, if that is to be removed.
+    /// The overlay's name, if it will be removed.
     deletion: Option<Result<Deletion, Error>>,
-    /// Bytes of messages that reading back takes.
+    /// The bound on the messages of reading back, in bytes.
     message_limit: u64,
     admitted: Option<Admitted>,
-    /// The target changes whole or not at all.
+    /// The state of `--atomic`, with which the target changes completely or not at all.
     atomic: Option<Atomic>,
-    /// In which way.
+    /// The way in which the old target is kept.
     way: Option<AtomicWay>,
-    /// What the old target is called afterwards.
+    /// The old target's name afterwards.
     backup: Option<PathBuf>,
     /// Directories besides those of the images in which the target may lie.
     target_directories: Vec<Directory>,
 }
 
 impl<'q> Commit<'q> {
-    /// A commit that was not begun.
+    /// Make a commit that has not begun.
     #[must_use]
     pub fn new(request: &'q CommitRequest) -> Self {
         Self {
@@ -93,14 +93,14 @@ impl<'q> Commit<'q> {
         }
     }
 
-    /// A child that names the target already. As long as the overlay holds anything, nothing shows that an earlier run has
-    /// relinked it: it may have been on the target all along.
+    /// The first child that names the target already. As long as the overlay holds data, nothing proves that an earlier
+    /// run relinked the child: it may have been on the target all along.
     fn settled(&self) -> Option<&Path> {
         self.relinked.iter().find(|child| child.already).map(|child| child.image.as_path())
     }
 
-    /// Threads that copy side by side, where there may be much to copy: in the overlay, or in the layers below it, which nobody
-    /// has looked at yet.
+    /// Start threads that copy in parallel, if there may be much to copy: in the overlay, or in the layers below it,
+    /// which are not open yet.
     fn workers(&self, overlay: &NamedFile) -> Option<Workers> {
         let long = || overlay.is_block_device() || overlay.length().is_some_and(|length| length >= Workers::MUCH);
         let CommitRequest { rate_limit, base, .. } = self.request;
@@ -140,7 +140,7 @@ impl Operation for Commit<'_> {
     }
 
     fn access(&self) -> Access {
-        // A dry run asks for no more than it needs: anybody who may read the images can ask what would become of them.
+        // A dry run opens images for reading only, so that anybody who may read them can ask what a commit would do.
         if self.request.only_plans() {
             Access::ReadOnly
         } else {
@@ -160,7 +160,7 @@ impl Operation for Commit<'_> {
         match (&self.atomic, self.request.atomic) {
             (Some(atomic), _) => reach.add_names(atomic.directory()),
             (None, false) => reach,
-            // Which of them it is, only the images say. In a dry run as well: that the target can be cloned is tried.
+            // Only the images show which way it will be. A dry run tries the clone as well.
             (None, true) => {
                 let all = roots.iter().chain(&self.target_directories);
                 all.fold(reach, |reach, directory| reach.add(directory, true).add_names(directory))
@@ -228,7 +228,7 @@ impl Operation for Commit<'_> {
         }));
         open_extra_files(registry, &mut images)?;
         ancestors.iter().for_each(|ancestor| session.note_image("below it", ancestor));
-        // Whoever only asks how much space it takes damages nothing.
+        // A question for the space that it takes damages nothing.
         if self.request.mode != CommitMode::Measure {
             let above: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
             self.siblings = Siblings::find(opener, &above, &backing, &ancestors)?;
@@ -269,10 +269,10 @@ impl Operation for Commit<'_> {
         check_parents(&images.chain())?;
         let parts = Parts::of(images).ok_or_else(nothing_to_commit)?;
         parts.refuse_doubt(self.request.only_plans())?;
-        // A device of plain bytes is the disk: to lengthen the one is to let the other grow.
+        // A device of plain bytes is itself the disk: lengthening the one makes the other grow.
         let is_disk = parts.backing.opened.block_device && parts.backing.facts.cluster_size <= 1;
         let may_grow = self.request.resize_backing || (self.request.mode == CommitMode::Measure && is_disk);
-        // What a plugin refuses comes first.
+        // A plugin's refusal comes first.
         let growth = parts.growth(may_grow);
         let mut grants = parts.verdict(growth.as_ref().ok().copied().flatten(), &mut self.warnings)?;
         let backing_grows_to = growth?;
@@ -337,7 +337,7 @@ impl Operation for Commit<'_> {
             bitmaps: parts.merged().chain([*backing]).map(|image| bitmaps_of(&image.facts)).sum(),
             repairs: backing.facts.dirty,
             length: backing.facts.file_length,
-            // Nothing that a clone changes is its own.
+            // A clone's changes are not the target's own.
             taken: if self.atomic.as_ref().is_some_and(Atomic::is_clone) { Some(0) } else { taken_space(backing) },
             free: free_space(backing),
             block: block_size(backing),
@@ -429,7 +429,7 @@ impl Operation for Commit<'_> {
         };
         if let Some(error) = found(None) {
             return Err(match atomic.take() {
-                // It is given back what it was.
+                // The target was restored.
                 Some(atomic) => {
                     let usual = |state: &str| found(Some(state)).unwrap_or_else(nothing_to_commit);
                     atomic.error(Changed::of(&ended.devices), usual)
@@ -455,7 +455,7 @@ impl Operation for Commit<'_> {
                 None => usual(changed.clause()),
             }
         })?;
-        // Whatever comes now, the overlay is not what it was when the old target said what replaces it, or keeps its content.
+        // Whatever happens now, the overlay no longer matches the old target's mark, or keeps its content.
         atomic.iter().filter(|_| !only_plans).for_each(Atomic::finished);
         let overlay = ended.devices.device(ended.paths.own()).filter(|_| !self.request.only_plans());
         let deletion = self.deletion.and_then(Result::ok);

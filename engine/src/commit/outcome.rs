@@ -1,4 +1,4 @@
-//! What comes of a commit.
+//! The result of a commit.
 
 use super::as_text::{optional_path_as_text, path_as_text, paths_as_text};
 use super::atomic::AtomicWay;
@@ -12,7 +12,7 @@ use instar_guest_protocol::commit::Plan;
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// How a commit went. What is serialized is the JSON of `docs/commit.md`.
+/// The result of a commit. It serializes to the JSON of `docs/commit.md`.
 #[derive(Clone, Debug, Serialize)]
 pub struct CommitOutcome {
     /// Absolute path of the overlay.
@@ -34,37 +34,37 @@ pub struct CommitOutcome {
     pub bytes_committed: u64,
     /// Overlay clusters that were dropped by emptying it.
     pub overlay_clusters_cleared: u64,
-    /// Bytes of the overlay that were overwritten before they were given back; `None` if that was not wanted.
+    /// Bytes of the overlay that were overwritten before their space was given back; `None` without `--wipe`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay_bytes_wiped: Option<u64>,
-    /// Guest-visible bytes that were read back and are right, 0 in a dry run; `None` if that was not wanted.
+    /// Guest-visible bytes that were read back and matched, 0 in a dry run; `None` without `--verify`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified_bytes: Option<u64>,
-    /// The digests of the disk; `None` if they were not wanted.
+    /// The digests of the disk; `None` without `--digest`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub digest: Option<DiskDigest>,
-    /// Whether the overlay's file was removed; `None` if that was not wanted.
+    /// Whether the overlay's file was removed; `None` without `--delete-overlay`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay_deleted: Option<bool>,
-    /// How the target was kept until it was complete, or would be; `None` if that was not wanted.
+    /// The way in which the old target was kept, or would be; `None` without `--atomic`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub atomic: Option<AtomicWay>,
-    /// Absolute path of what the backing was, if that was to be kept; not in a dry run.
+    /// Absolute path of the old backing, with `--keep-backup`; `None` in a dry run.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "optional_path_as_text")]
     pub backup: Option<PathBuf>,
     /// The layers between overlay and backing: they read differently afterwards, because the image below them changes.
     #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "paths_as_text")]
     pub stale: Vec<PathBuf>,
-    /// The overlay's children that name the backing now, or would after a commit; `None` if that was not wanted.
+    /// The overlay's children that name the backing now, or would after a commit; `None` if none were to be relinked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub relinked: Option<Vec<Relinked>>,
-    /// The bitmaps of what was committed, and what became of them, or would; `None` if they were not to be merged.
+    /// The bitmaps of the committed layers with their fates, also in a dry run; `None` without `--bitmaps`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bitmaps: Option<Vec<MergedBitmap>>,
-    /// What the operator should know, each one line that names a file. The observer had them before the first change.
+    /// Warnings for the operator, each one line that names a file. The observer had them before the first change.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
-    /// What the commit would mean for the backing, if nothing was changed, as asked.
+    /// The effect of the commit on the backing's space, in a dry run.
     #[serde(flatten)]
     pub preview: Option<Preview>,
     /// The sandbox that the guest ran in: "kvm" or "process".
@@ -72,42 +72,42 @@ pub struct CommitOutcome {
     /// The virtual size in bytes to which the backing grows, if it does.
     #[serde(skip)]
     pub backing_grows_to: Option<u64>,
-    /// What the guest did.
+    /// The guest's work.
     #[serde(skip)]
     pub run: GuestRun,
-    /// How long each part took.
+    /// The duration of each part.
     #[serde(skip)]
     pub timing: Timing,
 }
 
-/// What the guest did.
+/// The guest's work.
 #[derive(Clone, Debug, Default)]
 pub struct GuestRun {
     /// The runner's report.
     pub report: Report,
-    /// What the devices moved.
+    /// The bytes that the devices moved.
     pub statistics: Statistics,
 }
 
-/// What a commit means for the space of the backing's file system.
+/// The effect of a commit on the space of the backing's file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Preview {
-    /// Nothing was changed.
+    /// Whether it was a dry run, which changes nothing.
     pub dry_run: bool,
-    /// How long the backing's files become, together, in bytes, at most.
+    /// Maximum length of all the backing's files together, in bytes.
     pub backing_length_bytes: u64,
-    /// Bytes by which the backing's file gets longer, at most.
+    /// Maximum growth of the backing's file, in bytes.
     pub backing_growth_bytes: u64,
-    /// Bytes that it takes of the disk besides what it has, at most: more than it grows by, where it has holes.
+    /// Maximum of additional disk space that it takes, in bytes: more than its growth, if it has holes.
     pub backing_space_bytes: u64,
-    /// Bytes that are free for this user; `None` for a block device, and where the file system does not say.
+    /// Bytes that are free for this user; `None` for a block device, and if the file system does not report them.
     pub free_bytes: Option<u64>,
-    /// Bytes that an undo log takes besides, at most; `None` without one.
+    /// Maximum of additional disk space that an undo log takes, in bytes; `None` without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub undo_log_bytes: Option<u64>,
 }
 
-/// In which units space is allocated, in bytes; 0 or 1 where nothing is.
+/// The units in which space is allocated, in bytes; 0 or 1 if it is not allocated in units.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Units {
     /// Clusters of the overlay.
@@ -118,15 +118,16 @@ pub struct Units {
     pub block: u64,
 }
 
-/// Clusters that a plan allocates, and pieces that it writes: one for each of these, and for each that is committed.
+/// The clusters that a plan allocates, and the pieces that it writes: one for each of these, and one for each committed
+/// cluster.
 pub(super) fn pieces(plan: &Plan) -> (u64, u64) {
     let allocated = plan.new_data_clusters.saturating_add(plan.new_metadata_clusters);
     (allocated, plan.clusters.saturating_add(allocated))
 }
 
 impl Units {
-    /// How much more than its own length what a plan writes may take: where it does not begin and end with a block, and in
-    /// tables of the backing that are holes so far.
+    /// The disk space that the writes of a plan may take beyond their own length, in bytes: at ends that do not meet a
+    /// block's boundary, and in tables of the backing that are holes so far.
     fn waste(&self, plan: &Plan) -> u64 {
         /// An entry of a mapping table, of its copy, and of a refcount block.
         const TABLES: u64 = 3;
@@ -140,8 +141,8 @@ impl Units {
         cut.saturating_add(tables).saturating_add(moved).saturating_mul(block)
     }
 
-    /// What the file system itself may need to find the pieces: an ext4 counts the blocks of its extent tree, with 340 extents
-    /// of a file in each, for the file's own.
+    /// The disk space that the file system itself may need to find the pieces, in bytes: ext4 counts the blocks of an
+    /// extent tree, with 340 extents in each, as the file's own.
     fn index(&self, plan: &Plan) -> u64 {
         const EXTENTS: u64 = 170;
         match (pieces(plan).1, self.block) {
@@ -152,8 +153,9 @@ impl Units {
 }
 
 impl Preview {
-    /// What a plan means for a backing whose files are `length` bytes long, and take `taken` bytes of the disk (`None` for a
-    /// block device). What is committed as zeroes counts like data: only the write says how much of it can stay a hole.
+    /// Compute the effect of a plan on a backing whose files are `length` bytes long, and take `taken` bytes of the
+    /// disk (`None` for a block device). Committed zeroes count like data, because only the write shows how many of
+    /// them can stay holes.
     #[must_use]
     pub fn of(plan: &Plan, length: u64, taken: Option<u64>, units: &Units) -> Self {
         let cluster = units.backing;

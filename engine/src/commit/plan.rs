@@ -1,4 +1,4 @@
-//! What a plan may say. It is the guest's word, and the last before the first change.
+//! The bounds of a plan, which is the guest's last word before the first change.
 
 use crate::image::ChainImage;
 use instar_guest_protocol::commit::Plan;
@@ -12,12 +12,12 @@ pub struct PlanBounds {
     pub overlay_cluster: u64,
     /// Cluster size of the backing in bytes, or 0.
     pub backing_cluster: u64,
-    /// What the backing's files may become together, in bytes.
+    /// The maximum length of all the backing's files together, in bytes.
     pub longest: u64,
 }
 
 impl PlanBounds {
-    /// Those of an overlay and a backing whose files may become `longest` bytes long together.
+    /// Make the bounds for an overlay and a backing whose files may become `longest` bytes long together.
     #[must_use]
     pub fn of(overlay: &ChainImage<'_>, backing: &ChainImage<'_>) -> Self {
         Self {
@@ -28,10 +28,10 @@ impl PlanBounds {
         }
     }
 
-    /// Whether a plan keeps them.
+    /// Check a plan.
     ///
     /// # Errors
-    /// The number that does not, in one clause.
+    /// The number that breaks a bound, in one clause.
     pub fn check(&self, plan: &Plan) -> Result<(), String> {
         let clusters = self.virtual_size.div_ceil(self.overlay_cluster.max(1));
         if plan.clusters > clusters || plan.bytes > self.virtual_size {

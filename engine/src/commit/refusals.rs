@@ -1,4 +1,4 @@
-//! What a commit says when it does not begin.
+//! The refusals of a commit that does not begin.
 
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
@@ -6,12 +6,12 @@ use crate::operation::GuestFailure;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use std::path::Path;
 
-/// The order of an operation was not kept: a mistake of this program.
+/// The error for steps of an operation in the wrong order: a bug of this program.
 pub fn nothing_to_commit() -> Error {
     Error::new(ErrorCode::InternalOverflow, "a commit without an overlay and a target: please report this")
 }
 
-/// The line of a dry run about a file that it can read, and a commit could not write.
+/// The line of a dry run about a file that a commit could not write.
 pub fn not_writable(path: &Path) -> Option<String> {
     use rustix::fs::{accessat, Access, AtFlags, CWD};
     let error = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).err()?;
@@ -19,7 +19,7 @@ pub fn not_writable(path: &Path) -> Option<String> {
     Some(format!("'{path}': you may not write to it, which the commit itself needs: {why}"))
 }
 
-/// An image that was named as a child, and is another child of the backing.
+/// The refusal of an image that was named as a child, and is another child of the backing.
 pub fn is_sibling(path: &Path, backing: &Path) -> Error {
     let clause = format!(
         "is backed by '{}', and not by the overlay, and would read something else after the commit: leave it out of --relink, \
@@ -29,7 +29,7 @@ pub fn is_sibling(path: &Path, backing: &Path) -> Error {
     Error::image(path, ErrorCode::NotInChain, clause).in_role(Role::Child)
 }
 
-/// The file system of the backing has less space than the commit needs.
+/// The refusal of a commit that needs more space than the backing's file system has.
 pub fn no_space((needed, free): (u64, u64)) -> GuestFailure {
     let text = format!("the commit needs {needed} bytes more of the file system, which has {free} free");
     GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }

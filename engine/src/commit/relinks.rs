@@ -1,8 +1,8 @@
-//! The children of the overlay, which are to name the target.
+//! The children of the overlay, which a commit relinks to the target.
 //!
-//! After a commit the target holds what a child reads through the overlay, whether the overlay was emptied or keeps its content,
-//! and however many layers were merged: so a child reads the same through either, and the overlay is not needed any more.
-//! What would not be so is refused here, before anything is changed.
+//! After a commit the target holds what a child reads through the overlay, whether the overlay was emptied or keeps its
+//! content, and however many layers were merged. So a child reads the same through either, and does not need the
+//! overlay any more. A child for which this would be untrue is refused here, before anything changes.
 
 use super::as_text::{bytes_as_text, path_as_text};
 use super::verdict::Parts;
@@ -28,22 +28,22 @@ pub struct Relinked {
     /// The target's name, as the child records it.
     #[serde(serialize_with = "bytes_as_text")]
     pub backing: Vec<u8>,
-    /// It named the target before: an earlier run that was interrupted got as far as that.
+    /// Whether it named the target before, because an interrupted run had relinked it.
     pub already: bool,
 }
 
 /// The children, open.
 #[derive(Debug, Default)]
 pub struct Relinks<'r> {
-    /// Those that are to be changed.
+    /// The children to change.
     pub images: Vec<ChainImage<'r>>,
-    /// These and those that name the target already, in the order in which they were named and found.
+    /// These and the children that name the target already, in the order in which they were named and found.
     pub all: Vec<Relinked>,
     /// Lines about files that could not be looked at.
     pub warnings: Vec<String>,
 }
 
-/// What the children are looked at with.
+/// The means to examine a child.
 struct Family<'f, 'r> {
     search: ChildSearch<'f>,
     overlay: &'f ChainImage<'r>,
@@ -57,7 +57,7 @@ impl<'r> Relinks<'r> {
     /// overlay and everything below it, of which the image with the index `target` is committed into.
     ///
     /// # Errors
-    /// What opening, locking and probing give; [`ErrorCode::NotInChain`] for an image that is no child of the overlay,
+    /// Errors of opening, locking and probing; [`ErrorCode::NotInChain`] for an image that is no child of the overlay,
     /// [`ErrorCode::ChainLoop`] for one that is in the chain or is named twice, [`ErrorCode::ParentMismatch`].
     pub fn open(opener: &Opener<'r, '_>, chain: &[&ChainImage<'r>], target: usize) -> Result<Self, Error> {
         let mut relinks = Self::default();
@@ -109,7 +109,7 @@ impl<'r> Relinks<'r> {
         Ok(relinks)
     }
 
-    /// Take the children that are found in a directory, but for those that were `seen`.
+    /// Take the children in a directory, except for those that were `seen`.
     fn search(
         &mut self,
         opener: &Opener<'r, '_>,
@@ -170,7 +170,7 @@ impl<'r> Relinks<'r> {
         Ok(())
     }
 
-    /// What the guest is told.
+    /// The children as the guest gets them.
     #[must_use]
     pub fn wanted(all: &[Relinked], target: &ChainImage<'_>) -> Option<Wanted> {
         let mut wanted = Wanted {
@@ -191,8 +191,8 @@ impl<'r> Relinks<'r> {
 }
 
 impl<'r> Family<'_, 'r> {
-    /// The name of the target that a child is to record: relative to the child's directory if its old name is, else absolute.
-    /// It is walked as every program will walk it, and has to lead to the target.
+    /// Compute the target's name for a child: relative to the child's directory if its old name is, else absolute. The
+    /// name is walked as every program will walk it, and has to lead to the target.
     fn name_for(&self, child: &ChainImage<'r>, is_link: bool) -> Result<Vec<u8>, Error> {
         let old = file_name(recorded(&child.facts));
         // A relative name would begin beside the link for one program, and beside the file for another.
@@ -234,13 +234,13 @@ fn is_link(file: &NamedFile) -> bool {
     entry.is_some_and(|(_, stat)| Some(Identity::of(&stat)) != file.identity())
 }
 
-/// The name that an image records of what it is backed by; empty if there is none.
+/// The name that an image records of its backing; empty if it records none.
 fn recorded(facts: &ImageFacts) -> &[u8] {
     facts.backing.as_ref().into_option().map_or(&[], |pointer| pointer.name.as_slice())
 }
 
-/// The way from one directory to a file, both absolute and without links in their directories. As QEMU reads it, no colon comes
-/// before the first slash.
+/// Compute the relative path from a directory to a file; both are absolute, and have no links in their directories. It
+/// has no colon before its first slash, where QEMU would read a protocol.
 fn relative_name(from: &Path, to: &Path) -> Vec<u8> {
     let mut from: Vec<Component<'_>> = from.components().collect();
     let mut to: Vec<Component<'_>> = to.components().collect();
@@ -252,11 +252,11 @@ fn relative_name(from: &Path, to: &Path) -> Vec<u8> {
     [here, &parts.join(&b'/')].concat()
 }
 
-/// What can refuse the children without a guest. The backing grows to `grows_to` bytes, if at all.
+/// Refuse children without asking a guest. The backing grows to `grows_to` bytes, if at all.
 ///
 /// # Errors
-/// [`ErrorCode::UnsupportedFormat`] for a child that would read something else over the target, or could not go with it after
-/// a second run; what the plugins refuse.
+/// [`ErrorCode::UnsupportedFormat`] for a child that would read other data above the target, or would not match it
+/// after a second run; the plugins' refusals.
 pub fn admit<'s, 'r: 's>(
     children: impl Iterator<Item = &'s ChainImage<'r>>,
     parts: &Parts<'_, '_>,
@@ -281,7 +281,8 @@ pub fn admit<'s, 'r: 's>(
         if !verdict.reason.is_empty() {
             warnings.push(format!("'{}': {}", escape_path(path), verdict.reason));
         }
-        // Past the overlay's end a child, or a snapshot in it, reads zeroes, and over the target what that has there.
+        // Past the overlay's end, a child (or a snapshot in it) reads zeroes; above the target, it would read the
+        // target's data.
         let shorter = overlay.facts.virtual_size;
         let snapshots = child.facts.snapshots.iter().map(|snapshot| snapshot.virtual_size);
         let longest = snapshots.fold(child.facts.virtual_size, u64::max);

@@ -13,8 +13,8 @@ use instar_guest_abi::{Request, RequestOp, DEVICE_OUTPUT};
 use std::io;
 use std::ops::Range;
 
-/// Least and most bytes at the start of a file that a repeated commit leaves as they are: its first cluster, if it is an image.
-/// The names of other files stand there.
+/// The bounds on the bytes at the start of a file that a repeated commit leaves as they are: its first cluster, if it
+/// is an image, which holds the names of other files.
 const HEADER: (u64, u64) = (64 << 10, 2 << 20);
 /// Bytes that are compared at once.
 const PIECE: usize = 64 << 10;
@@ -22,17 +22,17 @@ const PIECE: usize = 64 << 10;
 /// A commit into a backing that looks like an image of another format.
 #[derive(Debug)]
 pub struct Repeated {
-    /// Up to where the mark was found to be what is written, and where it ends.
+    /// The part of the mark that was found to equal the written bytes, and the mark's end.
     verified: u64,
     end: u64,
-    /// How many bytes at the start of the file stay as they are.
+    /// The number of bytes at the start of the file that stay as they are.
     header: u64,
-    /// A request would have changed what must not change.
+    /// Whether a request was refused because it would have changed those bytes.
     refused: bool,
 }
 
 impl Repeated {
-    /// A commit into a backing with this mark; `None` where it is not at the start of the file.
+    /// Prepare a commit into a backing with this mark; `None` if the mark is not at the start of the file.
     #[must_use]
     pub fn new(mark: &Mark) -> Option<Self> {
         let header = mark.cluster_size.clamp(HEADER.0, HEADER.1);
@@ -46,7 +46,7 @@ impl Repeated {
         self.refused
     }
 
-    /// Whether this request may be executed, as the next one. From the first refusal on, none may.
+    /// Decide whether this request may be executed next. After the first refusal, none may.
     pub fn allows(&mut self, devices: &Devices, memory: &dyn BufferAccess, request: &Request) -> bool {
         self.refused |= !self.keeps_headers(devices, memory, request);
         !self.refused
@@ -67,12 +67,12 @@ impl Repeated {
                 self.verified = self.verified.max(request.offset.saturating_add(head));
             }
         }
-        // Nothing before the mark is known to be the overlay's.
+        // Bytes before the mark cannot be attributed to the overlay.
         self.verified >= self.end
     }
 }
 
-/// Whether the first `head` bytes that a request writes into the backing are what it has there.
+/// Whether the first `head` bytes that a request writes equal the bytes in the backing.
 fn is_there(devices: &Devices, memory: &dyn BufferAccess, request: &Request, head: u64) -> io::Result<bool> {
     let Some(target) = devices.device(request.device) else { return Ok(false) };
     let (mut wanted, mut found) = (vec![0; PIECE], vec![0; PIECE]);

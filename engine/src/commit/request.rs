@@ -1,84 +1,84 @@
-//! What is asked of a commit.
+//! The request for a commit.
 
 use crate::devices::Cache;
 use crate::operation::Settings;
 use std::path::PathBuf;
 
-/// How far a commit goes.
+/// The extent of a commit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CommitMode {
-    /// To its end.
+    /// The whole commit.
     #[default]
     Whole,
-    /// To the moment before the first change.
+    /// Everything before the first change.
     DryRun,
-    /// To the same moment; a block device that is committed into counts as as long as the plan makes it.
+    /// The same, with a target block device that counts as long enough for the plan.
     Measure,
 }
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct CommitRequest {
     /// The overlay.
     pub overlay: PathBuf,
-    /// The overlay's format, if the operator names it.
+    /// The overlay's format, if the operator names one.
     pub format: Option<String>,
     /// The image to commit into, if the operator names it.
     pub base: Option<PathBuf>,
     /// The format of the image to commit into, if the operator names it.
     pub base_format: Option<String>,
-    /// Leave the overlay's content in place.
+    /// Whether the overlay keeps its content.
     pub keep_overlay: bool,
-    /// Overwrite what the overlay gives back, durably, before it is given back.
+    /// Whether to overwrite the overlay's clusters, durably, before their space is given back.
     pub wipe: bool,
-    /// Read back what was written, before anything depends on it.
+    /// Whether to read back all written data before anything depends on it.
     pub verify: bool,
-    /// Hash the disk before the commit, and the target's afterwards, and compare the two.
+    /// Whether to hash the disk before the commit and the target's afterwards, and compare the two.
     pub digest: bool,
-    /// Commit data that is all zeroes as zeroes.
+    /// Whether to commit data that is all zeroes as zeroes.
     pub detect_zeroes: bool,
-    /// Remove the overlay's file at the end.
+    /// Whether to remove the overlay's file at the end.
     pub delete_overlay: bool,
-    /// How far it goes.
+    /// The part of the commit to do.
     pub mode: CommitMode,
-    /// Change the target whole or not at all.
+    /// Whether to change the target completely or not at all.
     pub atomic: bool,
-    /// The name, in the directory of the target, that the old target keeps; only with `atomic`.
+    /// The old target's name in the target's directory, if it is kept; only with `atomic`.
     pub keep_backup: Option<PathBuf>,
-    /// Let a smaller backing grow to the overlay's virtual size.
+    /// Whether a smaller backing grows to the overlay's virtual size.
     pub resize_backing: bool,
-    /// Merge the bitmaps of what is committed into those of the target.
+    /// Whether to merge the bitmaps of the committed layers into those of the target.
     pub bitmaps: bool,
-    /// Children of the overlay that are to name the image that is committed into.
+    /// Children of the overlay to relink to the target.
     pub relink: Vec<PathBuf>,
-    /// Directories in which every child of the overlay is to name it.
+    /// Directories in which every child of the overlay is relinked.
     pub relink_in: Vec<PathBuf>,
-    /// Commit although other images are on what is changed, which damages them.
+    /// Whether to commit although that damages other images on the target.
     pub ignore_siblings: bool,
-    /// Bytes per second that are moved at most; 0 for no limit.
+    /// The maximum of bytes that move per second; 0 for no limit.
     pub rate_limit: u64,
-    /// What flushes and writes promise.
+    /// The promises of flushes and writes.
     pub cache: Cache,
-    /// Plugins, directories, waiting.
+    /// Plugins, directories, and the time to wait for a lock.
     pub settings: Settings,
 }
 
 impl CommitRequest {
-    /// Whether nothing is to be changed.
+    /// Whether this is a request to change nothing.
     #[must_use]
     pub fn only_plans(&self) -> bool {
         self.mode != CommitMode::Whole
     }
 
-    /// Whether the overlay keeps its content. One that is deleted need not be emptied before, unless that is to be overwritten.
-    /// With children that are relinked it is emptied all the same: that alone tells a second run, after one that was cut short,
-    /// that an image on the target was a child of the overlay.
+    /// Whether the overlay keeps its content. An overlay that is deleted need not be emptied before, except with
+    /// `wipe`, and except with children to relink: after an interruption, only the empty overlay tells a second run
+    /// that an image on the target was its child.
     #[must_use]
     pub fn keeps_content(&self) -> bool {
         self.keep_overlay || (self.delete_overlay && !self.wipe && !self.relinks())
     }
 
-    /// Whether children of the overlay are to name the image that is committed into.
+    /// Whether children of the overlay are relinked to the target.
     #[must_use]
     pub fn relinks(&self) -> bool {
         !self.relink.is_empty() || !self.relink_in.is_empty()

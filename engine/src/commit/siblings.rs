@@ -1,9 +1,9 @@
 //! The siblings of an overlay: other images on what a commit changes.
 //!
-//! What is committed into an image is read by all images on it, and a guest that finds other data below its own is a damaged
-//! guest. With layers between, the images on those read the target as well. Nothing but the siblings records that they are
-//! there, so that they are looked for beside the images and in the directories that the operator allows; those elsewhere are
-//! not found.
+//! All images on a target read the committed data, and a guest that finds changed data below its own is a damaged
+//! guest. With layers between, the images on those read the target as well. Only the siblings themselves record this,
+//! so the engine looks for them beside the images and in the directories that the operator allows; it does not find
+//! siblings elsewhere.
 
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
@@ -17,13 +17,13 @@ use std::path::{Path, PathBuf};
 pub struct Siblings {
     /// The target.
     target: PathBuf,
-    /// Their names, each with the layer that it is on, if that is another one than the target.
+    /// Their names, each with the layer below it, if that is not the target.
     names: Vec<String>,
 }
 
 impl Siblings {
-    /// Look for them; `above` are the overlay and the layers between it and the `target`, the top-most first. `None` if there
-    /// are none.
+    /// Look for siblings; `above` are the overlay and the layers between it and the `target`, the top-most first.
+    /// `None` if there are none.
     ///
     /// # Errors
     /// [`ErrorCode::Interrupted`].
@@ -46,7 +46,7 @@ impl Siblings {
         Ok((!names.is_empty()).then(|| Self { target: target.opened.path.clone(), names }))
     }
 
-    /// The refusal of a commit that would damage them.
+    /// The refusal of a commit that would damage siblings.
     #[must_use]
     pub fn refusal(&self) -> Error {
         let (count, names) = counted(&self.names);
@@ -58,7 +58,7 @@ impl Siblings {
         Error::image(&self.target, ErrorCode::BackingShared, clause).in_role(Role::Backing)
     }
 
-    /// The warning of a commit that the operator wants all the same.
+    /// The warning of a commit that the operator insists on.
     #[must_use]
     pub fn warning(&self, dry_run: bool) -> String {
         let ((count, names), target) = (counted(&self.names), escape_path(&self.target));
@@ -77,7 +77,7 @@ fn name(child: &Child, above: &[&ChainImage<'_>]) -> String {
     name
 }
 
-/// What of the search failed.
+/// The part of the search that failed.
 fn note(session: &Session, found: &Children) {
     if found.passed_over > 0 {
         let count = found.passed_over;

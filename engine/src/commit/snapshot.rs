@@ -4,18 +4,18 @@ use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::Request;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
-/// A copy of a request's buffer, under its addresses. A guest that runs in a process may change its memory while the host looks
-/// at it: bytes that decide whether they may be written are copied first, and the copy is written.
+/// A copy of a request's buffer, under its addresses. A guest that runs in a process may change its memory while the
+/// host reads it, so bytes that decide whether they may be written are copied first, and the host writes the copy.
 pub struct Snapshot {
     region: MmapRegion,
     start: u64,
 }
 
 impl Snapshot {
-    /// Of this request's buffer. `None` where there is none, or none in the heap: whoever executes the request says so.
+    /// Copy this request's buffer. `None` if it has none in the heap, which the execution of the request reports.
     ///
     /// # Errors
-    /// There is no memory for it.
+    /// A lack of memory.
     pub fn of(memory: &dyn BufferAccess, request: &Request) -> Result<Option<Self>, BadRequest> {
         let Some(slice) = memory.heap_slice(request.buffer, request.length).filter(|slice| !slice.is_empty()) else {
             return Ok(None);
@@ -50,7 +50,8 @@ mod tests {
 
     const LENGTH: usize = 4096;
 
-    /// Memory of a guest that shows the first who looks what is in the file, and everybody later what it wants to be there.
+    /// A guest's memory that shows the file's bytes at the first read, and the bytes that it wants to write at every
+    /// later one.
     struct Changing(Cell<u32>);
 
     impl BufferAccess for Changing {

@@ -1,7 +1,7 @@
-//! A full disk, noticed before the first change: what the plan needs, and what the backing's file system has.
+//! Notice a full disk before the first change: compare the plan's needs with the backing's file system.
 //!
-//! A commit that would fit must not be refused, so only what is certain counts. File systems that may share or compress what
-//! is copied (all but the few that are known not to) are not asked.
+//! A commit that would fit must not be refused, so only certain needs count. File systems that may share or compress
+//! copied data (all but the few that are known not to) are not asked.
 
 use crate::image::{ChainImage, OpenedFile};
 use instar_guest_protocol::commit::Plan;
@@ -13,7 +13,7 @@ const EXT: u64 = 0xef53;
 /// `f_type` of tmpfs.
 const TMPFS: u64 = 0x0102_1994;
 
-/// What is known of space before a commit.
+/// The facts about space before a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
     /// Bytes that the backing's file system has free for this user.
@@ -22,11 +22,12 @@ pub struct Space {
     length: u64,
     /// Bytes of a cluster of the backing.
     cluster: u64,
-    /// Bytes on the disk that the files of the merged layers take: there is no more data than that, but what is decoded.
+    /// Bytes of the disk that the files of the merged layers take, which bounds their data, except for decoded data.
     data: u64,
 }
 
-/// Bytes that the file system of an image has free for this user; `None` for a block device, and where it does not say.
+/// Bytes that an image's file system has free for this user; `None` for a block device, and if the file system does not
+/// report them.
 #[must_use]
 pub fn free_space(image: &ChainImage<'_>) -> Option<u64> {
     let system = fstatvfs(image.opened.file.file()).ok().filter(|_| !image.opened.block_device)?;
@@ -52,7 +53,7 @@ fn taken(opened: &OpenedFile) -> u64 {
 }
 
 impl Space {
-    /// What is known; nothing of a block device, of several files, of a format without clusters, and of other file systems.
+    /// Collect the facts; `None` for a block device, several files, a format without clusters, and other file systems.
     #[must_use]
     pub fn of(backing: &ChainImage<'_>, merged: &[&ChainImage<'_>]) -> Option<Self> {
         let file = backing.opened.file.file();
@@ -68,11 +69,11 @@ impl Space {
         })
     }
 
-    /// How many bytes are needed and how many there are, if they are certain not to suffice.
+    /// The bytes that are needed and the bytes that are free, if these certainly do not suffice.
     #[must_use]
     pub fn lacking(&self, plan: &Plan) -> Option<(u64, u64)> {
         let bytes = |clusters: u64| clusters.saturating_mul(self.cluster);
-        // What is decoded takes its full size, however little the layers hold.
+        // Decoded data takes its full size, however little space the layers take.
         let data = self.data.saturating_add(plan.encoded_bytes);
         let new = bytes(plan.new_data_clusters).min(data).saturating_add(bytes(plan.new_metadata_clusters));
         // New clusters within the file may have their space already.

@@ -1,4 +1,4 @@
-//! How much room an undo log takes: what the plan may change in place, in whole blocks, and what says where it was.
+//! The disk space of an undo log: the blocks that the plan may change in place, and the records of their places.
 
 use super::outcome::pieces;
 use super::Admitted;
@@ -7,11 +7,11 @@ use instar_guest_protocol::commit::Plan;
 
 /// Blocks of the target's tables that a cluster changes: an entry of a mapping table, of its copy, and of a refcount block.
 const TABLES: u64 = 3;
-/// Blocks of headers, directories and the like, each of which may be changed whatever is committed.
+/// Blocks of headers, directories and the like, which any commit may change.
 const OTHERS: u64 = 64;
 
-/// Bytes that an undo log takes of the disk, at most, if this is written. Where clusters will lie, only the write says: all of them may
-/// take the place of something. What the file does not have yet is not kept.
+/// Compute the maximum in bytes that an undo log takes of the disk, for these writes. Only the write decides where
+/// clusters will lie, so each may overwrite old data. The log keeps nothing past the present end of the file.
 #[must_use]
 pub fn log_room(plan: &Plan, admitted: &Admitted) -> u64 {
     let whole = admitted.length.div_ceil(KEPT_BLOCK);

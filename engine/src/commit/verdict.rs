@@ -1,4 +1,4 @@
-//! What can refuse a commit before there is a guest: the plugins' verdicts, and the sizes.
+//! The checks that can refuse a commit before a guest starts: the plugins' verdicts, and the sizes.
 
 use super::repeated::Repeated;
 use crate::error::Error;
@@ -9,22 +9,22 @@ use instar_guest_abi::{ErrorCode, MemberRole};
 use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
 use std::path::PathBuf;
 
-/// The images of a commit by their parts in it.
+/// The images of a commit by their roles.
 pub struct Parts<'s, 'r> {
     /// The overlay.
     pub overlay: &'s ChainImage<'r>,
     /// The layers between it and the backing, the top-most first.
     pub between: Vec<&'s ChainImage<'r>>,
-    /// What is committed into.
+    /// The image that is committed into.
     pub backing: &'s ChainImage<'r>,
-    /// What is below that, nearest first.
+    /// The images below that, nearest first.
     pub ancestors: Vec<&'s ChainImage<'r>>,
-    /// The overlay is emptied afterwards.
+    /// Whether the overlay is emptied afterwards.
     pub empties: bool,
 }
 
 impl<'s, 'r> Parts<'s, 'r> {
-    /// Those of a set that has an overlay and a target; `None` for others.
+    /// Sort the images of a set; `None` if it has no overlay or no target.
     #[must_use]
     pub fn of(images: &'s ImageSet<'r>) -> Option<Self> {
         let mut merged = images.of_role(|role| matches!(role, MemberRole::Read | MemberRole::Empty));
@@ -42,8 +42,8 @@ impl<'s, 'r> Parts<'s, 'r> {
         std::iter::once(self.overlay).chain(self.between.iter().copied())
     }
 
-    /// Ask each plugin for its verdict. Returns how long the files may become; `warnings` takes what the plugins have to say
-    /// besides. The backing's disk grows to `grows_to` bytes, if at all.
+    /// Ask each plugin for its verdict. Returns the maximum lengths of the files; `warnings` takes the plugins' other
+    /// lines. The backing's disk grows to `grows_to` bytes, if at all.
     ///
     /// # Errors
     /// The first verdict that refuses.
@@ -112,8 +112,9 @@ impl<'s, 'r> Parts<'s, 'r> {
         Err(Error::image(&self.overlay.opened.path, ErrorCode::OverlayLargerThanBacking, clause))
     }
 
-    /// The line about a backing that is said to be raw, and has a mark of another format: its guest can have written that, so
-    /// that it is no reason to refuse it, but a person may have taken a disk with a footer for a raw one, or another file.
+    /// The line about a backing that is recorded as raw and has the mark of another format. Its guest may have written
+    /// that mark, so it is no reason to refuse; but a person may have mistaken a disk with a footer, or another file,
+    /// for a raw one.
     #[must_use]
     pub fn unsure_mark(&self) -> Option<String> {
         let mark = self.backing.mark.as_ref().filter(|mark| mark.certain == self.backing.insisted)?;
@@ -130,8 +131,8 @@ impl<'s, 'r> Parts<'s, 'r> {
         ))
     }
 
-    /// Refuse a backing that is not believed to be raw, unless the commit may be the repetition of one that made it look so:
-    /// of that, only its writes are proof, which a dry run has none of.
+    /// Refuse a backing that is not believed to be raw, unless the commit may be the repetition of one that made it
+    /// look so. Only its writes can prove that, and a dry run has none.
     ///
     /// # Errors
     /// [`ErrorCode::FormatMismatch`].
@@ -146,7 +147,7 @@ impl<'s, 'r> Parts<'s, 'r> {
     }
 }
 
-/// The line about layers that were merged and stay, which is said before that happens.
+/// The line about layers that are merged and stay, which is printed before that happens.
 #[must_use]
 pub fn become_stale(layers: &[PathBuf], dry_run: bool) -> Option<String> {
     let first = escape_path(layers.first()?);

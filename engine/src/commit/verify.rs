@@ -1,9 +1,8 @@
-//! `--verify`: what was written is read back from the disk and compared with what the layers hold, before anything depends on
-//! it.
+//! `--verify`: read the written data back from the disk and compare it with the layers, before anything depends on it.
 //!
-//! The guest says what is where, on both sides; the bytes are read and compared here. It can lie: a guest in an attacker's hands
-//! could have written anything before. What this finds is a disk, a cable, a file system or a driver that did not keep what it
-//! was given.
+//! The guest says where the bytes are, on both sides; the host reads and compares them here. A guest in an attacker's
+//! hands can lie, and could have written anything before. This check finds a disk, a cable, a file system or a driver
+//! that did not keep the data.
 
 use super::request::CommitRequest;
 use super::verdict::Parts;
@@ -16,14 +15,14 @@ use instar_guest_protocol::commit::{Pair, Side, Verify};
 use std::io;
 use std::path::Path;
 
-/// Bytes that are read of each side at once.
+/// Bytes of each side that are read at once.
 const CHUNK: u64 = 1 << 20;
-/// Bytes of a message that a pair takes at most.
+/// The maximum length of a pair in a message, in bytes.
 pub const PAIR_BYTES: u64 = 80;
 /// The step in which the target is read back, as the guest names it.
 pub(super) const STEP: &str = "verify";
 
-/// Refuse to read back what nothing makes durable.
+/// Refuse to read back data that nothing makes durable.
 ///
 /// # Errors
 /// [`ErrorCode::BadUsage`].
@@ -35,32 +34,32 @@ pub fn admit(request: &CommitRequest) -> Result<(), Error> {
     Ok(())
 }
 
-/// Bytes of messages that the pairs of these images take at most.
+/// The bound on the messages with the pairs of these images, in bytes.
 pub fn message_limit(parts: &Parts<'_, '_>) -> u64 {
     let below = std::iter::once(parts.backing).chain(parts.ancestors.iter().copied());
     let images: Vec<_> = parts.merged().chain(below).collect();
-    // What is committed is in pieces of the layers, which may become pieces of the target.
+    // The committed data lies in pieces of the layers, which may become pieces of the target.
     crate::map::most_runs(&images).saturating_mul(2 * PAIR_BYTES)
 }
 
-/// How far reading back is.
+/// The progress of reading back.
 #[derive(Debug, Default)]
 pub struct Verification {
     /// The devices of the target's own files.
     target: Vec<u32>,
     begun: bool,
-    /// Up to this guest byte the two were compared.
+    /// The guest byte up to which the two were compared.
     next: u64,
     /// Guest bytes that were compared, and are equal.
     bytes: u64,
     buffers: [Vec<u8>; 2],
-    /// The guest byte at which the two differ first; the guest was ended then.
+    /// The first guest byte at which the two differ, for which the host ended the guest.
     differs: Option<u64>,
-    /// Why a file could not be read; the guest was ended then.
+    /// The reason why a file could not be read, for which the host ended the guest.
     failure: Option<GuestFailure>,
 }
 
-/// Why the guest is ended before it has said everything.
+/// The reason to end the guest before it has said everything.
 enum Stop {
     Differs(u64),
     Unreadable(u32, u64, io::Error),
@@ -71,7 +70,7 @@ enum Stop {
 }
 
 impl Verification {
-    /// One that was not begun.
+    /// Make one that has not begun.
     #[must_use]
     pub fn new(paths: &DevicePaths) -> Self {
         Self { target: paths.target().collect(), ..Self::default() }
@@ -83,7 +82,7 @@ impl Verification {
         self.bytes
     }
 
-    /// Whether this much was compared. Nothing that depends on the target may be changed before.
+    /// Check that this much was compared. Nothing that depends on the target may change before.
     ///
     /// # Errors
     /// If it was not.
@@ -95,10 +94,10 @@ impl Verification {
         Err(BadRequest(text))
     }
 
-    /// Take what the guest found. Returns whether this is the beginning.
+    /// Take the pairs that the guest found. Returns whether these are the first.
     ///
     /// # Errors
-    /// What makes no sense, and what ends the guest: a difference, or a file that cannot be read.
+    /// An impossible pair, and the events that end the guest: a difference, or a file that cannot be read.
     pub fn take(&mut self, devices: &mut Devices, told: &Verify, planned: u64) -> Result<bool, BadRequest> {
         if devices.phase() != Phase::Target || devices.unflushed(|part| part == Part::Target).is_some() {
             return Err(BadRequest("a target is read back that is not complete and flushed".to_owned()));
@@ -153,7 +152,7 @@ impl Verification {
         }
         let places = [place(devices, layers), place(devices, target)];
         let [Ok(layers), Ok(target)] = places else { return Err(Stop::Senseless) };
-        // What the target holds is compared with the layers, and not with itself.
+        // The target is compared with the layers, and not with itself.
         if layers.is_some_and(|(device, _)| self.target.contains(&device)) {
             return Err(Stop::Senseless);
         }
@@ -220,7 +219,7 @@ pub(super) fn unreadable(device: u32, offset: u64, error: &io::Error) -> GuestFa
     GuestFailure { device: Some(device), offset: Some(offset), errno, step: STEP.to_owned(), ..failure }
 }
 
-/// Device and offset of plain bytes; nothing of zeroes. `Err` for what does not exist.
+/// Device and offset of plain bytes; `None` for zeroes. `Err` for a place that does not exist.
 fn place(devices: &Devices, side: &Side) -> Result<Option<(u32, u64)>, ()> {
     match ExtentKind::from_u32(side.kind) {
         None if side.kind == 0 => Ok(None),
@@ -230,7 +229,7 @@ fn place(devices: &Devices, side: &Side) -> Result<Option<(u32, u64)>, ()> {
     }
 }
 
-/// Up to which byte of a pair, `end` at most, a side is known to be zeroes from `done` on.
+/// The byte of a pair, `end` at most, up to which a side is known to be zeroes from `done` on.
 fn hole(devices: &Devices, place: Option<(u32, u64)>, done: u64, end: u64) -> u64 {
     let Some((device, offset)) = place else { return end };
     let Some(device) = devices.device(device) else { return done };
@@ -286,7 +285,7 @@ mod tests {
         Verify { pairs }
     }
 
-    /// What becomes of these pairs.
+    /// The result of these pairs.
     fn of(pairs: Vec<Pair>) -> (Verification, Result<bool, String>) {
         let (mut found, mut devices) = (verification(), devices());
         assert!(found.take(&mut devices, &told(vec![]), SIZE).unwrap());
@@ -335,7 +334,7 @@ mod tests {
     #[test]
     fn what_a_guest_may_not_say() {
         let lies = [
-            // Twice the same, nothing, past the end of what there is to be.
+            // The same pair twice, an empty one, one past the end of the disk.
             vec![pair(0, 4096), pair(0, 4096)],
             vec![pair(0, 0)],
             vec![pair(0, SIZE), pair(SIZE, 1)],

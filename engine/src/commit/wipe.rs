@@ -1,4 +1,4 @@
-//! `--wipe`: what has to hold for "overwritten" to mean something.
+//! `--wipe`: the conditions under which "overwritten" means something.
 
 use super::request::CommitRequest;
 use super::verdict::Parts;
@@ -13,10 +13,10 @@ use rustix::fs::fstatfs;
 const WRITES_ELSEWHERE: [(u64, &str); 5] =
     [(0x9123_683e, "btrfs"), (0xca45_1a4e, "bcachefs"), (0x2fc1_2fc1, "ZFS"), (0xf2f5_2010, "F2FS"), (0x3434, "NILFS")];
 
-/// Refuse a commit that empties nothing, or makes nothing durable, and is to overwrite what it gives back.
+/// Refuse to wipe in a commit that empties nothing, or makes nothing durable.
 ///
 /// # Errors
-/// [`ErrorCode::BadUsage`], or what is in the way of it.
+/// [`ErrorCode::BadUsage`], or another obstacle.
 pub fn admit(request: &CommitRequest, parts: &Parts<'_, '_>) -> Result<(), Error> {
     if request.cache == Cache::Unsafe {
         let message =
@@ -35,7 +35,7 @@ pub fn admit(request: &CommitRequest, parts: &Parts<'_, '_>) -> Result<(), Error
     Err(Error::image(&parts.overlay.opened.path, ErrorCode::BadUsage, clause))
 }
 
-/// The line about an overlay on a file system that would keep what is overwritten.
+/// The line about an overlay on a file system that would keep the overwritten data.
 pub fn warning(parts: &Parts<'_, '_>) -> Option<String> {
     let (file, system) = parts.overlay.all_files().find_map(|file| Some((file, writes_elsewhere(file)?)))?;
     Some(format!(

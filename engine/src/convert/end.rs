@@ -1,4 +1,4 @@
-//! What is left to do once the guest has filled the target, and to say.
+//! The work and the reports after the guest has filled the target.
 
 use super::request::ConvertRequest;
 use crate::commit::CommitEvents;
@@ -13,10 +13,10 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-/// Have the file system keep space for all of the target's files, if that is asked for.
+/// Make the file system reserve space for all of the target's files, if the request says so.
 ///
 /// # Errors
-/// [`ErrorCode::NoSpace`], and what else the system says.
+/// [`ErrorCode::NoSpace`], and the system's other errors.
 pub fn allocate(request: &ConvertRequest, ended: &Ended<CommitEvents>) -> Result<(), Error> {
     let files = ended.paths.target().filter(|number| request.allocate && !ended.paths.is_block_device(*number));
     files.filter_map(|number| ended.devices.device(number)).try_for_each(|device| keep_space(request, device.file()))
@@ -36,7 +36,7 @@ fn keep_space(request: &ConvertRequest, file: &File) -> Result<(), Error> {
     }
 }
 
-/// What could not be read of a device: a line for each range.
+/// The unreadable ranges of a device, one line each.
 pub fn salvaged(devices: &Devices, paths: &DevicePaths, number: u32) -> Vec<String> {
     let (ranges, bytes) = devices.device(number).map(Device::salvaged).unwrap_or_default();
     let path = escape_path(paths.get(number).unwrap_or(Path::new("")));

@@ -1,4 +1,4 @@
-//! A target that is there already (`-n`): it is written in place, so that a failure leaves a part of the disk in it.
+//! An existing target (`-n`): it is written in place, so a failure leaves a part of the disk in it.
 
 use crate::error::Error;
 use crate::image::{parent_is_unrecorded, Access, ChainImage, NamedFile, OpenedFile};
@@ -14,7 +14,7 @@ use std::path::Path;
 #[derive(Debug)]
 pub struct Existing {
     opened: OpenedFile,
-    /// Keeps a block device from being mounted meanwhile.
+    /// The claim that keeps a block device from being mounted meanwhile.
     claim: Option<OwnedFd>,
 }
 
@@ -22,8 +22,8 @@ impl Existing {
     /// Open it for reading and writing.
     ///
     /// # Errors
-    /// [`ErrorCode::ImageNotFound`]; [`ErrorCode::ImageInUse`] for a device that is mounted, or that something stands on; what
-    /// opening gives.
+    /// [`ErrorCode::ImageNotFound`]; [`ErrorCode::ImageInUse`] for a device that is mounted or part of another device;
+    /// errors of opening.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let named = NamedFile::new(path);
         let opened = named.open(Access::ReadWrite, ErrorCode::ImageNotFound)?;
@@ -39,16 +39,16 @@ impl Existing {
         Ok(Self { opened, claim })
     }
 
-    /// Which file it is, and of a loop device, which one that stands on.
+    /// Its identity, and that of the file below a loop device.
     pub fn identity(&self) -> (Identity, Option<Identity>) {
         (self.opened.identity, self.opened.below)
     }
 
-    /// Lock it, and find out what it is: it has to be of this format, to stand alone in one file, and to have a disk of `size`
-    /// bytes at least. Returns the claim to a device as well, which has to outlive the use of the image.
+    /// Lock the target, and probe it: it has to be a stand-alone image of this format, in one file, with a disk of at
+    /// least `size` bytes. Also returns the claim to a device, which has to outlive the use of the image.
     ///
     /// # Errors
-    /// [`ErrorCode::ImageInUse`], [`ErrorCode::UnsupportedFormat`], and what probing gives.
+    /// [`ErrorCode::ImageInUse`], [`ErrorCode::UnsupportedFormat`], and errors of probing.
     pub fn identify<'r>(
         self,
         registry: &'r Registry,

@@ -1,5 +1,5 @@
-//! A new image in several files: whether there are several, and how many, its plugin says before anything of the source was
-//! read; files for them are made then, as a confined process makes none.
+//! A new image in several files. A confined process cannot create files, so the engine asks the plugin for the number
+//! of files before it reads the source, and creates them then.
 
 use super::request::ConvertRequest;
 use crate::create::{options_of, plugin_of, NewFile, Parts};
@@ -10,25 +10,25 @@ use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::CreateSpec;
 use std::os::unix::ffi::OsStrExt;
 
-/// Disks of these sizes in bytes are asked for: where both take as many files, any disk does.
+/// The disk sizes in bytes to ask the plugin about: if both take the same number of files, any disk does.
 const SMALL: u64 = 1 << 20;
 const LARGE: u64 = 10 << 30;
 
-/// Files for the parts of the new image, if it has any. What is wrong with its options, its creation says.
+/// Make files for the parts of the new image, if it has any. Wrong options are reported when the image is created.
 ///
 /// # Errors
-/// What the system says.
+/// The system's error.
 pub fn parts_of(request: &ConvertRequest, registry: &Registry, new: &NewFile) -> Result<Option<Parts>, Error> {
     let count = match (files_of(request, registry, new, SMALL), files_of(request, registry, new, LARGE)) {
         (None | Some(0), None | Some(0)) => return Ok(None),
         (Some(small), Some(large)) if small == large => small,
-        // As many as the guest can be given, as nobody knows how large the disk is; those that are left over go away.
+        // The size of the disk is unknown yet, so make as many files as a guest can have; unused ones vanish.
         _ => MAX_FILE_DEVICES,
     };
     Parts::begin(new, count).map(Some)
 }
 
-/// How many other files an image for a disk of `virtual_size` bytes has; `None` if there can be no such image.
+/// The number of other files that an image for a disk of `virtual_size` bytes has; `None` if no such image can exist.
 fn files_of(request: &ConvertRequest, registry: &Registry, new: &NewFile, virtual_size: u64) -> Option<usize> {
     // Only a format with options has kinds of images.
     let plugin = plugin_of(registry, &request.target_format).ok().filter(|_| !request.options.is_empty())?;

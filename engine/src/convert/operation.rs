@@ -27,38 +27,38 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// What the files are like after a failure.
+/// The state of the files after a failure.
 const NOTHING: &str = "no image was made";
 const UNCHANGED: &str = "nothing was changed";
 const PART: &str = "a part of the disk was written into it, in place: run the command again";
-/// Why `-c` is refused.
+/// The reason to refuse `-c`.
 const NOT_COMPRESSED: &str =
     "would not be compressed, as images of its kind cannot be: leave out -c, or choose -O qcow2, or -O vmdk \
                               with -o subformat=streamOptimized";
-/// Disks but a single one begin and end at a multiple of this many bytes.
+/// The unit in bytes to which each of several disks is extended.
 const SECTOR: u64 = 512;
 
-/// A conversion on its way.
+/// A conversion in progress.
 pub struct Convert<'q> {
     request: &'q ConvertRequest,
-    /// Threads that copy side by side, if the system has them.
+    /// Threads that copy in parallel, if the system permits them.
     workers: Option<Workers>,
-    /// The new image, which has no name yet, or why there can be none.
+    /// The new image, which has no name yet, or the reason why it cannot be made.
     new: Option<Result<NewFile, Error>>,
     /// Its other files, if it has any.
     parts: Option<Parts>,
-    /// The image that is written in place, or why it cannot be.
+    /// The image that is written in place, or the reason why it cannot be.
     existing: Option<Result<Existing, Error>>,
-    /// The block device that is written in place, kept from being mounted to the end.
+    /// The claim to a block device that is written in place, which keeps it from being mounted until the end.
     claim: Option<OwnedFd>,
-    /// The image that is replaced, locked to the end.
+    /// The image that is replaced, locked until the end.
     replaced: Option<OpenedFile>,
-    /// The target does not read as zeroes by itself.
+    /// Whether the target has to be filled with zeroes, because it does not read as zeroes by itself.
     writes_zeroes: bool,
     formats: (String, String),
     /// Virtual sizes in bytes.
     sizes: (u64, u64),
-    /// Bytes of the files that are read.
+    /// Bytes of the source's files.
     length: u64,
     warnings: Vec<String>,
     bounds: PlanBounds,
@@ -66,7 +66,7 @@ pub struct Convert<'q> {
 }
 
 impl<'q> Convert<'q> {
-    /// A conversion that was not begun.
+    /// Make a conversion that has not begun.
     pub fn new(request: &'q ConvertRequest) -> Self {
         Self {
             request,
@@ -86,7 +86,7 @@ impl<'q> Convert<'q> {
         }
     }
 
-    /// Refuse to write over what is read: a file with this identity, or one that this device stands on.
+    /// Refuse to overwrite a source: a file with this identity, or the file below this device.
     fn refuse_what_is_read<'i, 'r: 'i>(
         &self,
         layers: impl IntoIterator<Item = &'i ChainImage<'r>>,
@@ -103,7 +103,7 @@ impl<'q> Convert<'q> {
         Err(Error::image(&self.request.target, ErrorCode::ChainLoop, clause))
     }
 
-    /// Create the image, for a disk of so many bytes, in the files that have no names yet.
+    /// Create the image, for a disk of `size` bytes, in the files that have no names yet.
     fn create<'r>(
         &mut self,
         registry: &'r Registry,
@@ -116,7 +116,7 @@ impl<'q> Convert<'q> {
         let refused = |clause: String| Error::image(path, ErrorCode::UnsupportedFormat, clause);
         let spec = CreateSpec {
             virtual_size: size,
-            // Not that of a link to it: the names of other files begin with this one, and lie beside it.
+            // Not the name of a link: the other files' names begin with this name, and lie beside it.
             file_name: new.name().as_bytes().to_vec().into(),
             backing: self.pointer().into(),
             backing_facts: parent.cloned().into(),
@@ -142,13 +142,13 @@ impl<'q> Convert<'q> {
         Ok(target)
     }
 
-    /// What the new image records of its backing file.
+    /// The new image's record of its backing file.
     fn pointer(&self) -> Option<BackingPointer> {
         let (name, format) = self.request.backing.as_ref()?;
         Some(BackingPointer::new(name.as_bytes().to_vec(), Some(format.as_bytes().to_vec())))
     }
 
-    /// Refuse bitmaps that were not saved, unless the operator wants to do without.
+    /// Refuse bitmaps that were not saved, unless the operator skips them.
     fn refuse_broken_bitmaps(&self, top: &ChainImage<'_>) -> Result<(), Error> {
         let bitmaps = top.facts.bitmaps.as_ref().map_or(&[][..], |bitmaps| bitmaps.as_slice());
         let broken = bitmaps.iter().find(|bitmap| bitmap.in_use && !self.request.skip_broken_bitmaps);
@@ -165,7 +165,7 @@ impl<'q> Convert<'q> {
     }
 }
 
-/// Bytes of disks that follow each other.
+/// The length in bytes of disks that follow each other.
 fn size_of(path: &Path, disks: &[&ChainImage<'_>]) -> Result<u64, Error> {
     if let [only] = disks {
         return Ok(only.facts.virtual_size);
@@ -210,7 +210,7 @@ impl Operation for Convert<'_> {
     }
 
     fn acquire(&mut self, named: &Named, registry: &Registry) {
-        // A source that is not there is told by opening it; nothing has to be made for that.
+        // Opening a missing source reports it; nothing has to be created for that.
         if named.image.identity().is_none() {
             return;
         }
@@ -223,7 +223,7 @@ impl Operation for Convert<'_> {
                 Ok(new)
             }));
         }
-        // What is below an image may be long, however short that is; of a raw one there is nothing below.
+        // The layers below a short image may be long; a raw image has none.
         let short = named.image.length().is_some_and(|length| length < Workers::MUCH);
         if self.request.rate_limit == 0
             && !self.request.salvage
@@ -314,7 +314,7 @@ impl Operation for Convert<'_> {
         let mut incoming = Incoming::from_layers(layers.iter().map(|layer| &layer.facts)).ok_or_else(begun_twice)?;
         let ConvertRequest { in_place, allocate, bitmaps, compress, .. } = *self.request;
         if self.request.snapshot.is_some() || !self.request.others.is_empty() || self.writes_zeroes || allocate {
-            // What the header counts is of the image's own disk, and not of what is written besides.
+            // The header counts the image's own disk, and not additional writes.
             incoming.virtual_size = self.sizes.0;
             incoming.max_clusters = incoming.virtual_size.div_ceil(incoming.cluster_size.max(1));
         }
@@ -325,15 +325,16 @@ impl Operation for Convert<'_> {
         let room = if bitmaps { room_for_bitmaps(&target.facts, [&top.facts], target.facts.virtual_size) } else { 0 };
         let target_length = longest.max(target.facts.file_length).saturating_add(room);
         self.bounds = PlanBounds { virtual_size: target.facts.virtual_size, ..PlanBounds::of(top, target) };
-        // How much a compressed image takes shows only when it is written: a full file system ends it, and nothing is left.
+        // The size of a compressed image shows only when it is written: a full file system ends the conversion, and
+        // leaves nothing.
         self.space = Space::of(target, &layers).filter(|_| !in_place && !compress);
         Ok(Grants { target: target_length, compress, ..Grants::default() })
     }
 
     fn payload(&self) -> Vec<u8> {
         let ConvertRequest { allocate, bitmaps, salvage, sparse, compress, .. } = *self.request;
-        // Where clusters are compressed, whoever does that sees which of them are zero. What cannot be read is zero in copies, and
-        // an error where it is looked at.
+        // The guest that compresses clusters sees which of them are zero. Unreadable data becomes zeroes in copies, but
+        // an error if the guest has to look at it.
         let sparse = if compress || salvage || allocate { 0 } else { sparse };
         Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse }.encode_to_vec()
     }
@@ -400,7 +401,7 @@ impl Operation for Convert<'_> {
                     None => new.publish(durable)?,
                 }
             }
-            // In place, the guest has flushed it.
+            // The guest has flushed a target in place.
             None if self.request.in_place => {}
             None => return Err(begun_twice()),
         }
@@ -417,7 +418,7 @@ impl Operation for Convert<'_> {
     }
 }
 
-/// The order of an operation was not kept: a mistake of this program.
+/// The error for steps of an operation in the wrong order: a bug of this program.
 fn begun_twice() -> Error {
     Error::new(ErrorCode::InternalOverflow, "a conversion without a source or a target: please report this")
 }

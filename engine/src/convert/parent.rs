@@ -1,7 +1,7 @@
-//! The backing file of the new image (`-B`): the new image holds what the layers above that hold.
+//! The backing file of the new image (`-B`): the new image holds the data of the layers above it.
 //!
-//! If the backing file is a layer of what is read, that is what the layers above it hold. If it is another file, it is said to
-//! show the same disk as the image below the one that is read, as `qemu-img convert` takes it.
+//! If the backing file is a layer of the source, these are the layers above it. If it is another file, the operator
+//! declares that it shows the same disk as the image below the source, as for `qemu-img convert`.
 
 use super::request::ConvertRequest;
 use crate::error::Error;
@@ -10,22 +10,22 @@ use crate::image::{check_parents, Access, ChainImage, Descent, NamedFile};
 use crate::operation::Opener;
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 
-/// The images of a conversion that are read.
+/// The sources of a conversion.
 #[derive(Debug, Default)]
 pub struct Layers<'r> {
-    /// Those whose content is copied, the top-most first.
+    /// The images whose content is copied, the top-most first.
     pub copied: Vec<ChainImage<'r>>,
-    /// Those that will be below the new image, nearest first.
+    /// The images that will be below the new one, nearest first.
     pub below: Vec<ChainImage<'r>>,
-    /// Nothing is below the image that is read, so that its zeroes have to hide what is below the new one.
+    /// Whether no image is below the source, so that its zeroes have to hide the data below the new one.
     pub hides: bool,
 }
 
-/// Divide the chain that is read at the backing file.
+/// Divide the source's chain at the backing file.
 ///
 /// # Errors
-/// [`ErrorCode::ChainLoop`] if the backing file is the image that is read; [`ErrorCode::FormatMismatch`] if it is of another format
-/// than the operator says; what opening it gives.
+/// [`ErrorCode::ChainLoop`] if the backing file is the source; [`ErrorCode::FormatMismatch`] if it has another format
+/// than the operator says; errors of opening it.
 pub fn divide<'r>(
     request: &ConvertRequest,
     opener: &Opener<'r, '_>,

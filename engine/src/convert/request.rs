@@ -1,4 +1,4 @@
-//! What a conversion is asked for, and what comes of it.
+//! The request for a conversion, and its result.
 
 use crate::devices::Cache;
 use crate::image::SnapshotName;
@@ -6,68 +6,68 @@ use crate::operation::Settings;
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct ConvertRequest {
-    /// The image that is read, with everything below it.
+    /// The source, with everything below it.
     pub source: PathBuf,
-    /// More of them, whose disks follow that of the first.
+    /// More sources, whose disks follow that of the first.
     pub others: Vec<PathBuf>,
-    /// Their format, if the operator names it.
+    /// Their format, if the operator names one.
     pub format: Option<String>,
-    /// The internal snapshot of it that is read instead of its own disk.
+    /// The internal snapshot to read instead of the source's own disk.
     pub snapshot: Option<SnapshotName>,
-    /// Read them even if something else is writing to them.
+    /// Whether to read them even if another program is writing to them.
     pub force_share: bool,
-    /// The image that is made. A file of that name is replaced.
+    /// The new image. It replaces a file of that name.
     pub target: PathBuf,
     /// Its format.
     pub target_format: String,
     /// Options of that format.
     pub options: Vec<(String, String)>,
-    /// The backing file that it gets, as it is recorded, and the format of that.
+    /// The backing file that it records, and the format of that file.
     pub backing: Option<(String, String)>,
-    /// The target is there, and is written in place.
+    /// Whether the target exists, and is written in place.
     pub in_place: bool,
-    /// All of its disk reads as zeroes already.
+    /// Whether all of its disk reads as zeroes already.
     pub target_is_zero: bool,
-    /// What is written into the target is compressed where it shrinks.
+    /// Whether to compress the written data where that makes it shorter.
     pub compress: bool,
-    /// The target allocates all of its disk.
+    /// Whether the target takes space for all of its disk.
     pub allocate: bool,
-    /// Zeroes of so many bytes at least, a multiple of 512, are looked for in data, and left out; 0 does not look.
+    /// The minimum length in bytes, a multiple of 512, of runs of zeroes that are left out; 0 to search for none.
     pub sparse: u64,
-    /// Make the bitmaps of the source in the target …
+    /// Whether to copy the source's bitmaps …
     pub bitmaps: bool,
-    /// … but for those that were not saved, which are an error otherwise.
+    /// … without those that were not saved, which are an error otherwise.
     pub skip_broken_bitmaps: bool,
-    /// What cannot be read of the data is zero in the target.
+    /// Whether unreadable data becomes zeroes in the target.
     pub salvage: bool,
-    /// Bytes that may move per second; 0 is no limit.
+    /// The maximum of bytes that move per second; 0 for no limit.
     pub rate_limit: u64,
-    /// What writes to the target promise.
+    /// The promises of writes to the target.
     pub cache: Cache,
-    /// Plugins, directories, waiting.
+    /// Plugins, directories, and the time to wait for a lock.
     pub settings: Settings,
 }
 
-/// What was made. What is serialized is the JSON of `docs/convert.md`.
+/// The result of a conversion. It serializes to the JSON of `docs/convert.md`.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ConvertOutcome {
-    /// The format of the image that was read: of several, of the first.
+    /// The source's format: of several, the format of the first.
     pub source_format: String,
     /// The format of the new image.
     pub target_format: String,
-    /// Bytes of the disk that was read: of several, of all together.
+    /// Bytes of the source's disk: of several, of all together.
     pub source_virtual_size: u64,
-    /// Bytes of the new one: more, if its format has not every size.
+    /// Bytes of the new disk: more, if its format does not support every size.
     pub target_virtual_size: u64,
-    /// Bytes that were written as data or zeroes; the others read the same without that.
+    /// Bytes that were written as data or zeroes; all others read as zeroes by themselves.
     pub bytes_converted: u64,
     /// The sandbox that the guest ran in: "kvm" or "process".
     pub sandbox: &'static str,
-    /// What the operator should know, each one line that names a file.
+    /// Warnings for the operator, each one line that names a file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }

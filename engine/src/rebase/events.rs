@@ -1,4 +1,4 @@
-//! What a rebase makes of what its guest says: the plan, the phases, the end.
+//! The host's answers to the guest of a rebase: it checks the plan, the phases, and the end.
 
 use crate::commit::{Meter, REPLACED_MARK};
 use crate::create::look_like;
@@ -12,39 +12,40 @@ use rustix::fs::fsync;
 use rustix::io::retry_on_intr;
 use std::rc::Rc;
 
-/// What the guest of a rebase said, and what it may do.
+/// The reports of a rebase's guest, and its permissions.
 #[derive(Default)]
 pub struct RebaseEvents {
-    /// What came of it, once the guest said so.
+    /// The result, once the guest has reported it.
     pub outcome: Outcome,
-    /// What the guest planned, once it said so.
+    /// The guest's plan, once it has reported it.
     pub plan: Option<Plan>,
-    /// Counts how far it is, if anybody wants to know.
+    /// The progress, if an observer asks for it.
     pub(crate) meter: Option<Meter>,
-    /// What somebody is told once nothing can refuse the rebase any more.
+    /// Warnings to print once nothing can refuse the rebase any more.
     pub(crate) warnings: Vec<String>,
-    /// A commit from the image was interrupted: nothing can be written into it before it gets another parent.
+    /// Whether a commit from the image was interrupted, so that nothing can be written into it before it gets another
+    /// parent.
     pub(crate) only_record: bool,
-    /// Something would have to be, which is why the guest was ended.
+    /// Whether data would have to be written nevertheless, for which the host ended the guest.
     pub(crate) needs_data: bool,
-    /// Length in bytes of an image on a device, which nothing makes longer.
+    /// Length in bytes of an image on a device, which cannot grow.
     pub(crate) fixed: Option<u64>,
-    /// It would have no room for what is written and for the new name, which is why the guest was ended.
+    /// Whether the device has no room for the data and the new name, for which the host ended the guest.
     pub(crate) lacks_room: bool,
-    /// Who is told that.
+    /// The observer that prints them.
     pub(crate) observer: Option<Rc<dyn Observer>>,
     /// The device whose owner, mode and extended attributes the image gets before it gets another parent.
     pub(crate) likeness: Option<u32>,
-    /// Why it cannot have them, for which the guest was ended.
+    /// The reason why it cannot have them, for which the host ended the guest.
     pub(crate) unlike: Option<String>,
-    /// Nothing may be changed.
+    /// Whether nothing may change.
     pub(crate) dry_run: bool,
     /// Virtual size of the image in bytes: no more can be written.
     pub(crate) virtual_size: u64,
 }
 
 impl RebaseEvents {
-    /// Attend devices whose image has files of `length` bytes together.
+    /// Attach these events to devices whose image has files of `length` bytes together.
     ///
     /// # Errors
     /// [`ErrorCode::OpenFailed`](instar_guest_abi::ErrorCode::OpenFailed) for a file system that knows no direct I/O.
@@ -86,7 +87,7 @@ impl Events for RebaseEvents {
         Ok(())
     }
 
-    /// Everything that can refuse has been asked, the guest says: the first change comes next.
+    /// Take the guest's plan: every check that can refuse has passed, and the first change comes next.
     fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
         let plan: Plan = decode(event)?;
         if self.plan.is_some() {
@@ -102,7 +103,7 @@ impl Events for RebaseEvents {
         if self.needs_data {
             return Err(BadRequest("data for an image that only gets another parent".to_owned()));
         }
-        // Where the data has taken the room of the name, nothing could finish it any more.
+        // If the data took the room of the name, no run could finish the rebase.
         let end = plan.final_length.saturating_add(PARENT_ROOM);
         self.lacks_room = plan.bytes > 0 && self.fixed.is_some_and(|length| end > length);
         if self.lacks_room {
@@ -127,7 +128,7 @@ impl Events for RebaseEvents {
         }
     }
 
-    /// What the guest says of a success has to be what the devices saw.
+    /// Accept a success only if the devices confirm it.
     fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         self.outcome = decode(result)?;
         let last = if self.dry_run { Phase::Look } else { Phase::Children };
@@ -147,7 +148,7 @@ mod tests {
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
 
-    /// Buffers are of no interest: what is written is zeroes.
+    /// Ignores buffers: all written bytes are zeroes.
     struct Zeroes;
 
     impl BufferAccess for Zeroes {

@@ -1,5 +1,5 @@
-//! `instar rebase`: an image gets another one below it, or none, and reads what it read. What it would read differently is
-//! written into it first; then one step makes it name the new parent.
+//! `instar rebase`: put another image below an image, or none, without a change of what it reads. Data that it would
+//! read differently is written into it first; then one step makes it name the new parent.
 
 mod events;
 mod open;
@@ -19,25 +19,25 @@ use instar_guest_abi::ErrorCode;
 use operation::Rebase;
 use std::path::PathBuf;
 
-/// The guest's half.
+/// The guest's half of the operation.
 pub const MODULE: ModuleSpec<'static> = guest_module!("rebase");
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct RebaseRequest {
     /// The image that gets another parent.
     pub image: PathBuf,
     /// Its format, if the operator names it.
     pub format: Option<String>,
-    /// The new parent, as it is to be recorded, and its format; `None` if the image is to have none.
+    /// The new parent's name as the image records it, and its format; `None` for no parent.
     pub backing: Option<(String, String)>,
-    /// Change only what the image records: the operator answers for the content.
+    /// Whether to change only the record of the parent: the operator answers for the content.
     pub unsafe_mode: bool,
-    /// Stop before the first change.
+    /// Whether to stop before the first change.
     pub dry_run: bool,
-    /// What flushes and writes promise.
+    /// The promises of flushes and writes.
     pub cache: Cache,
-    /// Plugins, directories, waiting.
+    /// Plugins, directories, and the time to wait for a lock.
     pub settings: Settings,
 }
 
@@ -56,7 +56,7 @@ pub fn run_rebase(request: &RebaseRequest, session: &Session) -> Result<RebaseOu
     })
 }
 
-/// The order of an operation was not kept: a mistake of this program.
+/// The error for steps of an operation in the wrong order: a bug of this program.
 fn out_of_order() -> Error {
     Error::new(ErrorCode::InternalOverflow, "a rebase without an image: please report this")
 }

@@ -1,4 +1,4 @@
-//! The images below an image that gets another parent: those that are there now, and those that will be.
+//! The images below an image that gets another parent: the present ones and the future ones.
 
 use crate::create::plugin_of;
 use crate::error::{Error, Role};
@@ -12,7 +12,7 @@ use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// Refuse a name of a parent that leads to no file: what it holds cannot be compared.
+/// Refuse a parent's name that leads to no file: its content cannot be compared.
 ///
 /// # Errors
 /// [`ErrorCode::OpenFailed`].
@@ -24,7 +24,7 @@ pub fn check_name(name: &str, unsafe_mode: bool) -> Result<(), Error> {
     Err(Error::new(ErrorCode::OpenFailed, text))
 }
 
-/// The file that the new parent's name leads to from the image; `None` if it is no name of a file.
+/// The file to which the new parent's name leads from the image; `None` if the name is not a file's.
 #[must_use]
 pub fn named_parent(image: &NamedFile, name: &str) -> Option<NamedFile> {
     let found = file_name(name.as_bytes()).ok()?;
@@ -32,14 +32,14 @@ pub fn named_parent(image: &NamedFile, name: &str) -> Option<NamedFile> {
     Some(if found.from_working_directory { NamedFile::new(path) } else { NamedFile::beside(image, path) })
 }
 
-/// What is below the image that gets another parent.
+/// The images below the image that gets another parent.
 #[derive(Debug, Default)]
 pub struct Below<'r> {
-    /// What is below it now, nearest first.
+    /// The present ones, nearest first.
     pub old: Vec<ChainImage<'r>>,
-    /// What will be, nearest first, as far as it is not below it already.
+    /// The future ones, nearest first, without those that are below it already.
     pub new: Vec<ChainImage<'r>>,
-    /// The index in `old` of the first image of those that stay below it, if any do.
+    /// The index in `old` of the first image that stays below it, if any does.
     pub shared: Option<usize>,
 }
 
@@ -47,7 +47,8 @@ impl<'r> Below<'r> {
     /// Open both.
     ///
     /// # Errors
-    /// What opening, locking and probing give; [`ErrorCode::ChainLoop`] if the new parent is the image, or backed by it.
+    /// Errors of opening, locking and probing; [`ErrorCode::ChainLoop`] if the new parent is the image, or backed by
+    /// it.
     pub fn open(opener: &Opener<'r, '_>, image: &ChainImage<'r>, format: Option<&str>) -> Result<Self, Error> {
         let mut descent = Descent::new(opener.registry, opener.below, opener.named.image.path(), MAX_CHAIN_DEVICES - 1);
         let old = descent.open_below(image, Access::ReadOnly).map_err(|error| unreadable(error, image))?;
@@ -95,8 +96,8 @@ impl<'r> Below<'r> {
         check_parents(&self.new.iter().chain(rest).collect::<Vec<_>>())
     }
 
-    /// The index of an image in the present chain that is this file, of this format, with its names beginning at the same
-    /// directory: what is below it is the same, too.
+    /// The index of an image in the present chain that is this file, of this format, with names that begin at the same
+    /// directory, so that the images below it are the same, too.
     fn position(&self, identity: Identity, opened: &OpenedFile, format: Option<&str>) -> Option<usize> {
         self.old.iter().position(|image| {
             let same =
@@ -105,7 +106,7 @@ impl<'r> Below<'r> {
         })
     }
 
-    /// The new chain, whole.
+    /// The whole new chain.
     pub fn after(&self) -> impl Iterator<Item = &ChainImage<'r>> {
         self.new.iter().chain(self.shared.and_then(|from| self.old.get(from..)).unwrap_or_default())
     }
@@ -114,8 +115,8 @@ impl<'r> Below<'r> {
 /// The new parent for a rebase that compares nothing, if it can be opened.
 ///
 /// # Errors
-/// [`ErrorCode::ChainLoop`] if it is the image, or backed by it; [`ErrorCode::FormatMismatch`] and the like if it is there, and
-/// is not what it is said to be.
+/// [`ErrorCode::ChainLoop`] if it is the image, or backed by it; [`ErrorCode::FormatMismatch`] and the like if it
+/// exists, but contradicts the request.
 pub fn open_unchecked<'r>(
     opener: &Opener<'r, '_>,
     image: &ChainImage<'r>,
@@ -124,7 +125,7 @@ pub fn open_unchecked<'r>(
     plugin_of(opener.registry, format)?;
     let Some(base) = &opener.named.base else { return Ok(None) };
     let opened = match base.open(Access::Shared, ErrorCode::BackingNotFound) {
-        // What it holds now, nobody is to see.
+        // Its present content must not be revealed.
         Err(error) if error.code == ErrorCode::RecoveryNeeded => return Err(error.in_role(Role::Backing)),
         Err(_) => return Ok(None),
         Ok(opened) => opened,
@@ -135,7 +136,7 @@ pub fn open_unchecked<'r>(
     descent.passed(first.opened.identity);
     let mut chain = vec![first];
     while let Some(above) = chain.last() {
-        // Whatever cannot be followed is not in the way.
+        // A name that cannot be followed is no obstacle.
         let Ok(Some(located)) = descent.next(above, Part::Ancestor, Access::Shared, None) else { break };
         if located.identity() == image.opened.identity {
             return Err(is_above(image, &chain));
@@ -161,7 +162,7 @@ fn open_base(base: &NamedFile) -> Result<OpenedFile, Error> {
     })
 }
 
-/// An image of a format that has no place for the name of a parent.
+/// The refusal of an image whose format has no place for a parent's name.
 ///
 /// # Errors
 /// [`ErrorCode::UnsupportedFormat`].
@@ -181,7 +182,7 @@ fn refuse_itself(image: &ChainImage<'_>, identity: Identity) -> Result<(), Error
     Err(Error::image(&image.opened.path, ErrorCode::ChainLoop, clause))
 }
 
-/// The image is in the chain of what it is to be backed by.
+/// The refusal of a parent that has the image in its own chain.
 fn is_above(image: &ChainImage<'_>, chain: &[ChainImage<'_>]) -> Error {
     let by = chain.first().map(|first| escape_path(&first.opened.path)).unwrap_or_default();
     let clause =
@@ -189,7 +190,7 @@ fn is_above(image: &ChainImage<'_>, chain: &[ChainImage<'_>]) -> Error {
     Error::image(&image.opened.path, ErrorCode::ChainLoop, clause)
 }
 
-/// What is below the image now cannot be read.
+/// The error for images below the image that cannot be read now.
 fn unreadable(error: Error, image: &ChainImage<'_>) -> Error {
     if matches!(error.code, ErrorCode::ImageInUse | ErrorCode::Interrupted | ErrorCode::ChainTooDeep) {
         return error;

@@ -1,4 +1,4 @@
-//! The rebase as an [`Operation`]: which images it opens, who is asked before it begins, and what comes of it.
+//! The rebase as an [`Operation`]: it opens the images, asks the plugins before it begins, and reports the result.
 
 use super::events::RebaseEvents;
 use super::open::{named_parent, open_unchecked, refuse_unrecorded, Below};
@@ -23,22 +23,22 @@ use std::path::PathBuf;
 /// The group of the images that will be below the image.
 const NEW: u32 = 1;
 
-/// A rebase on its way.
+/// A rebase in progress.
 pub struct Rebase<'q> {
     request: &'q RebaseRequest,
-    /// Threads that copy side by side, if the system has them.
+    /// Threads that copy in parallel, if the system permits them.
     workers: Option<Workers>,
     warnings: Vec<String>,
-    /// Nothing can be written into the image: see [`RebaseEvents::only_record`].
+    /// Whether nothing can be written into the image: see [`RebaseEvents::only_record`].
     only_record: bool,
-    /// What the image is to record, once that is known.
+    /// The record that the image gets, once it is known.
     parent: Option<Parent>,
-    /// What is known of the new parent.
+    /// The facts of the new parent.
     parent_facts: Option<ImageFacts>,
     opened: Option<Opened>,
 }
 
-/// What is known of the image once it is open.
+/// The facts of the image once it is open.
 struct Opened {
     path: PathBuf,
     format: String,
@@ -48,13 +48,13 @@ struct Opened {
 }
 
 impl<'q> Rebase<'q> {
-    /// A rebase that was not begun.
+    /// Make a rebase that has not begun.
     pub fn new(request: &'q RebaseRequest) -> Self {
         let (workers, only_record, parent, parent_facts, opened) = (None, false, None, None, None);
         Self { request, workers, warnings: Vec::new(), only_record, parent, parent_facts, opened }
     }
 
-    /// Have the image record this parent.
+    /// Make the image record this parent.
     fn record(&mut self, new: Option<&ChainImage<'_>>) {
         let Some((name, format)) = &self.request.backing else { return };
         let facts = new.map(|new| &new.facts);
@@ -67,7 +67,7 @@ impl<'q> Rebase<'q> {
         self.parent_facts = facts.cloned();
     }
 
-    /// What a rebase that compares nothing says before it begins.
+    /// The warnings of a rebase that compares nothing, before it begins.
     fn say_unsafe(&mut self, image: &ChainImage<'_>, new: Option<&ChainImage<'_>>) -> Result<(), Error> {
         let path = escape_path(&image.opened.path);
         match (&self.request.backing, new) {
@@ -105,13 +105,13 @@ impl<'q> Rebase<'q> {
     }
 }
 
-/// Whether a file of this name lies beside an image, although the name, as it is, leads to none.
+/// Whether a file of this name lies beside an image, although the name as given leads to none.
 fn file_beside(image: &ChainImage<'_>, name: &str) -> bool {
     let plain = !name.contains('/');
     plain && image.opened.directory.look(std::ffi::OsStr::new(name)).is_ok()
 }
 
-/// Internal snapshots read through the same backing file, and nothing is written into them.
+/// The refusal of internal snapshots: they read through the same backing file, and nothing can be written into them.
 fn refuse_snapshots(image: &ChainImage<'_>) -> Result<(), Error> {
     let count = image.facts.snapshots.len();
     if count == 0 {
@@ -219,7 +219,7 @@ impl Operation for Rebase<'_> {
             let parent = old.first().map(|parent| &parent.facts);
             let context = Context::reading(parent, false);
             longest = longest.max(ask(image, Role::Write, "be written", &context, &mut self.warnings)?);
-            // It records the identity that its parent is to get: what is written would take that for its own.
+            // The image records the identity that its parent is about to get; written data would adopt that identity.
             self.only_record = image.facts.parent_announced;
         }
         let shared = images.again.len();

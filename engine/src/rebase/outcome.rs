@@ -1,10 +1,10 @@
-//! What comes of a rebase.
+//! The result of a rebase.
 
 use crate::commit::as_text::path_as_text;
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// How a rebase went. What is serialized is the JSON of `docs/rebase.md`.
+/// The result of a rebase. It serializes to the JSON of `docs/rebase.md`.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RebaseOutcome {
@@ -16,7 +16,7 @@ pub struct RebaseOutcome {
     pub image_given: PathBuf,
     /// Its format.
     pub format: String,
-    /// The name of the new parent, as it is recorded; `None` if the image has none.
+    /// The recorded name of the new parent; `None` if the image has none.
     pub backing: Option<String>,
     /// The format of the new parent.
     pub backing_format: Option<String>,
@@ -24,12 +24,12 @@ pub struct RebaseOutcome {
     pub clusters_written: u64,
     /// Guest-visible bytes that were written.
     pub bytes_written: u64,
-    /// What the parents hold was not compared.
+    /// Whether the content of the parents was not compared.
     #[serde(rename = "unsafe")]
     pub unsafe_mode: bool,
-    /// Nothing was changed.
+    /// Whether it was a dry run, which changes nothing.
     pub dry_run: bool,
-    /// What the operator should know, each one line that names a file. The observer had them before the first change.
+    /// Warnings for the operator, each one line that names a file. The observer had them before the first change.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
     /// The sandbox that the guest ran in: "kvm" or "process".

@@ -1,4 +1,4 @@
-//! What a resize makes of what its guest says: the plan, the phases, the end.
+//! The host's answers to the guest of a resize: it checks the plan, the phases, and the end.
 
 use crate::commit::Meter;
 use crate::devices::Devices;
@@ -7,27 +7,27 @@ use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{Phase, Request};
 use instar_guest_protocol::resize::{Outcome, Plan};
 
-/// What the guest of a resize said, and what it may do.
+/// The reports of a resize's guest, and its permissions.
 #[derive(Default)]
 pub struct ResizeEvents {
-    /// Counts how far it is, if anybody wants to know.
+    /// The progress, if an observer asks for it.
     pub(super) meter: Option<Meter>,
-    /// Bytes of the disk that get their place at once.
+    /// Bytes of the disk that are preallocated.
     pub(super) filled: u64,
-    /// What the guest planned, once it said so.
+    /// The guest's plan, once it has reported it.
     pub plan: Option<Plan>,
-    /// The virtual size in bytes at the end, once the guest said so.
+    /// The final virtual size in bytes, once the guest has reported it.
     pub virtual_size: u64,
-    /// The virtual size in bytes that the image has, and the one that it is to have.
+    /// The present and the requested virtual size in bytes.
     pub sizes: (u64, u64),
-    /// What the files of the image may become together, in bytes.
+    /// The maximum length of all the image's files together, in bytes.
     pub longest: u64,
-    /// Nothing may be changed.
+    /// Whether nothing may change.
     pub dry_run: bool,
 }
 
 impl ResizeEvents {
-    /// Everything that can refuse has been asked, the guest says: the first change comes next.
+    /// Take the guest's plan: every check that can refuse has passed, and the first change comes next.
     fn planned(&mut self, plan: Plan) -> Result<(), BadRequest> {
         if self.plan.is_some() {
             return Err(BadRequest("a second plan".to_owned()));
@@ -86,7 +86,7 @@ impl Events for ResizeEvents {
         devices.enter(phase).map_err(BadRequest)
     }
 
-    /// What the guest says of a success has to be what it planned, and what the devices saw.
+    /// Accept a success only if it equals the plan, and the devices confirm it.
     fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         let Outcome { virtual_size } = decode(result)?;
         let planned = self.plan.as_ref().map(|plan| plan.new_size);
@@ -109,7 +109,7 @@ mod tests {
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
 
-    /// Buffers are of no interest: what is written is zeroes.
+    /// Ignores buffers: all written bytes are zeroes.
     struct Zeroes;
 
     impl BufferAccess for Zeroes {

@@ -1,5 +1,5 @@
-//! `instar resize`: give an image another virtual size. The format's own module does so in the sandbox: it switches from the one
-//! size to the other at one stroke, so that a power loss leaves an image of either, which reads as before.
+//! `instar resize`: give an image another virtual size. The format's own module does so in the sandbox: it switches
+//! from one size to the other in one step, so a power loss leaves an image of either size, which reads as before.
 
 mod events;
 mod operation;
@@ -17,28 +17,28 @@ use operation::Resize;
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// The guest's half.
+/// The guest's half of the operation.
 pub const MODULE: ModuleSpec<'static> = guest_module!("resize");
 
-/// Bytes of a sector: virtual sizes are multiples of it.
+/// Bytes of a sector, of which virtual sizes are multiples.
 pub const SECTOR: u64 = 512;
 
-/// What becomes of the space of what is new of a disk.
+/// The space of the new part of a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Preallocation {
-    /// It takes none before something is written.
+    /// It takes no space before it is written to.
     #[default]
     Off,
-    /// It has its place in the image, and takes no space there.
+    /// It has its place in the image's file, but takes no disk space there.
     Metadata,
-    /// The file system reserves it.
+    /// The file system reserves its space.
     Falloc,
-    /// Zeroes are written.
+    /// It is filled with zeroes.
     Full,
 }
 
 impl Preallocation {
-    /// What becomes of the zeroes that are to have their place in the image.
+    /// The treatment of zeroes that get their place in the image.
     fn zero_writes(self) -> ZeroWrites {
         match self {
             Self::Off | Self::Full => ZeroWrites::Written,
@@ -48,46 +48,46 @@ impl Preallocation {
     }
 }
 
-/// What the operator asks for.
+/// The operator's request.
 #[derive(Clone, Debug, Default)]
 pub struct ResizeRequest {
     /// The image.
     pub image: PathBuf,
     /// Its format, if the operator names it.
     pub format: Option<String>,
-    /// The size that it is to have.
+    /// The requested size.
     pub size: NewSize,
-    /// It may become smaller, which deletes what is past the new end.
+    /// Whether it may become smaller, which deletes the data past the new end.
     pub shrink: bool,
-    /// What becomes of the space of what is new of the disk.
+    /// The space of the new part of the disk.
     pub preallocation: Preallocation,
-    /// Resize although other images have this one as their backing and would read something else.
+    /// Whether to resize although other images on this one would read other data.
     pub ignore_overlays: bool,
-    /// Say what would be done, and change nothing.
+    /// Whether to report the effect, and change nothing.
     pub dry_run: bool,
-    /// Plugins, directories, waiting.
+    /// Plugins, directories, and the time to wait for a lock.
     pub settings: Settings,
 }
 
-/// What came of a resize. What is serialized is the JSON of `docs/resize.md`.
+/// The result of a resize. It serializes to the JSON of `docs/resize.md`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ResizeOutcome {
     /// The image's format.
     pub format: String,
-    /// The virtual size in bytes that it had.
+    /// Its old virtual size in bytes.
     pub old_virtual_size: u64,
-    /// The one that it has now; in a dry run, the one that it would have.
+    /// Its new virtual size in bytes; in a dry run, the size that it would have.
     pub virtual_size: u64,
-    /// Nothing was changed: it was a dry run.
+    /// Whether it was a dry run, which changes nothing.
     pub dry_run: bool,
     /// The sandbox that the guest ran in: "kvm" or "process".
     pub sandbox: &'static str,
-    /// What should be known besides, one line each.
+    /// Warnings for the operator, one line each.
     pub warnings: Vec<String>,
 }
 
-/// Give an image another virtual size. One that has it already stays as it is.
+/// Give an image another virtual size. An image that already has this size stays as it is.
 ///
 /// # Errors
 /// One line that names the file and what to do. A refusal leaves the image byte-identical.

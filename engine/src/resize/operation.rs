@@ -19,21 +19,21 @@ use instar_guest_protocol::resize::Config;
 use instar_guest_protocol::Message;
 use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
 
-/// The feature of an image whose disk is whole sectors of another size, in bytes.
+/// The feature that records the sector size, in bytes, of an image whose disk consists of other sectors.
 const LOGICAL_SECTOR: &str = "logical-sector-size";
 
-/// A resize on its way.
+/// A resize in progress.
 pub(super) struct Resize<'q> {
     request: &'q ResizeRequest,
     format: String,
-    /// The virtual size in bytes that the image has, and the one that it is to have.
+    /// The present and the requested virtual size in bytes.
     sizes: (u64, u64),
     has_backing: bool,
     warnings: Vec<String>,
 }
 
 impl<'q> Resize<'q> {
-    /// A resize that was not begun.
+    /// Make a resize that has not begun.
     pub(super) fn new(request: &'q ResizeRequest) -> Self {
         Self { request, format: String::new(), sizes: (0, 0), has_backing: false, warnings: Vec::new() }
     }
@@ -43,12 +43,12 @@ impl<'q> Resize<'q> {
         self.sizes.0 != self.sizes.1
     }
 
-    /// Whether what is new of the disk gets its place at once.
+    /// Whether the new part of the disk is preallocated.
     fn preallocates(&self) -> bool {
         self.request.preallocation != Preallocation::Off
     }
 
-    /// What refuses the size that the operator wants, before anything else is opened.
+    /// Refuse the requested size, before anything else is opened.
     fn settle_size(&mut self, image: &ChainImage<'_>) -> Result<(), Error> {
         let (path, old) = (&image.opened.path, image.facts.virtual_size);
         let refused = |(code, clause)| Error::image(path, code, clause);
@@ -88,7 +88,7 @@ impl Operation for Resize<'_> {
     }
 
     fn access(&self) -> Access {
-        // A dry run asks for no more than it needs.
+        // A dry run opens the image for reading only.
         if self.request.dry_run {
             Access::ReadOnly
         } else {
@@ -102,7 +102,8 @@ impl Operation for Resize<'_> {
         session.note_image("image", &image);
         self.format = image.facts.format.to_string();
         self.has_backing = image.facts.backing.is_some();
-        // Only the headers of its extents may tell the size of an image in several files: a crash may have left it between two.
+        // For an image in several files, only the headers of its extents may reveal the size: a crash may have left it
+        // between two sizes.
         let failed = |error| Error::identify(&image.opened.path, &IdentifyError::Plugin(error));
         let several = !image.plugin.files(&image.opened.file).map_err(failed)?.is_empty();
         if !several {
@@ -110,7 +111,7 @@ impl Operation for Resize<'_> {
         }
         let mut below = Vec::new();
         if several || self.sizes.1 > self.sizes.0 {
-            // What a longer backing holds past the old end must not come to light.
+            // Data of a longer backing past the old end must not reappear.
             let mut descent = Descent::new(registry, gate, named.image.path(), MAX_CHAIN_DEVICES);
             below = descent
                 .open_below(&image, Access::ReadOnly)
@@ -207,7 +208,7 @@ impl Operation for Resize<'_> {
     }
 }
 
-/// Ask the image's plugin whether it can get another size, and how long its files may become for that.
+/// Ask the image's plugin whether the image can get another size, and how long its files may become.
 fn admit(
     image: &ChainImage<'_>,
     parent: Option<&ImageFacts>,
@@ -217,13 +218,13 @@ fn admit(
 ) -> Result<Grants, Error> {
     let path = &image.opened.path;
     let unit = image.facts.unit();
-    // What a longer parent shows past the old end is hidden by zeroes, and what is preallocated arrives.
+    // Zeroes hide the data of a longer parent past the old end, and preallocated parts take space.
     let shown = parent.map_or(0, |parent| parent.virtual_size.min(new).saturating_sub(old));
     let bytes = if preallocate { new.saturating_sub(old) } else { shown };
     let max_clusters = if bytes == 0 { 0 } else { bytes.div_ceil(unit).saturating_add(1) };
     let incoming = Incoming { virtual_size: new.max(old), cluster_size: unit, max_clusters, identity_recorded: false };
     let longest = ask(image, Role::Write, "get another size", &Context::writing(parent, incoming), warnings)?;
-    // A format may demand that parent and child have one size: nothing could read the one through the other any more.
+    // A format may require parent and child to have one size: otherwise the chain could not be read any more.
     if let Some(parent) = parent {
         let facts = ImageFacts { virtual_size: new, ..image.facts.clone() };
         let verdict = image.plugin.verdict(Role::Read, &facts, &Context::reading(Some(parent), false));

@@ -1,10 +1,11 @@
-//! The images that have the resized one as their backing: what another size does to them.
+//! The images that have the resized one as their backing, and the effect of the new size on them.
 //!
-//! An overlay that is larger than its backing reads zeroes past the end of that. So one that is larger than what a backing
-//! shrinks to loses what it reads there, and one that is not reads as before. A backing that grows reads zeroes where it is
-//! new, as its overlays did: none reads anything else. But some formats demand that both have one size, and refuse the chain
-//! afterwards: VHD, VHDX, VDI. Nothing but the overlays records that they are there, so that they are looked for beside the
-//! image and in the directories that the operator allows; those elsewhere are not found.
+//! An overlay that is larger than its backing reads zeroes past the backing's end. So if a backing shrinks, overlays
+//! that are larger than its new size lose the data that they read there; the others read as before. If a backing grows,
+//! its new part reads as zeroes, as it did in its overlays, so none reads other data. But some formats (VHD, VHDX, VDI)
+//! require both to have one size, and refuse the chain afterwards. Only the overlays themselves record their backing,
+//! so the engine looks for them beside the image and in the directories that the operator allows; it does not find
+//! overlays elsewhere.
 
 use crate::error::Error;
 use crate::escape::escape_path;
@@ -15,14 +16,14 @@ use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{Context, ImageFacts, Role};
 use std::path::Path;
 
-/// Overlays that would read something else, or could not be read any more.
+/// Overlays that would read other data, or could not be read any more.
 #[derive(Debug)]
 pub(super) struct Overlays {
     names: Vec<String>,
 }
 
 impl Overlays {
-    /// Look for those that are concerned when `image`, which is over `below`, gets `size` bytes. `None` if there are none.
+    /// Look for overlays that change when `image`, which is above `below`, gets `size` bytes. `None` if there are none.
     ///
     /// # Errors
     /// [`ErrorCode::Interrupted`].
@@ -50,7 +51,7 @@ impl Overlays {
         Ok((!names.is_empty()).then_some(Self { names }))
     }
 
-    /// The refusal of a resize that would damage them.
+    /// The refusal of a resize that would damage overlays.
     pub(super) fn refusal(&self, image: &Path) -> Error {
         let (count, names) = counted(&self.names);
         let clause = format!(
@@ -60,7 +61,7 @@ impl Overlays {
         Error::image(image, ErrorCode::BackingShared, clause)
     }
 
-    /// The warning of a resize that the operator wants all the same.
+    /// The warning of a resize that the operator insists on.
     pub(super) fn warning(&self, image: &Path, dry_run: bool) -> String {
         let ((count, names), image) = (counted(&self.names), escape_path(image));
         let damages = if dry_run { "would damage" } else { "damages" };
@@ -68,7 +69,7 @@ impl Overlays {
     }
 }
 
-/// Whether an overlay reads something else, or is refused, when its parent gets `size` bytes.
+/// Whether an overlay reads other data, or is refused, when its parent gets `size` bytes.
 fn is_concerned(registry: &Registry, overlay: &ImageFacts, parent: &ImageFacts, size: u64) -> bool {
     if size < parent.virtual_size && overlay.virtual_size > size {
         return true;

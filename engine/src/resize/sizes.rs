@@ -1,16 +1,16 @@
-//! Which size an image is to have, and whether it may.
+//! The requested size of an image, and the checks that can refuse it.
 
 use super::SECTOR;
 use instar_guest_abi::ErrorCode;
 
-/// A virtual size as the operator names it, in bytes.
+/// A virtual size as the operator writes it, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewSize {
-    /// This one.
+    /// This size.
     Exactly(u64),
-    /// So much more than now.
+    /// This much more than now.
     More(u64),
-    /// So much less than now.
+    /// This much less than now.
     Less(u64),
 }
 
@@ -24,11 +24,12 @@ impl Default for NewSize {
 pub(super) type Refusal = (ErrorCode, String);
 
 impl NewSize {
-    /// The size in bytes that an image of `old` bytes is to have, which may `shrink`. Its format counts in units of so many
-    /// bytes, and a size that is no multiple of that is rounded up: what is named a second time is the size that it has.
+    /// Compute the size in bytes that an image of `old` bytes gets; `shrink` permits a smaller one. The format counts
+    /// in units of `unit` bytes, and other sizes are rounded up, so that naming the same size a second time changes
+    /// nothing.
     ///
     /// # Errors
-    /// A size that no disk has, or that is smaller where the operator has not said that it may be.
+    /// An impossible size, or a smaller one that the operator has not permitted.
     pub(super) fn of(self, old: u64, unit: u64, shrink: bool) -> Result<u64, Refusal> {
         let refused = |clause: String| Err((ErrorCode::BadUsage, clause));
         let size = match self {

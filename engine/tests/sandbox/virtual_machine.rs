@@ -38,7 +38,7 @@ fn vector_instructions_work() {
 
 #[test]
 fn a_system_call_leads_nowhere() {
-    // Disabled by EFER; a hypervisor that does not honour that goes to the entry point 0, which is not mapped.
+    // Disabled by EFER; a hypervisor that does not honor that goes to the entry point 0, which is not mapped.
     for code in [&[0x0f, 0x05], &[0x0f, 0x34], &[0xcd, 0x80]] {
         let error = run_raw(&Kvm, code).unwrap_err();
         assert!(matches!(error, SandboxError::GuestFault { vector: 6 | 13 | 14, .. }), "{code:x?}: {error}");

@@ -72,7 +72,7 @@ impl PowerLosses<'_> {
         let after = finished.then(|| views(fixture, &io.devices.files)[&DEVICE_OUTPUT].clone());
         let arrived = after.as_ref().is_none_or(|after| after.starts_with(&before.0[&OVERLAY]));
         assert!(arrived, "the backing does not read what the overlay did");
-        // All states of images of a MiB, and one in so many of larger ones, such as VHDX: the drivers' own tests look at all.
+        // All states of images of a MiB, and a sample of larger ones, such as VHDX: the drivers' own tests look at all.
         let stride = files.values().map(Vec::len).sum::<usize>() / STRIDE + 1;
         let mut number = 0;
         Some(self.crashes.each(&files, &io.devices.log, &mut |state| {
@@ -117,7 +117,7 @@ impl PowerLosses<'_> {
     }
 }
 
-/// What commits of these images leave that fail at so many of their requests, spread over all: each another state.
+/// The states that commits of these images leave if they fail, each at another of this many requests, spread over all.
 #[must_use]
 pub fn interrupted_commits(fixture: &Fixture, count: usize) -> Vec<Files> {
     let Some(configs) = admitted(fixture, &fixture.files) else { return Vec::new() };

@@ -1,4 +1,4 @@
-//! The target as whoever opens it finds it, and what is below it.
+//! The target as its next user opens it, and the images below it.
 
 use crate::open::open;
 use alloc::boxed::Box;

@@ -1,6 +1,6 @@
-//! Reading back what was written: the target is opened anew, as whoever opens it next finds it, and each range that the layers
-//! hold is paired with what is seen there on the target. Where both are plain, the host compares their bytes, which never enter
-//! the guest; what only a driver can decode is compared here.
+//! Reading back what was written: the target is opened again, as its next user will open it, and each range that the
+//! layers hold is paired with the same range of the target. Where both are plain, the host compares their bytes, which
+//! never enter the guest; what only a driver can decode is compared here.
 
 use crate::target::Target;
 use alloc::vec::Vec;

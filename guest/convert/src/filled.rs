@@ -7,7 +7,7 @@ use instar_guest_sdk::{Bitmap, BlockIo, Content, DirtyRanges, DriverResult, Exte
 
 /// Extents that are asked of the disk at once.
 const LOOK_AHEAD: usize = 1024;
-/// The location of zeroes that are written as data: no disk has so many encoded extents.
+/// The location of zeroes that are written as data: no disk has this many encoded extents.
 const ZEROES: u64 = u64::MAX;
 
 /// A disk without a gap.

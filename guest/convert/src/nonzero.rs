@@ -7,7 +7,8 @@ use instar_guest_sdk::{Bitmap, BlockIo, Content, DirtyRanges, DriverResult, Exte
 
 /// Extents that are asked of the disk at once.
 const LOOK_AHEAD: usize = 1024;
-/// The host is asked about holes in plain data of so many bytes at least: a question takes as long as to copy a little less.
+/// The host is asked about holes in runs of plain data from this length in bytes on: a question takes as long as
+/// copying a little less.
 const LEAST: u64 = 1 << 20;
 /// Questions that are asked at once, at most.
 const QUESTIONS: usize = 256;

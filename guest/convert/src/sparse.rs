@@ -1,4 +1,5 @@
-//! Zeroes that are found in data (`-S`): runs of so many zero bytes at least are zeroes, as if a hole were there.
+//! Zeroes that are found in data (`-S`): runs of at least a given number of zero bytes are zeroes, as if a hole were
+//! there.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -11,7 +12,7 @@ use instar_guest_view::{is_zero, read_extent};
 const SECTOR: usize = 512;
 /// Bytes that are read at once.
 const CHUNK: u64 = 1 << 20;
-/// Bytes that are looked at in one call, so that whoever watches sees it go on.
+/// Bytes that are looked at in one call, so that an observer sees progress.
 const MOST: u64 = 64 << 20;
 /// Extents that are asked of the disk at once.
 const LOOK_AHEAD: usize = 1024;

@@ -141,6 +141,6 @@ scenarios! {
     RepairGrow = 50;
     /// Of a repair: say that it is done while the image is not flushed.
     RepairUnflushed = 51;
-    /// Of a repair: plan to mend nothing, and change the image all the same.
+    /// Of a repair: plan to mend nothing, and change the image nevertheless.
     RepairOfNothing = 52;
 }

@@ -34,7 +34,7 @@ pub struct Detected<'a> {
 }
 
 impl<'a> Detected<'a> {
-    /// This source, in units of so many bytes.
+    /// This source, in units of `unit` bytes.
     #[must_use]
     pub fn new(source: Box<dyn Source + 'a>, unit: u64) -> Self {
         let held = Extents::with_room_for(LOOK_AHEAD);

@@ -40,7 +40,7 @@ impl<'a> Reporter<'a> {
         self.kind(Kind::Event(event.encode_to_vec()));
     }
 
-    /// So many guest bytes of this step are done.
+    /// Report how many guest bytes of this step are done.
     pub fn progress(&mut self, step: &str, done: u64, total: u64) {
         self.kind(Kind::Progress(ProgressMessage { step: String::from(step), done, total }));
     }

@@ -9,7 +9,7 @@ use instar_guest_view::Detected;
 
 const DEVICE: u32 = 3;
 
-/// All of a device, in extents of so many bytes: plain ones, or some that only it can decode.
+/// All of a device, in extents of this many bytes: plain ones, or some that only it can decode.
 struct Plain(u64, u64, bool);
 
 impl Source for Plain {
@@ -46,7 +46,7 @@ impl Source for Plain {
     }
 }
 
-/// What is said of a disk, with room for so many extents: for each byte, whether it is said to be zero.
+/// What is said of a disk, with room for `room` extents: for each byte, whether it is said to be zero.
 fn said(source: &mut dyn Source, io: &mut dyn BlockIo, room: usize) -> Vec<bool> {
     let end = source.info().virtual_size;
     let (mut from, mut all) = (0, Vec::new());

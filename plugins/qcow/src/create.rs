@@ -8,8 +8,8 @@ fn refuse(message: impl Into<String>) -> PluginError {
     PluginError::new(ErrorCode::UnsupportedFormat, message)
 }
 
-/// The options of a new image. The header has no place for the backing's format: whoever reads the image goes by the first
-/// bytes of its backing, and those of a raw one are the guest's to choose.
+/// The options of a new image. The header has no place for the backing's format: a program that reads the image goes by
+/// the first bytes of its backing, and those of a raw one are the guest's to choose.
 fn options(spec: &CreateSpec) -> Result<CreateOptions, PluginError> {
     if let Some(option) = spec.options.first() {
         let name = option.0.as_str().escape_default();

@@ -33,9 +33,9 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
     encrypted.into_iter().chain(unnamed).collect()
 }
 
-/// An upper bound of how long the file can become, in bytes; `None` beyond 2^63: as many clusters as may arrive, an L2 table
-/// for each of them as far as the disk has so many, and, if the disk grows, another L1 table and the last cluster anew. All
-/// of that begins behind the file's last cluster, which may be cut short.
+/// An upper bound of how long the file can become, in bytes; `None` beyond 2^63: as many clusters as may arrive, an L2
+/// table for each of them up to the number that the disk has, and, if the disk grows, another L1 table and another copy
+/// of the last cluster. All of that begins behind the file's last cluster, which may be cut short.
 fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
     let cluster = own.unit();
     let table = own.number(names::TABLE)?;

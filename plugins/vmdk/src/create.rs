@@ -46,7 +46,7 @@ const LONG_NAME: usize = 200;
 pub fn measure(spec: &CreateSpec) -> Result<Footprint, PluginError> {
     let mut options = options(spec)?;
     if options.file_name.is_empty() {
-        // Whoever only wants to know has no name for it yet. The descriptor of a disk in several files has one for each.
+        // A question for the length has no name for it yet. The descriptor of a disk in several files has one for each.
         options.file_name = [&[b'n'; LONG_NAME][..], b".vmdk"].concat();
     }
     let thin = match options.subformat {

@@ -1,8 +1,9 @@
-//! A target that is changed as a clone without a name, which shares its extents, and takes its place when it is complete.
+//! A clone of the target: it has no name, shares the target's extents, receives the commit, and takes the target's
+//! place when it is complete.
 //!
 //! The order, and the crash that each step survives:
 //!
-//! 1. the clone is filled, and flushed. It has no name: a crash leaves nothing of it, and the target as it was;
+//! 1. The clone is filled, and flushed. It has no name: a crash leaves nothing of it, and the target as it was;
 //! 2. the old target gets the name of the backup, if there is to be one, and the directory is flushed. A crash leaves the target
 //!    with two names. Then it [says](super::mark) what takes its place, and is flushed: that is believed only of a file that has
 //!    taken it;
@@ -24,10 +25,10 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 
-/// Why a target cannot be cloned.
+/// The reason why a target cannot be cloned.
 #[derive(Debug)]
 pub enum NoClone {
-    /// It has to be kept in another way: one clause.
+    /// A reason to use an undo log instead, as one clause.
     Unable(String),
     /// The commit is refused.
     Refused(Error),
@@ -39,33 +40,34 @@ pub struct Clone {
     new: NewFile,
     /// The name that the old target keeps.
     backup: Option<OsString>,
-    /// The backup, which an interrupted run has made already: the target is what took its place.
+    /// The backup that an interrupted run has made already; the present target took its place.
     made: Option<File>,
-    /// What is committed, if there is to be a backup.
+    /// The committed image, if there will be a backup.
     overlay: Option<File>,
     name: OsString,
     directory: Directory,
     identity: Identity,
 }
 
-/// Names of a file, besides that of a backup that an interrupted run has left.
+/// The number of names that a file has, without that of a backup from an interrupted run.
 fn other_names(file: &File, left_over: bool) -> u64 {
     fstat(file).map_or(1, |stat| stat.st_nlink).saturating_sub(u64::from(left_over))
 }
 
-/// What becomes of the old target.
+/// What happens to the old target.
 #[derive(Debug)]
 pub struct Backup<'b> {
     /// The name that it keeps.
     pub name: &'b OsStr,
-    /// It has been replaced already, and this is it.
+    /// The old target, which an earlier run has replaced.
     pub made: Option<File>,
     /// What is committed.
     pub overlay: &'b File,
 }
 
 impl Clone {
-    /// Clone a target, and hand over an open file of the clone, locked as the target is. Nothing of it can be seen.
+    /// Clone a target, and return an open file of the clone, locked as the target is. No other process can see the
+    /// clone.
     ///
     /// # Errors
     /// [`NoClone`].
@@ -113,10 +115,10 @@ impl Clone {
         Ok((clone, opened))
     }
 
-    /// It is complete: make it durable with all that belongs to it, and have it take the place of `old`.
+    /// Make the complete clone durable with everything that belongs to it, and put it in the place of `old`.
     ///
     /// # Errors
-    /// What is in the way, the target is as it was; or its directory cannot be flushed, the new one is complete.
+    /// An obstacle, with the target as it was; or a directory that cannot be flushed, with the new target complete.
     pub fn publish(&mut self, old: &OpenedFile) -> Result<(), Error> {
         let path = &old.path;
         let left_over = self.backup.as_deref().is_some_and(|backup| self.directory.entry(backup) == Ok(self.identity));
@@ -157,12 +159,12 @@ impl Clone {
         self.backup.is_some()
     }
 
-    /// What the backup is a name of.
+    /// The file to which the backup's name leads.
     fn marked<'o>(&'o self, old: &'o OpenedFile) -> &'o File {
         self.made.as_ref().unwrap_or_else(|| old.file.file())
     }
 
-    /// The commit has reached its end: what the backup says of it is not needed any more.
+    /// Remove the backup's mark: the commit has reached its end, and no second run needs it.
     pub fn finished(&self, old: &OpenedFile) {
         if self.backup.is_some() {
             mark::remove(self.marked(old));
@@ -175,7 +177,7 @@ impl Clone {
             && self.directory.entry(&self.name) != Ok(old.identity)
     }
 
-    /// Give the old target the name of the backup, too, durably.
+    /// Give the old target the backup's name as well, durably.
     fn keep(&self, old: &OpenedFile, backup: &OsStr) -> Result<(), Error> {
         let failed = |errno: Errno| {
             let what = format!("cannot keep the name '{}' for what it was", escape_bytes(backup.as_bytes()));

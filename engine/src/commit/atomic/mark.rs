@@ -1,10 +1,10 @@
-//! What an old target that keeps a name says of itself, until the commit has reached its end: which file has taken its place, and for
-//! which overlay. A second run after a crash takes it for the backup that it asks for; every other file of that name is
-//! somebody's, and stays.
+//! The mark of an old target that keeps a name: until the commit has reached its end, it says which file has taken the
+//! target's place, and for which overlay. By the mark, a second run after a crash recognizes the backup that it asks
+//! for; any other file of that name is somebody's, and stays.
 //!
-//! The mark is an extended attribute of the old target, durable before the new one gets the name. It names the new target by its
-//! inode and its birth, and the overlay by its inode and the time of its last change: once the overlay is emptied, or
-//! written to, the mark says nothing any more. So a crash in between leaves no backup that a later commit would take for its own.
+//! The mark is an extended attribute of the old target, durable before the new one gets the name. It identifies the new
+//! target by inode and time of birth, and the overlay by inode and time of last change, so it becomes invalid once the
+//! overlay is emptied or written to. So a crash in between leaves no backup that a later commit would take for its own.
 
 use rustix::fs::{fgetxattr, fremovexattr, fsetxattr, fstat, statx, AtFlags, Stat, Statx, StatxFlags, XattrFlags};
 use rustix::io::Errno;
@@ -13,10 +13,10 @@ use std::fs::File;
 
 /// Its name.
 pub const NAME: &CStr = c"user.instar.replaced-by";
-/// Bytes that it takes at most: a line for each run that was interrupted, and for this one.
+/// Its maximum length in bytes: one line for each interrupted run, and one for this one.
 const MOST: usize = 4096;
 
-/// A file that took the place, and the overlay that it was done for: a line.
+/// One line: the file that took the place, and the overlay that was committed.
 fn line(new: &File, overlay: &File) -> Option<String> {
     let look = |file: &File, wanted: StatxFlags| -> Option<Statx> {
         let found = statx(file, "", AtFlags::EMPTY_PATH, wanted | StatxFlags::INO).ok()?;
@@ -37,7 +37,8 @@ fn read(old: &File) -> Option<String> {
     String::from_utf8(value).ok()
 }
 
-/// Whether an old target says that `target` has taken its place, in a commit of this overlay as it is now.
+/// Whether the mark of an old target says that `target` has taken its place, in a commit of this overlay in its present
+/// state.
 #[must_use]
 pub fn is_replaced(old: &File, target: &File, overlay: &File) -> bool {
     // Anybody can write such a mark on a file of their own; the old target is its owner's, with the same mode.
@@ -49,8 +50,8 @@ pub fn is_replaced(old: &File, target: &File, overlay: &File) -> bool {
     read(old).is_some_and(|value| value.split_inclusive('\n').any(|line| line == wanted))
 }
 
-/// Have an old target say, durably, that `new` takes its place in a commit of this overlay, too. Where a file system does not take
-/// that, a second run after a crash asks for another name.
+/// Add to an old target's mark, durably, that `new` takes its place in a commit of this overlay. On a file system
+/// without extended attributes, a second run after a crash asks for another name.
 ///
 /// # Errors
 /// That the old target cannot be flushed.
@@ -63,8 +64,8 @@ pub fn set(old: &File, new: &File, overlay: &File) -> Result<(), Errno> {
     rustix::io::retry_on_intr(|| rustix::fs::fsync(old))
 }
 
-/// The commit has reached its end. An overlay that keeps its content is what it was, so that it has to be durable; what a crash brings
-/// back says nothing of any other.
+/// Remove the mark, because the commit has reached its end. An overlay that keeps its content still matches the mark,
+/// so the removal has to be durable; for any other overlay, a mark that a crash brings back is invalid.
 pub fn remove(old: &File) {
     if fremovexattr(old, NAME).is_ok() {
         let _ = rustix::io::retry_on_intr(|| rustix::fs::fsync(old));

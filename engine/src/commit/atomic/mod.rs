@@ -1,4 +1,4 @@
-//! `--atomic`: the target is what it was, or what it should be, whatever happens in between.
+//! `--atomic`: whatever happens in between, the target has its old content or its new one.
 //!
 //! Where the file system shares extents, a [clone](clone) is filled, and takes the place of the target when it is complete.
 //! Elsewhere the target is changed in place, with an [undo log](undo_log) beside it.
@@ -32,16 +32,16 @@ use std::path::Path;
 use std::rc::Rc;
 use undo_log::UndoLog;
 
-/// What the files are like after a commit that did not reach its end.
+/// The state of the files after a commit that did not reach its end, as one clause.
 const AS_IT_WAS: &str = "the target is as it was, and the overlay reads as before";
-/// The same, if it failed after the target was complete.
+/// The same, if the commit failed after the target was complete.
 const COMPLETE: &str = "the target is complete and the overlay reads as before; running the commit again finishes it";
 
-/// How the target is kept until it is complete.
+/// The way in which the old target is kept until the new one is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AtomicWay {
-    /// As a clone, which takes its place.
+    /// By committing into a clone, which takes its place.
     Clone,
     /// By a log beside it.
     UndoLog,
@@ -62,9 +62,9 @@ pub struct Atomic {
     directory: Directory,
     /// Why the target is not cloned.
     why: Option<String>,
-    /// The guest said that the target is complete, and it is what it should be from then on.
+    /// Whether the guest has said that the target is complete; from then on, the target has its new content.
     complete: bool,
-    /// Why it could not be made so.
+    /// The reason why the target could not be completed.
     failure: Option<Error>,
 }
 
@@ -86,12 +86,12 @@ fn backup_name(backup: &Path) -> Result<&OsStr, Error> {
     Ok(name)
 }
 
-/// What stands at the name of the backup.
+/// The file at the backup's name.
 enum AtBackup {
     Nothing,
     /// The target, which has both names.
     Target,
-    /// What the target was before an interrupted run replaced it.
+    /// The old target, which an interrupted run has replaced.
     Replaced(File),
 }
 
@@ -122,7 +122,7 @@ fn look_at_backup(
 }
 
 impl Atomic {
-    /// Keep a target. Where that is done by a clone, the clone is the image's file from here on.
+    /// Prepare to keep a target. If that takes a clone, the clone is the image's file from here on.
     ///
     /// # Errors
     /// One line that names the target and what to do.
@@ -186,7 +186,7 @@ impl Atomic {
         Self { kept, directory, why, complete: false, failure: None }
     }
 
-    /// The commit has reached its end.
+    /// Clean up after a commit that has reached its end.
     pub fn finished(&self) {
         if let Kept::Clone(clone, old) = &self.kept {
             clone.finished(old);
@@ -199,7 +199,7 @@ impl Atomic {
         self.way() == AtomicWay::Clone
     }
 
-    /// Which way it is.
+    /// The way that was taken.
     #[must_use]
     pub fn way(&self) -> AtomicWay {
         match self.kept {
@@ -214,7 +214,7 @@ impl Atomic {
         &self.directory
     }
 
-    /// Have what depends on the target wait for it, and what is changed in place kept before.
+    /// Make all changes to files that depend on the target wait for it, and all changes in place wait for the undo log.
     pub fn attend(&self, devices: &mut Devices) {
         devices.await_complete();
         if let Kept::UndoLog(log) = &self.kept {
@@ -222,10 +222,10 @@ impl Atomic {
         }
     }
 
-    /// The guest says that the target is complete, and that what depends on it comes next.
+    /// Complete the target, on the guest's word: the files that depend on the target change next.
     ///
     /// # Errors
-    /// Why it is not, or cannot be made so. The guest is ended then.
+    /// The reason why the target is not complete, or cannot be completed. The host ends the guest then.
     pub fn complete(&mut self, devices: &mut Devices) -> Result<(), BadRequest> {
         if self.complete || self.failure.is_some() {
             return Err(BadRequest("a target was said to be complete twice".to_owned()));
@@ -256,14 +256,14 @@ impl Atomic {
         Ok(())
     }
 
-    /// Whether the target is what it should be.
+    /// Whether the target has its new content.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.complete
     }
 
-    /// The error of a commit that did not reach its end, after the target was given back what it was, unless it is complete.
-    /// `usual` makes it for a state of the files, where the guest is to blame.
+    /// Restore the target, unless it is complete, and return the error of a commit that did not reach its end. `usual`
+    /// makes the error for a state of the files, if the guest is to blame.
     pub fn error(mut self, changed: Changed, usual: impl Fn(&str) -> Error) -> Error {
         let (failure, state) = self.undo();
         let state = match changed {
@@ -279,8 +279,8 @@ impl Atomic {
         }
     }
 
-    /// Give the target back what it was, unless it is complete. Returns why the host ended the guest, if it was that, and what
-    /// the files are like.
+    /// Restore the target, unless it is complete. Returns the reason why the host ended the guest, if it did, and the
+    /// state of the files.
     fn undo(&mut self) -> (Option<Error>, String) {
         let failure = self.failure.take();
         let state = match &self.kept {

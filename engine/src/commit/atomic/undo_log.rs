@@ -1,8 +1,9 @@
-//! A target that is changed in place, with what it was kept beside it.
+//! A target that is changed in place, with its old content in a log beside it.
 //!
 //! The order, and the crash that each step survives:
 //!
-//! 1. what is about to change is appended to the log, and flushed. The target is as it was, whatever of that arrives;
+//! 1. what is about to change is appended to the log, and flushed. The target is as it was, whichever part of the log
+//!    arrives;
 //! 2. before the first change, the log gets its name, and its directory is flushed: from here on every command finds it;
 //! 3. only then does the target change. A crash leaves a log that says all that is needed to undo it;
 //! 4. once the target is complete and durable, the log is cut to nothing, durably, and then removed. From the cut on it undoes
@@ -34,10 +35,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// The log of a target, and what it has of it.
+/// The log of a target, and the ranges that it keeps.
 #[derive(Debug)]
 pub struct UndoLog {
-    /// The target, for messages and to give it back what it was.
+    /// The target, for messages and to restore it.
     path: PathBuf,
     target: File,
     identity: Identity,
@@ -51,17 +52,17 @@ pub struct UndoLog {
     /// Where the next record goes.
     end: u64,
     sequence: u64,
-    /// The ranges that it has: where each begins and ends.
+    /// The ranges that it keeps: where each begins and ends.
     kept: BTreeMap<u64, u64>,
-    /// Something could not be kept: from then on, nothing is changed.
+    /// Whether a range could not be kept: from then on, nothing may change.
     failed: Option<i32>,
 }
 
 impl UndoLog {
-    /// Make the log of a target. It has no name before something is about to change.
+    /// Make the log of a target. The log has no name until the target is about to change.
     ///
     /// # Errors
-    /// What the system says, and a target of somebody else, whose log nobody could tell from a forged one.
+    /// The system's error; or a target of another user, whose log could not be distinguished from a forged one.
     pub fn begin(target: &OpenedFile, directory: &Directory, name: &OsStr) -> Result<Self, Error> {
         let path = &target.path;
         let log_path = directory.path().join(log_name(name));
@@ -125,13 +126,13 @@ impl UndoLog {
         self.new.is_none()
     }
 
-    /// Why nothing could be kept, if that is why the operation was ended.
+    /// The reason why the log could not keep a range, if that ended the operation.
     pub fn failure(&self) -> Option<Error> {
         let error = io::Error::from_raw_os_error(self.failed.filter(|&errno| errno != libc::EINTR)?);
         Some(Error::io(&self.log_path(), ErrorCode::BackingIo, "what the target holds cannot be kept", &error))
     }
 
-    /// The parts of these ranges, by whole blocks, that are within the file and not kept yet; ascending.
+    /// The parts of these ranges, in whole blocks, that lie within the file and are not kept yet; ascending.
     fn missing(&self, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
         let length = self.header.length;
         let block = |range: &Range<u64>| {
@@ -165,7 +166,7 @@ impl UndoLog {
         missing
     }
 
-    /// This range is kept.
+    /// Record that this range is kept.
     fn note(&mut self, range: &Range<u64>) {
         let Range { mut start, mut end } = *range;
         if let Some((&before, &until)) = self.kept.range(..=start).next_back().filter(|(_, &until)| until >= start) {
@@ -179,7 +180,7 @@ impl UndoLog {
         self.kept.insert(start, end);
     }
 
-    /// Append what a range holds.
+    /// Append the content of a range.
     fn append(
         &mut self,
         device: &dyn Before,
@@ -254,10 +255,10 @@ impl UndoLog {
         Ok(())
     }
 
-    /// The target is complete and durable: the log undoes nothing any more.
+    /// Truncate the log, because the target is complete and durable: from here on, the log undoes nothing.
     ///
     /// # Errors
-    /// What the system says: then the target can be given back what it was, or is complete, whatever a crash leaves.
+    /// The system's error: whatever a crash leaves then, the target can be restored or is complete.
     pub fn complete(&mut self) -> Result<(), Error> {
         if !self.is_named() {
             return Ok(());
@@ -279,7 +280,7 @@ impl UndoLog {
         self.remove(&log)
     }
 
-    /// Remove the log, which says nothing any more.
+    /// Remove the log, which is empty.
     fn remove(&self, log: &Path) -> Result<(), Error> {
         let name = log_name(&self.name);
         // Only if it is this one.
@@ -295,7 +296,7 @@ impl UndoLog {
         Ok(())
     }
 
-    /// Give the target back what it was, and remove the log. Says what the files are like.
+    /// Restore the target, and remove the log. Returns the state of the files.
     pub fn undo(&mut self) -> String {
         if !self.is_named() {
             return super::AS_IT_WAS.to_owned();

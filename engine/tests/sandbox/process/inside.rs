@@ -254,7 +254,8 @@ fn other_processes_of_the_user_cannot_look_into_it() {
         });
         return;
     }
-    // Who may trace everything may look. What is not dumpable belongs to root in `/proc`, whoever started it.
+    // Who may trace everything may look. In `/proc`, a process that is not dumpable belongs to root, no matter which
+    // user started it.
     look(|child| {
         use std::os::unix::fs::MetadataExt;
         let owner = std::fs::metadata(path(child, "mem")).unwrap();

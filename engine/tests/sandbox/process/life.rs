@@ -81,7 +81,7 @@ fn a_process_that_is_traced_does_not_hang_its_host() {
     if !inside::can_look() {
         return;
     }
-    // Attached to, it stops; whoever did so does not let it go on.
+    // Attaching stops it, and the tracer does not let it continue.
     let (result, took) = struck(|child| {
         // SAFETY: it attaches to our own process.
         assert_eq!(unsafe { libc::ptrace(libc::PTRACE_ATTACH, child, 0, 0) }, 0);
@@ -93,7 +93,8 @@ fn a_process_that_is_traced_does_not_hang_its_host() {
 
 #[test]
 fn a_question_where_it_is_that_the_host_did_not_ask_is_the_end() {
-    // Whoever may send signals may send that one; so does the kernel at a limit of processor time (`setrlimit(2)`).
+    // Any process that may send signals may send this one, and so does the kernel at a limit of processor time
+    // (`setrlimit(2)`).
     let error = struck(|child| signal(child, libc::SIGXCPU)).0.unwrap_err();
     assert_eq!(error.code(), ErrorCode::SandboxLost, "{error}");
     assert!(error.to_string().contains("was ended by SIGXCPU"), "{error}");

@@ -11,7 +11,7 @@ pub struct Config {
     /// The bitmaps of the image that is read are made in the target.
     #[prost(bool, tag = "3")]
     pub bitmaps: bool,
-    /// Zeroes of so many bytes at least are looked for in data, and not written as data; 0 does not look.
+    /// Runs of at least this many zero bytes in data are not written as data; 0 searches for none.
     #[prost(uint64, tag = "4")]
     pub sparse: u64,
 }

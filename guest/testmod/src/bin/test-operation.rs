@@ -72,7 +72,7 @@ fn succeed(send: Send<'_>, text: String, clusters_committed: u64) {
     end(send, end_message::Outcome::Result(outcome.encode_to_vec()));
 }
 
-/// Plan a repair of so many leaks.
+/// Plan a repair of this many leaks.
 fn plan_repair(send: Send<'_>, leaks: u64, final_length: u64) {
     let plan = check::Plan { leaks, final_length, ..check::Plan::default() };
     send(&message(Kind::Event(check::Event { kind: Some(check::event::Kind::Plan(plan)) }.encode_to_vec())));

@@ -43,8 +43,8 @@ impl Slots {
         Self { places: Places { origin, cluster }, slots: table::Slots::new(top, survey.held + survey.beyond) }
     }
 
-    /// Where the file ends after so many more were given out, if there are none in front of byte `start`, where `start` is
-    /// not 0. `None` behind the end of every file.
+    /// Where the file ends after `more` slots were given out, if there are none in front of byte `start`, where `start`
+    /// is not 0. `None` behind the end of every file.
     pub fn end_after(&self, more: u64, start: u64) -> Option<u64> {
         let slots = &self.slots;
         let top = if start > 0 { slots.top_from(self.places.number(start), more) } else { slots.top_after(more) };

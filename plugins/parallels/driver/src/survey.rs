@@ -109,7 +109,7 @@ impl Pass<'_> {
         } else {
             self.found.beyond += 1;
         }
-        // As QEMU counts (`parallels_collect_statistics`): a cluster behind a gap begins anew.
+        // As QEMU counts (`parallels_collect_statistics`): a cluster behind a gap begins a new run.
         let follows = |(before, end): (u64, u64)| before + 1 != cluster || end == place.offset;
         self.found.fragmented += u64::from(!self.before.is_none_or(follows));
         let end = place.offset + self.image.header.cluster_bytes();

@@ -46,7 +46,7 @@ impl Trial for Parallels {
             let (is, was) = (&now[&number], &before[&number]);
             let view = View::new(is);
             view.assert_consistent();
-            // Whoever opens it knows that something was under way, and no bitmap says that nothing was.
+            // Its next user sees that a change was under way, and no bitmap says that nothing was.
             let touched = is[..view.bat_end] != was[..View::new(was).bat_end] || is.len() != was.len();
             // A second run that lost power as well may have taken other clusters than the first.
             let settled = *is == after[&number] || Kit.content(is, None) == Kit.content(&after[&number], None);

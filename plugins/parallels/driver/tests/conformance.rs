@@ -51,7 +51,7 @@ fn what_the_header_says_goes() {
 
 #[test]
 fn into_a_base_that_grows() {
-    // Within the room that there is, and with clusters in the way.
+    // Within the available room, and with clusters in the way.
     for size in [60, 300] {
         let base = Spec::new(40 * CLUSTER - 512).with([(3, 9), (39, 10), (7, 11)]);
         let longer = Spec::new(size * CLUSTER).newer().with([(2, 0x31), (39, 0x33), (59, 0x32)]);

@@ -96,8 +96,9 @@ impl Extension {
         self.sections.iter().filter(|section| section.magic == DIRTY_BITMAP).count()
     }
 
-    /// Why the extension cannot go, in one clause; `None` if the specification lets go of it whoever does not keep it up to
-    /// date. A bitmap says what has changed since a backup, so that it is wrong after any change that it does not record.
+    /// Why the extension cannot go, in one clause; `None` if the specification lets a program remove it that does not
+    /// keep it up to date. A bitmap says what has changed since a backup, so that it is wrong after any change that it
+    /// does not record.
     #[must_use]
     pub fn must_stay(&self) -> Option<String> {
         self.sections.iter().find_map(|section| {

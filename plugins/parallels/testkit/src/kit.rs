@@ -29,7 +29,7 @@ impl ImageKit for Kit {
         layout::is_sound(bytes)
     }
 
-    /// One that was not closed is consistent all the same: what it says excuses only that a check finds it.
+    /// One that was not closed is still consistent: its flag excuses only that a check reports it.
     fn is_dirty(&self, bytes: &[u8]) -> bool {
         le32(bytes, 44) == OPEN && layout::is_sound(bytes)
     }

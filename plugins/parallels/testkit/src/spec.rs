@@ -72,7 +72,7 @@ impl Spec {
         }
     }
 
-    /// The same with clusters of so many sectors.
+    /// The same with clusters of `tracks` sectors.
     pub fn of_tracks(self, tracks: usize) -> Self {
         Self { tracks, entries: self.size.div_ceil(tracks * 512), ..self }
     }

@@ -239,7 +239,7 @@ impl Writer {
     }
 }
 
-/// Bytes of an L1 table with so many entries.
+/// Bytes of an L1 table with this many entries.
 pub const fn l1_bytes(entries: u64) -> u64 {
     entries.saturating_mul(ENTRY_BYTES)
 }

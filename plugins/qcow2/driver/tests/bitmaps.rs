@@ -76,8 +76,8 @@ fn crashes_while_bitmaps_make_the_refcount_table_grow() {
     }
 }
 
-/// 4,096 granules of 512 bytes have bits in one cluster; a cluster of a table has 64 entries.
-/// A backing of so many clusters grows to so many others; returns it as a pair.
+/// 4,096 granules of 512 bytes have bits in one cluster; a cluster of a table has 64 entries. A backing of `from`
+/// clusters grows to `to` clusters; returns it as a pair.
 fn grows(granularity: u32, from: u64, to: u64, snapshots: usize) -> Pair {
     let overlay =
         Spec::new(9, (to << 9) - 512).with(data([0, 5, to - 3], 0x21)).with([(2, State::Zero), (to - 2, State::Zero)]);

@@ -203,7 +203,7 @@ fn an_overlay_that_holds_tables_past_its_end_alone_is_emptied() {
     verify_crashes(&pair);
 }
 
-/// Found by fuzzing: what lies past the end of the disk was not verified, and lost a reference all the same.
+/// Found by fuzzing: what lies past the end of the disk was not verified, and nevertheless lost a reference.
 #[test]
 fn what_an_overlay_with_snapshots_maps_past_its_end_is_verified() {
     let overlay = Spec { snapshots: 1, ..Spec::new(9, 200 << 9) }.with(data([1, 6, 80], 7));

@@ -169,7 +169,7 @@ fn bitmaps_are_kept_up() {
     verify_crashes(&pair);
 }
 
-/// Refcount 0 and in use all the same: on a device nobody knows what else is in use.
+/// Refcount 0 but in use: on a device nobody knows what else is in use.
 #[test]
 fn a_damaged_image_is_refused() {
     let overlay = Spec::new(12, 64 << 12).with(data([1, 2], 0x40));

@@ -43,7 +43,7 @@ fn every_crash_point() {
     }
 }
 
-/// Refcount 0 and in use all the same: the commit neither touches such a cluster nor what it would have overwritten.
+/// Refcount 0 but in use: the commit neither touches such a cluster nor what it would have overwritten.
 #[test]
 fn data_with_refcount_0_is_not_overwritten() {
     for snapshots in [0, 1] {

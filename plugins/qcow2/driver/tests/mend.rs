@@ -174,7 +174,7 @@ fn bitmaps_and_snapshots_are_kept() {
     sound(mended.bytes());
     assert_eq!(be64(mended.bytes(), 88), 1);
     verify_crashes(&Kit, &bytes, (Repair::All, crashes()), &is_worse);
-    // Stale ones are nobody's, and stay all the same.
+    // Stale ones belong to nothing, and stay nevertheless.
     let mut stale = build(&spec);
     put64(&mut stale, 88, 0);
     let mended = verify_mended(&Kit, &stale, Repair::All);
@@ -243,7 +243,7 @@ fn data_that_two_entries_name_is_shared_from_then_on() {
     let entry = be64(&bytes, l2 as usize + 8);
     let (cluster, lost) = ((entry & OFFSET) >> 12, (be64(&bytes, l2 as usize + 24) & OFFSET) >> 12);
     put64(&mut bytes, l2 + 24, entry);
-    // What the damaged entry named is the only copy, also for whoever repairs twice.
+    // What the damaged entry named is the only copy, also for a user who repairs twice.
     for what in [Repair::Leaks, Repair::All, Repair::Leaks] {
         let mended = verify_mended(&Kit, &bytes, what);
         assert!(mended.told[0].contains("name a cluster that another one names"), "{:?}", mended.told);

@@ -22,7 +22,7 @@ fn granules(bits: &[bool]) -> Vec<usize> {
     bits.iter().enumerate().filter(|(_, bit)| **bit).map(|(index, _)| index).collect()
 }
 
-/// A backing with so many bitmaps, and an overlay with one more of its own.
+/// A backing with `own` bitmaps, and an overlay with one more, with clusters of 2^`bits` bytes.
 fn files(bits: u32, own: usize) -> Files {
     let bitmap = |byte| BitmapSpec::new(AUTO, bits, &[Bits::Bytes(byte)]);
     let size = 200 << bits;

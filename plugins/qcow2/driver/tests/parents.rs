@@ -24,7 +24,7 @@ fn format(name: &str) -> (u32, Vec<u8>) {
     (BACKING_FORMAT, name.as_bytes().to_vec())
 }
 
-/// A table of so many features: 48 bytes each.
+/// A table of `count` features: 48 bytes each.
 fn features(count: u8) -> (u32, Vec<u8>) {
     (FEATURE_NAMES, (0..count).flat_map(|bit| [&[0, bit][..], &[b'f'; 46]].concat()).collect())
 }

@@ -152,7 +152,7 @@ fn truncated(length: usize) -> HeaderError {
 }
 
 impl Header {
-    /// Parse a header from the first cluster of a file, or what there is of it.
+    /// Parse a header from the first cluster of a file, or from the part of it that the file has.
     ///
     /// # Errors
     /// [`HeaderError`] for a file that is not qcow2, a header that is cut off, an unknown version, and fields

@@ -1,4 +1,4 @@
-//! New images: every option is found again, and the refcounts count exactly what is there.
+//! New images: every option is found again, and the refcounts count exactly the clusters in use.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use instar_qcow2_format::{

@@ -112,7 +112,7 @@ fn bitmap_table_entries_at_every_cluster_size() {
     }
 }
 
-/// Every subcluster state beside every other kind of its neighbours, at every cluster size that has them.
+/// Every subcluster state beside every other kind of its neighbors, at every cluster size that has them.
 #[test]
 fn extended_l2_entries_bit_by_bit() {
     for size in sizes() {

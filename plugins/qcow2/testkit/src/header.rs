@@ -37,7 +37,7 @@ pub fn backing_name(bytes: &[u8]) -> Option<Vec<u8>> {
     (at != 0 && length != 0).then(|| bytes[at..at + length].to_vec())
 }
 
-/// The image with these extensions, an end marker if there is `room` for it, and this name so many bytes behind them.
+/// The image with these extensions, an end marker if there is `room` for it, and this name `room` bytes behind them.
 pub fn with_header(mut bytes: Vec<u8>, all: &[(u32, Vec<u8>)], room: usize, name: &[u8]) -> Vec<u8> {
     let (mut at, end) = (start(&bytes), 1 << be32(&bytes, 20));
     bytes[at..end].fill(0);

@@ -45,7 +45,7 @@ impl Pair {
         MemoryDevices::new(files)
     }
 
-    /// Put the backing on a device of so many bytes, whose other bytes are stale.
+    /// Put the backing on a device of `length` bytes, whose other bytes are stale.
     pub fn on_device(mut self, length: usize) -> Self {
         assert!(self.backing.len() <= length, "the device is too small for the image: {}", self.backing.len());
         self.backing.resize(length, 0xee);
@@ -195,7 +195,7 @@ fn verify_reading(
     let (backing_after, overlay_after) = views(&io.files);
     assert!(backing_after == backing && overlay_after == overlay, "running again gives something else");
     assert!(all_snapshots(&io.files) == *snapshots, "running again changes a snapshot");
-    // What an overlay that is emptied in part has left is less than what was committed: the bits stay all the same.
+    // What an overlay that is emptied in part has left is less than what was committed, but the bits stay.
     bitmaps_hold(pair, &io.files);
     assert_eq!(check(&io.files[&DEVICE_OUTPUT]).errors, Vec::<String>::new());
     assert_eq!(check(&io.files[&OVERLAY]).errors, Vec::<String>::new());

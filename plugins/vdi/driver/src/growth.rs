@@ -24,7 +24,7 @@ pub struct Relocation {
 }
 
 impl Relocation {
-    /// For a map of so many entries.
+    /// For a map of this many entries.
     ///
     /// # Errors
     /// [`ErrorCode::UnsupportedFormat`] if the header cannot say where the data begins then.

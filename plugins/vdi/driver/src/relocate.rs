@@ -53,7 +53,7 @@ pub fn relocate(
     Ok(())
 }
 
-/// Give the blocks in the first slots others, behind all that there are.
+/// Give the blocks in the first slots others, behind all slots in use.
 fn move_blocks(io: &mut dyn BlockIo, writer: &mut Writer, slots: u32) -> DriverResult<()> {
     let mut moved: Vec<(u32, u32)> = Vec::new();
     each_entry(io, &writer.image, 0..writer.image.header.blocks, &mut |block, entry| {

@@ -34,7 +34,7 @@ impl Trial for Vdi {
         let top = View::new(&before[&OVERLAY]);
         let next = if top.held() > 0 { Uuid(was[1]).next(&top.identity().concat()).0 } else { was[1] };
         assert_eq!(is[1], next);
-        // Whoever was made on the overlay goes with it as before.
+        // An image that was made on the overlay matches it as before.
         assert_eq!(top.identity(), View::new(&after[&OVERLAY]).identity());
     }
 

@@ -1,8 +1,8 @@
 //! Emptying a differencing disk, in an order that every crash survives:
 //!
 //! 1. all entries become unused, and that durable. A crash within leaves some blocks, which read the same from the parent;
-//! 2. the batmap is cleared: no entry names a block that it speaks of, so a crash that leaves map and checksum different, or the
-//!    old map, does no harm: whoever allocates a block takes back what it says of that;
+//! 2. the batmap is cleared: no entry names a block that it speaks of, so a crash that leaves map and checksum
+//!    different, or the old map, does no harm: a program that allocates a block sets its bits again;
 //! 3. the footer is written behind the metadata, where nothing is used any more, and that made durable;
 //! 4. the file is cut behind it. Until then the footer at the old end is still there; the copy in front never changes.
 

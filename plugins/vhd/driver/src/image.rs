@@ -150,7 +150,7 @@ impl Image {
         parts
     }
 
-    /// Find out anew where no block may be, once the table is where it is.
+    /// Find out again where no block may be, once the table is where it is.
     pub fn take_metadata(&mut self) {
         let tail = self.footers.tail.map(|(offset, _)| offset);
         self.taken = self.metadata();

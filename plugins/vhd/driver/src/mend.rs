@@ -1,4 +1,4 @@
-//! Mending an image with blocks because somebody asked for it: copies of what is there twice, where one of them counts.
+//! Mending an image with blocks because somebody asked for it: structures that exist twice, of which one copy counts.
 //!
 //! The footer in front and the one at the end say the same; the batmap repeats what the bitmaps of the blocks say. Everything
 //! else is there once: of two things that contradict each other, nobody knows which is right, and nothing of it is changed.

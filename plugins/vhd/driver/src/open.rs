@@ -1,4 +1,4 @@
-//! Opening an image: which footer counts, and what kind of disk it says that there is.
+//! Opening an image: which footer counts, and which kind of disk it describes.
 
 use crate::batmap::{counted_bytes, Batmap};
 use crate::failures::at;

@@ -55,7 +55,7 @@ impl Image {
         let survey = self.survey(io, &mut |offset, text| Err(self.corrupt(offset, text)))?;
         let room = names.iter().map(Name::room).sum::<u64>() + HEADER_BYTES as u64;
         let footer = FOOTER_BYTES as u64;
-        // The last block of a file may be cut, and has the rest of its place all the same.
+        // The last block of a file may be truncated, but still owns the rest of its place.
         let (place, end) = if self.fixed_length {
             (survey.end, self.file_length.saturating_sub(footer).min(self.data_end()))
         } else {

@@ -115,7 +115,7 @@ impl Source for VhdSource {
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
         match &self.body {
-            // Opening it has looked at all that there is.
+            // Opening it has checked all of its metadata.
             Opened::Fixed(_) => Ok(CheckSummary::default()),
             Opened::Sparse(image) => image.check(io, finding),
         }

@@ -129,8 +129,8 @@ impl SparseSink {
         Ok(PlanSummary { final_length, new_data_clusters: new, new_metadata_clusters, ..PlanSummary::default() })
     }
 
-    /// What comes before the first write: a lost copy of the footer is made anew, since the other one is about to be overwritten;
-    /// the disk grows; and the batmap says nothing of blocks that are not there, and may be soon.
+    /// What comes before the first write: a lost copy of the footer is written again, since the other one is about to
+    /// be overwritten; the disk grows; and the batmap says nothing of blocks that are not there, and may be soon.
     fn start(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         if core::mem::replace(&mut self.started, true) {
             return Ok(());

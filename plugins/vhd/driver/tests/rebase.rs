@@ -1,5 +1,5 @@
-//! An image that gets another parent, which does not read the same: what differs is written into it first. At every instant it
-//! reads what it read, through whichever parent it names, and whoever is above it still knows it.
+//! An image that gets another parent, which does not read the same: what differs is written into it first. At every
+//! instant it reads what it read, through whichever parent it names, and the image above it still recognizes it.
 #![allow(clippy::cast_possible_truncation, missing_docs)]
 
 use instar_guest_sdk::abi::DEVICE_OUTPUT;

@@ -11,8 +11,9 @@ use alloc::vec::Vec;
 pub const DEFAULT_BLOCK: u32 = 2 << 20;
 /// Byte offset of the block allocation table of an image without a parent: behind footer and header, as QEMU has it.
 pub const BAT_OFFSET: u64 = SECTOR + HEADER_BYTES as u64;
-/// The data of a block begins at a multiple of so many bytes where this library allocates one, if the block is much longer: so
-/// does tapdisk ("ensure data region of segment begins on page boundary"), and file systems share whole pages only.
+/// The data of a block that this library allocates begins at a multiple of this many bytes, if the block is much
+/// longer: so does tapdisk ("ensure data region of segment begins on page boundary"), and file systems share whole
+/// pages only.
 pub const DATA_ALIGNMENT: u64 = 4096;
 
 /// What a new image is to be.

@@ -40,7 +40,7 @@ pub struct Marked {
     /// Byte offset of the piece's data.
     pub data: u64,
     pub bits: Bits,
-    /// The bits differ from what is in the file, or what is there means nothing.
+    /// The bits differ from those in the file, or the file's bits mean nothing.
     pub changed: bool,
     /// The file reads as zeroes there, unless this group writes to it.
     pub blank: bool,

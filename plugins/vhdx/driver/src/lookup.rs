@@ -1,5 +1,5 @@
-//! What the image holds of a piece of the disk: the entry of its block, and its part of the sector bitmap. What was read last is
-//! kept: whoever asks for one piece mostly asks for the next, or for the same one again.
+//! What the image holds of a piece of the disk: the entry of its block, and its part of the sector bitmap. What was
+//! read last is kept, because a request for one piece is usually followed by one for the next, or for the same one.
 
 use crate::image::{Image, Place};
 use crate::table::Table;

@@ -1,5 +1,5 @@
-//! Mending an image because somebody asked for it: what is there twice, where one of them counts, and a log that is to be
-//! replayed.
+//! Mending an image because somebody asked for it: structures that exist twice, of which one copy counts, and a log to
+//! replay.
 //!
 //! Blocks are named once: of two things that contradict each other, nobody knows which is right, and nothing of it is changed.
 //! The order, and the crash that each step survives:

@@ -55,7 +55,7 @@ fn identities_follow_the_content() {
             run(&Kit, &mut io, EMPTY, u64::MAX).unwrap();
             assert_linked(&io.files, OVERLAY);
             assert_eq!(data_write(&io.files, DEVICE_OUTPUT), Guid([5; 16]).next(&[7; 16]).0);
-            // Whoever was made on the overlay goes with it as before; both files are other ones now.
+            // An image that was made on the overlay matches it as before; both files are other ones now.
             assert_eq!(data_write(&io.files, OVERLAY), [7; 16]);
             for number in [OVERLAY, DEVICE_OUTPUT] {
                 assert_ne!(View::new(&io.files[&number]).guid(0), View::new(&before[&number]).guid(0));

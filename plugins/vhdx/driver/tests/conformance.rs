@@ -10,8 +10,8 @@ use instar_guest_sdk::random::Random;
 use instar_testkit::{crash_states_drawn, FormatKit, Place};
 use instar_vhdx_testkit::{build, Kind, Kit, Linkage, Log, Spec, MIB};
 
-/// A block that the disk does not fill, by far: the harness's own images have a run for every few sectors. Files have several MiB
-/// all the same, and each state is a copy of them.
+/// A block that the disk does not fill, by far: the harness's own images have a run for every few sectors. But files
+/// have several MiB, and each state is a copy of them.
 const SIZE: usize = 18 * 4096;
 
 /// `make crash` looks at more of them: each state is a copy of 10 MiB.

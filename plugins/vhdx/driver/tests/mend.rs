@@ -56,7 +56,7 @@ fn what_has_no_right_answer_is_told_and_stays() {
         put64(&mut bytes, table, entry);
         let mended = verify_mended(&Kit, &bytes, Repair::All);
         assert!(mended.io.log.is_empty() && mended.told[0].contains(words), "{:?}", mended.told);
-        // A copy that is damaged is mended all the same.
+        // A copy that is damaged is mended nevertheless.
         bytes[HEADERS[0] + 70] ^= 1;
         let mended = mend(&Kit, &bytes, Repair::All).unwrap();
         assert_eq!((mended.planned.corruptions, mended.after.corruptions), (1, 1));

@@ -8,8 +8,8 @@
 
 use crate::{keys, Guid, Header, Item, Locator, Region, GUID_TEXT_BYTES};
 
-/// Steps from the recorded GUID to the announced one that are looked for: so many commits may have been interrupted, one after
-/// the other.
+/// Steps from the recorded GUID to the announced one that are looked for: this many commits may have been interrupted,
+/// one after the other.
 const STEPS: usize = 64;
 /// What a disk writes at once, in bytes.
 const SECTOR: u64 = 512;

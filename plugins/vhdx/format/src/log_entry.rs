@@ -241,7 +241,7 @@ mod tests {
         let bytes = entry(&updates(2));
         assert!(LogEntry::read(&ring(&bytes), 8192, &Guid([4; 16])).is_none());
         assert!(LogEntry::read(&ring(&bytes), 4096, &GUID).is_none());
-        // With and without a checksum that is right all the same.
+        // With a checksum that is right nevertheless, and without.
         for (at, value) in
             [(0, 1), (8, 1), (8, 0xff), (11, 0xff), (12, 1), (15, 9), (25, 1), (64, 1), (80, 1), (88, 1), (64 + 33, 1)]
         {

@@ -1,4 +1,5 @@
-//! What the log still has to do to the file, in memory: whoever only reads sees the file through it (2.3.3, note 5).
+//! What the log still has to do to the file, in memory: a program that only reads sees the file through it (2.3.3, note
+//! 5).
 
 use crate::{FormatError, LogEntry, Update, LOG_SECTOR, LONGEST_FILE, REGION_TABLE_OFFSETS};
 use alloc::collections::BTreeMap;

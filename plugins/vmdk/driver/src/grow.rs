@@ -2,8 +2,8 @@
 //! size:
 //!
 //! - of a disk in one file, the header, which names the text of the descriptor at the same stroke;
-//! - of sparse extents in several files, the header of the last one. The descriptor says the new size before that: whoever
-//!   reads such a disk takes the lesser of the two, as QEMU does (`vmdk_parse_extents` takes the header's);
+//! - of sparse extents in several files, the header of the last one. The descriptor says the new size before that: a
+//!   reader of such a disk takes the lesser of the two, as QEMU does (`vmdk_parse_extents` takes the header's);
 //! - of flat extents, the descriptor. The file of the last one is as long as that before.
 //!
 //! Each step is durable before the next one. A crash leaves the old size, or the new one; a second run finishes it.

@@ -50,7 +50,7 @@ pub struct SparseSink {
 pub struct Space(pub(crate) u64);
 
 impl Space {
-    /// Take so many bytes, from the sector on that is returned.
+    /// Take `bytes` bytes, from the returned sector on.
     ///
     /// # Errors
     /// Behind the last sector that an entry can name. The plan has seen to it that there is none.
@@ -60,7 +60,7 @@ impl Space {
         Ok(sector)
     }
 
-    /// Leave out what is in front of the next multiple of so many bytes.
+    /// Skip to the next multiple of `bytes`.
     pub fn align(&mut self, bytes: u64) -> DriverResult<()> {
         self.0 = self.0.checked_next_multiple_of(bytes).ok_or_else(|| overflow("the length of the file"))?;
         Ok(())

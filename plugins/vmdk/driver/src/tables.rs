@@ -11,7 +11,7 @@ use instar_vmdk_format::{entries, Layout, SECTOR};
 
 /// Bytes of the tables that are held at once.
 const BYTES_AT_ONCE: u64 = 2 << 20;
-/// So many tables are read as quickly as the host is asked whether they lie in a hole.
+/// The number of tables whose reading takes as long as asking the host whether they lie in a hole.
 const TABLES_UNASKED: usize = 16;
 
 /// How many tables are held at once: 1,024 hosted ones, 128 of ESX.

@@ -40,8 +40,8 @@ pub struct Part {
     pub arrival: Arrival,
 }
 
-/// Extents that are cut, and gathered in groups of so many tables as are held at once: one group at a time, since one extent of
-/// zeroes may be as long as the disk.
+/// Extents that are cut, and gathered in groups of as many tables as are held at once: one group at a time, since one
+/// extent of zeroes may be as long as the disk.
 #[derive(Debug)]
 pub struct Groups<'a> {
     extents: core::slice::Iter<'a, Extent>,

@@ -68,7 +68,7 @@ fn a_long_hole_at_the_end_of_the_file_is_not_gone_through() {
     let mut source = Vmdk::open_source(&mut long, &config).unwrap();
     source.verify(&mut long, false).unwrap();
     assert_eq!((long.executed(), long.bytes_read), (short.executed(), short.bytes_read));
-    // A grain that lies far behind is found all the same, and one in the same place, too.
+    // A grain that lies far behind is found nevertheless, and one in the same place, too.
     let directory = instar_vmdk_testkit::le64(&bytes, 56) as usize * 512;
     let table = instar_vmdk_testkit::le32(&bytes, directory) * 512;
     put32(&mut bytes, table + 7 * 4, 1 << 30);

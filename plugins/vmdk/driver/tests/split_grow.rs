@@ -17,7 +17,7 @@ const EXTENTS: [u32; 2] = [19, 20];
 /// Where a flat extent begins in its file.
 const FLAT_AT: usize = 1536;
 
-/// A text of at least so many bytes, that names these lines.
+/// A text of at least `bytes` bytes, with these lines.
 fn descriptor(kind: &str, lines: &[String], bytes: usize) -> Vec<u8> {
     let sectors: u64 = lines.iter().map(|line| line.split(' ').nth(1).unwrap().parse::<u64>().unwrap()).sum();
     let text = format!(

@@ -149,9 +149,10 @@ impl ContentId {
 }
 
 /// The content ID that a backing gets when something is committed into it from an image with the content ID `child`. It
-/// follows from both, so that a commit that was interrupted between the two files is recognised, and two copies of a backing
-/// that each got what another child held are not taken for each other. It has as many digits as the old one, the first of which is
-/// a letter, so that it can be [marked](ContentId::marked); and is never the old one, nor one with a meaning of its own.
+/// follows from both, so that a commit that was interrupted between the two files is recognized, and two copies of a
+/// backing that each got what another child held are not taken for each other. It has as many digits as the old one,
+/// the first of which is a letter, so that it can be [marked](ContentId::marked); and is never the old one, nor one
+/// with a meaning of its own.
 #[must_use]
 pub fn next_content_id(old: u32, child: Option<u32>) -> u32 {
     let digits = old.max(1).ilog2() / 4 + 1;

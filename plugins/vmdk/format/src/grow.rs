@@ -82,7 +82,8 @@ fn edited(text: &[u8], edits: &[Edit]) -> Vec<u8> {
     new
 }
 
-/// The ends of comments, of so many bytes, that nobody misses: not of the first line, by which QEMU knows a descriptor.
+/// The ends of comments, of `bytes` bytes, that no program needs: not of the first line, by which QEMU knows a
+/// descriptor.
 fn comment_ends(text: &[u8], bytes: usize) -> Vec<Edit> {
     let mut ends = Vec::new();
     let mut start = 0;

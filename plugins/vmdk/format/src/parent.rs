@@ -181,7 +181,8 @@ pub(crate) fn in_place(bytes: &[u8], new: &[u8], offset: u64, is_file: bool) -> 
     Some(steps.into_iter().filter(|step| *step != Step::default()).collect())
 }
 
-/// The fields of a header that name a descriptor at this byte, of so many bytes: where they stand, and their bytes.
+/// The fields of a header that name a descriptor at this offset and of this length in bytes: where they stand, and
+/// their bytes.
 pub(crate) fn named_at((offset, length): (u64, u64)) -> (u64, Vec<u8>) {
     (DESCRIPTOR_FIELDS, [offset / SECTOR, length / SECTOR].map(u64::to_le_bytes).concat())
 }

@@ -9,7 +9,7 @@ use instar_guest_sdk::random::Random;
 use instar_guest_sdk::{BlockIo, DriverResult, Sink, Source};
 use instar_testkit::{Chain, Disk, FormatKit, Layout, Parts, Place};
 
-/// vmfsSparse, with grains of so many bytes.
+/// vmfsSparse, with grains of this many bytes.
 pub struct CowdKit(pub usize);
 
 impl ImageKit for CowdKit {

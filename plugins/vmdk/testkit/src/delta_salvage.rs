@@ -4,7 +4,7 @@
 use crate::packed::EXTENT;
 use instar_testkit::{little, part, Disk, LONGEST};
 
-/// The extent of an image whose descriptor has one extent of this type with a disk of so many sectors.
+/// The extent of an image whose descriptor has one extent of this type with a disk of `sectors` sectors.
 fn extent<'a>(image: &'a [u8], kind: &str, sectors: u64) -> Option<&'a [u8]> {
     let text = String::from_utf8_lossy(image.get(..EXTENT)?).into_owned();
     let line = format!("RW {sectors} {kind} \"");

@@ -23,7 +23,7 @@ pub fn expected(parent: &Parent<'_>) -> Recorded {
     Recorded { names: vec![parent.name.to_vec()], format: None, identity: parent.identity }
 }
 
-/// A disk in several files, as far as the one with the descriptor goes. Its extent is a flat one of so many bytes.
+/// A disk in several files, as far as the one with the descriptor goes. Its extent is a flat one of this many bytes.
 pub struct DescriptorKit(pub u64);
 
 impl DescriptorKit {

@@ -1,7 +1,7 @@
 //! What was public when contract 1.0 was complete is public today, with the same signature and the same layout.
 //!
-//! If this fails, a plugin that compiles or runs today would not tomorrow. Take the change back: what is new is added beside
-//! what there is. `make semver` looks deeper; this is what each run of the tests can afford.
+//! If this fails, a plugin that compiles or runs today would not tomorrow. Take the change back: add new items beside
+//! the old ones. `make semver` looks deeper; this is what each run of the tests can afford.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! `docs/plugins.md` says what there is: every callback, the template as it is, the reasons as they are printed.
+//! `docs/plugins.md` has everything: every callback, the template as it is, the reasons as they are printed.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 

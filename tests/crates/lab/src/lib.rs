@@ -106,7 +106,7 @@ pub fn qcow2_registry() -> (PluginDir, Registry) {
     (dir, registry)
 }
 
-/// The plugins that come in the box.
+/// The bundled plugins.
 pub fn boxed_registry() -> (PluginDir, Registry) {
     let dir = PluginDir::new();
     dir.copy("qcow2", &qcow2_library());

@@ -80,7 +80,7 @@ fn entry(made: &Made) -> Vec<u8> {
     bytes
 }
 
-/// Whether so many bytes lie in one sector.
+/// Whether `length` bytes from `at` on lie in one sector.
 const fn in_one_sector(at: u64, length: u64) -> bool {
     at / SECTOR as u64 == (at + length - 1) / SECTOR as u64
 }
@@ -168,7 +168,7 @@ impl Switch {
         self.before().0 + made.iter().map(|made| (24 + made.name.len() as u64).next_multiple_of(8)).sum::<u64>()
     }
 
-    /// Whether an image can have so many bitmaps.
+    /// Whether an image can have this many bitmaps.
     ///
     /// # Errors
     /// If not, as [`plan`](Self::plan).

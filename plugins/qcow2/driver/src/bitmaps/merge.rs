@@ -218,7 +218,7 @@ impl Merging {
         Ok(&mut self.current.insert(current).1)
     }
 
-    /// Planning is over: what comes next reads tables anew.
+    /// Planning is over: the next steps read tables again.
     pub(crate) fn planned(&mut self) {
         self.current = None;
     }

@@ -1,4 +1,5 @@
-//! What of the disk cannot be read because of entries that make no sense: whoever drops those would lose it.
+//! The parts of the disk that cannot be read because of impossible entries: a repair that drops those entries would
+//! lose them.
 
 use crate::image::Image;
 use crate::metadata::entries::{decode_l1, scan_table};

@@ -1,4 +1,4 @@
-//! All L2 tables of an image, each once, whoever refers to it.
+//! All L2 tables of an image, each once, however many entries refer to it.
 //!
 //! Snapshots share most of their tables with each other and with the active state. Each table is read once here, and its
 //! entries count as often as L1 entries refer to it, as in refcounts ("Host cluster management" in the specification).

@@ -6,7 +6,7 @@
 //! * [`l2_slices`], [`mapped_clusters`]: what one L1 table maps, in the order of the guest; [`mapping`]: the same to be
 //!   changed;
 //! * [`structures`], [`reference`], [`cluster_run`]: all structures of the file, each with what refers to it;
-//! * [`l2_tables`]: all L2 tables, each once, whoever refers to it, and what their entries refer to;
+//! * [`l2_tables`]: all L2 tables, each once, however many entries refer to it, and what their entries refer to;
 //! * [`map`]: which clusters are metadata.
 
 pub mod bitmap_directory;

@@ -1,8 +1,9 @@
 //! All structures of an image: what each cluster of the file is used for.
 //!
 //! This is the only place that knows which structures there are, and what refers to each of them ("Host cluster
-//! management" in the specification; QEMU has the same list in `Qcow2MetadataOverlap`, `block/qcow2.h`). Whoever checks,
-//! counts, maps or gives back clusters says which [`Kinds`] it wants, and takes one [`Reference`] after the other.
+//! management" in the specification; QEMU has the same list in `Qcow2MetadataOverlap`, `block/qcow2.h`). Code that
+//! checks, counts, maps or gives back clusters says which [`Kinds`] it wants, and takes one [`Reference`] after the
+//! other.
 //!
 //! Tables are read from front to back, in batches, holes in them are passed over, and nothing is held but the snapshot
 //! table and the bitmap directory. What L2 entries refer to is a walk of its own, [`L2Tables`](super::l2_tables::Tables):

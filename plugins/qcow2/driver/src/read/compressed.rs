@@ -1,7 +1,7 @@
 //! Reading compressed clusters.
 //!
 //! Writers put them one after the other, so where two follow each other in the file, more than the second is read
-//! ahead. The last cluster that was asked for in parts is kept: whoever reads a part mostly wants the next one, too.
+//! ahead. The last cluster that was read in parts is kept, because the next read usually wants the next part.
 
 use crate::image::{overflow, Image};
 use alloc::format;

@@ -1,4 +1,4 @@
-//! What the clusters of a layer are to whoever reads the layer.
+//! The clusters of a layer as its reader sees them.
 
 use crate::image::Image;
 use crate::metadata::l2_entry::{compressed_range, Mapped};

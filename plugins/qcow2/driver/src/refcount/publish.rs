@@ -9,7 +9,7 @@
 //!    flush*. What they refer to is durable. A crash before it is durable leaves leaks; after it, new clusters with
 //!    refcount 1.
 //!
-//! Whoever refers to a new cluster does so after this. The clusters of a table that was replaced may be released then.
+//! References to a new cluster are written after this. The clusters of a table that was replaced may be released then.
 
 use crate::image::{overflow, Image};
 use crate::metadata::cluster_run::ClusterRun;

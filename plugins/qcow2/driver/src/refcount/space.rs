@@ -17,7 +17,7 @@ pub(crate) const BATCH: usize = 4096;
 /// Clusters in the order in which they were reserved.
 pub(crate) struct Reserved {
     clusters: Vec<HostCluster>,
-    /// So many of them, the first ones, hold whatever was there before.
+    /// How many of them, from the first one on, hold stale bytes.
     stale: u64,
     taken: usize,
 }

@@ -1,9 +1,9 @@
 //! Which host clusters are referenced, in bounded memory.
 //!
-//! A sparse bitmap: 4,096 clusters a chunk. When the budget is used up the set gives up its highest chunks
-//! and remembers where it stopped; the caller then makes another pass for the clusters from there on. Each
-//! pass settles at least a budget's worth of chunks, so the number of passes follows from what is there,
-//! not from what a hostile offset says.
+//! A sparse bitmap: 4,096 clusters a chunk. When the budget is used up the set gives up its highest chunks and
+//! remembers where it stopped; the caller then makes another pass for the clusters from there on. Each pass settles at
+//! least a budget's worth of chunks, so the number of passes follows from the clusters in the file, not from a hostile
+//! offset.
 
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;

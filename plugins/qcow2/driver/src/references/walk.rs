@@ -1,9 +1,8 @@
 //! The counted walk: all references of an image, held against its refcounts and COPIED flags.
 //!
-//! Whoever examines an image and whoever repairs it do the same walk, as in QEMU (`calculate_refcounts`,
-//! `compare_refcounts` and `check_oflag_copied` in `block/qcow2-refcount.c`); what is done with a difference is a
-//! [`Comparison`]. Memory is bounded: as many clusters are counted in a pass as fit, and blocks, tables and flags are
-//! looked at in batches.
+//! Examining an image and repairing it take the same walk, as in QEMU (`calculate_refcounts`, `compare_refcounts` and
+//! `check_oflag_copied` in `block/qcow2-refcount.c`); what is done with a difference is a [`Comparison`]. Memory is
+//! bounded: as many clusters are counted in a pass as fit, and blocks, tables and flags are looked at in batches.
 
 use crate::image::{overflow, Image};
 use crate::metadata::entries::scan_l1_flags;

@@ -1,5 +1,5 @@
-//! The bytes of whole clusters as they read afterwards, for whoever has to look at them: what arrives, over what the image
-//! shows where nothing does.
+//! The bytes of whole clusters as they read afterwards, for code that has to look at them: the arriving bytes, and the
+//! image's own bytes around them.
 
 use crate::image::overflow;
 use crate::metadata::l2_entry::Mapped;

@@ -45,7 +45,7 @@ struct Cut {
 
 impl<'a> Windows<'a> {
     /// The windows of these extents. Zeroes where no L2 table is read as zeroes in an image that has nothing below it;
-    /// `bitmaps` says that it has bitmaps which record them all the same.
+    /// `bitmaps` says that it has bitmaps, which record them nevertheless.
     pub(crate) fn new(backing: &Backing, extents: &'a [Extent], bitmaps: bool) -> Self {
         Self {
             extents: extents.iter(),
@@ -60,7 +60,7 @@ impl<'a> Windows<'a> {
         }
     }
 
-    /// The same, of no more than so many clusters each, one at least.
+    /// The same, of at most `clusters` clusters each, but at least one.
     pub(crate) fn of_at_most(self, clusters: u64) -> Self {
         let most = usize::try_from(clusters).unwrap_or(WINDOW_CLUSTERS).clamp(1, WINDOW_CLUSTERS);
         Self { most, ..self }
