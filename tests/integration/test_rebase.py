@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -380,3 +381,107 @@ def test_a_qcow_of_version_1_grows_and_names_the_new_backing(chain):
     assert rebase(chain / "first", "base")["bytes-written"] > 0
     assert content_hash(chain / "first", "qcow") == before
     assert support.info(chain / "first")["backing-filename"] == "base"
+
+
+@pytest.fixture
+def siblings(tmp_path):
+    """Three overlays of `old`, and `new`, which differs from that in its second MiB."""
+    create(tmp_path / "old", SIZE)
+    qemu_io(tmp_path / "old", "write -P 1 0 5M")
+    support.copy(tmp_path / "old", tmp_path / "new")
+    qemu_io(tmp_path / "new", "write -P 2 1M 1M")
+    for number, name in enumerate("abc"):
+        create(tmp_path / name, SIZE, backing="old", cwd=tmp_path)
+        qemu_io(tmp_path / name, f"write -P {10 + number} {1024 + 64 * number}k 64k")
+    return tmp_path
+
+
+def several(folder, *options, images="abc"):
+    return run_instar("rebase", "-b", "new", "-F", "qcow2", *options, *images, cwd=folder)
+
+
+def statuses(result):
+    return [entry["status"] for entry in result.json["images"]]
+
+
+@pytest.mark.parametrize("sandbox", support.SANDBOXES)
+def test_several_images_get_a_new_backing_in_one_call(sandbox, siblings):
+    before = {name: content_hash(siblings / name) for name in "abc"}
+    with support.untouched(*(siblings / name for name in "abc")):
+        result = several(siblings, "--dry-run", "--output", "json", "--sandbox", sandbox)
+    assert statuses(result) == ["possible"] * 3
+    result = several(siblings, "--output", "json", "--sandbox", sandbox)
+    assert result.rc == 0 and statuses(result) == ["rebased"] * 3
+    assert [entry["result"]["bytes-written"] for entry in result.json["images"]] == [MIB - 64 * KIB] * 3
+    (siblings / "old").unlink()
+    for name in "abc":
+        assert content_hash(siblings / name) == before[name] and named(siblings / name) == ("new", "qcow2")
+        assert_clean(siblings / name)
+
+
+def test_several_images_have_one_progress(siblings):
+    result = several(siblings, "--progress=json")
+    lines = [json.loads(line) for line in result.stderr.splitlines()]
+    assert [lines[0]["status"], lines[-1]["status"]] == ["created", "concluded"]
+    total = 3 * (MIB - 64 * KIB)
+    assert {line["total-progress"] for line in lines if line.get("stage") == "writing"} == {total}
+    done = [line["current-progress"] for line in lines]
+    assert done == sorted(done) and done[-1] == total
+    assert [entry["status"] for entry in lines[-1]["result"]["images"]] == ["rebased"] * 3
+    assert result.stdout.count("rebased onto 'new'") == 3
+
+
+def test_one_that_is_refused_keeps_all_of_several_as_they_are(siblings):
+    qemu_img("snapshot", "-c", "s", siblings / "c")
+    files = [siblings / name for name in ("a", "b", "c", "old", "new")]
+    with support.untouched(*files), Holder(siblings / "b"):
+        result = several(siblings, "--output", "json")
+        assert result.rc == 1 and statuses(result) == ["untouched", "failed", "failed"]
+        assert result.error["name"] == "ERROR_IMAGE_IN_USE" and "none of the 3 images" in result.error["message"]
+        assert "snapshots" in result.json["images"][2]["error"]["message"]
+        result = several(siblings)
+        assert result.stdout == "" and len(result.stderr.splitlines()) == 2, str(result)
+    for images, words in [(["a", "./a"], "same file"), (["a", "none"], "'none'"), (["a", "new"], "itself"), (["a"] * 65, "65 images")]:
+        with support.untouched(*files):
+            result = several(siblings, images=images)
+        assert result.rc in (1, 2) and words in result.stderr, str(result)
+
+
+def test_an_image_below_another_one_of_the_call_is_named(siblings):
+    create(siblings / "upper", backing="a", cwd=siblings)
+    with support.untouched(siblings / "a", siblings / "upper"):
+        result = several(siblings, images=["a", "upper"])
+    assert result.rc == 1 and "'upper': has 'a' below it" in result.stderr, str(result)
+    for name in ["a", "upper"]:
+        assert several(siblings, images=[name]).rc == 0
+
+
+def test_where_one_of_several_fails_the_ones_before_it_are_done_and_a_second_run_finishes(siblings):
+    create(siblings / "long", 256 * MIB, backing="old", cwd=siblings)
+    qemu_io(siblings / "long", f"write -P 7 8M {support.FILE_LIMIT}")
+    images = ["a", "long", "c"]
+    before = {name: content_hash(siblings / name) for name in images}
+    limit = ["prlimit", f"--fsize={support.FILE_LIMIT}", str(support.instar_binary())]
+    with support.untouched(siblings / "c"):
+        result = support.run(*limit, "rebase", "--output", "json", "-b", "new", "-F", "qcow2", *images, cwd=siblings)
+    assert result.rc == 1 and statuses(result) == ["rebased", "failed", "untouched"], str(result)
+    assert "1 of the 3 images are rebased, and 1 were not touched" in result.error["message"]
+    assert {name: content_hash(siblings / name) for name in images} == before
+    result = several(siblings, "--output", "json", images=images)
+    assert statuses(result) == ["rebased"] * 3
+    assert [entry["result"]["bytes-written"] > 0 for entry in result.json["images"]] == [False, True, True]
+    assert {name: content_hash(siblings / name) for name in images} == before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_several_that_are_killed_read_the_same_and_a_second_run_finishes(seed, siblings):
+    rng = random.Random(seed)
+    before = {name: content_hash(siblings / name) for name in "abc"}
+    command = [support.instar_binary(), "rebase", "-q", "-b", "new", "-F", "qcow2", *"abc"]
+    process = subprocess.Popen(command, cwd=siblings, stderr=subprocess.DEVNULL)
+    time.sleep(rng.random() * 0.1)
+    process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+    process.wait()
+    # Those that it has started end with it, at a safe point.
+    assert several(siblings, "--wait", "10").rc == 0
+    assert {name: content_hash(siblings / name) for name in "abc"} == before

@@ -32,10 +32,10 @@ OPTIONAL = {
     "config": {"warnings"},
     "error": {"file", "role", "errno", "offset", "step"},
     "progress": {"error"},
-    "rebase": {"warnings"},
+    "rebase": {"warnings", "result", "error", "file", "role"},
 }
 #: Keys that the few images here do not have: other tests have such.
-RARE = {"commit": {"backup"}, "convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
+RARE = {"commit": {"backup"}, "convert": {"warnings"}, "rebase": {"errno", "offset", "step"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
 #: The keys of a format, which are its plugin's and not the program's; and a result that has a schema of its own.
 OPEN = {"format-specific", "result"}
 
@@ -112,7 +112,8 @@ def samples(tmp_path_factory):
                     ask("compare", "-s", "base", "bitmaps"), ask("compare", "-s", "bitmaps", "damaged")],
         "resize": [ask("resize", "--dry-run", "base", "+1M"), ask("resize", "base", "+0")],
         "rebase": [ask("rebase", "--dry-run", "-b", "base", "-F", "qcow2", "top"),
-                   ask("rebase", "--dry-run", "-u", "-b", "none", "-F", "qcow2", "top"), ask("rebase", "--dry-run", "-b", "", "top")],
+                   ask("rebase", "--dry-run", "-u", "-b", "none", "-F", "qcow2", "top"), ask("rebase", "--dry-run", "-b", "", "top"),
+                   ask("rebase", "--dry-run", "-b", "", "top", "mid"), ask("rebase", "-b", "other-base", "-F", "qcow2", "mid", "top")],
         "convert": [ask("convert", "-O", "vhdx", "top", "converted")],
         "doctor": [ask("doctor"), ask("doctor", "--plugin-dir", "other")],
         "explain": [ask("explain"), ask("explain", "16")],

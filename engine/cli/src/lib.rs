@@ -31,6 +31,8 @@ mod progress;
 mod progress_args;
 mod progress_lines;
 pub mod rebase;
+mod rebase_member;
+mod rebase_several;
 pub mod recover;
 pub mod resize;
 mod signals;
@@ -141,7 +143,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
         Command::Check(args) => return check::run(args, out),
         Command::Compare(args) => return compare::run(args, out),
         Command::Resize(args) => return resize::run(args, out),
-        Command::Rebase(args) => return rebase::run(args, out),
+        Command::Rebase(args) => return rebase_several::run(args, out),
         Command::Doctor(args) => return doctor::run(args, out),
         Command::Worker(args) => return worker::run(args),
         Command::Info(args) => (info::run(args, &reading(false), out), args.output),

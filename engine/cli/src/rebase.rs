@@ -4,18 +4,18 @@ use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print_json, unprinted_but, OutputFormat};
 use super::paragraph::print_sentences;
-use super::print_error;
 use super::progress_args::ProgressArgs;
 use super::signals::cancel_on_signals;
 use super::told::Told;
 use super::unsupported::UnsupportedArgs;
 use super::usage::bad_usage;
 use clap::Args;
+use instar::config::Config;
 use instar::error::Error;
 use instar::escape::{escape, escape_path};
 use instar::rebase::{run_rebase, RebaseOutcome, RebaseRequest};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 /// Put another image below an overlay, or none, and keep what it reads
@@ -67,17 +67,9 @@ pub struct RebaseArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "clap would take it for help")]
     pub unsupported: UnsupportedArgs,
-    /// The image
-    #[arg(value_name = "FILENAME")]
-    pub filename: PathBuf,
-}
-
-/// Run the command, and return the exit status.
-pub fn run(args: &RebaseArgs, out: &mut dyn Write) -> u8 {
-    match rebase(args, out) {
-        Ok(()) => 0,
-        Err(error) => print_error(&error, args.output),
-    }
+    /// The image. With several, none is changed before all of them can be
+    #[arg(value_name = "FILENAME", required = true, num_args = 1..)]
+    pub filenames: Vec<PathBuf>,
 }
 
 /// Name and format of the new backing file.
@@ -92,7 +84,8 @@ fn backing(args: &RebaseArgs) -> Result<Option<(String, String)>, Error> {
     }
 }
 
-fn rebase(args: &RebaseArgs, out: &mut dyn Write) -> Result<(), Error> {
+/// Refuse options of `qemu-img` that have no place here.
+pub(super) fn refuse_unsupported(args: &RebaseArgs) -> Result<(), Error> {
     args.unsupported.refuse()?;
     if args.compress {
         return Err(bad_usage(
@@ -104,9 +97,13 @@ fn rebase(args: &RebaseArgs, out: &mut dyn Write) -> Result<(), Error> {
             "-U is not supported: an image that another process uses must not be changed; stop that first",
         ));
     }
-    let warns = !args.quiet && args.output == OutputFormat::Human;
-    let told = Rc::new(Told { verbose: args.verbose, warns, ..Told::of("rebase", &args.progress, args.quiet)? });
-    let result = rebased(args, &told);
+    Ok(())
+}
+
+/// Rebase one image, and print what came of it.
+pub(super) fn rebase_one(args: &RebaseArgs, image: &Path, out: &mut dyn Write) -> Result<(), Error> {
+    let told = Rc::new(told(args)?);
+    let result = rebased(args, image, &told);
     told.end(args.dry_run, result.as_ref());
     let outcome = result?;
     let printed = match args.output {
@@ -118,24 +115,35 @@ fn rebase(args: &RebaseArgs, out: &mut dyn Write) -> Result<(), Error> {
     printed.map_err(|error| unprinted_but(done, &outcome.image_given, &error))
 }
 
-fn rebased(args: &RebaseArgs, told: &Rc<Told>) -> Result<RebaseOutcome, Error> {
-    let config = super::configuration(args.output)?;
-    let request = RebaseRequest {
-        image: args.filename.clone(),
+/// Who is told what happens.
+pub(super) fn told(args: &RebaseArgs) -> Result<Told, Error> {
+    let warns = !args.quiet && args.output == OutputFormat::Human;
+    Ok(Told { verbose: args.verbose, warns, ..Told::of("rebase", &args.progress, args.quiet)? })
+}
+
+/// What is asked for, for one image.
+pub(super) fn request(args: &RebaseArgs, image: &Path, config: &Config) -> Result<RebaseRequest, Error> {
+    Ok(RebaseRequest {
+        image: image.to_owned(),
         format: args.format.clone(),
         backing: backing(args)?,
         unsafe_mode: args.backing_unsafe,
         dry_run: args.dry_run,
         cache: args.cache.into(),
-        settings: args.opening.settings(&config),
-    };
+        settings: args.opening.settings(config),
+    })
+}
+
+fn rebased(args: &RebaseArgs, image: &Path, told: &Rc<Told>) -> Result<RebaseOutcome, Error> {
+    let config = super::configuration(args.output)?;
+    let request = request(args, image, &config)?;
     let mut outcome = run_rebase(&request, &told.session(cancel_on_signals()))?;
     outcome.warnings.splice(0..0, config.warnings);
     Ok(outcome)
 }
 
 /// The result as text.
-fn text(outcome: &RebaseOutcome) -> String {
+pub(super) fn text(outcome: &RebaseOutcome) -> String {
     let (image, bytes, clusters) = (escape_path(&outcome.image_given), outcome.bytes_written, outcome.clusters_written);
     let onto = match &outcome.backing {
         Some(name) => format!("onto '{}'", escape(name)),

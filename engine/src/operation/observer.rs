@@ -34,6 +34,13 @@ pub trait Observer {
         let _ = line;
     }
 
+    /// Whether the operation may begin to change an image, into which it would write this many bytes of the disk. Everything that
+    /// can refuse it has been asked. Only a rebase asks: one of several then waits until the others can begin, too.
+    fn agrees(&self, bytes: u64) -> bool {
+        let _ = bytes;
+        true
+    }
+
     /// Whether to call [`Observer::progress`]: only durable bytes count, so this flushes the target now and then.
     fn wants_progress(&self) -> bool {
         false

@@ -32,7 +32,9 @@ pub struct RebaseEvents {
     pub(crate) fixed: Option<u64>,
     /// Whether the device has no room for the data and the new name, for which the host ended the guest.
     pub(crate) lacks_room: bool,
-    /// The observer that prints them.
+    /// Whether the observer did not agree to the first change, for which the host ended the guest.
+    pub(crate) held_back: bool,
+    /// The observer that is told the warnings, and asked.
     pub(crate) observer: Option<Rc<dyn Observer>>,
     /// The device whose owner, mode and extended attributes the image gets before it gets another parent.
     pub(crate) likeness: Option<u32>,
@@ -108,6 +110,10 @@ impl Events for RebaseEvents {
         self.lacks_room = plan.bytes > 0 && self.fixed.is_some_and(|length| end > length);
         if self.lacks_room {
             return Err(BadRequest("data that leaves no room for a name".to_owned()));
+        }
+        self.held_back = !self.dry_run && self.observer.as_ref().is_some_and(|observer| !observer.agrees(plan.bytes));
+        if self.held_back {
+            return Err(BadRequest("a change that the caller does not want".to_owned()));
         }
         for line in &self.warnings {
             self.observer.iter().for_each(|observer| observer.warning(line));
@@ -232,6 +238,21 @@ mod tests {
             (handler.tell(plan(bytes)).is_empty(), handler.events.needs_data)
         };
         assert_eq!((planned(0), planned(512)), ((true, false), (false, true)));
+    }
+
+    #[test]
+    fn nothing_is_changed_before_the_observer_agrees() {
+        struct Asked(std::cell::Cell<u64>);
+        impl Observer for Asked {
+            fn agrees(&self, bytes: u64) -> bool {
+                self.0.set(bytes);
+                false
+            }
+        }
+        let (mut handler, observer) = (handler(false), Rc::new(Asked(0.into())));
+        handler.events.observer = Some(observer.clone());
+        assert!(!handler.tell(plan(512)).is_empty());
+        assert_eq!((handler.events.held_back, observer.0.get()), (true, 512));
     }
 
     #[test]

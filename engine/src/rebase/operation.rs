@@ -265,6 +265,10 @@ impl Operation for Rebase<'_> {
             );
             return Err(Error::image(&self.request.image, ErrorCode::NoSpace, clause));
         }
+        if ended.events.held_back {
+            let clause = "was not rebased: the caller did not agree to the plan; nothing was changed";
+            return Err(Error::image(&self.request.image, ErrorCode::Interrupted, clause));
+        }
         let state = if ended.devices.any_changed() {
             "the image reads what it read, and running the same command again finishes the rebase"
         } else {
