@@ -422,14 +422,39 @@ def test_what_is_refused_by_name(tmp_path):
     assert run_instar("map", top).rc == 0
 
 
+def shot(guid, parent):
+    return f"<Shot><GUID>{{{guid}}}</GUID><ParentGUID>{{{parent}}}</ParentGUID></Shot>"
+
+
 def test_a_bundle_is_told(tmp_path):
-    """A disk with its snapshots is a directory with a description: neither is an image."""
+    """A disk with its snapshots is a directory with a description: neither is an image, but both say which files are."""
     bundle = tmp_path / "disk.hdd"
     bundle.mkdir()
     description = bundle / "DiskDescriptor.xml"
-    description.write_text("<?xml version='1.0' encoding='UTF-8'?>\n<Parallels_disk_image Version=\"1.0\">\n")
-    for command in ("commit", "info", "map", "check"):
-        for path, code in [(bundle, "ERROR_OPEN_FAILED"), (description, "ERROR_UNSUPPORTED_FORMAT")]:
-            result = run_instar(command, path)
-            assert result.rc == 1 and code in result.stderr, str(result)
-            assert ".hds" in result.stderr and "its parent with `instar commit -b`" in result.stderr, str(result)
+    start = "<?xml version='1.0' encoding='UTF-8'?>\n<Parallels_disk_image Version=\"1.0\">\n"
+    description.write_text(start)
+
+    def told(*mentions):
+        for command in ("commit", "info", "map", "check"):
+            for path, code in [(bundle, "ERROR_OPEN_FAILED"), (description, "ERROR_UNSUPPORTED_FORMAT")]:
+                result = run_instar(command, path)
+                assert result.rc == 1 and code in result.stderr and len(result.stderr.splitlines()) == 1, str(result)
+                for mention in mentions:
+                    assert mention in result.stderr, str(result)
+
+    told("name the .hds file with the newest changes", "-b and the .hds file that is its parent")
+    none, top, one = "00000000-0000-0000-0000-000000000000", "5fbaabe3-6958-40ff-92a7-860e329aab41", "11111111-2222-3333-4444-555555555555"
+    files = {one: f"disk.hdd.0.{{{one}}}.hds", top: f"/Users/me/disk.hdd/disk.hdd.0.{{{top}}}.hds"}
+    images = [f"<Image><GUID>{{{guid}}}</GUID><Type>Compressed</Type><File>{file}</File></Image>" for guid, file in files.items()]
+    storage = "<StorageData><Storage><Start>0</Start><End>8192</End>" + "".join(images) + "</Storage></StorageData>"
+    description.write_text(f"{start}{storage}<Snapshots>{shot(one, none)}{shot(top, one)}</Snapshots></Parallels_disk_image>")
+    newest, below = (f"disk.hdd.0.{{{guid}}}.hds" for guid in (top, one))
+    told("2 layers", f"'{newest}'", f"-b '{below}'")
+    # What it says works.
+    make(bundle / below, 4 * MIB, {0: b"\1" * 512})
+    make(bundle / newest, 4 * MIB, {1: b"\2" * 512})
+    wanted = content(bundle / newest, bundle / below)
+    result = run_instar("commit", "-b", below, bundle / newest)
+    assert result.rc == 0 and content(bundle / below) == wanted, str(result)
+    description.write_text(start + "<StorageData><Storage>1</Storage><Storage>2</Storage></StorageData>")
+    told("split into several images")

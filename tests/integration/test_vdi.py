@@ -313,19 +313,24 @@ def test_snapshots_of_virtualbox(tmp_path, depth):
     commit(base, *reversed(layers))
 
 
-def test_a_snapshot_in_the_middle(tmp_path):
-    """Its parent is found under VirtualBox's name; the base's is any, which a link beside it gives."""
+@pytest.mark.parametrize("link", [False, True])
+def test_a_snapshot_in_the_middle(tmp_path, link):
+    """Its parent is found under VirtualBox's name; the base in an allowed directory, by its UUIDs or a link to it."""
     base, one, two, three = virtualbox(tmp_path, 3)
     uuid = Image(base).name
-    refuse("ERROR_BACKING_NOT_FOUND", three, "-b", two, files=[base, one, two], mentions=[uuid, "ln -s"])
-    os.symlink("../disk.vdi", one.parent / uuid)
-    refuse("ERROR_WRITE_TARGET_NOT_ALLOWED", three, "-b", two, files=[base, one, two], mentions=["--allow-backing-dir"])
+    mentions = [uuid, "--allow-backing-dir", "ln -s"]
+    refuse("ERROR_BACKING_NOT_FOUND", three, "-b", two, files=[base, one, two], mentions=mentions)
+    if link:
+        os.symlink("../disk.vdi", one.parent / uuid)
+        mentions = ["--allow-backing-dir"]
+        refuse("ERROR_WRITE_TARGET_NOT_ALLOWED", three, "-b", two, files=[base, one, two], mentions=mentions)
     wanted = content(three, two, one, base)
     support.commit(three, "--allow-backing-dir", tmp_path)
     assert content(three, two, one, base) == content(two, one, base) == wanted
     assert Image(three).goes_with(Image(two)) and Image(two).goes_with(Image(one)) and Image(one).goes_with(Image(base))
-    listed = json.loads(run_instar("info", "--backing-chain", "--output", "json", three).stdout)
-    assert [image["virtual-size"] for image in listed] == [6 * MIB] * 4
+    if link:
+        listed = json.loads(run_instar("info", "--backing-chain", "--output", "json", three).stdout)
+        assert [image["virtual-size"] for image in listed] == [6 * MIB] * 4
     assert run_instar("map", "--allow-backing-dir", tmp_path, three).rc == 0
     result = run_instar("compare", "--allow-backing-dir", tmp_path, three, two)
     assert result.stdout == "Images are identical.\n", str(result)
@@ -370,8 +375,52 @@ def test_a_base_that_was_restored_after_a_commit_is_refused(tmp_path):
     refuse("ERROR_NOT_IN_CHAIN", top, "-b", base, mentions=["has not the identity that is recorded there"])
 
 
+@pytest.mark.parametrize("sandbox", support.SANDBOXES)
+def test_a_parent_is_found_by_its_uuid(tmp_path, sandbox):
+    """By every command, among the files beside the image, whatever it is called."""
+    if sandbox == "kvm" and not support.KVM:
+        pytest.skip("there is no /dev/kvm")
+    base, top, unlike = tmp_path / "a disk", tmp_path / "top.vdi", tmp_path / "unlike.vdi"
+    make(base, 4 * MIB, {0: b"\1" * MIB})
+    shutil.copy(base, unlike)
+    make(top, 4 * MIB, {1: b"\2" * MIB}, parent=base)
+    # Neither of these: other content, a copy of the child, a file that may not be read, what is no image, a dangling link.
+    with unlike.open("r+b") as file:
+        file.seek(408)
+        file.write(b"\7" * 16)
+    (tmp_path / "closed.vdi").touch(0)
+    os.mkfifo(tmp_path / "pipe.vdi")
+    (tmp_path / "broken.vdi").write_bytes(base.read_bytes()[:200])
+    os.symlink("nowhere", tmp_path / "link.vdi")
+    wanted = content(top, base)
+    use = ("--sandbox", sandbox)
+    listed = run_instar("info", "--backing-chain", "--output", "json", top).json
+    assert [os.path.basename(image["filename"]) for image in listed] == ["top.vdi", "a disk"]
+    assert "a disk" in run_instar("map", *use, top).stdout
+    assert run_instar("check", *use, top).rc == 0
+    assert run_instar("compare", *use, top, top).rc == 0
+    done = run_instar("convert", *use, "-O", "raw", top, tmp_path / "new")
+    assert done.rc == 0 and (tmp_path / "new").read_bytes() == wanted, str(done)
+    copy = shutil.copy(base, tmp_path / "copy")
+    mentions = [os.fspath(base), os.fspath(copy), "several files"]
+    for more in ([], ["--dry-run"]):
+        refuse("ERROR_BACKING_NOT_FOUND", top, *use, *more, files=[base, copy], mentions=mentions)
+    os.unlink(copy)
+    # It passes the same gate as a name.
+    for name, mode in [(".hidden", 0o644), ("executable", 0o755)]:
+        moved = base.rename(tmp_path / name)
+        moved.chmod(mode)
+        refuse("ERROR_BACKING_NOT_FOUND", top, *use, files=[moved], mentions=[Image(moved).name])
+        moved.chmod(0o644)
+        moved.rename(base)
+    support.commit(top, *use)
+    assert Image(base).content() == content(top, base) == wanted and Image(top).held == 0
+    assert Image(top).goes_with(Image(base))
+
+
 def test_a_parent_that_is_not_named(tmp_path):
-    base, other, top = tmp_path / "base.vdi", tmp_path / "other.vdi", tmp_path / "top.vdi"
+    (tmp_path / "bases").mkdir()
+    base, other, top = tmp_path / "bases/base.vdi", tmp_path / "other.vdi", tmp_path / "top.vdi"
     make(base, 4 * MIB, {0: b"\1" * MIB})
     make(other, 4 * MIB, {0: b"\5" * MIB})
     make(top, 4 * MIB, {1: b"\2" * MIB}, parent=base)
@@ -381,7 +430,7 @@ def test_a_parent_that_is_not_named(tmp_path):
     qcow2 = create(tmp_path / "base.qcow2", 4 * MIB)
     refuse("ERROR_NOT_IN_CHAIN", top, "-b", qcow2, files=[qcow2], mentions=[uuid])
     shown = run_instar("info", top).stdout
-    assert f"parent uuid: {uuid[1:-5]}\n" in shown and "the file that -b names" in shown, shown
+    assert f"parent uuid: {uuid[1:-5]}\n" in shown and "or another image beside it with that uuid" in shown, shown
     base.rename(tmp_path / uuid)
     wanted = content(top, tmp_path / uuid)
     support.commit(top)

@@ -362,6 +362,25 @@ def test_parents_are_found_by_what_is_recorded(tmp_path, pairs, place):
     assert by_qemu(parent) == bytes(4096) + b"\1" * 512 + bytes(3584) + b"\2" * 512 + bytes(2 * MIB - 8704)
 
 
+@pytest.mark.parametrize("recorded", [r".\BASE.VHDX", r"\\?\C:\VMs\Disks\old name.vhdx"])
+def test_a_parent_is_found_by_its_identity(tmp_path, recorded):
+    """Windows does not tell cases apart, and a parent may have been renamed since."""
+    key = "relative_path" if recorded.startswith(".") else "absolute_win32_path"
+    top = child(tmp_path / "top.vhdx", 2 * MIB, BASE, pairs=[(key, recorded), SECOND], runs=[(16, b"\2" * 512)])
+    mentions = ["record its new name"] if key == "relative_path" else ["tried as well: 'Disks/old name.vhdx', 'old name.vhdx'"]
+    refuse("ERROR_BACKING_NOT_FOUND", top, mentions=mentions)
+    parent = Maker(DYNAMIC, 2 * MIB, BASE, runs=[(8, b"\1" * 512)]).write(tmp_path / "base.vhdx")
+    Maker(DYNAMIC, 2 * MIB, MIDDLE).write(tmp_path / "another.vhdx")
+    wanted = content(top, parent)
+    assert "base.vhdx" in run_instar("map", top).stdout
+    result = commit(top, "--output", "json").json
+    assert result["backing"] == os.fspath(parent)
+    assert by_qemu(parent) == content(top, parent) == wanted
+    assert_emptied(top, parent)
+    # The identity that the parent has now is recorded.
+    commit(top)
+
+
 def test_an_identity_proves_the_parent(tmp_path):
     size = 2 * MIB
     base, top, sibling = tmp_path / "base.vhdx", tmp_path / "top.vhdx", tmp_path / "sibling.vhdx"

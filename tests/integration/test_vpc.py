@@ -362,6 +362,17 @@ def test_an_identity_proves_the_parent(tmp_path):
     assert_emptied(top)
 
 
+def test_a_parent_is_not_looked_for_by_its_id(tmp_path):
+    """An old copy has it as well, and data in that would be lost."""
+    copy = Maker(DYNAMIC, 2 * MIB, BASE, runs=[(0, b"\1" * SECTOR)]).write(tmp_path / "backup of last year.vhd")
+    top = child(tmp_path / "top.vhd", 2 * MIB, BASE, runs=[(1, b"\2" * SECTOR)])
+    refuse("ERROR_BACKING_NOT_FOUND", top, files=[copy], mentions=["base.vhd", "instar rebase -u -b NEW -F vpc"])
+    nameless = Maker(DIFFERENCING, 2 * MIB, TOP, BASE, runs=[(1, b"\2" * SECTOR)]).write(tmp_path / "nameless.vhd")
+    refuse("ERROR_NO_BACKING", nameless, files=[copy], mentions=["instar commit -b"])
+    top.unlink()
+    commit(nameless, "-b", copy.name)
+
+
 def test_names_lead_nowhere_outside(tmp_path):
     (tmp_path / "in").mkdir()
     base = Maker(DYNAMIC, MIB, BASE).write(tmp_path / "base.vhd")

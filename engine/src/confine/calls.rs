@@ -101,7 +101,17 @@ impl Work {
     /// Whether it looks for images in directories.
     #[must_use]
     pub fn lists_directories(self) -> bool {
-        matches!(self, Self::OpenToCommit | Self::OpenToCommitAtomically | Self::OpenToAdopt)
+        !matches!(
+            self,
+            Self::Look
+                | Self::LookInThread
+                | Self::Commit
+                | Self::CommitAtomically
+                | Self::Adopt
+                | Self::Read
+                | Self::Convert
+                | Self::Recover
+        )
     }
 
     /// The same, and these.
@@ -109,7 +119,7 @@ impl Work {
         let tables: &[&[Call]] = match self {
             Self::Look => &[LOOK],
             Self::LookInThread => &[LOOK, THREAD],
-            Self::OpenAndLook => &[LOOK, OPEN],
+            Self::OpenAndLook => &[LOOK, OPEN, LIST],
             // A filter can only be made stricter: what comes later is allowed before.
             Self::OpenToCommit => &[LOOK, OPEN, LIST, CONFINE, CHANGE],
             Self::Commit => &[LOOK, CHANGE],
@@ -118,9 +128,9 @@ impl Work {
             Self::Recover => &[LOOK, CHANGE, NAME],
             Self::OpenToAdopt => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME, LIKENESS],
             Self::Adopt => &[LOOK, CHANGE, NAME, LIKENESS],
-            Self::OpenToRead => &[LOOK, OPEN, CONFINE],
+            Self::OpenToRead => &[LOOK, OPEN, LIST, CONFINE],
             Self::Read => &[LOOK],
-            Self::OpenToConvert => &[LOOK, OPEN, CONFINE, CONFINE_BUT, CHANGE, NAME],
+            Self::OpenToConvert => &[LOOK, OPEN, LIST, CONFINE, CONFINE_BUT, CHANGE, NAME],
             Self::Convert => &[LOOK, CHANGE, NAME],
         };
         let mut calls: BTreeMap<i64, Vec<Allowed>> = BTreeMap::new();

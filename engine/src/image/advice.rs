@@ -102,7 +102,9 @@ impl Recorder<'_> {
     fn edit(&self, what: &str) -> String {
         match (self.part, self.format) {
             // A vdi records no name: this one is made of the parent's identifier.
-            (Part::Target | Part::Ancestor, "vdi") => "give it that name here with `ln -s`".to_owned(),
+            (Part::Target | Part::Ancestor, "vdi") => {
+                "allow its directory with --allow-backing-dir, or give it that name here with `ln -s`".to_owned()
+            }
             _ => format!("write {what} into the image"),
         }
     }

@@ -9,6 +9,7 @@ use super::chain_image::ChainImage;
 use super::gate::{Gate, Located};
 use super::identify::Recorded;
 use super::open::OpenedFile;
+use super::proven::ParentSearch;
 use crate::error::Error;
 use crate::lookup::Identity;
 use crate::plugins::Registry;
@@ -62,7 +63,8 @@ impl<'r, 'g> Descent<'r, 'g> {
         self.seen.push(image);
     }
 
-    /// Locate the backing of an image, if it records one; `wanted` is the file that the operator named. Opens nothing.
+    /// Locate the backing of an image, if it records one; `wanted` is the file that the operator named. Opens nothing but, where
+    /// no recorded name leads to a file, [those that may be it](ParentSearch), to look at their headers.
     ///
     /// # Errors
     /// [`ErrorCode::ChainTooDeep`], [`ErrorCode::ChainLoop`], and what [`Gate::find`] gives.
@@ -74,7 +76,24 @@ impl<'r, 'g> Descent<'r, 'g> {
         wanted: Option<Identity>,
     ) -> Result<Option<Located>, Error> {
         let Some(pointer) = pointer(&image.facts) else { return Ok(None) };
-        let located = self.gate.find(&image.recorder(part), pointer.names(), access, wanted)?;
+        let search = ParentSearch { registry: self.registry, gate: self.gate, image, part, access, wanted };
+        let located = self.gate.find_or(&image.recorder(part), pointer.names(), access, wanted, || search.find())?;
+        self.step(image, located.identity())?;
+        Ok(Some(located))
+    }
+
+    /// Locate the backing of an image that records no name of it, by its identity.
+    ///
+    /// # Errors
+    /// As [`next`](Self::next).
+    pub fn next_without_name(
+        &mut self,
+        image: &ChainImage<'_>,
+        part: Part,
+        access: Access,
+    ) -> Result<Option<Located>, Error> {
+        let search = ParentSearch { registry: self.registry, gate: self.gate, image, part, access, wanted: None };
+        let Some(located) = search.find()? else { return Ok(None) };
         self.step(image, located.identity())?;
         Ok(Some(located))
     }

@@ -13,28 +13,21 @@ use super::chain_image::ChainImage;
 use super::names::file_name;
 use super::open::{Looked, OpenedFile};
 use super::roots::Roots;
+use super::scan::{Scan, ScannedImage, Unseen};
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::lookup::{Directory, Identity, Step, Walk, Why};
-use crate::plugins::{FileImage, IdentifyError, ImageRead, Registry};
+use crate::plugins::Registry;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::ImageFacts;
-use rustix::fs::{fstat, openat, Dir, DirEntry, FileType, Mode, OFlags, Stat};
-use rustix::io::{retry_on_intr, Errno};
+use rustix::fs::Stat;
+use rustix::io::Errno;
 use std::collections::HashSet;
-use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io;
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-/// Files of a directory that are looked at, at most: what lies in a directory that others may write to must not keep a command
-/// busy for ever.
-const MOST_FILES: usize = 1 << 16;
 /// Steps that the names of a file are walked, together. Honest names have a few components, and few links on the way.
 const MOST_STEPS: usize = 512;
-/// Bytes at the beginning of a file that are read at once. All marks but those at the end lie there, and most names.
-const BEGINNING: usize = 4096;
 
 /// An image whose backing is one of the images whose children were looked for.
 #[derive(Debug)]
@@ -105,85 +98,29 @@ impl ChildSearch<'_> {
         let mut seen: HashSet<Identity> =
             known.flat_map(|file| std::iter::once(file.identity).chain(file.below)).collect();
         let mut listed: HashSet<Identity> = HashSet::new();
+        let scan = Scan { registry: self.registry, cancel: self.cancel };
         for directory in directories {
             if !listed.insert(directory.identity()) {
                 continue;
             }
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let opened = retry_on_intr(|| openat(directory, ".", flags, Mode::empty()));
-            let Ok(entries) = opened.and_then(Dir::new) else {
+            let mut children = Vec::new();
+            let passed = scan.images_in(directory, &mut seen, |image| {
+                let parent = self.parent(directory, &image.facts)?;
+                if let Some(parent) = parent {
+                    let ScannedImage { name, stat, identity, facts, .. } = image;
+                    let (path, directory) = (directory.path().join(&name), directory.clone());
+                    children.push(Child { path, identity, parent, facts, directory, name, stat });
+                }
+                Ok(parent.is_some())
+            })?;
+            found.children.append(&mut children);
+            found.passed_over += passed.files;
+            if !passed.listed {
                 found.unlisted.push(directory.path().to_owned());
-                continue;
-            };
-            self.find_among(entries, directory, &mut seen, &mut found)?;
+            }
         }
         found.children.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(found)
-    }
-
-    fn find_among(
-        &self,
-        entries: Dir,
-        directory: &Directory,
-        seen: &mut HashSet<Identity>,
-        found: &mut Children,
-    ) -> Result<(), Error> {
-        let mut files = 0;
-        let device = directory.stat().map(|stat| stat.st_dev);
-        for entry in entries {
-            let Ok(entry) = entry else {
-                found.unlisted.push(directory.path().to_owned());
-                break;
-            };
-            if self.cancel.is_cancelled() {
-                let clause = "interrupted while looking for other images";
-                return Err(Error::image(directory.path(), ErrorCode::Interrupted, clause));
-            }
-            // Most of those that were seen need not be opened again; some file systems have other numbers here.
-            let listed = device.map(|device| Identity::of_file(device, entry.ino()));
-            if !is_regular(directory, &entry) || listed.is_ok_and(|listed| seen.contains(&listed)) {
-                continue;
-            }
-            files += 1;
-            let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            match if files > MOST_FILES { Err(Unseen) } else { self.look(directory, name, seen) } {
-                Ok(Some(child)) => {
-                    seen.insert(child.identity);
-                    found.children.push(child);
-                }
-                Ok(None) => {}
-                Err(Unseen) => found.passed_over += 1,
-            }
-        }
-        Ok(())
-    }
-
-    /// The child that a file is, if it is one and was not `seen`.
-    fn look(&self, directory: &Directory, name: &OsStr, seen: &HashSet<Identity>) -> Result<Option<Child>, Unseen> {
-        // What takes the place of a file now must neither block nor become the terminal of the process.
-        let flags = Access::Shared.flags() | OFlags::NOFOLLOW;
-        let file = match retry_on_intr(|| openat(directory, name, flags, Mode::empty())) {
-            Ok(file) => file,
-            // It is gone, or no file any more.
-            Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => return Ok(None),
-            Err(_) => return Err(Unseen),
-        };
-        let stat = fstat(&file).map_err(|_| Unseen)?;
-        let identity = Identity::of(&stat);
-        let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        if !is_file || stat.st_size == 0 || seen.contains(&identity) {
-            return Ok(None);
-        }
-        let image = Glance::new(File::from(file)).map_err(|_| Unseen)?;
-        let facts = match self.registry.identify(&image, None) {
-            Ok(found) => found.facts,
-            Err(IdentifyError::Ambiguous(_) | IdentifyError::Plugin(_)) => return Err(Unseen),
-            // Nothing that records a backing, as far as anybody here knows.
-            Err(_) => return Ok(None),
-        };
-        let Some(parent) = self.parent(directory, &facts)? else { return Ok(None) };
-        let (path, directory, name) = (directory.path().join(name), directory.clone(), name.to_owned());
-        Ok(Some(Child { path, identity, parent, facts, directory, name, stat }))
     }
 
     /// Which of the parents an image in this directory has: by a name that it records, or because it could have no other.
@@ -246,55 +183,6 @@ impl ChildSearch<'_> {
     }
 }
 
-/// A file that could not be looked at.
-#[derive(Clone, Copy, Debug)]
-pub struct Unseen;
-
-/// Whether an entry is a regular file. It is not opened: that of a device or a FIFO can have an effect.
-fn is_regular(directory: &Directory, entry: &DirEntry) -> bool {
-    match entry.file_type() {
-        FileType::RegularFile => true,
-        // Some file systems do not say.
-        FileType::Unknown => directory
-            .look(OsStr::from_bytes(entry.file_name().to_bytes()))
-            .is_ok_and(|(_, stat)| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile),
-        _ => false,
-    }
-}
-
-/// A file of which every plugin reads the beginning: that is read once.
-struct Glance {
-    image: FileImage,
-    beginning: Vec<u8>,
-}
-
-impl Glance {
-    fn new(file: File) -> io::Result<Self> {
-        let image = FileImage::new(file)?;
-        let mut beginning = vec![0; BEGINNING];
-        let length = image.read_at(0, &mut beginning)?;
-        beginning.truncate(length);
-        Ok(Self { image, beginning })
-    }
-}
-
-impl ImageRead for Glance {
-    fn length(&self) -> u64 {
-        self.image.length()
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let end = start.saturating_add(buffer.len());
-        match self.beginning.get(start..end) {
-            Some(bytes) => {
-                buffer.copy_from_slice(bytes);
-                Ok(bytes.len())
-            }
-            None => self.image.read_at(offset, buffer),
-        }
-    }
-}
 /// Most names in a message.
 const SHOWN: usize = 5;
 

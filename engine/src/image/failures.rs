@@ -3,8 +3,9 @@
 use super::access::Access;
 use crate::confine::calls::BLKROGET;
 use crate::error::Error;
+use crate::plugins::{Bundle, FileImage};
 use instar_guest_abi::ErrorCode;
-use rustix::fs::{AtFlags, StatVfsMountFlags, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, StatxAttributes, StatxFlags};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -22,13 +23,7 @@ pub(crate) fn open_error(path: &Path, access: Access, missing: ErrorCode, error:
              --allow-backing-dir"
                 .to_owned(),
         ),
-        Some(libc::EISDIR) if path.extension().is_some_and(|ending| ending == "hdd") => {
-            let clause =
-                "is a directory, not an image: of a Parallels disk, name the .hds file in it with the newest changes, \
-                          and its parent with `instar commit -b`";
-            (ErrorCode::OpenFailed, clause.to_owned())
-        }
-        Some(libc::EISDIR) => (ErrorCode::OpenFailed, "is a directory, not an image".to_owned()),
+        Some(libc::EISDIR) => (ErrorCode::OpenFailed, directory(path)),
         Some(libc::EROFS) => (ErrorCode::ReadOnly, READ_ONLY_FILE_SYSTEM.to_owned()),
         Some(libc::EPERM) if writing && is_protected(path) => (ErrorCode::ReadOnly, IMMUTABLE.to_owned()),
         Some(libc::EACCES | libc::EPERM) => {
@@ -49,6 +44,21 @@ pub(crate) fn open_error(path: &Path, access: Access, missing: ErrorCode, error:
         _ => (ErrorCode::OpenFailed, format!("cannot be {purpose}: {error}")),
     };
     Error::image(path, code, clause).caused_by(error)
+}
+
+/// What is said of a directory: one of Parallels has images in it, and a description of them.
+fn directory(path: &Path) -> String {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
+    let description = rustix::fs::open(path.join("DiskDescriptor.xml"), flags, Mode::empty());
+    let description = description.ok().and_then(|file| FileImage::new(File::from(file)).ok());
+    let hint = match description {
+        Some(description) => format!(": of the Parallels disk in it, {}", Bundle::read(&description)),
+        None if path.extension().is_some_and(|ending| ending == "hdd") => {
+            format!(": of a Parallels disk, {}", Bundle::Unknown)
+        }
+        None => String::new(),
+    };
+    format!("is a directory, not an image{hint}")
 }
 
 const READ_ONLY_FILE_SYSTEM: &str =

@@ -10,6 +10,7 @@ use super::advice::{Part, Recorder};
 use super::names::file_name;
 use super::roots::Roots;
 use crate::error::Error;
+use crate::escape::escape_bytes;
 use crate::lookup::{walk, Directory, Identity, Left, Lost, Place, Reached, Step, Walk, Why};
 use instar_guest_abi::ErrorCode;
 use rustix::fs::FileType;
@@ -118,7 +119,7 @@ impl Gate {
     /// named. Opens nothing.
     ///
     /// # Errors
-    /// Those of the first name: [`ErrorCode::WriteTargetNotAllowed`] where it may not lead, [`ErrorCode::BackingNotFound`] or
+    /// Those of the first name, with the others that were tried: [`ErrorCode::WriteTargetNotAllowed`] where it may not lead, [`ErrorCode::BackingNotFound`] or
     /// [`ErrorCode::OpenFailed`] where it leads to no file.
     pub fn find<'n>(
         &self,
@@ -127,14 +128,41 @@ impl Gate {
         access: Access,
         wanted: Option<Identity>,
     ) -> Result<Located, Error> {
-        let mut first = None;
+        self.find_or(recorder, names, access, wanted, || Ok(None))
+    }
+
+    /// Do the same, and take what `otherwise` gives if there is no file of any of the names.
+    ///
+    /// # Errors
+    /// As [`Gate::find`], and those of `otherwise`.
+    pub fn find_or<'n>(
+        &self,
+        recorder: &Recorder<'_>,
+        names: impl IntoIterator<Item = &'n [u8]>,
+        access: Access,
+        wanted: Option<Identity>,
+        otherwise: impl FnOnce() -> Result<Option<Located>, Error>,
+    ) -> Result<Located, Error> {
+        let (mut first, mut others, mut absent) = (None, Vec::new(), true);
         for name in names {
             match self.find_one(recorder, name, access, wanted) {
                 Ok(located) => return Ok(located),
-                Err(error) => first = first.or(Some(error)),
+                Err(error) => {
+                    absent &= error.code == ErrorCode::BackingNotFound;
+                    match first {
+                        None => first = Some(error),
+                        Some(_) => others.push(format!("'{}'", escape_bytes(name))),
+                    }
+                }
             }
         }
-        Err(first.unwrap_or_else(|| recorder.missing(&PathBuf::new())))
+        if absent {
+            if let Some(located) = otherwise()? {
+                return Ok(located);
+            }
+        }
+        let error = first.unwrap_or_else(|| recorder.missing(&PathBuf::new()));
+        Err(if others.is_empty() { error } else { error.in_state(&format!("tried as well: {}", others.join(", "))) })
     }
 
     fn find_one(

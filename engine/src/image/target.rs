@@ -61,14 +61,19 @@ pub fn resolve_backing<'r>(
     if let Some(base) = choice.base {
         return open_base(descent, overlay, base, choice, &pointer.name);
     }
-    if pointer.name.is_empty() && overlay.facts.parent_identity_unique {
-        let clause = "records which image it was made on, but not where that is: name that with `instar commit -b`";
-        return Err(Error::image(path, ErrorCode::NoBacking, clause));
-    }
     let part = Part::Target;
-    let Some(located) = descent.next(overlay, part, access, None)? else {
-        // There is a pointer.
-        return Err(Error::image(path, ErrorCode::NoBacking, "has no recorded backing file"));
+    let nameless = pointer.name.is_empty() && overlay.facts.parent_identity_unique;
+    let located = match nameless {
+        true => descent.next_without_name(overlay, part, access)?,
+        false => descent.next(overlay, part, access, None)?,
+    };
+    let Some(located) = located else {
+        let clause = match nameless {
+            true => "records which image it was made on, but not where that is: name that with `instar commit -b`",
+            // There is a pointer.
+            false => "has no recorded backing file",
+        };
+        return Err(Error::image(path, ErrorCode::NoBacking, clause));
     };
     let opened = OpenedFile::located(&located, &overlay.recorder(part), access)?.lock(access)?;
     let backing = descent.identify_target(overlay, &located, opened, choice.format)?;

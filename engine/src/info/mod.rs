@@ -61,7 +61,8 @@ fn collect(registry: &Registry, request: &InfoRequest, session: &Session) -> Res
     let gate = Gate::everywhere()?;
     if request.backing_chain {
         // The names that images record are followed wherever they lead, as `qemu-img info` does, but only to read.
-        session.begin(Reach::default().add(gate.roots().top(), false), Work::OpenAndLook, &Needs::default());
+        let reach = Reach::default().add(gate.roots().top(), false).with_listing(Work::OpenAndLook.lists_directories());
+        session.begin(reach, Work::OpenAndLook, &Needs::default());
     }
     let opened = file.open(Access::Shared, ErrorCode::ImageNotFound).map_err(|error| error.in_role(Role::Image))?;
     if !request.backing_chain {

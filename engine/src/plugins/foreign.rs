@@ -1,17 +1,18 @@
 //! Files without a loaded plugin that can still be recognized: their kind helps more than "unknown". A format stays here when
 //! it gets a plugin, which may be missing.
 
+use super::bundle::Bundle;
 use super::ImageRead;
 
 /// A kind of file that is known by its signature alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Foreign {
     /// A disk image of a format without a plugin, by the name that people have for it, and that of the format.
     Image(&'static str, &'static str),
     /// A disk image that the plugin of its format does not take for one, by the name that people have for it.
     Odd(&'static str),
     /// The description of a Parallels disk, whose images lie beside it.
-    Bundle,
+    Bundle(Bundle),
     /// A file that some program has compressed as a whole.
     Compressed(&'static str),
     /// Several files in one.
@@ -43,7 +44,7 @@ const MARKS: &[(usize, &[u8], Foreign)] = &[
 ];
 
 /// How the element of a Parallels `DiskDescriptor.xml` begins, which stands behind the line that makes it XML.
-const BUNDLE: &[u8] = b"<Parallels_disk_image";
+const DESCRIPTION: &[u8] = b"<Parallels_disk_image";
 
 /// Bytes that are looked at, once: every raw image is asked.
 const LOOKED_AT: usize = 512;
@@ -59,10 +60,10 @@ impl Foreign {
         let length = image.read_at(0, &mut start).ok()?;
         let start = start.get(..length)?;
         let is_at = |offset: usize, mark: &[u8]| start.get(offset..).is_some_and(|bytes| bytes.starts_with(mark));
-        if start.starts_with(b"<?xml") && start.windows(BUNDLE.len()).any(|bytes| bytes == BUNDLE) {
-            return Some(Self::Bundle);
+        if start.starts_with(b"<?xml") && start.windows(DESCRIPTION.len()).any(|bytes| bytes == DESCRIPTION) {
+            return Some(Self::Bundle(Bundle::read(image)));
         }
-        MARKS.iter().find(|(offset, mark, _)| is_at(*offset, mark)).map(|(_, _, what)| *what)
+        MARKS.iter().find(|(offset, mark, _)| is_at(*offset, mark)).map(|(_, _, what)| what.clone())
     }
 }
 
@@ -74,13 +75,12 @@ impl std::fmt::Display for Foreign {
                 "looks like a {name} image, for which no plugin is loaded: convert it to qcow2 with the program that made it"
             ),
             Self::Odd(name) => {
-                write!(f, "looks like a {name} image, but is cut off, damaged, or of a version that its plugin does not know")
+                write!(
+                    f,
+                    "looks like a {name} image, but is cut off, damaged, or of a version that its plugin does not know"
+                )
             }
-            Self::Bundle => write!(
-                f,
-                "describes a Parallels disk, whose images lie beside it: name the one with the newest changes, a .hds file, \
-                 and its parent with `instar commit -b`"
-            ),
+            Self::Bundle(disk) => write!(f, "describes a Parallels disk, whose images lie beside it: {disk}"),
             Self::Compressed(by) => write!(f, "looks like a file compressed with {by}: unpack it"),
             Self::Archive(by) => write!(f, "looks like an archive of {by} (an OVA file is one): unpack it"),
             Self::Empty => write!(f, "is empty"),
@@ -116,7 +116,7 @@ mod tests {
         assert_eq!(of(b"WithoutFreeSpac".to_vec()), None, "a mark that is cut off is none");
         assert_eq!(of(vec![0; 100]), None);
         let bundle = b"<?xml version='1.0' encoding='UTF-8'?>\n<Parallels_disk_image Version=\"1.0\">";
-        assert_eq!(of(bundle.to_vec()), Some(Foreign::Bundle));
+        assert_eq!(of(bundle.to_vec()), Some(Foreign::Bundle(Bundle::Unknown)));
         assert_eq!(of(bundle[..50].to_vec()), None);
         let mut vdi = b"<<< Oracle VM VirtualBox Disk Image >>>\n".to_vec();
         vdi.resize(64, 0);

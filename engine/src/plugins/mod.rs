@@ -6,6 +6,7 @@
 
 mod answers;
 mod budget;
+mod bundle;
 mod elf;
 mod failure;
 mod file_image;
@@ -19,6 +20,7 @@ mod registry;
 mod search;
 mod trust;
 
+pub use bundle::Bundle;
 pub use failure::PluginFailure;
 pub use file_image::FileImage;
 pub use foreign::Foreign;

@@ -39,7 +39,7 @@ pub fn probe(image: &ImageReader<'_>) -> Result<u32, PluginError> {
 }
 
 /// The name that VirtualBox gives to the file of a snapshot (`Machine::i_createImplicitDiffs`): the only one that an image
-/// says anything about, by the parent's UUID. The base of a machine has another one, which only `-b` can tell.
+/// says anything about, by the parent's UUID. The base of a machine has another one, and is found by its identity.
 fn name_of(uuid: Uuid) -> Vec<u8> {
     format!("{{{uuid}}}.vdi").into_bytes()
 }

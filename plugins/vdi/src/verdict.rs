@@ -33,7 +33,7 @@ pub fn notes(own: &ImageFacts) -> Vec<String> {
         .then(|| "a commit from it was interrupted: run it again, so that other programs can read it".to_owned());
     let parent = own.text(names::PARENT).map(|uuid| {
         let uuid = printable(uuid);
-        format!("records no path of its parent: it is {{{uuid}}}.vdi beside it, or the file that -b names")
+        format!("records no path of its parent: that is {{{uuid}}}.vdi, or another image beside it with that uuid")
     });
     refused.into_iter().chain(read_only).chain(announced).chain(parent).collect()
 }
