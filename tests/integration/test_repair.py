@@ -290,6 +290,49 @@ def test_a_parallels_image_that_was_not_closed(tmp_path):
     assert support.content_hash(image, "parallels") == before
 
 
+def grain_entries(data, at, copy):
+    """Where the entries of the first grain table are in the file, of the copy that the header names at this byte."""
+    directory = at + int.from_bytes(data[at + copy : at + copy + 8], "little") * 512
+    return at + int.from_bytes(data[directory : directory + 4], "little") * 512
+
+
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "twoGbMaxExtentSparse"])
+def test_a_vmdk_with_two_copies_of_its_tables(subformat, tmp_path):
+    """Each copy says what the other one lacks; of what both say, and both can mean, nobody knows which is right."""
+    image = tmp_path / "image.vmdk"
+    support.create(image, "20M", fmt="vmdk", subformat=subformat)
+    support.qemu_io(image, "write -P 1 0 1M", "write -P 2 3M 2M", fmt="vmdk")
+    extent = image if subformat == "monolithicSparse" else tmp_path / "image-s001.vmdk"
+    before, whole = support.content_hash(image, "vmdk"), extent.read_bytes()
+    first, second = (grain_entries(whole, 0, copy) for copy in (56, 48))
+
+    def damaged(*edits, mark=0):
+        data = bytearray(whole)
+        for at, value in edits:
+            data[at : at + 4] = value.to_bytes(4, "little")
+        data[72] = mark
+        extent.write_bytes(data)
+
+    damaged((first, 1 << 30), (second + 4, 0), mark=1)
+    assert support.run_instar("check", image).rc == 2
+    with support.untouched(extent):
+        result = support.run_instar("check", "-r", "all", "--dry-run", "--output", "json", image)
+        assert result.json["corruptions-fixable"] == 2, str(result)
+        assert support.run_instar("check", "-r", "leaks", image).rc == 2
+    result = support.run_instar("check", "-r", "all", "--output", "json", image)
+    assert result.rc == 0 and result.json["corruptions-fixed"] == 2, str(result)
+    assert extent.read_bytes() == whole and support.content_hash(image, "vmdk") == before
+    support.qemu_img("check", "-f", "vmdk", image)
+
+    place = int.from_bytes(whole[first + 8 : first + 12], "little")
+    for edits, words in (([(first, 1 << 30), (second, 1 << 30)], "past the end of the file"), ([(second, place)], "nothing says which"),
+                         ([(first, 1 << 30), (second, place)], "overlaps")):
+        damaged(*edits, mark=1)
+        with support.untouched(extent):
+            result = support.run_instar("check", "-r", "all", image)
+        assert result.rc == 2 and "Not repaired:" in result.stderr and words in result.stderr, str(result)
+
+
 # --- block devices ----------------------------------------------------------------------------------
 
 

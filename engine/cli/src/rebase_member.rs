@@ -22,9 +22,9 @@ pub const TICK: libc::c_int = 100;
 /// What it says, each in a line of JSON.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Said {
-    /// Everything that can refuse the rebase has been asked. So many bytes of the disk are to be written.
+    /// Everything that can refuse the rebase has been asked. The rebase will write this many bytes of the disk.
     Planned(u64),
-    /// So many of them are written.
+    /// It has written this many of them.
     Written(u64),
     /// The image names the new parent, or could: the result for programs, and for people.
     Done(Value, String),

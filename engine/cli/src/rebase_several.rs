@@ -111,7 +111,7 @@ fn rebase_several(args: &RebaseArgs, images: &[PathBuf], out: &mut dyn Write) ->
     let caller = Caller { told: Rc::new(told(args)?), cancel: cancel_on_signals() };
     let mut links = Vec::new();
     let ran = plan(&caller, &requests, images, &mut links).and_then(|()| write(&caller, args.dry_run, &mut links));
-    // Whoever still waits is held back.
+    // Those that still wait are held back.
     links.iter_mut().for_each(Link::finish);
     let failed = first_error(&links).or(ran.err());
     let entries = Entries { images: entries(args.dry_run, images, &links), warnings: config.warnings };
@@ -194,7 +194,7 @@ fn start(caller: &Caller, request: &RebaseRequest, images: &[PathBuf], links: &m
     match unsafe { libc::fork() } {
         -1 => Err(failed("cannot get a process of its own", &std::io::Error::last_os_error())),
         0 => {
-            // SAFETY: the calls take numbers. Whoever waits for this process may be gone already.
+            // SAFETY: the calls take numbers. The process that waits for this one may be gone already.
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM, 0, 0, 0);
                 if libc::getppid() != parent {

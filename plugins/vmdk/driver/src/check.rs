@@ -10,7 +10,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::Request;
-use instar_guest_sdk::table::{Used, Windows};
+use instar_guest_sdk::table::{Used, Windows, Wrong};
 use instar_guest_sdk::{BlockIo, DriverResult};
 use instar_vmdk_format::{Grain, GrainMarker, Metadata, SECTOR};
 
@@ -26,13 +26,33 @@ pub struct Verified {
     pub end: u64,
 }
 
+/// A pass over the grains.
+struct Pass<'a> {
+    /// What of the window is used.
+    used: &'a mut Used,
+    /// The first pass tells what no window shows.
+    first: bool,
+    /// Is told each table that holds anything, and of each grain its table and its sectors.
+    saw: &'a mut dyn FnMut(usize, Option<&Range<u64>>),
+    wrong: Wrong<'a>,
+}
+
 impl Image {
-    /// Verify all metadata.
+    /// Verify all metadata, up to the first fault.
     ///
     /// # Errors
     /// Corruption and I/O errors.
     pub fn verify(&self, io: &mut dyn BlockIo) -> DriverResult<Verified> {
-        self.verify_fixed()?;
+        self.survey(io, &mut |offset, text| Err(self.corrupt(offset, text)))
+    }
+
+    /// Go through all metadata, and tell what is wrong with it.
+    ///
+    /// # Errors
+    /// Those of `wrong`; I/O errors.
+    pub fn survey(&self, io: &mut dyn BlockIo, wrong: Wrong<'_>) -> DriverResult<Verified> {
+        self.verify_fixed(wrong)?;
+        let sound = self.sound_tables(wrong)?;
         let mut windows = Windows::over(io, self.file_length.div_ceil(SECTOR).min(REACH), 1);
         let mut holding = Used::of(0..self.directory.entries.len() as u64)?;
         let mut found = Verified::default();
@@ -45,43 +65,61 @@ impl Image {
                     return Ok(());
                 }
                 let text = format!("the {what} at sector {} overlaps other metadata", sectors.start);
-                Err(self.corrupt(sectors.start.saturating_mul(SECTOR), text))
+                wrong(sectors.start.saturating_mul(SECTOR), text)
             })?;
             if windows.is_first() {
                 let end = &mut found.end;
-                found.grains = self.verify_grains(io, None, &mut used, &mut |table, sectors| match sectors {
+                let mut saw = |table: usize, sectors: Option<&Range<u64>>| match sectors {
                     Some(sectors) => {
                         *end = sectors.end.max(*end);
                         windows.reach(sectors);
                     }
                     None => drop(holding.add(table as u64)),
-                })?;
+                };
+                let mut pass = Pass { used: &mut used, first: true, saw: &mut saw, wrong };
+                found.grains = self.verify_grains(io, &sound, &mut pass)?;
             } else {
-                self.verify_grains(io, Some(&holding), &mut used, &mut |_, _| {})?;
+                let mut pass = Pass { used: &mut used, first: false, saw: &mut |_, _| {}, wrong };
+                self.verify_grains(io, &holding, &mut pass)?;
             }
         }
         Ok(found)
     }
 
     /// Those metadata that are there once, which may lie further behind than entries reach.
-    fn verify_fixed(&self) -> DriverResult<()> {
+    fn verify_fixed(&self, wrong: Wrong<'_>) -> DriverResult<()> {
         let fixed = self.fixed_metadata();
         for (index, (sectors, what)) in fixed.iter().enumerate() {
             let overlaps = |(other, _): &&Metadata| sectors.start < other.end && other.start < sectors.end;
             if let Some((_, other)) = fixed.iter().take(index).find(overlaps) {
                 let text = format!("the {what} at sector {} overlaps the {other}", sectors.start);
-                return Err(self.corrupt(sectors.start.saturating_mul(SECTOR), text));
+                wrong(sectors.start.saturating_mul(SECTOR), text)?;
             }
         }
         Ok(())
     }
 
-    /// Everything but grains.
+    /// The tables of the first directory that lie in the file.
+    fn sound_tables(&self, wrong: Wrong<'_>) -> DriverResult<Used> {
+        let mut sound = Used::of(0..self.directory.entries.len() as u64)?;
+        for (number, directory) in self.directories().enumerate() {
+            for index in directory.present() {
+                match self.table_offset(directory, index) {
+                    Ok(_) if number == 0 => drop(sound.add(index as u64)),
+                    Ok(_) => {}
+                    Err(error) => wrong(error.offset.unwrap_or(0), error.text)?,
+                }
+            }
+        }
+        Ok(sound)
+    }
+
+    /// Everything but grains, as far as it lies in the file.
     fn each_metadata(&self, each: &mut dyn FnMut(Metadata) -> DriverResult<()>) -> DriverResult<()> {
         self.fixed_metadata().into_iter().try_for_each(&mut *each)?;
         for directory in self.directories() {
             for index in directory.present() {
-                if let Some(offset) = self.table_offset(directory, index)? {
+                if let Ok(Some(offset)) = self.table_offset(directory, index) {
                     let sector = offset / SECTOR;
                     each((sector..sector + self.layout.table_bytes() / SECTOR, "grain table"))?;
                 }
@@ -90,33 +128,20 @@ impl Image {
         Ok(())
     }
 
-    /// Verify the grains of the tables in `only`, or of all. Returns how many there are. `saw` is told each table that holds
-    /// anything, and of each grain its table and its sectors.
-    fn verify_grains(
-        &self,
-        io: &mut dyn BlockIo,
-        only: Option<&Used>,
-        used: &mut Used,
-        saw: &mut dyn FnMut(usize, Option<&Range<u64>>),
-    ) -> DriverResult<u64> {
+    /// Verify the grains of the tables in `only`. Returns how many there are.
+    fn verify_grains(&self, io: &mut dyn BlockIo, only: &Used, pass: &mut Pass<'_>) -> DriverResult<u64> {
         let mut grains = 0;
-        self.each_tables(io, &self.directory, only, &mut |io, tables| {
+        self.each_tables(io, &self.directory, Some(only), &mut |io, tables| {
             for table in tables.iter().filter(|table| table.holds_anything()) {
-                saw(table.index, None);
-                grains += self.verify_table(io, table, used, &mut |sectors| saw(table.index, Some(sectors)))?;
+                (pass.saw)(table.index, None);
+                grains += self.verify_table(io, table, pass)?;
             }
             Ok(())
         })?;
         Ok(grains)
     }
 
-    fn verify_table(
-        &self,
-        io: &mut dyn BlockIo,
-        table: &Table,
-        used: &mut Used,
-        saw: &mut dyn FnMut(&Range<u64>),
-    ) -> DriverResult<u64> {
+    fn verify_table(&self, io: &mut dyn BlockIo, table: &Table, pass: &mut Pass<'_>) -> DriverResult<u64> {
         let lengths = self.compressed_lengths(io, table)?;
         let mut grains = 0;
         for (entry, &value) in table.entries.iter().enumerate() {
@@ -129,13 +154,7 @@ impl Image {
                 }
                 Grain::At(offset) => offset,
             };
-            let wrong = |what: &str| {
-                let text = format!("the grain of guest offset {guest}, at sector {value}, {what}");
-                self.corrupt(offset, text)
-            };
-            if offset >= self.file_length {
-                return Err(wrong("lies past the end of the file"));
-            }
+            let text = |what: &str| format!("the grain of guest offset {guest}, at sector {value}, {what}");
             let length = match lengths.get(entry) {
                 Some(&length) => length,
                 None => self.layout.grain_bytes(),
@@ -148,14 +167,23 @@ impl Image {
             } else {
                 self.file_length.checked_next_multiple_of(self.layout.grain_bytes()).unwrap_or(u64::MAX)
             };
-            if end > cut {
-                return Err(wrong("goes past the end of the file"));
+            let outside = if offset >= self.file_length {
+                Some("lies past the end of the file")
+            } else {
+                (end > cut).then_some("goes past the end of the file")
+            };
+            if let Some(outside) = outside {
+                // Later passes see it again.
+                if pass.first {
+                    (pass.wrong)(offset, text(outside))?;
+                }
+                continue;
             }
             let end = end.min(self.file_length);
             let sectors = offset / SECTOR..end.div_ceil(SECTOR);
-            saw(&sectors);
-            if !used.add_all(&sectors) {
-                return Err(wrong("overlaps metadata or another grain"));
+            (pass.saw)(table.index, Some(&sectors));
+            if !pass.used.add_all(&sectors) {
+                (pass.wrong)(offset, text("overlaps metadata or another grain"))?;
             }
             grains += 1;
         }
@@ -170,7 +198,7 @@ impl Image {
         let mut markers = vec![[0u8; GrainMarker::BYTES]; table.entries.len()];
         let mut requests = Vec::new();
         for (&value, marker) in table.entries.iter().zip(&mut markers) {
-            if let Grain::At(offset) = self.layout.grain_of(value) {
+            if let Some(offset) = self.layout.grain_of(value).offset().filter(|&offset| offset < self.file_length) {
                 let (buffer, length) = (marker.as_mut_ptr() as u64, marker.len() as u64);
                 requests.push(Request::read(self.device, offset, buffer, length));
             }

@@ -10,7 +10,7 @@ use instar_guest_sdk::table::{Action, Arrival, Held, ZeroEntries};
 use instar_guest_sdk::{checked_end, overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{
     entries, CowdHeader, Grain, Header, Layout, Metadata, COWD_HEADER_BYTES, FOOTER_BYTES, HEADER_BYTES,
-    MAX_DESCRIPTOR_BYTES, SECTOR,
+    MAX_DESCRIPTOR_BYTES, SECTOR, UNCLEAN_SHUTDOWN,
 };
 
 /// An open sparse extent. Its memory: the grain directories, 1 MiB each at most, or the one of an extent of ESX, 4 MiB at most.
@@ -25,6 +25,10 @@ pub struct Image {
     pub redundant: Option<Directory>,
     /// There is a footer, at the end of the file.
     pub footer: bool,
+    /// The header says that the extent was not closed. QEMU neither reads nor sets that.
+    pub unclean: bool,
+    /// What the tables of the first directory cannot mean is taken from those of the second: see [`crate::copies`].
+    pub merges: bool,
     /// The first table that the file is yet to get, while the disk is about to grow: it is empty.
     pub unwritten: usize,
     corrupt: ErrorCode,
@@ -68,6 +72,7 @@ impl Image {
             header = header.with_footer(&bytes).map_err(at(corrupt, number, start))?;
         }
         let mut image = Self::of(device, header.layout(), footer, corrupt);
+        image.unclean = bytes.get(UNCLEAN_SHUTDOWN).is_some_and(|&mark| mark != 0);
         if header.descriptor_size != 0 {
             image.descriptor_range()?;
         }
@@ -100,8 +105,9 @@ impl Image {
 
     fn of(device: &FileDevice, layout: Layout, footer: bool, corrupt: ErrorCode) -> Self {
         let FileDevice { device, file_length, .. } = *device;
-        let directory = Directory::default();
-        Self { device, layout, file_length, directory, redundant: None, footer, unwritten: usize::MAX, corrupt }
+        let (directory, unwritten) = (Directory::default(), usize::MAX);
+        let (unclean, merges, redundant) = (false, false, None);
+        Self { device, layout, file_length, directory, redundant, footer, unclean, merges, unwritten, corrupt }
     }
 
     fn read_directories(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {

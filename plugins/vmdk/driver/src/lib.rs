@@ -6,12 +6,14 @@ extern crate alloc;
 
 mod check;
 mod content_id;
+mod copies;
 mod decode;
 mod disk;
 mod failures;
 mod grow;
 mod growth;
 mod image;
+mod mend;
 mod parent;
 mod sesparse;
 mod sesparse_check;

@@ -2,10 +2,15 @@
 
 use crate::content_id::DescriptorPlace;
 use crate::disk::{Body, Disk, Part};
+use crate::mend::{Mend, REST};
 use crate::sparse_source::SparseSource;
+use alloc::format;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{CheckSummary, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage};
+use instar_guest_sdk::abi::{
+    CheckSummary, ErrorCode, FindingKind, ImageId, ImageInfo, ParentStage, Repair, RepairSummary,
+};
+use instar_guest_sdk::table::tell_findings;
 use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, Extent, Extents, Parent, Source};
 use instar_vmdk_format::{Step, NO_PARENT};
 
@@ -17,13 +22,15 @@ pub struct VmdkSource {
     pub(crate) parts: Vec<Part<SparseSource>>,
     /// What was planned last.
     steps: Option<Vec<Step>>,
+    /// What a repair is to mend, by extent.
+    mends: Vec<Mend>,
 }
 
 impl VmdkSource {
     pub(crate) fn new(disk: Disk) -> DriverResult<Self> {
         let info = ImageInfo { virtual_size: disk.size, cluster_size: disk.cluster_size };
         let (descriptor, parts) = disk.map(|image, _| Ok(SparseSource::new(image)))?;
-        Ok(Self { info, descriptor, parts, steps: None })
+        Ok(Self { info, descriptor, parts, steps: None, mends: Vec::new() })
     }
 }
 
@@ -150,7 +157,7 @@ impl Source for VmdkSource {
         self.descriptor.take(io, &steps)
     }
 
-    /// What the check finds, is found. Grains that nothing refers to are not looked for: a vmdk does not say which there are.
+    /// Grains that nothing refers to are not looked for: a vmdk does not say which there are.
     fn check(
         &mut self,
         io: &mut dyn BlockIo,
@@ -158,19 +165,65 @@ impl Source for VmdkSource {
     ) -> DriverResult<CheckSummary> {
         let mut found = CheckSummary::default();
         for part in &mut self.parts {
-            let verified = match &mut part.body {
-                Body::Sparse(sparse) => sparse.verify(io, false),
-                Body::SeSparse(sparse) => sparse.verify(io),
-                Body::Flat(_) => continue,
-            };
-            match verified {
-                Err(error) if error.code == ErrorCode::OverlayCorrupt => {
-                    found.corruptions += 1;
-                    finding(FindingKind::Corruption, &error.text);
+            match &mut part.body {
+                Body::Sparse(SparseSource { image, .. }) => {
+                    let (_, wrong) = tell_findings(finding, REST, |wrong| {
+                        image.survey(io, wrong)?;
+                        image.compare_copies(io, wrong)
+                    })?;
+                    found.corruptions += wrong;
                 }
-                checked => drop(checked?),
+                Body::SeSparse(sparse) => match sparse.verify(io) {
+                    Err(error) if error.code == ErrorCode::OverlayCorrupt => {
+                        found.corruptions += 1;
+                        finding(FindingKind::Corruption, &error.text);
+                    }
+                    checked => drop(checked?),
+                },
+                Body::Flat(_) => {}
             }
         }
         Ok(found)
+    }
+
+    fn plan_repair(
+        &mut self,
+        io: &mut dyn BlockIo,
+        repair: Repair,
+        finding: &mut dyn FnMut(FindingKind, &str),
+    ) -> DriverResult<RepairSummary> {
+        let mut all = RepairSummary::default();
+        self.mends.clear();
+        for part in &mut self.parts {
+            let mend = match &mut part.body {
+                Body::Sparse(sparse) => {
+                    let (mend, planned) = sparse.image.plan_repair(io, repair, finding)?;
+                    all.corruptions += planned.corruptions;
+                    mend
+                }
+                Body::SeSparse(sparse) => {
+                    if let Err(error) = sparse.verify(io) {
+                        if error.code != ErrorCode::OverlayCorrupt {
+                            return Err(error);
+                        }
+                        finding(FindingKind::Corruption, &format!("{}: only VMware mends seSparse", error.text));
+                    }
+                    Mend::default()
+                }
+                Body::Flat(_) => Mend::default(),
+            };
+            self.mends.push(mend);
+        }
+        Ok(all)
+    }
+
+    /// Each extent by itself: none says anything of another one.
+    fn repair(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        for (part, mend) in self.parts.iter().zip(core::mem::take(&mut self.mends)) {
+            if let Body::Sparse(sparse) = &part.body {
+                sparse.image.repair(io, mend)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -120,7 +120,10 @@ impl Image {
             if chunk.is_empty() {
                 return Ok(());
             }
-            let tables = self.read_tables(io, directory, &chunk)?;
+            let mut tables = self.read_tables(io, directory, &chunk)?;
+            if self.merges {
+                self.merge(io, &mut tables, &chunk)?;
+            }
             each(io, &tables)?;
         }
     }

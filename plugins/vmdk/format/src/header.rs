@@ -13,6 +13,9 @@ pub const MAX_DIRECTORY: u64 = 1 << 18;
 /// Longest descriptor that is read, in bytes.
 pub const MAX_DESCRIPTOR_BYTES: u64 = 1 << 20;
 
+/// The byte of the header that is not 0 while the extent is open for writing (`uncleanShutdown`).
+pub const UNCLEAN_SHUTDOWN: usize = 72;
+
 /// Largest grain in sectors: 64 MiB.
 const MAX_GRAIN: u64 = 1 << 17;
 /// `gdOffset` of a header whose directory is at the end (`GD_AT_END`): the footer has the real one.

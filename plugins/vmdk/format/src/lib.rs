@@ -26,7 +26,9 @@ pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
 pub use error::{FormatError, Trouble};
 pub use extent::{DiskExtent, ExtentLine, Storage};
 pub use grow::{change_size, grow_header, NewSize};
-pub use header::{flags, Header, HeaderGrowth, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY};
+pub use header::{
+    flags, Header, HeaderGrowth, HEADER_BYTES, MAGIC, MAX_DESCRIPTOR_BYTES, MAX_DIRECTORY, UNCLEAN_SHUTDOWN,
+};
 pub use layout::{Layout, Metadata, Place};
 pub use parent::{change_parent, Embedded, Step};
 pub use sesparse::{
@@ -69,6 +71,15 @@ impl Grain {
             0 => Self::Absent,
             1 if zeroed_grains => Self::Zero,
             sector => Self::At(u64::from(sector) * SECTOR),
+        }
+    }
+
+    /// The first byte in the file of a grain that has a place.
+    #[must_use]
+    pub const fn offset(self) -> Option<u64> {
+        match self {
+            Self::At(offset) => Some(offset),
+            Self::Absent | Self::Zero => None,
         }
     }
 }

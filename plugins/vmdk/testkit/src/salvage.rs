@@ -45,6 +45,8 @@ pub fn salvage(bytes: &[u8]) -> Option<Disk> {
                     None => disk.unreadable(at, grain),
                 }
             }
+            // QEMU reads zeroes past the end of the file, which the image does not say.
+            Some(sector) if sector * 512 >= bytes.len() as u64 => disk.unreadable(at, grain),
             Some(sector) => disk.hold(at, grain, part(bytes, sector * 512, grain)),
             None => disk.unreadable(at, grain),
         }
