@@ -87,6 +87,8 @@ impl Default for CommitEvents {
 
 /// The step in which the overlay is emptied, as the guest names it.
 const EMPTYING: &str = "empty";
+/// The step in which the target is written.
+const WRITING: &str = "write";
 
 impl CommitEvents {
     /// What becomes of a bitmap: told before the plan, so that whoever waits for that hears it before the first change.
@@ -238,9 +240,11 @@ impl Events for CommitEvents {
         Err(BadRequest(why.to_owned()))
     }
 
-    fn step(&mut self, step: &str) {
-        if step == EMPTYING {
-            self.meter.iter().for_each(Meter::emptying);
+    fn step(&mut self, step: &str, done: u64) {
+        match step {
+            EMPTYING => self.meter.iter().for_each(Meter::emptying),
+            WRITING => self.meter.iter().for_each(|meter| meter.written(done)),
+            _ => {}
         }
     }
 

@@ -514,6 +514,7 @@ impl Devices {
                 self.statistics.read += length;
             }
             RequestOp::Write => {
+                self.pace.read(length);
                 let way = self.zero_writes;
                 let zeroes =
                     way != ZeroWrites::Written && length >= reserve::WORTH && transfer::is_zero(memory, batch)?;

@@ -36,6 +36,11 @@ pub trait Watch {
     /// Report that `bytes` more have moved.
     fn moved(&mut self, bytes: u64);
 
+    /// Report that the guest has read `bytes` more into its memory, to write them in another form.
+    fn read(&mut self, bytes: u64) {
+        let _ = bytes;
+    }
+
     /// Data has moved, and nothing is half done: a moment for what takes longer.
     ///
     /// # Errors
@@ -141,6 +146,13 @@ impl Pace {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
+    /// Record data that the guest has read, which is not limited.
+    pub fn read(&mut self, bytes: u64) {
+        if let Some(watch) = &mut self.watch {
+            watch.read(bytes);
+        }
+    }
+
 mod tests {
     use super::*;
     use std::cell::Cell;
