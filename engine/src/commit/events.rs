@@ -118,6 +118,7 @@ impl CommitEvents {
         if self.damages_siblings {
             return Err(BadRequest("a commit that damages other images on the target".to_owned()));
         }
+        self.atomic.as_mut().map_or(Ok(()), |atomic| atomic.admit(plan.bytes))?;
         self.lacking = self.space.and_then(|space| space.lacking(&plan));
         if self.lacking.is_some() {
             return Err(BadRequest("more space than there is".to_owned()));

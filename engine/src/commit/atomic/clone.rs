@@ -164,8 +164,8 @@ impl Clone {
 
     /// The commit has reached its end: what the backup says of it is not needed any more.
     pub fn finished(&self, old: &OpenedFile) {
-        if self.backup.is_some() {
-            mark::remove(self.marked(old));
+        if let Some(overlay) = &self.overlay {
+            mark::end(self.marked(old), self.new.file(), overlay);
         }
     }
 

@@ -5,6 +5,9 @@
 //! The mark is an extended attribute of the old target, durable before the new one gets the name. It names the new target by its
 //! inode and its birth, and the overlay by its inode and the time of its last change: once the overlay is emptied, or
 //! written to, the mark says nothing any more. So a crash in between leaves no backup that a later commit would take for its own.
+//!
+//! When the commit has reached its end, the old target says that, instead: a run that is repeated because nobody saw the end of the
+//! first one has nothing to commit, and takes the backup for what it is. One that has something to commit does not.
 
 use rustix::fs::{fgetxattr, fremovexattr, fsetxattr, fstat, statx, AtFlags, Stat, Statx, StatxFlags, XattrFlags};
 use rustix::io::Errno;
@@ -30,6 +33,29 @@ fn line(new: &File, overlay: &File) -> Option<String> {
     ))
 }
 
+/// A file that took the place in a commit of this overlay, in whatever state that is by now.
+fn ended_line(new: &File, overlay: &File) -> Option<String> {
+    let line = line(new, overlay)?;
+    Some(line.rsplit_once(' ').map(|(named, _)| format!("{named} ended\n")).unwrap_or_default())
+}
+
+/// Whether an old target says that `target` has taken its place in a commit of this overlay, which has nothing left then.
+#[must_use]
+pub fn is_ended(old: &File, target: &File, overlay: &File) -> bool {
+    if !looks_like(old, target) {
+        return false;
+    }
+    let named = |line: &str| line.rsplit_once(' ').map(|(named, _)| named.to_owned());
+    let Some(wanted) = ended_line(target, overlay).as_deref().and_then(named) else { return false };
+    read(old).is_some_and(|value| value.lines().any(|line| named(line).is_some_and(|named| named == wanted)))
+}
+
+/// Anybody can write such a mark on a file of their own; the old target is its owner's, with the same mode.
+fn looks_like(old: &File, target: &File) -> bool {
+    let same = |old: &Stat, new: &Stat| (old.st_uid, old.st_gid, old.st_mode) == (new.st_uid, new.st_gid, new.st_mode);
+    matches!((fstat(old), fstat(target)), (Ok(old), Ok(target)) if same(&old, &target))
+}
+
 fn read(old: &File) -> Option<String> {
     let mut value = vec![0_u8; MOST];
     let length = fgetxattr(old, NAME, &mut value[..]).ok()?;
@@ -40,9 +66,7 @@ fn read(old: &File) -> Option<String> {
 /// Whether an old target says that `target` has taken its place, in a commit of this overlay as it is now.
 #[must_use]
 pub fn is_replaced(old: &File, target: &File, overlay: &File) -> bool {
-    // Anybody can write such a mark on a file of their own; the old target is its owner's, with the same mode.
-    let same = |old: &Stat, new: &Stat| (old.st_uid, old.st_gid, old.st_mode) == (new.st_uid, new.st_gid, new.st_mode);
-    if !matches!((fstat(old), fstat(target)), (Ok(old), Ok(target)) if same(&old, &target)) {
+    if !looks_like(old, target) {
         return false;
     }
     let Some(wanted) = line(target, overlay) else { return false };
@@ -63,8 +87,20 @@ pub fn set(old: &File, new: &File, overlay: &File) -> Result<(), Errno> {
     rustix::io::retry_on_intr(|| rustix::fs::fsync(old))
 }
 
-/// The commit has reached its end. An overlay that keeps its content is what it was, so that it has to be durable; what a crash brings
+/// The commit has reached its end. An overlay that keeps its content is what it was, so that this has to be durable; what a crash brings
 /// back says nothing of any other.
+pub fn end(old: &File, new: &File, overlay: &File) {
+    match ended_line(new, overlay) {
+        Some(line) if read(old).is_some() => {
+            if fsetxattr(old, NAME, line.as_bytes(), XattrFlags::empty()).is_ok() {
+                let _ = rustix::io::retry_on_intr(|| rustix::fs::fsync(old));
+            }
+        }
+        _ => remove(old),
+    }
+}
+
+/// Nothing takes the place of the old target after all.
 pub fn remove(old: &File) {
     if fremovexattr(old, NAME).is_ok() {
         let _ = rustix::io::retry_on_intr(|| rustix::fs::fsync(old));

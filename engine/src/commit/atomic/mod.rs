@@ -28,7 +28,7 @@ use std::fmt;
 use std::fs::File;
 use std::mem;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use undo_log::UndoLog;
 
@@ -64,6 +64,8 @@ pub struct Atomic {
     why: Option<String>,
     /// The guest said that the target is complete, and it is what it should be from then on.
     complete: bool,
+    /// The backup of a run that has ended, if there is one already.
+    ended: Option<PathBuf>,
     /// Why it could not be made so.
     failure: Option<Error>,
 }
@@ -95,6 +97,8 @@ enum AtBackup {
     Replaced(File),
 }
 
+    /// What it was before a run that has reached its end, or nearly.
+    Ended,
 /// Refuse a backup of a name that exists, unless an interrupted run of the same commit has left it.
 fn look_at_backup(
     target: &OpenedFile,
@@ -113,11 +117,16 @@ fn look_at_backup(
                 Ok(old) if mark::is_replaced(&old, target.file.file(), overlay) => return Ok(AtBackup::Replaced(old)),
                 _ => {}
             }
+                Ok(old) if mark::is_ended(&old, target.file.file(), overlay) => return Ok(AtBackup::Ended),
         }
         _ => {}
     }
     let clause = "exists, or cannot be looked at, and is not overwritten: if it is the backup of this commit, that has ended; if it is \
                   something else, give --keep-backup another name";
+    Err(backup_exists(&directory.path().join(backup)))
+}
+
+fn backup_exists(backup: &Path) -> Error {
     Err(Error::image(&directory.path().join(backup), ErrorCode::OpenFailed, clause))
 }
 
@@ -148,7 +157,7 @@ impl Atomic {
         let left_over = matches!(found, AtBackup::Target);
         let made = if let AtBackup::Replaced(old) = found { Some(old) } else { None };
         let backup = backup.map(|name| Backup { name, made, overlay });
-        let keeps = backup.is_some();
+        let keeps = backup.is_some() || ended.is_some();
         let names = fstat(target.opened.file.file()).map_or(1, |stat| stat.st_nlink);
         if names.saturating_sub(u64::from(left_over)) > 1 {
             return Err(has_names(&target.opened, names));
@@ -156,6 +165,9 @@ impl Atomic {
         let why = match Clone::begin(&target.opened, &directory, &name, backup) {
             Ok((clone, opened)) => {
                 // All else that is known of the target stays true.
+        // Whether it is what this run would make, the plan says: a run that has nothing left to commit makes none.
+        let ended = backup.filter(|_| matches!(found, AtBackup::Ended)).map(|name| directory.path().join(name));
+        let backup = backup.filter(|_| ended.is_none());
                 let file = mem::replace(&mut target.opened.file, opened.file);
                 let OpenedFile { identity, block_device, below, .. } = target.opened;
                 let (path, beside) = (target.opened.path.clone(), target.opened.directory.clone());
@@ -169,7 +181,8 @@ impl Atomic {
                     block_device,
                     below,
                 };
-                return Ok(Self::kept(directory, Kept::Clone(Box::new(clone), Box::new(old)), None));
+                let kept = Self::kept(directory, Kept::Clone(Box::new(clone), Box::new(old)), None);
+                return Ok(Self { ended, ..kept });
             }
             Err(NoClone::Refused(error)) => return Err(error),
             Err(NoClone::Unable(why)) => why,
@@ -183,7 +196,21 @@ impl Atomic {
     }
 
     fn kept(directory: Directory, kept: Kept, why: Option<String>) -> Self {
-        Self { kept, directory, why, complete: false, failure: None }
+        Self { kept, directory, why, ended: None, complete: false, failure: None }
+    }
+
+    /// So many bytes are to be committed. The backup of a run that has ended is that of a run which commits nothing, and of no other.
+    ///
+    /// # Errors
+    /// The guest is ended: the backup exists.
+    pub fn admit(&mut self, bytes: u64) -> Result<(), BadRequest> {
+        match &self.ended {
+            Some(backup) if bytes > 0 => {
+                self.failure = Some(backup_exists(backup));
+                Err(BadRequest("the backup exists".to_owned()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The commit has reached its end.
