@@ -64,6 +64,8 @@ pub struct Pace {
     cancel: Option<Cancel>,
     limit: Option<Limit>,
     watch: Option<Box<dyn Watch>>,
+    /// Who keeps what changes, and says that this process lives.
+    alive: Option<Box<dyn FnMut() -> io::Result<()>>>,
 }
 
 impl fmt::Debug for Pace {
@@ -94,6 +96,11 @@ impl Pace {
         self.watch = Some(watch);
     }
 
+    /// Call `alive`, too, whenever data has moved; its error ends the movement.
+    pub(super) fn tell_alive(&mut self, alive: Box<dyn FnMut() -> io::Result<()>>) {
+        self.alive = Some(alive);
+    }
+
     /// Return the number of bytes that may move at once: those of a tenth of a second, but at most `most`.
     #[must_use]
     pub fn piece(&self, most: u64) -> u64 {
@@ -120,6 +127,9 @@ impl Pace {
         if let Some(watch) = &mut self.watch {
             watch.settle()?;
         }
+        if let Some(alive) = &mut self.alive {
+            alive()?;
+        }
         let Some(limit) = &mut self.limit else { return Ok(()) };
         let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(limit.rate);
         let takes = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
@@ -136,6 +146,13 @@ impl Pace {
         }
     }
 
+    /// Record data that the guest has read, which is not limited.
+    pub fn read(&mut self, bytes: u64) {
+        if let Some(watch) = &mut self.watch {
+            watch.read(bytes);
+        }
+    }
+
     /// Record zeroes, which take no space: they are reported but not limited.
     pub fn passed(&mut self, bytes: u64) {
         if let Some(watch) = &mut self.watch {
@@ -146,13 +163,6 @@ impl Pace {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-    /// Record data that the guest has read, which is not limited.
-    pub fn read(&mut self, bytes: u64) {
-        if let Some(watch) = &mut self.watch {
-            watch.read(bytes);
-        }
-    }
-
 mod tests {
     use super::*;
     use std::cell::Cell;

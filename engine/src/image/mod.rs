@@ -24,6 +24,7 @@ mod parents;
 mod roots;
 mod snapshot;
 mod target;
+mod undo_directory;
 mod unfinished;
 mod users;
 
@@ -44,4 +45,5 @@ pub use parents::{check_immediate_parent, check_parents, parent_mismatch};
 pub use roots::Roots;
 pub use snapshot::SnapshotName;
 pub use target::{resolve_backing, BackingChoice, Target};
+pub use undo_directory::{undo_directory, use_undo_directory, DeviceIdentity, UndoDirectory};
 pub use unfinished::unfinished_below;

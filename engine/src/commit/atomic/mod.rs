@@ -4,6 +4,7 @@
 //! Elsewhere the target is changed in place, with an [undo log](undo_log) beside it.
 
 mod clone;
+mod kept;
 mod mark;
 mod undo_log;
 
@@ -11,8 +12,9 @@ use super::changed::Changed;
 use crate::devices::{Device, Devices};
 use crate::error::Error;
 use crate::escape::escape_bytes;
-use crate::image::{ChainImage, OpenedFile};
+use crate::image::{undo_directory, ChainImage, OpenedFile};
 use crate::lookup::{Directory, Identity};
+use crate::recover::refuse_namesake;
 use crate::sandbox::BadRequest;
 use crate::undo::is_log_name;
 pub(crate) use mark::NAME as REPLACED_MARK;
@@ -30,7 +32,7 @@ use std::mem;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use undo_log::UndoLog;
+use undo_log::{OfDevice, UndoLog};
 
 /// What the files are like after a commit that did not reach its end.
 const AS_IT_WAS: &str = "the target is as it was, and the overlay reads as before";
@@ -62,10 +64,10 @@ pub struct Atomic {
     directory: Directory,
     /// Why the target is not cloned.
     why: Option<String>,
-    /// The guest said that the target is complete, and it is what it should be from then on.
-    complete: bool,
     /// The backup of a run that has ended, if there is one already.
     ended: Option<PathBuf>,
+    /// The guest said that the target is complete, and it is what it should be from then on.
+    complete: bool,
     /// Why it could not be made so.
     failure: Option<Error>,
 }
@@ -95,10 +97,10 @@ enum AtBackup {
     Target,
     /// What the target was before an interrupted run replaced it.
     Replaced(File),
-}
-
     /// What it was before a run that has reached its end, or nearly.
     Ended,
+}
+
 /// Refuse a backup of a name that exists, unless an interrupted run of the same commit has left it.
 fn look_at_backup(
     target: &OpenedFile,
@@ -115,19 +117,19 @@ fn look_at_backup(
             let opened = retry_on_intr(|| openat(directory, backup, flags, Mode::empty())).map(File::from);
             match opened {
                 Ok(old) if mark::is_replaced(&old, target.file.file(), overlay) => return Ok(AtBackup::Replaced(old)),
+                Ok(old) if mark::is_ended(&old, target.file.file(), overlay) => return Ok(AtBackup::Ended),
                 _ => {}
             }
-                Ok(old) if mark::is_ended(&old, target.file.file(), overlay) => return Ok(AtBackup::Ended),
         }
         _ => {}
     }
-    let clause = "exists, or cannot be looked at, and is not overwritten: if it is the backup of this commit, that has ended; if it is \
-                  something else, give --keep-backup another name";
     Err(backup_exists(&directory.path().join(backup)))
 }
 
 fn backup_exists(backup: &Path) -> Error {
-    Err(Error::image(&directory.path().join(backup), ErrorCode::OpenFailed, clause))
+    let clause = "exists, or cannot be looked at, and is not overwritten: if it is the backup of this commit, that has ended; if it is \
+                  something else, give --keep-backup another name";
+    Error::image(backup, ErrorCode::OpenFailed, clause)
 }
 
 impl Atomic {
@@ -138,8 +140,14 @@ impl Atomic {
     pub fn begin(target: &mut ChainImage<'_>, overlay: &OpenedFile, backup: Option<&Path>) -> Result<Self, Error> {
         let path = target.opened.path.clone();
         let refused = |clause: &str| Err(Error::image(&path, ErrorCode::UnsupportedFormat, clause));
-        if target.opened.block_device {
-            return refused("is a block device, which --atomic can neither replace nor keep: commit without it");
+        if target.opened.block_device && undo_directory().is_none() {
+            return refused(
+                "is a block device, beside which no undo log can lie: name a directory on a disk for it with --undo-dir, or commit \
+                 without --atomic",
+            );
+        }
+        if target.opened.block_device && backup.is_some() {
+            return refused("is a block device, which leaves no backup: take a copy or a snapshot of it, and leave out --keep-backup");
         }
         if !target.files.is_empty() {
             return refused(
@@ -148,12 +156,18 @@ impl Atomic {
             );
         }
         let (directory, name) = target.opened.place()?;
+        if target.opened.block_device {
+            return Self::begin_on_device(&target.opened, &directory, &name);
+        }
         let backup = backup.map(backup_name).transpose()?;
         let overlay = overlay.file.file();
         let found = match backup {
             Some(backup) => look_at_backup(&target.opened, (&directory, &name), backup, overlay)?,
             None => AtBackup::Nothing,
         };
+        // Whether it is what this run would make, the plan says: a run that has nothing left to commit makes none.
+        let ended = backup.filter(|_| matches!(found, AtBackup::Ended)).map(|name| directory.path().join(name));
+        let backup = backup.filter(|_| ended.is_none());
         let left_over = matches!(found, AtBackup::Target);
         let made = if let AtBackup::Replaced(old) = found { Some(old) } else { None };
         let backup = backup.map(|name| Backup { name, made, overlay });
@@ -165,9 +179,6 @@ impl Atomic {
         let why = match Clone::begin(&target.opened, &directory, &name, backup) {
             Ok((clone, opened)) => {
                 // All else that is known of the target stays true.
-        // Whether it is what this run would make, the plan says: a run that has nothing left to commit makes none.
-        let ended = backup.filter(|_| matches!(found, AtBackup::Ended)).map(|name| directory.path().join(name));
-        let backup = backup.filter(|_| ended.is_none());
                 let file = mem::replace(&mut target.opened.file, opened.file);
                 let OpenedFile { identity, block_device, below, .. } = target.opened;
                 let (path, beside) = (target.opened.path.clone(), target.opened.directory.clone());
@@ -191,7 +202,28 @@ impl Atomic {
             let clause = format!("cannot be cloned, and only a clone leaves a backup ({why}): leave out --keep-backup");
             return refused(&clause);
         }
-        let log = UndoLog::begin(&target.opened, &directory, &name)?;
+        let log = UndoLog::begin(&target.opened, (&directory, &name), None)?;
+        Ok(Self::kept(directory, Kept::UndoLog(Rc::new(RefCell::new(log))), Some(why)))
+    }
+
+    /// Keep a block device by a log in the directory that the operator names for that.
+    fn begin_on_device(target: &OpenedFile, holder: &Directory, name: &OsStr) -> Result<Self, Error> {
+        let nowhere = || Error::image(&target.path, ErrorCode::OpenFailed, "has no place for an undo log");
+        let place = undo_directory().ok_or_else(nowhere)?;
+        let identity = place.identify(target)?;
+        let directory = place.directory().clone();
+        let stat = [fstat(target.file.file()), directory.stat()];
+        if let [Ok(device), Ok(beside)] = stat {
+            if device.st_rdev == beside.st_dev {
+                let clause = "is what the directory of --undo-dir lies on: name one on another disk";
+                return Err(Error::image(&target.path, ErrorCode::BadUsage, clause));
+            }
+        }
+        // A volume of that name may have been removed, and made anew: whose log it is, the operator has to know.
+        refuse_namesake(target, &place, &identity)?;
+        let why = "a block device".to_owned();
+        let of_device = OfDevice { directory: directory.clone(), identity };
+        let log = UndoLog::begin(target, (holder, name), Some(of_device))?;
         Ok(Self::kept(directory, Kept::UndoLog(Rc::new(RefCell::new(log))), Some(why)))
     }
 
