@@ -121,6 +121,7 @@ crash: instar python qemu-img file-systems ## power losses: replay what commands
 	awk '/crash states: / { sub(/.*crash states: /, ""); states += $$1; commits++ } \
 		END { print states " states of " commits " commits, 0 violations"; exit states < 20000 }' "$$log"
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/campaigns/power_loss.py
+	INSTAR_BIN=$(CURDIR)/$(INSTAR) unshare --mount $(VENV)/bin/python tests/campaigns/atomic_devices.py
 
 every-state: qemu-img ## all states that a power loss can leave of small images, at least a million of all commands and formats (an hour)
 	$(PYTHON) tests/campaigns/every_state.py $(EVERY_STATE_ARGS)

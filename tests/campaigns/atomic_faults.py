@@ -69,7 +69,7 @@ class Atomic(faults.Case):
         return self.last
 
     def again(self):
-        """The same command. Once it was done, or the overlay is being emptied, the name of the backup is taken."""
+        """The same command. Once it was done the name of the backup is taken, where the overlay keeps something to be committed."""
         again = super().again()
         if "--keep-backup" not in self.args or again.rc == 0 or "exists" not in again.stderr:
             return again
@@ -127,12 +127,15 @@ class Recovery(faults.Case):
         killed = support.run(faults.injector(), "KILL", "3", "fdatasync", self.directory, "--", *commit)
         assert killed.rc == 137 and self.log.exists(), str(killed)
         self.torn = {path: path.read_bytes() for path in (self.path(self.base), self.log)}
+        self.times = {path: path.stat() for path in self.torn}
         assert support.digest(self.path(self.base)) != self.before
 
     def reset(self):
         for path, data in self.torn.items():
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(data)
+            # A base that was written long after the commit was restored by somebody, and is refused.
+            os.utime(path, ns=(self.times[path].st_atime_ns, self.times[path].st_mtime_ns))
 
     def command(self):
         return ["recover", self.path(self.base)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -59,6 +60,38 @@ def test_standard_error_and_quiet(pair):
     pair.make(16 * MIB, base=["write -P 99 0 16M"], top=WRITES)
     told = lines(support.commit(pair.top, "-q", "--progress=json").stderr)
     assert told[-1]["result"]["bytes_committed"] == 5 * MIB
+
+
+def test_nothing_else_is_on_the_descriptor_of_the_lines(pair):
+    """Warnings are lines, and the error is in the last one, and nowhere else; on another descriptor, people have theirs."""
+    pair.make(16 * MIB, base=["write -P 99 0 16M"], top=WRITES)
+    support.create(pair.top.with_name("other"), backing=pair.base)
+    failed = support.commit(pair.top, "--progress=json")
+    last = lines(failed.stderr)[-1]
+    assert failed.rc == 1 and last["result"]["error"]["name"] == "ERROR_BACKING_SHARED", str(failed)
+    as_json = support.commit(pair.top, "--progress=json", "--output", "json")
+    assert as_json.rc == 1 and lines(as_json.stderr)[-1]["result"] == last["result"], str(as_json)
+    child, reader = started("commit", pair.top)
+    with reader:
+        assert lines(reader.read())[-1]["result"] == last["result"]
+    assert child.communicate()[1].endswith("(ERROR_BACKING_SHARED)\n")
+    done = support.commit(pair.top, "--progress=json", "--ignore-siblings")
+    told = lines(done.stderr)
+    warned = [line["warning"] for line in told if "warning" in line]
+    assert done.rc == 0 and len(warned) == 1 and "other" in warned[0], str(done)
+
+
+@pytest.mark.parametrize("options", [["-c", "-O", "qcow2"], ["-O", "vmdk", "-o", "subformat=streamOptimized"]], ids=" ".join)
+def test_what_is_compressed_counts_as_bytes_of_the_disk(tmp_path, options):
+    """Of 96 MiB that shrink to a sixteenth, more than a half is told before the end; and all of it fits into a guest's memory."""
+    disk, page = tmp_path / "disk", random.Random(1)
+    with open(disk, "wb") as file:
+        for _ in range(192):
+            file.write(page.randbytes(4096) * 128)
+    done = support.run_instar("convert", "--progress=json", "-f", "raw", *options, disk, tmp_path / "new")
+    assert done.rc == 0 and (tmp_path / "new").stat().st_size < 16 * MIB, str(done)
+    told = [line["current-progress"] for line in lines(done.stderr) if line["status"] == "running"]
+    assert max(told) > 48 * MIB, told
 
 
 def test_a_comparison_tells_it_too(pair):

@@ -21,21 +21,21 @@ from support import KIB, MIB, REPO, run_instar
 OPTIONAL = {
     "adoption": {"dry_run", "stale", "warnings"},
     "commit": {"stale", "relinked", "warnings", "bitmaps", "overlay_bytes_wiped", "verified_bytes", "overlay_deleted", "atomic", "backup",
-               "digest", "undo_log_bytes"},
+               "digest", "undo_log_bytes", "undo_free_bytes", "lacking_bytes"},
     "check": {"image-end-offset", "total-clusters", "fragmented-clusters", "compressed-clusters", "corruptions", "leaks",
               "allocated-clusters", "unused-tail", "leaks-fixed", "corruptions-fixed", "leaks-fixable", "corruptions-fixable",
               "not-repaired"},
     "map": {"offset"},
     "info": {"icount", "backing-filename-format", "snapshots", "cluster-size", "encrypted", "format-specific",
              "full-backing-filename", "notes"},
-    "measure": {"bitmaps", "sandbox", "atomic", "undo-log"},
+    "measure": {"bitmaps", "sandbox", "atomic", "undo-log", "undo-free", "lacking"},
     "config": {"warnings"},
     "error": {"file", "role", "errno", "offset", "step"},
-    "progress": {"error"},
+    "progress": {"error", "warning"},
     "rebase": {"warnings", "result", "error", "file", "role"},
 }
 #: Keys that the few images here do not have: other tests have such.
-RARE = {"commit": {"backup"}, "convert": {"warnings"}, "rebase": {"errno", "offset", "step"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
+RARE = {"commit": {"backup", "undo_free_bytes", "lacking_bytes"}, "measure": {"undo-free", "lacking"}, "progress": {"warning"}, "rebase": {"errno", "offset", "step"}, "convert": {"warnings"}, "info": {"icount", "encrypted", "notes"}, "config": {"warnings"}, "error": {"offset", "step"}}
 #: The keys of a format, which are its plugin's and not the program's; and a result that has a schema of its own.
 OPEN = {"format-specific", "result"}
 
@@ -77,7 +77,7 @@ def samples(tmp_path_factory):
     support.create(folder / "long", MIB)
     os.truncate(folder / "long", 64 * MIB)
 
-    (folder / "config.toml").write_text('sandbox = "auto"\nallow-backing-dirs = ["/srv"]\nplugin-dirs = ["/opt"]\n')
+    (folder / "config.toml").write_text('sandbox = "auto"\nallow-backing-dirs = ["/srv"]\nplugin-dirs = ["/opt"]\nundo-dir = "/var"\n')
 
     def ask(*args, **env):
         result = run_instar(args[0], "--output", "json", *args[1:], cwd=folder, env=env)

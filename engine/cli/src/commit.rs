@@ -58,6 +58,9 @@ pub struct CommitArgs {
     /// Keep what that image was under NAME in its directory
     #[arg(long, value_name = "NAME", requires = "atomic")]
     pub keep_backup: Option<PathBuf>,
+    /// The directory for the undo log of a block device, beside which none can lie; not one that a restart empties
+    #[arg(long, value_name = "DIR", requires = "atomic")]
+    pub undo_dir: Option<PathBuf>,
     /// Let a smaller backing grow to the overlay's virtual size
     #[arg(long)]
     pub resize_backing: bool,
@@ -212,7 +215,7 @@ fn committed(args: &CommitArgs, told: &Rc<Told>) -> Result<CommitOutcome, Error>
         ignore_siblings: args.ignore_siblings,
         rate_limit: args.rate_limit.unwrap_or(0),
         cache: args.cache.into(),
-        settings: args.opening.settings(&config),
+        settings: args.opening.settings(&config).with_undo_directory(args.undo_dir.as_deref()),
     };
     let mut result = run_commit(&request, &told.session(cancel_on_signals()))?;
     result.warnings.splice(0..0, config.warnings);

@@ -2,7 +2,7 @@
 
 use super::output::{print_json_indented, unprinted_but, OutputFormat};
 use super::paragraph::print_sentences;
-use instar::commit::{AtomicWay, CommitOutcome, DiskDigest};
+use instar::commit::{AtomicWay, CommitOutcome, DiskDigest, Preview};
 use instar::error::Error;
 use instar::escape::{escape_path, printable};
 use std::fmt::Write as _;
@@ -95,12 +95,17 @@ fn relinked(result: &CommitOutcome) -> String {
 }
 
 /// How a target changes whole or not at all.
-fn whole(way: AtomicWay, log: Option<u64>) -> String {
-    match way {
-        AtomicWay::Clone => "A clone of it would take its place when it is complete. ".to_owned(),
-        AtomicWay::UndoLog => format!(
-            "An undo log beside it would keep what it was until it is complete, and take {} bytes more at most. ",
-            log.unwrap_or(0)
+fn whole(way: AtomicWay, preview: &Preview) -> String {
+    let Preview { undo_log_bytes, undo_free_bytes, .. } = *preview;
+    let bytes = undo_log_bytes.unwrap_or(0);
+    match (way, undo_free_bytes) {
+        (AtomicWay::Clone, _) => "A clone of it would take its place when it is complete. ".to_owned(),
+        (AtomicWay::UndoLog, None) => format!(
+            "An undo log beside it would keep what it was until it is complete, and take {bytes} bytes more at most. "
+        ),
+        (AtomicWay::UndoLog, Some(free)) => format!(
+            "An undo log would keep what it was until it is complete, and take {bytes} bytes at most in its directory, which has {free} \
+             free. "
         ),
     }
 }
@@ -116,6 +121,9 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
             let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {size} bytes"));
             let preview = result.preview.unwrap_or_default();
             let free = preview.free_bytes.map(|free| format!(", of which its file system has {free} free"));
+            let lacking = preview.lacking_bytes.map(|bytes| {
+                format!("That may be {bytes} bytes more than there is room for: make room first, or the commit may stop halfway. ")
+            });
             let plural = if result.clusters_committed == 1 { "" } else { "s" };
             let children = result.relinked.iter().flatten().filter(|child| !child.already).count();
             let relinked = result.relinked.as_ref().map(|_| match children {
@@ -128,7 +136,7 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                 out,
                 &format!(
                     "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
-                     at most, and take {} more bytes of the disk{}. {}{}{}{}{}Nothing was changed.\n{}",
+                     at most, and take {} more bytes of the disk{}. {}{}{}{}{}{}Nothing was changed.\n{}",
                     result.clusters_committed,
                     result.bytes_committed,
                     escape_path(&result.overlay_given),
@@ -137,7 +145,8 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
                     preview.backing_growth_bytes,
                     preview.backing_space_bytes,
                     free.unwrap_or_default(),
-                    result.atomic.map(|way| whole(way, preview.undo_log_bytes)).unwrap_or_default(),
+                    result.atomic.map(|way| whole(way, &preview)).unwrap_or_default(),
+                    lacking.unwrap_or_default(),
                     bitmaps(result, true).replace('\n', " "),
                     relinked.unwrap_or_default(),
                     verified.unwrap_or_default(),

@@ -102,6 +102,9 @@ fn human(backing: &[Directory], plugins: &[Directory], sandbox: &(&str, String),
             text.push_str("    none\n");
         }
     }
+    if let Some(undo) = config.undo_directory.as_ref().map(of_file) {
+        let _ = writeln!(text, "undo-dir:\n    {} ({})", escape_path(&undo.directory), origin(&undo.from));
+    }
     text.push_str("files:\n");
     for (file, present) in &config.files {
         let _ = writeln!(text, "    {} ({})", escape_path(file), if *present { "read" } else { "not there" });
@@ -130,6 +133,10 @@ fn to_json(backing: &[Directory], plugins: &[Directory], sandbox: &(&str, String
         "sandbox": {"name": sandbox.0, "from": sandbox.1},
         "allow-backing-dirs": values(backing),
         "plugin-dirs": values(plugins),
+        "undo-dir": config.undo_directory.as_ref().map(|undo| {
+            let Directory { directory, from } = of_file(undo);
+            json!({"path": directory.to_string_lossy(), "from": from})
+        }),
         "files": files,
     });
     // Only there if there is something to say.

@@ -88,6 +88,7 @@ pub fn run(args: &CreateArgs, out: &mut dyn Write) -> Result<(), Error> {
         options,
         no_clobber: args.no_clobber,
         search,
+        undo_directory: config.undo_path(),
     };
     let created = run_create(&request)?;
     if args.quiet {

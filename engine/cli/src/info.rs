@@ -44,11 +44,13 @@ pub struct InfoArgs {
 /// When an image cannot be opened, or its format is not known or not the one that was named.
 pub fn run(args: &InfoArgs, session: &Session, out: &mut dyn Write) -> Result<(), Error> {
     snapshot_text::prepare();
+    let config = super::configuration(args.output)?;
     let request = InfoRequest {
         image: args.filename.clone(),
         format: args.format.clone(),
         backing_chain: args.backing_chain,
-        search: SearchPath::for_process(&args.plugin_dir, &super::configuration(args.output)?.plugin_paths()),
+        search: SearchPath::for_process(&args.plugin_dir, &config.plugin_paths()),
+        undo_directory: config.undo_path(),
     };
     // A confined process can ask the terminal nothing.
     let paint = args.color.stdout();

@@ -183,7 +183,9 @@ fn reading(verbose: bool) -> Session {
 
 /// Print an error on stderr; the exit status.
 fn print_error(error: &Error, output: OutputFormat) -> u8 {
-    say(&render_error(error, output));
+    if !progress_lines::error_is_told() {
+        say(&render_error(error, output));
+    }
     if error.code == ErrorCode::BadUsage {
         usage::USAGE
     } else {

@@ -54,6 +54,9 @@ pub struct MeasureArgs {
     /// With --commit: count the room that `instar commit --atomic` takes besides, and refuse what it would refuse
     #[arg(long, requires = "commit")]
     pub atomic: bool,
+    /// With --commit and --atomic: the directory for the undo log of a block device, as for `instar commit --undo-dir`
+    #[arg(long, value_name = "DIR", requires = "atomic")]
+    pub undo_dir: Option<PathBuf>,
     /// Read the images even if they are in use; a change meanwhile may look like damage
     #[arg(short = 'U', long, conflicts_with = "commit")]
     pub force_share: bool,
@@ -112,7 +115,7 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
             resize_backing: args.resize_backing,
             bitmaps: args.bitmaps,
             atomic: args.atomic,
-            settings,
+            settings: settings.with_undo_directory(args.undo_dir.as_deref()),
             ..CommitRequest::default()
         };
         let outcome = run_commit(&request, &reading(args.verbose))?;
@@ -122,7 +125,16 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
         return match args.output {
             OutputFormat::Human => {
                 let log = preview.undo_log_bytes.map(|bytes| format!("undo log: {bytes}\n")).unwrap_or_default();
-                print(out, &format!("required size: {length}\ngrowth: {growth}\nadditional disk space: {space}\n{log}"))
+                let free = preview.free_bytes.map(|bytes| format!("free: {bytes}\n")).unwrap_or_default();
+                let undo_free = preview.undo_free_bytes.map(|bytes| format!("free for undo log: {bytes}\n"));
+                let lacking = preview.lacking_bytes.map(|bytes| format!("lacking: {bytes}\n")).unwrap_or_default();
+                print(
+                    out,
+                    &format!(
+                        "required size: {length}\ngrowth: {growth}\nadditional disk space: {space}\n{log}{free}{}{lacking}",
+                        undo_free.unwrap_or_default()
+                    ),
+                )
             }
             OutputFormat::Json => {
                 let (target, format) = (outcome.backing.to_string_lossy(), outcome.backing_format);
@@ -130,13 +142,19 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
                     "required": length,
                     "growth": growth,
                     "additional-space": space,
+                    "free": preview.free_bytes,
                     "target": target,
                     "target-format": format,
                     "sandbox": outcome.sandbox,
                 });
-                if let (Some(way), Some(keys)) = (outcome.atomic, measured.as_object_mut()) {
-                    keys.insert("atomic".to_owned(), json!(way));
-                    preview.undo_log_bytes.map(|bytes| keys.insert("undo-log".to_owned(), json!(bytes)));
+                if let Some(keys) = measured.as_object_mut() {
+                    outcome.atomic.map(|way| keys.insert("atomic".to_owned(), json!(way)));
+                    let known = [
+                        ("undo-log", preview.undo_log_bytes),
+                        ("undo-free", preview.undo_free_bytes),
+                        ("lacking", preview.lacking_bytes),
+                    ];
+                    keys.extend(known.into_iter().filter_map(|(key, bytes)| Some((key.to_owned(), json!(bytes?)))));
                 }
                 print_json(out, &measured)
             }

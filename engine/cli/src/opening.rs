@@ -52,6 +52,7 @@ impl OpeningArgs {
             allowed_directories: [self.allow_backing_dir.as_slice(), &config.backing_paths()].concat(),
             wait: self.wait,
             sandbox: self.sandbox.or(config.sandbox()).unwrap_or_default(),
+            undo_directory: config.undo_path(),
         }
     }
 }

@@ -11,6 +11,8 @@ const TEMPLATE: &str = "{msg} [{bar:10}] {percent:>3}% {bytes}/{total_bytes} {by
 /// What of that a narrower terminal shows.
 const SHORT_TEMPLATE: &str = "{msg} {percent:>3}% {bytes}/{total_bytes}";
 const SHORTEST_TEMPLATE: &str = "{msg} {percent:>3}%";
+/// When all bytes have moved, and only tables and the last flush are left: nobody knows how long those take.
+const FINISHING: &str = "{msg} [{bar:10}] {percent:>3}% {bytes}/{total_bytes} finishing";
 /// As long as it is not known how much there is to do.
 const CHECKING: &str = "{msg}";
 
@@ -62,14 +64,18 @@ impl Shown {
         if progress.stage != self.last.stage || progress.stage == Stage::Checking {
             self.begin(progress);
         }
+        let finishes = is_finishing(progress) && !is_finishing(self.last);
         self.last = progress;
         if let Some(bar) = &self.bar {
+            if finishes {
+                set_template(bar, FINISHING);
+            }
             bar.set_position(progress.done);
             return;
         }
-        // A line for each percent at most. Nothing of nothing is not shown.
+        // A line for each percent at most, and one for the end of a stage. Nothing of nothing is not shown.
         let percent = percent(progress);
-        if percent > self.percent {
+        if percent > self.percent || finishes {
             self.percent = percent;
             (self.print)(&line(progress, &pace(progress, self.began.elapsed())));
         }
@@ -95,10 +101,7 @@ impl Shown {
         };
         match &self.bar {
             Some(bar) => {
-                let template = if progress.total == 0 { CHECKING } else { self.template };
-                if let Ok(style) = ProgressStyle::with_template(template) {
-                    bar.set_style(style.progress_chars("=> "));
-                }
+                set_template(bar, if progress.total == 0 { CHECKING } else { self.template });
                 bar.set_message(message);
                 bar.set_length(progress.total);
                 bar.set_position(0);
@@ -143,6 +146,17 @@ fn template(columns: Option<usize>) -> &'static str {
     }
 }
 
+/// Whether all bytes of a stage have moved, which is not over: the last byte counts when it is.
+fn is_finishing(Progress { done, total, .. }: Progress) -> bool {
+    total > 1 && done == total - 1
+}
+
+fn set_template(bar: &ProgressBar, template: &str) {
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+}
+
 /// The answer to a signal.
 #[must_use]
 pub fn one_line(progress: Progress) -> String {
@@ -161,6 +175,9 @@ fn line(progress: Progress, pace: &str) -> String {
         Stage::Checking | Stage::Writing | Stage::Reading => "",
     };
     let Progress { done, total, .. } = progress;
+    if is_finishing(progress) {
+        return format!("instar: {what}{} % (all {total} bytes have moved: finishing)\n", percent(progress));
+    }
     format!("instar: {what}{} % ({done} of {total} bytes{pace})\n", percent(progress))
 }
 
@@ -214,7 +231,7 @@ mod tests {
         ];
         let lines = [
             "18 % (300 of 1600 bytes)\n",
-            "99 % (1599 of 1600 bytes)\n",
+            "99 % (all 1600 bytes have moved: finishing)\n",
             "100 % (1600 of 1600 bytes)\n",
             "emptying the overlay\n",
             "emptying the overlay: 50 % (500 of 1000 bytes)\n",
@@ -234,6 +251,22 @@ mod tests {
         assert_eq!(
             one_line(Progress { stage: Stage::Checking, ..progress }),
             "instar: checking: nothing is changed yet\n"
+        );
+    }
+
+    #[test]
+    fn a_stage_whose_bytes_have_all_moved_promises_no_time() {
+        use Stage::Writing;
+        let lines = [
+            "99 % (1597 of 1600 bytes)\n",
+            "99 % (all 1600 bytes have moved: finishing)\n",
+            "stopped at 99 % (1599 of 1600 bytes)\n",
+        ];
+        let all = [(Writing, 0, 1600), (Writing, 1597, 1600), (Writing, 1599, 1600), (Writing, 1599, 1600)];
+        assert_eq!(shown(&all, Ending::Failed), lines);
+        assert_eq!(
+            one_line(Progress { stage: Writing, done: 1599, total: 1600 }),
+            "instar: 99 % (all 1600 bytes have moved: finishing)\n"
         );
     }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Between two lines that say the same but for their numbers, this much time passes at least.
@@ -46,8 +47,21 @@ struct Line<'l> {
     elapsed: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<&'l str>,
+    /// What people read in a line of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warning: Option<&'l str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     result: Option<&'l Value>,
+}
+
+/// The lines go to standard error, and the last one had the error of the command.
+static ERROR_IS_TOLD: AtomicBool = AtomicBool::new(false);
+
+/// Whether the error of the command is on standard error already, in the last line of progress: a reader of those lines meets nothing
+/// else there.
+#[must_use]
+pub fn error_is_told() -> bool {
+    ERROR_IS_TOLD.load(Relaxed)
 }
 
 /// Tells programs how far a command is.
@@ -114,9 +128,23 @@ impl Lines {
             self.write(Status::Aborting, error, None, true);
         }
         self.write(Status::Concluded, error, Some(&value), true);
+        if error.is_some() && self.out == libc::STDERR_FILENO {
+            ERROR_IS_TOLD.store(true, Relaxed);
+        }
     }
 
-    fn line(&self, status: Status, error: Option<&str>, result: Option<&Value>) -> String {
+    /// Say a warning, where people would have a line of their own on the same descriptor.
+    pub fn warn(&self, warning: &str) {
+        self.write_line(Status::Running, None, None, Some(warning));
+    }
+
+    /// Whether people would read their lines from the same descriptor.
+    #[must_use]
+    pub fn on_standard_error(&self) -> bool {
+        self.out == libc::STDERR_FILENO
+    }
+
+    fn line(&self, status: Status, error: Option<&str>, result: Option<&Value>, warning: Option<&str>) -> String {
         let Progress { stage, done, total } =
             self.last.unwrap_or(Progress { stage: Stage::Checking, done: 0, total: 0 });
         let running = self.stage_began.elapsed().as_secs_f64();
@@ -136,6 +164,7 @@ impl Lines {
             speed,
             elapsed: (self.began.elapsed().as_secs_f64() * 1e3).round() / 1e3,
             error,
+            warning,
             result,
         };
         format!("{}\n", escape_json(&serde_json::to_string(&line).unwrap_or_default()))
@@ -147,7 +176,11 @@ impl Lines {
         if !counts && !is_ready(self.out, 0) {
             return;
         }
-        write_all(self.out, self.line(status, error, result).as_bytes());
+        self.write_line(status, error, result, None);
+    }
+
+    fn write_line(&self, status: Status, error: Option<&str>, result: Option<&Value>, warning: Option<&str>) {
+        write_all(self.out, self.line(status, error, result, warning).as_bytes());
     }
 }
 

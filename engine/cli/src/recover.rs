@@ -23,6 +23,12 @@ pub struct RecoverArgs {
     /// Wait up to SECONDS for an image that is in use
     #[arg(long, value_name = "SECONDS", default_value_t, value_parser = parse_seconds)]
     pub wait: u64,
+    /// The directory with the undo log of a block device: the one that `instar commit --undo-dir` was told
+    #[arg(long, value_name = "DIR")]
+    pub undo_dir: Option<PathBuf>,
+    /// Apply the log although the image was written since by something else than the commit
+    #[arg(long)]
+    pub force: bool,
     /// How to print the result
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub output: OutputFormat,
@@ -36,7 +42,13 @@ pub struct RecoverArgs {
 /// # Errors
 /// When the image has an undo log that does not count, or cannot be written.
 pub fn run(args: &RecoverArgs, session: &Session, out: &mut dyn Write) -> Result<(), Error> {
-    let request = RecoverRequest { image: args.filename.clone(), wait: args.wait };
+    let config = super::configuration(args.output)?;
+    let request = RecoverRequest {
+        image: args.filename.clone(),
+        wait: args.wait,
+        undo_directory: args.undo_dir.clone().or_else(|| config.undo_path()),
+        force: args.force,
+    };
     let outcome = run_recover(&request, session)?;
     let printed = match args.output {
         OutputFormat::Json => print_json_indented(out, &outcome, INDENT),
@@ -49,7 +61,7 @@ pub fn run(args: &RecoverArgs, session: &Session, out: &mut dyn Write) -> Result
 fn text(args: &RecoverArgs, outcome: &RecoverOutcome) -> String {
     let image = escape_path(&args.filename);
     match (outcome.log, outcome.restored) {
-        (false, _) => format!("'{image}' has no undo log beside it: there is nothing to recover.\n"),
+        (false, _) => format!("'{image}' has no undo log: there is nothing to recover.\n"),
         (true, true) => {
             format!("'{image}' is what it was before the commit: {} bytes were written back.\n", outcome.bytes_restored)
         }

@@ -68,8 +68,10 @@ impl Observer for Told {
     }
 
     fn warning(&self, line: &str) {
-        if self.warns {
-            say(&render_warning(line));
+        match &self.lines {
+            _ if !self.warns => {}
+            Some(lines) if lines.borrow().on_standard_error() => lines.borrow().warn(line),
+            _ => self.aside(&render_warning(line)),
         }
     }
 

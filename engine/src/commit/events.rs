@@ -87,6 +87,8 @@ impl Default for CommitEvents {
 
 /// The step in which the overlay is emptied, as the guest names it.
 const EMPTYING: &str = "empty";
+/// The step in which the target is written.
+const WRITING: &str = "write";
 
 impl CommitEvents {
     /// Take the report of a bitmap's fate. It comes before the plan, so that the observer learns of it before the first
@@ -117,6 +119,7 @@ impl CommitEvents {
         if self.damages_siblings {
             return Err(BadRequest("a commit that damages other images on the target".to_owned()));
         }
+        self.atomic.as_mut().map_or(Ok(()), |atomic| atomic.admit(plan.bytes))?;
         self.lacking = self.space.and_then(|space| space.lacking(&plan));
         if self.lacking.is_some() {
             return Err(BadRequest("more space than there is".to_owned()));
@@ -239,9 +242,11 @@ impl Events for CommitEvents {
         Err(BadRequest(why.to_owned()))
     }
 
-    fn step(&mut self, step: &str) {
-        if step == EMPTYING {
-            self.meter.iter().for_each(Meter::emptying);
+    fn step(&mut self, step: &str, done: u64) {
+        match step {
+            EMPTYING => self.meter.iter().for_each(Meter::emptying),
+            WRITING => self.meter.iter().for_each(|meter| meter.written(done)),
+            _ => {}
         }
     }
 

@@ -52,6 +52,10 @@ struct State {
     progress: Progress,
     /// Bytes that moved in the stage, metadata included.
     moved: u64,
+    /// Bytes that the guest has read in it: what it compresses is longer than what it writes.
+    read: u64,
+    /// Bytes of the disk that the guest says it has written.
+    told: u64,
     /// Bytes of the overlay's files.
     overlay: u64,
     target: Target,
@@ -94,12 +98,21 @@ impl Meter {
     fn begin(observer: Rc<dyn Observer>, overlay: u64, target: Target) -> Self {
         let progress = Progress { stage: Stage::Checking, done: 0, total: 0 };
         observer.progress(progress);
-        Self(Rc::new(RefCell::new(State { progress, moved: 0, overlay, target, observer })))
+        Self(Rc::new(RefCell::new(State { progress, moved: 0, read: 0, told: 0, overlay, target, observer })))
     }
 
     /// Set the number of guest bytes to commit.
     pub fn planned(&self, total: u64) {
         self.0.borrow_mut().enter(Stage::Writing, total);
+    }
+
+    /// Set the number of bytes of the disk that the guest has written, as it reports. Data that it compresses moves as fewer
+    /// bytes.
+    pub fn written(&self, done: u64) {
+        let mut state = self.0.borrow_mut();
+        if state.progress.stage == Stage::Writing {
+            state.told = state.told.max(done);
+        }
     }
 
     /// Count the requests that were executed on these devices. If no target device has unflushed writes, all moved
@@ -146,7 +159,8 @@ impl Meter {
 
 impl State {
     fn enter(&mut self, stage: Stage, total: u64) {
-        (self.progress, self.moved) = (Progress { stage, done: 0, total }, 0);
+        self.progress = Progress { stage, done: 0, total };
+        (self.moved, self.read, self.told) = (0, 0, 0);
         self.observer.progress(self.progress);
     }
 
@@ -157,7 +171,8 @@ impl State {
 
     /// The bytes that moved so far. They include metadata, so the total is reached only when the stage is over.
     fn so_far(&self) -> u64 {
-        self.moved.min(self.progress.total.saturating_sub(1))
+        let read = if self.progress.stage == Stage::Writing { self.read } else { 0 };
+        self.moved.max(read).max(self.told).min(self.progress.total.saturating_sub(1))
     }
 
     /// Record that all bytes that moved so far are durable.
@@ -188,6 +203,11 @@ impl Watch for Meter {
         if matches!(state.progress.stage, Stage::Verifying | Stage::Hashing | Stage::Emptying) {
             state.durable();
         }
+    }
+
+    fn read(&mut self, bytes: u64) {
+        let mut state = self.0.borrow_mut();
+        state.read = state.read.saturating_add(bytes);
     }
 
     fn settle(&mut self) -> io::Result<()> {
@@ -241,6 +261,23 @@ mod tests {
             (Stage::Emptying, 1000, 1000),
         ];
         assert_eq!(kept.0.take(), rest);
+    }
+
+    #[test]
+    fn what_is_compressed_counts_by_the_bytes_of_the_disk() {
+        let kept = Rc::new(Kept::default());
+        let mut meter = Meter::begin(kept.clone(), 1000, Target::default());
+        meter.planned(1600);
+        Watch::read(&mut meter, 800);
+        meter.moved(100);
+        Meter::settle(&meter, &Devices::new());
+        // A source that is compressed itself: the guest reads little, and writes little.
+        meter.written(1200);
+        Meter::settle(&meter, &Devices::new());
+        meter.written(u64::MAX);
+        Meter::settle(&meter, &Devices::new());
+        let told: Vec<u64> = kept.0.take().into_iter().map(|(_, done, _)| done).collect();
+        assert_eq!(told, [0, 0, 800, 1200, 1599]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::relinks::{self, Relinked, Relinks};
 use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
 use super::siblings::Siblings;
-use super::space::{block_size, free_space, taken_space, Space};
+use super::space::{block_size, free_in, free_space, taken_space, Space};
 use super::undo_room::log_room;
 use super::verdict::{become_stale, Parts};
 use super::verify::{self, Verification};
@@ -25,8 +25,8 @@ use crate::devices::{Device, Devices, Workers};
 use crate::error::{Error, Role};
 use crate::escape::{escape_bytes, escape_path};
 use crate::image::{
-    check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, Access, BackingChoice, ChainImage, Descent,
-    FilesOf, Gate, NamedFile, Target,
+    check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, undo_directory, Access, BackingChoice,
+    ChainImage, Descent, FilesOf, Gate, NamedFile, Target,
 };
 use crate::lookup::Directory;
 use crate::operation::{
@@ -66,6 +66,8 @@ pub struct Commit<'q> {
     atomic: Option<Atomic>,
     /// The way in which the old target is kept.
     way: Option<AtomicWay>,
+    /// Free bytes in the directory of its undo log, if that is another one.
+    undo_free: Option<u64>,
     /// The old target's name afterwards.
     backup: Option<PathBuf>,
     /// Directories besides those of the images in which the target may lie.
@@ -88,6 +90,7 @@ impl<'q> Commit<'q> {
             admitted: None,
             atomic: None,
             way: None,
+            undo_free: None,
             backup: None,
             target_directories: Vec::new(),
         }
@@ -153,6 +156,7 @@ impl Operation for Commit<'_> {
         self.deletion = self.request.delete_overlay.then(|| Deletion::begin(&named.image)).flatten();
         if self.request.atomic {
             self.target_directories.extend(named.base.as_ref().and_then(NamedFile::real_directory));
+            self.target_directories.extend(undo_directory().map(|undo| undo.directory().clone()));
         }
     }
 
@@ -253,6 +257,8 @@ impl Operation for Commit<'_> {
             let atomic =
                 Atomic::begin(&mut backing, &overlay.opened, backup).map_err(|error| error.in_role(Role::Backing))?;
             session.note(|| format!("the target changes whole or not at all: {atomic}"));
+            self.undo_free =
+                undo_directory().filter(|_| backing.opened.block_device).and_then(|undo| free_in(undo.listed()));
             self.backup = backup.map(|backup| atomic.directory().path().join(backup));
             self.atomic = Some(atomic);
         }
@@ -463,10 +469,15 @@ impl Operation for Commit<'_> {
             deletion.remove(overlay.file())?;
         }
         events.meter.iter().for_each(Meter::done);
-        let preview = events.plan.as_ref().filter(|_| self.request.only_plans()).map(|plan| Preview {
-            free_bytes: admitted.free,
-            undo_log_bytes: (self.way == Some(AtomicWay::UndoLog)).then(|| log_room(plan, &admitted)),
-            ..Preview::of(plan, admitted.length, admitted.taken, &admitted.units())
+        let preview = events.plan.as_ref().filter(|_| self.request.only_plans()).map(|plan| {
+            let log = (self.way == Some(AtomicWay::UndoLog)).then(|| log_room(plan, &admitted));
+            Preview {
+                free_bytes: admitted.free,
+                undo_log_bytes: log,
+                undo_free_bytes: log.and(self.undo_free),
+                ..Preview::of(plan, admitted.length, admitted.taken, &admitted.units())
+            }
+            .with_lack()
         });
         Ok(CommitOutcome {
             overlay: self.paths.0,

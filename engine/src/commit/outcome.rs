@@ -105,6 +105,12 @@ pub struct Preview {
     /// Maximum of additional disk space that an undo log takes, in bytes; `None` without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub undo_log_bytes: Option<u64>,
+    /// Bytes that are free where the undo log lies, if that is on another file system; `None` otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub undo_free_bytes: Option<u64>,
+    /// Bytes that may be missing, at most; `None` where there is room for everything, and where nobody says how much there is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lacking_bytes: Option<u64>,
 }
 
 /// The units in which space is allocated, in bytes; 0 or 1 if it is not allocated in units.
@@ -174,7 +180,24 @@ impl Preview {
             backing_space_bytes: taken.map_or(0, |taken| holes(taken).min(written).saturating_add(units.index(plan))),
             free_bytes: None,
             undo_log_bytes: None,
+            undo_free_bytes: None,
+            lacking_bytes: None,
         }
+    }
+
+    /// The same, with what is missing.
+    #[must_use]
+    pub fn with_lack(self) -> Self {
+        let log = self.undo_log_bytes.unwrap_or(0);
+        let beyond = |free: Option<u64>, needed: u64| free.map_or(0, |free| needed.saturating_sub(free));
+        let lacking = match self.undo_free_bytes {
+            // The log lies elsewhere.
+            Some(_) => {
+                beyond(self.free_bytes, self.backing_space_bytes).saturating_add(beyond(self.undo_free_bytes, log))
+            }
+            None => beyond(self.free_bytes, self.backing_space_bytes.saturating_add(log)),
+        };
+        Self { lacking_bytes: (lacking > 0).then_some(lacking), ..self }
     }
 }
 
@@ -208,6 +231,17 @@ mod tests {
         assert_eq!(aligned, (3 << 16) + 2 * 4096, "blocks are written whole");
         let tables = of(whole, Some(0), Units { overlay: 1 << 16, backing: 1 << 16, block: 4096 }).1;
         assert!(tables >= (3 << 16) + 3 * 3 * 4096, "{tables}: tables may be holes");
+    }
+
+    #[test]
+    fn what_may_be_missing_is_said() {
+        let preview = Preview { backing_space_bytes: 700, free_bytes: Some(1000), ..Preview::default() };
+        assert_eq!(preview.with_lack().lacking_bytes, None);
+        let beside = Preview { undo_log_bytes: Some(400), ..preview };
+        assert_eq!(beside.with_lack().lacking_bytes, Some(100), "both take of one file system");
+        assert_eq!(Preview { undo_free_bytes: Some(400), ..beside }.with_lack().lacking_bytes, None);
+        assert_eq!(Preview { undo_free_bytes: Some(390), ..beside }.with_lack().lacking_bytes, Some(10));
+        assert_eq!(Preview { free_bytes: None, ..beside }.with_lack().lacking_bytes, None, "nobody says");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use crate::image::{ChainImage, OpenedFile};
 use instar_guest_protocol::commit::Plan;
 use rustix::fs::{fstatfs, fstatvfs};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 /// `f_type` of ext2, ext3 and ext4 (statfs(2)).
@@ -30,7 +31,16 @@ pub struct Space {
 /// report them.
 #[must_use]
 pub fn free_space(image: &ChainImage<'_>) -> Option<u64> {
-    let system = fstatvfs(image.opened.file.file()).ok().filter(|_| !image.opened.block_device)?;
+    if image.opened.block_device {
+        return None;
+    }
+    free_in(image.opened.file.file())
+}
+
+/// Bytes that the file system of a file or directory has free for this user; `None` where it does not say.
+#[must_use]
+pub fn free_in(file: impl AsFd) -> Option<u64> {
+    let system = fstatvfs(file).ok()?;
     let blocks = if rustix::process::geteuid().is_root() { system.f_bfree } else { system.f_bavail };
     Some(blocks.saturating_mul(system.f_frsize))
 }

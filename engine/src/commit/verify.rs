@@ -6,7 +6,7 @@
 
 use super::request::CommitRequest;
 use super::verdict::Parts;
-use crate::devices::{Cache, Devices};
+use crate::devices::{Cache, Comparison, Devices, Unequal, COMPARED};
 use crate::error::{Error, Role};
 use crate::operation::{DevicePaths, GuestFailure};
 use crate::sandbox::{BadRequest, SandboxError};
@@ -15,8 +15,8 @@ use instar_guest_protocol::commit::{Pair, Side, Verify};
 use std::io;
 use std::path::Path;
 
-/// Bytes of each side that are read at once.
-const CHUNK: u64 = 1 << 20;
+/// Maximum number of ranges that are compared at once: what was found is counted between two such steps.
+const AT_ONCE: usize = 1024;
 /// The maximum length of a pair in a message, in bytes.
 pub const PAIR_BYTES: u64 = 80;
 /// The step in which the target is read back, as the guest names it.
@@ -52,7 +52,8 @@ pub struct Verification {
     next: u64,
     /// Guest bytes that were compared, and are equal.
     bytes: u64,
-    buffers: [Vec<u8>; 2],
+    /// The ranges to compare next.
+    parts: Vec<Comparison>,
     /// The first guest byte at which the two differ, for which the host ended the guest.
     differs: Option<u64>,
     /// The reason why a file could not be read, for which the host ended the guest.
@@ -67,6 +68,16 @@ enum Stop {
     Interrupted,
     /// The guest cannot be believed.
     Senseless,
+}
+
+impl From<Unequal> for Stop {
+    fn from(unequal: Unequal) -> Self {
+        match unequal {
+            Unequal::Differs(at) => Self::Differs(at),
+            Unequal::Unreadable(device, offset, error) => Self::Unreadable(device, offset, error),
+            Unequal::Interrupted => Self::Interrupted,
+        }
+    }
 }
 
 impl Verification {
@@ -120,31 +131,48 @@ impl Verification {
             if !fits || self.bytes.saturating_add(pair.length) > planned {
                 return Err(senseless(pair));
             }
-            match self.compare(devices, pair, layers, target) {
-                Ok(()) => {}
-                Err(Stop::Differs(at)) => {
-                    self.differs = Some(at);
-                    return Err(BadRequest("what was read back differs".to_owned()));
-                }
-                Err(Stop::Unreadable(device, offset, error)) => {
-                    self.failure = Some(unreadable(device, offset, &error));
-                    return Err(BadRequest("what was written cannot be read back".to_owned()));
-                }
-                Err(Stop::Interrupted) => {
-                    self.failure = Some(GuestFailure::of_machine(&SandboxError::Interrupted));
-                    return Err(BadRequest("reading back was interrupted".to_owned()));
-                }
-                Err(Stop::Senseless) => return Err(senseless(pair)),
-            }
+            let compared = self.compare(devices, pair, layers, target);
+            self.note(compared, pair)?;
             (self.next, self.bytes) = (end, self.bytes + pair.length);
         }
+        let compared = self.compare_parts(devices);
+        self.note(compared, &Pair::default())?;
         Ok(false)
     }
 
-    /// Compare both sides of a pair.
+    /// What becomes of a guest whose words were compared with this result.
+    fn note(&mut self, compared: Result<(), Stop>, pair: &Pair) -> Result<(), BadRequest> {
+        let (failure, what) = match compared {
+            Ok(()) => return Ok(()),
+            Err(Stop::Differs(at)) => {
+                self.differs = Some(at);
+                return Err(BadRequest("what was read back differs".to_owned()));
+            }
+            Err(Stop::Senseless) => return Err(senseless(pair)),
+            Err(Stop::Unreadable(device, offset, error)) => {
+                (unreadable(device, offset, &error), "what was written cannot be read back")
+            }
+            Err(Stop::Interrupted) => {
+                (GuestFailure::of_machine(&SandboxError::Interrupted), "reading back was interrupted")
+            }
+        };
+        self.failure = Some(failure);
+        Err(BadRequest(what.to_owned()))
+    }
+
+    /// Compare what was put off, so that several ranges are read at a time.
+    fn compare_parts(&mut self, devices: &mut Devices) -> Result<(), Stop> {
+        let compared = devices.compare(&self.parts);
+        self.parts.clear();
+        Ok(compared?)
+    }
+
+    /// Compare both sides of a pair, or put it off.
     fn compare(&mut self, devices: &mut Devices, pair: &Pair, layers: &Side, target: &Side) -> Result<(), Stop> {
         let sides = [layers, target];
         if sides.into_iter().any(|side| side.kind == ExtentKind::Encoded as u32) {
+            // A difference before it is told first.
+            self.compare_parts(devices)?;
             return match pair.equal < pair.length {
                 true => Err(Stop::Differs(pair.start + pair.equal)),
                 false => devices.pace_mut().moved(pair.length).map_err(|_| Stop::Interrupted),
@@ -167,25 +195,14 @@ impl Verification {
                 continue;
             }
             devices.pace_mut().go_on().map_err(|_| Stop::Interrupted)?;
-            let length = devices.pace_mut().piece(CHUNK).min(pair.length - done);
-            for (place, buffer) in places.into_iter().zip(&mut self.buffers) {
-                buffer.resize(usize::try_from(length).unwrap_or(0), 0);
-                let Some((number, offset)) = place else {
-                    buffer.fill(0);
-                    continue;
-                };
-                let at = offset.saturating_add(done);
-                let Some(device) = devices.device(number) else { continue };
-                device.read_padded(at, buffer).map_err(|error| Stop::Unreadable(number, at, error))?;
-            }
-            let [one, two] = &self.buffers;
-            // Comparing slices is much faster than comparing bytes.
-            if one != two {
-                let equal = one.iter().zip(two).take_while(|(one, two)| one == two).count();
-                return Err(Stop::Differs(pair.start.saturating_add(done).saturating_add(equal as u64)));
-            }
-            devices.pace_mut().moved(length).map_err(|_| Stop::Interrupted)?;
+            let length = devices.pace_mut().piece(COMPARED).min(pair.length - done);
+            let at = pair.start.saturating_add(done);
+            let sides = places.map(|place| place.map(|(number, offset)| (number, offset.saturating_add(done))));
+            self.parts.push(Comparison { at, length, sides });
             done += length;
+            if self.parts.len() >= AT_ONCE {
+                self.compare_parts(devices)?;
+            }
         }
         Ok(())
     }

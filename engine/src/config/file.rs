@@ -20,6 +20,8 @@ pub struct Content {
     pub allow_backing_dirs: Vec<PathBuf>,
     /// Directories with plugins.
     pub plugin_dirs: Vec<PathBuf>,
+    /// The directory of the undo logs of block devices.
+    pub undo_dir: Option<PathBuf>,
     /// Which sandbox is used.
     #[serde(deserialize_with = "sandbox")]
     pub sandbox: Option<SandboxChoice>,
@@ -58,9 +60,12 @@ impl Content {
             .read_to_string(&mut text)
             .map_err(|error| refused(format!("cannot be read as text: {error}")))?;
         let content: Self = toml::from_str(&text).map_err(|error| refused(explain(&text, &error)))?;
-        for (key, directories) in
-            [("allow-backing-dirs", &content.allow_backing_dirs), ("plugin-dirs", &content.plugin_dirs)]
-        {
+        let directories: [(&str, &[PathBuf]); 3] = [
+            ("allow-backing-dirs", &content.allow_backing_dirs),
+            ("plugin-dirs", &content.plugin_dirs),
+            ("undo-dir", content.undo_dir.as_slice()),
+        ];
+        for (key, directories) in directories {
             if let Some(relative) = directories.iter().find(|directory| !directory.is_absolute()) {
                 return Err(refused(format!("{key}: \"{}\" is not an absolute path", relative.display())));
             }
@@ -107,6 +112,7 @@ mod tests {
             ("plugin-dirs = \"/a\"\n", 0o644, ["line 1", "sequence"]),
             ("\nsandbox = \"Kvm\"\n", 0o644, ["line 2", "sandbox is kvm, process or auto"]),
             ("plugin-dirs = [\"a\"]\n", 0o644, ["plugin-dirs", "\"a\" is not an absolute path"]),
+            ("undo-dir = \"a\"\n", 0o644, ["undo-dir", "\"a\" is not an absolute path"]),
             ("allow-backing-dirs = [1]\n", 0o644, ["line 1", "string"]),
             ("\n= 3\n", 0o644, ["line 2", "key"]),
             ("", 0o666, ["writable by others", "chmod go-w"]),

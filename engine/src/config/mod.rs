@@ -36,6 +36,8 @@ pub struct Config {
     pub backing_directories: Vec<Configured>,
     /// `plugin-dirs`: more directories with plugins.
     pub plugin_directories: Vec<Configured>,
+    /// `undo-dir`: where the undo logs of block devices lie, as the last file that names one has it.
+    pub undo_directory: Option<Configured>,
     /// `sandbox`, as the last file that names one has it, and that file.
     pub sandbox: Option<(SandboxChoice, PathBuf)>,
     /// The files that were looked for, and whether each exists.
@@ -95,6 +97,7 @@ impl Config {
             let named = |directories: Vec<PathBuf>| {
                 directories.into_iter().map(|directory| Configured { directory, file: file.clone() })
             };
+            config.undo_directory = named(content.undo_dir.into_iter().collect()).next().or(config.undo_directory);
             config.backing_directories.extend(named(content.allow_backing_dirs));
             config.plugin_directories.extend(named(content.plugin_dirs));
             config.sandbox = content.sandbox.map(|sandbox| (sandbox, file.clone())).or(config.sandbox);
@@ -113,6 +116,12 @@ impl Config {
     #[must_use]
     pub fn plugin_paths(&self) -> Vec<PathBuf> {
         self.plugin_directories.iter().map(|configured| configured.directory.clone()).collect()
+    }
+
+    /// Return the directory of the undo logs of block devices, if a file names one that exists.
+    #[must_use]
+    pub fn undo_path(&self) -> Option<PathBuf> {
+        self.undo_directory.as_ref().map(|configured| configured.directory.clone()).filter(|path| path.is_dir())
     }
 
     /// Return the existing directories in which recorded backings may lie.
@@ -177,7 +186,8 @@ mod tests {
         let (first, second) = (root.path().join("first"), root.path().join("second"));
         std::fs::write(&first, "plugin-dirs = [\"/no/a\"]\nallow-backing-dirs = [\"/\"]\nsandbox = \"process\"\n")
             .unwrap();
-        std::fs::write(&second, "plugin-dirs = [\"/no/b\", \"/no/c\"]\nsandbox = \"auto\"\n").unwrap();
+        std::fs::write(&second, "plugin-dirs = [\"/no/b\", \"/no/c\"]\nsandbox = \"auto\"\nundo-dir = \"/\"\n")
+            .unwrap();
         for file in [&first, &second] {
             std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o644)).unwrap();
         }
@@ -186,6 +196,7 @@ mod tests {
         let config = Config::of(&[&first, &absent, &second].map(source)).unwrap();
         assert_eq!(config.plugin_paths(), ["/no/a", "/no/b", "/no/c"].map(PathBuf::from));
         assert_eq!(config.backing_paths(), [PathBuf::from("/")]);
+        assert_eq!(config.undo_path(), Some(PathBuf::from("/")));
         assert_eq!(config.plugin_directories.first().unwrap().file, first);
         assert_eq!(config.sandbox, Some((SandboxChoice::Auto, second.clone())));
         assert_eq!(config.files, [(first, true), (absent, false), (second, true)]);

@@ -12,7 +12,9 @@ pub(crate) use parts::Parts;
 
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
-use crate::image::{file_name, Access, ChainImage, Descent, Gate, NamedFile, OpenedFile, Part, Recorder};
+use crate::image::{
+    file_name, use_undo_directory, Access, ChainImage, Descent, Gate, NamedFile, OpenedFile, Part, Recorder,
+};
 use crate::plugins::{Plugin, Registry, SearchPath};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
 use instar_plugin_api::std_types::{ROption, RString, RVec, Tuple2};
@@ -41,6 +43,8 @@ pub struct CreateRequest {
     pub no_clobber: bool,
     /// The search path for plugins.
     pub search: SearchPath,
+    /// The directory of the undo logs of block devices.
+    pub undo_directory: Option<PathBuf>,
 }
 
 /// The image that was created.
@@ -94,6 +98,7 @@ pub fn run_create(request: &CreateRequest) -> Result<Created, Error> {
     let registry = Registry::load(&request.search).looking_aside();
     let plugin = plugin_of(&registry, &request.format)?;
     let file = NamedFile::new(&request.image);
+    use_undo_directory(request.undo_directory.as_deref())?;
     file.refuse_unfinished()?;
     let (virtual_size, backing, backing_facts) = resolve(request, &file, &registry)?;
     let options = options_of(&request.options);

@@ -60,6 +60,14 @@ pub trait BeforeChange: Debug {
         ranges: &[Range<u64>],
         go_on: &mut dyn FnMut() -> io::Result<()>,
     ) -> io::Result<()>;
+
+    /// Data is moving: this comes often, at least once for each piece of it.
+    ///
+    /// # Errors
+    /// The reason why no more may move.
+    fn alive(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Before for super::Device {
@@ -86,6 +94,9 @@ fn changed(request: &Request) -> Option<Range<u64>> {
 impl Devices {
     /// Call `keeper` before bytes of the target change.
     pub fn ask_before_change(&mut self, keeper: Rc<RefCell<dyn BeforeChange>>) {
+        let alive = keeper.clone();
+        // Nothing moves while it is asked.
+        self.pace.tell_alive(Box::new(move || alive.try_borrow_mut().map_or(Ok(()), |mut alive| alive.alive())));
         self.keeper = Some(keeper);
     }
 

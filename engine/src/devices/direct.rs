@@ -43,6 +43,11 @@ impl Direct {
         self.block
     }
 
+    /// Switch direct I/O on or off, for a file of which [`Direct::possible`] says that it can be.
+    pub fn switch(file: &File, on: bool) -> io::Result<()> {
+        set(file, on)
+    }
+
     /// Run `call` with direct I/O on a file that otherwise uses the page cache.
     pub fn directly<T>(file: &File, call: impl FnOnce() -> T) -> io::Result<T> {
         set(file, true)?;

@@ -11,6 +11,7 @@ mod before;
 mod cache;
 mod check;
 mod clone;
+mod compare;
 mod copy;
 mod direct;
 pub mod lock;
@@ -31,6 +32,7 @@ mod zeroes;
 
 pub use before::{Before, BeforeChange};
 pub use cache::Cache;
+pub use compare::{Comparison, Unequal, COMPARED};
 pub use pace::{Pace, Watch};
 pub use phases::Phases;
 pub use reserve::ZeroWrites;
@@ -512,6 +514,7 @@ impl Devices {
             RequestOp::Read => {
                 transfer::read(self.device_mut(device)?, memory, batch)?;
                 self.statistics.read += length;
+                self.pace.read(length);
             }
             RequestOp::Write => {
                 let way = self.zero_writes;

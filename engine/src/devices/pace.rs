@@ -36,6 +36,11 @@ pub trait Watch {
     /// Report that `bytes` more have moved.
     fn moved(&mut self, bytes: u64);
 
+    /// Report that the guest has read `bytes` more into its memory, to write them in another form.
+    fn read(&mut self, bytes: u64) {
+        let _ = bytes;
+    }
+
     /// Data has moved, and nothing is half done: a moment for what takes longer.
     ///
     /// # Errors
@@ -59,6 +64,8 @@ pub struct Pace {
     cancel: Option<Cancel>,
     limit: Option<Limit>,
     watch: Option<Box<dyn Watch>>,
+    /// Who keeps what changes, and says that this process lives.
+    alive: Option<Box<dyn FnMut() -> io::Result<()>>>,
 }
 
 impl fmt::Debug for Pace {
@@ -89,6 +96,11 @@ impl Pace {
         self.watch = Some(watch);
     }
 
+    /// Call `alive`, too, whenever data has moved; its error ends the movement.
+    pub(super) fn tell_alive(&mut self, alive: Box<dyn FnMut() -> io::Result<()>>) {
+        self.alive = Some(alive);
+    }
+
     /// Return the number of bytes that may move at once: those of a tenth of a second, but at most `most`.
     #[must_use]
     pub fn piece(&self, most: u64) -> u64 {
@@ -115,6 +127,9 @@ impl Pace {
         if let Some(watch) = &mut self.watch {
             watch.settle()?;
         }
+        if let Some(alive) = &mut self.alive {
+            alive()?;
+        }
         let Some(limit) = &mut self.limit else { return Ok(()) };
         let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(limit.rate);
         let takes = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
@@ -128,6 +143,13 @@ impl Pace {
             }
             self.go_on()?;
             std::thread::sleep(left.min(NAP));
+        }
+    }
+
+    /// Record data that the guest has read, which is not limited.
+    pub fn read(&mut self, bytes: u64) {
+        if let Some(watch) = &mut self.watch {
+            watch.read(bytes);
         }
     }
 

@@ -1,4 +1,4 @@
-//! Threads that copy pieces of files side by side: one waits for the disk while another reads.
+//! Threads that copy and compare pieces of files side by side: one waits for the disk while another reads.
 //!
 //! They are started before the process is [confined](crate::confine), since it can start none afterwards. Each takes all
 //! files out of its own reach first; the filter of system calls is applied to all threads at once.
@@ -8,6 +8,7 @@ use super::piece::{Piece, PIECE};
 use crate::confine::paths;
 use crate::confine::Reach;
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,11 +16,41 @@ use std::thread::JoinHandle;
 
 /// Threads besides the calling one. More threads did not increase throughput on any disk we tried; two processors are enough for these.
 const THREADS: usize = 3;
-/// The pieces that are to be copied, and what became of those that were.
-#[derive(Debug, Default)]
+
+/// Work for a thread.
+pub trait Task: Send + Sync {
+    /// Bytes of it.
+    fn length(&self) -> u64;
+
+    /// Its number, or that of the first of several that it is a part of: none is larger than that of a task behind it.
+    fn first(&self) -> usize;
+
+    /// Do it, with a buffer of [`PIECE`] bytes.
+    ///
+    /// # Errors
+    /// The number of what failed, and why.
+    fn run(&self, buffer: &mut AlignedBuffer) -> Result<(), (usize, io::Error)>;
+}
+
+impl Task for Piece {
+    fn length(&self) -> u64 {
+        Self::length(self)
+    }
+
+    fn first(&self) -> usize {
+        self.first_copy()
+    }
+
+    fn run(&self, buffer: &mut AlignedBuffer) -> Result<(), (usize, io::Error)> {
+        self.copy(buffer)
+    }
+}
+
+/// The tasks that are to be done, and what became of those that were.
+#[derive(Default)]
 struct Board {
     /// In order: whatever is before a piece that failed was copied, or failed itself.
-    waiting: VecDeque<Piece>,
+    waiting: VecDeque<Box<dyn Task>>,
     /// Number of pieces that somebody is copying.
     under_way: usize,
     /// The first copy of which a piece failed, and why.
@@ -28,6 +59,12 @@ struct Board {
     over: bool,
     /// Threads that are ready.
     ready: usize,
+}
+
+impl fmt::Debug for Board {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Board").field("waiting", &self.waiting.len()).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -48,15 +85,15 @@ impl Shared {
     }
 
     /// The next piece, which is then under way.
-    fn take(board: &mut Board) -> Option<Piece> {
+    fn take(board: &mut Board) -> Option<Box<dyn Task>> {
         let piece = board.waiting.pop_front()?;
         board.under_way += 1;
         Some(piece)
     }
 
-    /// Copy a piece that was taken, and say what became of it.
-    fn copy(&self, piece: &Piece, buffer: &mut AlignedBuffer) {
-        let result = piece.copy(buffer);
+    /// Do a task that was taken, and say what became of it.
+    fn run(&self, piece: &dyn Task, buffer: &mut AlignedBuffer) {
+        let result = piece.run(buffer);
         let mut board = self.board();
         board.under_way -= 1;
         match result {
@@ -95,7 +132,7 @@ impl Shared {
                 }
             };
             drop(board);
-            self.copy(&piece, buffer.get_or_insert_with(|| AlignedBuffer::new(PIECE)));
+            self.run(piece.as_ref(), buffer.get_or_insert_with(|| AlignedBuffer::new(PIECE)));
         }
     }
 }
@@ -143,12 +180,24 @@ impl Workers {
     pub fn copy(
         &mut self,
         pieces: VecDeque<Piece>,
+        each: impl FnMut(u64) -> io::Result<()>,
+    ) -> Result<(), (usize, io::Error)> {
+        self.run(pieces, each)
+    }
+
+    /// Do these tasks, whose numbers are in ascending order, in the same way.
+    ///
+    /// # Errors
+    /// Which task failed first, and why: all before it are done.
+    pub(super) fn run(
+        &mut self,
+        tasks: VecDeque<impl Task + 'static>,
         mut each: impl FnMut(u64) -> io::Result<()>,
     ) -> Result<(), (usize, io::Error)> {
         let shared = &*self.shared;
         let mut board = shared.board();
         board.failed = None;
-        board.waiting = pieces;
+        board.waiting = tasks.into_iter().map(|task| Box::new(task) as Box<dyn Task>).collect();
         // One piece is this thread's.
         for _ in 1..board.waiting.len().min(1 + THREADS) {
             shared.news.notify_one();
@@ -156,10 +205,10 @@ impl Workers {
         loop {
             if let Some(piece) = Shared::take(&mut board) {
                 drop(board);
-                shared.copy(&piece, &mut self.buffer);
+                shared.run(piece.as_ref(), &mut self.buffer);
                 let stopped = each(shared.moved.swap(0, Relaxed)).err();
                 board = shared.board();
-                if let (Some(error), copy) = (stopped, piece.first_copy()) {
+                if let (Some(error), copy) = (stopped, piece.first()) {
                     board.waiting.clear();
                     board.failed.get_or_insert((copy, error));
                 }

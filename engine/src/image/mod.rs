@@ -26,6 +26,7 @@ mod roots;
 mod scan;
 mod snapshot;
 mod target;
+mod undo_directory;
 mod unfinished;
 mod users;
 
@@ -46,4 +47,5 @@ pub use parents::{check_immediate_parent, check_parents, parent_mismatch};
 pub use roots::Roots;
 pub use snapshot::SnapshotName;
 pub use target::{resolve_backing, BackingChoice, Target};
+pub use undo_directory::{undo_directory, use_undo_directory, DeviceIdentity, UndoDirectory};
 pub use unfinished::unfinished_below;

@@ -6,6 +6,7 @@ use super::gate::Located;
 use super::named::NamedFile;
 use super::names::file_name;
 use super::open::OpenedFile;
+use super::undo_directory::undo_directory;
 use crate::error::Error;
 use crate::escape::shell_path;
 use crate::lookup::{walk, Directory, Why};
@@ -65,7 +66,7 @@ impl OpenedFile {
     /// [`ErrorCode::RecoveryNeeded`], and [`ErrorCode::OpenFailed`] if its name leads to another file meanwhile.
     pub(super) fn refuse_unfinished(&self) -> Result<(), Error> {
         if self.block_device {
-            return Ok(());
+            return self.refuse_unfinished_device();
         }
         // What an atomic commit has replaced, or somebody has moved, while this process waited for its lock is not the image any
         // more: whatever is written into it would be lost.
@@ -78,6 +79,31 @@ impl OpenedFile {
         match unfinished(&directory, &name, &self.path) {
             Some(clause) => Err(Error::image(&self.path, ErrorCode::RecoveryNeeded, clause)),
             None => Ok(()),
+        }
+    }
+}
+
+impl OpenedFile {
+    /// Refuse a block device with an undo log in the directory of those, if the operator or the configuration names one.
+    fn refuse_unfinished_device(&self) -> Result<(), Error> {
+        let Some(place) = undo_directory() else { return Ok(()) };
+        // A device without an identity has no log.
+        let Ok(identity) = place.identify(self) else { return Ok(()) };
+        let name = identity.log_name();
+        match statat(place.directory(), &name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(()),
+            Ok(_) | Err(_) => {
+                let (directory, log) = (place.directory().path(), place.directory().path().join(&name));
+                let clause = format!(
+                    "has an undo log, {}: an atomic commit into it did not end, and if none is running, `instar recover --undo-dir {} {}` \
+                     gives it back what it was; if it was restored or made anew since, remove the log instead: `rm {}`",
+                    shell_path(&log),
+                    shell_path(directory),
+                    shell_path(&self.path),
+                    shell_path(&log)
+                );
+                Err(Error::image(&self.path, ErrorCode::RecoveryNeeded, clause))
+            }
         }
     }
 }

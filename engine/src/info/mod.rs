@@ -3,7 +3,10 @@
 use crate::confine::{Needs, Reach, Work};
 use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
-use crate::image::{file_name, parent_mismatch, unfinished_below, Access, ChainImage, Descent, Gate, NamedFile, Part};
+use crate::image::{
+    file_name, parent_mismatch, unfinished_below, use_undo_directory, Access, ChainImage, Descent, Gate, NamedFile,
+    Part,
+};
 use crate::lookup::Directory;
 use crate::operation::Session;
 use crate::plugins::{ImageFiles, Registry, SearchPath};
@@ -28,6 +31,8 @@ pub struct InfoRequest {
     pub backing_chain: bool,
     /// The search path for plugins.
     pub search: SearchPath,
+    /// The directory of the undo logs of block devices.
+    pub undo_directory: Option<PathBuf>,
 }
 
 /// One image of a chain. Serializes to the keys of `qemu-img info --output=json`, and `notes`.
@@ -52,6 +57,7 @@ pub struct ImageInfo {
 pub fn run_info(request: &InfoRequest, session: &Session) -> Result<Vec<ImageInfo>, Error> {
     let registry = Registry::load(&request.search);
     Error::if_refused(&registry)?;
+    use_undo_directory(request.undo_directory.as_deref())?;
     collect(&registry, request, session)
 }
 

@@ -25,6 +25,12 @@ impl Identity {
         Self(true, number, 0)
     }
 
+    /// The inode, if it is a file's.
+    #[must_use]
+    pub fn inode(self) -> Option<u64> {
+        (!self.0).then_some(self.2)
+    }
+
     /// Identify a file by the result of `fstat`.
     #[must_use]
     pub fn of(stat: &Stat) -> Self {

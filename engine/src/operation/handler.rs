@@ -40,9 +40,9 @@ pub trait Events {
         Err(BadRequest("a change was announced in an operation that only reads".to_owned()))
     }
 
-    /// The guest works on this step.
-    fn step(&mut self, step: &str) {
-        let _ = step;
+    /// The guest works on this step, of which it has done this many bytes of the disk.
+    fn step(&mut self, step: &str, done: u64) {
+        let _ = (step, done);
     }
 
     /// The guest says that it succeeded, with a result: an encoded message of the operation.
@@ -112,7 +112,7 @@ impl<E: Events> Host for Handler<E> {
             // The runner takes panics itself.
             Kind::Panic(_) => return Err(BadRequest("a panic that is none".to_owned())),
             Kind::Event(event) => self.events.event(&mut self.devices, &event)?,
-            Kind::Progress(progress) => self.events.step(&progress.step),
+            Kind::Progress(progress) => self.events.step(&progress.step, progress.done),
             Kind::Phase(message) => {
                 let phase = Phase::from_u32(message.phase)
                     .ok_or_else(|| BadRequest(format!("phase {}, which does not exist", message.phase)))?;

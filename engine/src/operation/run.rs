@@ -9,13 +9,15 @@ use super::timing::Timing;
 use crate::confine::{Confinement, Needs, Reach, Work};
 use crate::devices::Devices;
 use crate::error::Error;
-use crate::image::{allow_many_open_files, prepare_to_lock, Access, Gate, NamedFile, Roots};
+use crate::image::{
+    allow_many_open_files, prepare_to_lock, use_undo_directory, Access, Gate, NamedFile, Roots, UndoDirectory,
+};
 use crate::lookup::Directory;
 use crate::plugins::{Registry, SearchPath};
 use crate::sandbox::{ModuleSpec, Program, Report, Sandbox, SandboxChoice};
 use instar_guest_abi::ErrorCode;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The settings of every operation.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +30,17 @@ pub struct Settings {
     pub wait: u64,
     /// The sandbox of the guest.
     pub sandbox: SandboxChoice,
+    /// The directory of the undo logs of block devices.
+    pub undo_directory: Option<PathBuf>,
+}
+
+impl Settings {
+    /// The same, with another directory of the undo logs of block devices, if one is given.
+    #[must_use]
+    pub fn with_undo_directory(self, directory: Option<&Path>) -> Self {
+        let undo_directory = directory.map(Path::to_owned).or(self.undo_directory);
+        Self { undo_directory, ..self }
+    }
 }
 
 /// The steps that differ between operations. [`run`] calls the methods in this order, once each.
@@ -142,7 +155,8 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     allow_many_open_files();
     // From here on, the directories that names may lead into are descriptors: no path leads to them a second time.
     let named = operation.named();
-    let Settings { search, allowed_directories, wait, sandbox } = operation.settings();
+    let Settings { search, allowed_directories, wait, sandbox, undo_directory } = operation.settings();
+    let undo_directory = use_undo_directory(undo_directory.as_deref())?;
     let roots = Roots::of(&named.image, allowed_directories)?;
     // An operator who names a base also allows the files that belong to it, which lie beside it.
     let with_base = named.base.as_ref().map_or_else(|| roots.clone(), |base| roots.and(base));
@@ -171,6 +185,9 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
         of_second.iter().chain(&of_others).fold(with_base.reach(access), |reach, roots| roots.add_to(reach, access));
     let reach = descriptors.iter().fold(reach, |reach, file| reach.add(file, access == Access::ReadWrite));
     let reach = named.reach_of_children(reach, access);
+    // What a device is, the system tells.
+    let sys = undo_directory.as_ref().and_then(UndoDirectory::sys);
+    let reach = sys.iter().fold(reach, |reach, sys| reach.add(*sys, false));
     let reach = operation.reach_of_names(with_base.directories(), reach);
     let removes = operation.removes_in();
     let reach = removes.iter().fold(reach, Reach::add_removal);

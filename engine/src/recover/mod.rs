@@ -2,16 +2,25 @@
 //!
 //! The undo log lies beside the file, and is as hostile as an image, because every user with write access to the directory can
 //! make one. It counts only if it is a regular file with one name, on the same file system, owned by the file's owner or root
-//! and writable for nobody else, and if it identifies the file by name, inode and time of creation. It is [read](crate::undo)
-//! completely before the file changes.
+//! and writable for nobody else, and if it identifies the file by name, inode and time of creation; a block device, whose log lies in a
+//! directory of the operator's choice, by what the system says that it is. It is [read](crate::undo) completely before the file
+//! changes.
+//!
+//! The log is of the bytes that the commit changed. Somebody may have restored the file since, in place, and the old bytes would
+//! damage that: so a file that was written long after the commit was alive, or that differs where the commit changed nothing, is
+//! refused unless the operator insists.
 //!
 //! The order, and the crash that each step survives: the file is written back and flushed, the log is cut to nothing and flushed,
 //! and then removed. Before the cut, the log undoes everything once more; after it, nothing.
 
+mod namesake;
+
+pub(crate) use namesake::refuse_namesake;
+
 use crate::confine::{Needs, Reach, Work};
 use crate::error::{Error, Role};
-use crate::escape::escape_path;
-use crate::image::{prepare_to_lock, NamedFile, OpenedFile};
+use crate::escape::{escape_path, shell_path};
+use crate::image::{prepare_to_lock, use_undo_directory, DeviceIdentity, NamedFile, OpenedFile, UndoDirectory};
 use crate::lookup::{Directory, Identity};
 use crate::operation::Session;
 use crate::undo::{log_name, Log, Restored};
@@ -21,7 +30,7 @@ use rustix::fs::{
 };
 use rustix::io::{retry_on_intr, Errno};
 use serde::Serialize;
-use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -35,6 +44,10 @@ pub struct RecoverRequest {
     pub image: PathBuf,
     /// Seconds to wait while it is in use.
     pub wait: u64,
+    /// The directory of the undo logs of block devices.
+    pub undo_directory: Option<PathBuf>,
+    /// Apply the log although the file was written since.
+    pub force: bool,
 }
 
 /// The result. Serializes to the JSON of `docs/recover.md`.
@@ -72,11 +85,16 @@ pub fn run_recover(request: &RecoverRequest, session: &Session) -> Result<Recove
 
 fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome, Error> {
     let named = NamedFile::new(&request.image);
+    let undo = use_undo_directory(request.undo_directory.as_deref())?;
     prepare_to_lock(session.cancel(), request.wait, [&named], &[]);
     let opened = named.open_unfinished()?;
-    let (directory, name) = opened.place()?;
+    let place = Place::of(&opened, undo.as_ref())?;
     let image = opened.settled_path().to_string_lossy().into_owned();
-    let Some(found) = find(&opened, directory.clone(), &directory.path().join(log_name(&name)))? else {
+    let log_path = place.directory.path().join(&place.log_name);
+    let Some(found) = find(&opened, place.directory.clone(), &log_path)? else {
+        if let (Some(undo), Some(device)) = (&undo, &place.device) {
+            refuse_namesake(&opened, undo, device)?;
+        }
         return Ok(RecoverOutcome { image, log: false, restored: false, bytes_restored: 0, length: opened.length() });
     };
     session.begin(Reach::default().add_names(&found.directory), Work::Recover, &Needs::default());
@@ -92,7 +110,8 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
         })?;
         let clause = "is the undo log of another file, which was moved, copied or replaced: if this one is as it should be, remove \
                       the log";
-        let of_it = is_of(&opened, &log, &name)
+        let of_it = place
+            .is_of(&opened, &log)
             .map_err(|errno| Error::io(&opened.path, ErrorCode::OpenFailed, "cannot be looked at", &errno.into()))?;
         if !of_it {
             return Err(refused(clause.to_owned()));
@@ -108,6 +127,9 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
             );
             return Err(refused(clause));
         }
+        if !request.force {
+            refuse_written_since(&opened, &log, &found)?;
+        }
         Some(log.apply(opened.file.file()).map_err(|error| {
             let what = "cannot be given back all that it was: see to it that it can be written, and has room, and run the command again";
             Error::io(&opened.path, ErrorCode::OpenFailed, what, &error)
@@ -118,15 +140,84 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
     Ok(RecoverOutcome { image, log: true, restored: restored.is_some(), bytes_restored: bytes, length })
 }
 
-/// Whether a log is of this file. The number of its device says nothing: it changes when the machine starts again.
-fn is_of(opened: &OpenedFile, log: &Log<'_>, name: &OsStr) -> Result<bool, Errno> {
+/// Where the log of a file or device lies, and what it is called.
+struct Place {
+    directory: Directory,
+    log_name: OsString,
+    /// The name that the log has to say.
+    name: OsString,
+    device: Option<DeviceIdentity>,
+}
+
+impl Place {
+    fn of(opened: &OpenedFile, undo: Option<&UndoDirectory>) -> Result<Self, Error> {
+        if !opened.block_device {
+            let (directory, name) = opened.place()?;
+            return Ok(Self { directory, log_name: log_name(&name), name, device: None });
+        }
+        let undo = undo.ok_or_else(|| {
+            let clause = "is a block device, whose undo log lies where the commit was told to keep it: name that directory with \
+                          --undo-dir";
+            Error::image(&opened.path, ErrorCode::BadUsage, clause)
+        })?;
+        let device = undo.identify(opened)?;
+        let (log_name, name) = (device.log_name(), device.name.clone());
+        Ok(Self { directory: undo.directory().clone(), log_name, name, device: Some(device) })
+    }
+
+    /// Whether a log is of this file. The number of its device says nothing: it changes when the machine starts again; nor does the
+    /// name of a device.
+    fn is_of(&self, opened: &OpenedFile, log: &Log<'_>) -> Result<bool, Errno> {
+        let header = log.header();
+        if let Some(device) = &self.device {
+            return Ok(header.subject == device.digest);
+        }
+        let file = opened.file.file();
+        let born = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
+        let born = born.filter(|found| found.stx_mask & StatxFlags::BTIME.bits() != 0);
+        let born = born.map_or((0, 0), |found| (found.stx_btime.tv_sec.cast_unsigned(), found.stx_btime.tv_nsec));
+        let inode = fstat(file)?.st_ino;
+        let same = header.name == self.name.as_bytes() && inode == header.inode;
+        Ok(same && header.subject == [0; 32] && (header.born == born || header.born == (0, 0)))
+    }
+}
+
+/// Seconds by which a file may have been written after the commit was alive last, and before it began: a write may wait for its disk,
+/// and clocks are set.
+const GRACE: u64 = 60;
+
+/// Refuse a file that somebody else has written since the commit into it was interrupted: it was restored, perhaps, and the log would
+/// write old bytes into it.
+fn refuse_written_since(opened: &OpenedFile, log: &Log<'_>, found: &Found) -> Result<(), Error> {
+    let failed = |error: &io::Error| Error::io(&opened.path, ErrorCode::OpenFailed, "cannot be read", error);
     let header = log.header();
-    let file = opened.file.file();
-    let born = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
-    let born = born.filter(|found| found.stx_mask & StatxFlags::BTIME.bits() != 0);
-    let born = born.map_or((0, 0), |found| (found.stx_btime.tv_sec.cast_unsigned(), found.stx_btime.tv_nsec));
-    let inode = fstat(file)?.st_ino;
-    Ok(header.name == name.as_bytes() && inode == header.inode && (header.born == born || header.born == (0, 0)))
+    let stat = fstat(opened.file.file()).map_err(|errno| failed(&errno.into()))?;
+    let written = (u64::try_from(stat.st_mtime).unwrap_or(0), u32::try_from(stat.st_mtime_nsec).unwrap_or(0));
+    let alive = log.last_alive();
+    let why = if opened.block_device || written == header.changed {
+        None
+    } else if written.0 > alive.0.saturating_add(GRACE) {
+        Some(format!("was written {} s after the commit into it had been interrupted", written.0 - alive.0))
+    } else if written.0.saturating_add(GRACE) < header.begun.0 {
+        Some("was last written before the commit into it began, and not when that says".to_owned())
+    } else {
+        None
+    };
+    let why = match why {
+        Some(why) => why,
+        None => match log.foreign(opened.file.file()).map_err(|error| failed(&error))? {
+            Some(offset) => {
+                format!("differs at offset {offset} from what it was, where the interrupted commit has changed nothing")
+            }
+            None => return Ok(()),
+        },
+    };
+    let clause = format!(
+        "{why}: it was restored or made anew, or another program wrote to it. If it is as it should be, remove the log: `rm {}`. If not, \
+         restore it from a backup; --force gives it back what the log says nevertheless",
+        shell_path(&found.path)
+    );
+    Err(Error::image(&opened.path, ErrorCode::RecoveryNeeded, clause))
 }
 
 /// Open the log of a file, if it has one, and refuse one that somebody else may have made.
@@ -158,7 +249,7 @@ fn find(opened: &OpenedFile, directory: Directory, path: &Path) -> Result<Option
     if stat.st_nlink != 1 {
         return refused("has several names (hard links), and is not believed: remove them");
     }
-    if stat.st_dev != of.st_dev {
+    if stat.st_dev != of.st_dev && !opened.block_device {
         return refused("lies on another file system than the image, and is not believed: remove it");
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -7,7 +7,8 @@
 //! Records can be written back in any order, any number of times: each range is in the log once, and the log does not change
 //! until the file is durable again.
 
-use super::format::{Header, Kind, Record, HEADER, RECORD};
+use super::beats::Beats;
+use super::format::{sample, Beat, Header, Kind, Record, BEATS, FIRST, HEADER, RECORD, SAMPLE, SAMPLES};
 use crate::devices::make_zero;
 use crc32c::crc32c;
 use rustix::fs::SeekFrom;
@@ -15,7 +16,7 @@ use rustix::io::{retry_on_intr, Errno};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
 /// Bytes of the log that are searched at once for records behind its end.
 const SEARCHED: usize = 1 << 20;
@@ -49,6 +50,11 @@ pub struct Restored {
     pub length: u64,
 }
 
+/// A time of a file.
+pub(super) fn time_of(seconds: i64, nanoseconds: i64) -> (u64, u32) {
+    (u64::try_from(seconds).unwrap_or(0), u32::try_from(nanoseconds).unwrap_or(0))
+}
+
 fn read_block(file: &File, at: u64, bytes: &mut [u8]) -> io::Result<bool> {
     match file.read_exact_at(bytes, at) {
         Ok(()) => Ok(true),
@@ -69,7 +75,7 @@ impl<'f> Log<'f> {
         }
         let header = Header::decode(&block).map_err(Unusable::Malformed)?;
         let mut log = Self { file, header, records: Vec::new() };
-        let mut at = HEADER as u64;
+        let mut at = FIRST;
         while let Some(record) = log.next(at)? {
             log.records.push((at, record));
             at = at.saturating_add(RECORD as u64).saturating_add(record.room());
@@ -137,6 +143,41 @@ impl<'f> Log<'f> {
         &self.header
     }
 
+    /// When the process that changed the file was alive last: as the log says, and as the system says of the log.
+    #[must_use]
+    pub fn last_alive(&self) -> (u64, u32) {
+        let written = self.file.metadata().ok().map(|found| time_of(found.mtime(), found.mtime_nsec()));
+        let beats = BEATS.into_iter().filter_map(|at| {
+            let mut block = [0; RECORD];
+            read_block(self.file, at, &mut block).ok().filter(|whole| *whole)?;
+            Beat::decode(&block, &self.header.nonce)
+        });
+        let newest = beats.max_by_key(|beat| beat.number).map(|beat| beat.time);
+        written.into_iter().chain(newest).max().unwrap_or(self.header.begun)
+    }
+
+    /// Find a part of the file that is not what it was, and of which the log says nothing: so the file was restored, or somebody else
+    /// has written to it. Only [samples](sample) are looked at.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn foreign(&self, file: &File) -> io::Result<Option<u64>> {
+        let length = self.header.length;
+        let mut bytes = vec![0; usize::try_from(SAMPLE).unwrap_or(0)];
+        for (index, sum) in (0..SAMPLES).zip(self.header.samples) {
+            let range = sample(index, length);
+            let kept = |record: &Record| record.range().start < range.end && range.start < record.range().end;
+            if range.is_empty() || self.records.iter().any(|(_, record)| kept(record)) {
+                continue;
+            }
+            let bytes = bytes.get_mut(..usize::try_from(range.end - range.start).unwrap_or(0)).unwrap_or_default();
+            if !read_block(file, range.start, bytes)? || crc32c(bytes) != sum {
+                return Ok(Some(range.start));
+            }
+        }
+        Ok(None)
+    }
+
     /// Whether a file of `length` bytes may be what the log's became. Before it is cut, what is cut off is kept: a file that is shorter
     /// for another reason was restored or made again, and the log says nothing of it.
     #[must_use]
@@ -153,14 +194,20 @@ impl<'f> Log<'f> {
     /// The kernel's. The log is as it was, and can be applied again.
     pub fn apply(&self, file: &File) -> io::Result<Restored> {
         let length = self.header.length;
-        // The log has the part that was cut off.
-        retry_on_intr(|| rustix::fs::ftruncate(file, length))?;
+        // What was written since the last beat is written by this: a second run has to know.
+        let mut beats = Beats::of(self.file, self.header.nonce);
+        beats.beat(true)?;
+        // The log has the part that was cut off. The length of a device is fixed.
+        if !file.metadata()?.file_type().is_block_device() {
+            retry_on_intr(|| rustix::fs::ftruncate(file, length))?;
+        }
         let mut bytes: u64 = 0;
         // Holes first: on a full disk, they make the room that data has to have which was punched since. No two records are about
         // the same bytes.
         let (holes, data): (Vec<&(u64, Record)>, Vec<_>) =
             self.records.iter().partition(|(_, record)| record.kind == Kind::Hole);
         for (at, record) in holes.into_iter().chain(data) {
+            beats.beat(false)?;
             match record.kind {
                 Kind::Hole => make_zero(file, record.offset, record.length)?,
                 Kind::Data(_) => {

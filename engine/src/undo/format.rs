@@ -13,10 +13,17 @@
 //! | 56 | 8 | its device, for people: it is another one after a restart |
 //! | 64 | 8, 4 | when the file was made: seconds and nanoseconds; 0 where the file system does not say |
 //! | 76 | 8 | records that were durable when the log got its name |
-//! | 84 | 255 | its name, without directory |
+//! | 84 | 255 | its name, without directory; of a device, what the system called it |
+//! | 340 | 32 | of a block device: SHA-256 of what tells it from every other; zeroes for a file |
+//! | 372 | 8, 4 | when it was written before: seconds and nanoseconds; 0 for a device |
+//! | 384 | 8, 4 | when the log was begun |
+//! | 512 | 32 × 4 | CRC-32C of [samples](sample) of it |
 //! | 4092 | 4 | CRC-32C of the bytes before |
 //!
-//! Then records, each of [`RECORD`] bytes and, if it is of data, the data, filled up to a multiple of as many:
+//! Then two [beats](Beat) of [`RECORD`] bytes, of which the newer counts: when the writing process was alive. They are written in turn, so
+//! that one of them is whole. The first record stands at [`FIRST`].
+//!
+//! Records follow, each of [`RECORD`] bytes and, if it is of data, the data, filled up to a multiple of as many:
 //!
 //! | at | bytes | what |
 //! |---|---|---|
@@ -34,6 +41,14 @@ use std::ops::Range;
 
 /// Bytes of the header.
 pub const HEADER: usize = 4096;
+/// Where the two beats stand.
+pub const BEATS: [u64; 2] = [HEADER as u64, (HEADER + RECORD) as u64];
+/// Where the first record stands.
+pub const FIRST: u64 = 2 * HEADER as u64;
+/// Samples of a file.
+pub const SAMPLES: usize = 32;
+/// Bytes of a sample.
+pub const SAMPLE: u64 = 4096;
 /// Bytes of a record without its data.
 pub const RECORD: usize = 512;
 /// Bytes of data of one record, at most.
@@ -42,6 +57,8 @@ pub const MOST_DATA: u64 = 1 << 20;
 pub const MAGIC: &[u8; 16] = b"instar undo log\n";
 /// The first bytes of a record.
 pub const RECORD_MAGIC: &[u8; 8] = b"undo rec";
+/// The first bytes of a beat.
+const BEAT_MAGIC: &[u8; 8] = b"undo now";
 
 const VERSION: u32 = 1;
 const MOST_NAME: usize = 255;
@@ -65,6 +82,37 @@ pub struct Header {
     pub durable: u64,
     /// Its name, without directory.
     pub name: Vec<u8>,
+    /// What a block device is.
+    pub subject: [u8; 32],
+    /// When the file was written before: seconds and nanoseconds.
+    pub changed: (u64, u32),
+    /// When the log was begun.
+    pub begun: (u64, u32),
+    /// The checksums of its samples.
+    pub samples: [u32; SAMPLES],
+}
+
+/// A moment in which the process that changes the file was alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beat {
+    /// The newer one has the larger number.
+    pub number: u64,
+    /// Seconds and nanoseconds.
+    pub time: (u64, u32),
+}
+
+/// The range of a sample of a file of `length` bytes: the first and the last block are samples, and those between lie far from each
+/// other. Empty if the file has fewer.
+#[must_use]
+pub fn sample(index: usize, length: u64) -> Range<u64> {
+    let last = length.saturating_sub(1) / SAMPLE;
+    let step = last.div_ceil(SAMPLES as u64 - 1).max(1);
+    let start = (index as u64).saturating_mul(step).min(last).saturating_mul(SAMPLE);
+    let before = (index as u64).saturating_sub(1).saturating_mul(step) >= last && index > 0;
+    if before {
+        return length..length;
+    }
+    start..start.saturating_add(SAMPLE).min(length)
 }
 
 /// The old content of a range of the file.
@@ -134,6 +182,14 @@ impl Header {
         put(&mut block, 72, &self.born.1.to_le_bytes());
         put(&mut block, 76, &self.durable.to_le_bytes());
         put(&mut block, 84, &self.name);
+        put(&mut block, 340, &self.subject);
+        put(&mut block, 372, &self.changed.0.to_le_bytes());
+        put(&mut block, 380, &self.changed.1.to_le_bytes());
+        put(&mut block, 384, &self.begun.0.to_le_bytes());
+        put(&mut block, 392, &self.begun.1.to_le_bytes());
+        for (index, sum) in self.samples.iter().enumerate() {
+            put(&mut block, 512 + 4 * index, &sum.to_le_bytes());
+        }
         seal(&mut block);
         Some(block)
     }
@@ -157,6 +213,10 @@ impl Header {
 
     fn fields(block: &[u8]) -> Option<Self> {
         let named = usize::try_from(word(block, 20)?).ok().filter(|named| (1..=MOST_NAME).contains(named))?;
+        let mut samples = [0; SAMPLES];
+        for (index, sum) in samples.iter_mut().enumerate() {
+            *sum = word(block, 512 + 4 * index)?;
+        }
         Some(Self {
             nonce: block.get(24..40)?.try_into().ok()?,
             length: number(block, 40)?,
@@ -165,7 +225,36 @@ impl Header {
             born: (number(block, 64)?, word(block, 72)?),
             durable: number(block, 76)?,
             name: block.get(84..84 + named)?.to_vec(),
+            subject: block.get(340..372)?.try_into().ok()?,
+            changed: (number(block, 372)?, word(block, 380)?),
+            begun: (number(block, 384)?, word(block, 392)?),
+            samples,
         })
+    }
+}
+
+impl Beat {
+    /// Encode the beat for the log with this number.
+    #[must_use]
+    pub fn encode(&self, nonce: &[u8; 16]) -> Vec<u8> {
+        let mut block = vec![0; RECORD];
+        put(&mut block, 0, BEAT_MAGIC);
+        put(&mut block, 8, nonce);
+        put(&mut block, 24, &self.number.to_le_bytes());
+        put(&mut block, 32, &self.time.0.to_le_bytes());
+        put(&mut block, 40, &self.time.1.to_le_bytes());
+        seal(&mut block);
+        block
+    }
+
+    /// Decode these [`RECORD`] bytes, if they are a beat of the log with this number.
+    #[must_use]
+    pub fn decode(block: &[u8], nonce: &[u8; 16]) -> Option<Self> {
+        let ours = block.len() == RECORD && block.get(..8)? == BEAT_MAGIC && block.get(8..24)? == nonce;
+        if !ours || !is_sealed(block) {
+            return None;
+        }
+        Some(Self { number: number(block, 24)?, time: (number(block, 32)?, word(block, 40)?) })
     }
 }
 
@@ -232,7 +321,10 @@ mod tests {
 
     fn header() -> Header {
         let (nonce, name) = ([7; 16], b"base.qcow2".to_vec());
-        Header { nonce, length: 5000, inode: 12, device: 34, born: (56, 78), durable: 2, name }
+        let mut samples = [0; SAMPLES];
+        samples.iter_mut().zip(7..).for_each(|(sample, sum)| *sample = sum);
+        let times = Header { changed: (91, 92), begun: (93, 94), subject: [5; 32], samples, ..Header::default() };
+        Header { nonce, length: 5000, inode: 12, device: 34, born: (56, 78), durable: 2, name, ..times }
     }
 
     #[test]
@@ -245,6 +337,31 @@ mod tests {
             assert_eq!(Record::decode(&block, &[7; 16], 5000), Some(record));
             assert_eq!(Record::decode(&block, &[8; 16], 5000), None, "of another log");
             assert_eq!(Record::decode(&block, &[7; 16], 4999), None, "past the end");
+        }
+    }
+
+    #[test]
+    fn the_newer_beat_is_whole() {
+        let beat = Beat { number: 3, time: (1 << 40, 5) };
+        let block = beat.encode(&[7; 16]);
+        assert_eq!(Beat::decode(&block, &[7; 16]), Some(beat));
+        assert_eq!(Beat::decode(&block, &[8; 16]), None);
+        for bit in 0..block.len() * 8 {
+            let mut torn = block.clone();
+            torn[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(Beat::decode(&torn, &[7; 16]), None, "{bit}");
+        }
+    }
+
+    #[test]
+    fn samples_are_blocks_of_the_file_each_once() {
+        for length in [0, 1, 4095, 4096, 4097, 31 * 4096, 32 * 4096, 33 * 4096 + 1, 70_000, 1 << 40, u64::MAX >> 1] {
+            let all: Vec<_> = (0..SAMPLES).map(|index| sample(index, length)).collect();
+            assert!(all.windows(2).all(|two| two[0].end <= two[1].start), "{length}: {all:?}");
+            assert!(all.iter().all(|range| range.end <= length && range.end - range.start <= SAMPLE), "{length}");
+            let filled: Vec<_> = all.iter().filter(|range| range.start < range.end).collect();
+            assert_eq!(filled.first().map_or(0, |range| range.start), 0, "{length}");
+            assert_eq!(filled.last().map_or(0, |range| range.end), length, "{length}: the end is one");
         }
     }
 

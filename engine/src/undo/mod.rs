@@ -1,10 +1,12 @@
 //! The undo log beside a file that is changed in place: its [format](Header), and [restoring](Log::apply) the file from it.
 
 mod apply;
+mod beats;
 mod format;
 
 pub use apply::{Log, Restored, Unusable};
-pub use format::{Header, Kind, Record, HEADER, MOST_DATA, RECORD};
+pub use beats::{now, Rhythm};
+pub use format::{sample, Header, Kind, Record, FIRST, HEADER, MOST_DATA, RECORD, SAMPLES};
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;

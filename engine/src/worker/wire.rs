@@ -77,6 +77,8 @@ struct CommitMessage {
     atomic: bool,
     #[prost(bytes = "vec", optional, tag = "31")]
     keep_backup: Option<Vec<u8>>,
+    #[prost(bytes = "vec", optional, tag = "32")]
+    undo_directory: Option<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -209,6 +211,10 @@ struct PreviewEvent {
     length: u64,
     #[prost(uint64, optional, tag = "5")]
     undo_log: Option<u64>,
+    #[prost(uint64, optional, tag = "6")]
+    undo_free: Option<u64>,
+    #[prost(uint64, optional, tag = "7")]
+    lacking: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -273,7 +279,7 @@ fn paths(all: &[Vec<u8>]) -> Vec<PathBuf> {
 
 /// A request as it is sent, and what the observer wants to know.
 pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
-    let Settings { search, allowed_directories, wait, sandbox } = &request.settings;
+    let Settings { search, allowed_directories, wait, sandbox, undo_directory } = &request.settings;
     let message = CommitMessage {
         overlay: bytes(&request.overlay),
         format: request.format.clone(),
@@ -302,6 +308,7 @@ pub fn request(request: &CommitRequest, observer: &dyn Observer) -> Vec<u8> {
         delete_overlay: request.delete_overlay,
         atomic: request.atomic,
         keep_backup: request.keep_backup.as_deref().map(bytes),
+        undo_directory: undo_directory.as_deref().map(bytes),
     };
     message.encode_to_vec()
 }
@@ -332,7 +339,13 @@ pub fn parse(bytes: &[u8]) -> Option<(CommitRequest, bool, bool)> {
         delete_overlay: message.delete_overlay,
         atomic: message.atomic,
         keep_backup: message.keep_backup.as_deref().map(path),
-        settings: Settings { search, allowed_directories: paths(&message.allowed), wait: message.wait, sandbox },
+        settings: Settings {
+            search,
+            allowed_directories: paths(&message.allowed),
+            wait: message.wait,
+            sandbox,
+            undo_directory: message.undo_directory.as_deref().map(path),
+        },
     };
     (!request.overlay.as_os_str().is_empty()).then_some((request, message.notes, message.progress))
 }
@@ -384,6 +397,8 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
                 free: preview.free_bytes,
                 length: preview.backing_length_bytes,
                 undo_log: preview.undo_log_bytes,
+                undo_free: preview.undo_free_bytes,
+                lacking: preview.lacking_bytes,
             }),
             backing_grows_to: outcome.backing_grows_to,
             sandbox: SandboxChoice::from_name(outcome.sandbox)
@@ -469,6 +484,8 @@ fn outcome_of(event: OutcomeEvent) -> CommitOutcome {
             backing_space_bytes: preview.space,
             free_bytes: preview.free,
             undo_log_bytes: preview.undo_log,
+            undo_free_bytes: preview.undo_free,
+            lacking_bytes: preview.lacking,
         }),
         backing_grows_to: event.backing_grows_to,
         bitmaps: event.bitmaps.map(|event| event.bitmaps.into_iter().filter_map(bitmap_of).collect()),
@@ -557,6 +574,7 @@ mod tests {
                 allowed_directories: vec![odd()],
                 wait: 9,
                 sandbox: SandboxChoice::Process,
+                undo_directory: Some(odd()),
             },
         };
         let (arrived, notes, progress) = parse(&request(&sent, &())).unwrap();

@@ -166,8 +166,8 @@ impl Clone {
 
     /// Remove the backup's mark: the commit has reached its end, and no second run needs it.
     pub fn finished(&self, old: &OpenedFile) {
-        if self.backup.is_some() {
-            mark::remove(self.marked(old));
+        if let Some(overlay) = &self.overlay {
+            mark::end(self.marked(old), self.new.file(), overlay);
         }
     }
 

@@ -5,6 +5,9 @@
 //! The mark is an extended attribute of the old target, durable before the new one gets the name. It identifies the new
 //! target by inode and time of birth, and the overlay by inode and time of last change, so it becomes invalid once the
 //! overlay is emptied or written to. So a crash in between leaves no backup that a later commit would take for its own.
+//!
+//! When the commit has reached its end, the mark of the old target records that instead: a run that is repeated because nobody
+//! saw the end of the first one has nothing to commit, and accepts the backup. One that has something to commit does not.
 
 use rustix::fs::{fgetxattr, fremovexattr, fsetxattr, fstat, statx, AtFlags, Stat, Statx, StatxFlags, XattrFlags};
 use rustix::io::Errno;
@@ -30,6 +33,29 @@ fn line(new: &File, overlay: &File) -> Option<String> {
     ))
 }
 
+/// A file that took the place in a commit of this overlay, in whatever state that is by now.
+fn ended_line(new: &File, overlay: &File) -> Option<String> {
+    let line = line(new, overlay)?;
+    Some(line.rsplit_once(' ').map(|(named, _)| format!("{named} ended\n")).unwrap_or_default())
+}
+
+/// Whether an old target says that `target` has taken its place in a commit of this overlay, which has nothing left then.
+#[must_use]
+pub fn is_ended(old: &File, target: &File, overlay: &File) -> bool {
+    if !looks_like(old, target) {
+        return false;
+    }
+    let named = |line: &str| line.rsplit_once(' ').map(|(named, _)| named.to_owned());
+    let Some(wanted) = ended_line(target, overlay).as_deref().and_then(named) else { return false };
+    read(old).is_some_and(|value| value.lines().any(|line| named(line).is_some_and(|named| named == wanted)))
+}
+
+/// Anybody can write such a mark on a file of their own; the old target is its owner's, with the same mode.
+fn looks_like(old: &File, target: &File) -> bool {
+    let same = |old: &Stat, new: &Stat| (old.st_uid, old.st_gid, old.st_mode) == (new.st_uid, new.st_gid, new.st_mode);
+    matches!((fstat(old), fstat(target)), (Ok(old), Ok(target)) if same(&old, &target))
+}
+
 fn read(old: &File) -> Option<String> {
     let mut value = vec![0_u8; MOST];
     let length = fgetxattr(old, NAME, &mut value[..]).ok()?;
@@ -41,9 +67,7 @@ fn read(old: &File) -> Option<String> {
 /// state.
 #[must_use]
 pub fn is_replaced(old: &File, target: &File, overlay: &File) -> bool {
-    // Anybody can write such a mark on a file of their own; the old target is its owner's, with the same mode.
-    let same = |old: &Stat, new: &Stat| (old.st_uid, old.st_gid, old.st_mode) == (new.st_uid, new.st_gid, new.st_mode);
-    if !matches!((fstat(old), fstat(target)), (Ok(old), Ok(target)) if same(&old, &target)) {
+    if !looks_like(old, target) {
         return false;
     }
     let Some(wanted) = line(target, overlay) else { return false };
@@ -64,8 +88,20 @@ pub fn set(old: &File, new: &File, overlay: &File) -> Result<(), Errno> {
     rustix::io::retry_on_intr(|| rustix::fs::fsync(old))
 }
 
-/// Remove the mark, because the commit has reached its end. An overlay that keeps its content still matches the mark,
-/// so the removal has to be durable; for any other overlay, a mark that a crash brings back is invalid.
+/// Record that the commit has reached its end. An overlay that keeps its content still matches the earlier mark, so this has
+/// to be durable; for any other overlay, a mark that a crash brings back is invalid.
+pub fn end(old: &File, new: &File, overlay: &File) {
+    match ended_line(new, overlay) {
+        Some(line) if read(old).is_some() => {
+            if fsetxattr(old, NAME, line.as_bytes(), XattrFlags::empty()).is_ok() {
+                let _ = rustix::io::retry_on_intr(|| rustix::fs::fsync(old));
+            }
+        }
+        _ => remove(old),
+    }
+}
+
+/// Remove the mark, because nothing takes the place of the old target after all.
 pub fn remove(old: &File) {
     if fremovexattr(old, NAME).is_ok() {
         let _ = rustix::io::retry_on_intr(|| rustix::fs::fsync(old));

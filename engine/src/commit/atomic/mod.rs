@@ -4,6 +4,7 @@
 //! Elsewhere the target is changed in place, with an [undo log](undo_log) beside it.
 
 mod clone;
+mod kept;
 mod mark;
 mod undo_log;
 
@@ -11,8 +12,9 @@ use super::changed::Changed;
 use crate::devices::{Device, Devices};
 use crate::error::Error;
 use crate::escape::escape_bytes;
-use crate::image::{ChainImage, OpenedFile};
+use crate::image::{undo_directory, ChainImage, OpenedFile};
 use crate::lookup::{Directory, Identity};
+use crate::recover::refuse_namesake;
 use crate::sandbox::BadRequest;
 use crate::undo::is_log_name;
 pub(crate) use mark::NAME as REPLACED_MARK;
@@ -28,9 +30,9 @@ use std::fmt;
 use std::fs::File;
 use std::mem;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use undo_log::UndoLog;
+use undo_log::{OfDevice, UndoLog};
 
 /// The state of the files after a commit that did not reach its end, as one clause.
 const AS_IT_WAS: &str = "the target is as it was, and the overlay reads as before";
@@ -62,6 +64,8 @@ pub struct Atomic {
     directory: Directory,
     /// Why the target is not cloned.
     why: Option<String>,
+    /// The backup of a run that has ended, if there is one already.
+    ended: Option<PathBuf>,
     /// Whether the guest has said that the target is complete; from then on, the target has its new content.
     complete: bool,
     /// The reason why the target could not be completed.
@@ -93,6 +97,8 @@ enum AtBackup {
     Target,
     /// The old target, which an interrupted run has replaced.
     Replaced(File),
+    /// What it was before a run that has reached its end, or nearly.
+    Ended,
 }
 
 /// Refuse a backup of a name that exists, unless an interrupted run of the same commit has left it.
@@ -111,14 +117,19 @@ fn look_at_backup(
             let opened = retry_on_intr(|| openat(directory, backup, flags, Mode::empty())).map(File::from);
             match opened {
                 Ok(old) if mark::is_replaced(&old, target.file.file(), overlay) => return Ok(AtBackup::Replaced(old)),
+                Ok(old) if mark::is_ended(&old, target.file.file(), overlay) => return Ok(AtBackup::Ended),
                 _ => {}
             }
         }
         _ => {}
     }
+    Err(backup_exists(&directory.path().join(backup)))
+}
+
+fn backup_exists(backup: &Path) -> Error {
     let clause = "exists, or cannot be looked at, and is not overwritten: if it is the backup of this commit, that has ended; if it is \
                   something else, give --keep-backup another name";
-    Err(Error::image(&directory.path().join(backup), ErrorCode::OpenFailed, clause))
+    Error::image(backup, ErrorCode::OpenFailed, clause)
 }
 
 impl Atomic {
@@ -129,8 +140,14 @@ impl Atomic {
     pub fn begin(target: &mut ChainImage<'_>, overlay: &OpenedFile, backup: Option<&Path>) -> Result<Self, Error> {
         let path = target.opened.path.clone();
         let refused = |clause: &str| Err(Error::image(&path, ErrorCode::UnsupportedFormat, clause));
-        if target.opened.block_device {
-            return refused("is a block device, which --atomic can neither replace nor keep: commit without it");
+        if target.opened.block_device && undo_directory().is_none() {
+            return refused(
+                "is a block device, beside which no undo log can lie: name a directory on a disk for it with --undo-dir, or commit \
+                 without --atomic",
+            );
+        }
+        if target.opened.block_device && backup.is_some() {
+            return refused("is a block device, which leaves no backup: take a copy or a snapshot of it, and leave out --keep-backup");
         }
         if !target.files.is_empty() {
             return refused(
@@ -139,16 +156,22 @@ impl Atomic {
             );
         }
         let (directory, name) = target.opened.place()?;
+        if target.opened.block_device {
+            return Self::begin_on_device(&target.opened, &directory, &name);
+        }
         let backup = backup.map(backup_name).transpose()?;
         let overlay = overlay.file.file();
         let found = match backup {
             Some(backup) => look_at_backup(&target.opened, (&directory, &name), backup, overlay)?,
             None => AtBackup::Nothing,
         };
+        // Whether it is what this run would make, the plan says: a run that has nothing left to commit makes none.
+        let ended = backup.filter(|_| matches!(found, AtBackup::Ended)).map(|name| directory.path().join(name));
+        let backup = backup.filter(|_| ended.is_none());
         let left_over = matches!(found, AtBackup::Target);
         let made = if let AtBackup::Replaced(old) = found { Some(old) } else { None };
         let backup = backup.map(|name| Backup { name, made, overlay });
-        let keeps = backup.is_some();
+        let keeps = backup.is_some() || ended.is_some();
         let names = fstat(target.opened.file.file()).map_or(1, |stat| stat.st_nlink);
         if names.saturating_sub(u64::from(left_over)) > 1 {
             return Err(has_names(&target.opened, names));
@@ -169,7 +192,8 @@ impl Atomic {
                     block_device,
                     below,
                 };
-                return Ok(Self::kept(directory, Kept::Clone(Box::new(clone), Box::new(old)), None));
+                let kept = Self::kept(directory, Kept::Clone(Box::new(clone), Box::new(old)), None);
+                return Ok(Self { ended, ..kept });
             }
             Err(NoClone::Refused(error)) => return Err(error),
             Err(NoClone::Unable(why)) => why,
@@ -178,12 +202,47 @@ impl Atomic {
             let clause = format!("cannot be cloned, and only a clone leaves a backup ({why}): leave out --keep-backup");
             return refused(&clause);
         }
-        let log = UndoLog::begin(&target.opened, &directory, &name)?;
+        let log = UndoLog::begin(&target.opened, (&directory, &name), None)?;
+        Ok(Self::kept(directory, Kept::UndoLog(Rc::new(RefCell::new(log))), Some(why)))
+    }
+
+    /// Keep a block device by a log in the directory that the operator names for that.
+    fn begin_on_device(target: &OpenedFile, holder: &Directory, name: &OsStr) -> Result<Self, Error> {
+        let nowhere = || Error::image(&target.path, ErrorCode::OpenFailed, "has no place for an undo log");
+        let place = undo_directory().ok_or_else(nowhere)?;
+        let identity = place.identify(target)?;
+        let directory = place.directory().clone();
+        let stat = [fstat(target.file.file()), directory.stat()];
+        if let [Ok(device), Ok(beside)] = stat {
+            if device.st_rdev == beside.st_dev {
+                let clause = "is what the directory of --undo-dir lies on: name one on another disk";
+                return Err(Error::image(&target.path, ErrorCode::BadUsage, clause));
+            }
+        }
+        // A volume of that name may have been removed and made again: the operator has to know whose log it is.
+        refuse_namesake(target, &place, &identity)?;
+        let why = "a block device".to_owned();
+        let of_device = OfDevice { directory: directory.clone(), identity };
+        let log = UndoLog::begin(target, (holder, name), Some(of_device))?;
         Ok(Self::kept(directory, Kept::UndoLog(Rc::new(RefCell::new(log))), Some(why)))
     }
 
     fn kept(directory: Directory, kept: Kept, why: Option<String>) -> Self {
-        Self { kept, directory, why, complete: false, failure: None }
+        Self { kept, directory, why, ended: None, complete: false, failure: None }
+    }
+
+    /// Admit a commit of this many bytes. The backup of a run that has ended counts only for a run that commits nothing.
+    ///
+    /// # Errors
+    /// The guest is ended: the backup exists.
+    pub fn admit(&mut self, bytes: u64) -> Result<(), BadRequest> {
+        match &self.ended {
+            Some(backup) if bytes > 0 => {
+                self.failure = Some(backup_exists(backup));
+                Err(BadRequest("the backup exists".to_owned()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Clean up after a commit that has reached its end.

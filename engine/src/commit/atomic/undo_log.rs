@@ -2,6 +2,9 @@
 //!
 //! The order, and the crash that each step survives:
 //!
+//! The log of a file lies beside it; that of a block device in the [directory](crate::image::UndoDirectory) that the operator names, and
+//! it is named after what the device is.
+//!
 //! 1. what is about to change is appended to the log, and flushed. The target is as it was, whichever part of the log
 //!    arrives;
 //! 2. before the first change, the log gets its name, and its directory is flushed: from here on every command finds it;
@@ -9,13 +12,14 @@
 //! 4. once the target is complete and durable, the log is cut to nothing, durably, and then removed. From the cut on it undoes
 //!    nothing, also under another name.
 
+use super::kept::Kept;
 use crate::create::NewFile;
 use crate::devices::{Before, BeforeChange};
 use crate::error::{reason, Error};
 use crate::escape::{escape_bytes, shell_path};
-use crate::image::OpenedFile;
+use crate::image::{DeviceIdentity, OpenedFile};
 use crate::lookup::{Directory, Identity};
-use crate::undo::{log_name, Header, Kind, Log, Record, HEADER, KEPT_BLOCK as BLOCK, MOST_DATA};
+use crate::undo::{log_name, now, sample, Header, Kind, Log, Record, Rhythm, FIRST, MOST_DATA, SAMPLES};
 use crc32c::crc32c;
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{
@@ -24,7 +28,6 @@ use rustix::fs::{
 };
 use rustix::io::retry_on_intr;
 use std::collections::hash_map::RandomState;
-use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::hash::BuildHasher;
@@ -42,30 +45,55 @@ pub struct UndoLog {
     path: PathBuf,
     target: File,
     identity: Identity,
-    name: OsString,
+    /// Where the target is: directory and name.
+    place: (Directory, OsString),
+    /// The name of the log, and its directory.
+    log_name: OsString,
     directory: Directory,
     flushed: OwnedFd,
     /// The log under way to its name.
     new: Option<NewFile>,
     log: File,
     header: Header,
+    /// When it said last that this process lives.
+    rhythm: Rhythm,
     /// Where the next record goes.
     end: u64,
     sequence: u64,
-    /// The ranges that it keeps: where each begins and ends.
-    kept: BTreeMap<u64, u64>,
+    /// The ranges that it keeps.
+    kept: Kept,
     /// Whether a range could not be kept: from then on, nothing may change.
     failed: Option<i32>,
 }
 
+/// Where the log of a device lies.
+#[derive(Clone, Debug)]
+pub struct OfDevice {
+    /// The directory that the operator names.
+    pub directory: Directory,
+    /// What the device is.
+    pub identity: DeviceIdentity,
+}
+
 impl UndoLog {
-    /// Make the log of a target. The log has no name until the target is about to change.
+    /// Make the log of a target, which has this `name` in this directory. The log has no name until the target is about to
+    /// change.
     ///
     /// # Errors
     /// The system's error; or a target of another user, whose log could not be distinguished from a forged one.
-    pub fn begin(target: &OpenedFile, directory: &Directory, name: &OsStr) -> Result<Self, Error> {
+    pub fn begin(
+        target: &OpenedFile,
+        (holder, name): (&Directory, &OsStr),
+        device: Option<OfDevice>,
+    ) -> Result<Self, Error> {
         let path = &target.path;
-        let log_path = directory.path().join(log_name(name));
+        let (directory, own_name, called, subject) = match &device {
+            None => (holder, log_name(name), name, [0; 32]),
+            Some(OfDevice { directory, identity }) => {
+                (directory, identity.log_name(), identity.name.as_os_str(), identity.digest)
+            }
+        };
+        let log_path = directory.path().join(&own_name);
         let cannot = |what: &str, error: &io::Error| Error::io(&log_path, ErrorCode::OpenFailed, what, error);
         let stat = fstat(target.file.file()).map_err(|errno| cannot("cannot be created", &errno.into()))?;
         let caller = rustix::process::geteuid();
@@ -75,7 +103,7 @@ impl UndoLog {
                           as one of them, or commit without --atomic";
             return Err(Error::image(path, ErrorCode::PermissionDenied, clause));
         }
-        let new = NewFile::begin_beside(&log_path, directory, &log_name(name), Mode::from_raw_mode(0o600))?;
+        let new = NewFile::begin_beside(&log_path, directory, &own_name, Mode::from_raw_mode(0o600))?;
         let log = new.file().try_clone().map_err(|error| cannot("cannot be created", &error))?;
         // So that the owner can use it, too. Root's counts as well.
         if caller.is_root() && stat.st_uid != 0 {
@@ -87,14 +115,22 @@ impl UndoLog {
         let file = target.file.file().try_clone().map_err(|error| cannot("cannot be created", &error))?;
         let born = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
         let born = born.filter(|found| found.stx_mask & StatxFlags::BTIME.bits() != 0);
+        let born = born.map_or((0, 0), |found| (found.stx_btime.tv_sec.cast_unsigned(), found.stx_btime.tv_nsec));
+        let of_file = Header {
+            inode: stat.st_ino,
+            device: stat.st_dev,
+            born,
+            changed: (u64::try_from(stat.st_mtime).unwrap_or(0), u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+            ..Header::default()
+        };
+        // Of a device, nothing of its node in /dev is its own.
+        let of_device = Header { device: stat.st_rdev, subject, ..Header::default() };
         let header = Header {
             nonce: nonce(),
             length: target.length(),
-            inode: stat.st_ino,
-            device: stat.st_dev,
-            born: born.map_or((0, 0), |found| (found.stx_btime.tv_sec.cast_unsigned(), found.stx_btime.tv_nsec)),
-            durable: 0,
-            name: name.as_bytes().to_vec(),
+            begun: now(),
+            name: called.as_bytes().to_vec(),
+            ..if device.is_some() { of_device } else { of_file }
         };
         if header.encode().is_none() {
             return Err(Error::image(path, ErrorCode::OpenFailed, "has a name that is too long for an undo log"));
@@ -103,22 +139,24 @@ impl UndoLog {
             path: path.clone(),
             target: file,
             identity: target.identity,
-            name: name.to_owned(),
+            place: (holder.clone(), name.to_owned()),
+            log_name: own_name,
             directory: directory.clone(),
             flushed,
             new: Some(new),
             log,
             header,
-            end: HEADER as u64,
+            rhythm: Rhythm::default(),
+            end: FIRST,
             sequence: 0,
-            kept: BTreeMap::new(),
+            kept: Kept::default(),
             failed: None,
         })
     }
 
     /// Its path, for messages.
     fn log_path(&self) -> PathBuf {
-        self.directory.path().join(log_name(&self.name))
+        self.directory.path().join(&self.log_name)
     }
 
     /// Whether it has its name, so that the target may be changed.
@@ -130,54 +168,6 @@ impl UndoLog {
     pub fn failure(&self) -> Option<Error> {
         let error = io::Error::from_raw_os_error(self.failed.filter(|&errno| errno != libc::EINTR)?);
         Some(Error::io(&self.log_path(), ErrorCode::BackingIo, "what the target holds cannot be kept", &error))
-    }
-
-    /// The parts of these ranges, in whole blocks, that lie within the file and are not kept yet; ascending.
-    fn missing(&self, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
-        let length = self.header.length;
-        let block = |range: &Range<u64>| {
-            let start = range.start / BLOCK * BLOCK;
-            let end = range.end.checked_next_multiple_of(BLOCK).unwrap_or(u64::MAX);
-            start..end.min(length)
-        };
-        let mut wanted: Vec<Range<u64>> = ranges
-            .iter()
-            .filter(|range| range.start < range.end)
-            .map(block)
-            .filter(|range| range.start < range.end)
-            .collect();
-        wanted.sort_by_key(|range| range.start);
-        let mut missing = Vec::new();
-        let mut from = 0;
-        for Range { start, end } in wanted {
-            let mut at = start.max(from);
-            from = from.max(end);
-            while at < end {
-                let before = self.kept.range(..=at).next_back().map_or(0, |(_, end)| *end);
-                if before > at {
-                    at = before;
-                    continue;
-                }
-                let next = self.kept.range(at..).next().map_or(end, |(start, _)| (*start).min(end));
-                missing.push(at..next);
-                at = next;
-            }
-        }
-        missing
-    }
-
-    /// Record that this range is kept.
-    fn note(&mut self, range: &Range<u64>) {
-        let Range { mut start, mut end } = *range;
-        if let Some((&before, &until)) = self.kept.range(..=start).next_back().filter(|(_, &until)| until >= start) {
-            start = before;
-            end = end.max(until);
-        }
-        if let Some((&after, &until)) = self.kept.range(end..).next().filter(|(&after, _)| after == end) {
-            self.kept.remove(&after);
-            end = until;
-        }
-        self.kept.insert(start, end);
     }
 
     /// Append the content of a range.
@@ -224,6 +214,21 @@ impl UndoLog {
         Ok(())
     }
 
+    /// Take samples of the target, of which nothing was changed yet.
+    fn take_samples(&mut self, device: &dyn Before) -> io::Result<()> {
+        for index in 0..SAMPLES {
+            let range = sample(index, self.header.length);
+            let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
+            if device.next_data(range.start, range.end).0 < range.end {
+                device.read(range.start, &mut bytes)?;
+            }
+            if let Some(sum) = self.header.samples.get_mut(index) {
+                *sum = crc32c(&bytes);
+            }
+        }
+        Ok(())
+    }
+
     /// Keep ranges durably.
     fn keep(
         &mut self,
@@ -231,17 +236,20 @@ impl UndoLog {
         ranges: &[Range<u64>],
         go_on: &mut dyn FnMut() -> io::Result<()>,
     ) -> io::Result<()> {
-        let missing = self.missing(ranges);
+        let missing = self.kept.missing(ranges, self.header.length);
         let batch = self.sequence;
         missing.iter().try_for_each(|range| self.append(device, range, batch, go_on))?;
-        if self.is_named() && missing.is_empty() {
-            return Ok(());
-        }
-        if !self.is_named() {
+        // A target that was written long after the last beat was written by somebody else.
+        let new = !self.is_named();
+        self.rhythm.beat(&self.log, &self.header.nonce, false)?;
+        if new {
+            self.take_samples(device)?;
             self.header.durable = self.sequence;
             self.log.write_all_at(&self.header.encode().unwrap_or_default(), 0)?;
         }
-        flush(&self.log)?;
+        if new || !missing.is_empty() {
+            flush(&self.log)?;
+        }
         if let Some(new) = &mut self.new {
             // A crash before its directory is flushed may lose the name: the target is as it was.
             if let Err(error) = new.publish(true) {
@@ -251,7 +259,7 @@ impl UndoLog {
             }
             self.new = None;
         }
-        missing.iter().for_each(|range| self.note(range));
+        missing.iter().for_each(|range| self.kept.note(range));
         Ok(())
     }
 
@@ -263,7 +271,8 @@ impl UndoLog {
         if !self.is_named() {
             return Ok(());
         }
-        let found = self.directory.entry(&self.name);
+        let (holder, name) = &self.place;
+        let found = holder.entry(name);
         if found != Ok(self.identity) {
             let clause = "was moved or replaced by another process meanwhile, and is given back what it was";
             return Err(Error::image(&self.path, ErrorCode::OpenFailed, clause));
@@ -282,18 +291,27 @@ impl UndoLog {
 
     /// Remove the log, which is empty.
     fn remove(&self, log: &Path) -> Result<(), Error> {
-        let name = log_name(&self.name);
+        let name = &self.log_name;
         // Only if it is this one.
         let cannot =
             |errno: rustix::io::Errno| Error::io(log, ErrorCode::BackingIo, "cannot be removed", &errno.into());
         let own = fstat(&self.log).map(|stat| Identity::of(&stat)).map_err(cannot)?;
-        let found = self.directory.entry(&name);
+        let found = self.directory.entry(name);
         if found == Ok(own) {
-            unlinkat(&self.directory, &name, AtFlags::empty()).map_err(cannot)?;
+            unlinkat(&self.directory, name, AtFlags::empty()).map_err(cannot)?;
             // A crash that brings it back brings back an empty one.
             let _ = retry_on_intr(|| fsync(&self.flushed));
         }
         Ok(())
+    }
+
+    /// The command that applies the log.
+    fn recovery(&self) -> String {
+        let target = shell_path(&self.path);
+        if self.header.subject == [0; 32] {
+            return format!("instar recover {target}");
+        }
+        format!("instar recover --undo-dir {} {target}", shell_path(self.directory.path()))
     }
 
     /// Restore the target, and remove the log. Returns the state of the files.
@@ -303,17 +321,16 @@ impl UndoLog {
         }
         if self.end == 0 {
             return format!(
-                "the target is complete and the overlay reads as before; `instar recover {}` removes what is left of the undo \
-                 log, and running the commit again finishes it",
-                shell_path(&self.path)
+                "the target is complete and the overlay reads as before; `{}` removes what is left of the undo log, and running the \
+                 commit again finishes it",
+                self.recovery()
             );
         }
         match self.give_back() {
             Ok(()) => super::AS_IT_WAS.to_owned(),
-            Err(why) => format!(
-                "the target could not be given back what it was ({why}): `instar recover {}` does that",
-                shell_path(&self.path)
-            ),
+            Err(why) => {
+                format!("the target could not be given back what it was ({why}): `{}` does that", self.recovery())
+            }
         }
     }
 
@@ -345,6 +362,13 @@ impl BeforeChange for UndoLog {
             // What was appended in vain is in the way of what would follow.
             self.failed = Some(error.raw_os_error().unwrap_or(libc::EIO));
         })
+    }
+
+    fn alive(&mut self) -> io::Result<()> {
+        if self.is_named() {
+            self.rhythm.beat(&self.log, &self.header.nonce, false)?;
+        }
+        Ok(())
     }
 }
 

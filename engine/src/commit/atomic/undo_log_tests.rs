@@ -43,7 +43,7 @@ impl Lab {
         )
         .unwrap();
         let (holder, name) = opened.place().unwrap();
-        let log = Rc::new(RefCell::new(UndoLog::begin(&opened, &holder, &name).unwrap()));
+        let log = Rc::new(RefCell::new(UndoLog::begin(&opened, (&holder, &name), None).unwrap()));
         let source = tempfile::tempfile().unwrap();
         source.write_all_at(&[0xee; 100_000], 0).unwrap();
         let mut devices = Devices::new();
@@ -98,7 +98,7 @@ fn a_block_is_kept_once() {
     lab.run(vec![copy(0, 4096, 4096)]);
     let length = || fs::metadata(lab.directory.path().join(".base.instar-undo")).unwrap().len();
     let one = length();
-    assert_eq!(one, (HEADER + crate::undo::RECORD) as u64 + 4096);
+    assert_eq!(one, FIRST + crate::undo::RECORD as u64 + 4096);
     let mut lab = Lab { ..lab };
     lab.run(vec![copy(0, 5000, 100), copy(50, 4096, 4096), Request::zero(DEVICE_OUTPUT, 4096, 4096)]);
     assert_eq!(fs::metadata(lab.directory.path().join(".base.instar-undo")).unwrap().len(), one);

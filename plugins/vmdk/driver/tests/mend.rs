@@ -93,7 +93,7 @@ fn what_has_no_right_answer_is_told_and_stays() {
     assert!(mended.io.log.is_empty(), "{:?}", mended.planned);
     assert!(mended.told[0].contains("grain table 0") && mended.told[0].contains("2 grains"), "{:?}", mended.told);
     assert!(mended.told[1].contains("stays marked"), "{:?}", mended.told);
-    // Another table is mended all the same.
+    // Another table is mended nevertheless.
     put_entry(&mut bytes, 1, 700, 0);
     let mended = verify_mended(&Kit, &bytes, Repair::All);
     assert_eq!((mended.planned.corruptions, mended.after.corruptions), (1, 2));

@@ -69,6 +69,8 @@ impl Compressor {
         stored.get_mut(..GrainMarker::BYTES)?.copy_from_slice(&marker.encode());
         stored.truncate(usize::try_from(marker.stored()).ok()?);
         stored.resize(usize::try_from(marker.stored().next_multiple_of(SECTOR)).ok()?, 0);
+        // Many of them wait to be written: room that only the longest would take fills the memory of a guest.
+        stored.shrink_to_fit();
         Some(stored)
     }
 }
@@ -83,6 +85,7 @@ mod tests {
         let stored = compressor.stored(77, bytes).unwrap();
         let marker = GrainMarker::parse(stored.first_chunk().unwrap());
         assert_eq!((marker.sector, stored.len() as u64), (77, marker.stored().next_multiple_of(512)));
+        assert!(stored.capacity() < stored.len() + 4096, "{} bytes for {}", stored.capacity(), stored.len());
         let (stream, padding) = stored[12..].split_at(marker.length as usize);
         let mut decoded = vec![0xff; bytes.len()];
         decode_grain(stream, &mut decoded, 0).unwrap();
