@@ -5,6 +5,7 @@
 //! [`Session`](operation::Session) made for that purpose confines the process.
 
 pub mod adopt;
+pub mod bytes;
 pub mod cancel;
 pub mod check;
 pub mod commit;

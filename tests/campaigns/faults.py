@@ -30,8 +30,9 @@ SHORTENED = {"pread64", "preadv", "pwrite64", "pwritev", "copy_file_range"}
 OF_THE_GUEST = {"preadv", "pwritev", "pwrite64", "copy_file_range", "fdatasync", "ftruncate"}
 # Without an answer the program goes on: where the data lies, and that the disk may begin to write, are hints; a file that
 # Landlock cannot be told of lies in a directory that it was told of; whether somebody has locked an image (`open`) is asked for
-# the sake of a message, and once more when it is locked; what is not dropped from the page cache is read from there.
-HINTS = {"lseek", "sync_file_range", "fallocate", "fadvise64", "openat", "open"}
+# the sake of a message, and once more when it is locked; what is not dropped from the page cache is read from there; a mark that a
+# backup does not get, or an overlay keeps, means nothing.
+HINTS = {"lseek", "sync_file_range", "fallocate", "fadvise64", "openat", "open", "fsetxattr", "fremovexattr"}
 
 
 class Violation(AssertionError):

@@ -195,22 +195,6 @@ class Adopting(Case):
     def traced(self):
         return [self.directory]
 
-    def run(self, fault="COUNT", nth=0, call="none", *options):
-        """A run after one that was cut short just before its end has nothing left to do, and says so."""
-        result = super().run(fault, nth, call, *options)
-        return dataclasses.replace(result, rc=0) if self.is_told_to_rename(result) else result
-
-    def again(self):
-        """An overlay that no longer leads to the base is renamed, as the message says."""
-        again = super().again()
-        if self.is_told_to_rename(again):
-            self.path(self.top).rename(self.path(self.base))
-            return dataclasses.replace(again, rc=0)
-        return again
-
-    def is_told_to_rename(self, result):
-        return result.rc == 1 and "an earlier run with --by-adoption was interrupted" in result.stderr
-
     def check_files(self, result, finished):
         for name, digest in self.kept.items():
             self.hold(support.digest(self.path(name)) == digest, f"{name} has changed", result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import faults
@@ -233,20 +234,90 @@ def test_siblings_that_are_not_needed(tmp_path):
     assert result.rc == 0 and "'" + str(tmp_path / "sibling") + "'" in result.stderr, str(result)
 
 
-def test_a_run_that_was_cut_short_is_recognised(chain):
-    """The overlay reads the same without the target: the second run does not go one layer deeper, and says what to do."""
-    expected = support.content_hash(chain / "top")
+def killed_before_the_last_step(chain, *options):
+    result = support.run(faults.injector(), "KILL", "1", "renameat", chain, "--", support.instar_binary(), "commit", "--by-adoption",
+                         *options, "-b", "base", chain / "top")
+    assert result.rc == 137 and (chain / "top").exists(), str(result)
+
+
+@pytest.mark.parametrize("base", ["base", "root"])
+@pytest.mark.parametrize("sandbox", support.SANDBOXES)
+def test_a_second_run_finishes_one_that_was_killed_before_the_last_step(chain, sandbox, base):
+    """The overlay does not lead to the target any more, and does not go one layer deeper."""
+    expected, root = support.content_hash(chain / "top"), support.digest(chain / "root")
+    (chain / base).chmod(0o640)
+    os.setxattr(chain / base, "user.label", b"kept")
+    result = support.run(faults.injector(), "KILL", "1", "renameat", chain, "--", support.instar_binary(), "commit", "--by-adoption",
+                         "-b", base, chain / "top")
+    assert result.rc == 137, str(result)
+    os.utime(chain / "top")
+    before = state(chain)
+    dry = adopt(chain, "--dry-run", "--output", "json", base=base)
+    assert dry.rc == 0 and dry.json["bytes_kept"] == 0 and not dry.json["adopted"] and state(chain) == before, str(dry)
+    done = adopt(chain, "--sandbox", sandbox, "-v", "--output", "json", base=base)
+    assert done.rc == 0 and done.json["adopted"] and done.json["bytes_kept"] == 0, str(done)
+    assert "an earlier run was interrupted before the last step" in done.stderr
+    assert not (chain / "top").exists() and (chain / base).stat().st_mode & 0o777 == 0o640
+    assert os.listxattr(chain / base) == ["user.label"]
+    assert support.content_hash(chain / base) == expected
+    assert base == "root" or support.digest(chain / "root") == root
+    support.assert_clean(chain / base)
+    again = adopt(chain, base=base)
+    assert again.rc == 1 and "if an earlier run with --by-adoption has ended" in again.stderr, str(again)
+
+
+def test_a_wrong_base_is_not_taken_for_an_interruption(chain):
+    """Without a mark, the overlay was on no way."""
     assert support.run_instar("rebase", "-q", "-b", "root", "-F", "qcow2", chain / "top").rc == 0
     before = state(chain)
+    for top in (chain / "top", chain / "root"):
+        result = adopt(chain, top=top.name)
+        assert result.rc == 1 and "interrupted" not in result.stderr and "--by-adoption" not in result.stderr, str(result)
+        assert re.search(r"ERROR_NOT_IN_CHAIN|ERROR_NO_BACKING", result.stderr) and state(chain) == before, str(result)
+
+
+def test_only_the_file_that_the_first_run_was_to_replace_is_replaced(chain):
+    killed_before_the_last_step(chain)
+    shutil.copy2(chain / "base", chain / "other")
+    for change in (lambda: None, lambda: qemu_io(chain / "base", "write -P 9 6M 64k"), lambda: (chain / "top").chmod(0o600)):
+        change()
+        before = state(chain)
+        for base in ("base", "other") if change() else ("other",):
+            result = adopt(chain, base=base)
+            assert result.rc == 1 and INTERRUPTED in result.stderr and "this is not the file" in result.stderr, str(result)
+            assert state(chain) == before
+    result = adopt(chain, "--ignore-siblings")
+    assert result.rc == 1 and "or was changed since then" in result.stderr and state(chain) == before, str(result)
+
+
+def test_a_second_run_asks_everybody_again(chain):
+    """Images that were made on one of the two meanwhile."""
+    killed_before_the_last_step(chain)
+    expected = support.content_hash(chain / "top")
+    for name, backing, said in (("sibling", "base", "is the backing of 1 other image"), ("child", "top", "which could not be read without it")):
+        create(chain / name, backing=backing, cwd=chain)
+        before = state(chain)
+        result = adopt(chain)
+        assert result.rc == 1 and said in result.stderr and state(chain) == before, str(result)
+        (chain / name).unlink()
+    assert adopt(chain).rc == 0 and support.content_hash(chain / "base") == expected
+
+
+def test_an_overlay_with_another_parent_since_then_is_not_renamed(chain):
+    killed_before_the_last_step(chain)
+    assert support.run_instar("rebase", "-q", "-b", "", chain / "top").rc == 0
+    before = state(chain)
     result = adopt(chain)
-    assert result.rc == 1 and INTERRUPTED in result.stderr and state(chain) == before, str(result)
-    (chain / "top").rename(chain / "base")
-    assert support.content_hash(chain / "base") == expected
-    support.assert_clean(chain / "base")
-    # The same of one that stands alone.
-    shutil.copy(chain / "root", chain / "top")
-    result = adopt(chain)
-    assert result.rc == 1 and INTERRUPTED in result.stderr, str(result)
+    assert result.rc == 1 and "this is not the file" in result.stderr and state(chain) == before, str(result)
+
+
+def test_a_mark_that_stayed_says_nothing_of_the_next_run(chain):
+    """A crash before the mark is removed."""
+    expected = support.content_hash(chain / "top")
+    os.setxattr(chain / "base", "user.instar.takes-the-place-of", b"1 2 3.000000000")
+    os.setxattr(chain / "top", "user.instar.takes-the-place-of", b"1 2 3.000000000")
+    assert adopt(chain).rc == 0
+    assert support.content_hash(chain / "base") == expected and os.listxattr(chain / "base") == []
 
 
 def test_a_chain_that_cannot_be_followed_is_no_run_that_was_cut_short(chain):
@@ -256,20 +327,6 @@ def test_a_chain_that_cannot_be_followed_is_no_run_that_was_cut_short(chain):
         damage()
         result = adopt(chain, top="upper")
         assert result.rc == 1 and name in result.stderr and "--by-adoption was interrupted" not in result.stderr, str(result)
-
-
-def test_what_is_renamed_by_hand_has_owner_and_mode_of_the_target(chain):
-    """Killed before the last step."""
-    expected = support.content_hash(chain / "top")
-    (chain / "base").chmod(0o600)
-    killed = support.run(faults.injector(), "KILL", "1", "renameat", chain, "--", support.instar_binary(), "commit", "--by-adoption",
-                         "-b", "base", chain / "top")
-    assert killed.rc == 137, str(killed)
-    assert INTERRUPTED in adopt(chain).stderr
-    (chain / "top").rename(chain / "base")
-    assert (chain / "base").stat().st_mode & 0o777 == 0o600 and support.content_hash(chain / "base") == expected
-    again = adopt(chain)
-    assert again.rc == 1 and "if an earlier run with --by-adoption has ended" in again.stderr, str(again)
 
 
 def test_the_target_has_to_be_named(chain):

@@ -243,7 +243,7 @@ def test_progress(tmp_path):
         support.qemu_io(tmp_path / name, "write -P 1 0 8M", fmt="raw")
     result = support.run_instar("compare", "-p", "-f", "raw", "-F", "raw", tmp_path / "one", tmp_path / "two")
     assert result.rc == 0 and result.stdout == "Images are identical.\n"
-    assert "100 % (8388608 of 8388608 bytes)" in result.stderr and result.stderr.endswith("instar: done\n"), result.stderr
+    assert "100 % (8388608 of 8388608 bytes, 8 MiB of 8 MiB)" in result.stderr and result.stderr.endswith("instar: done\n"), result.stderr
     assert os.path.getsize(tmp_path / "one") == 8 * MIB
 
 

@@ -78,9 +78,9 @@ def test_what_people_see(tmp_path):
     pair(tmp_path)
     expected = sha256_of(tmp_path / "top", "qcow2")
     dry = support.commit(tmp_path / "top", "--digest", "--dry-run").stdout
-    assert f"SHA-256 of the disk ({8 * MIB} bytes): {expected}\n" in dry
+    assert f"SHA-256 of the disk, {8 * MIB} bytes (8 MiB): {expected}\n" in dry
     done = support.commit(tmp_path / "top", "--digest", "-p")
-    assert f"SHA-256 of the disk ({8 * MIB} bytes), before and after: {expected}\n" in done.stdout
+    assert f"SHA-256 of the disk, {8 * MIB} bytes (8 MiB), before and after: {expected}\n" in done.stdout
     assert done.stderr.count("instar: hashing the disk\n") == 2, done.stderr
 
 

@@ -188,7 +188,7 @@ def test_sigusr1_without_the_option_is_answered_for_people(pair):
         assert child.poll() is None, said
         child.send_signal(signal.SIGUSR1)
         said = child.stderr.readline()
-    assert re.fullmatch(r"instar: \d+ % \(\d+ of 5242880 bytes\)\n", said)
+    assert re.fullmatch(r"instar: \d+ % \(\d+ of 5242880 bytes, [\d.]+ [KM]?i?B of 5 MiB\)\n", said)
     out, err = child.communicate(timeout=support.TIMEOUT)
     assert (child.returncode, out) == (0, "Image committed.\n"), err
 

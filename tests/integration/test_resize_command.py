@@ -72,7 +72,7 @@ def test_every_format_grows(tmp_path, fmt):
         size += more
         assert resized(image, size, fmt=fmt).stdout == "Image resized.\n"
     with support.untouched(image):
-        assert resize(image, str(size), fmt=fmt).stdout == f"The image has {size} bytes already.\n"
+        assert resize(image, str(size), fmt=fmt).stdout.startswith(f"The image has {size} bytes (")
 
 
 @pytest.mark.parametrize(("fmt", "mode"), [("raw", "falloc"), ("raw", "full"), *itertools.product(
@@ -105,7 +105,7 @@ def test_a_size_that_is_rounded_up_is_the_same_a_second_time(tmp_path):
     assert done.json["virtual-size"] == 6 * MIB + 4096, done
     with support.untouched(image):
         again = support.run_instar("resize", image, str(size))
-        assert (again.rc, again.stdout) == (0, f"The image has {6 * MIB + 4096} bytes already.\n"), again
+        assert (again.rc, again.stdout) == (0, f"The image has {6 * MIB + 4096} bytes (6 MiB) already.\n"), again
         less = support.run_instar("resize", image, str(6 * MIB))
         assert less.rc == 2 and "--shrink" in less.stderr, less
 
@@ -137,7 +137,7 @@ def test_every_kind_of_vmdk_grows(tmp_path, subformat):
     text = image.read_bytes()[:20 * 512]
     assert f"RW {size // 512} ".encode() in text and f'cylinders = "{size // 512 // 1008}"'.encode() in text, text
     with support.untouched(*tmp_path.iterdir()):
-        assert resize(image, str(size), fmt="vmdk").stdout == f"The image has {size} bytes already.\n"
+        assert resize(image, str(size), fmt="vmdk").stdout.startswith(f"The image has {size} bytes (")
     if subformat.startswith("twoGb"):
         also = [path for path in tmp_path.iterdir() if path != image]
         refused(image, "3G", words=["2 GiB at most", "more than 2147483648 bytes"], status=1, fmt="vmdk", also=also)

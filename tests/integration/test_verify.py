@@ -206,5 +206,5 @@ def test_what_is_told(tmp_path):
     lines = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
     stages = list(dict.fromkeys(line["stage"] for line in lines if "stage" in line))
     assert stages == ["checking", "writing", "verifying", "emptying"], str(result)
-    assert f"bytes were read back from '{base}', and are right.\n" in result.stdout
+    assert f" were read back from '{base}', and are right.\n" in result.stdout
     assert support.content_hash(base, "raw") == expected

@@ -1,6 +1,7 @@
 //! What `instar check` prints, in the words of `qemu-img check`.
 
 use super::color::Paint;
+use instar::bytes::Bytes;
 use instar::check::{CheckOutcome, Repaired};
 use instar::escape::printable;
 use instar_guest_abi::{CheckSummary, FindingKind};
@@ -83,7 +84,7 @@ pub(super) fn summary(result: &CheckOutcome, paint: Paint) -> String {
         let _ = writeln!(text, "Image end offset: {}", found.image_end_offset);
     }
     if found.unused_tail != 0 {
-        let _ = writeln!(text, "Unused behind it: {} bytes of the file", found.unused_tail);
+        let _ = writeln!(text, "Unused behind it: {} of the file", Bytes(found.unused_tail));
     }
     text
 }

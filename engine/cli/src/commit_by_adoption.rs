@@ -6,6 +6,7 @@ use super::paragraph::print_sentences;
 use super::signals::cancel_on_signals;
 use super::told::Told;
 use instar::adopt::{run_adopt, AdoptOutcome, AdoptRequest};
+use instar::bytes::Bytes;
 use instar::error::Error;
 use instar::escape::escape_path;
 use std::io::Write;
@@ -52,13 +53,11 @@ fn adopted(args: &CommitArgs, base: &Path, told: &Rc<Told>) -> Result<AdoptOutco
 /// What is said to people.
 fn text(outcome: &AdoptOutcome) -> String {
     let (overlay, target, bytes) =
-        (escape_path(&outcome.overlay_given), escape_path(&outcome.backing), outcome.bytes_kept);
+        (escape_path(&outcome.overlay_given), escape_path(&outcome.backing), Bytes(outcome.bytes_kept));
     if outcome.dry_run {
         return format!(
-            "'{overlay}' would take the place of '{target}', after {bytes} bytes were written into it. Nothing was changed.\n"
+            "'{overlay}' would take the place of '{target}', after {bytes} were written into it. Nothing was changed.\n"
         );
     }
-    format!(
-        "Image committed.\n'{overlay}' has taken the place of '{target}', after {bytes} bytes were written into it.\n"
-    )
+    format!("Image committed.\n'{overlay}' has taken the place of '{target}', after {bytes} were written into it.\n")
 }

@@ -2,6 +2,7 @@
 
 use super::output::{print_json_indented, unprinted_but, OutputFormat};
 use super::paragraph::print_sentences;
+use instar::bytes::Bytes;
 use instar::commit::{AtomicWay, CommitOutcome, DiskDigest, Preview};
 use instar::error::Error;
 use instar::escape::{escape_path, printable};
@@ -57,7 +58,7 @@ fn bitmaps(result: &CommitOutcome, would: bool) -> String {
 /// The line about what was read back.
 fn verified(result: &CommitOutcome) -> String {
     let line =
-        |bytes| format!("{bytes} bytes were read back from '{}', and are right.\n", escape_path(&result.backing));
+        |bytes| format!("{} were read back from '{}', and are right.\n", Bytes(bytes), escape_path(&result.backing));
     result.verified_bytes.map(line).unwrap_or_default()
 }
 
@@ -65,7 +66,7 @@ fn verified(result: &CommitOutcome) -> String {
 fn digest(result: &CommitOutcome) -> String {
     let line = |digest: &DiskDigest| {
         let same = if digest.after.is_some() { ", before and after" } else { "" };
-        format!("SHA-256 of the disk ({} bytes){same}: {}\n", digest.length, digest.before)
+        format!("SHA-256 of the disk, {}{same}: {}\n", Bytes(digest.length), digest.before)
     };
     result.digest.as_ref().map(line).unwrap_or_default()
 }
@@ -97,15 +98,15 @@ fn relinked(result: &CommitOutcome) -> String {
 /// How a target changes whole or not at all.
 fn whole(way: AtomicWay, preview: &Preview) -> String {
     let Preview { undo_log_bytes, undo_free_bytes, .. } = *preview;
-    let bytes = undo_log_bytes.unwrap_or(0);
+    let bytes = Bytes(undo_log_bytes.unwrap_or(0));
     match (way, undo_free_bytes) {
         (AtomicWay::Clone, _) => "A clone of it would take its place when it is complete. ".to_owned(),
         (AtomicWay::UndoLog, None) => format!(
-            "An undo log beside it would keep what it was until it is complete, and take {bytes} bytes more at most. "
+            "An undo log beside it would keep what it was until it is complete, and take {bytes} more at most. "
         ),
         (AtomicWay::UndoLog, Some(free)) => format!(
-            "An undo log would keep what it was until it is complete, and take {bytes} bytes at most in its directory, which has {free} \
-             free. "
+            "An undo log would keep what it was until it is complete, and take {bytes} at most in its directory, which has {} free. ",
+            Bytes(free)
         ),
     }
 }
@@ -118,11 +119,12 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
     match output {
         OutputFormat::Json => print_json_indented(out, result, INDENT),
         OutputFormat::Human => {
-            let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {size} bytes"));
+            let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {}", Bytes(size)));
             let preview = result.preview.unwrap_or_default();
-            let free = preview.free_bytes.map(|free| format!(", of which its file system has {free} free"));
+            let free = preview.free_bytes.map(|free| format!(", of which its file system has {} free", Bytes(free)));
             let lacking = preview.lacking_bytes.map(|bytes| {
-                format!("That may be {bytes} bytes more than there is room for: make room first, or the commit may stop halfway. ")
+                let bytes = Bytes(bytes);
+                format!("That may be {bytes} more than there is room for: make room first, or the commit may stop halfway. ")
             });
             let plural = if result.clusters_committed == 1 { "" } else { "s" };
             let children = result.relinked.iter().flatten().filter(|child| !child.already).count();
@@ -135,15 +137,15 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
             print_sentences(
                 out,
                 &format!(
-                    "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
-                     at most, and take {} more bytes of the disk{}. {}{}{}{}{}{}Nothing was changed.\n{}",
+                    "Would commit {} cluster{plural} of '{}', {}, into '{}'{}. The target's file would grow by {} at \
+                     most, and take {} more of the disk{}. {}{}{}{}{}{}Nothing was changed.\n{}",
                     result.clusters_committed,
-                    result.bytes_committed,
                     escape_path(&result.overlay_given),
+                    Bytes(result.bytes_committed),
                     escape_path(&result.backing),
                     disk.unwrap_or_default(),
-                    preview.backing_growth_bytes,
-                    preview.backing_space_bytes,
+                    Bytes(preview.backing_growth_bytes),
+                    Bytes(preview.backing_space_bytes),
                     free.unwrap_or_default(),
                     result.atomic.map(|way| whole(way, &preview)).unwrap_or_default(),
                     lacking.unwrap_or_default(),
@@ -180,7 +182,7 @@ pub fn render_verbose(result: &CommitOutcome) -> String {
         line(format!("time: {:.3} ms {part}", ms(time)));
     }
     if let Some(bytes) = result.verified_bytes {
-        line(format!("read back: {bytes} bytes of the disk"));
+        line(format!("read back: {} of the disk", Bytes(bytes)));
     }
     text
 }

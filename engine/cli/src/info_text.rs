@@ -2,8 +2,8 @@
 
 use super::color::Paint;
 use super::paragraph::{filled, Indent};
-use super::size::format_size;
 use super::snapshot_text;
+use instar::bytes::format_size;
 use instar::escape::{escape, escape_bytes, escape_path, printable};
 use instar::info::ImageInfo;
 use serde_json::Value;
@@ -59,7 +59,7 @@ pub(super) fn human(image: &ImageInfo, paint: Paint, width: Option<usize>) -> St
         let _ = writeln!(text, "{}", paint.warning("Notes:"));
     }
     for note in &image.notes {
-        let _ = writeln!(text, "{}", filled(&printable(note).to_string(), NOTE, width));
+        let _ = writeln!(text, "{}", filled(&printable(note), NOTE, width));
     }
     text
 }

@@ -3,7 +3,7 @@
 use super::color::Paint;
 use super::output::{print, unprinted};
 use super::paragraph::{filled, Indent};
-use super::size::format_size;
+use instar::bytes::format_size;
 use instar::error::Error;
 use instar::escape::escape_path;
 use instar::map::MapRun;

@@ -2,6 +2,7 @@
 
 use super::terminal::{say, width_of};
 use indicatif::{BinaryBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use instar::bytes::format_size;
 use instar::operation::{Progress, Stage};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -127,7 +128,7 @@ impl Shown {
             (Ending::Failed, Stage::Writing) if self.last.total == 0 => return,
             (Ending::Failed, Stage::Writing | Stage::Reading) => {
                 let Progress { done, total, .. } = self.last;
-                format!("instar: stopped at {} % ({done} of {total} bytes)\n", percent(self.last))
+                format!("instar: stopped at {} % ({})\n", percent(self.last), amount(done, total))
             }
             (Ending::Failed, Stage::Verifying) => "instar: stopped while reading back what was written\n".to_owned(),
             (Ending::Failed, Stage::Hashing) => "instar: stopped while hashing the disk\n".to_owned(),
@@ -178,7 +179,16 @@ fn line(progress: Progress, pace: &str) -> String {
     if is_finishing(progress) {
         return format!("instar: {what}{} % (all {total} bytes have moved: finishing)\n", percent(progress));
     }
-    format!("instar: {what}{} % ({done} of {total} bytes{pace})\n", percent(progress))
+    format!("instar: {what}{} % ({}{pace})\n", percent(progress), amount(done, total))
+}
+
+/// How much of how much, exactly and with units.
+fn amount(done: u64, total: u64) -> String {
+    let exact = format!("{done} of {total} bytes");
+    match total {
+        0..1000 => exact,
+        _ => format!("{exact}, {} of {}", format_size(done), format_size(total)),
+    }
 }
 
 /// How fast a stage is, and how long it takes from now on: once there is something to go by.
@@ -230,12 +240,12 @@ mod tests {
             (Emptying, 1000, 1000),
         ];
         let lines = [
-            "18 % (300 of 1600 bytes)\n",
+            "18 % (300 of 1600 bytes, 300 B of 1.56 KiB)\n",
             "99 % (all 1600 bytes have moved: finishing)\n",
-            "100 % (1600 of 1600 bytes)\n",
+            "100 % (1600 of 1600 bytes, 1.56 KiB of 1.56 KiB)\n",
             "emptying the overlay\n",
-            "emptying the overlay: 50 % (500 of 1000 bytes)\n",
-            "emptying the overlay: 100 % (1000 of 1000 bytes)\n",
+            "emptying the overlay: 50 % (500 of 1000 bytes, 500 B of 0.98 KiB)\n",
+            "emptying the overlay: 100 % (1000 of 1000 bytes, 0.98 KiB of 0.98 KiB)\n",
             "done\n",
         ];
         assert_eq!(shown(&all, Ending::Done), lines);
@@ -247,7 +257,7 @@ mod tests {
         assert_eq!(pace(progress, Duration::from_millis(999)), "");
         assert_eq!(pace(progress, Duration::from_secs(2)), ", 1.50 MiB/s, 5 s left");
         assert_eq!(pace(Progress { done: 0, ..progress }, Duration::from_secs(2)), "");
-        assert_eq!(one_line(progress), "instar: 30 % (3145728 of 10485760 bytes)\n");
+        assert_eq!(one_line(progress), "instar: 30 % (3145728 of 10485760 bytes, 3 MiB of 10 MiB)\n");
         assert_eq!(
             one_line(Progress { stage: Stage::Checking, ..progress }),
             "instar: checking: nothing is changed yet\n"

@@ -10,6 +10,7 @@ use super::told::Told;
 use super::unsupported::UnsupportedArgs;
 use super::usage::bad_usage;
 use clap::Args;
+use instar::bytes::Bytes;
 use instar::config::Config;
 use instar::error::Error;
 use instar::escape::{escape, escape_path};
@@ -144,17 +145,20 @@ fn rebased(args: &RebaseArgs, image: &Path, told: &Rc<Told>) -> Result<RebaseOut
 
 /// The result as text.
 pub(super) fn text(outcome: &RebaseOutcome) -> String {
-    let (image, bytes, clusters) = (escape_path(&outcome.image_given), outcome.bytes_written, outcome.clusters_written);
+    let (image, bytes, clusters) =
+        (escape_path(&outcome.image_given), Bytes(outcome.bytes_written), outcome.clusters_written);
     let onto = match &outcome.backing {
         Some(name) => format!("onto '{}'", escape(name)),
         None => "onto no backing file".to_owned(),
     };
     let plural = if clusters == 1 { "" } else { "s" };
     if outcome.dry_run {
-        return format!("Would rebase '{image}' {onto}, and write {bytes} bytes in {clusters} cluster{plural}. Nothing was changed.\n");
+        return format!(
+            "Would rebase '{image}' {onto}, and write {bytes} in {clusters} cluster{plural}. Nothing was changed.\n"
+        );
     }
-    let written = if bytes > 0 {
-        format!(" {bytes} bytes in {clusters} cluster{plural} were written into it.")
+    let written = if outcome.bytes_written > 0 {
+        format!(" {bytes} in {clusters} cluster{plural} were written into it.")
     } else {
         String::new()
     };

@@ -4,6 +4,7 @@ use super::opening::parse_seconds;
 use super::output::{print_json_indented, unprinted_but, OutputFormat};
 use super::paragraph::print_sentences;
 use clap::Args;
+use instar::bytes::Bytes;
 use instar::error::Error;
 use instar::escape::escape_path;
 use instar::operation::Session;
@@ -63,7 +64,10 @@ fn text(args: &RecoverArgs, outcome: &RecoverOutcome) -> String {
     match (outcome.log, outcome.restored) {
         (false, _) => format!("'{image}' has no undo log: there is nothing to recover.\n"),
         (true, true) => {
-            format!("'{image}' is what it was before the commit: {} bytes were written back.\n", outcome.bytes_restored)
+            format!(
+                "'{image}' is what it was before the commit: {} were written back.\n",
+                Bytes(outcome.bytes_restored)
+            )
         }
         (true, false) => format!("The commit into '{image}' was complete; what was left of its undo log is removed.\n"),
     }

@@ -10,6 +10,7 @@ use super::size::parse_bytes;
 use super::told::Told;
 use super::unsupported::UnsupportedArgs;
 use clap::{Args, ValueEnum};
+use instar::bytes::Bytes;
 use instar::error::Error;
 use instar::resize::{run_resize, NewSize, ResizeOutcome, ResizeRequest};
 use std::io::Write;
@@ -141,8 +142,8 @@ fn resized(args: &ResizeArgs, told: &Rc<Told>) -> Result<ResizeOutcome, Error> {
 fn text(outcome: &ResizeOutcome) -> String {
     let ResizeOutcome { old_virtual_size: old, virtual_size: new, dry_run, .. } = outcome;
     match (old == new, dry_run) {
-        (true, _) => format!("The image has {new} bytes already.\n"),
-        (false, true) => format!("The image would be resized from {old} to {new} bytes.\n"),
+        (true, _) => format!("The image has {} already.\n", Bytes(*new)),
+        (false, true) => format!("The image would be resized from {} to {}.\n", Bytes(*old), Bytes(*new)),
         (false, false) => "Image resized.\n".to_owned(),
     }
 }
@@ -175,7 +176,7 @@ mod tests {
             })
         };
         assert_eq!(said(512, 1024, false), "Image resized.\n");
-        assert_eq!(said(512, 1024, true), "The image would be resized from 512 to 1024 bytes.\n");
+        assert_eq!(said(512, 1024, true), "The image would be resized from 512 bytes to 1024 bytes (1 KiB).\n");
         assert_eq!(said(512, 512, false), "The image has 512 bytes already.\n");
     }
 }

@@ -1,6 +1,6 @@
 //! Internal snapshots for people, as `qemu-img info` lists them.
 
-use super::size::format_size;
+use instar::bytes::format_size;
 use instar::escape::escape;
 use serde_json::Value;
 use std::fmt::Write as _;

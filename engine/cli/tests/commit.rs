@@ -197,7 +197,7 @@ fn a_larger_overlay_needs_a_word() {
     lab.refused(&["top"], ErrorCode::OverlayLargerThanBacking, &words);
     let dry = lab.instar(&["--resize-backing", "--dry-run", "-v", "top"]);
     assert_eq!(dry.status, 0, "{}", dry.stderr);
-    assert!(dry.stdout.contains("would grow to 2097152 bytes"), "{}", dry.stdout);
+    assert!(dry.stdout.contains("would grow to 2097152 bytes (2 MiB)"), "{}", dry.stdout);
     assert!(dry.stderr.contains("grows to 2097152 bytes"), "{}", dry.stderr);
     assert_eq!(lab.instar(&["--resize-backing", "top"]).status, 0);
     assert!(lab.qemu_img(&["info", "base"]).contains("2 MiB (2097152 bytes)"));

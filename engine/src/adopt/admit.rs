@@ -1,6 +1,7 @@
 //! Which overlays can take the place of which targets: the target's name has to lead to what a commit would have left there.
 
 use super::AdoptRequest;
+use crate::bytes::Bytes;
 use crate::error::{Error, Role};
 use crate::image::ChainImage;
 use instar_guest_abi::ErrorCode;
@@ -63,15 +64,17 @@ pub fn admit(request: &AdoptRequest, overlay: &ChainImage<'_>, target: &ChainIma
     }
     if over.virtual_size < under.virtual_size {
         let clause = format!(
-            "is a disk of {} bytes, and the overlay one of {}, whose end would be lost: commit without --by-adoption",
-            under.virtual_size, over.virtual_size
+            "is a disk of {}, and the overlay one of {}, whose end would be lost: commit without --by-adoption",
+            Bytes(under.virtual_size),
+            Bytes(over.virtual_size)
         );
         return of_target(ErrorCode::UnsupportedFormat, clause);
     }
     if over.virtual_size > under.virtual_size && !request.resize_backing {
         let clause = format!(
-            "is a disk of {} bytes, and would become one of {}, as the overlay is: add --resize-backing",
-            under.virtual_size, over.virtual_size
+            "is a disk of {}, and would become one of {}, as the overlay is: add --resize-backing",
+            Bytes(under.virtual_size),
+            Bytes(over.virtual_size)
         );
         return of_target(ErrorCode::BackingTooSmall, clause);
     }

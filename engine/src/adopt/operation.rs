@@ -2,6 +2,8 @@
 //! is that of a rebase, onto what the target is backed by.
 
 use super::admit::admit;
+use super::mark::{self, Stale};
+use super::resume::resume;
 use super::take_over::TakeOver;
 use super::{out_of_order, AdoptOutcome, AdoptRequest};
 use crate::commit::{become_stale, refuse_children, Meter, Siblings};
@@ -10,14 +12,14 @@ use crate::devices::{Devices, Workers};
 use crate::error::Error;
 use crate::image::{
     check_parents, open_extra_files, resolve_backing, Access, BackingChoice, ChainImage, Descent, FilesOf, NamedFile,
-    Target,
+    OpenedFile, Target,
 };
 use crate::lookup::Directory;
 use crate::operation::{
     ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
 };
 use crate::plugins::Registry;
-use crate::rebase::{self, RebaseEvents};
+use crate::rebase::{self, Likeness, RebaseEvents};
 use crate::sandbox::ModuleSpec;
 use instar_guest_abi::{ErrorCode, MemberRole, DEVICE_OUTPUT, MAX_CHAIN_DEVICES, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Config, Parent};
@@ -28,10 +30,8 @@ use std::path::PathBuf;
 /// The group of the images that stay below the overlay.
 const NEW: u32 = 1;
 
-/// What the overlay is, if it no longer leads to the target.
-const INTERRUPTED: &str =
-    "if an earlier run with --by-adoption was interrupted, the overlay holds everything by now, and only has \
-                           to be given the name of the target with `mv`";
+/// What is to be done about images on the overlay.
+const CHILDREN: &str = "have them name the target with --relink, and commit without --by-adoption";
 
 /// Where the overlay is, if there is none.
 const ENDED: &str = "if an earlier run with --by-adoption has ended, it is what the target is now";
@@ -56,8 +56,11 @@ struct Opened {
     virtual_size: u64,
     /// Bytes of the overlay's file.
     length: u64,
-    /// The target's device.
-    target: u32,
+    /// The target, which the overlay has to look like, and what it says meanwhile. `None` in a second run that has only the name left
+    /// to change.
+    likeness: Option<Likeness>,
+    /// The target of such a run, which no device needs, locked to the end.
+    locked: Option<OpenedFile>,
     /// What the overlay is to record.
     parent: Option<Parent>,
     /// The layers between the two.
@@ -70,15 +73,65 @@ impl<'q> Adopt<'q> {
     pub fn new(request: &'q AdoptRequest) -> Self {
         Self { request, workers: None, warnings: Vec::new(), directory: None, opened: None }
     }
+
+    /// Whether the guest changes nothing: the overlay of a second run holds everything by now.
+    fn only_looks(&self) -> bool {
+        self.request.dry_run || self.opened.as_ref().is_some_and(|opened| opened.locked.is_some())
+    }
+
+    /// Open what a second run looks at, which only gives the overlay the name of `target`: what is below the overlay now is below it
+    /// afterwards.
+    fn open_resumed<'r>(
+        &mut self,
+        opener: &Opener<'r, '_>,
+        mut overlay: ChainImage<'r>,
+        mut target: ChainImage<'r>,
+        stale: &Stale,
+    ) -> Result<ImageSet<'r>, Error> {
+        let Opener { registry, session, named, gate, below, access, .. } = *opener;
+        session.note(|| "an earlier run was interrupted before the last step, which is all that is left".to_owned());
+        session.note_image("backing", &target);
+        let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES);
+        let mut ancestors = descent.open_below(&overlay, Access::ReadOnly)?;
+        let mut files = vec![FilesOf { image: &mut overlay, access, changes: true, gate }];
+        let only_read = std::iter::once(&mut target).chain(&mut ancestors);
+        files.extend(only_read.map(|image| FilesOf { image, access: Access::ReadOnly, changes: false, gate: below }));
+        open_extra_files(registry, &mut files)?;
+        admit(self.request, &overlay, &target)?;
+        let chain: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&ancestors).collect();
+        check_parents(&chain)?;
+        refuse_children(opener, &chain, &[], CHILDREN)?;
+        let siblings = Siblings::find(opener, &[&overlay], &target, &ancestors, |file| stale.contains(file))?;
+        if self.request.dry_run {
+            [&overlay, &target].into_iter().try_for_each(|image| image.opened.check_writable())?;
+        }
+        self.opened = Some(Opened {
+            names: TakeOver::begin(&overlay.opened, &target.opened)?,
+            paths: (overlay.opened.settled_path(), target.opened.settled_path()),
+            format: overlay.facts.format.to_string(),
+            virtual_size: overlay.facts.virtual_size,
+            length: overlay.length(),
+            likeness: None,
+            parent: parent_of(&overlay, &ancestors)?,
+            stale: Vec::new(),
+            siblings,
+            locked: Some(target.opened),
+        });
+        let again = (0..ancestors.len()).map(|slot| (NEW, slot)).collect();
+        let slots = ancestors.into_iter().map(|image| Slot::new(MemberRole::Below, image)).collect();
+        Ok(ImageSet { slots, target: Some(overlay), rebases: true, again })
+    }
 }
 
-/// Whether the chain of an overlay can be followed to its end, and the target is not in it. What could not be looked at may be the
-/// target: nobody is told then that the overlay does not need it.
-fn lacks_base(opener: &Opener<'_, '_>, overlay: &ChainImage<'_>) -> bool {
-    let base = opener.named.base.as_ref().and_then(NamedFile::identity);
-    let mut descent = Descent::new(opener.registry, opener.below, opener.named.image.path(), MAX_CHAIN_DEVICES);
-    let chain = descent.open_below(overlay, Access::ReadOnly);
-    chain.is_ok_and(|chain| base.is_some() && chain.iter().all(|layer| Some(layer.opened.identity) != base))
+/// The target, which the overlay has to look like, and what it says of itself on the way there.
+fn likeness(target: &ChainImage<'_>, between: &[ChainImage<'_>]) -> Result<Likeness, Error> {
+    let device = u32::try_from(between.len()).map_err(|_| out_of_order())?;
+    let text = mark::text(target.opened.file.file(), between.iter().map(|layer| layer.opened.file.file()));
+    let text = text.map_err(|errno| {
+        let what = "cannot be looked at";
+        Error::io(&target.opened.path, ErrorCode::OpenFailed, what, &std::io::Error::from(errno))
+    })?;
+    Ok(Likeness { device, mark: (mark::NAME, text) })
 }
 
 /// What an image in the target's place records of what is below that.
@@ -149,13 +202,13 @@ impl Operation for Adopt<'_> {
         let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES);
         let format = self.request.base_format.as_deref();
         let choice = BackingChoice { base: named.base.as_ref(), format, access };
-        let Target { mut backing, mut between, .. } =
-            resolve_backing(&mut descent, &overlay, choice).map_err(|error| match error.code {
-                ErrorCode::NoBacking | ErrorCode::NotInChain if lacks_base(opener, &overlay) => {
-                    error.in_state(INTERRUPTED)
-                }
-                _ => error,
-            })?;
+        let Target { mut backing, mut between, .. } = match resolve_backing(&mut descent, &overlay, choice) {
+            Err(error) if matches!(error.code, ErrorCode::NoBacking | ErrorCode::NotInChain) => {
+                let (target, stale) = resume(self.request, opener, &overlay, error)?;
+                return self.open_resumed(opener, overlay, target, &stale);
+            }
+            found => found?,
+        };
         between.iter().for_each(|layer| session.note_image("merged, too", layer));
         session.note_image("backing", &backing);
         let mut ancestors = descent.open_below(&backing, Access::ReadOnly)?;
@@ -169,17 +222,17 @@ impl Operation for Adopt<'_> {
         let chain: Vec<&ChainImage<'_>> =
             std::iter::once(&overlay).chain(&between).chain([&backing]).chain(&ancestors).collect();
         check_parents(&chain)?;
-        let remedy = "have them name the target with --relink, and commit without --by-adoption";
-        refuse_children(opener, &chain, &[], remedy)?;
+        refuse_children(opener, &chain, &[], CHILDREN)?;
         let above: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
-        let siblings = Siblings::find(opener, &above, &backing, &ancestors)?;
+        let siblings = Siblings::find(opener, &above, &backing, &ancestors, |_| false)?;
         self.opened = Some(Opened {
             names: TakeOver::begin(&overlay.opened, &backing.opened)?,
             paths: (overlay.opened.settled_path(), backing.opened.settled_path()),
             format: overlay.facts.format.to_string(),
             virtual_size: overlay.facts.virtual_size,
             length: overlay.length(),
-            target: u32::try_from(between.len()).map_err(|_| out_of_order())?,
+            likeness: Some(likeness(&backing, &between)?),
+            locked: None,
             parent: parent_of(&backing, &ancestors)?,
             stale: between.iter().map(|layer| layer.opened.path.clone()).collect(),
             siblings,
@@ -214,25 +267,25 @@ impl Operation for Adopt<'_> {
 
     fn payload(&self) -> Vec<u8> {
         let parent = self.opened.as_ref().and_then(|opened| opened.parent.clone());
-        Config { dry_run: self.request.dry_run, unsafe_mode: false, parent }.encode_to_vec()
+        Config { dry_run: self.only_looks(), unsafe_mode: false, parent }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<RebaseEvents, Error> {
         let opened = self.opened.as_ref().ok_or_else(out_of_order)?;
-        let AdoptRequest { cache, dry_run, .. } = *self.request;
+        let AdoptRequest { cache, .. } = *self.request;
         devices.set_workers(self.workers.take());
         let events = RebaseEvents {
             warnings: self.warnings.clone(),
-            dry_run,
+            dry_run: self.only_looks(),
             virtual_size: opened.virtual_size,
-            likeness: Some(opened.target),
+            likeness: opened.likeness.clone(),
             ..RebaseEvents::default()
         };
         events.serve(devices, paths, session, (cache, opened.length))
     }
 
     fn finish(self, ended: Ended<RebaseEvents>) -> Result<AdoptOutcome, Error> {
-        let Opened { names, paths, format, stale, .. } = self.opened.ok_or_else(out_of_order)?;
+        let Opened { names, paths, format, stale, locked, .. } = self.opened.ok_or_else(out_of_order)?;
         let state = if ended.devices.any_changed() {
             "the overlay reads what it read, and the target is as it was; running the same command again finishes it, or says what \
              is left to do"
@@ -244,6 +297,9 @@ impl Operation for Adopt<'_> {
             return Err(Error::image(&paths.1, ErrorCode::BackingIo, clause).in_state(state));
         }
         ended.end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
+        if locked.is_some() && ended.events.outcome.clusters_written > 0 {
+            return Err(out_of_order());
+        }
         if !self.request.dry_run {
             names.complete(ended.devices.device(DEVICE_OUTPUT).ok_or_else(out_of_order)?.file())?;
         }

@@ -1,5 +1,6 @@
 //! The step in which the overlay's file gets the target's name.
 
+use super::mark;
 use crate::commit::removal_denied;
 use crate::error::{reason, Error, Role};
 use crate::image::OpenedFile;
@@ -103,13 +104,17 @@ impl TakeOver {
         }
         renameat(&self.directory, &self.overlay.0, &self.directory, &self.target.0)
             .map_err(|errno| cannot("cannot be replaced by the overlay", errno))?;
-        retry_on_intr(|| fsync(&self.flushed)).map_err(|errno| {
+        let flushed = retry_on_intr(|| fsync(&self.flushed)).map_err(|errno| {
             let clause = format!(
                 "is complete, but its directory cannot be flushed, so that a power loss may undo the renaming: {}",
                 why(errno)
             );
             failed(clause, "the target is complete, and was the overlay")
-        })
+        });
+        if flushed.is_ok() {
+            mark::remove(overlay);
+        }
+        flushed
     }
 }
 

@@ -12,6 +12,7 @@ use super::request::CommitRequest;
 use super::space::taken_space;
 use super::verdict::Parts;
 use super::verify::{unreadable, STEP};
+use crate::bytes::Bytes;
 use crate::devices::{Cache, Devices};
 use crate::error::{Error, Role};
 use crate::operation::{DevicePaths, GuestFailure};
@@ -69,8 +70,11 @@ pub fn admit(request: &CommitRequest, parts: &Parts<'_, '_>) -> Result<(), Error
     let longest = LEAST.max(taken.saturating_mul(FOR_EACH));
     if length > longest {
         let clause = format!(
-            "has a disk of {length} bytes and next to nothing on it, and --digest hashes zeroes as well: up to {longest} bytes of \
-             a disk that takes {taken} bytes are hashed; leave out --digest"
+            "has a disk of {} and next to nothing on it, and --digest hashes zeroes as well: up to {} of a disk that takes {} are \
+             hashed; leave out --digest",
+            Bytes(length),
+            Bytes(longest),
+            Bytes(taken)
         );
         return Err(Error::image(&parts.overlay.opened.path, ErrorCode::UnsupportedFormat, clause));
     }

@@ -235,7 +235,7 @@ impl Operation for Commit<'_> {
         // A question for the space that it takes damages nothing.
         if self.request.mode != CommitMode::Measure {
             let above: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&between).collect();
-            self.siblings = Siblings::find(opener, &above, &backing, &ancestors)?;
+            self.siblings = Siblings::find(opener, &above, &backing, &ancestors, |_| false)?;
         }
         self.paths = (overlay.opened.settled_path(), backing.opened.settled_path());
         if self.request.only_plans() {

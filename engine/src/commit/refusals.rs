@@ -1,5 +1,6 @@
 //! The refusals of a commit that does not begin.
 
+use crate::bytes::Bytes;
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
 use crate::operation::GuestFailure;
@@ -31,6 +32,6 @@ pub fn is_sibling(path: &Path, backing: &Path) -> Error {
 
 /// The refusal of a commit that needs more space than the backing's file system has.
 pub fn no_space((needed, free): (u64, u64)) -> GuestFailure {
-    let text = format!("the commit needs {needed} bytes more of the file system, which has {free} free");
+    let text = format!("the commit needs {} more of the file system, which has {} free", Bytes(needed), Bytes(free));
     GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
 }

@@ -10,6 +10,7 @@ use crate::escape::escape_path;
 use crate::image::{counted, ChainImage, Child, ChildSearch, Children};
 use crate::operation::{Opener, Session};
 use instar_guest_abi::ErrorCode;
+use rustix::fs::Stat;
 use std::path::{Path, PathBuf};
 
 /// The siblings of an overlay.
@@ -23,7 +24,7 @@ pub struct Siblings {
 
 impl Siblings {
     /// Look for siblings; `above` are the overlay and the layers between it and the `target`, the top-most first.
-    /// `None` if there are none.
+    /// Stale files do not count. `None` if there are none.
     ///
     /// # Errors
     /// [`ErrorCode::Interrupted`].
@@ -32,6 +33,7 @@ impl Siblings {
         above: &[&ChainImage<'_>],
         target: &ChainImage<'_>,
         ancestors: &[ChainImage<'_>],
+        is_stale: impl Fn(&Stat) -> bool,
     ) -> Result<Option<Self>, Error> {
         let Opener { registry, session, below, .. } = *opener;
         // The images on the overlay itself read afterwards what they read before.
@@ -42,7 +44,8 @@ impl Siblings {
         let beside = changed.iter().map(|image| &image.opened.directory);
         let found = search.find(roots.directories().iter().chain(beside))?;
         note(session, &found);
-        let names: Vec<String> = found.children.iter().map(|child| name(child, above)).collect();
+        let siblings = found.children.iter().filter(|child| !is_stale(child.stat()));
+        let names: Vec<String> = siblings.map(|child| name(child, above)).collect();
         Ok((!names.is_empty()).then(|| Self { target: target.opened.path.clone(), names }))
     }
 

@@ -1,5 +1,6 @@
 //! An existing target (`-n`): it is written in place, so a failure leaves a part of the disk in it.
 
+use crate::bytes::Bytes;
 use crate::error::Error;
 use crate::image::{parent_is_unrecorded, Access, ChainImage, NamedFile, OpenedFile};
 use crate::lookup::Identity;
@@ -68,7 +69,9 @@ impl Existing {
         let has = target.facts.virtual_size;
         if has < size {
             return refused(format!(
-                "has a disk of {has} bytes, and one of {size} bytes is converted: resize it first"
+                "has a disk of {}, and one of {} is converted: resize it first",
+                Bytes(has),
+                Bytes(size)
             ));
         }
         Ok((target, self.claim))

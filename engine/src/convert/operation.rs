@@ -5,6 +5,7 @@ use super::existing::Existing;
 use super::in_parts::parts_of;
 use super::parent::{divide, Layers};
 use super::request::{ConvertOutcome, ConvertRequest};
+use crate::bytes::Bytes;
 use crate::commit::{room_for_bitmaps, CommitEvents, Meter, PlanBounds, Space};
 use crate::confine::Work;
 use crate::create::{options_of, plugin_of, write_to, NewFile, Parts};
@@ -137,7 +138,11 @@ impl<'q> Convert<'q> {
         }
         let has = target.facts.virtual_size;
         if has < size {
-            return Err(refused(format!("would have a disk of {has} bytes, and one of {size} bytes is converted")));
+            return Err(refused(format!(
+                "would have a disk of {}, and one of {} is converted",
+                Bytes(has),
+                Bytes(size)
+            )));
         }
         Ok(target)
     }
@@ -379,7 +384,8 @@ impl Operation for Convert<'_> {
         let events = ended.events;
         let end = match events.lacking {
             Some((needed, free)) => {
-                let text = format!("the image needs {needed} bytes of the file system, which has {free} free");
+                let text =
+                    format!("the image needs {} of the file system, which has {} free", Bytes(needed), Bytes(free));
                 let lacking = GuestFailure::ended(ErrorCode::NoSpace, text);
                 Err(GuestFailure { device: Some(DEVICE_OUTPUT), ..lacking })
             }

@@ -1,5 +1,6 @@
 //! Writing a new image to its file.
 
+use crate::bytes::Bytes;
 use crate::error::Error;
 use crate::image::NamedFile;
 use crate::lookup::Directory;
@@ -131,7 +132,7 @@ pub(crate) fn write_to(
     } else {
         let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if length < wanted {
-            let clause = format!("the device has {length} bytes, {wanted} are needed");
+            let clause = format!("the device has {}, and {} are needed", Bytes(length), Bytes(wanted));
             return Err(Error::image(path, ErrorCode::NoSpace, clause));
         }
         zero(file, 0, wanted).map_err(failed)?;

@@ -46,6 +46,12 @@ pub struct Child {
 }
 
 impl Child {
+    /// What its file was found to be.
+    #[must_use]
+    pub fn stat(&self) -> &Stat {
+        &self.stat
+    }
+
     /// Open it, if it still is the same file. Does not lock it.
     ///
     /// # Errors

@@ -3,14 +3,25 @@
 use crate::commit::{Meter, REPLACED_MARK};
 use crate::create::look_like;
 use crate::devices::{Cache, Devices};
-use crate::error::Error;
+use crate::error::{reason, Error};
 use crate::operation::{decode, DevicePaths, Events, Observer, Session};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{Phase, Request, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Outcome, Plan};
-use rustix::fs::fsync;
-use rustix::io::retry_on_intr;
+use rustix::fs::{fsetxattr, fsync, XattrFlags};
+use rustix::io::{retry_on_intr, Errno};
+use std::ffi::CStr;
 use std::rc::Rc;
+
+/// Whom an image looks like before it gets another parent: it has owner, mode and extended attributes of another one then.
+#[derive(Clone, Debug)]
+pub struct Likeness {
+    /// The device of the other image.
+    pub device: u32,
+    /// The extended attribute that the image gets at the same time, where its file system has any, and the value. That of the other
+    /// image stays behind.
+    pub mark: (&'static CStr, Vec<u8>),
+}
 
 /// The reports of a rebase's guest, and its permissions.
 #[derive(Default)]
@@ -36,8 +47,8 @@ pub struct RebaseEvents {
     pub(crate) held_back: bool,
     /// The observer that is told the warnings, and asked.
     pub(crate) observer: Option<Rc<dyn Observer>>,
-    /// The device whose owner, mode and extended attributes the image gets before it gets another parent.
-    pub(crate) likeness: Option<u32>,
+    /// The image that it has to look like.
+    pub(crate) likeness: Option<Likeness>,
     /// The reason why it cannot have them, for which the host ended the guest.
     pub(crate) unlike: Option<String>,
     /// Whether nothing may change.
@@ -65,11 +76,17 @@ impl RebaseEvents {
 
     /// Give the image the [likeness](Self::likeness) of another, durably.
     fn look_like(&mut self, devices: &Devices) -> Result<(), BadRequest> {
-        let Some(other) = self.likeness.and_then(|number| devices.device(number)) else { return Ok(()) };
+        let Some(Likeness { device, mark: (mark, value) }) = &self.likeness else { return Ok(()) };
+        let Some(other) = devices.device(*device) else { return Ok(()) };
         let Some(image) = devices.device(DEVICE_OUTPUT) else { return Ok(()) };
         let flush =
             |()| retry_on_intr(|| fsync(image.file())).map_err(|errno| format!("it cannot be flushed: {errno}"));
-        self.unlike = look_like(other.file(), image.file(), &[REPLACED_MARK]).and_then(flush).err();
+        let marked = |()| match fsetxattr(image.file(), *mark, value, XattrFlags::empty()) {
+            Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
+            Err(errno) => Err(format!("it cannot be marked: {}", reason(&errno.into()))),
+        };
+        let likeness = look_like(other.file(), image.file(), &[REPLACED_MARK, mark]);
+        self.unlike = likeness.and_then(marked).and_then(flush).err();
         match self.unlike {
             Some(_) => Err(BadRequest("an image that cannot look like another".to_owned())),
             None => Ok(()),

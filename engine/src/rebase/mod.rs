@@ -8,6 +8,7 @@ mod outcome;
 
 pub(crate) use open::named_parent;
 
+pub(crate) use events::Likeness;
 pub use events::RebaseEvents;
 pub use outcome::RebaseOutcome;
 

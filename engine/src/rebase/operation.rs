@@ -3,6 +3,7 @@
 use super::events::RebaseEvents;
 use super::open::{named_parent, open_unchecked, refuse_unrecorded, Below};
 use super::{out_of_order, RebaseOutcome, RebaseRequest};
+use crate::bytes::Bytes;
 use crate::commit::Meter;
 use crate::confine::Work;
 use crate::devices::{Devices, Workers};
@@ -252,16 +253,17 @@ impl Operation for Rebase<'_> {
         let Opened { path, format, length, .. } = self.opened.ok_or_else(out_of_order)?;
         if let (true, Some(plan)) = (ended.events.needs_data, ended.events.plan) {
             let clause = format!(
-                "differs over the two backing files in {} bytes, and a commit from it was interrupted; nothing was changed: run the \
+                "differs over the two backing files in {}, and a commit from it was interrupted; nothing was changed: run the \
                  commit again first",
-                plan.bytes
+                Bytes(plan.bytes)
             );
             return Err(Error::image(&self.request.image, ErrorCode::UnsupportedFormat, clause));
         }
         if ended.events.lacks_room {
             let clause = format!(
-                "is on a device of {length} bytes, which has no room for what differs over the two backing files and for the new \
-                 name; nothing was changed: enlarge the device"
+                "is on a device of {}, which has no room for what differs over the two backing files and for the new \
+                 name; nothing was changed: enlarge the device",
+                Bytes(length)
             );
             return Err(Error::image(&self.request.image, ErrorCode::NoSpace, clause));
         }

@@ -17,6 +17,7 @@ mod namesake;
 
 pub(crate) use namesake::refuse_namesake;
 
+use crate::bytes::Bytes;
 use crate::confine::{Needs, Reach, Work};
 use crate::error::{Error, Role};
 use crate::escape::{escape_path, shell_path};
@@ -119,11 +120,11 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
         // A crash while the file was given back what it was leaves it as long as that.
         if !log.goes_with(opened.length()) {
             let clause = format!(
-                "is the undo log of a file of {} bytes that was not cut since, and '{}' has only {}: it was restored or made anew; \
+                "is the undo log of a file of {} that was not cut since, and '{}' has only {}: it was restored or made anew; \
                  if it is as it should be, remove the log",
-                log.header().length,
+                Bytes(log.header().length),
                 escape_path(&opened.path),
-                opened.length()
+                Bytes(opened.length())
             );
             return Err(refused(clause));
         }

@@ -1,6 +1,7 @@
 //! The requested size of an image, and the checks that can refuse it.
 
 use super::SECTOR;
+use crate::bytes::Bytes;
 use instar_guest_abi::ErrorCode;
 
 /// A virtual size as the operator writes it, in bytes.
@@ -41,7 +42,7 @@ impl NewSize {
             return refused("cannot have a size of more than 2^63 - 1 bytes".to_owned());
         };
         if size == 0 {
-            return refused(format!("has {old} bytes: its new size must be positive"));
+            return refused(format!("has {}: its new size must be positive", Bytes(old)));
         }
         if size % SECTOR != 0 {
             let (lesser, greater) = (size - size % SECTOR, (size - size % SECTOR).saturating_add(SECTOR));
@@ -54,8 +55,10 @@ impl NewSize {
         let size = whole.unwrap_or(size);
         if size < old && !shrink {
             return refused(format!(
-                "has {old} bytes, and a shrunken image of {size} bytes loses all data past its end: give --shrink if \
-                 nothing important is there, after its guest has made its file systems and partitions smaller"
+                "has {}, and a shrunken image of {} loses all data past its end: give --shrink if \
+                 nothing important is there, after its guest has made its file systems and partitions smaller",
+                Bytes(old),
+                Bytes(size)
             ));
         }
         Ok(size)

@@ -57,6 +57,9 @@ const KNOWN: &[Known] = &[
     by_descriptor(libc::SYS_fdatasync, "fdatasync", None),
     by_descriptor(libc::SYS_fsync, "fsync", None),
     by_descriptor(libc::SYS_fadvise64, "fadvise64", None),
+    // Marks of a file
+    by_descriptor(libc::SYS_fsetxattr, "fsetxattr", None),
+    by_descriptor(libc::SYS_fremovexattr, "fremovexattr", None),
     // Names, by the directory that they are made or removed in
     Known { number: libc::SYS_linkat, name: "linkat", descriptors: &[2], path: None, length: None },
     by_descriptor(libc::SYS_renameat, "renameat", None),
