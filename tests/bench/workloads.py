@@ -221,6 +221,12 @@ def workloads(quick):
             Workload(f"{kind}-child-64k", f"{scattered:,} scattered writes of 64 KiB, {name} into {name}", 8 * GIB, **scatter,
                      overlay_format=kind, differencing=True, kernel_goal=1.2),
         ]
+    # Into qcow 1, qemu-img takes a third of a second for each MiB: that needs no number.
+    found += [
+        Workload("vdi-new", f"{text(large)} sequential, qcow2 into VDI", large, sequential=large, base_format="vdi", goal=0.6),
+        Workload("vdi-64k", f"{scattered:,} scattered writes of 64 KiB, qcow2 into VDI", 8 * GIB, scattered=scattered,
+                 base_format="vdi", goal=0.6),
+    ]
     for kind, name in (("ext4", "ext4 without discard"), ("xfs", "XFS"), ("btrfs", "btrfs"), ("tmpfs", "tmpfs")):
         shares = kind in ("xfs", "btrfs")
         each = {"file_system": kind, "goal": 1.0}

@@ -44,6 +44,30 @@ def test_every_test_that_is_named_exists():
             assert re.search(rf"(?m)^\s*(?:def|fn) {name}\(", source), f"{file} has no {name}"
 
 
+def places(folder, name):
+    """Where a file lies that a page of `docs/formats` names, short of the folder of the plugin."""
+    plugin = REPO / "plugins" / folder
+    candidates = [REPO / name, plugin / name, plugin / name.replace("driver/", "driver/tests/", 1), plugin / name.replace("format/", "format/src/", 1)]
+    return [path for path in candidates if path.is_file()]
+
+
+@pytest.mark.parametrize("page", sorted((REPO / "docs/formats").glob("*.md")), ids=lambda page: page.stem)
+def test_what_the_page_of_a_format_names_exists(page):
+    """A claim about another vendor's program stands on the test that is named beside it."""
+    text, folder = page.read_text(encoding="utf-8"), {"vpc": "vhd"}.get(page.stem, page.stem)
+    tests = "".join(path.read_text(encoding="utf-8") for path in sorted((REPO / "tests/integration").glob("test_*.py")))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) >= 5
+    for name in named:
+        assert re.search(rf"(?m)^def {name}\(", tests), name
+    for name, function in re.findall(r"`([\w/-]+\.rs)`(?: \(`(\w+)…?`\))?", text):
+        # Some pages name a Rust test file of another kind by its last name alone.
+        found = places(folder, name) or sorted((REPO / "plugins" / folder).rglob(name))
+        assert found, name
+        if function:
+            assert any(re.search(rf"\bfn {function}", path.read_text(encoding="utf-8")) for path in found), f"{name}: {function}"
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_each_line_is_held_by_something(row):
     assert re.search(r"`(?:[\w/.-]+\.(?:py|rs)(?:::\w+)?|make \w+)`", row[3]), row[0]

@@ -497,6 +497,43 @@ def test_a_target_does_not_outgrow_a_layer_that_stays(tmp_path):
     refuse("ERROR_UNSUPPORTED_FORMAT", top, "--resize-backing", "-b", base, files=[base, middle], mentions=["middle.vhdx", "as large"])
 
 
+def test_entries_of_the_log_are_no_longer_than_qemu_takes(tmp_path):
+    """One sector in each page of a long table: more pages than an entry has descriptors."""
+    base, top = tmp_path / "base.vhdx", tmp_path / "top.qcow2"
+    make(base, "-o", "block_size=1M", size=100 * GIB)
+    support.create(top, 100 * GIB, backing="base.vhdx", backing_fmt="vhdx")
+    # A page of 512 entries is half a GiB of the disk.
+    qemu_io(top, *(f"write -P {number} {number * 512}M 64k" for number in range(1, 200)))
+    commit(top)
+    with base.open("rb") as file:
+        file.seek(View(base).log_offset)
+        log = file.read(View(base).log_length)
+    found = [struct.unpack_from("<I", log, at + 24)[0] for at in range(0, len(log), 4096) if log[at : at + 4] == b"loge"]
+    assert len(found) > 1 and 1 < max(found) <= 126, found
+    qemu_io(base, *(f"read -P {number} {number * 512}M 64k" for number in range(1, 200)), fmt="vhdx")
+
+
+def test_what_is_left_of_a_file_that_was_cut_off_can_be_read(tmp_path):
+    """As `docs/check.md` says; a repair makes nothing up."""
+    runs = [(block * 4096, bytes([block + 1]) * 4096) for block in range(8)]
+    image = Maker(DYNAMIC, 16 * MIB, BASE, block=2 * MIB, runs=runs).write(tmp_path / "cut.vhdx")
+    whole, length = content(image), image.stat().st_size
+    os.truncate(image, length - 5 * MIB)
+    for options in ([], ["-r", "all"]):
+        with support.untouched(image):
+            result = run_instar("check", *options, image)
+        assert result.rc == 2 and "past the end of the file" in result.stdout + result.stderr, str(result)
+        assert not options or "every repair of that would give up data" in result.stdout + result.stderr, str(result)
+    with support.untouched(image):
+        assert run_instar("convert", "-O", "raw", image, tmp_path / "new").rc == 1
+    os.truncate(image, length + 4 * MIB)
+    result = run_instar("convert", "-O", "raw", image, tmp_path / "new")
+    assert result.rc == 0, str(result)
+    found = (tmp_path / "new").read_bytes()
+    kept = sum(found[at : at + 512] == whole[at : at + 512] for at in range(0, 16 * MIB, 2 * MIB))
+    assert 5 <= kept < 8 and all(new in (old, 0) for new, old in zip(found, whole, strict=True))
+
+
 def test_a_log_is_replayed_in_memory_and_then_for_good(tmp_path):
     """What qemu makes of a log by replaying it is what is read through it, without a byte of the file being changed."""
     size = 6 * MIB

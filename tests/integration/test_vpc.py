@@ -421,6 +421,51 @@ def test_growth(tmp_path, xen):
             path.unlink()
 
 
+@pytest.mark.parametrize("kind", [DYNAMIC, FIXED])
+def test_a_disk_in_a_saved_state_does_not_grow(tmp_path, kind):
+    """The state of the suspended machine knows its size. Everything else goes on."""
+    base = Maker(kind, 4 * MIB, BASE, runs=[(0, b"\1" * 4096)]).write(tmp_path / "base.vhd")
+    data = bytearray(base.read_bytes())
+    for at in {0, len(data) - SECTOR} if kind == DYNAMIC else {len(data) - SECTOR}:
+        data[at + 84] = 1
+        data[at : at + SECTOR] = vhd_bytes.sealed(data[at : at + SECTOR], 64)
+    base.write_bytes(data)
+    for words in (["resize", base, "8M"], ["resize", "--shrink", base, "2M"]):
+        with support.untouched(base):
+            result = run_instar(*words)
+        assert result.rc == 1, str(result)
+        assert "--shrink" in words or "saved state" in result.stderr, str(result)
+    top = support.create(tmp_path / "top.qcow2", 8 * MIB, backing="base.vhd", backing_fmt="vpc")
+    qemu_io(top, "write -P 3 1M 64k")
+    refuse("ERROR_UNSUPPORTED_FORMAT", top, "--resize-backing", files=[base], mentions=["saved state"])
+    same = support.create(tmp_path / "top.qcow2", 4 * MIB, backing="base.vhd", backing_fmt="vpc")
+    qemu_io(same, "write -P 3 1M 64k")
+    commit(same)
+    end = base.read_bytes()[-SECTOR:]
+    assert end[84] == 1 and content(base)[MIB : MIB + 64 * KIB] == b"\3" * 64 * KIB
+
+
+def test_what_is_left_of_a_file_that_was_cut_off_can_be_read(tmp_path):
+    """As `docs/check.md` says; a repair makes nothing up."""
+    runs = [(block * 4096, bytes([block + 1]) * 4096) for block in range(8)]
+    image = Maker(DYNAMIC, 16 * MIB, BASE, block=2 * MIB, runs=runs).write(tmp_path / "cut.vhd")
+    whole, length = content(image), image.stat().st_size
+    os.truncate(image, length - 5 * MIB)
+    for options in ([], ["-r", "all"]):
+        with support.untouched(image):
+            result = run_instar("check", *options, image)
+        assert result.rc == 2 and "past the end of the file" in result.stdout + result.stderr, str(result)
+        assert not options or "every repair of that would give up data" in result.stdout + result.stderr, str(result)
+    with support.untouched(image):
+        assert run_instar("convert", "-O", "raw", image, tmp_path / "new").rc == 1
+    os.truncate(image, length + 4 * MIB)
+    result = run_instar("convert", "-O", "raw", image, tmp_path / "new")
+    assert result.rc == 0, str(result)
+    found = (tmp_path / "new").read_bytes()
+    kept = sum(found[at : at + 512] == whole[at : at + 512] for at in range(0, 16 * MIB, 2 * MIB))
+    assert 5 <= kept < 8 and all(new in (old, 0) for new, old in zip(found, whole, strict=True))
+
+
 def test_a_footer_that_a_guest_wrote_is_data(tmp_path):
     """The last sector of a raw disk is its guest's: what it makes it look like keeps nobody from anything. But it is said: a
     fixed VHD that somebody took for a raw disk looks the same, and loses its footer."""

@@ -47,11 +47,11 @@ impl Image {
             }
         };
         let survey = self.survey(io, &mut |_, text| {
-            tell(format!("{text}: nothing says which is right, and the data of one would be lost"));
+            tell(format!("{text}: every repair of that would give up data"));
             Ok(())
         })?;
         self.compare_batmap(io, &mut |_, text| {
-            tell(format!("{text}: nothing says which is right, and the sectors that differ would be lost"));
+            tell(format!("{text}: every repair of that would give up the sectors that differ"));
             Ok(())
         })?;
         if self.unused(&survey) > 0 {

@@ -33,7 +33,7 @@ impl Image {
         let survey = self.survey(io, &mut |_, text| {
             told += 1;
             if all && told <= MOST {
-                let text = format!("{text}: nothing says which is right, and the data of one would be lost");
+                let text = format!("{text}: every repair of that would give up data");
                 finding(FindingKind::Corruption, &text);
             }
             Ok(())
