@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 
 import pytest
@@ -90,8 +91,8 @@ def test_dry_run_says_how_much_the_target_grows(pair, fmt):
     answer = support.commit(pair.top, "--dry-run", "--output", "json").json
     human = support.commit(pair.top, "--dry-run").stdout
     growth, space, free = answer["backing_growth_bytes"], answer["backing_space_bytes"], answer["free_bytes"]
-    assert f"grow by {growth} bytes at most, and take {space} more bytes" in human and answer["dry_run"] is True
-    assert ", of which its file system has " in human
+    assert re.search(rf"grow by {growth} bytes( \([\d.]+ [KM]iB\))? at most, and take {space} bytes \([\d.]+ [KM]iB\) more of the disk", human), human
+    assert re.search(r", of which its file system has [\d.]+ \w+ free\.", human) and answer["dry_run"] is True, human
     system = os.statvfs(pair.dir)
     assert 0 < free <= system.f_blocks * system.f_frsize
     before = target.stat()

@@ -1,6 +1,7 @@
 //! What a commit prints.
 
 use super::output::{print, print_json_indented, unprinted_but, OutputFormat};
+use super::size::format_size;
 use instar::commit::{AtomicWay, CommitOutcome, DiskDigest};
 use instar::error::Error;
 use instar::escape::{escape_path, printable};
@@ -93,13 +94,21 @@ fn relinked(result: &CommitOutcome) -> String {
     }
 }
 
+/// A number of bytes, exactly, and for people from 1,000 bytes on.
+fn amount(bytes: u64) -> String {
+    match bytes {
+        0..1000 => format!("{bytes} bytes"),
+        _ => format!("{bytes} bytes ({})", format_size(bytes)),
+    }
+}
+
 /// How a target changes whole or not at all.
 fn whole(way: AtomicWay, log: Option<u64>) -> String {
     match way {
         AtomicWay::Clone => "A clone of it would take its place when it is complete. ".to_owned(),
         AtomicWay::UndoLog => format!(
-            "An undo log beside it would keep what it was until it is complete, and take {} bytes more at most. ",
-            log.unwrap_or(0)
+            "An undo log beside it would keep what it was until it is complete, and take {} more at most. ",
+            amount(log.unwrap_or(0))
         ),
     }
 }
@@ -112,9 +121,10 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
     match output {
         OutputFormat::Json => print_json_indented(out, result, INDENT),
         OutputFormat::Human => {
-            let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {size} bytes"));
+            let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {}", amount(size)));
             let preview = result.preview.unwrap_or_default();
-            let free = preview.free_bytes.map(|free| format!(", of which its file system has {free} free"));
+            let free =
+                preview.free_bytes.map(|free| format!(", of which its file system has {} free", format_size(free)));
             let plural = if result.clusters_committed == 1 { "" } else { "s" };
             let children = result.relinked.iter().flatten().filter(|child| !child.already).count();
             let relinked = result.relinked.as_ref().map(|_| match children {
@@ -126,15 +136,15 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
             print(
                 out,
                 &format!(
-                    "Would commit {} cluster{plural} ({} bytes) of '{}' into '{}'{}. The target's file would grow by {} bytes \
-                     at most, and take {} more bytes of the disk{}. {}{}{}{}{}Nothing was changed.\n{}",
+                    "Would commit {} cluster{plural}, {}, of '{}' into '{}'{}. The target's file would grow by {} at most, \
+                     and take {} more of the disk{}. {}{}{}{}{}Nothing was changed.\n{}",
                     result.clusters_committed,
-                    result.bytes_committed,
+                    amount(result.bytes_committed),
                     escape_path(&result.overlay_given),
                     escape_path(&result.backing),
                     disk.unwrap_or_default(),
-                    preview.backing_growth_bytes,
-                    preview.backing_space_bytes,
+                    amount(preview.backing_growth_bytes),
+                    amount(preview.backing_space_bytes),
                     free.unwrap_or_default(),
                     result.atomic.map(|way| whole(way, preview.undo_log_bytes)).unwrap_or_default(),
                     bitmaps(result, true).replace('\n', " "),
