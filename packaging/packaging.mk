@@ -41,9 +41,9 @@ export CARGO_BUILD_RUSTFLAGS
 .PHONY: install uninstall stage-deb stage-rpm deb rpm sbom checksums crates reproducible test-installed container-root mandoc release-check
 
 # Only copies, so that `sudo make install` needs no tool chain: what `make` has built, or else builds first. A configuration
-# that is there is the operator's.
-install: $(if $(wildcard $(ASSETS)/changelog),,instar) ## install below PREFIX (/usr/local), with DESTDIR before it
-	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)/instar/plugins $(DESTDIR)$(CONFDIR) \
+# that is there is the operator's. Without root there is none to make: a user's own is read from ~/.config.
+install: $(if $(wildcard $(ASSETS)/changelog),,instar) ## install below PREFIX (/usr/local), with DESTDIR before it; a PREFIX of your own takes no root
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)/instar/plugins \
 		$(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR) $(DESTDIR)$(DOCDIR)/docs/schemas \
 		$(DESTDIR)$(DOCDIR)/docs/formats
 	install -m 755 $(INSTAR) $(DESTDIR)$(BINDIR)/instar
@@ -58,7 +58,8 @@ install: $(if $(wildcard $(ASSETS)/changelog),,instar) ## install below PREFIX (
 	install -m 644 $(SCHEMAS) $(DESTDIR)$(DOCDIR)/docs/schemas
 	install -m 644 $(FORMATS) $(DESTDIR)$(DOCDIR)/docs/formats
 	sed -E -i 's@\[([^]]*)\]\((\.\./)*($(SOURCES))[^)]*\)@\1@g' $(DESTDIR)$(DOCDIR)/*.md $(DESTDIR)$(DOCDIR)/docs/*.md
-	[ -e $(DESTDIR)$(CONFDIR)/config.toml ] || install -m 644 packaging/config.toml $(DESTDIR)$(CONFDIR)/config.toml
+	if [ -n "$(DESTDIR)" ] || [ "$$(id -u)" = 0 ]; then \
+		[ -e $(DESTDIR)$(CONFDIR)/config.toml ] || install -D -m 644 packaging/config.toml $(DESTDIR)$(CONFDIR)/config.toml; fi
 
 uninstall: ## remove what `make install` put there, with the same PREFIX and DESTDIR; a changed configuration stays
 	rm -f $(DESTDIR)$(BINDIR)/instar $(BUNDLED:%=$(DESTDIR)$(LIBDIR)/instar/plugins/libinstar_plugin_%.so)

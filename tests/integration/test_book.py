@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 
@@ -22,20 +21,7 @@ def blocks(page, language):
 
 def follow(page, directory, skip=()):
     """Runs all shell blocks of a page one after the other in one shell, and returns what it printed."""
-    program = os.environ.get("INSTAR_BIN", str(REPO / "target/release/instar"))
-    (directory / "bin").mkdir()
-    (directory / "bin/instar").symlink_to(program)
-    script = "\n".join(block for block in blocks(page, "sh") if not block.startswith(tuple(skip)))
-    environment = {**os.environ, "PATH": f"{directory / 'bin'}:{os.environ['PATH']}", "INSTAR_CONFIG": ""}
-    sandbox = os.environ.get("INSTAR_TEST_SANDBOX")
-    if sandbox:
-        config = directory / "sandbox.toml"
-        config.write_text(f'sandbox = "{sandbox}"\n')
-        config.chmod(0o644)
-        environment["INSTAR_CONFIG"] = str(config)
-    done = subprocess.run(["bash", "-xc", script], cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, check=False, timeout=support.TIMEOUT)
-    return done.stdout
+    return support.in_shell("set -x\n" + "\n".join(block for block in blocks(page, "sh") if not block.startswith(tuple(skip))), directory)
 
 
 def test_the_first_commit(tmp_path):

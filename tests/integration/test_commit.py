@@ -92,7 +92,7 @@ def test_dry_run_says_how_much_the_target_grows(pair, fmt):
     human = support.commit(pair.top, "--dry-run").stdout
     growth, space, free = answer["backing_growth_bytes"], answer["backing_space_bytes"], answer["free_bytes"]
     assert re.search(rf"grow by {growth} bytes( \([^)]+\))? at most, and take {space} bytes( \([^)]+\))? more of the disk", human) and answer["dry_run"] is True
-    assert ", of which its file system has " in human
+    assert re.search(r", of which its file system has [\d.]+ \w+ free\.", human), human
     system = os.statvfs(pair.dir)
     assert 0 < free <= system.f_blocks * system.f_frsize
     before = target.stat()

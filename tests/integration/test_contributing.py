@@ -113,3 +113,18 @@ def test_the_folders_and_targets_that_contributors_are_sent_to_exist():
     for crate in re.findall(r"-p (instar-[a-z0-9-]+)", text):
         known = subprocess.run(["git", "grep", "-l", f'^name = "{crate}"', "--", "*Cargo.toml"], cwd=REPO, capture_output=True, text=True, check=False)
         assert known.stdout, crate
+
+
+#: Traits without an example of their own: those of private modules, one that only runs in a guest, one that another's example has.
+WITHOUT_EXAMPLE = {"Seek", "Processor", "Place", "Exit", "Builder"}
+
+
+def test_each_public_trait_has_an_example():
+    found, without = 0, set()
+    for folder in ("plugin-api/src", "guest/sdk/src", "guest/core/src", "engine/src"):
+        for source in sorted((REPO / folder).rglob("*.rs")):
+            for documented, name in re.findall(r"(?m)((?:^ *(?:///.*|#\[.*)\n)*)^ *pub trait (\w+)", source.read_text(encoding="utf-8")):
+                found += 1
+                if "/// ```" not in documented:
+                    without.add(name)
+    assert found > 20 and without == WITHOUT_EXAMPLE

@@ -8,6 +8,7 @@ import re
 import select
 import shutil
 import subprocess
+import tempfile
 import time
 import tomllib
 from pathlib import Path
@@ -275,6 +276,20 @@ def test_what_is_installed_works_where_it_is_and_is_removed_again(tmp_path):
     make("uninstall", *where)
     left = [path for path in (tmp_path / "root").rglob("*") if not path.is_dir()]
     assert left == [config] and config.read_text() == changed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_user_installs_below_a_prefix_of_their_own():
+    """As README.md says: without root, and so without a configuration in /etc."""
+    user = ["setpriv", "--reuid=61001", "--regid=61001", "--clear-groups"]
+    if run(*user, "test", "-r", REPO / "Makefile").rc != 0:
+        pytest.skip("another user cannot read this checkout")
+    with tempfile.TemporaryDirectory(prefix="instar-user.") as home:
+        os.chown(home, 61001, 61001)
+        made = run(*user, "make", "-s", "-C", REPO, "install", f"PREFIX={home}/.local", env={"HOME": home})
+        assert made.rc == 0, str(made)
+        listed = run(*user, f"{home}/.local/bin/instar", "plugins", "--output", "json", env={"HOME": home}).json
+        assert {plugin["name"] for plugin in listed["plugins"]} == set(BUNDLED) and not listed["skipped"]
 
 
 def test_documentation_that_is_installed_leads_nowhere_else(tmp_path):

@@ -139,6 +139,16 @@ def run_instar(*args, cwd=None, env=None) -> Result:
     return run(instar_binary(), *args, cwd=cwd, env=env)
 
 
+def in_shell(script, directory) -> str:
+    """What a script for people prints, errors included, in this directory, with `instar` in the PATH."""
+    (directory / "bin").mkdir(exist_ok=True)
+    (directory / "bin/instar").symlink_to(instar_binary())
+    environment = {**os.environ, "PATH": f"{directory / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, check=False, timeout=TIMEOUT)
+    return done.stdout
+
+
 def qemu_img(*args, cwd=None, rc=0) -> Result:
     """Runs qemu-img and insists on its exit status (`rc=None`: any)."""
     result = run("qemu-img", *args, cwd=cwd)

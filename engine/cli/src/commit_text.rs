@@ -2,6 +2,7 @@
 
 use super::output::{print_json_indented, unprinted_but, OutputFormat};
 use super::paragraph::print_sentences;
+use instar::bytes::format_size;
 use instar::bytes::Bytes;
 use instar::commit::{AtomicWay, CommitOutcome, DiskDigest, Preview};
 use instar::error::Error;
@@ -121,7 +122,8 @@ pub fn render_dry_run(result: &CommitOutcome, output: OutputFormat, out: &mut dy
         OutputFormat::Human => {
             let disk = result.backing_grows_to.map(|size| format!(", whose disk would grow to {}", Bytes(size)));
             let preview = result.preview.unwrap_or_default();
-            let free = preview.free_bytes.map(|free| format!(", of which its file system has {} free", Bytes(free)));
+            let free =
+                preview.free_bytes.map(|free| format!(", of which its file system has {} free", format_size(free)));
             let lacking = preview.lacking_bytes.map(|bytes| {
                 let bytes = Bytes(bytes);
                 format!("That may be {bytes} more than there is room for: make room first, or the commit may stop halfway. ")
