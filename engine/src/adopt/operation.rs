@@ -4,7 +4,7 @@
 use super::admit::admit;
 use super::take_over::TakeOver;
 use super::{out_of_order, AdoptOutcome, AdoptRequest};
-use crate::commit::{become_stale, refuse_children, Meter, Siblings};
+use crate::commit::{become_stale, no_space, refuse_children, Meter, Siblings, Space};
 use crate::confine::{Reach, Work};
 use crate::devices::{Devices, Workers};
 use crate::error::Error;
@@ -56,6 +56,8 @@ struct Opened {
     virtual_size: u64,
     /// Bytes of the overlay's file.
     length: u64,
+    /// What is known of the space that its file system has.
+    space: Option<Space>,
     /// The target's device.
     target: u32,
     /// What the overlay is to record.
@@ -179,6 +181,7 @@ impl Operation for Adopt<'_> {
             format: overlay.facts.format.to_string(),
             virtual_size: overlay.facts.virtual_size,
             length: overlay.length(),
+            space: Space::of(&overlay, &between.iter().chain([&backing]).collect::<Vec<_>>()),
             target: u32::try_from(between.len()).map_err(|_| out_of_order())?,
             parent: parent_of(&backing, &ancestors)?,
             stale: between.iter().map(|layer| layer.opened.path.clone()).collect(),
@@ -225,6 +228,7 @@ impl Operation for Adopt<'_> {
             warnings: self.warnings.clone(),
             dry_run,
             virtual_size: opened.virtual_size,
+            space: opened.space,
             likeness: Some(opened.target),
             ..RebaseEvents::default()
         };
@@ -243,7 +247,8 @@ impl Operation for Adopt<'_> {
             let clause = format!("cannot be replaced by the overlay: {why}");
             return Err(Error::image(&paths.1, ErrorCode::BackingIo, clause).in_state(state));
         }
-        ended.end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
+        let end = ended.events.lacking.map_or(ended.end, |lacking| Err(no_space("the overlay", lacking)));
+        end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
         if !self.request.dry_run {
             names.complete(ended.devices.device(DEVICE_OUTPUT).ok_or_else(out_of_order)?.file())?;
         }

@@ -2,8 +2,7 @@
 
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
-use crate::operation::GuestFailure;
-use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_abi::ErrorCode;
 use std::path::Path;
 
 /// The order of an operation was not kept: a mistake of this program.
@@ -27,10 +26,4 @@ pub fn is_sibling(path: &Path, backing: &Path) -> Error {
         escape_path(backing)
     );
     Error::image(path, ErrorCode::NotInChain, clause).in_role(Role::Child)
-}
-
-/// The file system of the backing has less space than the commit needs.
-pub fn no_space((needed, free): (u64, u64)) -> GuestFailure {
-    let text = format!("the commit needs {needed} bytes more of the file system, which has {free} free");
-    GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
 }

@@ -1,6 +1,6 @@
 //! What a rebase makes of what its guest says: the plan, the phases, the end.
 
-use crate::commit::{Meter, REPLACED_MARK};
+use crate::commit::{Meter, Needs, Space, REPLACED_MARK};
 use crate::create::look_like;
 use crate::devices::{Cache, Devices};
 use crate::error::Error;
@@ -35,6 +35,10 @@ pub struct RebaseEvents {
     pub(crate) held_back: bool,
     /// Who is told that, and asked.
     pub(crate) observer: Option<Rc<dyn Observer>>,
+    /// What is known of the file system's space, if anything is.
+    pub(crate) space: Option<Space>,
+    /// How many bytes are needed and how many there are, which is why the guest was ended.
+    pub(crate) lacking: Option<(u64, u64)>,
     /// The device whose owner, mode and extended attributes the image gets before it gets another parent.
     pub(crate) likeness: Option<u32>,
     /// Why it cannot have them, for which the guest was ended.
@@ -109,6 +113,16 @@ impl Events for RebaseEvents {
         self.lacks_room = plan.bytes > 0 && self.fixed.is_some_and(|length| end > length);
         if self.lacks_room {
             return Err(BadRequest("data that leaves no room for a name".to_owned()));
+        }
+        let needs = Needs {
+            data_clusters: plan.new_data_clusters,
+            metadata_clusters: plan.new_metadata_clusters,
+            encoded_bytes: 0,
+            final_length: plan.final_length,
+        };
+        self.lacking = self.space.and_then(|space| space.lacking(&needs));
+        if self.lacking.is_some() {
+            return Err(BadRequest("more space than there is".to_owned()));
         }
         self.held_back = !self.dry_run && self.observer.as_ref().is_some_and(|observer| !observer.agrees(plan.bytes));
         if self.held_back {

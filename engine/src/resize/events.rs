@@ -1,6 +1,6 @@
 //! What a resize makes of what its guest says: the plan, the phases, the end.
 
-use crate::commit::Meter;
+use crate::commit::{Meter, Needs, Space};
 use crate::devices::Devices;
 use crate::operation::{decode, Events};
 use crate::sandbox::{BadRequest, BufferAccess};
@@ -22,6 +22,12 @@ pub struct ResizeEvents {
     pub sizes: (u64, u64),
     /// What the files of the image may become together, in bytes.
     pub longest: u64,
+    /// What is known of the file system's space, if what is new of the disk takes some.
+    pub(super) space: Option<Space>,
+    /// Bytes of the file that it takes at least, in a format without clusters.
+    pub(super) least: u64,
+    /// How many bytes are needed and how many there are, which is why the guest was ended.
+    pub(super) lacking: Option<(u64, u64)>,
     /// Nothing may be changed.
     pub dry_run: bool,
 }
@@ -44,6 +50,16 @@ impl ResizeEvents {
                 "a plan that makes the image {} bytes long, where {} are allowed",
                 plan.final_length, self.longest
             )));
+        }
+        let needs = Needs {
+            data_clusters: plan.new_data_clusters.max(self.least),
+            metadata_clusters: plan.new_metadata_clusters,
+            encoded_bytes: 0,
+            final_length: plan.final_length,
+        };
+        self.lacking = self.space.and_then(|space| space.lacking(&needs));
+        if self.lacking.is_some() {
+            return Err(BadRequest("more space than there is".to_owned()));
         }
         self.meter.iter().for_each(|meter| meter.planned(self.filled));
         self.plan = Some(plan);
@@ -130,7 +146,7 @@ mod tests {
     }
 
     fn plan(old_size: u64, new_size: u64, final_length: u64) -> Kind {
-        Kind::Event(Plan { old_size, new_size, final_length }.encode_to_vec())
+        Kind::Event(Plan { old_size, new_size, final_length, ..Plan::default() }.encode_to_vec())
     }
 
     fn target() -> Kind {
