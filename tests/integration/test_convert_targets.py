@@ -483,3 +483,13 @@ def test_a_compressed_image_takes_no_time_for_zeroes_that_are_not_there(tmp_path
     result = support.run("timeout", "60", support.instar_binary(), "convert", "-f", "raw", "-c", "-S", "0", "-O", "qcow2", tmp_path / "a", tmp_path / "b")
     assert result.rc == 0, str(result)
     assert (tmp_path / "b").stat().st_size < 8 * MIB
+
+
+@pytest.mark.parametrize(("option", "words"), [("data_file=d", "external data file"), ("data_file_raw=on", "external data file"),
+                                               ("encryption=on", "not encrypted"), ("encrypt.format=luks", "not encrypted")])
+def test_what_no_image_has_is_said_in_a_sentence(option, words, tmp_path):
+    support.create(tmp_path / "a", MIB)
+    for command in (["convert", "-O", "qcow2", "-o", option, "a", "b"], ["create", "-f", "qcow2", "-o", option, "b", "1M"]):
+        result = support.run_instar(*command, cwd=tmp_path)
+        assert result.rc == 1 and words in result.stderr and option.split("=")[0] in result.stderr, str(result)
+        assert os.listdir(tmp_path) == ["a"]
