@@ -6,6 +6,11 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// The advice for a file that exceeds a limit of the process, or of its file system.
+pub(crate) const TOO_LONG: &str =
+    "the file may not become so long: raise the limit (`ulimit -f`), or move it to a file system \
+                                   that holds longer files";
+
 /// The part of a file in a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {

@@ -142,3 +142,19 @@ def test_without_files_that_have_no_name(source, tmp_path):
     same(source, "qcow2", target, "vmdk")
     result = support.run(*command)
     assert result.rc == 1 and len(os.listdir(tmp_path)) == 4, str(result)
+
+
+@pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentSparse"])
+def test_the_extents_of_what_is_replaced_stay_and_are_named(subformat, tmp_path):
+    """What an image names is nobody's to remove: it may be anything that lies beside it."""
+    support.create(tmp_path / "old.vmdk", MIB, fmt="vmdk", subformat=subformat)
+    extent = next(path for path in tmp_path.iterdir() if path.name != "old.vmdk")
+    support.create(tmp_path / "new.qcow2", MIB)
+    with support.untouched(extent):
+        result = convert("-O", "vmdk", tmp_path / "new.qcow2", tmp_path / "old.vmdk")
+    assert f"{extent}': named by the image" in result.stderr and "left as it is" in result.stderr, str(result)
+    # Once more, and with a name that leads elsewhere: nothing is said of what does not lie beside it.
+    text = '# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType="monolithicFlat"\nRW 2048 FLAT "/etc/passwd" 0\n'
+    (tmp_path / "hostile.vmdk").write_text(text)
+    for name in ("old.vmdk", "hostile.vmdk"):
+        assert convert("-O", "vmdk", tmp_path / "new.qcow2", tmp_path / name).stderr == ""

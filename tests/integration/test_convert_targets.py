@@ -452,3 +452,44 @@ def test_bitmaps_that_cannot_be_made(tmp_path):
     convert("--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2", source, target)
     assert not bitmaps(target)
     convert("--skip-broken-bitmaps", "-O", "qcow2", source, target, rc=2)
+
+
+def test_standard_output_is_no_target(tmp_path):
+    support.create(tmp_path / "a", MIB)
+    result = support.run_instar("convert", "-O", "raw", "a", "-", cwd=tmp_path)
+    assert result.rc == 2 and "standard output" in result.stderr and not (tmp_path / "-").exists(), str(result)
+    assert support.run_instar("convert", "-O", "raw", "a", "./-", cwd=tmp_path).rc == 0 and (tmp_path / "-").exists()
+    result = support.run_instar("convert", "-O", "raw", "a", "/dev/stdout", cwd=tmp_path)
+    assert result.rc == 1 and result.stdout == "" and "not to a pipe" in result.stderr, str(result)
+    os.mkfifo(tmp_path / "fifo")
+    result = support.run_instar("convert", "-O", "raw", "a", "fifo", cwd=tmp_path)
+    assert result.rc == 1 and "not to a pipe" in result.stderr, str(result)
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_a_target_that_may_not_become_so_long_is_to_blame(fmt, tmp_path):
+    support.create(tmp_path / "a", support.FILE_LIMIT + 2 * MIB)
+    support.qemu_io(tmp_path / "a", f"write 0 {support.FILE_LIMIT + MIB}")
+    limit = ["prlimit", f"--fsize={support.FILE_LIMIT}", support.instar_binary()]
+    result = support.run(*limit, "convert", "-O", fmt, tmp_path / "a", tmp_path / "out")
+    assert result.rc == 1 and "ERROR_BACKING_IO" in result.stderr and "ulimit -f" in result.stderr, str(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_image_takes_no_time_for_zeroes_that_are_not_there(tmp_path):
+    """1 TiB of them; `-S 0` asks for space, which a compressed image has no use for."""
+    support.create(tmp_path / "a", "1T", fmt="raw")
+    support.qemu_io(tmp_path / "a", "write -P 5 1M 64k", fmt="raw")
+    result = support.run("timeout", "60", support.instar_binary(), "convert", "-f", "raw", "-c", "-S", "0", "-O", "qcow2", tmp_path / "a", tmp_path / "b")
+    assert result.rc == 0, str(result)
+    assert (tmp_path / "b").stat().st_size < 8 * MIB
+
+
+@pytest.mark.parametrize(("option", "words"), [("data_file=d", "external data file"), ("data_file_raw=on", "external data file"),
+                                               ("encryption=on", "not encrypted"), ("encrypt.format=luks", "not encrypted")])
+def test_what_no_image_has_is_said_in_a_sentence(option, words, tmp_path):
+    support.create(tmp_path / "a", MIB)
+    for command in (["convert", "-O", "qcow2", "-o", option, "a", "b"], ["create", "-f", "qcow2", "-o", option, "b", "1M"]):
+        result = support.run_instar(*command, cwd=tmp_path)
+        assert result.rc == 1 and words in result.stderr and option.split("=")[0] in result.stderr, str(result)
+        assert os.listdir(tmp_path) == ["a"]

@@ -485,3 +485,19 @@ def test_several_that_are_killed_read_the_same_and_a_second_run_finishes(seed, s
     # Those that it has started end with it, at a safe point.
     assert several(siblings, "--wait", "10").rc == 0
     assert {name: content_hash(siblings / name) for name in "abc"} == before
+
+
+@pytest.mark.parametrize("fmt", ["vmdk", "vhdx"])
+def test_a_missing_parent_whose_identity_is_recorded_has_to_be_put_there(fmt, tmp_path):
+    """`-u` cannot record it either, so it is not what the message advises."""
+    for name, options in (("old", []), ("top", ["-b", tmp_path / "old", "-F", fmt])):
+        assert run_instar("create", "-f", fmt, *options, tmp_path / name, *([] if options else ["8M"])).rc == 0
+    for options in ([], ["-u"]):
+        said = refused(tmp_path, *options, "-b", "nonesuch", "-F", fmt, mentions=["nonesuch", "put it there first"])
+        assert "use -u" not in said.stderr
+
+
+def test_an_unknown_format_is_the_options_fault(chain):
+    for options in ([], ["-u"]):
+        said = refused(chain, *options, "-b", "base", "-F", "qcow3", mentions=["unknown format 'qcow3'", "qcow2"])
+        assert "base" not in said.stderr

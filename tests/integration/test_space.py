@@ -118,3 +118,105 @@ def test_what_was_written_in_vain_is_given_back(tmp_path):
     assert (after / "base").stat().st_size == (tmp_path / "base").stat().st_size
     support.assert_clean(after / "base")
     assert support.content_hash(after / "top") == expected
+
+
+# As the first one, for any command on copies of all files, in that directory.
+ANY = """
+set -e
+binary=$0; from=$1; place=$2; size=$3; shift 3
+mount -t tmpfs -o size="$size" none "$place"
+cp --sparse=always "$from"/* "$place"
+cd "$place"
+sha256sum *
+status=0; "$binary" "$@" || status=$?
+echo "status $status"
+sha256sum *
+"""
+
+
+def run_on_a_disk_of(size, tmp_path, *command):
+    """Exit status, what was printed on stderr, and whether all files are as they were; the images are in `images`."""
+    (tmp_path / "place").mkdir(exist_ok=True)
+    result = support.run(
+        "unshare", *BECOME_ROOT, "--mount", "sh", "-c", ANY, support.instar_binary(), tmp_path / "images", tmp_path / "place", size, *command
+    )
+    assert result.rc == 0, str(result)
+    before, after = (re.findall(r"^[0-9a-f]{64}.*$", part, re.MULTILINE) for part in re.split(r"status \d+\n", result.stdout))
+    return int(re.search(r"status (\d+)", result.stdout)[1]), result.stderr, before == after
+
+
+def noticed(result, least, most):
+    status, stderr, untouched = result
+    assert status == 1 and untouched, stderr
+    assert len(stderr.splitlines()) == 1 and "nothing was changed" in stderr and "ERROR_NO_SPACE" in stderr, stderr
+    needed = int(re.search(r"needs (\d+) bytes more of the file system, which has \d+ free", stderr)[1])
+    assert least <= needed <= most, stderr
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize("fmt", ["raw", "qcow2", "vdi", "vhdx", "vmdk"])
+def test_a_preallocation_that_cannot_be_is_noticed(fmt, mode, tmp_path):
+    (tmp_path / "images").mkdir()
+    image = tmp_path / "images/image"
+    assert support.run_instar("create", "-f", fmt, image, "8M").rc == 0
+    command = ["resize", "-f", fmt, f"--preallocation={mode}", "image"]
+    for options in ([], ["--dry-run"]):
+        noticed(run_on_a_disk_of("20M", tmp_path, *command, "40M", *options), 32 * MIB, 36 * MIB)
+    # What fits is done, and so is what takes no space.
+    status, stderr, _ = run_on_a_disk_of("20M", tmp_path, *command, "12M")
+    assert status == 0, stderr
+    status, stderr, _ = run_on_a_disk_of("20M", tmp_path, "resize", "-f", fmt, "image", "40M")
+    assert status == 0, stderr
+
+
+def bases(tmp_path):
+    """`old` and `new`, which differ in 6 MiB, and `top` over `old`."""
+    (tmp_path / "images").mkdir()
+    folder = tmp_path / "images"
+    for name in ("old", "new"):
+        support.create(folder / name, 16 * MIB)
+    support.qemu_io(folder / "old", "write -P 1 2M 6M")
+    support.create(folder / "top", backing="old", cwd=folder)
+    return folder
+
+
+def test_a_rebase_that_does_not_fit_is_noticed(tmp_path):
+    bases(tmp_path)
+    command = ["rebase", "-b", "new", "-F", "qcow2", "top"]
+    for options in ([], ["--dry-run"]):
+        noticed(run_on_a_disk_of("10M", tmp_path, *command, *options), 6 * MIB, 7 * MIB)
+    status, stderr, _ = run_on_a_disk_of("16M", tmp_path, *command)
+    assert status == 0, stderr
+
+
+def test_an_adoption_that_does_not_fit_is_noticed(tmp_path):
+    (bases(tmp_path) / "new").unlink()
+    command = ["commit", "--by-adoption", "-b", "old", "top"]
+    noticed(run_on_a_disk_of("10M", tmp_path, *command), 6 * MIB, 7 * MIB)
+    status, stderr, _ = run_on_a_disk_of("16M", tmp_path, *command)
+    assert status == 0, stderr
+
+
+def test_a_disk_that_fills_up_while_a_resize_preallocates(tmp_path):
+    """On a file system of which nothing is known: the message is true, and what it says is tried."""
+    (tmp_path / "after").mkdir()
+    (tmp_path / "place").mkdir()
+    support.create(tmp_path / "top", 8 * MIB)
+    support.qemu_io(tmp_path / "top", "write -P 1 0 1M")
+    support.create(tmp_path / "base", MIB)
+    script = OVERLAID.replace('"$0" commit $4 "$2"/top', '"$0" resize --preallocation=full "$2"/top 40M')
+    arguments = [support.instar_binary(), tmp_path, tmp_path / "place", "12M", ""]
+    result = support.run("unshare", *BECOME_ROOT, "--mount", "sh", "-c", script, *arguments)
+    if "wrong fs type" in result.stderr or "mount" in result.stderr.split("instar")[0]:
+        pytest.skip(f"no overlay file system here: {result.stderr}")
+    assert result.rc == 0 and "status 1" in result.stdout and "ERROR_NO_SPACE" in result.stderr, str(result)
+    assert "running the command again" not in result.stderr and "reads as before" in result.stderr, str(result)
+    after = tmp_path / "after/top"
+    assert support.virtual_size(after) in (8 * MIB, 40 * MIB)
+    grown = int((re.search(r"the file is (\d+) bytes longer than before", result.stderr) or [0, 0])[1])
+    length = after.stat().st_size
+    assert length - (tmp_path / "top").stat().st_size == grown or not grown
+    support.assert_clean(after)
+    # The next writes use what is there.
+    support.qemu_io(after, f"write -P 2 2M {max(grown - MIB, 0)}")
+    assert after.stat().st_size <= length + 256 * 1024

@@ -210,6 +210,11 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
         return Err(bad_usage("convert takes an image to read, and the new one: FILENAME OUTPUT"));
     };
     args.check(1 + others.len(), &options)?;
+    if target.as_os_str() == "-" {
+        return Err(bad_usage(
+            "'-' is not standard output: the parts of an image are not written in their order; name a file (./- if it is called so)",
+        ));
+    }
     let request = ConvertRequest {
         source: source.clone(),
         others: others.to_vec(),
@@ -218,7 +223,8 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
         target_is_zero: args.target_is_zero,
         compress: args.compress,
         sparse: args.sparse.unwrap_or(0),
-        allocate: args.sparse == Some(0),
+        // What is zero takes no space in a compressed image.
+        allocate: args.sparse == Some(0) && !args.compress,
         bitmaps: args.bitmaps,
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         salvage: args.salvage,

@@ -6,7 +6,7 @@ use super::mark::{self, Stale};
 use super::resume::resume;
 use super::take_over::TakeOver;
 use super::{out_of_order, AdoptOutcome, AdoptRequest};
-use crate::commit::{become_stale, refuse_children, Meter, Siblings};
+use crate::commit::{become_stale, no_space, refuse_children, Meter, Siblings, Space};
 use crate::confine::{Reach, Work};
 use crate::devices::{Devices, Workers};
 use crate::error::Error;
@@ -56,6 +56,8 @@ struct Opened {
     virtual_size: u64,
     /// Bytes of the overlay's file.
     length: u64,
+    /// The facts about its file system's space.
+    space: Option<Space>,
     /// The target, which the overlay has to look like, and what it says meanwhile. `None` in a second run that has only the name left
     /// to change.
     likeness: Option<Likeness>,
@@ -111,6 +113,7 @@ impl<'q> Adopt<'q> {
             format: overlay.facts.format.to_string(),
             virtual_size: overlay.facts.virtual_size,
             length: overlay.length(),
+            space: None,
             likeness: None,
             parent: parent_of(&overlay, &ancestors)?,
             stale: Vec::new(),
@@ -231,6 +234,7 @@ impl Operation for Adopt<'_> {
             format: overlay.facts.format.to_string(),
             virtual_size: overlay.facts.virtual_size,
             length: overlay.length(),
+            space: Space::of(&overlay, &between.iter().chain([&backing]).collect::<Vec<_>>()),
             likeness: Some(likeness(&backing, &between)?),
             locked: None,
             parent: parent_of(&backing, &ancestors)?,
@@ -278,6 +282,7 @@ impl Operation for Adopt<'_> {
             warnings: self.warnings.clone(),
             dry_run: self.only_looks(),
             virtual_size: opened.virtual_size,
+            space: opened.space,
             likeness: opened.likeness.clone(),
             ..RebaseEvents::default()
         };
@@ -296,7 +301,8 @@ impl Operation for Adopt<'_> {
             let clause = format!("cannot be replaced by the overlay: {why}");
             return Err(Error::image(&paths.1, ErrorCode::BackingIo, clause).in_state(state));
         }
-        ended.end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
+        let end = ended.events.lacking.map_or(ended.end, |lacking| Err(no_space("the overlay", lacking)));
+        end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
         if locked.is_some() && ended.events.outcome.clusters_written > 0 {
             return Err(out_of_order());
         }

@@ -7,7 +7,7 @@ use super::meter::Meter;
 use super::plan::PlanBounds;
 use super::repeated::Repeated;
 use super::snapshot::Snapshot;
-use super::space::Space;
+use super::space::{Needs, Space};
 use super::verify::Verification;
 use crate::devices::Devices;
 use crate::operation::{decode, Events, Observer};
@@ -120,7 +120,13 @@ impl CommitEvents {
             return Err(BadRequest("a commit that damages other images on the target".to_owned()));
         }
         self.atomic.as_mut().map_or(Ok(()), |atomic| atomic.admit(plan.bytes))?;
-        self.lacking = self.space.and_then(|space| space.lacking(&plan));
+        let needs = Needs {
+            data_clusters: plan.new_data_clusters,
+            metadata_clusters: plan.new_metadata_clusters,
+            encoded_bytes: plan.encoded_bytes,
+            final_length: plan.backing_final_length,
+        };
+        self.lacking = self.space.and_then(|space| space.lacking(&needs));
         if self.lacking.is_some() {
             return Err(BadRequest("more space than there is".to_owned()));
         }

@@ -41,7 +41,7 @@ pub use plan::PlanBounds;
 pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
 pub(crate) use siblings::Siblings;
-pub(crate) use space::Space;
+pub(crate) use space::{no_space, Needs, Space};
 pub(crate) use verdict::become_stale;
 
 use crate::devices::Cache;

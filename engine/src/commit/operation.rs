@@ -10,12 +10,12 @@ use super::events::CommitEvents;
 use super::meter::Meter;
 use super::outcome::{CommitOutcome, GuestRun, Preview};
 use super::plan::PlanBounds;
-use super::refusals::{is_sibling, no_space, not_writable, nothing_to_commit};
+use super::refusals::{is_sibling, not_writable, nothing_to_commit};
 use super::relinks::{self, Relinked, Relinks};
 use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
 use super::siblings::Siblings;
-use super::space::{block_size, free_in, free_space, taken_space, Space};
+use super::space::{block_size, free_in, free_space, no_space, taken_space, Space};
 use super::undo_room::log_room;
 use super::verdict::{become_stale, Parts};
 use super::verify::{self, Verification};
@@ -445,7 +445,7 @@ impl Operation for Commit<'_> {
         }
         let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
         let end = match events.lacking {
-            Some(lacking) => Err(no_space(lacking)),
+            Some(lacking) => Err(no_space("the commit", lacking)),
             None if events.repeated.as_ref().is_some_and(Repeated::is_refused) => {
                 let clause = admitted.doubt.as_ref().map(|doubt| doubt.clause.clone()).unwrap_or_default();
                 let refused = GuestFailure::ended(ErrorCode::FormatMismatch, clause);

@@ -1,10 +1,8 @@
 //! The refusals of a commit that does not begin.
 
-use crate::bytes::Bytes;
 use crate::error::{Error, Role};
 use crate::escape::escape_path;
-use crate::operation::GuestFailure;
-use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
+use instar_guest_abi::ErrorCode;
 use std::path::Path;
 
 /// The error for steps of an operation in the wrong order: a bug of this program.
@@ -28,10 +26,4 @@ pub fn is_sibling(path: &Path, backing: &Path) -> Error {
         escape_path(backing)
     );
     Error::image(path, ErrorCode::NotInChain, clause).in_role(Role::Child)
-}
-
-/// The refusal of a commit that needs more space than the backing's file system has.
-pub fn no_space((needed, free): (u64, u64)) -> GuestFailure {
-    let text = format!("the commit needs {} more of the file system, which has {} free", Bytes(needed), Bytes(free));
-    GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
 }

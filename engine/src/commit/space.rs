@@ -1,10 +1,12 @@
-//! Notice a full disk before the first change: compare the plan's needs with the backing's file system.
+//! Notice a full disk before the first change: compare the plan's needs with the image's file system.
 //!
-//! A commit that would fit must not be refused, so only certain needs count. File systems that may share or compress
+//! A change that would fit must not be refused, so only certain needs count. File systems that may share or compress
 //! copied data (all but the few that are known not to) are not asked.
 
+use crate::bytes::Bytes;
 use crate::image::{ChainImage, OpenedFile};
-use instar_guest_protocol::commit::Plan;
+use crate::operation::GuestFailure;
+use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use rustix::fs::{fstatfs, fstatvfs};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -14,16 +16,29 @@ const EXT: u64 = 0xef53;
 /// `f_type` of tmpfs.
 const TMPFS: u64 = 0x0102_1994;
 
-/// The facts about space before a commit.
+/// The needs of a plan in the image that is written to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// The number of new clusters for data.
+    pub data_clusters: u64,
+    /// The number of new clusters for metadata.
+    pub metadata_clusters: u64,
+    /// Bytes of decoded data, which takes its full size, however little space the layers take.
+    pub encoded_bytes: u64,
+    /// The final length of the file in bytes.
+    pub final_length: u64,
+}
+
+/// The facts about space before the first change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
-    /// Bytes that the backing's file system has free for this user.
+    /// Bytes that the image's file system has free for this user.
     free: u64,
-    /// Length of the backing's file in bytes.
+    /// Length of the image's file in bytes.
     length: u64,
-    /// Bytes of a cluster of the backing.
+    /// Bytes of a cluster of the image.
     cluster: u64,
-    /// Bytes of the disk that the files of the merged layers take, which bounds their data, except for decoded data.
+    /// Maximum of the data in bytes, except for decoded data: for layers, the bytes of the disk that their files take.
     data: u64,
 }
 
@@ -63,33 +78,41 @@ fn taken(opened: &OpenedFile) -> u64 {
 }
 
 impl Space {
-    /// Collect the facts; `None` for a block device, several files, a format without clusters, and other file systems.
+    /// Collect the facts before data of these layers is written into an image; `None` for a block device, several files, a
+    /// format without clusters, and other file systems.
     #[must_use]
-    pub fn of(backing: &ChainImage<'_>, merged: &[&ChainImage<'_>]) -> Option<Self> {
-        let file = backing.opened.file.file();
-        let usable = !backing.opened.block_device && backing.files.is_empty() && backing.facts.cluster_size > 1;
+    pub fn of(target: &ChainImage<'_>, layers: &[&ChainImage<'_>]) -> Option<Self> {
+        let files = layers.iter().flat_map(|layer| layer.all_files());
+        Self::for_data(target, files.map(taken).fold(0, u64::saturating_add)).filter(|space| space.cluster > 1)
+    }
+
+    /// Collect them before `data` bytes are written; a format without clusters counts as one with clusters of one byte.
+    #[must_use]
+    pub fn for_data(target: &ChainImage<'_>, data: u64) -> Option<Self> {
+        let file = target.opened.file.file();
+        let usable = !target.opened.block_device && target.files.is_empty();
         let known = fstatfs(file).is_ok_and(|system| [EXT, TMPFS].contains(&system.f_type.cast_unsigned()));
-        let free = free_space(backing).filter(|_| usable && known)?;
-        let files = merged.iter().flat_map(|layer| layer.all_files());
-        Some(Self {
-            free,
-            length: backing.facts.file_length,
-            cluster: backing.facts.cluster_size,
-            data: files.map(taken).fold(0, u64::saturating_add),
-        })
+        let free = free_space(target).filter(|_| usable && known)?;
+        Some(Self { free, length: target.facts.file_length, cluster: target.facts.cluster_size.max(1), data })
     }
 
     /// The bytes that are needed and the bytes that are free, if these certainly do not suffice.
     #[must_use]
-    pub fn lacking(&self, plan: &Plan) -> Option<(u64, u64)> {
+    pub fn lacking(&self, needs: &Needs) -> Option<(u64, u64)> {
         let bytes = |clusters: u64| clusters.saturating_mul(self.cluster);
-        // Decoded data takes its full size, however little space the layers take.
-        let data = self.data.saturating_add(plan.encoded_bytes);
-        let new = bytes(plan.new_data_clusters).min(data).saturating_add(bytes(plan.new_metadata_clusters));
+        let data = self.data.saturating_add(needs.encoded_bytes);
+        let new = bytes(needs.data_clusters).min(data).saturating_add(bytes(needs.metadata_clusters));
         // New clusters within the file may have their space already.
-        let needed = new.min(plan.backing_final_length.saturating_sub(self.length));
+        let needed = new.min(needs.final_length.saturating_sub(self.length));
         (needed > self.free).then_some((needed, self.free))
     }
+}
+
+/// The refusal of a change that needs more space than the file system of the image has; `what` needs it.
+#[must_use]
+pub fn no_space(what: &str, (needed, free): (u64, u64)) -> GuestFailure {
+    let text = format!("{what} needs {} more of the file system, which has {} free", Bytes(needed), Bytes(free));
+    GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
 }
 
 #[cfg(test)]
@@ -99,17 +122,17 @@ mod tests {
     #[test]
     fn only_what_is_certain_is_lacking() {
         let space = Space { free: 1000, length: 5000, cluster: 100, data: 3000 };
-        let plan = |data, metadata, length| Plan {
-            new_data_clusters: data,
-            new_metadata_clusters: metadata,
-            backing_final_length: length,
-            ..Plan::default()
+        let plan = |data, metadata, length| Needs {
+            data_clusters: data,
+            metadata_clusters: metadata,
+            final_length: length,
+            ..Needs::default()
         };
         assert_eq!(space.lacking(&plan(9, 1, 6000)), None);
         assert_eq!(space.lacking(&plan(10, 1, 6100)), Some((1100, 1000)));
         assert_eq!(space.lacking(&plan(10, 1, 5900)), None, "the others are free clusters within the file");
         assert_eq!(Space { data: 800, ..space }.lacking(&plan(10, 1, 6100)), None, "the data has holes");
-        let decoded = Plan { encoded_bytes: 200, ..plan(10, 1, 6100) };
+        let decoded = Needs { encoded_bytes: 200, ..plan(10, 1, 6100) };
         assert_eq!(Space { data: 800, ..space }.lacking(&decoded), Some((1100, 1000)), "but decoded data has none");
         assert_eq!(space.lacking(&plan(u64::MAX, u64::MAX, u64::MAX)), Some((u64::MAX - 5000, 1000)));
     }

@@ -2,11 +2,11 @@
 
 use super::end::{allocate, salvaged};
 use super::existing::Existing;
-use super::in_parts::parts_of;
+use super::in_parts::{left_over, parts_of};
 use super::parent::{divide, Layers};
 use super::request::{ConvertOutcome, ConvertRequest};
 use crate::bytes::Bytes;
-use crate::commit::{room_for_bitmaps, CommitEvents, Meter, PlanBounds, Space};
+use crate::commit::{no_space, room_for_bitmaps, CommitEvents, Meter, PlanBounds, Space};
 use crate::confine::Work;
 use crate::create::{options_of, plugin_of, write_to, NewFile, Parts};
 use crate::devices::{Cache, Device, Devices, Workers};
@@ -14,13 +14,11 @@ use crate::error::Error;
 use crate::escape::{escape, escape_bytes, escape_path};
 use crate::image::{add_new_files, Access, ChainImage, NamedFile, OpenedFile};
 use crate::lookup::{Directory, Identity};
-use crate::operation::{
-    ask, DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
-};
+use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
 use crate::plugins::{Plugin, Registry};
 use crate::rebase::named_parent;
 use crate::sandbox::ModuleSpec;
-use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT};
+use instar_guest_abi::{ErrorCode, MemberRole, Phase};
 use instar_guest_protocol::convert::Config;
 use instar_guest_protocol::Message;
 use instar_plugin_api::{BackingPointer, Context, CreateSpec, ImageFacts, Incoming, Role, ROLE_SINK};
@@ -288,6 +286,8 @@ impl Operation for Convert<'_> {
                     self.refuse_what_is_read(read(), (replaced, None))?;
                 }
                 self.replaced = new.lock_replaced()?;
+                let left = self.replaced.as_ref().and_then(|replaced| left_over(registry, replaced));
+                self.warnings.extend(left);
                 let parent = below.first().map(|parent| &parent.facts);
                 let target = self.create(registry, plugin, size, parent, &mut new)?;
                 self.new = Some(Ok(new));
@@ -383,12 +383,7 @@ impl Operation for Convert<'_> {
         }
         let events = ended.events;
         let end = match events.lacking {
-            Some((needed, free)) => {
-                let text =
-                    format!("the image needs {} of the file system, which has {} free", Bytes(needed), Bytes(free));
-                let lacking = GuestFailure::ended(ErrorCode::NoSpace, text);
-                Err(GuestFailure { device: Some(DEVICE_OUTPUT), ..lacking })
-            }
+            Some(lacking) => Err(no_space("the image", lacking)),
             None => ended.end,
         };
         end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;

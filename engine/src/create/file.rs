@@ -1,7 +1,7 @@
 //! Writing a new image to its file.
 
 use crate::bytes::Bytes;
-use crate::error::Error;
+use crate::error::{Error, TOO_LONG};
 use crate::image::NamedFile;
 use crate::lookup::Directory;
 use instar_guest_abi::ErrorCode;
@@ -117,7 +117,7 @@ pub(crate) fn write_to(
     regions: &[ImageRegion],
     reserved: &[ReservedRange],
 ) -> Result<(), Error> {
-    let failed = |error: io::Error| Error::io(path, ErrorCode::OverlayIo, "cannot be written", &error);
+    let failed = |error: io::Error| unwritten(path, "cannot be written", &error);
     let found = file.metadata().map_err(failed)?;
     let kind = found.file_type();
     if !kind.is_file() && !kind.is_block_device() {
@@ -143,10 +143,19 @@ pub(crate) fn write_to(
     for region in regions {
         file.write_all_at(&region.bytes, region.offset).map_err(|error| {
             let what = format!("cannot be written at offset {}", region.offset);
-            Error::io(path, ErrorCode::OverlayIo, what, &error)
+            unwritten(path, &what, &error)
         })?;
     }
     Ok(())
+}
+
+/// The system does not write what an image begins with.
+fn unwritten(path: &Path, what: &str, error: &io::Error) -> Error {
+    let error_of_image = Error::io(path, ErrorCode::BackingIo, what, error);
+    match error.raw_os_error() {
+        Some(libc::EFBIG) => error_of_image.in_state(TOO_LONG),
+        _ => error_of_image,
+    }
 }
 
 /// Have the file system keep the space of a range, which reads as zeroes; one that cannot is made to by writing them.

@@ -55,6 +55,9 @@ fn failed(path: &Path, what: &str, errno: Errno) -> Error {
     Error::io(path, ErrorCode::OpenFailed, what, &io::Error::from(errno))
 }
 
+/// The parts of an image are not written in their order.
+const NO_PIPE: &str = "is not a regular file: an image is written to a file, and not to a pipe or a terminal";
+
 impl NewFile {
     /// Make a file for the image that `path` will name. An existing file is not changed, but opened so that it can be
     /// [locked](Self::lock_replaced); the new file gets its mode, and its owner where possible.
@@ -67,6 +70,9 @@ impl NewFile {
         let is_link = std::fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
         let real = if is_link { std::fs::canonicalize(path) } else { Ok(path.to_owned()) };
         let Ok(real) = real else {
+            if std::fs::metadata(path).is_ok() {
+                return refused(NO_PIPE);
+            }
             return refused("is a link that leads to no file: remove it, or name the file that is to be made");
         };
         let named = NamedFile::new(&real);
@@ -77,7 +83,7 @@ impl NewFile {
             return refused("is a block device, and no new image: -n writes into it, in place");
         }
         if named.identity().is_some() && named.length().is_none() || named.name().is_empty() {
-            return refused("is not a regular file");
+            return refused(NO_PIPE);
         }
         let cannot = |errno| failed(path, "cannot be created", errno);
         let replaced = named.identity().map(|identity| open_replaced(path, &named, identity)).transpose()?;

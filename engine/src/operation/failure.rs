@@ -2,7 +2,7 @@
 
 use super::attach::DevicePaths;
 use super::codes::{advice, guest_may_report, is_of_machine, is_of_target};
-use crate::error::{Error, Role};
+use crate::error::{Error, Role, TOO_LONG};
 use crate::sandbox::SandboxError;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use instar_guest_protocol::FailureMessage;
@@ -131,10 +131,7 @@ impl GuestFailure {
         // There is no file system that could get more room; a driver says itself what the device lacks.
         let full_device = code == ErrorCode::NoSpace && self.device.is_some_and(|device| paths.is_block_device(device));
         match (i32::try_from(self.errno), advice) {
-            (Ok(libc::EFBIG), _) => format!(
-                "{clause}; the file may not become so long: raise the limit (`ulimit -f`), or move it to a file system \
-                 that holds longer files"
-            ),
+            (Ok(libc::EFBIG), _) => format!("{clause}; {TOO_LONG}"),
             (_, Some(advice)) if !full_device => format!("{clause}; {advice}"),
             _ => clause,
         }

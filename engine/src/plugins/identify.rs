@@ -206,6 +206,13 @@ impl Registry {
         }
     }
 
+    /// The names that an image records of its other files; none where its content says nothing of any.
+    #[must_use]
+    pub fn recorded_files(&self, image: &dyn ImageRead) -> Vec<Vec<u8>> {
+        let files = self.by_content(image).ok().and_then(|(plugin, _)| plugin.files(image).ok());
+        files.unwrap_or_default().into_iter().map(|file| file.name.to_vec()).collect()
+    }
+
     /// The one plugin that recognizes the image best, and its score.
     fn by_content(&self, image: &dyn ImageRead) -> Result<(&Plugin, u32), IdentifyError> {
         let mut best: Vec<&Plugin> = Vec::new();

@@ -1,6 +1,6 @@
 //! The host's answers to the guest of a rebase: it checks the plan, the phases, and the end.
 
-use crate::commit::{Meter, REPLACED_MARK};
+use crate::commit::{Meter, Needs, Space, REPLACED_MARK};
 use crate::create::look_like;
 use crate::devices::{Cache, Devices};
 use crate::error::{reason, Error};
@@ -47,6 +47,10 @@ pub struct RebaseEvents {
     pub(crate) held_back: bool,
     /// The observer that is told the warnings, and asked.
     pub(crate) observer: Option<Rc<dyn Observer>>,
+    /// The facts about its file system's space, if there are any.
+    pub(crate) space: Option<Space>,
+    /// The bytes that are needed and those that are free, for which the host ended the guest.
+    pub(crate) lacking: Option<(u64, u64)>,
     /// The image that it has to look like.
     pub(crate) likeness: Option<Likeness>,
     /// The reason why it cannot have them, for which the host ended the guest.
@@ -127,6 +131,16 @@ impl Events for RebaseEvents {
         self.lacks_room = plan.bytes > 0 && self.fixed.is_some_and(|length| end > length);
         if self.lacks_room {
             return Err(BadRequest("data that leaves no room for a name".to_owned()));
+        }
+        let needs = Needs {
+            data_clusters: plan.new_data_clusters,
+            metadata_clusters: plan.new_metadata_clusters,
+            encoded_bytes: 0,
+            final_length: plan.final_length,
+        };
+        self.lacking = self.space.and_then(|space| space.lacking(&needs));
+        if self.lacking.is_some() {
+            return Err(BadRequest("more space than there is".to_owned()));
         }
         self.held_back = !self.dry_run && self.observer.as_ref().is_some_and(|observer| !observer.agrees(plan.bytes));
         if self.held_back {

@@ -68,7 +68,8 @@ impl<'r> Below<'r> {
         base: &NamedFile,
         format: &str,
     ) -> Result<(), Error> {
-        let opened = open_base(base)?;
+        plugin_of(opener.registry, format)?;
+        let opened = open_base(base, image)?;
         refuse_itself(image, opened.identity)?;
         self.shared = self.position(opened.identity, &opened, Some(format));
         if self.shared.is_some() {
@@ -150,12 +151,15 @@ pub fn open_unchecked<'r>(
     Ok(chain.into_iter().next())
 }
 
-fn open_base(base: &NamedFile) -> Result<OpenedFile, Error> {
+fn open_base(base: &NamedFile, image: &ChainImage<'_>) -> Result<OpenedFile, Error> {
     base.open(Access::ReadOnly, ErrorCode::BackingNotFound).map_err(|error| match error.code {
         ErrorCode::BackingNotFound => {
-            let clause =
-                "does not exist (a relative name begins at the image's directory); to record the name of a file that \
-                          will be there later, use -u";
+            let later = if image.facts.parent_identity.is_empty() {
+                "to record the name of a file that will be there later, use -u"
+            } else {
+                "the image records its parent's identity, which only the parent can tell: put it there first"
+            };
+            let clause = format!("does not exist (a relative name begins at the image's directory); {later}");
             Error::image(base.path(), error.code, clause).in_role(Role::Backing)
         }
         _ => error,

@@ -4,7 +4,7 @@ use super::events::RebaseEvents;
 use super::open::{named_parent, open_unchecked, refuse_unrecorded, Below};
 use super::{out_of_order, RebaseOutcome, RebaseRequest};
 use crate::bytes::Bytes;
-use crate::commit::Meter;
+use crate::commit::{no_space, Meter, Space};
 use crate::confine::Work;
 use crate::devices::{Devices, Workers};
 use crate::error::Error;
@@ -46,6 +46,8 @@ struct Opened {
     virtual_size: u64,
     /// Bytes of its files.
     length: u64,
+    /// What is known of the space that its file system has.
+    space: Option<Space>,
 }
 
 impl<'q> Rebase<'q> {
@@ -194,6 +196,7 @@ impl Operation for Rebase<'_> {
             format: image.facts.format.to_string(),
             virtual_size: image.facts.virtual_size,
             length: image.length(),
+            space: Space::of(&image, &below.old.iter().collect::<Vec<_>>()),
         });
         let again = below.shared.map(|from| (from..below.old.len()).map(|slot| (NEW, slot)).collect());
         let slot = |group| move |image| Slot { role: MemberRole::Below, group, image };
@@ -244,6 +247,7 @@ impl Operation for Rebase<'_> {
             fixed: paths.is_block_device(DEVICE_OUTPUT).then_some(opened.length),
             dry_run,
             virtual_size: opened.virtual_size,
+            space: opened.space,
             ..RebaseEvents::default()
         };
         events.serve(devices, paths, session, (cache, opened.length))
@@ -276,7 +280,8 @@ impl Operation for Rebase<'_> {
         } else {
             "nothing was changed"
         };
-        ended.end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
+        let end = ended.events.lacking.map_or(ended.end, |lacking| Err(no_space("the rebase", lacking)));
+        end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
         let events = ended.events;
         events.meter.iter().for_each(Meter::done);
         let recorded = self.parent.as_ref();

@@ -1,6 +1,6 @@
 //! The host's answers to the guest of a resize: it checks the plan, the phases, and the end.
 
-use crate::commit::Meter;
+use crate::commit::{Meter, Needs, Space};
 use crate::devices::Devices;
 use crate::operation::{decode, Events};
 use crate::sandbox::{BadRequest, BufferAccess};
@@ -22,6 +22,12 @@ pub struct ResizeEvents {
     pub sizes: (u64, u64),
     /// The maximum length of all the image's files together, in bytes.
     pub longest: u64,
+    /// The facts about the file system's space, if the new part of the disk takes some.
+    pub(super) space: Option<Space>,
+    /// Minimum of bytes that it takes of the file, in a format without clusters.
+    pub(super) least: u64,
+    /// The bytes that are needed and those that are free, for which the host ended the guest.
+    pub(super) lacking: Option<(u64, u64)>,
     /// Whether nothing may change.
     pub dry_run: bool,
 }
@@ -44,6 +50,16 @@ impl ResizeEvents {
                 "a plan that makes the image {} bytes long, where {} are allowed",
                 plan.final_length, self.longest
             )));
+        }
+        let needs = Needs {
+            data_clusters: plan.new_data_clusters.max(self.least),
+            metadata_clusters: plan.new_metadata_clusters,
+            encoded_bytes: 0,
+            final_length: plan.final_length,
+        };
+        self.lacking = self.space.and_then(|space| space.lacking(&needs));
+        if self.lacking.is_some() {
+            return Err(BadRequest("more space than there is".to_owned()));
         }
         self.meter.iter().for_each(|meter| meter.planned(self.filled));
         self.plan = Some(plan);
@@ -130,7 +146,7 @@ mod tests {
     }
 
     fn plan(old_size: u64, new_size: u64, final_length: u64) -> Kind {
-        Kind::Event(Plan { old_size, new_size, final_length }.encode_to_vec())
+        Kind::Event(Plan { old_size, new_size, final_length, ..Plan::default() }.encode_to_vec())
     }
 
     fn target() -> Kind {

@@ -3,7 +3,7 @@
 use super::events::ResizeEvents;
 use super::overlays::Overlays;
 use super::{Preallocation, ResizeOutcome, ResizeRequest, SECTOR};
-use crate::commit::Meter;
+use crate::commit::{no_space, Meter, Space};
 use crate::confine::Work;
 use crate::devices::{Device, Devices};
 use crate::error::{Error, Role as ErrorRole};
@@ -29,13 +29,22 @@ pub(super) struct Resize<'q> {
     /// The present and the requested virtual size in bytes.
     sizes: (u64, u64),
     has_backing: bool,
+    /// What is known of the file system's space, and whether the format has no clusters.
+    space: (Option<Space>, bool),
     warnings: Vec<String>,
 }
 
 impl<'q> Resize<'q> {
     /// Make a resize that has not begun.
     pub(super) fn new(request: &'q ResizeRequest) -> Self {
-        Self { request, format: String::new(), sizes: (0, 0), has_backing: false, warnings: Vec::new() }
+        Self {
+            request,
+            format: String::new(),
+            sizes: (0, 0),
+            has_backing: false,
+            space: (None, false),
+            warnings: Vec::new(),
+        }
     }
 
     /// Whether the image gets another size.
@@ -154,6 +163,10 @@ impl Operation for Resize<'_> {
         let Some(image) = &images.target else { return Ok(Grants::default()) };
         let parent = images.of_role(|role| role == MemberRole::Below).next().map(|parent| &parent.facts);
         let grants = admit(image, parent, self.sizes, self.preallocates(), &mut self.warnings)?;
+        // Tables alone take little, and what of a file is zero may take nothing.
+        let takes_space = matches!(self.request.preallocation, Preallocation::Falloc | Preallocation::Full);
+        let space = Space::for_data(image, self.sizes.1.saturating_sub(self.sizes.0));
+        self.space = (space.filter(|_| takes_space), image.facts.cluster_size <= 1);
         let below: Vec<&ChainImage<'_>> = images.of_role(|role| role == MemberRole::Below).collect();
         ask_below(&below, &mut self.warnings)?;
         for warning in &self.warnings {
@@ -176,8 +189,10 @@ impl Operation for Resize<'_> {
         let meter = Meter::new(observer.clone(), longest, devices, paths.target(), observer.wants_progress());
         devices.pace_mut().watched_by(Box::new(meter.clone()));
         let filled = if self.preallocates() { self.sizes.1.saturating_sub(self.sizes.0) } else { 0 };
-        let (meter, dry_run) = (Some(meter), self.request.dry_run);
-        Ok(ResizeEvents { sizes: self.sizes, longest, dry_run, meter, filled, ..ResizeEvents::default() })
+        let (meter, dry_run, space) = (Some(meter), self.request.dry_run, self.space.0);
+        let least = if self.space.1 { filled } else { 0 };
+        let sizes = self.sizes;
+        Ok(ResizeEvents { sizes, longest, dry_run, meter, filled, space, least, ..ResizeEvents::default() })
     }
 
     fn finish(self, ended: Ended<ResizeEvents>) -> Result<ResizeOutcome, Error> {
@@ -195,7 +210,8 @@ impl Operation for Resize<'_> {
         } else {
             "nothing was changed".to_owned()
         };
-        ended.end.map_err(|failure| failure.error(&ended.paths, Some(&state)))?;
+        let end = ended.events.lacking.map_or(ended.end, |lacking| Err(no_space("what is new of the disk", lacking)));
+        end.map_err(|failure| failure.error(&ended.paths, Some(&state)))?;
         ended.events.meter.iter().for_each(Meter::done);
         Ok(ResizeOutcome {
             format: self.format,

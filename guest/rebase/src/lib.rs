@@ -11,7 +11,9 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::rebase::{Config, Outcome, Parent as Wanted, Plan};
 use instar_guest_protocol::Message;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, FileDevice, FileList, ImageId, MemberRole, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{
+    DeviceConfig, ErrorCode, FileDevice, FileList, ImageId, MemberRole, PlanSummary, DEVICE_OUTPUT,
+};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::rebase::{rebase, Content, Rebase, RebaseFailure, Step};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Parent, Source};
@@ -103,7 +105,9 @@ fn run_rebase(operation: &Operation<'_>, io: &mut dyn BlockIo, reporter: &mut Re
         &mut images,
         config.dry_run,
         &mut |plan| {
-            let message = Plan { clusters: plan.clusters, bytes: plan.bytes, final_length: plan.sink.final_length };
+            let PlanSummary { final_length, new_data_clusters, new_metadata_clusters, .. } = plan.sink;
+            let (clusters, bytes) = (plan.clusters, plan.bytes);
+            let message = Plan { clusters, bytes, final_length, new_data_clusters, new_metadata_clusters };
             reporter.borrow_mut().event(&message);
         },
         &mut |done| reporter.borrow_mut().progress(Step::Write.name(), done, total),

@@ -10,7 +10,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_protocol::resize::{Config, Outcome, Plan};
 use instar_guest_protocol::Message;
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, PlanSummary, DEVICE_OUTPUT};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::resize::{resize, Event, Options, ResizeFailure, Step};
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Sink, Source};
@@ -48,7 +48,8 @@ fn resize_image(operation: &Operation<'_>, io: &mut dyn BlockIo, reporter: &mut 
     let options = Options { virtual_size, preallocate, dry_run };
     let resized = resize(io, &mut sink, &mut below, options, &mut |event| match event {
         Event::Planned { new_size, plan } => {
-            reporter.event(&Plan { old_size, new_size, final_length: plan.final_length });
+            let PlanSummary { final_length, new_data_clusters, new_metadata_clusters, .. } = plan;
+            reporter.event(&Plan { old_size, new_size, final_length, new_data_clusters, new_metadata_clusters });
         }
         Event::Progress(done, total) => reporter.progress(Step::Write.name(), done, total),
     });

@@ -118,6 +118,12 @@ fn set(options: &mut CreateOptions, name: &str, value: &str) -> Result<(), Strin
                 _ => return Err(wrong("it must be zlib or zstd")),
             };
         }
+        "data_file" | "data_file_raw" => {
+            return Err(format!("an external data file is not supported, in no image: leave {name} out of -o"));
+        }
+        _ if name == "encryption" || name.starts_with("encrypt.") => {
+            return Err(format!("a new image is not encrypted: leave {} out of -o", name.escape_default()));
+        }
         _ => {
             let known: Vec<&str> = OPTIONS.iter().map(|(name, _)| *name).collect();
             return Err(format!("unknown option \"{}\": there are {}", name.escape_default(), known.join(", ")));

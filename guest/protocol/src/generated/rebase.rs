@@ -41,6 +41,11 @@ pub struct Plan {
     /// Upper bound of the image's length afterwards, in bytes, but for what the record of the parent takes; 0 in unsafe mode.
     #[prost(uint64, tag = "3")]
     pub final_length: u64,
+    /// Clusters that will be allocated for data, and for metadata.
+    #[prost(uint64, tag = "4")]
+    pub new_data_clusters: u64,
+    #[prost(uint64, tag = "5")]
+    pub new_metadata_clusters: u64,
 }
 /// What came of a rebase.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -27,6 +27,11 @@ pub struct Plan {
     /// Upper bound of the file's length in bytes meanwhile and afterwards.
     #[prost(uint64, tag = "3")]
     pub final_length: u64,
+    /// Clusters that will be allocated for data, and for metadata.
+    #[prost(uint64, tag = "4")]
+    pub new_data_clusters: u64,
+    #[prost(uint64, tag = "5")]
+    pub new_metadata_clusters: u64,
 }
 /// What came of a resize.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

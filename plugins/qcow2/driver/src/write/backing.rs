@@ -99,7 +99,7 @@ impl Backing {
         let grown = self.image.file_length.saturating_sub(self.opened_length);
         if grown > 0 {
             error.text = format!(
-                "{}; the file is {grown} bytes longer than before, which running the command again will use",
+                "{}; the file is {grown} bytes longer than before, which the next writes into the image will use",
                 error.text
             );
         }
