@@ -45,6 +45,8 @@ pub struct ConvertRequest {
     pub salvage: bool,
     /// Bytes that may move per second; 0 is no limit.
     pub rate_limit: u64,
+    /// How many processors the guest may use, if the operator limits that.
+    pub processors: Option<usize>,
     /// What writes to the target promise.
     pub cache: Cache,
     /// Plugins, directories, waiting.
