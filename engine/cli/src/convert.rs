@@ -103,7 +103,7 @@ pub struct ConvertArgs {
 #[derive(Args, Debug, Default)]
 #[allow(clippy::struct_excessive_bools, reason = "options")]
 pub struct OtherArgs {
-    /// Accepted for scripts: the host itself chooses the number of parallel requests
+    /// How many processors the guest may use at most
     #[arg(short = 'm', long, hide = true, value_name = "N")]
     pub parallel: Option<u32>,
     /// Accepted for scripts
@@ -235,6 +235,7 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Error> {
         target_format: args.target_format.clone(),
         options,
         rate_limit: args.rate_limit.unwrap_or(0),
+        processors: args.others.parallel.map(|count| usize::try_from(count).unwrap_or(usize::MAX)),
         cache: args.cache.into(),
         settings,
     };

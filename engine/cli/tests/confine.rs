@@ -88,7 +88,7 @@ fn child() {
     let reachable = File::open(&directory).unwrap();
     // As the program does it: a backtrace would open files.
     instar_cli::say_panics();
-    let sandbox = sandbox().acquire().unwrap();
+    let sandbox = sandbox().acquire(0).unwrap();
     let needs = sandbox.needs();
     let confinement = Confinement::begin(Reach::default().add(&reachable, true), Work::OpenToCommit, &needs);
     if order == "supported" {

@@ -120,6 +120,10 @@ impl Operation for Check<'_> {
         }
     }
 
+    fn most_processors(&self) -> usize {
+        1
+    }
+
     fn settings(&self) -> &Settings {
         &self.request.settings
     }

@@ -22,12 +22,14 @@ pub mod descriptors;
 mod filter;
 pub mod paths;
 mod signal_mask;
+mod signals_blocked;
 pub mod trap;
 
 pub use call_names::call_name;
 pub(crate) use calls::printing_on;
 pub use calls::{Allowed, Call, Work};
 pub use paths::Reach;
+pub(crate) use signals_blocked::SignalsBlocked;
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd};

@@ -196,6 +196,10 @@ impl Operation for Convert<'_> {
         (Work::OpenToConvert, Work::Convert)
     }
 
+    fn most_processors(&self) -> usize {
+        self.request.processors.unwrap_or(usize::MAX)
+    }
+
     fn settings(&self) -> &Settings {
         &self.request.settings
     }

@@ -45,6 +45,8 @@ pub struct ConvertRequest {
     pub salvage: bool,
     /// The maximum of bytes that move per second; 0 for no limit.
     pub rate_limit: u64,
+    /// The maximum number of processors that the guest may use, if the operator limits it.
+    pub processors: Option<usize>,
     /// The promises of writes to the target.
     pub cache: Cache,
     /// Plugins, directories, and the time to wait for a lock.

@@ -135,6 +135,14 @@ impl NamedFile {
         self.found.as_ref().is_ok_and(|(_, stat)| FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice)
     }
 
+    /// The bytes that a file takes of its file system, if it is one.
+    #[must_use]
+    pub fn allocated(&self) -> Option<u64> {
+        let (_, stat) = self.found.as_ref().ok()?;
+        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        regular.then(|| u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
+    }
+
     /// The length of a file in bytes, if it is one.
     #[must_use]
     pub fn length(&self) -> Option<u64> {

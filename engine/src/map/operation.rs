@@ -37,6 +37,10 @@ impl<'e> Operation for Map<'_, 'e> {
         super::MODULE
     }
 
+    fn most_processors(&self) -> usize {
+        1
+    }
+
     fn settings(&self) -> &Settings {
         &self.request.settings
     }

@@ -51,6 +51,10 @@ impl Operation for Measure<'_> {
         MODULE
     }
 
+    fn most_processors(&self) -> usize {
+        1
+    }
+
     fn settings(&self) -> &Settings {
         &self.request.settings
     }

@@ -14,7 +14,7 @@ use crate::image::{
 };
 use crate::lookup::Directory;
 use crate::plugins::{Registry, SearchPath};
-use crate::sandbox::{ModuleSpec, Program, Report, Sandbox, SandboxChoice};
+use crate::sandbox::{workers, ModuleSpec, Program, Report, Sandbox, SandboxChoice};
 use instar_guest_abi::ErrorCode;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -66,6 +66,11 @@ pub trait Operation {
 
     /// How the images that are to be changed are opened.
     fn access(&self) -> Access;
+
+    /// How many processors the guest may use at most. More than one help where it decodes, encodes or compares.
+    fn most_processors(&self) -> usize {
+        usize::MAX
+    }
 
     /// Get what the process cannot get any more once it is confined. Nothing was read of an image.
     fn acquire(&mut self, named: &Named, registry: &Registry) {
@@ -167,7 +172,8 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     session.note_plugins(&registry);
     Error::if_refused(&registry)?;
     timing.mark("plugins loaded");
-    let ready = sandbox.acquire_telling(&mut |why| session.note(|| why));
+    let processors = if named.is_large() { operation.most_processors() } else { 1 };
+    let ready = sandbox.acquire_telling(workers(processors), &mut |why| session.note(|| why));
     let needs = session.needs(ready.as_ref().map(|ready| ready.needs()).unwrap_or_default());
     let sandbox = ready.as_ref().map_or_else(|_| sandbox.name(), |ready| ready.name());
     session.note(|| match &ready {
@@ -249,6 +255,7 @@ fn note_work(session: &Session, report: Option<&Report>, devices: &Devices) {
             report.sandbox, report.ring, report.exits, report.doorbells, report.requests, report.messages
         )
     });
+    session.note(|| format!("guest: {} processors", report.workers + 1));
     session.note(|| format!("moved: {}", devices.stats()));
 }
 

@@ -88,6 +88,10 @@ impl Operation for Resize<'_> {
         (Work::OpenToCommit, Work::Commit)
     }
 
+    fn most_processors(&self) -> usize {
+        1
+    }
+
     fn settings(&self) -> &Settings {
         &self.request.settings
     }

@@ -24,13 +24,13 @@ impl SandboxChoice {
     ///
     /// # Errors
     /// Why programs cannot run here.
-    pub fn acquire_telling(self, note: &mut dyn FnMut(String)) -> Result<Box<dyn Ready>, SandboxError> {
+    pub fn acquire_telling(self, workers: usize, note: &mut dyn FnMut(String)) -> Result<Box<dyn Ready>, SandboxError> {
         match self {
-            Self::Kvm => Kvm.acquire(),
-            Self::Process => Process.acquire(),
-            Self::Auto => Kvm.acquire().or_else(|error| {
+            Self::Kvm => Kvm.acquire(workers),
+            Self::Process => Process.acquire(workers),
+            Self::Auto => Kvm.acquire(workers).or_else(|error| {
                 note(format!("no virtual machine: {error}"));
-                Process.acquire()
+                Process.acquire(workers)
             }),
         }
     }
@@ -51,8 +51,8 @@ impl Sandbox for SandboxChoice {
         }
     }
 
-    fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
-        self.acquire_telling(&mut |_| ())
+    fn acquire(&self, workers: usize) -> Result<Box<dyn Ready>, SandboxError> {
+        self.acquire_telling(workers, &mut |_| ())
     }
 }
 

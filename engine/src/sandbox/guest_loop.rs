@@ -8,7 +8,9 @@ use super::messages::Messages;
 use super::placed::{place, Placed};
 use super::plain::{bytes, bytes_mut};
 use super::program::{Program, Report};
-use instar_guest_abi::{request_status, Request, PORT_DOORBELL, PORT_EXIT, PORT_MESSAGE, RING_ADDR, RING_CAPACITY};
+use instar_guest_abi::{
+    request_status, Request, PORT_DOORBELL, PORT_EXIT, PORT_JOIN, PORT_MESSAGE, PORT_WAKE, RING_ADDR, RING_CAPACITY,
+};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
@@ -24,7 +26,7 @@ pub enum Exit {
     Ended(SandboxError),
 }
 
-/// The processor that runs the guest's code.
+/// What runs the guest's code: its main processor, and the workers besides.
 pub trait Processor {
     /// Let the guest run until it wants something, and for a part of a second at most. If it was told something before that is
     /// done now, it goes on from there.
@@ -33,8 +35,23 @@ pub trait Processor {
     /// The sandbox failed.
     fn enter(&mut self) -> Result<Exit, SandboxError>;
 
-    /// The processor time that the guest has used.
+    /// The processor time that the guest has used, its workers included.
     fn used(&self) -> Duration;
+
+    /// Let this number of workers go on.
+    ///
+    /// # Errors
+    /// [`SandboxError::GuestProtocol`] if there are not so many, or one is at work; the sandbox failed.
+    fn wake(&mut self, workers: u32) -> Result<(), SandboxError>;
+
+    /// Let the guest go on only when all workers are idle.
+    fn join(&mut self);
+
+    /// The guest is done: say what is wrong with its workers.
+    ///
+    /// # Errors
+    /// [`SandboxError::GuestProtocol`] if one is at work; why one was ended.
+    fn finish(&mut self) -> Result<(), SandboxError>;
 
     /// Where a guest is that is not to go on.
     ///
@@ -99,13 +116,15 @@ impl Guest {
                 report.time_first_exit = outside - started;
                 report.ring = processor.ring()?;
             }
+            // To share work among workers is no request: a guest that does nothing else makes no progress.
+            let idle = matches!(exit, Exit::Nothing | Exit::Out(PORT_WAKE | PORT_JOIN, _));
             // Not at a message or the end: what the guest has done is then reported.
-            let may_stop = matches!(exit, Exit::Nothing | Exit::Out(PORT_DOORBELL, _));
+            let may_stop = idle || matches!(exit, Exit::Out(PORT_DOORBELL, _));
             if may_stop && host.interrupted() {
                 return Err(SandboxError::Interrupted);
             }
             let used = processor.used();
-            if matches!(exit, Exit::Nothing) && used.saturating_sub(wanted) > self.stall_limit {
+            if idle && used.saturating_sub(wanted) > self.stall_limit {
                 let time = u64::try_from(used.saturating_sub(wanted).as_millis()).unwrap_or(u64::MAX);
                 let place = place(self.modules(), processor.position()?);
                 return Err(SandboxError::GuestStalled { time, place });
@@ -113,7 +132,15 @@ impl Guest {
             if let Some(Excess { device, text }) = host.excess(used).filter(|_| may_stop) {
                 return Err(SandboxError::LimitExceeded { device, text });
             }
-            if matches!(exit, Exit::Nothing) {
+            match exit {
+                Exit::Out(PORT_WAKE, workers) => {
+                    processor.wake(workers)?;
+                    report.workers = report.workers.max(usize::try_from(workers).unwrap_or(0));
+                }
+                Exit::Out(PORT_JOIN, _) => processor.join(),
+                _ => {}
+            }
+            if idle {
                 continue;
             }
             wanted = used;
@@ -129,6 +156,7 @@ impl Guest {
                 }
                 Exit::Out(PORT_MESSAGE, length) => messages.take(&self.ram, self.modules(), length, host)?,
                 Exit::Out(PORT_EXIT, _) => {
+                    processor.finish()?;
                     report.messages = messages.count;
                     report.time_run = started.elapsed();
                     return Ok(report);

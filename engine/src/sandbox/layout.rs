@@ -9,10 +9,11 @@ use super::plain::bytes;
 use super::program::{ModuleSpec, Program};
 use super::rights::Rights;
 use instar_guest_abi::{
-    ChainConfig, List, ModuleEntry, ModuleTable, OperationConfig, CHAIN_CONFIG_ADDR, CHAIN_CONFIG_MAGIC, CONFIG_END,
-    FILE_TABLE_ADDR, GUEST_MEMORY_SIZE, MAX_FILE_DEVICES, MAX_MEMBERS, MAX_MODULES, MEMBER_TABLE_ADDR, MESSAGE_ADDR,
-    MESSAGE_SIZE, MODULES_ADDR, MODULE_ABI_MAJOR, MODULE_TABLE_ADDR, MODULE_TABLE_MAGIC, OPERATION_CONFIG_ADDR,
-    OPERATION_CONFIG_MAGIC, PAGE_SIZE, PAYLOAD_ADDR, PAYLOAD_SIZE, RING_ADDR, RING_SIZE, STACK_SIZE, STACK_TOP,
+    worker_stack_top, ChainConfig, List, ModuleEntry, ModuleTable, OperationConfig, CHAIN_CONFIG_ADDR,
+    CHAIN_CONFIG_MAGIC, CONFIG_END, FILE_TABLE_ADDR, MAX_FILE_DEVICES, MAX_MEMBERS, MAX_MODULES, MEMBER_TABLE_ADDR,
+    MESSAGE_ADDR, MESSAGE_SIZE, MODULES_ADDR, MODULE_ABI_MAJOR, MODULE_TABLE_ADDR, MODULE_TABLE_MAGIC,
+    OPERATION_CONFIG_ADDR, OPERATION_CONFIG_MAGIC, PAGE_SIZE, PAYLOAD_ADDR, PAYLOAD_SIZE, RING_ADDR, RING_SIZE,
+    STACK_SIZE, STACK_TOP, WORKER_STACKS_ADDR, WORKER_STACK_SIZE,
 };
 use std::ops::Range;
 
@@ -49,11 +50,16 @@ impl Place for GuestRam {
     }
 }
 
-/// Put everything that `spec` names into `memory`, with this core.
+/// Put everything that `spec` names into `memory`, with this core, for this number of workers.
 ///
 /// # Errors
 /// [`SandboxError::ModuleInvalid`] for a module that cannot be loaded.
-pub fn fill(memory: &dyn Place, core: ModuleSpec<'_>, spec: &Program<'_>) -> Result<Layout, SandboxError> {
+pub fn fill(
+    memory: &dyn Place,
+    core: ModuleSpec<'_>,
+    workers: usize,
+    spec: &Program<'_>,
+) -> Result<Layout, SandboxError> {
     let mut table = ModuleTable { magic: MODULE_TABLE_MAGIC, ..ModuleTable::default() };
     let mut mappings = Vec::new();
     let mut modules = Vec::new();
@@ -66,7 +72,7 @@ pub fn fill(memory: &dyn Place, core: ModuleSpec<'_>, spec: &Program<'_>) -> Res
         let slot = table.entries.get_mut(index);
         *slot.ok_or_else(|| invalid(module.name, format!("more than {MAX_MODULES} modules")))? = entry;
         let end = loaded.base + loaded.length;
-        if end > GUEST_MEMORY_SIZE - MIN_HEAP - LARGE_PAGE || !loaded.place(memory) {
+        if end > WORKER_STACKS_ADDR - MIN_HEAP - LARGE_PAGE || !loaded.place(memory) {
             return Err(invalid(module.name, "there is no room for it in guest memory"));
         }
         mappings.extend(loaded.segments.into_iter().map(|segment| (segment.range, segment.rights)));
@@ -77,8 +83,10 @@ pub fn fill(memory: &dyn Place, core: ModuleSpec<'_>, spec: &Program<'_>) -> Res
     table.count = u32::try_from(modules.len()).unwrap_or(0);
 
     // It begins in the large page that the last module ends in: to touch one more takes as long as to load a module.
-    let heap = next..GUEST_MEMORY_SIZE;
+    // It ends at the same address however many workers there are: nothing in the guest depends on their number.
+    let heap = next..WORKER_STACKS_ADDR;
     mappings.extend(regions(&heap));
+    mappings.extend((1..=workers as u64).map(|worker| (worker_stack(worker), Rights::DATA)));
     if spec.payload.len() as u64 > PAYLOAD_SIZE
         || spec.members.len() > MAX_MEMBERS
         || spec.files.len() > MAX_FILE_DEVICES
@@ -88,7 +96,7 @@ pub fn fill(memory: &dyn Place, core: ModuleSpec<'_>, spec: &Program<'_>) -> Res
     let config = OperationConfig {
         magic: OPERATION_CONFIG_MAGIC,
         abi_major: MODULE_ABI_MAJOR,
-        reserved: 0,
+        workers: u32::try_from(workers).unwrap_or(0),
         heap_start: heap.start,
         heap_end: heap.end,
         // SAFETY: it is written there below, in the guest's memory, read-only to it; nothing looks at it here.
@@ -126,6 +134,12 @@ fn regions(heap: &Range<u64>) -> [(Range<u64>, Rights); 5] {
     ]
 }
 
+/// The stack of a worker, without the page below it.
+fn worker_stack(worker: u64) -> Range<u64> {
+    let top = worker_stack_top(worker);
+    top - WORKER_STACK_SIZE + PAGE_SIZE..top
+}
+
 impl Loaded<'_> {
     /// Put it where it belongs, without the zeroes at the ends of its segments.
     fn place(&self, memory: &dyn Place) -> bool {
@@ -154,7 +168,7 @@ fn describe(name: &str, loaded: &Loaded<'_>) -> Result<ModuleEntry, SandboxError
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use instar_guest_abi::Member;
+    use instar_guest_abi::{Member, GUEST_MEMORY_SIZE, MAX_WORKERS};
 
     const CORE: ModuleSpec<'static> = crate::sandbox::guest_module!("core");
 
@@ -170,7 +184,7 @@ mod tests {
     #[test]
     fn every_page_has_the_least_rights() {
         let ram = GuestRam::new().unwrap();
-        let layout = fill(&ram, CORE, &spec()).unwrap();
+        let layout = fill(&ram, CORE, 0, &spec()).unwrap();
         let mut runs = layout.mappings.clone();
         runs.sort_by_key(|(range, _)| range.start);
         assert!(runs.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start), "no two overlap");
@@ -198,13 +212,34 @@ mod tests {
     }
 
     #[test]
+    fn each_worker_has_a_stack_with_a_gap_below_it() {
+        let ram = GuestRam::new().unwrap();
+        let stacks = |workers| {
+            let layout = fill(&ram, CORE, workers, &spec()).unwrap();
+            let above = |range: &Range<u64>| range.start >= layout.heap.end;
+            let stacks: Vec<_> = layout.mappings.iter().filter(|(range, _)| above(range)).cloned().collect();
+            assert_eq!(ram.read_u64(OPERATION_CONFIG_ADDR + 8).map(|value| value >> 32), Some(workers as u64));
+            (layout.heap, stacks)
+        };
+        let (heap, none) = stacks(0);
+        let (same, some) = stacks(MAX_WORKERS);
+        assert_eq!((heap, none.len(), some.len()), (same.clone(), 0, MAX_WORKERS));
+        let ends = std::iter::once(same.end).chain(some.iter().map(|(range, _)| range.end));
+        for (end, (range, rights)) in ends.zip(&some) {
+            assert!(range.start >= end + PAGE_SIZE && range.end - range.start >= 128 << 10, "{range:x?}");
+            assert_eq!(*rights, Rights::DATA);
+        }
+        assert_eq!(some.last().unwrap().0.end, GUEST_MEMORY_SIZE);
+    }
+
+    #[test]
     fn with_the_core_of_another_sandbox_all_other_modules_are_the_same_bytes() {
         let (one, other) = (GuestRam::new().unwrap(), GuestRam::new().unwrap());
         let process = crate::sandbox::guest_module!("process");
         assert!(CORE.elf != process.elf);
         let modules = vec![crate::sandbox::guest_module!("check"), crate::sandbox::guest_module!("map")];
         let program = Program { modules, ..spec() };
-        let layouts = [fill(&one, CORE, &program).unwrap(), fill(&other, process, &program).unwrap()];
+        let layouts = [fill(&one, CORE, 0, &program).unwrap(), fill(&other, process, 0, &program).unwrap()];
         // The text, and how large the rest is: what holds addresses is relocated to where the module is.
         let texts = |ram: &GuestRam, layout: &Layout| -> Vec<(String, u64, Vec<u8>)> {
             let text = |module: &Placed| {
@@ -226,7 +261,7 @@ mod tests {
     #[test]
     fn the_guest_finds_its_configuration() {
         let ram = GuestRam::new().unwrap();
-        let layout = fill(&ram, CORE, &spec()).unwrap();
+        let layout = fill(&ram, CORE, 0, &spec()).unwrap();
         assert_eq!(ram.read_u64(OPERATION_CONFIG_ADDR), Some(OPERATION_CONFIG_MAGIC));
         assert_eq!(ram.read_u64(CHAIN_CONFIG_ADDR), Some(CHAIN_CONFIG_MAGIC));
         assert_eq!(ram.read_u64(MODULE_TABLE_ADDR), Some(MODULE_TABLE_MAGIC));
@@ -245,7 +280,8 @@ mod tests {
         let core = CORE.elf;
         let module = |name, elf| ModuleSpec { name, version: "1.2.3", elf };
         let refuse = |modules: Vec<ModuleSpec<'static>>| {
-            fill(&ram, CORE, &Program { modules, ..spec() }).map_or_else(|e| e.to_string(), |_| String::from("loaded"))
+            fill(&ram, CORE, 0, &Program { modules, ..spec() })
+                .map_or_else(|e| e.to_string(), |_| String::from("loaded"))
         };
         assert!(refuse(vec![module("", core)]).contains("name"));
         assert!(refuse(vec![module("a-name-that-is-longer-than-the-field", core)]).contains("name"));
@@ -253,7 +289,7 @@ mod tests {
         assert_eq!(refuse(vec![module("x", core); 14]), "loaded");
         assert!(refuse(vec![module("x", core); 15]).contains("more than 16"));
         let members = Program { members: vec![Member::default(); MAX_MEMBERS + 1], ..spec() };
-        assert!(fill(&ram, CORE, &members).is_err());
-        assert!(fill(&ram, CORE, &Program { payload: vec![0; 4097], ..spec() }).is_err());
+        assert!(fill(&ram, CORE, 0, &members).is_err());
+        assert!(fill(&ram, CORE, 0, &Program { payload: vec![0; 4097], ..spec() }).is_err());
     }
 }

@@ -5,10 +5,24 @@ use super::host::Host;
 use super::memory::GuestRam;
 use super::placed::{place, Placed};
 use instar_guest_abi::{MESSAGE_ADDR, MESSAGE_SIZE};
-use instar_guest_protocol::{guest_message::Kind, GuestMessage, Message};
+use instar_guest_protocol::{guest_message::Kind, GuestMessage, Message, PanicMessage};
 
 /// For how many bytes a message counts at least: a flood of empty ones is one, too.
 const LEAST: u64 = 256;
+
+/// The panic that the message of `length` bytes in the buffer reports, if it does.
+pub fn panic_of(ram: &GuestRam, modules: &[Placed], length: u32) -> Option<SandboxError> {
+    let mut bytes = vec![0; usize::try_from(length).ok().filter(|length| *length as u64 <= MESSAGE_SIZE)?];
+    let message = ram.read(MESSAGE_ADDR, &mut bytes).then(|| GuestMessage::decode(bytes.as_slice()).ok())??;
+    match message.kind {
+        Some(Kind::Panic(panic)) => Some(panicked(&panic, modules)),
+        _ => None,
+    }
+}
+
+fn panicked(panic: &PanicMessage, modules: &[Placed]) -> SandboxError {
+    SandboxError::GuestPanic { text: printable(&panic.text), place: place(modules, panic.address) }
+}
 
 /// How much the guest has sent.
 #[derive(Debug)]
@@ -59,9 +73,7 @@ impl Messages {
             .map_err(|error| SandboxError::protocol(format!("a message that cannot be decoded: {error}")))?;
         match message.kind {
             None => Err(SandboxError::protocol("a message of no known kind")),
-            Some(Kind::Panic(panic)) => {
-                Err(SandboxError::GuestPanic { text: printable(&panic.text), place: place(modules, panic.address) })
-            }
+            Some(Kind::Panic(panic)) => Err(panicked(&panic, modules)),
             Some(kind) => handler.message(kind).map_err(|bad| SandboxError::protocol(printable(&bad.0))),
         }
     }

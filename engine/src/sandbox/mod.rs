@@ -18,6 +18,7 @@ mod module;
 mod placed;
 mod plain;
 pub mod process;
+mod processors;
 mod program;
 mod rights;
 mod x86;
@@ -28,6 +29,7 @@ pub use host::{BadRequest, BufferAccess, Excess, Host};
 pub use kvm::Kvm;
 pub use log::GuestLog;
 pub use process::Process;
+pub use processors::workers;
 pub(crate) use program::guest_module;
 pub use program::{ModuleSpec, Program, Report, FIRST_FORMAT};
 #[cfg(test)]
@@ -51,10 +53,10 @@ use crate::confine::Needs;
 ///         "fallback"
 ///     }
 ///
-///     fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
-///         Kvm.acquire().or_else(|error| {
+///     fn acquire(&self, workers: usize) -> Result<Box<dyn Ready>, SandboxError> {
+///         Kvm.acquire(workers).or_else(|error| {
 ///             eprintln!("{error}");
-///             Process.acquire()
+///             Process.acquire(workers)
 ///         })
 ///     }
 /// }
@@ -63,11 +65,12 @@ pub trait Sandbox {
     /// Its name, as an operator writes it.
     fn name(&self) -> &'static str;
 
-    /// Acquire everything that a confined process cannot acquire any more.
+    /// Acquire everything that a confined process cannot acquire any more, with `workers` processors for the guest besides its main
+    /// one, [`MAX_WORKERS`](instar_guest_abi::MAX_WORKERS) at most. It may turn out to have fewer.
     ///
     /// # Errors
     /// The reason why programs cannot run here.
-    fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError>;
+    fn acquire(&self, workers: usize) -> Result<Box<dyn Ready>, SandboxError>;
 }
 
 /// A sandbox that was acquired.
@@ -85,10 +88,10 @@ pub trait Ready {
     fn run(self: Box<Self>, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError>;
 }
 
-/// Run a program in a sandbox.
+/// Run a program in a sandbox, on one processor.
 ///
 /// # Errors
 /// The reason why the sandbox cannot be used, or why the program was ended.
 pub fn run(sandbox: &dyn Sandbox, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
-    sandbox.acquire()?.run(program, host)
+    sandbox.acquire(0)?.run(program, host)
 }

@@ -108,7 +108,7 @@ impl<'a> Program<'a> {
 pub struct Report {
     /// The sandbox's name.
     pub sandbox: &'static str,
-    /// Times that the guest left for the host.
+    /// Times that the guest left for the host, but for its workers: how often that is depends on the machine.
     pub exits: u64,
     /// Doorbells.
     pub doorbells: u64,
@@ -116,6 +116,8 @@ pub struct Report {
     pub requests: u64,
     /// Messages.
     pub messages: u64,
+    /// How many workers have worked at the same time, at most.
+    pub workers: usize,
     /// Creating the virtual machine, its memory and its vCPU, or starting the process.
     pub time_create: Duration,
     /// Loading the modules, and page tables if the sandbox has its own.

@@ -7,6 +7,7 @@ mod hostile;
 mod process;
 mod support;
 mod virtual_machine;
+mod workers;
 
 use instar::sandbox::{self, Program, SandboxError};
 use instar_guest_abi::{ErrorCode, RequestOp, DEVICE_OUTPUT, ERROR_PLUGIN_UNAVAILABLE};

@@ -115,6 +115,17 @@ pub fn run(on: &dyn Sandbox, scenario: Scenario) -> (TestHost, Result<Report, Sa
     (host, result)
 }
 
+/// The same with workers.
+pub fn run_with_workers(
+    on: &dyn Sandbox,
+    workers: usize,
+    scenario: Scenario,
+) -> (TestHost, Result<Report, SandboxError>) {
+    let mut host = TestHost::default();
+    let result = on.acquire(workers).and_then(|ready| ready.run(&spec(on, scenario), &mut host));
+    (host, result)
+}
+
 /// The error's text.
 pub fn failure(on: &dyn Sandbox, scenario: Scenario) -> String {
     run(on, scenario).1.unwrap_err().to_string()

@@ -8,7 +8,7 @@ use instar_guest_testmod::Scenario;
 
 #[test]
 fn a_device_opened_before_is_enough() {
-    let machine = Machine::new(KvmDevice::open().unwrap(), &spec(&Kvm, Scenario::Good)).unwrap();
+    let machine = Machine::new(KvmDevice::open(0).unwrap(), &spec(&Kvm, Scenario::Good)).unwrap();
     machine.run(&mut TestHost::default()).unwrap();
 }
 
@@ -60,9 +60,9 @@ fn the_fault_stubs_cannot_be_called_or_imitated() {
 
 #[test]
 fn ports_beside_the_known_ones_mean_nothing() {
-    // mov dx, 0x514; out dx, al: the I/O bitmap lets it through, as part of a 32-bit port.
-    let error = run_raw(&Kvm, &[0x66, 0xba, 0x14, 0x05, 0xee]).unwrap_err();
-    assert!(error.to_string().contains("`out` to unassigned port 0x514"), "{error}");
+    // mov dx, 0x517; out dx, al: the I/O bitmap lets it through, as part of a 32-bit port.
+    let error = run_raw(&Kvm, &[0x66, 0xba, 0x17, 0x05, 0xee]).unwrap_err();
+    assert!(error.to_string().contains("`out` to unassigned port 0x517"), "{error}");
     // mov dx, 0x510; out dx, ax
     let error = run_raw(&Kvm, &[0x66, 0xba, 0x10, 0x05, 0x66, 0xef]).unwrap_err();
     assert!(error.to_string().contains("`out` of 2 bytes to port 0x510"), "{error}");

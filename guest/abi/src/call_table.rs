@@ -1,6 +1,7 @@
 //! The services that core offers to every other module of the guest.
 
 use crate::Request;
+use core::ffi::c_void;
 use core::mem::offset_of;
 
 /// Function table that core passes to each module's entry. It grows only at the end; `size` tells how much
@@ -29,10 +30,18 @@ pub struct CallTable {
     pub heap_free: extern "C" fn() -> usize,
     /// Report a panic with this UTF-8 text and end the guest.
     pub panic: extern "C" fn(text: *const u8, length: usize) -> !,
+    /// How many processors the guest has, this one included.
+    pub processors: extern "C" fn() -> usize,
+    /// Call `work` once for each of `count` items, on up to `slots` processors, and return when all are done. The order is any;
+    /// no two calls at the same time have the same slot, and each slot is below `slots`. The calls use no other callback.
+    pub parallel: extern "C" fn(work: ParallelWork, context: *const c_void, slots: usize, count: usize),
 }
+
+/// What [`CallTable::parallel`] calls for an item: the context that it was given, the slot, and the number of the item.
+pub type ParallelWork = extern "C" fn(context: *const c_void, slot: usize, item: usize);
 
 impl CallTable {
     /// Size in bytes of the table of minor version 0, up to its last function: whatever is appended leaves this as it is. An
     /// older core lacks it, so a module looks at `size` before it calls such a function, and does without if it can.
-    pub const MIN_SIZE: usize = offset_of!(Self, panic) + size_of::<usize>();
+    pub const MIN_SIZE: usize = offset_of!(Self, parallel) + size_of::<usize>();
 }

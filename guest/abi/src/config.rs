@@ -53,9 +53,9 @@ pub struct OperationConfig {
     pub magic: u64,
     /// [`MODULE_ABI_MAJOR`](crate::MODULE_ABI_MAJOR) of the host.
     pub abi_major: u32,
-    /// Zero.
-    pub reserved: u32,
-    /// First address of the heap, a multiple of 2 MiB.
+    /// How many workers there are: processors besides the main one, [`MAX_WORKERS`](crate::MAX_WORKERS) at most.
+    pub workers: u32,
+    /// First address of the heap.
     pub heap_start: u64,
     /// First address after the heap.
     pub heap_end: u64,

@@ -51,8 +51,22 @@ pub const STACK_TOP: u64 = 0x10_0000;
 /// Size of the guest stack in bytes.
 pub const STACK_SIZE: u64 = 0x8_0000;
 
-/// First address at which the host loads modules. The heap begins at the next 2 MiB boundary after the
-/// last module and reaches to [`GUEST_MEMORY_SIZE`]; [`OperationConfig`](crate::OperationConfig) names it.
+/// How many processors the guest may have besides the main one.
+pub const MAX_WORKERS: usize = 7;
+/// The workers' stacks: each has [`WORKER_STACK_SIZE`] bytes of this range, of which the lowest page is unmapped. The heap ends
+/// here, however many workers there are.
+pub const WORKER_STACKS_ADDR: u64 = GUEST_MEMORY_SIZE - (MAX_WORKERS as u64 + 1) * WORKER_STACK_SIZE;
+/// Size of a worker's stack in bytes, with the page below it.
+pub const WORKER_STACK_SIZE: u64 = 0x4_0000;
+
+/// Top of the stack of a worker; they count from 1.
+#[must_use]
+pub const fn worker_stack_top(worker: u64) -> u64 {
+    WORKER_STACKS_ADDR + (worker + 1) * WORKER_STACK_SIZE
+}
+
+/// First address at which the host loads modules. The heap begins at the page after the last module and reaches to
+/// [`WORKER_STACKS_ADDR`]; [`OperationConfig`](crate::OperationConfig) names it.
 pub const MODULES_ADDR: u64 = 0x10_0000;
 
 /// `out` of the number of requests in the ring: the host executes them, in order, before it returns.
@@ -63,3 +77,10 @@ pub const PORT_MESSAGE: u16 = 0x511;
 pub const PORT_FAULT: u16 = 0x512;
 /// `out` of anything: the guest is finished.
 pub const PORT_EXIT: u16 = 0x513;
+/// `out` of a number of workers: the host lets as many as that enter core, each with its number in `rdi`, or go on behind
+/// their last `out`. No more than [`OperationConfig::workers`](crate::OperationConfig::workers), and none of them may be at work.
+pub const PORT_WAKE: u16 = 0x514;
+/// `out` of anything: the host answers when no worker is at work. One that has not begun yet does not begin.
+pub const PORT_JOIN: u16 = 0x515;
+/// `out` of anything by a worker, the only one that it may do: it sleeps until it is woken again.
+pub const PORT_IDLE: u16 = 0x516;

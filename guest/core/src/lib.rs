@@ -9,6 +9,7 @@ extern crate alloc;
 
 mod batch;
 mod heap;
+mod job;
 mod message;
 mod start;
 
@@ -17,5 +18,6 @@ pub mod machine;
 
 pub use batch::{submit, Doorbell};
 pub use heap::Heap;
+pub use job::Job;
 pub use message::encode_panic;
 pub use start::{check_configuration, check_descriptor, module_name, StartError};

@@ -3,18 +3,22 @@
 //! How the host is called is the one thing that differs between sandboxes: an [`Exit`]. Each sandbox has a program of its own
 //! that is this module with its exit: `core-module` for a virtual machine, `process-module` for a process.
 
-use crate::{check_configuration, check_descriptor, encode_panic, module_name, submit, Doorbell, Heap, StartError};
-use core::arch::naked_asm;
+use crate::{
+    check_configuration, check_descriptor, encode_panic, module_name, submit, Doorbell, Heap, Job, StartError,
+};
+use core::arch::{asm, naked_asm};
 use core::cell::UnsafeCell;
+use core::ffi::c_void;
 use core::marker::PhantomData;
 use core::ops::Range;
 use core::ptr::null;
 use core::slice;
+use core::sync::atomic::{AtomicUsize, Ordering};
 use instar_guest_abi::{
     CallTable, ChainConfig, FormatOps, ModuleDescriptor, ModuleEntry, ModuleKind, ModuleTable, OperationConfig,
-    OperationOps, Request, RequestOp, Ring, CHAIN_CONFIG_ADDR, MAX_MODULES, MESSAGE_ADDR, MESSAGE_SIZE,
-    MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL, PORT_EXIT,
-    PORT_MESSAGE, RING_ADDR,
+    OperationOps, ParallelWork, Request, RequestOp, Ring, CHAIN_CONFIG_ADDR, MAX_MODULES, MAX_WORKERS, MESSAGE_ADDR,
+    MESSAGE_SIZE, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_TABLE_ADDR, OPERATION_CONFIG_ADDR, PORT_DOORBELL,
+    PORT_EXIT, PORT_IDLE, PORT_JOIN, PORT_MESSAGE, PORT_WAKE, RING_ADDR, WORKER_STACKS_ADDR,
 };
 
 /// The way out of the sandbox.
@@ -27,11 +31,31 @@ pub trait Exit: 'static {
     unsafe fn out(port: u16, value: u32);
 }
 
-/// State of the guest, which has one thread and no interrupts.
+/// State of the main processor, which has no interrupts. Workers do not touch it.
 struct Global<T>(UnsafeCell<T>);
 
-// SAFETY: the guest has one thread.
+// SAFETY: one processor uses it: a worker that comes here is [stopped](refuse_worker).
 unsafe impl<T> Sync for Global<T> {}
+
+/// What the workers do.
+static JOB: Job = Job::new();
+/// How many there are.
+static WORKERS: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether a worker is asking: stacks say who.
+fn is_worker() -> bool {
+    let stack: u64;
+    // SAFETY: reads one register.
+    unsafe { asm!("mov {}, rsp", out(reg) stack, options(nomem, nostack, preserves_flags)) };
+    stack > WORKER_STACKS_ADDR
+}
+
+/// End the guest if a worker wants what is the main processor's: that would be a race.
+fn refuse_worker(what: &'static str) {
+    if is_worker() {
+        panic_with(format_args!("a worker {what}"));
+    }
+}
 
 static HEAP: Global<Heap> = Global(UnsafeCell::new(Heap::new()));
 static HEAP_RANGE: Global<Range<u64>> = Global(UnsafeCell::new(0..0));
@@ -58,6 +82,8 @@ impl<E: Exit> Table<E> {
         message: message::<E>,
         heap_free,
         panic: panic::<E>,
+        processors,
+        parallel: parallel::<E>,
     };
 }
 
@@ -73,10 +99,12 @@ fn out<E: Exit>(port: u16, value: u32) {
 }
 
 extern "C" fn alloc(size: usize, align: usize) -> *mut u8 {
+    refuse_worker("allocates memory");
     with_heap(|heap| heap.alloc(size, align))
 }
 
 extern "C" fn dealloc(pointer: *mut u8, size: usize, align: usize) {
+    refuse_worker("gives memory back");
     // SAFETY: the interface promises what `alloc` returned for this size and alignment.
     with_heap(|heap| unsafe { heap.dealloc(pointer, size, align) });
 }
@@ -135,6 +163,7 @@ extern "C" fn submit_all<E: Exit>(requests: *mut Request, count: usize) -> usize
 }
 
 extern "C" fn submit_for<E: Exit>(requests: *mut Request, count: usize, caller: u64) -> usize {
+    refuse_worker("asks for a device");
     if requests.is_null() || count == 0 {
         return 0;
     }
@@ -149,6 +178,7 @@ fn buffer() -> &'static mut [u8] {
 }
 
 extern "C" fn message<E: Exit>(bytes: *const u8, length: usize) {
+    refuse_worker("sends a message");
     if bytes.is_null() {
         return;
     }
@@ -186,6 +216,34 @@ fn report<E: Exit>(text: &str, address: u64) -> ! {
     exit::<E>()
 }
 
+extern "C" fn processors() -> usize {
+    WORKERS.load(Ordering::Relaxed) + 1
+}
+
+/// Do the items with as many workers as there are slots and items for.
+extern "C" fn parallel<E: Exit>(work: ParallelWork, context: *const c_void, slots: usize, count: usize) {
+    refuse_worker("shares work");
+    JOB.publish(work, context, slots, count);
+    let workers = WORKERS.load(Ordering::Relaxed).min(slots.min(count).saturating_sub(1));
+    if workers > 0 {
+        out::<E>(PORT_WAKE, u32::try_from(workers).unwrap_or(0));
+    }
+    JOB.lead();
+    if workers > 0 {
+        // From here on, nobody has anything of this work: it may lie on the caller's stack.
+        out::<E>(PORT_JOIN, 0);
+    }
+    JOB.see();
+}
+
+/// What a worker does: a part of the work of the moment, whenever it is woken.
+pub fn help<E: Exit>() -> ! {
+    loop {
+        JOB.help();
+        out::<E>(PORT_IDLE, 0);
+    }
+}
+
 fn exit<E: Exit>() -> ! {
     loop {
         out::<E>(PORT_EXIT, 0);
@@ -208,6 +266,7 @@ pub unsafe fn start<E: Exit>() -> ! {
     // SAFETY: a static table; done before anything can allocate or panic.
     unsafe { instar_guest_sdk::runtime::init(Table::<E>::TABLE) };
     let count = check_configuration(config, chain, modules).unwrap_or_else(|error| fail("instar", error));
+    WORKERS.store(usize::try_from(config.workers).unwrap_or(0).min(MAX_WORKERS), Ordering::Relaxed);
     // SAFETY: one thread; nothing has used the heap yet, and the host reserved the range for it.
     let claimed = unsafe {
         *HEAP_RANGE.0.get() = config.heap_start..config.heap_end;

@@ -16,13 +16,24 @@ pub unsafe fn ring(ring: Ring) -> bool {
     unsafe { call3(number::WRITE, BELL, (&raw const ring) as usize, RING_SIZE) == Ok(RING_SIZE) }
 }
 
-/// Wait for the answer.
+/// Wait for the answer; `None` if there is no host any more.
+///
+/// # Safety
+/// As [`ring`].
+#[must_use]
+pub unsafe fn answer() -> Option<u8> {
+    let mut answer = [0_u8; ANSWER_SIZE];
+    // SAFETY: the buffer is valid for the call.
+    let read = unsafe { call3(number::READ, BELL, answer.as_mut_ptr() as usize, ANSWER_SIZE) };
+    (read == Ok(ANSWER_SIZE)).then_some(answer[0])
+}
+
+/// Wait for the answer, whatever it is.
 ///
 /// # Safety
 /// As [`ring`].
 #[must_use]
 pub unsafe fn wait() -> bool {
-    let mut answer = [0_u8; ANSWER_SIZE];
-    // SAFETY: the buffer is valid for the call.
-    unsafe { call3(number::READ, BELL, answer.as_mut_ptr() as usize, ANSWER_SIZE) == Ok(ANSWER_SIZE) }
+    // SAFETY: the caller's promise.
+    unsafe { answer().is_some() }
 }

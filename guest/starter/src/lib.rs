@@ -46,7 +46,8 @@ pub struct Ring {
 
 /// Bytes of a [`Ring`]: no message of the guest is longer or shorter.
 pub const RING_SIZE: usize = size_of::<Ring>();
-/// Bytes of the host's answer, whatever they are.
+/// Bytes of the host's answer: to the starter, the number of the processor that it becomes, 0 for the main one. The guest gets
+/// zeroes.
 pub const ANSWER_SIZE: usize = 1;
 
 impl Ring {

@@ -5,7 +5,7 @@ use crate::calls::{call, call3, exit, number, Errno};
 use crate::{bell, capabilities, fault, filter, landlock};
 use crate::{MappedRange, Plan, Ring, Step, CODE, DATA, MAX_RANGES, MEMORY, PLAN_MAGIC, READ, TEXT};
 use core::arch::{asm, naked_asm};
-use instar_guest_abi::{GUEST_MEMORY_SIZE, PAGE_SIZE, STACK_TOP};
+use instar_guest_abi::{worker_stack_top, GUEST_MEMORY_SIZE, MAX_WORKERS, PAGE_SIZE, STACK_TOP};
 
 /// Behind the last address that a process can have (`TASK_SIZE_MAX` of `asm/page_64_types.h`, four levels of page tables).
 const END_OF_MEMORY: usize = (1 << 47) - 4096;
@@ -26,7 +26,8 @@ impl<T> At<T> for Result<T, Errno> {
     }
 }
 
-/// What [`prepare`] has found: where the guest begins, and the end of the memory that signals are delivered on.
+/// What [`prepare`] has found: where the guest begins, with the number of the processor in the upper half, and the end of the
+/// memory that signals are delivered on.
 #[repr(C)]
 pub struct Prepared {
     entry: usize,
@@ -55,8 +56,7 @@ extern "C" fn prepare() -> Prepared {
         Ok(version) => say(Ring { port: Step::Done as u32, value: version }),
         Err(failure) => fail(failure),
     }
-    wait();
-    match map() {
+    match map(wait()) {
         Ok(prepared) => prepared,
         Err(failure) => fail(failure),
     }
@@ -149,16 +149,17 @@ fn fail(Failure(step, errno): Failure) -> ! {
     exit(1)
 }
 
-/// Wait for the host; without one there is nothing to do.
-fn wait() {
+/// Wait for the host, which says which processor this is; without one there is nothing to do.
+fn wait() -> u8 {
     // SAFETY: as above.
-    if !unsafe { bell::wait() } {
-        exit(0);
+    match unsafe { bell::answer() } {
+        Some(processor) => processor,
+        None => exit(0),
     }
 }
 
 /// Map the guest as the plan says, and set up the signals.
-fn map() -> Result<Prepared, Failure> {
+fn map(processor: u8) -> Result<Prepared, Failure> {
     let plan = plan().at(Step::Plan)?;
     let count = usize::try_from(plan.count).unwrap_or(usize::MAX);
     let ranges = plan.ranges.get(..count).ok_or(Failure(Step::Plan, Errno(EINVAL)))?;
@@ -168,7 +169,10 @@ fn map() -> Result<Prepared, Failure> {
     let stack = map_own().at(Step::Map)?;
     // SAFETY: the memory was mapped for this.
     unsafe { fault::handle(stack) }.at(Step::Signals)?;
-    let entry = usize::try_from(plan.entry).unwrap_or(0);
+    let entry = plan.entry as u32 as usize | usize::from(processor) << 32;
+    if usize::from(processor) > MAX_WORKERS {
+        return Err(Failure(Step::Plan, Errno(EINVAL)));
+    }
     Ok(Prepared { entry, stack: stack + fault::STACK_SIZE })
 }
 
@@ -229,14 +233,16 @@ extern "C" fn leave(entry: usize, stack: usize) -> ! {
     if let Err(failure) = give_up(stack) {
         fail(failure);
     }
+    let (entry, processor) = (entry as u32 as usize, (entry >> 32) as u64);
+    let top = if processor == 0 { STACK_TOP } else { worker_stack_top(processor) };
     // SAFETY: the guest's stack is mapped there, if the plan says so; nothing of this program is used any more. As after a
     // call: the return address, which is 0 and so faults, lies on the stack.
     unsafe {
         asm!(
-            "mov rsp, {stack}", "xor eax, eax", "xor ebx, ebx", "xor ecx, ecx", "xor edx, edx", "xor esi, esi",
-            "xor edi, edi", "xor ebp, ebp", "xor r8d, r8d", "xor r9d, r9d", "xor r10d, r10d", "xor r12d, r12d",
-            "xor r13d, r13d", "xor r14d, r14d", "xor r15d, r15d", "jmp r11",
-            stack = const STACK_TOP - 8, in("r11") entry, options(noreturn)
+            "mov rsp, r10", "xor eax, eax", "xor ebx, ebx", "xor ecx, ecx", "xor edx, edx", "xor esi, esi",
+            "xor ebp, ebp", "xor r8d, r8d", "xor r9d, r9d", "xor r10d, r10d", "xor r12d, r12d", "xor r13d, r13d",
+            "xor r14d, r14d", "xor r15d, r15d", "jmp r11",
+            in("r10") top - 8, in("rdi") processor, in("r11") entry, options(noreturn)
         )
     }
 }

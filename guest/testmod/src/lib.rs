@@ -3,6 +3,11 @@
 //! The operation `test-operation` does what the payload of the configuration says: one [`Scenario`].
 #![no_std]
 
+extern crate alloc;
+
+#[cfg(feature = "guest")]
+pub mod workers;
+
 /// The bit of a payload that says that the guest is a process: a test that goes past core has to know.
 const IN_PROCESS: u32 = 1 << 31;
 
@@ -143,4 +148,40 @@ scenarios! {
     RepairUnflushed = 51;
     /// Of a repair: plan to mend nothing, and change the image nevertheless.
     RepairOfNothing = 52;
+    /// Share work, and report how many processors there were and that all was done once.
+    WorkersGood = 53;
+    /// A worker rings for requests.
+    WorkerRings = 54;
+    /// A worker sends a message.
+    WorkerSends = 55;
+    /// A worker ends the guest.
+    WorkerExits = 56;
+    /// A worker wakes workers.
+    WorkerWakes = 57;
+    /// A worker waits for workers.
+    WorkerJoins = 58;
+    /// A worker writes to address 0.
+    WorkerFaults = 59;
+    /// A worker recurses until its stack ends.
+    WorkerStackOverflow = 60;
+    /// A worker loops for ever, and the main processor waits for it.
+    WorkerStalls = 61;
+    /// A worker panics with a message.
+    WorkerPanics = 62;
+    /// A worker allocates memory.
+    WorkerAllocates = 63;
+    /// A worker writes all over the ring and the message buffer while the host serves the main processor.
+    WorkerScribbles = 64;
+    /// Wake more workers than there are.
+    WakeTooMany = 65;
+    /// Wake no worker.
+    WakeNone = 66;
+    /// Wake workers that are at work.
+    WakeTwice = 67;
+    /// Report success and end while workers are at work.
+    ExitWhileWorking = 68;
+    /// Wake workers and wait for them, for ever.
+    WakeFlood = 69;
+    /// All processors fault at the same time.
+    AllFault = 70;
 }

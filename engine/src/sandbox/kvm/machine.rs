@@ -1,5 +1,6 @@
 //! A virtual machine, from the KVM device to the moment before its first instruction.
 
+use super::workers::Workers;
 use super::x86::pages::PageTables;
 use super::x86::{interrupts, system, vcpu};
 use crate::sandbox::error::SandboxError;
@@ -10,6 +11,7 @@ use crate::sandbox::program::{guest_module, ModuleSpec, Program, Report};
 use instar_guest_abi::{GUEST_MEMORY_SIZE, MODULES_ADDR, PAGE_TABLES_ADDR, SYSTEM_ADDR};
 use kvm_bindings::{kvm_userspace_memory_region, KVM_API_VERSION};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CORE: ModuleSpec<'static> = guest_module!("core");
@@ -19,19 +21,22 @@ const CORE: ModuleSpec<'static> = guest_module!("core");
 pub struct KvmDevice {
     // In the order in which they are to be dropped: the memory last.
     vcpu: VcpuFd,
-    _vm: VmFd,
+    workers: Workers,
+    vm: VmFd,
     ram: GuestRam,
     time_create: Duration,
 }
 
 impl KvmDevice {
-    /// Open `/dev/kvm`, and create a virtual machine: that is what shows that KVM works.
+    /// Open `/dev/kvm`, and create a virtual machine: that is what shows that KVM works. It may get `workers` further vCPUs.
     ///
     /// # Errors
     /// [`SandboxError::KvmMissing`], [`SandboxError::KvmPermission`] or [`SandboxError::KvmUnusable`].
-    pub fn open() -> Result<Self, SandboxError> {
+    pub fn open(workers: usize) -> Result<Self, SandboxError> {
         let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
         let started = Instant::now();
+        // They take a while to be ready, in which the rest is done.
+        let workers = Workers::start(workers);
         let kvm = Kvm::new().map_err(|error| match error.errno() {
             libc::ENOENT => SandboxError::KvmMissing,
             errno @ (libc::EACCES | libc::EPERM) => SandboxError::KvmPermission { errno },
@@ -50,22 +55,29 @@ impl KvmDevice {
             memory_size: GUEST_MEMORY_SIZE,
             userspace_addr: ram.host_address(),
         };
-        // SAFETY: the range is memory that `ram` owns, which lives in the same object as the machine and is dropped after
-        // it.
+        // SAFETY: the range is memory that `ram` owns, of which everybody has a part who has a processor of the machine, and
+        // drops it after that.
         unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
-        vcpu::set_up(&vcpu)?;
+        vcpu::set_up(&vcpu, 0)?;
         touch(&ram)?;
-        Ok(Self { vcpu, _vm: vm, ram, time_create: started.elapsed() })
+        workers.expect();
+        Ok(Self { vcpu, workers, vm, ram, time_create: started.elapsed() })
+    }
+
+    /// Whether it may get further vCPUs.
+    pub fn has_workers(&self) -> bool {
+        self.workers.count() > 0
     }
 }
 
 /// A virtual machine that is ready to run.
 pub struct Machine {
-    // In the order in which they are to be dropped: the memory last.
+    // In the order in which they are to be dropped: the memory last, which workers hold, too.
     pub(super) vcpu: VcpuFd,
-    _vm: VmFd,
-    pub(super) guest: Guest,
+    pub(super) workers: Workers,
+    pub(super) vm: VmFd,
+    pub(super) guest: Arc<Guest>,
     pub(super) report: Report,
 }
 
@@ -75,12 +87,12 @@ impl Machine {
     /// # Errors
     /// [`SandboxError::KvmUnusable`] naming what KVM refused; [`SandboxError::ModuleInvalid`].
     pub fn new(device: KvmDevice, program: &Program<'_>) -> Result<Self, SandboxError> {
-        let KvmDevice { vcpu, _vm, ram, time_create } = device;
+        let KvmDevice { vcpu, workers, vm, ram, time_create } = device;
         let started = Instant::now();
-        let guest = load(ram, program)?;
-        vcpu::start_at(&vcpu, guest.layout.entry)?;
+        let guest = Arc::new(load(ram, program, workers.count())?);
+        vcpu::start_at(&vcpu, guest.layout.entry, 0)?;
         let report = Report { sandbox: super::NAME, time_create, time_load: started.elapsed(), ..Report::default() };
-        Ok(Self { vcpu, _vm, guest, report })
+        Ok(Self { vcpu, workers, vm, guest, report })
     }
 }
 
@@ -91,15 +103,18 @@ fn touch(ram: &GuestRam) -> Result<(), SandboxError> {
 }
 
 /// Guest memory with the program, the supervisor's pages and the page tables.
-fn load(ram: GuestRam, program: &Program<'_>) -> Result<Guest, SandboxError> {
-    let layout = layout::fill(&ram, CORE, program)?;
+fn load(ram: GuestRam, program: &Program<'_>, workers: usize) -> Result<Guest, SandboxError> {
+    let layout = layout::fill(&ram, CORE, workers, program)?;
     let mut tables = PageTables::new();
     for (range, rights) in layout.mappings.iter().chain(&system::MAPPINGS) {
         tables
             .map(range.start, range.end, *rights)
             .ok_or_else(|| SandboxError::unusable("building the page tables", 0))?;
     }
-    if !ram.write(SYSTEM_ADDR, &system::bytes()) || !ram.write(PAGE_TABLES_ADDR, &tables.bytes()) {
+    let written = ram.write(SYSTEM_ADDR, &system::bytes())
+        && ram.write(system::TASKS.start, &system::tasks(workers))
+        && ram.write(PAGE_TABLES_ADDR, &tables.bytes());
+    if !written {
         return Err(SandboxError::unusable("filling guest memory", 0));
     }
     Ok(Guest::new(ram, layout, program))
@@ -123,7 +138,7 @@ mod tests {
     use super::super::x86::pages::walk::walk;
     use super::*;
     use crate::sandbox::rights::Rights;
-    use instar_guest_abi::{PAGE_SIZE, PAGE_TABLES_SIZE};
+    use instar_guest_abi::{MAX_WORKERS, PAGE_SIZE, PAGE_TABLES_SIZE};
     use std::ops::Range;
 
     /// Every page of guest memory with its rights, as the processor sees them, as runs.
@@ -145,12 +160,13 @@ mod tests {
     #[test]
     fn the_page_tables_are_the_layout_and_the_supervisors_pages() {
         let program = Program::new(guest_module!("commit"), vec![], vec![], vec![]);
-        let guest = load(GuestRam::new().unwrap(), &program).unwrap();
+        let guest = load(GuestRam::new().unwrap(), &program, MAX_WORKERS).unwrap();
         let mut expected = guest.layout.mappings.clone();
         expected.extend([
             (0x1000..0x2000, Rights::SYSTEM_READ),
             (0x2000..0x3000, Rights::SYSTEM_CODE),
             (0x4000..0x5000, Rights::SYSTEM_DATA),
+            (0x6000..0x7000, Rights::SYSTEM_READ),
         ]);
         expected.sort_by_key(|(range, _)| range.start);
         assert_eq!(runs(&guest.ram), expected);

@@ -1,4 +1,4 @@
-//! The KVM runner: one virtual machine, one vCPU at ring 3, the modules of one operation.
+//! The KVM runner: one virtual machine, its vCPUs at ring 3, the modules of one operation. All but the main vCPU are [`workers`].
 //!
 //! The machine is stood up, served until it exits, and torn down. The guest can do two things: have a [`Host`] execute block
 //! requests, and send messages; both are bounded and checked, and everything else ends it with a [`SandboxError`].
@@ -6,7 +6,9 @@
 mod calls;
 mod machine;
 mod run;
+mod step;
 mod watchdog;
+mod workers;
 mod x86;
 
 pub use machine::{KvmDevice, Machine};
@@ -29,8 +31,8 @@ impl Sandbox for Kvm {
         NAME
     }
 
-    fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
-        Ok(Box::new(KvmDevice::open()?))
+    fn acquire(&self, workers: usize) -> Result<Box<dyn Ready>, SandboxError> {
+        Ok(Box::new(KvmDevice::open(workers)?))
     }
 }
 
@@ -40,7 +42,7 @@ impl Ready for KvmDevice {
     }
 
     fn needs(&self) -> Needs {
-        Needs { calls: calls::CALLS.to_vec(), signals: false }
+        Needs { calls: calls::calls(self.has_workers()), signals: false }
     }
 
     fn run(self: Box<Self>, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {

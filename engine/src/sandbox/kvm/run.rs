@@ -1,22 +1,29 @@
-//! The vCPU: enter the guest, and say why it came out.
+//! The main vCPU: it is served, and waits for its workers.
 
 use super::machine::Machine;
+use super::step::{position, ring, step};
 use super::watchdog::Watchdog;
-use super::x86::fault;
-use super::x86::system::VECTORS;
+use super::workers::Workers;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::guest_loop::{Exit, Guest, Processor};
 use crate::sandbox::host::Host;
 use crate::sandbox::program::Report;
-use instar_guest_abi::PORT_FAULT;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuFd, VmFd};
+use std::sync::Arc;
 use std::time::Duration;
 
-/// A vCPU, the guest that it runs, and what gets the thread out of it.
+/// How long the host waits for workers before it looks whether the guest is to be ended.
+const TICK: Duration = Duration::from_millis(100);
+
+/// The main vCPU, the guest that it runs, and what gets the thread out of it.
 struct Entered<'a> {
     vcpu: &'a mut VcpuFd,
-    guest: &'a Guest,
+    vm: &'a VmFd,
+    workers: &'a mut Workers,
+    guest: &'a Arc<Guest>,
     watchdog: Watchdog,
+    /// It goes on when all workers are idle.
+    joins: bool,
 }
 
 impl Machine {
@@ -26,73 +33,57 @@ impl Machine {
     /// Why it was ended.
     pub fn run(mut self, host: &mut dyn Host) -> Result<Report, SandboxError> {
         let watchdog = Watchdog::new(self.guest.stall_limit())?;
-        let mut entered = Entered { vcpu: &mut self.vcpu, guest: &self.guest, watchdog };
-        self.guest.run(&mut entered, self.report, host)
+        let Self { vcpu, vm, workers, guest, report } = &mut self;
+        let mut entered = Entered { vcpu, vm, workers, guest, watchdog, joins: false };
+        guest.run(&mut entered, *report, host)
     }
 }
 
 impl Processor for Entered<'_> {
     fn enter(&mut self) -> Result<Exit, SandboxError> {
+        if let Some(error) = self.workers.failure() {
+            return Ok(Exit::Ended(error));
+        }
+        if self.joins && !self.workers.wait(TICK) {
+            return Ok(Exit::Nothing);
+        }
+        self.joins = false;
         self.watchdog.enter();
-        let exit = self.step();
+        let exit = step(self.vcpu, self.guest);
         self.watchdog.leave();
         exit
     }
 
     fn used(&self) -> Duration {
-        self.watchdog.used()
+        self.watchdog.used() + self.workers.used()
+    }
+
+    fn wake(&mut self, workers: u32) -> Result<(), SandboxError> {
+        self.workers.wake(workers, self.vm, self.guest)
+    }
+
+    fn join(&mut self) {
+        self.workers.call_off();
+        self.joins = true;
+    }
+
+    fn finish(&mut self) -> Result<(), SandboxError> {
+        match self.workers.failure() {
+            Some(error) => Err(error),
+            None if self.workers.wait(Duration::ZERO) => Ok(()),
+            None => Err(SandboxError::protocol("it ended while its workers were at work")),
+        }
     }
 
     fn position(&mut self) -> Result<u64, SandboxError> {
-        Ok(self.vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?.rip)
+        match self.workers.stop() {
+            // It is a worker that the main processor waits for.
+            Some(position) if self.joins => Ok(position),
+            _ => position(self.vcpu),
+        }
     }
 
     fn ring(&self) -> Result<u8, SandboxError> {
-        let sregs = self.vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        Ok(sregs.cs.selector.to_le_bytes()[0] & 3)
+        ring(self.vcpu)
     }
-}
-
-impl Entered<'_> {
-    fn step(&mut self) -> Result<Exit, SandboxError> {
-        let forbidden = |what: String| Ok(Exit::Ended(SandboxError::protocol(what)));
-        match self.vcpu.run() {
-            Ok(VcpuExit::IoOut(PORT_FAULT, &[vector])) => Ok(Exit::Ended(self.fault(vector)?)),
-            Ok(VcpuExit::IoOut(port, &[a, b, c, d])) => Ok(Exit::Out(port, u32::from_le_bytes([a, b, c, d]))),
-            Ok(VcpuExit::IoOut(port, &[_])) => forbidden(format!("`out` to unassigned port {port:#x}")),
-            Ok(VcpuExit::IoOut(port, data)) => forbidden(format!("`out` of {} bytes to port {port:#x}", data.len())),
-            Ok(VcpuExit::IoIn(port, _)) => forbidden(format!("`in` from port {port:#x}")),
-            Ok(VcpuExit::MmioRead(address, _)) => {
-                forbidden(format!("a read of address {address:#x}, which is no memory"))
-            }
-            Ok(VcpuExit::MmioWrite(address, _)) => {
-                forbidden(format!("a write to address {address:#x}, which is no memory"))
-            }
-            Ok(VcpuExit::Shutdown) => forbidden("a triple fault".to_owned()),
-            Ok(VcpuExit::Hlt) => forbidden("a halt".to_owned()),
-            Ok(VcpuExit::Intr) => Ok(Exit::Nothing),
-            Ok(VcpuExit::FailEntry(reason, _)) => {
-                Err(SandboxError::unusable(format!("entering the guest (reason {reason:#x})"), 0))
-            }
-            Ok(VcpuExit::InternalError) => Err(SandboxError::unusable("KVM_RUN (internal error)", 0)),
-            Ok(other) => forbidden(format!("an exit that is not expected: {other:?}")),
-            Err(error) if error.errno() == libc::EINTR => Ok(Exit::Nothing),
-            // EAGAIN, too: KVM starts a thread of the kernel's with the first run, which a limit of processes refuses.
-            Err(error) => Err(SandboxError::unusable("KVM_RUN", error.errno())),
-        }
-    }
-
-    /// The error for a report on the fault port.
-    fn fault(&self, vector: u8) -> Result<SandboxError, SandboxError> {
-        if self.ring()? != 0 || vector >= VECTORS {
-            return Ok(SandboxError::protocol("a false report of a fault"));
-        }
-        let regs = self.vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
-        let sregs = self.vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        Ok(fault::fault(&self.guest.ram, self.guest.modules(), vector, regs.rsp, sregs.cr2))
-    }
-}
-
-fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> SandboxError {
-    move |error| SandboxError::unusable(what, error.errno())
 }

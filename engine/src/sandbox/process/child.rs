@@ -5,6 +5,7 @@ use super::spawn::spawn;
 use super::unusable;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::memory::GuestRam;
+use instar_guest_abi::MAX_WORKERS;
 use instar_guest_starter::{Ring, ANSWER_SIZE, DOORBELL, MEMORY, RING_SIZE, TEXT};
 use rustix::io::Errno;
 use std::fs::File;
@@ -27,37 +28,54 @@ pub struct Child {
     running: bool,
     /// Our end of the doorbell.
     pub(super) bell: OwnedFd,
+    /// Its clock of processor time.
+    clock: libc::clockid_t,
+    stopped: Option<Instant>,
+}
+
+/// A guest that waits for its program: a process for each of its processors, and the memory that they share.
+pub struct Guests {
+    /// The main processor.
+    pub(super) child: Child,
+    /// The others.
+    pub(super) workers: Vec<Child>,
     /// What will be the guest's memory, and its text.
     pub(super) memory: File,
     pub(super) text: File,
     /// The memory, mapped.
-    pub(super) ram: Option<GuestRam>,
-    /// Its clock of processor time.
-    clock: libc::clockid_t,
-    stopped: Option<Instant>,
+    pub(super) ram: GuestRam,
     pub(super) time_create: Duration,
 }
 
-impl Child {
-    /// Start it.
+impl Guests {
+    /// Start them, with this number of workers, as far as the system lets them be started.
     ///
     /// # Errors
     /// [`SandboxError::ProcessUnusable`].
-    pub fn start(starter: &[u8]) -> Result<Self, SandboxError> {
+    pub fn start(starter: &[u8], workers: usize) -> Result<Self, SandboxError> {
         let started = Instant::now();
-        let failed = |what: &'static str| move |error: Errno| unusable(what, error.raw_os_error());
         let (memory, text) = (guest(c"instar-guest-memory")?, guest(c"instar-guest-text")?);
-        let (bell, theirs) = doorbell().map_err(failed("socketpair"))?;
         let program = program(c"instar-guest", starter)?;
-        let handed = [(memory.as_fd(), MEMORY), (theirs.as_fd(), DOORBELL), (text.as_fd(), TEXT)];
         let file = memory.try_clone().and_then(GuestRam::of_file);
         let ram = file.map_err(|error| unusable("mapping the guest's memory", error.raw_os_error().unwrap_or(0)))?;
-        let process = spawn(&program, c"instar-guest", &handed).map_err(failed("starting a process"))?;
+        let child = Child::start(&program, &memory, &text)?;
+        let another = || Child::start(&program, &memory, &text).ok();
+        let workers = (0..workers.min(MAX_WORKERS)).map_while(|_| another()).collect();
+        Ok(Self { child, workers, memory, text, ram, time_create: started.elapsed() })
+    }
+}
+
+impl Child {
+    /// Start it, with this memory and text.
+    fn start(program: &File, memory: &File, text: &File) -> Result<Self, SandboxError> {
+        let failed = |what: &'static str| move |error: Errno| unusable(what, error.raw_os_error());
+        let (bell, theirs) = doorbell().map_err(failed("socketpair"))?;
+        let handed = [(memory.as_fd(), MEMORY), (theirs.as_fd(), DOORBELL), (text.as_fd(), TEXT)];
+        let process = spawn(program, c"instar-guest", &handed).map_err(failed("starting a process"))?;
         let mut clock = 0;
         // SAFETY: the clock is writable.
         let no_clock = unsafe { libc::clock_getcpuclockid(process, &raw mut clock) };
-        let (ram, time_create) = (Some(ram), started.elapsed());
-        let child = Self { process, running: true, bell, memory, text, ram, clock, stopped: None, time_create };
+        let child = Self { process, running: true, bell, clock, stopped: None };
         if no_clock == 0 {
             Ok(child)
         } else {
@@ -65,19 +83,31 @@ impl Child {
         }
     }
 
+    /// The ring that has come already, if one has.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn poll(&mut self) -> Result<Option<Ring>, SandboxError> {
+        self.take(libc::MSG_DONTWAIT)
+    }
+
     /// Wait for a ring, for a tick at most; `None` if there is none.
     ///
     /// # Errors
     /// The process is gone, or what it rang is no ring.
     pub fn wait(&mut self) -> Result<Option<Ring>, SandboxError> {
+        self.take(0)
+    }
+
+    fn take(&mut self, flags: libc::c_int) -> Result<Option<Ring>, SandboxError> {
         let mut bytes = [0; RING_SIZE];
-        let mut read = rustix::io::read(&self.bell, &mut bytes);
-        if read == Err(Errno::CONNRESET) {
+        let mut received = self.receive(&mut bytes, flags);
+        if received == Err(Errno::CONNRESET) {
             // It left an answer behind that it had not read (`unix_release_sock`, `net/unix/af_unix.c`). The kernel tells that
             // once, and before what was rung last, such as the report of a fault that came while it was served.
-            read = rustix::io::read(&self.bell, &mut bytes);
+            received = self.receive(&mut bytes, flags);
         }
-        match read {
+        match received {
             Ok(0) | Err(Errno::CONNRESET) => Err(self.end()),
             Ok(RING_SIZE) => {
                 self.stopped = None;
@@ -89,13 +119,19 @@ impl Child {
         }
     }
 
-    /// Let it go on after a ring.
+    fn receive(&self, bytes: &mut [u8; RING_SIZE], flags: libc::c_int) -> Result<usize, Errno> {
+        // SAFETY: the buffer is valid for the call.
+        let received = unsafe { libc::recv(self.bell.as_raw_fd(), bytes.as_mut_ptr().cast(), RING_SIZE, flags) };
+        usize::try_from(received).map_err(|_| last_errno())
+    }
+
+    /// Let it go on after a ring: the starter as the processor with this number.
     ///
     /// # Errors
     /// It takes no answers. Whether it is gone, and why, the next wait says: its last words may not have been read yet.
-    pub fn answer(&mut self) -> Result<(), SandboxError> {
+    pub fn answer(&mut self, answer: u8) -> Result<(), SandboxError> {
         loop {
-            let answer = [0_u8; ANSWER_SIZE];
+            let answer = [answer; ANSWER_SIZE];
             // SAFETY: the buffer is valid for the call. A `write` would raise a signal where the other end is gone.
             let sent =
                 unsafe { libc::send(self.bell.as_raw_fd(), answer.as_ptr().cast(), ANSWER_SIZE, libc::MSG_NOSIGNAL) };

@@ -6,6 +6,8 @@
 //! is in a virtual machine, a `read` of one byte from it, and the end. What the guest rings for is checked and executed by the
 //! same loop as a virtual machine's.
 //!
+//! Each further processor is another such process, with the same memory and text and a doorbell of its own: [`workers`].
+//!
 //! Unlike a vCPU, the guest may go on running while it is served, if it does not wait for the answer. Its memory may change at
 //! any moment: everything that is checked is copied first.
 
@@ -15,6 +17,7 @@ mod memory_files;
 mod run;
 mod spawn;
 mod turns;
+mod workers;
 
 use super::error::SandboxError;
 use super::host::Host;
@@ -22,7 +25,7 @@ use super::layout;
 use super::program::{guest_module, ModuleSpec, Program, Report};
 use super::{Ready, Sandbox};
 use crate::confine::Needs;
-use child::Child;
+use child::Guests;
 
 /// Its name, as an operator writes it.
 const NAME: &str = "process";
@@ -39,12 +42,12 @@ impl Sandbox for Process {
         NAME
     }
 
-    fn acquire(&self) -> Result<Box<dyn Ready>, SandboxError> {
-        Ok(Box::new(Child::start(STARTER)?))
+    fn acquire(&self, workers: usize) -> Result<Box<dyn Ready>, SandboxError> {
+        Ok(Box::new(Guests::start(STARTER, workers)?))
     }
 }
 
-impl Ready for Child {
+impl Ready for Guests {
     fn name(&self) -> &'static str {
         NAME
     }

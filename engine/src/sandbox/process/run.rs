@@ -1,20 +1,22 @@
 //! Fills the guest's memory, lets the starter jump into it, and turns what it rings for into exits.
 
-use super::child::{Child, TICK};
+use super::child::{Child, Guests, TICK};
 use super::memory_files::seal;
 use super::turns::Turns;
+use super::workers::{Wants, Workers};
 use super::{layout, unusable, CORE, NAME};
 use crate::confine::call_name;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::guest_loop::{Exit, Guest, Processor};
 use crate::sandbox::host::Host;
 use crate::sandbox::layout::{Layout, Place};
+use crate::sandbox::messages::panic_of;
 use crate::sandbox::placed::place;
 use crate::sandbox::plain::{bytes, bytes_mut};
 use crate::sandbox::program::{Program, Report};
 use crate::sandbox::rights::Rights;
 use crate::sandbox::x86::fault::Fault;
-use instar_guest_abi::{MESSAGE_ADDR, PORT_FAULT};
+use instar_guest_abi::{MESSAGE_ADDR, PORT_FAULT, PORT_MESSAGE};
 use instar_guest_starter::{
     FaultRecord, MappedRange, Plan, Ring, Step, CODE, DATA, MAX_RANGES, PLAN_MAGIC, READ, SENT,
 };
@@ -30,25 +32,26 @@ const POSITION_MAX: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// Why it was ended, or never started.
-pub fn run(mut child: Child, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
+pub fn run(guests: Guests, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
     let started = Instant::now();
-    let ram = child.ram.take().ok_or_else(|| unusable("running a process twice", 0))?;
-    let files = Files { memory: &child.memory, text: &child.text, failed: Cell::new(None) };
-    let layout = layout::fill(&files, CORE, program).map_err(|error| files.reason(error))?;
+    let Guests { mut child, mut workers, memory, text, ram, time_create } = guests;
+    let files = Files { memory: &memory, text: &text, failed: Cell::new(None) };
+    let layout = layout::fill(&files, CORE, workers.len(), program).map_err(|error| files.reason(error))?;
     seal(files.text)?;
     let plan = plan(&layout).ok_or(SandboxError::Layout("there are too many ranges"))?;
     if !files.place(0, bytes(&[plan]), Rights::READ) {
         return Err(files.reason(SandboxError::Layout("the plan does not fit")));
     }
     let guest = Guest::new(ram, layout, program);
-    let report =
-        Report { sandbox: NAME, time_create: child.time_create, time_load: started.elapsed(), ..Report::default() };
+    let report = Report { sandbox: NAME, time_create, time_load: started.elapsed(), ..Report::default() };
     let mut running = Running {
         turns: Turns::begin(child.process),
         child: &mut child,
+        workers: Workers::new(&mut workers),
         guest: &guest,
         has_begun: false,
         owes: false,
+        joins: false,
         used: Duration::ZERO,
         asleep: Duration::ZERO,
     };
@@ -105,11 +108,14 @@ fn plan(layout: &Layout) -> Option<Plan> {
 struct Running<'a> {
     turns: Turns,
     child: &'a mut Child,
+    workers: Workers<'a>,
     guest: &'a Guest,
     /// The starter has said its last word: what rings is the guest.
     has_begun: bool,
     /// It has rung, and waits.
     owes: bool,
+    /// It gets its answer when all workers are idle.
+    joins: bool,
     /// Its processor time, when that was last known.
     used: Duration,
     /// How long it has used none since it last rang, and the host was waiting for it.
@@ -216,12 +222,37 @@ fn stopped() -> SandboxError {
     SandboxError::ProcessLost("was stopped from outside, and does not go on".to_owned())
 }
 
+/// The error for a ring that is not a worker's.
+fn forbidden(ring: Ring) -> SandboxError {
+    SandboxError::protocol(format!("`out` of a worker to port {:#x}", ring.port))
+}
+
 fn starter_failed(ring: Ring) -> SandboxError {
     let what = Step::from_u32(ring.port).map_or("starting the guest", Step::what);
     unusable(what, i32::try_from(ring.value).unwrap_or(0))
 }
 
 impl Running<'_> {
+    /// The processor time of all, as far as it is known.
+    fn processor_time(&self) -> Duration {
+        self.child.used().map_or(self.used, |used| used + self.workers.used())
+    }
+
+    /// The error for a worker that wants something.
+    fn of_worker(&self, wants: Wants) -> Result<SandboxError, SandboxError> {
+        let ring = match wants {
+            Wants::Start(ring) => return Err(starter_failed(ring)),
+            Wants::Ring(ring) => ring,
+        };
+        let modules = self.guest.modules();
+        Ok(match u16::try_from(ring.port) {
+            Ok(PORT_FAULT) => self.fault(),
+            // Core lets a worker say why it panics, and that is the end in any case.
+            Ok(PORT_MESSAGE) => panic_of(&self.guest.ram, modules, ring.value).unwrap_or_else(|| forbidden(ring)),
+            _ => forbidden(ring),
+        })
+    }
+
     /// What the guest wants.
     fn rung(&mut self, ring: Ring) -> Exit {
         self.owes = true;
@@ -237,14 +268,29 @@ impl Running<'_> {
 
 impl Processor for Running<'_> {
     fn enter(&mut self) -> Result<Exit, SandboxError> {
-        if std::mem::take(&mut self.owes) {
-            self.child.answer()?;
-        }
         let begin = Instant::now();
+        if self.joins && self.workers.are_busy() {
+            let wants = self.workers.look(true)?;
+            if let Some(wants) = wants {
+                return Ok(Exit::Ended(self.of_worker(wants)?));
+            }
+            let used = self.processor_time();
+            let silent =
+                if self.workers.are_busy() { self.note_silence(begin.elapsed(), used) } else { Ok(Exit::Nothing) };
+            self.used = used;
+            return silent;
+        }
+        self.joins = false;
+        if std::mem::take(&mut self.owes) {
+            self.child.answer(0)?;
+        }
         let rung = self.child.wait();
-        let used = self.child.used().unwrap_or(self.used);
+        let used = self.processor_time();
         let exit = match rung? {
-            None => self.note_silence(begin.elapsed(), used),
+            None => match self.workers.look(false)? {
+                Some(wants) => Ok(Exit::Ended(self.of_worker(wants)?)),
+                None => self.note_silence(begin.elapsed(), used),
+            },
             // A signal that came before the guest is reported in the same way.
             Some(ring) if self.has_begun || ring.port == u32::from(PORT_FAULT) => Ok(self.rung(ring)),
             // The socket keeps the order: nothing of the guest comes before this.
@@ -262,11 +308,30 @@ impl Processor for Running<'_> {
         self.used
     }
 
+    fn wake(&mut self, workers: u32) -> Result<(), SandboxError> {
+        self.workers.wake(workers)
+    }
+
+    fn join(&mut self) {
+        self.joins = true;
+    }
+
+    fn finish(&mut self) -> Result<(), SandboxError> {
+        match self.workers.look(false)? {
+            Some(wants) => Err(self.of_worker(wants)?),
+            None if self.workers.are_busy() => Err(SandboxError::protocol("it ended while its workers were at work")),
+            None => Ok(()),
+        }
+    }
+
     fn position(&mut self) -> Result<u64, SandboxError> {
-        self.child.ask_for_position();
+        // It may be a worker that the main processor waits for.
+        let worker = if self.joins { self.workers.busy() } else { None };
+        let child = worker.unwrap_or(&mut *self.child);
+        child.ask_for_position();
         let asked = Instant::now();
         while asked.elapsed() < POSITION_MAX {
-            if self.child.wait()?.is_some_and(|ring| ring.port == u32::from(PORT_FAULT)) {
+            if child.wait()?.is_some_and(|ring| ring.port == u32::from(PORT_FAULT)) {
                 return Ok(self.record().rip);
             }
         }

@@ -2,7 +2,10 @@
 
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::placed::{place, Placed};
-use instar_guest_abi::{MESSAGE_ADDR, MESSAGE_SIZE, STACK_SIZE, STACK_TOP};
+use instar_guest_abi::{
+    GUEST_MEMORY_SIZE, MESSAGE_ADDR, MESSAGE_SIZE, PAGE_SIZE, STACK_SIZE, STACK_TOP, WORKER_STACKS_ADDR,
+    WORKER_STACK_SIZE,
+};
 use std::ops::Range;
 
 /// The vector of a page fault.
@@ -39,6 +42,13 @@ pub const fn vector_name(vector: u8) -> (&'static str, bool) {
     }
 }
 
+/// Whether nothing but the end of a stack leads to this address.
+fn below_a_stack(address: u64) -> bool {
+    let below_workers = (WORKER_STACKS_ADDR + WORKER_STACK_SIZE..GUEST_MEMORY_SIZE).contains(&address)
+        && (address - WORKER_STACKS_ADDR) % WORKER_STACK_SIZE < PAGE_SIZE;
+    BELOW_STACK.contains(&address) || below_workers
+}
+
 /// What was tried at the address of a page fault.
 const fn access(error_code: u64) -> &'static str {
     const WRITE: u64 = 1 << 1;
@@ -71,7 +81,7 @@ impl Fault {
         let Self { vector, error_code, rip, address } = self;
         let (name, _) = vector_name(vector);
         // Nothing else is there: functions with large frames probe them page by page.
-        let overflow = vector == PAGE_FAULT && BELOW_STACK.contains(&address);
+        let overflow = vector == PAGE_FAULT && below_a_stack(address);
         let name = if overflow { "stack overflow" } else { name };
         let address = (vector == PAGE_FAULT).then(|| (address, access(error_code)));
         SandboxError::GuestFault { vector, name, address, rip, place: place(modules, rip), error_code }

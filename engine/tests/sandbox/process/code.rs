@@ -2,7 +2,7 @@
 
 use crate::support::{raw_code, spec, TestHost};
 use instar::sandbox::{self, Host, Process, Report, SandboxError};
-use instar_guest_abi::{Request, GUEST_MEMORY_SIZE, RING_ADDR};
+use instar_guest_abi::{Request, RING_ADDR, WORKER_STACKS_ADDR};
 use instar_guest_testmod::Scenario;
 
 /// The machine code of these lines, in Intel's syntax; constants may follow a semicolon. The guest runs it at [`START`].
@@ -33,7 +33,7 @@ pub(super) use assemble;
 /// Where the first instruction is.
 pub const START: u64 = 0x10_1000;
 /// An address in the heap.
-pub const HEAP: u64 = GUEST_MEMORY_SIZE - (1 << 20);
+pub const HEAP: u64 = WORKER_STACKS_ADDR - (1 << 20);
 /// The number of `exit_group`.
 pub const EXIT: u32 = 231;
 

@@ -2,7 +2,7 @@
 
 use super::code::{ring, run_with, told};
 use instar::sandbox::{BadRequest, BufferAccess, Host};
-use instar_guest_abi::{request_status, Request, GUEST_MEMORY_SIZE, PORT_EXIT};
+use instar_guest_abi::{request_status, Request, GUEST_MEMORY_SIZE, PORT_EXIT, WORKER_STACKS_ADDR};
 use instar_guest_protocol::guest_message;
 use std::fs::{read, read_dir, read_link, read_to_string, File};
 use std::ops::Range;
@@ -127,7 +127,7 @@ fn the_guest_and_the_starter_are_all_that_is_mapped() {
             expected(0x10_1000..0x10_2000, "r-xs"),
         ];
         assert_eq!(guest[..5], beside);
-        assert_eq!(guest.last().unwrap().range.end, GUEST_MEMORY_SIZE);
+        assert_eq!(guest.last().unwrap().range.end, WORKER_STACKS_ADDR, "the heap; there are no workers");
         for map in &guest[5..] {
             assert_eq!(*map, expected(map.range.clone(), &map.rights));
             assert!(["r--s", "rw-s", "r-xs"].contains(&map.rights.as_str()), "{map:?}");

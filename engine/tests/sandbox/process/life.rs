@@ -130,7 +130,7 @@ fn nothing_is_left_of_a_guest_however_it_ends() {
         struck(|child| signal(child, libc::SIGKILL)).0.unwrap_err();
         struck(|child| signal(child, libc::SIGSTOP)).0.unwrap_err();
         // One that never ran.
-        drop(Process.acquire().unwrap());
+        drop(Process.acquire(0).unwrap());
     });
 }
 

@@ -3,7 +3,7 @@
 use super::code::{assemble, end_with_result, failure, put, ring, run, status, START};
 use crate::support::with_address;
 use instar::sandbox::SandboxError;
-use instar_guest_abi::{Request, GUEST_MEMORY_SIZE, PORT_DOORBELL, PORT_EXIT};
+use instar_guest_abi::{Request, PORT_DOORBELL, PORT_EXIT, WORKER_STACKS_ADDR};
 
 #[test]
 fn nothing_of_the_host_is_mapped_at_any_address_that_it_uses() {
@@ -74,10 +74,10 @@ fn the_stack_does_not_grow() {
 #[test]
 fn all_of_its_memory_is_all_that_there_is() {
     // Fill the heap to the last byte, then ring for the end.
-    let fill = assemble!("mov edi, 0x1000000", "mov ecx, {end} - 0x1000000", "mov al, 0xee", "cld", "rep stosb"; end = GUEST_MEMORY_SIZE);
+    let fill = assemble!("mov edi, 0x1000000", "mov ecx, {end} - 0x1000000", "mov al, 0xee", "cld", "rep stosb"; end = WORKER_STACKS_ADDR);
     run(&[fill, &ring(PORT_EXIT.into(), 0)].concat()).unwrap();
     // One byte more.
     let error = failure(&[fill, assemble!("stosb")].concat());
     let SandboxError::GuestFault { vector: 14, address: Some((at, "writing")), .. } = error else { panic!("{error}") };
-    assert_eq!(at, GUEST_MEMORY_SIZE);
+    assert_eq!(at, WORKER_STACKS_ADDR);
 }

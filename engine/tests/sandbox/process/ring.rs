@@ -3,7 +3,7 @@
 use super::code::{assemble, call, failure, put, ring, run, wait};
 use crate::support::{run as run_scenario, spec, TestHost};
 use instar::sandbox::{self, Process, SandboxError};
-use instar_guest_abi::{ErrorCode, Request, PORT_DOORBELL, PORT_EXIT, PORT_FAULT, PORT_MESSAGE};
+use instar_guest_abi::{ErrorCode, Request, PORT_DOORBELL, PORT_EXIT, PORT_FAULT, PORT_JOIN, PORT_MESSAGE, PORT_WAKE};
 use instar_guest_testmod::Scenario;
 use std::time::Instant;
 
@@ -41,7 +41,7 @@ fn a_guest_that_waits_for_nothing_is_ended() {
 
 #[test]
 fn ports_that_are_none_end_the_guest() {
-    const KNOWN: [u16; 4] = [PORT_DOORBELL, PORT_MESSAGE, PORT_FAULT, PORT_EXIT];
+    const KNOWN: [u16; 6] = [PORT_DOORBELL, PORT_MESSAGE, PORT_FAULT, PORT_EXIT, PORT_WAKE, PORT_JOIN];
     // The first are the numbers that the starter has for its steps: what the guest rings is not taken for one.
     let ports = (0..24_u32).chain(0x500..0x520).chain([0xffff, 0x1_0000, 0x1_0513, 0x8000_0513, u32::MAX]);
     for port in ports.filter(|port| !KNOWN.iter().any(|known| u32::from(*known) == *port)) {

@@ -3,7 +3,7 @@
 #![no_main]
 
 use core::arch::asm;
-use instar_guest_core::machine::{start, Exit};
+use instar_guest_core::machine::{help, start, Exit};
 
 /// An `out` to a port, which leaves the virtual machine.
 struct Ports;
@@ -15,9 +15,12 @@ impl Exit for Ports {
     }
 }
 
-/// Entry of the guest.
+/// Entry of the guest: of the main processor, which is 0, and of each worker.
 #[no_mangle]
-pub extern "C" fn instar_module_entry() -> ! {
+pub extern "C" fn instar_module_entry(processor: u64) -> ! {
+    if processor != 0 {
+        help::<Ports>();
+    }
     // SAFETY: the host starts here once.
     unsafe { start::<Ports>() }
 }

@@ -3,7 +3,7 @@
 #![no_main]
 
 use core::hint::spin_loop;
-use instar_guest_core::machine::{start, Exit};
+use instar_guest_core::machine::{help, start, Exit};
 use instar_guest_starter::{bell, Ring};
 
 /// A message on the doorbell, and the host's answer to it.
@@ -20,9 +20,12 @@ impl Exit for Doorbell {
     }
 }
 
-/// Entry of the guest.
+/// Entry of the guest: of the main processor, which is 0, and of each worker.
 #[no_mangle]
-pub extern "C" fn instar_module_entry() -> ! {
+pub extern "C" fn instar_module_entry(processor: u64) -> ! {
+    if processor != 0 {
+        help::<Doorbell>();
+    }
     // SAFETY: the starter jumps here once.
     unsafe { start::<Doorbell>() }
 }

@@ -24,7 +24,7 @@ use instar_guest_sdk::abi::{
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{export_operation, log, BlockIo, DriverResult, Extents, ReadBelow, Sink, Source};
 use instar_guest_starter::{bell, Ring};
-use instar_guest_testmod::Scenario;
+use instar_guest_testmod::{workers, Scenario};
 
 type Send<'a> = &'a mut dyn FnMut(&[u8]);
 
@@ -352,6 +352,33 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
             // SAFETY: a test of what the host does with it.
             let _ = unsafe { bell::ring(Ring { port: PORT_MESSAGE.into(), value: 8 }) };
         },
+        Scenario::WorkersGood => {
+            let (all, by_workers, processors) = workers::good();
+            succeed(send, format!("{by_workers} items of workers, all {all}"), processors as u64);
+        }
+        Scenario::ExitWhileWorking => {
+            succeed(send, String::new(), 1);
+            workers::run(scenario, out);
+        }
+        Scenario::WorkerScribbles => {
+            workers::run(scenario, out);
+            succeed(send, String::new(), 1);
+        }
+        Scenario::WorkerRings
+        | Scenario::WorkerSends
+        | Scenario::WorkerExits
+        | Scenario::WorkerWakes
+        | Scenario::WorkerJoins
+        | Scenario::WorkerFaults
+        | Scenario::WorkerStackOverflow
+        | Scenario::WorkerStalls
+        | Scenario::WorkerPanics
+        | Scenario::WorkerAllocates
+        | Scenario::WakeTooMany
+        | Scenario::WakeNone
+        | Scenario::WakeTwice
+        | Scenario::WakeFlood
+        | Scenario::AllFault => workers::run(scenario, out),
         Scenario::StallAfterRequest => {
             let _ = io.flush(0);
             // SAFETY: the ring is mapped there.

@@ -46,7 +46,7 @@ impl Qcow2Sink {
     pub(crate) fn new(image: Image, has_backing: bool, compresses: bool) -> Self {
         let mut backing = Backing::new(image, has_backing);
         backing.compresses = compresses;
-        let compressing = compresses.then(|| Compressing::new(&backing.image));
+        let compressing = compresses.then(Compressing::new);
         Self {
             bitmaps: EnabledBitmaps::new(&backing.image),
             backing,

@@ -68,10 +68,14 @@ impl Source for Qcow2Source {
         let end = self.image.cluster_size().round_up(range.end).unwrap_or(u64::MAX);
         let mut next = end.min(self.image.header.virtual_size);
         let from = range.start;
-        let image = &self.image;
+        let (image, reader) = (&self.image, &mut self.reader);
+        reader.enumerate(from);
         self.mapped.walk_range(io, image, range, &mut |mapped| {
             let mut room = true;
             extents_of(image, &mapped, &mut |extent| {
+                if let Content::Encoded { location } = extent.content {
+                    reader.note(extent.guest_offset, location);
+                }
                 // A cluster with subclusters of several states may have been left in the middle.
                 if room && extent.end() > from && !out.push(extent) {
                     (next, room) = (extent.guest_offset, false);

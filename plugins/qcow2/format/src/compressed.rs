@@ -116,6 +116,12 @@ impl Decompressor {
         })
     }
 
+    /// Whether there was memory for it.
+    #[must_use]
+    pub const fn has_memory(&self) -> bool {
+        !matches!(self.0, Kind::Zstd(None))
+    }
+
     /// Decode the stream at the start of `input` into `output`, which is a cluster long. What follows the stream is
     /// ignored.
     ///

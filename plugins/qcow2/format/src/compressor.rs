@@ -6,6 +6,7 @@
 
 use crate::CompressionType;
 use alloc::boxed::Box;
+use alloc::vec;
 use core::fmt;
 use miniz_oxide::deflate::core::{compress, CompressorOxide, TDEFLFlush, TDEFLStatus};
 use miniz_oxide::DataFormat;
@@ -43,6 +44,23 @@ impl Compressor {
         })
     }
 
+    /// The same, with all the memory that clusters of `size` bytes take; `None` if there is not so much.
+    #[must_use]
+    pub fn with_memory(kind: CompressionType, size: usize) -> Option<Self> {
+        let mut encoder = Self::new(kind);
+        if kind == CompressionType::Zstd {
+            // The library takes its memory with the first cluster.
+            encoder.compress(&vec![0; size], &mut [0; 512])?;
+        }
+        Some(encoder)
+    }
+
+    /// Bytes of memory that one takes for clusters of `size` bytes, at most.
+    #[must_use]
+    pub const fn memory(size: usize) -> usize {
+        (1 << 20) + 2 * size
+    }
+
     /// Compress a cluster into the first bytes of `stream`, and return how many these are. `None` if the stream would not fit:
     /// with one byte less than a cluster, that says that the cluster does not shrink. The content of `stream` is arbitrary then.
     pub fn compress(&mut self, cluster: &[u8], stream: &mut [u8]) -> Option<usize> {
@@ -65,7 +83,6 @@ impl Compressor {
 mod tests {
     use super::*;
     use crate::decompress;
-    use alloc::vec;
     use alloc::vec::Vec;
 
     fn noise(length: usize) -> Vec<u8> {

@@ -2,7 +2,10 @@
 //! guest faults.
 
 use crate::sandbox::rights::Rights;
-use instar_guest_abi::{PAGE_SIZE, PORT_DOORBELL, PORT_EXIT, PORT_FAULT, PORT_MESSAGE, SYSTEM_ADDR, SYSTEM_SIZE};
+use instar_guest_abi::{
+    MAX_WORKERS, PAGE_SIZE, PORT_DOORBELL, PORT_EXIT, PORT_FAULT, PORT_IDLE, PORT_JOIN, PORT_MESSAGE, PORT_WAKE,
+    SYSTEM_ADDR, SYSTEM_SIZE,
+};
 use std::ops::Range;
 
 /// The global descriptor table.
@@ -13,10 +16,19 @@ pub const TSS: u64 = SYSTEM_ADDR + 0x100;
 pub const IDT: u64 = SYSTEM_ADDR + 0x400;
 /// The fault stubs.
 pub const STUBS: u64 = SYSTEM_ADDR + PAGE_SIZE;
-/// The page of the stack that faults are delivered on.
+/// The page of the stacks that faults are delivered on: each processor has its part, from the top downwards.
 pub const STACK: Range<u64> = SYSTEM_ADDR + 3 * PAGE_SIZE..SYSTEM_ADDR + 4 * PAGE_SIZE;
+/// Bytes of a processor's part: the frame of a fault has 48, and no fault comes while one is reported.
+const STACK_PART: u64 = 512;
+/// The page of the workers' task state segments.
+pub const TASKS: Range<u64> = SYSTEM_ADDR + 5 * PAGE_SIZE..SYSTEM_ADDR + 6 * PAGE_SIZE;
+/// Bytes from one of them to the next.
+const TASK_ROOM: u64 = 512;
 
-const _: () = assert!(STACK.end <= SYSTEM_ADDR + SYSTEM_SIZE);
+const _: () = assert!(TASKS.end <= SYSTEM_ADDR + SYSTEM_SIZE);
+const _: () =
+    assert!(STACK_PART * (MAX_WORKERS as u64 + 1) <= PAGE_SIZE && TASK_ROOM * MAX_WORKERS as u64 <= PAGE_SIZE);
+const _: () = assert!((TSS_LIMIT as u64) < TASK_ROOM);
 
 /// Selectors.
 pub const KERNEL_CODE: u16 = 0x08;
@@ -34,9 +46,9 @@ const STUB_SIZE: u64 = 8;
 /// Bytes of the task state segment before the I/O bitmap.
 const TSS_SIZE: u16 = 104;
 /// Bytes of the I/O bitmap: one bit for each port up to the last that the guest may use, and a last byte of ones.
-const IO_BITMAP_SIZE: u16 = PORT_EXIT / 8 + 2;
+const IO_BITMAP_SIZE: u16 = (PORT_IDLE + 3) / 8 + 2;
 /// The ports that ring 3 may write to.
-const PORTS: [u16; 3] = [PORT_DOORBELL, PORT_MESSAGE, PORT_EXIT];
+const PORTS: [u16; 6] = [PORT_DOORBELL, PORT_MESSAGE, PORT_EXIT, PORT_WAKE, PORT_JOIN, PORT_IDLE];
 
 /// Last byte of the tables, relative to their start.
 pub const GDT_LIMIT: u16 = 7 * 8 - 1;
@@ -46,8 +58,39 @@ pub const IDT_LIMIT: u16 = VECTORS as u16 * 16 - 1;
 pub const TSS_LIMIT: u16 = TSS_SIZE + IO_BITMAP_SIZE - 1;
 
 /// How the supervisor's pages are mapped.
-pub const MAPPINGS: [(Range<u64>, Rights); 3] =
-    [(GDT..STUBS, Rights::SYSTEM_READ), (STUBS..STUBS + PAGE_SIZE, Rights::SYSTEM_CODE), (STACK, Rights::SYSTEM_DATA)];
+pub const MAPPINGS: [(Range<u64>, Rights); 4] = [
+    (GDT..STUBS, Rights::SYSTEM_READ),
+    (STUBS..STUBS + PAGE_SIZE, Rights::SYSTEM_CODE),
+    (STACK, Rights::SYSTEM_DATA),
+    (TASKS, Rights::SYSTEM_READ),
+];
+
+/// The task state segment of a processor: 0 is the main one, workers count from 1.
+pub fn task(processor: u64) -> u64 {
+    processor.checked_sub(1).map_or(TSS, |worker| TASKS.start + worker * TASK_ROOM)
+}
+
+/// The content of that segment.
+fn task_bytes(processor: u64) -> Vec<u8> {
+    let stack = STACK.end - processor * STACK_PART;
+    let mut bytes = vec![0; usize::from(TSS_SIZE)];
+    bytes[4..12].copy_from_slice(&stack.to_le_bytes()); // stack of ring 0
+    bytes[36..44].copy_from_slice(&stack.to_le_bytes()); // first interrupt stack
+    bytes[102..104].copy_from_slice(&TSS_SIZE.to_le_bytes()); // where the I/O bitmap begins
+    bytes.extend_from_slice(&io_bitmap());
+    bytes
+}
+
+/// The content of [`TASKS`] for this number of workers, from its start on.
+pub fn tasks(workers: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for worker in 1..=workers as u64 {
+        let mut task = task_bytes(worker);
+        task.resize(usize::try_from(TASK_ROOM).unwrap_or(0), 0);
+        bytes.append(&mut task);
+    }
+    bytes
+}
 
 /// The supervisor's pages up to the stack, as they stand from [`SYSTEM_ADDR`] on.
 pub fn bytes() -> Vec<u8> {
@@ -71,10 +114,7 @@ pub fn bytes() -> Vec<u8> {
     for (address, entry) in (GDT..).step_by(8).zip(gdt) {
         put(address, &entry.to_le_bytes());
     }
-    put(TSS + 4, &STACK.end.to_le_bytes()); // stack of ring 0
-    put(TSS + 36, &STACK.end.to_le_bytes()); // first interrupt stack
-    put(TSS + 102, &TSS_SIZE.to_le_bytes()); // where the I/O bitmap begins
-    put(TSS + u64::from(TSS_SIZE), &io_bitmap());
+    put(TSS, &task_bytes(0));
     for vector in 0..VECTORS {
         let stub = STUBS + u64::from(vector) * STUB_SIZE;
         put(IDT + u64::from(vector) * 16, &gate(stub));

@@ -3,8 +3,10 @@
 use super::processor::Processor;
 use super::system;
 use crate::sandbox::error::SandboxError;
-use instar_guest_abi::{PAGE_TABLES_ADDR, STACK_TOP};
-use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs};
+use instar_guest_abi::{worker_stack_top, PAGE_TABLES_ADDR, STACK_TOP};
+use kvm_bindings::{
+    kvm_dtable, kvm_fpu, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs, KVM_MP_STATE_RUNNABLE,
+};
 use kvm_ioctls::VcpuFd;
 
 mod cr0 {
@@ -63,37 +65,46 @@ fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// Make `vcpu` a processor in 64-bit mode at ring 3.
+/// Make `vcpu` a processor in 64-bit mode at ring 3: the main one, which is 0, or a worker.
 ///
 /// # Errors
 /// [`SandboxError::KvmUnusable`] naming what KVM refused.
-pub fn set_up(vcpu: &VcpuFd) -> Result<(), SandboxError> {
+pub fn set_up(vcpu: &VcpuFd, processor: u64) -> Result<(), SandboxError> {
     let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
-    let processor = choose(vcpu)?;
+    let model = choose(vcpu, processor)?;
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() };
     vcpu.set_fpu(&fpu).map_err(failed("KVM_SET_FPU"))?;
-    if processor.state != 0 {
+    if model.state != 0 {
         let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
-        xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value: u64::from(processor.state) };
+        xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value: u64::from(model.state) };
         vcpu.set_xcrs(&xcrs).map_err(failed("KVM_SET_XCRS"))?;
     }
     Ok(())
 }
 
-/// Make `vcpu` start at `entry` with the guest's stack.
+/// Make `vcpu` start at `entry` with a stack of its own: as the main processor, which is 0, or as a worker.
 ///
 /// # Errors
 /// [`SandboxError::KvmUnusable`] naming what KVM refused.
-pub fn start_at(vcpu: &VcpuFd, entry: u64) -> Result<(), SandboxError> {
+pub fn start_at(vcpu: &VcpuFd, entry: u64, processor: u64) -> Result<(), SandboxError> {
+    let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
+    let stack = if processor == 0 { STACK_TOP } else { worker_stack_top(processor) };
     // As after a call: the return address, which is 0 and so faults, lies on the stack.
-    let regs = kvm_regs { rip: entry, rsp: STACK_TOP - 8, rflags: RFLAGS, ..kvm_regs::default() };
-    vcpu.set_regs(&regs).map_err(|error| SandboxError::unusable("KVM_SET_REGS", error.errno()))
+    let regs = kvm_regs { rip: entry, rsp: stack - 8, rdi: processor, rflags: RFLAGS, ..kvm_regs::default() };
+    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+    if processor != 0 {
+        // With an interrupt controller of the kernel's, it would wait for the main processor to start it.
+        let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+        vcpu.set_mp_state(running).map_err(failed("KVM_SET_MP_STATE"))?;
+    }
+    Ok(())
 }
 
 /// Give `vcpu` as much of this machine's processor as KVM can, and put it into 64-bit mode.
-fn choose(vcpu: &VcpuFd) -> Result<Processor, SandboxError> {
+fn choose(vcpu: &VcpuFd, number: u64) -> Result<Processor, SandboxError> {
     let failed = |what: &'static str| move |e: kvm_ioctls::Error| SandboxError::unusable(what, e.errno());
-    let sregs = system_registers(vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?);
+    let mut sregs = system_registers(vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?);
+    sregs.tr.base = system::task(number);
     let mut refused = SandboxError::unusable("KVM_SET_SREGS", libc::EINVAL);
     for processor in Processor::of_this_machine().with_less_and_less() {
         let cpuid = processor.cpuid().ok_or_else(|| SandboxError::unusable("building a CPUID", 0))?;

@@ -3,21 +3,22 @@
 //! Writers put them one after the other, so where two follow each other in the file, more than the second is read
 //! ahead. The last cluster that was read in parts is kept, because the next read usually wants the next part.
 
+use super::ahead::Ahead;
 use crate::image::{overflow, Image};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{CompressedRange, Decompressor, GuestCluster};
+use instar_qcow2_format::{CompressedRange, GuestCluster};
 
 /// Bytes that are read at once where clusters follow each other in the file.
 const READ_AHEAD: u64 = 1 << 20;
 
-/// Reads the compressed clusters of one image. Its memory: one cluster, its stream or [`READ_AHEAD`], and what the
-/// decoder needs.
+/// Reads the compressed clusters of one image. Its memory: one cluster, its stream or [`READ_AHEAD`], what the decoder needs, and,
+/// with several processors, the clusters that come [next](Ahead).
 #[derive(Default)]
 pub struct CompressedReader {
-    decoder: Option<Decompressor>,
+    ahead: Ahead,
     /// Bytes of the file from `input_at` on; the first `input_length` of them are valid.
     input: Vec<u8>,
     input_at: u64,
@@ -29,6 +30,16 @@ pub struct CompressedReader {
 }
 
 impl CompressedReader {
+    /// An enumeration begins at guest byte `from`: its clusters will be asked for in this order, if at all.
+    pub(crate) fn enumerate(&mut self, from: u64) {
+        self.ahead.enumerate(from);
+    }
+
+    /// The next compressed cluster of the enumeration.
+    pub(crate) fn note(&mut self, guest: u64, descriptor: u64) {
+        self.ahead.note(guest, descriptor);
+    }
+
     /// Fill `buffer` with the bytes from `start` on of the cluster at guest offset `guest`, whose entry has this
     /// descriptor.
     ///
@@ -87,10 +98,16 @@ impl CompressedReader {
         output: &mut [u8],
     ) -> DriverResult<()> {
         let range = CompressedRange::decode(descriptor, image.cluster_size());
-        let (start, end) = self.load(io, image, range)?;
-        let stream = self.input.get(start..end).ok_or_else(|| overflow("a compressed cluster"))?;
-        let decoder = self.decoder.get_or_insert_with(|| Decompressor::new(image.header.compression));
-        decoder.decompress(stream, output).map_err(|error| {
+        let decoded = match self.ahead.take(descriptor, output) {
+            Some(decoded) => decoded,
+            None => {
+                let (start, end) = self.load(io, image, range)?;
+                let valid = usize::try_from(self.input_length).map_err(|_| overflow("a compressed cluster"))?;
+                let input = self.input.get(..valid).ok_or_else(|| overflow("a compressed cluster"))?;
+                self.ahead.decode(io, image, (guest, descriptor), (input, self.input_at, start..end), output)
+            }
+        };
+        decoded.map_err(|error| {
             image.corrupt(range.offset.0, format!("the compressed cluster of guest offset {guest} {error}"))
         })
     }

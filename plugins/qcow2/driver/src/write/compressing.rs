@@ -23,7 +23,7 @@ use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{ErrorCode, Request};
-use instar_guest_sdk::{Batch, BlockIo, Content, DriverError, DriverResult, ReadBelow};
+use instar_guest_sdk::{Batch, BlockIo, Content, Crew, DriverError, DriverResult, ReadBelow};
 use instar_qcow2_format::{
     incompatible, CompressedRange, Compressor, GuestCluster, HostCluster, HostOffset, L2Entry, Subclusters, Version,
 };
@@ -32,10 +32,13 @@ use instar_qcow2_format::{
 const WINDOW_BYTES: u64 = 4 << 20;
 /// Bytes of the heap that this takes at most: a window before and after, the cluster that is kept, the encoder.
 const ROOM: usize = 16 << 20;
+/// See [`encoders`].
+const PART_OF_HEAP: usize = 3;
 
 /// Compresses what arrives.
 pub(crate) struct Compressing {
-    encoder: Compressor,
+    /// Made with the first window.
+    encoders: Option<Crew<Compressor>>,
     packer: Packer,
     /// The clusters of a window, and their streams.
     plain: Vec<u8>,
@@ -51,6 +54,7 @@ struct Open {
 }
 
 /// What a cluster becomes that data arrives in.
+#[derive(Clone, Copy)]
 enum Fate {
     /// It reads as zeroes already, and goes on to.
     Unchanged,
@@ -58,8 +62,36 @@ enum Fate {
     Zero,
     /// It does not shrink.
     Plain,
-    /// These bytes of the streams.
-    Stream { start: usize, length: usize },
+    /// So many of the first bytes of its stream.
+    Stream { length: usize },
+}
+
+/// A cluster on its way to a stream.
+struct Item<'a> {
+    cluster: &'a [u8],
+    /// Where the stream may be put, if it can be described: shorter than the cluster.
+    stream: Option<&'a mut [u8]>,
+    /// What it becomes if it is zero.
+    zero: Option<Fate>,
+    fate: Fate,
+}
+
+impl Item<'_> {
+    fn compress(&mut self, encoder: &mut Compressor) {
+        let zero = self.zero.filter(|_| self.cluster.iter().all(|&byte| byte == 0));
+        self.fate = zero.unwrap_or_else(|| {
+            let stream = self.stream.as_deref_mut();
+            let length = stream.and_then(|stream| encoder.compress(self.cluster, stream));
+            length.map_or(Fate::Plain, |length| Fate::Stream { length })
+        });
+    }
+}
+
+/// One encoder for each processor, as far as they take no more than a part of the heap. Each gives the same stream.
+fn encoders(io: &dyn BlockIo, image: &Image, size: usize) -> Crew<Compressor> {
+    let most = io.heap_free() / PART_OF_HEAP / Compressor::memory(size);
+    let kind = image.header.compression;
+    Crew::new(Compressor::new(kind), most, || Compressor::with_memory(kind, size))
 }
 
 /// A cluster that arrives, and what is to be done.
@@ -83,14 +115,8 @@ impl ReadBelow for Nothing {
 }
 
 impl Compressing {
-    pub(crate) fn new(image: &Image) -> Self {
-        Self {
-            encoder: Compressor::new(image.header.compression),
-            packer: Packer::default(),
-            plain: Vec::new(),
-            streams: Vec::new(),
-            open: None,
-        }
+    pub(crate) fn new() -> Self {
+        Self { encoders: None, packer: Packer::default(), plain: Vec::new(), streams: Vec::new(), open: None }
     }
 
     /// Clusters of a window.
@@ -232,27 +258,19 @@ impl Compressing {
         // Descriptors have no room for places far behind: there, clusters are stored as they are.
         let end = HostOffset(backing.image.file_length.saturating_add(2 * WINDOW_BYTES + 2 * size as u64));
         let describes = CompressedRange::encode(end, 1, backing.image.cluster_size()).is_some();
-        let mut used = 0;
-        let mut fates = Vec::with_capacity(packed.len());
-        for (work, bytes) in packed.iter().zip(self.plain.chunks_exact(size)) {
+        let mut items = Vec::with_capacity(packed.len());
+        let streams = self.streams.chunks_exact_mut(size);
+        for ((work, cluster), stream) in packed.iter().zip(self.plain.chunks_exact(size)).zip(streams) {
             let entry = work.arrival.mapped.entry;
             let can_be_zero = backing.image.header.version == Version::V3 || !backing.has_backing;
-            if can_be_zero && bytes.iter().all(|&byte| byte == 0) {
-                let unchanged = entry == L2Entry::Unallocated && !backing.has_backing;
-                fates.push(if unchanged { Fate::Unchanged } else { Fate::Zero });
-                continue;
-            }
-            let room = self.streams.get_mut(used..used + size - 1).filter(|_| describes);
-            fates.push(match room.and_then(|room| self.encoder.compress(bytes, room)) {
-                Some(length) => {
-                    let start = used;
-                    used += length;
-                    Fate::Stream { start, length }
-                }
-                None => Fate::Plain,
-            });
+            let unchanged = entry == L2Entry::Unallocated && !backing.has_backing;
+            let zero = can_be_zero.then_some(if unchanged { Fate::Unchanged } else { Fate::Zero });
+            let stream = stream.get_mut(..size - 1).filter(|_| describes);
+            items.push(Item { cluster, stream, zero, fate: Fate::Plain });
         }
-        Ok(fates)
+        let encoders = self.encoders.get_or_insert_with(|| encoders(io, &backing.image, size));
+        encoders.for_each(&mut items, |encoder, item| item.compress(encoder));
+        Ok(items.into_iter().map(|item| item.fate).collect())
     }
 
     /// Write plain clusters and streams to their places.
@@ -266,11 +284,13 @@ impl Compressing {
         let size = usize::try_from(backing.image.cluster_size().bytes()).map_err(|_| overflow("the cluster size"))?;
         let (mut places, mut offsets) = (places.iter(), offsets.iter());
         let mut writes = Batch::new();
-        for (fate, cluster) in fates.iter().zip(self.plain.chunks_exact(size)) {
+        for ((fate, cluster), stream) in
+            fates.iter().zip(self.plain.chunks_exact(size)).zip(self.streams.chunks_exact(size))
+        {
             let (bytes, place) = match *fate {
                 Fate::Unchanged | Fate::Zero => continue,
                 Fate::Plain => (Some(cluster), places.next()),
-                Fate::Stream { start, length } => (self.streams.get(start..start + length), offsets.next()),
+                Fate::Stream { length } => (stream.get(..length), offsets.next()),
             };
             let (bytes, place) = bytes.zip(place).ok_or_else(|| overflow("the place of a cluster"))?;
             writes.push(Request::write(backing.image.device, place.0, bytes.as_ptr() as u64, bytes.len() as u64));

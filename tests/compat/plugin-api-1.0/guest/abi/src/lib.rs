@@ -18,7 +18,7 @@ mod phase;
 mod ring;
 mod uuid;
 
-pub use call_table::CallTable;
+pub use call_table::{CallTable, ParallelWork};
 pub use config::device_flags;
 pub use config::{
     ChainConfig, DeviceConfig, FileDevice, FileList, Member, MemberRole, ModuleEntry, ModuleTable, OperationConfig,

@@ -17,6 +17,7 @@ pub mod commit;
 pub mod conformance;
 #[cfg(feature = "memory")]
 pub mod crash;
+mod crew;
 mod error;
 mod extent;
 mod extents;
@@ -42,6 +43,7 @@ mod traits;
 pub use batch::Batch;
 pub use bitmap::{check_dirty, Bitmap, DirtyRanges};
 pub use bitmaps::{Fate, MergedBitmap, Skipped};
+pub use crew::Crew;
 pub use error::{overflow, DriverError, DriverResult};
 pub use extent::{checked_end, Content, Extent};
 pub use extents::{check_extents, Extents};

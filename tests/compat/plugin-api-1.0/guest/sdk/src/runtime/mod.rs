@@ -10,3 +10,5 @@ mod services;
 
 #[cfg(feature = "guest")]
 pub use services::{heap_free, init, send, GuestIo};
+#[cfg(feature = "guest")]
+pub(crate) use services::{parallel, processors};

@@ -2,10 +2,11 @@
 
 use crate::{BlockIo, IoFailure};
 use core::alloc::{GlobalAlloc, Layout};
+use core::ffi::c_void;
 use core::fmt::{self, Write};
 use core::ptr::null;
 use core::sync::atomic::{AtomicPtr, Ordering};
-use instar_guest_abi::{CallTable, Phase, Request, MODULE_ABI_MAJOR};
+use instar_guest_abi::{CallTable, ParallelWork, Phase, Request, MODULE_ABI_MAJOR};
 
 static TABLE: AtomicPtr<CallTable> = AtomicPtr::new(null::<CallTable>().cast_mut());
 
@@ -42,6 +43,18 @@ pub fn send(message: &[u8]) {
 #[must_use]
 pub fn heap_free() -> usize {
     table().map_or(0, |table| (table.heap_free)())
+}
+
+/// How many processors there are.
+pub(crate) fn processors() -> usize {
+    table().map_or(1, |table| (table.processors)())
+}
+
+/// Have `work` called for each of `count` items by up to `slots` processors.
+pub(crate) fn parallel(work: ParallelWork, context: *const c_void, slots: usize, count: usize) {
+    if let Some(table) = table() {
+        (table.parallel)(work, context, slots, count);
+    }
 }
 
 /// Block I/O through core's ring.
