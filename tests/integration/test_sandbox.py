@@ -251,6 +251,12 @@ def none_left_behind(but=0):
         subreaper(36, 0, 0, 0, 0)
 
 
+def mind_signals():
+    """Tests that were started by `nohup`, or in the background of a script, pass on that they ignore these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Slow:
     """A commit in the process sandbox that takes some seconds, and is in the middle of writing."""
 
@@ -262,7 +268,7 @@ class Slow:
         self.pair, self.expected = pair, support.content_hash(pair.top)
         command = [support.instar_binary(), "commit", "--sandbox", "process", "-p", "-r", "1M", *options, pair.top]
         self.host = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                     start_new_session=True)
+                                     start_new_session=True, preexec_fn=mind_signals)
         line = self.host.stderr.readline()
         assert b"%" in line, line
         [self.guest] = children(self.host.pid)
