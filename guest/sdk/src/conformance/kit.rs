@@ -1,6 +1,6 @@
 //! A format, as its tests know it.
 
-use super::layer::{Held, Layer};
+use super::layer::{Held, Layer, SECTOR};
 use crate::{BlockIo, DriverResult, FormatDriver, Parent, Sink, Source};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -122,6 +122,11 @@ pub trait ImageKit: Sync {
 pub trait Builder: ImageKit {
     /// Bytes of a cluster of the images that are made: small ones make quick tests.
     fn cluster(&self) -> u64;
+
+    /// Bytes of which the size of each disk is a multiple: a sector, or a cluster if no disk of the format ends within one.
+    fn unit(&self) -> u64 {
+        SECTOR
+    }
 
     /// An image that holds this. Its bytes are those of [`Layer::bytes`].
     fn build(&self, layer: &Layer) -> Vec<u8>;
