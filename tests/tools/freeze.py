@@ -46,7 +46,8 @@ def fail(text: str):
 
 
 def without_tests(source: str) -> str:
-    """The source up to its test module, which is the last item of a file."""
+    """The source up to its test module, which is the last item of a file, and without declarations of such modules elsewhere."""
+    source = re.sub(r"(?m)^#\[cfg\(test\)\]\nmod \w+;\n", "", source)
     return re.split(r"(?m)^#\[cfg\((?:all\()?test", source, maxsplit=1)[0].rstrip("\n") + "\n"
 
 

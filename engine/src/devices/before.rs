@@ -9,7 +9,36 @@ use std::io;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// Reads the device that is about to change.
+/// The device that is about to change, as a [`BeforeChange`] may read it.
+///
+/// # Example
+///
+/// A disk in memory, for the test of a hook:
+///
+/// ```
+/// use instar::devices::Before;
+/// use std::io;
+///
+/// #[derive(Debug)]
+/// struct Memory(Vec<u8>);
+///
+/// impl Before for Memory {
+///     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+///         out.fill(0);
+///         let rest = usize::try_from(offset).ok().and_then(|offset| self.0.get(offset..)).unwrap_or_default();
+///         out.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+///         Ok(())
+///     }
+///
+///     fn next_data(&self, from: u64, end: u64) -> (u64, u64) {
+///         (from, end) // There are no holes in memory.
+///     }
+/// }
+///
+/// let mut sector = [0xff; 4];
+/// Memory(vec![1, 2]).read(1, &mut sector).unwrap();
+/// assert_eq!(sector, [2, 0, 0, 0], "zeroes past the end");
+/// ```
 pub trait Before: Debug {
     /// Fill `out` with the bytes at `offset`, with zeroes past the end.
     ///

@@ -10,7 +10,45 @@ use instar_guest_protocol::guest_message::Kind;
 use instar_guest_protocol::{EndMessage, FailureMessage, Message};
 use std::time::Duration;
 
-/// The operation's own handling of requests and messages of its guest.
+/// An operation's answers to its guest: it executes requests, takes events, and accepts or refuses a success.
+///
+/// # Example
+///
+/// Believe a guest that reports a number of bytes, but only if no byte was changed:
+///
+/// ```
+/// use instar::devices::Devices;
+/// use instar::operation::Events;
+/// use instar::sandbox::BadRequest;
+///
+/// #[derive(Default)]
+/// struct Reported(Option<u64>);
+///
+/// impl Events for Reported {
+///     fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
+///         let bytes = event.try_into().map_err(|_| BadRequest(format!("a number of {} bytes", event.len())))?;
+///         self.0 = Some(u64::from_le_bytes(bytes));
+///         Ok(())
+///     }
+///
+///     fn succeeded(&mut self, devices: &mut Devices, _: &[u8]) -> Result<(), BadRequest> {
+///         match (self.0, devices.any_changed()) {
+///             (Some(_), false) => Ok(()),
+///             (_, true) => Err(BadRequest("a change in an operation that only reads".to_owned())),
+///             (None, _) => Err(BadRequest("a success without a number".to_owned())),
+///         }
+///     }
+/// }
+///
+/// let mut events = Reported::default();
+/// let devices = &mut Devices::new();
+/// assert!(events.succeeded(devices, &[]).is_err(), "it has reported nothing yet");
+/// events.event(devices, &512_u64.to_le_bytes()).unwrap();
+/// events.succeeded(devices, &[]).unwrap();
+/// ```
+///
+/// A method that returns an error ends the guest: the operation then fails with
+/// [`GuestProtocol`](instar_guest_abi::ErrorCode::GuestProtocol), and the text of the error tells a person why.
 pub trait Events {
     /// Execute the requests of one doorbell, as [`Host::requests`].
     ///

@@ -43,7 +43,82 @@ impl Settings {
     }
 }
 
-/// The steps that differ between operations. [`run`] calls the methods in this order, once each.
+/// The steps that differ between operations. [`run`] has the steps that all of them share, and calls these methods in this
+/// order, once each.
+///
+/// # Example
+///
+/// Can every table of a chain be walked, and how many layers has it? The guest of `map` walks them; this operation ignores the
+/// places that it reports, and is done when the guest has succeeded.
+///
+/// ```
+/// use instar::devices::Devices;
+/// use instar::error::Error;
+/// use instar::image::Access;
+/// use instar::operation::{
+///     DevicePaths, Ended, Events, Grants, ImageSet, Named, Opener, Operation, Session, Settings,
+/// };
+/// use instar::sandbox::{BadRequest, ModuleSpec};
+/// use std::path::PathBuf;
+///
+/// struct Depth {
+///     image: PathBuf,
+///     settings: Settings,
+///     layers: usize,
+/// }
+///
+/// struct Ignored;
+///
+/// impl Events for Ignored {
+///     fn event(&mut self, _: &mut Devices, _: &[u8]) -> Result<(), BadRequest> {
+///         Ok(())
+///     }
+///
+///     fn succeeded(&mut self, _: &mut Devices, _: &[u8]) -> Result<(), BadRequest> {
+///         Ok(())
+///     }
+/// }
+///
+/// impl Operation for Depth {
+///     type Events = Ignored;
+///     type Outcome = usize;
+///
+///     fn module(&self) -> ModuleSpec<'static> {
+///         instar::map::MODULE
+///     }
+///
+///     fn settings(&self) -> &Settings {
+///         &self.settings
+///     }
+///
+///     fn named(&self) -> Named {
+///         Named::image(&self.image)
+///     }
+///
+///     fn access(&self) -> Access {
+///         Access::to_read(false)
+///     }
+///
+///     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
+///         Ok(ImageSet::read(opener.open_chain(None)?))
+///     }
+///
+///     fn admit(&mut self, images: &mut ImageSet<'_>, _: &Session) -> Result<Grants, Error> {
+///         self.layers = images.chain().len();
+///         Ok(Grants::default())
+///     }
+///
+///     fn serve(&mut self, _: &mut Devices, _: &DevicePaths, _: &Session) -> Result<Ignored, Error> {
+///         Ok(Ignored)
+///     }
+///
+///     fn finish(self, ended: Ended<Ignored>) -> Result<usize, Error> {
+///         // The guest's failure becomes one line that names the file.
+///         ended.end.map_err(|failure| failure.error(&ended.paths, None))?;
+///         Ok(self.layers)
+///     }
+/// }
+/// ```
 pub trait Operation {
     /// What serves the guest.
     type Events: Events;

@@ -6,6 +6,25 @@ use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 /// Access to the buffers that requests name.
+///
+/// # Example
+///
+/// Take a copy of the bytes that a guest wants to write. The guest may change them at any time, so a host that first checks and
+/// then writes them must do both with the same copy:
+///
+/// ```
+/// use instar::sandbox::{BadRequest, BufferAccess};
+/// use instar_guest_abi::Request;
+///
+/// fn copy_of(memory: &dyn BufferAccess, request: &Request) -> Result<Vec<u8>, BadRequest> {
+///     let buffer = memory
+///         .heap_slice(request.buffer, request.length)
+///         .ok_or_else(|| BadRequest(format!("a buffer at {:#x}, outside the heap", request.buffer)))?;
+///     let mut bytes = vec![0; buffer.len()];
+///     buffer.copy_to(&mut bytes);
+///     Ok(bytes)
+/// }
+/// ```
 pub trait BufferAccess {
     /// Return the guest memory `address..address + length`, if it lies wholly within the heap.
     fn heap_slice(&self, address: u64, length: u64) -> Option<VolatileSlice<'_>>;

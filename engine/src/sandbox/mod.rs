@@ -73,7 +73,37 @@ pub trait Sandbox {
     fn acquire(&self, workers: usize) -> Result<Box<dyn Ready>, SandboxError>;
 }
 
-/// A sandbox that was acquired.
+/// A sandbox that holds everything it needs, such as the open `/dev/kvm`, so that the process may confine itself before the
+/// program runs.
+///
+/// # Example
+///
+/// Print how long each program ran:
+///
+/// ```
+/// use instar::confine::Needs;
+/// use instar::sandbox::{Host, Program, Ready, Report, SandboxError};
+/// use std::time::Instant;
+///
+/// struct Timed(Box<dyn Ready>);
+///
+/// impl Ready for Timed {
+///     fn name(&self) -> &'static str {
+///         self.0.name()
+///     }
+///
+///     fn needs(&self) -> Needs {
+///         self.0.needs()
+///     }
+///
+///     fn run(self: Box<Self>, program: &Program<'_>, host: &mut dyn Host) -> Result<Report, SandboxError> {
+///         let begun = Instant::now();
+///         let report = self.0.run(program, host);
+///         println!("{:?}", begun.elapsed());
+///         report
+///     }
+/// }
+/// ```
 pub trait Ready {
     /// The name of the sandbox that it is, as an operator writes it.
     fn name(&self) -> &'static str;

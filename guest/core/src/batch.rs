@@ -3,7 +3,42 @@
 use core::ops::Range;
 use instar_guest_abi::{request_status, Request, RequestOp, RING_CAPACITY};
 
-/// The ring and its bell.
+/// The ring of requests, and the bell that calls the host to execute them.
+///
+/// # Example
+///
+/// A host that counts how often it is called: more requests than the ring has room for take several doorbells.
+///
+/// ```
+/// use core::ops::Range;
+/// use instar_guest_abi::{request_status, Request, RequestOp, RING_CAPACITY};
+/// use instar_guest_core::{submit, Doorbell};
+///
+/// struct Counter(usize);
+///
+/// impl Doorbell for Counter {
+///     fn ring(&mut self, requests: &mut [Request]) {
+///         self.0 += 1;
+///         requests.iter_mut().for_each(|request| request.status = request_status::OK);
+///     }
+///
+///     fn heap(&self) -> Range<u64> {
+///         0..0
+///     }
+///
+///     fn with_bounce(&mut self, _: usize, _: &mut dyn FnMut(&mut Self, u64)) -> bool {
+///         false
+///     }
+///
+///     unsafe fn copy(&mut self, _: u64, _: u64, _: usize) {}
+/// }
+///
+/// let mut flushes = vec![Request { op: RequestOp::Flush as u32, ..Request::default() }; RING_CAPACITY + 1];
+/// let mut bell = Counter(0);
+/// // SAFETY: a flush has no buffer.
+/// let done = unsafe { submit(&mut bell, &mut flushes) };
+/// assert_eq!((done, bell.0), (RING_CAPACITY + 1, 2));
+/// ```
 pub trait Doorbell {
     /// Have the host execute `requests`, at most [`RING_CAPACITY`], and set their `status`.
     fn ring(&mut self, requests: &mut [Request]);

@@ -1,14 +1,64 @@
 //! A format, as its tests know it.
 
-use super::layer::{Held, Layer};
+use super::layer::{Held, Layer, SECTOR};
 use crate::{BlockIo, DriverResult, FormatDriver, Parent, Sink, Source};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use instar_guest_abi::{DeviceConfig, ImageId, ImageInfo};
 
-/// A driver, and a reader of its images that shares no code with it: what one gets wrong, the other does not.
+/// A driver, and a reader of its images that shares no code with it, so that no mistake can be in both.
 ///
 /// Functions that take `image` may panic if that makes no image of the format.
+///
+/// # Example
+///
+/// A kit for a format of plain bytes, whose images hold every byte of the disk. `D` is the driver on trial.
+///
+/// ```
+/// use core::marker::PhantomData;
+/// use instar_guest_sdk::abi::{DeviceConfig, ImageInfo};
+/// use instar_guest_sdk::conformance::{sink_of, source_of, verify_drawn, Builder, Held, ImageKit, Layer};
+/// use instar_guest_sdk::crash::Crashes;
+/// use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver, Sink, Source};
+///
+/// struct Plain<D>(PhantomData<D>);
+///
+/// impl<D: FormatDriver<Source: 'static, Sink: 'static> + Sync> ImageKit for Plain<D> {
+///     fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
+///         source_of::<D>(io, device)
+///     }
+///
+///     fn open_sink(&self, io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Box<dyn Sink>> {
+///         sink_of::<D>(io, device, has_backing)
+///     }
+///
+///     fn info(&self, image: &[u8]) -> ImageInfo {
+///         ImageInfo { virtual_size: image.len() as u64, cluster_size: 1 }
+///     }
+///
+///     fn content(&self, image: &[u8], _below: Option<&[u8]>) -> Vec<u8> {
+///         image.to_vec()
+///     }
+/// }
+///
+/// impl<D: FormatDriver<Source: 'static, Sink: 'static> + Sync> Builder for Plain<D> {
+///     fn cluster(&self) -> u64 {
+///         512
+///     }
+///
+///     fn build(&self, layer: &Layer) -> Vec<u8> {
+///         layer.content(&[])
+///     }
+///
+///     fn states(&self) -> &[Held] {
+///         &[Held::Data]
+///     }
+/// }
+///
+/// fn conforms<D: FormatDriver<Source: 'static, Sink: 'static> + Sync>(driver: PhantomData<D>) {
+///     verify_drawn(&Plain(driver), 0..4, Crashes { drawn: 1, seed: 1 });
+/// }
+/// ```
 pub trait ImageKit: Sync {
     /// Open an image as source: [`source_of`] of the driver.
     ///
@@ -68,10 +118,15 @@ pub trait ImageKit: Sync {
     }
 }
 
-/// A format whose images can be made.
+/// A format whose images can be made. The example of [`ImageKit`] has one.
 pub trait Builder: ImageKit {
     /// Bytes of a cluster of the images that are made: small ones make quick tests.
     fn cluster(&self) -> u64;
+
+    /// Bytes of which the size of each disk is a multiple: a sector, or a cluster if no disk of the format ends within one.
+    fn unit(&self) -> u64 {
+        SECTOR
+    }
 
     /// An image that holds this. Its bytes are those of [`Layer::bytes`].
     fn build(&self, layer: &Layer) -> Vec<u8>;
@@ -94,6 +149,32 @@ pub struct Recorded {
 }
 
 /// A format whose images can get another parent.
+///
+/// # Example
+///
+/// A format whose header has 64 bytes at offset 32 for the parent's name, and records nothing else of it:
+///
+/// ```
+/// use instar_guest_sdk::conformance::Recorded;
+/// use instar_guest_sdk::Parent;
+///
+/// /// `ParentKit::recorded`
+/// fn recorded(image: &[u8]) -> Option<Recorded> {
+///     let name: Vec<u8> = image.get(32..96)?.iter().copied().take_while(|byte| *byte != 0).collect();
+///     (!name.is_empty()).then(|| Recorded { names: vec![name], ..Recorded::default() })
+/// }
+///
+/// /// `ParentKit::expected`
+/// fn expected(parent: &Parent<'_>) -> Recorded {
+///     Recorded { names: vec![parent.name.to_vec()], ..Recorded::default() }
+/// }
+///
+/// let mut image = vec![0; 512];
+/// assert_eq!(recorded(&image), None);
+/// image[32..42].copy_from_slice(b"base.qcow2");
+/// let parent = Parent { name: b"base.qcow2", format: "qcow2", identity: None, virtual_size: 1 << 20 };
+/// assert_eq!(recorded(&image), Some(expected(&parent)));
+/// ```
 pub trait ParentKit: ImageKit {
     /// What an image records of its parent, as the host half reads it; `None` if it has none.
     fn recorded(&self, image: &[u8]) -> Option<Recorded>;

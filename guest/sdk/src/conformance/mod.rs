@@ -76,7 +76,8 @@ pub fn verify(fixture: &Fixture<'_>, crashes: Crashes) -> Report {
 }
 
 /// [`verify`] with these images of a format, all of them valid: as they are, and each role by itself, with images of the
-/// harness's own format in the other one. The extents of those begin and end at any sector.
+/// harness's own format in the other one. The extents of those begin and end at any sector. The overlay of a format that is
+/// only read keeps its content.
 ///
 /// # Panics
 /// If a promise is broken.
@@ -99,10 +100,14 @@ pub fn verify_images(kit: &dyn ImageKit, files: &Files, crashes: Crashes) -> Rep
     if kit.has_sink() {
         fixture(&Sectors, kit, with(OVERLAY, overlay));
     }
+    let mut read = with(DEVICE_OUTPUT, backing);
+    read.remove(&ANCESTOR);
     if kit.can_empty() {
-        let mut files = with(DEVICE_OUTPUT, backing);
-        files.remove(&ANCESTOR);
-        fixture(kit, &Sectors, files);
+        fixture(kit, &Sectors, read);
+    } else if kit.has_source() {
+        let fixture = Fixture { overlay: kit, backing: &Sectors, files: read };
+        commits::sources(&fixture, &mut Random::seeded(crashes.seed));
+        report += commits::verify_kept(&fixture);
     }
     report
 }
@@ -122,12 +127,12 @@ pub fn verify_drawn(kit: &dyn Builder, numbers: Range<u64>, crashes: Crashes) ->
 
 /// The images of one commit. The disks differ in length now and then, and may end within a cluster.
 fn drawn(kit: &dyn Builder, random: &mut Random) -> Files {
-    let cluster = kit.cluster();
+    let (cluster, unit) = (kit.cluster(), kit.unit().max(1));
     let shortest = random.below(12).saturating_add(1);
     // Two more clusters than the shortest, or, where lengths differ, up to four.
     let length = |random: &mut Random, differs: bool| {
         let more = if differs { random.below(5) } else { 2 };
-        let cut = if random.coin() { random.below((cluster / SECTOR).max(1)).saturating_mul(SECTOR) } else { 0 };
+        let cut = if random.coin() { random.below((cluster / unit).max(1)).saturating_mul(unit) } else { 0 };
         shortest.saturating_add(more).saturating_mul(cluster).saturating_sub(cut)
     };
     let has_ancestor = random.coin();

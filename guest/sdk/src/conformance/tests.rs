@@ -175,3 +175,91 @@ fn each_broken_promise_is_found() {
         assert!(text.contains(why), "{fault:?}: {text}");
     }
 }
+
+/// The sectors' driver, with a fault or none, as a format that is only read.
+struct ReadOnly(Option<Fault>);
+
+impl ImageKit for ReadOnly {
+    fn open_source(&self, io: &mut dyn BlockIo, device: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
+        match self.0 {
+            Some(fault) => Faulty(fault).open_source(io, device),
+            None => Sectors.open_source(io, device),
+        }
+    }
+    fn open_sink(&self, _: &mut dyn BlockIo, _: &DeviceConfig, _: bool) -> DriverResult<Box<dyn Sink>> {
+        unreachable!("it is no sink")
+    }
+    fn info(&self, image: &[u8]) -> ImageInfo {
+        Sectors.info(image)
+    }
+    fn content(&self, image: &[u8], below: Option<&[u8]>) -> Vec<u8> {
+        Sectors.content(image, below)
+    }
+    fn can_empty(&self) -> bool {
+        false
+    }
+    fn has_sink(&self) -> bool {
+        false
+    }
+}
+
+impl Builder for ReadOnly {
+    fn cluster(&self) -> u64 {
+        SECTOR
+    }
+    fn states(&self) -> &[Held] {
+        Sectors.states()
+    }
+    fn build(&self, layer: &Layer) -> Vec<u8> {
+        Sectors.build(layer)
+    }
+}
+
+#[test]
+fn a_format_that_is_only_read_is_tested_as_well() {
+    assert!(verify_drawn(&ReadOnly(None), 0..12, CRASHES).committed > 0);
+    for fault in [Fault::Decodes, Fault::Omits, Fault::Skips] {
+        let tried = AssertUnwindSafe(|| verify_drawn(&ReadOnly(Some(fault)), 0..12, CRASHES));
+        assert!(catch_unwind(tried).is_err(), "{fault:?} is not found");
+    }
+}
+
+/// Disks are whole units, whatever the cluster size is.
+#[test]
+fn no_disk_ends_within_a_unit() {
+    struct Whole;
+    impl ImageKit for Whole {
+        fn open_source(&self, _: &mut dyn BlockIo, _: &DeviceConfig) -> DriverResult<Box<dyn Source>> {
+            unreachable!("nothing is opened")
+        }
+        fn open_sink(&self, _: &mut dyn BlockIo, _: &DeviceConfig, _: bool) -> DriverResult<Box<dyn Sink>> {
+            unreachable!("nothing is opened")
+        }
+        fn info(&self, image: &[u8]) -> ImageInfo {
+            ImageInfo { virtual_size: image.len() as u64, cluster_size: self.cluster() }
+        }
+        fn content(&self, image: &[u8], _: Option<&[u8]>) -> Vec<u8> {
+            image.to_vec()
+        }
+    }
+    impl Builder for Whole {
+        fn cluster(&self) -> u64 {
+            8 * SECTOR
+        }
+        fn unit(&self) -> u64 {
+            4 * SECTOR
+        }
+        fn build(&self, layer: &Layer) -> Vec<u8> {
+            layer.content(&[])
+        }
+        fn states(&self) -> &[Held] {
+            &[Held::Data]
+        }
+    }
+    let sizes: Vec<u64> = (0..50)
+        .flat_map(|number| drawn(&Whole, &mut Random::seeded(number)))
+        .map(|(_, image)| image.len() as u64)
+        .collect();
+    assert!(sizes.iter().all(|size| size % Whole.unit() == 0), "{sizes:?}");
+    assert!(sizes.iter().any(|size| size % Whole.cluster() != 0), "{sizes:?}");
+}

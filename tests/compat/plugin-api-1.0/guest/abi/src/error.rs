@@ -70,7 +70,7 @@ error_codes! {
     InternalOverflow = 13, ERROR_INTERNAL_OVERFLOW;
     /// Reading or writing the overlay, or a layer below it that is read, failed.
     OverlayIo = 14, ERROR_OVERLAY_IO;
-    /// Reading or writing the backing failed.
+    /// Reading or writing the backing, or a new image, failed.
     BackingIo = 15, ERROR_BACKING_IO;
     /// No space is left on the file system.
     NoSpace = 16, ERROR_NO_SPACE;

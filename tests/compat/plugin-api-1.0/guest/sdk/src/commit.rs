@@ -270,9 +270,11 @@ pub fn commit_and_read_back(
         sink.write(io, &[], below).map_err(at(Step::Write))?;
     }
     let mut arena = Vec::new();
-    each_batch(io, images.source, &mut |io, source, extents, next| {
+    let mut written = 0;
+    each_batch(io, images.source, &mut |io, source, extents, _| {
         write_batch(io, source, sink, extents, below, &mut arena)?;
-        watch(Event::Progress(Step::Write, next, total));
+        written += extents.iter().map(|extent| extent.length).sum::<u64>();
+        watch(Event::Progress(Step::Write, written, bytes));
         Ok(())
     })
     // After the data, so that a bitmap that is made says what the overlay's says, and not all that arrives.

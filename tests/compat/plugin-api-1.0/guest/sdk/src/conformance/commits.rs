@@ -25,23 +25,11 @@ struct Verified<'a> {
 /// # Panics
 /// If something does not hold.
 pub(super) fn verify(fixture: &Fixture<'_>, crashes: Crashes) -> Report {
-    let before = fixture.read(&fixture.files);
-    for (kit, image) in fixture.images(&fixture.files) {
-        assert!(kit.is_dirty(image) || kit.is_sound(image), "an image to begin with is not sound");
-    }
-    let mut after = before.clone();
-    let (seen, size) = (before.overlay.len(), before.backing.len());
-    if fixture.grows() {
-        after.backing.resize(seen, 0);
-    }
-    let shared = seen.min(after.backing.len());
-    after.backing[..shared].copy_from_slice(&before.overlay[..shared]);
-    let verified = Verified { fixture, before, after };
+    let verified = Verified::new(fixture);
     let Some(plan) = verified.dry_run() else {
         return Report { refused: 1, ..Report::default() };
     };
     let whole = verified.whole(plan.sink.final_length);
-    assert!(verified.after.backing.len() >= size);
     verified.kept();
     verified.failing_requests(whole.executed());
     let states = crashes.each_again(&fixture.files, &whole.log, &mut |files| {
@@ -51,12 +39,38 @@ pub(super) fn verify(fixture: &Fixture<'_>, crashes: Crashes) -> Report {
     Report { committed: 1, states, ..Report::default() }
 }
 
+/// Run the one commit of a fixture whose overlay can only be read.
+///
+/// # Panics
+/// If something does not hold.
+pub(super) fn verify_kept(fixture: &Fixture<'_>) -> Report {
+    Verified::new(fixture).kept();
+    Report { committed: 1, ..Report::default() }
+}
+
 /// Whether a commit that failed here has changed nothing.
 fn is_refusal(failure: &CommitFailure) -> bool {
     matches!(failure.step, Step::Check | Step::Plan)
 }
 
-impl Verified<'_> {
+impl<'a> Verified<'a> {
+    /// Read a fixture, and compute what its images read as after a commit.
+    fn new(fixture: &'a Fixture<'a>) -> Self {
+        let before = fixture.read(&fixture.files);
+        for (kit, image) in fixture.images(&fixture.files) {
+            assert!(kit.is_dirty(image) || kit.is_sound(image), "an image to begin with is not sound");
+        }
+        let mut after = before.clone();
+        let (seen, size) = (before.overlay.len(), before.backing.len());
+        if fixture.grows() {
+            after.backing.resize(seen, 0);
+        }
+        let shared = seen.min(after.backing.len());
+        after.backing[..shared].copy_from_slice(&before.overlay[..shared]);
+        assert!(after.backing.len() >= size);
+        Self { fixture, before, after }
+    }
+
     fn devices(&self, files: &Files) -> MemoryDevices {
         MemoryDevices::new(files.clone())
     }
