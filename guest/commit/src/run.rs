@@ -15,7 +15,7 @@ use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit_and_read_back, Commit, CommitFailure, Event, Options, ReadBack, Step};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{log, BlockIo, DriverError, DriverResult, Relinks, Sink, Source};
-use instar_guest_view::{Ancestors, Detected, Failed, Layers, Opener, Reporter};
+use instar_guest_view::{Ancestors, Detected, Failed, Filtered, Layers, Opener, Reporter};
 
 /// The step in which the overlay's children name the target.
 const RELINK: &str = "relink";
@@ -102,7 +102,7 @@ fn run_chain(
         last => Box::new(Layers::new(sources.into_iter().chain(last).collect())),
     };
     if detect_zeroes {
-        source = Box::new(Detected::new(source, Detected::unit_for(&sink.info())));
+        source = Box::new(Filtered::by(Detected::new(Detected::unit_for(&sink.info())), source));
     }
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let mut relinks = Relinks::new(&children, &wanted.format, identity);

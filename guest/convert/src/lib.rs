@@ -27,7 +27,7 @@ use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, MemberRole, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit, Commit, CommitFailure, Event, Options, Step};
 use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Fate, MergedBitmap, Sink, Skipped, Source};
-use instar_guest_view::{Ancestors, Failed, Layers, Opener, Reporter};
+use instar_guest_view::{Ancestors, Failed, Filter, Filtered, Layers, Opener, Reporter};
 pub use nonzero::NonZero;
 pub use sparse::Sparse;
 
@@ -52,7 +52,7 @@ fn convert(
     let config = Config::decode(operation.payload());
     let config = config.map_err(|_| at(wrong("the configuration of a conversion cannot be decoded")))?;
     let Config { write_zeroes, allocate, bitmaps, sparse } = config;
-    let mut disks = disks(operation).and_then(Disks::new).map_err(at)?;
+    let disks = disks(operation).and_then(Disks::new).map_err(at)?;
     let output = target(operation).map_err(at)?;
     let parents: Vec<&DeviceConfig> = operation.devices(&[MemberRole::Below]).collect();
     let has_backing = !parents.is_empty();
@@ -69,26 +69,27 @@ fn convert(
     let size = disks.info().virtual_size;
     let whole = size.checked_next_multiple_of(512).unwrap_or(size).min(sink.info().virtual_size).max(size);
     let mut source: Box<dyn Source + '_> = if write_zeroes || allocate {
-        Box::new(Filled::new(&mut disks, whole, allocate))
+        shown(Filled::new(whole, allocate), Box::new(disks))
     } else if has_backing {
         // Zeroes hide what the backing file holds, and holes of a plain file are zeroes.
         Box::new(disks)
     } else {
-        Box::new(NonZero::new(&mut disks))
+        shown(NonZero::default(), Box::new(disks))
     };
-    let mut sparse_source;
-    let source: &mut dyn Source = if sparse == 0 {
-        source.as_mut()
-    } else {
-        sparse_source = Sparse::new(source.as_mut(), sparse, !write_zeroes && !has_backing);
-        &mut sparse_source
-    };
+    if sparse > 0 {
+        source = shown(Sparse::new(sparse, !write_zeroes && !has_backing), source);
+    }
     // Nothing above or below the target changes, and nothing makes it larger.
     let options =
         Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps, disabled_bitmaps: true };
-    let mut images = Commit { source, sink: &mut sink, below: &mut below };
+    let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let converted = commit(io, &mut images, options, &mut |event| report(event, reporter));
     converted.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })
+}
+
+/// A source behind a filter.
+fn shown<'a>(filter: impl Filter + 'a, source: Box<dyn Source + 'a>) -> Box<dyn Source + 'a> {
+    Box::new(Filtered::by(filter, source))
 }
 
 /// The disks that are read, each a group of layers.

@@ -2,8 +2,9 @@
 
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::abi::{ImageId, ImageInfo, ParentStage, Request};
-use instar_guest_sdk::{Bitmap, BlockIo, Content, DirtyRanges, DriverResult, Extent, Extents, Source};
+use instar_guest_sdk::abi::Request;
+use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
+use instar_guest_view::Filter;
 
 /// Extents that are asked of the disk at once.
 const LOOK_AHEAD: usize = 1024;
@@ -13,63 +14,34 @@ const LEAST: u64 = 1 << 20;
 /// Questions that are asked at once, at most.
 const QUESTIONS: usize = 256;
 
-/// A disk, without what its images, or their file systems, say is zero.
-pub struct NonZero<'a> {
-    disk: &'a mut dyn Source,
+/// Leaves out what the images of a disk, or their file systems, say is zero.
+pub struct NonZero {
     held: Extents,
 }
 
-impl<'a> NonZero<'a> {
-    /// What this disk shows.
-    pub fn new(disk: &'a mut dyn Source) -> Self {
-        Self { disk, held: Extents::with_room_for(LOOK_AHEAD) }
+impl Default for NonZero {
+    fn default() -> Self {
+        Self { held: Extents::with_room_for(LOOK_AHEAD) }
     }
 }
 
-impl Source for NonZero<'_> {
-    fn info(&self) -> ImageInfo {
-        self.disk.info()
-    }
-
-    fn verify(&mut self, io: &mut dyn BlockIo, will_empty: bool) -> DriverResult<u64> {
-        self.disk.verify(io, will_empty)
-    }
-
-    fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
-        let Self { disk, held } = self;
-        held.clear();
-        let next = disk.extents(io, range, held)?;
-        let held: Vec<Extent> = held.iter().copied().collect();
+impl Filter for NonZero {
+    fn extents(
+        &mut self,
+        source: &mut dyn Source,
+        io: &mut dyn BlockIo,
+        range: Range<u64>,
+        out: &mut Extents,
+    ) -> DriverResult<u64> {
+        self.held.clear();
+        let next = source.extents(io, range, &mut self.held)?;
+        let held: Vec<Extent> = self.held.iter().copied().collect();
         for some in held.chunks(QUESTIONS) {
             if let Some(left) = push_some(io, some, out)? {
                 return Ok(left);
             }
         }
         Ok(next)
-    }
-
-    fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
-        self.disk.read(io, extent, from, buffer)
-    }
-
-    fn identity(&self) -> Option<ImageId> {
-        self.disk.identity()
-    }
-
-    fn follow_parent(&mut self, io: &mut dyn BlockIo, identity: &ImageId, stage: ParentStage) -> DriverResult<()> {
-        self.disk.follow_parent(io, identity, stage)
-    }
-
-    fn empty(&mut self, io: &mut dyn BlockIo) -> DriverResult<u64> {
-        self.disk.empty(io)
-    }
-
-    fn bitmaps(&mut self, io: &mut dyn BlockIo) -> DriverResult<Vec<Bitmap>> {
-        self.disk.bitmaps(io)
-    }
-
-    fn dirty(&mut self, io: &mut dyn BlockIo, index: u32, from: u64, out: &mut DirtyRanges) -> DriverResult<u64> {
-        self.disk.dirty(io, index, from, out)
     }
 }
 

@@ -5,7 +5,7 @@ use core::ops::Range;
 use instar_guest_sdk::abi::ImageInfo;
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, Extents, Source};
-use instar_guest_view::Detected;
+use instar_guest_view::{Detected, Filtered};
 
 const DEVICE: u32 = 3;
 
@@ -68,6 +68,11 @@ fn said(source: &mut dyn Source, io: &mut dyn BlockIo, room: usize) -> Vec<bool>
     all
 }
 
+/// A source whose zeroes are looked for in units of so many bytes.
+fn detected(source: Plain, unit: u64) -> Filtered<Box<dyn Source>, Detected> {
+    Filtered::by(Detected::new(unit), Box::new(source))
+}
+
 /// A disk of `units` units, of which those are zero that `zero` says.
 fn disk(unit: u64, units: u64, zero: impl Fn(u64) -> bool) -> Vec<u8> {
     let bytes = |index| vec![if zero(index) { 0 } else { 1 }; usize::try_from(unit).unwrap_or(0)];
@@ -85,7 +90,7 @@ fn whole_units_of_zeroes_are_zeroes() {
         (0..size).map(|at| at / 16).map(|unit| (unit % 3 == 0 && ![3, 6].contains(&unit)) || unit > 50).collect();
     for room in [1, 2, 3, 1000] {
         let mut io = MemoryDevices::new([(DEVICE, bytes.clone())]);
-        let mut source = Detected::new(Box::new(Plain(size, size, false)), 16);
+        let mut source = detected(Plain(size, size, false), 16);
         for pass in 0..3 {
             assert_eq!(said(&mut source, &mut io, room), wanted, "room for {room}, pass {pass}");
         }
@@ -98,7 +103,7 @@ fn more_than_can_be_remembered_is_looked_at_again() {
     let bytes = disk(1, units, |unit| unit % 2 == 0);
     let wanted: Vec<bool> = bytes.iter().map(|&byte| byte == 0).collect();
     let mut io = MemoryDevices::new([(DEVICE, bytes)]);
-    let mut source = Detected::new(Box::new(Plain(units, 100_000, false)), 1);
+    let mut source = detected(Plain(units, 100_000, false), 1);
     for room in [1 << 14, 1 << 14, 1000] {
         assert!(said(&mut source, &mut io, room) == wanted, "room for {room}");
     }
@@ -108,7 +113,7 @@ fn more_than_can_be_remembered_is_looked_at_again() {
 fn what_is_encoded_is_not_cut() {
     let bytes = disk(64, 8, |unit| [0, 1, 2, 5].contains(&unit));
     let mut io = MemoryDevices::new([(DEVICE, bytes)]);
-    let mut source = Detected::new(Box::new(Plain(512, 128, true)), 64);
+    let mut source = detected(Plain(512, 128, true), 64);
     let wanted: Vec<bool> = (0..512).map(|at| at < 128).collect();
     for _ in 0..2 {
         assert_eq!(said(&mut source, &mut io, 100), wanted);
