@@ -42,6 +42,21 @@ pub struct Seen {
     pub between: usize,
 }
 
+/// Rebase an image of a format that records names and identities from one image of that format onto another, each of which stands
+/// alone, and verify all that is promised. There is something to write, and a moment at which a power loss leaves the old name.
+///
+/// # Panics
+/// If a promise is broken, or nothing was tried.
+pub fn onto_another(kit: &dyn ParentKit, format: &str, crashes: Crashes, images: [Vec<u8>; 3]) {
+    const OLD: u32 = 3;
+    const NEW: u32 = 4;
+    let files: Files = [DEVICE_OUTPUT, OLD, NEW].into_iter().zip(images).collect();
+    let rebase = Rebased { kit, format, files, old: (b"old", &[OLD]), new: (b"new", &[NEW]) };
+    let (seen, _) = rebase.verify(crashes);
+    println!("{seen:?}");
+    assert!(seen.bytes > 0 && seen.states > 5 && seen.between > 0, "{seen:?}");
+}
+
 impl Rebased<'_> {
     /// Rebase, and verify all that is promised. Returns what was looked at, and the images afterwards.
     ///
