@@ -9,7 +9,7 @@ use instar_guest_abi::{device_flags, Part};
 use instar_guest_commit::{commit, Commit, CommitFailure, Options, Step};
 use instar_guest_convert::{Disks, Filled, NonZero, Sparse};
 use instar_guest_sdk::Source;
-use instar_guest_view::{Ancestors, Layers};
+use instar_guest_view::{Ancestors, Filtered, Layers};
 use instar_plugin_api::{Context, CreateSpec, Incoming, Role};
 use instar_testkit::{seen, LONGEST, SECTOR};
 
@@ -63,18 +63,16 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
         let mut sink = open_sink(format, &mut io, &target, false).map_err(planning)?;
         let mut disks = Disks::new(vec![Layers::new(layers)]).map_err(planning)?;
         let mut below = Ancestors::new(Vec::new());
-        let mut whole: Box<dyn Source + '_> = if holds_data {
-            Box::new(Filled::new(&mut disks, sink.info().virtual_size.max(size), false))
+        let whole = sink.info().virtual_size.max(size);
+        let mut source: Box<dyn Source + '_> = if holds_data {
+            Box::new(Filtered::by(Filled::new(whole, false), &mut disks as &mut dyn Source))
         } else {
-            Box::new(NonZero::new(&mut disks))
+            Box::new(Filtered::by(NonZero::default(), &mut disks as &mut dyn Source))
         };
-        let mut sparse;
-        let source: &mut dyn Source = if least == 0 {
-            whole.as_mut()
-        } else {
-            sparse = Sparse::new(whole.as_mut(), least, !holds_data);
-            &mut sparse
-        };
+        if least != 0 {
+            source = Box::new(Filtered::by(Sparse::new(least, !holds_data), source));
+        }
+        let source = source.as_mut();
         let mut images = Commit { source, sink: sink.as_mut(), below: &mut below };
         let done = commit(&mut io, &mut images, options, &mut |_| {});
         let plans = |step| matches!(step, Step::Check | Step::Plan);
