@@ -261,9 +261,15 @@ def test_a_backup_of_a_run_that_ended_behind_the_rename(clone, options):
     assert b"ended" in os.getxattr(old, "user.instar.replaced-by")
     assert support.content_hash(clone.base) == clone.expected
     if "--delete-overlay" not in options:
-        # An overlay that keeps its content would be committed once more, perhaps into a target that was written to since.
         once_more = support.run(*command)
-        assert once_more.rc == (1 if options else 0) and ("exists" in once_more.stderr) == bool(options), str(once_more)
+        assert once_more.rc == 0 and support.digest(old) == clone.before, str(once_more)
+        assert support.content_hash(clone.base) == clone.expected
+        # An overlay that keeps its content would be committed once more, into a target that was written to since.
+        support.qemu_io(clone.base, "write -P 99 0 64k")
+        written = support.digest(clone.base)
+        last = support.run(*command)
+        assert last.rc == (1 if options else 0) and ("exists" in last.stderr) == bool(options), str(last)
+        assert support.digest(clone.base) == written and support.digest(old) == clone.before
 
 
 @pytest.mark.parametrize("options", [[], ["--wipe"], ["-d"]], ids=" ".join)

@@ -66,10 +66,10 @@ def test_nothing_else_is_on_the_descriptor_of_the_lines(pair):
     """Warnings are lines, and the error is in the last one, and nowhere else; on another descriptor, people have theirs."""
     pair.make(16 * MIB, base=["write -P 99 0 16M"], top=WRITES)
     support.create(pair.top.with_name("other"), backing=pair.base)
-    failed = support.commit(pair.top, "--progress=json")
+    failed = support.run_instar("commit", "--progress=json", pair.top)
     last = lines(failed.stderr)[-1]
     assert failed.rc == 1 and last["result"]["error"]["name"] == "ERROR_BACKING_SHARED", str(failed)
-    as_json = support.commit(pair.top, "--progress=json", "--output", "json")
+    as_json = support.run_instar("commit", "--progress=json", "--output", "json", pair.top)
     assert as_json.rc == 1 and lines(as_json.stderr)[-1]["result"] == last["result"], str(as_json)
     child, reader = started("commit", pair.top)
     with reader:

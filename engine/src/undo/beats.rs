@@ -44,22 +44,42 @@ impl Rhythm {
     /// # Errors
     /// The kernel's.
     pub fn beat(&mut self, file: &File, nonce: &[u8; 16], must: bool) -> io::Result<()> {
+        if self.write(file, nonce, must)? && (must || is_due(self.durable, DURABLE)) {
+            retry_on_intr(|| rustix::fs::fdatasync(file))?;
+            self.durable = self.last;
+        }
+        Ok(())
+    }
+
+    /// Write a beat in the same way, for a caller that flushes the log at once.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn beat_before_flush(&mut self, file: &File, nonce: &[u8; 16]) -> io::Result<()> {
+        if self.write(file, nonce, false)? {
+            self.durable = self.last;
+        }
+        Ok(())
+    }
+
+    /// Write a beat, if it is time for one. Returns whether it was.
+    fn write(&mut self, file: &File, nonce: &[u8; 16], must: bool) -> io::Result<bool> {
         let moment = Instant::now();
-        let due = |last: Option<Instant>, pause| last.is_none_or(|last| moment.duration_since(last) >= pause);
-        if !must && !due(self.last, PAUSE) {
-            return Ok(());
+        if !must && !is_due(self.last, PAUSE) {
+            return Ok(false);
         }
         self.number += 1;
         let [even, odd] = BEATS;
         let at = if self.number.is_multiple_of(2) { even } else { odd };
         file.write_all_at(&Beat { number: self.number, time: now() }.encode(nonce), at)?;
         self.last = Some(moment);
-        if must || due(self.durable, DURABLE) {
-            retry_on_intr(|| rustix::fs::fdatasync(file))?;
-            self.durable = Some(moment);
-        }
-        Ok(())
+        Ok(true)
     }
+}
+
+/// Whether this much time has passed since then.
+fn is_due(last: Option<Instant>, pause: Duration) -> bool {
+    last.is_none_or(|last| last.elapsed() >= pause)
 }
 
 impl<'f> Beats<'f> {

@@ -36,14 +36,14 @@ impl Job {
         }
     }
 
-    /// Publish work on `count` items for up to `slots` processors. Slot 0 is that of whoever publishes.
+    /// Publish work on `count` items for up to `slots` processors. Slot 0 belongs to the processor that publishes.
     pub fn publish(&self, work: ParallelWork, context: *const c_void, slots: usize, count: usize) {
         self.work.store(work as *mut c_void, Ordering::Relaxed);
         self.context.store(context.cast_mut(), Ordering::Relaxed);
         self.slots.store(slots, Ordering::Relaxed);
         self.count.store(count, Ordering::Relaxed);
         self.next_item.store(0, Ordering::Relaxed);
-        // What stands above, and in memory, is seen by whoever gets a slot.
+        // A processor that gets a slot sees all that was written before.
         self.next_slot.store(1, Ordering::Release);
     }
 
@@ -52,7 +52,7 @@ impl Job {
         self.work(0);
     }
 
-    /// Take items until none is left, as another one. Whoever comes when all slots are taken takes none.
+    /// Take items until none is left, as another processor. One that comes when all slots are taken takes none.
     pub fn help(&self) {
         self.work(self.next_slot.fetch_add(1, Ordering::AcqRel));
     }
@@ -74,7 +74,7 @@ impl Job {
         self.left.fetch_add(1, Ordering::Release);
     }
 
-    /// See what those have written that took part. Whether all are done, whoever woke them knows.
+    /// See what the processors that took part have written. The caller, who woke them, knows whether all are done.
     pub fn see(&self) {
         let _ = self.left.load(Ordering::Acquire);
     }

@@ -29,7 +29,7 @@ impl ZeroRuns {
     /// Bytes that are read at once, at most.
     pub const CHUNK: u64 = 1 << 20;
 
-    /// Look at units of so many bytes.
+    /// Look at units of `unit` bytes.
     #[must_use]
     pub fn of(unit: u64) -> Self {
         Self { unit: unit.clamp(1, Self::CHUNK), buffer: Vec::new() }

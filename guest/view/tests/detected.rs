@@ -68,7 +68,7 @@ fn said(source: &mut dyn Source, io: &mut dyn BlockIo, room: usize) -> Vec<bool>
     all
 }
 
-/// A source whose zeroes are looked for in units of so many bytes.
+/// A source in which zeroes are found in units of this many bytes.
 fn detected(source: Plain, unit: u64) -> Filtered<Box<dyn Source>, Detected> {
     Filtered::by(Detected::new(unit), Box::new(source))
 }

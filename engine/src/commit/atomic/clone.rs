@@ -154,9 +154,9 @@ impl Clone {
         published.map_err(|error| error.at_path(path))
     }
 
-    /// Whether the old target keeps a name.
+    /// Whether the old target is to get another name, which it does not have yet.
     pub fn leaves_backup(&self) -> bool {
-        self.backup.is_some()
+        self.backup.is_some() && self.made.is_none()
     }
 
     /// The file to which the backup's name leads.
@@ -167,7 +167,9 @@ impl Clone {
     /// Remove the backup's mark: the commit has reached its end, and no second run needs it.
     pub fn finished(&self, old: &OpenedFile) {
         if let Some(overlay) = &self.overlay {
-            mark::end(self.marked(old), self.new.file(), overlay);
+            // A run that changed nothing has left the target in its place.
+            let target = if self.has_replaced(old) { self.new.file() } else { old.file.file() };
+            mark::end(self.marked(old), target, overlay);
         }
     }
 

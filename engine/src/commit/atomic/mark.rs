@@ -6,8 +6,9 @@
 //! target by inode and time of birth, and the overlay by inode and time of last change, so it becomes invalid once the
 //! overlay is emptied or written to. So a crash in between leaves no backup that a later commit would take for its own.
 //!
-//! When the commit has reached its end, the mark of the old target records that instead: a run that is repeated because nobody
-//! saw the end of the first one has nothing to commit, and accepts the backup. One that has something to commit does not.
+//! When the commit has reached its end, the mark of the old target records that instead, with the times at which the overlay and
+//! the new target last changed. A run that is repeated because nobody saw the end of the first one accepts the backup if neither
+//! has changed since, or if it has nothing to commit. Any other run does not.
 
 use rustix::fs::{fgetxattr, fremovexattr, fsetxattr, fstat, statx, AtFlags, Stat, Statx, StatxFlags, XattrFlags};
 use rustix::io::Errno;
@@ -33,21 +34,23 @@ fn line(new: &File, overlay: &File) -> Option<String> {
     ))
 }
 
-/// A file that took the place in a commit of this overlay, in whatever state that is by now.
+/// The line of a commit that has ended: the same, with the times at which the overlay and the new target were changed last.
 fn ended_line(new: &File, overlay: &File) -> Option<String> {
     let line = line(new, overlay)?;
-    Some(line.rsplit_once(' ').map(|(named, _)| format!("{named} ended\n")).unwrap_or_default())
+    let (named, changed) = line.trim_end().rsplit_once(' ')?;
+    let target = statx(new, "", AtFlags::EMPTY_PATH, StatxFlags::MTIME).ok()?.stx_mtime;
+    Some(format!("{named} ended {changed} {}.{:09}\n", target.tv_sec, target.tv_nsec))
 }
 
-/// Whether an old target says that `target` has taken its place in a commit of this overlay, which has nothing left then.
+/// Whether an old target says that `target` has taken its place in a commit of this overlay, in whatever state the two are by now: it
+/// is the backup of a commit that has nothing left to do.
 #[must_use]
 pub fn is_ended(old: &File, target: &File, overlay: &File) -> bool {
-    if !looks_like(old, target) {
+    let named = |line: &str| line.split(' ').take(3).collect::<Vec<_>>().join(" ");
+    let Some(wanted) = line(target, overlay).as_deref().map(named).filter(|_| looks_like(old, target)) else {
         return false;
-    }
-    let named = |line: &str| line.rsplit_once(' ').map(|(named, _)| named.to_owned());
-    let Some(wanted) = ended_line(target, overlay).as_deref().and_then(named) else { return false };
-    read(old).is_some_and(|value| value.lines().any(|line| named(line).is_some_and(|named| named == wanted)))
+    };
+    read(old).is_some_and(|value| value.lines().any(|line| named(line) == wanted))
 }
 
 /// Anybody can write such a mark on a file of their own; the old target is its owner's, with the same mode.
@@ -70,8 +73,9 @@ pub fn is_replaced(old: &File, target: &File, overlay: &File) -> bool {
     if !looks_like(old, target) {
         return false;
     }
-    let Some(wanted) = line(target, overlay) else { return false };
-    read(old).is_some_and(|value| value.split_inclusive('\n').any(|line| line == wanted))
+    let wanted = [line(target, overlay), ended_line(target, overlay)];
+    let says = |line: &str| wanted.iter().flatten().any(|wanted| line == wanted);
+    read(old).is_some_and(|value| value.split_inclusive('\n').any(says))
 }
 
 /// Add to an old target's mark, durably, that `new` takes its place in a commit of this overlay. On a file system

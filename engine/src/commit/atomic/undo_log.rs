@@ -241,13 +241,18 @@ impl UndoLog {
         missing.iter().try_for_each(|range| self.append(device, range, batch, go_on))?;
         // A target that was written long after the last beat was written by somebody else.
         let new = !self.is_named();
-        self.rhythm.beat(&self.log, &self.header.nonce, false)?;
+        let flushes = new || !missing.is_empty();
+        if flushes {
+            self.rhythm.beat_before_flush(&self.log, &self.header.nonce)?;
+        } else {
+            self.rhythm.beat(&self.log, &self.header.nonce, false)?;
+        }
         if new {
             self.take_samples(device)?;
             self.header.durable = self.sequence;
             self.log.write_all_at(&self.header.encode().unwrap_or_default(), 0)?;
         }
-        if new || !missing.is_empty() {
+        if flushes {
             flush(&self.log)?;
         }
         if let Some(new) = &mut self.new {

@@ -1,9 +1,9 @@
 //! Compressed clusters that are decoded before they are asked for, side by side.
 //!
-//! Whoever reads a layer enumerates it first, and then asks for one cluster after the other. The streams of those that come next
-//! mostly are in memory already, read ahead together with the one that is asked for, so all processors decode at once. Nothing
-//! is read for that, and what does not decode is an error of whoever asks for it: with one processor, which decodes what it is
-//! asked for, the requests and the errors are the same.
+//! A reader enumerates a layer first, and then asks for one cluster after the other. The streams of the next clusters are mostly
+//! in memory already, read ahead together with that of the requested one, so all processors decode at once. No request is made
+//! for that, and a stream that does not decode is an error only for the request that asks for its cluster: with one processor,
+//! which decodes just the requested cluster, the requests and the errors are the same.
 
 use crate::image::Image;
 use alloc::vec;
@@ -55,8 +55,8 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// What the image holds from guest byte `from` on is enumerated anew. What came before stays: whoever looks ahead, as a view
-    /// of layers does, asks for it later.
+    /// Begin to enumerate the image again from guest byte `from` on. The clusters before it stay: a reader that looks ahead, as
+    /// a view of layers does, asks for them later.
     pub(super) fn enumerate(&mut self, from: u64) {
         let before = self.known.partition_point(|known| known.guest < from);
         self.known.truncate(before);

@@ -62,7 +62,7 @@ enum Fate {
     Zero,
     /// It does not shrink.
     Plain,
-    /// So many of the first bytes of its stream.
+    /// The first `length` bytes of its stream.
     Stream { length: usize },
 }
 
