@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lines of Markdown that are longer than 100 characters. Run by `make lint`.
+"""Lines of Markdown that are longer than 100 characters, and tables whose rows were joined. Run by `make lint`.
 
 Tables, code, headings and lines that are one long link or word cannot be broken, and may be longer. `docs/performance.md` is
 written by the benchmarks.
@@ -17,12 +17,27 @@ GENERATED = ("docs/performance.md", "tests/compat/", "bench-results/")
 UNBREAKABLE = re.compile(r"^\s*(?:[-*] |\d+\. )?(?:\S+|\[[^\]]*\]\(\S*\)\S*|`[^`]*`\S*)$")
 
 
+#: The row below a table's head that does not stand alone: whatever broke the lines took the table for a paragraph.
+JOINED = re.compile(r"\S.*\|---.*\|.*[^-|: ]|\|---[-|: ]*\|.*[^-|: ]")
+
+
 def too_long(text: str) -> list[int]:
     found, code = [], False
     for number, line in enumerate(text.splitlines(), 1):
         if re.match(r"\s*(```|~~~)", line):
             code = not code
         elif len(line) > WIDTH and not code and not line.lstrip().startswith(("|", "#", "[")) and not UNBREAKABLE.match(line):
+            found.append(number)
+    return found
+
+
+def joined(text: str) -> list[int]:
+    """The lines of tables that were joined."""
+    found, code = [], False
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r"\s*(```|~~~)", line):
+            code = not code
+        elif not code and JOINED.search(re.sub(r"`[^`]*`", "", line)):
             found.append(number)
     return found
 
@@ -36,6 +51,7 @@ def main() -> int:
         if not name.startswith(GENERATED)
         for number in too_long((ROOT / name).read_text(encoding="utf-8"))
     ]
+    wrong += [f"{name}:{number}: rows of a table in one line" for name in names for number in joined((ROOT / name).read_text(encoding="utf-8"))]
     print("\n".join(wrong) or f"tests/tools/markdown_width: {len(names)} files", file=sys.stderr if wrong else sys.stdout)
     return 1 if wrong else 0
 

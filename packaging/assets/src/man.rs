@@ -77,7 +77,12 @@ fn synopsis(command: &Command) -> String {
         }
         let name = option.get_short().map(|short| format!("-{short}"));
         let name = name.or_else(|| option.get_long().map(|long| format!("--{long}"))).unwrap_or_default();
-        let value = if is_flag(option) { String::new() } else { format!(" {}", value(option)) };
+        // A value that may be left out is not the next word.
+        let value = match (is_flag(option), option.is_require_equals_set(), option.get_long()) {
+            (true, ..) => String::new(),
+            (_, true, Some(_)) => format!("[={}]", value(option)),
+            _ => format!(" {}", value(option)),
+        };
         let called = format!("\\fB{}\\fR{value}", roff(&name));
         let excluded = command.get_arg_conflicts_with(option).into_iter().find(|other| other.is_positional());
         if let Some(positional) = excluded {
