@@ -56,3 +56,21 @@ impl Kept {
         self.0.insert(start, end);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_are_missing() {
+        let mut kept = Kept::default();
+        let wanted = [5000..5001, 0..10, 65_536..u64::MAX, 80_000..90_000, 7..7];
+        assert_eq!(kept.missing(&wanted, 70_000), [0..4096, 4096..8192, 65_536..70_000]);
+        for range in [4096..8192, 0..4096, 12_288..16_384] {
+            kept.note(&range);
+        }
+        assert_eq!(kept.missing(&[0..20_000, 1..1], 70_000), [8192..12_288, 16_384..20_480]);
+        kept.note(&(8192..12_288));
+        assert_eq!(kept.0.iter().collect::<Vec<_>>(), [(&0, &16_384)]);
+    }
+}

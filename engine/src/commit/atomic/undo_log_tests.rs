@@ -129,17 +129,3 @@ fn what_cannot_be_kept_is_not_changed() {
     assert_eq!(lab.now(), lab.before);
     assert_eq!(fs::read(lab.directory.path().join(".base.instar-undo")).unwrap(), b"mine");
 }
-
-#[test]
-fn ranges_that_are_missing() {
-    let lab = Lab::new();
-    let mut log = lab.log.borrow_mut();
-    let wanted = [5000..5001, 0..10, 65_536..u64::MAX, 80_000..90_000, 7..7];
-    assert_eq!(log.missing(&wanted), [0..4096, 4096..8192, 65_536..70_000]);
-    for range in [4096..8192, 0..4096, 12_288..16_384] {
-        log.note(&range);
-    }
-    assert_eq!(log.missing(&[0..20_000, 1..1]), [8192..12_288, 16_384..20_480]);
-    log.note(&(8192..12_288));
-    assert_eq!(log.kept.iter().collect::<Vec<_>>(), [(&0, &16_384)]);
-}
