@@ -6,7 +6,7 @@ use super::mark::{self, Stale};
 use super::resume::resume;
 use super::take_over::TakeOver;
 use super::{out_of_order, AdoptOutcome, AdoptRequest};
-use crate::commit::{become_stale, no_space, refuse_children, Meter, Siblings, Space};
+use crate::commit::{become_stale, refuse_children, Meter, Siblings};
 use crate::confine::{Reach, Work};
 use crate::devices::{Devices, Workers};
 use crate::error::Error;
@@ -16,7 +16,8 @@ use crate::image::{
 };
 use crate::lookup::Directory;
 use crate::operation::{
-    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+    ask, ask_below, no_space, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+    Space,
 };
 use crate::plugins::Registry;
 use crate::rebase::{self, Likeness, RebaseEvents};

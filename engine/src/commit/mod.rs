@@ -21,7 +21,6 @@ mod repeated;
 mod request;
 mod siblings;
 mod snapshot;
-mod space;
 mod undo_room;
 mod verdict;
 mod verify;
@@ -41,7 +40,6 @@ pub use plan::PlanBounds;
 pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
 pub(crate) use siblings::Siblings;
-pub(crate) use space::{no_space, Needs, Space};
 pub(crate) use verdict::become_stale;
 
 use crate::devices::Cache;

@@ -15,7 +15,6 @@ use super::relinks::{self, Relinked, Relinks};
 use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
 use super::siblings::Siblings;
-use super::space::{block_size, free_in, free_space, no_space, taken_space, Space};
 use super::undo_room::log_room;
 use super::verdict::{become_stale, Parts};
 use super::verify::{self, Verification};
@@ -30,8 +29,8 @@ use crate::image::{
 };
 use crate::lookup::Directory;
 use crate::operation::{
-    DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, NamedDirectory, Opener, Operation, Session, Settings,
-    Slot,
+    block_size, free_in, free_space, no_space, taken_space, DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named,
+    NamedDirectory, Opener, Operation, Session, Settings, Slot, Space,
 };
 use crate::plugins::Registry;
 use crate::sandbox::ModuleSpec;

@@ -10,6 +10,7 @@ mod notes;
 mod observer;
 mod run;
 mod session;
+mod space;
 mod timing;
 mod verdict;
 
@@ -22,5 +23,6 @@ pub use images::{Grants, ImageSet, Named, NamedDirectory, Opener, Slot};
 pub use observer::{Observer, Progress, Stage};
 pub use run::{run, Ended, Operation, Settings};
 pub use session::Session;
+pub(crate) use space::{block_size, free_in, free_space, no_space, taken_space, Needs, Space};
 pub use timing::Timing;
 pub use verdict::{ask, ask_below};

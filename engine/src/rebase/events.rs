@@ -1,10 +1,10 @@
 //! The host's answers to the guest of a rebase: it checks the plan, the phases, and the end.
 
-use crate::commit::{Meter, Needs, Space, REPLACED_MARK};
+use crate::commit::{Meter, REPLACED_MARK};
 use crate::create::look_like;
 use crate::devices::{Cache, Devices};
 use crate::error::{reason, Error};
-use crate::operation::{decode, DevicePaths, Events, Observer, Session};
+use crate::operation::{decode, DevicePaths, Events, Needs, Observer, Session, Space};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{Phase, Request, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Outcome, Plan};

@@ -4,14 +4,15 @@ use super::events::RebaseEvents;
 use super::open::{named_parent, open_unchecked, refuse_unrecorded, Below};
 use super::{out_of_order, RebaseOutcome, RebaseRequest};
 use crate::bytes::Bytes;
-use crate::commit::{no_space, Meter, Space};
+use crate::commit::Meter;
 use crate::confine::Work;
 use crate::devices::{Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_path};
 use crate::image::{file_name, open_extra_files, Access, ChainImage, FilesOf};
 use crate::operation::{
-    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+    ask, ask_below, no_space, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+    Space,
 };
 use crate::plugins::Registry;
 use crate::sandbox::ModuleSpec;

@@ -1,8 +1,8 @@
 //! The host's answers to the guest of a resize: it checks the plan, the phases, and the end.
 
-use crate::commit::{Meter, Needs, Space};
+use crate::commit::Meter;
 use crate::devices::Devices;
-use crate::operation::{decode, Events};
+use crate::operation::{decode, Events, Needs, Space};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{Phase, Request};
 use instar_guest_protocol::resize::{Outcome, Plan};
