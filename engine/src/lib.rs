@@ -27,6 +27,7 @@ pub mod map;
 pub mod measure;
 pub mod nearest;
 pub mod operation;
+mod others;
 pub mod plugins;
 pub mod rebase;
 pub mod recover;

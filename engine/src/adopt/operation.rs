@@ -6,7 +6,7 @@ use super::mark::{self, Stale};
 use super::resume::resume;
 use super::take_over::TakeOver;
 use super::{out_of_order, AdoptOutcome, AdoptRequest};
-use crate::commit::{become_stale, no_space, refuse_children, Meter, Siblings, Space};
+use crate::commit::become_stale;
 use crate::confine::{Reach, Work};
 use crate::devices::{Devices, Workers};
 use crate::error::Error;
@@ -16,8 +16,10 @@ use crate::image::{
 };
 use crate::lookup::Directory;
 use crate::operation::{
-    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+    ask, ask_below, no_space, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings,
+    Slot, Space,
 };
+use crate::others::{refuse_children, Siblings};
 use crate::plugins::Registry;
 use crate::rebase::{self, Likeness, RebaseEvents};
 use crate::sandbox::ModuleSpec;
@@ -26,9 +28,6 @@ use instar_guest_protocol::rebase::{Config, Parent};
 use instar_guest_protocol::Message;
 use instar_plugin_api::{Context, Role};
 use std::path::PathBuf;
-
-/// The group of the images that stay below the overlay.
-const NEW: u32 = 1;
 
 /// What is to be done about images on the overlay.
 const CHILDREN: &str = "have them name the target with --relink, and commit without --by-adoption";
@@ -120,7 +119,7 @@ impl<'q> Adopt<'q> {
             siblings,
             locked: Some(target.opened),
         });
-        let again = (0..ancestors.len()).map(|slot| (NEW, slot)).collect();
+        let again = (0..ancestors.len()).map(|slot| (rebase::NEW, slot)).collect();
         let slots = ancestors.into_iter().map(|image| Slot::new(MemberRole::Below, image)).collect();
         Ok(ImageSet { slots, target: Some(overlay), rebases: true, again })
     }
@@ -246,7 +245,7 @@ impl Operation for Adopt<'_> {
         }
         let first = between.len() + 1;
         let old: Vec<ChainImage<'r>> = between.into_iter().chain([backing]).chain(ancestors).collect();
-        let again = (first..old.len()).map(|slot| (NEW, slot)).collect();
+        let again = (first..old.len()).map(|slot| (rebase::NEW, slot)).collect();
         let slots = old.into_iter().map(|image| Slot::new(MemberRole::Below, image)).collect();
         Ok(ImageSet { slots, target: Some(overlay), rebases: true, again })
     }

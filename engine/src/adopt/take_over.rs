@@ -1,10 +1,9 @@
 //! The step in which the overlay's file gets the target's name.
 
 use super::mark;
-use crate::commit::removal_denied;
 use crate::error::{reason, Error, Role};
 use crate::image::OpenedFile;
-use crate::lookup::{Directory, Identity};
+use crate::lookup::{removal_denied, Directory, Identity};
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{fstat, fsync, openat, renameat, Mode, OFlags};
 use rustix::io::{retry_on_intr, Errno};

@@ -1,10 +1,9 @@
 //! The messages of a check's guest: findings, counts, the plan of a repair, and phases.
 
-use crate::commit::Meter;
 use crate::devices::Devices;
-use crate::operation::{decode, Events};
-use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{CheckSummary, FindingKind, Phase, Request};
+use crate::operation::{decode, enter_planned, Events, Meter};
+use crate::sandbox::BadRequest;
+use instar_guest_abi::{CheckSummary, FindingKind, Phase};
 use instar_guest_protocol::check::{event, Event, Finding, Outcome, Plan};
 
 /// Findings that are kept, of each kind.
@@ -106,15 +105,8 @@ pub(super) fn summary(found: &Outcome) -> CheckSummary {
 }
 
 impl Events for CheckEvents {
-    fn requests(
-        &mut self,
-        devices: &mut Devices,
-        memory: &dyn BufferAccess,
-        requests: &mut [Request],
-    ) -> Result<(), BadRequest> {
-        devices.execute(memory, requests)?;
-        self.meter.iter().for_each(|meter| meter.settle(devices));
-        Ok(())
+    fn meter(&self) -> Option<&Meter> {
+        self.meter.as_ref()
     }
 
     fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
@@ -130,13 +122,7 @@ impl Events for CheckEvents {
         if self.grant.is_none() {
             return Err(BadRequest("a change was announced in an operation that only reads".to_owned()));
         }
-        if self.plan.is_none() {
-            return Err(BadRequest("a change was announced before a plan".to_owned()));
-        }
-        if phase > self.last_phase() {
-            return Err(BadRequest("a change was announced where nothing may be changed".to_owned()));
-        }
-        devices.enter(phase).map_err(BadRequest)?;
+        enter_planned(devices, phase, self.plan.as_ref(), self.last_phase())?;
         self.before = std::mem::take(&mut self.findings);
         // What it takes is not known beforehand.
         self.meter.iter().for_each(|meter| meter.planned(0));
@@ -156,24 +142,15 @@ impl Events for CheckEvents {
 mod tests {
     use super::*;
     use crate::devices::Device;
+    use crate::operation::test_buffers::Zeroes;
     use crate::operation::{Cancel, Handler};
-    use crate::sandbox::{Host, VolatileSlice};
-    use instar_guest_abi::{Part, DEVICE_OUTPUT};
+    use crate::sandbox::Host;
+    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
 
     const LENGTH: u64 = 4096;
-
-    /// Buffers are of no interest: what is written is zeroes.
-    struct Zeroes;
-
-    impl BufferAccess for Zeroes {
-        fn heap_slice(&self, _: u64, length: u64) -> Option<VolatileSlice<'_>> {
-            let memory = vec![0_u8; usize::try_from(length).ok()?].leak();
-            Some(VolatileSlice::from(memory))
-        }
-    }
 
     fn event(kind: event::Kind) -> Kind {
         Kind::Event(Event { kind: Some(kind) }.encode_to_vec())

@@ -6,12 +6,11 @@ mod events;
 
 pub use events::{CheckEvents, Findings, Grant};
 
-use crate::commit::Meter;
 use crate::confine::Work;
 use crate::devices::{Device, Devices};
 use crate::error::Error;
 use crate::image::{check_immediate_parent, open_extra_files, Access, FilesOf};
-use crate::operation::{run, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings};
+use crate::operation::{run, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings};
 use crate::sandbox::{guest_module, ModuleSpec};
 use instar_guest_abi::{CheckSummary, Phase, Repair};
 use instar_guest_protocol::check::Config;

@@ -2,8 +2,8 @@
 
 use super::outcome::Units;
 use super::plan::PlanBounds;
-use super::space::Space;
 use crate::image::Doubt;
+use crate::operation::Space;
 use instar_guest_protocol::commit::Relinked as Wanted;
 use std::path::PathBuf;
 

@@ -14,20 +14,16 @@ use super::verdict::Parts;
 use crate::devices::Cache;
 use crate::error::{reason, Error, Role};
 use crate::escape::escape_path;
-use crate::image::{counted, ChainImage, ChildSearch, NamedFile};
-use crate::lookup::Identity;
-use crate::operation::Opener;
+use crate::image::NamedFile;
+use crate::lookup::{removal_denied, Identity};
 use instar_guest_abi::ErrorCode;
-use rustix::fs::{accessat, fstat, fsync, openat, statat, unlinkat, Access, AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{fstat, fsync, openat, statat, unlinkat, AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-
-/// Set in `st_mode` of a directory in which only the owner of a file, its own, and the superuser may remove it (inode(7)).
-const STICKY: u32 = 0o1000;
 
 /// The name to remove.
 #[derive(Debug)]
@@ -60,7 +56,7 @@ impl Deletion {
         Some(looked.map_err(|errno| refused(path, &format!("cannot be removed durably: {}", why(errno)))).map(
             |(directory, found)| Self {
                 path: path.to_owned(),
-                denied: denied(&directory, &found),
+                denied: removal_denied(&directory, &found),
                 directory,
                 name: named.name().to_owned(),
                 found,
@@ -173,58 +169,12 @@ impl Deletion {
     }
 }
 
-/// Refuse an overlay that other images name, except for those that are relinked; `remedy` says what to do about them.
-/// The search covers the same directories as that for [siblings].
-///
-/// [siblings]: super::siblings
-///
-/// # Errors
-/// [`ErrorCode::BackingShared`], [`ErrorCode::Interrupted`].
-pub fn refuse_children(
-    opener: &Opener<'_, '_>,
-    chain: &[&ChainImage<'_>],
-    relinked: &[ChainImage<'_>],
-    remedy: &str,
-) -> Result<(), Error> {
-    let Opener { registry, session, below, named, .. } = *opener;
-    let Some(&overlay) = chain.first() else { return Ok(()) };
-    let known: Vec<&ChainImage<'_>> = chain.iter().copied().chain(relinked).collect();
-    let (roots, parents) = (below.roots(), [overlay]);
-    let search = ChildSearch { registry, roots, parents: &parents, known: &known, cancel: session.cancel() };
-    let named = named.child_directories.iter().filter_map(|directory| directory.found.as_ref().ok());
-    let beside = chain.iter().map(|image| &image.opened.directory);
-    let found = search.find(roots.directories().iter().chain(named).chain(beside))?;
-    if found.passed_over > 0 {
-        session.note(|| format!("images on the overlay: files that could not be looked at: {}", found.passed_over));
-    }
-    let names: Vec<String> = found.children.iter().map(|child| format!("'{}'", escape_path(&child.path))).collect();
-    if names.is_empty() {
-        return Ok(());
-    }
-    let (count, names) = counted(&names);
-    let clause = format!("is the backing of {count}, which could not be read without it: {names}; {remedy}");
-    Err(Error::image(&overlay.opened.path, ErrorCode::BackingShared, clause).in_role(Role::Overlay))
-}
-
 fn refused(path: &Path, clause: &str) -> Error {
     Error::image(path, ErrorCode::OpenFailed, clause).in_role(Role::Overlay)
 }
 
 fn why(errno: Errno) -> String {
     reason(&io::Error::from(errno))
-}
-
-/// The reason why this user may not remove a file, `found` like this, from its directory: the directory is not
-/// writable, or it is sticky, and both it and the file belong to somebody else. Other obstacles, such as an attribute
-/// of the file, show only when the file is removed.
-pub fn denied(directory: &OwnedFd, found: &Stat) -> Option<String> {
-    if let Err(errno) = accessat(directory, ".", Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
-        return Some(why(errno));
-    }
-    let stat = fstat(directory).ok()?;
-    let user = rustix::process::geteuid().as_raw();
-    let sticky = stat.st_mode & STICKY != 0 && user != 0 && user != stat.st_uid && user != found.st_uid;
-    sticky.then(|| "the directory is sticky, and neither it nor the file is yours".to_owned())
 }
 
 #[cfg(test)]

@@ -9,13 +9,12 @@
 //! a long disk that holds next to nothing is refused.
 
 use super::request::CommitRequest;
-use super::space::taken_space;
 use super::verdict::Parts;
 use super::verify::{unreadable, STEP};
 use crate::bytes::Bytes;
 use crate::devices::{Cache, Devices};
 use crate::error::{Error, Role};
-use crate::operation::{DevicePaths, GuestFailure};
+use crate::operation::{taken_space, DevicePaths, GuestFailure};
 use crate::sandbox::{BadRequest, BufferAccess, SandboxError};
 use instar_guest_abi::{request_status, ErrorCode, Part, Phase, Request, RequestOp, DEVICE_OUTPUT};
 use serde::Serialize;

@@ -3,6 +3,7 @@
 //! Up to the first change, all steps only read, so a refused commit leaves all files byte-identical, also if the guest
 //! refuses it in its steps "check" and "plan".
 
+mod admission;
 mod admitted;
 pub(crate) mod as_text;
 mod atomic;
@@ -10,8 +11,8 @@ mod bitmaps;
 mod changed;
 mod delete;
 mod digest;
+mod end;
 mod events;
-mod meter;
 mod operation;
 mod outcome;
 mod plan;
@@ -19,9 +20,7 @@ mod refusals;
 mod relinks;
 mod repeated;
 mod request;
-mod siblings;
 mod snapshot;
-mod space;
 mod undo_room;
 mod verdict;
 mod verify;
@@ -32,16 +31,12 @@ pub use atomic::AtomicWay;
 pub(crate) use atomic::REPLACED_MARK;
 pub(crate) use bitmaps::allowance as room_for_bitmaps;
 pub use bitmaps::{MergedBitmap, RESULTS as BITMAP_RESULTS};
-pub(crate) use delete::{denied as removal_denied, refuse_children};
 pub use digest::DiskDigest;
 pub use events::CommitEvents;
-pub(crate) use meter::Meter;
 pub use outcome::{CommitOutcome, GuestRun, Preview};
 pub use plan::PlanBounds;
 pub use relinks::Relinked;
 pub use request::{CommitMode, CommitRequest};
-pub(crate) use siblings::Siblings;
-pub(crate) use space::{no_space, Needs, Space};
 pub(crate) use verdict::become_stale;
 
 use crate::devices::Cache;

@@ -2,40 +2,33 @@
 
 use super::admitted::Admitted;
 use super::atomic::{Atomic, AtomicWay};
-use super::bitmaps::{allowance, count as bitmaps_of, left_out};
-use super::changed::Changed;
-use super::delete::{self, Deletion};
-use super::digest::{self, Digests};
+use super::delete::Deletion;
+use super::digest::Digests;
 use super::events::CommitEvents;
-use super::meter::Meter;
-use super::outcome::{CommitOutcome, GuestRun, Preview};
+use super::outcome::CommitOutcome;
 use super::plan::PlanBounds;
-use super::refusals::{is_sibling, not_writable, nothing_to_commit};
-use super::relinks::{self, Relinked, Relinks};
+use super::refusals::{not_writable, nothing_to_commit};
+use super::relinks::{Relinked, Relinks};
 use super::repeated::Repeated;
 use super::request::{CommitMode, CommitRequest};
-use super::siblings::Siblings;
-use super::space::{block_size, free_in, free_space, no_space, taken_space, Space};
-use super::undo_room::log_room;
-use super::verdict::{become_stale, Parts};
-use super::verify::{self, Verification};
-use super::wipe;
+use super::verify::Verification;
 use crate::confine::{Reach, Work};
 use crate::devices::{Device, Devices, Workers};
 use crate::error::{Error, Role};
 use crate::escape::{escape_bytes, escape_path};
 use crate::image::{
-    check_parents, open_extra_files, parent_is_unrecorded, resolve_backing, undo_directory, Access, BackingChoice,
-    ChainImage, Descent, FilesOf, Gate, NamedFile, Target,
+    open_extra_files, parent_is_unrecorded, resolve_backing, undo_directory, Access, BackingChoice, ChainImage,
+    Descent, FilesOf, Gate, NamedFile, Target,
 };
 use crate::lookup::Directory;
 use crate::operation::{
-    DevicePaths, Ended, Grants, GuestFailure, ImageSet, Named, NamedDirectory, Opener, Operation, Session, Settings,
+    free_in, DevicePaths, Ended, Grants, ImageSet, Meter, Named, NamedDirectory, Opener, Operation, Session, Settings,
     Slot,
 };
+use crate::others::{refuse_children, Siblings};
 use crate::plugins::Registry;
 use crate::sandbox::ModuleSpec;
-use instar_guest_abi::{ErrorCode, MemberRole, Phase, DEVICE_OUTPUT, MAX_CHAIN_DEVICES, PAYLOAD_SIZE};
+use instar_guest_abi::{ErrorCode, MemberRole, Phase, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::commit::Config;
 use instar_guest_protocol::Message;
 use std::os::fd::BorrowedFd;
@@ -46,30 +39,30 @@ const MESSAGES: u64 = 16 << 20;
 
 /// A commit in progress.
 pub struct Commit<'q> {
-    request: &'q CommitRequest,
+    pub(super) request: &'q CommitRequest,
     /// Threads that copy in parallel, if there is much to copy and the system permits them.
     workers: Option<Workers>,
     /// The lines of a dry run about files that a commit could not write.
-    warnings: Vec<String>,
+    pub(super) warnings: Vec<String>,
     /// Other images that the commit would damage.
-    siblings: Option<Siblings>,
+    pub(super) siblings: Option<Siblings>,
     /// Absolute paths of the overlay and the backing.
-    paths: (PathBuf, PathBuf),
+    pub(super) paths: (PathBuf, PathBuf),
     /// The overlay's children that the commit relinks to the backing, or that name it already.
-    relinked: Vec<Relinked>,
+    pub(super) relinked: Vec<Relinked>,
     /// The overlay's name, if it will be removed.
-    deletion: Option<Result<Deletion, Error>>,
+    pub(super) deletion: Option<Result<Deletion, Error>>,
     /// The bound on the messages of reading back, in bytes.
-    message_limit: u64,
-    admitted: Option<Admitted>,
+    pub(super) message_limit: u64,
+    pub(super) admitted: Option<Admitted>,
     /// The state of `--atomic`, with which the target changes completely or not at all.
-    atomic: Option<Atomic>,
+    pub(super) atomic: Option<Atomic>,
     /// The way in which the old target is kept.
-    way: Option<AtomicWay>,
+    pub(super) way: Option<AtomicWay>,
     /// Free bytes in the directory of its undo log, if that is another one.
-    undo_free: Option<u64>,
+    pub(super) undo_free: Option<u64>,
     /// The old target's name afterwards.
-    backup: Option<PathBuf>,
+    pub(super) backup: Option<PathBuf>,
     /// Directories besides those of the images in which the target may lie.
     target_directories: Vec<Directory>,
 }
@@ -98,7 +91,7 @@ impl<'q> Commit<'q> {
 
     /// The first child that names the target already. As long as the overlay holds data, nothing proves that an earlier
     /// run relinked the child: it may have been on the target all along.
-    fn settled(&self) -> Option<&Path> {
+    pub(super) fn settled(&self) -> Option<&Path> {
         self.relinked.iter().find(|child| child.already).map(|child| child.image.as_path())
     }
 
@@ -212,7 +205,7 @@ impl Operation for Commit<'_> {
         let Relinks { images: mut children, all, warnings } = relinks;
         if self.request.delete_overlay {
             let remedy = "have them name the target with --relink, or leave out --delete-overlay";
-            delete::refuse_children(opener, &chain, &children, remedy)?;
+            refuse_children(opener, &chain, &children, remedy)?;
         }
         self.warnings.extend(warnings);
         self.relinked = all;
@@ -272,91 +265,7 @@ impl Operation for Commit<'_> {
     }
 
     fn admit(&mut self, images: &mut ImageSet<'_>, session: &Session) -> Result<Grants, Error> {
-        check_parents(&images.chain())?;
-        let parts = Parts::of(images).ok_or_else(nothing_to_commit)?;
-        parts.refuse_doubt(self.request.only_plans())?;
-        // A device of plain bytes is itself the disk: lengthening the one makes the other grow.
-        let is_disk = parts.backing.opened.block_device && parts.backing.facts.cluster_size <= 1;
-        let may_grow = self.request.resize_backing || (self.request.mode == CommitMode::Measure && is_disk);
-        // A plugin's refusal comes first.
-        let growth = parts.growth(may_grow);
-        let mut grants = parts.verdict(growth.as_ref().ok().copied().flatten(), &mut self.warnings)?;
-        let backing_grows_to = growth?;
-        if self.request.bitmaps {
-            let size = backing_grows_to.unwrap_or(0).max(parts.backing.facts.virtual_size);
-            let merged = parts.merged().map(|layer| &layer.facts);
-            grants.target = grants.target.saturating_add(allowance(&parts.backing.facts, merged, size));
-        } else if self.request.mode != CommitMode::Measure {
-            self.warnings.extend(left_out(&parts));
-        }
-        if !parts.empties && !self.request.relink_in.is_empty() {
-            let clause = "keeps its content, so that after an interrupted commit nothing would tell its children from other images \
-                          on the target: name them with --relink, and not with --relink-in";
-            return Err(Error::image(&parts.overlay.opened.path, ErrorCode::BackingShared, clause));
-        }
-        if self.request.wipe {
-            wipe::admit(self.request, &parts)?;
-            self.warnings.extend(wipe::warning(&parts));
-        }
-        if self.request.verify {
-            verify::admit(self.request)?;
-            self.message_limit = self.message_limit.saturating_add(verify::message_limit(&parts));
-        }
-        if self.request.digest {
-            digest::admit(self.request, &parts)?;
-        }
-        if let Some(deletion) = self.deletion.take().transpose()? {
-            deletion.admit(self.request, &parts, &mut self.warnings)?;
-            self.deletion = Some(Ok(deletion));
-        }
-        let children = images.of_role(|role| role == MemberRole::Relinked);
-        relinks::admit(children, &parts, backing_grows_to, &mut self.warnings)?;
-        let wanted = Relinks::wanted(&self.relinked, parts.backing);
-        if let Some(siblings) = &self.siblings {
-            match (self.request.ignore_siblings, self.request.relinks()) {
-                (true, _) => self.warnings.push(siblings.warning(self.request.only_plans())),
-                (false, false) => return Err(siblings.refusal()),
-                // They may be children that an earlier run has relinked: only the plan says whether they are damaged.
-                (false, true) => {}
-            }
-        }
-        grants.beyond_devices = self.request.mode == CommitMode::Measure;
-        self.warnings.extend(parts.unsure_mark());
-        if let Some(size) = backing_grows_to {
-            session.note(|| format!("the backing's virtual size grows to {size} bytes"));
-        }
-        let stale: Vec<PathBuf> = parts.between.iter().map(|layer| layer.opened.path.clone()).collect();
-        self.warnings.extend(become_stale(&stale, self.request.only_plans()));
-        let Parts { overlay, backing, .. } = &parts;
-        let formats = (overlay.facts.format.to_string(), backing.facts.format.to_string());
-        self.admitted = Some(Admitted {
-            formats,
-            keep_overlay: self.request.keeps_content() || !stale.is_empty(),
-            stale,
-            backing_grows_to,
-            bounds: PlanBounds { longest: grants.target, ..PlanBounds::of(overlay, backing) },
-            space: Space::of(backing, &parts.merged().collect::<Vec<_>>()),
-            doubt: None,
-            wanted,
-            overlay_length: overlay.length(),
-            virtual_size: overlay.facts.virtual_size,
-            bitmaps: parts.merged().chain([*backing]).map(|image| bitmaps_of(&image.facts)).sum(),
-            repairs: backing.facts.dirty,
-            length: backing.facts.file_length,
-            // A clone's changes are not the target's own.
-            taken: if self.atomic.as_ref().is_some_and(Atomic::is_clone) { Some(0) } else { taken_space(backing) },
-            free: free_space(backing),
-            block: block_size(backing),
-        });
-        if self.payload().len() as u64 > PAYLOAD_SIZE {
-            let clause = "has too many children in too many directories to relink at a time: name some of them with --relink, and \
-                          the others in a second run";
-            return Err(Error::image(&self.paths.0, ErrorCode::ChainTooDeep, clause));
-        }
-        if let (Some(admitted), Some(backing)) = (&mut self.admitted, &mut images.target) {
-            admitted.doubt = backing.doubt.take();
-        }
-        Ok(grants)
+        self.ask_all(images, session)
     }
 
     fn payload(&self) -> Vec<u8> {
@@ -420,90 +329,7 @@ impl Operation for Commit<'_> {
         })
     }
 
-    fn finish(self, mut ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
-        let (mut atomic, only_plans) = (ended.events.atomic.take(), self.request.only_plans());
-        let events = &ended.events;
-        if events.damages_siblings {
-            return Err(match (&self.siblings, self.settled()) {
-                (None, Some(sibling)) => is_sibling(sibling, &self.paths.1),
-                (siblings, _) => siblings.as_ref().map_or_else(nothing_to_commit, Siblings::refusal),
-            });
-        }
-        let found = |kept: Option<&str>| {
-            let verified = events.verification.as_ref().and_then(|found| found.error(&ended.paths, kept));
-            verified.or_else(|| events.digests.as_ref()?.error(&ended.paths, kept))
-        };
-        if let Some(error) = found(None) {
-            return Err(match atomic.take() {
-                // The target was restored.
-                Some(atomic) => {
-                    let usual = |state: &str| found(Some(state)).unwrap_or_else(nothing_to_commit);
-                    atomic.error(Changed::of(&ended.devices), usual)
-                }
-                None => error,
-            });
-        }
-        let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
-        let end = match events.lacking {
-            Some(lacking) => Err(no_space("the commit", lacking)),
-            None if events.repeated.as_ref().is_some_and(Repeated::is_refused) => {
-                let clause = admitted.doubt.as_ref().map(|doubt| doubt.clause.clone()).unwrap_or_default();
-                let refused = GuestFailure::ended(ErrorCode::FormatMismatch, clause);
-                Err(GuestFailure { device: Some(DEVICE_OUTPUT), ..refused })
-            }
-            None => ended.end,
-        };
-        let report = end.map_err(|failure| {
-            let changed = Changed::of(&ended.devices);
-            let usual = |state: &str| failure.error(&ended.paths, Some(state));
-            match atomic.take() {
-                Some(atomic) => atomic.error(changed, usual),
-                None => usual(changed.clause()),
-            }
-        })?;
-        // Whatever happens now, the overlay no longer matches the old target's mark, or keeps its content.
-        atomic.iter().filter(|_| !only_plans).for_each(Atomic::finished);
-        let overlay = ended.devices.device(ended.paths.own()).filter(|_| !self.request.only_plans());
-        let deletion = self.deletion.and_then(Result::ok);
-        if let (Some(deletion), Some(overlay)) = (&deletion, overlay) {
-            deletion.remove(overlay.file())?;
-        }
-        events.meter.iter().for_each(Meter::done);
-        let preview = events.plan.as_ref().filter(|_| self.request.only_plans()).map(|plan| {
-            let log = (self.way == Some(AtomicWay::UndoLog)).then(|| log_room(plan, &admitted));
-            Preview {
-                free_bytes: admitted.free,
-                undo_log_bytes: log,
-                undo_free_bytes: log.and(self.undo_free),
-                ..Preview::of(plan, admitted.length, admitted.taken, &admitted.units())
-            }
-            .with_lack()
-        });
-        Ok(CommitOutcome {
-            overlay: self.paths.0,
-            overlay_given: self.request.overlay.clone(),
-            overlay_format: admitted.formats.0,
-            backing: self.paths.1,
-            backing_format: admitted.formats.1,
-            clusters_committed: events.outcome.clusters_committed,
-            bytes_committed: events.outcome.bytes_committed,
-            overlay_clusters_cleared: events.outcome.overlay_clusters_cleared,
-            overlay_bytes_wiped: (self.request.wipe && !self.request.only_plans())
-                .then_some(ended.devices.stats().overwritten),
-            verified_bytes: self.request.verify.then(|| events.verification.as_ref().map_or(0, Verification::bytes)),
-            digest: events.digests.as_ref().and_then(Digests::found),
-            overlay_deleted: deletion.map(|_| overlay.is_some()),
-            atomic: self.way,
-            backup: self.backup.filter(|_| !only_plans),
-            stale: admitted.stale,
-            relinked: self.request.relinks().then_some(self.relinked),
-            bitmaps: events.bitmaps.clone(),
-            warnings: events.warnings.clone(),
-            preview,
-            backing_grows_to: admitted.backing_grows_to,
-            sandbox: ended.sandbox,
-            run: GuestRun { report, statistics: ended.devices.stats().clone() },
-            timing: ended.timing,
-        })
+    fn finish(self, ended: Ended<CommitEvents>) -> Result<CommitOutcome, Error> {
+        self.end(ended)
     }
 }

@@ -6,7 +6,7 @@ use super::in_parts::{left_over, parts_of};
 use super::parent::{divide, Layers};
 use super::request::{ConvertOutcome, ConvertRequest};
 use crate::bytes::Bytes;
-use crate::commit::{no_space, room_for_bitmaps, CommitEvents, Meter, PlanBounds, Space};
+use crate::commit::{room_for_bitmaps, CommitEvents, PlanBounds};
 use crate::confine::Work;
 use crate::create::{options_of, plugin_of, write_to, NewFile, Parts};
 use crate::devices::{Cache, Device, Devices, Workers};
@@ -14,7 +14,10 @@ use crate::error::Error;
 use crate::escape::{escape, escape_bytes, escape_path};
 use crate::image::{add_new_files, Access, ChainImage, NamedFile, OpenedFile};
 use crate::lookup::{Directory, Identity};
-use crate::operation::{ask, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot};
+use crate::operation::{
+    ask, no_space, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings, Slot,
+    Space,
+};
 use crate::plugins::{Plugin, Registry};
 use crate::rebase::named_parent;
 use crate::sandbox::ModuleSpec;

@@ -5,7 +5,9 @@
 //! neither wakes a device nor blocks on a FIFO. It needs no call that is newer than Linux 2.6.39.
 
 mod directory;
+mod removal;
 mod walk;
 
 pub use directory::{Directory, Identity};
+pub use removal::removal_denied;
 pub use walk::{is_trusted, walk, Left, Lost, Place, Reached, Step, Walk, Why};

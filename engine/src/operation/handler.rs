@@ -1,6 +1,7 @@
 //! Serving the guest of any operation: its requests, its messages, and its end.
 
 use super::failure::GuestFailure;
+use super::meter::Meter;
 use crate::cancel::Cancel;
 use crate::devices::Devices;
 use crate::sandbox::{BadRequest, BufferAccess, Excess, GuestLog, Host};
@@ -60,7 +61,14 @@ pub trait Events {
         memory: &dyn BufferAccess,
         requests: &mut [Request],
     ) -> Result<(), BadRequest> {
-        devices.execute(memory, requests)
+        devices.execute(memory, requests)?;
+        self.meter().iter().for_each(|meter| meter.settle(devices));
+        Ok(())
+    }
+
+    /// The progress, if an observer asks for it. It advances after each executed batch of requests.
+    fn meter(&self) -> Option<&Meter> {
+        None
     }
 
     /// Take an event of the guest: an encoded message of the operation.
@@ -88,6 +96,25 @@ pub trait Events {
     /// # Errors
     /// A result that makes no sense, or contradicts what the devices saw.
     fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest>;
+}
+
+/// Enter a phase of an operation whose guest has to report a plan first, and may go as far as `last`.
+///
+/// # Errors
+/// A phase before the `plan`, or past the last one.
+pub(crate) fn enter_planned<P>(
+    devices: &mut Devices,
+    phase: Phase,
+    plan: Option<&P>,
+    last: Phase,
+) -> Result<(), BadRequest> {
+    if plan.is_none() {
+        return Err(BadRequest("a change was announced before a plan".to_owned()));
+    }
+    if phase > last {
+        return Err(BadRequest("a change was announced where nothing may be changed".to_owned()));
+    }
+    devices.enter(phase).map_err(BadRequest)
 }
 
 /// A message of an operation.

@@ -1,12 +1,12 @@
 //! The host's answers to the guest of a rebase: it checks the plan, the phases, and the end.
 
-use crate::commit::{Meter, Needs, Space, REPLACED_MARK};
+use crate::commit::REPLACED_MARK;
 use crate::create::look_like;
 use crate::devices::{Cache, Devices};
 use crate::error::{reason, Error};
-use crate::operation::{decode, DevicePaths, Events, Observer, Session};
-use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{Phase, Request, DEVICE_OUTPUT, PARENT_ROOM};
+use crate::operation::{decode, DevicePaths, Events, Meter, Needs, Observer, Session, Space};
+use crate::sandbox::BadRequest;
+use instar_guest_abi::{Phase, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Outcome, Plan};
 use rustix::fs::{fsetxattr, fsync, XattrFlags};
 use rustix::io::{retry_on_intr, Errno};
@@ -99,15 +99,8 @@ impl RebaseEvents {
 }
 
 impl Events for RebaseEvents {
-    fn requests(
-        &mut self,
-        devices: &mut Devices,
-        memory: &dyn BufferAccess,
-        requests: &mut [Request],
-    ) -> Result<(), BadRequest> {
-        devices.execute(memory, requests)?;
-        self.meter.iter().for_each(|meter| meter.settle(devices));
-        Ok(())
+    fn meter(&self) -> Option<&Meter> {
+        self.meter.as_ref()
     }
 
     /// Take the guest's plan: every check that can refuse has passed, and the first change comes next.
@@ -178,22 +171,13 @@ impl Events for RebaseEvents {
 mod tests {
     use super::*;
     use crate::devices::Device;
+    use crate::operation::test_buffers::Zeroes;
     use crate::operation::{Cancel, Handler};
-    use crate::sandbox::{Host, VolatileSlice};
-    use instar_guest_abi::{Part, DEVICE_OUTPUT};
+    use crate::sandbox::Host;
+    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
-
-    /// Ignores buffers: all written bytes are zeroes.
-    struct Zeroes;
-
-    impl BufferAccess for Zeroes {
-        fn heap_slice(&self, _: u64, length: u64) -> Option<VolatileSlice<'_>> {
-            let memory = vec![0_u8; usize::try_from(length).ok()?].leak();
-            Some(VolatileSlice::from(memory))
-        }
-    }
 
     fn handler(dry_run: bool) -> Handler<RebaseEvents> {
         let mut devices = Devices::new();

@@ -10,6 +10,7 @@ pub(crate) use open::named_parent;
 
 pub(crate) use events::Likeness;
 pub use events::RebaseEvents;
+pub(crate) use operation::NEW;
 pub use outcome::RebaseOutcome;
 
 use crate::devices::Cache;

@@ -4,14 +4,14 @@ use super::events::RebaseEvents;
 use super::open::{named_parent, open_unchecked, refuse_unrecorded, Below};
 use super::{out_of_order, RebaseOutcome, RebaseRequest};
 use crate::bytes::Bytes;
-use crate::commit::{no_space, Meter, Space};
 use crate::confine::Work;
 use crate::devices::{Devices, Workers};
 use crate::error::Error;
 use crate::escape::{escape, escape_path};
 use crate::image::{file_name, open_extra_files, Access, ChainImage, FilesOf};
 use crate::operation::{
-    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+    ask, ask_below, no_space, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings,
+    Slot, Space,
 };
 use crate::plugins::Registry;
 use crate::sandbox::ModuleSpec;
@@ -22,7 +22,7 @@ use instar_plugin_api::{Context, ImageFacts, Role};
 use std::path::PathBuf;
 
 /// The group of the images that will be below the image.
-const NEW: u32 = 1;
+pub(crate) const NEW: u32 = 1;
 
 /// A rebase in progress.
 pub struct Rebase<'q> {

@@ -1,10 +1,9 @@
 //! The host's answers to the guest of a resize: it checks the plan, the phases, and the end.
 
-use crate::commit::{Meter, Needs, Space};
 use crate::devices::Devices;
-use crate::operation::{decode, Events};
-use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{Phase, Request};
+use crate::operation::{decode, enter_planned, Events, Meter, Needs, Space};
+use crate::sandbox::BadRequest;
+use instar_guest_abi::Phase;
 use instar_guest_protocol::resize::{Outcome, Plan};
 
 /// The reports of a resize's guest, and its permissions.
@@ -77,15 +76,8 @@ impl ResizeEvents {
 }
 
 impl Events for ResizeEvents {
-    fn requests(
-        &mut self,
-        devices: &mut Devices,
-        memory: &dyn BufferAccess,
-        requests: &mut [Request],
-    ) -> Result<(), BadRequest> {
-        devices.execute(memory, requests)?;
-        self.meter.iter().for_each(|meter| meter.settle(devices));
-        Ok(())
+    fn meter(&self) -> Option<&Meter> {
+        self.meter.as_ref()
     }
 
     fn event(&mut self, _: &mut Devices, event: &[u8]) -> Result<(), BadRequest> {
@@ -93,13 +85,7 @@ impl Events for ResizeEvents {
     }
 
     fn enter(&mut self, devices: &mut Devices, phase: Phase) -> Result<(), BadRequest> {
-        if self.plan.is_none() {
-            return Err(BadRequest("a change was announced before a plan".to_owned()));
-        }
-        if phase > self.last_phase() {
-            return Err(BadRequest("a change was announced where nothing may be changed".to_owned()));
-        }
-        devices.enter(phase).map_err(BadRequest)
+        enter_planned(devices, phase, self.plan.as_ref(), self.last_phase())
     }
 
     /// Accept a success only if it equals the plan, and the devices confirm it.
@@ -118,22 +104,13 @@ impl Events for ResizeEvents {
 mod tests {
     use super::*;
     use crate::devices::Device;
+    use crate::operation::test_buffers::Zeroes;
     use crate::operation::{Cancel, Handler};
-    use crate::sandbox::{Host, VolatileSlice};
-    use instar_guest_abi::{Part, DEVICE_OUTPUT};
+    use crate::sandbox::Host;
+    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
-
-    /// Ignores buffers: all written bytes are zeroes.
-    struct Zeroes;
-
-    impl BufferAccess for Zeroes {
-        fn heap_slice(&self, _: u64, length: u64) -> Option<VolatileSlice<'_>> {
-            let memory = vec![0_u8; usize::try_from(length).ok()?].leak();
-            Some(VolatileSlice::from(memory))
-        }
-    }
 
     /// An image of `sizes.0` bytes that is to have `sizes.1`; its file has 4096, and may have twice as many.
     fn handler(sizes: (u64, u64), dry_run: bool) -> Handler<ResizeEvents> {

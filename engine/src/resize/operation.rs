@@ -3,14 +3,14 @@
 use super::events::ResizeEvents;
 use super::overlays::Overlays;
 use super::{Preallocation, ResizeOutcome, ResizeRequest, SECTOR};
-use crate::commit::{no_space, Meter, Space};
 use crate::confine::Work;
 use crate::devices::{Device, Devices};
 use crate::error::{Error, Role as ErrorRole};
 use crate::escape::escape_path;
 use crate::image::{check_immediate_parent, check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
 use crate::operation::{
-    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Named, Opener, Operation, Session, Settings, Slot,
+    ask, ask_below, no_space, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings,
+    Slot, Space,
 };
 use crate::plugins::IdentifyError;
 use crate::sandbox::ModuleSpec;

@@ -1,9 +1,9 @@
-//! The progress of a commit, in bytes that are durable in the target, so that a full disk never takes reported progress
-//! back. A guest flushes only between two steps of its order, which may be far apart, so the meter flushes the target
-//! in between. An additional flush never breaks an order.
+//! The progress of an operation, in bytes that are durable in the target, so that a full disk never takes reported
+//! progress back. A guest flushes only between two steps of its order, which may be far apart, so the meter flushes the
+//! target in between. An additional flush never breaks an order.
 
+use super::{DevicePaths, Observer, Progress, Session, Stage};
 use crate::devices::{Cache, Device, Devices, Watch};
-use crate::operation::{DevicePaths, Observer, Progress, Session, Stage};
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;

@@ -3,9 +3,9 @@
 //! A change that would fit must not be refused, so only certain needs count. File systems that may share or compress
 //! copied data (all but the few that are known not to) are not asked.
 
+use super::GuestFailure;
 use crate::bytes::Bytes;
 use crate::image::{ChainImage, OpenedFile};
-use crate::operation::GuestFailure;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use rustix::fs::{fstatfs, fstatvfs};
 use std::os::fd::AsFd;
