@@ -268,9 +268,9 @@ mod tests {
     fn a_stage_whose_bytes_have_all_moved_promises_no_time() {
         use Stage::Writing;
         let lines = [
-            "99 % (1597 of 1600 bytes)\n",
+            "99 % (1597 of 1600 bytes, 1.56 KiB of 1.56 KiB)\n",
             "99 % (all 1600 bytes have moved: finishing)\n",
-            "stopped at 99 % (1599 of 1600 bytes)\n",
+            "stopped at 99 % (1599 of 1600 bytes, 1.56 KiB of 1.56 KiB)\n",
         ];
         let all = [(Writing, 0, 1600), (Writing, 1597, 1600), (Writing, 1599, 1600), (Writing, 1599, 1600)];
         assert_eq!(shown(&all, Ending::Failed), lines);

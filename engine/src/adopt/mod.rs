@@ -8,14 +8,14 @@
 //!
 //! 1. the guest writes into the overlay what is below it, durably. A crash leaves an overlay that reads what it read, and the
 //!    target as it was;
-//! 2. the overlay gets the target's owner, mode and extended attributes, and a [mark] that names the target, durably. A crash
+//! 2. the overlay gets the target's owner, mode and extended attributes, and a mark that names the target, durably. A crash
 //!    leaves the same;
 //! 3. the guest has the overlay name the target's parent, in one step. A crash leaves the same, or an overlay that no longer needs
 //!    the target;
 //! 4. one rename gives the overlay's file the target's name; then the directory is flushed. A crash leaves either name leading to
 //!    what it led to, or the target's to the overlay's file and the overlay's to nothing.
 //!
-//! A crash between the last two leaves an overlay that no longer leads to the target. By the mark a second run [knows](resume) that
+//! A crash between the last two leaves an overlay that no longer leads to the target. By the mark a second run knows that
 //! state, and only renames. That is why the target has to be named: without it, the second run would go one layer deeper. The mark is
 //! removed at the end; a crash before that leaves one that names a file without a name.
 //!

@@ -64,7 +64,7 @@ impl<'r, 'g> Descent<'r, 'g> {
     }
 
     /// Locate the backing of an image, if it records one; `wanted` is the file that the operator named. Opens nothing but, where
-    /// no recorded name leads to a file, [those that may be it](ParentSearch), to look at their headers.
+    /// no recorded name leads to a file, those that may be it, to look at their headers.
     ///
     /// # Errors
     /// [`ErrorCode::ChainTooDeep`], [`ErrorCode::ChainLoop`], and what [`Gate::find`] gives.

@@ -1,4 +1,4 @@
-//! The KVM runner: one virtual machine, its vCPUs at ring 3, the modules of one operation. All but the main vCPU are [`workers`].
+//! The KVM runner: one virtual machine, its vCPUs at ring 3, the modules of one operation. All but the main vCPU are workers.
 //!
 //! The machine is stood up, served until it exits, and torn down. The guest can do two things: have a [`Host`] execute block
 //! requests, and send messages; both are bounded and checked, and everything else ends it with a [`SandboxError`].

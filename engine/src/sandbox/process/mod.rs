@@ -6,7 +6,7 @@
 //! is in a virtual machine, a `read` of one byte from it, and the end. What the guest rings for is checked and executed by the
 //! same loop as a virtual machine's.
 //!
-//! Each further processor is another such process, with the same memory and text and a doorbell of its own: [`workers`].
+//! Each further processor is another such process, with the same memory and text and a doorbell of its own: a worker.
 //!
 //! Unlike a vCPU, the guest may go on running while it is served, if it does not wait for the answer. Its memory may change at
 //! any moment: everything that is checked is copied first.
