@@ -465,7 +465,7 @@ def test_where_one_of_several_fails_the_ones_before_it_are_done_and_a_second_run
     with support.untouched(siblings / "c"):
         result = support.run(*limit, "rebase", "--output", "json", "-b", "new", "-F", "qcow2", *images, cwd=siblings)
     assert result.rc == 1 and statuses(result) == ["rebased", "failed", "untouched"], str(result)
-    assert "1 of the 3 images are rebased, and 1 were not touched" in result.error["message"]
+    assert "1 of the 3 images are rebased, and 1 untouched" in result.error["message"]
     assert {name: content_hash(siblings / name) for name in images} == before
     result = several(siblings, "--output", "json", images=images)
     assert statuses(result) == ["rebased"] * 3

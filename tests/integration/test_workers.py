@@ -30,7 +30,7 @@ def on(count, *args):
 def guest(result):
     """What the guest asked for, and on how many processors."""
     asked = re.search(r"guest: sandbox .*", result.stderr).group()
-    return asked, int(re.search(r"guest: (\d+) processors", result.stderr).group(1))
+    return asked, int(re.search(r"guest: (\d+) processors?", result.stderr).group(1))
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,13 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::BackingNotFound => { "Put the missing file where the image records it, or record its new name: `instar rebase -u -b NEW -F FMT IMAGE`." }
         ErrorCode::NotInChain => { "`instar info --backing-chain` shows the chain: name one of its images." }
         ErrorCode::ChainTooDeep => { "Merge the chain in steps: name a nearer ancestor with `-b` first." }
-        ErrorCode::ChainLoop => { "An image is below itself: record the right backing with `instar rebase -u -b NEW -F FMT IMAGE`." }
+        ErrorCode::ChainLoop => { "If the same file was named twice on the command line, name another one. If an image is below itself, record the right backing with `instar rebase -u -b NEW -F FMT IMAGE`." }
         ErrorCode::KvmMissing => { "Hand the device in (`--device /dev/kvm`), load `kvm_amd` or `kvm_intel`, or add `--sandbox process`." }
         ErrorCode::KvmPermission => { "Join the group of `/dev/kvm` (`sudo usermod -aG kvm $USER`, and a new login), or add `--sandbox process`." }
         ErrorCode::KvmUnusable => { "`instar doctor` says what failed; `--sandbox process` does without KVM." }
         ErrorCode::NotImplemented => { "Use the vendor's tool for this step, or convert the image to a format that has it." }
         ErrorCode::PluginUnavailable => { "`instar plugins` says which plugins are loaded, and why others are not." }
-        ErrorCode::FormatMismatch => { "Leave `-f` away, so that the format is detected, or name the right one." }
+        ErrorCode::FormatMismatch => { "Omit `-f`, so that instar detects the format, or name the right one." }
         ErrorCode::OpenFailed => { "Look at `errno` in the JSON: the message says what the file was needed for." }
         ErrorCode::Interrupted => { "Run the same command again: it goes on where it stopped." }
         ErrorCode::BadUsage => { "`instar COMMAND --help` lists what the command takes." }
@@ -50,7 +50,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::LimitExceeded => { "The image asks for more work than its size justifies: an attack, or damage. `instar check` says more; keep it away from other tools." }
         ErrorCode::SandboxUnusable => { "`instar doctor` says what the kernel or the container refuses, and what to do." }
         ErrorCode::SandboxLost => { "Raise the memory limit, and run the command again, which goes on where it stopped." }
-        ErrorCode::BackingShared => { "Give the other images a base of their own, or add `--ignore-siblings` if nobody needs them any more." }
+        ErrorCode::BackingShared => { "Give the other images a base of their own, or add the option that the message names if nobody needs them any more." }
         ErrorCode::RecoveryNeeded => { "`instar recover IMAGE` gives the image back what it was; then run the commit again." }
     }
 }

@@ -14,6 +14,8 @@ const SHORT_TEMPLATE: &str = "{msg} {percent:>3}% {bytes}/{total_bytes}";
 const SHORTEST_TEMPLATE: &str = "{msg} {percent:>3}%";
 /// When all bytes have moved, and only tables and the last flush are left: nobody knows how long those take.
 const FINISHING: &str = "{msg} [{bar:10}] {percent:>3}% {bytes}/{total_bytes} finishing";
+/// What of that a narrower terminal shows.
+const SHORT_FINISHING: &str = "{msg} {percent:>3}% finishing";
 /// As long as it is not known how much there is to do.
 const CHECKING: &str = "{msg}";
 
@@ -69,7 +71,7 @@ impl Shown {
         self.last = progress;
         if let Some(bar) = &self.bar {
             if finishes {
-                set_template(bar, FINISHING);
+                set_template(bar, if self.template == TEMPLATE { FINISHING } else { SHORT_FINISHING });
             }
             bar.set_position(progress.done);
             return;

@@ -353,6 +353,6 @@ fn state(entries: &Entries) -> String {
     let all = entries.images.len();
     match of(Status::Rebased) {
         0 => format!("none of the {all} images was rebased"),
-        done => format!("{done} of the {all} images are rebased, and {} were not touched", of(Status::Untouched)),
+        done => format!("{done} of the {all} images are rebased, and {} untouched", of(Status::Untouched)),
     }
 }

@@ -143,7 +143,9 @@ fn text(outcome: &ResizeOutcome) -> String {
     let ResizeOutcome { old_virtual_size: old, virtual_size: new, dry_run, .. } = outcome;
     match (old == new, dry_run) {
         (true, _) => format!("The image has {} already.\n", Bytes(*new)),
-        (false, true) => format!("The image would be resized from {} to {}.\n", Bytes(*old), Bytes(*new)),
+        (false, true) => {
+            format!("The image would be resized from {} to {}. Nothing was changed.\n", Bytes(*old), Bytes(*new))
+        }
         (false, false) => "Image resized.\n".to_owned(),
     }
 }
@@ -176,7 +178,7 @@ mod tests {
             })
         };
         assert_eq!(said(512, 1024, false), "Image resized.\n");
-        assert_eq!(said(512, 1024, true), "The image would be resized from 512 bytes to 1024 bytes (1 KiB).\n");
+        assert_eq!(said(512, 1024, true), "The image would be resized from 512 bytes to 1024 bytes (1 KiB). Nothing was changed.\n");
         assert_eq!(said(512, 512, false), "The image has 512 bytes already.\n");
     }
 }

@@ -125,7 +125,8 @@ impl Deletion {
             ));
         }
         if let Some(why) = &self.denied {
-            let clause = format!("may not be removed from its directory by you, which --delete-overlay needs: {why}");
+            let clause =
+                format!("is a file that you may not remove from its directory, which --delete-overlay needs: {why}");
             if !request.only_plans() {
                 return Err(Error::image(&self.path, ErrorCode::PermissionDenied, clause).in_role(Role::Overlay));
             }

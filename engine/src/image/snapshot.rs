@@ -74,7 +74,8 @@ impl ChainImage<'_> {
         let all = &self.facts.snapshots;
         let found = name.find(all).and_then(|place| all.get(place).zip(u32::try_from(place + 1).ok()));
         let Some((snapshot, number)) = found else {
-            let names: Vec<String> = all.iter().take(SHOWN).map(|snapshot| escape_bytes(&snapshot.name)).collect();
+            let names: Vec<String> =
+                all.iter().take(SHOWN).map(|snapshot| format!("'{}'", escape_bytes(&snapshot.name))).collect();
             let others = if all.len() > SHOWN { ", …" } else { "" };
             let clause = if names.is_empty() {
                 "it has no internal snapshots: leave out -l".to_owned()

@@ -330,7 +330,10 @@ fn note_work(session: &Session, report: Option<&Report>, devices: &Devices) {
             report.sandbox, report.ring, report.exits, report.doorbells, report.requests, report.messages
         )
     });
-    session.note(|| format!("guest: {} processors", report.workers + 1));
+    session.note(|| {
+        let processors = report.workers + 1;
+        format!("guest: {processors} processor{}", if processors == 1 { "" } else { "s" })
+    });
     session.note(|| format!("moved: {}", devices.stats()));
 }
 
