@@ -451,7 +451,9 @@ def test_an_image_below_another_one_of_the_call_is_named(siblings):
     create(siblings / "upper", backing="a", cwd=siblings)
     with support.untouched(siblings / "a", siblings / "upper"):
         result = several(siblings, images=["a", "upper"])
+        other = several(siblings, images=["upper", "a"])
     assert result.rc == 1 and "'upper': has 'a' below it" in result.stderr, str(result)
+    assert other.rc == 1 and "'a': shares an image with 'upper'" in other.stderr and "stop" not in other.stderr, str(other)
     for name in ["a", "upper"]:
         assert several(siblings, images=[name]).rc == 0
 

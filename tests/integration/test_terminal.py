@@ -116,7 +116,7 @@ def test_a_narrow_terminal_breaks_no_word(images, command, columns):
     shown = plain(on_a_terminal(*command, cwd=images, columns=columns))
     # Lines of qemu-img are as they are there.
     ours = shown.split("Notes:\n")[1] if command[0] == "info" else shown
-    assert ours.count("\n") > 1, shown
+    assert ours.count("\n") > 1 or command[0] == "recover" and len(ours) <= columns, shown
     assert [line for line in ours.splitlines() if len(line) > columns and not WHOLE.match(line)] == [], shown
     if "--picture" not in command and "--verify" not in command:
         piped = run_instar(*command, cwd=images)

@@ -9,7 +9,7 @@ use super::signals::{asked, cancel_on_signals};
 use super::terminal::say;
 use super::told::Told;
 use super::usage::bad_usage;
-use instar::error::Error;
+use instar::error::{Error, Role};
 use instar::escape::escape_path;
 use instar::operation::{Cancel, Observer, Progress, Stage};
 use instar::rebase::RebaseRequest;
@@ -151,6 +151,7 @@ fn plan(caller: &Caller, requests: &[RebaseRequest], images: &[PathBuf], links: 
         }
         let mut link = start(caller, request, images, links)?;
         link.listen(caller, &mut |_| {}, |link| link.planned.is_some())?;
+        link.blame_none_of(links);
         links.push(link);
     }
     Ok(())
@@ -169,7 +170,10 @@ fn write(caller: &Caller, dry_run: bool, links: &mut [Link]) -> Result<(), Error
             return Err(interrupted());
         }
         let agreed = link.go.as_mut().map_or(Ok(()), |go| go.write_all(b"g"));
-        agreed.map_err(|error| link.failed(&format!("cannot be told to begin: {}", instar::error::reason(&error))))?;
+        if agreed.is_err() {
+            // Only a process that is gone cannot be told to begin.
+            return Err(link.lost());
+        }
         let mut so_far = |done| caller.writing(u64::min(total, before + done), total);
         link.listen(caller, &mut so_far, |_| false)?;
         if matches!(link.end, Some(End::Failed(_))) {
@@ -218,6 +222,26 @@ impl Link {
         Error::image(&self.image, ErrorCode::InternalOverflow, clause)
     }
 
+    /// An image that the process of another one of this call holds is no stranger's: that other image is on it, or below it.
+    fn blame_none_of(&mut self, others: &[Self]) {
+        let Some(End::Failed(error)) = &self.end else { return };
+        let holds = |other: &&Self| error.message.contains(&format!("process {})", other.process));
+        if let Some(other) = others.iter().find(holds).filter(|_| error.code == ErrorCode::ImageInUse) {
+            let clause = format!(
+                "shares an image with '{}', another image of this call, which would change it: rebase the lower one in a call \
+                 of its own first",
+                escape_path(&other.image)
+            );
+            self.end = Some(End::Failed(Error::image(&self.image, ErrorCode::ImageInUse, clause).in_role(Role::Image)));
+        }
+    }
+
+    /// Another program, or the kernel for lack of memory, ended its process.
+    fn lost(&self) -> Error {
+        let clause = "its process was ended from outside: run the same command again, which finishes the rebase";
+        Error::image(&self.image, ErrorCode::SandboxLost, clause)
+    }
+
     /// Listen to it until it ends, or until enough was said.
     fn listen(
         &mut self,
@@ -241,8 +265,7 @@ impl Link {
             let read = self.says.read(&mut buffer);
             let read = read.map_err(|error| self.failed(&format!("its process cannot be listened to: {error}")))?;
             if read == 0 {
-                let end = self.failed("its process ended without a result; run the same command again");
-                self.end = Some(End::Failed(end));
+                self.end = Some(End::Failed(self.lost()));
             }
             self.rest.extend_from_slice(buffer.get(..read).unwrap_or_default());
             self.take_lines(written);

@@ -178,7 +178,10 @@ mod tests {
             })
         };
         assert_eq!(said(512, 1024, false), "Image resized.\n");
-        assert_eq!(said(512, 1024, true), "The image would be resized from 512 bytes to 1024 bytes (1 KiB). Nothing was changed.\n");
+        assert_eq!(
+            said(512, 1024, true),
+            "The image would be resized from 512 bytes to 1024 bytes (1 KiB). Nothing was changed.\n"
+        );
         assert_eq!(said(512, 512, false), "The image has 512 bytes already.\n");
     }
 }

@@ -14,8 +14,9 @@ const PERHAPS: &str =
                        to be given the name of the target with `mv`";
 /// What it is, if that was another file.
 const ANOTHER: &str =
-    "an earlier run with --by-adoption was interrupted, and this is not the file that it was to replace, or was changed since then: \
-     the overlay holds everything that it and the file held, and only has to be given the name of that file with `mv`";
+    "an earlier run with --by-adoption was interrupted, and this is not the file that it was to replace, or something wrote to it \
+     since then. The overlay holds everything that it and that file held at that time: see with `instar compare` what was written \
+     since, before you give the overlay the name of the file with `mv`";
 
 /// Open the image whose place the overlay was about to take, and recall the layers between the two, where the mark of the overlay and what both record prove that. The
 /// chain of the overlay does not lead to it, as `error` says.

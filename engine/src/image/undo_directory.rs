@@ -22,6 +22,10 @@ use std::sync::{Arc, Mutex};
 
 /// `f_type` of file systems that a restart empties: tmpfs and ramfs (statfs(2)).
 const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+/// In `st_mode` of a directory (inode(7)): every user can make and remove names in it …
+const WRITTEN_BY_ALL: u32 = 0o002;
+/// … but remove only names of files of their own.
+const STICKY: u32 = 0o1000;
 /// Bytes of an attribute in sysfs at most.
 const ATTRIBUTE: usize = 4096;
 /// Bytes of the digest that the name of a log shows.
@@ -95,6 +99,11 @@ impl UndoDirectory {
         if IN_MEMORY.contains(&system.f_type.cast_unsigned()) {
             let clause = "lies in memory, and a power loss takes the undo logs in it: name a directory on a disk";
             return Err(Error::image(path, ErrorCode::BadUsage, clause));
+        }
+        let stat = fstat(&listed).map_err(cannot)?;
+        if stat.st_mode & WRITTEN_BY_ALL != 0 && stat.st_mode & STICKY == 0 {
+            let clause = "is a directory in which every user can remove the undo logs of others: `chmod o-w` it";
+            return Err(Error::image(path, ErrorCode::PermissionDenied, clause));
         }
         Ok(Self { directory, listed: Arc::new(listed), sys: Directory::open(Path::new("/sys")).ok() })
     }
