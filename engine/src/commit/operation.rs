@@ -254,8 +254,8 @@ impl Operation for Commit<'_> {
         }
         if self.request.atomic {
             let backup = self.request.keep_backup.as_deref();
-            let atomic =
-                Atomic::begin(&mut backing, &overlay.opened, backup).map_err(|error| error.in_role(Role::Backing))?;
+            let atomic = Atomic::begin(&mut backing, (&overlay, &between), backup)
+                .map_err(|error| error.in_role(Role::Backing))?;
             session.note(|| format!("the target changes whole or not at all: {atomic}"));
             self.undo_free =
                 undo_directory().filter(|_| backing.opened.block_device).and_then(|undo| free_in(undo.listed()));
@@ -346,6 +346,7 @@ impl Operation for Commit<'_> {
             // A clone's changes are not the target's own.
             taken: if self.atomic.as_ref().is_some_and(Atomic::is_clone) { Some(0) } else { taken_space(backing) },
             free: free_space(backing),
+            sources: self.atomic.as_ref().map_or(0, Atomic::sources),
             block: block_size(backing),
         });
         if self.payload().len() as u64 > PAYLOAD_SIZE {
