@@ -142,8 +142,8 @@ def test_formats(place, fmt, base_fmt):
     assert place.names() == ["base", "top"]
 
 
-@pytest.mark.parametrize("fmt", ["vmdk", "vhdx", "vpc"])
-@pytest.mark.parametrize("call, nth", [("linkat", 1), ("renameat", 1), ("fsync", 2)])
+@pytest.mark.parametrize("fmt", ["vmdk", "vhdx", "vpc", "vdi"])
+@pytest.mark.parametrize("call, nth", [("linkat", 1), ("renameat", 1), ("fsync", 2), ("ftruncate", 1), ("fdatasync", 5)])
 def test_identities_survive_a_crash(place, fmt, call, nth):
     """A child of a format that records the identity of its parent: an interrupted commit can be run again."""
     support.create(place.base, 8 * MIB, fmt=fmt)
@@ -163,12 +163,18 @@ def test_identities_survive_a_crash(place, fmt, call, nth):
     killed = support.run(faults.injector(), "KILL", str(nth), call, place.dir, "--", support.instar_binary(), "commit",
                          "--atomic", place.top)
     if killed.rc != 137:
-        # Nothing is renamed for a log.
-        assert killed.rc == 0 and call == "renameat" and place.way == "undo-log", str(killed)
+        # Nothing is renamed for a log, and nothing is cut for a clone.
+        assert killed.rc == 0 and (call, place.way) in (("renameat", "undo-log"), ("ftruncate", "clone")), str(killed)
         return
+    restores = place.log.exists() and place.log.stat().st_size > 0
     if place.log.exists():
-        assert support.run_instar("recover", place.base).rc == 0
-    assert (support.digest(place.base) == before) == (call != "fsync" or place.way == "undo-log")
+        # The overlay has the identity that its parent was about to get: that was recorded before the log said what the overlay is.
+        recovered = support.run_instar("recover", place.base)
+        assert recovered.rc == 0, str(recovered)
+    if place.way == "undo-log" and call == "ftruncate":
+        assert restores, "the log was to be whole"
+    if restores or call in ("linkat", "renameat", "fsync"):
+        assert (support.digest(place.base) == before) == (call != "fsync" or place.way == "undo-log")
     again = place.commit()
     assert again.rc == 0, str(again)
     flat = place.dir / "flat"
@@ -483,6 +489,16 @@ def test_a_full_disk_leaves_the_target_as_it_was(place):
             place.dir.mkdir()
             place.make()
     assert {"fdatasync", "linkat"} <= calls.keys()
+
+
+def test_an_overlay_that_cannot_be_flushed_is_not_committed(undo):
+    """The log says what the overlay is, and a power loss must not leave an older one."""
+    undo.make()
+    failed = support.run(faults.injector(), "EIO", "1", "fsync", undo.dir, "--", support.instar_binary(), "commit", "--atomic", undo.top)
+    assert failed.rc == 1 and f"'{undo.top}': cannot be flushed" in failed.stderr and "ERROR_OVERLAY_IO" in failed.stderr, str(failed)
+    assert undo.is_old() and undo.names() == ["base", "top"]
+    assert undo.commit().rc == 0
+    undo.check_new()
 
 
 def test_a_signal_leaves_the_target_as_it_was(place):

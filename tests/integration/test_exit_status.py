@@ -31,7 +31,7 @@ def with_file(name):
 USAGE = {
     "an unknown option": every(GOOD, "--nonesuch"),
     "nothing": [(command, []) for command, args in GOOD.items() if args and command != "explain"],
-    "one argument more": [(command, [*args, "x", "y"]) for command, args in GOOD.items() if command != "convert"],
+    "one argument more": [(command, [*args, "x", "y"]) for command, args in GOOD.items() if command not in ("convert", "rebase")],
     "an unknown choice": every(set(GOOD) - {"create"}, "--output", "xml") + every([*IN_SANDBOX, "doctor"], "--sandbox", "x"),
     "no number": [*every(["commit", "convert"], "-r", "1x"), *every([*IN_SANDBOX, "recover"], "--wait", "x"), *every(["map"], "-s", "1x"),
                   *every(["convert"], "-S", "7"), ("resize", ["top", "1x"]), ("resize", ["top", "9E"]), ("measure", ["--size", "1x"]),

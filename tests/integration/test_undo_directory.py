@@ -88,6 +88,12 @@ class Disks:
             assert self.recover().rc == 0
         raise AssertionError("no crash leaves a device that was changed")
 
+    def crash_at_its_end(self):
+        """Leave a device that has everything, and a log that would take it out again: it is about to be cut."""
+        killed = self.kill("ftruncate", 1)
+        assert killed.rc == 137 and self.logs() and support.content_hash(self.base, self.fmt) == self.expected, str(killed)
+        return self
+
     def recover(self, *options, device=None):
         return support.run_instar("recover", "--undo-dir", self.undo, *options, device or self.base)
 
@@ -190,6 +196,57 @@ def test_a_device_that_was_written_since_is_not_undone(disks):
     assert refused.rc == 1 and "has changed nothing" in refused.stderr and f"rm '{disks.logs()[0]}'" in refused.stderr, str(refused)
     assert support.digest(disks.base) == left and disks.logs()
     assert disks.recover("--force").rc == 0 and support.digest(disks.base) != left and not disks.logs()
+
+
+@pytest.mark.parametrize("program", ["instar", "qemu-img"])
+@pytest.mark.parametrize("overlay_on_device", [False, True], ids=["file", "device"])
+def test_what_another_commit_has_finished_is_not_undone(disks, overlay_on_device, program):
+    """It was not told of the directory, and so it saw no log: it empties the overlay, and the base alone has the data."""
+    disks.make("qcow2", overlay_on_device).crash_at_its_end()
+    if program == "instar":
+        done = support.run_instar("commit", "-b", disks.base, disks.top)
+        assert done.rc == 0, str(done)
+    else:
+        support.qemu_img("commit", "-q", disks.top)
+    assert support.content_hash(disks.base, "qcow2") == disks.expected
+    left = support.digest(disks.base)
+    refused = disks.recover()
+    assert refused.rc == 1 and "ERROR_RECOVERY_NEEDED" in refused.stderr and str(disks.top) in refused.stderr, str(refused)
+    assert "another commit" in refused.stderr and f"rm '{disks.logs()[0]}'" in refused.stderr, str(refused)
+    assert ("begins with something else" if overlay_on_device else "now" if "another length" in refused.stderr else "was written to") in refused.stderr
+    assert support.digest(disks.base) == left and disks.logs()
+    # What it says: the log goes, and everything is well.
+    [log] = disks.logs()
+    kept = log.read_bytes()
+    log.unlink()
+    assert disks.recover().rc == 0 and support.content_hash(disks.top, "qcow2") == disks.expected
+    log.write_bytes(kept)
+    log.chmod(0o600)
+    assert disks.recover("--force").rc == 0 and disks.is_old() and not disks.logs()
+
+
+def test_an_overlay_that_is_another_device_is_refused(disks):
+    disks.make("qcow2", overlay_on_device=True).crash_within()
+    top, left = disks.top, support.digest(disks.base)
+    disks.detach(top)
+    disks.attach("stranger", at=top)
+    refused = disks.recover()
+    assert refused.rc == 1 and f"'{top}', which is another file or device now" in refused.stderr, str(refused)
+    assert support.digest(disks.base) == left
+    disks.detach(top)
+    disks.attach("over", at=top)
+    assert disks.recover().rc == 0 and disks.is_old() and not disks.logs()
+
+
+def test_the_directory_that_was_searched_is_named(disks):
+    disks.make().crash_within()
+    left, wrong = support.digest(disks.base), disks.dir / "wrong"
+    wrong.mkdir()
+    nothing = support.run_instar("recover", "--undo-dir", wrong, disks.base)
+    assert nothing.rc == 0 and f"has no undo log in '{wrong}'" in " ".join(nothing.stdout.split()), str(nothing)
+    said = schemas.insist("recover", support.run_instar("recover", "--undo-dir", wrong, "--output", "json", disks.base).json)
+    assert (said["log"], said["searched"]) == (False, str(wrong))
+    assert support.digest(disks.base) == left and disks.logs()
 
 
 def test_with_a_configuration_every_command_finds_the_log(disks):
@@ -381,3 +438,80 @@ def test_an_interrupted_recovery_goes_on_long_after(left):
     killed = support.run(faults.injector(), "KILL", "2", "fdatasync", left.base.parent, "--", support.instar_binary(), "recover", left.base)
     assert killed.rc == 137 and left.log.exists(), str(killed)
     assert support.run_instar("recover", left.base).rc == 0 and support.digest(left.base) == left.before
+
+
+# --- overlays that are not what they were --------------------------------------------------------------
+
+
+def write_at_once(path, data, keep_time):
+    """Write at the beginning, or the end."""
+    was = path.stat()
+    with path.open("r+b") as file:
+        file.seek(0 if keep_time else was.st_size)
+        file.write(data)
+    if keep_time:
+        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change, mention", [
+    (lambda left: os.utime(left.top), "was written to since"),
+    (lambda left: write_at_once(left.top, bytes(512), keep_time=True), "begins with something else now"),
+    (lambda left: write_at_once(left.top, bytes(512), keep_time=False), "has another length now"),
+    (lambda left: os.replace(support.copy(left.top, left.top.with_name("copy")), left.top), "is another file or device now"),
+    (lambda left: left.top.unlink(), "is gone"),
+    (lambda left: (left.top.unlink(), left.top.symlink_to("missing")), "is gone"),
+    (lambda left: (left.top.unlink(), os.mkfifo(left.top)), "cannot be opened"),
+], ids=["touched", "written", "longer", "copied", "gone", "a dead link", "a pipe"])
+def test_an_overlay_that_is_not_what_it_was_is_refused(left, change, mention):
+    change(left)
+    left.refused(mention)
+    assert f"'{left.top}', which" in support.run_instar("recover", left.base).stderr
+    assert support.run_instar("recover", "--force", left.base).rc == 0 and support.digest(left.base) == left.before
+
+
+def test_what_qemu_img_has_committed_over_a_torn_target_is_not_undone(left):
+    """It does not see the log beside the target: it completes that, and the overlay may be emptied, or removed."""
+    expected = support.content_hash(left.top, "qcow2")
+    support.qemu_img("commit", "-q", left.top)
+    left.refused("another commit may have moved its data into the image")
+    left.top.unlink()
+    left.refused("is gone")
+    left.log.unlink()
+    assert support.run_instar("recover", left.base).rc == 0 and support.content_hash(left.base, "qcow2") == expected
+
+
+def test_an_overlay_that_comes_back_is_what_it_was(left):
+    """Its directory was renamed, or not mounted: nothing is lost by having waited for it."""
+    elsewhere = left.top.with_name("elsewhere")
+    left.top.rename(elsewhere)
+    left.refused("is gone")
+    elsewhere.rename(left.top)
+    assert support.run_instar("recover", left.base).rc == 0 and support.digest(left.base) == left.before
+    # Now nobody has any use for what the log said.
+    assert support.run_instar("commit", "--atomic", left.top).rc == 0
+
+
+def test_every_layer_that_was_merged_counts(tmp_path):
+    """A layer between holds data of its own, which a commit of that layer moves."""
+    base, middle, top = (tmp_path / name for name in ("base", "middle", "top"))
+    support.create(base, 8 * MIB)
+    support.qemu_io(base, "write -P 7 0 2M")
+    support.create(middle, backing="base", cwd=tmp_path)
+    support.qemu_io(middle, "write -P 8 1M 1M")
+    support.create(top, backing="middle", cwd=tmp_path)
+    support.qemu_io(top, "write -P 9 1536k 1M")
+    before, log = support.digest(base), tmp_path / ".base.instar-undo"
+    killed = support.run(faults.injector(), "KILL", "3", "fdatasync", tmp_path, "--", support.instar_binary(), "commit", "--atomic",
+                         "-b", "base", top)
+    if killed.rc != 137 or not log.exists():
+        pytest.skip("this file system keeps no undo log")
+    pristine = {path: (path.read_bytes(), path.stat()) for path in (base, log, middle)}
+    support.qemu_img("commit", "-q", middle)
+    refused = support.run_instar("recover", base)
+    assert refused.rc == 1 and f"'{middle}', which" in refused.stderr, str(refused)
+    for path, (data, stat) in pristine.items():
+        with path.open("r+b") as file:
+            file.write(data)
+            file.truncate()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert support.run_instar("recover", base).rc == 0 and support.digest(base) == before

@@ -10,7 +10,7 @@ use instar::escape::escape_path;
 use instar::operation::Session;
 use instar::recover::{run_recover, RecoverOutcome, RecoverRequest};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Indentation of JSON.
 const INDENT: &[u8] = b"  ";
@@ -62,7 +62,14 @@ pub fn run(args: &RecoverArgs, session: &Session, out: &mut dyn Write) -> Result
 fn text(args: &RecoverArgs, outcome: &RecoverOutcome) -> String {
     let image = escape_path(&args.filename);
     match (outcome.log, outcome.restored) {
-        (false, _) => format!("'{image}' has no undo log: there is nothing to recover.\n"),
+        (false, _) => match &outcome.searched {
+            Some(directory) => format!(
+                "'{image}' has no undo log in '{}': there is nothing to recover, unless `--undo-dir` of the commit named another \
+                 directory.\n",
+                escape_path(Path::new(directory))
+            ),
+            None => format!("'{image}' has no undo log: there is nothing to recover.\n"),
+        },
         (true, true) => {
             format!(
                 "'{image}' is what it was before the commit: {} were written back.\n",

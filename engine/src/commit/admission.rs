@@ -96,6 +96,7 @@ impl Commit<'_> {
             repairs: backing.facts.dirty,
             length: backing.facts.file_length,
             // A clone's changes are not the target's own.
+            sources: self.atomic.as_ref().map_or(0, Atomic::sources),
             taken: if self.atomic.as_ref().is_some_and(Atomic::is_clone) { Some(0) } else { taken_space(backing) },
             free: free_space(backing),
             block: block_size(backing),

@@ -39,6 +39,8 @@ pub struct Admitted {
     pub taken: Option<u64>,
     /// Bytes that their file system has free.
     pub free: Option<u64>,
+    /// Images and files of which an undo log says what they are.
+    pub sources: u64,
     /// Bytes that their file system allocates at once.
     pub block: u64,
 }

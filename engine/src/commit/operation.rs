@@ -247,8 +247,8 @@ impl Operation for Commit<'_> {
         }
         if self.request.atomic {
             let backup = self.request.keep_backup.as_deref();
-            let atomic =
-                Atomic::begin(&mut backing, &overlay.opened, backup).map_err(|error| error.in_role(Role::Backing))?;
+            let atomic = Atomic::begin(&mut backing, (&overlay, &between), backup)
+                .map_err(|error| error.in_role(Role::Backing))?;
             session.note(|| format!("the target changes whole or not at all: {atomic}"));
             self.undo_free =
                 undo_directory().filter(|_| backing.opened.block_device).and_then(|undo| free_in(undo.listed()));

@@ -2,7 +2,7 @@
 
 use super::outcome::pieces;
 use super::Admitted;
-use crate::undo::{FIRST, KEPT_BLOCK, MOST_DATA, RECORD};
+use crate::undo::{FIRST, KEPT_BLOCK, MOST_DATA, RECORD, SOURCE};
 use instar_guest_protocol::commit::Plan;
 
 /// Blocks of the target's tables that a cluster changes: an entry of a mapping table, of its copy, and of a refcount block.
@@ -31,5 +31,6 @@ pub fn log_room(plan: &Plan, admitted: &Admitted) -> u64 {
     let data = blocks.saturating_mul(KEPT_BLOCK);
     let records = ranges.saturating_add(data / MOST_DATA).saturating_add(1);
     let bytes = data.saturating_add(records.saturating_mul(RECORD as u64)).saturating_add(FIRST);
+    let bytes = bytes.saturating_add(admitted.sources.saturating_mul(SOURCE as u64));
     bytes.checked_next_multiple_of(admitted.block.max(1)).unwrap_or(u64::MAX)
 }

@@ -30,6 +30,7 @@ mod writeback;
 mod zero;
 mod zeroes;
 
+pub(crate) use aligned::AlignedBuffer;
 pub use before::{Before, BeforeChange};
 pub use cache::Cache;
 pub use compare::{Comparison, Unequal, COMPARED};

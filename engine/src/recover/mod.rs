@@ -8,11 +8,12 @@
 //!
 //! The log is of the bytes that the commit changed. Somebody may have restored the file since, in place, and the old bytes would
 //! damage that: so a file that was written long after the commit was alive, or that differs where the commit changed nothing, is
-//! refused unless the operator insists.
+//! refused unless the operator insists. So is one whose overlay is [not what it was](committed): another commit may have emptied it.
 //!
 //! The order, and the crash that each step survives: the file is written back and flushed, the log is cut to nothing and flushed,
 //! and then removed. Before the cut, the log undoes everything once more; after it, nothing.
 
+mod committed;
 mod namesake;
 
 pub(crate) use namesake::refuse_namesake;
@@ -24,11 +25,10 @@ use crate::escape::{escape_path, shell_path};
 use crate::image::{prepare_to_lock, use_undo_directory, DeviceIdentity, NamedFile, OpenedFile, UndoDirectory};
 use crate::lookup::{Directory, Identity};
 use crate::operation::Session;
-use crate::undo::{log_name, Log, Restored};
+use crate::undo::{born, log_name, Log, Restored};
+use committed::refuse_committed_since;
 use instar_guest_abi::ErrorCode;
-use rustix::fs::{
-    fstat, fsync, ftruncate, openat, statat, statx, unlinkat, AtFlags, FileType, Mode, OFlags, StatxFlags,
-};
+use rustix::fs::{fstat, fsync, ftruncate, openat, statat, unlinkat, AtFlags, FileType, Mode, OFlags};
 use rustix::io::{retry_on_intr, Errno};
 use serde::Serialize;
 use std::ffi::OsString;
@@ -59,6 +59,8 @@ pub struct RecoverOutcome {
     pub image: String,
     /// Whether it had an undo log: without one, there was nothing to do.
     pub log: bool,
+    /// Of a block device, the directory in which its log was looked for; nothing for a file, whose log lies beside it.
+    pub searched: Option<String>,
     /// Whether it was restored; otherwise the commit into it was complete.
     pub restored: bool,
     /// Bytes that were written back, or are holes again.
@@ -92,12 +94,16 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
     let place = Place::of(&opened, undo.as_ref())?;
     let image = opened.settled_path().to_string_lossy().into_owned();
     let log_path = place.directory.path().join(&place.log_name);
+    let searched = place.device.as_ref().map(|_| place.directory.path().to_string_lossy().into_owned());
     let Some(found) = find(&opened, place.directory.clone(), &log_path)? else {
         if let (Some(undo), Some(device)) = (&undo, &place.device) {
             refuse_namesake(&opened, undo, device)?;
         }
-        return Ok(RecoverOutcome { image, log: false, restored: false, bytes_restored: 0, length: opened.length() });
+        let length = opened.length();
+        return Ok(RecoverOutcome { image, log: false, searched, restored: false, bytes_restored: 0, length });
     };
+    // No file can be opened any more once the process is confined.
+    let committed = refuse_committed_since(&opened, &found, undo.as_ref());
     session.begin(Reach::default().add_names(&found.directory), Work::Recover, &Needs::default());
     let refused = |clause: String| Error::image(&found.path, ErrorCode::RecoveryNeeded, clause);
     let restored = if found.length()? == 0 {
@@ -130,6 +136,7 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
         }
         if !request.force {
             refuse_written_since(&opened, &log, &found)?;
+            committed?;
         }
         Some(log.apply(opened.file.file()).map_err(|error| {
             let what = "cannot be given back all that it was: see to it that it can be written, and has room, and run the command again";
@@ -138,7 +145,7 @@ fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome
     };
     found.remove()?;
     let Restored { bytes, length } = restored.unwrap_or(Restored { bytes: 0, length: opened.length() });
-    Ok(RecoverOutcome { image, log: true, restored: restored.is_some(), bytes_restored: bytes, length })
+    Ok(RecoverOutcome { image, log: true, searched, restored: restored.is_some(), bytes_restored: bytes, length })
 }
 
 /// Where the log of a file or device lies, and what it is called.
@@ -174,10 +181,7 @@ impl Place {
             return Ok(header.subject == device.digest);
         }
         let file = opened.file.file();
-        let born = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
-        let born = born.filter(|found| found.stx_mask & StatxFlags::BTIME.bits() != 0);
-        let born = born.map_or((0, 0), |found| (found.stx_btime.tv_sec.cast_unsigned(), found.stx_btime.tv_nsec));
-        let inode = fstat(file)?.st_ino;
+        let (born, inode) = (born(file), fstat(file)?.st_ino);
         let same = header.name == self.name.as_bytes() && inode == header.inode;
         Ok(same && header.subject == [0; 32] && (header.born == born || header.born == (0, 0)))
     }

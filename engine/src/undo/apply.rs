@@ -8,7 +8,8 @@
 //! until the file is durable again.
 
 use super::beats::Beats;
-use super::format::{sample, Beat, Header, Kind, Record, BEATS, FIRST, HEADER, RECORD, SAMPLE, SAMPLES};
+use super::format::{sample, Beat, Header, Kind, Record, BEATS, FIRST, HEADER, RECORD, SAMPLE, SAMPLES, SOURCE};
+use super::source::{time_of, Source};
 use crate::devices::make_zero;
 use crc32c::crc32c;
 use rustix::fs::SeekFrom;
@@ -50,11 +51,6 @@ pub struct Restored {
     pub length: u64,
 }
 
-/// A time of a file.
-pub(super) fn time_of(seconds: i64, nanoseconds: i64) -> (u64, u32) {
-    (u64::try_from(seconds).unwrap_or(0), u32::try_from(nanoseconds).unwrap_or(0))
-}
-
 fn read_block(file: &File, at: u64, bytes: &mut [u8]) -> io::Result<bool> {
     match file.read_exact_at(bytes, at) {
         Ok(()) => Ok(true),
@@ -63,19 +59,44 @@ fn read_block(file: &File, at: u64, bytes: &mut [u8]) -> io::Result<bool> {
     }
 }
 
+fn read_header(file: &File) -> Result<Header, Unusable> {
+    let mut block = vec![0; HEADER];
+    if !read_block(file, 0, &mut block)? {
+        return Err(Unusable::Malformed("it is too short"));
+    }
+    Header::decode(&block).map_err(Unusable::Malformed)
+}
+
+fn read_sources(file: &File, header: &Header) -> Result<Vec<Source>, Unusable> {
+    let mut block = vec![0; SOURCE];
+    let mut sources = Vec::new();
+    for index in 0..header.sources {
+        let whole = read_block(file, FIRST + u64::from(index) * SOURCE as u64, &mut block)?;
+        let source = Source::decode(&block, &header.nonce, index).filter(|_| whole);
+        sources.push(source.ok_or(Unusable::Malformed("what it says of the committed images is damaged"))?);
+    }
+    Ok(sources)
+}
+
+/// What the commit took its data from, according to a log of which nothing else is read.
+///
+/// # Errors
+/// [`Unusable`].
+pub fn sources(file: &File) -> Result<Vec<Source>, Unusable> {
+    read_sources(file, &read_header(file)?)
+}
+
 impl<'f> Log<'f> {
     /// Read a log.
     ///
     /// # Errors
     /// [`Unusable`].
     pub fn read(file: &'f File) -> Result<Self, Unusable> {
-        let mut block = vec![0; HEADER];
-        if !read_block(file, 0, &mut block)? {
-            return Err(Unusable::Malformed("it is too short"));
-        }
-        let header = Header::decode(&block).map_err(Unusable::Malformed)?;
+        let header = read_header(file)?;
+        // They were durable before the file changed.
+        read_sources(file, &header)?;
+        let mut at = header.first();
         let mut log = Self { file, header, records: Vec::new() };
-        let mut at = FIRST;
         while let Some(record) = log.next(at)? {
             log.records.push((at, record));
             at = at.saturating_add(RECORD as u64).saturating_add(record.room());

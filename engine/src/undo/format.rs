@@ -17,11 +17,12 @@
 //! | 340 | 32 | of a block device: SHA-256 of what tells it from every other; zeroes for a file |
 //! | 372 | 8, 4 | when it was written before: seconds and nanoseconds; 0 for a device |
 //! | 384 | 8, 4 | when the log was begun |
+//! | 396 | 4 | [sources](super::Source) of the commit |
 //! | 512 | 32 × 4 | CRC-32C of [samples](sample) of it |
 //! | 4092 | 4 | CRC-32C of the bytes before |
 //!
 //! Then two [beats](Beat) of [`RECORD`] bytes, of which the newer counts: when the writing process was alive. They are written in turn, so
-//! that one of them is whole. The first record stands at [`FIRST`].
+//! that one of them is whole. The [sources](super::Source) follow, and then, [behind them](Header::first), the first record.
 //!
 //! Records follow, each of [`RECORD`] bytes and, if it is of data, the data, filled up to a multiple of as many:
 //!
@@ -37,18 +38,22 @@
 //! | 508 | 4 | CRC-32C of the bytes before |
 
 use crc32c::crc32c;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::ops::Range;
 
 /// Bytes of the header.
 pub const HEADER: usize = 4096;
 /// Where the two beats stand.
 pub const BEATS: [u64; 2] = [HEADER as u64, (HEADER + RECORD) as u64];
-/// Where the first record stands.
+/// Where the first source stands.
 pub const FIRST: u64 = 2 * HEADER as u64;
 /// Samples of a file.
 pub const SAMPLES: usize = 32;
 /// Bytes of a sample.
 pub const SAMPLE: u64 = 4096;
+/// Bytes of a source.
+pub const SOURCE: usize = 4096;
 /// Bytes of a record without its data.
 pub const RECORD: usize = 512;
 /// Bytes of data of one record, at most.
@@ -62,6 +67,8 @@ const BEAT_MAGIC: &[u8; 8] = b"undo now";
 
 const VERSION: u32 = 1;
 const MOST_NAME: usize = 255;
+/// Sources of a commit at most.
+const MOST_SOURCES: u32 = 1 << 16;
 const DATA: u32 = 1;
 const HOLE: u32 = 2;
 
@@ -88,6 +95,8 @@ pub struct Header {
     pub changed: (u64, u32),
     /// When the log was begun.
     pub begun: (u64, u32),
+    /// How many images and files the commit takes data from.
+    pub sources: u32,
     /// The checksums of its samples.
     pub samples: [u32; SAMPLES],
 }
@@ -139,33 +148,39 @@ pub struct Record {
     pub kind: Kind,
 }
 
-fn put(block: &mut [u8], at: usize, bytes: &[u8]) {
+pub(super) fn put(block: &mut [u8], at: usize, bytes: &[u8]) {
     if let Some(place) = block.get_mut(at..at + bytes.len()) {
         place.copy_from_slice(bytes);
     }
 }
 
-fn number(block: &[u8], at: usize) -> Option<u64> {
+pub(super) fn number(block: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(block.get(at..at + 8)?.try_into().ok()?))
 }
 
-fn word(block: &[u8], at: usize) -> Option<u32> {
+pub(super) fn word(block: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(block.get(at..at + 4)?.try_into().ok()?))
 }
 
 /// Give a block the checksum of what is before its last four bytes.
-fn seal(block: &mut [u8]) {
+pub(super) fn seal(block: &mut [u8]) {
     let end = block.len() - 4;
     let sum = crc32c(&block[..end]).to_le_bytes();
     put(block, end, &sum);
 }
 
-fn is_sealed(block: &[u8]) -> bool {
+pub(super) fn is_sealed(block: &[u8]) -> bool {
     let end = block.len().saturating_sub(4);
     word(block, end) == Some(crc32c(&block[..end]))
 }
 
 impl Header {
+    /// Where the first record stands.
+    #[must_use]
+    pub fn first(&self) -> u64 {
+        FIRST + u64::from(self.sources) * SOURCE as u64
+    }
+
     /// Encode the header; `None` for a name that no file can have.
     #[must_use]
     pub fn encode(&self) -> Option<Vec<u8>> {
@@ -187,6 +202,7 @@ impl Header {
         put(&mut block, 380, &self.changed.1.to_le_bytes());
         put(&mut block, 384, &self.begun.0.to_le_bytes());
         put(&mut block, 392, &self.begun.1.to_le_bytes());
+        put(&mut block, 396, &self.sources.to_le_bytes());
         for (index, sum) in self.samples.iter().enumerate() {
             put(&mut block, 512 + 4 * index, &sum.to_le_bytes());
         }
@@ -228,6 +244,7 @@ impl Header {
             subject: block.get(340..372)?.try_into().ok()?,
             changed: (number(block, 372)?, word(block, 380)?),
             begun: (number(block, 384)?, word(block, 392)?),
+            sources: word(block, 396).filter(|sources| *sources <= MOST_SOURCES)?,
             samples,
         })
     }
@@ -314,83 +331,16 @@ impl Record {
     }
 }
 
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    fn header() -> Header {
-        let (nonce, name) = ([7; 16], b"base.qcow2".to_vec());
-        let mut samples = [0; SAMPLES];
-        samples.iter_mut().zip(7..).for_each(|(sample, sum)| *sample = sum);
-        let times = Header { changed: (91, 92), begun: (93, 94), subject: [5; 32], samples, ..Header::default() };
-        Header { nonce, length: 5000, inode: 12, device: 34, born: (56, 78), durable: 2, name, ..times }
-    }
-
-    #[test]
-    fn what_is_written_is_read() {
-        let block = header().encode().unwrap();
-        assert_eq!(Header::decode(&block).unwrap(), header());
-        for kind in [Kind::Data(9), Kind::Hole] {
-            let record = Record { sequence: 3, batch: 2, offset: 4096, length: 904, kind };
-            let block = record.encode(&[7; 16]);
-            assert_eq!(Record::decode(&block, &[7; 16], 5000), Some(record));
-            assert_eq!(Record::decode(&block, &[8; 16], 5000), None, "of another log");
-            assert_eq!(Record::decode(&block, &[7; 16], 4999), None, "past the end");
-        }
-    }
-
-    #[test]
-    fn the_newer_beat_is_whole() {
-        let beat = Beat { number: 3, time: (1 << 40, 5) };
-        let block = beat.encode(&[7; 16]);
-        assert_eq!(Beat::decode(&block, &[7; 16]), Some(beat));
-        assert_eq!(Beat::decode(&block, &[8; 16]), None);
-        for bit in 0..block.len() * 8 {
-            let mut torn = block.clone();
-            torn[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(Beat::decode(&torn, &[7; 16]), None, "{bit}");
-        }
-    }
-
-    #[test]
-    fn samples_are_blocks_of_the_file_each_once() {
-        for length in [0, 1, 4095, 4096, 4097, 31 * 4096, 32 * 4096, 33 * 4096 + 1, 70_000, 1 << 40, u64::MAX >> 1] {
-            let all: Vec<_> = (0..SAMPLES).map(|index| sample(index, length)).collect();
-            assert!(all.windows(2).all(|two| two[0].end <= two[1].start), "{length}: {all:?}");
-            assert!(all.iter().all(|range| range.end <= length && range.end - range.start <= SAMPLE), "{length}");
-            let filled: Vec<_> = all.iter().filter(|range| range.start < range.end).collect();
-            assert_eq!(filled.first().map_or(0, |range| range.start), 0, "{length}");
-            assert_eq!(filled.last().map_or(0, |range| range.end), length, "{length}: the end is one");
-        }
-    }
-
-    #[test]
-    fn every_bit_counts() {
-        let good = header().encode().unwrap();
-        let record = Record { sequence: 0, batch: 0, offset: 0, length: 1, kind: Kind::Hole }.encode(&[7; 16]);
-        for bit in (0..good.len() * 8).step_by(3) {
-            let mut block = good.clone();
-            block[bit / 8] ^= 1 << (bit % 8);
-            assert!(Header::decode(&block).is_err(), "{bit}");
-        }
-        for bit in 0..record.len() * 8 {
-            let mut block = record.clone();
-            block[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(Record::decode(&block, &[7; 16], 5000), None, "{bit}");
-        }
-    }
-
-    #[test]
-    fn numbers_that_make_no_sense_are_no_record() {
-        let good = Record { sequence: 3, batch: 3, offset: 0, length: 1, kind: Kind::Hole };
-        let read = |record: Record| Record::decode(&record.encode(&[0; 16]), &[0; 16], u64::MAX >> 1);
-        assert_eq!(read(good), Some(good));
-        assert_eq!(read(Record { offset: u64::MAX, ..good }), None);
-        assert_eq!(read(Record { length: 0, ..good }), None);
-        assert_eq!(read(Record { batch: 4, ..good }), None);
-        assert_eq!(read(Record { length: MOST_DATA + 1, kind: Kind::Data(0), ..good }), None);
-        assert!(Header { name: Vec::new(), ..header() }.encode().is_none());
-        assert!(Header::decode(&Header { length: u64::MAX, ..header() }.encode().unwrap()).is_err());
-    }
+/// A number that no other log has.
+#[must_use]
+pub fn nonce() -> [u8; 16] {
+    let draw = || RandomState::new().hash_one(std::process::id()).to_le_bytes();
+    let mut nonce = [0; 16];
+    nonce[..8].copy_from_slice(&draw());
+    nonce[8..].copy_from_slice(&draw());
+    nonce
 }
+
+#[cfg(test)]
+#[path = "format_tests.rs"]
+mod tests;

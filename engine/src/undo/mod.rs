@@ -3,10 +3,12 @@
 mod apply;
 mod beats;
 mod format;
+mod source;
 
-pub use apply::{Log, Restored, Unusable};
+pub use apply::{sources, Log, Restored, Unusable};
 pub use beats::{now, Rhythm};
-pub use format::{sample, Header, Kind, Record, FIRST, HEADER, MOST_DATA, RECORD, SAMPLES};
+pub use format::{nonce, sample, Header, Kind, Record, FIRST, HEADER, MOST_DATA, RECORD, SAMPLES, SOURCE};
+pub use source::{born, Source};
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;

@@ -94,7 +94,8 @@ impl PowerLosses<'_> {
             if !format.kit.has_metadata() || format.kit.is_dirty(bytes) {
                 continue;
             }
-            let corruptions = examine(device, format, bytes);
+            let mut corruptions = examine(device, format, bytes);
+            corruptions.retain(|text| !is_of_redundant_copies(text));
             assert!(
                 corruptions.is_empty() || was_corrupt(device, format, original),
                 "device {device}: {corruptions:?}"
@@ -203,6 +204,13 @@ pub(super) fn again(
 fn was_corrupt(device: u32, format: &Format, bytes: &[u8]) -> bool {
     let repaired = |text: &String| format.kit.is_dirty(bytes) && (text.contains("refcount") || text.contains("COPIED"));
     !examine(device, format, bytes).iter().all(repaired)
+}
+
+/// Whether a finding is only that the two copies of a grain table of a vmdk differ. They are written one after the other without
+/// a flush between, and the first one counts: that they differ is part of what a power loss leaves, and the next commit writes
+/// both.
+fn is_of_redundant_copies(text: &str) -> bool {
+    text.starts_with("the second copy of grain table") && text.ends_with("differs from the first one")
 }
 
 /// What `instar check` finds corrupt in an image.

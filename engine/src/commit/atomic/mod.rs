@@ -6,6 +6,7 @@
 mod clone;
 mod kept;
 mod mark;
+mod sources;
 mod undo_log;
 
 use super::changed::Changed;
@@ -24,10 +25,12 @@ use instar_guest_abi::{ErrorCode, Part, Phase, DEVICE_OUTPUT};
 use rustix::fs::{fstat, openat, statat, AtFlags, FileType, Mode, OFlags};
 use rustix::io::{retry_on_intr, Errno};
 use serde::Serialize;
+use sources::Sources;
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
+use std::iter;
 use std::mem;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -133,11 +136,17 @@ fn backup_exists(backup: &Path) -> Error {
 }
 
 impl Atomic {
-    /// Prepare to keep a target. If that takes a clone, the clone is the image's file from here on.
+    /// Prepare to keep a target, which gets what these images hold: the overlay comes first. If that takes a clone, the clone is the
+    /// target's file from here on.
     ///
     /// # Errors
     /// One line that names the target and what to do.
-    pub fn begin(target: &mut ChainImage<'_>, overlay: &OpenedFile, backup: Option<&Path>) -> Result<Self, Error> {
+    pub fn begin(
+        target: &mut ChainImage<'_>,
+        (overlay, between): (&ChainImage<'_>, &[ChainImage<'_>]),
+        backup: Option<&Path>,
+    ) -> Result<Self, Error> {
+        let merged: Vec<&ChainImage<'_>> = iter::once(overlay).chain(between).collect();
         let path = target.opened.path.clone();
         let refused = |clause: &str| Err(Error::image(&path, ErrorCode::UnsupportedFormat, clause));
         if target.opened.block_device && undo_directory().is_none() {
@@ -157,10 +166,10 @@ impl Atomic {
         }
         let (directory, name) = target.opened.place()?;
         if target.opened.block_device {
-            return Self::begin_on_device(&target.opened, &directory, &name);
+            return Self::begin_on_device(&target.opened, (&directory, &name), Sources::of(&merged)?);
         }
         let backup = backup.map(backup_name).transpose()?;
-        let overlay = overlay.file.file();
+        let overlay = overlay.opened.file.file();
         let found = match backup {
             Some(backup) => look_at_backup(&target.opened, (&directory, &name), backup, overlay)?,
             None => AtBackup::Nothing,
@@ -202,12 +211,12 @@ impl Atomic {
             let clause = format!("cannot be cloned, and only a clone leaves a backup ({why}): leave out --keep-backup");
             return refused(&clause);
         }
-        let log = UndoLog::begin(&target.opened, (&directory, &name), None)?;
+        let log = UndoLog::begin(&target.opened, (&directory, &name), None, Sources::of(&merged)?)?;
         Ok(Self::kept(directory, Kept::UndoLog(Rc::new(RefCell::new(log))), Some(why)))
     }
 
     /// Keep a block device by a log in the directory that the operator names for that.
-    fn begin_on_device(target: &OpenedFile, holder: &Directory, name: &OsStr) -> Result<Self, Error> {
+    fn begin_on_device(target: &OpenedFile, at: (&Directory, &OsStr), sources: Sources) -> Result<Self, Error> {
         let nowhere = || Error::image(&target.path, ErrorCode::OpenFailed, "has no place for an undo log");
         let place = undo_directory().ok_or_else(nowhere)?;
         let identity = place.identify(target)?;
@@ -223,7 +232,7 @@ impl Atomic {
         refuse_namesake(target, &place, &identity)?;
         let why = "a block device".to_owned();
         let of_device = OfDevice { directory: directory.clone(), identity };
-        let log = UndoLog::begin(target, (holder, name), Some(of_device))?;
+        let log = UndoLog::begin(target, at, Some(of_device), sources)?;
         Ok(Self::kept(directory, Kept::UndoLog(Rc::new(RefCell::new(log))), Some(why)))
     }
 
@@ -264,6 +273,15 @@ impl Atomic {
         match self.kept {
             Kept::Clone(..) => AtomicWay::Clone,
             Kept::UndoLog(_) => AtomicWay::UndoLog,
+        }
+    }
+
+    /// The number of images and files of which an undo log says what they are.
+    #[must_use]
+    pub fn sources(&self) -> u64 {
+        match &self.kept {
+            Kept::Clone(..) => 0,
+            Kept::UndoLog(log) => log.borrow().sources().into(),
         }
     }
 

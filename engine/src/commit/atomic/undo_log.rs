@@ -7,30 +7,31 @@
 //!
 //! 1. what is about to change is appended to the log, and flushed. The target is as it was, whichever part of the log
 //!    arrives;
-//! 2. before the first change, the log gets its name, and its directory is flushed: from here on every command finds it;
+//! 2. before the first change, the log says what the overlay and the other [sources](super::sources) of the commit are, which are
+//!    flushed before, so that no crash makes them look older; then it gets its name, and its directory is flushed: from here on every
+//!    command finds it. An overlay that records the identity that its parent will have has done so by then, and the devices let no
+//!    source change any more until step 4: after every crash, the sources are what the log says, unless another program changed them;
 //! 3. only then does the target change. A crash leaves a log that says all that is needed to undo it;
 //! 4. once the target is complete and durable, the log is cut to nothing, durably, and then removed. From the cut on it undoes
 //!    nothing, also under another name.
 
 use super::kept::Kept;
+use super::sources::Sources;
 use crate::create::NewFile;
 use crate::devices::{Before, BeforeChange};
 use crate::error::{reason, Error};
 use crate::escape::{escape_bytes, shell_path};
 use crate::image::{DeviceIdentity, OpenedFile};
 use crate::lookup::{Directory, Identity};
-use crate::undo::{log_name, now, sample, Header, Kind, Log, Record, Rhythm, FIRST, MOST_DATA, SAMPLES};
+use crate::undo::{born, log_name, nonce, now, sample, Header, Kind, Log, Record, Rhythm, FIRST, MOST_DATA, SAMPLES};
 use crc32c::crc32c;
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{
-    fchown, fcntl_getfl, fcntl_setfl, fstat, fsync, ftruncate, openat, statx, unlinkat, AtFlags, Gid, Mode, OFlags,
-    StatxFlags, Uid,
+    fchown, fcntl_getfl, fcntl_setfl, fstat, fsync, ftruncate, openat, unlinkat, AtFlags, Gid, Mode, OFlags, Uid,
 };
 use rustix::io::retry_on_intr;
-use std::collections::hash_map::RandomState;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::hash::BuildHasher;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -62,6 +63,8 @@ pub struct UndoLog {
     sequence: u64,
     /// The ranges that it keeps.
     kept: Kept,
+    /// What the commit takes its data from.
+    sources: Sources,
     /// Whether a range could not be kept: from then on, nothing may change.
     failed: Option<i32>,
 }
@@ -85,6 +88,7 @@ impl UndoLog {
         target: &OpenedFile,
         (holder, name): (&Directory, &OsStr),
         device: Option<OfDevice>,
+        sources: Sources,
     ) -> Result<Self, Error> {
         let path = &target.path;
         let (directory, own_name, called, subject) = match &device {
@@ -113,13 +117,10 @@ impl UndoLog {
         let flushed = openat(directory, ".", flags, Mode::empty());
         let flushed = flushed.map_err(|errno| cannot("is in a directory that cannot be opened", &errno.into()))?;
         let file = target.file.file().try_clone().map_err(|error| cannot("cannot be created", &error))?;
-        let born = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
-        let born = born.filter(|found| found.stx_mask & StatxFlags::BTIME.bits() != 0);
-        let born = born.map_or((0, 0), |found| (found.stx_btime.tv_sec.cast_unsigned(), found.stx_btime.tv_nsec));
         let of_file = Header {
             inode: stat.st_ino,
             device: stat.st_dev,
-            born,
+            born: born(&file),
             changed: (u64::try_from(stat.st_mtime).unwrap_or(0), u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
             ..Header::default()
         };
@@ -129,6 +130,7 @@ impl UndoLog {
             nonce: nonce(),
             length: target.length(),
             begun: now(),
+            sources: sources.count(),
             name: called.as_bytes().to_vec(),
             ..if device.is_some() { of_device } else { of_file }
         };
@@ -145,13 +147,19 @@ impl UndoLog {
             flushed,
             new: Some(new),
             log,
+            end: header.first(),
             header,
             rhythm: Rhythm::default(),
-            end: FIRST,
             sequence: 0,
             kept: Kept::default(),
+            sources,
             failed: None,
         })
+    }
+
+    /// The number of sources that it says something of.
+    pub fn sources(&self) -> u32 {
+        self.sources.count()
     }
 
     /// Its path, for messages.
@@ -167,6 +175,10 @@ impl UndoLog {
     /// The reason why the log could not keep a range, if that ended the operation.
     pub fn failure(&self) -> Option<Error> {
         let error = io::Error::from_raw_os_error(self.failed.filter(|&errno| errno != libc::EINTR)?);
+        if let Some(source) = self.sources.failed() {
+            let what = "cannot be flushed or read, and that comes before the target changes";
+            return Some(Error::io(source, ErrorCode::OverlayIo, what, &error));
+        }
         Some(Error::io(&self.log_path(), ErrorCode::BackingIo, "what the target holds cannot be kept", &error))
     }
 
@@ -249,6 +261,8 @@ impl UndoLog {
         }
         if new {
             self.take_samples(device)?;
+            let says = self.sources.settle(&self.header.nonce)?;
+            self.log.write_all_at(&says, FIRST)?;
             self.header.durable = self.sequence;
             self.log.write_all_at(&self.header.encode().unwrap_or_default(), 0)?;
         }
@@ -379,15 +393,6 @@ impl BeforeChange for UndoLog {
 
 fn flush(file: &File) -> io::Result<()> {
     Ok(retry_on_intr(|| rustix::fs::fdatasync(file))?)
-}
-
-/// A number that no other log has.
-fn nonce() -> [u8; 16] {
-    let draw = || RandomState::new().hash_one(std::process::id()).to_le_bytes();
-    let mut nonce = [0; 16];
-    nonce[..8].copy_from_slice(&draw());
-    nonce[8..].copy_from_slice(&draw());
-    nonce
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::*;
 use crate::devices::{Device, Devices};
 use crate::image::Access;
 use crate::sandbox::{BufferAccess, VolatileSlice};
+use crate::undo::{sources, Source};
 use instar_guest_abi::{request_status, Part, Phase, Request, DEVICE_OUTPUT};
 use std::cell::RefCell;
 use std::fs;
@@ -24,6 +25,8 @@ struct Lab {
     before: Vec<u8>,
     log: Rc<RefCell<UndoLog>>,
     devices: Devices,
+    /// The overlay, in a directory of its own.
+    top: tempfile::NamedTempFile,
 }
 
 impl Lab {
@@ -43,7 +46,10 @@ impl Lab {
         )
         .unwrap();
         let (holder, name) = opened.place().unwrap();
-        let log = Rc::new(RefCell::new(UndoLog::begin(&opened, (&holder, &name), None).unwrap()));
+        let top = tempfile::NamedTempFile::new().unwrap();
+        let overlay = OpenedFile::named(top.path(), Access::ReadOnly, ErrorCode::ImageNotFound).unwrap();
+        let sources = Sources::of_files(std::iter::once(&overlay)).unwrap();
+        let log = Rc::new(RefCell::new(UndoLog::begin(&opened, (&holder, &name), None, sources).unwrap()));
         let source = tempfile::tempfile().unwrap();
         source.write_all_at(&[0xee; 100_000], 0).unwrap();
         let mut devices = Devices::new();
@@ -52,7 +58,7 @@ impl Lab {
         devices.attach(DEVICE_OUTPUT, Device::new(target, true, 70_000, 200_000, false).with_part(Part::Target));
         devices.ask_before_change(log.clone());
         devices.enter(Phase::Target).unwrap();
-        Self { directory, before, log, devices }
+        Self { directory, before, log, devices, top }
     }
 
     fn run(&mut self, mut requests: Vec<Request>) {
@@ -98,7 +104,7 @@ fn a_block_is_kept_once() {
     lab.run(vec![copy(0, 4096, 4096)]);
     let length = || fs::metadata(lab.directory.path().join(".base.instar-undo")).unwrap().len();
     let one = length();
-    assert_eq!(one, FIRST + crate::undo::RECORD as u64 + 4096);
+    assert_eq!(one, FIRST + (crate::undo::SOURCE + crate::undo::RECORD) as u64 + 4096);
     let mut lab = Lab { ..lab };
     lab.run(vec![copy(0, 5000, 100), copy(50, 4096, 4096), Request::zero(DEVICE_OUTPUT, 4096, 4096)]);
     assert_eq!(fs::metadata(lab.directory.path().join(".base.instar-undo")).unwrap().len(), one);
@@ -128,4 +134,27 @@ fn what_cannot_be_kept_is_not_changed() {
     assert!(lab.log.borrow().failure().unwrap().to_string().contains("cannot be kept"));
     assert_eq!(lab.now(), lab.before);
     assert_eq!(fs::read(lab.directory.path().join(".base.instar-undo")).unwrap(), b"mine");
+}
+
+#[test]
+fn the_log_says_what_the_overlay_was_when_the_target_began_to_change() {
+    let mut lab = Lab::new();
+    let look = |lab: &Lab| Source::look(lab.top.as_file(), lab.top.path(), 0, [0; 32]).unwrap();
+    // An overlay records what identity its parent is about to get.
+    fs::write(lab.top.path(), "its parent becomes another").unwrap();
+    let then = look(&lab);
+    lab.run(vec![copy(0, 4096, 4096)]);
+    let path = lab.directory.path().join(".base.instar-undo");
+    let said = || sources(&fs::File::open(&path).unwrap());
+    assert_eq!(said().unwrap(), std::slice::from_ref(&then));
+    fs::write(lab.top.path(), "another commit has emptied it").unwrap();
+    lab.run(vec![copy(0, 60_000, 4096)]);
+    assert_eq!(said().unwrap(), std::slice::from_ref(&then), "it is said once");
+    assert!(then.difference(&look(&lab)).is_some());
+    // A log that is damaged there is none.
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[usize::try_from(FIRST).unwrap() + 200] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let damaged = fs::File::open(&path).unwrap();
+    assert!(Log::read(&damaged).unwrap_err().to_string().contains("committed images"));
 }
