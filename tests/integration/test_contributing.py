@@ -116,7 +116,7 @@ def test_the_folders_and_targets_that_contributors_are_sent_to_exist():
 
 
 #: Traits without an example of their own: those of private modules, one that only runs in a guest, one that another's example has.
-WITHOUT_EXAMPLE = {"Seek", "Processor", "Place", "Exit", "Builder"}
+WITHOUT_EXAMPLE = {"Seek", "Processor", "Place", "Task", "Exit", "Builder"}
 
 
 def test_each_public_trait_has_an_example():

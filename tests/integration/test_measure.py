@@ -90,7 +90,7 @@ def test_snapshots(compat, tmp_path):
         measured.add(both("-O", "qcow2", top)["required"])
         for name in ["first", "1", "", "snapshot.id=2,snapshot.name=second"]:
             ours = support.run_instar("measure", "-l", name, top)
-            assert ours.rc == 1 and "it has 7, second" in ours.stderr, str(ours)
+            assert ours.rc == 1 and "it has '7', 'second'" in ours.stderr, str(ours)
         ours = support.run_instar("measure", "-l", "7", base)
         assert ours.rc == 1 and "no internal snapshots: leave out -l" in ours.stderr, str(ours)
     assert len(measured) >= 4, "the snapshots are too much alike to tell them apart"

@@ -103,7 +103,7 @@ def test_what_is_to_be_pasted_works_in_an_empty_directory(tmp_path):
     commands = [line.split()[1] for line in block.splitlines() if line.startswith("instar ")]
     assert commands == ["create", "convert", "info", "commit", "commit", "compare"]
     said = support.in_shell(f"set -e\n{block}", tmp_path)
-    assert said.endswith("Image committed.\nImages are identical.\n") and "Would commit 16 clusters, 1048576 bytes (1 MiB)" in said, said
+    assert said.endswith("Image committed.\nImages are identical.\n") and "Would commit 16 clusters of 'overlay.qcow2', 1048576 bytes (1 MiB)" in said, said
     assert support.content_hash(tmp_path / "base.qcow2") == support.content_hash(tmp_path / "disk.raw", "raw")
 
 
