@@ -226,22 +226,6 @@ def repair_vdi(directory):
     return repair_mark(directory, "vdi", 55, 388, 7)
 
 
-def repair_vmdk(directory):
-    """Each copy of the first grain table lacks what the other one says, and the extent was not closed."""
-    create(directory / "top", 4 * MIB, fmt="vmdk")
-    scribble(directory / "top", 56, "vmdk", 4 * MIB)
-    data = bytearray((directory / "top").read_bytes())
-    for copy, value in ((48, 0), (56, 1 << 30)):
-        entries = int.from_bytes(data[copy : copy + 8], "little") * 512
-        table = int.from_bytes(data[entries : entries + 4], "little") * 512
-        held = [at for at in range(table, table + 2048, 4) if any(data[at : at + 4])]
-        at = held[copy == 48]
-        data[at : at + 4] = value.to_bytes(4, "little")
-    data[72] = 1
-    (directory / "top").write_bytes(data)
-    return case("check -r all of a vmdk", directory, ["check", "-r", "all", "IMAGE"], fmt="vmdk")
-
-
 # --- commits with more than that ------------------------------------------------------------------
 
 
@@ -327,7 +311,7 @@ def convert_into_parts(directory):
 REBASES = [rebase_onto_another, rebase_drops_a_layer, rebase_flattens, rebase_names_only, rebase_qcow, rebase_vmdk]
 RESIZES = [resize_grows, resize_grows_backwards, resize_shrinks, resize_shrinks_alone, resize_fills, resize_reserves, resize_raw,
            resize_qcow, resize_vdi, resize_vpc, resize_vhdx, resize_parallels, resize_vmdk]
-REPAIRS = [repair_all, repair_leaks, repair_parallels, repair_vdi, repair_vmdk]
+REPAIRS = [repair_all, repair_leaks, repair_parallels, repair_vdi]
 COMMITS = [relink, merge_bitmaps, wipe, adopt, adopt_flattens]
 CONVERSIONS = [convert, convert_replaces, convert_compresses, convert_into_parts]
 ALL = [*REBASES, *RESIZES, *REPAIRS, *COMMITS, *CONVERSIONS]

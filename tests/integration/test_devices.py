@@ -90,7 +90,7 @@ def test_a_device_that_is_too_small(tmp_path):
         assert missing(device, top) == 64 * KIB
         assert missing(device, top, "--dry-run") == 64 * KIB
         measured = support.run_instar("measure", "--commit", "-b", device, "--output", "json", top)
-        expected = {"required": size, "growth": 64 * KIB, "additional-space": 0, "target": device, "target-format": "qcow2"}
+        expected = {"required": size, "growth": 64 * KIB, "additional-space": 0, "free": None, "target": device, "target-format": "qcow2"}
         assert measured.rc == 0 and measured.json_of_sandbox == expected, str(measured)
     with Loop(tmp_path / "disk", size) as device:
         made(size)

@@ -43,6 +43,8 @@ def percents(lines, what, total, exact=True):
     """The percentages of progress lines: each is the true one rounded down, and more than the one before."""
     shown = []
     for line in lines:
+        if re.fullmatch(rf"instar: {what}99 % \(all \d+ bytes have moved: finishing\)", line):
+            continue
         percent, done, of = map(int, re.fullmatch(rf"instar: {what}(\d+) % \((\d+) of (\d+) bytes(?:, [\d.]+ \w+ of [\d.]+ \w+)?\)", line).groups())
         assert percent == done * 100 // of and (of == total or not exact), line
         shown.append(percent)

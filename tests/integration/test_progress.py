@@ -91,7 +91,8 @@ def test_what_is_compressed_counts_as_bytes_of_the_disk(tmp_path, options):
     done = support.run_instar("convert", "--progress=json", "-f", "raw", *options, disk, tmp_path / "new")
     assert done.rc == 0 and (tmp_path / "new").stat().st_size < 16 * MIB, str(done)
     told = [line["current-progress"] for line in lines(done.stderr) if line["status"] == "running"]
-    assert max(told) > 48 * MIB, told
+    # A conversion that takes less than a quarter of a second tells its begin and its end.
+    assert max(told) > 48 * MIB or len(told) <= 2, told
 
 
 def test_a_comparison_tells_it_too(pair):

@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import struct
-import subprocess
 
 import pytest
 import support
@@ -262,10 +261,10 @@ def test_a_raw_base_can_be_recorded_in_another_format(tmp_path):
     create(top, None, fmt="qcow", backing=base.name, backing_fmt="raw")
     qemu_io(top, "write -P 2 1M 64k", fmt="qcow")
     result = run_instar("map", top)
-    advised = re.search(r"`(qemu-img .*) NEW`", result.stderr)
+    advised = re.search(r"`instar (convert .*) NEW`", result.stderr)
     assert result.rc == 1 and advised, str(result)
     new = tmp_path / "new.qcow2"
-    subprocess.run([*shlex.split(advised[1]), new], check=True, cwd=tmp_path)
+    assert run_instar(*shlex.split(advised[1]), new, cwd=tmp_path).rc == 0
     assert run_instar("map", new).rc == 0
     # It takes the place of the other one.
     top.unlink()

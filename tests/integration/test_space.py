@@ -149,7 +149,7 @@ def noticed(result, least, most):
     status, stderr, untouched = result
     assert status == 1 and untouched, stderr
     assert len(stderr.splitlines()) == 1 and "nothing was changed" in stderr and "ERROR_NO_SPACE" in stderr, stderr
-    needed = int(re.search(r"needs (\d+) bytes more of the file system, which has \d+ free", stderr)[1])
+    needed = int(re.search(r"needs (\d+) bytes(?: \([^)]+\))? more of the file system, which has \d+ bytes(?: \([^)]+\))? free", stderr)[1])
     assert least <= needed <= most, stderr
 
 
