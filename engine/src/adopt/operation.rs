@@ -16,7 +16,7 @@ use crate::image::{
 };
 use crate::lookup::Directory;
 use crate::operation::{
-    ask, ask_below, no_space, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings,
+    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Room, Session, Settings,
     Slot, Space,
 };
 use crate::others::{refuse_children, Siblings};
@@ -281,7 +281,7 @@ impl Operation for Adopt<'_> {
             warnings: self.warnings.clone(),
             dry_run: self.only_looks(),
             virtual_size: opened.virtual_size,
-            space: opened.space,
+            room: Room::of(opened.space),
             likeness: opened.likeness.clone(),
             ..RebaseEvents::default()
         };
@@ -300,7 +300,7 @@ impl Operation for Adopt<'_> {
             let clause = format!("cannot be replaced by the overlay: {why}");
             return Err(Error::image(&paths.1, ErrorCode::BackingIo, clause).in_state(state));
         }
-        let end = ended.events.lacking.map_or(ended.end, |lacking| Err(no_space("the overlay", lacking)));
+        let end = ended.events.room.judge("the overlay", ended.end);
         end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
         if locked.is_some() && ended.events.outcome.clusters_written > 0 {
             return Err(out_of_order());

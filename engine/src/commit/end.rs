@@ -11,7 +11,7 @@ use super::repeated::Repeated;
 use super::undo_room::log_room;
 use super::verify::Verification;
 use crate::error::Error;
-use crate::operation::{no_space, Ended, GuestFailure, Meter};
+use crate::operation::{Ended, GuestFailure, Meter};
 use crate::others::Siblings;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 
@@ -44,15 +44,14 @@ impl Commit<'_> {
             });
         }
         let admitted = self.admitted.ok_or_else(nothing_to_commit)?;
-        let end = match events.lacking {
-            Some(lacking) => Err(no_space("the commit", lacking)),
-            None if events.repeated.as_ref().is_some_and(Repeated::is_refused) => {
-                let clause = admitted.doubt.as_ref().map(|doubt| doubt.clause.clone()).unwrap_or_default();
-                let refused = GuestFailure::ended(ErrorCode::FormatMismatch, clause);
-                Err(GuestFailure { device: Some(DEVICE_OUTPUT), ..refused })
-            }
-            None => ended.end,
+        let end = if events.repeated.as_ref().is_some_and(Repeated::is_refused) {
+            let clause = admitted.doubt.as_ref().map(|doubt| doubt.clause.clone()).unwrap_or_default();
+            let refused = GuestFailure::ended(ErrorCode::FormatMismatch, clause);
+            Err(GuestFailure { device: Some(DEVICE_OUTPUT), ..refused })
+        } else {
+            ended.end
         };
+        let end = events.room.judge("the commit", end);
         let report = end.map_err(|failure| {
             let changed = Changed::of(&ended.devices);
             let usual = |state: &str| failure.error(&ended.paths, Some(state));

@@ -8,7 +8,7 @@ use super::repeated::Repeated;
 use super::snapshot::Snapshot;
 use super::verify::Verification;
 use crate::devices::Devices;
-use crate::operation::{decode, Events, Meter, Needs, Observer, Space};
+use crate::operation::{decode, Events, Meter, Needs, Observer, Room};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, RequestOp};
 use instar_guest_protocol::commit::event::Kind as Told;
@@ -32,12 +32,10 @@ pub struct CommitEvents {
     pub warnings: Vec<String>,
     /// The observer that prints them.
     pub observer: Option<Rc<dyn Observer>>,
-    /// The space that the backing has, as far as it is known.
-    pub space: Option<Space>,
+    /// The room in the file system of the target.
+    pub room: Room,
     /// The check for a backing that looks like an image of another format: only a repeated commit may go on.
     pub repeated: Option<Repeated>,
-    /// The bytes that the plan needs and the bytes that are free, if a lack of space ended the guest.
-    pub lacking: Option<(u64, u64)>,
     /// How far the guest may go: [`Phase::Look`] in a dry run, [`Phase::Target`] where the overlay is kept,
     /// [`Phase::Children`] where children of the overlay are to name the target.
     pub last_phase: Phase,
@@ -68,9 +66,8 @@ impl Default for CommitEvents {
             names: Default::default(),
             warnings: Vec::new(),
             observer: None,
-            space: None,
+            room: Room::default(),
             repeated: None,
-            lacking: None,
             last_phase: Phase::Look,
             keep_overlay: false,
             has_siblings: false,
@@ -124,10 +121,7 @@ impl CommitEvents {
             encoded_bytes: plan.encoded_bytes,
             final_length: plan.backing_final_length,
         };
-        self.lacking = self.space.and_then(|space| space.lacking(&needs));
-        if self.lacking.is_some() {
-            return Err(BadRequest("more space than there is".to_owned()));
-        }
+        self.room.admit(&needs)?;
         for warning in &self.warnings {
             self.observer.iter().for_each(|observer| observer.warning(warning));
         }

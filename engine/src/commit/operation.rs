@@ -22,8 +22,8 @@ use crate::image::{
 };
 use crate::lookup::Directory;
 use crate::operation::{
-    free_in, DevicePaths, Ended, Grants, ImageSet, Meter, Named, NamedDirectory, Opener, Operation, Session, Settings,
-    Slot,
+    free_in, DevicePaths, Ended, Grants, ImageSet, Meter, Named, NamedDirectory, Opener, Operation, Room, Session,
+    Settings, Slot,
 };
 use crate::others::{refuse_children, Siblings};
 use crate::plugins::Registry;
@@ -318,7 +318,7 @@ impl Operation for Commit<'_> {
                 }
             },
             meter: Some(meter),
-            space: admitted.space,
+            room: Room::of(admitted.space),
             repeated: admitted.doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark)),
             warnings: self.warnings.clone(),
             observer: Some(observer.clone()),

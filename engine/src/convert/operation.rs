@@ -15,8 +15,7 @@ use crate::escape::{escape, escape_bytes, escape_path};
 use crate::image::{add_new_files, Access, ChainImage, NamedFile, OpenedFile};
 use crate::lookup::{Directory, Identity};
 use crate::operation::{
-    ask, no_space, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings, Slot,
-    Space,
+    ask, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Room, Session, Settings, Slot, Space,
 };
 use crate::plugins::{Plugin, Registry};
 use crate::rebase::named_parent;
@@ -370,7 +369,7 @@ impl Operation for Convert<'_> {
             keep_overlay: true,
             bounds: PlanBounds { longest: longest.fold(0, u64::saturating_add), ..self.bounds },
             meter: Some(meter),
-            space: self.space,
+            room: Room::of(self.space),
             warnings: self.warnings.clone(),
             bitmaps: self.request.bitmaps.then(Vec::new),
             names: (self.request.source.clone(), self.request.target.clone()),
@@ -389,11 +388,7 @@ impl Operation for Convert<'_> {
             allocate(self.request, &ended)?;
         }
         let events = ended.events;
-        let end = match events.lacking {
-            Some(lacking) => Err(no_space("the image", lacking)),
-            None => ended.end,
-        };
-        end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
+        events.room.judge("the image", ended.end).map_err(|failure| failure.error(&ended.paths, Some(state)))?;
         let mut warnings = events.warnings;
         let (devices, observer) = (&ended.devices, events.observer);
         for line in ended.paths.sources().flat_map(|number| salvaged(devices, &ended.paths, number)) {

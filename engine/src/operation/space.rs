@@ -6,6 +6,7 @@
 use super::GuestFailure;
 use crate::bytes::Bytes;
 use crate::image::{ChainImage, OpenedFile};
+use crate::sandbox::BadRequest;
 use instar_guest_abi::{ErrorCode, DEVICE_OUTPUT};
 use rustix::fs::{fstatfs, fstatvfs};
 use std::os::fd::AsFd;
@@ -108,9 +109,41 @@ impl Space {
     }
 }
 
+/// The room for a change: compared with the plan, and remembered for the message if it does not suffice.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Room {
+    space: Option<Space>,
+    /// The bytes that the plan needs and the bytes that are free, if a lack of space ended the guest.
+    lacking: Option<(u64, u64)>,
+}
+
+impl Room {
+    /// The room that these facts about space leave; without facts, every plan is admitted.
+    #[must_use]
+    pub fn of(space: Option<Space>) -> Self {
+        Self { space, lacking: None }
+    }
+
+    /// Admit a plan with these needs.
+    ///
+    /// # Errors
+    /// It certainly needs more space than there is.
+    pub fn admit(&mut self, needs: &Needs) -> Result<(), BadRequest> {
+        self.lacking = self.space.and_then(|space| space.lacking(needs));
+        self.lacking.map_or(Ok(()), |_| Err(BadRequest("more space than there is".to_owned())))
+    }
+
+    /// The end of a guest: the refusal of its plan, if that was not admitted, in which `what` needs the space.
+    ///
+    /// # Errors
+    /// The refusal, or that of `end`.
+    pub fn judge<T>(&self, what: &str, end: Result<T, GuestFailure>) -> Result<T, GuestFailure> {
+        self.lacking.map_or(end, |lacking| Err(no_space(what, lacking)))
+    }
+}
+
 /// The refusal of a change that needs more space than the file system of the image has; `what` needs it.
-#[must_use]
-pub fn no_space(what: &str, (needed, free): (u64, u64)) -> GuestFailure {
+fn no_space(what: &str, (needed, free): (u64, u64)) -> GuestFailure {
     let text = format!("{what} needs {} more of the file system, which has {} free", Bytes(needed), Bytes(free));
     GuestFailure { device: Some(DEVICE_OUTPUT), ..GuestFailure::ended(ErrorCode::NoSpace, text) }
 }

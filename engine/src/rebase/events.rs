@@ -4,7 +4,7 @@ use crate::commit::REPLACED_MARK;
 use crate::create::look_like;
 use crate::devices::{Cache, Devices};
 use crate::error::{reason, Error};
-use crate::operation::{decode, DevicePaths, Events, Meter, Needs, Observer, Session, Space};
+use crate::operation::{decode, DevicePaths, Events, Meter, Needs, Observer, Room, Session};
 use crate::sandbox::BadRequest;
 use instar_guest_abi::{Phase, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Outcome, Plan};
@@ -47,10 +47,8 @@ pub struct RebaseEvents {
     pub(crate) held_back: bool,
     /// The observer that is told the warnings, and asked.
     pub(crate) observer: Option<Rc<dyn Observer>>,
-    /// The facts about its file system's space, if there are any.
-    pub(crate) space: Option<Space>,
-    /// The bytes that are needed and those that are free, for which the host ended the guest.
-    pub(crate) lacking: Option<(u64, u64)>,
+    /// The room in its file system.
+    pub(crate) room: Room,
     /// The image that it has to look like.
     pub(crate) likeness: Option<Likeness>,
     /// The reason why it cannot have them, for which the host ended the guest.
@@ -131,10 +129,7 @@ impl Events for RebaseEvents {
             encoded_bytes: 0,
             final_length: plan.final_length,
         };
-        self.lacking = self.space.and_then(|space| space.lacking(&needs));
-        if self.lacking.is_some() {
-            return Err(BadRequest("more space than there is".to_owned()));
-        }
+        self.room.admit(&needs)?;
         self.held_back = !self.dry_run && self.observer.as_ref().is_some_and(|observer| !observer.agrees(plan.bytes));
         if self.held_back {
             return Err(BadRequest("a change that the caller does not want".to_owned()));

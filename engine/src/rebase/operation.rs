@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::escape::{escape, escape_path};
 use crate::image::{file_name, open_extra_files, Access, ChainImage, FilesOf};
 use crate::operation::{
-    ask, ask_below, no_space, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings,
+    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Room, Session, Settings,
     Slot, Space,
 };
 use crate::plugins::Registry;
@@ -247,7 +247,7 @@ impl Operation for Rebase<'_> {
             fixed: paths.is_block_device(DEVICE_OUTPUT).then_some(opened.length),
             dry_run,
             virtual_size: opened.virtual_size,
-            space: opened.space,
+            room: Room::of(opened.space),
             ..RebaseEvents::default()
         };
         events.serve(devices, paths, session, (cache, opened.length))
@@ -280,7 +280,7 @@ impl Operation for Rebase<'_> {
         } else {
             "nothing was changed"
         };
-        let end = ended.events.lacking.map_or(ended.end, |lacking| Err(no_space("the rebase", lacking)));
+        let end = ended.events.room.judge("the rebase", ended.end);
         end.map_err(|failure| failure.error(&ended.paths, Some(state)))?;
         let events = ended.events;
         events.meter.iter().for_each(Meter::done);

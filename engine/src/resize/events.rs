@@ -1,7 +1,7 @@
 //! The host's answers to the guest of a resize: it checks the plan, the phases, and the end.
 
 use crate::devices::Devices;
-use crate::operation::{decode, enter_planned, Events, Meter, Needs, Space};
+use crate::operation::{decode, enter_planned, Events, Meter, Needs, Room};
 use crate::sandbox::BadRequest;
 use instar_guest_abi::Phase;
 use instar_guest_protocol::resize::{Outcome, Plan};
@@ -21,12 +21,10 @@ pub struct ResizeEvents {
     pub sizes: (u64, u64),
     /// The maximum length of all the image's files together, in bytes.
     pub longest: u64,
-    /// The facts about the file system's space, if the new part of the disk takes some.
-    pub(super) space: Option<Space>,
+    /// The room in the file system, if the new part of the disk takes some.
+    pub(super) room: Room,
     /// Minimum of bytes that it takes of the file, in a format without clusters.
     pub(super) least: u64,
-    /// The bytes that are needed and those that are free, for which the host ended the guest.
-    pub(super) lacking: Option<(u64, u64)>,
     /// Whether nothing may change.
     pub dry_run: bool,
 }
@@ -56,10 +54,7 @@ impl ResizeEvents {
             encoded_bytes: 0,
             final_length: plan.final_length,
         };
-        self.lacking = self.space.and_then(|space| space.lacking(&needs));
-        if self.lacking.is_some() {
-            return Err(BadRequest("more space than there is".to_owned()));
-        }
+        self.room.admit(&needs)?;
         self.meter.iter().for_each(|meter| meter.planned(self.filled));
         self.plan = Some(plan);
         Ok(())

@@ -9,7 +9,7 @@ use crate::error::{Error, Role as ErrorRole};
 use crate::escape::escape_path;
 use crate::image::{check_immediate_parent, check_parents, open_extra_files, Access, ChainImage, Descent, FilesOf};
 use crate::operation::{
-    ask, ask_below, no_space, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Session, Settings,
+    ask, ask_below, DevicePaths, Ended, Grants, ImageSet, Meter, Named, Opener, Operation, Room, Session, Settings,
     Slot, Space,
 };
 use crate::plugins::IdentifyError;
@@ -193,10 +193,10 @@ impl Operation for Resize<'_> {
         let meter = Meter::new(observer.clone(), longest, devices, paths.target(), observer.wants_progress());
         devices.pace_mut().watched_by(Box::new(meter.clone()));
         let filled = if self.preallocates() { self.sizes.1.saturating_sub(self.sizes.0) } else { 0 };
-        let (meter, dry_run, space) = (Some(meter), self.request.dry_run, self.space.0);
+        let (meter, dry_run, room) = (Some(meter), self.request.dry_run, Room::of(self.space.0));
         let least = if self.space.1 { filled } else { 0 };
         let sizes = self.sizes;
-        Ok(ResizeEvents { sizes, longest, dry_run, meter, filled, space, least, ..ResizeEvents::default() })
+        Ok(ResizeEvents { sizes, longest, dry_run, meter, filled, room, least, ..ResizeEvents::default() })
     }
 
     fn finish(self, ended: Ended<ResizeEvents>) -> Result<ResizeOutcome, Error> {
@@ -214,7 +214,7 @@ impl Operation for Resize<'_> {
         } else {
             "nothing was changed".to_owned()
         };
-        let end = ended.events.lacking.map_or(ended.end, |lacking| Err(no_space("what is new of the disk", lacking)));
+        let end = ended.events.room.judge("what is new of the disk", ended.end);
         end.map_err(|failure| failure.error(&ended.paths, Some(&state)))?;
         ended.events.meter.iter().for_each(Meter::done);
         Ok(ResizeOutcome {
