@@ -2,7 +2,7 @@
 
 use super::contents::{read, Contents, Location, Part};
 use super::Difference;
-use crate::devices::Devices;
+use crate::devices::{first_difference, Devices};
 use crate::error::Error;
 use crate::operation::{decode, Events, GuestFailure, Observer, Progress, Stage};
 use crate::sandbox::BadRequest;
@@ -173,11 +173,6 @@ fn unreadable(Location { device, offset }: Location, error: &io::Error) -> Stop 
     let errno = error.raw_os_error().and_then(|errno| u32::try_from(errno).ok()).unwrap_or(0);
     let failure = GuestFailure::ended(ErrorCode::OverlayIo, "read failed");
     Stop::Unreadable(GuestFailure { device: Some(device), offset: Some(offset), errno, ..failure })
-}
-
-fn first_difference(one: &[u8], two: &[u8]) -> Option<usize> {
-    // Comparing slices is much faster than comparing bytes.
-    (one != two).then(|| one.iter().zip(two).position(|(one, two)| one != two)).flatten()
 }
 
 /// Make the difference after `equal` equal bytes of a run that begins at guest byte `start`.

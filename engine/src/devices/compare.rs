@@ -117,13 +117,17 @@ impl Pair {
         let (from, to) = (read(first, one)?, read(second, two)?);
         let (one, two) = (one.get(from..from + length), two.get(to..to + length));
         let (Some(one), Some(two)) = (one, two) else { return Err(Unequal::Differs(self.at)) };
-        // Comparing slices is much faster than comparing bytes.
-        if one == two {
-            return Ok(());
+        match first_difference(one, two) {
+            None => Ok(()),
+            Some(equal) => Err(Unequal::Differs(self.at.saturating_add(equal as u64))),
         }
-        let equal = one.iter().zip(two).take_while(|(one, two)| one == two).count();
-        Err(Unequal::Differs(self.at.saturating_add(equal as u64)))
     }
+}
+
+/// The place of the first byte that differs in two slices of the same length.
+pub fn first_difference(one: &[u8], two: &[u8]) -> Option<usize> {
+    // Comparing slices is much faster than comparing bytes.
+    (one != two).then(|| one.iter().zip(two).position(|(one, two)| one != two)).flatten()
 }
 
 impl Task for Pair {

@@ -33,6 +33,7 @@ mod zeroes;
 pub(crate) use aligned::AlignedBuffer;
 pub use before::{Before, BeforeChange};
 pub use cache::Cache;
+pub(crate) use compare::first_difference;
 pub use compare::{Comparison, Unequal, COMPARED};
 pub use pace::{Pace, Watch};
 pub use phases::Phases;
