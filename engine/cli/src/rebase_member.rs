@@ -7,6 +7,7 @@ use instar::error::{Error, Role};
 use instar::escape::escape_path;
 use instar::operation::{Cancel, Observer, Progress, Session, Stage};
 use instar::rebase::{run_rebase, RebaseOutcome, RebaseRequest};
+use instar::worker::encode_error;
 use instar_guest_abi::ErrorCode;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -28,44 +29,8 @@ pub enum Said {
     Written(u64),
     /// The image names the new parent, or could: the result for programs, and for people.
     Done(Value, String),
-    /// It failed.
-    Failed(Failure),
-}
-
-/// An error, as far as it is printed.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Failure {
-    code: u32,
-    message: String,
-    file: Option<PathBuf>,
-    role: Option<String>,
-    errno: Option<i32>,
-    offset: Option<u64>,
-    step: Option<String>,
-}
-
-impl Failure {
-    fn of(error: &Error) -> Self {
-        Self {
-            code: error.code.number(),
-            message: error.message.clone(),
-            file: error.path().map(Path::to_owned),
-            role: error.role().map(|role| role.name().to_owned()),
-            errno: error.errno(),
-            offset: error.offset(),
-            step: error.step().map(str::to_owned),
-        }
-    }
-}
-
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
-        let code = ErrorCode::from_u32(failure.code).unwrap_or(ErrorCode::InternalOverflow);
-        let error = Self::new(code, failure.message).with_errno(failure.errno.unwrap_or(0));
-        let error = failure.file.iter().fold(error, |error, path| error.at_path(path));
-        let error = error.on_device(None, failure.offset).in_step(failure.step.as_deref().unwrap_or_default());
-        error.with_role(failure.role.as_deref().and_then(Role::from_name))
-    }
+    /// It failed: an encoded error.
+    Failed(Vec<u8>),
 }
 
 /// Tells the process that started it.
@@ -144,7 +109,7 @@ pub fn run(
     let session = Session::confined(member.clone(), cancel).printing_on(descriptor);
     let said = match run_rebase(request, &session) {
         Ok(outcome) => Said::Done(serde_json::to_value(&outcome).unwrap_or_default(), text(&outcome)),
-        Err(error) => Said::Failed(Failure::of(&needs_another(error, &request.image, among))),
+        Err(error) => Said::Failed(encode_error(&needs_another(error, &request.image, among))),
     };
     member.say(&said);
     // SAFETY: the process holds nothing that has to be written or removed at its end; what it changed is durable.

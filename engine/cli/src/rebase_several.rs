@@ -13,6 +13,7 @@ use instar::error::{Error, Role};
 use instar::escape::escape_path;
 use instar::operation::{Cancel, Observer, Progress, Stage};
 use instar::rebase::RebaseRequest;
+use instar::worker::decode_error;
 use instar_guest_abi::ErrorCode;
 use serde::Serialize;
 use serde_json::Value;
@@ -24,6 +25,8 @@ use std::rc::Rc;
 
 /// Images in one call: each of them holds a sandbox until the last one is planned.
 const MOST: usize = 64;
+/// The clause about a process whose words cannot be read.
+const NONSENSE: &str = "its process said what makes no sense";
 
 /// Run the command; the exit status.
 pub fn run(args: &RebaseArgs, out: &mut dyn Write) -> u8 {
@@ -280,8 +283,11 @@ impl Link {
                 Ok(Said::Planned(bytes)) => self.planned = Some(bytes),
                 Ok(Said::Written(done)) => written(done),
                 Ok(Said::Done(result, text)) => self.end = Some(End::Done { result, text }),
-                Ok(Said::Failed(failure)) => self.end = Some(End::Failed(failure.into())),
-                Err(_) => self.end = Some(End::Failed(self.failed("its process said what makes no sense"))),
+                Ok(Said::Failed(error)) => {
+                    let error = decode_error(&error).unwrap_or_else(|| self.failed(NONSENSE));
+                    self.end = Some(End::Failed(error));
+                }
+                Err(_) => self.end = Some(End::Failed(self.failed(NONSENSE))),
             }
         }
     }

@@ -38,6 +38,7 @@ mod serve;
 mod wire;
 
 pub use serve::serve;
+pub use wire::{decode_error, encode_error};
 
 use crate::cancel::Cancel;
 use crate::commit::{CommitOutcome, CommitRequest};

@@ -414,17 +414,33 @@ pub fn answer(result: &Result<CommitOutcome, Error>) -> Vec<u8> {
             atomic: outcome.atomic.map(|way| number(&WAYS, &way)),
             backup: outcome.backup.as_deref().map(bytes),
         })),
-        Err(error) => Kind::Error(ErrorEvent {
-            code: error.code.number(),
-            message: error.message.clone(),
-            path: error.path().map(bytes),
-            role: error.role().map(|role| role.name().to_owned()),
-            device: error.device(),
-            offset: error.offset(),
-            errno: error.errno().unwrap_or(0),
-            step: error.step().unwrap_or_default().to_owned(),
-        }),
+        Err(error) => Kind::Error(error_event(error)),
     })
+}
+
+/// An error as bytes, for a process that is told it by another one of the same program.
+#[must_use]
+pub fn encode_error(error: &Error) -> Vec<u8> {
+    error_event(error).encode_to_vec()
+}
+
+/// The error that [`encode_error`] made these bytes of; `None` if it did not.
+#[must_use]
+pub fn decode_error(bytes: &[u8]) -> Option<Error> {
+    ErrorEvent::decode(bytes).ok().map(error_of)
+}
+
+fn error_event(error: &Error) -> ErrorEvent {
+    ErrorEvent {
+        code: error.code.number(),
+        message: error.message.clone(),
+        path: error.path().map(bytes),
+        role: error.role().map(|role| role.name().to_owned()),
+        device: error.device(),
+        offset: error.offset(),
+        errno: error.errno().unwrap_or(0),
+        step: error.step().unwrap_or_default().to_owned(),
+    }
 }
 
 fn child_event(Relinked { image, backing, already }: &Relinked) -> ChildEvent {
