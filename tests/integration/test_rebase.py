@@ -447,6 +447,13 @@ def test_one_that_is_refused_keeps_all_of_several_as_they_are(siblings):
         assert result.rc in (1, 2) and words in result.stderr, str(result)
 
 
+def test_a_name_that_is_no_text_is_refused_by_its_reason(siblings):
+    missing = os.fsdecode(b"d\xff")
+    with support.untouched(siblings / "a"):
+        result = several(siblings, images=["a", missing])
+    assert result.rc == 1 and "d\\xff" in result.stderr and "does not exist" in result.stderr, str(result)
+
+
 def test_an_image_below_another_one_of_the_call_is_named(siblings):
     create(siblings / "upper", backing="a", cwd=siblings)
     with support.untouched(siblings / "a", siblings / "upper"):
