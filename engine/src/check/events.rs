@@ -34,7 +34,7 @@ pub struct CheckEvents {
 /// The permission of a repair's guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Grant {
-    /// [`Phase::Look`] in a dry run, [`Phase::Target`] otherwise.
+    /// [`Phase::Inspect`] in a dry run, [`Phase::Target`] otherwise.
     pub last_phase: Phase,
     /// Maximum combined length of the image's files in bytes.
     pub longest: u64,
@@ -80,7 +80,7 @@ impl CheckEvents {
     fn last_phase(&self) -> Phase {
         match (self.grant, &self.plan) {
             (Some(grant), Some(plan)) if mends(plan) => grant.last_phase,
-            _ => Phase::Look,
+            _ => Phase::Inspect,
         }
     }
 }
@@ -145,7 +145,7 @@ mod tests {
     use crate::operation::test_buffers::Zeroes;
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::Host;
-    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
+    use instar_guest_abi::{DeviceRole, Request, DEVICE_OUTPUT};
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
@@ -181,7 +181,7 @@ mod tests {
         let mut devices = Devices::new();
         let file = tempfile::tempfile().unwrap_or_else(|error| unreachable!("{error}"));
         let _ = file.set_len(LENGTH);
-        let device = Device::new(file, true, LENGTH, 2 * LENGTH, false).with_part(Part::Target);
+        let device = Device::new(file, true, LENGTH, 2 * LENGTH, false).with_role(DeviceRole::Target);
         devices.attach(DEVICE_OUTPUT, device);
         let grant = Grant { last_phase, longest: 2 * LENGTH };
         Handler::new(devices, CheckEvents::repairing(grant), Cancel::new())
@@ -248,7 +248,7 @@ mod tests {
 
     #[test]
     fn nothing_is_changed_in_a_dry_run_or_where_nothing_is_to_be_mended() {
-        for (last_phase, leaks) in [(Phase::Look, 3), (Phase::Target, 0)] {
+        for (last_phase, leaks) in [(Phase::Inspect, 3), (Phase::Target, 0)] {
             let mut handler = repairing(last_phase);
             assert_eq!(handler.tell(plan(leaks, 0)), "");
             assert!(handler.tell(target()).contains("nothing may be changed"));

@@ -168,7 +168,7 @@ impl Operation for Check<'_> {
         devices.pace_mut().stop_when(session.cancel().clone());
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
         let grant = Grant {
-            last_phase: if self.changes() { Phase::Target } else { Phase::Look },
+            last_phase: if self.changes() { Phase::Target } else { Phase::Inspect },
             longest: longest.fold(0, u64::saturating_add),
         };
         Ok(CheckEvents { meter, ..CheckEvents::repairing(grant) })

@@ -16,7 +16,7 @@ use crate::devices::{Cache, Devices};
 use crate::error::{Error, Role};
 use crate::operation::{taken_space, DevicePaths, GuestFailure};
 use crate::sandbox::{BadRequest, BufferAccess, SandboxError};
-use instar_guest_abi::{request_status, ErrorCode, Part, Phase, Request, RequestOp, DEVICE_OUTPUT};
+use instar_guest_abi::{request_status, DeviceRole, ErrorCode, Phase, Request, RequestOp, DEVICE_OUTPUT};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
@@ -129,9 +129,9 @@ impl Digests {
     /// A beginning at an impossible time.
     pub fn begin(&mut self, devices: &Devices, after: bool) -> Result<(), BadRequest> {
         let fits = match after {
-            false => self.before.is_none() && devices.phase() == Phase::Look && !devices.any_changed(),
+            false => self.before.is_none() && devices.phase() == Phase::Inspect && !devices.any_changed(),
             true => {
-                let flushed = devices.unflushed(|part| part == Part::Target).is_none();
+                let flushed = devices.unflushed(|part| part == DeviceRole::Target).is_none();
                 self.before.is_some() && self.after.is_none() && devices.phase() == Phase::Target && flushed
             }
         };
@@ -139,7 +139,7 @@ impl Digests {
             return Err(BadRequest("a disk is hashed when it makes no sense".to_owned()));
         }
         if after {
-            devices.read_anew(self.target.iter().copied());
+            devices.evict_page_cache(self.target.iter().copied());
         }
         self.current = Some(Hashing { state: Sha256::new(), next: 0, after });
         self.end_if_complete()

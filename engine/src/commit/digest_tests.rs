@@ -21,11 +21,11 @@ impl BufferAccess for Sevens {
 /// A file of sevens with a hole in the middle, once read and once written.
 fn devices() -> Devices {
     let mut devices = Devices::new();
-    for (number, part) in [(OVERLAY, Part::Read), (DEVICE_OUTPUT, Part::Target)] {
+    for (number, role) in [(OVERLAY, DeviceRole::Read), (DEVICE_OUTPUT, DeviceRole::Target)] {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
         file.write_all_at(&vec![7; 1 << 20], 2 << 20).unwrap();
-        devices.attach(number, Device::new(file, true, SIZE, SIZE, false).with_part(part));
+        devices.attach(number, Device::new(file, true, SIZE, SIZE, false).with_role(role));
     }
     devices
 }

@@ -36,7 +36,7 @@ pub struct CommitEvents {
     pub room: Room,
     /// The check for a backing that looks like an image of another format: only a repeated commit may go on.
     pub repeated: Option<Repeated>,
-    /// How far the guest may go: [`Phase::Look`] in a dry run, [`Phase::Target`] where the overlay is kept,
+    /// How far the guest may go: [`Phase::Inspect`] in a dry run, [`Phase::Target`] where the overlay is kept,
     /// [`Phase::Children`] where children of the overlay are to name the target.
     pub last_phase: Phase,
     /// Whether the overlay keeps its content.
@@ -68,7 +68,7 @@ impl Default for CommitEvents {
             observer: None,
             room: Room::default(),
             repeated: None,
-            last_phase: Phase::Look,
+            last_phase: Phase::Inspect,
             keep_overlay: false,
             has_siblings: false,
             damages_siblings: false,
@@ -156,7 +156,7 @@ impl CommitEvents {
         self.verification.as_ref().map_or(Ok(()), |verification| verification.check_complete(planned))?;
         match (&self.digests, self.last_phase) {
             (None, _) => Ok(()),
-            (Some(digests), Phase::Look) => digests.check_before(),
+            (Some(digests), Phase::Inspect) => digests.check_before(),
             (Some(digests), _) => digests.check_after(),
         }
     }
@@ -216,7 +216,7 @@ impl Events for CommitEvents {
             return Err(BadRequest("a change was announced before a plan".to_owned()));
         }
         let why = match (phase, self.last_phase) {
-            (Phase::Target | Phase::Overlay | Phase::Children, Phase::Look) => "a change was announced in a dry run",
+            (Phase::Target | Phase::Overlay | Phase::Children, Phase::Inspect) => "a change was announced in a dry run",
             (Phase::Overlay, _) if self.keep_overlay || self.last_phase < phase => {
                 "a change of an overlay that is to keep its content was announced"
             }
@@ -252,7 +252,7 @@ impl Events for CommitEvents {
     fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         self.outcome = decode(result)?;
         self.check_read_back()?;
-        let whole = self.last_phase == Phase::Look || self.atomic.as_ref().is_none_or(Atomic::is_complete);
+        let whole = self.last_phase == Phase::Inspect || self.atomic.as_ref().is_none_or(Atomic::is_complete);
         if !whole {
             return Err(BadRequest("it reported success and never said that the target is complete".to_owned()));
         }

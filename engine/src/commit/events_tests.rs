@@ -5,7 +5,7 @@ use crate::devices::Device;
 use crate::operation::test_buffers::Zeroes;
 use crate::operation::{Cancel, Handler};
 use crate::sandbox::Host;
-use instar_guest_abi::{Part, DEVICE_OUTPUT};
+use instar_guest_abi::{DeviceRole, DEVICE_OUTPUT};
 use instar_guest_protocol::commit::Complete;
 use instar_guest_protocol::end_message::Outcome as End;
 use instar_guest_protocol::guest_message::Kind;
@@ -15,11 +15,11 @@ const OVERLAY: u32 = 0;
 
 fn handler(last_phase: Phase) -> Handler<CommitEvents> {
     let mut devices = Devices::new();
-    let parts = [(OVERLAY, Part::Overlay { emptied: true, identity: true }), (DEVICE_OUTPUT, Part::Target)];
+    let parts = [(OVERLAY, DeviceRole::Overlay { emptied: true, identity: true }), (DEVICE_OUTPUT, DeviceRole::Target)];
     for (number, part) in parts {
         let file = tempfile::tempfile().unwrap_or_else(|error| unreachable!("{error}"));
         let _ = file.set_len(8192);
-        devices.attach(number, Device::new(file, true, 8192, 8192, false).with_part(part));
+        devices.attach(number, Device::new(file, true, 8192, 8192, false).with_role(part));
     }
     let bounds = PlanBounds { virtual_size: 1000, longest: 8192, ..PlanBounds::default() };
     Handler::new(devices, CommitEvents { last_phase, bounds, ..CommitEvents::default() }, Cancel::new())
@@ -84,7 +84,7 @@ fn nothing_is_changed_before_the_plan_or_in_a_dry_run() {
         assert_eq!(early.tell(plan()), "");
         assert!(early.ask(write(device)).contains("before a plan was accepted"), "announced, not entered");
         assert!(!early.devices.any_changed());
-        let mut dry = handler(Phase::Look);
+        let mut dry = handler(Phase::Inspect);
         assert_eq!(dry.tell(plan()), "");
         assert!(dry.tell(phase(Phase::Target)).contains("dry run"));
         assert!(dry.ask(write(device)).contains("before a plan was accepted"));
@@ -155,7 +155,7 @@ fn children_are_changed_last_if_at_all() {
         let mut handler = handler(last_phase);
         let file = tempfile::tempfile().unwrap_or_else(|error| unreachable!("{error}"));
         let _ = file.set_len(8192);
-        handler.devices.attach(CHILD, Device::new(file, true, 8192, 9000, false).with_part(Part::Child));
+        handler.devices.attach(CHILD, Device::new(file, true, 8192, 9000, false).with_role(DeviceRole::Child));
         handler.events.keep_overlay = keep_overlay;
         assert_eq!(handler.tell(plan()) + &handler.tell(phase(Phase::Target)), "");
         handler
@@ -215,8 +215,8 @@ fn a_success_has_to_be_one() {
         let failure = FailureMessage { error, text: "L1 table".to_owned(), ..FailureMessage::default() };
         Kind::End(EndMessage { outcome: Some(End::Failure(failure)) })
     };
-    assert!(handler(Phase::Look).tell(failed(0)).contains("without a code: L1 table"));
-    assert!(handler(Phase::Look).tell(done()).contains("before its work"));
+    assert!(handler(Phase::Inspect).tell(failed(0)).contains("without a code: L1 table"));
+    assert!(handler(Phase::Inspect).tell(done()).contains("before its work"));
     let mut halfway = handler(Phase::Overlay);
     assert_eq!(halfway.tell(plan()) + &halfway.tell(phase(Phase::Target)), "");
     assert!(halfway.tell(done()).contains("before its work"));

@@ -302,7 +302,7 @@ impl Operation for Commit<'_> {
         let longest = paths.target().filter_map(|number| devices.device(number)).map(Device::max_length);
         Ok(CommitEvents {
             last_phase: match (self.request.only_plans(), admitted.keep_overlay) {
-                (true, _) => Phase::Look,
+                (true, _) => Phase::Inspect,
                 (false, _) if admitted.wanted.is_some() => Phase::Children,
                 (false, true) => Phase::Target,
                 (false, false) => Phase::Overlay,

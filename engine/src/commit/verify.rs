@@ -10,7 +10,7 @@ use crate::devices::{Cache, Comparison, Devices, Unequal, COMPARED};
 use crate::error::{Error, Role};
 use crate::operation::{DevicePaths, GuestFailure};
 use crate::sandbox::{BadRequest, SandboxError};
-use instar_guest_abi::{ErrorCode, ExtentKind, Part, Phase, DEVICE_OUTPUT};
+use instar_guest_abi::{DeviceRole, ErrorCode, ExtentKind, Phase, DEVICE_OUTPUT};
 use instar_guest_protocol::commit::{Pair, Side, Verify};
 use std::io;
 use std::path::Path;
@@ -110,12 +110,12 @@ impl Verification {
     /// # Errors
     /// An impossible pair, and the events that end the guest: a difference, or a file that cannot be read.
     pub fn take(&mut self, devices: &mut Devices, told: &Verify, planned: u64) -> Result<bool, BadRequest> {
-        if devices.phase() != Phase::Target || devices.unflushed(|part| part == Part::Target).is_some() {
+        if devices.phase() != Phase::Target || devices.unflushed(|part| part == DeviceRole::Target).is_some() {
             return Err(BadRequest("a target is read back that is not complete and flushed".to_owned()));
         }
         if !self.begun {
             self.begun = true;
-            devices.read_anew(self.target.iter().copied());
+            devices.evict_page_cache(self.target.iter().copied());
             return if told.pairs.is_empty() {
                 Ok(true)
             } else {
@@ -277,10 +277,10 @@ mod tests {
     /// An overlay and a target that hold the same, in the phase in which that is compared.
     fn devices() -> Devices {
         let mut devices = Devices::new();
-        for (number, part) in [(OVERLAY, Part::Read), (DEVICE_OUTPUT, Part::Target)] {
+        for (number, part) in [(OVERLAY, DeviceRole::Read), (DEVICE_OUTPUT, DeviceRole::Target)] {
             let file = tempfile::tempfile().unwrap();
             file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
-            devices.attach(number, Device::new(file, true, SIZE, SIZE, false).with_part(part));
+            devices.attach(number, Device::new(file, true, SIZE, SIZE, false).with_role(part));
         }
         devices.enter(Phase::Target).unwrap();
         devices

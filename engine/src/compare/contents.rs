@@ -30,7 +30,7 @@ pub struct Allocation {
 
 /// A part of a side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct Extent {
     /// Where it ends, in bytes from the beginning of the side.
     pub end: u64,
     /// Its allocation state.
@@ -79,17 +79,17 @@ impl Contents {
     }
 
     /// Iterate over the parts of a side, in order.
-    pub fn parts<'d>(&self, devices: &'d Devices, side: &Side, length: u64) -> Box<dyn Iterator<Item = Part> + 'd> {
+    pub fn parts<'d>(&self, devices: &'d Devices, side: &Side, length: u64) -> Box<dyn Iterator<Item = Extent> + 'd> {
         let kind = ExtentKind::from_u32(side.kind);
         let (present, compressed) = (kind.is_some(), kind == Some(ExtentKind::Encoded));
         let zero = matches!(kind, None | Some(ExtentKind::Zero));
         let whole = Allocation { present, zero, data: !zero, compressed };
         if kind != Some(ExtentKind::Data) {
-            return Box::new(std::iter::once(Part { end: length, allocation: whole, location: None }));
+            return Box::new(std::iter::once(Extent { end: length, allocation: whole, location: None }));
         }
         let Side { device, offset, .. } = *side;
         let holes = self.places.get(&device).map_or(HoleMeaning::Ignored, |place| place.holes);
-        let part = move |(range, zero): (Range<u64>, bool)| Part {
+        let part = move |(range, zero): (Range<u64>, bool)| Extent {
             end: range.end - offset,
             allocation: Allocation { zero, data: !zero || holes != HoleMeaning::Absent, ..whole },
             location: (!zero).then_some(Location { device, offset: range.start }),

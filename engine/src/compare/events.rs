@@ -1,6 +1,6 @@
 //! The messages of a comparison's guest: the host compares the bytes pair by pair and stops at the first difference.
 
-use super::contents::{read, Contents, Location, Part};
+use super::contents::{read, Contents, Extent, Location};
 use super::Difference;
 use crate::devices::{first_difference, Devices};
 use crate::error::Error;
@@ -129,12 +129,12 @@ impl CompareEvents {
         &mut self,
         devices: &Devices,
         range: Range<u64>,
-        (first, one): (u64, Part),
-        (second, two): (u64, Part),
+        (first, one): (u64, Extent),
+        (second, two): (u64, Extent),
         done: u64,
     ) -> Result<(), Stop> {
         // A part may have begun before the range.
-        let place = |offset: u64, part: Part| {
+        let place = |offset: u64, part: Extent| {
             part.location.map(|location| Location { offset: offset.saturating_add(done), ..location })
         };
         let places = [place(first, one), place(second, two)];

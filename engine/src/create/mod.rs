@@ -13,7 +13,7 @@ pub(crate) use parts::Parts;
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
 use crate::image::{
-    file_name, use_undo_directory, Access, ChainImage, Descent, Gate, NamedFile, OpenedFile, Part, Recorder,
+    file_name, use_undo_directory, Access, ChainImage, Descent, Gate, NamedFile, OpenedFile, RecordedRole, Recorder,
 };
 use crate::plugins::{Plugin, Registry, SearchPath};
 use instar_guest_abi::{ErrorCode, MAX_CHAIN_DEVICES};
@@ -137,7 +137,7 @@ fn resolve(
         let message = format!("'{}' is not the name of a file: only files can be looked at (or use -u)", escape(name));
         return Err(Error::new(ErrorCode::OpenFailed, message));
     }
-    let recorder = Recorder { path: filename, format: &request.format, directory, part: Part::Ancestor };
+    let recorder = Recorder { path: filename, format: &request.format, directory, role: RecordedRole::Ancestor };
     let located = Gate::everywhere()?.find(&recorder, [name.as_bytes()], Access::Shared, None);
     let located = located.map_err(|error| match error.code {
         ErrorCode::BackingNotFound => Error::image(name.as_ref(), ErrorCode::BackingNotFound, "does not exist"),
@@ -158,12 +158,12 @@ fn resolve(
 /// cannot be followed is not in the way.
 fn refuse_ancestor(registry: &Registry, new: &NamedFile, backing: &ChainImage<'_>) -> Result<(), Error> {
     let Some(overwritten) = new.identity() else { return Ok(()) };
-    let (gate, part, access) = (Gate::everywhere()?, Part::Ancestor, Access::Shared);
+    let (gate, role, access) = (Gate::everywhere()?, RecordedRole::Ancestor, Access::Shared);
     let mut descent = Descent::new(registry, &gate, &backing.opened.path, MAX_CHAIN_DEVICES);
     let mut lowest: Option<ChainImage<'_>> = None;
     loop {
         let above = lowest.as_ref().unwrap_or(backing);
-        let Ok(Some(located)) = descent.next(above, part, access, None) else { return Ok(()) };
+        let Ok(Some(located)) = descent.next(above, role, access, None) else { return Ok(()) };
         if located.identity() == overwritten {
             let clause = format!(
                 "would be overwritten, and is what '{}' is backed by, on which the new image is to be made: give it another name",
@@ -171,7 +171,7 @@ fn refuse_ancestor(registry: &Registry, new: &NamedFile, backing: &ChainImage<'_
             );
             return Err(Error::image(new.path(), ErrorCode::ChainLoop, clause));
         }
-        let Ok(below) = descent.open(above, &located, part, access) else { return Ok(()) };
+        let Ok(below) = descent.open(above, &located, role, access) else { return Ok(()) };
         lowest = Some(below);
     }
 }

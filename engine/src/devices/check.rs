@@ -31,7 +31,7 @@ pub fn check(devices: &Devices, memory: &dyn BufferAccess, request: &Request) ->
         return bad(request, "a range that overflows");
     };
     if !matches!(op, RequestOp::Read | RequestOp::Flush | RequestOp::NextData | RequestOp::Length) {
-        devices.check_phase(device.part, op, request).or_else(|why| bad(request, why))?;
+        devices.check_phase(device.role, op, request).or_else(|why| bad(request, why))?;
     }
     match op {
         RequestOp::Read => check_buffer(memory, request)?,

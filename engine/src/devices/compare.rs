@@ -8,7 +8,7 @@ use super::direct::Direct;
 use super::piece::PIECE;
 use super::workers::Task;
 use super::{Device, Devices};
-use instar_guest_abi::Part;
+use instar_guest_abi::DeviceRole;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -147,7 +147,7 @@ impl Task for Pair {
 impl Device {
     /// How it is read to be compared: the target past the page cache.
     fn compared_by(&self) -> Option<Direct> {
-        let possible = self.direct.or_else(|| self.direct_possible().filter(|_| self.part == Part::Target));
+        let possible = self.direct.or_else(|| self.direct_possible().filter(|_| self.role == DeviceRole::Target));
         possible.filter(|direct| direct.block() <= MOST_BLOCK)
     }
 }
@@ -231,11 +231,11 @@ mod tests {
     fn devices(skip: u64) -> Devices {
         let mut devices = Devices::new();
         let bytes: Vec<u8> = (0..SIZE).map(|at| (at % 251) as u8).collect();
-        for (number, at, part) in [(0, 0, Part::Read), (DEVICE_OUTPUT, skip, Part::Target)] {
+        for (number, at, role) in [(0, 0, DeviceRole::Read), (DEVICE_OUTPUT, skip, DeviceRole::Target)] {
             let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
             file.write_all_at(&bytes, at).unwrap();
             file.sync_all().unwrap();
-            devices.attach(number, Device::new(file, true, at + SIZE, at + SIZE, false).with_part(part));
+            devices.attach(number, Device::new(file, true, at + SIZE, at + SIZE, false).with_role(role));
         }
         devices
     }
@@ -284,7 +284,7 @@ mod tests {
     fn a_device_that_cannot_be_read_is_named() {
         let mut devices = devices(0);
         let closed = File::options().write(true).open("/dev/null").unwrap();
-        devices.attach(1, Device::new(closed, false, SIZE, SIZE, true).with_part(Part::Read));
+        devices.attach(1, Device::new(closed, false, SIZE, SIZE, true).with_role(DeviceRole::Read));
         let part = Comparison { at: 0, length: 4096, sides: [Some((1, 4096)), Some((DEVICE_OUTPUT, 0))] };
         let found = devices.compare(&[part]);
         assert!(matches!(found, Err(Unequal::Unreadable(1, 4096, _))), "{found:?}");

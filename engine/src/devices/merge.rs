@@ -43,7 +43,7 @@ impl Batch {
 
     /// Take the copies at the beginning of `requests` that can run at the same time: `first`, a copy between two devices, and
     /// the following ones into the same device at ascending offsets. Each is checked.
-    pub fn side_by_side(
+    pub fn parallel(
         first: Self,
         requests: &[Request],
         check: impl Fn(&Request) -> Result<RequestOp, BadRequest>,

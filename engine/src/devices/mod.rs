@@ -6,48 +6,50 @@
 
 mod aligned;
 mod allowance;
-mod anew;
-mod before;
+mod before_change;
 mod cache;
 mod check;
 mod clone;
 mod compare;
 mod copy;
 mod direct;
+mod evict;
 pub mod lock;
 mod merge;
 mod pace;
+mod parallel_copy;
 mod phases;
 mod piece;
-mod reserve;
 mod salvage;
-mod side_by_side;
 mod statistics;
 mod transfer;
 mod wipe;
 mod workers;
 mod writeback;
 mod zero;
+mod zero_writes;
 mod zeroes;
 
 pub(crate) use aligned::AlignedBuffer;
-pub use before::{Before, BeforeChange};
+pub use before_change::{Before, BeforeChange};
 pub use cache::Cache;
 pub(crate) use compare::first_difference;
 pub use compare::{Comparison, Unequal, COMPARED};
 pub use pace::{Pace, Watch};
 pub use phases::Phases;
-pub use reserve::ZeroWrites;
 pub use statistics::Statistics;
 pub use workers::Workers;
 pub(crate) use zero::zero_within as make_zero;
+pub use zero_writes::ZeroWrites;
 
 use crate::sandbox::{BadRequest, BufferAccess, Excess};
 use allowance::Allowance;
 use check::check;
 use copy::Copier;
 use direct::Direct;
-use instar_guest_abi::{request_flags, request_status, Part, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES};
+use instar_guest_abi::{
+    request_flags, request_status, DeviceRole, Request, RequestOp, FIRST_FILE_DEVICE, MAX_FILE_DEVICES,
+};
 use merge::Batch;
 use salvage::Salvaged;
 use std::cell::{OnceCell, RefCell};
@@ -65,7 +67,7 @@ use zeroes::{Seek, Zeroes};
 #[derive(Debug)]
 pub struct Device {
     file: Arc<File>,
-    part: Part,
+    role: DeviceRole,
     length: u64,
     max_length: u64,
     fixed_length: bool,
@@ -94,7 +96,7 @@ impl Device {
         let max_length = if fixed_length { length } else { max_length.max(length) };
         Self {
             file: Arc::new(file),
-            part: if writable { Part::Target } else { Part::Read },
+            role: if writable { DeviceRole::Target } else { DeviceRole::Read },
             length,
             max_length,
             fixed_length,
@@ -109,10 +111,10 @@ impl Device {
         }
     }
 
-    /// Give it another part in the operation than [`Device::new`] does, which makes it a target or read-only.
+    /// Give it another role in the operation than [`Device::new`] does, which makes it a target or read-only.
     #[must_use]
-    pub fn with_part(self, part: Part) -> Self {
-        Self { part, ..self }
+    pub fn with_role(self, role: DeviceRole) -> Self {
+        Self { role, ..self }
     }
 
     /// Return its maximum length in bytes; the length of a block device is fixed.
@@ -414,8 +416,8 @@ impl Devices {
             }
             // Neighbors that go on from each other are one operation; each is checked by itself first.
             let batch = Batch::take(rest, |request| check(self, memory, request))?;
-            let batches = if self.copies_side_by_side(&batch) {
-                Batch::side_by_side(batch, rest, |request| check(self, memory, request))
+            let batches = if self.copies_in_parallel(&batch) {
+                Batch::parallel(batch, rest, |request| check(self, memory, request))
             } else {
                 vec![batch]
             };
@@ -457,7 +459,7 @@ impl Devices {
 
     /// Whether there is somebody to copy this, and others like it, side by side. Not within one file: what is written directly
     /// would be read directly, too.
-    fn copies_side_by_side(&self, batch: &Batch) -> bool {
+    fn copies_in_parallel(&self, batch: &Batch) -> bool {
         batch.copies_between_two() && self.workers.is_some() && !self.pace.is_limited()
     }
 
@@ -465,9 +467,9 @@ impl Devices {
     /// complete: all, or those before the one that failed.
     fn execute_batches(&mut self, memory: &dyn BufferAccess, batches: &[Batch]) -> (usize, io::Result<()>) {
         let bytes: u64 = batches.iter().map(|batch| batch.whole.length).fold(0, u64::saturating_add);
-        if let (Some(first), true) = (batches.first(), bytes >= side_by_side::LEAST) {
-            if self.copies_side_by_side(first) {
-                return self.copy_side_by_side(batches);
+        if let (Some(first), true) = (batches.first(), bytes >= parallel_copy::LEAST) {
+            if self.copies_in_parallel(first) {
+                return self.copy_in_parallel(batches);
             }
         }
         for (index, batch) in batches.iter().enumerate() {
@@ -479,7 +481,7 @@ impl Devices {
     }
 
     /// Copies into one device, side by side.
-    fn copy_side_by_side(&mut self, batches: &[Batch]) -> (usize, io::Result<()>) {
+    fn copy_in_parallel(&mut self, batches: &[Batch]) -> (usize, io::Result<()>) {
         let number = batches.first().map_or(u32::MAX, |batch| batch.whole.device);
         let Self { slots, copier, workers, pace, statistics, .. } = self;
         let Some(workers) = workers else { return (0, Ok(())) };
@@ -488,7 +490,7 @@ impl Devices {
         }
         let requests: Vec<&Request> = batches.iter().map(|batch| &batch.whole).collect();
         let slot = |number: u32| slots.get(index(number)).and_then(Option::as_ref);
-        let (complete, result) = copier.copy_side_by_side(slot, &requests, workers, pace, statistics);
+        let (complete, result) = copier.copy_in_parallel(slot, &requests, workers, pace, statistics);
         if let Ok(target) = self.device_mut(number) {
             batches.iter().take(complete).for_each(|batch| target.written(batch.whole.offset, batch.whole.length));
         }
@@ -521,7 +523,7 @@ impl Devices {
             RequestOp::Write => {
                 let way = self.zero_writes;
                 let zeroes =
-                    way != ZeroWrites::Written && length >= reserve::WORTH && transfer::is_zero(memory, batch)?;
+                    way != ZeroWrites::Written && length >= zero_writes::WORTH && transfer::is_zero(memory, batch)?;
                 let target = self.device_mut(device)?;
                 target.touch();
                 if !zeroes || !target.take_zeroes(way, offset, length)? {

@@ -2,7 +2,7 @@
 //! the guest decides how far it gets; these rules ensure that no device changes in the wrong phase.
 
 use super::Devices;
-use instar_guest_abi::{Part, Phase, Request, RequestOp, Situation, IDENTITY_RANGE};
+use instar_guest_abi::{DeviceRole, Phase, Request, RequestOp, Situation, IDENTITY_RANGE};
 use std::cell::Cell;
 
 /// The present phase, and the used part of the grant to record a parent.
@@ -44,9 +44,9 @@ impl Devices {
         // What is changed later counts on what was changed before.
         let (of, later) = match phase {
             Phase::Overlay => ("target", "the overlay is to be changed"),
-            Phase::Look | Phase::Target | Phase::Children => ("image", "another parent is to be recorded"),
+            Phase::Inspect | Phase::Target | Phase::Children => ("image", "another parent is to be recorded"),
         };
-        if let Some(device) = self.unflushed(|part| phase == Phase::Children || part == Part::Target) {
+        if let Some(device) = self.unflushed(|role| phase == Phase::Children || role == DeviceRole::Target) {
             return Err(format!("{later} while device {device} of the {of} is not flushed"));
         }
         self.phases.now = phase;
@@ -78,9 +78,9 @@ impl Devices {
     }
 
     /// Return the first device of these parts with changes that no flush has made durable.
-    pub fn unflushed(&self, of: impl Fn(Part) -> bool) -> Option<u32> {
+    pub fn unflushed(&self, of: impl Fn(DeviceRole) -> bool) -> Option<u32> {
         let mut devices = (0..).zip(&self.slots);
-        let found = devices.find(|(_, slot)| slot.as_ref().is_some_and(|device| device.dirty && of(device.part)));
+        let found = devices.find(|(_, slot)| slot.as_ref().is_some_and(|device| device.dirty && of(device.role)));
         found.map(|(number, _)| number)
     }
 
@@ -88,23 +88,23 @@ impl Devices {
     ///
     /// # Errors
     /// What is wrong with it, in one clause.
-    pub(super) fn check_phase(&self, part: Part, op: RequestOp, request: &Request) -> Result<(), &'static str> {
-        let above = !matches!(part, Part::Target | Part::Rebased) && self.phases.now == Phase::Target;
+    pub(super) fn check_phase(&self, role: DeviceRole, op: RequestOp, request: &Request) -> Result<(), &'static str> {
+        let above = !matches!(role, DeviceRole::Target | DeviceRole::Rebased) && self.phases.now == Phase::Target;
         let record = self.phases.record.get().and_then(|(device, _)| self.device(device));
         let now = Situation {
             phase: self.phases.now,
-            target_unflushed: self.unflushed(|part| part == Part::Target).is_some(),
+            target_unflushed: self.unflushed(|role| role == DeviceRole::Target).is_some(),
             record_unflushed: record.is_some_and(|device| device.dirty),
             is_record: above && op == RequestOp::Write && self.records(request),
         };
-        if part == Part::Target && self.phases.complete {
+        if role == DeviceRole::Target && self.phases.complete {
             return Err("a change of the target after it was said to be complete");
         }
-        let begun = || self.slots.iter().flatten().any(|device| device.part == Part::Target && device.changed);
-        if part != Part::Target && self.phases.awaits_complete && !self.phases.complete && begun() {
+        let begun = || self.slots.iter().flatten().any(|device| device.role == DeviceRole::Target && device.changed);
+        if role != DeviceRole::Target && self.phases.awaits_complete && !self.phases.complete && begun() {
             return Err("a change of another image before the target is said to be complete");
         }
-        part.refusal(now).map_or(Ok(()), Err)
+        role.refusal(now).map_or(Ok(()), Err)
     }
 
     /// Whether a write lies where the one record of a parent may be. Asked again of the same request, it says the same.

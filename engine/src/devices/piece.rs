@@ -1,7 +1,7 @@
-//! The unit of work of a copying thread: parts of copies, read into one buffer and written from it.
+//! The unit of work of a copying thread: segments of copies, read into one buffer and written from it.
 //!
 //! An overlay holds its disk in the order of the guest's writes, so a copy into new clusters gathers bytes from all over the
-//! source, and a copy into a raw image scatters adjacent ones. Parts that are adjacent on one side take one system call there.
+//! source, and a copy into a raw image scatters adjacent ones. Segments that are adjacent on one side take one system call there.
 
 use super::aligned::AlignedBuffer;
 use std::collections::VecDeque;
@@ -13,12 +13,12 @@ use std::sync::Arc;
 
 /// Bytes of the longest piece, and of each thread's buffer.
 pub const PIECE: u64 = 1 << 20;
-/// Maximum number of parts in a piece: progress is reported after each piece.
-const PARTS: usize = 64;
+/// Maximum number of segments in a piece: progress is reported after each piece.
+const SEGMENTS: usize = 64;
 
-/// A part of a copy, of at most [`PIECE`] bytes. All of it lies in the target, whole blocks of it if that is open for direct I/O.
+/// A segment of a copy, of at most [`PIECE`] bytes. All of it lies in the target, whole blocks of it if that is open for direct I/O.
 #[derive(Clone, Debug)]
-pub struct Part {
+pub struct Segment {
     /// From which file,
     pub source: Arc<File>,
     /// from where, in bytes,
@@ -27,11 +27,11 @@ pub struct Part {
     pub to: u64,
     /// How many bytes.
     pub length: u64,
-    /// Which of several copies it is a part of.
+    /// Which of several copies it is a segment of.
     pub copy: usize,
 }
 
-impl Part {
+impl Segment {
     /// The bytes of it that go into this range of the target, which lies within it; `None` if that is empty.
     pub fn cut(&self, range: Range<u64>) -> Option<Self> {
         let skip = range.start.checked_sub(self.to)?;
@@ -40,54 +40,56 @@ impl Part {
     }
 }
 
-/// Parts that go into one file, ascending there, of [`PIECE`] bytes in all at most.
+/// Segments that go into one file, ascending there, of [`PIECE`] bytes in all at most.
 #[derive(Clone, Debug)]
 pub struct Piece {
     target: Arc<File>,
-    parts: Vec<Part>,
+    segments: Vec<Segment>,
     length: u64,
 }
 
-/// Combine parts, which ascend in the target, into pieces.
-pub fn pieces(target: &Arc<File>, parts: impl IntoIterator<Item = Part>) -> VecDeque<Piece> {
+/// Combine segments, which ascend in the target, into pieces.
+pub fn pieces(target: &Arc<File>, segments: impl IntoIterator<Item = Segment>) -> VecDeque<Piece> {
     let mut pieces: VecDeque<Piece> = VecDeque::new();
-    for part in parts {
+    for segment in segments {
         match pieces.back_mut() {
-            Some(last) if last.length + part.length <= PIECE && last.parts.len() < PARTS => last.add(part),
-            _ => pieces.push_back(Piece { target: Arc::clone(target), length: part.length, parts: vec![part] }),
+            Some(last) if last.length + segment.length <= PIECE && last.segments.len() < SEGMENTS => last.add(segment),
+            _ => {
+                pieces.push_back(Piece { target: Arc::clone(target), length: segment.length, segments: vec![segment] })
+            }
         }
     }
     pieces
 }
 
 impl Piece {
-    /// Bytes of all its parts.
+    /// Bytes of all its segments.
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// The copy that its first part belongs to.
+    /// The copy that its first segment belongs to.
     pub fn first_copy(&self) -> usize {
-        self.parts.first().map_or(0, |part| part.copy)
+        self.segments.first().map_or(0, |segment| segment.copy)
     }
 
-    fn add(&mut self, part: Part) {
-        self.length += part.length;
-        self.parts.push(part);
+    fn add(&mut self, segment: Segment) {
+        self.length += segment.length;
+        self.segments.push(segment);
     }
 
     /// Copy it, through a buffer of [`PIECE`] bytes. What a source lacks, because it is shorter than it was, reads as zero.
     ///
     /// # Errors
-    /// The copy that failed first, and why: the parts of those before it have arrived.
+    /// The copy that failed first, and why: the segments of those before it have arrived.
     pub fn copy(&self, buffer: &mut AlignedBuffer) -> Result<(), (usize, io::Error)> {
         let mut failed = None;
         let mut read = 0;
         let mut at = 0;
-        for run in runs(&self.parts, |a, b| Arc::ptr_eq(&a.source, &b.source) && a.from + a.length == b.from) {
-            let parts = self.parts.get(run.clone()).unwrap_or_default();
-            let Some(first) = parts.first() else { break };
-            let length = length_of(parts);
+        for run in runs(&self.segments, |a, b| Arc::ptr_eq(&a.source, &b.source) && a.from + a.length == b.from) {
+            let segments = self.segments.get(run.clone()).unwrap_or_default();
+            let Some(first) = segments.first() else { break };
+            let length = length_of(segments);
             if let Err(error) = part_of(buffer, at, length).and_then(|bytes| read_all(&first.source, first.from, bytes))
             {
                 failed = Some((first.copy, error));
@@ -96,11 +98,11 @@ impl Piece {
             (at, read) = (at + length, run.end);
         }
         at = 0;
-        let ready = self.parts.get(..read).unwrap_or_default();
+        let ready = self.segments.get(..read).unwrap_or_default();
         for run in runs(ready, |a, b| a.to + a.length == b.to) {
-            let parts = ready.get(run).unwrap_or_default();
-            let Some(first) = parts.first() else { break };
-            let length = length_of(parts);
+            let segments = ready.get(run).unwrap_or_default();
+            let Some(first) = segments.first() else { break };
+            let length = length_of(segments);
             part_of(buffer, at, length)
                 .and_then(|bytes| self.target.write_all_at(bytes, first.to))
                 .map_err(|error| (first.copy, error))?;
@@ -110,9 +112,9 @@ impl Piece {
     }
 }
 
-/// Bytes of these parts.
-fn length_of(parts: &[Part]) -> u64 {
-    parts.iter().map(|part| part.length).sum()
+/// Bytes of these segments.
+fn length_of(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| segment.length).sum()
 }
 
 /// The longest runs of neighbors of which each `goes_on` to the next.

@@ -7,7 +7,7 @@
 
 use super::{index, Device, Devices};
 use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{Part, Request, RequestOp};
+use instar_guest_abi::{DeviceRole, Request, RequestOp};
 use std::io;
 use std::ops::Range;
 
@@ -25,7 +25,7 @@ impl Devices {
     /// Overwrite freed space of the image that is emptied from now on.
     pub fn wipe(&mut self) {
         for device in self.slots.iter_mut().flatten() {
-            device.wiped = matches!(device.part, Part::Overlay { emptied: true, .. });
+            device.wiped = matches!(device.role, DeviceRole::Overlay { emptied: true, .. });
         }
     }
 
@@ -131,8 +131,8 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&vec![7; usize::try_from(LENGTH).unwrap()], 0).unwrap();
         let mut devices = Devices::new();
-        let part = Part::Overlay { emptied: true, identity: false };
-        let device = Device::new(file.try_clone().unwrap(), true, LENGTH, LENGTH, false).with_part(part);
+        let role = DeviceRole::Overlay { emptied: true, identity: false };
+        let device = Device::new(file.try_clone().unwrap(), true, LENGTH, LENGTH, false).with_role(role);
         devices.attach(OVERLAY, device);
         devices.wipe();
         phases.iter().for_each(|&phase| devices.enter(phase).unwrap());
@@ -176,8 +176,8 @@ mod tests {
         file.as_file().write_all_at(&[7; 4096], 0).unwrap();
         let read_only = std::fs::File::open(file.path()).unwrap();
         let mut devices = Devices::new();
-        let part = Part::Overlay { emptied: true, identity: false };
-        devices.attach(OVERLAY, Device::new(read_only, true, 4096, 4096, false).with_part(part));
+        let role = DeviceRole::Overlay { emptied: true, identity: false };
+        devices.attach(OVERLAY, Device::new(read_only, true, 4096, 4096, false).with_role(role));
         devices.wipe();
         for phase in [Phase::Target, Phase::Overlay] {
             devices.enter(phase).unwrap();

@@ -21,7 +21,7 @@ pub trait Task: Send + Sync {
     /// Bytes of it.
     fn length(&self) -> u64;
 
-    /// Its number, or that of the first of several that it is a part of: none is larger than that of a task behind it.
+    /// Its number, or that of the first of several that it is a segment of: none is larger than that of a task behind it.
     fn first(&self) -> usize;
 
     /// Do it, with a buffer of [`PIECE`] bytes.
@@ -242,7 +242,7 @@ impl Drop for Workers {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 mod tests {
-    use super::super::piece::{pieces, Part};
+    use super::super::piece::{pieces, Segment};
     use super::*;
     use std::fs::File;
     use std::os::unix::fs::FileExt;
@@ -259,12 +259,12 @@ mod tests {
         bytes
     }
 
-    fn parts(source: &Arc<File>, count: usize, length: u64) -> Vec<Part> {
-        let part = |copy: usize| {
+    fn segments(source: &Arc<File>, count: usize, length: u64) -> Vec<Segment> {
+        let segment = |copy: usize| {
             let at = copy as u64 * length;
-            Part { source: Arc::clone(source), from: at, to: at, length, copy }
+            Segment { source: Arc::clone(source), from: at, to: at, length, copy }
         };
-        (0..count).map(part).collect()
+        (0..count).map(segment).collect()
     }
 
     #[test]
@@ -278,7 +278,7 @@ mod tests {
                 moved += bytes;
                 Ok(())
             };
-            workers.copy(pieces(&target, parts(&source, 50, 100_000)), report).unwrap();
+            workers.copy(pieces(&target, segments(&source, 50, 100_000)), report).unwrap();
             assert_eq!(moved, 5_000_000);
             assert!(content(&target) == bytes);
             target.set_len(0).unwrap();
@@ -289,7 +289,7 @@ mod tests {
     #[test]
     fn what_the_source_lacks_is_zero() {
         let (source, target) = (file(&[7; 1000]), file(&[9; 3000]));
-        Workers::start().unwrap().copy(pieces(&target, parts(&source, 3, 900)), |_| Ok(())).unwrap();
+        Workers::start().unwrap().copy(pieces(&target, segments(&source, 3, 900)), |_| Ok(())).unwrap();
         let bytes = content(&target);
         assert!(bytes[..1000] == [7; 1000] && bytes[1000..2700] == [0; 1700] && bytes[2700..] == [9; 300]);
     }
@@ -301,11 +301,11 @@ mod tests {
         let unreadable = Arc::new(File::options().write(true).open("/dev/null").unwrap());
         let mut workers = Workers::start().unwrap();
         for first in [0, 1, 17, 39] {
-            let mut parts = parts(&source, 40, 100_000);
-            for part in parts.iter_mut().skip(first) {
-                part.source = Arc::clone(&unreadable);
+            let mut segments = segments(&source, 40, 100_000);
+            for segment in segments.iter_mut().skip(first) {
+                segment.source = Arc::clone(&unreadable);
             }
-            let (copy, error) = workers.copy(pieces(&target, parts), |_| Ok(())).unwrap_err();
+            let (copy, error) = workers.copy(pieces(&target, segments), |_| Ok(())).unwrap_err();
             assert_eq!((copy, error.raw_os_error()), (first, Some(libc::EBADF)));
             assert!(content(&target).starts_with(&bytes[..first * 100_000]));
             target.set_len(0).unwrap();
@@ -313,10 +313,10 @@ mod tests {
         // A file that cannot be written fails the first copy.
         let closed_for_writing = Arc::new(File::open("/dev/null").unwrap());
         let (copy, error) =
-            workers.copy(pieces(&closed_for_writing, parts(&source, 40, 100_000)), |_| Ok(())).unwrap_err();
+            workers.copy(pieces(&closed_for_writing, segments(&source, 40, 100_000)), |_| Ok(())).unwrap_err();
         assert_eq!((copy, error.raw_os_error()), (0, Some(libc::EBADF)));
         // It can be used again.
-        workers.copy(pieces(&target, parts(&source, 40, 100_000)), |_| Ok(())).unwrap();
+        workers.copy(pieces(&target, segments(&source, 40, 100_000)), |_| Ok(())).unwrap();
         assert!(content(&target) == bytes);
     }
 
@@ -324,7 +324,7 @@ mod tests {
     fn it_can_be_stopped() {
         let (source, target) = (file(&[1; 1000]), file(&[]));
         let stop = |_| Err(io::Error::from_raw_os_error(libc::EINTR));
-        let (_, error) = Workers::start().unwrap().copy(pieces(&target, parts(&source, 1000, 1)), stop).unwrap_err();
+        let (_, error) = Workers::start().unwrap().copy(pieces(&target, segments(&source, 1000, 1)), stop).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EINTR));
     }
 }

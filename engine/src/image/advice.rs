@@ -7,9 +7,9 @@ use crate::lookup::Directory;
 use instar_guest_abi::ErrorCode;
 use std::path::Path;
 
-/// The part of the file that a recorded name stands for.
+/// The role of the file that a recorded name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum RecordedRole {
     /// The file that is committed into.
     Target,
     /// An image below the one that records it.
@@ -27,8 +27,8 @@ pub struct Recorder<'a> {
     pub format: &'a str,
     /// The directory at which relative names in it begin.
     pub directory: &'a Directory,
-    /// The part of the file behind the name.
-    pub part: Part,
+    /// The role of the file behind the name.
+    pub role: RecordedRole,
 }
 
 impl Recorder<'_> {
@@ -49,7 +49,7 @@ impl Recorder<'_> {
         } else {
             format!("allow its directory with --allow-backing-dir {}", shell_path(directory))
         };
-        let mut advice = if self.part == Part::Target {
+        let mut advice = if self.role == RecordedRole::Target {
             format!("if no image in another directory is on it, {named}, or {allow}")
         } else {
             allow
@@ -73,7 +73,7 @@ impl Recorder<'_> {
 
     /// How another name gets into the image. `what` is to be recorded.
     pub(super) fn record(&self, what: &str) -> String {
-        match self.rebases_onto().filter(|_| self.part != Part::File) {
+        match self.rebases_onto().filter(|_| self.role != RecordedRole::File) {
             Some(format) => {
                 format!("record {what} with `instar rebase -u -b NEW -F {format} {}`", shell_path(self.path))
             }
@@ -100,9 +100,9 @@ impl Recorder<'_> {
 
     /// How another name gets into an image where no command changes it.
     fn edit(&self, what: &str) -> String {
-        match (self.part, self.format) {
+        match (self.role, self.format) {
             // A vdi records no name: this one is made of the parent's identifier.
-            (Part::Target | Part::Ancestor, "vdi") => {
+            (RecordedRole::Target | RecordedRole::Ancestor, "vdi") => {
                 "allow its directory with --allow-backing-dir, or give it that name here with `ln -s`".to_owned()
             }
             _ => format!("write {what} into the image"),
@@ -110,7 +110,7 @@ impl Recorder<'_> {
     }
 
     pub(super) fn no_file(&self, name: &[u8], why: &NoFile) -> Error {
-        if name.is_empty() && self.part != Part::File && self.format != "qcow2" {
+        if name.is_empty() && self.role != RecordedRole::File && self.format != "qcow2" {
             let clause =
                 "records which image is below it, but no name of its file: only a commit can be told that, with -b";
             return Error::image(self.path, ErrorCode::BackingNotFound, clause);
@@ -134,9 +134,9 @@ impl Recorder<'_> {
     /// There is no such file.
     pub(super) fn missing(&self, path: &Path) -> Error {
         let recorder = escape_path(self.path);
-        let role = match self.part {
-            Part::File => "as one of its extents",
-            Part::Target | Part::Ancestor => "as its backing file",
+        let role = match self.role {
+            RecordedRole::File => "as one of its extents",
+            RecordedRole::Target | RecordedRole::Ancestor => "as its backing file",
         };
         let moved = self.record("its new name");
         let clause =
@@ -146,8 +146,8 @@ impl Recorder<'_> {
 
     /// The name leads to a file, or through a directory, that begins with a dot.
     pub(super) fn hidden(&self, name: &[u8], path: &Path) -> Error {
-        let advice = match self.part {
-            Part::Target => format!("if that is right, commit into it with -b {}", shell_path(path)),
+        let advice = match self.role {
+            RecordedRole::Target => format!("if that is right, commit into it with -b {}", shell_path(path)),
             // What the operator allows is not hidden, but what an image chooses there may be.
             _ if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) => {
                 format!("rename the file, and {}", self.record("its new name"))
@@ -163,9 +163,9 @@ impl Recorder<'_> {
     /// The name leads to a file that can be executed.
     pub(super) fn executable(&self, name: &[u8], path: &Path) -> Error {
         let path = shell_path(path);
-        let advice = match self.part {
-            Part::Target => format!("if that is right, commit into it with -b {path}"),
-            Part::Ancestor | Part::File => format!("if it is part of a disk, `chmod a-x {path}`"),
+        let advice = match self.role {
+            RecordedRole::Target => format!("if that is right, commit into it with -b {path}"),
+            RecordedRole::Ancestor | RecordedRole::File => format!("if it is part of a disk, `chmod a-x {path}`"),
         };
         self.refuse(name, "leads to an executable file, which an image may not choose", &advice)
     }
@@ -175,9 +175,11 @@ impl Recorder<'_> {
         let path = shell_path(path);
         let why =
             format!("leads to a file of {length} bytes, no multiple of 512, which an image may not choose as a disk");
-        let advice = match self.part {
-            Part::Target => format!("if that is right, commit into it with -b {path}"),
-            Part::Ancestor | Part::File => format!("if it is part of a disk, `truncate -s %512 {path}`"),
+        let advice = match self.role {
+            RecordedRole::Target => format!("if that is right, commit into it with -b {path}"),
+            RecordedRole::Ancestor | RecordedRole::File => {
+                format!("if it is part of a disk, `truncate -s %512 {path}`")
+            }
         };
         self.refuse(name, &why, &advice)
     }
@@ -185,7 +187,7 @@ impl Recorder<'_> {
     /// The device is in use by the kernel.
     pub(super) fn claimed(&self, path: &Path) -> Error {
         let mut clause = "is mounted, or part of another device, so that an image may not choose it".to_owned();
-        if self.part == Part::Target {
+        if self.role == RecordedRole::Target {
             clause += &format!(": if that is right, commit into it with -b {}", shell_path(path));
         } else {
             clause += ": unmount it first";

@@ -4,7 +4,7 @@
 //! the next one is looked for.
 
 use super::access::Access;
-use super::advice::Part;
+use super::advice::RecordedRole;
 use super::chain_image::ChainImage;
 use super::gate::{Gate, Located};
 use super::identify::Recorded;
@@ -71,13 +71,13 @@ impl<'r, 'g> Descent<'r, 'g> {
     pub fn next(
         &mut self,
         image: &ChainImage<'_>,
-        part: Part,
+        role: RecordedRole,
         access: Access,
         wanted: Option<Identity>,
     ) -> Result<Option<Located>, Error> {
         let Some(pointer) = pointer(&image.facts) else { return Ok(None) };
-        let search = ParentSearch { registry: self.registry, gate: self.gate, image, part, access, wanted };
-        let located = self.gate.find_or(&image.recorder(part), pointer.names(), access, wanted, || search.find())?;
+        let search = ParentSearch { registry: self.registry, gate: self.gate, image, role, access, wanted };
+        let located = self.gate.find_or(&image.recorder(role), pointer.names(), access, wanted, || search.find())?;
         self.step(image, located.identity())?;
         Ok(Some(located))
     }
@@ -89,10 +89,10 @@ impl<'r, 'g> Descent<'r, 'g> {
     pub fn next_without_name(
         &mut self,
         image: &ChainImage<'_>,
-        part: Part,
+        role: RecordedRole,
         access: Access,
     ) -> Result<Option<Located>, Error> {
-        let search = ParentSearch { registry: self.registry, gate: self.gate, image, part, access, wanted: None };
+        let search = ParentSearch { registry: self.registry, gate: self.gate, image, role, access, wanted: None };
         let Some(located) = search.find()? else { return Ok(None) };
         self.step(image, located.identity())?;
         Ok(Some(located))
@@ -121,10 +121,10 @@ impl<'r, 'g> Descent<'r, 'g> {
         &self,
         above: &ChainImage<'_>,
         located: &Located,
-        part: Part,
+        role: RecordedRole,
         access: Access,
     ) -> Result<ChainImage<'r>, Error> {
-        let opened = OpenedFile::located(located, &above.recorder(part), access)?.lock(access)?;
+        let opened = OpenedFile::located(located, &above.recorder(role), access)?.lock(access)?;
         let recorded = Recorded::by(above, located);
         let named = self.believed.filter(|(file, _)| recorded.format().is_none() && *file == located.identity());
         match named {
@@ -169,8 +169,8 @@ impl<'r, 'g> Descent<'r, 'g> {
         self.passed(image.opened.identity);
         loop {
             let above = below.last().map_or(image, |lowest| lowest);
-            let Some(located) = self.next(above, Part::Ancestor, access, None)? else { return Ok(below) };
-            let next = self.open(above, &located, Part::Ancestor, access)?;
+            let Some(located) = self.next(above, RecordedRole::Ancestor, access, None)? else { return Ok(below) };
+            let next = self.open(above, &located, RecordedRole::Ancestor, access)?;
             below.push(next);
         }
     }

@@ -1,6 +1,6 @@
 //! An image of a chain, once it is open and its format is known.
 
-use super::advice::{Part, Recorder};
+use super::advice::{RecordedRole, Recorder};
 use super::open::OpenedFile;
 use crate::plugins::{ImageRead, Mark, Plugin};
 use instar_plugin_api::ImageFacts;
@@ -75,8 +75,8 @@ impl ChainImage<'_> {
     }
 
     /// The image as one that records a name.
-    pub(super) fn recorder(&self, part: Part) -> Recorder<'_> {
+    pub(super) fn recorder(&self, role: RecordedRole) -> Recorder<'_> {
         let (path, directory) = (self.opened.path.as_path(), &self.opened.directory);
-        Recorder { path, format: self.facts.format.as_str(), directory, part }
+        Recorder { path, format: self.facts.format.as_str(), directory, role }
     }
 }

@@ -1,7 +1,7 @@
 //! The other files of images in several files: opened like the images themselves, before anything else is asked of them.
 
 use super::access::Access;
-use super::advice::Part;
+use super::advice::RecordedRole;
 use super::chain_image::{ChainImage, ExtraFile};
 use super::gate::Gate;
 use super::identify::check_part;
@@ -47,7 +47,7 @@ pub fn open_extra_files(registry: &Registry, images: &mut [FilesOf<'_, '_, '_>])
         }
         let mut others: Vec<ExtraFile> = Vec::with_capacity(named.len());
         for file in named {
-            let recorder = image.recorder(Part::File);
+            let recorder = image.recorder(RecordedRole::File);
             let located = gate.find(&recorder, file.names(), *access, None)?;
             let opened = OpenedFile::located(&located, &recorder, *access)?;
             if *changes {

@@ -6,7 +6,7 @@
 //! file, the answer does not reveal whether it exists.
 
 use super::access::Access;
-use super::advice::{Part, Recorder};
+use super::advice::{RecordedRole, Recorder};
 use super::names::file_name;
 use super::roots::Roots;
 use crate::error::Error;
@@ -201,7 +201,8 @@ impl Gate {
         }
         match FileType::from_raw_mode(reached.stat.st_mode) {
             // A dry run opens the target only to read it, and is to say what the commit itself would say.
-            FileType::RegularFile if by_operator || (access != Access::ReadWrite && recorder.part != Part::Target) => {}
+            FileType::RegularFile
+                if by_operator || (access != Access::ReadWrite && recorder.role != RecordedRole::Target) => {}
             FileType::RegularFile if reached.stat.st_mode & 0o111 != 0 => {
                 return Err(recorder.executable(name, &path));
             }

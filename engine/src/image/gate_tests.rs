@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::access::Access;
-use super::advice::{Part, Recorder};
+use super::advice::{RecordedRole, Recorder};
 use super::gate::{Gate, Located};
 use super::named::NamedFile;
 use super::open::OpenedFile;
@@ -55,15 +55,15 @@ impl Yard {
         Roots::of(&NamedFile::new(&self.path("vm/top")), &allowed).unwrap()
     }
 
-    fn find_as(&self, name: &[u8], allowed: &[&str], part: Part, access: Access) -> Result<Located, Error> {
+    fn find_as(&self, name: &[u8], allowed: &[&str], role: RecordedRole, access: Access) -> Result<Located, Error> {
         let directory = Directory::open(&self.path("vm")).unwrap();
         let path = self.path("vm/top");
-        let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, part };
+        let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, role };
         Gate::within(self.roots(allowed)).find(&recorder, [name], access, None)
     }
 
     fn find(&self, name: &str, allowed: &[&str]) -> Result<Located, Error> {
-        self.find_as(name.as_bytes(), allowed, Part::Target, Access::ReadWrite)
+        self.find_as(name.as_bytes(), allowed, RecordedRole::Target, Access::ReadWrite)
     }
 
     /// What is read by that name, or why not.
@@ -74,7 +74,7 @@ impl Yard {
     fn content(&self, located: &Located) -> Result<String, Error> {
         let directory = Directory::open(&self.path("vm")).unwrap();
         let path = self.path("vm/top");
-        let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, part: Part::Target };
+        let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, role: RecordedRole::Target };
         let opened = OpenedFile::located(located, &recorder, Access::ReadWrite)?;
         Ok(text(&opened))
     }
@@ -227,7 +227,7 @@ fn what_an_image_may_not_choose() {
     for name in [".bashrc", ".ssh/id", "link", "dir/id", "x/../.ssh/id", yard.path("vm/.ssh/id").to_str().unwrap()] {
         let message = yard.refused(name, &[]);
         assert!(message.contains("hidden") && message.contains("-b '"), "{message}");
-        let read = yard.find_as(name.as_bytes(), &[], Part::Ancestor, Access::ReadOnly).unwrap_err().message;
+        let read = yard.find_as(name.as_bytes(), &[], RecordedRole::Ancestor, Access::ReadOnly).unwrap_err().message;
         assert!(read.contains("hidden") && !read.contains("-b '"), "{read}");
     }
     // Only below what the operator allowed: how that is called is not the image's choice.
@@ -237,7 +237,7 @@ fn what_an_image_may_not_choose() {
     assert_eq!(yard.reads(".ssh/id", &["vm/.ssh"]).unwrap(), "vm/.ssh/id");
     let message = yard.refused("script", &[]);
     assert!(message.contains("executable") && message.contains("-b '"), "{message}");
-    assert!(yard.find_as(b"script", &[], Part::Ancestor, Access::ReadOnly).is_ok());
+    assert!(yard.find_as(b"script", &[], RecordedRole::Ancestor, Access::ReadOnly).is_ok());
 }
 
 #[test]
@@ -247,7 +247,7 @@ fn what_the_operator_names_is_let_through() {
     let base = NamedFile::new(&yard.path("far/.hidden"));
     let directory = Directory::open(&yard.path("vm")).unwrap();
     let path = yard.path("vm/top");
-    let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, part: Part::Ancestor };
+    let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, role: RecordedRole::Ancestor };
     let gate = Gate::within(yard.roots(&[]));
     let find = |name: &[u8]| gate.find(&recorder, [name], Access::ReadOnly, base.identity());
     assert!(find(b"../far/.hidden").unwrap().is_named_by_operator());
@@ -324,7 +324,7 @@ fn names_that_are_odd() {
     fs::create_dir(yard.path("vm").join(odd)).unwrap();
     fs::write(yard.path("vm").join(odd).join(odd), "odd").unwrap();
     let name = [odd.as_bytes(), b"/", odd.as_bytes()].concat();
-    let located = yard.find_as(&name, &[], Part::Target, Access::ReadWrite).unwrap();
+    let located = yard.find_as(&name, &[], RecordedRole::Target, Access::ReadWrite).unwrap();
     assert_eq!(yard.content(&located).unwrap(), "odd");
     // As long as a path may be, and longer than a name may be.
     yard.file("vm/a/base");
@@ -367,7 +367,7 @@ fn a_directory_that_is_exchanged_stays_what_it_was() {
     let directory = Directory::open(&yard.path("vm")).unwrap();
     let gate = Gate::within(yard.roots(&[]));
     let path = yard.path("vm/top");
-    let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, part: Part::Target };
+    let recorder = Recorder { path: &path, format: "qcow2", directory: &directory, role: RecordedRole::Target };
     fs::rename(yard.path("vm"), yard.path("moved")).unwrap();
     yard.link("vm", "other");
     let located = gate.find(&recorder, [b"base".as_slice()], Access::ReadWrite, None).unwrap();

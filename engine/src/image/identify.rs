@@ -11,7 +11,7 @@
 //!
 //! The same holds for the other files of an image, whose signatures its plugin knows.
 
-use super::advice::{Part, Recorder};
+use super::advice::{RecordedRole, Recorder};
 use super::chain_image::{ChainImage, Doubt};
 use super::gate::Located;
 use super::open::OpenedFile;
@@ -62,7 +62,7 @@ impl<'i> Recorded<'i> {
         let format = pointer.and_then(|pointer| pointer.format.as_ref().into_option());
         let format = format.map(|format| format.as_slice()).filter(|format| !format.is_empty());
         let name = pointer.map_or(&[][..], |pointer| pointer.name.as_slice());
-        Self { recorder: image.recorder(Part::Ancestor), name, format, disk: image.facts.virtual_size }
+        Self { recorder: image.recorder(RecordedRole::Ancestor), name, format, disk: image.facts.virtual_size }
     }
 }
 

@@ -31,7 +31,7 @@ mod unfinished;
 mod users;
 
 pub use access::Access;
-pub use advice::{Part, Recorder};
+pub use advice::{RecordedRole, Recorder};
 pub use chain::{parent_is_unrecorded, Descent};
 pub use chain_image::{ChainImage, Doubt, ExtraFile};
 pub use children::{counted, Child, ChildSearch, Children};

@@ -1,7 +1,7 @@
 //! Opening an image of a chain: once, with the right mode, after a check of its kind; then it is locked and identified.
 
 use super::access::Access;
-use super::advice::{Part, Recorder};
+use super::advice::{RecordedRole, Recorder};
 use super::failures::{check_writable, open_error};
 use super::gate::Located;
 use super::named::NamedFile;
@@ -165,8 +165,8 @@ impl OpenedFile {
     /// [`ErrorCode::WriteTargetNotAllowed`] for a device that is mounted.
     pub fn located(located: &Located, recorder: &Recorder<'_>, access: Access) -> Result<Self, Error> {
         let Located { reached, path, by_operator, .. } = located;
-        let exclusive =
-            ((access == Access::ReadWrite || recorder.part == Part::Target) && !by_operator).then_some(recorder);
+        let exclusive = ((access == Access::ReadWrite || recorder.role == RecordedRole::Target) && !by_operator)
+            .then_some(recorder);
         let holder = reached.holder.directory();
         let looked = Looked { holder, name: &reached.name, stat: &reached.stat, follow: false, exclusive };
         looked.open(path, &reached.beside, access, ErrorCode::BackingNotFound)

@@ -2,7 +2,7 @@
 //! compares, so that no format has to know another one.
 
 use super::access::Access;
-use super::advice::Part;
+use super::advice::RecordedRole;
 use super::chain::Descent;
 use super::chain_image::ChainImage;
 use super::gate::Gate;
@@ -61,13 +61,13 @@ pub fn check_parents(chain: &[&ChainImage<'_>]) -> Result<(), Error> {
 /// [`ErrorCode::ParentMismatch`], [`ErrorCode::RecoveryNeeded`].
 pub fn check_immediate_parent(registry: &Registry, image: &ChainImage<'_>, gate: &Gate) -> Result<(), Error> {
     let mut descent = Descent::new(registry, gate, &image.opened.path, 1);
-    let (part, access) = (Part::Ancestor, Access::Shared);
-    let Ok(Some(located)) = descent.next(image, part, access, None) else { return Ok(()) };
+    let (role, access) = (RecordedRole::Ancestor, Access::Shared);
+    let Ok(Some(located)) = descent.next(image, role, access, None) else { return Ok(()) };
     located.refuse_unfinished()?;
     if image.facts.parent_identity.is_empty() {
         return Ok(());
     }
-    match descent.open(image, &located, part, access) {
+    match descent.open(image, &located, role, access) {
         Ok(parent) => check_parents(&[image, &parent]),
         Err(_) => Ok(()),
     }

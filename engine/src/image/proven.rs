@@ -9,7 +9,7 @@
 //! parent, the backup of last year included, and nobody may write into one of those because the parent is not there.
 
 use super::access::Access;
-use super::advice::Part;
+use super::advice::RecordedRole;
 use super::chain_image::ChainImage;
 use super::gate::{Gate, Located};
 use super::scan::Scan;
@@ -33,7 +33,7 @@ pub struct ParentSearch<'s> {
     /// The image whose parent is looked for.
     pub image: &'s ChainImage<'s>,
     /// The part of the parent in the command.
-    pub part: Part,
+    pub role: RecordedRole,
     /// The way to open it.
     pub access: Access,
     /// A file that the operator named: of several that may be the parent, it is the one.
@@ -83,7 +83,7 @@ impl ParentSearch<'_> {
         seen: &mut HashSet<Identity>,
         found: &mut Vec<(PathBuf, Located)>,
     ) -> Result<(), Error> {
-        let Self { registry, gate, image, part, access, wanted } = *self;
+        let Self { registry, gate, image, role, access, wanted } = *self;
         let scan = Scan { registry, cancel: &Cancel::new() };
         // A directory that cannot be listed holds nothing that could be found.
         scan.images_in(directory, seen, |other| {
@@ -94,7 +94,7 @@ impl ParentSearch<'_> {
             let path = directory.path().join(&other.name);
             let name = if beside { other.name.as_bytes() } else { path.as_os_str().as_bytes() };
             // Another file may have its name by now.
-            let located = gate.find(&image.recorder(part), [name], access, wanted);
+            let located = gate.find(&image.recorder(role), [name], access, wanted);
             let located = located.ok().filter(|located| located.identity() == other.identity);
             let is_new = located.is_some();
             found.extend(located.map(|located| (path, located)));

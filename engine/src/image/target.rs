@@ -1,7 +1,7 @@
 //! Finding the target of a commit.
 
 use super::access::Access;
-use super::advice::Part;
+use super::advice::RecordedRole;
 use super::chain::{parent_is_unrecorded, Descent};
 use super::chain_image::ChainImage;
 use super::gate::Located;
@@ -61,11 +61,11 @@ pub fn resolve_backing<'r>(
     if let Some(base) = choice.base {
         return open_base(descent, overlay, base, choice, &pointer.name);
     }
-    let part = Part::Target;
+    let role = RecordedRole::Target;
     let nameless = pointer.name.is_empty() && overlay.facts.parent_identity_unique;
     let located = match nameless {
-        true => descent.next_without_name(overlay, part, access)?,
-        false => descent.next(overlay, part, access, None)?,
+        true => descent.next_without_name(overlay, role, access)?,
+        false => descent.next(overlay, role, access, None)?,
     };
     let Some(located) = located else {
         let clause = match nameless {
@@ -75,7 +75,7 @@ pub fn resolve_backing<'r>(
         };
         return Err(Error::image(path, ErrorCode::NoBacking, clause));
     };
-    let opened = OpenedFile::located(&located, &overlay.recorder(part), access)?.lock(access)?;
+    let opened = OpenedFile::located(&located, &overlay.recorder(role), access)?.lock(access)?;
     let backing = descent.identify_target(overlay, &located, opened, choice.format)?;
     // Of a format that any bytes are an image of, nothing but the image's word says that this is one.
     if !backing.insisted
@@ -83,7 +83,7 @@ pub fn resolve_backing<'r>(
         && backing.opened.ends_within_a_sector()
         && backing.plugin.probe(&backing.opened.file).is_ok_and(|score| score == PROBE_ANYTHING)
     {
-        return Err(overlay.recorder(part).uneven(&pointer.name, &backing.opened.path, backing.opened.length()));
+        return Err(overlay.recorder(role).uneven(&pointer.name, &backing.opened.path, backing.opened.length()));
     }
     Ok(Target { backing, between: Vec::new(), stands_in: false })
 }
@@ -103,7 +103,7 @@ fn open_base<'r>(
         [] => "the overlay records no name of its parent".to_owned(),
         parent => format!("the overlay's immediate parent is {}", escape_bytes(parent)),
     };
-    let rebase = || format!("if that is this file, moved, {}", overlay.recorder(Part::Ancestor).record("it"));
+    let rebase = || format!("if that is this file, moved, {}", overlay.recorder(RecordedRole::Ancestor).record("it"));
     let opened = match base.open(access, ErrorCode::BackingNotFound) {
         Err(error) if error.code == ErrorCode::BackingNotFound => {
             let clause = format!("does not exist (a relative name begins at the overlay's directory); {parent}");
@@ -111,13 +111,13 @@ fn open_base<'r>(
         }
         other => other?,
     };
-    let part = Part::Ancestor;
+    let role = RecordedRole::Ancestor;
     let mut between: Vec<ChainImage<'r>> = Vec::new();
     let mut lowest: Option<Located> = None;
     let mut stands_in = false;
     let backing = loop {
         let above = between.last().map_or(overlay, |lowest| lowest);
-        let located = match descent.next(above, part, Access::ReadOnly, Some(opened.identity)) {
+        let located = match descent.next(above, role, Access::ReadOnly, Some(opened.identity)) {
             Ok(Some(located)) => located,
             Ok(None) => {
                 let clause = format!("is not in the backing chain of the overlay: {parent}; {}", rebase());
@@ -144,7 +144,7 @@ fn open_base<'r>(
             break descent.identify_target(above, &located, opened, format)?;
         }
         let layer =
-            descent.open(above, &located, part, Access::ReadOnly).map_err(|error| lost(base, error, &parent))?;
+            descent.open(above, &located, role, Access::ReadOnly).map_err(|error| lost(base, error, &parent))?;
         between.push(layer);
         lowest = Some(located);
     };
@@ -213,7 +213,7 @@ fn let_follow<'r>(
     // The lock of the file that is only read goes with it.
     drop(opened);
     let above = between.last().map_or(overlay, |lowest| lowest);
-    let layer = descent.open(above, located, Part::Ancestor, Access::ReadWrite)?;
+    let layer = descent.open(above, located, RecordedRole::Ancestor, Access::ReadWrite)?;
     if layer.facts != facts {
         let clause = "was changed a moment ago: make sure that nothing else uses the chain, and try again";
         return Err(Error::image(&layer.opened.path, ErrorCode::HeaderMismatch, clause));

@@ -5,7 +5,7 @@ use crate::error::{Error, Role};
 use crate::escape::escape_bytes;
 use crate::image::{
     file_name, parent_mismatch, unfinished_below, use_undo_directory, Access, ChainImage, Descent, Gate, NamedFile,
-    Part,
+    RecordedRole,
 };
 use crate::lookup::Directory;
 use crate::operation::Session;
@@ -108,9 +108,9 @@ fn below<'r>(
     if !pointer.is_some_and(|pointer| pointer.names().any(|name| file_name(name).is_ok())) {
         return Ok(None);
     }
-    let (part, access) = (Part::Ancestor, Access::Shared);
-    let Some(located) = descent.next(image, part, access, None)? else { return Ok(None) };
-    let parent = descent.open(image, &located, part, access)?;
+    let (role, access) = (RecordedRole::Ancestor, Access::Shared);
+    let Some(located) = descent.next(image, role, access, None)? else { return Ok(None) };
+    let parent = descent.open(image, &located, role, access)?;
     Ok(Some((located.name().to_vec(), parent)))
 }
 

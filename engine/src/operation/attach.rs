@@ -7,7 +7,7 @@ use crate::image::{ChainImage, OpenedFile};
 use crate::plugins::{ImageRead, Plugin};
 use crate::sandbox::{ModuleSpec, FIRST_FORMAT};
 use instar_guest_abi::{
-    device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, Member, MemberRole, Part, DEVICE_OUTPUT,
+    device_flags, DeviceConfig, DeviceRole, ErrorCode, FileDevice, FileList, Member, MemberRole, DEVICE_OUTPUT,
     FILE_TABLE_ADDR, FIRST_FILE_DEVICE, MAX_CHAIN_DEVICES, PARENT_ROOM,
 };
 use std::collections::{BTreeMap, BTreeSet};
@@ -162,13 +162,13 @@ pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_
         }
         // Only a layer that is alone is emptied; the one next to the target may record which image that is.
         let (emptied, identity) = (role == MemberRole::Empty, image.follows);
-        let part = match role {
-            MemberRole::Relinked => Part::Child,
-            _ if emptied || identity => Part::Overlay { emptied, identity },
-            _ => Part::Read,
+        let device_role = match role {
+            MemberRole::Relinked => DeviceRole::Child,
+            _ if emptied || identity => DeviceRole::Overlay { emptied, identity },
+            _ => DeviceRole::Read,
         };
         let longest = if emptied { grants.emptied } else { 0 };
-        let (device, files) = all.attach(slot, image, part, longest);
+        let (device, files) = all.attach(slot, image, device_role, longest);
         // The target is in the middle of the chain.
         let is_after = matches!(role, MemberRole::Below | MemberRole::Relinked);
         let depth = if is_after { slot + 1 } else { slot - begins.1 };
@@ -186,8 +186,8 @@ pub(super) fn attach(images: ImageSet<'_>, grants: Grants) -> Result<Attached<'_
         }
     }
     if let Some(target) = target {
-        let part = if rebases { Part::Rebased } else { Part::Target };
-        let (mut device, files) = all.attach(DEVICE_OUTPUT, target, part, grants.target);
+        let device_role = if rebases { DeviceRole::Rebased } else { DeviceRole::Target };
+        let (mut device, files) = all.attach(DEVICE_OUTPUT, target, device_role, grants.target);
         device.cache_bytes = 0;
         device.flags |= if rebases { device_flags::KEEPS_IDENTITY } else { 0 };
         if grants.beyond_devices && device.flags & device_flags::FIXED_LENGTH != 0 {
@@ -229,22 +229,31 @@ impl<'r> Attached<'r> {
 
     /// Attach an image under this number, and its files under the next ones that are free, which are returned. It may
     /// become `longest` bytes long at most, all its files together.
-    fn attach(&mut self, number: u32, image: ChainImage<'r>, part: Part, longest: u64) -> (DeviceConfig, Range<u32>) {
+    fn attach(
+        &mut self,
+        number: u32,
+        image: ChainImage<'r>,
+        device_role: DeviceRole,
+        longest: u64,
+    ) -> (DeviceConfig, Range<u32>) {
         let ChainImage { opened, plugin, facts, files, snapshot, .. } = image;
         // A layer that only records its parent's identity keeps its length, and its other files stay as they are.
-        let changes = matches!(part, Part::Target | Part::Rebased | Part::Overlay { emptied: true, .. });
+        let changes =
+            matches!(device_role, DeviceRole::Target | DeviceRole::Rebased | DeviceRole::Overlay { emptied: true, .. });
         let growth = if changes { longest.saturating_sub(facts.file_length) } else { 0 };
         let unit = facts.cluster_size;
-        let room = if part == Part::Child { Some((PARENT_ROOM, 1)) } else { changes.then_some((growth, unit)) };
+        let room =
+            if device_role == DeviceRole::Child { Some((PARENT_ROOM, 1)) } else { changes.then_some((growth, unit)) };
         let first = self.files.len();
         for file in files {
             let number = FIRST_FILE_DEVICE + u32::try_from(self.files.len()).unwrap_or(u32::MAX - FIRST_FILE_DEVICE);
             let room = file.grows.then_some((growth, unit));
-            let device = self.attach_file(number, file.opened, if changes { part } else { Part::Read }, room);
+            let device =
+                self.attach_file(number, file.opened, if changes { device_role } else { DeviceRole::Read }, room);
             self.files.push(device);
         }
         self.paths.drivers.insert(number, format!("{} {}", plugin.name(), plugin.version()));
-        let main = self.attach_file(number, opened, part, room);
+        let main = self.attach_file(number, opened, device_role, room);
         let count = self.files.len() - first;
         let address = FILE_TABLE_ADDR + (first * size_of::<FileDevice>()) as u64;
         let config = DeviceConfig {
@@ -266,8 +275,14 @@ impl<'r> Attached<'r> {
 
     /// Attach one file. `room`: by how many bytes it may grow, and the unit in which it does: the rest of its last cluster,
     /// if that was cut short, is always granted.
-    fn attach_file(&mut self, number: u32, opened: OpenedFile, part: Part, room: Option<(u64, u64)>) -> FileDevice {
-        let writable = part != Part::Read;
+    fn attach_file(
+        &mut self,
+        number: u32,
+        opened: OpenedFile,
+        device_role: DeviceRole,
+        room: Option<(u64, u64)>,
+    ) -> FileDevice {
+        let writable = device_role != DeviceRole::Read;
         let mut flags = device_flags::PRESENT;
         flags |= if writable { device_flags::WRITABLE } else { 0 };
         flags |= if opened.block_device { device_flags::FIXED_LENGTH } else { 0 };
@@ -276,8 +291,8 @@ impl<'r> Attached<'r> {
             let whole = file_length.checked_next_multiple_of(unit.max(1)).unwrap_or(file_length);
             whole.max(file_length.saturating_add(growth))
         });
-        let device =
-            Device::new(opened.file.into_file(), writable, file_length, longest, opened.block_device).with_part(part);
+        let device = Device::new(opened.file.into_file(), writable, file_length, longest, opened.block_device)
+            .with_role(device_role);
         // What the host will hold the guest to, so that a driver that needs more says so before the first change.
         let max_length = device.max_length();
         self.devices.attach(number, device);

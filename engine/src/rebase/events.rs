@@ -149,14 +149,16 @@ impl Events for RebaseEvents {
                 self.look_like(devices)?;
                 devices.enter(phase).map_err(BadRequest)
             }
-            Phase::Look | Phase::Overlay => Err(BadRequest("a change that no rebase makes was announced".to_owned())),
+            Phase::Inspect | Phase::Overlay => {
+                Err(BadRequest("a change that no rebase makes was announced".to_owned()))
+            }
         }
     }
 
     /// Accept a success only if the devices confirm it.
     fn succeeded(&mut self, devices: &mut Devices, result: &[u8]) -> Result<(), BadRequest> {
         self.outcome = decode(result)?;
-        let last = if self.dry_run { Phase::Look } else { Phase::Children };
+        let last = if self.dry_run { Phase::Inspect } else { Phase::Children };
         devices.finished(self.plan.is_some().then_some(last)).map_err(BadRequest)
     }
 }
@@ -169,17 +171,17 @@ mod tests {
     use crate::operation::test_buffers::Zeroes;
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::Host;
-    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
+    use instar_guest_abi::{DeviceRole, Request, DEVICE_OUTPUT};
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
 
     fn handler(dry_run: bool) -> Handler<RebaseEvents> {
         let mut devices = Devices::new();
-        for (number, part) in [(0, Part::Read), (DEVICE_OUTPUT, Part::Rebased)] {
+        for (number, role) in [(0, DeviceRole::Read), (DEVICE_OUTPUT, DeviceRole::Rebased)] {
             let file = tempfile::tempfile().unwrap();
             file.set_len(8192).unwrap();
-            devices.attach(number, Device::new(file, part != Part::Read, 8192, 8192, false).with_part(part));
+            devices.attach(number, Device::new(file, role != DeviceRole::Read, 8192, 8192, false).with_role(role));
         }
         let events = RebaseEvents { dry_run, virtual_size: 1000, ..RebaseEvents::default() };
         Handler::new(devices, events, Cancel::new())

@@ -4,7 +4,7 @@ use crate::create::plugin_of;
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
 use crate::image::{
-    check_parents, file_name, parent_is_unrecorded, Access, ChainImage, Descent, NamedFile, OpenedFile, Part,
+    check_parents, file_name, parent_is_unrecorded, Access, ChainImage, Descent, NamedFile, OpenedFile, RecordedRole,
 };
 use crate::lookup::Identity;
 use crate::operation::Opener;
@@ -81,11 +81,11 @@ impl<'r> Below<'r> {
         descent.passed(first.opened.identity);
         self.new.push(first);
         while let Some(above) = self.new.last() {
-            let Some(located) = descent.next(above, Part::Ancestor, Access::ReadOnly, None)? else { break };
+            let Some(located) = descent.next(above, RecordedRole::Ancestor, Access::ReadOnly, None)? else { break };
             if located.identity() == image.opened.identity {
                 return Err(is_above(image, &self.new));
             }
-            let next = descent.open(above, &located, Part::Ancestor, Access::ReadOnly)?;
+            let next = descent.open(above, &located, RecordedRole::Ancestor, Access::ReadOnly)?;
             let same = self.position(next.opened.identity, &next.opened, Some(next.facts.format.as_str()));
             if same.is_some() {
                 self.shared = same;
@@ -138,11 +138,11 @@ pub fn open_unchecked<'r>(
     let mut chain = vec![first];
     while let Some(above) = chain.last() {
         // A name that cannot be followed is no obstacle.
-        let Ok(Some(located)) = descent.next(above, Part::Ancestor, Access::Shared, None) else { break };
+        let Ok(Some(located)) = descent.next(above, RecordedRole::Ancestor, Access::Shared, None) else { break };
         if located.identity() == image.opened.identity {
             return Err(is_above(image, &chain));
         }
-        match descent.open(above, &located, Part::Ancestor, Access::Shared) {
+        match descent.open(above, &located, RecordedRole::Ancestor, Access::Shared) {
             Err(error) if error.code == ErrorCode::RecoveryNeeded => return Err(error.in_role(Role::Ancestor)),
             Err(_) => break,
             Ok(next) => chain.push(next),

@@ -63,7 +63,7 @@ impl ResizeEvents {
     /// The phase in which the guest has to end.
     fn last_phase(&self) -> Phase {
         if self.dry_run || self.sizes.0 == self.sizes.1 {
-            Phase::Look
+            Phase::Inspect
         } else {
             Phase::Target
         }
@@ -102,7 +102,7 @@ mod tests {
     use crate::operation::test_buffers::Zeroes;
     use crate::operation::{Cancel, Handler};
     use crate::sandbox::Host;
-    use instar_guest_abi::{Part, Request, DEVICE_OUTPUT};
+    use instar_guest_abi::{DeviceRole, Request, DEVICE_OUTPUT};
     use instar_guest_protocol::end_message::Outcome as End;
     use instar_guest_protocol::guest_message::Kind;
     use instar_guest_protocol::{EndMessage, Message, PhaseMessage};
@@ -112,7 +112,7 @@ mod tests {
         let mut devices = Devices::new();
         let file = tempfile::tempfile().unwrap_or_else(|error| unreachable!("{error}"));
         let _ = file.set_len(4096);
-        devices.attach(DEVICE_OUTPUT, Device::new(file, true, 4096, 8192, false).with_part(Part::Target));
+        devices.attach(DEVICE_OUTPUT, Device::new(file, true, 4096, 8192, false).with_role(DeviceRole::Target));
         let events = ResizeEvents { sizes, longest: 8192, dry_run, ..ResizeEvents::default() };
         Handler::new(devices, events, Cancel::new())
     }

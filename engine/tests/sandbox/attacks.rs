@@ -7,7 +7,7 @@ use instar::commit::{CommitEvents, PlanBounds};
 use instar::devices::{Device, Devices};
 use instar::operation::{Cancel, Handler};
 use instar::sandbox::{self, BadRequest, BufferAccess, Host, Report, Sandbox, SandboxError};
-use instar_guest_abi::{ErrorCode, Part, Phase, Request, DEVICE_OUTPUT};
+use instar_guest_abi::{DeviceRole, ErrorCode, Phase, Request, DEVICE_OUTPUT};
 use instar_guest_protocol::{guest_message::Kind, Message};
 use instar_guest_testmod::Scenario;
 use std::fs::{read, File};
@@ -80,11 +80,11 @@ impl Images {
 
     fn devices(&self) -> Devices {
         let mut devices = Devices::new();
-        let overlay = Part::Overlay { emptied: true, identity: true };
+        let overlay = DeviceRole::Overlay { emptied: true, identity: true };
         let device = |name| Device::new(self.open(name, true), true, LENGTH, LENGTH, false);
-        devices.attach(0, device("overlay").with_part(overlay));
+        devices.attach(0, device("overlay").with_role(overlay));
         // Its descriptor could be written: it is the slot that may not.
-        devices.attach(1, device("ancestor").with_part(Part::Read));
+        devices.attach(1, device("ancestor").with_role(DeviceRole::Read));
         devices.attach(DEVICE_OUTPUT, Device::new(self.open("output", true), true, LENGTH, BOUND, false));
         devices
     }
@@ -107,8 +107,8 @@ impl Images {
     fn repair(&self, on: &dyn Sandbox, scenario: Scenario) -> (Handler<CheckEvents>, Result<Report, SandboxError>) {
         let mut devices = Devices::new();
         let device = |name, length| Device::new(self.open(name, true), true, LENGTH, length, false);
-        devices.attach(0, device("overlay", LENGTH).with_part(Part::Read));
-        devices.attach(DEVICE_OUTPUT, device("output", BOUND).with_part(Part::Target));
+        devices.attach(0, device("overlay", LENGTH).with_role(DeviceRole::Read));
+        devices.attach(DEVICE_OUTPUT, device("output", BOUND).with_role(DeviceRole::Target));
         let events = CheckEvents::repairing(Grant { last_phase: Phase::Target, longest: BOUND });
         let mut handler = Handler::new(devices, events, Cancel::new());
         let result = sandbox::run(on, &spec(on, scenario), &mut handler);
@@ -213,9 +213,9 @@ on_both! {
     fn what_is_changed_too_early_is_not_changed(on) {
         for (scenario, last_phase, why) in [
             (Scenario::EarlyWrite, Phase::Overlay, "before a plan was accepted"),
-            (Scenario::DryRunWrite, Phase::Look, "before a plan was accepted"),
+            (Scenario::DryRunWrite, Phase::Inspect, "before a plan was accepted"),
             (Scenario::LyingPlan, Phase::Overlay, "where its verdict allows"),
-            (Scenario::WholeCommit, Phase::Look, "announced in a dry run"),
+            (Scenario::WholeCommit, Phase::Inspect, "announced in a dry run"),
             (Scenario::FailureWithoutCode, Phase::Overlay, "an error without a code: the L1 table"),
         ] {
             let images = Images::new();
@@ -291,7 +291,7 @@ on_both! {
 
 on_both! {
     fn a_request_that_breaks_a_rule_names_who_asked(on) {
-        let error = Images::new().commit(on, Scenario::StackBuffer, Phase::Look).1;
+        let error = Images::new().commit(on, Scenario::StackBuffer, Phase::Inspect).1;
         // Through core, which knows who calls it.
         let text = error.unwrap_err().to_string();
         assert!(text.contains("device 0") && text.contains("(asked for by test 0.9.1+0x"), "{text}");

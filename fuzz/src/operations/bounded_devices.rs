@@ -1,7 +1,7 @@
 //! Devices in memory, which keep the host's rules, with a bound on what is moved: a request that would end the guest is a finding,
 //! since no image may bring a driver to make one.
 
-use instar_guest_abi::{DeviceConfig, Part, Phase, Request, RequestOp};
+use instar_guest_abi::{DeviceConfig, DeviceRole, Phase, Request, RequestOp};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, IoFailure};
 use std::collections::BTreeMap;
@@ -34,9 +34,8 @@ impl BoundedDevices {
         let mut devices = MemoryDevices::new(files);
         match kept {
             None => devices.hold_commit(overlay, false, target),
-            Some(lowest) => {
-                devices.hold([(Part::Overlay { emptied: false, identity: true }, lowest), (Part::Target, target)])
-            }
+            Some(lowest) => devices
+                .hold([(DeviceRole::Overlay { emptied: false, identity: true }, lowest), (DeviceRole::Target, target)]),
         }
         Self { devices, moved: 0, most: None }
     }

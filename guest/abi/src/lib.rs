@@ -34,6 +34,6 @@ pub use module::{
     SourceOps, WireBitmap, WireExtent, WireParent, BITMAP_NAME_MAX, FAILURE_TEXT_MAX, IMAGE_ID_MAX,
     MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
 };
-pub use phase::{Part, Phase, Situation, IDENTITY_RANGE, PARENT_ROOM};
+pub use phase::{DeviceRole, Phase, Situation, IDENTITY_RANGE, PARENT_ROOM};
 pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};
 pub use uuid::{derived_uuid, next_uuid, uuid_of_bits};

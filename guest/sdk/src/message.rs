@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn phases_are_what_prost_encodes() {
-        for number in [Phase::Look, Phase::Target, Phase::Overlay, Phase::Children] {
+        for number in [Phase::Inspect, Phase::Target, Phase::Overlay, Phase::Children] {
             let Kind::Phase(message) = decoded(&phase(number)) else { unreachable!() };
             assert_eq!(message.phase, number as u32);
         }

@@ -2,7 +2,9 @@
 #![cfg(feature = "memory")]
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use instar_guest_sdk::abi::{device_flags, DeviceConfig, FileDevice, FileList, Part, Phase, Request, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{
+    device_flags, DeviceConfig, DeviceRole, FileDevice, FileList, Phase, Request, DEVICE_OUTPUT,
+};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::BlockIo;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -93,7 +95,7 @@ fn another_parent_comes_last() {
     let target =
         DeviceConfig { device: OTHER, flags: 3, file_length: 8192, max_length: 9000, ..DeviceConfig::default() };
     let mut io = MemoryDevices::default();
-    io.hold([(Part::Child, &child), (Part::Target, &target)]);
+    io.hold([(DeviceRole::Child, &child), (DeviceRole::Target, &target)]);
     io.files.extend([CHILD, OTHER].map(|device| (device, vec![0; 8192])));
     assert_refused(&mut io, &[write(CHILD, 0)], "before a plan");
     io.enter(Phase::Target);

@@ -21,7 +21,7 @@ use crate::undo::is_log_name;
 pub(crate) use mark::NAME as REPLACED_MARK;
 
 use clone::{has_names, Backup, Clone, NoClone};
-use instar_guest_abi::{ErrorCode, Part, Phase, DEVICE_OUTPUT};
+use instar_guest_abi::{DeviceRole, ErrorCode, Phase, DEVICE_OUTPUT};
 use rustix::fs::{fstat, openat, statat, AtFlags, FileType, Mode, OFlags};
 use rustix::io::{retry_on_intr, Errno};
 use serde::Serialize;
@@ -310,7 +310,7 @@ impl Atomic {
         if devices.phase() != Phase::Target {
             return Err(BadRequest("a target was said to be complete when it could not be".to_owned()));
         }
-        if let Some(device) = devices.unflushed(|part| part == Part::Target) {
+        if let Some(device) = devices.unflushed(|part| part == DeviceRole::Target) {
             return Err(BadRequest(format!(
                 "the target was said to be complete while device {device} of it is not flushed"
             )));

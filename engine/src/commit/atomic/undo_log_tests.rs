@@ -5,7 +5,7 @@ use crate::devices::{Device, Devices};
 use crate::image::Access;
 use crate::sandbox::{BufferAccess, VolatileSlice};
 use crate::undo::{sources, Source};
-use instar_guest_abi::{request_status, Part, Phase, Request, DEVICE_OUTPUT};
+use instar_guest_abi::{request_status, DeviceRole, Phase, Request, DEVICE_OUTPUT};
 use std::cell::RefCell;
 use std::fs;
 use std::rc::Rc;
@@ -53,9 +53,9 @@ impl Lab {
         let source = tempfile::tempfile().unwrap();
         source.write_all_at(&[0xee; 100_000], 0).unwrap();
         let mut devices = Devices::new();
-        devices.attach(SOURCE, Device::new(source, false, 100_000, 100_000, false).with_part(Part::Read));
+        devices.attach(SOURCE, Device::new(source, false, 100_000, 100_000, false).with_role(DeviceRole::Read));
         let target = opened.file.into_file();
-        devices.attach(DEVICE_OUTPUT, Device::new(target, true, 70_000, 200_000, false).with_part(Part::Target));
+        devices.attach(DEVICE_OUTPUT, Device::new(target, true, 70_000, 200_000, false).with_role(DeviceRole::Target));
         devices.ask_before_change(log.clone());
         devices.enter(Phase::Target).unwrap();
         Self { directory, before, log, devices, top }

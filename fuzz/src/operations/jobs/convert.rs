@@ -5,7 +5,7 @@ use crate::formats::{Format, FORMATS};
 use crate::host;
 use crate::operations::bounded_devices::BoundedDevices;
 use crate::operations::{config, open_sink, open_source};
-use instar_guest_abi::{device_flags, Part};
+use instar_guest_abi::{device_flags, DeviceRole};
 use instar_guest_commit::{commit, Commit, CommitFailure, Options, Step};
 use instar_guest_convert::{Disks, Filled, NonZero, Sparse};
 use instar_guest_sdk::Source;
@@ -56,7 +56,7 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
     }
     let least = *trial.random.pick(&[0, 0, 512, 4096, 65536]);
     io.devices.files.insert(TARGET, new);
-    io.devices.hold([(Part::Target, &target)]);
+    io.devices.hold([(DeviceRole::Target, &target)]);
     let planning = |error| (true, error);
     let options = Options { keep_overlay: true, ..Options::default() };
     let result = trial.open_all(&mut io, chain).map_err(planning).and_then(|layers| {

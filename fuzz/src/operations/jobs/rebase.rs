@@ -3,7 +3,7 @@
 use super::{is_kept, Ended, Failure, Outcome, Trial};
 use crate::operations::bounded_devices::BoundedDevices;
 use crate::operations::{open_sink, open_source, OVERLAY};
-use instar_guest_abi::{device_flags, DeviceConfig, Part, PARENT_ROOM};
+use instar_guest_abi::{device_flags, DeviceConfig, DeviceRole, PARENT_ROOM};
 use instar_guest_sdk::rebase::{rebase, Content, Rebase, RebaseFailure, Step};
 use instar_guest_sdk::{BlockIo, DriverResult, Parent, Source};
 use instar_guest_view::{Ancestors, Differences, View};
@@ -65,7 +65,7 @@ fn go(
         let identity = instar_guest_abi::ImageId::new(facts.identity.as_slice()).filter(|_| !facts.identity.is_empty());
         Parent { name: b"another", format: trial.fixture.formats[top].name, identity, virtual_size: facts.virtual_size }
     });
-    io.devices.hold([(Part::Rebased, config)]);
+    io.devices.hold([(DeviceRole::Rebased, config)]);
     let has_backing = parent.is_some() || !old.is_empty();
     let views =
         [View::new(layers(trial, io, old).map_err(planning)?), View::new(layers(trial, io, new).map_err(planning)?)];

@@ -3,7 +3,7 @@
 use super::{is_kept, Ended, Outcome, Trial};
 use crate::operations::bounded_devices::BoundedDevices;
 use crate::operations::open_source;
-use instar_guest_abi::{CheckSummary, DeviceConfig, Part, Phase, Repair, RepairSummary};
+use instar_guest_abi::{CheckSummary, DeviceConfig, DeviceRole, Phase, Repair, RepairSummary};
 use instar_guest_sdk::{BlockIo, DriverResult};
 
 /// Bytes by which the file may become longer, besides a sixteenth.
@@ -15,7 +15,7 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
     let what = *trial.random.pick(&[Repair::Leaks, Repair::All, Repair::All]);
     let length = trial.facts[&device].file_length;
     let config = trial.config(device, true, length.saturating_add(length / 16).saturating_add(ROOM));
-    io.devices.hold([(Part::Target, &config)]);
+    io.devices.hold([(DeviceRole::Target, &config)]);
     let format = trial.fixture.formats[&device];
     let check = |io: &mut BoundedDevices, config: &DeviceConfig| -> DriverResult<CheckSummary> {
         open_source(format, io, config)?.check(io, &mut |_, text| assert!(!text.is_empty()))

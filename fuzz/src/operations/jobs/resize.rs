@@ -4,7 +4,7 @@ use super::{is_kept, Ended, Outcome, Trial};
 use crate::host;
 use crate::operations::bounded_devices::BoundedDevices;
 use crate::operations::{open_sink, Files};
-use instar_guest_abi::Part;
+use instar_guest_abi::DeviceRole;
 use instar_guest_sdk::resize::{resize, Options, ResizeFailure, Step};
 use instar_guest_view::Ancestors;
 use instar_plugin_api::{Context, ImageFacts, Incoming, Role};
@@ -28,7 +28,7 @@ pub fn run(trial: &mut Trial<'_>, mut io: BoundedDevices) -> Outcome {
         return Ok(None);
     };
     let config = trial.config(device, true, longest);
-    io.devices.hold([(Part::Target, &config)]);
+    io.devices.hold([(DeviceRole::Target, &config)]);
     let planning = |error| (true, error);
     let options = Options { virtual_size: new, preallocate, dry_run: false };
     let result = open_sink(format, &mut io, &config, !below.is_empty()).map_err(planning).and_then(|mut sink| {

@@ -9,7 +9,7 @@ use crate::{BlockIo, DriverError, DriverResult, Parent, Source};
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_abi::{DeviceConfig, ErrorCode, FindingKind, Part, Phase, PARENT_ROOM};
+use instar_guest_abi::{DeviceConfig, DeviceRole, ErrorCode, FindingKind, Phase, PARENT_ROOM};
 
 /// What was looked at: a test may ask for more than nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -200,7 +200,7 @@ impl Change<'_> {
         let mut io = MemoryDevices::new([(OVERLAY, image.to_vec())]);
         // An image of before the change may become so long, whatever a power loss has left of it.
         let longest = (self.image.len() as u64).saturating_add(PARENT_ROOM).max(image.len() as u64);
-        io.hold([(Part::Child, &DeviceConfig { max_length: longest, ..child(self.kit, image) })]);
+        io.hold([(DeviceRole::Child, &DeviceConfig { max_length: longest, ..child(self.kit, image) })]);
         io
     }
 

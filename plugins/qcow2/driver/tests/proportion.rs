@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
 use instar_guest_commit::Options;
-use instar_guest_sdk::abi::{ErrorCode, Part, Phase, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{DeviceRole, ErrorCode, Phase, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, Extent, FormatDriver, ReadBelow, Sink, Source};
 use instar_guest_view::Ancestors;
@@ -172,7 +172,7 @@ fn zeroes_over_what_nothing_maps_cost_nothing() {
     let spec = Spec::new(16, 8192 * CLUSTER * (1 << 17)).with(MAPPED.map(|cluster| (cluster, State::Data(3))));
     let mut io = MemoryDevices::new([(DEVICE_OUTPUT, build(&spec))]);
     let device = config(&io, DEVICE_OUTPUT);
-    io.hold([(Part::Target, &device)]);
+    io.hold([(DeviceRole::Target, &device)]);
     let guest_offset = 3 * CLUSTER + 512;
     let length = device.virtual_size - guest_offset;
     let zeroes = [Extent::zero(guest_offset, length)];

@@ -2,7 +2,7 @@
 //! before, through whichever of the two it names then, and running it again finishes it.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use instar_guest_sdk::abi::{DeviceConfig, ErrorCode, Part, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{DeviceConfig, DeviceRole, ErrorCode, DEVICE_OUTPUT};
 use instar_guest_sdk::commit::{commit_before_relinking, Commit, CommitFailure, Options, Step};
 use instar_guest_sdk::conformance::{ImageKit, ParentKit};
 use instar_guest_sdk::crash::{Crashes, Files};
@@ -63,9 +63,9 @@ fn names_the_target(files: &Files) -> usize {
 fn run(io: &mut MemoryDevices, keep_overlay: bool, name: &[u8]) -> Result<(), CommitFailure> {
     let device = |number: u32| config(io, number);
     let (overlay, target, devices) = (device(OVERLAY), device(DEVICE_OUTPUT), CHILDREN.map(device));
-    let top = Part::Overlay { emptied: !keep_overlay, identity: false };
-    let children = devices.iter().map(|child| (Part::Child, child));
-    io.hold([(top, &overlay), (Part::Target, &target)].into_iter().chain(children));
+    let top = DeviceRole::Overlay { emptied: !keep_overlay, identity: false };
+    let children = devices.iter().map(|child| (DeviceRole::Child, child));
+    io.hold([(top, &overlay), (DeviceRole::Target, &target)].into_iter().chain(children));
     let at = |error| CommitFailure { step: Step::Check, error };
     let mut source = Qcow2::open_source(io, &overlay).map_err(at)?;
     let mut sink = Qcow2::open_sink(io, &target, false).map_err(at)?;

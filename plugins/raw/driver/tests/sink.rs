@@ -1,7 +1,7 @@
 //! The sink against a model: an array of bytes.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, Part, Phase, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, DeviceRole, ErrorCode, Phase, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
 use instar_guest_sdk::{BlockIo, Content, DriverResult, Extent, FormatDriver, ReadBelow, Sink};
 use instar_raw_driver::{Raw, RawSink};
@@ -104,7 +104,7 @@ proptest! {
         prop_assert_eq!(&io.log, &vec![]);
         // Not longer than the plan said, and not before it.
         let bound = config(length as u64, planned.final_length);
-        io.hold([(Part::Target, &bound)]);
+        io.hold([(DeviceRole::Target, &bound)]);
         io.enter(Phase::Target);
         let middle = extents.len() / 2;
         for part in [&[], &extents[..middle], &extents[middle..]] {

@@ -1,7 +1,7 @@
 //! Another parent: at every instant the image names the one or the other, whichever copy of the footer a program believes.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::panic, missing_docs)]
 
-use instar_guest_sdk::abi::{device_flags, DeviceConfig, ImageId, Part, Phase, PARENT_ROOM};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, DeviceRole, ImageId, Phase, PARENT_ROOM};
 use instar_guest_sdk::conformance::{verify_odd_parents, verify_parent, verify_parents, ParentKit};
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_guest_sdk::memory::MemoryDevices;
@@ -76,7 +76,7 @@ fn whichever_footer_counts_names_one_parent_whole() {
         let image = build(&spec());
         let config = device(0, &image, image.len() as u64 + PARENT_ROOM);
         let mut io = MemoryDevices::new([(0, image.clone())]);
-        io.hold([(Part::Child, &config)]);
+        io.hold([(DeviceRole::Child, &config)]);
         let mut source = Vhd::open_source(&mut io, &config).unwrap();
         source.plan_parent(&mut io, Some(&parent)).unwrap();
         io.enter(Phase::Target);
@@ -112,7 +112,7 @@ fn a_device_that_keeps_its_length_needs_room_behind_the_last_block() {
         bytes.extend_from_slice(&image[end..]);
         let config = DeviceConfig { flags: device_flags::FIXED_LENGTH, ..device(0, &bytes, bytes.len() as u64) };
         let mut io = MemoryDevices::new([(0, bytes.clone())]);
-        io.hold([(Part::Child, &config)]);
+        io.hold([(DeviceRole::Child, &config)]);
         let mut source = Vhd::open_source(&mut io, &config).unwrap();
         let planned = source.plan_parent(&mut io, Some(&base()));
         assert_eq!(planned.is_ok(), done, "{room}: {planned:?}");

@@ -1,7 +1,7 @@
 //! Another parent: at every instant the locator is the one or the other, through the log.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, missing_docs)]
 
-use instar_guest_sdk::abi::{ImageId, ParentStage, Part, Phase};
+use instar_guest_sdk::abi::{DeviceRole, ImageId, ParentStage, Phase};
 use instar_guest_sdk::conformance::{verify_odd_parents, verify_parent, ParentKit};
 use instar_guest_sdk::crash::Crashes;
 use instar_guest_sdk::memory::MemoryDevices;
@@ -62,7 +62,7 @@ fn what_was_announced_holds_until_then() {
         let image = build(&Spec { linkage, ..spec() });
         let config = device(0, &image, image.len() as u64);
         let mut io = MemoryDevices::new([(0, image.clone())]);
-        io.hold([(Part::Overlay { emptied: false, identity: true }, &config)]);
+        io.hold([(DeviceRole::Overlay { emptied: false, identity: true }, &config)]);
         let mut source = Vhdx::open_source(&mut io, &config).unwrap();
         let next = Guid([4; 16]).next(&[7; 16]);
         io.enter(Phase::Target);
@@ -79,7 +79,7 @@ fn what_was_announced_holds_until_then() {
         // The states of a change, which `recorded` does not tell from each other.
         let config = device(0, &told, told.len() as u64);
         let mut io = MemoryDevices::new([(0, told.clone())]);
-        io.hold([(Part::Child, &config)]);
+        io.hold([(DeviceRole::Child, &config)]);
         let mut source = Vhdx::open_source(&mut io, &config).unwrap();
         source.plan_parent(&mut io, Some(&base())).unwrap();
         io.enter(Phase::Target);

@@ -1,7 +1,7 @@
 //! Disks in several files that grow: content, and every state that a power loss can leave.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
-use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, FileDevice, FileList, Part, DEVICE_OUTPUT};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, DeviceRole, ErrorCode, FileDevice, FileList, DEVICE_OUTPUT};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::resize::{resize, Options, ResizeFailure, Step};
 use instar_guest_sdk::FormatDriver;
@@ -89,7 +89,7 @@ fn run(io: &mut MemoryDevices, size: usize) -> Result<u64, ResizeFailure> {
         files: FileList::of(Box::leak(Box::new(EXTENTS.map(describe)))),
         ..DeviceConfig::default()
     };
-    io.hold([(Part::Target, &target)]);
+    io.hold([(DeviceRole::Target, &target)]);
     let mut sink = Vmdk::open_sink(io, &target, false).map_err(at)?;
     let options = Options { virtual_size: size as u64, ..Options::default() };
     resize(io, &mut sink, &mut Ancestors::new(Vec::new()), options, &mut |_| {})

@@ -2,7 +2,9 @@
 //! repair that a power loss interrupts is finished by another one, and what is not mended is told.
 
 use crate::{Disk, FormatKit, SectorState};
-use instar_guest_abi::{device_flags, CheckSummary, DeviceConfig, Part, Phase, Repair, RepairSummary, DEVICE_OUTPUT};
+use instar_guest_abi::{
+    device_flags, CheckSummary, DeviceConfig, DeviceRole, Phase, Repair, RepairSummary, DEVICE_OUTPUT,
+};
 use instar_guest_sdk::crash::Crashes;
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, DriverResult};
@@ -42,7 +44,7 @@ impl Mended {
 pub fn check(kit: &dyn FormatKit, bytes: &[u8]) -> DriverResult<CheckSummary> {
     let mut io = MemoryDevices::new([(DEVICE_OUTPUT, bytes.to_vec())]);
     let device = device(kit, bytes, 0);
-    io.hold([(Part::Target, &device)]);
+    io.hold([(DeviceRole::Target, &device)]);
     let mut source = kit.open_source(&mut io, &device)?;
     source.check(&mut io, &mut |_, _| ())
 }
@@ -72,7 +74,7 @@ pub fn repair_on(
     flags: u32,
 ) -> DriverResult<(RepairSummary, Vec<String>)> {
     let device = device(kit, &io.files[&DEVICE_OUTPUT], flags);
-    io.hold([(Part::Target, &device)]);
+    io.hold([(DeviceRole::Target, &device)]);
     let mut source = kit.open_source(io, &device)?;
     let mut told = Vec::new();
     let planned = source.plan_repair(io, what, &mut |_, text| told.push(text.to_owned()))?;

@@ -2,7 +2,7 @@
 //! what they read as.
 
 use crate::{FormatKit, ANCESTOR, MIDDLE, OVERLAY};
-use instar_guest_abi::{device_flags, DeviceConfig, Part, DEVICE_OUTPUT};
+use instar_guest_abi::{device_flags, DeviceConfig, DeviceRole, DEVICE_OUTPUT};
 use instar_guest_commit::{commit, Commit, CommitFailure, Options, Outcome, Step};
 use instar_guest_sdk::memory::MemoryDevices;
 use instar_guest_sdk::{BlockIo, Source};
@@ -58,8 +58,8 @@ fn run_on(
         None => io.hold_commit(&configs[&OVERLAY], options.keep_overlay, &configs[&DEVICE_OUTPUT]),
         // Only the lowest of the merged layers records its parent.
         Some(between) => io.hold([
-            (Part::Overlay { emptied: false, identity: true }, between),
-            (Part::Target, &configs[&DEVICE_OUTPUT]),
+            (DeviceRole::Overlay { emptied: false, identity: true }, between),
+            (DeviceRole::Target, &configs[&DEVICE_OUTPUT]),
         ]),
     }
     let open = |io: &mut dyn BlockIo, config: &DeviceConfig| kit.open_source(io, config).map_err(at);

@@ -1,7 +1,7 @@
 //! An image that gets another parent, and reads what it read: when that is done, when a request fails, and at every instant of
 //! a power loss.
 
-use instar_guest_abi::{device_flags, DeviceConfig, ImageId, Part, DEVICE_OUTPUT, PARENT_ROOM};
+use instar_guest_abi::{device_flags, DeviceConfig, DeviceRole, ImageId, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_sdk::conformance::{ParentKit, Recorded};
 use instar_guest_sdk::crash::{Crashes, Files};
 use instar_guest_sdk::memory::{Change, MemoryDevices};
@@ -168,7 +168,7 @@ impl Rebased<'_> {
         let overlay = self.device(&io.files, DEVICE_OUTPUT);
         let old = self.below(&io.files);
         let parent = self.parent();
-        io.hold([(Part::Rebased, &overlay)]);
+        io.hold([(DeviceRole::Rebased, &overlay)]);
         let views = [View::new(self.layers(io, old)?), View::new(self.layers(io, self.new.1)?)];
         let [before, after] = views;
         let source = self.kit.open_source(io, &overlay).map_err(at)?;

@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
-use super::super::piece::Part;
+use super::super::piece::Segment;
 use super::super::{Cache, Device, Devices, Workers};
 use super::{Plan, Way, LEAST};
 use crate::cancel::Cancel;
@@ -199,21 +199,23 @@ fn the_operator_can_interrupt() {
 fn long_runs_of_whole_blocks_go_past_the_page_cache() {
     let (source, _) = file(4096, 1);
     let source = std::sync::Arc::new(source);
-    let part =
-        |to: u64, length: u64| Part { source: std::sync::Arc::clone(&source), from: to + 7, to, length, copy: 0 };
-    let parts = vec![
-        // A run of 16 parts of 64 KiB, one that is short, and a long one that fills no block at its ends.
-        part(65536, 65536 * 8),
-        part(65536 * 9, 65536 * 8),
-        part(65536 * 20, 65536),
-        part(65536 * 30 + 512, 1 << 20),
+    let segment =
+        |to: u64, length: u64| Segment { source: std::sync::Arc::clone(&source), from: to + 7, to, length, copy: 0 };
+    let segments = vec![
+        // A run of 16 segments of 64 KiB, one that is short, and a long one that fills no block at its ends.
+        segment(65536, 65536 * 8),
+        segment(65536 * 9, 65536 * 8),
+        segment(65536 * 20, 65536),
+        segment(65536 * 30 + 512, 1 << 20),
     ];
-    let split = |way: Way| Plan { way, parts: parts.clone() }.split();
+    let split = |way: Way| Plan { way, segments: segments.clone() }.split();
     let (buffered, direct) = split(Way::Either(4096));
     let end = 65536 * 30 + 512 + (1 << 20);
-    assert_eq!(direct.iter().map(|part| part.length).sum::<u64>(), (1 << 20) * 2 - 4096);
-    assert!(direct.iter().all(|part| part.to % 4096 == 0 && part.length % 4096 == 0 && part.from == part.to + 7));
+    assert_eq!(direct.iter().map(|segment| segment.length).sum::<u64>(), (1 << 20) * 2 - 4096);
+    assert!(direct
+        .iter()
+        .all(|segment| segment.to % 4096 == 0 && segment.length % 4096 == 0 && segment.from == segment.to + 7));
     let edges = [(65536 * 20, 65536), (65536 * 30 + 512, 4096 - 512), (end - 512, 512)];
-    assert_eq!(buffered.iter().map(|part| (part.to, part.length)).collect::<Vec<_>>(), edges);
+    assert_eq!(buffered.iter().map(|segment| (segment.to, segment.length)).collect::<Vec<_>>(), edges);
     assert_eq!((split(Way::Buffered).0.len(), split(Way::Direct(4096)).1.len()), (4, 4));
 }

@@ -8,7 +8,7 @@
 use super::clone;
 use super::copy::{Copier, Job};
 use super::direct::Direct;
-use super::piece::{pieces, Part, Piece, PIECE};
+use super::piece::{pieces, Piece, Segment, PIECE};
 use super::workers::Workers;
 use super::{retry, Device, Pace, Statistics};
 use instar_guest_abi::Request;
@@ -71,11 +71,11 @@ impl Way {
 struct Plan {
     way: Way,
     /// Ascending in the target.
-    parts: Vec<Part>,
+    segments: Vec<Segment>,
 }
 
 impl Plan {
-    /// The part of a copy's bytes `from..to` that is left for the threads; empty if there is none. Where files are only read and
+    /// The segment of a copy's bytes `from..to` that is left for the threads; empty if there is none. Where files are only read and
     /// written directly, that goes by whole blocks, on both sides.
     fn range(&self, job: &Job<'_>, from: u64, to: u64) -> Range<u64> {
         let request = job.request;
@@ -102,32 +102,32 @@ impl Plan {
             let to = job.request.offset + at;
             let length = (range.end - at).min(PIECE);
             let (source, from) = (Arc::clone(&job.source.file), job.request.src_offset + at);
-            self.parts.push(Part { source, from, to, length, copy });
+            self.segments.push(Segment { source, from, to, length, copy });
             at += length;
         }
     }
 
     /// What is written through the page cache, and what past it.
-    fn split(self) -> (Vec<Part>, Vec<Part>) {
+    fn split(self) -> (Vec<Segment>, Vec<Segment>) {
         let block = match self.way {
-            Way::Buffered | Way::Kernel => return (self.parts, Vec::new()),
-            Way::Direct(_) => return (Vec::new(), self.parts),
+            Way::Buffered | Way::Kernel => return (self.segments, Vec::new()),
+            Way::Direct(_) => return (Vec::new(), self.segments),
             Way::Either(block) => block,
         };
         let (mut buffered, mut direct) = (Vec::new(), Vec::new());
-        for run in self.parts.chunk_by(|a, b| a.to + a.length == b.to) {
+        for run in self.segments.chunk_by(|a, b| a.to + a.length == b.to) {
             let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
             if last.to + last.length - first.to < DIRECT_LEAST {
                 buffered.extend_from_slice(run);
                 continue;
             }
-            for part in run {
-                let end = part.to + part.length;
-                let from = part.to.next_multiple_of(block).min(end);
+            for segment in run {
+                let end = segment.to + segment.length;
+                let from = segment.to.next_multiple_of(block).min(end);
                 let to = (end / block * block).max(from);
                 // The edges do not fill a block.
-                buffered.extend([part.cut(part.to..from), part.cut(to..end)].into_iter().flatten());
-                direct.extend(part.cut(from..to));
+                buffered.extend([segment.cut(segment.to..from), segment.cut(to..end)].into_iter().flatten());
+                direct.extend(segment.cut(from..to));
             }
         }
         (buffered, direct)
@@ -136,11 +136,11 @@ impl Plan {
 
 /// Give the target the blocks that it lacks. Direct writes into blocks that it has go side by side, others one by one. A
 /// crash in between leaves zeroes that nothing refers to, or a longer file, as one between the writes would.
-fn allocate(target: &Device, parts: &[Part]) -> io::Result<()> {
+fn allocate(target: &Device, segments: &[Segment]) -> io::Result<()> {
     if target.fixed_length {
         return Ok(());
     }
-    for run in parts.chunk_by(|a, b| a.to + a.length == b.to) {
+    for run in segments.chunk_by(|a, b| a.to + a.length == b.to) {
         let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
         let length = last.to + last.length - first.to;
         match retry(|| rustix::fs::fallocate(&target.file, FallocateFlags::empty(), first.to, length)) {
@@ -155,7 +155,7 @@ fn allocate(target: &Device, parts: &[Part]) -> io::Result<()> {
 impl Copier {
     /// Run these copies from other devices into one, at ascending offsets. `slot` finds a device. Returns the number of
     /// complete copies: all, or those before the one that failed.
-    pub fn copy_side_by_side<'a>(
+    pub fn copy_in_parallel<'a>(
         &mut self,
         slot: impl Fn(u32) -> Option<&'a Device>,
         requests: &[&Request],
@@ -167,7 +167,7 @@ impl Copier {
         let Some(target) = requests.first().and_then(|request| slot(request.device)) else {
             return (0, Err(absent()));
         };
-        let mut plan = Plan { way: Way::of(target), parts: Vec::new() };
+        let mut plan = Plan { way: Way::of(target), segments: Vec::new() };
         let mut result = Ok(());
         let mut complete = requests.len();
         for (index, request) in requests.iter().enumerate() {
@@ -191,7 +191,7 @@ impl Copier {
         if let Err((copy, error)) = run(pieces(&target.file, buffered)) {
             (complete, result) = (copy.min(complete), Err(error));
             // Those before it are complete only with the rest of them.
-            direct.retain(|part| part.copy < complete);
+            direct.retain(|segment| segment.copy < complete);
         }
         if !direct.is_empty() {
             let ran = allocate(target, &direct).map_err(|error| (0, error)).and_then(|()| {
@@ -255,5 +255,5 @@ impl Copier {
 }
 
 #[cfg(test)]
-#[path = "side_by_side_tests.rs"]
+#[path = "parallel_copy_tests.rs"]
 mod tests;

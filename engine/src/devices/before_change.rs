@@ -2,7 +2,7 @@
 //! a doorbell, because the kept content has to be durable before the first of them is executed.
 
 use super::Devices;
-use instar_guest_abi::{Part, Phase, Request, RequestOp};
+use instar_guest_abi::{DeviceRole, Phase, Request, RequestOp};
 use std::cell::RefCell;
 use std::fmt::Debug;
 use std::io;
@@ -138,7 +138,7 @@ impl Devices {
             return Ok(());
         }
         for (number, device) in (0u32..).zip(slots.iter()) {
-            let Some(device) = device.as_ref().filter(|device| device.part == Part::Target) else { continue };
+            let Some(device) = device.as_ref().filter(|device| device.role == DeviceRole::Target) else { continue };
             let of_it = requests.iter().filter(|request| request.device == number);
             let ranges: Vec<Range<u64>> = of_it.filter_map(changed).collect();
             if !ranges.is_empty() {
