@@ -3,7 +3,8 @@
 use super::lock::{lock_read_only, lock_read_write};
 use super::*;
 use crate::cancel::Cancel;
-use instar_guest_abi::DEVICE_OUTPUT;
+use crate::sandbox::BufferAccess;
+use instar_guest_abi::{request_status, DEVICE_OUTPUT};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use tempfile::NamedTempFile;
 use vm_memory::VolatileSlice;
