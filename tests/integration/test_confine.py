@@ -22,6 +22,25 @@ def has_landlock():
     return "confinement: Landlock ABI" in result.stderr
 
 
+def joined(lines):
+    """Each call of a process in one piece, also where strace tells its end apart because another process made one meanwhile. It
+    stands where it began; a restriction stands where it is in force."""
+    calls, begun = [], {}
+    for process, call in lines:
+        end = re.match(r"<\.\.\. \w+ resumed>(.*)", call)
+        if call.endswith("<unfinished ...>"):
+            begun[process] = [process, call.removesuffix("<unfinished ...>").rstrip()]
+            calls.append(begun[process])
+        elif end and process in begun:
+            entry = begun.pop(process)
+            entry[1] += end[1]
+            if re.match(rf"{FILTER}|{RESTRICT}", entry[1]):
+                calls = [other for other in calls if other is not entry] + [entry]
+        else:
+            calls.append([process, call])
+    return calls
+
+
 @pytest.fixture
 def strace(tmp_path):
     """Runs instar under strace; the calls in their order, without what is cut off, and without how a guest's process is
@@ -33,7 +52,7 @@ def strace(tmp_path):
         log = tmp_path / "strace"
         result = support.run("strace", "-f", "-qq", "-s", "4096", "-o", log, support.instar_binary(), *args)
         assert result.rc == 0, str(result)
-        calls = [line.split(None, 1) for line in log.read_text(errors="replace").splitlines()]
+        calls = joined(line.split(None, 1) for line in log.read_text(errors="replace").splitlines())
         guests = {process for process, call in calls if call.startswith("execve")} - {calls[0][0]}
         starts = "CLONE_VM|CLONE_VFORK"
         return [call for process, call in calls if process not in guests and starts not in call]
@@ -99,6 +118,14 @@ def test_threads_that_copy_are_confined_first(pair, strace):
     writes = where(calls, r"pwrite64\(.*, 1048576, ")
     assert len(writes) == 8 and writes[0] > filters[1], "all of the data, by pieces, once nothing can be opened"
     assert support.content_hash(pair.base) == expected
+
+
+def test_calls_of_several_processes_are_joined():
+    begun, other = "seccomp(SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, {len=9, filter=0x1}", 'openat(3, "a", O_PATH'
+    lines = [["1", begun + " <unfinished ...>"], ["2", other + " <unfinished ...>"], ["2", "<... openat resumed>) = 4"],
+             ["2", "close(4) = 0"], ["1", "<... seccomp resumed>) = 0"], ["1", "read(5 <unfinished ...>"]]
+    assert joined(lines) == [["2", other + ") = 4"], ["2", "close(4) = 0"], ["1", begun + ") = 0"], ["1", "read(5"]]
+    assert where([call for _, call in joined(lines)], FILTER) == [2]
 
 
 @pytest.mark.parametrize("chain", [(), ("--backing-chain",)])

@@ -115,6 +115,53 @@ on_both! {
     }
 }
 
+/// Looks at each request again when it has long been another one in the guest's memory.
+#[derive(Default)]
+struct Slow {
+    served: usize,
+    ended: bool,
+}
+
+impl Host for Slow {
+    fn requests(&mut self, memory: &dyn BufferAccess, requests: &mut [Request]) -> Result<(), BadRequest> {
+        let [request] = requests else { panic!("{requests:?}") };
+        let first = *request;
+        let count = || {
+            let mut count = [0; 8];
+            memory.heap_slice(first.buffer, 8).unwrap().copy_to(&mut count[..]);
+            u64::from_le_bytes(count)
+        };
+        let (begin, before) = (Instant::now(), count());
+        // All three requests of the worker have been in the ring meanwhile.
+        while count() < before + 4 {
+            assert!(begin.elapsed() < Duration::from_secs(60), "the worker does nothing");
+            std::thread::yield_now();
+        }
+        assert_eq!(*request, first, "it changed while it was served");
+        request.status = instar_guest_abi::request_status::OK;
+        self.served += 1;
+        Ok(())
+    }
+
+    fn message(&mut self, message: Kind) -> Result<(), BadRequest> {
+        self.ended |= matches!(message, Kind::End(_));
+        Ok(())
+    }
+
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
+
+on_both! {
+    fn a_request_that_a_worker_changes_is_the_one_that_was_taken(on) {
+        let mut host = Slow::default();
+        let ready: Box<dyn Ready> = on.acquire(1).unwrap();
+        ready.run(&spec(on, Scenario::WorkerSwaps), &mut host).unwrap();
+        assert_eq!((host.served, host.ended), (200, true));
+    }
+}
+
 /// Interrupts the guest when its workers have long been at work.
 struct Impatient(Instant);
 

@@ -184,4 +184,6 @@ scenarios! {
     WakeFlood = 69;
     /// All processors fault at the same time.
     AllFault = 70;
+    /// A worker puts other requests over those that the host serves, and counts how often.
+    WorkerSwaps = 71;
 }

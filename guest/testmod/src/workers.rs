@@ -71,6 +71,26 @@ fn scribble() {
     }
 }
 
+/// Put other requests over the first of the ring until the main processor is done, and count at the beginning of the buffer that
+/// all of them name.
+fn swap(buffer: u64) {
+    let mut count = 0_u64;
+    while !DONE.load(Ordering::SeqCst) {
+        for request in [
+            Request::write(1, 4096, buffer, 512),
+            Request { op: u32::MAX, ..Request::read(u32::MAX, u64::MAX, buffer, u64::MAX) },
+            Request::read(0, 0, buffer, 64),
+        ] {
+            count += 1;
+            // SAFETY: both are mapped there; that others use them is what is tested.
+            unsafe {
+                (RING_ADDR as *mut Request).write_volatile(request);
+                (buffer as *mut u64).write_volatile(count);
+            }
+        }
+    }
+}
+
 #[allow(clippy::panic, reason = "the panic is what is tested")]
 fn misbehave(_: &mut u64, item: &mut Item) {
     let scenario = Scenario::from_u32(SCENARIO.load(Ordering::SeqCst));
@@ -80,7 +100,7 @@ fn misbehave(_: &mut u64, item: &mut Item) {
             Some(Scenario::WakeTwice) => (item.out)(PORT_WAKE, 1),
             Some(Scenario::ExitWhileWorking) => (item.out)(PORT_EXIT, 0),
             Some(Scenario::AllFault) => write_to_nothing(),
-            Some(Scenario::WorkerScribbles) => {
+            Some(Scenario::WorkerScribbles | Scenario::WorkerSwaps) => {
                 for _ in 0..200 {
                     let request = Request::read(0, 0, item.number, 512);
                     // SAFETY: the ring is mapped there.
@@ -110,6 +130,7 @@ fn misbehave(_: &mut u64, item: &mut Item) {
         Some(Scenario::WorkerPanics) => panic!("a worker panics on purpose"),
         Some(Scenario::WorkerAllocates) => drop(black_box(vec![item.number; 100])),
         Some(Scenario::WorkerScribbles) => scribble(),
+        Some(Scenario::WorkerSwaps) => swap(item.number),
         _ => {}
     }
 }

@@ -9,15 +9,20 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-/// The number of the process that this thread has started.
-pub fn child() -> i32 {
+/// The numbers of the processes that this thread has started.
+pub fn children() -> Vec<i32> {
     let children = read_to_string("/proc/thread-self/children").unwrap();
-    let children: Vec<&str> = children.split_whitespace().collect();
-    assert_eq!(children.len(), 1, "{children:?}");
-    children[0].parse().unwrap()
+    children.split_whitespace().map(|child| child.parse().unwrap()).collect()
 }
 
-fn path(child: i32, name: &str) -> PathBuf {
+/// The number of the only one.
+pub fn child() -> i32 {
+    let children = children();
+    assert_eq!(children.len(), 1, "{children:?}");
+    children[0]
+}
+
+pub fn path(child: i32, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{child}/{name}"))
 }
 

@@ -10,3 +10,4 @@ mod memory;
 mod random;
 mod ring;
 mod signals;
+mod workers;

@@ -360,7 +360,7 @@ fn run(operation: &Operation<'_>, io: &mut dyn BlockIo, send: Send<'_>) {
             succeed(send, String::new(), 1);
             workers::run(scenario, out);
         }
-        Scenario::WorkerScribbles => {
+        Scenario::WorkerScribbles | Scenario::WorkerSwaps => {
             workers::run(scenario, out);
             succeed(send, String::new(), 1);
         }
