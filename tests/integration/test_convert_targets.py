@@ -250,7 +250,28 @@ def test_onto_a_block_device(tmp_path):
         pytest.skip("no loop devices")
     device = attached.stdout.strip()
     try:
-        refused("ERROR_OPEN_FAILED", source, device, mentions=["block device", "-n"])
+        held = os.open(device, os.O_RDONLY | os.O_EXCL)  # as a mount holds it
+        before = disk.read_bytes()
+        for options in ([], ["-O", "qcow2"], ["-n"], ["-n", "-O", "qcow2"]):
+            refused("ERROR_IMAGE_IN_USE", *options, source, device, mentions=["is mounted", "lsblk"])
+        support.assert_refused(support.run_instar("create", "-f", "qcow2", device, "6M"), "ERROR_IMAGE_IN_USE")
+        assert disk.read_bytes() == before
+        os.close(held)
+
+        refused("ERROR_OPEN_FAILED", source, device, mentions=["block device", ": -n writes into it"])
+        # The same advice for both ways of asking; followed, it leads to the image.
+        made = f"instar create -f qcow2 '{device}' SIZE"
+        refused("ERROR_OPEN_FAILED", "-O", "qcow2", source, device, mentions=[made])
+        refused("ERROR_FORMAT_MISMATCH", "-n", "-O", "qcow2", source, device, mentions=[made])
+        assert support.run_instar("create", "-f", "qcow2", device, "6M").rc == 0
+        convert("-n", "-O", "qcow2", source, device)
+        support.run("blockdev", "--flushbufs", device)
+        support.assert_same_content(device, source)
+        large = tmp_path / "large.qcow2"
+        support.create(large, 9 * MIB)
+        refused("ERROR_UNSUPPORTED_FORMAT", "-n", large, device, mentions=["enlarge the device"])
+        disk.write_bytes(before)
+        support.run("blockdev", "--flushbufs", device)
         convert("-n", "-O", "raw", source, device)
         support.run("blockdev", "--flushbufs", device)
         # A file of a chain, by way of a device that stands on it.

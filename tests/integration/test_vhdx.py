@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import shlex
 import shutil
 import struct
 import uuid
@@ -392,9 +393,17 @@ def test_an_identity_proves_the_parent(tmp_path):
     # The right one under another name: -b stands for the recorded name, which leads nowhere.
     base.unlink()
     moved = Maker(DYNAMIC, size, BASE).write(tmp_path / "moved.vhdx")
-    commit(top, "-b", "moved.vhdx")
+    remedy = f"instar rebase -u -b 'moved.vhdx' -F vhdx '{top}'"
+    result = commit(top, "-b", "moved.vhdx", "--output", "json")
+    assert [remedy in warning for warning in result.json["warnings"]] == [True], str(result)
     assert by_qemu(moved)[:512] == b"\2" * 512
     assert_emptied(top, moved)
+    # Other programs go by the name that stands there.
+    assert View(top).value("relative_path") == RELATIVE[1]
+    assert run_instar(*shlex.split(remedy)[1:]).rc == 0
+    assert View(top).value("relative_path") == ".\\moved.vhdx"
+    result = commit(top, "-b", "moved.vhdx", "--output", "json")
+    assert not result.json.get("warnings"), str(result)
     # Whoever was made on the parent as it was is told so by every command.
     child(sibling, size, BASE, pairs=[("relative_path", "moved.vhdx")], runs=[(1, b"\3" * 512)])
     refuse("ERROR_PARENT_MISMATCH", sibling, files=[moved])

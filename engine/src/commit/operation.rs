@@ -181,12 +181,10 @@ impl Operation for Commit<'_> {
         let choice = BackingChoice { base: named.base.as_ref(), format, access };
         let Target { mut backing, mut between, stands_in } = resolve_backing(&mut descent, &overlay, choice)?;
         if stands_in {
-            let (child, file) = (between.last().unwrap_or(&overlay), &backing.opened.path);
-            let (child, file) = (escape_path(&child.opened.path), escape_path(file));
-            self.warnings.push(format!(
-                "'{child}' does not lead to '{file}', whose identity alone proves that it is the parent: to read it, give that \
-                 file the name that `instar info` shows as its backing file"
-            ));
+            // A relative -b begins at the overlay's directory, and other layers may lie in others.
+            let given = self.request.base.clone().filter(|_| between.is_empty());
+            let given = given.unwrap_or_else(|| backing.opened.settled_path());
+            self.warnings.push(between.last().unwrap_or(&overlay).does_not_lead_to(&backing, &given));
         }
         if parent_is_unrecorded(&overlay.facts) {
             let [child, file] = [&overlay, &backing].map(|image| escape_path(&image.opened.path));

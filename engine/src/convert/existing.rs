@@ -2,12 +2,11 @@
 
 use crate::bytes::Bytes;
 use crate::error::Error;
+use crate::escape::shell_path;
 use crate::image::{parent_is_unrecorded, Access, ChainImage, NamedFile, OpenedFile};
 use crate::lookup::Identity;
 use crate::plugins::Registry;
 use instar_guest_abi::ErrorCode;
-use rustix::fs::{openat, Mode, OFlags};
-use rustix::io::{retry_on_intr, Errno};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -28,16 +27,7 @@ impl Existing {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let named = NamedFile::new(path);
         let opened = named.open(Access::ReadWrite, ErrorCode::ImageNotFound)?;
-        let claim = match named.directory().filter(|_| named.is_block_device()) {
-            None => None,
-            Some(directory) => {
-                // Without O_CREAT it says of a block device that nobody has it mounted (open(2)).
-                let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
-                let claimed = retry_on_intr(|| openat(directory, named.name(), flags, Mode::empty()));
-                Some(claimed.map_err(|errno| in_use(path, errno))?)
-            }
-        };
-        Ok(Self { opened, claim })
+        Ok(Self { opened, claim: named.claim()? })
     }
 
     /// Its identity, and that of the file below a loop device.
@@ -56,7 +46,14 @@ impl Existing {
         format: &str,
         size: u64,
     ) -> Result<(ChainImage<'r>, Option<OwnedFd>), Error> {
-        let target = self.opened.lock(Access::ReadWrite)?.identify_as(registry, Some(format), "-O")?;
+        let opened = self.opened.lock(Access::ReadWrite)?;
+        let (path, device) = (opened.path.clone(), opened.block_device);
+        let target = opened.identify_as(registry, Some(format), "-O").map_err(|error| match error.code {
+            ErrorCode::FormatMismatch if device => {
+                error.in_state(&format!("if it holds no image, {}", make(format, &path)))
+            }
+            _ => error,
+        })?;
         let path = &target.opened.path;
         let refused = |clause: String| Err(Error::image(path, ErrorCode::UnsupportedFormat, clause));
         let failed = |error| Error::plugin(path, &error);
@@ -68,22 +65,29 @@ impl Existing {
         }
         let has = target.facts.virtual_size;
         if has < size {
-            return refused(format!(
-                "has a disk of {}, and one of {} is converted: resize it first",
-                Bytes(has),
-                Bytes(size)
-            ));
+            let (has, size) = (Bytes(has), Bytes(size));
+            let advice =
+                if device && format == "raw" { "enlarge the device, or take a larger one" } else { "resize it first" };
+            return refused(format!("has a disk of {has}, and one of {size} is converted: {advice}"));
         }
         Ok((target, self.claim))
     }
 }
 
-fn in_use(path: &Path, errno: Errno) -> Error {
-    match errno {
-        Errno::BUSY => {
-            let clause = "is a block device that is in use: unmount it, or stop what stands on it";
-            Error::image(path, ErrorCode::ImageInUse, clause)
-        }
-        _ => Error::io(path, ErrorCode::OpenFailed, "cannot be opened", &errno.into()),
+/// Refuse a block device as a new image: one that is in use, too, because -n would refuse that next.
+///
+/// # Errors
+/// [`ErrorCode::ImageInUse`] and [`ErrorCode::OpenFailed`].
+pub fn refuse_device(path: &Path, format: &str) -> Result<(), Error> {
+    if NamedFile::new(path).claim()?.is_none() {
+        return Ok(());
     }
+    let advice = if format == "raw" { "-n writes into it, in place".to_owned() } else { make(format, path) };
+    Err(Error::image(path, ErrorCode::OpenFailed, format!("is a block device, and no new image: {advice}")))
+}
+
+/// How an image of a format comes onto a block device.
+fn make(format: &str, path: &Path) -> String {
+    let path = shell_path(path);
+    format!("make an empty image on it with `instar create -f {format} {path} SIZE`, and convert into that with -n")
 }

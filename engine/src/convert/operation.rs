@@ -1,7 +1,7 @@
 //! The conversion as an [`Operation`].
 
 use super::end::{allocate, salvaged};
-use super::existing::Existing;
+use super::existing::{refuse_device, Existing};
 use super::in_parts::{left_over, parts_of};
 use super::parent::{divide, Layers};
 use super::request::{ConvertOutcome, ConvertRequest};
@@ -226,7 +226,8 @@ impl Operation for Convert<'_> {
         if self.request.in_place {
             self.existing = Some(Existing::open(&self.request.target));
         } else {
-            let begun = NewFile::begin(&self.request.target);
+            let target = &self.request.target;
+            let begun = refuse_device(target, &self.request.target_format).and_then(|()| NewFile::begin(target));
             self.new = Some(begun.and_then(|new| {
                 self.parts = parts_of(self.request, registry, &new)?;
                 Ok(new)

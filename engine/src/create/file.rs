@@ -86,6 +86,8 @@ fn write_image(
     if new.identity().is_some() && new.length().is_none() && !new.is_block_device() {
         return Err(Error::image(path, ErrorCode::OpenFailed, "is not a file or block device"));
     }
+    // Nobody has it mounted, and until it is written, nobody can mount it.
+    let _claim = new.claim()?;
     let opened = match open(directory, name, OFlags::CREATE | OFlags::EXCL) {
         Ok(file) => {
             made.push(name.to_owned());

@@ -79,9 +79,6 @@ impl NewFile {
         let Some(directory) = named.directory() else {
             return refused("cannot be created: its directory does not exist");
         };
-        if named.is_block_device() {
-            return refused("is a block device, and no new image: -n writes into it, in place");
-        }
         if named.identity().is_some() && named.length().is_none() || named.name().is_empty() {
             return refused(NO_PIPE);
         }

@@ -71,6 +71,23 @@ impl Recorder<'_> {
         }
     }
 
+    /// Whether a command can record a name of the parent in an image of this format.
+    pub(super) fn takes_a_name(&self) -> bool {
+        self.rebases_onto().is_some()
+    }
+
+    /// The warning about an image whose names do not lead to its `parent`, of the format `format`. The operator named that `given`.
+    pub(super) fn unnamed(&self, parent: &Path, given: &Path, format: &str) -> String {
+        let (path, parent) = (escape_path(self.path), escape_path(parent));
+        let advice = if self.takes_a_name() {
+            let (given, path) = (shell_path(given), shell_path(self.path));
+            format!("record that name with `instar rebase -u -b {given} -F {format} {path}`")
+        } else {
+            "to read it, give that file the name that `instar info` shows as its backing file".to_owned()
+        };
+        format!("'{path}' does not lead to '{parent}', whose identity alone proves that it is the parent: {advice}")
+    }
+
     /// How another name gets into the image. `what` is to be recorded.
     pub(super) fn record(&self, what: &str) -> String {
         match self.rebases_onto().filter(|_| self.role != RecordedRole::File) {

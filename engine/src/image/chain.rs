@@ -82,6 +82,17 @@ impl<'r, 'g> Descent<'r, 'g> {
         Ok(Some(located))
     }
 
+    /// Whether what an image records leads to this file for a program that reads the image by itself: a name, or the file's place beside
+    /// an image of a format that records none.
+    #[must_use]
+    pub fn is_led_to(&self, image: &ChainImage<'_>, file: &OpenedFile) -> bool {
+        let Some(pointer) = pointer(&image.facts) else { return false };
+        let recorder = image.recorder(Part::Ancestor);
+        let named = self.gate.find(&recorder, pointer.names(), Access::ReadOnly, Some(file.identity));
+        let beside = !recorder.takes_a_name() && file.holder.identity() == image.opened.holder.identity();
+        beside || named.is_ok_and(|located| located.identity() == file.identity)
+    }
+
     /// Locate the backing of an image that records no name of it, by its identity.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use super::advice::{RecordedRole, Recorder};
 use super::open::OpenedFile;
 use crate::plugins::{ImageRead, Mark, Plugin};
 use instar_plugin_api::ImageFacts;
+use std::path::Path;
 
 /// An image of a chain: open, locked, and looked at.
 #[derive(Debug)]
@@ -72,6 +73,12 @@ impl ChainImage<'_> {
     #[must_use]
     pub fn length(&self) -> u64 {
         self.all_files().map(|opened| opened.file.length()).fold(0, u64::saturating_add)
+    }
+
+    /// The warning about names in the image that do not lead to its `parent`, which the operator named `given`.
+    #[must_use]
+    pub fn does_not_lead_to(&self, parent: &ChainImage<'_>, given: &Path) -> String {
+        self.recorder(Part::Target).unnamed(&parent.opened.path, given, parent.facts.format.as_str())
     }
 
     /// The image as one that records a name.

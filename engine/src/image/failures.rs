@@ -39,7 +39,9 @@ pub(crate) fn open_error(path: &Path, access: Access, missing: ErrorCode, error:
         }
         Some(libc::EBUSY) => (
             ErrorCode::ImageInUse,
-            "is in use by the kernel: unmount it, or take it out of the device that it is a part of".to_owned(),
+            "is mounted, used as swap space, a part of another device, or held by a program that wants it alone: end that first \
+             (`lsblk` and `fuser` show it)"
+                .to_owned(),
         ),
         _ => (ErrorCode::OpenFailed, format!("cannot be {purpose}: {error}")),
     };

@@ -1,13 +1,18 @@
 //! A file that the operator names. It is looked at once, before any image is read, and later either that very file is opened or
 //! none.
 
+use super::access::Access;
+use super::failures::open_error;
+use crate::error::Error;
 use crate::escape::printable;
 use crate::lookup::{walk, Directory, Identity};
 use crate::nearest::nearest;
+use instar_guest_abi::ErrorCode;
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -127,6 +132,20 @@ impl NamedFile {
         let top = Directory::open(Path::new("/")).ok()?;
         let reached = walk(self.directory.as_ref()?, &top, self.name.as_bytes()).ok()?;
         Some(reached.holder.directory().clone())
+    }
+
+    /// Claim it if it is a block device: as long as the descriptor is open, nobody can mount it or build something on it.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ImageInUse`] if somebody has done that, and what the system says otherwise.
+    pub fn claim(&self) -> Result<Option<OwnedFd>, Error> {
+        let Some(directory) = self.directory().filter(|_| self.is_block_device()) else { return Ok(None) };
+        // Without O_CREAT, the kernel then refuses a device that has a claim (open(2)).
+        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+        let claimed = retry_on_intr(|| openat(directory, self.name(), flags, Mode::empty()));
+        let failed =
+            |errno| open_error(&self.path, Access::ReadOnly, ErrorCode::ImageNotFound, &io::Error::from(errno));
+        claimed.map(Some).map_err(failed)
     }
 
     /// Whether it is a block device.

@@ -30,7 +30,7 @@ pub struct Target<'r> {
     pub backing: ChainImage<'r>,
     /// Open for reading, but for the lowest one if that [`follows`](ChainImage::follows) the backing.
     pub between: Vec<ChainImage<'r>>,
-    /// Whether the file replaces a recorded name that does not resolve, as its identity proves.
+    /// Whether no recorded name leads to the file, and its identity alone proves that it is the parent.
     pub stands_in: bool,
 }
 
@@ -114,7 +114,6 @@ fn open_base<'r>(
     let role = RecordedRole::Ancestor;
     let mut between: Vec<ChainImage<'r>> = Vec::new();
     let mut lowest: Option<Located> = None;
-    let mut stands_in = false;
     let backing = loop {
         let above = between.last().map_or(overlay, |lowest| lowest);
         let located = match descent.next(above, role, Access::ReadOnly, Some(opened.identity)) {
@@ -134,7 +133,6 @@ fn open_base<'r>(
                     );
                     return Err(Error::image(base.path(), ErrorCode::NotInChain, clause));
                 };
-                stands_in = true;
                 break backing;
             }
         };
@@ -148,6 +146,7 @@ fn open_base<'r>(
         between.push(layer);
         lowest = Some(located);
     };
+    let stands_in = !descent.is_led_to(between.last().unwrap_or(overlay), &backing.opened);
     // A dry run changes nothing, so that it needs no layer open for writing.
     if let (Access::ReadWrite, Some(lowest)) = (access, &lowest) {
         let_follow(descent, overlay, &mut between, lowest, &backing)?;
