@@ -87,7 +87,7 @@ impl<'r, 'g> Descent<'r, 'g> {
     #[must_use]
     pub fn is_led_to(&self, image: &ChainImage<'_>, file: &OpenedFile) -> bool {
         let Some(pointer) = pointer(&image.facts) else { return false };
-        let recorder = image.recorder(Part::Ancestor);
+        let recorder = image.recorder(RecordedRole::Ancestor);
         let named = self.gate.find(&recorder, pointer.names(), Access::ReadOnly, Some(file.identity));
         let beside = !recorder.takes_a_name() && file.holder.identity() == image.opened.holder.identity();
         beside || named.is_ok_and(|located| located.identity() == file.identity)

@@ -78,7 +78,7 @@ impl ChainImage<'_> {
     /// The warning about names in the image that do not lead to its `parent`, which the operator named `given`.
     #[must_use]
     pub fn does_not_lead_to(&self, parent: &ChainImage<'_>, given: &Path) -> String {
-        self.recorder(Part::Target).unnamed(&parent.opened.path, given, parent.facts.format.as_str())
+        self.recorder(RecordedRole::Target).unnamed(&parent.opened.path, given, parent.facts.format.as_str())
     }
 
     /// The image as one that records a name.
