@@ -58,7 +58,7 @@
 //! [`API_VERSION`] is the version of this crate and follows semver. An engine loads every plugin with the same major version,
 //! older or newer (see [`version::accepts`]). To keep that promise, a released interface only grows: the first release freezes
 //! [`v1`] (contract 1.0) and every type that it mentions. A minor version appends optional functions to the root module; a side
-//! that lacks one does without (see [`loading`]). A change that both sides *need* becomes a `v2` module beside it, with its own
+//! that lacks one works without it (see [`loading`]). A change that both sides *need* becomes a `v2` module beside it, with its own
 //! root module, types and name. The library header tells the engine which interface a plugin speaks, and the engine keeps an
 //! adapter for every interface it has ever known.
 // The derives of abi_stable 0.11 define impls inside functions.

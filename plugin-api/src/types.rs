@@ -13,7 +13,7 @@ pub const ROLE_SINK: u32 = 2;
 /// Bytes of a sector, of which every disk is made.
 const SECTOR: u64 = 512;
 
-/// Longest identity of an image in bytes.
+/// Maximum length in bytes of an image's identity, such as a UUID.
 pub const IDENTITY_MAX: usize = instar_guest_abi::IMAGE_ID_MAX;
 
 /// The reason why a plugin could not answer.
@@ -230,7 +230,7 @@ impl ImageFacts {
     }
 }
 
-/// The part of an image in an operation. The guest half has the same four.
+/// The part that an image takes in an operation: it is read, written, read and then emptied, or lies below a written image.
 #[repr(u8)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -273,7 +273,7 @@ impl Verdict {
     }
 }
 
-/// The guest half of a plugin.
+/// The guest half of a plugin: the bytes of its ELF, and the roles that it offers.
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy, Debug)]
 pub struct GuestModule {
@@ -337,7 +337,7 @@ pub struct CreateSpec {
     pub options: RVec<abi_stable::std_types::Tuple2<RString, RString>>,
 }
 
-/// Bytes at an offset of a new image.
+/// A range of bytes that a new image contains at an offset; all other bytes are zero.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct ImageRegion {

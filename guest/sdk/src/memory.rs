@@ -18,7 +18,7 @@ const EINVAL: u32 = 22;
 /// Bytes of a block, which is data or a hole.
 const BLOCK: u64 = 4096;
 
-/// Devices in memory.
+/// Devices in memory, each a `Vec<u8>`, with a log of all changes. They implement [`BlockIo`] for tests of drivers.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryDevices {
     /// Content by device number.

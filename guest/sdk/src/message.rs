@@ -10,7 +10,7 @@ macro_rules! log {
     };
 }
 
-/// What [`log!`](crate::log!) calls.
+/// Send a line: the implementation of [`log!`](crate::log!).
 #[doc(hidden)]
 pub fn log_line(line: fmt::Arguments<'_>) {
     #[cfg(feature = "guest")]

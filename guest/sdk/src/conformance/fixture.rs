@@ -1,4 +1,4 @@
-//! The images of one commit, what they read as, and the commit itself.
+//! The images of one commit, their content, and the commit itself.
 
 use super::kit::ImageKit;
 use crate::commit::{commit, Commit, CommitFailure, Options, Outcome, Plan, Step};
@@ -8,15 +8,15 @@ use crate::{BlockIo, DriverResult, ReadBelow};
 use alloc::vec::Vec;
 use instar_guest_abi::{device_flags, DeviceConfig, ImageInfo, DEVICE_OUTPUT};
 
-/// Device number of the image that is committed.
+/// Device number of the overlay.
 pub const OVERLAY: u32 = 0;
-/// Device number of what the backing is backed by.
+/// Device number of the backing's own backing.
 pub const ANCESTOR: u32 = 1;
 
 /// A bound that no file reaches.
 pub(super) const ANY_LENGTH: u64 = i64::MAX.cast_unsigned();
 
-/// An overlay, the backing that it is committed into, and what is below that.
+/// The images of a commit: an overlay, the backing into which it is committed, and optionally an image below that.
 pub struct Fixture<'a> {
     /// The format of the overlay.
     pub overlay: &'a dyn ImageKit,

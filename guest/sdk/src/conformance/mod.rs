@@ -1,7 +1,8 @@
-//! Whether a driver keeps what it promises, for the tests of any plugin.
+//! A test harness that verifies whether a driver keeps the promises of its traits. The tests of any plugin can use it.
 //!
-//! A format says how its images are made and what they read as, without the driver ([`ImageKit`], [`Builder`]); the harness
-//! does the rest, on [`MemoryDevices`](crate::memory::MemoryDevices), which hold the driver to all of the host's rules:
+//! You write code that makes images and code that reads them, and share neither with the driver ([`ImageKit`], [`Builder`]).
+//! The harness does the rest, on [`MemoryDevices`](crate::memory::MemoryDevices), which hold the driver to all of the host's
+//! rules:
 //!
 //! - **extents** keep their promises, whatever part of a disk is asked for, and however few at once; what they say, encoded
 //!   ones included, is what the independent reader reads; `extents`, `verify` and `check` change nothing;
@@ -47,7 +48,7 @@ use core::ops::Range;
 use instar_guest_abi::DEVICE_OUTPUT;
 use sectors::Sectors;
 
-/// What was looked at: a test may ask for more than nothing.
+/// The number of cases that a verification has tried. A test can assert that they were not zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Commits that were done.

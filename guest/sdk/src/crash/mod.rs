@@ -1,10 +1,10 @@
-//! The states that a power loss can leave, for tests of drivers: what was recorded by [`MemoryDevices`] is replayed.
+//! The states that a power loss can leave, for tests of drivers: replays of the changes that [`MemoryDevices`] have recorded.
 //!
-//! What was written before the last flush of its device is on the disk. Of what was written after it, anything may be: all
-//! of it, one change alone, all but one, any subset, and of each write any of its sectors.
+//! Changes before the last flush of their device are on the disk. Of the changes after it, any subset may be: all of them,
+//! one alone, all but one, and of each write any of its sectors.
 //!
-//! Between two flushes that change little, all subsets are looked at; of the others, random ones. How little is said by the
-//! environment: `INSTAR_EVERY_STATE=14` looks at all subsets of up to 14 sectors or writes. Without it, these are 6.
+//! If there are few changes between two flushes, the replay tries all subsets, otherwise random ones. The environment says how
+//! many are few: with `INSTAR_EVERY_STATE=14`, up to 14 sectors or writes; without it, up to 6.
 //!
 //! [`MemoryDevices`]: crate::memory::MemoryDevices
 
@@ -28,12 +28,12 @@ const SINGLE: usize = 24;
 /// In one of this many states, a second power loss is tried in the run that follows, until as many as are wanted were tried.
 const SECOND: usize = 4;
 
-/// Which states are looked at.
+/// The choice of states to replay after each recorded change.
 #[derive(Clone, Copy, Debug)]
 pub struct Crashes {
-    /// Random subsets of the unflushed changes, and as many of their sectors, after each change.
+    /// Number of random subsets of the unflushed changes, and of random subsets of their sectors.
     pub drawn: usize,
-    /// What the random ones follow from.
+    /// Seed of the random subsets.
     pub seed: u64,
 }
 
@@ -45,8 +45,8 @@ struct Seen {
 }
 
 impl Crashes {
-    /// Hand every state to `verify`, once; returns how many different ones there were. `before` is what the devices held
-    /// before the first change of `log`.
+    /// Pass each different state to `verify` once, and return their number. `before` is the content of the devices before the
+    /// first change of `log`.
     pub fn each(self, before: &Files, log: &[Change], verify: &mut dyn FnMut(Files)) -> usize {
         self.each_again(before, log, &mut |files| {
             verify(files);
@@ -54,9 +54,9 @@ impl Crashes {
         })
     }
 
-    /// [`Crashes::each`] for a `verify` that runs the operation again, and returns what that run has changed: some of these
-    /// runs lose power, too, and what that leaves is handed to `verify` as well. No state is handed over twice, whichever run
-    /// left it.
+    /// Do the same as [`Crashes::each`] for a `verify` that runs the operation again and returns the changes of that run. Some
+    /// of these runs lose power, too, and `verify` also gets the states that this leaves. It gets no state twice, whichever run
+    /// has left it.
     pub fn each_again(self, before: &Files, log: &[Change], verify: &mut dyn FnMut(Files) -> Vec<Change>) -> usize {
         let mut seen = Seen { campaign: Campaign::from_environment(), ..Seen::default() };
         let most = seen.campaign.second_runs();

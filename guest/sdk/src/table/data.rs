@@ -18,14 +18,14 @@ const BYTES: usize = 4 << 20;
 /// Bytes that are read from below at once.
 const CHUNK: u64 = 1 << 20;
 
-/// Where a cluster lies.
+/// The place of a cluster: the guest bytes that it holds, and its offset in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClusterPlace {
     /// Its guest bytes, as far as the disk goes.
     pub guest: Range<u64>,
     /// The byte of the file at which it begins.
     pub offset: u64,
-    /// It was not there before, and reads as zeroes.
+    /// Whether it was just allocated, so that its space reads as zeroes.
     pub is_new: bool,
 }
 

@@ -1,40 +1,40 @@
-//! What is done about a cluster that data or zeroes arrive for.
+//! The decision how a sink stores the data or zeroes that arrive for a cluster.
 
 use super::Arrival;
 
-/// What an image holds of a cluster. `P` is a place, in whatever unit the format has.
+/// The present state of a cluster in an image. `P` is a place in the file, in the format's own unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held<P> {
-    /// Nothing: what is below shows.
+    /// Not held: the image below shows through.
     Nothing,
     /// Zeroes, which take no space.
     Zero,
-    /// The cluster is here.
+    /// Stored at this place.
     At(P),
 }
 
-/// Which clusters can be given an entry that says zeroes.
+/// The clusters whose entry can be changed to one that says zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroEntries {
     /// None: the format, or this image, has no such entry.
     Never,
-    /// Those of which the image holds nothing: a cluster that gave its place up would leave a gap.
+    /// Clusters that the image does not hold. Others would leave a gap where they were stored.
     WhereNothingIs,
-    /// All; the place that a cluster had is free.
+    /// All clusters. The place of a cluster becomes free.
     Anywhere,
 }
 
-/// What is done about a cluster.
+/// The action by which a sink stores the data or zeroes for a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action<P> {
-    /// It reads as it should already.
+    /// Do nothing: the cluster already reads as it should.
     Nothing,
-    /// Written where it is.
+    /// Write in place.
     InPlace(P),
-    /// A new cluster; what is around the new data is what showed there: from below only if the image
-    /// [held nothing](Held::Nothing), otherwise zeroes.
+    /// Allocate a new cluster. Fill it around the new data with the bytes that a guest read there before: those from below if
+    /// the image [did not hold](Held::Nothing) the cluster, otherwise zeroes.
     Allocate,
-    /// Its entry says zeroes; the place that it had, if any, is given back.
+    /// Make the entry say zeroes, and give back the place of the cluster, if it had one.
     MarkZero(Option<P>),
 }
 
@@ -45,7 +45,7 @@ impl<P> From<Option<P>> for Held<P> {
 }
 
 impl<P> Held<P> {
-    /// Decide what is done when this arrives for a cluster. `below`: something may show through where the image holds nothing.
+    /// Choose the action for `arrival`. `below` says whether an image below may show through where this one holds nothing.
     #[must_use]
     pub fn decide(self, arrival: Arrival, zeroes: ZeroEntries, below: bool) -> Action<P> {
         let whole = arrival.zero && arrival.whole;

@@ -1,4 +1,4 @@
-//! What a consistency pass tells of an image.
+//! The findings of a consistency pass.
 
 use crate::error::{DriverError, DriverResult};
 use alloc::string::String;
@@ -7,13 +7,13 @@ use instar_guest_abi::{ErrorCode, FindingKind};
 /// What a check says at most before it stops: a table in a hole of the file names one place over and over.
 const MOST: u64 = 100;
 
-/// Who is told what is wrong with an image: the byte of the file that says so, and a clause. An error ends the pass.
+/// Callback for a fault of an image: the offset in the file of the field that is wrong, and a clause. An error ends the pass.
 pub type Wrong<'a> = &'a mut dyn FnMut(u64, String) -> DriverResult<()>;
 
-/// Run a consistency pass for [`Source::check`](crate::Source::check). Everything that is wrong goes to `finding`, unless there
-/// is too much of it: then `rest` says so, and that the rest was not looked at.
+/// Run a consistency pass for [`Source::check`](crate::Source::check), and pass its faults to `finding`. After 100 of them, end
+/// the pass with `rest`, a text that says that it has not examined the rest.
 ///
-/// Returns what the pass has found, `None` if it was ended for that, and how many corruptions were told.
+/// Returns the result of the pass, or `None` if it was ended, and the number of corruptions that were passed on.
 ///
 /// # Errors
 /// Those of the pass that have another cause.

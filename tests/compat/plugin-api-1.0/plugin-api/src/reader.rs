@@ -7,7 +7,7 @@ use abi_stable::StableAbi;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 
-/// How many bytes a plugin may read in one call from the engine. A read counts for at least 512 bytes.
+/// Maximum number of bytes that a plugin may read in one call from the engine. Each read counts for at least 512 bytes.
 pub const READ_BUDGET: u64 = 8 << 20;
 
 /// The source of an [`ImageReader`]'s bytes. The engine implements it; the tests of a plugin may.
@@ -63,7 +63,7 @@ impl ReadImage for Vec<u8> {
     }
 }
 
-/// An open image, valid for the call that it was passed to.
+/// Bounded read access to an open image, for the duration of the call that gets it.
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct ImageReader<'a> {

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 #[cfg(feature = "guest")]
 use core::ffi::c_void;
 
-/// A state for each processor that takes part in shared work: a decoder, say, with the memory that it needs.
+/// A group of processors that share work. It has a state for each of them, such as a decoder with the memory that it needs.
 ///
 /// Most of what a driver does waits for the host or for what it has just read. Decoding, encoding and comparing bytes that are
 /// there already is what several processors do in less time.

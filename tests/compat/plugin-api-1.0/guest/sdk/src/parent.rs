@@ -1,11 +1,11 @@
-//! What an image is to record of its parent.
+//! The parent that an image is to record.
 
 use crate::error::{DriverError, DriverResult};
 use alloc::format;
 use alloc::string::String;
 use instar_guest_abi::{ErrorCode, ImageId};
 
-/// What an image is to record of its parent.
+/// A parent for an image to record: name, format, identity and size. [`Source::plan_parent`](crate::Source::plan_parent) gets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parent<'a> {
     /// The parent's name as the image has to record it: not empty, without a zero byte, usually UTF-8.

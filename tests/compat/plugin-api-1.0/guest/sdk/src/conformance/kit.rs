@@ -72,26 +72,26 @@ pub trait ImageKit: Sync {
     /// What the driver refuses.
     fn open_sink(&self, io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Box<dyn Sink>>;
 
-    /// What the host half says of an image.
+    /// Return virtual size and cluster size of an image, as the host half's facts have them.
     fn info(&self, image: &[u8]) -> ImageInfo;
 
-    /// What a guest reads, over the bytes that are below.
+    /// Return the bytes that a guest reads of an image over the bytes `below`.
     fn content(&self, image: &[u8], below: Option<&[u8]>) -> Vec<u8>;
 
-    /// What each internal snapshot reads as over nothing.
+    /// Return the content of each internal snapshot, with nothing below.
     fn snapshots(&self, image: &[u8]) -> Vec<Vec<u8>> {
         let _ = image;
         Vec::new()
     }
 
-    /// Whether an image is consistent: lost space at worst. What a dirty bit stands for does not count in an image that
-    /// [is dirty](ImageKit::is_dirty).
+    /// Return whether an image is consistent, with lost space at worst. In an image that [is dirty](ImageKit::is_dirty),
+    /// ignore the inconsistencies that a dirty bit announces.
     fn is_sound(&self, image: &[u8]) -> bool {
         let _ = image;
         true
     }
 
-    /// Whether an image says that it was not closed cleanly.
+    /// Return whether an image says that it was not closed cleanly.
     fn is_dirty(&self, image: &[u8]) -> bool {
         let _ = image;
         false
@@ -102,42 +102,42 @@ pub trait ImageKit: Sync {
         true
     }
 
-    /// Whether images can be committed, and so are emptied.
+    /// Whether a commit can empty images of the format.
     fn can_empty(&self) -> bool {
         self.has_source()
     }
 
-    /// Whether the format is a sink: its images can be committed into.
+    /// Whether the format is a sink: data can be committed into its images.
     fn has_sink(&self) -> bool {
         true
     }
 
-    /// Whether images can grow when they are committed into.
+    /// Whether an image can grow during a commit into it.
     fn can_grow(&self) -> bool {
         false
     }
 }
 
-/// A format whose images can be made. The example of [`ImageKit`] has one.
+/// A format of which the harness can make images. The example of [`ImageKit`] has one.
 pub trait Builder: ImageKit {
-    /// Bytes of a cluster of the images that are made: small ones make quick tests.
+    /// Cluster size in bytes of the images that [`build`](Builder::build) makes. A small one makes quick tests.
     fn cluster(&self) -> u64;
 
-    /// Bytes of which the size of each disk is a multiple: a sector, or a cluster if no disk of the format ends within one.
+    /// Number of bytes of which each disk's size is a multiple: a sector, or a cluster if no disk of the format ends within one.
     fn unit(&self) -> u64 {
         SECTOR
     }
 
-    /// An image that holds this. Its bytes are those of [`Layer::bytes`].
+    /// Make an image that holds the clusters of `layer`: their bytes come from [`Layer::bytes`].
     fn build(&self, layer: &Layer) -> Vec<u8>;
 
-    /// What images of the format can hold of a cluster.
+    /// States that a cluster of the format can have. A format that cannot mark a cluster as zero leaves [`Held::Zero`] out.
     fn states(&self) -> &[Held] {
         &[Held::Nothing, Held::Data, Held::Zero]
     }
 }
 
-/// What an image records of its parent. What its format has no place for is empty.
+/// The record that an image keeps of its parent. A field for which the format has no place is empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recorded {
     /// Its names, in the order in which they are tried.

@@ -1,47 +1,47 @@
-//! What an image is to hold: the model that images are built from and compared with.
+//! The model of a layer: images are built from it and compared with it.
 
 use crate::random::Random;
 use alloc::vec::Vec;
 
-/// Bytes of a sector: disks are made of whole ones.
+/// Size of a sector in bytes. The size of a disk is a multiple of it.
 pub const SECTOR: u64 = 512;
 
-/// What a layer holds of a cluster.
+/// The state of a cluster in a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
-    /// Nothing: what is below shows.
+    /// Not held: the image below shows through.
     Nothing,
     /// The bytes of [`Layer::bytes`].
     Data,
-    /// Zeroes, without a place in the file.
+    /// Zeroes that take no space in the file.
     Zero,
-    /// The bytes of [`Layer::bytes`], as only the format can decode them (compressed).
+    /// The bytes of [`Layer::bytes`], encoded as only the format can decode them (compressed).
     Encoded,
 }
 
-/// What a layer holds.
+/// The content of a layer, from which [`Builder::build`](super::Builder::build) makes an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
-    /// Virtual size in bytes: whole sectors, not always whole clusters.
+    /// Virtual size in bytes: a multiple of [`SECTOR`], but not always of the cluster size.
     pub size: u64,
-    /// Bytes of a cluster.
+    /// Cluster size in bytes.
     pub cluster: u64,
-    /// By cluster: as many as the disk has, the last of which may be cut.
+    /// The state of each cluster of the disk. The last cluster may extend past the disk's end.
     pub held: Vec<Held>,
-    /// There is an image below: what the layer does not hold is seen there, and is zero otherwise.
+    /// Whether there is an image below. If not, clusters that the layer does not hold read as zeroes.
     pub has_backing: bool,
-    /// Tells the bytes of one layer from those of another.
+    /// Number that makes the bytes of this layer differ from those of others.
     pub seed: u8,
 }
 
 impl Layer {
-    /// The clusters that the layer holds anything of: number and state.
+    /// Return number and state of each cluster that the layer holds.
     pub fn clusters(&self) -> impl Iterator<Item = (u64, Held)> + '_ {
         (0..).zip(self.held.iter().copied()).filter(|(_, held)| *held != Held::Nothing)
     }
 
-    /// The bytes of a cluster that holds data, as many as the disk has of it. They differ from cluster to cluster and from
-    /// layer to layer, and are never zero.
+    /// Return the bytes of the cluster with this number, up to the end of the disk. They differ from cluster to cluster and
+    /// from layer to layer, and none of them is zero.
     #[must_use]
     pub fn bytes(&self, cluster: u64) -> Vec<u8> {
         let start = cluster.saturating_mul(self.cluster);
@@ -52,7 +52,7 @@ impl Layer {
         (start..end).map(byte).collect()
     }
 
-    /// What a guest reads over these bytes; past their end it reads zeroes.
+    /// Return the bytes that a guest reads of this layer over the bytes `below`, past whose end it reads zeroes.
     #[must_use]
     pub fn content(&self, below: &[u8]) -> Vec<u8> {
         let mut disk = below.to_vec();

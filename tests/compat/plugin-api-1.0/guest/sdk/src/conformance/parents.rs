@@ -11,7 +11,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_abi::{DeviceConfig, ErrorCode, FindingKind, Part, Phase, PARENT_ROOM};
 
-/// What was looked at: a test may ask for more than nothing.
+/// The number of cases that [`verify_parents`] has tried. A test can assert that they were not zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Relinks {
     /// Images that got another parent.

@@ -17,14 +17,14 @@ use instar_guest_abi::Request;
 /// Requests that are collected before they are submitted.
 const BATCH: usize = 4096;
 
-/// What is done with an entry: its index and its number.
+/// Callback for an entry: gets its index and its number.
 pub type EachEntry<'a, N> = &'a mut dyn FnMut(&mut dyn BlockIo, u64, N) -> DriverResult<()>;
 
 /// Entries of a table, or of several of one kind, on a device.
 ///
-/// An entry is known by the byte of the file at which it begins, a multiple of its width. Tables share no sector of 512 bytes
-/// with each other: what lies between two changed entries of a table is written with them, as it was read. In front of the first
-/// changed entry of a table, and behind the last one, nothing is written.
+/// The offset in the file at which an entry begins, a multiple of its width, identifies it. Tables must not share a sector of
+/// 512 bytes: the bytes between two changed entries of a table are written with them, as they were read. No byte is written in
+/// front of the first changed entry of a table, or behind the last one.
 ///
 /// Reading holds 64 KiB at most, and changed entries 4 MiB.
 #[derive(Clone)]

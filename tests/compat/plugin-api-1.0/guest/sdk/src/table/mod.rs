@@ -1,22 +1,22 @@
 //! The pieces of a driver whose format cuts the disk into clusters and keeps a flat table that says where each of them lies:
 //! a BAT, a block map, an L2 table, and the table of tables above it.
 //!
-//! Such formats differ in how an entry is written and in what it means, and hardly in anything else. What they share is
-//! subtle where it is about power losses, so it stands here once:
+//! Such formats differ in the encoding and the meaning of an entry, and in little else. The code that they share has to be
+//! careful about power losses, so it is here once:
 //!
 //! | piece | what it does |
 //! |---|---|
 //! | [`Table`] | reads entries, a part of the table at a time and none that lies in a hole; holds changed entries back, and writes them once what they name is durable |
-//! | [`Disk`], [`Arriving`], [`ClusterParts`] | cut what arrives at a sink into clusters, each with all that the extents have of it |
-//! | [`Held`], [`Action`] | decide what is done about a cluster: in place, a new one, an entry that says zeroes, or nothing |
+//! | [`Disk`], [`Arriving`], [`ClusterParts`] | cut arriving extents into clusters, each with all of its parts |
+//! | [`Held`], [`Action`] | decide how to store a cluster: in place, in a new one, by an entry that says zeroes, or not at all |
 //! | [`ClusterData`], [`ClusterPlace`] | collects the data of clusters, and fills up new ones from below |
 //! | [`Slots`] | gives out the lowest place in the file that no entry names |
-//! | [`Used`], [`Windows`] | mark what of a file is used, within a bounded memory, to find two entries that name one place |
-//! | [`tell_findings`] | tells what such a pass has found, as far as anybody reads it |
+//! | [`Used`], [`Windows`] | mark used places of a file, within a bounded memory, to find two entries that name one place |
+//! | [`tell_findings`] | reports the findings of such a pass, up to a bound |
 //!
 //! A sink is made of them like this:
 //!
-//! 1. [`Disk::each_cluster`] hands it each cluster that something arrives for; it looks the entry up with [`Table::get`].
+//! 1. [`Disk::each_cluster`] passes it each cluster for which extents arrive; it looks the entry up with [`Table::get`].
 //! 2. Data goes into the cluster where it lies, or into a new one, through [`ClusterData`]. A new cluster is named by
 //!    [`Table::set`], in memory only.
 //! 3. Once [`Table::is_full`], and at the end of each [`Sink::write`](crate::Sink::write), [`ClusterData::submit`] writes the

@@ -1,20 +1,20 @@
-//! What arrives at a sink, cluster by cluster.
+//! The extents that arrive at a sink, cut into clusters.
 
 use crate::error::DriverResult;
 use crate::extent::Extent;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-/// A disk that is cut into clusters.
+/// The geometry of a disk: its size and that of its clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Disk {
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub size: u64,
-    /// Bytes of a cluster.
+    /// Size of a cluster in bytes.
     pub cluster: u64,
 }
 
-/// What arrives for one cluster: parts of extents, ascending.
+/// The parts of extents that arrive for one cluster, ascending.
 #[derive(Clone, Debug, Default)]
 pub struct ClusterParts {
     /// The number of the cluster.
@@ -23,29 +23,30 @@ pub struct ClusterParts {
     pub parts: Vec<Extent>,
 }
 
-/// All that arrives for a cluster, taken together.
+/// A summary of the parts that arrive for a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arrival {
-    /// Zeroes, and no data.
+    /// Whether all parts are zeroes.
     pub zero: bool,
-    /// All of the cluster, as far as the disk goes.
+    /// Whether the parts cover the whole cluster, up to the end of the disk.
     pub whole: bool,
 }
 
-/// What arrives next.
+/// The next piece that [`Disk::each_cluster`] passes on.
 #[derive(Debug)]
 pub enum Arriving<'a> {
-    /// Zeroes, for all of these clusters.
+    /// Zeroes that cover all of these clusters.
     Zeroes(Range<u64>),
-    /// Anything for a cluster.
+    /// All parts for one cluster.
     Cluster(&'a ClusterParts),
 }
 
-/// What is done with what arrives next; `true` for zeroes that are dealt with. Otherwise their clusters follow one by one.
+/// Callback of [`Disk::each_cluster`]. It returns `true` if it has dealt with [`Arriving::Zeroes`]; otherwise their clusters
+/// follow one by one.
 pub type EachCluster<'a> = &'a mut dyn FnMut(Arriving<'_>) -> DriverResult<bool>;
 
 impl ClusterParts {
-    /// What arrives at a disk, taken together.
+    /// Summarize the parts.
     #[must_use]
     pub fn arrival(&self, disk: Disk) -> Arrival {
         let range = disk.range(self.cluster);

@@ -1,4 +1,4 @@
-//! What of a file is used, a window of it at a time: a bit for each sector, cluster or slot.
+//! The used parts of a file, a window at a time: a bit for each sector, cluster or slot.
 //!
 //! Two entries that name one place are found by marking what each of them names. A file may have far more places than the
 //! memory of the sandbox has bits; it is gone through several times then, each time for another window of it, and only for
@@ -16,7 +16,7 @@ const MOST: u64 = 1 << 27;
 /// … but not less than this: 256 KiB.
 const LEAST: u64 = 1 << 21;
 
-/// The windows of a file, and those of them in which the first pass has found anything.
+/// The windows of a file, and the subset of them in which the first pass has found used places.
 #[derive(Clone, Debug)]
 pub struct Windows {
     /// Units of a window.
