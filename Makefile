@@ -87,11 +87,17 @@ lint: ## formatting, clippy, circles of files, widths, links, wording, licences 
 test-rust: export MALLOC_MMAP_THRESHOLD_ := 1073741824
 test-rust: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 test-rust: export MALLOC_TOP_PAD_ := 67108864
+# Those of the KVM sandbox are the tests of a machine with KVM, and are left out only if the run is about the other one.
 test-rust: qemu-img ## the Rust tests
-	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(IN_MEMORY) $(CARGO) nextest run --cargo-profile checked --workspace && \
+	@nextest=() other=(); \
+	if [ '$(SANDBOX)' = process ] && ! [ -e /dev/kvm ]; then \
+		echo 'test-rust: no /dev/kvm: the tests of the KVM sandbox are skipped'; \
+		nextest=(-E 'not test(/(^|::)kvm$$|^virtual_machine::/)') other=(-- --skip ::kvm --skip virtual_machine::); \
+	fi; \
+	if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		$(IN_MEMORY) $(CARGO) nextest run --cargo-profile checked --workspace "$${nextest[@]}" && \
 		$(CARGO) test --profile checked --doc $$(tests/tools/documented.sh); \
-	else $(IN_MEMORY) $(CARGO) test --profile checked --workspace; fi
+	else $(IN_MEMORY) $(CARGO) test --profile checked --workspace "$${other[@]}"; fi
 
 test-integration: instar python qemu-img file-systems mandoc ## the Python tests; paths and options after the goal go to pytest
 	INSTAR_BIN=$(CURDIR)/$(INSTAR) $(IN_MEMORY) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(or $(PATHS),tests/integration)

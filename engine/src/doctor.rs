@@ -143,6 +143,9 @@ fn try_out(sandbox: &dyn Sandbox) -> Diagnosis {
 
 const REPORT: &str = "please report this, with the processor and the kernel's version";
 
+/// Where the process, or the system, has too little of something.
+const RAISE_LIMITS: &str = "raise the limits of this process (see `ulimit -a`), or free memory";
+
 /// What the process sandbox needs.
 const PROCESS_NEEDS: &str =
     "it needs Linux 4.17 or newer with CONFIG_SECCOMP_FILTER, and, of a container's list of system calls, those of Docker's \
@@ -154,7 +157,7 @@ fn sandbox_remedy(error: &SandboxError) -> String {
         | SandboxError::ProcessUnusable {
             errno: libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE | libc::EFBIG | libc::ENOSPC,
             ..
-        } => "raise the limits of this process (see `ulimit -a`), or free memory".into(),
+        } => RAISE_LIMITS.into(),
         SandboxError::ProcessUnusable { errno: libc::EACCES, .. } => {
             "let programs run from files in memory: `sysctl vm.memfd_noexec=1`, and see the log of the security module"
                 .into()
@@ -274,12 +277,12 @@ fn plugins(registry: &Registry) -> Vec<Diagnosis> {
     }
     for skipped in registry.skipped() {
         let found = format!("skipped: {}: {}", escape_path(&skipped.path), skipped.reason);
-        all.push(Diagnosis::bad(
-            "plugin",
-            Health::Weak,
-            crate::escape::printable(&found),
-            skipped_remedy(&skipped.path),
-        ));
+        let (health, remedy) = if skipped.out_of_descriptors {
+            (Health::Broken, RAISE_LIMITS.to_owned())
+        } else {
+            (Health::Weak, skipped_remedy(&skipped.path))
+        };
+        all.push(Diagnosis::bad("plugin", health, crate::escape::printable(&found), remedy));
     }
     all
 }

@@ -231,11 +231,23 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Return the system's text for an error, without the number that Rust appends.
+/// Return the system's text for an error, without the number that Rust appends. A limit of open files is no fault of the file
+/// that was to be opened, so the text says how to raise it.
 #[must_use]
 pub fn reason(error: &io::Error) -> String {
     let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
+    let text = text.split(" (os error").next().unwrap_or_default();
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => format!("{text}: raise this process's limit with `ulimit -n`"),
+        Some(libc::ENFILE) => format!("{text}: raise the system's limit with `sysctl fs.file-max`"),
+        _ => text.to_owned(),
+    }
+}
+
+/// Whether an error says that no more files can be opened, which says nothing of the file that was to be opened.
+#[must_use]
+pub fn is_out_of_descriptors(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 /// The code of an error of the system that every command tells apart from the others.
@@ -259,6 +271,7 @@ mod tests {
             (libc::EROFS, ErrorCode::ReadOnly, "Read-only file system"),
             (libc::ENOSPC, ErrorCode::NoSpace, "No space left on device"),
             (libc::EIO, ErrorCode::OpenFailed, "Input/output error"),
+            (libc::EMFILE, ErrorCode::OpenFailed, "Too many open files: raise this process's limit with `ulimit -n`"),
         ] {
             let cause = io::Error::from_raw_os_error(errno);
             let error = Error::io(Path::new("a\nb"), ErrorCode::OpenFailed, "cannot be opened", &cause);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,12 @@ import support  # noqa: E402
 os.environ.pop("INSTAR_PLUGIN_PATH", None)
 support.configure()
 os.environ["LC_ALL"] = "C.UTF-8"
+
+# Neither must the signals that a run in the background of a script, or under nohup, ignores: a program that a test starts would
+# ignore them as well. A handler that does nothing goes on ignoring them here, and no new program inherits it.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 def pytest_sessionstart(session):

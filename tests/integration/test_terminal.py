@@ -102,8 +102,8 @@ def test_sentences_are_broken_between_words_and_only_on_a_terminal(images):
     assert max(map(len, shown.splitlines())) <= COLUMNS and shown.split() == piped.split(), shown
 
 
-#: What may be longer than a line: a name or a command in quotes, a path, and a code. They are copied whole.
-WHOLE = re.compile(r"^\W*(?:'[^']*'|`[^`]*`|\S*/\S*|ERROR_\w+ \(\d+\))[.,;:)]*$")
+#: What may be longer than a line: one word, such as a path; a name or a command in quotes; and a code. They are copied whole.
+WHOLE = re.compile(r"^\W*(?:'[^']*'|`[^`]*`|\S+|ERROR_\w+ \(\d+\))[.,;:)]*$")
 #: Two runs differ in that.
 MEASURED = re.compile(r"[\d.]+\s+\w+\s+free|\d+\s+µs")
 

@@ -100,7 +100,7 @@ class Disks:
     def config(self):
         """Settings that name the directory."""
         file = self.dir / "config.toml"
-        file.write_text(f'undo-dir = "{self.undo}"\n')
+        file.write_text(support.configuration(f'undo-dir = "{self.undo}"\n'))
         file.chmod(0o644)
         return {"INSTAR_CONFIG": str(file)}
 

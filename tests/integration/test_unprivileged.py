@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import sys
 import time
 from pathlib import Path
 
 import allowed_calls
+import container
 import pytest
 import schemas
 import support
 from inside import Inside, ORDINARY
-from support import BUNDLED, MIB
+from support import BUNDLED, KIB, MIB
 
 NOBODY = 65534
 
@@ -73,6 +75,43 @@ def test_in_a_container(inside, profile, proc):
     assert_committed(inside, options)
     status, part = doctor(inside, options=options)
     assert status == 0 and part["state"] == "ok" and "ring 3" in part["found"]
+
+
+@pytest.mark.parametrize("profile", ["docker", "containerd", "containerd-old"])
+def test_workers_and_every_command_in_a_container(inside, profile):
+    """Whatever a command asks of the kernel is in the list, or not missed: nothing fails, and nothing is done by fewer processors."""
+    # Enough that shrinks for more processors to be used (test_workers.py).
+    rng = random.Random(7)
+    data = b"".join(rng.randbytes(32 * KIB) + bytes(32 * KIB) for _ in range(80 * MIB // (64 * KIB)))
+    (inside.images / "disk.raw").write_bytes(data)
+
+    def run(command, *arguments):
+        result = inside.run(command, "--sandbox", "process", *arguments, options=["--list", profile])
+        assert result.rc == 0, str(result)
+        return result.stderr
+
+    packed = run("convert", "-v", "-c", "-f", "raw", "-O", "qcow2", "disk.raw", "large.qcow2")
+    unpacked = run("convert", "-v", "-O", "raw", "large.qcow2", "copy.raw")
+    processors = len(os.sched_getaffinity(0))
+    for said in (packed, unpacked):
+        assert "guest: sandbox process, ring 3" in said, said
+        used = int(re.search(r"guest: (\d+) processors?", said)[1])
+        assert used > 1 or processors == 1, said
+    assert (inside.images / "copy.raw").read_bytes() == data
+    created = inside.run("create", "-f", "qcow2", "-b", "large.qcow2", "-F", "qcow2", "over.qcow2", options=["--list", profile])
+    assert created.rc == 0, str(created)
+    run("compare", "over.qcow2", "large.qcow2")
+    run("resize", "over.qcow2", "+1M")
+    run("check", "-r", "all", "over.qcow2")
+    run("measure", "-O", "qcow2", "over.qcow2")
+    run("rebase", "-b", "", "over.qcow2")
+    for options in (["--atomic"], ["--digest"], ["--verify"], ["--delete-overlay"]):
+        support.qemu_io(inside.top, f"write -P {len(options[0])} 2M 1M")
+        inside.before = support.content_hash(inside.top)
+        run("commit", *options, "top.qcow2")
+        assert support.content_hash(inside.base) == inside.before
+        support.assert_clean(inside.base)
+    assert not inside.top.exists()
 
 
 def test_auto_takes_the_process_where_there_is_no_kvm(inside):
@@ -135,6 +174,39 @@ def test_limits(inside, too_little, enough, why):
             status, part = doctor(inside, options=options)
             assert status == 1 and part["state"] == "broken" and "raise the limits" in part["remedy"]
     assert_committed(inside, ["--user", str(user), "--limit", enough])
+
+
+def test_few_descriptors_are_no_fault_of_an_image(inside):
+    """Whatever cannot be opened first: no plugin is left out, by which an image would be taken for another one."""
+    for number in range(4, 11 + len(BUNDLED)):
+        for command in ("commit", "info", "check"):
+            with support.untouched(inside.base, inside.top):
+                result = inside.run(command, *(PROCESS if command != "info" else PROCESS[2:]), options=["--limit", f"NOFILE={number}"])
+            if result.rc == 0 and command != "commit":
+                continue
+            error = support.error_of(result.stderr)
+            assert error["name"] in ("ERROR_OPEN_FAILED", "ERROR_PLUGIN_UNAVAILABLE", "ERROR_SANDBOX_UNUSABLE"), f"{number}: {result}"
+            assert "Too many open files: raise this process's limit with `ulimit -n`" in error["message"], f"{number}: {result}"
+    options = ["--limit", "NOFILE=8"]
+    parts = json.loads(inside.run("doctor", "--output", "json", options=options).stdout)["parts"]
+    skipped = [part for part in parts if part["found"].startswith("skipped: ")]
+    assert skipped and all(part["state"] == "broken" and "raise the limits" in part["remedy"] for part in skipped), parts
+
+
+def test_plugins_are_found_beside_the_program_without_procfs(inside):
+    """An installation below another prefix; `/proc/self/exe` is not there."""
+    for path in [inside.root / "usr/bin/instar", *(inside.root / "usr/lib/x86_64-linux-gnu/instar/plugins").iterdir()]:
+        target = inside.root / "opt" / path.relative_to(inside.root / "usr")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for program, options in (("/opt/bin/instar", []), ("../opt/bin/instar", []), ("/opt/bin/instar", ["--proc"])):
+        options = ["--writable", "images", "--cwd", "/images", *options]
+        found = support.run(*container.command(inside.root, program, "plugins", "--output", "json", options=options))
+        assert found.rc == 0, str(found)
+        libraries = [plugin["path"] for plugin in found.json["plugins"]]
+        assert len(libraries) == len(BUNDLED) and all(name.startswith("/opt/lib/") for name in libraries), str(found)
+    assert support.run(*container.command(inside.root, "/opt/bin/instar", "commit", *PROCESS, options=options)).rc == 0
+    inside.assert_committed()
 
 
 @pytest.mark.parametrize("command", ["check", "map", "doctor"])

@@ -1,7 +1,7 @@
 //! One configuration file.
 
 use crate::error::{Error, Role};
-use crate::plugins::TrustedDirectory;
+use crate::plugins::{Distrust, TrustedDirectory};
 use crate::sandbox::SandboxChoice;
 use instar_guest_abi::ErrorCode;
 use serde::de::Error as _;
@@ -40,6 +40,7 @@ impl Content {
         let refused = |why: String| {
             Error::image(path, ErrorCode::OpenFailed, format!("configuration: {why}")).in_role(Role::Configuration)
         };
+        let distrusted = |why: Distrust| refused(why.clause);
         match path.symlink_metadata() {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
             Err(error) => {
@@ -53,8 +54,8 @@ impl Content {
         else {
             return Err(refused("is no file".into()));
         };
-        let Some(directory) = TrustedDirectory::open(directory).map_err(refused)? else { return Ok(None) };
-        let (file, _) = directory.open_file(name).map_err(refused)?;
+        let Some(directory) = TrustedDirectory::open(directory).map_err(distrusted)? else { return Ok(None) };
+        let (file, _) = directory.open_file(name).map_err(distrusted)?;
         let mut text = String::new();
         file.take(MAX_BYTES)
             .read_to_string(&mut text)

@@ -2,7 +2,7 @@
 
 use super::access::Access;
 use crate::confine::calls::BLKROGET;
-use crate::error::Error;
+use crate::error::{reason, Error};
 use crate::plugins::{Bundle, FileImage};
 use instar_guest_abi::ErrorCode;
 use rustix::fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, StatxAttributes, StatxFlags};
@@ -43,7 +43,7 @@ pub(crate) fn open_error(path: &Path, access: Access, missing: ErrorCode, error:
              (`lsblk` and `fuser` show it)"
                 .to_owned(),
         ),
-        _ => (ErrorCode::OpenFailed, format!("cannot be {purpose}: {error}")),
+        _ => (ErrorCode::OpenFailed, format!("cannot be {purpose}: {}", reason(error))),
     };
     Error::image(path, code, clause).caused_by(error)
 }

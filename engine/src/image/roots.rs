@@ -46,10 +46,9 @@ impl Roots {
     /// # Errors
     /// [`ErrorCode::OpenFailed`] without a root directory.
     pub fn none() -> Result<Self, Error> {
-        let top = Directory::open(Path::new("/")).map_err(|errno| {
-            let clause = format!("cannot be opened: {}", std::io::Error::from(errno));
-            Error::image(Path::new("/"), ErrorCode::OpenFailed, clause)
-        })?;
+        let root = Path::new("/");
+        let top = Directory::open(root)
+            .map_err(|errno| Error::io(root, ErrorCode::OpenFailed, "cannot be opened", &errno.into()))?;
         // If the working directory is gone, no name can begin there.
         let working = Directory::open(Path::new(".")).ok();
         Ok(Self { top, working, directories: Vec::new(), above: HashSet::new(), devices: Vec::new() })

@@ -54,9 +54,11 @@ impl Candidate {
     /// Load the library. Its constructors run.
     ///
     /// # Errors
-    /// One clause that says why it cannot be used.
-    pub fn load(self) -> Result<LoadedLibrary, String> {
+    /// Why it cannot be used.
+    pub fn load(self) -> Result<LoadedLibrary, Distrust> {
         let name = self.name_to_load();
+        // The dynamic loader opens it once more, and would tell a lack of descriptors in words only.
+        drop(self.file.try_clone().map_err(|error| Distrust::system("cannot open it", &error))?);
         // The descriptor stays open for ever: the dynamic loader knows libraries by their names, and would take the
         // next file with the same descriptor number for this one.
         std::mem::forget(self.file);

@@ -29,7 +29,7 @@ pub use plugin::Plugin;
 pub use reader::{ImageFiles, ImageRead};
 pub use registry::{Registry, Skipped};
 pub use search::{is_elevated, SearchPath, FILE_PREFIX, FILE_SUFFIX, PATH_VARIABLE};
-pub use trust::TrustedDirectory;
+pub use trust::{Distrust, TrustedDirectory};
 
 /// For the fuzz targets.
 pub(crate) mod fuzzing {

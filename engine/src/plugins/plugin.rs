@@ -2,6 +2,7 @@
 
 use super::budget::BudgetedReader;
 use super::library::{Candidate, LoadedLibrary};
+use super::trust::Distrust;
 use super::{answers, ImageFiles, ImageRead, PluginFailure};
 use crate::confine::trap::Calling;
 use crate::nearest::nearest;
@@ -25,8 +26,8 @@ impl Plugin {
     /// Load a library that passed the checks of files, and check what it says about itself.
     ///
     /// # Errors
-    /// One clause that says why it cannot be used.
-    pub(super) fn load(candidate: Candidate) -> Result<Self, String> {
+    /// Why it cannot be used.
+    pub(super) fn load(candidate: Candidate) -> Result<Self, Distrust> {
         let path = candidate.path.clone();
         let library = candidate.load()?;
         let manifest = library.interface.manifest().map_err(|error| answers::cut(error.message.into_string()))?;

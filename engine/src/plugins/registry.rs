@@ -3,7 +3,7 @@
 use super::library::{Candidate, FileIdentity};
 use super::plugin::Plugin;
 use super::search::{is_plugin_name, SearchPath};
-use super::trust::TrustedDirectory;
+use super::trust::{Distrust, TrustedDirectory};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,8 @@ pub struct Skipped {
     pub path: PathBuf,
     /// Why: one clause.
     pub reason: String,
+    /// No more files could be opened: the reason says nothing of the library or directory.
+    pub out_of_descriptors: bool,
 }
 
 /// The loaded plugins.
@@ -22,7 +24,8 @@ pub struct Registry {
     plugins: Vec<Plugin>,
     skipped: Vec<Skipped>,
     conflicts: HashMap<String, Vec<PathBuf>>,
-    /// The first directory that the operator named and that cannot be used.
+    /// The first directory that the operator named and that cannot be used, or whatever could not be opened for lack of
+    /// descriptors.
     refused: Option<Skipped>,
     /// Images are looked at in a thread that is confined.
     aside: bool,
@@ -75,18 +78,14 @@ impl Registry {
                 }
                 return;
             }
-            Err(reason) if requested => return self.refuse(path, reason),
-            Err(reason) => {
-                // Nobody asks about a directory without plugins.
-                if holds_plugins(path) {
-                    self.skip(path, reason);
-                }
-                return;
-            }
+            Err(why) if requested => return self.refuse(path, why),
+            // Nobody asks about a directory without plugins.
+            Err(why) if !why.out_of_descriptors && !holds_plugins(path) => return,
+            Err(why) => return self.distrust(path, why),
         };
         let found = match directory.names(is_plugin_name) {
             Ok(found) => found,
-            Err(reason) => return self.skip(path, reason),
+            Err(why) => return self.distrust(path, why),
         };
         for name in found {
             let file = directory.path().join(&name);
@@ -102,25 +101,36 @@ impl Registry {
                     if files.insert(candidate.identity) {
                         match Plugin::load(candidate) {
                             Ok(plugin) => self.plugins.push(plugin),
-                            Err(reason) => self.skip(&file, reason),
+                            Err(why) => self.distrust(&file, why),
                         }
                     } else {
-                        self.skip(&file, "it is the same file as one that is loaded already");
+                        self.skip(&file, "it is the same file as one that is loaded already".to_owned());
                     }
                 }
-                Err(reason) => self.skip(&file, reason),
+                Err(why) => self.distrust(&file, why),
             }
         }
     }
 
     /// A directory that the operator named cannot be used.
-    fn refuse(&mut self, path: &Path, reason: String) {
-        self.refused.get_or_insert(Skipped { path: path.to_owned(), reason: reason.clone() });
+    fn refuse(&mut self, path: &Path, reason: impl Into<Distrust>) {
         self.skip(path, reason);
+        self.refused = self.refused.take().or_else(|| self.skipped.last().cloned());
     }
 
-    fn skip(&mut self, path: &Path, reason: impl Into<String>) {
-        self.skipped.push(Skipped { path: path.to_owned(), reason: reason.into() });
+    /// Something cannot be used. Without descriptors that says nothing of it, and nobody may go on without it: the formats of
+    /// images that it recognizes would be taken for others.
+    fn distrust(&mut self, path: &Path, why: Distrust) {
+        if why.out_of_descriptors {
+            self.refuse(path, why);
+        } else {
+            self.skip(path, why);
+        }
+    }
+
+    fn skip(&mut self, path: &Path, why: impl Into<Distrust>) {
+        let Distrust { clause, out_of_descriptors } = why.into();
+        self.skipped.push(Skipped { path: path.to_owned(), reason: clause, out_of_descriptors });
     }
 
     /// Drop every plugin that claims a name which another one claims as well.
@@ -166,8 +176,8 @@ impl Registry {
         &self.skipped
     }
 
-    /// Return the first directory that the operator named and that cannot be used: continuing without it would use other
-    /// plugins than requested.
+    /// Return the first directory that the operator named and that cannot be used, or the first directory or library that
+    /// could not be opened for lack of descriptors: continuing without it would use other plugins than requested.
     #[must_use]
     pub fn refused(&self) -> Option<&Skipped> {
         self.refused.as_ref()

@@ -1,6 +1,7 @@
 //! The search path for plugins.
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// Names of plugin libraries begin with this.
@@ -28,6 +29,21 @@ pub fn is_elevated() -> bool {
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
+/// The file of this program where procfs is missing, which `current_exe` reads: the name by which it was executed
+/// (`AT_EXECFN` of getauxval(3)), which counts as long as the working directory is the one at the start. As an environment
+/// variable, it is the caller's choice.
+fn executed() -> Option<PathBuf> {
+    if is_elevated() {
+        return None;
+    }
+    // SAFETY: the kernel passed the address of a string that lives as long as the process, or nothing, which is 0.
+    let name = unsafe {
+        let name = libc::getauxval(libc::AT_EXECFN) as *const libc::c_char;
+        (!name.is_null()).then(|| CStr::from_ptr(name))
+    };
+    std::fs::canonicalize(OsStr::from_bytes(name?.to_bytes())).ok()
+}
+
 impl SearchPath {
     /// Make a path of exactly these directories.
     #[must_use]
@@ -53,7 +69,7 @@ impl SearchPath {
     #[must_use]
     pub fn for_process(plugin_dirs: &[PathBuf], configured: &[PathBuf]) -> Self {
         let variable = if is_elevated() { None } else { std::env::var_os(PATH_VARIABLE) };
-        let executable = std::env::current_exe().ok();
+        let executable = std::env::current_exe().ok().or_else(executed);
         Self::assemble(plugin_dirs, variable.as_deref(), configured, executable.as_deref())
     }
 
@@ -135,6 +151,11 @@ mod tests {
                 "/usr/lib/instar/plugins"
             ]
         );
+    }
+
+    #[test]
+    fn the_program_is_found_without_procfs() {
+        assert_eq!(executed(), std::env::current_exe().ok());
     }
 
     #[test]

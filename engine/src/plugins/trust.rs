@@ -4,13 +4,15 @@
 //! nobody but root and the caller can change. The checks are made on opened descriptors, and the descriptor that
 //! was checked is the one that is loaded: nothing is looked up by name twice.
 
-use crate::error::reason;
+use crate::error::{is_out_of_descriptors, reason};
 use crate::lookup::{walk, Directory, Why};
 use rustix::fs::{fstat, openat, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -27,12 +29,32 @@ pub struct TrustedDirectory {
     listing: OwnedFd,
 }
 
-/// Why nothing is loaded from a directory, or why a file is not loaded. One clause.
-pub type Distrust = String;
+/// Why nothing is loaded from a directory, or why a file is not loaded.
+#[derive(Debug)]
+pub struct Distrust {
+    /// One clause.
+    pub clause: String,
+    /// No more files can be opened: this says nothing of the directory or the file.
+    pub out_of_descriptors: bool,
+}
 
-/// What the kernel says, as text.
-fn said(errno: Errno) -> String {
-    reason(&errno.into())
+impl From<String> for Distrust {
+    fn from(clause: String) -> Self {
+        Self { clause, out_of_descriptors: false }
+    }
+}
+
+impl Distrust {
+    /// What the kernel says, after what was tried.
+    pub fn system(tried: impl fmt::Display, error: &io::Error) -> Self {
+        let clause = format!("{tried}: {}", reason(error));
+        Self { clause, out_of_descriptors: is_out_of_descriptors(error) }
+    }
+}
+
+/// The same for what is tried, to map an error with.
+fn cannot(tried: impl fmt::Display) -> impl FnOnce(Errno) -> Distrust {
+    move |errno| Distrust::system(tried, &errno.into())
 }
 
 impl TrustedDirectory {
@@ -41,31 +63,31 @@ impl TrustedDirectory {
         match Directory::open(path) {
             Ok(directory) => Self::check(directory).map(Some),
             Err(Errno::NOENT) => Ok(None),
-            Err(errno) => Err(format!("cannot open the directory: {}", said(errno))),
+            Err(errno) => Err(cannot("cannot open the directory")(errno)),
         }
     }
 
     /// Check this directory and those above it: from its descriptor up, so that no name is looked up a second time.
     fn check(directory: Directory) -> Result<Self, Distrust> {
-        let stat = directory.stat().map_err(|e| format!("cannot inspect the directory: {}", said(e)))?;
+        let stat = directory.stat().map_err(cannot("cannot inspect the directory"))?;
         check(&stat, "the directory")?;
         let mut lower = directory.clone();
         loop {
-            let unknown = |e| format!("cannot inspect the directory above {}: {}", lower.path().display(), said(e));
-            let above = lower.parent().map_err(unknown)?;
+            let tried = format!("cannot inspect the directory above {}", lower.path().display());
+            let above = lower.parent().map_err(cannot(&tried))?;
             if above.identity() == lower.identity() {
                 break;
             }
-            let stat = above.stat().map_err(unknown)?;
+            let stat = above.stat().map_err(cannot(&tried))?;
             // A user who may rename within an ancestor can put another directory here.
             if stat.st_mode & 0o002 != 0 && stat.st_mode & STICKY == 0 {
-                return Err(format!("the directory {} above it is writable by others", above.path().display()));
+                let clause = format!("the directory {} above it is writable by others", above.path().display());
+                return Err(clause.into());
             }
             lower = above;
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let listing = openat(&directory, ".", flags, Mode::empty())
-            .map_err(|e| format!("cannot open the directory: {}", said(e)))?;
+        let listing = openat(&directory, ".", flags, Mode::empty()).map_err(cannot("cannot open the directory"))?;
         Ok(Self { directory: directory.really(), listing })
     }
 
@@ -76,11 +98,10 @@ impl TrustedDirectory {
 
     /// Names of the directory's entries that `wanted` takes, sorted.
     pub fn names(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>, Distrust> {
-        let entries =
-            rustix::fs::Dir::read_from(&self.listing).map_err(|e| format!("cannot list the directory: {e}"))?;
+        let entries = rustix::fs::Dir::read_from(&self.listing).map_err(cannot("cannot list the directory"))?;
         let mut names = Vec::new();
         for entry in entries {
-            let entry = entry.map_err(|e| format!("cannot list the directory: {e}"))?;
+            let entry = entry.map_err(cannot("cannot list the directory"))?;
             if let Ok(name) = entry.file_name().to_str() {
                 if wanted(name) {
                     names.push(name.to_owned());
@@ -101,14 +122,14 @@ impl TrustedDirectory {
     }
 
     fn follow(&self, name: &str) -> Result<(File, Stat), Distrust> {
-        let top = Directory::open(Path::new("/")).map_err(|e| format!("cannot follow the link: {}", said(e)))?;
+        let top = Directory::open(Path::new("/")).map_err(cannot("cannot follow the link"))?;
         let reached = walk(&self.directory, &top, name.as_bytes()).map_err(|lost| match lost.why {
-            Why::Errno(errno) => format!("cannot follow the link: {}", said(errno)),
-            Why::Directory => "it links to a directory".to_owned(),
-            Why::Magic => "it links through /proc".to_owned(),
+            Why::Errno(errno) => cannot("cannot follow the link")(errno),
+            Why::Directory => Distrust::from("it links to a directory".to_owned()),
+            Why::Magic => Distrust::from("it links through /proc".to_owned()),
         })?;
         let holder = reached.holder.directory().clone();
-        let unusable = || format!("it links to {}, which cannot be opened", holder.path().display());
+        let unusable = || Distrust::from(format!("it links to {}, which cannot be opened", holder.path().display()));
         Self::check(holder.clone())?.open_plain(&reached.name)?.ok_or_else(unusable)
     }
 
@@ -119,11 +140,11 @@ impl TrustedDirectory {
         let fd = match openat(&self.directory, name, flags, Mode::empty()) {
             Ok(fd) => fd,
             Err(rustix::io::Errno::LOOP) => return Ok(None),
-            Err(error) => return Err(format!("cannot open it: {error}")),
+            Err(errno) => return Err(cannot("cannot open it")(errno)),
         };
-        let stat = fstat(&fd).map_err(|e| format!("cannot inspect it: {e}"))?;
+        let stat = fstat(&fd).map_err(cannot("cannot inspect it"))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err("it is not a regular file".to_owned());
+            return Err(Distrust::from("it is not a regular file".to_owned()));
         }
         check(&stat, "the file")?;
         Ok(Some((File::from(fd), stat)))
@@ -133,10 +154,11 @@ impl TrustedDirectory {
 /// Owner and mode.
 fn check(stat: &Stat, what: &str) -> Result<(), Distrust> {
     if stat.st_uid != 0 && stat.st_uid != geteuid().as_raw() {
-        return Err(format!("{what} belongs to another user (uid {})", stat.st_uid));
+        return Err(format!("{what} belongs to another user (uid {})", stat.st_uid).into());
     }
     if stat.st_mode & WRITABLE_BY_OTHERS != 0 {
-        return Err(format!("{what} is writable by others (mode {:04o}): chmod go-w", stat.st_mode & 0o7777));
+        let mode = stat.st_mode & 0o7777;
+        return Err(format!("{what} is writable by others (mode {mode:04o}): chmod go-w").into());
     }
     Ok(())
 }

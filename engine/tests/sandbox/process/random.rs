@@ -2,8 +2,9 @@
 
 use super::code::{EXIT, HEAP};
 use super::life::leaving_nothing;
+use super::workers::waking;
 use crate::support::{raw_code, spec, TestHost};
-use instar::sandbox::{self, Process};
+use instar::sandbox::{Process, Sandbox};
 use instar_guest_abi::{ErrorCode, RING_ADDR};
 use instar_guest_testmod::Scenario;
 use std::time::{Duration, Instant};
@@ -46,18 +47,19 @@ fn code(numbers: &mut Numbers) -> Vec<u8> {
     [mov(0xbf, 4), mov(0xbe, buffer), mov(0xba, 8), mov(0xbb, HEAP), code].concat()
 }
 
-#[test]
-fn random_bytes_leave_an_error_and_nothing_else() {
+/// Run guests whose code is drawn from this seed, with so many workers that run the same as the main processor.
+fn run_drawn(seed: u64, workers: usize) {
     let count = std::env::var("INSTAR_RANDOM_GUESTS").map_or(GUESTS, |count| count.parse().unwrap());
     let canary: Vec<u8> = Numbers(7).bytes(1 << 20);
     leaving_nothing(|| {
-        let mut numbers = Numbers(0x1257_a1b2);
+        let mut numbers = Numbers(seed);
         for number in 0..count {
-            let elf = raw_code(&code(&mut numbers));
+            let wake = if workers == 0 { Vec::new() } else { waking(workers) };
+            let elf = raw_code(&[wake, code(&mut numbers)].concat());
             let program = spec(&Process, Scenario::Good).with_core(&elf).with_stall_limit(Duration::from_millis(150));
             let started = Instant::now();
             let mut host = TestHost::default();
-            let result = sandbox::run(&Process, &program, &mut host);
+            let result = Process.acquire(workers).unwrap().run(&program, &mut host);
             assert!(started.elapsed() < Duration::from_secs(20), "{number}: {result:?}");
             let known = [ErrorCode::GuestFault, ErrorCode::GuestStalled, ErrorCode::GuestProtocol];
             let error = result.expect_err("a guest that rang for its end by chance");
@@ -66,4 +68,14 @@ fn random_bytes_leave_an_error_and_nothing_else() {
         }
     });
     assert!(canary == Numbers(7).bytes(1 << 20));
+}
+
+#[test]
+fn random_bytes_leave_an_error_and_nothing_else() {
+    run_drawn(0x1257_a1b2, 0);
+}
+
+#[test]
+fn random_bytes_of_several_processors_leave_no_more() {
+    run_drawn(0x2ac3_71d9, 2);
 }

@@ -27,6 +27,11 @@ fn ask(port: u16, value: u32) -> Vec<u8> {
     [ring(port.into(), value), wait()].concat()
 }
 
+/// Wake so many; they and the main processor run what follows.
+pub fn waking(workers: usize) -> Vec<u8> {
+    both(&ask(PORT_WAKE, u32::try_from(workers).unwrap()), &[])
+}
+
 /// Wake all, and wait until all are idle.
 fn share() -> Vec<u8> {
     [ask(PORT_WAKE, u32::try_from(WORKERS).unwrap()), ask(PORT_JOIN, 0)].concat()
