@@ -8,9 +8,13 @@
 //! The guest is identity mapped: a guest virtual address is a guest physical address.
 #![no_std]
 
+mod bitmap;
 mod call_table;
+mod check;
 mod config;
 mod error;
+mod failure;
+mod image;
 mod layout;
 mod list;
 mod module;
@@ -18,7 +22,9 @@ mod phase;
 mod ring;
 mod uuid;
 
+pub use bitmap::{BitmapOps, DirtyRange, WireBitmap, BITMAP_NAME_MAX};
 pub use call_table::{CallTable, ParallelWork};
+pub use check::{CheckSummary, FindingKind, FindingOps, Repair, RepairSummary};
 pub use config::device_flags;
 pub use config::{
     ChainConfig, DeviceConfig, FileDevice, FileList, Member, MemberRole, ModuleEntry, ModuleTable, OperationConfig,
@@ -26,14 +32,14 @@ pub use config::{
     MAX_MODULES, MODULE_TABLE_MAGIC, OPERATION_CONFIG_MAGIC,
 };
 pub use error::*;
+pub use failure::{Failure, FAILURE_TEXT_MAX};
+pub use image::{ExtentKind, ImageId, ImageInfo, ParentStage, PlanSummary, WireExtent, WireParent, IMAGE_ID_MAX};
 pub use layout::*;
 pub use list::List;
 pub use module::{
-    BitmapOps, CheckSummary, DirtyRange, ExtentKind, Failure, FindingKind, FindingOps, FormatOps, ImageId, ImageInfo,
-    ModuleDescriptor, ModuleKind, OperationOps, ParentStage, PlanSummary, ReadBelowOps, Repair, RepairSummary, SinkOps,
-    SourceOps, WireBitmap, WireExtent, WireParent, BITMAP_NAME_MAX, FAILURE_TEXT_MAX, IMAGE_ID_MAX,
-    MODULE_ABI_LEAST_MINOR, MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
+    FormatOps, ModuleDescriptor, ModuleKind, OperationOps, ReadBelowOps, SinkOps, SourceOps, MODULE_ABI_LEAST_MINOR,
+    MODULE_ABI_MAJOR, MODULE_ABI_MINOR, MODULE_MAGIC,
 };
-pub use phase::{Part, Phase, Situation, IDENTITY_RANGE, PARENT_ROOM};
+pub use phase::{DeviceRole, Phase, Situation, IDENTITY_RANGE, PARENT_ROOM};
 pub use ring::{request_flags, request_status, Request, RequestOp, Ring, RING_CAPACITY};
 pub use uuid::{derived_uuid, next_uuid, uuid_of_bits};

@@ -7,7 +7,7 @@
 pub enum Phase {
     /// Nothing. Every operation begins so, and one that only reads, or a dry run, never leaves it.
     #[default]
-    Look = 1,
+    Inspect = 1,
     /// The image that is written, once the plan has been accepted. While it has no change that is not durable, that is before
     /// the first and after the last, a few bytes of the image above it may be replaced: those that record which parent it has.
     Target = 2,
@@ -24,7 +24,9 @@ impl Phase {
     pub const fn leads_to(self, next: Self) -> bool {
         matches!(
             (self, next),
-            (Self::Look, Self::Target) | (Self::Target, Self::Overlay) | (Self::Target | Self::Overlay, Self::Children)
+            (Self::Inspect, Self::Target)
+                | (Self::Target, Self::Overlay)
+                | (Self::Target | Self::Overlay, Self::Children)
         )
     }
 
@@ -32,7 +34,7 @@ impl Phase {
     #[must_use]
     pub const fn from_u32(value: u32) -> Option<Self> {
         Some(match value {
-            1 => Self::Look,
+            1 => Self::Inspect,
             2 => Self::Target,
             3 => Self::Overlay,
             4 => Self::Children,
@@ -49,7 +51,7 @@ pub const PARENT_ROOM: u64 = 256 << 10;
 
 /// What a device is to the operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum DeviceRole {
     /// It is only read.
     Read,
     /// Data goes into it.
@@ -80,7 +82,7 @@ pub struct Situation {
     pub is_record: bool,
 }
 
-impl Part {
+impl DeviceRole {
     /// Why a device may not be changed now, in one clause; nothing if it may.
     #[must_use]
     pub const fn refusal(self, now: Situation) -> Option<&'static str> {
@@ -88,7 +90,7 @@ impl Part {
             (Self::Read | Self::Overlay { emptied: false, identity: false }, _) => {
                 Some("a change of a device that is read-only")
             }
-            (Self::Target | Self::Rebased | Self::Overlay { .. } | Self::Child, Phase::Look) => {
+            (Self::Target | Self::Rebased | Self::Overlay { .. } | Self::Child, Phase::Inspect) => {
                 Some("a change before a plan was accepted")
             }
             // A crash in between must not leave a target that the image above it does not know.

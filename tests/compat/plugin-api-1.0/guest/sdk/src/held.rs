@@ -3,14 +3,14 @@
 use crate::change::Change;
 use alloc::collections::BTreeMap;
 use instar_guest_abi::{
-    device_flags, request_flags, DeviceConfig, Part, Phase, Request, RequestOp, Situation, DEVICE_OUTPUT,
+    device_flags, request_flags, DeviceConfig, DeviceRole, Phase, Request, RequestOp, Situation, DEVICE_OUTPUT,
     GUEST_MEMORY_SIZE, IDENTITY_RANGE,
 };
 
 /// The limits of a device.
 #[derive(Clone, Copy, Debug)]
 struct Held {
-    part: Part,
+    role: DeviceRole,
     /// Maximum length in bytes.
     longest: u64,
     /// Length in bytes, if it cannot change.
@@ -29,33 +29,33 @@ pub struct Rules {
 /// The images of an operation, before they are described: device 0 is an overlay that is emptied, the output device what it
 /// is committed into, and the rest is read.
 fn usual(device: u32) -> Held {
-    let part = match device {
-        0 => Part::Overlay { emptied: true, identity: true },
-        DEVICE_OUTPUT => Part::Target,
-        _ => Part::Read,
+    let role = match device {
+        0 => DeviceRole::Overlay { emptied: true, identity: true },
+        DEVICE_OUTPUT => DeviceRole::Target,
+        _ => DeviceRole::Read,
     };
-    Held { part, longest: i64::MAX.cast_unsigned(), fixed: None }
+    Held { role, longest: i64::MAX.cast_unsigned(), fixed: None }
 }
 
 impl Rules {
     /// Begin an operation on these images and their other files; all other devices are read-only.
-    pub fn of<'a>(images: impl IntoIterator<Item = (Part, &'a DeviceConfig)>) -> Self {
+    pub fn of<'a>(images: impl IntoIterator<Item = (DeviceRole, &'a DeviceConfig)>) -> Self {
         let mut held = BTreeMap::new();
-        let mut add = |part, device, flags: u32, length: u64, longest: u64| {
+        let mut add = |role, device, flags: u32, length: u64, longest: u64| {
             let fixed = (flags & device_flags::FIXED_LENGTH != 0).then_some(length);
-            held.insert(device, Held { part, longest: fixed.unwrap_or(longest.max(length)), fixed });
+            held.insert(device, Held { role, longest: fixed.unwrap_or(longest.max(length)), fixed });
         };
-        for (part, image) in images {
-            add(part, image.device, image.flags, image.file_length, image.max_length);
+        for (role, image) in images {
+            add(role, image.device, image.flags, image.file_length, image.max_length);
             for file in image.files.as_slice() {
-                add(part, file.device, file.flags, file.file_length, file.max_length);
+                add(role, file.device, file.flags, file.file_length, file.max_length);
             }
         }
         Self { held, ..Self::default() }
     }
 
     fn of_device(&self, device: u32) -> Held {
-        let none = Held { part: Part::Read, longest: 0, fixed: None };
+        let none = Held { role: DeviceRole::Read, longest: 0, fixed: None };
         match self.held.get(&device) {
             Some(held) => *held,
             None if self.held.is_empty() => usual(device),
@@ -85,7 +85,7 @@ impl Rules {
         let known = self
             .held
             .iter()
-            .filter(|(_, held)| matches!(held.part, Part::Target | Part::Rebased))
+            .filter(|(_, held)| matches!(held.role, DeviceRole::Target | DeviceRole::Rebased))
             .map(|(device, _)| *device);
         known.chain(usual)
     }
@@ -113,12 +113,12 @@ impl Rules {
             return;
         }
         let held = self.of_device(request.device);
-        self.check_phase(held.part, op, request, log);
+        self.check_phase(held.role, op, request, log);
         let grows = matches!(op, RequestOp::Write | RequestOp::Copy | RequestOp::SetLength);
         assert!(!grows || end <= held.longest, "more than the {} bytes that it may have: {request:?}", held.longest);
     }
 
-    fn check_phase(&mut self, part: Part, op: RequestOp, request: &Request, log: &[Change]) {
+    fn check_phase(&mut self, role: DeviceRole, op: RequestOp, request: &Request, log: &[Change]) {
         let range = request.offset / IDENTITY_RANGE;
         let last = request.offset.saturating_add(request.length.saturating_sub(1)) / IDENTITY_RANGE;
         let place = (request.device, range);
@@ -128,10 +128,10 @@ impl Rules {
             record_unflushed: self.record.is_some_and(|(device, _)| unflushed(log, device)),
             is_record: op == RequestOp::Write && range == last && self.record.unwrap_or(place) == place,
         };
-        if let Some(why) = part.refusal(now) {
+        if let Some(why) = role.refusal(now) {
             unreachable!("{why}: {request:?}");
         }
-        if self.phase == Phase::Target && !matches!(part, Part::Target | Part::Rebased) {
+        if self.phase == Phase::Target && !matches!(role, DeviceRole::Target | DeviceRole::Rebased) {
             self.record = Some(place);
         }
     }

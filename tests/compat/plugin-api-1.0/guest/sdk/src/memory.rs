@@ -11,7 +11,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_abi::{request_status, DeviceConfig, Part, Phase, Request, RequestOp};
+use instar_guest_abi::{request_status, DeviceConfig, DeviceRole, Phase, Request, RequestOp};
 
 const EIO: u32 = 5;
 const EINVAL: u32 = 22;
@@ -48,13 +48,13 @@ impl MemoryDevices {
 
     /// Begin an operation on these images, and hold each to its role, the bound of its length, and its other files from here
     /// on. Without this call, device 0 is an overlay that is emptied, the output device is the target, and neither has a bound.
-    pub fn hold<'a>(&mut self, images: impl IntoIterator<Item = (Part, &'a DeviceConfig)>) {
+    pub fn hold<'a>(&mut self, images: impl IntoIterator<Item = (DeviceRole, &'a DeviceConfig)>) {
         self.rules = Rules::of(images);
     }
 
     /// [`MemoryDevices::hold`] for a commit, which empties the overlay unless it is `kept`.
     pub fn hold_commit(&mut self, overlay: &DeviceConfig, kept: bool, target: &DeviceConfig) {
-        self.hold([(Part::Overlay { emptied: !kept, identity: true }, overlay), (Part::Target, target)]);
+        self.hold([(DeviceRole::Overlay { emptied: !kept, identity: true }, overlay), (DeviceRole::Target, target)]);
     }
 
     /// Count the requests that were executed so far.

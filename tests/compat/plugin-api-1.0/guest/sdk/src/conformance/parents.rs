@@ -9,7 +9,7 @@ use crate::{BlockIo, DriverError, DriverResult, Parent, Source};
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_abi::{DeviceConfig, ErrorCode, FindingKind, Part, Phase, PARENT_ROOM};
+use instar_guest_abi::{DeviceConfig, DeviceRole, ErrorCode, FindingKind, Phase, PARENT_ROOM};
 
 /// The number of cases that [`verify_parents`] has tried. A test can assert that they were not zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -200,7 +200,7 @@ impl Change<'_> {
         let mut io = MemoryDevices::new([(OVERLAY, image.to_vec())]);
         // An image of before the change may become so long, whatever a power loss has left of it.
         let longest = (self.image.len() as u64).saturating_add(PARENT_ROOM).max(image.len() as u64);
-        io.hold([(Part::Child, &DeviceConfig { max_length: longest, ..child(self.kit, image) })]);
+        io.hold([(DeviceRole::Child, &DeviceConfig { max_length: longest, ..child(self.kit, image) })]);
         io
     }
 
@@ -227,8 +227,8 @@ impl Change<'_> {
         assert!(now.snapshots == before.snapshots, "a snapshot reads something else");
         assert!(now.sound || !before.sound, "the image is not sound");
         let (worse, found) = ((before.corruptions, before.leaks), (now.corruptions, now.leaks));
-        let excused = found.0 <= worse.0 || self.kit.is_dirty(own(files));
-        assert!(excused && found.1 <= worse.1, "corruptions and leaks: {found:?}, before {worse:?}");
+        let excused = (found.0 <= worse.0 && found.1 <= worse.1) || self.kit.is_dirty(own(files));
+        assert!(excused, "corruptions and leaks: {found:?}, before {worse:?}");
     }
 
     fn finished(&self, files: &Files) {

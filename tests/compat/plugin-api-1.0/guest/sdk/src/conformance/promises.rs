@@ -10,7 +10,7 @@ use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_abi::{ErrorCode, FindingKind, Part};
+use instar_guest_abi::{DeviceRole, ErrorCode, FindingKind};
 
 /// How many extents are asked for at once: few, so that enumerating stops everywhere, and more than there are.
 const ROOMS: [usize; 4] = [1, 2, 7, 1 << 14];
@@ -27,7 +27,7 @@ struct Look<'a> {
 impl<'a> Look<'a> {
     fn new(kit: &'a dyn ImageKit, image: &'a [u8]) -> Self {
         let mut io = MemoryDevices::new([(OVERLAY, image.to_vec())]);
-        io.hold([(Part::Read, &device(kit, OVERLAY, image, ANY_LENGTH))]);
+        io.hold([(DeviceRole::Read, &device(kit, OVERLAY, image, ANY_LENGTH))]);
         Self { kit, io, image }
     }
 

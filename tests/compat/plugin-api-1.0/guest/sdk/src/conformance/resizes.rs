@@ -12,7 +12,7 @@ use crate::resize::{resize, Event, Options, ResizeFailure, Step};
 use crate::ReadBelow;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_abi::{ErrorCode, Part, DEVICE_OUTPUT};
+use instar_guest_abi::{DeviceRole, ErrorCode, DEVICE_OUTPUT};
 
 /// Number of requests that fail, one in each resize, out of all that a resize makes.
 const FAILURES: usize = 100;
@@ -129,7 +129,7 @@ impl Resized<'_> {
         let at = |error| ResizeFailure { step: Step::Plan, error };
         let target = device(self.kit, DEVICE_OUTPUT, image(&io.files), most);
         let mut below = Below(ancestor(self.kit, &io.files));
-        io.hold([(Part::Target, &target)]);
+        io.hold([(DeviceRole::Target, &target)]);
         let mut sink = self.kit.open_sink(io, &target, below.exists()).map_err(at)?;
         let options = Options { virtual_size: self.size, preallocate: false, dry_run };
         resize(io, sink.as_mut(), &mut below, options, &mut |event| {
