@@ -231,6 +231,7 @@ impl ImageFacts {
 }
 
 /// The part that an image takes in an operation: it is read, written, read and then emptied, or lies below a written image.
+/// The guest half has the same four.
 #[repr(u8)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
