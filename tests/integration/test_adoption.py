@@ -320,6 +320,37 @@ def test_a_mark_that_stayed_says_nothing_of_the_next_run(chain):
     assert support.content_hash(chain / "base") == expected and os.listxattr(chain / "base") == []
 
 
+@pytest.mark.parametrize("call, number", [("fsync", 3), ("fremovexattr", 1)])
+def test_a_mark_that_a_killed_run_left_is_removed_by_the_next(chain, call, number):
+    """The rename is done; before it, the mark is what a second run goes by."""
+    expected = support.content_hash(chain / "top")
+    result = support.run(faults.injector(), "KILL", str(number), call, chain, "--", support.instar_binary(), "commit",
+                         "--by-adoption", "-b", "base", chain / "top")
+    assert result.rc == 137 and not (chain / "top").exists() and os.listxattr(chain / "base") != [], str(result)
+    assert adopt(chain, "--dry-run").rc == 1 and os.listxattr(chain / "base") != []
+    # While the file that the mark names is there, something is left to do.
+    mark = os.getxattr(chain / "base", "user.instar.takes-the-place-of")
+    os.setxattr(chain / "base", "user.instar.takes-the-place-of", b"%d 2 3.000000000" % (chain / "root").stat().st_ino)
+    assert adopt(chain).rc == 1 and os.listxattr(chain / "base") != []
+    os.setxattr(chain / "base", "user.instar.takes-the-place-of", mark)
+    result = adopt(chain)
+    assert result.rc == 1 and "if an earlier run with --by-adoption has ended" in result.stderr, str(result)
+    assert os.listxattr(chain / "base") == [] and support.content_hash(chain / "base") == expected
+
+
+def test_children_of_an_overlay_whose_adoption_was_cut_short(chain):
+    """The advice leads to the end: no commit relinks to a target that the overlay does not lead to any more."""
+    killed_before_the_last_step(chain)
+    create(chain / "child", backing="top", cwd=chain)
+    expected = support.content_hash(chain / "child")
+    result = adopt(chain)
+    assert result.rc == 1 and "`instar rebase -u`, and add --ignore-siblings" in result.stderr, str(result)
+    assert "--relink" not in result.stderr
+    assert support.run_instar("rebase", "-q", "-u", "-b", "base", "-F", "qcow2", chain / "child").rc == 0
+    assert adopt(chain, "--ignore-siblings").rc == 0
+    assert support.content_hash(chain / "child") == support.content_hash(chain / "base") == expected
+
+
 def test_a_chain_that_cannot_be_followed_is_no_run_that_was_cut_short(chain):
     """To rename the overlay would lose what only the target holds."""
     create(chain / "upper", backing="top", cwd=chain)

@@ -382,6 +382,23 @@ def test_a_parent_is_found_by_its_identity(tmp_path, recorded):
     commit(top)
 
 
+def test_a_parent_that_an_image_may_not_choose_is_not_chosen_by_its_identity(tmp_path):
+    """The refusal says which file it is about, and its advice helps."""
+    top = child(tmp_path / "top.vhdx", 2 * MIB, BASE, pairs=[("relative_path", "gone.vhdx"), SECOND], runs=[(16, b"\2" * 512)])
+    hidden = Maker(DYNAMIC, 2 * MIB, BASE, runs=[(8, b"\1" * 512)]).write(tmp_path / ".hidden.vhdx")
+    refuse("ERROR_WRITE_TARGET_NOT_ALLOWED", top, files=[hidden], mentions=[hidden, "has the parent's identity", "commit into it with -b"])
+    base = tmp_path / "base.vhdx"
+    hidden.rename(base)
+    base.chmod(0o755)
+    refuse("ERROR_WRITE_TARGET_NOT_ALLOWED", top, files=[base], mentions=[base, "an executable file", f"commit into it with -b '{base}'"])
+    for name in ("fifo", "other"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "link.vhdx").symlink_to(base)
+    assert "base.vhdx" in run_instar("map", top).stdout, "it is only read"
+    commit(top, "-b", base)
+    assert by_qemu(base)[16 * 512:17 * 512] == b"\2" * 512
+
+
 def test_an_identity_proves_the_parent(tmp_path):
     size = 2 * MIB
     base, top, sibling = tmp_path / "base.vhdx", tmp_path / "top.vhdx", tmp_path / "sibling.vhdx"

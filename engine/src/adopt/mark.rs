@@ -4,9 +4,11 @@
 //! target's name. It names the target by its inode, its size and the time of its last change, which an adoption leaves alone. A
 //! second run that finds it finishes the first one, and does so only where the operator names the file that the first one was to
 //! replace, as it was then. The other lines name the layers between the two in the same way, which are on the target no less than
-//! other images, and stale nevertheless. What a crash leaves of it on a complete target names a file that is gone, and means nothing.
+//! other images, and stale nevertheless. What a crash leaves of it on a complete target names a file that is gone, and means nothing: the
+//! next run with the same names removes it.
 
-use rustix::fs::{fgetxattr, fremovexattr, fstat, Stat};
+use crate::lookup::Directory;
+use rustix::fs::{fgetxattr, fremovexattr, fstat, fsync, openat, Dir, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
 use std::ffi::CStr;
 use std::fs::File;
@@ -83,10 +85,26 @@ pub fn text<'f>(target: &File, between: impl IntoIterator<Item = &'f File>) -> R
     Ok(text.into_bytes())
 }
 
+/// Remove the mark of a file that a killed run has left in its place: the file that the mark names is gone from the directory, which
+/// holds both as long as there is something left to do.
+pub fn remove_if_done(file: &File, directory: &Directory) {
+    let mut value = vec![0_u8; MOST];
+    let length = fgetxattr(file, NAME, &mut value[..]).unwrap_or(0);
+    let text = std::str::from_utf8(&value[..length]).unwrap_or_default();
+    let Some(Ok(inode)) = text.split(' ').next().map(str::parse::<u64>) else { return };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(listed) = retry_on_intr(|| openat(directory, ".", flags, Mode::empty())) else { return };
+    let is_gone = |mut entries: Dir| entries.all(|entry| entry.is_ok_and(|entry| entry.ino() != inode));
+    // A power loss could undo a rename that is not durable, and without the mark nothing would complete it.
+    if Dir::read_from(&listed).is_ok_and(is_gone) && retry_on_intr(|| fsync(&listed)).is_ok() {
+        remove(file);
+    }
+}
+
 /// The overlay has taken the place. A mark that stays means nothing, so that it is no failure.
 pub fn remove(overlay: &File) {
     if fremovexattr(overlay, NAME).is_ok() {
-        let _ = retry_on_intr(|| rustix::fs::fsync(overlay));
+        let _ = retry_on_intr(|| fsync(overlay));
     }
 }
 

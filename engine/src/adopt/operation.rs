@@ -32,6 +32,11 @@ use std::path::PathBuf;
 /// What is to be done about images on the overlay.
 const CHILDREN: &str = "have them name the target with --relink, and commit without --by-adoption";
 
+/// The same in a second run. The overlay no longer leads to the target, so that no commit relinks to that.
+const CHILDREN_AFTERWARDS: &str =
+    "an earlier run was interrupted before the last step, and the overlay no longer needs the target: leave it under its name, or \
+     have them name the target with `instar rebase -u`, and add --ignore-siblings";
+
 /// Where the overlay is, if there is none.
 const ENDED: &str = "if an earlier run with --by-adoption has ended, it is what the target is now";
 
@@ -80,6 +85,15 @@ impl<'q> Adopt<'q> {
         self.request.dry_run || self.opened.as_ref().is_some_and(|opened| opened.locked.is_some())
     }
 
+    /// There is no overlay: a first run that was killed after the last step may have left its mark on the target.
+    fn remove_mark(&self, named: &Named) {
+        let Some(base) = named.base.as_ref().filter(|_| !self.request.dry_run) else { return };
+        let opened = base.open(Access::ReadWrite, ErrorCode::BackingNotFound);
+        if let Ok(base) = opened.and_then(|base| base.lock(Access::ReadWrite)) {
+            mark::remove_if_done(base.file.file(), &base.holder);
+        }
+    }
+
     /// Open what a second run looks at, which only gives the overlay the name of `target`: what is below the overlay now is below it
     /// afterwards.
     fn open_resumed<'r>(
@@ -101,7 +115,7 @@ impl<'q> Adopt<'q> {
         admit(self.request, &overlay, &target)?;
         let chain: Vec<&ChainImage<'_>> = std::iter::once(&overlay).chain(&ancestors).collect();
         check_parents(&chain)?;
-        refuse_children(opener, &chain, &[], CHILDREN)?;
+        refuse_children(opener, &chain, &[], CHILDREN_AFTERWARDS)?;
         let siblings = Siblings::find(opener, &[&overlay], &target, &ancestors, |file| stale.contains(file))?;
         if self.request.dry_run {
             [&overlay, &target].into_iter().try_for_each(|image| image.opened.check_writable())?;
@@ -196,7 +210,10 @@ impl Operation for Adopt<'_> {
     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
         let Opener { registry, session, named, gate, below, access, .. } = *opener;
         let opened = named.image.open(access, ErrorCode::ImageNotFound).map_err(|error| match error.code {
-            ErrorCode::ImageNotFound => error.in_state(ENDED),
+            ErrorCode::ImageNotFound => {
+                self.remove_mark(named);
+                error.in_state(ENDED)
+            }
             _ => error,
         })?;
         let mut overlay = opened.lock(access)?.identify_overlay(registry, self.request.format.as_deref())?;

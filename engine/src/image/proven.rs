@@ -23,6 +23,14 @@ use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+/// The files that have the identity.
+#[derive(Default)]
+struct Found {
+    taken: Vec<(PathBuf, Located)>,
+    /// One that an image may not choose, and why.
+    refused: Option<(PathBuf, Error)>,
+}
+
 /// A search for the parent of an image.
 #[derive(Clone, Copy, Debug)]
 pub struct ParentSearch<'s> {
@@ -45,14 +53,15 @@ impl ParentSearch<'_> {
     /// look at their headers.
     ///
     /// # Errors
-    /// [`ErrorCode::BackingNotFound`] if several files have the identity.
+    /// [`ErrorCode::BackingNotFound`] if several files have the identity; [`ErrorCode::WriteTargetNotAllowed`] if only one has it that
+    /// an image may not choose: a hidden file, or an executable one that is to be written.
     pub fn find(&self) -> Result<Option<Located>, Error> {
         let facts = &self.image.facts;
         if !facts.parent_identity_unique || facts.parent_identity.is_empty() {
             return Ok(None);
         }
         let own = &self.image.opened.directory;
-        let mut found: Vec<(PathBuf, Located)> = Vec::new();
+        let mut found = Found::default();
         let mut seen: HashSet<Identity> = self.image.all_files().map(|file| file.identity).collect();
         let mut listed: HashSet<Identity> = HashSet::new();
         for directory in std::iter::once(own).chain(self.gate.roots().directories()) {
@@ -60,10 +69,18 @@ impl ParentSearch<'_> {
                 self.look_in(directory, directory.identity() == own.identity(), &mut seen, &mut found)?;
             }
         }
-        if let Some(named) = found.iter().position(|(_, located)| located.is_named_by_operator()) {
-            return Ok(Some(found.swap_remove(named).1));
+        let Found { mut taken, refused } = found;
+        if let Some(named) = taken.iter().position(|(_, located)| located.is_named_by_operator()) {
+            return Ok(Some(taken.swap_remove(named).1));
         }
-        let mut names = found.iter().map(|(path, _)| format!("'{}'", escape_path(path))).collect::<Vec<_>>();
+        if let (true, Some((path, error))) = (taken.is_empty(), refused) {
+            let clause = format!(
+                "its parent has no file of the recorded name, and '{}', which has the parent's identity, is not taken ({error})",
+                escape_path(&path)
+            );
+            return Err(Error::image(&self.image.opened.path, error.code, clause));
+        }
+        let mut names = taken.iter().map(|(path, _)| format!("'{}'", escape_path(path))).collect::<Vec<_>>();
         if names.len() > 1 {
             names.sort();
             let clause = format!(
@@ -73,7 +90,7 @@ impl ParentSearch<'_> {
             );
             return Err(Error::image(&self.image.opened.path, ErrorCode::BackingNotFound, clause));
         }
-        Ok(found.pop().map(|(_, located)| located))
+        Ok(taken.pop().map(|(_, located)| located))
     }
 
     fn look_in(
@@ -81,7 +98,7 @@ impl ParentSearch<'_> {
         directory: &Directory,
         beside: bool,
         seen: &mut HashSet<Identity>,
-        found: &mut Vec<(PathBuf, Located)>,
+        found: &mut Found,
     ) -> Result<(), Error> {
         let Self { registry, gate, image, role, access, wanted } = *self;
         let scan = Scan { registry, cancel: &Cancel::new() };
@@ -94,11 +111,15 @@ impl ParentSearch<'_> {
             let path = directory.path().join(&other.name);
             let name = if beside { other.name.as_bytes() } else { path.as_os_str().as_bytes() };
             // Another file may have its name by now.
-            let located = gate.find(&image.recorder(role), [name], access, wanted);
-            let located = located.ok().filter(|located| located.identity() == other.identity);
-            let is_new = located.is_some();
-            found.extend(located.map(|located| (path, located)));
-            Ok(is_new)
+            match gate.find(&image.recorder(role), [name], access, wanted) {
+                Ok(located) if located.identity() == other.identity => found.taken.push((path, located)),
+                Err(error) if error.code == ErrorCode::WriteTargetNotAllowed => {
+                    found.refused.get_or_insert((path, error));
+                    return Ok(false);
+                }
+                _ => return Ok(false),
+            }
+            Ok(true)
         })
         .map(|_| ())
     }
