@@ -8,8 +8,8 @@ import shutil
 import dirty_bitmaps
 import qcow2_bytes
 from faults import Case, scribble
-from jobs import Adopting, Converting, Job, Merging, Relinking
-from support import MIB, create, qemu_img, qemu_io
+from jobs import Adopting, Converting, Job, Merging, Relinking, Repairing
+from support import MIB, create, digest, qemu_img, qemu_io
 
 
 def case(name, directory, words, *others, fmt="qcow2", **more) -> Job:
@@ -232,6 +232,27 @@ def repair_vdi(directory):
 def relink(directory):
     """Two children, by name and by directory."""
     create(directory / "base", MIB, fmt="raw")
+def repair_vmdk(directory):
+    """Second copies of grain tables of which a power loss left the entries of before, and the mark of an open extent."""
+    image = directory / "top"
+    create(image, 70 * MIB, fmt="vmdk")
+    scribble(image, 56, "vmdk", 4 * MIB)
+    qemu_io(image, "write -P 57 40M 1M", fmt="vmdk")
+    undamaged, whole = digest(image), image.read_bytes()
+    number = lambda at, size: int.from_bytes(whole[at:at + size], "little")  # noqa: E731
+    damaged = bytearray(whole)
+    damaged[72] = 1
+    for index in range(3):
+        first, second = (number(number(copy, 8) * 512 + index * 4, 4) * 512 for copy in (56, 48))
+        assert first != second and whole[first:first + 2048] == whole[second:second + 2048]
+        # Of one that names no grain, the second copy names one that never came.
+        damaged[second:second + 64] = bytes(64) if any(whole[first:first + 64]) else b"\1\0\0\0" * 16
+    assert damaged != whole
+    image.write_bytes(damaged)
+    return Repairing("check -r all of a vmdk", directory, "top", "top", top_fmt="vmdk",
+                     words=["check", "-r", "all", "IMAGE"], undamaged=undamaged)
+
+
     qemu_io(directory / "base", "write -P 1 0 512k", fmt="raw")
     create(directory / "mid", MIB, backing="base", backing_fmt="raw", cwd=directory)
     qemu_io(directory / "mid", "write -P 2 64k 128k")
@@ -311,7 +332,7 @@ def convert_into_parts(directory):
 REBASES = [rebase_onto_another, rebase_drops_a_layer, rebase_flattens, rebase_names_only, rebase_qcow, rebase_vmdk]
 RESIZES = [resize_grows, resize_grows_backwards, resize_shrinks, resize_shrinks_alone, resize_fills, resize_reserves, resize_raw,
            resize_qcow, resize_vdi, resize_vpc, resize_vhdx, resize_parallels, resize_vmdk]
-REPAIRS = [repair_all, repair_leaks, repair_parallels, repair_vdi]
+REPAIRS = [repair_all, repair_leaks, repair_parallels, repair_vdi, repair_vmdk]
 COMMITS = [relink, merge_bitmaps, wipe, adopt, adopt_flattens]
 CONVERSIONS = [convert, convert_replaces, convert_compresses, convert_into_parts]
 ALL = [*REBASES, *RESIZES, *REPAIRS, *COMMITS, *CONVERSIONS]

@@ -135,6 +135,19 @@ class Job(Case):
 
 
 @dataclass
+class Repairing(Job):
+    """A repair that makes the image the one that it was before the damage, to the byte: the oracle of what QEMU does not look at."""
+
+    #: The digest of the image before the damage.
+    undamaged: tuple = ()
+
+    def check_files(self, result, finished):
+        super().check_files(result, finished)
+        same = support.digest(self.path(self.top)) == self.undamaged
+        self.hold(not finished or same, "the image is not the one that it was before the damage", result)
+
+
+@dataclass
 class Relinking(Case):
     """A commit that relinks children: what they read is looked at with every check of the case."""
 

@@ -91,15 +91,19 @@ impl PowerLosses<'_> {
     fn ask(&mut self, fixture: &Fixture, files: &Files, originals: &Files) {
         for device in [OVERLAY, DEVICE_OUTPUT] {
             let (format, bytes, original) = (fixture.formats[&device], &files[&device], &originals[&device]);
-            if !format.kit.has_metadata() || format.kit.is_dirty(bytes) {
+            // Two formats have a mark of an image that was not closed, which is a finding. Whatever else a crash leaves is none.
+            let dirty = format.kit.is_dirty(bytes);
+            if !format.kit.has_metadata() || (dirty && matches!(format.name, "qcow2" | "parallels")) {
                 continue;
             }
-            let mut corruptions = examine(device, format, bytes);
-            corruptions.retain(|text| !is_of_redundant_copies(text));
+            let corruptions = examine(device, format, bytes);
             assert!(
                 corruptions.is_empty() || was_corrupt(device, format, original),
                 "device {device}: {corruptions:?}"
             );
+            if dirty {
+                continue;
+            }
             self.seen += 1;
             if !self.seen.is_multiple_of(self.every) {
                 continue;
@@ -204,13 +208,6 @@ pub(super) fn again(
 fn was_corrupt(device: u32, format: &Format, bytes: &[u8]) -> bool {
     let repaired = |text: &String| format.kit.is_dirty(bytes) && (text.contains("refcount") || text.contains("COPIED"));
     !examine(device, format, bytes).iter().all(repaired)
-}
-
-/// Whether a finding is only that the two copies of a grain table of a vmdk differ. They are written one after the other without
-/// a flush between, and the first one counts: that they differ is part of what a power loss leaves, and the next commit writes
-/// both.
-fn is_of_redundant_copies(text: &str) -> bool {
-    text.starts_with("the second copy of grain table") && text.ends_with("differs from the first one")
 }
 
 /// What `instar check` finds corrupt in an image.

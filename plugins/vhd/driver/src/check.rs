@@ -25,23 +25,32 @@ impl Image {
         finding: &mut dyn FnMut(FindingKind, &str),
     ) -> DriverResult<CheckSummary> {
         let mut found = CheckSummary::default();
-        let mut corrupt = |text: &str| {
-            found.corruptions += 1;
-            finding(FindingKind::Corruption, text);
+        let mut tell = |kind, text: &str| {
+            match kind {
+                FindingKind::Corruption => found.corruptions += 1,
+                FindingKind::Leak => found.leaks += 1,
+            }
+            finding(kind, text);
         };
         if !self.footers.head {
-            corrupt("the copy of the footer in front of the file is damaged: only the one at the end is left");
+            let text = "the copy of the footer in front of the file is damaged: only the one at the end is left";
+            tell(FindingKind::Corruption, text);
         }
+        // What a crash leaves of the copies that do not count: a new block, or a new size, comes before the footer behind it,
+        // and the batmap before its checksum.
         match self.footers.tail {
             Some((_, true)) => {}
-            Some((_, false)) => {
-                corrupt("the footer at the end says another size, or another header, than its copy in front")
+            Some((_, false)) => tell(
+                FindingKind::Leak,
+                "redundancy: the footer at the end is out of date, and its copy in front counts",
+            ),
+            None => {
+                tell(FindingKind::Leak, "redundancy: the footer at the end is missing, and its copy in front counts")
             }
-            None => corrupt("the footer at the end of the file is missing: its copy in front is used"),
         }
         let mut told = 0;
         let surveyed = self.survey(io, &mut |offset, text| {
-            corrupt(&text);
+            tell(FindingKind::Corruption, &text);
             told += 1;
             // A table in a hole says nonsense of every block.
             if told < MOST {
@@ -51,24 +60,28 @@ impl Image {
             }
         });
         if told == MOST {
-            corrupt("there is more that is wrong with the block allocation table: the rest of it is not looked at");
+            let text = "there is more that is wrong with the block allocation table: the rest of it is not looked at";
+            tell(FindingKind::Corruption, text);
             return Ok(found);
         }
         let survey = surveyed?;
         if let Some(batmap) = &self.batmap {
             if !batmap.valid {
-                corrupt("the checksum of the batmap is wrong: the bitmaps of the blocks are used");
+                tell(
+                    FindingKind::Leak,
+                    "redundancy: the checksum of the batmap is wrong, and the bitmaps of the blocks count",
+                );
             }
             self.compare_batmap(io, &mut |_, text| {
-                corrupt(&text);
+                tell(FindingKind::Corruption, &text);
                 Ok(())
             })?;
         }
-        let leaks = self.unused(&survey);
-        if leaks > 0 {
-            finding(FindingKind::Leak, &format!("room for {leaks} blocks is used by none"));
+        let unused = self.unused(&survey);
+        if unused > 0 {
+            finding(FindingKind::Leak, &format!("room for {unused} blocks is used by none"));
         }
-        found.leaks = leaks;
+        found.leaks = found.leaks.saturating_add(unused);
         found.image_end_offset = survey.end.min(self.file_length);
         found.total_clusters = self.blocks();
         found.allocated_clusters = survey.held;

@@ -2,6 +2,7 @@
 //!
 //! The footer in front and the one at the end say the same; the batmap repeats what the bitmaps of the blocks say. Everything
 //! else is there once: of two things that contradict each other, nobody knows which is right, and nothing of it is changed.
+//! Where the copy that counts is whole, the other one is no damage, but what a crash of a commit leaves: it goes with the leaks.
 //! The order, and the crash that each step survives:
 //!
 //! 1. The footer in front, one sector, *then a flush*. The one at the end is whole: it counts until then.
@@ -57,24 +58,21 @@ impl Image {
         if self.unused(&survey) > 0 {
             finding(FindingKind::Leak, "room that no block uses goes when the image is copied, with `instar convert`");
         }
-        if !all {
-            return Ok(Default::default());
-        }
-        let mut mend = Mend { head: !self.footers.head, ..Mend::default() };
+        let mut mend = Mend { head: all && !self.footers.head, ..Mend::default() };
         mend.batmap = self.batmap.as_ref().is_some_and(|batmap| !batmap.valid);
         if self.footers.tail.is_none_or(|(_, same)| !same) {
             mend.tail = self.place_for_tail(survey.end).filter(|_| told == 0);
             if mend.tail.is_none() {
                 finding(
-                    FindingKind::Corruption,
+                    FindingKind::Leak,
                     "the footer at the end stays as it is: it would go over a block, or hide that the file is cut off",
                 );
             }
         }
-        let corruptions = [mend.head, mend.tail.is_some(), mend.batmap].into_iter().map(u64::from).sum();
+        let leaks = u64::from(mend.tail.is_some()) + u64::from(mend.batmap);
         let end = mend.tail.map_or(0, |tail| tail.saturating_add(FOOTER_BYTES as u64));
         let final_length = if end > self.file_length { end } else { 0 };
-        Ok((mend, RepairSummary { corruptions, leaks: 0, final_length }))
+        Ok((mend, RepairSummary { corruptions: mend.head.into(), leaks, final_length }))
     }
 
     /// Where the footer at the end goes: where it is, else in the file's last sector if no block reaches so far, else behind

@@ -28,18 +28,19 @@ type Damage = fn(&mut Vec<u8>);
 
 #[test]
 fn the_copy_that_is_right_is_written_over_the_other() {
-    let damages: [(Damage, u64); 5] = [
-        (|bytes| bytes[0] = 0, 1),
-        (|bytes| bytes[..512].fill(0x5a), 1),
+    let damages: [(Damage, u64, u64); 5] = [
+        (|bytes| bytes[0] = 0, 1, 0),
+        (|bytes| bytes[..512].fill(0x5a), 1, 0),
         (
             |bytes| {
                 let end = bytes.len() - 512;
                 bytes[end..].fill(0x5a);
             },
+            0,
             1,
         ),
         // A block overwrote it, and the file ends with that.
-        (|bytes| bytes.truncate(bytes.len() - 512), 1),
+        (|bytes| bytes.truncate(bytes.len() - 512), 0, 1),
         // The checksum of the batmap is wrong as well.
         (
             |bytes| {
@@ -47,20 +48,27 @@ fn the_copy_that_is_right_is_written_over_the_other() {
                 bytes[at] ^= 0x40;
                 bytes[0] = 0;
             },
-            2,
+            1,
+            1,
         ),
     ];
-    for (damage, corruptions) in damages {
+    for (damage, corruptions, leaks) in damages {
         let mut bytes = build(&Spec { batmap: true, ..spec() });
         let want = View::new(&bytes).content(&[1; SIZE]);
         damage(&mut bytes);
         let mended = verify_mended(&Kit, &bytes, Repair::All);
-        assert_eq!((mended.planned.corruptions, mended.after.corruptions), (corruptions, 0), "{:?}", mended.told);
+        assert_eq!((mended.before.corruptions, mended.before.leaks), (corruptions, leaks));
+        assert_eq!((mended.planned.corruptions, mended.planned.leaks), (corruptions, leaks), "{:?}", mended.told);
         assert!(whole(mended.bytes()));
         assert!(View::new(mended.bytes()).content(&[1; SIZE]) == want);
         verify_crashes(&Kit, &bytes, (Repair::All, crashes()), &is_worse);
         verify_failing_requests(&Kit, &bytes, Repair::All);
-        assert!(mend(&Kit, &bytes, Repair::Leaks).unwrap().io.log.is_empty());
+        // What a crash leaves goes with the leaks, and what is damaged stays.
+        let mended = verify_mended(&Kit, &bytes, Repair::Leaks);
+        assert_eq!((mended.planned.corruptions, mended.planned.leaks), (0, leaks), "{:?}", mended.told);
+        assert_eq!((mended.after.corruptions, mended.after.leaks), (corruptions, 0));
+        assert_eq!(whole(mended.bytes()), corruptions == 0);
+        verify_crashes(&Kit, &bytes, (Repair::Leaks, crashes()), &is_worse);
     }
 }
 
@@ -72,7 +80,7 @@ fn a_device_has_no_room_for_a_footer_but_its_last_sector() {
     let repair = |bytes: &[u8]| {
         let mut io = MemoryDevices::new([(DEVICE_OUTPUT, bytes.to_vec())]);
         let (planned, told) = repair_on(&Kit, &mut io, Repair::All, device_flags::FIXED_LENGTH).unwrap();
-        (planned.corruptions, told, io)
+        (planned.leaks, told, io)
     };
     let (mended, _, io) = repair(&bytes);
     assert!(mended == 1 && whole(&io.files[&DEVICE_OUTPUT]));

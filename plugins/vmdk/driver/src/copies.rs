@@ -2,8 +2,11 @@
 //!
 //! QEMU reads and writes the first directory's, and writes the second's after that; VMware says of the second only that it is
 //! redundant. So the first copy counts, but for an entry that cannot be right, because it names a place past the end of the
-//! file: there, the second one counts if it can be. Two entries that both can be right, and differ, have no right answer,
-//! unless the second one is 0: that is what a crash between the two writes leaves.
+//! file: there, the second one counts if it can be. Two entries that name different grains of the file have no right answer.
+//!
+//! A commit, QEMU's too, writes both copies with no flush between them. So a power loss leaves entries of which either copy,
+//! but not both, names a grain: a new one, which the overlay still has, or one of an overlay that was being emptied. Such a
+//! second copy is out of date, and no damage.
 
 use crate::image::Image;
 use crate::tables::{tables_at_once, Table};
@@ -25,6 +28,18 @@ pub struct Merged {
     pub second: Vec<u32>,
     /// Entries that have no right answer; both copies keep theirs.
     pub unclear: usize,
+}
+
+impl Merged {
+    /// Whether the first copy stays as it is and only the second one is out of date, as a crash leaves it.
+    pub fn keeps_first(&self, pair: &Pair) -> bool {
+        self.unclear == 0 && self.first == pair.first
+    }
+
+    /// Whether this is another pair.
+    pub fn changes(&self, pair: &Pair) -> bool {
+        self.first != pair.first || self.second != pair.second
+    }
 }
 
 /// What is done with a pair.
@@ -74,6 +89,7 @@ impl Image {
 
     /// What both copies together say.
     pub fn merged(&self, pair: &Pair) -> Merged {
+        let names_grain = |entry: u32| self.layout.grain_of(entry).offset().is_some();
         let lies_inside =
             |entry: u32| self.layout.grain_of(entry).offset().is_none_or(|offset| offset < self.file_length);
         let mut merged = Merged { first: pair.first.clone(), second: pair.second.clone(), unclear: 0 };
@@ -81,7 +97,7 @@ impl Image {
         {
             match (lies_inside(*first), lies_inside(*second)) {
                 (true, false) => *second = *first,
-                (true, true) if *second == 0 => *second = *first,
+                (true, true) if !names_grain(*first) || !names_grain(*second) => *second = *first,
                 (false, true) if *second != 0 => *first = *second,
                 _ => merged.unclear += 1,
             }

@@ -167,11 +167,13 @@ impl Source for VmdkSource {
         for part in &mut self.parts {
             match &mut part.body {
                 Body::Sparse(SparseSource { image, .. }) => {
-                    let (_, wrong) = tell_findings(finding, REST, |wrong| {
-                        image.survey(io, wrong)?;
-                        image.compare_copies(io, wrong)
-                    })?;
+                    let (surveyed, wrong) = tell_findings(finding, REST, |wrong| image.survey(io, wrong))?;
                     found.corruptions += wrong;
+                    if surveyed.is_some() {
+                        let (corruptions, leaks) = image.compare_copies(io, finding)?;
+                        found.corruptions += corruptions;
+                        found.leaks += leaks;
+                    }
                 }
                 Body::SeSparse(sparse) => match sparse.verify(io) {
                     Err(error) if error.code == ErrorCode::OverlayCorrupt => {
@@ -199,6 +201,7 @@ impl Source for VmdkSource {
                 Body::Sparse(sparse) => {
                     let (mend, planned) = sparse.image.plan_repair(io, repair, finding)?;
                     all.corruptions += planned.corruptions;
+                    all.leaks += planned.leaks;
                     mend
                 }
                 Body::SeSparse(sparse) => {

@@ -4,7 +4,7 @@
 use instar_guest_sdk::abi::Repair;
 use instar_guest_sdk::random::Random;
 use instar_testkit::crashes;
-use instar_testkit::mended::{check, mend, verify_crashes, verify_damaged, verify_failing_requests, verify_mended};
+use instar_testkit::mended::{check, verify_crashes, verify_damaged, verify_failing_requests, verify_mended};
 use instar_testkit::ImageKit;
 use instar_vmdk_testkit::{build, le32, le64, put32, Kit, Spec, State, View, GRAIN};
 
@@ -27,12 +27,26 @@ fn is_worse(was: &[u8], is: &[u8]) -> bool {
 
 type Damage = fn(&mut Vec<u8>);
 
-const DAMAGES: [(Damage, u64); 6] = [
-    // A crash between the two writes.
-    (|bytes| put_entry(bytes, 1, 3, 0), 1),
-    (|bytes| put_entry(bytes, 1, 700, 1 << 30), 1),
+/// What is done to an image, and how many corruptions and leaks of that are mended.
+const DAMAGES: [(Damage, u64, u64); 7] = [
+    // A crash between the two writes, in either order: the first copy counts.
+    (|bytes| put_entry(bytes, 1, 3, 0), 0, 1),
+    (
+        |bytes| {
+            for (grain, was) in [(4, 0), (5, 1)] {
+                let behind = bytes.len() / 512;
+                bytes.resize(bytes.len() + GRAIN, 0x33);
+                put_entry(bytes, 1, grain, behind);
+                assert_eq!(le32(bytes, entry(bytes, 0, grain)), was);
+            }
+        },
+        0,
+        1,
+    ),
+    // The second copy is damaged.
+    (|bytes| put_entry(bytes, 1, 700, 1 << 30), 0, 1),
     // The first copy is damaged, and the second one is not.
-    (|bytes| put_entry(bytes, 0, 3, 1 << 30), 1),
+    (|bytes| put_entry(bytes, 0, 3, 1 << 30), 1, 0),
     (
         |bytes| {
             for grain in 512..1024 {
@@ -41,8 +55,9 @@ const DAMAGES: [(Damage, u64); 6] = [
         },
         // Not all of them are there in the second copy.
         0,
+        0,
     ),
-    (|bytes| bytes[72] = 1, 1),
+    (|bytes| bytes[72] = 1, 1, 0),
     (
         |bytes| {
             bytes[72] = 1;
@@ -50,7 +65,8 @@ const DAMAGES: [(Damage, u64); 6] = [
             put_entry(bytes, 1, 1, 0xffff_ffff);
             put_entry(bytes, 1, 1024, 0);
         },
-        3,
+        2,
+        1,
     ),
 ];
 
@@ -61,14 +77,15 @@ fn put_entry(bytes: &mut [u8], copy: usize, grain: usize, value: usize) {
 
 #[test]
 fn what_one_copy_says_is_written_into_the_other() {
-    for (damage, corruptions) in DAMAGES {
+    for (damage, corruptions, leaks) in DAMAGES {
         let mut bytes = build(&spec());
         let want = bytes.clone();
         damage(&mut bytes);
+        let want = [&want, bytes.get(want.len()..).unwrap_or_default()].concat();
         let mended = verify_mended(&Kit, &bytes, Repair::All);
-        assert_eq!(mended.planned.corruptions, corruptions, "{:?}", mended.told);
-        assert_ne!(mended.before.corruptions, 0);
-        if corruptions > 0 {
+        assert_eq!((mended.planned.corruptions, mended.planned.leaks), (corruptions, leaks), "{:?}", mended.told);
+        assert_ne!((mended.before.corruptions, mended.before.leaks), (0, 0));
+        if (corruptions, leaks) != (0, 0) {
             assert!(
                 mended.told.is_empty() && mended.after.corruptions == 0 && mended.bytes() == want,
                 "{:?}",
@@ -77,7 +94,11 @@ fn what_one_copy_says_is_written_into_the_other() {
         }
         verify_crashes(&Kit, &bytes, (Repair::All, crashes()), &is_worse);
         verify_failing_requests(&Kit, &bytes, Repair::All);
-        assert!(mend(&Kit, &bytes, Repair::Leaks).unwrap().io.log.is_empty());
+        // What a crash leaves goes with the leaks, and what is damaged stays.
+        let mended = verify_mended(&Kit, &bytes, Repair::Leaks);
+        assert_eq!((mended.planned.corruptions, mended.planned.leaks), (0, leaks));
+        assert_eq!((mended.after.corruptions, mended.after.leaks), (mended.before.corruptions, 0));
+        verify_crashes(&Kit, &bytes, (Repair::Leaks, crashes()), &is_worse);
     }
 }
 
@@ -85,9 +106,9 @@ fn what_one_copy_says_is_written_into_the_other() {
 fn what_has_no_right_answer_is_told_and_stays() {
     let mut bytes = build(&spec());
     let other = le32(&bytes, entry(&bytes, 0, 512));
-    // Both can be right: the second copy names the place of another grain, or one of which the first says nothing.
+    // Both can be right: the second copy names the places of other grains.
+    put_entry(&mut bytes, 1, 1, other);
     put_entry(&mut bytes, 1, 3, other);
-    put_entry(&mut bytes, 1, 4, other);
     bytes[72] = 1;
     let mended = verify_mended(&Kit, &bytes, Repair::All);
     assert!(mended.io.log.is_empty(), "{:?}", mended.planned);
@@ -96,7 +117,7 @@ fn what_has_no_right_answer_is_told_and_stays() {
     // Another table is mended nevertheless.
     put_entry(&mut bytes, 1, 700, 0);
     let mended = verify_mended(&Kit, &bytes, Repair::All);
-    assert_eq!((mended.planned.corruptions, mended.after.corruptions), (1, 2));
+    assert_eq!((mended.planned.corruptions, mended.planned.leaks, mended.after.corruptions), (0, 1, 2));
 
     // Where a grain is lost, nothing is written.
     let mut bytes = build(&spec());
