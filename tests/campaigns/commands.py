@@ -127,18 +127,24 @@ def resize_shrinks_alone(directory):
     return case("an image that shrinks", directory, ["resize", "--shrink", "IMAGE", str(MIB + 512)])
 
 
+#: What was reserved behind the end of the file, and is not needed, is given back by the last call.
+GIVES_BACK = frozenset({"ftruncate"})
+
+
 def resize_fills(directory):
     """Zeroes take their space."""
     create(directory / "top", MIB)
     scribble(directory / "top", 41, "qcow2", MIB)
-    return case("an image that grows and takes its space", directory, ["resize", "--preallocation=full", "IMAGE", "3M"])
+    return case("an image that grows and takes its space", directory, ["resize", "--preallocation=full", "IMAGE", "3M"],
+                hints=GIVES_BACK)
 
 
 def resize_reserves(directory):
     """The file system keeps the space of the new clusters."""
     create(directory / "top", MIB)
     scribble(directory / "top", 41, "qcow2", MIB)
-    return case("an image that grows and has space reserved", directory, ["resize", "--preallocation=falloc", "IMAGE", "3M"])
+    return case("an image that grows and has space reserved", directory, ["resize", "--preallocation=falloc", "IMAGE", "3M"],
+                hints=GIVES_BACK)
 
 
 def resize_of(directory, fmt, *sizes, **options):
@@ -226,12 +232,6 @@ def repair_vdi(directory):
     return repair_mark(directory, "vdi", 55, 388, 7)
 
 
-# --- commits with more than that ------------------------------------------------------------------
-
-
-def relink(directory):
-    """Two children, by name and by directory."""
-    create(directory / "base", MIB, fmt="raw")
 def repair_vmdk(directory):
     """Second copies of grain tables of which a power loss left the entries of before, and the mark of an open extent."""
     image = directory / "top"
@@ -253,6 +253,12 @@ def repair_vmdk(directory):
                      words=["check", "-r", "all", "IMAGE"], undamaged=undamaged)
 
 
+# --- commits with more than that ------------------------------------------------------------------
+
+
+def relink(directory):
+    """Two children, by name and by directory."""
+    create(directory / "base", MIB, fmt="raw")
     qemu_io(directory / "base", "write -P 1 0 512k", fmt="raw")
     create(directory / "mid", MIB, backing="base", backing_fmt="raw", cwd=directory)
     qemu_io(directory / "mid", "write -P 2 64k 128k")
