@@ -127,18 +127,24 @@ def resize_shrinks_alone(directory):
     return case("an image that shrinks", directory, ["resize", "--shrink", "IMAGE", str(MIB + 512)])
 
 
+#: What was reserved behind the end of the file, and is not needed, is given back by the last call.
+GIVES_BACK = frozenset({"ftruncate"})
+
+
 def resize_fills(directory):
     """Zeroes take their space."""
     create(directory / "top", MIB)
     scribble(directory / "top", 41, "qcow2", MIB)
-    return case("an image that grows and takes its space", directory, ["resize", "--preallocation=full", "IMAGE", "3M"])
+    return case("an image that grows and takes its space", directory, ["resize", "--preallocation=full", "IMAGE", "3M"],
+                hints=GIVES_BACK)
 
 
 def resize_reserves(directory):
     """The file system keeps the space of the new clusters."""
     create(directory / "top", MIB)
     scribble(directory / "top", 41, "qcow2", MIB)
-    return case("an image that grows and has space reserved", directory, ["resize", "--preallocation=falloc", "IMAGE", "3M"])
+    return case("an image that grows and has space reserved", directory, ["resize", "--preallocation=falloc", "IMAGE", "3M"],
+                hints=GIVES_BACK)
 
 
 def resize_of(directory, fmt, *sizes, **options):
@@ -224,6 +230,27 @@ def repair_parallels(directory):
 
 def repair_vdi(directory):
     return repair_mark(directory, "vdi", 55, 388, 7)
+
+
+def repair_vmdk(directory):
+    """Second copies of grain tables of which a power loss left the entries of before, and the mark of an open extent."""
+    image = directory / "top"
+    create(image, 70 * MIB, fmt="vmdk")
+    scribble(image, 56, "vmdk", 4 * MIB)
+    qemu_io(image, "write -P 57 40M 1M", fmt="vmdk")
+    undamaged, whole = digest(image), image.read_bytes()
+    number = lambda at, size: int.from_bytes(whole[at:at + size], "little")  # noqa: E731
+    damaged = bytearray(whole)
+    damaged[72] = 1
+    for index in range(3):
+        first, second = (number(number(copy, 8) * 512 + index * 4, 4) * 512 for copy in (56, 48))
+        assert first != second and whole[first:first + 2048] == whole[second:second + 2048]
+        # Of one that names no grain, the second copy names one that never came.
+        damaged[second:second + 64] = bytes(64) if any(whole[first:first + 64]) else b"\1\0\0\0" * 16
+    assert damaged != whole
+    image.write_bytes(damaged)
+    return Repairing("check -r all of a vmdk", directory, "top", "top", top_fmt="vmdk",
+                     words=["check", "-r", "all", "IMAGE"], undamaged=undamaged)
 
 
 # --- commits with more than that ------------------------------------------------------------------

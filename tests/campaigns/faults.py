@@ -59,6 +59,8 @@ class Case:
     # Other commands, one of which an operator may run after one that was interrupted. `IMAGE` stands for the path of the image,
     # `BASE` for that of the base.
     sequels: list[list[str]] = field(default_factory=list)
+    # Further calls without whose answer the program goes on.
+    hints: frozenset = frozenset()
     # The overlay is removed at the end.
     deleted: bool = False
 
@@ -151,7 +153,7 @@ class Case:
         elif fault == "KILL":
             self.hold(result.rc == 137, "it was not killed", result)
         elif result.rc == 0:
-            self.hold(call in HINTS | {"fstat", "fcntl", "pread64"}, f"{fault} of {call} is not noticed", result)
+            self.hold(call in HINTS | self.hints | {"fstat", "fcntl", "pread64"}, f"{fault} of {call} is not noticed", result)
         else:
             # What becomes stale is told before the first change, and so before a fault in it.
             lines = [line for line in lines if ": warning: " not in line]

@@ -54,3 +54,37 @@ def test_scattered_data_on_a_huge_disk(pair, cluster):
     free = [place for place in rng.sample(range(size // cluster), 400) if place not in set(places)]
     support.qemu_io(pair.base, "read -P 1 5G 1M", *(f"read -P 0 {place * cluster} {cluster}" for place in free))
     print(f"{peak / MIB:.0f} MiB were resident")
+
+
+#: The commands on one image: `FMT` stands for its format, `IMAGE` for its name.
+COMMANDS = {
+    "info": ["info", "-f", "FMT", "IMAGE"],
+    "map": ["map", "-f", "FMT", "IMAGE"],
+    "check": ["check", "-f", "FMT", "IMAGE"],
+    "measure": ["measure", "-O", "qcow2", "-f", "FMT", "IMAGE"],
+    "convert": ["convert", "-f", "FMT", "-O", "qcow2", "IMAGE", "copy"],
+    "compare": ["compare", "-f", "FMT", "-F", "qcow2", "IMAGE", "copy"],
+    "rebase": ["rebase", "-b", "", "top"],
+    "resize": ["resize", "-f", "FMT", "IMAGE", "+512M"],
+}
+
+
+@pytest.mark.parametrize("fmt", ["qcow2", "vhdx", "vdi", "vmdk"])
+def test_every_command_on_a_huge_disk(fmt, tmp_path):
+    """As large as the format allows, with data at 200 places."""
+    size = 2 * TIB - 1024 * MIB if fmt == "vmdk" else 16 * TIB
+    done = support.run_instar("create", "-f", fmt, "image", str(size), cwd=tmp_path)
+    assert done.rc == 0, str(done)
+    rng = random.Random(17)
+    places = [rng.randrange(size // MIB) * MIB for _ in range(200)]
+    support.qemu_io(tmp_path / "image", *(f"write -P {number + 1} {place} 64k" for number, place in enumerate(places[:100])), fmt=fmt)
+    support.create(tmp_path / "top", backing="image", backing_fmt=fmt, cwd=tmp_path)
+    support.qemu_io(tmp_path / "top", *(f"write -P {number + 1} {place} 64k" for number, place in enumerate(places[100:])))
+    for name, words in COMMANDS.items():
+        peak = peak_memory(*({"FMT": fmt, "IMAGE": "image"}.get(word, word) for word in words), cwd=tmp_path)
+        assert peak < LIMIT, f"{name}: {peak // MIB} MiB were resident"
+    # What had to be small is what had to be right, too.
+    written = [f"read -P {number + 1} {place} 64k" for number, place in enumerate(places[:100])]
+    support.qemu_io(tmp_path / "copy", *written)
+    support.qemu_io(tmp_path / "image", *written, fmt=fmt)
+    support.qemu_io(tmp_path / "top", *written, *(f"read -P {number + 1} {place} 64k" for number, place in enumerate(places[100:])))

@@ -321,6 +321,16 @@ def test_what_is_refused_leaves_every_file_as_it_is(tmp_path):
     stream = tmp_path / "stream.vmdk"
     support.create(stream, 4 * MIB, fmt="vmdk", subformat="streamOptimized")
     refused(stream, "8M", words=["a streamOptimized vmdk does not grow", "nothing was changed"], status=1, fmt="vmdk")
+    # What the refusal says is tried.
+    support.qemu_io(stream, "write -P 1 0 64k", fmt="vmdk")
+    sparse, again = tmp_path / "sparse.vmdk", tmp_path / "again.vmdk"
+    for words in (["convert", "-O", "vmdk", stream, sparse], ["resize", sparse, "8M"],
+                  ["convert", "-O", "vmdk", "-o", "subformat=streamOptimized", sparse, again]):
+        done = support.run_instar(*words)
+        assert done.rc == 0, str(done)
+    assert support.virtual_size(again, "vmdk") == 8 * MIB
+    # QEMU compares what is longer with zeroes.
+    support.qemu_img("compare", "-f", "vmdk", "-F", "vmdk", stream, again)
     support.qemu_img("bitmap", "--add", image, "b")
     refused(image, "--shrink", "512k", words=["persistent bitmaps", "qemu-img bitmap --remove"], status=1)
     # The advice works.

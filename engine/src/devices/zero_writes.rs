@@ -1,6 +1,7 @@
-//! Zeroes that are written only so that they have their place in an image: what becomes of their space in the file.
+//! Space in the file: what becomes of that of zeroes which are written only so that they have their place in an image, and
+//! what is reserved before the first change, so that a disk cannot run full in the middle.
 
-use super::{retry, zero, Device};
+use super::{retry, zero, Device, Devices};
 use rustix::fs::FallocateFlags;
 use std::io;
 
@@ -46,5 +47,33 @@ impl Device {
             Err(error) if zero::is_refusal(&error) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+}
+
+impl Devices {
+    /// Have the file system reserve the next `bytes` bytes behind the end of a device's file, which stays as long as it is and
+    /// reads as before. Without effect on a block device, and where the file system cannot reserve any or fails to.
+    ///
+    /// # Errors
+    /// There is not so much space: `ENOSPC`, `EDQUOT`. A part may be reserved then, which
+    /// [`release_behind`](Self::release_behind) gives back.
+    pub fn reserve_behind(&self, number: u32, bytes: u64) -> io::Result<()> {
+        let Some(device) = self.device(number).filter(|device| !device.fixed_length && bytes > 0) else {
+            return Ok(());
+        };
+        let Ok(end) = device.file.metadata().map(|found| found.len()) else { return Ok(()) };
+        match retry(|| rustix::fs::fallocate(&device.file, FallocateFlags::KEEP_SIZE, end, bytes)) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => Err(error),
+            // The writes will say whether they fail.
+            _ => Ok(()),
+        }
+    }
+
+    /// Give back what is reserved behind the end of a device's file. That it fails is no matter: the space goes with the next
+    /// change of the length.
+    pub fn release_behind(&self, number: u32) {
+        let Some(device) = self.device(number).filter(|device| !device.fixed_length) else { return };
+        // A file that is cut where it ends gives back what is behind that (ext4, XFS, btrfs, tmpfs); a hole there does not.
+        let _ = device.file.metadata().and_then(|found| device.file.set_len(found.len()));
     }
 }

@@ -1,9 +1,11 @@
 //! The host's answers to the guest of a resize: it checks the plan, the phases, and the end.
 
+use crate::bytes::Bytes;
 use crate::devices::Devices;
+use crate::operation::GuestFailure;
 use crate::operation::{decode, enter_planned, Events, Meter, Needs, Room};
 use crate::sandbox::BadRequest;
-use instar_guest_abi::Phase;
+use instar_guest_abi::{ErrorCode, Phase};
 use instar_guest_protocol::resize::{Outcome, Plan};
 
 /// The reports of a resize's guest, and its permissions.
@@ -25,6 +27,10 @@ pub struct ResizeEvents {
     pub(super) room: Room,
     /// Minimum of bytes that it takes of the file, in a format without clusters.
     pub(super) least: u64,
+    /// The device whose file gets the new part of the disk, if that takes space, and the present length of all files, in bytes.
+    pub(super) reserves: Option<(u32, u64)>,
+    /// Why the file system did not reserve that space.
+    pub(super) unreserved: Option<GuestFailure>,
     /// Whether nothing may change.
     pub dry_run: bool,
 }
@@ -60,6 +66,22 @@ impl ResizeEvents {
         Ok(())
     }
 
+    /// Have the file system reserve what the plan may need, before the first change: a disk that runs full later would leave
+    /// an image of the new size that was not closed. The length of the file, and all of its bytes, stay as they are.
+    fn reserve(&mut self, devices: &Devices) -> Result<(), BadRequest> {
+        let (Some((device, length)), Some(plan)) = (self.reserves, &self.plan) else { return Ok(()) };
+        let bytes = plan.final_length.saturating_sub(length);
+        devices.reserve_behind(device, bytes).map_err(|error| {
+            let text = format!("what is new of the disk needs {} more of the file system", Bytes(bytes));
+            self.unreserved = Some(GuestFailure {
+                device: Some(device),
+                errno: error.raw_os_error().unwrap_or(0).unsigned_abs(),
+                ..GuestFailure::ended(ErrorCode::NoSpace, text)
+            });
+            BadRequest("the space is not there".to_owned())
+        })
+    }
+
     /// The phase in which the guest has to end.
     fn last_phase(&self) -> Phase {
         if self.dry_run || self.sizes.0 == self.sizes.1 {
@@ -80,7 +102,8 @@ impl Events for ResizeEvents {
     }
 
     fn enter(&mut self, devices: &mut Devices, phase: Phase) -> Result<(), BadRequest> {
-        enter_planned(devices, phase, self.plan.as_ref(), self.last_phase())
+        enter_planned(devices, phase, self.plan.as_ref(), self.last_phase())?;
+        self.reserve(devices)
     }
 
     /// Accept a success only if it equals the plan, and the devices confirm it.

@@ -29,6 +29,8 @@ pub(super) struct Resize<'q> {
     /// The present and the requested virtual size in bytes.
     sizes: (u64, u64),
     has_backing: bool,
+    /// The present length in bytes of all the image's files together.
+    length: u64,
     /// What is known of the file system's space, and whether the format has no clusters.
     space: (Option<Space>, bool),
     warnings: Vec<String>,
@@ -42,6 +44,7 @@ impl<'q> Resize<'q> {
             format: String::new(),
             sizes: (0, 0),
             has_backing: false,
+            length: 0,
             space: (None, false),
             warnings: Vec::new(),
         }
@@ -55,6 +58,11 @@ impl<'q> Resize<'q> {
     /// Whether the new part of the disk is preallocated.
     fn preallocates(&self) -> bool {
         self.request.preallocation != Preallocation::Off
+    }
+
+    /// Whether the new part of the disk takes space: tables alone take little, and what of a file is zero may take nothing.
+    fn takes_space(&self) -> bool {
+        matches!(self.request.preallocation, Preallocation::Falloc | Preallocation::Full)
     }
 
     /// Refuse the requested size, before anything else is opened.
@@ -167,10 +175,9 @@ impl Operation for Resize<'_> {
         let Some(image) = &images.target else { return Ok(Grants::default()) };
         let parent = images.of_role(|role| role == MemberRole::Below).next().map(|parent| &parent.facts);
         let grants = admit(image, parent, self.sizes, self.preallocates(), &mut self.warnings)?;
-        // Tables alone take little, and what of a file is zero may take nothing.
-        let takes_space = matches!(self.request.preallocation, Preallocation::Falloc | Preallocation::Full);
+        self.length = image.facts.file_length;
         let space = Space::for_data(image, self.sizes.1.saturating_sub(self.sizes.0));
-        self.space = (space.filter(|_| takes_space), image.facts.cluster_size <= 1);
+        self.space = (space.filter(|_| self.takes_space()), image.facts.cluster_size <= 1);
         let below: Vec<&ChainImage<'_>> = images.of_role(|role| role == MemberRole::Below).collect();
         ask_below(&below, &mut self.warnings)?;
         for warning in &self.warnings {
@@ -196,7 +203,9 @@ impl Operation for Resize<'_> {
         let (meter, dry_run, room) = (Some(meter), self.request.dry_run, Room::of(self.space.0));
         let least = if self.space.1 { filled } else { 0 };
         let sizes = self.sizes;
-        Ok(ResizeEvents { sizes, longest, dry_run, meter, filled, room, least, ..ResizeEvents::default() })
+        // A disk grows at its end, which lies in the last of several files.
+        let reserves = paths.target().last().filter(|_| self.takes_space()).map(|number| (number, self.length));
+        Ok(ResizeEvents { reserves, sizes, longest, dry_run, meter, filled, room, least, ..ResizeEvents::default() })
     }
 
     fn finish(self, ended: Ended<ResizeEvents>) -> Result<ResizeOutcome, Error> {
@@ -214,7 +223,11 @@ impl Operation for Resize<'_> {
         } else {
             "nothing was changed".to_owned()
         };
+        if let Some((device, _)) = ended.events.reserves {
+            ended.devices.release_behind(device);
+        }
         let end = ended.events.room.judge("what is new of the disk", ended.end);
+        let end = ended.events.unreserved.map_or(end, Err);
         end.map_err(|failure| failure.error(&ended.paths, Some(&state)))?;
         ended.events.meter.iter().for_each(Meter::done);
         Ok(ResizeOutcome {

@@ -39,7 +39,8 @@ impl SparseSink {
         }
         if old.compressed || self.image.footer {
             return Err(refused(
-                "a streamOptimized vmdk does not grow, for it is written once: convert it to another kind, and resize that",
+                "a streamOptimized vmdk does not grow, for it is written once: convert it with -O vmdk, resize that image, and \
+                 convert the result with -O vmdk -o subformat=streamOptimized",
             ));
         }
         let capacity = size / SECTOR;
