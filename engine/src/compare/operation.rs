@@ -37,6 +37,10 @@ impl Operation for Compare<'_> {
         super::MODULE
     }
 
+    fn reads_below(&self) -> bool {
+        true
+    }
+
     fn settings(&self) -> &Settings {
         &self.request.settings
     }

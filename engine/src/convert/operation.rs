@@ -202,6 +202,10 @@ impl Operation for Convert<'_> {
         self.request.processors.unwrap_or(usize::MAX)
     }
 
+    fn reads_below(&self) -> bool {
+        true
+    }
+
     fn settings(&self) -> &Settings {
         &self.request.settings
     }

@@ -12,7 +12,7 @@ use crate::confine::Reach;
 use crate::error::{reason, Error};
 use crate::lookup::{is_trusted, walk, Directory, Identity};
 use instar_guest_abi::ErrorCode;
-use rustix::fs::{openat, Dir, FileType, Mode, OFlags};
+use rustix::fs::{openat, statat, AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 
 /// Entries of a directory that are looked at for links to devices, at most.
 const MAX_ENTRIES: usize = 1 << 16;
+/// Entries of a directory that are looked at for a large file, at most.
+const MAX_FILES: usize = 256;
 
 /// A block device, and where it is.
 #[derive(Clone, Debug)]
@@ -152,6 +154,21 @@ impl Roots {
         self.devices.iter().any(|known| known.identity == device)
     }
 
+    /// Whether a plain file in one of them takes `bytes` of its file system, as far as a short look says: it is one that an image
+    /// may name. Nothing is opened or read.
+    pub(crate) fn hold_file_of(&self, bytes: u64) -> bool {
+        self.directories.iter().any(|directory| {
+            let entries = list(directory).into_iter().flatten().flatten().take(MAX_FILES);
+            let names = entries.filter(|entry| matches!(entry.file_type(), FileType::RegularFile | FileType::Unknown));
+            let mut stats =
+                names.filter_map(|entry| statat(directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW).ok());
+            stats.any(|stat| {
+                let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+                regular && u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512) >= bytes
+            })
+        })
+    }
+
     /// Return the files in them that may be opened, for the kernel to enforce.
     #[must_use]
     pub fn reach(&self, access: Access) -> Reach<'_> {
@@ -174,12 +191,16 @@ fn is_for_devices(directory: &Directory) -> bool {
     of.is_ok() && of == rustix::fs::stat("/dev").map(device)
 }
 
+/// The entries of a directory, if they may be read.
+fn list(directory: &Directory) -> Option<Dir> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(directory, ".", flags, Mode::empty()).and_then(Dir::new).ok()
+}
+
 /// The block devices to which links in a directory lead, where only root and the caller can have made them.
 fn linked_devices(directory: &Directory, top: &Directory) -> Vec<Device> {
     let mut devices: Vec<Device> = Vec::new();
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let listed = openat(directory, ".", flags, Mode::empty()).and_then(Dir::new);
-    let Ok(entries) = listed else { return devices };
+    let Some(entries) = list(directory) else { return devices };
     if !is_trusted(directory) {
         return devices;
     }

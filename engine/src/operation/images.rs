@@ -64,12 +64,12 @@ impl Named {
         std::iter::once(&self.image).chain(&self.base).chain(&self.second).chain(&self.others).chain(&self.children)
     }
 
-    /// Whether there is so much in one of these files that more processors help by more than it takes to start them. Of an image
-    /// in several files, the one that is named may say nothing of it.
+    /// The size in bytes from which on more processors help by more than it takes to start them.
+    pub(super) const LARGE: u64 = 32 << 20;
+
+    /// Whether one of these files takes that much space. Of an image in several files, the one that is named may say nothing of it.
     pub(super) fn is_large(&self) -> bool {
-        /// Bytes that a file takes.
-        const MUCH: u64 = 32 << 20;
-        self.files().any(|file| file.is_block_device() || file.allocated().is_some_and(|bytes| bytes >= MUCH))
+        self.files().any(|file| file.is_block_device() || file.allocated().is_some_and(|bytes| bytes >= Self::LARGE))
     }
 
     /// What can be opened of the children and in the directories in which they are looked for: their other files lie beside

@@ -147,6 +147,11 @@ pub trait Operation {
         usize::MAX
     }
 
+    /// Whether it reads what is below the images that the operator names: a large file beside them may be a part of that.
+    fn reads_below(&self) -> bool {
+        false
+    }
+
     /// Get what the process cannot get any more once it is confined. Nothing was read of an image.
     fn acquire(&mut self, named: &Named, registry: &Registry) {
         let _ = (named, registry);
@@ -247,7 +252,12 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     session.note_plugins(&registry);
     Error::if_refused(&registry)?;
     timing.mark("plugins loaded");
-    let processors = if named.is_large() { operation.most_processors() } else { 1 };
+    let most = operation.most_processors();
+    let is_large = || {
+        let mut below = of_second.iter().chain(&of_others).chain([&with_base]).filter(|_| operation.reads_below());
+        named.is_large() || below.any(|roots| roots.hold_file_of(Named::LARGE))
+    };
+    let processors = if most > 1 && is_large() { most } else { 1 };
     let ready = sandbox.acquire_telling(workers(processors), &mut |why| session.note(|| why));
     let needs = session.needs(ready.as_ref().map(|ready| ready.needs()).unwrap_or_default());
     let sandbox = ready.as_ref().map_or_else(|_| sandbox.name(), |ready| ready.name());

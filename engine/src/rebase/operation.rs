@@ -139,6 +139,10 @@ impl Operation for Rebase<'_> {
         (Work::OpenToCommit, Work::Commit)
     }
 
+    fn reads_below(&self) -> bool {
+        true
+    }
+
     fn settings(&self) -> &Settings {
         &self.request.settings
     }
