@@ -92,7 +92,8 @@ fn streams_far_from_each_other_are_read_alone_and_together() {
     for index in 0..64 {
         assert_eq!(image.take(index).unwrap(), Some(byte(index)));
     }
-    assert_eq!((image.io.executed(), image.io.bytes_read), (16 + image.io.submits - 1, 64 * STREAM));
+    assert_eq!((image.io.executed(), image.io.bytes_read), (16, 64 * STREAM));
+    assert!(image.io.submits < 8, "{} batches", image.io.submits);
 }
 
 #[test]
