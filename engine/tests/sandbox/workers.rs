@@ -80,7 +80,8 @@ on_both! {
             let error = ended(on, scenario);
             assert_eq!(error.code(), ErrorCode::GuestStalled, "{scenario:?}: {error}");
             assert!(error.to_string().contains(place), "{scenario:?}: {error}");
-            assert!(start.elapsed() < Duration::from_secs(60), "{scenario:?}: {:?}", start.elapsed());
+            // Two seconds of processor time, of which a flood in a process gets little where others want the processors as well.
+            assert!(start.elapsed() < Duration::from_secs(300), "{scenario:?}: {:?}", start.elapsed());
         }
     }
 }
