@@ -8,7 +8,7 @@
 //!
 //! The log is of the bytes that the commit changed. Somebody may have restored the file since, in place, and the old bytes would
 //! damage that: so a file that was written long after the commit was alive, or that differs where the commit changed nothing, is
-//! refused unless the operator insists. So is one whose overlay is [not what it was](committed): another commit may have emptied it.
+//! refused unless the operator insists. So is one whose overlay has changed (`committed.rs`): another commit may have emptied it.
 //!
 //! The order, and the crash that each step survives: the file is written back and flushed, the log is cut to nothing and flushed,
 //! and then removed. Before the cut, the log undoes everything once more; after it, nothing.

@@ -22,7 +22,7 @@ use abi_stable::StableAbi;
 /// Name of this interface in the library header of a plugin.
 pub const INTERFACE_NAME: &str = "instar-plugin-v1";
 
-/// Description of a plugin: the constants of [`FormatPlugin`](crate::FormatPlugin).
+/// Description of a plugin: the constants of [`FormatPlugin`].
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct PluginManifest {

@@ -5,9 +5,9 @@
 //! those of before, and while the host writes these. There are two batches: the one that clusters are taken from, and the one
 //! that is being decoded.
 //!
-//! Nothing here decides what a cluster holds. One that was not decoded, whatever the reason, is left to its driver, which reads
-//! and decodes it alone and has the error to tell: a damaged cluster is an error only for who asks for it. And nothing depends on how many processors there are: one processor asks for
-//! the same streams, and decodes a cluster when it is taken.
+//! Nothing here decides what a cluster holds. A cluster that was not decoded, whatever the reason, is left to its driver, which
+//! reads and decodes it alone and tells the error: a damaged cluster is an error only for a reader that asks for it. Nothing
+//! depends on the number of processors: a single one asks for the same streams, and decodes a cluster when it is taken.
 
 use crate::abi::Request;
 use crate::background::Background;
@@ -28,7 +28,7 @@ const MOST: usize = 2 << 20;
 const LEAST_CLUSTERS: usize = 4;
 /// … as far as they take no more bytes than this.
 const MOST_OF_LARGE: usize = 4 << 20;
-/// A batch is begun while as much of the heap is free: images share it, with whoever writes.
+/// Bytes of the heap that have to be free when a batch begins: all images and the sink share the heap.
 const ROOM: usize = 20 << 20;
 /// Bytes between two streams that are read with them rather than with a request more.
 const GAP: u64 = 16 << 10;
@@ -84,7 +84,7 @@ impl Item {
     }
 }
 
-/// What was enumerated of one image, what was decoded of it, and who decodes.
+/// The compressed clusters of one image: those that were enumerated, those that are decoded, and the decoders.
 ///
 /// A [`Source`](crate::Source) tells it what it enumerates, and asks it for whole clusters before it decodes them itself:
 ///
@@ -234,7 +234,7 @@ impl<D: Decoder> DecodeAhead<D> {
         if self.next.take().is_none() {
             return Ok(());
         }
-        // Who leaves out clusters does not want many.
+        // A reader that leaves out clusters wants few.
         let all = self.taken >= self.current.len();
         self.bytes = if all { self.bytes.saturating_mul(2).min(MOST) } else { FIRST };
         let decoders = self.decoders(io, new);
