@@ -17,7 +17,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::BackingCorrupt => { "See what is wrong with `instar check`; `instar check -r all` mends what has one right answer. Write nothing into it before." }
         ErrorCode::ScratchTooSmall => { "Split the work: commit a chain in several steps (`-b` with a nearer ancestor), or rebase images that differ less." }
         ErrorCode::RefcountExhausted => { "Delete internal snapshots of the backing, or copy it into an image with wider refcounts (`instar convert -o refcount_bits=16`)." }
-        ErrorCode::ParseFailed => { "The image is damaged or of another program's making: restore a copy, or report it with the image's metadata." }
+        ErrorCode::ParseFailed => { "The image is damaged or of another program's making: restore a copy. `instar convert --salvage` copies what is left of compressed data." }
         ErrorCode::InternalOverflow => { "This is a bug of instar: report it, and keep the image." }
         ErrorCode::OverlayIo => { "Look at `errno` in the JSON and at the kernel's log. Once the disk works, run the command again." }
         ErrorCode::BackingIo => { "Keep the overlay, which still holds everything. Once the disk works, run the command again." }

@@ -3,7 +3,8 @@
 use crate::image::Image;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{overflow, BlockIo, DriverResult};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult};
 use instar_qcow_format::{Inflater, SECTOR};
 
 /// Bytes that are read at once where streams follow each other in the file, if that is no great part of the heap: every image
@@ -26,7 +27,7 @@ impl ClusterReader {
     /// The cluster whose stream has `length` bytes at byte `offset` of the file.
     ///
     /// # Errors
-    /// Corruption if the stream does not decode to a cluster; I/O errors.
+    /// [`ErrorCode::ParseFailed`] if the stream does not decode to a cluster; I/O errors.
     pub fn cluster(
         &mut self,
         io: &mut dyn BlockIo,
@@ -42,7 +43,8 @@ impl ClusterReader {
             let stream = self.load(io, image, (offset, length))?;
             let decoded = inflater.decode(stream, &mut cluster);
             (self.cluster, self.inflater) = (cluster, Some(inflater));
-            decoded.map_err(|why| image.corrupt(offset, alloc::format!("a compressed cluster {why}")))?;
+            let failed = |why| DriverError::new(ErrorCode::ParseFailed, alloc::format!("a compressed cluster {why}"));
+            decoded.map_err(|why| failed(why).at(image.device, offset))?;
             self.held = Some((offset, length));
         }
         Ok(&self.cluster)

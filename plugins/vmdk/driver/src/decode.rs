@@ -2,9 +2,11 @@
 
 use crate::image::Image;
 use alloc::format;
+use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{overflow, BlockIo, DriverResult};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult};
 use instar_vmdk_format::{decode_grain, GrainMarker};
 
 /// Bytes that are read at once where grains follow each other in the file, if that is no great part of the heap: every image
@@ -27,7 +29,7 @@ impl GrainReader {
     /// `visible`.
     ///
     /// # Errors
-    /// Corruption if the stream does not decode to a grain; I/O errors.
+    /// [`ErrorCode::ParseFailed`] if the stream does not decode to a grain; I/O errors.
     pub fn read(
         &mut self,
         io: &mut dyn BlockIo,
@@ -49,12 +51,13 @@ impl GrainReader {
 
     fn decode(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64, visible: u64) -> DriverResult<()> {
         let size = usize::try_from(image.layout.grain_bytes()).map_err(|_| overflow("the grain size"))?;
+        let failed = |text: String| Err(DriverError::new(ErrorCode::ParseFailed, text).at(image.device, offset));
         let marker = self.load(io, image, offset, GrainMarker::BYTES as u64)?;
         let marker = GrainMarker::parse(marker.first_chunk().ok_or_else(|| overflow("a marker"))?);
         let length = u64::from(marker.length);
         // What does not compress becomes a little longer.
         if length > image.layout.grain_bytes().saturating_mul(2).saturating_add(64) {
-            return Err(image.corrupt(offset, format!("a compressed grain of {length} bytes is longer than can be")));
+            return failed(format!("a compressed grain of {length} bytes is longer than can be"));
         }
         self.load(io, image, offset, marker.stored())?;
         let mut grain = core::mem::take(&mut self.grain);
@@ -62,7 +65,7 @@ impl GrainReader {
         let stream = self.load(io, image, offset + GrainMarker::BYTES as u64, length)?;
         let decoded = decode_grain(stream, &mut grain, visible);
         self.grain = grain;
-        decoded.map_err(|error| image.corrupt(offset, error.text))
+        decoded.or_else(|error| failed(error.text))
     }
 
     /// `length` bytes at `offset` of the file; past its end are zeroes.

@@ -8,7 +8,8 @@ use crate::image::{overflow, Image};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{BlockIo, DriverResult};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{CompressedRange, GuestCluster};
 
 /// Bytes that are read at once where clusters follow each other in the file.
@@ -44,7 +45,7 @@ impl CompressedReader {
     /// descriptor.
     ///
     /// # Errors
-    /// Corruption if the stream does not decode to a cluster; I/O errors.
+    /// [`ErrorCode::ParseFailed`] if the stream does not decode to a cluster; I/O errors.
     pub fn read(
         &mut self,
         io: &mut dyn BlockIo,
@@ -108,7 +109,8 @@ impl CompressedReader {
             }
         };
         decoded.map_err(|error| {
-            image.corrupt(range.offset.0, format!("the compressed cluster of guest offset {guest} {error}"))
+            let text = format!("the compressed cluster of guest offset {guest} {error}");
+            DriverError::new(ErrorCode::ParseFailed, text).at(image.device, range.offset.0)
         })
     }
 
