@@ -235,6 +235,8 @@ struct ErrorEvent {
     errno: i32,
     #[prost(string, tag = "8")]
     step: String,
+    #[prost(uint32, optional, tag = "9")]
+    holder: Option<u32>,
 }
 
 /// The end of a worker's operation.
@@ -440,6 +442,7 @@ fn error_event(error: &Error) -> ErrorEvent {
         offset: error.offset(),
         errno: error.errno().unwrap_or(0),
         step: error.step().unwrap_or_default().to_owned(),
+        holder: error.holder(),
     }
 }
 
@@ -517,7 +520,8 @@ fn error_of(event: ErrorEvent) -> Error {
     let error = Error::new(code, event.message)
         .on_device(event.device, event.offset)
         .with_errno(event.errno)
-        .in_step(&event.step);
+        .in_step(&event.step)
+        .held_by(event.holder);
     let error = event.path.iter().fold(error, |error, bytes| error.at_path(&path(bytes)));
     event.role.as_deref().and_then(Role::from_name).into_iter().fold(error, Error::in_role)
 }
@@ -613,8 +617,10 @@ mod tests {
 
     #[test]
     fn messages_arrive_in_any_pieces() {
-        let failure =
-            Error::image(Path::new("/x"), ErrorCode::NoSpace, "is full").with_errno(28).in_role(Role::Backing);
+        let failure = Error::image(Path::new("/x"), ErrorCode::NoSpace, "is full")
+            .with_errno(28)
+            .in_role(Role::Backing)
+            .held_by(Some(7));
         let emptying = Progress { stage: Stage::Emptying, done: 5, total: 9 };
         let all = [note("a"), progress(emptying), note(&"b".repeat(300)), answer(&Err(failure.clone()))].concat();
         for size in [1, 2, 7, 1000] {
