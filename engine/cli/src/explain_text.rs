@@ -9,7 +9,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::UnsupportedFormat => { "Read which format or feature the message names. `instar plugins` lists the formats. Convert the image to one of them with the tool that made it." }
         ErrorCode::NoBacking => { "A Parallels image records no parent: name it with `-b`. Any other image stands alone: there is nothing to commit." }
         ErrorCode::ExternalDataFile => { "Make a copy that holds its data itself: `instar info` says how." }
-        ErrorCode::LuksUnsupported => { "Decrypt the image into a copy with the program that has the key, and work on that." }
+        ErrorCode::LuksUnsupported => { "instar has no keys. A LUKS container: open it with `cryptsetup open FILE NAME`, and name /dev/mapper/NAME, with `-f raw`, in its place. Any other image: the program that encrypted it makes a copy without encryption; for qcow and qcow2, the refusal names the command." }
         ErrorCode::BackingTooSmall => { "Enlarge the backing (`instar resize`), or commit with `--resize-backing`." }
         ErrorCode::OverlayLargerThanBacking => { "Add `--resize-backing`, so that the backing grows first." }
         ErrorCode::HeaderMismatch => { "Find out which program changes the file, stop it, and run the command again." }
