@@ -35,7 +35,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::ChainTooDeep => { "Merge the chain in steps: name a nearer ancestor with `-b` first." }
         ErrorCode::ChainLoop => { "If the same file was named twice on the command line, name another one. If an image is below itself, record the right backing with `instar rebase -u -b NEW -F FMT IMAGE`." }
         ErrorCode::KvmMissing => { "Hand the device in (`--device /dev/kvm`), load `kvm_amd` or `kvm_intel`, or add `--sandbox process`." }
-        ErrorCode::KvmPermission => { "Join the group of `/dev/kvm` (`sudo usermod -aG kvm $USER`, and a new login), or add `--sandbox process`." }
+        ErrorCode::KvmPermission => { "Join the group of `/dev/kvm` (`sudo usermod -aG kvm $USER`, and a new login); a device without one takes a udev rule, `KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0660\"`. A container needs the device and its group: `--device /dev/kvm --group-add $(stat -c %g /dev/kvm)`, with rootless podman `--group-add keep-groups`. Or add `--sandbox process`, which needs no device: there the kernel's seccomp holds a hostile image, and not the processor." }
         ErrorCode::KvmUnusable => { "`instar doctor` says what failed; `--sandbox process` does without KVM." }
         ErrorCode::NotImplemented => { "Use the vendor's tool for this step, or convert the image to a format that has it." }
         ErrorCode::PluginUnavailable => { "`instar plugins` says which plugins are loaded, and why others are not." }
