@@ -64,6 +64,7 @@ struct Context {
     offset: Option<u64>,
     errno: Option<i32>,
     step: Option<String>,
+    holder: Option<u32>,
 }
 
 /// The reason why a command failed: a code, and one line for people that names the file and the remedy. The other fields repeat
@@ -179,6 +180,13 @@ impl Error {
         self
     }
 
+    /// Set the number of the process that holds the file.
+    #[must_use]
+    pub fn held_by(mut self, process: Option<u32>) -> Self {
+        self.context.holder = process;
+        self
+    }
+
     /// Append the state of the files to the line.
     #[must_use]
     pub fn in_state(mut self, state: &str) -> Self {
@@ -214,6 +222,12 @@ impl Error {
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         self.context.errno
+    }
+
+    /// Return the number of the process that holds the file, as far as the system tells that.
+    #[must_use]
+    pub fn holder(&self) -> Option<u32> {
+        self.context.holder
     }
 
     /// Return the step of the operation: for a commit "check", "plan", "write" or "empty".

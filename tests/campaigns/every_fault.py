@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""`make faults`: all faults of all cases, of commits (faults.py), of the other commands (commands.py), and of atomic commits on file
-systems that share extents and on one that does not (atomic_faults.py), which takes root, in a mount namespace of its own:
+"""`make faults`: all faults of all cases, of commits (faults.py), of the other commands (commands.py), of atomic commits on file
+systems that share extents and on one that does not (atomic_faults.py), and of commits into block devices (device_faults.py). The last
+two take root, in a mount namespace of its own:
 unshare --mount tests/campaigns/every_fault.py
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import atomic_faults  # noqa: E402
 import commands  # noqa: E402
+import device_faults  # noqa: E402
 import faults  # noqa: E402
 import support  # noqa: E402
 
@@ -62,6 +64,15 @@ def main() -> int:
                     way = atomic_faults.way_of(case)
                     assert way == ("undo-log" if kind == "ext4" else "clone"), (kind, way)
                     print(f"{case.name}, on {kind}: {try_all(case, options, tried, violations)} faults", flush=True)
+        for make in filter(wanted, device_faults.CASES):
+            if os.geteuid() != 0:
+                print(f"{make.__name__}: not tried, because loop devices take root", flush=True)
+                continue
+            with device_faults.attached(Path(place)) as loop:
+                directory = Path(place) / f"device.{make.__name__}"
+                directory.mkdir()
+                case = make(directory, loop)
+                print(f"{case.name}: {try_all(case, options, tried, violations)} faults", flush=True)
     for fault in faults.FAULTS:
         print(f"{fault:7} {tried[fault]:5} injected, {violations[fault]} violations")
     return 1 if sum(violations.values()) else 0

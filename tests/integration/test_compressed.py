@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 
 import pytest
 import qcow2_bytes
@@ -110,7 +111,42 @@ def test_garbage_is_refused_untouched(pair, compression):
     image = qcow2_bytes.Image(pair.top)
     (entry,) = [entry for _, entry in image.mapped() if entry & qcow2_bytes.COMPRESSED]
     image.poke(entry & (1 << 54) - 1, b"\xff" * 32)
-    refuse("ERROR_OVERLAY_CORRUPT", pair.top, files=[pair.base], mentions=[pair.top, "3145728"])
+    refuse("ERROR_PARSE_FAILED", pair.top, files=[pair.base], mentions=[pair.top, "3145728", "`instar convert --salvage`"])
+
+
+@pytest.mark.parametrize("name, options", [
+    ("qcow2", ["-O", "qcow2"]),
+    ("qcow2", ["-O", "qcow2", "-o", "compression_type=zstd"]),
+    ("vmdk", ["-O", "vmdk", "-o", "subformat=streamOptimized"]),
+])  # fmt: skip
+@pytest.mark.parametrize("size", [3 * MIB, 90 * MIB])
+def test_what_is_left_of_damaged_compressed_data(tmp_path, name, options, size):
+    """`convert --salvage`, with fewer clusters than are decoded before the first change, and with more."""
+    raw, image, copy = tmp_path / "raw", tmp_path / "image", tmp_path / "copy.qcow2"
+    content = b"".join(b"some text that can be compressed, %07d\n" % line for line in range(size // 42 + 1))[:size]
+    raw.write_bytes(content)
+    support.qemu_img("convert", "-c", "-f", "raw", *options, raw, image)
+    file = bytearray(image.read_bytes())
+    at = len(file) * 2 // 3
+    if name == "qcow2":
+        entries = [entry for _, entry in qcow2_bytes.Image(image).mapped() if entry & qcow2_bytes.COMPRESSED]
+        at = entries[len(entries) // 2] & (1 << 54) - 1
+    file[at:at + 64] = b"\xff" * 64
+    image.write_bytes(file)
+    with support.untouched(image):
+        refused = support.run_instar("convert", "-O", "qcow2", image, copy)
+        support.assert_refused(refused, "ERROR_PARSE_FAILED", "no image was made", "`instar convert --salvage`")
+        for how in ([], ["-c"]):
+            result = support.run_instar("convert", "--salvage", *how, "-O", "qcow2", "--output", "json", image, copy)
+            assert result.rc == 0, str(result)
+            (warning,) = result.json["warnings"]
+            length, start = re.search(r"(\d+) bytes(?: \(\d+ KiB\))? from byte (\d+) of the disk on", warning).groups()
+            lost = slice(int(start), int(start) + int(length))
+            assert 0 < int(length) <= 128 * KIB, str(result)
+            support.qemu_img("convert", "-O", "raw", copy, raw)
+            read = raw.read_bytes()
+            assert read[lost] == bytes(int(length)) != content[lost]
+            assert read[:lost.start] == content[:lost.start] and read[lost.stop:] == content[lost.stop:]
 
 
 def test_truncated_overlay_is_refused_untouched(pair):

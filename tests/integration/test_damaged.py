@@ -152,3 +152,35 @@ def test_zero_flag_with_bad_offset(made):
     image = qcow2_bytes.Image(made.top)
     image.poke64(image.l2_at(), image.end | COPIED | ZERO)
     refuse("ERROR_OVERLAY_CORRUPT", made.top, files=[made.base], mentions=[made.top])
+
+
+@pytest.mark.parametrize("options, lost", [
+    (["-O", "qcow2"], None),
+    (["-O", "vmdk"], None),
+    (["-O", "vmdk", "-o", "subformat=streamOptimized"], "do not decode"),
+    (["-c", "-O", "qcow2"], "everything"),
+])  # fmt: skip
+def test_what_is_left_of_a_file_that_was_cut_off_can_be_read(tmp_path, options, lost):
+    """The steps of `docs/check.md`, and what it says of each kind of loss."""
+    raw, image, new = tmp_path / "raw", tmp_path / "image", tmp_path / "new"
+    content = b"".join(bytes([block + 1]) * MIB for block in range(16))
+    raw.write_bytes(content)
+    support.qemu_img("convert", "-f", "raw", *options, raw, image)
+    length = image.stat().st_size
+    os.truncate(image, length * 2 // 3)
+    with support.untouched(image):
+        result = support.run_instar("check", image)
+        assert result.rc == 2 and "past the end of the file" in result.stderr, str(result)
+        for salvage in ([], ["--salvage"]):
+            assert support.run_instar("convert", *salvage, "-O", "raw", image, new).rc == 1
+    os.truncate(image, length + MIB)
+    result = support.run_instar("convert", "--salvage", "-O", "raw", image, new)
+    assert result.rc == 0 and ("do not decode" in result.stderr) == (lost == "do not decode"), str(result)
+    found = new.read_bytes()
+    left = next((at for at, byte in enumerate(found) if byte == 0), len(found))
+    assert found[:left] == content[:left] and found[left:] == bytes(len(found) - left)
+    checked = support.run_instar("check", image)
+    if lost == "everything":
+        assert left == 0 and checked.rc == 3 and "Leaked cluster" in checked.stderr, str(checked)
+    else:
+        assert 8 * MIB < left < 15 * MIB and checked.rc == 0, f"{left}\n{checked}"

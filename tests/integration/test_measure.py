@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 
 import dirty_bitmaps
 import pytest
@@ -279,6 +280,10 @@ def test_a_commit_of_nothing_needs_nothing(tmp_path):
     measured = support.run_instar("measure", "--commit", "--output", "json", top).json
     assert (measured["growth"], measured["additional-space"]) == (0, 0), measured
     assert measured["required"] == base.stat().st_size
+    # For people with a unit, as everywhere else.
+    length = base.stat().st_size
+    printed = support.run_instar("measure", "--commit", top).stdout
+    assert re.match(rf"required size: {length} bytes \(\d+ KiB\)\ngrowth: 0 bytes\nadditional disk space: 0 bytes\nfree: ", printed), printed
 
 def test_what_cannot_be_measured(tmp_path):
     support.create(tmp_path / "image", MIB)

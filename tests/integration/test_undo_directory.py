@@ -268,13 +268,13 @@ def test_what_is_refused(disks):
     disks.make()
     plain = ["commit", "--atomic", "-b", disks.base, disks.top]
     refused = support.run_instar(*plain)
-    assert refused.rc == 1 and "is a block device" in refused.stderr and "--undo-dir" in refused.stderr, str(refused)
+    assert refused.rc == 2 and "ERROR_BAD_USAGE" in refused.stderr and "is a block device" in refused.stderr and "--undo-dir" in refused.stderr, str(refused)
     refused = support.run_instar("recover", disks.base)
     assert refused.rc == 2 and "--undo-dir" in refused.stderr, str(refused)
     refused = support.run_instar("recover", "--undo-dir", disks.dir / "absent", disks.base)
     assert refused.rc == 1 and "absent" in refused.stderr, str(refused)
     refused = support.run_instar(*disks.command, "--keep-backup", "x")
-    assert refused.rc == 1 and "leaves no backup" in refused.stderr, str(refused)
+    assert refused.rc == 2 and "ERROR_BAD_USAGE" in refused.stderr and "leaves no backup" in refused.stderr, str(refused)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     if memory and subprocess.run(["stat", "-f", "-c", "%T", memory], capture_output=True, text=True, check=False).stdout.strip() == "tmpfs":
         refused = support.run_instar("commit", "--atomic", "--undo-dir", memory, "-b", disks.base, disks.top)

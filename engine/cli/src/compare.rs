@@ -77,7 +77,7 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> u8 {
             print_error(&error, args.output);
             match error.code {
                 ErrorCode::OverlayIo | ErrorCode::BackingIo => UNREADABLE,
-                ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt => METADATA,
+                ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt | ErrorCode::ParseFailed => METADATA,
                 _ => FAILED,
             }
         }

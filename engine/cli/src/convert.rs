@@ -57,7 +57,7 @@ pub struct ConvertArgs {
     /// With --bitmaps: leave out bitmaps that were not saved when the image was closed
     #[arg(long)]
     pub skip_broken_bitmaps: bool,
-    /// Copy zeroes for data that cannot be read, with a warning for each range, instead of failing
+    /// Copy zeroes for data that cannot be read or decoded, with a warning for each range, instead of failing
     #[arg(long)]
     pub salvage: bool,
     /// Read this internal snapshot: its ID or name, or snapshot.id=ID,snapshot.name=NAME

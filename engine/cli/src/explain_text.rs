@@ -9,7 +9,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::UnsupportedFormat => { "Read which format or feature the message names. `instar plugins` lists the formats. Convert the image to one of them with the tool that made it." }
         ErrorCode::NoBacking => { "A Parallels image records no parent: name it with `-b`. Any other image stands alone: there is nothing to commit." }
         ErrorCode::ExternalDataFile => { "Make a copy that holds its data itself: `instar info` says how." }
-        ErrorCode::LuksUnsupported => { "Decrypt the image into a copy with the program that has the key, and work on that." }
+        ErrorCode::LuksUnsupported => { "instar has no keys. A LUKS container: open it with `cryptsetup open FILE NAME`, and name /dev/mapper/NAME, with `-f raw`, in its place. Any other image: the program that encrypted it makes a copy without encryption; for qcow and qcow2, the refusal names the command." }
         ErrorCode::BackingTooSmall => { "Enlarge the backing (`instar resize`), or commit with `--resize-backing`." }
         ErrorCode::OverlayLargerThanBacking => { "Add `--resize-backing`, so that the backing grows first." }
         ErrorCode::HeaderMismatch => { "Find out which program changes the file, stop it, and run the command again." }
@@ -17,7 +17,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::BackingCorrupt => { "See what is wrong with `instar check`; `instar check -r all` mends what has one right answer. Write nothing into it before." }
         ErrorCode::ScratchTooSmall => { "Split the work: commit a chain in several steps (`-b` with a nearer ancestor), or rebase images that differ less." }
         ErrorCode::RefcountExhausted => { "Delete internal snapshots of the backing, or copy it into an image with wider refcounts (`instar convert -o refcount_bits=16`)." }
-        ErrorCode::ParseFailed => { "The image is damaged or of another program's making: restore a copy, or report it with the image's metadata." }
+        ErrorCode::ParseFailed => { "The image is damaged or of another program's making: restore a copy. `instar convert --salvage` copies what is left of compressed data." }
         ErrorCode::InternalOverflow => { "This is a bug of instar: report it, and keep the image." }
         ErrorCode::OverlayIo => { "Look at `errno` in the JSON and at the kernel's log. Once the disk works, run the command again." }
         ErrorCode::BackingIo => { "Keep the overlay, which still holds everything. Once the disk works, run the command again." }
@@ -35,7 +35,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::ChainTooDeep => { "Merge the chain in steps: name a nearer ancestor with `-b` first." }
         ErrorCode::ChainLoop => { "If the same file was named twice on the command line, name another one. If an image is below itself, record the right backing with `instar rebase -u -b NEW -F FMT IMAGE`." }
         ErrorCode::KvmMissing => { "Hand the device in (`--device /dev/kvm`), load `kvm_amd` or `kvm_intel`, or add `--sandbox process`." }
-        ErrorCode::KvmPermission => { "Join the group of `/dev/kvm` (`sudo usermod -aG kvm $USER`, and a new login), or add `--sandbox process`." }
+        ErrorCode::KvmPermission => { "Join the group of `/dev/kvm` (`sudo usermod -aG kvm $USER`, and a new login); a device without one takes a udev rule, `KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0660\"`. A container needs the device and its group: `--device /dev/kvm --group-add $(stat -c %g /dev/kvm)`, with rootless podman `--group-add keep-groups`. Or add `--sandbox process`, which needs no device: there the kernel's seccomp holds a hostile image, and not the processor." }
         ErrorCode::KvmUnusable => { "`instar doctor` says what failed; `--sandbox process` does without KVM." }
         ErrorCode::NotImplemented => { "Use the vendor's tool for this step, or convert the image to a format that has it." }
         ErrorCode::PluginUnavailable => { "`instar plugins` says which plugins are loaded, and why others are not." }

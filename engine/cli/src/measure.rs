@@ -8,6 +8,7 @@ use super::size::parse_bytes;
 use super::unsupported::UnsupportedArgs;
 use super::usage::bad_usage;
 use clap::Args;
+use instar::bytes::Bytes;
 use instar::commit::{run_commit, CommitMode, CommitRequest};
 use instar::create::create_options;
 use instar::error::Error;
@@ -124,17 +125,17 @@ pub fn run(args: &MeasureArgs, out: &mut dyn Write) -> Result<(), Error> {
             (preview.backing_length_bytes, preview.backing_growth_bytes, preview.backing_space_bytes);
         return match args.output {
             OutputFormat::Human => {
-                let log = preview.undo_log_bytes.map(|bytes| format!("undo log: {bytes}\n")).unwrap_or_default();
-                let free = preview.free_bytes.map(|bytes| format!("free: {bytes}\n")).unwrap_or_default();
-                let undo_free = preview.undo_free_bytes.map(|bytes| format!("free for undo log: {bytes}\n"));
-                let lacking = preview.lacking_bytes.map(|bytes| format!("lacking: {bytes}\n")).unwrap_or_default();
-                print(
-                    out,
-                    &format!(
-                        "required size: {length}\ngrowth: {growth}\nadditional disk space: {space}\n{log}{free}{}{lacking}",
-                        undo_free.unwrap_or_default()
-                    ),
-                )
+                let lines = [
+                    ("required size", Some(length)),
+                    ("growth", Some(growth)),
+                    ("additional disk space", Some(space)),
+                    ("undo log", preview.undo_log_bytes),
+                    ("free", preview.free_bytes),
+                    ("free for undo log", preview.undo_free_bytes),
+                    ("lacking", preview.lacking_bytes),
+                ];
+                let line = |(name, bytes): (&str, Option<u64>)| Some(format!("{name}: {}\n", Bytes(bytes?)));
+                print(out, &lines.into_iter().filter_map(line).collect::<String>())
             }
             OutputFormat::Json => {
                 let (target, format) = (outcome.backing.to_string_lossy(), outcome.backing_format);

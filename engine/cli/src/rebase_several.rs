@@ -1,7 +1,8 @@
 //! `instar rebase` of several images in one call. A process confines itself to the images of one rebase, so each gets a process of
 //! its own. They plan one after the other, and keep their locks; once all of them can begin, they are let go, one after the other.
 
-use super::output::{absolute, error_value, print, print_json, render_error, unprinted_but, OutputFormat};
+use super::output::{absolute, error_value, print_json, render_error, unprinted_but, OutputFormat};
+use super::paragraph::print_sentences;
 use super::print_error;
 use super::rebase::{rebase_one, refuse_unsupported, request, text, told, RebaseArgs};
 use super::rebase_member::{run as run_member, same_file, Said, TICK};
@@ -228,8 +229,8 @@ impl Link {
     /// An image that the process of another one of this call holds is no stranger's: that other image is on it, or below it.
     fn blame_none_of(&mut self, others: &[Self]) {
         let Some(End::Failed(error)) = &self.end else { return };
-        let holds = |other: &&Self| error.message.contains(&format!("process {})", other.process));
-        if let Some(other) = others.iter().find(holds).filter(|_| error.code == ErrorCode::ImageInUse) {
+        let holds = |other: &&Self| u32::try_from(other.process).ok() == error.holder();
+        if let Some(other) = others.iter().find(holds) {
             let clause = format!(
                 "shares an image with '{}', another image of this call, which would change it: rebase the lower one in a call \
                  of its own first",
@@ -358,7 +359,7 @@ fn report(
                 End::Done { text, .. } => Some(format!("{}: {text}", escape_path(image))),
                 End::Failed(_) => None,
             });
-            print(out, &lines.collect::<String>())
+            print_sentences(out, &lines.collect::<String>())
         }
     };
     if let Some(error) = failed {

@@ -7,14 +7,19 @@ use super::plan::PlanBounds;
 use super::repeated::Repeated;
 use super::snapshot::Snapshot;
 use super::verify::Verification;
+use crate::bytes::Bytes;
 use crate::devices::Devices;
+use crate::escape::escape_path;
 use crate::operation::{decode, Events, Meter, Needs, Observer, Room};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, RequestOp};
 use instar_guest_protocol::commit::event::Kind as Told;
-use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan, Verify};
+use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan, Undecoded, Verify};
 use std::path::PathBuf;
 use std::rc::Rc;
+
+/// Parts of a disk that a guest tells of which do not decode, at most: one more than it tells one by one.
+const MOST_UNDECODED: usize = 65;
 
 /// The reports of a commit's guest, and its permissions.
 pub struct CommitEvents {
@@ -51,6 +56,8 @@ pub struct CommitEvents {
     pub verification: Option<Verification>,
     /// The digests of the disk, with `--digest`.
     pub digests: Option<Digests>,
+    /// How many parts of the disk were told that do not decode, where zeroes may stand for them.
+    pub undecoded: Option<usize>,
     /// The state of `--atomic`, with which the target changes completely or not at all.
     pub atomic: Option<Atomic>,
 }
@@ -75,6 +82,7 @@ impl Default for CommitEvents {
             bounds: PlanBounds::default(),
             verification: None,
             digests: None,
+            undecoded: None,
             atomic: None,
         }
     }
@@ -138,6 +146,27 @@ impl CommitEvents {
         if verification.take(devices, found, plan.bytes)? {
             self.meter.iter().for_each(|meter| meter.reading_back(plan.bytes));
         }
+        Ok(())
+    }
+
+    /// Take a part of the disk that does not decode.
+    fn undecoded(&mut self, part: Undecoded) -> Result<(), BadRequest> {
+        let Some(told) = self.undecoded.as_mut().filter(|told| **told < MOST_UNDECODED) else {
+            return Err(BadRequest("zeroes stand for data, which nobody asked for, or in too many places".to_owned()));
+        };
+        *told += 1;
+        let (path, Undecoded { guest_offset, length, several }) = (escape_path(&self.names.0), part);
+        let length = Bytes(length);
+        let line = match several {
+            false => format!(
+                "'{path}': {length} from byte {guest_offset} of the disk on are compressed and do not decode, and are zero in the copy"
+            ),
+            true => format!(
+                "'{path}': {length} more, from byte {guest_offset} of the disk on, do not decode either, and are zero in the copy"
+            ),
+        };
+        self.observer.iter().for_each(|observer| observer.warning(&line));
+        self.warnings.push(line);
         Ok(())
     }
 
@@ -207,6 +236,7 @@ impl Events for CommitEvents {
             },
             Some(Told::Verify(found)) => self.read_back(devices, &found),
             Some(Told::Digest(begun)) => self.hash(devices, begun.after),
+            Some(Told::Undecoded(part)) => self.undecoded(part),
             None => Err(BadRequest("an event that says nothing".to_owned())),
         }
     }

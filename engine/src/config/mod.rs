@@ -80,7 +80,10 @@ impl Config {
         for Source { path: file, origin } in files {
             let content = match Content::read(file) {
                 Err(error) if *origin == Origin::Found && is_anothers(file) => {
-                    config.warnings.push(format!("{error}: the file is ignored, because it is another user's"));
+                    config.warnings.push(format!(
+                        "{error}: the file is ignored, because it is another user's: set HOME to a directory of \
+                         yours (`sudo -H`)"
+                    ));
                     None
                 }
                 content => content?,

@@ -352,7 +352,7 @@ impl Operation for Convert<'_> {
         // The guest that compresses clusters sees which of them are zero. Unreadable data becomes zeroes in copies, but
         // an error if the guest has to look at it.
         let sparse = if compress || salvage || allocate { 0 } else { sparse };
-        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse }.encode_to_vec()
+        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse, salvage }.encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {
@@ -377,6 +377,7 @@ impl Operation for Convert<'_> {
             room: Room::of(self.space),
             warnings: self.warnings.clone(),
             bitmaps: self.request.bitmaps.then(Vec::new),
+            undecoded: self.request.salvage.then_some(0),
             names: (self.request.source.clone(), self.request.target.clone()),
             observer: Some(observer.clone()),
             ..CommitEvents::default()

@@ -2,7 +2,7 @@
 
 use super::access::Access;
 use super::named::NamedFile;
-use super::users::{remember_users, user_of};
+use super::users::{remember_users, user_of, User};
 use crate::cancel::Cancel;
 use crate::devices::lock::{lock_read_only, lock_read_write, LockError};
 use crate::error::Error;
@@ -69,11 +69,10 @@ pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), Error
                 }
             }
             _ => {
-                return Err(Error::image(
-                    path,
-                    ErrorCode::ImageInUse,
-                    in_use(file, access, patience.as_ref().map(|(seconds, ..)| *seconds)),
-                ))
+                let user = user_of(file);
+                let clause = in_use(user, access, patience.as_ref().map(|(seconds, ..)| *seconds));
+                let error = Error::image(path, ErrorCode::ImageInUse, clause);
+                return Err(error.held_by(user.map(|user| user.process)));
             }
         }
     }
@@ -86,8 +85,11 @@ fn pause() {
 }
 
 /// Who uses a file, and what to do: one clause.
-fn in_use(file: &File, access: Access, patience: Option<u64>) -> String {
-    let who = user_of(file).unwrap_or_else(|| "perhaps a running virtual machine".to_owned());
+fn in_use(user: Option<&User>, access: Access, patience: Option<u64>) -> String {
+    let who = user.map_or_else(
+        || "perhaps a running virtual machine".to_owned(),
+        |User { name, process, .. }| format!("{name}, process {process}"),
+    );
     let waited = patience.map(|seconds| format!(" after {seconds} s")).unwrap_or_default();
     let still = if patience.is_some() { "still " } else { "" };
     let wait = if patience.is_none() { ", or wait with --wait SECONDS" } else { "" };

@@ -25,10 +25,12 @@ const MOST_ASKED: usize = 64;
 
 /// A process that has a file open.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct User {
+pub(super) struct User {
     file: Identity,
-    process: u32,
-    name: String,
+    /// Its number.
+    pub(super) process: u32,
+    /// Its name, for people.
+    pub(super) name: String,
 }
 
 /// What was found, at the only time at which it is looked for.
@@ -102,11 +104,10 @@ fn names_of<'p>(directories: impl IntoIterator<Item = &'p Path>) -> impl Iterato
     names.into_iter().flat_map(|names| names.flatten().take(MOST_NAMES))
 }
 
-/// The process that has this file open, other than this one, if it was [remembered](remember_users): its name and number.
-pub(super) fn user_of(file: &File) -> Option<String> {
+/// The process that has this file open, other than this one, if it was [remembered](remember_users).
+pub(super) fn user_of(file: &File) -> Option<&'static User> {
     let identity = Identity::of(&rustix::fs::fstat(file).ok()?);
-    let user = USERS.get()?.iter().find(|user| user.file == identity)?;
-    Some(format!("{}, process {}", user.name, user.process))
+    USERS.get()?.iter().find(|user| user.file == identity)
 }
 
 /// The inode of a line of `/proc/locks` for one of the bytes that QEMU locks: `1: OFDLCK ADVISORY READ -1 08:02:123 100 101`.

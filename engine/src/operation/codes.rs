@@ -75,6 +75,7 @@ pub fn guest_may_report(code: ErrorCode) -> bool {
 pub fn advice(code: ErrorCode) -> Option<&'static str> {
     match code {
         ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt => Some("see what is wrong with `instar check`"),
+        ErrorCode::ParseFailed => Some("`instar convert --salvage` copies everything else"),
         ErrorCode::HeaderMismatch => Some("make sure that nothing else writes to it, and try again"),
         ErrorCode::ScratchTooSmall => Some("its metadata does not fit into the sandbox: commit a smaller image"),
         ErrorCode::RefcountExhausted => Some("convert the backing to larger clusters or wider refcounts"),
@@ -92,7 +93,6 @@ pub fn advice(code: ErrorCode) -> Option<&'static str> {
         | ErrorCode::NoBacking
         | ErrorCode::ExternalDataFile
         | ErrorCode::LuksUnsupported
-        | ErrorCode::ParseFailed
         | ErrorCode::ImageInUse
         | ErrorCode::PluginRefused
         | ErrorCode::WriteTargetNotAllowed

@@ -87,7 +87,7 @@ pub enum IdentifyError {
     #[error("{0}")]
     Foreign(Foreign),
     /// The image is a LUKS container.
-    #[error("is encrypted with LUKS, which is not supported: decrypt it into a copy with the program that has the key, or work on the open device")]
+    #[error("is encrypted with LUKS, which is not supported: open it with `cryptsetup open FILE NAME`, and name /dev/mapper/NAME, which is raw, in its place")]
     Luks,
     /// Plugins disagree.
     #[error("the image looks like {}: name the format with -f", .0.join(" and like "))]

@@ -1,6 +1,9 @@
 //! Several disks, one behind the other, as one: `qemu-img convert A B C` reads them so.
 
+use crate::salvaged::Salvaged;
+use alloc::rc::Rc;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 use core::ops::Range;
 use instar_guest_sdk::abi::{ErrorCode, ImageId, ImageInfo, ParentStage};
 use instar_guest_sdk::{Bitmap, BlockIo, DirtyRanges, DriverError, DriverResult, Extent, Extents, Source};
@@ -19,6 +22,8 @@ pub struct Disks<'a> {
     /// The disk that was asked last: the `Encoded` extents that are in use are its own.
     current: usize,
     held: Extents,
+    /// What does not decode, if zeroes are to stand for it.
+    salvaged: Option<Rc<RefCell<Salvaged>>>,
 }
 
 impl<'a> Disks<'a> {
@@ -40,7 +45,13 @@ impl<'a> Disks<'a> {
         if disks.is_empty() || i64::try_from(size).is_err() {
             return Err(overflow());
         }
-        Ok(Self { disks, size, current: 0, held: Extents::with_room_for(LOOK_AHEAD) })
+        Ok(Self { disks, size, current: 0, held: Extents::with_room_for(LOOK_AHEAD), salvaged: None })
+    }
+
+    /// Read zeroes where what is compressed does not decode, and note in `salvaged` where that is.
+    #[must_use]
+    pub fn salvaging(self, salvaged: Rc<RefCell<Salvaged>>) -> Self {
+        Self { salvaged: Some(salvaged), ..self }
     }
 
     fn only(&mut self) -> Option<&mut Layers<'a>> {
@@ -59,12 +70,17 @@ impl Source for Disks<'_> {
 
     /// Returns 0: nobody asks for the number of clusters, and counting them takes a pass over all tables.
     fn verify(&mut self, io: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
-        self.disks.iter_mut().try_for_each(|(_, layers)| layers.verify_each(io))?;
+        let salvages = self.salvaged.is_some();
+        self.disks.iter_mut().try_for_each(|(_, layers)| match layers.verify_each(io) {
+            // Drivers decode what is compressed when they have verified everything else.
+            Err(error) if salvages && error.code == ErrorCode::ParseFailed => Ok(()),
+            verified => verified,
+        })?;
         Ok(0)
     }
 
     fn extents(&mut self, io: &mut dyn BlockIo, range: Range<u64>, out: &mut Extents) -> DriverResult<u64> {
-        let Self { disks, size, current, held } = self;
+        let Self { disks, size, current, held, .. } = self;
         let after = disks.partition_point(|(start, _)| *start <= range.start);
         // Of disks of no bytes, the last one that begins here is asked: it has some, or nothing follows.
         *current = after.saturating_sub(1);
@@ -93,8 +109,15 @@ impl Source for Disks<'_> {
         let gone = || DriverError::new(ErrorCode::InternalOverflow, "an extent of another disk");
         let (start, layers) = self.disks.get_mut(self.current).ok_or_else(gone)?;
         let guest_offset = extent.guest_offset.checked_sub(*start).ok_or_else(gone)?;
-        let from = from.checked_sub(*start).ok_or_else(gone)?;
-        layers.read(io, &Extent { guest_offset, ..*extent }, from, buffer)
+        let own = from.checked_sub(*start).ok_or_else(gone)?;
+        match (layers.read(io, &Extent { guest_offset, ..*extent }, own, buffer), &self.salvaged) {
+            (Err(error), Some(salvaged)) if error.code == ErrorCode::ParseFailed => {
+                buffer.fill(0);
+                salvaged.borrow_mut().add(from, buffer.len() as u64);
+                Ok(())
+            }
+            (read, _) => read,
+        }
     }
 
     /// None: the target is nobody's parent.

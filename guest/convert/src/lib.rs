@@ -12,10 +12,13 @@ extern crate alloc;
 mod disks;
 mod filled;
 mod nonzero;
+mod salvaged;
 mod sparse;
 
 use alloc::boxed::Box;
+use alloc::rc::Rc;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 pub use disks::Disks;
 pub use filled::Filled;
 use instar_guest_protocol::commit::bitmap::Fate as ToldFate;
@@ -29,6 +32,7 @@ use instar_guest_sdk::ffi::Operation;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, Fate, MergedBitmap, Sink, Skipped, Source};
 use instar_guest_view::{Ancestors, Failed, Filter, Filtered, Layers, Opener, Reporter};
 pub use nonzero::NonZero;
+pub use salvaged::Salvaged;
 pub use sparse::Sparse;
 
 /// Convert the view of the images that are read, and report it.
@@ -51,8 +55,12 @@ fn convert(
     let at = |error| Failed { step: Step::Check.name(), error };
     let config = Config::decode(operation.payload());
     let config = config.map_err(|_| at(wrong("the configuration of a conversion cannot be decoded")))?;
-    let Config { write_zeroes, allocate, bitmaps, sparse } = config;
-    let disks = disks(operation).and_then(Disks::new).map_err(at)?;
+    let Config { write_zeroes, allocate, bitmaps, sparse, salvage } = config;
+    let mut disks = disks(operation).and_then(Disks::new).map_err(at)?;
+    let salvaged = Rc::new(RefCell::new(Salvaged::default()));
+    if salvage {
+        disks = disks.salvaging(Rc::clone(&salvaged));
+    }
     let output = target(operation).map_err(at)?;
     let parents: Vec<&DeviceConfig> = operation.devices(&[MemberRole::Below]).collect();
     let has_backing = !parents.is_empty();
@@ -84,6 +92,10 @@ fn convert(
         Options { keep_overlay: true, bitmaps, disabled_bitmaps: true, new_target: true, ..Options::default() };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let converted = commit(io, &mut images, options, &mut |event| report(event, reporter));
+    for (guest_offset, length, several) in salvaged.borrow().parts() {
+        let undecoded = commit::Undecoded { guest_offset, length, several };
+        reporter.event(&commit::Event { kind: Some(Kind::Undecoded(undecoded)) });
+    }
     converted.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })
 }
 

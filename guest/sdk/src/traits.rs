@@ -78,7 +78,7 @@ pub trait Source {
     /// Decode `buffer.len()` bytes of an `Encoded` extent of this source, from guest byte `guest_offset` on.
     ///
     /// # Errors
-    /// [`ErrorCode::OverlayCorrupt`] when the data does not decode, and I/O errors.
+    /// [`ErrorCode::ParseFailed`] when the data does not decode, and I/O errors.
     fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, guest_offset: u64, buffer: &mut [u8])
         -> DriverResult<()>;
 
@@ -297,7 +297,7 @@ pub trait Sink {
     /// [`ErrorCode::UnsupportedFormat`] if it cannot; as [`Sink::plan`].
     fn shrink(&mut self, io: &mut dyn BlockIo, virtual_size: u64) -> DriverResult<()> {
         let _ = (io, virtual_size);
-        let text = "an image of this format cannot shrink: let a smaller copy of it take its place";
+        let text = "an image of this format cannot shrink: convert it to qcow2, shrink that, and convert it back";
         Err(DriverError { device: Some(DEVICE_OUTPUT), ..DriverError::new(ErrorCode::UnsupportedFormat, text) })
     }
 

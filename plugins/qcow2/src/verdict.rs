@@ -98,7 +98,7 @@ fn refusal(role: Role, own: &ImageFacts) -> Refusal {
     }
     if own.encrypted {
         let method = own.text(names::ENCRYPTION).unwrap_or("unknown");
-        let reason = format!("encryption ({method}) is not supported: convert it to an image without encryption");
+        let reason = format!("encryption ({method}) is not supported: convert it to an image without (`qemu-img convert --image-opts`, with the passphrase as --object secret)");
         return Some((ErrorCode::LuksUnsupported, reason));
     }
     if own.feature(names::DATA_FILE).is_some() {

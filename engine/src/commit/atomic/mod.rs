@@ -148,18 +148,23 @@ impl Atomic {
     ) -> Result<Self, Error> {
         let merged: Vec<&ChainImage<'_>> = iter::once(overlay).chain(between).collect();
         let path = target.opened.path.clone();
-        let refused = |clause: &str| Err(Error::image(&path, ErrorCode::UnsupportedFormat, clause));
+        let refused = |code, clause: &str| Err(Error::image(&path, code, clause));
         if target.opened.block_device && undo_directory().is_none() {
             return refused(
+                ErrorCode::BadUsage,
                 "is a block device, beside which no undo log can lie: name a directory on a disk for it with --undo-dir, or commit \
                  without --atomic",
             );
         }
         if target.opened.block_device && backup.is_some() {
-            return refused("is a block device, which leaves no backup: take a copy or a snapshot of it, and leave out --keep-backup");
+            return refused(
+                ErrorCode::BadUsage,
+                "is a block device, which leaves no backup: take a copy or a snapshot of it, and leave out --keep-backup",
+            );
         }
         if !target.files.is_empty() {
             return refused(
+                ErrorCode::UnsupportedFormat,
                 "is an image in several files, which cannot change all at once: commit without --atomic, or convert it to an \
                  image in one file first",
             );
@@ -209,7 +214,7 @@ impl Atomic {
         };
         if keeps {
             let clause = format!("cannot be cloned, and only a clone leaves a backup ({why}): leave out --keep-backup");
-            return refused(&clause);
+            return refused(ErrorCode::UnsupportedFormat, &clause);
         }
         let log = UndoLog::begin(&target.opened, (&directory, &name), None, Sources::of(&merged)?)?;
         Ok(Self::kept(directory, Kept::UndoLog(Rc::new(RefCell::new(log))), Some(why)))

@@ -23,6 +23,8 @@ pub struct ErrorEvent {
     errno: i32,
     #[prost(string, tag = "8")]
     step: String,
+    #[prost(uint32, optional, tag = "9")]
+    holder: Option<u32>,
 }
 
 /// An error as bytes, for a process that is told it by another one of the same program.
@@ -48,6 +50,7 @@ pub fn error_event(error: &Error) -> ErrorEvent {
         offset: error.offset(),
         errno: error.errno().unwrap_or(0),
         step: error.step().unwrap_or_default().to_owned(),
+        holder: error.holder(),
     }
 }
 
@@ -57,7 +60,8 @@ pub fn error_of(event: ErrorEvent) -> Error {
     let error = Error::new(code, event.message)
         .on_device(event.device, event.offset)
         .with_errno(event.errno)
-        .in_step(&event.step);
+        .in_step(&event.step)
+        .held_by(event.holder);
     let error = event.path.iter().fold(error, |error, bytes| error.at_path(&path(bytes)));
     event.role.as_deref().and_then(Role::from_name).into_iter().fold(error, Error::in_role)
 }

@@ -117,8 +117,10 @@ mod tests {
 
     #[test]
     fn messages_arrive_in_any_pieces() {
-        let failure =
-            Error::image(Path::new("/x"), ErrorCode::NoSpace, "is full").with_errno(28).in_role(Role::Backing);
+        let failure = Error::image(Path::new("/x"), ErrorCode::NoSpace, "is full")
+            .with_errno(28)
+            .in_role(Role::Backing)
+            .held_by(Some(7));
         let emptying = Progress { stage: Stage::Emptying, done: 5, total: 9 };
         let all = [note("a"), progress(emptying), note(&"b".repeat(300)), answer(&Err(failure.clone()))].concat();
         for size in [1, 2, 7, 1000] {

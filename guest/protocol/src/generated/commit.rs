@@ -46,7 +46,7 @@ pub struct Relinked {
 /// What a commit tells.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Event {
-    #[prost(oneof = "event::Kind", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "event::Kind", tags = "1, 2, 3, 4, 5, 6")]
     pub kind: ::core::option::Option<event::Kind>,
 }
 /// Nested message and enum types in `Event`.
@@ -67,7 +67,23 @@ pub mod event {
         /// Twice, and only if the host asked for it: between the plan and the first change, and when the target is complete.
         #[prost(message, tag = "5")]
         Digest(super::Digest),
+        /// At the end of a conversion, and only if the host asked for it.
+        #[prost(message, tag = "6")]
+        Undecoded(super::Undecoded),
     }
+}
+/// A part of the disk that is compressed and does not decode: it is zero in the copy.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Undecoded {
+    /// Byte of the disk.
+    #[prost(uint64, tag = "1")]
+    pub guest_offset: u64,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub length: u64,
+    /// It stands for several parts, of which the first begins there.
+    #[prost(bool, tag = "3")]
+    pub several: bool,
 }
 /// What will be done, sent once, when everything that can refuse has been asked. Nothing can be
 /// changed before it was accepted.

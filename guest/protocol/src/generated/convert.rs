@@ -14,4 +14,7 @@ pub struct Config {
     /// Runs of at least this many zero bytes in data are not written as data; 0 searches for none.
     #[prost(uint64, tag = "4")]
     pub sparse: u64,
+    /// Compressed data that does not decode is zero in the target, and is told.
+    #[prost(bool, tag = "5")]
+    pub salvage: bool,
 }

@@ -4,7 +4,8 @@ use crate::image::Image;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverResult};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverError, DriverResult};
 use instar_qcow_format::{Inflater, SECTOR};
 
 /// Bytes that are read at once where streams follow each other in the file, if that is no great part of the heap: every image
@@ -48,7 +49,7 @@ impl ClusterReader {
     /// `offset` of the file.
     ///
     /// # Errors
-    /// Corruption if the stream does not decode to a cluster; I/O errors.
+    /// [`ErrorCode::ParseFailed`] if the stream does not decode to a cluster; I/O errors.
     pub fn read(
         &mut self,
         io: &mut dyn BlockIo,
@@ -91,7 +92,8 @@ impl ClusterReader {
         let stream = self.input.get(range).ok_or_else(|| overflow("a compressed cluster"))?;
         let decoder = self.ahead.own(io, &ClusterDecoder::default).ok_or_else(|| overflow("a decoder"))?;
         let decoded = decoder.0.decode(stream, cluster);
-        decoded.map_err(|why| image.corrupt(offset, alloc::format!("a compressed cluster {why}")))
+        let failed = |why| DriverError::new(ErrorCode::ParseFailed, alloc::format!("a compressed cluster {why}"));
+        decoded.map_err(|why| failed(why).at(image.device, offset))
     }
 
     /// Have a stream in memory; returns where it stands in `input`.

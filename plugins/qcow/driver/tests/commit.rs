@@ -175,6 +175,7 @@ fn streams_that_do_not_decode_stop_the_commit() {
     let mut io = MemoryDevices::new(before.clone());
     let failure = Qcow.run(&mut io, Options::default()).unwrap_err();
     assert!(failure.error.text.contains("does not decode"), "{}", failure.error);
+    assert_eq!(failure.error.code, ErrorCode::ParseFailed);
     assert_eq!(io.files[&OVERLAY], before[&OVERLAY]);
 }
 

@@ -2,10 +2,12 @@
 
 use crate::image::Image;
 use alloc::format;
+use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
-use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverResult};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverError, DriverResult};
 use instar_vmdk_format::{Decompressor, FormatError, GrainMarker};
 
 /// Bytes that are read at once where grains follow each other in the file, if that is no great part of the heap: every image
@@ -67,7 +69,7 @@ impl GrainReader {
     /// Fill `buffer` with the bytes from `start` on of the grain at guest offset `guest` and byte `offset` of the file.
     ///
     /// # Errors
-    /// Corruption if the stream does not decode to a grain; I/O errors.
+    /// [`ErrorCode::ParseFailed`] if the stream does not decode to a grain; I/O errors.
     pub fn read(
         &mut self,
         io: &mut dyn BlockIo,
@@ -106,19 +108,20 @@ impl GrainReader {
         if self.ahead.take(io, image.device, (guest, offset), grain, &|| GrainDecoder::of(image))? {
             return Ok(());
         }
+        let failed = |text: String| Err(DriverError::new(ErrorCode::ParseFailed, text).at(image.device, offset));
         let range = self.load(io, image, offset, GrainMarker::BYTES as u64)?;
         let marker = self.input.get(range).and_then(<[u8]>::first_chunk).ok_or_else(|| overflow("a marker"))?;
         let marker = GrainMarker::parse(marker);
         let length = u64::from(marker.length);
         // What does not compress becomes a little longer.
         if length > image.layout.grain_bytes().saturating_mul(2).saturating_add(64) {
-            return Err(image.corrupt(offset, format!("a compressed grain of {length} bytes is longer than can be")));
+            return failed(format!("a compressed grain of {length} bytes is longer than can be"));
         }
         let range = self.load(io, image, offset, marker.stored())?;
         let stream = self.input.get(range).and_then(|stored| stored.get(GrainMarker::BYTES..));
         let stream = stream.ok_or_else(|| overflow("a compressed grain"))?;
         let decoder = self.ahead.own(io, &|| GrainDecoder::of(image)).ok_or_else(|| overflow("a decoder"))?;
-        decoder.decode_stream(guest, stream, grain).map_err(|error| image.corrupt(offset, error.text))
+        decoder.decode_stream(guest, stream, grain).or_else(|error| failed(error.text))
     }
 
     /// Have `length` bytes at `offset` of the file in memory; returns where they stand in `input`. Past its end are zeroes.

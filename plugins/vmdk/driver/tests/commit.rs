@@ -193,7 +193,7 @@ fn damage_is_found_before_anything_changes() {
     let bytes = damaged.get_mut(&OVERLAY).unwrap();
     let at = le32(bytes, table(bytes) + 8) * 512;
     bytes[at + 20] ^= 0xff;
-    Vmdk.verify_refused(&damaged, Options::default(), ErrorCode::OverlayCorrupt, "");
+    Vmdk.verify_refused(&damaged, Options::default(), ErrorCode::ParseFailed, "");
 }
 
 /// Of an image with more grains than are decoded first, one that does not decode is found while writing: the overlay is as
@@ -211,7 +211,7 @@ fn a_stream_of_a_large_image_that_does_not_decode_is_found_later() {
     bytes[at + 20] ^= 0xff;
     let overlay = bytes.clone();
     let mut io = MemoryDevices::new(damaged);
-    assert_eq!(Vmdk.run(&mut io, Options::default()).unwrap_err().error.code, ErrorCode::OverlayCorrupt);
+    assert_eq!(Vmdk.run(&mut io, Options::default()).unwrap_err().error.code, ErrorCode::ParseFailed);
     assert_eq!(View::new(&io.files[&OVERLAY]).entries, View::new(&overlay).entries);
     assert!(View::new(&io.files[&DEVICE_OUTPUT]).content(&[]) == want, "the backing reads something else");
 }

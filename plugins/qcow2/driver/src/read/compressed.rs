@@ -7,7 +7,8 @@ use crate::image::{overflow, Image};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{BlockIo, DecodeAhead, Decoder, DriverResult};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{BlockIo, DecodeAhead, Decoder, DriverError, DriverResult};
 use instar_qcow2_format::{CompressedRange, Decompressor, GuestCluster};
 
 /// Bytes that are read at once where clusters follow each other in the file.
@@ -57,7 +58,7 @@ impl CompressedReader {
     /// descriptor.
     ///
     /// # Errors
-    /// Corruption if the stream does not decode to a cluster; I/O errors.
+    /// [`ErrorCode::ParseFailed`] if the stream does not decode to a cluster; I/O errors.
     pub fn read(
         &mut self,
         io: &mut dyn BlockIo,
@@ -119,7 +120,8 @@ impl CompressedReader {
         let stream = self.input.get(start..end).ok_or_else(|| overflow("a compressed cluster"))?;
         let decoder = self.ahead.own(io, &decoder).ok_or_else(|| overflow("a decoder"))?;
         decoder.0.decompress(stream, output).map_err(|error| {
-            image.corrupt(range.offset.0, format!("the compressed cluster of guest offset {guest} {error}"))
+            let text = format!("the compressed cluster of guest offset {guest} {error}");
+            DriverError::new(ErrorCode::ParseFailed, text).at(image.device, range.offset.0)
         })
     }
 

@@ -64,7 +64,7 @@ error_codes! {
     ScratchTooSmall = 10, ERROR_SCRATCH_TOO_SMALL;
     /// The backing's refcounts cannot count higher, or their table cannot grow.
     RefcountExhausted = 11, ERROR_REFCOUNT_EXHAUSTED;
-    /// A structure could not be parsed.
+    /// A structure, or what is compressed, could not be decoded.
     ParseFailed = 12, ERROR_PARSE_FAILED;
     /// An arithmetic guard fired: a bug of the tool.
     InternalOverflow = 13, ERROR_INTERNAL_OVERFLOW;
