@@ -1,3 +1,6 @@
+//! Streams of which the first byte fills a cluster: the tests are about what is read, and when.
+#![allow(clippy::unwrap_used)]
+
 use super::*;
 use crate::memory::MemoryDevices;
 use instar_guest_abi::DEVICE_OUTPUT;
@@ -24,7 +27,7 @@ impl Decoder for Fill {
     }
 }
 
-/// A device with the streams of clusters, cluster `place(index)` at place `index`, and what was enumerated of it.
+/// A device with the streams of clusters, each at its offset, all of which were enumerated.
 struct Image {
     io: MemoryDevices,
     ahead: DecodeAhead<Fill>,
