@@ -69,6 +69,74 @@ def test_decoding(compressed, disk, tmp_path):
     assert len(asked) == 1, "what is asked for does not depend on the machine"
 
 
+def test_decoding_what_was_written_out_of_order(compressed, disk, tmp_path):
+    """`qemu-img convert -W` puts clusters where it is done with them: their streams do not follow each other in the file."""
+    kind, _ = compressed
+    image, asked = tmp_path / "scattered.qcow2", set()
+    options = ["-o", f"compression_type={kind}"]
+    support.qemu_img("convert", "-c", "-W", "-m", "16", "-f", "raw", "-O", "qcow2", *options, disk, image)
+    for count in CHOICES:
+        target = tmp_path / f"{count}.raw"
+        result = on(count, "convert", "-v", "-O", "raw", image, target)
+        assert result.rc == 0, str(result)
+        assert target.read_bytes() == disk.read_bytes()
+        asked.add(guest(result)[0])
+        target.unlink()
+    assert len(asked) == 1, asked
+
+
+@pytest.mark.parametrize("fmt, options", [("qcow", []), ("vmdk", ["-o", "subformat=streamOptimized"])], ids=["qcow", "vmdk"])
+def test_decoding_other_formats(fmt, options, disk, tmp_path):
+    image, asked = tmp_path / "image", set()
+    compress = ["-c"] if fmt == "qcow" else []
+    # It fails at the end of a compressed qcow, without a word and when all of it is written.
+    support.qemu_img("convert", *compress, "-f", "raw", "-O", fmt, *options, disk, image, rc=None)
+    compared = support.run("qemu-img", "compare", "-f", "raw", "-F", fmt, disk, image)
+    assert compared.rc == 0 and image.stat().st_blocks * 512 >= LARGE, str(compared)
+    for count in CHOICES:
+        target = tmp_path / f"{count}.raw"
+        result = on(count, "convert", "-v", "-f", fmt, "-O", "raw", image, target)
+        assert result.rc == 0, str(result)
+        assert target.read_bytes() == disk.read_bytes()
+        requests, used = guest(result)
+        assert used == min(count, len(processors())), str(result)
+        asked.add(requests)
+        target.unlink()
+    assert len(asked) == 1, asked
+
+
+def test_committing_what_is_compressed(compressed, disk, tmp_path):
+    """While the host writes into the backing, and flushes it, other processors decode."""
+    _, original = compressed
+    overlay, base, images, asked = tmp_path / "overlay.qcow2", tmp_path / "base.qcow2", set(), set()
+    for count in CHOICES:
+        base.unlink(missing_ok=True)
+        support.create(base, 80 * MIB)
+        overlay.write_bytes(original.read_bytes())
+        support.qemu_img("rebase", "-u", "-b", base.name, "-F", "qcow2", overlay)
+        result = on(count, "commit", "-v", overlay)
+        assert result.rc == 0, str(result)
+        images.add(support.digest(base))
+        requests, used = guest(result)
+        assert used == min(count, len(processors())), str(result)
+        asked.add(requests)
+    assert len(images) == 1 and len(asked) == 1, asked
+    support.assert_clean(base)
+    compared = support.run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", disk, base)
+    assert compared.rc == 0, str(compared)
+
+
+def test_a_small_overlay_over_much(compressed, disk, tmp_path):
+    """The overlay says nothing of what is below it; a large file beside it may be that."""
+    _, original = compressed
+    base, overlay, target = tmp_path / "base.qcow2", tmp_path / "overlay.qcow2", tmp_path / "target"
+    os.link(original, base)
+    support.create(overlay, backing=base.name, backing_fmt="qcow2")
+    result = support.run_instar("convert", "-v", "-O", "raw", overlay, target)
+    assert result.rc == 0 and guest(result)[1] == min(2, len(processors())), str(result)
+    assert target.read_bytes() == disk.read_bytes()
+
+
 def test_encoding(compressed, disk, tmp_path):
     kind, _ = compressed
     images, asked = set(), set()
@@ -101,7 +169,8 @@ def test_small_images_are_for_one(tmp_path):
 
 
 def test_the_first_damage_is_told(compressed, tmp_path):
-    """Two streams are damaged: the error is about the one that comes first on the disk, whoever decodes the other first."""
+    """Streams are damaged, and others before and behind them are not: the error is about the one that comes first on the disk,
+    whoever decodes another one first."""
     _, original = compressed
     mapped = support.run("qemu-img", "map", "--output", "json", original)
     assert mapped.rc == 0

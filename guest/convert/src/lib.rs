@@ -81,7 +81,7 @@ fn convert(
     }
     // Nothing above or below the target changes, and nothing makes it larger.
     let options =
-        Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps, disabled_bitmaps: true };
+        Options { keep_overlay: true, bitmaps, disabled_bitmaps: true, new_target: true, ..Options::default() };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let converted = commit(io, &mut images, options, &mut |event| report(event, reporter));
     converted.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })

@@ -57,6 +57,26 @@ fn refuse_worker(what: &'static str) {
     }
 }
 
+/// The work that was begun last.
+#[derive(Clone, Copy)]
+struct SharedWork {
+    /// Counts what was begun.
+    number: u64,
+    /// It has not ended.
+    is_begun: bool,
+    /// Workers were woken for it.
+    has_workers: bool,
+}
+
+static SHARED_WORK: Global<SharedWork> =
+    Global(UnsafeCell::new(SharedWork { number: 0, is_begun: false, has_workers: false }));
+
+/// What is known of the work that was begun last, for the time of one access.
+fn with_shared<T>(body: impl FnOnce(&mut SharedWork) -> T) -> T {
+    // SAFETY: one processor, and no body reaches this again.
+    body(unsafe { &mut *SHARED_WORK.0.get() })
+}
+
 static HEAP: Global<Heap> = Global(UnsafeCell::new(Heap::new()));
 static HEAP_RANGE: Global<Range<u64>> = Global(UnsafeCell::new(0..0));
 
@@ -83,7 +103,8 @@ impl<E: Exit> Table<E> {
         heap_free,
         panic: panic::<E>,
         processors,
-        parallel: parallel::<E>,
+        parallel_begin: parallel_begin::<E>,
+        parallel_end: parallel_end::<E>,
     };
 }
 
@@ -220,20 +241,41 @@ extern "C" fn processors() -> usize {
     WORKERS.load(Ordering::Relaxed) + 1
 }
 
-/// Do the items with as many workers as there are slots and items for.
-extern "C" fn parallel<E: Exit>(work: ParallelWork, context: *const c_void, slots: usize, count: usize) {
+/// Let as many workers as there are slots and items for begin with the items. Slot 0 stays free for this processor.
+extern "C" fn parallel_begin<E: Exit>(work: ParallelWork, context: *const c_void, slots: usize, count: usize) -> u64 {
     refuse_worker("shares work");
+    end_work::<E>();
     JOB.publish(work, context, slots, count);
-    let workers = WORKERS.load(Ordering::Relaxed).min(slots.min(count).saturating_sub(1));
+    let workers = WORKERS.load(Ordering::Relaxed).min(slots.min(count.saturating_add(1)).saturating_sub(1));
     if workers > 0 {
         out::<E>(PORT_WAKE, u32::try_from(workers).unwrap_or(0));
     }
+    with_shared(|shared| {
+        *shared = SharedWork { number: shared.number + 1, is_begun: true, has_workers: workers > 0 };
+        shared.number
+    })
+}
+
+extern "C" fn parallel_end<E: Exit>(number: u64) {
+    refuse_worker("waits for shared work");
+    if with_shared(|shared| shared.number) == number {
+        end_work::<E>();
+    }
+}
+
+/// Do what is left of the work that was begun last, and wait for the workers. A module that waits for it later finds it done.
+fn end_work<E: Exit>() {
+    let SharedWork { is_begun, has_workers, .. } = with_shared(|shared| *shared);
+    if !is_begun {
+        return;
+    }
     JOB.lead();
-    if workers > 0 {
-        // From here on, nobody has anything of this work: it may lie on the caller's stack.
+    if has_workers {
+        // From here on, nobody has anything of this work: its memory may be used for something else.
         out::<E>(PORT_JOIN, 0);
     }
     JOB.see();
+    with_shared(|shared| shared.is_begun = false);
 }
 
 /// What a worker does: a part of the work of the moment, whenever it is woken.
@@ -286,6 +328,8 @@ pub unsafe fn start<E: Exit>() -> ! {
         let run = unsafe { (*ops).run };
         run(Table::<E>::TABLE, config, chain, formats.as_ptr(), count);
     }
+    // The host lets no guest end while its workers are at work.
+    end_work::<E>();
     exit::<E>()
 }
 

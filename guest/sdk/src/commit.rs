@@ -15,19 +15,13 @@
 //! After that the overlay's children may be made to name the backing ([`Relinks`]), which step 2 plans as well.
 
 use crate::bitmaps::{self, MergedBitmap};
-use crate::{
-    check_extents, BlockIo, Content, DriverError, DriverResult, Extent, Extents, ReadBelow, Relinks, Sink, Source,
-};
-use alloc::vec;
+use crate::decoded::{plan_batch, write_batch, Arena};
+use crate::{check_extents, BlockIo, DriverError, DriverResult, Extent, Extents, ReadBelow, Relinks, Sink, Source};
 use alloc::vec::Vec;
 use instar_guest_abi::{ErrorCode, ParentStage, Phase, PlanSummary};
 
 /// Number of extents that are handed to the sink at once: it flushes a few times for each such batch.
 const EXTENTS: usize = 1 << 14;
-/// Maximum bytes of decoded data that are handed to the sink at once …
-const ARENA_BYTES: usize = 16 << 20;
-/// … and the minimum, however little heap is free.
-const MIN_ARENA_BYTES: usize = 64 << 10;
 
 /// A step of the commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +92,8 @@ pub struct Options {
     /// Also make those that are disabled in the target, disabled as they are: nothing has been recorded in them since they
     /// were, and what is made says what they say.
     pub disabled_bitmaps: bool,
+    /// The target was just created, and nobody uses it before the operation ends: flushes take no time there.
+    pub new_target: bool,
 }
 
 /// The result of a successful commit.
@@ -235,7 +231,7 @@ pub fn commit_and_read_back(
     };
     merged.iter().for_each(|bitmap| watch(Event::Bitmap(bitmap)));
     let limit = sink.info().virtual_size;
-    let mut arena = Vec::new();
+    let mut arena = Arena::new(options.new_target);
     each_batch(io, images.source, &mut |io, source, extents, _| {
         if let Some(extent) = extents.iter().find(|extent| extent.end() > limit) {
             return Err(too_small(extent));
@@ -269,7 +265,7 @@ pub fn commit_and_read_back(
         // An overlay that holds nothing makes its backing grow, too.
         sink.write(io, &[], below).map_err(at(Step::Write))?;
     }
-    let mut arena = Vec::new();
+    let mut arena = Arena::new(options.new_target);
     let mut written = 0;
     each_batch(io, images.source, &mut |io, source, extents, _| {
         write_batch(io, source, sink, extents, below, &mut arena)?;
@@ -331,100 +327,4 @@ pub(crate) fn each_batch(io: &mut dyn BlockIo, source: &mut dyn Source, each: Ea
         from = next;
     }
     Ok(())
-}
-
-/// Show a batch to the sink. If that has to know what is encoded, it says so, and is shown the bytes.
-pub(crate) fn plan_batch(
-    io: &mut dyn BlockIo,
-    source: &mut dyn Source,
-    sink: &mut dyn Sink,
-    extents: &[Extent],
-    arena: &mut Vec<u8>,
-) -> DriverResult<()> {
-    match sink.plan(io, extents) {
-        Err(error) if error.code == ErrorCode::NotImplemented && extents.iter().any(Extent::is_encoded) => {
-            decoded(io, source, extents, arena, &mut |io, ready| sink.plan(io, ready))
-        }
-        planned => planned,
-    }
-}
-
-/// Write a batch, in one call of the sink if what has to be decoded for it fits into the arena.
-pub(crate) fn write_batch(
-    io: &mut dyn BlockIo,
-    source: &mut dyn Source,
-    sink: &mut dyn Sink,
-    extents: &[Extent],
-    below: &mut dyn ReadBelow,
-    arena: &mut Vec<u8>,
-) -> DriverResult<()> {
-    if !extents.iter().any(Extent::is_encoded) {
-        return sink.write(io, extents, below);
-    }
-    decoded(io, source, extents, arena, &mut |io, ready| sink.write(io, ready, below))
-}
-
-/// What a sink does with extents of which none is encoded.
-type EachDecoded<'a> = &'a mut dyn FnMut(&mut dyn BlockIo, &[Extent]) -> DriverResult<()>;
-
-/// Hand extents to `each`, in several calls if need be. Those that only the source can decode are decoded into the arena,
-/// which is kept from batch to batch.
-fn decoded(
-    io: &mut dyn BlockIo,
-    source: &mut dyn Source,
-    extents: &[Extent],
-    arena: &mut Vec<u8>,
-    each: EachDecoded<'_>,
-) -> DriverResult<()> {
-    grow_arena(io, arena, extents.iter().filter(|extent| extent.is_encoded()).map(|extent| extent.length).sum());
-    let mut ready: Vec<Extent> = Vec::with_capacity(extents.len());
-    let mut used = 0;
-    for extent in extents {
-        if !extent.is_encoded() {
-            ready.push(*extent);
-            continue;
-        }
-        let end = extent.end();
-        let mut at = extent.guest_offset;
-        while at < end {
-            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
-            // An extent is not cut, because it would be decoded twice, unless it is larger than the arena.
-            if used > 0 && left > arena.len() - used {
-                each(io, &ready)?;
-                ready.clear();
-                used = 0;
-            }
-            let length = left.min(arena.len() - used);
-            let bytes = arena.get_mut(used..used + length).unwrap_or_default();
-            if bytes.is_empty() {
-                return Err(DriverError::new(ErrorCode::InternalOverflow, "there is no room to decode into"));
-            }
-            source.read(io, extent, at, bytes)?;
-            push_decoded(&mut ready, at, bytes);
-            at += length as u64;
-            used += length;
-        }
-    }
-    each(io, &ready)
-}
-
-/// Make the arena large enough for `wanted` bytes, if that is not too much of the heap.
-fn grow_arena(io: &dyn BlockIo, arena: &mut Vec<u8>, wanted: u64) {
-    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-    if arena.len() < wanted.min(ARENA_BYTES) {
-        // The old one goes first.
-        *arena = Vec::new();
-        let limit = (io.heap_free() / 3).clamp(MIN_ARENA_BYTES, ARENA_BYTES);
-        *arena = vec![0; wanted.min(limit)];
-    }
-}
-
-/// Append decoded bytes of guest byte `at`, or lengthen the extent that they follow in guest and memory.
-fn push_decoded(ready: &mut Vec<Extent>, at: u64, bytes: &[u8]) {
-    let content = Content::Memory { address: bytes.as_ptr() as u64 };
-    let extent = Extent { guest_offset: at, length: bytes.len() as u64, content };
-    match ready.last_mut() {
-        Some(last) if last.is_followed_by(&extent) => last.length += extent.length,
-        _ => ready.push(extent),
-    }
 }

@@ -35,7 +35,7 @@ use core::ffi::c_void;
 #[derive(Debug)]
 pub struct Crew<S> {
     /// At least one.
-    states: Vec<S>,
+    pub(crate) states: Vec<S>,
 }
 
 impl<S: Send> Crew<S> {
@@ -93,23 +93,43 @@ fn processors() -> usize {
 
 /// What the processors are told.
 #[cfg(feature = "guest")]
-struct Shared<S, T> {
+pub(crate) struct Shared<S, T> {
     states: *mut S,
     items: *mut T,
     work: fn(&mut S, &mut T),
 }
 
 #[cfg(feature = "guest")]
+impl<S: Send, T: Send> Shared<S, T> {
+    /// Work on these items, with these states.
+    pub(crate) fn new(states: &mut [S], items: &mut [T], work: fn(&mut S, &mut T)) -> Self {
+        Self { states: states.as_mut_ptr(), items: items.as_mut_ptr(), work }
+    }
+
+    /// Begin it, and return its number.
+    ///
+    /// # Safety
+    /// Until [`parallel_end`](crate::runtime::parallel_end) returns for this number, `shared` stays where it is, there are as many
+    /// states and items as it was made of, and nothing else refers to them.
+    pub(crate) unsafe fn begin(shared: *const Self, states: usize, items: usize) -> u64 {
+        crate::runtime::parallel_begin(one::<S, T>, shared.cast(), states, items)
+    }
+}
+
+#[cfg(feature = "guest")]
 fn shared<S: Send, T: Send>(states: &mut [S], items: &mut [T], work: fn(&mut S, &mut T)) {
-    let shared = Shared { states: states.as_mut_ptr(), items: items.as_mut_ptr(), work };
-    crate::runtime::parallel(one::<S, T>, (&raw const shared).cast(), states.len(), items.len());
+    let (slots, count) = (states.len(), items.len());
+    let shared = Shared::new(states, items, work);
+    // SAFETY: `shared` and both slices outlive the next line, and nothing uses them meanwhile.
+    let number = unsafe { Shared::begin(&raw const shared, slots, count) };
+    crate::runtime::parallel_end(number);
 }
 
 /// Do one item.
 #[cfg(feature = "guest")]
 extern "C" fn one<S: Send, T: Send>(context: *const c_void, slot: usize, item: usize) {
-    // SAFETY: core calls this while `shared` waits, with slots and items below the lengths of the slices that it was given, each
-    // item once and no slot twice at a time: these are the only references to both.
+    // SAFETY: core calls this until `parallel_end` returns, with slots and items below the numbers that it was given, each item
+    // once and no slot twice at a time: as `Shared::begin` demands, these are the only references to both.
     unsafe {
         let shared = &*context.cast::<Shared<S, T>>();
         (shared.work)(&mut *shared.states.add(slot), &mut *shared.items.add(item));

@@ -7,6 +7,7 @@
 
 extern crate alloc;
 
+mod background;
 mod batch;
 mod bitmap;
 mod bitmaps;
@@ -18,6 +19,8 @@ pub mod conformance;
 #[cfg(feature = "memory")]
 pub mod crash;
 mod crew;
+mod decode_ahead;
+mod decoded;
 mod error;
 mod extent;
 mod extents;
@@ -40,10 +43,12 @@ pub mod runtime;
 pub mod table;
 mod traits;
 
+pub use background::Background;
 pub use batch::Batch;
 pub use bitmap::{check_dirty, Bitmap, DirtyRanges};
 pub use bitmaps::{Fate, MergedBitmap, Skipped};
 pub use crew::Crew;
+pub use decode_ahead::{DecodeAhead, Decoder};
 pub use error::{overflow, DriverError, DriverResult};
 pub use extent::{checked_end, Content, Extent};
 pub use extents::{check_extents, Extents};

@@ -3,7 +3,8 @@
 use crate::image::Image;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{overflow, BlockIo, DriverResult};
+use core::ops::Range;
+use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverResult};
 use instar_qcow_format::{Inflater, SECTOR};
 
 /// Bytes that are read at once where streams follow each other in the file, if that is no great part of the heap: every image
@@ -12,43 +13,94 @@ const READ_AHEAD: u64 = 1 << 20;
 /// See [`READ_AHEAD`].
 const PART_OF_HEAP: u64 = 32;
 
-/// Decodes the clusters of one image; keeps the last one, and what was read ahead.
+/// Decodes the clusters of one image; keeps the last one, what was read ahead, and the clusters that come [next](DecodeAhead).
 #[derive(Debug, Default)]
 pub struct ClusterReader {
-    inflater: Option<Inflater>,
+    ahead: DecodeAhead<ClusterDecoder>,
     input: Vec<u8>,
     input_at: u64,
     cluster: Vec<u8>,
     held: Option<(u64, u64)>,
 }
 
+/// Decodes clusters with memory of its own.
+#[derive(Default)]
+struct ClusterDecoder(Inflater);
+
+impl Decoder for ClusterDecoder {
+    fn decode(&mut self, _: u64, stream: &[u8], cluster: &mut [u8]) -> bool {
+        self.0.decode(stream, cluster).is_ok()
+    }
+}
+
 impl ClusterReader {
-    /// The cluster whose stream has `length` bytes at byte `offset` of the file.
+    /// An enumeration begins at guest byte `from`: its clusters will be asked for in this order, if at all.
+    pub fn enumerate(&mut self, from: u64) {
+        self.ahead.enumerate(from);
+    }
+
+    /// The next compressed cluster of the enumeration, whose stream has `length` bytes at byte `offset` of the file.
+    pub fn note(&mut self, guest: u64, (offset, length): (u64, u64)) {
+        self.ahead.note(guest, offset, offset..offset.saturating_add(length));
+    }
+
+    /// Fill `buffer` with the bytes from `start` on of the cluster at guest offset `guest`, whose stream has `length` bytes at byte
+    /// `offset` of the file.
     ///
     /// # Errors
     /// Corruption if the stream does not decode to a cluster; I/O errors.
-    pub fn cluster(
+    pub fn read(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &Image,
+        (guest, stream): (u64, (u64, u64)),
+        start: u64,
+        buffer: &mut [u8],
+    ) -> DriverResult<()> {
+        let size = usize::try_from(image.header.cluster_size()).map_err(|_| overflow("the cluster size"))?;
+        if start == 0 && buffer.len() == size && self.held != Some(stream) {
+            return self.decode(io, image, (guest, stream), buffer);
+        }
+        if self.held != Some(stream) {
+            self.held = None;
+            let mut cluster = core::mem::take(&mut self.cluster);
+            cluster.resize(size, 0);
+            let decoded = self.decode(io, image, (guest, stream), &mut cluster);
+            self.cluster = cluster;
+            decoded?;
+            self.held = Some(stream);
+        }
+        let start = usize::try_from(start).map_err(|_| overflow("an offset in a cluster"))?;
+        let part = start.checked_add(buffer.len()).and_then(|end| self.cluster.get(start..end));
+        buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a cluster"))?);
+        Ok(())
+    }
+
+    /// Decode a whole cluster.
+    fn decode(
+        &mut self,
+        io: &mut dyn BlockIo,
+        image: &Image,
+        (guest, (offset, length)): (u64, (u64, u64)),
+        cluster: &mut [u8],
+    ) -> DriverResult<()> {
+        if self.ahead.take(io, image.device, (guest, offset), cluster, &ClusterDecoder::default)? {
+            return Ok(());
+        }
+        let range = self.load(io, image, (offset, length))?;
+        let stream = self.input.get(range).ok_or_else(|| overflow("a compressed cluster"))?;
+        let decoder = self.ahead.own(io, &ClusterDecoder::default).ok_or_else(|| overflow("a decoder"))?;
+        let decoded = decoder.0.decode(stream, cluster);
+        decoded.map_err(|why| image.corrupt(offset, alloc::format!("a compressed cluster {why}")))
+    }
+
+    /// Have a stream in memory; returns where it stands in `input`.
+    fn load(
         &mut self,
         io: &mut dyn BlockIo,
         image: &Image,
         (offset, length): (u64, u64),
-    ) -> DriverResult<&[u8]> {
-        if self.held != Some((offset, length)) {
-            self.held = None;
-            let size = usize::try_from(image.header.cluster_size()).map_err(|_| overflow("the cluster size"))?;
-            let mut cluster = core::mem::take(&mut self.cluster);
-            cluster.resize(size, 0);
-            let mut inflater = self.inflater.take().unwrap_or_default();
-            let stream = self.load(io, image, (offset, length))?;
-            let decoded = inflater.decode(stream, &mut cluster);
-            (self.cluster, self.inflater) = (cluster, Some(inflater));
-            decoded.map_err(|why| image.corrupt(offset, alloc::format!("a compressed cluster {why}")))?;
-            self.held = Some((offset, length));
-        }
-        Ok(&self.cluster)
-    }
-
-    fn load(&mut self, io: &mut dyn BlockIo, image: &Image, (offset, length): (u64, u64)) -> DriverResult<&[u8]> {
+    ) -> DriverResult<Range<usize>> {
         let held_end = self.input_at + self.input.len() as u64;
         let end = offset.checked_add(length).ok_or_else(|| overflow("a compressed cluster"))?;
         if offset < self.input_at || end > held_end {
@@ -63,11 +115,11 @@ impl ClusterReader {
         }
         let start = usize::try_from(offset - self.input_at).map_err(|_| overflow("a compressed cluster"))?;
         let count = usize::try_from(length).map_err(|_| overflow("a compressed cluster"))?;
-        self.input.get(start..start.saturating_add(count)).ok_or_else(|| overflow("a compressed cluster"))
+        Ok(start..start.saturating_add(count))
     }
 
     /// Drop what was read: the file is another one now.
     pub fn forget(&mut self) {
-        (self.input, self.held) = (Vec::new(), None);
+        *self = Self::default();
     }
 }

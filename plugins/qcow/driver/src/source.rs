@@ -64,6 +64,9 @@ impl QcowSource {
                 return Err(self.image.corrupt(place, "an L2 entry points to the same place as the one before it"));
             }
             before = number;
+            if let Entry::Compressed { offset, length } = entry {
+                self.reader.note(at - at % size, (offset, length));
+            }
             if self.extent(at / size, entry).is_some_and(|extent| !out.push(extent)) {
                 return Ok(at);
             }
@@ -89,6 +92,7 @@ impl Source for QcowSource {
         let end = range.end.min(self.image.header.virtual_size());
         let l1_end = self.image.l1_place(end.div_ceil(coverage));
         let mut at = range.start - range.start % size;
+        self.reader.enumerate(at);
         let mut before = 0;
         while at < end {
             let index = at / coverage;
@@ -125,11 +129,7 @@ impl Source for QcowSource {
         let entry = self.image.entry(location).map_err(|text| self.image.corrupt(0, text))?;
         let Entry::Compressed { offset, length } = entry else { return Err(overflow("an encoded extent")) };
         let start = guest_offset % self.image.header.cluster_size();
-        let start = usize::try_from(start).map_err(|_| overflow("an offset in a cluster"))?;
-        let cluster = self.reader.cluster(io, &self.image, (offset, length))?;
-        let part = start.checked_add(buffer.len()).and_then(|end| cluster.get(start..end));
-        buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a cluster"))?);
-        Ok(())
+        self.reader.read(io, &self.image, (guest_offset - start, (offset, length)), start, buffer)
     }
 
     /// Tables and clusters are dropped with the L1 entries, any of them first: all read the same through the backing by now.

@@ -14,11 +14,12 @@
 
 use crate::decode::ClusterReader;
 use crate::image::Image;
+use alloc::vec;
 use instar_guest_sdk::abi::{ErrorCode, Request};
 use instar_guest_sdk::table::{
     Action, Arrival, Big64, ClusterData, ClusterParts, ClusterPlace, Disk, Held, Table, ZeroEntries,
 };
-use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow};
+use instar_guest_sdk::{overflow, BlockIo, DriverError, DriverResult, OrderedWriter, ReadBelow};
 use instar_qcow_format::{Entry, ENTRY_BYTES};
 
 /// What is done about a cluster with this entry: a compressed one always gets a new place. `below`: something may show through
@@ -165,7 +166,9 @@ impl Writer {
             self.data.fill_around(io, &mut self.out, &place, &arriving.parts, below)?;
         }
         if let Some(stream) = packed {
-            let bytes = self.reader.cluster(io, &self.image, stream)?.to_vec();
+            let size = self.image.header.cluster_size();
+            let mut bytes = vec![0; usize::try_from(size).map_err(|_| overflow("the cluster size"))?];
+            self.reader.read(io, &self.image, (cluster * size, stream), 0, &mut bytes)?;
             self.data.push_bytes(self.image.device, offset, bytes);
         }
         self.data.write_parts(io, &mut self.out, &place, &arriving.parts)?;

@@ -1,13 +1,18 @@
 //! Compressed clusters: a raw deflate stream that fills a cluster (`decompress_buffer`).
 
-use alloc::boxed::Box;
-use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
-use miniz_oxide::inflate::core::{decompress, DecompressorOxide};
-use miniz_oxide::inflate::TINFLStatus;
+use zlib_rs::{Inflate, InflateFlush};
+
+/// Any window that deflate has: 32 KiB.
+const WINDOW_BITS: u8 = 15;
 
 /// A decoder with its memory, which is used again for every cluster.
-#[derive(Default)]
-pub struct Inflater(Box<DecompressorOxide>);
+pub struct Inflater(Inflate);
+
+impl Default for Inflater {
+    fn default() -> Self {
+        Self(Inflate::new(false, WINDOW_BITS))
+    }
+}
 
 impl core::fmt::Debug for Inflater {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
@@ -22,21 +27,12 @@ impl Inflater {
     /// # Errors
     /// A clause on the stream; then the content of `output` is arbitrary.
     pub fn decode(&mut self, input: &[u8], output: &mut [u8]) -> Result<(), &'static str> {
-        self.0.init();
-        let (status, _, written) = decompress(&mut self.0, input, output, 0, TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF);
-        let full = written == output.len();
-        match status {
-            TINFLStatus::Done
-            | TINFLStatus::HasMoreOutput
-            | TINFLStatus::FailedCannotMakeProgress
-            | TINFLStatus::NeedsMoreInput => {
-                if full {
-                    Ok(())
-                } else {
-                    Err("decodes to less than a cluster")
-                }
-            }
-            _ => Err("does not decode"),
+        self.0.reset(false);
+        self.0.decompress(input, output, InflateFlush::Finish).map_err(|_| "does not decode")?;
+        if self.0.total_out() == output.len() as u64 {
+            Ok(())
+        } else {
+            Err("decodes to less than a cluster")
         }
     }
 }

@@ -74,7 +74,7 @@ impl Source for Qcow2Source {
             let mut room = true;
             extents_of(image, &mapped, &mut |extent| {
                 if let Content::Encoded { location } = extent.content {
-                    reader.note(extent.guest_offset, location);
+                    reader.note(image, extent.guest_offset, location);
                 }
                 // A cluster with subclusters of several states may have been left in the middle.
                 if room && extent.end() > from && !out.push(extent) {

@@ -14,8 +14,14 @@ use instar_qcow2_testkit::{be64, run_commit, ANCESTOR, OVERLAY};
 use instar_testkit::crashes;
 use std::slice::from_ref;
 
-const MERGE: Options =
-    Options { keep_overlay: false, dry_run: false, resize_backing: false, bitmaps: true, disabled_bitmaps: false };
+const MERGE: Options = Options {
+    keep_overlay: false,
+    dry_run: false,
+    resize_backing: false,
+    bitmaps: true,
+    disabled_bitmaps: false,
+    new_target: false,
+};
 
 /// Which granules a bitmap calls dirty.
 fn granules(bits: &[bool]) -> Vec<usize> {

@@ -5,15 +5,14 @@
 
 use crate::types::{ClusterSize, HostCluster, HostOffset};
 use crate::CompressionType;
-use alloc::boxed::Box;
 use core::fmt;
-use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
-use miniz_oxide::inflate::core::DecompressorOxide;
-use miniz_oxide::inflate::TINFLStatus;
+use zlib_rs::{Inflate, InflateFlush};
 use zstd_safe::{find_frame_compressed_size, DCtx};
 
 /// The unit of a descriptor's length, in bytes, whatever the cluster size.
 const SECTOR: u64 = 512;
+/// Any window that deflate has: 32 KiB.
+const WINDOW_BITS: u8 = 15;
 
 /// Where the stream of a compressed cluster stands in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +101,7 @@ impl fmt::Display for DecodeError {
 pub struct Decompressor(Kind);
 
 enum Kind {
-    Zlib(Box<DecompressorOxide>),
+    Zlib(Inflate),
     Zstd(Option<DCtx<'static>>),
 }
 
@@ -111,7 +110,7 @@ impl Decompressor {
     #[must_use]
     pub fn new(kind: CompressionType) -> Self {
         Self(match kind {
-            CompressionType::Zlib => Kind::Zlib(Box::default()),
+            CompressionType::Zlib => Kind::Zlib(Inflate::new(false, WINDOW_BITS)),
             CompressionType::Zstd => Kind::Zstd(DCtx::try_create()),
         })
     }
@@ -144,19 +143,15 @@ pub fn decompress(kind: CompressionType, input: &[u8], output: &mut [u8]) -> Res
     Decompressor::new(kind).decompress(input, output)
 }
 
-/// Raw deflate. As in QEMU the cluster is good as soon as it is full, even if the stream would go on.
-fn inflate(state: &mut DecompressorOxide, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
-    state.init();
-    let flags = TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
-    let (status, _, written) = miniz_oxide::inflate::core::decompress(state, input, output, 0, flags);
-    match status {
-        TINFLStatus::Done | TINFLStatus::HasMoreOutput if written == output.len() => Ok(()),
-        // All of the input is used up, with or without the mark of the stream's end.
-        TINFLStatus::FailedCannotMakeProgress | TINFLStatus::NeedsMoreInput if written == output.len() => Ok(()),
-        TINFLStatus::Done | TINFLStatus::FailedCannotMakeProgress | TINFLStatus::NeedsMoreInput => {
-            Err(DecodeError::Short)
-        }
-        _ => Err(DecodeError::Invalid),
+/// Raw deflate. As in QEMU the cluster is good as soon as it is full, even if the stream would go on, or is used up without the
+/// mark of its end.
+fn inflate(state: &mut Inflate, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
+    state.reset(false);
+    state.decompress(input, output, InflateFlush::Finish).map_err(|_| DecodeError::Invalid)?;
+    if state.total_out() == output.len() as u64 {
+        Ok(())
+    } else {
+        Err(DecodeError::Short)
     }
 }
 

@@ -10,8 +10,14 @@ use instar_vdi_testkit::pair::{assert_goes_with_none_but, files, lowest, run, vi
 use instar_vdi_testkit::{build, Spec, State, View, BLOCK};
 
 const SIZE: usize = 300 * BLOCK;
-const KEEP: Options =
-    Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps: false, disabled_bitmaps: false };
+const KEEP: Options = Options {
+    keep_overlay: true,
+    dry_run: false,
+    resize_backing: false,
+    bitmaps: false,
+    disabled_bitmaps: false,
+    new_target: false,
+};
 
 fn data(blocks: impl IntoIterator<Item = usize>, seed: u8) -> Vec<(usize, State)> {
     blocks.into_iter().map(|block| (block, State::Data(seed))).collect()

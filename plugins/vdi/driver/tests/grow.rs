@@ -7,8 +7,14 @@ use instar_guest_sdk::memory::MemoryDevices;
 use instar_vdi_testkit::pair::{assert_goes_with_none_but, files, run, views, Files, OVERLAY};
 use instar_vdi_testkit::{crashes, le32, le64, put32, Spec, State, View, BLOCK};
 
-const GROW: Options =
-    Options { keep_overlay: false, dry_run: false, resize_backing: true, bitmaps: false, disabled_bitmaps: false };
+const GROW: Options = Options {
+    keep_overlay: false,
+    dry_run: false,
+    resize_backing: true,
+    bitmaps: false,
+    disabled_bitmaps: false,
+    new_target: false,
+};
 
 fn data(blocks: impl IntoIterator<Item = usize>, seed: u8) -> Vec<(usize, State)> {
     blocks.into_iter().map(|block| (block, State::Data(seed))).collect()

@@ -11,8 +11,14 @@ use instar_vhdx_format::Guid;
 use instar_vhdx_testkit::{build, crashes, guid_text, Kind, Kit, Linkage, Log, Spec, View, MIB};
 
 const SIZE: usize = MIB - 8192;
-const KEEP: Options =
-    Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps: false, disabled_bitmaps: false };
+const KEEP: Options = Options {
+    keep_overlay: true,
+    dry_run: false,
+    resize_backing: false,
+    bitmaps: false,
+    disabled_bitmaps: false,
+    new_target: false,
+};
 const EMPTY: Options = Options { keep_overlay: false, ..KEEP };
 
 fn top() -> Spec {

@@ -131,7 +131,7 @@ impl Planner {
         let length = usize::try_from(part.extent.length).map_err(|_| overflow("a part of a grain"))?;
         let (mut held, mut arriving) = (vec![0; length], vec![0; length]);
         let start = part.extent.guest_offset - part.grain;
-        self.reader.read(io, image, offset, (start, part.length), &mut held)?;
+        self.reader.read(io, image, (part.grain, offset), start, &mut held)?;
         part.extent.content.read(io, &mut arriving)?;
         if held == arriving {
             return Ok(());

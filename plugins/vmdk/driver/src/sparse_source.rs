@@ -149,6 +149,7 @@ impl SparseSource {
         let size = self.image.layout.virtual_size();
         let limit = range.end.min(size);
         let Place { mut table, mut entry, grain: mut guest } = self.image.layout.place(range.start);
+        self.reader.enumerate(guest);
         while guest < limit {
             self.load_tables(io, table, limit)?;
             for loaded in self.ahead.iter().skip_while(|loaded| loaded.index < table) {
@@ -161,6 +162,9 @@ impl SparseSource {
                         return Ok(guest.min(size));
                     }
                     let held = self.extent(guest, self.image.layout.grain_of(value))?;
+                    if let Some(Extent { content: Content::Encoded { location }, .. }) = held {
+                        self.reader.note(&self.image, guest, location);
+                    }
                     if held.is_some_and(|extent| !out.push(extent)) {
                         return Ok(guest);
                     }
@@ -203,9 +207,7 @@ impl SparseSource {
     ) -> DriverResult<()> {
         let start = guest_offset.checked_sub(extent.guest_offset).ok_or_else(|| overflow("an offset in a grain"))?;
         let Content::Encoded { location } = extent.content else { return Err(overflow("an encoded extent")) };
-        let layout = &self.image.layout;
-        let visible = layout.grain_bytes().min(layout.virtual_size().saturating_sub(extent.guest_offset));
-        self.reader.read(io, &self.image, location, (start, visible), buffer)
+        self.reader.read(io, &self.image, (extent.guest_offset, location), start, buffer)
     }
 
     /// First the entries, in both copies: from then on everything is read from the backing. A crash before or within

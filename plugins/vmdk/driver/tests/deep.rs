@@ -10,8 +10,14 @@ use instar_vmdk_testkit::pair::{assert_goes_with_none_but, files, lowest, run, v
 use instar_vmdk_testkit::{build, Spec, State, View, GRAIN};
 
 const SIZE: usize = 700 * GRAIN;
-const KEEP: Options =
-    Options { keep_overlay: true, dry_run: false, resize_backing: false, bitmaps: false, disabled_bitmaps: false };
+const KEEP: Options = Options {
+    keep_overlay: true,
+    dry_run: false,
+    resize_backing: false,
+    bitmaps: false,
+    disabled_bitmaps: false,
+    new_target: false,
+};
 
 fn data(grains: impl IntoIterator<Item = usize>, seed: u8) -> Vec<(usize, State)> {
     grains.into_iter().map(|grain| (grain, State::Data(seed))).collect()

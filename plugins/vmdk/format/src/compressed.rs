@@ -7,8 +7,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 use miniz_oxide::deflate::core::{compress, CompressorOxide, TDEFLFlush, TDEFLStatus};
-use miniz_oxide::inflate::decompress_slice_iter_to_slice;
 use miniz_oxide::DataFormat;
+use zlib_rs::{Inflate, InflateFlush, Status};
 
 /// The levels of zlib that are tried, until the stream is no longer than it may be: the fastest, which compresses three times
 /// as fast as zlib's usual one into a sixth more bytes, and the one that only stores.
@@ -16,20 +16,42 @@ const LEVELS: [u8; 2] = [1, 0];
 /// The same, beginning with zlib's usual level.
 const SMALL: [u8; 2] = [6, 0];
 
-/// Decode a stream into a grain, of which the disk has the first `visible` bytes: QEMU stores no more than these of a disk's
-/// last one. What follows is zero.
-///
-/// # Errors
-/// When it is no stream, or none of a grain.
-pub fn decode_grain(stream: &[u8], grain: &mut [u8], visible: u64) -> Result<(), FormatError> {
-    let decoded = decompress_slice_iter_to_slice(grain, core::iter::once(stream), true, false);
-    let count = decoded.map_err(|_| FormatError::corrupt("a compressed grain does not decode"))?;
-    if count != grain.len() && count as u64 != visible {
-        let text = format!("a compressed grain decodes to {count} bytes, not {}", grain.len());
-        return Err(FormatError::corrupt(text));
+/// Any window that deflate has: 32 KiB.
+const WINDOW_BITS: u8 = 15;
+
+/// Decodes grains; its memory of some dozens of KiB is taken once.
+pub struct Decompressor(Inflate);
+
+impl Default for Decompressor {
+    fn default() -> Self {
+        Self(Inflate::new(true, WINDOW_BITS))
     }
-    grain.iter_mut().skip(count).for_each(|byte| *byte = 0);
-    Ok(())
+}
+
+impl fmt::Debug for Decompressor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Decompressor")
+    }
+}
+
+impl Decompressor {
+    /// Decode a stream into a grain, of which the disk has the first `visible` bytes: QEMU stores no more than these of a disk's
+    /// last one. What follows is zero.
+    ///
+    /// # Errors
+    /// When it is no stream, or none of a grain; then the content of `grain` is arbitrary.
+    pub fn decode(&mut self, stream: &[u8], grain: &mut [u8], visible: u64) -> Result<(), FormatError> {
+        self.0.reset(true);
+        let ended = matches!(self.0.decompress(stream, grain, InflateFlush::Finish), Ok(Status::StreamEnd));
+        let count = usize::try_from(self.0.total_out()).ok().filter(|_| ended);
+        let count = count.ok_or_else(|| FormatError::corrupt("a compressed grain does not decode"))?;
+        if count != grain.len() && count as u64 != visible {
+            let text = format!("a compressed grain decodes to {count} bytes, not {}", grain.len());
+            return Err(FormatError::corrupt(text));
+        }
+        grain.iter_mut().skip(count).for_each(|byte| *byte = 0);
+        Ok(())
+    }
 }
 
 /// Compresses grains; its tables of some hundred KiB are made once. The same bytes always give the same stream.
@@ -88,7 +110,7 @@ mod tests {
         assert!(stored.capacity() < stored.len() + 4096, "{} bytes for {}", stored.capacity(), stored.len());
         let (stream, padding) = stored[12..].split_at(marker.length as usize);
         let mut decoded = vec![0xff; bytes.len()];
-        decode_grain(stream, &mut decoded, 0).unwrap();
+        Decompressor::default().decode(stream, &mut decoded, 0).unwrap();
         assert!(decoded == bytes && padding.iter().all(|&byte| byte == 0));
         stream.len()
     }
@@ -120,10 +142,14 @@ mod tests {
     fn a_grain_has_its_length() {
         let stored = Compressor::default().stored(0, &[7; 512]).unwrap();
         let mut grain = [0xff; 1024];
-        assert!(decode_grain(&stored[12..], &mut grain, 1024).unwrap_err().text.contains("512 bytes, not 1024"));
-        decode_grain(&stored[12..], &mut grain, 512).unwrap();
+        assert!(Decompressor::default()
+            .decode(&stored[12..], &mut grain, 1024)
+            .unwrap_err()
+            .text
+            .contains("512 bytes, not 1024"));
+        Decompressor::default().decode(&stored[12..], &mut grain, 512).unwrap();
         assert!(grain[..512] == [7; 512] && grain[512..] == [0; 512], "the rest of the last grain");
-        assert!(decode_grain(&stored[13..], &mut grain, 512).is_err());
-        assert!(decode_grain(&stored[12..], &mut grain[..256], 512).is_err(), "more than a grain");
+        assert!(Decompressor::default().decode(&stored[13..], &mut grain, 512).is_err());
+        assert!(Decompressor::default().decode(&stored[12..], &mut grain[..256], 512).is_err(), "more than a grain");
     }
 }

@@ -3,22 +3,21 @@
 //! Writers put them one after the other, so where two follow each other in the file, more than the second is read
 //! ahead. The last cluster that was read in parts is kept, because the next read usually wants the next part.
 
-use super::ahead::Ahead;
 use crate::image::{overflow, Image};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{CompressedRange, GuestCluster};
+use instar_guest_sdk::{BlockIo, DecodeAhead, Decoder, DriverResult};
+use instar_qcow2_format::{CompressedRange, Decompressor, GuestCluster};
 
 /// Bytes that are read at once where clusters follow each other in the file.
 const READ_AHEAD: u64 = 1 << 20;
 
-/// Reads the compressed clusters of one image. Its memory: one cluster, its stream or [`READ_AHEAD`], what the decoder needs, and,
-/// with several processors, the clusters that come [next](Ahead).
+/// Reads the compressed clusters of one image. Its memory: one cluster, its stream or [`READ_AHEAD`], what the decoder needs, and
+/// the clusters that come [next](DecodeAhead).
 #[derive(Default)]
 pub struct CompressedReader {
-    ahead: Ahead,
+    ahead: DecodeAhead<ClusterDecoder>,
     /// Bytes of the file from `input_at` on; the first `input_length` of them are valid.
     input: Vec<u8>,
     input_at: u64,
@@ -29,6 +28,19 @@ pub struct CompressedReader {
     held: Option<u64>,
 }
 
+/// Decodes clusters with memory of its own.
+struct ClusterDecoder(Decompressor);
+
+impl Decoder for ClusterDecoder {
+    fn decode(&mut self, _: u64, stream: &[u8], cluster: &mut [u8]) -> bool {
+        self.0.decompress(stream, cluster).is_ok()
+    }
+
+    fn has_memory(&self) -> bool {
+        self.0.has_memory()
+    }
+}
+
 impl CompressedReader {
     /// An enumeration begins at guest byte `from`: its clusters will be asked for in this order, if at all.
     pub(crate) fn enumerate(&mut self, from: u64) {
@@ -36,8 +48,9 @@ impl CompressedReader {
     }
 
     /// The next compressed cluster of the enumeration.
-    pub(crate) fn note(&mut self, guest: u64, descriptor: u64) {
-        self.ahead.note(guest, descriptor);
+    pub(crate) fn note(&mut self, image: &Image, guest: u64, descriptor: u64) {
+        let range = CompressedRange::decode(descriptor, image.cluster_size());
+        self.ahead.note(guest, descriptor, range.offset.0..range.end());
     }
 
     /// Fill `buffer` with the bytes from `start` on of the cluster at guest offset `guest`, whose entry has this
@@ -97,17 +110,15 @@ impl CompressedReader {
         (guest, descriptor): (u64, u64),
         output: &mut [u8],
     ) -> DriverResult<()> {
+        let decoder = || ClusterDecoder(Decompressor::new(image.header.compression));
+        if self.ahead.take(io, image.device, (guest, descriptor), output, &decoder)? {
+            return Ok(());
+        }
         let range = CompressedRange::decode(descriptor, image.cluster_size());
-        let decoded = match self.ahead.take(descriptor, output) {
-            Some(decoded) => decoded,
-            None => {
-                let (start, end) = self.load(io, image, range)?;
-                let valid = usize::try_from(self.input_length).map_err(|_| overflow("a compressed cluster"))?;
-                let input = self.input.get(..valid).ok_or_else(|| overflow("a compressed cluster"))?;
-                self.ahead.decode(io, image, (guest, descriptor), (input, self.input_at, start..end), output)
-            }
-        };
-        decoded.map_err(|error| {
+        let (start, end) = self.load(io, image, range)?;
+        let stream = self.input.get(start..end).ok_or_else(|| overflow("a compressed cluster"))?;
+        let decoder = self.ahead.own(io, &decoder).ok_or_else(|| overflow("a decoder"))?;
+        decoder.0.decompress(stream, output).map_err(|error| {
             image.corrupt(range.offset.0, format!("the compressed cluster of guest offset {guest} {error}"))
         })
     }

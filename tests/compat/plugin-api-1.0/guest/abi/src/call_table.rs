@@ -32,16 +32,20 @@ pub struct CallTable {
     pub panic: extern "C" fn(text: *const u8, length: usize) -> !,
     /// How many processors the guest has, this one included.
     pub processors: extern "C" fn() -> usize,
-    /// Call `work` once for each of `count` items, on up to `slots` processors, and return when all are done. The order is any;
-    /// no two calls at the same time have the same slot, and each slot is below `slots`. The calls use no other callback.
-    pub parallel: extern "C" fn(work: ParallelWork, context: *const c_void, slots: usize, count: usize),
+    /// Begin to call `work` once for each of `count` items, on up to `slots` processors, and return the number of this work. The
+    /// workers do items from now on, this processor when it waits for their end. The order is any; no two calls at the same time
+    /// have the same slot, and each slot is below `slots`. The calls use no other callback. Work that was begun before ends
+    /// first.
+    pub parallel_begin: extern "C" fn(work: ParallelWork, context: *const c_void, slots: usize, count: usize) -> u64,
+    /// Return when all items of the work with this number are done, and do what is left of them.
+    pub parallel_end: extern "C" fn(number: u64),
 }
 
-/// What [`CallTable::parallel`] calls for an item: the context that it was given, the slot, and the number of the item.
+/// What core calls for an item of shared work: the context that it was given, the slot, and the number of the item.
 pub type ParallelWork = extern "C" fn(context: *const c_void, slot: usize, item: usize);
 
 impl CallTable {
     /// Size in bytes of the table of minor version 0, up to its last function: whatever is appended leaves this as it is. An
     /// older core lacks it, so a module looks at `size` before it calls such a function, and does without if it can.
-    pub const MIN_SIZE: usize = offset_of!(Self, parallel) + size_of::<usize>();
+    pub const MIN_SIZE: usize = offset_of!(Self, parallel_end) + size_of::<usize>();
 }

@@ -9,9 +9,9 @@
 //!
 //! Running the rebase again after a crash finishes it, whichever parent the overlay names at that point.
 
-use crate::commit::{each_batch, plan_batch, write_batch};
+use crate::commit::each_batch;
+use crate::decoded::{plan_batch, write_batch, Arena};
 use crate::{BlockIo, DriverError, DriverResult, OpenSource, Parent, ReadBelow, Sink, Source};
-use alloc::vec::Vec;
 use instar_guest_abi::{Phase, PlanSummary};
 
 /// A step of the rebase.
@@ -122,7 +122,7 @@ pub fn rebase(
     io.enter(Phase::Target);
     if let Some(content) = images.content.as_mut().filter(|_| plan.bytes > 0) {
         let Content { differences, sink, below } = content;
-        let mut arena = Vec::new();
+        let mut arena = Arena::new(false);
         each_batch(io, *differences, &mut |io, source, extents, next| {
             write_batch(io, source, *sink, extents, &mut Hidden(*below), &mut arena)?;
             written(next);
@@ -147,7 +147,7 @@ fn plan_parent<'o>(io: &mut dyn BlockIo, images: &Rebase<'_, 'o>) -> DriverResul
 
 fn plan_content(io: &mut dyn BlockIo, content: &mut Content<'_>, clusters: u64) -> DriverResult<Plan> {
     let Content { differences, sink, .. } = content;
-    let (mut bytes, mut arena) = (0, Vec::new());
+    let (mut bytes, mut arena) = (0, Arena::new(false));
     each_batch(io, *differences, &mut |io, source, extents, _| {
         bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
         plan_batch(io, source, *sink, extents, &mut arena)

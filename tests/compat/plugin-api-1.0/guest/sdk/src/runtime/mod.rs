@@ -11,4 +11,4 @@ mod services;
 #[cfg(feature = "guest")]
 pub use services::{heap_free, init, send, GuestIo};
 #[cfg(feature = "guest")]
-pub(crate) use services::{parallel, processors};
+pub(crate) use services::{parallel_begin, parallel_end, processors};

@@ -50,10 +50,15 @@ pub(crate) fn processors() -> usize {
     table().map_or(1, |table| (table.processors)())
 }
 
-/// Have `work` called for each of `count` items by up to `slots` processors.
-pub(crate) fn parallel(work: ParallelWork, context: *const c_void, slots: usize, count: usize) {
+/// Begin to have `work` called for each of `count` items by up to `slots` processors; returns the number of this work.
+pub(crate) fn parallel_begin(work: ParallelWork, context: *const c_void, slots: usize, count: usize) -> u64 {
+    table().map_or(0, |table| (table.parallel_begin)(work, context, slots, count))
+}
+
+/// Wait until all items of the work with this number are done, and help.
+pub(crate) fn parallel_end(number: u64) {
     if let Some(table) = table() {
-        (table.parallel)(work, context, slots, count);
+        (table.parallel_end)(number);
     }
 }
 
