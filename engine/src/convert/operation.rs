@@ -348,11 +348,12 @@ impl Operation for Convert<'_> {
     }
 
     fn payload(&self) -> Vec<u8> {
-        let ConvertRequest { allocate, bitmaps, salvage, sparse, compress, .. } = *self.request;
+        let ConvertRequest { allocate, bitmaps, salvage, sparse, compress, in_place, .. } = *self.request;
         // The guest that compresses clusters sees which of them are zero. Unreadable data becomes zeroes in copies, but
         // an error if the guest has to look at it.
         let sparse = if compress || salvage || allocate { 0 } else { sparse };
-        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse, salvage }.encode_to_vec()
+        Config { write_zeroes: self.writes_zeroes, allocate, bitmaps, sparse, salvage, new_target: !in_place }
+            .encode_to_vec()
     }
 
     fn serve(&mut self, devices: &mut Devices, paths: &DevicePaths, session: &Session) -> Result<CommitEvents, Error> {

@@ -55,7 +55,7 @@ fn convert(
     let at = |error| Failed { step: Step::Check.name(), error };
     let config = Config::decode(operation.payload());
     let config = config.map_err(|_| at(wrong("the configuration of a conversion cannot be decoded")))?;
-    let Config { write_zeroes, allocate, bitmaps, sparse, salvage } = config;
+    let Config { write_zeroes, allocate, bitmaps, sparse, salvage, new_target } = config;
     let mut disks = disks(operation).and_then(Disks::new).map_err(at)?;
     let salvaged = Rc::new(RefCell::new(Salvaged::default()));
     if salvage {
@@ -88,8 +88,7 @@ fn convert(
         source = shown(Sparse::new(sparse, !write_zeroes && !has_backing), source);
     }
     // Nothing above or below the target changes, and nothing makes it larger.
-    let options =
-        Options { keep_overlay: true, bitmaps, disabled_bitmaps: true, new_target: true, ..Options::default() };
+    let options = Options { keep_overlay: true, bitmaps, disabled_bitmaps: true, new_target, ..Options::default() };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let converted = commit(io, &mut images, options, &mut |event| report(event, reporter));
     for (guest_offset, length, several) in salvaged.borrow().parts() {

@@ -17,4 +17,7 @@ pub struct Config {
     /// Compressed data that does not decode is zero in the target, and is told.
     #[prost(bool, tag = "5")]
     pub salvage: bool,
+    /// The target is new, and nobody sees it before the end: the host leaves out flushes until then.
+    #[prost(bool, tag = "6")]
+    pub new_target: bool,
 }
