@@ -69,7 +69,7 @@ def test_a_plugin_in_an_afternoon(tmp_path):
         elif command.startswith(("cp a.toy", "printf")):
             subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True)
     assert said.count("Images are identical.") == 2 and "file format: toy" in said, said
-    assert "the entry of cluster 0" in said and "(offset 32)" in said and "(ERROR_OVERLAY_CORRUPT)" in said, said
+    assert "the entry of cluster 0" in said and "(at offset 32)" in said and "(ERROR_OVERLAY_CORRUPT)" in said, said
     assert not (tmp_path / "bent.raw").exists()
     subprocess.run(["qemu-img", "convert", "-O", "raw", tmp_path / "a.qcow2", tmp_path / "a.raw"], check=True)
     assert (tmp_path / "a.raw").read_bytes() == b"A" * 65536 + bytes(65536) + b"C" * 65536

@@ -70,7 +70,7 @@ impl GuestFailure {
             clause = format!("{clause}: {}", errno_text(self.errno));
         }
         if let Some(offset) = self.offset.filter(|_| self.device.is_some()) {
-            clause = format!("{clause} (offset {offset})");
+            clause = format!("{clause} (at offset {offset})");
         }
         clause
     }
