@@ -154,7 +154,7 @@ pub trait Source {
     /// that records no parent, and I/O errors.
     fn plan_parent(&mut self, io: &mut dyn BlockIo, parent: Option<&Parent<'_>>) -> DriverResult<()> {
         let _ = (io, parent);
-        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format do not record a parent by name"))
+        Err(DriverError::new(ErrorCode::NotImplemented, "the plugin of this format records no parent by name"))
     }
 
     /// Record the parent that [`Source::plan_parent`] accepted last: its name, format and identity, as far as the format has
@@ -165,7 +165,7 @@ pub trait Source {
     /// I/O errors.
     fn set_parent(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let _ = io;
-        Err(DriverError::new(ErrorCode::NotImplemented, "images of this format do not record a parent by name"))
+        Err(DriverError::new(ErrorCode::NotImplemented, "the plugin of this format records no parent by name"))
     }
 
     /// List the persistent bitmaps of the image, in an order that never changes; empty for a format without bitmaps.
