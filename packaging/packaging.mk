@@ -58,7 +58,8 @@ install: $(if $(wildcard $(ASSETS)/changelog),,instar) ## install below PREFIX (
 	install -m 644 $(SCHEMAS) $(DESTDIR)$(DOCDIR)/docs/schemas
 	install -m 644 $(FORMATS) $(DESTDIR)$(DOCDIR)/docs/formats
 	sed -E -i 's@\[([^]]*)\]\((\.\./)*($(SOURCES))[^)]*\)@\1@g' $(DESTDIR)$(DOCDIR)/*.md $(DESTDIR)$(DOCDIR)/docs/*.md
-	if [ -n "$(DESTDIR)" ] || [ "$$(id -u)" = 0 ]; then \
+	case '$(PREFIX)' in /usr|/usr/*) own=;; *) own=1;; esac; \
+	if [ -n "$(DESTDIR)" ] || [ "$$(id -u)$$own" = 0 ]; then \
 		[ -e $(DESTDIR)$(CONFDIR)/config.toml ] || install -D -m 644 packaging/config.toml $(DESTDIR)$(CONFDIR)/config.toml; fi
 
 uninstall: ## remove what `make install` put there, with the same PREFIX and DESTDIR; a changed configuration stays
