@@ -419,6 +419,17 @@ def test_several_images_get_a_new_backing_in_one_call(sandbox, siblings):
         assert_clean(siblings / name)
 
 
+def test_a_call_takes_64_images(siblings):
+    names = [f"c{number}" for number in range(65)]
+    for name in names:
+        support.copy(siblings / "c", siblings / name)
+    with support.untouched(*(siblings / name for name in names)):
+        result = several(siblings, images=names)
+    assert result.rc == 2 and "65 images are more than the 64 of one call" in result.stderr
+    result = several(siblings, "--dry-run", "--output", "json", images=names[:64])
+    assert result.rc == 0 and statuses(result) == ["possible"] * 64
+
+
 def test_several_images_have_one_progress(siblings):
     result = several(siblings, "--progress=json")
     lines = [json.loads(line) for line in result.stderr.splitlines()]
