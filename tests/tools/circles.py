@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Files that import one another in a circle: none may, so that every crate can be read from the bottom up.
 
-Run by `make lint`. Reads `use crate::…` and `use super::…` of each crate, without its tests, and follows `pub use` to the file
-that defines a name. A module and the files that it is made of are one for that: `mod.rs` names them all.
+Run by `make lint`. Reads `use crate::…` and `use super::…` of each crate, and such paths in its code, without its tests, and
+follows `pub use` to the file that defines a name. A module and the files that it is made of are one for that: `mod.rs` names
+them all.
 """
 
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ["engine", "guest", "plugin-api", "plugins", "fuzz", "packaging", "tests/crates", "examples"]
 USE = re.compile(r"^\s*(pub(?:\([^)]*\))? )?use ((?:crate|super|self)(?:::[^;]+));", re.M)
+INLINE = re.compile(r"(?<![\w:$])((?:crate|super)(?:::\w+)+)")
 TESTS = re.compile(r"^#\[cfg\((?:test|all\(test[^)]*\))\)\]\n(?:#\[[^\n]*\]\n)*mod \w+ \{.*?^\}", re.M | re.S)
 
 
@@ -52,6 +54,8 @@ class Crate:
             text = re.sub(r"//[^\n]*", "", TESTS.sub("", path.read_text(encoding="utf-8")))
             self.files[module] = path
             leaf = [(bool(public), path) for public, tree in USE.findall(text) for path in leaves(tree)]
+            inline = {tuple(path.split("::")) for path in INLINE.findall(USE.sub("", text))}
+            leaf += [(False, path) for path in sorted(inline)]
             self.uses[module] = [(public, self.absolute(module, path)) for public, path in leaf]
 
     @staticmethod

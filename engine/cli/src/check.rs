@@ -1,8 +1,8 @@
 //! `instar check`: options, and its exit status.
 
+use super::cache_mode::CacheMode;
 use super::check_text::{findings, json, kept, repaired, summary};
 use super::color::ColorArgs;
-use super::commit::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::print_error;

@@ -1,6 +1,6 @@
 //! `instar commit --by-adoption`: what is printed.
 
-use super::commit::CommitArgs;
+use super::commit_args::CommitArgs;
 use super::output::{print_json_indented, unprinted_but, OutputFormat};
 use super::paragraph::print_sentences;
 use super::signals::cancel_on_signals;

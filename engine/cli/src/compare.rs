@@ -1,6 +1,6 @@
 //! `instar compare`: options, and what is printed, in the words of `qemu-img compare`.
 
-use super::commit::CacheMode;
+use super::cache_mode::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::print_error;

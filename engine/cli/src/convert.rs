@@ -1,6 +1,6 @@
 //! `instar convert`: options, and what is printed.
 
-use super::commit::CacheMode;
+use super::cache_mode::CacheMode;
 use super::format_options::{help, split_options, want_help};
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};

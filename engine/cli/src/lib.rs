@@ -3,10 +3,12 @@
 // A print that panics ends the program in the middle of a commit: `terminal` and `output` cannot.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
+mod cache_mode;
 pub mod check;
 mod check_text;
 pub mod color;
 pub mod commit;
+mod commit_args;
 mod commit_by_adoption;
 mod commit_text;
 pub mod compare;
@@ -76,7 +78,7 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 pub enum Command {
     /// Merge a copy-on-write overlay into the image below it, and empty the overlay
-    Commit(commit::CommitArgs),
+    Commit(commit_args::CommitArgs),
     /// Check the consistency of an image, and repair it
     Check(check::CheckArgs),
     /// Show what an image is

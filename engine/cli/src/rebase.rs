@@ -1,6 +1,6 @@
 //! `instar rebase`: options, and what is printed.
 
-use super::commit::CacheMode;
+use super::cache_mode::CacheMode;
 use super::opening::OpeningArgs;
 use super::output::{print_json, unprinted_but, OutputFormat};
 use super::paragraph::print_sentences;
