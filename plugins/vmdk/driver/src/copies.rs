@@ -3,10 +3,12 @@
 //! QEMU reads and writes the first directory's, and writes the second's after that; VMware says of the second only that it is
 //! redundant. So the first copy counts, but for an entry that cannot be right, because it names a place past the end of the
 //! file: there, the second one counts if it can be. Two entries that name different grains of the file have no right answer.
+//! Nor have a first one that is 0 and a second one that is not, because a table that was overwritten with zeroes looks
+//! the same: the second copy may be all that is left of it.
 //!
-//! A commit, QEMU's too, writes both copies with no flush between them. So a power loss leaves entries of which either copy,
-//! but not both, names a grain: a new one, which the overlay still has, or one of an overlay that was being emptied. Such a
-//! second copy is out of date, and no damage.
+//! A commit makes the first copy durable before it writes the second one, and an overlay that is emptied loses its second copy
+//! first. So what a power loss leaves is a second copy that says less, or a zero grain of the first that the second has not heard
+//! of. Such a second copy is out of date, and no damage.
 
 use crate::image::Image;
 use crate::tables::{tables_at_once, Table};
@@ -97,7 +99,7 @@ impl Image {
         {
             match (lies_inside(*first), lies_inside(*second)) {
                 (true, false) => *second = *first,
-                (true, true) if !names_grain(*first) || !names_grain(*second) => *second = *first,
+                (true, true) if *first != 0 && (!names_grain(*first) || !names_grain(*second)) => *second = *first,
                 (false, true) if *second != 0 => *first = *second,
                 _ => merged.unclear += 1,
             }

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::ErrorCode;
 use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverError, DriverResult};
-use instar_vmdk_format::{Decompressor, FormatError, GrainMarker};
+use instar_vmdk_format::{Decompressor, FormatError, GrainError, GrainMarker};
 
 /// Bytes that are read at once where grains follow each other in the file, if that is no great part of the heap: every image
 /// of a chain may hold so much.
@@ -39,7 +39,7 @@ impl GrainDecoder {
     }
 
     /// Decode the grain at guest offset `guest`, the last of which the disk may have a part of.
-    fn decode_stream(&mut self, guest: u64, stream: &[u8], grain: &mut [u8]) -> Result<(), FormatError> {
+    fn decode_stream(&mut self, guest: u64, stream: &[u8], grain: &mut [u8]) -> Result<(), GrainError> {
         let visible = (grain.len() as u64).min(self.virtual_size.saturating_sub(guest));
         self.decompressor.decode(stream, grain, visible)
     }
@@ -121,7 +121,7 @@ impl GrainReader {
         let stream = self.input.get(range).and_then(|stored| stored.get(GrainMarker::BYTES..));
         let stream = stream.ok_or_else(|| overflow("a compressed grain"))?;
         let decoder = self.ahead.own(io, &|| GrainDecoder::of(image)).ok_or_else(|| overflow("a decoder"))?;
-        decoder.decode_stream(guest, stream, grain).or_else(|error| failed(error.text))
+        decoder.decode_stream(guest, stream, grain).or_else(|error| failed(FormatError::from(error).text))
     }
 
     /// Have `length` bytes at `offset` of the file in memory; returns where they stand in `input`. Past its end are zeroes.

@@ -5,8 +5,8 @@
 //!    beyond what any table or directory names;
 //! 2. in an extent of ESX, *flush*; then the number of the first free sector: ESX puts its next grain there, so it is behind all
 //!    that is about to be named before anything names it, and never behind the end of the file. A crash loses space;
-//! 3. *flush*; then the grain tables, both copies: their entries name only what is durable. New tables are not
-//!    named by the directory yet;
+//! 3. *flush*; then the grain tables: their entries name only what is durable. New tables are not named by the directory yet.
+//!    With that *flushed*, the second copies, so that a crash leaves these out of date and never the first ones, which count;
 //! 4. *flush*; then the entries of the directories for new tables;
 //! 5. grains whose entries say zeroes now are given back: where the entry is not durable yet, they read as zeroes, too,
 //!    and the overlay hides them.
@@ -18,7 +18,6 @@ use crate::image::Image;
 use crate::sparse_plan::Planner;
 use crate::tables::Table;
 use crate::work::{grains, Group, Groups, OpenGrain, Part};
-use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{device_flags, FileDevice, PlanSummary, Request};
 use instar_guest_sdk::table::{Action, ClusterData, ClusterPlace};
@@ -218,15 +217,16 @@ impl SparseSink {
             return Ok(());
         }
         let (device, size) = (self.image.device, self.image.layout.table_bytes());
-        let mut requests = vec![Request::flush(device)];
-        let mut buffers: Vec<Vec<u8>> = Vec::new();
-        for table in tables.iter().filter(|table| table.dirty) {
-            let bytes: Vec<u8> = table.entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-            for directory in self.image.directories() {
+        let mut requests = Vec::new();
+        let dirty = || tables.iter().filter(|table| table.dirty);
+        let bytes = |table: &Table| table.entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        let buffers: Vec<Vec<u8>> = dirty().map(bytes).collect();
+        for directory in self.image.directories() {
+            requests.push(Request::flush(device));
+            for (table, bytes) in dirty().zip(&buffers) {
                 let sector = *directory.entries.get(table.index).ok_or_else(|| overflow("a table"))?;
                 requests.push(Request::write(device, u64::from(sector) * SECTOR, bytes.as_ptr() as u64, size));
             }
-            buffers.push(bytes);
         }
         self.out.run(io, &mut requests)?;
         drop(buffers);

@@ -96,21 +96,30 @@ impl SparseSource {
         })
     }
 
-    /// Make every entry 0, in both copies, and that durable.
+    /// Make every entry 0, in both copies, and that durable. The second copies go first: a crash leaves them out of date, which
+    /// they are after an interrupted commit as well, and no first copy that lacks what the second one names.
     fn drop_grains(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
         let length = self.image.layout.table_bytes();
         let zeroes = vec![0u8; usize::try_from(length).map_err(|_| overflow("a grain table"))?];
         let mut requests = Batch::new();
-        for (directory, index) in self.holding() {
-            if let Some(offset) = self.image.table_offset(directory, index)? {
-                requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, length));
+        for is_first in [false, true] {
+            let holding = self.holding();
+            for (directory, index) in
+                holding.filter(|(of, _)| core::ptr::eq(*of, &raw const self.image.directory) == is_first)
+            {
+                if let Some(offset) = self.image.table_offset(directory, index)? {
+                    requests.push(Request::write(self.image.device, offset, zeroes.as_ptr() as u64, length));
+                }
+                if requests.len() >= BATCH {
+                    requests.submit(io)?;
+                }
             }
-            if requests.len() >= BATCH {
-                requests.submit(io)?;
+            if is_first || self.image.redundant.is_some() {
+                requests.push(Request::flush(self.image.device));
             }
+            requests.submit(io)?;
         }
-        requests.push(Request::flush(self.image.device));
-        requests.submit(io)
+        Ok(())
     }
 }
 
