@@ -103,6 +103,29 @@ def test_decoding_other_formats(fmt, options, disk, tmp_path):
         asked.add(requests)
         target.unlink()
     assert len(asked) == 1, asked
+    damage_is_told_and_salvaged(image, fmt, tmp_path)
+
+
+def damage_is_told_and_salvaged(image, fmt, folder):
+    """Damage here and there is refused, and salvaged, alike by any number of processors."""
+    rng, content = random.Random(3), bytearray(image.read_bytes())
+    for at in range(8 * MIB, len(content) - 4 * MIB, 3 * MIB):
+        begin = at + rng.randrange(MIB)
+        # A stream of qcow has no checksum: whole ones have to be nonsense.
+        damage = bytes([0xFF]) * (2 * CLUSTER) if fmt == "qcow" else rng.randbytes(64)
+        content[begin : begin + len(damage)] = damage
+    image.write_bytes(content)
+    told, salvaged = set(), set()
+    for count in CHOICES * 2:
+        target = folder / "target"
+        result = on(count, "convert", "-f", fmt, "-O", "raw", image, target)
+        assert result.rc == 1 and "ERROR_PARSE_FAILED" in result.stderr and not target.exists(), str(result)
+        result = on(count, "convert", "--salvage", "-f", fmt, "-O", "raw", image, target)
+        assert result.rc == 0, str(result)
+        told.add(result.stderr)
+        salvaged.add(target.read_bytes())
+        target.unlink()
+    assert len(told) == len(salvaged) == 1, told
 
 
 def test_committing_what_is_compressed(compressed, disk, tmp_path):

@@ -19,6 +19,31 @@ const SMALL: [u8; 2] = [6, 0];
 /// Any window that deflate has: 32 KiB.
 const WINDOW_BITS: u8 = 15;
 
+/// Why a stream is none of a grain. It takes no memory: grains are decoded where none may be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GrainError {
+    /// It is no whole stream of zlib, or one of more than a grain.
+    Invalid,
+    /// It decodes to `count` bytes instead of `wanted`.
+    Length {
+        /// Bytes that it decodes to.
+        count: usize,
+        /// Bytes of a grain.
+        wanted: usize,
+    },
+}
+
+impl From<GrainError> for FormatError {
+    fn from(error: GrainError) -> Self {
+        match error {
+            GrainError::Invalid => Self::corrupt("a compressed grain does not decode"),
+            GrainError::Length { count, wanted } => {
+                Self::corrupt(format!("a compressed grain decodes to {count} bytes, not {wanted}"))
+            }
+        }
+    }
+}
+
 /// Decodes grains; its memory of some dozens of KiB is taken once.
 pub struct Decompressor(Inflate);
 
@@ -40,14 +65,13 @@ impl Decompressor {
     ///
     /// # Errors
     /// When it is no stream, or none of a grain; then the content of `grain` is arbitrary.
-    pub fn decode(&mut self, stream: &[u8], grain: &mut [u8], visible: u64) -> Result<(), FormatError> {
+    pub fn decode(&mut self, stream: &[u8], grain: &mut [u8], visible: u64) -> Result<(), GrainError> {
         self.0.reset(true);
         let ended = matches!(self.0.decompress(stream, grain, InflateFlush::Finish), Ok(Status::StreamEnd));
         let count = usize::try_from(self.0.total_out()).ok().filter(|_| ended);
-        let count = count.ok_or_else(|| FormatError::corrupt("a compressed grain does not decode"))?;
+        let count = count.ok_or(GrainError::Invalid)?;
         if count != grain.len() && count as u64 != visible {
-            let text = format!("a compressed grain decodes to {count} bytes, not {}", grain.len());
-            return Err(FormatError::corrupt(text));
+            return Err(GrainError::Length { count, wanted: grain.len() });
         }
         grain.iter_mut().skip(count).for_each(|byte| *byte = 0);
         Ok(())
@@ -142,11 +166,9 @@ mod tests {
     fn a_grain_has_its_length() {
         let stored = Compressor::default().stored(0, &[7; 512]).unwrap();
         let mut grain = [0xff; 1024];
-        assert!(Decompressor::default()
-            .decode(&stored[12..], &mut grain, 1024)
-            .unwrap_err()
-            .text
-            .contains("512 bytes, not 1024"));
+        let error = Decompressor::default().decode(&stored[12..], &mut grain, 1024).unwrap_err();
+        assert_eq!(error, GrainError::Length { count: 512, wanted: 1024 });
+        assert_eq!(FormatError::from(error).text, "a compressed grain decodes to 512 bytes, not 1024");
         Decompressor::default().decode(&stored[12..], &mut grain, 512).unwrap();
         assert!(grain[..512] == [7; 512] && grain[512..] == [0; 512], "the rest of the last grain");
         assert!(Decompressor::default().decode(&stored[13..], &mut grain, 512).is_err());

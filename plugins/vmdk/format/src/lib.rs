@@ -19,7 +19,7 @@ mod parent;
 mod sesparse;
 mod stream;
 
-pub use compressed::{Compressor, Decompressor};
+pub use compressed::{Compressor, Decompressor, GrainError};
 pub use cowd::{CowdHeader, COWD_HEADER_BYTES, COWD_MAGIC};
 pub use create::{create, CreateOptions, NewDisk, NewFile, NewImage, Subformat, NEW_GRAIN_BYTES};
 pub use descriptor::{next_content_id, ContentId, Descriptor, NO_PARENT};
