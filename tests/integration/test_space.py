@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -55,6 +56,21 @@ def test_it_is_noticed_before_the_first_change(images, tmp_path):
         assert len(stderr.splitlines()) == 1 and "base'" in stderr and "nothing was changed" in stderr, stderr
         needed, free = map(int, re.search(r"needs (\d+) bytes(?: \([^)]+\))? more of the file system, which has (\d+) bytes(?: \([^)]+\))? free", stderr).groups())
         assert 6 * MIB <= needed < 7 * MIB and 2 * MIB < free < 4 * MIB
+
+
+def test_a_measurement_tells_what_is_lacking(images, tmp_path):
+    """Who measures wants the figures, above all where there is too little space."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "place").mkdir()
+    for name in ("base", "top"):
+        (tmp_path / name).rename(tmp_path / "images" / name)
+    command = ["measure", "--commit", "--output", "json", "top"]
+    result = support.run(
+        "unshare", *BECOME_ROOT, "--mount", "sh", "-c", ANY, support.instar_binary(), tmp_path / "images", tmp_path / "place", "11M", *command
+    )
+    assert result.rc == 0 and "status 0" in result.stdout, str(result)
+    measured = json.loads(re.search(r"^\{.*?^\}", result.stdout, re.MULTILINE | re.DOTALL)[0])
+    assert 2 * MIB < measured["lacking"] < 5 * MIB and 2 * MIB < measured["free"] < 4 * MIB, measured
 
 
 def test_what_fits_is_committed(images, tmp_path):

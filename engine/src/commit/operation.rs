@@ -316,7 +316,8 @@ impl Operation for Commit<'_> {
                 }
             },
             meter: Some(meter),
-            room: Room::of(admitted.space),
+            // A measurement tells how much is lacking; only a commit is refused for that.
+            room: Room::of(admitted.space.filter(|_| self.request.mode != CommitMode::Measure)),
             repeated: admitted.doubt.as_ref().and_then(|doubt| Repeated::new(&doubt.mark)),
             warnings: self.warnings.clone(),
             observer: Some(observer.clone()),
