@@ -35,4 +35,4 @@ def main(overlay, *children):
         volume(REMOVE, overlay)
 
 
-main(*sys.argv[1:])
+main(*sys.argv[1:]) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else sys.exit(__doc__)
