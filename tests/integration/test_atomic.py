@@ -619,7 +619,7 @@ def test_the_room_of_the_log_is_counted(undo, fmt):
     measured = support.run_instar("measure", "--commit", "--atomic", "--output", "json", undo.top).json
     text = support.run_instar("measure", "--commit", "--atomic", undo.top).stdout
     assert said["undo_log_bytes"] == measured["undo-log"] > 0 and said["atomic"] == measured["atomic"] == "undo-log"
-    assert f"undo log: {measured['undo-log']}\n" in text
+    assert f"undo log: {measured['undo-log']} bytes (" in text
     assert f"and take {said['undo_log_bytes']} bytes (" in undo.commit("--dry-run").stdout
     # It is whole when it is about to be cut, which is the last of these calls.
     longest = 0

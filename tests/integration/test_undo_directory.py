@@ -316,7 +316,7 @@ def test_a_full_directory_leaves_the_device_as_it_was(disks):
         measure = ["measure", "--commit", "--atomic", "--undo-dir", disks.undo, "-b", disks.base, disks.top]
         measured = schemas.insist("measure", support.run_instar(*measure, "--output", "json").json)
         assert (measured["lacking"], measured["undo-free"], measured["free"]) == (said["lacking_bytes"], said["undo_free_bytes"], None)
-        assert f"lacking: {measured['lacking']}\n" in support.run_instar(*measure).stdout
+        assert f"lacking: {measured['lacking']} bytes (" in support.run_instar(*measure).stdout
         assert said["lacking_bytes"] == said["undo_log_bytes"] - said["undo_free_bytes"] > 0
         text = support.run_instar(*disks.command[:-1], "--dry-run", disks.top).stdout
         assert re.search(rf"That may be {said['lacking_bytes']} bytes( \([^)]+\))? more than there is room for", text), text

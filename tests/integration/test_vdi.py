@@ -408,7 +408,7 @@ def test_a_parent_is_found_by_its_uuid(tmp_path, sandbox):
     for name, mode in [(".hidden", 0o644), ("executable", 0o755)]:
         moved = base.rename(tmp_path / name)
         moved.chmod(mode)
-        refuse("ERROR_BACKING_NOT_FOUND", top, *use, files=[moved], mentions=[Image(moved).name])
+        refuse("ERROR_WRITE_TARGET_NOT_ALLOWED", top, *use, files=[moved], mentions=[moved.name])
         moved.chmod(0o644)
         moved.rename(base)
     support.commit(top, *use)
