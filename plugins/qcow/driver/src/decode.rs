@@ -5,7 +5,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::ErrorCode;
-use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverError, DriverResult};
+use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverError, DriverResult, LastCluster};
 use instar_qcow_format::{Inflater, SECTOR};
 
 /// Bytes that are read at once where streams follow each other in the file, if that is no great part of the heap: every image
@@ -20,8 +20,7 @@ pub struct ClusterReader {
     ahead: DecodeAhead<ClusterDecoder>,
     input: Vec<u8>,
     input_at: u64,
-    cluster: Vec<u8>,
-    held: Option<(u64, u64)>,
+    last: LastCluster<(u64, u64)>,
 }
 
 /// Decodes clusters with memory of its own.
@@ -59,22 +58,10 @@ impl ClusterReader {
         buffer: &mut [u8],
     ) -> DriverResult<()> {
         let size = usize::try_from(image.header.cluster_size()).map_err(|_| overflow("the cluster size"))?;
-        if start == 0 && buffer.len() == size && self.held != Some(stream) {
-            return self.decode(io, image, (guest, stream), buffer);
-        }
-        if self.held != Some(stream) {
-            self.held = None;
-            let mut cluster = core::mem::take(&mut self.cluster);
-            cluster.resize(size, 0);
-            let decoded = self.decode(io, image, (guest, stream), &mut cluster);
-            self.cluster = cluster;
-            decoded?;
-            self.held = Some(stream);
-        }
-        let start = usize::try_from(start).map_err(|_| overflow("an offset in a cluster"))?;
-        let part = start.checked_add(buffer.len()).and_then(|end| self.cluster.get(start..end));
-        buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a cluster"))?);
-        Ok(())
+        let mut last = core::mem::take(&mut self.last);
+        let read = last.read(stream, size, start, buffer, |cluster| self.decode(io, image, (guest, stream), cluster));
+        self.last = last;
+        read
     }
 
     /// Decode a whole cluster.

@@ -7,7 +7,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use instar_guest_sdk::abi::ErrorCode;
-use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverError, DriverResult};
+use instar_guest_sdk::{overflow, BlockIo, DecodeAhead, Decoder, DriverError, DriverResult, LastCluster};
 use instar_vmdk_format::{Decompressor, FormatError, GrainError, GrainMarker};
 
 /// Bytes that are read at once where grains follow each other in the file, if that is no great part of the heap: every image
@@ -23,8 +23,7 @@ pub struct GrainReader {
     ahead: DecodeAhead<GrainDecoder>,
     input: Vec<u8>,
     input_at: u64,
-    grain: Vec<u8>,
-    held: Option<u64>,
+    last: LastCluster<u64>,
 }
 
 /// Decodes grains of a disk.
@@ -79,22 +78,10 @@ impl GrainReader {
         buffer: &mut [u8],
     ) -> DriverResult<()> {
         let size = usize::try_from(image.layout.grain_bytes()).map_err(|_| overflow("the grain size"))?;
-        if start == 0 && buffer.len() == size && self.held != Some(offset) {
-            return self.decode(io, image, (guest, offset), buffer);
-        }
-        if self.held != Some(offset) {
-            self.held = None;
-            let mut grain = core::mem::take(&mut self.grain);
-            grain.resize(size, 0);
-            let decoded = self.decode(io, image, (guest, offset), &mut grain);
-            self.grain = grain;
-            decoded?;
-            self.held = Some(offset);
-        }
-        let start = usize::try_from(start).map_err(|_| overflow("an offset in a grain"))?;
-        let part = start.checked_add(buffer.len()).and_then(|end| self.grain.get(start..end));
-        buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a grain"))?);
-        Ok(())
+        let mut last = core::mem::take(&mut self.last);
+        let read = last.read(offset, size, start, buffer, |cluster| self.decode(io, image, (guest, offset), cluster));
+        self.last = last;
+        read
     }
 
     /// Decode a whole grain.

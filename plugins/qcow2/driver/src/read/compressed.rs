@@ -8,7 +8,7 @@ use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::ErrorCode;
-use instar_guest_sdk::{BlockIo, DecodeAhead, Decoder, DriverError, DriverResult};
+use instar_guest_sdk::{BlockIo, DecodeAhead, Decoder, DriverError, DriverResult, LastCluster};
 use instar_qcow2_format::{CompressedRange, Decompressor, GuestCluster};
 
 /// Bytes that are read at once where clusters follow each other in the file.
@@ -23,10 +23,8 @@ pub struct CompressedReader {
     input: Vec<u8>,
     input_at: u64,
     input_length: u64,
-    /// The cluster that was decoded last.
-    cluster: Vec<u8>,
-    /// Its descriptor.
-    held: Option<u64>,
+    /// By its descriptor.
+    last: LastCluster<u64>,
 }
 
 /// Decodes clusters with memory of its own.
@@ -68,22 +66,11 @@ impl CompressedReader {
         buffer: &mut [u8],
     ) -> DriverResult<()> {
         let size = usize::try_from(image.cluster_size().bytes()).map_err(|_| overflow("the cluster size"))?;
-        if start == 0 && buffer.len() == size && self.held != Some(descriptor) {
-            return self.decode(io, image, (guest, descriptor), buffer);
-        }
-        if self.held != Some(descriptor) {
-            self.held = None;
-            let mut cluster = core::mem::take(&mut self.cluster);
-            cluster.resize(size, 0);
-            let result = self.decode(io, image, (guest, descriptor), &mut cluster);
-            self.cluster = cluster;
-            result?;
-            self.held = Some(descriptor);
-        }
-        let start = usize::try_from(start).map_err(|_| overflow("an offset in a cluster"))?;
-        let part = start.checked_add(buffer.len()).and_then(|end| self.cluster.get(start..end));
-        buffer.copy_from_slice(part.ok_or_else(|| overflow("a part of a cluster"))?);
-        Ok(())
+        let mut last = core::mem::take(&mut self.last);
+        let read =
+            last.read(descriptor, size, start, buffer, |cluster| self.decode(io, image, (guest, descriptor), cluster));
+        self.last = last;
+        read
     }
 
     /// The bytes of a compressed cluster of the guest, whose entry has this descriptor.

@@ -30,6 +30,7 @@ mod held;
 mod holes;
 mod io;
 #[cfg(feature = "memory")]
+mod last_cluster;
 pub mod memory;
 mod message;
 mod ordered;
@@ -56,6 +57,7 @@ pub use holes::Holes;
 pub use instar_guest_abi as abi;
 pub use io::{BlockIo, IoFailure};
 #[doc(hidden)]
+pub use last_cluster::LastCluster;
 pub use message::log_line;
 pub use ordered::OrderedWriter;
 pub use parent::Parent;
