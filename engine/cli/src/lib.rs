@@ -74,8 +74,9 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// The commands.
+/// The commands. The options of those that are not called are not made.
 #[derive(Subcommand, Debug)]
+#[command(defer = true)]
 pub enum Command {
     /// Merge a copy-on-write overlay into the image below it, and empty the overlay
     Commit(commit_args::CommitArgs),

@@ -72,11 +72,10 @@ impl Place {
                 Left::Unnamed
             }
         };
-        let shown = match (&left, self.directory.path().parent()) {
-            (Left::Named(_), Some(above)) => above.to_owned(),
-            _ => parent.path().to_owned(),
+        self.directory = match (&left, self.directory.path().parent()) {
+            (Left::Named(_), Some(above)) => parent.shown_as(above.to_owned()),
+            _ => parent.really(),
         };
-        self.directory = parent.shown_as(shown);
         Ok(left)
     }
 }

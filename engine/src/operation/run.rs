@@ -236,7 +236,7 @@ pub struct Ended<E> {
 /// # Errors
 /// One line that names the file and what to do.
 pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outcome, Error> {
-    let mut timing = Timing::start();
+    let mut timing = Timing::start(session.observer().wants_notes());
     allow_many_open_files();
     // From here on, the directories that names may lead into are descriptors: no path leads to them a second time.
     let named = operation.named();
@@ -248,17 +248,22 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     let of_second = named.second.as_ref().map(|second| Roots::of(second, allowed_directories)).transpose()?;
     let of_others = named.others.iter().map(|other| Roots::of(other, allowed_directories));
     let of_others = of_others.collect::<Result<Vec<_>, _>>()?;
-    let registry = Registry::load(search);
-    session.note_plugins(&registry);
-    Error::if_refused(&registry)?;
-    timing.mark("plugins loaded");
     let most = operation.most_processors();
     let is_large = || {
         let mut below = of_second.iter().chain(&of_others).chain([&with_base]).filter(|_| operation.reads_below());
         named.is_large() || below.any(|roots| roots.hold_file_of(Named::LARGE))
     };
     let processors = if most > 1 && is_large() { most } else { 1 };
-    let ready = sandbox.acquire_telling(workers(processors), &mut |why| session.note(|| why));
+    let workers = workers(processors);
+    // A process gets ready while the plugins are loaded. A virtual machine is made afterwards: the kernel has to tell it of
+    // everything that changes in the memory of this process.
+    let begun = (*sandbox == SandboxChoice::Process).then(|| sandbox.acquire(workers));
+    timing.mark("process of the sandbox started");
+    let registry = Registry::load(search);
+    session.note_plugins(&registry);
+    Error::if_refused(&registry)?;
+    timing.mark("plugins loaded");
+    let ready = begun.unwrap_or_else(|| sandbox.acquire_telling(workers, &mut |why| session.note(|| why)));
     let needs = session.needs(ready.as_ref().map(|ready| ready.needs()).unwrap_or_default());
     let sandbox = ready.as_ref().map_or_else(|_| sandbox.name(), |ready| ready.name());
     session.note(|| match &ready {

@@ -17,11 +17,12 @@ impl Default for Timing {
 }
 
 impl Timing {
-    /// Start now. The first part is the time since the kernel started the process.
+    /// Start now. If somebody `asks` for it, the first part is the time since the kernel started the process: to find that out
+    /// takes a while itself.
     #[must_use]
-    pub fn start() -> Self {
-        let mut parts = Vec::new();
-        parts.extend(since_process_start().map(|time| ("process started, arguments read", time)));
+    pub fn start(asks: bool) -> Self {
+        let since = asks.then(since_process_start).flatten();
+        let parts = since.into_iter().map(|time| ("process started, arguments read", time)).collect();
         Self { last: Instant::now(), parts }
     }
 

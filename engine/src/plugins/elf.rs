@@ -3,24 +3,75 @@
 //! The dynamic loader trusts the headers: a truncated library kills the process with SIGBUS on first touch, and any library
 //! runs its constructors. So only a complete shared object for this machine that exports the root module header is loaded.
 
+use crate::error::reason;
 use object::elf::{
     FileHeader64, EM_X86_64, ET_DYN, PT_DYNAMIC, PT_LOAD, SHN_UNDEF, SHT_DYNSYM, SHT_NOBITS, SHT_NULL, STT_OBJECT,
 };
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym};
-use object::read::{ReadCache, ReadRef};
+use object::read::{ReadCache, ReadCacheOps, ReadRef};
 use object::Endianness;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 /// A root-module header begins with the 40 bytes by which `abi_stable` recognizes itself.
 const LEAST_HEADER_SIZE: u64 = 40;
+
+/// Bytes that are read at once: with one read more, of the section headers, all that is looked at.
+const BEGIN: usize = 4096;
 
 /// Check the library in `file`, `length` bytes long.
 ///
 /// # Errors
 /// One clause that says what it is instead of a plugin.
 pub fn check_library(file: &File, length: u64, symbol: &str) -> Result<(), String> {
-    let cache = ReadCache::new(file);
+    let mut begin = vec![0; BEGIN];
+    let known = file.read_at(&mut begin, 0).map_err(|error| format!("it cannot be read: {}", reason(&error)))?;
+    begin.truncate(known);
+    let cache = ReadCache::new(Reader { file, length, begin, at: 0 });
     check(&cache, length, symbol)
+}
+
+/// A file of which the beginning is known: headers and dynamic symbols are there, and are asked for one by one.
+struct Reader<'f> {
+    file: &'f File,
+    length: u64,
+    begin: Vec<u8>,
+    at: u64,
+}
+
+impl ReadCacheOps for Reader<'_> {
+    fn len(&mut self) -> Result<u64, ()> {
+        Ok(self.length)
+    }
+
+    fn seek(&mut self, position: u64) -> Result<u64, ()> {
+        self.at = position;
+        Ok(position)
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ()> {
+        let known = usize::try_from(self.at).ok().and_then(|at| self.begin.get(at..)).unwrap_or_default();
+        let read = match known.get(..buffer.len()) {
+            Some(known) => {
+                buffer.copy_from_slice(known);
+                buffer.len()
+            }
+            None => self.file.read_at(buffer, self.at).map_err(|_| ())?,
+        };
+        self.at = self.at.checked_add(read as u64).ok_or(())?;
+        Ok(read)
+    }
+
+    fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), ()> {
+        let mut done = 0;
+        while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.read(rest)? {
+                0 => return Err(()),
+                read => done += read,
+            }
+        }
+        Ok(())
+    }
 }
 
 pub(super) fn check<'data, R: ReadRef<'data>>(data: R, length: u64, symbol: &str) -> Result<(), String> {

@@ -8,7 +8,7 @@ use instar_plugin_api::loading::ORIGIN_SYMBOL;
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A library with a root module that this engine understands. It stays loaded for the life of the process.
 pub struct LoadedLibrary {
@@ -39,16 +39,25 @@ impl Candidate {
         Ok(Self { path: directory.path().join(name), identity: (stat.st_dev, stat.st_ino), file })
     }
 
-    /// What the dynamic loader opens: the descriptor, so that the file that was checked is the file that is loaded, whatever its
+    /// Have the dynamic loader open the descriptor, so that the file that was checked is the file that is loaded, whatever its
     /// name leads to by now. In a root without procfs it is the name: the checks say that only root and the caller can have
     /// changed where it leads, and both are trusted.
-    fn name_to_load(&self) -> PathBuf {
+    fn open_library(&self) -> Result<Library, Distrust> {
+        // SAFETY: running the constructors of a library is what loading a plugin means; where it came from was checked.
+        let open = |name: &Path| unsafe { Library::open(Some(name), RTLD_NOW | RTLD_LOCAL) };
         let descriptor = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
-        if descriptor.exists() {
-            descriptor
-        } else {
-            self.path.clone()
-        }
+        let (name, opened) = match open(&descriptor) {
+            Err(_) if !descriptor.exists() => (&self.path, open(&self.path)),
+            opened => (&descriptor, opened),
+        };
+        opened.map_err(|error| match self.file.try_clone() {
+            // It says a lack of descriptors in words only.
+            Err(error) => Distrust::system("cannot open it", &error),
+            Ok(_) => {
+                let text = error.to_string().replace(&*name.to_string_lossy(), "it");
+                format!("the dynamic loader refuses it: {}", one_line(&text)).into()
+            }
+        })
     }
 
     /// Load the library. Its constructors run.
@@ -56,17 +65,11 @@ impl Candidate {
     /// # Errors
     /// Why it cannot be used.
     pub fn load(self) -> Result<LoadedLibrary, Distrust> {
-        let name = self.name_to_load();
-        // The dynamic loader opens it once more, and would tell a lack of descriptors in words only.
-        drop(self.file.try_clone().map_err(|error| Distrust::system("cannot open it", &error))?);
+        let library = self.open_library();
         // The descriptor stays open for ever: the dynamic loader knows libraries by their names, and would take the
         // next file with the same descriptor number for this one.
         std::mem::forget(self.file);
-        // SAFETY: running the constructors of a library is what loading a plugin means; where it came from was checked.
-        let library = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| {
-            let text = error.to_string().replace(&*name.to_string_lossy(), "it");
-            format!("the dynamic loader refuses it: {}", one_line(&text))
-        })?;
+        let library = library?;
         // SAFETY: the symbol is the library header of abi_stable, whose first fields are the same for all versions; an
         // `AbiHeaderRef` is a pointer to it.
         let header = unsafe { library.get::<AbiHeaderRef>(ROOT_MODULE_LOADER_NAME.as_bytes()) }

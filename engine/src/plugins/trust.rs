@@ -73,15 +73,16 @@ impl TrustedDirectory {
         check(&stat, "the directory")?;
         let mut lower = directory.clone();
         loop {
-            let tried = format!("cannot inspect the directory above {}", lower.path().display());
-            let above = lower.parent().map_err(cannot(&tried))?;
+            let where_it_is = |directory: &Directory| directory.clone().really().path().display().to_string();
+            let lost = |errno| cannot(format!("cannot inspect the directory above {}", where_it_is(&lower)))(errno);
+            let above = lower.parent().map_err(lost)?;
             if above.identity() == lower.identity() {
                 break;
             }
-            let stat = above.stat().map_err(cannot(&tried))?;
+            let stat = above.stat().map_err(lost)?;
             // A user who may rename within an ancestor can put another directory here.
             if stat.st_mode & 0o002 != 0 && stat.st_mode & STICKY == 0 {
-                let clause = format!("the directory {} above it is writable by others", above.path().display());
+                let clause = format!("the directory {} above it is writable by others", where_it_is(&above));
                 return Err(clause.into());
             }
             lower = above;
