@@ -167,6 +167,25 @@ def test_what_is_left_of_damaged_compressed_data(tmp_path, name, options, size):
             assert read[:lost.start] == content[:lost.start] and read[lost.stop:] == content[lost.stop:]
 
 
+def test_damage_is_told_of_the_disk_that_has_it(tmp_path):
+    """Of several that are joined, each with its own name and its own bytes."""
+    images = [tmp_path / name for name in ("first", "second", "third")]
+    for image in images:
+        support.create(image, 4 * MIB, compression_type="zstd")
+        support.qemu_io(image, "write -c -P 5 0 64k", "write -c -P 6 1M 64k")
+    for image, index in ((images[1], 0), (images[1], 1), (images[2], 1)):
+        made = qcow2_bytes.Image(image)
+        entries = sorted((at, entry) for at, entry in made.mapped() if entry & qcow2_bytes.COMPRESSED)
+        made.poke(entries[index][1] & (1 << 54) - 1, b"\xff" * 32)
+    result = support.run_instar("convert", "--salvage", "-O", "raw", "--output", "json", *images, tmp_path / "copy")
+    assert result.rc == 0, str(result)
+    told = [re.search(r"'(.*)': .* from byte (\d+) of the disk", warning).groups() for warning in result.json["warnings"]]
+    assert told == [(str(images[1]), "0"), (str(images[1]), str(MIB)), (str(images[2]), str(MIB))], str(result)
+    expected = b"".join(part + bytes(4 * MIB - len(part)) for part in (
+        b"\5" * 64 * KIB + bytes(MIB - 64 * KIB) + b"\6" * 64 * KIB, b"", b"\5" * 64 * KIB))
+    assert (tmp_path / "copy").read_bytes() == expected
+
+
 def test_truncated_overlay_is_refused_untouched(pair):
     pair.make(8 * MIB, base=["write -P 9 0 4M"])
     image = convert_compressed(pair, 8 * MIB)
