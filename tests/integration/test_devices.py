@@ -212,3 +212,50 @@ def test_a_raw_device_that_is_too_small(tmp_path):
         assert measured.rc == 0 and (measured.json["required"], measured.json["growth"]) == (8 * MIB, 4 * MIB), str(measured)
         refuse("ERROR_OVERLAY_LARGER_THAN_BACKING", top, "-b", device, mentions=["enlarge the device"])
         refuse("ERROR_UNSUPPORTED_FORMAT", top, "-b", device, "--resize-backing", mentions=[device, "enlarge the device"])
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_with_a_mounted_loop_device(tmp_path, read_only):
+    """Nobody holds a lock on it: it is in use all the same, by whatever name."""
+    raw, point, top = tmp_path / "disk", tmp_path / "point", tmp_path / "top"
+    raw.write_bytes(bytes(8 * MIB))
+    subprocess.run(["mkfs.ext4", "-q", raw], check=True)
+    support.qemu_img("create", "-f", "qcow2", "-b", "disk", "-F", "raw", top, cwd=tmp_path)
+    support.qemu_io(top, "write -P 1 4M 64k")
+    source = support.create(tmp_path / "source", 8 * MIB)
+    link = tmp_path / "other-name"
+    os.link(raw, link)
+    point.mkdir()
+    done = subprocess.run(["mount", "-o", "ro" if read_only else "loop", raw, point], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    try:
+        for args in (
+            ["commit", top],
+            ["commit", "-b", link, top],
+            ["resize", "-f", "raw", link, "16M"],
+            ["convert", "-O", "raw", source, raw],
+            ["convert", "-n", "-O", "raw", source, raw],
+            ["create", "-f", "raw", raw, "8M"],
+            ["create", "-f", "qcow2", link, "8M"],
+        ):
+            with support.untouched(raw, top):
+                support.assert_refused(support.run_instar(*args), "ERROR_IMAGE_IN_USE")
+        refused = support.run_instar("commit", top)
+        support.assert_refused(refused, "ERROR_IMAGE_IN_USE", raw, "by way of /dev/loop", "unmount it")
+        # Reading: only what nobody changes, or with -U.
+        for args in (["convert", "-f", "raw", "-O", "qcow2", link, tmp_path / "new"], ["map", top], ["check", top]):
+            result = support.run_instar(*args)
+            if read_only or args[0] == "check":
+                assert result.rc == 0, str(result)
+            else:
+                support.assert_refused(result, "ERROR_IMAGE_IN_USE", "by way of /dev/loop")
+                assert support.run_instar(args[0], "-U", *args[1:]).rc == 0
+    finally:
+        subprocess.run(["umount", point], check=True)
+    # A loop device that nobody uses is no reason.
+    device = subprocess.run(["losetup", "--show", "-f", raw], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        assert support.run_instar("commit", top).rc == 0
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)

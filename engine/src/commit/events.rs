@@ -18,8 +18,8 @@ use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan, Undecoded, Ver
 use std::path::PathBuf;
 use std::rc::Rc;
 
-/// Parts of a disk that a guest tells of which do not decode, at most: one more than it tells one by one.
-const MOST_UNDECODED: usize = 65;
+/// Parts that do not decode of which a guest tells one by one, at most. Besides, it tells of the others of each disk.
+const MOST_UNDECODED: usize = 64;
 
 /// The reports of a commit's guest, and its permissions.
 pub struct CommitEvents {
@@ -56,6 +56,8 @@ pub struct CommitEvents {
     pub verification: Option<Verification>,
     /// The digests of the disk, with `--digest`.
     pub digests: Option<Digests>,
+    /// Names of the disks that are converted one behind the other, for lines about parts of them that do not decode.
+    pub disks: Vec<PathBuf>,
     /// How many parts of the disk were told that do not decode, where zeroes may stand for them.
     pub undecoded: Option<usize>,
     /// The state of `--atomic`, with which the target changes completely or not at all.
@@ -71,6 +73,7 @@ impl Default for CommitEvents {
             meter: None,
             bitmaps: None,
             names: Default::default(),
+            disks: Vec::new(),
             warnings: Vec::new(),
             observer: None,
             room: Room::default(),
@@ -151,12 +154,15 @@ impl CommitEvents {
 
     /// Take a part of the disk that does not decode.
     fn undecoded(&mut self, part: Undecoded) -> Result<(), BadRequest> {
-        let Some(told) = self.undecoded.as_mut().filter(|told| **told < MOST_UNDECODED) else {
+        let most = MOST_UNDECODED.saturating_add(self.disks.len());
+        let Some(told) = self.undecoded.as_mut().filter(|told| **told < most) else {
             return Err(BadRequest("zeroes stand for data, which nobody asked for, or in too many places".to_owned()));
         };
         *told += 1;
-        let (path, Undecoded { guest_offset, length, several }) = (escape_path(&self.names.0), part);
-        let length = Bytes(length);
+        let Undecoded { guest_offset, length, several, disk } = part;
+        let path = usize::try_from(disk).ok().and_then(|disk| self.disks.get(disk));
+        let path = path.ok_or_else(|| BadRequest("a part of a disk that is not read".to_owned()))?;
+        let (path, length) = (escape_path(path), Bytes(length));
         let line = match several {
             false => format!(
                 "'{path}': {length} from byte {guest_offset} of the disk on are compressed and do not decode, and are zero in the copy"

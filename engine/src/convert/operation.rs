@@ -379,6 +379,7 @@ impl Operation for Convert<'_> {
             warnings: self.warnings.clone(),
             bitmaps: self.request.bitmaps.then(Vec::new),
             undecoded: self.request.salvage.then_some(0),
+            disks: std::iter::once(&self.request.source).chain(&self.request.others).cloned().collect(),
             names: (self.request.source.clone(), self.request.target.clone()),
             observer: Some(observer.clone()),
             ..CommitEvents::default()

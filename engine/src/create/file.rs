@@ -2,7 +2,7 @@
 
 use crate::bytes::Bytes;
 use crate::error::{Error, TOO_LONG};
-use crate::image::NamedFile;
+use crate::image::{refuse_used_through_loop, remember_loops, Access, NamedFile};
 use crate::lookup::Directory;
 use instar_guest_abi::ErrorCode;
 use instar_plugin_api::{CreatedFile, CreatedImage, ImageRegion, ReservedRange};
@@ -99,6 +99,10 @@ fn write_image(
         Err(error) => Err(error),
     };
     let file = opened.map_err(|error| Error::io(path, ErrorCode::OpenFailed, "cannot be created", &error))?;
+    if new.identity().is_some() {
+        remember_loops();
+        refuse_used_through_loop(&file, path, Access::ReadWrite)?;
+    }
     write_to(&file, path, image.length, &image.regions, &image.reserved)?;
     flushed(&file, path)
 }

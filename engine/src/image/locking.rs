@@ -1,6 +1,7 @@
 //! Locking the images: waiting for other users, and the message if they do not finish in time.
 
 use super::access::Access;
+use super::loop_users::{remember_loops, used_through};
 use super::named::NamedFile;
 use super::users::{remember_users, user_of, User};
 use crate::cancel::Cancel;
@@ -8,6 +9,7 @@ use crate::devices::lock::{lock_read_only, lock_read_write, LockError};
 use crate::error::Error;
 use crate::lookup::Directory;
 use instar_guest_abi::ErrorCode;
+use rustix::fs::fstat;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -37,6 +39,22 @@ pub fn prepare_to_lock<'p>(
     let beside = files.iter().filter_map(|file| file.directory()).map(Directory::path);
     let directories = beside.chain(allowed.iter().map(PathBuf::as_path));
     remember_users(files.iter().map(|file| file.path()), directories);
+    remember_loops();
+}
+
+/// Refuse a file that was in use through a loop device when [`prepare_to_lock`] looked, in a way that this access does not
+/// bear.
+///
+/// # Errors
+/// [`ErrorCode::ImageInUse`].
+pub fn refuse_used_through_loop(file: &File, path: &Path, access: Access) -> Result<(), Error> {
+    match fstat(file).ok().and_then(|stat| used_through(&stat, access)) {
+        None => Ok(()),
+        Some(device) => {
+            let clause = format!("is in use by way of {device}, which is mounted or has another user: unmount it");
+            Err(Error::image(path, ErrorCode::ImageInUse, clause))
+        }
+    }
 }
 
 /// Lock a file as QEMU does, so that no virtual machine and no other tool uses it in a way that conflicts.
@@ -45,6 +63,7 @@ pub fn prepare_to_lock<'p>(
 /// [`ErrorCode::ImageInUse`]; [`ErrorCode::Interrupted`] when a signal ends the wait; [`ErrorCode::OpenFailed`] when the file
 /// system fails.
 pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), Error> {
+    refuse_used_through_loop(file, path, access)?;
     let patience = PATIENCE.lock().ok().and_then(|patience| patience.clone());
     loop {
         let locked = match access {

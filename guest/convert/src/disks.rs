@@ -107,13 +107,14 @@ impl Source for Disks<'_> {
 
     fn read(&mut self, io: &mut dyn BlockIo, extent: &Extent, from: u64, buffer: &mut [u8]) -> DriverResult<()> {
         let gone = || DriverError::new(ErrorCode::InternalOverflow, "an extent of another disk");
+        let disk = u32::try_from(self.current).map_err(|_| gone())?;
         let (start, layers) = self.disks.get_mut(self.current).ok_or_else(gone)?;
         let guest_offset = extent.guest_offset.checked_sub(*start).ok_or_else(gone)?;
         let own = from.checked_sub(*start).ok_or_else(gone)?;
         match (layers.read(io, &Extent { guest_offset, ..*extent }, own, buffer), &self.salvaged) {
             (Err(error), Some(salvaged)) if error.code == ErrorCode::ParseFailed => {
                 buffer.fill(0);
-                salvaged.borrow_mut().add(from, buffer.len() as u64);
+                salvaged.borrow_mut().add(disk, own, buffer.len() as u64);
                 Ok(())
             }
             (read, _) => read,

@@ -91,8 +91,7 @@ fn convert(
     let options = Options { keep_overlay: true, bitmaps, disabled_bitmaps: true, new_target, ..Options::default() };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let converted = commit(io, &mut images, options, &mut |event| report(event, reporter));
-    for (guest_offset, length, several) in salvaged.borrow().parts() {
-        let undecoded = commit::Undecoded { guest_offset, length, several };
+    for undecoded in salvaged.borrow().parts() {
         reporter.event(&commit::Event { kind: Some(Kind::Undecoded(undecoded)) });
     }
     converted.map_err(|CommitFailure { step, error }| Failed { step: step.name(), error })

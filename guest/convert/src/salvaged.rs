@@ -1,36 +1,48 @@
-//! The parts of a disk that are compressed and do not decode.
+//! The parts of disks that are compressed and do not decode.
 
 use alloc::collections::BTreeMap;
+use instar_guest_protocol::commit::Undecoded;
 
 /// Parts that are told one by one. What else there is counts as one of several.
 pub const MOST: usize = 64;
 
-/// The parts of a disk that do not decode: with the byte at which each begins, where it ends.
+/// The parts of disks that do not decode: with the disk and the byte at which each begins, where it ends.
 #[derive(Debug, Default)]
 pub struct Salvaged {
-    parts: BTreeMap<u64, u64>,
-    /// Where the first of those begins for which there was no room, and the bytes of all of them.
-    rest: Option<(u64, u64)>,
+    parts: BTreeMap<(u32, u64), u64>,
+    /// Of each disk, where the first of those begins for which there was no room, and the bytes of all of them.
+    rest: BTreeMap<u32, (u64, u64)>,
 }
 
 impl Salvaged {
-    /// Add `length` bytes from byte `from` of the disk on. What was read before, counts once.
-    pub fn add(&mut self, from: u64, length: u64) {
+    /// Add `length` bytes from byte `from` of a disk on. What was read before, counts once.
+    pub fn add(&mut self, disk: u32, from: u64, length: u64) {
         let end = from.saturating_add(length);
-        if let Some((_, last)) = self.parts.range_mut(..=from).next_back().filter(|(_, last)| **last >= from) {
+        let mut before = self.parts.range_mut((disk, 0)..=(disk, from));
+        if let Some((_, last)) = before.next_back().filter(|(_, last)| **last >= from) {
             *last = end.max(*last);
         } else if self.parts.len() < MOST {
-            self.parts.insert(from, end);
+            self.parts.insert((disk, from), end);
         } else {
-            let (first, bytes) = self.rest.unwrap_or((from, 0));
-            self.rest = Some((first.min(from), bytes.saturating_add(length)));
+            let (first, bytes) = self.rest.get(&disk).copied().unwrap_or((from, 0));
+            self.rest.insert(disk, (first.min(from), bytes.saturating_add(length)));
         }
     }
 
-    /// The parts, ascending: where each begins, its bytes, and whether it stands for several.
-    pub fn parts(&self) -> impl Iterator<Item = (u64, u64, bool)> + '_ {
-        let parts = self.parts.iter().map(|(from, end)| (*from, end - from, false));
-        parts.chain(self.rest.map(|(from, bytes)| (from, bytes, true)))
+    /// The parts as the host is told of them, by disk and ascending, and then what had no room, by disk.
+    pub fn parts(&self) -> impl Iterator<Item = Undecoded> + '_ {
+        let parts = self.parts.iter().map(|(&(disk, guest_offset), end)| Undecoded {
+            guest_offset,
+            length: end - guest_offset,
+            several: false,
+            disk,
+        });
+        parts.chain(self.rest.iter().map(|(&disk, &(guest_offset, length))| Undecoded {
+            guest_offset,
+            length,
+            several: true,
+            disk,
+        }))
     }
 }
 
@@ -40,17 +52,31 @@ mod tests {
     use alloc::vec;
     use alloc::vec::Vec;
 
+    fn parts(salvaged: &Salvaged) -> Vec<(u32, u64, u64, bool)> {
+        salvaged.parts().map(|part| (part.disk, part.guest_offset, part.length, part.several)).collect()
+    }
+
     #[test]
     fn neighbors_are_one_part_and_there_are_not_too_many() {
         let mut salvaged = Salvaged::default();
         for from in [65536, 0, 4096, 65536] {
-            salvaged.add(from, 4096);
+            salvaged.add(0, from, 4096);
         }
-        assert_eq!(salvaged.parts().collect::<Vec<_>>(), vec![(0, 8192, false), (65536, 4096, false)]);
+        assert_eq!(parts(&salvaged), vec![(0, 0, 8192, false), (0, 65536, 4096, false)]);
         for part in 0..MOST as u64 {
-            salvaged.add((part + 100) << 20, 512);
+            salvaged.add(0, (part + 100) << 20, 512);
         }
-        let parts: Vec<_> = salvaged.parts().collect();
-        assert_eq!((parts.len(), parts[MOST]), (MOST + 1, (162 << 20, 1024, true)));
+        salvaged.add(1, 512, 512);
+        let parts = parts(&salvaged);
+        assert_eq!(parts[MOST..], [(0, 162 << 20, 1024, true), (1, 512, 512, true)]);
+    }
+
+    #[test]
+    fn each_disk_has_its_own() {
+        let mut salvaged = Salvaged::default();
+        salvaged.add(1, 0, 512);
+        salvaged.add(0, 4096, 512);
+        salvaged.add(1, 512, 512);
+        assert_eq!(parts(&salvaged), [(0, 4096, 512, false), (1, 0, 1024, false)]);
     }
 }

@@ -75,7 +75,7 @@ pub mod event {
 /// A part of the disk that is compressed and does not decode: it is zero in the copy.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Undecoded {
-    /// Byte of the disk.
+    /// Byte of that disk.
     #[prost(uint64, tag = "1")]
     pub guest_offset: u64,
     /// Bytes.
@@ -84,6 +84,9 @@ pub struct Undecoded {
     /// It stands for several parts, of which the first begins there.
     #[prost(bool, tag = "3")]
     pub several: bool,
+    /// Of the disks that are read one behind the other, which one: 0 is the first.
+    #[prost(uint32, tag = "4")]
+    pub disk: u32,
 }
 /// What will be done, sent once, when everything that can refuse has been asked. Nothing can be
 /// changed before it was accepted.
