@@ -38,7 +38,7 @@ REMAPPED := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --rema
 CARGO_BUILD_RUSTFLAGS := $(strip $(filter-out $(REMAPPED),$(CARGO_BUILD_RUSTFLAGS)) $(REMAPPED))
 export CARGO_BUILD_RUSTFLAGS
 
-.PHONY: install uninstall stage-deb stage-rpm deb rpm sbom checksums crates reproducible test-installed container-root mandoc release-check
+.PHONY: install uninstall stage-deb stage-rpm deb rpm sbom checksums crates reproducible test-installed container-root mandoc release-check release-tools
 
 # Only copies, so that `sudo make install` needs no tool chain: what `make` has built, or else builds first. A configuration
 # that is there is the operator's. Without root there is none to make: a user's own is read from ~/.config.
@@ -139,8 +139,16 @@ container-root: instar qemu-img ## the steps of the Dockerfile in a fresh Debian
 mandoc:
 	$(call need,mandoc,mandoc)
 
-release-check: python qemu-img mandoc ## everything that a release has to pass besides `make test` (half an hour; root)
+# Before anything is installed, the script asks for a clean tree; it installs with `release-tools`.
+release-check: ## everything that a release has to pass besides `make test` (two hours on two processors; root, KVM); RELEASE_CHECK_ARGS
+	$(PYTHON) packaging/release_check.py $(RELEASE_CHECK_ARGS)
+
+release-tools: python qemu-img mandoc
 	$(call need,debootstrap,debootstrap)
-	$(call need,lintian,lintian man-db)
+	$(call need,lintian,lintian)
+	$(call need,man,man-db)
+	$(call need,rpm,rpm)
 	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install cargo-deny --locked
-	$(PYTHON) packaging/release_check.py
+	@$(CARGO) deb --version >/dev/null 2>&1 || $(CARGO) install cargo-deb --locked
+	@$(CARGO) generate-rpm --version >/dev/null 2>&1 || $(CARGO) install cargo-generate-rpm --locked
+	@$(CARGO) semver-checks --version >/dev/null 2>&1 || $(CARGO) install cargo-semver-checks --locked
