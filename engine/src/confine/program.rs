@@ -234,7 +234,7 @@ mod tests {
         SeccompFilter::new(all, other, listed, TargetArch::x86_64).unwrap().try_into().unwrap()
     }
 
-    /// Values that a list makes a difference for, and their neighbours.
+    /// Values that a list makes a difference for, and their neighbors.
     fn values(calls: &BTreeMap<i64, Vec<Allowed>>) -> Vec<u64> {
         let mut all =
             vec![0, 1, 2, 3, 4, 7, u64::from(std::process::id()), u64::MAX, 1 << 32, 1 << 32 | 1, 0xffff_ffff];

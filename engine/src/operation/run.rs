@@ -258,7 +258,9 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
     // A process gets ready while the plugins are loaded. A virtual machine is made afterwards: the kernel has to tell it of
     // everything that changes in the memory of this process.
     let begun = (*sandbox == SandboxChoice::Process).then(|| sandbox.acquire(workers));
-    timing.mark("process of the sandbox started");
+    if begun.is_some() {
+        timing.mark("process of the sandbox started");
+    }
     let registry = Registry::load(search);
     session.note_plugins(&registry);
     Error::if_refused(&registry)?;
