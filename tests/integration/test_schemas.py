@@ -31,7 +31,7 @@ OPTIONAL = {
     "measure": {"bitmaps", "sandbox", "atomic", "undo-log", "undo-free", "lacking"},
     "config": {"warnings"},
     "error": {"file", "role", "errno", "offset", "step"},
-    "progress": {"error", "warning"},
+    "progress": {"error", "finding", "warning"},
     "rebase": {"warnings", "result", "error", "file", "role"},
 }
 #: Keys that the few images here do not have: other tests have such.
