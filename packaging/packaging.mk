@@ -140,7 +140,7 @@ mandoc:
 	$(call need,mandoc,mandoc)
 
 # Before anything is installed, the script asks for a clean tree; it installs with `release-tools`.
-release-check: ## everything that a release has to pass besides `make test` (two hours on two processors; root, KVM); RELEASE_CHECK_ARGS
+release-check: ## everything that a release has to pass besides `make test` (more than an hour on two processors; root, KVM); RELEASE_CHECK_ARGS
 	$(PYTHON) packaging/release_check.py $(RELEASE_CHECK_ARGS)
 
 release-tools: python qemu-img mandoc

@@ -290,7 +290,7 @@ mod tests {
             let cause = io::Error::from_raw_os_error(errno);
             let error = Error::io(Path::new("a\nb"), ErrorCode::OpenFailed, "cannot be opened", &cause);
             assert_eq!((error.code, error.errno()), (code, Some(errno)));
-            assert_eq!(error.message, format!("'a\\nb': cannot be opened: {words}"));
+            assert_eq!(error.message, format!("'a\\x0ab': cannot be opened: {words}"));
             assert_eq!(error.path(), Some(Path::new("a\nb")));
         }
     }

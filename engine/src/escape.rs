@@ -1,7 +1,8 @@
 //! Making text from images safe for a terminal.
 //!
 //! A name can hold escape sequences that rewrite the screen, line feeds that forge a second line, and characters
-//! that reverse the direction of writing. They are shown as `\x1b`, `\n`, `\u{202e}`.
+//! that reverse the direction of writing. They are shown as `\x1b`, `\x0a`, `\u{202e}`. A backslash is itself, as in the
+//! names of Windows (`C:\new`), unless it would begin one of these: then it is `\x5c`. So two names never look the same.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -30,17 +31,26 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Escape text from an image unambiguously: hidden characters and backslashes.
+/// Escape text from an image unambiguously: hidden characters, and backslashes that would look like the beginning of an escape.
 #[must_use]
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c == '\\' {
-            out.push('\\');
+    for (at, c) in text.char_indices() {
+        match c {
+            '\\' if begins_an_escape(text.as_bytes().get(at + 1..).unwrap_or_default()) => out.push_str("\\x5c"),
+            c => push(&mut out, c),
         }
-        push(&mut out, c);
     }
     out
+}
+
+/// Whether a backslash before these bytes would be read as one of the escapes that [`push`] writes.
+fn begins_an_escape(rest: &[u8]) -> bool {
+    match rest {
+        [b'x', high, low, ..] => high.is_ascii_hexdigit() && low.is_ascii_hexdigit(),
+        [b'u', b'{', ..] => true,
+        _ => false,
+    }
 }
 
 /// Escape bytes from an image as [`escape`] does, and bytes that are not UTF-8 as `\xNN`.
@@ -106,9 +116,6 @@ pub fn escape_json(json: &str) -> String {
 
 fn push(out: &mut String, c: char) {
     match c {
-        '\n' => out.push_str("\\n"),
-        '\r' => out.push_str("\\r"),
-        '\t' => out.push_str("\\t"),
         c if is_hidden(c) && u32::from(c) < 0x100 => {
             let _ = write!(out, "\\x{:02x}", u32::from(c));
         }
@@ -143,10 +150,38 @@ mod tests {
 
     #[test]
     fn what_moves_a_cursor_is_shown_instead() {
-        assert_eq!(escape("a\x1b[2Jb\nc\\d\u{202e}e\u{9b}é"), "a\\x1b[2Jb\\nc\\\\d\\u{202e}e\\x9bé");
+        assert_eq!(escape("a\x1b[2Jb\nc\u{202e}e\u{9b}é"), "a\\x1b[2Jb\\x0ac\\u{202e}e\\x9bé");
         assert_eq!(escape_bytes(b"ok \xff\xfe \xc3\xa9"), "ok \\xff\\xfe é");
-        assert_eq!(printable("C:\\x\r"), "C:\\x\\r");
+        assert_eq!(printable("C:\\x\r"), "C:\\x\\x0d");
         assert!(matches!(printable("plain"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn a_backslash_is_itself_unless_it_would_begin_an_escape() {
+        for name in [r"C:\VMs\new\base.vhdx", r"\\server\share\x.vhd", r"a\", r"\x1", r"\xg0", r"\u202e"] {
+            assert_eq!(escape(name), name);
+        }
+        assert_eq!(escape(r"a\x1b"), r"a\x5cx1b");
+        assert_eq!(escape(r"a\u{202e}"), r"a\x5cu{202e}");
+        assert_eq!(escape("\\\x1b"), r"\\x1b");
+    }
+
+    #[test]
+    fn two_names_never_look_the_same() {
+        // All names of up to five of the bytes that escapes consist of, a line feed and one that is not UTF-8.
+        let alphabet = b"\\x0au{\n\xff";
+        let mut names = vec![Vec::new()];
+        let mut shown = std::collections::HashSet::new();
+        for _ in 0..5 {
+            names = names
+                .iter()
+                .flat_map(|name: &Vec<u8>| alphabet.iter().map(move |&byte| [&name[..], &[byte]].concat()))
+                .collect();
+            for name in &names {
+                let text = escape_bytes(name);
+                assert!(!text.chars().any(is_hidden) && shown.insert(text), "{name:?}");
+            }
+        }
     }
 
     #[test]

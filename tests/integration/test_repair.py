@@ -4,6 +4,7 @@ in them any more. `qemu-img check -r` on a copy is the peer where it is right.""
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -60,8 +61,49 @@ def test_how_far_it_is(tmp_path):
         done = support.run_instar("check", "-r", "all", "--progress=json", *options, image)
         lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
         assert {line["type"] for line in lines} == {"check"} and lines[-1]["status"] == "concluded", done
-        assert [line["stage"] for line in lines if "stage" in line and line["status"] == "running"] == stages, lines
+        assert [line["stage"] for line in lines if "stage" in line and "finding" not in line] == stages, lines
     assert support.run_instar("check", "-p", image).stderr == "instar: done\n"
+
+
+def test_findings_are_lines_of_progress_where_programs_read_those(tmp_path):
+    image = spoiled(tmp_path / "disk", 1, {})
+    plain = support.run_instar("check", image).stderr.splitlines()
+    told = support.run_instar("check", "--progress=json", "--color=always", image)
+    lines = [json.loads(line) for line in told.stderr.splitlines()]
+    assert [line["finding"] for line in lines if "finding" in line] == plain != [], told
+    assert lines[-1]["status"] == "concluded" and "finding" not in lines[-1] and told.rc == 2, told
+    mended = support.run_instar("check", "-r", "all", "--progress=json", image)
+    lines = [json.loads(line) for line in mended.stderr.splitlines()]
+    assert [line["finding"] for line in lines if "finding" in line] == plain and lines[-1]["status"] == "concluded", mended
+
+
+@pytest.mark.parametrize("missing", [1, 4096, 65535])
+def test_a_file_that_ends_within_its_last_cluster(tmp_path, missing):
+    """QEMU reads zeroes there, and says nothing; what a repair cannot bring back stays an error."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(random.Random(1).randbytes(1 << 20))
+    image = tmp_path / "image"
+    support.run_instar("convert", "-f", "raw", "-O", "qcow2", disk, image)
+    assert support.run_instar("check", image).rc == 0
+    os.truncate(image, image.stat().st_size - missing)
+    for options in ([], ["-r", "all"], ["-r", "leaks"]):
+        with support.untouched(image):
+            found = support.run_instar("check", *options, image)
+        assert found.rc == 2 and "the file is cut off: the cluster of guest offset 983040" in found.stderr, found
+        assert ("no repair brings that back" in found.stderr) == bool(options), found
+    refused = support.run_instar("convert", "-O", "raw", image, tmp_path / "new")
+    assert refused.rc == 1 and "983040" in refused.stderr, refused
+
+
+def test_a_disk_may_end_within_its_last_cluster(tmp_path):
+    """The guest sees nothing of the rest, so that the file need not have it."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(random.Random(1).randbytes((1 << 20) - 60 * 1024))
+    image = tmp_path / "image"
+    support.run_instar("convert", "-f", "raw", "-O", "qcow2", disk, image)
+    os.truncate(image, -(-image.stat().st_size // 65536) * 65536 - 60 * 1024)
+    assert support.run_instar("check", image).rc == 0
+    assert support.run_instar("compare", "-f", "raw", disk, image).rc == 0
 
 
 def spoiled(path, seed, options, snapshot=True):

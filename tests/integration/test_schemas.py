@@ -31,7 +31,7 @@ OPTIONAL = {
     "measure": {"bitmaps", "sandbox", "atomic", "undo-log", "undo-free", "lacking"},
     "config": {"warnings"},
     "error": {"file", "role", "errno", "offset", "step"},
-    "progress": {"error", "warning"},
+    "progress": {"error", "finding", "warning"},
     "rebase": {"warnings", "result", "error", "file", "role"},
 }
 #: Keys that the few images here do not have: other tests have such.
@@ -120,7 +120,8 @@ def samples(tmp_path_factory):
         "plugins": [ask("plugins"), ask("plugins", "--plugin-dir", "other")],
         "config": [ask("config"), ask("config", INSTAR_CONFIG=str(folder / "config.toml"))],
         "progress": [*progress("commit", "--progress=json", "-d", "-b", "base", "top"),
-                     *progress("compare", "--progress=json", "base", "top"), *progress("commit", "--progress=json", "none")],
+                     *progress("compare", "--progress=json", "base", "top"), *progress("commit", "--progress=json", "none"),
+                     *progress("check", "--progress=json", "damaged")],
         "error": [ask("commit", "none"), ask("map", "--nonesuch"), ask("info", "-f", "vmdk", "top")],
     }
 

@@ -123,6 +123,26 @@ def test_a_narrow_terminal_breaks_no_word(images, command, columns):
         assert MEASURED.sub("", piped.stdout).split() == MEASURED.sub("", shown).split(), shown
 
 
+@pytest.mark.parametrize("columns", [40, 60])
+@pytest.mark.parametrize("command", [["create", "-f", "vmdk", "-o", "help"], ["convert", "-O", "raw", "cut", "new"], ["check", "cut"],
+                                     ["check", "-r", "all", "cut"], ["commit", "--sandbox", "none", "top"], ["commit", "missing-overlay.qcow2"],
+                                     ["rebase", "-u", "-b", "elsewhere", "-F", "raw", "top"], ["check", "-v", "top"]], ids=" ".join)
+def test_errors_findings_warnings_and_help_are_broken_between_words(images, command, columns):
+    disk = images / "disk"
+    disk.write_bytes(b"x" * MIB)
+    run_instar("convert", "-f", "raw", "-O", "qcow2", "disk", "cut", cwd=images)
+    with open(images / "cut", "r+b") as file:
+        file.truncate((images / "cut").stat().st_size - 4096)
+    shown = plain(on_a_terminal(*command, cwd=images, columns=columns))
+    # What clap says below the line of a usage error, and the lines of qemu-img, are as they are.
+    lines = [line for line in shown.split("\n\nUsage:")[0].splitlines() if not re.match(r"Data may|This means|\d+/\d+ = |No errors|\s*\[possible", line)]
+    assert len(lines) > 1, shown
+    assert [line for line in lines if len(line) > columns and not WHOLE.match(line)] == [], shown
+    if "-r" not in command and "-v" not in command:
+        piped = run_instar(*command, cwd=images)
+        assert sorted(shown.split()) == sorted((piped.stdout + piped.stderr).split()), shown
+
+
 @pytest.mark.parametrize("columns", [24, 40, 59, 80])
 def test_a_bar_fits_into_a_line(images, columns):
     shown = plain(on_a_terminal("commit", "-p", "top", cwd=images, columns=columns))

@@ -2,17 +2,18 @@
 
 use super::cache_mode::CacheMode;
 use super::check_text::{findings, json, kept, repaired, summary};
-use super::color::ColorArgs;
+use super::color::{ColorArgs, Paint};
 use super::opening::OpeningArgs;
 use super::output::{print, print_json, OutputFormat};
 use super::print_error;
 use super::progress_args::ProgressArgs;
+use super::said::broken;
 use super::signals::cancel_on_signals;
 use super::terminal::say;
 use super::told::Told;
 use super::usage::{bad_usage, CHECK_USAGE};
 use clap::{Args, ValueEnum};
-use instar::check::{run_check, CheckRequest, Repaired};
+use instar::check::{run_check, CheckOutcome, CheckRequest};
 use instar::error::Error;
 use instar::escape::escape_path;
 use instar::operation::Cancel;
@@ -117,18 +118,24 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
     let cancel = if changes { cancel_on_signals() } else { Cancel::new() };
     let result = run_check(&request, &told.session(cancel));
     let file = escape_path(&args.filename).to_string();
+    let lines = told.findings_are_lines();
+    let (first, second) = match &result {
+        Ok(result) => texts(result, if lines { Paint::PLAIN } else { aside }),
+        Err(_) => Default::default(),
+    };
+    if lines {
+        told.findings(&(first.clone() + &second));
+    }
     told.end(args.dry_run, result.as_ref().map(|result| json(result, &file)).as_ref().map_err(|error| *error));
     let result = result?;
-    if let Some(repair) = &result.repair {
-        let shown =
-            if repair.changed() { (&repair.before, &repair.findings) } else { (&result.found, &result.findings) };
-        say(&(findings(shown.0, shown.1, aside) + &kept(repair)));
-        if !args.quiet && args.output == OutputFormat::Human {
-            print(out, &repaired(repair))?;
-        }
+    if !lines {
+        say(&broken(&first));
     }
-    if result.repair.as_ref().is_none_or(Repaired::changed) {
-        say(&findings(&result.found, &result.findings, aside));
+    if let Some(repair) = result.repair.as_ref().filter(|_| !args.quiet && args.output == OutputFormat::Human) {
+        print(out, &repaired(repair))?;
+    }
+    if !lines {
+        say(&broken(&second));
     }
     match args.output {
         _ if args.quiet => {}
@@ -136,6 +143,16 @@ fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<u8, Error> {
         OutputFormat::Json => print_json(out, &json(&result, &file))?,
     }
     Ok(status(&result.found))
+}
+
+/// The findings before a repair and what it keeps, and the findings that there are now, unless that would say the same twice.
+fn texts(result: &CheckOutcome, paint: Paint) -> (String, String) {
+    let now = || findings(&result.found, &result.findings, paint);
+    match &result.repair {
+        None => (String::new(), now()),
+        Some(repair) if repair.changed() => (findings(&repair.before, &repair.findings, paint) + &kept(repair), now()),
+        Some(repair) => (now() + &kept(repair), String::new()),
+    }
 }
 
 fn status(found: &CheckSummary) -> u8 {

@@ -4,6 +4,7 @@ use super::commit_args::{CommitArgs, DetectZeroes};
 use super::commit_text::{render_commit_success, render_dry_run, render_verbose};
 use super::output::OutputFormat;
 use super::print_error;
+use super::said::broken;
 use super::signals::cancel_on_signals;
 use super::terminal::say;
 use super::told::Told;
@@ -32,7 +33,7 @@ fn commit(args: &CommitArgs, out: &mut dyn Write) -> Result<(), Error> {
     told.end(args.dry_run, result.as_ref());
     let result = result?;
     if args.verbose {
-        say(&render_verbose(&result));
+        say(&broken(&render_verbose(&result)));
     }
     if args.dry_run {
         return render_dry_run(&result, args.output, out);

@@ -33,7 +33,7 @@ pub struct CommitArgs {
     #[arg(short, long)]
     pub quiet: bool,
     /// Limit how many bytes move per second; a suffix k, M or G multiplies by powers of 1024, 0 is no limit
-    #[arg(short, long, alias = "rate", value_name = "BYTES/S", value_parser = parse_bytes)]
+    #[arg(short, long, alias = "rate", value_name = "BYTES/S", allow_negative_numbers = true, value_parser = parse_bytes)]
     pub rate_limit: Option<u64>,
     /// Choose what writes promise
     #[arg(short = 't', long = "cache", value_enum, default_value_t, value_name = "MODE")]

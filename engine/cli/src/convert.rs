@@ -49,7 +49,7 @@ pub struct ConvertArgs {
     pub compress: bool,
     /// Search data for zeroes, and leave out runs of at least this many bytes; with 0, the new image takes space for
     /// all of its disk
-    #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(short = 'S', long = "sparse-size", value_name = "SIZE", allow_negative_numbers = true, value_parser = parse_bytes)]
     pub sparse: Option<u64>,
     /// Copy the persistent bitmaps of the source
     #[arg(long)]
@@ -70,7 +70,7 @@ pub struct ConvertArgs {
     #[arg(short, long)]
     pub quiet: bool,
     /// Limit how many bytes move per second; a suffix k, M or G multiplies by powers of 1024, 0 is no limit
-    #[arg(short, long, alias = "rate", value_name = "BYTES/S", value_parser = parse_bytes)]
+    #[arg(short, long, alias = "rate", value_name = "BYTES/S", allow_negative_numbers = true, value_parser = parse_bytes)]
     pub rate_limit: Option<u64>,
     /// Choose what writes to the new image promise; unsafe flushes nothing
     #[arg(short = 't', long = "cache", alias = "target-cache", value_enum, default_value_t, value_name = "MODE")]

@@ -44,7 +44,7 @@ pub struct CreateArgs {
     #[arg(value_name = "FILENAME", required_unless_present = "options")]
     pub filename: Option<PathBuf>,
     /// Virtual size in bytes, or with a suffix k, M, G, T, P or E. That of the backing image if not given
-    #[arg(value_name = "SIZE")]
+    #[arg(value_name = "SIZE", allow_negative_numbers = true)]
     pub size: Option<String>,
 }
 

@@ -22,7 +22,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
         ErrorCode::OverlayIo => { "Look at `errno` in the JSON and at the kernel's log. Once the disk works, run the command again." }
         ErrorCode::BackingIo => { "Keep the overlay, which still holds everything. Once the disk works, run the command again." }
         ErrorCode::NoSpace => { "Make room on the backing's file system (`instar commit --dry-run` says how much), and run the command again." }
-        ErrorCode::ImageInUse => { "Stop what uses the image, or wait for it with `--wait`. A running virtual machine merges with `block-commit`." }
+        ErrorCode::ImageInUse => { "Stop what uses the image, or wait for it with `--wait`. Instead of a commit, a running virtual machine can merge with `block-commit`." }
         ErrorCode::GuestFault => { "The image made the code in the sandbox fail: keep it away from tools without a sandbox, and report it." }
         ErrorCode::GuestPanic => { "The image made the code in the sandbox fail: keep it away from tools without a sandbox, and report it." }
         ErrorCode::GuestStalled => { "If the machine is not overloaded, the image did it: keep it away from tools without a sandbox, and report it." }

@@ -1,5 +1,7 @@
 //! `-o`: options of a format, as `qemu-img` reads them.
 
+use super::paragraph::{filled, Indent};
+use super::terminal::width;
 use super::usage::bad_usage;
 use instar::error::Error;
 use instar::escape::{escape, printable};
@@ -15,9 +17,13 @@ pub fn want_help(options: &[(String, String)]) -> bool {
 #[must_use]
 pub fn help(format: &str, options: &[(String, String)], common: &[(&str, &str)]) -> String {
     let mut text = format!("Options of {format}:\n");
+    let width = width();
+    // Below the texts, where a terminal has room for that.
+    let rest = if width.is_some_and(|width| width < 60) { "      " } else { "                           " };
     let options = options.iter().map(|(name, help)| (name.as_str(), help.as_str()));
     for (name, help) in options.chain(common.iter().copied()) {
-        let _ = writeln!(text, "  {:<22} - {}", format!("{}=<value>", printable(name)), printable(help));
+        let line = format!("{:<22} - {}", format!("{}=<value>", printable(name)), printable(help));
+        let _ = writeln!(text, "{}", filled(&line, Indent { first: "  ", rest }, width));
     }
     text
 }

@@ -37,6 +37,7 @@ mod rebase_member;
 mod rebase_several;
 pub mod recover;
 pub mod resize;
+mod said;
 mod signals;
 pub mod size;
 mod snapshot_text;
@@ -53,13 +54,10 @@ use clap::{Parser, Subcommand};
 use instar::config::Config;
 use instar::confine::trap::report_as_json;
 use instar::error::Error;
-use instar::escape::printable;
 use instar::operation::{Cancel, Session};
 use instar_guest_abi::ErrorCode;
-use output::{render_error, render_warning};
 use std::io::Write;
 use std::rc::Rc;
-use terminal::say;
 use told::Told;
 
 /// Exit status of a command that was refused or failed.
@@ -169,14 +167,9 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> u8 {
 fn configuration(output: OutputFormat) -> Result<Config, Error> {
     let config = Config::load()?;
     if output == OutputFormat::Human {
-        config.warnings.iter().for_each(|warning| say(&render_warning(warning)));
+        config.warnings.iter().for_each(|warning| said::say_warning(warning));
     }
     Ok(config)
-}
-
-/// Print a line for `-v`.
-fn say_note(line: &str) {
-    say(&format!("instar: {}\n", printable(line)));
 }
 
 /// The session of a command that only reads: a signal ends the process.
@@ -187,7 +180,7 @@ fn reading(verbose: bool) -> Session {
 /// Print an error on stderr; the exit status.
 fn print_error(error: &Error, output: OutputFormat) -> u8 {
     if !progress_lines::error_is_told() {
-        say(&render_error(error, output));
+        said::say_error(error, output);
     }
     if error.code == ErrorCode::BadUsage {
         usage::USAGE

@@ -31,10 +31,10 @@ pub struct MapArgs {
           conflicts_with = "output")]
     pub picture: Option<Drawing>,
     /// Begin at this byte of the virtual disk
-    #[arg(short, long, value_name = "OFFSET", value_parser = parse_bytes, default_value = "0", hide_default_value = true)]
+    #[arg(short, long, value_name = "OFFSET", allow_negative_numbers = true, value_parser = parse_bytes, default_value = "0", hide_default_value = true)]
     pub start_offset: u64,
     /// Map this many bytes at most
-    #[arg(short = 'l', long, value_name = "LENGTH", value_parser = parse_bytes)]
+    #[arg(short = 'l', long, value_name = "LENGTH", allow_negative_numbers = true, value_parser = parse_bytes)]
     pub max_length: Option<u64>,
     /// Read the images even if they are in use; a change meanwhile may look like damage
     #[arg(short = 'U', long)]

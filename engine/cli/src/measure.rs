@@ -35,7 +35,7 @@ pub struct MeasureArgs {
     #[arg(short = 'l', long, value_name = "SNAPSHOT", conflicts_with_all = ["size", "commit"])]
     pub snapshot: Option<SnapshotName>,
     /// Measure a new, empty image with a disk of this size: bytes, or with a suffix k, M, G, T, P or E
-    #[arg(short, long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with_all = ["filename", "commit"])]
+    #[arg(short, long, value_name = "SIZE", allow_negative_numbers = true, value_parser = parse_bytes, conflicts_with_all = ["filename", "commit"])]
     pub size: Option<u64>,
     /// Measure what a commit of the image needs of the image that it goes into
     #[arg(long)]

@@ -17,7 +17,7 @@ pub struct OpeningArgs {
     #[arg(long, value_name = "SANDBOX", value_parser = sandbox_parser())]
     pub sandbox: Option<SandboxChoice>,
     /// Wait this many seconds for images that are in use, and then give up
-    #[arg(long, value_name = "SECONDS", default_value_t, value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value_t, allow_negative_numbers = true, value_parser = parse_seconds)]
     pub wait: u64,
     /// Also allow the files that images name in DIR, not only beside the image; may be given several times
     #[arg(long, value_name = "DIR")]

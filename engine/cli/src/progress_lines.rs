@@ -50,6 +50,9 @@ struct Line<'l> {
     /// What people read in a line of its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     warning: Option<&'l str>,
+    /// The same of a check: what it found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    finding: Option<&'l str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     result: Option<&'l Value>,
 }
@@ -135,7 +138,12 @@ impl Lines {
 
     /// Say a warning, where people would have a line of their own on the same descriptor.
     pub fn warn(&self, warning: &str) {
-        self.write_line(Status::Running, None, None, Some(warning));
+        self.write_line(&Line { warning: Some(warning), ..self.line(Status::Running) });
+    }
+
+    /// Say what a check found, under the same condition.
+    pub fn find(&self, finding: &str) {
+        self.write_line(&Line { finding: Some(finding), ..self.line(Status::Running) });
     }
 
     /// Whether people would read their lines from the same descriptor.
@@ -144,7 +152,7 @@ impl Lines {
         self.out == libc::STDERR_FILENO
     }
 
-    fn line(&self, status: Status, error: Option<&str>, result: Option<&Value>, warning: Option<&str>) -> String {
+    fn line(&self, status: Status) -> Line<'_> {
         let Progress { stage, done, total } =
             self.last.unwrap_or(Progress { stage: Stage::Checking, done: 0, total: 0 });
         let running = self.stage_began.elapsed().as_secs_f64();
@@ -155,7 +163,7 @@ impl Lines {
             reason = "a rate"
         )]
         let speed = if running > 0.0 { (done as f64 / running) as u64 } else { 0 };
-        let line = Line {
+        Line {
             job: self.job,
             status,
             stage: (status == Status::Running).then(|| name(stage)),
@@ -163,11 +171,11 @@ impl Lines {
             total: self.before + total,
             speed,
             elapsed: (self.began.elapsed().as_secs_f64() * 1e3).round() / 1e3,
-            error,
-            warning,
-            result,
-        };
-        format!("{}\n", escape_json(&serde_json::to_string(&line).unwrap_or_default()))
+            error: None,
+            warning: None,
+            finding: None,
+            result: None,
+        }
     }
 
     /// Write a line. One that only has other numbers than the line before is left out where its reader lags behind: the command
@@ -176,11 +184,12 @@ impl Lines {
         if !counts && !is_ready(self.out, 0) {
             return;
         }
-        self.write_line(status, error, result, None);
+        self.write_line(&Line { error, result, ..self.line(status) });
     }
 
-    fn write_line(&self, status: Status, error: Option<&str>, result: Option<&Value>, warning: Option<&str>) {
-        write_all(self.out, self.line(status, error, result, warning).as_bytes());
+    fn write_line(&self, line: &Line<'_>) {
+        let text = escape_json(&serde_json::to_string(line).unwrap_or_default());
+        write_all(self.out, format!("{text}\n").as_bytes());
     }
 }
 

@@ -1,13 +1,13 @@
 //! `instar rebase` of several images in one call. A process confines itself to the images of one rebase, so each gets a process of
 //! its own. They plan one after the other, and keep their locks; once all of them can begin, they are let go, one after the other.
 
-use super::output::{absolute, error_value, print_json, render_error, unprinted_but, OutputFormat};
+use super::output::{absolute, error_value, print_json, unprinted_but, OutputFormat};
 use super::paragraph::print_sentences;
 use super::print_error;
 use super::rebase::{rebase_one, refuse_unsupported, request, text, told, RebaseArgs};
 use super::rebase_member::{run as run_member, same_file, Said, TICK};
+use super::said::say_error;
 use super::signals::{asked, cancel_on_signals};
-use super::terminal::say;
 use super::told::Told;
 use super::usage::bad_usage;
 use instar::error::{Error, Role};
@@ -365,10 +365,10 @@ fn report(
     if let Some(error) = failed {
         if args.output == OutputFormat::Human {
             let others = texts().filter_map(|(_, end)| match end {
-                End::Failed(other) if *other != error => Some(render_error(other, args.output)),
+                End::Failed(other) if *other != error => Some(other),
                 _ => None,
             });
-            others.for_each(|line| say(&line));
+            others.for_each(|other| say_error(other, args.output));
         }
         return Err(error.in_state(&state(entries)));
     }

@@ -22,7 +22,7 @@ pub struct RecoverArgs {
     #[arg(short, long)]
     pub quiet: bool,
     /// Wait up to SECONDS for an image that is in use
-    #[arg(long, value_name = "SECONDS", default_value_t, value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value_t, allow_negative_numbers = true, value_parser = parse_seconds)]
     pub wait: u64,
     /// The directory with the undo log of a block device: the one that `instar commit --undo-dir` was told
     #[arg(long, value_name = "DIR")]

@@ -15,15 +15,23 @@ pub fn say(text: &str) {
 
 /// Columns of the terminal that standard output was at the start: a confined process can ask it nothing.
 static WIDTH: OnceLock<Option<usize>> = OnceLock::new();
+/// The same of standard error.
+static ERROR_WIDTH: OnceLock<Option<usize>> = OnceLock::new();
 
-/// Remember how wide standard output is.
+/// Remember how wide standard output and standard error are.
 pub fn note_width() {
     let _ = WIDTH.set(width_of(std::io::stdout()));
+    let _ = ERROR_WIDTH.set(width_of(std::io::stderr()));
 }
 
 /// Columns of the terminal that standard output is. `None` where it is none.
 pub fn width() -> Option<usize> {
     WIDTH.get().copied().flatten()
+}
+
+/// Columns of the terminal that standard error is. `None` where it is none.
+pub fn error_width() -> Option<usize> {
+    ERROR_WIDTH.get().copied().flatten()
 }
 
 /// Columns of the terminal that a stream is. `None` where it is none, or does not know.

@@ -4,7 +4,7 @@ use super::output::render_warning;
 use super::progress::{one_line, Ending, Shown};
 use super::progress_args::ProgressArgs;
 use super::progress_lines::Lines;
-use super::say_note;
+use super::said::{broken, say_note};
 use super::signals::{answer_sigusr1, answers, asked};
 use super::terminal::say;
 use instar::error::Error;
@@ -71,7 +71,7 @@ impl Observer for Told {
         match &self.lines {
             _ if !self.warns => {}
             Some(lines) if lines.borrow().on_standard_error() => lines.borrow().warn(line),
-            _ => self.aside(&render_warning(line)),
+            _ => self.aside(&broken(&render_warning(line))),
         }
     }
 
@@ -95,6 +95,16 @@ impl Observer for Told {
 }
 
 impl Told {
+    /// Whether the findings of a check are lines of progress, since those are all that standard error has.
+    pub fn findings_are_lines(&self) -> bool {
+        self.lines.as_ref().is_some_and(|lines| lines.borrow().on_standard_error())
+    }
+
+    /// Tell programs the findings, a line each.
+    pub fn findings(&self, text: &str) {
+        self.lines.iter().for_each(|lines| text.lines().for_each(|line| lines.borrow().find(line)));
+    }
+
     /// Say a line, above the bar if there is one.
     fn aside(&self, line: &str) {
         match &self.shown {

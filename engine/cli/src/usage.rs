@@ -1,6 +1,7 @@
 //! Reading the command line, and what is said of one that cannot be understood.
 
 use super::output::{note_directory, render_error, unprinted, OutputFormat};
+use super::said::{broken, say_error};
 use super::{run, Cli, FAILED};
 use crate::terminal::{note_width, say};
 use clap::error::ErrorKind;
@@ -47,14 +48,14 @@ fn explain(error: &clap::Error, arguments: &[OsString]) -> u8 {
         return match error.print() {
             Ok(()) => 0,
             Err(failed) => {
-                say(&render_error(&unprinted(&failed), output));
+                say_error(&unprinted(&failed), output);
                 FAILED
             }
         };
     }
     match output {
         OutputFormat::Human => say(&for_people(error)),
-        OutputFormat::Json => say(&render_error(&bad_usage(clause(error)), output)),
+        OutputFormat::Json => say_error(&bad_usage(clause(error)), output),
     }
     if arguments.get(1).is_some_and(|command| command == "check") {
         CHECK_USAGE
@@ -80,7 +81,7 @@ fn wants_json(arguments: &[OsString]) -> bool {
 /// What is wrong, as the line of any other error, and below it what clap advises: the names that were probably meant, and the
 /// synopsis. Where even the command is missing, the help is the advice, and the line ends it.
 fn for_people(error: &clap::Error) -> String {
-    let line = render_error(&bad_usage(clause(error)), OutputFormat::Human);
+    let line = broken(&render_error(&bad_usage(clause(error)), OutputFormat::Human));
     let text = error.render().to_string();
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return format!("{text}\n{line}");

@@ -135,6 +135,10 @@ impl Operation for Commit<'_> {
         Named { image, base, second: None, others: Vec::new(), children, child_directories }
     }
 
+    fn inside_a_machine(&self) -> Option<&'static str> {
+        Some("commit inside it with block-commit")
+    }
+
     fn access(&self) -> Access {
         // A dry run opens images for reading only, so that anybody who may read them can ask what a commit would do.
         if self.request.only_plans() {

@@ -210,9 +210,11 @@ pub(crate) fn lock(file: &File, path: &Path) -> Result<(), Error> {
     }
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => {
-            Err(Error::image(path, ErrorCode::ImageInUse, "another process uses the image"))
-        }
+        Some(libc::EAGAIN | libc::EACCES) => Err(Error::image(
+            path,
+            ErrorCode::ImageInUse,
+            "is in use by another process, and would be overwritten: stop that, or choose another name",
+        )),
         // File systems without locks.
         _ => Ok(()),
     }

@@ -12,7 +12,7 @@ use instar_guest_abi::ErrorCode;
 use rustix::fs::fstat;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How long each wait is before a lock is tried again.
@@ -21,12 +21,16 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How long to wait for all locks together: in seconds, until when, and who may end that.
 static PATIENCE: Mutex<Option<(u64, Instant, Cancel)>> = Mutex::new(None);
 
+/// What a running virtual machine can do itself instead of the command.
+static INSTEAD: OnceLock<&'static str> = OnceLock::new();
+
 /// Prepare locking before the process is confined: wait for images in use from now on, for `wait` seconds altogether, and find
 /// out who uses these files, those beside them, and those in the `allowed` directories, while the process may still look
-/// around.
+/// around. `instead` is what to do inside a virtual machine that runs, if it can do what the command does.
 pub fn prepare_to_lock<'p>(
     cancel: &Cancel,
     wait: u64,
+    instead: Option<&'static str>,
     files: impl IntoIterator<Item = &'p NamedFile>,
     allowed: &'p [PathBuf],
 ) {
@@ -34,6 +38,9 @@ pub fn prepare_to_lock<'p>(
     let until = Instant::now().checked_add(Duration::from_secs(wait)).filter(|_| wait > 0);
     if let Ok(mut patience) = PATIENCE.lock() {
         *patience = until.map(|until| (wait, until, cancel.clone()));
+    }
+    if let Some(instead) = instead {
+        let _ = INSTEAD.set(instead);
     }
     let files: Vec<&NamedFile> = files.into_iter().collect();
     let beside = files.iter().filter_map(|file| file.directory()).map(Directory::path);
@@ -114,10 +121,8 @@ fn in_use(user: Option<&User>, access: Access, patience: Option<u64>) -> String 
     let wait = if patience.is_none() { ", or wait with --wait SECONDS" } else { "" };
     match access {
         Access::ReadWrite => {
-            format!(
-                "is {still}in use by another process ({who}){waited}: stop it{wait}; while a virtual machine runs, commit inside it with \
-                 block-commit"
-            )
+            let instead = INSTEAD.get().map(|instead| format!("; while a virtual machine runs, {instead}"));
+            format!("is {still}in use by another process ({who}){waited}: stop it{wait}{}", instead.unwrap_or_default())
         }
         Access::ReadOnly | Access::Shared => {
             format!("is {still}being changed by another process ({who}){waited}: stop it{wait}")

@@ -74,7 +74,9 @@ pub fn guest_may_report(code: ErrorCode) -> bool {
 /// Return the remedy of the operator. There is no catch-all arm, so that a new code needs a decision here.
 pub fn advice(code: ErrorCode) -> Option<&'static str> {
     match code {
-        ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt => Some("see what is wrong with `instar check`"),
+        ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt => {
+            Some("see what else is wrong with `instar check`, or restore a copy")
+        }
         ErrorCode::ParseFailed => Some("`instar convert --salvage` copies everything else"),
         ErrorCode::HeaderMismatch => Some("make sure that nothing else writes to it, and try again"),
         ErrorCode::ScratchTooSmall => Some("its metadata does not fit into the sandbox: commit a smaller image"),

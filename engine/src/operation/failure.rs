@@ -179,7 +179,7 @@ mod tests {
                 };
                 assert_eq!(error.code, expected);
                 assert!(!error.message.contains('\n'), "{}", error.message);
-                let named = ["'over\\nlay'", "'below'", "'base'"].iter().any(|name| error.message.starts_with(name));
+                let named = ["'over\\x0alay'", "'below'", "'base'"].iter().any(|name| error.message.starts_with(name));
                 // The machine's fault is no image's.
                 assert_eq!(
                     (named, error.path().is_some()),

@@ -142,6 +142,11 @@ pub trait Operation {
     /// How the images that are to be changed are opened.
     fn access(&self) -> Access;
 
+    /// What a virtual machine that runs can do itself instead, as advice where an image is in use: an imperative clause.
+    fn inside_a_machine(&self) -> Option<&'static str> {
+        None
+    }
+
     /// How many processors the guest may use at most. More than one help where it decodes, encodes or compares.
     fn most_processors(&self) -> usize {
         usize::MAX
@@ -272,7 +277,7 @@ pub fn run<O: Operation>(mut operation: O, session: &Session) -> Result<O::Outco
         Ok(_) => format!("sandbox: {sandbox}"),
         Err(_) => format!("sandbox: {sandbox}, which cannot be used"),
     });
-    prepare_to_lock(session.cancel(), *wait, named.files(), allowed_directories);
+    prepare_to_lock(session.cancel(), *wait, operation.inside_a_machine(), named.files(), allowed_directories);
     operation.acquire(&named, &registry);
     timing.mark("sandbox acquired, threads started");
 

@@ -89,7 +89,7 @@ pub fn run_recover(request: &RecoverRequest, session: &Session) -> Result<Recove
 fn recover(request: &RecoverRequest, session: &Session) -> Result<RecoverOutcome, Error> {
     let named = NamedFile::new(&request.image);
     let undo = use_undo_directory(request.undo_directory.as_deref())?;
-    prepare_to_lock(session.cancel(), request.wait, [&named], &[]);
+    prepare_to_lock(session.cancel(), request.wait, None, [&named], &[]);
     let opened = named.open_unfinished()?;
     let place = Place::of(&opened, undo.as_ref())?;
     let image = opened.settled_path().to_string_lossy().into_owned();

@@ -2,6 +2,7 @@
 
 use super::events::ResizeEvents;
 use super::overlays::Overlays;
+use super::sizes::shrinks;
 use super::{Preallocation, ResizeOutcome, ResizeRequest, SECTOR};
 use crate::confine::Work;
 use crate::devices::{Device, Devices};
@@ -34,6 +35,8 @@ pub(super) struct Resize<'q> {
     /// What is known of the file system's space, and whether the format has no clusters.
     space: (Option<Space>, bool),
     warnings: Vec<String>,
+    /// Why nothing may be changed, unless the format has a reason of its own: an option that permits it would lead there only.
+    refusal: Option<Error>,
 }
 
 impl<'q> Resize<'q> {
@@ -47,7 +50,13 @@ impl<'q> Resize<'q> {
             length: 0,
             space: (None, false),
             warnings: Vec::new(),
+            refusal: None,
         }
+    }
+
+    /// Whether the guest only plans.
+    fn only_plans(&self) -> bool {
+        self.request.dry_run || self.refusal.is_some()
     }
 
     /// Whether the image gets another size.
@@ -70,7 +79,7 @@ impl<'q> Resize<'q> {
         let (path, old) = (&image.opened.path, image.facts.virtual_size);
         let refused = |(code, clause)| Error::image(path, code, clause);
         let unit = image.facts.number(LOGICAL_SECTOR).unwrap_or(SECTOR);
-        let size = self.request.size.of(old, unit, self.request.shrink).map_err(refused)?;
+        let size = self.request.size.of(old, unit).map_err(refused)?;
         if self.preallocates() && size < old {
             let clause = format!("shrinks from {old} to {size} bytes, which takes no space: leave --preallocation out");
             return Err(Error::image(path, ErrorCode::BadUsage, clause));
@@ -78,6 +87,9 @@ impl<'q> Resize<'q> {
         if self.request.preallocation == Preallocation::Metadata && image.facts.cluster_size <= 1 {
             let clause = "has no metadata that could be preallocated: take falloc, which reserves the space, or full";
             return Err(Error::image(path, ErrorCode::BadUsage, clause));
+        }
+        if size < old && !self.request.shrink {
+            self.refusal = Some(Error::image(path, ErrorCode::BadUsage, shrinks(old, size)));
         }
         self.sizes = (old, size);
         Ok(())
@@ -106,6 +118,10 @@ impl Operation for Resize<'_> {
 
     fn named(&self) -> Named {
         Named::image(&self.request.image)
+    }
+
+    fn inside_a_machine(&self) -> Option<&'static str> {
+        Some("resize inside it with block_resize")
     }
 
     fn access(&self) -> Access {
@@ -152,10 +168,11 @@ impl Operation for Resize<'_> {
         below.iter().for_each(|layer| session.note_image("below it", layer));
         if self.changes() {
             if let Some(overlays) = Overlays::find(opener, &image, &below, self.sizes.1)? {
-                if !self.request.ignore_overlays {
-                    return Err(overlays.refusal(&image.opened.path));
+                if self.request.ignore_overlays {
+                    self.warnings.push(overlays.warning(&image.opened.path, self.request.dry_run));
+                } else {
+                    self.refusal.get_or_insert_with(|| overlays.refusal(&image.opened.path));
                 }
-                self.warnings.push(overlays.warning(&image.opened.path, self.request.dry_run));
             }
         }
         if !self.changes() && self.preallocates() {
@@ -180,14 +197,14 @@ impl Operation for Resize<'_> {
         self.space = (space.filter(|_| self.takes_space()), image.facts.cluster_size <= 1);
         let below: Vec<&ChainImage<'_>> = images.of_role(|role| role == MemberRole::Below).collect();
         ask_below(&below, &mut self.warnings)?;
-        for warning in &self.warnings {
+        for warning in self.warnings.iter().filter(|_| self.refusal.is_none()) {
             session.observer().warning(warning);
         }
         Ok(grants)
     }
 
     fn payload(&self) -> Vec<u8> {
-        let (preallocate, dry_run) = (self.preallocates(), self.request.dry_run);
+        let (preallocate, dry_run) = (self.preallocates(), self.only_plans());
         Config { virtual_size: self.sizes.1, preallocate, dry_run, has_backing: self.has_backing }.encode_to_vec()
     }
 
@@ -200,7 +217,7 @@ impl Operation for Resize<'_> {
         let meter = Meter::new(observer.clone(), longest, devices, paths.target(), observer.wants_progress());
         devices.pace_mut().watched_by(Box::new(meter.clone()));
         let filled = if self.preallocates() { self.sizes.1.saturating_sub(self.sizes.0) } else { 0 };
-        let (meter, dry_run, room) = (Some(meter), self.request.dry_run, Room::of(self.space.0));
+        let (meter, dry_run, room) = (Some(meter), self.only_plans(), Room::of(self.space.0));
         let least = if self.space.1 { filled } else { 0 };
         let sizes = self.sizes;
         // A disk grows at its end, which lies in the last of several files.
@@ -229,6 +246,9 @@ impl Operation for Resize<'_> {
         let end = ended.events.room.judge("what is new of the disk", ended.end);
         let end = ended.events.unreserved.map_or(end, Err);
         end.map_err(|failure| failure.error(&ended.paths, Some(&state)))?;
+        if let Some(refusal) = self.refusal {
+            return Err(refusal);
+        }
         ended.events.meter.iter().for_each(Meter::done);
         Ok(ResizeOutcome {
             format: self.format,

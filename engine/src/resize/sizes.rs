@@ -25,13 +25,12 @@ impl Default for NewSize {
 pub(super) type Refusal = (ErrorCode, String);
 
 impl NewSize {
-    /// Compute the size in bytes that an image of `old` bytes gets; `shrink` permits a smaller one. The format counts
-    /// in units of `unit` bytes, and other sizes are rounded up, so that naming the same size a second time changes
-    /// nothing.
+    /// Compute the size in bytes that an image of `old` bytes gets. The format counts in units of `unit` bytes, and other sizes
+    /// are rounded up, so that naming the same size a second time changes nothing.
     ///
     /// # Errors
-    /// An impossible size, or a smaller one that the operator has not permitted.
-    pub(super) fn of(self, old: u64, unit: u64, shrink: bool) -> Result<u64, Refusal> {
+    /// An impossible size.
+    pub(super) fn of(self, old: u64, unit: u64) -> Result<u64, Refusal> {
         let refused = |clause: String| Err((ErrorCode::BadUsage, clause));
         let size = match self {
             Self::Exactly(size) => Some(size),
@@ -52,17 +51,18 @@ impl NewSize {
             ));
         }
         let whole = size.checked_next_multiple_of(unit.max(SECTOR)).filter(|&whole| i64::try_from(whole).is_ok());
-        let size = whole.unwrap_or(size);
-        if size < old && !shrink {
-            return refused(format!(
-                "has {}, and a shrunken image of {} loses all data past its end: give --shrink if \
-                 nothing important is there, after its guest has made its file systems and partitions smaller",
-                Bytes(old),
-                Bytes(size)
-            ));
-        }
-        Ok(size)
+        Ok(whole.unwrap_or(size))
     }
+}
+
+/// What an operator who has not permitted a size below the present one is told.
+pub(super) fn shrinks(old: u64, new: u64) -> String {
+    format!(
+        "has {}, and a shrunken image of {} loses all data past its end: give --shrink if nothing important is there, after its \
+         guest has made its file systems and partitions smaller",
+        Bytes(old),
+        Bytes(new)
+    )
 }
 
 #[cfg(test)]
@@ -71,34 +71,33 @@ mod tests {
 
     #[test]
     fn sizes_follow_from_what_is_named_and_what_there_is() {
-        assert_eq!(NewSize::Exactly(1024).of(512, 512, false), Ok(1024));
-        assert_eq!(NewSize::More(512).of(1024, 512, false), Ok(1536));
-        assert_eq!(NewSize::Less(512).of(1024, 512, true), Ok(512));
-        assert_eq!(NewSize::Exactly(1024).of(1024, 512, false), Ok(1024), "the same size needs no --shrink");
+        assert_eq!(NewSize::Exactly(1024).of(512, 512), Ok(1024));
+        assert_eq!(NewSize::More(512).of(1024, 512), Ok(1536));
+        assert_eq!(NewSize::Less(512).of(1024, 512), Ok(512));
+        assert_eq!(NewSize::Exactly(1024).of(1024, 512), Ok(1024));
     }
 
     #[test]
     fn what_is_named_again_is_the_size_that_it_was_rounded_to() {
-        assert_eq!(NewSize::Exactly(5120).of(4096, 4096, false), Ok(8192));
-        assert_eq!(NewSize::Exactly(5120).of(8192, 4096, false), Ok(8192));
-        assert_eq!(NewSize::More(512).of(8192, 4096, false), Ok(12288));
-        assert!(NewSize::Exactly(4096).of(8192, 4096, false).is_err());
-        assert_eq!(NewSize::Exactly(i64::MAX as u64 - 511).of(512, 4096, false), Ok(i64::MAX as u64 - 511));
+        assert_eq!(NewSize::Exactly(5120).of(4096, 4096), Ok(8192));
+        assert_eq!(NewSize::Exactly(5120).of(8192, 4096), Ok(8192));
+        assert_eq!(NewSize::More(512).of(8192, 4096), Ok(12288));
+        assert_eq!(NewSize::Exactly(4096).of(8192, 4096), Ok(4096));
+        assert_eq!(NewSize::Exactly(i64::MAX as u64 - 511).of(512, 4096), Ok(i64::MAX as u64 - 511));
     }
 
     #[test]
     fn what_no_disk_has_is_refused() {
-        let refused = |size: NewSize, old, shrink, word: &str| {
-            let (code, clause) = size.of(old, 512, shrink).err().unwrap_or((ErrorCode::NoSpace, String::new()));
+        let refused = |size: NewSize, old, word: &str| {
+            let (code, clause) = size.of(old, 512).err().unwrap_or((ErrorCode::NoSpace, String::new()));
             assert!(code == ErrorCode::BadUsage && clause.contains(word), "{clause} lacks {word}");
         };
-        refused(NewSize::Exactly(0), 1024, true, "positive");
-        refused(NewSize::Less(1024), 1024, true, "positive");
-        refused(NewSize::Less(u64::MAX), 1024, true, "positive");
-        refused(NewSize::More(u64::MAX), 1024, true, "2^63");
-        refused(NewSize::Exactly(1 << 63), 1024, true, "2^63");
-        refused(NewSize::Exactly(1000), 512, true, "such as 512 or 1024");
-        refused(NewSize::Exactly(1), 512, true, "such as 512");
-        refused(NewSize::Exactly(512), 1024, false, "--shrink");
+        refused(NewSize::Exactly(0), 1024, "positive");
+        refused(NewSize::Less(1024), 1024, "positive");
+        refused(NewSize::Less(u64::MAX), 1024, "positive");
+        refused(NewSize::More(u64::MAX), 1024, "2^63");
+        refused(NewSize::Exactly(1 << 63), 1024, "2^63");
+        refused(NewSize::Exactly(1000), 512, "such as 512 or 1024");
+        refused(NewSize::Exactly(1), 512, "such as 512");
     }
 }

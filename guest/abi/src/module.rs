@@ -70,7 +70,7 @@ pub struct SourceOps {
     /// `ImageFacts::identity`, and returns 1; or returns 0.
     pub identity: Option<extern "C" fn(source: *mut c_void, identity: *mut ImageId) -> u32>,
     /// Null: the image does not record its parent's identity.
-    /// Record, durably, that the parent's identity becomes `*identity`. `stage` is a [`ParentStage`] as a number: called
+    /// Record, durably, that the parent's identity becomes `*identity`. `stage` is a [`ParentStage`](crate::ParentStage) as a number: called
     /// before the first write to the parent, and again with the same identity when the last one is durable.
     pub follow_parent:
         Option<extern "C" fn(source: *mut c_void, identity: *const ImageId, stage: u32, failure: *mut Failure) -> u32>,
@@ -92,7 +92,7 @@ pub struct SourceOps {
     /// before the image names the one parent or the other, whole.
     pub set_parent: Option<extern "C" fn(source: *mut c_void, failure: *mut Failure) -> u32>,
     /// Null: images of the format cannot be repaired.
-    /// Find out what of a [`Repair`] can be mended, and how. Changes nothing. What cannot be mended without losing something is
+    /// Find out what of a [`Repair`](crate::Repair) can be mended, and how. Changes nothing. What cannot be mended without losing something is
     /// a finding that says what would be lost.
     pub plan_repair: Option<
         extern "C" fn(

@@ -152,6 +152,9 @@ impl FlagCheck for Examiner<'_> {
             found.fragmented_clusters += u64::from(!follows);
             self.last_data = Some((table, offset.0.saturating_add(self.image.cluster_size().bytes())));
         }
+        if let Some(text) = mapped.cut_off(self.image) {
+            self.corruption(text);
+        }
     }
 
     fn wants(&mut self, _entry: &FlaggedEntry) -> bool {

@@ -2,6 +2,7 @@
 
 use crate::image::Image;
 use alloc::format;
+use alloc::string::String;
 use instar_guest_sdk::DriverResult;
 use instar_qcow2_format::{incompatible, CompressedRange, EntryError, L2Entry, Subclusters, SUBCLUSTERS};
 
@@ -21,7 +22,7 @@ pub(crate) struct Mapped {
 impl Mapped {
     /// How many bytes from the start of the host cluster are the guest's.
     pub(crate) fn data_end(&self, image: &Image) -> u64 {
-        let visible = image.cluster_size().bytes().min(image.header.virtual_size - self.guest);
+        let visible = image.cluster_size().bytes().min(image.header.virtual_size.saturating_sub(self.guest));
         match (self.entry, self.subclusters) {
             (L2Entry::Data { .. }, None) => visible,
             (L2Entry::Data { .. }, Some(subclusters)) => {
@@ -30,6 +31,19 @@ impl Mapped {
             }
             _ => 0,
         }
+    }
+
+    /// What is wrong if the file ends before the data of the guest does, as one that a copy has cut off: QEMU reads zeroes from
+    /// there on.
+    pub(crate) fn cut_off(&self, image: &Image) -> Option<String> {
+        let L2Entry::Data { offset, .. } = self.entry else { return None };
+        let (guest, needed) = (self.guest, self.data_end(image));
+        (!image.holds_bytes(offset, needed)).then(|| {
+            format!(
+                "the file is cut off: the cluster of guest offset {guest}, at offset {offset}, lies past its end, or its last part \
+                 does"
+            )
+        })
     }
 }
 

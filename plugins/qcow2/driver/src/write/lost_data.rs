@@ -1,13 +1,11 @@
 //! Backings that were cut off: what was lost must not be taken for free.
 
 use crate::image::Image;
-use crate::metadata::l2_entry::Mapped;
 use crate::metadata::map::MetadataMap;
 use crate::metadata::mapped_clusters::MappedClusters;
 use crate::write::backing::Backing;
-use alloc::format;
 use instar_guest_sdk::{BlockIo, DriverResult};
-use instar_qcow2_format::{HostOffset, L2Entry};
+use instar_qcow2_format::HostOffset;
 
 /// Whether the file ends within a cluster that is in use and no metadata (which may well be cut short).
 ///
@@ -34,15 +32,6 @@ pub(crate) fn last_cluster_is_cut_data(
 /// Corruption: data was lost; I/O errors.
 pub(crate) fn refuse_lost_data(io: &mut dyn BlockIo, image: &Image) -> DriverResult<()> {
     MappedClusters::new(image).walk(io, image, 0, &mut |mapped| {
-        let Mapped { guest, at, entry, .. } = mapped;
-        let L2Entry::Data { offset, .. } = entry else { return Ok(true) };
-        let needed = mapped.data_end(image);
-        if image.holds_bytes(offset, needed) {
-            return Ok(true);
-        }
-        Err(image.corrupt(
-            at,
-            format!("the file is cut off: the cluster of guest offset {guest}, at offset {offset}, lies past its end"),
-        ))
+        mapped.cut_off(image).map_or(Ok(true), |text| Err(image.corrupt(mapped.at, text)))
     })
 }

@@ -103,6 +103,9 @@ pub(crate) fn over_bound(image: &Image, passed_over: u64, end: u64) -> DriverErr
     }
     image.corrupt(
         48,
-        format!("{passed_over} clusters past the end of the file have a refcount: run `qemu-img check -r leaks`"),
+        format!(
+            "{passed_over} clusters past the end of the file have a refcount, so that it cannot grow there: let a copy take its place, \
+             as `instar convert` makes it"
+        ),
     )
 }

@@ -4,6 +4,7 @@ use super::plan::Mend;
 use super::rules::Rules;
 use crate::check::report::Finding;
 use crate::image::{overflow, Image};
+use crate::metadata::l2_entry::Mapped;
 use crate::metadata::slice_cache::SliceCache;
 use crate::refcount::blocks::{Refcounts, CLUSTERS_PER_LOAD};
 use crate::references::calculated::CalculatedRefcounts;
@@ -83,6 +84,18 @@ impl Comparison for Survey<'_> {
 }
 
 impl FlagCheck for Survey<'_> {
+    /// Data that a cut file lacks is nowhere else.
+    fn mapped(&mut self, mapped: &Mapped) {
+        let in_pass = |offset| self.counts.covers(self.image.host_cluster(offset));
+        if !mapped.entry.host().is_some_and(|(offset, _)| in_pass(offset)) {
+            return;
+        }
+        if let Some(text) = mapped.cut_off(self.image) {
+            self.plan.left += 1;
+            (self.finding)(FindingKind::Corruption, &format!("{text}: no repair brings that back"));
+        }
+    }
+
     fn wants(&mut self, entry: &FlaggedEntry) -> bool {
         self.counts.covers(entry.cluster)
     }
