@@ -12,9 +12,9 @@ use crate::devices::Devices;
 use crate::escape::escape_path;
 use crate::operation::{decode, Events, Meter, Needs, Observer, Room};
 use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{request_status, Phase, Request, RequestOp};
+use instar_guest_abi::{request_status, Phase, Request, RequestOp, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::commit::event::Kind as Told;
-use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan, Undecoded, Verify};
+use instar_guest_protocol::commit::{Bitmap, Event, Ignored, Outcome, Plan, Undecoded, Verify};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -60,6 +60,8 @@ pub struct CommitEvents {
     pub disks: Vec<PathBuf>,
     /// How many parts of the disk were told that do not decode, where zeroes may stand for them.
     pub undecoded: Option<usize>,
+    /// Damage of metadata that the guest passed over, because the operator salvages what can be read.
+    pub ignored: Vec<Ignored>,
     /// The state of `--atomic`, with which the target changes completely or not at all.
     pub atomic: Option<Atomic>,
 }
@@ -86,6 +88,7 @@ impl Default for CommitEvents {
             verification: None,
             digests: None,
             undecoded: None,
+            ignored: Vec::new(),
             atomic: None,
         }
     }
@@ -176,6 +179,15 @@ impl CommitEvents {
         Ok(())
     }
 
+    /// Take damage that did not keep an image from being read.
+    fn ignored(&mut self, damage: Ignored) -> Result<(), BadRequest> {
+        if self.undecoded.is_none() || self.ignored.len() >= MAX_CHAIN_DEVICES {
+            return Err(BadRequest("damage was passed over that nobody allowed, or too often".to_owned()));
+        }
+        self.ignored.push(damage);
+        Ok(())
+    }
+
     /// Take the beginning of a disk to hash.
     fn hash(&mut self, devices: &Devices, after: bool) -> Result<(), BadRequest> {
         let (Some(digests), Some(_)) = (&mut self.digests, &self.plan) else {
@@ -243,6 +255,7 @@ impl Events for CommitEvents {
             Some(Told::Verify(found)) => self.read_back(devices, &found),
             Some(Told::Digest(begun)) => self.hash(devices, begun.after),
             Some(Told::Undecoded(part)) => self.undecoded(part),
+            Some(Told::Ignored(damage)) => self.ignored(damage),
             None => Err(BadRequest("an event that says nothing".to_owned())),
         }
     }
