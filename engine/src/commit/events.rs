@@ -10,7 +10,7 @@ use super::verify::Verification;
 use crate::bytes::Bytes;
 use crate::devices::Devices;
 use crate::escape::escape_path;
-use crate::operation::{decode, Events, Meter, Needs, Observer, Room};
+use crate::operation::{decode, Events, Meter, Observer, PlanNeeds, Room};
 use crate::sandbox::{BadRequest, BufferAccess};
 use instar_guest_abi::{request_status, Phase, Request, RequestOp, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::commit::event::Kind as Told;
@@ -129,7 +129,7 @@ impl CommitEvents {
             return Err(BadRequest("a commit that damages other images on the target".to_owned()));
         }
         self.atomic.as_mut().map_or(Ok(()), |atomic| atomic.admit(plan.bytes))?;
-        let needs = Needs {
+        let needs = PlanNeeds {
             data_clusters: plan.new_data_clusters,
             metadata_clusters: plan.new_metadata_clusters,
             encoded_bytes: plan.encoded_bytes,
